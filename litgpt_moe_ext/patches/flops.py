@@ -1,0 +1,73 @@
+"""FLOPs of MoE layers, measured on meta tensors by torch's flop counter.
+
+LitGPT 0.5.13 measures the FLOPs of a training step on a meta copy of the model before it trains. Its own `LLaMAMoE` asks
+`torch.where` which tokens go to which expert, which meta tensors cannot answer: `litgpt pretrain` with `LLaMAMoE` dies with
+"The register_meta function for torch.nonzero() raises unimplemented by default". Assuming that every entry is nonzero
+avoids the crash but counts every expert for every token. Here, on meta tensors only, the layer does the work of the active
+experts: each token passes through `n_expert_per_token` of them.
+
+torch's counter also knows no formula for the grouped matrix product and counts it as nothing.
+
+Each part switches itself off: the first when `LLaMAMoE` no longer uses `torch.where`, the second when torch has a formula.
+"""
+
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from litgpt_moe_ext import _autoload
+
+
+def install() -> None:
+    """Install both repairs where needed."""
+    import litgpt.model
+
+    _repair_llama_moe(litgpt.model.LLaMAMoE)
+    _autoload.when_imported("torch.utils.flop_counter", _register_grouped_mm)
+
+
+def _repair_llama_moe(layer_class: type) -> None:
+    original = layer_class.forward
+    if "where" not in getattr(original, "__code__", original).co_names:
+        return
+
+    @wraps(original)
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return _dense_equivalent(self, x) if x.is_meta else original(self, x)
+
+    layer_class.forward = forward
+
+
+def _dense_equivalent(moe: Any, x: Tensor) -> Tensor:
+    """Do the matrix products of `LLaMAMoE` on meta tensors, (B, T, D): router, k experts per token, shared experts."""
+    x_TD = x.reshape(-1, x.size(-1))
+    top_k = moe.config.n_expert_per_token
+    gate = moe.gate(x_TD)
+    weights_TK = gate[0] if isinstance(gate, tuple) else gate.topk(top_k, dim=-1).values.softmax(dim=-1)
+    y_TKD = moe.experts[0](x_TD.repeat_interleave(top_k, dim=0)).unflatten(0, (-1, top_k))
+    y = (y_TKD * weights_TK.unsqueeze(-1).to(x.dtype)).sum(dim=1).view(x.shape)
+    return y + moe.shared_experts(x) if moe.config.n_shared_expert else y
+
+
+def grouped_mm_flops(a_shape: tuple[int, ...], b_shape: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
+    """FLOPs of `torch.nn.functional.grouped_mm`, two per multiply-add.
+
+    Whatever the ranks of its operands, every row of the left operand meets one group of the right one: rows of a
+    two-dimensional operand are shared out among the groups, a three-dimensional one has a group per leading index.
+
+    Args:
+        a_shape: (M, K) or (G, M, K).
+        b_shape: (G, K, N), or (K, N) whose columns (or, with a two-dimensional left operand, whose rows) are shared out.
+    """
+    *a_groups, m, k = a_shape
+    n = b_shape[-1]
+    groups = a_groups[0] if a_groups and len(b_shape) == 3 else 1
+    return 2 * groups * m * k * n
+
+
+def _register_grouped_mm(flop_counter: Any) -> None:
+    operator = getattr(torch.ops.aten, "_grouped_mm", None)
+    if operator is not None and operator not in flop_counter.flop_registry:
+        flop_counter.register_flop_formula(operator)(grouped_mm_flops)

@@ -1,0 +1,185 @@
+"""The one place that reaches into LitGPT: what is added to it, and why.
+
+| seam of LitGPT                      | what happens to it                                                             |
+| ----------------------------------- | ------------------------------------------------------------------------------ |
+| `litgpt.config.Config`              | gains the fields of `litgpt_moe_ext.config`, in place                          |
+| `Config.from_file`                  | understands the mark that says a checkpoint needs the plugin                   |
+| `litgpt.utils.asdict`               | leaves unused fields out of saved configurations, sets that mark where needed  |
+| `litgpt.model.SharedExpertMoE`, ... | set, because LitGPT looks MLP classes up there by name                         |
+| `CausalSelfAttention.__new__`       | builds the attention class that a configuration names                          |
+| `GPT.rope_cache`                    | asks the plugin for the rotary tables of such configurations                   |
+| `litgpt.eval.evaluate`              | evaluates checkpoints with the plugin's layers directly, without conversion    |
+| torch's global optimizer-step hook  | moves the balancing bias once per optimizer step, whoever owns the loop        |
+
+A model that names none of the plugin's classes takes LitGPT's own path in every one of them. The repairs of defects in
+host libraries are in `litgpt_moe_ext.patches`.
+"""
+
+import importlib.metadata
+import warnings
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from litgpt_moe_ext import __version__, _autoload
+from litgpt_moe_ext.config import extend_config, uses_plugin, without_unused_fields
+
+TESTED_LITGPT = "0.5.13"
+
+# Written first into the `model_config.yaml` of a model that needs the plugin. Plain LitGPT then fails with an error that
+# names this package ("unexpected keyword argument '_requires_litgpt_moe_ext'") instead of one about some inner field.
+REQUIRES_MARK = "_requires_litgpt_moe_ext"
+
+_registered = False
+
+
+def register() -> None:
+    """Extend LitGPT. Safe to call more than once.
+
+    Raises:
+        RuntimeError: If the installed LitGPT lacks a seam that the plugin needs; the message names it.
+    """
+    global _registered
+    if _registered:
+        return
+    # Set first: the imports below may import LitGPT's model definition, whose import hook ends up here again.
+    _registered = True
+    try:
+        _extend_litgpt()
+    except BaseException:
+        _registered = False
+        raise
+
+
+def _extend_litgpt() -> None:
+    import litgpt.config
+    import litgpt.model
+    import litgpt.utils
+
+    _check_version()
+    _require_seams(litgpt)
+
+    from litgpt_moe_ext.attention.layer import validate_attention_config
+    from litgpt_moe_ext.moe.balancing import install_optimizer_hook
+    from litgpt_moe_ext.moe.layer import NoisyTopKMoE, SharedExpertMoE
+    from litgpt_moe_ext.patches import install_patches
+
+    extend_config(litgpt.config.Config, validate_attention_config)
+    _extend_config_files(litgpt.config.Config, litgpt.utils)
+    litgpt.model.SharedExpertMoE = SharedExpertMoE
+    litgpt.model.NoisyTopKMoE = NoisyTopKMoE
+    _dispatch_attention(litgpt.model.CausalSelfAttention)
+    _dispatch_rope_cache(litgpt.model.GPT)
+    install_optimizer_hook()
+    install_patches()
+    _autoload.when_imported("litgpt.eval.evaluate", _extend_evaluate)
+
+
+def _check_version() -> None:
+    version = importlib.metadata.version("litgpt")
+    if version.split(".")[:2] != TESTED_LITGPT.split(".")[:2]:
+        warnings.warn(
+            f"litgpt_moe_ext {__version__} is tested with litgpt {TESTED_LITGPT}, but {version} is installed. "
+            f"If something misbehaves, `pip install litgpt=={TESTED_LITGPT}`.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _require_seams(litgpt: Any) -> None:
+    seams = {
+        "litgpt.config.Config.__post_init__": hasattr(litgpt.config.Config, "__post_init__"),
+        "litgpt.config.Config.from_file": hasattr(litgpt.config.Config, "from_file"),
+        "litgpt.config.Config.mlp_class_name": "mlp_class_name" in litgpt.config.Config.__dataclass_fields__,
+        "litgpt.utils.asdict": hasattr(litgpt.utils, "asdict"),
+        "litgpt.model.CausalSelfAttention": hasattr(litgpt.model, "CausalSelfAttention"),
+        "litgpt.model.LLaMAMLP": hasattr(litgpt.model, "LLaMAMLP"),
+        "litgpt.model.LLaMAMoE": hasattr(litgpt.model, "LLaMAMoE"),
+        "litgpt.model.GPT.rope_cache": hasattr(litgpt.model.GPT, "rope_cache"),
+    }
+    missing = [name for name, found in seams.items() if not found]
+    if missing:
+        raise RuntimeError(
+            f"litgpt {importlib.metadata.version('litgpt')} lacks {', '.join(missing)}, which litgpt_moe_ext {__version__} "
+            f"builds on. Install litgpt=={TESTED_LITGPT}."
+        )
+
+
+def _extend_config_files(config_class: type, utils: Any) -> None:
+    original_from_file = config_class.from_file.__func__
+    original_asdict = utils.asdict
+
+    @classmethod
+    @wraps(original_from_file)
+    def from_file(cls: type, path: str | Path, **kwargs: Any) -> Any:
+        import yaml
+
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+        if not isinstance(content, dict) or REQUIRES_MARK not in content:
+            return original_from_file(cls, path, **kwargs)
+        _check_written_by(content.pop(REQUIRES_MARK), path)
+        return cls(**{**content, **kwargs})
+
+    @wraps(original_asdict)
+    def asdict(obj: Any, **kwargs: Any) -> Any:
+        result = original_asdict(obj, **kwargs)
+        if not isinstance(obj, config_class):
+            return result
+        result = without_unused_fields(result)
+        return {REQUIRES_MARK: __version__, **result} if uses_plugin(obj) else result
+
+    config_class.from_file = from_file
+    utils.asdict = asdict
+
+
+def _check_written_by(version: str, path: str | Path) -> None:
+    written_by = tuple(int(part) for part in str(version).split(".")[:2])
+    if written_by > tuple(int(part) for part in __version__.split(".")[:2]):
+        warnings.warn(
+            f"{path} was written by litgpt_moe_ext {version}, newer than the installed {__version__}; upgrade if it fails "
+            "to load.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _dispatch_attention(attention_class: type) -> None:
+    # LitGPT's blocks call `CausalSelfAttention(config, block_idx)`. Choosing the class in `__new__` keeps every name and
+    # every isinstance check of LitGPT as it is. Copying and unpickling call `__new__` without a configuration.
+    def __new__(cls: type, config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        name = getattr(config, "attention_class_name", None)
+        if name is None:
+            return object.__new__(cls)
+        from litgpt_moe_ext.attention.layer import SinkAttention
+
+        if issubclass(cls, SinkAttention):
+            return object.__new__(cls)
+        if cls is attention_class:
+            return object.__new__(SinkAttention)
+        raise ValueError(
+            f"attention_class_name: {name!r} cannot be combined with {cls.__module__}.{cls.__name__}, which would leave "
+            "its sinks out. Finetune all weights instead (litgpt finetune_full)."
+        )
+
+    attention_class.__new__ = __new__
+
+
+def _dispatch_rope_cache(gpt_class: type) -> None:
+    original = gpt_class.rope_cache
+
+    @wraps(original)
+    def rope_cache(self: Any, device: Any = None) -> Any:
+        if self.config.attention_class_name is None:
+            return original(self, device=device)
+        from litgpt_moe_ext.attention.rope import build_rope_cache
+
+        return build_rope_cache(self.config, self.max_seq_length, device=device)
+
+    gpt_class.rope_cache = rope_cache
+
+
+def _extend_evaluate(evaluate_module: Any) -> None:
+    from litgpt_moe_ext.evaluation.evaluate import wrap_convert_and_evaluate
+
+    evaluate_module.convert_and_evaluate = wrap_convert_and_evaluate(evaluate_module.convert_and_evaluate)

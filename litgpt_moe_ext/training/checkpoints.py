@@ -1,0 +1,170 @@
+"""Checkpoint directories: written whole or not at all, and the newest whole one found again.
+
+A checkpoint is LitGPT's: `lit_model.pth` (model, optimizer, data position, counters), `model_config.yaml`,
+`hyperparameters.yaml` and the tokenizer's files; `training_state.json` says in plain text where the run stood.
+"""
+
+import json
+import os
+import random
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+MODEL_FILE = "lit_model.pth"
+STATE_FILE = "training_state.json"
+
+
+def publish(staging: Path, target: Path) -> None:
+    """Move a finished directory to its final name; a directory of that name is replaced, never lost half-way.
+
+    Args:
+        staging: Directory with everything in it, on the same file system as `target`.
+        target: Where it shall be.
+    """
+    for file in staging.rglob("*"):
+        if file.is_file():
+            with open(file, "rb+") as handle:
+                os.fsync(handle.fileno())
+    replaced = target.with_name(f".{target.name}.replaced")
+    if target.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        target.rename(replaced)
+    staging.rename(target)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def save_whole(save: Callable[..., None], fabric: Any, state: dict, tokenizer_dir: Path | None, file: Path) -> None:
+    """Save a checkpoint under a temporary name and rename it when it is complete.
+
+    Args:
+        save: LitGPT's `save_checkpoint`, or one with its arguments.
+        fabric: The running Fabric; every process must call.
+        state: LitGPT's training state.
+        tokenizer_dir: Whose files to copy beside the model.
+        file: The final path of the model file; its parent is the checkpoint directory.
+    """
+    target = file.parent
+    staging = target.with_name(f".{target.name}.incomplete")
+    if fabric.is_global_zero:
+        shutil.rmtree(staging, ignore_errors=True)
+    fabric.barrier()
+    save(fabric, {**state, "rng": _rng_of_all_processes(fabric)}, tokenizer_dir, staging / file.name)
+    fabric.barrier()
+    if fabric.is_global_zero:
+        progress = {"step": state["step_count"], "iteration": state["iter_num"], "processes": fabric.world_size}
+        (staging / STATE_FILE).write_text(json.dumps(progress, indent=2) + "\n", encoding="utf-8")
+        publish(staging, target)
+    fabric.barrier()
+
+
+def problem_with(checkpoint_dir: Path) -> str | None:
+    """Return why a checkpoint directory cannot be resumed from, or None if it is whole.
+
+    Reads the model file once and compares it with the checksums that it carries.
+    """
+    for name in (MODEL_FILE, "model_config.yaml"):
+        if not (checkpoint_dir / name).is_file():
+            return f"{name} is missing"
+    try:
+        with zipfile.ZipFile(checkpoint_dir / MODEL_FILE) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError) as error:
+        return f"{MODEL_FILE} is truncated or damaged ({error})"
+    return None if damaged is None else f"{MODEL_FILE} is damaged in its record {damaged}"
+
+
+def _step_of(checkpoint_dir: Path) -> int | None:
+    try:
+        return json.loads((checkpoint_dir / STATE_FILE).read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, KeyError):
+        _, _, digits = checkpoint_dir.name.partition("step-")
+        return int(digits) if digits.isdecimal() else None
+
+
+def newest_first(out_dir: Path) -> Iterator[Path]:
+    """Yield the checkpoint directories of a run (`step-*` and `final`), the furthest trained first, whole or not."""
+    steps = {path: _step_of(path) for path in out_dir.glob("*") if path.is_dir() and not path.name.startswith(".")}
+    yield from sorted((path for path, step in steps.items() if step is not None), key=lambda p: (steps[p], p.name == "final"))[::-1]
+
+
+def find_resume_file(
+    resume: bool | Literal["auto"] | Path, out_dir: Path, say: Callable[[str], None] = print
+) -> Path | Literal[False]:
+    """Return the model file to resume from, or False to start anew.
+
+    Args:
+        resume: False; `"auto"` for the newest whole checkpoint if there is one; True for the same, which must exist; or
+            the path of a checkpoint directory or model file.
+        out_dir: The run's directory.
+        say: Told about every checkpoint that is passed over.
+
+    Raises:
+        FileNotFoundError: If a checkpoint was asked for and there is no whole one.
+    """
+    if resume is False or resume is None:
+        return False
+    if resume not in (True, "auto"):
+        directory = Path(resume).parent if Path(resume).suffix == ".pth" else Path(resume)
+        if problem := problem_with(directory):
+            raise FileNotFoundError(f"resume: {str(resume)!r} is not a whole checkpoint: {problem}")
+        return directory / MODEL_FILE
+    damaged = []
+    for directory in newest_first(out_dir):
+        problem = problem_with(directory)
+        if problem is None:
+            return directory / MODEL_FILE
+        damaged.append(str(directory))
+        say(f"Passing over checkpoint {directory}: {problem}")
+    if damaged:
+        # Starting anew here would overwrite the run that the user meant to continue.
+        raise FileNotFoundError(
+            f"resume: {resume!r} found only damaged checkpoints ({', '.join(damaged)}). Move them away to start anew, or "
+            "choose another --out_dir."
+        )
+    if resume is True:
+        raise FileNotFoundError(f"resume: true, but there is no checkpoint in out_dir: {str(out_dir)!r}; use --resume auto")
+    return False
+
+
+def require_same_model(checkpoint_dir: Path, config: Any) -> None:
+    """Raise ValueError, naming the fields that differ, if a checkpoint holds another model than `config` describes."""
+    from dataclasses import asdict
+
+    saved, now = asdict(type(config).from_file(checkpoint_dir / "model_config.yaml")), asdict(config)
+    differences = [
+        f"{name} is {saved.get(name)!r} in the checkpoint and {value!r} now"
+        for name, value in now.items()
+        if saved.get(name) != value and name not in ("name", "hf_config")
+    ]
+    if differences:
+        raise ValueError(
+            f"resume: {str(checkpoint_dir)!r} holds another model: {'; '.join(differences)}. Use its model configuration, "
+            "or another --out_dir to start anew."
+        )
+
+
+def rng_state() -> dict[str, Any]:
+    """Return the state of the random generators that training draws from (torch on CPU and CUDA, Python)."""
+    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all(), "python": random.getstate()}
+
+
+def restore_rng_state(state: dict[str, Any]) -> None:
+    """Set the random generators to a state that `rng_state` returned."""
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+def _rng_of_all_processes(fabric: Any) -> list[dict[str, Any]]:
+    if fabric.world_size == 1:
+        return [rng_state()]
+    states: list = [None] * fabric.world_size
+    torch.distributed.all_gather_object(states, rng_state())
+    return states

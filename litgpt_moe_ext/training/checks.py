@@ -1,0 +1,68 @@
+"""Checks that a run can make before any long work starts. Each error names the setting, its value and what would be right."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+class SettingsError(ValueError):
+    """A setting or an input is wrong; the message says which, and what would be right."""
+
+
+def check_batch(global_batch_size: int, micro_batch_size: int, processes: int) -> None:
+    """Raise ValueError unless the global batch can be made of whole micro batches on every process."""
+    for name, value in (("global_batch_size", global_batch_size), ("micro_batch_size", micro_batch_size)):
+        if value < 1:
+            raise ValueError(f"train.{name}: {value} must be at least 1")
+    unit = micro_batch_size * processes
+    if global_batch_size % unit:
+        below, above = global_batch_size // unit * unit, -(-global_batch_size // unit) * unit
+        nearest = f"{below} or {above}" if below else str(above)
+        raise ValueError(
+            f"train.global_batch_size: {global_batch_size} is not a multiple of train.micro_batch_size ({micro_batch_size}) "
+            f"times the number of processes ({processes}); the nearest that are: {nearest}"
+        )
+
+
+def check_length(max_seq_length: int | None, block_size: int) -> None:
+    """Raise ValueError unless the training length is one the model has positions for."""
+    if max_seq_length is not None and not 1 <= max_seq_length <= block_size:
+        raise ValueError(f"train.max_seq_length: {max_seq_length} must be from 1 to the model's block_size: {block_size}")
+
+
+def check_writable(out_dir: Path) -> None:
+    """Raise an OSError unless checkpoints can be written to `out_dir`; creates it."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=out_dir, prefix=".write-test-"):
+            pass
+    except OSError as error:
+        raise PermissionError(
+            f"out_dir: {str(out_dir)!r} cannot be written to ({error.strerror or error}); choose another --out_dir"
+        ) from error
+
+
+def check_tokenizer(tokenizer: Any, tokenizer_dir: Path, padded_vocab_size: int) -> None:
+    """Raise ValueError unless a `litgpt.Tokenizer` separates documents and fits into the model's vocabulary."""
+    if tokenizer.eos_id is None:
+        raise ValueError(
+            f"tokenizer_dir: {str(tokenizer_dir)!r} has no end-of-text token: documents could not be told apart, and "
+            'generation would not stop. Add "eos_token" to its tokenizer_config.json.'
+        )
+    if tokenizer.backend == "huggingface":
+        size = tokenizer.processor.get_vocab_size(with_added_tokens=True)
+    else:
+        size = tokenizer.vocab_size
+    if size > padded_vocab_size:
+        raise ValueError(
+            f"tokenizer_dir: {str(tokenizer_dir)!r} has {size} tokens, more than the model's padded_vocab_size: "
+            f"{padded_vocab_size}; set model_config.padded_vocab_size to at least {size}"
+        )
+
+
+def check_checkpoint_dir(name: str, directory: Path) -> None:
+    """Raise FileNotFoundError unless `directory`, the value of setting `name`, holds a LitGPT model."""
+    if not (directory / "lit_model.pth").is_file():
+        where = "does not exist" if not os.path.isdir(directory) else "has no lit_model.pth"
+        raise FileNotFoundError(f"{name}: {str(directory)!r} {where}")

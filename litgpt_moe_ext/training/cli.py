@@ -1,0 +1,100 @@
+"""The command line of `run_train.py`: LitGPT's `pretrain` arguments, YAML files, and a few short forms.
+
+The command line beats the YAML file, which beats the defaults, in whatever order they stand.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+SHORT_FORMS = {
+    "--micro-batch-size": "--train.micro_batch_size",
+    "--global-batch-size": "--train.global_batch_size",
+    "--max-seq-length": "--train.max_seq_length",
+}
+
+USAGE = "run_train.py [--config FILE] [--resume auto|true|PATH] [--KEY VALUE ...]"
+
+EPILOG = (
+    "Short forms: "
+    + ", ".join(f"{short} for {full}" for short, full in SHORT_FORMS.items())
+    + "; --progress and --no-progress for --progress true and false. Every key may also stand in the YAML file."
+)
+
+
+def normalize(arguments: Sequence[str], default_config: Path) -> list[str]:
+    """Expand short forms and put `--config` first, so that the other arguments override it.
+
+    Args:
+        arguments: As given by the user, without the program's name.
+        default_config: Recipe to use if none is named.
+    """
+    configs: list[str] = []
+    others: list[str] = []
+    waiting = list(arguments)
+    while waiting:
+        name, equals, value = waiting.pop(0).partition("=")
+        if name == "--config":
+            if not equals and not waiting:
+                raise SystemExit("error: --config needs the path of a YAML file")
+            configs += ["--config", value if equals else waiting.pop(0)]
+        elif name in ("--no-progress", "--progress") and not equals:
+            given = name == "--progress" and waiting and waiting[0] in ("true", "false", "null")
+            others.append(f"--progress={waiting.pop(0) if given else str(name == '--progress').lower()}")
+        else:
+            others.append(SHORT_FORMS.get(name, name) + equals + value)
+    return (configs or ["--config", str(default_config)]) + others
+
+
+def build_parser():
+    """Return the jsonargparse parser of `entry.setup`."""
+    from jsonargparse import ArgumentParser, set_docstring_parse_options
+
+    from litgpt_moe_ext.training.entry import setup
+
+    set_docstring_parse_options(attribute_docstrings=True)
+    parser = ArgumentParser(prog="run_train.py", usage=USAGE, description=setup.__doc__.splitlines()[0], epilog=EPILOG)
+    parser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
+    parser.add_function_arguments(setup, as_group=False, fail_untyped=False)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, default_config: Path = Path("configs/quickstart.yaml")) -> int:
+    """Run training from the command line.
+
+    Args:
+        arguments: The command line without the program's name; None takes it from `sys.argv`.
+        default_config: Recipe to use if none is named.
+
+    Returns:
+        The exit status: 0 after training, 2 for a wrong setting, 128 plus the number of the signal that ended the run.
+    """
+    arguments = normalize(sys.argv[1:] if arguments is None else arguments, default_config)
+    if "--help" in arguments or "-h" in arguments:
+        from litgpt_moe_ext.training.quick_help import print_help
+
+        print_help()
+        return 0
+    parser = build_parser()
+    values = parser.instantiate_classes(parser.parse_args(arguments)).as_dict()
+    values.pop("config", None)
+    return _train(values)
+
+
+def _train(values: dict) -> int:
+    from litgpt_moe_ext.training.checks import SettingsError
+    from litgpt_moe_ext.training.control import TrainingInterrupted
+    from litgpt_moe_ext.training.entry import setup
+
+    try:
+        setup(**values)
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except TrainingInterrupted as interruption:
+        print(f"Stopped by {interruption}; --resume auto continues.", file=sys.stderr)
+        return 128 + interruption.signal_number
+    except KeyboardInterrupt:
+        print("Stopped at once; --resume auto continues from the last checkpoint.", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,85 @@
+"""When to stop: Ctrl-C and SIGTERM, a number of steps, a time limit.
+
+Everything is decided between two iterations, when the step is finished and the next batch is not fetched yet: what is saved
+then is exactly what an uninterrupted run would have had.
+"""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+
+class TrainingInterrupted(BaseException):
+    """A signal ended the run between two steps, after its state was saved.
+
+    Like KeyboardInterrupt no `Exception`, so that nothing in between mistakes it for an error.
+
+    Attributes:
+        signal_number: The signal.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal.Signals(signal_number).name)
+        self.signal_number = signal_number
+
+
+class StopRequests:
+    """Remembers a signal until the loop can act on it.
+
+    Args:
+        say: Told what will happen next when a signal arrives.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._received = 0
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take over SIGINT and SIGTERM in the scope; a second SIGINT ends the program at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _frame: Any) -> None:
+        if self._received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._received = number
+        self._say(f"{signal.Signals(number).name} received: finishing the step, then saving. Ctrl-C again quits at once.")
+
+    def agreed(self, fabric: Any) -> int:
+        """Return the signal that any process received, or 0. Every process must call at the same point."""
+        if fabric.world_size == 1:
+            return self._received
+        received = torch.tensor(self._received, device=fabric.device)
+        torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
+        return int(received)
+
+
+class StepLimits:
+    """LitGPT's `train.max_steps` and `train.max_time`, which its own `pretrain` ignores.
+
+    Args:
+        max_steps: Optimizer steps of the whole training, or None.
+        max_time: Seconds of this run, or None.
+    """
+
+    def __init__(self, max_steps: int | None, max_time: float | None) -> None:
+        self._max_steps = max_steps
+        self._deadline = None if max_time is None else time.monotonic() + max_time
+
+    def reached(self, step: int) -> bool:
+        """Whether training shall end after `step` optimizer steps."""
+        out_of_steps = self._max_steps is not None and step >= self._max_steps
+        return out_of_steps or (self._deadline is not None and time.monotonic() >= self._deadline)

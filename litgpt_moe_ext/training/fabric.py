@@ -1,0 +1,88 @@
+"""A Fabric that tells its callbacks what LitGPT's loop does.
+
+Beside Fabric's own hooks (`on_after_setup`, `on_after_optimizer_step`) a callback may have:
+
+- `on_gradients_clipped(norm)`: the total gradient norm before clipping, a scalar tensor on the device;
+- `on_log(metrics)`: may add to the dictionary before it reaches the loggers;
+- `on_logged(metrics)`: sees the complete dictionary;
+- `on_checkpoint_saved(directory)`: a checkpoint is complete.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from litgpt_moe_ext.moe.metrics import load_metrics
+
+
+class TrainingFabric(L.Fabric):
+    """`lightning.Fabric` with more hooks.
+
+    Args:
+        show: Receives every message that LitGPT or the plugin prints, on the first process only.
+        **kwargs: As `lightning.Fabric`.
+
+    Attributes:
+        resumed_rng: State of the random generators of every process from the loaded checkpoint, until it is restored.
+    """
+
+    def __init__(self, show: Callable[[str], None], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._show = show
+        self.resumed_rng: list[dict] | None = None
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback after construction."""
+        self._callbacks.append(callback)
+
+    def print(self, *values: Any, **_options: Any) -> None:
+        if self.is_global_zero:
+            self._show(" ".join(str(value) for value in values))
+
+    def clip_gradients(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        norm = super().clip_gradients(*args, **kwargs)
+        self.call("on_gradients_clipped", norm=norm)
+        return norm
+
+    def log_dict(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        metrics = dict(metrics)
+        self.call("on_log", metrics=metrics)
+        super().log_dict(metrics, step)
+        self.call("on_logged", metrics=metrics)
+
+    def load(self, path: str | Path, state: dict[str, Any] | None = None, strict: bool = True, **kwargs: Any) -> dict[str, Any]:
+        remainder = super().load(path, state, strict, **kwargs)
+        self.resumed_rng = remainder.pop("rng", None)
+        return remainder
+
+
+class GradientNorm:
+    """Adds `grad_norm`, of the last optimizer step and before clipping, to the log."""
+
+    def __init__(self) -> None:
+        self._norm: Tensor | None = None
+
+    def on_gradients_clipped(self, norm: Tensor | None) -> None:
+        self._norm = norm
+
+    def on_log(self, metrics: dict[str, Any]) -> None:
+        if self._norm is not None and "loss" in metrics:
+            metrics["grad_norm"] = self._norm.item()
+
+
+class ExpertLoad:
+    """Adds the balance of the experts in the last optimizer step to the log."""
+
+    def __init__(self) -> None:
+        self._model: torch.nn.Module | None = None
+
+    def on_after_setup(self, fabric: L.Fabric, module: torch.nn.Module) -> None:
+        self._model = module
+
+    def on_log(self, metrics: dict[str, Any]) -> None:
+        if self._model is not None and "loss" in metrics:
+            metrics.update(load_metrics(self._model))

@@ -1,0 +1,57 @@
+"""The settings of a run as a YAML file that `run_train.py --config` takes.
+
+LitGPT 0.5.13 writes the file by parsing the command line a second time, which fails, or writes defaults, whenever training
+was started from Python. Here it is made from the values that the run really uses.
+"""
+
+import dataclasses
+import os
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+FILE_NAME = "hyperparameters.yaml"
+
+
+def to_plain(value: Any) -> Any:
+    """Turn an argument of `setup` into plain data that YAML holds and jsonargparse reads back.
+
+    Dataclasses become dictionaries, without fields that are None and have None as default; data modules become a class
+    path with their arguments.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init and not _unset(f, value)}
+        if _is_data_module(value):
+            cls = type(value)
+            return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": fields}
+        return fields
+    raise TypeError(f"cannot write {type(value).__name__} {value!r} to {FILE_NAME}")
+
+
+def _unset(field: dataclasses.Field, value: Any) -> bool:
+    return field.default is None and getattr(value, field.name) is None
+
+
+def _is_data_module(value: Any) -> bool:
+    from litgpt.data import DataModule
+
+    return isinstance(value, DataModule)
+
+
+def save(settings: dict[str, Any], directory: Path) -> None:
+    """Write `settings` (plain data) to `hyperparameters.yaml` in `directory`."""
+    temporary = directory / f".{FILE_NAME}.tmp"
+    temporary.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    os.replace(temporary, directory / FILE_NAME)

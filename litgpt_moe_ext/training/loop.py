@@ -1,0 +1,129 @@
+"""Where the hooks hang on LitGPT's training loop.
+
+`litgpt.pretrain.main` looks its helpers up in its module when it calls them. For the time of one run some of these names
+point to functions of ours, which do their part and, where there is one, call LitGPT's original:
+
+| name in `litgpt.pretrain` | what ours does                                                                     |
+| ------------------------- | ---------------------------------------------------------------------------------- |
+| `fit`                     | keeps hold of the training state; listens for signals while it runs                |
+| `CycleIterator`           | acts between two iterations: interruptions, limits, restored random generators      |
+| `save_checkpoint`         | writes under a temporary name, adds the random generators, renames                 |
+| `save_hyperparameters`    | writes the values that the run uses                                                |
+| `find_resume_path`        | chooses the newest whole checkpoint                                                |
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import litgpt.pretrain
+from litgpt.args import TrainArgs
+
+from litgpt_moe_ext.training import checkpoints, hyperparameters
+from litgpt_moe_ext.training.control import StepLimits, StopRequests, TrainingInterrupted
+
+
+class HookedLoop:
+    """LitGPT's loop with checkpoints, interruptions and limits of ours.
+
+    Args:
+        fabric: The running `TrainingFabric`.
+        train: Training arguments.
+        out_dir: The run's directory.
+        tokenizer_dir: Tokenizer to copy into checkpoints, or None.
+        resume_file: Model file to resume from, or False.
+        settings: The run's settings as plain data, for `hyperparameters.yaml`.
+
+    Attributes:
+        trained_iterations: Iterations of this run (not of earlier ones it resumed), once it has ended.
+        seconds: How long they took, validation and checkpoints included.
+    """
+
+    def __init__(
+        self,
+        fabric: Any,
+        train: TrainArgs,
+        out_dir: Path,
+        tokenizer_dir: Path | None,
+        resume_file: Path | bool,
+        settings: dict[str, Any],
+    ) -> None:
+        self.fabric = fabric
+        self.train = train
+        self.out_dir = out_dir
+        self.tokenizer_dir = tokenizer_dir
+        self.resume_file = resume_file
+        self.settings = settings
+        self.stop_requests = StopRequests(fabric.print)
+        self.state: dict[str, Any] = {}
+        self.trained_iterations = 0
+        self.seconds = 0.0
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Put the hooks into `litgpt.pretrain` for the time of the scope."""
+        original_fit, original_save = litgpt.pretrain.fit, litgpt.pretrain.save_checkpoint
+
+        def fit(*args: Any, **kwargs: Any) -> None:
+            self.state = kwargs["state"]
+            self.limits = StepLimits(self.train.max_steps, self.train.max_time)
+            first_iteration, started = self.state["iter_num"], time.perf_counter()
+            try:
+                with self.stop_requests.listening():
+                    original_fit(*args, **kwargs)
+            finally:
+                self.trained_iterations = self.state["iter_num"] - first_iteration
+                self.seconds = time.perf_counter() - started
+
+        def save_checkpoint(fabric: Any, state: dict, tokenizer_dir: Path | None, checkpoint_file: Path) -> None:
+            checkpoints.save_whole(original_save, fabric, state, tokenizer_dir, checkpoint_file)
+            fabric.call("on_checkpoint_saved", directory=checkpoint_file.parent)
+
+        loop = self
+
+        class CycleIterator(litgpt.pretrain.CycleIterator):
+            def __next__(self) -> Any:
+                loop._between_iterations()
+                batch = super().__next__()
+                loop._restore_rng()
+                return batch
+
+        hooks = {
+            "fit": fit,
+            "save_checkpoint": save_checkpoint,
+            "CycleIterator": CycleIterator,
+            "save_hyperparameters": lambda _function, directory: hyperparameters.save(self.settings, directory),
+            "find_resume_path": lambda *_: self.resume_file,
+        }
+        originals = {name: getattr(litgpt.pretrain, name) for name in hooks}
+        vars(litgpt.pretrain).update(hooks)
+        try:
+            yield
+        finally:
+            vars(litgpt.pretrain).update(originals)
+
+    def _between_iterations(self) -> None:
+        accumulation = self.train.gradient_accumulation_iters(self.fabric.world_size)
+        if self.state["iter_num"] % accumulation:
+            # Gradients that wait for the rest of their step are not part of a checkpoint.
+            return
+        step = self.state["step_count"]
+        if signal_number := self.stop_requests.agreed(self.fabric):
+            directory = self.out_dir / f"step-{step:08d}"
+            if step and checkpoints.problem_with(directory) is not None:
+                litgpt.pretrain.save_checkpoint(
+                    self.fabric, self.state, self.tokenizer_dir, directory / checkpoints.MODEL_FILE
+                )
+            raise TrainingInterrupted(signal_number)
+        if self.limits.reached(step):
+            # Ends LitGPT's `for` loop; the final validation and checkpoint follow.
+            raise StopIteration
+
+    def _restore_rng(self) -> None:
+        # Later than `fabric.load`, because building the data iterator and the sanity check of the validation draw random
+        # numbers that the uninterrupted run did not draw here.
+        saved, self.fabric.resumed_rng = self.fabric.resumed_rng, None
+        if saved is not None and len(saved) == self.fabric.world_size:
+            checkpoints.restore_rng_state(saved[self.fabric.global_rank])

@@ -1,0 +1,111 @@
+"""What a run says: a progress bar in a terminal, one line per log interval anywhere else."""
+
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+# LitGPT's own lines that say what the lines below say better, or say wrong.
+_REPLACED = (
+    "Epoch ",
+    "Time to instantiate model",
+    "Total parameters",
+    "Saving checkpoint to",
+    "Validating ...",
+    "iter ",
+    "Final evaluation",
+    "Resuming training from",
+    "|",
+    "----",
+)
+
+
+def format_count(number: float) -> str:
+    """Write a large number with three digits: 950, 12.3k, 4.56M, 1.2B."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
+
+
+class Reporter:
+    """Shows messages, and the state of training as LitGPT logs it.
+
+    Args:
+        total_steps: Optimizer steps of the whole training.
+        bar: Whether to draw a progress bar; None draws one if the output is a terminal.
+    """
+
+    def __init__(self, total_steps: int, bar: bool | None = None) -> None:
+        self._total_steps = total_steps
+        self._draw = sys.stdout.isatty() if bar is None else bar
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._previous: tuple[float, int] | None = None
+        self.val_loss: float | None = None
+
+    def show(self, message: str) -> None:
+        """Print a message (above the bar, if there is one), unless it is one of LitGPT's that we replace."""
+        if not message.startswith(_REPLACED):
+            self.say(message)
+
+    def say(self, message: str) -> None:
+        """Print a message."""
+        if self._progress is not None:
+            self._progress.console.print(escape(message))
+        else:
+            print(message, flush=True)
+
+    def on_logged(self, metrics: dict[str, Any]) -> None:
+        if "val_loss" in metrics:
+            self.val_loss = float(metrics["val_loss"])
+            self.say(f"  validation loss {self.val_loss:.4f}, perplexity {float(metrics['val_ppl']):.2f}")
+        elif "loss" in metrics:
+            self._training(metrics)
+
+    def on_checkpoint_saved(self, directory: Path) -> None:
+        self.say(f"  saved {directory}")
+
+    def _training(self, metrics: dict[str, Any]) -> None:
+        now, tokens = time.perf_counter(), metrics["total_tokens"]
+        parts = [f"loss {metrics['loss']:.3f}"]
+        if self.val_loss is not None:
+            parts.append(f"val {self.val_loss:.3f}")
+        if "moe/max_over_mean" in metrics:
+            parts.append(f"max/mean load {metrics['moe/max_over_mean']:.2f}")
+        if "grad_norm" in metrics:
+            parts.append(f"grad {metrics['grad_norm']:.2f}")
+        parts.append(f"lr {metrics['learning_rate']:.1e}")
+        if self._previous is not None and now > self._previous[0]:
+            parts.append(f"{format_count((tokens - self._previous[1]) / (now - self._previous[0]))} tok/s")
+        self._previous = now, tokens
+        if self._draw:
+            self._update_bar(metrics["step"], " · ".join(parts))
+        else:
+            left = timedelta(seconds=int(metrics["remaining_time"]))
+            print(" | ".join([f"step {metrics['step']}/{self._total_steps}", *parts, f"{left} left"]), flush=True)
+
+    def _update_bar(self, step: int, text: str) -> None:
+        if self._progress is None:
+            self._progress = Progress(
+                MofNCompleteColumn(),
+                BarColumn(bar_width=20),
+                TimeRemainingColumn(compact=True),
+                TextColumn("{task.description}"),
+                console=self._console,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task("", total=self._total_steps, completed=step)
+        self._progress.update(self._task, completed=step, description=text)
+
+    def close(self) -> None:
+        """Leave the bar as it is and go on below it."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None

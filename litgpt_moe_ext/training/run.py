@@ -1,0 +1,207 @@
+"""One training run, from launching the processes to the closing words."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import litgpt.pretrain
+import torch
+from lightning.fabric.strategies import DDPStrategy, FSDPStrategy
+from litgpt.args import EvalArgs, LogArgs, TrainArgs
+from litgpt.config import Config
+from litgpt.model import Block
+from litgpt.tokenizer import Tokenizer
+from litgpt.utils import check_nvlink_connectivity, choose_logger, get_default_supported_precision, parse_devices
+
+from litgpt_moe_ext.model_size import count_parameters
+from litgpt_moe_ext.patches.compile import compile_scope, decide, probe_platform
+from litgpt_moe_ext.training import checkpoints
+from litgpt_moe_ext.training.arguments import SampleArgs
+from litgpt_moe_ext.training.checks import check_tokenizer
+from litgpt_moe_ext.training.fabric import ExpertLoad, GradientNorm, TrainingFabric
+from litgpt_moe_ext.training.loop import HookedLoop
+from litgpt_moe_ext.training.progress import Reporter, format_count
+
+
+class Run:
+    """Carries a run through its phases: launch, find_checkpoint, prepare_data, train.
+
+    Args:
+        config: The model.
+        train: Training arguments.
+        out_dir: Directory for checkpoints and logs.
+        settings: All settings as plain data, for the checkpoints.
+        progress: As `Reporter`.
+    """
+
+    def __init__(
+        self, config: Config, train: TrainArgs, out_dir: Path, settings: dict[str, Any], progress: bool | None
+    ) -> None:
+        self.config = config
+        self.train_args = train
+        self.out_dir = out_dir
+        self.settings = settings
+        self.tokens_per_step = train.global_batch_size * (train.max_seq_length or config.block_size)
+        steps = (train.max_tokens or 0) // self.tokens_per_step
+        self.total_steps = steps if train.max_steps is None else min(steps, train.max_steps)
+        self.reporter = Reporter(self.total_steps, progress)
+        self.tokenizer: Tokenizer | None = None
+        self.tokenizer_dir: Path | None = None
+        self.resume_file: Path | bool = False
+
+    @contextlib.contextmanager
+    def closing(self) -> Iterator[None]:
+        """Release the terminal and the process group whatever happens in the scope."""
+        try:
+            yield
+        finally:
+            self.reporter.close()
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+
+    def launch(
+        self, devices: int | str, num_nodes: int, strategy: str, precision: str | None, logger_name: str, log: LogArgs
+    ) -> None:
+        """Start the processes."""
+        self.devices, self.num_nodes = parse_devices(devices), num_nodes
+        cuda = torch.cuda.is_available()
+        logger = choose_logger(
+            logger_name,
+            self.out_dir,
+            name=f"pretrain-{self.config.name}",
+            resume=bool(self.settings.get("resume")),
+            log_interval=self.train_args.log_interval,
+            log_args=asdict(log),
+        )
+        self.fabric = TrainingFabric(
+            show=self.reporter.show,
+            devices=self.devices,
+            num_nodes=num_nodes,
+            strategy=_make_strategy(strategy, self.devices * num_nodes),
+            # bfloat16 is much slower than float32 on CPUs without instructions for it.
+            precision=precision or (get_default_supported_precision(training=True) if cuda else "32-true"),
+            loggers=[logger],
+            callbacks=[GradientNorm(), ExpertLoad(), self.reporter],
+        )
+        if cuda and self.devices > 1:
+            check_nvlink_connectivity(self.fabric)
+        self.fabric.launch()
+        if logger_name in ("tensorboard", "wandb", "mlflow"):
+            self.fabric.logger.log_hyperparams(self.settings)
+
+    def find_checkpoint(self, resume: Any, initial_checkpoint_dir: Path | None, eval: EvalArgs) -> None:
+        """Decide what to resume from, and check that it is this model."""
+        litgpt.pretrain.validate_args(self.train_args, eval, initial_checkpoint_dir, resume)
+        if self.total_steps < 1:
+            raise ValueError(
+                f"train.max_tokens: {self.train_args.max_tokens} is less than one step of {self.tokens_per_step} tokens "
+                "(train.global_batch_size times the sequence length)"
+            )
+        self.resume_file = checkpoints.find_resume_file(resume, self.out_dir, self.fabric.print)
+        if self.resume_file:
+            checkpoints.require_same_model(self.resume_file.parent, self.config)
+        elif any(checkpoints.newest_first(self.out_dir)):
+            self.fabric.print(
+                f"{self.out_dir} holds checkpoints of an earlier run; this run starts anew and replaces those of the same "
+                "name. Use --resume auto to continue instead."
+            )
+
+    def prepare_data(self, data: Any, tokenizer_dir: Path | None) -> None:
+        """Prepare the data set, on the first process of each node before the others, and open the tokenizer."""
+        if data is None:
+            from litgpt.data import TinyLlama
+
+            data = TinyLlama()
+        self.data = data
+        if hasattr(data, "prepare_tokenizer") and tokenizer_dir is None:
+            with self.fabric.rank_zero_first(local=True):
+                tokenizer_dir = data.prepare_tokenizer()
+        if tokenizer_dir is not None:
+            try:
+                self.tokenizer = Tokenizer(tokenizer_dir)
+            except NotImplementedError as error:
+                raise FileNotFoundError(
+                    f"tokenizer_dir: {str(tokenizer_dir)!r} has neither tokenizer.json nor tokenizer.model"
+                ) from error
+            check_tokenizer(self.tokenizer, tokenizer_dir, self.config.padded_vocab_size)
+        self.tokenizer_dir = tokenizer_dir
+
+    def add_samples(self, sample: SampleArgs) -> None:
+        """Have text written after every validation."""
+        if not sample.prompts:
+            return
+        if self.tokenizer is None:
+            raise ValueError("sample.prompts: needs a tokenizer; give tokenizer_dir, or remove the prompts")
+        if isinstance(self.fabric.strategy, FSDPStrategy):
+            self.fabric.print("No samples: under fsdp no process holds a whole model.")
+            return
+        from litgpt_moe_ext.training.sampling import TextSamples
+
+        self.fabric.add_callback(TextSamples(sample, self.tokenizer))
+
+    def train(
+        self, seed: int, initial_checkpoint_dir: Path | None, eval: EvalArgs, optimizer: str | dict, compile: bool | str
+    ) -> None:
+        """Run LitGPT's loop to its end."""
+        decision = decide(compile, self.config, probe_platform(self.fabric.device.type))
+        self._announce(decision)
+        loop = HookedLoop(
+            self.fabric, self.train_args, self.out_dir, self.tokenizer_dir, self.resume_file, self.settings
+        )
+        with loop.installed(), compile_scope(decision):
+            litgpt.pretrain.main(
+                fabric=self.fabric,
+                devices=self.devices,
+                num_nodes=self.num_nodes,
+                seed=seed,
+                initial_checkpoint_dir=initial_checkpoint_dir,
+                resume=self.resume_file,
+                config=self.config,
+                data=self.data,
+                out_dir=self.out_dir,
+                tokenizer_dir=self.tokenizer_dir,
+                tokenizer=self.tokenizer,
+                train=self.train_args,
+                eval=eval,
+                optimizer=optimizer,
+            )
+        self.reporter.close()
+        self._conclude(loop)
+
+    def _announce(self, decision: Any) -> None:
+        size = count_parameters(self.config)
+        fabric = self.fabric
+        say = fabric.print
+        say(
+            f"{self.config.name or 'model'}: {format_count(size.total)} parameters, {format_count(size.active)} active per "
+            f"token, on {fabric.world_size} x {fabric.device.type}, {fabric.strategy.precision.precision}"
+        )
+        say(str(decision))
+        say(f"{self.total_steps} steps of {self.tokens_per_step:,} tokens, checkpoints in {self.out_dir}")
+        if self.resume_file:
+            say(f"Resuming from {self.resume_file.parent}")
+
+    def _conclude(self, loop: HookedLoop) -> None:
+        per_iteration = self.tokens_per_step // self.train_args.gradient_accumulation_iters(self.devices, self.num_nodes)
+        tokens = loop.trained_iterations * per_iteration
+        say = self.fabric.print
+        if tokens:
+            duration = timedelta(seconds=round(loop.seconds))
+            say(f"Trained {tokens:,} tokens in {duration} ({format_count(tokens / loop.seconds)} tok/s)")
+        if self.reporter.val_loss is not None:
+            unigram = getattr(self.data, "unigram_loss", None)
+            baseline = "" if unigram is None else f"; a model of token frequencies alone has {unigram:.3f}"
+            say(f"Validation loss {self.reporter.val_loss:.3f}{baseline}")
+        if self.tokenizer is not None:
+            say(f'Try it: litgpt generate {self.out_dir / "final"} --prompt "..."')
+
+
+def _make_strategy(name: str, processes: int) -> Any:
+    if processes == 1:
+        return "auto"
+    if name == "fsdp":
+        return FSDPStrategy(auto_wrap_policy={Block}, state_dict_type="full", sharding_strategy="HYBRID_SHARD")
+    return DDPStrategy()

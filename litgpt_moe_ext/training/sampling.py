@@ -1,0 +1,59 @@
+"""Text written by the model while it trains."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from litgpt.generate.base import generate
+from litgpt.tokenizer import Tokenizer
+
+from litgpt_moe_ext.training.arguments import SampleArgs
+
+
+class TextSamples:
+    """Continues a few prompts after every validation. Training goes on as if nothing had happened.
+
+    Args:
+        args: What to write.
+        tokenizer: Of the model.
+    """
+
+    def __init__(self, args: SampleArgs, tokenizer: Tokenizer) -> None:
+        self._args = args
+        self._tokenizer = tokenizer
+
+    def on_after_setup(self, fabric: L.Fabric, module: Any) -> None:
+        self._fabric, self._model = fabric, module.module
+
+    def on_logged(self, metrics: dict[str, Any]) -> None:
+        if "val_loss" in metrics and self._fabric.is_global_zero:
+            for prompt in self._args.prompts:
+                self._fabric.print(f"  sample | {self._continue(prompt)}".replace("\n", "\n         | "))
+
+    def _continue(self, prompt: str) -> str:
+        model, fabric = self._model, self._fabric
+        ids = self._tokenizer.encode(prompt, device=fabric.device)
+        # The cache holds every generated token but the last.
+        room = model.max_seq_length - ids.numel()
+        new_tokens = min(self._args.max_new_tokens, room)
+        if ids.numel() == 0 or new_tokens < 1:
+            return f"(the prompt {prompt!r} has {ids.numel()} tokens; it must have 1 to {model.max_seq_length - 1})"
+        cuda_devices = [fabric.device] if fabric.device.type == "cuda" else []
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.random.fork_rng(devices=cuda_devices), fabric.autocast(), fabric.init_tensor():
+                torch.manual_seed(0)
+                model.set_kv_cache(batch_size=1, device=fabric.device)
+                written = generate(
+                    model,
+                    ids,
+                    max_returned_tokens=ids.numel() + new_tokens,
+                    temperature=self._args.temperature,
+                    top_k=self._args.top_k,
+                    eos_id=self._tokenizer.eos_id,
+                )
+        finally:
+            model.clear_kv_cache()
+            model.train(was_training)
+        return self._tokenizer.decode(written)
