@@ -148,11 +148,7 @@ def _check_noisy_router(config: Any) -> None:
     for name in ("n_expert_groups", *_GROUP_FIELDS):
         _refuse(config, name, "NoisyTopKMoE routes without groups; SharedExpertMoE has them")
     _refuse(config, "router_score_function", "NoisyTopKMoE always takes the softmax of the k highest noisy logits")
-    _refuse(
-        config,
-        "router_bias_update_rate",
-        "NoisyTopKMoE has no balancing bias: its noise spreads the load. SharedExpertMoE has one",
-    )
+    _refuse(config, "router_bias_update_rate", "NoisyTopKMoE has no balancing bias; SharedExpertMoE has one")
     _refuse(config, "norm_topk_prob", "NoisyTopKMoE's weights always sum to 1", unset=False)
 
 

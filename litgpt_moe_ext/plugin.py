@@ -5,7 +5,7 @@
 | `litgpt.config.Config`              | gains the fields of `litgpt_moe_ext.config`, in place                          |
 | `Config.from_file`                  | understands the mark that says a checkpoint needs the plugin                   |
 | `litgpt.utils.asdict`               | leaves unused fields out of saved configurations, sets that mark where needed  |
-| `litgpt.model.SharedExpertMoE`, ... | set, because LitGPT looks MLP classes up there by name                         |
+| `litgpt.model.__getattr__`          | offers the MLP classes, because LitGPT looks them up there by name             |
 | `CausalSelfAttention.__new__`       | builds the attention class that a configuration names                          |
 | `GPT.rope_cache`                    | asks the plugin for the rotary tables of such configurations                   |
 | `litgpt.eval.evaluate`              | evaluates checkpoints with the plugin's layers directly, without conversion    |
@@ -15,6 +15,7 @@ A model that names none of the plugin's classes takes LitGPT's own path in every
 host libraries are in `litgpt_moe_ext.patches`.
 """
 
+import importlib
 import importlib.metadata
 import warnings
 from functools import wraps
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from litgpt_moe_ext import __version__, _autoload
-from litgpt_moe_ext.config import extend_config, uses_plugin, without_unused_fields
+from litgpt_moe_ext.config import MLP_CLASS_NAMES, extend_config, uses_plugin, without_unused_fields
 
 TESTED_LITGPT = "0.5.13"
 
@@ -52,24 +53,23 @@ def register() -> None:
 
 
 def _extend_litgpt() -> None:
-    import litgpt.config
-    import litgpt.model
-    import litgpt.utils
+    # This may run while the package `litgpt` is still being imported and has no attributes yet; `as` does without them.
+    import litgpt.config as config
+    import litgpt.model as model
+    import litgpt.utils as utils
 
     _check_version()
-    _require_seams(litgpt)
+    _require_seams(config, model, utils)
 
-    from litgpt_moe_ext.attention.layer import validate_attention_config
+    from litgpt_moe_ext.attention.validation import validate_attention_config
     from litgpt_moe_ext.moe.balancing import install_optimizer_hook
-    from litgpt_moe_ext.moe.layer import NoisyTopKMoE, SharedExpertMoE
     from litgpt_moe_ext.patches import install_patches
 
-    extend_config(litgpt.config.Config, validate_attention_config)
-    _extend_config_files(litgpt.config.Config, litgpt.utils)
-    litgpt.model.SharedExpertMoE = SharedExpertMoE
-    litgpt.model.NoisyTopKMoE = NoisyTopKMoE
-    _dispatch_attention(litgpt.model.CausalSelfAttention)
-    _dispatch_rope_cache(litgpt.model.GPT)
+    extend_config(config.Config, validate_attention_config)
+    _extend_config_files(config.Config, utils)
+    _offer_mlp_classes(model)
+    _dispatch_attention(model.CausalSelfAttention)
+    _dispatch_rope_cache(model.GPT)
     install_optimizer_hook()
     install_patches()
     _autoload.when_imported("litgpt.eval.evaluate", _extend_evaluate)
@@ -86,16 +86,16 @@ def _check_version() -> None:
         )
 
 
-def _require_seams(litgpt: Any) -> None:
+def _require_seams(config: Any, model: Any, utils: Any) -> None:
     seams = {
-        "litgpt.config.Config.__post_init__": hasattr(litgpt.config.Config, "__post_init__"),
-        "litgpt.config.Config.from_file": hasattr(litgpt.config.Config, "from_file"),
-        "litgpt.config.Config.mlp_class_name": "mlp_class_name" in litgpt.config.Config.__dataclass_fields__,
-        "litgpt.utils.asdict": hasattr(litgpt.utils, "asdict"),
-        "litgpt.model.CausalSelfAttention": hasattr(litgpt.model, "CausalSelfAttention"),
-        "litgpt.model.LLaMAMLP": hasattr(litgpt.model, "LLaMAMLP"),
-        "litgpt.model.LLaMAMoE": hasattr(litgpt.model, "LLaMAMoE"),
-        "litgpt.model.GPT.rope_cache": hasattr(litgpt.model.GPT, "rope_cache"),
+        "litgpt.config.Config.__post_init__": hasattr(config.Config, "__post_init__"),
+        "litgpt.config.Config.from_file": hasattr(config.Config, "from_file"),
+        "litgpt.config.Config.mlp_class_name": "mlp_class_name" in config.Config.__dataclass_fields__,
+        "litgpt.utils.asdict": hasattr(utils, "asdict"),
+        "litgpt.model.CausalSelfAttention": hasattr(model, "CausalSelfAttention"),
+        "litgpt.model.LLaMAMLP": hasattr(model, "LLaMAMLP"),
+        "litgpt.model.LLaMAMoE": hasattr(model, "LLaMAMoE"),
+        "litgpt.model.GPT.rope_cache": hasattr(model.GPT, "rope_cache"),
     }
     missing = [name for name, found in seams.items() if not found]
     if missing:
@@ -142,6 +142,17 @@ def _check_written_by(version: str, path: str | Path) -> None:
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+def _offer_mlp_classes(model: Any) -> None:
+    # The layers build on LitGPT's model definition, so they can only be imported after it; the module's `__getattr__`
+    # (PEP 562) does so when somebody first asks for one of them.
+    def __getattr__(name: str) -> type:
+        if name not in MLP_CLASS_NAMES:
+            raise AttributeError(f"module {model.__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module("litgpt_moe_ext.moe.layer"), name)
+
+    model.__getattr__ = __getattr__
 
 
 def _dispatch_attention(attention_class: type) -> None:

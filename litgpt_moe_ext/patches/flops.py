@@ -22,9 +22,9 @@ from litgpt_moe_ext import _autoload
 
 def install() -> None:
     """Install both repairs where needed."""
-    import litgpt.model
+    import litgpt.model as model
 
-    _repair_llama_moe(litgpt.model.LLaMAMoE)
+    _repair_llama_moe(model.LLaMAMoE)
     _autoload.when_imported("torch.utils.flop_counter", _register_grouped_mm)
 
 

@@ -1,0 +1,195 @@
+"""Tokens are counted exactly, and the bias really moves and really balances."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from litgpt_moe_ext.moe.balancing import updated_bias
+from litgpt_moe_ext.moe.layer import SharedExpertMoE
+from litgpt_moe_ext.moe.metrics import load_metrics, max_over_mean, routers_of
+from tests.models import initialized_model, moe_config, noisy_config, randomize
+
+
+def make_moe(**settings):
+    return randomize(SharedExpertMoE(moe_config(**settings)))
+
+
+def counts_of(moe, x):
+    with torch.no_grad():
+        return moe.gate(x.reshape(-1, x.size(-1))).counts_E.double()
+
+
+def test_updated_bias_by_hand():
+    """Loads 5, 1, 3, 3 have mean 3: the first falls, the second rises, the others stay; the result has mean 0."""
+    bias = updated_bias(torch.tensor([0.5, 0.5, 0.5, 0.5]), torch.tensor([5.0, 1.0, 3.0, 3.0]), 0.1)
+    torch.testing.assert_close(bias, torch.tensor([-0.1, 0.1, 0.0, 0.0]))
+    bias = updated_bias(torch.zeros(3), torch.tensor([6.0, 0.0, 0.0]), 0.3)
+    torch.testing.assert_close(bias, torch.tensor([-0.4, 0.2, 0.2]))
+
+
+def test_counts_are_exact_over_accumulation():
+    moe = make_moe()
+    batches = [torch.randn(2, 7, 16) for _ in range(3)]
+    for x in batches:
+        moe(x).sum().backward()
+    assert torch.equal(moe.gate.counter.take(), sum(counts_of(moe, x) for x in batches))
+    assert not moe.gate.counter.pending
+
+
+def test_counts_beyond_float32():
+    counter = make_moe().gate.counter
+    huge = torch.full((8,), 2**24 + 1)
+    for _ in range(2):
+        counter.attach(torch.ones(1, 1, requires_grad=True), huge).sum().backward()
+    assert counter.take().tolist() == [2 * (2**24 + 1)] * 8
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing_counts_once(use_reentrant):
+    moe = make_moe()
+    x = torch.randn(2, 7, 16, requires_grad=True)
+    checkpoint(moe, x, use_reentrant=use_reentrant).sum().backward()
+    assert torch.equal(moe.gate.counter.take(), counts_of(moe, x))
+
+
+def test_evaluation_does_not_count():
+    moe = make_moe()
+    x = torch.randn(2, 7, 16)
+    moe.eval()(x).sum().backward()
+    assert not moe.gate.counter.pending
+    with torch.no_grad():
+        moe.train()(x)
+    assert not moe.gate.counter.pending
+
+
+def test_nothing_sees_the_counter():
+    """Neither optimizers nor state dictionaries nor distributed wrappers: it is no parameter and no buffer."""
+    moe = make_moe()
+    assert set(dict(moe.gate.named_parameters())) == {"weight"}
+    assert set(dict(moe.gate.named_buffers())) == {"e_score_correction_bias"}
+    x = torch.randn(2, 7, 16)
+    with_counter, without_counter = copy.deepcopy(moe), copy.deepcopy(moe)
+    without_counter.gate.counter.attach = lambda weights, counts: weights
+    for module in (with_counter, without_counter):
+        module(x).square().sum().backward()
+    pairs = zip(with_counter.parameters(), without_counter.parameters(), strict=True)
+    assert all(torch.equal(a.grad, b.grad) for a, b in pairs)
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, torch.optim.SGD])
+def test_any_optimizer_step_moves_the_bias_once(optimizer_class):
+    moe = make_moe(router_bias_update_rate=0.01)
+    optimizer = optimizer_class(moe.parameters(), lr=1e-3)
+    batches = [torch.randn(2, 7, 16) for _ in range(4)]
+    expected = torch.zeros(8)
+    for accumulated in (batches[:1], batches[1:]):
+        counts = sum(counts_of(moe, x) for x in accumulated)
+        expected = updated_bias(expected, counts, 0.01)
+        for x in accumulated:
+            moe(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(moe.gate.e_score_correction_bias, expected)
+        assert torch.equal(moe.gate.load_E, counts)
+    optimizer.step()
+    assert torch.equal(moe.gate.e_score_correction_bias, expected), "a step without tokens must not move the bias"
+
+
+def test_two_optimizers_on_one_model_move_the_bias_once():
+    moe = make_moe(router_bias_update_rate=0.01)
+    optimizers = [
+        torch.optim.SGD(moe.experts.parameters(), lr=1e-3),
+        torch.optim.SGD(moe.gate.parameters(), lr=1e-3),
+    ]
+    moe(torch.randn(2, 7, 16)).sum().backward()
+    with pytest.warns(RuntimeWarning, match="does not hold their weights"):
+        optimizers[0].step()
+    assert not moe.gate.e_score_correction_bias.any()
+    optimizers[1].step()
+    assert moe.gate.e_score_correction_bias.abs().max() > 0
+
+
+def test_two_models_do_not_disturb_each_other():
+    first, second = make_moe(), make_moe()
+    optimizers = [torch.optim.SGD(moe.parameters(), lr=1e-3) for moe in (first, second)]
+    x = torch.randn(2, 7, 16)
+    first(x).sum().backward()
+    second(x).sum().backward()
+    optimizers[0].step()
+    assert first.gate.load_E is not None
+    assert second.gate.load_E is None
+    assert second.gate.counter.pending
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_are_balanced_too(duplicate):
+    moe = duplicate(make_moe())
+    optimizer = torch.optim.SGD(moe.parameters(), lr=1e-3)
+    moe(torch.randn(2, 7, 16)).sum().backward()
+    optimizer.step()
+    assert moe.gate.e_score_correction_bias.abs().max() > 0
+
+
+def test_rate_zero_switches_the_bias_off_but_counts():
+    moe = make_moe(router_bias_update_rate=0)
+    optimizer = torch.optim.SGD(moe.parameters(), lr=1e-3)
+    moe(torch.randn(2, 7, 16)).sum().backward()
+    optimizer.step()
+    assert not moe.gate.e_score_correction_bias.any()
+    assert moe.gate.load_E.sum() == 28
+
+
+def test_bias_is_in_the_checkpoint():
+    moe = make_moe()
+    moe.gate.e_score_correction_bias.copy_(torch.arange(8.0))
+    other = make_moe().bfloat16()
+    other.load_state_dict(moe.state_dict())
+    assert torch.equal(other.gate.e_score_correction_bias, torch.arange(8.0))
+
+
+def train_collapsed(rate: float, steps: int = 300) -> tuple[float, float]:
+    """Train a model whose routers prefer the same two experts for every token; return max/mean load of the first and last step."""
+    torch.manual_seed(0)
+    model = initialized_model(moe_config(router_bias_update_rate=rate, norm_topk_prob=True))
+    for router in routers_of(model).values():
+        router.e_score_correction_bias[:2] = 0.5
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    history = []
+    for _ in range(steps):
+        ids = torch.randint(0, 64, (8, 33))
+        F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(load_metrics(model)["moe/max_over_mean"])
+    return history[0], sum(history[-20:]) / 20
+
+
+def test_a_collapsed_router_recovers():
+    first, last = train_collapsed(rate=0.003)
+    assert first == 4.0, "the start must be a collapse: two of eight experts take everything"
+    # 64 tokens per expert and step: chance alone spreads them by about 1.3.
+    assert last < 1.6
+
+
+def test_without_the_bias_it_stays_collapsed():
+    _, last = train_collapsed(rate=0.0)
+    assert last > 3.9
+
+
+def test_metrics_by_hand():
+    assert max_over_mean(torch.tensor([[4.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])).tolist() == [4.0, 1.0]
+    model = torch.nn.ModuleList([make_moe(n_expert=4), make_moe(n_expert=4)])
+    assert load_metrics(model) == {}
+    model[0].gate.load_E = torch.tensor([6.0, 0.0, 1.0, 1.0])
+    model[1].gate.load_E = torch.tensor([2.0, 2.0, 2.0, 2.0])
+    model[1].gate.e_score_correction_bias.copy_(torch.tensor([0.1, -0.2, 0.0, 0.1]))
+    metrics = load_metrics(model)
+    assert metrics.pop("moe/bias_range") == pytest.approx(0.3)
+    assert metrics == {"moe/max_over_mean": 3.0, "moe/max_over_mean_avg": 2.0, "moe/dead_experts": 1}
+    noisy = initialized_model(noisy_config())
+    next(iter(routers_of(noisy).values())).load_E = torch.ones(8)
+    assert "moe/bias_range" not in load_metrics(noisy)

@@ -1,0 +1,202 @@
+"""The MoE layers against Hugging Face's and LitGPT's modules with the same weights: outputs and every gradient.
+
+The references round the gate values to float32 inside, so that float64 comparisons agree to float32's last digits only;
+`test_exact_against_plain_sum` has no such limit.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from litgpt.model import LLaMAMoE
+
+from litgpt_moe_ext.moe.experts import stack_experts, unstack_experts
+from litgpt_moe_ext.moe.layer import NoisyTopKMoE, SharedExpertMoE
+from tests.models import moe_config, noisy_config, randomize
+
+TOLERANCE = {"atol": 2e-5, "rtol": 1e-5}
+
+
+def assert_same_gradients(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], **tolerance: float) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[name], msg=lambda m, name=name: f"{name}: {m}", **tolerance)
+
+
+def gradients(module: torch.nn.Module, x: torch.Tensor, upstream: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the output and the gradients of all parameters and of the input."""
+    x = x.detach().requires_grad_()
+    output = module(x)
+    output = output[0] if isinstance(output, tuple) else output
+    output.backward(upstream)
+    # An expert without tokens has a gradient of zero in the stacked layout and none in a list of modules.
+    found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in module.named_parameters()}
+    return output.detach(), {**found, "input": x.grad}
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
+
+
+# A single token visits 2 of 8 experts: 6 experts receive none.
+@pytest.mark.parametrize("shape", [(2, 17, 16), (1, 1, 16)], ids=["batch", "one token"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"bias": True},
+        {"n_shared_expert": 2},
+        {"n_expert": 1, "n_expert_per_token": 1},
+        {"n_expert": 3, "n_expert_per_token": 3},
+        {"routed_scaling_factor": 2.5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("cls", [SharedExpertMoE, NoisyTopKMoE])
+def test_equals_llama_moe(settings, shape, cls):
+    """LitGPT takes the softmax of the k best logits: softmax scores, normalised; or noisy top-k without its noise."""
+    if cls is SharedExpertMoE:
+        config = moe_config(router_score_function="softmax", norm_topk_prob=True, **settings)
+    else:
+        config = noisy_config(**settings)
+    ours = randomize(cls(config).double()).eval()
+    theirs = LLaMAMoE(config).double()
+    weights = unstack_experts(ours.state_dict())
+    theirs.load_state_dict({n: w for n, w in weights.items() if n not in ("gate.e_score_correction_bias", "gate.noise_weight")})
+
+    x, upstream = inputs(shape, torch.float64)
+    our_output, our_gradients = gradients(ours, x, upstream)
+    their_output, their_gradients = gradients(theirs, x, upstream)
+
+    torch.testing.assert_close(our_output, their_output, **TOLERANCE)
+    our_gradients.pop("gate.noise_weight", None)
+    assert_same_gradients(unstack_experts(our_gradients), their_gradients, **TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("groups", [(4, 2), (2, 1), None], ids=str)
+def test_equals_deepseek_v3(dtype, normalize, groups):
+    from transformers import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+
+    n_group, topk_group = groups or (1, 1)
+    theirs = randomize(
+        DeepseekV3MoE(
+            DeepseekV3Config(
+                hidden_size=16,
+                moe_intermediate_size=12,
+                n_routed_experts=8,
+                num_experts_per_tok=3,
+                n_shared_experts=2,
+                n_group=n_group,
+                topk_group=topk_group,
+                norm_topk_prob=normalize,
+                routed_scaling_factor=2.5,
+            )
+        ).to(dtype)
+    )
+    # Its gate returns float32, which its experts cannot add to float64.
+    theirs.gate.register_forward_hook(lambda _module, _inputs, output: (output[0], output[1].to(dtype)))
+    # A positive bias: with negative biased scores Hugging Face lets experts of unselected groups win (it masks with 0).
+    theirs.gate.e_score_correction_bias.copy_(torch.rand(8))
+    settings = {} if groups is None else {"n_expert_groups": n_group, "n_topk_groups": topk_group, "n_topk_scores_per_group": 2}
+    config = moe_config(
+        n_expert_per_token=3, n_shared_expert=2, norm_topk_prob=normalize, routed_scaling_factor=2.5, **settings
+    )
+    ours = SharedExpertMoE(config).to(dtype)
+    ours.load_state_dict(from_hugging_face(theirs.state_dict()))
+
+    x, upstream = inputs((2, 19, 16), dtype)
+    our_output, our_gradients = gradients(ours, x, upstream)
+    their_output, their_gradients = gradients(theirs, x, upstream)
+
+    torch.testing.assert_close(our_output, their_output, **TOLERANCE)
+    assert_same_gradients(unstack_experts(our_gradients), from_hugging_face(their_gradients), **TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equals_mixtral(dtype):
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    theirs = randomize(
+        MixtralSparseMoeBlock(
+            MixtralConfig(hidden_size=16, intermediate_size=12, num_local_experts=8, num_experts_per_tok=2)
+        ).to(dtype)
+    )
+    ours = SharedExpertMoE(moe_config(router_score_function="softmax", norm_topk_prob=True)).to(dtype)
+    ours.load_state_dict(
+        {**from_hugging_face(theirs.state_dict()), "gate.e_score_correction_bias": torch.zeros(8)}
+    )
+
+    x, upstream = inputs((2, 3, 16), dtype)
+    our_output, our_gradients = gradients(ours, x, upstream)
+    their_output, their_gradients = gradients(theirs, x, upstream)
+
+    torch.testing.assert_close(our_output, their_output, **TOLERANCE)
+    assert_same_gradients(unstack_experts(our_gradients), from_hugging_face(their_gradients), **TOLERANCE)
+
+
+def from_hugging_face(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename the weights of Hugging Face's MoE blocks to LitGPT's per-expert names."""
+    names = {"gate_proj": "fc_1", "up_proj": "fc_2", "down_proj": "proj", "w1": "fc_1", "w3": "fc_2", "w2": "proj"}
+    return {".".join(names.get(part, part) for part in name.split(".")): weight for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
+def test_exact_against_plain_sum(score_function):
+    """The definition, written down token by token, to float64's last digits."""
+    config = moe_config(router_score_function=score_function, n_shared_expert=1)
+    moe = randomize(SharedExpertMoE(config).double())
+    moe.gate.e_score_correction_bias.normal_()
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+
+    expected = torch.empty_like(x)
+    for index in torch.cartesian_prod(torch.arange(2), torch.arange(5)):
+        token = x[tuple(index)]
+        logits = moe.gate.weight @ token
+        scores = logits.sigmoid() if score_function == "sigmoid" else logits.softmax(0)
+        chosen = (scores + moe.gate.e_score_correction_bias).topk(2).indices
+        output = moe.shared_experts(token)
+        for e in chosen:
+            gate, up = (moe.experts.gate_up_proj[e] @ token).chunk(2)
+            output = output + scores[e] * (moe.experts.down_proj[e] @ (F.silu(gate) * up))
+        expected[tuple(index)] = output
+
+    torch.testing.assert_close(moe(x), expected, atol=1e-12, rtol=1e-12)
+
+
+def test_gradcheck():
+    """Analytic gradients equal numerical ones, with experts that receive no token among them."""
+    moe = randomize(SharedExpertMoE(moe_config(n_embd=4, n_head=1, n_query_groups=1, moe_intermediate_size=3)).double(), std=1.0)
+    x = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
+    parameters = dict(moe.named_parameters())
+
+    def run(x, *values):
+        return torch.func.functional_call(moe.eval(), dict(zip(parameters, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(run, (x, *parameters.values()))
+
+
+def test_per_expert_layout_round_trip():
+    moe = randomize(SharedExpertMoE(moe_config(bias=True)))
+    per_expert = unstack_experts(moe.state_dict())
+    assert "experts.7.fc_2.weight" in per_expert
+    assert "experts.0.proj.bias" in per_expert
+    stack_experts(per_expert, "experts.", 8)
+    assert per_expert.keys() == moe.state_dict().keys()
+    assert all(torch.equal(per_expert[name], weight) for name, weight in moe.state_dict().items())
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_bfloat16_stays_close_to_float32(precision):
+    moe = randomize(SharedExpertMoE(moe_config(n_shared_expert=1)), std=0.2)
+    x = torch.randn(2, 16, 16)
+    expected = moe(x)
+    if precision == "bf16-mixed":
+        with torch.autocast("cpu", torch.bfloat16):
+            output = moe(x)
+    else:
+        output = moe.bfloat16()(x.bfloat16())
+        assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), expected, atol=0.02, rtol=0.05)
