@@ -8,6 +8,7 @@ Nothing here imports torch or LitGPT: the rules work on any object that has the 
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -69,7 +70,9 @@ def resolve_and_validate(config: Any) -> None:
 def _refuse(config: Any, name: str, reason: str, unset: Any = None) -> None:
     value = getattr(config, name)
     if value != unset:
-        raise ValueError(f"{name}: {value!r} would be ignored because {reason}. Remove it from the model configuration.")
+        raise ValueError(
+            f"{name}: {value!r} would be ignored because {reason}. Remove it from the model configuration."
+        )
 
 
 def _require_integer(config: Any, name: str, low: int, high: int | None, why: str) -> None:
@@ -165,7 +168,9 @@ def extend_config(config_class: type, validate_attention: Callable[[Any], None])
     if "attention_class_name" in config_class.__dataclass_fields__:
         return
     annotations = config_class.__annotations__
-    annotations["mlp_class_name"] = Literal[(*get_args(annotations["mlp_class_name"]), *MLP_CLASS_NAMES)]
+    mlp_class_names = (*get_args(annotations["mlp_class_name"]), *MLP_CLASS_NAMES)
+    # Checked below instead of by type, which gives a message that names the choices.
+    annotations["mlp_class_name"] = str
     for name, annotation in EXTRA_FIELDS.items():
         annotations[name] = annotation
         setattr(config_class, name, None)
@@ -173,6 +178,12 @@ def extend_config(config_class: type, validate_attention: Callable[[Any], None])
     original_post_init = config_class.__post_init__
 
     def __post_init__(self: Any) -> None:
+        if self.mlp_class_name not in mlp_class_names and not hasattr(
+            sys.modules.get("litgpt.model"), self.mlp_class_name
+        ):
+            raise ValueError(
+                f"mlp_class_name: {self.mlp_class_name!r} is unknown; choose from {', '.join(mlp_class_names)}"
+            )
         resolve_and_validate(self)
         # LitGPT asserts that only its own MoE class has leading dense layers.
         first_k_dense_replace = self.first_k_dense_replace

@@ -1,6 +1,10 @@
 """Settings for all tests: offline, reproducible, and one thread per process (several processes share the cores)."""
 
+import logging
 import os
+
+# Log handlers made during one test write to the streams that pytest replaced after it.
+logging.raiseExceptions = False
 
 os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

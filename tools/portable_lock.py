@@ -42,7 +42,9 @@ def main() -> int:
     with open(args.check, encoding="utf-8", newline="") as file:
         lock = file.read()
     if lock != portable(lock) or "://" in lock:
-        print(f"{args.check} names download hosts: store it with `python tools/portable_lock.py < FILE`", file=sys.stderr)
+        print(
+            f"{args.check} names download hosts: store it with `python tools/portable_lock.py < FILE`", file=sys.stderr
+        )
         return 1
     return 0
 

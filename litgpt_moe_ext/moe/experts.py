@@ -131,5 +131,7 @@ def unstack_experts(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
             result[key] = value
             continue
         for e, expert in enumerate(value.unbind()):
-            result |= {f"{prefix}.{e}.{part}": tensor for part, tensor in zip(names, expert.chunk(len(names)), strict=True)}
+            result |= {
+                f"{prefix}.{e}.{part}": tensor for part, tensor in zip(names, expert.chunk(len(names)), strict=True)
+            }
     return result

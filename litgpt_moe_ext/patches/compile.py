@@ -45,7 +45,9 @@ class Platform:
 def probe_platform(device_type: str) -> Platform:
     """Look at this machine."""
     system = platform.system()
-    compilers = [os.environ.get("CXX"), "cl"] if system == "Windows" else [os.environ.get("CXX"), "g++", "clang++", "c++"]
+    compilers = (
+        [os.environ.get("CXX"), "cl"] if system == "Windows" else [os.environ.get("CXX"), "g++", "clang++", "c++"]
+    )
     capability = None
     if device_type == "cuda":
         import torch

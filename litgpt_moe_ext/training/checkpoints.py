@@ -89,7 +89,9 @@ def _step_of(checkpoint_dir: Path) -> int | None:
 def newest_first(out_dir: Path) -> Iterator[Path]:
     """Yield the checkpoint directories of a run (`step-*` and `final`), the furthest trained first, whole or not."""
     steps = {path: _step_of(path) for path in out_dir.glob("*") if path.is_dir() and not path.name.startswith(".")}
-    yield from sorted((path for path, step in steps.items() if step is not None), key=lambda p: (steps[p], p.name == "final"))[::-1]
+    yield from sorted(
+        (path for path, step in steps.items() if step is not None), key=lambda p: (steps[p], p.name == "final")
+    )[::-1]
 
 
 def find_resume_file(
@@ -127,7 +129,9 @@ def find_resume_file(
             "choose another --out_dir."
         )
     if resume is True:
-        raise FileNotFoundError(f"resume: true, but there is no checkpoint in out_dir: {str(out_dir)!r}; use --resume auto")
+        raise FileNotFoundError(
+            f"resume: true, but there is no checkpoint in out_dir: {str(out_dir)!r}; use --resume auto"
+        )
     return False
 
 

@@ -28,7 +28,9 @@ def check_batch(global_batch_size: int, micro_batch_size: int, processes: int) -
 def check_length(max_seq_length: int | None, block_size: int) -> None:
     """Raise ValueError unless the training length is one the model has positions for."""
     if max_seq_length is not None and not 1 <= max_seq_length <= block_size:
-        raise ValueError(f"train.max_seq_length: {max_seq_length} must be from 1 to the model's block_size: {block_size}")
+        raise ValueError(
+            f"train.max_seq_length: {max_seq_length} must be from 1 to the model's block_size: {block_size}"
+        )
 
 
 def check_writable(out_dir: Path) -> None:

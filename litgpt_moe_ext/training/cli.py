@@ -3,6 +3,8 @@
 The command line beats the YAML file, which beats the defaults, in whatever order they stand.
 """
 
+import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,13 +48,31 @@ def normalize(arguments: Sequence[str], default_config: Path) -> list[str]:
     return (configs or ["--config", str(default_config)]) + others
 
 
+# What jsonargparse says about a setting that may also be null, around the sentence that matters.
+_NOISE = re.compile(
+    r"\s*(Does not validate against any of|Subtypes:|Errors:$|- Expected a <class 'NoneType'>|Given value)"
+)
+
+
+def plain_error(message: str) -> str:
+    """Return the part of a jsonargparse error that tells the user something."""
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines() if not _NOISE.match(line)]
+    return " ".join(lines)
+
+
 def build_parser():
     """Return the jsonargparse parser of `entry.setup`."""
-    from jsonargparse import ArgumentParser, set_docstring_parse_options
+    import jsonargparse
+    from jsonargparse import set_docstring_parse_options
 
     from litgpt_moe_ext.training.entry import setup
 
     set_docstring_parse_options(attribute_docstrings=True)
+
+    class ArgumentParser(jsonargparse.ArgumentParser):
+        def error(self, message: str, *args, **kwargs):
+            super().error(plain_error(message), *args, **kwargs)
+
     parser = ArgumentParser(prog="run_train.py", usage=USAGE, description=setup.__doc__.splitlines()[0], epilog=EPILOG)
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
     parser.add_function_arguments(setup, as_group=False, fail_untyped=False)
@@ -75,8 +95,14 @@ def main(arguments: Sequence[str] | None = None, default_config: Path = Path("co
 
         print_help()
         return 0
+    # litdata, which LitGPT imports, otherwise asks the package index for its newest version and waits if it is offline.
+    os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
     parser = build_parser()
-    values = parser.instantiate_classes(parser.parse_args(arguments)).as_dict()
+    parsed = parser.parse_args(arguments)
+    try:
+        values = parser.instantiate_classes(parsed).as_dict()
+    except ValueError as error:
+        parser.error(str(error))
     values.pop("config", None)
     return _train(values)
 

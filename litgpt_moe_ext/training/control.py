@@ -56,7 +56,9 @@ class StopRequests:
         if self._received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._received = number
-        self._say(f"{signal.Signals(number).name} received: finishing the step, then saving. Ctrl-C again quits at once.")
+        self._say(
+            f"{signal.Signals(number).name} received: finishing the step, then saving. Ctrl-C again quits at once."
+        )
 
     def agreed(self, fabric: Any) -> int:
         """Return the signal that any process received, or 0. Every process must call at the same point."""
@@ -68,18 +70,20 @@ class StopRequests:
 
 
 class StepLimits:
-    """LitGPT's `train.max_steps` and `train.max_time`, which its own `pretrain` ignores.
+    """Where training ends: after its last whole step, or by LitGPT's `train.max_steps` and `train.max_time`.
+
+    LitGPT's own `pretrain` ignores the two settings, and at the end of `train.max_tokens` it fetches a batch that it does
+    not train on, which the data position in the final checkpoint then has passed.
 
     Args:
-        max_steps: Optimizer steps of the whole training, or None.
+        total_steps: Optimizer steps of the whole training.
         max_time: Seconds of this run, or None.
     """
 
-    def __init__(self, max_steps: int | None, max_time: float | None) -> None:
-        self._max_steps = max_steps
+    def __init__(self, total_steps: int, max_time: float | None) -> None:
+        self._total_steps = total_steps
         self._deadline = None if max_time is None else time.monotonic() + max_time
 
     def reached(self, step: int) -> bool:
         """Whether training shall end after `step` optimizer steps."""
-        out_of_steps = self._max_steps is not None and step >= self._max_steps
-        return out_of_steps or (self._deadline is not None and time.monotonic() >= self._deadline)
+        return step >= self._total_steps or (self._deadline is not None and time.monotonic() >= self._deadline)

@@ -20,7 +20,6 @@ from litgpt_moe_ext.training.checks import (
     check_batch,
     check_checkpoint_dir,
     check_length,
-    check_tokenizer,
     check_writable,
 )
 
@@ -124,8 +123,12 @@ def _resolve_config(model_name: str, model_config: Config | None) -> Config:
     if model_config is not None:
         return model_config
     if not model_name:
-        raise ValueError("model_config: None: give a model_config (see configs/) or the model_name of one of LitGPT's models")
+        raise ValueError(
+            "model_config: None: give a model_config (see configs/) or the model_name of one of LitGPT's models"
+        )
     try:
         return Config.from_name(model_name)
     except ValueError as error:
-        raise ValueError(f"model_name: {model_name!r} is none of LitGPT's; `litgpt pretrain list` prints them") from error
+        raise ValueError(
+            f"model_name: {model_name!r} is none of LitGPT's; `litgpt pretrain list` prints them"
+        ) from error

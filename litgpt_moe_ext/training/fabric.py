@@ -54,7 +54,9 @@ class TrainingFabric(L.Fabric):
         super().log_dict(metrics, step)
         self.call("on_logged", metrics=metrics)
 
-    def load(self, path: str | Path, state: dict[str, Any] | None = None, strict: bool = True, **kwargs: Any) -> dict[str, Any]:
+    def load(
+        self, path: str | Path, state: dict[str, Any] | None = None, strict: bool = True, **kwargs: Any
+    ) -> dict[str, Any]:
         remainder = super().load(path, state, strict, **kwargs)
         self.resumed_rng = remainder.pop("rng", None)
         return remainder

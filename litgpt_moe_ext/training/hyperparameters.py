@@ -32,7 +32,11 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [to_plain(item) for item in value]
     if dataclasses.is_dataclass(value):
-        fields = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init and not _unset(f, value)}
+        fields = {
+            f.name: to_plain(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if f.init and not _unset(f, value)
+        }
         if _is_data_module(value):
             cls = type(value)
             return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": fields}

@@ -31,6 +31,7 @@ class HookedLoop:
     Args:
         fabric: The running `TrainingFabric`.
         train: Training arguments.
+        total_steps: Optimizer steps of the whole training.
         out_dir: The run's directory.
         tokenizer_dir: Tokenizer to copy into checkpoints, or None.
         resume_file: Model file to resume from, or False.
@@ -45,6 +46,7 @@ class HookedLoop:
         self,
         fabric: Any,
         train: TrainArgs,
+        total_steps: int,
         out_dir: Path,
         tokenizer_dir: Path | None,
         resume_file: Path | bool,
@@ -52,6 +54,7 @@ class HookedLoop:
     ) -> None:
         self.fabric = fabric
         self.train = train
+        self.total_steps = total_steps
         self.out_dir = out_dir
         self.tokenizer_dir = tokenizer_dir
         self.resume_file = resume_file
@@ -68,7 +71,7 @@ class HookedLoop:
 
         def fit(*args: Any, **kwargs: Any) -> None:
             self.state = kwargs["state"]
-            self.limits = StepLimits(self.train.max_steps, self.train.max_time)
+            self.limits = StepLimits(self.total_steps, self.train.max_time)
             first_iteration, started = self.state["iter_num"], time.perf_counter()
             try:
                 with self.stop_requests.listening():

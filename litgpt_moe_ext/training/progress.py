@@ -47,6 +47,7 @@ class Reporter:
         self._console = Console(highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._task: Any = None
+        self._first: tuple[float, int] | None = None
         self._previous: tuple[float, int] | None = None
         self.val_loss: float | None = None
 
@@ -88,8 +89,16 @@ class Reporter:
         if self._draw:
             self._update_bar(metrics["step"], " · ".join(parts))
         else:
-            left = timedelta(seconds=int(metrics["remaining_time"]))
-            print(" | ".join([f"step {metrics['step']}/{self._total_steps}", *parts, f"{left} left"]), flush=True)
+            if left := self._time_left(now, metrics["step"]):
+                parts.append(f"{left} left")
+            print(" | ".join([f"step {metrics['step']}/{self._total_steps}", *parts]), flush=True)
+
+    def _time_left(self, now: float, step: int) -> str:
+        self._first = self._first or (now, step)
+        started, first_step = self._first
+        if step == first_step:
+            return ""
+        return str(timedelta(seconds=round((now - started) / (step - first_step) * (self._total_steps - step))))
 
     def _update_bar(self, step: int, text: str) -> None:
         if self._progress is None:

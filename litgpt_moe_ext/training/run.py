@@ -48,17 +48,22 @@ class Run:
         steps = (train.max_tokens or 0) // self.tokens_per_step
         self.total_steps = steps if train.max_steps is None else min(steps, train.max_steps)
         self.reporter = Reporter(self.total_steps, progress)
+        self.fabric: TrainingFabric | None = None
         self.tokenizer: Tokenizer | None = None
         self.tokenizer_dir: Path | None = None
         self.resume_file: Path | bool = False
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
-        """Release the terminal and the process group whatever happens in the scope."""
+        """Release the terminal, the loggers and the process group whatever happens in the scope."""
+        status = "failed"
         try:
             yield
+            status = "success"
         finally:
             self.reporter.close()
+            for logger in self.fabric.loggers if self.fabric is not None else ():
+                logger.finalize(status)
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
 
@@ -149,7 +154,13 @@ class Run:
         decision = decide(compile, self.config, probe_platform(self.fabric.device.type))
         self._announce(decision)
         loop = HookedLoop(
-            self.fabric, self.train_args, self.out_dir, self.tokenizer_dir, self.resume_file, self.settings
+            self.fabric,
+            self.train_args,
+            self.total_steps,
+            self.out_dir,
+            self.tokenizer_dir,
+            self.resume_file,
+            self.settings,
         )
         with loop.installed(), compile_scope(decision):
             litgpt.pretrain.main(
@@ -185,7 +196,9 @@ class Run:
             say(f"Resuming from {self.resume_file.parent}")
 
     def _conclude(self, loop: HookedLoop) -> None:
-        per_iteration = self.tokens_per_step // self.train_args.gradient_accumulation_iters(self.devices, self.num_nodes)
+        per_iteration = self.tokens_per_step // self.train_args.gradient_accumulation_iters(
+            self.devices, self.num_nodes
+        )
         tokens = loop.trained_iterations * per_iteration
         say = self.fabric.print
         if tokens:

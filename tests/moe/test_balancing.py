@@ -125,7 +125,9 @@ def test_two_models_do_not_disturb_each_other():
     assert second.gate.counter.pending
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
 def test_copies_are_balanced_too(duplicate):
     moe = duplicate(make_moe())
     optimizer = torch.optim.SGD(moe.parameters(), lr=1e-3)

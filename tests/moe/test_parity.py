@@ -22,7 +22,9 @@ def assert_same_gradients(ours: dict[str, torch.Tensor], theirs: dict[str, torch
         torch.testing.assert_close(gradient, theirs[name], msg=lambda m, name=name: f"{name}: {m}", **tolerance)
 
 
-def gradients(module: torch.nn.Module, x: torch.Tensor, upstream: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def gradients(
+    module: torch.nn.Module, x: torch.Tensor, upstream: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return the output and the gradients of all parameters and of the input."""
     x = x.detach().requires_grad_()
     output = module(x)
@@ -61,7 +63,9 @@ def test_equals_llama_moe(settings, shape, cls):
     ours = randomize(cls(config).double()).eval()
     theirs = LLaMAMoE(config).double()
     weights = unstack_experts(ours.state_dict())
-    theirs.load_state_dict({n: w for n, w in weights.items() if n not in ("gate.e_score_correction_bias", "gate.noise_weight")})
+    theirs.load_state_dict(
+        {n: w for n, w in weights.items() if n not in ("gate.e_score_correction_bias", "gate.noise_weight")}
+    )
 
     x, upstream = inputs(shape, torch.float64)
     our_output, our_gradients = gradients(ours, x, upstream)
@@ -99,7 +103,11 @@ def test_equals_deepseek_v3(dtype, normalize, groups):
     theirs.gate.register_forward_hook(lambda _module, _inputs, output: (output[0], output[1].to(dtype)))
     # A positive bias: with negative biased scores Hugging Face lets experts of unselected groups win (it masks with 0).
     theirs.gate.e_score_correction_bias.copy_(torch.rand(8))
-    settings = {} if groups is None else {"n_expert_groups": n_group, "n_topk_groups": topk_group, "n_topk_scores_per_group": 2}
+    settings = (
+        {}
+        if groups is None
+        else {"n_expert_groups": n_group, "n_topk_groups": topk_group, "n_topk_scores_per_group": 2}
+    )
     config = moe_config(
         n_expert_per_token=3, n_shared_expert=2, norm_topk_prob=normalize, routed_scaling_factor=2.5, **settings
     )
@@ -125,9 +133,7 @@ def test_equals_mixtral(dtype):
         ).to(dtype)
     )
     ours = SharedExpertMoE(moe_config(router_score_function="softmax", norm_topk_prob=True)).to(dtype)
-    ours.load_state_dict(
-        {**from_hugging_face(theirs.state_dict()), "gate.e_score_correction_bias": torch.zeros(8)}
-    )
+    ours.load_state_dict({**from_hugging_face(theirs.state_dict()), "gate.e_score_correction_bias": torch.zeros(8)})
 
     x, upstream = inputs((2, 3, 16), dtype)
     our_output, our_gradients = gradients(ours, x, upstream)
@@ -168,7 +174,9 @@ def test_exact_against_plain_sum(score_function):
 
 def test_gradcheck():
     """Analytic gradients equal numerical ones, with experts that receive no token among them."""
-    moe = randomize(SharedExpertMoE(moe_config(n_embd=4, n_head=1, n_query_groups=1, moe_intermediate_size=3)).double(), std=1.0)
+    moe = randomize(
+        SharedExpertMoE(moe_config(n_embd=4, n_head=1, n_query_groups=1, moe_intermediate_size=3)).double(), std=1.0
+    )
     x = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
     parameters = dict(moe.named_parameters())
 

@@ -1,0 +1,32 @@
+"""Data modules that recipes name by class path, and the tools they are built from.
+
+``litgpt_moe_ext.data.PythonStdlib`` is resolved on first access: the class derives from ``litgpt.data.DataModule``,
+whose import takes seconds, and preparing a corpus needs neither LitGPT nor torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.data.loader import TokenLoader
+    from litgpt_moe_ext.data.python_stdlib import PythonStdlib
+
+__all__ = ["PythonStdlib", "TokenLoader"]
+
+_HOME = {
+    "PythonStdlib": "litgpt_moe_ext.data.python_stdlib",
+    "TokenLoader": "litgpt_moe_ext.data.loader",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value  # the next access is an ordinary attribute
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_HOME))

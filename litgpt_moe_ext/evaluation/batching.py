@@ -1,0 +1,112 @@
+"""How many requests go through the model at once."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# Where the search for the largest batch that fits begins; lm-eval's default as well.
+LARGEST_AUTOMATIC = 64
+# Running out of memory on a CPU ends the process or the machine's responsiveness, so nothing is tried out there.
+AUTOMATIC_ON_CPU = 8
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    """The `batch_size` setting.
+
+    Attributes:
+        size: Number of requests per batch, or the first one to try.
+        searches: How often the largest size that fits is searched, at equal distances along the requests; 0 for a fixed
+            size. Requests get shorter along the way, so that later searches may find a larger one.
+    """
+
+    size: int
+    searches: int = 0
+
+    @classmethod
+    def parse(cls, batch_size: int | str, device: torch.device) -> "BatchSize":
+        """Read the setting: a positive integer, "auto", or "auto:N" for N searches.
+
+        Raises:
+            ValueError: If it is something else.
+        """
+        name, _, searches = str(batch_size).partition(":")
+        automatic = name == "auto" and (searches.isdecimal() and int(searches) > 0 or batch_size == "auto")
+        if automatic and device.type == "cpu":
+            print(f"batch_size: {batch_size} means {AUTOMATIC_ON_CPU} on the CPU.")
+            return cls(AUTOMATIC_ON_CPU)
+        if automatic:
+            return cls(LARGEST_AUTOMATIC, searches=int(searches or 1))
+        if isinstance(batch_size, bool) or not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise ValueError(f"batch_size: {batch_size!r} must be a positive integer, 'auto', or 'auto:N' with N >= 1")
+        return cls(int(batch_size))
+
+    def run(self, items: Sequence[Item], function: Callable[[Sequence[Item]], Result]) -> Iterator[Result]:
+        """Apply `function` to one batch of `items` after the other.
+
+        Args:
+            items: What to process, most expensive first, so that running out of memory comes early.
+            function: Called with consecutive slices. It is called again with a smaller one if it runs out of memory and
+                the size is automatic.
+
+        Yields:
+            What `function` returns, in order.
+
+        Raises:
+            RuntimeError: What the backend raises when memory runs out, with a note that names the setting.
+        """
+        start, size = 0, self.size
+        # Integer arithmetic puts the first search at item 0 and never two at the same item.
+        search_at = {len(items) * i // self.searches for i in range(self.searches)}
+        announce = False
+        while start < len(items):
+            if any(position <= start for position in search_at):
+                search_at = {position for position in search_at if position > start}
+                size, announce = self.size, True
+            batch = items[start : start + size]
+            try:
+                result = function(batch)
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if not self.searches or len(batch) == 1:
+                    error.add_note(f"batch_size: {len(batch)} does not fit into memory; take a smaller one, or 'auto'.")
+                    raise
+                result = None
+                while size >= len(batch):
+                    size //= 2
+            if result is None:
+                # Outside the `except` block, where the error no longer keeps the tensors of the failed call alive.
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                continue
+            if announce:
+                print(f"batch_size: auto chose {size}.")
+                announce = False
+            yield result
+            start += len(batch)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # Not every backend has the exception class of its own that CUDA has.
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
+def pad_right(sequences: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+    """Stack token sequences of different lengths.
+
+    Args:
+        sequences: B sequences of token numbers.
+        device: Where to put the result.
+
+    Returns:
+        (B, length of the longest), int64, filled up with token 0 on the right.
+    """
+    longest = max(len(sequence) for sequence in sequences)
+    rows = [[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences]
+    return torch.tensor(rows, dtype=torch.long, device=device)

@@ -1,0 +1,189 @@
+"""Generation for a batch of prompts of different lengths, through LitGPT's key/value cache.
+
+Shape suffixes: B batch, T tokens of a prompt, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from litgpt import GPT
+from litgpt.generate.base import sample
+from litgpt.model import CausalSelfAttention
+from torch import Tensor
+
+from litgpt_moe_ext.evaluation.batching import pad_right
+
+# Settings of Hugging Face's `generate` that tasks spell out although these values mean nothing special.
+_NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "use_cache": True, "min_p": 0.0}
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """What a task's `generation_kwargs` say.
+
+    Attributes:
+        until: Strings that end the text; they are not part of it.
+        max_gen_toks: Largest number of tokens to generate.
+        temperature: 0 for the most probable token each time.
+        top_k: Number of most probable tokens to sample from, or None for all. (Hugging Face's default is 50.)
+        top_p: Probability mass to sample from.
+    """
+
+    until: tuple[str, ...] = ()
+    max_gen_toks: int = 256
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    @classmethod
+    def parse(cls, generation_kwargs: dict[str, Any], default_max_gen_toks: int) -> "GenerationSettings":
+        """Read `generation_kwargs` as lm-eval's Hugging Face model does: it samples only where `do_sample` is true.
+
+        Args:
+            generation_kwargs: The task's settings.
+            default_max_gen_toks: Used where they do not name `max_gen_toks`.
+
+        Raises:
+            ValueError: If a setting is not supported or out of range; the message names it.
+        """
+        settings = dict(generation_kwargs)
+        until = settings.pop("until", None) or []
+        max_gen_toks = settings.pop("max_gen_toks", default_max_gen_toks)
+        do_sample = settings.pop("do_sample", False)
+        temperature = float(settings.pop("temperature", None) or 0.0) if "temperature" in settings else 1.0
+        top_k = settings.pop("top_k", None)
+        top_p = settings.pop("top_p", None)
+        for name, value in settings.items():
+            if value is not None and (name not in _NEUTRAL or value != _NEUTRAL[name]):
+                raise ValueError(
+                    f"generation_kwargs: {name}: {value!r} is not supported; remove it from the task (supported are "
+                    "until, max_gen_toks, do_sample, temperature, top_k, top_p)"
+                )
+        if max_gen_toks < 1 or temperature < 0:
+            raise ValueError(
+                f"generation_kwargs: max_gen_toks: {max_gen_toks} must be at least 1, "
+                f"temperature: {temperature} at least 0"
+            )
+        return cls(
+            until=tuple([until] if isinstance(until, str) else until),
+            max_gen_toks=max_gen_toks,
+            temperature=temperature if do_sample else 0.0,
+            top_k=top_k or None,
+            top_p=1.0 if top_p is None else top_p,
+        )
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+    is_finished: Callable[[list[int]], bool],
+) -> list[list[int]]:
+    """Continue prompts.
+
+    Args:
+        model: The model, in evaluation mode.
+        prompts: B non-empty prompts. The longest and `max_gen_toks` together must not exceed the model's block size.
+        settings: How to choose tokens, and how many.
+        is_finished: Called with the tokens generated so far for one prompt; true ends that prompt's continuation.
+
+    Returns:
+        The generated tokens of each prompt, including those for which `is_finished` said yes.
+    """
+    forward = _CachedForward if supports_padded_cache(model) else _PlainForward
+    generated: list[list[int]] = [[] for _ in prompts]
+    running = [True] * len(prompts)
+    try:
+        steps = forward(model, prompts, settings.max_gen_toks)
+        logits_BV = steps.first()
+        for step in range(settings.max_gen_toks):
+            token_B = _choose(logits_BV, settings)
+            for row, token in enumerate(token_B.tolist()):
+                if running[row]:
+                    generated[row].append(token)
+                    running[row] = not is_finished(generated[row])
+            if not any(running) or step + 1 == settings.max_gen_toks:
+                break
+            logits_BV = steps.next(token_B)
+    finally:
+        model.clear_kv_cache()
+    return generated
+
+
+def supports_padded_cache(model: GPT) -> bool:
+    """Whether the model's cache holds every position.
+
+    LitGPT's own attention keeps a ring buffer for a sliding window, where padding would displace tokens and a prompt
+    longer than the window is refused.
+    """
+    return not any(
+        type(block.attn) is CausalSelfAttention and block.attn.apply_sliding_window_attention
+        for block in model.transformer.h
+    )
+
+
+def _choose(logits_BV: Tensor, settings: GenerationSettings) -> Tensor:
+    if settings.temperature == 0:
+        return logits_BV.argmax(dim=-1)
+    tokens = [
+        sample(logits_V.view(1, 1, -1), settings.temperature, settings.top_k, settings.top_p).view(())
+        for logits_V in logits_BV
+    ]
+    return torch.stack(tokens).long()
+
+
+class _CachedForward:
+    """Logits of the next token, with a cache.
+
+    Prompts are padded on the right. The padding writes keys and values behind each prompt's end, but the mask hides
+    positions after a token's own, and the first token to reach such a position overwrites it.
+    """
+
+    def __init__(self, model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        self.model = model
+        weight = model.lm_head.weight
+        self.prompts_BT = pad_right(prompts, weight.device)
+        self.position_B = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
+        self.length = self.prompts_BT.size(1)
+        model.set_kv_cache(
+            batch_size=len(prompts),
+            max_seq_length=self.length + max_new_tokens,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+
+    def first(self) -> Tensor:
+        positions_T = torch.arange(self.length, device=self.prompts_BT.device)
+        logits_BTV = self.model(self.prompts_BT, positions_T, input_pos_maxp1=self.length)
+        return _last(logits_BTV, self.position_B)
+
+    def next(self, token_B: Tensor) -> Tensor:
+        self.length += 1
+        logits_B1V = self.model(token_B[:, None], self.position_B[:, None], input_pos_maxp1=self.length)
+        self.position_B = self.position_B + 1
+        return logits_B1V[:, 0]
+
+
+class _PlainForward:
+    """The same by running the whole text through the model for each token: the reference, and for ring buffers."""
+
+    def __init__(self, model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        self.model = model
+        self.texts = [list(prompt) for prompt in prompts]
+
+    def first(self) -> Tensor:
+        device = self.model.lm_head.weight.device
+        length_B = torch.tensor([len(text) for text in self.texts], device=device)
+        return _last(self.model(pad_right(self.texts, device)), length_B)
+
+    def next(self, token_B: Tensor) -> Tensor:
+        for text, token in zip(self.texts, token_B.tolist(), strict=True):
+            text.append(token)
+        return self.first()
+
+
+def _last(logits_BTV: Tensor, length_B: Tensor) -> Tensor:
+    return logits_BTV[torch.arange(len(logits_BTV), device=length_B.device), length_B - 1]

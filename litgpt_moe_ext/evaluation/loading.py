@@ -1,0 +1,95 @@
+"""Open a LitGPT checkpoint directory for inference."""
+
+from pathlib import Path
+
+import torch
+from litgpt import GPT, Config, Tokenizer
+
+WEIGHTS_FILE = "lit_model.pth"
+CONFIG_FILE = "model_config.yaml"
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+def check_checkpoint_dir(checkpoint_dir: Path) -> None:
+    """Check that a directory holds what `litgpt pretrain` writes: weights, model configuration and tokenizer.
+
+    Args:
+        checkpoint_dir: The directory.
+
+    Raises:
+        FileNotFoundError: If the directory or one of its files is missing; the message names them and a remedy.
+    """
+    if not checkpoint_dir.is_dir():
+        raise FileNotFoundError(
+            f"checkpoint_dir: {str(checkpoint_dir)!r} is not a directory. Name the folder that holds {WEIGHTS_FILE}, "
+            "or get a published model with `litgpt download` first."
+        )
+    missing = [name for name in (WEIGHTS_FILE, CONFIG_FILE) if not (checkpoint_dir / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"checkpoint_dir: {str(checkpoint_dir)!r} lacks {' and '.join(missing)}. `litgpt pretrain` writes them to "
+            "`out_dir/final` and `out_dir/step-*`."
+        )
+    if not any((checkpoint_dir / name).is_file() for name in VOCABULARY_FILES):
+        raise FileNotFoundError(
+            f"checkpoint_dir: {str(checkpoint_dir)!r} has no tokenizer ({' or '.join(VOCABULARY_FILES)}). Copy the "
+            "tokenizer's files of the training data there; `litgpt pretrain --tokenizer_dir ...` does so by itself."
+        )
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """Turn the `dtype` setting into a floating point type.
+
+    Args:
+        dtype: A torch type, its name ("bfloat16"), or None or "auto" for the type of the weights in the checkpoint.
+
+    Returns:
+        The type, or None for that of the checkpoint.
+
+    Raises:
+        ValueError: If it is no floating point type.
+    """
+    if dtype is None or dtype == "auto":
+        return None
+    parsed = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(parsed, torch.dtype) or not parsed.is_floating_point:
+        raise ValueError(f"dtype: {dtype!r} is unknown; choose from float32, bfloat16, float16, float64, auto")
+    return parsed
+
+
+def load_model(checkpoint_dir: Path, device: torch.device, dtype: torch.dtype | None = None) -> GPT:
+    """Build the model that `model_config.yaml` describes and give it the weights of `lit_model.pth`.
+
+    Args:
+        checkpoint_dir: A directory that `check_checkpoint_dir` accepts.
+        device: Where the model goes.
+        dtype: Floating point type of its weights, by default that of the checkpoint. Rotary tables stay float32, as in
+            Hugging Face's models, and so does whatever the plugin's layers keep in float32.
+
+    Returns:
+        The model, in evaluation mode and without gradients.
+
+    Raises:
+        ValueError: If weights and configuration do not belong together.
+    """
+    config = Config.from_file(checkpoint_dir / CONFIG_FILE)
+    weights_path = checkpoint_dir / WEIGHTS_FILE
+    # A training checkpoint holds the optimizer and settings as well, as pickled objects; LitGPT's commands unpickle
+    # them too. Memory mapping leaves on disk what is not used.
+    checkpoint = torch.load(weights_path, map_location="cpu", mmap=True, weights_only=False)
+    with torch.device("meta"):
+        model = GPT(config)
+    try:
+        model.load_state_dict(checkpoint.get("model", checkpoint), assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"checkpoint_dir: {weights_path} does not fit {CONFIG_FILE} beside it. {error}") from error
+    rotary_tables = model.rope_cache(device=device)
+    model.cos, model.sin = rotary_tables
+    model.to(device=device, dtype=dtype or model.lm_head.weight.dtype)
+    model.cos, model.sin = rotary_tables
+    return model.requires_grad_(False).eval()
+
+
+def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
+    """Open the tokenizer of a checkpoint directory that `check_checkpoint_dir` accepts."""
+    return Tokenizer(checkpoint_dir)

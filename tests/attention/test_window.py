@@ -1,0 +1,50 @@
+"""Sliding windows by blocks against one mask over everything."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from litgpt_moe_ext.attention.window import sliding_window_attention, window_mask
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+
+
+def full_mask(T: int, window: int) -> torch.Tensor:
+    return torch.tensor([[i - window < j <= i for j in range(T)] for i in range(T)])
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 5, 11, 12, 13, 40])
+@pytest.mark.parametrize("T", [1, 12])
+@pytest.mark.parametrize("B", [1, 3])
+def test_blocks_equal_one_mask(B: int, T: int, window: int) -> None:
+    q = torch.randn(B, 4, T, 6, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(B, 2, T, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    out = sliding_window_attention(attend, q, k, v, window)
+    expected = attend(q, k, v, full_mask(T, window))
+    torch.testing.assert_close(out, expected)
+    dout = torch.randn_like(out)
+    torch.testing.assert_close(
+        torch.autograd.grad(out, (q, k, v), dout), torch.autograd.grad(expected, (q, k, v), dout)
+    )
+
+
+def test_no_mask_over_everything_is_built() -> None:
+    sizes = []
+
+    def record(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        sizes.append(None if mask is None else tuple(mask.shape))
+        return attend(q, k, v, mask)
+
+    x = torch.randn(1, 2, 30, 4)
+    sliding_window_attention(record, x, x, x, 8)
+    assert sizes == [None, (8, 16)]
+
+
+def test_window_mask() -> None:
+    assert torch.equal(window_mask(torch.arange(9), 9, 4), full_mask(9, 4))
+    batched = window_mask(torch.tensor([[3, 4], [7, 0]]), 8, 4)
+    assert batched.shape == (2, 1, 2, 8)
+    assert torch.equal(batched[0, 0], full_mask(8, 4)[[3, 4]])
+    assert torch.equal(batched[1, 0], full_mask(8, 4)[[7, 0]])

@@ -1,0 +1,173 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from litgpt.tokenizer import Tokenizer
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import models
+from transformers import AutoTokenizer
+
+from litgpt_moe_ext.data import tokenizer as module
+from litgpt_moe_ext.data.tokenizer import EOS_TOKEN, open_for_documents, require_eos, train_bpe
+
+TEXTS = ["def read(self, value):\n    return self.value\n" * 3, "for key, value in items.items():\n\tprint(key)\n" * 3]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer")
+    train_bpe(TEXTS, 290, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def litgpt_tokenizer(directory):
+    return Tokenizer(directory)
+
+
+@pytest.fixture(scope="module")
+def hf_tokenizer(directory):
+    return AutoTokenizer.from_pretrained(directory)
+
+
+def test_training_is_deterministic(directory, tmp_path):
+    train_bpe(iter(TEXTS), 290, tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / name).read_bytes() == (directory / name).read_bytes()
+
+
+def test_special_tokens(directory, litgpt_tokenizer, hf_tokenizer):
+    assert require_eos(directory) == 0
+    assert litgpt_tokenizer.eos_id == litgpt_tokenizer.bos_id == hf_tokenizer.eos_token_id == 0
+    assert litgpt_tokenizer.use_bos is False
+    assert hf_tokenizer.unk_token is None
+    assert litgpt_tokenizer.vocab_size == len(hf_tokenizer) == 290
+
+
+def test_bos_and_eos_are_added_on_request_only(litgpt_tokenizer):
+    plain = litgpt_tokenizer.encode("x").tolist()
+    assert 0 not in plain
+    assert litgpt_tokenizer.encode("x", bos=True, eos=True).tolist() == [0, *plain, 0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=60).filter(lambda text: EOS_TOKEN not in text))
+def test_text_round_trips(litgpt_tokenizer, hf_tokenizer, text):
+    ids = litgpt_tokenizer.encode(text)
+    assert litgpt_tokenizer.decode(ids) == text
+    assert hf_tokenizer(text)["input_ids"] == ids.tolist()
+    assert hf_tokenizer.decode(ids.tolist()) == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(st.characters(codec="ascii"), max_size=60).filter(lambda text: EOS_TOKEN not in text))
+def test_streaming_round_trips(litgpt_tokenizer, text):
+    ids = litgpt_tokenizer.encode(text)
+    assert "".join(litgpt_tokenizer.decode_stream(iter(ids))) == text
+    assert "".join(litgpt_tokenizer.decode_stream(ids.view(-1, 1))) == text
+
+
+@pytest.mark.parametrize("text", ["a , b . c", "  leading", "trailing \n\n", "don 't", "\r\n\t", "x" * 500, "🙂é"])
+def test_nothing_is_cleaned_up(litgpt_tokenizer, hf_tokenizer, text):
+    ids = litgpt_tokenizer.encode(text)
+    assert litgpt_tokenizer.decode(ids) == hf_tokenizer.decode(ids.tolist()) == text
+
+
+def test_special_text_in_a_document_stays_text(directory, litgpt_tokenizer):
+    text = 'EOS = "<|endoftext|>"\n'
+    assert 0 in litgpt_tokenizer.encode(text)  # a prompt may use it
+    ids = open_for_documents(directory).encode(text, add_special_tokens=False).ids
+    assert 0 not in ids
+    assert litgpt_tokenizer.decode(torch.tensor(ids)) == text
+
+
+def test_several_special_tokens(tmp_path):
+    train_bpe(TEXTS, 270, tmp_path, special_tokens=("<eos>", "<pad>"))
+    tokenizer = HFTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert [tokenizer.token_to_id(token) for token in ("<eos>", "<pad>")] == [0, 1]
+    assert require_eos(tmp_path) == 0
+
+
+def test_smallest_vocabulary(tmp_path):
+    assert train_bpe(TEXTS, 257, tmp_path).get_vocab_size() == 257
+    with pytest.raises(ValueError, match="vocab_size=256 is too small.* Set vocab_size to 257 or more"):
+        train_bpe(TEXTS, 256, tmp_path)
+    with pytest.raises(ValueError, match="special_tokens is empty"):
+        train_bpe(TEXTS, 300, tmp_path, special_tokens=())
+
+
+def without_eos(directory, config, generation=None):
+    HFTokenizer(models.BPE({"a": 0, "b": 1}, [])).save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    if generation is not None:
+        (directory / "generation_config.json").write_text(json.dumps(generation))
+    return directory
+
+
+def test_require_eos_reads_both_files(tmp_path):
+    assert require_eos(without_eos(tmp_path, {"eos_token": {"content": "b"}})) == 1
+    assert require_eos(without_eos(tmp_path, {}, {"eos_token_id": [1, 0]})) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "message"),
+    [
+        ({}, None, 'no end-of-sequence token.*Add "eos_token"'),
+        ({}, {"eos_token_id": []}, "no end-of-sequence token"),
+        ({"eos_token": "</s>"}, None, "names eos_token '</s>', which is not in the vocabulary"),
+        ({}, {"eos_token_id": 9}, "names eos_token_id 9, outside the vocabulary"),
+    ],
+)
+def test_require_eos_names_the_fix(tmp_path, config, generation, message):
+    with pytest.raises(ValueError, match=message):
+        require_eos(without_eos(tmp_path, config, generation))
+
+
+def test_damaged_or_missing_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="tokenizer.json does not exist"):
+        require_eos(tmp_path)
+    without_eos(tmp_path, {})
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match="tokenizer_config.json is not valid JSON"):
+        require_eos(tmp_path)
+
+
+def test_threads_are_used_inside_and_off_afterwards(monkeypatch):
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    monkeypatch.setattr(module, "_parallelism_is_ours", False)
+    for _ in range(2):
+        with module.threads_for_tokenizers():
+            assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
+        assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+
+
+def test_the_users_choice_of_threads_stays(monkeypatch):
+    monkeypatch.setattr(module, "_parallelism_is_ours", False)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "0")
+    with module.threads_for_tokenizers():
+        assert os.environ["TOKENIZERS_PARALLELISM"] == "0"
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "0"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_worker_can_encode(tmp_path):
+    program = f"""
+import os
+from litgpt_moe_ext.data.tokenizer import open_for_documents, train_bpe
+train_bpe(["some text to learn from"] * 50, 280, {str(tmp_path)!r})
+tokenizer = open_for_documents({str(tmp_path)!r})
+child = os.fork()
+if child == 0:
+    os._exit(len(tokenizer.encode_batch(["some text"] * 100)) != 100)
+raise SystemExit(os.waitpid(child, 0)[1] != 0)
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "TOKENIZERS_PARALLELISM"}
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert (result.returncode, result.stderr) == (0, "")

@@ -1,0 +1,213 @@
+"""`litgpt evaluate` with the plugin's checkpoints and with local task files."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from functools import wraps
+from pathlib import Path
+from unittest.mock import Mock
+
+import litgpt.eval.evaluate
+import pytest
+from jsonargparse import CLI
+
+from litgpt_moe_ext.evaluation.evaluate import evaluate_checkpoint, wrap_convert_and_evaluate
+from litgpt_moe_ext.evaluation.tasks import load_task_file, load_tasks
+
+LITGPTS_OWN = inspect.unwrap(litgpt.eval.evaluate.convert_and_evaluate)
+
+
+@pytest.fixture
+def original():
+    return Mock()
+
+
+@pytest.fixture
+def wrapped(original):
+    @wraps(LITGPTS_OWN)
+    def convert_and_evaluate(*args, **kwargs):
+        original(*args, **kwargs)
+
+    return wrap_convert_and_evaluate(convert_and_evaluate)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch) -> Path:
+    """Another working directory than those of task and checkpoint."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def accuracy(results_path: Path) -> float:
+    return json.loads(results_path.read_text())["results"]["yes_or_no"]["acc,none"]
+
+
+def test_local_task_has_the_known_accuracy(wrapped, original, moe_dir, task_file, elsewhere, tmp_path, capsys):
+    relative = os.path.relpath(task_file, elsewhere)
+    wrapped(moe_dir, tasks=relative, out_dir=tmp_path / "out", batch_size=3, device="cpu", force_conversion=True)
+
+    original.assert_not_called()
+    assert accuracy(tmp_path / "out" / "results.json") == 0.75
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["config"]["model"] == str(moe_dir)
+    assert results["config"]["model_dtype"] == "torch.float32"
+    assert results["n-samples"]["yes_or_no"] == {"original": 4, "effective": 4}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["results.json"]  # no partial file, no conversion
+    printed = capsys.readouterr().out
+    assert "|yes_or_no|" in printed
+    assert "force_conversion: has no effect" in printed
+
+
+def test_command_line(wrapped, moe_dir, task_file, elsewhere, tmp_path):
+    # What `litgpt evaluate` does with its arguments.
+    arguments = ["evaluate", str(moe_dir), "--tasks", str(task_file), "--batch_size", "auto", "--limit", "2"]
+    CLI({"evaluate": wrapped}, args=[*arguments, "--save_filepath", str(tmp_path / "deep" / "r.json"), "--device=cpu"])
+    assert accuracy(tmp_path / "deep" / "r.json") == 1.0  # the wrong answer is the third
+
+
+@pytest.mark.slow
+def test_litgpt_command(moe_dir, task_file, elsewhere, tmp_path):
+    command = [sys.executable, "-m", "litgpt", "evaluate", str(moe_dir), "--tasks", str(task_file)]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    run = subprocess.run([*command, "--out_dir", "out"], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "without conversion" in run.stdout
+    assert accuracy(elsewhere / "out" / "results.json") == 0.75
+
+
+def test_results_go_beside_the_checkpoint_by_default(moe_dir, task_file):
+    evaluate_checkpoint(moe_dir, tasks=str(task_file), device="cpu", limit=1)
+    assert accuracy(moe_dir / "evaluate" / "results.json") == 1.0
+
+
+def test_wrapped_function_looks_like_the_original():
+    function = wrap_convert_and_evaluate(LITGPTS_OWN)
+    assert inspect.signature(function) == inspect.signature(LITGPTS_OWN)
+    assert function.__doc__ == LITGPTS_OWN.__doc__
+    assert list(inspect.signature(evaluate_checkpoint).parameters) == list(inspect.signature(LITGPTS_OWN).parameters)
+
+
+def test_plugin_has_wrapped_litgpts_function():
+    assert litgpt.eval.evaluate.convert_and_evaluate is not LITGPTS_OWN
+
+
+def test_plain_checkpoints_and_listings_go_to_litgpt_unchanged(wrapped, original, llama_dir, moe_dir, tmp_path):
+    wrapped(llama_dir, "hellaswag", batch_size=2)
+    original.assert_called_with(llama_dir, "hellaswag", batch_size=2)
+    wrapped(tmp_path / "missing", tasks="hellaswag,mmlu")
+    original.assert_called_with(tmp_path / "missing", tasks="hellaswag,mmlu")
+    wrapped("list")
+    original.assert_called_with("list")
+    wrapped(moe_dir)
+    original.assert_called_with(moe_dir)
+
+
+def test_plain_checkpoint_with_a_task_file_is_evaluated_here(wrapped, original, llama_dir, task_file, tmp_path):
+    wrapped(llama_dir, str(task_file), out_dir=tmp_path, device="cpu")
+    original.assert_not_called()
+    assert 0 <= accuracy(tmp_path / "results.json") <= 1
+
+
+def test_plugin_checkpoint_with_a_task_name_is_evaluated_here(wrapped, original, moe_dir):
+    with pytest.raises(ValueError, match="tasks: 'helaswag' is unknown to lm-eval. Did you mean hellaswag"):
+        wrapped(moe_dir, "helaswag", device="cpu")
+    original.assert_not_called()
+
+
+def test_failed_write_leaves_the_old_results(moe_dir, task_file, tmp_path, monkeypatch):
+    def fail(results, save_filepath):
+        save_filepath.write_text("{")
+        raise OSError("disk full")
+
+    (tmp_path / "results.json").write_text("old")
+    monkeypatch.setattr(litgpt.eval.evaluate, "prepare_results", fail)
+    with pytest.raises(OSError, match="disk full"):
+        evaluate_checkpoint(moe_dir, tasks=str(task_file), out_dir=tmp_path, device="cpu", limit=1)
+    assert (tmp_path / "results.json").read_text() == "old"
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("removed", "message"),
+    [
+        (None, "is not a directory"),
+        ("lit_model.pth", "lacks lit_model.pth"),
+        ("model_config.yaml", "lacks model_config.yaml"),
+        ("tokenizer.json", "has no tokenizer"),
+    ],
+)
+def test_incomplete_checkpoints_are_named(tmp_path, removed, message):
+    folder = tmp_path / "checkpoint"
+    if removed:
+        folder.mkdir()
+        for name in {"lit_model.pth", "model_config.yaml", "tokenizer.json"} - {removed}:
+            (folder / name).touch()
+    with pytest.raises(FileNotFoundError, match=f"checkpoint_dir: .*{message}"):
+        evaluate_checkpoint(folder, tasks="some.yaml")
+
+
+def test_data_in_the_working_directory_is_found_too(task_file, tmp_path, elsewhere):
+    (task_file.parent / "data").rename(elsewhere / "data")
+    assert len(load_task_file(task_file).test_docs()) == 4
+
+
+def test_task_file_may_include_another(task_file, elsewhere):
+    other = task_file.with_name("other.yaml")
+    other.write_text("include: yes_or_no.yaml\ntask: other\n")
+    (task,), _ = load_tasks(f" {other} ,")
+    assert task.config.task == "other"
+    assert len(task.test_docs()) == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        ("dataset_path: json\n", ValueError, "lacks the key `task`"),
+        ("task: [a, b]\ngroup: g\n", ValueError, "lacks the key `task`"),
+        ("- task\n", ValueError, "lacks the key `task`"),
+        ("task: [a\n", ValueError, "is not valid YAML"),
+        ("task: a\nclass: b\n", ValueError, "Python class"),
+        ("task: a\nmisspelt: 1\n", ValueError, "does not accept: .*misspelt"),
+        (
+            "task: a\ndataset_path: json\ndataset_kwargs:\n  data_files: none.json\n",
+            FileNotFoundError,
+            "names the data 'none.json'",
+        ),
+    ],
+)
+def test_malformed_task_files_are_named(tmp_path, content, error, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(error, match=f"tasks: .*bad.yaml.*{message}"):
+        load_tasks(str(path))
+
+
+def test_missing_and_repeated_tasks_are_named(task_file):
+    with pytest.raises(FileNotFoundError, match=r"tasks: the file 'none.yaml' does not exist"):
+        load_tasks("none.yaml")
+    with pytest.raises(ValueError, match="tasks: ' , ' names no task"):
+        load_tasks(" , ")
+    copy = task_file.with_name("copy.yaml")
+    copy.write_text(task_file.read_text())
+    with pytest.raises(ValueError, match="'yes_or_no' is given more than once"):
+        load_tasks(f"{task_file},{copy}")
+
+
+def test_nothing_is_downloaded_for_data_on_a_hub(task_file, monkeypatch):
+    # `data_files` of a data set from a hub lie there, so their paths stay as they are.
+    config = task_file.read_text().replace("dataset_path: json", "dataset_path: someone/questions")
+    task_file.write_text(config)
+    calls = []
+
+    def load_dataset(**kwargs):
+        calls.append(kwargs)
+        raise TypeError("seen")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(ValueError, match="seen"):
+        load_task_file(task_file)
+    assert calls[0]["data_files"] == {"test": "data/questions.json"}

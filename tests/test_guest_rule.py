@@ -1,0 +1,132 @@
+"""A good guest: with the plugin installed, a model that names none of its classes behaves bit for bit as before."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import yaml
+from litgpt import Config
+
+import litgpt_moe_ext
+from tests.guest_report import CONFIGS
+from tests.models import moe_config
+
+HERE = Path(__file__).parent
+
+
+def run(arguments: list[str], disabled: bool = False, **options) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "LITGPT_MOE_EXT_DISABLE": "1" if disabled else "", "PYTHONPATH": ""}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=HERE.parent,
+        timeout=300,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def reports():
+    def report(disabled: bool) -> dict:
+        result = run([str(HERE / "guest_report.py")], disabled)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout.rpartition("REPORT")[2])
+
+    with ThreadPoolExecutor() as pool:
+        with_plugin, without_plugin = pool.map(report, [False, True])
+    assert with_plugin.pop("plugin active") is True
+    assert without_plugin.pop("plugin active") is False
+    return with_plugin, without_plugin
+
+
+@pytest.mark.parametrize("label", CONFIGS)
+def test_bit_identical_with_and_without(reports, label):
+    with_plugin, without_plugin = reports
+    assert with_plugin[label] == without_plugin[label]
+    assert with_plugin[label]["read back"] == "True"
+
+
+def test_plain_python_is_left_alone():
+    """The start-up hook loads neither torch nor LitGPT, and says nothing."""
+    result = run(
+        ["-c", "import sys; print('torch' in sys.modules, 'litgpt' in sys.modules, 'litgpt_moe_ext' in sys.modules)"]
+    )
+    assert result.stdout == "False False True\n"
+    assert result.stderr == ""
+
+
+def test_start_up_hook_is_silent_when_the_package_is_gone():
+    line = (HERE.parent / "litgpt_moe_ext" / "litgpt_moe_ext.pth").read_text()
+    result = run(["-I", "-S", "-c", line])
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_off_switch(tmp_path):
+    """Switched off, nothing is added, and a checkpoint of the plugin fails with an error that names it."""
+    from litgpt.utils import save_config
+
+    save_config(moe_config(attention_class_name="SinkAttention"), tmp_path)
+    code = f"from litgpt import Config; Config.from_file({str(tmp_path / 'model_config.yaml')!r})"
+    result = run(["-c", code], disabled=True)
+    assert result.returncode != 0
+    assert "_requires_litgpt_moe_ext" in result.stderr.splitlines()[-1]
+    assert run(["-c", code]).returncode == 0
+
+
+def test_registering_when_switched_off_is_an_error(monkeypatch):
+    monkeypatch.setenv("LITGPT_MOE_EXT_DISABLE", "1")
+    with pytest.raises(RuntimeError, match="LITGPT_MOE_EXT_DISABLE=1"):
+        litgpt_moe_ext.register()
+
+
+def test_saved_configuration_round_trip(tmp_path):
+    from litgpt.utils import save_config
+
+    config = moe_config(router_bias_update_rate=0.0125, attention_class_name="SinkAttention", attention_sinks=False)
+    save_config(config, tmp_path)
+    content = yaml.safe_load((tmp_path / "model_config.yaml").read_text())
+    assert content["_requires_litgpt_moe_ext"] == litgpt_moe_ext.__version__
+    # Class defaults are written down, so that a later change of default cannot change a trained model.
+    assert content["router_score_function"] == "sigmoid"
+    assert Config.from_file(tmp_path / "model_config.yaml") == config
+    assert Config.from_checkpoint(tmp_path, router_bias_update_rate=0.5).router_bias_update_rate == 0.5
+
+
+def test_a_checkpoint_of_a_newer_plugin_is_announced(tmp_path):
+    from litgpt.utils import save_config
+
+    save_config(moe_config(), tmp_path)
+    file = tmp_path / "model_config.yaml"
+    file.write_text(
+        file.read_text().replace(
+            f"_requires_litgpt_moe_ext: {litgpt_moe_ext.__version__}", "_requires_litgpt_moe_ext: 99.0.1"
+        )
+    )
+    with pytest.warns(RuntimeWarning, match=r"written by litgpt_moe_ext 99\.0\.1"):
+        Config.from_file(file)
+
+
+def test_a_missing_seam_is_named(monkeypatch):
+    import litgpt.config
+    import litgpt.model
+    import litgpt.utils
+
+    from litgpt_moe_ext import plugin
+
+    monkeypatch.delattr(litgpt.model.GPT, "rope_cache")
+    with pytest.raises(RuntimeError, match=r"lacks litgpt\.model\.GPT\.rope_cache"):
+        plugin._require_seams(litgpt.config, litgpt.model, litgpt.utils)
+
+
+def test_an_untested_version_warns_once(monkeypatch):
+    from litgpt_moe_ext import plugin
+
+    monkeypatch.setattr(plugin.importlib.metadata, "version", lambda _name: "0.6.0")
+    with pytest.warns(RuntimeWarning, match=r"tested with litgpt 0\.5\.13, but 0\.6\.0 is installed"):
+        plugin._check_version()

@@ -1,0 +1,93 @@
+"""A recipe small enough for tests: a corpus of a few files, a model of a few thousand parameters, a dozen steps."""
+
+import csv
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN_TRAIN = [sys.executable, str(ROOT / "run_train.py")]
+
+FILES = ("argparse", "ast", "calendar", "cmd", "code", "copy", "csv", "enum", "heapq", "shlex", "string", "textwrap")
+
+
+@pytest.fixture(scope="session")
+def corpus_settings(tmp_path_factory) -> dict:
+    """Arguments of a `PythonStdlib` over a few files, prepared once for all tests."""
+    folder = tmp_path_factory.mktemp("corpus")
+    source = folder / "source"
+    source.mkdir()
+    for name in FILES:
+        shutil.copy(Path(sysconfig.get_path("stdlib")) / f"{name}.py", source)
+    return {"data_path": str(folder / "prepared"), "source_path": str(source), "vocab_size": 300, "val_fraction": 0.2}
+
+
+@pytest.fixture
+def recipe(tmp_path, corpus_settings):
+    """Write a recipe and return its path and content; `recipe(train={"max_tokens": 640}, ...)` changes sections."""
+
+    def write(name: str = "recipe", **changes) -> Path:
+        content = {
+            "out_dir": str(tmp_path / "out"),
+            "model_config": {
+                "name": "tiny",
+                "block_size": 32,
+                "n_layer": 2,
+                "n_embd": 16,
+                "n_head": 4,
+                "n_query_groups": 2,
+                "vocab_size": 300,
+                "padded_vocab_size": 304,
+                "norm_class_name": "RMSNorm",
+                "bias": False,
+                "parallel_residual": False,
+                "rotary_percentage": 1.0,
+                "attention_class_name": "SinkAttention",
+                "mlp_class_name": "SharedExpertMoE",
+                "n_expert": 8,
+                "n_expert_per_token": 2,
+                "n_shared_expert": 1,
+                "moe_intermediate_size": 8,
+                "norm_topk_prob": True,
+                "router_bias_update_rate": 0.01,
+            },
+            "data": {"class_path": "litgpt_moe_ext.data.PythonStdlib", "init_args": dict(corpus_settings)},
+            "train": {
+                "global_batch_size": 4,
+                "micro_batch_size": 2,
+                "max_tokens": 12 * 4 * 32,
+                "lr_warmup_steps": 2,
+                "max_norm": 1.0,
+                "save_interval": 4,
+                "log_interval": 1,
+            },
+            "eval": {"interval": 4, "max_iters": 2},
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-2}},
+            "devices": 1,
+        }
+        for section, values in changes.items():
+            if isinstance(values, dict) and isinstance(content.get(section), dict):
+                content[section] = {**content[section], **values}
+                content[section] = {key: value for key, value in content[section].items() if value is not None}
+            else:
+                content[section] = values
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(content))
+        return file
+
+    return write
+
+
+def logged(out_dir: Path, column: str) -> dict[int, str]:
+    """Return a column of all csv logs of a run by step of the log, as written (so that equality is bit for bit)."""
+    values = {}
+    for file in sorted(out_dir.glob("logs/csv/version_*/metrics.csv")):
+        with open(file, newline="") as handle:
+            for row in csv.DictReader(handle):
+                if row.get(column):
+                    values[int(row["step"])] = row[column]
+    return values

@@ -1,0 +1,246 @@
+"""Training from the command line, in this process: checkpoints that LitGPT opens, exact resume, wrong inputs."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from litgpt_moe_ext.training.cli import main
+from tests.training.conftest import logged
+
+
+def train(*arguments: str | Path) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return torch.load(checkpoint / "lit_model.pth", weights_only=True)["model"]
+
+
+def test_a_run_from_start_to_generation(recipe, tmp_path, capsys):
+    file = recipe(sample={"prompts": ["def "], "max_new_tokens": 5})
+    assert train("--config", file) == 0
+    output = capsys.readouterr().out
+
+    out_dir = tmp_path / "out"
+    assert sorted(p.name for p in out_dir.iterdir()) == [
+        "final",
+        "logs",
+        "step-00000004",
+        "step-00000008",
+        "step-00000012",
+    ]
+    final = out_dir / "final"
+    expected = {"lit_model.pth", "model_config.yaml", "hyperparameters.yaml", "tokenizer.json", "tokenizer_config.json"}
+    assert expected <= {p.name for p in final.iterdir()}
+    assert json.loads((final / "training_state.json").read_text()) == {"step": 12, "iteration": 24, "processes": 1}
+
+    losses = [float(loss) for loss in logged(out_dir, "loss").values()]
+    assert len(losses) == 12
+    assert losses[-1] < losses[0] - 0.5
+    assert len(logged(out_dir, "moe/max_over_mean")) == 12
+    assert len(logged(out_dir, "grad_norm")) == 12
+    assert len(logged(out_dir, "val_loss")) == 4, "after steps 4, 8, 12 and at the end"
+    assert "max/mean load" in output
+    assert "sample | def " in output
+    assert "Trained 1,536 tokens" in output
+    assert "a model of token frequencies alone has" in output
+
+    biases = [w for name, w in weights(final).items() if name.endswith("e_score_correction_bias")]
+    assert len(biases) == 2
+    assert all(bias.abs().max() > 0.005 and bias.dtype == torch.float32 for bias in biases)
+
+    from litgpt import LLM
+
+    llm = LLM.load(str(final))
+    assert isinstance(llm.generate("def ", max_new_tokens=5), str)
+    loaded = [b for name, b in llm.model.named_buffers() if name.endswith("e_score_correction_bias")]
+    assert torch.equal(loaded[1], biases[1])
+
+
+@pytest.mark.parametrize("mlp_class_name", ["SharedExpertMoE", "NoisyTopKMoE"])
+def test_resume_is_exact(recipe, tmp_path, mlp_class_name):
+    """Interrupted after 6 of 12 steps, a run prints the losses of the uninterrupted one, digit for digit.
+
+    The noisy router draws random numbers in every step, so their state must be resumed as well.
+    """
+    model = {"mlp_class_name": mlp_class_name}
+    if mlp_class_name == "NoisyTopKMoE":
+        model |= {"norm_topk_prob": None, "router_bias_update_rate": None}
+    whole = recipe("whole", out_dir=str(tmp_path / "whole"), model_config=model)
+    parts = recipe("parts", out_dir=str(tmp_path / "parts"), model_config=model, train={"save_interval": 3})
+    assert train("--config", whole) == 0
+    assert train("--config", parts, "--train.max_steps", "6") == 0
+    shutil.rmtree(tmp_path / "parts" / "final")
+    assert train("--config", parts, "--resume", "auto") == 0
+
+    for column in ("loss", "learning_rate", "grad_norm", "moe/max_over_mean"):
+        assert logged(tmp_path / "parts", column) == logged(tmp_path / "whole", column)
+    ours, theirs = weights(tmp_path / "parts" / "final"), weights(tmp_path / "whole" / "final")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_resuming_a_finished_run_trains_on_with_more_tokens(recipe, tmp_path):
+    """Only `final` is left of the first run; the second goes on from it."""
+    file = recipe(train={"save_interval": 1000, "max_tokens": 4 * 128})
+    assert train("--config", file) == 0
+    assert train("--config", file, "--resume", "true", "--train.max_tokens", str(7 * 128)) == 0
+    assert len(logged(tmp_path / "out", "loss")) == 7
+    assert json.loads((tmp_path / "out" / "final" / "training_state.json").read_text())["step"] == 7
+
+
+def test_a_truncated_checkpoint_is_passed_over(recipe, tmp_path, capsys):
+    file = recipe()
+    assert train("--config", file) == 0
+    shutil.rmtree(tmp_path / "out" / "final")
+    newest = tmp_path / "out" / "step-00000012" / "lit_model.pth"
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    capsys.readouterr()
+    assert train("--config", file, "--resume", "auto") == 0
+    output = capsys.readouterr().out
+    assert f"Passing over checkpoint {newest.parent}: lit_model.pth is truncated or damaged" in output
+    assert f"Resuming from {tmp_path / 'out' / 'step-00000008'}" in output
+
+
+def test_accumulation_moves_the_bias_as_one_batch(recipe, tmp_path):
+    for name, micro in (("one", 4), ("four", 1)):
+        file = recipe(name, out_dir=str(tmp_path / name), train={"micro_batch_size": micro, "max_tokens": 3 * 128})
+        assert train("--config", file) == 0
+    one, four = weights(tmp_path / "one" / "final"), weights(tmp_path / "four" / "final")
+    for name in one:
+        if name.endswith("e_score_correction_bias"):
+            assert torch.equal(one[name], four[name])
+
+
+def test_hyperparameters_repeat_the_run(recipe, tmp_path):
+    assert train("--config", recipe(train={"max_tokens": 2 * 128}), "--seed", "7", "--micro-batch-size", "4") == 0
+    saved = tmp_path / "out" / "final" / "hyperparameters.yaml"
+    settings = yaml.safe_load(saved.read_text())
+    assert (settings["seed"], settings["train"]["micro_batch_size"]) == (7, 4)
+    assert train("--config", saved, "--out_dir", tmp_path / "again") == 0
+    assert logged(tmp_path / "again", "loss") == logged(tmp_path / "out", "loss")
+
+
+def test_setup_from_python(recipe, tmp_path, corpus_settings):
+    from litgpt import Config
+    from litgpt.args import EvalArgs, TrainArgs
+
+    from litgpt_moe_ext.data import PythonStdlib
+    from litgpt_moe_ext.training.entry import setup
+
+    content = yaml.safe_load(recipe().read_text())
+    setup(
+        model_config=Config(**content["model_config"]),
+        out_dir=tmp_path / "out",
+        data=PythonStdlib(**corpus_settings),
+        train=TrainArgs(**content["train"]),
+        eval=EvalArgs(**content["eval"]),
+        devices=1,
+    )
+    settings = yaml.safe_load((tmp_path / "out" / "final" / "hyperparameters.yaml").read_text())
+    assert settings["data"]["class_path"].endswith("PythonStdlib")
+    assert settings["model_config"]["n_expert"] == 8
+
+
+class TestWrongInputs:
+    """One clear message, exit status 2, and nothing lost."""
+
+    def refused(self, capsys, *arguments: str | Path) -> str:
+        try:
+            status = train(*arguments)
+        except SystemExit as error:  # jsonargparse's way
+            status = error.code
+        assert status == 2
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+        return error
+
+    def test_missing_corpus(self, recipe, tmp_path, capsys):
+        data = {
+            "class_path": "litgpt_moe_ext.data.PythonStdlib",
+            "init_args": {"source_path": str(tmp_path / "none"), "data_path": str(tmp_path / "d")},
+        }
+        assert "source_path" in self.refused(capsys, "--config", recipe(data=data))
+
+    def test_empty_corpus(self, recipe, tmp_path, capsys):
+        (tmp_path / "empty").mkdir()
+        data = {
+            "class_path": "litgpt_moe_ext.data.PythonStdlib",
+            "init_args": {"source_path": str(tmp_path / "empty"), "data_path": str(tmp_path / "d")},
+        }
+        assert "source_path" in self.refused(capsys, "--config", recipe(data=data))
+
+    def test_tokenizer_without_eos(self, recipe, tmp_path, capsys):
+        from litgpt_moe_ext.data.tokenizer import train_bpe
+
+        folder = tmp_path / "tokenizer"
+        train_bpe(["some text"], 300, folder)
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        del config["eos_token"]
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        error = self.refused(capsys, "--config", recipe(), "--tokenizer_dir", folder)
+        assert "has no end-of-text token" in error
+        assert 'Add "eos_token"' in error
+
+    def test_tokenizer_larger_than_the_model(self, recipe, capsys):
+        file = recipe(model_config={"vocab_size": 280, "padded_vocab_size": 280})
+        assert "has 300 tokens, more than the model's padded_vocab_size: 280" in self.refused(capsys, "--config", file)
+
+    def test_unknown_key(self, recipe, capsys):
+        assert "n_exprt" in self.refused(capsys, "--config", recipe(model_config={"n_exprt": 4}))
+        assert "trian" in self.refused(capsys, "--config", recipe(), "--trian.max_tokens", "3")
+
+    def test_unknown_class(self, recipe, capsys):
+        error = self.refused(capsys, "--config", recipe(model_config={"mlp_class_name": "SharedExprtMoE"}))
+        assert "SharedExprtMoE" in error
+        assert "SharedExpertMoE" in error
+
+    def test_contradictory_model(self, recipe, capsys):
+        error = self.refused(capsys, "--config", recipe(model_config={"n_expert_per_token": 9}))
+        assert "n_expert_per_token: 9 must be an integer from 1 to 8" in error
+
+    def test_unwritable_out_dir(self, recipe, tmp_path, capsys):
+        (tmp_path / "file").write_text("in the way")
+        assert "out_dir" in self.refused(capsys, "--config", recipe(), "--out_dir", tmp_path / "file" / "out")
+
+    def test_checkpoint_of_another_shape(self, recipe, tmp_path, capsys):
+        file = recipe(train={"max_tokens": 4 * 128})
+        assert train("--config", file) == 0
+        before = (tmp_path / "out" / "final" / "lit_model.pth").read_bytes()
+        error = self.refused(capsys, "--config", recipe(model_config={"n_embd": 32}), "--resume", "auto")
+        assert "n_embd is 16 in the checkpoint and 32 now" in error
+        assert (tmp_path / "out" / "final" / "lit_model.pth").read_bytes() == before
+
+    def test_nothing_to_resume(self, recipe, tmp_path, capsys):
+        assert "use --resume auto" in self.refused(capsys, "--config", recipe(), "--resume", "true")
+        error = self.refused(capsys, "--config", recipe(), "--resume", tmp_path / "nowhere")
+        assert "is not a whole checkpoint: lit_model.pth is missing" in error
+
+    def test_only_damaged_checkpoints(self, recipe, tmp_path, capsys):
+        folder = tmp_path / "out" / "step-00000004"
+        folder.mkdir(parents=True)
+        (folder / "lit_model.pth").write_bytes(b"not a checkpoint")
+        (folder / "model_config.yaml").write_text("{}")
+        assert "found only damaged checkpoints" in self.refused(capsys, "--config", recipe(), "--resume", "auto")
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--global-batch-size", "7"], "train.global_batch_size: 7 is not a multiple"),
+            (["--micro-batch-size", "0"], "train.micro_batch_size: 0 must be at least 1"),
+            (["--max-seq-length", "33"], "train.max_seq_length: 33 must be from 1 to the model's block_size: 32"),
+            (["--train.max_tokens", "100"], "train.max_tokens: 100 is less than one step of 128 tokens"),
+            (
+                ["--sample.prompts", '["x"]', "--sample.max_new_tokens", "0"],
+                "sample.max_new_tokens: 0 must be at least 1",
+            ),
+            (["--initial_checkpoint_dir", "nowhere"], "initial_checkpoint_dir: 'nowhere' does not exist"),
+            (["--compile", "maybe"], "compile"),
+        ],
+        ids=str,
+    )
+    def test_settings(self, recipe, capsys, arguments, message):
+        assert message in self.refused(capsys, "--config", recipe(), *arguments)
