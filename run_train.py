@@ -1,6 +1,7 @@
 """Train a model: `uv run python run_train.py [--config configs/....yaml] [--resume auto] [--KEY VALUE ...]`.
 
-Without `--config` it trains the quickstart: a small Mixture-of-Experts model on the Python standard library's own source.
+Without `--config` it trains the quickstart: a small Mixture-of-Experts model on the Python standard library's own
+source.
 """
 
 import sys

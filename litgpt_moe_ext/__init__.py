@@ -1,9 +1,9 @@
 """Mixture-of-Experts layers, an attention variant and training hooks for LitGPT.
 
-Importing the package is enough to make LitGPT know its classes. The import itself loads neither torch nor LitGPT: it only
-arranges that LitGPT's modules are extended once somebody imports them (or at once, if they already are). A `.pth` file in
-the installed wheel does the same import in every interpreter of the environment, so that plain `litgpt` commands open the
-plugin's checkpoints. Set `LITGPT_MOE_EXT_DISABLE=1` to switch everything off.
+Importing the package is enough to make LitGPT know its classes. The import itself loads neither torch nor LitGPT: it
+only arranges that LitGPT's modules are extended once somebody imports them (or at once, if they already are). A
+`.pth` file in the installed wheel does the same import in every interpreter of the environment, so that plain
+`litgpt` commands open the plugin's checkpoints. Set `LITGPT_MOE_EXT_DISABLE=1` to switch everything off.
 """
 
 from litgpt_moe_ext import _autoload

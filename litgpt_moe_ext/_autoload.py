@@ -19,8 +19,8 @@ def require_enabled() -> None:
     """Raise RuntimeError if the plugin is switched off."""
     if disabled():
         raise RuntimeError(
-            f"litgpt_moe_ext is switched off by {DISABLE_VARIABLE}={os.environ[DISABLE_VARIABLE]}; unset it to train or "
-            "open models that use the plugin's classes."
+            f"litgpt_moe_ext is switched off by {DISABLE_VARIABLE}={os.environ[DISABLE_VARIABLE]}; unset it to train "
+            "or open models that use the plugin's classes."
         )
 
 

@@ -1,8 +1,8 @@
 """The fields this plugin adds to `litgpt.Config`, and the rules a configuration must keep.
 
-Every added field is `None` unless set, so that a configuration which uses none of them is saved without them and stays
-readable by plain LitGPT. Where a class needs a value, `resolve_and_validate` fills in the class's default, so that a saved
-model configuration states what it was trained with.
+Every added field is `None` unless set, so that a configuration which uses none of them is saved without them and
+stays readable by plain LitGPT. Where a class needs a value, `resolve_and_validate` fills in the class's default, so
+that a saved model configuration states what it was trained with.
 
 Nothing here imports torch or LitGPT: the rules work on any object that has the fields.
 """
@@ -65,6 +65,8 @@ def resolve_and_validate(config: Any) -> None:
             f"attention_class_name: {config.attention_class_name!r} is unknown; choose from "
             f"{', '.join(ATTENTION_CLASS_NAMES)}, or leave it out for LitGPT's own attention"
         )
+    elif config.attention_sinks is None:
+        config.attention_sinks = True
 
 
 def _refuse(config: Any, name: str, reason: str, unset: Any = None) -> None:
@@ -138,7 +140,8 @@ def _resolve_shared_expert_router(config: Any) -> None:
         config.router_score_function = "sigmoid"
     if config.router_score_function not in SCORE_FUNCTIONS:
         raise ValueError(
-            f"router_score_function: {config.router_score_function!r} is unknown; choose from {', '.join(SCORE_FUNCTIONS)}"
+            f"router_score_function: {config.router_score_function!r} is unknown; choose from "
+            f"{', '.join(SCORE_FUNCTIONS)}"
         )
     if config.router_bias_update_rate is None:
         config.router_bias_update_rate = 0.001

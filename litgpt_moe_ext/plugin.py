@@ -27,8 +27,9 @@ from litgpt_moe_ext.config import MLP_CLASS_NAMES, extend_config, uses_plugin, w
 
 TESTED_LITGPT = "0.5.13"
 
-# Written first into the `model_config.yaml` of a model that needs the plugin. Plain LitGPT then fails with an error that
-# names this package ("unexpected keyword argument '_requires_litgpt_moe_ext'") instead of one about some inner field.
+# Written first into the `model_config.yaml` of a model that needs the plugin. Plain LitGPT then fails with an error
+# that names this package ("unexpected keyword argument '_requires_litgpt_moe_ext'") instead of one about some inner
+# field.
 REQUIRES_MARK = "_requires_litgpt_moe_ext"
 
 _registered = False
@@ -100,8 +101,8 @@ def _require_seams(config: Any, model: Any, utils: Any) -> None:
     missing = [name for name, found in seams.items() if not found]
     if missing:
         raise RuntimeError(
-            f"litgpt {importlib.metadata.version('litgpt')} lacks {', '.join(missing)}, which litgpt_moe_ext {__version__} "
-            f"builds on. Install litgpt=={TESTED_LITGPT}."
+            f"litgpt {importlib.metadata.version('litgpt')} lacks {', '.join(missing)}, which litgpt_moe_ext "
+            f"{__version__} builds on. Install litgpt=={TESTED_LITGPT}."
         )
 
 
@@ -137,8 +138,8 @@ def _check_written_by(version: str, path: str | Path) -> None:
     written_by = tuple(int(part) for part in str(version).split(".")[:2])
     if written_by > tuple(int(part) for part in __version__.split(".")[:2]):
         warnings.warn(
-            f"{path} was written by litgpt_moe_ext {version}, newer than the installed {__version__}; upgrade if it fails "
-            "to load.",
+            f"{path} was written by litgpt_moe_ext {version}, newer than the installed {__version__}; upgrade if it "
+            "fails to load.",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -156,8 +157,8 @@ def _offer_mlp_classes(model: Any) -> None:
 
 
 def _dispatch_attention(attention_class: type) -> None:
-    # LitGPT's blocks call `CausalSelfAttention(config, block_idx)`. Choosing the class in `__new__` keeps every name and
-    # every isinstance check of LitGPT as it is. Copying and unpickling call `__new__` without a configuration.
+    # LitGPT's blocks call `CausalSelfAttention(config, block_idx)`. Choosing the class in `__new__` keeps every name
+    # and every isinstance check of LitGPT as it is. Copying and unpickling call `__new__` without a configuration.
     def __new__(cls: type, config: Any = None, *args: Any, **kwargs: Any) -> Any:
         name = getattr(config, "attention_class_name", None)
         if name is None:
@@ -169,8 +170,8 @@ def _dispatch_attention(attention_class: type) -> None:
         if cls is attention_class:
             return object.__new__(SinkAttention)
         raise ValueError(
-            f"attention_class_name: {name!r} cannot be combined with {cls.__module__}.{cls.__name__}, which would leave "
-            "its sinks out. Finetune all weights instead (litgpt finetune_full)."
+            f"attention_class_name: {name!r} cannot be combined with {cls.__module__}.{cls.__name__}, which would "
+            "leave its sinks out. Finetune all weights instead (litgpt finetune_full)."
         )
 
     attention_class.__new__ = __new__

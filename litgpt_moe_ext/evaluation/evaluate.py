@@ -94,7 +94,9 @@ def evaluate_checkpoint(
         numpy_random_seed=seed,
         torch_random_seed=seed,
     )
+    # lm-eval adds these by itself for Hugging Face models only.
     results["config"].update(model=str(checkpoint_dir), **info)
+    results.update(eot_token_id=model.eot_token_id, max_length=model.max_length)
     _report(results, save_filepath)
 
 

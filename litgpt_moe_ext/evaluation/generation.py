@@ -15,7 +15,7 @@ from torch import Tensor
 
 from litgpt_moe_ext.evaluation.batching import pad_right
 
-# Settings of Hugging Face's `generate` that tasks spell out although these values mean nothing special.
+# Settings of Hugging Face's `generate` that some tasks spell out, with the values that change nothing.
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "use_cache": True, "min_p": 0.0}
 
 

@@ -1,15 +1,16 @@
 """Counting tokens per expert, and the auxiliary-loss-free bias that balances them.
 
 The balancing rule is that of Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts"
-(arXiv:2408.15664, algorithm 1), as used by DeepSeek-V3 (arXiv:2412.19437, section 2.1.2): after every optimizer step the
-bias of an expert that received more tokens than the mean falls by a fixed rate, and that of one that received fewer rises.
-The bias enters the choice of experts only, never the gate values, so no gradient is disturbed.
+(arXiv:2408.15664, algorithm 1), as used by DeepSeek-V3 (arXiv:2412.19437, section 2.1.2): after every optimizer step
+the bias of an expert that received more tokens than the mean falls by a fixed rate, and that of one that received
+fewer rises. The bias enters the choice of experts only, never the gate values, so no gradient is disturbed.
 
 Counting is done by the backward pass. Each router owns a leaf tensor that takes part in no computation; an autograd
-function returns the token counts of the batch as the "gradient" of that leaf. Autograd then gives, for nothing, what a
-counter in the forward pass has to be taught: a batch counts once however often activation checkpointing runs the forward
-pass again, evaluation does not count, gradient accumulation adds up, and `torch.compile` sees a pure function. The leaf is
-neither a parameter nor a buffer, so no optimizer, gradient clipping, precision conversion or distributed wrapper touches it.
+function returns the token counts of the batch as the "gradient" of that leaf. Autograd then gives, for nothing, what
+a counter in the forward pass has to be taught: a batch counts once however often activation checkpointing runs the
+forward pass again, evaluation does not count, gradient accumulation adds up, and `torch.compile` sees a pure
+function. The leaf is neither a parameter nor a buffer, so no optimizer, gradient clipping, precision conversion or
+distributed wrapper touches it.
 
 The bias moves in torch's global optimizer-step hook, which works in any training loop.
 
@@ -99,8 +100,8 @@ def updated_bias(bias_LE: Tensor, counts_LE: Tensor, rate: float) -> Tensor:
     return bias_LE - bias_LE.mean(dim=-1, keepdim=True)
 
 
-# Weak references in the order of construction, which is the same on every process; the order matters because the counts of
-# all routers travel in one all-reduce.
+# Weak references in the order of construction, which is the same on every process; the order matters because the
+# counts of all routers travel in one all-reduce.
 _routers: list[weakref.ref] = []
 _warned_unowned: weakref.WeakSet = weakref.WeakSet()
 
@@ -135,9 +136,9 @@ def _warn_unowned(routers: list[torch.nn.Module], optimizer: torch.optim.Optimiz
     if new:
         _warned_unowned.update(new)
         warnings.warn(
-            f"{len(new)} MoE routers were trained on tokens, but {type(optimizer).__name__} does not hold their weights: "
-            "their balancing bias does not move. If another optimizer holds them, or they are frozen on purpose, all is "
-            "well; otherwise call litgpt_moe_ext.moe.balancing.update_routers after each step.",
+            f"{len(new)} MoE routers were trained on tokens, but {type(optimizer).__name__} does not hold their "
+            "weights: their balancing bias does not move. If another optimizer holds them, or they are frozen on "
+            "purpose, all is well; otherwise call litgpt_moe_ext.moe.balancing.update_routers after each step.",
             RuntimeWarning,
             stacklevel=3,
         )

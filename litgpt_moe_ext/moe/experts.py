@@ -1,7 +1,7 @@
 """The routed experts of a layer: feed-forward networks whose weights are stacked along the first dimension.
 
-Shape legend: T tokens, D model width, F hidden width of one expert, E experts, K chosen experts per token, R = T * K routed
-rows (one for each token and chosen expert).
+Shape legend: T tokens, D model width, F hidden width of one expert, E experts, K chosen experts per token, R = T * K
+routed rows (one for each token and chosen expert).
 """
 
 import math
@@ -72,8 +72,8 @@ class Experts(nn.Module):
         return y_TD.to(x_TD.dtype)
 
     def _one_by_one(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
-        # `unbind` keeps the backward pass linear in E: indexing each expert's weight would create a gradient of the size of
-        # the whole stack for every expert.
+        # `unbind` keeps the backward pass linear in E: indexing each expert's weight would create a gradient of the
+        # size of the whole stack for every expert.
         inputs = x_RD.split(counts_E.tolist())
         none = (None,) * self.n_expert
         gate_up_biases = none if self.gate_up_bias is None else self.gate_up_bias.unbind()
@@ -82,8 +82,8 @@ class Experts(nn.Module):
         return torch.cat([_swiglu(x, *expert) for x, expert in zip(inputs, weights, strict=True)])
 
     def _dense_equivalent(self, x_RD: Tensor) -> Tensor:
-        # On meta tensors nobody knows which rows go where, but the work is known: every row passes through one expert of
-        # the same size. FLOP counters then see the active experts and no others.
+        # On meta tensors nobody knows which rows go where, but the work is known: every row passes through one expert
+        # of the same size. FLOP counters then see the active experts and no others.
         gate_up_bias = None if self.gate_up_bias is None else self.gate_up_bias[0]
         down_bias = None if self.down_bias is None else self.down_bias[0]
         return _swiglu(x_RD, self.gate_up_proj[0], gate_up_bias, self.down_proj[0], down_bias)

@@ -16,9 +16,9 @@ from litgpt_moe_ext.moe.routers import GroupedTopKRouter, NoisyTopKRouter, Route
 class MoE(nn.Module):
     """Routed experts plus, if the configuration asks for them, shared experts that every token visits.
 
-    `y = sum over chosen experts of gate * expert(x) + shared(x)` (DeepSeekMoE, arXiv:2401.06066, equation 9; the residual
-    connection is LitGPT's). Parameters have the names of LitGPT's `LLaMAMoE`, except that the experts are stacked; the
-    shared experts are one `LLaMAMLP` of `n_shared_expert` times the width of an expert.
+    `y = sum over chosen experts of gate * expert(x) + shared(x)` (DeepSeekMoE, arXiv:2401.06066, equation 9; the
+    residual connection is LitGPT's). Parameters have the names of LitGPT's `LLaMAMoE`, except that the experts are
+    stacked; the shared experts are one `LLaMAMLP` of `n_shared_expert` times the width of an expert.
 
     Args:
         config: A `litgpt.Config` that names one of the subclasses.
@@ -42,7 +42,7 @@ class MoE(nn.Module):
 
 
 class SharedExpertMoE(MoE):
-    """MoE with DeepSeek-V3's router: optional groups, shared experts, balanced by a bias instead of an auxiliary loss."""
+    """MoE with DeepSeek-V3's router: optional groups, shared experts, a balancing bias instead of an auxiliary loss."""
 
     router_class = GroupedTopKRouter
 

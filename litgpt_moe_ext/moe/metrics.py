@@ -27,8 +27,8 @@ def load_metrics(model: nn.Module) -> dict[str, float]:
     """Return the balance of the last optimizer step for a logger; waits for the device, so call it at log intervals.
 
     Keys: `moe/max_over_mean` (worst layer), `moe/max_over_mean_avg` (mean over layers), `moe/dead_experts` (experts
-    without a single token, over all layers) and `moe/bias_range` (largest minus smallest balancing bias, worst layer; only
-    with a balancing bias). Empty before the first step and for models without the plugin's MoE layers.
+    without a single token, over all layers) and `moe/bias_range` (largest minus smallest balancing bias, worst layer;
+    only with a balancing bias). Empty before the first step and for models without the plugin's MoE layers.
     """
     routers = [router for router in routers_of(model).values() if router.load_E is not None]
     if not routers:

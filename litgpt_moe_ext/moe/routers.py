@@ -1,7 +1,7 @@
 """Routers: which experts a token visits, and with what weight.
 
-Router arithmetic is done in float32 (float64 for a float64 model) whatever the precision of the model and whatever autocast
-says: a bfloat16 logit has 8 bits, too few to order experts whose scores are close.
+Router arithmetic is done in float32 (float64 for a float64 model) whatever the precision of the model and whatever
+autocast says: a bfloat16 logit has 8 bits, too few to order experts whose scores are close.
 
 Shape legend: T tokens, D model width, E experts, K chosen experts per token, G expert groups.
 """
@@ -106,8 +106,8 @@ class GroupedTopKRouter(Router):
 
     The k experts with the highest biased score are chosen; the gate values are their scores *without* the bias
     (arXiv:2412.19437, equations 12 to 16). With `n_expert_groups`, a group is worth the sum of its
-    `n_topk_scores_per_group` best biased scores and only the best `n_topk_groups` groups take part. Experts of the other
-    groups are masked with minus infinity; a mask of 0 would let them win against negative biased scores.
+    `n_topk_scores_per_group` best biased scores and only the best `n_topk_groups` groups take part. Experts of the
+    other groups are masked with minus infinity; a mask of 0 would let them win against negative biased scores.
 
     Args:
         config: As `Router`; uses `router_score_function`, `norm_topk_prob`, `routed_scaling_factor`,
@@ -167,8 +167,8 @@ class GroupedTopKRouter(Router):
 class NoisyTopKRouter(Router):
     """Noisy top-k gating (Shazeer et al. 2017, arXiv:1701.06538, equations 3 to 5).
 
-    The logits are `x W_g + eps * softplus(x W_noise)` with standard normal `eps` in training and `x W_g` otherwise; the gate
-    values are the softmax of the k highest.
+    The logits are `x W_g + eps * softplus(x W_noise)` with standard normal `eps` in training and `x W_g` otherwise;
+    the gate values are the softmax of the k highest.
 
     Args:
         config: As `Router`; uses `routed_scaling_factor`.

@@ -1,4 +1,5 @@
-"""Repairs of defects in the libraries the plugin stands on: one file each, with the reason and when it switches itself off.
+"""Repairs of defects in the libraries the plugin stands on: one file each, with the reason and when it switches
+itself off.
 
 None of them changes what a model computes.
 """

@@ -1,14 +1,16 @@
 """FLOPs of MoE layers, measured on meta tensors by torch's flop counter.
 
-LitGPT 0.5.13 measures the FLOPs of a training step on a meta copy of the model before it trains. Its own `LLaMAMoE` asks
-`torch.where` which tokens go to which expert, which meta tensors cannot answer: `litgpt pretrain` with `LLaMAMoE` dies with
+LitGPT 0.5.13 measures the FLOPs of a training step on a meta copy of the model before it trains. Its own `LLaMAMoE`
+asks `torch.where` which tokens go to which expert, which meta tensors cannot answer: `litgpt pretrain` with
+`LLaMAMoE` dies with
 "The register_meta function for torch.nonzero() raises unimplemented by default". Assuming that every entry is nonzero
-avoids the crash but counts every expert for every token. Here, on meta tensors only, the layer does the work of the active
-experts: each token passes through `n_expert_per_token` of them.
+avoids the crash but counts every expert for every token. Here, on meta tensors only, the layer does the work of the
+active experts: each token passes through `n_expert_per_token` of them.
 
 torch's counter also knows no formula for the grouped matrix product and counts it as nothing.
 
-Each part switches itself off: the first when `LLaMAMoE` no longer uses `torch.where`, the second when torch has a formula.
+Each part switches itself off: the first when `LLaMAMoE` no longer uses `torch.where`, the second when torch has a
+formula.
 """
 
 from functools import wraps
@@ -58,8 +60,8 @@ def grouped_mm_flops(a_shape: tuple[int, ...], b_shape: tuple[int, ...], *args: 
     two-dimensional operand are shared out among the groups, a three-dimensional one has a group per leading index.
 
     Args:
-        a_shape: (M, K) or (G, M, K).
-        b_shape: (G, K, N), or (K, N) whose columns (or, with a two-dimensional left operand, whose rows) are shared out.
+        a_shape: (M, K) or (G, M, K). b_shape: (G, K, N), or (K, N) whose columns (or, with a two-dimensional left
+        operand, whose rows) are shared out.
     """
     *a_groups, m, k = a_shape
     n = b_shape[-1]

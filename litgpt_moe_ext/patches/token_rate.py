@@ -1,9 +1,9 @@
 """The token rate that LitGPT prints at the end of a run.
 
-LitGPT 0.5.13 divides the number of tokens by `train_time`, which at that point still is a reading of the clock and not a
-duration (`litgpt/pretrain.py`, end of `main`); on a machine that has been up for a day it prints 56 tokens a second where
-6000 were trained. It also counts the tokens that earlier runs of a resumed training saw. Here the tokens and the time of
-this run's training loop are measured and the printed line is corrected.
+LitGPT 0.5.13 divides the number of tokens by `train_time`, which at that point still is a reading of the clock and
+not a duration (`litgpt/pretrain.py`, end of `main`); on a machine that has been up for a day it prints 56 tokens a
+second where 6000 were trained. It also counts the tokens that earlier runs of a resumed training saw. Here the tokens
+and the time of this run's training loop are measured and the printed line is corrected.
 
 Not installed for LitGPT newer than 0.5.13.
 """

@@ -125,8 +125,8 @@ def find_resume_file(
     if damaged:
         # Starting anew here would overwrite the run that the user meant to continue.
         raise FileNotFoundError(
-            f"resume: {resume!r} found only damaged checkpoints ({', '.join(damaged)}). Move them away to start anew, or "
-            "choose another --out_dir."
+            f"resume: {resume!r} found only damaged checkpoints ({', '.join(damaged)}). Move them away to start "
+            "anew, or choose another --out_dir."
         )
     if resume is True:
         raise FileNotFoundError(
@@ -147,8 +147,8 @@ def require_same_model(checkpoint_dir: Path, config: Any) -> None:
     ]
     if differences:
         raise ValueError(
-            f"resume: {str(checkpoint_dir)!r} holds another model: {'; '.join(differences)}. Use its model configuration, "
-            "or another --out_dir to start anew."
+            f"resume: {str(checkpoint_dir)!r} holds another model: {'; '.join(differences)}. Use its model "
+            "configuration, or another --out_dir to start anew."
         )
 
 

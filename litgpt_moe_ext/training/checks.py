@@ -1,4 +1,4 @@
-"""Checks that a run can make before any long work starts. Each error names the setting, its value and what would be right."""
+"""Checks before any long work starts. Each error names the setting, its value and what would be right."""
 
 import os
 import tempfile
@@ -20,8 +20,8 @@ def check_batch(global_batch_size: int, micro_batch_size: int, processes: int) -
         below, above = global_batch_size // unit * unit, -(-global_batch_size // unit) * unit
         nearest = f"{below} or {above}" if below else str(above)
         raise ValueError(
-            f"train.global_batch_size: {global_batch_size} is not a multiple of train.micro_batch_size ({micro_batch_size}) "
-            f"times the number of processes ({processes}); the nearest that are: {nearest}"
+            f"train.global_batch_size: {global_batch_size} is not a multiple of train.micro_batch_size "
+            f"({micro_batch_size}) times the number of processes ({processes}); the nearest that are: {nearest}"
         )
 
 

@@ -1,7 +1,7 @@
 """When to stop: Ctrl-C and SIGTERM, a number of steps, a time limit.
 
-Everything is decided between two iterations, when the step is finished and the next batch is not fetched yet: what is saved
-then is exactly what an uninterrupted run would have had.
+Everything is decided between two iterations, when the step is finished and the next batch is not fetched yet: what is
+saved then is exactly what an uninterrupted run would have had.
 """
 
 import contextlib
@@ -72,8 +72,8 @@ class StopRequests:
 class StepLimits:
     """Where training ends: after its last whole step, or by LitGPT's `train.max_steps` and `train.max_time`.
 
-    LitGPT's own `pretrain` ignores the two settings, and at the end of `train.max_tokens` it fetches a batch that it does
-    not train on, which the data position in the final checkpoint then has passed.
+    LitGPT's own `pretrain` ignores the two settings, and at the end of `train.max_tokens` it fetches a batch that it
+    does not train on, which the data position in the final checkpoint then has passed.
 
     Args:
         total_steps: Optimizer steps of the whole training.

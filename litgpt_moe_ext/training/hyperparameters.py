@@ -1,7 +1,7 @@
 """The settings of a run as a YAML file that `run_train.py --config` takes.
 
-LitGPT 0.5.13 writes the file by parsing the command line a second time, which fails, or writes defaults, whenever training
-was started from Python. Here it is made from the values that the run really uses.
+LitGPT 0.5.13 writes the file by parsing the command line a second time, which fails, or writes defaults, whenever
+training was started from Python. Here it is made from the values that the run really uses.
 """
 
 import dataclasses

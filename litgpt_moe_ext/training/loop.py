@@ -1,7 +1,7 @@
 """Where the hooks hang on LitGPT's training loop.
 
-`litgpt.pretrain.main` looks its helpers up in its module when it calls them. For the time of one run some of these names
-point to functions of ours, which do their part and, where there is one, call LitGPT's original:
+`litgpt.pretrain.main` looks its helpers up in its module when it calls them. For the time of one run some of these
+names point to functions of ours, which do their part and, where there is one, call LitGPT's original:
 
 | name in `litgpt.pretrain` | what ours does                                                                     |
 | ------------------------- | ---------------------------------------------------------------------------------- |
@@ -125,8 +125,8 @@ class HookedLoop:
             raise StopIteration
 
     def _restore_rng(self) -> None:
-        # Later than `fabric.load`, because building the data iterator and the sanity check of the validation draw random
-        # numbers that the uninterrupted run did not draw here.
+        # Later than `fabric.load`, because building the data iterator and the sanity check of the validation draw
+        # random numbers that the uninterrupted run did not draw here.
         saved, self.fabric.resumed_rng = self.fabric.resumed_rng, None
         if saved is not None and len(saved) == self.fabric.world_size:
             checkpoints.restore_rng_state(saved[self.fabric.global_rank])

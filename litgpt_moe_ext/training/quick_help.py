@@ -1,8 +1,8 @@
 """Answer `--help` without loading torch and LitGPT, which takes many seconds.
 
-`import litgpt` loads everything LitGPT has. Its argument classes need none of that: with an empty package of that name in
-place, their modules are loaded alone. The one heavy type of the signature, the data module, is replaced by an empty class.
-This is done in a process that prints the help and ends.
+`import litgpt` loads everything LitGPT has. Its argument classes need none of that: with an empty package of that
+name in place, their modules are loaded alone. The one heavy type of the signature, the data module, is replaced by an
+empty class. This is done in a process that prints the help and ends.
 """
 
 import importlib.util

@@ -102,16 +102,16 @@ class Run:
         litgpt.pretrain.validate_args(self.train_args, eval, initial_checkpoint_dir, resume)
         if self.total_steps < 1:
             raise ValueError(
-                f"train.max_tokens: {self.train_args.max_tokens} is less than one step of {self.tokens_per_step} tokens "
-                "(train.global_batch_size times the sequence length)"
+                f"train.max_tokens: {self.train_args.max_tokens} is less than one step of {self.tokens_per_step} "
+                "tokens (train.global_batch_size times the sequence length)"
             )
         self.resume_file = checkpoints.find_resume_file(resume, self.out_dir, self.fabric.print)
         if self.resume_file:
             checkpoints.require_same_model(self.resume_file.parent, self.config)
         elif any(checkpoints.newest_first(self.out_dir)):
             self.fabric.print(
-                f"{self.out_dir} holds checkpoints of an earlier run; this run starts anew and replaces those of the same "
-                "name. Use --resume auto to continue instead."
+                f"{self.out_dir} holds checkpoints of an earlier run; this run starts anew and replaces those of the "
+                "same name. Use --resume auto to continue instead."
             )
 
     def prepare_data(self, data: Any, tokenizer_dir: Path | None) -> None:
@@ -187,8 +187,8 @@ class Run:
         fabric = self.fabric
         say = fabric.print
         say(
-            f"{self.config.name or 'model'}: {format_count(size.total)} parameters, {format_count(size.active)} active per "
-            f"token, on {fabric.world_size} x {fabric.device.type}, {fabric.strategy.precision.precision}"
+            f"{self.config.name or 'model'}: {format_count(size.total)} parameters, {format_count(size.active)} "
+            f"active per token, on {fabric.world_size} x {fabric.device.type}, {fabric.strategy.precision.precision}"
         )
         say(str(decision))
         say(f"{self.total_steps} steps of {self.tokens_per_step:,} tokens, checkpoints in {self.out_dir}")

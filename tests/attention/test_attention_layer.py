@@ -284,6 +284,7 @@ def test_activation_checkpointing(make_config: Any, use_reentrant: bool) -> None
     torch.testing.assert_close(actual, list(expected))
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks(make_config: Any) -> None:
     model = GPT(make_config(sliding_window_size=5, sliding_window_indices=[0, 1]))
     idx = torch.randint(40, (2, T))

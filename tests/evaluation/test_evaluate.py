@@ -55,6 +55,7 @@ def test_local_task_has_the_known_accuracy(wrapped, original, moe_dir, task_file
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["config"]["model"] == str(moe_dir)
     assert results["config"]["model_dtype"] == "torch.float32"
+    assert results["max_length"] == 32
     assert results["n-samples"]["yes_or_no"] == {"original": 4, "effective": 4}
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["results.json"]  # no partial file, no conversion
     printed = capsys.readouterr().out
@@ -82,6 +83,12 @@ def test_litgpt_command(moe_dir, task_file, elsewhere, tmp_path):
 def test_results_go_beside_the_checkpoint_by_default(moe_dir, task_file):
     evaluate_checkpoint(moe_dir, tasks=str(task_file), device="cpu", limit=1)
     assert accuracy(moe_dir / "evaluate" / "results.json") == 1.0
+
+
+def test_names_are_listed_without_tasks(moe_dir, monkeypatch, capsys):
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda: Mock(task_index={"hellaswag": {}, "mmlu": {}}))
+    evaluate_checkpoint(moe_dir)
+    assert capsys.readouterr().out.startswith("hellaswag\nmmlu\n")
 
 
 def test_wrapped_function_looks_like_the_original():

@@ -146,13 +146,25 @@ def test_padding_changes_nothing_for_moe_layers(random_moe_dir):
     assert [greedy for _, greedy in together] == [greedy for _, greedy in alone]
 
 
-@pytest.mark.parametrize("attention", [None, "SinkAttention"])
-def test_cached_generation_equals_whole_forward_passes(tmp_path, monkeypatch, attention):
-    changes = {"vocab_size": VOCABULARY_SIZE, "padded_vocab_size": VOCABULARY_SIZE}
-    write_checkpoint(tmp_path, moe_config(attention_class_name=attention, **changes))
+YARN = {"factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_seq_len": 8}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"mlp_class_name": "NoisyTopKMoE"},
+        {"attention_class_name": "SinkAttention", "rope_adjustments": YARN},
+        {"attention_class_name": "SinkAttention", "sliding_window_size": 4, "sliding_window_indices": [1, 0]},
+    ],
+)
+def test_cached_generation_equals_whole_forward_passes(tmp_path, monkeypatch, changes):
+    changes = {**changes, "vocab_size": VOCABULARY_SIZE, "padded_vocab_size": VOCABULARY_SIZE}
+    write_checkpoint(tmp_path, moe_config(**changes))
     model = LitGPTModel(tmp_path, device="cpu")
     prompts = [model.tok_encode(text(n, n))[:20] for n in (1, 4, 8, 2)]
     settings = GenerationSettings(max_gen_toks=10)
+    assert generation.supports_padded_cache(model.model)
     cached = generate(model.model, prompts, settings, lambda _: False)
     monkeypatch.setattr(generation, "supports_padded_cache", lambda _: False)
     assert cached == generate(model.model, prompts, settings, lambda _: False)

@@ -154,7 +154,7 @@ def test_bias_is_in_the_checkpoint():
 
 
 def train_collapsed(rate: float, steps: int = 300) -> tuple[float, float]:
-    """Train a model whose routers prefer the same two experts for every token; return max/mean load of the first and last step."""
+    """Train a model whose routers prefer the same two experts; return max/mean load of the first and last steps."""
     torch.manual_seed(0)
     model = initialized_model(moe_config(router_bias_update_rate=rate, norm_topk_prob=True))
     for router in routers_of(model).values():

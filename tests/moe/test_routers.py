@@ -133,7 +133,7 @@ def test_noise_weights_learn():
     "config", [moe_config(n_embd=64, n_layer=4, n_shared_expert=1), noisy_config(n_embd=64, n_layer=4)]
 )
 def test_initialisation_under_pretrain(config):
-    """LitGPT's scheme: std sqrt(2 / 5 / n_embd), and 1 / sqrt(n_embd) / n_layer for what writes to the residual stream."""
+    """LitGPT's scheme: sqrt(2 / 5 / n_embd), and 1 / sqrt(n_embd) / n_layer for what writes to the residual stream."""
     model = initialized_model(config)
     std_in, std_out = math.sqrt(2 / 5 / 64), 1 / 8 / 4
     for block in model.transformer.h:

@@ -1,0 +1,126 @@
+"""When models are compiled, on this machine and on others that are only described."""
+
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from litgpt_moe_ext.patches import compile as patch
+from litgpt_moe_ext.patches.compile import CompileDecision, Platform, compile_scope, decide, install, obstacle
+from tests.models import moe_config
+
+LINUX_GPU = Platform("Linux", "cuda", has_triton=True, has_cpp_compiler=True, cuda_capability=(9, 0))
+LINUX_CPU = Platform("Linux", "cpu", has_triton=True, has_cpp_compiler=True)
+BARE_CPU = Platform("Linux", "cpu", has_triton=False, has_cpp_compiler=False)
+WINDOWS_GPU = Platform("Windows", "cuda", has_triton=False, has_cpp_compiler=True, cuda_capability=(8, 9))
+WINDOWS_CPU = Platform("Windows", "cpu", has_triton=False, has_cpp_compiler=False)
+OLD_GPU = Platform("Linux", "cuda", has_triton=True, has_cpp_compiler=True, cuda_capability=(6, 1))
+
+DENSE = moe_config(mlp_class_name="LLaMAMLP", intermediate_size=8)
+
+
+@pytest.mark.parametrize(
+    ("requested", "config", "platform", "enabled", "reason"),
+    [
+        ("auto", DENSE, LINUX_GPU, True, "dense model on a GPU"),
+        ("auto", moe_config(), LINUX_GPU, False, "loop over experts breaks the graph"),
+        ("auto", moe_config(mlp_class_name="LLaMAMoE"), LINUX_GPU, False, "loop over experts"),
+        ("auto", DENSE, LINUX_CPU, False, "does not pay on cpu"),
+        ("auto", DENSE, WINDOWS_GPU, False, r"Triton is not installed \(pip install triton-windows\)"),
+        ("auto", DENSE, WINDOWS_CPU, False, "MSVC's cl.exe was not found"),
+        ("auto", DENSE, OLD_GPU, False, "needs compute capability 7.0, this GPU has 6.1"),
+        (True, DENSE, LINUX_CPU, True, "as asked"),
+        (True, moe_config(), LINUX_GPU, True, "as asked"),
+        (True, DENSE, WINDOWS_CPU, False, "cl.exe was not found"),
+        (True, DENSE, BARE_CPU, False, r"a C\+\+ compiler was not found"),
+        (False, DENSE, LINUX_GPU, False, "as asked"),
+    ],
+)
+def test_decisions(requested, config, platform, enabled, reason):
+    decision = decide(requested, config, platform)
+    assert decision.enabled is enabled
+    assert re.search(reason, decision.reason)
+    assert str(decision).startswith(f"torch.compile: {'on' if enabled else 'off'} (")
+
+
+@pytest.mark.parametrize(("system", "compiler"), [("Windows", "cl"), ("Linux", "g++")])
+def test_probe_asks_for_the_compiler_of_the_system(monkeypatch, system, compiler):
+    asked = []
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(patch.platform, "system", lambda: system)
+    monkeypatch.setattr(patch.shutil, "which", lambda name: asked.append(name) or (name if name == compiler else None))
+    assert patch.probe_platform("cpu").has_cpp_compiler
+    assert compiler in asked
+    monkeypatch.setattr(patch.shutil, "which", lambda name: None)
+    assert obstacle(patch.probe_platform("cpu")) is not None
+
+
+def test_switched_off_nothing_is_compiled():
+    calls = []
+
+    def backend(graph, inputs):
+        calls.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda x: x + 1, backend=backend)
+    with compile_scope(CompileDecision(False, "test")):
+        assert compiled(torch.zeros(1)).item() == 1
+    assert not calls
+    with compile_scope(CompileDecision(True, "test")):
+        assert compiled(torch.zeros(1)).item() == 1
+    assert calls
+
+
+def test_a_failing_compiler_costs_a_warning_not_the_run():
+    def backend(graph, inputs):
+        raise RuntimeError("no such instruction")
+
+    compiled = torch.compile(lambda x: x * 2, backend=backend)
+    with compile_scope(CompileDecision(True, "test")):
+        assert compiled(torch.ones(1)).item() == 2
+
+
+class Pretrain(SimpleNamespace):
+    """Stands for the module `litgpt.pretrain`."""
+
+
+@pytest.mark.parametrize(
+    ("config", "platform", "message"),
+    [
+        (DENSE, LINUX_CPU, None),
+        (DENSE, WINDOWS_CPU, "torch.compile: off (MSVC's cl.exe was not found on the path)"),
+        (moe_config(), LINUX_CPU, "torch.compile: off (it does not pay on cpu; --compile true tries it)"),
+    ],
+    ids=["LitGPT's own choice where it can work", "no compiler", "the plugin's model"],
+)
+def test_plain_litgpt_pretrain(config, platform, message):
+    said, stances = [], []
+
+    def main(fabric, config):
+        stances.append(torch._dynamo.eval_frame._stance.stance)
+
+    pretrain = Pretrain(main=main)
+    install(pretrain, probe=lambda device_type: platform)
+    pretrain.main(SimpleNamespace(device=torch.device("cpu"), print=lambda text: said.append(str(text))), config=config)
+    assert said == ([] if message is None else [message])
+    assert stances == ["default" if message is None else "force_eager"]
+
+
+def test_no_posix_only_import():
+    """Windows has none of these modules; nothing of ours may need them to be imported."""
+    code = (
+        "import sys\n"
+        "import pathlib\n"
+        # psutil, which knows every system, needs `resource` on this one.
+        "for name in ('fcntl', 'grp', 'pwd', 'termios'): sys.modules[name] = None\n"
+        "for file in sorted(pathlib.Path('litgpt_moe_ext').rglob('*.py')):\n"
+        "    text = file.read_text(encoding='utf-8')\n"
+        "    for name in ('fcntl', 'grp', 'pwd', 'termios', 'resource'):\n"
+        "        assert f'import {name}' not in text and f'from {name}' not in text, (file, name)\n"
+        "import litgpt_moe_ext.training.cli, litgpt_moe_ext.config, litgpt_moe_ext.data.prepare\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
