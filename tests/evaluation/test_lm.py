@@ -197,7 +197,17 @@ def test_sampling_is_reproducible_and_differs_from_greedy(llama_dir):
     assert run(greedy) == run([{"max_gen_toks": 10}])
 
 
-def test_text_is_cut_at_stop_string_that_is_a_special_token(llama_dir):
+def test_blank_contexts_become_the_prefix_token(llama_dir):
+    # lm-eval moves trailing spaces into the continuation, which may leave no context; its own model fails on that.
+    model = LitGPTModel(llama_dir, device="cpu")
+    blank, empty = model.loglikelihood(instances("loglikelihood", [(" ", "yes"), ("", " yes")]))
+    assert blank == empty
+    settings = {"max_gen_toks": 4}
+    empty, end_of_text = model.generate_until(instances("generate_until", [("", settings), (END_OF_TEXT, settings)]))
+    assert empty == end_of_text
+
+
+def test_text_ends_before_stop_string_and_end_of_text(llama_dir):
     model = LitGPTModel(llama_dir, device="cpu")
     settings = GenerationSettings(until=(END_OF_TEXT, "dog"))
     tokens = [*model.tok_encode("the quick dog jumps"), model.eot_token_id]
