@@ -4,6 +4,7 @@ import hashlib
 import os
 import sysconfig
 import time
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from litgpt_moe_ext.data.tokenizer import check_vocab_size
 
 # Tests are repetitive and hold binary-like literals; packages are not part of the standard library.
 SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+# Of the standard library: tables of character names and rendered documentation, a fifth of its bytes. A small model
+# that sees them spends its capacity on hexadecimal numbers.
+GENERATED_FOLDERS = frozenset({"encodings", "pydoc_data"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +40,12 @@ class SourceFiles:
     duplicates: int
 
 
-def read_python_files(folder: Path) -> SourceFiles:
+def read_python_files(folder: Path, also_skipped: Set[str] = frozenset()) -> SourceFiles:
     """Reads the ``.py`` files below a folder.
 
-    Left out: everything below a folder named as in `SKIPPED_FOLDERS` or with a leading dot, files that are blank or no
-    UTF-8, and all but the first (by path) of several files with the same content. Text is taken as it is, line ends
-    included.
+    Left out: everything below a folder named as in `SKIPPED_FOLDERS` or `also_skipped` or with a leading dot, files
+    that are blank or no UTF-8, and all but the first (by path) of several files with the same content. Text is taken
+    as it is, line ends included.
 
     Raises:
         FileNotFoundError: `folder` is no folder.
@@ -52,9 +56,10 @@ def read_python_files(folder: Path) -> SourceFiles:
             f"source_path={str(folder)!r} is not a folder. Set source_path to a folder with .py files, or leave it out "
             "to use Python's standard library."
         )
+    skipped = SKIPPED_FOLDERS | also_skipped
     paths: list[Path] = []
     for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS and not name.startswith(".")]
+        folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
         paths += [Path(parent, name) for name in files if name.endswith(".py")]
 
     documents: list[Document] = []
@@ -78,7 +83,7 @@ def read_python_files(folder: Path) -> SourceFiles:
     if not documents:
         raise ValueError(
             f"source_path={str(folder)!r} has no usable .py files: {len(paths)} found, {empty} of them empty, "
-            f"{undecodable} not UTF-8. Folders named {', '.join(sorted(SKIPPED_FOLDERS))} or with a leading dot are "
+            f"{undecodable} not UTF-8. Folders named {', '.join(sorted(skipped))} or with a leading dot are "
             "not searched. Set source_path to a folder with Python sources."
         )
     return SourceFiles(documents, empty, undecodable, duplicates)
@@ -128,8 +133,10 @@ def prepare_python_files(
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction} must lie between 0 and 1, both excluded, for example 0.05.")
     started = time.perf_counter()
-    source = Path(sysconfig.get_path("stdlib")) if source_path is None else Path(source_path)
-    files = read_python_files(source)
+    if source_path is None:
+        files = read_python_files(Path(sysconfig.get_path("stdlib")), GENERATED_FOLDERS)
+    else:
+        files = read_python_files(Path(source_path))
     split = split_documents(files.documents, val_fraction, seed)
     corpus = corpus_hash(files.documents)
     settings = {"kind": "python_files", "vocab_size": vocab_size, "val_fraction": val_fraction, "seed": seed}

@@ -95,8 +95,7 @@ def main(arguments: Sequence[str] | None = None, default_config: Path = Path("co
 
         print_help()
         return 0
-    # litdata, which LitGPT imports, otherwise asks the package index for its newest version and waits if it is offline.
-    os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
+    _prepare_environment()
     parser = build_parser()
     parsed = parser.parse_args(arguments)
     try:
@@ -105,6 +104,16 @@ def main(arguments: Sequence[str] | None = None, default_config: Path = Path("co
         parser.error(str(error))
     values.pop("config", None)
     return _train(values)
+
+
+def _prepare_environment() -> None:
+    # litdata, which LitGPT imports, otherwise asks the package index for its newest version and waits if it is offline.
+    os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
+    # OpenMP's threads wait for each other by spinning, for milliseconds. As soon as another program wants one of the
+    # cores, the spinning keeps the thread that is waited for from running: training on a CPU becomes ten times slower
+    # where twice would be fair (benchmarks/openmp_spin.py). A short spin costs a few percent on an idle machine.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 
 def _train(values: dict) -> int:

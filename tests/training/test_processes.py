@@ -46,12 +46,17 @@ def run(*arguments: str | Path, **options) -> str:
 
 @pytest.fixture
 def uninterrupted(recipe, tmp_path) -> dict[int, str]:
-    run(*RUN_TRAIN, "--config", recipe("whole", out_dir=str(tmp_path / "whole"), train={"max_tokens": 40 * 128}), cwd=ROOT)
+    run(
+        *RUN_TRAIN,
+        "--config",
+        recipe("whole", out_dir=str(tmp_path / "whole"), train={"max_tokens": 40 * 128}),
+        cwd=ROOT,
+    )
     return logged(tmp_path / "whole", "loss")
 
 
 def test_interrupted_terminated_and_killed_the_losses_stay(recipe, tmp_path, uninterrupted):
-    """Ctrl-C after step 5, SIGTERM after step 15, kill -9 after step 25: the losses are those of one undisturbed run."""
+    """Ctrl-C after step 5, SIGTERM after step 15, kill -9 after step 25: the losses are those of an undisturbed run."""
     file = recipe(train={"max_tokens": 40 * 128, "save_interval": 8})
     out_dir = tmp_path / "out"
 
@@ -101,9 +106,7 @@ def test_two_processes_equal_one(recipe, tmp_path):
     """DDP over gloo: two processes of half the micro batch give the losses and the bias of one process."""
     # LitGPT's learning rate follows iterations, so both must have as many of them per step.
     one = recipe("one", out_dir=str(tmp_path / "one"), train={"micro_batch_size": 4, "max_tokens": 8 * 128})
-    two = recipe(
-        "two", out_dir=str(tmp_path / "two"), train={"micro_batch_size": 2, "max_tokens": 8 * 128}, devices=2
-    )
+    two = recipe("two", out_dir=str(tmp_path / "two"), train={"micro_batch_size": 2, "max_tokens": 8 * 128}, devices=2)
     run(*RUN_TRAIN, "--config", one, cwd=ROOT)
     run(*RUN_TRAIN, "--config", two, cwd=ROOT)
     models = [

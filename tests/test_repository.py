@@ -1,0 +1,135 @@
+"""The project keeps its promises: no host in the lock file, no unknown key in a recipe, help that answers at once."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+
+LOCK = """version = 1
+[[package]]
+name = "a"
+source = { registry = "https://host.example/simple" }
+sdist = { url = "https://host.example/files/a-1.0.tar.gz", hash = "sha256:00", size = 1 }
+wheels = [
+    { url = "https://host.example/files/a-1.0-py3-none-any.whl", hash = "sha256:01", size = 2 },
+]
+
+[[package]]
+name = "own"
+source = { editable = "." }
+dependencies = [
+    { name = "a" },
+]
+
+[package.metadata]
+requires-dist = [
+    { name = "a", url = "https://host.example/a" },
+]
+
+[package.metadata.requires-dev]
+dev = [{ name = "pytest", specifier = ">=8" }]
+
+[[package]]
+name = "z"
+source = { registry = "https://host.example/simple" }
+"""
+
+PORTABLE = """version = 1
+[[package]]
+name = "a"
+source = { registry = "index" }
+sdist = { path = "a-1.0.tar.gz", hash = "sha256:00", size = 1 }
+wheels = [
+    { path = "a-1.0-py3-none-any.whl", hash = "sha256:01", size = 2 },
+]
+
+[[package]]
+name = "own"
+source = { editable = "." }
+dependencies = [
+    { name = "a" },
+]
+
+[[package]]
+name = "z"
+source = { registry = "index" }
+"""
+
+
+def portable_lock():
+    spec = importlib.util.spec_from_file_location("portable_lock", ROOT / "tools" / "portable_lock.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_portable_lock():
+    portable = portable_lock().portable
+    assert portable(LOCK) == PORTABLE
+    assert portable(PORTABLE) == PORTABLE
+
+
+@pytest.mark.parametrize(("content", "status"), [(LOCK, 1), (PORTABLE, 0)])
+def test_portable_lock_check(tmp_path, content, status):
+    file = tmp_path / "uv.lock"
+    file.write_text(content)
+    script = str(ROOT / "tools" / "portable_lock.py")
+    assert subprocess.run([sys.executable, script, "--check", str(file)], capture_output=True).returncode == status
+    filtered = subprocess.run([sys.executable, script], input=content.encode(), capture_output=True)
+    assert filtered.stdout.decode() == PORTABLE
+
+
+def test_help_loads_neither_torch_nor_litgpt():
+    code = (
+        "import sys; from litgpt_moe_ext.training.cli import main\n"
+        "status = main(['--help'])\n"
+        "assert status == 0 and not {'torch', 'lightning', 'transformers'} & set(sys.modules), 'heavy imports'"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert result.returncode == 0, result.stderr
+    for expected in (
+        "--config",
+        "--resume",
+        "--train.max_tokens",
+        "--eval.interval",
+        "--compile",
+        "--micro-batch-size",
+    ):
+        assert expected in result.stdout
+    assert "Total number of tokens to train on" in result.stdout, "LitGPT's own descriptions"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_key_of_a_recipe_is_known(recipe):
+    """The parser refuses unknown keys; the model configuration is built and counted."""
+    from litgpt_moe_ext.model_size import count_parameters
+    from litgpt_moe_ext.training.cli import build_parser
+
+    parser = build_parser()
+    values = parser.instantiate_classes(parser.parse_args(["--config", str(recipe)])).as_dict()
+    assert count_parameters(values["model_config"]).active > 0
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_section_of_a_recipe_is_commented(recipe):
+    text = recipe.read_text(encoding="utf-8")
+    content = yaml.safe_load(text)
+    comments = [line for line in text.splitlines() if line.lstrip().startswith("#")]
+    assert len(comments) >= len(content)
+
+
+def test_quickstart_is_the_size_the_readme_says():
+    from litgpt import Config
+
+    from litgpt_moe_ext.model_size import count_parameters
+
+    content = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text(encoding="utf-8"))
+    size = count_parameters(Config(**content["model_config"]))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{size.total / 1e6:.1f}M parameters, {size.active / 1e6:.1f}M active" in readme

@@ -1,0 +1,78 @@
+"""The command line: short forms, precedence, plain error messages."""
+
+from pathlib import Path
+
+import pytest
+
+from litgpt_moe_ext.training.cli import build_parser, normalize, plain_error
+
+DEFAULT = Path("default.yaml")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], ["--config", "default.yaml"]),
+        (["--config", "a.yaml"], ["--config", "a.yaml"]),
+        (["--seed", "1", "--config=a.yaml"], ["--config", "a.yaml", "--seed", "1"]),
+        (["--config", "a.yaml", "--config", "b.yaml"], ["--config", "a.yaml", "--config", "b.yaml"]),
+        (["--micro-batch-size", "4"], ["--config", "default.yaml", "--train.micro_batch_size", "4"]),
+        (["--global-batch-size=8"], ["--config", "default.yaml", "--train.global_batch_size=8"]),
+        (["--max-seq-length", "64"], ["--config", "default.yaml", "--train.max_seq_length", "64"]),
+        (["--progress"], ["--config", "default.yaml", "--progress=true"]),
+        (["--no-progress", "--seed", "1"], ["--config", "default.yaml", "--progress=false", "--seed", "1"]),
+        (["--progress", "false"], ["--config", "default.yaml", "--progress=false"]),
+        (["--resume", "auto"], ["--config", "default.yaml", "--resume", "auto"]),
+    ],
+    ids=str,
+)
+def test_normalize(given, expected):
+    assert normalize(given, DEFAULT) == expected
+
+
+def test_config_without_a_file():
+    with pytest.raises(SystemExit, match="--config needs the path of a YAML file"):
+        normalize(["--config"], DEFAULT)
+
+
+def parse(*arguments: str, default: Path):
+    return build_parser().parse_args(normalize(arguments, default))
+
+
+def test_command_line_beats_file_beats_default(recipe):
+    file = recipe()
+    parsed = parse("--seed", "7", "--train.max_tokens", "999", "--config", str(file), default=DEFAULT)
+    assert (parsed.seed, parsed.train.max_tokens) == (7, 999)
+    assert parsed.train.micro_batch_size == 2, "from the file"
+    assert parsed.num_nodes == 1, "the default"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("auto", "auto"), ("true", True), ("false", False), ("some/dir", Path("some/dir"))]
+)
+def test_resume(recipe, given, expected):
+    assert parse("--resume", given, default=recipe()).resume == expected
+
+
+@pytest.mark.parametrize(("given", "expected"), [("auto", "auto"), ("true", True), ("false", False)])
+def test_compile(recipe, given, expected):
+    assert parse("--compile", given, default=recipe()).compile == expected
+
+
+def test_print_config(recipe, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse("--print_config", default=recipe())
+    assert exit_.value.code == 0
+    assert "mlp_class_name: SharedExpertMoE" in capsys.readouterr().out
+
+
+def test_plain_error():
+    message = """Parser key "model_config":
+  Does not validate against any of the Union subtypes
+  Subtypes: [<class 'NoneType'>, <class 'litgpt.config.Config'>]
+  Errors:
+    - Expected a <class 'NoneType'>
+    - Unrecognized arguments: --n_exprt=4
+  Given value type: <class 'jsonargparse._util.NestedArg'>
+  Given value: NestedArg(key='n_exprt', val='4')"""
+    assert plain_error(message) == 'Parser key "model_config": Unrecognized arguments: --n_exprt=4'
