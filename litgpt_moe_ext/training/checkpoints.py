@@ -8,8 +8,9 @@ import json
 import os
 import random
 import shutil
+import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,7 +57,12 @@ def save_whole(save: Callable[..., None], fabric: Any, state: dict, tokenizer_di
     save(fabric, {**state, "rng": _rng_of_all_processes(fabric)}, tokenizer_dir, staging / file.name)
     fabric.barrier()
     if fabric.is_global_zero:
-        progress = {"step": state["step_count"], "iteration": state["iter_num"], "processes": fabric.world_size}
+        progress = {
+            "step": state["step_count"],
+            "iteration": state["iter_num"],
+            "processes": fabric.world_size,
+            "saved_at": time.time(),
+        }
         (staging / STATE_FILE).write_text(json.dumps(progress, indent=2) + "\n", encoding="utf-8")
         publish(staging, target)
     fabric.barrier()
@@ -78,20 +84,39 @@ def problem_with(checkpoint_dir: Path) -> str | None:
     return None if damaged is None else f"{MODEL_FILE} is damaged in its record {damaged}"
 
 
-def _step_of(checkpoint_dir: Path) -> int | None:
+def _age_of(checkpoint_dir: Path) -> tuple[float, int] | None:
+    # When it was saved and after which step; the time is in the file because copying changes that of the file system.
+    # A checkpoint of plain LitGPT has its step in the name only. None for what is no checkpoint.
     try:
-        return json.loads((checkpoint_dir / STATE_FILE).read_text(encoding="utf-8"))["step"]
-    except (OSError, ValueError, KeyError):
+        state = json.loads((checkpoint_dir / STATE_FILE).read_text(encoding="utf-8"))
+        return state["saved_at"], state["step"]
+    except (OSError, ValueError, KeyError, TypeError):
         _, _, digits = checkpoint_dir.name.partition("step-")
-        return int(digits) if digits.isdecimal() else None
+        return (0.0, int(digits)) if digits.isdecimal() else None
 
 
-def newest_first(out_dir: Path) -> Iterator[Path]:
-    """Yield the checkpoint directories of a run (`step-*` and `final`), the furthest trained first, whole or not."""
-    steps = {path: _step_of(path) for path in out_dir.glob("*") if path.is_dir() and not path.name.startswith(".")}
-    yield from sorted(
-        (path for path, step in steps.items() if step is not None), key=lambda p: (steps[p], p.name == "final")
-    )[::-1]
+def newest_first(out_dir: Path) -> list[Path]:
+    """Return the checkpoint directories of a run (`step-*` and `final`), the last saved first, whole or not."""
+    ages = {path: _age_of(path) for path in out_dir.glob("*") if path.is_dir() and not path.name.startswith(".")}
+    return sorted((path for path, age in ages.items() if age is not None), key=lambda path: ages[path], reverse=True)
+
+
+def set_aside(out_dir: Path) -> Path | None:
+    """Move the checkpoints of an earlier run out of the way of a new one.
+
+    Returns:
+        The directory beside `out_dir` that holds them now, or None if there were none.
+    """
+    found = newest_first(out_dir)
+    if not found:
+        return None
+    number = 1
+    while (aside := out_dir.with_name(f"{out_dir.name}-earlier-{number}")).exists():
+        number += 1
+    aside.mkdir()
+    for checkpoint_dir in found:
+        checkpoint_dir.rename(aside / checkpoint_dir.name)
+    return aside
 
 
 def find_resume_file(

@@ -108,11 +108,6 @@ class Run:
         self.resume_file = checkpoints.find_resume_file(resume, self.out_dir, self.fabric.print)
         if self.resume_file:
             checkpoints.require_same_model(self.resume_file.parent, self.config)
-        elif any(checkpoints.newest_first(self.out_dir)):
-            self.fabric.print(
-                f"{self.out_dir} holds checkpoints of an earlier run; this run starts anew and replaces those of the "
-                "same name. Use --resume auto to continue instead."
-            )
 
     def prepare_data(self, data: Any, tokenizer_dir: Path | None) -> None:
         """Prepare the data set, on the first process of each node before the others, and open the tokenizer."""
@@ -153,6 +148,9 @@ class Run:
         """Run LitGPT's loop to its end."""
         decision = decide(compile, self.config, probe_platform(self.fabric.device.type))
         self._announce(decision)
+        continues_here = self.resume_file and self.resume_file.parent.parent.resolve() == self.out_dir.resolve()
+        if self.fabric.is_global_zero and not continues_here and (aside := checkpoints.set_aside(self.out_dir)):
+            self.fabric.print(f"Moved the checkpoints of an earlier run to {aside} (--resume auto continues a run)")
         loop = HookedLoop(
             self.fabric,
             self.train_args,

@@ -36,7 +36,8 @@ def test_a_run_from_start_to_generation(recipe, tmp_path, capsys):
     final = out_dir / "final"
     expected = {"lit_model.pth", "model_config.yaml", "hyperparameters.yaml", "tokenizer.json", "tokenizer_config.json"}
     assert expected <= {p.name for p in final.iterdir()}
-    assert json.loads((final / "training_state.json").read_text()) == {"step": 12, "iteration": 24, "processes": 1}
+    state = json.loads((final / "training_state.json").read_text())
+    assert {**state, "saved_at": None} == {"step": 12, "iteration": 24, "processes": 1, "saved_at": None}
 
     losses = [float(loss) for loss in logged(out_dir, "loss").values()]
     assert len(losses) == 12
@@ -103,6 +104,39 @@ def test_a_truncated_checkpoint_is_passed_over(recipe, tmp_path, capsys):
     output = capsys.readouterr().out
     assert f"Passing over checkpoint {newest.parent}: lit_model.pth is truncated or damaged" in output
     assert f"Resuming from {tmp_path / 'out' / 'step-00000008'}" in output
+
+
+def test_a_new_run_loses_nothing_of_an_earlier_one(recipe, tmp_path, capsys):
+    """Not its checkpoints, and `--resume auto` continues the new run although the earlier one had got further."""
+    file = recipe()
+    assert train("--config", file) == 0
+    earlier = (tmp_path / "out" / "final" / "lit_model.pth").read_bytes()
+    assert train("--config", file, "--seed", "1", "--train.max_steps", "4") == 0
+    assert f"Moved the checkpoints of an earlier run to {tmp_path / 'out-earlier-1'}" in capsys.readouterr().out
+    assert (tmp_path / "out-earlier-1" / "final" / "lit_model.pth").read_bytes() == earlier
+    shutil.rmtree(tmp_path / "out" / "final")
+    assert train("--config", file, "--seed", "1", "--resume", "auto") == 0
+    assert f"Resuming from {tmp_path / 'out' / 'step-00000004'}" in capsys.readouterr().out
+    assert not (tmp_path / "out-earlier-2").exists()
+
+
+def test_newest_is_what_was_saved_last(tmp_path):
+    """By the time in the checkpoint, whatever copying did to the files; plain LitGPT's checkpoints by their step."""
+    from litgpt_moe_ext.training.checkpoints import newest_first
+
+    for name, state in {
+        "final": {"step": 12, "saved_at": 200.0},
+        "step-00000008": {"step": 8, "saved_at": 300.0},
+        "step-00000004": {"step": 4, "saved_at": 100.0},
+        "step-00000100": None,
+        "logs": None,
+        ".step-00000009.incomplete": {"step": 9, "saved_at": 900.0},
+    }.items():
+        (tmp_path / name).mkdir()
+        if state is not None:
+            (tmp_path / name / "training_state.json").write_text(json.dumps(state))
+    found = [path.name for path in newest_first(tmp_path)]
+    assert found == ["step-00000008", "final", "step-00000004", "step-00000100"]
 
 
 def test_accumulation_moves_the_bias_as_one_batch(recipe, tmp_path):
