@@ -29,6 +29,7 @@ from tokenizers import Tokenizer
 
 from litgpt_moe_ext.data.shards import open_shard, token_dtype, write_shard
 from litgpt_moe_ext.data.tokenizer import open_for_documents, require_eos, threads_for_tokenizers, train_bpe
+from litgpt_moe_ext.durable import flush, flush_tree
 
 FORMAT_VERSION = 1  # part of every key; raise it when the same input would lead to other files
 TOKENIZER_DIR = "tokenizer"
@@ -100,9 +101,7 @@ def atomic_directory(final: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        for path in sorted(partial.rglob("*")):
-            _flush_to_disk(path)
-        _flush_to_disk(partial)
+        flush_tree(partial)
         try:
             os.rename(partial, final)
         except OSError as error:
@@ -113,7 +112,7 @@ def atomic_directory(final: Path) -> Iterator[Path]:
                         "again."
                     ) from error
                 raise
-        _flush_to_disk(final.parent)
+        flush(final.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -332,17 +331,6 @@ def _groups(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
             group, size = [], 0
     if group:
         yield group
-
-
-def _flush_to_disk(path: Path) -> None:
-    if path.is_dir() and os.name != "posix":
-        return  # only POSIX can open a folder
-    # Windows flushes only handles that may write.
-    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _host() -> str:

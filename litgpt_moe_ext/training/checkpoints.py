@@ -5,7 +5,6 @@ A checkpoint is LitGPT's: `lit_model.pth` (model, optimizer, data position, coun
 """
 
 import json
-import os
 import random
 import shutil
 import time
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
+from litgpt_moe_ext.durable import flush, flush_tree
 
 MODEL_FILE = "lit_model.pth"
 STATE_FILE = "training_state.json"
@@ -27,15 +28,13 @@ def publish(staging: Path, target: Path) -> None:
         staging: Directory with everything in it, on the same file system as `target`.
         target: Where it shall be.
     """
-    for file in staging.rglob("*"):
-        if file.is_file():
-            with open(file, "rb+") as handle:
-                os.fsync(handle.fileno())
+    flush_tree(staging)
     replaced = target.with_name(f".{target.name}.replaced")
     if target.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)
     staging.rename(target)
+    flush(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

@@ -56,6 +56,17 @@ def test_activation_checkpointing_counts_once(use_reentrant):
     assert torch.equal(moe.gate.counter.take(), counts_of(moe, x))
 
 
+def test_a_compiled_layer_counts_the_same():
+    moe = make_moe(n_shared_expert=1)
+    compiled = torch.compile(moe, backend="aot_eager")
+    for tokens in (7, 9):
+        x = torch.randn(2, tokens, 16)
+        output = compiled(x)
+        output.sum().backward()
+        assert torch.equal(moe.gate.counter.take(), counts_of(moe, x))
+        torch.testing.assert_close(output, moe(x))
+
+
 def test_evaluation_does_not_count():
     moe = make_moe()
     x = torch.randn(2, 7, 16)

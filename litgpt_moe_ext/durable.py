@@ -1,0 +1,23 @@
+"""Making sure that what was written is on the disk before it gets its final name."""
+
+import os
+from pathlib import Path
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, is on the disk."""
+    if path.is_dir() and os.name != "posix":
+        return  # only POSIX can open a folder
+    # Windows flushes only handles that may write.
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_tree(directory: Path) -> None:
+    """Flush everything in a folder, and the folder."""
+    for path in sorted(directory.rglob("*")):
+        flush(path)
+    flush(directory)
