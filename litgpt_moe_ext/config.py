@@ -26,10 +26,14 @@ EXTRA_FIELDS: dict[str, Any] = {
     "router_score_function": Literal["sigmoid", "softmax"] | None,
     # Step size of `SharedExpertMoE`'s auxiliary-loss-free balancing bias (default: 0.001; 0 switches balancing off).
     "router_bias_update_rate": float | None,
+    # Weights of `NoisyTopKMoE`'s two balancing losses (default: 0.1 each, as in the paper; 0 switches one off).
+    "router_importance_loss_coef": float | None,
+    "router_load_loss_coef": float | None,
 }
 
 # Fields that mean something to one of the two MoE classes only.
 _SHARED_EXPERT_ONLY = ("router_score_function", "router_bias_update_rate")
+_NOISY_ONLY = ("router_importance_loss_coef", "router_load_loss_coef")
 _GROUP_FIELDS = ("n_topk_groups", "n_topk_scores_per_group")
 
 
@@ -52,12 +56,15 @@ def resolve_and_validate(config: Any) -> None:
         _check_experts(config)
         _check_groups(config)
         _resolve_shared_expert_router(config)
+        foreign = _NOISY_ONLY
     elif config.mlp_class_name == "NoisyTopKMoE":
         _check_experts(config)
-        _check_noisy_router(config)
+        _resolve_noisy_router(config)
+        foreign = ()
     else:
-        for name in _SHARED_EXPERT_ONLY:
-            _refuse(config, name, f"mlp_class_name: {config.mlp_class_name} has no such setting")
+        foreign = _SHARED_EXPERT_ONLY + _NOISY_ONLY
+    for name in foreign:
+        _refuse(config, name, f"mlp_class_name: {config.mlp_class_name} has no such setting")
     if config.attention_class_name is None:
         _refuse(config, "attention_sinks", "attention_class_name is not set; set it to SinkAttention")
     elif config.attention_class_name not in ATTENTION_CLASS_NAMES:
@@ -143,19 +150,25 @@ def _resolve_shared_expert_router(config: Any) -> None:
             f"router_score_function: {config.router_score_function!r} is unknown; choose from "
             f"{', '.join(SCORE_FUNCTIONS)}"
         )
-    if config.router_bias_update_rate is None:
-        config.router_bias_update_rate = 0.001
-    rate = config.router_bias_update_rate
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < float("inf"):
-        raise ValueError(f"router_bias_update_rate: {rate!r} must be a number of at least 0 (0 switches balancing off)")
+    _resolve_number(config, "router_bias_update_rate", 0.001, "0 switches balancing off")
 
 
-def _check_noisy_router(config: Any) -> None:
+def _resolve_number(config: Any, name: str, default: float, zero: str) -> None:
+    if getattr(config, name) is None:
+        setattr(config, name, default)
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise ValueError(f"{name}: {value!r} must be a number of at least 0 ({zero})")
+
+
+def _resolve_noisy_router(config: Any) -> None:
     for name in ("n_expert_groups", *_GROUP_FIELDS):
         _refuse(config, name, "NoisyTopKMoE routes without groups; SharedExpertMoE has them")
     _refuse(config, "router_score_function", "NoisyTopKMoE always takes the softmax of the k highest noisy logits")
-    _refuse(config, "router_bias_update_rate", "NoisyTopKMoE has no balancing bias; SharedExpertMoE has one")
+    _refuse(config, "router_bias_update_rate", "NoisyTopKMoE is balanced by two losses instead of a bias")
     _refuse(config, "norm_topk_prob", "NoisyTopKMoE's weights always sum to 1", unset=False)
+    for name in _NOISY_ONLY:
+        _resolve_number(config, name, 0.1, "0 switches this loss off")
 
 
 def extend_config(config_class: type, validate_attention: Callable[[Any], None]) -> None:

@@ -9,6 +9,7 @@
 | `CausalSelfAttention.__new__`       | builds the attention class that a configuration names                          |
 | `GPT.rope_cache`                    | asks the plugin for the rotary tables of such configurations                   |
 | `litgpt.eval.evaluate`              | evaluates checkpoints with the plugin's layers directly, without conversion    |
+| `litgpt.pretrain`, `finetune.full`  | their loss tells auxiliary losses by what the loop scales it                   |
 | torch's global optimizer-step hook  | moves the balancing bias once per optimizer step, whoever owns the loop        |
 
 A model that names none of the plugin's classes takes LitGPT's own path in every one of them. The repairs of defects in
@@ -73,6 +74,8 @@ def _extend_litgpt() -> None:
     _dispatch_rope_cache(model.GPT)
     install_optimizer_hook()
     install_patches()
+    for loop in ("litgpt.pretrain", "litgpt.finetune.full"):
+        _autoload.when_imported(loop, _mark_loss)
     _autoload.when_imported("litgpt.eval.evaluate", _extend_evaluate)
 
 
@@ -189,6 +192,20 @@ def _dispatch_rope_cache(gpt_class: type) -> None:
         return build_rope_cache(self.config, self.max_seq_length, device=device)
 
     gpt_class.rope_cache = rope_cache
+
+
+def _mark_loss(loop: Any) -> None:
+    from litgpt_moe_ext.moe.auxiliary import remember_scale
+    from litgpt_moe_ext.moe.balancing import any_router_lives
+
+    original = loop.chunked_cross_entropy
+
+    @wraps(original)
+    def chunked_cross_entropy(*args: Any, **kwargs: Any) -> Any:
+        loss = original(*args, **kwargs)
+        return remember_scale(loss) if any_router_lives() else loss
+
+    loop.chunked_cross_entropy = chunked_cross_entropy
 
 
 def _extend_evaluate(evaluate_module: Any) -> None:

@@ -41,6 +41,7 @@ GROUPS = {"n_expert_groups": 4, "n_topk_groups": 1, "n_topk_scores_per_group": 2
             {"gelu_approximate": "tanh"},
             "gelu_approximate: 'tanh' would be ignored because the experts of SharedExpertMoE use SwiGLU",
         ),
+        ({"router_load_loss_coef": 0.1}, "router_load_loss_coef: 0.1 would be ignored"),
         ({"first_k_dense_replace": 3}, "first_k_dense_replace: 3 must be an integer from 0 to 2"),
         ({"first_k_dense_replace": 1}, "intermediate_size: None must be set because first_k_dense_replace is 1"),
         ({"attention_sinks": True}, "attention_sinks: True would be ignored because attention_class_name is not set"),
@@ -61,6 +62,7 @@ def test_refused(changes, message):
         (GROUPS, "n_expert_groups: 4"),
         ({"norm_topk_prob": True}, "norm_topk_prob: True"),
         ({"n_expert_per_token": 9}, "n_expert_per_token: 9"),
+        ({"router_load_loss_coef": -1}, "router_load_loss_coef: -1"),
     ],
     ids=str,
 )
@@ -86,6 +88,7 @@ def test_defaults_of_the_classes():
     assert (config.router_score_function, config.router_bias_update_rate) == ("sigmoid", 0.001)
     config = noisy_config()
     assert (config.router_score_function, config.router_bias_update_rate) == (None, None)
+    assert (config.router_importance_loss_coef, config.router_load_loss_coef) == (0.1, 0.1)
     assert moe_config(moe_intermediate_size=None, intermediate_size=20).moe_intermediate_size == 20
 
 

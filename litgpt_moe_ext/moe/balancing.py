@@ -27,6 +27,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from litgpt_moe_ext.moe.auxiliary import forget_scale
+
 
 class _CountInBackward(torch.autograd.Function):
     @staticmethod
@@ -112,12 +114,18 @@ def watch(router: torch.nn.Module) -> None:
     _routers.append(weakref.ref(router))
 
 
+def any_router_lives() -> bool:
+    """Whether the process has a model with one of the plugin's routers."""
+    return any(reference() is not None for reference in _routers)
+
+
 def install_optimizer_hook() -> None:
     """Update router biases after every step of any optimizer, in any training loop. Called once, at registration."""
     register_optimizer_step_post_hook(_after_optimizer_step)
 
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    forget_scale()
     pending = [router for reference in _routers if (router := reference()) is not None and router.counter.pending]
     if not pending:
         return

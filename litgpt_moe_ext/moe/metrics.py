@@ -28,7 +28,9 @@ def load_metrics(model: nn.Module) -> dict[str, float]:
 
     Keys: `moe/max_over_mean` (worst layer), `moe/max_over_mean_avg` (mean over layers), `moe/dead_experts` (experts
     without a single token, over all layers) and `moe/bias_range` (largest minus smallest balancing bias, worst layer;
-    only with a balancing bias). Empty before the first step and for models without the plugin's MoE layers.
+    only with a balancing bias); auxiliary losses by name, such as `moe/importance_loss`, with their weights and summed
+    over layers (of the last batch of this process). Empty before the first step and for models without the plugin's MoE
+    layers.
     """
     routers = [router for router in routers_of(model).values() if router.load_E is not None]
     if not routers:
@@ -44,4 +46,7 @@ def load_metrics(model: nn.Module) -> dict[str, float]:
     if biases:
         bias_LE = torch.stack(biases).cpu()
         metrics["moe/bias_range"] = (bias_LE.amax(-1) - bias_LE.amin(-1)).max().item()
+    for router in routers:
+        for name, loss in router.auxiliary_losses.items():
+            metrics[f"moe/{name}"] = metrics.get(f"moe/{name}", 0.0) + loss.item()
     return metrics

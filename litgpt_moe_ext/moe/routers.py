@@ -15,7 +15,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from litgpt_moe_ext.moe.auxiliary import inject
 from litgpt_moe_ext.moe.balancing import TokenCounter, watch
+from litgpt_moe_ext.moe.losses import importance_loss, load_loss
 
 
 class Routing(NamedTuple):
@@ -42,6 +44,7 @@ class Router(nn.Module):
         weight: Gate, (E, D).
         counter: Tokens per expert since the last optimizer step.
         load_E: Tokens per expert of the last finished optimizer step over all processes, or None before the first.
+        auxiliary_losses: Weighted auxiliary losses of the last training batch by name, for logging.
         bias_update_rate: Step size of the balancing bias; 0 for routers that have none.
     """
 
@@ -56,6 +59,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_expert, config.n_embd))
         self.counter = TokenCounter(config.n_expert)
         self.load_E: Tensor | None = None
+        self.auxiliary_losses: dict[str, Tensor] = {}
         watch(self)
 
     def reset_parameters(self) -> None:
@@ -68,7 +72,9 @@ class Router(nn.Module):
         Args:
             x_TD: Tokens, any floating dtype.
         """
-        weights_TK, experts_TK = self.choose(x_TD)
+        weights_TK, experts_TK, auxiliary_loss = self.choose(x_TD)
+        if auxiliary_loss is not None:
+            weights_TK = inject(weights_TK, auxiliary_loss)
         if self.scaling_factor != 1.0:
             weights_TK = weights_TK * self.scaling_factor
         flat_R = experts_TK.reshape(-1)
@@ -77,8 +83,8 @@ class Router(nn.Module):
             weights_TK = self.counter.attach(weights_TK, counts_E)
         return Routing(weights_TK, experts_TK, counts_E)
 
-    def choose(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gate values (T, K), before scaling, and the chosen experts (T, K)."""
+    def choose(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the gate values (T, K), before scaling, the chosen experts (T, K), and an auxiliary loss or None."""
         raise NotImplementedError(f"{type(self).__name__} must say how it chooses experts")
 
     def project(self, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
@@ -132,7 +138,7 @@ class GroupedTopKRouter(Router):
         super().reset_parameters()
         nn.init.zeros_(self.e_score_correction_bias)
 
-    def choose(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    def choose(self, x_TD: Tensor) -> tuple[Tensor, Tensor, None]:
         logits_TE = self.project(x_TD, self.weight)
         scores_TE = logits_TE.sigmoid() if self.score_function == "sigmoid" else logits_TE.softmax(dim=-1)
         with torch.no_grad():
@@ -143,7 +149,7 @@ class GroupedTopKRouter(Router):
         weights_TK = scores_TE.gather(1, experts_TK)
         if self.normalize:
             weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
-        return weights_TK, experts_TK
+        return weights_TK, experts_TK, None
 
     def _within_best_groups(self, biased_TE: Tensor) -> Tensor:
         grouped_TGe = biased_TE.unflatten(-1, (self.n_group, -1))
@@ -179,19 +185,36 @@ class NoisyTopKRouter(Router):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
+        self.importance_coef = config.router_importance_loss_coef
+        self.load_coef = config.router_load_loss_coef
         self.noise_weight = nn.Parameter(torch.empty(config.n_expert, config.n_embd))
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
         nn.init.zeros_(self.noise_weight)
 
-    def choose(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        logits_TE = self.project(x_TD, self.weight)
-        if self.training:
-            std_TE = F.softplus(self.project(x_TD, self.noise_weight))
-            logits_TE = logits_TE + torch.randn_like(logits_TE) * std_TE
-        best = logits_TE.topk(self.top_k, dim=-1)
-        return best.values.softmax(dim=-1), best.indices
+    def choose(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        clean_TE = self.project(x_TD, self.weight)
+        if not self.training:
+            best = clean_TE.topk(self.top_k, dim=-1)
+            return best.values.softmax(dim=-1), best.indices, None
+        std_TE = F.softplus(self.project(x_TD, self.noise_weight))
+        noisy_TE = clean_TE + torch.randn_like(clean_TE) * std_TE
+        best = noisy_TE.topk(self.top_k, dim=-1)
+        weights_TK = best.values.softmax(dim=-1)
+        return weights_TK, best.indices, self._auxiliary_loss(clean_TE, noisy_TE, std_TE, weights_TK, best.indices)
+
+    def _auxiliary_loss(
+        self, clean_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, weights_TK: Tensor, experts_TK: Tensor
+    ) -> Tensor | None:
+        # With every expert chosen by every token there is nothing to balance but the gate values.
+        losses = {}
+        if self.importance_coef:
+            losses["importance_loss"] = self.importance_coef * importance_loss(weights_TK, experts_TK, self.n_expert)
+        if self.load_coef and self.top_k < self.n_expert:
+            losses["load_loss"] = self.load_coef * load_loss(clean_TE, noisy_TE, std_TE, self.top_k)
+        self.auxiliary_losses = {name: loss.detach() for name, loss in losses.items()}
+        return sum(losses.values()) if losses and torch.is_grad_enabled() else None
 
 
 def _without_autocast(device_type: str) -> Any:

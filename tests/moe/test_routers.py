@@ -114,7 +114,7 @@ def test_noise_has_the_learned_deviation():
         router.noise_weight.zero_()
         router.noise_weight[1] = 1.0
     x = torch.full((20000, 16), 0.25)
-    weights, experts = router.choose(x)
+    weights, experts, _ = router.choose(x)
     weights = weights.gather(1, experts.argsort(1))
     logit_difference = (weights[:, 1] / weights[:, 0]).log()
     expected = math.sqrt(math.log(2) ** 2 + math.log1p(math.exp(4)) ** 2)

@@ -1,0 +1,62 @@
+"""Giving an auxiliary loss its gradient without touching the loss that a training loop computes and prints.
+
+`inject` is the identity on a tensor that lies on the way to the loss; in the backward pass it starts the gradient of
+the auxiliary loss. It works in any loop, and under activation checkpointing whichever forward pass the gradient
+takes.
+
+A loop that divides its loss by the number of accumulated batches, or multiplies it by the scale of a gradient scaler,
+means the auxiliary loss to be scaled as well. The loss itself knows: the gradient that arrives at it is exactly that
+factor. `remember_scale` marks the loss (LitGPT's own loops are marked by the plugin) and keeps the factor for
+`inject`; in an unmarked loop the factor is 1.
+"""
+
+import torch
+from torch import Tensor
+
+_scale: Tensor | None = None
+
+
+class _Inject(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, carrier: Tensor, loss: Tensor) -> Tensor:
+        ctx.loss_dtype, ctx.loss_device = loss.dtype, loss.device
+        return carrier.view_as(carrier)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        if _scale is None:
+            return grad, torch.ones((), dtype=ctx.loss_dtype, device=ctx.loss_device)
+        return grad, _scale.to(ctx.loss_device, ctx.loss_dtype)
+
+
+class _RememberScale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss: Tensor) -> Tensor:
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        global _scale
+        _scale = grad.detach()
+        return grad
+
+
+def inject(carrier: Tensor, loss: Tensor) -> Tensor:
+    """Return `carrier` unchanged; its backward pass adds the gradient of `loss`.
+
+    Args:
+        carrier: A tensor on the way from the parameters to the training loss.
+        loss: The auxiliary loss with its weight, a scalar.
+    """
+    return _Inject.apply(carrier, loss)
+
+
+def remember_scale(loss: Tensor) -> Tensor:
+    """Return `loss` unchanged; its backward pass tells `inject` by what the training loop scales it."""
+    return _RememberScale.apply(loss) if loss.requires_grad else loss
+
+
+def forget_scale() -> None:
+    """Go back to a factor of 1. Called after every optimizer step, since the next loop may be another."""
+    global _scale
+    _scale = None

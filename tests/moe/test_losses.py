@@ -1,0 +1,201 @@
+"""Auxiliary losses: values by hand, and gradients that are scaled as the training loss is and never change it."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from litgpt_moe_ext.moe.auxiliary import forget_scale, inject, remember_scale
+from litgpt_moe_ext.moe.layer import NoisyTopKMoE
+from litgpt_moe_ext.moe.losses import cv_squared, importance_loss, load_loss
+from litgpt_moe_ext.moe.metrics import load_metrics, routers_of
+from tests.models import initialized_model, noisy_config, randomize
+
+
+@pytest.fixture(autouse=True)
+def _no_scale():
+    forget_scale()
+    yield
+    forget_scale()
+
+
+def test_cv_squared_by_hand():
+    """1, 2, 3, 6 have mean 3 and variance (4 + 1 + 0 + 9) / 4 = 3.5."""
+    assert cv_squared(torch.tensor([1.0, 2.0, 3.0, 6.0])).item() == pytest.approx(3.5 / 9)
+    assert cv_squared(torch.full((5,), 2.0)) == 0
+    assert cv_squared(torch.tensor([8.0, 0.0, 0.0, 0.0])).item() == pytest.approx(3.0)
+
+
+def test_importance_by_hand():
+    """Two tokens give expert 0 weights .75 + 1, expert 1 .25, expert 2 none: mean 2/3."""
+    weights = torch.tensor([[0.75, 0.25], [1.0, 0.0]])
+    experts = torch.tensor([[0, 1], [0, 2]])
+    mean = 2 / 3
+    variance = ((1.75 - mean) ** 2 + (0.25 - mean) ** 2 + mean**2) / 3
+    assert importance_loss(weights, experts, 3).item() == pytest.approx(variance / mean**2)
+
+
+def test_load_by_hand():
+    """One token, three experts, top 1: the winner must beat the second, the others must beat the winner."""
+    clean = torch.tensor([[1.0, 0.5, -1.0]], dtype=torch.float64)
+    noisy = torch.tensor([[0.8, 0.9, -0.5]], dtype=torch.float64)
+    std = torch.tensor([[0.5, 1.0, 2.0]], dtype=torch.float64)
+
+    def phi(x):
+        return 0.5 * (1 + math.erf(x / math.sqrt(2)))
+
+    load = [phi((1.0 - 0.9) / 0.5), phi((0.5 - 0.8) / 1.0), phi((-1.0 - 0.9) / 2.0)]
+    mean = sum(load) / 3
+    expected = sum((p - mean) ** 2 for p in load) / 3 / mean**2
+    assert load_loss(clean, noisy, std, top_k=1).item() == pytest.approx(expected)
+
+
+def test_load_estimates_the_load():
+    """Averaged over the noise, the estimate is the mean number of tokens of each expert."""
+    torch.manual_seed(1)
+    clean = torch.randn(1, 4).double().expand(200_000, 4)
+    std = torch.full_like(clean, 0.7)
+    noisy = clean + torch.randn_like(clean) * std
+    counts = torch.bincount(noisy.topk(2).indices.flatten(), minlength=4).double()
+    expected = cv_squared(counts).item()
+    assert load_loss(clean, noisy, std, top_k=2).item() == pytest.approx(expected, rel=0.03)
+
+
+def gradients(moe, x, make_loss) -> dict[str, torch.Tensor]:
+    moe.zero_grad()
+    torch.manual_seed(0)
+    make_loss(moe(x)).backward()
+    return {name: parameter.grad.clone() for name, parameter in moe.named_parameters()}
+
+
+def explicit_gradients(moe, x, factor: float = 1.0) -> dict[str, torch.Tensor]:
+    """The gradients of (training loss + auxiliary losses) * factor, with the auxiliary losses added by hand."""
+    router, collected = moe.gate, []
+    original = router._auxiliary_loss
+    router._auxiliary_loss = lambda *args: collected.append(original(*args))  # returns None: nothing is injected
+    try:
+        return gradients(moe, x, lambda y: (y.square().mean() + collected[-1]) * factor)
+    finally:
+        del router._auxiliary_loss
+
+
+def make_moe(**settings):
+    return randomize(NoisyTopKMoE(noisy_config(**settings)).double(), std=0.3)
+
+
+def assert_equal(ours, theirs):
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[name], atol=1e-12, rtol=1e-9)
+
+
+def test_injected_gradients_are_those_of_the_sum():
+    moe, x = make_moe(), torch.randn(2, 9, 16, dtype=torch.float64)
+    with_losses = gradients(moe, x, lambda y: y.square().mean())
+    assert_equal(with_losses, explicit_gradients(moe, x))
+    without = make_moe(router_importance_loss_coef=0, router_load_loss_coef=0)
+    without.load_state_dict(moe.state_dict())
+    plain = gradients(without, x, lambda y: y.square().mean())
+    assert (with_losses["gate.weight"] - plain["gate.weight"]).abs().max() > 1e-3
+    assert without.gate.auxiliary_losses == {}
+
+
+@pytest.mark.parametrize("factor", [0.25, 1024.0], ids=["accumulation", "gradient scaler"])
+def test_the_loop_scales_auxiliary_losses_too(factor):
+    moe, x = make_moe(), torch.randn(2, 9, 16, dtype=torch.float64)
+    ours = gradients(moe, x, lambda y: remember_scale(y.square().mean()) * factor)
+    assert_equal(ours, explicit_gradients(moe, x, factor))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_under_activation_checkpointing(use_reentrant):
+    moe, x = make_moe(), torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
+    expected = explicit_gradients(moe, x, 0.5)
+
+    def run(x):
+        return checkpoint(moe, x, use_reentrant=use_reentrant)
+
+    moe.zero_grad()
+    torch.manual_seed(0)
+    (remember_scale(run(x).square().mean()) * 0.5).backward()
+    assert_equal({name: p.grad for name, p in moe.named_parameters()}, expected)
+
+
+def test_the_training_loss_is_untouched():
+    moe, x = make_moe().eval(), torch.randn(2, 9, 16, dtype=torch.float64)
+    expected = moe(x)
+    moe.train()
+    moe.gate.noise_weight.data.fill_(0)
+    torch.manual_seed(0)
+    with_losses = moe(x)
+    moe.gate.importance_coef = moe.gate.load_coef = 0
+    torch.manual_seed(0)
+    assert torch.equal(with_losses, moe(x))
+    assert expected.shape == with_losses.shape
+
+
+def test_an_optimizer_step_forgets_the_scale():
+    carrier = torch.ones(1, requires_grad=True)
+    weight = torch.ones(1, requires_grad=True)
+    (remember_scale(carrier.sum()) * 0.5).backward()
+    inject(carrier, weight.sum()).sum().backward()
+    assert weight.grad.item() == 0.5
+    torch.optim.SGD([carrier], lr=0.1).step()
+    weight.grad = None
+    inject(carrier, weight.sum()).sum().backward()
+    assert weight.grad.item() == 1
+
+
+def train_collapsed(coef: float) -> float:
+    """Train a noisy router that starts by sending every token to two experts; return max/mean load at the end."""
+    torch.manual_seed(0)
+    model = initialized_model(noisy_config(router_importance_loss_coef=coef, router_load_loss_coef=coef))
+    with torch.no_grad():
+        # A direction that all embeddings share, and two experts that answer to it.
+        model.transformer.wte.weight[:, 0] = 1.0
+        for router in routers_of(model).values():
+            router.weight[:2, 0] = 3.0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    history = []
+    for _ in range(150):
+        ids = torch.randint(0, 64, (8, 33))
+        F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(load_metrics(model)["moe/max_over_mean"])
+    assert history[0] > 3.5
+    return sum(history[-20:]) / 20
+
+
+def test_the_losses_balance_a_collapsed_router():
+    assert train_collapsed(0.1) < 1.6
+
+
+def test_without_the_losses_it_stays_collapsed():
+    assert train_collapsed(0.0) > 2.5
+
+
+def test_losses_are_logged_by_name():
+    model = initialized_model(noisy_config())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randint(0, 64, (2, 32))).sum().backward()
+    optimizer.step()
+    metrics = load_metrics(model)
+    routers = routers_of(model).values()
+    for name in ("importance_loss", "load_loss"):
+        assert metrics[f"moe/{name}"] == pytest.approx(sum(router.auxiliary_losses[name].item() for router in routers))
+        assert metrics[f"moe/{name}"] > 0
+
+
+def test_litgpts_loop_marks_its_loss():
+    import litgpt.pretrain
+
+    model = initialized_model(noisy_config())
+    logits = torch.randn(1, 4, 8, requires_grad=True)
+    targets = torch.randint(0, 8, (1, 4))
+    weight = torch.ones(1, requires_grad=True)
+    loss = litgpt.pretrain.chunked_cross_entropy(inject(logits, weight.sum()), targets)
+    (loss / 4).backward()
+    assert weight.grad.item() == 0.25
+    assert model is not None
