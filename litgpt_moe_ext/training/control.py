@@ -84,6 +84,11 @@ class StepLimits:
         self._total_steps = total_steps
         self._deadline = None if max_time is None else time.monotonic() + max_time
 
-    def reached(self, step: int) -> bool:
-        """Whether training shall end after `step` optimizer steps."""
-        return step >= self._total_steps or (self._deadline is not None and time.monotonic() >= self._deadline)
+    def reached(self, step: int, fabric: Any) -> bool:
+        """Whether training shall end after `step` optimizer steps. Every process must call at the same point."""
+        if step >= self._total_steps:
+            return True
+        if self._deadline is None:
+            return False
+        # The clocks of several processes never agree; the first one's counts.
+        return fabric.broadcast(time.monotonic() >= self._deadline)

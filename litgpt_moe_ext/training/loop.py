@@ -120,7 +120,7 @@ class HookedLoop:
                     self.fabric, self.state, self.tokenizer_dir, directory / checkpoints.MODEL_FILE
                 )
             raise TrainingInterrupted(signal_number)
-        if self.limits.reached(step):
+        if self.limits.reached(step, self.fabric):
             # Ends LitGPT's `for` loop; the final validation and checkpoint follow.
             raise StopIteration
 

@@ -179,6 +179,13 @@ def test_setup_from_python(recipe, tmp_path, corpus_settings):
     assert settings["model_config"]["n_expert"] == 8
 
 
+def test_max_time_ends_with_a_final_checkpoint(recipe, tmp_path):
+    file = recipe(train={"max_tokens": 100_000 * 128, "max_time": 0.5, "save_interval": 100_000})
+    assert train("--config", file) == 0
+    steps = json.loads((tmp_path / "out" / "final" / "training_state.json").read_text())["step"]
+    assert 1 <= steps < 100_000
+
+
 class TestWrongInputs:
     """One clear message, exit status 2, and nothing lost."""
 
