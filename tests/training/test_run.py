@@ -106,6 +106,20 @@ def test_a_truncated_checkpoint_is_passed_over(recipe, tmp_path, capsys):
     assert f"Resuming from {tmp_path / 'out' / 'step-00000008'}" in output
 
 
+def test_damage_inside_a_checkpoint_is_noticed(recipe, tmp_path):
+    """One flipped byte in the weights, which loading alone would not notice."""
+    from litgpt_moe_ext.training.checkpoints import problem_with
+
+    assert train("--config", recipe(train={"max_tokens": 128})) == 0
+    final = tmp_path / "out" / "final"
+    assert problem_with(final) is None
+    content = bytearray((final / "lit_model.pth").read_bytes())
+    content[len(content) // 2] ^= 1
+    (final / "lit_model.pth").write_bytes(content)
+    torch.load(final / "lit_model.pth", weights_only=True)
+    assert "is damaged in its record" in problem_with(final)
+
+
 def test_a_new_run_loses_nothing_of_an_earlier_one(recipe, tmp_path, capsys):
     """Not its checkpoints, and `--resume auto` continues the new run although the earlier one had got further."""
     file = recipe()
