@@ -8,7 +8,9 @@ Nothing here imports torch or LitGPT: the rules work on any object that has the 
 """
 
 import dataclasses
+import re
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -207,6 +209,9 @@ def extend_config(config_class: type, validate_attention: Callable[[Any], None])
             self.first_k_dense_replace = None
         try:
             original_post_init(self)
+        except AssertionError as error:
+            # LitGPT's assertions have no text.
+            raise AssertionError(_explain_assertion(self, error)) from error
         finally:
             self.first_k_dense_replace = first_k_dense_replace
         if self.attention_class_name is not None:
@@ -215,6 +220,15 @@ def extend_config(config_class: type, validate_attention: Callable[[Any], None])
     config_class.__post_init__ = __post_init__
     for cls in (config_class, *_subclasses(config_class)):
         _rebuild_dataclass(cls)
+
+
+def _explain_assertion(config: Any, error: AssertionError) -> str:
+    if error.args:
+        return str(error)
+    condition = (traceback.extract_tb(error.__traceback__)[-1].line or "").removeprefix("assert ").replace("self.", "")
+    names = dict.fromkeys(name for name in re.findall(r"\w+", condition) if hasattr(config, name))
+    values = ", ".join(f"{name}: {getattr(config, name)!r}" for name in names)
+    return f"{values} must fulfil {condition}" if names else f"model configuration {config.name!r} is contradictory"
 
 
 def _subclasses(cls: type) -> list[type]:

@@ -19,5 +19,7 @@ class SampleArgs:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"sample.max_new_tokens: {self.max_new_tokens} must be at least 1")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"sample.top_k: {self.top_k} must be at least 1, or null to sample among all tokens")
         if self.temperature < 0:
             raise ValueError(f"sample.temperature: {self.temperature} must be at least 0")

@@ -25,6 +25,52 @@ def check_batch(global_batch_size: int, micro_batch_size: int, processes: int) -
         )
 
 
+def check_at_least(name: str, value: float | None, low: float, hint: str = "") -> None:
+    """Raise ValueError if a number that is set is less than `low`."""
+    if value is not None and not value >= low:
+        raise ValueError(f"{name}: {value} must be at least {low}{hint}")
+
+
+def check_intervals(train: Any, eval: Any) -> None:
+    """Raise ValueError unless LitGPT's loop can divide by its intervals.
+
+    Args:
+        train: `litgpt.args.TrainArgs`.
+        eval: `litgpt.args.EvalArgs`.
+    """
+    never = "; null is never"
+    check_at_least("train.save_interval", train.save_interval, 1, never)
+    check_at_least("train.log_interval", train.log_interval, 1)
+    check_at_least("train.lr_warmup_steps", train.lr_warmup_steps, 0)
+    check_at_least("train.min_lr", train.min_lr, 0)
+    check_at_least("train.max_steps", train.max_steps, 1)
+    check_at_least("train.max_time", train.max_time, 0)
+    check_at_least("eval.interval", eval.interval, 1, "; a number above that of the steps is never")
+    check_at_least("eval.max_iters", eval.max_iters, 1)
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError unless every library takes the seed."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed: {seed} must be from 0 to {2**32 - 1}")
+
+
+def check_optimizer(optimizer: str | dict) -> None:
+    """Raise ValueError unless the optimizer can be made, by making it for a parameter that is thrown away."""
+    import copy
+
+    import torch
+    from litgpt.utils import instantiate_torch_optimizer
+
+    try:
+        instantiate_torch_optimizer(copy.deepcopy(optimizer), [torch.nn.Parameter(torch.zeros(1))])
+    except (ImportError, AttributeError, TypeError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"optimizer: {optimizer!r} cannot be made: {error}. Give the name of a class in torch.optim, or its full "
+            "path as class_path and its arguments as init_args."
+        ) from error
+
+
 def check_length(max_seq_length: int | None, block_size: int) -> None:
     """Raise ValueError unless the training length is one the model has positions for."""
     if max_seq_length is not None and not 1 <= max_seq_length <= block_size:

@@ -48,6 +48,48 @@ def normalize(arguments: Sequence[str], default_config: Path) -> list[str]:
     return (configs or ["--config", str(default_config)]) + others
 
 
+def take_optimizer_keys(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Split `--optimizer VALUE` and `--optimizer.init_args.KEY VALUE` (or `--optimizer.KEY VALUE`) off the others.
+
+    The optimizer may be a name or a dictionary. jsonargparse puts a key of it at a level where nothing reads it, and
+    cannot replace a dictionary by another.
+
+    Returns:
+        The other arguments, and the values by key: the name of an argument of the optimizer, `class_path`, or the empty
+        string for the whole.
+    """
+    others: list[str] = []
+    keys: dict[str, str] = {}
+    waiting = list(arguments)
+    while waiting:
+        name, equals, value = waiting.pop(0).partition("=")
+        key = name.removeprefix("--optimizer").removeprefix(".").removeprefix("init_args.")
+        if not (name == "--optimizer" or name.startswith("--optimizer.")) or key == "init_args":
+            others.append(name + equals + value)
+        elif not equals and not waiting:
+            raise SystemExit(f"error: {name} needs a value")
+        else:
+            keys[key] = value if equals else waiting.pop(0)
+    return others, keys
+
+
+def with_optimizer_keys(optimizer: str | dict, keys: dict[str, str]) -> dict:
+    """Return an optimizer, as `class_path` and `init_args`, with some keys replaced.
+
+    Args:
+        optimizer: As in a recipe: a name, or a dictionary of `class_path` and `init_args`.
+        keys: As from `take_optimizer_keys`; the values are YAML.
+    """
+    import yaml
+
+    new = {name: yaml.safe_load(value) for name, value in keys.items()}
+    optimizer = new.pop("", optimizer)
+    if isinstance(optimizer, str):
+        optimizer = {"class_path": optimizer if "." in optimizer else f"torch.optim.{optimizer}"}
+    class_path = new.pop("class_path", optimizer["class_path"])
+    return {"class_path": class_path, "init_args": {**optimizer.get("init_args", {}), **new}}
+
+
 # What jsonargparse says about a setting that may also be null, around the sentence that matters.
 _NOISE = re.compile(
     r"\s*(Does not validate against any of|Subtypes:|Errors:$|- Expected a <class 'NoneType'>|Given value)"
@@ -97,10 +139,18 @@ def main(arguments: Sequence[str] | None = None, default_config: Path = Path("co
         return 0
     _prepare_environment()
     parser = build_parser()
-    parsed = parser.parse_args(arguments)
+    arguments, optimizer_keys = take_optimizer_keys(arguments)
+    # jsonargparse would print the configuration before the optimizer's keys are in it.
+    print_only = "--print_config" in arguments and optimizer_keys
+    parsed = parser.parse_args([a for a in arguments if not (print_only and a == "--print_config")])
+    if optimizer_keys:
+        parsed.optimizer = with_optimizer_keys(parsed.optimizer, optimizer_keys)
+    if print_only:
+        print(parser.dump(parsed, skip_none=False), end="")
+        return 0
     try:
         values = parser.instantiate_classes(parsed).as_dict()
-    except ValueError as error:
+    except (ValueError, AssertionError) as error:
         parser.error(str(error))
     values.pop("config", None)
     return _train(values)

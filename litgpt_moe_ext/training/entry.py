@@ -19,7 +19,10 @@ from litgpt_moe_ext.training.checks import (
     SettingsError,
     check_batch,
     check_checkpoint_dir,
+    check_intervals,
     check_length,
+    check_optimizer,
+    check_seed,
     check_writable,
 )
 
@@ -92,6 +95,9 @@ def setup(
         settings = {name: to_plain(value) for name, value in arguments.items() if value is not None}
         config = _resolve_config(model_name, model_config)
         check_length(train.max_seq_length, config.block_size)
+        check_intervals(train, eval)
+        check_seed(seed)
+        check_optimizer(optimizer)
         out_dir = Path(out_dir)
         check_writable(out_dir)
         if initial_checkpoint_dir is not None:
@@ -115,7 +121,7 @@ def _as_settings_errors() -> Iterator[None]:
     # Everything before the first step that fails for its values fails for what the user gave.
     try:
         yield
-    except (ValueError, OSError, NotImplementedError) as error:
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
         raise SettingsError(str(error)) from error
 
 

@@ -4,7 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from litgpt_moe_ext.training.cli import build_parser, normalize, plain_error
+from litgpt_moe_ext.training.cli import (
+    build_parser,
+    main,
+    normalize,
+    plain_error,
+    take_optimizer_keys,
+    with_optimizer_keys,
+)
 
 DEFAULT = Path("default.yaml")
 
@@ -76,3 +83,25 @@ def test_plain_error():
   Given value type: <class 'jsonargparse._util.NestedArg'>
   Given value: NestedArg(key='n_exprt', val='4')"""
     assert plain_error(message) == 'Parser key "model_config": Unrecognized arguments: --n_exprt=4'
+
+
+def test_optimizer_keys():
+    given = ["--seed", "1", "--optimizer.init_args.lr", "0.5", "--optimizer.eps=0", "--optimizer.class_path", "a.B"]
+    others, keys = take_optimizer_keys(given)
+    assert others == ["--seed", "1"]
+    assert keys == {"lr": "0.5", "eps": "0", "class_path": "a.B"}
+    configured = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1, "betas": [0.9, 0.95]}}
+    assert with_optimizer_keys(configured, keys) == {
+        "class_path": "a.B",
+        "init_args": {"lr": 0.5, "betas": [0.9, 0.95], "eps": 0},
+    }
+    whole = take_optimizer_keys(["--optimizer", "{class_path: a.C, init_args: {lr: 2}}", "--optimizer.eps", "1"])[1]
+    assert with_optimizer_keys(configured, whole) == {"class_path": "a.C", "init_args": {"lr": 2, "eps": 1}}
+    assert with_optimizer_keys("SGD", {"lr": "1e-1"})["class_path"] == "torch.optim.SGD"
+    with pytest.raises(SystemExit, match="--optimizer.lr needs a value"):
+        take_optimizer_keys(["--optimizer.lr"])
+
+
+def test_learning_rate_from_the_command_line(recipe, capsys):
+    assert main(["--config", str(recipe()), "--optimizer.init_args.lr", "0.125", "--print_config"]) == 0
+    assert "lr: 0.125" in capsys.readouterr().out
