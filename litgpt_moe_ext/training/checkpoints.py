@@ -10,10 +10,12 @@ import shutil
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 
 from litgpt_moe_ext.durable import flush, flush_tree
 
@@ -159,21 +161,48 @@ def find_resume_file(
     return False
 
 
-def require_same_model(checkpoint_dir: Path, config: Any) -> None:
-    """Raise ValueError, naming the fields that differ, if a checkpoint holds another model than `config` describes."""
-    from dataclasses import asdict
+def require_same_model(setting: str, checkpoint_dir: Path, config: Any) -> None:
+    """Raise ValueError, naming the fields that differ, if a checkpoint holds another model than `config` describes.
 
-    saved, now = asdict(type(config).from_file(checkpoint_dir / "model_config.yaml")), asdict(config)
+    Args:
+        setting: Name of the setting that names the checkpoint.
+        checkpoint_dir: A checkpoint directory.
+        config: The `litgpt.Config` of the run.
+    """
+    file = checkpoint_dir / "model_config.yaml"
+    try:
+        saved = asdict(type(config).from_file(file))
+    except (TypeError, ValueError, AssertionError, yaml.YAMLError, OSError) as error:
+        raise ValueError(f"{setting}: {file} cannot be read: {error}") from error
     differences = [
         f"{name} is {saved.get(name)!r} in the checkpoint and {value!r} now"
-        for name, value in now.items()
+        for name, value in asdict(config).items()
         if saved.get(name) != value and name not in ("name", "hf_config")
     ]
     if differences:
         raise ValueError(
-            f"resume: {str(checkpoint_dir)!r} holds another model: {'; '.join(differences)}. Use its model "
-            "configuration, or another --out_dir to start anew."
+            f"{setting}: {str(checkpoint_dir)!r} holds another model: {'; '.join(differences)}. Use its model "
+            "configuration, or start anew with another --out_dir."
         )
+
+
+def require_same_optimizer(checkpoint_dir: Path, settings: dict[str, Any]) -> None:
+    """Raise ValueError if the optimizer whose state a checkpoint holds is of another class than that of `settings`."""
+    try:
+        saved = yaml.safe_load((checkpoint_dir / "hyperparameters.yaml").read_text(encoding="utf-8")).get("optimizer")
+    except (OSError, AttributeError, yaml.YAMLError):
+        return
+    before, now = _class_name(saved), _class_name(settings["optimizer"])
+    if saved is not None and before != now:
+        raise ValueError(
+            f"resume: {str(checkpoint_dir)!r} holds the state of the optimizer {before}, not of {now}. Resume with "
+            f"{before}, or start anew from its weights with initial_checkpoint_dir."
+        )
+
+
+def _class_name(optimizer: str | dict) -> str:
+    path = optimizer["class_path"] if isinstance(optimizer, dict) else optimizer
+    return path.rpartition(".")[2]
 
 
 def rng_state() -> dict[str, Any]:

@@ -73,6 +73,7 @@ def check_optimizer(optimizer: str | dict) -> None:
 
 def check_length(max_seq_length: int | None, block_size: int) -> None:
     """Raise ValueError unless the training length is one the model has positions for."""
+    check_at_least("model_config.block_size", block_size, 1)
     if max_seq_length is not None and not 1 <= max_seq_length <= block_size:
         raise ValueError(
             f"train.max_seq_length: {max_seq_length} must be from 1 to the model's block_size: {block_size}"

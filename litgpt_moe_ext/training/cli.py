@@ -142,7 +142,10 @@ def main(arguments: Sequence[str] | None = None, default_config: Path = Path("co
     arguments, optimizer_keys = take_optimizer_keys(arguments)
     # jsonargparse would print the configuration before the optimizer's keys are in it.
     print_only = "--print_config" in arguments and optimizer_keys
-    parsed = parser.parse_args([a for a in arguments if not (print_only and a == "--print_config")])
+    try:
+        parsed = parser.parse_args([a for a in arguments if not (print_only and a == "--print_config")])
+    except UnicodeDecodeError as error:
+        parser.error(f"--config: not a text file ({error})")
     if optimizer_keys:
         parsed.optimizer = with_optimizer_keys(parsed.optimizer, optimizer_keys)
     if print_only:

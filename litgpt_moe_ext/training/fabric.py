@@ -57,9 +57,23 @@ class TrainingFabric(L.Fabric):
     def load(
         self, path: str | Path, state: dict[str, Any] | None = None, strict: bool = True, **kwargs: Any
     ) -> dict[str, Any]:
-        remainder = super().load(path, state, strict, **kwargs)
+        try:
+            remainder = super().load(path, state, strict, **kwargs)
+        except (ValueError, RuntimeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"resume: {str(path)!r} does not fit the present settings: {error}. Resume with those in "
+                "hyperparameters.yaml beside it, or start anew from its weights with initial_checkpoint_dir."
+            ) from error
         self.resumed_rng = remainder.pop("rng", None)
         return remainder
+
+    def load_raw(self, path: str | Path, obj: Any, strict: bool = True, **kwargs: Any) -> None:
+        """As Fabric's, but also takes the model out of a training checkpoint."""
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if "model" in checkpoint:
+            obj.load_state_dict(checkpoint["model"], strict=strict)
+        else:
+            super().load_raw(path, obj, strict, **kwargs)
 
 
 class GradientNorm:

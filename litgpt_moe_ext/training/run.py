@@ -20,7 +20,7 @@ from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.patches.compile import compile_scope, decide, probe_platform
 from litgpt_moe_ext.training import checkpoints
 from litgpt_moe_ext.training.arguments import SampleArgs
-from litgpt_moe_ext.training.checks import check_tokenizer
+from litgpt_moe_ext.training.checks import SettingsError, check_tokenizer
 from litgpt_moe_ext.training.fabric import ExpertLoad, GradientNorm, TrainingFabric
 from litgpt_moe_ext.training.loop import HookedLoop
 from litgpt_moe_ext.training.progress import Reporter, format_count
@@ -107,7 +107,10 @@ class Run:
             )
         self.resume_file = checkpoints.find_resume_file(resume, self.out_dir, self.fabric.print)
         if self.resume_file:
-            checkpoints.require_same_model(self.resume_file.parent, self.config)
+            checkpoints.require_same_model("resume", self.resume_file.parent, self.config)
+            checkpoints.require_same_optimizer(self.resume_file.parent, self.settings)
+        if initial_checkpoint_dir is not None:
+            checkpoints.require_same_model("initial_checkpoint_dir", initial_checkpoint_dir, self.config)
 
     def prepare_data(self, data: Any, tokenizer_dir: Path | None) -> None:
         """Prepare the data set, on the first process of each node before the others, and open the tokenizer."""
@@ -126,6 +129,8 @@ class Run:
                 raise FileNotFoundError(
                     f"tokenizer_dir: {str(tokenizer_dir)!r} has neither tokenizer.json nor tokenizer.model"
                 ) from error
+            except Exception as error:  # the tokenizers library raises nothing more precise
+                raise ValueError(f"tokenizer_dir: {str(tokenizer_dir)!r} cannot be opened: {error}") from error
             check_tokenizer(self.tokenizer, tokenizer_dir, self.config.padded_vocab_size)
         self.tokenizer_dir = tokenizer_dir
 
@@ -160,7 +165,7 @@ class Run:
             self.resume_file,
             self.settings,
         )
-        with loop.installed(), compile_scope(decision):
+        with loop.installed(), compile_scope(decision), _settings_errors_until_started(loop):
             litgpt.pretrain.main(
                 fabric=self.fabric,
                 devices=self.devices,
@@ -208,6 +213,17 @@ class Run:
             say(f"Validation loss {self.reporter.val_loss:.3f}{baseline}")
         if self.tokenizer is not None:
             say(f'Try it: litgpt generate {self.out_dir / "final"} --prompt "..."')
+
+
+@contextlib.contextmanager
+def _settings_errors_until_started(loop: HookedLoop) -> Iterator[None]:
+    # Before its loop starts, LitGPT makes the data loaders and loads the checkpoint; what is wrong there is an input.
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if loop.state:
+            raise
+        raise SettingsError(str(error)) from error
 
 
 def _make_strategy(name: str, processes: int) -> Any:

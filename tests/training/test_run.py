@@ -193,6 +193,15 @@ def test_setup_from_python(recipe, tmp_path, corpus_settings):
     assert settings["model_config"]["n_expert"] == 8
 
 
+def test_starting_from_the_weights_of_a_run(recipe, tmp_path):
+    """`initial_checkpoint_dir` takes a training checkpoint: the first loss is that of the trained model."""
+    assert train("--config", recipe()) == 0
+    start = ("--initial_checkpoint_dir", tmp_path / "out" / "final", "--out_dir", tmp_path / "next")
+    assert train("--config", recipe(train={"max_tokens": 128}), *start) == 0
+    first_of_old, first_of_new = (float(logged(tmp_path / d, "loss")[1]) for d in ("out", "next"))
+    assert first_of_new < first_of_old - 0.3
+
+
 def test_max_time_ends_with_a_final_checkpoint(recipe, tmp_path):
     file = recipe(train={"max_tokens": 100_000 * 128, "max_time": 0.5, "save_interval": 100_000})
     assert train("--config", file) == 0
@@ -269,6 +278,34 @@ class TestWrongInputs:
         assert "n_embd is 16 in the checkpoint and 32 now" in error
         assert (tmp_path / "out" / "final" / "lit_model.pth").read_bytes() == before
 
+    def test_a_run_that_does_not_fit_its_checkpoint(self, recipe, tmp_path, capsys):
+        assert train("--config", recipe(train={"max_tokens": 4 * 128})) == 0
+        resume = ("--config", recipe(), "--resume", "auto")
+        error = self.refused(capsys, *resume, "--optimizer", "SGD")
+        assert "holds the state of the optimizer AdamW, not of SGD" in error
+        assert "batch_size: 2 in the checkpoint, 4 now" in self.refused(capsys, *resume, "--micro-batch-size", "4")
+        error = self.refused(capsys, *resume, "--train.tie_embeddings", "true")
+        assert "does not fit the present settings" in error
+        config = tmp_path / "out" / "final" / "model_config.yaml"
+        config.write_text(config.read_text() + "foo: 1\n")
+        assert "model_config.yaml cannot be read" in self.refused(capsys, *resume)
+
+    def test_unreadable_files(self, recipe, tmp_path, capsys):
+        (tmp_path / "binary.yaml").write_bytes(b"\x9d\xff" * 100)
+        assert "not a text file" in self.refused(capsys, "--config", tmp_path / "binary.yaml")
+        folder = tmp_path / "tokenizer"
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text("{")
+        error = self.refused(capsys, "--config", recipe(), "--tokenizer_dir", folder)
+        assert "cannot be opened" in error
+
+    def test_weights_of_another_shape(self, recipe, tmp_path, capsys):
+        assert train("--config", recipe(train={"max_tokens": 128})) == 0
+        start = ("--initial_checkpoint_dir", tmp_path / "out" / "final", "--out_dir", tmp_path / "other")
+        error = self.refused(capsys, "--config", recipe(model_config={"n_embd": 32}), *start)
+        assert "initial_checkpoint_dir" in error
+        assert "n_embd is 16 in the checkpoint and 32 now" in error
+
     def test_nothing_to_resume(self, recipe, tmp_path, capsys):
         assert "use --resume auto" in self.refused(capsys, "--config", recipe(), "--resume", "true")
         error = self.refused(capsys, "--config", recipe(), "--resume", tmp_path / "nowhere")
@@ -294,6 +331,7 @@ class TestWrongInputs:
             ),
             (["--initial_checkpoint_dir", "nowhere"], "initial_checkpoint_dir: 'nowhere' does not exist"),
             (["--compile", "maybe"], "compile"),
+            (["--model_config.block_size", "0"], "model_config.block_size: 0 must be at least 1"),
             (["--train.save_interval", "0"], "train.save_interval: 0 must be at least 1; null is never"),
             (["--train.log_interval", "0"], "train.log_interval: 0 must be at least 1"),
             (["--eval.interval", "0"], "eval.interval: 0 must be at least 1"),
