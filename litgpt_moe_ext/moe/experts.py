@@ -12,6 +12,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from litgpt_moe_ext.moe.backends import BACKENDS, choose_backend, matmul_dtype
+from litgpt_moe_ext.moe.grouped_cpu import grouped_cpu_experts
+from litgpt_moe_ext.moe.grouped_mm import grouped_mm_experts
 from litgpt_moe_ext.moe.routers import Routing
 
 # Names of one expert's weights in LitGPT's `LLaMAMoE`, whose checkpoints keep a module per expert.
@@ -32,7 +35,10 @@ class Experts(nn.Module):
         down_proj: Down projections, (E, D, F).
         gate_up_bias: (E, 2F), or None if `config.bias` is false.
         down_bias: (E, D), or None if `config.bias` is false.
+        forced_backend: One of `litgpt_moe_ext.moe.backends.BACKENDS`, or None to choose the fastest that works.
     """
+
+    forced_backend: str | None = None
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -62,6 +68,22 @@ class Experts(nn.Module):
             x_TD: Tokens.
             routing: The router's decision for them.
         """
+        backend = self.backend_for(x_TD)
+        if backend == "loop" or x_TD.is_meta:
+            return self._loop(x_TD, routing)
+        grouped_experts = grouped_cpu_experts if backend == "grouped_cpu" else grouped_mm_experts
+        weights = (self.gate_up_proj, self.gate_up_bias, self.down_proj, self.down_bias)
+        return grouped_experts(x_TD, *routing, *weights)
+
+    def backend_for(self, x_TD: Tensor) -> str:
+        """Return the name of the backend that computes `x_TD` under the present autocast and compiler."""
+        if self.forced_backend is None:
+            return choose_backend(x_TD.device, matmul_dtype(x_TD), self.n_embd, self.intermediate_size)
+        if self.forced_backend not in BACKENDS:
+            raise ValueError(f"backend: {self.forced_backend!r} is unknown; choose from {', '.join(BACKENDS)}")
+        return self.forced_backend
+
+    def _loop(self, x_TD: Tensor, routing: Routing) -> Tensor:
         rows_R = routing.experts_TK.flatten().argsort(stable=True)
         tokens_R = rows_R.div(routing.experts_TK.size(1), rounding_mode="floor")
         x_RD = x_TD.index_select(0, tokens_R)

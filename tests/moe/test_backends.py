@@ -1,0 +1,345 @@
+"""Every fast way of computing the experts against the plain loop: outputs and all gradients."""
+
+import contextlib
+import itertools
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from litgpt_moe_ext.moe.backends import choose_backend
+from litgpt_moe_ext.moe.experts import Experts
+from litgpt_moe_ext.moe.grouped_cpu import dispatch, grouped_cpu_experts
+from litgpt_moe_ext.moe.grouped_mm import grouped_mm_experts
+from litgpt_moe_ext.moe.layer import SharedExpertMoE
+from litgpt_moe_ext.moe.routers import Routing
+from tests.models import moe_config, randomize
+
+EXACT = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.03, torch.float16: 0.005}
+
+
+def make_experts(dtype=torch.float64, n_expert=5, D=16, F=24, bias=True):
+    config = moe_config(n_expert=n_expert, n_expert_per_token=1, n_embd=D, moe_intermediate_size=F, bias=bias)
+    return randomize(Experts(config), std=0.3).to(dtype)
+
+
+def make_routing(T, K, E, dtype=torch.float32, only=None):
+    """Choose K experts for each of T tokens, from the experts in `only` if given."""
+    allowed = torch.arange(E) if only is None else torch.tensor(only)
+    experts = torch.stack([allowed[torch.randperm(len(allowed))[:K]] for _ in range(T)]) if T else torch.empty(0, K)
+    experts = experts.long()
+    return Routing(torch.rand(T, K, dtype=dtype), experts, torch.bincount(experts.flatten(), minlength=E))
+
+
+def run(experts, backend, x, routing, upstream, scope=contextlib.nullcontext):
+    """Return the output and the gradients of everything that has one."""
+    experts.forced_backend = backend
+    experts.zero_grad()
+    x = x.detach().requires_grad_()
+    routing = routing._replace(weights_TK=routing.weights_TK.detach().requires_grad_())
+    with scope():
+        y = experts(x, routing)
+    y.backward(upstream)
+    gradients = {name: parameter.grad for name, parameter in experts.named_parameters()}
+    return {"y": y.detach(), "x": x.grad, "weights": routing.weights_TK.grad, **gradients}
+
+
+def assert_same(ours, loop, tolerance):
+    assert ours.keys() == loop.keys()
+    for name, expected in loop.items():
+        assert ours[name].dtype == expected.dtype, name
+        # Relative to the largest entry: sums of many terms cancel.
+        atol = tolerance * max(1.0, expected.abs().max().item() if expected.numel() else 0.0)
+        torch.testing.assert_close(ours[name], expected, atol=atol, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def compare(experts, routing, dtype, backend="grouped_cpu", scope=contextlib.nullcontext, tolerance=None, x=None):
+    T, D = routing.experts_TK.size(0), experts.n_embd
+    x = torch.randn(T, D, dtype=dtype) if x is None else x
+    upstream = torch.randn(T, D, dtype=dtype)
+    ours = run(experts, backend, x, routing, upstream, scope)
+    loop = run(experts, "loop", x, routing, upstream, scope)
+    assert_same(ours, loop, tolerance or EXACT[dtype])
+    return ours
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("T", "K", "E", "only"),
+    [
+        (33, 2, 5, None),
+        (1, 2, 5, None),
+        (7, 1, 1, None),
+        (12, 3, 3, None),
+        (20, 1, 5, [3]),
+        (20, 2, 5, [0, 4]),
+        (300, 2, 3, None),
+        (0, 2, 5, None),
+    ],
+    ids=["batch", "one token", "one expert", "all experts", "one takes all", "idle experts", "many", "no token"],
+)
+def test_grouped_cpu_equals_the_loop(T, K, E, only, dtype, bias):
+    weights_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    experts = make_experts(dtype, n_expert=E, bias=bias)
+    ours = compare(experts, make_routing(T, K, E, weights_dtype, only), dtype)
+    for e in set(range(E)).difference(only or range(E)):
+        assert not ours["gate_up_proj"][e].any()
+        assert not ours["down_proj"][e].any()
+
+
+@given(
+    T=st.integers(0, 70), E=st.integers(1, 9), k=st.integers(1, 9), D=st.integers(1, 20), F=st.integers(1, 20),
+    bias=st.booleans(), dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), seed=st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=60)
+def test_any_shape(T, E, k, D, F, bias, dtype, seed):
+    torch.manual_seed(seed)
+    config = moe_config(n_expert=E, n_expert_per_token=1, n_embd=16, moe_intermediate_size=F, bias=bias)
+    config.n_embd = D
+    experts = randomize(Experts(config), std=0.3).to(dtype)
+    weights_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    compare(experts, make_routing(T, min(k, E), E, weights_dtype), dtype)
+
+
+def test_wide_experts_are_cut_into_blocks():
+    compare(make_experts(D=8, F=3000, n_expert=2), make_routing(90, 1, 2, torch.float64), torch.float64)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_other_matmul_precisions(precision):
+    """They pad segments in float32 too, and on CPUs with AMX "medium" multiplies in bfloat16."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        compare(make_experts(torch.float32), make_routing(37, 2, 5), torch.float32, tolerance=0.03)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_padding_rows_leave_no_trace():
+    """Each expert alone, without neighbours whose rows could pad it, gives the same gradients."""
+    experts = make_experts(torch.bfloat16, n_expert=2)
+    x, upstream = torch.randn(40, 16).bfloat16(), torch.randn(40, 16).bfloat16()
+    chosen = (torch.arange(40) % 2).view(-1, 1)
+    weights = torch.rand(40, 1)
+    both = run(experts, "grouped_cpu", x, Routing(weights, chosen, torch.tensor([20, 20])), upstream)
+    for e in range(2):
+        rows = chosen[:, 0] == e
+        counts = torch.tensor([20, 0]) if e == 0 else torch.tensor([0, 20])
+        alone = run(experts, "grouped_cpu", x[rows], Routing(weights[rows], chosen[rows], counts), upstream[rows])
+        for name in ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias"):
+            torch.testing.assert_close(both[name][e], alone[name][e])
+        torch.testing.assert_close(both["x"][rows], alone["x"])
+
+
+def test_dispatch_by_hand():
+    experts = torch.tensor([[2, 0], [0, 2], [2, 3]])
+    plan = dispatch(experts, torch.tensor([2, 0, 3, 1]), padding=4)
+    assert [tuple(segment) for segment in plan.segments] == [(0, 0, 2, 4), (2, 2, 5, 6), (3, 5, 6, 9)]
+    assert plan.tokens_P.tolist() == [0, 1, 0, 1, 2, 2, 0, 0, 0]
+    assert plan.positions_TK.tolist() == [[2, 0], [1, 3], [4, 5]]
+
+
+def test_gradcheck():
+    experts = make_experts(n_expert=3, D=4, F=3)
+    routing = make_routing(5, 2, 3, torch.float64, only=[0, 2])
+
+    def function(x, weights, *parameters):
+        return grouped_cpu_experts(x, weights, routing.experts_TK, routing.counts_E, *parameters)
+
+    parameters = (experts.gate_up_proj, experts.gate_up_bias, experts.down_proj, experts.down_bias)
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(function, (x, routing.weights_TK.requires_grad_(), *parameters))
+
+
+def test_strided_inputs_and_gradients():
+    experts, routing = make_experts(), make_routing(9, 2, 5, torch.float64)
+    compare(experts, routing, torch.float64, x=torch.randn(16, 18, dtype=torch.float64)[:, ::2].T)
+    experts.forced_backend = "grouped_cpu"
+    experts.zero_grad()
+    experts(torch.randn(9, 16, dtype=torch.float64), routing).sum().backward()
+    assert experts.down_bias.grad.abs().sum() > 0
+
+
+def test_gradients_accumulate():
+    experts, routing, upstream = make_experts(), make_routing(9, 2, 5, torch.float64), torch.ones(9, 16).double()
+    x = torch.randn(9, 16, dtype=torch.float64)
+    once = run(experts, "grouped_cpu", x, routing, upstream)["gate_up_proj"].clone()
+    experts(x, routing).backward(upstream)
+    torch.testing.assert_close(experts.gate_up_proj.grad, 2 * once)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing(use_reentrant):
+    moe = randomize(SharedExpertMoE(moe_config(bias=True)).double(), std=0.3)
+    x = torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
+    plain = torch.autograd.grad(moe(x).square().sum(), [x, *moe.parameters()])
+    moe.zero_grad()
+    x.grad = None
+    checkpoint(moe, x, use_reentrant=use_reentrant).square().sum().backward()
+    for expected, tensor in zip(plain, [x, *moe.parameters()], strict=True):
+        assert torch.equal(tensor.grad, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    """Products in the lower precision, sums over experts and all gradients in float32, as in the loop."""
+    experts = make_experts(torch.float32)
+    routing = make_routing(37, 2, 5)
+    ours = compare(experts, routing, torch.float32, scope=lambda: torch.autocast("cpu", dtype), tolerance=EXACT[dtype])
+    assert {value.dtype for value in ours.values()} == {torch.float32}
+    exact = run(experts, "loop", torch.randn(37, 16), routing, torch.randn(37, 16))
+    assert not torch.equal(exact["y"], ours["y"])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_nothing_is_saved(mode):
+    experts, routing = make_experts(), make_routing(9, 2, 5, torch.float64)
+    x = torch.randn(9, 16, dtype=torch.float64)
+    experts.forced_backend = "loop"
+    expected = experts(x, routing).detach()
+    experts.forced_backend = "grouped_cpu"
+    with mode():
+        y = experts(x, routing)
+    assert y.grad_fn is None
+    torch.testing.assert_close(y, expected, atol=1e-12, rtol=0)
+
+
+NAMES = ("x", "weights", "gate_up_proj", "gate_up_bias", "down_proj", "down_bias")
+
+
+@pytest.mark.parametrize("trained", [s for n in (1, 2) for s in itertools.combinations(NAMES, n)], ids="+".join)
+def test_frozen_parts_get_no_gradient(trained):
+    experts, routing = make_experts(), make_routing(9, 2, 5, torch.float64)
+    tensors = {"x": torch.randn(9, 16, dtype=torch.float64), "weights": routing.weights_TK}
+    tensors |= dict(experts.named_parameters())
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(name in trained)
+    gradients = {}
+    for backend in ("loop", "grouped_cpu"):
+        experts.forced_backend = backend
+        y = experts(tensors["x"], routing._replace(weights_TK=tensors["weights"]))
+        gradients[backend] = torch.autograd.grad(y.square().sum(), [tensors[name] for name in trained])
+    for ours, loop in zip(gradients["grouped_cpu"], gradients["loop"], strict=True):
+        torch.testing.assert_close(ours, loop, atol=1e-12, rtol=1e-12)
+
+
+def test_second_derivatives_are_refused():
+    experts, routing = make_experts(), make_routing(9, 2, 5, torch.float64)
+    experts.forced_backend = "grouped_cpu"
+    x = torch.randn(9, 16, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(experts(x, routing).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_saved_activations():
+    """Tokens, one projection and the routing; not the parameters, and not a gathered copy of anything."""
+    T, K, D, F = 64, 2, 16, 24
+    experts, routing = make_experts(torch.float32), make_routing(T, K, 5)
+    routing.weights_TK.requires_grad_()
+    parameters = {parameter.data_ptr() for parameter in experts.parameters()}
+    saved = {}
+
+    def pack(tensor):
+        if tensor.data_ptr() not in parameters:
+            saved[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        experts(torch.randn(T, D), routing)
+    assert sum(saved.values()) <= 4 * (T * D + T * K * 2 * F) + 20 * T * K
+
+
+def test_flops_are_those_of_the_active_rows():
+    experts, routing = make_experts(torch.float32, bias=False), make_routing(33, 2, 5)
+    x = torch.randn(33, 16, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        y = experts(x, routing)
+    forward = 33 * 2 * 3 * 2 * 16 * 24
+    assert counter.get_total_flops() == forward
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * forward
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_grouped_mm_equals_the_loop(dtype, bias):
+    for T, only in ((33, None), (1, None), (20, [0, 4])):
+        compare(make_experts(dtype, bias=bias), make_routing(T, 2, 5, only=only), dtype, backend="grouped_mm")
+
+
+def test_grouped_mm_under_autocast():
+    def scope():
+        return torch.autocast("cpu", torch.bfloat16)
+
+    compare(
+        make_experts(torch.float32), make_routing(33, 2, 5), torch.float32, "grouped_mm", scope, EXACT[torch.bfloat16]
+    )
+
+
+def test_grouped_mm_never_asks_for_values():
+    """On meta tensors there are none."""
+    with torch.device("meta"):
+        weights = (torch.empty(5, 48, 16), torch.empty(5, 48), torch.empty(5, 16, 24), torch.empty(5, 16))
+        routing = (torch.empty(9, 2), torch.empty(9, 2, dtype=torch.int64), torch.empty(5, dtype=torch.int64))
+        y = grouped_mm_experts(torch.empty(9, 16, dtype=torch.bfloat16), *routing, *weights)
+    assert y.shape == (9, 16)
+    assert y.dtype == torch.bfloat16
+
+
+def test_compiled_without_breaks_or_recompiling():
+    moe = randomize(SharedExpertMoE(moe_config(moe_intermediate_size=16)), std=0.3)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(moe, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tokens in (7, 9, 12):
+        x = torch.randn(2, tokens, 16)
+        torch.testing.assert_close(compiled(x), moe(x), atol=2e-5, rtol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", list(EXACT))
+def test_choice_on_a_cpu(dtype):
+    assert choose_backend(CPU, dtype, 16, 24) == "grouped_cpu"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "width", "expected"),
+    [
+        (torch.bfloat16, (9, 0), 24, "grouped_mm"),
+        (torch.bfloat16, (10, 0), 24, "grouped_mm"),
+        (torch.bfloat16, (9, 0), 20, "loop"),
+        (torch.bfloat16, (8, 0), 24, "loop"),
+        (torch.float32, (9, 0), 24, "loop"),
+    ],
+)
+def test_choice_on_a_gpu(monkeypatch, dtype, capability, width, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_backend(torch.device("cuda"), dtype, 16, width) == expected
+
+
+def test_choice_under_the_compiler(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert choose_backend(CPU, torch.float32, 16, 24) == "grouped_mm"
+    assert choose_backend(CPU, torch.float64, 16, 24) == "loop"
+    assert choose_backend(CPU, torch.bfloat16, 16, 12) == "loop"
+
+
+def test_a_backend_can_be_forced():
+    experts = make_experts()
+    x = torch.randn(3, 16, dtype=torch.float64)
+    assert experts.backend_for(x) == "grouped_cpu"
+    experts.forced_backend = "loop"
+    assert experts.backend_for(x) == "loop"
+    experts.forced_backend = "fastest"
+    with pytest.raises(ValueError, match="'fastest' is unknown; choose from loop, grouped_cpu, grouped_mm"):
+        experts.backend_for(x)
