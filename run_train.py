@@ -10,4 +10,7 @@ from pathlib import Path
 from litgpt_moe_ext.training.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(default_config=Path(__file__).resolve().parent / "configs" / "quickstart.yaml"))
+    try:
+        sys.exit(main(default_config=Path(__file__).resolve().parent / "configs" / "quickstart.yaml"))
+    except KeyboardInterrupt:  # while torch and LitGPT are being imported
+        sys.exit(130)

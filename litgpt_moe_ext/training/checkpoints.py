@@ -32,7 +32,10 @@ def publish(staging: Path, target: Path) -> None:
     """
     flush_tree(staging)
     replaced = target.with_name(f".{target.name}.replaced")
-    if target.exists():
+    if target.exists() and not (target / STATE_FILE).is_file():
+        # Not written by a run like this one: it may hold what nobody can make again.
+        target.rename(_free_name(target))
+    elif target.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)
     staging.rename(target)
@@ -99,7 +102,11 @@ def _age_of(checkpoint_dir: Path) -> tuple[float, int] | None:
 def newest_first(out_dir: Path) -> list[Path]:
     """Return the checkpoint directories of a run (`step-*` and `final`), the last saved first, whole or not."""
     ages = {path: _age_of(path) for path in out_dir.glob("*") if path.is_dir() and not path.name.startswith(".")}
-    return sorted((path for path, age in ages.items() if age is not None), key=lambda path: ages[path], reverse=True)
+    found = {path: age for path, age in ages.items() if age is not None}
+    if all(saved_at for saved_at, _ in found.values()):
+        return sorted(found, key=lambda path: found[path], reverse=True)
+    # Where one does not say when it was saved, steps are all there is to compare.
+    return sorted(found, key=lambda path: found[path][1], reverse=True)
 
 
 def set_aside(out_dir: Path) -> Path | None:
@@ -111,13 +118,18 @@ def set_aside(out_dir: Path) -> Path | None:
     found = newest_first(out_dir)
     if not found:
         return None
-    number = 1
-    while (aside := out_dir.with_name(f"{out_dir.name}-earlier-{number}")).exists():
-        number += 1
+    aside = _free_name(out_dir)
     aside.mkdir()
     for checkpoint_dir in found:
         checkpoint_dir.rename(aside / checkpoint_dir.name)
     return aside
+
+
+def _free_name(directory: Path) -> Path:
+    number = 1
+    while (free := directory.with_name(f"{directory.name}-earlier-{number}")).exists():
+        number += 1
+    return free
 
 
 def find_resume_file(

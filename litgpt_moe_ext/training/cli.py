@@ -98,6 +98,9 @@ _NOISE = re.compile(
 
 def plain_error(message: str) -> str:
     """Return the part of a jsonargparse error that tells the user something."""
+    if "Union of no types" in message:
+        # A value that is none of several choices: here the types and the value are the message.
+        return " ".join(line.strip() for line in message.splitlines() if "Union of no types" not in line)
     lines = [line.strip().removeprefix("- ") for line in message.splitlines() if not _NOISE.match(line)]
     return " ".join(lines)
 

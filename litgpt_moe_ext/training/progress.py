@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 # LitGPT's own lines that say what the lines below say better, or say wrong.
 _REPLACED = (
@@ -103,11 +104,13 @@ class Reporter:
     def _update_bar(self, step: int, text: str) -> None:
         if self._progress is None:
             self._progress = Progress(
-                MofNCompleteColumn(),
-                BarColumn(bar_width=20),
-                TimeRemainingColumn(compact=True),
-                TextColumn("{task.description}"),
+                MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(self._total_steps)) + 1)),
+                BarColumn(bar_width=10),
+                TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True, min_width=5)),
+                # What does not fit into the terminal is cut off at the end of the text, where the least important is.
+                TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
                 console=self._console,
+                expand=True,
             )
             self._progress.start()
             self._task = self._progress.add_task("", total=self._total_steps, completed=step)

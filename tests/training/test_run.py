@@ -134,6 +134,14 @@ def test_a_new_run_loses_nothing_of_an_earlier_one(recipe, tmp_path, capsys):
     assert not (tmp_path / "out-earlier-2").exists()
 
 
+def test_a_foreign_directory_is_not_deleted(recipe, tmp_path):
+    (tmp_path / "out" / "final").mkdir(parents=True)
+    (tmp_path / "out" / "final" / "precious.txt").write_text("mine")
+    assert train("--config", recipe(train={"max_tokens": 128})) == 0
+    assert (tmp_path / "out" / "final-earlier-1" / "precious.txt").read_text() == "mine"
+    assert (tmp_path / "out" / "final" / "lit_model.pth").is_file()
+
+
 def test_newest_is_what_was_saved_last(tmp_path):
     """By the time in the checkpoint, whatever copying did to the files; plain LitGPT's checkpoints by their step."""
     from litgpt_moe_ext.training.checkpoints import newest_first
@@ -142,7 +150,6 @@ def test_newest_is_what_was_saved_last(tmp_path):
         "final": {"step": 12, "saved_at": 200.0},
         "step-00000008": {"step": 8, "saved_at": 300.0},
         "step-00000004": {"step": 4, "saved_at": 100.0},
-        "step-00000100": None,
         "logs": None,
         ".step-00000009.incomplete": {"step": 9, "saved_at": 900.0},
     }.items():
@@ -150,7 +157,10 @@ def test_newest_is_what_was_saved_last(tmp_path):
         if state is not None:
             (tmp_path / name / "training_state.json").write_text(json.dumps(state))
     found = [path.name for path in newest_first(tmp_path)]
-    assert found == ["step-00000008", "final", "step-00000004", "step-00000100"]
+    assert found == ["step-00000008", "final", "step-00000004"]
+    (tmp_path / "step-00000100").mkdir()
+    found = [path.name for path in newest_first(tmp_path)]
+    assert found == ["step-00000100", "final", "step-00000008", "step-00000004"], "one without a time: by step"
 
 
 def test_accumulation_moves_the_bias_as_one_batch(recipe, tmp_path):
@@ -331,6 +341,7 @@ class TestWrongInputs:
             ),
             (["--initial_checkpoint_dir", "nowhere"], "initial_checkpoint_dir: 'nowhere' does not exist"),
             (["--compile", "maybe"], "compile"),
+            (["--precision", "bf15"], "bf16-mixed"),
             (["--model_config.block_size", "0"], "model_config.block_size: 0 must be at least 1"),
             (["--train.save_interval", "0"], "train.save_interval: 0 must be at least 1; null is never"),
             (["--train.log_interval", "0"], "train.log_interval: 0 must be at least 1"),
