@@ -6,8 +6,12 @@
 | `Config.from_file`                  | understands the mark that says a checkpoint needs the plugin                   |
 | `litgpt.utils.asdict`               | leaves unused fields out of saved configurations, sets that mark where needed  |
 | `litgpt.model.__getattr__`          | offers the MLP classes, because LitGPT looks them up there by name             |
+| `Block.__init__`                    | puts dense layers between MoE layers, adds residual dropout                    |
 | `CausalSelfAttention.__new__`       | builds the attention class that a configuration names                          |
 | `GPT.rope_cache`                    | asks the plugin for the rotary tables of such configurations                   |
+| `GPT.__init__`                      | shows token ids to routers that choose by them                                 |
+| `litgpt.lora`, `adapter_v2`         | say that they cannot finetune MoE layers                                       |
+| `convert_lit_checkpoint`            | says that no Hugging Face architecture fits the plugin's layers                |
 | `litgpt.eval.evaluate`              | evaluates checkpoints with the plugin's layers directly, without conversion    |
 | `litgpt.pretrain`, `finetune.full`  | their loss tells auxiliary losses by what the loop scales it                   |
 | torch's global optimizer-step hook  | moves the balancing bias once per optimizer step, whoever owns the loop        |
@@ -16,6 +20,7 @@ A model that names none of the plugin's classes takes LitGPT's own path in every
 host libraries are in `litgpt_moe_ext.patches`.
 """
 
+import copy
 import importlib
 import importlib.metadata
 import warnings
@@ -70,12 +75,17 @@ def _extend_litgpt() -> None:
     extend_config(config.Config, validate_attention_config)
     _extend_config_files(config.Config, utils)
     _offer_mlp_classes(model)
+    _extend_blocks(model.Block)
+    _show_token_ids(model.GPT)
     _dispatch_attention(model.CausalSelfAttention)
     _dispatch_rope_cache(model.GPT)
     install_optimizer_hook()
     install_patches()
     for loop in ("litgpt.pretrain", "litgpt.finetune.full"):
         _autoload.when_imported(loop, _mark_loss)
+    for module in ("litgpt.lora", "litgpt.adapter_v2"):
+        _autoload.when_imported(module, _refuse_mlp_classes)
+    _autoload.when_imported("litgpt.scripts.convert_lit_checkpoint", _refuse_conversion)
     _autoload.when_imported("litgpt.eval.evaluate", _extend_evaluate)
 
 
@@ -96,6 +106,7 @@ def _require_seams(config: Any, model: Any, utils: Any) -> None:
         "litgpt.config.Config.from_file": hasattr(config.Config, "from_file"),
         "litgpt.config.Config.mlp_class_name": "mlp_class_name" in config.Config.__dataclass_fields__,
         "litgpt.utils.asdict": hasattr(utils, "asdict"),
+        "litgpt.model.Block": hasattr(model, "Block"),
         "litgpt.model.CausalSelfAttention": hasattr(model, "CausalSelfAttention"),
         "litgpt.model.LLaMAMLP": hasattr(model, "LLaMAMLP"),
         "litgpt.model.LLaMAMoE": hasattr(model, "LLaMAMoE"),
@@ -157,6 +168,73 @@ def _offer_mlp_classes(model: Any) -> None:
         return getattr(importlib.import_module("litgpt_moe_ext.moe.layer"), name)
 
     model.__getattr__ = __getattr__
+
+
+def _extend_blocks(block_class: type) -> None:
+    from litgpt_moe_ext.moe.validation import is_dense_layer
+
+    original = block_class.__init__
+
+    @wraps(original)
+    def __init__(self: Any, config: Any, block_idx: int) -> None:
+        if is_dense_layer(config, block_idx):
+            # LitGPT would build the MoE layer first, and then throw it away.
+            config = copy.copy(config)
+            config.mlp_class_name, config.first_k_dense_replace = "FeedForward", None
+        original(self, config, block_idx)
+        if config.residual_dropout:
+            import torch
+
+            # Both stand where the output of a layer is about to be added to the residual stream.
+            self.post_attention_norm = torch.nn.Dropout(config.residual_dropout)
+            self.post_mlp_norm = torch.nn.Dropout(config.residual_dropout)
+
+    block_class.__init__ = __init__
+
+
+def _show_token_ids(gpt_class: type) -> None:
+    original = gpt_class.__init__
+
+    @wraps(original)
+    def __init__(self: Any, config: Any) -> None:
+        original(self, config)
+        if config.router_type in ("hash", "uniform"):
+            from litgpt_moe_ext.moe.fixed_routers import share_token_ids
+
+            share_token_ids(self)
+
+    gpt_class.__init__ = __init__
+
+
+def _refuse_mlp_classes(module: Any) -> None:
+    def __getattr__(name: str) -> type:
+        if name in MLP_CLASS_NAMES:
+            raise ValueError(
+                f"mlp_class_name: {name} cannot be finetuned with {module.__name__}, which knows LitGPT's own layers "
+                "only. Finetune all weights instead (litgpt finetune_full)."
+            )
+        raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+
+    module.__getattr__ = __getattr__
+
+
+def _refuse_conversion(module: Any) -> None:
+    original = module.convert_lit_checkpoint
+
+    @wraps(original)
+    def convert_lit_checkpoint(checkpoint_dir: Path, output_dir: Path) -> None:
+        from litgpt.config import Config
+
+        config_file = Path(checkpoint_dir) / "model_config.yaml"
+        if config_file.is_file() and uses_plugin(config := Config.from_file(config_file)):
+            raise ValueError(
+                f"checkpoint_dir: {str(checkpoint_dir)!r} holds a model with layers of litgpt_moe_ext "
+                f"(mlp_class_name: {config.mlp_class_name}, attention_class_name: {config.attention_class_name}), "
+                "which this conversion does not know. `litgpt evaluate` and `litgpt generate` need no conversion."
+            )
+        original(checkpoint_dir, output_dir)
+
+    module.convert_lit_checkpoint = convert_lit_checkpoint
 
 
 def _dispatch_attention(attention_class: type) -> None:

@@ -39,7 +39,7 @@ GROUPS = {"n_expert_groups": 4, "n_topk_groups": 1, "n_topk_scores_per_group": 2
         ({"router_bias_update_rate": float("nan")}, "router_bias_update_rate: nan must be"),
         (
             {"gelu_approximate": "tanh"},
-            "gelu_approximate: 'tanh' would be ignored because the experts of SharedExpertMoE use SwiGLU",
+            "gelu_approximate: 'tanh' would be ignored because mlp_activation is swiglu",
         ),
         ({"router_load_loss_coef": 0.1}, "router_load_loss_coef: 0.1 would be ignored"),
         ({"first_k_dense_replace": 3}, "first_k_dense_replace: 3 must be an integer from 0 to 2"),
@@ -100,7 +100,7 @@ def test_classes_are_found_by_name():
 @pytest.mark.parametrize("make", [moe_config, noisy_config])
 def test_leading_dense_layers(make):
     model = GPT(make(first_k_dense_replace=1, intermediate_size=24))
-    assert type(model.transformer.h[0].mlp) is LLaMAMLP
+    assert isinstance(model.transformer.h[0].mlp, LLaMAMLP)
     assert model.transformer.h[0].mlp.fc_1.out_features == 24
     assert isinstance(model.transformer.h[1].mlp, (SharedExpertMoE, NoisyTopKMoE))
 

@@ -1,14 +1,49 @@
-"""Which implementation computes the routed experts.
+"""Which implementation computes the routed experts, and what all of them are given.
 
 - `loop`: one expert after the other with ordinary operators; everywhere, and the reference for the others.
 - `grouped_cpu`: the same on a CPU, faster and with less memory (`litgpt_moe_ext.moe.grouped_cpu`).
 - `grouped_mm`: all experts in one grouped matrix product, without waiting for the device
   (`litgpt_moe_ext.moe.grouped_mm`).
+
+Shape legend: E experts, D model width, F hidden width of one expert, G width of the first projection (2 * F with a
+gate), N rows of one expert.
 """
 
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
+
+from litgpt_moe_ext.moe.activations import Activation
 
 BACKENDS = ("loop", "grouped_cpu", "grouped_mm")
+
+
+class ExpertWeights(NamedTuple):
+    """Stacked weights of the experts; biases are None where there are none."""
+
+    up_EGD: Tensor
+    up_bias_EG: Tensor | None
+    down_EDF: Tensor
+    down_bias_ED: Tensor | None
+
+
+class Hidden(NamedTuple):
+    """What happens between the two projections of an expert.
+
+    Attributes:
+        activation: The activation function.
+        dropout: Probability that a hidden activation is dropped; 0 in evaluation.
+    """
+
+    activation: Activation
+    dropout: float = 0.0
+
+    def dropout_mask(self, n_row: int, like_NF: Tensor) -> Tensor | None:
+        """Return factors for `n_row` rows as wide as `like_NF`, 0 or 1 / (1 - dropout); None without dropout."""
+        if not self.dropout:
+            return None
+        return like_NF.new_empty(n_row, like_NF.size(1)).bernoulli_(1 - self.dropout).div_(1 - self.dropout)
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, n_embd: int, intermediate_size: int) -> str:
@@ -37,7 +72,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype, n_embd: int, interm
     return "loop"
 
 
-def matmul_dtype(x: torch.Tensor) -> torch.dtype:
+def matmul_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which `x` meets weights: autocast's where that is on, otherwise its own."""
     device_type = x.device.type
     # torch knows no autocast for meta tensors.

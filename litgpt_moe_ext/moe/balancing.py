@@ -6,7 +6,8 @@ the bias of an expert that received more tokens than the mean falls by a fixed r
 fewer rises. The bias enters the choice of experts only, never the gate values, so no gradient is disturbed.
 
 Counting is done by the backward pass. Each router owns a leaf tensor that takes part in no computation; an autograd
-function returns the token counts of the batch as the "gradient" of that leaf. Autograd then gives, for nothing, what
+function returns the token counts of the batch, and what else is to be summed over a step, as the "gradient" of that
+leaf. Autograd then gives, for nothing, what
 a counter in the forward pass has to be taught: a batch counts once however often activation checkpointing runs the
 forward pass again, evaluation does not count, gradient accumulation adds up, and `torch.compile` sees a pure
 function. The leaf is neither a parameter nor a buffer, so no optimizer, gradient clipping, precision conversion or
@@ -20,7 +21,7 @@ Shape legend: T tokens, K chosen experts per token, E experts, L layers.
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -30,63 +31,73 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from litgpt_moe_ext.moe.auxiliary import forget_scale
 
 
-class _CountInBackward(torch.autograd.Function):
+class _AddInBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weights_TK: Tensor, leaf_E: Tensor, counts_E: Tensor) -> Tensor:
-        ctx.save_for_backward(counts_E)
-        ctx.leaf_dtype = leaf_E.dtype
-        return weights_TK.view_as(weights_TK)
+    def forward(ctx, carrier: Tensor, leaf_N: Tensor, values_N: Tensor) -> Tensor:
+        ctx.save_for_backward(values_N)
+        ctx.leaf_dtype = leaf_N.dtype
+        return carrier.view_as(carrier)
 
     @staticmethod
-    def backward(ctx, grad_TK: Tensor) -> tuple[Tensor, Tensor, None]:
-        (counts_E,) = ctx.saved_tensors
-        return grad_TK, counts_E.to(ctx.leaf_dtype), None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (values_N,) = ctx.saved_tensors
+        return grad, values_N.to(ctx.leaf_dtype), None
 
 
-class TokenCounter:
-    """Counts, per expert, the tokens of all batches since the counts were last taken.
+class Tally:
+    """Adds up numbers of all batches since it was last taken, such as the tokens of each expert.
 
     Args:
-        n_expert: Number of experts E.
+        size: How many numbers.
     """
 
-    def __init__(self, n_expert: int) -> None:
-        self._leaf_E = _new_leaf(n_expert, None)
+    def __init__(self, size: int) -> None:
+        self._leaf_N = _new_leaf(size, None)
 
-    def attach(self, weights_TK: Tensor, counts_E: Tensor) -> Tensor:
-        """Return `weights_TK` unchanged; the backward pass through it adds `counts_E` to the counter.
+    def attach(self, carrier: Tensor, values_N: Tensor) -> Tensor:
+        """Return `carrier` unchanged; the backward pass through it adds `values_N` to the tally.
 
         Args:
-            weights_TK: Gate values, any floating dtype, part of the autograd graph of the loss.
-            counts_E: Tokens routed to each expert in this batch, int64.
+            carrier: Floating, part of the autograd graph of the loss.
+            values_N: What to add, floating.
         """
-        return _CountInBackward.apply(weights_TK, self._leaf_E, counts_E)
+        return _AddInBackward.apply(carrier, self._leaf_N, values_N)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it adds: float64, or float32 on devices without it."""
+        return self._leaf_N.dtype
 
     @property
     def pending(self) -> bool:
-        """Whether a backward pass has added counts that were not taken yet. Does not synchronise."""
-        return self._leaf_E.grad is not None
+        """Whether a backward pass has added something that was not taken yet. Does not synchronise."""
+        return self._leaf_N.grad is not None
 
     def take(self) -> Tensor:
-        """Return the counts, (E,) in float64 (float32 on devices without it), and start again from zero."""
-        counts_E = self._leaf_E.grad
-        self._leaf_E.grad = None
-        return torch.zeros_like(self._leaf_E.detach()) if counts_E is None else counts_E
+        """Return the sums, (N,) in float64 (float32 on devices without it), and start again from zero."""
+        sums_N = self._leaf_N.grad
+        self._leaf_N.grad = None
+        return torch.zeros_like(self._leaf_N.detach()) if sums_N is None else sums_N
 
-    def to(self, device: torch.device) -> None:
-        """Move to `device`, dropping counts that were not taken."""
-        if self._leaf_E.device != device:
-            self._leaf_E = _new_leaf(self._leaf_E.numel(), device)
+    def apply(self, move: Callable[[Tensor], Tensor]) -> None:
+        """Follow a module to another device, dropping what was not taken.
+
+        Args:
+            move: What `torch.nn.Module._apply` applies to parameters.
+        """
+        device = move(self._leaf_N.detach()).device
+        if device != self._leaf_N.device:
+            self._leaf_N = _new_leaf(self._leaf_N.numel(), device)
 
 
-def _new_leaf(n_expert: int, device: torch.device | None) -> Tensor:
+def _new_leaf(size: int, device: torch.device | None) -> Tensor:
     # float64 holds every integer up to 2**53; float32 only up to 2**24, which a large batch can exceed.
     device = torch.get_default_device() if device is None else device
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    return torch.zeros(n_expert, dtype=dtype, device=device, requires_grad=True)
+    return torch.zeros(size, dtype=dtype, device=device, requires_grad=True)
 
 
-def updated_bias(bias_LE: Tensor, counts_LE: Tensor, rate: float) -> Tensor:
+def updated_bias(bias_LE: Tensor, counts_LE: Tensor, rate: float | Tensor) -> Tensor:
     """Return the balancing bias after one optimizer step (arXiv:2408.15664, algorithm 1), centred.
 
     `bias + rate * sign(mean(counts) - counts)`, minus its mean: only differences between experts matter for the choice,
@@ -95,11 +106,34 @@ def updated_bias(bias_LE: Tensor, counts_LE: Tensor, rate: float) -> Tensor:
     Args:
         bias_LE: Bias before the step, float32, last dimension over experts.
         counts_LE: Tokens per expert during the step, summed over accumulation and all processes; any dtype, same shape.
-        rate: Step size; 0.001 in the paper.
+        rate: Step size; 0.001 in the paper. A tensor broadcasts to the bias.
     """
     error_LE = counts_LE.mean(dim=-1, keepdim=True) - counts_LE
     bias_LE = bias_LE + rate * error_LE.sign().to(bias_LE.dtype)
     return bias_LE - bias_LE.mean(dim=-1, keepdim=True)
+
+
+def scheduled_rate(rate: float, schedule: Mapping[str, int], updates: Tensor) -> Tensor:
+    """Return the step size of the bias after `updates` earlier ones.
+
+    It rises linearly over `warmup_steps`, and from `decay_start` on falls linearly to 0 over `decay_steps`, at once if
+    that is 0 (DeepSeek-V3 freezes its bias for the last part of the training, arXiv:2412.19437, section 4.2).
+
+    Args:
+        rate: The full step size.
+        schedule: Any of the three names above, in optimizer steps.
+        updates: int64; any shape.
+
+    Returns:
+        float32, the shape of `updates`.
+    """
+    factor = torch.ones_like(updates, dtype=torch.float32)
+    if warmup_steps := schedule.get("warmup_steps", 0):
+        factor = ((updates + 1) / warmup_steps).clamp(max=1.0)
+    if "decay_start" in schedule:
+        past = (updates - schedule["decay_start"] + 1).clamp(min=0)
+        factor = factor * (1.0 - past / max(schedule.get("decay_steps", 0), 1)).clamp(min=0.0)
+    return rate * factor
 
 
 # Weak references in the order of construction, which is the same on every process; the order matters because the
@@ -109,7 +143,7 @@ _warned_unowned: weakref.WeakSet = weakref.WeakSet()
 
 
 def watch(router: torch.nn.Module) -> None:
-    """Let the optimizer hook look after `router` (a `litgpt_moe_ext.moe.routers.Router`) while it lives."""
+    """Let the optimizer hook look after `router` (a `litgpt_moe_ext.moe.routing.Router`) while it lives."""
     _routers[:] = [reference for reference in _routers if reference() is not None]
     _routers.append(weakref.ref(router))
 
@@ -126,13 +160,13 @@ def install_optimizer_hook() -> None:
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     forget_scale()
-    pending = [router for reference in _routers if (router := reference()) is not None and router.counter.pending]
+    pending = [router for reference in _routers if (router := reference()) is not None and router.tally.pending]
     if not pending:
         return
     # Two models, or two optimizers on one model, may step at different times: a router follows the optimizer that owns
-    # its gate.
+    # its gate. A router without gate has nothing but statistics to take care of.
     owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    mine = [router for router in pending if id(router.weight) in owned]
+    mine = [router for router in pending if router.weight is None or id(router.weight) in owned]
     if mine:
         update_routers(mine)
     else:
@@ -140,7 +174,7 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs:
 
 
 def _warn_unowned(routers: list[torch.nn.Module], optimizer: torch.optim.Optimizer) -> None:
-    new = [router for router in routers if router.load_E is None and router not in _warned_unowned]
+    new = [router for router in routers if router.record is None and router not in _warned_unowned]
     if new:
         _warned_unowned.update(new)
         warnings.warn(
@@ -154,23 +188,35 @@ def _warn_unowned(routers: list[torch.nn.Module], optimizer: torch.optim.Optimiz
 
 @torch.no_grad()
 def update_routers(routers: Iterable[torch.nn.Module]) -> None:
-    """Take the counts of `routers`, sum them over all processes in one all-reduce, and move their balancing biases.
+    """Take the tallies of `routers`, sum them over all processes in one all-reduce, and move their balancing biases.
 
-    After it `router.load_E` holds the tokens per expert of the step. Nothing here waits for the device.
+    After it `router.record` holds the sums of the step, the tokens per expert among them. Nothing here waits for the
+    device.
 
     Args:
         routers: Routers of one model, in the same order on every process.
     """
     routers = list(routers)
-    counts = torch.cat([router.counter.take() for router in routers])
+    tallies = [router.tally.take() for router in routers]
+    sums = torch.cat(tallies)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(counts)
+        dist.all_reduce(sums)
     by_settings = defaultdict(list)
-    for router, load_E in zip(routers, counts.split([router.n_expert for router in routers]), strict=True):
-        router.load_E = load_E
+    for router, record in zip(routers, sums.split([len(tally) for tally in tallies]), strict=True):
+        router.record = record
         if router.bias_update_rate:
-            by_settings[router.n_expert, router.bias_update_rate].append(router)
-    for (_, rate), group in by_settings.items():
-        biases = [router.e_score_correction_bias for router in group]
-        loads_LE = torch.stack([router.load_E for router in group])
-        torch._foreach_copy_(biases, list(updated_bias(torch.stack(biases), loads_LE, rate)))
+            by_settings[router.n_expert, router.bias_update_rate, str(router.bias_update_schedule)].append(router)
+    for group in by_settings.values():
+        _move_biases(group)
+
+
+def _move_biases(routers: list[torch.nn.Module]) -> None:
+    """Move the biases of routers with the same settings."""
+    rate, schedule = routers[0].bias_update_rate, routers[0].bias_update_schedule
+    if schedule is not None:
+        updates = [router.bias_updates for router in routers]
+        rate = scheduled_rate(rate, schedule, torch.stack(updates)).unsqueeze(1)
+        torch._foreach_add_(updates, 1)
+    biases = [router.e_score_correction_bias for router in routers]
+    loads_LE = torch.stack([router.load_E for router in routers])
+    torch._foreach_copy_(biases, list(updated_bias(torch.stack(biases), loads_LE, rate)))

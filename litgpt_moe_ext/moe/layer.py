@@ -6,48 +6,70 @@ Shape legend: B batch, T tokens (of one sequence, or all of a batch once flatten
 from typing import Any
 
 import torch.nn as nn
-from litgpt.model import LLaMAMLP
 from torch import Tensor
 
 from litgpt_moe_ext.moe.experts import Experts
-from litgpt_moe_ext.moe.routers import GroupedTopKRouter, NoisyTopKRouter, Router
+from litgpt_moe_ext.moe.feed_forward import FeedForward
+from litgpt_moe_ext.moe.fixed_routers import HashRouter, UniformRouter
+from litgpt_moe_ext.moe.routers import GroupedTopKRouter, NoisyTopKRouter
+from litgpt_moe_ext.moe.routing import Router
+
+__all__ = ["FeedForward", "MoE", "NoisyTopKMoE", "SharedExpertMoE"]
+
+_ROUTERS = {"topk": GroupedTopKRouter, "hash": HashRouter, "uniform": UniformRouter}
 
 
 class MoE(nn.Module):
     """Routed experts plus, if the configuration asks for them, shared experts that every token visits.
 
     `y = sum over chosen experts of gate * expert(x) + shared(x)` (DeepSeekMoE, arXiv:2401.06066, equation 9; the
-    residual connection is LitGPT's). Parameters have the names of LitGPT's `LLaMAMoE`, except that the experts are
-    stacked; the shared experts are one `LLaMAMLP` of `n_shared_expert` times the width of an expert.
+    residual connection is LitGPT's). With `shared_expert_gate` the shared part is weighed by `sigmoid(x w)`, as in
+    Qwen2-MoE. Parameters have the names of LitGPT's `LLaMAMoE`, except that the experts are stacked; the shared experts
+    are one network as wide as all of them together.
 
     Args:
         config: A `litgpt.Config` that names one of the subclasses.
     """
 
-    router_class: type[Router]
-
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.gate = self.router_class(config)
+        self.gate = self._make_router(config)
         self.experts = Experts(config)
-        self.shared_experts = None
+        self.shared_experts = self.shared_expert_gate = None
         if config.n_shared_expert:
-            self.shared_experts = LLaMAMLP(config, config.moe_intermediate_size * config.n_shared_expert)
+            width = config.shared_expert_intermediate_size or config.moe_intermediate_size * config.n_shared_expert
+            self.shared_experts = FeedForward(config, width)
+            if config.shared_expert_gate:
+                self.shared_expert_gate = nn.Linear(config.n_embd, 1, bias=False)
+
+    def _make_router(self, config: Any) -> Router:
+        raise NotImplementedError(f"{type(self).__name__} must say which router it has")
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return the layer's output, (B, T, D) in the dtype of `x_BTD`."""
         x_TD = x_BTD.reshape(-1, x_BTD.size(-1))
-        y_BTD = self.experts(x_TD, self.gate(x_TD)).view(x_BTD.shape)
-        return y_BTD if self.shared_experts is None else y_BTD + self.shared_experts(x_BTD)
+        n_sequence = x_BTD.size(0) if x_BTD.dim() == 3 else 1
+        y_BTD = self.experts(x_TD, self.gate(x_TD, n_sequence)).view(x_BTD.shape)
+        if self.shared_experts is None:
+            return y_BTD
+        shared_BTD = self.shared_experts(x_BTD)
+        if self.shared_expert_gate is not None:
+            shared_BTD = shared_BTD * self.shared_expert_gate(x_BTD).sigmoid()
+        return y_BTD + shared_BTD
 
 
 class SharedExpertMoE(MoE):
-    """MoE with DeepSeek-V3's router: optional groups, shared experts, a balancing bias instead of an auxiliary loss."""
+    """MoE with DeepSeek-V3's router: optional groups, shared experts, a balancing bias instead of an auxiliary loss.
 
-    router_class = GroupedTopKRouter
+    `router_type` puts a router that does not learn in its place.
+    """
+
+    def _make_router(self, config: Any) -> Router:
+        return _ROUTERS[config.router_type](config)
 
 
 class NoisyTopKMoE(MoE):
     """MoE with noisy top-k gating (Shazeer et al. 2017, arXiv:1701.06538)."""
 
-    router_class = NoisyTopKRouter
+    def _make_router(self, config: Any) -> Router:
+        return NoisyTopKRouter(config)

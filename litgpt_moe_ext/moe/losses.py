@@ -1,10 +1,57 @@
-"""Auxiliary losses that keep the load of experts even, as pure functions.
+"""Auxiliary losses of routers, as pure functions without their weights.
 
-Shape legend: T tokens, E experts, K chosen experts per token.
+Each says what it is for perfectly even load, so that weights can be compared between them.
+
+Shape legend: T tokens, E experts, K chosen experts per token, S sequences of T / S tokens.
 """
 
 import torch
 from torch import Tensor
+
+
+def load_balancing_loss(probabilities_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    """Return `E * sum_i f_i P_i` (Switch Transformer, arXiv:2101.03961, equations 4 to 6; there with K = 1).
+
+    `f_i` is the share of routed tokens that expert i received and `P_i` the mean probability that the router gave it.
+    Hugging Face's Mixtral divides by T instead of T * K and is K times as large.
+
+    Args:
+        probabilities_TE: Router probabilities; rows sum to 1; differentiable.
+        experts_TK: Chosen experts, int64.
+
+    Returns:
+        A scalar; 1 for even load, up to E / K (K experts take all).
+    """
+    return sequence_balancing_loss(probabilities_TE, experts_TK, 1)
+
+
+def sequence_balancing_loss(probabilities_TE: Tensor, experts_TK: Tensor, n_sequence: int) -> Tensor:
+    """Return the load-balancing loss of each sequence, averaged (DeepSeek-V3, arXiv:2412.19437, equations 17 to 20).
+
+    Args:
+        probabilities_TE: Router probabilities, or scores divided by their sum; rows sum to 1; differentiable.
+        experts_TK: Chosen experts, int64.
+        n_sequence: Number of sequences S, each with the same number of consecutive tokens.
+
+    Returns:
+        A scalar; 1 for even load in every sequence.
+    """
+    n_expert = probabilities_TE.size(1)
+    experts_SR = experts_TK.view(n_sequence, -1)
+    shares_SE = probabilities_TE.new_zeros(n_sequence, n_expert).scatter_add_(
+        1, experts_SR, probabilities_TE.new_full((), 1 / experts_SR.size(1)).expand(experts_SR.shape)
+    )
+    mean_SE = probabilities_TE.unflatten(0, (n_sequence, -1)).mean(dim=1)
+    return n_expert * (shares_SE * mean_SE).sum(dim=1).mean()
+
+
+def router_z_loss(logits_TE: Tensor) -> Tensor:
+    """Return the mean of `logsumexp(logits)²`, which keeps logits small (ST-MoE, arXiv:2202.08906, equation 5).
+
+    Returns:
+        A scalar; (ln E)² if all logits are 0.
+    """
+    return logits_TE.logsumexp(dim=-1).square().mean()
 
 
 def cv_squared(x_E: Tensor) -> Tensor:
@@ -13,7 +60,7 @@ def cv_squared(x_E: Tensor) -> Tensor:
 
 
 def importance_loss(weights_TK: Tensor, experts_TK: Tensor, n_expert: int) -> Tensor:
-    """Return CV² of the summed gate values of each expert (arXiv:1701.06538, equations 6 and 7, without its weight).
+    """Return CV² of the summed gate values of each expert (arXiv:1701.06538, equations 6 and 7).
 
     Args:
         weights_TK: Gate values, floating, differentiable.
@@ -41,7 +88,7 @@ def load_loss(clean_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, top_k: int) ->
         top_k: Number of experts a token chooses, less than E.
 
     Returns:
-        A scalar.
+        A scalar; 0 if every expert expects the same number of tokens.
     """
     best_TK1 = noisy_TE.topk(top_k + 1, dim=-1).values
     last_in_T1, first_out_T1 = best_TK1[:, -2:-1], best_TK1[:, -1:]

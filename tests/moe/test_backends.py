@@ -10,19 +10,21 @@ from hypothesis import given, settings
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from litgpt_moe_ext.moe.backends import choose_backend
+from litgpt_moe_ext.moe.activations import Activation
+from litgpt_moe_ext.moe.backends import ExpertWeights, Hidden, choose_backend
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.grouped_cpu import dispatch, grouped_cpu_experts
 from litgpt_moe_ext.moe.grouped_mm import grouped_mm_experts
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
-from litgpt_moe_ext.moe.routers import Routing
+from litgpt_moe_ext.moe.routing import Routing
 from tests.models import moe_config, randomize
 
 EXACT = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.03, torch.float16: 0.005}
 
 
-def make_experts(dtype=torch.float64, n_expert=5, D=16, F=24, bias=True):
-    config = moe_config(n_expert=n_expert, n_expert_per_token=1, n_embd=D, moe_intermediate_size=F, bias=bias)
+def make_experts(dtype=torch.float64, n_expert=5, D=16, F=24, bias=True, **settings):
+    sizes = {"n_expert": n_expert, "n_embd": D, "moe_intermediate_size": F}
+    config = moe_config(**sizes, n_expert_per_token=1, bias=bias, **settings)
     return randomize(Experts(config), std=0.3).to(dtype)
 
 
@@ -105,8 +107,76 @@ def test_any_shape(T, E, k, D, F, bias, dtype, seed):
     compare(experts, make_routing(T, min(k, E), E, weights_dtype), dtype)
 
 
-def test_wide_experts_are_cut_into_blocks():
-    compare(make_experts(D=8, F=3000, n_expert=2), make_routing(90, 1, 2, torch.float64), torch.float64)
+@pytest.mark.parametrize("name", ["swiglu", "relu2"])
+def test_wide_experts_are_cut_into_blocks(name):
+    experts = make_experts(D=8, F=3000, n_expert=2, mlp_activation=name)
+    compare(experts, make_routing(90, 1, 2, torch.float64), torch.float64)
+
+
+@pytest.mark.parametrize("backend", ["grouped_cpu", "grouped_mm"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mlp_activation": "geglu"},
+        {"mlp_activation": "geglu", "gelu_approximate": "tanh"},
+        {"mlp_activation": "gelu"},
+        {"mlp_activation": "gelu", "gelu_approximate": "tanh"},
+        {"mlp_activation": "relu"},
+        {"mlp_activation": "relu2"},
+    ],
+    ids=str,
+)
+def test_activations(settings, backend):
+    dtype = torch.float64 if backend == "grouped_cpu" else torch.float32
+    experts = make_experts(dtype, **settings)
+    compare(experts, make_routing(33, 2, 5, dtype), dtype, backend)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_dropout_of_hidden_activations(bias):
+    """Both draw their masks from the same generator in the same order."""
+    experts, routing = make_experts(bias=bias, expert_dropout=0.4), make_routing(40, 2, 5, torch.float64)
+    x, upstream = torch.randn(40, 16, dtype=torch.float64), torch.randn(40, 16, dtype=torch.float64)
+    results = []
+    for backend in ("grouped_cpu", "loop"):
+        torch.manual_seed(7)
+        results.append(run(experts, backend, x, routing, upstream))
+    assert_same(*results, EXACT[torch.float64])
+    torch.manual_seed(8)
+    assert not torch.equal(run(experts, "loop", x, routing, upstream)["y"], results[1]["y"])
+    experts.eval()
+    assert_same(*(run(experts, b, x, routing, upstream) for b in ("grouped_cpu", "loop")), EXACT[torch.float64])
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped_cpu", "grouped_mm"])
+def test_dropout_keeps_the_mean(backend):
+    """A hidden activation is dropped with the given probability, and the others make up for it."""
+    experts = make_experts(
+        torch.float32, D=16, F=4096, n_expert=1, bias=False, expert_dropout=0.25, mlp_activation="relu"
+    )
+    with torch.no_grad():
+        experts.up_proj.fill_(1.0)
+        experts.down_proj.fill_(1 / 4096)
+    routing = Routing(torch.ones(64, 1), torch.zeros(64, 1, dtype=torch.int64), torch.tensor([64]))
+    experts.forced_backend = backend
+    y = experts(torch.full((64, 16), 1 / 16), routing)
+    assert y.mean().item() == pytest.approx(1.0, abs=0.01)
+    # The mean of 4096 values that are 0 or 4/3.
+    assert y[:, 0].std().item() == pytest.approx((0.25 * 0.75) ** 0.5 / 0.75 / 64, rel=0.5)
+
+
+@pytest.mark.parametrize("dtype", list(EXACT))
+@pytest.mark.parametrize("T", [1, 2, 5])
+def test_decoding_a_few_tokens(T, dtype):
+    weights_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    for bias in (False, True):
+        experts, routing = make_experts(dtype, bias=bias), make_routing(T, 2, 5, weights_dtype)
+        x = torch.randn(T, 16, dtype=dtype)
+        with torch.no_grad():
+            experts.forced_backend = "grouped_cpu"
+            ours = experts(x, routing)
+            experts.forced_backend = "loop"
+            assert_same({"y": ours}, {"y": experts(x, routing)}, EXACT[dtype])
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
@@ -149,7 +219,9 @@ def test_gradcheck():
     routing = make_routing(5, 2, 3, torch.float64, only=[0, 2])
 
     def function(x, weights, *parameters):
-        return grouped_cpu_experts(x, weights, routing.experts_TK, routing.counts_E, *parameters)
+        return grouped_cpu_experts(
+            x, routing._replace(weights_TK=weights), ExpertWeights(*parameters), Hidden(Activation("swiglu"))
+        )
 
     parameters = (experts.gate_up_proj, experts.gate_up_bias, experts.down_proj, experts.down_bias)
     x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
@@ -288,7 +360,8 @@ def test_grouped_mm_never_asks_for_values():
     with torch.device("meta"):
         weights = (torch.empty(5, 48, 16), torch.empty(5, 48), torch.empty(5, 16, 24), torch.empty(5, 16))
         routing = (torch.empty(9, 2), torch.empty(9, 2, dtype=torch.int64), torch.empty(5, dtype=torch.int64))
-        y = grouped_mm_experts(torch.empty(9, 16, dtype=torch.bfloat16), *routing, *weights)
+        x = torch.empty(9, 16, dtype=torch.bfloat16)
+        y = grouped_mm_experts(x, Routing(*routing), ExpertWeights(*weights), Hidden(Activation("swiglu")))
     assert y.shape == (9, 16)
     assert y.dtype == torch.bfloat16
 

@@ -8,9 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from litgpt_moe_ext.moe.balancing import updated_bias
+from litgpt_moe_ext.moe.balancing import Tally, scheduled_rate, updated_bias
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
-from litgpt_moe_ext.moe.metrics import load_metrics, max_over_mean, routers_of
+from litgpt_moe_ext.moe.metrics import (
+    coefficient_of_variation,
+    load_entropy,
+    load_metrics,
+    max_over_mean,
+    routers_of,
+)
 from tests.models import initialized_model, moe_config, noisy_config, randomize
 
 
@@ -21,6 +27,11 @@ def make_moe(**settings):
 def counts_of(moe, x):
     with torch.no_grad():
         return moe.gate(x.reshape(-1, x.size(-1))).counts_E.double()
+
+
+def taken(moe):
+    """The tokens per expert that the router has counted since the last time."""
+    return moe.gate.tally.take()[: moe.gate.n_expert]
 
 
 def test_updated_bias_by_hand():
@@ -36,16 +47,16 @@ def test_counts_are_exact_over_accumulation():
     batches = [torch.randn(2, 7, 16) for _ in range(3)]
     for x in batches:
         moe(x).sum().backward()
-    assert torch.equal(moe.gate.counter.take(), sum(counts_of(moe, x) for x in batches))
-    assert not moe.gate.counter.pending
+    assert torch.equal(taken(moe), sum(counts_of(moe, x) for x in batches))
+    assert not moe.gate.tally.pending
 
 
 def test_counts_beyond_float32():
-    counter = make_moe().gate.counter
+    tally = Tally(8)
     huge = torch.full((8,), 2**24 + 1)
     for _ in range(2):
-        counter.attach(torch.ones(1, 1, requires_grad=True), huge).sum().backward()
-    assert counter.take().tolist() == [2 * (2**24 + 1)] * 8
+        tally.attach(torch.ones(1, 1, requires_grad=True), huge).sum().backward()
+    assert tally.take().tolist() == [2 * (2**24 + 1)] * 8
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -53,7 +64,7 @@ def test_activation_checkpointing_counts_once(use_reentrant):
     moe = make_moe()
     x = torch.randn(2, 7, 16, requires_grad=True)
     checkpoint(moe, x, use_reentrant=use_reentrant).sum().backward()
-    assert torch.equal(moe.gate.counter.take(), counts_of(moe, x))
+    assert torch.equal(taken(moe), counts_of(moe, x))
 
 
 def test_a_compiled_layer_counts_the_same():
@@ -63,7 +74,7 @@ def test_a_compiled_layer_counts_the_same():
         x = torch.randn(2, tokens, 16)
         output = compiled(x)
         output.sum().backward()
-        assert torch.equal(moe.gate.counter.take(), counts_of(moe, x))
+        assert torch.equal(taken(moe), counts_of(moe, x))
         torch.testing.assert_close(output, moe(x))
 
 
@@ -71,10 +82,10 @@ def test_evaluation_does_not_count():
     moe = make_moe()
     x = torch.randn(2, 7, 16)
     moe.eval()(x).sum().backward()
-    assert not moe.gate.counter.pending
+    assert not moe.gate.tally.pending
     with torch.no_grad():
         moe.train()(x)
-    assert not moe.gate.counter.pending
+    assert not moe.gate.tally.pending
 
 
 def test_nothing_sees_the_counter():
@@ -84,7 +95,7 @@ def test_nothing_sees_the_counter():
     assert set(dict(moe.gate.named_buffers())) == {"e_score_correction_bias"}
     x = torch.randn(2, 7, 16)
     with_counter, without_counter = copy.deepcopy(moe), copy.deepcopy(moe)
-    without_counter.gate.counter.attach = lambda weights, counts: weights
+    without_counter.gate.tally.attach = lambda weights, counts: weights
     for module in (with_counter, without_counter):
         module(x).square().sum().backward()
     pairs = zip(with_counter.parameters(), without_counter.parameters(), strict=True)
@@ -133,7 +144,7 @@ def test_two_models_do_not_disturb_each_other():
     optimizers[0].step()
     assert first.gate.load_E is not None
     assert second.gate.load_E is None
-    assert second.gate.counter.pending
+    assert second.gate.tally.pending
 
 
 @pytest.mark.parametrize(
@@ -193,16 +204,92 @@ def test_without_the_bias_it_stays_collapsed():
     assert last > 3.9
 
 
+def test_scheduled_rate_by_hand():
+    updates = torch.arange(6)
+    rise = scheduled_rate(0.5, {"warmup_steps": 4}, updates)
+    assert rise.tolist() == [0.125, 0.25, 0.375, 0.5, 0.5, 0.5]
+    fall = scheduled_rate(0.5, {"decay_start": 2, "decay_steps": 2}, updates)
+    assert fall.tolist() == [0.5, 0.5, 0.25, 0.0, 0.0, 0.0]
+    frozen = scheduled_rate(0.5, {"decay_start": 3}, updates)
+    assert frozen.tolist() == [0.5, 0.5, 0.5, 0.0, 0.0, 0.0]
+
+
+def test_a_schedule_moves_the_bias_less_and_survives_a_checkpoint():
+    def step(moe):
+        optimizer = torch.optim.SGD(moe.parameters(), lr=0.0)
+        moe(torch.randn(2, 7, 16)).sum().backward()
+        before = moe.gate.e_score_correction_bias.clone()
+        optimizer.step()
+        change = moe.gate.e_score_correction_bias - before
+        return (change.amax() - change.amin()).item()
+
+    settings = {"router_bias_update_rate": 0.1, "router_bias_update_schedule": {"warmup_steps": 2, "decay_start": 3}}
+    moe = make_moe(**settings)
+    moe.gate.reset_parameters()
+    torch.nn.init.normal_(moe.gate.weight)
+    assert [round(step(moe), 6) for _ in range(2)] == [0.1, 0.2]
+    resumed = make_moe(**settings)
+    resumed.load_state_dict(moe.state_dict())
+    assert resumed.gate.bias_updates == 2
+    assert [round(step(resumed), 6) for _ in range(2)] == [0.2, 0.0]
+
+
+def test_measures_of_balance_by_hand():
+    loads = torch.tensor([[4.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [2.0, 2.0, 0.0, 0.0]])
+    assert max_over_mean(loads).tolist() == [4.0, 1.0, 2.0]
+    torch.testing.assert_close(coefficient_of_variation(loads), torch.tensor([3**0.5, 0.0, 1.0]))
+    torch.testing.assert_close(load_entropy(loads), torch.tensor([0.0, 1.0, 0.5]))
+
+
 def test_metrics_by_hand():
-    assert max_over_mean(torch.tensor([[4.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])).tolist() == [4.0, 1.0]
-    model = torch.nn.ModuleList([make_moe(n_expert=4), make_moe(n_expert=4)])
+    """Two tokens, logits 2, 0, -2, 0 and 0, 0, 0, 0, one expert each."""
+    moe = make_moe(n_embd=4, n_expert=4, n_expert_per_token=1, router_score_function="softmax")
+    model = torch.nn.ModuleDict({"layer": torch.nn.ModuleList([torch.nn.Identity(), moe])})
     assert load_metrics(model) == {}
-    model[0].gate.load_E = torch.tensor([6.0, 0.0, 1.0, 1.0])
-    model[1].gate.load_E = torch.tensor([2.0, 2.0, 2.0, 2.0])
-    model[1].gate.e_score_correction_bias.copy_(torch.tensor([0.1, -0.2, 0.0, 0.1]))
+    with torch.no_grad():
+        moe.gate.weight.zero_()
+        moe.gate.weight[:, 0] = torch.tensor([2.0, 0.0, -2.0, 0.0])
+    moe.gate.e_score_correction_bias.copy_(torch.tensor([0.0, 0.0, 0.01, 0.0]))
+    optimizer = torch.optim.SGD(moe.parameters(), lr=0.0)
+    x = torch.tensor([[[1.0, 0.0, 0.0, 0.0]], [[0.0, 1.0, 0.0, 0.0]]])
+    for _ in range(3):  # as many accumulated batches: the means do not depend on them
+        moe(x).sum().backward()
+    optimizer.step()
     metrics = load_metrics(model)
-    assert metrics.pop("moe/bias_range") == pytest.approx(0.3)
-    assert metrics == {"moe/max_over_mean": 3.0, "moe/max_over_mean_avg": 2.0, "moe/dead_experts": 1}
-    noisy = initialized_model(noisy_config())
-    next(iter(routers_of(noisy).values())).load_E = torch.ones(8)
-    assert "moe/bias_range" not in load_metrics(noisy)
+
+    probabilities = torch.tensor([2.0, 0.0, -2.0, 0.0]).softmax(0)
+    entropy = (torch.special.entr(probabilities).sum().item() + torch.tensor(4.0).log().item()) / 2
+    expected = {
+        "max_over_mean": 2.0,
+        "dead_experts": 2,
+        "load_cv": 1.0,
+        "load_entropy": 0.5,
+        "mean_gate": (probabilities[0].item() + 0.25) / 2,
+        "router_entropy": entropy,
+        "router_logit_rms": 1.0,
+        "bias_range": metrics["moe/bias_range"],
+    }
+    assert {
+        n.removeprefix("moe_layer_01/"): v for n, v in metrics.items() if n.startswith("moe_layer")
+    } == pytest.approx(expected, rel=1e-5)
+    assert [metrics[f"moe_load_01/expert_{e:02}"] for e in range(4)] == [2.0, 0.0, 2.0, 0.0]
+    for name, value in expected.items():
+        assert metrics[f"moe/{name}"] == pytest.approx(value, rel=1e-5)
+    assert metrics["moe/max_vio"] == 1.0
+    assert metrics["moe/bias_range"] == pytest.approx(0.002, abs=0.011)
+
+
+def test_metrics_of_several_layers():
+    model = initialized_model(noisy_config())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randint(0, 64, (2, 32))).sum().backward()
+    optimizer.step()
+    metrics = load_metrics(model)
+    assert "moe/bias_range" not in metrics
+    layers = [metrics[f"moe_layer_{i:02}/max_over_mean"] for i in range(2)]
+    assert metrics["moe/max_over_mean"] == max(layers)
+    assert metrics["moe/max_over_mean_avg"] == pytest.approx(sum(layers) / 2)
+    assert metrics["moe/dead_experts"] == sum(metrics[f"moe_layer_{i:02}/dead_experts"] for i in range(2))
+    for i in range(2):
+        assert sum(metrics[f"moe_load_{i:02}/expert_{e:02}"] for e in range(8)) == pytest.approx(8.0)
+    assert metrics["moe/load_loss"] == sum(metrics[f"moe_layer_{i:02}/load_loss"] for i in range(2)) > 0

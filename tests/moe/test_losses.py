@@ -8,10 +8,17 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from litgpt_moe_ext.moe.auxiliary import forget_scale, inject, remember_scale
-from litgpt_moe_ext.moe.layer import NoisyTopKMoE
-from litgpt_moe_ext.moe.losses import cv_squared, importance_loss, load_loss
+from litgpt_moe_ext.moe.layer import NoisyTopKMoE, SharedExpertMoE
+from litgpt_moe_ext.moe.losses import (
+    cv_squared,
+    importance_loss,
+    load_balancing_loss,
+    load_loss,
+    router_z_loss,
+    sequence_balancing_loss,
+)
 from litgpt_moe_ext.moe.metrics import load_metrics, routers_of
-from tests.models import initialized_model, noisy_config, randomize
+from tests.models import initialized_model, moe_config, noisy_config, randomize
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +33,39 @@ def test_cv_squared_by_hand():
     assert cv_squared(torch.tensor([1.0, 2.0, 3.0, 6.0])).item() == pytest.approx(3.5 / 9)
     assert cv_squared(torch.full((5,), 2.0)) == 0
     assert cv_squared(torch.tensor([8.0, 0.0, 0.0, 0.0])).item() == pytest.approx(3.0)
+
+
+def test_load_balancing_by_hand():
+    """Shares of the routed tokens 1/2, 1/2, 0; mean probabilities 0.5, 0.3, 0.2: 3 * (0.25 + 0.15) = 1.2."""
+    probabilities = torch.tensor([[0.6, 0.3, 0.1], [0.4, 0.3, 0.3]])
+    experts = torch.tensor([[0, 1], [1, 0]])
+    assert load_balancing_loss(probabilities, experts).item() == pytest.approx(1.2)
+    even = torch.full((6, 3), 1 / 3)
+    assert load_balancing_loss(even, torch.arange(6).view(6, 1) % 3).item() == pytest.approx(1.0)
+    collapsed = torch.tensor([[1.0, 0.0, 0.0]] * 4)
+    assert load_balancing_loss(collapsed, torch.zeros(4, 1, dtype=torch.int64)).item() == pytest.approx(3.0)
+
+
+def test_load_balancing_is_hugging_faces():
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    logits = torch.randn(50, 8)
+    theirs = load_balancing_loss_func((logits,), num_experts=8, top_k=2)
+    ours = load_balancing_loss(logits.softmax(-1), logits.topk(2).indices)
+    torch.testing.assert_close(ours, theirs / 2)
+
+
+def test_sequence_balancing_by_hand():
+    """Balanced over the batch, but each sequence sends everything to one expert: 2 * 0.9 in both."""
+    probabilities = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.1, 0.9], [0.1, 0.9]])
+    experts = torch.tensor([[0], [0], [1], [1]])
+    assert load_balancing_loss(probabilities, experts).item() == pytest.approx(1.0)
+    assert sequence_balancing_loss(probabilities, experts, 2).item() == pytest.approx(1.8)
+
+
+def test_z_loss_by_hand():
+    logits = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0]])
+    assert router_z_loss(logits).item() == pytest.approx((math.log(2) ** 2 + math.log(4) ** 2) / 2)
 
 
 def test_importance_by_hand():
@@ -73,16 +113,32 @@ def gradients(moe, x, make_loss) -> dict[str, torch.Tensor]:
 def explicit_gradients(moe, x, factor: float = 1.0) -> dict[str, torch.Tensor]:
     """The gradients of (training loss + auxiliary losses) * factor, with the auxiliary losses added by hand."""
     router, collected = moe.gate, []
-    original = router._auxiliary_loss
-    router._auxiliary_loss = lambda *args: collected.append(original(*args))  # returns None: nothing is injected
+    original, coefs = router.choose, router.loss_coefs
+
+    def choose(x_TD):
+        choice = original(x_TD)
+        losses = (coef * router.auxiliary_loss(name, choice, x.size(0)) for name, coef in coefs.items())
+        collected.append(sum(losses))
+        return choice
+
+    router.choose, router.loss_coefs = choose, {}  # nothing is injected
     try:
         return gradients(moe, x, lambda y: (y.square().mean() + collected[-1]) * factor)
     finally:
-        del router._auxiliary_loss
+        del router.choose
+        router.loss_coefs = coefs
 
 
 def make_moe(**settings):
     return randomize(NoisyTopKMoE(noisy_config(**settings)).double(), std=0.3)
+
+
+ALL_LOSSES = {
+    "router_load_balancing_loss_coef": 0.1,
+    "router_sequence_balancing_loss_coef": 0.2,
+    "router_z_loss_coef": 0.3,
+    "router_importance_loss_coef": 0.4,
+}
 
 
 def assert_equal(ours, theirs):
@@ -98,7 +154,21 @@ def test_injected_gradients_are_those_of_the_sum():
     without.load_state_dict(moe.state_dict())
     plain = gradients(without, x, lambda y: y.square().mean())
     assert (with_losses["gate.weight"] - plain["gate.weight"]).abs().max() > 1e-3
-    assert without.gate.auxiliary_losses == {}
+    assert without.gate.loss_coefs == {}
+
+
+@pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("names", [*([name] for name in ALL_LOSSES), list(ALL_LOSSES)], ids=lambda n: "+".join(n)[7:40])
+def test_every_loss_reaches_the_gate(names, score_function):
+    settings = {name: ALL_LOSSES[name] for name in names}
+    config = moe_config(router_score_function=score_function, norm_topk_prob=True, **settings)
+    moe = randomize(SharedExpertMoE(config).double(), std=0.3)
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    ours = gradients(moe, x, lambda y: y.square().mean())
+    assert_equal(ours, explicit_gradients(moe, x))
+    moe.gate.loss_coefs = {}
+    plain = gradients(moe, x, lambda y: y.square().mean())
+    assert (ours["gate.weight"] - plain["gate.weight"]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("factor", [0.25, 1024.0], ids=["accumulation", "gradient scaler"])
@@ -129,7 +199,7 @@ def test_the_training_loss_is_untouched():
     moe.gate.noise_weight.data.fill_(0)
     torch.manual_seed(0)
     with_losses = moe(x)
-    moe.gate.importance_coef = moe.gate.load_coef = 0
+    moe.gate.loss_coefs = {}
     torch.manual_seed(0)
     assert torch.equal(with_losses, moe(x))
     assert expected.shape == with_losses.shape
@@ -177,14 +247,20 @@ def test_without_the_losses_it_stays_collapsed():
 
 
 def test_losses_are_logged_by_name():
-    model = initialized_model(noisy_config())
+    """Each with its weight, as the mean over accumulated batches."""
+    model = torch.nn.ModuleList([make_moe(**ALL_LOSSES, router_load_loss_coef=0.5)])
+    router, recorded = model[0].gate, []
+    original = router.auxiliary_loss
+    router.auxiliary_loss = lambda name, *rest: recorded.append((name, original(name, *rest))) or recorded[-1][1]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model(torch.randint(0, 64, (2, 32))).sum().backward()
+    for _ in range(2):
+        model[0](torch.randn(2, 9, 16, dtype=torch.float64)).sum().backward()
     optimizer.step()
     metrics = load_metrics(model)
-    routers = routers_of(model).values()
-    for name in ("importance_loss", "load_loss"):
-        assert metrics[f"moe/{name}"] == pytest.approx(sum(router.auxiliary_losses[name].item() for router in routers))
+    assert len(recorded) == 10
+    for name, coef in router.loss_coefs.items():
+        values = [value.item() for recorded_name, value in recorded if recorded_name == name]
+        assert metrics[f"moe/{name}"] == pytest.approx(coef * sum(values) / 2)
         assert metrics[f"moe/{name}"] > 0
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from litgpt.model import LLaMAMoE
 
-from litgpt_moe_ext.moe.experts import stack_experts, unstack_experts
+from litgpt_moe_ext.moe.expert_layouts import stack_experts, unstack_experts
 from litgpt_moe_ext.moe.layer import NoisyTopKMoE, SharedExpertMoE
 from tests.models import moe_config, noisy_config, randomize
 

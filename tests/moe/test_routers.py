@@ -95,7 +95,7 @@ def test_bias_follows_the_device():
     router.to_empty(device="cpu").reset_parameters()
     assert router.e_score_correction_bias.tolist() == [0.0] * 8
     router(torch.randn(3, 16)).weights_TK.sum().backward()
-    assert router.counter.take().sum() == 6
+    assert router.tally.take()[:8].sum() == 6
 
 
 def test_noise_only_in_training():
@@ -114,8 +114,8 @@ def test_noise_has_the_learned_deviation():
         router.noise_weight.zero_()
         router.noise_weight[1] = 1.0
     x = torch.full((20000, 16), 0.25)
-    weights, experts, _ = router.choose(x)
-    weights = weights.gather(1, experts.argsort(1))
+    choice = router.choose(x)
+    weights = choice.weights_TK.gather(1, choice.experts_TK.argsort(1))
     logit_difference = (weights[:, 1] / weights[:, 0]).log()
     expected = math.sqrt(math.log(2) ** 2 + math.log1p(math.exp(4)) ** 2)
     assert logit_difference.std().item() == pytest.approx(expected, rel=0.03)
@@ -152,3 +152,44 @@ def test_initialisation_under_pretrain(config):
             assert moe.gate.noise_weight.abs().sum() == 0
     logits = model(torch.randint(0, 64, (2, 32)))
     assert logits.std() < 2
+
+
+def test_jitter_changes_the_routers_input_in_training_only():
+    """Factors from 0.5 to 1.5 on each element; the weights of a linear map from a single element show them."""
+    router = grouped(n_embd=1, n_head=1, n_query_groups=1, router_jitter_noise=0.5, n_expert_per_token=8)
+    x = torch.full((4000, 1), 2.0)
+    factors = router.logits(x)[:, 0] / (2.0 * router.weight[0])
+    assert 0.5 <= factors.min() < 0.51
+    assert 1.49 < factors.max() <= 1.5
+    router.eval()
+    assert torch.equal(router.logits(x), torch.nn.functional.linear(x, router.weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_gates_have_exact_gradients(dtype):
+    router = grouped().to(dtype)
+    x = torch.randn(6, 16, dtype=dtype, requires_grad=True)
+    upstream = torch.randn(6, 8)
+    router.project(x, router.weight).backward(upstream)
+    wide = x.detach().float().requires_grad_()
+    weight = router.weight.detach().float().requires_grad_()
+    torch.nn.functional.linear(wide, weight).backward(upstream)
+    assert torch.equal(x.grad, wide.grad.to(dtype))
+    assert torch.equal(router.weight.grad, weight.grad.to(dtype))
+
+
+def test_softmax_after_or_before_top_k():
+    """Normalised softmax scores are the softmax over the chosen logits: Mixtral's and GPT-OSS' order."""
+    x = torch.randn(30, 16)
+    after, before = (grouped(router_score_function="softmax", norm_topk_prob=n) for n in (True, False))
+    before.load_state_dict(after.state_dict())
+    logits = x @ after.weight.T
+    best = logits.topk(2)
+    expected = best.values.softmax(-1)
+    torch.testing.assert_close(sort_by_expert(after(x)), expected.gather(1, best.indices.argsort(1)))
+    expected = logits.softmax(-1).gather(1, best.indices)
+    torch.testing.assert_close(sort_by_expert(before(x)), expected.gather(1, best.indices.argsort(1)))
+
+
+def sort_by_expert(routing):
+    return routing.weights_TK.gather(1, routing.experts_TK.argsort(1))

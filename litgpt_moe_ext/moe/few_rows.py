@@ -1,0 +1,57 @@
+"""Experts on a CPU for a handful of tokens, as in decoding, where reading the weights is all the work.
+
+Shape legend: N rows, K chosen experts per token, E experts, O and I widths of output and input, D model width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from litgpt_moe_ext.moe.backends import ExpertWeights, Hidden
+from litgpt_moe_ext.moe.routing import Routing
+
+# Up to this many rows the BLAS library is faster with the weight as the left factor (benchmarks/moe_layer.py).
+_FEW_ROWS = 4
+
+
+def one_token(x_1D: Tensor, routing: Routing, weights: ExpertWeights, hidden: Hidden, dtype: torch.dtype) -> Tensor:
+    """Return the weighted sum of the chosen experts' outputs for a single token, (1, D); reads their weights only.
+
+    Args:
+        x_1D: The token.
+        routing: The router's decision for it.
+        weights: Stacked weights of the experts.
+        hidden: What happens between the two projections.
+        dtype: In which matrices are multiplied.
+    """
+    x_cast_1D = x_1D.to(dtype)
+    outputs_KD = []
+    for expert in routing.experts_TK[0].tolist():
+        a_1F = hidden.activation(linear(x_cast_1D, weights.up_EGD[expert], weights.up_bias_EG, expert))
+        keep_1F = hidden.dropout_mask(1, a_1F)
+        if keep_1F is not None:
+            a_1F = a_1F * keep_1F
+        outputs_KD.append(linear(a_1F, weights.down_EDF[expert], weights.down_bias_ED, expert))
+    y_KD = torch.cat(outputs_KD)
+    # In the gate's precision, as over many tokens.
+    return (routing.weights_TK @ y_KD.to(routing.weights_TK.dtype)).to(x_1D.dtype)
+
+
+def linear(x_NI: Tensor, weight_OI: Tensor, bias_EO: Tensor | None, expert: int) -> Tensor:
+    """Return `x @ weight.T + bias[expert]`, (N, O), in the dtype of `x_NI`.
+
+    Args:
+        x_NI: Input.
+        weight_OI: Weight of the expert, any floating dtype.
+        bias_EO: Biases of all experts, or None.
+        expert: Index of the expert.
+    """
+    weight_OI = weight_OI.to(x_NI.dtype)
+    bias_O = None if bias_EO is None else bias_EO[expert].to(x_NI.dtype)
+    n = len(x_NI)
+    if n > _FEW_ROWS or x_NI.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest":
+        return F.linear(x_NI, weight_OI, bias_O)
+    # A product with one column would be handed to a matrix-vector routine that is slower than one with two.
+    x_IN = (x_NI if n > 1 else x_NI.expand(2, -1).contiguous()).t()
+    y_NO = torch.mm(weight_OI, x_IN).t()[:n]
+    return y_NO if bias_O is None else y_NO + bias_O

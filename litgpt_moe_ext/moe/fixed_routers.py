@@ -1,0 +1,87 @@
+"""Routers that do not learn: baselines that tell what learned routing is worth.
+
+Shape legend: T tokens, E experts, K chosen experts per token.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from litgpt_moe_ext.moe.routing import Choice, Router
+
+# Odd 64-bit constants of the finaliser of MurmurHash3, as signed integers.
+_MIX = (-49064778989728563, -4265267296055464877)
+
+
+class FixedRouter(Router):
+    """Gate values are 1 / K whatever expert is chosen.
+
+    Attributes:
+        token_ids_T: Ids of the tokens of the present batch, int64; the model's forward pass sets them
+            (`share_token_ids`).
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.token_ids_T: Tensor | None = None
+
+    def choose(self, x_TD: Tensor) -> Choice:
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        experts_TK = self.rank(x_TD).topk(self.top_k, dim=-1, sorted=False).indices
+        return Choice(torch.full(experts_TK.shape, 1 / self.top_k, dtype=dtype, device=x_TD.device), experts_TK)
+
+    def rank(self, x_TD: Tensor) -> Tensor:
+        """Return numbers of which the K highest decide, (T, E)."""
+        raise NotImplementedError(f"{type(self).__name__} must say how it ranks experts")
+
+    def by_token_id(self, x_TD: Tensor) -> Tensor:
+        """Return pseudo-random numbers, (T, E), that depend on the token id and the expert only."""
+        if x_TD.is_meta:
+            return x_TD.new_empty(len(x_TD), self.n_expert)
+        if self.token_ids_T is None or len(self.token_ids_T) != len(x_TD):
+            raise ValueError(
+                f"router_type: {type(self).__name__} needs the ids of the {len(x_TD)} tokens; call the whole "
+                "model, not one of its layers"
+            )
+        experts_E = torch.arange(self.n_expert, device=x_TD.device)
+        return _mixed(self.token_ids_T.unsqueeze(1) * self.n_expert + experts_E)
+
+
+class HashRouter(FixedRouter):
+    """A random hash of the token's id chooses the experts (Hash Layers, arXiv:2106.04426, "random hash")."""
+
+    def rank(self, x_TD: Tensor) -> Tensor:
+        return self.by_token_id(x_TD)
+
+
+class UniformRouter(FixedRouter):
+    """Every set of K experts is equally likely, anew for each token; in evaluation, the choice of `HashRouter`.
+
+    Stochastic experts as in THOR (arXiv:2110.04260), but evaluation is deterministic.
+    """
+
+    def rank(self, x_TD: Tensor) -> Tensor:
+        if not self.training:
+            return self.by_token_id(x_TD)
+        return torch.rand(len(x_TD), self.n_expert, device=x_TD.device)
+
+
+def share_token_ids(model: torch.nn.Module) -> None:
+    """Let the fixed routers of a `litgpt.GPT` know the ids of the tokens in every forward pass."""
+    routers = [module for module in model.modules() if isinstance(module, FixedRouter)]
+
+    def remember(_model: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        ids_T = (args[0] if args else kwargs["idx"]).flatten()
+        for router in routers:
+            router.token_ids_T = ids_T
+
+    if routers:
+        model.register_forward_pre_hook(remember, with_kwargs=True)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    # The finaliser of MurmurHash3 spreads neighbouring integers evenly over all 64 bits; int64 wraps around.
+    for factor in _MIX:
+        x = (x ^ ((x >> 33) & 0x7FFFFFFF)) * factor
+    return x ^ ((x >> 33) & 0x7FFFFFFF)
