@@ -1,14 +1,16 @@
 """Every wrong setting is refused when the configuration is made, with the field, the value and the remedy."""
 
+import importlib
 import re
 
 import pytest
+import torch
 from litgpt import Config
 from litgpt.model import GPT, LLaMAMLP
 
 from litgpt_moe_ext.model_size import count_parameters
-from litgpt_moe_ext.moe.layer import NoisyTopKMoE, SharedExpertMoE
-from tests.models import moe_config, noisy_config
+from litgpt_moe_ext.moe.layer import FeedForward, NoisyTopKMoE, SharedExpertMoE
+from tests.models import initialized_model, moe_config, noisy_config
 
 GROUPS = {"n_expert_groups": 4, "n_topk_groups": 1, "n_topk_scores_per_group": 2}
 
@@ -44,6 +46,39 @@ GROUPS = {"n_expert_groups": 4, "n_topk_groups": 1, "n_topk_scores_per_group": 2
         ({"router_load_loss_coef": 0.1}, "router_load_loss_coef: 0.1 would be ignored"),
         ({"first_k_dense_replace": 3}, "first_k_dense_replace: 3 must be an integer from 0 to 2"),
         ({"first_k_dense_replace": 1}, "intermediate_size: None must be set because first_k_dense_replace is 1"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step: 0 must be an integer from 1 to 2"),
+        ({"decoder_sparse_step": 2}, "intermediate_size: None must be set because decoder_sparse_step is 2"),
+        ({"mlp_activation": "silu"}, "mlp_activation: 'silu' is unknown; choose from swiglu, geglu, gelu, relu, relu2"),
+        ({"expert_dropout": 1.0}, "expert_dropout: 1.0 must be a number from 0 to less than 1"),
+        ({"residual_dropout": -0.1}, "residual_dropout: -0.1 must be a number from 0 to less than 1"),
+        (
+            {"residual_dropout": 0.1, "post_mlp_norm": True},
+            "residual_dropout: 0.1 cannot be combined with post_mlp_norm",
+        ),
+        ({"shared_expert_gate": True}, "shared_expert_gate: True would be ignored because n_shared_expert is not set"),
+        (
+            {"n_shared_expert": 1, "shared_expert_intermediate_size": 0},
+            "shared_expert_intermediate_size: 0 must be an integer of at least 1",
+        ),
+        ({"router_type": "random"}, "router_type: 'random' is unknown; choose from topk, hash, uniform"),
+        (
+            {"router_type": "hash", "router_z_loss_coef": 0.1},
+            "router_z_loss_coef: 0.1 would be ignored because router_type",
+        ),
+        ({"router_type": "hash", "norm_topk_prob": True}, "norm_topk_prob: True would be ignored because router_type"),
+        ({"router_jitter_noise": 1.5}, "router_jitter_noise: 1.5 must be a number from 0 to less than 1"),
+        ({"router_z_loss_coef": -1}, "router_z_loss_coef: -1 must be a number of at least 0"),
+        ({"router_bias_update_schedule": {"warmup": 3}}, "must have keys among warmup_steps, decay_start, decay_steps"),
+        ({"router_bias_update_schedule": {"decay_steps": 3}}, "decay_steps: 3 needs decay_start"),
+        ({"router_bias_update_schedule": {"warmup_steps": 1.5}}, "warmup_steps: 1.5 must be an integer"),
+        (
+            {"router_bias_update_rate": 0, "router_bias_update_schedule": {"warmup_steps": 3}},
+            "would be ignored because router_bias_update_rate is 0",
+        ),
+        (
+            {"mlp_class_name": "FeedForward"},
+            "n_expert: 8 would be ignored because mlp_class_name: FeedForward is a dense",
+        ),
         ({"attention_sinks": True}, "attention_sinks: True would be ignored because attention_class_name is not set"),
         ({"attention_class_name": "Sink"}, "attention_class_name: 'Sink' is unknown; choose from SinkAttention"),
     ],
@@ -145,3 +180,80 @@ def test_parameter_counts_of_litgpts_classes():
     assert count_parameters(dense).total == count_parameters(dense).active
     routed = moe_config(mlp_class_name="LLaMAMoE")
     assert count_parameters(routed).total - count_parameters(routed).active == 2 * 6 * 3 * 16 * 12
+
+
+@pytest.mark.parametrize(
+    ("settings", "dense"),
+    [
+        ({"decoder_sparse_step": 2}, [0, 2]),
+        ({"decoder_sparse_step": 3, "first_k_dense_replace": 1}, [0, 1, 2]),
+        ({}, []),
+    ],
+    ids=str,
+)
+def test_every_nth_layer_is_an_moe_layer(settings, dense):
+    model = GPT(moe_config(n_layer=4, intermediate_size=24, mlp_activation="relu", **settings))
+    assert [i for i, block in enumerate(model.transformer.h) if isinstance(block.mlp, FeedForward)] == dense
+    for i in dense:
+        assert model.transformer.h[i].mlp.fc.out_features == 24
+
+
+def test_dense_layers_are_initialised_like_the_others():
+    """Their output projection falls with the depth, as that of LitGPT's own class."""
+    config = moe_config(n_embd=64, n_layer=4, intermediate_size=96, decoder_sparse_step=2, mlp_activation="relu2")
+    model = initialized_model(config)
+    mlp = model.transformer.h[0].mlp
+    assert mlp.fc.weight.std().item() == pytest.approx((2 / 5 / 64) ** 0.5, rel=0.1)
+    assert mlp.proj.weight.std().item() == pytest.approx(1 / 8 / 4, rel=0.1)
+
+
+def test_a_dense_twin_of_any_activation():
+    settings = {"n_expert": 0, "n_expert_per_token": 0, "moe_intermediate_size": None, "intermediate_size": 24}
+    model = initialized_model(moe_config(mlp_class_name="FeedForward", mlp_activation="relu", **settings))
+    ids = torch.randint(0, 64, (2, 9))
+    mlp = model.transformer.h[0].mlp
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(mlp(x), mlp.proj(torch.relu(mlp.fc(x))))
+    assert model(ids).shape == (2, 9, 64)
+
+
+def test_residual_dropout_is_on_both_branches_in_training_only():
+    model = initialized_model(moe_config(residual_dropout=0.5))
+    plain = initialized_model(moe_config())
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    plain.load_state_dict(model.state_dict())
+    ids = torch.randint(0, 64, (2, 9))
+    assert not torch.equal(model(ids), model(ids))
+    torch.testing.assert_close(model.eval()(ids), plain.eval()(ids))
+    block = model.transformer.h[0].train()
+    for name in ("attn", "mlp"):
+        seen = []
+        handle = getattr(block, f"post_{'attention' if name == 'attn' else 'mlp'}_norm").register_forward_hook(
+            lambda _module, args, output, seen=seen: seen.append((args[0], output))
+        )
+        model(ids)
+        handle.remove()
+        before, after = seen[0]
+        kept = after != 0
+        torch.testing.assert_close(after[kept], 2 * before[kept])
+        assert 0.3 < kept.float().mean() < 0.7
+
+
+@pytest.mark.parametrize("module", ["lora", "adapter_v2"])
+@pytest.mark.parametrize("make", [moe_config, noisy_config])
+def test_other_finetuning_methods_say_that_they_cannot(make, module):
+    finetuning = importlib.import_module(f"litgpt.{module}")
+    config = finetuning.Config(**vars_of(make()))
+    name = make().mlp_class_name
+    with pytest.raises(ValueError, match=f"{name} cannot be finetuned with litgpt.{module}.*litgpt finetune_full"):
+        finetuning.GPT(config)
+
+
+def test_conversion_says_that_it_cannot(tmp_path):
+    from litgpt.scripts.convert_lit_checkpoint import convert_lit_checkpoint
+    from litgpt.utils import save_config
+
+    save_config(moe_config(), tmp_path)
+    with pytest.raises(ValueError, match="holds a model with layers of litgpt_moe_ext"):
+        convert_lit_checkpoint(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

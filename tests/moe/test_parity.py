@@ -143,9 +143,171 @@ def test_equals_mixtral(dtype):
     assert_same_gradients(unstack_experts(our_gradients), from_hugging_face(their_gradients), **TOLERANCE)
 
 
+def check_parity(ours, theirs, shape, dtype):
+    """Compare outputs and all gradients after copying the weights of a Hugging Face block."""
+    weights = from_hugging_face(theirs.state_dict())
+    weights.setdefault("gate.e_score_correction_bias", torch.zeros(8))
+    ours.load_state_dict(weights)
+    x, upstream = inputs(shape, dtype)
+    our_output, our_gradients = gradients(ours, x, upstream)
+    their_output, their_gradients = gradients(theirs, x, upstream)
+    torch.testing.assert_close(our_output, their_output, **TOLERANCE)
+    assert_same_gradients(unstack_experts(our_gradients), from_hugging_face(their_gradients), **TOLERANCE)
+
+
+SHAPES = pytest.mark.parametrize("shape", [(2, 7, 16), (1, 1, 16)], ids=["odd", "one token"])
+
+
+@SHAPES
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("top_k", [3, 8])
+def test_equals_qwen2_moe(top_k, normalize, shape):
+    """Shared experts behind a sigmoid gate, with a width of their own."""
+    from transformers import Qwen2MoeConfig
+    from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
+
+    sizes = {"hidden_size": 16, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20, "num_experts": 8}
+    hf_config = Qwen2MoeConfig(**sizes, num_experts_per_tok=top_k, norm_topk_prob=normalize)
+    config = moe_config(
+        n_expert_per_token=top_k,
+        router_score_function="softmax",
+        norm_topk_prob=normalize,
+        n_shared_expert=1,
+        shared_expert_intermediate_size=20,
+        shared_expert_gate=True,
+    )
+    theirs = randomize(Qwen2MoeSparseMoeBlock(hf_config).double())
+    check_parity(SharedExpertMoE(config).double(), theirs, shape, torch.float64)
+
+
+@SHAPES
+@pytest.mark.parametrize("normalize", [True, False])
+def test_equals_qwen3_moe(normalize, shape):
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    sizes = {"hidden_size": 16, "moe_intermediate_size": 12, "num_experts": 8}
+    hf_config = Qwen3MoeConfig(**sizes, num_experts_per_tok=3, norm_topk_prob=normalize)
+    config = moe_config(n_expert_per_token=3, router_score_function="softmax", norm_topk_prob=normalize)
+    theirs = randomize(Qwen3MoeSparseMoeBlock(hf_config).double())
+    check_parity(SharedExpertMoE(config).double(), theirs, shape, torch.float64)
+
+
+@SHAPES
+@pytest.mark.parametrize("groups", [(4, 2), None], ids=str)
+def test_equals_deepseek_v2(groups, shape):
+    """Softmax scores that are not normalised; a group is worth its best expert."""
+    from transformers import DeepseekV2Config
+    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2MoE
+
+    hf_config = DeepseekV2Config(
+        hidden_size=16,
+        moe_intermediate_size=12,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_shared_experts=2,
+        topk_method="group_limited_greedy" if groups else "greedy",
+        n_group=groups[0] if groups else None,
+        topk_group=groups[1] if groups else None,
+        routed_scaling_factor=1.5,
+    )
+    settings = {"n_expert_groups": 4, "n_topk_groups": 2, "n_topk_scores_per_group": 1} if groups else {}
+    config = moe_config(
+        n_expert_per_token=3, n_shared_expert=2, router_score_function="softmax", routed_scaling_factor=1.5, **settings
+    )
+    theirs = randomize(DeepseekV2MoE(hf_config))
+    check_parity(SharedExpertMoE(config), theirs, shape, torch.float32)
+
+
+@SHAPES
+@pytest.mark.parametrize("normalize", [True, False])
+def test_equals_glm4_moe(normalize, shape):
+    from transformers import Glm4MoeConfig
+    from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeMoE
+
+    hf_config = Glm4MoeConfig(
+        hidden_size=16,
+        moe_intermediate_size=12,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_shared_experts=1,
+        n_group=2,
+        topk_group=1,
+        norm_topk_prob=normalize,
+        routed_scaling_factor=2.5,
+    )
+    theirs = randomize(Glm4MoeMoE(hf_config))
+    theirs.gate.e_score_correction_bias.copy_(torch.rand(8))
+    config = moe_config(
+        n_expert_per_token=3,
+        n_shared_expert=1,
+        n_expert_groups=2,
+        n_topk_groups=1,
+        n_topk_scores_per_group=2,
+        norm_topk_prob=normalize,
+        routed_scaling_factor=2.5,
+    )
+    check_parity(SharedExpertMoE(config), theirs, shape, torch.float32)
+
+
+def test_routes_as_gpt_oss():
+    """Top-k of the logits, then the softmax of those; its router's own bias is zero here."""
+    from transformers import GptOssConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
+
+    theirs = GptOssTopKRouter(GptOssConfig(hidden_size=16, num_local_experts=8, num_experts_per_tok=3)).double()
+    torch.nn.init.normal_(theirs.weight)
+    torch.nn.init.zeros_(theirs.bias)
+    config = moe_config(n_expert_per_token=3, router_score_function="softmax", norm_topk_prob=True)
+    ours = SharedExpertMoE(config).double().gate
+    with torch.no_grad():
+        ours.weight.copy_(theirs.weight)
+    x, upstream = inputs((11, 16), torch.float64)
+    scores, _ = theirs(x)
+    routing = ours(x)
+    dense = torch.zeros_like(scores).scatter(1, routing.experts_TK, routing.weights_TK)
+    torch.testing.assert_close(dense, scores)
+    scores.backward(upstream[:, :8])
+    dense.backward(upstream[:, :8])
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
+
+
+def test_equals_litgpts_grouped_moe():
+    """With positive biased scores, where its mask of 0 does no harm."""
+    groups = {"n_expert_groups": 4, "n_topk_groups": 2, "n_topk_scores_per_group": 2}
+    config = moe_config(n_expert_per_token=3, norm_topk_prob=True, n_shared_expert=1, bias=True, **groups)
+    theirs = randomize(LLaMAMoE(config))
+    theirs.gate.e_score_correction_bias.copy_(torch.rand(8))
+    check_parity(SharedExpertMoE(config), theirs, (2, 7, 16), torch.float32)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "geglu", "relu", "relu2"])
+def test_activations_are_the_usual_ones(activation):
+    """Two shared experts and K = E, so that the layer is a plain sum of networks written down by hand."""
+    config = moe_config(n_expert=2, n_shared_expert=1, mlp_activation=activation, bias=True)
+    moe = randomize(SharedExpertMoE(config).double())
+    x = torch.randn(2, 3, 16, dtype=torch.float64)
+    functions = {"gelu": F.gelu, "geglu": F.gelu, "relu": F.relu, "relu2": lambda h: F.relu(h) ** 2}
+
+    def network(x, up, up_bias, down, down_bias):
+        h = x @ up.T + up_bias
+        gate, factor = h.chunk(2, -1) if activation == "geglu" else (h, 1.0)
+        return (functions[activation](gate) * factor) @ down.T + down_bias
+
+    scores = (x @ moe.gate.weight.T).sigmoid()
+    expected = sum(scores[..., e : e + 1] * network(x, *(w[e] for w in moe.experts.weights)) for e in range(2))
+    shared = moe.shared_experts
+    up = (shared.fc_1, shared.fc_2) if activation == "geglu" else (shared.fc,)
+    expected = expected + network(
+        x, torch.cat([u.weight for u in up]), torch.cat([u.bias for u in up]), shared.proj.weight, shared.proj.bias
+    )
+    torch.testing.assert_close(moe(x), expected, atol=1e-12, rtol=1e-12)
+
+
 def from_hugging_face(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Rename the weights of Hugging Face's MoE blocks to LitGPT's per-expert names."""
     names = {"gate_proj": "fc_1", "up_proj": "fc_2", "down_proj": "proj", "w1": "fc_1", "w3": "fc_2", "w2": "proj"}
+    names["shared_expert"] = "shared_experts"
     return {".".join(names.get(part, part) for part in name.split(".")): weight for name, weight in weights.items()}
 
 
@@ -194,6 +356,17 @@ def test_per_expert_layout_round_trip():
     stack_experts(per_expert, "experts.", 8)
     assert per_expert.keys() == moe.state_dict().keys()
     assert all(torch.equal(per_expert[name], weight) for name, weight in moe.state_dict().items())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_ungated_per_expert_layout_round_trip(activation, bias):
+    moe = randomize(SharedExpertMoE(moe_config(bias=bias, mlp_activation=activation)))
+    per_expert = unstack_experts(moe.state_dict())
+    assert {"experts.7.fc.weight", "experts.0.proj.weight"} <= per_expert.keys()
+    other = SharedExpertMoE(moe_config(bias=bias, mlp_activation=activation))
+    other.load_state_dict(per_expert)
+    assert all(torch.equal(other.state_dict()[name], weight) for name, weight in moe.state_dict().items())
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])

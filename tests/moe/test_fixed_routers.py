@@ -1,0 +1,69 @@
+"""The hash and the uniform router: deterministic where they must be, and even."""
+
+import pytest
+import torch
+
+from litgpt_moe_ext.moe.fixed_routers import HashRouter, UniformRouter
+from litgpt_moe_ext.moe.layer import SharedExpertMoE
+from litgpt_moe_ext.moe.metrics import load_metrics
+from tests.models import initialized_model, moe_config
+
+
+def make(cls, ids, **settings):
+    router = cls(moe_config(router_type="hash" if cls is HashRouter else "uniform", **settings))
+    router.token_ids_T = ids
+    return router
+
+
+def test_a_token_id_always_visits_the_same_experts():
+    ids = torch.tensor([5, 9, 5, 5, 9])
+    routing = make(HashRouter, ids)(torch.randn(5, 16))
+    rows = [set(row.tolist()) for row in routing.experts_TK]
+    assert rows[0] == rows[2] == rows[3]
+    assert rows[1] == rows[4]
+    assert all(len(row) == 2 for row in rows)
+    assert (routing.weights_TK == 0.5).all()
+
+
+@pytest.mark.parametrize("n_expert", [3, 8, 64])
+def test_hashing_is_even(n_expert):
+    """50257 ids over E experts: every count within five standard deviations of the mean."""
+    ids = torch.arange(50257)
+    routing = make(HashRouter, ids, n_expert=n_expert)(torch.randn(50257, 16))
+    mean = 50257 * 2 / n_expert
+    assert (routing.counts_E - mean).abs().max() < 5 * mean**0.5
+    pairs = routing.experts_TK.sort(1).values
+    assert len(pairs.unique(dim=0)) == n_expert * (n_expert - 1) // 2
+
+
+def test_uniform_in_training_and_fixed_in_evaluation():
+    ids, x = torch.arange(4000), torch.randn(4000, 16)
+    router = make(UniformRouter, ids)
+    first, second = router(x), router(x)
+    assert not torch.equal(first.experts_TK, second.experts_TK)
+    assert (first.counts_E - 1000).abs().max() < 5 * 1000**0.5
+    router.eval()
+    assert torch.equal(router(x).experts_TK, router(x).experts_TK)
+
+
+@pytest.mark.parametrize("router_type", ["hash", "uniform"])
+def test_a_model_shows_its_routers_the_token_ids(router_type):
+    model = initialized_model(moe_config(router_type=router_type))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randint(0, 64, (2, 32))).sum().backward()
+    optimizer.step()
+    metrics = load_metrics(model)
+    assert metrics["moe/max_over_mean"] > 1.0
+    assert "moe/router_entropy" not in metrics
+    model.eval()
+    ids = torch.randint(0, 64, (1, 9))
+    whole = model(ids)
+    model.set_kv_cache(batch_size=1)
+    steps = [model(ids[:, i : i + 1], torch.tensor([i])) for i in range(9)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole)
+
+
+def test_a_layer_alone_says_what_is_missing():
+    moe = SharedExpertMoE(moe_config(router_type="hash"))
+    with pytest.raises(ValueError, match="needs the ids of the 3 tokens; call the whole model"):
+        moe(torch.randn(1, 3, 16))
