@@ -1,17 +1,29 @@
-"""The MoE layer against LitGPT's `LLaMAMoE`, the plain loop, the bare matrix products, and dense layers of equal work.
+"""The MoE layer against others' (LitGPT, Hugging Face), other ways to compute it, the limit, and dense layers.
 
-    python benchmarks/moe_layer.py                      # all tables, about five minutes on one core
+    python benchmarks/moe_layer.py                      # all tables, about ten minutes on one core
     python benchmarks/moe_layer.py --precision medium   # float32 products as `torch.set_float32_matmul_precision` says
+
+| contender   | what it is                                                                                |
+| ----------- | ----------------------------------------------------------------------------------------- |
+| LLaMAMoE    | LitGPT's layer                                                                            |
+| HF          | Hugging Face's `MixtralSparseMoeBlock` (eager, the only one in transformers 4.56)         |
+| loop        | `SharedExpertMoE` with its reference backend                                              |
+| grouped_mm  | `SharedExpertMoE` on `torch.nn.functional.grouped_mm`: sort, gather, multiply, scatter    |
+| ours        | `SharedExpertMoE` with the backend it chooses on a CPU                                    |
+| dense       | LitGPT's `LLaMAMLP` of the width of K experts: equal active work without routing          |
+| limit       | the matrix products of the active rows alone, evenly spread over the experts              |
 
 Everything is measured interleaved in one process, on one thread, in CPU time of the process (other users of the machine
 disturb it less than wall-clock time), with new tokens and a new routing for every call, as in training. Each contender
 first sees a number of routings: the libraries compile code for the sizes of matrices they meet, and a training run
-meets the same sizes again. `LLaMAMoE` and the loop keep meeting new ones.
+meets the same sizes again. The layers without padding keep meeting new ones. The allocator keeps large blocks for all
+of them, as it does whenever our layer trains on a CPU (`litgpt_moe_ext.patches.allocator`).
 
 Shape legend: T tokens, D model width, F hidden width of one expert, E experts, K chosen experts per token.
 """
 
 import argparse
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -29,8 +41,11 @@ litgpt_moe_ext.register()
 
 from litgpt import GPT, Config  # noqa: E402
 from litgpt.model import LLaMAMLP, LLaMAMoE  # noqa: E402
+from transformers import MixtralConfig  # noqa: E402
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock  # noqa: E402
 
 from litgpt_moe_ext.moe.layer import SharedExpertMoE  # noqa: E402
+from litgpt_moe_ext.patches.allocator import keep_large_blocks  # noqa: E402
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 
@@ -65,10 +80,10 @@ class Size:
 
 
 SIZES = [
-    Size("a", 512, 768, 4, 2, 2048),
-    Size("b", 768, 2048, 8, 2, 2048),
-    Size("c", 256, 1024, 8, 2, 1080),
-    Size("d", 512, 256, 64, 8, 2048),
+    Size("60M", 512, 768, 4, 2, 2048),
+    Size("200M", 768, 2048, 8, 2, 2048),
+    Size("TinyStories", 256, 1024, 8, 2, 1080),
+    Size("fine-grained", 512, 256, 64, 8, 2048),
 ]
 
 
@@ -99,15 +114,21 @@ class BareProducts(nn.Module):
 
 
 def contenders(size: Size, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """Return the layers to compare; the two MoE layers of the plugin share their weights."""
-    stock = LLaMAMoE(size.config("LLaMAMoE"))
-    loop, grouped = (SharedExpertMoE(size.config("SharedExpertMoE")) for _ in range(2))
-    for module in (grouped.gate, grouped.experts):
-        module.reset_parameters()
-    loop.load_state_dict(grouped.state_dict())
-    loop.experts.forced_backend = "loop"
-    dense = LLaMAMLP(size.config("LLaMAMLP"), size.K * size.F)
-    layers = {"LLaMAMoE": stock, "loop": loop, "grouped": grouped, "dense": dense}
+    """Return the layers to compare."""
+    layers: dict[str, nn.Module] = {
+        "LLaMAMoE": LLaMAMoE(size.config("LLaMAMoE")),
+        "HF": MixtralSparseMoeBlock(
+            MixtralConfig(
+                hidden_size=size.D, intermediate_size=size.F, num_local_experts=size.E, num_experts_per_tok=size.K
+            )
+        ),
+    }
+    for name, backend in (("loop", "loop"), ("grouped_mm", "grouped_mm"), ("ours", None)):
+        layers[name] = SharedExpertMoE(size.config("SharedExpertMoE"))
+        layers[name].gate.reset_parameters()
+        layers[name].experts.reset_parameters()
+        layers[name].experts.forced_backend = backend
+    layers["dense"] = LLaMAMLP(size.config("LLaMAMLP"), size.K * size.F)
     return {name: layer.to(dtype) for name, layer in layers.items()}
 
 
@@ -128,7 +149,8 @@ def forward(layer: nn.Module, x: Tensor) -> None:
 
 
 def forward_backward(layer: nn.Module, x: Tensor, upstream: Tensor) -> None:
-    layer(x).backward(upstream)
+    output = layer(x)
+    (output[0] if isinstance(output, tuple) else output).backward(upstream)
 
 
 def measure(size: Size, dtype: torch.dtype, backward: bool, rounds: int, warmup: int) -> dict[str, float]:
@@ -140,7 +162,7 @@ def measure(size: Size, dtype: torch.dtype, backward: bool, rounds: int, warmup:
         x = fresh_tokens(size, dtype).requires_grad_(backward)
         upstream = torch.randn_like(x)
         for name, layer in layers.items():
-            if turn < warmup and name != "grouped" and turn % 8:
+            if turn < warmup and name != "ours" and turn % 8:
                 continue
             # As an optimizer with `zero_grad(set_to_none=True)` leaves it.
             layer.zero_grad()
@@ -178,19 +200,21 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
 
 def print_times(title: str, rows: list[tuple[str, dict[str, float]]]) -> None:
     print(f"\n{title}")
-    print("| case | LLaMAMoE ms | grouped ms | loop | **grouped** | dense | grouped / limit | LLaMAMoE / limit |")
-    print("|---|---|---|---|---|---|---|---|")
+    speeds = ("HF", "loop", "grouped_mm", "ours", "dense")
+    over_limit = ("LLaMAMoE", "ours")
+    print(f"| case | LLaMAMoE ms | ours ms | {' | '.join(speeds)} | {' | '.join(f'{k} / limit' for k in over_limit)} |")
+    print("|---" * (len(speeds) + len(over_limit) + 3) + "|")
     for name, t in rows:
-        speedups = [f"{t['LLaMAMoE'] / t[k]:.2f}" for k in ("loop", "grouped", "dense")]
-        over = [f"{t[k] / t['limit']:.2f}" for k in ("grouped", "LLaMAMoE")]
-        times = [f"{1e3 * t[k]:.2f}" for k in ("LLaMAMoE", "grouped")]
+        speedups = [f"{t['LLaMAMoE'] / t[k]:.2f}" for k in speeds]
+        over = [f"{t[k] / t['limit']:.2f}" for k in over_limit]
+        times = [f"{1e3 * t[k]:.2f}" for k in ("LLaMAMoE", "ours")]
         print("| " + " | ".join([name, *times, *speedups, *over]) + " |", flush=True)
 
 
 def print_saved(sizes: list[Size]) -> None:
     print("\nSaved for the backward pass, MB (and relative to LLaMAMoE)")
-    print("| case | LLaMAMoE | loop | grouped | dense |")
-    print("|---|---|---|---|---|")
+    print("| case | LLaMAMoE | HF | loop | grouped_mm | ours | dense |")
+    print("|---|---|---|---|---|---|---|")
     for size in sizes:
         for dtype in (torch.float32, torch.bfloat16):
             x = fresh_tokens(size, dtype).requires_grad_()
@@ -200,10 +224,10 @@ def print_saved(sizes: list[Size]) -> None:
 
 
 def print_training_step(rounds: int, batch: int = 8, length: int = 256) -> None:
-    """A whole optimizer step of the quickstart model: our loop, our grouped experts, LitGPT's layer."""
+    """A whole optimizer step of the quickstart model, with the reference backend and with the chosen one."""
     settings = yaml.safe_load(QUICKSTART.read_text(encoding="utf-8"))["model_config"]
     models = {}
-    for name in ("loop", "grouped"):
+    for name in ("loop", "ours"):
         torch.manual_seed(0)
         models[name] = GPT(Config(**settings))
         for module in models[name].modules():
@@ -233,20 +257,37 @@ def print_training_step(rounds: int, batch: int = 8, length: int = 256) -> None:
         print(f"- {name}: {1e3 * median:.0f} ms, {medians['loop'] / median:.2f} times the speed of the loop")
 
 
+def whole_batch(
+    size: Size, dtype: torch.dtype, backward: bool, arguments: argparse.Namespace
+) -> tuple[str, dict[str, float]]:
+    # Without new sizes to compile for, float32 by BLAS needs no long warm-up.
+    fixed = dtype == torch.float32 and arguments.precision == "highest"
+    warmup = 2 if fixed else arguments.warmup if backward else arguments.warmup // 3
+    return f"{size.name} {short(dtype)}", measure(size, dtype, backward, arguments.rounds, warmup)
+
+
+def decoding(size: Size, tokens: int, dtype: torch.dtype) -> tuple[str, dict[str, float]]:
+    few = dataclasses.replace(size, T=tokens)
+    return f"{size.name} {short(dtype)}, {tokens}", measure(few, dtype, backward=False, rounds=40, warmup=10)
+
+
 def short(dtype: torch.dtype) -> str:
     return "f32" if dtype == torch.float32 else "bf16"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--sizes", default="abcd", help="which of the sizes a, b, c, d")
+    names = [size.name for size in SIZES]
+    parser.add_argument("--sizes", nargs="+", default=names, choices=names, help="which of the sizes")
+    parser.add_argument("--only", choices=["training", "forward", "decoding", "memory", "step"], help="one table only")
     parser.add_argument("--rounds", type=int, default=9, help="measured calls per contender")
-    parser.add_argument("--warmup", type=int, default=33, help="calls before, for the grouped path; a few for others")
+    parser.add_argument("--warmup", type=int, default=33, help="calls before, for ours; a few for the others")
     parser.add_argument("--precision", choices=["highest", "high", "medium"], default="highest")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     torch.set_float32_matmul_precision(arguments.precision)
+    keep_large_blocks()
     sizes = [size for size in SIZES if size.name in arguments.sizes]
     dtypes = (torch.float32, torch.bfloat16)
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, 1 thread, float32 products:", end=" ")
@@ -254,27 +295,20 @@ def main() -> None:
     for size in sizes:
         print(f"- {size.title}")
 
-    for title, backward in (("Forward and backward", True), ("Forward, no gradients", False)):
-        rows = []
-        for size in sizes:
-            for dtype in dtypes:
-                # Without new sizes to compile for, float32 by BLAS needs no long warm-up.
-                fixed = dtype == torch.float32 and arguments.precision == "highest"
-                warmup = 2 if fixed else arguments.warmup if backward else arguments.warmup // 3
-                times = measure(size, dtype, backward, arguments.rounds, warmup)
-                rows.append((f"{size.name} {short(dtype)}", times))
-        print_times(title, rows)
+    def wanted(table: str) -> bool:
+        return arguments.only in (None, table)
 
-    rows = []
-    for size in sizes:
-        for tokens in (1, 8):
-            few = Size(size.name, size.D, size.F, size.E, size.K, tokens)
-            for dtype in dtypes:
-                times = measure(few, dtype, backward=False, rounds=40, warmup=10)
-                rows.append((f"{size.name} {short(dtype)}, {tokens} tokens", times))
-    print_times("Decoding, no gradients", rows)
-    print_saved(sizes)
-    print_training_step(arguments.rounds)
+    for table, title in (("training", "Forward and backward"), ("forward", "Forward, no gradients")):
+        if wanted(table):
+            print_times(
+                title, [whole_batch(size, dtype, table == "training", arguments) for size in sizes for dtype in dtypes]
+            )
+    if wanted("decoding"):
+        print_times("Decoding, no gradients", [decoding(s, n, d) for s in sizes for n in (1, 8) for d in dtypes])
+    if wanted("memory"):
+        print_saved(sizes)
+    if wanted("step"):
+        print_training_step(arguments.rounds)
 
 
 if __name__ == "__main__":
