@@ -14,16 +14,14 @@ import traceback
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
+from litgpt_moe_ext.attention import validation as attention
+
 MLP_CLASS_NAMES = ("SharedExpertMoE", "NoisyTopKMoE")
-ATTENTION_CLASS_NAMES = ("SinkAttention",)
 
 SCORE_FUNCTIONS = ("sigmoid", "softmax")
 
 EXTRA_FIELDS: dict[str, Any] = {
-    # Attention layer to use in place of LitGPT's own.
-    "attention_class_name": Literal["SinkAttention"] | None,
-    # Whether `SinkAttention` learns a sink logit per head (default: true).
-    "attention_sinks": bool | None,
+    **attention.FIELDS,
     # How `SharedExpertMoE` turns router logits into scores (default: sigmoid, as DeepSeek-V3).
     "router_score_function": Literal["sigmoid", "softmax"] | None,
     # Step size of `SharedExpertMoE`'s auxiliary-loss-free balancing bias (default: 0.001; 0 switches balancing off).
@@ -67,15 +65,7 @@ def resolve_and_validate(config: Any) -> None:
         foreign = _SHARED_EXPERT_ONLY + _NOISY_ONLY
     for name in foreign:
         _refuse(config, name, f"mlp_class_name: {config.mlp_class_name} has no such setting")
-    if config.attention_class_name is None:
-        _refuse(config, "attention_sinks", "attention_class_name is not set; set it to SinkAttention")
-    elif config.attention_class_name not in ATTENTION_CLASS_NAMES:
-        raise ValueError(
-            f"attention_class_name: {config.attention_class_name!r} is unknown; choose from "
-            f"{', '.join(ATTENTION_CLASS_NAMES)}, or leave it out for LitGPT's own attention"
-        )
-    elif config.attention_sinks is None:
-        config.attention_sinks = True
+    attention.resolve_attention_fields(config)
 
 
 def _refuse(config: Any, name: str, reason: str, unset: Any = None) -> None:

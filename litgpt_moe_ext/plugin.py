@@ -8,6 +8,8 @@
 | `litgpt.model.__getattr__`          | offers the MLP classes, because LitGPT looks them up there by name             |
 | `CausalSelfAttention.__new__`       | builds the attention class that a configuration names                          |
 | `GPT.rope_cache`                    | asks the plugin for the rotary tables of such configurations                   |
+| `GPT.__init__`, `GPT.forward`       | learned positions, documents, embedding dropout where configured               |
+| `GPT.max_seq_length`, `set_kv_cache` | any length for models with a streaming cache                                  |
 | `litgpt.eval.evaluate`              | evaluates checkpoints with the plugin's layers directly, without conversion    |
 | `litgpt.pretrain`, `finetune.full`  | their loss tells auxiliary losses by what the loop scales it                   |
 | torch's global optimizer-step hook  | moves the balancing bias once per optimizer step, whoever owns the loop        |
@@ -72,6 +74,7 @@ def _extend_litgpt() -> None:
     _offer_mlp_classes(model)
     _dispatch_attention(model.CausalSelfAttention)
     _dispatch_rope_cache(model.GPT)
+    _extend_model(model.GPT)
     install_optimizer_hook()
     install_patches()
     for loop in ("litgpt.pretrain", "litgpt.finetune.full"):
@@ -100,6 +103,8 @@ def _require_seams(config: Any, model: Any, utils: Any) -> None:
         "litgpt.model.LLaMAMLP": hasattr(model, "LLaMAMLP"),
         "litgpt.model.LLaMAMoE": hasattr(model, "LLaMAMoE"),
         "litgpt.model.GPT.rope_cache": hasattr(model.GPT, "rope_cache"),
+        "litgpt.model.GPT.set_kv_cache": hasattr(model.GPT, "set_kv_cache"),
+        "litgpt.model.GPT.max_seq_length": isinstance(getattr(model.GPT, "max_seq_length", None), property),
     }
     missing = [name for name, found in seams.items() if not found]
     if missing:
@@ -187,11 +192,52 @@ def _dispatch_rope_cache(gpt_class: type) -> None:
     def rope_cache(self: Any, device: Any = None) -> Any:
         if self.config.attention_class_name is None:
             return original(self, device=device)
+        from litgpt_moe_ext.attention.model import rope_length
         from litgpt_moe_ext.attention.rope import build_rope_cache
 
-        return build_rope_cache(self.config, self.max_seq_length, device=device)
+        return build_rope_cache(self.config, rope_length(self), device=device)
 
     gpt_class.rope_cache = rope_cache
+
+
+def _extend_model(gpt_class: type) -> None:
+    # Everything here asks `changes_model` first, and is LitGPT's own where the answer is no.
+    from litgpt_moe_ext.attention.validation import changes_model
+
+    original_init, original_forward = gpt_class.__init__, gpt_class.forward
+    original_length, original_set_kv_cache = gpt_class.max_seq_length, gpt_class.set_kv_cache
+
+    @wraps(original_init)
+    def __init__(self: Any, config: Any) -> None:
+        original_init(self, config)
+        if changes_model(config):
+            from litgpt_moe_ext.attention.model import add_position_embedding
+
+            add_position_embedding(self)
+
+    @wraps(original_forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not changes_model(self.config):
+            return original_forward(self, *args, **kwargs)
+        from litgpt_moe_ext.attention.model import forward
+
+        return forward(original_forward, self, *args, **kwargs)
+
+    def set_max_seq_length(self: Any, value: int) -> None:
+        streams = getattr(self.config, "streaming_cache_window", None) is not None
+        original_length.fset(self, min(value, self.config.block_size) if streams else value)
+        self._max_seq_length = value
+
+    @wraps(original_set_kv_cache)
+    def set_kv_cache(self: Any, batch_size: int, max_seq_length: int | None = None, *args: Any, **kwargs: Any) -> None:
+        if getattr(self.config, "streaming_cache_window", None) is not None:
+            from litgpt_moe_ext.attention.model import cache_length
+
+            max_seq_length = cache_length(self, max_seq_length)
+        original_set_kv_cache(self, batch_size, max_seq_length, *args, **kwargs)
+
+    gpt_class.__init__, gpt_class.forward, gpt_class.set_kv_cache = __init__, forward, set_kv_cache
+    gpt_class.max_seq_length = original_length.setter(set_max_seq_length)
 
 
 def _mark_loss(loop: Any) -> None:
