@@ -158,10 +158,11 @@ def test_dynamic_ntk_equals_hugging_face(make_config: Any, seq_len: int, factor:
     torch.testing.assert_close(cos[7, :4], (7 * expected).cos())
 
 
+DYNAMIC = {"factor": 4.0, "original_max_seq_len": 8, "dynamic": True}
 YARN = {"factor": 4.0, "original_max_seq_len": 8, "beta_fast": 32, "beta_slow": 1}
 
 
-@pytest.mark.parametrize("adjustments", [YARN, {"factor": 4.0, "original_max_seq_len": 8, "dynamic": True}], ids=str)
+@pytest.mark.parametrize("adjustments", [YARN, DYNAMIC], ids=str)
 def test_generation_past_the_original_context(make_config: Any, adjustments: dict[str, Any]) -> None:
     model = GPT(make_config(rope_adjustments=adjustments)).eval()
     randomise(model)
