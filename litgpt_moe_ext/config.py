@@ -12,21 +12,17 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
+from litgpt_moe_ext.attention import validation as attention
 from litgpt_moe_ext.moe import validation as moe
 from litgpt_moe_ext.moe.validation import MLP_CLASS_NAMES
 
-ATTENTION_CLASS_NAMES = ("SinkAttention",)
-
 EXTRA_FIELDS: dict[str, Any] = {
-    # Attention layer to use in place of LitGPT's own.
-    "attention_class_name": Literal["SinkAttention"] | None,
-    # Whether `SinkAttention` learns a sink logit per head (default: true).
-    "attention_sinks": bool | None,
+    **attention.FIELDS,
+    **moe.FIELDS,
     # Probability of dropping an element of what a layer adds to the residual stream (default: 0).
     "residual_dropout": float | None,
-    **moe.FIELDS,
 }
 
 
@@ -46,16 +42,8 @@ def resolve_and_validate(config: Any) -> None:
             names the field, its value and what would be right.
     """
     moe.resolve_mlp_fields(config)
+    attention.resolve_attention_fields(config)
     _check_residual_dropout(config)
-    if config.attention_class_name is None:
-        _refuse(config, "attention_sinks", "attention_class_name is not set; set it to SinkAttention")
-    elif config.attention_class_name not in ATTENTION_CLASS_NAMES:
-        raise ValueError(
-            f"attention_class_name: {config.attention_class_name!r} is unknown; choose from "
-            f"{', '.join(ATTENTION_CLASS_NAMES)}, or leave it out for LitGPT's own attention"
-        )
-    elif config.attention_sinks is None:
-        config.attention_sinks = True
 
 
 def _check_residual_dropout(config: Any) -> None:
@@ -67,14 +55,6 @@ def _check_residual_dropout(config: Any) -> None:
     for name in ("post_attention_norm", "post_mlp_norm"):
         if getattr(config, name):
             raise ValueError(f"residual_dropout: {value!r} cannot be combined with {name}: true; remove one of them")
-
-
-def _refuse(config: Any, name: str, reason: str, unset: Any = None) -> None:
-    value = getattr(config, name)
-    if value != unset:
-        raise ValueError(
-            f"{name}: {value!r} would be ignored because {reason}. Remove it from the model configuration."
-        )
 
 
 def extend_config(config_class: type, validate_attention: Callable[[Any], None]) -> None:

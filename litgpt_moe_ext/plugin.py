@@ -9,7 +9,8 @@
 | `Block.__init__`                    | puts dense layers between MoE layers, adds residual dropout                    |
 | `CausalSelfAttention.__new__`       | builds the attention class that a configuration names                          |
 | `GPT.rope_cache`                    | asks the plugin for the rotary tables of such configurations                   |
-| `GPT.__init__`                      | shows token ids to routers that choose by them                                 |
+| `GPT.__init__`, `GPT.forward`       | learned positions, documents, embedding dropout; routers that see token ids    |
+| `GPT.max_seq_length`, `set_kv_cache` | any length for models with a streaming cache                                  |
 | `litgpt.lora`, `adapter_v2`         | say that they cannot finetune MoE layers                                       |
 | `convert_lit_checkpoint`            | says that no Hugging Face architecture fits the plugin's layers                |
 | `litgpt.eval.evaluate`              | evaluates checkpoints with the plugin's layers directly, without conversion    |
@@ -76,9 +77,9 @@ def _extend_litgpt() -> None:
     _extend_config_files(config.Config, utils)
     _offer_mlp_classes(model)
     _extend_blocks(model.Block)
-    _show_token_ids(model.GPT)
     _dispatch_attention(model.CausalSelfAttention)
     _dispatch_rope_cache(model.GPT)
+    _extend_model(model.GPT)
     install_optimizer_hook()
     install_patches()
     for loop in ("litgpt.pretrain", "litgpt.finetune.full"):
@@ -111,6 +112,8 @@ def _require_seams(config: Any, model: Any, utils: Any) -> None:
         "litgpt.model.LLaMAMLP": hasattr(model, "LLaMAMLP"),
         "litgpt.model.LLaMAMoE": hasattr(model, "LLaMAMoE"),
         "litgpt.model.GPT.rope_cache": hasattr(model.GPT, "rope_cache"),
+        "litgpt.model.GPT.set_kv_cache": hasattr(model.GPT, "set_kv_cache"),
+        "litgpt.model.GPT.max_seq_length": isinstance(getattr(model.GPT, "max_seq_length", None), property),
     }
     missing = [name for name, found in seams.items() if not found]
     if missing:
@@ -192,20 +195,6 @@ def _extend_blocks(block_class: type) -> None:
     block_class.__init__ = __init__
 
 
-def _show_token_ids(gpt_class: type) -> None:
-    original = gpt_class.__init__
-
-    @wraps(original)
-    def __init__(self: Any, config: Any) -> None:
-        original(self, config)
-        if config.router_type in ("hash", "uniform"):
-            from litgpt_moe_ext.moe.fixed_routers import share_token_ids
-
-            share_token_ids(self)
-
-    gpt_class.__init__ = __init__
-
-
 def _refuse_mlp_classes(module: Any) -> None:
     def __getattr__(name: str) -> type:
         if name in MLP_CLASS_NAMES:
@@ -265,11 +254,56 @@ def _dispatch_rope_cache(gpt_class: type) -> None:
     def rope_cache(self: Any, device: Any = None) -> Any:
         if self.config.attention_class_name is None:
             return original(self, device=device)
+        from litgpt_moe_ext.attention.model import rope_length
         from litgpt_moe_ext.attention.rope import build_rope_cache
 
-        return build_rope_cache(self.config, self.max_seq_length, device=device)
+        return build_rope_cache(self.config, rope_length(self), device=device)
 
     gpt_class.rope_cache = rope_cache
+
+
+def _extend_model(gpt_class: type) -> None:
+    # Everything here asks the configuration first, and is LitGPT's own where it names nothing of the plugin.
+    from litgpt_moe_ext.attention.validation import changes_model
+
+    original_init, original_forward = gpt_class.__init__, gpt_class.forward
+    original_length, original_set_kv_cache = gpt_class.max_seq_length, gpt_class.set_kv_cache
+
+    @wraps(original_init)
+    def __init__(self: Any, config: Any) -> None:
+        original_init(self, config)
+        if changes_model(config):
+            from litgpt_moe_ext.attention.model import add_position_embedding
+
+            add_position_embedding(self)
+        if config.router_type in ("hash", "uniform"):
+            from litgpt_moe_ext.moe.fixed_routers import share_token_ids
+
+            share_token_ids(self)
+
+    @wraps(original_forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not changes_model(self.config):
+            return original_forward(self, *args, **kwargs)
+        from litgpt_moe_ext.attention.model import forward
+
+        return forward(original_forward, self, *args, **kwargs)
+
+    def set_max_seq_length(self: Any, value: int) -> None:
+        streams = getattr(self.config, "streaming_cache_window", None) is not None
+        original_length.fset(self, min(value, self.config.block_size) if streams else value)
+        self._max_seq_length = value
+
+    @wraps(original_set_kv_cache)
+    def set_kv_cache(self: Any, batch_size: int, max_seq_length: int | None = None, *args: Any, **kwargs: Any) -> None:
+        if getattr(self.config, "streaming_cache_window", None) is not None:
+            from litgpt_moe_ext.attention.model import cache_length
+
+            max_seq_length = cache_length(self, max_seq_length)
+        original_set_kv_cache(self, batch_size, max_seq_length, *args, **kwargs)
+
+    gpt_class.__init__, gpt_class.forward, gpt_class.set_kv_cache = __init__, forward, set_kv_cache
+    gpt_class.max_seq_length = original_length.setter(set_max_seq_length)
 
 
 def _mark_loss(loop: Any) -> None:

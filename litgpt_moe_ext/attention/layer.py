@@ -8,15 +8,21 @@ import math
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from litgpt.config import Config
 from litgpt.model import CausalSelfAttention, KVCache, apply_rope, apply_rope_interleave
 
+from litgpt_moe_ext.attention.causal import Softmax, causal_attention
+from litgpt_moe_ext.attention.documents import Documents, document_mask
+from litgpt_moe_ext.attention.positions import position_range
 from litgpt_moe_ext.attention.sinks import sink_attention
-from litgpt_moe_ext.attention.validation import validate_attention_config
-from litgpt_moe_ext.attention.window import sliding_window_attention, window_mask
+from litgpt_moe_ext.attention.streaming import StreamingKVCache, streaming_attention
+from litgpt_moe_ext.attention.validation import has_sinks, validate_attention_config
+from litgpt_moe_ext.attention.window import window_mask
 
 __all__ = ["SinkAttention", "validate_attention_config"]
+
+# Up to this many queries to a cache are limited by reading it once, which the written-out softmax does.
+_FEW_QUERIES = 16
 
 
 class SinkAttention(CausalSelfAttention):
@@ -26,9 +32,9 @@ class SinkAttention(CausalSelfAttention):
     `attention_sinks` is false, in which case this is ordinary softmax attention. Keys and values of grouped queries are
     never repeated. The reference is Hugging Face's `GptOssAttention`.
 
-    Two things differ from the parent class. YaRN's attention factor sits in the rotary tables alone, and does not enter
-    the softmax scale once more. A layer with a sliding window keeps a cache of full length, so that prompts longer than
-    the window work.
+    Three things differ from the parent class. YaRN is computed as Hugging Face does (see `rope.py`), and its attention
+    factor sits in the rotary tables alone. A layer with a sliding window keeps a cache of full length, so that prompts
+    longer than the window work. And with a cache, only positions count: LitGPT's mask says the same in more bytes.
 
     Args:
         config: The model configuration.
@@ -42,20 +48,21 @@ class SinkAttention(CausalSelfAttention):
         validate_attention_config(config)
         super().__init__(config, block_idx)
         self.mscale = 1.0
-        has_sinks = getattr(config, "attention_sinks", None) is not False
-        self.register_parameter("sinks", nn.Parameter(torch.zeros(config.n_head)) if has_sinks else None)
+        sinks = nn.Parameter(torch.zeros(config.n_head)) if has_sinks(config, block_idx) else None
+        self.register_parameter("sinks", sinks)
 
     def reset_parameters(self) -> None:
-        """Set the sinks to 0, where a sink weighs as much as one token of score 0. The projections reset themselves."""
+        """Set the sinks to `attention_sink_init`. The projections reset themselves."""
         if self.sinks is not None:
-            nn.init.zeros_(self.sinks)
+            # At 0 a sink weighs as much as one token of score 0.
+            nn.init.constant_(self.sinks, getattr(self.config, "attention_sink_init", None) or 0.0)
 
     def forward(
         self,
         x: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        mask: torch.Tensor | None = None,
+        mask: torch.Tensor | Documents | None = None,
         input_pos: torch.Tensor | None = None,
         input_pos_maxp1: int | None = None,
     ) -> torch.Tensor:
@@ -63,35 +70,38 @@ class SinkAttention(CausalSelfAttention):
 
         Args:
             x: Input, (B, T, C).
-            cos: Rotary cosines of the tokens, (1 or B, T, rope_n_elem).
+            cos: Rotary cosines of the tokens, (1 or B, T, rope_n_elem). With a streaming cache, of positions from 0.
             sin: Rotary sines, same shape.
-            mask: Bool or additive mask that broadcasts to (B, H, T, S), where S is T without cache. `None` means
-                causal. The sliding window applies on top of it.
-            input_pos: Positions of the tokens in the cache, (T,) or (B, T); `None` for a forward without cache.
-            input_pos_maxp1: Number of cache positions to look at, if known; by default all of them.
+            mask: Bool or additive mask that broadcasts to (B, H, T, T), or the documents of the tokens. `None` means
+                causal. The sliding window applies on top of it. With `input_pos`, a mask tensor is not read: a token
+                sees the positions up to its own.
+            input_pos: Positions of the tokens in the cache, (T,) without gaps or (B, T); `None` for a forward without
+                cache.
+            input_pos_maxp1: The largest of `input_pos` and 1, if known: no more of the cache is read.
 
         Returns:
             Output, (B, T, C).
 
         Raises:
             TypeError: If `input_pos` is given and there is no cache.
+            ValueError: If a streaming cache is asked to go back.
         """
         q_BHTD, k_BGTD, v_BGTD = self._project(x)
+        if input_pos is not None and isinstance(self.kv_cache, StreamingKVCache):
+            y_BHTD = self._attend_streaming(q_BHTD, k_BGTD, v_BGTD, cos, sin, input_pos, input_pos_maxp1)
+            return self.proj(y_BHTD.transpose(1, 2).flatten(2))
         q_BHTD, k_BGTD = self._rotate(q_BHTD, cos, sin), self._rotate(k_BGTD, cos, sin)
-        window = self.config.sliding_window_size if self.apply_sliding_window_attention else None
-
+        documents = mask if isinstance(mask, Documents) else None
         if input_pos is not None:
-            y_BTHD = self._attend_to_cache(q_BHTD, k_BGTD, v_BGTD, mask, input_pos, input_pos_maxp1, window)
-        elif window is None:
-            y_BTHD = self.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, mask)
-        elif mask is None:
-            y_BHTD = sliding_window_attention(self._attend, q_BHTD, k_BGTD, v_BGTD, window)
-            y_BTHD = y_BHTD.transpose(1, 2)
+            y_BHTD = self._attend_to_cache(q_BHTD, k_BGTD, v_BGTD, documents, input_pos, input_pos_maxp1)
+        elif mask is None or documents is not None:
+            y_BHTD = causal_attention(q_BHTD, k_BGTD, v_BGTD, self._softmax(), self._window, documents)
         else:
-            position_T = torch.arange(x.size(1), device=x.device)
-            mask = _combine(mask, window_mask(position_T, x.size(1), window))
-            y_BTHD = self.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, mask)
-        return self.proj(y_BTHD.flatten(2))
+            if self._window is not None:
+                position_T = torch.arange(x.size(1), device=x.device)
+                mask = _combine(mask, window_mask(position_T, x.size(1), self._window))
+            y_BHTD = self._softmax().attend(q_BHTD, k_BGTD, v_BGTD, mask)
+        return self.proj(y_BHTD.transpose(1, 2).flatten(2))
 
     def scaled_dot_product_attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
@@ -107,7 +117,7 @@ class SinkAttention(CausalSelfAttention):
         Returns:
             (B, T, H, D), as in the parent class.
         """
-        return self._attend(q, k, v, mask).transpose(1, 2)
+        return self._softmax().attend(q, k, v, mask).transpose(1, 2)
 
     def build_kv_cache(
         self,
@@ -116,8 +126,8 @@ class SinkAttention(CausalSelfAttention):
         rope_cache_length: int | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
-    ) -> KVCache:
-        """Build a cache for all positions, with or without a sliding window.
+    ) -> KVCache | StreamingKVCache:
+        """Build a cache for all positions, with or without a sliding window, or a streaming cache.
 
         LitGPT's ring buffer of window length cannot take a prompt longer than the window, because its entries no longer
         stand at their positions; here the window is a mask.
@@ -132,9 +142,18 @@ class SinkAttention(CausalSelfAttention):
 
         Returns:
             Zeroed buffers: k of shape (B, G, S, D) (D + 1 with a single rotated element), v of shape (B, G, S, D).
+            With `streaming_cache_window`, buffers for the first and the last tokens, however many positions there are.
         """
         config = self.config
-        if rope_cache_length is None:
+        if getattr(config, "streaming_cache_window", None) is not None:
+            # A sliding window is a streaming cache of its own, exact and without first tokens.
+            first, window = (
+                (config.streaming_cache_first, config.streaming_cache_window)
+                if self._window is None
+                else (0, self._window)
+            )
+            return StreamingKVCache(batch_size, config.n_query_groups, config.head_size, first, window, device, dtype)
+        if rope_cache_length is None or config.rope_n_elem == 0:
             rope_cache_length = config.rope_n_elem
         shape = (batch_size, config.n_query_groups, max_seq_length)
         k_size = rope_cache_length + config.head_size - config.rope_n_elem
@@ -153,6 +172,8 @@ class SinkAttention(CausalSelfAttention):
 
     def _rotate(self, x_BHTD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         n_elem = self.config.rope_n_elem
+        if n_elem == 0:
+            return x_BHTD
         rotate = apply_rope_interleave if self.config.rope_interleave else apply_rope
         rotated = rotate(x_BHTD[..., :n_elem], cos, sin)
         if n_elem == x_BHTD.size(-1):
@@ -164,32 +185,67 @@ class SinkAttention(CausalSelfAttention):
         q_BHTD: torch.Tensor,
         k_BGTD: torch.Tensor,
         v_BGTD: torch.Tensor,
-        mask: torch.Tensor | None,
+        documents: Documents | None,
         input_pos: torch.Tensor,
         input_pos_maxp1: int | None,
-        window: int | None,
     ) -> torch.Tensor:
         if self.kv_cache is None:
             raise TypeError("input_pos needs a cache: call `gpt.set_kv_cache()` first")
         k_BGSD, v_BGSD = self.kv_cache(input_pos, k_BGTD, v_BGTD)
-        if input_pos_maxp1 is not None:
-            k_BGSD, v_BGSD = k_BGSD[:, :, :input_pos_maxp1], v_BGSD[:, :, :input_pos_maxp1]
-        S = k_BGSD.size(2)
-        if mask is None:
-            mask = window_mask(input_pos, S, S if window is None else window)
-        elif window is not None:
-            mask = _combine(mask, window_mask(input_pos, S, window))
-        return self.scaled_dot_product_attention(q_BHTD, k_BGSD, v_BGSD, mask)
+        T, window, per_sequence = q_BHTD.size(2), self._window, input_pos.dim() > 1
+        begin, end = position_range(input_pos, input_pos_maxp1)
+        end = k_BGSD.size(2) if end is None else end
+        if not per_sequence and begin == 0 and end == T:
+            return causal_attention(q_BHTD, k_BGTD, v_BGTD, self._softmax(), window, documents)
 
-    def _attend(
-        self, q_BHTD: torch.Tensor, k_BGSD: torch.Tensor, v_BGSD: torch.Tensor, mask: torch.Tensor | None
+        low = 0 if begin is None or window is None else max(0, begin - window + 1)
+        k_BGSD, v_BGSD = k_BGSD[:, :, low:end], v_BGSD[:, :, low:end]
+        # A single query sees all that is left.
+        mask = None
+        if begin is None or per_sequence or T > 1:
+            mask = window_mask(input_pos - low, end - low, end if window is None else window)
+        if documents is not None:
+            visible = document_mask(input_pos - low, documents.start_BT - low, end - low)
+            mask = visible if mask is None else mask & visible
+        return sink_attention(
+            q_BHTD, k_BGSD, v_BGSD, self.sinks,
+            scale=self._scale, mask=mask, causal=False, backend="eager" if T <= _FEW_QUERIES else None,
+        )  # fmt: skip
+
+    def _attend_streaming(
+        self,
+        q_BHTD: torch.Tensor,
+        k_BGTD: torch.Tensor,
+        v_BGTD: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        input_pos: torch.Tensor,
+        input_pos_maxp1: int | None,
     ) -> torch.Tensor:
-        scale = 1.0 / math.sqrt(self.config.attention_scores_scalar or self.config.head_size)
-        if self.sinks is not None:
-            return sink_attention(q_BHTD, k_BGSD, v_BGSD, self.sinks, scale=scale, mask=mask)
-        return F.scaled_dot_product_attention(
-            q_BHTD, k_BGSD, v_BGSD, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
-        )
+        begin, _ = position_range(input_pos, input_pos_maxp1)
+        if begin is None or input_pos.dim() > 1:
+            raise ValueError(
+                f"input_pos of shape {tuple(input_pos.shape)} does not tell a streaming cache where the text goes "
+                "on: it needs one position per token for the whole batch, and input_pos_maxp1 unless on a CPU. Set "
+                "streaming_cache_first and streaming_cache_window to null for a full cache"
+            )
+
+        def rotate(x_BHTD: torch.Tensor, position_T: torch.Tensor) -> torch.Tensor:
+            return self._rotate(x_BHTD, cos[:, position_T], sin[:, position_T])
+
+        return streaming_attention(q_BHTD, k_BGTD, v_BGTD, self.kv_cache, begin, rotate, self.sinks, self._scale)
+
+    @property
+    def _window(self) -> int | None:
+        return self.config.sliding_window_size if self.apply_sliding_window_attention else None
+
+    @property
+    def _scale(self) -> float:
+        return 1.0 / math.sqrt(self.config.attention_scores_scalar or self.config.head_size)
+
+    def _softmax(self) -> Softmax:
+        dropout = getattr(self.config, "attention_dropout", None) if self.training else None
+        return Softmax(self.sinks, self._scale, dropout or 0.0, getattr(self.config, "attention_backend", None))
 
 
 def _combine(mask: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:

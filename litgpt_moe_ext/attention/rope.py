@@ -30,6 +30,7 @@ def rope_frequencies(
     base: float,
     rope_adjustments: dict[str, Any] | None = None,
     device: "torch.device | None" = None,
+    seq_len: int | None = None,
 ) -> "tuple[torch.Tensor, float]":
     """Compute how fast each pair of elements rotates, and the attention factor.
 
@@ -38,6 +39,7 @@ def rope_frequencies(
         base: The base of the geometric progression of wavelengths.
         rope_adjustments: How to stretch the context, see `validate_rope_adjustments`.
         device: Where to put the result.
+        seq_len: Length of the sequences that the model is about to see, which only dynamic NTK asks for.
 
     Returns:
         The angle per position in float32, shape (F,), and the factor to multiply both cosine and sine by. The factor is
@@ -50,6 +52,8 @@ def rope_frequencies(
     keys = present_adjustments(rope_adjustments)
     plain_F = _plain_frequencies(n_elem, base, device)
     kind = rope_kind(keys)
+    if kind == "dynamic":
+        return _plain_frequencies(n_elem, _dynamic_base(n_elem, base, keys, seq_len), device), 1.0
     if kind == "linear":
         return plain_F / keys["factor"], 1.0
     if kind == "llama3":
@@ -67,11 +71,13 @@ def build_rope_cache(
     Args:
         config: The model configuration. Read are `rope_n_elem`, `rope_base`, `rope_condense_ratio`, `rope_adjustments`
             and `rope_local_base_freq`.
-        seq_len: Number of positions, T.
+        seq_len: Number of positions, T. With dynamic NTK it is also what the base is chosen for, once for all
+            positions: keys in a cache keep their rotation, so it must not change while a sequence grows.
         device: Where to put the tables.
 
     Returns:
-        Cosines and sines in float32, shape (T, N). As in LitGPT, they have two columns where N is 1. With
+        Cosines and sines in float32, shape (T, N). As in LitGPT, they have two columns where N is 1. Where N is 0 they
+        have one, which nobody reads: LitGPT cannot look up positions per sequence in an empty table. With
         `rope_local_base_freq` the shape is (T, N, 2): index 0 of the last dimension holds the tables above, index 1
         plain RoPE with the local base, without attention factor.
 
@@ -82,7 +88,7 @@ def build_rope_cache(
 
     n_elem = config.rope_n_elem
     position_T = torch.arange(seq_len, device=device).float() / config.rope_condense_ratio
-    frequency_F, attention_factor = rope_frequencies(n_elem, config.rope_base, config.rope_adjustments, device)
+    frequency_F, attention_factor = rope_frequencies(n_elem, config.rope_base, config.rope_adjustments, device, seq_len)
     cos_TN, sin_TN = _tables(position_T, frequency_F, n_elem)
     if attention_factor != 1.0:
         cos_TN, sin_TN = cos_TN * attention_factor, sin_TN * attention_factor
@@ -99,6 +105,8 @@ def _tables(
 ) -> "tuple[torch.Tensor, torch.Tensor]":
     import torch
 
+    if n_elem == 0:
+        return torch.ones_like(position_T).unsqueeze(-1), torch.zeros_like(position_T).unsqueeze(-1)
     angle_TN = torch.outer(position_T, frequency_F).repeat(1, 2)
     # Two columns per frequency are one too many for an odd N. LitGPT keeps both where N is 1 and lets the single
     # element broadcast against them; its cache shapes count on that.
@@ -111,6 +119,13 @@ def _plain_frequencies(n_elem: int, base: float, device: "torch.device | None") 
     import torch
 
     return 1.0 / base ** (torch.arange(0, n_elem, 2, device=device).float() / n_elem)
+
+
+def _dynamic_base(n_elem: int, base: float, keys: dict[str, Any], seq_len: int | None) -> float:
+    # NTK-aware scaling by as much as the sequence is longer than the original context.
+    original = keys["original_max_seq_len"]
+    stretch = keys["factor"] * max(seq_len or 0, original) / original - (keys["factor"] - 1)
+    return base * stretch ** (n_elem / (n_elem - 2))
 
 
 def _llama3_frequencies(plain_F: "torch.Tensor", keys: dict[str, Any]) -> "torch.Tensor":

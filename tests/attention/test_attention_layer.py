@@ -150,7 +150,7 @@ CACHE_VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("batch_size", [1, 8])
 @pytest.mark.parametrize("prompt", [1, 3, 9])
 @pytest.mark.parametrize("changes", CACHE_VARIANTS, ids=str)
 @torch.inference_mode()

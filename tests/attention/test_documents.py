@@ -1,0 +1,215 @@
+"""Documents in a packed sequence: exact isolation, equality with separate forwards, and the way to the layers."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from litgpt.model import GPT
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+
+from litgpt_moe_ext.attention.causal import Softmax, causal_attention
+from litgpt_moe_ext.attention.documents import Documents, document_mask, document_offsets, find_documents
+
+MARK = 39
+T = 20
+VARIANTS = [
+    {},
+    {"attention_sinks": False},
+    {"sliding_window_size": 3},
+    {"sliding_window_size": 3, "attention_sinks": False, "sliding_window_indices": [0, 1]},
+    {"attention_document_restart_positions": True, "rope_base": 50},
+    {"attention_document_boundary": "bos"},
+    {"attention_document_boundary": "bos", "attention_document_restart_positions": True},
+    {"attention_document_restart_positions": True, "rope_local_base_freq": 100.0, "rope_indices": [0, 1]},
+    {"attention_document_restart_positions": True, "position_embedding": "learned", "rotary_percentage": 0.0},
+]
+
+
+@pytest.fixture
+def make_model(make_config: Any) -> Any:
+    def build(**changes: Any) -> GPT:
+        documents = {"attention_document_boundary": "eos", "attention_document_token_id": MARK, **changes}
+        model = GPT(make_config(**documents)).double()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+        return model
+
+    return build
+
+
+def tokens(marks: dict[int, list[int]], boundary: str = "eos") -> torch.Tensor:
+    """Random tokens with the mark after each given number of tokens (eos), or as the next one (bos)."""
+    idx = torch.randint(MARK, (len(marks), T))
+    for row, ends in marks.items():
+        for end in ends:
+            idx[row, end - 1 if boundary == "eos" else end] = MARK
+    return idx
+
+
+ENDS = {0: [3, 4, 11], 1: [8], 2: []}
+
+
+def test_conventions() -> None:
+    eos = torch.tensor([[5, MARK, 5, MARK, MARK, 5], [MARK, 5, 5, 5, 5, MARK]])
+    documents = find_documents(eos, "eos", MARK)
+    assert documents.start_BT.tolist() == [[0, 0, 2, 2, 4, 5], [0, 1, 1, 1, 1, 1]]
+    assert documents.lengths == (2, 2, 1, 1, 1, 5)
+    documents = find_documents(eos, "bos", MARK)
+    assert documents.start_BT.tolist() == [[0, 1, 1, 3, 4, 4], [0, 0, 0, 0, 0, 5]]
+    assert documents.lengths == (1, 2, 1, 2, 5, 1)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=64, max_size=64), min_size=1, max_size=3))
+def test_offsets_are_the_lengths(marks: list[list[bool]]) -> None:
+    first = torch.tensor(marks)
+    first[:, 0] = True
+    first[:, 1::2] = False  # no more documents than fit
+    first[:, 2::4] = False
+    first[:, 4::16] = False
+    first[:, 8:] = False
+    offsets = document_offsets(first)
+    assert offsets.dtype == torch.int32
+    edges = [*first.flatten().nonzero().flatten().tolist(), first.numel()]
+    assert offsets.numel() == first.size(0) * 4 + 1
+    assert offsets[: len(edges)].tolist() == edges
+    assert (offsets[len(edges) :] == first.numel()).all()
+
+
+def test_too_many_documents_for_the_offsets_are_an_error() -> None:
+    with pytest.raises(RuntimeError, match="more than 2 documents in a batch"):
+        document_offsets(torch.ones(1, 32, dtype=torch.bool))
+
+
+@given(
+    B=st.integers(1, 3),
+    window=st.sampled_from([None, 1, 3, 50]),
+    has_sinks=st.booleans(),
+    chance=st.sampled_from([0.0, 0.2, 0.9]),
+    seed=st.integers(0, 2**16),
+)
+def test_documents_one_by_one_equal_a_mask(B: int, window: int, has_sinks: bool, chance: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    q = torch.randn(B, 4, T, 6, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(B, 2, T, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    softmax = Softmax(sinks if has_sinks else None, 0.4)
+    documents = find_documents((torch.rand(B, T) < chance).long(), "eos", 1)
+    assert documents.lengths is not None
+    out = causal_attention(q, k, v, softmax, window, documents)
+    expected = causal_attention(q, k, v, softmax, window, Documents(documents.start_BT))
+    torch.testing.assert_close(out, expected)
+    inputs = [q, k, v, *([sinks] if has_sinks else [])]
+    dout = torch.randn_like(out)
+    torch.testing.assert_close(
+        torch.autograd.grad(out, inputs, dout), torch.autograd.grad(expected, inputs, dout), rtol=1e-9, atol=1e-11
+    )
+
+
+def test_mask() -> None:
+    start = torch.tensor([[0, 0, 2, 2]])
+    mask = document_mask(torch.arange(4), start, 4)
+    assert mask.shape == (1, 1, 4, 4)
+    assert mask[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_every_document_is_as_if_alone(make_model: Any, changes: dict[str, Any]) -> None:
+    boundary = changes.get("attention_document_boundary", "eos")
+    model, idx = make_model(**changes), tokens(ENDS, boundary)
+    out = model(idx)
+    if not changes.get("attention_document_restart_positions"):
+        model.config.attention_document_restart_positions = True  # rotary attention sees distances only
+        torch.testing.assert_close(model(idx), out, rtol=1e-5, atol=1e-5)
+    for row, ends in ENDS.items():
+        for begin, end in zip([0, *ends], [*ends, T], strict=True):
+            alone = model(idx[row : row + 1, begin:end])
+            torch.testing.assert_close(out[row : row + 1, begin:end], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", VARIANTS[:6], ids=str)
+def test_nothing_leaks(make_model: Any, changes: dict[str, Any]) -> None:
+    model, idx = make_model(**changes), tokens({0: [7, 12]}, changes.get("attention_document_boundary", "eos"))
+    captured = []
+    model.transformer.wte.register_forward_hook(lambda module, args, out: captured.append(out.requires_grad_()))
+    out = model(idx)
+    other = idx.clone()
+    other[0, :6] = (other[0, :6] + 1) % MARK
+    assert torch.equal(model(other)[:, 7:], out[:, 7:])
+    assert not torch.equal(model(other)[:, :7], out[:, :7])
+    (grad,) = torch.autograd.grad(out[:, 7:12].square().sum(), captured[0])
+    assert (grad[:, :7] == 0).all()
+    assert (grad[:, 12:] == 0).all()
+    assert (grad[:, 7:12] != 0).any()
+
+
+@pytest.mark.parametrize("impl", [CheckpointImpl.REENTRANT, CheckpointImpl.NO_REENTRANT])
+@pytest.mark.parametrize("restart", [False, True])
+def test_activation_checkpointing_recomputes_each_batch_with_its_own(
+    make_model: Any, impl: CheckpointImpl, restart: bool
+) -> None:
+    model = make_model(attention_document_restart_positions=restart, sliding_window_size=5)
+    first, second = tokens(ENDS), tokens({0: [10], 1: [2, 5], 2: [1]})
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(model(first).square().sum(), parameters)
+    block = type(model.transformer.h[0])
+    apply_activation_checkpointing(
+        model,
+        checkpoint_wrapper_fn=lambda module: checkpoint_wrapper(module, checkpoint_impl=impl),
+        check_fn=lambda module: isinstance(module, block),
+    )
+    out = model(first)
+    model(second)  # must not get into the recomputation
+    out.square().sum().backward()
+    torch.testing.assert_close([parameter.grad for parameter in parameters], list(expected))
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+@pytest.mark.parametrize("prompt", [1, 9, 14])
+@torch.inference_mode()
+def test_cache_equals_full_forward(make_model: Any, changes: dict[str, Any], prompt: int) -> None:
+    model = make_model(**changes)
+    idx = tokens(ENDS, changes.get("attention_document_boundary", "eos"))
+    expected = model(idx)
+    model.set_kv_cache(3, max_seq_length=T, dtype=torch.float64)
+    for chunks in ([prompt, *[1] * (T - prompt)], [prompt, T - prompt]):
+        outs = [model(idx[:, chunk], input_pos=chunk) for chunk in torch.arange(T).split(chunks)]
+        torch.testing.assert_close(torch.cat(outs, dim=1), expected, rtol=1e-5, atol=1e-5)
+    # Going back over a token that ended a document, as speculative decoding does.
+    position = torch.arange(8, T)
+    changed = idx.clone()
+    changed[:, 8:12] = 3
+    outs = model(changed[:, 8:], input_pos=position)
+    torch.testing.assert_close(outs, model(changed)[:, 8:], rtol=1e-5, atol=1e-5)
+    # A position per sequence.
+    model(idx, input_pos=torch.arange(T))
+    position = torch.tensor([[12], [9], [4]])
+    outs = model(idx.gather(1, position), input_pos=position)
+    torch.testing.assert_close(outs[:, 0], expected[torch.arange(3), position[:, 0]], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiles_without_graph_breaks(make_model: Any) -> None:
+    model = make_model(attention_document_restart_positions=True, sliding_window_size=5, embedding_dropout=0.1).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    parameters = list(model.parameters())
+    for idx in (tokens(ENDS), tokens(ENDS)[:, :13]):
+        out, expected = compiled(idx), model(idx)
+        torch.testing.assert_close(out, expected)
+        dout = torch.randn_like(out)
+        torch.testing.assert_close(
+            torch.autograd.grad(out, parameters, dout), torch.autograd.grad(expected, parameters, dout)
+        )
+
+
+def test_meta_device(make_config: Any) -> None:
+    with torch.device("meta"):
+        model = GPT(make_config(attention_document_boundary="eos", attention_document_token_id=MARK))
+        out = model(torch.zeros(2, T, dtype=torch.long))
+    out.sum().backward()
+    assert out.shape == (2, T, 40)
