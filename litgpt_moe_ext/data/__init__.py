@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from litgpt_moe_ext.data.loader import TokenLoader
     from litgpt_moe_ext.data.python_stdlib import PythonStdlib
+    from litgpt_moe_ext.data.token_shards import TokenShards
 
-__all__ = ["PythonStdlib", "TokenLoader"]
+__all__ = ["PythonStdlib", "TokenLoader", "TokenShards"]
 
 _HOME = {
     "PythonStdlib": "litgpt_moe_ext.data.python_stdlib",
     "TokenLoader": "litgpt_moe_ext.data.loader",
+    "TokenShards": "litgpt_moe_ext.data.token_shards",
 }
 
 

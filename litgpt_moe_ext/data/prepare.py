@@ -282,9 +282,10 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def open_corpus(directory: Path) -> tuple[np.memmap, np.memmap]:
-    """Returns the training and the validation tokens of a finished corpus, read-only, each of shape (N,)."""
-    return open_shard(directory / TRAIN_SHARD), open_shard(directory / VAL_SHARD)
+def open_corpus(directory: Path) -> tuple[list[np.memmap], list[np.memmap]]:
+    """Returns the training and the validation shards of a finished corpus in order, read-only, each of shape (N_i,)."""
+    train, val = ([open_shard(path) for path in sorted(directory.glob(f"{side}*.bin"))] for side in ("train", "val"))
+    return train, val
 
 
 def check_root(root: Path) -> None:

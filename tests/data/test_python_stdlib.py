@@ -33,7 +33,7 @@ def data(tmp_path, sources):
 def test_litgpt_drives_it(data):
     fabric = Fabric(accelerator="cpu", devices=1)
     train, val = get_dataloaders(fabric, data, None, TRAIN, block_size=16)
-    expected_train, expected_val = open_corpus(data.corpus_path)
+    (expected_train,), (expected_val,) = open_corpus(data.corpus_path)
     rows = torch.cat(list(val))
     assert rows.shape[1] == 17
     assert len(rows) == (len(expected_val) - 1) // 16
