@@ -28,7 +28,13 @@ import psutil
 from tokenizers import Tokenizer
 
 from litgpt_moe_ext.data.shards import open_shard, token_dtype, write_shard
-from litgpt_moe_ext.data.tokenizer import open_for_documents, require_eos, threads_for_tokenizers, train_bpe
+from litgpt_moe_ext.data.tokenizer import (
+    BPESettings,
+    open_for_documents,
+    require_eos,
+    threads_for_tokenizers,
+    train_bpe,
+)
 from litgpt_moe_ext.durable import flush, flush_tree
 
 FORMAT_VERSION = 1  # part of every key; raise it when the same input would lead to other files
@@ -210,7 +216,7 @@ def build_corpus(
     total = sum(len(document.text) for part in all_documents for document in part)
     on_progress("training tokenizer", 0, total)
     tokenizer_dir = directory / TOKENIZER_DIR
-    train_bpe((document.text for document in split.train), vocab_size, tokenizer_dir)
+    train_bpe((document.text for document in split.train), BPESettings(vocab_size), tokenizer_dir)
     tokenizer = open_for_documents(tokenizer_dir)
     eos_id = require_eos(tokenizer_dir)
     actual_vocab = tokenizer.get_vocab_size()

@@ -25,7 +25,7 @@ from litgpt_moe_ext.data.prepare import (
     unigram_loss,
 )
 from litgpt_moe_ext.data.python_files import prepare_python_files, read_python_files, split_documents
-from litgpt_moe_ext.data.tokenizer import open_for_documents, train_bpe
+from litgpt_moe_ext.data.tokenizer import BPESettings, open_for_documents, train_bpe
 
 
 def run(data_path, source_path, vocab_size=300, val_fraction=0.2, seed=42):
@@ -59,7 +59,7 @@ def test_shards_hold_exactly_the_documents(corpus, sources):
 
 def test_the_tokenizer_learns_from_the_training_files_only(corpus, sources, tmp_path):
     split = split_documents(read_python_files(sources).documents, 0.2, 42)
-    train_bpe((document.text for document in split.train), 300, tmp_path)
+    train_bpe((document.text for document in split.train), BPESettings(300), tmp_path)
     prepared = corpus / TOKENIZER_DIR / "tokenizer.json"
     assert prepared.read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
 

@@ -19,7 +19,7 @@ import litgpt_moe_ext.data
 from litgpt_moe_ext.data import PythonStdlib
 from litgpt_moe_ext.data.prepare import open_corpus, read_manifest
 from litgpt_moe_ext.data.python_files import GENERATED_FOLDERS, SKIPPED_FOLDERS, read_python_files
-from litgpt_moe_ext.data.tokenizer import train_bpe
+from litgpt_moe_ext.data.tokenizer import BPESettings, train_bpe
 
 SCRIPT = Path(__file__).parents[2] / "data_prep" / "python_stdlib.py"
 TRAIN = TrainArgs(micro_batch_size=3, global_batch_size=3, max_tokens=1000)
@@ -54,7 +54,7 @@ def test_the_prepared_tokenizer_is_accepted(data):
 @pytest.mark.parametrize("prepared", [True, False])
 def test_another_tokenizer_is_refused(data, tmp_path_factory, prepared):
     other = tmp_path_factory.mktemp("other")
-    train_bpe(["something else"], 260, other)
+    train_bpe(["something else"], BPESettings(260), other)
     if prepared:
         data.prepare_tokenizer()
     with pytest.raises(
