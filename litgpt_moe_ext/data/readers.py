@@ -25,11 +25,13 @@ class Record(NamedTuple):
         text: The document; may be empty.
         place: Where it is, for messages: ``byte 1234`` (of the uncompressed file), ``row 12`` or ``item 12``.
         position: Bytes of the file (as it is on disk) that have been read so far; for progress.
+        member: Name of the file inside an archive.
     """
 
     text: str
     place: str
     position: int
+    member: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ def _archive(path: Path, raw: BinaryIO, text_format: TextFormat) -> Iterator[Rec
                 file = archive.extractfile(member)
                 where = f"{path}: {member.name}"
                 for record in _members(file, where, base.lower(), text_format, raw.tell):
-                    yield record._replace(place=f"{record.place} of {member.name}")
+                    yield record._replace(place=f"{record.place} of {member.name}", member=base)
 
 
 def _members(
@@ -147,6 +149,15 @@ def _field(item: object, where: str, place: str, text_format: TextFormat) -> str
             f"{where} has {type(text).__name__} in field {text_format.field!r} at {place} where text belongs. Set the "
             "name of a text field."
         )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # half of a surrogate pair, written as an escape
+        if text_format.invalid_utf8 == "error":
+            raise ValueError(
+                f"{where} has half a surrogate pair at {place}, character {error.start} of the text: no valid Unicode. "
+                "Convert the file, or set invalid_utf8 to replace."
+            ) from error
+        text = text.encode("utf-8", "replace").decode("utf-8")
     return text
 
 

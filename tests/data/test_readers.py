@@ -80,6 +80,7 @@ def test_archive_members_in_order(tmp_path):
     assert [record.text for record in found] == STORIES * 2
     assert found[1].place == "item 1 of a/data00.json"
     assert found[4].place.startswith("byte ")
+    assert [record.member for record in found[2:4]] == ["data00.json", "data01.json"]
 
 
 @given(st.lists(st.text("ab<|e>ä", max_size=8), max_size=8), st.integers(1, 7))
@@ -119,6 +120,7 @@ def test_separators_at_any_border(tmp_path_factory, texts, chunk):
         ("a.parquet", parquet([1, 2]), "has int64 in column 'text' where text belongs"),
         ("a.txt", b"good \xff", r"is no UTF-8 at byte 5 .invalid start byte.. .* set invalid_utf8 to replace"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "is no UTF-8 at byte 24"),
+        ("a.jsonl", b'{"text": "a\\ud83d"}', "has half a surrogate pair at byte 0, character 1 of the text"),
         ("a.parquet", parquet(pa.array([b"ok", b"\xff"]).view(pa.string())), "row 1 is no UTF-8 at byte 0"),
     ],
 )
@@ -149,6 +151,7 @@ def test_documents_before_the_damage_are_read(tmp_path):
     [
         ("a.txt", b"x\xffy", "x\ufffdy"),
         ("a.jsonl", b'{"text": "x\xffy"}', "x\ufffdy"),
+        ("a.jsonl", b'{"text": "x\\ud83dy"}', "x?y"),
         ("a.parquet", parquet(pa.array([b"x\xffy"]).view(pa.string())), "x\ufffdy"),
     ],
 )
