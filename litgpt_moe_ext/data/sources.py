@@ -12,10 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from litgpt_moe_ext.data.prepare import MANIFEST
 from litgpt_moe_ext.data.readers import Record, TextFormat, documents
 from litgpt_moe_ext.durable import flush
 
-HASHES = "file_hashes.json"
+HASHES = ".file_hashes.json"
 # A file that was written so shortly before it was hashed may be written again without another time of change.
 _SETTLED_SECONDS = 2.0
 
@@ -71,7 +72,7 @@ class FileHashes:
     def save(self) -> None:
         """Writes what was learned."""
         if self._changed:
-            partial_path = self._path.with_name(f".{HASHES}.{os.getpid()}.partial")
+            partial_path = self._path.with_name(f"{HASHES}.{os.getpid()}.partial")
             partial_path.write_text(json.dumps(self._known), encoding="utf-8")
             flush(partial_path)
             os.replace(partial_path, self._path)
@@ -81,6 +82,8 @@ class FileHashes:
 def find_files(setting: str, path: Path, pattern: str) -> list[Path]:
     """Returns the files that a setting names: `path` itself, or those below the folder that match a glob, sorted.
 
+    Left out is what has a leading dot or lies in such a folder, and what lies in a prepared corpus.
+
     Raises:
         FileNotFoundError: There is nothing at `path`.
         ValueError: No file matches.
@@ -89,7 +92,10 @@ def find_files(setting: str, path: Path, pattern: str) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"{setting}={str(path)!r} does not exist. Set {setting} to a file or a folder.")
-    found = sorted(file for file in path.glob(pattern) if file.is_file() and not file.name.startswith("."))
+    # A cache may lie in the folder of the documents: what was prepared from them is none of them.
+    found = [file for file in sorted(path.glob(pattern)) if file.is_file() and not _hidden(file.relative_to(path))]
+    prepared = {manifest.parent for manifest in path.glob(f"**/{MANIFEST}")}
+    found = [file for file in found if prepared.isdisjoint(file.parents)]
     if not found:
         raise ValueError(
             f"{setting}={str(path)!r} has no files like {pattern!r}; it has {_names(path)}. Set {setting} to another "
@@ -148,6 +154,10 @@ def identities(sources: Iterable[Source]) -> list[list[str | None]]:
     return [[source.split, source.identity] for source in sources]
 
 
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
 def _names(folder: Path) -> str:
-    names = sorted(entry.name for entry in folder.iterdir())
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     return "nothing" if not names else ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

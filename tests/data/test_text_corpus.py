@@ -237,7 +237,7 @@ def test_a_changed_file_is_noticed(tmp_path):
     assert remembered.hash(path) == first
     write_lines(path, ["two"])
     assert FileHashes(tmp_path).hash(path) != first
-    (tmp_path / "file_hashes.json").write_text("{")
+    (tmp_path / ".file_hashes.json").write_text("{")
     assert FileHashes(tmp_path)._known == {}
 
 
@@ -246,7 +246,7 @@ def test_a_file_that_was_just_written_is_read_again(tmp_path):
     hashes = FileHashes(tmp_path)
     hashes.hash(path)
     hashes.save()
-    assert not (tmp_path / "file_hashes.json").exists()
+    assert not (tmp_path / ".file_hashes.json").exists()
 
 
 def test_empty_documents_are_left_out_and_reported(tmp_path, capsys):
@@ -320,7 +320,7 @@ def test_find_files(tmp_path):
     found = [path.relative_to(tmp_path).as_posix() for path in find_files("source_path", tmp_path, "**/*.txt")]
     assert found == ["b.txt", "sub/a.txt", "sub/deep/c.txt"]
     assert find_files("source_path", tmp_path / "d.md", "**/*.txt") == [tmp_path / "d.md"]
-    with pytest.raises(ValueError, match=r"source_path='.*' has no files like '\*.json'; it has .hidden.txt, b.txt"):
+    with pytest.raises(ValueError, match=r"source_path='.*' has no files like '\*.json'; it has b.txt, d.md, sub"):
         find_files("source_path", tmp_path, "*.json")
     with pytest.raises(FileNotFoundError, match="source_path='.*nowhere' does not exist"):
         find_files("source_path", tmp_path / "nowhere", "*")
