@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.data.loader import TokenLoader
-    from litgpt_moe_ext.data.prepared import PreparedCorpus
+    from litgpt_moe_ext.data.prepared import PreparedCorpus, WandbCorpus
     from litgpt_moe_ext.data.python_stdlib import PythonStdlib
     from litgpt_moe_ext.data.text import CodeParrot, HubDataset, TextCorpus, TinyStories
     from litgpt_moe_ext.data.token_shards import TokenShards
@@ -22,6 +22,7 @@ __all__ = [
     "TinyStories",
     "TokenLoader",
     "TokenShards",
+    "WandbCorpus",
 ]
 
 _HOME = {
@@ -33,6 +34,7 @@ _HOME = {
     "TinyStories": "litgpt_moe_ext.data.text",
     "TokenLoader": "litgpt_moe_ext.data.loader",
     "TokenShards": "litgpt_moe_ext.data.token_shards",
+    "WandbCorpus": "litgpt_moe_ext.data.prepared",
 }
 
 
