@@ -204,24 +204,25 @@ class _Preparation:
         try:
             self.state = _State(**json.loads((self.directory / STATE).read_text(encoding="utf-8")))
         except FileNotFoundError:
-            with _writing(self.final.parent):
-                self.directory.mkdir(exist_ok=True)
-                tokenizer_dir = self.directory / TOKENIZER_DIR
-                if isinstance(self.settings.tokenizer, BPESettings):
-                    progress.stage("training tokenizer")
-                    train_bpe(self._texts_to_learn_from(progress), self.settings.tokenizer, tokenizer_dir)
-                else:
-                    write_tokenizer(dict(self.settings.tokenizer), tokenizer_dir)
-                flush_tree(tokenizer_dir)
-                self._save_state()
-            return
-        print(
-            f"Continuing in {self.directory}: {self.state.counts['tokens_train']:,} training tokens are there",
-            flush=True,
-        )
-        for split in _SPLITS:  # written after the state was: their documents come again
+            self._start(progress)
+        else:
+            tokens = self.state.counts["tokens_train"]
+            print(f"Continuing in {self.directory}: {tokens:,} training tokens are there", flush=True)
+        for split in _SPLITS:  # what was written after the state: its documents come again
             for path in sorted(self.directory.glob(f"{split}_*.bin"))[self.state.shards[split] :]:
                 path.unlink()
+
+    def _start(self, progress: PreparationProgress) -> None:
+        with _writing(self.final.parent):
+            self.directory.mkdir(exist_ok=True)
+            tokenizer_dir = self.directory / TOKENIZER_DIR
+            if isinstance(self.settings.tokenizer, BPESettings):
+                progress.stage("training tokenizer")
+                train_bpe(self._texts_to_learn_from(progress), self.settings.tokenizer, tokenizer_dir)
+            else:
+                write_tokenizer(dict(self.settings.tokenizer), tokenizer_dir)
+            flush_tree(tokenizer_dir)
+            self._save_state()
 
     def _texts_to_learn_from(self, progress: PreparationProgress) -> Iterator[str]:
         # The share of each source is that of its size; without sizes all sources count the same.

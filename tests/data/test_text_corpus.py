@@ -138,6 +138,7 @@ def test_a_full_disk_and_a_second_attempt(files, tmp_path, monkeypatch, capsys, 
             prepare_text_corpus(root, sources_of(files, tmp_path), small)
         assert error.value.errno == 28
     (unfinished,) = names(root)
+    (root / unfinished / "train_00099.bin").write_bytes(b"written after the last state")
     capsys.readouterr()
     corpus = prepare_text_corpus(root, sources_of(files, tmp_path), small)
     assert unfinished == f".{corpus.name}.unfinished"
