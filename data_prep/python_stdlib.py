@@ -5,9 +5,11 @@
 A training run with ``PythonStdlib`` and the same settings finds the result; without this script it prepares it itself.
 """
 
+from functools import partial
 from pathlib import Path
 
-from jsonargparse import auto_cli
+from litgpt_moe_ext.data.python_files import prepare_python_files
+from litgpt_moe_ext.data.scripts import prepare, run_script
 
 
 def main(
@@ -16,6 +18,9 @@ def main(
     vocab_size: int = 4096,
     val_fraction: float = 0.05,
     seed: int = 42,
+    log_to_wandb: bool = False,
+    wandb_artifact: str | None = None,
+    wandb_project: str | None = None,
 ) -> None:
     """Prepare a corpus of Python source files.
 
@@ -25,17 +30,14 @@ def main(
         vocab_size: Upper bound for the tokenizer's vocabulary.
         val_fraction: Share of the files that validate.
         seed: Decides which files validate.
+        log_to_wandb: Log the corpus as a W&B artifact; WANDB_MODE=offline keeps it for `wandb sync`.
+        wandb_artifact: Name of the artifact.
+        wandb_project: W&B project of the artifact.
     """
-    # After parsing, so that --help and mistyped options answer at once.
-    from litgpt_moe_ext.data.prepare import TOKENIZER_DIR
-    from litgpt_moe_ext.data.python_files import prepare_python_files
-
-    try:
-        directory = prepare_python_files(data_path, source_path, vocab_size, val_fraction, seed)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
-    print(f"tokenizer_dir for LitGPT: {directory / TOKENIZER_DIR}")
+    settings = dict(locals())
+    wandb = {name: settings.pop(name) for name in ("log_to_wandb", "wandb_artifact", "wandb_project")}
+    prepare(partial(prepare_python_files, **settings), **wandb)
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    run_script(main)

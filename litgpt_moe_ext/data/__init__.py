@@ -1,20 +1,40 @@
 """Data modules that recipes name by class path, and the tools they are built from.
 
-``litgpt_moe_ext.data.PythonStdlib`` is resolved on first access: the class derives from ``litgpt.data.DataModule``,
-whose import takes seconds, and preparing a corpus needs neither LitGPT nor torch.
+The classes are resolved on first access: they derive from ``litgpt.data.DataModule``, whose import takes seconds, and
+preparing a corpus needs neither LitGPT nor torch.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.data.loader import TokenLoader
+    from litgpt_moe_ext.data.prepared import PreparedCorpus, WandbCorpus
     from litgpt_moe_ext.data.python_stdlib import PythonStdlib
+    from litgpt_moe_ext.data.text import CodeParrot, HubDataset, TextCorpus, TinyStories
+    from litgpt_moe_ext.data.token_shards import TokenShards
 
-__all__ = ["PythonStdlib", "TokenLoader"]
+__all__ = [
+    "CodeParrot",
+    "HubDataset",
+    "PreparedCorpus",
+    "PythonStdlib",
+    "TextCorpus",
+    "TinyStories",
+    "TokenLoader",
+    "TokenShards",
+    "WandbCorpus",
+]
 
 _HOME = {
+    "CodeParrot": "litgpt_moe_ext.data.text",
+    "HubDataset": "litgpt_moe_ext.data.text",
+    "PreparedCorpus": "litgpt_moe_ext.data.prepared",
     "PythonStdlib": "litgpt_moe_ext.data.python_stdlib",
+    "TextCorpus": "litgpt_moe_ext.data.text",
+    "TinyStories": "litgpt_moe_ext.data.text",
     "TokenLoader": "litgpt_moe_ext.data.loader",
+    "TokenShards": "litgpt_moe_ext.data.token_shards",
+    "WandbCorpus": "litgpt_moe_ext.data.prepared",
 }
 
 

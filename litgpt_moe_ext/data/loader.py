@@ -1,4 +1,4 @@
-"""A data loader over a flat array of tokens that resumes exactly.
+"""A data loader over windows of tokens that resumes exactly.
 
 Decisions, with their reasons:
 
@@ -15,58 +15,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
-
-class TokenWindows(IterableDataset):
-    """Windows of ``block_size + 1`` tokens that start every ``block_size`` tokens.
-
-    Neighbours share one token: the last target of one window is the first input of the next, so every token but the
-    very first is a target exactly once. A remainder too short for a window is left out.
-
-    Args:
-        tokens: Token ids, shape (N,), any integer dtype.
-        block_size: Number of inputs (= number of targets) of a window.
-        name: What to call the data in error messages.
-
-    Raises:
-        ValueError: `block_size` is not positive or N < block_size + 1.
-    """
-
-    def __init__(self, tokens: np.ndarray, block_size: int, name: str = "data") -> None:
-        if block_size < 1:
-            raise ValueError(f"The {name} needs a block size (max_seq_length) of at least 1, got {block_size}.")
-        if len(tokens) < block_size + 1:
-            raise ValueError(
-                f"The {name} has {len(tokens)} tokens, but one window of max_seq_length={block_size} needs "
-                f"{block_size + 1}. Use a shorter max_seq_length (at most {max(len(tokens) - 1, 0)}) or more data."
-            )
-        self.tokens = tokens
-        self.block_size = block_size
-        # np.asarray drops the memmap subclass, whose per-operation bookkeeping costs more than a small gather.
-        self._windows = np.lib.stride_tricks.sliding_window_view(np.asarray(tokens), block_size + 1)[::block_size]
-
-    def __len__(self) -> int:
-        """Number of windows."""
-        return len(self._windows)
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        """Yields every window in file order, int64, shape (block_size + 1,)."""
-        for window in self._windows:
-            yield torch.from_numpy(window.astype(np.int64))
-
-    def gather(self, indices: np.ndarray, pin_memory: bool = False) -> torch.Tensor:
-        """Returns the windows with these indices as a new int64 tensor of shape (len(indices), block_size + 1)."""
-        out = torch.empty((len(indices), self.block_size + 1), dtype=torch.int64, pin_memory=pin_memory)
-        out.numpy()[...] = self._windows[indices]
-        return out
+from litgpt_moe_ext.data.windows import Windows
 
 
 class TokenLoader(DataLoader):
     """Batches of token windows, split over the ranks.
 
-    Training (``train=True``): the windows are shuffled anew in every epoch; each appears exactly once per epoch over
-    all ranks, except for the fewer than ``world_size * batch_size`` that do not fill the last global batch.
+    Training (``train=True``): the windows are shuffled anew in every epoch (or, with ``shuffle=False``, stay in the
+    order of the data); each appears exactly once per epoch over all ranks, except for the fewer than
+    ``world_size * batch_size`` that do not fill the last global batch.
     ``iter()`` yields the *rest of the current epoch*: it goes on after the batches already handed out, also across
     `load_state_dict`, and moves to the next epoch by itself once the current one is used up. So whoever re-creates
     the iterator at every epoch, as LitGPT's ``CycleIterator`` does, keeps getting new orders.
@@ -79,12 +38,11 @@ class TokenLoader(DataLoader):
     ``[:, 1:]`` as targets.
 
     Args:
-        tokens: Token ids, shape (N,), usually from `litgpt_moe_ext.data.shards.open_shard`.
-        block_size: Number of inputs of a window.
+        windows: The windows to hand out.
         batch_size: Windows per batch and rank.
         train: See above.
         seed: Seed of the shuffle.
-        name: What to call the data in error messages.
+        shuffle: Whether training shuffles.
         corpus: Identifies the data in saved states, so that a resume on other data is noticed.
         rank: Position among the data-parallel replicas; None asks ``torch.distributed`` when an iteration starts, since
             loaders are often built before the process group.
@@ -97,29 +55,27 @@ class TokenLoader(DataLoader):
 
     def __init__(
         self,
-        tokens: np.ndarray,
-        block_size: int,
+        windows: Windows,
         batch_size: int,
         train: bool,
         seed: int = 42,
-        name: str = "data",
+        shuffle: bool = True,
         corpus: str = "",
         rank: int | None = None,
         world_size: int | None = None,
         pin_memory: bool | None = None,
     ) -> None:
         if batch_size < 1:
-            raise ValueError(f"The {name} needs a micro batch size of at least 1, got {batch_size}.")
+            raise ValueError(f"The {windows.name} needs a micro batch size of at least 1, got {batch_size}.")
         if (rank is None) != (world_size is None):
             raise ValueError(f"Give both rank and world_size or neither, got rank={rank}, world_size={world_size}.")
         if world_size is not None and not 0 <= rank < world_size:
             raise ValueError(f"rank must be in 0..world_size-1, got rank={rank}, world_size={world_size}.")
-        windows = TokenWindows(tokens, block_size, name)
         super().__init__(windows, batch_size=batch_size, drop_last=train, num_workers=0)
         self.windows = windows
         self.train = train
         self.seed = seed
-        self._name = name
+        self.shuffle = shuffle
         self._corpus = corpus
         self._replica = None if world_size is None else (rank, world_size)
         self._pin = pin_memory
@@ -144,7 +100,9 @@ class TokenLoader(DataLoader):
         batches = self._count_batches(world)
         epoch = self._epoch
         pin = self._pins()
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.windows))
+        order = np.arange(len(self.windows))
+        if self.shuffle:
+            np.random.default_rng([self.seed, epoch]).shuffle(order)
         # Position and epoch are read anew for each batch: of two live iterators, only one hands out each batch.
         while self._epoch == epoch:
             start = (self._position * world + rank) * self.batch_size
@@ -186,7 +144,7 @@ class TokenLoader(DataLoader):
             needed = world
         if batches == 0:
             raise ValueError(
-                f"The {self._name} has {count} windows of max_seq_length={self.windows.block_size} "
+                f"The {self.windows.name} has {count} windows of max_seq_length={self.windows.block_size} "
                 f"({len(self.windows.tokens)} tokens), too few for one batch: micro_batch_size={self.batch_size} on "
                 f"{world} process(es) needs {needed}. Use a smaller micro_batch_size, a shorter max_seq_length, fewer "
                 "processes, or more data."
@@ -201,6 +159,7 @@ class TokenLoader(DataLoader):
             "batch_size": self.batch_size,
             "world_size": self._rank_and_world()[1],
             "seed": self.seed,
+            "shuffle": self.shuffle,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -231,7 +190,7 @@ class TokenLoader(DataLoader):
         ]
         if changed:
             raise ValueError(
-                f"Cannot resume the {self._name} exactly: the saved position is one in another order of windows "
+                f"Cannot resume the {self.windows.name} exactly: the saved position is one in another order of windows "
                 f"({'; '.join(changed)}). Resume with the original values, or start a new run from the weights with "
                 "initial_checkpoint_dir."
             )

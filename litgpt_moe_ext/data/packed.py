@@ -2,37 +2,36 @@
 
 from abc import abstractmethod
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from litgpt.data import DataModule
 from litgpt.tokenizer import Tokenizer
 from tokenizers import Tokenizer as HFTokenizer
 
-from litgpt_moe_ext.data.loader import TokenLoader
+from litgpt_moe_ext.data.module import TokenModule
+from litgpt_moe_ext.data.packing import document_lengths, pack
 from litgpt_moe_ext.data.prepare import TOKENIZER_DIR, open_corpus, read_manifest
+from litgpt_moe_ext.data.windows import DocumentWindows, StreamWindows, Windows
 
 
-class PackedCorpus(DataModule):
-    """A LitGPT data module over one prepared corpus: tokenizer, training shard, validation shard.
+class PackedCorpus(TokenModule):
+    """A LitGPT data module over one prepared corpus: a tokenizer, shards to train on, shards to validate on.
 
-    A subclass is a dataclass with the user's settings, among them ``seed``, that implements `prepare_corpus`. The
-    order of calls is LitGPT's: ``connect``, ``prepare_data``, ``setup``, then the two loaders. An entry point that
-    wants LitGPT to use (and to copy into the checkpoints) the tokenizer of the corpus calls `prepare_tokenizer`
-    before all of these.
+    A subclass is a dataclass with the user's settings that implements `prepare_corpus`. An entry point that wants
+    LitGPT to use (and to copy into the checkpoints) the tokenizer of the corpus calls `prepare_tokenizer` before
+    ``connect``.
+
+    Attributes:
+        packing: How documents fill the windows. ``stream``: one after the other, cut wherever a window ends.
+            ``best_fit``: whole, as many as fit, the rest of the window is padding. ``pad``: one document a window.
     """
 
-    seed: int
+    packing: Literal["stream", "best_fit", "pad"] = "stream"
 
     def __post_init__(self) -> None:
-        super().__init__()
-        # Ordinary attributes rather than dataclass fields: they are no settings and stay out of logged hyperparameters.
-        self.batch_size = 1
-        self.max_seq_length = -1
-        self.tokenizer: Tokenizer | None = None
+        super().__post_init__()
         self.corpus_path: Path | None = None
-        self._train_tokens: np.ndarray | None = None
-        self._val_tokens: np.ndarray | None = None
 
     @abstractmethod
     def prepare_corpus(self, verbose: bool) -> Path:
@@ -58,9 +57,7 @@ class PackedCorpus(DataModule):
             ValueError: The corpus is prepared already and `tokenizer` is another one. If it is not prepared yet,
                 `prepare_data` raises instead.
         """
-        self.tokenizer = tokenizer
-        self.batch_size = batch_size
-        self.max_seq_length = -1 if max_seq_length is None else max_seq_length
+        super().connect(tokenizer, batch_size, max_seq_length)
         if self.corpus_path is not None:
             self._check_tokenizer()
 
@@ -75,42 +72,42 @@ class PackedCorpus(DataModule):
             self.corpus_path = self.prepare_corpus(verbose=rank_zero_only.rank == 0)
         self._check_tokenizer()
 
-    def setup(self, stage: str = "") -> None:
-        """Opens the token shards."""
+    def open_shards(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """See `TokenModule.open_shards`."""
         self.prepare_data()  # reuses; where only rank 0 was asked to prepare, this finds its result
-        self._train_tokens, self._val_tokens = open_corpus(self.corpus_path)
+        return open_corpus(self.corpus_path)
+
+    def windows(self, shards: list[np.ndarray], name: str) -> Windows:
+        """See `TokenModule.windows` and `packing`."""
+        if self.packing == "stream":
+            return StreamWindows(shards, self.max_seq_length, name)
+        from litgpt_moe_ext.patches.padding import accept_padding
+
+        accept_padding()
+        lengths = document_lengths(shards, read_manifest(self.corpus_path)["eos_id"])
+        packing = pack(lengths, self.max_seq_length, together=self.packing == "best_fit")
+        return DocumentWindows(shards, packing, self.max_seq_length, name)
+
+    def require_vocabulary(self, padded_vocab_size: int) -> None:
+        """See `TokenModule.require_vocabulary`; the ids were checked against the vocabulary when they were written."""
+        self.prepare_data()
+        vocab_size = read_manifest(self.corpus_path)["vocab_size"]
+        if vocab_size > padded_vocab_size:
+            raise ValueError(
+                f"The corpus in {self.corpus_path} has a vocabulary of {vocab_size} tokens, more than the model's "
+                f"padded_vocab_size={padded_vocab_size}. Set model_config.padded_vocab_size to {vocab_size} or more, "
+                "or prepare the corpus with a smaller vocabulary."
+            )
+
+    @property
+    def corpus_id(self) -> str:
+        """The key of the corpus, and how it is packed."""
+        return self.corpus_path.name if self.packing == "stream" else f"{self.corpus_path.name}:{self.packing}"
 
     @property
     def unigram_loss(self) -> float:
         """Validation loss, in nats per token, of a model that knows only how frequent each token is."""
         return read_manifest(self.corpus_path)["unigram_val_loss"]
-
-    def train_dataloader(self) -> TokenLoader:
-        """Returns the shuffled, resumable training loader."""
-        return self._loader(train=True)
-
-    def val_dataloader(self) -> TokenLoader:
-        """Returns the validation loader: file order, every window once."""
-        return self._loader(train=False)
-
-    def _loader(self, train: bool) -> TokenLoader:
-        tokens = self._train_tokens if train else self._val_tokens
-        if tokens is None:
-            raise RuntimeError("Call setup() before asking for a data loader.")
-        if self.max_seq_length < 1:
-            raise ValueError(
-                f"max_seq_length={self.max_seq_length}: call connect(batch_size=..., max_seq_length=...) with the "
-                "length of the model's input before asking for a data loader."
-            )
-        return TokenLoader(
-            tokens,
-            block_size=self.max_seq_length,
-            batch_size=self.batch_size,
-            train=train,
-            seed=self.seed,
-            name="training data" if train else "validation data",
-            corpus=self.corpus_path.name,
-        )
 
     def _check_tokenizer(self) -> None:
         if self.tokenizer is None:

@@ -28,7 +28,13 @@ import psutil
 from tokenizers import Tokenizer
 
 from litgpt_moe_ext.data.shards import open_shard, token_dtype, write_shard
-from litgpt_moe_ext.data.tokenizer import open_for_documents, require_eos, threads_for_tokenizers, train_bpe
+from litgpt_moe_ext.data.tokenizer import (
+    BPESettings,
+    open_for_documents,
+    require_eos,
+    threads_for_tokenizers,
+    train_bpe,
+)
 from litgpt_moe_ext.durable import flush, flush_tree
 
 FORMAT_VERSION = 1  # part of every key; raise it when the same input would lead to other files
@@ -151,6 +157,7 @@ def pack_documents(
     eos_id: int,
     dtype: np.dtype,
     on_progress: Callable[[int], None] = lambda characters: None,
+    bos_id: int | None = None,
 ) -> np.ndarray:
     """Encodes documents and joins them, each followed by the end-of-sequence token.
 
@@ -160,31 +167,38 @@ def pack_documents(
         eos_id: The end-of-sequence token.
         dtype: Integer type of the result; must hold every id.
         on_progress: Called with the number of characters after each group of documents.
+        bos_id: A token to put before each document, or None.
 
     Returns:
         Token ids, shape (N,), of type `dtype`.
     """
     pieces: list[np.ndarray] = [np.empty(0, dtype)]
+    start = [] if bos_id is None else [bos_id]
     with threads_for_tokenizers():
         for group in _groups(texts, _ENCODE_BATCH_CHARACTERS):
             for encoding in tokenizer.encode_batch_fast(group, add_special_tokens=False):
-                ids = encoding.ids
-                ids.append(eos_id)
-                pieces.append(np.array(ids, dtype=dtype))
+                pieces.append(np.array([*start, *encoding.ids, eos_id], dtype=dtype))
             on_progress(sum(map(len, group)))
     return np.concatenate(pieces)
 
 
 def unigram_loss(train: np.ndarray, val: np.ndarray, vocab_size: int) -> float:
-    """Returns the cross-entropy in nats per token of `val` under the token frequencies of `train`.
+    """Returns `token_counts_loss` of tokens, each of shape (N,)."""
+    return token_counts_loss(np.bincount(train, minlength=vocab_size), np.bincount(val, minlength=vocab_size))
 
-    Every count is raised by one (Laplace), so that an id which is missing in `train` does not make it infinite. A model
-    below this value has learned something from context.
+
+def token_counts_loss(train: np.ndarray, val: np.ndarray) -> float:
+    """Returns the cross-entropy in nats per token of validation tokens under the frequencies of training tokens.
+
+    Every training count is raised by one (Laplace), so that an id which is missing there does not make it infinite. A
+    model below this value has learned something from context.
+
+    Args:
+        train: How often each id occurs, shape (vocabulary,).
+        val: Likewise.
     """
-    counts = np.bincount(train, minlength=vocab_size) + 1.0
-    seen = np.bincount(val, minlength=vocab_size)
-    log_probabilities = np.log(counts / counts.sum())
-    return float(-(seen @ log_probabilities) / seen.sum())
+    smoothed = train + 1.0
+    return float(-(val @ np.log(smoothed / smoothed.sum())) / val.sum())
 
 
 def build_corpus(
@@ -210,7 +224,7 @@ def build_corpus(
     total = sum(len(document.text) for part in all_documents for document in part)
     on_progress("training tokenizer", 0, total)
     tokenizer_dir = directory / TOKENIZER_DIR
-    train_bpe((document.text for document in split.train), vocab_size, tokenizer_dir)
+    train_bpe((document.text for document in split.train), BPESettings(vocab_size), tokenizer_dir)
     tokenizer = open_for_documents(tokenizer_dir)
     eos_id = require_eos(tokenizer_dir)
     actual_vocab = tokenizer.get_vocab_size()
@@ -282,9 +296,10 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def open_corpus(directory: Path) -> tuple[np.memmap, np.memmap]:
-    """Returns the training and the validation tokens of a finished corpus, read-only, each of shape (N,)."""
-    return open_shard(directory / TRAIN_SHARD), open_shard(directory / VAL_SHARD)
+def open_corpus(directory: Path) -> tuple[list[np.memmap], list[np.memmap]]:
+    """Returns the training and the validation shards of a finished corpus in order, read-only, each of shape (N_i,)."""
+    train, val = ([open_shard(path) for path in sorted(directory.glob(f"{side}*.bin"))] for side in ("train", "val"))
+    return train, val
 
 
 def check_root(root: Path) -> None:

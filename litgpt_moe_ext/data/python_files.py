@@ -21,7 +21,7 @@ from litgpt_moe_ext.data.prepare import (
     progress_bar,
     read_manifest,
 )
-from litgpt_moe_ext.data.tokenizer import check_vocab_size
+from litgpt_moe_ext.data.tokenizer import BPESettings
 
 # Tests are repetitive and hold binary-like literals; packages are not part of the standard library.
 SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
@@ -129,7 +129,7 @@ def prepare_python_files(
         ValueError: A setting cannot work, or a finished corpus was damaged.
         OSError: Writing failed, say on a full disk. Nothing half-finished is left.
     """
-    check_vocab_size(vocab_size)
+    BPESettings(vocab_size).check()
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction} must lie between 0 and 1, both excluded, for example 0.05.")
     started = time.perf_counter()

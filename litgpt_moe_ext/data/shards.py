@@ -1,21 +1,26 @@
-"""Token shard files: a 256-word header followed by the token ids.
+"""Token shard files: written in one form, read in every form that circulates.
 
-The layout is the one of llm.c's data scripts (https://github.com/karpathy/llm.c, ``dev/data``): 256 little-endian int32
-words, of which the first three are magic number, version and token count, then the tokens.
+Written is the layout of llm.c's data scripts (https://github.com/karpathy/llm.c, ``dev/data``): 256 little-endian int32
+words, of which the first three are magic number, version and token count, then the tokens. A header makes the two ways
+in which raw files go wrong visible: a truncated copy and a wrong integer width.
 
-====================  ========  =======  ==========
-magic                 version   tokens   vocabulary
-====================  ========  =======  ==========
-20240520 (GPT-2)      1         uint16   up to 65,536
-20240801 (Llama 3)    7         uint32   larger
-====================  ========  =======  ==========
+What a file is, its bytes tell and not its name:
 
-A header makes the two ways in which raw files go wrong visible: a truncated copy and a wrong integer width.
+===================================  ========  =======  ===================================
+first bytes                          version   tokens   written by
+===================================  ========  =======  ===================================
+int32 20240520                       1         uint16   llm.c and modded-nanogpt for GPT-2
+int32 20240801                       7         uint32   llm.c for Llama 3
+``\\x93NUMPY``                        any       uint16,  build-nanogpt (``np.save``)
+                                               uint32
+anything else                        none      uint16   nanoGPT (``ndarray.tofile``)
+===================================  ========  =======  ===================================
 """
 
 import os
 import uuid
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -25,6 +30,18 @@ MAX_UINT16_VOCAB = 1 << 16
 
 _FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
 _EVAL_MAGIC = 20240522  # llm.c's multiple-choice files share the suffix and hold no training text
+_NUMPY_MAGIC = b"\x93NUMPY"
+# Files that end up beside shards, and that would pass for headerless tokens.
+_FOREIGN = {
+    b"\x1f\x8b\x08": "gzip",
+    b"PK\x03\x04": "a zip archive",
+    b"PAR1": "parquet",
+    b"\x28\xb5\x2f\xfd": "zstandard",
+}
+# So many tokens in a row with every second one zero are 4-byte integers: text does not look like that.
+_WIDE_SAMPLE = 1 << 20
+_WIDE_MINIMUM = 32
+_SCAN_TOKENS = 1 << 24
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -76,43 +93,114 @@ def write_shard(path: str | os.PathLike, tokens: np.ndarray, vocab_size: int) ->
 
 
 def open_shard(path: str | os.PathLike) -> np.memmap:
-    """Maps a shard into memory, read-only.
+    """Maps a shard of any known form into memory, read-only.
 
     Returns:
-        The token ids, shape (N,), dtype uint16 or uint32 as the header says. Nothing is read until it is indexed.
+        The token ids, shape (N,), dtype uint16 or uint32. Nothing but the header and a sample is read until it is
+        indexed. Its attribute ``offset`` is the byte at which the tokens start.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is no shard, is truncated, is empty, or its header contradicts its size.
+        OSError: There is no such file, or it cannot be read.
+        ValueError: The file is no shard, is truncated, is empty, has an odd number of bytes, holds wider integers than
+            its form says, or its header contradicts its size.
     """
     path = Path(path)
     size = path.stat().st_size
-    if size < HEADER_BYTES:
-        raise ValueError(
-            f"{path} is truncated or no token shard: it has {size} bytes, the header alone takes {HEADER_BYTES}. "
-            "Prepare or download it again."
-        )
-    header = np.fromfile(path, dtype="<i4", count=3)
-    magic, version, count = (int(word) for word in header)
+    if size == 0:
+        raise ValueError(f"{path} is empty: it has 0 bytes. Prepare or download it again.")
+    with open(path, "rb") as file:
+        start = file.read(HEADER_BYTES)
+        if start.startswith(_NUMPY_MAGIC):
+            return _map(path, size, *_numpy_header(path, file))
+    for magic_bytes, kind in _FOREIGN.items():
+        if start.startswith(magic_bytes):
+            raise ValueError(f"{path} is {kind}, not a token shard. Prepare a corpus from it with a text data module.")
+    magic = int.from_bytes(start[:4], "little", signed=True)
     if magic == _EVAL_MAGIC:
         raise ValueError(f"{path} has magic {magic}: a multiple-choice evaluation file, not training tokens.")
-    if magic not in _FORMATS:
+    if magic in _FORMATS:
+        return _map(path, size, *_llmc_header(path, start, magic))
+    if len(start) == HEADER_BYTES and not any(start[12:]):
         known = ", ".join(str(known_magic) for known_magic in _FORMATS)
+        raise ValueError(f"{path} has a header with the wrong magic number {magic} at byte 0; known are {known}.")
+    if size % 2:
         raise ValueError(
-            f"{path} has the wrong magic number {magic}; a token shard starts with one of {known}. "
-            "A file of raw tokens without a header has to be converted first."
+            f"{path} has {size} bytes, an odd number, and no header: no whole number of uint16 tokens. The file is "
+            "truncated or no token shard. Prepare or download it again."
         )
+    tokens = np.memmap(path, dtype="<u2", mode="r")
+    sample = tokens[: min(_WIDE_SAMPLE, len(tokens) // 2 * 2)]
+    if len(sample) >= _WIDE_MINIMUM and not sample[1::2].any():
+        raise ValueError(
+            f"{path} has no header and every second uint16 is zero (from byte 2 to byte {2 * len(sample)}): it holds "
+            "uint32 tokens. Convert it: write_shard(new_path, numpy.fromfile(path, '<u4'), vocab_size)."
+        )
+    return tokens
+
+
+def check_token_ids(tokens: np.memmap, vocab_size: int) -> None:
+    """Raises ValueError, with file, position and byte, if a shard holds an id outside the vocabulary.
+
+    Reads the whole shard once: about 0.03 s per 100 million tokens if it is in memory.
+    """
+    for start in range(0, len(tokens), _SCAN_TOKENS):
+        part = tokens[start : start + _SCAN_TOKENS]
+        if part.max() >= vocab_size:
+            index = start + int(np.argmax(part >= vocab_size))
+            raise ValueError(
+                f"{tokens.filename} has token id {tokens[index]} at token {index} (byte "
+                f"{tokens.offset + index * tokens.itemsize}), outside a vocabulary of {vocab_size} entries. The shard "
+                "was made with another tokenizer, or holds integers of another width: use the tokenizer and the "
+                "vocabulary it was made with."
+            )
+
+
+def _llmc_header(path: Path, start: bytes, magic: int) -> tuple[np.dtype, int, int]:
+    """Returns dtype, token count and offset of the tokens from the header of an llm.c file."""
+    if len(start) < HEADER_BYTES:
+        raise ValueError(
+            f"{path} is truncated: it has {len(start)} bytes, its header alone takes {HEADER_BYTES}. Prepare or "
+            "download it again."
+        )
+    version, count = (int(word) for word in np.frombuffer(start, "<i4", count=3)[1:])
     expected_version, dtype = _FORMATS[magic]
     if version != expected_version:
-        raise ValueError(f"{path} has version {version} under magic {magic}; only version {expected_version} is known.")
+        raise ValueError(
+            f"{path} has version {version} at byte 4 under magic {magic}; only version {expected_version} is known."
+        )
     if count <= 0:
-        raise ValueError(f"{path} is empty: its header counts {count} tokens. Prepare or download it again.")
-    expected = HEADER_BYTES + count * dtype.itemsize
+        raise ValueError(f"{path} is empty: its header counts {count} tokens at byte 8. Prepare or download it again.")
+    return dtype, count, HEADER_BYTES
+
+
+def _numpy_header(path: Path, file: BinaryIO) -> tuple[np.dtype, int, int]:
+    """Returns dtype, token count and offset of the tokens from the header of a NumPy file."""
+    file.seek(0)
+    try:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} has a damaged NumPy header, read up to byte {file.tell()} ({error}). Prepare or download it again."
+        ) from error
+    if len(shape) != 1 or dtype not in (np.dtype("<u2"), np.dtype("<u4")):
+        raise ValueError(
+            f"{path} holds an array of shape {shape} and dtype {dtype}; a token shard is one-dimensional, uint16 or "
+            "uint32. Convert it: numpy.save(path, array.astype(numpy.uint16).ravel())."
+        )
+    if shape[0] == 0:
+        raise ValueError(f"{path} is empty: its header counts 0 tokens. Prepare or download it again.")
+    return dtype, shape[0], file.tell()
+
+
+def _map(path: Path, size: int, dtype: np.dtype, count: int, offset: int) -> np.memmap:
+    expected = offset + count * dtype.itemsize
     if size != expected:
-        found = (size - HEADER_BYTES) / dtype.itemsize
+        found = (size - offset) / dtype.itemsize
         state = "is truncated" if size < expected else "is longer than its header says"
         raise ValueError(
             f"{path} {state}: the header counts {count} tokens ({expected} bytes), the file has {size} bytes "
             f"({found:g} tokens). Prepare or download it again."
         )
-    return np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(count,))
+    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,))

@@ -1,4 +1,4 @@
-"""Training and opening byte-level BPE tokenizers.
+"""Training and opening BPE tokenizers.
 
 A tokenizer directory holds the two files that LitGPT copies beside every checkpoint and that ``transformers`` reads as
 well: ``tokenizer.json`` and ``tokenizer_config.json``. This module needs neither of the two libraries.
@@ -8,76 +8,133 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 EOS_TOKEN = "<|endoftext|>"
 _BYTES = 256
+# GPT-2's division of text into words with their leading space, numbers, punctuation and white space.
+_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _parallelism_is_ours = False  # whether TOKENIZERS_PARALLELISM holds our value rather than a choice of the user
 
 
-def check_vocab_size(vocab_size: int, special_tokens: Sequence[str] = (EOS_TOKEN,)) -> None:
-    """Raises ValueError unless the vocabulary has room for the 256 bytes and the special tokens."""
-    smallest = _BYTES + len(special_tokens)
-    if vocab_size < smallest:
-        raise ValueError(
-            f"vocab_size={vocab_size} is too small for a byte-level tokenizer: {_BYTES} bytes and "
-            f"{len(special_tokens)} special token(s) take {smallest} entries. Set vocab_size to {smallest} or more."
-        )
+@dataclass(frozen=True, slots=True)
+class BPESettings:
+    """What a BPE tokenizer is trained for.
+
+    Attributes:
+        vocab_size: Upper bound on the number of entries; a small text may offer fewer merges.
+        special_tokens: Tokens that get the first ids, in this order; at least one.
+        eos_token: The one that ends a document; default: the first.
+        bos_token: The one that starts a document; default: that which ends it, as in GPT-2, because what starts a
+            document is the end of the one before it.
+        unk_token: The one for what is not in the vocabulary, or None. As every byte is, it never appears in a text.
+        byte_mode: ``level`` turns text into bytes before it merges (GPT-2); ``fallback`` merges characters, and writes
+            rare ones as bytes (Llama 2).
+    """
+
+    vocab_size: int
+    special_tokens: Sequence[str] = (EOS_TOKEN,)
+    eos_token: str | None = None
+    bos_token: str | None = None
+    unk_token: str | None = None
+    byte_mode: Literal["level", "fallback"] = "level"
+
+    def check(self) -> None:
+        """Raises ValueError unless there is room for the 256 bytes and the special tokens, and these fit together."""
+        if not self.special_tokens:
+            raise ValueError("special_tokens is empty; name at least the token that ends a document.")
+        if len(set(self.special_tokens)) < len(self.special_tokens):
+            raise ValueError(f"special_tokens={list(self.special_tokens)} names a token twice.")
+        for name in ("eos_token", "bos_token", "unk_token"):
+            token = getattr(self, name)
+            if token is not None and token not in self.special_tokens:
+                raise ValueError(
+                    f"{name}={token!r} is none of special_tokens={list(self.special_tokens)}. Add it there."
+                )
+        if self.byte_mode not in ("level", "fallback"):
+            raise ValueError(f"byte_mode={self.byte_mode!r} must be level or fallback.")
+        smallest = _BYTES + len(self.special_tokens)
+        if self.vocab_size < smallest:
+            raise ValueError(
+                f"vocab_size={self.vocab_size} is too small for a byte-level tokenizer: {_BYTES} bytes and "
+                f"{len(self.special_tokens)} special token(s) take {smallest} entries. Set vocab_size to {smallest} or "
+                "more."
+            )
 
 
-def train_bpe(
-    texts: Iterable[str],
-    vocab_size: int,
-    directory: str | os.PathLike,
-    special_tokens: Sequence[str] = (EOS_TOKEN,),
-) -> Tokenizer:
-    """Trains a byte-level BPE tokenizer and writes its directory.
+def train_bpe(texts: Iterable[str], settings: BPESettings, directory: str | os.PathLike) -> Tokenizer:
+    """Trains a BPE tokenizer and writes its directory.
 
-    Every text round-trips: all 256 bytes are in the vocabulary, nothing is normalised, no prefix space is added. For
-    that reason there is no unknown token. The special tokens get the first ids, in the given order; the first one
-    ends a document and doubles as BOS, as in GPT-2, because what starts a document is the end of the one before it.
-    It is not added by default. The same texts give the same files.
+    Every text round-trips: all 256 bytes are in the vocabulary, nothing is normalised, no prefix space is added. No
+    special token is added to a text by default. The same texts give the same files.
 
     Args:
         texts: The documents to learn merges from.
-        vocab_size: Upper bound on the number of entries; a small text may offer fewer merges.
+        settings: The vocabulary.
         directory: Where to write; created if missing.
-        special_tokens: At least one.
 
     Raises:
-        ValueError: `vocab_size` is too small or there is no special token.
+        ValueError: The settings cannot work.
     """
-    if not special_tokens:
-        raise ValueError("special_tokens is empty; name at least the token that ends a document.")
-    check_vocab_size(vocab_size, special_tokens)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(special_tokens),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
+    settings.check()
     with threads_for_tokenizers():
-        tokenizer.train_from_iterator(texts, trainer)
-
+        train = _train_on_bytes if settings.byte_mode == "level" else _train_on_characters
+        tokenizer = train(texts, settings)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
+    eos_token = settings.eos_token or settings.special_tokens[0]
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # LitGPT requires the key, transformers acts on it
-        "bos_token": special_tokens[0],
-        "eos_token": special_tokens[0],
-        "unk_token": None,
+        "bos_token": settings.bos_token or eos_token,
+        "eos_token": eos_token,
+        "unk_token": settings.unk_token,
         "add_bos_token": False,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,  # the clean-up would change "a , b" and so break the round trip
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return tokenizer
+
+
+def _train_on_bytes(texts: Iterable[str], settings: BPESettings) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(unk_token=settings.unk_token))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocab_size,
+        special_tokens=list(settings.special_tokens),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _train_on_characters(texts: Iterable[str], settings: BPESettings) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(unk_token=settings.unk_token, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORDS), behavior="isolated")
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    free = settings.vocab_size - _BYTES
+    trainer = trainers.BpeTrainer(
+        vocab_size=free,
+        special_tokens=list(settings.special_tokens),
+        # Rare characters cost an entry each; as bytes they cost a few tokens each time.
+        limit_alphabet=min(1000, free // 4),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    # The trainer knows no byte tokens. As special tokens they would be matched in texts, so they enter here, between
+    # the special tokens and the others; merges refer to tokens by name.
+    state = json.loads(tokenizer.to_str())
+    learned = sorted(state["model"]["vocab"], key=state["model"]["vocab"].get)[len(settings.special_tokens) :]
+    tokens = [*settings.special_tokens, *(f"<0x{byte:02X}>" for byte in range(_BYTES)), *learned]
+    state["model"]["vocab"] = {token: number for number, token in enumerate(tokens)}
+    return Tokenizer.from_str(json.dumps(state))
 
 
 def open_for_documents(directory: str | os.PathLike) -> Tokenizer:
@@ -101,41 +158,57 @@ def open_for_documents(directory: str | os.PathLike) -> Tokenizer:
 
 
 def require_eos(directory: str | os.PathLike) -> int:
-    """Returns the id of the end-of-sequence token of a tokenizer directory.
+    """Returns the id of the token that ends a document; see `require_token`."""
+    return require_token(directory, "eos", "end-of-sequence", "documents cannot be kept apart")
 
-    Looks where LitGPT looks: ``eos_token`` in ``tokenizer_config.json``, then ``eos_token_id`` in
+
+def require_bos(directory: str | os.PathLike) -> int:
+    """Returns the id of the token that starts a document; see `require_token`."""
+    return require_token(directory, "bos", "beginning-of-sequence", "none can be put before a document")
+
+
+def require_token(directory: str | os.PathLike, kind: str, name: str, consequence: str) -> int:
+    """Returns the id of a special token of a tokenizer directory.
+
+    Looks where LitGPT looks: ``<kind>_token`` in ``tokenizer_config.json``, then ``<kind>_token_id`` in
     ``generation_config.json``.
+
+    Args:
+        directory: The tokenizer directory.
+        kind: ``eos`` or ``bos``.
+        name: What to call the token in error messages.
+        consequence: What does not work without it.
 
     Raises:
         FileNotFoundError: The directory has no ``tokenizer.json``.
-        ValueError: No file names an EOS token, or it is not in the vocabulary.
+        ValueError: No file names the token, or it is not in the vocabulary.
     """
     directory = Path(directory)
     tokenizer = open_for_documents(directory)
     config_path = directory / "tokenizer_config.json"
-    token = _read_json(config_path).get("eos_token")
+    token = _read_json(config_path).get(f"{kind}_token")
     if isinstance(token, dict):
         token = token.get("content")
     if token is not None:
         token_id = tokenizer.token_to_id(token)
         if token_id is None:
             raise ValueError(
-                f"{config_path} names eos_token {token!r}, which is not in the vocabulary of tokenizer.json. "
+                f"{config_path} names {kind}_token {token!r}, which is not in the vocabulary of tokenizer.json. "
                 "Name a token of the vocabulary."
             )
         return token_id
-    token_id = _read_json(directory / "generation_config.json").get("eos_token_id")
+    token_id = _read_json(directory / "generation_config.json").get(f"{kind}_token_id")
     if isinstance(token_id, list):
         token_id = token_id[0] if token_id else None
     if token_id is None:
         raise ValueError(
-            f"The tokenizer in {directory} has no end-of-sequence token, so documents cannot be kept apart. Add "
-            f'"eos_token": "<a token of the vocabulary>" (and "tokenizer_class": "PreTrainedTokenizerFast") to '
+            f"The tokenizer in {directory} has no {name} token, so {consequence}. Add "
+            f'"{kind}_token": "<a token of the vocabulary>" (and "tokenizer_class": "PreTrainedTokenizerFast") to '
             f"{config_path}."
         )
     if tokenizer.id_to_token(token_id) is None:
         raise ValueError(
-            f"{directory / 'generation_config.json'} names eos_token_id {token_id}, outside the vocabulary."
+            f"{directory / 'generation_config.json'} names {kind}_token_id {token_id}, outside the vocabulary."
         )
     return token_id
 

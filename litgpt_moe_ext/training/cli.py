@@ -13,6 +13,8 @@ SHORT_FORMS = {
     "--micro-batch-size": "--train.micro_batch_size",
     "--global-batch-size": "--train.global_batch_size",
     "--max-seq-length": "--train.max_seq_length",
+    "--wandb-dataset": "--wandb_dataset",
+    "--wandb-artifacts-dir": "--wandb_artifacts_dir",
 }
 
 USAGE = "run_train.py [--config FILE] [--resume auto|true|PATH] [--KEY VALUE ...]"

@@ -14,6 +14,7 @@ from litgpt.data import DataModule
 from litgpt.types import LoggerChoice
 
 import litgpt_moe_ext
+import litgpt_moe_ext.data
 from litgpt_moe_ext.training.arguments import SampleArgs
 from litgpt_moe_ext.training.checks import (
     SettingsError,
@@ -58,6 +59,8 @@ def setup(
     compile: bool | Literal["auto"] = "auto",
     progress: bool | None = None,
     sample: SampleArgs = SampleArgs(),  # noqa: B008
+    wandb_dataset: str | None = None,
+    wandb_artifacts_dir: Path | None = None,
 ) -> None:
     """Pretrain a model with LitGPT.
 
@@ -83,6 +86,8 @@ def setup(
         compile: Whether to use `torch.compile`; auto does where it works and pays, and says so.
         progress: Draw a progress bar. Default: if the output is a terminal.
         sample: Text to write after every validation.
+        wandb_dataset: Train on a prepared corpus from W&B, entity/project/name:alias, instead of that of `data`.
+        wandb_artifacts_dir: Where to keep it. Default: data/wandb.
 
     Raises:
         SettingsError: If a setting or an input is wrong; before any training, with the setting, its value and a remedy.
@@ -98,6 +103,8 @@ def setup(
         check_intervals(train, eval)
         check_seed(seed)
         check_optimizer(optimizer)
+        if wandb_dataset is not None:
+            data = litgpt_moe_ext.data.WandbCorpus.instead_of(data, wandb_dataset, wandb_artifacts_dir)
         out_dir = Path(out_dir)
         check_writable(out_dir)
         if initial_checkpoint_dir is not None:

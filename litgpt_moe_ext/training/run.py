@@ -133,6 +133,8 @@ class Run:
                 raise ValueError(f"tokenizer_dir: {str(tokenizer_dir)!r} cannot be opened: {error}") from error
             check_tokenizer(self.tokenizer, tokenizer_dir, self.config.padded_vocab_size)
         self.tokenizer_dir = tokenizer_dir
+        if hasattr(data, "require_vocabulary"):
+            data.require_vocabulary(self.config.padded_vocab_size)
 
     def add_samples(self, sample: SampleArgs) -> None:
         """Have text written after every validation."""

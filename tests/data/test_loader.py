@@ -7,6 +7,7 @@ from lightning.fabric import Fabric
 from litgpt.utils import CycleIterator
 
 from litgpt_moe_ext.data.loader import TokenLoader
+from litgpt_moe_ext.data.windows import StreamWindows
 
 
 def tokens_of(windows: int, block_size: int, rest: int = 0) -> np.ndarray:
@@ -15,7 +16,7 @@ def tokens_of(windows: int, block_size: int, rest: int = 0) -> np.ndarray:
 
 
 def make(windows=11, block_size=4, batch_size=2, train=True, **options) -> TokenLoader:
-    return TokenLoader(tokens_of(windows, block_size), block_size, batch_size, train, **options)
+    return TokenLoader(StreamWindows([tokens_of(windows, block_size)], block_size), batch_size, train, **options)
 
 
 def take(loader, count: int) -> list[list[list[int]]]:
@@ -35,7 +36,7 @@ def window_ids(batches, block_size: int) -> list[int]:
 
 
 def test_windows_share_their_border_token():
-    loader = TokenLoader(np.arange(10, dtype=np.uint32), 4, 2, train=False)
+    loader = TokenLoader(StreamWindows([np.arange(10, dtype=np.uint32)], 4), 2, train=False)
     assert [batch.tolist() for batch in loader] == [[[0, 1, 2, 3, 4], [4, 5, 6, 7, 8]]]
     assert [row.tolist() for row in loader.dataset] == [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8]]
 
@@ -50,6 +51,8 @@ def test_order_is_fixed_by_seed_and_epoch():
 def test_training_is_shuffled_and_evaluation_is_not():
     assert window_ids(make(train=False), 4) == list(range(11))
     assert window_ids(make(), 4) != sorted(window_ids(make(), 4))
+    in_order = make(shuffle=False)
+    assert window_ids([*in_order, *in_order], 4) == 2 * list(range(10))
 
 
 @settings(max_examples=150, deadline=None)
@@ -60,14 +63,16 @@ def test_training_is_shuffled_and_evaluation_is_not():
     world=st.integers(1, 6),
     seed=st.integers(0, 5),
     rest=st.integers(0, 8),
+    shards=st.integers(1, 9),
 )
-def test_every_window_once_over_all_ranks(windows, block_size, batch_size, world, seed, rest):
+def test_every_window_once_over_all_ranks(windows, block_size, batch_size, world, seed, rest, shards):
     rest = min(rest, block_size - 1)
-    data = tokens_of(windows, block_size, rest)
+    data = np.array_split(tokens_of(windows, block_size, rest), shards)
     assume(windows >= world)
 
     def loaders(train):
-        return [TokenLoader(data, block_size, batch_size, train, seed, rank=r, world_size=world) for r in range(world)]
+        windows = StreamWindows(data, block_size)
+        return [TokenLoader(windows, batch_size, train, seed, rank=r, world_size=world) for r in range(world)]
 
     evaluation = [list(loader) for loader in loaders(False)]
     assert len({len(batches) for batches in evaluation}) == 1
@@ -161,7 +166,7 @@ def test_global_generator_is_left_alone():
 
 def test_batches_have_their_own_memory():
     data = tokens_of(11, 4)
-    iterator = iter(TokenLoader(data, 4, 2, train=True))
+    iterator = iter(TokenLoader(StreamWindows([data], 4), 2, train=True))
     first = next(iterator)
     copy = first.clone()
     next(iterator)
@@ -189,6 +194,7 @@ def test_rank_and_world_come_from_torch_distributed_when_iteration_starts(monkey
         ({"batch_size": 3}, "batch_size: 2 in the checkpoint, 3 now"),
         ({"rank": 0, "world_size": 2}, "world_size: 1 in the checkpoint, 2 now"),
         ({"seed": 7}, "seed: 42 in the checkpoint, 7 now"),
+        ({"shuffle": False}, "shuffle: True in the checkpoint, False now"),
         ({"corpus": "other"}, "corpus: '' in the checkpoint, 'other' now"),
     ],
 )
@@ -223,6 +229,6 @@ def test_impossible_settings(options, message):
 
 def test_data_shorter_than_a_window():
     with pytest.raises(ValueError, match=r"validation data has 4 tokens, but one window of max_seq_length=4 needs 5"):
-        TokenLoader(np.arange(4, dtype=np.uint16), 4, 1, train=False, name="validation data")
+        StreamWindows([np.arange(4, dtype=np.uint16)], 4, "validation data")
     with pytest.raises(ValueError, match="block size .max_seq_length. of at least 1, got 0"):
-        TokenLoader(np.arange(4, dtype=np.uint16), 0, 1, train=False)
+        StreamWindows([np.arange(4, dtype=np.uint16)], 0)

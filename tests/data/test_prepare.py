@@ -25,7 +25,7 @@ from litgpt_moe_ext.data.prepare import (
     unigram_loss,
 )
 from litgpt_moe_ext.data.python_files import prepare_python_files, read_python_files, split_documents
-from litgpt_moe_ext.data.tokenizer import open_for_documents, train_bpe
+from litgpt_moe_ext.data.tokenizer import BPESettings, open_for_documents, train_bpe
 
 
 def run(data_path, source_path, vocab_size=300, val_fraction=0.2, seed=42):
@@ -47,7 +47,7 @@ def texts_of(tokens: np.ndarray, tokenizer: Tokenizer) -> list[str]:
 
 
 def test_shards_hold_exactly_the_documents(corpus, sources):
-    train, val = open_corpus(corpus)
+    (train,), (val,) = open_corpus(corpus)
     tokenizer = Tokenizer.from_file(str(corpus / TOKENIZER_DIR / "tokenizer.json"))
     split = split_documents(read_python_files(sources).documents, 0.2, 42)
     assert texts_of(train, tokenizer) == [document.text for document in split.train]
@@ -59,14 +59,14 @@ def test_shards_hold_exactly_the_documents(corpus, sources):
 
 def test_the_tokenizer_learns_from_the_training_files_only(corpus, sources, tmp_path):
     split = split_documents(read_python_files(sources).documents, 0.2, 42)
-    train_bpe((document.text for document in split.train), 300, tmp_path)
+    train_bpe((document.text for document in split.train), BPESettings(300), tmp_path)
     prepared = corpus / TOKENIZER_DIR / "tokenizer.json"
     assert prepared.read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
 
 
 def test_manifest(corpus, sources):
     manifest = json.loads((corpus / MANIFEST).read_text())
-    train, val = open_corpus(corpus)
+    (train,), (val,) = open_corpus(corpus)
     size = sum(path.stat().st_size for path in sources.rglob("*.py"))
     assert manifest["files"] == manifest["documents_train"] + manifest["documents_val"] == 40
     assert manifest["bytes"] == manifest["bytes_train"] + manifest["bytes_val"] == size
@@ -112,7 +112,7 @@ def test_no_content_in_both_splits(tmp_path, write_sources):
             path.with_name(f"{path.stem}_copy{copy}.py").write_bytes(path.read_bytes())
     corpus = run(tmp_path / "cache", source)
     tokenizer = Tokenizer.from_file(str(corpus / TOKENIZER_DIR / "tokenizer.json"))
-    train, val = (texts_of(tokens, tokenizer) for tokens in open_corpus(corpus))
+    train, val = (texts_of(tokens, tokenizer) for (tokens,) in open_corpus(corpus))
     assert set(train).isdisjoint(val)
     assert len(train) + len(val) == len({*train, *val}) == 20
     assert read_manifest(corpus)["files_duplicate"] == 100
@@ -428,8 +428,8 @@ def test_a_vocabulary_beyond_uint16_takes_four_bytes(tmp_path, corpus, sources, 
     # Learning 65,536 merges would need a large text, so the limit comes down to the corpus.
     monkeypatch.setattr(shards, "MAX_UINT16_VOCAB", 299)
     wide = run(tmp_path, sources)
-    assert [tokens.dtype for tokens in open_corpus(wide)] == [np.uint32] * 2
-    for wide_tokens, tokens in zip(open_corpus(wide), open_corpus(corpus), strict=True):
+    assert [tokens.dtype for (tokens,) in open_corpus(wide)] == [np.uint32] * 2
+    for (wide_tokens,), (tokens,) in zip(open_corpus(wide), open_corpus(corpus), strict=True):
         assert np.array_equal(wide_tokens, tokens)
 
 

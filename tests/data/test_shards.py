@@ -1,3 +1,4 @@
+import io
 import os
 
 import numpy as np
@@ -6,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from litgpt_moe_ext.data import shards
-from litgpt_moe_ext.data.shards import open_shard, write_shard
+from litgpt_moe_ext.data.shards import check_token_ids, open_shard, write_shard
 
 
 def raw_shard(path, magic=20240520, version=1, count=3, body=b"\1\0\2\0\3\0"):
@@ -68,12 +69,91 @@ def test_bad_files_are_named(tmp_path, change, message):
     assert str(path) in str(error.value)
 
 
-@pytest.mark.parametrize("size", [0, 12, 1023])
-def test_shorter_than_a_header(tmp_path, size):
-    path = tmp_path / "short.bin"
-    path.write_bytes(bytes(size))
-    with pytest.raises(ValueError, match=f"truncated or no token shard: it has {size} bytes"):
+def test_shorter_than_its_header(tmp_path):
+    path = raw_shard(tmp_path / "short.bin")
+    os.truncate(path, 1023)
+    with pytest.raises(ValueError, match="short.bin is truncated: it has 1023 bytes, its header alone takes 1024"):
         open_shard(path)
+
+
+TOKENS = np.array([50256, 5, 300, 17] * 20, "<u2")
+
+
+def save_npy_under_another_name(path):
+    with open(path, "wb") as file:
+        np.save(file, TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.npy", lambda path: np.save(path, TOKENS)),
+        ("wide.npy", lambda path: np.save(path, TOKENS.astype("<u4"))),
+        ("npy_inside.bin", save_npy_under_another_name),
+        ("llmc.bin", lambda path: write_shard(path, TOKENS, 50257)),
+        ("llama.bin", lambda path: write_shard(path, TOKENS, 128256)),
+        ("raw.bin", lambda path: TOKENS.tofile(path)),
+    ],
+)
+def test_every_form_by_its_bytes(tmp_path, name, write):
+    path = tmp_path / name
+    write(path)
+    tokens = open_shard(path)
+    assert isinstance(tokens, np.memmap)
+    assert tokens.dtype == (np.uint32 if name in ("wide.npy", "llama.bin") else np.uint16)
+    assert tokens.tolist() == TOKENS.tolist()
+    check_token_ids(tokens, 50257)
+    with pytest.raises(ValueError, match=rf"{name} has token id 50256 at token 0 .byte {tokens.offset}., outside"):
+        check_token_ids(tokens, 50256)
+
+
+def test_short_headerless_files_are_read(tmp_path):
+    path = tmp_path / "a.bin"
+    np.array([1, 0, 2, 0], "<u2").tofile(path)
+    assert open_shard(path).tolist() == [1, 0, 2, 0]
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty: it has 0 bytes"),
+        (TOKENS.tobytes() + b"x", "has 161 bytes, an odd number, and no header"),
+        (TOKENS.astype("<u4").tobytes(), "every second uint16 is zero .from byte 2 to byte 320.: it holds uint32"),
+        (npy(TOKENS)[:-2], "is truncated: the header counts 80 tokens .288 bytes., the file has 286 bytes .79 tok"),
+        (npy(TOKENS) + b"xx", "is longer than its header says: the header counts 80 tokens"),
+        (npy(TOKENS)[:40], "has a damaged NumPy header, read up to byte"),
+        (npy(TOKENS.astype(float)), r"shape \(80,\) and dtype float64; a token shard is one-dimensional"),
+        (npy(TOKENS.reshape(2, 40)), r"holds an array of shape \(2, 40\)"),
+        (npy(TOKENS.astype(">u2")), "dtype >u2"),
+        (npy(TOKENS[:0]), "is empty: its header counts 0 tokens"),
+        (b"\x1f\x8b\x08\x00" + bytes(range(50)), "is gzip, not a token shard"),
+        (b"PAR1" + bytes(range(50)), "is parquet, not a token shard"),
+    ],
+)
+def test_bad_files_of_other_forms_are_named(tmp_path, content, message):
+    path = tmp_path / "bad.bin"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        open_shard(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_bad_id_is_found_in_later_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "_SCAN_TOKENS", 16)
+    path = tmp_path / "a.bin"
+    tokens = np.arange(50)
+    tokens[[37, 41]] = 60000, 60001
+    write_shard(path, tokens, 65536)
+    with pytest.raises(
+        ValueError, match=r"a.bin has token id 60000 at token 37 .byte 1098., outside a vocabulary of 50"
+    ):
+        check_token_ids(open_shard(path), 50257)
 
 
 def test_missing_file(tmp_path):

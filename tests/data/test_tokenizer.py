@@ -13,7 +13,14 @@ from tokenizers import models
 from transformers import AutoTokenizer
 
 from litgpt_moe_ext.data import tokenizer as module
-from litgpt_moe_ext.data.tokenizer import EOS_TOKEN, open_for_documents, require_eos, train_bpe
+from litgpt_moe_ext.data.tokenizer import (
+    EOS_TOKEN,
+    BPESettings,
+    open_for_documents,
+    require_bos,
+    require_eos,
+    train_bpe,
+)
 
 TEXTS = ["def read(self, value):\n    return self.value\n" * 3, "for key, value in items.items():\n\tprint(key)\n" * 3]
 
@@ -21,7 +28,7 @@ TEXTS = ["def read(self, value):\n    return self.value\n" * 3, "for key, value 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer")
-    train_bpe(TEXTS, 290, path)
+    train_bpe(TEXTS, BPESettings(290), path)
     return path
 
 
@@ -36,7 +43,7 @@ def hf_tokenizer(directory):
 
 
 def test_training_is_deterministic(directory, tmp_path):
-    train_bpe(iter(TEXTS), 290, tmp_path)
+    train_bpe(iter(TEXTS), BPESettings(290), tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_bytes() == (directory / name).read_bytes()
 
@@ -87,18 +94,61 @@ def test_special_text_in_a_document_stays_text(directory, litgpt_tokenizer):
 
 
 def test_several_special_tokens(tmp_path):
-    train_bpe(TEXTS, 270, tmp_path, special_tokens=("<eos>", "<pad>"))
+    train_bpe(TEXTS, BPESettings(270, ("<eos>", "<pad>")), tmp_path)
     tokenizer = HFTokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert [tokenizer.token_to_id(token) for token in ("<eos>", "<pad>")] == [0, 1]
     assert require_eos(tmp_path) == 0
 
 
 def test_smallest_vocabulary(tmp_path):
-    assert train_bpe(TEXTS, 257, tmp_path).get_vocab_size() == 257
+    assert train_bpe(TEXTS, BPESettings(257), tmp_path).get_vocab_size() == 257
     with pytest.raises(ValueError, match="vocab_size=256 is too small.* Set vocab_size to 257 or more"):
-        train_bpe(TEXTS, 256, tmp_path)
+        train_bpe(TEXTS, BPESettings(256), tmp_path)
     with pytest.raises(ValueError, match="special_tokens is empty"):
-        train_bpe(TEXTS, 300, tmp_path, special_tokens=())
+        train_bpe(TEXTS, BPESettings(300, ()), tmp_path)
+
+
+CHAT = ("<|unknown|>", "<|im_start|>", "<|im_end|>")
+
+
+@pytest.mark.parametrize("byte_mode", ["level", "fallback"])
+def test_own_special_tokens_and_byte_modes(tmp_path, byte_mode):
+    settings = BPESettings(350, CHAT, "<|im_end|>", "<|im_start|>", "<|unknown|>", byte_mode)
+    train_bpe(TEXTS, settings, tmp_path)
+    ours = HFTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert [ours.token_to_id(token) for token in CHAT] == [0, 1, 2]
+    assert ours.get_vocab_size() <= 350
+    assert len(ours.encode("def read(self, value):").ids) < 12
+    assert (require_bos(tmp_path), require_eos(tmp_path)) == (1, 2)
+    theirs, litgpts = AutoTokenizer.from_pretrained(tmp_path), Tokenizer(tmp_path)
+    assert (theirs.unk_token_id, theirs.bos_token_id, litgpts.eos_id) == (0, 1, 2)
+    for text in ("def read(self, value):\n", "naïve 🙂 ▁ <0x41>", " a  b\t\r\n", "don't"):
+        ids = litgpts.encode(text)
+        assert litgpts.decode(ids) == text
+        assert theirs(text)["input_ids"] == ids.tolist()
+        assert not set(ids.tolist()) & {0, 1, 2}, "nothing is unknown"
+    documents = open_for_documents(tmp_path)
+    text = "".join(CHAT)
+    assert documents.decode(documents.encode(text, add_special_tokens=False).ids) == text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (BPESettings(300, ("<a>", "<a>")), "names a token twice"),
+        (BPESettings(300, ("<a>",), eos_token="<b>"), "eos_token='<b>' is none of special_tokens=.'<a>'.. Add it"),
+        (BPESettings(300, byte_mode="bits"), "byte_mode='bits' must be level or fallback"),
+    ],
+)
+def test_settings_that_do_not_fit(settings, message):
+    with pytest.raises(ValueError, match=message):
+        settings.check()
+
+
+def test_bos_is_asked_for_by_name(tmp_path):
+    assert require_bos(without_eos(tmp_path, {"bos_token": "b"})) == 1
+    with pytest.raises(ValueError, match='no beginning-of-sequence token.*Add "bos_token"'):
+        require_bos(without_eos(tmp_path, {}))
 
 
 def without_eos(directory, config, generation=None):
@@ -158,8 +208,8 @@ def test_the_users_choice_of_threads_stays(monkeypatch):
 def test_a_forked_worker_can_encode(tmp_path):
     program = f"""
 import os
-from litgpt_moe_ext.data.tokenizer import open_for_documents, train_bpe
-train_bpe(["some text to learn from"] * 50, 280, {str(tmp_path)!r})
+from litgpt_moe_ext.data.tokenizer import BPESettings, open_for_documents, train_bpe
+train_bpe(["some text to learn from"] * 50, BPESettings(280), {str(tmp_path)!r})
 tokenizer = open_for_documents({str(tmp_path)!r})
 child = os.fork()
 if child == 0:

@@ -1,0 +1,111 @@
+"""Encoding documents in several processes, in order."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from litgpt_moe_ext.data.prepare import pack_documents
+
+_Batch = TypeVar("_Batch")
+_WAITING_PER_WORKER = 3  # enough that no worker waits for the reader, few enough that memory stays small
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """Turns documents into tokens.
+
+    Attributes:
+        tokenizer_json: The tokenizer, as `open_for_documents` set it up.
+        eos_id: Token after each document.
+        bos_id: Token before each document, or None.
+        dtype: Integer type of the tokens.
+    """
+
+    tokenizer_json: str
+    eos_id: int
+    bos_id: int | None
+    dtype: np.dtype
+
+    def open(self) -> Callable[[list[str]], np.ndarray]:
+        """Returns the function that encodes: documents to token ids of shape (N,)."""
+        tokenizer = Tokenizer.from_str(self.tokenizer_json)
+        tokenizer.encode_special_tokens = True  # not part of the JSON
+        return lambda texts: pack_documents(tokenizer, texts, self.eos_id, self.dtype, bos_id=self.bos_id)
+
+
+def count_cores() -> int:
+    """Returns how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def encode_in_order(
+    encoder: Encoder, batches: Iterable[_Batch], texts_of: Callable[[_Batch], tuple[list[str], ...]], workers: int
+) -> Iterator[tuple[_Batch, tuple[np.ndarray, ...]]]:
+    """Yields each batch with its encoded texts, in order.
+
+    Args:
+        encoder: What to encode with.
+        batches: Read ahead as far as keeps the workers busy.
+        texts_of: Gives the lists of documents of a batch; each becomes an array.
+        workers: Number of processes; with 1 this process does the work, with the threads of the tokenizers library.
+
+    Raises:
+        ChildProcessError: A worker died.
+    """
+    if workers == 1:
+        encode = encoder.open()
+        for batch in batches:
+            yield batch, tuple(encode(texts) for texts in texts_of(batch))
+        return
+    # Neither inherits threads or CUDA from this process.
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (encoder,))
+    waiting: deque = deque()
+    try:
+        for batch in batches:
+            waiting.append((batch, pool.submit(_encode, texts_of(batch))))
+            if len(waiting) >= _WAITING_PER_WORKER * workers:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            f"A process that encodes text died, perhaps for lack of memory. Set workers to less than {workers} and run "
+            "again; what is done is kept."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_encode_texts: Callable[[list[str]], np.ndarray]
+
+
+def _start_worker(encoder: Encoder) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    global _encode_texts
+    _encode_texts = encoder.open()
+
+
+def _end_with_parent() -> None:
+    # A killed parent cannot end its workers, and they would wait for work forever.
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _encode(lists: tuple[list[str], ...]) -> tuple[np.ndarray, ...]:
+    return tuple(_encode_texts(texts) for texts in lists)

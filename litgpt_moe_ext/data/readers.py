@@ -1,0 +1,232 @@
+"""Documents out of files: plain text, JSON (lines or a list), parquet, each also gzipped or inside a tar archive.
+
+`documents` is the only way in. It reads as a stream, so a file may be larger than memory (a JSON list has to be held
+whole), and what is wrong with a file is a ValueError that names the file and the place.
+"""
+
+import gzip
+import json
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal, NamedTuple
+
+_CHUNK_BYTES = 1 << 20
+_PARQUET_ROWS = 1024
+_JSON = (".json", ".jsonl", ".ndjson")
+
+
+class Record(NamedTuple):
+    """One document of a file.
+
+    Attributes:
+        text: The document; may be empty.
+        place: Where it is, for messages: ``byte 1234`` (of the uncompressed file), ``row 12`` or ``item 12``.
+        position: Bytes of the file (as it is on disk) that have been read so far; for progress.
+        member: Name of the file inside an archive.
+    """
+
+    text: str
+    place: str
+    position: int
+    member: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TextFormat:
+    """How to find the documents in a file.
+
+    Attributes:
+        field: Name of the JSON key or parquet column that holds the text.
+        separator: What ends a document in a plain text file; None makes each file one document. White space around
+            separated documents is dropped.
+        invalid_utf8: ``error``, or ``replace`` to put U+FFFD in the place of what is no UTF-8.
+    """
+
+    field: str = "text"
+    separator: str | None = None
+    invalid_utf8: Literal["error", "replace"] = "error"
+
+
+def documents(path: Path, text_format: TextFormat) -> Iterator[Record]:
+    """Yields the documents of a file in order.
+
+    The name decides: ``.parquet``; ``.json``, ``.jsonl`` and ``.ndjson`` (objects one a line, or one list of objects);
+    anything else is plain text. ``.gz`` may follow any but parquet. ``.tar``, ``.tar.gz`` and ``.tgz`` are read member
+    by member in the same way; members with a leading dot are left out.
+
+    Raises:
+        OSError: The file is missing or cannot be read.
+        ValueError: It is damaged, no UTF-8, or lacks the field; with file and place.
+    """
+    name = path.name.lower()
+    if name.endswith(".parquet"):
+        yield from _parquet(path, text_format)
+        return
+    with open(path, "rb") as raw:
+        try:
+            if name.endswith((".tar", ".tar.gz", ".tgz")):
+                yield from _archive(path, raw, text_format)
+            elif name.endswith(".gz"):
+                with gzip.open(raw) as file:
+                    yield from _members(file, str(path), name.removesuffix(".gz"), text_format, raw.tell)
+            else:
+                yield from _members(raw, str(path), name, text_format, raw.tell)
+        except (EOFError, gzip.BadGzipFile, zlib.error, tarfile.TarError) as error:
+            raise ValueError(
+                f"{path} is damaged or truncated: {error} (after byte {raw.tell()} of {path.stat().st_size}). "
+                "Download or make it again."
+            ) from error
+
+
+def _archive(path: Path, raw: BinaryIO, text_format: TextFormat) -> Iterator[Record]:
+    with tarfile.open(fileobj=raw, mode="r|*") as archive:
+        for member in archive:
+            base = member.name.rpartition("/")[2]
+            if member.isfile() and not base.startswith("."):
+                file = archive.extractfile(member)
+                where = f"{path}: {member.name}"
+                for record in _members(file, where, base.lower(), text_format, raw.tell):
+                    yield record._replace(place=f"{record.place} of {member.name}", member=base)
+
+
+def _members(
+    file: BinaryIO, where: str, name: str, text_format: TextFormat, position: Callable[[], int]
+) -> Iterator[Record]:
+    if name.endswith(_JSON):
+        start = file.peek(64).lstrip() if hasattr(file, "peek") else b""
+        read = _json_list if start.startswith(b"[") else _json_lines
+    elif text_format.separator is not None:
+        read = _separated_text
+    else:
+        read = _whole_text
+    return read(file, where, text_format, position)
+
+
+def _json_lines(file: BinaryIO, where: str, text_format: TextFormat, position: Callable[[], int]) -> Iterator[Record]:
+    offset = 0
+    for line in file:
+        place = f"byte {offset}"
+        offset += len(line)
+        if line.isspace():
+            continue
+        yield Record(_field(_parse(line, where, place, text_format), where, place, text_format), place, position())
+
+
+def _json_list(file: BinaryIO, where: str, text_format: TextFormat, position: Callable[[], int]) -> Iterator[Record]:
+    for number, item in enumerate(_parse(file.read(), where, "byte 0", text_format)):
+        place = f"item {number}"
+        yield Record(_field(item, where, place, text_format), place, position())
+
+
+def _parse(content: bytes, where: str, place: str, text_format: TextFormat) -> object:
+    start = int(place.removeprefix("byte "))
+    text = _decode(content, where, start, text_format)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        offset = start + len(text[: error.pos].encode("utf-8", "surrogatepass"))
+        raise ValueError(
+            f"{where} is no valid JSON at byte {offset}: {error.msg}. Expected are objects one a line, or one list of "
+            "objects."
+        ) from error
+
+
+def _field(item: object, where: str, place: str, text_format: TextFormat) -> str:
+    if not isinstance(item, dict):
+        raise ValueError(f"{where} has {type(item).__name__} at {place} where an object with a text field belongs.")
+    text = item.get(text_format.field)
+    if text_format.field not in item:
+        raise ValueError(
+            f"{where} has no field {text_format.field!r} at {place}; there are {sorted(item)}. Set the field's name."
+        )
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise ValueError(
+            f"{where} has {type(text).__name__} in field {text_format.field!r} at {place} where text belongs. Set the "
+            "name of a text field."
+        )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # half of a surrogate pair, written as an escape
+        if text_format.invalid_utf8 == "error":
+            raise ValueError(
+                f"{where} has half a surrogate pair at {place}, character {error.start} of the text: no valid Unicode. "
+                "Convert the file, or set invalid_utf8 to replace."
+            ) from error
+        text = text.encode("utf-8", "replace").decode("utf-8")
+    return text
+
+
+def _whole_text(file: BinaryIO, where: str, text_format: TextFormat, position: Callable[[], int]) -> Iterator[Record]:
+    yield Record(_decode(file.read(), where, 0, text_format), "byte 0", position())
+
+
+def _separated_text(
+    file: BinaryIO, where: str, text_format: TextFormat, position: Callable[[], int]
+) -> Iterator[Record]:
+    separator = text_format.separator.encode()
+    rest, offset = b"", 0
+    while chunk := file.read(_CHUNK_BYTES):
+        *whole, rest = (rest + chunk).split(separator)
+        for content in whole:
+            yield Record(_decode(content, where, offset, text_format).strip(), f"byte {offset}", position())
+            offset += len(content) + len(separator)
+    if rest.strip():
+        yield Record(_decode(rest, where, offset, text_format).strip(), f"byte {offset}", position())
+
+
+def _decode(content: bytes, where: str, offset: int, text_format: TextFormat) -> str:
+    if text_format.invalid_utf8 == "replace":
+        return content.decode("utf-8", "replace")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where} is no UTF-8 at byte {offset + error.start} ({error.reason}). Convert the file, or set "
+            "invalid_utf8 to replace."
+        ) from error
+
+
+def _parquet(path: Path, text_format: TextFormat) -> Iterator[Record]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    size = path.stat().st_size
+    row = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if text_format.field not in names:
+                raise ValueError(
+                    f"{path} has no column {text_format.field!r}; there are {names}. Set the field's name."
+                )
+            kind = file.schema_arrow.field(text_format.field).type
+            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+                raise ValueError(
+                    f"{path} has {kind} in column {text_format.field!r} where text belongs. Set the field's name."
+                )
+            rows = max(file.metadata.num_rows, 1)
+            for batch in file.iter_batches(_PARQUET_ROWS, columns=[text_format.field]):
+                done = size * (row + len(batch)) // rows
+                for text in _column(batch.column(0), path, row, text_format):
+                    yield Record(text or "", f"row {row}", done)
+                    row += 1
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ValueError(f"{path} is a damaged parquet file ({error}; after row {row}). Download it again.") from error
+
+
+def _column(column, path: Path, first_row: int, text_format: TextFormat) -> list[str | None]:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        contents = column.cast("binary").to_pylist()
+    return [
+        None if content is None else _decode(content, f"{path}: row {first_row + number}", 0, text_format)
+        for number, content in enumerate(contents)
+    ]

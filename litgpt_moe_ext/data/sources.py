@@ -1,0 +1,163 @@
+"""Where documents come from: files, or a data set of the Hugging Face library. What is needed to find, tell and read
+them, the same for every kind.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from litgpt_moe_ext.data.prepare import MANIFEST
+from litgpt_moe_ext.data.readers import Record, TextFormat, documents
+from litgpt_moe_ext.durable import flush
+
+HASHES = ".file_hashes.json"
+# A file that was written so shortly before it was hashed may be written again without another time of change.
+_SETTLED_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A sequence of documents.
+
+    Attributes:
+        name: For messages, and to keep sources apart.
+        split: Which side its documents belong to; None: each on its own, by a hash of its text.
+        size: Bytes on disk (0 if unknown); for progress.
+        identity: Equal for equal content.
+        records: Starts reading from the beginning.
+    """
+
+    name: str
+    split: Literal["train", "val"] | None
+    size: int
+    identity: str
+    records: Callable[[], Iterator[Record]]
+
+
+class FileHashes:
+    """SHA-256 of files, remembered by path, size and time of change.
+
+    Args:
+        folder: Where the memory is kept, in a file `HASHES`. It is only a memory: without it, files are read again.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / HASHES
+        try:
+            self._known: dict[str, list] = json.loads(self._path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            self._known = {}
+        self._changed = False
+
+    def hash(self, path: Path) -> str:
+        """Returns the SHA-256 (hex) of a file's content."""
+        key, stat = str(path.absolute()), path.stat()
+        known = self._known.get(key)
+        if known is not None and known[:2] == [stat.st_size, stat.st_mtime_ns]:
+            return known[2]
+        started = time.time()
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if stat.st_mtime < started - _SETTLED_SECONDS:
+            self._known[key] = [stat.st_size, stat.st_mtime_ns, digest]
+            self._changed = True
+        return digest
+
+    def save(self) -> None:
+        """Writes what was learned."""
+        if self._changed:
+            partial_path = self._path.with_name(f"{HASHES}.{os.getpid()}.partial")
+            partial_path.write_text(json.dumps(self._known), encoding="utf-8")
+            flush(partial_path)
+            os.replace(partial_path, self._path)
+            self._changed = False
+
+
+def find_files(setting: str, path: Path, pattern: str) -> list[Path]:
+    """Returns the files that a setting names: `path` itself, or those below the folder that match a glob, sorted.
+
+    Left out is what has a leading dot or lies in such a folder, and what lies in a prepared corpus.
+
+    Raises:
+        FileNotFoundError: There is nothing at `path`.
+        ValueError: No file matches.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"{setting}={str(path)!r} does not exist. Set {setting} to a file or a folder.")
+    # A cache may lie in the folder of the documents: what was prepared from them is none of them.
+    found = [file for file in sorted(path.glob(pattern)) if file.is_file() and not _hidden(file.relative_to(path))]
+    prepared = {manifest.parent for manifest in path.glob(f"**/{MANIFEST}")}
+    found = [file for file in found if prepared.isdisjoint(file.parents)]
+    if not found:
+        raise ValueError(
+            f"{setting}={str(path)!r} has no files like {pattern!r}; it has {_names(path)}. Set {setting} to another "
+            "folder, or the pattern to one that matches."
+        )
+    return found
+
+
+def file_sources(
+    files: Sequence[Path], split: Literal["train", "val"] | None, text_format: TextFormat, hashes: FileHashes
+) -> list[Source]:
+    """Returns a source per file.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
+    return [
+        Source(
+            str(file),
+            split,
+            file.stat().st_size,
+            # The name says how to read it.
+            f"{''.join(file.suffixes[-2:])}:{hashes.hash(file)}",
+            partial(documents, file, text_format),
+        )
+        for file in files
+    ]
+
+
+def dataset_source(dataset: Any, name: str, split: Literal["train", "val"] | None, text_format: TextFormat) -> Source:
+    """Returns the rows of a `datasets.Dataset` as a source.
+
+    Raises:
+        ValueError: It has no such column.
+    """
+    if text_format.field not in dataset.column_names:
+        raise ValueError(
+            f"{name} has no column {text_format.field!r}; there are {dataset.column_names}. Set field to one of them."
+        )
+    texts = dataset.select_columns([text_format.field])
+    size = dataset.info.dataset_size or 0
+    return Source(name, split, size, dataset._fingerprint, partial(_rows, texts, name, text_format.field, size))
+
+
+def _rows(dataset: Any, name: str, field: str, size: int) -> Iterator[Record]:
+    rows = max(len(dataset), 1)
+    for number, row in enumerate(dataset):
+        text = row[field]
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"{name} has {type(text).__name__} in column {field!r} at row {number}, no text.")
+        yield Record(text or "", f"row {number}", size * (number + 1) // rows)
+
+
+def identities(sources: Iterable[Source]) -> list[list[str | None]]:
+    """Returns what a cache key has to know of the sources."""
+    return [[source.split, source.identity] for source in sources]
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _names(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    return "nothing" if not names else ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

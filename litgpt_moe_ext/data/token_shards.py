@@ -1,0 +1,131 @@
+"""Ready-made token shards, such as FineWeb-Edu in the form of build-nanogpt or llm.c."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+from litgpt_moe_ext.data.module import TokenModule
+from litgpt_moe_ext.data.shards import check_token_ids, open_shard
+
+SUFFIXES = (".bin", ".npy")
+_SAMPLE = 1024  # tokens at either end of a shard that go into the identity of the data
+
+
+@dataclass
+class TokenShards(TokenModule):
+    """Token shards as they are found, in any form that `litgpt_moe_ext.data.shards.open_shard` reads.
+
+    The shards are one stream in the natural order of their names (2 before 10): windows run across the borders of
+    files, so no token is lost there.
+    """
+
+    data_path: Path
+    """Folder of the shards."""
+    train_pattern: str | None = None
+    """Which files in the folder train, as a glob. Default: those with `train` in their names, or else all but the
+    validating ones."""
+    val_pattern: str | None = None
+    """Which files in the folder validate, as a glob. Default: those with `val` in their names, or else the first."""
+    vocab_size: int | None = None
+    """Entries of the vocabulary of the shards' tokenizer; every id is checked against it. Default: the model's."""
+    shuffle: bool = True
+    """Whether the windows come in a random order, or in that of the files."""
+    seed: int = 42
+    """Decides the order of the windows."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.data_path = Path(self.data_path)
+        self._model_vocab_size: int | None = None
+        self._corpus_id = ""
+
+    def require_vocabulary(self, padded_vocab_size: int) -> None:
+        """Has `setup` check every id against the model's vocabulary (or the smaller `vocab_size`)."""
+        if self.vocab_size is not None and self.vocab_size > padded_vocab_size:
+            raise ValueError(
+                f"data.vocab_size={self.vocab_size} is larger than the model's padded_vocab_size={padded_vocab_size}. "
+                f"Set model_config.padded_vocab_size to {self.vocab_size} or more."
+            )
+        self._model_vocab_size = padded_vocab_size
+
+    def prepare_data(self) -> None:
+        """Checks that the shards can be read.
+
+        Raises:
+            OSError: A file is missing or unreadable.
+            ValueError: A file is no shard, there are none, or there is none to validate on.
+        """
+        for path in (path for paths in self.find_shards() for path in paths):
+            open_shard(path)
+
+    def find_shards(self) -> tuple[list[Path], list[Path]]:
+        """Returns the files to train on and those to validate on, in natural order.
+
+        Raises:
+            FileNotFoundError: `data_path` is no folder.
+            ValueError: There is nothing to train on, nothing to validate on, or a file is in both.
+        """
+        folder = self.data_path
+        if not folder.is_dir():
+            raise FileNotFoundError(f"data_path={str(folder)!r} is not a folder. Set data_path to a folder of shards.")
+        shards = _natural_order(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+        named = {word: [path for path in shards if word in path.name.lower()] for word in ("train", "val")}
+        if self.val_pattern is not None:
+            val = _natural_order(folder.glob(self.val_pattern))
+        else:
+            val = named["val"] or shards[: len(shards) > 1]
+        if self.train_pattern is not None:
+            train = _natural_order(folder.glob(self.train_pattern))
+        else:
+            train = [path for path in named["train"] or shards if path not in val]
+        for split, paths, pattern in (("train", train, self.train_pattern), ("validation", val, self.val_pattern)):
+            if not paths:
+                setting = "train_pattern" if split == "train" else "val_pattern"
+                raise ValueError(
+                    f"data_path={str(folder)!r} has no {split} shards ({setting}={pattern!r}; it has {len(shards)} "
+                    f"files ending in {' or '.join(SUFFIXES)}). Set {setting} to a glob that names them; with two or "
+                    "more files and no patterns, the first validates."
+                )
+        if both := set(train) & set(val):
+            raise ValueError(
+                f"{sorted(both)[0]} would train and validate: train_pattern={self.train_pattern!r} and "
+                f"val_pattern={self.val_pattern!r} both match it. Give patterns that do not overlap."
+            )
+        return train, val
+
+    def open_shards(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """See `TokenModule.open_shards`; checks the ids."""
+        files = self.find_shards()
+        shards = [[open_shard(path) for path in paths] for paths in files]
+        vocab_size = self.vocab_size or self._model_vocab_size
+        if vocab_size is not None:
+            for shard in shards[0] + shards[1]:
+                check_token_ids(shard, vocab_size)
+        digest = hashlib.sha256()
+        for shard in shards[0]:
+            digest.update(f"{Path(shard.filename).name}:{len(shard)}:{shard.dtype}:".encode())
+            digest.update(shard[:_SAMPLE].tobytes() + shard[-_SAMPLE:].tobytes())
+        self._corpus_id = digest.hexdigest()[:16]
+        if rank_zero_only.rank == 0:
+            checked = "ids not checked: set vocab_size" if vocab_size is None else f"ids below {vocab_size}"
+            for split, paths, parts in zip(("train on", "validate on"), files, shards, strict=True):
+                names = paths[0].name if len(paths) == 1 else f"{paths[0].name} .. {paths[-1].name}"
+                tokens = sum(map(len, parts))
+                print(f"To {split}: {len(paths)} shard(s), {names}, {tokens:,} tokens ({checked})", flush=True)
+        return shards[0], shards[1]
+
+    @property
+    def corpus_id(self) -> str:
+        """A hash of the names, lengths and ends of the training shards."""
+        return self._corpus_id
+
+
+def _natural_order(paths) -> list[Path]:
+    def key(path: Path) -> list:
+        return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", path.name)]
+
+    return sorted((path for path in paths if path.is_file()), key=key)

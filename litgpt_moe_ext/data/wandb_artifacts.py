@@ -1,0 +1,100 @@
+"""Prepared corpora as W&B artifacts: logging one, and downloading one. Needs neither torch nor LitGPT."""
+
+import os
+import re
+from pathlib import Path
+
+from litgpt_moe_ext.data.prepare import MANIFEST, read_manifest
+
+ARTIFACT_TYPE = "dataset"
+_REFERENCE = re.compile(r"[^/:\s]+/[^/:\s]+/[^/:\s]+:[^/:\s]+")
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+
+
+def check_reference(reference: str) -> None:
+    """Raises ValueError unless a reference names an artifact in full."""
+    if _REFERENCE.fullmatch(reference) is None:
+        raise ValueError(
+            f"wandb_dataset={reference!r} is no reference to an artifact. Write entity/project/name:alias, for example "
+            "my-team/my-project/tinystories:latest."
+        )
+
+
+def download(reference: str, artifacts_dir: Path) -> Path:
+    """Downloads an artifact and returns its folder, ``<artifacts_dir>/<name>-<version>``.
+
+    Raises:
+        ValueError: There is no key, no network, no such artifact, or it holds no corpus.
+    """
+    import wandb
+
+    if (mode := os.environ.get("WANDB_MODE", "online")) != "online":
+        raise ValueError(
+            f"wandb_dataset={reference!r} cannot be downloaded while WANDB_MODE={mode}. Unset WANDB_MODE, or train "
+            "from a local copy with litgpt_moe_ext.data.PreparedCorpus."
+        )
+    try:
+        if wandb.run is not None:
+            artifact = wandb.run.use_artifact(reference, type=ARTIFACT_TYPE)
+        else:
+            artifact = wandb.Api().artifact(reference, type=ARTIFACT_TYPE)
+        name = artifact.name.replace(":", "-")
+        directory = Path(artifact.download(root=str(artifacts_dir / name)))
+    except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
+        raise ValueError(
+            f"wandb_dataset={reference!r} cannot be downloaded: {error} Log in with `wandb login` or set "
+            "WANDB_API_KEY, and check that the W&B server can be reached."
+        ) from error
+    except (wandb.errors.Error, ValueError, OSError) as error:
+        raise ValueError(
+            f"wandb_dataset={reference!r} cannot be downloaded: {error}. Check the reference "
+            "(entity/project/name:alias), your access to it, and the network."
+        ) from error
+    if read_manifest(directory) is None:
+        raise ValueError(
+            f"wandb_dataset={reference!r} is no prepared corpus: it has no {MANIFEST}. Log one with a script of "
+            "data_prep/ and --log-to-wandb."
+        )
+    return directory
+
+
+def check_artifact_name(name: str | None) -> None:
+    """Raises ValueError unless W&B takes the name."""
+    if name is None or _NAME.fullmatch(name) is None:
+        raise ValueError(
+            f"wandb_artifact={name!r} is no name of an artifact. Give one of letters, digits, '.', '_' and '-'."
+        )
+
+
+def log_corpus(directory: Path, name: str, project: str | None = None) -> str:
+    """Logs a finished corpus as an artifact in a run of its own.
+
+    Args:
+        directory: The corpus.
+        name: Name of the artifact.
+        project: W&B project; None takes WANDB_PROJECT or W&B's default.
+
+    Returns:
+        What to tell the user: where it is, or how to upload what was logged offline.
+
+    Raises:
+        ValueError: The name is wrong, or W&B cannot be reached.
+    """
+    import wandb
+
+    check_artifact_name(name)
+    manifest = read_manifest(directory)
+    try:
+        with wandb.init(project=project, job_type="data_prep") as run:
+            artifact = wandb.Artifact(name, type=ARTIFACT_TYPE, metadata=manifest)
+            artifact.add_dir(str(directory))
+            run.log_artifact(artifact)
+            if run.offline:
+                return f"Logged {name} offline. To upload it: wandb sync {Path(run.dir).parent}"
+            artifact.wait()
+            return f"Logged {run.entity}/{run.project}/{artifact.name}"
+    except (wandb.errors.Error, ValueError) as error:
+        raise ValueError(
+            f"The corpus in {directory} is finished, but logging it to W&B failed: {error}. Log in with `wandb login` "
+            "or set WANDB_API_KEY, or set WANDB_MODE=offline to upload it later."
+        ) from error

@@ -1,0 +1,159 @@
+"""How tokens are cut into the rows of a batch.
+
+Two ways: one stream of tokens in equal pieces (`StreamWindows`), or whole documents side by side (`DocumentWindows`).
+A row has ``block_size + 1`` tokens, of which LitGPT takes ``[:-1]`` as inputs and ``[1:]`` as targets.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset
+
+from litgpt_moe_ext.data.packing import Packing
+
+IGNORE_INDEX = -100  # what LitGPT's cross-entropy leaves out
+
+
+class TokenStream:
+    """Several token arrays as one, in order.
+
+    Args:
+        shards: At least one array of token ids, each of shape (N_i,), of any integer types.
+    """
+
+    def __init__(self, shards: Sequence[np.ndarray]) -> None:
+        # np.asarray drops the memmap subclass, whose per-operation bookkeeping costs more than a small copy.
+        self.shards = [np.asarray(shard) for shard in shards]
+        self.starts = np.concatenate([[0], np.cumsum([len(shard) for shard in self.shards], dtype=np.int64)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def copy_to(self, out: np.ndarray, start: int) -> None:
+        """Copies the tokens from position `start` on into `out`, across shard borders."""
+        shard = int(np.searchsorted(self.starts, start, side="right")) - 1
+        filled = 0
+        while filled < len(out):
+            offset = start + filled - self.starts[shard]
+            piece = self.shards[shard][offset : offset + len(out) - filled]
+            out[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            shard += 1
+
+
+class Windows(IterableDataset):
+    """Rows of ``block_size + 1`` tokens, addressed by number.
+
+    Args:
+        tokens: Where the tokens come from.
+        block_size: Number of inputs (= number of targets) of a row.
+        name: What to call the data in error messages.
+
+    Raises:
+        ValueError: `block_size` is not positive.
+    """
+
+    def __init__(self, tokens: TokenStream, block_size: int, name: str) -> None:
+        if block_size < 1:
+            raise ValueError(f"The {name} needs a block size (max_seq_length) of at least 1, got {block_size}.")
+        self.tokens = tokens
+        self.block_size = block_size
+        self.name = name
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of windows."""
+
+    @abstractmethod
+    def fill(self, out: np.ndarray, indices: np.ndarray) -> None:
+        """Writes the windows with these indices into `out`, int64, shape (len(indices), block_size + 1)."""
+
+    def gather(self, indices: np.ndarray, pin_memory: bool = False) -> torch.Tensor:
+        """Returns the windows with these indices as a new int64 tensor of shape (len(indices), block_size + 1)."""
+        out = torch.empty((len(indices), self.block_size + 1), dtype=torch.int64, pin_memory=pin_memory)
+        self.fill(out.numpy(), indices)
+        return out
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """Yields every window in order, int64, shape (block_size + 1,)."""
+        for index in range(len(self)):
+            yield self.gather(np.array([index]))[0]
+
+
+class StreamWindows(Windows):
+    """Windows that start every `block_size` tokens of the stream, whatever documents they cut.
+
+    Neighbours share one token: the last target of one window is the first input of the next, so every token but the
+    very first is a target exactly once, also where one shard ends and the next begins. A remainder too short for a
+    window is left out.
+
+    Raises:
+        ValueError: `block_size` is not positive, or there are fewer than block_size + 1 tokens.
+    """
+
+    def __init__(self, shards: Sequence[np.ndarray], block_size: int, name: str = "data") -> None:
+        super().__init__(TokenStream(shards), block_size, name)
+        count = len(self.tokens)
+        if count < block_size + 1:
+            raise ValueError(
+                f"The {name} has {count} tokens, but one window of max_seq_length={block_size} needs "
+                f"{block_size + 1}. Use a shorter max_seq_length (at most {max(count - 1, 0)}) or more data."
+            )
+        self._count = (count - 1) // block_size
+        starts = self.tokens.starts
+        # Per shard: its first window, the end of the windows that lie in it whole, and a view of those.
+        self._first = -(-starts[:-1] // block_size)
+        self._end = (starts[1:] - 1) // block_size
+        self._views = [
+            np.lib.stride_tricks.sliding_window_view(shard[first * block_size - start :], block_size + 1)[::block_size]
+            if end > first
+            else None
+            for shard, start, first, end in zip(self.tokens.shards, starts, self._first, self._end, strict=False)
+        ]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def fill(self, out: np.ndarray, indices: np.ndarray) -> None:
+        """See `Windows.fill`."""
+        if len(self._views) == 1:
+            out[...] = self._views[0][indices]
+            return
+        shard_of = np.searchsorted(self.tokens.starts, indices * self.block_size, side="right") - 1
+        whole = indices < self._end[shard_of]
+        for shard in np.unique(shard_of[whole]):
+            rows = np.flatnonzero(whole & (shard_of == shard))
+            out[rows] = self._views[shard][indices[rows] - self._first[shard]]
+        for row in np.flatnonzero(~whole):
+            self.tokens.copy_to(out[row], int(indices[row]) * self.block_size)
+
+
+class DocumentWindows(Windows):
+    """Windows of whole documents (or of pieces of a document that is longer than a window), filled up with padding.
+
+    Padding is `IGNORE_INDEX`: the loss leaves it out as a target. As an input it means nothing; causal attention keeps
+    it from the tokens before it. `litgpt_moe_ext.patches.padding` lets LitGPT's models read such rows.
+
+    Args:
+        packing: Which pieces of the stream share a window, as from `litgpt_moe_ext.data.packing.pack`.
+    """
+
+    def __init__(self, shards: Sequence[np.ndarray], packing: Packing, block_size: int, name: str = "data") -> None:
+        super().__init__(TokenStream(shards), block_size, name)
+        self.packing = packing
+
+    def __len__(self) -> int:
+        return len(self.packing.window_starts) - 1
+
+    def fill(self, out: np.ndarray, indices: np.ndarray) -> None:
+        """See `Windows.fill`."""
+        out.fill(IGNORE_INDEX)
+        windows, starts, lengths = self.packing.window_starts, self.packing.starts, self.packing.lengths
+        for row, index in zip(out, indices, strict=True):
+            filled = 0
+            for piece in range(windows[index], windows[index + 1]):
+                length = lengths[piece]
+                self.tokens.copy_to(row[filled : filled + length], int(starts[piece]))
+                filled += length

@@ -1,0 +1,295 @@
+"""Data modules over text: every corpus in its published form, made small; settings; tokenizers; LitGPT's calls."""
+
+import gzip
+import io
+import json
+import tarfile
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from lightning.fabric import Fabric
+from litgpt.args import TrainArgs
+from litgpt.data import DataModule
+from litgpt.pretrain import get_dataloaders
+from litgpt.tokenizer import Tokenizer
+from transformers import AutoTokenizer, GPT2TokenizerFast
+
+from litgpt_moe_ext.data import CodeParrot, HubDataset, PreparedCorpus, TextCorpus, TinyStories
+from litgpt_moe_ext.data.prepare import TOKENIZER_DIR, read_manifest
+from litgpt_moe_ext.data.tokenizer import BPESettings, train_bpe
+from litgpt_moe_ext.data.windows import IGNORE_INDEX
+from litgpt_moe_ext.patches import padding
+from tests.data.test_text_corpus import stories, texts_in
+
+BPE = BPESettings(300, ("</s>",))
+TRAIN, VAL = stories(40, 1) + stories(40, 2), stories(20, 3)
+
+
+def lists(texts, field):
+    return json.dumps([{field: text, "summary": ""} for text in texts]).encode()
+
+
+def lines(texts, field):
+    return "".join(json.dumps({field: text, "repo_name": "x"}) + "\n" for text in texts).encode()
+
+
+def write_parquet(path, texts):
+    pq.write_table(pa.table({"text": texts}), path)
+
+
+def code_parrot(folder):
+    for number, texts in ((1, stories(40, 1)), (2, stories(40, 2)), (54, VAL)):
+        (folder / f"file-{number:012}.json.gz").write_bytes(gzip.compress(lines(texts, "content")))
+    return CodeParrot(source_path=folder, data_path=folder / "cache", bpe=BPE)
+
+
+def tiny_parquet(folder):
+    write_parquet(folder / "train-00000-of-00002.parquet", stories(40, 1))
+    write_parquet(folder / "train-00001-of-00002.parquet", stories(40, 2))
+    write_parquet(folder / "validation-00000-of-00001.parquet", VAL)
+    return TinyStories(source_path=folder, data_path=folder / "cache", bpe=BPE)
+
+
+def tiny_lists(folder):
+    for number, texts in enumerate((VAL, stories(40, 1), stories(40, 2))):
+        (folder / f"data{number:02}.json").write_bytes(lists(texts, "story"))
+    return TinyStories(source_path=folder, data_path=folder / "cache", bpe=BPE)
+
+
+def tiny_archive(folder):
+    with tarfile.open(folder / "TinyStories_all_data.tar.gz", "w:gz") as archive:
+        for number, texts in enumerate((VAL, stories(40, 1), stories(40, 2))):
+            content = lists(texts, "story")
+            info = tarfile.TarInfo(f"./data{number:02}.json")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return TinyStories(source_path=folder / "TinyStories_all_data.tar.gz", data_path=folder / "cache", bpe=BPE)
+
+
+def tiny_txt(folder):
+    for name, texts in (("train", TRAIN), ("valid", VAL)):
+        content = "".join(f"{text}\n<|endoftext|>\n" for text in texts)
+        (folder / f"TinyStoriesV2-GPT4-{name}.txt").write_text(content, encoding="utf-8")
+    return TinyStories(source_path=folder, data_path=folder / "cache", bpe=BPE)
+
+
+def text_folder(folder):
+    for split, texts in (("train", TRAIN), ("val", VAL)):
+        for number, text in enumerate(texts):
+            path = folder / split / f"part{number // 10}" / f"{number:03}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    return TextCorpus(source_path=folder / "train", val_path=folder / "val", data_path=folder / "cache", bpe=BPE)
+
+
+def json_lines(folder):
+    (folder / "train.jsonl").write_bytes(lines(TRAIN, "body"))
+    (folder / "val.jsonl").write_bytes(lines(VAL, "body"))
+    return TextCorpus(
+        source_path=folder / "train.jsonl",
+        val_path=folder / "val.jsonl",
+        field="body",
+        data_path=folder / "cache",
+        bpe=BPE,
+    )
+
+
+def hub(folder):
+    source = folder / "source"
+    source.mkdir()
+    write_parquet(source / "train.parquet", TRAIN)
+    write_parquet(source / "validation.parquet", VAL)
+    return HubDataset(dataset=str(source), val_split="validation", data_path=folder / "cache", bpe=BPE)
+
+
+FORMS = [code_parrot, tiny_parquet, tiny_lists, tiny_archive, tiny_txt, text_folder, json_lines, hub]
+
+
+@pytest.fixture(autouse=True)
+def _own_hub_cache(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_every_corpus_in_its_own_form(tmp_path, form, capsys):
+    data = form(tmp_path)
+    data.prepare_data()
+    assert texts_in(data.corpus_path, "train") == TRAIN
+    assert texts_in(data.corpus_path, "val") == VAL
+    again = replace(data)  # its settings, nothing it has found out
+    assert again.prepare_corpus(verbose=True) == data.corpus_path
+    assert "Reusing" in capsys.readouterr().out
+
+
+def test_a_share_of_the_documents_validates_where_no_files_do(tmp_path):
+    write_parquet(tmp_path / "a.parquet", TRAIN)
+    data = TextCorpus(source_path=tmp_path, pattern="*.parquet", data_path=tmp_path / "c", bpe=BPE, val_fraction=0.3)
+    data.prepare_data()
+    train, val = (texts_in(data.corpus_path, split) for split in ("train", "val"))
+    assert sorted(train + val) == sorted(TRAIN)
+    assert 10 < len(val) < 40
+
+
+@pytest.mark.parametrize("packing", ["stream", "best_fit", "pad"])
+def test_litgpt_drives_it(tmp_path, packing, monkeypatch):
+    monkeypatch.setattr(padding, "accept_padding", lambda: None)
+    data = tiny_txt(tmp_path)
+    data.packing = packing
+    fabric = Fabric(accelerator="cpu", devices=1)
+    tokenizer = Tokenizer(data.prepare_tokenizer())
+    train = TrainArgs(micro_batch_size=2, global_batch_size=2, max_tokens=1000)
+    loaders = get_dataloaders(fabric, data, tokenizer, train, block_size=32)
+    rows = torch.cat(list(loaders[1]))
+    assert rows.shape[1] == 33
+    padded = (rows == IGNORE_INDEX).float().mean()
+    assert (padded == 0, 0 < padded < 0.1, padded > 0.2) == tuple(packing == p for p in ("stream", "best_fit", "pad"))
+    if packing != "stream":
+        targets = rows[:, 1:][rows[:, 1:] >= 0]
+        assert len(targets) >= read_manifest(data.corpus_path)["tokens_val"] - len(rows) - len(VAL)
+    state = loaders[0].state_dict()
+    assert (":" in state["fingerprint"]["corpus"]) == (packing != "stream")
+
+
+def test_a_vocabulary_larger_than_the_models_is_refused(tmp_path):
+    data = tiny_txt(tmp_path)
+    data.require_vocabulary(300)
+    with pytest.raises(ValueError, match="has a vocabulary of 300 tokens, more than the model's padded_vocab_size=299"):
+        data.require_vocabulary(299)
+
+
+# ---- tokenizers
+
+
+def gpt2_files(folder, names=("vocab.json", "merges.txt")):
+    """GPT-2's two files, of a vocabulary trained here; the end-of-text token comes last, as in the original."""
+    folder.mkdir()
+    train_bpe(TRAIN, BPESettings(400), folder)
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    ordered = sorted(model["vocab"], key=model["vocab"].get)
+    for path in folder.iterdir():
+        path.unlink()
+    ids = {token: number for number, token in enumerate(ordered[1:] + ordered[:1])}
+    (folder / names[0]).write_text(json.dumps(ids))
+    merges = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]) + "\n"
+    (folder / names[1]).write_text(merges)
+    return folder
+
+
+@pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")])
+def test_gpt2_from_its_vocabulary_and_merges(tmp_path, names):
+    folder = gpt2_files(tmp_path / "gpt2", names)
+    data = tiny_txt(tmp_path)
+    data.bpe, data.tokenizer_dir = None, folder
+    ours = Tokenizer(data.prepare_tokenizer())
+    theirs = GPT2TokenizerFast(vocab_file=str(folder / names[0]), merges_file=str(folder / names[1]))
+    for text in [*VAL, "don't  stop\n\n 123", "🙂"]:
+        assert ours.encode(text).tolist() == theirs(text)["input_ids"]
+    manifest = read_manifest(data.corpus_path)
+    assert manifest["eos_id"] == ours.eos_id == theirs.eos_token_id == manifest["vocab_size"] - 1
+
+
+def test_a_local_directory_in_hugging_face_format(tmp_path):
+    """Such as StarCoder2's: special tokens first, digits apart, saved by transformers."""
+    train_bpe(TRAIN, BPESettings(400, ("<|endoftext|>", "<fim_prefix>")), tmp_path / "raw")
+    AutoTokenizer.from_pretrained(tmp_path / "raw").save_pretrained(tmp_path / "starcoder")
+    data = tiny_txt(tmp_path)
+    data.bpe, data.tokenizer_dir = None, tmp_path / "starcoder"
+    ours = Tokenizer(data.prepare_tokenizer())
+    assert ours.encode(VAL[0]).tolist() == AutoTokenizer.from_pretrained(tmp_path / "starcoder")(VAL[0])["input_ids"]
+    assert read_manifest(data.corpus_path)["eos_id"] == 0
+
+
+def test_the_tokenizer_that_litgpt_was_given(tmp_path):
+    train_bpe(TRAIN, BPESettings(333), tmp_path / "given")
+    data = tiny_txt(tmp_path)
+    data.bpe = None
+    train = TrainArgs(micro_batch_size=2, global_batch_size=2, max_tokens=1000)
+    given = Tokenizer(tmp_path / "given")
+    get_dataloaders(Fabric(accelerator="cpu", devices=1), data, given, train, block_size=32)
+    prepared = Tokenizer(data.corpus_path / TOKENIZER_DIR)
+    assert prepared.encode(VAL[0]).tolist() == given.encode(VAL[0]).tolist()
+    assert (prepared.eos_id, prepared.bos_id) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bpe": None}, "No tokenizer: set data.tokenizer_dir .* or data.bpe.vocab_size"),
+        ({"tokenizer_dir": Path("x")}, "tokenizer_dir='x' and data.bpe are both set"),
+        ({"bpe": None, "tokenizer_dir": Path("x")}, "tokenizer_dir='x' has no tokenizer.json .nor vocab.json with"),
+        ({"bpe": BPESettings(10)}, "vocab_size=10 is too small"),
+        ({"field": "title"}, "has no field 'title' at item 0; there are"),
+        ({"val_fraction": -1}, "val_fraction=-1 must be at least 0"),
+    ],
+)
+def test_settings_that_cannot_work(tmp_path, change, message):
+    data = tiny_lists(tmp_path)
+    for name, value in change.items():
+        setattr(data, name, value)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        data.prepare_data()
+
+
+def test_a_missing_eos_is_refused_with_the_fix(tmp_path):
+    train_bpe(TRAIN, BPE, tmp_path / "t")
+    config = tmp_path / "t" / "tokenizer_config.json"
+    config.write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    data = tiny_txt(tmp_path)
+    data.bpe, data.tokenizer_dir = None, tmp_path / "t"
+    with pytest.raises(ValueError, match='has no end-of-sequence token, .* Add "eos_token"'):
+        data.prepare_data()
+    config.write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}')
+    data.prepare_data()
+
+
+def test_missing_parts(tmp_path):
+    (tmp_path / "file-000000000001.json.gz").write_bytes(gzip.compress(lines(TRAIN, "content")))
+    with pytest.raises(ValueError, match="has a single shard, file-000000000001.json.gz, which would validate"):
+        CodeParrot(source_path=tmp_path, bpe=BPE).prepare_data()
+    with pytest.raises(ValueError, match="has none of TinyStories' forms with both"):
+        TinyStories(source_path=tmp_path, bpe=BPE).prepare_data()
+    with pytest.raises(ValueError, match="would train and validate. Set val_path"):
+        TextCorpus(source_path=tmp_path, val_path=tmp_path, pattern="*.gz", bpe=BPE, data_path=tmp_path).prepare_data()
+
+
+def test_hub_without_network(tmp_path):
+    with pytest.raises(ValueError, match="The data set 'nobody/nothing' cannot be loaded with .* Without a network"):
+        HubDataset(dataset="nobody/nothing", bpe=BPE, data_path=tmp_path).prepare_data()
+    data = hub(tmp_path)
+    data.field = "story"
+    with pytest.raises(ValueError, match=r"has no column 'story'; there are \['text'\]"):
+        data.prepare_data()
+    data.field, data.val_split = "text", "test"
+    with pytest.raises(ValueError, match="cannot be loaded with .*test"):
+        data.prepare_data()
+
+
+def test_a_prepared_corpus_elsewhere(tmp_path):
+    data = tiny_txt(tmp_path)
+    data.prepare_data()
+    moved = data.corpus_path.rename(tmp_path / "moved")
+    prepared = PreparedCorpus(moved, shuffle=False)
+    prepared.connect(batch_size=2, max_seq_length=16)
+    prepared.setup()
+    assert next(iter(prepared.train_dataloader())).shape == (2, 17)
+    with pytest.raises(FileNotFoundError, match="corpus_dir='.*' is no prepared corpus: it has no manifest.json"):
+        PreparedCorpus(tmp_path).prepare_data()
+
+
+@pytest.mark.parametrize("name", ["TextCorpus", "CodeParrot", "TinyStories"])
+def test_named_in_yaml_by_class_path(tmp_path, name):
+    parser = ArgumentParser()
+    parser.add_argument("--data", type=DataModule)
+    arguments = {"source_path": str(tmp_path), "bpe": {"vocab_size": 2048, "special_tokens": ["<a>"]}, "packing": "pad"}
+    parsed = parser.parse_object({"data": {"class_path": f"litgpt_moe_ext.data.{name}", "init_args": arguments}})
+    built = parser.instantiate_classes(parsed).data
+    assert built.bpe == BPESettings(2048, ["<a>"])
+    assert (built.source_path, built.packing) == (tmp_path, "pad")
+    assert all(field.name in vars(built) for field in fields(built))

@@ -1,0 +1,342 @@
+"""The preparation of text corpora: content, splits, several processes, interruptions, the cache, bad input."""
+
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+
+from litgpt_moe_ext.data import text_corpus
+from litgpt_moe_ext.data.encoding import Encoder, encode_in_order
+from litgpt_moe_ext.data.prepare import MANIFEST, TOKENIZER_DIR, in_validation, open_corpus, read_manifest, unigram_loss
+from litgpt_moe_ext.data.progress import PreparationProgress
+from litgpt_moe_ext.data.readers import TextFormat, documents
+from litgpt_moe_ext.data.sources import FileHashes, Source, file_sources, find_files
+from litgpt_moe_ext.data.text_corpus import CorpusSettings, prepare_text_corpus
+from litgpt_moe_ext.data.tokenizer import BPESettings, open_for_documents
+from litgpt_moe_ext.data.tokenizer_files import read_tokenizer
+
+BPE = BPESettings(300, ("<s>", "</s>"), eos_token="</s>", bos_token="<s>")
+
+
+def stories(count: int, salt: int = 0) -> list[str]:
+    rng = random.Random(salt)
+    words = ["once", "upon", "a", "time", "the", "Bär", "ran", "home", "and", "slept", "</s>"]
+    return [f"{salt}.{i} " + " ".join(rng.choices(words, k=rng.randrange(3, 60))) for i in range(count)]
+
+
+def write_lines(path, texts):
+    content = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    return [write_lines(folder / f"{i}.json.gz", stories(60, i)) for i in range(3)]
+
+
+def sources_of(files, tmp_path, splits=(None, None, None)):
+    hashes = FileHashes(tmp_path)
+    return [file_sources([file], split, TextFormat(), hashes)[0] for file, split in zip(files, splits, strict=True)]
+
+
+def texts_in(corpus, split: str) -> list[str]:
+    tokenizer = open_for_documents(corpus / TOKENIZER_DIR)
+    tokens = np.concatenate(open_corpus(corpus)[split == "val"])
+    ends = np.flatnonzero(tokens == tokenizer.token_to_id("</s>"))
+    assert ends[-1] == len(tokens) - 1
+    return [tokenizer.decode(part[:-1].tolist()) for part in np.split(tokens, ends[:-1] + 1)]
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.name.endswith((".lock", "hashes.json")))
+
+
+SETTINGS = CorpusSettings(BPE, val_fraction=0.2)
+
+
+def test_the_shards_hold_exactly_the_documents(files, tmp_path):
+    corpus = prepare_text_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS)
+    everything = [text for i in range(3) for text in stories(60, i)]
+    val = [text for text in everything if in_validation(text, 0.2, 42)]
+    assert texts_in(corpus, "val") == val
+    assert texts_in(corpus, "train") == [text for text in everything if text not in val]
+    manifest = read_manifest(corpus)
+    assert manifest["documents_train"] + manifest["documents_val"] == 180
+    assert manifest["bytes_train"] + manifest["bytes_val"] == sum(len(text.encode()) for text in everything)
+    (train,), (validation,) = open_corpus(corpus)
+    assert (manifest["tokens_train"], manifest["tokens_val"]) == (len(train), len(validation))
+    assert manifest["unigram_val_loss"] == pytest.approx(unigram_loss(train, validation, 300), rel=1e-12)
+    assert (manifest["eos_id"], manifest["bos_id"], manifest["vocab_size"]) == (1, None, 300)
+    assert names(tmp_path) == [corpus.name]
+
+
+def test_splits_of_files(files, tmp_path):
+    corpus = prepare_text_corpus(tmp_path, sources_of(files, tmp_path, ("train", "val", "train")), CorpusSettings(BPE))
+    assert texts_in(corpus, "val") == stories(60, 1)
+    assert texts_in(corpus, "train") == stories(60, 0) + stories(60, 2)
+
+
+def test_bos_before_each_document(files, tmp_path):
+    plain = prepare_text_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS)
+    corpus = prepare_text_corpus(
+        tmp_path, sources_of(files, tmp_path), CorpusSettings(BPE, prepend_bos=True, val_fraction=0.2)
+    )
+    (tokens,), _ = open_corpus(corpus)
+    assert tokens[0] == 0
+    assert (tokens[np.flatnonzero(tokens == 1)[:-1] + 1] == 0).all()
+    assert tokens[tokens != 0].tolist() == open_corpus(plain)[0][0].tolist()
+
+
+def test_neither_processes_nor_shards_change_the_tokens(files, tmp_path, monkeypatch):
+    whole = prepare_text_corpus(tmp_path / "a", sources_of(files, tmp_path), SETTINGS)
+    monkeypatch.setattr(text_corpus, "_BATCH_BYTES", 1000)
+    small = CorpusSettings(BPE, val_fraction=0.2, shard_tokens=1500)
+    one = prepare_text_corpus(tmp_path / "b", sources_of(files, tmp_path), small, workers=1)
+    two = prepare_text_corpus(tmp_path / "c", sources_of(files, tmp_path), small, workers=2)
+    assert contents(one) == contents(two)
+    assert len(open_corpus(one)[0]) > 3
+    for split in range(2):
+        shards = [np.concatenate(open_corpus(corpus)[split]) for corpus in (whole, one)]
+        assert np.array_equal(*shards)
+
+
+@pytest.mark.parametrize("failing", [1, 2, 5])
+@pytest.mark.parametrize("step", ["write_shard", "_save_state"])
+def test_a_full_disk_and_a_second_attempt(files, tmp_path, monkeypatch, capsys, failing, step):
+    """Whatever write fails, the next run continues and the files are those of an undisturbed run."""
+    monkeypatch.setattr(text_corpus, "_BATCH_BYTES", 1000)
+    small = CorpusSettings(BPE, val_fraction=0.2, shard_tokens=1500)
+    expected = contents(prepare_text_corpus(tmp_path / "whole", sources_of(files, tmp_path), small))
+    holder, calls = (text_corpus, 0) if step == "write_shard" else (text_corpus._Preparation, 0)
+    original = getattr(holder, step)
+
+    def full(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == failing:
+            raise OSError(28, "No space left on device")
+        return original(*arguments)
+
+    root = tmp_path / "parts"
+    with monkeypatch.context() as patch:
+        patch.setattr(holder, step, full)
+        with pytest.raises(OSError, match="failed .No space left on device.; what is done is kept. Free") as error:
+            prepare_text_corpus(root, sources_of(files, tmp_path), small)
+        assert error.value.errno == 28
+    (unfinished,) = names(root)
+    (root / unfinished / "train_00099.bin").write_bytes(b"written after the last state")
+    capsys.readouterr()
+    corpus = prepare_text_corpus(root, sources_of(files, tmp_path), small)
+    assert unfinished == f".{corpus.name}.unfinished"
+    assert ("Continuing in" in capsys.readouterr().out) == (failing > 1 or step == "write_shard")
+    assert contents(corpus) == expected
+    assert names(root) == [corpus.name]
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from litgpt_moe_ext.data import text_corpus
+from litgpt_moe_ext.data.encoding import Encoder, encode_in_order
+from litgpt_moe_ext.data.readers import TextFormat
+from litgpt_moe_ext.data.sources import FileHashes, file_sources
+from litgpt_moe_ext.data.tokenizer import BPESettings
+
+root, *files = map(Path, sys.argv[1:])
+text_corpus._BATCH_BYTES = 1000
+commit = text_corpus._Preparation._commit
+def slow_commit(*arguments):
+    commit(*arguments)
+    print("committed", flush=True)
+    time.sleep(0.2)
+text_corpus._Preparation._commit = slow_commit
+settings = text_corpus.CorpusSettings(
+    BPESettings(300, ("<s>", "</s>"), eos_token="</s>", bos_token="<s>"), val_fraction=0.2, shard_tokens=1500
+)
+if __name__ == "__main__":
+    sources = file_sources(files, None, TextFormat(), FileHashes(root))
+    text_corpus.prepare_text_corpus(root, sources, settings, workers=2)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
+def test_killed_or_interrupted(files, tmp_path, monkeypatch, signal_number):
+    monkeypatch.setattr(text_corpus, "_BATCH_BYTES", 1000)
+    small = CorpusSettings(BPE, val_fraction=0.2, shard_tokens=1500)
+    expected = contents(prepare_text_corpus(tmp_path / "whole", sources_of(files, tmp_path), small))
+    script = tmp_path / "prepare.py"
+    script.write_text(KILLED)
+    root = tmp_path / "parts"
+    root.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, script, root, *files], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+    assert [process.stdout.readline() for _ in range(2)] == ["committed\n"] * 2
+    import psutil
+
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2
+    process.send_signal(signal_number)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert alive == [], "no process is left behind"
+    assert names(root)[0].endswith(".unfinished")
+    corpus = prepare_text_corpus(root, sources_of(files, tmp_path), small)
+    assert contents(corpus) == expected
+
+
+def test_the_cache(files, tmp_path, capsys, monkeypatch):
+    first = prepare_text_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS)
+    capsys.readouterr()
+    assert prepare_text_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS) == first
+    assert capsys.readouterr().out.startswith(f"Reusing the corpus in {first} (180 documents, ")
+    others = [
+        CorpusSettings(BPE, val_fraction=0.21),
+        CorpusSettings(BPE, val_fraction=0.2, seed=1),
+        CorpusSettings(BPESettings(301), val_fraction=0.2),
+        CorpusSettings(BPE, val_fraction=0.2, prepend_bos=True),
+        CorpusSettings(BPE, val_fraction=0.2, reading={"field": "text"}),
+        CorpusSettings(read_tokenizer(first / TOKENIZER_DIR), val_fraction=0.2),
+    ]
+    folders = {prepare_text_corpus(tmp_path, sources_of(files, tmp_path), settings) for settings in others}
+    folders.add(prepare_text_corpus(tmp_path, sources_of(files[::-1], tmp_path), SETTINGS))
+    folders.add(prepare_text_corpus(tmp_path, sources_of(files, tmp_path, ("val", None, None)), SETTINGS))
+    assert len(folders | {first}) == 9
+    same_tokenizer = prepare_text_corpus(tmp_path, sources_of(files, tmp_path), others[-1])
+    assert contents(same_tokenizer)["train_00000.bin"] == contents(first)["train_00000.bin"]
+    os.truncate(first / "val_00000.bin", 2000)
+    with pytest.raises(ValueError, match="val_00000.bin has 2000 bytes where the manifest lists"):
+        prepare_text_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS)
+
+
+def test_a_changed_file_is_noticed(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", ["one"])
+    old = time.time() - 100
+    os.utime(path, (old, old))
+    hashes = FileHashes(tmp_path)
+    first = hashes.hash(path)
+    hashes.save()
+    remembered = FileHashes(tmp_path)
+    assert remembered._known
+    assert remembered.hash(path) == first
+    write_lines(path, ["two"])
+    assert FileHashes(tmp_path).hash(path) != first
+    (tmp_path / ".file_hashes.json").write_text("{")
+    assert FileHashes(tmp_path)._known == {}
+
+
+def test_a_file_that_was_just_written_is_read_again(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", ["one"])
+    hashes = FileHashes(tmp_path)
+    hashes.hash(path)
+    hashes.save()
+    assert not (tmp_path / ".file_hashes.json").exists()
+
+
+def test_empty_documents_are_left_out_and_reported(tmp_path, capsys):
+    path = write_lines(tmp_path / "a.jsonl", ["", *stories(30), " \n", *stories(30, 1)])
+    corpus = prepare_text_corpus(
+        tmp_path / "c", file_sources([path], None, TextFormat(), FileHashes(tmp_path)), SETTINGS
+    )
+    manifest = read_manifest(corpus)
+    assert (manifest["documents_empty"], manifest["first_empty"]) == (2, f"{path}, byte 0")
+    assert f"Left out 2 empty document(s), the first at {path}, byte 0" in capsys.readouterr().out
+
+
+def test_no_validation_split(files, tmp_path):
+    with pytest.raises(ValueError, match="There is no validation split: none of 3 source.s. validates and"):
+        prepare_text_corpus(tmp_path / "c", sources_of(files, tmp_path), CorpusSettings(BPE))
+    with pytest.raises(ValueError, match="There is no validation split"):
+        prepare_text_corpus(tmp_path / "c", sources_of(files, tmp_path, ["train"] * 3), SETTINGS)
+    with pytest.raises(ValueError, match=r"No document of 3 source.s., .* went to the validation split .val_frac"):
+        prepare_text_corpus(tmp_path / "c", sources_of(files, tmp_path), CorpusSettings(BPE, val_fraction=1e-9))
+    with pytest.raises(ValueError, match="val_fraction=1.5 must be"):
+        prepare_text_corpus(tmp_path / "c", sources_of(files, tmp_path), CorpusSettings(BPE, val_fraction=1.5))
+    with pytest.raises(ValueError, match="workers=0 must be at least 1"):
+        prepare_text_corpus(tmp_path / "c", sources_of(files, tmp_path), SETTINGS, workers=0)
+
+
+def test_damage_is_named_also_while_the_tokenizer_learns(files, tmp_path):
+    broken = tmp_path / "broken.json.gz"
+    broken.write_bytes(files[0].read_bytes()[:-50])
+    for tokenizer in (BPE, read_tokenizer_of(files, tmp_path)):
+        with pytest.raises(ValueError, match="broken.json.gz is damaged or truncated"):
+            prepare_text_corpus(
+                tmp_path / "c",
+                sources_of([*files[:2], broken], tmp_path),
+                CorpusSettings(tokenizer, val_fraction=0.2),
+                workers=1,
+            )
+
+
+def read_tokenizer_of(files, tmp_path):
+    return read_tokenizer(prepare_text_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS) / TOKENIZER_DIR)
+
+
+def test_a_dying_worker_is_reported(capfd):
+    no_tokenizer = Encoder("{", 0, None, np.dtype("<u2"))
+    with pytest.raises(ChildProcessError, match="died, perhaps for lack of memory. Set workers to less than 2"):
+        list(encode_in_order(no_tokenizer, [["text"]], lambda batch: (batch,), workers=2))
+
+
+def test_a_tokenizer_learns_from_the_beginning_of_every_source(files, tmp_path):
+    read = []
+
+    def watched(file):
+        for number, record in enumerate(documents(file, TextFormat())):
+            read.append((file.name, number))
+            yield record
+
+    sources = [Source(file.name, None, 100, file.name, partial(watched, file)) for file in files]
+    settings = CorpusSettings(BPE, val_fraction=0.2, tokenizer_bytes=600)
+    preparation = text_corpus._Preparation(tmp_path / "x", sources, settings, {}, verbose=False)
+    texts = list(preparation._texts_to_learn_from(PreparationProgress(0, show=False)))
+    assert {name for name, _ in read} == {file.name for file in files}
+    assert max(number for _, number in read) < 10
+    assert not any(in_validation(text, 0.2, 42) for text in texts)
+
+
+def test_find_files(tmp_path):
+    for name in ("b.txt", "sub/a.txt", "sub/deep/c.txt", ".hidden.txt", "d.md"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    found = [path.relative_to(tmp_path).as_posix() for path in find_files("source_path", tmp_path, "**/*.txt")]
+    assert found == ["b.txt", "sub/a.txt", "sub/deep/c.txt"]
+    assert find_files("source_path", tmp_path / "d.md", "**/*.txt") == [tmp_path / "d.md"]
+    with pytest.raises(ValueError, match=r"source_path='.*' has no files like '\*.json'; it has b.txt, d.md, sub"):
+        find_files("source_path", tmp_path, "*.json")
+    with pytest.raises(FileNotFoundError, match="source_path='.*nowhere' does not exist"):
+        find_files("source_path", tmp_path / "nowhere", "*")
+
+
+def test_progress_in_words():
+    progress = PreparationProgress(8_000_000, show=False)
+    progress.stage("encoding", done=2_000_000)
+    progress._started = (100.0, 2_000_000)
+    assert progress.describe(101.0, 4_000_000) == "encoding: 4 MB of 8 MB (50%), 2.0 MB/s, 0:00:02 left"
+    assert PreparationProgress(0, show=False).describe(1.0, 0) == ": 0 MB, 0.0 MB/s"
+
+
+def test_a_manifest_is_what_makes_it_finished(files, tmp_path):
+    corpus = prepare_text_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS)
+    (corpus / MANIFEST).unlink()
+    with pytest.raises(FileExistsError, match="is no finished corpus"):
+        prepare_text_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS)

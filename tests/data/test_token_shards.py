@@ -1,0 +1,115 @@
+import numpy as np
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from lightning.fabric import Fabric
+from litgpt.args import TrainArgs
+from litgpt.data import DataModule
+from litgpt.pretrain import get_dataloaders
+
+from litgpt_moe_ext.data import TokenShards
+from litgpt_moe_ext.data.shards import write_shard
+
+TRAIN = TrainArgs(micro_batch_size=2, global_batch_size=2, max_tokens=1000)
+
+
+def write(folder, sizes: dict[str, int]) -> np.ndarray:
+    """Writes shards whose ids count up, in the given order and each in the form of its suffix."""
+    tokens = np.arange(sum(sizes.values()))
+    start = 0
+    for name, size in sizes.items():
+        part = tokens[start : start + size]
+        if name.endswith(".npy"):
+            np.save(folder / name, part.astype("<u2"))
+        elif "raw" in name:
+            part.astype("<u2").tofile(folder / name)
+        else:
+            write_shard(folder / name, part, 65536)
+        start += size
+    return tokens
+
+
+def loaders(data, block_size=8):
+    return get_dataloaders(Fabric(accelerator="cpu", devices=1), data, None, TRAIN, block_size=block_size)
+
+
+def test_named_train_and_val(tmp_path, capsys):
+    sizes = {
+        "edu_val_000000.npy": 40,
+        "edu_train_000001.npy": 45,
+        "edu_train_000002.bin": 37,
+        "edu_train_10_raw.bin": 61,
+    }
+    tokens = write(tmp_path, sizes)
+    train, val = loaders(TokenShards(tmp_path, shuffle=False))
+    assert torch.cat(list(val))[:, :-1].flatten().tolist() == tokens[:32].tolist()
+    # 143 tokens in three files are 17 windows of 8, of which 16 fill batches of 2; none is cut at a border.
+    assert torch.cat(list(train))[:, :-1].flatten().tolist() == tokens[40 : 40 + 128].tolist()
+    output = capsys.readouterr().out
+    assert "To train on: 3 shard(s), edu_train_000001.npy .. edu_train_10_raw.bin, 143 tokens (ids not" in output
+    assert "To validate on: 1 shard(s), edu_val_000000.npy, 40 tokens" in output
+
+
+def test_the_first_validates_where_no_name_says_so(tmp_path):
+    write(tmp_path, {"shard_2.bin": 20, "shard_10.bin": 20, "shard_1.bin": 20})
+    (tmp_path / "readme.txt").write_text("x")
+    train, val = TokenShards(tmp_path).find_shards()
+    assert [path.name for path in val] == ["shard_1.bin"]
+    assert [path.name for path in train] == ["shard_2.bin", "shard_10.bin"]
+
+
+def test_patterns(tmp_path):
+    write(tmp_path, {"a0.bin": 20, "a1.bin": 20, "b.bin": 20})
+    train, val = TokenShards(tmp_path, train_pattern="a*.bin", val_pattern="b*").find_shards()
+    assert ([path.name for path in train], [path.name for path in val]) == (["a0.bin", "a1.bin"], ["b.bin"])
+    with pytest.raises(ValueError, match="a1.bin would train and validate"):
+        TokenShards(tmp_path, train_pattern="a*", val_pattern="a1*").find_shards()
+    with pytest.raises(ValueError, match="has no validation shards .val_pattern='c.'; it has 3 files"):
+        TokenShards(tmp_path, val_pattern="c*").prepare_data()
+
+
+def test_no_validation_split(tmp_path):
+    write(tmp_path, {"only.bin": 20})
+    with pytest.raises(
+        ValueError, match="has no validation shards .val_pattern=None; it has 1 files.* Set val_pattern"
+    ):
+        TokenShards(tmp_path).prepare_data()
+    with pytest.raises(FileNotFoundError, match="data_path='.*nowhere' is not a folder"):
+        TokenShards(tmp_path / "nowhere").prepare_data()
+
+
+def test_ids_are_checked_against_the_model(tmp_path):
+    write(tmp_path, {"train.bin": 100, "val.bin": 50})
+    data = TokenShards(tmp_path)
+    data.require_vocabulary(150)
+    loaders(data)
+    data.require_vocabulary(149)
+    with pytest.raises(
+        ValueError, match=r"val.bin has token id 149 at token 49 .byte 1122., outside .* of 149 entries"
+    ):
+        loaders(data)
+    with pytest.raises(ValueError, match="data.vocab_size=200 is larger than the model's padded_vocab_size=149. Set"):
+        TokenShards(tmp_path, vocab_size=200).require_vocabulary(149)
+
+
+def test_order_by_seed_and_resume(tmp_path):
+    write(tmp_path, {"train_1.bin": 100, "train_2.npy": 101, "val.bin": 50})
+    whole = [batch.tolist() for batch in loaders(TokenShards(tmp_path, seed=1))[0]]
+    assert whole != [batch.tolist() for batch in loaders(TokenShards(tmp_path, seed=2))[0]]
+    first = loaders(TokenShards(tmp_path, seed=1))[0]
+    iterator = iter(first)
+    assert [next(iterator).tolist() for _ in range(5)] == whole[:5]
+    second = loaders(TokenShards(tmp_path, seed=1))[0]
+    second.load_state_dict(first.state_dict())
+    assert [batch.tolist() for batch in second] == whole[5:]
+    write(tmp_path, {"train_1.bin": 101, "train_2.npy": 100})
+    with pytest.raises(ValueError, match="corpus: '[0-9a-f]{16}' in the checkpoint"):
+        loaders(TokenShards(tmp_path, seed=1))[0].load_state_dict(first.state_dict())
+
+
+def test_named_in_yaml_by_class_path(tmp_path):
+    parser = ArgumentParser()
+    parser.add_argument("--data", type=DataModule)
+    arguments = {"data_path": str(tmp_path), "shuffle": False, "val_pattern": "v*"}
+    parsed = parser.parse_object({"data": {"class_path": "litgpt_moe_ext.data.TokenShards", "init_args": arguments}})
+    assert parser.instantiate_classes(parsed).data == TokenShards(tmp_path, shuffle=False, val_pattern="v*")

@@ -1,0 +1,115 @@
+"""The scripts of data_prep/: options that are those of the data modules, help at once, errors in a line, W&B."""
+
+import inspect
+import os
+import runpy
+import subprocess
+import sys
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import pytest
+
+import litgpt_moe_ext.data
+from litgpt_moe_ext.data.prepare import read_manifest
+from litgpt_moe_ext.data.scripts import run_script
+from tests.data.test_text import tiny_txt
+
+FOLDER = Path(__file__).parents[2] / "data_prep"
+SCRIPTS = sorted(FOLDER.glob("*.py"))
+CLASSES = {
+    "codeparrot": "CodeParrot",
+    "fineweb": "TextCorpus",
+    "python_stdlib": "PythonStdlib",
+    "text_folder": "TextCorpus",
+    "tinystories": "TinyStories",
+}
+# What a script leaves to training, what only it has, and where it knows better than the class.
+NOT_PREPARATION = {"packing", "shuffle"}
+WANDB = {"log_to_wandb", "wandb_artifact", "wandb_project"}
+OWN_DEFAULTS = {("fineweb", name) for name in ("source_path", "data_path", "val_fraction")}
+
+
+def main_of(script: Path):
+    return runpy.run_path(str(script))["main"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_options_are_the_settings_of_the_class(script):
+    settings = {f.name: f.default for f in fields(getattr(litgpt_moe_ext.data, CLASSES[script.stem]))}
+    options = inspect.signature(main_of(script)).parameters
+    expected = set(settings) - NOT_PREPARATION
+    if script.stem == "fineweb":
+        expected = expected - {"pattern", "separator", "val_path"} | {"subset"}
+    assert set(options) == expected | WANDB
+    for name, option in options.items():
+        if name in settings and (script.stem, name) not in OWN_DEFAULTS:
+            default = inspect.Parameter.empty if settings[name] is MISSING else settings[name]
+            assert option.default == default, name
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_help_needs_no_torch(script):
+    program = (
+        f"import sys, runpy; sys.argv = ['x', '--help']\n"
+        f"try:\n    runpy.run_path({str(script)!r}, run_name='__main__')\n"
+        "except SystemExit as end:\n    assert end.code == 0\n"
+        "assert not {'torch', 'litgpt', 'wandb'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "--data_path" in result.stdout
+
+
+def test_a_script_prepares_what_training_finds(tmp_path, capsys):
+    data = tiny_txt(tmp_path)
+    arguments = ["--source_path", str(tmp_path), "--data-path", str(tmp_path / "cache"), "--bpe.vocab_size=300"]
+    run_script(main_of(FOLDER / "tinystories.py"), [*arguments, "--bpe.special_tokens", '["</s>"]'])
+    directory = Path(capsys.readouterr().out.splitlines()[-1].removeprefix("tokenizer_dir for LitGPT: "))
+    assert data.prepare_tokenizer() == directory
+    assert "Reusing the corpus" in capsys.readouterr().out
+
+
+def test_parquet_of_fineweb(tmp_path, capsys):
+    from tests.data.test_text import TRAIN, write_parquet
+
+    write_parquet(tmp_path / "000_00000.parquet", TRAIN)
+    arguments = ["--source_path", str(tmp_path), "--data_path", str(tmp_path / "c"), "--bpe.vocab_size", "300"]
+    run_script(main_of(FOLDER / "fineweb.py"), [*arguments, "--val_fraction", "0.3"])
+    directory = Path(capsys.readouterr().out.splitlines()[-1].removeprefix("tokenizer_dir for LitGPT: "))
+    assert read_manifest(directory.parent)["documents_val"] > 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--source_path", "nowhere", "--bpe.vocab_size", "300"], "error: source_path='nowhere' does not exist"),
+        (["--source_path", __file__, "--bpe.vocab_size", "3"], "error: vocab_size=3 is too small"),
+        (["--source_path", "."], "error: No tokenizer"),
+        (["--source_path", ".", "--log-to-wandb"], "error: wandb_artifact=None is no name of an artifact"),
+        (["--source_path", ".", "--wandb-artifact", "a"], "error: wandb_artifact='a' has no effect without --log-to"),
+    ],
+)
+def test_errors_are_one_line(tmp_path, arguments, message):
+    with pytest.raises(SystemExit, match=message) as error:
+        run_script(main_of(FOLDER / "text_folder.py"), [*arguments, "--data_path", str(tmp_path)])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_logged_offline_from_the_command_line(tmp_path):
+    tiny_txt(tmp_path)
+    options = {
+        "--source_path": tmp_path,
+        "--data_path": tmp_path / "cache",
+        "--bpe.vocab_size": "300",
+        "--workers": "2",
+        "--wandb-artifact": "stories",
+    }
+    arguments = [argument for option in options.items() for argument in option]
+    command = [sys.executable, FOLDER / "tinystories.py", *arguments, "--log-to-wandb"]
+    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "HOME": str(tmp_path)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert result.returncode == 0, result.stderr
+    line = next(line for line in result.stdout.splitlines() if line.startswith("Logged stories offline."))
+    assert list(Path(line.rpartition("wandb sync ")[2]).glob("*.wandb"))
