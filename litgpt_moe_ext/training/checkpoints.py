@@ -48,7 +48,7 @@ def save_whole(save: Callable[..., None], fabric: Any, state: dict, tokenizer_di
 
     Args:
         save: LitGPT's `save_checkpoint`, or one with its arguments.
-        fabric: The running Fabric; every process must call.
+        fabric: The running `TrainingFabric`; every process must call.
         state: LitGPT's training state.
         tokenizer_dir: Whose files to copy beside the model.
         file: The final path of the model file; its parent is the checkpoint directory.
@@ -58,8 +58,10 @@ def save_whole(save: Callable[..., None], fabric: Any, state: dict, tokenizer_di
     if fabric.is_global_zero:
         shutil.rmtree(staging, ignore_errors=True)
     fabric.barrier()
-    save(fabric, {**state, "rng": _rng_of_all_processes(fabric)}, tokenizer_dir, staging / file.name)
+    extended = {**state, "rng": _rng_of_all_processes(fabric), "callbacks": fabric.callback_states()}
+    save(fabric, extended, tokenizer_dir, staging / file.name)
     fabric.barrier()
+    fabric.call("on_checkpoint_staged", directory=staging)
     if fabric.is_global_zero:
         progress = {
             "step": state["step_count"],

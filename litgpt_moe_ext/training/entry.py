@@ -14,7 +14,7 @@ from litgpt.data import DataModule
 from litgpt.types import LoggerChoice
 
 import litgpt_moe_ext
-from litgpt_moe_ext.training.arguments import SampleArgs
+from litgpt_moe_ext.training.arguments import AnomalyArgs, EmaArgs, ParameterGroupArgs, SampleArgs, ScheduleArgs
 from litgpt_moe_ext.training.checks import (
     SettingsError,
     check_batch,
@@ -58,6 +58,10 @@ def setup(
     compile: bool | Literal["auto"] = "auto",
     progress: bool | None = None,
     sample: SampleArgs = SampleArgs(),  # noqa: B008
+    schedule: ScheduleArgs = ScheduleArgs(),  # noqa: B008
+    parameter_groups: ParameterGroupArgs = ParameterGroupArgs(),  # noqa: B008
+    anomaly: AnomalyArgs = AnomalyArgs(),  # noqa: B008
+    ema: EmaArgs = EmaArgs(),  # noqa: B008
 ) -> None:
     """Pretrain a model with LitGPT.
 
@@ -83,6 +87,10 @@ def setup(
         compile: Whether to use `torch.compile`; auto does where it works and pays, and says so.
         progress: Draw a progress bar. Default: if the output is a terminal.
         sample: Text to write after every validation.
+        schedule: Shape of the learning rate.
+        parameter_groups: Weight decay and learning rate of particular parameters.
+        anomaly: What to do about gradients that are not finite or unusually large.
+        ema: Moving average of the weights.
 
     Raises:
         SettingsError: If a setting or an input is wrong; before any training, with the setting, its value and a remedy.
@@ -113,6 +121,7 @@ def setup(
             run.find_checkpoint(resume, initial_checkpoint_dir, eval)
             run.prepare_data(data, tokenizer_dir)
             run.add_samples(sample)
+        run.add_optimization(schedule, parameter_groups, anomaly, ema)
         run.train(seed, initial_checkpoint_dir, eval, optimizer, compile)
 
 

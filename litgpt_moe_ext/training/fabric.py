@@ -2,10 +2,17 @@
 
 Beside Fabric's own hooks (`on_after_setup`, `on_after_optimizer_step`) a callback may have:
 
-- `on_gradients_clipped(norm)`: the total gradient norm before clipping, a scalar tensor on the device;
+- `on_fit_begin(resume_dir)`: training is about to start, from the checkpoint directory if it is not None;
+- `on_step_begin(state)`: the first batch of an optimizer step is about to be fetched; `state` is LitGPT's;
+- `on_batch(batch)`: a batch was fetched;
+- `on_gradients_clipped(norm, module, optimizer, scaled)`: the total gradient norm before clipping, a scalar tensor on
+  the device; whether a gradient scaler watches over it;
 - `on_log(metrics)`: may add to the dictionary before it reaches the loggers;
 - `on_logged(metrics)`: sees the complete dictionary;
+- `on_checkpoint_staged(directory)`: may add to a checkpoint, on every process, before it gets its name;
 - `on_checkpoint_saved(directory)`: a checkpoint is complete.
+
+What `state_dict` of a callback returns becomes part of the checkpoints, and `load_state_dict` gets it back.
 """
 
 from collections.abc import Callable, Mapping
@@ -43,9 +50,15 @@ class TrainingFabric(L.Fabric):
         if self.is_global_zero:
             self._show(" ".join(str(value) for value in values))
 
-    def clip_gradients(self, *args: Any, **kwargs: Any) -> Tensor | None:
-        norm = super().clip_gradients(*args, **kwargs)
-        self.call("on_gradients_clipped", norm=norm)
+    def callback_states(self) -> dict[str, Any]:
+        """Return the state of every callback that has one, by class name."""
+        return {type(c).__name__: c.state_dict() for c in self._callbacks if hasattr(c, "state_dict")}
+
+    def clip_gradients(self, module: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor | None:
+        # Whether a gradient that is not finite ends the run is for the callbacks to say.
+        norm = super().clip_gradients(module, optimizer, *args, **{**kwargs, "error_if_nonfinite": False})
+        scaled = getattr(self.strategy.precision, "scaler", None) is not None
+        self.call("on_gradients_clipped", norm=norm, module=module, optimizer=optimizer, scaled=scaled)
         return norm
 
     def log_dict(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -65,6 +78,10 @@ class TrainingFabric(L.Fabric):
                 "hyperparameters.yaml beside it, or start anew from its weights with initial_checkpoint_dir."
             ) from error
         self.resumed_rng = remainder.pop("rng", None)
+        saved = remainder.pop("callbacks", {})
+        for callback in self._callbacks:
+            if type(callback).__name__ in saved:
+                callback.load_state_dict(saved[type(callback).__name__])
         return remainder
 
     def load_raw(self, path: str | Path, obj: Any, strict: bool = True, **kwargs: Any) -> None:
@@ -82,7 +99,7 @@ class GradientNorm:
     def __init__(self) -> None:
         self._norm: Tensor | None = None
 
-    def on_gradients_clipped(self, norm: Tensor | None) -> None:
+    def on_gradients_clipped(self, norm: Tensor | None, **_context: Any) -> None:
         self._norm = norm
 
     def on_log(self, metrics: dict[str, Any]) -> None:

@@ -10,6 +10,8 @@ names point to functions of ours, which do their part and, where there is one, c
 | `save_checkpoint`         | writes under a temporary name, adds the random generators, renames                 |
 | `save_hyperparameters`    | writes the values that the run uses                                                |
 | `find_resume_path`        | chooses the newest whole checkpoint                                                |
+| `get_lr`                  | follows the run's schedule                                                         |
+| `instantiate_torch_optimizer` | sorts the parameters into groups                                               |
 """
 
 import contextlib
@@ -23,6 +25,7 @@ from litgpt.args import TrainArgs
 
 from litgpt_moe_ext.training import checkpoints, hyperparameters
 from litgpt_moe_ext.training.control import StepLimits, StopRequests, TrainingInterrupted
+from litgpt_moe_ext.training.optimization import Optimization
 
 
 class HookedLoop:
@@ -36,6 +39,7 @@ class HookedLoop:
         tokenizer_dir: Tokenizer to copy into checkpoints, or None.
         resume_file: Model file to resume from, or False.
         settings: The run's settings as plain data, for `hyperparameters.yaml`.
+        optimization: Schedule and parameter groups.
 
     Attributes:
         trained_iterations: Iterations of this run (not of earlier ones it resumed), once it has ended.
@@ -51,6 +55,7 @@ class HookedLoop:
         tokenizer_dir: Path | None,
         resume_file: Path | bool,
         settings: dict[str, Any],
+        optimization: Optimization,
     ) -> None:
         self.fabric = fabric
         self.train = train
@@ -59,6 +64,7 @@ class HookedLoop:
         self.tokenizer_dir = tokenizer_dir
         self.resume_file = resume_file
         self.settings = settings
+        self.optimization = optimization
         self.stop_requests = StopRequests(fabric.print)
         self.state: dict[str, Any] = {}
         self.trained_iterations = 0
@@ -73,6 +79,7 @@ class HookedLoop:
             self.state = kwargs["state"]
             self.limits = StepLimits(self.total_steps, self.train.max_time)
             first_iteration, started = self.state["iter_num"], time.perf_counter()
+            self.fabric.call("on_fit_begin", resume_dir=self.resume_file.parent if self.resume_file else None)
             try:
                 with self.stop_requests.listening():
                     original_fit(*args, **kwargs)
@@ -91,6 +98,7 @@ class HookedLoop:
                 loop._between_iterations()
                 batch = super().__next__()
                 loop._restore_rng()
+                loop.fabric.call("on_batch", batch=batch)
                 return batch
 
         hooks = {
@@ -99,6 +107,8 @@ class HookedLoop:
             "CycleIterator": CycleIterator,
             "save_hyperparameters": lambda _function, directory: hyperparameters.save(self.settings, directory),
             "find_resume_path": lambda *_: self.resume_file,
+            "get_lr": self._learning_rate,
+            "instantiate_torch_optimizer": self.optimization.make_optimizer,
         }
         originals = {name: getattr(litgpt.pretrain, name) for name in hooks}
         vars(litgpt.pretrain).update(hooks)
@@ -123,6 +133,12 @@ class HookedLoop:
         if self.limits.reached(step, self.fabric):
             # Ends LitGPT's `for` loop; the final validation and checkpoint follow.
             raise StopIteration
+        self.fabric.call("on_step_begin", state=self.state)
+
+    def _learning_rate(self, peak: float, _iteration: int, warmup_iters: int, max_iters: int, floor: float) -> float:
+        accumulation = self.train.gradient_accumulation_iters(self.fabric.world_size)
+        warmup_steps, total_steps = -(-warmup_iters // accumulation), max_iters // accumulation
+        return self.optimization.learning_rate(self.state["step_count"], peak, floor, warmup_steps, total_steps)
 
     def _restore_rng(self) -> None:
         # Later than `fabric.load`, because building the data iterator and the sanity check of the validation draw

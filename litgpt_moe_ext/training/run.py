@@ -19,10 +19,13 @@ from litgpt.utils import check_nvlink_connectivity, choose_logger, get_default_s
 from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.patches.compile import compile_scope, decide, probe_platform
 from litgpt_moe_ext.training import checkpoints
-from litgpt_moe_ext.training.arguments import SampleArgs
+from litgpt_moe_ext.training.anomalies import GradientGuard
+from litgpt_moe_ext.training.arguments import AnomalyArgs, EmaArgs, ParameterGroupArgs, SampleArgs, ScheduleArgs
 from litgpt_moe_ext.training.checks import SettingsError, check_tokenizer
+from litgpt_moe_ext.training.ema import WeightAverage
 from litgpt_moe_ext.training.fabric import ExpertLoad, GradientNorm, TrainingFabric
 from litgpt_moe_ext.training.loop import HookedLoop
+from litgpt_moe_ext.training.optimization import Optimization
 from litgpt_moe_ext.training.progress import Reporter, format_count
 
 
@@ -147,6 +150,18 @@ class Run:
 
         self.fabric.add_callback(TextSamples(sample, self.tokenizer))
 
+    def add_optimization(
+        self, schedule: ScheduleArgs, groups: ParameterGroupArgs, anomaly: AnomalyArgs, ema: EmaArgs
+    ) -> None:
+        """Have the optimizer made and watched as asked."""
+        fabric = self.fabric
+        scaled = getattr(fabric.strategy.precision, "scaler", None) is not None
+        self.optimization = Optimization(schedule, groups, scaled)
+        fabric.add_callback(self.optimization)
+        fabric.add_callback(GradientGuard(anomaly, self.out_dir, fabric.global_rank, fabric.print))
+        if ema.decay is not None:
+            fabric.add_callback(WeightAverage(ema))
+
     def train(
         self, seed: int, initial_checkpoint_dir: Path | None, eval: EvalArgs, optimizer: str | dict, compile: bool | str
     ) -> None:
@@ -164,6 +179,7 @@ class Run:
             self.tokenizer_dir,
             self.resume_file,
             self.settings,
+            self.optimization,
         )
         with loop.installed(), compile_scope(decision), _settings_errors_until_started(loop):
             litgpt.pretrain.main(
