@@ -87,3 +87,23 @@ class EmaArgs:
     def __post_init__(self) -> None:
         if self.decay is not None and not 0 <= self.decay < 1:
             raise ValueError(f"ema.decay: {self.decay} must be at least 0 and below 1, or null")
+
+
+@dataclass
+class CheckpointArgs:
+    """Which checkpoints are kept beside those of train.save_interval and the final one"""
+
+    every_minutes: float | None = None
+    """Also save when this much time has passed since the last checkpoint; null: only by steps"""
+    keep_last: int | None = None
+    """Number of step-* directories to keep; older ones are deleted; null: all"""
+    best: bool = True
+    """Keep the checkpoint of the lowest validation loss as best/"""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """A checkpoint that cannot be written (disk full): end the run, or go on without it"""
+
+    def __post_init__(self) -> None:
+        if self.every_minutes is not None and not self.every_minutes > 0:
+            raise ValueError(f"checkpoint.every_minutes: {self.every_minutes} must be above 0, or null")
+        if self.keep_last is not None and self.keep_last < 1:
+            raise ValueError(f"checkpoint.keep_last: {self.keep_last} must be at least 1, or null for all")

@@ -14,7 +14,14 @@ from litgpt.data import DataModule
 from litgpt.types import LoggerChoice
 
 import litgpt_moe_ext
-from litgpt_moe_ext.training.arguments import AnomalyArgs, EmaArgs, ParameterGroupArgs, SampleArgs, ScheduleArgs
+from litgpt_moe_ext.training.arguments import (
+    AnomalyArgs,
+    CheckpointArgs,
+    EmaArgs,
+    ParameterGroupArgs,
+    SampleArgs,
+    ScheduleArgs,
+)
 from litgpt_moe_ext.training.checks import (
     SettingsError,
     check_batch,
@@ -62,6 +69,7 @@ def setup(
     parameter_groups: ParameterGroupArgs = ParameterGroupArgs(),  # noqa: B008
     anomaly: AnomalyArgs = AnomalyArgs(),  # noqa: B008
     ema: EmaArgs = EmaArgs(),  # noqa: B008
+    checkpoint: CheckpointArgs = CheckpointArgs(),  # noqa: B008
 ) -> None:
     """Pretrain a model with LitGPT.
 
@@ -91,6 +99,7 @@ def setup(
         parameter_groups: Weight decay and learning rate of particular parameters.
         anomaly: What to do about gradients that are not finite or unusually large.
         ema: Moving average of the weights.
+        checkpoint: Which checkpoints to keep.
 
     Raises:
         SettingsError: If a setting or an input is wrong; before any training, with the setting, its value and a remedy.
@@ -118,11 +127,12 @@ def setup(
         with _as_settings_errors():
             run.launch(devices, num_nodes, strategy, precision, logger_name, log)
             check_batch(train.global_batch_size, train.micro_batch_size, run.fabric.world_size)
+            run.lock_out_dir()
             run.find_checkpoint(resume, initial_checkpoint_dir, eval)
             run.prepare_data(data, tokenizer_dir)
             run.add_samples(sample)
         run.add_optimization(schedule, parameter_groups, anomaly, ema)
-        run.train(seed, initial_checkpoint_dir, eval, optimizer, compile)
+        run.train(seed, initial_checkpoint_dir, eval, optimizer, compile, checkpoint)
 
 
 @contextlib.contextmanager

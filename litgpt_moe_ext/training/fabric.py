@@ -15,12 +15,14 @@ Beside Fabric's own hooks (`on_after_setup`, `on_after_optimizer_step`) a callba
 What `state_dict` of a callback returns becomes part of the checkpoints, and `load_state_dict` gets it back.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
 from litgpt_moe_ext.moe.metrics import load_metrics
@@ -41,6 +43,7 @@ class TrainingFabric(L.Fabric):
         super().__init__(**kwargs)
         self._show = show
         self.resumed_rng: list[dict] | None = None
+        self._step: int | None = None
 
     def add_callback(self, callback: Any) -> None:
         """Add a callback after construction."""
@@ -62,10 +65,30 @@ class TrainingFabric(L.Fabric):
         return norm
 
     def log_dict(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Log the mean of the losses over all processes, under the number of optimizer steps.
+
+        LitGPT logs the losses of the first process, under the number of its iterations.
+        """
         metrics = dict(metrics)
+        for name in ("loss", "val_loss"):
+            if name in metrics and self.world_size > 1:
+                metrics[name] = float(self.all_reduce(torch.tensor(float(metrics[name]), device=self.device)))
+        for name, loss in (("ppl", "loss"), ("val_ppl", "val_loss")):
+            if loss in metrics:
+                metrics[name] = math.exp(min(float(metrics[loss]), 700.0))
+        self._step = metrics.get("step", self._step)
         self.call("on_log", metrics=metrics)
-        super().log_dict(metrics, step)
+        super().log_dict(metrics, step if self._step is None else self._step)
         self.call("on_logged", metrics=metrics)
+
+    def save(self, path: str | Path, state: dict[str, Any], filter: dict[str, Any] | None = None) -> None:
+        try:
+            super().save(path, state, filter)
+        except (OSError, RuntimeError):
+            # The others wait for this process at the end of Fabric's method.
+            if self.is_global_zero:
+                self.barrier()
+            raise
 
     def load(
         self, path: str | Path, state: dict[str, Any] | None = None, strict: bool = True, **kwargs: Any
@@ -91,6 +114,17 @@ class TrainingFabric(L.Fabric):
             obj.load_state_dict(checkpoint["model"], strict=strict)
         else:
             super().load_raw(path, obj, strict, **kwargs)
+
+
+class DirectCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint straight to its file.
+
+    Lightning's own first makes a copy of all of it in memory, and another in a temporary file that may lie on another
+    file system; the directory that `checkpoints.save_whole` writes into is temporary already.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        torch.save(checkpoint, path)
 
 
 class GradientNorm:

@@ -18,13 +18,13 @@ import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import litgpt.pretrain
 from litgpt.args import TrainArgs
 
 from litgpt_moe_ext.training import checkpoints, hyperparameters
-from litgpt_moe_ext.training.control import StepLimits, StopRequests, TrainingInterrupted
+from litgpt_moe_ext.training.control import StepLimits, StopRequests, TrainingInterrupted, TrainingStopped
 from litgpt_moe_ext.training.optimization import Optimization
 
 
@@ -40,6 +40,7 @@ class HookedLoop:
         resume_file: Model file to resume from, or False.
         settings: The run's settings as plain data, for `hyperparameters.yaml`.
         optimization: Schedule and parameter groups.
+        on_save_error: What a checkpoint that cannot be written means for the run.
 
     Attributes:
         trained_iterations: Iterations of this run (not of earlier ones it resumed), once it has ended.
@@ -56,6 +57,7 @@ class HookedLoop:
         resume_file: Path | bool,
         settings: dict[str, Any],
         optimization: Optimization,
+        on_save_error: Literal["stop", "continue"],
     ) -> None:
         self.fabric = fabric
         self.train = train
@@ -65,10 +67,12 @@ class HookedLoop:
         self.resume_file = resume_file
         self.settings = settings
         self.optimization = optimization
+        self.on_save_error = on_save_error
         self.stop_requests = StopRequests(fabric.print)
         self.state: dict[str, Any] = {}
         self.trained_iterations = 0
         self.seconds = 0.0
+        self.limits_reached = False
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -83,12 +87,20 @@ class HookedLoop:
             try:
                 with self.stop_requests.listening():
                     original_fit(*args, **kwargs)
+            except Exception:
+                if self.limits_reached:
+                    # Validation failed after the last step: the training must not be lost with it.
+                    self.save("final")
+                raise
             finally:
                 self.trained_iterations = self.state["iter_num"] - first_iteration
                 self.seconds = time.perf_counter() - started
 
         def save_checkpoint(fabric: Any, state: dict, tokenizer_dir: Path | None, checkpoint_file: Path) -> None:
-            checkpoints.save_whole(original_save, fabric, state, tokenizer_dir, checkpoint_file)
+            try:
+                checkpoints.save_whole(original_save, fabric, state, tokenizer_dir, checkpoint_file)
+            except checkpoints.SaveError as error:
+                return self._not_saved(error, checkpoint_file.parent)
             fabric.call("on_checkpoint_saved", directory=checkpoint_file.parent)
 
         loop = self
@@ -117,6 +129,22 @@ class HookedLoop:
         finally:
             vars(litgpt.pretrain).update(originals)
 
+    def save(self, name: str) -> None:
+        """Save the present state under a name in the run's directory; every process must call."""
+        litgpt.pretrain.save_checkpoint(
+            self.fabric, self.state, self.tokenizer_dir, self.out_dir / name / checkpoints.MODEL_FILE
+        )
+
+    def _not_saved(self, error: checkpoints.SaveError, directory: Path) -> None:
+        if self.on_save_error == "continue" and directory.name != "final":
+            self.fabric.print(f"  {error}. Training goes on without it (checkpoint.on_save_error: continue).")
+            return
+        kept = [str(path) for path in checkpoints.newest_first(self.out_dir)[:1]]
+        raise TrainingStopped(
+            f"{error}. The checkpoints before it are whole{', the newest is ' + kept[0] if kept else ''}. Free some "
+            "space and continue with --resume auto; --checkpoint.on_save_error continue trains on without checkpoints."
+        ) from error
+
     def _between_iterations(self) -> None:
         accumulation = self.train.gradient_accumulation_iters(self.fabric.world_size)
         if self.state["iter_num"] % accumulation:
@@ -125,13 +153,12 @@ class HookedLoop:
         step = self.state["step_count"]
         if signal_number := self.stop_requests.agreed(self.fabric):
             directory = self.out_dir / f"step-{step:08d}"
-            if step and checkpoints.problem_with(directory) is not None:
-                litgpt.pretrain.save_checkpoint(
-                    self.fabric, self.state, self.tokenizer_dir, directory / checkpoints.MODEL_FILE
-                )
+            if step and self.fabric.broadcast(checkpoints.problem_with(directory)) is not None:
+                self.save(directory.name)
             raise TrainingInterrupted(signal_number)
         if self.limits.reached(step, self.fabric):
             # Ends LitGPT's `for` loop; the final validation and checkpoint follow.
+            self.limits_reached = True
             raise StopIteration
         self.fabric.call("on_step_begin", state=self.state)
 

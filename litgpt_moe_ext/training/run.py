@@ -9,6 +9,7 @@ from typing import Any
 
 import litgpt.pretrain
 import torch
+from lightning.fabric.loggers import CSVLogger
 from lightning.fabric.strategies import DDPStrategy, FSDPStrategy
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.config import Config
@@ -20,13 +21,23 @@ from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.patches.compile import compile_scope, decide, probe_platform
 from litgpt_moe_ext.training import checkpoints
 from litgpt_moe_ext.training.anomalies import GradientGuard
-from litgpt_moe_ext.training.arguments import AnomalyArgs, EmaArgs, ParameterGroupArgs, SampleArgs, ScheduleArgs
+from litgpt_moe_ext.training.arguments import (
+    AnomalyArgs,
+    CheckpointArgs,
+    EmaArgs,
+    ParameterGroupArgs,
+    SampleArgs,
+    ScheduleArgs,
+)
 from litgpt_moe_ext.training.checks import SettingsError, check_tokenizer
 from litgpt_moe_ext.training.ema import WeightAverage
-from litgpt_moe_ext.training.fabric import ExpertLoad, GradientNorm, TrainingFabric
+from litgpt_moe_ext.training.fabric import DirectCheckpointIO, ExpertLoad, GradientNorm, TrainingFabric
 from litgpt_moe_ext.training.loop import HookedLoop
 from litgpt_moe_ext.training.optimization import Optimization
+from litgpt_moe_ext.training.out_dir_lock import OutDirLock
 from litgpt_moe_ext.training.progress import Reporter, format_count
+from litgpt_moe_ext.training.resume_notes import resume_notes
+from litgpt_moe_ext.training.retention import Retention
 
 
 class Run:
@@ -55,6 +66,7 @@ class Run:
         self.tokenizer: Tokenizer | None = None
         self.tokenizer_dir: Path | None = None
         self.resume_file: Path | bool = False
+        self.lock = OutDirLock(out_dir)
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
@@ -67,6 +79,7 @@ class Run:
             self.reporter.close()
             for logger in self.fabric.loggers if self.fabric is not None else ():
                 logger.finalize(status)
+            self.lock.release()
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
 
@@ -76,7 +89,7 @@ class Run:
         """Start the processes."""
         self.devices, self.num_nodes = parse_devices(devices), num_nodes
         cuda = torch.cuda.is_available()
-        logger = choose_logger(
+        logger = _choose_logger(
             logger_name,
             self.out_dir,
             name=f"pretrain-{self.config.name}",
@@ -92,6 +105,8 @@ class Run:
             # bfloat16 is much slower than float32 on CPUs without instructions for it.
             precision=precision or (get_default_supported_precision(training=True) if cuda else "32-true"),
             loggers=[logger],
+            # Sharded strategies write directly, and refuse the plugin.
+            plugins=[DirectCheckpointIO()] if strategy in ("auto", "ddp") else None,
             callbacks=[GradientNorm(), ExpertLoad(), self.reporter],
         )
         if cuda and self.devices > 1:
@@ -99,6 +114,18 @@ class Run:
         self.fabric.launch()
         if logger_name in ("tensorboard", "wandb", "mlflow"):
             self.fabric.logger.log_hyperparams(self.settings)
+
+    def lock_out_dir(self) -> None:
+        """Make sure that no other run works in the same directory, and tidy up what a killed one left there."""
+        owner = self.fabric.broadcast(self.lock.take() if self.fabric.is_global_zero else None)
+        if owner is not None:
+            raise ValueError(
+                f"out_dir: {str(self.out_dir)!r} is in use by {owner}; wait until it ends, or choose another --out_dir"
+            )
+        if self.fabric.is_global_zero:
+            for line in checkpoints.recover(self.out_dir):
+                self.fabric.print(line)
+        self.fabric.barrier()
 
     def find_checkpoint(self, resume: Any, initial_checkpoint_dir: Path | None, eval: EvalArgs) -> None:
         """Decide what to resume from, and check that it is this model."""
@@ -163,7 +190,13 @@ class Run:
             fabric.add_callback(WeightAverage(ema))
 
     def train(
-        self, seed: int, initial_checkpoint_dir: Path | None, eval: EvalArgs, optimizer: str | dict, compile: bool | str
+        self,
+        seed: int,
+        initial_checkpoint_dir: Path | None,
+        eval: EvalArgs,
+        optimizer: str | dict,
+        compile: bool | str,
+        checkpoint: CheckpointArgs,
     ) -> None:
         """Run LitGPT's loop to its end."""
         decision = decide(compile, self.config, probe_platform(self.fabric.device.type))
@@ -180,7 +213,10 @@ class Run:
             self.resume_file,
             self.settings,
             self.optimization,
+            checkpoint.on_save_error,
         )
+        self.retention = Retention(checkpoint, self.out_dir, self.fabric, loop.save)
+        self.fabric.add_callback(self.retention)
         with loop.installed(), compile_scope(decision), _settings_errors_until_started(loop):
             litgpt.pretrain.main(
                 fabric=self.fabric,
@@ -213,6 +249,10 @@ class Run:
         say(f"{self.total_steps} steps of {self.tokens_per_step:,} tokens, checkpoints in {self.out_dir}")
         if self.resume_file:
             say(f"Resuming from {self.resume_file.parent}")
+            for note in resume_notes(self.resume_file.parent, self.settings):
+                say(f"  {note}")
+            if (checkpoints.step_of(self.resume_file.parent) or 0) >= self.total_steps:
+                say("  This run is finished: nothing is left to train. --train.max_tokens with more tokens goes on.")
 
     def _conclude(self, loop: HookedLoop) -> None:
         per_iteration = self.tokens_per_step // self.train_args.gradient_accumulation_iters(
@@ -240,6 +280,13 @@ def _settings_errors_until_started(loop: HookedLoop) -> Iterator[None]:
         if loop.state:
             raise
         raise SettingsError(str(error)) from error
+
+
+def _choose_logger(logger_name: str, out_dir: Path, **kwargs: Any) -> Any:
+    if logger_name == "csv":
+        # LitGPT's flushes by a step number that is an iteration; here every line that is printed is also on file.
+        return CSVLogger(root_dir=out_dir / "logs", name="csv", flush_logs_every_n_steps=1)
+    return choose_logger(logger_name, out_dir, **kwargs)
 
 
 def _make_strategy(name: str, processes: int) -> Any:

@@ -27,6 +27,7 @@ def test_a_run_from_start_to_generation(recipe, tmp_path, capsys):
 
     out_dir = tmp_path / "out"
     assert sorted(p.name for p in out_dir.iterdir()) == [
+        "best",
         "final",
         "logs",
         "step-00000004",
@@ -44,7 +45,7 @@ def test_a_run_from_start_to_generation(recipe, tmp_path, capsys):
     assert losses[-1] < losses[0] - 0.5
     assert len(logged(out_dir, "moe/max_over_mean")) == 12
     assert len(logged(out_dir, "grad_norm")) == 12
-    assert len(logged(out_dir, "val_loss")) == 4, "after steps 4, 8, 12 and at the end"
+    assert list(logged(out_dir, "val_loss")) == [4, 8, 12]
     assert "max/mean load" in output
     assert "sample | def " in output
     assert "Trained 1,536 tokens" in output
@@ -102,7 +103,7 @@ def test_a_truncated_checkpoint_is_passed_over(recipe, tmp_path, capsys):
     capsys.readouterr()
     assert train("--config", file, "--resume", "auto") == 0
     output = capsys.readouterr().out
-    assert f"Passing over checkpoint {newest.parent}: lit_model.pth is truncated or damaged" in output
+    assert f"Passing over checkpoint {newest.parent}: lit_model.pth differs from its checksum" in output
     assert f"Resuming from {tmp_path / 'out' / 'step-00000008'}" in output
 
 
@@ -117,7 +118,9 @@ def test_damage_inside_a_checkpoint_is_noticed(recipe, tmp_path):
     content[len(content) // 2] ^= 1
     (final / "lit_model.pth").write_bytes(content)
     torch.load(final / "lit_model.pth", weights_only=True)
-    assert "is damaged in its record" in problem_with(final)
+    assert problem_with(final) == "lit_model.pth differs from its checksum in SHA256SUMS"
+    (final / "SHA256SUMS").unlink()
+    assert "is damaged in its record" in problem_with(final), "as in a checkpoint of plain LitGPT"
 
 
 def test_a_new_run_loses_nothing_of_an_earlier_one(recipe, tmp_path, capsys):
@@ -298,6 +301,11 @@ class TestWrongInputs:
         assert "does not fit the present settings" in error
         config = tmp_path / "out" / "final" / "model_config.yaml"
         config.write_text(config.read_text() + "foo: 1\n")
+        for folder in ("best", "step-00000004"):
+            assert "foo" not in (tmp_path / "out" / folder / "model_config.yaml").read_text()
+            shutil.rmtree(tmp_path / "out" / folder)
+        assert "found only damaged checkpoints" in self.refused(capsys, *resume)
+        (tmp_path / "out" / "final" / "SHA256SUMS").unlink()
         assert "model_config.yaml cannot be read" in self.refused(capsys, *resume)
 
     def test_unreadable_files(self, recipe, tmp_path, capsys):
