@@ -107,3 +107,21 @@ class CheckpointArgs:
             raise ValueError(f"checkpoint.every_minutes: {self.every_minutes} must be above 0, or null")
         if self.keep_last is not None and self.keep_last < 1:
             raise ValueError(f"checkpoint.keep_last: {self.keep_last} must be at least 1, or null for all")
+
+
+@dataclass
+class DistributedArgs:
+    """Knobs of the strategy; one that the chosen strategy does not have is refused"""
+
+    bucket_mb: float | None = None
+    """ddp: size of the pieces in which gradients are reduced while the backward pass goes on, in MB; null: 25"""
+    cpu_offload: bool | None = None
+    """fsdp, fsdp2: keep weights and optimizer in the memory of the CPU; null: false"""
+    timeout_minutes: float = 10.0
+    """After which a process that waits for another one gives up"""
+
+    def __post_init__(self) -> None:
+        if self.bucket_mb is not None and not self.bucket_mb > 0:
+            raise ValueError(f"distributed.bucket_mb: {self.bucket_mb} must be above 0, or null")
+        if not self.timeout_minutes > 0:
+            raise ValueError(f"distributed.timeout_minutes: {self.timeout_minutes} must be above 0")

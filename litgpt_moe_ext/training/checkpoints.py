@@ -169,6 +169,16 @@ def step_of(checkpoint_dir: Path) -> int | None:
     return None if age is None else age[1]
 
 
+def batch_of(checkpoint_dir: Path) -> int | None:
+    """Return the sequences of an iteration over all processes when a checkpoint was written, or None if unknown."""
+    try:
+        processes = json.loads((checkpoint_dir / STATE_FILE).read_text(encoding="utf-8"))["processes"]
+        settings = yaml.safe_load((checkpoint_dir / "hyperparameters.yaml").read_text(encoding="utf-8"))
+        return processes * settings["train"]["micro_batch_size"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
+
+
 def newest_first(out_dir: Path) -> list[Path]:
     """Return the checkpoint directories of a run (`step-*`, `best` and `final`), the last saved first, whole or not."""
     ages = {path: _age_of(path) for path in out_dir.glob("*") if path.is_dir() and not path.name.startswith(".")}

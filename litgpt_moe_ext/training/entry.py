@@ -17,6 +17,7 @@ import litgpt_moe_ext
 from litgpt_moe_ext.training.arguments import (
     AnomalyArgs,
     CheckpointArgs,
+    DistributedArgs,
     EmaArgs,
     ParameterGroupArgs,
     SampleArgs,
@@ -61,8 +62,11 @@ def setup(
     tokenizer_dir: Path | None = None,
     logger_name: LoggerChoice = "csv",
     seed: int = 42,
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto",
+    strategy: Literal["auto", "ddp", "fsdp", "fsdp_shard_grad_op", "fsdp2"] = "auto",
     compile: bool | Literal["auto"] = "auto",
+    float32_matmul_precision: Literal["highest", "high", "medium"] | None = None,
+    activation_checkpointing: Literal["none", "full", "selective"] = "none",
+    fused_cross_entropy: bool = False,
     progress: bool | None = None,
     sample: SampleArgs = SampleArgs(),  # noqa: B008
     schedule: ScheduleArgs = ScheduleArgs(),  # noqa: B008
@@ -70,6 +74,7 @@ def setup(
     anomaly: AnomalyArgs = AnomalyArgs(),  # noqa: B008
     ema: EmaArgs = EmaArgs(),  # noqa: B008
     checkpoint: CheckpointArgs = CheckpointArgs(),  # noqa: B008
+    distributed: DistributedArgs = DistributedArgs(),  # noqa: B008
 ) -> None:
     """Pretrain a model with LitGPT.
 
@@ -93,6 +98,10 @@ def setup(
         seed: Seed of the random generators.
         strategy: How processes share the work; auto is ddp wherever there are several.
         compile: Whether to use `torch.compile`; auto does where it works and pays, and says so.
+        float32_matmul_precision: As `torch.set_float32_matmul_precision`: high and medium let GPUs use TF32 or bf16 for
+            float32 products; medium makes CPUs use oneDNN, which is faster. Default: torch's.
+        activation_checkpointing: Compute activations again in the backward pass: all of a block, or selectively.
+        fused_cross_entropy: Compute output head and loss together, without keeping the logits.
         progress: Draw a progress bar. Default: if the output is a terminal.
         sample: Text to write after every validation.
         schedule: Shape of the learning rate.
@@ -100,6 +109,7 @@ def setup(
         anomaly: What to do about gradients that are not finite or unusually large.
         ema: Moving average of the weights.
         checkpoint: Which checkpoints to keep.
+        distributed: Knobs of the strategy.
 
     Raises:
         SettingsError: If a setting or an input is wrong; before any training, with the setting, its value and a remedy.
@@ -125,13 +135,15 @@ def setup(
     run = Run(config=config, train=train, out_dir=out_dir, settings=settings, progress=progress)
     with run.closing():
         with _as_settings_errors():
-            run.launch(devices, num_nodes, strategy, precision, logger_name, log)
+            run.set_matmul_precision(float32_matmul_precision)
+            run.launch(devices, num_nodes, strategy, precision, logger_name, log, distributed)
             check_batch(train.global_batch_size, train.micro_batch_size, run.fabric.world_size)
             run.lock_out_dir()
             run.find_checkpoint(resume, initial_checkpoint_dir, eval)
             run.prepare_data(data, tokenizer_dir)
             run.add_samples(sample)
-        run.add_optimization(schedule, parameter_groups, anomaly, ema)
+            run.add_memory_savers(activation_checkpointing, fused_cross_entropy)
+            run.add_optimization(schedule, parameter_groups, anomaly, ema)
         run.train(seed, initial_checkpoint_dir, eval, optimizer, compile, checkpoint)
 
 

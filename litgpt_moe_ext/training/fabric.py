@@ -2,6 +2,7 @@
 
 Beside Fabric's own hooks (`on_after_setup`, `on_after_optimizer_step`) a callback may have:
 
+- `on_before_setup(model)`: LitGPT's model, before a strategy or compiler wraps it;
 - `on_fit_begin(resume_dir)`: training is about to start, from the checkpoint directory if it is not None;
 - `on_step_begin(state)`: the first batch of an optimizer step is about to be fetched; `state` is LitGPT's;
 - `on_batch(batch)`: a batch was fetched;
@@ -15,6 +16,7 @@ Beside Fabric's own hooks (`on_after_setup`, `on_after_optimizer_step`) a callba
 What `state_dict` of a callback returns becomes part of the checkpoints, and `load_state_dict` gets it back.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,7 +25,9 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from litgpt_moe_ext.moe.metrics import load_metrics
 
@@ -53,6 +57,18 @@ class TrainingFabric(L.Fabric):
         if self.is_global_zero:
             self._show(" ".join(str(value) for value in values))
 
+    def init_module(self, empty_init: bool | None = None) -> contextlib.AbstractContextManager:
+        # FSDP2 would initialise shards on their own: on a CPU every process draws the same numbers for its part. Made
+        # whole and then sharded, the weights are those of a single process.
+        if isinstance(self.strategy, ModelParallelStrategy):
+            return Strategy.module_init_context(self.strategy, empty_init)
+        return super().init_module(empty_init)
+
+    def setup(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # LitGPT has called `torch.compile`, which compiles at the first call only.
+        self.call("on_before_setup", model=getattr(module, "_orig_mod", module))
+        return super().setup(module, *args, **kwargs)
+
     def callback_states(self) -> dict[str, Any]:
         """Return the state of every callback that has one, by class name."""
         return {type(c).__name__: c.state_dict() for c in self._callbacks if hasattr(c, "state_dict")}
@@ -60,6 +76,8 @@ class TrainingFabric(L.Fabric):
     def clip_gradients(self, module: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor | None:
         # Whether a gradient that is not finite ends the run is for the callbacks to say.
         norm = super().clip_gradients(module, optimizer, *args, **{**kwargs, "error_if_nonfinite": False})
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         scaled = getattr(self.strategy.precision, "scaler", None) is not None
         self.call("on_gradients_clipped", norm=norm, module=module, optimizer=optimizer, scaled=scaled)
         return norm
@@ -125,6 +143,25 @@ class DirectCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         torch.save(checkpoint, path)
+
+
+class ScalerState:
+    """Keeps the state of a gradient scaler in the checkpoints.
+
+    Args:
+        precision: Fabric's precision plugin.
+    """
+
+    def __init__(self, precision: Any) -> None:
+        self._precision = precision
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the scaler."""
+        return self._precision.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state that `state_dict` returned."""
+        self._precision.load_state_dict(state)
 
 
 class GradientNorm:

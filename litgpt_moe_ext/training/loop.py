@@ -10,13 +10,15 @@ names point to functions of ours, which do their part and, where there is one, c
 | `save_checkpoint`         | writes under a temporary name, adds the random generators, renames                 |
 | `save_hyperparameters`    | writes the values that the run uses                                                |
 | `find_resume_path`        | chooses the newest whole checkpoint                                                |
+| `chunked_cross_entropy`   | does the output head's work as well, where asked                                   |
+| `get_dataloaders`         | lets a data position be read with another number of processes                     |
 | `get_lr`                  | follows the run's schedule                                                         |
 | `instantiate_torch_optimizer` | sorts the parameters into groups                                               |
 """
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +27,9 @@ from litgpt.args import TrainArgs
 
 from litgpt_moe_ext.training import checkpoints, hyperparameters
 from litgpt_moe_ext.training.control import StepLimits, StopRequests, TrainingInterrupted, TrainingStopped
+from litgpt_moe_ext.training.fused_loss import FusedLoss
 from litgpt_moe_ext.training.optimization import Optimization
+from litgpt_moe_ext.training.resharding import convert_iterations, convert_position
 
 
 class HookedLoop:
@@ -41,6 +45,7 @@ class HookedLoop:
         settings: The run's settings as plain data, for `hyperparameters.yaml`.
         optimization: Schedule and parameter groups.
         on_save_error: What a checkpoint that cannot be written means for the run.
+        fused_loss: What does the output head's work, or None if the head does it.
 
     Attributes:
         trained_iterations: Iterations of this run (not of earlier ones it resumed), once it has ended.
@@ -58,6 +63,7 @@ class HookedLoop:
         settings: dict[str, Any],
         optimization: Optimization,
         on_save_error: Literal["stop", "continue"],
+        fused_loss: FusedLoss | None,
     ) -> None:
         self.fabric = fabric
         self.train = train
@@ -68,6 +74,7 @@ class HookedLoop:
         self.settings = settings
         self.optimization = optimization
         self.on_save_error = on_save_error
+        self.fused_loss = fused_loss
         self.stop_requests = StopRequests(fabric.print)
         self.state: dict[str, Any] = {}
         self.trained_iterations = 0
@@ -81,6 +88,7 @@ class HookedLoop:
 
         def fit(*args: Any, **kwargs: Any) -> None:
             self.state = kwargs["state"]
+            self._adapt_iterations()
             self.limits = StepLimits(self.total_steps, self.train.max_time)
             first_iteration, started = self.state["iter_num"], time.perf_counter()
             self.fabric.call("on_fit_begin", resume_dir=self.resume_file.parent if self.resume_file else None)
@@ -120,14 +128,41 @@ class HookedLoop:
             "save_hyperparameters": lambda _function, directory: hyperparameters.save(self.settings, directory),
             "find_resume_path": lambda *_: self.resume_file,
             "get_lr": self._learning_rate,
+            "get_dataloaders": self._adaptable(litgpt.pretrain.get_dataloaders),
             "instantiate_torch_optimizer": self.optimization.make_optimizer,
         }
+        if self.fused_loss is not None:
+            hooks["chunked_cross_entropy"] = self.fused_loss.wrap(litgpt.pretrain.chunked_cross_entropy)
         originals = {name: getattr(litgpt.pretrain, name) for name in hooks}
         vars(litgpt.pretrain).update(hooks)
         try:
             yield
         finally:
             vars(litgpt.pretrain).update(originals)
+
+    def _adaptable(self, get_dataloaders: Callable[..., tuple]) -> Callable[..., tuple]:
+        def get_adaptable_dataloaders(*args: Any, **kwargs: Any) -> tuple:
+            train, val = get_dataloaders(*args, **kwargs)
+            if hasattr(train, "load_state_dict"):
+                load = train.load_state_dict
+
+                def load_state_dict(state: dict[str, Any]) -> None:
+                    load(convert_position(state, self.train.micro_batch_size, self.fabric.world_size))
+
+                train.load_state_dict = load_state_dict
+            return train, val
+
+        return get_adaptable_dataloaders
+
+    def _adapt_iterations(self) -> None:
+        if not self.resume_file:
+            return
+        saved = checkpoints.batch_of(self.resume_file.parent)
+        if saved is None:
+            return
+        batch = self.train.micro_batch_size * self.fabric.world_size
+        accumulation = self.train.gradient_accumulation_iters(self.fabric.world_size)
+        self.state["iter_num"] = convert_iterations(self.state["iter_num"], saved, batch, accumulation)
 
     def save(self, name: str) -> None:
         """Save the present state under a name in the run's directory; every process must call."""
@@ -171,5 +206,12 @@ class HookedLoop:
         # Later than `fabric.load`, because building the data iterator and the sanity check of the validation draw
         # random numbers that the uninterrupted run did not draw here.
         saved, self.fabric.resumed_rng = self.fabric.resumed_rng, None
-        if saved is not None and len(saved) == self.fabric.world_size:
+        if saved is None:
+            return
+        if len(saved) == self.fabric.world_size:
             checkpoints.restore_rng_state(saved[self.fabric.global_rank])
+        else:
+            self.fabric.print(
+                f"The checkpoint has the random generators of {len(saved)} processes and there are "
+                f"{self.fabric.world_size} now: they start anew, which matters only where training draws from them."
+            )

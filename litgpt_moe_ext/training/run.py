@@ -1,6 +1,7 @@
 """One training run, from launching the processes to the closing words."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import timedelta
@@ -10,20 +11,22 @@ from typing import Any
 import litgpt.pretrain
 import torch
 from lightning.fabric.loggers import CSVLogger
+from lightning.fabric.plugins import MixedPrecision
 from lightning.fabric.strategies import DDPStrategy, FSDPStrategy
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.config import Config
-from litgpt.model import Block
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import check_nvlink_connectivity, choose_logger, get_default_supported_precision, parse_devices
 
 from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.patches.compile import compile_scope, decide, probe_platform
 from litgpt_moe_ext.training import checkpoints
+from litgpt_moe_ext.training.activation_checkpointing import ActivationCheckpointing
 from litgpt_moe_ext.training.anomalies import GradientGuard
 from litgpt_moe_ext.training.arguments import (
     AnomalyArgs,
     CheckpointArgs,
+    DistributedArgs,
     EmaArgs,
     ParameterGroupArgs,
     SampleArgs,
@@ -31,13 +34,22 @@ from litgpt_moe_ext.training.arguments import (
 )
 from litgpt_moe_ext.training.checks import SettingsError, check_tokenizer
 from litgpt_moe_ext.training.ema import WeightAverage
-from litgpt_moe_ext.training.fabric import DirectCheckpointIO, ExpertLoad, GradientNorm, TrainingFabric
+from litgpt_moe_ext.training.fabric import DirectCheckpointIO, ExpertLoad, GradientNorm, ScalerState, TrainingFabric
+from litgpt_moe_ext.training.fused_loss import FusedLoss
 from litgpt_moe_ext.training.loop import HookedLoop
 from litgpt_moe_ext.training.optimization import Optimization
 from litgpt_moe_ext.training.out_dir_lock import OutDirLock
 from litgpt_moe_ext.training.progress import Reporter, format_count
 from litgpt_moe_ext.training.resume_notes import resume_notes
 from litgpt_moe_ext.training.retention import Retention
+from litgpt_moe_ext.training.strategies import (
+    Processes,
+    accelerator_here,
+    cluster_plugin,
+    is_sharded,
+    make_strategy,
+    started_processes,
+)
 
 
 class Run:
@@ -67,6 +79,7 @@ class Run:
         self.tokenizer_dir: Path | None = None
         self.resume_file: Path | bool = False
         self.lock = OutDirLock(out_dir)
+        self.fused_loss: FusedLoss | None = None
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
@@ -83,12 +96,40 @@ class Run:
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
 
+    def set_matmul_precision(self, precision: str | None) -> None:
+        """Choose how float32 matrix products are computed."""
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+
     def launch(
-        self, devices: int | str, num_nodes: int, strategy: str, precision: str | None, logger_name: str, log: LogArgs
+        self,
+        devices: int | str,
+        num_nodes: int,
+        strategy: str,
+        precision: str | None,
+        logger_name: str,
+        log: LogArgs,
+        distributed: DistributedArgs,
     ) -> None:
-        """Start the processes."""
+        """Start the processes, or join those that a launcher has started."""
+        started = started_processes(os.environ)
+        if started is not None:
+            devices, num_nodes = self._agree_with(started, devices, num_nodes)
         self.devices, self.num_nodes = parse_devices(devices), num_nodes
-        cuda = torch.cuda.is_available()
+        accelerator = accelerator_here()
+        cuda = accelerator == "cuda"
+        made = make_strategy(strategy, self.devices * num_nodes, num_nodes, distributed, accelerator)
+        # Sharded strategies write directly, and refuse the plugin for saving.
+        plugins = [DirectCheckpointIO()] if made == "auto" or isinstance(made, DDPStrategy) else []
+        if precision is None:
+            # bfloat16 is much slower than float32 on CPUs without instructions for it.
+            precision = get_default_supported_precision(training=True) if cuda else "32-true"
+        if precision == "16-mixed" and not cuda:
+            # Fabric would take bf16-mixed instead; torch has both on CPUs.
+            plugins.append(MixedPrecision("16-mixed", accelerator))
+            precision = None
+        if (environment := cluster_plugin(started)) is not None:
+            plugins.append(environment)
         logger = _choose_logger(
             logger_name,
             self.out_dir,
@@ -101,12 +142,10 @@ class Run:
             show=self.reporter.show,
             devices=self.devices,
             num_nodes=num_nodes,
-            strategy=_make_strategy(strategy, self.devices * num_nodes),
-            # bfloat16 is much slower than float32 on CPUs without instructions for it.
-            precision=precision or (get_default_supported_precision(training=True) if cuda else "32-true"),
+            strategy=made,
+            precision=precision,
             loggers=[logger],
-            # Sharded strategies write directly, and refuse the plugin.
-            plugins=[DirectCheckpointIO()] if strategy in ("auto", "ddp") else None,
+            plugins=plugins,
             callbacks=[GradientNorm(), ExpertLoad(), self.reporter],
         )
         if cuda and self.devices > 1:
@@ -114,6 +153,14 @@ class Run:
         self.fabric.launch()
         if logger_name in ("tensorboard", "wandb", "mlflow"):
             self.fabric.logger.log_hyperparams(self.settings)
+
+    def _agree_with(self, started: Processes, devices: int | str, num_nodes: int) -> tuple[int, int]:
+        if devices not in ("auto", started.per_node) or num_nodes not in (1, started.nodes):
+            raise ValueError(
+                f"devices: {devices}, num_nodes: {num_nodes}: {started.started_by} has started {started.per_node} "
+                f"processes on each of {started.nodes} nodes; set devices: auto, or these numbers"
+            )
+        return started.per_node, started.nodes
 
     def lock_out_dir(self) -> None:
         """Make sure that no other run works in the same directory, and tidy up what a killed one left there."""
@@ -170,12 +217,22 @@ class Run:
             return
         if self.tokenizer is None:
             raise ValueError("sample.prompts: needs a tokenizer; give tokenizer_dir, or remove the prompts")
-        if isinstance(self.fabric.strategy, FSDPStrategy):
-            self.fabric.print("No samples: under fsdp no process holds a whole model.")
+        if is_sharded(self.fabric.strategy):
+            self.fabric.print("No samples: under this strategy no process holds a whole model.")
             return
         from litgpt_moe_ext.training.sampling import TextSamples
 
         self.fabric.add_callback(TextSamples(sample, self.tokenizer))
+
+    def add_memory_savers(self, activation_checkpointing: str, fused_cross_entropy: bool) -> None:
+        """Trade time for memory as asked."""
+        if activation_checkpointing != "none":
+            self.fabric.add_callback(ActivationCheckpointing(activation_checkpointing))
+        if fused_cross_entropy and is_sharded(self.fabric.strategy):
+            raise ValueError("fused_cross_entropy: true needs the whole output head on every process; use ddp")
+        if fused_cross_entropy:
+            self.fused_loss = FusedLoss()
+            self.fabric.add_callback(self.fused_loss)
 
     def add_optimization(
         self, schedule: ScheduleArgs, groups: ParameterGroupArgs, anomaly: AnomalyArgs, ema: EmaArgs
@@ -186,6 +243,10 @@ class Run:
         self.optimization = Optimization(schedule, groups, scaled)
         fabric.add_callback(self.optimization)
         fabric.add_callback(GradientGuard(anomaly, self.out_dir, fabric.global_rank, fabric.print))
+        if scaled:
+            fabric.add_callback(ScalerState(fabric.strategy.precision))
+        if ema.decay is not None and isinstance(fabric.strategy, FSDPStrategy):
+            raise ValueError(f"ema.decay: {ema.decay} does not work with this strategy; ddp and fsdp2 have averages")
         if ema.decay is not None:
             fabric.add_callback(WeightAverage(ema))
 
@@ -200,6 +261,8 @@ class Run:
     ) -> None:
         """Run LitGPT's loop to its end."""
         decision = decide(compile, self.config, probe_platform(self.fabric.device.type))
+        if decision.enabled and self.fused_loss is not None:
+            raise SettingsError("fused_cross_entropy: true cannot be compiled; set compile: false")
         self._announce(decision)
         continues_here = self.resume_file and self.resume_file.parent.parent.resolve() == self.out_dir.resolve()
         if self.fabric.is_global_zero and not continues_here and (aside := checkpoints.set_aside(self.out_dir)):
@@ -214,6 +277,7 @@ class Run:
             self.settings,
             self.optimization,
             checkpoint.on_save_error,
+            self.fused_loss,
         )
         self.retention = Retention(checkpoint, self.out_dir, self.fabric, loop.save)
         self.fabric.add_callback(self.retention)
@@ -287,11 +351,3 @@ def _choose_logger(logger_name: str, out_dir: Path, **kwargs: Any) -> Any:
         # LitGPT's flushes by a step number that is an iteration; here every line that is printed is also on file.
         return CSVLogger(root_dir=out_dir / "logs", name="csv", flush_logs_every_n_steps=1)
     return choose_logger(logger_name, out_dir, **kwargs)
-
-
-def _make_strategy(name: str, processes: int) -> Any:
-    if processes == 1:
-        return "auto"
-    if name == "fsdp":
-        return FSDPStrategy(auto_wrap_policy={Block}, state_dict_type="full", sharding_strategy="HYBRID_SHARD")
-    return DDPStrategy()
