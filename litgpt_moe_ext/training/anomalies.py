@@ -51,7 +51,7 @@ class GradientGuard:
         self._before = {"step": state["step_count"], "iteration": state["iter_num"], "data": position}
         self._batches = []
 
-    def on_batch(self, batch: Tensor) -> None:
+    def on_batch(self, batch: Tensor, **_context: Any) -> None:
         """Keep a reference to a batch until the step is over."""
         self._batches.append(batch)
 

@@ -5,7 +5,7 @@ Beside Fabric's own hooks (`on_after_setup`, `on_after_optimizer_step`) a callba
 - `on_before_setup(model)`: LitGPT's model, before a strategy or compiler wraps it;
 - `on_fit_begin(resume_dir)`: training is about to start, from the checkpoint directory if it is not None;
 - `on_step_begin(state)`: the first batch of an optimizer step is about to be fetched; `state` is LitGPT's;
-- `on_batch(batch)`: a batch was fetched;
+- `on_batch(batch, waited)`: a batch was fetched, which took `waited` seconds;
 - `on_gradients_clipped(norm, module, optimizer, scaled)`: the total gradient norm before clipping, a scalar tensor on
   the device; whether a gradient scaler watches over it;
 - `on_log(metrics)`: may add to the dictionary before it reaches the loggers;

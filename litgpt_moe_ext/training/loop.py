@@ -116,9 +116,11 @@ class HookedLoop:
         class CycleIterator(litgpt.pretrain.CycleIterator):
             def __next__(self) -> Any:
                 loop._between_iterations()
+                asked = time.perf_counter()
                 batch = super().__next__()
+                waited = time.perf_counter() - asked
                 loop._restore_rng()
-                loop.fabric.call("on_batch", batch=batch)
+                loop.fabric.call("on_batch", batch=batch, waited=waited)
                 return batch
 
         hooks = {

@@ -20,7 +20,7 @@ from litgpt.utils import check_nvlink_connectivity, choose_logger, get_default_s
 
 from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.patches.compile import compile_scope, decide, probe_platform
-from litgpt_moe_ext.training import checkpoints
+from litgpt_moe_ext.training import checkpoints, topology
 from litgpt_moe_ext.training.activation_checkpointing import ActivationCheckpointing
 from litgpt_moe_ext.training.anomalies import GradientGuard
 from litgpt_moe_ext.training.arguments import (
@@ -41,7 +41,7 @@ from litgpt_moe_ext.training.optimization import Optimization
 from litgpt_moe_ext.training.out_dir_lock import OutDirLock
 from litgpt_moe_ext.training.progress import Reporter, format_count
 from litgpt_moe_ext.training.resume_notes import resume_notes
-from litgpt_moe_ext.training.retention import Retention
+from litgpt_moe_ext.training.retention import BEST, Retention
 from litgpt_moe_ext.training.strategies import (
     Processes,
     accelerator_here,
@@ -50,6 +50,7 @@ from litgpt_moe_ext.training.strategies import (
     make_strategy,
     started_processes,
 )
+from litgpt_moe_ext.training.telemetry import Telemetry
 
 
 class Run:
@@ -149,8 +150,9 @@ class Run:
             callbacks=[GradientNorm(), ExpertLoad(), self.reporter],
         )
         if cuda and self.devices > 1:
-            check_nvlink_connectivity(self.fabric)
+            self._report_topology()
         self.fabric.launch()
+        self.fabric.add_callback(Telemetry(self.fabric.device))
         if logger_name in ("tensorboard", "wandb", "mlflow"):
             self.fabric.logger.log_hyperparams(self.settings)
 
@@ -161,6 +163,13 @@ class Run:
                 f"processes on each of {started.nodes} nodes; set devices: auto, or these numbers"
             )
         return started.per_node, started.nodes
+
+    def _report_topology(self) -> None:
+        if (matrix := topology.read_matrix()) is None:
+            check_nvlink_connectivity(self.fabric)  # knows AMD's tool as well
+            return
+        for line in topology.report(matrix):
+            self.fabric.print(line)
 
     def lock_out_dir(self) -> None:
         """Make sure that no other run works in the same directory, and tidy up what a killed one left there."""
@@ -331,8 +340,14 @@ class Run:
             unigram = getattr(self.data, "unigram_loss", None)
             baseline = "" if unigram is None else f"; a model of token frequencies alone has {unigram:.3f}"
             say(f"Validation loss {self.reporter.val_loss:.3f}{baseline}")
+        best = self.out_dir / BEST
+        if self.retention.best_loss is not None and best.is_dir():
+            say(f"Best validation loss {self.retention.best_loss:.3f} after step {checkpoints.step_of(best)}: {best}")
         if self.tokenizer is not None:
-            say(f'Try it: litgpt generate {self.out_dir / "final"} --prompt "..."')
+            final = self.out_dir / "final"
+            say(f'Try it: litgpt generate {final} --prompt "..."')
+            say(f"        litgpt chat {final}")
+        say(f"Go on: --resume auto --train.max_tokens {2 * self.train_args.max_tokens}")
 
 
 @contextlib.contextmanager

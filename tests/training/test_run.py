@@ -1,6 +1,7 @@
 """Training from the command line, in this process: checkpoints that LitGPT opens, exact resume, wrong inputs."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -49,6 +50,13 @@ def test_a_run_from_start_to_generation(recipe, tmp_path, capsys):
     assert "max/mean load" in output
     assert "sample | def " in output
     assert "Trained 1,536 tokens" in output
+    assert f"Best validation loss {min(map(float, logged(out_dir, 'val_loss').values())):.3f} after step" in output
+    assert f"litgpt chat {out_dir / 'final'}" in output
+    assert len(logged(out_dir, "tokens_per_second")) == 11
+    assert all(0 <= float(share) < 1 for share in logged(out_dir, "data_wait").values())
+    assert all(0.05 < float(memory) < 50 for memory in logged(out_dir, "memory_gb").values())
+    perplexities = logged(out_dir, "ppl")
+    assert all(math.isclose(float(perplexities[s]), math.exp(loss)) for s, loss in enumerate(losses, start=1))
     assert "a model of token frequencies alone has" in output
 
     biases = [w for name, w in weights(final).items() if name.endswith("e_score_correction_bias")]
