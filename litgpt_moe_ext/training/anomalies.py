@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from litgpt_moe_ext.moe.auxiliary import forget_scale
 from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.training.arguments import AnomalyArgs
 from litgpt_moe_ext.training.checkpoints import rng_state
@@ -81,6 +82,8 @@ class GradientGuard:
         return statistics.median(self._norms)
 
     def _act(self, problem: str, action: str, module: torch.nn.Module, optimizer: Any) -> None:
+        # The scale of this step's loss, which is not finite either, must not reach another training of this process.
+        forget_scale()
         file = self._save(problem)
         step = self._before["step"]
         setting = "anomaly.on_spike" if "median" in problem else "anomaly.on_nonfinite"

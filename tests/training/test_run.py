@@ -304,7 +304,8 @@ class TestWrongInputs:
         resume = ("--config", recipe(), "--resume", "auto")
         error = self.refused(capsys, *resume, "--optimizer", "SGD")
         assert "holds the state of the optimizer AdamW, not of SGD" in error
-        assert "batch_size: 2 in the checkpoint, 4 now" in self.refused(capsys, *resume, "--micro-batch-size", "4")
+        error = self.refused(capsys, *resume, "--micro-batch-size", "3", "--global-batch-size", "3")
+        assert "makes batches of 3; the checkpoint stands after 16 sequences of its epoch" in error
         error = self.refused(capsys, *resume, "--train.tie_embeddings", "true")
         assert "does not fit the present settings" in error
         config = tmp_path / "out" / "final" / "model_config.yaml"
