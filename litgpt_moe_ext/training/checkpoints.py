@@ -1,7 +1,8 @@
 """Checkpoint directories: written whole or not at all, and the newest whole one found again.
 
 A checkpoint is LitGPT's: `lit_model.pth` (model, optimizer, data position, counters), `model_config.yaml`,
-`hyperparameters.yaml` and the tokenizer's files; `training_state.json` says in plain text where the run stood.
+`hyperparameters.yaml` and the tokenizer's files; `training_state.json` says in plain text where the run stood, and
+`SHA256SUMS` what every file must look like.
 """
 
 import json
@@ -18,6 +19,7 @@ import torch
 import yaml
 
 from litgpt_moe_ext.durable import flush, flush_tree
+from litgpt_moe_ext.training import manifest
 
 MODEL_FILE = "lit_model.pth"
 STATE_FILE = "training_state.json"
@@ -43,43 +45,105 @@ def publish(staging: Path, target: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+class SaveError(Exception):
+    """A checkpoint could not be written; those before it are as they were."""
+
+
+def remove(directory: Path) -> None:
+    """Delete a checkpoint; half of it is never found under its name."""
+    doomed = directory.with_name(f".{directory.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    directory.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def recover(out_dir: Path) -> list[str]:
+    """Finish or undo what a killed run left in the middle of; only for the one run that works in `out_dir`.
+
+    Returns:
+        What was done, one line each.
+    """
+    done = []
+    for path in sorted(out_dir.glob(".*.replaced")):
+        original = path.with_name(path.name.removeprefix(".").removesuffix(".replaced"))
+        if original.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.rename(original)
+            done.append(f"Found {original} under the name it had while it was being replaced, and named it back.")
+    for pattern in (".*.incomplete", ".*.removed"):
+        for path in out_dir.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+    return done
+
+
 def save_whole(save: Callable[..., None], fabric: Any, state: dict, tokenizer_dir: Path | None, file: Path) -> None:
     """Save a checkpoint under a temporary name and rename it when it is complete.
 
     Args:
         save: LitGPT's `save_checkpoint`, or one with its arguments.
-        fabric: The running Fabric; every process must call.
+        fabric: The running `TrainingFabric`; every process must call.
         state: LitGPT's training state.
         tokenizer_dir: Whose files to copy beside the model.
         file: The final path of the model file; its parent is the checkpoint directory.
+
+    Raises:
+        SaveError: On every process, if the first could not write.
     """
     target = file.parent
     staging = target.with_name(f".{target.name}.incomplete")
+    extended = {**state, "rng": _rng_of_all_processes(fabric), "callbacks": fabric.callback_states()}
+
+    def finish() -> None:
+        if fabric.is_global_zero:
+            progress = {
+                "step": state["step_count"],
+                "iteration": state["iter_num"],
+                "processes": fabric.world_size,
+                "saved_at": time.time(),
+            }
+            (staging / STATE_FILE).write_text(json.dumps(progress, indent=2) + "\n", encoding="utf-8")
+            manifest.write(staging)
+            publish(staging, target)
+
     if fabric.is_global_zero:
         shutil.rmtree(staging, ignore_errors=True)
     fabric.barrier()
-    save(fabric, {**state, "rng": _rng_of_all_processes(fabric)}, tokenizer_dir, staging / file.name)
-    fabric.barrier()
-    if fabric.is_global_zero:
-        progress = {
-            "step": state["step_count"],
-            "iteration": state["iter_num"],
-            "processes": fabric.world_size,
-            "saved_at": time.time(),
-        }
-        (staging / STATE_FILE).write_text(json.dumps(progress, indent=2) + "\n", encoding="utf-8")
-        publish(staging, target)
-    fabric.barrier()
+    for part in (
+        lambda: save(fabric, extended, tokenizer_dir, staging / file.name),
+        lambda: fabric.call("on_checkpoint_staged", directory=staging),
+        finish,
+    ):
+        if problem := _try_everywhere(fabric, part):
+            if fabric.is_global_zero:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise SaveError(f"{target} could not be saved: {problem}")
+
+
+def _try_everywhere(fabric: Any, action: Callable[[], Any]) -> str | None:
+    # Only the first process writes files; the others must hear of its failure instead of waiting for it. torch reports
+    # a full disk as a RuntimeError.
+    problem = None
+    try:
+        action()
+    except (OSError, RuntimeError) as error:
+        if not fabric.is_global_zero:
+            raise
+        problem = str(error) or type(error).__name__
+    return fabric.broadcast(problem)
 
 
 def problem_with(checkpoint_dir: Path) -> str | None:
     """Return why a checkpoint directory cannot be resumed from, or None if it is whole.
 
-    Reads the model file once and compares it with the checksums that it carries.
+    Reads every file once and compares it with its checksum. A checkpoint of plain LitGPT has none; there, those inside
+    the model file are used.
     """
     for name in (MODEL_FILE, "model_config.yaml"):
         if not (checkpoint_dir / name).is_file():
             return f"{name} is missing"
+    if (checkpoint_dir / manifest.FILE_NAME).is_file():
+        return manifest.problem_with(checkpoint_dir)
     try:
         with zipfile.ZipFile(checkpoint_dir / MODEL_FILE) as archive:
             damaged = archive.testzip()
@@ -99,11 +163,28 @@ def _age_of(checkpoint_dir: Path) -> tuple[float, int] | None:
         return (0.0, int(digits)) if digits.isdecimal() else None
 
 
+def step_of(checkpoint_dir: Path) -> int | None:
+    """Return after which optimizer step a checkpoint was saved, or None if nothing says so."""
+    age = _age_of(checkpoint_dir)
+    return None if age is None else age[1]
+
+
+def batch_of(checkpoint_dir: Path) -> int | None:
+    """Return the sequences of an iteration over all processes when a checkpoint was written, or None if unknown."""
+    try:
+        processes = json.loads((checkpoint_dir / STATE_FILE).read_text(encoding="utf-8"))["processes"]
+        settings = yaml.safe_load((checkpoint_dir / "hyperparameters.yaml").read_text(encoding="utf-8"))
+        return processes * settings["train"]["micro_batch_size"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
+
+
 def newest_first(out_dir: Path) -> list[Path]:
-    """Return the checkpoint directories of a run (`step-*` and `final`), the last saved first, whole or not."""
+    """Return the checkpoint directories of a run (`step-*`, `best` and `final`), the last saved first, whole or not."""
     ages = {path: _age_of(path) for path in out_dir.glob("*") if path.is_dir() and not path.name.startswith(".")}
-    found = {path: age for path, age in ages.items() if age is not None}
-    if all(saved_at for saved_at, _ in found.values()):
+    # `best` may be a second name of another; the other is what a user looks for.
+    found = {path: (*age, path.name != "best") for path, age in ages.items() if age is not None}
+    if all(saved_at for saved_at, *_ in found.values()):
         return sorted(found, key=lambda path: found[path], reverse=True)
     # Where one does not say when it was saved, steps are all there is to compare.
     return sorted(found, key=lambda path: found[path][1], reverse=True)

@@ -134,7 +134,8 @@ def main(arguments: Sequence[str] | None = None, default_config: Path = Path("co
         default_config: Recipe to use if none is named.
 
     Returns:
-        The exit status: 0 after training, 2 for a wrong setting, 128 plus the number of the signal that ended the run.
+        The exit status: 0 after training, 1 if it cannot go on, 2 for a wrong setting, 128 plus the number of the
+        signal that ended the run.
     """
     arguments = normalize(sys.argv[1:] if arguments is None else arguments, default_config)
     if "--help" in arguments or "-h" in arguments:
@@ -176,7 +177,7 @@ def _prepare_environment() -> None:
 
 def _train(values: dict) -> int:
     from litgpt_moe_ext.training.checks import SettingsError
-    from litgpt_moe_ext.training.control import TrainingInterrupted
+    from litgpt_moe_ext.training.control import TrainingInterrupted, TrainingStopped
     from litgpt_moe_ext.training.entry import setup
 
     try:
@@ -184,6 +185,9 @@ def _train(values: dict) -> int:
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except TrainingStopped as reason:
+        print(f"Stopped: {reason}", file=sys.stderr)
+        return 1
     except TrainingInterrupted as interruption:
         print(f"Stopped by {interruption}; --resume auto continues.", file=sys.stderr)
         return 128 + interruption.signal_number

@@ -28,6 +28,10 @@ class TrainingInterrupted(BaseException):
         self.signal_number = signal_number
 
 
+class TrainingStopped(RuntimeError):
+    """Training cannot or shall not go on; the message says why, what is saved, and what to do."""
+
+
 class StopRequests:
     """Remembers a signal until the loop can act on it.
 

@@ -15,7 +15,15 @@ from litgpt.types import LoggerChoice
 
 import litgpt_moe_ext
 import litgpt_moe_ext.data
-from litgpt_moe_ext.training.arguments import SampleArgs
+from litgpt_moe_ext.training.arguments import (
+    AnomalyArgs,
+    CheckpointArgs,
+    DistributedArgs,
+    EmaArgs,
+    ParameterGroupArgs,
+    SampleArgs,
+    ScheduleArgs,
+)
 from litgpt_moe_ext.training.checks import (
     SettingsError,
     check_batch,
@@ -55,12 +63,21 @@ def setup(
     tokenizer_dir: Path | None = None,
     logger_name: LoggerChoice = "csv",
     seed: int = 42,
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto",
+    strategy: Literal["auto", "ddp", "fsdp", "fsdp_shard_grad_op", "fsdp2"] = "auto",
     compile: bool | Literal["auto"] = "auto",
+    float32_matmul_precision: Literal["highest", "high", "medium"] | None = None,
+    activation_checkpointing: Literal["none", "full", "selective"] = "none",
+    fused_cross_entropy: bool = False,
     progress: bool | None = None,
     sample: SampleArgs = SampleArgs(),  # noqa: B008
     wandb_dataset: str | None = None,
     wandb_artifacts_dir: Path | None = None,
+    schedule: ScheduleArgs = ScheduleArgs(),  # noqa: B008
+    parameter_groups: ParameterGroupArgs = ParameterGroupArgs(),  # noqa: B008
+    anomaly: AnomalyArgs = AnomalyArgs(),  # noqa: B008
+    ema: EmaArgs = EmaArgs(),  # noqa: B008
+    checkpoint: CheckpointArgs = CheckpointArgs(),  # noqa: B008
+    distributed: DistributedArgs = DistributedArgs(),  # noqa: B008
 ) -> None:
     """Pretrain a model with LitGPT.
 
@@ -84,10 +101,20 @@ def setup(
         seed: Seed of the random generators.
         strategy: How processes share the work; auto is ddp wherever there are several.
         compile: Whether to use `torch.compile`; auto does where it works and pays, and says so.
+        float32_matmul_precision: As `torch.set_float32_matmul_precision`: high and medium let GPUs use TF32 or bf16 for
+            float32 products; medium makes CPUs use oneDNN, which is faster. Default: torch's.
+        activation_checkpointing: Compute activations again in the backward pass: all of a block, or selectively.
+        fused_cross_entropy: Compute output head and loss together, without keeping the logits.
         progress: Draw a progress bar. Default: if the output is a terminal.
         sample: Text to write after every validation.
         wandb_dataset: Train on a prepared corpus from W&B, entity/project/name:alias, instead of that of `data`.
         wandb_artifacts_dir: Where to keep it. Default: data/wandb.
+        schedule: Shape of the learning rate.
+        parameter_groups: Weight decay and learning rate of particular parameters.
+        anomaly: What to do about gradients that are not finite or unusually large.
+        ema: Moving average of the weights.
+        checkpoint: Which checkpoints to keep.
+        distributed: Knobs of the strategy.
 
     Raises:
         SettingsError: If a setting or an input is wrong; before any training, with the setting, its value and a remedy.
@@ -115,12 +142,16 @@ def setup(
     run = Run(config=config, train=train, out_dir=out_dir, settings=settings, progress=progress)
     with run.closing():
         with _as_settings_errors():
-            run.launch(devices, num_nodes, strategy, precision, logger_name, log)
+            run.set_matmul_precision(float32_matmul_precision)
+            run.launch(devices, num_nodes, strategy, precision, logger_name, log, distributed)
             check_batch(train.global_batch_size, train.micro_batch_size, run.fabric.world_size)
+            run.lock_out_dir()
             run.find_checkpoint(resume, initial_checkpoint_dir, eval)
             run.prepare_data(data, tokenizer_dir)
             run.add_samples(sample)
-        run.train(seed, initial_checkpoint_dir, eval, optimizer, compile)
+            run.add_memory_savers(activation_checkpointing, fused_cross_entropy)
+            run.add_optimization(schedule, parameter_groups, anomaly, ema)
+        run.train(seed, initial_checkpoint_dir, eval, optimizer, compile, checkpoint)
 
 
 @contextlib.contextmanager

@@ -2,19 +2,32 @@
 
 Beside Fabric's own hooks (`on_after_setup`, `on_after_optimizer_step`) a callback may have:
 
-- `on_gradients_clipped(norm)`: the total gradient norm before clipping, a scalar tensor on the device;
+- `on_before_setup(model)`: LitGPT's model, before a strategy or compiler wraps it;
+- `on_fit_begin(resume_dir)`: training is about to start, from the checkpoint directory if it is not None;
+- `on_step_begin(state)`: the first batch of an optimizer step is about to be fetched; `state` is LitGPT's;
+- `on_batch(batch, waited)`: a batch was fetched, which took `waited` seconds;
+- `on_gradients_clipped(norm, module, optimizer, scaled)`: the total gradient norm before clipping, a scalar tensor on
+  the device; whether a gradient scaler watches over it;
 - `on_log(metrics)`: may add to the dictionary before it reaches the loggers;
 - `on_logged(metrics)`: sees the complete dictionary;
+- `on_checkpoint_staged(directory)`: may add to a checkpoint, on every process, before it gets its name;
 - `on_checkpoint_saved(directory)`: a checkpoint is complete.
+
+What `state_dict` of a callback returns becomes part of the checkpoints, and `load_state_dict` gets it back.
 """
 
+import contextlib
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from litgpt_moe_ext.moe.metrics import load_metrics
 
@@ -34,6 +47,7 @@ class TrainingFabric(L.Fabric):
         super().__init__(**kwargs)
         self._show = show
         self.resumed_rng: list[dict] | None = None
+        self._step: int | None = None
 
     def add_callback(self, callback: Any) -> None:
         """Add a callback after construction."""
@@ -43,16 +57,56 @@ class TrainingFabric(L.Fabric):
         if self.is_global_zero:
             self._show(" ".join(str(value) for value in values))
 
-    def clip_gradients(self, *args: Any, **kwargs: Any) -> Tensor | None:
-        norm = super().clip_gradients(*args, **kwargs)
-        self.call("on_gradients_clipped", norm=norm)
+    def init_module(self, empty_init: bool | None = None) -> contextlib.AbstractContextManager:
+        # FSDP2 would initialise shards on their own: on a CPU every process draws the same numbers for its part. Made
+        # whole and then sharded, the weights are those of a single process.
+        if isinstance(self.strategy, ModelParallelStrategy):
+            return Strategy.module_init_context(self.strategy, empty_init)
+        return super().init_module(empty_init)
+
+    def setup(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # LitGPT has called `torch.compile`, which compiles at the first call only.
+        self.call("on_before_setup", model=getattr(module, "_orig_mod", module))
+        return super().setup(module, *args, **kwargs)
+
+    def callback_states(self) -> dict[str, Any]:
+        """Return the state of every callback that has one, by class name."""
+        return {type(c).__name__: c.state_dict() for c in self._callbacks if hasattr(c, "state_dict")}
+
+    def clip_gradients(self, module: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor | None:
+        # Whether a gradient that is not finite ends the run is for the callbacks to say.
+        norm = super().clip_gradients(module, optimizer, *args, **{**kwargs, "error_if_nonfinite": False})
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        scaled = getattr(self.strategy.precision, "scaler", None) is not None
+        self.call("on_gradients_clipped", norm=norm, module=module, optimizer=optimizer, scaled=scaled)
         return norm
 
     def log_dict(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Log the mean of the losses over all processes, under the number of optimizer steps.
+
+        LitGPT logs the losses of the first process, under the number of its iterations.
+        """
         metrics = dict(metrics)
+        for name in ("loss", "val_loss"):
+            if name in metrics and self.world_size > 1:
+                metrics[name] = float(self.all_reduce(torch.tensor(float(metrics[name]), device=self.device)))
+        for name, loss in (("ppl", "loss"), ("val_ppl", "val_loss")):
+            if loss in metrics:
+                metrics[name] = math.exp(min(float(metrics[loss]), 700.0))
+        self._step = metrics.get("step", self._step)
         self.call("on_log", metrics=metrics)
-        super().log_dict(metrics, step)
+        super().log_dict(metrics, step if self._step is None else self._step)
         self.call("on_logged", metrics=metrics)
+
+    def save(self, path: str | Path, state: dict[str, Any], filter: dict[str, Any] | None = None) -> None:
+        try:
+            super().save(path, state, filter)
+        except (OSError, RuntimeError):
+            # The others wait for this process at the end of Fabric's method.
+            if self.is_global_zero:
+                self.barrier()
+            raise
 
     def load(
         self, path: str | Path, state: dict[str, Any] | None = None, strict: bool = True, **kwargs: Any
@@ -65,6 +119,10 @@ class TrainingFabric(L.Fabric):
                 "hyperparameters.yaml beside it, or start anew from its weights with initial_checkpoint_dir."
             ) from error
         self.resumed_rng = remainder.pop("rng", None)
+        saved = remainder.pop("callbacks", {})
+        for callback in self._callbacks:
+            if type(callback).__name__ in saved:
+                callback.load_state_dict(saved[type(callback).__name__])
         return remainder
 
     def load_raw(self, path: str | Path, obj: Any, strict: bool = True, **kwargs: Any) -> None:
@@ -76,13 +134,43 @@ class TrainingFabric(L.Fabric):
             super().load_raw(path, obj, strict, **kwargs)
 
 
+class DirectCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint straight to its file.
+
+    Lightning's own first makes a copy of all of it in memory, and another in a temporary file that may lie on another
+    file system; the directory that `checkpoints.save_whole` writes into is temporary already.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        torch.save(checkpoint, path)
+
+
+class ScalerState:
+    """Keeps the state of a gradient scaler in the checkpoints.
+
+    Args:
+        precision: Fabric's precision plugin.
+    """
+
+    def __init__(self, precision: Any) -> None:
+        self._precision = precision
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the scaler."""
+        return self._precision.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state that `state_dict` returned."""
+        self._precision.load_state_dict(state)
+
+
 class GradientNorm:
     """Adds `grad_norm`, of the last optimizer step and before clipping, to the log."""
 
     def __init__(self) -> None:
         self._norm: Tensor | None = None
 
-    def on_gradients_clipped(self, norm: Tensor | None) -> None:
+    def on_gradients_clipped(self, norm: Tensor | None, **_context: Any) -> None:
         self._norm = norm
 
     def on_log(self, metrics: dict[str, Any]) -> None:

@@ -10,19 +10,26 @@ names point to functions of ours, which do their part and, where there is one, c
 | `save_checkpoint`         | writes under a temporary name, adds the random generators, renames                 |
 | `save_hyperparameters`    | writes the values that the run uses                                                |
 | `find_resume_path`        | chooses the newest whole checkpoint                                                |
+| `chunked_cross_entropy`   | does the output head's work as well, where asked                                   |
+| `get_dataloaders`         | lets a data position be read with another number of processes                     |
+| `get_lr`                  | follows the run's schedule                                                         |
+| `instantiate_torch_optimizer` | sorts the parameters into groups                                               |
 """
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import litgpt.pretrain
 from litgpt.args import TrainArgs
 
 from litgpt_moe_ext.training import checkpoints, hyperparameters
-from litgpt_moe_ext.training.control import StepLimits, StopRequests, TrainingInterrupted
+from litgpt_moe_ext.training.control import StepLimits, StopRequests, TrainingInterrupted, TrainingStopped
+from litgpt_moe_ext.training.fused_loss import FusedLoss
+from litgpt_moe_ext.training.optimization import Optimization
+from litgpt_moe_ext.training.resharding import convert_iterations, convert_position
 
 
 class HookedLoop:
@@ -36,6 +43,9 @@ class HookedLoop:
         tokenizer_dir: Tokenizer to copy into checkpoints, or None.
         resume_file: Model file to resume from, or False.
         settings: The run's settings as plain data, for `hyperparameters.yaml`.
+        optimization: Schedule and parameter groups.
+        on_save_error: What a checkpoint that cannot be written means for the run.
+        fused_loss: What does the output head's work, or None if the head does it.
 
     Attributes:
         trained_iterations: Iterations of this run (not of earlier ones it resumed), once it has ended.
@@ -51,6 +61,9 @@ class HookedLoop:
         tokenizer_dir: Path | None,
         resume_file: Path | bool,
         settings: dict[str, Any],
+        optimization: Optimization,
+        on_save_error: Literal["stop", "continue"],
+        fused_loss: FusedLoss | None,
     ) -> None:
         self.fabric = fabric
         self.train = train
@@ -59,10 +72,14 @@ class HookedLoop:
         self.tokenizer_dir = tokenizer_dir
         self.resume_file = resume_file
         self.settings = settings
+        self.optimization = optimization
+        self.on_save_error = on_save_error
+        self.fused_loss = fused_loss
         self.stop_requests = StopRequests(fabric.print)
         self.state: dict[str, Any] = {}
         self.trained_iterations = 0
         self.seconds = 0.0
+        self.limits_reached = False
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -71,17 +88,27 @@ class HookedLoop:
 
         def fit(*args: Any, **kwargs: Any) -> None:
             self.state = kwargs["state"]
+            self._adapt_iterations()
             self.limits = StepLimits(self.total_steps, self.train.max_time)
             first_iteration, started = self.state["iter_num"], time.perf_counter()
+            self.fabric.call("on_fit_begin", resume_dir=self.resume_file.parent if self.resume_file else None)
             try:
                 with self.stop_requests.listening():
                     original_fit(*args, **kwargs)
+            except Exception:
+                if self.limits_reached:
+                    # Validation failed after the last step: the training must not be lost with it.
+                    self.save("final")
+                raise
             finally:
                 self.trained_iterations = self.state["iter_num"] - first_iteration
                 self.seconds = time.perf_counter() - started
 
         def save_checkpoint(fabric: Any, state: dict, tokenizer_dir: Path | None, checkpoint_file: Path) -> None:
-            checkpoints.save_whole(original_save, fabric, state, tokenizer_dir, checkpoint_file)
+            try:
+                checkpoints.save_whole(original_save, fabric, state, tokenizer_dir, checkpoint_file)
+            except checkpoints.SaveError as error:
+                return self._not_saved(error, checkpoint_file.parent)
             fabric.call("on_checkpoint_saved", directory=checkpoint_file.parent)
 
         loop = self
@@ -89,8 +116,11 @@ class HookedLoop:
         class CycleIterator(litgpt.pretrain.CycleIterator):
             def __next__(self) -> Any:
                 loop._between_iterations()
+                asked = time.perf_counter()
                 batch = super().__next__()
+                waited = time.perf_counter() - asked
                 loop._restore_rng()
+                loop.fabric.call("on_batch", batch=batch, waited=waited)
                 return batch
 
         hooks = {
@@ -99,13 +129,58 @@ class HookedLoop:
             "CycleIterator": CycleIterator,
             "save_hyperparameters": lambda _function, directory: hyperparameters.save(self.settings, directory),
             "find_resume_path": lambda *_: self.resume_file,
+            "get_lr": self._learning_rate,
+            "get_dataloaders": self._adaptable(litgpt.pretrain.get_dataloaders),
+            "instantiate_torch_optimizer": self.optimization.make_optimizer,
         }
+        if self.fused_loss is not None:
+            hooks["chunked_cross_entropy"] = self.fused_loss.wrap(litgpt.pretrain.chunked_cross_entropy)
         originals = {name: getattr(litgpt.pretrain, name) for name in hooks}
         vars(litgpt.pretrain).update(hooks)
         try:
             yield
         finally:
             vars(litgpt.pretrain).update(originals)
+
+    def _adaptable(self, get_dataloaders: Callable[..., tuple]) -> Callable[..., tuple]:
+        def get_adaptable_dataloaders(*args: Any, **kwargs: Any) -> tuple:
+            train, val = get_dataloaders(*args, **kwargs)
+            if hasattr(train, "load_state_dict"):
+                load = train.load_state_dict
+
+                def load_state_dict(state: dict[str, Any]) -> None:
+                    load(convert_position(state, self.train.micro_batch_size, self.fabric.world_size))
+
+                train.load_state_dict = load_state_dict
+            return train, val
+
+        return get_adaptable_dataloaders
+
+    def _adapt_iterations(self) -> None:
+        if not self.resume_file:
+            return
+        saved = checkpoints.batch_of(self.resume_file.parent)
+        if saved is None:
+            return
+        batch = self.train.micro_batch_size * self.fabric.world_size
+        accumulation = self.train.gradient_accumulation_iters(self.fabric.world_size)
+        self.state["iter_num"] = convert_iterations(self.state["iter_num"], saved, batch, accumulation)
+
+    def save(self, name: str) -> None:
+        """Save the present state under a name in the run's directory; every process must call."""
+        litgpt.pretrain.save_checkpoint(
+            self.fabric, self.state, self.tokenizer_dir, self.out_dir / name / checkpoints.MODEL_FILE
+        )
+
+    def _not_saved(self, error: checkpoints.SaveError, directory: Path) -> None:
+        if self.on_save_error == "continue" and directory.name != "final":
+            self.fabric.print(f"  {error}. Training goes on without it (checkpoint.on_save_error: continue).")
+            return
+        kept = [str(path) for path in checkpoints.newest_first(self.out_dir)[:1]]
+        raise TrainingStopped(
+            f"{error}. The checkpoints before it are whole{', the newest is ' + kept[0] if kept else ''}. Free some "
+            "space and continue with --resume auto; --checkpoint.on_save_error continue trains on without checkpoints."
+        ) from error
 
     def _between_iterations(self) -> None:
         accumulation = self.train.gradient_accumulation_iters(self.fabric.world_size)
@@ -115,18 +190,30 @@ class HookedLoop:
         step = self.state["step_count"]
         if signal_number := self.stop_requests.agreed(self.fabric):
             directory = self.out_dir / f"step-{step:08d}"
-            if step and checkpoints.problem_with(directory) is not None:
-                litgpt.pretrain.save_checkpoint(
-                    self.fabric, self.state, self.tokenizer_dir, directory / checkpoints.MODEL_FILE
-                )
+            if step and self.fabric.broadcast(checkpoints.problem_with(directory)) is not None:
+                self.save(directory.name)
             raise TrainingInterrupted(signal_number)
         if self.limits.reached(step, self.fabric):
             # Ends LitGPT's `for` loop; the final validation and checkpoint follow.
+            self.limits_reached = True
             raise StopIteration
+        self.fabric.call("on_step_begin", state=self.state)
+
+    def _learning_rate(self, peak: float, _iteration: int, warmup_iters: int, max_iters: int, floor: float) -> float:
+        accumulation = self.train.gradient_accumulation_iters(self.fabric.world_size)
+        warmup_steps, total_steps = -(-warmup_iters // accumulation), max_iters // accumulation
+        return self.optimization.learning_rate(self.state["step_count"], peak, floor, warmup_steps, total_steps)
 
     def _restore_rng(self) -> None:
         # Later than `fabric.load`, because building the data iterator and the sanity check of the validation draw
         # random numbers that the uninterrupted run did not draw here.
         saved, self.fabric.resumed_rng = self.fabric.resumed_rng, None
-        if saved is not None and len(saved) == self.fabric.world_size:
+        if saved is None:
+            return
+        if len(saved) == self.fabric.world_size:
             checkpoints.restore_rng_state(saved[self.fabric.global_rank])
+        else:
+            self.fabric.print(
+                f"The checkpoint has the random generators of {len(saved)} processes and there are "
+                f"{self.fabric.world_size} now: they start anew, which matters only where training draws from them."
+            )

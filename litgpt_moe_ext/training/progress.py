@@ -49,7 +49,6 @@ class Reporter:
         self._progress: Progress | None = None
         self._task: Any = None
         self._first: tuple[float, int] | None = None
-        self._previous: tuple[float, int] | None = None
         self.val_loss: float | None = None
 
     def show(self, message: str) -> None:
@@ -75,7 +74,7 @@ class Reporter:
         self.say(f"  saved {directory}")
 
     def _training(self, metrics: dict[str, Any]) -> None:
-        now, tokens = time.perf_counter(), metrics["total_tokens"]
+        now = time.perf_counter()
         parts = [f"loss {metrics['loss']:.3f}"]
         if self.val_loss is not None:
             parts.append(f"val {self.val_loss:.3f}")
@@ -84,9 +83,12 @@ class Reporter:
         if "grad_norm" in metrics:
             parts.append(f"grad {metrics['grad_norm']:.2f}")
         parts.append(f"lr {metrics['learning_rate']:.1e}")
-        if self._previous is not None and now > self._previous[0]:
-            parts.append(f"{format_count((tokens - self._previous[1]) / (now - self._previous[0]))} tok/s")
-        self._previous = now, tokens
+        if "tokens_per_second" in metrics:
+            parts.append(f"{format_count(metrics['tokens_per_second'])} tok/s")
+        if "memory_gb" in metrics:
+            parts.append(f"{metrics['memory_gb']:.2f} GB")
+        if metrics.get("data_wait", 0.0) >= 0.01:
+            parts.append(f"data wait {metrics['data_wait']:.0%}")
         if self._draw:
             self._update_bar(metrics["step"], " · ".join(parts))
         else:

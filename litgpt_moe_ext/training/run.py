@@ -1,6 +1,7 @@
 """One training run, from launching the processes to the closing words."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import timedelta
@@ -9,21 +10,47 @@ from typing import Any
 
 import litgpt.pretrain
 import torch
+from lightning.fabric.loggers import CSVLogger
+from lightning.fabric.plugins import MixedPrecision
 from lightning.fabric.strategies import DDPStrategy, FSDPStrategy
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.config import Config
-from litgpt.model import Block
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import check_nvlink_connectivity, choose_logger, get_default_supported_precision, parse_devices
 
 from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.patches.compile import compile_scope, decide, probe_platform
-from litgpt_moe_ext.training import checkpoints
-from litgpt_moe_ext.training.arguments import SampleArgs
+from litgpt_moe_ext.training import checkpoints, topology
+from litgpt_moe_ext.training.activation_checkpointing import ActivationCheckpointing
+from litgpt_moe_ext.training.anomalies import GradientGuard
+from litgpt_moe_ext.training.arguments import (
+    AnomalyArgs,
+    CheckpointArgs,
+    DistributedArgs,
+    EmaArgs,
+    ParameterGroupArgs,
+    SampleArgs,
+    ScheduleArgs,
+)
 from litgpt_moe_ext.training.checks import SettingsError, check_tokenizer
-from litgpt_moe_ext.training.fabric import ExpertLoad, GradientNorm, TrainingFabric
+from litgpt_moe_ext.training.ema import WeightAverage
+from litgpt_moe_ext.training.fabric import DirectCheckpointIO, ExpertLoad, GradientNorm, ScalerState, TrainingFabric
+from litgpt_moe_ext.training.fused_loss import FusedLoss
 from litgpt_moe_ext.training.loop import HookedLoop
+from litgpt_moe_ext.training.optimization import Optimization
+from litgpt_moe_ext.training.out_dir_lock import OutDirLock
 from litgpt_moe_ext.training.progress import Reporter, format_count
+from litgpt_moe_ext.training.resume_notes import resume_notes
+from litgpt_moe_ext.training.retention import BEST, Retention
+from litgpt_moe_ext.training.strategies import (
+    Processes,
+    accelerator_here,
+    cluster_plugin,
+    is_sharded,
+    make_strategy,
+    started_processes,
+)
+from litgpt_moe_ext.training.telemetry import Telemetry
 
 
 class Run:
@@ -52,6 +79,8 @@ class Run:
         self.tokenizer: Tokenizer | None = None
         self.tokenizer_dir: Path | None = None
         self.resume_file: Path | bool = False
+        self.lock = OutDirLock(out_dir)
+        self.fused_loss: FusedLoss | None = None
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
@@ -64,16 +93,45 @@ class Run:
             self.reporter.close()
             for logger in self.fabric.loggers if self.fabric is not None else ():
                 logger.finalize(status)
+            self.lock.release()
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
 
+    def set_matmul_precision(self, precision: str | None) -> None:
+        """Choose how float32 matrix products are computed."""
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+
     def launch(
-        self, devices: int | str, num_nodes: int, strategy: str, precision: str | None, logger_name: str, log: LogArgs
+        self,
+        devices: int | str,
+        num_nodes: int,
+        strategy: str,
+        precision: str | None,
+        logger_name: str,
+        log: LogArgs,
+        distributed: DistributedArgs,
     ) -> None:
-        """Start the processes."""
+        """Start the processes, or join those that a launcher has started."""
+        started = started_processes(os.environ)
+        if started is not None:
+            devices, num_nodes = self._agree_with(started, devices, num_nodes)
         self.devices, self.num_nodes = parse_devices(devices), num_nodes
-        cuda = torch.cuda.is_available()
-        logger = choose_logger(
+        accelerator = accelerator_here()
+        cuda = accelerator == "cuda"
+        made = make_strategy(strategy, self.devices * num_nodes, num_nodes, distributed, accelerator)
+        # Sharded strategies write directly, and refuse the plugin for saving.
+        plugins = [DirectCheckpointIO()] if made == "auto" or isinstance(made, DDPStrategy) else []
+        if precision is None:
+            # bfloat16 is much slower than float32 on CPUs without instructions for it.
+            precision = get_default_supported_precision(training=True) if cuda else "32-true"
+        if precision == "16-mixed" and not cuda:
+            # Fabric would take bf16-mixed instead; torch has both on CPUs.
+            plugins.append(MixedPrecision("16-mixed", accelerator))
+            precision = None
+        if (environment := cluster_plugin(started)) is not None:
+            plugins.append(environment)
+        logger = _choose_logger(
             logger_name,
             self.out_dir,
             name=f"pretrain-{self.config.name}",
@@ -85,17 +143,45 @@ class Run:
             show=self.reporter.show,
             devices=self.devices,
             num_nodes=num_nodes,
-            strategy=_make_strategy(strategy, self.devices * num_nodes),
-            # bfloat16 is much slower than float32 on CPUs without instructions for it.
-            precision=precision or (get_default_supported_precision(training=True) if cuda else "32-true"),
+            strategy=made,
+            precision=precision,
             loggers=[logger],
+            plugins=plugins,
             callbacks=[GradientNorm(), ExpertLoad(), self.reporter],
         )
         if cuda and self.devices > 1:
-            check_nvlink_connectivity(self.fabric)
+            self._report_topology()
         self.fabric.launch()
+        self.fabric.add_callback(Telemetry(self.fabric.device))
         if logger_name in ("tensorboard", "wandb", "mlflow"):
             self.fabric.logger.log_hyperparams(self.settings)
+
+    def _agree_with(self, started: Processes, devices: int | str, num_nodes: int) -> tuple[int, int]:
+        if devices not in ("auto", started.per_node) or num_nodes not in (1, started.nodes):
+            raise ValueError(
+                f"devices: {devices}, num_nodes: {num_nodes}: {started.started_by} has started {started.per_node} "
+                f"processes on each of {started.nodes} nodes; set devices: auto, or these numbers"
+            )
+        return started.per_node, started.nodes
+
+    def _report_topology(self) -> None:
+        if (matrix := topology.read_matrix()) is None:
+            check_nvlink_connectivity(self.fabric)  # knows AMD's tool as well
+            return
+        for line in topology.report(matrix):
+            self.fabric.print(line)
+
+    def lock_out_dir(self) -> None:
+        """Make sure that no other run works in the same directory, and tidy up what a killed one left there."""
+        owner = self.fabric.broadcast(self.lock.take() if self.fabric.is_global_zero else None)
+        if owner is not None:
+            raise ValueError(
+                f"out_dir: {str(self.out_dir)!r} is in use by {owner}; wait until it ends, or choose another --out_dir"
+            )
+        if self.fabric.is_global_zero:
+            for line in checkpoints.recover(self.out_dir):
+                self.fabric.print(line)
+        self.fabric.barrier()
 
     def find_checkpoint(self, resume: Any, initial_checkpoint_dir: Path | None, eval: EvalArgs) -> None:
         """Decide what to resume from, and check that it is this model."""
@@ -142,18 +228,52 @@ class Run:
             return
         if self.tokenizer is None:
             raise ValueError("sample.prompts: needs a tokenizer; give tokenizer_dir, or remove the prompts")
-        if isinstance(self.fabric.strategy, FSDPStrategy):
-            self.fabric.print("No samples: under fsdp no process holds a whole model.")
+        if is_sharded(self.fabric.strategy):
+            self.fabric.print("No samples: under this strategy no process holds a whole model.")
             return
         from litgpt_moe_ext.training.sampling import TextSamples
 
         self.fabric.add_callback(TextSamples(sample, self.tokenizer))
 
+    def add_memory_savers(self, activation_checkpointing: str, fused_cross_entropy: bool) -> None:
+        """Trade time for memory as asked."""
+        if activation_checkpointing != "none":
+            self.fabric.add_callback(ActivationCheckpointing(activation_checkpointing))
+        if fused_cross_entropy and is_sharded(self.fabric.strategy):
+            raise ValueError("fused_cross_entropy: true needs the whole output head on every process; use ddp")
+        if fused_cross_entropy:
+            self.fused_loss = FusedLoss()
+            self.fabric.add_callback(self.fused_loss)
+
+    def add_optimization(
+        self, schedule: ScheduleArgs, groups: ParameterGroupArgs, anomaly: AnomalyArgs, ema: EmaArgs
+    ) -> None:
+        """Have the optimizer made and watched as asked."""
+        fabric = self.fabric
+        scaled = getattr(fabric.strategy.precision, "scaler", None) is not None
+        self.optimization = Optimization(schedule, groups, scaled)
+        fabric.add_callback(self.optimization)
+        fabric.add_callback(GradientGuard(anomaly, self.out_dir, fabric.global_rank, fabric.print))
+        if scaled:
+            fabric.add_callback(ScalerState(fabric.strategy.precision))
+        if ema.decay is not None and isinstance(fabric.strategy, FSDPStrategy):
+            raise ValueError(f"ema.decay: {ema.decay} does not work with this strategy; ddp and fsdp2 have averages")
+        if ema.decay is not None:
+            fabric.add_callback(WeightAverage(ema))
+
     def train(
-        self, seed: int, initial_checkpoint_dir: Path | None, eval: EvalArgs, optimizer: str | dict, compile: bool | str
+        self,
+        seed: int,
+        initial_checkpoint_dir: Path | None,
+        eval: EvalArgs,
+        optimizer: str | dict,
+        compile: bool | str,
+        checkpoint: CheckpointArgs,
     ) -> None:
         """Run LitGPT's loop to its end."""
         decision = decide(compile, self.config, probe_platform(self.fabric.device.type))
+        if decision.enabled and self.fused_loss is not None:
+            raise SettingsError("fused_cross_entropy: true cannot be compiled; set compile: false")
         self._announce(decision)
         continues_here = self.resume_file and self.resume_file.parent.parent.resolve() == self.out_dir.resolve()
         if self.fabric.is_global_zero and not continues_here and (aside := checkpoints.set_aside(self.out_dir)):
@@ -166,7 +286,12 @@ class Run:
             self.tokenizer_dir,
             self.resume_file,
             self.settings,
+            self.optimization,
+            checkpoint.on_save_error,
+            self.fused_loss,
         )
+        self.retention = Retention(checkpoint, self.out_dir, self.fabric, loop.save)
+        self.fabric.add_callback(self.retention)
         with loop.installed(), compile_scope(decision), _settings_errors_until_started(loop):
             litgpt.pretrain.main(
                 fabric=self.fabric,
@@ -199,6 +324,10 @@ class Run:
         say(f"{self.total_steps} steps of {self.tokens_per_step:,} tokens, checkpoints in {self.out_dir}")
         if self.resume_file:
             say(f"Resuming from {self.resume_file.parent}")
+            for note in resume_notes(self.resume_file.parent, self.settings):
+                say(f"  {note}")
+            if (checkpoints.step_of(self.resume_file.parent) or 0) >= self.total_steps:
+                say("  This run is finished: nothing is left to train. --train.max_tokens with more tokens goes on.")
 
     def _conclude(self, loop: HookedLoop) -> None:
         per_iteration = self.tokens_per_step // self.train_args.gradient_accumulation_iters(
@@ -213,8 +342,14 @@ class Run:
             unigram = getattr(self.data, "unigram_loss", None)
             baseline = "" if unigram is None else f"; a model of token frequencies alone has {unigram:.3f}"
             say(f"Validation loss {self.reporter.val_loss:.3f}{baseline}")
+        best = self.out_dir / BEST
+        if self.retention.best_loss is not None and best.is_dir():
+            say(f"Best validation loss {self.retention.best_loss:.3f} after step {checkpoints.step_of(best)}: {best}")
         if self.tokenizer is not None:
-            say(f'Try it: litgpt generate {self.out_dir / "final"} --prompt "..."')
+            final = self.out_dir / "final"
+            say(f'Try it: litgpt generate {final} --prompt "..."')
+            say(f"        litgpt chat {final}")
+        say(f"Go on: --resume auto --train.max_tokens {2 * self.train_args.max_tokens}")
 
 
 @contextlib.contextmanager
@@ -228,9 +363,8 @@ def _settings_errors_until_started(loop: HookedLoop) -> Iterator[None]:
         raise SettingsError(str(error)) from error
 
 
-def _make_strategy(name: str, processes: int) -> Any:
-    if processes == 1:
-        return "auto"
-    if name == "fsdp":
-        return FSDPStrategy(auto_wrap_policy={Block}, state_dict_type="full", sharding_strategy="HYBRID_SHARD")
-    return DDPStrategy()
+def _choose_logger(logger_name: str, out_dir: Path, **kwargs: Any) -> Any:
+    if logger_name == "csv":
+        # LitGPT's flushes by a step number that is an iteration; here every line that is printed is also on file.
+        return CSVLogger(root_dir=out_dir / "logs", name="csv", flush_logs_every_n_steps=1)
+    return choose_logger(logger_name, out_dir, **kwargs)

@@ -28,7 +28,11 @@ class TextSamples:
     def on_logged(self, metrics: dict[str, Any]) -> None:
         if "val_loss" in metrics and self._fabric.is_global_zero:
             for prompt in self._args.prompts:
-                self._fabric.print(f"  sample | {self._continue(prompt)}".replace("\n", "\n         | "))
+                try:
+                    text = self._continue(prompt)
+                except Exception as error:  # a sample is not worth a run
+                    text = f"(failed: {type(error).__name__}: {error})"
+                self._fabric.print(f"  sample | {text}".replace("\n", "\n         | "))
 
     def _continue(self, prompt: str) -> str:
         model, fabric = self._model, self._fabric

@@ -1,6 +1,7 @@
 """Training from the command line, in this process: checkpoints that LitGPT opens, exact resume, wrong inputs."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def test_a_run_from_start_to_generation(recipe, tmp_path, capsys):
 
     out_dir = tmp_path / "out"
     assert sorted(p.name for p in out_dir.iterdir()) == [
+        "best",
         "final",
         "logs",
         "step-00000004",
@@ -44,10 +46,17 @@ def test_a_run_from_start_to_generation(recipe, tmp_path, capsys):
     assert losses[-1] < losses[0] - 0.5
     assert len(logged(out_dir, "moe/max_over_mean")) == 12
     assert len(logged(out_dir, "grad_norm")) == 12
-    assert len(logged(out_dir, "val_loss")) == 4, "after steps 4, 8, 12 and at the end"
+    assert list(logged(out_dir, "val_loss")) == [4, 8, 12]
     assert "max/mean load" in output
     assert "sample | def " in output
     assert "Trained 1,536 tokens" in output
+    assert f"Best validation loss {min(map(float, logged(out_dir, 'val_loss').values())):.3f} after step" in output
+    assert f"litgpt chat {out_dir / 'final'}" in output
+    assert len(logged(out_dir, "tokens_per_second")) == 11
+    assert all(0 <= float(share) < 1 for share in logged(out_dir, "data_wait").values())
+    assert all(0.05 < float(memory) < 50 for memory in logged(out_dir, "memory_gb").values())
+    perplexities = logged(out_dir, "ppl")
+    assert all(math.isclose(float(perplexities[s]), math.exp(loss)) for s, loss in enumerate(losses, start=1))
     assert "a model of token frequencies alone has" in output
 
     biases = [w for name, w in weights(final).items() if name.endswith("e_score_correction_bias")]
@@ -102,7 +111,7 @@ def test_a_truncated_checkpoint_is_passed_over(recipe, tmp_path, capsys):
     capsys.readouterr()
     assert train("--config", file, "--resume", "auto") == 0
     output = capsys.readouterr().out
-    assert f"Passing over checkpoint {newest.parent}: lit_model.pth is truncated or damaged" in output
+    assert f"Passing over checkpoint {newest.parent}: lit_model.pth differs from its checksum" in output
     assert f"Resuming from {tmp_path / 'out' / 'step-00000008'}" in output
 
 
@@ -117,7 +126,9 @@ def test_damage_inside_a_checkpoint_is_noticed(recipe, tmp_path):
     content[len(content) // 2] ^= 1
     (final / "lit_model.pth").write_bytes(content)
     torch.load(final / "lit_model.pth", weights_only=True)
-    assert "is damaged in its record" in problem_with(final)
+    assert problem_with(final) == "lit_model.pth differs from its checksum in SHA256SUMS"
+    (final / "SHA256SUMS").unlink()
+    assert "is damaged in its record" in problem_with(final), "as in a checkpoint of plain LitGPT"
 
 
 def test_a_new_run_loses_nothing_of_an_earlier_one(recipe, tmp_path, capsys):
@@ -293,11 +304,17 @@ class TestWrongInputs:
         resume = ("--config", recipe(), "--resume", "auto")
         error = self.refused(capsys, *resume, "--optimizer", "SGD")
         assert "holds the state of the optimizer AdamW, not of SGD" in error
-        assert "batch_size: 2 in the checkpoint, 4 now" in self.refused(capsys, *resume, "--micro-batch-size", "4")
+        error = self.refused(capsys, *resume, "--micro-batch-size", "3", "--global-batch-size", "3")
+        assert "makes batches of 3; the checkpoint stands after 16 sequences of its epoch" in error
         error = self.refused(capsys, *resume, "--train.tie_embeddings", "true")
         assert "does not fit the present settings" in error
         config = tmp_path / "out" / "final" / "model_config.yaml"
         config.write_text(config.read_text() + "foo: 1\n")
+        for folder in ("best", "step-00000004"):
+            assert "foo" not in (tmp_path / "out" / folder / "model_config.yaml").read_text()
+            shutil.rmtree(tmp_path / "out" / folder)
+        assert "found only damaged checkpoints" in self.refused(capsys, *resume)
+        (tmp_path / "out" / "final" / "SHA256SUMS").unlink()
         assert "model_config.yaml cannot be read" in self.refused(capsys, *resume)
 
     def test_unreadable_files(self, recipe, tmp_path, capsys):

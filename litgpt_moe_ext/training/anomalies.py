@@ -1,0 +1,123 @@
+"""Steps whose gradient is not finite, or far larger than usual.
+
+LitGPT's `clip_gradients` ends a run at the first gradient that is not finite, with a traceback and nothing to look at.
+Here the step is left out or the run ended before the weights change, and what led to it is written down: the tokens of
+the step, where the data stood, and the random generators.
+"""
+
+import statistics
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from litgpt_moe_ext.moe.auxiliary import forget_scale
+from litgpt_moe_ext.moe.metrics import routers_of
+from litgpt_moe_ext.training.arguments import AnomalyArgs
+from litgpt_moe_ext.training.checkpoints import rng_state
+from litgpt_moe_ext.training.control import TrainingStopped
+
+FOLDER = "anomalies"
+
+
+class GradientGuard:
+    """Judges the gradient norm of every step before the optimizer uses it.
+
+    The medians come from the norms of the last steps, which are part of the checkpoint, so that a resumed run judges as
+    the uninterrupted one.
+
+    Args:
+        args: What to do.
+        out_dir: The run's directory; batches are saved in `anomalies` there.
+        rank: Of this process; each has its own batches.
+        say: Told about every step that is left out.
+    """
+
+    def __init__(self, args: AnomalyArgs, out_dir: Path, rank: int, say: Callable[[str], None]) -> None:
+        self._args, self._folder, self._rank, self._say = args, out_dir / FOLDER, rank, say
+        self._norms: deque[float] = deque(maxlen=args.window)
+        self._skipped_in_a_row = 0
+        self._batches: list[Tensor] = []
+        self._before: dict[str, Any] = {}
+        self.skipped = 0
+
+    def on_step_begin(self, state: dict[str, Any]) -> None:
+        """Remember where the data stands before the first batch of a step."""
+        # Fabric's wrapper hides the methods of the loader.
+        loader = getattr(state["train_dataloader"], "_dataloader", state["train_dataloader"])
+        position = loader.state_dict() if hasattr(loader, "state_dict") else None
+        self._before = {"step": state["step_count"], "iteration": state["iter_num"], "data": position}
+        self._batches = []
+
+    def on_batch(self, batch: Tensor, **_context: Any) -> None:
+        """Keep a reference to a batch until the step is over."""
+        self._batches.append(batch)
+
+    def on_gradients_clipped(self, norm: Tensor | None, module: torch.nn.Module, optimizer: Any, scaled: bool) -> None:
+        if norm is None:
+            return
+        value = float(norm)
+        finite = value == value and value != float("inf")
+        if not finite and scaled:
+            return  # the gradient scaler tries a smaller scale, and leaves the step out itself
+        problem = None if finite else f"the gradient norm is {value}"
+        action = self._args.on_nonfinite
+        if finite and (median := self._median()) is not None and value > self._args.spike_factor * median:
+            problem = f"the gradient norm is {value:.3g}, the median of the last {self._args.window} is {median:.3g}"
+            action = self._args.on_spike
+        if finite and self._args.spike_factor is not None:
+            # Spikes as well: one does not move a median, and a lasting change of level must become the usual.
+            self._norms.append(value)
+        if problem is None:
+            self._skipped_in_a_row = 0
+            return
+        self._act(problem, action, module, optimizer)
+
+    def _median(self) -> float | None:
+        if self._args.spike_factor is None or len(self._norms) < self._args.window:
+            return None
+        return statistics.median(self._norms)
+
+    def _act(self, problem: str, action: str, module: torch.nn.Module, optimizer: Any) -> None:
+        # The scale of this step's loss, which is not finite either, must not reach another training of this process.
+        forget_scale()
+        file = self._save(problem)
+        step = self._before["step"]
+        setting = "anomaly.on_spike" if "median" in problem else "anomaly.on_nonfinite"
+        if action == "stop":
+            raise TrainingStopped(
+                f"in step {step + 1} {problem}. The weights are still those after step {step}; the batch is in {file}. "
+                f"--resume auto continues from the last checkpoint; with --{setting} skip such steps are left out."
+            )
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= self._args.max_consecutive:
+            raise TrainingStopped(
+                f"{self._skipped_in_a_row} steps in a row were skipped (anomaly.max_consecutive), the last because in "
+                f"step {step + 1} {problem}; its batch is in {file}. "
+                "A lower learning rate or a longer warm-up may help."
+            )
+        self._say(f"  step {step + 1} is left out: {problem}; its batch is in {file}")
+        # Optimizers pass by parameters without gradient: neither weights nor moments change.
+        optimizer.zero_grad(set_to_none=True)
+        for router in routers_of(module).values():
+            router.counter.take()
+
+    def _save(self, problem: str) -> Path:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        file = self._folder / f"step-{self._before['step'] + 1:08d}-rank-{self._rank}.pt"
+        batches = [batch.cpu() for batch in self._batches]
+        torch.save({**self._before, "problem": problem, "batches": batches, "rng": rng_state()}, file)
+        return file
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what decides about the next steps."""
+        return {"norms": list(self._norms), "skipped_in_a_row": self._skipped_in_a_row, "skipped": self.skipped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state that `state_dict` returned."""
+        self._norms.extend(state["norms"])
+        self._skipped_in_a_row, self.skipped = state["skipped_in_a_row"], state["skipped"]

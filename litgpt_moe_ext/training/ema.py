@@ -1,0 +1,84 @@
+"""An exponential moving average of the weights (Polyak averaging), as a checkpoint inside each checkpoint.
+
+`<checkpoint>/ema` is a LitGPT checkpoint directory of its own: `litgpt generate <checkpoint>/ema` uses the averaged
+model. Balancing biases of the routers are averaged like weights, since the choice of experts depends on both.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from litgpt_moe_ext.training.arguments import EmaArgs
+from litgpt_moe_ext.training.checkpoints import MODEL_FILE, STATE_FILE
+
+FOLDER = "ema"
+
+
+class WeightAverage:
+    """Keeps the average up to date after every optimizer step, in float32, on the device of the weights.
+
+    Args:
+        args: The decay, which must not be None.
+    """
+
+    def __init__(self, args: EmaArgs) -> None:
+        self._update = get_ema_multi_avg_fn(args.decay)
+        self._model: nn.Module | None = None
+        self._average: dict[str, Tensor] = {}
+        self._columns: list[tuple[list[Tensor], list[Tensor]]] = []
+
+    def on_after_setup(self, fabric: L.Fabric, module: nn.Module) -> None:
+        self._fabric, self._model = fabric, module
+
+    def on_fit_begin(self, resume_dir: Path | None) -> None:
+        """Start from the present weights, or from the average in a checkpoint."""
+        # These share the memory of the weights, which optimizers and balancing change in place.
+        weights = {name: t.detach() for name, t in self._model.state_dict().items() if t.is_floating_point()}
+        self._average = {name: weight.clone().float() for name, weight in weights.items()}
+        # Sharded and whole tensors do not mix in one fused call.
+        for sharded in (False, True):
+            names = [name for name, weight in weights.items() if isinstance(weight, DTensor) == sharded]
+            if names:
+                self._columns.append(([self._average[name] for name in names], [weights[name] for name in names]))
+        if resume_dir is None:
+            return
+        file = resume_dir / FOLDER / MODEL_FILE
+        if not file.is_file():
+            self._fabric.print(f"{resume_dir} has no averaged weights: the average starts from its weights.")
+            return
+        saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)["model"]
+        for name, average in self._average.items():
+            average.copy_(_like(saved[name], average))
+
+    @torch.no_grad()
+    def on_after_optimizer_step(self, strategy: Any, optimizer: Any) -> None:
+        for averages, weights in self._columns:
+            self._update(averages, [weight.float() for weight in weights], None)
+
+    def on_checkpoint_staged(self, directory: Path) -> None:
+        """Write the average into a checkpoint that is not published yet; every process must call."""
+        whole = {name: _whole(tensor) for name, tensor in self._average.items()}
+        if not self._fabric.is_global_zero:
+            return
+        target = directory / FOLDER
+        target.mkdir()
+        torch.save({"model": {name: tensor.cpu() for name, tensor in whole.items()}}, target / MODEL_FILE)
+        for file in directory.iterdir():
+            if file.is_file() and file.name not in (MODEL_FILE, STATE_FILE):
+                shutil.copy(file, target)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(whole: Tensor, tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, DTensor):
+        return whole
+    return distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)

@@ -1,0 +1,83 @@
+"""The loss without the logits.
+
+LitGPT 0.5.13 computes all logits, then the loss in chunks. With a vocabulary of 49,152 the logits of 2048 tokens take
+400 MB, their gradient as much again, and the softmax in between a third time. torch's `linear_cross_entropy` takes the
+output head and the loss together, a few rows at a time, and keeps only the gradients of its inputs.
+
+LitGPT's loop asks the model for logits and another function for the loss. In training the head therefore hands on its
+input, and the loss function does the head's work.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from litgpt_moe_ext.moe.auxiliary import remember_scale
+
+
+class FusedLoss:
+    """Replaces the output head's `forward` and the loss function; evaluation and generation still see logits.
+
+    The product is done in float32, also under autocast.
+    """
+
+    def __init__(self) -> None:
+        self._head: nn.Linear | None = None
+        self._waiting = False
+
+    def on_before_setup(self, model: nn.Module) -> None:
+        """Have the head of the model hand on its input while it trains."""
+        if model.config.final_logit_softcapping is not None:
+            raise ValueError(
+                f"fused_cross_entropy: true cannot be combined with final_logit_softcapping: "
+                f"{model.config.final_logit_softcapping}"
+            )
+        head = self._head = model.lm_head
+        project = head.forward
+
+        def forward(x_BTD: Tensor) -> Tensor:
+            if not (model.training and torch.is_grad_enabled()):
+                return project(x_BTD)
+            self._waiting = True
+            return x_BTD
+
+        head.forward = forward
+
+    def wrap(self, cross_entropy: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return a loss function that does the head's work where the head has left it.
+
+        Args:
+            cross_entropy: LitGPT's function, for everything else.
+        """
+
+        def loss(logits: Tensor | list[Tensor], targets: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if not self._waiting:
+                return cross_entropy(logits, targets, *args, **kwargs)
+            self._waiting = False
+            return remember_scale(linear_loss(logits, targets, self._head))
+
+        return loss
+
+
+def linear_loss(x_BTD: Tensor, targets_BT: Tensor, head: nn.Linear) -> Tensor:
+    """Return the mean cross-entropy of `head(x_BTD)`, without making all of it.
+
+    Args:
+        x_BTD: Input of the output head.
+        targets_BT: Token ids, int64; -100 is left out.
+        head: The output head.
+    """
+    bias = None if head.bias is None else head.bias.float()
+    x_TD = x_BTD.reshape(-1, x_BTD.size(-1)).float()
+    with torch.autocast(x_TD.device.type, enabled=False):
+        return F.linear_cross_entropy(
+            x_TD,
+            head.weight.float(),
+            targets_BT.reshape(-1),
+            linear_bias=bias,
+            ignore_index=-100,
+            options=nn.LinearCrossEntropyOptions(),
+        )

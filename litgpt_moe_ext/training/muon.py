@@ -1,0 +1,139 @@
+"""Muon for matrices and stacks of matrices, AdamW for everything else, as one optimizer.
+
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces the update of a matrix by the nearest
+semi-orthogonal one. `torch.optim.Muon` refuses everything that is not two-dimensional; here the experts of an MoE
+layer, stacked along the first dimension, are orthogonalised one by one in batched products, and so are the gate and up
+projections that lie above one another in one tensor.
+
+Shape legend: N matrices, A rows, B columns of one matrix.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.optim.adamw import adamw
+
+from litgpt_moe_ext.training.parameter_groups import MATRIX_PARTS
+
+# Quintic Newton-Schulz coefficients of the reference, chosen for the steepest slope at zero.
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+
+
+def orthogonalize(x_NAB: Tensor, steps: int = 5) -> Tensor:
+    """Return approximately `U V^T` of the singular value decomposition of each matrix, in bfloat16.
+
+    Singular values end between about 0.7 and 1.2, which serves training as well as exactly 1.
+
+    Args:
+        x_NAB: Any floating dtype.
+        steps: Newton-Schulz iterations.
+    """
+    wide = x_NAB.size(-2) <= x_NAB.size(-1)
+    x = (x_NAB if wide else x_NAB.mT).to(torch.bfloat16)
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
+        x = torch.baddbmm(x, polynomial, x, beta=_A)
+    return x if wide else x.mT
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for the groups that have `matrix_parts`, AdamW for the others.
+
+    The update of a matrix is scaled by `0.2 sqrt(max(A, B))`, which gives it the size of AdamW's (arXiv:2502.16982,
+    section 2.2), so that one learning rate and one weight decay serve both. `training.parameter_groups` makes the
+    groups.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate of both.
+        weight_decay: Decoupled weight decay of both.
+        momentum: Muon's Nesterov momentum.
+        ns_steps: Newton-Schulz iterations.
+        betas: AdamW's.
+        eps: AdamW's.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        ns_steps: int = 5,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ) -> None:
+        if not lr >= 0:
+            raise ValueError(f"lr: {lr} must be at least 0")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum: {momentum} must be at least 0 and below 1")
+        if not 1 <= ns_steps < 100:
+            raise ValueError(f"ns_steps: {ns_steps} must be from 1 to 99")
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas: {betas} must be two numbers of at least 0 and below 1")
+        settings = {"weight_decay": weight_decay, "momentum": momentum, "ns_steps": ns_steps}
+        super().__init__(params, {"lr": lr, **settings, "betas": tuple(betas), "eps": eps, MATRIX_PARTS: 0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if parameters:
+                (self._muon if group[MATRIX_PARTS] else self._adamw)(group, parameters)
+        return loss
+
+    def _muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        for parameter in parameters:
+            state = self.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+            average = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
+            update = parameter.grad.lerp(average, group["momentum"])
+            rows = parameter.size(-2) // group[MATRIX_PARTS]
+            step_size = group["lr"] * 0.2 * max(rows, parameter.size(-1)) ** 0.5
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            update = _each_matrix(update, rows, lambda x_NAB: orthogonalize(x_NAB, group["ns_steps"]))
+            parameter.add_(update.to(parameter.dtype), alpha=-step_size)
+
+    def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        states = [self.state[parameter] for parameter in parameters]
+        for parameter, state in zip(parameters, states, strict=True):
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        beta1, beta2 = group["betas"]
+        adamw(
+            parameters,
+            [parameter.grad for parameter in parameters],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def _each_matrix(update: Tensor, rows: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+    # A shard of a matrix is no matrix: every process works on the whole and keeps its part.
+    if isinstance(update, DTensor):
+        whole = update.redistribute(placements=[Replicate()] * update.device_mesh.ndim).to_local()
+        result = function(whole.reshape(-1, rows, whole.size(-1))).view(whole.shape)
+        return distribute_tensor(result, update.device_mesh, update.placements, src_data_rank=None)
+    return function(update.reshape(-1, rows, update.size(-1))).reshape(update.shape)

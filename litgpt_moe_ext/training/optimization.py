@@ -1,0 +1,64 @@
+"""How a run makes its optimizer and sets its learning rate."""
+
+import copy
+from typing import Any
+
+import torch
+from litgpt.utils import instantiate_torch_optimizer
+
+from litgpt_moe_ext.training.arguments import ParameterGroupArgs, ScheduleArgs
+from litgpt_moe_ext.training.muon import MuonAdamW
+from litgpt_moe_ext.training.parameter_groups import group_parameters, scale_rates
+from litgpt_moe_ext.training.schedules import Schedule
+
+
+class Optimization:
+    """The optimizer side of a run.
+
+    Args:
+        schedule: Shape of the learning rate.
+        groups: What distinguishes parameters.
+        scaled: Whether a gradient scaler works on the gradients, which fused optimizers do not share with clipping.
+    """
+
+    def __init__(self, schedule: ScheduleArgs, groups: ParameterGroupArgs, scaled: bool) -> None:
+        self._schedule_args, self._group_args, self._scaled = schedule, groups, scaled
+        self._schedule: Schedule | None = None
+        self._model: torch.nn.Module | None = None
+
+    def on_after_setup(self, fabric: Any, module: torch.nn.Module) -> None:
+        self._model, self._device = module, fabric.device
+
+    def make_optimizer(self, optimizer: str | dict, _parameters: Any, **_kwargs: Any) -> torch.optim.Optimizer:
+        """Return the optimizer for the model that was set up; has the arguments of LitGPT's function of that purpose.
+
+        Args:
+            optimizer: Name, or class path and arguments.
+        """
+        given = optimizer.get("init_args", {}) if isinstance(optimizer, dict) else {}
+        probe = _instantiate(optimizer, [torch.nn.Parameter(torch.zeros(1, device=self._device))])
+        groups = group_parameters(self._model, self._group_args, split_matrices=isinstance(probe, MuonAdamW))
+        extra = {}
+        if "fused" not in given and "foreach" not in given and not self._scaled and self._can_fuse(optimizer):
+            extra["fused"] = True
+        made = _instantiate(optimizer, groups, **extra)
+        made.register_step_pre_hook(scale_rates)
+        return made
+
+    def _can_fuse(self, optimizer: str | dict) -> bool:
+        parameters = list(self._model.parameters())
+        try:
+            return "fused" in _instantiate(optimizer, parameters, fused=True).defaults
+        except RuntimeError:  # torch's answer for devices and dtypes without a fused kernel
+            return False
+
+    def learning_rate(self, step: int, peak: float, floor: float, warmup_steps: int, total_steps: int) -> float:
+        """Return the rate of the step after `step` finished ones; the other arguments are those of `Schedule`."""
+        if self._schedule is None:
+            self._schedule = Schedule(self._schedule_args, peak, floor, warmup_steps, total_steps)
+        return self._schedule.rate(step)
+
+
+def _instantiate(optimizer: str | dict, parameters: Any, **kwargs: Any) -> torch.optim.Optimizer:
+    # LitGPT's function adds the keyword arguments to the dictionary that it is given.
+    return instantiate_torch_optimizer(copy.deepcopy(optimizer), parameters, **kwargs)

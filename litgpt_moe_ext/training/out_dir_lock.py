@@ -1,0 +1,40 @@
+"""One run per output directory: two that write the same checkpoints would destroy each other's."""
+
+import os
+import socket
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+FILE_NAME = ".lock"
+
+
+class OutDirLock:
+    """A lock of the operating system, which ends with its process however that ends.
+
+    Args:
+        out_dir: The run's directory.
+    """
+
+    def __init__(self, out_dir: Path) -> None:
+        self._owner_file = out_dir / f"{FILE_NAME}.owner"
+        self._lock = FileLock(out_dir / FILE_NAME)
+
+    def take(self) -> str | None:
+        """Take the lock; return None, or who has it."""
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            try:
+                return self._owner_file.read_text(encoding="utf-8")
+            except OSError:
+                return "another process"
+        self._owner_file.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        return None
+
+    def release(self) -> None:
+        """Give the lock back, if it was taken."""
+        if self._lock.is_locked:
+            self._owner_file.unlink(missing_ok=True)
+            self._lock.release()
+            Path(self._lock.lock_file).unlink(missing_ok=True)

@@ -1,0 +1,82 @@
+"""Sorting a model's parameters into the groups that an optimizer treats alike."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from litgpt_moe_ext.training.arguments import ParameterGroupArgs
+
+LR_FACTOR = "lr_factor"
+MATRIX_PARTS = "matrix_parts"
+
+
+def group_parameters(model: nn.Module, args: ParameterGroupArgs, split_matrices: bool = False) -> list[dict[str, Any]]:
+    """Return the parameters of a LitGPT model as an optimizer's `param_groups`, in a reproducible order.
+
+    Args:
+        model: The model; wrappers of `torch.compile` and of distributed strategies do not matter.
+        args: What to distinguish.
+        split_matrices: Give the matrices and stacks of matrices that Muon is meant for groups of their own, with the
+            key `matrix_parts`: how many matrices lie above one another in each. Embeddings, the output head, the
+            routers' gates and vectors stay without it.
+
+    Returns:
+        Groups with `params`, and where they differ from the optimizer's defaults `weight_decay` and `lr_factor`.
+    """
+    members: dict[tuple, list[nn.Parameter]] = defaultdict(list)
+    for name, parameter, owner in _trainable_parameters(model):
+        kind = _kind(name, parameter, owner)
+        factor = args.router_lr_factor if kind == "router" else 1.0
+        parts = _matrix_parts(name) if split_matrices and kind == "matrix" else 0
+        members[kind in args.no_weight_decay, factor, parts].append(parameter)
+    groups = []
+    for (without_decay, factor, parts), parameters in members.items():
+        group: dict[str, Any] = {"params": parameters}
+        if without_decay:
+            group["weight_decay"] = 0.0
+        if factor != 1.0:
+            group[LR_FACTOR] = factor
+        if parts:
+            group[MATRIX_PARTS] = parts
+        groups.append(group)
+    return groups
+
+
+def scale_rates(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    """Multiply the rate that the training loop has just given to every group by the group's own factor.
+
+    A pre-hook of `optimizer.step`; LitGPT's loop sets the rates anew before each step.
+    """
+    for group in optimizer.param_groups:
+        if LR_FACTOR in group:
+            group["lr"] = group["lr"] * group[LR_FACTOR]
+
+
+def _trainable_parameters(model: nn.Module) -> Iterable[tuple[str, nn.Parameter, nn.Module]]:
+    seen: set[int] = set()
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield f"{module_name}.{name}", parameter, module
+
+
+def _kind(name: str, parameter: nn.Parameter, owner: nn.Module) -> str:
+    if isinstance(owner, nn.Embedding) or ".lm_head." in f".{name}":
+        return "embeddings" if name.endswith("weight") else "biases"
+    if type(owner).__name__.endswith("Norm"):
+        return "norms"
+    # `sinks` and biases are what is added to logits or outputs; those of stacked experts are two-dimensional.
+    if name.endswith(("bias", "sinks")):
+        return "biases"
+    if ".mlp.gate." in name:
+        return "router"
+    return "matrix" if parameter.ndim >= 2 else "other"
+
+
+def _matrix_parts(name: str) -> int:
+    # Experts keep their gate projection above their up projection.
+    return 2 if name.endswith("gate_up_proj") else 1

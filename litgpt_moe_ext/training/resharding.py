@@ -1,0 +1,55 @@
+"""Going on with another number of processes, or another micro batch, than the checkpoint was written with.
+
+The data loaders of the plugin cut a global batch, a contiguous piece of the epoch's order, into one part for each
+process. The number of windows that all of them have seen is therefore all that a position means, and it can be
+expressed in batches of any other size, as long as it is a whole number of them.
+"""
+
+from typing import Any
+
+
+def convert_position(state: dict[str, Any], batch_size: int, world_size: int) -> dict[str, Any]:
+    """Return a data loader's state in batches of `batch_size` windows on each of `world_size` processes.
+
+    Args:
+        state: As `TokenLoader.state_dict` returns it. A state without fingerprint is returned as it is.
+        batch_size: Micro batch of the present run.
+        world_size: Number of processes of the present run.
+
+    Raises:
+        ValueError: If the position lies inside a batch of the present run.
+    """
+    saved = state.get("fingerprint") or {}
+    if "batch_size" not in saved or "world_size" not in saved:
+        return state
+    windows = state["position"] * saved["batch_size"] * saved["world_size"]
+    batch = batch_size * world_size
+    if windows % batch:
+        raise ValueError(
+            f"train.micro_batch_size: {batch_size} on {world_size} process(es) makes batches of {batch}; the "
+            f"checkpoint stands after {windows} sequences of its epoch, which is no multiple. Use "
+            f"{saved['batch_size']} on {saved['world_size']} process(es), as it did, or another divisor"
+        )
+    fingerprint = {**saved, "batch_size": batch_size, "world_size": world_size}
+    return {**state, "position": windows // batch, "fingerprint": fingerprint}
+
+
+def convert_iterations(iterations: int, saved_batch: int, batch: int, accumulation: int) -> int:
+    """Return LitGPT's iteration counter, which counts micro batches of one process, for other batches.
+
+    Args:
+        iterations: Of the checkpoint.
+        saved_batch: Sequences of an iteration over all processes when it was written.
+        batch: The same for the present run.
+        accumulation: Iterations of an optimizer step in the present run.
+
+    Raises:
+        ValueError: If the result is not the end of an optimizer step.
+    """
+    sequences = iterations * saved_batch
+    if sequences % (batch * accumulation):
+        raise ValueError(
+            f"train.global_batch_size: {batch * accumulation} does not divide the {sequences} sequences that the "
+            "checkpoint was trained on; resume with the batch it had, or one that does"
+        )
+    return sequences // batch

@@ -1,0 +1,100 @@
+"""The learning rate as a function of the number of finished optimizer steps.
+
+A linear warm-up is followed by one of torch's schedulers. The scheduler steps a throw-away optimizer, so what it
+computes depends on the step number alone: there is no state to save, and a resumed run finds the same rates.
+
+LitGPT 0.5.13 computes a rate per iteration, so that with gradient accumulation an optimizer step is taken at the rate
+of its last micro batch, and the first step of a warm-up has rate 0. Here rates are counted in optimizer steps, and the
+warm-up rises from `peak / warmup_steps` to `peak`.
+"""
+
+import math
+
+import torch
+from torch.optim import lr_scheduler
+
+from litgpt_moe_ext.training.arguments import ScheduleArgs
+
+
+class Schedule:
+    """Learning rates of a training run.
+
+    Args:
+        args: The shape.
+        peak: Highest rate, that of the optimizer.
+        floor: Rate at the end (`train.min_lr`); `constant` has no use for it.
+        warmup_steps: Steps of rising rate; for `onecycle`, those until the peak.
+        total_steps: Optimizer steps of the whole training.
+    """
+
+    def __init__(self, args: ScheduleArgs, peak: float, floor: float, warmup_steps: int, total_steps: int) -> None:
+        self._args, self._peak, self._floor = args, peak, floor
+        self._total_steps = total_steps
+        self._warmup_steps = min(warmup_steps, total_steps)
+        # OneCycle has a warm-up of its own shape.
+        self._ramp_steps = 0 if args.name == "onecycle" else self._warmup_steps
+        self._length = max(1, total_steps - self._ramp_steps)
+        self._rewind()
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of the optimizer step that follows `step` finished ones."""
+        if step < self._ramp_steps:
+            return self._peak * (step + 1) / self._ramp_steps
+        # Past the end (a finished run that is resumed) the last rate stays.
+        position = min(step - self._ramp_steps, self._last_position)
+        if position < self._position:
+            self._rewind()
+        while self._position < position:
+            self._scheduler.step()
+            self._position += 1
+        return self._optimizer.param_groups[0]["lr"]
+
+    def _rewind(self) -> None:
+        self._optimizer = torch.optim.SGD([torch.zeros(1)], lr=self._peak)
+        self._scheduler = self._make_scheduler()
+        self._optimizer.step()  # torch warns of schedulers whose optimizer never stepped
+        self._position = 0
+
+    @property
+    def _last_position(self) -> int:
+        # OneCycle counts steps and reaches its end with the last of them.
+        return self._length - 1 if self._args.name == "onecycle" else self._length
+
+    def _make_scheduler(self) -> lr_scheduler.LRScheduler:
+        optimizer, peak, floor, length = self._optimizer, self._peak, self._floor, self._length
+        match self._args.name:
+            case "cosine":
+                return lr_scheduler.CosineAnnealingLR(optimizer, T_max=length, eta_min=floor)
+            case "linear":
+                return lr_scheduler.LinearLR(optimizer, 1.0, _ratio(floor, peak), total_iters=length)
+            case "constant":
+                return lr_scheduler.ConstantLR(optimizer, factor=1.0)
+            case "onecycle":
+                first = peak / 25
+                # torch divides by zero where a phase has one step only.
+                rising = min(self._warmup_steps, length - 1)
+                rising = rising if rising >= 2 else 0
+                return lr_scheduler.OneCycleLR(
+                    optimizer,
+                    max_lr=peak,
+                    total_steps=length,
+                    pct_start=rising / length,
+                    div_factor=25,
+                    final_div_factor=first / floor if floor else math.inf,
+                    cycle_momentum=False,
+                )
+            case "wsd":
+                decay_steps = max(1, round(self._args.decay_fraction * self._total_steps))
+                stable_steps = max(0, length - decay_steps)
+                slope = (1 - _ratio(floor, peak)) / (length - stable_steps)
+                return lr_scheduler.LambdaLR(optimizer, lambda k: 1 - slope * max(0, k - stable_steps))
+            case "inverse_sqrt":
+                reference = max(1, self._warmup_steps)
+                return lr_scheduler.LambdaLR(
+                    optimizer, lambda k: max(_ratio(floor, peak), math.sqrt(reference / (reference + k)))
+                )
+        raise ValueError(f"schedule.name: {self._args.name!r} is unknown")
+
+
+def _ratio(floor: float, peak: float) -> float:
+    return floor / peak if peak else 1.0

@@ -1,0 +1,209 @@
+"""Which checkpoints there are, and that no failure costs one."""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from litgpt_moe_ext.training import checkpoints, manifest
+from litgpt_moe_ext.training.arguments import CheckpointArgs
+from litgpt_moe_ext.training.cli import main
+from litgpt_moe_ext.training.out_dir_lock import OutDirLock
+from litgpt_moe_ext.training.resume_notes import resume_notes
+from tests.training.conftest import logged
+
+
+def train(*arguments: str | Path) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def directories(out_dir: Path) -> list[str]:
+    return sorted(path.name for path in out_dir.iterdir() if path.is_dir())
+
+
+def step_of(checkpoint: Path) -> int:
+    return json.loads((checkpoint / "training_state.json").read_text())["step"]
+
+
+def test_keeps_the_last_and_the_best(recipe, tmp_path):
+    """A learning rate that explodes after the first validations: the best stays that of the first."""
+    file = recipe(train={"save_interval": 2}, eval={"interval": 2}, optimizer={"init_args": {"lr": 3.0}})
+    assert train("--config", file, "--checkpoint.keep_last", "2", "--train.max_steps", "6") == 0
+    out_dir = tmp_path / "out"
+    assert directories(out_dir) == ["best", "final", "logs", "step-00000004", "step-00000006"]
+    losses = {step: float(loss) for step, loss in logged(out_dir, "val_loss").items()}
+    assert list(losses) == [2, 4, 6]
+    assert step_of(out_dir / "best") == min(losses, key=losses.get) == 2
+    assert checkpoints.problem_with(out_dir / "best") is None
+    files = {path.name for path in out_dir.rglob("*") if path.name.startswith(".")}
+    assert files == set(), "no lock and no half checkpoint is left"
+
+
+def test_best_between_two_checkpoints(recipe, tmp_path):
+    """Validation at steps without a checkpoint saves one; a resumed run knows the best of the first."""
+    file = recipe(train={"save_interval": 1000}, eval={"interval": 3})
+    assert train("--config", file, "--train.max_steps", "6") == 0
+    best = tmp_path / "out" / "best"
+    assert step_of(best) == 6
+    saved = torch.load(tmp_path / "out" / "final" / "lit_model.pth", weights_only=True)
+    assert saved["callbacks"]["Retention"]["best_loss"] == min(
+        map(float, logged(tmp_path / "out", "val_loss").values())
+    )
+    assert train("--config", file, "--resume", "auto", "--optimizer.lr", "0.0", "--train.min_lr", "0.0") == 0
+    assert step_of(best) == 6, "nothing got better without learning"
+
+
+def test_by_time(recipe, tmp_path):
+    file = recipe(train={"save_interval": 1000, "max_tokens": 4 * 128}, eval={"interval": 1000})
+    assert train("--config", file, "--checkpoint.every_minutes", "1e-6", "--checkpoint.best", "false") == 0
+    names = directories(tmp_path / "out")
+    assert {"step-00000001", "step-00000002", "step-00000003"} <= set(names)
+    assert "best" not in names
+
+
+@pytest.fixture
+def small_disk():
+    """Limit the size of files to less than a checkpoint: writing fails half-way, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    yield limit
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_disk_full_while_saving(recipe, tmp_path, small_disk, capsys):
+    file = recipe()
+    assert train("--config", file, "--train.max_steps", "4") == 0
+    shutil.rmtree(tmp_path / "out" / "final")
+    before = {path: path.read_bytes() for path in (tmp_path / "out" / "step-00000004").rglob("*") if path.is_file()}
+    small_disk(100_000)
+    status = train("--config", file, "--resume", "auto")
+    small_disk(resource.RLIM_INFINITY)
+    assert status == 1
+    error = capsys.readouterr().err
+    assert "step-00000008 could not be saved" in error
+    assert f"the newest is {tmp_path / 'out' / 'step-00000004'}" in error
+    assert directories(tmp_path / "out") == ["best", "logs", "step-00000004"]
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert train("--config", file, "--resume", "auto") == 0
+    assert step_of(tmp_path / "out" / "final") == 12
+
+
+def test_disk_full_and_going_on(recipe, tmp_path, small_disk, capsys):
+    small_disk(100_000)
+    status = train("--config", recipe(), "--checkpoint.on_save_error", "continue")
+    small_disk(resource.RLIM_INFINITY)
+    output, error = capsys.readouterr()
+    assert status == 1, "the final checkpoint is missing"
+    assert "step-00000004 could not be saved" in output
+    assert "step 12/12" in output
+    assert "final could not be saved" in error
+    assert directories(tmp_path / "out") == ["logs"]
+
+
+def test_failing_final_validation_keeps_the_training(recipe, tmp_path, monkeypatch):
+    import litgpt.pretrain
+
+    original = litgpt.pretrain.validate
+    calls = []
+
+    def validate(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:  # after the sanity check and the one at step 4
+            raise RuntimeError("broken validation")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(litgpt.pretrain, "validate", validate)
+    with pytest.raises(RuntimeError, match="broken validation"):
+        train("--config", recipe(train={"max_tokens": 5 * 128}))
+    assert step_of(tmp_path / "out" / "final") == 5
+    assert checkpoints.problem_with(tmp_path / "out" / "final") is None
+
+
+def test_failing_sample_costs_nothing(recipe, tmp_path, monkeypatch, capsys):
+    from litgpt_moe_ext.training import sampling
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no sample today")
+
+    monkeypatch.setattr(sampling, "generate", broken)
+    assert train("--config", recipe(sample={"prompts": ["def "]})) == 0
+    assert "sample | (failed: RuntimeError: no sample today)" in capsys.readouterr().out
+
+
+def test_leftovers_of_a_killed_run(tmp_path):
+    """Killed between the two renames of a replacement, the old checkpoint gets its name back; the rest goes."""
+    for name in (".final.replaced", ".final.incomplete", ".best.replaced", "best", ".step-00000001.removed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "content").write_text(name)
+    assert len(checkpoints.recover(tmp_path)) == 1
+    assert directories(tmp_path) == ["best", "final"]
+    assert (tmp_path / "final" / "content").read_text() == ".final.replaced"
+    assert (tmp_path / "best" / "content").read_text() == "best"
+
+
+class TestLock:
+    def test_second_run_is_refused(self, recipe, tmp_path, capsys):
+        (tmp_path / "out").mkdir()
+        script = (
+            "import sys, time; from pathlib import Path; from litgpt_moe_ext.training.out_dir_lock import OutDirLock\n"
+            "lock = OutDirLock(Path(sys.argv[1])); print(lock.take(), flush=True); time.sleep(600)"
+        )
+        holder = subprocess.Popen([sys.executable, "-c", script, tmp_path / "out"], stdout=subprocess.PIPE, text=True)
+        try:
+            assert holder.stdout.readline() == "None\n"
+            assert train("--config", recipe()) == 2
+            assert f"is in use by process {holder.pid} on " in capsys.readouterr().err
+        finally:
+            holder.kill()
+            holder.wait()
+        assert train("--config", recipe(train={"max_tokens": 128})) == 0, "the lock died with its process"
+
+    def test_release(self, tmp_path):
+        first, second = OutDirLock(tmp_path), OutDirLock(tmp_path)
+        assert first.take() is None
+        assert second.take() is not None
+        second.release()
+        assert OutDirLock(tmp_path).take() is not None, "only its owner can give it back"
+        first.release()
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestManifest:
+    def test_any_change_is_noticed(self, tmp_path):
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "b.bin").write_bytes(b"content")
+        (tmp_path / "c.txt").write_text("text")
+        manifest.write(tmp_path)
+        assert manifest.problem_with(tmp_path) is None
+        if sums := shutil.which("sha256sum"):
+            subprocess.run([sums, "--quiet", "-c", manifest.FILE_NAME], cwd=tmp_path, check=True)
+        (tmp_path / "a" / "b.bin").write_bytes(b"cOntent")
+        assert manifest.problem_with(tmp_path) == "a/b.bin differs from its checksum in SHA256SUMS"
+        (tmp_path / "a" / "b.bin").unlink()
+        assert "a/b.bin cannot be read" in manifest.problem_with(tmp_path)
+
+
+def test_resume_notes(recipe, tmp_path, capsys):
+    file = recipe()
+    assert train("--config", file, "--train.max_steps", "4") == 0
+    assert resume_notes(tmp_path / "out" / "final", {"seed": 42, "train": {"global_batch_size": 4}}) == []
+    capsys.readouterr()
+    assert train("--config", file, "--resume", "auto", "--seed", "1", "--optimizer.weight_decay", "0.5") == 0
+    output = capsys.readouterr().out
+    assert "seed was 42 in the checkpoint and is 1 now: it has no effect" in output
+    assert train("--config", file, "--resume", "auto") == 0
+    assert "This run is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "value"), [("every_minutes", 0), ("keep_last", 0)])
+def test_wrong_settings(name, value):
+    with pytest.raises(ValueError, match=f"checkpoint.{name}: {value} must be"):
+        CheckpointArgs(**{name: value})

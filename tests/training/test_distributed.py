@@ -1,0 +1,222 @@
+"""Two and four real processes over gloo: the same training as one, under every strategy that runs on CPUs."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from litgpt_moe_ext.training.arguments import DistributedArgs
+from litgpt_moe_ext.training.resharding import convert_iterations, convert_position
+from litgpt_moe_ext.training.strategies import make_strategy, started_processes
+from tests.training.conftest import ROOT, RUN_TRAIN, logged
+
+TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--nnodes=1"]
+
+
+def run(*command: str | Path, **environment: str) -> str:
+    process = subprocess.run(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=280,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
+    assert process.returncode == 0, process.stdout
+    return process.stdout
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return torch.load(checkpoint / "lit_model.pth", weights_only=True)["model"]
+
+
+def assert_same_training(ours: Path, theirs: Path) -> None:
+    for column in ("loss", "val_loss"):
+        first, second = ({k: float(v) for k, v in logged(d, column).items()} for d in (ours, theirs))
+        assert list(first) == list(second)
+        assert first == pytest.approx(second, abs=2e-3)
+    assert logged(ours, "learning_rate") == logged(theirs, "learning_rate")
+    expected = weights(theirs / "final")
+    for name, weight in weights(ours / "final").items():
+        if name.endswith("e_score_correction_bias"):
+            assert torch.equal(weight, expected[name]), name
+        else:
+            torch.testing.assert_close(weight, expected[name], atol=5e-3, rtol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_train_as_one_and_hand_over(recipe, tmp_path, strategy):
+    """Two processes equal one; a checkpoint of two is resumed by one and by four, and one of one by two."""
+    tokens = {"max_tokens": 6 * 128, "global_batch_size": 4, "save_interval": 3}
+    extras = {"ema": {"decay": 0.5}, "eval": {"interval": 3, "max_iters": 2}}
+
+    def file(name: str, processes: int) -> Path:
+        train = {**tokens, "micro_batch_size": 4 // processes}
+        out_dir = str(tmp_path / name)
+        return recipe(name, out_dir=out_dir, train=train, devices=processes, strategy=strategy, **extras)
+
+    run(*RUN_TRAIN, "--config", file("one", 1))
+    run(*RUN_TRAIN, "--config", file("two", 2))
+    assert_same_training(tmp_path / "two", tmp_path / "one")
+    average, expected = (weights(tmp_path / name / "final" / "ema") for name in ("two", "one"))
+    assert all(torch.allclose(average[name], expected[name], atol=5e-3) for name in expected)
+    for source, name, processes in (("two", "two-one", 1), ("two", "two-four", 4), ("one", "one-two", 2)):
+        start = tmp_path / source / "step-00000003"
+        output = run(*RUN_TRAIN, "--config", file(name, processes), "--resume", start)
+        assert ("they start anew" in output) is True
+        for column in ("loss", "val_loss"):
+            ours, theirs = ({k: float(v) for k, v in logged(tmp_path / n, column).items()} for n in (name, "one"))
+            assert ours == pytest.approx({k: v for k, v in theirs.items() if k > 3 or k not in theirs}, abs=2e-3)
+        assert (tmp_path / name / "final" / "ema" / "lit_model.pth").is_file()
+
+
+@pytest.mark.slow
+def test_launchers(recipe, tmp_path):
+    """torchrun, and processes with the variables set by hand, give the run of `devices: 2`."""
+    train = {"max_tokens": 2 * 128, "micro_batch_size": 2}
+
+    def file(name: str, devices: int | str) -> Path:
+        return recipe(name, out_dir=str(tmp_path / name), train=train, devices=devices)
+
+    run(*RUN_TRAIN, "--config", file("own", 2))
+    run(*TORCHRUN, "--nproc_per_node=2", "--master_port=29571", RUN_TRAIN[1], "--config", file("torchrun", "auto"))
+    by_hand = file("by_hand", "auto")
+    processes = [
+        subprocess.Popen(
+            [*RUN_TRAIN, "--config", by_hand],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": "29572",
+            },
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=240) for process in processes] == [0, 0]
+    for name in ("torchrun", "by_hand"):
+        assert logged(tmp_path / name, "loss") == logged(tmp_path / "own", "loss")
+
+
+def children_of(pid: int) -> list[int]:
+    output = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    return [int(line) for line in output.split()]
+
+
+def wait_until_gone(pids: list[int], seconds: float) -> list[int]:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in pids):
+        time.sleep(0.2)
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["first", "second"])
+def test_one_of_two_dies(recipe, victim):
+    """The other one ends with an error, and nothing is left running."""
+    file = recipe(train={"max_tokens": 10_000 * 128, "save_interval": 10_000}, eval={"interval": 10_000}, devices=2)
+    first = subprocess.Popen(
+        [*RUN_TRAIN, "--config", str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+    )
+    second = []
+    try:
+        for line in first.stdout:
+            if line.startswith("step 3/"):
+                break
+        second = children_of(first.pid)
+        assert second
+        os.kill(first.pid if victim == "first" else second[0], signal.SIGKILL)
+        output, _ = first.communicate(timeout=120)
+        assert first.returncode not in (0, None), output
+        assert wait_until_gone(second, 60) == []
+    finally:
+        for pid in (first.pid, *second):
+            if Path(f"/proc/{pid}").exists():
+                os.kill(pid, signal.SIGKILL)
+        first.wait()
+
+
+class TestStartedProcesses:
+    HAND = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+
+    def test_none(self):
+        assert started_processes({}) is None
+        assert started_processes({"LOCAL_RANK": "1"}) is None, "as Fabric starts its own"
+
+    def test_torchrun(self):
+        environment = {**self.HAND, "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
+        assert started_processes(environment) == ("torchrun", 2, 2)
+
+    def test_by_hand(self):
+        assert started_processes(self.HAND) == ("RANK and WORLD_SIZE", 4, 1)
+        assert started_processes({**self.HAND, "LOCAL_WORLD_SIZE": "2"}) == ("RANK and WORLD_SIZE", 2, 2)
+
+    def test_slurm(self):
+        job = {"SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "train"}
+        assert started_processes(job) == ("SLURM", 4, 2)
+        assert started_processes({**job, "SLURM_JOB_NAME": "bash"}) is None, "an interactive shell starts nothing"
+
+    def test_contradictions(self):
+        with pytest.raises(ValueError, match="MASTER_PORT"):
+            started_processes({name: value for name, value in self.HAND.items() if name != "MASTER_PORT"})
+        with pytest.raises(ValueError, match="4 processes, 3 on each node"):
+            started_processes({**self.HAND, "LOCAL_WORLD_SIZE": "3"})
+
+
+class TestMakeStrategy:
+    def make(self, name: str, accelerator: str = "cuda", nodes: int = 1, processes: int = 2, **knobs):
+        return make_strategy(name, processes, nodes, DistributedArgs(**knobs), accelerator)
+
+    def test_knobs_reach_fabric(self):
+        from torch.distributed.fsdp import ShardingStrategy
+
+        assert self.make("ddp", bucket_mb=5)._ddp_kwargs == {"bucket_cap_mb": 5}
+        assert self.make("auto", processes=1) == "auto"
+        fsdp = self.make("fsdp", cpu_offload=True)
+        assert fsdp.sharding_strategy == ShardingStrategy.FULL_SHARD
+        assert fsdp.cpu_offload.offload_params is True
+        assert self.make("fsdp", nodes=2).sharding_strategy == ShardingStrategy.HYBRID_SHARD
+        assert self.make("fsdp_shard_grad_op").sharding_strategy == ShardingStrategy.SHARD_GRAD_OP
+        assert self.make("fsdp2", timeout_minutes=2)._timeout.total_seconds() == 120
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"name": "fsdp", "accelerator": "cpu"}, "strategy: 'fsdp' needs CUDA devices"),
+            ({"name": "ddp", "cpu_offload": True}, "distributed.cpu_offload: True would be ignored"),
+            ({"name": "fsdp2", "bucket_mb": 3}, "distributed.bucket_mb: 3 would be ignored"),
+            ({"name": "dpp"}, "strategy: 'dpp' is unknown; choose from auto, ddp"),
+        ],
+        ids=str,
+    )
+    def test_what_does_not_fit(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            self.make(**arguments)
+
+
+class TestResharding:
+    def state(self, position: int, batch_size: int, world_size: int) -> dict:
+        fingerprint = {"batch_size": batch_size, "world_size": world_size, "seed": 1}
+        return {"epoch": 2, "position": position, "fingerprint": fingerprint}
+
+    def test_position(self):
+        assert convert_position(self.state(6, 2, 2), 1, 4) == self.state(6, 1, 4)
+        assert convert_position(self.state(6, 2, 2), 2, 1) == self.state(12, 2, 1)
+        assert convert_position({"other": 1}, 2, 1) == {"other": 1}
+        with pytest.raises(ValueError, match="makes batches of 8; the checkpoint stands after 12 sequences"):
+            convert_position(self.state(6, 2, 1), 8, 1)
+
+    def test_iterations(self):
+        assert convert_iterations(6, 4, 2, 2) == 12
+        with pytest.raises(ValueError, match="train.global_batch_size: 16 does not divide the 24 sequences"):
+            convert_iterations(6, 4, 4, 4)

@@ -1,0 +1,152 @@
+"""Activation checkpointing, the fused loss, and number formats."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from litgpt.utils import chunked_cross_entropy
+
+from litgpt_moe_ext.training.activation_checkpointing import ActivationCheckpointing
+from litgpt_moe_ext.training.cli import main
+from litgpt_moe_ext.training.fused_loss import linear_loss
+from tests.models import initialized_model, moe_config, noisy_config
+from tests.training.conftest import logged
+
+
+def train(*arguments: str | Path) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def gradients(model, ids) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    chunked_cross_entropy(model(ids[:, :-1]), ids[:, 1:]).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("make_config", [moe_config, noisy_config])
+def test_checkpointed_gradients_are_the_same(mode, make_config):
+    """Bit for bit, noise and token counts included; and something is computed twice."""
+    config = make_config(attention_class_name="SinkAttention")
+    model = initialized_model(config)
+    ids = torch.randint(0, 64, (2, 17))
+    expected = gradients(model, ids)
+    counts = [block.mlp.gate.counter.take() for block in model.transformer.h]
+    model.zero_grad()
+    calls = []
+    model.transformer.h[0].mlp.gate.register_forward_hook(lambda *_: calls.append(1))
+    ActivationCheckpointing(mode).on_before_setup(model)
+    actual = gradients(model, ids)
+    assert len(calls) == 2
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    for block, count in zip(model.transformer.h, counts, strict=True):
+        assert torch.equal(block.mlp.gate.counter.take(), count)
+
+
+def test_selective_keeps_the_choice_of_experts(monkeypatch):
+    """`topk` runs once per router in training although the block runs twice."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        topk = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.topk += func is torch.ops.aten.topk.default
+            return func(*args, **(kwargs or {}))
+
+    counted = {}
+    for mode in ("full", "selective"):
+        model = initialized_model(moe_config())
+        ActivationCheckpointing(mode).on_before_setup(model)
+        with Count() as count:
+            gradients(model, torch.randint(0, 64, (1, 9)))
+        counted[mode] = count.topk
+    assert counted == {"full": 4, "selective": 2}
+
+
+def test_fused_loss_has_the_gradients_of_litgpt():
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, 1000)
+    x = torch.randn(2, 33, 16, requires_grad=True)
+    targets = torch.randint(0, 1000, (2, 33))
+    targets[0, :5] = -100
+    expected = chunked_cross_entropy(head(x), targets)
+    wanted = torch.autograd.grad(expected, [x, head.weight, head.bias])
+    actual = linear_loss(x, targets, head)
+    got = torch.autograd.grad(actual, [x, head.weight, head.bias])
+    torch.testing.assert_close(actual, expected)
+    for ours, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+
+def test_all_savers_train_alike(recipe, tmp_path):
+    """With accumulation, balancing bias, validation and samples: the losses of a plain run."""
+    for name, extra in {
+        "plain": {},
+        "saving": {"fused_cross_entropy": True, "activation_checkpointing": "selective"},
+        "full": {"activation_checkpointing": "full"},
+    }.items():
+        assert train("--config", recipe(name, out_dir=str(tmp_path / name), **extra)) == 0
+    for column in ("loss", "val_loss"):
+        plain, saving, full = (
+            list(map(float, logged(tmp_path / n, column).values())) for n in ("plain", "saving", "full")
+        )
+        assert saving == pytest.approx(plain, abs=1e-3)
+        assert full == plain
+
+
+def test_fused_loss_scales_the_auxiliary_losses(recipe, tmp_path):
+    model = {"mlp_class_name": "NoisyTopKMoE", "norm_topk_prob": None, "router_bias_update_rate": None}
+    for name, fused in (("plain", False), ("fused", True)):
+        file = recipe(name, out_dir=str(tmp_path / name), model_config=model, fused_cross_entropy=fused)
+        assert train("--config", file) == 0
+    plain, fused = (list(map(float, logged(tmp_path / n, "grad_norm").values())) for n in ("plain", "fused"))
+    assert fused == pytest.approx(plain, rel=1e-2)
+
+
+PEAK = """
+import sys, torch, resource
+from litgpt.utils import chunked_cross_entropy
+from litgpt_moe_ext.training.fused_loss import linear_loss
+head = torch.nn.Linear(64, 49152, bias=False)
+x, targets = torch.randn(1, 2048, 64, requires_grad=True), torch.randint(0, 49152, (1, 2048))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+loss = linear_loss(x, targets, head) if sys.argv[1] == "fused" else chunked_cross_entropy(head(x), targets)
+loss.backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.slow
+def test_fused_loss_needs_a_fraction_of_the_memory():
+    """2048 tokens, 49,152 words: peak MiB of LitGPT's loss and of the fused one, each in a fresh process."""
+    peaks = {}
+    for kind in ("plain", "fused"):
+        result = subprocess.run([sys.executable, "-c", PEAK, kind], capture_output=True, text=True, check=True)
+        peaks[kind] = float(result.stdout.split()[-1])
+    assert peaks["fused"] < 0.4 * peaks["plain"], peaks
+
+
+def test_half_precision_with_a_scaler(recipe, tmp_path):
+    """16-mixed on a CPU: the scale is part of the checkpoint, and a resumed run is exact."""
+    for name, arguments in (("whole", []), ("parts", ["--train.max_steps", "6"])):
+        file = recipe(name, out_dir=str(tmp_path / name), precision="16-mixed")
+        assert train("--config", file, *arguments) == 0
+    saved = torch.load(tmp_path / "parts" / "final" / "lit_model.pth", weights_only=True)
+    assert saved["callbacks"]["ScalerState"]["scale"] > 1
+    assert train("--config", file, "--resume", "auto") == 0
+    losses = logged(tmp_path / "whole", "loss")
+    assert logged(tmp_path / "parts", "loss") == losses
+    values = list(map(float, losses.values()))
+    assert values[-1] < values[0] - 0.3
+
+
+def test_matmul_precision(recipe):
+    before = torch.get_float32_matmul_precision()
+    try:
+        assert train("--config", recipe(train={"max_tokens": 128}), "--float32_matmul_precision", "medium") == 0
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)

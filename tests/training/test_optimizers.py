@@ -1,0 +1,139 @@
+"""Parameter groups and Muon."""
+
+import pytest
+import torch
+
+from litgpt_moe_ext.training.arguments import ParameterGroupArgs
+from litgpt_moe_ext.training.muon import MuonAdamW, orthogonalize
+from litgpt_moe_ext.training.parameter_groups import group_parameters, scale_rates
+from tests.models import initialized_model, moe_config
+
+
+@pytest.fixture(scope="module")
+def model():
+    return initialized_model(moe_config(bias=True, attention_class_name="SinkAttention", n_shared_expert=1))
+
+
+def names_by_group(model, groups) -> list[set[str]]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [{names[id(parameter)] for parameter in group["params"]} for group in groups]
+
+
+def test_one_group_unless_asked(model):
+    groups = group_parameters(model, ParameterGroupArgs())
+    assert [set(group) for group in groups] == [{"params"}]
+    assert len(groups[0]["params"]) == len(list(model.parameters()))
+
+
+def test_groups(model):
+    kinds = ["norms", "biases", "embeddings"]
+    args = ParameterGroupArgs(no_weight_decay=kinds, router_lr_factor=0.5)
+    groups = group_parameters(model, args)
+    members = names_by_group(model, groups)
+    undecayed = next(m for m, g in zip(members, groups, strict=True) if g.get("weight_decay") == 0.0)
+    router = next(m for m, g in zip(members, groups, strict=True) if g.get("lr_factor") == 0.5)
+    decayed = next(m for m, g in zip(members, groups, strict=True) if set(g) == {"params"})
+    assert router == {f"transformer.h.{i}.mlp.gate.weight" for i in range(2)}
+    assert {"transformer.wte.weight", "lm_head.weight", "transformer.ln_f.weight"} <= undecayed
+    assert {
+        f"transformer.h.1.{n}" for n in ("attn.sinks", "attn.qkv.bias", "mlp.experts.gate_up_bias", "norm_1.weight")
+    } <= undecayed
+    assert {f"transformer.h.0.{n}" for n in ("attn.qkv.weight", "mlp.experts.down_proj")} <= decayed
+    assert all("weight" in name or "proj" in name for name in decayed)
+    assert sum(len(m) for m in members) == len(list(model.parameters()))
+
+
+def test_tied_embeddings_count_once():
+    model = initialized_model(moe_config())
+    model.transformer.wte.weight = model.lm_head.weight
+    groups = group_parameters(model, ParameterGroupArgs(no_weight_decay=["embeddings"]))
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_lr_factor():
+    parameters = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": parameters[:1]}, {"params": parameters[1:], "lr_factor": 0.1}], lr=1.0)
+    optimizer.register_step_pre_hook(scale_rates)
+    for _ in range(2):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5
+        for parameter in parameters:
+            parameter.grad = torch.ones(1)
+        optimizer.step()
+    assert [parameter.item() for parameter in parameters] == pytest.approx([0.0, 0.9])
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 20), (3, 20, 8), (1, 16, 16)])
+def test_orthogonalize(shape):
+    x_NAB = torch.randn(shape)
+    u, _, vh = torch.linalg.svd(x_NAB, full_matrices=False)
+    result = orthogonalize(x_NAB).float()
+    singular = torch.linalg.svdvals(result)
+    assert singular.min() > 0.5
+    assert singular.max() < 1.3
+    # Same singular vectors: the product with U V^T is nearly symmetric positive, its trace nearly the rank.
+    trace = torch.einsum("nab,nab->n", result, u @ vh)
+    assert (trace / min(shape[1:]) - 1).abs().max() < 0.25
+
+
+def test_muon_is_that_of_torch_on_matrices():
+    torch.manual_seed(0)
+    start = torch.randn(24, 16)
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9}
+    first = MuonAdamW([{"params": [ours], "matrix_parts": 1}], **settings)
+    second = torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **settings)
+    for _ in range(4):
+        gradient = torch.randn(24, 16)
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        first.step()
+        second.step()
+    torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=1e-2)
+    assert (ours - start).abs().max() > 0.02
+
+
+def test_stacked_experts_are_independent_matrices():
+    """A stack moves as its matrices would move alone; the halves of a two-part stack as well."""
+    start, gradient = torch.randn(3, 12, 8), torch.randn(3, 12, 8)
+
+    def moved(weight: torch.Tensor, grad: torch.Tensor, parts: int) -> torch.Tensor:
+        parameter = torch.nn.Parameter(weight.clone())
+        parameter.grad = grad.clone()
+        MuonAdamW([{"params": [parameter], "matrix_parts": parts}], lr=0.1).step()
+        return parameter.detach()
+
+    stacked = moved(start, gradient, 2)
+    for e in range(3):
+        for half in (slice(0, 6), slice(6, 12)):
+            alone = moved(start[e, half], gradient[e, half], 1)
+            torch.testing.assert_close(stacked[e, half], alone, atol=1e-3, rtol=1e-2)
+
+
+def test_the_rest_is_adamw_and_state_survives(model):
+    groups = group_parameters(model, ParameterGroupArgs(), split_matrices=True)
+    members = names_by_group(model, groups)
+    muon = set().union(*(m for m, g in zip(members, groups, strict=True) if "matrix_parts" in g))
+    assert "transformer.h.0.mlp.experts.gate_up_proj" in muon
+    assert "transformer.h.0.attn.qkv.weight" in muon
+    assert not any(name in muon for name in ("transformer.wte.weight", "lm_head.weight"))
+    assert not any(".gate." in name or "norm" in name or "bias" in name for name in muon)
+
+    vector = torch.randn(5)
+    ours, theirs = torch.nn.Parameter(vector.clone()), torch.nn.Parameter(vector.clone())
+    settings = {"lr": 0.1, "weight_decay": 0.1, "betas": (0.9, 0.95)}
+    first, second = MuonAdamW([ours], **settings), torch.optim.AdamW([theirs], **settings)
+    for step in range(4):
+        ours.grad = theirs.grad = torch.randn(5)
+        first.step()
+        second.step()
+        if step == 1:
+            resumed = MuonAdamW([ours], **settings)
+            resumed.load_state_dict(first.state_dict())
+            first = resumed
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("setting", [{"lr": -1}, {"momentum": 1.0}, {"ns_steps": 0}, {"betas": (0.9, 1.0)}])
+def test_wrong_settings(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        MuonAdamW([torch.nn.Parameter(torch.zeros(2))], **setting)
