@@ -28,7 +28,9 @@ EXTRA_FIELDS: dict[str, Any] = {
 
 def uses_plugin(config: Any) -> bool:
     """Whether `config` (a `litgpt.Config`) names one of this plugin's classes or sets one of its fields."""
-    return config.mlp_class_name in MLP_CLASS_NAMES or any(getattr(config, name) is not None for name in EXTRA_FIELDS)
+    return config.mlp_class_name in MLP_CLASS_NAMES or any(
+        getattr(config, name, None) is not None for name in EXTRA_FIELDS
+    )
 
 
 def resolve_and_validate(config: Any) -> None:

@@ -21,7 +21,7 @@ Shape legend: T tokens, K chosen experts per token, E experts, L layers.
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -47,12 +47,14 @@ class _AddInBackward(torch.autograd.Function):
 class Tally:
     """Adds up numbers of all batches since it was last taken, such as the tokens of each expert.
 
+    It works on the device of what it is attached to.
+
     Args:
         size: How many numbers.
     """
 
     def __init__(self, size: int) -> None:
-        self._leaf_N = _new_leaf(size, None)
+        self._leaf_N = _new_leaf(size, torch.device("cpu"))
 
     def attach(self, carrier: Tensor, values_N: Tensor) -> Tensor:
         """Return `carrier` unchanged; the backward pass through it adds `values_N` to the tally.
@@ -61,12 +63,9 @@ class Tally:
             carrier: Floating, part of the autograd graph of the loss.
             values_N: What to add, floating.
         """
+        if self._leaf_N.device != carrier.device:
+            self._leaf_N = _new_leaf(self._leaf_N.numel(), carrier.device)
         return _AddInBackward.apply(carrier, self._leaf_N, values_N)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """In which it adds: float64, or float32 on devices without it."""
-        return self._leaf_N.dtype
 
     @property
     def pending(self) -> bool:
@@ -79,22 +78,15 @@ class Tally:
         self._leaf_N.grad = None
         return torch.zeros_like(self._leaf_N.detach()) if sums_N is None else sums_N
 
-    def apply(self, move: Callable[[Tensor], Tensor]) -> None:
-        """Follow a module to another device, dropping what was not taken.
 
-        Args:
-            move: What `torch.nn.Module._apply` applies to parameters.
-        """
-        device = move(self._leaf_N.detach()).device
-        if device != self._leaf_N.device:
-            self._leaf_N = _new_leaf(self._leaf_N.numel(), device)
-
-
-def _new_leaf(size: int, device: torch.device | None) -> Tensor:
+def tally_dtype(device: torch.device) -> torch.dtype:
+    """Return in which dtype a tally adds on `device`."""
     # float64 holds every integer up to 2**53; float32 only up to 2**24, which a large batch can exceed.
-    device = torch.get_default_device() if device is None else device
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    return torch.zeros(size, dtype=dtype, device=device, requires_grad=True)
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _new_leaf(size: int, device: torch.device) -> Tensor:
+    return torch.zeros(size, dtype=tally_dtype(device), device=device, requires_grad=True)
 
 
 def updated_bias(bias_LE: Tensor, counts_LE: Tensor, rate: float | Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from litgpt_moe_ext.moe import losses
 from litgpt_moe_ext.moe.auxiliary import inject
-from litgpt_moe_ext.moe.balancing import Tally, watch
+from litgpt_moe_ext.moe.balancing import Tally, tally_dtype, watch
 
 # Auxiliary losses by name, and the configuration field that holds the weight of each.
 LOSS_FIELDS = {
@@ -151,12 +151,7 @@ class Router(nn.Module):
             entropy = torch.special.entr(self.probabilities(logits_TE)).sum()
         losses = (auxiliary.get(name, 0 * one) for name in self.loss_names)
         sums = (one * len(weights_TK), one, weights_TK.sum(), squared_logit, entropy)
-        return torch.cat([counts_E.to(self.tally.dtype), torch.stack([*sums, *losses])])
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "Router":
-        super()._apply(fn, recurse)
-        self.tally.apply(fn)
-        return self
+        return torch.cat([counts_E.to(tally_dtype(counts_E.device)), torch.stack([*sums, *losses])])
 
     def __setstate__(self, state: dict) -> None:
         # Copies and unpickled routers do not pass through `__init__`; their balance must be looked after as well.

@@ -259,10 +259,10 @@ class TestWrongInputs:
         assert "source_path" in self.refused(capsys, "--config", recipe(data=data))
 
     def test_tokenizer_without_eos(self, recipe, tmp_path, capsys):
-        from litgpt_moe_ext.data.tokenizer import train_bpe
+        from litgpt_moe_ext.data.tokenizer import BPESettings, train_bpe
 
         folder = tmp_path / "tokenizer"
-        train_bpe(["some text"], 300, folder)
+        train_bpe(["some text"], BPESettings(300), folder)
         config = json.loads((folder / "tokenizer_config.json").read_text())
         del config["eos_token"]
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
