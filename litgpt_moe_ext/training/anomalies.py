@@ -104,7 +104,7 @@ class GradientGuard:
         # Optimizers pass by parameters without gradient: neither weights nor moments change.
         optimizer.zero_grad(set_to_none=True)
         for router in routers_of(module).values():
-            router.counter.take()
+            router.tally.take()
 
     def _save(self, problem: str) -> Path:
         self._folder.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ def test_checkpointed_gradients_are_the_same(mode, make_config):
     model = initialized_model(config)
     ids = torch.randint(0, 64, (2, 17))
     expected = gradients(model, ids)
-    counts = [block.mlp.gate.counter.take() for block in model.transformer.h]
+    counts = [block.mlp.gate.tally.take() for block in model.transformer.h]
     model.zero_grad()
     calls = []
     model.transformer.h[0].mlp.gate.register_forward_hook(lambda *_: calls.append(1))
@@ -42,7 +42,7 @@ def test_checkpointed_gradients_are_the_same(mode, make_config):
     assert len(calls) == 2
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
     for block, count in zip(model.transformer.h, counts, strict=True):
-        assert torch.equal(block.mlp.gate.counter.take(), count)
+        assert torch.equal(block.mlp.gate.tally.take(), count)
 
 
 def test_selective_keeps_the_choice_of_experts(monkeypatch):
