@@ -24,11 +24,15 @@ Shape legend: T tokens, D model width, F hidden width of one expert, E experts, 
 
 import argparse
 import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+# oneDNN keeps code for 1024 sizes of matrices. Without more room the contenders would throw out each other's.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "65536")
 
 import torch
 import torch.nn.functional as F

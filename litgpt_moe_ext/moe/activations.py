@@ -6,15 +6,11 @@ the hand-written autograd of `litgpt_moe_ext.moe.grouped_cpu`.
 Shape legend: N rows, F hidden width, G = 2 * F with a gate (gate above up projection), otherwise G = F.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-# Bytes of one operand in the elementwise parts: some of them fit into a second-level cache of 1 MiB together.
-_BLOCK_BYTES = 2**18
 
 # Activation of each name, and whether it gates a second projection (arXiv:2002.05202).
 _FUNCTIONS = {
@@ -54,14 +50,12 @@ class Activation:
 
     def forward_into(self, h_NG: Tensor, a_NF: Tensor) -> None:
         """Write the hidden activations of `h_NG` to `a_NF`. Not differentiable."""
-        if self.gated:
-            gate_NF, up_NF = h_NG.chunk(2, dim=1)
-            for a, gate, up in _blocks(a_NF, gate_NF, up_NF):
-                self._function_into(gate, a)
-                a.mul_(up)
-        else:
-            for a, h in _blocks(a_NF, h_NG):
-                self._function_into(h, a)
+        if not self.gated:
+            self._function_into(h_NG, a_NF)
+            return
+        gate_NF, up_NF = h_NG.chunk(2, dim=1)
+        self._function_into(gate_NF, a_NF)
+        a_NF.mul_(up_NF)
 
     def backward_into(
         self, h_NG: Tensor, da_NF: Tensor, a_NF: Tensor, dh_NG: Tensor | None, dots_N: Tensor | None
@@ -75,26 +69,19 @@ class Activation:
             dh_NG: Receives the gradient of `h_NG` unless None.
             dots_N: Receives the row sums of output times gradient unless None.
         """
-        if not self.gated:
-            for a, da, h, dh, dots in _blocks(a_NF, da_NF, h_NG, dh_NG, dots_N):
-                self._function_into(h, a)
-                _dot_rows(a, da, dots)
-                if dh is not None:
-                    self._gradient_into(da, h, dh)
+        if not self.gated or dh_NG is None:
+            self.forward_into(h_NG, a_NF)
+            _dot_rows(a_NF, da_NF, dots_N)
+            if dh_NG is not None:
+                self._gradient_into(da_NF, h_NG, dh_NG)
             return
         gate_NF, up_NF = h_NG.chunk(2, dim=1)
-        dgate_NF, dup_NF = (None, None) if dh_NG is None else dh_NG.chunk(2, dim=1)
-        for a, da, gate, up, dgate, dup, dots in _blocks(a_NF, da_NF, gate_NF, up_NF, dgate_NF, dup_NF, dots_N):
-            if dup is None:
-                self._function_into(gate, a)
-                a.mul_(up)
-                _dot_rows(a, da, dots)
-                continue
-            self._function_into(gate, dup)
-            torch.mul(dup, up, out=a)
-            _dot_rows(a, da, dots)
-            dup.mul_(da)
-            self._gradient_into(da.mul_(up), gate, dgate)
+        dgate_NF, dup_NF = dh_NG.chunk(2, dim=1)
+        self._function_into(gate_NF, dup_NF)
+        torch.mul(dup_NF, up_NF, out=a_NF)
+        _dot_rows(a_NF, da_NF, dots_N)
+        dup_NF.mul_(da_NF)
+        self._gradient_into(da_NF.mul_(up_NF), gate_NF, dgate_NF)
 
     @property
     def _kind(self) -> str:
@@ -139,13 +126,3 @@ class Activation:
 def _dot_rows(a_NF: Tensor, b_NF: Tensor, out_N: Tensor | None) -> None:
     if out_N is not None:
         torch.sum(a_NF * b_NF, 1, dtype=out_N.dtype, out=out_N)
-
-
-def _blocks(first: Tensor, *others: Tensor | None) -> Iterator[tuple]:
-    """Cut the rows of all tensors into blocks that stay in the cache while several operations pass over them."""
-    n_row, width = first.shape
-    step = max(1, _BLOCK_BYTES // (width * first.element_size()))
-    if step >= n_row:
-        return iter([(first, *others)])
-    n_block = -(-n_row // step)
-    return zip(*((None,) * n_block if t is None else t.split(step) for t in (first, *others)), strict=True)

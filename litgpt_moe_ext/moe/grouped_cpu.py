@@ -109,7 +109,7 @@ def _plan(routing: Routing, dtype: torch.dtype) -> Dispatch:
 
 
 def _padding(dtype: torch.dtype, mean_count: int) -> int:
-    """Return the number of which segments have a multiple of rows: for oneDNN about an eighth of the mean segment.
+    """Return the number of which segments have a multiple of rows: for oneDNN about a sixteenth of the mean segment.
 
     Any fixed number would either be a waste for small segments or leave too many different sizes of large ones: oneDNN
     remembers 1024 pieces of code, of which a layer needs six for each size.
@@ -118,7 +118,7 @@ def _padding(dtype: torch.dtype, mean_count: int) -> int:
         return 1  # Multiplied by the BLAS library, which compiles nothing.
     if mean_count < 16:
         return 1  # So few that there are few different numbers of them.
-    return 1 << max(mean_count.bit_length() - 4, 4)
+    return 1 << max(mean_count.bit_length() - 5, 4)
 
 
 class _Saved(NamedTuple):

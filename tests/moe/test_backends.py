@@ -108,7 +108,7 @@ def test_any_shape(T, E, k, D, F, bias, dtype, seed):
 
 
 @pytest.mark.parametrize("name", ["swiglu", "relu2"])
-def test_wide_experts_are_cut_into_blocks(name):
+def test_wide_experts(name):
     experts = make_experts(D=8, F=3000, n_expert=2, mlp_activation=name)
     compare(experts, make_routing(90, 1, 2, torch.float64), torch.float64)
 
@@ -325,6 +325,32 @@ def test_saved_activations():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         experts(torch.randn(T, D), routing)
     assert sum(saved.values()) <= 4 * (T * D + T * K * 2 * F) + 20 * T * K
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_saves_at_most_half_of_what_llama_moe_saves(dtype):
+    """Parameters and the input itself left out; coarse experts, where the difference is smallest."""
+    from litgpt.model import LLaMAMoE
+
+    def saved_bytes(layer, x):
+        known = {tensor.untyped_storage().data_ptr() for tensor in (*layer.parameters(), x)}
+        storages = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = layer(x)
+        return sum(storages.values()) if output is not None else 0
+
+    config = moe_config(n_embd=64, moe_intermediate_size=96, n_expert=4)
+    x = torch.randn(1, 512, 64, dtype=dtype, requires_grad=True)
+    ours = saved_bytes(randomize(SharedExpertMoE(config), std=0.1).to(dtype), x)
+    theirs = saved_bytes(randomize(LLaMAMoE(config), std=0.1).to(dtype), x)
+    assert ours <= 0.5 * theirs
 
 
 def test_flops_are_those_of_the_active_rows():
