@@ -9,6 +9,8 @@ Shape legend: E experts, D model width, F hidden width of one expert, G width of
 gate), N rows of one expert.
 """
 
+import functools
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -62,14 +64,28 @@ def choose_backend(device: torch.device, dtype: torch.dtype, n_embd: int, interm
         return "grouped_mm" if fits else "loop"
     if device.type == "cpu":
         return "grouped_cpu"
-    if (
-        device.type == "cuda"
-        and fits
-        and dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(device) >= (9, 0)
-    ):
+    if device.type != "cuda":
+        return "loop"
+    if not fits:
+        reason = f"its grouped product needs widths in multiples of 16 bytes, not {n_embd} and {intermediate_size}"
+    elif dtype != torch.bfloat16:
+        reason = f"its grouped product is for bfloat16 (precision bf16-mixed or bf16-true), not {dtype}"
+    elif torch.cuda.get_device_capability(device) < (9, 0):
+        reason = "torch has no grouped product for cards before compute capability 9.0"
+    else:
         return "grouped_mm"
+    _announce_loop(reason)
     return "loop"
+
+
+@functools.cache
+def _announce_loop(reason: str) -> None:
+    warnings.warn(
+        "The GPU computes the experts one after the other, and the host waits for it in every MoE layer, because "
+        f"{reason}.",
+        RuntimeWarning,
+        stacklevel=5,
+    )
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from litgpt_moe_ext.moe.activations import Activation
-from litgpt_moe_ext.moe.backends import ExpertWeights, Hidden, choose_backend
+from litgpt_moe_ext.moe.backends import ExpertWeights, Hidden, _announce_loop, choose_backend
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.grouped_cpu import dispatch, grouped_cpu_experts
 from litgpt_moe_ext.moe.grouped_mm import grouped_mm_experts
@@ -412,18 +412,24 @@ def test_choice_on_a_cpu(dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "capability", "width", "expected"),
+    ("dtype", "capability", "width", "reason"),
     [
-        (torch.bfloat16, (9, 0), 24, "grouped_mm"),
-        (torch.bfloat16, (10, 0), 24, "grouped_mm"),
-        (torch.bfloat16, (9, 0), 20, "loop"),
-        (torch.bfloat16, (8, 0), 24, "loop"),
-        (torch.float32, (9, 0), 24, "loop"),
+        (torch.bfloat16, (9, 0), 24, None),
+        (torch.bfloat16, (10, 0), 24, None),
+        (torch.bfloat16, (9, 0), 20, "multiples of 16 bytes, not 16 and 20"),
+        (torch.bfloat16, (8, 0), 24, "capability 9.0"),
+        (torch.float32, (9, 0), 24, "for bfloat16"),
     ],
 )
-def test_choice_on_a_gpu(monkeypatch, dtype, capability, width, expected):
+def test_choice_on_a_gpu(monkeypatch, recwarn, dtype, capability, width, reason):
+    """The slow way is announced, once."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert choose_backend(torch.device("cuda"), dtype, 16, width) == expected
+    _announce_loop.cache_clear()
+    for _ in range(2):
+        assert choose_backend(torch.device("cuda"), dtype, 16, width) == ("loop" if reason else "grouped_mm")
+    messages = [str(warning.message) for warning in recwarn if issubclass(warning.category, RuntimeWarning)]
+    assert len(messages) == (1 if reason else 0)
+    assert all(reason in message for message in messages)
 
 
 def test_choice_under_the_compiler(monkeypatch):
