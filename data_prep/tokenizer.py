@@ -26,7 +26,10 @@ def main(source_path: Path, out_dir: Path) -> None:
         raise FileExistsError(f"out_dir={str(out_dir)!r} exists. Move it, or name another.")
     with atomic_directory(out_dir) as directory:
         write_tokenizer(files, directory)
-        eos_id = require_eos(directory)
+        try:
+            eos_id = require_eos(directory)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(directory), str(source_path))) from error
     print(f"tokenizer_dir for LitGPT: {out_dir} (end of text: {eos_id})", flush=True)
 
 

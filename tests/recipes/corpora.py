@@ -17,7 +17,23 @@ from litgpt_moe_ext.data.tokenizer import BPESettings, train_bpe
 from litgpt_moe_ext.data.tokenizer_files import read_tokenizer, write_tokenizer
 
 MODULES = ("argparse", "ast", "calendar", "cmd", "code", "copy", "csv", "enum", "heapq", "shlex", "string", "textwrap")
-WORDS = ("Once", "upon", "a", "time", "there", "was", "little", "girl", "who", "saw", "big", "dog", "and", "they", "ran")
+WORDS = (
+    "Once",
+    "upon",
+    "a",
+    "time",
+    "there",
+    "was",
+    "little",
+    "girl",
+    "who",
+    "saw",
+    "big",
+    "dog",
+    "and",
+    "they",
+    "ran",
+)
 
 
 def code() -> dict[str, str]:
@@ -43,7 +59,15 @@ def code_parrot(folder: Path) -> None:
     for number, part in ((1, files[:5]), (2, files[5:10]), (54, files[10:])):
         rows = [json.dumps(_code_row(name, text)) + "\n" for name, text in part]
         (shards / f"file-{number:012}.json.gz").write_bytes(gzip.compress("".join(rows).encode()))
-    special = ["<|endoftext|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>", "<repo_name>", "<file_sep>"]
+    special = [
+        "<|endoftext|>",
+        "<fim_prefix>",
+        "<fim_middle>",
+        "<fim_suffix>",
+        "<fim_pad>",
+        "<repo_name>",
+        "<file_sep>",
+    ]
     train_bpe(code().values(), BPESettings(1000, special), folder / "raw")
     AutoTokenizer.from_pretrained(folder / "raw").save_pretrained(folder / "data" / "starcoder2")
 
@@ -136,7 +160,12 @@ def stories_in_json(folder: Path) -> None:
     target.mkdir(parents=True)
     for number in range(3):
         rows = [
-            {"story": text, "instruction": {"prompt:": "", "words": [], "features": []}, "summary": "", "source": "GPT-4"}
+            {
+                "story": text,
+                "instruction": {"prompt:": "", "words": [], "features": []},
+                "summary": "",
+                "source": "GPT-4",
+            }
             for text in stories(150, number)
         ]
         (target / f"data{number:02}.json").write_text(json.dumps(rows), encoding="utf-8")

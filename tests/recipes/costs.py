@@ -46,8 +46,8 @@ class Costs(NamedTuple):
     def memory_line(self) -> str:
         """Return what a header says about memory."""
         return (
-            f"Memory of a GPU: {self.gigabytes:.1f} GB ({self.state_bytes / 1e9:.1f} of weights, gradients and optimizer, "
-            f"{self.activation_bytes / 1e9:.1f} of activations)."
+            f"Memory of a GPU: {self.gigabytes:.1f} GB ({self.state_bytes / 1e9:.1f} of weights, gradients and "
+            f"optimizer, {self.activation_bytes / 1e9:.1f} of activations)."
         )
 
     def time_line(self) -> str:

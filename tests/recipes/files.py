@@ -1,5 +1,6 @@
 """The recipes as files: their settings as the parser reads them, and the commands in their headers."""
 
+import functools
 import shlex
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,9 @@ def commands(recipe: str, program: str) -> list[list[str]]:
     return [words[len(given) :] for words in found if words[: len(given)] == given]
 
 
+@functools.cache
 def values_of(recipe: str, *arguments: str) -> dict[str, Any]:
-    """Return the settings of a recipe as training gets them."""
+    """Return the settings of a recipe as training gets them; not to be changed."""
     from litgpt_moe_ext.training.cli import build_parser, normalize
 
     parser = build_parser()

@@ -1,6 +1,7 @@
 """Every recipe from raw data to text, scaled down by other numbers on the command line."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from tests.recipes.scaled import BATCH, LENGTH, RAW_DATA, overrides
 from tests.training.conftest import logged
 
 every_recipe = pytest.mark.parametrize("recipe", RECIPES)
+# One of each kind of model is trained by default.
+FAMILIES = ("code-moe-60m", "gpt-moe-fineweb", "nanogpt-moe-tinystories")
 
 
 def losses(out_dir: Path, column: str = "loss") -> dict[int, float]:
@@ -38,15 +41,15 @@ def data_arguments(recipe: str, folder: Path) -> list[str]:
     return ["--data.data_path", str(corpus.relative_to(folder))]
 
 
-@every_recipe
+@pytest.mark.parametrize(
+    "recipe", [name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES]
+)
 def test_trains_and_resumes(recipe, tmp_path, monkeypatch, capsys):
     """In this process: data that training prepares, six steps, of which the last three after a resume."""
     monkeypatch.chdir(tmp_path)
     RAW_DATA[recipe](tmp_path)
     for script, *arguments in preparations(recipe):
         if "fineweb" in recipe and (script.endswith("tokenizer.py") or recipe == "gpt-dense-fineweb"):
-            import runpy
-
             run_script(runpy.run_path(str(ROOT / script))["main"], arguments)
     command = ["--config", str(path_of(recipe)), *overrides(recipe, 6), *data_arguments(recipe, tmp_path)]
     assert main([*command, "--train.max_steps", "3"]) == 0, capsys.readouterr().err
