@@ -15,8 +15,13 @@ class ModelSize(NamedTuple):
     active: int
 
 
-def count_parameters(config: Any) -> ModelSize:
-    """Count the parameters of the model that a `litgpt.Config` describes, without allocating any."""
+def count_parameters(config: Any, tie_embeddings: bool = False) -> ModelSize:
+    """Count the parameters of the model that a `litgpt.Config` describes, without allocating any.
+
+    Args:
+        config: The configuration.
+        tie_embeddings: Whether output head and token embeddings are one table (`train.tie_embeddings`).
+    """
     import torch
     from litgpt.model import GPT, LLaMAMoE
 
@@ -24,6 +29,8 @@ def count_parameters(config: Any) -> ModelSize:
 
     with torch.device("meta"):
         model = GPT(config)
+    if tie_embeddings:
+        model.lm_head.weight = model.transformer.wte.weight  # `parameters` lists it once
     total = sum(parameter.numel() for parameter in model.parameters())
     routed = sum(
         parameter.numel()

@@ -313,7 +313,7 @@ class Run:
         self._conclude(loop)
 
     def _announce(self, decision: Any) -> None:
-        size = count_parameters(self.config)
+        size = count_parameters(self.config, bool(self.train_args.tie_embeddings))
         fabric = self.fabric
         say = fabric.print
         say(

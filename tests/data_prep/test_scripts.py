@@ -1,6 +1,7 @@
 """The scripts of data_prep/: options that are those of the data modules, help at once, errors in a line, W&B."""
 
 import inspect
+import json
 import os
 import runpy
 import subprocess
@@ -9,14 +10,18 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
+from litgpt.tokenizer import Tokenizer
 
 import litgpt_moe_ext.data
 from litgpt_moe_ext.data.prepare import read_manifest
 from litgpt_moe_ext.data.scripts import run_script
-from tests.data.test_text import tiny_txt
+from litgpt_moe_ext.data.tokenizer import BPESettings, train_bpe
+from tests.data.test_text import gpt2_files, tiny_txt
 
 FOLDER = Path(__file__).parents[2] / "data_prep"
 SCRIPTS = sorted(FOLDER.glob("*.py"))
+# The others prepare a corpus.
+CORPORA = [script for script in SCRIPTS if script.stem != "tokenizer"]
 CLASSES = {
     "codeparrot": "CodeParrot",
     "fineweb": "TextCorpus",
@@ -34,7 +39,7 @@ def main_of(script: Path):
     return runpy.run_path(str(script))["main"]
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", CORPORA, ids=lambda path: path.stem)
 def test_options_are_the_settings_of_the_class(script):
     settings = {f.name: f.default for f in fields(getattr(litgpt_moe_ext.data, CLASSES[script.stem]))}
     options = inspect.signature(main_of(script)).parameters
@@ -58,7 +63,7 @@ def test_help_needs_no_torch(script):
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "--data_path" in result.stdout
+    assert "_path" in result.stdout
 
 
 def test_a_script_prepares_what_training_finds(tmp_path, capsys):
@@ -78,6 +83,30 @@ def test_parquet_of_fineweb(tmp_path, capsys):
     run_script(main_of(FOLDER / "fineweb.py"), [*arguments, "--val_fraction", "0.3"])
     directory = Path(capsys.readouterr().out.splitlines()[-1].removeprefix("tokenizer_dir for LitGPT: "))
     assert read_manifest(directory.parent)["documents_val"] > 5
+
+
+def test_a_tokenizer_directory_of_gpt2s_files(tmp_path, capsys):
+    """The tokenizer_config.json of the hub names no end-of-text token; what is made of the two files does."""
+    source, out_dir = gpt2_files(tmp_path / "gpt2"), tmp_path / "tokenizers" / "gpt2"
+    arguments = ["--source_path", str(source), "--out_dir", str(out_dir)]
+    run_script(main_of(FOLDER / "tokenizer.py"), arguments)
+    last = len(json.loads((source / "vocab.json").read_text())) - 1
+    assert f"tokenizer_dir for LitGPT: {out_dir} (end of text: {last})" in capsys.readouterr().out
+    tokenizer = Tokenizer(out_dir)
+    assert tokenizer.eos_id == last
+    assert tokenizer.decode(tokenizer.encode("Once upon a time")) == "Once upon a time"
+    with pytest.raises(SystemExit, match="error: out_dir='.*gpt2' exists. Move it, or name another."):
+        run_script(main_of(FOLDER / "tokenizer.py"), arguments)
+
+
+def test_a_tokenizer_without_end_of_text_is_not_kept(tmp_path):
+    train_bpe(["a"], BPESettings(257), tmp_path / "source")
+    (tmp_path / "source" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    arguments = ["--source_path", str(tmp_path / "source"), "--out_dir", str(tmp_path / "made")]
+    with pytest.raises(SystemExit, match='has no end-of-sequence token, .* Add "eos_token"') as error:
+        run_script(main_of(FOLDER / "tokenizer.py"), arguments)
+    assert str(tmp_path / "source") in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,127 @@
+"""Every recipe from raw data to text, scaled down by other numbers on the command line."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from litgpt_moe_ext.data.scripts import run_script
+from litgpt_moe_ext.training.cli import main
+from tests.recipes.files import RECIPES, ROOT, commands, path_of
+from tests.recipes.scaled import BATCH, LENGTH, RAW_DATA, overrides
+from tests.training.conftest import logged
+
+every_recipe = pytest.mark.parametrize("recipe", RECIPES)
+# One of each kind of model is trained by default.
+FAMILIES = ("code-moe-60m", "gpt-moe-fineweb", "nanogpt-moe-tinystories")
+
+
+def losses(out_dir: Path, column: str = "loss") -> dict[int, float]:
+    return {step: float(value) for step, value in logged(out_dir, column).items()}
+
+
+def preparations(recipe: str) -> list[list[str]]:
+    """Return script and arguments of the header's first command for each script, where paths of the hub are local."""
+    found = {arguments[0]: arguments for arguments in reversed(commands(recipe, "python"))}
+    scripts = [arguments for script, arguments in reversed(found.items()) if script.startswith("data_prep/")]
+    for arguments in scripts:
+        if arguments[0] == "data_prep/fineweb.py":
+            arguments += ["--source_path", "parquet", "--val_fraction", "0.1"]
+    return scripts
+
+
+def data_arguments(recipe: str, folder: Path) -> list[str]:
+    """Return the setting for data that the preparation names itself."""
+    if recipe != "gpt-dense-fineweb":
+        return []
+    (corpus,) = (path.parent for path in (folder / "data" / "fineweb_edu").glob("*/manifest.json"))
+    return ["--data.data_path", str(corpus.relative_to(folder))]
+
+
+@pytest.mark.parametrize(
+    "recipe", [name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES]
+)
+def test_trains_and_resumes(recipe, tmp_path, monkeypatch, capsys):
+    """In this process: data that training prepares, six steps, of which the last three after a resume."""
+    monkeypatch.chdir(tmp_path)
+    RAW_DATA[recipe](tmp_path)
+    for script, *arguments in preparations(recipe):
+        if "fineweb" in recipe and (script.endswith("tokenizer.py") or recipe == "gpt-dense-fineweb"):
+            run_script(runpy.run_path(str(ROOT / script))["main"], arguments)
+    command = ["--config", str(path_of(recipe)), *overrides(recipe, 6), *data_arguments(recipe, tmp_path)]
+    assert main([*command, "--train.max_steps", "3"]) == 0, capsys.readouterr().err
+    assert main([*command, "--resume", str(tmp_path / "checkpoints" / recipe / "step-00000003")]) == 0
+    out_dir = tmp_path / "checkpoints" / recipe
+    found = losses(out_dir)
+    assert list(found) == [1, 2, 3, 4, 5, 6]
+    assert found[6] < found[1]
+    assert (out_dir / "best" / "lit_model.pth").is_file()
+    output = capsys.readouterr().out
+    assert "Resuming from" in output
+    assert "sample | " in output
+    assert bool(losses(out_dir, "moe/max_vio")) == ("moe" in recipe)
+
+
+def run(folder: Path, *command: str | Path) -> str:
+    process = subprocess.run(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=280,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.returncode == 0, process.stdout
+    return process.stdout
+
+
+@pytest.mark.slow
+@every_recipe
+def test_from_raw_data_to_text(recipe, tmp_path):
+    """The header's commands one after the other, as processes: prepare, train, write text."""
+    RAW_DATA[recipe](tmp_path)
+    for script, *arguments in preparations(recipe):
+        if recipe != "gpt-moe-fineweb" or script.endswith("tokenizer.py"):
+            run(tmp_path, sys.executable, ROOT / script, *arguments)
+    output = run(
+        tmp_path,
+        sys.executable,
+        ROOT / "run_train.py",
+        "--config",
+        path_of(recipe),
+        *overrides(recipe, 20),
+        *data_arguments(recipe, tmp_path),
+    )
+    assert "fineweb" in recipe or "Reusing the corpus" in output
+    found = losses(tmp_path / "checkpoints" / recipe)
+    assert len(found) == 20
+    assert found[20] < found[1] - 1
+    (arguments,) = commands(recipe, "litgpt generate")
+    litgpt = Path(sys.executable).parent / "litgpt"
+    text = run(tmp_path, litgpt, "generate", *arguments, "--max_new_tokens", "8", "--num_samples", "1")
+    assert arguments[-1] in text
+
+
+@pytest.mark.slow
+def test_two_processes_accumulate_half_as_often(tmp_path):
+    """gpt-moe-fineweb under torchrun: the same steps, tokens and losses as one process."""
+    RAW_DATA["gpt-moe-fineweb"](tmp_path)
+    for script, *arguments in preparations("gpt-moe-fineweb"):
+        if script.endswith("tokenizer.py"):
+            run(tmp_path, sys.executable, ROOT / script, *arguments)
+    found = {}
+    for processes in (1, 2):
+        out_dir = tmp_path / f"out-{processes}"
+        torchrun = [Path(sys.executable).parent / "torchrun", "--nproc_per_node", str(processes), "--master_port", "0"]
+        settings = [*overrides("gpt-moe-fineweb", 4), "--out_dir", out_dir, "--precision", "32-true"]
+        script = [ROOT / "run_train.py", "--config", path_of("gpt-moe-fineweb")]
+        settings += ["--train.micro_batch_size", "2"]
+        run(tmp_path, *torchrun, *script, *settings)
+        found[processes] = losses(out_dir)
+        tokens = losses(out_dir, "total_tokens")
+        assert tokens == {step: step * BATCH * LENGTH for step in range(1, 5)}
+    assert found[2] == pytest.approx(found[1], abs=2e-3)
