@@ -22,6 +22,7 @@ from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.patches.compile import compile_scope, decide, probe_platform
 from litgpt_moe_ext.training import checkpoints, topology
 from litgpt_moe_ext.training.activation_checkpointing import ActivationCheckpointing
+from litgpt_moe_ext.training.announcements import KernelReport
 from litgpt_moe_ext.training.anomalies import GradientGuard
 from litgpt_moe_ext.training.arguments import (
     AnomalyArgs,
@@ -35,7 +36,7 @@ from litgpt_moe_ext.training.arguments import (
 from litgpt_moe_ext.training.checks import SettingsError, check_tokenizer
 from litgpt_moe_ext.training.ema import WeightAverage
 from litgpt_moe_ext.training.fabric import DirectCheckpointIO, ExpertLoad, GradientNorm, ScalerState, TrainingFabric
-from litgpt_moe_ext.training.fused_loss import FusedLoss
+from litgpt_moe_ext.training.fused_loss import FusedLoss, require_torch
 from litgpt_moe_ext.training.loop import HookedLoop
 from litgpt_moe_ext.training.optimization import Optimization
 from litgpt_moe_ext.training.out_dir_lock import OutDirLock
@@ -48,6 +49,7 @@ from litgpt_moe_ext.training.strategies import (
     cluster_plugin,
     is_sharded,
     make_strategy,
+    single_process_note,
     started_processes,
 )
 from litgpt_moe_ext.training.telemetry import Telemetry
@@ -149,6 +151,8 @@ class Run:
             plugins=plugins,
             callbacks=[GradientNorm(), ExpertLoad(), self.reporter],
         )
+        if note := single_process_note(strategy, self.devices * num_nodes, distributed):
+            self.fabric.print(note)
         if cuda and self.devices > 1:
             self._report_topology()
         self.fabric.launch()
@@ -242,6 +246,7 @@ class Run:
         if fused_cross_entropy and is_sharded(self.fabric.strategy):
             raise ValueError("fused_cross_entropy: true needs the whole output head on every process; use ddp")
         if fused_cross_entropy:
+            require_torch()
             self.fused_loss = FusedLoss()
             self.fabric.add_callback(self.fused_loss)
 
@@ -275,6 +280,7 @@ class Run:
         if decision.enabled and self.fused_loss is not None:
             raise SettingsError("fused_cross_entropy: true cannot be compiled; set compile: false")
         self._announce(decision)
+        self.fabric.add_callback(KernelReport(decision.enabled))
         continues_here = self.resume_file and self.resume_file.parent.parent.resolve() == self.out_dir.resolve()
         if self.fabric.is_global_zero and not continues_here and (aside := checkpoints.set_aside(self.out_dir)):
             self.fabric.print(f"Moved the checkpoints of an earlier run to {aside} (--resume auto continues a run)")
