@@ -38,6 +38,7 @@ from litgpt_moe_ext.training.ema import WeightAverage
 from litgpt_moe_ext.training.fabric import DirectCheckpointIO, ExpertLoad, GradientNorm, ScalerState, TrainingFabric
 from litgpt_moe_ext.training.fused_loss import FusedLoss, require_torch
 from litgpt_moe_ext.training.loop import HookedLoop
+from litgpt_moe_ext.training.lost_processes import end_together
 from litgpt_moe_ext.training.optimization import Optimization
 from litgpt_moe_ext.training.out_dir_lock import OutDirLock
 from litgpt_moe_ext.training.progress import Reporter, format_count
@@ -155,7 +156,10 @@ class Run:
             self.fabric.print(note)
         if cuda and self.devices > 1:
             self._report_topology()
-        self.fabric.launch()
+        if started is None and self.devices > 1:
+            end_together()
+        with _connection_errors(distributed.timeout_minutes):
+            self.fabric.launch()
         self.fabric.add_callback(Telemetry(self.fabric.device))
         if logger_name in ("tensorboard", "wandb", "mlflow"):
             self.fabric.logger.log_hyperparams(self.settings)
@@ -356,6 +360,18 @@ class Run:
             say(f'Try it: litgpt generate {final} --prompt "..."')
             say(f"        litgpt chat {final}")
         say(f"Go on: --resume auto --train.max_tokens {2 * self.train_args.max_tokens}")
+
+
+@contextlib.contextmanager
+def _connection_errors(minutes: float) -> Iterator[None]:
+    try:
+        yield
+    except torch.distributed.DistError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ConnectionError(
+            f"the processes could not be connected through {address} within {minutes:g} minutes "
+            f"(distributed.timeout_minutes): {str(error).splitlines()[0]}. One of them may have ended; see its output."
+        ) from error
 
 
 @contextlib.contextmanager
