@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from litgpt_moe_ext.durable import flush, flush_tree
+from litgpt_moe_ext.moe.validation import MOE_CLASS_NAMES
 from litgpt_moe_ext.training import manifest
 
 MODEL_FILE = "lit_model.pth"
@@ -273,10 +274,13 @@ def require_same_model(setting: str, checkpoint_dir: Path, config: Any) -> None:
         if saved.get(name) != value and name not in ("name", "hf_config")
     ]
     if differences:
-        raise ValueError(
-            f"{setting}: {str(checkpoint_dir)!r} holds another model: {'; '.join(differences)}. Use its model "
-            "configuration, or start anew with another --out_dir."
-        )
+        remedy = "Use its model configuration, or start anew with another --out_dir."
+        if setting == "initial_checkpoint_dir" and config.mlp_class_name in MOE_CLASS_NAMES and not saved["n_expert"]:
+            remedy = (
+                f"`python -m litgpt_moe_ext.export.upcycling {checkpoint_dir} NEW_DIRECTORY --config RECIPE` makes an "
+                "MoE model of this dense one."
+            )
+        raise ValueError(f"{setting}: {str(checkpoint_dir)!r} holds another model: {'; '.join(differences)}. {remedy}")
 
 
 def require_same_optimizer(checkpoint_dir: Path, settings: dict[str, Any]) -> None:

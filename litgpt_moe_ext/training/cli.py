@@ -22,7 +22,10 @@ USAGE = "run_train.py [--config FILE] [--resume auto|true|PATH] [--KEY VALUE ...
 EPILOG = (
     "Short forms: "
     + ", ".join(f"{short} for {full}" for short, full in SHORT_FORMS.items())
-    + "; --progress and --no-progress for --progress true and false. Every key may also stand in the YAML file."
+    + "; --progress and --no-progress for --progress true and false. Every key may also stand in the YAML file. "
+    "Ctrl-C, SIGTERM and SIGUSR1 finish the step, save, and end with exit status 130, 143 and 138; with SLURM, "
+    "#SBATCH --signal=SIGUSR1@300 does so five minutes before the time limit. Exit status 1: training cannot go on, "
+    "2: a setting is wrong."
 )
 
 
@@ -135,7 +138,7 @@ def main(arguments: Sequence[str] | None = None, default_config: Path = Path("co
 
     Returns:
         The exit status: 0 after training, 1 if it cannot go on, 2 for a wrong setting, 128 plus the number of the
-        signal that ended the run.
+        signal that ended the run: 130 SIGINT, 143 SIGTERM, 138 SIGUSR1 (Linux).
     """
     arguments = normalize(sys.argv[1:] if arguments is None else arguments, default_config)
     if "--help" in arguments or "-h" in arguments:
@@ -186,12 +189,25 @@ def _train(values: dict) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except TrainingStopped as reason:
-        print(f"Stopped: {reason}", file=sys.stderr)
-        return 1
+        return _stopped(f"Stopped: {reason}", 1)
     except TrainingInterrupted as interruption:
-        print(f"Stopped by {interruption}; --resume auto continues.", file=sys.stderr)
-        return 128 + interruption.signal_number
+        if interruption.checkpoint is None:
+            outcome = " before the first step was finished: there is nothing to continue from."
+        else:
+            outcome = f", saved as {interruption.checkpoint}; --resume auto continues."
+        return _stopped(f"Stopped by {interruption}{outcome}", 128 + interruption.signal_number)
     except KeyboardInterrupt:
-        print("Stopped at once; --resume auto continues from the last checkpoint.", file=sys.stderr)
+        print("Stopped at once; --resume auto continues from the last checkpoint, if there is one.", file=sys.stderr)
         return 130
     return 0
+
+
+def _stopped(message: str, status: int) -> int:
+    from litgpt_moe_ext.training.lost_processes import started_by_fabric
+
+    # All processes stop for the same reason. The first one reports it, and is to end by itself: Fabric kills it as soon
+    # as one that it started ends with an error.
+    if started_by_fabric():
+        return 0
+    print(message, file=sys.stderr)
+    return status

@@ -1,4 +1,7 @@
-"""When to stop: Ctrl-C and SIGTERM, a number of steps, a time limit.
+"""When to stop: Ctrl-C, SIGTERM and SIGUSR1, a number of steps, a time limit.
+
+Clusters announce the end of a job by SIGTERM, or by a signal of choice some time before: SLURM with
+`#SBATCH --signal=SIGUSR1@300` five minutes before.
 
 Everything is decided between two iterations, when the step is finished and the next batch is not fetched yet: what is
 saved then is exactly what an uninterrupted run would have had.
@@ -9,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,15 +25,21 @@ class TrainingInterrupted(BaseException):
 
     Attributes:
         signal_number: The signal.
+        checkpoint: Directory that holds the state, or None if no step was finished yet.
     """
 
-    def __init__(self, signal_number: int) -> None:
+    def __init__(self, signal_number: int, checkpoint: Path | None) -> None:
         super().__init__(signal.Signals(signal_number).name)
         self.signal_number = signal_number
+        self.checkpoint = checkpoint
 
 
 class TrainingStopped(RuntimeError):
     """Training cannot or shall not go on; the message says why, what is saved, and what to do."""
+
+
+# Windows has no SIGUSR1.
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class StopRequests:
@@ -45,11 +55,11 @@ class StopRequests:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Take over SIGINT and SIGTERM in the scope; a second SIGINT ends the program at once."""
+        """Take over SIGINT, SIGTERM and SIGUSR1 in the scope; a second SIGINT ends the program at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
         try:
             yield
         finally:

@@ -18,6 +18,15 @@ from torch import Tensor, nn
 from litgpt_moe_ext.moe.auxiliary import remember_scale
 
 
+def require_torch() -> None:
+    """Raise ImportError unless the installed torch has the loss that `linear_loss` uses."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise ImportError(
+            f"fused_cross_entropy: true needs a torch that has torch.nn.functional.linear_cross_entropy; "
+            f"{torch.__version__} has none. Upgrade torch, or leave the setting out."
+        )
+
+
 class FusedLoss:
     """Replaces the output head's `forward` and the loss function; evaluation and generation still see logits.
 

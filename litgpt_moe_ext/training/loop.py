@@ -25,6 +25,7 @@ from typing import Any, Literal
 import litgpt.pretrain
 from litgpt.args import TrainArgs
 
+from litgpt_moe_ext.moe.auxiliary import forget_scale
 from litgpt_moe_ext.training import checkpoints, hyperparameters
 from litgpt_moe_ext.training.control import StepLimits, StopRequests, TrainingInterrupted, TrainingStopped
 from litgpt_moe_ext.training.fused_loss import FusedLoss
@@ -103,6 +104,8 @@ class HookedLoop:
             finally:
                 self.trained_iterations = self.state["iter_num"] - first_iteration
                 self.seconds = time.perf_counter() - started
+                # LitGPT's measurement of FLOPs leaves the scale of a loss without data where no step followed it.
+                forget_scale()
 
         def save_checkpoint(fabric: Any, state: dict, tokenizer_dir: Path | None, checkpoint_file: Path) -> None:
             try:
@@ -192,7 +195,7 @@ class HookedLoop:
             directory = self.out_dir / f"step-{step:08d}"
             if step and self.fabric.broadcast(checkpoints.problem_with(directory)) is not None:
                 self.save(directory.name)
-            raise TrainingInterrupted(signal_number)
+            raise TrainingInterrupted(signal_number, directory if step else None)
         if self.limits.reached(step, self.fabric):
             # Ends LitGPT's `for` loop; the final validation and checkpoint follow.
             self.limits_reached = True

@@ -78,8 +78,8 @@ class Reporter:
         parts = [f"loss {metrics['loss']:.3f}"]
         if self.val_loss is not None:
             parts.append(f"val {self.val_loss:.3f}")
-        if "moe/max_over_mean" in metrics:
-            parts.append(f"max/mean load {metrics['moe/max_over_mean']:.2f}")
+        if "moe/max_vio" in metrics:
+            parts.append(f"MaxVio {metrics['moe/max_vio']:.2f}")
         if "grad_norm" in metrics:
             parts.append(f"grad {metrics['grad_norm']:.2f}")
         parts.append(f"lr {metrics['learning_rate']:.1e}")

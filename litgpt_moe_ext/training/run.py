@@ -22,6 +22,7 @@ from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.patches.compile import compile_scope, decide, probe_platform
 from litgpt_moe_ext.training import checkpoints, topology
 from litgpt_moe_ext.training.activation_checkpointing import ActivationCheckpointing
+from litgpt_moe_ext.training.announcements import KernelReport
 from litgpt_moe_ext.training.anomalies import GradientGuard
 from litgpt_moe_ext.training.arguments import (
     AnomalyArgs,
@@ -35,8 +36,9 @@ from litgpt_moe_ext.training.arguments import (
 from litgpt_moe_ext.training.checks import SettingsError, check_tokenizer
 from litgpt_moe_ext.training.ema import WeightAverage
 from litgpt_moe_ext.training.fabric import DirectCheckpointIO, ExpertLoad, GradientNorm, ScalerState, TrainingFabric
-from litgpt_moe_ext.training.fused_loss import FusedLoss
+from litgpt_moe_ext.training.fused_loss import FusedLoss, require_torch
 from litgpt_moe_ext.training.loop import HookedLoop
+from litgpt_moe_ext.training.lost_processes import end_together
 from litgpt_moe_ext.training.optimization import Optimization
 from litgpt_moe_ext.training.out_dir_lock import OutDirLock
 from litgpt_moe_ext.training.progress import Reporter, format_count
@@ -48,6 +50,7 @@ from litgpt_moe_ext.training.strategies import (
     cluster_plugin,
     is_sharded,
     make_strategy,
+    single_process_note,
     started_processes,
 )
 from litgpt_moe_ext.training.telemetry import Telemetry
@@ -149,9 +152,14 @@ class Run:
             plugins=plugins,
             callbacks=[GradientNorm(), ExpertLoad(), self.reporter],
         )
+        if note := single_process_note(strategy, self.devices * num_nodes, distributed):
+            self.fabric.print(note)
         if cuda and self.devices > 1:
             self._report_topology()
-        self.fabric.launch()
+        if started is None and self.devices > 1:
+            end_together()
+        with _connection_errors(distributed.timeout_minutes):
+            self.fabric.launch()
         self.fabric.add_callback(Telemetry(self.fabric.device))
         if logger_name in ("tensorboard", "wandb", "mlflow"):
             self.fabric.logger.log_hyperparams(self.settings)
@@ -242,6 +250,7 @@ class Run:
         if fused_cross_entropy and is_sharded(self.fabric.strategy):
             raise ValueError("fused_cross_entropy: true needs the whole output head on every process; use ddp")
         if fused_cross_entropy:
+            require_torch()
             self.fused_loss = FusedLoss()
             self.fabric.add_callback(self.fused_loss)
 
@@ -275,6 +284,7 @@ class Run:
         if decision.enabled and self.fused_loss is not None:
             raise SettingsError("fused_cross_entropy: true cannot be compiled; set compile: false")
         self._announce(decision)
+        self.fabric.add_callback(KernelReport(decision.enabled))
         continues_here = self.resume_file and self.resume_file.parent.parent.resolve() == self.out_dir.resolve()
         if self.fabric.is_global_zero and not continues_here and (aside := checkpoints.set_aside(self.out_dir)):
             self.fabric.print(f"Moved the checkpoints of an earlier run to {aside} (--resume auto continues a run)")
@@ -350,6 +360,18 @@ class Run:
             say(f'Try it: litgpt generate {final} --prompt "..."')
             say(f"        litgpt chat {final}")
         say(f"Go on: --resume auto --train.max_tokens {2 * self.train_args.max_tokens}")
+
+
+@contextlib.contextmanager
+def _connection_errors(minutes: float) -> Iterator[None]:
+    try:
+        yield
+    except torch.distributed.DistError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ConnectionError(
+            f"the processes could not be connected through {address} within {minutes:g} minutes "
+            f"(distributed.timeout_minutes): {str(error).splitlines()[0]}. One of them may have ended; see its output."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -102,6 +102,14 @@ def make_strategy(name: StrategyName, processes: int, nodes: int, args: Distribu
     )
 
 
+def single_process_note(name: StrategyName, processes: int, args: DistributedArgs) -> str | None:
+    """Return what to tell a user who asked for a sharded strategy with one process, or None."""
+    if processes > 1 or name in ("auto", "ddp"):
+        return None
+    offload = ", and distributed.cpu_offload has no effect" if args.cpu_offload else ""
+    return f"strategy: {name} has nothing to share out in a single process: it becomes auto{offload}"
+
+
 def _check(name: str, args: DistributedArgs, accelerator: str) -> None:
     own, other = ("bucket_mb", "cpu_offload") if name in ("auto", "ddp") else ("cpu_offload", "bucket_mb")
     if getattr(args, other) is not None:

@@ -146,6 +146,71 @@ def test_one_of_two_dies(recipe, victim):
         first.wait()
 
 
+@pytest.mark.slow
+def test_first_dies_before_the_processes_connect(recipe):
+    """The second is still importing when its parent is killed; it ends instead of waiting for ten minutes."""
+    first = subprocess.Popen([*RUN_TRAIN, "--config", str(recipe(devices=2))], stdout=subprocess.DEVNULL, cwd=ROOT)
+    second = []
+    try:
+        deadline = time.monotonic() + 120
+        while not second and time.monotonic() < deadline:
+            time.sleep(0.1)
+            second = children_of(first.pid)
+        assert second
+        first.kill()
+        first.wait()
+        assert wait_until_gone(second, 90) == []
+    finally:
+        for pid in second:
+            if Path(f"/proc/{pid}").exists():
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_alone_with_the_variables_of_two(recipe):
+    """Nobody answers: an error after distributed.timeout_minutes that names the address, and no traceback."""
+    environment = {
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29573",
+    }
+    process = subprocess.run(
+        [*RUN_TRAIN, "--config", str(recipe()), "--devices=auto", "--distributed.timeout_minutes=0.05"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
+    assert process.returncode == 2
+    assert "could not be connected through 127.0.0.1:29573 within 0.05 minutes (distributed.timeout_minutes)" in (
+        process.stderr
+    )
+    assert "Traceback" not in process.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGUSR1", 128 + signal.SIGUSR1)])
+def test_a_signal_to_one_of_two(recipe, tmp_path, name, status):
+    """Both finish the step; the run has one message, a checkpoint, and the exit status of the signal."""
+    file = recipe(train={"max_tokens": 10_000 * 128, "save_interval": 10_000}, eval={"interval": 10_000}, devices=2)
+    first = subprocess.Popen(
+        [*RUN_TRAIN, "--config", str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+    )
+    for line in first.stdout:
+        if line.startswith("step 3/"):
+            break
+    (second,) = children_of(first.pid)
+    os.kill(second if name == "SIGTERM" else first.pid, getattr(signal, name))
+    output, _ = first.communicate(timeout=120)
+    assert first.returncode == status, output
+    assert wait_until_gone([second], 20) == []
+    assert output.count(f"Stopped by {name}, saved as {tmp_path / 'out' / 'step-0'}") == 1
+    assert len(list((tmp_path / "out").glob("step-*"))) == 1
+
+
 class TestStartedProcesses:
     HAND = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 

@@ -47,7 +47,7 @@ def test_a_run_from_start_to_generation(recipe, tmp_path, capsys):
     assert len(logged(out_dir, "moe/max_over_mean")) == 12
     assert len(logged(out_dir, "grad_norm")) == 12
     assert list(logged(out_dir, "val_loss")) == [4, 8, 12]
-    assert "max/mean load" in output
+    assert "MaxVio" in output
     assert "sample | def " in output
     assert "Trained 1,536 tokens" in output
     assert f"Best validation loss {min(map(float, logged(out_dir, 'val_loss').values())):.3f} after step" in output

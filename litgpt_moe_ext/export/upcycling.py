@@ -1,0 +1,280 @@
+"""Making a Mixture-of-Experts model out of a dense one that computes the same function.
+
+Sparse upcycling (Komatsuzaki et al., arXiv:2212.05055) copies the dense MLP into every expert. Whatever experts a token
+visits, the output is that of the dense model as long as the gate values sum to 1. An expert may also be a slice of the
+hidden units: then the experts of one copy form a virtual group (He et al., arXiv:2410.07524) whose rows in the router
+are equal, so that a token visits whole copies only. Shared experts take hidden units of their own, every token visits
+them anyway.
+
+Shape legend: D model width, F hidden width of the dense MLP, H that of one routed expert, S that of the shared experts
+together, E experts, C copies of the dense MLP, M slices of a copy.
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import yaml
+from litgpt.config import Config
+from litgpt.model import GPT
+from litgpt.utils import copy_config_files, save_config
+from torch import Tensor, nn
+
+from litgpt_moe_ext.durable import flush_tree
+from litgpt_moe_ext.moe.layer import MoE
+from litgpt_moe_ext.moe.routers import LearnedRouter
+from litgpt_moe_ext.moe.routing import Router
+from litgpt_moe_ext.moe.validation import FIELDS, MOE_CLASS_NAMES
+
+MODEL_FILE = "lit_model.pth"
+
+# The activation of each dense class of LitGPT; `FeedForward` states its own.
+_ACTIVATIONS = {"LLaMAMLP": "swiglu", "GemmaMLP": "geglu", "GptNeoxMLP": "gelu"}
+# What may differ between the two configurations: what only MoE layers read, and what changes training alone.
+_OF_THE_MOE = {
+    *FIELDS,
+    *("name", "hf_config", "mlp_class_name", "intermediate_size", "moe_intermediate_size", "residual_dropout"),
+    *("n_expert", "n_shared_expert", "n_expert_per_token", "n_expert_groups", "n_topk_groups"),
+    *("n_topk_scores_per_group", "first_k_dense_replace", "routed_scaling_factor", "norm_topk_prob"),
+}
+
+
+class Slices(NamedTuple):
+    """Which hidden units of the dense MLP each expert gets: the first `shared`, then `per_expert` in turns.
+
+    Attributes:
+        shared: S.
+        per_expert: H.
+        per_copy: M.
+        copies: C.
+    """
+
+    shared: int
+    per_expert: int
+    per_copy: int
+    copies: int
+
+
+def upcycle(dense_dir: Path, out_dir: Path, config: Config, seed: int = 42) -> None:
+    """Write a checkpoint of an MoE model that computes what a dense model computes.
+
+    `run_train.py --initial_checkpoint_dir OUT_DIR` starts a training from it. A model of Hugging Face becomes a dense
+    checkpoint by `litgpt convert_to_litgpt`.
+
+    Args:
+        dense_dir: A LitGPT checkpoint directory of a dense model.
+        out_dir: Where to write the new one; must not exist.
+        config: The MoE model. Everything but its MLP must be that of the dense model.
+        seed: Of the routers' weights.
+
+    Raises:
+        FileNotFoundError: If `dense_dir` has no model.
+        FileExistsError: If `out_dir` exists.
+        ValueError: If no MoE model of this configuration computes the same function, with the reason.
+    """
+    if out_dir.exists():
+        raise FileExistsError(f"out_dir: {str(out_dir)!r} exists already; name a new directory")
+    for name in (MODEL_FILE, "model_config.yaml"):
+        if not (dense_dir / name).is_file():
+            raise FileNotFoundError(f"dense_dir: {str(dense_dir)!r} has no {name}")
+    dense_config = Config.from_file(dense_dir / "model_config.yaml")
+    require_same_function(dense_config, config)
+    saved = torch.load(dense_dir / MODEL_FILE, map_location="cpu", mmap=True, weights_only=True)
+    weights = upcycled_weights(saved.get("model", saved), dense_config, config, seed)
+
+    staging = out_dir.with_name(f".{out_dir.name}.incomplete")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    copy_config_files(dense_dir, staging)
+    (staging / "config.json").unlink(missing_ok=True)  # Hugging Face's, of the dense model
+    save_config(config, staging)
+    torch.save(weights, staging / MODEL_FILE)
+    flush_tree(staging)
+    staging.rename(out_dir)
+
+
+def require_same_function(dense: Config, moe: Config) -> Slices:
+    """Return how to divide the dense MLP so that the MoE model computes the same function.
+
+    Args:
+        dense: Configuration of the dense model.
+        moe: Configuration of the MoE model.
+
+    Raises:
+        ValueError: If that is impossible, with the reason.
+    """
+    if moe.mlp_class_name not in MOE_CLASS_NAMES:
+        raise ValueError(f"mlp_class_name: {moe.mlp_class_name!r} must be one of {', '.join(MOE_CLASS_NAMES)}")
+    activation = dense.mlp_activation or _ACTIVATIONS.get(dense.mlp_class_name)
+    if dense.mlp_class_name in MOE_CLASS_NAMES or activation is None:
+        raise ValueError(f"dense_dir: its mlp_class_name is {dense.mlp_class_name!r}, which is not a dense MLP")
+    if moe.mlp_activation != activation:
+        raise ValueError(f"mlp_activation: {moe.mlp_activation!r} must be {activation!r}, that of the dense model")
+    theirs = asdict(dense)
+    for name, value in asdict(moe).items():
+        if name not in _OF_THE_MOE and value != theirs[name]:
+            raise ValueError(f"{name}: {value!r} must be {theirs[name]!r}, that of the dense model")
+    has_dense_layers = bool(moe.first_k_dense_replace) or (moe.decoder_sparse_step or 1) > 1
+    if has_dense_layers and moe.intermediate_size != dense.intermediate_size:
+        raise ValueError(
+            f"intermediate_size: {moe.intermediate_size} is the width of the layers that stay dense; it must be "
+            f"{dense.intermediate_size}, that of the dense model"
+        )
+    _require_gates_that_sum_to_one(moe)
+    return _slices(dense.intermediate_size, moe)
+
+
+def _require_gates_that_sum_to_one(moe: Config) -> None:
+    # Those of NoisyTopKMoE and of routers that do not learn always do; so do softmax scores of all experts.
+    if moe.mlp_class_name == "NoisyTopKMoE" or moe.router_type != "topk" or moe.norm_topk_prob:
+        return
+    if moe.router_score_function == "softmax" and moe.n_expert_per_token == moe.n_expert:
+        return
+    raise ValueError(
+        "norm_topk_prob: False lets the gate values of a token sum to anything, so that copies of the dense MLP do not "
+        "add up to it; set norm_topk_prob: true"
+    )
+
+
+def _slices(dense_width: int, moe: Config) -> Slices:
+    shared = 0
+    if moe.n_shared_expert:
+        shared = moe.shared_expert_intermediate_size or moe.n_shared_expert * moe.moe_intermediate_size
+    per_expert, routed = moe.moe_intermediate_size, dense_width - shared
+    if routed < per_expert or routed % per_expert:
+        raise ValueError(
+            f"moe_intermediate_size: {per_expert} must divide the {routed} hidden units that are left to the routed "
+            f"experts (the dense model has {dense_width}, the shared experts take {shared})"
+        )
+    slices = Slices(shared, per_expert, routed // per_expert, moe.n_expert * per_expert // routed)
+    if slices.per_copy > 1:
+        _require_whole_copies(moe, slices.per_copy)
+    return slices
+
+
+def _require_whole_copies(moe: Config, per_copy: int) -> None:
+    why = f"{per_copy} experts make one copy of the dense MLP"
+    for name in ("n_expert", "n_expert_per_token"):
+        if getattr(moe, name) % per_copy:
+            raise ValueError(f"{name}: {getattr(moe, name)} must be a multiple of {per_copy}: {why}")
+    if moe.mlp_class_name == "NoisyTopKMoE" or moe.router_type != "topk":
+        raise ValueError(
+            f"moe_intermediate_size: {moe.moe_intermediate_size}: {why}, and this router would not choose them "
+            "together; only SharedExpertMoE with router_type: topk does"
+        )
+    if moe.n_expert_groups is not None and moe.n_expert // moe.n_expert_groups % per_copy:
+        raise ValueError(f"n_expert_groups: {moe.n_expert_groups} groups cut copies apart: {why}")
+
+
+def upcycled_weights(dense: dict[str, Tensor], dense_config: Config, config: Config, seed: int) -> dict[str, Tensor]:
+    """Return the state dictionary of the MoE model.
+
+    Args:
+        dense: State dictionary of the dense model.
+        dense_config: Its configuration.
+        config: That of the MoE model.
+        seed: Of the routers' weights.
+    """
+    slices = require_same_function(dense_config, config)
+    with torch.device("meta"):
+        model = GPT(config)
+    result = dict(dense)
+    generator = torch.Generator().manual_seed(seed)
+    for index, block in enumerate(model.transformer.h):
+        if isinstance(block.mlp, MoE):
+            prefix = f"transformer.h.{index}.mlp."
+            mlp = {name.removeprefix(prefix): result.pop(name) for name in list(result) if name.startswith(prefix)}
+            layer = _Layer(mlp, slices, config).weights(block.mlp, generator)
+            result |= {prefix + name: tensor for name, tensor in layer.items()}
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if {name: tensor.shape for name, tensor in result.items()} != expected:
+        different = sorted(set(expected) ^ set(result)) or [n for n in expected if expected[n] != result[n].shape]
+        raise ValueError(f"dense_dir: its weights do not fit its model_config.yaml: {', '.join(different[:5])}")
+    return result
+
+
+class _Layer:
+    # Turns the weights of one dense MLP into those of the MoE layer that takes its place.
+
+    def __init__(self, mlp: dict[str, Tensor], slices: Slices, config: Config) -> None:
+        self._mlp, self._slices, self._config = mlp, slices, config
+        self._dtype = mlp["proj.weight"].dtype
+
+    def weights(self, moe: MoE, generator: torch.Generator) -> dict[str, Tensor]:
+        parts = {"experts.": self._experts(moe), "gate.": self._router(moe.gate, generator)}
+        if moe.shared_experts is not None:
+            parts["shared_experts."] = self._shared(moe)
+        if moe.shared_expert_gate is not None:
+            parts["shared_expert_gate."] = {"weight": torch.zeros(1, self._config.n_embd, dtype=self._dtype)}
+        return {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}
+
+    def _experts(self, moe: MoE) -> dict[str, Tensor]:
+        slices, scale = self._slices, self._config.routed_scaling_factor
+        up, names = ("gate_up", ("fc_1", "fc_2")) if moe.experts.activation.gated else ("up", ("fc",))
+        begins = range(slices.shared, slices.shared + slices.per_copy * slices.per_expert, slices.per_expert)
+        units = [slice(begin, begin + slices.per_expert) for begin in begins]
+
+        def copied(parts: list[Tensor]) -> Tensor:
+            return torch.stack(parts).repeat(slices.copies, *(1,) * parts[0].dim())
+
+        result = {
+            f"{up}_{ours}": copied(
+                [torch.cat([self._mlp[f"{name}.{theirs}"][unit] for name in names]) for unit in units]
+            )
+            for ours, theirs in (("proj", "weight"), ("bias", "bias"))
+            if theirs == "weight" or self._config.bias
+        }
+        # The gate value of a copy is shared out evenly among its experts.
+        result["down_proj"] = copied([self._mlp["proj.weight"][:, unit] * (slices.per_copy / scale) for unit in units])
+        if self._config.bias:
+            # Where there are shared experts, they have it.
+            bias_D = self._mlp["proj.bias"] * (0.0 if slices.shared else 1 / scale)
+            result["down_bias"] = bias_D.repeat(self._config.n_expert, 1)
+        return result
+
+    def _shared(self, moe: MoE) -> dict[str, Tensor]:
+        # A gate without weights is sigmoid(0) = 1/2 for every token.
+        factor = 1.0 if moe.shared_expert_gate is None else 2.0
+        result = {name: t[: self._slices.shared] for name, t in self._mlp.items() if name.startswith("fc")}
+        result["proj.weight"] = self._mlp["proj.weight"][:, : self._slices.shared] * factor
+        if self._config.bias:
+            result["proj.bias"] = self._mlp["proj.bias"] * factor
+        return {name: tensor.clone() for name, tensor in result.items()}
+
+    def _router(self, gate: Router, generator: torch.Generator) -> dict[str, Tensor]:
+        # Biases and counters of balancing, and the weights of noise, start at zero.
+        result = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in gate.state_dict().items()}
+        if isinstance(gate, LearnedRouter):
+            copies_CD = torch.empty(self._slices.copies, self._config.n_embd)
+            nn.init.normal_(copies_CD, std=gate.init_std, generator=generator)
+            result["weight"] = copies_CD.repeat_interleave(self._slices.per_copy, dim=0).to(self._dtype)
+        return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Upcycle from the command line: `python -m litgpt_moe_ext.export.upcycling DENSE_DIR OUT_DIR --config RECIPE`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m litgpt_moe_ext.export.upcycling", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("dense_dir", type=Path, help="LitGPT checkpoint directory of the dense model")
+    parser.add_argument("out_dir", type=Path, help="new directory for the MoE model")
+    parser.add_argument("--config", type=Path, required=True, help="recipe whose model_config describes the MoE model")
+    parser.add_argument("--seed", type=int, default=42, help="of the routers' weights")
+    given = parser.parse_args(arguments)
+    try:
+        recipe = yaml.safe_load(given.config.read_text(encoding="utf-8"))
+        upcycle(given.dense_dir, given.out_dir, Config(**recipe["model_config"]), given.seed)
+    except (OSError, KeyError, TypeError, ValueError, AssertionError, yaml.YAMLError) as error:
+        parser.error(f"model_config is missing in {given.config}" if isinstance(error, KeyError) else str(error))
+    print(f"Wrote {given.out_dir}; train it with")
+    print(f"  run_train.py --config {given.config} --initial_checkpoint_dir {given.out_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

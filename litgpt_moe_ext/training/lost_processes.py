@@ -1,0 +1,43 @@
+"""The processes of a run that Fabric starts by itself end together.
+
+The first process starts the others of its node. When one of those ends with an error, Fabric kills the first, within
+seconds. Nothing does so the other way round: others would wait for a first process that was killed until
+`distributed.timeout_minutes` are over, and one that is still importing would start waiting then. Here each of them
+looks after its parent. (torchrun and SLURM look after the processes that they start.)
+"""
+
+import os
+import sys
+import threading
+import time
+
+_LAUNCHER_PID = "LITGPT_MOE_EXT_LAUNCHER_PID"
+
+
+def started_by_fabric() -> bool:
+    """Whether this process was started by the first process of its run."""
+    return _LAUNCHER_PID in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
+
+
+def end_together(seconds: float = 1.0) -> None:
+    """Have the processes that this one will start end soon after it, or this one after the process that started it.
+
+    Call it in every process before Fabric launches. Without effect on Windows, which keeps the parent's number of a
+    process although the parent is gone.
+
+    Args:
+        seconds: How often to look.
+    """
+    if started_by_fabric():
+        parent = int(os.environ[_LAUNCHER_PID])
+        threading.Thread(target=_watch, args=(parent, seconds), daemon=True, name="launcher-watch").start()
+    else:
+        os.environ[_LAUNCHER_PID] = str(os.getpid())
+
+
+def _watch(parent: int, seconds: float) -> None:
+    while os.getppid() == parent:
+        time.sleep(seconds)
+    print(f"error: the process {parent} that started this one is gone; it ends as well", file=sys.stderr, flush=True)
+    # The main thread may hang in a collective operation, which no exception reaches.
+    os._exit(1)

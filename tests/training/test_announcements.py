@@ -1,0 +1,71 @@
+"""What a run says before its first step: kernels, strategies that do not apply, a torch that is too old."""
+
+import pytest
+import torch
+
+from litgpt_moe_ext.moe.experts import Experts
+from litgpt_moe_ext.training.announcements import attention_line, experts_line
+from litgpt_moe_ext.training.arguments import DistributedArgs
+from litgpt_moe_ext.training.cli import main
+from litgpt_moe_ext.training.fused_loss import require_torch
+from litgpt_moe_ext.training.strategies import single_process_note
+from tests.models import initialized_model, moe_config
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_experts(compiled):
+    """The compiler is told what it will really be given."""
+    model = initialized_model(moe_config(moe_intermediate_size=16))
+    backend = "grouped_mm" if compiled else "grouped_cpu"
+    assert experts_line(model, CPU, compiled) == f"experts: {backend} for torch.float32 on cpu (chosen)"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "for torch.bfloat16" in experts_line(model, CPU, compiled)
+
+
+def test_forced(monkeypatch):
+    monkeypatch.setattr(Experts, "forced_backend", "loop")
+    model = initialized_model(moe_config(attention_class_name="SinkAttention", attention_backend="eager"))
+    assert experts_line(model, CPU, compiled=False) == "experts: loop for torch.float32 on cpu (forced)"
+    assert attention_line(model, CPU) == "attention: eager for torch.float32 on cpu (forced)"
+
+
+def test_attention():
+    model = initialized_model(moe_config(attention_class_name="SinkAttention"))
+    assert attention_line(model, CPU) == "attention: flash_cpu for torch.float32 on cpu (chosen)"
+    model = initialized_model(moe_config(attention_class_name="SinkAttention", attention_dropout=0.1))
+    with pytest.warns(UserWarning, match="no flash kernel with attention dropout"):
+        assert attention_line(model, CPU).startswith("attention: eager")
+
+
+def test_litgpts_own_layers_say_nothing():
+    config = moe_config(
+        mlp_class_name="LLaMAMLP", n_expert=0, n_expert_per_token=0, moe_intermediate_size=None, intermediate_size=24
+    )
+    model = initialized_model(config)
+    assert experts_line(model, CPU, compiled=False) is None
+    assert attention_line(model, CPU) is None
+
+
+def test_a_run_says_it_once(recipe, capsys):
+    file = recipe(train={"max_tokens": 2 * 128}, strategy="fsdp2", distributed={"cpu_offload": True})
+    assert main(["--config", str(file)]) == 0
+    output = capsys.readouterr().out
+    for line in ("experts: grouped_cpu for torch.float32 on cpu", "attention: flash_cpu for torch.float32 on cpu"):
+        assert output.count(line) == 1
+    note = "strategy: fsdp2 has nothing to share out in a single process: it becomes auto, and distributed.cpu_offload"
+    assert output.count(note) == 1
+
+
+def test_single_process_note():
+    assert single_process_note("fsdp2", 2, DistributedArgs()) is None
+    assert single_process_note("ddp", 1, DistributedArgs()) is None
+    assert single_process_note("fsdp_shard_grad_op", 1, DistributedArgs()).endswith("it becomes auto")
+
+
+def test_fused_loss_without_its_operator(recipe, monkeypatch, capsys):
+    require_torch()
+    monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy")
+    assert main(["--config", str(recipe()), "--fused_cross_entropy", "true"]) == 2
+    assert "fused_cross_entropy: true needs a torch that has" in capsys.readouterr().err

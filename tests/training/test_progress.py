@@ -1,0 +1,54 @@
+"""The progress bar as it looks in a terminal of 80 and of 120 columns, and the lines that replace it in a pipe."""
+
+import re
+
+import pytest
+
+from litgpt_moe_ext.training.progress import Reporter
+
+METRICS = {
+    "loss": 5.12345,
+    "moe/max_vio": 0.353,
+    "grad_norm": 1.234,
+    "learning_rate": 4e-4,
+    "tokens_per_second": 12345.0,
+    "memory_gb": 12.3,
+    "data_wait": 0.034,
+}
+
+
+def rendered(capsys, monkeypatch, width: int, steps: int = 12000) -> str:
+    monkeypatch.setenv("COLUMNS", str(width))
+    reporter = Reporter(steps, bar=True)
+    reporter.val_loss = 5.678
+    reporter.on_logged({**METRICS, "step": steps // 2})
+    reporter.close()
+    (line,) = [line.rstrip() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    return re.sub("\x1b\\[[0-9;?]*[A-Za-z]", "", line)
+
+
+@pytest.mark.parametrize(("width", "last"), [(80, "MaxVio 0.35"), (120, "12.3k tok/s")])
+def test_bar_shows_what_matters_most_first(capsys, monkeypatch, width, last):
+    """Cut off at the end of the text, never wrapped, and the count of steps is whole."""
+    line = rendered(capsys, monkeypatch, width)
+    assert len(line) <= width
+    assert "6000/12000" in line
+    assert "loss 5.123 · val 5.678" in line
+    assert last in line
+    assert line.endswith("…")
+
+
+def test_bar_shows_everything_where_there_is_room(capsys, monkeypatch):
+    line = rendered(capsys, monkeypatch, 160)
+    parts = ("loss 5.123", "val 5.678", "MaxVio 0.35", "grad 1.23", "lr 4.0e-04", "12.3k tok/s", "12.30 GB")
+    assert line.endswith(" · ".join([*parts, "data wait 3%"]))
+
+
+def test_a_line_per_step_in_a_pipe(capsys):
+    reporter = Reporter(100, bar=False)
+    reporter.on_logged({**METRICS, "step": 1})
+    reporter.on_logged({**METRICS, "step": 2})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("step 1/100 | loss 5.123 | MaxVio 0.35 | grad 1.23 | lr 4.0e-04")
+    assert second.startswith("step 2/100")
+    assert second.endswith("left")

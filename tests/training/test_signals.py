@@ -1,0 +1,62 @@
+"""Signals at chosen moments of a run in this process; `test_processes.py` and `test_distributed.py` have real ones."""
+
+import os
+import signal
+
+import litgpt.pretrain
+import pytest
+
+from litgpt_moe_ext.training import lost_processes
+from litgpt_moe_ext.training.cli import main
+
+
+@pytest.fixture
+def signal_at(monkeypatch):
+    """Have the process send itself a signal in the n-th call of a function of `litgpt.pretrain`."""
+
+    def arrange(number: int, function: str, call: int) -> None:
+        original, calls = getattr(litgpt.pretrain, function), []
+
+        def signalling(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == call:
+                os.kill(os.getpid(), number)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(litgpt.pretrain, function, signalling)
+
+    return arrange
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_in_a_step(recipe, tmp_path, capsys, signal_at, name):
+    """The step is finished and saved, and the exit status tells which signal it was."""
+    number = getattr(signal, name)
+    # Two validation batches and the measurement of FLOPs come first; two batches make a step.
+    signal_at(number, "chunked_cross_entropy", 3 + 5)
+    handler = signal.getsignal(number)
+    assert main(["--config", str(recipe(train={"save_interval": 1000}))]) == 128 + number
+    saved = tmp_path / "out" / "step-00000003"
+    assert (saved / "lit_model.pth").is_file()
+    output = capsys.readouterr()
+    assert f"{name} received: finishing the step, then saving" in output.out
+    assert f"Stopped by {name}, saved as {saved}; --resume auto continues." in output.err
+    assert signal.getsignal(number) is handler
+
+
+def test_before_the_first_step(recipe, tmp_path, capsys, signal_at):
+    """Nothing is saved, and nothing promised."""
+    signal_at(signal.SIGINT, "validate", 1)
+    assert main(["--config", str(recipe())]) == 130
+    error = capsys.readouterr().err
+    assert "Stopped by SIGINT before the first step was finished: there is nothing to continue from." in error
+    assert "--resume" not in error
+    assert not list((tmp_path / "out").glob("step-*"))
+
+
+def test_only_the_first_process_reports(recipe, capsys, signal_at, monkeypatch):
+    """One that Fabric started ends without an error, which would make Fabric kill the first."""
+    monkeypatch.setattr(lost_processes, "started_by_fabric", lambda: True)
+    signal_at(signal.SIGTERM, "chunked_cross_entropy", 4)
+    assert main(["--config", str(recipe())]) == 0
+    assert "Stopped" not in capsys.readouterr().err
