@@ -213,7 +213,9 @@ def state_ratio(optimizer: str | dict, dtype: torch.dtype) -> int:
 
     parameter = torch.nn.Parameter(torch.zeros(8, 16, dtype=dtype))
     parameter.grad = torch.ones_like(parameter)
-    made = instantiate_torch_optimizer(copy.deepcopy(optimizer), [parameter])
+    if isinstance(optimizer, dict):
+        optimizer = {"init_args": {}, **copy.deepcopy(optimizer)}
+    made = instantiate_torch_optimizer(optimizer, [parameter])
     made.step()
     state = made.state[parameter].values()
     return sum(value.numel() for value in state if isinstance(value, Tensor)) // parameter.numel()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 # Name of each sub-command, and the function that is it.
 COMMANDS = {
     "model-card": "litgpt_moe_ext.console.model_card:model_card",
+    "experts": "litgpt_moe_ext.console.experts:experts",
 }
 
 
