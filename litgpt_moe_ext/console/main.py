@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 COMMANDS = {
     "model-card": "litgpt_moe_ext.console.model_card:model_card",
     "experts": "litgpt_moe_ext.console.experts:experts",
+    "perplexity": "litgpt_moe_ext.console.perplexity:perplexity",
+    "hellaswag": "litgpt_moe_ext.console.hellaswag:hellaswag",
 }
 
 
