@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 FONT_SIZE = 8
-_STYLE = {
+STYLE = {
     "font.size": FONT_SIZE,
     "axes.titlesize": FONT_SIZE + 1,
     "axes.spines.top": False,
@@ -33,7 +33,7 @@ def load_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
     """Heat maps of load and gate mass, experts by layers; 1 is an even share."""
     load = [layer["load_over_mean"] for layer in layers]
     mass = [[share * layer["n_expert"] for share in layer["gate_mass"]] for layer in layers]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         n_expert = len(load[0])
         width = min(2.0 + 0.34 * n_expert, 6.5)
         figure = Figure(figsize=(2 * width, 1.1 + 0.32 * len(layers)), layout="constrained")
@@ -44,7 +44,7 @@ def load_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
             axes.set_yticks(range(len(layers)), [layer["layer"] for layer in layers])
             axes.set_xlabel("expert")
             axes.set_ylabel("layer")
-        _ratio_bar(figure, image)
+        ratio_bar(figure, image)
     return figure
 
 
@@ -62,7 +62,7 @@ def balance_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
             math.nan if layer["class_information"] is None else layer["class_information"] for layer in layers
         ],
     }
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 2.1), layout="constrained")
         for axes, (title, values) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
             axes.plot(numbers, values, marker="o", markersize=3.5, color="#30638e")
@@ -77,7 +77,7 @@ def class_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
     """Heat maps of token class by expert: how much likelier an expert is for tokens of a class."""
     names = list(layers[0]["class_lift"])
     n_expert = layers[0]["n_expert"]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         size = (min(0.5 + 0.18 * n_expert, 4.0), 0.5 + 0.16 * len(names))
         figure, panels = _panels(len(layers), size, left=0.9)
         for i, (axes, layer) in enumerate(zip(panels, layers, strict=True)):
@@ -86,14 +86,14 @@ def class_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
             _expert_ticks(axes, n_expert)
             axes.set_yticks(range(len(names)), names if i % _COLUMNS == 0 else [""] * len(names))
             axes.set_xlabel("expert")
-        _ratio_bar(figure, image, "p(expert | class) / p(expert)")
+        ratio_bar(figure, image, "p(expert | class) / p(expert)")
     return figure
 
 
 def coactivation_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
     """Heat maps of pairs of experts: how much more often a token visits both than their loads alone explain."""
     n_expert = layers[0]["n_expert"]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         side = min(0.6 + 0.17 * n_expert, 4.0)
         figure, panels = _panels(len(layers), (side, side))
         for axes, layer in zip(panels, layers, strict=True):
@@ -103,7 +103,7 @@ def coactivation_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
             axes.set_yticks(axes.get_xticks(), [label.get_text() for label in axes.get_xticklabels()])
             axes.set_xlabel("expert")
         panels[0].set_ylabel("expert")
-        _ratio_bar(figure, image, "pairs over expectation")
+        ratio_bar(figure, image, "pairs over expectation")
     return figure
 
 
@@ -111,7 +111,7 @@ def agreement_figure(comparison: Sequence[Mapping[str, Any]], names: tuple[str, 
     """Agreement of two checkpoints by layer, and which of their experts go together."""
     layers = [entry["layer"] for entry in comparison]
     n_expert = len(comparison[0]["matching"])
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         side = min(0.6 + 0.17 * n_expert, 4.0)
         figure, panels = _panels(1 + len(comparison), (side, side), left=0.6)
         first = panels[0]
@@ -152,19 +152,35 @@ def _panels(count: int, size: tuple[float, float], left: float = 0.3) -> tuple[F
     return figure, axes[:count]
 
 
-def _ratios(axes: Axes, values: np.ndarray, write: bool = True) -> Any:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.clip(np.log2(values), -_LARGEST_LOG2, _LARGEST_LOG2)
+def ratio_image(axes: Axes, values: np.ndarray, **options: Any) -> Any:
+    """Draw ratios around 1 as colours, from a quarter to four times; nan is grey.
+
+    Args:
+        axes: Where.
+        values: (rows, columns).
+        options: Of `Axes.imshow`.
+    """
     cmap = matplotlib.colormaps["RdBu_r"].with_extremes(bad="#d9d9d9")
-    image = axes.imshow(logs, vmin=-_LARGEST_LOG2, vmax=_LARGEST_LOG2, cmap=cmap, aspect="auto")
+    limits = {"vmin": -_LARGEST_LOG2, "vmax": _LARGEST_LOG2}
+    return axes.imshow(_logs(values), cmap=cmap, aspect="auto", interpolation="nearest", **limits, **options)
+
+
+def _ratios(axes: Axes, values: np.ndarray, write: bool = True) -> Any:
     if write and values.shape[1] <= _WRITABLE:
-        for (row, column), value in np.ndenumerate(values):
-            color = "white" if abs(logs[row, column]) > 0.7 * _LARGEST_LOG2 else "black"
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=color, fontsize=FONT_SIZE - 2)
-    return image
+        for (row, column), log in np.ndenumerate(_logs(values)):
+            color = "white" if abs(log) > 0.7 * _LARGEST_LOG2 else "black"
+            text = f"{values[row, column]:.2f}"
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=FONT_SIZE - 2)
+    return ratio_image(axes, values)
 
 
-def _ratio_bar(figure: Figure, image: Any, label: str = "ratio") -> None:
+def _logs(values: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.clip(np.log2(values), -_LARGEST_LOG2, _LARGEST_LOG2)
+
+
+def ratio_bar(figure: Figure, image: Any, label: str = "ratio") -> None:
+    """Add the scale of `ratio_image`, of one image for all axes of the figure."""
     bar = figure.colorbar(image, ax=figure.axes, shrink=0.8, pad=0.01, label=label, extend="both")
     bar.set_ticks([-2, -1, 0, 1, 2], labels=["1/4", "1/2", "1", "2", "4"])
 

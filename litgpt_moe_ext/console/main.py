@@ -11,6 +11,7 @@ COMMANDS = {
     "experts": "litgpt_moe_ext.console.experts:experts",
     "perplexity": "litgpt_moe_ext.console.perplexity:perplexity",
     "hellaswag": "litgpt_moe_ext.console.hellaswag:hellaswag",
+    "compare-runs": "litgpt_moe_ext.console.compare_runs:compare_runs",
 }
 
 
