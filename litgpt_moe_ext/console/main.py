@@ -12,6 +12,7 @@ COMMANDS = {
     "perplexity": "litgpt_moe_ext.console.perplexity:perplexity",
     "hellaswag": "litgpt_moe_ext.console.hellaswag:hellaswag",
     "compare-runs": "litgpt_moe_ext.console.compare_runs:compare_runs",
+    "convert-experts": "litgpt_moe_ext.console.convert_experts:convert_experts",
 }
 
 
