@@ -94,6 +94,11 @@ class RoutingRecorder:
             for handle in handles:
                 handle.remove()
 
+    @property
+    def layers(self) -> list[int]:
+        """Numbers of the MoE layers among all layers of the model."""
+        return [recording.layer for recording in self._recordings]
+
     def keep(self, keep_BT: Tensor | None) -> None:
         """Say which tokens of the following forward passes count, for example those that are not padding."""
         self._keep_BT = keep_BT

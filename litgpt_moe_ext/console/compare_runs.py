@@ -7,7 +7,7 @@ def compare_runs(run: list[Path], out_dir: Path = Path("compared-runs")) -> None
     """Training curves of several runs as one plot, and heat maps of their expert load over time.
 
     Args:
-        run: The out_dir of each run, as a list: `'[out/a, out/b]'`.
+        run: The out_dir of each run: `compare-runs out/a out/b`.
         out_dir: Where curves.png and load-NUMBER.png go, a number for each run in the order given.
     """
     if not run:

@@ -6,7 +6,7 @@ from typing import Literal
 
 def experts(
     checkpoint_dir: Path,
-    text: list[Path] | None = None,
+    text: Path | list[Path] | None = None,
     data: Path | None = None,
     compare_with: Path | None = None,
     out_dir: Path | None = None,
@@ -19,7 +19,7 @@ def experts(
 
     Args:
         checkpoint_dir: A checkpoint with SharedExpertMoE, NoisyTopKMoE or LLaMAMoE layers.
-        text: Text files to read, as a list: `--text '[a.py, b.py]'`, or one with `--text+ a.py`.
+        text: A text file to read, or several as a list: `--text '[a.txt, b.txt]'`.
         data: In place of text: a token shard, or the folder of a prepared corpus, whose validation part is read.
         compare_with: Another checkpoint with the same tokenizer and layers, to see how far they route alike.
         out_dir: Where the results go. Default: `experts` in the checkpoint's directory.
@@ -33,6 +33,7 @@ def experts(
             raise ValueError(f"{name}: {value} must be at least 1")
     if (text is None) == (data is None):
         raise ValueError("text, data: give exactly one of --text FILE and --data SHARD")
+    paths = [text] if isinstance(text, Path) else text
     import litgpt_moe_ext
     from litgpt_moe_ext.console.output import print_table, progress, write_json, write_text
 
@@ -50,7 +51,7 @@ def experts(
     if compare_with is not None:
         expert_analysis.require_same_tokenizer(checkpoint_dir, compare_with, tuple(tokenizers))
     if text is not None:
-        documents, source = texts.read_files(text), ", ".join(str(path) for path in text)
+        documents, source = texts.read_files(paths), ", ".join(str(path) for path in paths)
     else:
         # A few tokens more than are read, because texts are encoded anew.
         tokens, source = texts.open_tokens(data)[: 2 * max_tokens], str(data)

@@ -6,7 +6,7 @@ from typing import Literal
 
 def hellaswag(
     checkpoint_dir: Path,
-    file: Path,
+    file: Path | None = None,
     rule: Literal["build-nanogpt", "lm-eval"] = "lm-eval",
     limit: int | None = None,
     batch_size: int = 16,
@@ -18,7 +18,7 @@ def hellaswag(
 
     Args:
         checkpoint_dir: A LitGPT checkpoint.
-        file: HellaSwag's hellaswag_val.jsonl.
+        file: HellaSwag's hellaswag_val.jsonl; must be given.
         rule: build-nanogpt: raw text, acc_norm per token. lm-eval: cleaned text, acc_norm per character.
         limit: Ask only the first so many questions.
         batch_size: Endings per forward pass.
@@ -26,6 +26,8 @@ def hellaswag(
         dtype: Floating point type of the weights. Default: that of the checkpoint.
         json: File to write scores and every answer to.
     """
+    if file is None:
+        raise ValueError("file: None; give HellaSwag's validation file, --file hellaswag_val.jsonl")
     for name, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: {value} must be at least 1")

@@ -1,6 +1,8 @@
 """The entry point of `litgpt-moe`: finds the sub-command, reads its arguments, reports errors in one line."""
 
 import importlib
+import itertools
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +15,9 @@ COMMANDS = {
     "hellaswag": "litgpt_moe_ext.console.hellaswag:hellaswag",
     "compare-runs": "litgpt_moe_ext.console.compare_runs:compare_runs",
     "convert-experts": "litgpt_moe_ext.console.convert_experts:convert_experts",
+    "benchmark-generation": "litgpt_moe_ext.console.benchmark_generation:benchmark_generation",
+    "doctor": "litgpt_moe_ext.console.doctor:doctor",
+    "chat": "litgpt_moe_ext.console.chat:chat",
 }
 
 
@@ -41,6 +46,17 @@ def build_parser():
     return parser
 
 
+def normalize(arguments: Sequence[str]) -> list[str]:
+    """Turn what jsonargparse cannot say into what it can: `compare-runs DIR...` and `doctor [RECIPE]`."""
+    name, *rest = arguments or [""]
+    own = list(itertools.takewhile(lambda argument: not argument.startswith("-"), rest))
+    if name == "compare-runs" and own and not own[0].startswith("["):
+        return [name, json.dumps(own), *rest[len(own) :]]
+    if name == "doctor" and own:
+        return [name, "--recipe", *rest]
+    return list(arguments)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one sub-command.
 
@@ -53,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # litdata, which LitGPT imports, otherwise asks the package index for its newest version and waits if it is offline.
     os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
     parser = build_parser()
-    parsed = parser.parse_args(None if arguments is None else list(arguments))
+    parsed = parser.parse_args(normalize(sys.argv[1:] if arguments is None else arguments))
     name = parsed.subcommand
     values = parser.instantiate_classes(parsed)[name].as_dict()
     try:

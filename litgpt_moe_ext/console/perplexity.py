@@ -5,7 +5,7 @@ from pathlib import Path
 
 def perplexity(
     checkpoint_dir: Path,
-    text: list[Path] | None = None,
+    text: Path | list[Path] | None = None,
     data: Path | None = None,
     max_tokens: int = 1_000_000,
     batch_size: int = 8,
@@ -17,7 +17,7 @@ def perplexity(
 
     Args:
         checkpoint_dir: A LitGPT checkpoint.
-        text: Text files to read, as a list: `--text '[a.txt, b.txt]'`, or one with `--text+ a.txt`.
+        text: A text file to read, or several as a list: `--text '[a.txt, b.txt]'`.
         data: In place of text: a token shard, or the folder of a prepared corpus, whose validation part is read.
         max_tokens: Read at most this many tokens.
         batch_size: Windows of the model's block size per forward pass.
@@ -30,6 +30,7 @@ def perplexity(
             raise ValueError(f"{name}: {value} must be at least {low}")
     if (text is None) == (data is None):
         raise ValueError("text, data: give exactly one of --text FILE and --data SHARD")
+    paths = [text] if isinstance(text, Path) else text
     import litgpt_moe_ext
     from litgpt_moe_ext.console.output import print_table, progress, write_json
 
@@ -51,7 +52,7 @@ def perplexity(
             raise ValueError(
                 f"checkpoint_dir: the tokenizer of {str(checkpoint_dir)!r} has no end-of-text token to begin with"
             )
-        encoded = texts.encode(texts.read_files(text), tokenizer, max_tokens)
+        encoded = texts.encode(texts.read_files(paths), tokenizer, max_tokens)
         # A document begins after an end-of-text token, as in training.
         parts = [torch.tensor([tokenizer.eos_id, *document.ids]) for document in encoded]
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

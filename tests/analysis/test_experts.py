@@ -79,7 +79,7 @@ def test_llama_moe_is_read_like_ours(settings):
 def test_a_dense_model_is_refused(llama_dir, capsys, tmp_path):
     text = tmp_path / "a.txt"
     text.write_text("the quick brown fox")
-    assert main(["experts", str(llama_dir), f"--text=[{text}]"]) == 2
+    assert main(["experts", str(llama_dir), f"--text={text}"]) == 2
     assert "mlp_class_name: LLaMAMLP" in capsys.readouterr().err
 
 

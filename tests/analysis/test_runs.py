@@ -44,7 +44,7 @@ def test_command_draws(resumed, tmp_path, capsys):
     write_log(other, 0, ["1,0.5,3.5,100,,,,,"])
     assert distinct_names([resumed, other]) == ["a/run", "b/run"]
     out = tmp_path / "out"
-    assert main(["compare-runs", f"[{resumed}, {other}]", f"--out_dir={out}"]) == 0
+    assert main(["compare-runs", str(resumed), str(other), f"--out_dir={out}"]) == 0
     assert sorted(path.name for path in out.iterdir()) == ["curves.png", "load-0.png"]
     assert "a/run" in capsys.readouterr().out
 
@@ -58,5 +58,5 @@ def test_figures_show_the_numbers(resumed):
 
 
 def test_a_directory_without_logs_is_named(tmp_path, capsys):
-    assert main(["compare-runs", f"[{tmp_path}]"]) == 2
+    assert main(["compare-runs", str(tmp_path)]) == 2
     assert "logger_name: csv" in capsys.readouterr().err

@@ -158,7 +158,7 @@ def test_files_that_are_something_else(tmp_path, line, message):
 
 def test_command_names_the_rule(checkpoint, hellaswag_file, tmp_path, capsys):
     result = tmp_path / "result.json"
-    arguments = ["hellaswag", str(checkpoint), str(hellaswag_file), "--rule=build-nanogpt", f"--json={result}"]
+    arguments = ["hellaswag", str(checkpoint), f"--file={hellaswag_file}", "--rule=build-nanogpt", f"--json={result}"]
     assert main(arguments) == 0
     assert "rule build-nanogpt, 24 questions" in capsys.readouterr().out
     content = json.loads(result.read_text())
