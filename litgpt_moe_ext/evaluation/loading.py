@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from lightning import Fabric
 from litgpt import GPT, Config, Tokenizer
 
 WEIGHTS_FILE = "lit_model.pth"
@@ -77,7 +78,8 @@ def load_model(checkpoint_dir: Path, device: torch.device, dtype: torch.dtype | 
     # A training checkpoint holds the optimizer and settings as well, as pickled objects; LitGPT's commands unpickle
     # them too. Memory mapping leaves on disk what is not used.
     checkpoint = torch.load(weights_path, map_location="cpu", mmap=True, weights_only=False)
-    with torch.device("meta"):
+    # Not on the meta device: what routers keep besides parameters and buffers could not leave it.
+    with Fabric(accelerator="cpu", devices=1).init_module(empty_init=True):
         model = GPT(config)
     try:
         model.load_state_dict(checkpoint.get("model", checkpoint), assign=True)

@@ -37,12 +37,12 @@ def _repair_llama_moe(layer_class: type) -> None:
 
     @wraps(original)
     def forward(self: Any, x: Tensor) -> Tensor:
-        return _dense_equivalent(self, x) if x.is_meta else original(self, x)
+        return dense_equivalent(self, x) if x.is_meta else original(self, x)
 
     layer_class.forward = forward
 
 
-def _dense_equivalent(moe: Any, x: Tensor) -> Tensor:
+def dense_equivalent(moe: Any, x: Tensor) -> Tensor:
     """Do the matrix products of `LLaMAMoE` on meta tensors, (B, T, D): router, k experts per token, shared experts."""
     x_TD = x.reshape(-1, x.size(-1))
     top_k = moe.config.n_expert_per_token

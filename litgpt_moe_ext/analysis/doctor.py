@@ -1,0 +1,219 @@
+"""Whether this installation can run a recipe: what is there, and what it means.
+
+Each check is a function of what it looks at; none of them trains, downloads or compiles anything.
+"""
+
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from litgpt_moe_ext.analysis.recipes import Recipe
+
+Verdict = Literal["good", "note", "problem"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the page.
+
+    Attributes:
+        topic: What was looked at.
+        verdict: `problem` keeps the recipe from running; `note` is worth knowing.
+        text: What was found, and what it means.
+    """
+
+    topic: str
+    verdict: Verdict
+    text: str
+
+
+def examine(recipe: Recipe | None) -> list[Finding]:
+    """Look at the installation, and at what a recipe asks of it."""
+    findings = [*_versions(), *_device(), _compile(recipe), *_kernels(), _precision(recipe)]
+    if recipe is not None:
+        findings += [*_memory(recipe), _data(recipe), _tokenizer(recipe), _disk(recipe)]
+    return findings
+
+
+def _versions() -> Iterator[Finding]:
+    from litgpt_moe_ext.plugin import TESTED_LITGPT
+
+    names = ("litgpt-moe-ext", "litgpt", "torch", "lightning", "transformers", "lm-eval")
+    found = ", ".join(f"{name} {_version(name)}" for name in names)
+    yield Finding("versions", "good", f"Python {platform.python_version()}, {found}")
+    if _version("litgpt") != TESTED_LITGPT:
+        text = (
+            f"litgpt {_version('litgpt')} is installed; tested is {TESTED_LITGPT}: pip install litgpt=={TESTED_LITGPT}"
+        )
+        yield Finding("litgpt", "note", text)
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _device() -> Iterator[Finding]:
+    import psutil
+    import torch
+
+    memory = psutil.virtual_memory()
+    capability = torch.backends.cpu.get_cpu_capability()
+    yield Finding(
+        "CPU",
+        "good",
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {capability}, "
+        f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB of memory free",
+    )
+    if not torch.cuda.is_available():
+        built = (
+            f"torch was built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch was built without CUDA"
+        )
+        yield Finding("GPU", "note", f"none that torch can use ({built}); everything runs on the CPU")
+        return
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        yield Finding(
+            f"GPU {index}",
+            "good",
+            f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+            f"{properties.total_memory / 2**30:.0f} GiB",
+        )
+
+
+def _compile(recipe: Recipe | None) -> Finding:
+    import torch
+
+    from litgpt_moe_ext.patches.compile import decide, obstacle, probe_platform
+
+    found = probe_platform("cuda" if torch.cuda.is_available() else "cpu")
+    if recipe is None:
+        reason = obstacle(found)
+        text = "torch.compile cannot work: " + reason if reason else "torch.compile has the compiler it needs"
+        return Finding("compile", "note" if reason else "good", text)
+    setting = recipe.settings.get("compile", "auto")
+    if setting is True and (reason := obstacle(found)):
+        return Finding("compile", "problem", f"compile: true cannot work here: {reason}; set compile: auto")
+    return Finding("compile", "good", str(decide(setting, recipe.config, found)))
+
+
+def _kernels() -> Iterator[Finding]:
+    import torch
+
+    from litgpt_moe_ext.moe.backends import choose_backend
+
+    cuda = torch.cuda.is_available()
+    device, dtype = (torch.device("cuda"), torch.bfloat16) if cuda else (torch.device("cpu"), torch.float32)
+    backend = choose_backend(device, dtype, 64, 64)
+    if backend == "loop":
+        text = "one expert after the other (grouped_mm needs bfloat16 and compute capability 9.0)"
+        yield Finding("experts", "note", text)
+    else:
+        yield Finding("experts", "good", f"backend {backend} for {str(dtype).removeprefix('torch.')}")
+    if importlib.util.find_spec("flash_attn") is not None:
+        yield Finding("flash attention", "good", f"flash-attn {_version('flash-attn')}")
+    else:
+        text = "flash-attn is not installed; torch's own attention is used"
+        yield Finding("flash attention", "note" if cuda else "good", text + ("" if cuda else ", as always on a CPU"))
+
+
+def _precision(recipe: Recipe | None) -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        usable = ["32-true", "16-mixed", *(["bf16-mixed", "bf16-true"] if torch.cuda.is_bf16_supported() else [])]
+    else:
+        usable = ["32-true", "16-mixed", "bf16-mixed", "bf16-true"]
+    wanted = None if recipe is None else recipe.settings.get("precision")
+    if wanted is not None and wanted not in usable:
+        return Finding(
+            "precision", "problem", f"precision: {wanted} does not work on this device; use one of {', '.join(usable)}"
+        )
+    slow = not torch.cuda.is_available() and not torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX"))
+    if slow and wanted is not None and wanted.startswith("bf16"):
+        return Finding("precision", "note", f"precision: {wanted} is slow on a CPU without AVX-512; 32-true is faster")
+    return Finding("precision", "good", f"{wanted or 'chosen by the device'}; usable: {', '.join(usable)}")
+
+
+def _memory(recipe: Recipe) -> Iterator[Finding]:
+    import psutil
+    import torch
+
+    from litgpt_moe_ext.analysis.memory import PRECISIONS, training_memory
+
+    cuda = torch.cuda.is_available()
+    precision = recipe.settings.get("precision") or ("bf16-mixed" if cuda else "32-true")
+    if precision not in PRECISIONS:
+        return
+    batch = recipe.train.get("micro_batch_size") or 4
+    optimizer = recipe.settings.get("optimizer") or "AdamW"
+    needed = training_memory(recipe.config, precision, batch, recipe.sequence_length, optimizer).total
+    free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
+    text = f"training in {precision} takes about {needed / 2**30:.2f} GiB of tensors, {free / 2**30:.1f} GiB are free"
+    if needed > free:
+        # Processes can share the work, so this is no proof that it cannot run.
+        advice = f"lower train.micro_batch_size ({batch}), or share the model among devices"
+        yield Finding(
+            "memory", "problem" if recipe.settings.get("devices") in (1, "1") else "note", f"{text}; {advice}"
+        )
+    else:
+        yield Finding("memory", "good", text)
+
+
+def _data(recipe: Recipe) -> Finding:
+    data = recipe.settings.get("data")
+    if not data:
+        return Finding("data", "note", "the recipe names no data; LitGPT's default, TinyLlama, is a large download")
+    class_path = data if isinstance(data, str) else data.get("class_path", "")
+    module, _, name = class_path.rpartition(".")
+    try:
+        getattr(importlib.import_module(module or "litgpt.data"), name)
+    except (ImportError, AttributeError) as error:
+        return Finding("data", "problem", f"data.class_path: {class_path!r} cannot be imported: {error}")
+    arguments = {} if isinstance(data, str) else data.get("init_args") or {}
+    source = arguments.get("source_path")
+    if source is not None and not Path(source).exists():
+        return Finding("data", "problem", f"data.init_args.source_path: {source!r} does not exist")
+    path = arguments.get("data_path")
+    if path is not None and not (Path(path).is_dir() and any(Path(path).iterdir())):
+        return Finding("data", "note", f"{class_path}; nothing in {path!r} yet, the run will prepare it")
+    return Finding("data", "good", class_path + (f" in {path!r}" if path is not None else ""))
+
+
+def _tokenizer(recipe: Recipe) -> Finding:
+    from litgpt.tokenizer import Tokenizer
+
+    from litgpt_moe_ext.training.checks import check_tokenizer
+
+    directory = recipe.settings.get("tokenizer_dir")
+    if directory is None:
+        return Finding("tokenizer", "good", "the recipe names none; data modules of this plugin make their own")
+    try:
+        check_tokenizer(Tokenizer(directory), Path(directory), recipe.config.padded_vocab_size)
+    except (OSError, ValueError, NotImplementedError) as error:
+        text = str(error) or f"tokenizer_dir: {directory!r} has neither tokenizer.json nor tokenizer.model"
+        return Finding("tokenizer", "problem", text)
+    return Finding("tokenizer", "good", f"{directory} opens and fits the vocabulary")
+
+
+def _disk(recipe: Recipe) -> Finding:
+    from litgpt_moe_ext.model_size import count_parameters
+
+    out_dir = Path(recipe.settings.get("out_dir") or "out/pretrain")
+    existing = next(path for path in (out_dir.absolute(), *out_dir.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    # Parameters and two moments of AdamW in float32.
+    checkpoint = 12 * count_parameters(recipe.config).total
+    text = (
+        f"a training checkpoint takes about {checkpoint / 2**30:.2f} GiB, {free / 2**30:.1f} GiB are free in {existing}"
+    )
+    if free < 2 * checkpoint:
+        return Finding("disk", "problem", f"{text}; two must fit, since one is written before another goes")
+    return Finding("disk", "good", text)

@@ -1,0 +1,166 @@
+"""What the routing of a text says about the experts. Pure functions.
+
+Shape legend: N tokens, K chosen experts per token, E experts, C classes of tokens, V different token ids.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+
+def expert_load(experts_NK: Tensor, n_expert: int) -> Tensor:
+    """Return the tokens that visit each expert, (E,), int64."""
+    return torch.bincount(experts_NK.flatten(), minlength=n_expert)
+
+
+def gate_mass(weights_NK: Tensor, experts_NK: Tensor, n_expert: int) -> Tensor:
+    """Return each expert's share of the sum of all gate values, (E,), float64."""
+    mass_E = torch.zeros(n_expert, dtype=torch.float64)
+    mass_E.index_add_(0, experts_NK.flatten(), weights_NK.flatten().double())
+    return mass_E / mass_E.sum()
+
+
+def coactivation(experts_NK: Tensor, n_expert: int) -> Tensor:
+    """Return how many tokens visit both experts of each pair, (E, E), int64; on the diagonal the load."""
+    visits_NE = torch.zeros(len(experts_NK), n_expert, dtype=torch.float64).scatter_(1, experts_NK, 1.0)
+    return (visits_NE.t() @ visits_NE).round().long()
+
+
+def coactivation_lift(pairs_EE: Tensor) -> Tensor:
+    """Return how often a pair is visited over how often it would be if only the loads counted, (E, E), float64.
+
+    The expectation gives every pair the product of its loads, scaled so that all pairs together are as many as there
+    are. The diagonal, and pairs with an expert without tokens, are nan.
+
+    Args:
+        pairs_EE: As from `coactivation`.
+    """
+    load_E = pairs_EE.diagonal().double()
+    off_EE = ~torch.eye(len(pairs_EE), dtype=torch.bool)
+    expected_EE = torch.outer(load_E, load_E)
+    expected_EE = expected_EE * pairs_EE[off_EE].sum() / expected_EE[off_EE].sum()
+    lift_EE = pairs_EE / expected_EE
+    return torch.where(off_EE & (expected_EE > 0), lift_EE, math.nan)
+
+
+def class_counts(classes_N: Tensor, experts_NK: Tensor, n_class: int, n_expert: int) -> Tensor:
+    """Return how often tokens of each class visit each expert, (C, E), int64.
+
+    Args:
+        classes_N: Class of each token, int64.
+        experts_NK: Chosen experts.
+    """
+    cells_NK = classes_N.unsqueeze(1) * n_expert + experts_NK
+    return torch.bincount(cells_NK.flatten(), minlength=n_class * n_expert).view(n_class, n_expert)
+
+
+def lift(counts_CE: Tensor) -> Tensor:
+    """Return p(expert | class) / p(expert), (C, E), float64; nan where a class or an expert has no tokens."""
+    counts_CE = counts_CE.double()
+    given_class_CE = counts_CE / counts_CE.sum(dim=1, keepdim=True)
+    return given_class_CE / (counts_CE.sum(dim=0) / counts_CE.sum())
+
+
+def normalized_information(counts_CE: Tensor) -> float:
+    """Return the mutual information of class and expert over the entropy of the classes.
+
+    0: the class of a token says nothing about its experts; 1: an expert tells the class. nan with a single class.
+    """
+    p_CE = counts_CE.double() / counts_CE.sum()
+    p_C, p_E = p_CE.sum(dim=1), p_CE.sum(dim=0)
+    entropy = torch.special.entr(p_C).sum()
+    information = entropy + torch.special.entr(p_E).sum() - torch.special.entr(p_CE).sum()
+    return (information / entropy).item() if entropy > 0 else math.nan
+
+
+class SpecificToken(NamedTuple):
+    """A token that visits an expert more often than others do.
+
+    Attributes:
+        id: Token id.
+        count: How often it visits the expert.
+        share: Of its occurrences, how many visit the expert.
+        score: Log-likelihood ratio G^2 of token and expert (Dunning 1993): how sure it is that they belong together.
+    """
+
+    id: int
+    count: int
+    share: float
+    score: float
+
+
+def specific_tokens(ids_N: Tensor, experts_NK: Tensor, n_expert: int, best: int) -> list[list[SpecificToken]]:
+    """Return, for each expert, the tokens that are most surely over-represented, the surest first.
+
+    Args:
+        ids_N: Token ids.
+        experts_NK: Chosen experts.
+        n_expert: E.
+        best: How many tokens per expert.
+    """
+    ids_V, index_N, total_V = ids_N.unique(return_inverse=True, return_counts=True)
+    counts_VE = class_counts(index_N, experts_NK, len(ids_V), n_expert).double()
+    visits_E, total = counts_VE.sum(dim=0), len(ids_N)
+    score_VE = _log_likelihood_ratio(counts_VE, total_V.double().unsqueeze(1), visits_E, total)
+    result = []
+    for e in range(n_expert):
+        order = score_VE[:, e].argsort(descending=True, stable=True)[:best].tolist()
+        result.append(
+            [
+                SpecificToken(
+                    int(ids_V[v]), int(counts_VE[v, e]), (counts_VE[v, e] / total_V[v]).item(), score_VE[v, e].item()
+                )
+                for v in order
+                if score_VE[v, e] > 0
+            ]
+        )
+    return result
+
+
+def _log_likelihood_ratio(both: Tensor, first: Tensor, second: Tensor, total: int) -> Tensor:
+    # Of the two-by-two table of "is this token" and "visits this expert"; negative where they avoid each other.
+    expected = first * second / total
+    table = [both, first - both, second - both, total - first - second + both]
+    rows, columns = [first, first, total - first, total - first], [second, total - second] * 2
+    sums = sum(
+        torch.special.xlogy(cell, cell * total / (row * column).clamp(min=1e-300))
+        for cell, row, column in zip(table, rows, columns, strict=True)
+    )
+    return torch.where(both > expected, 2 * sums, -2 * sums)
+
+
+class Agreement(NamedTuple):
+    """How far two routers agree about the same tokens.
+
+    Attributes:
+        same: Mean share of a token's K experts that are the same by number; for two checkpoints of one run.
+        matched: The same after renumbering the second router's experts to agree best; for two runs.
+        chance: What `matched` would be if both chose by their loads alone.
+        matching: Number of the second router's expert that goes with each of the first's.
+        overlap_EE: Tokens that visit expert i of the first and expert j of the second.
+    """
+
+    same: float
+    matched: float
+    chance: float
+    matching: list[int]
+    overlap_EE: Tensor
+
+
+def agreement(first_NK: Tensor, second_NK: Tensor, n_expert: int) -> Agreement:
+    """Compare the choices of two routers with as many experts, for the same tokens."""
+    n, k = first_NK.shape
+    visits = [torch.zeros(n, n_expert, dtype=torch.float64).scatter_(1, e, 1.0) for e in (first_NK, second_NK)]
+    overlap_EE = visits[0].t() @ visits[1]
+    rows, columns = linear_sum_assignment(overlap_EE.numpy(), maximize=True)
+    load_E, other_E = visits[0].sum(dim=0), visits[1].sum(dim=0)
+    return Agreement(
+        same=overlap_EE.diagonal().sum().item() / (n * k),
+        matched=overlap_EE[rows, columns].sum().item() / (n * k),
+        chance=(load_E[rows] * other_E[columns]).sum().item() / n / (n * k),
+        matching=columns.tolist(),
+        overlap_EE=overlap_EE.round().long(),
+    )

@@ -1,0 +1,198 @@
+"""Pictures of experts and of runs, sized and labelled for a paper.
+
+Each function returns a matplotlib figure; nothing here opens a window. Colours: what can be above or below an even
+share is on a diverging scale around it, in ratios on a logarithm to the base 2.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+FONT_SIZE = 8
+STYLE = {
+    "font.size": FONT_SIZE,
+    "axes.titlesize": FONT_SIZE + 1,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "figure.dpi": 150,
+    "savefig.dpi": 200,
+}
+# Panels of this many columns, and at most so many cells for numbers to be legible in them.
+_COLUMNS = 4
+_WRITABLE = 16
+_LARGEST_LOG2 = 2.0
+
+
+def load_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
+    """Heat maps of load and gate mass, experts by layers; 1 is an even share."""
+    load = [layer["load_over_mean"] for layer in layers]
+    mass = [[share * layer["n_expert"] for share in layer["gate_mass"]] for layer in layers]
+    with matplotlib.rc_context(STYLE):
+        n_expert = len(load[0])
+        width = min(2.0 + 0.34 * n_expert, 6.5)
+        figure = Figure(figsize=(2 * width, 1.1 + 0.32 * len(layers)), layout="constrained")
+        for axes, values, title in zip(figure.subplots(1, 2), (load, mass), ("Load", "Gate mass"), strict=True):
+            image = _ratios(axes, np.array(values, dtype=float))
+            axes.set_title(f"{title} over an even share")
+            _expert_ticks(axes, n_expert)
+            axes.set_yticks(range(len(layers)), [layer["layer"] for layer in layers])
+            axes.set_xlabel("expert")
+            axes.set_ylabel("layer")
+        ratio_bar(figure, image)
+    return figure
+
+
+def balance_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
+    """Balance, certainty and specialisation by layer."""
+    numbers = [layer["layer"] for layer in layers]
+    panels = {
+        "MaxVio (0 is even)": [layer["max_vio"] for layer in layers],
+        "Entropy of the load (1 is even)": [layer["load_entropy"] for layer in layers],
+        "Router entropy / ln E (0 is certain)": [
+            math.nan if layer["router_entropy"] is None else layer["router_entropy"] / layer["router_entropy_of_even"]
+            for layer in layers
+        ],
+        "Information about the class": [
+            math.nan if layer["class_information"] is None else layer["class_information"] for layer in layers
+        ],
+    }
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 2.1), layout="constrained")
+        for axes, (title, values) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+            axes.plot(numbers, values, marker="o", markersize=3.5, color="#30638e")
+            axes.set_title(title)
+            axes.set_xlabel("layer")
+            axes.set_ylim(0, None if title.startswith(("MaxVio", "Information")) else 1.05)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def class_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
+    """Heat maps of token class by expert: how much likelier an expert is for tokens of a class."""
+    names = list(layers[0]["class_lift"])
+    n_expert = layers[0]["n_expert"]
+    with matplotlib.rc_context(STYLE):
+        size = (min(0.5 + 0.18 * n_expert, 4.0), 0.5 + 0.16 * len(names))
+        figure, panels = _panels(len(layers), size, left=0.9)
+        for i, (axes, layer) in enumerate(zip(panels, layers, strict=True)):
+            image = _ratios(axes, _array(list(layer["class_lift"].values())), write=False)
+            axes.set_title(f"layer {layer['layer']}")
+            _expert_ticks(axes, n_expert)
+            axes.set_yticks(range(len(names)), names if i % _COLUMNS == 0 else [""] * len(names))
+            axes.set_xlabel("expert")
+        ratio_bar(figure, image, "p(expert | class) / p(expert)")
+    return figure
+
+
+def coactivation_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
+    """Heat maps of pairs of experts: how much more often a token visits both than their loads alone explain."""
+    n_expert = layers[0]["n_expert"]
+    with matplotlib.rc_context(STYLE):
+        side = min(0.6 + 0.17 * n_expert, 4.0)
+        figure, panels = _panels(len(layers), (side, side))
+        for axes, layer in zip(panels, layers, strict=True):
+            image = _ratios(axes, _array(layer["coactivation_lift"]), write=False)
+            axes.set_title(f"layer {layer['layer']}")
+            _expert_ticks(axes, n_expert)
+            axes.set_yticks(axes.get_xticks(), [label.get_text() for label in axes.get_xticklabels()])
+            axes.set_xlabel("expert")
+        panels[0].set_ylabel("expert")
+        ratio_bar(figure, image, "pairs over expectation")
+    return figure
+
+
+def agreement_figure(comparison: Sequence[Mapping[str, Any]], names: tuple[str, str]) -> Figure:
+    """Agreement of two checkpoints by layer, and which of their experts go together."""
+    layers = [entry["layer"] for entry in comparison]
+    n_expert = len(comparison[0]["matching"])
+    with matplotlib.rc_context(STYLE):
+        side = min(0.6 + 0.17 * n_expert, 4.0)
+        figure, panels = _panels(1 + len(comparison), (side, side), left=0.6)
+        first = panels[0]
+        for key, label, style in (
+            ("matched", "matched", "o-"),
+            ("same", "same number", "s--"),
+            ("chance", "chance", ":"),
+        ):
+            first.plot(layers, [entry[key] for entry in comparison], style, markersize=3.5, label=label)
+        first.set_ylim(0, 1)
+        first.set_title("share of experts in common")
+        first.set_xlabel("layer")
+        first.xaxis.get_major_locator().set_params(integer=True)
+        first.legend(loc="upper right")
+        for axes, entry in zip(panels[1:], comparison, strict=True):
+            overlap = np.array(entry["overlap_EE"], dtype=float)[:, entry["matching"]]
+            image = axes.imshow(
+                overlap / np.maximum(overlap.sum(axis=1, keepdims=True), 1), vmin=0, vmax=1, cmap="Blues"
+            )
+            axes.set_title(f"layer {entry['layer']}")
+            ticks = _tick_places(n_expert)
+            axes.set_xticks(ticks, [entry["matching"][i] for i in ticks])
+            axes.set_yticks(ticks)
+            axes.set_xlabel(f"expert of {names[1]}")
+            axes.set_ylabel(f"expert of {names[0]}")
+        figure.colorbar(image, ax=list(panels[1:]), shrink=0.7, label="share of the row")
+    return figure
+
+
+def _panels(count: int, size: tuple[float, float], left: float = 0.3) -> tuple[Figure, list[Axes]]:
+    columns = min(count, _COLUMNS)
+    rows = -(-count // columns)
+    width, height = size
+    figure = Figure(figsize=(columns * width + left + 0.8, rows * (height + 0.35)), layout="constrained")
+    axes = list(np.atleast_1d(figure.subplots(rows, columns)).flatten())
+    for unused in axes[count:]:
+        unused.remove()
+    return figure, axes[:count]
+
+
+def ratio_image(axes: Axes, values: np.ndarray, **options: Any) -> Any:
+    """Draw ratios around 1 as colours, from a quarter to four times; nan is grey.
+
+    Args:
+        axes: Where.
+        values: (rows, columns).
+        options: Of `Axes.imshow`.
+    """
+    cmap = matplotlib.colormaps["RdBu_r"].with_extremes(bad="#d9d9d9")
+    limits = {"vmin": -_LARGEST_LOG2, "vmax": _LARGEST_LOG2}
+    return axes.imshow(_logs(values), cmap=cmap, aspect="auto", interpolation="nearest", **limits, **options)
+
+
+def _ratios(axes: Axes, values: np.ndarray, write: bool = True) -> Any:
+    if write and values.shape[1] <= _WRITABLE:
+        for (row, column), log in np.ndenumerate(_logs(values)):
+            color = "white" if abs(log) > 0.7 * _LARGEST_LOG2 else "black"
+            text = f"{values[row, column]:.2f}"
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=FONT_SIZE - 2)
+    return ratio_image(axes, values)
+
+
+def _logs(values: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.clip(np.log2(values), -_LARGEST_LOG2, _LARGEST_LOG2)
+
+
+def ratio_bar(figure: Figure, image: Any, label: str = "ratio") -> None:
+    """Add the scale of `ratio_image`, of one image for all axes of the figure."""
+    bar = figure.colorbar(image, ax=figure.axes, shrink=0.8, pad=0.01, label=label, extend="both")
+    bar.set_ticks([-2, -1, 0, 1, 2], labels=["1/4", "1/2", "1", "2", "4"])
+
+
+def _tick_places(n_expert: int) -> list[int]:
+    step = max(1, 1 << max(0, math.ceil(math.log2(n_expert / 16))))
+    return list(range(0, n_expert, step))
+
+
+def _expert_ticks(axes: Axes, n_expert: int) -> None:
+    axes.set_xticks(_tick_places(n_expert), [str(i) for i in _tick_places(n_expert)])
+
+
+def _array(rows: Sequence[Sequence[float | None]]) -> np.ndarray:
+    return np.array([[math.nan if value is None else value for value in row] for row in rows], dtype=float)

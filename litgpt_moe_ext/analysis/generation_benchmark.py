@@ -1,0 +1,199 @@
+"""How fast models read a prompt and write tokens: contenders interleaved in one process, medians over rounds.
+
+Shape legend: B sequences, T tokens of the prompt, V vocabulary.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from litgpt_moe_ext.config import EXTRA_FIELDS
+from litgpt_moe_ext.export.llama_moe import obstacles, to_llama_moe
+from litgpt_moe_ext.moe.validation import MOE_CLASS_NAMES
+
+_MOE_FIELDS = (
+    "n_expert",
+    "n_expert_per_token",
+    "n_shared_expert",
+    "n_expert_groups",
+    "n_topk_groups",
+    "n_topk_scores_per_group",
+    "moe_intermediate_size",
+    "first_k_dense_replace",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+)
+_DENSE_KEEPS = ("attention_class_name", "attention_sinks")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every contender does in a round.
+
+    Attributes:
+        batch_sizes: Sequences generated at once, one measurement for each.
+        prompt_length: Tokens of the prompt.
+        new_tokens: Tokens to write.
+        rounds: Measured rounds; one more before them is not counted.
+    """
+
+    batch_sizes: tuple[int, ...]
+    prompt_length: int
+    new_tokens: int
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians of one contender at one batch size.
+
+    Attributes:
+        model: Name of the contender.
+        batch_size: Sequences at once.
+        time_to_first_token: Seconds from the prompt to its first new token.
+        prefill: Prompt tokens per second, of all sequences together.
+        decode: New tokens per second after the first, of all sequences together.
+        weights: Bytes of parameters and buffers.
+        kv_cache: Bytes of the cache.
+    """
+
+    model: str
+    batch_size: int
+    time_to_first_token: float
+    prefill: float
+    decode: float
+    weights: int
+    kv_cache: int
+
+
+def contenders(model: torch.nn.Module) -> tuple[dict[str, torch.nn.Module], list[str]]:
+    """Return models to compare, and why one of them is missing.
+
+    Args:
+        model: A `litgpt.GPT`, in evaluation mode, with its weights.
+
+    Returns:
+        By name: the model itself, a dense model of the same active width with random weights, and LitGPT's `LLaMAMoE`
+        with the same weights if it can express the model; and reasons if it cannot.
+    """
+    config, device, dtype = model.config, model.lm_head.weight.device, model.lm_head.weight.dtype
+    made = {config.mlp_class_name: model}
+    reasons: list[str] = []
+    if config.mlp_class_name in MOE_CLASS_NAMES:
+        if reasons := obstacles(config, model.state_dict()):
+            reasons = [f"no LLaMAMoE: {reason}" for reason in reasons]
+        else:
+            made["LLaMAMoE"] = _build(*to_llama_moe(config, model.state_dict()), device, dtype)
+    if config.n_expert:
+        made["dense twin"] = initialized(dense_twin(config)).to(device=device, dtype=dtype).eval()
+    return made, reasons
+
+
+def dense_twin(config: Any) -> Any:
+    """Return the configuration of a dense model whose feed-forward layers are as wide as a token's experts together."""
+    from litgpt.utils import asdict
+
+    fields = {name: value for name, value in asdict(config).items() if name in config.__dataclass_fields__}
+    width = config.moe_intermediate_size or config.intermediate_size
+    shared = config.shared_expert_intermediate_size or width * (config.n_shared_expert or 0)
+    for name in (*_MOE_FIELDS, *(name for name in EXTRA_FIELDS if name not in _DENSE_KEEPS)):
+        fields.pop(name, None)
+    fields |= {"mlp_class_name": "LLaMAMLP", "intermediate_size": config.n_expert_per_token * width + shared}
+    if config.mlp_activation is not None:
+        fields |= {"mlp_class_name": "FeedForward", "mlp_activation": config.mlp_activation}
+    return type(config)(**fields)
+
+
+def initialized(config: Any) -> torch.nn.Module:
+    """Return a `litgpt.GPT` on the CPU with weights as `litgpt pretrain` starts with."""
+    from lightning import Fabric
+    from litgpt import GPT
+    from litgpt.pretrain import initialize_weights
+
+    fabric = Fabric(accelerator="cpu", devices=1)
+    with fabric.init_module(empty_init=True):
+        model = GPT(config)
+    initialize_weights(fabric, model, n_layer=config.n_layer, n_embd=config.n_embd)
+    return model.requires_grad_(False).eval()
+
+
+@torch.inference_mode()
+def benchmark(models: dict[str, torch.nn.Module], workload: Workload, advance: Callable[[int], None]) -> list[Timing]:
+    """Measure every model at every batch size, round by round, one after the other.
+
+    Args:
+        models: `litgpt.GPT` models by name.
+        workload: What to do.
+        advance: Called with 1 after each generation; there are models x batch sizes x (rounds + 1) of them.
+    """
+    timings = []
+    for batch_size in workload.batch_sizes:
+        measured: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+        cache: dict[str, int] = {}
+        for turn in range(workload.rounds + 1):
+            for name, model in models.items():
+                seconds, cache[name] = _generate(model, batch_size, workload)
+                if turn:
+                    measured[name].append(seconds)
+                advance(1)
+        for name, model in models.items():
+            first, rest = (statistics.median(column) for column in zip(*measured[name], strict=True))
+            timings.append(
+                Timing(
+                    model=name,
+                    batch_size=batch_size,
+                    time_to_first_token=first,
+                    prefill=batch_size * workload.prompt_length / first,
+                    decode=batch_size * (workload.new_tokens - 1) / rest,
+                    weights=_bytes((*model.parameters(), *model.buffers())),
+                    kv_cache=cache[name],
+                )
+            )
+    return timings
+
+
+def _generate(model: torch.nn.Module, batch_size: int, workload: Workload) -> tuple[tuple[float, float], int]:
+    """Return seconds to the first token and for the others, and the bytes of the cache."""
+    weight, length = model.lm_head.weight, workload.prompt_length
+    prompt_BT = torch.randint(0, model.config.vocab_size, (batch_size, length), device=weight.device)
+    total = length + workload.new_tokens
+    model.set_kv_cache(batch_size=batch_size, max_seq_length=total, device=weight.device, dtype=weight.dtype)
+    try:
+        cache = _bytes([buffer for block in model.transformer.h for buffer in block.attn.kv_cache.buffers()])
+        start = _now(weight.device)
+        positions_T = torch.arange(length, device=weight.device)
+        token_B1 = _likeliest(model(prompt_BT, positions_T, input_pos_maxp1=length))
+        first = _now(weight.device)
+        for position in range(length, total - 1):
+            position_T = torch.tensor([position], device=weight.device)
+            token_B1 = _likeliest(model(token_B1, position_T, input_pos_maxp1=position + 1))
+        return (first - start, _now(weight.device) - first), cache
+    finally:
+        model.clear_kv_cache()
+
+
+def _likeliest(logits_BTV: Tensor) -> Tensor:
+    return logits_BTV[:, -1:].argmax(dim=-1)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _build(config: Any, state: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    from litgpt import GPT
+
+    model = GPT(config)
+    model.load_state_dict(state)
+    return model.to(device=device, dtype=dtype).requires_grad_(False).eval()
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)

@@ -1,0 +1,254 @@
+"""How much memory training and inference take, found out by running the model on tensors without content.
+
+torch's fake tensors have shapes and dtypes, obey autograd and autocast, and allocate nothing. `LiveMemory` adds up the
+storages that are alive while they pass by, which gives the peak as an allocator without waste would see it.
+
+The routed experts are the one part that asks for values (how many rows each has). They are stood in for by what their
+backends keep and allocate for any routing.
+
+Shape legend: T tokens, K chosen experts per token, R = T * K routed rows, D model width, G width of an expert's first
+projection, V vocabulary.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from litgpt_moe_ext.moe.backends import matmul_dtype
+from litgpt_moe_ext.moe.experts import Experts
+from litgpt_moe_ext.moe.metrics import routers_of
+from litgpt_moe_ext.moe.routing import Routing
+
+# Precision setting of training: dtype of the parameters, and dtype of autocast if there is any.
+PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
+    "32-true": (torch.float32, None),
+    "bf16-mixed": (torch.float32, torch.bfloat16),
+    "16-mixed": (torch.float32, torch.float16),
+    "bf16-true": (torch.bfloat16, None),
+}
+
+
+class TrainingMemory(NamedTuple):
+    """Bytes during a training step.
+
+    Attributes:
+        weights: Parameters and buffers.
+        gradients: Gradients of all parameters.
+        optimizer: State of the optimizer.
+        activations: What a micro batch adds to these at the worst moment of forward and backward pass.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self)
+
+
+class InferenceMemory(NamedTuple):
+    """Bytes for one sequence.
+
+    Attributes:
+        weights: Parameters and buffers.
+        kv_cache: Keys and values of a sequence of full length.
+        activations: What reading a prompt of full length adds at the worst moment.
+    """
+
+    weights: int
+    kv_cache: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self)
+
+
+class LiveMemory(TorchDispatchMode):
+    """Follows the storages that operators return, while it is entered.
+
+    Attributes:
+        peak: Most bytes that were alive after any operator since the last `reset`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._bytes: dict[int, int] = {}
+        self._references: dict[int, StorageWeakRef] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self._forget_dead()
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_iter(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                key = storage._cdata
+                if key not in self._references:
+                    self._references[key] = StorageWeakRef(storage)
+                    self._bytes[key] = storage.nbytes()
+        self.peak = max(self.peak, sum(self._bytes.values()))
+        return result
+
+    def live(self) -> int:
+        """Return the bytes that are alive now."""
+        self._forget_dead()
+        return sum(self._bytes.values())
+
+    def reset(self) -> None:
+        """Start looking for a new peak."""
+        self.peak = self.live()
+
+    def _forget_dead(self) -> None:
+        for key in [key for key, reference in self._references.items() if reference.expired()]:
+            del self._references[key], self._bytes[key]
+
+
+class _StandIn(torch.autograd.Function):
+    """Keeps and allocates what `litgpt_moe_ext.moe.grouped_cpu` keeps and allocates, whatever the routing."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, dtype: torch.dtype, *weights: Tensor) -> Tensor:
+        up_EGD = weights[0]
+        n_row = weights_TK.numel()
+        h_RG = x_TD.new_empty(n_row, up_EGD.size(1), dtype=dtype)
+        rows_2R = weights_TK.new_empty(2 * n_row, dtype=torch.int64)
+        y_RD = x_TD.new_empty(n_row, x_TD.size(1))
+        ctx.save_for_backward(x_TD.to(dtype), weights_TK, h_RG, rows_2R, *weights)
+        ctx.x_dtype = x_TD.dtype
+        return torch.empty_like(y_RD[: len(x_TD)])
+
+    @staticmethod
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, weights_TK, _h_RG, _rows_2R, *weights = ctx.saved_tensors
+        dweights = [torch.empty_like(weight) for weight in weights]
+        _dx_RD = x_TD.new_empty(weights_TK.numel(), x_TD.size(1), dtype=ctx.x_dtype)
+        return torch.empty_like(x_TD, dtype=ctx.x_dtype), torch.empty_like(weights_TK), None, *dweights
+
+
+def _stand_in_forward(experts: Experts, x_TD: Tensor, routing: Routing) -> Tensor:
+    weights = [weight for weight in experts.weights if weight is not None]
+    return _StandIn.apply(x_TD, routing.weights_TK, matmul_dtype(x_TD), *weights)
+
+
+def training_memory(
+    config: Any, precision: str, micro_batch_size: int, sequence_length: int, optimizer: str | dict
+) -> TrainingMemory:
+    """Return what a training step takes, without taking it.
+
+    The activations are those of the CPU backend of the experts and of torch's fused attention, without activation
+    checkpointing.
+
+    Args:
+        config: A `litgpt.Config`.
+        precision: One of `PRECISIONS`.
+        micro_batch_size: Sequences in one forward pass.
+        sequence_length: Tokens of each.
+        optimizer: As in a recipe.
+    """
+    from litgpt.utils import chunked_cross_entropy
+
+    dtype, autocast = PRECISIONS[precision]
+    ratio = state_ratio(optimizer, dtype)
+    with _fake_model(config, dtype) as (model, memory):
+        weights = sum(_bytes(tensor) for tensor in (*model.parameters(), *model.buffers()))
+        ids = torch.zeros(micro_batch_size, sequence_length + 1, dtype=torch.int64)
+        context = contextlib.nullcontext() if autocast is None else torch.autocast("cpu", autocast)
+        for parameter in model.parameters():
+            # Gradients of earlier micro batches are there already when accumulating.
+            parameter.grad = torch.empty_like(parameter)
+        gradients = sum(_bytes(parameter.grad) for parameter in model.parameters())
+        memory.reset()
+        before = memory.live()
+        with context:
+            # 0: the whole cross-entropy at once, as LitGPT's pretraining does.
+            loss = chunked_cross_entropy(model(ids[:, :-1]), ids[:, 1:], chunk_size=0)
+        loss.backward()
+        activations = memory.peak - before
+        for router in routers_of(model).values():
+            router.tally.take()  # no optimizer will
+        parameters = sum(_bytes(parameter) for parameter in model.parameters())
+    return TrainingMemory(weights, gradients, parameters * ratio, activations)
+
+
+def inference_memory(config: Any, dtype: torch.dtype) -> InferenceMemory:
+    """Return what it takes to read and continue one sequence of full length, without taking it.
+
+    Args:
+        config: A `litgpt.Config`.
+        dtype: Of weights and cache.
+    """
+    with _fake_model(config, dtype) as (model, memory), torch.no_grad():
+        model.eval()
+        weights = sum(_bytes(tensor) for tensor in (*model.parameters(), *model.buffers()))
+        model.set_kv_cache(batch_size=1, dtype=dtype)
+        cache = sum(_bytes(buffer) for block in model.transformer.h for buffer in block.attn.kv_cache.buffers())
+        memory.reset()
+        before = memory.live()
+        positions_T = torch.arange(config.block_size)
+        model(torch.zeros(1, config.block_size, dtype=torch.int64), positions_T, input_pos_maxp1=config.block_size)
+        return InferenceMemory(weights, cache, memory.peak - before)
+
+
+def state_ratio(optimizer: str | dict, dtype: torch.dtype) -> int:
+    """Return how many numbers an optimizer remembers for each parameter, by letting it make one step.
+
+    Args:
+        optimizer: As in a recipe: a name, or `class_path` and `init_args`.
+        dtype: Of the parameters.
+    """
+    import copy
+
+    from litgpt.utils import instantiate_torch_optimizer
+
+    parameter = torch.nn.Parameter(torch.zeros(8, 16, dtype=dtype))
+    parameter.grad = torch.ones_like(parameter)
+    if isinstance(optimizer, dict):
+        optimizer = {"init_args": {}, **copy.deepcopy(optimizer)}
+    made = instantiate_torch_optimizer(optimizer, [parameter])
+    made.step()
+    state = made.state[parameter].values()
+    return sum(value.numel() for value in state if isinstance(value, Tensor)) // parameter.numel()
+
+
+@contextlib.contextmanager
+def _fake_model(config: Any, dtype: torch.dtype) -> Iterator[tuple[Any, LiveMemory]]:
+    from litgpt.model import GPT, LLaMAMoE
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from litgpt_moe_ext.patches.flops import dense_equivalent
+
+    with FakeTensorMode(), LiveMemory() as memory:
+        with _default_dtype(dtype):
+            model = GPT(config)
+        for module in model.modules():
+            if isinstance(module, Experts):
+                module.forward = _stand_in_forward.__get__(module)
+            elif isinstance(module, LLaMAMoE):
+                module.forward = dense_equivalent.__get__(module)
+        yield model, memory
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    # As Fabric makes models of low precision. Converting one afterwards cannot be done with fake tensors.
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.itemsize

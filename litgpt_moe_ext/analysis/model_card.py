@@ -1,0 +1,126 @@
+"""What a model costs: parameters, arithmetic, memory. Computed from its configuration, before anything is trained."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from litgpt_moe_ext.analysis.memory import PRECISIONS, inference_memory, training_memory
+from litgpt_moe_ext.analysis.recipes import Recipe
+from litgpt_moe_ext.model_size import count_parameters
+
+INFERENCE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """The figures of one model. Memory is in bytes.
+
+    Attributes:
+        name: Of the model.
+        parameters_total: All parameters.
+        parameters_active: Those that work on one token.
+        parameters_embedding: Those of the token embedding, which is looked up and costs no arithmetic.
+        sequence_length: Tokens per sequence that the following are for.
+        micro_batch_size: Sequences per forward pass in training.
+        block_size: Tokens of the longest sequence the model takes.
+        optimizer: Its name.
+        flops_per_token_forward: Floating point operations (two per multiply-add) of a forward pass over a sequence of
+            full length, per token; attention included.
+        flops_per_token_training: The same of forward and backward pass.
+        training: Memory by precision setting: weights, gradients, optimizer, activations, total.
+        inference: Memory by dtype: weights, kv_cache, activations, total.
+        kv_cache_per_token: By dtype.
+        checkpoint_weights: Size of a file with the weights alone, by dtype.
+        checkpoint_training: Size of a training checkpoint, which holds the optimizer's state, by precision setting.
+    """
+
+    name: str
+    parameters_total: int
+    parameters_active: int
+    parameters_embedding: int
+    sequence_length: int
+    micro_batch_size: int
+    block_size: int
+    optimizer: str
+    flops_per_token_forward: float
+    flops_per_token_training: float
+    training: dict[str, dict[str, int]]
+    inference: dict[str, dict[str, int]]
+    kv_cache_per_token: dict[str, float]
+    checkpoint_weights: dict[str, int]
+    checkpoint_training: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as plain data."""
+        return asdict(self)
+
+
+def make_card(recipe: Recipe, micro_batch_size: int | None = None) -> ModelCard:
+    """Compute the figures of a recipe's model.
+
+    Args:
+        recipe: The recipe.
+        micro_batch_size: In place of the recipe's, which is 4 where it says nothing (LitGPT's default).
+    """
+    config, length = recipe.config, recipe.sequence_length
+    batch = micro_batch_size or recipe.train.get("micro_batch_size") or 4
+    optimizer = recipe.settings.get("optimizer") or "AdamW"
+    size = count_parameters(config)
+    training = {name: training_memory(config, name, batch, length, optimizer) for name in PRECISIONS}
+    inference = {name: inference_memory(config, dtype) for name, dtype in INFERENCE_DTYPES.items()}
+    return ModelCard(
+        name=config.name or "model",
+        parameters_total=size.total,
+        parameters_active=size.active,
+        parameters_embedding=config.padded_vocab_size * config.n_embd,
+        sequence_length=length,
+        micro_batch_size=batch,
+        block_size=config.block_size,
+        optimizer=_optimizer_name(optimizer),
+        flops_per_token_forward=flops(config, length, training=False) / length,
+        flops_per_token_training=flops(config, length, training=True) / length,
+        training={name: {**memory._asdict(), "total": memory.total} for name, memory in training.items()},
+        inference={name: {**memory._asdict(), "total": memory.total} for name, memory in inference.items()},
+        kv_cache_per_token={name: memory.kv_cache / config.block_size for name, memory in inference.items()},
+        checkpoint_weights={name: _state_bytes(config, dtype) for name, dtype in INFERENCE_DTYPES.items()},
+        checkpoint_training={
+            name: _state_bytes(config, PRECISIONS[name][0]) + memory.optimizer for name, memory in training.items()
+        },
+    )
+
+
+def flops(config: Any, length: int, training: bool) -> int:
+    """Return the floating point operations of one sequence, counted by torch on tensors without memory.
+
+    Args:
+        config: A `litgpt.Config`.
+        length: Tokens of the sequence.
+        training: Whether to count the backward pass as well.
+    """
+    from lightning.fabric.utilities.throughput import measure_flops
+    from litgpt.model import GPT
+
+    with torch.device("meta"):
+        model = GPT(config)
+        ids = torch.zeros(1, length + 1, dtype=torch.int64)
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    return measure_flops(model, lambda: model(inputs), loss if training else None)
+
+
+def _optimizer_name(optimizer: str | dict) -> str:
+    path = optimizer if isinstance(optimizer, str) else optimizer.get("class_path", "")
+    return path.rpartition(".")[2]
+
+
+def _state_bytes(config: Any, dtype: torch.dtype) -> int:
+    from litgpt.model import GPT
+
+    with torch.device("meta"):
+        state = GPT(config).to(dtype).state_dict()
+    return sum(tensor.numel() * tensor.itemsize for tensor in state.values())

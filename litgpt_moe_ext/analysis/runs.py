@@ -1,0 +1,117 @@
+"""Training runs from their csv logs."""
+
+import csv
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+_LOAD_COLUMN = re.compile(r"moe_load_(\d+)/expert_(\d+)")
+TOKENS = "total_tokens"
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """What a run logged.
+
+    Attributes:
+        name: Of the run's directory.
+        columns: By name, one float for each log line, nan where a line lacks it; lines are in the order of
+            `total_tokens`.
+    """
+
+    name: str
+    columns: dict[str, np.ndarray]
+
+    def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens and the values of the lines that have column `name`; empty if none has."""
+        values = self.columns.get(name, np.array([]))
+        there = ~np.isnan(values)
+        return self.columns[TOKENS][: len(values)][there], values[there]
+
+    def tokens_per_second(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return tokens and training speed: as logged, or from the time of an iteration, without validation."""
+        if "tokens_per_second" in self.columns:
+            return self.series("tokens_per_second")
+        if not {"iter", "iter_time"} <= set(self.columns):
+            return np.array([]), np.array([])
+        tokens, iteration, seconds = (self.columns[name] for name in (TOKENS, "iter", "iter_time"))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            speed = tokens / iteration / seconds
+        there = np.isfinite(speed)
+        return tokens[there], speed[there]
+
+    def expert_load(self) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+        """Return the tokens, and by layer the load of each expert over the mean, (experts, lines)."""
+        found: dict[int, dict[int, np.ndarray]] = {}
+        for name, values in self.columns.items():
+            if match := _LOAD_COLUMN.fullmatch(name):
+                found.setdefault(int(match[1]), {})[int(match[2])] = values
+        if not found:
+            return np.array([]), {}
+        there = ~np.isnan(next(iter(next(iter(found.values())).values())))
+        layers = {layer: np.stack([experts[e][there] for e in sorted(experts)]) for layer, experts in found.items()}
+        return self.columns[TOKENS][there], dict(sorted(layers.items()))
+
+
+def load_run(directory: Path) -> RunLog:
+    """Read the logs of a run, put together from all its parts if it was resumed.
+
+    Where a later part repeats steps of an earlier one, the later counts.
+
+    Args:
+        directory: The run's `out_dir`.
+
+    Raises:
+        FileNotFoundError: If it has no csv logs.
+        ValueError: If they do not say how many tokens had been seen.
+    """
+    paths = sorted(directory.glob("logs/csv/version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1]))
+    if not paths:
+        raise FileNotFoundError(
+            f"run: {str(directory)!r} has no logs/csv/version_*/metrics.csv; name the out_dir of a run trained "
+            "with logger_name: csv"
+        )
+    rows: list[dict[str, float]] = []
+    for path in paths:
+        part = _read(path)
+        if part:
+            rows = [row for row in rows if row[TOKENS] < part[0][TOKENS]] + part
+    if not rows:
+        raise ValueError(f"run: {str(directory)!r} logged no line with {TOKENS}; train for at least one log interval")
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: np.array([row.get(name, math.nan) for row in rows]) for name in names}
+    return RunLog(directory.name, columns)
+
+
+def distinct_names(directories: Sequence[Path]) -> list[str]:
+    """Return the names of the directories, with as many of their parents as it takes to tell them apart."""
+    resolved = [directory.resolve() for directory in directories]
+    for depth in range(1, max(len(path.parts) for path in resolved) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in resolved]
+        if len(set(names)) == len(names):
+            return names
+    return [str(directory) for directory in directories]
+
+
+def _read(path: Path) -> list[dict[str, float]]:
+    # A validation's line has no count of tokens: they are those of the training line before it.
+    rows: list[dict[str, float]] = []
+    tokens = math.nan
+    with open(path, newline="", encoding="utf-8") as file:
+        for fields in csv.DictReader(file):
+            row = {name: number for name, text in fields.items() if (number := _number(text)) is not None}
+            tokens = row.setdefault(TOKENS, tokens)
+            if not math.isnan(tokens):
+                rows.append(row)
+    return sorted(rows, key=lambda row: row[TOKENS])
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return None

@@ -1,0 +1,76 @@
+"""`litgpt-moe model-card`."""
+
+from pathlib import Path
+
+
+def model_card(model: Path, micro_batch_size: int | None = None, json: Path | None = None) -> None:
+    """Parameters, FLOPs per token and memory of a model, from its recipe, before anything is trained.
+
+    Args:
+        model: A recipe (YAML file) or a checkpoint directory.
+        micro_batch_size: Sequences per forward pass in training. Default: what the recipe says.
+        json: File to write the figures to, in bytes.
+    """
+    if micro_batch_size is not None and micro_batch_size < 1:
+        raise ValueError(f"micro_batch_size: {micro_batch_size} must be at least 1")
+    import litgpt_moe_ext
+    from litgpt_moe_ext.console.output import print_table, write_json
+
+    litgpt_moe_ext.register()
+    from litgpt_moe_ext.analysis.model_card import make_card
+    from litgpt_moe_ext.analysis.recipes import load_recipe
+
+    card = make_card(load_recipe(model), micro_batch_size)
+    print(f"{card.name}")
+    print(
+        f"  parameters: {card.parameters_total:,} in total, {card.parameters_active:,} active per token "
+        f"({card.parameters_active / card.parameters_total:.1%}; of these {card.parameters_embedding:,} are the token "
+        "embedding, which is only looked up)"
+    )
+    print(
+        f"  FLOPs per token, in sequences of {card.sequence_length}: {_count(card.flops_per_token_forward)} forward, "
+        f"{_count(card.flops_per_token_training)} in training"
+    )
+    print(
+        "  key/value cache per token: "
+        + ", ".join(f"{_size(size)} in {name}" for name, size in card.kv_cache_per_token.items())
+    )
+    unit, size = _unit(max(memory["total"] for memory in card.training.values()))
+    title = (
+        f"\nTraining, {card.micro_batch_size} x {card.sequence_length} tokens per micro batch, {card.optimizer}; {unit}"
+    )
+    columns = ("precision", "weights", "grads", "optimizer", "activations", "total", "checkpoint")
+    rows = [
+        (name, *(f"{value / size:.1f}" for value in (*memory.values(), card.checkpoint_training[name])))
+        for name, memory in card.training.items()
+    ]
+    print_table(title, columns, rows)
+    unit, size = _unit(max(memory["total"] for memory in card.inference.values()))
+    columns = ("dtype", "weights", "KV cache", "activations", "total", "weights file")
+    rows = [
+        (name, *(f"{value / size:.1f}" for value in (*memory.values(), card.checkpoint_weights[name])))
+        for name, memory in card.inference.items()
+    ]
+    print_table(f"Inference, one sequence of {card.block_size} tokens; {unit}", columns, rows)
+    print("Tensors only: the runtime itself, libraries' workspaces and the allocator's reserve come on top.")
+    if json is not None:
+        write_json(json, card.to_dict())
+
+
+def _count(number: float) -> str:
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}FLOP"
+    return f"{number:.0f} FLOP"
+
+
+def _unit(largest: float) -> tuple[str, int]:
+    for name, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if largest >= size:
+            return name, size
+    return "bytes", 1
+
+
+def _size(number: float) -> str:
+    unit, size = _unit(number)
+    return f"{number / size:.1f} {unit}"

@@ -1,0 +1,172 @@
+"""HellaSwag (arXiv:1905.07830) from a local `hellaswag_val.jsonl`, by either of the two rules that circulate.
+
+A model chooses the ending of a text that it finds likeliest. `acc` compares sums of log-probabilities, `acc_norm`
+means. The published figures of the two rules differ by points, so the rule belongs to the number:
+
+- `build-nanogpt`: the text `ctx` as it is, then a space and the ending; context and ending are encoded apart; acc_norm
+  is the mean per token.
+- `lm-eval`: the label of the activity, a colon, and `ctx_a` with the capitalised `ctx_b`, all cleaned of the marks of
+  WikiHow; context and ending are encoded together; acc_norm is the mean per character of the ending.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from litgpt_moe_ext.evaluation.scoring import Continuation, score_continuations
+
+Rule = Literal["build-nanogpt", "lm-eval"]
+_FIELDS = {"ind": int, "activity_label": str, "ctx_a": str, "ctx_b": str, "ctx": str, "endings": list}
+_N_ENDING = 4
+
+
+class Item(NamedTuple):
+    """One question: what the file says, and the number of the right ending."""
+
+    fields: dict[str, Any]
+    label: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A model's answer to one question.
+
+    Attributes:
+        ind: Number of the question in the file.
+        label: Number of the right ending.
+        sums: Log-probability of each ending in nats.
+        means: The same over the rule's length of each ending.
+    """
+
+    ind: int
+    label: int
+    sums: tuple[float, ...]
+    means: tuple[float, ...]
+
+    @property
+    def acc(self) -> bool:
+        """Whether the likeliest ending is right."""
+        return _first_best(self.sums) == self.label
+
+    @property
+    def acc_norm(self) -> bool:
+        """Whether the ending that is likeliest for its length is right."""
+        return _first_best(self.means) == self.label
+
+
+def load_items(path: Path, limit: int | None = None) -> list[Item]:
+    """Read questions.
+
+    Args:
+        path: A file with one JSON object per line: ind, activity_label, ctx_a, ctx_b, ctx, endings, label.
+        limit: Read at most so many.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a line is no question; the message names it.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"file: {str(path)!r} does not exist; give HellaSwag's hellaswag_val.jsonl")
+    items: list[Item] = []
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if limit is not None and len(items) >= limit:
+                break
+            if line.strip():
+                items.append(_parse(line, f"{path}, line {number}"))
+    if not items:
+        raise ValueError(f"file: {str(path)!r} holds no questions")
+    return items
+
+
+def requests_of(item: Item, rule: Rule, encode: Callable[[str], list[int]]) -> tuple[list[Continuation], list[int]]:
+    """Return what to score for a question, and the length of each ending as the rule measures it.
+
+    Args:
+        item: The question.
+        rule: The rule.
+        encode: Turns text into token ids, without special tokens.
+    """
+    fields = item.fields
+    if rule == "build-nanogpt":
+        context = encode(fields["ctx"])
+        requests = [Continuation(context, encode(f" {ending}")) for ending in fields["endings"]]
+        return requests, [len(request.continuation) for request in requests]
+    text = _cleaned(f"{fields['activity_label']}: {fields['ctx_a']} {fields['ctx_b'].capitalize()}")
+    endings = [_cleaned(ending) for ending in fields["endings"]]
+    return [_encoded_together(text, f" {ending}", encode) for ending in endings], [len(ending) for ending in endings]
+
+
+def evaluate(
+    model: Any,
+    items: Sequence[Item],
+    rule: Rule,
+    encode: Callable[[str], list[int]],
+    batch_size: int,
+    advance: Callable[[int], None],
+) -> list[Answer]:
+    """Let a model answer questions.
+
+    Args:
+        model: A `litgpt.GPT` in evaluation mode.
+        items: The questions.
+        rule: The rule.
+        encode: Turns text into token ids, without special tokens.
+        batch_size: Endings per forward pass.
+        advance: Called with the number of endings done after each forward pass.
+    """
+    pairs = [requests_of(item, rule, encode) for item in items]
+    scores = score_continuations(model, [request for requests, _ in pairs for request in requests], batch_size, advance)
+    answers = []
+    for i, (item, (_, lengths)) in enumerate(zip(items, pairs, strict=True)):
+        sums = tuple(scores[_N_ENDING * i : _N_ENDING * (i + 1)])
+        # Cleaning can leave nothing of an ending; it then loses, as in lm-eval.
+        means = tuple(s / n if n else -math.inf for s, n in zip(sums, lengths, strict=True))
+        answers.append(Answer(item.fields["ind"], item.label, sums, means))
+    return answers
+
+
+def encoder(tokenizer: Any) -> Callable[[str], list[int]]:
+    """Return what turns text into token ids without special tokens, from a `litgpt.Tokenizer`."""
+    if tokenizer.backend == "huggingface":
+        return lambda text: tokenizer.processor.encode(text, add_special_tokens=False).ids
+    return tokenizer.processor.encode
+
+
+def _parse(line: str, where: str) -> Item:
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"file: {where} is not JSON: {error}") from error
+    for name, kind in _FIELDS.items():
+        if not isinstance(fields, dict) or not isinstance(fields.get(name), kind):
+            raise ValueError(f"file: {where} lacks {name!r} ({kind.__name__}); it is not HellaSwag's validation file")
+    label = str(fields.get("label", ""))
+    if len(fields["endings"]) != _N_ENDING or label not in ("0", "1", "2", "3"):
+        raise ValueError(
+            f"file: {where} has {len(fields['endings'])} endings and label {fields.get('label')!r}; it must have "
+            "4, and a label from 0 to 3 (the test file has none)"
+        )
+    return Item(fields, int(label))
+
+
+def _cleaned(text: str) -> str:
+    # As lm-eval cleans it: WikiHow's titles become sentences, other marks in brackets vanish.
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def _encoded_together(context: str, continuation: str, encode: Callable[[str], list[int]]) -> Continuation:
+    # Blanks at the end of the context belong to the continuation, as in lm-eval.
+    stripped = context.rstrip()
+    continuation, context = context[len(stripped) :] + continuation, stripped
+    first = encode(context)
+    return Continuation(first, encode(context + continuation)[len(first) :])
+
+
+def _first_best(values: Sequence[float]) -> int:
+    return max(range(len(values)), key=values.__getitem__)

@@ -1,0 +1,83 @@
+"""Perplexity and bits per byte.
+
+Perplexities of models with different tokenizers cannot be compared, because their tokens are of different lengths; bits
+per byte of the text can.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How well a model predicts a text.
+
+    Attributes:
+        tokens: Predicted tokens.
+        bytes: Bytes of UTF-8 that they stand for. End-of-text tokens are predicted but stand for none.
+        loss: Mean loss per token in nats.
+        by_position: Mean loss by the number of tokens it was predicted from: first and last number, mean, tokens.
+    """
+
+    tokens: int
+    bytes: int
+    loss: float
+    by_position: list[dict[str, float]]
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the loss."""
+        return math.exp(self.loss)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits that the model needs for a byte of text."""
+        return self.loss * self.tokens / math.log(2) / self.bytes
+
+
+def summarize(losses_N: Tensor, contexts_N: Tensor, n_byte: int) -> Perplexity:
+    """Summarise the losses of tokens.
+
+    Args:
+        losses_N: In nats.
+        contexts_N: How many tokens each was predicted from, from 1.
+        n_byte: Bytes they stand for.
+
+    Raises:
+        ValueError: If there is nothing to summarise.
+    """
+    if len(losses_N) == 0 or n_byte == 0:
+        raise ValueError(
+            f"the text has {len(losses_N)} tokens to predict and {n_byte} bytes; it must have some of both"
+        )
+    rows, first, longest = [], 1, int(contexts_N.max())
+    while first <= longest:
+        last = min(2 * first - 1, longest)
+        inside_N = (contexts_N >= first) & (contexts_N <= last)
+        if inside_N.any():
+            mean = losses_N[inside_N].double().mean().item()
+            rows.append({"first": first, "last": last, "loss": mean, "tokens": int(inside_N.sum())})
+        first *= 2
+    return Perplexity(len(losses_N), n_byte, losses_N.double().mean().item(), rows)
+
+
+def bytes_of(ids: list[int], tokenizer) -> int:
+    """Return how many bytes of UTF-8 tokens stand for; special tokens stand for none.
+
+    Args:
+        ids: Token ids.
+        tokenizer: The `litgpt.Tokenizer`.
+    """
+    if tokenizer.backend == "huggingface":
+        text = tokenizer.processor.decode(ids, skip_special_tokens=True)
+    else:
+        text = tokenizer.processor.decode(ids)
+    return len(text.encode("utf-8"))
+
+
+def as_tensor(tokens) -> Tensor:
+    """Return tokens of a shard as an int64 tensor in memory."""
+    return torch.from_numpy(tokens.astype("int64"))

@@ -1,0 +1,140 @@
+"""The plugin's MoE models as LitGPT's own `LLaMAMoE`, where that can express them.
+
+`LLaMAMoE` has one module per expert, SwiGLU, and one of two routers: a softmax over the chosen logits, or, with groups,
+DeepSeek-V3's sigmoid with a bias. Everything else about a model (attention, norms) must be LitGPT's as well, so that
+the result opens without the plugin.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from litgpt_moe_ext.config import EXTRA_FIELDS, uses_plugin
+from litgpt_moe_ext.durable import flush, flush_tree
+from litgpt_moe_ext.moe.expert_layouts import unstack_experts
+from litgpt_moe_ext.moe.validation import MOE_CLASS_NAMES
+
+# Fields that change training only: the converted model computes the same without them.
+_TRAINING_ONLY = {
+    name
+    for name in EXTRA_FIELDS
+    if name.endswith("_loss_coef")
+    or name.startswith("router_bias_update")
+    or name.endswith(("dropout", "jitter_noise"))
+}
+_EXPRESSED = {"router_type", "router_score_function", "mlp_activation", "decoder_sparse_step"}
+
+
+def obstacles(config: Any, state: dict[str, Tensor]) -> list[str]:
+    """Return every reason why `LLaMAMoE` cannot express a model; empty if it can.
+
+    Args:
+        config: A `litgpt.Config`.
+        state: The model's state dictionary.
+    """
+    if config.mlp_class_name not in MOE_CLASS_NAMES:
+        return [f"mlp_class_name: {config.mlp_class_name} is none of {', '.join(MOE_CLASS_NAMES)}"]
+    found = []
+    if config.mlp_activation != "swiglu":
+        found.append(f"mlp_activation: {config.mlp_activation}; LLaMAMoE has swiglu only")
+    if config.decoder_sparse_step not in (None, 1):
+        found.append(f"decoder_sparse_step: {config.decoder_sparse_step}; LLaMAMoE has dense layers at the start only")
+    known = _TRAINING_ONLY | _EXPRESSED
+    for name in EXTRA_FIELDS:
+        if name not in known and getattr(config, name):
+            found.append(f"{name}: {getattr(config, name)!r}; LitGPT has no such setting")
+    if config.mlp_class_name == "SharedExpertMoE":
+        found += _router_obstacles(config, state)
+    return found
+
+
+def _router_obstacles(config: Any, state: dict[str, Tensor]) -> list[str]:
+    if config.router_type != "topk":
+        return [f"router_type: {config.router_type}; LLaMAMoE's router learns"]
+    score = config.router_score_function
+    if config.n_expert_groups:
+        if score == "sigmoid":
+            return []
+        return [f"router_score_function: {score} with n_expert_groups; LLaMAMoE groups sigmoid scores only"]
+    if score != "softmax":
+        return [
+            f"router_score_function: {score} without n_expert_groups; LLaMAMoE takes a softmax of the chosen logits"
+        ]
+    if not config.norm_topk_prob:
+        return ["norm_topk_prob: False; LLaMAMoE's weights of the chosen experts sum to 1"]
+    if any(tensor.any() for name, tensor in state.items() if name.endswith(_BIAS)):
+        return ["e_score_correction_bias: not 0; LLaMAMoE without groups has no balancing bias"]
+    return []
+
+
+_BIAS = "gate.e_score_correction_bias"
+
+
+def to_llama_moe(config: Any, state: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    """Return configuration and weights of the same model with `LLaMAMoE`.
+
+    Args:
+        config: A `litgpt.Config`.
+        state: The model's state dictionary; the result has views of its tensors.
+
+    Raises:
+        ValueError: If `LLaMAMoE` cannot express the model; the message names every setting.
+    """
+    if found := obstacles(config, state):
+        raise ValueError("LLaMAMoE cannot express this model. " + "; ".join(found))
+    from litgpt.utils import asdict
+
+    fields = {name: value for name, value in asdict(config).items() if name in config.__dataclass_fields__}
+    for name in EXTRA_FIELDS:
+        fields.pop(name, None)
+    fields["mlp_class_name"] = "LLaMAMoE"
+    converted = type(config)(**fields)
+    dropped = ("gate.noise_weight", "gate.bias_updates", *(() if config.n_expert_groups else (_BIAS,)))
+    kept = {name: tensor for name, tensor in unstack_experts(state).items() if not name.endswith(dropped)}
+    # LLaMAMoE masks the groups that were not chosen with 0, which would win against negative biased scores. The same
+    # number on all biases changes no choice.
+    return converted, {n: t - t.min().clamp(max=0) if n.endswith(_BIAS) else t for n, t in kept.items()}
+
+
+def convert_checkpoint(checkpoint_dir: Path, out_dir: Path) -> None:
+    """Write a checkpoint directory with `LLaMAMoE` layers.
+
+    Args:
+        checkpoint_dir: A checkpoint with `SharedExpertMoE` or `NoisyTopKMoE` layers.
+        out_dir: The new directory; appears when everything in it is written.
+
+    Raises:
+        FileNotFoundError: If `checkpoint_dir` is no checkpoint.
+        FileExistsError: If `out_dir` exists.
+        ValueError: If `LLaMAMoE` cannot express the model.
+    """
+    from litgpt import GPT, Config
+    from litgpt.utils import copy_config_files, save_config
+
+    if not (checkpoint_dir / "lit_model.pth").is_file():
+        raise FileNotFoundError(f"checkpoint_dir: {str(checkpoint_dir)!r} has no lit_model.pth")
+    if out_dir.exists():
+        raise FileExistsError(f"out_dir: {str(out_dir)!r} exists; name a new directory")
+    config = Config.from_file(checkpoint_dir / "model_config.yaml")
+    # As LitGPT's commands open it: training checkpoints hold settings as pickled objects.
+    checkpoint = torch.load(checkpoint_dir / "lit_model.pth", map_location="cpu", mmap=True, weights_only=False)
+    converted, state = to_llama_moe(config, checkpoint.get("model", checkpoint))
+    assert not uses_plugin(converted)
+    with torch.device("meta"):
+        GPT(converted).load_state_dict(state, assign=True)  # raises if a name or shape is wrong
+    partial = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        copy_config_files(checkpoint_dir, partial)
+        save_config(converted, partial)
+        # Views of stacked weights would each write the whole stack.
+        torch.save({name: tensor.clone() for name, tensor in state.items()}, partial / "lit_model.pth")
+        flush_tree(partial)
+        os.rename(partial, out_dir)
+        flush(out_dir.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,184 @@
+"""HellaSwag by both rules: against lm-eval itself, and against sums by hand."""
+
+import json
+import random
+
+import datasets
+import pytest
+import torch
+
+from litgpt_moe_ext.console.main import main
+from litgpt_moe_ext.evaluation.hellaswag import Item, encoder, evaluate, load_items, requests_of
+from litgpt_moe_ext.evaluation.hellaswag_during_training import HellaSwagCallback
+from litgpt_moe_ext.evaluation.loading import load_model, load_tokenizer
+from tests.evaluation.conftest import VOCABULARY_SIZE, write_checkpoint
+from tests.models import moe_config
+
+TASK = """
+task: local_hellaswag
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    validation: hellaswag_val.jsonl
+validation_split: validation
+output_type: multiple_choice
+process_docs: !function local_utils.process_docs
+doc_to_text: "{{query}}"
+doc_to_target: "{{label}}"
+doc_to_choice: "choices"
+metric_list:
+  - metric: acc
+  - metric: acc_norm
+"""
+WORDS = "the quick brown fox jumps over lazy dog is so yes or no [header] [title] then [step] he runs.".split()  # noqa: SIM905
+
+
+def questions(n: int) -> list[dict]:
+    """Return questions of the real schema: WikiHow's marks, empty `ctx_b`, labels as numbers."""
+    dice = random.Random(0)
+
+    def text(low: int, high: int) -> str:
+        return " ".join(dice.choice(WORDS) for _ in range(dice.randint(low, high)))
+
+    made = []
+    for ind in range(n):
+        ctx_a, ctx_b = text(3, 7), text(1, 2) if ind % 3 else ""
+        made.append(
+            {
+                "ind": ind,
+                "activity_label": dice.choice(["Removing ice from car", "How to be quick"]),
+                "ctx_a": ctx_a,
+                "ctx_b": ctx_b,
+                "ctx": f"{ctx_a} {ctx_b}".strip(),
+                "split": "val",
+                "split_type": "indomain",
+                "label": ind % 4,
+                "endings": [text(1, 6) for _ in range(4)],
+                "source_id": f"activitynet~v_{ind}",
+            }
+        )
+    return made
+
+
+@pytest.fixture(scope="module")
+def hellaswag_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("hellaswag") / "hellaswag_val.jsonl"
+    path.write_text("\n".join(json.dumps(question) for question in questions(24)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(3)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(folder, moe_config(block_size=64, vocab_size=VOCABULARY_SIZE, padded_vocab_size=VOCABULARY_SIZE))
+    return folder
+
+
+def answers(checkpoint, file, rule, batch_size=16):
+    encode = encoder(load_tokenizer(checkpoint))
+    model = load_model(checkpoint, torch.device("cpu"))
+    return evaluate(model, load_items(file), rule, encode, batch_size, lambda done: None)
+
+
+def test_lm_eval_gives_the_same_item_by_item(checkpoint, hellaswag_file, tmp_path, monkeypatch):
+    from lm_eval.evaluator import simple_evaluate
+
+    from litgpt_moe_ext.evaluation.lm import LitGPTModel
+    from litgpt_moe_ext.evaluation.tasks import load_tasks
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "local_utils.py").write_text("from lm_eval.tasks.hellaswag.utils import process_docs\n")
+    (tmp_path / "task.yaml").write_text(TASK)
+    (tmp_path / "hellaswag_val.jsonl").write_text(hellaswag_file.read_text())
+    tasks, manager = load_tasks(str(tmp_path / "task.yaml"))
+    results = simple_evaluate(
+        model=LitGPTModel(checkpoint, device="cpu", batch_size=4), tasks=tasks, task_manager=manager, log_samples=True
+    )
+    samples = sorted(results["samples"]["local_hellaswag"], key=lambda sample: sample["doc_id"])
+    ours = answers(checkpoint, hellaswag_file, "lm-eval")
+    assert len(samples) == len(ours) == 24
+    for sample, answer in zip(samples, ours, strict=True):
+        assert [response[0] for response in sample["filtered_resps"]] == pytest.approx(answer.sums, abs=1e-4)
+        assert (sample["acc"], sample["acc_norm"]) == (answer.acc, answer.acc_norm)
+    assert {answer.acc for answer in ours} == {True, False}
+
+
+def test_build_nanogpt_by_hand(checkpoint, hellaswag_file):
+    tokenizer = load_tokenizer(checkpoint).processor
+    model = load_model(checkpoint, torch.device("cpu"))
+    for question, answer in zip(questions(24)[:5], answers(checkpoint, hellaswag_file, "build-nanogpt"), strict=False):
+        for ending, total, mean in zip(question["endings"], answer.sums, answer.means, strict=True):
+            context, continuation = tokenizer.encode(question["ctx"]).ids, tokenizer.encode(" " + ending).ids
+            logprobs = model(torch.tensor([context + continuation]))[0, :-1].log_softmax(-1)
+            expected = sum(logprobs[len(context) - 1 + i, token].item() for i, token in enumerate(continuation))
+            assert total == pytest.approx(expected, abs=1e-3)
+            assert mean == pytest.approx(expected / len(continuation), abs=1e-3)
+
+
+def test_rules_read_different_texts():
+    fields = {
+        **questions(1)[0],
+        "activity_label": "Ice",
+        "ctx_a": "He [header] runs.",
+        "ctx_b": "then he",
+        "ctx": "raw",
+    }
+    fields["endings"] = ["falls [title] down", "sits", "a", "b"]
+    read = {}
+    for rule in ("build-nanogpt", "lm-eval"):
+        texts: list[str] = []
+        _, lengths = requests_of(Item(fields, 1), rule, lambda text, texts=texts: texts.append(text) or [1] * len(text))
+        read[rule] = texts[:2], lengths
+    assert read["build-nanogpt"] == (["raw", " falls [title] down"], [19, 5, 2, 2])
+    assert read["lm-eval"] == (["Ice: He runs. Then he", "Ice: He runs. Then he falls. down"], [11, 4, 1, 1])
+
+
+def test_batches_do_not_matter(checkpoint, hellaswag_file):
+    one, many = (answers(checkpoint, hellaswag_file, "build-nanogpt", size) for size in (1, 50))
+    assert [a.sums for a in one] == [pytest.approx(b.sums, abs=1e-4) for b in many]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2 is not JSON"),
+        ('{"ind": 1}', "lacks 'activity_label'"),
+        (json.dumps({**questions(1)[0], "label": ""}), "label ''"),
+        (json.dumps({**questions(1)[0], "endings": ["a"]}), "1 endings"),
+    ],
+)
+def test_files_that_are_something_else(tmp_path, line, message):
+    path = tmp_path / "file.jsonl"
+    path.write_text(json.dumps(questions(1)[0]) + "\n" + line)
+    with pytest.raises(ValueError, match=message):
+        load_items(path)
+    assert len(load_items(path, limit=1)) == 1
+
+
+def test_command_names_the_rule(checkpoint, hellaswag_file, tmp_path, capsys):
+    result = tmp_path / "result.json"
+    arguments = ["hellaswag", str(checkpoint), f"--file={hellaswag_file}", "--rule=build-nanogpt", f"--json={result}"]
+    assert main(arguments) == 0
+    assert "rule build-nanogpt, 24 questions" in capsys.readouterr().out
+    content = json.loads(result.read_text())
+    expected = answers(checkpoint, hellaswag_file, "build-nanogpt")
+    assert content["acc"] == sum(answer.acc for answer in expected) / 24
+    assert content["rule"] == "build-nanogpt"
+
+
+def test_during_training(checkpoint, hellaswag_file):
+    import lightning as L
+
+    model = load_model(checkpoint, torch.device("cpu")).train()
+    items = load_items(hellaswag_file)
+    callback = HellaSwagCallback(items, load_tokenizer(checkpoint), "lm-eval", interval=10, batch_size=32)
+    callback.on_after_setup(L.Fabric(accelerator="cpu", devices=1), torch.nn.ModuleDict({"module": model}))
+    seen = {}
+    for step in (1, 9, 12, 15, 20):
+        metrics = {"loss": 1.0, "step": step}
+        callback.on_log(metrics)
+        seen[step] = metrics.get("hellaswag/lm-eval/acc_norm")
+    expected = sum(answer.acc_norm for answer in answers(checkpoint, hellaswag_file, "lm-eval")) / 24
+    assert seen == {1: None, 9: None, 12: expected, 15: None, 20: expected}
+    assert model.training

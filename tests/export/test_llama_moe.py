@@ -1,0 +1,85 @@
+"""Models in LitGPT's own layout compute the same; those it cannot express are refused by name."""
+
+import pytest
+import torch
+import yaml
+from litgpt import GPT, Config
+
+from litgpt_moe_ext.console.main import main
+from litgpt_moe_ext.export.llama_moe import obstacles, to_llama_moe
+from tests.evaluation.conftest import write_checkpoint
+from tests.models import initialized_model, moe_config, noisy_config
+
+GROUPS = {"n_expert_groups": 4, "n_topk_groups": 2, "n_topk_scores_per_group": 1}
+SOFTMAX = {"router_score_function": "softmax", "norm_topk_prob": True}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        moe_config(**SOFTMAX),
+        moe_config(
+            **SOFTMAX, n_shared_expert=2, routed_scaling_factor=1.5, first_k_dense_replace=1, intermediate_size=20
+        ),
+        moe_config(**GROUPS, norm_topk_prob=True),
+        moe_config(**GROUPS, norm_topk_prob=False),
+        noisy_config(router_z_loss_coef=0.1),
+    ],
+    ids=["softmax", "shared_dense_scaled", "groups", "groups_plain", "noisy"],
+)
+def test_the_converted_model_computes_the_same(config):
+    model = initialized_model(config).eval()
+    if config.n_expert_groups:
+        for block in model.transformer.h:
+            block.mlp.gate.e_score_correction_bias.uniform_(-2, 0)
+    converted, state = to_llama_moe(config, model.state_dict())
+    assert converted.mlp_class_name == "LLaMAMoE"
+    other = GPT(converted).eval()
+    other.load_state_dict(state)
+    ids = torch.randint(0, 64, (2, 20))
+    assert torch.allclose(model(ids), other(ids), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (moe_config(), "router_score_function: sigmoid"),
+        (moe_config(router_score_function="softmax"), "norm_topk_prob: False"),
+        (moe_config(**GROUPS, router_score_function="softmax"), "groups sigmoid scores only"),
+        (moe_config(**SOFTMAX, mlp_activation="relu"), "mlp_activation: relu"),
+        (moe_config(**SOFTMAX, attention_class_name="SinkAttention"), "attention_class_name"),
+        (moe_config(**SOFTMAX, n_shared_expert=1, shared_expert_gate=True), "shared_expert_gate"),
+        (moe_config(router_type="hash"), "router_type: hash"),
+        (noisy_config(decoder_sparse_step=2, intermediate_size=20), "decoder_sparse_step: 2"),
+    ],
+)
+def test_what_it_cannot_express_is_named(config, named):
+    model = initialized_model(config)
+    assert any(named in reason for reason in obstacles(config, model.state_dict()))
+    with pytest.raises(ValueError, match="cannot express"):
+        to_llama_moe(config, model.state_dict())
+
+
+def test_a_bias_without_groups_is_named():
+    config = moe_config(**SOFTMAX)
+    model = initialized_model(config)
+    assert obstacles(config, model.state_dict()) == []
+    model.transformer.h[1].mlp.gate.e_score_correction_bias[3] = 0.1
+    assert "e_score_correction_bias" in obstacles(config, model.state_dict())[0]
+
+
+def test_command(tmp_path, capsys):
+    config = moe_config(**SOFTMAX)
+    model = write_checkpoint(tmp_path / "ours", config)
+    assert main(["convert-experts", str(tmp_path / "ours"), str(tmp_path / "theirs")]) == 0
+    content = yaml.safe_load((tmp_path / "theirs" / "model_config.yaml").read_text())
+    assert not any(name.startswith(("_requires", "router_", "mlp_activation")) for name in content)
+    converted = GPT(Config.from_file(tmp_path / "theirs" / "model_config.yaml")).eval()
+    weights = tmp_path / "theirs" / "lit_model.pth"
+    converted.load_state_dict(torch.load(weights))
+    ids = torch.randint(0, 64, (1, 9))
+    assert torch.allclose(model(ids), converted(ids), atol=1e-4)
+    assert weights.stat().st_size < 1.2 * (tmp_path / "ours" / "lit_model.pth").stat().st_size + 20_000
+    assert (tmp_path / "theirs" / "tokenizer.json").is_file()
+    assert main(["convert-experts", str(tmp_path / "ours"), str(tmp_path / "theirs")]) == 2
+    assert "exists" in capsys.readouterr().err
