@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 
-from litgpt_moe_ext.config import uses_plugin
+from litgpt_moe_ext.config import EXTRA_FIELDS, uses_plugin
 
 
 def evaluate_checkpoint(
@@ -166,5 +166,5 @@ def _names_plugin_layer(checkpoint_dir: Path | str) -> bool:
         content = yaml.safe_load(file)
     if not isinstance(content, dict):
         return False
-    names = {name: content.get(name) for name in ("mlp_class_name", "attention_class_name")}
+    names = {name: content.get(name) for name in ("mlp_class_name", *EXTRA_FIELDS)}
     return uses_plugin(SimpleNamespace(**names))
