@@ -221,7 +221,7 @@ def find_resume_file(
 
     Args:
         resume: False; `"auto"` for the newest whole checkpoint if there is one; True for the same, which must exist; or
-            the path of a checkpoint directory or model file.
+            the path of a checkpoint directory, of its model file, or of a run's directory, whose newest is taken.
         out_dir: The run's directory.
         say: Told about every checkpoint that is passed over.
 
@@ -232,6 +232,8 @@ def find_resume_file(
         return False
     if resume not in (True, "auto"):
         directory = Path(resume).parent if Path(resume).suffix == ".pth" else Path(resume)
+        if not (directory / MODEL_FILE).is_file() and newest_first(directory):
+            return find_resume_file(True, directory, say)
         if problem := problem_with(directory):
             raise FileNotFoundError(f"resume: {str(resume)!r} is not a whole checkpoint: {problem}")
         return directory / MODEL_FILE

@@ -3,11 +3,16 @@
 The command line beats the YAML file, which beats the defaults, in whatever order they stand.
 """
 
+import difflib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
+
+from litgpt_moe_ext.training.recipe_files import check_recipe
 
 SHORT_FORMS = {
     "--micro-batch-size": "--train.micro_batch_size",
@@ -110,10 +115,32 @@ def plain_error(message: str) -> str:
     return " ".join(lines)
 
 
+_UNKNOWN_KEY = re.compile(r"(?:arguments: --|nested key '|Key ')([\w.]+)")
+
+
+def near_name(message: str, known: Iterable[str]) -> str:
+    """Return a suggestion for the unknown key that a jsonargparse error names, or nothing.
+
+    Args:
+        message: The error.
+        known: All keys, with dots where they are nested.
+    """
+    found = _UNKNOWN_KEY.search(message)
+    if found is None:
+        return ""
+    wanted, names = found[1], list(known)
+    if close := difflib.get_close_matches(wanted, names, n=1, cutoff=0.75):
+        return f"; did you mean {close[0]}?"
+    by_last = {name.rpartition(".")[2]: name for name in names}
+    close = difflib.get_close_matches(wanted.rpartition(".")[2], by_last, n=1, cutoff=0.75)
+    return f"; did you mean {by_last[close[0]]}?" if close else ""
+
+
 def build_parser():
     """Return the jsonargparse parser of `entry.setup`."""
     import jsonargparse
     from jsonargparse import set_docstring_parse_options
+    from litgpt.config import Config
 
     from litgpt_moe_ext.training.entry import setup
 
@@ -121,7 +148,8 @@ def build_parser():
 
     class ArgumentParser(jsonargparse.ArgumentParser):
         def error(self, message: str, *args, **kwargs):
-            super().error(plain_error(message), *args, **kwargs)
+            known = [action.dest for action in self._actions] + [f"model_config.{f.name}" for f in fields(Config)]
+            super().error(plain_error(message) + near_name(message, known), *args, **kwargs)
 
     parser = ArgumentParser(prog="run_train.py", usage=USAGE, description=setup.__doc__.splitlines()[0], epilog=EPILOG)
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
@@ -149,12 +177,15 @@ def main(arguments: Sequence[str] | None = None, default_config: Path = Path("co
     _prepare_environment()
     parser = build_parser()
     arguments, optimizer_keys = take_optimizer_keys(arguments)
+    try:
+        for name, value in pairwise(arguments):
+            if name == "--config":
+                check_recipe(Path(value))
+    except ValueError as error:
+        parser.error(str(error))
     # jsonargparse would print the configuration before the optimizer's keys are in it.
     print_only = "--print_config" in arguments and optimizer_keys
-    try:
-        parsed = parser.parse_args([a for a in arguments if not (print_only and a == "--print_config")])
-    except UnicodeDecodeError as error:
-        parser.error(f"--config: not a text file ({error})")
+    parsed = parser.parse_args([a for a in arguments if not (print_only and a == "--print_config")])
     if optimizer_keys:
         parsed.optimizer = with_optimizer_keys(parsed.optimizer, optimizer_keys)
     if print_only:

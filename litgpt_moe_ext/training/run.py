@@ -165,7 +165,7 @@ class Run:
             self.fabric.logger.log_hyperparams(self.settings)
 
     def _agree_with(self, started: Processes, devices: int | str, num_nodes: int) -> tuple[int, int]:
-        if devices not in ("auto", started.per_node) or num_nodes not in (1, started.nodes):
+        if devices not in ("auto", -1, started.per_node) or num_nodes not in (1, started.nodes):
             raise ValueError(
                 f"devices: {devices}, num_nodes: {num_nodes}: {started.started_by} has started {started.per_node} "
                 f"processes on each of {started.nodes} nodes; set devices: auto, or these numbers"

@@ -1,17 +1,22 @@
 """The command line: short forms, precedence, plain error messages."""
 
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
+from litgpt_moe_ext.training.checkpoints import find_resume_file
 from litgpt_moe_ext.training.cli import (
     build_parser,
     main,
+    near_name,
     normalize,
     plain_error,
     take_optimizer_keys,
     with_optimizer_keys,
 )
+from litgpt_moe_ext.training.recipe_files import check_recipe
 
 DEFAULT = Path("default.yaml")
 
@@ -105,3 +110,57 @@ def test_optimizer_keys():
 def test_learning_rate_from_the_command_line(recipe, capsys):
     assert main(["--config", str(recipe()), "--optimizer.init_args.lr", "0.125", "--print_config"]) == 0
     assert "lr: 0.125" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty; it must consist of lines KEY: VALUE"),
+        (b"- seed: 1\n", "holds no settings"),
+        (b"seed: 1\ntrain: [1, 2\n", "line 3 is not YAML"),
+        (b"seed: 1\ntrain:\n  max_tokens: 1\n  max_norm: 2\n  max_tokens: 3\n", "line 5 gives train.max_tokens again"),
+        (b"\x9d\xff", "is not a text file"),
+        (None, "cannot be read (No such file"),
+    ],
+    ids=["empty", "list", "syntax", "repeated", "binary", "missing"],
+)
+def test_files_that_are_no_recipes(tmp_path, content, message):
+    file = tmp_path / "recipe.yaml"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        check_recipe(file)
+    assert str(file) in str(error.value)
+
+
+def test_a_wrong_file_ends_the_command(tmp_path, capsys):
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(SystemExit) as exit_:
+        main(["--config", str(tmp_path / "empty.yaml")])
+    assert exit_.value.code == 2
+    assert f"--config: '{tmp_path / 'empty.yaml'}' is empty" in capsys.readouterr().err
+
+
+def test_near_names(recipe, capsys):
+    for arguments, suggestion in (
+        (["--config", str(recipe("a", model_config={"n_exprt": 4}))], "did you mean model_config.n_expert?"),
+        (["--config", str(recipe()), "--trian.max_tokens", "3"], "did you mean train.max_tokens?"),
+        (["--config", str(recipe("b", trian={"max_tokens": 3}))], "did you mean train.max_tokens?"),
+        (["--config", str(recipe("c", train={"lr_warmup_step": 3}))], "did you mean train.lr_warmup_steps?"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert suggestion in capsys.readouterr().err
+    assert near_name("Unrecognized arguments: --zzzz", ["train.max_tokens"]) == ""
+
+
+def test_resume_from_a_run(tmp_path):
+    """The directory of a run stands for its newest whole checkpoint."""
+    for step in (1, 2):
+        directory = tmp_path / f"step-0000000{step}"
+        directory.mkdir()
+        torch.save({}, directory / "lit_model.pth")
+        (directory / "model_config.yaml").write_text("")
+    assert find_resume_file(tmp_path, Path("elsewhere")) == tmp_path / "step-00000002" / "lit_model.pth"
+    with pytest.raises(FileNotFoundError, match="is not a whole checkpoint"):
+        find_resume_file(tmp_path / "nothing", Path("elsewhere"))
