@@ -53,7 +53,8 @@ def inject(carrier: Tensor, loss: Tensor) -> Tensor:
 
 def remember_scale(loss: Tensor) -> Tensor:
     """Return `loss` unchanged; its backward pass tells `inject` by what the training loop scales it."""
-    return _RememberScale.apply(loss) if loss.requires_grad else loss
+    # A meta loss (FLOPs are counted with one) has no factor to tell.
+    return _RememberScale.apply(loss) if loss.requires_grad and not loss.is_meta else loss
 
 
 def forget_scale() -> None:
