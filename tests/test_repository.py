@@ -132,4 +132,4 @@ def test_quickstart_is_the_size_the_readme_says():
     content = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text(encoding="utf-8"))
     size = count_parameters(Config(**content["model_config"]))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"{size.total / 1e6:.1f}M parameters, {size.active / 1e6:.1f}M active" in readme
+    assert f"{size.total / 1e6:.1f}M / {size.active / 1e6:.1f}M" in readme
