@@ -116,7 +116,7 @@ def test_two_processes_accumulate_half_as_often(tmp_path):
     found = {}
     for processes in (1, 2):
         out_dir = tmp_path / f"out-{processes}"
-        torchrun = [Path(sys.executable).parent / "torchrun", "--nproc_per_node", str(processes), "--master_port", "0"]
+        torchrun = [Path(sys.executable).parent / "torchrun", "--nproc_per_node", str(processes), "--standalone"]
         settings = [*overrides("gpt-moe-fineweb", 4), "--out_dir", out_dir, "--precision", "32-true"]
         script = [ROOT / "run_train.py", "--config", path_of("gpt-moe-fineweb")]
         settings += ["--train.micro_batch_size", "2"]
