@@ -14,6 +14,7 @@ COMMANDS = {
     "perplexity": "litgpt_moe_ext.console.perplexity:perplexity",
     "hellaswag": "litgpt_moe_ext.console.hellaswag:hellaswag",
     "compare-runs": "litgpt_moe_ext.console.compare_runs:compare_runs",
+    "upcycle": "litgpt_moe_ext.console.upcycle:upcycle",
     "convert-experts": "litgpt_moe_ext.console.convert_experts:convert_experts",
     "benchmark-generation": "litgpt_moe_ext.console.benchmark_generation:benchmark_generation",
     "doctor": "litgpt_moe_ext.console.doctor:doctor",
@@ -33,7 +34,7 @@ def build_parser():
 
     parser = ArgumentParser(
         prog="litgpt-moe",
-        description="Judge Mixture-of-Experts checkpoints and look inside them.",
+        description="Judge Mixture-of-Experts checkpoints, look inside them, and convert them.",
         epilog="`litgpt-moe COMMAND --help` explains the settings of a command.",
     )
     subcommands = parser.add_subcommands(title="commands", metavar="COMMAND")
