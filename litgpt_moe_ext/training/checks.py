@@ -49,6 +49,12 @@ def check_intervals(train: Any, eval: Any) -> None:
     check_at_least("eval.max_iters", eval.max_iters, 1)
 
 
+def check_peak(peak_tflops: float | None) -> None:
+    """Raise ValueError unless the peak of a device is positive."""
+    if peak_tflops is not None and not peak_tflops > 0:
+        raise ValueError(f"peak_tflops: {peak_tflops} must be above 0, or null")
+
+
 def check_seed(seed: int) -> None:
     """Raise ValueError unless every library takes the seed."""
     if not 0 <= seed < 2**32:

@@ -6,10 +6,10 @@ import random
 import datasets
 import pytest
 import torch
+from litgpt_moe_ext.evaluation.hellaswag_during_training import HellaSwagCallback
 
 from litgpt_moe_ext.console.main import main
 from litgpt_moe_ext.evaluation.hellaswag import Item, encoder, evaluate, load_items, requests_of
-from litgpt_moe_ext.evaluation.hellaswag_during_training import HellaSwagCallback
 from litgpt_moe_ext.evaluation.loading import load_model, load_tokenizer
 from tests.evaluation.conftest import VOCABULARY_SIZE, write_checkpoint
 from tests.models import moe_config
