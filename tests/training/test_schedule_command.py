@@ -11,7 +11,7 @@ from litgpt_moe_ext.analysis.schedule_figure import planned_rates, schedule_figu
 from litgpt_moe_ext.console.main import main
 from litgpt_moe_ext.training import cli
 from litgpt_moe_ext.training.arguments import ScheduleArgs
-from tests.training.conftest import corpus_settings, logged, recipe  # noqa: F401
+from tests.training.conftest import logged
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -22,7 +22,7 @@ def settings_of(file: Path):
 
 
 @pytest.mark.parametrize("name", ["cosine", "wsd", "onecycle"])
-def test_rates_are_those_of_the_run(recipe, tmp_path, name):  # noqa: F811
+def test_rates_are_those_of_the_run(recipe, tmp_path, name):
     """With accumulation, a warm-up and a floor."""
     train = {"lr_warmup_steps": 3, "min_lr": 1e-3, "micro_batch_size": 1}
     file = recipe(train=train, schedule={"name": name}, eval={"interval": 1000})
@@ -31,7 +31,7 @@ def test_rates_are_those_of_the_run(recipe, tmp_path, name):  # noqa: F811
     assert planned_rates(settings_of(file), name) == rates
 
 
-def test_max_steps_cuts_the_same_curve(recipe):  # noqa: F811
+def test_max_steps_cuts_the_same_curve(recipe):
     whole = planned_rates(settings_of(recipe("whole")), "cosine")
     cut = planned_rates(settings_of(recipe("cut", train={"max_steps": 5})), "cosine")
     assert len(whole) == 12
