@@ -26,11 +26,11 @@ def build_parser():
     """Return the jsonargparse parser with all sub-commands."""
     import jsonargparse
 
-    from litgpt_moe_ext.training.cli import plain_error
+    from litgpt_moe_ext.training.parser_errors import plain_error
 
     class ArgumentParser(jsonargparse.ArgumentParser):
         def error(self, message: str, *args, **kwargs):
-            super().error(plain_error(message), *args, **kwargs)
+            super().error(plain_error(message, lambda path: None, lambda path: None), *args, **kwargs)
 
     parser = ArgumentParser(
         prog="litgpt-moe",

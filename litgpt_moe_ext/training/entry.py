@@ -30,10 +30,14 @@ from litgpt_moe_ext.training.checks import (
     check_batch,
     check_checkpoint_dir,
     check_intervals,
+    check_learning_rate,
     check_length,
+    check_model_size,
     check_optimizer,
     check_peak,
+    check_processes,
     check_seed,
+    check_training_length,
     check_writable,
 )
 
@@ -133,10 +137,15 @@ def setup(
 
         settings = {name: to_plain(value) for name, value in arguments.items() if value is not None}
         config = _resolve_config(model_name, model_config)
+        check_model_size(config)
         check_length(train.max_seq_length, config.block_size)
+        check_training_length(train)
+        check_processes(devices, num_nodes)
+        if tokenizer_dir is not None and not Path(tokenizer_dir).is_dir():
+            raise FileNotFoundError(f"tokenizer_dir: {str(tokenizer_dir)!r} is no directory; it must hold a tokenizer")
         check_intervals(train, eval)
         check_seed(seed)
-        check_optimizer(optimizer)
+        check_learning_rate(check_optimizer(optimizer), train.min_lr, schedule.name)
         check_peak(peak_tflops)
         if wandb_dataset is not None:
             data = litgpt_moe_ext.data.WandbCorpus.instead_of(data, wandb_dataset, wandb_artifacts_dir)

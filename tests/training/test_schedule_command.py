@@ -56,7 +56,7 @@ def test_figure_shows_the_rates():
 
 
 def test_a_warm_up_that_needs_the_data():
-    train = TrainArgs(max_tokens=10_000, lr_warmup_fraction=0.1)
+    train = TrainArgs(max_tokens=10_000, lr_warmup_steps=None, lr_warmup_fraction=0.1)
     settings = SimpleNamespace(train=train, schedule=ScheduleArgs(), model_config=Config(block_size=8), optimizer="SGD")
     with pytest.raises(ValueError, match="train.lr_warmup_fraction: 0.1 is a part of the data's length"):
         planned_rates(settings, "cosine")
