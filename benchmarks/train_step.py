@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import io
 import itertools
+import os
 import statistics
 import tempfile
 import time
@@ -26,6 +27,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+# As `run_train.py` does, for threads that do not stand in the way of other programs; must come before torch.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import torch
 import yaml

@@ -14,6 +14,8 @@ from litgpt_moe_ext.analysis.figures import STYLE
 from litgpt_moe_ext.training.arguments import ParameterGroupArgs
 from litgpt_moe_ext.training.optimization import Optimization, count_steps, schedule_steps
 
+_STYLES = ("-", "--", "-.", ":")
+
 
 def planned_rates(settings: Any, name: str) -> list[float]:
     """Return the learning rate of every optimizer step of a training, from the code that the training runs.
@@ -50,15 +52,16 @@ def schedule_figure(rates: Mapping[str, Sequence[float]]) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6, 3.2), layout="constrained")
         axes = figure.subplots()
-        for name, values in rates.items():
-            axes.plot(range(1, len(values) + 1), values, linewidth=1.3, label=name)
+        for i, (name, values) in enumerate(rates.items()):
+            # Curves may lie on top of each other for most of their length.
+            axes.plot(range(1, len(values) + 1), values, _STYLES[i % len(_STYLES)], linewidth=1.3, label=name)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("learning rate")
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
         axes.grid(alpha=0.25, linewidth=0.5)
-        axes.legend()
+        figure.legend(loc="outside right center")
     return figure
 
 

@@ -144,7 +144,6 @@ def _describe(annotation: Any) -> str:
 
 
 def _describe_classes(message: str) -> str:
-    by_name = {cls.__name__: text for cls, text in _NAMES.items()}
-    return " or ".join(
-        dict.fromkeys(by_name[name] for name in _EXPECTED.findall(message) if name in by_name and name != "NoneType")
-    )
+    # Without null, which the outer setting of a nested one may be.
+    by_name = {cls.__name__: text for cls, text in _NAMES.items() if cls is not type(None)}
+    return " or ".join(dict.fromkeys(by_name[name] for name in _EXPECTED.findall(message) if name in by_name))
