@@ -4,11 +4,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from litgpt_moe_ext.analysis.memory import PRECISIONS, inference_memory, training_memory
 from litgpt_moe_ext.analysis.recipes import Recipe
-from litgpt_moe_ext.model_size import count_parameters
+from litgpt_moe_ext.model_size import count_flops, count_parameters
 
 INFERENCE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -79,8 +78,8 @@ def make_card(recipe: Recipe, micro_batch_size: int | None = None) -> ModelCard:
         micro_batch_size=batch,
         block_size=config.block_size,
         optimizer=_optimizer_name(optimizer),
-        flops_per_token_forward=flops(config, length, training=False) / length,
-        flops_per_token_training=flops(config, length, training=True) / length,
+        flops_per_token_forward=count_flops(config, length, training=False) / length,
+        flops_per_token_training=count_flops(config, length, training=True) / length,
         training={name: {**memory._asdict(), "total": memory.total} for name, memory in training.items()},
         inference={name: {**memory._asdict(), "total": memory.total} for name, memory in inference.items()},
         kv_cache_per_token={name: memory.kv_cache / config.block_size for name, memory in inference.items()},
@@ -89,28 +88,6 @@ def make_card(recipe: Recipe, micro_batch_size: int | None = None) -> ModelCard:
             name: _state_bytes(config, PRECISIONS[name][0]) + memory.optimizer for name, memory in training.items()
         },
     )
-
-
-def flops(config: Any, length: int, training: bool) -> int:
-    """Return the floating point operations of one sequence, counted by torch on tensors without memory.
-
-    Args:
-        config: A `litgpt.Config`.
-        length: Tokens of the sequence.
-        training: Whether to count the backward pass as well.
-    """
-    from lightning.fabric.utilities.throughput import measure_flops
-    from litgpt.model import GPT
-
-    with torch.device("meta"):
-        model = GPT(config)
-        ids = torch.zeros(1, length + 1, dtype=torch.int64)
-    inputs, targets = ids[:, :-1], ids[:, 1:]
-
-    def loss(logits: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-    return measure_flops(model, lambda: model(inputs), loss if training else None)
 
 
 def _optimizer_name(optimizer: str | dict) -> str:

@@ -8,8 +8,9 @@ from litgpt import GPT
 from litgpt.utils import chunked_cross_entropy
 
 from litgpt_moe_ext.analysis.memory import PRECISIONS, LiveMemory, inference_memory, state_ratio, training_memory
-from litgpt_moe_ext.analysis.model_card import flops, make_card
+from litgpt_moe_ext.analysis.model_card import make_card
 from litgpt_moe_ext.analysis.recipes import Recipe, load_recipe
+from litgpt_moe_ext.model_size import count_flops
 from tests.models import initialized_model, moe_config
 
 LENGTH = 32
@@ -104,8 +105,8 @@ def test_flops_are_those_of_the_active_matrices():
     D, F, E, K, T, V = 16, 12, 8, 2, LENGTH, 64
     attention = 2 * D * (16 + 2 * 8) + 2 * D * D + 4 * T * D
     layer = attention + 2 * D * E + K * 3 * 2 * D * F
-    assert flops(config, T, training=False) == T * (2 * layer + 2 * D * V)
-    assert flops(config, T, training=True) > 2.5 * flops(config, T, training=False)
+    assert count_flops(config, T, training=False) == T * (2 * layer + 2 * D * V)
+    assert count_flops(config, T, training=True) > 2.5 * count_flops(config, T, training=False)
 
 
 def test_card_takes_the_settings_of_the_recipe():
