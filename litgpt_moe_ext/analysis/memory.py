@@ -11,7 +11,8 @@ projection, V vocabulary.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ from litgpt_moe_ext.moe.backends import matmul_dtype
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.moe.routing import Routing
+from litgpt_moe_ext.training.activation_checkpointing import ActivationCheckpointing, Mode
+from litgpt_moe_ext.training.fused_loss import FusedLoss, require_torch
 
 # Precision setting of training: dtype of the parameters, and dtype of autocast if there is any.
 PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
@@ -142,12 +145,17 @@ def _stand_in_forward(experts: Experts, x_TD: Tensor, routing: Routing) -> Tenso
 
 
 def training_memory(
-    config: Any, precision: str, micro_batch_size: int, sequence_length: int, optimizer: str | dict
+    config: Any,
+    precision: str,
+    micro_batch_size: int,
+    sequence_length: int,
+    optimizer: str | dict,
+    activation_checkpointing: Mode = "none",
+    fused_cross_entropy: bool = False,
 ) -> TrainingMemory:
     """Return what a training step takes, without taking it.
 
-    The activations are those of the CPU backend of the experts and of torch's fused attention, without activation
-    checkpointing.
+    The activations are those of the CPU backend of the experts and of torch's fused attention.
 
     Args:
         config: A `litgpt.Config`.
@@ -155,12 +163,21 @@ def training_memory(
         micro_batch_size: Sequences in one forward pass.
         sequence_length: Tokens of each.
         optimizer: As in a recipe.
+        activation_checkpointing: As in a recipe.
+        fused_cross_entropy: As in a recipe.
+
+    Raises:
+        ImportError: If `fused_cross_entropy` needs another torch.
+        ValueError: If it does not go with the configuration.
     """
     from litgpt.utils import chunked_cross_entropy
 
     dtype, autocast = PRECISIONS[precision]
     ratio = state_ratio(optimizer, dtype)
+    # 0: the whole cross-entropy at once, as LitGPT's pretraining does.
+    cross_entropy = partial(chunked_cross_entropy, chunk_size=0)
     with _fake_model(config, dtype) as (model, memory):
+        cross_entropy = save_memory(model, cross_entropy, activation_checkpointing, fused_cross_entropy)
         weights = sum(_bytes(tensor) for tensor in (*model.parameters(), *model.buffers()))
         ids = torch.zeros(micro_batch_size, sequence_length + 1, dtype=torch.int64)
         context = contextlib.nullcontext() if autocast is None else torch.autocast("cpu", autocast)
@@ -171,14 +188,30 @@ def training_memory(
         memory.reset()
         before = memory.live()
         with context:
-            # 0: the whole cross-entropy at once, as LitGPT's pretraining does.
-            loss = chunked_cross_entropy(model(ids[:, :-1]), ids[:, 1:], chunk_size=0)
+            loss = cross_entropy(model(ids[:, :-1]), ids[:, 1:])
         loss.backward()
         activations = memory.peak - before
         for router in routers_of(model).values():
             router.tally.take()  # no optimizer will
         parameters = sum(_bytes(parameter) for parameter in model.parameters())
     return TrainingMemory(weights, gradients, parameters * ratio, activations)
+
+
+def save_memory(
+    model: torch.nn.Module,
+    cross_entropy: Callable[..., Tensor],
+    activation_checkpointing: Mode,
+    fused_cross_entropy: bool,
+) -> Callable[..., Tensor]:
+    """Do to a model what training does to it for these settings, and return its loss function."""
+    if activation_checkpointing != "none":
+        ActivationCheckpointing(activation_checkpointing).on_before_setup(model)
+    if not fused_cross_entropy:
+        return cross_entropy
+    require_torch()
+    fused = FusedLoss()
+    fused.on_before_setup(model)
+    return fused.wrap(cross_entropy)
 
 
 def inference_memory(config: Any, dtype: torch.dtype) -> InferenceMemory:
