@@ -89,32 +89,42 @@ class LiveMemory(TorchDispatchMode):
         self.peak = 0
         self._bytes: dict[int, int] = {}
         self._references: dict[int, StorageWeakRef] = {}
+        # With those that have died since `live` last looked, which takes a while.
+        self._seen = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        self._forget_dead()
         result = func(*args, **(kwargs or {}))
         for leaf in tree_iter(result):
             if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                key = storage._cdata
-                if key not in self._references:
-                    self._references[key] = StorageWeakRef(storage)
-                    self._bytes[key] = storage.nbytes()
-        self.peak = max(self.peak, sum(self._bytes.values()))
+                self._see(leaf.untyped_storage())
+        if self._seen > self.peak:
+            self.peak = max(self.peak, self.live())
         return result
 
     def live(self) -> int:
         """Return the bytes that are alive now."""
-        self._forget_dead()
-        return sum(self._bytes.values())
+        for key in [key for key, reference in self._references.items() if reference.expired()]:
+            self._forget(key)
+        return self._seen
 
     def reset(self) -> None:
         """Start looking for a new peak."""
         self.peak = self.live()
 
-    def _forget_dead(self) -> None:
-        for key in [key for key, reference in self._references.items() if reference.expired()]:
-            del self._references[key], self._bytes[key]
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        known = self._references.get(key)
+        if known is not None:
+            if not known.expired():
+                return
+            self._forget(key)  # another storage was at the same address
+        self._references[key] = StorageWeakRef(storage)
+        self._bytes[key] = storage.nbytes()
+        self._seen += self._bytes[key]
+
+    def _forget(self, key: int) -> None:
+        del self._references[key]
+        self._seen -= self._bytes.pop(key)
 
 
 class _StandIn(torch.autograd.Function):
@@ -133,9 +143,13 @@ class _StandIn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, weights_TK, _h_RG, _rows_2R, *weights = ctx.saved_tensors
+        x_TD, weights_TK, h_RG, _rows_2R, *weights = ctx.saved_tensors
         dweights = [torch.empty_like(weight) for weight in weights]
         _dx_RD = x_TD.new_empty(weights_TK.numel(), x_TD.size(1), dtype=ctx.x_dtype)
+        # What one expert needs at a time: rows of x and dy, dh, and two of the hidden width.
+        down_EDF = [weight for weight in weights if weight.dim() == 3][-1]
+        width = 2 * x_TD.size(1) + h_RG.size(1) + 2 * down_EDF.size(2)
+        _scratch_NW = x_TD.new_empty(weights_TK.numel() // down_EDF.size(0), width)
         return torch.empty_like(x_TD, dtype=ctx.x_dtype), torch.empty_like(weights_TK), None, *dweights
 
 

@@ -154,7 +154,7 @@ def test_speculative_decoding(endless_dir, documents_dir, capsys):
     assert PROMPT + text in printed
     assert "Acceptance rate: 100.00%" in printed
     with pytest.raises(ValueError, match="streaming_cache_first and streaming_cache_window to null"):
-        litgpt.generate.speculative_decoding.main(endless_dir, endless_dir, PROMPT, **GREEDY)
+        litgpt.generate.speculative_decoding.main(documents_dir, endless_dir, PROMPT, **GREEDY)
 
 
 def test_evaluate_generates_with_a_streaming_checkpoint(endless_dir, task_file, tmp_path):
