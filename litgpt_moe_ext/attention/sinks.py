@@ -231,7 +231,7 @@ class _Flash(torch.autograd.Function):
         dsinks_H = None
         if sinks_H is not None and ctx.needs_input_grad[3]:
             share_BHT = torch.exp(sinks_H.to(lse_BHT.dtype).unsqueeze(-1) - lse_BHT)
-            delta_BHT = (dout_BHTD.to(lse_BHT.dtype) * out_BHTD).sum(-1)
+            delta_BHT = (dout_BHTD * out_BHTD).sum(-1, dtype=lse_BHT.dtype)
             dsinks_H = -(share_BHT * delta_BHT).sum((0, 2)).to(sinks_H.dtype)
         return dq_BHTD, dk_BGSD, dv_BGSD, dsinks_H, None, None, None, None
 
@@ -242,4 +242,6 @@ def _scale_in_place(out_BHTD: torch.Tensor, gate_BHT1: torch.Tensor) -> torch.Te
     # effects, whatever is written here.
     if not torch.compiler.is_compiling() and is_in_torch_dispatch_mode():
         out_BHTD = out_BHTD.clone()
-    return out_BHTD.mul_(gate_BHT1)
+    # A CPU multiplies two types by way of whole copies in the larger one: a sixth of the time of a kernel for 512 tokens
+    # in bfloat16. A GPU does it on the way.
+    return out_BHTD.mul_(gate_BHT1 if out_BHTD.is_cuda else gate_BHT1.to(out_BHTD.dtype))
