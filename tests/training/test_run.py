@@ -387,3 +387,19 @@ class TestWrongInputs:
     )
     def test_settings(self, recipe, capsys, arguments, message):
         assert message in self.refused(capsys, "--config", recipe(), *arguments)
+
+
+def test_yarn_trains_on_beyond_the_original_length(recipe, tmp_path, capsys):
+    """A model with YaRN from 16 to 64 tokens is trained at 16, then from its weights at 64, and not at 65."""
+    yarn = {"factor": 4.0, "original_max_seq_len": 16, "beta_fast": 8.0, "beta_slow": 1.0}
+    model = {"block_size": 64, "rope_adjustments": yarn, "norm_qk": True, "sliding_window_size": 12}
+    short = recipe("short", model_config=model, train={"max_seq_length": 16, "max_tokens": 6 * 4 * 16})
+    assert train("--config", short) == 0
+    longer = ("--initial_checkpoint_dir", tmp_path / "out" / "final", "--out_dir", tmp_path / "longer")
+    tokens = ("--train.max_tokens", 6 * 4 * 64)
+    assert train("--config", short, "--train.max_seq_length", 64, *longer, *tokens) == 0
+    before, after = (logged(tmp_path / name, "loss") for name in ("out", "longer"))
+    assert len(before) == len(after) == 6
+    assert float(after[1]) < float(before[1]) - 0.3  # it goes on from the weights
+    assert train("--config", short, "--train.max_seq_length", 65, *longer, *tokens) == 2
+    assert "train.max_seq_length: 65 must be from 1 to the model's block_size: 64" in capsys.readouterr().err
