@@ -36,7 +36,7 @@ def examine(recipe: Recipe | None) -> list[Finding]:
     """Look at the installation, and at what a recipe asks of it."""
     findings = [*_versions(), *_device(), _compile(recipe), *_kernels(), _precision(recipe)]
     if recipe is not None:
-        findings += [*_memory(recipe), _data(recipe), _tokenizer(recipe), _disk(recipe)]
+        findings += [_strategy(recipe), *_memory(recipe), _data(recipe), _tokenizer(recipe), _disk(recipe)]
     return findings
 
 
@@ -140,6 +140,18 @@ def _precision(recipe: Recipe | None) -> Finding:
     if slow and wanted is not None and wanted.startswith("bf16"):
         return Finding("precision", "note", f"precision: {wanted} is slow on a CPU without AVX-512; 32-true is faster")
     return Finding("precision", "good", f"{wanted or 'chosen by the device'}; usable: {', '.join(usable)}")
+
+
+def _strategy(recipe: Recipe) -> Finding:
+    from litgpt_moe_ext.training.arguments import DistributedArgs
+    from litgpt_moe_ext.training.strategies import accelerator_here, check_strategy
+
+    name = recipe.settings.get("strategy") or "auto"
+    try:
+        check_strategy(name, DistributedArgs(**(recipe.settings.get("distributed") or {})), accelerator_here())
+    except (ValueError, TypeError, ImportError) as error:
+        return Finding("strategy", "problem", str(error))
+    return Finding("strategy", "good", name)
 
 
 def _memory(recipe: Recipe) -> Iterator[Finding]:
