@@ -8,6 +8,7 @@ Args (one, as JSON):
     RUNS: A list of `[number of processes, [argument of run_train.py, ...]]`, done one after the other.
 """
 
+import importlib
 import json
 import os
 import socket
@@ -20,7 +21,6 @@ def allow_cpus() -> None:
     """Let DeepSpeed train on CPUs."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
-    import deepspeed.comm.torch
     from lightning.fabric.strategies import Strategy, deepspeed as fabrics
 
     from litgpt_moe_ext.training import strategies
@@ -28,8 +28,8 @@ def allow_cpus() -> None:
 
     strategies.CUDA_ONLY = ()
     fabrics._validate_device_index_selection = lambda devices: None
-    # Its shared-memory reduction would be compiled first.
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    # Its shared-memory reduction would be compiled first. (As an attribute, `deepspeed.comm.torch` is torch.)
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
     def setup_environment(strategy: ZeroStrategy) -> None:
         Strategy.setup_environment(strategy)

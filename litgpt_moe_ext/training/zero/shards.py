@@ -92,8 +92,8 @@ class SplitShards:
             safe_set_local_optimizer_state(parameter, piece, key)
 
     def refresh(self, parameter: nn.Parameter, value: Tensor) -> None:
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters([parameter], modifier_rank=0):
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if dist.get_rank() == 0:
                 parameter.data.copy_(value)
