@@ -128,7 +128,7 @@ class DistributedArgs:
     limit_all_gathers: bool | None = None
     """fsdp: fetch at most two blocks ahead, which bounds the memory; null: true"""
     reshard_after_forward: bool | None = None
-    """fsdp2: give a block's weights back after its forward pass and fetch them again for the backward pass; null: true"""
+    """fsdp2: give weights back after the forward pass and fetch them again for the backward pass; null: all blocks'"""
     overlap_comm: bool | None = None
     """deepspeed: reduce gradients while the backward pass goes on; null: true"""
     reduce_bucket_size: int | None = None

@@ -5,7 +5,7 @@ devices. Both checks are lifted here. torch, LitGPT and DeepSpeed are imported o
 fork.
 
 Args (one, as JSON):
-    RUNS: A list of `[number of processes, [argument of run_train.py, ...]]`, done one after the other.
+    RUNS: A list of `[number of processes, exit status, [argument of run_train.py, ...]]`, done one after the other.
 """
 
 import importlib
@@ -21,7 +21,8 @@ def allow_cpus() -> None:
     """Let DeepSpeed train on CPUs."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
-    from lightning.fabric.strategies import Strategy, deepspeed as fabrics
+    from lightning.fabric.strategies import Strategy
+    from lightning.fabric.strategies import deepspeed as fabrics
 
     from litgpt_moe_ext.training import strategies
     from litgpt_moe_ext.training.zero.strategy import ZeroStrategy
@@ -45,8 +46,8 @@ def allow_cpus() -> None:
     deepspeed.initialize = initialize_on_cpu
 
 
-def run(processes: int, arguments: list[str]) -> None:
-    """Train in forked processes; raises RuntimeError if one of them fails."""
+def run(processes: int, status: int, arguments: list[str]) -> None:
+    """Train in forked processes; raises RuntimeError unless all of them end with `status`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -58,8 +59,9 @@ def run(processes: int, arguments: list[str]) -> None:
             os.environ.update({name: str(value) for name, value in {**place, **where}.items()})
             os._exit(_train(arguments))
         children.append(pid)
-    if failed := [pid for pid in children if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])]:
-        raise RuntimeError(f"{len(failed)} of {processes} processes failed: {arguments}")
+    found = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    if found != [status] * processes:
+        raise RuntimeError(f"exit status {found} instead of {status}: {arguments}")
 
 
 def _train(arguments: list[str]) -> int:
@@ -79,5 +81,5 @@ if __name__ == "__main__":
     allow_cpus()
     import litgpt_moe_ext.training.run  # noqa: F401  (before the forks)
 
-    for processes, arguments in json.loads(sys.argv[1]):
-        run(processes, arguments)
+    for processes, status, arguments in json.loads(sys.argv[1]):
+        run(processes, status, arguments)

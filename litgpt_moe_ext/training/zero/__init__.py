@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO as a strategy: optimizer states, gradients and weights shared out among processes, or kept on the CPU.
+"""DeepSpeed's ZeRO as a strategy: optimizer states, gradients and weights shared out, or kept on the CPU.
 
 ZeRO stage 1 shares out the optimizer's states, stage 2 the gradients as well, stage 3 the weights too (Rajbhandari et
 al., arXiv:1910.02054). LitGPT's loop stays as it is, and so does the checkpoint: `lit_model.pth` holds whole float32

@@ -103,12 +103,17 @@ def check_combination(
     path = optimizer["class_path"] if isinstance(optimizer, dict) else optimizer
     if _full_path(path) not in ELEMENTWISE_OPTIMIZERS:
         raise ValueError(
-            f"optimizer: {path!r} cannot be combined with strategy: {strategy!r}, which hands it flat pieces of several "
-            f"weights; use one that treats every number by itself: {', '.join(ELEMENTWISE_OPTIMIZERS)}"
+            f"optimizer: {path!r} cannot be combined with strategy: {strategy!r}, which hands it flat pieces of "
+            f"several weights; use one that treats every number by itself: {', '.join(ELEMENTWISE_OPTIMIZERS)}"
         )
     if compile is True:
         raise ValueError(
             f"compile: true cannot be combined with strategy: {strategy!r}; leave it at auto, or use fsdp2"
+        )
+    if stage == 3 and activation_checkpointing == "selective":
+        raise ValueError(
+            f"activation_checkpointing: 'selective' cannot be combined with strategy: {strategy!r}, which gives "
+            "weights back between the forward pass and its repetition; use full, or stage 2"
         )
     if anomaly.spike_factor is not None:
         raise ValueError(
