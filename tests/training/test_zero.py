@@ -186,11 +186,11 @@ class TestTraining:
             distributed=offload,
         )
         plan("stage 3, then alone", "auto", "--resume", f"{folder}/{STAGES[2]}/step-00000002", processes=1)
-        for strategy in ("ddp", *STAGES):
+        for strategy in ("ddp", STAGES[0], STAGES[2]):
             plan(f"bf16 {strategy}", strategy, "--precision", "bf16-mixed")
         too_far = [
             "--optimizer.init_args.lr",
-            "1e30",
+            "1.0e+30",
             "--anomaly.on_nonfinite",
             "skip",
             "--anomaly.max_consecutive",
@@ -202,7 +202,7 @@ class TestTraining:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=280,
+            timeout=600,
             cwd=ROOT,
         )
         assert process.returncode == 0, process.stdout
@@ -217,7 +217,7 @@ class TestTraining:
         """Weights, moments and rates come out of the checkpoint whole, and go into it."""
         self.assert_same_training(runs[0] / name, runs[0] / "ddp")
 
-    @pytest.mark.parametrize("strategy", STAGES)
+    @pytest.mark.parametrize("strategy", [STAGES[0], STAGES[2]])
     def test_bf16(self, runs, strategy):
         """Near ddp's, whose weights are float32 in the forward pass too; checkpoints are in float32."""
         folder, _ = runs
