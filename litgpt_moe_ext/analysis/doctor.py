@@ -148,19 +148,28 @@ def _processes(recipe: Recipe) -> int:
     return recipe.devices or torch.cuda.device_count() or 1
 
 
+def _whole(recipe: Recipe) -> bool:
+    # Whether every process has all weights.
+    from litgpt_moe_ext.training.zero.settings import stage_of
+
+    if (stage := stage_of(recipe.strategy)) is not None:
+        return stage < 3
+    return recipe.strategy in ("auto", "ddp") or _processes(recipe) * recipe.num_nodes == 1
+
+
 def _strategy(recipe: Recipe) -> Finding:
     import torch
 
     from litgpt_moe_ext.training.arguments import DistributedArgs
-    from litgpt_moe_ext.training.strategies import make_strategy, single_process_note
+    from litgpt_moe_ext.training.strategies import accelerator_here, check_strategy, single_process_note
 
     per_node, nodes = _processes(recipe), recipe.num_nodes
     try:
         args = DistributedArgs(**(recipe.settings.get("distributed") or {}))
-        make_strategy(recipe.strategy, per_node * nodes, nodes, args, "cuda" if torch.cuda.is_available() else "cpu")
-    except (TypeError, ValueError) as error:
+        check_strategy(recipe.strategy, args, accelerator_here())
+    except (TypeError, ValueError, ImportError) as error:
         return Finding("strategy", "problem", str(error))
-    if recipe.memory_savers["fused_cross_entropy"] and per_node * nodes > 1 and recipe.strategy not in ("auto", "ddp"):
+    if recipe.memory_savers["fused_cross_entropy"] and not _whole(recipe):
         text = f"fused_cross_entropy: true needs the whole output head on every process; strategy: {recipe.strategy}"
         return Finding("strategy", "problem", f"{text} shares it out: use ddp, or leave fused_cross_entropy out")
     if torch.cuda.is_available() and per_node > torch.cuda.device_count():
@@ -185,7 +194,8 @@ def _memory(recipe: Recipe) -> Iterator[Finding]:
     if precision not in PRECISIONS:
         return
     batch, per_node = recipe.micro_batch_size, _processes(recipe)
-    offload = bool((recipe.settings.get("distributed") or {}).get("cpu_offload"))
+    knobs = recipe.settings.get("distributed") or {}
+    offload = bool(knobs.get("cpu_offload") or knobs.get("offload_optimizer"))
     try:
         whole = training_memory(
             recipe.config, precision, batch, recipe.sequence_length, recipe.optimizer, **recipe.memory_savers
@@ -202,17 +212,17 @@ def _memory(recipe: Recipe) -> Iterator[Finding]:
     text = f"training in {precision} takes about {needed / 2**30:.2f} GiB of tensors{among}"
     text += f", {free / 2**30:.1f} GiB are free"
     if needed > free:
-        yield Finding("memory", "problem", f"{text}; {'; '.join(_remedies(recipe, per_node, cuda))}")
+        yield Finding("memory", "problem", f"{text}; {'; '.join(_remedies(recipe, cuda))}")
     else:
         yield Finding("memory", "good", text)
 
 
-def _remedies(recipe: Recipe, per_node: int, cuda: bool) -> Iterator[str]:
+def _remedies(recipe: Recipe, cuda: bool) -> Iterator[str]:
     savers = recipe.memory_savers
     yield f"lower train.micro_batch_size ({recipe.micro_batch_size})"
     if savers["activation_checkpointing"] != "full":
         yield f"set activation_checkpointing ({savers['activation_checkpointing']}) to full"
-    whole = recipe.strategy in ("auto", "ddp") or per_node * recipe.num_nodes == 1
+    whole = _whole(recipe)
     if whole and not savers["fused_cross_entropy"]:
         yield "set fused_cross_entropy to true"
     if cuda and whole:

@@ -1,12 +1,19 @@
 """What one of several processes takes in training, by strategy.
 
-The rules are those of torch's DDP and FSDP with the settings that `litgpt_moe_ext.training.strategies` gives them:
+The rules are those of torch's DDP and FSDP, and DeepSpeed's ZeRO, with the settings that
+`litgpt_moe_ext.training.strategies` gives them:
 
 | strategy             | weights, gradients, optimizer | besides                                                      |
 | -------------------- | ----------------------------- | ------------------------------------------------------------ |
 | `ddp`                | whole                         | a copy of the gradients, in the buckets that are reduced     |
 | `fsdp`, `fsdp2`      | a share                       | the parameters outside the blocks, two blocks, one gradient  |
 | `fsdp_shard_grad_op` | a share                       | all parameters, from forward to backward pass, one gradient  |
+| `deepspeed_stage_1`  | optimizer: a share            | a bucket of gradients                                        |
+| `deepspeed_stage_2`  | and gradients: a share        | the same                                                     |
+| `deepspeed_stage_3`  | a share                       | as `fsdp`                                                    |
+
+ZeRO optimizes a float32 copy of the weights, which counts as part of the optimizer here; that the other copy is half as
+wide in mixed precision is left out.
 
 With several nodes `fsdp` shares the work within a node, each of which has all of it; the others share among all.
 """
@@ -14,8 +21,14 @@ With several nodes `fsdp` shares the work within a node, each of which has all o
 from typing import Any, NamedTuple
 
 from litgpt_moe_ext.analysis.memory import TrainingMemory
+from litgpt_moe_ext.training.zero.settings import stage_of
 
-STRATEGIES = ("ddp", "fsdp", "fsdp_shard_grad_op", "fsdp2")
+STRATEGIES = (
+    *("ddp", "fsdp", "fsdp_shard_grad_op", "fsdp2"),
+    *("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"),
+)
+# Fabric's default: 200 million gradients of 4 bytes.
+_BUCKET = 800_000_000
 
 
 class ProcessMemory(NamedTuple):
@@ -27,7 +40,8 @@ class ProcessMemory(NamedTuple):
         optimizer: Its part of the optimizer's state.
         communication: What is gathered from other processes or about to be sent to them, at the worst moment.
         activations: As without other processes.
-        host: What of these is in the CPU's memory, with `distributed.cpu_offload`, and not on the device.
+        host: What of these is in the CPU's memory, with `distributed.cpu_offload` or `offload_optimizer`, and not on
+            the device.
     """
 
     weights: int
@@ -61,13 +75,15 @@ def process_memory(
         strategy: One of `STRATEGIES`, or `auto`, which is `ddp`.
         per_node: Processes on each node.
         nodes: Number of nodes.
-        cpu_offload: As `distributed.cpu_offload`.
+        cpu_offload: As `distributed.cpu_offload`, or `distributed.offload_optimizer` of DeepSpeed.
 
     Raises:
         ValueError: If there is no such strategy.
     """
     if strategy not in (*STRATEGIES, "auto"):
         raise ValueError(f"strategy: {strategy!r} is unknown; choose from auto, {', '.join(STRATEGIES)}")
+    if (stage := stage_of(strategy)) is not None:
+        return _zero_memory(memory, block, outside, stage, per_node * nodes, cpu_offload)
     if per_node * nodes == 1:
         return ProcessMemory(memory.weights, memory.gradients, memory.optimizer, 0, memory.activations)
     if strategy in ("auto", "ddp"):
@@ -79,6 +95,19 @@ def process_memory(
     gathered = memory.gradients if strategy == "fsdp_shard_grad_op" else outside + 2 * block
     communication = gathered + max(block, outside)
     return ProcessMemory(*parts, communication, memory.activations, host=sum(parts) if cpu_offload else 0)
+
+
+def _zero_memory(
+    memory: TrainingMemory, block: int, outside: int, stage: int, shares: int, offload: bool
+) -> ProcessMemory:
+    optimizer = -(-(memory.optimizer + memory.weights) // shares)
+    gradients = memory.gradients if stage == 1 else -(-memory.gradients // shares)
+    if stage < 3:
+        weights, communication = memory.weights, min(_BUCKET, memory.gradients)
+    else:
+        weights, communication = -(-memory.weights // shares), outside + 2 * block + max(block, outside)
+    host = optimizer if offload else 0
+    return ProcessMemory(weights, gradients, optimizer, communication, memory.activations, host)
 
 
 def block_sizes(config: Any, itemsize: int) -> tuple[int, int]:

@@ -132,6 +132,7 @@ def scheduled_rate(rate: float, schedule: Mapping[str, int], updates: Tensor) ->
 # counts of all routers travel in one all-reduce.
 _routers: list[weakref.ref] = []
 _warned_unowned: weakref.WeakSet = weakref.WeakSet()
+_left_to_caller: weakref.WeakSet = weakref.WeakSet()
 
 
 def watch(router: torch.nn.Module) -> None:
@@ -150,8 +151,18 @@ def install_optimizer_hook() -> None:
     register_optimizer_step_post_hook(_after_optimizer_step)
 
 
+def leave_to_caller(optimizer: torch.optim.Optimizer) -> None:
+    """Let the steps of `optimizer` move no bias: its owner calls `update_routers`, once a step.
+
+    For owners such as DeepSpeed, which give it flat copies of the weights, and step it several times with some of them.
+    """
+    _left_to_caller.add(optimizer)
+
+
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     forget_scale()
+    if optimizer in _left_to_caller:
+        return
     pending = [router for reference in _routers if (router := reference()) is not None and router.tally.pending]
     if not pending:
         return

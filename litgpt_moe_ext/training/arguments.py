@@ -149,13 +149,40 @@ class DistributedArgs:
 
     bucket_mb: float | None = None
     """ddp: size of the pieces in which gradients are reduced while the backward pass goes on, in MB; null: 25"""
+    gradient_as_bucket_view: bool | None = None
+    """ddp: gradients share the memory of those pieces, which saves a copy of all of them; null: false"""
+    static_graph: bool | None = None
+    """ddp: promise that every step uses the same weights in the same order; null: false"""
+    find_unused_parameters: bool | None = None
+    """ddp: look for weights that got no gradient in a backward pass, which costs time; null: false"""
     cpu_offload: bool | None = None
     """fsdp, fsdp2: keep weights and optimizer in the memory of the CPU; null: false"""
+    forward_prefetch: bool | None = None
+    """fsdp: fetch the weights of the next block before the present one is computed; null: false"""
+    limit_all_gathers: bool | None = None
+    """fsdp: fetch at most two blocks ahead, which bounds the memory; null: true"""
+    reshard_after_forward: bool | None = None
+    """fsdp2: give weights back after the forward pass and fetch them again for the backward pass; null: all blocks'"""
+    overlap_comm: bool | None = None
+    """deepspeed: reduce gradients while the backward pass goes on; null: true"""
+    reduce_bucket_size: int | None = None
+    """deepspeed: number of gradients reduced at once; null: 200000000"""
+    allgather_bucket_size: int | None = None
+    """deepspeed_stage_1, deepspeed_stage_2: number of updated weights fetched at once, even; null: 200000000"""
+    offload_optimizer: bool | None = None
+    """deepspeed: keep the optimizer's states, and take its steps, on the CPU; null: false"""
+    offload_parameters: bool | None = None
+    """deepspeed_stage_3: keep the weights on the CPU as well; null: false"""
     timeout_minutes: float = 10.0
     """After which a process that waits for another one gives up"""
 
     def __post_init__(self) -> None:
         if self.bucket_mb is not None and not self.bucket_mb > 0:
             raise ValueError(f"distributed.bucket_mb: {self.bucket_mb} must be above 0, or null")
+        if self.reduce_bucket_size is not None and self.reduce_bucket_size < 1:
+            raise ValueError(f"distributed.reduce_bucket_size: {self.reduce_bucket_size} must be at least 1, or null")
+        size = self.allgather_bucket_size
+        if size is not None and (size < 2 or size % 2):
+            raise ValueError(f"distributed.allgather_bucket_size: {size} must be even and at least 2, or null")
         if not self.timeout_minutes > 0:
             raise ValueError(f"distributed.timeout_minutes: {self.timeout_minutes} must be above 0")

@@ -40,6 +40,7 @@ from litgpt_moe_ext.training.checks import (
     check_training_length,
     check_writable,
 )
+from litgpt_moe_ext.training.zero.settings import check_combination
 
 
 def setup(
@@ -69,7 +70,16 @@ def setup(
     tokenizer_dir: Path | None = None,
     logger_name: LoggerChoice = "csv",
     seed: int = 42,
-    strategy: Literal["auto", "ddp", "fsdp", "fsdp_shard_grad_op", "fsdp2"] = "auto",
+    strategy: Literal[
+        "auto",
+        "ddp",
+        "fsdp",
+        "fsdp_shard_grad_op",
+        "fsdp2",
+        "deepspeed_stage_1",
+        "deepspeed_stage_2",
+        "deepspeed_stage_3",
+    ] = "auto",
     compile: bool | Literal["auto"] = "auto",
     float32_matmul_precision: Literal["highest", "high", "medium"] | None = None,
     activation_checkpointing: Literal["none", "full", "selective"] = "none",
@@ -107,7 +117,8 @@ def setup(
         tokenizer_dir: Directory of the tokenizer. Data modules that make their own need none.
         logger_name: Where metrics go.
         seed: Seed of the random generators.
-        strategy: How processes share the work; auto is ddp wherever there are several.
+        strategy: How processes share the work; auto is ddp wherever there are several. DeepSpeed's need CUDA devices
+            and `uv sync --extra deepspeed`.
         compile: Whether to use `torch.compile`; auto does where it works and pays, and says so.
         float32_matmul_precision: As `torch.set_float32_matmul_precision`: high and medium let GPUs use TF32 or bf16 for
             float32 products; medium makes CPUs use oneDNN, which is faster. Default: torch's.
@@ -147,6 +158,7 @@ def setup(
         check_seed(seed)
         check_learning_rate(check_optimizer(optimizer), train.min_lr, schedule.name)
         check_peak(peak_tflops)
+        check_combination(strategy, precision, optimizer, compile, activation_checkpointing, anomaly, ema)
         if wandb_dataset is not None:
             data = litgpt_moe_ext.data.WandbCorpus.instead_of(data, wandb_dataset, wandb_artifacts_dir)
         out_dir = Path(out_dir)

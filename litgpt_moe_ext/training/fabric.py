@@ -8,7 +8,8 @@ Beside Fabric's own hooks (`on_after_setup`, `on_after_optimizer_step`) a callba
 - `on_step_begin(state)`: the first batch of an optimizer step is about to be fetched; `state` is LitGPT's;
 - `on_batch(batch, waited)`: a batch was fetched, which took `waited` seconds;
 - `on_gradients_clipped(norm, module, optimizer, scaled)`: the total gradient norm before clipping, a scalar tensor on
-  the device; whether a gradient scaler watches over it;
+  the device; whether a gradient scaler watches over it. DeepSpeed clips inside its step: there the call follows the
+  step, which has been left out if the norm is not finite;
 - `on_last_step(state)`: no optimizer step follows; the final validation and checkpoint do;
 - `on_log(metrics)`: may add to the dictionary before it reaches the loggers;
 - `on_logged(metrics)`: sees the complete dictionary;
@@ -28,10 +29,12 @@ import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.strategies import ModelParallelStrategy, Strategy
+from lightning.fabric.wrappers import _FabricOptimizer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from litgpt_moe_ext.moe.metrics import load_metrics
+from litgpt_moe_ext.training.zero.strategy import ZeroStrategy
 
 
 class TrainingFabric(L.Fabric):
@@ -50,6 +53,8 @@ class TrainingFabric(L.Fabric):
         super().__init__(**kwargs)
         self._show = show
         self.resumed_rng: list[dict] | None = None
+        self._model: Any = None
+        self._optimizer: Any = None
         self.state: dict[str, Any] = {"step_count": 0}
 
     @property
@@ -68,27 +73,55 @@ class TrainingFabric(L.Fabric):
     def init_module(self, empty_init: bool | None = None) -> contextlib.AbstractContextManager:
         # FSDP2 would initialise shards on their own: on a CPU every process draws the same numbers for its part. Made
         # whole and then sharded, the weights are those of a single process.
-        if isinstance(self.strategy, ModelParallelStrategy):
+        # DeepSpeed would share them out before LitGPT has given them values.
+        if isinstance(self.strategy, (ModelParallelStrategy, ZeroStrategy)):
             return Strategy.module_init_context(self.strategy, empty_init)
         return super().init_module(empty_init)
 
     def setup(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         # LitGPT has called `torch.compile`, which compiles at the first call only.
         self.call("on_before_setup", model=getattr(module, "_orig_mod", module))
-        return super().setup(module, *args, **kwargs)
+        self._model = super().setup(module, *args, **kwargs)
+        return self._model
+
+    def setup_optimizers(self, *optimizers: torch.optim.Optimizer) -> Any:
+        if not isinstance(self.strategy, ZeroStrategy):
+            return super().setup_optimizers(*optimizers)
+        (optimizer,) = optimizers
+        engine, optimizer = self.strategy.start(self._model.module, optimizer, self._report_norm)
+        self._model._forward_module = engine
+        self._optimizer = _FabricOptimizer(optimizer, self.strategy, self._callbacks)
+        return self._optimizer
 
     def callback_states(self) -> dict[str, Any]:
         """Return the state of every callback that has one, by class name."""
         return {type(c).__name__: c.state_dict() for c in self._callbacks if hasattr(c, "state_dict")}
 
     def clip_gradients(self, module: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor | None:
+        if isinstance(self.strategy, ZeroStrategy):
+            return None
         # Whether a gradient that is not finite ends the run is for the callbacks to say.
         norm = super().clip_gradients(module, optimizer, *args, **{**kwargs, "error_if_nonfinite": False})
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
-        scaled = getattr(self.strategy.precision, "scaler", None) is not None
-        self.call("on_gradients_clipped", norm=norm, module=module, optimizer=optimizer, scaled=scaled)
+        self.call("on_gradients_clipped", norm=norm, module=module, optimizer=optimizer, scaled=self.scales_gradients)
         return norm
+
+    def _report_norm(self, norm: Tensor) -> None:
+        self.call(
+            "on_gradients_clipped",
+            norm=norm,
+            module=self._model,
+            optimizer=self._optimizer,
+            scaled=self.scales_gradients,
+        )
+
+    @property
+    def scales_gradients(self) -> bool:
+        """Whether the loss is scaled against underflow, and steps with gradients that overflow are left out."""
+        if isinstance(self.strategy, ZeroStrategy):
+            return self.strategy.precision.precision == "16-mixed"
+        return getattr(self.strategy.precision, "scaler", None) is not None
 
     def log_dict(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Log the mean of the losses over all processes, under the number of optimizer steps.
@@ -135,7 +168,9 @@ class TrainingFabric(L.Fabric):
     def load_raw(self, path: str | Path, obj: Any, strict: bool = True, **kwargs: Any) -> None:
         """As Fabric's, but also takes the model out of a training checkpoint."""
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        if "model" in checkpoint:
+        if isinstance(self.strategy, ZeroStrategy):
+            self.strategy.load_module_state_dict(self.strategy.model, checkpoint.get("model", checkpoint), strict)
+        elif "model" in checkpoint:
             obj.load_state_dict(checkpoint["model"], strict=strict)
         else:
             super().load_raw(path, obj, strict, **kwargs)
@@ -150,6 +185,16 @@ class DirectCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         torch.save(checkpoint, path)
+
+
+class MappedCheckpointIO(DirectCheckpointIO):
+    """Reads a checkpoint through the file system's cache, which the processes of a node share.
+
+    For strategies whose processes keep a part of what they read.
+    """
+
+    def load_checkpoint(self, path: str | Path, *_args: Any, **_options: Any) -> dict[str, Any]:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
 class ScalerState:

@@ -20,10 +20,13 @@ class Optimization:
         schedule: Shape of the learning rate.
         groups: What distinguishes parameters.
         scaled: Whether a gradient scaler works on the gradients, which fused optimizers do not share with clipping.
+        in_pieces: Whether one step calls the optimizer several times, as DeepSpeed does; who calls it scales the rates.
     """
 
-    def __init__(self, schedule: ScheduleArgs, groups: ParameterGroupArgs, scaled: bool) -> None:
-        self._schedule_args, self._group_args, self._scaled = schedule, groups, scaled
+    def __init__(
+        self, schedule: ScheduleArgs, groups: ParameterGroupArgs, scaled: bool, in_pieces: bool = False
+    ) -> None:
+        self._schedule_args, self._group_args, self._scaled, self._in_pieces = schedule, groups, scaled, in_pieces
         self._schedule: Schedule | None = None
         self._model: torch.nn.Module | None = None
 
@@ -43,7 +46,8 @@ class Optimization:
         if "fused" not in given and "foreach" not in given and not self._scaled and self._can_fuse(optimizer):
             extra["fused"] = True
         made = _instantiate(optimizer, groups, **extra)
-        made.register_step_pre_hook(scale_rates)
+        if not self._in_pieces:
+            made.register_step_pre_hook(scale_rates)
         return made
 
     def _can_fuse(self, optimizer: str | dict) -> bool:

@@ -19,7 +19,7 @@ from litgpt.tokenizer import Tokenizer
 from litgpt.utils import check_nvlink_connectivity, choose_logger, get_default_supported_precision, parse_devices
 
 from litgpt_moe_ext.model_size import count_parameters
-from litgpt_moe_ext.patches.compile import compile_scope, decide, probe_platform
+from litgpt_moe_ext.patches.compile import CompileDecision, compile_scope, decide, probe_platform
 from litgpt_moe_ext.training import checkpoints, topology
 from litgpt_moe_ext.training.activation_checkpointing import ActivationCheckpointing
 from litgpt_moe_ext.training.announcements import KernelReport
@@ -37,7 +37,14 @@ from litgpt_moe_ext.training.arguments import (
 from litgpt_moe_ext.training.checks import SettingsError, check_tokenizer
 from litgpt_moe_ext.training.ema import WeightAverage
 from litgpt_moe_ext.training.expert_images import ExpertImages, shows_pictures
-from litgpt_moe_ext.training.fabric import DirectCheckpointIO, ExpertLoad, GradientNorm, ScalerState, TrainingFabric
+from litgpt_moe_ext.training.fabric import (
+    DirectCheckpointIO,
+    ExpertLoad,
+    GradientNorm,
+    MappedCheckpointIO,
+    ScalerState,
+    TrainingFabric,
+)
 from litgpt_moe_ext.training.fused_loss import FusedLoss, require_torch
 from litgpt_moe_ext.training.loop import HookedLoop
 from litgpt_moe_ext.training.lost_processes import end_together
@@ -57,6 +64,7 @@ from litgpt_moe_ext.training.strategies import (
     started_processes,
 )
 from litgpt_moe_ext.training.telemetry import Telemetry
+from litgpt_moe_ext.training.zero.strategy import LossScale, ZeroStrategy
 
 
 class Run:
@@ -125,8 +133,12 @@ class Run:
         accelerator = accelerator_here()
         cuda = accelerator == "cuda"
         made = make_strategy(strategy, self.devices * num_nodes, num_nodes, distributed, accelerator)
-        # Sharded strategies write directly, and refuse the plugin for saving.
-        plugins = [DirectCheckpointIO()] if made == "auto" or isinstance(made, DDPStrategy) else []
+        # Torch's sharded strategies write directly, and refuse the plugin for saving.
+        plugins: list[Any] = []
+        if isinstance(made, ZeroStrategy):
+            plugins.append(MappedCheckpointIO())
+        elif made == "auto" or isinstance(made, DDPStrategy):
+            plugins.append(DirectCheckpointIO())
         if precision is None:
             # bfloat16 is much slower than float32 on CPUs without instructions for it.
             precision = get_default_supported_precision(training=True) if cuda else "32-true"
@@ -291,12 +303,14 @@ class Run:
     ) -> None:
         """Have the optimizer made and watched as asked."""
         fabric = self.fabric
-        scaled = getattr(fabric.strategy.precision, "scaler", None) is not None
-        self.optimization = Optimization(schedule, groups, scaled)
+        scaled, zero = fabric.scales_gradients, isinstance(fabric.strategy, ZeroStrategy)
+        if zero:
+            fabric.strategy.follow(self.train_args)
+        self.optimization = Optimization(schedule, groups, scaled and not zero, in_pieces=zero)
         fabric.add_callback(self.optimization)
         fabric.add_callback(GradientGuard(anomaly, self.out_dir, fabric.global_rank, fabric.print))
         if scaled:
-            fabric.add_callback(ScalerState(fabric.strategy.precision))
+            fabric.add_callback(LossScale(fabric.strategy) if zero else ScalerState(fabric.strategy.precision))
         if ema.decay is not None and isinstance(fabric.strategy, FSDPStrategy):
             raise ValueError(f"ema.decay: {ema.decay} does not work with this strategy; ddp and fsdp2 have averages")
         if ema.decay is not None:
@@ -312,7 +326,10 @@ class Run:
         checkpoint: CheckpointArgs,
     ) -> None:
         """Run LitGPT's loop to its end."""
-        decision = decide(compile, self.config, probe_platform(self.fabric.device.type))
+        if isinstance(self.fabric.strategy, ZeroStrategy):
+            decision = CompileDecision(False, "DeepSpeed works on the model as it is")
+        else:
+            decision = decide(compile, self.config, probe_platform(self.fabric.device.type))
         if decision.enabled and self.fused_loss is not None:
             raise SettingsError("fused_cross_entropy: true cannot be compiled; set compile: false")
         self._announce(decision)

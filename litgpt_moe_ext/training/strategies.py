@@ -1,6 +1,7 @@
 """How several processes share the work: Fabric's strategies under the names that recipes use."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from datetime import timedelta
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -11,8 +12,38 @@ from litgpt.model import Block
 from torch import nn
 
 from litgpt_moe_ext.training.arguments import DistributedArgs
+from litgpt_moe_ext.training.zero.settings import require_deepspeed, stage_of
+from litgpt_moe_ext.training.zero.strategy import ZeroStrategy
 
-StrategyName = Literal["auto", "ddp", "fsdp", "fsdp_shard_grad_op", "fsdp2"]
+StrategyName = Literal[
+    "auto",
+    "ddp",
+    "fsdp",
+    "fsdp_shard_grad_op",
+    "fsdp2",
+    "deepspeed_stage_1",
+    "deepspeed_stage_2",
+    "deepspeed_stage_3",
+]
+
+CUDA_ONLY = ("fsdp", "fsdp_shard_grad_op", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
+
+_DDP_KNOBS = ("bucket_mb", "gradient_as_bucket_view", "static_graph", "find_unused_parameters")
+_FSDP_KNOBS = ("cpu_offload", "forward_prefetch", "limit_all_gathers")
+_ZERO_KNOBS = ("overlap_comm", "reduce_bucket_size", "offload_optimizer")
+KNOBS: dict[str, tuple[str, ...]] = {
+    "auto": _DDP_KNOBS,
+    "ddp": _DDP_KNOBS,
+    "fsdp": _FSDP_KNOBS,
+    "fsdp_shard_grad_op": _FSDP_KNOBS,
+    "fsdp2": ("cpu_offload", "reshard_after_forward"),
+    "deepspeed_stage_1": (*_ZERO_KNOBS, "allgather_bucket_size"),
+    "deepspeed_stage_2": (*_ZERO_KNOBS, "allgather_bucket_size"),
+    "deepspeed_stage_3": (*_ZERO_KNOBS, "offload_parameters"),
+}
+"""Which fields of `DistributedArgs` a strategy has, beside those that all have."""
+
+_FOR_ALL = ("timeout_minutes",)
 
 
 class Processes(NamedTuple):
@@ -45,6 +76,13 @@ def started_processes(environment: Mapping[str, str]) -> Processes | None:
             "WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or none"
         )
     world = int(environment["WORLD_SIZE"])
+    port = environment["MASTER_PORT"]
+    if world > 1 and not (port.isdecimal() and 1 <= int(port) <= 65535):
+        # torch would have the first process listen anywhere, and the others look for it at this number.
+        raise ValueError(
+            f"environment: MASTER_PORT: {port!r} is no port that {world} processes can meet at; give torchrun "
+            "--standalone (one node) instead of --master_port, or set a free port from 1 to 65535"
+        )
     launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "RANK and WORLD_SIZE"
     return _even(launcher, world, int(environment.get("LOCAL_WORLD_SIZE", world)))
 
@@ -74,19 +112,28 @@ def make_strategy(name: StrategyName, processes: int, nodes: int, args: Distribu
 
     Raises:
         ValueError: If the strategy does not work here or lacks a knob that is set.
+        ImportError: If a package is missing.
     """
-    if name not in get_args(StrategyName):
-        raise ValueError(f"strategy: {name!r} is unknown; choose from {', '.join(get_args(StrategyName))}")
-    _check(name, args, accelerator)
+    check_strategy(name, args, accelerator)
     timeout = timedelta(minutes=args.timeout_minutes)
+    if (stage := stage_of(name)) is not None:
+        # A single process can still keep what it optimizes on the CPU.
+        return ZeroStrategy(stage, args)
     if processes == 1:
         return "auto"
     if name in ("auto", "ddp"):
-        buckets = {} if args.bucket_mb is None else {"bucket_cap_mb": args.bucket_mb}
-        return DDPStrategy(timeout=timeout, **buckets)
+        return DDPStrategy(
+            timeout=timeout,
+            **_given(
+                bucket_cap_mb=args.bucket_mb,
+                gradient_as_bucket_view=args.gradient_as_bucket_view,
+                static_graph=args.static_graph,
+                find_unused_parameters=args.find_unused_parameters,
+            ),
+        )
     if name == "fsdp2":
         return ModelParallelStrategy(
-            parallelize_fn=lambda model, mesh: _shard(model, mesh, bool(args.cpu_offload)),
+            parallelize_fn=lambda model, mesh: _shard(model, mesh, args),
             data_parallel_size=processes,
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,
@@ -99,39 +146,67 @@ def make_strategy(name: StrategyName, processes: int, nodes: int, args: Distribu
         sharding_strategy=sharding,
         cpu_offload=bool(args.cpu_offload),
         timeout=timeout,
+        **_given(forward_prefetch=args.forward_prefetch, limit_all_gathers=args.limit_all_gathers),
     )
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def single_process_note(name: StrategyName, processes: int, args: DistributedArgs) -> str | None:
     """Return what to tell a user who asked for a sharded strategy with one process, or None."""
-    if processes > 1 or name in ("auto", "ddp"):
+    if processes > 1 or name in ("auto", "ddp") or stage_of(name) is not None:
         return None
     offload = ", and distributed.cpu_offload has no effect" if args.cpu_offload else ""
     return f"strategy: {name} has nothing to share out in a single process: it becomes auto{offload}"
 
 
-def _check(name: str, args: DistributedArgs, accelerator: str) -> None:
-    own, other = ("bucket_mb", "cpu_offload") if name in ("auto", "ddp") else ("cpu_offload", "bucket_mb")
-    if getattr(args, other) is not None:
-        raise ValueError(
-            f"distributed.{other}: {getattr(args, other)} would be ignored because strategy: {name} has no such "
-            f"setting; it has distributed.{own}"
-        )
-    if accelerator == "cpu" and name in ("fsdp", "fsdp_shard_grad_op"):
+def check_strategy(name: str, args: DistributedArgs, accelerator: str) -> None:
+    """Raise an error if a strategy does not work here or lacks a knob that is set.
+
+    Args:
+        name: As in recipes.
+        args: The knobs.
+        accelerator: `cpu` or `cuda`.
+
+    Raises:
+        ValueError: If the name, a knob or the device does not fit.
+        ImportError: If a package is missing.
+    """
+    if name not in get_args(StrategyName):
+        raise ValueError(f"strategy: {name!r} is unknown; choose from {', '.join(get_args(StrategyName))}")
+    for field in fields(args):
+        value = getattr(args, field.name)
+        if value is not None and field.name not in (*_FOR_ALL, *KNOBS[name]):
+            own = ", ".join(f"distributed.{knob}" for knob in KNOBS[name])
+            raise ValueError(
+                f"distributed.{field.name}: {value} would be ignored because strategy: {name} has no such setting; it "
+                f"has {own}"
+            )
+    if accelerator == "cpu" and name in CUDA_ONLY:
         raise ValueError(f"strategy: {name!r} needs CUDA devices, and there is none; ddp and fsdp2 also work on CPUs")
+    if stage_of(name) is not None:
+        require_deepspeed(name)
 
 
-def _shard(model: nn.Module, mesh: Any, cpu_offload: bool) -> nn.Module:
+def _shard(model: nn.Module, mesh: Any, args: DistributedArgs) -> nn.Module:
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
-    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    options = {
+        "mesh": mesh["data_parallel"],
+        "offload_policy": CPUOffloadPolicy() if args.cpu_offload else OffloadPolicy(),
+        **_given(reshard_after_forward=args.reshard_after_forward),
+    }
     for block in model.transformer.h:
-        fully_shard(block, mesh=mesh["data_parallel"], offload_policy=offload)
-    return fully_shard(model, mesh=mesh["data_parallel"], offload_policy=offload)
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
 
 
 def is_sharded(strategy: Any) -> bool:
     """Whether no process holds all weights between two steps."""
+    if isinstance(strategy, ZeroStrategy):
+        return strategy.zero_stage_3
     return isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
 
 

@@ -21,7 +21,18 @@ def test_a_recipe_that_can_run(tmp_path, capsys):
     recipe.write_text(yaml.safe_dump({"model_config": MODEL, "out_dir": str(tmp_path / "out"), "data": data}))
     assert main(["doctor", str(recipe)]) == 0
     page = capsys.readouterr().out
-    for topic in ("versions", "CPU", "compile", "experts", "flash attention", "precision", "memory", "data", "disk"):
+    for topic in (
+        "versions",
+        "CPU",
+        "compile",
+        "experts",
+        "flash attention",
+        "precision",
+        "strategy",
+        "memory",
+        "data",
+        "disk",
+    ):
         assert topic in page
     assert "can run here" in page
     assert not (tmp_path / "out").exists(), "looking changes nothing"
@@ -41,6 +52,7 @@ def test_a_recipe_that_can_run(tmp_path, capsys):
         ({"strategy": "zero9", "devices": 2}, "strategy"),
         ({"strategy": "fsdp2", "devices": 2, "distributed": {"bucket_mb": 5}}, "strategy"),
         ({"strategy": "fsdp2", "devices": 2, "fused_cross_entropy": True}, "strategy"),
+        ({"strategy": "ddp", "distributed": {"cpu_offload": True}}, "strategy"),
     ],
 )
 def test_problems_are_found(settings, topic):

@@ -20,7 +20,7 @@ from litgpt_moe_ext.analysis.memory import (
 )
 from litgpt_moe_ext.analysis.model_card import make_card
 from litgpt_moe_ext.analysis.recipes import Recipe, load_recipe
-from litgpt_moe_ext.analysis.sharing import block_sizes, process_memory
+from litgpt_moe_ext.analysis.sharing import STRATEGIES, block_sizes, process_memory
 from litgpt_moe_ext.console.main import main
 from litgpt_moe_ext.model_size import count_flops
 from tests.models import initialized_model, moe_config
@@ -114,6 +114,11 @@ def test_processes_share():
     # Within a node, or among all.
     assert of("fsdp", 4, 2)[:3] == (250, 250, 500)
     assert of("fsdp2", 4, 2)[:3] == (125, 125, 250)
+    # ZeRO: of 1000 + 2000 bytes of float32 weights and optimizer, then of the gradients, then of the weights as well.
+    assert of("deepspeed_stage_1", 4, 1) == (1000, 1000, 750, 1000, 500, 0)
+    assert of("deepspeed_stage_2", 4, 1) == (1000, 250, 750, 1000, 500, 0)
+    assert of("deepspeed_stage_3", 2, 2) == (250, 250, 750, 300 + 200 + 300, 500, 0)
+    assert of("deepspeed_stage_2", 1, 1, cpu_offload=True).host == 3000
     offloaded = of("fsdp2", 4, 1, cpu_offload=True)
     assert offloaded.host == 1000
     assert offloaded.total == of("fsdp2", 4, 1).total
@@ -194,7 +199,7 @@ def test_card_knows_savers_and_strategies(tmp_path, capsys):
         "none", "selective", "full", "none + fused", "selective + fused", "full + fused"
     }  # fmt: skip
     assert card.training["bf16-true"]["activations"] == card.activations["full + fused"] < card.activations["none"]
-    assert set(card.processes) == {"ddp", "fsdp", "fsdp_shard_grad_op", "fsdp2"}
+    assert set(card.processes) == set(STRATEGIES)
     assert card.processes["fsdp2"]["weights"] == -(-card.training["bf16-true"]["weights"] // 8)
     assert main(["model-card", str(recipe)]) == 0
     page = " ".join(capsys.readouterr().out.split())

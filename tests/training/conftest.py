@@ -4,6 +4,7 @@ import csv
 import shutil
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,12 +28,17 @@ def corpus_settings(tmp_path_factory) -> dict:
 
 
 @pytest.fixture
-def recipe(tmp_path, corpus_settings):
-    """Write a recipe and return its path and content; `recipe(train={"max_tokens": 640}, ...)` changes sections."""
+def recipe(tmp_path, corpus_settings) -> Callable[..., Path]:
+    """Write a recipe and return its path; `recipe(train={"max_tokens": 640}, ...)` changes sections."""
+    return recipe_writer(tmp_path, corpus_settings)
+
+
+def recipe_writer(folder: Path, corpus_settings: dict) -> Callable[..., Path]:
+    """Return a function that writes recipes into a folder."""
 
     def write(name: str = "recipe", **changes) -> Path:
         content = {
-            "out_dir": str(tmp_path / "out"),
+            "out_dir": str(folder / "out"),
             "model_config": {
                 "name": "tiny",
                 "block_size": 32,
@@ -75,7 +81,7 @@ def recipe(tmp_path, corpus_settings):
                 content[section] = {key: value for key, value in content[section].items() if value is not None}
             else:
                 content[section] = values
-        file = tmp_path / f"{name}.yaml"
+        file = folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump(content))
         return file
 

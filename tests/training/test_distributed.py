@@ -237,6 +237,13 @@ class TestStartedProcesses:
         assert started_processes(job) == ("SLURM", 4, 2)
         assert started_processes({**job, "SLURM_JOB_NAME": "bash"}) is None, "an interactive shell starts nothing"
 
+    @pytest.mark.parametrize("port", ["0", "", "-1", "65536", "http"])
+    def test_no_port(self, port):
+        """`torchrun --master_port 0` sets 0, where the processes would wait for each other for ever."""
+        with pytest.raises(ValueError, match=f"MASTER_PORT: '{port}' is no port .* --standalone"):
+            started_processes({**self.HAND, "MASTER_PORT": port})
+        assert started_processes({**self.HAND, "RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": port})
+
     def test_contradictions(self):
         with pytest.raises(ValueError, match="MASTER_PORT"):
             started_processes({name: value for name, value in self.HAND.items() if name != "MASTER_PORT"})
@@ -252,8 +259,12 @@ class TestMakeStrategy:
         from torch.distributed.fsdp import ShardingStrategy
 
         assert self.make("ddp", bucket_mb=5)._ddp_kwargs == {"bucket_cap_mb": 5}
+        flags = {"gradient_as_bucket_view": True, "static_graph": True, "find_unused_parameters": False}
+        assert self.make("auto", **flags)._ddp_kwargs == flags
         assert self.make("auto", processes=1) == "auto"
-        fsdp = self.make("fsdp", cpu_offload=True)
+        fsdp = self.make("fsdp", cpu_offload=True, forward_prefetch=True, limit_all_gathers=False)
+        assert fsdp._fsdp_kwargs["forward_prefetch"] is True
+        assert fsdp._fsdp_kwargs["limit_all_gathers"] is False
         assert fsdp.sharding_strategy == ShardingStrategy.FULL_SHARD
         assert fsdp.cpu_offload.offload_params is True
         assert self.make("fsdp", nodes=2).sharding_strategy == ShardingStrategy.HYBRID_SHARD

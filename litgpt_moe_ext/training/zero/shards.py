@@ -1,0 +1,99 @@
+"""Whole tensors from the pieces of them that every process has, and back.
+
+DeepSpeed keeps the float32 weights of a process, and what the optimizer knows about them, as flat vectors of several
+weights' pieces. How a weight is cut depends on the stage; both classes have the same methods:
+
+- `flats()`: the flat vectors of float32 weights of this process, which are what the torch optimizer steps;
+- `gather(parameter, key)`: a whole float32 weight, or with a `key` an equally shaped state of the optimizer, on the
+  device of the process; every process must call;
+- `scatter(parameter, value, key)`: keep this process's piece of a whole tensor;
+- `refresh(parameter, value)`: a weight has changed by `scatter`, and its working copy must follow.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class FlatShards:
+    """Stages 1 and 2: the weights of a group in one vector, of which every process has a contiguous piece.
+
+    Args:
+        zero: DeepSpeed's optimizer.
+        members: The weights of every group of the torch optimizer, before DeepSpeed replaced them.
+    """
+
+    def __init__(self, zero: Any, members: Iterable[list[nn.Parameter]]) -> None:
+        self._zero = zero
+        self._group = {id(parameter): i for i, group in enumerate(members) for parameter in group}
+
+    def flats(self) -> list[Tensor]:
+        return [group["params"][0] for group in self._zero.optimizer.param_groups]
+
+    def gather(self, parameter: nn.Parameter, key: str | None = None) -> Tensor:
+        whole = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+        for ours, theirs in self._overlap(parameter, whole, key):
+            theirs.copy_(ours)
+        dist.all_reduce(whole)
+        return whole
+
+    def scatter(self, parameter: nn.Parameter, value: Tensor, key: str | None = None) -> None:
+        for ours, theirs in self._overlap(parameter, value, key):
+            ours.copy_(theirs)
+
+    def refresh(self, parameter: nn.Parameter, value: Tensor) -> None:
+        parameter.data.copy_(value)
+
+    def _overlap(self, parameter: nn.Parameter, whole: Tensor, key: str | None) -> Iterable[tuple[Tensor, Tensor]]:
+        # The part of this process's piece that belongs to the weight, beside the same part of the whole weight.
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return
+        flat = self.flats()[self._group[id(parameter)]]
+        source = flat.detach() if key is None else self._zero.optimizer.state[flat][key]
+        here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+        yield source.narrow(0, here.start, here.numel), whole.reshape(-1).narrow(0, there.start, there.numel)
+
+
+class SplitShards:
+    """Stage 3: every weight by itself cut into equal pieces, one for each process, the last ones padded.
+
+    Args:
+        zero: DeepSpeed's optimizer.
+    """
+
+    def __init__(self, zero: Any) -> None:
+        self._zero = zero
+
+    def flats(self) -> list[Tensor]:
+        return self._zero.fp32_partitioned_groups_flat
+
+    def gather(self, parameter: nn.Parameter, key: str | None = None) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if key is None:
+            return safe_get_full_fp32_param(parameter)
+        return safe_get_full_optimizer_state(parameter, key)
+
+    def scatter(self, parameter: nn.Parameter, value: Tensor, key: str | None = None) -> None:
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        size = parameter.ds_tensor.numel()
+        start = min(size * dist.get_rank(), value.numel())
+        piece = torch.zeros(size, dtype=torch.float32)
+        part = value.reshape(-1)[start : start + size]
+        piece[: part.numel()] = part
+        if key is None:
+            safe_set_local_fp32_param(parameter, piece)
+        else:
+            safe_set_local_optimizer_state(parameter, piece, key)
+
+    def refresh(self, parameter: nn.Parameter, value: Tensor) -> None:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if dist.get_rank() == 0:
+                parameter.data.copy_(value)
