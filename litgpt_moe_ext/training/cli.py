@@ -7,12 +7,13 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
-from litgpt_moe_ext.training.recipe_files import check_recipe
+from litgpt_moe_ext.training.recipe_files import check_recipe, place_of
 
 SHORT_FORMS = {
     "--micro-batch-size": "--train.micro_batch_size",
@@ -147,9 +148,12 @@ def build_parser():
     set_docstring_parse_options(attribute_docstrings=True)
 
     class ArgumentParser(jsonargparse.ArgumentParser):
+        place_of = staticmethod(lambda message: "")
+
         def error(self, message: str, *args, **kwargs):
             known = [action.dest for action in self._actions] + [f"model_config.{f.name}" for f in fields(Config)]
-            super().error(plain_error(message) + near_name(message, known), *args, **kwargs)
+            plain = plain_error(message)
+            super().error(plain + near_name(message, known) + self.place_of(plain), *args, **kwargs)
 
     parser = ArgumentParser(prog="run_train.py", usage=USAGE, description=setup.__doc__.splitlines()[0], epilog=EPILOG)
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
@@ -176,13 +180,15 @@ def main(arguments: Sequence[str] | None = None, default_config: Path = Path("co
         return 0
     _prepare_environment()
     parser = build_parser()
+    given = arguments
     arguments, optimizer_keys = take_optimizer_keys(arguments)
+    recipes = [Path(value) for name, value in pairwise(arguments) if name == "--config"]
     try:
-        for name, value in pairwise(arguments):
-            if name == "--config":
-                check_recipe(Path(value))
+        for file in recipes:
+            check_recipe(file)
     except ValueError as error:
         parser.error(str(error))
+    parser.place_of = partial(place_of, files=recipes, arguments=given)
     # jsonargparse would print the configuration before the optimizer's keys are in it.
     print_only = "--print_config" in arguments and optimizer_keys
     parsed = parser.parse_args([a for a in arguments if not (print_only and a == "--print_config")])
@@ -196,7 +202,7 @@ def main(arguments: Sequence[str] | None = None, default_config: Path = Path("co
     except (ValueError, AssertionError) as error:
         parser.error(str(error))
     values.pop("config", None)
-    return _train(values)
+    return _train(values, parser.place_of)
 
 
 def _prepare_environment() -> None:
@@ -209,7 +215,7 @@ def _prepare_environment() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 
-def _train(values: dict) -> int:
+def _train(values: dict, place_of: Callable[[str], str]) -> int:
     from litgpt_moe_ext.training.checks import SettingsError
     from litgpt_moe_ext.training.control import TrainingInterrupted, TrainingStopped
     from litgpt_moe_ext.training.entry import setup
@@ -217,7 +223,7 @@ def _train(values: dict) -> int:
     try:
         setup(**values)
     except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}{place_of(str(error))}", file=sys.stderr)
         return 2
     except TrainingStopped as reason:
         return _stopped(f"Stopped: {reason}", 1)
