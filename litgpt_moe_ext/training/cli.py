@@ -5,7 +5,7 @@ The command line beats the YAML file, which beats the defaults, in whatever orde
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from functools import partial
 from itertools import pairwise
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from litgpt_moe_ext.training.parser_errors import annotation_in, near_name, plain_error, value_in
-from litgpt_moe_ext.training.recipe_files import check_recipe
+from litgpt_moe_ext.training.recipe_files import check_recipe, place_of
 
 SHORT_FORMS = {
     "--micro-batch-size": "--train.micro_batch_size",
@@ -137,12 +137,14 @@ def build_parser():
     class ArgumentParser(jsonargparse.ArgumentParser):
         # The outermost parser explains; jsonargparse makes others of this class for parts of the settings.
         given: list[str] | None = None
+        place_of = staticmethod(lambda message: "")
 
         def error(self, message: str, *args, **kwargs):
             if self.given is not None:
                 known = [action.dest for action in self._actions] + [f"model_config.{f.name}" for f in fields(Config)]
                 annotation_of, value_of = partial(annotation_in, annotations), partial(value_in, self.given)
-                message = plain_error(message, annotation_of, value_of) + near_name(message, known)
+                plain = plain_error(message, annotation_of, value_of)
+                message = plain + near_name(message, known) + self.place_of(plain)
             super().error(message, *args, **kwargs)
 
         def parse_args(self, args=None, *others, **kwargs):
@@ -175,14 +177,16 @@ def main(arguments: Sequence[str] | None = None, default_config: Path = Path("co
         return 0
     _prepare_environment()
     parser = build_parser()
+    given = arguments
     arguments, optimizer_keys = take_optimizer_keys(arguments)
     arguments, nulls = take_nulls(arguments)
+    recipes = [Path(value) for name, value in pairwise(arguments) if name == "--config"]
     try:
-        for name, value in pairwise(arguments):
-            if name == "--config":
-                check_recipe(Path(value))
+        for file in recipes:
+            check_recipe(file)
     except ValueError as error:
         parser.error(str(error))
+    parser.place_of = partial(place_of, files=recipes, arguments=given)
     # jsonargparse would print the configuration before the optimizer's keys are in it.
     print_only = "--print_config" in arguments and (optimizer_keys or nulls)
     parsed = parser.parse_args([a for a in arguments if not (print_only and a == "--print_config")])
@@ -200,7 +204,7 @@ def main(arguments: Sequence[str] | None = None, default_config: Path = Path("co
     except (ValueError, AssertionError) as error:
         parser.error(str(error))
     values.pop("config", None)
-    return _train(values)
+    return _train(values, parser.place_of)
 
 
 def _set_null(parser: Any, parsed: Any, names: Iterable[str]) -> None:
@@ -227,7 +231,7 @@ def _prepare_environment() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 
-def _train(values: dict) -> int:
+def _train(values: dict, place_of: Callable[[str], str]) -> int:
     from litgpt_moe_ext.training.checks import SettingsError
     from litgpt_moe_ext.training.control import TrainingInterrupted, TrainingStopped
     from litgpt_moe_ext.training.entry import setup
@@ -235,7 +239,7 @@ def _train(values: dict) -> int:
     try:
         setup(**values)
     except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}{place_of(str(error))}", file=sys.stderr)
         return 2
     except TrainingStopped as reason:
         return _stopped(f"Stopped: {reason}", 1)

@@ -238,6 +238,8 @@ class Run:
 
             data = TinyLlama()
         self.data = data
+        if hasattr(data, "require_vocabulary"):  # before a preparation that may take hours
+            data.require_vocabulary(self.config.padded_vocab_size)
         if hasattr(data, "prepare_tokenizer") and tokenizer_dir is None:
             with self.fabric.rank_zero_first(local=True):
                 tokenizer_dir = data.prepare_tokenizer()
@@ -252,8 +254,6 @@ class Run:
                 raise ValueError(f"tokenizer_dir: {str(tokenizer_dir)!r} cannot be opened: {error}") from error
             check_tokenizer(self.tokenizer, tokenizer_dir, self.config.padded_vocab_size)
         self.tokenizer_dir = tokenizer_dir
-        if hasattr(data, "require_vocabulary"):
-            data.require_vocabulary(self.config.padded_vocab_size)
 
     def add_samples(self, sample: SampleArgs) -> None:
         """Have text written after every validation."""
