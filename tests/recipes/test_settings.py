@@ -71,7 +71,7 @@ def plain(value):
             "TokenShard",
         ),
         ("nanogpt-tinystories", "      special_tokens: ", "      special_token: ", "special_token"),
-        ("gpt-dense-fineweb", "    betas: ", "    beta: ", "beta"),
+        ("moe-200m-tinystories", "    betas: ", "    beta: ", "beta"),
         ("moe-200m-tinystories", "    separator: ", "    seperator: ", "seperator"),
         ("nanogpt-moe-tinystories", "  save_interval: 1000", "  save_interval: often", "save_interval"),
         ("code-moe-800m", "  global_batch_size: 128", "  global_batch_size: 127", "is not a multiple"),
