@@ -253,7 +253,7 @@ class TestMakeStrategy:
         from torch.distributed.fsdp import ShardingStrategy
 
         assert self.make("ddp", bucket_mb=5)._ddp_kwargs == {"bucket_cap_mb": 5}
-        flags = {"gradient_as_bucket_view": True, "static_graph": True, "find_unused_parameters": False}
+        flags = {"gradient_as_bucket_view": True, "find_unused_parameters": False}
         assert self.make("auto", **flags)._ddp_kwargs == flags
         assert self.make("auto", processes=1) == "auto"
         fsdp = self.make("fsdp", cpu_offload=True, forward_prefetch=True, limit_all_gathers=False)
