@@ -27,7 +27,7 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -202,7 +202,7 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
     return total
 
 
-def print_times(title: str, rows: list[tuple[str, dict[str, float]]]) -> None:
+def print_times(title: str, rows: Iterable[tuple[str, dict[str, float]]]) -> None:
     print(f"\n{title}")
     speeds = ("HF", "loop", "grouped_mm", "ours", "dense")
     over_limit = ("LLaMAMoE", "ours")
@@ -305,10 +305,10 @@ def main() -> None:
     for table, title in (("training", "Forward and backward"), ("forward", "Forward, no gradients")):
         if wanted(table):
             print_times(
-                title, [whole_batch(size, dtype, table == "training", arguments) for size in sizes for dtype in dtypes]
+                title, (whole_batch(size, dtype, table == "training", arguments) for size in sizes for dtype in dtypes)
             )
     if wanted("decoding"):
-        print_times("Decoding, no gradients", [decoding(s, n, d) for s in sizes for n in (1, 8) for d in dtypes])
+        print_times("Decoding, no gradients", (decoding(s, n, d) for s in sizes for n in (1, 8) for d in dtypes))
     if wanted("memory"):
         print_saved(sizes)
     if wanted("step"):

@@ -1,24 +1,36 @@
-"""Whole training steps: the plugin against LitGPT's `LLaMAMoE` of the same shape and against a dense twin.
+"""Whole training steps: the plugin against LitGPT's `LLaMAMoE` of the same shape and a dense twin, and what hooks cost.
 
-    python benchmarks/train_step.py                 # the quickstart, eager, a few minutes on two cores
-    python benchmarks/train_step.py --compile       # with torch.compile as well
-    python benchmarks/train_step.py --config configs/OTHER.yaml
+    python benchmarks/train_step.py                                  # everything, in less than 8 minutes on two cores
+    python benchmarks/train_step.py --parts steps --recipes configs/quickstart.yaml --rounds 30
+    python benchmarks/train_step.py --parts hooks
 
-A step is LitGPT's: forward, loss, backward, clipping, optimizer. The contenders take turns in one process on the same
-tokens, and ratios are medians over turns, so that what else the machine does weighs on all alike. `LLaMAMoE` has no
-bias that balances its experts and LitGPT's attention; the dense twin has as many active parameters in its MLPs.
+Part `steps`: LitGPT's step (forward, loss, backward, clipping, optimizer), eager and compiled. The contenders take
+turns in one process on the same tokens, and ratios are medians over turns, so that what else the machine does weighs on
+all alike. `LLaMAMoE` has LitGPT's attention and no bias that balances its experts; the dense twin has as many active
+parameters in its MLPs.
 
-The second table is the cost of the hooks: the same steps with what `run_train.py` does around each of them (schedule,
-gradient guard, gradient norm, telemetry, signals), as a share of a step without.
+Part `hooks`: whole runs on random tokens. "hooks" is the CPU time of the main thread in everything that this package
+does around LitGPT's loop (callbacks, schedule, signals, limits, all of logging) as a share of the steps' CPU time,
+which other programs do not change much. The last line compares steps of `litgpt pretrain` and of `run_train.py`, in
+runs that take turns.
 """
 
 import argparse
+import contextlib
+import io
+import itertools
+import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+# As `run_train.py` does, for threads that do not stand in the way of other programs; must come before torch.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import torch
 import yaml
@@ -27,36 +39,57 @@ import litgpt_moe_ext
 
 litgpt_moe_ext.register()
 
+import lightning as L  # noqa: E402
+import litgpt.pretrain  # noqa: E402
+from lightning.fabric.loggers import CSVLogger  # noqa: E402
 from litgpt import GPT, Config  # noqa: E402
+from litgpt.args import EvalArgs, TrainArgs  # noqa: E402
+from litgpt.data import DataModule  # noqa: E402
 from litgpt.pretrain import initialize_weights  # noqa: E402
 from litgpt.utils import chunked_cross_entropy  # noqa: E402
+from torch.utils.data import DataLoader, IterableDataset  # noqa: E402
 
+from litgpt_moe_ext.config import EXTRA_FIELDS  # noqa: E402
 from litgpt_moe_ext.model_size import count_parameters  # noqa: E402
-from litgpt_moe_ext.training.anomalies import GradientGuard  # noqa: E402
-from litgpt_moe_ext.training.arguments import AnomalyArgs, ParameterGroupArgs, ScheduleArgs  # noqa: E402
-from litgpt_moe_ext.training.control import StepLimits, StopRequests  # noqa: E402
-from litgpt_moe_ext.training.fabric import GradientNorm, TrainingFabric  # noqa: E402
-from litgpt_moe_ext.training.optimization import Optimization  # noqa: E402
-from litgpt_moe_ext.training.telemetry import Telemetry  # noqa: E402
+from litgpt_moe_ext.training.entry import setup  # noqa: E402
+from litgpt_moe_ext.training.fabric import TrainingFabric  # noqa: E402
+from litgpt_moe_ext.training.loop import HookedLoop  # noqa: E402
 
-QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
-ROUTER_FIELDS = ("router_score_function", "router_bias_update_rate", "attention_class_name", "attention_sinks")
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+# Batches that two cores can do in seconds, in place of the recipes' own.
+BATCHES = {"quickstart": (8, 256), "code-moe-60m": (1, 1024)}
+# What LitGPT's classes do not have, or have in a slower form that would be unfair to compare with.
+GROUPS = ("n_expert_groups", "n_topk_groups", "n_topk_scores_per_group", "rope_adjustments")
+EXPERTS = ("n_expert", "n_expert_per_token", "n_shared_expert", "moe_intermediate_size", "norm_topk_prob")
 
 
-def configs(settings: dict[str, Any]) -> dict[str, Config]:
-    """Return the contenders by name: the recipe's model, LitGPT's MoE of the same shape, the dense twin."""
-    ours = Config(**settings)
-    plain = {name: value for name, value in settings.items() if name not in ROUTER_FIELDS}
-    visited = ours.n_expert_per_token + (ours.n_shared_expert or 0)
-    experts = ("n_expert", "n_expert_per_token", "n_shared_expert", "moe_intermediate_size", "norm_topk_prob")
-    dense = {name: value for name, value in plain.items() if name not in experts}
-    return {
-        "plugin": ours,
-        "LLaMAMoE": Config(**{**plain, "mlp_class_name": "LLaMAMoE"}),
-        "dense twin": Config(
-            **{**dense, "mlp_class_name": "LLaMAMLP", "intermediate_size": visited * ours.moe_intermediate_size}
-        ),
-    }
+@dataclass
+class Recipe:
+    """The model of a recipe, and the batch that it is measured with, (B, T)."""
+
+    path: Path
+    batch: tuple[int, int] = field(init=False)
+    model: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        content = yaml.safe_load(self.path.read_text(encoding="utf-8"))
+        self.model, train = content["model_config"], content["train"]
+        own = (train["micro_batch_size"], train.get("max_seq_length") or self.model["block_size"])
+        self.batch = BATCHES.get(self.path.stem, own)
+        self.log_interval = train["log_interval"]
+
+    def contenders(self) -> dict[str, Config]:
+        """Return the configurations by name: the recipe's model, LitGPT's MoE of the same shape, the dense twin."""
+        ours = Config(**self.model)
+        plain = {name: value for name, value in self.model.items() if name not in (*EXTRA_FIELDS, *GROUPS)}
+        visited = ours.n_expert_per_token + (ours.n_shared_expert or 0)
+        dense = {name: value for name, value in plain.items() if name not in (*EXPERTS, "routed_scaling_factor")}
+        width = visited * ours.moe_intermediate_size
+        return {
+            "plugin": ours,
+            "LLaMAMoE": Config(**{**plain, "mlp_class_name": "LLaMAMoE"}),
+            "dense twin": Config(**{**dense, "mlp_class_name": "LLaMAMLP", "intermediate_size": width}),
+        }
 
 
 class Trainee:
@@ -65,55 +98,24 @@ class Trainee:
     Args:
         config: The model.
         compiled: Whether to compile it.
-        hooks: Whether to do what `run_train.py` does around a step.
-        folder: Where a gradient guard may write.
     """
 
-    def __init__(self, config: Config, compiled: bool, hooks: bool, folder: Path) -> None:
-        callbacks: list[Any] = []
-        self.hooks = hooks
-        fabric = self.fabric = TrainingFabric(
-            show=lambda _message: None, accelerator="auto", devices=1, callbacks=callbacks
-        )
-        if hooks:
-            for callback in (
-                GradientNorm(),
-                Telemetry(fabric.device),
-                GradientGuard(AnomalyArgs(spike_factor=10.0), folder, 0, print),
-            ):
-                fabric.add_callback(callback)
-        self.optimization = Optimization(ScheduleArgs(), ParameterGroupArgs(), scaled=False)
-        fabric.add_callback(self.optimization)
+    def __init__(self, config: Config, compiled: bool) -> None:
+        fabric = self.fabric = L.Fabric(devices=1)
         fabric.seed_everything(0, verbose=False)
         with fabric.init_module(empty_init=True):
             model = GPT(config)
         initialize_weights(fabric, model, n_layer=config.n_layer, n_embd=config.n_embd)
         self.model = fabric.setup(torch.compile(model) if compiled else model)
-        made = self.optimization.make_optimizer({"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}, None)
-        self.optimizer = fabric.setup_optimizers(made)
-        self.stop_requests, self.limits = StopRequests(print), StepLimits(10**9, None)
-        self.state = {"train_dataloader": [], "step_count": 0, "iter_num": 0}
+        self.optimizer = fabric.setup_optimizers(torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True))
 
     def step(self, batch: torch.Tensor) -> None:
         """Train on a batch of windows, (B, T + 1)."""
-        fabric, state = self.fabric, self.state
-        if self.hooks:
-            self.stop_requests.agreed(fabric)
-            self.limits.reached(state["step_count"], fabric)
-            fabric.call("on_step_begin", state=state)
-            fabric.call("on_batch", batch=batch, waited=0.0)
-            rate = self.optimization.learning_rate(state["step_count"], 1e-3, 1e-4, 100, 10_000)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
         loss = chunked_cross_entropy(self.model(batch[:, :-1].contiguous()), batch[:, 1:].contiguous())
-        fabric.backward(loss)
-        if self.hooks:
-            fabric.clip_gradients(self.model, self.optimizer, max_norm=1.0)
-        else:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.fabric.backward(loss)
+        self.fabric.clip_gradients(self.model, self.optimizer, max_norm=1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        state["step_count"] += 1
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -132,8 +134,8 @@ def interleaved(
     """Return the seconds of each step of each trainee, who take turns in changing order."""
     taken: dict[str, list[float]] = {name: [] for name in trainees}
     order = list(trainees)
+    device = next(iter(trainees.values())).fabric.device
     for turn in range(warmup + rounds):
-        device = next(iter(trainees.values())).fabric.device
         batch = torch.randint(0, vocabulary, (shape[0], shape[1] + 1), device=device)
         order = order[1:] + order[:1]
         for name in order:
@@ -143,47 +145,202 @@ def interleaved(
     return taken
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--config", type=Path, default=QUICKSTART, help="recipe to take the model and the batch from")
-    parser.add_argument("--compile", action="store_true", help="measure torch.compile as well")
-    parser.add_argument("--rounds", type=int, default=15, help="measured steps per contender")
-    parser.add_argument("--warmup", type=int, default=5, help="steps before")
-    parser.add_argument("--micro-batch-size", type=int, help="instead of the recipe's")
-    parser.add_argument("--precision", choices=["highest", "high", "medium"], default="highest")
-    arguments = parser.parse_args()
-    torch.set_float32_matmul_precision(arguments.precision)
-    recipe = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
-    settings, train = recipe["model_config"], recipe["train"]
-    length = train.get("max_seq_length") or settings["block_size"]
-    shape = (arguments.micro_batch_size or train["micro_batch_size"], length)
-    models = configs(settings)
-    folder = Path(tempfile.mkdtemp())
-    measure = (shape, settings["padded_vocab_size"], arguments.warmup, arguments.rounds)
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, float32 products:", end=" ")
-    print(f"{arguments.precision}; {arguments.config.stem}, {shape[0]} x {shape[1]} tokens a step")
-    modes = (False, True) if arguments.compile else (False,)
+def compare_steps(recipe: Recipe, modes: list[bool], warmup: int, rounds: int) -> None:
+    """Print the table of part `steps`."""
+    models = recipe.contenders()
     trainees = {
-        f"{name}{', compiled' if compiled else ''}": Trainee(config, compiled, False, folder)
+        f"{name}{', compiled' if compiled else ''}": Trainee(config, compiled)
         for compiled in modes
         for name, config in models.items()
     }
-    taken = interleaved(trainees, *measure)
-    print("\n| contender | parameters | active | ms a step | tok/s | time over the plugin's |")
-    print("|---|---|---|---|---|---|")
+    taken = interleaved(trainees, recipe.batch, models["plugin"].padded_vocab_size, warmup, rounds)
+    tokens = recipe.batch[0] * recipe.batch[1]
+    print(f"\n{recipe.path.stem}, {recipe.batch[0]} x {recipe.batch[1]} tokens a step\n")
+    print("| contender | parameters | active | ms a step | tok/s | speed over eager LLaMAMoE | over the dense twin |")
+    print("|---|---|---|---|---|---|---|")
     for name, durations in taken.items():
         size = count_parameters(models[name.partition(",")[0]])
-        ratio = statistics.median(a / b for a, b in zip(durations, taken["plugin"], strict=True))
         median = statistics.median(durations)
-        cells = [f"{size.total / 1e6:.2f}M", f"{size.active / 1e6:.2f}M", f"{1e3 * median:.1f}"]
-        print("| " + " | ".join([name, *cells, f"{shape[0] * shape[1] / median:.0f}", f"{ratio:.2f}"]) + " |")
+        ratios = [
+            f"{statistics.median(b / a for a, b in zip(durations, taken[other], strict=True)):.2f}"
+            for other in ("LLaMAMoE", "dense twin")
+            if other in taken
+        ]
+        cells = [
+            f"{size.total / 1e6:.2f}M",
+            f"{size.active / 1e6:.2f}M",
+            f"{1e3 * median:.1f}",
+            f"{tokens / median:.0f}",
+        ]
+        print("| " + " | ".join([name, *cells, *ratios]) + " |", flush=True)
 
-    hooked = {name: Trainee(models["plugin"], False, name == "with hooks", folder) for name in ("plain", "with hooks")}
-    taken = interleaved(hooked, *measure)
-    ratio = statistics.median(a / b for a, b in zip(taken["with hooks"], taken["plain"], strict=True))
-    print(f"\nCost of the hooks around a step: {100 * (ratio - 1):+.1f} % (median of {arguments.rounds} pairs)")
+
+class Clocked(IterableDataset):
+    """Batches of random tokens, (B, T + 1), that note the time whenever one is asked for."""
+
+    def __init__(self, batch: tuple[int, int], vocabulary: int) -> None:
+        self._batch, self._vocabulary = batch, vocabulary
+        self.clock = HookClock()
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+        self.hooks: list[float] = []
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        while True:
+            self.wall.append(time.perf_counter())
+            self.cpu.append(time.thread_time())
+            self.hooks.append(self.clock.total)
+            rows, length = self._batch
+            yield torch.randint(0, self._vocabulary, (rows, length + 1), generator=generator)
+
+
+@dataclass
+class RandomTokens(DataModule):
+    """A data module around `Clocked`."""
+
+    batch: tuple[int, int]
+    vocabulary: int
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.dataset = Clocked(self.batch, self.vocabulary)
+
+    def connect(self, **_settings: Any) -> None:
+        pass
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.dataset, batch_size=None)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(Clocked(self.batch, self.vocabulary), batch_size=None)
+
+
+class HookClock:
+    """Adds up the CPU time of the main thread in what this package does around LitGPT's loop."""
+
+    def __init__(self) -> None:
+        self.total, self._depth = 0.0, 0
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Wrap the places through which every hook is called."""
+        places = [(TrainingFabric, "call"), (TrainingFabric, "log_dict")]
+        places += [(HookedLoop, name) for name in ("_between_iterations", "_restore_rng", "_learning_rate")]
+        originals = [(cls, name, getattr(cls, name)) for cls, name in places]
+        for cls, name, original in originals:
+            setattr(cls, name, self._timed(original))
+        try:
+            yield
+        finally:
+            for cls, name, original in originals:
+                setattr(cls, name, original)
+
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            # A hook may call another; the outer one counts.
+            self._depth += 1
+            started = time.thread_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._depth -= 1
+                if not self._depth:
+                    self.total += time.thread_time() - started
+
+        return timed
+
+
+def run(recipe: Recipe, ours: bool, steps: int, log_interval: int, warmup: int) -> tuple[list[float], float, float]:
+    """Train through `run_train.py`'s or LitGPT's own entry point.
+
+    Returns:
+        Seconds of each step after the warm-up, CPU seconds of the main thread in them, and those of the hooks.
+    """
+    rows, length = recipe.batch
+    data = RandomTokens(recipe.batch, recipe.model["padded_vocab_size"])
+    train = TrainArgs(
+        save_interval=None,
+        log_interval=log_interval,
+        global_batch_size=rows,
+        micro_batch_size=rows,
+        max_tokens=steps * rows * length,
+        max_seq_length=length,
+        max_norm=1.0,
+        lr_warmup_steps=10,
+        tie_embeddings=False,
+    )
+    never = EvalArgs(interval=10**9, max_iters=1, final_validation=False)
+    config = Config(**recipe.model)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        common = {"out_dir": Path(folder), "data": data, "train": train, "eval": never, "optimizer": "AdamW"}
+        if ours:
+            with data.dataset.clock.installed():
+                setup(model_config=config, devices=1, compile=False, progress=False, precision="32-true", **common)
+        else:
+            _litgpt_pretrain(config, common)
+    wall, cpu, hooks = data.dataset.wall, data.dataset.cpu, data.dataset.hooks
+    times = [later - earlier for earlier, later in itertools.pairwise(wall[warmup:])]
+    return times, cpu[-1] - cpu[warmup], hooks[-1] - hooks[warmup]
+
+
+def _litgpt_pretrain(config: Config, arguments: dict[str, Any]) -> None:
+    # As `litgpt.pretrain.setup` does, which writes its hyperparameters by parsing the command line again.
+    fabric = L.Fabric(devices=1, loggers=[CSVLogger(arguments["out_dir"] / "logs", flush_logs_every_n_steps=1)])
+    save, litgpt.pretrain.save_checkpoint = litgpt.pretrain.save_checkpoint, lambda *_args: None
+    try:
+        litgpt.pretrain.main(
+            fabric=fabric,
+            devices=1,
+            seed=42,
+            initial_checkpoint_dir=None,
+            resume=False,
+            config=config,
+            tokenizer_dir=None,
+            tokenizer=None,
+            **arguments,
+        )
+    finally:
+        litgpt.pretrain.save_checkpoint = save
+
+
+def measure_hooks(recipe: Recipe, steps: int, pairs: int) -> None:
+    """Print part `hooks`."""
+    print(f"\nHooks, {recipe.path.stem}, {recipe.batch[0]} x {recipe.batch[1]} tokens a step", flush=True)
+    for log_interval in dict.fromkeys((recipe.log_interval, 1)):
+        times, cpu, hooks = run(recipe, True, steps, log_interval, warmup=5)
+        print(f"hooks, a log line every {log_interval} steps: {100 * hooks / cpu:.2f} % of the CPU time", end="")
+        print(f" ({1e3 * hooks / len(times):.2f} of {1e3 * cpu / len(times):.1f} ms a step)", flush=True)
+    medians: dict[bool, list[float]] = {True: [], False: []}
+    for pair in range(pairs):
+        for ours in (True, False) if pair % 2 else (False, True):
+            times, _, _ = run(recipe, ours, steps, recipe.log_interval, warmup=5)
+            medians[ours].append(statistics.median(times))
+    ratios = [ours / plain for ours, plain in zip(medians[True], medians[False], strict=True)]
+    print(f"run_train.py over litgpt pretrain, median step: {statistics.median(ratios):.3f}", end="")
+    print(f" ({min(ratios):.3f} to {max(ratios):.3f} in {pairs} pairs of runs of {steps} steps)", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--parts", nargs="+", choices=["steps", "hooks"], default=["steps", "hooks"])
+    parser.add_argument("--recipes", nargs="+", type=Path, help="default: the quickstart and code-moe-60m")
+    parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"])
+    parser.add_argument("--rounds", type=int, default=9, help="measured steps per contender")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before")
+    parser.add_argument("--precision", choices=["highest", "high", "medium"], default="highest")
+    arguments = parser.parse_args()
+    torch.set_float32_matmul_precision(arguments.precision)
+    recipes = [Recipe(path) for path in arguments.recipes or [CONFIGS / f"{name}.yaml" for name in BATCHES]]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, float32 products:", end=" ")
+    print(arguments.precision, flush=True)
+    if "steps" in arguments.parts:
+        for recipe in recipes:
+            compare_steps(recipe, [mode == "compiled" for mode in arguments.modes], arguments.warmup, arguments.rounds)
+            torch.compiler.reset()
+    if "hooks" in arguments.parts:
+        measure_hooks(recipes[0], steps=30, pairs=3)
 
 
 if __name__ == "__main__":

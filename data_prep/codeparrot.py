@@ -25,6 +25,7 @@ def main(
     invalid_utf8: Literal["error", "replace"] = "error",
     workers: int | None = None,
     seed: int = 42,
+    streaming: bool = False,
     log_to_wandb: bool = False,
     wandb_artifact: str | None = None,
     wandb_project: str | None = None,
@@ -42,6 +43,7 @@ def main(
         invalid_utf8: What to do about bytes that are no UTF-8.
         workers: Processes that encode. Default: one per core.
         seed: Decides which documents validate.
+        streaming: Without source_path: read the hub's files as they are encoded, instead of downloading them first.
         log_to_wandb: Log the corpus as a W&B artifact; WANDB_MODE=offline keeps it for `wandb sync`.
         wandb_artifact: Name of the artifact.
         wandb_project: W&B project of the artifact.

@@ -26,6 +26,7 @@ def main(
     invalid_utf8: Literal["error", "replace"] = "error",
     workers: int | None = None,
     seed: int = 42,
+    streaming: bool = False,
     log_to_wandb: bool = False,
     wandb_artifact: str | None = None,
     wandb_project: str | None = None,
@@ -44,15 +45,18 @@ def main(
         invalid_utf8: What to do about bytes that are no UTF-8.
         workers: Processes that encode. Default: one per core.
         seed: Decides which documents validate.
+        streaming: Without source_path: read the hub's files as they are encoded, instead of downloading them first.
         log_to_wandb: Log the corpus as a W&B artifact; WANDB_MODE=offline keeps it for `wandb sync`.
         wandb_artifact: Name of the artifact.
         wandb_project: W&B project of the artifact.
     """
     settings = dict(locals())
     wandb = {name: settings.pop(name) for name in ("log_to_wandb", "wandb_artifact", "wandb_project")}
-    subset, source_path = settings.pop("subset"), settings.pop("source_path")
+    subset, source_path, streaming = (settings.pop(name) for name in ("subset", "source_path", "streaming"))
     if source_path is None:
-        corpus = HubDataset(dataset="HuggingFaceFW/fineweb-edu", config=subset, **settings)
+        corpus = HubDataset(dataset="HuggingFaceFW/fineweb-edu", config=subset, streaming=streaming, **settings)
+    elif streaming:
+        raise ValueError(f"streaming has no effect on the files in source_path={str(source_path)!r}. Leave out one.")
     else:
         corpus = TextCorpus(source_path=source_path, pattern="**/*.parquet", **settings)
     prepare(corpus.prepare, **wandb)

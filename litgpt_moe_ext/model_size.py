@@ -1,4 +1,4 @@
-"""How many parameters a model has, and how many of them work on one token."""
+"""How many parameters a model has, how many of them work on one token, and how much arithmetic that is."""
 
 from typing import Any, NamedTuple
 
@@ -40,3 +40,30 @@ def count_parameters(config: Any, tie_embeddings: bool = False) -> ModelSize:
     )
     idle = 0 if routed == 0 else routed * (config.n_expert - config.n_expert_per_token) // config.n_expert
     return ModelSize(total, total - idle)
+
+
+def count_flops(config: Any, length: int, training: bool) -> int:
+    """Return the floating point operations of one sequence, counted by torch on tensors without memory.
+
+    A multiply-add is two. Counted are the matrix products: of a token's own experts, not of those it passes by, and of
+    attention as if it looked at all `length` positions (the half that a causal mask hides is part of it).
+
+    Args:
+        config: A `litgpt.Config`.
+        length: Tokens of the sequence.
+        training: Whether to count the backward pass as well.
+    """
+    import torch
+    import torch.nn.functional as F
+    from lightning.fabric.utilities.throughput import measure_flops
+    from litgpt.model import GPT
+
+    with torch.device("meta"):
+        model = GPT(config)
+        ids = torch.zeros(1, length + 1, dtype=torch.int64)
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    return measure_flops(model, lambda: model(inputs), loss if training else None)

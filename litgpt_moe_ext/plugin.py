@@ -299,6 +299,9 @@ def _extend_model(gpt_class: type) -> None:
         if getattr(self.config, "streaming_cache_window", None) is not None:
             from litgpt_moe_ext.attention.model import cache_length
 
+            # `LLM.generate`, and `litgpt serve` with it, say here and nowhere else how long the text will be.
+            if max_seq_length is not None and max_seq_length > self.max_seq_length:
+                self.max_seq_length = max_seq_length
             max_seq_length = cache_length(self, max_seq_length)
         original_set_kv_cache(self, batch_size, max_seq_length, *args, **kwargs)
 

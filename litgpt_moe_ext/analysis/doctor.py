@@ -142,16 +142,44 @@ def _precision(recipe: Recipe | None) -> Finding:
     return Finding("precision", "good", f"{wanted or 'chosen by the device'}; usable: {', '.join(usable)}")
 
 
-def _strategy(recipe: Recipe) -> Finding:
-    from litgpt_moe_ext.training.arguments import DistributedArgs
-    from litgpt_moe_ext.training.strategies import accelerator_here, check_strategy
+def _processes(recipe: Recipe) -> int:
+    import torch
 
-    name = recipe.settings.get("strategy") or "auto"
+    return recipe.devices or torch.cuda.device_count() or 1
+
+
+def _whole(recipe: Recipe) -> bool:
+    # Whether every process has all weights.
+    from litgpt_moe_ext.training.zero.settings import stage_of
+
+    if (stage := stage_of(recipe.strategy)) is not None:
+        return stage < 3
+    return recipe.strategy in ("auto", "ddp") or _processes(recipe) * recipe.num_nodes == 1
+
+
+def _strategy(recipe: Recipe) -> Finding:
+    import torch
+
+    from litgpt_moe_ext.training.arguments import DistributedArgs
+    from litgpt_moe_ext.training.strategies import accelerator_here, check_strategy, single_process_note
+
+    per_node, nodes = _processes(recipe), recipe.num_nodes
     try:
-        check_strategy(name, DistributedArgs(**(recipe.settings.get("distributed") or {})), accelerator_here())
-    except (ValueError, TypeError, ImportError) as error:
+        args = DistributedArgs(**(recipe.settings.get("distributed") or {}))
+        check_strategy(recipe.strategy, args, accelerator_here())
+    except (TypeError, ValueError, ImportError) as error:
         return Finding("strategy", "problem", str(error))
-    return Finding("strategy", "good", name)
+    if recipe.memory_savers["fused_cross_entropy"] and not _whole(recipe):
+        text = f"fused_cross_entropy: true needs the whole output head on every process; strategy: {recipe.strategy}"
+        return Finding("strategy", "problem", f"{text} shares it out: use ddp, or leave fused_cross_entropy out")
+    if torch.cuda.is_available() and per_node > torch.cuda.device_count():
+        text = f"devices: {per_node}, but torch can use {torch.cuda.device_count()} GPUs here"
+        return Finding("strategy", "problem", f"{text}; set devices: auto")
+    if note := single_process_note(recipe.strategy, per_node * nodes, args):
+        return Finding("strategy", "note", note)
+    name = "ddp" if recipe.strategy == "auto" and per_node * nodes > 1 else recipe.strategy
+    count = f"{per_node} process{'es' * (per_node > 1)}" + (f" on each of {nodes} nodes" if nodes > 1 else "")
+    return Finding("strategy", "good", f"{name}, {count}")
 
 
 def _memory(recipe: Recipe) -> Iterator[Finding]:
@@ -159,24 +187,46 @@ def _memory(recipe: Recipe) -> Iterator[Finding]:
     import torch
 
     from litgpt_moe_ext.analysis.memory import PRECISIONS, training_memory
+    from litgpt_moe_ext.analysis.sharing import block_sizes, process_memory
 
     cuda = torch.cuda.is_available()
-    precision = recipe.settings.get("precision") or ("bf16-mixed" if cuda else "32-true")
+    precision = recipe.precision or ("bf16-mixed" if cuda else "32-true")
     if precision not in PRECISIONS:
         return
-    batch = recipe.train.get("micro_batch_size") or 4
-    optimizer = recipe.settings.get("optimizer") or "AdamW"
-    needed = training_memory(recipe.config, precision, batch, recipe.sequence_length, optimizer).total
-    free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
-    text = f"training in {precision} takes about {needed / 2**30:.2f} GiB of tensors, {free / 2**30:.1f} GiB are free"
-    if needed > free:
-        # Processes can share the work, so this is no proof that it cannot run.
-        advice = f"lower train.micro_batch_size ({batch}), or share the model among devices"
-        yield Finding(
-            "memory", "problem" if recipe.settings.get("devices") in (1, "1") else "note", f"{text}; {advice}"
+    batch, per_node = recipe.micro_batch_size, _processes(recipe)
+    knobs = recipe.settings.get("distributed") or {}
+    offload = bool(knobs.get("cpu_offload") or knobs.get("offload_optimizer"))
+    try:
+        whole = training_memory(
+            recipe.config, precision, batch, recipe.sequence_length, recipe.optimizer, **recipe.memory_savers
         )
+        sizes = block_sizes(recipe.config, PRECISIONS[precision][0].itemsize)
+        one = process_memory(whole, *sizes, recipe.strategy, per_node, recipe.num_nodes, offload)
+    except (ImportError, ValueError) as error:
+        yield Finding("memory", "problem", str(error))
+        return
+    # On a CPU all processes of a node share one memory.
+    needed = one.total - one.host if cuda else per_node * one.total
+    free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
+    among = " on each GPU" if cuda and per_node > 1 else f" in {per_node} processes" if per_node > 1 else ""
+    text = f"training in {precision} takes about {needed / 2**30:.2f} GiB of tensors{among}"
+    text += f", {free / 2**30:.1f} GiB are free"
+    if needed > free:
+        yield Finding("memory", "problem", f"{text}; {'; '.join(_remedies(recipe, cuda))}")
     else:
         yield Finding("memory", "good", text)
+
+
+def _remedies(recipe: Recipe, cuda: bool) -> Iterator[str]:
+    savers = recipe.memory_savers
+    yield f"lower train.micro_batch_size ({recipe.micro_batch_size})"
+    if savers["activation_checkpointing"] != "full":
+        yield f"set activation_checkpointing ({savers['activation_checkpointing']}) to full"
+    whole = _whole(recipe)
+    if whole and not savers["fused_cross_entropy"]:
+        yield "set fused_cross_entropy to true"
+    if cuda and whole:
+        yield "share the model among several GPUs with strategy: fsdp2"
 
 
 def _data(recipe: Recipe) -> Finding:

@@ -1,8 +1,6 @@
 """The expert analysis as one HTML page that needs nothing else, as pictures, and as JSON."""
 
-import base64
 import html
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,18 +8,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from litgpt_moe_ext.analysis import figures
+from litgpt_moe_ext.analysis.pages import page, picture, png, table
 from litgpt_moe_ext.durable import flush
-
-_CSS = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-p, figcaption { max-width: 48rem; color: #444; } figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { padding: .2rem .7rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; } td.tokens { text-align: left; }
-code { background: #f2f2f2; border-radius: 3px; padding: 0 .25em; white-space: pre; margin-right: .3em; }
-.scroll { overflow-x: auto; }
-"""
 
 
 def make_figures(analysis: Mapping[str, Any]) -> dict[str, Figure]:
@@ -77,27 +65,16 @@ def write_pictures(made: Mapping[str, Figure], directory: Path) -> None:
     """Save pictures as PNG files."""
     for name, figure in made.items():
         path = directory / f"{name}.png"
-        path.write_bytes(_png(figure))
+        path.write_bytes(png(figure))
         flush(path)
 
 
 def make_page(analysis: Mapping[str, Any], made: Mapping[str, Figure]) -> str:
     """Return the report as one HTML page without external resources."""
-    title = f"Experts of {analysis['checkpoint']}"
-    parts = [f"<h1>{html.escape(title)}</h1>", _introduction(analysis), _summary_table(analysis["layers"])]
-    for name, figure in made.items():
-        heading, caption = _CAPTIONS[name]
-        data = base64.b64encode(_png(figure)).decode("ascii")
-        parts.append(
-            f'<h2>{heading}</h2><figure><img alt="{heading}" src="data:image/png;base64,{data}">'
-            f"<figcaption>{caption}</figcaption></figure>"
-        )
+    parts = [_introduction(analysis), _summary_table(analysis["layers"])]
+    parts += [picture(*_CAPTIONS[name], figure) for name, figure in made.items()]
     parts.append(_tokens_section(analysis["layers"]))
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-        f'content="width=device-width"><title>{html.escape(title)}</title><style>{_CSS}</style></head>'
-        f"<body>{''.join(parts)}</body></html>\n"
-    )
+    return page(f"Experts of {analysis['checkpoint']}", parts)
 
 
 def _introduction(analysis: Mapping[str, Any]) -> str:
@@ -128,9 +105,7 @@ def _summary_table(layers: Sequence[Mapping[str, Any]]) -> str:
                 "none" if entropy is None else f"{entropy:.2f} of {layer['router_entropy_of_even']:.2f}",
             )
         )
-    head = "".join(f"<th>{column}</th>" for column in columns)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+    return table(columns, rows)
 
 
 def _tokens_section(layers: Sequence[Mapping[str, Any]]) -> str:
@@ -154,9 +129,3 @@ def _tokens_section(layers: Sequence[Mapping[str, Any]]) -> str:
 def _token(token: Mapping[str, Any]) -> str:
     visible = token["text"].replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·")
     return f'<code title="{token["share"]:.0%} of {token["count"]} visits">{html.escape(visible)}</code>'
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()

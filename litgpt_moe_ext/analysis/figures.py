@@ -27,6 +27,8 @@ STYLE = {
 _COLUMNS = 4
 _WRITABLE = 16
 _LARGEST_LOG2 = 2.0
+# Inches.
+_BAR_THICKNESS, _LONGEST_BAR, _SMALLEST_PANEL, _LARGEST_PANEL = 0.13, 4.0, 1.6, 4.0
 
 
 def load_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
@@ -78,7 +80,7 @@ def class_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
     names = list(layers[0]["class_lift"])
     n_expert = layers[0]["n_expert"]
     with matplotlib.rc_context(STYLE):
-        size = (min(0.5 + 0.18 * n_expert, 4.0), 0.5 + 0.16 * len(names))
+        size = (_side(n_expert), 0.5 + 0.16 * len(names))
         figure, panels = _panels(len(layers), size, left=0.9)
         for i, (axes, layer) in enumerate(zip(panels, layers, strict=True)):
             image = _ratios(axes, _array(list(layer["class_lift"].values())), write=False)
@@ -94,7 +96,7 @@ def coactivation_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
     """Heat maps of pairs of experts: how much more often a token visits both than their loads alone explain."""
     n_expert = layers[0]["n_expert"]
     with matplotlib.rc_context(STYLE):
-        side = min(0.6 + 0.17 * n_expert, 4.0)
+        side = _side(n_expert)
         figure, panels = _panels(len(layers), (side, side))
         for axes, layer in zip(panels, layers, strict=True):
             image = _ratios(axes, _array(layer["coactivation_lift"]), write=False)
@@ -111,8 +113,12 @@ def agreement_figure(comparison: Sequence[Mapping[str, Any]], names: tuple[str, 
     """Agreement of two checkpoints by layer, and which of their experts go together."""
     layers = [entry["layer"] for entry in comparison]
     n_expert = len(comparison[0]["matching"])
+    shares = []
+    for entry in comparison:
+        overlap = np.array(entry["overlap_EE"], dtype=float)[:, entry["matching"]]
+        shares.append(overlap / np.maximum(overlap.sum(axis=1, keepdims=True), 1))
     with matplotlib.rc_context(STYLE):
-        side = min(0.6 + 0.17 * n_expert, 4.0)
+        side = max(2.2, _side(n_expert))
         figure, panels = _panels(1 + len(comparison), (side, side), left=0.6)
         first = panels[0]
         for key, label, style in (
@@ -122,23 +128,30 @@ def agreement_figure(comparison: Sequence[Mapping[str, Any]], names: tuple[str, 
         ):
             first.plot(layers, [entry[key] for entry in comparison], style, markersize=3.5, label=label)
         first.set_ylim(0, 1)
-        first.set_title("share of experts in common")
+        first.set_title("experts in common")
         first.set_xlabel("layer")
         first.xaxis.get_major_locator().set_params(integer=True)
-        first.legend(loc="upper right")
-        for axes, entry in zip(panels[1:], comparison, strict=True):
-            overlap = np.array(entry["overlap_EE"], dtype=float)[:, entry["matching"]]
-            image = axes.imshow(
-                overlap / np.maximum(overlap.sum(axis=1, keepdims=True), 1), vmin=0, vmax=1, cmap="Blues"
-            )
+        first.legend(loc="best")
+        largest = max(share.max() for share in shares)
+        for i, (axes, entry, share) in enumerate(zip(panels[1:], comparison, shares, strict=True), start=1):
+            image = axes.imshow(share, vmin=0, vmax=largest, cmap="Blues", interpolation="nearest")
             axes.set_title(f"layer {entry['layer']}")
             ticks = _tick_places(n_expert)
             axes.set_xticks(ticks, [entry["matching"][i] for i in ticks])
             axes.set_yticks(ticks)
-            axes.set_xlabel(f"expert of {names[1]}")
-            axes.set_ylabel(f"expert of {names[0]}")
-        figure.colorbar(image, ax=list(panels[1:]), shrink=0.7, label="share of the row")
+            axes.set_xlabel(f"expert of {_shortened(names[1])}")
+            if i == 1 or i % _COLUMNS == 0:
+                axes.set_ylabel(f"expert of {_shortened(names[0])}")
+        _bar(figure, image, list(panels[1:]), "share of the row")
     return figure
+
+
+def _side(n_expert: int) -> float:
+    return min(max(0.6 + 0.17 * n_expert, _SMALLEST_PANEL), _LARGEST_PANEL)
+
+
+def _shortened(name: str, length: int = 16) -> str:
+    return name if len(name) <= length else f"…{name[1 - length :]}"
 
 
 def _panels(count: int, size: tuple[float, float], left: float = 0.3) -> tuple[Figure, list[Axes]]:
@@ -181,8 +194,16 @@ def _logs(values: np.ndarray) -> np.ndarray:
 
 def ratio_bar(figure: Figure, image: Any, label: str = "ratio") -> None:
     """Add the scale of `ratio_image`, of one image for all axes of the figure."""
-    bar = figure.colorbar(image, ax=figure.axes, shrink=0.8, pad=0.01, label=label, extend="both")
+    bar = _bar(figure, image, figure.axes, label, extend="both")
     bar.set_ticks([-2, -1, 0, 1, 2], labels=["1/4", "1/2", "1", "2", "4"])
+
+
+def _bar(figure: Figure, image: Any, axes: Sequence[Axes], label: str, **options: Any) -> Any:
+    # As thick as the text beside it however tall the figure is.
+    height = figure.get_figheight()
+    length = min(0.8 * height, _LONGEST_BAR)
+    shape = {"shrink": length / height, "aspect": length / _BAR_THICKNESS, "pad": 0.01}
+    return figure.colorbar(image, ax=axes, label=label, **shape, **options)
 
 
 def _tick_places(n_expert: int) -> list[int]:

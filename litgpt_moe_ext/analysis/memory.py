@@ -11,7 +11,8 @@ projection, V vocabulary.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ from litgpt_moe_ext.moe.backends import matmul_dtype
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.moe.routing import Routing
+from litgpt_moe_ext.training.activation_checkpointing import ActivationCheckpointing, Mode
+from litgpt_moe_ext.training.fused_loss import FusedLoss, require_torch
 
 # Precision setting of training: dtype of the parameters, and dtype of autocast if there is any.
 PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
@@ -86,32 +89,42 @@ class LiveMemory(TorchDispatchMode):
         self.peak = 0
         self._bytes: dict[int, int] = {}
         self._references: dict[int, StorageWeakRef] = {}
+        # With those that have died since `live` last looked, which takes a while.
+        self._seen = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        self._forget_dead()
         result = func(*args, **(kwargs or {}))
         for leaf in tree_iter(result):
             if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                key = storage._cdata
-                if key not in self._references:
-                    self._references[key] = StorageWeakRef(storage)
-                    self._bytes[key] = storage.nbytes()
-        self.peak = max(self.peak, sum(self._bytes.values()))
+                self._see(leaf.untyped_storage())
+        if self._seen > self.peak:
+            self.peak = max(self.peak, self.live())
         return result
 
     def live(self) -> int:
         """Return the bytes that are alive now."""
-        self._forget_dead()
-        return sum(self._bytes.values())
+        for key in [key for key, reference in self._references.items() if reference.expired()]:
+            self._forget(key)
+        return self._seen
 
     def reset(self) -> None:
         """Start looking for a new peak."""
         self.peak = self.live()
 
-    def _forget_dead(self) -> None:
-        for key in [key for key, reference in self._references.items() if reference.expired()]:
-            del self._references[key], self._bytes[key]
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        known = self._references.get(key)
+        if known is not None:
+            if not known.expired():
+                return
+            self._forget(key)  # another storage was at the same address
+        self._references[key] = StorageWeakRef(storage)
+        self._bytes[key] = storage.nbytes()
+        self._seen += self._bytes[key]
+
+    def _forget(self, key: int) -> None:
+        del self._references[key]
+        self._seen -= self._bytes.pop(key)
 
 
 class _StandIn(torch.autograd.Function):
@@ -130,9 +143,13 @@ class _StandIn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, weights_TK, _h_RG, _rows_2R, *weights = ctx.saved_tensors
+        x_TD, weights_TK, h_RG, _rows_2R, *weights = ctx.saved_tensors
         dweights = [torch.empty_like(weight) for weight in weights]
         _dx_RD = x_TD.new_empty(weights_TK.numel(), x_TD.size(1), dtype=ctx.x_dtype)
+        # What one expert needs at a time: rows of x and dy, dh, and two of the hidden width.
+        down_EDF = [weight for weight in weights if weight.dim() == 3][-1]
+        width = 2 * x_TD.size(1) + h_RG.size(1) + 2 * down_EDF.size(2)
+        _scratch_NW = x_TD.new_empty(weights_TK.numel() // down_EDF.size(0), width)
         return torch.empty_like(x_TD, dtype=ctx.x_dtype), torch.empty_like(weights_TK), None, *dweights
 
 
@@ -142,12 +159,17 @@ def _stand_in_forward(experts: Experts, x_TD: Tensor, routing: Routing) -> Tenso
 
 
 def training_memory(
-    config: Any, precision: str, micro_batch_size: int, sequence_length: int, optimizer: str | dict
+    config: Any,
+    precision: str,
+    micro_batch_size: int,
+    sequence_length: int,
+    optimizer: str | dict,
+    activation_checkpointing: Mode = "none",
+    fused_cross_entropy: bool = False,
 ) -> TrainingMemory:
     """Return what a training step takes, without taking it.
 
-    The activations are those of the CPU backend of the experts and of torch's fused attention, without activation
-    checkpointing.
+    The activations are those of the CPU backend of the experts and of torch's fused attention.
 
     Args:
         config: A `litgpt.Config`.
@@ -155,12 +177,21 @@ def training_memory(
         micro_batch_size: Sequences in one forward pass.
         sequence_length: Tokens of each.
         optimizer: As in a recipe.
+        activation_checkpointing: As in a recipe.
+        fused_cross_entropy: As in a recipe.
+
+    Raises:
+        ImportError: If `fused_cross_entropy` needs another torch.
+        ValueError: If it does not go with the configuration.
     """
     from litgpt.utils import chunked_cross_entropy
 
     dtype, autocast = PRECISIONS[precision]
     ratio = state_ratio(optimizer, dtype)
+    # 0: the whole cross-entropy at once, as LitGPT's pretraining does.
+    cross_entropy = partial(chunked_cross_entropy, chunk_size=0)
     with _fake_model(config, dtype) as (model, memory):
+        cross_entropy = save_memory(model, cross_entropy, activation_checkpointing, fused_cross_entropy)
         weights = sum(_bytes(tensor) for tensor in (*model.parameters(), *model.buffers()))
         ids = torch.zeros(micro_batch_size, sequence_length + 1, dtype=torch.int64)
         context = contextlib.nullcontext() if autocast is None else torch.autocast("cpu", autocast)
@@ -171,14 +202,30 @@ def training_memory(
         memory.reset()
         before = memory.live()
         with context:
-            # 0: the whole cross-entropy at once, as LitGPT's pretraining does.
-            loss = chunked_cross_entropy(model(ids[:, :-1]), ids[:, 1:], chunk_size=0)
+            loss = cross_entropy(model(ids[:, :-1]), ids[:, 1:])
         loss.backward()
         activations = memory.peak - before
         for router in routers_of(model).values():
             router.tally.take()  # no optimizer will
         parameters = sum(_bytes(parameter) for parameter in model.parameters())
     return TrainingMemory(weights, gradients, parameters * ratio, activations)
+
+
+def save_memory(
+    model: torch.nn.Module,
+    cross_entropy: Callable[..., Tensor],
+    activation_checkpointing: Mode,
+    fused_cross_entropy: bool,
+) -> Callable[..., Tensor]:
+    """Do to a model what training does to it for these settings, and return its loss function."""
+    if activation_checkpointing != "none":
+        ActivationCheckpointing(activation_checkpointing).on_before_setup(model)
+    if not fused_cross_entropy:
+        return cross_entropy
+    require_torch()
+    fused = FusedLoss()
+    fused.on_before_setup(model)
+    return fused.wrap(cross_entropy)
 
 
 def inference_memory(config: Any, dtype: torch.dtype) -> InferenceMemory:

@@ -1,14 +1,16 @@
 """What a model costs: parameters, arithmetic, memory. Computed from its configuration, before anything is trained."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 
-from litgpt_moe_ext.analysis.memory import PRECISIONS, inference_memory, training_memory
+from litgpt_moe_ext.analysis.memory import PRECISIONS, TrainingMemory, inference_memory, training_memory
 from litgpt_moe_ext.analysis.recipes import Recipe
-from litgpt_moe_ext.model_size import count_parameters
+from litgpt_moe_ext.analysis.sharing import STRATEGIES, block_sizes, process_memory
+from litgpt_moe_ext.model_size import count_flops, count_parameters
+from litgpt_moe_ext.training.activation_checkpointing import Mode
 
 INFERENCE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -26,10 +28,19 @@ class ModelCard:
         micro_batch_size: Sequences per forward pass in training.
         block_size: Tokens of the longest sequence the model takes.
         optimizer: Its name.
+        activation_checkpointing: Setting that `training` and `processes` are for.
+        fused_cross_entropy: Setting that `training` and `processes` are for.
         flops_per_token_forward: Floating point operations (two per multiply-add) of a forward pass over a sequence of
             full length, per token; attention included.
         flops_per_token_training: The same of forward and backward pass.
         training: Memory by precision setting: weights, gradients, optimizer, activations, total.
+        precision: Precision setting that the next two are for: the recipe's, or float32.
+        activations: Memory of the activations in training, by what is done against it: the values of
+            `activation_checkpointing`, and "+ fused" with `fused_cross_entropy`.
+        processes: Memory of one process by strategy, if there are several: weights, gradients, optimizer,
+            communication, activations, total. Empty for a single process.
+        devices: Processes on each node.
+        num_nodes: Nodes.
         inference: Memory by dtype: weights, kv_cache, activations, total.
         kv_cache_per_token: By dtype.
         checkpoint_weights: Size of a file with the weights alone, by dtype.
@@ -44,9 +55,16 @@ class ModelCard:
     micro_batch_size: int
     block_size: int
     optimizer: str
+    activation_checkpointing: str
+    fused_cross_entropy: bool
     flops_per_token_forward: float
     flops_per_token_training: float
     training: dict[str, dict[str, int]]
+    precision: str
+    activations: dict[str, int]
+    processes: dict[str, dict[str, int]]
+    devices: int
+    num_nodes: int
     inference: dict[str, dict[str, int]]
     kv_cache_per_token: dict[str, float]
     checkpoint_weights: dict[str, int]
@@ -57,19 +75,33 @@ class ModelCard:
         return asdict(self)
 
 
-def make_card(recipe: Recipe, micro_batch_size: int | None = None) -> ModelCard:
+def make_card(
+    recipe: Recipe, micro_batch_size: int | None = None, devices: int | None = None, num_nodes: int | None = None
+) -> ModelCard:
     """Compute the figures of a recipe's model.
 
     Args:
         recipe: The recipe.
         micro_batch_size: In place of the recipe's, which is 4 where it says nothing (LitGPT's default).
+        devices: In place of the recipe's, which is 1 where it says nothing or auto.
+        num_nodes: In place of the recipe's, which is 1 where it says nothing.
+
+    Raises:
+        ValueError: If settings of the recipe do not go together.
     """
     config, length = recipe.config, recipe.sequence_length
-    batch = micro_batch_size or recipe.train.get("micro_batch_size") or 4
-    optimizer = recipe.settings.get("optimizer") or "AdamW"
+    batch = micro_batch_size or recipe.micro_batch_size
+    devices, num_nodes = devices or recipe.devices or 1, num_nodes or recipe.num_nodes
+    precision = recipe.precision if recipe.precision in PRECISIONS else "32-true"
+
+    def training_in(name: str, savers: dict[str, Any]) -> TrainingMemory:
+        return training_memory(config, name, batch, length, recipe.optimizer, **savers)
+
     size = count_parameters(config)
-    training = {name: training_memory(config, name, batch, length, optimizer) for name in PRECISIONS}
+    training = {name: training_in(name, recipe.memory_savers) for name in PRECISIONS}
     inference = {name: inference_memory(config, dtype) for name, dtype in INFERENCE_DTYPES.items()}
+    sizes = block_sizes(config, PRECISIONS[precision][0].itemsize)
+    processes = {name: process_memory(training[precision], *sizes, name, devices, num_nodes) for name in STRATEGIES}
     return ModelCard(
         name=config.name or "model",
         parameters_total=size.total,
@@ -78,10 +110,22 @@ def make_card(recipe: Recipe, micro_batch_size: int | None = None) -> ModelCard:
         sequence_length=length,
         micro_batch_size=batch,
         block_size=config.block_size,
-        optimizer=_optimizer_name(optimizer),
-        flops_per_token_forward=flops(config, length, training=False) / length,
-        flops_per_token_training=flops(config, length, training=True) / length,
+        optimizer=_optimizer_name(recipe.optimizer),
+        **recipe.memory_savers,
+        flops_per_token_forward=count_flops(config, length, training=False) / length,
+        flops_per_token_training=count_flops(config, length, training=True) / length,
         training={name: {**memory._asdict(), "total": memory.total} for name, memory in training.items()},
+        precision=precision,
+        activations={
+            name: training_in(precision, savers).activations for name, savers in _memory_savers(config).items()
+        },
+        processes={
+            name: {**memory._asdict(), "total": memory.total}
+            for name, memory in processes.items()
+            if devices * num_nodes > 1
+        },
+        devices=devices,
+        num_nodes=num_nodes,
         inference={name: {**memory._asdict(), "total": memory.total} for name, memory in inference.items()},
         kv_cache_per_token={name: memory.kv_cache / config.block_size for name, memory in inference.items()},
         checkpoint_weights={name: _state_bytes(config, dtype) for name, dtype in INFERENCE_DTYPES.items()},
@@ -91,26 +135,11 @@ def make_card(recipe: Recipe, micro_batch_size: int | None = None) -> ModelCard:
     )
 
 
-def flops(config: Any, length: int, training: bool) -> int:
-    """Return the floating point operations of one sequence, counted by torch on tensors without memory.
-
-    Args:
-        config: A `litgpt.Config`.
-        length: Tokens of the sequence.
-        training: Whether to count the backward pass as well.
-    """
-    from lightning.fabric.utilities.throughput import measure_flops
-    from litgpt.model import GPT
-
-    with torch.device("meta"):
-        model = GPT(config)
-        ids = torch.zeros(1, length + 1, dtype=torch.int64)
-    inputs, targets = ids[:, :-1], ids[:, 1:]
-
-    def loss(logits: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-    return measure_flops(model, lambda: model(inputs), loss if training else None)
+def _memory_savers(config: Any) -> dict[str, dict[str, Any]]:
+    made = {mode: {"activation_checkpointing": mode} for mode in get_args(Mode)}
+    if hasattr(F, "linear_cross_entropy") and config.final_logit_softcapping is None:
+        made |= {f"{mode} + fused": {**savers, "fused_cross_entropy": True} for mode, savers in made.items()}
+    return made
 
 
 def _optimizer_name(optimizer: str | dict) -> str:

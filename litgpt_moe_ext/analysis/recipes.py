@@ -27,6 +27,40 @@ class Recipe:
     def sequence_length(self) -> int:
         return self.train.get("max_seq_length") or self.config.block_size
 
+    @property
+    def micro_batch_size(self) -> int:
+        return self.train.get("micro_batch_size") or 4  # LitGPT's default
+
+    @property
+    def optimizer(self) -> str | dict:
+        return self.settings.get("optimizer") or "AdamW"
+
+    @property
+    def strategy(self) -> str:
+        return self.settings.get("strategy") or "auto"
+
+    @property
+    def devices(self) -> int | None:
+        """Processes on each node; `None` for as many as there are GPUs."""
+        devices = self.settings.get("devices")
+        return int(devices) if devices not in (None, "auto", "-1", -1) else None
+
+    @property
+    def num_nodes(self) -> int:
+        return self.settings.get("num_nodes") or 1
+
+    @property
+    def precision(self) -> str | None:
+        return self.settings.get("precision")
+
+    @property
+    def memory_savers(self) -> dict[str, Any]:
+        """Arguments of `training_memory`."""
+        return {
+            "activation_checkpointing": self.settings.get("activation_checkpointing") or "none",
+            "fused_cross_entropy": bool(self.settings.get("fused_cross_entropy")),
+        }
+
 
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe (a YAML file with `model_config` or `model_name`) or a checkpoint directory.

@@ -3,9 +3,10 @@
 import csv
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -45,16 +46,21 @@ class RunLog:
         return tokens[there], speed[there]
 
     def expert_load(self) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-        """Return the tokens, and by layer the load of each expert over the mean, (experts, lines)."""
-        found: dict[int, dict[int, np.ndarray]] = {}
-        for name, values in self.columns.items():
-            if match := _LOAD_COLUMN.fullmatch(name):
-                found.setdefault(int(match[1]), {})[int(match[2])] = values
+        """Return the optimizer steps, and by layer the load of each expert over the mean, (experts, lines)."""
+        found = loads_by_layer(self.columns)
         if not found:
             return np.array([]), {}
-        there = ~np.isnan(next(iter(next(iter(found.values())).values())))
-        layers = {layer: np.stack([experts[e][there] for e in sorted(experts)]) for layer, experts in found.items()}
-        return self.columns[TOKENS][there], dict(sorted(layers.items()))
+        there = ~np.isnan(next(iter(found.values()))[0])
+        return self.columns["step"][there], {layer: np.stack(loads)[:, there] for layer, loads in found.items()}
+
+
+def loads_by_layer(metrics: Mapping[str, Any]) -> dict[int, list[Any]]:
+    """Return the values of the metrics `moe_load_LL/expert_EE`, by layer in order of the experts."""
+    found: dict[int, dict[int, Any]] = {}
+    for name, value in metrics.items():
+        if match := _LOAD_COLUMN.fullmatch(name):
+            found.setdefault(int(match[1]), {})[int(match[2])] = value
+    return {layer: [experts[e] for e in sorted(experts)] for layer, experts in sorted(found.items())}
 
 
 def load_run(directory: Path) -> RunLog:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from litgpt_moe_ext.attention.backends import FUSED_PATTERNS, choose_backend
 from litgpt_moe_ext.attention.kernels import KERNELS, Call
@@ -214,9 +215,7 @@ class _Flash(torch.autograd.Function):
         out_BHTD, lse_BHT, rest = KERNELS[backend].forward(q_BHTD, k_BGSD, v_BGSD, mask, offsets, call)
         if sinks_H is not None:
             sinks_H1 = sinks_H.to(lse_BHT.dtype).unsqueeze(-1)
-            # Into a new tensor: selective activation checkpointing may keep what the kernel returned.
-            gate_BHT1 = torch.sigmoid(lse_BHT - sinks_H1).unsqueeze(-1)
-            out_BHTD = out_BHTD.clone().mul_(gate_BHT1)
+            out_BHTD = _scale_in_place(out_BHTD, torch.sigmoid(lse_BHT - sinks_H1).unsqueeze(-1))
             lse_BHT = torch.logaddexp(lse_BHT, sinks_H1)
         ctx.save_for_backward(q_BHTD, k_BGSD, v_BGSD, sinks_H, mask, offsets, out_BHTD, lse_BHT, *rest)
         ctx.backend, ctx.call = backend, call
@@ -232,6 +231,17 @@ class _Flash(torch.autograd.Function):
         dsinks_H = None
         if sinks_H is not None and ctx.needs_input_grad[3]:
             share_BHT = torch.exp(sinks_H.to(lse_BHT.dtype).unsqueeze(-1) - lse_BHT)
-            delta_BHT = (dout_BHTD.to(lse_BHT.dtype) * out_BHTD).sum(-1)
+            delta_BHT = (dout_BHTD * out_BHTD).sum(-1, dtype=lse_BHT.dtype)
             dsinks_H = -(share_BHT * delta_BHT).sum((0, 2)).to(sinks_H.dtype)
         return dq_BHTD, dk_BGSD, dv_BGSD, dsinks_H, None, None, None, None
+
+
+def _scale_in_place(out_BHTD: torch.Tensor, gate_BHT1: torch.Tensor) -> torch.Tensor:
+    # Nobody else has what a kernel has just returned, except a mode that watches operators: selective activation
+    # checkpointing may keep it for the recomputation. `torch.compile` makes its own graph of operators without side
+    # effects, whatever is written here.
+    if not torch.compiler.is_compiling() and is_in_torch_dispatch_mode():
+        out_BHTD = out_BHTD.clone()
+    # A CPU multiplies two types by way of whole copies in the larger one: a sixth of the kernel's time for 512 tokens
+    # in bfloat16. A GPU does it on the way.
+    return out_BHTD.mul_(gate_BHT1 if out_BHTD.is_cuda else gate_BHT1.to(out_BHTD.dtype))

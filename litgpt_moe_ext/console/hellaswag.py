@@ -37,17 +37,18 @@ def hellaswag(
     litgpt_moe_ext.register()
     import torch
 
-    from litgpt_moe_ext.evaluation.hellaswag import encoder, evaluate, load_items
+    from litgpt_moe_ext.evaluation.hellaswag import as_question, encoder, evaluate, load_items
     from litgpt_moe_ext.evaluation.loading import check_checkpoint_dir, load_model, load_tokenizer, parse_dtype
 
     check_checkpoint_dir(checkpoint_dir)
     parsed_dtype = parse_dtype(dtype)
     items = load_items(file, limit)
     encode = encoder(load_tokenizer(checkpoint_dir))
+    questions = [as_question(item, rule, encode) for item in items]
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = load_model(checkpoint_dir, target, parsed_dtype)
     with progress("Scoring", 4 * len(items)) as advance:
-        answers = evaluate(model, items, rule, encode, batch_size, advance)
+        answers = evaluate(model, questions, batch_size, advance)
     n = len(answers)
     scores = {name: sum(getattr(answer, name) for answer in answers) / n for name in ("acc", "acc_norm")}
     errors = {name: (score * (1 - score) / max(n - 1, 1)) ** 0.5 for name, score in scores.items()}

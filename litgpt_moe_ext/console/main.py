@@ -13,7 +13,9 @@ COMMANDS = {
     "experts": "litgpt_moe_ext.console.experts:experts",
     "perplexity": "litgpt_moe_ext.console.perplexity:perplexity",
     "hellaswag": "litgpt_moe_ext.console.hellaswag:hellaswag",
+    "schedule": "litgpt_moe_ext.console.schedule:schedule",
     "compare-runs": "litgpt_moe_ext.console.compare_runs:compare_runs",
+    "upcycle": "litgpt_moe_ext.console.upcycle:upcycle",
     "convert-experts": "litgpt_moe_ext.console.convert_experts:convert_experts",
     "benchmark-generation": "litgpt_moe_ext.console.benchmark_generation:benchmark_generation",
     "doctor": "litgpt_moe_ext.console.doctor:doctor",
@@ -25,15 +27,15 @@ def build_parser():
     """Return the jsonargparse parser with all sub-commands."""
     import jsonargparse
 
-    from litgpt_moe_ext.training.cli import plain_error
+    from litgpt_moe_ext.training.parser_errors import plain_error
 
     class ArgumentParser(jsonargparse.ArgumentParser):
         def error(self, message: str, *args, **kwargs):
-            super().error(plain_error(message), *args, **kwargs)
+            super().error(plain_error(message, lambda path: None, lambda path: None), *args, **kwargs)
 
     parser = ArgumentParser(
         prog="litgpt-moe",
-        description="Judge Mixture-of-Experts checkpoints and look inside them.",
+        description="Judge Mixture-of-Experts checkpoints, look inside them, and convert them.",
         epilog="`litgpt-moe COMMAND --help` explains the settings of a command.",
     )
     subcommands = parser.add_subcommands(title="commands", metavar="COMMAND")
@@ -47,11 +49,19 @@ def build_parser():
 
 
 def normalize(arguments: Sequence[str]) -> list[str]:
-    """Turn what jsonargparse cannot say into what it can: `compare-runs DIR...` and `doctor [RECIPE]`."""
+    """Turn what jsonargparse cannot say into what it can.
+
+    `compare-runs DIR...`, `doctor [RECIPE]` and `schedule RECIPE --compare NAME...`.
+    """
     name, *rest = arguments or [""]
     own = list(itertools.takewhile(lambda argument: not argument.startswith("-"), rest))
     if name == "compare-runs" and own and not own[0].startswith("["):
         return [name, json.dumps(own), *rest[len(own) :]]
+    if name == "schedule" and "--compare" in rest:
+        start = rest.index("--compare") + 1
+        names = list(itertools.takewhile(lambda argument: not argument.startswith(("-", "[")), rest[start:]))
+        if names:
+            return [name, *rest[:start], json.dumps(names), *rest[start + len(names) :]]
     if name == "doctor" and own:
         return [name, "--recipe", *rest]
     return list(arguments)

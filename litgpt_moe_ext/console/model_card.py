@@ -3,16 +3,25 @@
 from pathlib import Path
 
 
-def model_card(model: Path, micro_batch_size: int | None = None, json: Path | None = None) -> None:
+def model_card(
+    model: Path,
+    micro_batch_size: int | None = None,
+    devices: int | None = None,
+    num_nodes: int | None = None,
+    json: Path | None = None,
+) -> None:
     """Parameters, FLOPs per token and memory of a model, from its recipe, before anything is trained.
 
     Args:
         model: A recipe (YAML file) or a checkpoint directory.
         micro_batch_size: Sequences per forward pass in training. Default: what the recipe says.
+        devices: Processes on each node, for the memory of one of them by strategy. Default: what the recipe says.
+        num_nodes: Nodes. Default: what the recipe says.
         json: File to write the figures to, in bytes.
     """
-    if micro_batch_size is not None and micro_batch_size < 1:
-        raise ValueError(f"micro_batch_size: {micro_batch_size} must be at least 1")
+    for name, value in (("micro_batch_size", micro_batch_size), ("devices", devices), ("num_nodes", num_nodes)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: {value} must be at least 1")
     import litgpt_moe_ext
     from litgpt_moe_ext.console.output import print_table, write_json
 
@@ -20,7 +29,7 @@ def model_card(model: Path, micro_batch_size: int | None = None, json: Path | No
     from litgpt_moe_ext.analysis.model_card import make_card
     from litgpt_moe_ext.analysis.recipes import load_recipe
 
-    card = make_card(load_recipe(model), micro_batch_size)
+    card = make_card(load_recipe(model), micro_batch_size, devices, num_nodes)
     print(f"{card.name}")
     print(
         f"  parameters: {card.parameters_total:,} in total, {card.parameters_active:,} active per token "
@@ -36,15 +45,22 @@ def model_card(model: Path, micro_batch_size: int | None = None, json: Path | No
         + ", ".join(f"{_size(size)} in {name}" for name, size in card.kv_cache_per_token.items())
     )
     unit, size = _unit(max(memory["total"] for memory in card.training.values()))
-    title = (
-        f"\nTraining, {card.micro_batch_size} x {card.sequence_length} tokens per micro batch, {card.optimizer}; {unit}"
-    )
+    mode = card.activation_checkpointing
+    savers = "" if mode == "none" else f", activation checkpointing {mode}"
+    savers += ", fused cross-entropy" if card.fused_cross_entropy else ""
+    tokens = f"{card.micro_batch_size} x {card.sequence_length} tokens per micro batch"
+    title = f"\nTraining, {tokens}, {card.optimizer}{savers}; {unit}"
     columns = ("precision", "weights", "grads", "optimizer", "activations", "total", "checkpoint")
     rows = [
         (name, *(f"{value / size:.1f}" for value in (*memory.values(), card.checkpoint_training[name])))
         for name, memory in card.training.items()
     ]
     print_table(title, columns, rows)
+    _print_processes(card)
+    unit, size = _unit(max(card.activations.values()))
+    row = [(card.precision, *(f"{value / size:.1f}" for value in card.activations.values()))]
+    title = f"Activations by activation_checkpointing and fused_cross_entropy; {unit}"
+    print_table(title, ("precision", *card.activations), row)
     unit, size = _unit(max(memory["total"] for memory in card.inference.values()))
     columns = ("dtype", "weights", "KV cache", "activations", "total", "weights file")
     rows = [
@@ -55,6 +71,19 @@ def model_card(model: Path, micro_batch_size: int | None = None, json: Path | No
     print("Tensors only: the runtime itself, libraries' workspaces and the allocator's reserve come on top.")
     if json is not None:
         write_json(json, card.to_dict())
+
+
+def _print_processes(card) -> None:
+    if not card.processes:
+        return
+    from litgpt_moe_ext.console.output import print_table
+
+    unit, size = _unit(max(memory["total"] for memory in card.processes.values()))
+    nodes = f" on each of {card.num_nodes} nodes" if card.num_nodes > 1 else ""
+    columns = ("strategy", "weights", "grads", "optimizer", "communication", "activations", "total")
+    keys = ("weights", "gradients", "optimizer", "communication", "activations", "total")
+    rows = [(name, *(f"{memory[key] / size:.1f}" for key in keys)) for name, memory in card.processes.items()]
+    print_table(f"Each of {card.devices} processes{nodes}, {card.precision}; {unit}", columns, rows)
 
 
 def _count(number: float) -> str:

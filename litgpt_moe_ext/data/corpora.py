@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from litgpt_moe_ext.data.hub import cached_source, streamed_sources
 from litgpt_moe_ext.data.readers import Record, TextFormat
-from litgpt_moe_ext.data.sources import FileHashes, Source, dataset_source, file_sources, find_files
+from litgpt_moe_ext.data.sources import FileHashes, Source, file_sources, find_files
 from litgpt_moe_ext.data.text_corpus import CorpusSettings, prepare_text_corpus
 from litgpt_moe_ext.data.tokenizer import BPESettings
 from litgpt_moe_ext.data.tokenizer_files import litgpt_tokenizer, read_tokenizer
@@ -142,16 +143,23 @@ class CodeParrot(TextSettings):
     """Cache folder. Every combination of documents and settings gets a folder of its own in it."""
     field: str = "content"
     """JSON key, or column, that holds the text."""
+    streaming: bool = False
+    """Without `source_path`: read the shards over the network as they are encoded, instead of downloading them first.
+    """
 
     def sources(self, hashes: FileHashes) -> list[Source]:
         """See `TextSettings.sources`."""
         if self.source_path is None:
             return [
-                dataset_source(
-                    load_dataset(f"codeparrot/codeparrot-clean-{name}", split="train"), name, split, self.text_format
-                )  # fmt: skip
-                for name, split in (("train", "train"), ("valid", "val"))
+                source
+                for name, side in (("train", "train"), ("valid", "val"))
+                for source in _hub_sources(self, f"codeparrot/codeparrot-clean-{name}", "train", side, hashes)
             ]
+        if self.streaming:
+            raise ValueError(
+                f"streaming has no effect on the files in source_path={str(self.source_path)!r}. Leave out one of the "
+                "two."
+            )
         *train, val = find_files("source_path", Path(self.source_path), "file-*.json.gz")
         if not train:
             raise ValueError(
@@ -222,52 +230,52 @@ class TinyStories(TextSettings):
 class HubDataset(TextSettings):
     """A data set of the Hugging Face hub, or a local folder that its library can load.
 
-    The ``datasets`` library downloads and caches it. Without a network (``HF_HUB_OFFLINE=1``) its cache or a local
-    folder works.
+    The ``datasets`` library downloads and caches it, or, with `streaming`, names the files to read over the network.
+    Without a network (``HF_HUB_OFFLINE=1``) its cache or a local folder works.
     """
 
     dataset: str
-    """Name on the hub, such as `roneneldan/TinyStories`, or a local folder."""
+    """Name on the hub, such as `roneneldan/TinyStories`; a local folder; or `json` or `parquet` with `data_files`."""
     config: str | None = None
     """Configuration of the data set."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
+    data_files: str | list[str] | dict[str, str | list[str]] | None = None
+    """Which files of the data set, as globs or URLs; in a dictionary by split. Default: as the data set says."""
     train_split: str = "train"
     """Rows to train on; the library's slices work: `train[:1%]`."""
     val_split: str | None = None
     """Rows to validate on. Default: a share of the training rows, `val_fraction`."""
+    streaming: bool = False
+    """Read parquet or JSON files over the network as they are encoded, instead of downloading them first."""
 
     def sources(self, hashes: FileHashes) -> list[Source]:
         """See `TextSettings.sources`."""
-        load = partial(load_dataset, self.dataset, name=self.config, revision=self.revision)
-        if self.val_split is None:
-            rows = load(split=self.train_split)
-            return [dataset_source(rows, f"{self.dataset}:{self.train_split}", None, self.text_format)]
+        splits = [(self.train_split, None)]
+        if self.val_split is not None:
+            splits = [(self.train_split, "train"), (self.val_split, "val")]
+        which = {"name": self.config, "revision": self.revision, "data_files": self.data_files}
         return [
-            dataset_source(load(split=name), f"{self.dataset}:{name}", split, self.text_format)
-            for name, split in ((self.train_split, "train"), (self.val_split, "val"))
+            source
+            for split, side in splits
+            for source in _hub_sources(self, self.dataset, split, side, hashes, **which)
         ]
 
 
 _FIRST_STORIES = "data00.json"
 
 
-def load_dataset(dataset: str, **arguments: Any) -> Any:
-    """Loads one split with the ``datasets`` library.
-
-    Raises:
-        ValueError: It is neither on the hub (or in the cache, without a network) nor a local folder, or has no such
-            split.
-    """
-    import datasets
-
-    try:
-        return datasets.load_dataset(dataset, **arguments)
-    except Exception as error:  # the library's errors have many bases
-        raise ValueError(
-            f"The data set {dataset!r} cannot be loaded with {arguments}: {error}. Without a network, load it once "
-            "where there is one and copy the cache (HF_HOME), or set the data set to a local folder."
-        ) from error
+def _hub_sources(
+    settings: CodeParrot | HubDataset,
+    dataset: str,
+    split: str,
+    side: Literal["train", "val"] | None,
+    hashes: FileHashes,
+    **which: Any,
+) -> list[Source]:
+    if settings.streaming:
+        return streamed_sources(dataset, split, side, settings.text_format, hashes, **which)
+    return [cached_source(dataset, split, side, settings.text_format, **which)]
 
 
 def _split_sources(train: list[Path], val: list[Path], text_format: TextFormat, hashes: FileHashes) -> list[Source]:

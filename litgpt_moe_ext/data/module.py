@@ -14,8 +14,8 @@ class TokenModule(DataModule):
     """A LitGPT data module that feeds memory-mapped tokens to `TokenLoader`.
 
     A subclass is a dataclass with the user's settings. The order of calls is LitGPT's: ``connect``, ``prepare_data``,
-    ``setup``, then the two loaders. An entry point that knows the model calls `require_vocabulary` after ``connect``
-    or before; it may be left out.
+    ``setup``, then the two loaders. An entry point that knows the model calls `require_vocabulary` before all of
+    them; it may be left out.
     """
 
     seed: int

@@ -32,6 +32,7 @@ class PackedCorpus(TokenModule):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.corpus_path: Path | None = None
+        self._model_vocab_size: int | None = None
 
     @abstractmethod
     def prepare_corpus(self, verbose: bool) -> Path:
@@ -65,12 +66,14 @@ class PackedCorpus(TokenModule):
         """Prepares the corpus unless this was done before.
 
         Raises:
-            ValueError: The tokenizer given to `connect` is not the one of the corpus, or a setting cannot work.
+            ValueError: The tokenizer given to `connect` is not the one of the corpus, its vocabulary is larger than the
+                one `require_vocabulary` named, or a setting cannot work.
             FileNotFoundError: The source is missing.
         """
         if self.corpus_path is None:
             self.corpus_path = self.prepare_corpus(verbose=rank_zero_only.rank == 0)
         self._check_tokenizer()
+        self._check_vocabulary()
 
     def open_shards(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """See `TokenModule.open_shards`."""
@@ -88,15 +91,25 @@ class PackedCorpus(TokenModule):
         packing = pack(lengths, self.max_seq_length, together=self.packing == "best_fit")
         return DocumentWindows(shards, packing, self.max_seq_length, name)
 
+    def planned_vocabulary(self) -> tuple[str, int] | None:
+        """Returns the setting that decides the size of the vocabulary, with its value, and the size.
+
+        None if only the prepared corpus tells.
+        """
+        return None
+
     def require_vocabulary(self, padded_vocab_size: int) -> None:
-        """See `TokenModule.require_vocabulary`; the ids were checked against the vocabulary when they were written."""
-        self.prepare_data()
-        vocab_size = read_manifest(self.corpus_path)["vocab_size"]
-        if vocab_size > padded_vocab_size:
+        """See `TokenModule.require_vocabulary`; where the settings tell, before anything is prepared.
+
+        The ids were checked against the vocabulary when they were written.
+        """
+        self._model_vocab_size = padded_vocab_size
+        if self.corpus_path is not None:
+            self._check_vocabulary()
+        elif (planned := self.planned_vocabulary()) is not None and planned[1] > padded_vocab_size:
             raise ValueError(
-                f"The corpus in {self.corpus_path} has a vocabulary of {vocab_size} tokens, more than the model's "
-                f"padded_vocab_size={padded_vocab_size}. Set model_config.padded_vocab_size to {vocab_size} or more, "
-                "or prepare the corpus with a smaller vocabulary."
+                f"{planned[0]} means {planned[1]} tokens, more than the model's padded_vocab_size={padded_vocab_size}. "
+                f"Set model_config.padded_vocab_size to {planned[1]} or more, or choose a smaller vocabulary."
             )
 
     @property
@@ -108,6 +121,15 @@ class PackedCorpus(TokenModule):
     def unigram_loss(self) -> float:
         """Validation loss, in nats per token, of a model that knows only how frequent each token is."""
         return read_manifest(self.corpus_path)["unigram_val_loss"]
+
+    def _check_vocabulary(self) -> None:
+        vocab_size = read_manifest(self.corpus_path)["vocab_size"]
+        if self._model_vocab_size is not None and vocab_size > self._model_vocab_size:
+            raise ValueError(
+                f"The corpus in {self.corpus_path} has a vocabulary of {vocab_size} tokens, more than the model's "
+                f"padded_vocab_size={self._model_vocab_size}. Set model_config.padded_vocab_size to {vocab_size} or "
+                "more, or prepare the corpus with a smaller vocabulary."
+            )
 
     def _check_tokenizer(self) -> None:
         if self.tokenizer is None:

@@ -32,6 +32,10 @@ class PythonStdlib(PackedCorpus):
         self.data_path = Path(self.data_path)
         self.source_path = None if self.source_path is None else Path(self.source_path)
 
+    def planned_vocabulary(self) -> tuple[str, int]:
+        """See `PackedCorpus.planned_vocabulary`."""
+        return f"data.vocab_size={self.vocab_size}", self.vocab_size
+
     def prepare_corpus(self, verbose: bool) -> Path:
         """See `litgpt_moe_ext.data.python_files.prepare_python_files`."""
         return prepare_python_files(

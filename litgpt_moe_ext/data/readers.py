@@ -1,17 +1,21 @@
 """Documents out of files: plain text, JSON (lines or a list), parquet, each also gzipped or inside a tar archive.
 
 `documents` is the only way in. It reads as a stream, so a file may be larger than memory (a JSON list has to be held
-whole), and what is wrong with a file is a ValueError that names the file and the place.
+whole) and may as well lie behind a URL. What is wrong with a file is a ValueError that names the file and the place.
 """
 
 import gzip
+import io
 import json
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
+
+from litgpt_moe_ext.data.remote import RemoteFile, is_url, name_of
 
 _CHUNK_BYTES = 1 << 20
 _PARQUET_ROWS = 1024
@@ -50,45 +54,60 @@ class TextFormat:
     invalid_utf8: Literal["error", "replace"] = "error"
 
 
-def documents(path: Path, text_format: TextFormat) -> Iterator[Record]:
+def documents(path: Path | str, text_format: TextFormat) -> Iterator[Record]:
     """Yields the documents of a file in order.
 
     The name decides: ``.parquet``; ``.json``, ``.jsonl`` and ``.ndjson`` (objects one a line, or one list of objects);
     anything else is plain text. ``.gz`` may follow any but parquet. ``.tar``, ``.tar.gz`` and ``.tgz`` are read member
     by member in the same way; members with a leading dot are left out.
 
+    Args:
+        path: The file, or its URL (`litgpt_moe_ext.data.remote`).
+        text_format: How to find the documents in it.
+
     Raises:
         OSError: The file is missing or cannot be read.
         ValueError: It is damaged, no UTF-8, or lacks the field; with file and place.
     """
-    name = path.name.lower()
-    if name.endswith(".parquet"):
-        yield from _parquet(path, text_format)
-        return
-    with open(path, "rb") as raw:
+    name = (name_of(path) if is_url(path) else Path(path).name).lower()
+    with _open(path) as (raw, position, size):
         try:
-            if name.endswith((".tar", ".tar.gz", ".tgz")):
-                yield from _archive(path, raw, text_format)
+            if name.endswith(".parquet"):
+                yield from _parquet(raw, path, size, text_format)
+            elif name.endswith((".tar", ".tar.gz", ".tgz")):
+                yield from _archive(path, raw, text_format, position)
             elif name.endswith(".gz"):
                 with gzip.open(raw) as file:
-                    yield from _members(file, str(path), name.removesuffix(".gz"), text_format, raw.tell)
+                    yield from _members(file, str(path), name.removesuffix(".gz"), text_format, position)
             else:
-                yield from _members(raw, str(path), name, text_format, raw.tell)
+                yield from _members(raw, str(path), name, text_format, position)
         except (EOFError, gzip.BadGzipFile, zlib.error, tarfile.TarError) as error:
             raise ValueError(
-                f"{path} is damaged or truncated: {error} (after byte {raw.tell()} of {path.stat().st_size}). "
-                "Download or make it again."
+                f"{path} is damaged or truncated: {error} (after byte {position()} of {size}). Download or make it "
+                "again."
             ) from error
 
 
-def _archive(path: Path, raw: BinaryIO, text_format: TextFormat) -> Iterator[Record]:
+@contextmanager
+def _open(path: Path | str) -> Iterator[tuple[BinaryIO, Callable[[], int], int]]:
+    """Gives a file, how many of its bytes were read, and its size."""
+    if is_url(path):
+        remote = RemoteFile(str(path))
+        with io.BufferedReader(remote, _CHUNK_BYTES) as raw:
+            yield raw, raw.tell, remote.size
+    else:
+        with open(path, "rb") as raw:
+            yield raw, raw.tell, Path(path).stat().st_size
+
+
+def _archive(path: Path | str, raw: BinaryIO, text_format: TextFormat, position: Callable[[], int]) -> Iterator[Record]:
     with tarfile.open(fileobj=raw, mode="r|*") as archive:
         for member in archive:
             base = member.name.rpartition("/")[2]
             if member.isfile() and not base.startswith("."):
                 file = archive.extractfile(member)
                 where = f"{path}: {member.name}"
-                for record in _members(file, where, base.lower(), text_format, raw.tell):
+                for record in _members(file, where, base.lower(), text_format, position):
                     yield record._replace(place=f"{record.place} of {member.name}", member=base)
 
 
@@ -191,14 +210,13 @@ def _decode(content: bytes, where: str, offset: int, text_format: TextFormat) ->
         ) from error
 
 
-def _parquet(path: Path, text_format: TextFormat) -> Iterator[Record]:
+def _parquet(raw: BinaryIO, path: Path | str, size: int, text_format: TextFormat) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    size = path.stat().st_size
     row = 0
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(raw if is_url(path) else path) as file:
             names = file.schema_arrow.names
             if text_format.field not in names:
                 raise ValueError(
@@ -216,12 +234,12 @@ def _parquet(path: Path, text_format: TextFormat) -> Iterator[Record]:
                     yield Record(text or "", f"row {row}", done)
                     row += 1
     except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, ConnectionError) or (isinstance(error, OSError) and error.errno is not None):
             raise
         raise ValueError(f"{path} is a damaged parquet file ({error}; after row {row}). Download it again.") from error
 
 
-def _column(column, path: Path, first_row: int, text_format: TextFormat) -> list[str | None]:
+def _column(column, path: Path | str, first_row: int, text_format: TextFormat) -> list[str | None]:
     try:
         return column.to_pylist()
     except UnicodeDecodeError:

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,11 +15,13 @@ from typing import Any, Literal
 
 from litgpt_moe_ext.data.prepare import MANIFEST
 from litgpt_moe_ext.data.readers import Record, TextFormat, documents
+from litgpt_moe_ext.data.remote import name_of, remote_facts
 from litgpt_moe_ext.durable import flush
 
 HASHES = ".file_hashes.json"
 # A file that was written so shortly before it was hashed may be written again without another time of change.
 _SETTLED_SECONDS = 2.0
+_QUESTIONS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +73,20 @@ class FileHashes:
         return digest
 
     def save(self) -> None:
-        """Writes what was learned."""
-        if self._changed:
-            partial_path = self._path.with_name(f"{HASHES}.{os.getpid()}.partial")
+        """Writes what was learned. A failure is only reported: the corpus does not need it."""
+        if not self._changed:
+            return
+        partial_path = self._path.with_name(f"{HASHES}.{os.getpid()}.partial")
+        try:
             partial_path.write_text(json.dumps(self._known), encoding="utf-8")
             flush(partial_path)
             os.replace(partial_path, self._path)
-            self._changed = False
+        except OSError as error:
+            print(
+                f"The hashes of the files could not be kept ({error}); the next run reads the files again", flush=True
+            )
+            partial_path.unlink(missing_ok=True)
+        self._changed = False
 
 
 def find_files(setting: str, path: Path, pattern: str) -> list[Path]:
@@ -117,11 +127,25 @@ def file_sources(
             str(file),
             split,
             file.stat().st_size,
-            # The name says how to read it.
-            f"{''.join(file.suffixes[-2:])}:{hashes.hash(file)}",
+            _identity(file, hashes.hash(file)),
             partial(documents, file, text_format),
         )
         for file in files
+    ]
+
+
+def remote_sources(urls: Sequence[str], split: Literal["train", "val"] | None, text_format: TextFormat) -> list[Source]:
+    """Returns a source per URL, which is read only as far as its documents are asked for.
+
+    Raises:
+        OSError: A file does not exist, or its server cannot be reached.
+        ValueError: A server does not say anything by which a change of a file could be noticed.
+    """
+    with ThreadPoolExecutor(_QUESTIONS_AT_ONCE) as pool:
+        facts = list(pool.map(remote_facts, urls))
+    return [
+        Source(url, split, size, _identity(Path(name_of(url)), content), partial(documents, url, text_format))
+        for url, (size, content) in zip(urls, facts, strict=True)
     ]
 
 
@@ -152,6 +176,10 @@ def _rows(dataset: Any, name: str, field: str, size: int) -> Iterator[Record]:
 def identities(sources: Iterable[Source]) -> list[list[str | None]]:
     """Returns what a cache key has to know of the sources."""
     return [[source.split, source.identity] for source in sources]
+
+
+def _identity(file: Path, content: str) -> str:
+    return f"{''.join(file.suffixes[-2:])}:{content}"  # the name says how to read it
 
 
 def _hidden(path: Path) -> bool:

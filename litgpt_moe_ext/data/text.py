@@ -4,8 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tokenizers import Tokenizer
+
 from litgpt_moe_ext.data import corpora
 from litgpt_moe_ext.data.packed import PackedCorpus
+from litgpt_moe_ext.data.tokenizer_files import read_tokenizer
 
 
 @dataclass(kw_only=True)
@@ -17,6 +20,15 @@ class TextModule(PackedCorpus):
     padding that the loss leaves out; one a window, and padding."""
     shuffle: bool = True
     """Whether the windows come in a random order, or in that of the documents."""
+
+    def planned_vocabulary(self) -> tuple[str, int] | None:
+        """See `PackedCorpus.planned_vocabulary`."""
+        if self.bpe is not None:
+            return f"data.bpe.vocab_size={self.bpe.vocab_size}", self.bpe.vocab_size
+        if self.tokenizer_dir is not None:
+            tokenizer = Tokenizer.from_buffer(read_tokenizer(self.tokenizer_dir)["tokenizer.json"])
+            return f"data.tokenizer_dir={str(self.tokenizer_dir)!r}", tokenizer.get_vocab_size()
+        return None
 
     def prepare_corpus(self, verbose: bool) -> Path:
         """See `litgpt_moe_ext.data.corpora.TextSettings.prepare`."""
@@ -56,6 +68,6 @@ class TinyStories(corpora.TinyStories, TextModule):
 class HubDataset(corpora.HubDataset, TextModule):
     """A data set of the Hugging Face hub, or a local folder that its library can load.
 
-    The ``datasets`` library downloads and caches it. Without a network (``HF_HUB_OFFLINE=1``) its cache or a local
-    folder works.
+    The ``datasets`` library downloads and caches it, or, with `streaming`, names the files to read over the network.
+    Without a network (``HF_HUB_OFFLINE=1``) its cache or a local folder works.
     """

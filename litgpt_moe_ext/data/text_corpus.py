@@ -342,7 +342,7 @@ class _Preparation:
         return sum(earlier.size for earlier in self.sources[:source]) + position
 
 
-_DISK_ERRORS = {errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT}
+_DISK_ERRORS = {errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.EFBIG}
 _VAL_REMEDY = "Name files to validate on, raise val_fraction, or try another seed"
 
 

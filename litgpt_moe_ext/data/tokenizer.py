@@ -86,7 +86,8 @@ def train_bpe(texts: Iterable[str], settings: BPESettings, directory: str | os.P
         tokenizer = train(texts, settings)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(directory / "tokenizer.json"))
+    # Not tokenizer.save, whose error on a full disk is a plain Exception.
+    (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     eos_token = settings.eos_token or settings.special_tokens[0]
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # LitGPT requires the key, transformers acts on it

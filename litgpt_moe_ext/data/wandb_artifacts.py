@@ -38,14 +38,15 @@ def download(reference: str, artifacts_dir: Path) -> Path:
             artifact = wandb.run.use_artifact(reference, type=ARTIFACT_TYPE)
         else:
             artifact = wandb.Api().artifact(reference, type=ARTIFACT_TYPE)
-        name = artifact.name.replace(":", "-")
+        # Not artifact.name, which ends in the alias that was asked for: `latest` will be another version some day.
+        name = f"{artifact.name.partition(':')[0]}-{artifact.version}"
         directory = Path(artifact.download(root=str(artifacts_dir / name)))
     except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
         raise ValueError(
             f"wandb_dataset={reference!r} cannot be downloaded: {error} Log in with `wandb login` or set "
             "WANDB_API_KEY, and check that the W&B server can be reached."
         ) from error
-    except (wandb.errors.Error, ValueError, OSError) as error:
+    except Exception as error:  # what comes from wandb's own process has no base that is public
         raise ValueError(
             f"wandb_dataset={reference!r} cannot be downloaded: {error}. Check the reference "
             "(entity/project/name:alias), your access to it, and the network."
@@ -93,7 +94,7 @@ def log_corpus(directory: Path, name: str, project: str | None = None) -> str:
                 return f"Logged {name} offline. To upload it: wandb sync {Path(run.dir).parent}"
             artifact.wait()
             return f"Logged {run.entity}/{run.project}/{artifact.name}"
-    except (wandb.errors.Error, ValueError) as error:
+    except Exception as error:  # as in `download`
         raise ValueError(
             f"The corpus in {directory} is finished, but logging it to W&B failed: {error}. Log in with `wandb login` "
             "or set WANDB_API_KEY, or set WANDB_MODE=offline to upload it later."

@@ -117,9 +117,9 @@ def supports_padded_cache(model: GPT) -> bool:
     """Whether the model's cache holds every position.
 
     LitGPT's own attention keeps a ring buffer for a sliding window, where padding would displace tokens and a prompt
-    longer than the window is refused.
+    longer than the window is refused. A streaming cache drops tokens and counts positions for the whole batch.
     """
-    return not any(
+    return model.config.streaming_cache_window is None and not any(
         type(block.attn) is CausalSelfAttention and block.attn.apply_sliding_window_attention
         for block in model.transformer.h
     )

@@ -31,6 +31,14 @@ class Item(NamedTuple):
     label: int
 
 
+class Question(NamedTuple):
+    """A question as a rule reads it: what to score for each ending, and the ending's length as the rule measures it."""
+
+    item: Item
+    requests: list[Continuation]
+    lengths: list[int]
+
+
 @dataclass(frozen=True)
 class Answer:
     """A model's answer to one question.
@@ -83,8 +91,8 @@ def load_items(path: Path, limit: int | None = None) -> list[Item]:
     return items
 
 
-def requests_of(item: Item, rule: Rule, encode: Callable[[str], list[int]]) -> tuple[list[Continuation], list[int]]:
-    """Return what to score for a question, and the length of each ending as the rule measures it.
+def as_question(item: Item, rule: Rule, encode: Callable[[str], list[int]]) -> Question:
+    """Read a question by a rule.
 
     Args:
         item: The question.
@@ -95,34 +103,28 @@ def requests_of(item: Item, rule: Rule, encode: Callable[[str], list[int]]) -> t
     if rule == "build-nanogpt":
         context = encode(fields["ctx"])
         requests = [Continuation(context, encode(f" {ending}")) for ending in fields["endings"]]
-        return requests, [len(request.continuation) for request in requests]
+        return Question(item, requests, [len(request.continuation) for request in requests])
     text = _cleaned(f"{fields['activity_label']}: {fields['ctx_a']} {fields['ctx_b'].capitalize()}")
     endings = [_cleaned(ending) for ending in fields["endings"]]
-    return [_encoded_together(text, f" {ending}", encode) for ending in endings], [len(ending) for ending in endings]
+    requests = [_encoded_together(text, f" {ending}", encode) for ending in endings]
+    return Question(item, requests, [len(ending) for ending in endings])
 
 
 def evaluate(
-    model: Any,
-    items: Sequence[Item],
-    rule: Rule,
-    encode: Callable[[str], list[int]],
-    batch_size: int,
-    advance: Callable[[int], None],
+    model: Any, questions: Sequence[Question], batch_size: int, advance: Callable[[int], None]
 ) -> list[Answer]:
     """Let a model answer questions.
 
     Args:
         model: A `litgpt.GPT` in evaluation mode.
-        items: The questions.
-        rule: The rule.
-        encode: Turns text into token ids, without special tokens.
+        questions: The questions.
         batch_size: Endings per forward pass.
         advance: Called with the number of endings done after each forward pass.
     """
-    pairs = [requests_of(item, rule, encode) for item in items]
-    scores = score_continuations(model, [request for requests, _ in pairs for request in requests], batch_size, advance)
+    requests = [request for question in questions for request in question.requests]
+    scores = score_continuations(model, requests, batch_size, advance)
     answers = []
-    for i, (item, (_, lengths)) in enumerate(zip(items, pairs, strict=True)):
+    for i, (item, _, lengths) in enumerate(questions):
         sums = tuple(scores[_N_ENDING * i : _N_ENDING * (i + 1)])
         # Cleaning can leave nothing of an ending; it then loses, as in lm-eval.
         means = tuple(s / n if n else -math.inf for s, n in zip(sums, lengths, strict=True))

@@ -1,4 +1,4 @@
-"""A LitGPT checkpoint as a model of the LM Evaluation Harness.
+"""A LitGPT model as a model of the LM Evaluation Harness.
 
 The conventions (truncation, prefix token, windows of rolling likelihoods, stop strings) are those of lm-eval 0.4.9's
 `HFLM`, so that a checkpoint and its conversion to Hugging Face's format score the same. Two things are more exact here:
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from litgpt import GPT, Tokenizer
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -31,38 +32,22 @@ Answer = tuple[float, bool]
 DEFAULT_MAX_GEN_TOKS = 256
 
 
-class LitGPTModel(TemplateLM):
-    """A LitGPT `GPT` and its tokenizer behind lm-eval's interface.
+class GPTModel(TemplateLM):
+    """A `litgpt.GPT` in memory and its tokenizer behind lm-eval's interface.
 
     Args:
-        checkpoint_dir: Directory with `lit_model.pth` (weights, or a training checkpoint), `model_config.yaml` and
-            tokenizer files.
-        device: Where to run, for example "cpu" or "cuda:0"; by default a CUDA device if there is one.
-        dtype: Floating point type of the weights, or its name; by default that of the checkpoint.
-        batch_size: Requests per batch, or "auto" for the largest power of two that fits (at most 64), or "auto:N" to
-            search for it N times.
-
-    Raises:
-        FileNotFoundError: If files are missing.
-        ValueError: If a setting is malformed, or weights and configuration do not belong together.
+        model: The model, in evaluation mode.
+        tokenizer: Its `litgpt.Tokenizer`.
+        tokenizer_dir: Where that comes from.
+        batch_size: Requests per batch.
     """
 
-    def __init__(
-        self,
-        checkpoint_dir: Path | str,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | str | None = None,
-        batch_size: int | str = 1,
-    ) -> None:
+    def __init__(self, model: GPT, tokenizer: Tokenizer, tokenizer_dir: Path, batch_size: BatchSize) -> None:
         super().__init__()
-        self.checkpoint_dir = Path(checkpoint_dir)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        check_checkpoint_dir(self.checkpoint_dir)
-        dtype = parse_dtype(dtype)
-        self._batch_size = BatchSize.parse(batch_size, self.device)
+        self.model = model
+        self.device = next(model.parameters()).device
         # `self.tokenizer` is lm-eval's name for a Hugging Face tokenizer, which this is not.
-        self._tokenizer = load_tokenizer(self.checkpoint_dir)
-        self.model = load_model(self.checkpoint_dir, self.device, dtype)
+        self._tokenizer, self._tokenizer_dir, self._batch_size = tokenizer, tokenizer_dir, batch_size
 
     @property
     def max_length(self) -> int:
@@ -87,14 +72,14 @@ class LitGPTModel(TemplateLM):
         if prefix is None:
             raise ValueError(
                 "The task scores text without a context, which needs a first token, but the tokenizer names neither "
-                f"bos_token nor eos_token. Add one to {self.checkpoint_dir / 'tokenizer_config.json'}."
+                f"bos_token nor eos_token. Add one to {self._tokenizer_dir / 'tokenizer_config.json'}."
             )
         return prefix
 
     @property
     def tokenizer_name(self) -> str:
         """What tells cached requests of different tokenizers apart."""
-        return str(self.checkpoint_dir)
+        return str(self._tokenizer_dir)
 
     def get_model_info(self) -> dict[str, Any]:
         """Return facts for `results.json`, under the names that lm-eval uses for Hugging Face models."""
@@ -280,6 +265,38 @@ class LitGPTModel(TemplateLM):
             if stop:
                 text = text.split(stop)[0]
         return text
+
+
+class LitGPTModel(GPTModel):
+    """A LitGPT checkpoint behind lm-eval's interface.
+
+    Args:
+        checkpoint_dir: Directory with `lit_model.pth` (weights, or a training checkpoint), `model_config.yaml` and
+            tokenizer files.
+        device: Where to run, for example "cpu" or "cuda:0"; by default a CUDA device if there is one.
+        dtype: Floating point type of the weights, or its name; by default that of the checkpoint.
+        batch_size: Requests per batch, or "auto" for the largest power of two that fits (at most 64), or "auto:N" to
+            search for it N times.
+
+    Raises:
+        FileNotFoundError: If files are missing.
+        ValueError: If a setting is malformed, or weights and configuration do not belong together.
+    """
+
+    def __init__(
+        self,
+        checkpoint_dir: Path | str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        batch_size: int | str = 1,
+    ) -> None:
+        checkpoint_dir = Path(checkpoint_dir)
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        check_checkpoint_dir(checkpoint_dir)
+        dtype = parse_dtype(dtype)
+        size = BatchSize.parse(batch_size, device)
+        tokenizer = load_tokenizer(checkpoint_dir)
+        super().__init__(load_model(checkpoint_dir, device, dtype), tokenizer, checkpoint_dir, size)
 
 
 def _valid(token_id: int | None) -> int | None:

@@ -54,11 +54,11 @@ class Written:
 def stream(
     model: Any, prompt: list[int], max_new_tokens: int, sampling: Sampling, show_experts: bool
 ) -> Iterator[Written]:
-    """Continue a prompt until `max_new_tokens` or the end of the model's context.
+    """Continue a prompt until `max_new_tokens` or the end of the model's context, which a streaming cache has not.
 
     Args:
         model: A `litgpt.GPT` in evaluation mode.
-        prompt: Token ids, at least one and fewer than the model's block size.
+        prompt: Token ids, at least one and, without a streaming cache, fewer than the model's block size.
         max_new_tokens: Most tokens to write.
         sampling: How to choose them.
         show_experts: Whether to record experts.
@@ -66,11 +66,16 @@ def stream(
     Raises:
         ValueError: If the prompt is empty or leaves no room.
     """
-    size, device = model.max_seq_length, model.lm_head.weight.device
-    if not 0 < len(prompt) < size:
-        raise ValueError(f"the prompt has {len(prompt)} tokens; it must have 1 to {size - 1} (the model's block size)")
-    total = min(size, len(prompt) + max_new_tokens)
+    device, total = model.lm_head.weight.device, len(prompt) + max_new_tokens
+    if not prompt:
+        raise ValueError("the prompt is empty; it must have at least one token")
+    if model.config.streaming_cache_window is None:
+        size = model.max_seq_length
+        if len(prompt) >= size:
+            raise ValueError(f"the prompt has {len(prompt)} tokens; it must have 1 to {size - 1} (the model's context)")
+        total = min(size, total)
     recorder = RoutingRecorder(model) if show_experts else None
+    length = model.max_seq_length
     model.set_kv_cache(batch_size=1, max_seq_length=total, device=device, dtype=model.lm_head.weight.dtype)
     try:
         ids, start = prompt, 0
@@ -89,6 +94,7 @@ def stream(
             ids = [token]
     finally:
         model.clear_kv_cache()
+        model.max_seq_length = length
 
 
 def _choose(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:

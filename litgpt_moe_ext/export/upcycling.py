@@ -10,16 +10,12 @@ Shape legend: D model width, F hidden width of the dense MLP, H that of one rout
 together, E experts, C copies of the dense MLP, M slices of a copy.
 """
 
-import argparse
 import shutil
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import yaml
 from litgpt.config import Config
 from litgpt.model import GPT
 from litgpt.utils import copy_config_files, save_config
@@ -254,27 +250,3 @@ class _Layer:
             nn.init.normal_(copies_CD, std=gate.init_std, generator=generator)
             result["weight"] = copies_CD.repeat_interleave(self._slices.per_copy, dim=0).to(self._dtype)
         return result
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Upcycle from the command line: `python -m litgpt_moe_ext.export.upcycling DENSE_DIR OUT_DIR --config RECIPE`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m litgpt_moe_ext.export.upcycling", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("dense_dir", type=Path, help="LitGPT checkpoint directory of the dense model")
-    parser.add_argument("out_dir", type=Path, help="new directory for the MoE model")
-    parser.add_argument("--config", type=Path, required=True, help="recipe whose model_config describes the MoE model")
-    parser.add_argument("--seed", type=int, default=42, help="of the routers' weights")
-    given = parser.parse_args(arguments)
-    try:
-        recipe = yaml.safe_load(given.config.read_text(encoding="utf-8"))
-        upcycle(given.dense_dir, given.out_dir, Config(**recipe["model_config"]), given.seed)
-    except (OSError, KeyError, TypeError, ValueError, AssertionError, yaml.YAMLError) as error:
-        parser.error(f"model_config is missing in {given.config}" if isinstance(error, KeyError) else str(error))
-    print(f"Wrote {given.out_dir}; train it with")
-    print(f"  run_train.py --config {given.config} --initial_checkpoint_dir {given.out_dir}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -71,7 +71,7 @@ class Activation:
         """
         if not self.gated or dh_NG is None:
             self.forward_into(h_NG, a_NF)
-            _dot_rows(a_NF, da_NF, dots_N)
+            _dot_rows(a_NF, da_NF, dots_N, scratch_NF=None if self.gated else dh_NG)
             if dh_NG is not None:
                 self._gradient_into(da_NF, h_NG, dh_NG)
             return
@@ -79,7 +79,7 @@ class Activation:
         dgate_NF, dup_NF = dh_NG.chunk(2, dim=1)
         self._function_into(gate_NF, dup_NF)
         torch.mul(dup_NF, up_NF, out=a_NF)
-        _dot_rows(a_NF, da_NF, dots_N)
+        _dot_rows(a_NF, da_NF, dots_N, scratch_NF=dgate_NF)
         dup_NF.mul_(da_NF)
         self._gradient_into(da_NF.mul_(up_NF), gate_NF, dgate_NF)
 
@@ -123,6 +123,6 @@ class Activation:
                 out.mul_(upstream).mul_(2.0)
 
 
-def _dot_rows(a_NF: Tensor, b_NF: Tensor, out_N: Tensor | None) -> None:
+def _dot_rows(a_NF: Tensor, b_NF: Tensor, out_N: Tensor | None, scratch_NF: Tensor | None) -> None:
     if out_N is not None:
-        torch.sum(a_NF * b_NF, 1, dtype=out_N.dtype, out=out_N)
+        torch.sum(torch.mul(a_NF, b_NF, out=scratch_NF), 1, dtype=out_N.dtype, out=out_N)

@@ -1,7 +1,8 @@
 """The routed experts on a CPU, eager: one expert after the other, with a backward pass written by hand.
 
 What it saves over the plain loop of `litgpt_moe_ext.moe.experts`, in the order of what it is worth:
-- Rows are gathered expert by expert into memory that stays in the cache, instead of all at once.
+- Rows are gathered expert by expert, instead of all at once, into memory that all experts share and that so stays in
+  the cache.
 - The backward pass keeps the tokens, the first projection's output and the routing, and nothing else: it computes the
   activations again. No expert's output is kept, because the gradient of a gate value is the dot product of activations
   and their gradient.
@@ -170,10 +171,12 @@ def _forward(
     """Compute the output; append to `saved` what the backward pass needs of each segment unless it is None."""
     x_cast_TD = x_TD.to(dtype)
     y_PD = x_TD.new_empty(plan.tokens_P.numel(), x_TD.size(1))
+    x_space_ND = _workspace(plan.segments, x_cast_TD, x_TD.size(1))
+    a_space_NF = _workspace(plan.segments, x_cast_TD, weights.down_EDF.size(2))
     for expert, start, stop, end in plan.segments:
-        x_ND = x_cast_TD.index_select(0, plan.tokens_P[start:end])
+        x_ND = torch.index_select(x_cast_TD, 0, plan.tokens_P[start:end], out=x_space_ND[: end - start])
         h_NG = linear(x_ND, weights.up_EGD[expert], weights.up_bias_EG, expert)
-        a_NF = h_NG.new_empty(len(h_NG), weights.down_EDF.size(2))
+        a_NF = a_space_NF[: end - start]
         hidden.activation.forward_into(h_NG, a_NF)
         keep_NF = hidden.dropout_mask(stop - start, a_NF)
         if keep_NF is not None:
@@ -205,18 +208,22 @@ def _backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         )
     )
     _zero_idle_experts(gradients, ctx.segments, weights.up_EGD.size(0))
+    rows_space_ND = _workspace(ctx.segments, x_TD, x_TD.size(1))
+    da_space_NF, a_space_NF = (_workspace(ctx.segments, x_TD, weights.down_EDF.size(2)) for _ in range(2))
+    dh_space_NG = _workspace(ctx.segments, x_TD, weights.up_EGD.size(1))
 
     for i, (expert, start, stop, end) in enumerate(ctx.segments):
         h_NG, keep_NF = saved[2 * i : 2 * i + 2]
         weights_N1 = weights_P1[start:end]
         dots_N = None if dweights_P is None else dweights_P[start:end]
-        dy_ND = dy_TD.index_select(0, tokens_P[start:end])
+        n = end - start
+        dy_ND = torch.index_select(dy_TD, 0, tokens_P[start:end], out=rows_space_ND[:n])
         dy_ND[stop - start :].zero_()
-        da_NF = torch.mm(dy_ND, weights.down_EDF[expert].to(dtype))
+        da_NF = torch.mm(dy_ND, weights.down_EDF[expert].to(dtype), out=da_space_NF[:n])
         if keep_NF is not None:
             da_NF[: stop - start].mul_(keep_NF)
-        a_NF = torch.empty_like(da_NF)
-        dh_NG = torch.empty_like(h_NG) if need_x or need_up or need_up_bias else None
+        a_NF = a_space_NF[:n]
+        dh_NG = dh_space_NG[:n] if need_x or need_up or need_up_bias else None
         activation.backward_into(h_NG, da_NF, a_NF, dh_NG, dots_N)
         if weights.down_bias_ED is not None and dots_N is not None:
             dots_N += (dy_ND * weights.down_bias_ED[expert].to(dtype)).sum(1, dtype=dots_N.dtype)
@@ -230,7 +237,7 @@ def _backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         if need_down_bias:
             torch.sum(dy_ND, 0, out=gradients.down_bias_ED[expert])
         if need_up:
-            x_ND = x_TD.index_select(0, tokens_P[start:end]).mul_(weights_N1)
+            x_ND = torch.index_select(x_TD, 0, tokens_P[start:end], out=rows_space_ND[:n]).mul_(weights_N1)
             _matmul_into(gradients.up_EGD[expert], dh_NG.t(), x_ND)
         if need_up_bias:
             gradients.up_bias_EG[expert] = torch.mv(dh_NG.t(), weights_N1.squeeze(1))
@@ -240,6 +247,11 @@ def _backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
     dx_TD = _combine(positions_TK, dx_PD, weights_TK) if need_x else None
     dweights_TK = dweights_P[positions_TK] if need_weights else None
     return dx_TD, dweights_TK, *gradients
+
+
+def _workspace(segments: Sequence[Segment], like: Tensor, width: int) -> Tensor:
+    """Return memory for the rows of the longest segment: used again for each, it stays in the cache."""
+    return like.new_empty(max((end - start for _, start, _, end in segments), default=0), width)
 
 
 def _zero_idle_experts(gradients: ExpertWeights, segments: Sequence[Segment], n_expert: int) -> None:

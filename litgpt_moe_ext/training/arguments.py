@@ -1,6 +1,7 @@
 """Groups of training arguments that LitGPT does not have."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 
@@ -24,6 +25,39 @@ class SampleArgs:
             raise ValueError(f"sample.top_k: {self.top_k} must be at least 1, or null to sample among all tokens")
         if self.temperature < 0:
             raise ValueError(f"sample.temperature: {self.temperature} must be at least 0")
+
+
+@dataclass
+class EvaluateArgs:
+    """Benchmarks of the model while it trains, logged beside the losses"""
+
+    hellaswag: Path | None = None
+    """HellaSwag's hellaswag_val.jsonl; null: no HellaSwag"""
+    hellaswag_rule: Literal["build-nanogpt", "lm-eval"] = "lm-eval"
+    """build-nanogpt: raw text, acc_norm per token; lm-eval: cleaned text, acc_norm per character"""
+    tasks: list[Path] = field(default_factory=list)
+    """Tasks of lm-eval in local YAML files"""
+    every_steps: int | None = None
+    """Optimizer steps between evaluations; null: after every validation"""
+    max_items: int | None = None
+    """Ask only the first so many questions of each; null: all"""
+    batch_size: int = 32
+    """Texts that go through the model at once on each device"""
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "max_items", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"evaluate.{name}: {value} must be at least 1")
+        if self.every_steps is not None and not self.wanted:
+            raise ValueError(
+                f"evaluate.every_steps: {self.every_steps} evaluates nothing; set evaluate.hellaswag or evaluate.tasks"
+            )
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to evaluate."""
+        return self.hellaswag is not None or bool(self.tasks)
 
 
 @dataclass

@@ -278,10 +278,7 @@ def require_same_model(setting: str, checkpoint_dir: Path, config: Any) -> None:
     if differences:
         remedy = "Use its model configuration, or start anew with another --out_dir."
         if setting == "initial_checkpoint_dir" and config.mlp_class_name in MOE_CLASS_NAMES and not saved["n_expert"]:
-            remedy = (
-                f"`python -m litgpt_moe_ext.export.upcycling {checkpoint_dir} NEW_DIRECTORY --config RECIPE` makes an "
-                "MoE model of this dense one."
-            )
+            remedy = f"`litgpt-moe upcycle {checkpoint_dir} RECIPE NEW_DIRECTORY` makes an MoE model of this dense one."
         raise ValueError(f"{setting}: {str(checkpoint_dir)!r} holds another model: {'; '.join(differences)}. {remedy}")
 
 

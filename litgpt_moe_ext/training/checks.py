@@ -45,8 +45,16 @@ def check_intervals(train: Any, eval: Any) -> None:
     check_at_least("train.min_lr", train.min_lr, 0)
     check_at_least("train.max_steps", train.max_steps, 1)
     check_at_least("train.max_time", train.max_time, 0)
+    if train.max_norm is not None and not train.max_norm > 0:
+        raise ValueError(f"train.max_norm: {train.max_norm} must be above 0; null clips no gradient")
     check_at_least("eval.interval", eval.interval, 1, "; a number above that of the steps is never")
     check_at_least("eval.max_iters", eval.max_iters, 1)
+
+
+def check_peak(peak_tflops: float | None) -> None:
+    """Raise ValueError unless the peak of a device is positive."""
+    if peak_tflops is not None and not peak_tflops > 0:
+        raise ValueError(f"peak_tflops: {peak_tflops} must be above 0, or null")
 
 
 def check_seed(seed: int) -> None:
@@ -55,20 +63,55 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"seed: {seed} must be from 0 to {2**32 - 1}")
 
 
-def check_optimizer(optimizer: str | dict) -> None:
-    """Raise ValueError unless the optimizer can be made, by making it for a parameter that is thrown away."""
+def check_optimizer(optimizer: str | dict) -> float:
+    """Return the learning rate of an optimizer, made for a parameter that is thrown away.
+
+    Raises:
+        ValueError: If it cannot be made.
+    """
     import copy
 
     import torch
     from litgpt.utils import instantiate_torch_optimizer
 
     try:
-        instantiate_torch_optimizer(copy.deepcopy(optimizer), [torch.nn.Parameter(torch.zeros(1))])
+        made = instantiate_torch_optimizer(copy.deepcopy(optimizer), [torch.nn.Parameter(torch.zeros(1))])
+        return made.defaults["lr"]
     except (ImportError, AttributeError, TypeError, ValueError, KeyError) as error:
         raise ValueError(
             f"optimizer: {optimizer!r} cannot be made: {error}. Give the name of a class in torch.optim, or its full "
             "path as class_path and its arguments as init_args."
         ) from error
+
+
+def check_learning_rate(peak: float, floor: float, schedule: str) -> None:
+    """Raise ValueError if a learning rate that is to fall would rise."""
+    if schedule != "constant" and floor > peak:
+        raise ValueError(
+            f"train.min_lr: {floor} is above the optimizer's learning rate {peak}, from which it falls to there; set "
+            "--optimizer.lr or --train.min_lr"
+        )
+
+
+def check_model_size(config: Any) -> None:
+    """Raise ValueError unless a `litgpt.Config` has something of everything."""
+    for name in ("n_layer", "n_embd", "n_head", "vocab_size"):
+        check_at_least(f"model_config.{name}", getattr(config, name), 1)
+
+
+def check_training_length(train: Any) -> None:
+    """Raise ValueError unless `litgpt.args.TrainArgs` says in tokens how long to train."""
+    if train.max_tokens is None:
+        raise ValueError("train.max_tokens: null says not how long to train; give a number of tokens")
+    if train.epochs is not None:
+        raise ValueError(f"train.epochs: {train.epochs} has no meaning for pretraining; give train.max_tokens")
+
+
+def check_processes(devices: int | str, num_nodes: int) -> None:
+    """Raise ValueError unless the numbers of devices and nodes are numbers of something."""
+    if devices != "auto" and not (isinstance(devices, int) and (devices >= 1 or devices == -1)):
+        raise ValueError(f"devices: {devices!r} must be auto or at least 1")
+    check_at_least("num_nodes", num_nodes, 1)
 
 
 def check_length(max_seq_length: int | None, block_size: int) -> None:
@@ -81,7 +124,9 @@ def check_length(max_seq_length: int | None, block_size: int) -> None:
 
 
 def check_writable(out_dir: Path) -> None:
-    """Raise an OSError unless checkpoints can be written to `out_dir`; creates it."""
+    """Raise an error unless `out_dir` can be a directory of the run's own; creates it."""
+    if out_dir.resolve() == Path.cwd():
+        raise ValueError(f"out_dir: {str(out_dir)!r} is the working directory; name one for this run alone")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=out_dir, prefix=".write-test-"):

@@ -3,16 +3,17 @@
 The command line beats the YAML file, which beats the defaults, in whatever order they stand.
 """
 
-import difflib
 import os
-import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
-from litgpt_moe_ext.training.recipe_files import check_recipe
+from litgpt_moe_ext.training.parser_errors import annotation_in, near_name, plain_error, value_in
+from litgpt_moe_ext.training.recipe_files import check_recipe, place_of
 
 SHORT_FORMS = {
     "--micro-batch-size": "--train.micro_batch_size",
@@ -94,46 +95,31 @@ def with_optimizer_keys(optimizer: str | dict, keys: dict[str, str]) -> dict:
 
     new = {name: yaml.safe_load(value) for name, value in keys.items()}
     optimizer = new.pop("", optimizer)
+    if not isinstance(optimizer, (str, dict)) or "class_path" not in optimizer and not isinstance(optimizer, str):
+        raise ValueError(f"optimizer: {optimizer!r} must be a name, or class_path and init_args")
     if isinstance(optimizer, str):
         optimizer = {"class_path": optimizer if "." in optimizer else f"torch.optim.{optimizer}"}
     class_path = new.pop("class_path", optimizer["class_path"])
     return {"class_path": class_path, "init_args": {**optimizer.get("init_args", {}), **new}}
 
 
-# What jsonargparse says about a setting that may also be null, around the sentence that matters.
-_NOISE = re.compile(
-    r"\s*(Does not validate against any of|Subtypes:|Errors:$|- Expected a <class 'NoneType'>|Given value)"
-)
+def take_nulls(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split `--model_config.FIELD null` off the others; jsonargparse reads it as the text None.
 
-
-def plain_error(message: str) -> str:
-    """Return the part of a jsonargparse error that tells the user something."""
-    if "Union of no types" in message:
-        # A value that is none of several choices: here the types and the value are the message.
-        return " ".join(line.strip() for line in message.splitlines() if "Union of no types" not in line)
-    lines = [line.strip().removeprefix("- ") for line in message.splitlines() if not _NOISE.match(line)]
-    return " ".join(lines)
-
-
-_UNKNOWN_KEY = re.compile(r"(?:arguments: --|nested key '|Key ')([\w.]+)")
-
-
-def near_name(message: str, known: Iterable[str]) -> str:
-    """Return a suggestion for the unknown key that a jsonargparse error names, or nothing.
-
-    Args:
-        message: The error.
-        known: All keys, with dots where they are nested.
+    Returns:
+        The other arguments, and the names of the fields.
     """
-    found = _UNKNOWN_KEY.search(message)
-    if found is None:
-        return ""
-    wanted, names = found[1], list(known)
-    if close := difflib.get_close_matches(wanted, names, n=1, cutoff=0.75):
-        return f"; did you mean {close[0]}?"
-    by_last = {name.rpartition(".")[2]: name for name in names}
-    close = difflib.get_close_matches(wanted.rpartition(".")[2], by_last, n=1, cutoff=0.75)
-    return f"; did you mean {by_last[close[0]]}?" if close else ""
+    others: list[str] = []
+    nulls: list[str] = []
+    waiting = list(arguments)
+    while waiting:
+        name, equals, value = waiting.pop(0).partition("=")
+        if name.startswith("--model_config.") and (value if equals else (waiting or [""])[0]) in ("null", "~"):
+            nulls.append(name.removeprefix("--model_config."))
+            del waiting[: not equals]
+        else:
+            others.append(name + equals + value)
+    return others, nulls
 
 
 def build_parser():
@@ -146,10 +132,25 @@ def build_parser():
 
     set_docstring_parse_options(attribute_docstrings=True)
 
+    annotations = get_type_hints(setup)
+
     class ArgumentParser(jsonargparse.ArgumentParser):
+        # The outermost parser explains; jsonargparse makes others of this class for parts of the settings.
+        given: list[str] | None = None
+        place_of = staticmethod(lambda message: "")
+
         def error(self, message: str, *args, **kwargs):
-            known = [action.dest for action in self._actions] + [f"model_config.{f.name}" for f in fields(Config)]
-            super().error(plain_error(message) + near_name(message, known), *args, **kwargs)
+            if self.given is not None:
+                known = [action.dest for action in self._actions] + [f"model_config.{f.name}" for f in fields(Config)]
+                annotation_of, value_of = partial(annotation_in, annotations), partial(value_in, self.given)
+                plain = plain_error(message, annotation_of, value_of)
+                message = plain + near_name(message, known) + self.place_of(plain)
+            super().error(message, *args, **kwargs)
+
+        def parse_args(self, args=None, *others, **kwargs):
+            if self is parser:
+                self.given = list(args or [])
+            return super().parse_args(args, *others, **kwargs)
 
     parser = ArgumentParser(prog="run_train.py", usage=USAGE, description=setup.__doc__.splitlines()[0], epilog=EPILOG)
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
@@ -176,18 +177,25 @@ def main(arguments: Sequence[str] | None = None, default_config: Path = Path("co
         return 0
     _prepare_environment()
     parser = build_parser()
+    given = arguments
     arguments, optimizer_keys = take_optimizer_keys(arguments)
+    arguments, nulls = take_nulls(arguments)
+    recipes = [Path(value) for name, value in pairwise(arguments) if name == "--config"]
     try:
-        for name, value in pairwise(arguments):
-            if name == "--config":
-                check_recipe(Path(value))
+        for file in recipes:
+            check_recipe(file)
     except ValueError as error:
         parser.error(str(error))
+    parser.place_of = partial(place_of, files=recipes, arguments=given)
     # jsonargparse would print the configuration before the optimizer's keys are in it.
-    print_only = "--print_config" in arguments and optimizer_keys
+    print_only = "--print_config" in arguments and (optimizer_keys or nulls)
     parsed = parser.parse_args([a for a in arguments if not (print_only and a == "--print_config")])
+    _set_null(parser, parsed, nulls)
     if optimizer_keys:
-        parsed.optimizer = with_optimizer_keys(parsed.optimizer, optimizer_keys)
+        try:
+            parsed.optimizer = with_optimizer_keys(parsed.optimizer, optimizer_keys)
+        except ValueError as error:
+            parser.error(str(error))
     if print_only:
         print(parser.dump(parsed, skip_none=False), end="")
         return 0
@@ -196,7 +204,21 @@ def main(arguments: Sequence[str] | None = None, default_config: Path = Path("co
     except (ValueError, AssertionError) as error:
         parser.error(str(error))
     values.pop("config", None)
-    return _train(values)
+    return _train(values, parser.place_of)
+
+
+def _set_null(parser: Any, parsed: Any, names: Iterable[str]) -> None:
+    from litgpt.config import Config
+
+    types = {field.name: field.type for field in fields(Config)}
+    for name in names:
+        if name not in types:
+            parser.error(f"Unrecognized arguments: --model_config.{name}")
+        if type(None) not in get_args(types[name]):
+            parser.error(f"model_config.{name}: null is no value for it; leave it out for its default")
+        if parsed.model_config is None:
+            parser.error(f"model_config.{name}: null, but there is no model_config to set it in")
+        parsed.model_config[name] = None
 
 
 def _prepare_environment() -> None:
@@ -209,7 +231,7 @@ def _prepare_environment() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 
-def _train(values: dict) -> int:
+def _train(values: dict, place_of: Callable[[str], str]) -> int:
     from litgpt_moe_ext.training.checks import SettingsError
     from litgpt_moe_ext.training.control import TrainingInterrupted, TrainingStopped
     from litgpt_moe_ext.training.entry import setup
@@ -217,7 +239,7 @@ def _train(values: dict) -> int:
     try:
         setup(**values)
     except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}{place_of(str(error))}", file=sys.stderr)
         return 2
     except TrainingStopped as reason:
         return _stopped(f"Stopped: {reason}", 1)

@@ -20,6 +20,7 @@ from litgpt_moe_ext.training.arguments import (
     CheckpointArgs,
     DistributedArgs,
     EmaArgs,
+    EvaluateArgs,
     ParameterGroupArgs,
     SampleArgs,
     ScheduleArgs,
@@ -29,9 +30,14 @@ from litgpt_moe_ext.training.checks import (
     check_batch,
     check_checkpoint_dir,
     check_intervals,
+    check_learning_rate,
     check_length,
+    check_model_size,
     check_optimizer,
+    check_peak,
+    check_processes,
     check_seed,
+    check_training_length,
     check_writable,
 )
 from litgpt_moe_ext.training.zero.settings import check_combination
@@ -79,7 +85,9 @@ def setup(
     activation_checkpointing: Literal["none", "full", "selective"] = "none",
     fused_cross_entropy: bool = False,
     progress: bool | None = None,
+    peak_tflops: float | None = None,
     sample: SampleArgs = SampleArgs(),  # noqa: B008
+    evaluate: EvaluateArgs = EvaluateArgs(),  # noqa: B008
     wandb_dataset: str | None = None,
     wandb_artifacts_dir: Path | None = None,
     schedule: ScheduleArgs = ScheduleArgs(),  # noqa: B008
@@ -117,7 +125,10 @@ def setup(
         activation_checkpointing: Compute activations again in the backward pass: all of a block, or selectively.
         fused_cross_entropy: Compute output head and loss together, without keeping the logits.
         progress: Draw a progress bar. Default: if the output is a terminal.
+        peak_tflops: What a device computes at best, in TFLOP/s, without sparsity: with it the log has the utilization
+            (mfu). Default: known for many GPUs, for CPUs not.
         sample: Text to write after every validation.
+        evaluate: Benchmarks to run while training.
         wandb_dataset: Train on a prepared corpus from W&B, entity/project/name:alias, instead of that of `data`.
         wandb_artifacts_dir: Where to keep it. Default: data/wandb.
         schedule: Shape of the learning rate.
@@ -137,15 +148,25 @@ def setup(
 
         settings = {name: to_plain(value) for name, value in arguments.items() if value is not None}
         config = _resolve_config(model_name, model_config)
+        check_model_size(config)
         check_length(train.max_seq_length, config.block_size)
+        check_training_length(train)
+        check_processes(devices, num_nodes)
+        if tokenizer_dir is not None and not Path(tokenizer_dir).is_dir():
+            raise FileNotFoundError(f"tokenizer_dir: {str(tokenizer_dir)!r} is no directory; it must hold a tokenizer")
         check_intervals(train, eval)
         check_seed(seed)
-        check_optimizer(optimizer)
+        check_learning_rate(check_optimizer(optimizer), train.min_lr, schedule.name)
+        check_peak(peak_tflops)
         check_combination(strategy, precision, optimizer, compile, activation_checkpointing, anomaly, ema)
         if wandb_dataset is not None:
             data = litgpt_moe_ext.data.WandbCorpus.instead_of(data, wandb_dataset, wandb_artifacts_dir)
         out_dir = Path(out_dir)
         check_writable(out_dir)
+        if evaluate.wanted:
+            from litgpt_moe_ext.training.benchmarks import check_benchmarks
+
+            check_benchmarks(evaluate)
         if initial_checkpoint_dir is not None:
             check_checkpoint_dir("initial_checkpoint_dir", initial_checkpoint_dir)
 
@@ -157,10 +178,13 @@ def setup(
             run.set_matmul_precision(float32_matmul_precision)
             run.launch(devices, num_nodes, strategy, precision, logger_name, log, distributed)
             check_batch(train.global_batch_size, train.micro_batch_size, run.fabric.world_size)
+            run.add_telemetry(peak_tflops)
+            run.require_whole_model(evaluate)
             run.lock_out_dir()
             run.find_checkpoint(resume, initial_checkpoint_dir, eval)
             run.prepare_data(data, tokenizer_dir)
             run.add_samples(sample)
+            run.add_benchmarks(evaluate)
             run.add_memory_savers(activation_checkpointing, fused_cross_entropy)
             run.add_optimization(schedule, parameter_groups, anomaly, ema)
         run.train(seed, initial_checkpoint_dir, eval, optimizer, compile, checkpoint)

@@ -4,11 +4,13 @@ Beside Fabric's own hooks (`on_after_setup`, `on_after_optimizer_step`) a callba
 
 - `on_before_setup(model)`: LitGPT's model, before a strategy or compiler wraps it;
 - `on_fit_begin(resume_dir)`: training is about to start, from the checkpoint directory if it is not None;
+- `on_flops_counted(flops_per_token)`: floating point operations of forward and backward pass;
 - `on_step_begin(state)`: the first batch of an optimizer step is about to be fetched; `state` is LitGPT's;
 - `on_batch(batch, waited)`: a batch was fetched, which took `waited` seconds;
 - `on_gradients_clipped(norm, module, optimizer, scaled)`: the total gradient norm before clipping, a scalar tensor on
   the device; whether a gradient scaler watches over it. DeepSpeed clips inside its step: there the call follows the
   step, which has been left out if the norm is not finite;
+- `on_last_step(state)`: no optimizer step follows; the final validation and checkpoint do;
 - `on_log(metrics)`: may add to the dictionary before it reaches the loggers;
 - `on_logged(metrics)`: sees the complete dictionary;
 - `on_checkpoint_staged(directory)`: may add to a checkpoint, on every process, before it gets its name;
@@ -44,15 +46,21 @@ class TrainingFabric(L.Fabric):
 
     Attributes:
         resumed_rng: State of the random generators of every process from the loaded checkpoint, until it is restored.
+        state: LitGPT's training state, once there is one.
     """
 
     def __init__(self, show: Callable[[str], None], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._show = show
         self.resumed_rng: list[dict] | None = None
-        self._step: int | None = None
         self._model: Any = None
         self._optimizer: Any = None
+        self.state: dict[str, Any] = {"step_count": 0}
+
+    @property
+    def step(self) -> int:
+        """Number of finished optimizer steps."""
+        return self.state["step_count"]
 
     def add_callback(self, callback: Any) -> None:
         """Add a callback after construction."""
@@ -127,9 +135,8 @@ class TrainingFabric(L.Fabric):
         for name, loss in (("ppl", "loss"), ("val_ppl", "val_loss")):
             if loss in metrics:
                 metrics[name] = math.exp(min(float(metrics[loss]), 700.0))
-        self._step = metrics.get("step", self._step)
         self.call("on_log", metrics=metrics)
-        super().log_dict(metrics, step if self._step is None else self._step)
+        super().log_dict(metrics, self.step)
         self.call("on_logged", metrics=metrics)
 
     def save(self, path: str | Path, state: dict[str, Any], filter: dict[str, Any] | None = None) -> None:

@@ -13,6 +13,7 @@ names point to functions of ours, which do their part and, where there is one, c
 | `chunked_cross_entropy`   | does the output head's work as well, where asked                                   |
 | `get_dataloaders`         | lets a data position be read with another number of processes                     |
 | `get_lr`                  | follows the run's schedule                                                         |
+| `measure_flops`           | counts for the length of the training's sequences, not the model's longest         |
 | `instantiate_torch_optimizer` | sorts the parameters into groups                                               |
 """
 
@@ -25,11 +26,12 @@ from typing import Any, Literal
 import litgpt.pretrain
 from litgpt.args import TrainArgs
 
+from litgpt_moe_ext.model_size import count_flops
 from litgpt_moe_ext.moe.auxiliary import forget_scale
 from litgpt_moe_ext.training import checkpoints, hyperparameters
 from litgpt_moe_ext.training.control import StepLimits, StopRequests, TrainingInterrupted, TrainingStopped
 from litgpt_moe_ext.training.fused_loss import FusedLoss
-from litgpt_moe_ext.training.optimization import Optimization
+from litgpt_moe_ext.training.optimization import Optimization, schedule_steps
 from litgpt_moe_ext.training.resharding import convert_iterations, convert_position
 
 
@@ -88,7 +90,7 @@ class HookedLoop:
         original_fit, original_save = litgpt.pretrain.fit, litgpt.pretrain.save_checkpoint
 
         def fit(*args: Any, **kwargs: Any) -> None:
-            self.state = kwargs["state"]
+            self.fabric.state = self.state = kwargs["state"]
             self._adapt_iterations()
             self.limits = StepLimits(self.total_steps, self.train.max_time)
             first_iteration, started = self.state["iter_num"], time.perf_counter()
@@ -133,6 +135,7 @@ class HookedLoop:
             "save_hyperparameters": lambda _function, directory: hyperparameters.save(self.settings, directory),
             "find_resume_path": lambda *_: self.resume_file,
             "get_lr": self._learning_rate,
+            "measure_flops": self._measure_flops,
             "get_dataloaders": self._adaptable(litgpt.pretrain.get_dataloaders),
             "instantiate_torch_optimizer": self.optimization.make_optimizer,
         }
@@ -199,12 +202,19 @@ class HookedLoop:
         if self.limits.reached(step, self.fabric):
             # Ends LitGPT's `for` loop; the final validation and checkpoint follow.
             self.limits_reached = True
+            self.fabric.call("on_last_step", state=self.state)
             raise StopIteration
         self.fabric.call("on_step_begin", state=self.state)
 
+    def _measure_flops(self, model: Any, _forward: Any, _loss: Any) -> int:
+        length = self.train.max_seq_length or model.config.block_size
+        sequence = count_flops(model.config, length, training=True)
+        self.fabric.call("on_flops_counted", flops_per_token=sequence / length)
+        return self.train.micro_batch_size * sequence
+
     def _learning_rate(self, peak: float, _iteration: int, warmup_iters: int, max_iters: int, floor: float) -> float:
         accumulation = self.train.gradient_accumulation_iters(self.fabric.world_size)
-        warmup_steps, total_steps = -(-warmup_iters // accumulation), max_iters // accumulation
+        warmup_steps, total_steps = schedule_steps(warmup_iters, max_iters, accumulation)
         return self.optimization.learning_rate(self.state["step_count"], peak, floor, warmup_steps, total_steps)
 
     def _restore_rng(self) -> None:

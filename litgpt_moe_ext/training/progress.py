@@ -85,6 +85,8 @@ class Reporter:
         parts.append(f"lr {metrics['learning_rate']:.1e}")
         if "tokens_per_second" in metrics:
             parts.append(f"{format_count(metrics['tokens_per_second'])} tok/s")
+        if "mfu" in metrics:
+            parts.append(f"MFU {metrics['mfu']:.1%}")
         if "memory_gb" in metrics:
             parts.append(f"{metrics['memory_gb']:.2f} GB")
         if metrics.get("data_wait", 0.0) >= 0.01:

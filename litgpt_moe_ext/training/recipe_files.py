@@ -1,5 +1,7 @@
 """Recipe files: mistakes that a YAML parser lets pass or describes without naming the file."""
 
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -39,3 +41,38 @@ def _refuse_repeated_keys(node: yaml.Node, file: Path, prefix: str) -> None:
             )
         lines[name] = line
         _refuse_repeated_keys(value, file, f"{name}.")
+
+
+def place_of(message: str, files: Sequence[Path], arguments: Sequence[str]) -> str:
+    """Return where the setting that an error is about stands, as ` (FILE:LINE)`, or nothing.
+
+    What stands innermost is named last in the errors of jsonargparse, in quotes; our own begin with the setting.
+
+    Args:
+        message: The error.
+        files: The recipes, of which a later one beats those before.
+        arguments: The command line; a setting that is given there is not to be looked for in a file.
+    """
+    first = re.match(r"([\w.]+):", message)
+    words = ([first[1]] if first else []) + re.findall(r"""['"]([\w.]+)['"]""", message)
+    for word in reversed(words):
+        if any(argument.startswith("--") and argument.partition("=")[0].endswith(word) for argument in arguments):
+            return ""
+        for file in reversed(files):
+            document = yaml.compose(file.read_text(encoding="utf-8"), yaml.SafeLoader)
+            for name, value, line in _settings(document, ""):
+                if f".{name}".endswith(f".{word}") or value == word:
+                    return f" ({file}:{line})"
+    return ""
+
+
+def _settings(node: yaml.Node, prefix: str) -> Iterator[tuple[str, str | None, int]]:
+    """Yield name, text (of a scalar) and line of every setting below a node; names as on the command line."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        name = prefix if key.value == "init_args" else f"{prefix}{key.value}."
+        if key.value != "init_args":
+            text = value.value if isinstance(value, yaml.ScalarNode) else None
+            yield name.removesuffix("."), text, key.start_mark.line + 1
+        yield from _settings(value, name)

@@ -29,12 +29,14 @@ from litgpt_moe_ext.training.arguments import (
     CheckpointArgs,
     DistributedArgs,
     EmaArgs,
+    EvaluateArgs,
     ParameterGroupArgs,
     SampleArgs,
     ScheduleArgs,
 )
 from litgpt_moe_ext.training.checks import SettingsError, check_tokenizer
 from litgpt_moe_ext.training.ema import WeightAverage
+from litgpt_moe_ext.training.expert_images import ExpertImages, shows_pictures
 from litgpt_moe_ext.training.fabric import (
     DirectCheckpointIO,
     ExpertLoad,
@@ -46,8 +48,9 @@ from litgpt_moe_ext.training.fabric import (
 from litgpt_moe_ext.training.fused_loss import FusedLoss, require_torch
 from litgpt_moe_ext.training.loop import HookedLoop
 from litgpt_moe_ext.training.lost_processes import end_together
-from litgpt_moe_ext.training.optimization import Optimization
+from litgpt_moe_ext.training.optimization import Optimization, count_steps
 from litgpt_moe_ext.training.out_dir_lock import OutDirLock
+from litgpt_moe_ext.training.peak_flops import peak_flops
 from litgpt_moe_ext.training.progress import Reporter, format_count
 from litgpt_moe_ext.training.resume_notes import resume_notes
 from litgpt_moe_ext.training.retention import BEST, Retention
@@ -83,8 +86,7 @@ class Run:
         self.out_dir = out_dir
         self.settings = settings
         self.tokens_per_step = train.global_batch_size * (train.max_seq_length or config.block_size)
-        steps = (train.max_tokens or 0) // self.tokens_per_step
-        self.total_steps = steps if train.max_steps is None else min(steps, train.max_steps)
+        self.total_steps = count_steps(train, self.tokens_per_step)
         self.reporter = Reporter(self.total_steps, progress)
         self.fabric: TrainingFabric | None = None
         self.tokenizer: Tokenizer | None = None
@@ -172,9 +174,20 @@ class Run:
             end_together()
         with _connection_errors(distributed.timeout_minutes):
             self.fabric.launch()
-        self.fabric.add_callback(Telemetry(self.fabric.device))
         if logger_name in ("tensorboard", "wandb", "mlflow"):
             self.fabric.logger.log_hyperparams(self.settings)
+
+    def add_telemetry(self, peak_tflops: float | None) -> None:
+        """Log what the run costs."""
+        fabric = self.fabric
+        peak = 1e12 * peak_tflops if peak_tflops is not None else None
+        if peak is None and fabric.device.type == "cuda":
+            name, precision = torch.cuda.get_device_name(fabric.device), fabric.strategy.precision.precision
+            if (peak := peak_flops(name, precision, torch.get_float32_matmul_precision())) is None:
+                fabric.print(f"peak_tflops: unknown for {name} in {precision}: no utilization (mfu) is logged")
+        fabric.add_callback(Telemetry(fabric.device, fabric.world_size, peak))
+        if shows_pictures(fabric.logger):
+            fabric.add_callback(ExpertImages(self.config.name))
 
     def _agree_with(self, started: Processes, devices: int | str, num_nodes: int) -> tuple[int, int]:
         if devices not in ("auto", -1, started.per_node) or num_nodes not in (1, started.nodes):
@@ -225,6 +238,8 @@ class Run:
 
             data = TinyLlama()
         self.data = data
+        if hasattr(data, "require_vocabulary"):  # before a preparation that may take hours
+            data.require_vocabulary(self.config.padded_vocab_size)
         if hasattr(data, "prepare_tokenizer") and tokenizer_dir is None:
             with self.fabric.rank_zero_first(local=True):
                 tokenizer_dir = data.prepare_tokenizer()
@@ -239,8 +254,6 @@ class Run:
                 raise ValueError(f"tokenizer_dir: {str(tokenizer_dir)!r} cannot be opened: {error}") from error
             check_tokenizer(self.tokenizer, tokenizer_dir, self.config.padded_vocab_size)
         self.tokenizer_dir = tokenizer_dir
-        if hasattr(data, "require_vocabulary"):
-            data.require_vocabulary(self.config.padded_vocab_size)
 
     def add_samples(self, sample: SampleArgs) -> None:
         """Have text written after every validation."""
@@ -254,6 +267,25 @@ class Run:
         from litgpt_moe_ext.training.sampling import TextSamples
 
         self.fabric.add_callback(TextSamples(sample, self.tokenizer))
+
+    def require_whole_model(self, evaluate: EvaluateArgs) -> None:
+        """Raise ValueError if benchmarks are wanted and no process will hold a model to run them on."""
+        if evaluate.wanted and is_sharded(self.fabric.strategy):
+            raise ValueError(
+                "evaluate: under this strategy no process holds a whole model; use strategy: ddp, or evaluate the "
+                "checkpoints with `litgpt-moe hellaswag` and `litgpt evaluate`"
+            )
+
+    def add_benchmarks(self, evaluate: EvaluateArgs) -> None:
+        """Have the model evaluated while it trains."""
+        if not evaluate.wanted:
+            return
+        if self.tokenizer is None:
+            raise ValueError("evaluate: needs a tokenizer; give tokenizer_dir, or remove the benchmarks")
+        from litgpt_moe_ext.training.benchmarks import make_benchmarks
+
+        length = self.train_args.max_seq_length or self.config.block_size
+        self.fabric.add_callback(make_benchmarks(evaluate, self.tokenizer, self.tokenizer_dir, length, self.fabric))
 
     def add_memory_savers(self, activation_checkpointing: str, fused_cross_entropy: bool) -> None:
         """Trade time for memory as asked."""

@@ -1,4 +1,4 @@
-"""What a run costs: speed, memory, and time spent waiting for data."""
+"""What a run costs: speed, memory, time spent waiting for data, and how much of the hardware it uses."""
 
 import sys
 import time
@@ -8,20 +8,29 @@ import torch
 
 
 class Telemetry:
-    """Adds `tokens_per_second`, `data_wait` and `memory_gb` to the log.
+    """Adds `tokens_per_second`, `data_wait`, `memory_gb` and, where the device's peak is known, `mfu` to the log.
 
     `tokens_per_second` counts all processes and everything since the last log line, validation and checkpoints too.
     `data_wait` is the share of that time in which this process waited for batches. `memory_gb` is the highest use so
-    far: on a GPU what tensors took there, elsewhere the process's resident memory.
+    far: on a GPU what tensors took there, elsewhere the process's resident memory. `mfu` (PaLM, arXiv:2204.02311) is
+    the arithmetic that the model's active parameters and its attention need for these tokens, over what the devices
+    could have done in that time; what activation checkpointing computes again is not counted. LitGPT's `device/mfu`
+    gives way to it.
 
     Args:
         device: Of this process.
+        world_size: Number of processes.
+        peak_flops: Floating point operations per second of one device, or None if unknown.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, world_size: int, peak_flops: float | None) -> None:
+        self._device, self._world_size, self._peak_flops = device, world_size, peak_flops
+        self._flops_per_token: float | None = None
         self._waited = 0.0
         self._previous: tuple[float, int] | None = None
+
+    def on_flops_counted(self, flops_per_token: float) -> None:
+        self._flops_per_token = flops_per_token
 
     def on_batch(self, waited: float, **_context: Any) -> None:
         self._waited += waited
@@ -30,10 +39,14 @@ class Telemetry:
         if "loss" not in metrics:
             return
         now, tokens = time.perf_counter(), metrics["total_tokens"]
+        metrics.pop("device/mfu", None)
         if self._previous is not None and now > self._previous[0]:
             seconds = now - self._previous[0]
             metrics["tokens_per_second"] = (tokens - self._previous[1]) / seconds
             metrics["data_wait"] = self._waited / seconds
+            if self._peak_flops is not None and self._flops_per_token is not None:
+                flops = self._flops_per_token * metrics["tokens_per_second"]
+                metrics["mfu"] = flops / (self._world_size * self._peak_flops)
         self._previous, self._waited = (now, tokens), 0.0
         if (memory := peak_memory_gb(self._device)) is not None:
             metrics["memory_gb"] = memory

@@ -48,12 +48,51 @@ def test_a_recipe_that_can_run(tmp_path, capsys):
         ),
         ({"tokenizer_dir": "/no/such/tokenizer"}, "tokenizer"),
         ({"precision": "64-quantum"}, "precision"),
+        ({"strategy": "fsdp", "devices": 2}, "strategy"),
+        ({"strategy": "zero9", "devices": 2}, "strategy"),
+        ({"strategy": "fsdp2", "devices": 2, "distributed": {"bucket_mb": 5}}, "strategy"),
+        ({"strategy": "fsdp2", "devices": 2, "fused_cross_entropy": True}, "strategy"),
         ({"strategy": "ddp", "distributed": {"cpu_offload": True}}, "strategy"),
     ],
 )
 def test_problems_are_found(settings, topic):
     assert verdicts(settings)[topic] == "problem"
     assert verdicts({})[topic] != "problem"
+
+
+def test_memory_takes_the_whole_recipe_into_account(monkeypatch):
+    """What does not fit fits with one of the remedies that are named."""
+
+    def memory(**settings):
+        findings = doctor.examine(Recipe(moe_config(padded_vocab_size=4096, n_layer=6), settings))
+        return next(finding for finding in findings if finding.topic == "memory")
+
+    import psutil
+
+    total = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: total._replace(available=8_000_000))
+    found = memory(micro_batch_size=8)
+    assert found.verdict == "problem"
+    assert "lower train.micro_batch_size (4); set activation_checkpointing (none) to full; set fused" in found.text
+    assert memory(activation_checkpointing="full", fused_cross_entropy=True).verdict == "good"
+    shared = memory(activation_checkpointing="full", fused_cross_entropy=True, devices=4)
+    assert shared.verdict == "problem"
+    assert "in 4 processes" in shared.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "verdict", "text"),
+    [
+        ({"strategy": "fsdp2"}, "note", "fsdp2 has nothing to share out in a single process"),
+        ({"strategy": "fsdp2", "devices": 2, "num_nodes": 3}, "good", "fsdp2, 2 processes on each of 3 nodes"),
+        ({"devices": 2}, "good", "ddp, 2 processes"),
+    ],
+)
+def test_strategies_are_named(settings, verdict, text):
+    findings = doctor.examine(Recipe(moe_config(), settings))
+    found = next(finding for finding in findings if finding.topic == "strategy")
+    assert found.verdict == verdict
+    assert text in found.text
 
 
 def test_a_full_disk_is_a_problem(monkeypatch):

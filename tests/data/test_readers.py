@@ -166,3 +166,19 @@ def test_unreadable_files(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises((IsADirectoryError, ValueError), match=name):
         list(documents(tmp_path / name, TextFormat()))
+
+
+def test_a_file_without_permission(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines())
+    path.chmod(0)
+    root = os.geteuid() == 0
+    if root:  # to whom permissions mean nothing
+        tmp_path.chmod(0o755)
+        os.seteuid(65534)
+    try:
+        with pytest.raises(PermissionError, match="a.jsonl"):
+            list(documents(path, TextFormat()))
+    finally:
+        if root:
+            os.seteuid(0)

@@ -158,10 +158,27 @@ def test_litgpt_drives_it(tmp_path, packing, monkeypatch):
 
 
 def test_a_vocabulary_larger_than_the_models_is_refused(tmp_path):
+    """Where the settings tell, before anything is prepared; otherwise as soon as the corpus tells."""
     data = tiny_txt(tmp_path)
     data.require_vocabulary(300)
-    with pytest.raises(ValueError, match="has a vocabulary of 300 tokens, more than the model's padded_vocab_size=299"):
+    with pytest.raises(ValueError, match="data.bpe.vocab_size=300 means 300 tokens, .* padded_vocab_size=299. Set"):
         data.require_vocabulary(299)
+    size = train_bpe(TRAIN, BPESettings(310), tmp_path / "t").get_vocab_size()
+    data.bpe, data.tokenizer_dir = None, tmp_path / "t"
+    with pytest.raises(
+        ValueError, match=f"data.tokenizer_dir='.*t' means {size} tokens, .*padded_vocab_size={size - 1}"
+    ):
+        data.require_vocabulary(size - 1)
+    assert not (tmp_path / "cache").exists()
+    data.require_vocabulary(size)
+    data.prepare_data()
+    message = f"has a vocabulary of {size} tokens, more than the model's padded_vocab_size={size - 1}. Set"
+    with pytest.raises(ValueError, match=message):
+        data.require_vocabulary(size - 1)
+    prepared = PreparedCorpus(data.corpus_path)
+    prepared.require_vocabulary(size - 1)
+    with pytest.raises(ValueError, match=message):
+        prepared.prepare_data()
 
 
 # ---- tokenizers

@@ -147,6 +147,44 @@ def test_a_full_disk_and_a_second_attempt(files, tmp_path, monkeypatch, capsys, 
     assert names(root) == [corpus.name]
 
 
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from litgpt_moe_ext.data.readers import TextFormat
+from litgpt_moe_ext.data.sources import FileHashes, file_sources
+from litgpt_moe_ext.data.text_corpus import CorpusSettings, prepare_text_corpus
+from litgpt_moe_ext.data.tokenizer import BPESettings
+
+limit, root, *files = sys.argv[1:]
+sources = file_sources([Path(file) for file in files], None, TextFormat(), FileHashes(Path(root)))
+settings = CorpusSettings(BPESettings(300, ("<s>", "</s>"), eos_token="</s>", bos_token="<s>"), val_fraction=0.2)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+try:
+    prepare_text_corpus(Path(root), sources, settings)
+except OSError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs setrlimit")
+@pytest.mark.parametrize(("limit", "written"), [(3_000, []), (13_000, ["state.json", "tokenizer.json"])])
+def test_writes_that_the_system_refuses(files, tmp_path, limit, written):
+    """A process that may write only so many bytes to a file fails at the tokenizer, or at a shard; the next goes on."""
+    result = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(limit), tmp_path, *files], capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 1
+    assert f"in data_path='{tmp_path}' failed (File too large); what is done is kept. Free disk space" in result.stderr
+    assert "Traceback" not in result.stderr
+    (unfinished,) = tmp_path.glob(".*.unfinished")
+    assert not list(unfinished.glob("*.bin"))
+    assert set(written) <= {path.name for path in unfinished.rglob("*")}
+    corpus = prepare_text_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS)
+    assert contents(corpus) == contents(
+        prepare_text_corpus(tmp_path / "undisturbed", sources_of(files, tmp_path), SETTINGS)
+    )
+
+
 KILLED = """
 import sys, time
 from pathlib import Path

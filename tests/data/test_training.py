@@ -1,15 +1,22 @@
 """Whole runs through `run_train.py` on each kind of data: LitGPT's loop, our hooks, padding, W&B, resume."""
 
+import signal
+import socket
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from litgpt.tokenizer import Tokenizer
 
-from litgpt_moe_ext.data import TinyStories
+from litgpt_moe_ext.data import PreparedCorpus, TinyStories
 from litgpt_moe_ext.data.tokenizer import BPESettings, train_bpe
+from litgpt_moe_ext.data.wandb_artifacts import log_corpus
 from litgpt_moe_ext.training.cli import main
 from tests.data.test_text import TRAIN, VAL, tiny_txt
-from tests.data.test_wandb import REFERENCE, clean, server  # noqa: F401
-from tests.training.conftest import corpus_settings, logged, recipe  # noqa: F401
+from tests.data.test_wandb import clean  # noqa: F401
+from tests.data.test_wandb_online import PROJECT, REFERENCE, server  # noqa: F401
+from tests.training.conftest import ROOT, corpus_settings, logged, recipe  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
@@ -52,6 +59,101 @@ def test_resume_in_the_middle_of_an_epoch(recipe, tmp_path):  # noqa: F811
     assert logged(tmp_path / "parts", "loss") == logged(tmp_path / "whole", "loss")
 
 
+RANK = """
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from litgpt_moe_ext.data import PreparedCorpus
+
+corpus, folder, rank, meeting = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+data = PreparedCorpus(corpus, packing="best_fit")
+data.connect(batch_size=2, max_seq_length=16)
+data.setup()
+loader = data.train_dataloader()  # before the process group, as LitGPT does
+store = dist.TCPStore("127.0.0.1", int(meeting), 2, rank == 0, timeout=timedelta(seconds=60))
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+state = folder / "state.pt"  # the same for all ranks
+seen = folder / f"seen_{rank}.txt"
+if state.is_file():
+    saved = torch.load(state, weights_only=True)
+    loader.load_state_dict(saved["loader"])
+    lines = seen.read_text().splitlines(keepends=True)
+    seen.write_text("".join(lines[: saved["batches"]]))  # what came after the checkpoint did not happen
+count = len(seen.read_text().splitlines()) if seen.is_file() else 0
+with open(seen, "a") as file:
+    while count < int(sys.argv[5]):
+        for batch in loader:
+            print(*batch.flatten().tolist(), file=file, flush=True)
+            dist.barrier()
+            count += 1
+            if count % 4 == 0 and rank == 0:
+                torch.save({"loader": loader.state_dict(), "batches": count}, folder / "partial.pt")
+                (folder / "partial.pt").rename(state)
+            print(count, flush=True)
+            if count == int(sys.argv[5]):
+                break
+"""
+
+
+def start_ranks(corpus, folder, batches: int) -> list[subprocess.Popen]:
+    folder.mkdir(exist_ok=True)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, corpus, folder, str(rank), str(port), str(batches)],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        for rank in range(2)
+    ]
+
+
+def test_two_killed_processes_go_on_with_the_same_tokens(tmp_path):
+    """Each rank gets the same tokens in the same order as if nobody had been killed, and together all of an epoch."""
+    data = tiny_txt(tmp_path)
+    data.prepare_data()
+    alone = PreparedCorpus(data.corpus_path, packing="best_fit")
+    alone.connect(batch_size=4, max_seq_length=16)
+    alone.setup()
+    loader = alone.train_dataloader()
+    epoch = len(loader)
+    batches = epoch + epoch // 2
+    expected = [batch.view(2, -1).tolist() for batch in (*loader, *loader)][:batches]
+    for stop in (epoch // 3, epoch + 3, None):  # within the first epoch, within the second, never
+        processes = start_ranks(data.corpus_path, tmp_path / "ranks", batches)
+        for line in processes[0].stdout:
+            if stop is not None and int(line) >= stop:
+                for process in processes:
+                    process.kill()
+                break
+        codes = [process.wait(timeout=60) for process in processes]
+        for process in processes:
+            process.stdout.close()
+        assert codes == ([0, 0] if stop is None else [-signal.SIGKILL] * 2)
+    for rank in range(2):
+        seen = (tmp_path / "ranks" / f"seen_{rank}.txt").read_text().splitlines()
+        assert [[int(token) for token in line.split()] for line in seen] == [both[rank] for both in expected]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streamed_chunks_go_on_with_the_same_tokens(tmp_path, recipe, workers):  # noqa: F811
+    """LitGPT's own module over litdata, with and without worker processes: losses as if nothing had happened."""
+    data = chunks(tmp_path, workers)
+    tokenizer_dir = str(tmp_path / "tokenizer")
+    train = {"max_tokens": 16 * 4 * 32, "save_interval": 7}
+    run(recipe("whole", data=data, train=train, tokenizer_dir=tokenizer_dir, out_dir=str(tmp_path / "whole")))
+    parts = recipe("parts", data=data, train=train, tokenizer_dir=tokenizer_dir, out_dir=str(tmp_path / "parts"))
+    run(parts, "--train.max_steps", "7")
+    run(parts, "--resume", str(tmp_path / "parts" / "step-00000007"))
+    assert logged(tmp_path / "parts", "loss") == logged(tmp_path / "whole", "loss")
+
+
 def test_token_shards_and_their_vocabulary(recipe, tmp_path, capsys):  # noqa: F811
     shards = tmp_path / "shards"
     shards.mkdir()
@@ -68,13 +170,14 @@ def test_token_shards_and_their_vocabulary(recipe, tmp_path, capsys):  # noqa: F
     assert "edu_train_000001.npy has token id 304 at token 0 (byte 128)" in capsys.readouterr().err
 
 
-def test_an_artifact_instead_of_the_recipes_data(recipe, tmp_path, server, capsys):  # noqa: F811
+def test_an_artifact_instead_of_the_recipes_data(recipe, tmp_path, server, corpus, capsys):  # noqa: F811
+    log_corpus(corpus, "tokens", PROJECT)
     run(recipe(), "--wandb-dataset", REFERENCE, "--wandb-artifacts-dir", str(tmp_path / "artifacts"))
-    assert f"Using the W&B artifact {REFERENCE} in {tmp_path / 'artifacts' / 'corpus-v3'}" in capsys.readouterr().out
+    assert f"Using the W&B artifact {REFERENCE} in {tmp_path / 'artifacts' / 'tokens-v0'}" in capsys.readouterr().out
     assert losses(tmp_path / "out")
 
 
-def test_litgpts_own_modules(recipe, tmp_path):  # noqa: F811
+def chunks(tmp_path, workers: int) -> dict:
     """Chunks in litdata's format, written without its processes, which take minutes to start on a busy machine."""
     from litdata.streaming import TokensLoader
     from litdata.streaming.writer import BinaryWriter
@@ -87,10 +190,8 @@ def test_litgpts_own_modules(recipe, tmp_path):  # noqa: F811
             writer[number] = tokenizer.encode(text, eos=True)
         writer.done()
         writer.merge(1)
-    init_args = {"data_path": str(tmp_path), "split_names": ["train", "val"], "num_workers": 0}
-    data = {"class_path": "litgpt.data.LitData", "init_args": init_args}
-    run(recipe(data=data, tokenizer_dir=str(tmp_path / "tokenizer")))
-    assert len(losses(tmp_path / "out")) == 12
+    init_args = {"data_path": str(tmp_path), "split_names": ["train", "val"], "num_workers": workers}
+    return {"class_path": "litgpt.data.LitData", "init_args": init_args}
 
 
 def test_the_settings_of_a_run_name_its_data(recipe, tmp_path):  # noqa: F811

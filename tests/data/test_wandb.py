@@ -36,7 +36,7 @@ def clean(tmp_path, monkeypatch):
 def server(clean, corpus, tmp_path):
     """wandb's public API with `corpus` as its one artifact; calls that the real classes would refuse fail."""
     artifact = create_autospec(wandb.Artifact, instance=True)
-    artifact.name = "corpus:v3"
+    artifact.name, artifact.version = "corpus:latest", "v3"
     artifact.download.side_effect = lambda root=None, **_: shutil.copytree(corpus, root, dirs_exist_ok=True)
     api = create_autospec(wandb.Api, instance=True)
     api.artifact.side_effect = lambda name, type=None: artifact

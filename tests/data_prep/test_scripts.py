@@ -45,7 +45,7 @@ def test_options_are_the_settings_of_the_class(script):
     options = inspect.signature(main_of(script)).parameters
     expected = set(settings) - NOT_PREPARATION
     if script.stem == "fineweb":
-        expected = expected - {"pattern", "separator", "val_path"} | {"subset"}
+        expected = expected - {"pattern", "separator", "val_path"} | {"subset", "streaming"}
     assert set(options) == expected | WANDB
     for name, option in options.items():
         if name in settings and (script.stem, name) not in OWN_DEFAULTS:

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from litgpt_moe_ext.console.main import main
-from litgpt_moe_ext.evaluation.hellaswag import Item, encoder, evaluate, load_items, requests_of
-from litgpt_moe_ext.evaluation.hellaswag_during_training import HellaSwagCallback
+from litgpt_moe_ext.evaluation.hellaswag import Item, as_question, encoder, evaluate, load_items
 from litgpt_moe_ext.evaluation.loading import load_model, load_tokenizer
 from tests.evaluation.conftest import VOCABULARY_SIZE, write_checkpoint
 from tests.models import moe_config
@@ -78,7 +77,8 @@ def checkpoint(tmp_path_factory):
 def answers(checkpoint, file, rule, batch_size=16):
     encode = encoder(load_tokenizer(checkpoint))
     model = load_model(checkpoint, torch.device("cpu"))
-    return evaluate(model, load_items(file), rule, encode, batch_size, lambda done: None)
+    asked = [as_question(item, rule, encode) for item in load_items(file)]
+    return evaluate(model, asked, batch_size, lambda done: None)
 
 
 def test_lm_eval_gives_the_same_item_by_item(checkpoint, hellaswag_file, tmp_path, monkeypatch):
@@ -128,8 +128,8 @@ def test_rules_read_different_texts():
     read = {}
     for rule in ("build-nanogpt", "lm-eval"):
         texts: list[str] = []
-        _, lengths = requests_of(Item(fields, 1), rule, lambda text, texts=texts: texts.append(text) or [1] * len(text))
-        read[rule] = texts[:2], lengths
+        asked = as_question(Item(fields, 1), rule, lambda text, texts=texts: texts.append(text) or [1] * len(text))
+        read[rule] = texts[:2], asked.lengths
     assert read["build-nanogpt"] == (["raw", " falls [title] down"], [19, 5, 2, 2])
     assert read["lm-eval"] == (["Ice: He runs. Then he", "Ice: He runs. Then he falls. down"], [11, 4, 1, 1])
 
@@ -165,20 +165,3 @@ def test_command_names_the_rule(checkpoint, hellaswag_file, tmp_path, capsys):
     expected = answers(checkpoint, hellaswag_file, "build-nanogpt")
     assert content["acc"] == sum(answer.acc for answer in expected) / 24
     assert content["rule"] == "build-nanogpt"
-
-
-def test_during_training(checkpoint, hellaswag_file):
-    import lightning as L
-
-    model = load_model(checkpoint, torch.device("cpu")).train()
-    items = load_items(hellaswag_file)
-    callback = HellaSwagCallback(items, load_tokenizer(checkpoint), "lm-eval", interval=10, batch_size=32)
-    callback.on_after_setup(L.Fabric(accelerator="cpu", devices=1), torch.nn.ModuleDict({"module": model}))
-    seen = {}
-    for step in (1, 9, 12, 15, 20):
-        metrics = {"loss": 1.0, "step": step}
-        callback.on_log(metrics)
-        seen[step] = metrics.get("hellaswag/lm-eval/acc_norm")
-    expected = sum(answer.acc_norm for answer in answers(checkpoint, hellaswag_file, "lm-eval")) / 24
-    assert seen == {1: None, 9: None, 12: expected, 15: None, 20: expected}
-    assert model.training

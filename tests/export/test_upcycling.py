@@ -6,7 +6,8 @@ import yaml
 from litgpt import GPT, Config
 from litgpt.utils import save_config
 
-from litgpt_moe_ext.export.upcycling import main, require_same_function, upcycle, upcycled_weights
+from litgpt_moe_ext.console.main import main
+from litgpt_moe_ext.export.upcycling import require_same_function, upcycle, upcycled_weights
 from tests.models import initialized_model
 
 F = 24
@@ -172,7 +173,7 @@ def test_command(dense_dir, tmp_path, capsys):
     model_config = {**SHAPE, "mlp_class_name": "SharedExpertMoE", **settings}
     recipe.write_text(yaml.safe_dump({"model_config": model_config}))
     out_dir = tmp_path / "moe"
-    assert main([str(dense_dir), str(out_dir), "--config", str(recipe)]) == 0
+    assert main(["upcycle", str(dense_dir), str(recipe), str(out_dir)]) == 0
     assert sorted(path.name for path in out_dir.iterdir()) == ["lit_model.pth", "model_config.yaml", "tokenizer.json"]
     config = Config.from_file(out_dir / "model_config.yaml")
     models = []
@@ -181,15 +182,11 @@ def test_command(dense_dir, tmp_path, capsys):
         models[-1].load_state_dict(torch.load(directory / "lit_model.pth", weights_only=True))
     assert_same_function(*models, tolerance=1e-5)
     for arguments, message in (
-        ([str(dense_dir), str(out_dir), "--config", str(recipe)], "exists already"),
-        ([str(tmp_path), str(tmp_path / "new"), "--config", str(recipe)], "has no lit_model.pth"),
-        (
-            [str(dense_dir), str(tmp_path / "new"), "--config", str(dense_dir / "config.json")],
-            "model_config is missing",
-        ),
+        ((dense_dir, recipe, out_dir), "exists already"),
+        ((tmp_path, recipe, tmp_path / "new"), "has no lit_model.pth"),
+        ((dense_dir, dense_dir / "config.json", tmp_path / "new"), "has neither model_config nor model_name"),
     ):
-        with pytest.raises(SystemExit):
-            main(arguments)
+        assert main(["upcycle", *map(str, arguments)]) == 2
         assert message in capsys.readouterr().err
 
 

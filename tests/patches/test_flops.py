@@ -1,4 +1,7 @@
-"""FLOPs on meta tensors: exactly the matrix products of the active experts."""
+"""FLOPs on meta tensors: exactly the matrix products of the active experts, and of attention by flash-attn."""
+
+import importlib.util
+import sys
 
 import pytest
 import torch
@@ -6,6 +9,7 @@ import torch.nn.functional as F
 from litgpt.model import GPT, LLaMAMoE
 from torch.utils.flop_counter import FlopCounterMode
 
+from litgpt_moe_ext.attention.kernels import KERNELS, Call
 from litgpt_moe_ext.moe.layer import NoisyTopKMoE, SharedExpertMoE
 from litgpt_moe_ext.patches import flops
 from tests.models import moe_config, noisy_config, randomize
@@ -100,3 +104,110 @@ def test_grouped_mm(a, b, ends):
         F.grouped_mm(left, right, offs=offsets)
     expected = 2 * a[-2] * a[-1] * b[-1] * (a[0] if len(a) == len(b) == 3 else 1)
     assert counter.get_total_flops() == expected
+
+
+# The operators of flash-attn 2.8 with their schemas. What they compute is not asked for here.
+FLASH_ATTN = """
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor
+
+
+def operator(function, mutates_args=()):
+    made = torch.library.custom_op("flash_attn::" + function.__name__, function, mutates_args=mutates_args)
+    made.register_fake(function)
+    return made
+
+
+@operator
+def _flash_attn_forward(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int,
+    window_size_right: int, softcap: float, alibi_slopes: Optional[Tensor], return_softmax: bool,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    lse = q.new_empty(q.size(0), q.size(2), q.size(1), dtype=torch.float32)
+    return torch.empty_like(q), lse, q.new_empty(0), q.new_empty(2)
+
+
+@operator
+def _flash_attn_varlen_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int = -1, window_size_right: int = -1,
+    softcap: float = 0.0, alibi_slopes: Optional[Tensor] = None, return_softmax: bool = False,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    lse = q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
+    return torch.empty_like(q), lse, q.new_empty(0), q.new_empty(2)
+
+
+def _flash_attn_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Optional[Tensor],
+    dk: Optional[Tensor], dv: Optional[Tensor], dropout_p: float, softmax_scale: float, causal: bool,
+    window_size_left: int, window_size_right: int, softcap: float, alibi_slopes: Optional[Tensor],
+    deterministic: bool, rng_state: Optional[Tensor] = None,
+) -> Tensor:
+    return softmax_lse.clone()
+
+
+def _flash_attn_varlen_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Optional[Tensor],
+    dk: Optional[Tensor], dv: Optional[Tensor], cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int,
+    window_size_right: int, softcap: float, alibi_slopes: Optional[Tensor], deterministic: bool,
+    rng_state: Optional[Tensor] = None, zero_tensors: bool = False,
+) -> Tensor:
+    return softmax_lse.clone()
+
+
+_flash_attn_backward = operator(_flash_attn_backward, ("dq", "dk", "dv"))
+_flash_attn_varlen_backward = operator(_flash_attn_varlen_backward, ("dq", "dk", "dv"))
+"""
+
+
+@pytest.fixture
+def flash_attn_package(tmp_path, monkeypatch):
+    """Put a package on the path that has the operators of flash-attn, where the real one is not installed."""
+    if importlib.util.find_spec("flash_attn") is not None:
+        yield
+        return
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").touch()
+    (tmp_path / "flash_attn" / "flash_attn_interface.py").write_text(FLASH_ATTN)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    for name in ("flash_attn.flash_attn_interface", "flash_attn"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.usefixtures("flash_attn_package")
+def test_flash_attn_counts_as_sdpa():
+    importlib.import_module("flash_attn.flash_attn_interface")
+    kernel, sequences, heads, groups, length, head_size = KERNELS["flash_attn"], 2, 4, 2, 24, 8
+
+    def measure(device: str, documents: list[int] | None = None, window: int | None = None) -> tuple[int, int]:
+        q, k, v = (
+            torch.empty(sequences, n, length, head_size, dtype=torch.bfloat16, device=device)
+            for n in (heads, groups, groups)
+        )
+        offsets = None if documents is None else torch.tensor(documents, dtype=torch.int32, device=device)
+        call = Call(0.4, True, window, 0.0)
+        with FlopCounterMode(display=False) as forward:
+            out, lse, rest = kernel.forward(q, k, v, None, offsets, call)
+        with FlopCounterMode(display=False) as backward:
+            kernel.backward(out, q, k, v, None, offsets, out, lse, rest, call)
+        return forward.get_total_flops(), backward.get_total_flops()
+
+    shape = sequences, groups, length, head_size
+    kv = torch.empty(shape, dtype=torch.bfloat16)
+    q = torch.empty(sequences, heads, length, head_size, dtype=torch.bfloat16, requires_grad=True)
+    with FlopCounterMode(display=False) as forward:
+        out = F.scaled_dot_product_attention(q, kv, kv, is_causal=True, enable_gqa=True)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    expected = forward.get_total_flops(), backward.get_total_flops()
+    assert expected[0] > 0
+    assert measure("meta") == measure("cpu") == measure("meta", window=4) == expected
+    # Documents of 24, 8, 16 and two empty ones; without values every sequence is one.
+    pairs = 24**2 + 8**2 + 16**2
+    documents = [0, 24, 32, 48, 48, 48]
+    assert measure("cpu", documents) == tuple(n * pairs // (sequences * length**2) for n in expected)
+    assert measure("meta", documents) == expected

@@ -60,6 +60,40 @@ def plain(value):
     return value if value is None or isinstance(value, (bool, int, float, str, dict)) else str(value)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "right", "wrong", "message"),
+    [
+        ("code-moe-60m", "  moe_intermediate_size: ", "  moe_intermediate_sizes: ", "moe_intermediate_sizes"),
+        (
+            "gpt-moe-fineweb",
+            "class_path: litgpt_moe_ext.data.TokenShards",
+            "class_path: litgpt_moe_ext.data.TokenShard",
+            "TokenShard",
+        ),
+        ("nanogpt-tinystories", "      special_tokens: ", "      special_token: ", "special_token"),
+        ("gpt-dense-fineweb", "    betas: ", "    beta: ", "beta"),
+        ("moe-200m-tinystories", "    separator: ", "    seperator: ", "seperator"),
+        ("nanogpt-moe-tinystories", "  save_interval: 1000", "  save_interval: often", "save_interval"),
+        ("code-moe-800m", "  global_batch_size: 128", "  global_batch_size: 127", "is not a multiple"),
+    ],
+)
+def test_a_broken_recipe_is_refused_with_file_and_line(tmp_path, capsys, recipe, right, wrong, message):
+    """A misspelt key, class, tokenizer field, argument of the optimizer, argument of the data module; a wrong value."""
+    text = path_of(recipe).read_text(encoding="utf-8")
+    assert text.count(right) == 1
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text.replace(right, wrong), encoding="utf-8")
+    line = text[: text.index(right)].count("\n") + 1
+    try:
+        status = main(["--config", str(file), "--out_dir", str(tmp_path / "out"), "--devices", "1"])
+    except SystemExit as end:
+        status = end.code
+    assert status == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert f"{file}:{line}" in error, error
+
+
 def test_a_misspelt_key_is_refused_in_every_section(tmp_path, capsys):
     text = path_of("gpt-moe-fineweb").read_text(encoding="utf-8")
     sections = [name for name, given in yaml.safe_load(text).items() if isinstance(given, dict)]

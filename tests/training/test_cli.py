@@ -10,12 +10,12 @@ from litgpt_moe_ext.training.checkpoints import find_resume_file
 from litgpt_moe_ext.training.cli import (
     build_parser,
     main,
-    near_name,
     normalize,
-    plain_error,
+    take_nulls,
     take_optimizer_keys,
     with_optimizer_keys,
 )
+from litgpt_moe_ext.training.parser_errors import annotation_in, near_name, plain_error, value_in
 from litgpt_moe_ext.training.recipe_files import check_recipe
 
 DEFAULT = Path("default.yaml")
@@ -87,7 +87,76 @@ def test_plain_error():
     - Unrecognized arguments: --n_exprt=4
   Given value type: <class 'jsonargparse._util.NestedArg'>
   Given value: NestedArg(key='n_exprt', val='4')"""
-    assert plain_error(message) == 'Parser key "model_config": Unrecognized arguments: --n_exprt=4'
+    plain = plain_error(message, lambda path: None, lambda path: None)
+    assert plain == 'Parser key "model_config": Unrecognized arguments: --n_exprt=4'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--schedule.name", "cosin"], "schedule.name: 'cosin' must be one of cosine, onecycle, wsd"),
+        (["--train.max_tokens=much"], "train.max_tokens: 'much' must be an integer or null"),
+        (["--model_config.n_shared_expert", "x"], "model_config.n_shared_expert: 'x' must be an integer or null"),
+        (
+            ["--model_config.norm_class_name", "x"],
+            "model_config.norm_class_name: 'x' must be one of LayerNorm, RMSNorm",
+        ),
+        (["--precision", "16-true"], "precision: '16-true' must be one of bf16-true, bf16-mixed, 16-mixed, 32-true or"),
+        (["--compile", "maybe"], "compile: 'maybe' must be true or false or auto"),
+        (["--evaluate.tasks", "a.yaml"], "evaluate.tasks: 'a.yaml' must be a list such as [a, b]"),
+        (["--parameter_groups.no_weight_decay", "norms"], "no_weight_decay: 'norms' must be a list with any of norms"),
+        (["--train.global_batch_size", "null"], "train.global_batch_size: null must be an integer"),
+        (["--data.vocab_size", "x"], "data.vocab_size: 'x' must be an integer"),
+        (["--data", "foo"], "Expected a dot import path string: foo"),
+        (["--model_config.n_embd", "null"], "model_config.n_embd: null is no value for it"),
+        (["--model_config.n_exprt", "null"], "--model_config.n_exprt; did you mean model_config.n_expert?"),
+        (["--optimizer", "null"], "optimizer: None must be a name, or class_path and init_args"),
+    ],
+    ids=str,
+)
+def test_wrong_values_are_named(recipe, capsys, arguments, message):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--config", str(recipe()), *arguments])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_values_of_a_file_are_named(recipe, capsys):
+    for changes, message in (
+        ({"schedule": {"name": "cosin"}}, "schedule.name: 'cosin' must be one of cosine"),
+        ({"model_config": {"n_layer": "x"}}, "model_config.n_layer: 'x' must be an integer"),
+        ({"seed": "x"}, "seed: 'x' must be an integer"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["--config", str(recipe(**changes))])
+        assert message in capsys.readouterr().err
+
+
+def test_null_for_a_field_of_the_model(recipe, capsys):
+    """As in a file, and in whatever order the arguments stand."""
+    given = ["--model_config.n_shared_expert", "null", "--seed", "1", "--model_config.routed_scaling_factor=2"]
+    assert take_nulls([*given, "--model_config.n_query_groups=null"]) == (
+        ["--seed", "1", "--model_config.routed_scaling_factor=2"],
+        ["n_shared_expert", "n_query_groups"],
+    )
+    assert main(["--config", str(recipe()), *given, "--print_config"]) == 0
+    output = capsys.readouterr().out
+    assert "n_shared_expert: null" in output
+    assert "n_expert: 8" in output, "from the file"
+
+
+def test_types_and_values_of_settings(tmp_path):
+    from litgpt.args import TrainArgs
+
+    annotations = {"train": TrainArgs | None, "seed": int}
+    assert annotation_in(annotations, "seed") is int
+    assert annotation_in(annotations, "train.max_tokens") == int | None
+    assert annotation_in(annotations, "train.nothing") is None
+    (tmp_path / "a.yaml").write_text("seed: 3\ntrain: {max_tokens: 5}\n")
+    arguments = ["--config", str(tmp_path / "a.yaml"), "--seed=4"]
+    assert value_in(arguments, "seed") == "4"
+    assert value_in(arguments, "train.max_tokens") == 5
+    assert value_in(arguments, "train.nothing") is None
 
 
 def test_optimizer_keys():

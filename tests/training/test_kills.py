@@ -15,13 +15,17 @@ import pytest
 import torch
 
 from tests.training.conftest import ROOT, RUN_TRAIN, logged
+from tests.training.processes import Training
 
 KILLS = {processes: int(os.environ.get("MOE_TEST_KILLS", default)) for processes, default in ((1, 3), (2, 1))}
 
 pytestmark = pytest.mark.slow
 
 
-def start(file: Path, *arguments: str) -> subprocess.Popen:
+def start(processes: int, file: Path, *arguments: str) -> Training | subprocess.Popen:
+    if processes == 1:
+        return Training("--config", file, *arguments)
+    # The first process starts the second by its own command line.
     return subprocess.Popen(
         [*RUN_TRAIN, "--config", str(file), *arguments],
         stdout=subprocess.PIPE,
@@ -32,7 +36,7 @@ def start(file: Path, *arguments: str) -> subprocess.Popen:
     )
 
 
-def kill_at_a_random_moment(process: subprocess.Popen, generator: random.Random) -> bool:
+def kill_at_a_random_moment(process: Training | subprocess.Popen, generator: random.Random) -> bool:
     """Kill the process and its children a little after a random line of its output; False if it ended before."""
     lines = generator.randrange(2, 12)
     for line in process.stdout:
@@ -59,7 +63,7 @@ def test_killed_many_times(recipe, tmp_path, processes):
         "ema": {"decay": 0.9},
         "checkpoint": {"keep_last": 3},
     }
-    whole = start(recipe("whole", out_dir=str(tmp_path / "whole"), **changes))
+    whole = start(processes, recipe("whole", out_dir=str(tmp_path / "whole"), **changes))
     output, _ = whole.communicate(timeout=280)
     assert whole.returncode == 0, output
 
@@ -67,9 +71,9 @@ def test_killed_many_times(recipe, tmp_path, processes):
     file = recipe("killed", out_dir=str(tmp_path / "killed"), **changes)
     killed = 0
     for _ in range(kills):
-        killed += kill_at_a_random_moment(start(file, "--resume", "auto"), generator)
+        killed += kill_at_a_random_moment(start(processes, file, "--resume", "auto"), generator)
     assert killed >= max(1, kills - 1)
-    last = start(file, "--resume", "auto")
+    last = start(processes, file, "--resume", "auto")
     output, _ = last.communicate(timeout=280)
     assert last.returncode == 0, output
 

@@ -372,8 +372,34 @@ class TestWrongInputs:
             (["--model_config.n_head", "3"], "n_embd: 16, n_head: 3 must fulfil n_embd % n_head == 0"),
             (["--model_config.n_query_groups", "3"], "n_head: 4, n_query_groups: 3 must fulfil"),
             (["--logger_name", "mlflow"], "mlflow"),
+            (["--tokenizer_dir", "/nope"], "tokenizer_dir: '/nope' is no directory"),
+            (["--train.max_tokens", "null"], "train.max_tokens: null says not how long to train"),
+            (["--train.epochs", "1"], "train.epochs: 1 has no meaning for pretraining"),
+            (["--train.max_norm", "0"], "train.max_norm: 0.0 must be above 0; null clips no gradient"),
+            (["--train.min_lr", "1"], "train.min_lr: 1.0 is above the optimizer's learning rate 0.01"),
+            (["--devices", "0"], "devices: 0 must be auto or at least 1"),
+            (["--num_nodes", "0"], "num_nodes: 0 must be at least 1"),
+            (["--out_dir", ""], "out_dir: '.' is the working directory"),
+            (["--model_config.n_layer", "0"], "model_config.n_layer: 0 must be at least 1"),
+            (["--peak_tflops", "0"], "peak_tflops: 0.0 must be above 0, or null"),
         ],
         ids=str,
     )
     def test_settings(self, recipe, capsys, arguments, message):
         assert message in self.refused(capsys, "--config", recipe(), *arguments)
+
+
+def test_yarn_trains_on_beyond_the_original_length(recipe, tmp_path, capsys):
+    """A model with YaRN from 16 to 64 tokens is trained at 16, then from its weights at 64, and not at 65."""
+    yarn = {"factor": 4.0, "original_max_seq_len": 16, "beta_fast": 8.0, "beta_slow": 1.0}
+    model = {"block_size": 64, "rope_adjustments": yarn, "norm_qk": True, "sliding_window_size": 12}
+    short = recipe("short", model_config=model, train={"max_seq_length": 16, "max_tokens": 6 * 4 * 16})
+    assert train("--config", short) == 0
+    longer = ("--initial_checkpoint_dir", tmp_path / "out" / "final", "--out_dir", tmp_path / "longer")
+    tokens = ("--train.max_tokens", 6 * 4 * 64)
+    assert train("--config", short, "--train.max_seq_length", 64, *longer, *tokens) == 0
+    before, after = (logged(tmp_path / name, "loss") for name in ("out", "longer"))
+    assert len(before) == len(after) == 6
+    assert float(after[1]) < float(before[1]) - 0.3  # it goes on from the weights
+    assert train("--config", short, "--train.max_seq_length", 65, *longer, *tokens) == 2
+    assert "train.max_seq_length: 65 must be from 1 to the model's block_size: 64" in capsys.readouterr().err

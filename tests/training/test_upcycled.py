@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from litgpt_moe_ext.export import upcycling
+from litgpt_moe_ext.console.main import main as console
 from litgpt_moe_ext.training.cli import main
 from tests.training.conftest import logged
 
@@ -33,9 +33,9 @@ def test_a_dense_run_goes_on_as_moe(recipe, tmp_path, capsys):
     still = ("--optimizer.lr", "0.0", "--train.min_lr", "0.0", "--train.max_steps", "4")
     start = ("--config", moe, *still, "--initial_checkpoint_dir")
     assert train(*start, final) == 2
-    assert f"`python -m litgpt_moe_ext.export.upcycling {final} NEW_DIRECTORY" in capsys.readouterr().err
+    assert f"`litgpt-moe upcycle {final} RECIPE NEW_DIRECTORY`" in capsys.readouterr().err
 
-    assert upcycling.main([str(final), str(tmp_path / "upcycled"), "--config", str(moe)]) == 0
+    assert console(["upcycle", str(final), str(moe), str(tmp_path / "upcycled")]) == 0
     assert train(*start, tmp_path / "upcycled") == 0
     before, after = (logged(tmp_path / name, "val_loss") for name in ("dense", "out"))
     assert float(after[4]) == pytest.approx(float(before[12]), abs=1e-4)

@@ -1,0 +1,56 @@
+"""Reports as one HTML page that needs nothing else."""
+
+import base64
+import html
+import io
+from collections.abc import Iterable
+
+from matplotlib.figure import Figure
+
+_CSS = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+p, figcaption { max-width: 48rem; color: #444; } figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+th, td { padding: .2rem .7rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top; }
+th:first-child, td:first-child { text-align: left; } td.tokens { text-align: left; }
+code { background: #f2f2f2; border-radius: 3px; padding: 0 .25em; white-space: pre; margin-right: .3em; }
+.scroll { overflow-x: auto; }
+"""
+
+
+def page(title: str, parts: Iterable[str]) -> str:
+    """Return a page of a heading and parts in HTML, without external resources.
+
+    Args:
+        title: Plain text.
+        parts: As those of `picture` and `table`.
+    """
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width"><title>{html.escape(title)}</title><style>{_CSS}</style></head>'
+        f"<body><h1>{html.escape(title)}</h1>{''.join(parts)}</body></html>\n"
+    )
+
+
+def picture(heading: str, caption: str, figure: Figure) -> str:
+    """Return a section with a figure inside it as a PNG; heading and caption are plain text."""
+    heading, data = html.escape(heading), base64.b64encode(png(figure)).decode("ascii")
+    return (
+        f'<h2>{heading}</h2><figure><img alt="{heading}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+    )
+
+
+def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Return a table of plain texts that scrolls where it is too wide."""
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def png(figure: Figure) -> bytes:
+    """Return a figure as the content of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

@@ -1,0 +1,143 @@
+"""Files behind URLs, read in pieces and never as a whole: whatever ``fsspec`` knows, among it ``hf://`` and ``https://``."""
+
+import io
+import time
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+_BLOCK_BYTES = 8 << 20
+_ATTEMPTS = 5
+_FIRST_PAUSE_SECONDS = 1.0
+# What servers call the fingerprint of a file's content.
+_FINGERPRINTS = ("ETag", "etag", "Content-MD5", "Digest")
+
+
+def is_url(path: object) -> bool:
+    """Returns whether something names a file behind a URL rather than one on a disk."""
+    return "://" in str(path)
+
+
+def name_of(url: str) -> str:
+    """Returns the file name in a URL."""
+    return PurePosixPath(urlsplit(url).path).name
+
+
+class RemoteFile(io.RawIOBase):
+    """A file behind a URL that can be read at any position; only what is read is transferred, in blocks.
+
+    A read that fails is tried again a few times with growing pauses, as the connection may come back.
+
+    Args:
+        url: Where it is.
+
+    Attributes:
+        size: Bytes of the file.
+
+    Raises:
+        OSError: It does not exist, or the server cannot be reached or sends no parts of files.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        system, path = _system_of(url)
+        self._file: io.IOBase | None = None
+        try:
+            self._file = system.open(path, "rb", block_size=_BLOCK_BYTES)
+        except Exception as error:  # each kind of server has errors of its own
+            raise _unreachable(url, error) from error
+        if not getattr(self._file, "size", None):
+            raise ConnectionError(
+                f"{url} cannot be streamed: the server does not say how long it is, so it sends no parts of it. "
+                "Download the file and name the local copy."
+            )
+        self.size: int = self._file.size
+
+    def readinto(self, buffer: Any) -> int:
+        """See `io.RawIOBase.readinto`."""
+        position = self._file.tell()
+        for attempt in range(_ATTEMPTS):
+            try:
+                data = self._file.read(len(buffer))
+                break
+            except ValueError as error:  # a server that ignores the range it was asked for
+                raise ConnectionError(
+                    f"{self.url} cannot be streamed: {error} Download the file and name the local copy."
+                ) from error
+            except Exception as error:
+                if attempt == _ATTEMPTS - 1:
+                    raise ConnectionError(
+                        f"Reading {self.url} failed at byte {position} of {self.size}, {_ATTEMPTS} times: {error!r}. "
+                        "Run again when the server can be reached; what is prepared is kept"
+                    ) from error
+                time.sleep(_FIRST_PAUSE_SECONDS * 2**attempt)
+        buffer[: len(data)] = data
+        return len(data)
+
+    def readable(self) -> bool:
+        """See `io.IOBase.readable`."""
+        return True
+
+    def seekable(self) -> bool:
+        """See `io.IOBase.seekable`."""
+        return True
+
+    def tell(self) -> int:
+        """See `io.IOBase.tell`."""
+        return self._file.tell()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """See `io.IOBase.seek`."""
+        return self._file.seek(offset, whence)
+
+    def close(self) -> None:
+        """See `io.IOBase.close`."""
+        if self._file is not None:
+            self._file.close()
+        super().close()
+
+
+def remote_facts(url: str) -> tuple[int, str]:
+    """Returns the size of a file in bytes, and what identifies its content, without reading it.
+
+    Of files that the Hugging Face hub keeps as LFS the identity is their SHA-256.
+
+    Raises:
+        OSError: It does not exist, or the server cannot be reached.
+        ValueError: The server does not say anything by which a change could be noticed.
+    """
+    system, path = _system_of(url)
+    try:
+        facts = system.info(path)
+    except Exception as error:
+        raise _unreachable(url, error) from error
+    if facts.get("lfs"):
+        identity = facts["lfs"]["sha256"]
+    elif facts.get("blob_id"):
+        identity = f"blob {facts['blob_id']}"
+    else:
+        fingerprint = next((str(facts[name]) for name in _FINGERPRINTS if facts.get(name)), None)
+        if fingerprint is None:
+            raise ValueError(
+                f"{url} cannot be streamed: the server sends no ETag, so a change of the file would go unnoticed. "
+                "Download the file and name the local copy."
+            )
+        identity = f"{url} {fingerprint}"
+    return facts.get("size") or 0, identity
+
+
+def _system_of(url: str) -> tuple[Any, str]:
+    from fsspec.core import url_to_fs
+
+    try:
+        return url_to_fs(url)
+    except (ImportError, ValueError) as error:  # an unknown kind of URL, or one that needs another package
+        raise ValueError(f"{url} cannot be read: {error}.") from error
+
+
+def _unreachable(url: str, error: Exception) -> OSError:
+    # fsspec reports whatever goes wrong with HTTP as a missing file; what it was is the cause.
+    cause = error.__cause__ or error
+    if isinstance(error, FileNotFoundError) and (cause is error or getattr(cause, "status", None) == 404):
+        return FileNotFoundError(f"There is no file {url}")
+    return ConnectionError(f"{url} cannot be reached: {cause!r}. Check the address and the network")

@@ -1,0 +1,130 @@
+"""Benchmarks while training, logged beside the losses; the training goes on as if nothing had happened."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+from litgpt import GPT, Tokenizer
+
+from litgpt_moe_ext.training.arguments import EvaluateArgs
+from litgpt_moe_ext.training.checkpoints import restore_rng_state, rng_state
+from litgpt_moe_ext.training.checks import SettingsError
+
+
+def check_benchmarks(args: EvaluateArgs) -> None:
+    """Raise an error that names the setting unless every benchmark can be read. Opens the files, and takes no model."""
+    if args.hellaswag is not None:
+        from litgpt_moe_ext.evaluation.hellaswag import load_items
+
+        try:
+            load_items(args.hellaswag, limit=1)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"evaluate.hellaswag: {error}") from error
+    if args.tasks:
+        from litgpt_moe_ext.evaluation.tasks import load_task_file
+
+        names = []
+        for file in args.tasks:
+            try:
+                names.append(load_task_file(file).config.task)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"evaluate.{error}") from error
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"evaluate.tasks: the task {', '.join(sorted(repeated))} is defined in several files")
+
+
+def make_benchmarks(
+    args: EvaluateArgs, tokenizer: Tokenizer, tokenizer_dir: Path, block_size: int, fabric: L.Fabric
+) -> "TrainingBenchmarks":
+    """Return the callback that evaluates a model of this tokenizer and length of input."""
+    from litgpt_moe_ext.evaluation.benchmarks import HellaSwag, TaskFile
+    from litgpt_moe_ext.evaluation.hellaswag import load_items
+
+    benchmarks: list[Any] = []
+    if args.hellaswag is not None:
+        items = load_items(args.hellaswag, args.max_items)
+        benchmarks.append(HellaSwag(items, tokenizer, args.hellaswag_rule, args.batch_size, block_size, fabric))
+    for file in args.tasks:
+        benchmarks.append(TaskFile(file, tokenizer, tokenizer_dir, args.max_items, args.batch_size, fabric))
+    return TrainingBenchmarks(benchmarks, args.every_steps)
+
+
+class TrainingBenchmarks:
+    """Evaluates after every validation or every so many steps, and after the last step.
+
+    Args:
+        benchmarks: As those of `litgpt_moe_ext.evaluation.benchmarks`.
+        every_steps: Optimizer steps between evaluations; None evaluates after every validation.
+    """
+
+    def __init__(self, benchmarks: Sequence[Any], every_steps: int | None) -> None:
+        self._benchmarks, self._every_steps = benchmarks, every_steps
+        self._evaluated_step = 0
+
+    def on_after_setup(self, fabric: L.Fabric, module: Any) -> None:
+        # Not compiled: the lengths of the texts differ from batch to batch.
+        self._fabric, self._model = fabric, module.module
+
+    def on_fit_begin(self) -> None:
+        """Try the largest batches, so that what fails does so now."""
+        with undisturbed(self._fabric, self._model) as model:
+            for benchmark in self._benchmarks:
+                try:
+                    benchmark.rehearse(model)
+                except Exception as error:  # whatever it is, its cause is a setting
+                    raise SettingsError(f"evaluate: {type(benchmark).__name__} does not work: {error}") from error
+
+    def on_step_begin(self, state: dict[str, Any]) -> None:
+        step = state["step_count"]
+        if self._every_steps is not None and step and step % self._every_steps == 0:
+            self._evaluate(step)
+
+    def on_last_step(self, state: dict[str, Any]) -> None:
+        if self._every_steps is not None:
+            self._evaluate(state["step_count"])
+
+    def on_logged(self, metrics: dict[str, Any]) -> None:
+        if self._every_steps is None and "val_loss" in metrics:
+            self._evaluate(self._fabric.step)
+
+    def _evaluate(self, step: int) -> None:
+        if step == self._evaluated_step:
+            return  # as where the last step has a validation of its own
+        self._evaluated_step, started = step, time.perf_counter()
+        scores: dict[str, float] = {}
+        with undisturbed(self._fabric, self._model) as model:
+            for benchmark in self._benchmarks:
+                try:
+                    scores |= benchmark.scores(model)
+                except Exception as error:
+                    if self._fabric.world_size > 1:
+                        raise  # the other processes wait for this one in the midst of it
+                    # A benchmark is not worth a run.
+                    name = type(benchmark).__name__
+                    self._fabric.print(f"  {name} failed after step {step}: {type(error).__name__}: {error}")
+        seconds = time.perf_counter() - started
+        if scores:
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+            self._fabric.print(f"  {shown} ({seconds:.1f} s)")
+        self._fabric.log_dict(scores)
+
+
+@contextlib.contextmanager
+def undisturbed(fabric: L.Fabric, model: GPT) -> Iterator[GPT]:
+    """Give the model in evaluation mode and the training's precision; put back mode and random generators.
+
+    lm-eval and its tasks may draw from Python's, NumPy's and torch's generators.
+    """
+    generators, numpy_generator, was_training = rng_state(), np.random.get_state(), model.training
+    model.eval()
+    try:
+        with fabric.autocast():
+            yield model
+    finally:
+        model.train(was_training)
+        restore_rng_state(generators)
+        np.random.set_state(numpy_generator)

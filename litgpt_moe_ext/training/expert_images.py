@@ -1,0 +1,97 @@
+"""Heat maps of the experts' load over the steps of a run, for loggers that show pictures."""
+
+from typing import Any
+
+import lightning as L
+import numpy as np
+from lightning.fabric.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import WandbLogger
+
+from litgpt_moe_ext.analysis.runs import loads_by_layer
+
+NAME = "moe/expert_load"
+
+
+class LoadHistory:
+    """Load of every expert over the run, in a bounded number of columns.
+
+    As soon as there are too many, neighbouring columns become their mean, and from then on as many log lines as there
+    are in one of these make a column.
+
+    Args:
+        most: Number of columns, even.
+    """
+
+    def __init__(self, most: int = 512) -> None:
+        self._most, self._lines_per_column = most, 1
+        self._columns: list[tuple[float, dict[int, np.ndarray]]] = []
+        self._waiting: list[tuple[float, dict[int, np.ndarray]]] = []
+
+    def add(self, step: int, loads: dict[int, list[float]]) -> None:
+        """Add a log line: the loads of the experts over the mean, by layer."""
+        self._waiting.append((step, {layer: np.array(load, dtype=np.float32) for layer, load in loads.items()}))
+        if len(self._waiting) == self._lines_per_column:
+            self._columns.append(_mean(self._waiting))
+            self._waiting = []
+        if len(self._columns) == self._most:
+            self._columns = [_mean(self._columns[i : i + 2]) for i in range(0, self._most, 2)]
+            self._lines_per_column *= 2
+
+    def layers(self) -> tuple[list[float], dict[int, np.ndarray]]:
+        """Return the steps of the columns, and by layer the loads, (experts, columns)."""
+        columns = [*self._columns, *([_mean(self._waiting)] if self._waiting else [])]
+        numbers = columns[0][1] if columns else {}
+        stacked = {layer: np.stack([loads[layer] for _, loads in columns], axis=1) for layer in numbers}
+        return [step for step, _ in columns], stacked
+
+
+def _mean(columns: list[tuple[float, dict[int, np.ndarray]]]) -> tuple[float, dict[int, np.ndarray]]:
+    step = sum(step for step, _ in columns) / len(columns)
+    return step, {layer: np.mean([loads[layer] for _, loads in columns], axis=0) for layer in columns[0][1]}
+
+
+def shows_pictures(logger: Any) -> bool:
+    """Whether a logger has a place for pictures that this module knows."""
+    return isinstance(logger, (TensorBoardLogger, WandbLogger))
+
+
+class ExpertImages:
+    """Logs `moe/expert_load` after every validation; the picture shows this run from its start, or its resumption.
+
+    Args:
+        name: Of the run, for the title.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name, self._history = name, LoadHistory()
+
+    def on_after_setup(self, fabric: L.Fabric, module: Any) -> None:
+        self._fabric = fabric
+
+    def on_logged(self, metrics: dict[str, Any]) -> None:
+        if not self._fabric.is_global_zero:
+            return
+        if "loss" in metrics and (loads := loads_by_layer(metrics)):
+            self._history.add(self._fabric.step, loads)
+        if "val_loss" in metrics:
+            steps, layers = self._history.layers()
+            if layers:
+                self._log(_draw(self._name, steps, layers))
+
+    def _log(self, image_HWC: np.ndarray) -> None:
+        logger, step = self._fabric.logger, self._fabric.step
+        if isinstance(logger, WandbLogger):
+            logger.log_image(NAME, [image_HWC], step=step)
+        else:
+            logger.experiment.add_image(NAME, image_HWC, step, dataformats="HWC")
+
+
+def _draw(name: str, steps: list[float], layers: dict[int, np.ndarray]) -> np.ndarray:
+    # Only runs that get this far pay for the import.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    from litgpt_moe_ext.analysis.run_figures import load_over_steps_figure
+
+    canvas = FigureCanvasAgg(load_over_steps_figure(name, steps, layers))
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]

@@ -1,0 +1,199 @@
+"""Benchmarks while training: the right scores at the right steps, and a training that does not notice."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+from litgpt import Tokenizer
+
+from litgpt_moe_ext.evaluation.hellaswag import as_question, encoder, evaluate, load_items
+from litgpt_moe_ext.evaluation.loading import load_model
+from litgpt_moe_ext.training.arguments import DistributedArgs, EvaluateArgs
+from litgpt_moe_ext.training.cli import main
+from litgpt_moe_ext.training.run import Run
+from litgpt_moe_ext.training.strategies import make_strategy
+from tests.training.conftest import logged
+
+ENDINGS = ["return x", "pass", "def f", "import os", "if a", "else", "self", "is not"]
+# Draws tokens, whose generators are those of the training.
+TASK = """
+task: continuation
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: documents.json
+test_split: test
+output_type: generate_until
+doc_to_text: "{{text}}"
+doc_to_target: "{{text}}"
+generation_kwargs:
+  until: ["~"]
+  max_gen_toks: 4
+  do_sample: true
+  temperature: 1.0
+metric_list:
+  - metric: exact_match
+"""
+NOISY = {"mlp_class_name": "NoisyTopKMoE", "norm_topk_prob": None, "router_bias_update_rate": None}
+
+
+def train(*arguments: str | Path) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def hellaswag_file(tmp_path_factory) -> Path:
+    questions = [
+        {
+            "ind": i,
+            "activity_label": "code",
+            "ctx_a": f"for i in range({i}):",
+            "ctx_b": "",
+            "ctx": f"for i in range({i}):",
+            "endings": [ENDINGS[(i + k) % len(ENDINGS)] for k in range(4)],
+            "label": i % 4,
+        }
+        for i in range(10)
+    ]
+    path = tmp_path_factory.mktemp("hellaswag") / "hellaswag_val.jsonl"
+    path.write_text("\n".join(json.dumps(question) for question in questions))
+    return path
+
+
+@pytest.fixture
+def task_file(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "documents.json").write_text("\n".join(json.dumps({"text": f"x = {i}"}) for i in range(3)))
+    path = tmp_path / "task.yaml"
+    path.write_text(TASK)
+    return path
+
+
+def score_of(checkpoint: Path, file: Path, limit: int | None = None) -> float:
+    """Return acc_norm by the rule of lm-eval of a checkpoint in full precision."""
+    encode = encoder(Tokenizer(checkpoint))
+    questions = [as_question(item, "lm-eval", encode) for item in load_items(file, limit)]
+    answers = evaluate(load_model(checkpoint, torch.device("cpu")), questions, 4, lambda done: None)
+    return sum(answer.acc_norm for answer in answers) / len(answers)
+
+
+@pytest.mark.parametrize("model", [{}, NOISY], ids=["bias", "noisy"])
+def test_the_training_does_not_notice(recipe, tmp_path, hellaswag_file, task_file, capsys, model):
+    """Losses, gradients and weights are those without benchmarks, bit for bit; noise is drawn in every step."""
+    plain = recipe("plain", out_dir=str(tmp_path / "plain"), model_config=model)
+    wanted = {"hellaswag": str(hellaswag_file), "tasks": [str(task_file)], "every_steps": 3, "batch_size": 8}
+    evaluated = recipe("evaluated", out_dir=str(tmp_path / "evaluated"), model_config=model, evaluate=wanted)
+    assert train("--config", plain) == 0
+    assert train("--config", evaluated) == 0
+    output = capsys.readouterr()
+    for column in ("loss", "val_loss", "grad_norm", "learning_rate"):
+        assert logged(tmp_path / "evaluated", column) == logged(tmp_path / "plain", column)
+    ours, theirs = (
+        torch.load(tmp_path / name / "final" / "lit_model.pth", weights_only=True)["model"]
+        for name in ("evaluated", "plain")
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+    scores = logged(tmp_path / "evaluated", "hellaswag/lm-eval/acc_norm")
+    assert list(scores) == [3, 6, 9, 12]
+    assert float(scores[12]) == score_of(tmp_path / "evaluated" / "final", hellaswag_file)
+    assert list(logged(tmp_path / "evaluated", "lm_eval/continuation/exact_match")) == [3, 6, 9, 12]
+    assert "hellaswag/lm-eval/acc " in output.out
+    assert "it/s" not in output.err, "no bars of lm-eval"
+
+
+def test_after_every_validation(recipe, tmp_path, hellaswag_file):
+    """Once where the last step is validated twice; and a resumed run goes on."""
+    wanted = {"hellaswag": str(hellaswag_file), "hellaswag_rule": "build-nanogpt", "max_items": 3}
+    file = recipe(evaluate=wanted, train={"log_interval": 3})
+    assert train("--config", file, "--train.max_steps", "6") == 0
+    assert train("--config", file, "--resume", "auto") == 0
+    assert list(logged(tmp_path / "out", "val_loss")) == [4, 6, 8, 12]
+    scores = logged(tmp_path / "out", "hellaswag/build-nanogpt/acc")
+    assert list(scores) == [4, 6, 8, 12]
+    assert all(3 * float(score) == pytest.approx(round(3 * float(score))) for score in scores.values())
+
+
+def test_a_failing_benchmark_is_not_worth_a_run(recipe, tmp_path, hellaswag_file, monkeypatch, capsys):
+    from litgpt_moe_ext.evaluation.benchmarks import HellaSwag
+
+    def broken(*_args):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(HellaSwag, "scores", broken)
+    assert train("--config", recipe(evaluate={"hellaswag": str(hellaswag_file)})) == 0
+    assert "HellaSwag failed after step 4: RuntimeError: out of luck" in capsys.readouterr().out
+    assert len(logged(tmp_path / "out", "loss")) == 12
+
+
+class TestWrongInputs:
+    def refused(self, capsys, *arguments: str | Path) -> str:
+        try:
+            status = train(*arguments)
+        except SystemExit as error:  # jsonargparse's way
+            status = error.code
+        assert status == 2
+        return capsys.readouterr().err
+
+    def test_files(self, recipe, tmp_path, capsys):
+        error = self.refused(capsys, "--config", recipe(), "--evaluate.hellaswag", tmp_path / "none.jsonl")
+        assert "evaluate.hellaswag" in error
+        assert "none.jsonl' does not exist" in error
+        (tmp_path / "bad.jsonl").write_text('{"ind": 1}')
+        error = self.refused(capsys, "--config", recipe(), "--evaluate.hellaswag", tmp_path / "bad.jsonl")
+        assert "lacks 'activity_label'" in error
+        error = self.refused(capsys, "--config", recipe(evaluate={"tasks": [str(tmp_path / "none.yaml")]}))
+        assert "evaluate.tasks: the file" in error
+        assert not (tmp_path / "out" / "logs").exists(), "before any work"
+
+    def test_endings_that_do_not_fit(self, recipe, hellaswag_file, capsys):
+        arguments = ("--evaluate.hellaswag", hellaswag_file, "--max-seq-length", "4")
+        error = self.refused(capsys, "--config", recipe(), *arguments)
+        assert "evaluate.hellaswag: an ending has" in error
+        assert "the model reads 4 at once" in error
+
+    def test_what_fails_with_the_first_batch(self, recipe, hellaswag_file, monkeypatch, capsys):
+        from litgpt_moe_ext.evaluation import benchmarks
+
+        def broken(*_args):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(benchmarks, "evaluate", broken)
+        error = self.refused(capsys, "--config", recipe(), "--evaluate.hellaswag", hellaswag_file)
+        assert "evaluate: HellaSwag does not work: CUDA out of memory" in error
+
+    def test_no_tokenizer(self, recipe, tmp_path, hellaswag_file, capsys):
+        import numpy as np
+
+        np.save(tmp_path / "train.npy", np.arange(3000, dtype=np.uint16) % 300)
+        np.save(tmp_path / "val.npy", np.arange(300, dtype=np.uint16))
+        data = {
+            "class_path": "litgpt_moe_ext.data.TokenShards",
+            "init_args": {"data_path": str(tmp_path), "vocab_size": 300},
+        }
+        file = recipe(data=data, evaluate={"hellaswag": str(hellaswag_file)})
+        assert "evaluate: needs a tokenizer; give tokenizer_dir" in self.refused(capsys, "--config", file)
+
+    def test_sharded_models(self, hellaswag_file):
+        run = Run.__new__(Run)
+        run.fabric = SimpleNamespace(strategy=make_strategy("fsdp2", 2, 1, DistributedArgs(), "cpu"))
+        run.require_whole_model(EvaluateArgs())
+        with pytest.raises(ValueError, match="no process holds a whole model; use strategy: ddp"):
+            run.require_whole_model(EvaluateArgs(hellaswag=hellaswag_file))
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"hellaswag": Path("x"), "every_steps": 0}, "evaluate.every_steps: 0 must be at least 1"),
+            ({"hellaswag": Path("x"), "max_items": 0}, "evaluate.max_items: 0 must be at least 1"),
+            ({"hellaswag": Path("x"), "batch_size": 0}, "evaluate.batch_size: 0 must be at least 1"),
+            ({"every_steps": 10}, "evaluate.every_steps: 10 evaluates nothing"),
+        ],
+        ids=str,
+    )
+    def test_settings(self, settings, message):
+        with pytest.raises(ValueError, match=message):
+            EvaluateArgs(**settings)

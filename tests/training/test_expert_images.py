@@ -1,0 +1,56 @@
+"""Heat maps of the experts' load in the loggers that show pictures."""
+
+import numpy as np
+import pytest
+
+from litgpt_moe_ext.training.cli import main
+from litgpt_moe_ext.training.expert_images import NAME, LoadHistory
+
+
+def test_history_keeps_everything_in_few_columns():
+    """The mean over all columns, weighted by their log lines, stays that of the lines; steps stay in order."""
+    history, lines = LoadHistory(most=8), 29
+    for step in range(1, lines + 1):
+        history.add(step, {0: [step, 2 * step], 3: [1.0, 1.0]})
+    steps, layers = history.layers()
+    # Twice halved: seven columns of four lines, and one line that waits.
+    assert steps == [2.5 + 4 * i for i in range(7)] + [29]
+    assert list(layers) == [0, 3]
+    assert np.array_equal(layers[0], [steps, [2 * step for step in steps]])
+    assert np.array_equal(layers[3], np.ones((2, 8)))
+
+
+def test_tensorboard(recipe, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert main(["--config", str(recipe()), "--logger_name", "tensorboard"]) == 0
+    events = EventAccumulator(str(tmp_path / "out" / "logs" / "tensorboard" / "version_0"))
+    events.Reload()
+    pictures = events.Images(NAME)
+    assert [picture.step for picture in pictures] == [4, 8, 12, 12]
+    assert pictures[0].width > 300
+    assert pictures[0].encoded_image_string.startswith(b"\x89PNG")
+    assert pictures[0].encoded_image_string != pictures[2].encoded_image_string
+    assert [event.step for event in events.Scalars("moe_load_00/expert_07")] == list(range(1, 13))
+
+
+def test_dense_models_have_none(recipe, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    moe = ("n_expert", "n_expert_per_token", "n_shared_expert", "moe_intermediate_size", "norm_topk_prob")
+    dense = {"mlp_class_name": "LLaMAMLP", "intermediate_size": 24, **dict.fromkeys((*moe, "router_bias_update_rate"))}
+    file = recipe(model_config=dense, train={"max_tokens": 4 * 128})
+    assert main(["--config", str(file), "--logger_name", "tensorboard"]) == 0
+    events = EventAccumulator(str(tmp_path / "out" / "logs" / "tensorboard" / "version_0"))
+    events.Reload()
+    assert NAME not in events.Tags()["images"]
+
+
+@pytest.mark.slow
+def test_wandb(recipe, tmp_path, monkeypatch):
+    """Without a connection the pictures wait on the disk."""
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert main(["--config", str(recipe(train={"max_tokens": 8 * 128})), "--logger_name", "wandb"]) == 0
+    pictures = list(tmp_path.glob("wandb/offline-run-*/files/media/images/moe/*.png"))
+    assert len(pictures) == 3

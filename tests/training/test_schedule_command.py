@@ -1,0 +1,71 @@
+"""`litgpt-moe schedule` shows the rates that the run has."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from litgpt import Config
+from litgpt.args import TrainArgs
+
+from litgpt_moe_ext.analysis.schedule_figure import planned_rates, schedule_figure
+from litgpt_moe_ext.console.main import main
+from litgpt_moe_ext.training import cli
+from litgpt_moe_ext.training.arguments import ScheduleArgs
+from tests.training.conftest import logged
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+def settings_of(file: Path):
+    parser = cli.build_parser()
+    return parser.instantiate_classes(parser.parse_args(["--config", str(file)]))
+
+
+@pytest.mark.parametrize("name", ["cosine", "wsd", "onecycle"])
+def test_rates_are_those_of_the_run(recipe, tmp_path, name):
+    """With accumulation, a warm-up and a floor."""
+    train = {"lr_warmup_steps": 3, "min_lr": 1e-3, "micro_batch_size": 1}
+    file = recipe(train=train, schedule={"name": name}, eval={"interval": 1000})
+    assert cli.main(["--config", str(file)]) == 0
+    rates = [float(rate) for rate in logged(tmp_path / "out", "learning_rate").values()]
+    assert planned_rates(settings_of(file), name) == rates
+
+
+def test_max_steps_cuts_the_same_curve(recipe):
+    whole = planned_rates(settings_of(recipe("whole")), "cosine")
+    cut = planned_rates(settings_of(recipe("cut", train={"max_steps": 5})), "cosine")
+    assert len(whole) == 12
+    assert cut == whole[:5]
+
+
+def test_command(tmp_path, capsys):
+    out = tmp_path / "plots" / "schedule.png"
+    arguments = ["schedule", str(CONFIGS / "quickstart.yaml"), "--compare", "wsd", "linear", f"--out={out}"]
+    assert main(arguments) == 0
+    output = capsys.readouterr().out
+    assert "900 steps" in output
+    assert "cosine (the recipe's)" in output
+    assert "wsd" in output
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_figure_shows_the_rates():
+    lines = schedule_figure({"wsd": [1.0, 2.0, 1.5], "linear": [2.0, 1.0]}).axes[0].lines
+    assert [line.get_label() for line in lines] == ["wsd", "linear"]
+    assert lines[0].get_xydata().tolist() == [[1, 1.0], [2, 2.0], [3, 1.5]]
+
+
+def test_a_warm_up_that_needs_the_data():
+    train = TrainArgs(max_tokens=10_000, lr_warmup_steps=None, lr_warmup_fraction=0.1)
+    settings = SimpleNamespace(train=train, schedule=ScheduleArgs(), model_config=Config(block_size=8), optimizer="SGD")
+    with pytest.raises(ValueError, match="train.lr_warmup_fraction: 0.1 is a part of the data's length"):
+        planned_rates(settings, "cosine")
+
+
+def test_wrong_inputs(tmp_path, capsys):
+    assert main(["schedule", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml' cannot be read" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit:
+        main(["schedule", str(CONFIGS / "quickstart.yaml"), "--compare", "wsdd"])
+    assert exit.value.code == 2
+    assert "wsdd" in capsys.readouterr().err

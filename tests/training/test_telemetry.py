@@ -1,0 +1,90 @@
+"""Speed and utilization by hand."""
+
+import pytest
+import torch
+
+from litgpt_moe_ext.model_size import count_flops
+from litgpt_moe_ext.training import telemetry
+from litgpt_moe_ext.training.cli import main
+from litgpt_moe_ext.training.peak_flops import peak_flops
+from litgpt_moe_ext.training.telemetry import Telemetry
+from tests.models import moe_config
+from tests.training.conftest import logged
+
+
+def test_utilization_by_hand(monkeypatch):
+    """1000 tokens of 3 MFLOP in 2 s on two devices of 1 GFLOP/s each: three quarters."""
+    clock = iter((10.0, 12.0))
+    monkeypatch.setattr(telemetry.time, "perf_counter", lambda: next(clock))
+    meter = Telemetry(torch.device("cpu"), world_size=2, peak_flops=1e9)
+    meter.on_flops_counted(3e6)
+    first = {"loss": 1.0, "total_tokens": 500, "device/mfu": 0.1}
+    meter.on_log(first)
+    assert "mfu" not in first
+    assert "device/mfu" not in first
+    meter.on_batch(waited=0.5)
+    second = {"loss": 1.0, "total_tokens": 1500}
+    meter.on_log(second)
+    assert second["tokens_per_second"] == 500
+    assert second["mfu"] == 0.75
+    assert second["data_wait"] == 0.25
+
+
+def test_none_without_a_peak():
+    meter = Telemetry(torch.device("cpu"), 1, None)
+    meter.on_flops_counted(3e6)
+    for tokens in (1, 2):
+        metrics = {"loss": 1.0, "total_tokens": tokens}
+        meter.on_log(metrics)
+    assert "tokens_per_second" in metrics
+    assert "mfu" not in metrics
+
+
+def test_training_costs_three_times_the_active_products():
+    """Forward once, backward twice (towards inputs and weights): 6 per active weight and token, plus attention."""
+    config = moe_config()
+    D, F, E, K, T, V, layers = 16, 12, 8, 2, 32, 64, 2
+    weights = layers * (D * (16 + 2 * 8) + D * D + D * E + K * 3 * D * F) + D * V
+    attention = layers * 2 * 2 * T * D
+    assert count_flops(config, T, training=True) == T * 3 * (2 * weights + attention)
+
+
+def test_in_a_run(recipe, tmp_path, capsys):
+    """For the sequences that are trained on, not for the longest; without a peak nothing is logged on a CPU."""
+    file = recipe(train={"max_seq_length": 16})
+    assert train_with(file, "--out_dir", tmp_path / "unknown") == 0
+    assert logged(tmp_path / "unknown", "mfu") == {}
+    assert train_with(file, "--peak_tflops", "0.5") == 0
+    assert "MFU" in capsys.readouterr().out
+    speeds = {step: float(speed) for step, speed in logged(tmp_path / "out", "tokens_per_second").items()}
+    utilization = {step: float(mfu) for step, mfu in logged(tmp_path / "out", "mfu").items()}
+    from litgpt import Config
+
+    config = Config.from_file(tmp_path / "out" / "final" / "model_config.yaml")
+    per_token = count_flops(config, 16, training=True) / 16
+    assert utilization == {step: pytest.approx(per_token * speed / 0.5e12) for step, speed in speeds.items()}
+    measured = {float(flops) for flops in logged(tmp_path / "out", "device/flops_per_sec").values()}
+    assert measured
+
+
+def train_with(file, *arguments) -> int:
+    return main(["--config", str(file), *(str(argument) for argument in arguments)])
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "matmul", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "bf16-mixed", "highest", 312.0),
+        ("NVIDIA A100-SXM4-80GB", "32-true", "highest", 19.5),
+        ("NVIDIA A100-SXM4-80GB", "32-true", "high", 156.0),
+        ("NVIDIA H100 80GB HBM3", "bf16-true", "highest", 989.4),
+        ("NVIDIA H100 PCIe", "bf16-true", "highest", 756.0),
+        ("NVIDIA H200", "16-mixed", "highest", 989.4),
+        ("Tesla T4", "16-mixed", "highest", 65.0),
+        ("Tesla T4", "bf16-mixed", "highest", None),
+        ("NVIDIA A10G", "bf16-mixed", "highest", None),
+        ("NVIDIA GeForce GTX 1080", "32-true", "highest", None),
+    ],
+)
+def test_peaks(device, precision, matmul, tflops):
+    assert peak_flops(device, precision, matmul) == (None if tflops is None else tflops * 1e12)
