@@ -151,8 +151,6 @@ class DistributedArgs:
     """ddp: size of the pieces in which gradients are reduced while the backward pass goes on, in MB; null: 25"""
     gradient_as_bucket_view: bool | None = None
     """ddp: gradients share the memory of those pieces, which saves a copy of all of them; null: false"""
-    static_graph: bool | None = None
-    """ddp: promise that every step uses the same weights in the same order; null: false"""
     find_unused_parameters: bool | None = None
     """ddp: look for weights that got no gradient in a backward pass, which costs time; null: false"""
     cpu_offload: bool | None = None
@@ -161,8 +159,6 @@ class DistributedArgs:
     """fsdp: fetch the weights of the next block before the present one is computed; null: false"""
     limit_all_gathers: bool | None = None
     """fsdp: fetch at most two blocks ahead, which bounds the memory; null: true"""
-    reshard_after_forward: bool | None = None
-    """fsdp2: give weights back after the forward pass and fetch them again for the backward pass; null: all blocks'"""
     overlap_comm: bool | None = None
     """deepspeed: reduce gradients while the backward pass goes on; null: true"""
     reduce_bucket_size: int | None = None

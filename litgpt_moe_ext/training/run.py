@@ -164,7 +164,7 @@ class Run:
             precision=precision,
             loggers=[logger],
             plugins=plugins,
-            callbacks=[GradientNorm(), ExpertLoad(), self.reporter],
+            callbacks=[GradientNorm(), ExpertLoad()],
         )
         if note := single_process_note(strategy, self.devices * num_nodes, distributed):
             self.fabric.print(note)
@@ -174,6 +174,8 @@ class Run:
             end_together()
         with _connection_errors(distributed.timeout_minutes):
             self.fabric.launch()
+        if self.fabric.is_global_zero:  # who is the first is certain only now
+            self.fabric.add_callback(self.reporter)
         if logger_name in ("tensorboard", "wandb", "mlflow"):
             self.fabric.logger.log_hyperparams(self.settings)
 

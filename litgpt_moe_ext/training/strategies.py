@@ -28,7 +28,7 @@ StrategyName = Literal[
 
 CUDA_ONLY = ("fsdp", "fsdp_shard_grad_op", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
 
-_DDP_KNOBS = ("bucket_mb", "gradient_as_bucket_view", "static_graph", "find_unused_parameters")
+_DDP_KNOBS = ("bucket_mb", "gradient_as_bucket_view", "find_unused_parameters")
 _FSDP_KNOBS = ("cpu_offload", "forward_prefetch", "limit_all_gathers")
 _ZERO_KNOBS = ("overlap_comm", "reduce_bucket_size", "offload_optimizer")
 KNOBS: dict[str, tuple[str, ...]] = {
@@ -36,7 +36,7 @@ KNOBS: dict[str, tuple[str, ...]] = {
     "ddp": _DDP_KNOBS,
     "fsdp": _FSDP_KNOBS,
     "fsdp_shard_grad_op": _FSDP_KNOBS,
-    "fsdp2": ("cpu_offload", "reshard_after_forward"),
+    "fsdp2": ("cpu_offload",),
     "deepspeed_stage_1": (*_ZERO_KNOBS, "allgather_bucket_size"),
     "deepspeed_stage_2": (*_ZERO_KNOBS, "allgather_bucket_size"),
     "deepspeed_stage_3": (*_ZERO_KNOBS, "offload_parameters"),
@@ -127,7 +127,6 @@ def make_strategy(name: StrategyName, processes: int, nodes: int, args: Distribu
             **_given(
                 bucket_cap_mb=args.bucket_mb,
                 gradient_as_bucket_view=args.gradient_as_bucket_view,
-                static_graph=args.static_graph,
                 find_unused_parameters=args.find_unused_parameters,
             ),
         )
@@ -196,7 +195,6 @@ def _shard(model: nn.Module, mesh: Any, args: DistributedArgs) -> nn.Module:
     options = {
         "mesh": mesh["data_parallel"],
         "offload_policy": CPUOffloadPolicy() if args.cpu_offload else OffloadPolicy(),
-        **_given(reshard_after_forward=args.reshard_after_forward),
     }
     for block in model.transformer.h:
         fully_shard(block, **options)

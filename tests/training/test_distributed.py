@@ -85,14 +85,16 @@ def test_two_processes_train_as_one_and_hand_over(recipe, tmp_path, capsys, stra
 
 @pytest.mark.slow
 def test_launchers(recipe, tmp_path):
-    """torchrun, and processes with the variables set by hand, give the run of `devices: 2`."""
+    """torchrun, and processes with the variables set by hand, give the run of `devices: 2`. One of them speaks."""
     train = {"max_tokens": 2 * 128, "micro_batch_size": 2}
 
     def file(name: str, devices: int | str) -> Path:
         return recipe(name, out_dir=str(tmp_path / name), train=train, devices=devices)
 
-    run(*RUN_TRAIN, "--config", file("own", 2))
-    run(*TORCHRUN, "--nproc_per_node=2", "--master_port=29571", RUN_TRAIN[1], "--config", file("torchrun", "auto"))
+    torchrun = [*TORCHRUN, "--nproc_per_node=2", "--master_port=29571", RUN_TRAIN[1]]
+    for command, given in ((RUN_TRAIN, file("own", 2)), (torchrun, file("torchrun", "auto"))):
+        output = run(*command, "--config", given)
+        assert output.count("step 2/2 |") == output.count(f"saved {tmp_path / given.stem / 'final'}") == 1
     by_hand = file("by_hand", "auto")
     processes = [
         subprocess.Popen(
@@ -259,7 +261,7 @@ class TestMakeStrategy:
         from torch.distributed.fsdp import ShardingStrategy
 
         assert self.make("ddp", bucket_mb=5)._ddp_kwargs == {"bucket_cap_mb": 5}
-        flags = {"gradient_as_bucket_view": True, "static_graph": True, "find_unused_parameters": False}
+        flags = {"gradient_as_bucket_view": True, "find_unused_parameters": False}
         assert self.make("auto", **flags)._ddp_kwargs == flags
         assert self.make("auto", processes=1) == "auto"
         fsdp = self.make("fsdp", cpu_offload=True, forward_prefetch=True, limit_all_gathers=False)
