@@ -328,6 +328,8 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"])
     parser.add_argument("--rounds", type=int, default=9, help="measured steps per contender")
     parser.add_argument("--warmup", type=int, default=3, help="steps before")
+    parser.add_argument("--steps", type=int, default=30, help="steps of each run of the part hooks")
+    parser.add_argument("--pairs", type=int, default=3, help="pairs of runs of the part hooks")
     parser.add_argument("--precision", choices=["highest", "high", "medium"], default="highest")
     arguments = parser.parse_args()
     torch.set_float32_matmul_precision(arguments.precision)
@@ -340,7 +342,7 @@ def main() -> None:
             compare_steps(recipe, [mode == "compiled" for mode in arguments.modes], arguments.warmup, arguments.rounds)
             torch.compiler.reset()
     if "hooks" in arguments.parts:
-        measure_hooks(recipes[0], steps=30, pairs=3)
+        measure_hooks(recipes[0], arguments.steps, arguments.pairs)
 
 
 if __name__ == "__main__":

@@ -148,6 +148,14 @@ def test_half_precision_with_a_scaler(recipe, tmp_path):
     assert logged(tmp_path / "parts", "loss") == losses
     values = list(map(float, losses.values()))
     assert values[-1] < values[0] - 0.3
+    # So few steps leave the scale where it began; another one comes back as well.
+    saved["callbacks"]["ScalerState"]["scale"] = 1024.0
+    changed = tmp_path / "parts" / "step-00000004"
+    torch.save(saved, changed / "lit_model.pth")
+    (changed / "SHA256SUMS").unlink()
+    assert train("--config", file, "--resume", changed, "--out_dir", tmp_path / "other") == 0
+    final = torch.load(tmp_path / "other" / "final" / "lit_model.pth", weights_only=True)
+    assert final["callbacks"]["ScalerState"]["scale"] == 1024.0
 
 
 def test_matmul_precision(recipe):

@@ -184,6 +184,23 @@ def test_accumulation_moves_the_bias_as_one_batch(recipe, tmp_path):
             assert torch.equal(one[name], four[name])
 
 
+@pytest.mark.parametrize("micro", [1, 4])
+def test_resume_with_other_micro_batches(recipe, tmp_path, micro):
+    """Steps, rates, tokens and data go on as with the old ones, although a step has another number of iterations."""
+    assert train("--config", recipe("whole", out_dir=str(tmp_path / "whole"))) == 0
+    parts = recipe("parts", out_dir=str(tmp_path / "parts"))
+    assert train("--config", parts, "--train.max_steps", "6") == 0
+    assert train("--config", parts, "--resume", "auto", "--micro-batch-size", str(micro)) == 0
+    for column in ("learning_rate", "total_tokens"):
+        assert logged(tmp_path / "parts", column) == logged(tmp_path / "whole", column)
+    ours, theirs = (
+        {step: float(loss) for step, loss in logged(tmp_path / name, "loss").items()} for name in ("parts", "whole")
+    )
+    assert ours == pytest.approx(theirs, abs=2e-3)
+    state = json.loads((tmp_path / "parts" / "final" / "training_state.json").read_text())
+    assert (state["step"], state["iteration"]) == (12, 12 * 4 // micro)
+
+
 def test_hyperparameters_repeat_the_run(recipe, tmp_path):
     assert train("--config", recipe(train={"max_tokens": 2 * 128}), "--seed", "7", "--micro-batch-size", "4") == 0
     saved = tmp_path / "out" / "final" / "hyperparameters.yaml"
