@@ -43,7 +43,7 @@ def main(
         val_fraction: Share of the documents that validate where no files are named for it.
         field: JSON key, or column, that holds the text.
         invalid_utf8: What to do about bytes that are no UTF-8.
-        workers: Processes that encode. Default: one per core.
+        workers: Processes that encode. Default: one per core; below 32 MB one, with a thread per core.
         seed: Decides which documents validate.
         streaming: Without source_path: read the hub's files as they are encoded, instead of downloading them first.
         log_to_wandb: Log the corpus as a W&B artifact; WANDB_MODE=offline keeps it for `wandb sync`.

@@ -40,7 +40,7 @@ def main(
         val_fraction: Share of the documents that validate where no files are named for it.
         field: JSON key, or column, that holds the text. Default: `text` in parquet, `story` in JSON.
         invalid_utf8: What to do about bytes that are no UTF-8.
-        workers: Processes that encode. Default: one per core.
+        workers: Processes that encode. Default: one per core; below 32 MB one, with a thread per core.
         seed: Decides which documents validate.
         log_to_wandb: Log the corpus as a W&B artifact; WANDB_MODE=offline keeps it for `wandb sync`.
         wandb_artifact: Name of the artifact.

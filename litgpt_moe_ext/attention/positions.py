@@ -6,8 +6,8 @@ import torch
 def position_range(input_pos: torch.Tensor, input_pos_maxp1: int | None) -> tuple[int | None, int | None]:
     """Bound the positions of a call with a cache.
 
-    On a CPU they are read. Elsewhere, and under `torch.compile`, only `input_pos_maxp1` is known: LitGPT's
-    `max(input_pos) + 1`.
+    On a CPU they are read. Elsewhere, under `torch.compile`, and of tensors without content (estimates of memory), only
+    `input_pos_maxp1` is known: LitGPT's `max(input_pos) + 1`.
 
     Args:
         input_pos: Positions, (T,) or (B, T). Those of shape (T,) follow each other without gap.
@@ -18,7 +18,8 @@ def position_range(input_pos: torch.Tensor, input_pos_maxp1: int | None) -> tupl
     """
     if input_pos.numel() == 0:
         return None, input_pos_maxp1
-    if input_pos.device.type == "cpu" and not torch.compiler.is_compiling():
+    # A fake tensor is of a subclass.
+    if input_pos.device.type == "cpu" and type(input_pos) is torch.Tensor and not torch.compiler.is_compiling():
         if input_pos.numel() == 1:
             position = input_pos.item()
             return position, position + 1

@@ -38,7 +38,7 @@ class TextSettings:
     invalid_utf8: Literal["error", "replace"] = "error"
     """What to do about bytes that are no UTF-8."""
     workers: int | None = None
-    """Processes that encode. Default: one per core."""
+    """Processes that encode. Default: one per core; below 32 MB one, with a thread per core."""
     seed: int = 42
     """Decides which documents validate, and in training the order of the windows."""
 

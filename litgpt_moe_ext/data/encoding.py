@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
 from typing import TypeVar
 
 import numpy as np
@@ -67,10 +68,7 @@ def encode_in_order(
         for batch in batches:
             yield batch, tuple(encode(texts) for texts in texts_of(batch))
         return
-    # Neither inherits threads or CUDA from this process.
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (encoder,))
+    pool = ProcessPoolExecutor(workers, _context(), _start_worker, (encoder,))
     waiting: deque = deque()
     try:
         for batch in batches:
@@ -88,6 +86,15 @@ def encode_in_order(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _context() -> BaseContext:
+    # Neither way inherits threads or CUDA from this process.
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # imported once, not by every worker
+    return context
 
 
 _encode_texts: Callable[[list[str]], np.ndarray]

@@ -156,8 +156,9 @@ def test_state_of_optimizers(optimizer, numbers):
     assert state_ratio(optimizer, torch.float32) == numbers
 
 
-def test_cache_is_keys_and_values():
-    config = moe_config()
+@pytest.mark.parametrize("attention", [None, "SinkAttention"])
+def test_cache_is_keys_and_values(attention):
+    config = moe_config(attention_class_name=attention)
     memory = inference_memory(config, torch.float32)
     # Two layers, keys and values, two groups of four elements of four bytes for each of the positions.
     assert memory.kv_cache == 2 * 2 * 2 * 4 * 4 * config.block_size

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from litgpt_moe_ext.data import text_corpus
-from litgpt_moe_ext.data.encoding import Encoder, encode_in_order
+from litgpt_moe_ext.data.encoding import Encoder, count_cores, encode_in_order
 from litgpt_moe_ext.data.prepare import MANIFEST, TOKENIZER_DIR, in_validation, open_corpus, read_manifest, unigram_loss
 from litgpt_moe_ext.data.progress import PreparationProgress
 from litgpt_moe_ext.data.readers import TextFormat, documents
@@ -189,7 +189,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from litgpt_moe_ext.data import text_corpus
-from litgpt_moe_ext.data.encoding import Encoder, encode_in_order
+from litgpt_moe_ext.data.encoding import Encoder, count_cores, encode_in_order
 from litgpt_moe_ext.data.readers import TextFormat
 from litgpt_moe_ext.data.sources import FileHashes, file_sources
 from litgpt_moe_ext.data.tokenizer import BPESettings
@@ -326,6 +326,16 @@ def test_damage_is_named_also_while_the_tokenizer_learns(files, tmp_path):
 
 def read_tokenizer_of(files, tmp_path):
     return read_tokenizer(prepare_text_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS) / TOKENIZER_DIR)
+
+
+def test_processes_where_they_pay(tmp_path):
+    def source(size: int) -> Source:
+        return Source("a", "train", size, "a", lambda: iter(()))
+
+    assert text_corpus._workers([source(31_000_000)], None) == 1
+    assert text_corpus._workers([source(31_000_000), source(1_000_000)], None) == count_cores()
+    assert text_corpus._workers([source(0)], None) == count_cores(), "of unknown size"
+    assert text_corpus._workers([source(1)], 3) == 3
 
 
 def test_a_dying_worker_is_reported(capfd):

@@ -1,5 +1,7 @@
 """What a recipe costs, computed from its settings: the figures that stand in its header.
 
+    uv run python -m tests.recipes.costs configs/code-moe-60m.yaml [SETTINGS AS FOR run_train.py]
+
 Memory is that of one process. Weights, gradients and AdamW's two moments take 16 bytes a parameter in float32, and
 mixed precision adds copies of 2 bytes; bf16-true takes 8. What a layer keeps for the backward pass is counted, not
 guessed: two small models of the recipe's width run forward on a CPU and their saved tensors are added up. The output
@@ -10,7 +12,9 @@ Work is 6 FLOP per token and active parameter that multiplies (a table of embedd
 for attention to T / 2 earlier tokens on average.
 """
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +22,7 @@ import torch
 from litgpt_moe_ext.model_size import ModelSize, count_parameters
 from litgpt_moe_ext.training.activation_checkpointing import ActivationCheckpointing
 from tests.models import initialized_model
+from tests.recipes.files import values_of
 
 A100_FLOPS = 312e12
 UTILISATION = 0.3
@@ -123,3 +128,9 @@ def _kept(config: Any, mode: str, layers: int, length: int) -> int:
         logits = model(ids)
     del logits
     return sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in parameters)
+
+
+if __name__ == "__main__":
+    values = values_of(Path(sys.argv[1]).stem, *sys.argv[2:])
+    found = costs(values)
+    print(parameters_line(size_of(values)), found.memory_line(), found.time_line(), sep="\n")

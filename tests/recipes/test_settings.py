@@ -132,12 +132,14 @@ def test_parameters_and_time_of_the_header(recipe):
     hours = float(re.search(r"Time: ([\d.]+) hours", text)[1])
     expected = flops_per_token(parsed) * parsed["train"].max_tokens / (0.3 * 312e12) / 3600
     assert hours == pytest.approx(expected, abs=0.05)
+    assert commands(recipe, "python -m tests.recipes.costs") == [[f"configs/{recipe}.yaml"]]
 
 
 @pytest.mark.slow
 @every_recipe
 def test_memory_of_the_header(recipe):
     found = costs(values_of(recipe))
+    assert found.time_line() in header(recipe)
     (line,) = (line for line in header(recipe) if line.startswith("Memory of a GPU"))
     stated = [float(number) for number in re.findall(r"\d+\.\d", line)]
     assert stated[1] == pytest.approx(found.state_bytes / 1e9, abs=0.051)
