@@ -152,13 +152,13 @@ def setup(
         check_length(train.max_seq_length, config.block_size)
         check_training_length(train)
         check_processes(devices, num_nodes)
-        if tokenizer_dir is not None and not Path(tokenizer_dir).is_dir():
-            raise FileNotFoundError(f"tokenizer_dir: {str(tokenizer_dir)!r} is no directory; it must hold a tokenizer")
         check_intervals(train, eval)
         check_seed(seed)
         check_learning_rate(check_optimizer(optimizer), train.min_lr, schedule.name)
         check_peak(peak_tflops)
         check_combination(strategy, precision, optimizer, compile, activation_checkpointing, anomaly, ema)
+        if tokenizer_dir is not None and not Path(tokenizer_dir).is_dir():
+            raise FileNotFoundError(f"tokenizer_dir: {str(tokenizer_dir)!r} is no directory; it must hold a tokenizer")
         if wandb_dataset is not None:
             data = litgpt_moe_ext.data.WandbCorpus.instead_of(data, wandb_dataset, wandb_artifacts_dir)
         out_dir = Path(out_dir)
