@@ -104,7 +104,8 @@ class LiveMemory(TorchDispatchMode):
     def live(self) -> int:
         """Return the bytes that are alive now."""
         for key in [key for key, reference in self._references.items() if reference.expired()]:
-            self._forget(key)
+            del self._references[key]
+            self._seen -= self._bytes.pop(key)
         return self._seen
 
     def reset(self) -> None:
@@ -113,18 +114,10 @@ class LiveMemory(TorchDispatchMode):
 
     def _see(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        known = self._references.get(key)
-        if known is not None:
-            if not known.expired():
-                return
-            self._forget(key)  # another storage was at the same address
-        self._references[key] = StorageWeakRef(storage)
-        self._bytes[key] = storage.nbytes()
-        self._seen += self._bytes[key]
-
-    def _forget(self, key: int) -> None:
-        del self._references[key]
-        self._seen -= self._bytes.pop(key)
+        if key not in self._references:  # no other storage comes to be at an address to which there is a reference
+            self._references[key] = StorageWeakRef(storage)
+            self._bytes[key] = storage.nbytes()
+            self._seen += self._bytes[key]
 
 
 class _StandIn(torch.autograd.Function):

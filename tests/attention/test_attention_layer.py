@@ -282,18 +282,3 @@ def test_activation_checkpointing(make_config: Any, use_reentrant: bool) -> None
     checkpoint(layer, x, cos, sin, use_reentrant=use_reentrant).square().sum().backward()
     actual = [x.grad, *(parameter.grad for parameter in layer.parameters())]
     torch.testing.assert_close(actual, list(expected))
-
-
-@pytest.mark.slow
-def test_compiles_without_graph_breaks(make_config: Any) -> None:
-    model = GPT(make_config(sliding_window_size=5, sliding_window_indices=[0, 1]))
-    idx = torch.randint(40, (2, T))
-    expected = model(idx)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    out = compiled(idx)
-    torch.testing.assert_close(out, expected)
-    parameters = list(model.parameters())
-    dout = torch.randn_like(out)
-    torch.testing.assert_close(
-        torch.autograd.grad(out, parameters, dout), torch.autograd.grad(expected, parameters, dout)
-    )

@@ -195,7 +195,8 @@ def test_cache_equals_full_forward(make_model: Any, changes: dict[str, Any], pro
 
 @pytest.mark.slow
 def test_compiles_without_graph_breaks(make_model: Any) -> None:
-    model = make_model(attention_document_restart_positions=True, sliding_window_size=5, embedding_dropout=0.1).eval()
+    changes = {"attention_document_restart_positions": True, "sliding_window_size": 5, "embedding_dropout": 0.1}
+    model = make_model(n_layer=1, **changes).eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     parameters = list(model.parameters())
     for idx in (tokens(ENDS), tokens(ENDS)[:, :13]):
