@@ -176,16 +176,12 @@ class TestTraining:
         for strategy in ("ddp", *STAGES):
             plan(strategy, strategy)
         offload = {"offload_optimizer": True, "offload_parameters": True}
+        # As many sequences to validate on as two processes have.
+        alone = ("--eval.max_iters", "4", "--resume")
         plan("ddp, then stage 2", STAGES[1], "--resume", f"{folder}/ddp/step-00000002")
-        plan(
-            "stage 1, then 3 alone",
-            STAGES[2],
-            "--resume",
-            f"{folder}/{STAGES[0]}/step-00000002",
-            processes=1,
-            distributed=offload,
-        )
-        plan("stage 3, then alone", "auto", "--resume", f"{folder}/{STAGES[2]}/step-00000002", processes=1)
+        saved = f"{folder}/{STAGES[0]}/step-00000002"
+        plan("stage 1, then 3 alone", STAGES[2], *alone, saved, processes=1, distributed=offload)
+        plan("stage 3, then alone", "auto", *alone, f"{folder}/{STAGES[2]}/step-00000002", processes=1)
         for strategy in ("ddp", STAGES[0], STAGES[2]):
             plan(f"bf16 {strategy}", strategy, "--precision", "bf16-mixed")
         too_far = [
