@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from litgpt.__main__ import main as litgpt_main
 
 from litgpt_moe_ext.data.scripts import run_script
 from litgpt_moe_ext.training.cli import main
@@ -14,9 +15,9 @@ from tests.recipes.files import RECIPES, ROOT, commands, path_of
 from tests.recipes.scaled import BATCH, LENGTH, RAW_DATA, overrides
 from tests.training.conftest import logged
 
-every_recipe = pytest.mark.parametrize("recipe", RECIPES)
-# One of each kind of model is trained by default.
+# One of each kind of model. The others differ from them in numbers and in the form of the data.
 FAMILIES = ("code-moe-60m", "gpt-moe-fineweb", "nanogpt-moe-tinystories")
+OTHERS = [recipe for recipe in RECIPES if recipe not in FAMILIES]
 
 
 def losses(out_dir: Path, column: str = "loss") -> dict[int, float]:
@@ -41,28 +42,50 @@ def data_arguments(recipe: str, folder: Path) -> list[str]:
     return ["--data.data_path", str(corpus.relative_to(folder))]
 
 
-@pytest.mark.parametrize(
-    "recipe", [name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES]
-)
+def train_and_resume(recipe: str, folder: Path, steps: int) -> Path:
+    """Train in this process, the second half after a resume, and return the checkpoints' folder."""
+    command = ["--config", str(path_of(recipe)), *overrides(recipe, steps), *data_arguments(recipe, folder)]
+    assert main([*command, "--train.max_steps", str(steps // 2)]) == 0
+    out_dir = folder / "checkpoints" / recipe
+    assert main([*command, "--resume", str(out_dir / f"step-{steps // 2:08}")]) == 0
+    assert list(losses(out_dir)) == list(range(1, steps + 1))
+    assert (out_dir / "best" / "lit_model.pth").is_file()
+    assert bool(losses(out_dir, "moe/max_vio")) == ("moe" in recipe)
+    return out_dir
+
+
+@pytest.mark.parametrize("recipe", FAMILIES)
 def test_trains_and_resumes(recipe, tmp_path, monkeypatch, capsys):
     """In this process: data that training prepares, six steps, of which the last three after a resume."""
     monkeypatch.chdir(tmp_path)
     RAW_DATA[recipe](tmp_path)
     for script, *arguments in preparations(recipe):
-        if "fineweb" in recipe and (script.endswith("tokenizer.py") or recipe == "gpt-dense-fineweb"):
+        if script.endswith("tokenizer.py"):
             run_script(runpy.run_path(str(ROOT / script))["main"], arguments)
-    command = ["--config", str(path_of(recipe)), *overrides(recipe, 6), *data_arguments(recipe, tmp_path)]
-    assert main([*command, "--train.max_steps", "3"]) == 0, capsys.readouterr().err
-    assert main([*command, "--resume", str(tmp_path / "checkpoints" / recipe / "step-00000003")]) == 0
-    out_dir = tmp_path / "checkpoints" / recipe
-    found = losses(out_dir)
-    assert list(found) == [1, 2, 3, 4, 5, 6]
+    found = losses(train_and_resume(recipe, tmp_path, 6))
     assert found[6] < found[1]
-    assert (out_dir / "best" / "lit_model.pth").is_file()
     output = capsys.readouterr().out
     assert "Resuming from" in output
     assert "sample | " in output
-    assert bool(losses(out_dir, "moe/max_vio")) == ("moe" in recipe)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", OTHERS)
+def test_from_raw_data_to_text_in_this_process(recipe, tmp_path, monkeypatch, capsys):
+    """The header's commands one after the other: prepare, train, resume, write text."""
+    monkeypatch.chdir(tmp_path)
+    RAW_DATA[recipe](tmp_path)
+    for script, *arguments in preparations(recipe):
+        run_script(runpy.run_path(str(ROOT / script))["main"], arguments)
+    capsys.readouterr()
+    found = losses(train_and_resume(recipe, tmp_path, 20))
+    assert found[20] < found[1] - 1
+    assert recipe == "gpt-dense-fineweb" or "Reusing the corpus" in capsys.readouterr().out
+    (arguments,) = commands(recipe, "litgpt generate")
+    command = ["litgpt", "generate", *arguments, "--max_new_tokens", "8", "--num_samples", "1"]
+    monkeypatch.setattr(sys, "argv", command)
+    litgpt_main()
+    assert arguments[-1] in capsys.readouterr().out
 
 
 def run(folder: Path, *command: str | Path) -> str:
@@ -80,7 +103,7 @@ def run(folder: Path, *command: str | Path) -> str:
 
 
 @pytest.mark.slow
-@every_recipe
+@pytest.mark.parametrize("recipe", FAMILIES)
 def test_from_raw_data_to_text(recipe, tmp_path):
     """The header's commands one after the other, as processes: prepare, train, write text."""
     RAW_DATA[recipe](tmp_path)
