@@ -104,7 +104,7 @@ def train(recipe: str, folder: Path, steps: int, batch: int) -> list[tuple[int, 
     subprocess.run(command, cwd=folder, check=True, env={"TOKENIZERS_PARALLELISM": "false", **os.environ})
     (log,) = (folder / settings["out_dir"] / "logs").glob("csv/version_*/metrics.csv")
     with log.open(encoding="utf-8") as file:
-        return [(int(row["step"]) // batch, float(row["loss"])) for row in csv.DictReader(file) if row.get("loss")]
+        return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file) if row.get("loss")]
 
 
 def main() -> None:
