@@ -5,7 +5,9 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, get_type_hints
 
 # Name of each sub-command, and the function that is it.
 COMMANDS = {
@@ -23,15 +25,22 @@ COMMANDS = {
 }
 
 
-def build_parser():
-    """Return the jsonargparse parser with all sub-commands."""
+def build_parser(given: Sequence[str] = ()):
+    """Return the jsonargparse parser with all sub-commands.
+
+    Args:
+        given: The command line, for messages about what is wrong in it.
+    """
     import jsonargparse
 
-    from litgpt_moe_ext.training.parser_errors import plain_error
+    from litgpt_moe_ext.training.parser_errors import annotation_in, plain_error, value_in
 
     class ArgumentParser(jsonargparse.ArgumentParser):
+        annotations: Mapping[str, Any] = {}
+
         def error(self, message: str, *args, **kwargs):
-            super().error(plain_error(message, lambda path: None, lambda path: None), *args, **kwargs)
+            annotation_of, value_of = partial(annotation_in, self.annotations), partial(value_in, list(given))
+            super().error(plain_error(message, annotation_of, value_of), *args, **kwargs)
 
     parser = ArgumentParser(
         prog="litgpt-moe",
@@ -43,6 +52,7 @@ def build_parser():
         function = _function(name)
         summary = function.__doc__.splitlines()[0]
         subparser = ArgumentParser(description=summary)
+        subparser.annotations = get_type_hints(function)
         subparser.add_function_arguments(function, as_group=False, as_positional=True)
         subcommands.add_subcommand(name, subparser, help=summary)
     return parser
@@ -78,8 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     # litdata, which LitGPT imports, otherwise asks the package index for its newest version and waits if it is offline.
     os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
-    parser = build_parser()
-    parsed = parser.parse_args(normalize(sys.argv[1:] if arguments is None else arguments))
+    given = normalize(sys.argv[1:] if arguments is None else arguments)
+    parser = build_parser(given)
+    parsed = parser.parse_args(given)
     name = parsed.subcommand
     values = parser.instantiate_classes(parsed)[name].as_dict()
     try:

@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import re
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -74,7 +74,7 @@ def near_name(message: str, known: Iterable[str]) -> str:
     return f"; did you mean {by_last[close[0]]}?" if close else ""
 
 
-def annotation_in(annotations: dict[str, Any], path: str) -> Any:
+def annotation_in(annotations: Mapping[str, Any], path: str) -> Any:
     """Return the type of a setting, or None if there is none of this path.
 
     Args:

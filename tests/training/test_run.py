@@ -263,7 +263,7 @@ class TestWrongInputs:
     def test_missing_corpus(self, recipe, tmp_path, capsys):
         data = {
             "class_path": "litgpt_moe_ext.data.PythonStdlib",
-            "init_args": {"source_path": str(tmp_path / "none"), "data_path": str(tmp_path / "d")},
+            "init_args": {"source_path": str(tmp_path / "none"), "data_path": str(tmp_path / "d"), "vocab_size": 300},
         }
         assert "source_path" in self.refused(capsys, "--config", recipe(data=data))
 
@@ -271,7 +271,7 @@ class TestWrongInputs:
         (tmp_path / "empty").mkdir()
         data = {
             "class_path": "litgpt_moe_ext.data.PythonStdlib",
-            "init_args": {"source_path": str(tmp_path / "empty"), "data_path": str(tmp_path / "d")},
+            "init_args": {"source_path": str(tmp_path / "empty"), "data_path": str(tmp_path / "d"), "vocab_size": 300},
         }
         assert "source_path" in self.refused(capsys, "--config", recipe(data=data))
 
@@ -289,7 +289,7 @@ class TestWrongInputs:
 
     def test_tokenizer_larger_than_the_model(self, recipe, capsys):
         file = recipe(model_config={"vocab_size": 280, "padded_vocab_size": 280})
-        assert "has 300 tokens, more than the model's padded_vocab_size: 280" in self.refused(capsys, "--config", file)
+        assert "300 tokens, more than the model's padded_vocab_size=280" in self.refused(capsys, "--config", file)
 
     def test_unknown_key(self, recipe, capsys):
         assert "n_exprt" in self.refused(capsys, "--config", recipe(model_config={"n_exprt": 4}))
