@@ -110,7 +110,7 @@ def plot(results: dict[str, list[list[dict[str, str]]]], path: Path) -> None:
     )
     axes[0].set_ylim(bottom=0)
     axes[1].set(title="Training loss", xlabel="optimizer step", ylabel="cross-entropy, nats")
-    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8)
     figure.savefig(path, dpi=130)
 
 

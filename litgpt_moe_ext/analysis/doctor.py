@@ -198,7 +198,13 @@ def _memory(recipe: Recipe) -> Iterator[Finding]:
     offload = bool(knobs.get("cpu_offload") or knobs.get("offload_optimizer"))
     try:
         whole = training_memory(
-            recipe.config, precision, batch, recipe.sequence_length, recipe.optimizer, **recipe.memory_savers
+            recipe.config,
+            precision,
+            batch,
+            recipe.sequence_length,
+            recipe.optimizer,
+            tie_embeddings=recipe.tie_embeddings,
+            **recipe.memory_savers,
         )
         sizes = block_sizes(recipe.config, PRECISIONS[precision][0].itemsize)
         one = process_memory(whole, *sizes, recipe.strategy, per_node, recipe.num_nodes, offload)
@@ -272,7 +278,7 @@ def _disk(recipe: Recipe) -> Finding:
     existing = next(path for path in (out_dir.absolute(), *out_dir.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     # Parameters and two moments of AdamW in float32.
-    checkpoint = 12 * count_parameters(recipe.config).total
+    checkpoint = 12 * count_parameters(recipe.config, recipe.tie_embeddings).total
     text = (
         f"a training checkpoint takes about {checkpoint / 2**30:.2f} GiB, {free / 2**30:.1f} GiB are free in {existing}"
     )

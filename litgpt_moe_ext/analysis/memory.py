@@ -159,6 +159,7 @@ def training_memory(
     optimizer: str | dict,
     activation_checkpointing: Mode = "none",
     fused_cross_entropy: bool = False,
+    tie_embeddings: bool = False,
 ) -> TrainingMemory:
     """Return what a training step takes, without taking it.
 
@@ -172,6 +173,7 @@ def training_memory(
         optimizer: As in a recipe.
         activation_checkpointing: As in a recipe.
         fused_cross_entropy: As in a recipe.
+        tie_embeddings: As `train.tie_embeddings`.
 
     Raises:
         ImportError: If `fused_cross_entropy` needs another torch.
@@ -184,6 +186,8 @@ def training_memory(
     # 0: the whole cross-entropy at once, as LitGPT's pretraining does.
     cross_entropy = partial(chunked_cross_entropy, chunk_size=0)
     with _fake_model(config, dtype) as (model, memory):
+        if tie_embeddings:
+            model.lm_head.weight = model.transformer.wte.weight  # `parameters` lists it once
         cross_entropy = save_memory(model, cross_entropy, activation_checkpointing, fused_cross_entropy)
         weights = sum(_bytes(tensor) for tensor in (*model.parameters(), *model.buffers()))
         ids = torch.zeros(micro_batch_size, sequence_length + 1, dtype=torch.int64)

@@ -95,9 +95,11 @@ def make_card(
     precision = recipe.precision if recipe.precision in PRECISIONS else "32-true"
 
     def training_in(name: str, savers: dict[str, Any]) -> TrainingMemory:
-        return training_memory(config, name, batch, length, recipe.optimizer, **savers)
+        return training_memory(
+            config, name, batch, length, recipe.optimizer, tie_embeddings=recipe.tie_embeddings, **savers
+        )
 
-    size = count_parameters(config)
+    size = count_parameters(config, recipe.tie_embeddings)
     training = {name: training_in(name, recipe.memory_savers) for name in PRECISIONS}
     inference = {name: inference_memory(config, dtype) for name, dtype in INFERENCE_DTYPES.items()}
     sizes = block_sizes(config, PRECISIONS[precision][0].itemsize)
@@ -128,9 +130,12 @@ def make_card(
         num_nodes=num_nodes,
         inference={name: {**memory._asdict(), "total": memory.total} for name, memory in inference.items()},
         kv_cache_per_token={name: memory.kv_cache / config.block_size for name, memory in inference.items()},
-        checkpoint_weights={name: _state_bytes(config, dtype) for name, dtype in INFERENCE_DTYPES.items()},
+        checkpoint_weights={
+            name: _state_bytes(config, dtype, recipe.tie_embeddings) for name, dtype in INFERENCE_DTYPES.items()
+        },
         checkpoint_training={
-            name: _state_bytes(config, PRECISIONS[name][0]) + memory.optimizer for name, memory in training.items()
+            name: _state_bytes(config, PRECISIONS[name][0], recipe.tie_embeddings) + memory.optimizer
+            for name, memory in training.items()
         },
     )
 
@@ -147,9 +152,12 @@ def _optimizer_name(optimizer: str | dict) -> str:
     return path.rpartition(".")[2]
 
 
-def _state_bytes(config: Any, dtype: torch.dtype) -> int:
+def _state_bytes(config: Any, dtype: torch.dtype, tie_embeddings: bool) -> int:
     from litgpt.model import GPT
 
     with torch.device("meta"):
-        state = GPT(config).to(dtype).state_dict()
-    return sum(tensor.numel() * tensor.itemsize for tensor in state.values())
+        model = GPT(config).to(dtype)
+    state = sum(tensor.numel() * tensor.itemsize for tensor in model.state_dict().values())
+    # A table with two names is written once.
+    table = model.lm_head.weight
+    return state - tie_embeddings * table.numel() * table.itemsize

@@ -32,6 +32,10 @@ class Recipe:
         return self.train.get("micro_batch_size") or 4  # LitGPT's default
 
     @property
+    def tie_embeddings(self) -> bool:
+        return bool(self.train.get("tie_embeddings"))
+
+    @property
     def optimizer(self) -> str | dict:
         return self.settings.get("optimizer") or "AdamW"
 

@@ -184,6 +184,15 @@ def test_card_takes_the_settings_of_the_recipe():
     assert make_card(Recipe(moe_config(), settings), micro_batch_size=1).micro_batch_size == 1
 
 
+def test_tied_tables_count_once():
+    tied, untied = (make_card(Recipe(moe_config(), {"train": {"tie_embeddings": tie}})) for tie in (True, False))
+    table = 64 * 16
+    assert untied.parameters_total - tied.parameters_total == table
+    for part, copies in (("weights", 1), ("gradients", 1), ("optimizer", 2)):
+        assert untied.training["32-true"][part] - tied.training["32-true"][part] == 4 * copies * table
+    assert untied.checkpoint_weights["float32"] - tied.checkpoint_weights["float32"] == 4 * table
+
+
 def test_card_knows_savers_and_strategies(tmp_path, capsys):
     settings = {
         "model_config": {**RECIPE, "mlp_class_name": "SharedExpertMoE"},
