@@ -1,6 +1,8 @@
 """Benchmarks while training: the right scores at the right steps, and a training that does not notice."""
 
 import json
+import os
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ from litgpt_moe_ext.training.arguments import DistributedArgs, EvaluateArgs
 from litgpt_moe_ext.training.cli import main
 from litgpt_moe_ext.training.run import Run
 from litgpt_moe_ext.training.strategies import make_strategy
-from tests.training.conftest import logged
+from tests.training.conftest import ROOT, RUN_TRAIN, logged
 
 ENDINGS = ["return x", "pass", "def f", "import os", "if a", "else", "self", "is not"]
 # Draws tokens, whose generators are those of the training.
@@ -103,6 +105,23 @@ def test_the_training_does_not_notice(recipe, tmp_path, hellaswag_file, task_fil
     assert list(logged(tmp_path / "evaluated", "lm_eval/continuation/exact_match")) == [3, 6, 9, 12]
     assert "hellaswag/lm-eval/acc " in output.out
     assert "it/s" not in output.err, "no bars of lm-eval"
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_items(recipe, tmp_path, hellaswag_file, task_file):
+    """Five of ten questions each, and an uneven three documents: the scores of one process with the same weights."""
+    wanted = {"hellaswag": str(hellaswag_file), "tasks": [str(task_file)], "every_steps": 12, "batch_size": 8}
+    file = recipe(devices=2, train={"micro_batch_size": 2}, evaluate=wanted)
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    result = subprocess.run(
+        [*RUN_TRAIN, "--config", str(file)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    scores = logged(tmp_path / "out", "hellaswag/lm-eval/acc_norm")
+    assert {step: float(score) for step, score in scores.items()} == {
+        12: score_of(tmp_path / "out" / "final", hellaswag_file)
+    }
+    assert list(logged(tmp_path / "out", "lm_eval/continuation/exact_match")) == [12]
 
 
 def test_after_every_validation(recipe, tmp_path, hellaswag_file):
