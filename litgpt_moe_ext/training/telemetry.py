@@ -2,6 +2,7 @@
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,7 +59,10 @@ def peak_memory_gb(device: torch.device) -> float | None:
         return torch.cuda.max_memory_allocated(device) / 1e9
     if sys.platform == "win32":
         return None
+    if sys.platform == "linux":
+        # Not `ru_maxrss`: a process inherits that of the one that started it.
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split(None, 1)[0]) * 1024 / 1e9
     import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9

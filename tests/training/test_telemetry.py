@@ -1,5 +1,8 @@
 """Speed and utilization by hand."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -7,7 +10,7 @@ from litgpt_moe_ext.model_size import count_flops
 from litgpt_moe_ext.training import telemetry
 from litgpt_moe_ext.training.cli import main
 from litgpt_moe_ext.training.peak_flops import peak_flops
-from litgpt_moe_ext.training.telemetry import Telemetry
+from litgpt_moe_ext.training.telemetry import Telemetry, peak_memory_gb
 from tests.models import moe_config
 from tests.training.conftest import logged
 
@@ -88,3 +91,14 @@ def train_with(file, *arguments) -> int:
 )
 def test_peaks(device, precision, matmul, tflops):
     assert peak_flops(device, precision, matmul) == (None if tflops is None else tflops * 1e12)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux tells")
+def test_memory_is_that_of_this_process():
+    """Not what the process that started it once took."""
+    block = b"x" * 400_000_000
+    code = "import torch; from litgpt_moe_ext.training.telemetry import *; print(peak_memory_gb(torch.device('cpu')))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    ours = peak_memory_gb(torch.device("cpu"))
+    assert 0.05 < float(result.stdout) < ours - 0.1
+    assert ours > len(block) / 1e9
