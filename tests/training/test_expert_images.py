@@ -49,7 +49,7 @@ def test_dense_models_have_none(recipe, tmp_path):
 @pytest.mark.slow
 def test_wandb(recipe, tmp_path, monkeypatch):
     """Without a connection the pictures wait on the disk."""
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert main(["--config", str(recipe(train={"max_tokens": 8 * 128})), "--logger_name", "wandb"]) == 0
     pictures = list(tmp_path.glob("wandb/offline-run-*/files/media/images/moe/*.png"))
