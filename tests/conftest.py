@@ -2,9 +2,14 @@
 
 import logging
 import os
+import signal
 
 # Log handlers made during one test write to the streams that pytest replaced after it.
 logging.raiseExceptions = False
+
+# A shell starts what it puts in the background with Ctrl-C ignored, and so would every process of the tests.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
