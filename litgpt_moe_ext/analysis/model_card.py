@@ -23,7 +23,8 @@ class ModelCard:
         name: Of the model.
         parameters_total: All parameters.
         parameters_active: Those that work on one token.
-        parameters_embedding: Those of the token embedding, which is looked up and costs no arithmetic.
+        parameters_embedding: Those of the token embedding.
+        tie_embeddings: Whether it is the output head as well. Otherwise it is only looked up, without arithmetic.
         sequence_length: Tokens per sequence that the following are for.
         micro_batch_size: Sequences per forward pass in training.
         block_size: Tokens of the longest sequence the model takes.
@@ -51,6 +52,7 @@ class ModelCard:
     parameters_total: int
     parameters_active: int
     parameters_embedding: int
+    tie_embeddings: bool
     sequence_length: int
     micro_batch_size: int
     block_size: int
@@ -109,6 +111,7 @@ def make_card(
         parameters_total=size.total,
         parameters_active=size.active,
         parameters_embedding=config.padded_vocab_size * config.n_embd,
+        tie_embeddings=recipe.tie_embeddings,
         sequence_length=length,
         micro_batch_size=batch,
         block_size=config.block_size,

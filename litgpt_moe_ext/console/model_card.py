@@ -31,10 +31,11 @@ def model_card(
 
     card = make_card(load_recipe(model), micro_batch_size, devices, num_nodes)
     print(f"{card.name}")
+    use = "is the output head as well" if card.tie_embeddings else "is only looked up"
     print(
         f"  parameters: {card.parameters_total:,} in total, {card.parameters_active:,} active per token "
-        f"({card.parameters_active / card.parameters_total:.1%}; of these {card.parameters_embedding:,} are the token "
-        "embedding, which is only looked up)"
+        f"({card.parameters_active / card.parameters_total:.1%}; {card.parameters_embedding:,} are the token "
+        f"embedding, which {use})"
     )
     print(
         f"  FLOPs per token, in sequences of {card.sequence_length}: {_count(card.flops_per_token_forward)} forward, "
@@ -80,7 +81,7 @@ def _print_processes(card) -> None:
 
     unit, size = _unit(max(memory["total"] for memory in card.processes.values()))
     nodes = f" on each of {card.num_nodes} nodes" if card.num_nodes > 1 else ""
-    columns = ("strategy", "weights", "grads", "optimizer", "communication", "activations", "total")
+    columns = ("strategy", "weights", "grads", "optim.", "comm.", "activations", "total")
     keys = ("weights", "gradients", "optimizer", "communication", "activations", "total")
     rows = [(name, *(f"{memory[key] / size:.1f}" for key in keys)) for name, memory in card.processes.items()]
     print_table(f"Each of {card.devices} processes{nodes}, {card.precision}; {unit}", columns, rows)

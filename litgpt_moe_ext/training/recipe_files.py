@@ -54,9 +54,11 @@ def place_of(message: str, files: Sequence[Path], arguments: Sequence[str]) -> s
         arguments: The command line; a setting that is given there is not to be looked for in a file.
     """
     first = re.match(r"([\w.]+):", message)
+    if first and _is_given(first[1], arguments):
+        return ""
     words = ([first[1]] if first else []) + re.findall(r"""['"]([\w.]+)['"]""", message)
     for word in reversed(words):
-        if any(argument.startswith("--") and argument.partition("=")[0].endswith(word) for argument in arguments):
+        if _is_given(word, arguments):
             return ""
         for file in reversed(files):
             document = yaml.compose(file.read_text(encoding="utf-8"), yaml.SafeLoader)
@@ -64,6 +66,11 @@ def place_of(message: str, files: Sequence[Path], arguments: Sequence[str]) -> s
                 if f".{name}".endswith(f".{word}") or value == word:
                     return f" ({file}:{line})"
     return ""
+
+
+def _is_given(setting: str, arguments: Sequence[str]) -> bool:
+    # Also where only something inside the setting is given.
+    return any(a.startswith("--") and f".{setting}." in f".{a[2:].partition('=')[0]}." for a in arguments)
 
 
 def _settings(node: yaml.Node, prefix: str) -> Iterator[tuple[str, str | None, int]]:

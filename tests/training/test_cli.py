@@ -16,7 +16,7 @@ from litgpt_moe_ext.training.cli import (
     with_optimizer_keys,
 )
 from litgpt_moe_ext.training.parser_errors import annotation_in, near_name, plain_error, value_in
-from litgpt_moe_ext.training.recipe_files import check_recipe
+from litgpt_moe_ext.training.recipe_files import check_recipe, place_of
 
 DEFAULT = Path("default.yaml")
 
@@ -233,3 +233,14 @@ def test_resume_from_a_run(tmp_path):
     assert find_resume_file(tmp_path, Path("elsewhere")) == tmp_path / "step-00000002" / "lit_model.pth"
     with pytest.raises(FileNotFoundError, match="is not a whole checkpoint"):
         find_resume_file(tmp_path / "nothing", Path("elsewhere"))
+
+
+def test_only_what_a_file_says_has_a_line(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("optimizer:\n  class_path: SGD\n  init_args:\n    lr: abc\ntrain:\n  max_norm: -1\n")
+    error = "train.max_norm: -1 must be above 0"
+    assert place_of(error, [file], ["--config", str(file)]) == f" ({file}:6)"
+    assert place_of(error, [file], ["--train.max_norm", "-1"]) == ""
+    error = "optimizer: {'init_args': {'lr': 'abc'}} cannot be made"
+    assert place_of(error, [file], ["--config", str(file)]) == f" ({file}:4)"
+    assert place_of(error, [file], ["--optimizer.lr=abc"]) == ""
