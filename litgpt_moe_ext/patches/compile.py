@@ -101,7 +101,7 @@ def decide(requested: bool | Literal["auto"], config: Any, platform: Platform) -
     if requested is True:
         return CompileDecision(True, "as asked")
     if platform.device_type != "cuda":
-        return CompileDecision(False, f"it does not pay on {platform.device_type}; --compile true tries it")
+        return CompileDecision(False, f"it gains little on {platform.device_type}; --compile true tries it")
     if config.mlp_class_name == "LLaMAMoE":
         return CompileDecision(False, "its loop over experts breaks the graph in every layer; --compile true tries it")
     if config.mlp_class_name in MLP_CLASS_NAMES:

@@ -28,7 +28,7 @@ DENSE = moe_config(mlp_class_name="LLaMAMLP", intermediate_size=8)
         ("auto", DENSE, LINUX_GPU, True, "dense model on a GPU"),
         ("auto", moe_config(), LINUX_GPU, False, "not measured with MoE layers on a GPU yet"),
         ("auto", moe_config(mlp_class_name="LLaMAMoE"), LINUX_GPU, False, "loop over experts"),
-        ("auto", DENSE, LINUX_CPU, False, "does not pay on cpu"),
+        ("auto", DENSE, LINUX_CPU, False, "gains little on cpu"),
         ("auto", DENSE, WINDOWS_GPU, False, r"Triton is not installed \(pip install triton-windows\)"),
         ("auto", DENSE, WINDOWS_CPU, False, "MSVC's cl.exe was not found"),
         ("auto", DENSE, OLD_GPU, False, "needs compute capability 7.0, this GPU has 6.1"),
@@ -92,7 +92,7 @@ class Pretrain(SimpleNamespace):
     [
         (DENSE, LINUX_CPU, None),
         (DENSE, WINDOWS_CPU, "torch.compile: off (MSVC's cl.exe was not found on the path)"),
-        (moe_config(), LINUX_CPU, "torch.compile: off (it does not pay on cpu; --compile true tries it)"),
+        (moe_config(), LINUX_CPU, "torch.compile: off (it gains little on cpu; --compile true tries it)"),
     ],
     ids=["LitGPT's own choice where it can work", "no compiler", "the plugin's model"],
 )
