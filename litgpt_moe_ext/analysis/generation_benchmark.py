@@ -96,7 +96,7 @@ def contenders(model: torch.nn.Module) -> tuple[dict[str, torch.nn.Module], list
 
 def dense_twin(config: Any) -> Any:
     """Return the configuration of a dense model whose feed-forward layers are as wide as a token's experts together."""
-    from litgpt.utils import asdict
+    from dataclasses import asdict
 
     fields = {name: value for name, value in asdict(config).items() if name in config.__dataclass_fields__}
     width = config.moe_intermediate_size or config.intermediate_size

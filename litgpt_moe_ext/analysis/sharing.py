@@ -18,15 +18,13 @@ wide in mixed precision is left out.
 With several nodes `fsdp` shares the work within a node, each of which has all of it; the others share among all.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from litgpt_moe_ext.analysis.memory import TrainingMemory
+from litgpt_moe_ext.training.arguments import StrategyName
 from litgpt_moe_ext.training.zero.settings import stage_of
 
-STRATEGIES = (
-    *("ddp", "fsdp", "fsdp_shard_grad_op", "fsdp2"),
-    *("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"),
-)
+STRATEGIES = tuple(name for name in get_args(StrategyName) if name != "auto")
 # Fabric's default: 200 million gradients of 4 bytes.
 _BUCKET = 800_000_000
 

@@ -40,9 +40,9 @@ def benchmark_generation(
 
     from litgpt_moe_ext.analysis.generation_benchmark import Workload, benchmark, contenders, initialized
     from litgpt_moe_ext.analysis.recipes import load_recipe
-    from litgpt_moe_ext.evaluation.loading import check_checkpoint_dir, load_model
+    from litgpt_moe_ext.evaluation.loading import check_checkpoint_dir, choose_device, load_model
 
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = choose_device(device)
     config = load_recipe(model).config
     if prompt_length + new_tokens > config.block_size:
         raise ValueError(

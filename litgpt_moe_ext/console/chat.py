@@ -55,13 +55,13 @@ def chat(
     from rich.console import Console
 
     from litgpt_moe_ext.evaluation.hellaswag import encoder
-    from litgpt_moe_ext.evaluation.loading import check_checkpoint_dir, load_model, load_tokenizer
+    from litgpt_moe_ext.evaluation.loading import check_checkpoint_dir, choose_device, load_model, load_tokenizer
     from litgpt_moe_ext.evaluation.streaming import Sampling
 
     sampling = Sampling(temperature, top_k, top_p)
     check_checkpoint_dir(checkpoint_dir)
     tokenizer = load_tokenizer(checkpoint_dir)
-    model = load_model(checkpoint_dir, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    model = load_model(checkpoint_dir, choose_device(device))
     if show_experts:
         layer = _check_layer(model, layer)
     if seed is not None:

@@ -42,7 +42,7 @@ def experts(
 
     from litgpt_moe_ext.analysis import expert_analysis, expert_report, texts
     from litgpt_moe_ext.analysis.routing_capture import record_routing
-    from litgpt_moe_ext.evaluation.loading import check_checkpoint_dir, load_model, load_tokenizer
+    from litgpt_moe_ext.evaluation.loading import check_checkpoint_dir, choose_device, load_model, load_tokenizer
 
     directories = [checkpoint_dir] if compare_with is None else [checkpoint_dir, compare_with]
     for directory in directories:
@@ -61,7 +61,7 @@ def experts(
     ids = [document.ids for document in encoded]
     ids_N = torch.tensor([token for document in ids for token in document])
 
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = choose_device(device)
     layers = []
     with progress("Routing", len(ids_N) * len(directories)) as advance:
         for directory in directories:

@@ -35,17 +35,22 @@ def hellaswag(
     from litgpt_moe_ext.console.output import progress, write_json
 
     litgpt_moe_ext.register()
-    import torch
 
     from litgpt_moe_ext.evaluation.hellaswag import as_question, encoder, evaluate, load_items
-    from litgpt_moe_ext.evaluation.loading import check_checkpoint_dir, load_model, load_tokenizer, parse_dtype
+    from litgpt_moe_ext.evaluation.loading import (
+        check_checkpoint_dir,
+        choose_device,
+        load_model,
+        load_tokenizer,
+        parse_dtype,
+    )
 
     check_checkpoint_dir(checkpoint_dir)
     parsed_dtype = parse_dtype(dtype)
     items = load_items(file, limit)
     encode = encoder(load_tokenizer(checkpoint_dir))
     questions = [as_question(item, rule, encode) for item in items]
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = choose_device(device)
     model = load_model(checkpoint_dir, target, parsed_dtype)
     with progress("Scoring", 4 * len(items)) as advance:
         answers = evaluate(model, questions, batch_size, advance)

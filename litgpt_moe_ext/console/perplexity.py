@@ -38,7 +38,13 @@ def perplexity(
     import torch
 
     from litgpt_moe_ext.analysis import texts
-    from litgpt_moe_ext.evaluation.loading import check_checkpoint_dir, load_model, load_tokenizer, parse_dtype
+    from litgpt_moe_ext.evaluation.loading import (
+        check_checkpoint_dir,
+        choose_device,
+        load_model,
+        load_tokenizer,
+        parse_dtype,
+    )
     from litgpt_moe_ext.evaluation.perplexity import as_tensor, bytes_of, summarize
     from litgpt_moe_ext.evaluation.scoring import token_losses
 
@@ -55,7 +61,7 @@ def perplexity(
         encoded = texts.encode(texts.read_files(paths), tokenizer, max_tokens)
         # A document begins after an end-of-text token, as in training.
         parts = [torch.tensor([tokenizer.eos_id, *document.ids]) for document in encoded]
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = choose_device(device)
     model = load_model(checkpoint_dir, target, parsed_dtype)
     highest = max(int(part.max()) for part in parts)
     if highest >= model.config.padded_vocab_size:

@@ -23,7 +23,13 @@ from tqdm import tqdm
 
 from litgpt_moe_ext.evaluation.batching import BatchSize, pad_right
 from litgpt_moe_ext.evaluation.generation import GenerationSettings, generate, supports_padded_cache
-from litgpt_moe_ext.evaluation.loading import check_checkpoint_dir, load_model, load_tokenizer, parse_dtype
+from litgpt_moe_ext.evaluation.loading import (
+    check_checkpoint_dir,
+    choose_device,
+    load_model,
+    load_tokenizer,
+    parse_dtype,
+)
 
 # A request for a likelihood as lm-eval hands it over: (context and continuation as text, or None), and their tokens.
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -291,7 +297,7 @@ class LitGPTModel(GPTModel):
         batch_size: int | str = 1,
     ) -> None:
         checkpoint_dir = Path(checkpoint_dir)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = choose_device(device)
         check_checkpoint_dir(checkpoint_dir)
         dtype = parse_dtype(dtype)
         size = BatchSize.parse(batch_size, device)

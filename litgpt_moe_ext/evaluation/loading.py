@@ -92,6 +92,11 @@ def load_model(checkpoint_dir: Path, device: torch.device, dtype: torch.dtype | 
     return model.requires_grad_(False).eval()
 
 
+def choose_device(name: str | torch.device | None) -> torch.device:
+    """Return the device of a name; without one a GPU if there is one, otherwise the CPU."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
     """Open the tokenizer of a checkpoint directory that `check_checkpoint_dir` accepts."""
     return Tokenizer(checkpoint_dir)

@@ -4,6 +4,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+# How processes share the work (`litgpt_moe_ext.training.strategies`, which imports torch and so is not for parsers).
+StrategyName = Literal[
+    "auto",
+    "ddp",
+    "fsdp",
+    "fsdp_shard_grad_op",
+    "fsdp2",
+    "deepspeed_stage_1",
+    "deepspeed_stage_2",
+    "deepspeed_stage_3",
+]
+
 
 @dataclass
 class SampleArgs:

@@ -137,6 +137,27 @@ def check_writable(out_dir: Path) -> None:
         ) from error
 
 
+def open_tokenizer(tokenizer_dir: Path, padded_vocab_size: int) -> Any:
+    """Return the `litgpt.Tokenizer` of a directory, checked by `check_tokenizer`.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it cannot be opened, or does not suit the model.
+    """
+    from litgpt.tokenizer import Tokenizer
+
+    try:
+        tokenizer = Tokenizer(tokenizer_dir)
+    except NotImplementedError as error:  # how LitGPT says that it found neither file
+        raise FileNotFoundError(
+            f"tokenizer_dir: {str(tokenizer_dir)!r} has neither tokenizer.json nor tokenizer.model"
+        ) from error
+    except Exception as error:  # the tokenizers library raises nothing more precise
+        raise ValueError(f"tokenizer_dir: {str(tokenizer_dir)!r} cannot be opened: {error}") from error
+    check_tokenizer(tokenizer, tokenizer_dir, padded_vocab_size)
+    return tokenizer
+
+
 def check_tokenizer(tokenizer: Any, tokenizer_dir: Path, padded_vocab_size: int) -> None:
     """Raise ValueError unless a `litgpt.Tokenizer` separates documents and fits into the model's vocabulary."""
     if tokenizer.eos_id is None:

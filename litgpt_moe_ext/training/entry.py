@@ -24,6 +24,7 @@ from litgpt_moe_ext.training.arguments import (
     ParameterGroupArgs,
     SampleArgs,
     ScheduleArgs,
+    StrategyName,
 )
 from litgpt_moe_ext.training.checks import (
     SettingsError,
@@ -70,16 +71,7 @@ def setup(
     tokenizer_dir: Path | None = None,
     logger_name: LoggerChoice = "csv",
     seed: int = 42,
-    strategy: Literal[
-        "auto",
-        "ddp",
-        "fsdp",
-        "fsdp_shard_grad_op",
-        "fsdp2",
-        "deepspeed_stage_1",
-        "deepspeed_stage_2",
-        "deepspeed_stage_3",
-    ] = "auto",
+    strategy: StrategyName = "auto",
     compile: bool | Literal["auto"] = "auto",
     float32_matmul_precision: Literal["highest", "high", "medium"] | None = None,
     activation_checkpointing: Literal["none", "full", "selective"] = "none",

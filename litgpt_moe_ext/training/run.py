@@ -34,7 +34,7 @@ from litgpt_moe_ext.training.arguments import (
     SampleArgs,
     ScheduleArgs,
 )
-from litgpt_moe_ext.training.checks import SettingsError, check_tokenizer
+from litgpt_moe_ext.training.checks import SettingsError, open_tokenizer
 from litgpt_moe_ext.training.ema import WeightAverage
 from litgpt_moe_ext.training.expert_images import ExpertImages, shows_pictures
 from litgpt_moe_ext.training.fabric import (
@@ -246,15 +246,7 @@ class Run:
             with self.fabric.rank_zero_first(local=True):
                 tokenizer_dir = data.prepare_tokenizer()
         if tokenizer_dir is not None:
-            try:
-                self.tokenizer = Tokenizer(tokenizer_dir)
-            except NotImplementedError as error:
-                raise FileNotFoundError(
-                    f"tokenizer_dir: {str(tokenizer_dir)!r} has neither tokenizer.json nor tokenizer.model"
-                ) from error
-            except Exception as error:  # the tokenizers library raises nothing more precise
-                raise ValueError(f"tokenizer_dir: {str(tokenizer_dir)!r} cannot be opened: {error}") from error
-            check_tokenizer(self.tokenizer, tokenizer_dir, self.config.padded_vocab_size)
+            self.tokenizer = open_tokenizer(tokenizer_dir, self.config.padded_vocab_size)
         self.tokenizer_dir = tokenizer_dir
 
     def add_samples(self, sample: SampleArgs) -> None:

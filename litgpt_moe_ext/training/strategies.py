@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import fields
 from datetime import timedelta
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
@@ -11,20 +11,9 @@ from lightning.fabric.strategies import DDPStrategy, FSDPStrategy, ModelParallel
 from litgpt.model import Block
 from torch import nn
 
-from litgpt_moe_ext.training.arguments import DistributedArgs
+from litgpt_moe_ext.training.arguments import DistributedArgs, StrategyName
 from litgpt_moe_ext.training.zero.settings import require_deepspeed, stage_of
 from litgpt_moe_ext.training.zero.strategy import ZeroStrategy
-
-StrategyName = Literal[
-    "auto",
-    "ddp",
-    "fsdp",
-    "fsdp_shard_grad_op",
-    "fsdp2",
-    "deepspeed_stage_1",
-    "deepspeed_stage_2",
-    "deepspeed_stage_3",
-]
 
 CUDA_ONLY = ("fsdp", "fsdp_shard_grad_op", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
 

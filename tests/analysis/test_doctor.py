@@ -107,3 +107,12 @@ def test_the_exit_status_tells(tmp_path, capsys):
     assert main(["doctor", str(recipe)]) == 1
     assert "PROBLEM" in capsys.readouterr().out
     assert main(["doctor"]) == 0
+
+
+def test_a_broken_tokenizer_is_a_finding(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    found = next(
+        f for f in doctor.examine(Recipe(moe_config(), {"tokenizer_dir": str(tmp_path)})) if f.topic == "tokenizer"
+    )
+    assert found.verdict == "problem"
+    assert "cannot be opened" in found.text

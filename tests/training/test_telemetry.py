@@ -93,7 +93,7 @@ def test_peaks(device, precision, matmul, tflops):
     assert peak_flops(device, precision, matmul) == (None if tflops is None else tflops * 1e12)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux tells")
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process inherits the peak of the one that started it")
 def test_memory_is_that_of_this_process():
     """Not what the process that started it once took."""
     block = b"x" * 400_000_000

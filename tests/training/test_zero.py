@@ -63,6 +63,8 @@ class TestSettings:
         }
         mixed = step_options(micro_batch_size=4, accumulation=8, max_norm=1, precision="bf16-mixed")
         assert mixed == {**options, "data_types": {"grad_accum_dtype": "fp32"}}
+        unclipped = step_options(micro_batch_size=4, accumulation=8, max_norm=None, precision="32-true")
+        assert unclipped == {**options, "gradient_clipping": 0.0}
 
     def test_alone(self):
         """One process is allowed: what it optimizes can still be kept on the CPU."""
@@ -139,7 +141,7 @@ class TestSettings:
     def test_what_can(self, optimizer):
         self.check(optimizer=optimizer)
 
-    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
     def test_a_run_without_gpus_ends_at_once(self, recipe, tmp_path, capsys):
         assert main(["--config", str(recipe()), "--strategy", "deepspeed_stage_3"]) == 2
         assert "error: strategy: 'deepspeed_stage_3' needs CUDA devices" in capsys.readouterr().err
@@ -158,7 +160,7 @@ TELLING = {
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="uv sync --extra deepspeed")
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs `uv sync --extra deepspeed`")
 class TestTraining:
     """DeepSpeed's own code, over gloo."""
 
@@ -167,11 +169,11 @@ class TestTraining:
         """Four steps of two micro batches on each of two processes under every strategy, and mixtures of them."""
         folder = tmp_path_factory.mktemp("zero")
         write = recipe_writer(folder, corpus_settings)
-        todo = []
+        plans = []
 
         def plan(name: str, strategy: str, *options: str, processes: int = 2, status: int = 0, **changes) -> None:
             file = write(name, **TELLING, out_dir=str(folder / name), strategy=strategy, **changes)
-            todo.append([processes, status, ["--config", str(file), *options]])
+            plans.append([processes, status, ["--config", str(file), *options]])
 
         for strategy in ("ddp", *STAGES):
             plan(strategy, strategy)
@@ -194,7 +196,7 @@ class TestTraining:
         ]
         plan("too far", STAGES[1], *too_far, processes=1, status=1)
         process = subprocess.run(
-            [sys.executable, "-m", "tests.training.deepspeed_on_cpus", json.dumps(todo)],
+            [sys.executable, "-m", "tests.training.deepspeed_on_cpus", json.dumps(plans)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -55,19 +55,19 @@ def engine_options(stage: int, args: DistributedArgs) -> dict[str, Any]:
     }
 
 
-def step_options(micro_batch_size: int, accumulation: int, max_norm: float, precision: str) -> dict[str, Any]:
+def step_options(micro_batch_size: int, accumulation: int, max_norm: float | None, precision: str) -> dict[str, Any]:
     """Return the entries of DeepSpeed's configuration that say what an optimizer step is.
 
     Args:
         micro_batch_size: Sequences of an iteration on one process.
         accumulation: Iterations of an optimizer step.
-        max_norm: Gradients with a larger norm are scaled down to it.
+        max_norm: Gradients with a larger norm are scaled down to it, or None.
         precision: As in recipes.
     """
     options: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": float(max_norm),
+        "gradient_clipping": float(max_norm or 0),  # 0 is none
         # torch's own optimizers also run on CPUs (AdamW with a fused kernel); DeepSpeed insists on its own, which it
         # compiles at the first use.
         "zero_force_ds_cpu_optimizer": False,
