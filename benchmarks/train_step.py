@@ -49,7 +49,7 @@ from litgpt.pretrain import initialize_weights  # noqa: E402
 from litgpt.utils import chunked_cross_entropy  # noqa: E402
 from torch.utils.data import DataLoader, IterableDataset  # noqa: E402
 
-from litgpt_moe_ext.config import EXTRA_FIELDS  # noqa: E402
+from litgpt_moe_ext.host.config import EXTRA_FIELDS  # noqa: E402
 from litgpt_moe_ext.model_size import count_parameters  # noqa: E402
 from litgpt_moe_ext.training.entry import setup  # noqa: E402
 from litgpt_moe_ext.training.fabric import TrainingFabric  # noqa: E402

@@ -2,7 +2,7 @@
 
 | seam of LitGPT                      | what happens to it                                                             |
 | ----------------------------------- | ------------------------------------------------------------------------------ |
-| `litgpt.config.Config`              | gains the fields of `litgpt_moe_ext.config`, in place                          |
+| `litgpt.config.Config`              | gains the fields of `litgpt_moe_ext.host.config`, in place                          |
 | `Config.from_file`                  | understands the mark that says a checkpoint needs the plugin                   |
 | `litgpt.utils.asdict`               | leaves unused fields out of saved configurations, sets that mark where needed  |
 | `litgpt.model.__getattr__`          | offers the MLP classes, because LitGPT looks them up there by name             |
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from litgpt_moe_ext import __version__, _autoload
-from litgpt_moe_ext.config import MLP_CLASS_NAMES, extend_config, uses_plugin, without_unused_fields
+from litgpt_moe_ext.host.config import MLP_CLASS_NAMES, extend_config, uses_plugin, without_unused_fields
 
 TESTED_LITGPT = "0.5.13"
 

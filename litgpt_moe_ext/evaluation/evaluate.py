@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 
-from litgpt_moe_ext.config import EXTRA_FIELDS, uses_plugin
+from litgpt_moe_ext.host.config import EXTRA_FIELDS, uses_plugin
 
 
 def evaluate_checkpoint(

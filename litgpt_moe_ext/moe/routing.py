@@ -62,7 +62,7 @@ class Router(nn.Module):
     """Chooses experts, by a rule that subclasses give as `choose`.
 
     Args:
-        config: A `litgpt.Config` that passed `litgpt_moe_ext.config.resolve_and_validate`.
+        config: A `litgpt.Config` that passed `litgpt_moe_ext.host.config.resolve_and_validate`.
 
     Attributes:
         weight: The gate, (E, D), or None for a router that does not learn.

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Literal
 
-from litgpt_moe_ext.config import MLP_CLASS_NAMES, uses_plugin
+from litgpt_moe_ext.host.config import MLP_CLASS_NAMES, uses_plugin
 
 
 @dataclass(frozen=True)
