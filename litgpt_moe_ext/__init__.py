@@ -6,7 +6,7 @@ only arranges that LitGPT's modules are extended once somebody imports them (or 
 `litgpt` commands open the plugin's checkpoints. Set `LITGPT_MOE_EXT_DISABLE=1` to switch everything off.
 """
 
-from litgpt_moe_ext import _autoload
+from litgpt_moe_ext.host import autoload as _autoload
 
 __version__ = "0.1.0"
 
@@ -23,7 +23,7 @@ def register() -> None:
             plugin is switched off by `LITGPT_MOE_EXT_DISABLE=1`.
     """
     _autoload.require_enabled()
-    from litgpt_moe_ext.plugin import register as register_in_litgpt
+    from litgpt_moe_ext.host.seams import register as register_in_litgpt
 
     register_in_litgpt()
 

@@ -41,7 +41,7 @@ def examine(recipe: Recipe | None) -> list[Finding]:
 
 
 def _versions() -> Iterator[Finding]:
-    from litgpt_moe_ext.plugin import TESTED_LITGPT
+    from litgpt_moe_ext.host.seams import TESTED_LITGPT
 
     names = ("litgpt-moe-ext", "litgpt", "torch", "lightning", "transformers", "lm-eval")
     found = ", ".join(f"{name} {_version(name)}" for name in names)
@@ -91,7 +91,7 @@ def _device() -> Iterator[Finding]:
 def _compile(recipe: Recipe | None) -> Finding:
     import torch
 
-    from litgpt_moe_ext.patches.compile import decide, obstacle, probe_platform
+    from litgpt_moe_ext.host.compile import decide, obstacle, probe_platform
 
     found = probe_platform("cuda" if torch.cuda.is_available() else "cpu")
     if recipe is None:
@@ -107,7 +107,7 @@ def _compile(recipe: Recipe | None) -> Finding:
 def _kernels() -> Iterator[Finding]:
     import torch
 
-    from litgpt_moe_ext.moe.backends import choose_backend
+    from litgpt_moe_ext.moe.kernels.backends import choose_backend
 
     cuda = torch.cuda.is_available()
     device, dtype = (torch.device("cuda"), torch.bfloat16) if cuda else (torch.device("cpu"), torch.float32)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from litgpt_moe_ext.config.moe import MOE_CLASS_NAMES
 from litgpt_moe_ext.export.llama_moe import obstacles, to_llama_moe
 from litgpt_moe_ext.host.config import EXTRA_FIELDS
-from litgpt_moe_ext.moe.validation import MOE_CLASS_NAMES
 
 _MOE_FIELDS = (
     "n_expert",

@@ -21,8 +21,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from litgpt_moe_ext.moe.backends import matmul_dtype
 from litgpt_moe_ext.moe.experts import Experts
+from litgpt_moe_ext.moe.kernels.backends import matmul_dtype
 from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.moe.routing import Routing
 from litgpt_moe_ext.training.activation_checkpointing import ActivationCheckpointing, Mode
@@ -121,7 +121,7 @@ class LiveMemory(TorchDispatchMode):
 
 
 class _StandIn(torch.autograd.Function):
-    """Keeps and allocates what `litgpt_moe_ext.moe.grouped_cpu` keeps and allocates, whatever the routing."""
+    """Keeps and allocates what `litgpt_moe_ext.moe.kernels.cpu` keeps and allocates, whatever the routing."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, dtype: torch.dtype, *weights: Tensor) -> Tensor:
@@ -270,7 +270,7 @@ def _fake_model(config: Any, dtype: torch.dtype) -> Iterator[tuple[Any, LiveMemo
     from litgpt.model import GPT, LLaMAMoE
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from litgpt_moe_ext.patches.flops import dense_equivalent
+    from litgpt_moe_ext.host.flops import dense_equivalent
 
     with FakeTensorMode(), LiveMemory() as memory:
         with _default_dtype(dtype):

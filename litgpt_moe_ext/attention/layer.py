@@ -16,8 +16,8 @@ from litgpt_moe_ext.attention.documents import Documents, document_mask
 from litgpt_moe_ext.attention.positions import position_range
 from litgpt_moe_ext.attention.sinks import sink_attention
 from litgpt_moe_ext.attention.streaming import StreamingKVCache, streaming_attention
-from litgpt_moe_ext.attention.validation import has_sinks, validate_attention_config
 from litgpt_moe_ext.attention.window import window_mask
+from litgpt_moe_ext.config.attention import has_sinks, validate_attention_config
 
 __all__ = ["SinkAttention", "validate_attention_config"]
 

@@ -10,7 +10,7 @@ Shape suffixes: T positions, N rotated elements of a head (`config.rope_n_elem`)
 import math
 from typing import TYPE_CHECKING, Any
 
-from litgpt_moe_ext.attention.validation import (
+from litgpt_moe_ext.config.attention import (
     DEFAULT_BETA_FAST,
     DEFAULT_BETA_SLOW,
     present_adjustments,

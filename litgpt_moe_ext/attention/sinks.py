@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from litgpt_moe_ext.attention.backends import FUSED_PATTERNS, choose_backend
-from litgpt_moe_ext.attention.kernels import KERNELS, Call
+from litgpt_moe_ext.attention.kernels.backends import FUSED_PATTERNS, choose_backend
+from litgpt_moe_ext.attention.kernels.flash import KERNELS, Call
 
 
 def sink_attention(

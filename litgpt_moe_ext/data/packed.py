@@ -84,7 +84,7 @@ class PackedCorpus(TokenModule):
         """See `TokenModule.windows` and `packing`."""
         if self.packing == "stream":
             return StreamWindows(shards, self.max_seq_length, name)
-        from litgpt_moe_ext.patches.padding import accept_padding
+        from litgpt_moe_ext.host.padding import accept_padding
 
         accept_padding()
         lengths = document_lengths(shards, read_manifest(self.corpus_path)["eos_id"])

@@ -134,7 +134,7 @@ class DocumentWindows(Windows):
     """Windows of whole documents (or of pieces of a document that is longer than a window), filled up with padding.
 
     Padding is `IGNORE_INDEX`: the loss leaves it out as a target. As an input it means nothing; causal attention keeps
-    it from the tokens before it. `litgpt_moe_ext.patches.padding` lets LitGPT's models read such rows.
+    it from the tokens before it. `litgpt_moe_ext.host.padding` lets LitGPT's models read such rows.
 
     Args:
         packing: Which pieces of the stream share a window, as from `litgpt_moe_ext.data.packing.pack`.

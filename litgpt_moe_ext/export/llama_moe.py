@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from litgpt_moe_ext.config.moe import MOE_CLASS_NAMES
 from litgpt_moe_ext.durable import flush, flush_tree
 from litgpt_moe_ext.host.config import EXTRA_FIELDS, uses_plugin
 from litgpt_moe_ext.moe.expert_layouts import unstack_experts
-from litgpt_moe_ext.moe.validation import MOE_CLASS_NAMES
 
 # Fields that change training only: the converted model computes the same without them.
 _TRAINING_ONLY = {

@@ -21,11 +21,11 @@ from litgpt.model import GPT
 from litgpt.utils import copy_config_files, save_config
 from torch import Tensor, nn
 
+from litgpt_moe_ext.config.moe import FIELDS, MOE_CLASS_NAMES
 from litgpt_moe_ext.durable import flush_tree
 from litgpt_moe_ext.moe.layer import MoE
 from litgpt_moe_ext.moe.routers import LearnedRouter
 from litgpt_moe_ext.moe.routing import Router
-from litgpt_moe_ext.moe.validation import FIELDS, MOE_CLASS_NAMES
 
 MODEL_FILE = "lit_model.pth"
 

@@ -14,9 +14,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any, get_args
 
-from litgpt_moe_ext.attention import validation as attention
-from litgpt_moe_ext.moe import validation as moe
-from litgpt_moe_ext.moe.validation import MLP_CLASS_NAMES
+from litgpt_moe_ext.config import attention, moe
+from litgpt_moe_ext.config.moe import MLP_CLASS_NAMES
 
 EXTRA_FIELDS: dict[str, Any] = {
     **attention.FIELDS,

@@ -1,7 +1,7 @@
 """Activation functions of feed-forward networks, with and without a gate.
 
 Each comes twice: as differentiable operators, and as a forward and a backward pass that write into given memory, for
-the hand-written autograd of `litgpt_moe_ext.moe.grouped_cpu`.
+the hand-written autograd of `litgpt_moe_ext.moe.kernels.cpu`.
 
 Shape legend: N rows, F hidden width, G = 2 * F with a gate (gate above up projection), otherwise G = F.
 """

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litgpt_moe_ext.moe.activations import Activation
-from litgpt_moe_ext.moe.backends import BACKENDS, ExpertWeights, Hidden, choose_backend, matmul_dtype
 from litgpt_moe_ext.moe.expert_layouts import stack_experts
-from litgpt_moe_ext.moe.grouped_cpu import grouped_cpu_experts
-from litgpt_moe_ext.moe.grouped_mm import grouped_mm_experts
+from litgpt_moe_ext.moe.kernels.backends import BACKENDS, ExpertWeights, Hidden, choose_backend, matmul_dtype
+from litgpt_moe_ext.moe.kernels.cpu import grouped_cpu_experts
+from litgpt_moe_ext.moe.kernels.grouped_mm import grouped_mm_experts
 from litgpt_moe_ext.moe.routing import Routing
 
 _GROUPED = {"grouped_cpu": grouped_cpu_experts, "grouped_mm": grouped_mm_experts}
@@ -38,7 +38,7 @@ class Experts(nn.Module):
         down_proj: Down projections, (E, D, F).
         gate_up_bias: (E, 2F), or `up_bias`, (E, F), or None if `config.bias` is false.
         down_bias: (E, D), or None if `config.bias` is false.
-        forced_backend: One of `litgpt_moe_ext.moe.backends.BACKENDS`, or None to choose the fastest that works.
+        forced_backend: One of `litgpt_moe_ext.moe.kernels.backends.BACKENDS`, or None to choose the fastest that works.
     """
 
     forced_backend: str | None = None

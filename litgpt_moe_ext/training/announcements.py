@@ -6,10 +6,10 @@ import lightning as L
 import torch
 from torch import nn
 
-from litgpt_moe_ext.attention.backends import choose_backend
+from litgpt_moe_ext.attention.kernels.backends import choose_backend
 from litgpt_moe_ext.attention.layer import SinkAttention
-from litgpt_moe_ext.moe.backends import matmul_dtype
 from litgpt_moe_ext.moe.experts import Experts
+from litgpt_moe_ext.moe.kernels.backends import matmul_dtype
 
 
 class KernelReport:

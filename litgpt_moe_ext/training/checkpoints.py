@@ -18,8 +18,8 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from litgpt_moe_ext.config.moe import MOE_CLASS_NAMES
 from litgpt_moe_ext.durable import flush, flush_tree
-from litgpt_moe_ext.moe.validation import MOE_CLASS_NAMES
 from litgpt_moe_ext.training import manifest
 
 MODEL_FILE = "lit_model.pth"

@@ -18,8 +18,8 @@ from litgpt.config import Config
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import check_nvlink_connectivity, choose_logger, get_default_supported_precision, parse_devices
 
+from litgpt_moe_ext.host.compile import CompileDecision, compile_scope, decide, probe_platform
 from litgpt_moe_ext.model_size import count_parameters
-from litgpt_moe_ext.patches.compile import CompileDecision, compile_scope, decide, probe_platform
 from litgpt_moe_ext.training import checkpoints, topology
 from litgpt_moe_ext.training.activation_checkpointing import ActivationCheckpointing
 from litgpt_moe_ext.training.announcements import KernelReport

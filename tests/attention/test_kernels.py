@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from litgpt_moe_ext.attention import backends, sinks
+from litgpt_moe_ext.attention import sinks
 from litgpt_moe_ext.attention.causal import Softmax, causal_attention
 from litgpt_moe_ext.attention.documents import Documents, document_offsets, find_documents
-from litgpt_moe_ext.attention.kernels import KERNELS, Call
+from litgpt_moe_ext.attention.kernels import backends
+from litgpt_moe_ext.attention.kernels.flash import KERNELS, Call
 
 T, D = 12, 8
 
@@ -269,7 +270,7 @@ def test_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     backends._announce.cache_clear()
     inputs = [x.detach() for x in make_inputs()]
-    with caplog.at_level("INFO", logger="litgpt_moe_ext.attention.backends"):
+    with caplog.at_level("INFO", logger="litgpt_moe_ext.attention.kernels.backends"):
         for _ in range(3):
             sinks.sink_attention(*inputs, scale=0.4)
         sinks.sink_attention(*inputs, scale=0.4, backend="eager")

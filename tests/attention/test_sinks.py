@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from litgpt_moe_ext.attention import backends
-from litgpt_moe_ext.attention.backends import choose_backend
+from litgpt_moe_ext.attention.kernels import backends
+from litgpt_moe_ext.attention.kernels.backends import choose_backend
 from litgpt_moe_ext.attention.sinks import sink_attention
 
 

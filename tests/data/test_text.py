@@ -23,7 +23,7 @@ from litgpt_moe_ext.data import CodeParrot, HubDataset, PreparedCorpus, TextCorp
 from litgpt_moe_ext.data.prepare import TOKENIZER_DIR, read_manifest
 from litgpt_moe_ext.data.tokenizer import BPESettings, train_bpe
 from litgpt_moe_ext.data.windows import IGNORE_INDEX
-from litgpt_moe_ext.patches import padding
+from litgpt_moe_ext.host import padding
 from tests.data.test_text_corpus import stories, texts_in
 
 BPE = BPESettings(300, ("</s>",))

@@ -11,10 +11,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from litgpt_moe_ext.moe.activations import Activation
-from litgpt_moe_ext.moe.backends import ExpertWeights, Hidden, _announce_loop, choose_backend
 from litgpt_moe_ext.moe.experts import Experts
-from litgpt_moe_ext.moe.grouped_cpu import dispatch, grouped_cpu_experts
-from litgpt_moe_ext.moe.grouped_mm import grouped_mm_experts
+from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden, _announce_loop, choose_backend
+from litgpt_moe_ext.moe.kernels.cpu import dispatch, grouped_cpu_experts
+from litgpt_moe_ext.moe.kernels.grouped_mm import grouped_mm_experts
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
 from litgpt_moe_ext.moe.routing import Routing
 from tests.models import moe_config, randomize

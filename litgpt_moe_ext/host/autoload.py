@@ -77,7 +77,7 @@ def when_imported(name: str, callback) -> None:
 
 def _register(_module) -> None:
     try:
-        from litgpt_moe_ext.plugin import register
+        from litgpt_moe_ext.host.seams import register
 
         register()
     except Exception as error:

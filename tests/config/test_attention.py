@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from litgpt_moe_ext.attention.validation import rope_kind, validate_rope_adjustments
+from litgpt_moe_ext.config.attention import rope_kind, validate_rope_adjustments
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 8192}
 YARN = {"factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_seq_len": 64}
@@ -101,7 +101,7 @@ def test_validation_imports_neither_torch_nor_litgpt() -> None:
     code = (
         "import sys\n"
         "from litgpt_moe_ext.attention.rope import validate_rope_adjustments\n"
-        "from litgpt_moe_ext.attention.validation import validate_attention_config\n"
+        "from litgpt_moe_ext.config.attention import validate_attention_config\n"
         "validate_rope_adjustments({'factor': 2.0})\n"
         "sys.exit(' '.join({'torch', 'litgpt', 'numpy'} & set(sys.modules)))"
     )

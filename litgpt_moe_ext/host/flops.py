@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext import _autoload
+from litgpt_moe_ext.host import autoload as _autoload
 
 
 def install() -> None:

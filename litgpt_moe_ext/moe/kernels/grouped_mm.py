@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litgpt_moe_ext.moe.backends import ExpertWeights, Hidden, matmul_dtype
+from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden, matmul_dtype
 from litgpt_moe_ext.moe.routing import Routing
 
 

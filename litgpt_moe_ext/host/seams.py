@@ -2,7 +2,7 @@
 
 | seam of LitGPT                      | what happens to it                                                             |
 | ----------------------------------- | ------------------------------------------------------------------------------ |
-| `litgpt.config.Config`              | gains the fields of `litgpt_moe_ext.host.config`, in place                          |
+| `litgpt.config.Config`              | gains the fields of `litgpt_moe_ext.host.config`, in place                     |
 | `Config.from_file`                  | understands the mark that says a checkpoint needs the plugin                   |
 | `litgpt.utils.asdict`               | leaves unused fields out of saved configurations, sets that mark where needed  |
 | `litgpt.model.__getattr__`          | offers the MLP classes, because LitGPT looks them up there by name             |
@@ -18,7 +18,7 @@
 | torch's global optimizer-step hook  | moves the balancing bias once per optimizer step, whoever owns the loop        |
 
 A model that names none of the plugin's classes takes LitGPT's own path in every one of them. The repairs of defects in
-host libraries are in `litgpt_moe_ext.patches`.
+host libraries are in `litgpt_moe_ext.host.repairs`.
 """
 
 import copy
@@ -29,7 +29,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from litgpt_moe_ext import __version__, _autoload
+from litgpt_moe_ext import __version__
+from litgpt_moe_ext.host import autoload as _autoload
 from litgpt_moe_ext.host.config import MLP_CLASS_NAMES, extend_config, uses_plugin, without_unused_fields
 
 TESTED_LITGPT = "0.5.13"
@@ -69,9 +70,9 @@ def _extend_litgpt() -> None:
     _check_version()
     _require_seams(config, model, utils)
 
-    from litgpt_moe_ext.attention.validation import validate_attention_config
+    from litgpt_moe_ext.config.attention import validate_attention_config
+    from litgpt_moe_ext.host.repairs import install_patches
     from litgpt_moe_ext.moe.balancing import install_optimizer_hook
-    from litgpt_moe_ext.patches import install_patches
 
     extend_config(config.Config, validate_attention_config)
     _extend_config_files(config.Config, utils)
@@ -174,7 +175,7 @@ def _offer_mlp_classes(model: Any) -> None:
 
 
 def _extend_blocks(block_class: type) -> None:
-    from litgpt_moe_ext.moe.validation import is_dense_layer
+    from litgpt_moe_ext.config.moe import is_dense_layer
 
     original = block_class.__init__
 
@@ -264,7 +265,7 @@ def _dispatch_rope_cache(gpt_class: type) -> None:
 
 def _extend_model(gpt_class: type) -> None:
     # Everything here asks the configuration first, and is LitGPT's own where it names nothing of the plugin.
-    from litgpt_moe_ext.attention.validation import changes_model
+    from litgpt_moe_ext.config.attention import changes_model
 
     original_init, original_forward = gpt_class.__init__, gpt_class.forward
     original_length, original_set_kv_cache = gpt_class.max_seq_length, gpt_class.set_kv_cache

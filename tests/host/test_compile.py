@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from litgpt_moe_ext.patches import compile as patch
-from litgpt_moe_ext.patches.compile import CompileDecision, Platform, compile_scope, decide, install, obstacle
+from litgpt_moe_ext.host import compile as patch
+from litgpt_moe_ext.host.compile import CompileDecision, Platform, compile_scope, decide, install, obstacle
 from tests.models import moe_config
 
 LINUX_GPU = Platform("Linux", "cuda", has_triton=True, has_cpp_compiler=True, cuda_capability=(9, 0))

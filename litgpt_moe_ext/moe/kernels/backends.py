@@ -1,9 +1,9 @@
 """Which implementation computes the routed experts, and what all of them are given.
 
 - `loop`: one expert after the other with ordinary operators; everywhere, and the reference for the others.
-- `grouped_cpu`: the same on a CPU, faster and with less memory (`litgpt_moe_ext.moe.grouped_cpu`).
+- `grouped_cpu`: the same on a CPU, faster and with less memory (`litgpt_moe_ext.moe.kernels.cpu`).
 - `grouped_mm`: all experts in one grouped matrix product, without waiting for the device
-  (`litgpt_moe_ext.moe.grouped_mm`).
+  (`litgpt_moe_ext.moe.kernels.grouped_mm`).
 
 Shape legend: E experts, D model width, F hidden width of one expert, G width of the first projection (2 * F with a
 gate), N rows of one expert.

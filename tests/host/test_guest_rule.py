@@ -12,7 +12,7 @@ import yaml
 from litgpt import Config
 
 import litgpt_moe_ext
-from tests.guest_report import CONFIGS
+from tests.host.guest_report import CONFIGS
 from tests.models import moe_config
 
 HERE = Path(__file__).parent
@@ -117,7 +117,7 @@ def test_a_missing_seam_is_named(monkeypatch):
     import litgpt.model
     import litgpt.utils
 
-    from litgpt_moe_ext import plugin
+    from litgpt_moe_ext.host import seams as plugin
 
     monkeypatch.delattr(litgpt.model.GPT, "rope_cache")
     with pytest.raises(RuntimeError, match=r"lacks litgpt\.model\.GPT\.rope_cache"):
@@ -125,7 +125,7 @@ def test_a_missing_seam_is_named(monkeypatch):
 
 
 def test_an_untested_version_warns_once(monkeypatch):
-    from litgpt_moe_ext import plugin
+    from litgpt_moe_ext.host import seams as plugin
 
     monkeypatch.setattr(plugin.importlib.metadata, "version", lambda _name: "0.6.0")
     with pytest.warns(RuntimeWarning, match=r"tested with litgpt 0\.5\.13, but 0\.6\.0 is installed"):

@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from litgpt_moe_ext.moe.backends import ExpertWeights, Hidden, matmul_dtype
-from litgpt_moe_ext.moe.few_rows import linear, one_token
+from litgpt_moe_ext.moe.kernels.allocator import keep_large_blocks
+from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden, matmul_dtype
+from litgpt_moe_ext.moe.kernels.few_rows import linear, one_token
 from litgpt_moe_ext.moe.routing import Routing
-from litgpt_moe_ext.patches.allocator import keep_large_blocks
 
 
 class Segment(NamedTuple):

@@ -6,12 +6,12 @@ None of them changes what a model computes.
 
 import importlib.metadata
 
-from litgpt_moe_ext import _autoload
+from litgpt_moe_ext.host import autoload as _autoload
 
 
 def install_patches() -> None:
     """Install every repair that the installed versions need."""
-    from litgpt_moe_ext.patches import compile, flops, token_rate
+    from litgpt_moe_ext.host import compile, flops, token_rate
 
     flops.install()
     if not litgpt_newer_than("0.5.13"):

@@ -21,7 +21,7 @@ import warnings
 
 import torch
 
-from litgpt_moe_ext.attention.validation import BACKENDS
+from litgpt_moe_ext.config.attention import BACKENDS
 
 _log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ import torch
 from litgpt.model import GPT
 from litgpt.utils import chunked_cross_entropy
 
-from litgpt_moe_ext.patches.padding import accept_padding
+from litgpt_moe_ext.host.padding import accept_padding
 from tests.models import initialized_model, moe_config
 
 

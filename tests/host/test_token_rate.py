@@ -4,7 +4,7 @@ import re
 import time
 from types import SimpleNamespace
 
-from litgpt_moe_ext.patches import token_rate
+from litgpt_moe_ext.host import token_rate
 
 
 def test_rate_is_tokens_by_seconds_of_this_run():

@@ -137,5 +137,5 @@ def report(name: str | None, changes: dict) -> dict[str, str]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     result = {label: report(name, changes) for label, (name, changes) in CONFIGS.items()}
-    result["plugin active"] = "litgpt_moe_ext.plugin" in sys.modules and hasattr(Config, "attention_class_name")
+    result["plugin active"] = "litgpt_moe_ext.host.seams" in sys.modules and hasattr(Config, "attention_class_name")
     print("REPORT" + json.dumps(result))

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from litgpt.model import GPT, LLaMAMoE
 from torch.utils.flop_counter import FlopCounterMode
 
-from litgpt_moe_ext.attention.kernels import KERNELS, Call
+from litgpt_moe_ext.attention.kernels.flash import KERNELS, Call
+from litgpt_moe_ext.host import flops
 from litgpt_moe_ext.moe.layer import NoisyTopKMoE, SharedExpertMoE
-from litgpt_moe_ext.patches import flops
 from tests.models import moe_config, noisy_config, randomize
 
 B, T, D, F_, K, E = 3, 10, 16, 12, 2, 8

@@ -1,0 +1,1 @@
+"""How attention is computed: kernels behind one signature, and who chooses."""

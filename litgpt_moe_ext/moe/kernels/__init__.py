@@ -1,0 +1,1 @@
+"""How routed experts are computed: backends behind one signature, and who chooses."""
