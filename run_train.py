@@ -7,7 +7,7 @@ source.
 import sys
 from pathlib import Path
 
-from litgpt_moe_ext.training.cli import main
+from litgpt_moe_ext.cli.train import main
 
 if __name__ == "__main__":
     try:

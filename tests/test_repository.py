@@ -87,7 +87,7 @@ def test_portable_lock_check(tmp_path, content, status):
 
 def test_help_loads_neither_torch_nor_litgpt():
     code = (
-        "import sys; from litgpt_moe_ext.training.cli import main\n"
+        "import sys; from litgpt_moe_ext.cli.train import main\n"
         "status = main(['--help'])\n"
         "assert status == 0 and not {'torch', 'lightning', 'transformers'} & set(sys.modules), 'heavy imports'"
     )
@@ -108,8 +108,8 @@ def test_help_loads_neither_torch_nor_litgpt():
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_key_of_a_recipe_is_known(recipe):
     """The parser refuses unknown keys; the model configuration is built and counted."""
+    from litgpt_moe_ext.cli.train import build_parser
     from litgpt_moe_ext.model_size import count_parameters
-    from litgpt_moe_ext.training.cli import build_parser
 
     parser = build_parser()
     values = parser.instantiate_classes(parser.parse_args(["--config", str(recipe)])).as_dict()

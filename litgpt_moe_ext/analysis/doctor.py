@@ -150,7 +150,7 @@ def _processes(recipe: Recipe) -> int:
 
 def _whole(recipe: Recipe) -> bool:
     # Whether every process has all weights.
-    from litgpt_moe_ext.training.zero.settings import stage_of
+    from litgpt_moe_ext.training.parallel.deepspeed.settings import stage_of
 
     if (stage := stage_of(recipe.strategy)) is not None:
         return stage < 3
@@ -160,8 +160,8 @@ def _whole(recipe: Recipe) -> bool:
 def _strategy(recipe: Recipe) -> Finding:
     import torch
 
-    from litgpt_moe_ext.training.arguments import DistributedArgs
-    from litgpt_moe_ext.training.strategies import accelerator_here, check_strategy, single_process_note
+    from litgpt_moe_ext.training.parallel.strategies import accelerator_here, check_strategy, single_process_note
+    from litgpt_moe_ext.training.settings import DistributedArgs
 
     per_node, nodes = _processes(recipe), recipe.num_nodes
     try:

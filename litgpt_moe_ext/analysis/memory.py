@@ -25,8 +25,8 @@ from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.kernels.backends import matmul_dtype
 from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.moe.routing import Routing
-from litgpt_moe_ext.training.activation_checkpointing import ActivationCheckpointing, Mode
-from litgpt_moe_ext.training.fused_loss import FusedLoss, require_torch
+from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing, Mode
+from litgpt_moe_ext.training.callbacks.fused_loss import FusedLoss, require_torch
 
 # Precision setting of training: dtype of the parameters, and dtype of autocast if there is any.
 PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {

@@ -10,7 +10,7 @@ from litgpt_moe_ext.analysis.memory import PRECISIONS, TrainingMemory, inference
 from litgpt_moe_ext.analysis.recipes import Recipe
 from litgpt_moe_ext.analysis.sharing import STRATEGIES, block_sizes, process_memory
 from litgpt_moe_ext.model_size import count_flops, count_parameters
-from litgpt_moe_ext.training.activation_checkpointing import Mode
+from litgpt_moe_ext.training.callbacks.activation_checkpointing import Mode
 
 INFERENCE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from litgpt_moe_ext.analysis.figures import STYLE
-from litgpt_moe_ext.training.arguments import ParameterGroupArgs
-from litgpt_moe_ext.training.optimization import Optimization, count_steps, schedule_steps
+from litgpt_moe_ext.training.optim.optimization import Optimization, count_steps, schedule_steps
+from litgpt_moe_ext.training.settings import ParameterGroupArgs
 
 _STYLES = ("-", "--", "-.", ":")
 

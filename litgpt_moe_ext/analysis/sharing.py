@@ -1,7 +1,7 @@
 """What one of several processes takes in training, by strategy.
 
 The rules are those of torch's DDP and FSDP, and DeepSpeed's ZeRO, with the settings that
-`litgpt_moe_ext.training.strategies` gives them:
+`litgpt_moe_ext.training.parallel.strategies` gives them:
 
 | strategy             | weights, gradients, optimizer | besides                                                      |
 | -------------------- | ----------------------------- | ------------------------------------------------------------ |
@@ -21,8 +21,8 @@ With several nodes `fsdp` shares the work within a node, each of which has all o
 from typing import Any, NamedTuple, get_args
 
 from litgpt_moe_ext.analysis.memory import TrainingMemory
-from litgpt_moe_ext.training.arguments import StrategyName
-from litgpt_moe_ext.training.zero.settings import stage_of
+from litgpt_moe_ext.training.parallel.deepspeed.settings import stage_of
+from litgpt_moe_ext.training.settings import StrategyName
 
 STRATEGIES = tuple(name for name in get_args(StrategyName) if name != "auto")
 # Fabric's default: 200 million gradients of 4 bytes.

@@ -33,7 +33,7 @@ def build_parser(given: Sequence[str] = ()):
     """
     import jsonargparse
 
-    from litgpt_moe_ext.training.parser_errors import annotation_in, plain_error, value_in
+    from litgpt_moe_ext.cli.parser_errors import annotation_in, plain_error, value_in
 
     class ArgumentParser(jsonargparse.ArgumentParser):
         annotations: Mapping[str, Any] = {}

@@ -17,14 +17,14 @@ def schedule(
         out: The picture.
     """
     import litgpt_moe_ext
-    from litgpt_moe_ext.training.recipe_files import check_recipe
+    from litgpt_moe_ext.cli.recipe_files import check_recipe
 
     check_recipe(recipe)
     litgpt_moe_ext.register()
     from litgpt_moe_ext.analysis.pages import png
     from litgpt_moe_ext.analysis.schedule_figure import planned_rates, schedule_figure
+    from litgpt_moe_ext.cli.train import build_parser
     from litgpt_moe_ext.console.output import print_table
-    from litgpt_moe_ext.training.cli import build_parser
 
     parser = build_parser()
     settings: Any = parser.instantiate_classes(parser.parse_args(["--config", str(recipe)]))

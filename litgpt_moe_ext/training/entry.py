@@ -15,17 +15,6 @@ from litgpt.types import LoggerChoice
 
 import litgpt_moe_ext
 import litgpt_moe_ext.data
-from litgpt_moe_ext.training.arguments import (
-    AnomalyArgs,
-    CheckpointArgs,
-    DistributedArgs,
-    EmaArgs,
-    EvaluateArgs,
-    ParameterGroupArgs,
-    SampleArgs,
-    ScheduleArgs,
-    StrategyName,
-)
 from litgpt_moe_ext.training.checks import (
     SettingsError,
     check_batch,
@@ -41,7 +30,18 @@ from litgpt_moe_ext.training.checks import (
     check_training_length,
     check_writable,
 )
-from litgpt_moe_ext.training.zero.settings import check_combination
+from litgpt_moe_ext.training.parallel.deepspeed.settings import check_combination
+from litgpt_moe_ext.training.settings import (
+    AnomalyArgs,
+    CheckpointArgs,
+    DistributedArgs,
+    EmaArgs,
+    EvaluateArgs,
+    ParameterGroupArgs,
+    SampleArgs,
+    ScheduleArgs,
+    StrategyName,
+)
 
 
 def setup(
@@ -136,7 +136,7 @@ def setup(
     arguments = dict(locals())
     with _as_settings_errors():
         litgpt_moe_ext.register()
-        from litgpt_moe_ext.training.hyperparameters import to_plain
+        from litgpt_moe_ext.training.checkpoint.hyperparameters import to_plain
 
         settings = {name: to_plain(value) for name, value in arguments.items() if value is not None}
         config = _resolve_config(model_name, model_config)
@@ -156,7 +156,7 @@ def setup(
         out_dir = Path(out_dir)
         check_writable(out_dir)
         if evaluate.wanted:
-            from litgpt_moe_ext.training.benchmarks import check_benchmarks
+            from litgpt_moe_ext.training.callbacks.benchmarks import check_benchmarks
 
             check_benchmarks(evaluate)
         if initial_checkpoint_dir is not None:

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from litgpt_moe_ext.moe.metrics import load_metrics
-from litgpt_moe_ext.training.zero.strategy import ZeroStrategy
+from litgpt_moe_ext.training.parallel.deepspeed.strategy import ZeroStrategy
 
 
 class TrainingFabric(L.Fabric):

@@ -28,11 +28,12 @@ from litgpt.args import TrainArgs
 
 from litgpt_moe_ext.model_size import count_flops
 from litgpt_moe_ext.moe.auxiliary import forget_scale
-from litgpt_moe_ext.training import checkpoints, hyperparameters
+from litgpt_moe_ext.training.callbacks.fused_loss import FusedLoss
+from litgpt_moe_ext.training.checkpoint import hyperparameters
+from litgpt_moe_ext.training.checkpoint import store as checkpoints
+from litgpt_moe_ext.training.checkpoint.resharding import convert_iterations, convert_position
 from litgpt_moe_ext.training.control import StepLimits, StopRequests, TrainingInterrupted, TrainingStopped
-from litgpt_moe_ext.training.fused_loss import FusedLoss
-from litgpt_moe_ext.training.optimization import Optimization, schedule_steps
-from litgpt_moe_ext.training.resharding import convert_iterations, convert_position
+from litgpt_moe_ext.training.optim.optimization import Optimization, schedule_steps
 
 
 class HookedLoop:

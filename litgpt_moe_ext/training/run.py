@@ -20,11 +20,43 @@ from litgpt.utils import check_nvlink_connectivity, choose_logger, get_default_s
 
 from litgpt_moe_ext.host.compile import CompileDecision, compile_scope, decide, probe_platform
 from litgpt_moe_ext.model_size import count_parameters
-from litgpt_moe_ext.training import checkpoints, topology
-from litgpt_moe_ext.training.activation_checkpointing import ActivationCheckpointing
-from litgpt_moe_ext.training.announcements import KernelReport
-from litgpt_moe_ext.training.anomalies import GradientGuard
-from litgpt_moe_ext.training.arguments import (
+from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
+from litgpt_moe_ext.training.callbacks.anomalies import GradientGuard
+from litgpt_moe_ext.training.callbacks.ema import WeightAverage
+from litgpt_moe_ext.training.callbacks.expert_images import ExpertImages, shows_pictures
+from litgpt_moe_ext.training.callbacks.fused_loss import FusedLoss, require_torch
+from litgpt_moe_ext.training.callbacks.kernel_report import KernelReport
+from litgpt_moe_ext.training.callbacks.peak_flops import peak_flops
+from litgpt_moe_ext.training.callbacks.progress import Reporter, format_count
+from litgpt_moe_ext.training.callbacks.retention import BEST, Retention
+from litgpt_moe_ext.training.callbacks.telemetry import Telemetry
+from litgpt_moe_ext.training.checkpoint import store as checkpoints
+from litgpt_moe_ext.training.checkpoint.lock import OutDirLock
+from litgpt_moe_ext.training.checkpoint.resume_notes import resume_notes
+from litgpt_moe_ext.training.checks import SettingsError, open_tokenizer
+from litgpt_moe_ext.training.fabric import (
+    DirectCheckpointIO,
+    ExpertLoad,
+    GradientNorm,
+    MappedCheckpointIO,
+    ScalerState,
+    TrainingFabric,
+)
+from litgpt_moe_ext.training.loop import HookedLoop
+from litgpt_moe_ext.training.optim.optimization import Optimization, count_steps
+from litgpt_moe_ext.training.parallel import topology
+from litgpt_moe_ext.training.parallel.deepspeed.strategy import LossScale, ZeroStrategy
+from litgpt_moe_ext.training.parallel.lost_processes import end_together
+from litgpt_moe_ext.training.parallel.strategies import (
+    Processes,
+    accelerator_here,
+    cluster_plugin,
+    is_sharded,
+    make_strategy,
+    single_process_note,
+    started_processes,
+)
+from litgpt_moe_ext.training.settings import (
     AnomalyArgs,
     CheckpointArgs,
     DistributedArgs,
@@ -34,37 +66,6 @@ from litgpt_moe_ext.training.arguments import (
     SampleArgs,
     ScheduleArgs,
 )
-from litgpt_moe_ext.training.checks import SettingsError, open_tokenizer
-from litgpt_moe_ext.training.ema import WeightAverage
-from litgpt_moe_ext.training.expert_images import ExpertImages, shows_pictures
-from litgpt_moe_ext.training.fabric import (
-    DirectCheckpointIO,
-    ExpertLoad,
-    GradientNorm,
-    MappedCheckpointIO,
-    ScalerState,
-    TrainingFabric,
-)
-from litgpt_moe_ext.training.fused_loss import FusedLoss, require_torch
-from litgpt_moe_ext.training.loop import HookedLoop
-from litgpt_moe_ext.training.lost_processes import end_together
-from litgpt_moe_ext.training.optimization import Optimization, count_steps
-from litgpt_moe_ext.training.out_dir_lock import OutDirLock
-from litgpt_moe_ext.training.peak_flops import peak_flops
-from litgpt_moe_ext.training.progress import Reporter, format_count
-from litgpt_moe_ext.training.resume_notes import resume_notes
-from litgpt_moe_ext.training.retention import BEST, Retention
-from litgpt_moe_ext.training.strategies import (
-    Processes,
-    accelerator_here,
-    cluster_plugin,
-    is_sharded,
-    make_strategy,
-    single_process_note,
-    started_processes,
-)
-from litgpt_moe_ext.training.telemetry import Telemetry
-from litgpt_moe_ext.training.zero.strategy import LossScale, ZeroStrategy
 
 
 class Run:
@@ -258,7 +259,7 @@ class Run:
         if is_sharded(self.fabric.strategy):
             self.fabric.print("No samples: under this strategy no process holds a whole model.")
             return
-        from litgpt_moe_ext.training.sampling import TextSamples
+        from litgpt_moe_ext.training.callbacks.samples import TextSamples
 
         self.fabric.add_callback(TextSamples(sample, self.tokenizer))
 
@@ -276,7 +277,7 @@ class Run:
             return
         if self.tokenizer is None:
             raise ValueError("evaluate: needs a tokenizer; give tokenizer_dir, or remove the benchmarks")
-        from litgpt_moe_ext.training.benchmarks import make_benchmarks
+        from litgpt_moe_ext.training.callbacks.benchmarks import make_benchmarks
 
         length = self.train_args.max_seq_length or self.config.block_size
         self.fabric.add_callback(make_benchmarks(evaluate, self.tokenizer, self.tokenizer_dir, length, self.fabric))

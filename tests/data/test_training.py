@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from litgpt.tokenizer import Tokenizer
 
+from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.data import PreparedCorpus, TinyStories
 from litgpt_moe_ext.data.tokenizer import BPESettings, train_bpe
 from litgpt_moe_ext.data.wandb_artifacts import log_corpus
-from litgpt_moe_ext.training.cli import main
 from tests.data.test_text import TRAIN, VAL, tiny_txt
 from tests.data.test_wandb import clean  # noqa: F401
 from tests.data.test_wandb_online import PROJECT, REFERENCE, server  # noqa: F401

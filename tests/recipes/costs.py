@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from litgpt_moe_ext.model_size import ModelSize, count_parameters
-from litgpt_moe_ext.training.activation_checkpointing import ActivationCheckpointing
+from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
 from tests.models import initialized_model
 from tests.recipes.files import values_of
 

@@ -32,7 +32,7 @@ def commands(recipe: str, program: str) -> list[list[str]]:
 @functools.cache
 def values_of(recipe: str, *arguments: str) -> dict[str, Any]:
     """Return the settings of a recipe as training gets them; not to be changed."""
-    from litgpt_moe_ext.training.cli import build_parser, normalize
+    from litgpt_moe_ext.cli.train import build_parser, normalize
 
     parser = build_parser()
     arguments = normalize(["--config", str(path_of(recipe)), *arguments], path_of(recipe))

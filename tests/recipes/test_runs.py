@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from litgpt.__main__ import main as litgpt_main
 
+from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.data.scripts import run_script
-from litgpt_moe_ext.training.cli import main
 from tests.recipes.files import RECIPES, ROOT, commands, path_of
 from tests.recipes.scaled import BATCH, LENGTH, RAW_DATA, overrides
 from tests.training.conftest import logged

@@ -13,9 +13,9 @@ import torch
 import yaml
 from litgpt.pretrain import validate_args
 
+from litgpt_moe_ext.cli.train import build_parser, main
 from litgpt_moe_ext.training.checks import check_batch, check_length
-from litgpt_moe_ext.training.cli import build_parser, main
-from litgpt_moe_ext.training.schedules import Schedule
+from litgpt_moe_ext.training.optim.schedules import Schedule
 from tests.recipes.costs import costs, flops_per_token, parameters_line, size_of
 from tests.recipes.files import RECIPES, ROOT, commands, header, path_of, values_of
 

@@ -24,8 +24,8 @@ def allow_cpus() -> None:
     from lightning.fabric.strategies import Strategy
     from lightning.fabric.strategies import deepspeed as fabrics
 
-    from litgpt_moe_ext.training import strategies
-    from litgpt_moe_ext.training.zero.strategy import ZeroStrategy
+    from litgpt_moe_ext.training.parallel import strategies
+    from litgpt_moe_ext.training.parallel.deepspeed.strategy import ZeroStrategy
 
     strategies.CUDA_ONLY = ()
     fabrics._validate_device_index_selection = lambda devices: None
@@ -65,7 +65,7 @@ def run(processes: int, status: int, arguments: list[str]) -> None:
 
 
 def _train(arguments: list[str]) -> int:
-    from litgpt_moe_ext.training.cli import main
+    from litgpt_moe_ext.cli.train import main
 
     try:
         return main(arguments)

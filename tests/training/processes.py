@@ -52,6 +52,6 @@ def _train(pipe: str, arguments: list[str]) -> None:
     for stream in (1, 2):
         os.dup2(writer, stream)
     os.close(writer)
-    from litgpt_moe_ext.training.cli import main
+    from litgpt_moe_ext.cli.train import main
 
     sys.exit(main(arguments))

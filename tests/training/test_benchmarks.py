@@ -11,12 +11,12 @@ import pytest
 import torch
 from litgpt import Tokenizer
 
+from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.evaluation.hellaswag import as_question, encoder, evaluate, load_items
 from litgpt_moe_ext.evaluation.loading import load_model
-from litgpt_moe_ext.training.arguments import DistributedArgs, EvaluateArgs
-from litgpt_moe_ext.training.cli import main
+from litgpt_moe_ext.training.parallel.strategies import make_strategy
 from litgpt_moe_ext.training.run import Run
-from litgpt_moe_ext.training.strategies import make_strategy
+from litgpt_moe_ext.training.settings import DistributedArgs, EvaluateArgs
 from tests.training.conftest import ROOT, RUN_TRAIN, logged
 
 ENDINGS = ["return x", "pass", "def f", "import os", "if a", "else", "self", "is not"]

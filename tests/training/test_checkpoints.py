@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from litgpt_moe_ext.training import checkpoints, manifest
-from litgpt_moe_ext.training.arguments import CheckpointArgs
-from litgpt_moe_ext.training.cli import main
-from litgpt_moe_ext.training.out_dir_lock import OutDirLock
-from litgpt_moe_ext.training.resume_notes import resume_notes
+from litgpt_moe_ext.cli.train import main
+from litgpt_moe_ext.training.checkpoint import manifest
+from litgpt_moe_ext.training.checkpoint import store as checkpoints
+from litgpt_moe_ext.training.checkpoint.lock import OutDirLock
+from litgpt_moe_ext.training.checkpoint.resume_notes import resume_notes
+from litgpt_moe_ext.training.settings import CheckpointArgs
 from tests.training.conftest import logged
 
 
@@ -128,7 +129,7 @@ def test_failing_final_validation_keeps_the_training(recipe, tmp_path, monkeypat
 
 
 def test_failing_sample_costs_nothing(recipe, tmp_path, monkeypatch, capsys):
-    from litgpt_moe_ext.training import sampling
+    from litgpt_moe_ext.training.callbacks import samples as sampling
 
     def broken(*args, **kwargs):
         raise RuntimeError("no sample today")
@@ -153,7 +154,8 @@ class TestLock:
     def test_second_run_is_refused(self, recipe, tmp_path, capsys):
         (tmp_path / "out").mkdir()
         script = (
-            "import sys, time; from pathlib import Path; from litgpt_moe_ext.training.out_dir_lock import OutDirLock\n"
+            "import sys, time; from pathlib import Path\n"
+            "from litgpt_moe_ext.training.checkpoint.lock import OutDirLock\n"
             "lock = OutDirLock(Path(sys.argv[1])); print(lock.take(), flush=True); time.sleep(600)"
         )
         holder = subprocess.Popen([sys.executable, "-c", script, tmp_path / "out"], stdout=subprocess.PIPE, text=True)

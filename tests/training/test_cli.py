@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from litgpt_moe_ext.training.checkpoints import find_resume_file
-from litgpt_moe_ext.training.cli import (
+from litgpt_moe_ext.cli.parser_errors import annotation_in, near_name, plain_error, value_in
+from litgpt_moe_ext.cli.recipe_files import check_recipe, place_of
+from litgpt_moe_ext.cli.train import (
     build_parser,
     main,
     normalize,
@@ -15,8 +16,7 @@ from litgpt_moe_ext.training.cli import (
     take_optimizer_keys,
     with_optimizer_keys,
 )
-from litgpt_moe_ext.training.parser_errors import annotation_in, near_name, plain_error, value_in
-from litgpt_moe_ext.training.recipe_files import check_recipe, place_of
+from litgpt_moe_ext.training.checkpoint.store import find_resume_file
 
 DEFAULT = Path("default.yaml")
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from litgpt_moe_ext.training.arguments import DistributedArgs
-from litgpt_moe_ext.training.cli import main
-from litgpt_moe_ext.training.resharding import convert_iterations, convert_position
-from litgpt_moe_ext.training.strategies import make_strategy, started_processes
+from litgpt_moe_ext.cli.train import main
+from litgpt_moe_ext.training.checkpoint.resharding import convert_iterations, convert_position
+from litgpt_moe_ext.training.parallel.strategies import make_strategy, started_processes
+from litgpt_moe_ext.training.settings import DistributedArgs
 from tests.training.conftest import ROOT, RUN_TRAIN, logged
 
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--nnodes=1"]

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from litgpt_moe_ext.training.cli import main
-from litgpt_moe_ext.training.expert_images import NAME, LoadHistory
+from litgpt_moe_ext.cli.train import main
+from litgpt_moe_ext.training.callbacks.expert_images import NAME, LoadHistory
 
 
 def test_history_keeps_everything_in_few_columns():

@@ -8,9 +8,9 @@ import pytest
 import torch
 from litgpt.utils import chunked_cross_entropy
 
-from litgpt_moe_ext.training.activation_checkpointing import ActivationCheckpointing
-from litgpt_moe_ext.training.cli import main
-from litgpt_moe_ext.training.fused_loss import linear_loss
+from litgpt_moe_ext.cli.train import main
+from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
+from litgpt_moe_ext.training.callbacks.fused_loss import linear_loss
 from tests.models import initialized_model, moe_config, noisy_config
 from tests.training.conftest import logged
 
@@ -109,8 +109,8 @@ def test_fused_loss_scales_the_auxiliary_losses(recipe, tmp_path):
 PEAK = """
 import sys, torch
 from litgpt.utils import chunked_cross_entropy
-from litgpt_moe_ext.training.fused_loss import linear_loss
-from litgpt_moe_ext.training.telemetry import peak_memory_gb
+from litgpt_moe_ext.training.callbacks.fused_loss import linear_loss
+from litgpt_moe_ext.training.callbacks.telemetry import peak_memory_gb
 head = torch.nn.Linear(64, 49152, bias=False)
 x, targets = torch.randn(1, 2048, 64, requires_grad=True), torch.randint(0, 49152, (1, 2048))
 before = peak_memory_gb(x.device)

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from litgpt_moe_ext.training.anomalies import GradientGuard
-from litgpt_moe_ext.training.arguments import AnomalyArgs
-from litgpt_moe_ext.training.cli import main
+from litgpt_moe_ext.cli.train import main
+from litgpt_moe_ext.training.callbacks.anomalies import GradientGuard
 from litgpt_moe_ext.training.control import TrainingStopped
+from litgpt_moe_ext.training.settings import AnomalyArgs
 from tests.training.conftest import logged
 
-MUON = "litgpt_moe_ext.training.muon.MuonAdamW"
+MUON = "litgpt_moe_ext.training.optim.muon.MuonAdamW"
 
 
 def train(*arguments: str | Path) -> int:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from litgpt_moe_ext.training.arguments import ParameterGroupArgs
-from litgpt_moe_ext.training.muon import MuonAdamW, orthogonalize
-from litgpt_moe_ext.training.parameter_groups import group_parameters, scale_rates
+from litgpt_moe_ext.training.optim.muon import MuonAdamW, orthogonalize
+from litgpt_moe_ext.training.optim.parameter_groups import group_parameters, scale_rates
+from litgpt_moe_ext.training.settings import ParameterGroupArgs
 from tests.models import initialized_model, moe_config
 
 

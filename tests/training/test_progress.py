@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from litgpt_moe_ext.training.progress import Reporter
+from litgpt_moe_ext.training.callbacks.progress import Reporter
 
 METRICS = {
     "loss": 5.12345,

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from litgpt_moe_ext.training.cli import main
+from litgpt_moe_ext.cli.train import main
 from tests.training.conftest import logged
 
 
@@ -117,7 +117,7 @@ def test_a_truncated_checkpoint_is_passed_over(recipe, tmp_path, capsys):
 
 def test_damage_inside_a_checkpoint_is_noticed(recipe, tmp_path):
     """One flipped byte in the weights, which loading alone would not notice."""
-    from litgpt_moe_ext.training.checkpoints import problem_with
+    from litgpt_moe_ext.training.checkpoint.store import problem_with
 
     assert train("--config", recipe(train={"max_tokens": 128})) == 0
     final = tmp_path / "out" / "final"
@@ -155,7 +155,7 @@ def test_a_foreign_directory_is_not_deleted(recipe, tmp_path):
 
 def test_newest_is_what_was_saved_last(tmp_path):
     """By the time in the checkpoint, whatever copying did to the files; plain LitGPT's checkpoints by their step."""
-    from litgpt_moe_ext.training.checkpoints import newest_first
+    from litgpt_moe_ext.training.checkpoint.store import newest_first
 
     for name, state in {
         "final": {"step": 12, "saved_at": 200.0},

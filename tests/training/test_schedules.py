@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from litgpt_moe_ext.training.arguments import ScheduleArgs
-from litgpt_moe_ext.training.schedules import Schedule
+from litgpt_moe_ext.training.optim.schedules import Schedule
+from litgpt_moe_ext.training.settings import ScheduleArgs
 
 NAMES = ("cosine", "onecycle", "wsd", "linear", "constant", "inverse_sqrt")
 

@@ -6,8 +6,8 @@ import signal
 import litgpt.pretrain
 import pytest
 
-from litgpt_moe_ext.training import lost_processes
-from litgpt_moe_ext.training.cli import main
+from litgpt_moe_ext.cli.train import main
+from litgpt_moe_ext.training.parallel import lost_processes
 
 
 @pytest.fixture

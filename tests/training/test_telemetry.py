@@ -6,11 +6,11 @@ import sys
 import pytest
 import torch
 
+from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.model_size import count_flops
-from litgpt_moe_ext.training import telemetry
-from litgpt_moe_ext.training.cli import main
-from litgpt_moe_ext.training.peak_flops import peak_flops
-from litgpt_moe_ext.training.telemetry import Telemetry, peak_memory_gb
+from litgpt_moe_ext.training.callbacks import telemetry
+from litgpt_moe_ext.training.callbacks.peak_flops import peak_flops
+from litgpt_moe_ext.training.callbacks.telemetry import Telemetry, peak_memory_gb
 from tests.models import moe_config
 from tests.training.conftest import logged
 
@@ -97,7 +97,10 @@ def test_peaks(device, precision, matmul, tflops):
 def test_memory_is_that_of_this_process():
     """Not what the process that started it once took."""
     block = b"x" * 400_000_000
-    code = "import torch; from litgpt_moe_ext.training.telemetry import *; print(peak_memory_gb(torch.device('cpu')))"
+    code = (
+        "import torch; from litgpt_moe_ext.training.callbacks.telemetry import peak_memory_gb;"
+        "print(peak_memory_gb(torch.device('cpu')))"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     ours = peak_memory_gb(torch.device("cpu"))
     assert 0.05 < float(result.stdout) < ours - 0.1

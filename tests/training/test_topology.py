@@ -2,7 +2,7 @@
 
 import pytest
 
-from litgpt_moe_ext.training.topology import Link, nccl_advice, parse_matrix, report, verdict
+from litgpt_moe_ext.training.parallel.topology import Link, nccl_advice, parse_matrix, report, verdict
 
 # Two consumer GPUs in one workstation, with the tabs and the underlined header of recent drivers.
 WORKSTATION = (

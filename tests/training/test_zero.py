@@ -10,10 +10,15 @@ import pytest
 import torch
 from litgpt import GPT, Config
 
-from litgpt_moe_ext.training.arguments import AnomalyArgs, DistributedArgs, EmaArgs
-from litgpt_moe_ext.training.cli import main
-from litgpt_moe_ext.training.strategies import check_strategy, single_process_note
-from litgpt_moe_ext.training.zero.settings import check_combination, engine_options, stage_of, step_options
+from litgpt_moe_ext.cli.train import main
+from litgpt_moe_ext.training.parallel.deepspeed.settings import (
+    check_combination,
+    engine_options,
+    stage_of,
+    step_options,
+)
+from litgpt_moe_ext.training.parallel.strategies import check_strategy, single_process_note
+from litgpt_moe_ext.training.settings import AnomalyArgs, DistributedArgs, EmaArgs
 from tests.training.conftest import ROOT, logged, recipe_writer
 
 STAGES = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
@@ -122,7 +127,7 @@ class TestSettings:
             ),
             ({"optimizer": "Adafactor"}, "optimizer: 'Adafactor' cannot be combined"),
             (
-                {"optimizer": {"class_path": "litgpt_moe_ext.training.muon.MuonAdamW"}},
+                {"optimizer": {"class_path": "litgpt_moe_ext.training.optim.muon.MuonAdamW"}},
                 "optimizer: '.*MuonAdamW' cannot",
             ),
             ({"activation_checkpointing": "selective"}, "activation_checkpointing: 'selective' cannot be combined"),

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from litgpt_moe_ext.training.arguments import CheckpointArgs
-from litgpt_moe_ext.training.checkpoints import STATE_FILE, newest_first, publish, remove
+from litgpt_moe_ext.training.checkpoint.store import STATE_FILE, newest_first, publish, remove
+from litgpt_moe_ext.training.settings import CheckpointArgs
 
 BEST = "best"
 

@@ -3,7 +3,7 @@
 import importlib.util
 from typing import Any
 
-from litgpt_moe_ext.training.arguments import AnomalyArgs, DistributedArgs, EmaArgs
+from litgpt_moe_ext.training.settings import AnomalyArgs, DistributedArgs, EmaArgs
 
 PREFIX = "deepspeed_stage_"
 

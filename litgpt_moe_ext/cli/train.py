@@ -12,8 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from litgpt_moe_ext.training.parser_errors import annotation_in, near_name, plain_error, value_in
-from litgpt_moe_ext.training.recipe_files import check_recipe, place_of
+from litgpt_moe_ext.cli.parser_errors import annotation_in, near_name, plain_error, value_in
+from litgpt_moe_ext.cli.recipe_files import check_recipe, place_of
 
 SHORT_FORMS = {
     "--micro-batch-size": "--train.micro_batch_size",
@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None, default_config: Path = Path("co
     """
     arguments = normalize(sys.argv[1:] if arguments is None else arguments, default_config)
     if "--help" in arguments or "-h" in arguments:
-        from litgpt_moe_ext.training.quick_help import print_help
+        from litgpt_moe_ext.cli.quick_help import print_help
 
         print_help()
         return 0
@@ -256,7 +256,7 @@ def _train(values: dict, place_of: Callable[[str], str]) -> int:
 
 
 def _stopped(message: str, status: int) -> int:
-    from litgpt_moe_ext.training.lost_processes import started_by_fabric
+    from litgpt_moe_ext.training.parallel.lost_processes import started_by_fabric
 
     # All processes stop for the same reason. The first one reports it, and is to end by itself: Fabric kills it as soon
     # as one that it started ends with an error.

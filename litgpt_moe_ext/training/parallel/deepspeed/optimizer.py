@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from litgpt_moe_ext.moe.balancing import leave_to_caller, update_routers
 from litgpt_moe_ext.moe.metrics import routers_of
-from litgpt_moe_ext.training.parameter_groups import scale_rates
-from litgpt_moe_ext.training.zero.shards import FlatShards, SplitShards
+from litgpt_moe_ext.training.optim.parameter_groups import scale_rates
+from litgpt_moe_ext.training.parallel.deepspeed.shards import FlatShards, SplitShards
 
 
 class ZeroOptimizer:

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from litgpt_moe_ext.training.hyperparameters import FILE_NAME
+from litgpt_moe_ext.training.checkpoint.hyperparameters import FILE_NAME
 
 _EFFECTS = {
     ("seed",): "it has no effect: weights and random generators are those of the checkpoint",

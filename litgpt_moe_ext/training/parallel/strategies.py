@@ -11,9 +11,9 @@ from lightning.fabric.strategies import DDPStrategy, FSDPStrategy, ModelParallel
 from litgpt.model import Block
 from torch import nn
 
-from litgpt_moe_ext.training.arguments import DistributedArgs, StrategyName
-from litgpt_moe_ext.training.zero.settings import require_deepspeed, stage_of
-from litgpt_moe_ext.training.zero.strategy import ZeroStrategy
+from litgpt_moe_ext.training.parallel.deepspeed.settings import require_deepspeed, stage_of
+from litgpt_moe_ext.training.parallel.deepspeed.strategy import ZeroStrategy
+from litgpt_moe_ext.training.settings import DistributedArgs, StrategyName
 
 CUDA_ONLY = ("fsdp", "fsdp_shard_grad_op", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
 

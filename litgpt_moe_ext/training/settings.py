@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-# How processes share the work (`litgpt_moe_ext.training.strategies`, which imports torch and so is not for parsers).
+# How processes share the work; `training.parallel.strategies`, which imports torch, is not for parsers.
 StrategyName = Literal[
     "auto",
     "ddp",

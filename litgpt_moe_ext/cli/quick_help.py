@@ -14,7 +14,7 @@ def print_help() -> None:
     """Print the help of `run_train.py`. Only for a process that ends afterwards."""
     if "litgpt" not in sys.modules:
         _light_litgpt()
-    from litgpt_moe_ext.training.cli import build_parser
+    from litgpt_moe_ext.cli.train import build_parser
 
     build_parser().print_help()
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from litgpt_moe_ext.training.arguments import EmaArgs
-from litgpt_moe_ext.training.checkpoints import MODEL_FILE, STATE_FILE
+from litgpt_moe_ext.training.checkpoint.store import MODEL_FILE, STATE_FILE
+from litgpt_moe_ext.training.settings import EmaArgs
 
 FOLDER = "ema"
 

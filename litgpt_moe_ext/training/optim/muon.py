@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.optim.adamw import adamw
 
-from litgpt_moe_ext.training.parameter_groups import MATRIX_PARTS
+from litgpt_moe_ext.training.optim.parameter_groups import MATRIX_PARTS
 
 # Quintic Newton-Schulz coefficients of the reference, chosen for the steepest slope at zero.
 _A, _B, _C = 3.4445, -4.7750, 2.0315

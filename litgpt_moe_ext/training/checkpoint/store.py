@@ -20,7 +20,7 @@ import yaml
 
 from litgpt_moe_ext.config.moe import MOE_CLASS_NAMES
 from litgpt_moe_ext.durable import flush, flush_tree
-from litgpt_moe_ext.training import manifest
+from litgpt_moe_ext.training.checkpoint import manifest
 
 MODEL_FILE = "lit_model.pth"
 STATE_FILE = "training_state.json"

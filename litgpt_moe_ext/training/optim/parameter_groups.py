@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from litgpt_moe_ext.training.arguments import ParameterGroupArgs
+from litgpt_moe_ext.training.settings import ParameterGroupArgs
 
 LR_FACTOR = "lr_factor"
 MATRIX_PARTS = "matrix_parts"

@@ -7,7 +7,7 @@ import torch
 from litgpt.generate.base import generate
 from litgpt.tokenizer import Tokenizer
 
-from litgpt_moe_ext.training.arguments import SampleArgs
+from litgpt_moe_ext.training.settings import SampleArgs
 
 
 class TextSamples:

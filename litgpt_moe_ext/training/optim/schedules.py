@@ -13,7 +13,7 @@ import math
 import torch
 from torch.optim import lr_scheduler
 
-from litgpt_moe_ext.training.arguments import ScheduleArgs
+from litgpt_moe_ext.training.settings import ScheduleArgs
 
 
 class Schedule:

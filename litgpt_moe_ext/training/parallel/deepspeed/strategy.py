@@ -12,9 +12,9 @@ from lightning.fabric.strategies.strategy import _BackwardSyncControl
 from litgpt.args import TrainArgs
 from torch import Tensor, nn
 
-from litgpt_moe_ext.training.arguments import DistributedArgs
-from litgpt_moe_ext.training.zero.optimizer import ZeroOptimizer
-from litgpt_moe_ext.training.zero.settings import engine_options, step_options
+from litgpt_moe_ext.training.parallel.deepspeed.optimizer import ZeroOptimizer
+from litgpt_moe_ext.training.parallel.deepspeed.settings import engine_options, step_options
+from litgpt_moe_ext.training.settings import DistributedArgs
 
 _WORKING_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": torch.float32}
 

@@ -7,10 +7,10 @@ import torch
 from litgpt.args import TrainArgs
 from litgpt.utils import instantiate_torch_optimizer
 
-from litgpt_moe_ext.training.arguments import ParameterGroupArgs, ScheduleArgs
-from litgpt_moe_ext.training.muon import MuonAdamW
-from litgpt_moe_ext.training.parameter_groups import group_parameters, scale_rates
-from litgpt_moe_ext.training.schedules import Schedule
+from litgpt_moe_ext.training.optim.muon import MuonAdamW
+from litgpt_moe_ext.training.optim.parameter_groups import group_parameters, scale_rates
+from litgpt_moe_ext.training.optim.schedules import Schedule
+from litgpt_moe_ext.training.settings import ParameterGroupArgs, ScheduleArgs
 
 
 class Optimization:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from litgpt_moe_ext.moe.auxiliary import forget_scale
 from litgpt_moe_ext.moe.metrics import routers_of
-from litgpt_moe_ext.training.arguments import AnomalyArgs
-from litgpt_moe_ext.training.checkpoints import rng_state
+from litgpt_moe_ext.training.checkpoint.store import rng_state
 from litgpt_moe_ext.training.control import TrainingStopped
+from litgpt_moe_ext.training.settings import AnomalyArgs
 
 FOLDER = "anomalies"
 

@@ -1,0 +1,1 @@
+"""The command lines: `run_train.py` and `litgpt-moe`."""
