@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from litgpt.generate.base import sample
 
-from litgpt_moe_ext.analysis.routing_capture import RoutingRecorder
+from litgpt_moe_ext.inspect.experts.capture import RoutingRecorder
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import datasets
 import pytest
 import torch
 
-from litgpt_moe_ext.console.main import main
+from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.evaluation.hellaswag import Item, as_question, encoder, evaluate, load_items
 from litgpt_moe_ext.evaluation.loading import load_model, load_tokenizer
 from tests.evaluation.conftest import VOCABULARY_SIZE, write_checkpoint

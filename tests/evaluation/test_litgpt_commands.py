@@ -22,7 +22,7 @@ import pytest
 import torch
 from litgpt import GPT, LLM
 
-from litgpt_moe_ext.console.main import main
+from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.evaluation.evaluate import evaluate_checkpoint
 from litgpt_moe_ext.evaluation.loading import load_model, load_tokenizer
 from tests.evaluation.conftest import VOCABULARY_SIZE, write_checkpoint, write_tokenizer
@@ -201,7 +201,7 @@ def ask_server(port: int, process: subprocess.Popen, request: dict) -> dict:
             time.sleep(0.5)
 
 
-CHAT = "import sys; from litgpt_moe_ext.console.main import main; sys.exit(main(sys.argv[1:]))"
+CHAT = "import sys; from litgpt_moe_ext.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 
 class Terminal:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from litgpt_moe_ext.console.main import main
+from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.data.shards import write_shard
 from litgpt_moe_ext.evaluation.loading import load_model, load_tokenizer
 from litgpt_moe_ext.evaluation.perplexity import summarize

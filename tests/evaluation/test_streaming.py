@@ -5,11 +5,11 @@ import io
 import pytest
 import torch
 
-from litgpt_moe_ext.analysis.routing_capture import record_routing
-from litgpt_moe_ext.console.chat import COLORS, TextPieces, style_of
-from litgpt_moe_ext.console.main import main
+from litgpt_moe_ext.cli.commands.chat import COLORS, TextPieces, style_of
+from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.evaluation.loading import load_tokenizer
 from litgpt_moe_ext.evaluation.streaming import Sampling, stream
+from litgpt_moe_ext.inspect.experts.capture import record_routing
 from tests.models import initialized_model, moe_config
 
 PROMPT = [3, 1, 4, 1, 5]

@@ -5,7 +5,7 @@ import torch
 import yaml
 from litgpt import GPT, Config
 
-from litgpt_moe_ext.console.main import main
+from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.export.llama_moe import obstacles, to_llama_moe
 from tests.evaluation.conftest import write_checkpoint
 from tests.models import initialized_model, moe_config, noisy_config

@@ -6,7 +6,7 @@ import yaml
 from litgpt import GPT, Config
 from litgpt.utils import save_config
 
-from litgpt_moe_ext.console.main import main
+from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.export.upcycling import require_same_function, upcycle, upcycled_weights
 from tests.models import initialized_model
 

@@ -7,9 +7,9 @@ import pytest
 from litgpt import Config
 from litgpt.args import TrainArgs
 
-from litgpt_moe_ext.analysis.schedule_figure import planned_rates, schedule_figure
 from litgpt_moe_ext.cli import train as cli
-from litgpt_moe_ext.console.main import main
+from litgpt_moe_ext.cli.main import main
+from litgpt_moe_ext.inspect.runs.schedule import planned_rates, schedule_figure
 from litgpt_moe_ext.training.settings import ScheduleArgs
 from tests.training.conftest import logged
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from litgpt_moe_ext.cli.main import main as console
 from litgpt_moe_ext.cli.train import main
-from litgpt_moe_ext.console.main import main as console
 from tests.training.conftest import logged
 
 DENSE = {

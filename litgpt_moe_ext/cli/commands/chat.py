@@ -1,0 +1,185 @@
+"""`litgpt-moe chat`."""
+
+import contextlib
+import sys
+from pathlib import Path
+
+# Of rich; in an order in which neighbours differ. More experts than colours get them with a decoration.
+COLORS = ("cyan", "yellow", "magenta", "green", "red", "blue", "bright_cyan", "bright_yellow", "bright_magenta",
+          "bright_green", "bright_red", "bright_blue", "white", "orange3", "purple", "dark_cyan")  # fmt: skip
+DECORATIONS = ("", "underline ", "reverse ", "reverse underline ")
+# What a terminal would obey, shown as the pictures that Unicode has of control characters.
+_PICTURES = {
+    **{code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"},
+    127: 0x2421,
+    **dict.fromkeys(range(128, 160), 0xFFFD),
+}
+# Tokens that are held back because they might be the beginning of a character, which has four bytes at most.
+_MAX_PENDING = 4
+
+
+def chat(
+    checkpoint_dir: Path,
+    prompt: str | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.8,
+    top_k: int | None = 50,
+    top_p: float = 1.0,
+    show_experts: bool = False,
+    layer: int | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+) -> None:
+    """Continue what you type, token by token; optionally coloured by the experts that wrote each token.
+
+    Ctrl-C stops what is being written and asks for the next text; where a text is asked for it ends the program.
+
+    Args:
+        checkpoint_dir: A LitGPT checkpoint.
+        prompt: Continue this text and end. Default: ask for texts until an empty line or Ctrl-D.
+        max_new_tokens: Most tokens to write. The context of the model ends it earlier, unless it has a streaming cache.
+        temperature: Divides the logits; 0 takes the likeliest token.
+        top_k: Choose among this many likeliest tokens only; null: all.
+        top_p: Choose among the likeliest tokens that together have this probability.
+        show_experts: Colour each token by the expert with the highest gate value of one layer.
+        layer: Which MoE layer that is, counted from 0 among the MoE layers. Default: the middle one.
+        seed: Of the random choice. Default: different each time.
+        device: Where to run, for example cuda. Default: a GPU if there is one.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: {max_new_tokens} must be at least 1")
+    import litgpt_moe_ext
+
+    litgpt_moe_ext.register()
+    import torch
+    from rich.console import Console
+
+    from litgpt_moe_ext.evaluation.hellaswag import encoder
+    from litgpt_moe_ext.evaluation.loading import check_checkpoint_dir, choose_device, load_model, load_tokenizer
+    from litgpt_moe_ext.evaluation.streaming import Sampling
+
+    sampling = Sampling(temperature, top_k, top_p)
+    check_checkpoint_dir(checkpoint_dir)
+    tokenizer = load_tokenizer(checkpoint_dir)
+    model = load_model(checkpoint_dir, choose_device(device))
+    if show_experts:
+        layer = _check_layer(model, layer)
+    if seed is not None:
+        torch.manual_seed(seed)
+    console = Console(highlight=False, soft_wrap=True)
+    writer = _Writer(console, tokenizer, layer if show_experts else None)
+    encode = encoder(tokenizer)
+    if prompt is not None:
+        writer.write(model, encode(prompt), max_new_tokens, sampling)
+        return
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  lets `input` edit lines and remember them
+        console.print("[dim]Type a text to continue. Ctrl-C stops an answer; an empty line or Ctrl-D ends.[/]")
+    sys.stdin.reconfigure(errors="replace")
+    while text := _ask():
+        try:
+            writer.write(model, encode(text), max_new_tokens, sampling)
+        except KeyboardInterrupt:
+            console.print("[dim] (stopped)[/]")
+        except ValueError as error:
+            console.print(f"error: {error}", style="red", markup=False)
+
+
+def _check_layer(model, layer: int | None) -> int:
+    from litgpt_moe_ext.inspect.experts.capture import RoutingRecorder
+
+    count = RoutingRecorder(model).layers
+    if layer is None:
+        return len(count) // 2
+    if not 0 <= layer < len(count):
+        raise ValueError(f"layer: {layer} must be from 0 to {len(count) - 1} (the model has {len(count)} MoE layers)")
+    return layer
+
+
+def _ask() -> str:
+    try:
+        return input("\n> " if sys.stdin.isatty() else "")
+    except EOFError:
+        print()
+        return ""
+    except KeyboardInterrupt:
+        print()
+        raise
+
+
+def style_of(expert: int) -> str:
+    """Return the style, as rich reads it, in which tokens of an expert are printed."""
+    decoration, color = divmod(expert, len(COLORS))
+    return DECORATIONS[decoration % len(DECORATIONS)] + COLORS[color]
+
+
+class TextPieces:
+    """Turns tokens into text as they come.
+
+    A token may be a part of a character, so it is held back until the character is whole. Only the last tokens are
+    decoded each time: those of the piece before show whether a blank belongs between the two.
+
+    Args:
+        decode: Turns a list of token ids into text.
+        before: What the text goes on from.
+    """
+
+    def __init__(self, decode, before: list[int]) -> None:
+        self._decode = decode
+        self._before = before[-_MAX_PENDING:]
+        self._pending: list[int] = []
+
+    def add(self, token: int) -> str:
+        """Return what can be printed after another token; may be empty."""
+        self._pending.append(token)
+        text = self._decode(self._before + self._pending)
+        if text.endswith("\ufffd") and len(self._pending) < _MAX_PENDING:
+            return ""
+        return self.rest()
+
+    def rest(self) -> str:
+        """Return what has been held back."""
+        if not self._pending:
+            return ""
+        known = len(self._decode(self._before)) if self._before else 0
+        text = self._decode(self._before + self._pending)[known:]
+        # What is no character by itself could become one with the next token, and the count above be wrong.
+        self._before, self._pending = [] if text.endswith("\ufffd") else self._pending, []
+        return text
+
+
+class _Writer:
+    """Prints tokens as they come."""
+
+    def __init__(self, console, tokenizer, layer: int | None) -> None:
+        self._console, self._tokenizer, self._layer = console, tokenizer, layer
+
+    def write(self, model, prompt: list[int], max_new_tokens: int, sampling) -> None:
+        from litgpt_moe_ext.evaluation.streaming import stream
+
+        pieces, used, style = TextPieces(self._tokenizer.processor.decode, prompt), {}, None
+        show_experts = self._layer is not None
+        with contextlib.closing(stream(model, prompt, max_new_tokens, sampling, show_experts)) as tokens:
+            for written in tokens:
+                if written.id == self._tokenizer.eos_id:
+                    break
+                if show_experts:
+                    expert = written.experts[self._layer][0]
+                    used[expert] = used.get(expert, 0) + 1
+                    style = style_of(expert)
+                self._print(pieces.add(written.id), style)
+        self._print(pieces.rest(), style)
+        self._console.print()
+        if used:
+            legend = "  ".join(f"[{style_of(e)}]expert {e}[/]: {n}" for e, n in sorted(used.items()))
+            self._console.print(f"[dim]first choice in MoE layer {self._layer}, tokens[/]  {legend}")
+
+    def _print(self, text: str, style: str | None) -> None:
+        from rich.segment import Segment, Segments
+        from rich.style import Style
+
+        # As a segment, because text would have its tabs expanded as if every piece began a line, its [markup] obeyed
+        # and its :names: replaced by emoji.
+        if text:
+            self._console.print(Segments([Segment(text.translate(_PICTURES), Style.parse(style or ""))]))

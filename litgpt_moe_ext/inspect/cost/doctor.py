@@ -1,0 +1,284 @@
+"""Whether this installation can run a recipe: what is there, and what it means.
+
+Each check is a function of what it looks at; none of them trains, downloads or compiles anything.
+"""
+
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from litgpt_moe_ext.inspect.recipes import Recipe
+
+Verdict = Literal["good", "note", "problem"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the page.
+
+    Attributes:
+        topic: What was looked at.
+        verdict: `problem` keeps the recipe from running; `note` is worth knowing.
+        text: What was found, and what it means.
+    """
+
+    topic: str
+    verdict: Verdict
+    text: str
+
+
+def examine(recipe: Recipe | None) -> list[Finding]:
+    """Look at the installation, and at what a recipe asks of it."""
+    findings = [*_versions(), *_device(), _compile(recipe), *_kernels(), _precision(recipe)]
+    if recipe is not None:
+        findings += [_strategy(recipe), *_memory(recipe), _data(recipe), _tokenizer(recipe), _disk(recipe)]
+    return findings
+
+
+def _versions() -> Iterator[Finding]:
+    from litgpt_moe_ext.host.seams import TESTED_LITGPT
+
+    names = ("litgpt-moe-ext", "litgpt", "torch", "lightning", "transformers", "lm-eval")
+    found = ", ".join(f"{name} {_version(name)}" for name in names)
+    yield Finding("versions", "good", f"Python {platform.python_version()}, {found}")
+    if _version("litgpt") != TESTED_LITGPT:
+        text = (
+            f"litgpt {_version('litgpt')} is installed; tested is {TESTED_LITGPT}: pip install litgpt=={TESTED_LITGPT}"
+        )
+        yield Finding("litgpt", "note", text)
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _device() -> Iterator[Finding]:
+    import psutil
+    import torch
+
+    memory = psutil.virtual_memory()
+    capability = torch.backends.cpu.get_cpu_capability()
+    yield Finding(
+        "CPU",
+        "good",
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {capability}, "
+        f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB of memory free",
+    )
+    if not torch.cuda.is_available():
+        built = (
+            f"torch was built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch was built without CUDA"
+        )
+        yield Finding("GPU", "note", f"none that torch can use ({built}); everything runs on the CPU")
+        return
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        yield Finding(
+            f"GPU {index}",
+            "good",
+            f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+            f"{properties.total_memory / 2**30:.0f} GiB",
+        )
+
+
+def _compile(recipe: Recipe | None) -> Finding:
+    import torch
+
+    from litgpt_moe_ext.host.compile import decide, obstacle, probe_platform
+
+    found = probe_platform("cuda" if torch.cuda.is_available() else "cpu")
+    if recipe is None:
+        reason = obstacle(found)
+        text = "torch.compile cannot work: " + reason if reason else "torch.compile has the compiler it needs"
+        return Finding("compile", "note" if reason else "good", text)
+    setting = recipe.settings.get("compile", "auto")
+    if setting is True and (reason := obstacle(found)):
+        return Finding("compile", "problem", f"compile: true cannot work here: {reason}; set compile: auto")
+    return Finding("compile", "good", str(decide(setting, recipe.config, found)))
+
+
+def _kernels() -> Iterator[Finding]:
+    import torch
+
+    from litgpt_moe_ext.moe.kernels.backends import choose_backend
+
+    cuda = torch.cuda.is_available()
+    device, dtype = (torch.device("cuda"), torch.bfloat16) if cuda else (torch.device("cpu"), torch.float32)
+    backend = choose_backend(device, dtype, 64, 64)
+    if backend == "loop":
+        text = "one expert after the other (grouped_mm needs bfloat16 and compute capability 9.0)"
+        yield Finding("experts", "note", text)
+    else:
+        yield Finding("experts", "good", f"backend {backend} for {str(dtype).removeprefix('torch.')}")
+    if importlib.util.find_spec("flash_attn") is not None:
+        yield Finding("flash attention", "good", f"flash-attn {_version('flash-attn')}")
+    else:
+        text = "flash-attn is not installed; torch's own attention is used"
+        yield Finding("flash attention", "note" if cuda else "good", text + ("" if cuda else ", as always on a CPU"))
+
+
+def _precision(recipe: Recipe | None) -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        usable = ["32-true", "16-mixed", *(["bf16-mixed", "bf16-true"] if torch.cuda.is_bf16_supported() else [])]
+    else:
+        usable = ["32-true", "16-mixed", "bf16-mixed", "bf16-true"]
+    wanted = None if recipe is None else recipe.settings.get("precision")
+    if wanted is not None and wanted not in usable:
+        return Finding(
+            "precision", "problem", f"precision: {wanted} does not work on this device; use one of {', '.join(usable)}"
+        )
+    slow = not torch.cuda.is_available() and not torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX"))
+    if slow and wanted is not None and wanted.startswith("bf16"):
+        return Finding("precision", "note", f"precision: {wanted} is slow on a CPU without AVX-512; 32-true is faster")
+    return Finding("precision", "good", f"{wanted or 'chosen by the device'}; usable: {', '.join(usable)}")
+
+
+def _processes(recipe: Recipe) -> int:
+    import torch
+
+    return recipe.devices or torch.cuda.device_count() or 1
+
+
+def _whole(recipe: Recipe) -> bool:
+    # Whether every process has all weights.
+    from litgpt_moe_ext.training.parallel.deepspeed.settings import stage_of
+
+    if (stage := stage_of(recipe.strategy)) is not None:
+        return stage < 3
+    return recipe.strategy in ("auto", "ddp") or _processes(recipe) * recipe.num_nodes == 1
+
+
+def _strategy(recipe: Recipe) -> Finding:
+    import torch
+
+    from litgpt_moe_ext.training.parallel.strategies import accelerator_here, check_strategy, single_process_note
+    from litgpt_moe_ext.training.settings import DistributedArgs
+
+    per_node, nodes = _processes(recipe), recipe.num_nodes
+    try:
+        args = DistributedArgs(**(recipe.settings.get("distributed") or {}))
+        check_strategy(recipe.strategy, args, accelerator_here())
+    except (TypeError, ValueError, ImportError) as error:
+        return Finding("strategy", "problem", str(error))
+    if recipe.memory_savers["fused_cross_entropy"] and not _whole(recipe):
+        text = f"fused_cross_entropy: true needs the whole output head on every process; strategy: {recipe.strategy}"
+        return Finding("strategy", "problem", f"{text} shares it out: use ddp, or leave fused_cross_entropy out")
+    if torch.cuda.is_available() and per_node > torch.cuda.device_count():
+        text = f"devices: {per_node}, but torch can use {torch.cuda.device_count()} GPUs here"
+        return Finding("strategy", "problem", f"{text}; set devices: auto")
+    if note := single_process_note(recipe.strategy, per_node * nodes, args):
+        return Finding("strategy", "note", note)
+    name = "ddp" if recipe.strategy == "auto" and per_node * nodes > 1 else recipe.strategy
+    count = f"{per_node} process{'es' * (per_node > 1)}" + (f" on each of {nodes} nodes" if nodes > 1 else "")
+    return Finding("strategy", "good", f"{name}, {count}")
+
+
+def _memory(recipe: Recipe) -> Iterator[Finding]:
+    import psutil
+    import torch
+
+    from litgpt_moe_ext.inspect.cost.memory import PRECISIONS, training_memory
+    from litgpt_moe_ext.inspect.cost.sharding import block_sizes, process_memory
+
+    cuda = torch.cuda.is_available()
+    precision = recipe.precision or ("bf16-mixed" if cuda else "32-true")
+    if precision not in PRECISIONS:
+        return
+    batch, per_node = recipe.micro_batch_size, _processes(recipe)
+    knobs = recipe.settings.get("distributed") or {}
+    offload = bool(knobs.get("cpu_offload") or knobs.get("offload_optimizer"))
+    try:
+        whole = training_memory(
+            recipe.config,
+            precision,
+            batch,
+            recipe.sequence_length,
+            recipe.optimizer,
+            tie_embeddings=recipe.tie_embeddings,
+            **recipe.memory_savers,
+        )
+        sizes = block_sizes(recipe.config, PRECISIONS[precision][0].itemsize)
+        one = process_memory(whole, *sizes, recipe.strategy, per_node, recipe.num_nodes, offload)
+    except (ImportError, ValueError) as error:
+        yield Finding("memory", "problem", str(error))
+        return
+    # On a CPU all processes of a node share one memory.
+    needed = one.total - one.host if cuda else per_node * one.total
+    free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
+    among = " on each GPU" if cuda and per_node > 1 else f" in {per_node} processes" if per_node > 1 else ""
+    text = f"training in {precision} takes about {needed / 2**30:.2f} GiB of tensors{among}"
+    text += f", {free / 2**30:.1f} GiB are free"
+    if needed > free:
+        yield Finding("memory", "problem", f"{text}; {'; '.join(_remedies(recipe, cuda))}")
+    else:
+        yield Finding("memory", "good", text)
+
+
+def _remedies(recipe: Recipe, cuda: bool) -> Iterator[str]:
+    savers = recipe.memory_savers
+    yield f"lower train.micro_batch_size ({recipe.micro_batch_size})"
+    if savers["activation_checkpointing"] != "full":
+        yield f"set activation_checkpointing ({savers['activation_checkpointing']}) to full"
+    whole = _whole(recipe)
+    if whole and not savers["fused_cross_entropy"]:
+        yield "set fused_cross_entropy to true"
+    if cuda and whole:
+        yield "share the model among several GPUs with strategy: fsdp2"
+
+
+def _data(recipe: Recipe) -> Finding:
+    data = recipe.settings.get("data")
+    if not data:
+        return Finding("data", "note", "the recipe names no data; LitGPT's default, TinyLlama, is a large download")
+    class_path = data if isinstance(data, str) else data.get("class_path", "")
+    module, _, name = class_path.rpartition(".")
+    try:
+        getattr(importlib.import_module(module or "litgpt.data"), name)
+    except (ImportError, AttributeError) as error:
+        return Finding("data", "problem", f"data.class_path: {class_path!r} cannot be imported: {error}")
+    arguments = {} if isinstance(data, str) else data.get("init_args") or {}
+    source = arguments.get("source_path")
+    if source is not None and not Path(source).exists():
+        return Finding("data", "problem", f"data.init_args.source_path: {source!r} does not exist")
+    path = arguments.get("data_path")
+    if path is not None and not (Path(path).is_dir() and any(Path(path).iterdir())):
+        return Finding("data", "note", f"{class_path}; nothing in {path!r} yet, the run will prepare it")
+    return Finding("data", "good", class_path + (f" in {path!r}" if path is not None else ""))
+
+
+def _tokenizer(recipe: Recipe) -> Finding:
+    from litgpt_moe_ext.training.checks import open_tokenizer
+
+    directory = recipe.settings.get("tokenizer_dir")
+    if directory is None:
+        return Finding("tokenizer", "good", "the recipe names none; data modules of this plugin make their own")
+    try:
+        open_tokenizer(Path(directory), recipe.config.padded_vocab_size)
+    except (OSError, ValueError) as error:
+        return Finding("tokenizer", "problem", str(error))
+    return Finding("tokenizer", "good", f"{directory} opens and fits the vocabulary")
+
+
+def _disk(recipe: Recipe) -> Finding:
+    from litgpt_moe_ext.model_size import count_parameters
+
+    out_dir = Path(recipe.settings.get("out_dir") or "out/pretrain")
+    existing = next(path for path in (out_dir.absolute(), *out_dir.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    # Parameters and two moments of AdamW in float32.
+    checkpoint = 12 * count_parameters(recipe.config, recipe.tie_embeddings).total
+    text = (
+        f"a training checkpoint takes about {checkpoint / 2**30:.2f} GiB, {free / 2**30:.1f} GiB are free in {existing}"
+    )
+    if free < 2 * checkpoint:
+        return Finding("disk", "problem", f"{text}; two must fit, since one is written before another goes")
+    return Finding("disk", "good", text)

@@ -1,0 +1,73 @@
+"""The learning rate over a training that has not begun."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import torch
+from litgpt.utils import instantiate_torch_optimizer
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from litgpt_moe_ext.inspect.figures import STYLE
+from litgpt_moe_ext.training.optim.optimization import Optimization, count_steps, schedule_steps
+from litgpt_moe_ext.training.settings import ParameterGroupArgs
+
+_STYLES = ("-", "--", "-.", ":")
+
+
+def planned_rates(settings: Any, name: str) -> list[float]:
+    """Return the learning rate of every optimizer step of a training, from the code that the training runs.
+
+    Args:
+        settings: Of the run, as from the parser of `run_train.py`.
+        name: Shape of the schedule, in place of the recipe's.
+
+    Raises:
+        ValueError: If the training has no step, or needs its data to know the length of the warm-up.
+    """
+    train = settings.train
+    if train.lr_warmup_fraction:
+        raise ValueError(
+            f"train.lr_warmup_fraction: {train.lr_warmup_fraction} is a part of the data's length, which is not known "
+            "here; give train.lr_warmup_steps"
+        )
+    tokens_per_step = train.global_batch_size * (train.max_seq_length or _block_size(settings))
+    steps = count_steps(train, tokens_per_step)
+    if steps < 1:
+        raise ValueError(f"train.max_tokens: {train.max_tokens} is less than one step of {tokens_per_step} tokens")
+    accumulation = train.gradient_accumulation_iters(1, 1)
+    max_iters = (train.max_tokens or 0) // (tokens_per_step // accumulation)
+    warmup, total = schedule_steps(train.warmup_iters(1, 1, max_iters, None), max_iters, accumulation)
+    optimizer = instantiate_torch_optimizer(settings.optimizer, [torch.nn.Parameter(torch.zeros(1))])
+    args = dataclasses.replace(settings.schedule, name=name)
+    optimization = Optimization(args, ParameterGroupArgs(), scaled=False)
+    peak, floor = optimizer.defaults["lr"], train.min_lr
+    return [optimization.learning_rate(step, peak, floor, warmup, total) for step in range(steps)]
+
+
+def schedule_figure(rates: Mapping[str, Sequence[float]]) -> Figure:
+    """Draw learning rates over optimizer steps, a line for each schedule by name."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6, 3.2), layout="constrained")
+        axes = figure.subplots()
+        for i, (name, values) in enumerate(rates.items()):
+            # Curves may lie on top of each other for most of their length.
+            axes.plot(range(1, len(values) + 1), values, _STYLES[i % len(_STYLES)], linewidth=1.3, label=name)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("learning rate")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        axes.grid(alpha=0.25, linewidth=0.5)
+        figure.legend(loc="outside right center")
+    return figure
+
+
+def _block_size(settings: Any) -> int:
+    if settings.model_config is not None:
+        return settings.model_config.block_size
+    from litgpt import Config
+
+    return Config.from_name(settings.model_name).block_size

@@ -1,0 +1,118 @@
+"""The doctor sees what would keep a recipe from running."""
+
+import pytest
+import yaml
+
+from litgpt_moe_ext.cli.main import main
+from litgpt_moe_ext.inspect.cost import doctor
+from litgpt_moe_ext.inspect.recipes import Recipe
+from tests.models import moe_config
+
+MODEL = {"n_layer": 1, "n_embd": 16, "n_head": 2, "block_size": 16, "padded_vocab_size": 64, "vocab_size": 64}
+
+
+def verdicts(settings: dict) -> dict[str, str]:
+    return {finding.topic: finding.verdict for finding in doctor.examine(Recipe(moe_config(), settings))}
+
+
+def test_a_recipe_that_can_run(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    data = {"class_path": "litgpt_moe_ext.data.PythonStdlib", "init_args": {"data_path": str(tmp_path / "data")}}
+    recipe.write_text(yaml.safe_dump({"model_config": MODEL, "out_dir": str(tmp_path / "out"), "data": data}))
+    assert main(["doctor", str(recipe)]) == 0
+    page = capsys.readouterr().out
+    for topic in (
+        "versions",
+        "CPU",
+        "compile",
+        "experts",
+        "flash attention",
+        "precision",
+        "strategy",
+        "memory",
+        "data",
+        "disk",
+    ):
+        assert topic in page
+    assert "can run here" in page
+    assert not (tmp_path / "out").exists(), "looking changes nothing"
+
+
+@pytest.mark.parametrize(
+    ("settings", "topic"),
+    [
+        ({"data": {"class_path": "litgpt_moe_ext.data.Nothing"}}, "data"),
+        (
+            {"data": {"class_path": "litgpt_moe_ext.data.PythonStdlib", "init_args": {"source_path": "/no/such"}}},
+            "data",
+        ),
+        ({"tokenizer_dir": "/no/such/tokenizer"}, "tokenizer"),
+        ({"precision": "64-quantum"}, "precision"),
+        ({"strategy": "fsdp", "devices": 2}, "strategy"),
+        ({"strategy": "zero9", "devices": 2}, "strategy"),
+        ({"strategy": "fsdp2", "devices": 2, "distributed": {"bucket_mb": 5}}, "strategy"),
+        ({"strategy": "fsdp2", "devices": 2, "fused_cross_entropy": True}, "strategy"),
+        ({"strategy": "ddp", "distributed": {"cpu_offload": True}}, "strategy"),
+    ],
+)
+def test_problems_are_found(settings, topic):
+    assert verdicts(settings)[topic] == "problem"
+    assert verdicts({})[topic] != "problem"
+
+
+def test_memory_takes_the_whole_recipe_into_account(monkeypatch):
+    """What does not fit fits with one of the remedies that are named."""
+
+    def memory(**settings):
+        findings = doctor.examine(Recipe(moe_config(padded_vocab_size=4096, n_layer=6), settings))
+        return next(finding for finding in findings if finding.topic == "memory")
+
+    import psutil
+
+    total = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: total._replace(available=8_000_000))
+    found = memory(micro_batch_size=8)
+    assert found.verdict == "problem"
+    assert "lower train.micro_batch_size (4); set activation_checkpointing (none) to full; set fused" in found.text
+    assert memory(activation_checkpointing="full", fused_cross_entropy=True).verdict == "good"
+    shared = memory(activation_checkpointing="full", fused_cross_entropy=True, devices=4)
+    assert shared.verdict == "problem"
+    assert "in 4 processes" in shared.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "verdict", "text"),
+    [
+        ({"strategy": "fsdp2"}, "note", "fsdp2 has nothing to share out in a single process"),
+        ({"strategy": "fsdp2", "devices": 2, "num_nodes": 3}, "good", "fsdp2, 2 processes on each of 3 nodes"),
+        ({"devices": 2}, "good", "ddp, 2 processes"),
+    ],
+)
+def test_strategies_are_named(settings, verdict, text):
+    findings = doctor.examine(Recipe(moe_config(), settings))
+    found = next(finding for finding in findings if finding.topic == "strategy")
+    assert found.verdict == verdict
+    assert text in found.text
+
+
+def test_a_full_disk_is_a_problem(monkeypatch):
+    usage = doctor.shutil.disk_usage("/")
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    assert verdicts({})["disk"] == "problem"
+
+
+def test_the_exit_status_tells(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"model_config": MODEL, "tokenizer_dir": str(tmp_path / "nothing")}))
+    assert main(["doctor", str(recipe)]) == 1
+    assert "PROBLEM" in capsys.readouterr().out
+    assert main(["doctor"]) == 0
+
+
+def test_a_broken_tokenizer_is_a_finding(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    found = next(
+        f for f in doctor.examine(Recipe(moe_config(), {"tokenizer_dir": str(tmp_path)})) if f.topic == "tokenizer"
+    )
+    assert found.verdict == "problem"
+    assert "cannot be opened" in found.text

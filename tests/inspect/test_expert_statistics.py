@@ -1,0 +1,77 @@
+"""Statistics of routings made by hand, whose answers are known."""
+
+import math
+
+import pytest
+import torch
+
+from litgpt_moe_ext.inspect.experts import statistics
+
+
+def test_load_mass_and_pairs():
+    experts = torch.tensor([[0, 1], [0, 2], [1, 0]])
+    weights = torch.tensor([[0.5, 0.5], [0.9, 0.1], [0.25, 0.75]])
+    assert statistics.expert_load(experts, 4).tolist() == [3, 2, 1, 0]
+    assert statistics.gate_mass(weights, experts, 4).tolist() == pytest.approx([2.15 / 3, 0.75 / 3, 0.1 / 3, 0])
+    pairs = statistics.coactivation(experts, 4)
+    assert pairs.tolist() == [[3, 2, 1, 0], [2, 2, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
+
+
+def test_even_pairs_have_lift_one():
+    experts = torch.combinations(torch.arange(4), 2)
+    lift = statistics.coactivation_lift(statistics.coactivation(experts, 5))
+    off_diagonal = ~torch.eye(4, dtype=torch.bool)
+    assert torch.allclose(lift[:4, :4][off_diagonal], torch.ones(12, dtype=torch.float64))
+    assert lift.diagonal().isnan().all()
+    assert lift[4].isnan().all(), "an expert without tokens has no expectation"
+
+
+def test_pairs_that_always_go_together():
+    lift = statistics.coactivation_lift(statistics.coactivation(torch.tensor([[0, 1]] * 5 + [[2, 3]] * 5), 4))
+    # Of the six pairs two are ever seen, each three times as often as if pairs were even.
+    assert lift[0, 1].item() == lift[2, 3].item() == pytest.approx(3)
+    assert lift[0, 2].item() == 0
+
+
+def test_specialists_and_generalists():
+    classes = torch.tensor([0, 0, 1, 1])
+    specialists = statistics.class_counts(classes, torch.tensor([[0], [0], [1], [1]]), 2, 2)
+    generalists = statistics.class_counts(classes, torch.tensor([[0], [1], [0], [1]]), 2, 2)
+    assert specialists.tolist() == [[2, 0], [0, 2]]
+    assert statistics.normalized_information(specialists) == pytest.approx(1)
+    assert statistics.normalized_information(generalists) == pytest.approx(0, abs=1e-12)
+    assert math.isnan(statistics.normalized_information(torch.tensor([[3, 4]])))
+    assert statistics.lift(specialists).tolist() == [[2, 0], [0, 2]]
+    assert statistics.lift(generalists).tolist() == [[1, 1], [1, 1]]
+
+
+def test_specific_tokens():
+    # Token 7 always visits expert 1, token 5 visits both alike, token 9 once.
+    ids = torch.tensor([7] * 10 + [5] * 20 + [9])
+    experts = torch.tensor([[1]] * 10 + [[0], [1]] * 10 + [[0]])
+    found = statistics.specific_tokens(ids, experts, 2, best=3)
+    assert found[1][0].id == 7
+    assert (found[1][0].count, found[1][0].share) == (10, 1.0)
+    assert [token.id for token in found[0]] == [5, 9]
+    # Dunning's G^2 of the table (10, 0; 10, 11).
+    table = [(10, 10, 20), (10, 21, 20), (11, 21, 11)]
+    expected = 2 * sum(cell * math.log(cell * 31 / (row * column)) for cell, row, column in table)
+    assert found[1][0].score == pytest.approx(expected)
+
+
+def test_agreement_up_to_names():
+    first = torch.tensor([[0, 1], [1, 2], [2, 0], [0, 1]])
+    renamed = torch.tensor([2, 0, 1])[first]
+    found = statistics.agreement(first, renamed, 3)
+    assert found.matching == [2, 0, 1]
+    assert found.matched == 1
+    assert found.same < 1
+    assert statistics.agreement(first, first, 3).same == 1
+
+
+def test_agreement_of_strangers_is_chance():
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.rand(20000, 8, generator=generator).topk(2).indices for _ in range(2))
+    found = statistics.agreement(first, second, 8)
+    assert found.chance == pytest.approx(2 / 8, abs=0.01)
+    assert found.matched == pytest.approx(found.chance, abs=0.02)

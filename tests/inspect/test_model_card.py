@@ -1,0 +1,243 @@
+"""The figures of a model card against sums by hand and against training steps that are really made."""
+
+import contextlib
+from functools import partial
+
+import pytest
+import torch
+import yaml
+from litgpt import GPT
+from litgpt.utils import chunked_cross_entropy
+
+from litgpt_moe_ext.cli.main import main
+from litgpt_moe_ext.inspect.cost.memory import (
+    PRECISIONS,
+    LiveMemory,
+    TrainingMemory,
+    inference_memory,
+    save_memory,
+    state_ratio,
+    training_memory,
+)
+from litgpt_moe_ext.inspect.cost.model_card import make_card
+from litgpt_moe_ext.inspect.cost.sharding import STRATEGIES, block_sizes, process_memory
+from litgpt_moe_ext.inspect.recipes import Recipe, load_recipe
+from litgpt_moe_ext.model_size import count_flops
+from tests.models import initialized_model, moe_config
+
+LENGTH = 32
+RECIPE = {
+    "block_size": LENGTH, "n_layer": 2, "n_embd": 16, "n_head": 4, "vocab_size": 64, "padded_vocab_size": 64,
+    "n_expert": 8, "n_expert_per_token": 2, "moe_intermediate_size": 12, "bias": False, "parallel_residual": False,
+}  # fmt: skip
+NO_SAVERS = {"activation_checkpointing": "none", "fused_cross_entropy": False}
+
+
+def test_live_memory_sees_the_worst_moment():
+    with LiveMemory() as memory:
+        kept = torch.empty(1000, dtype=torch.uint8)
+        passing = torch.empty(500, dtype=torch.uint8)
+        view = kept[:10]
+        assert memory.live() == 1500
+        del passing
+        torch.empty(200, dtype=torch.uint8)
+        assert memory.live() == 1000
+        assert memory.peak == 1500
+        memory.reset()
+        assert memory.peak == 1000
+    assert len(view) == 10
+
+
+def measured(config, precision: str, batch: int, **savers) -> tuple[int, int]:
+    """Return bytes of the gradients, and what a micro batch adds at the peak, of a real step on the CPU."""
+    dtype, autocast = PRECISIONS[precision]
+    model = initialized_model(config).to(dtype)
+    cross_entropy = partial(chunked_cross_entropy, chunk_size=0)
+    cross_entropy = save_memory(model, cross_entropy, **{**NO_SAVERS, **savers})
+    ids = torch.randint(0, config.vocab_size, (batch, LENGTH + 1))
+    with LiveMemory() as memory:
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.view(-1)  # makes it known
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        memory.reset()
+        before = memory.live()
+        with contextlib.nullcontext() if autocast is None else torch.autocast("cpu", autocast):
+            loss = cross_entropy(model(ids[:, :-1]), ids[:, 1:])
+        loss.backward()
+        gradients = sum(p.grad.numel() * p.grad.itemsize for p in model.parameters())
+        return gradients, memory.peak - before
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"n_shared_expert": 1, "attention_class_name": "SinkAttention"},
+        {"mlp_class_name": "NoisyTopKMoE", "mlp_activation": "relu"},
+        {"mlp_class_name": "LLaMAMLP", "n_expert": 0, "n_expert_per_token": 0, "intermediate_size": 48},
+    ],
+    ids=["plain", "shared_sinks", "noisy_relu", "dense"],
+)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_training_memory_is_that_of_a_real_step(settings, precision):
+    if settings.get("mlp_class_name") == "LLaMAMLP":
+        settings = {**settings, "moe_intermediate_size": None}
+    config = moe_config(n_embd=64, moe_intermediate_size=48, padded_vocab_size=256, **_without(settings))
+    estimate = training_memory(config, precision, 8, LENGTH, "AdamW")
+    gradients, activations = measured(config, precision, 8)
+    assert estimate.gradients == gradients
+    assert estimate.activations == pytest.approx(activations, rel=0.05)
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_memory_savers_save_what_they_save_in_a_real_step(mode, fused):
+    config = moe_config(
+        n_layer=4, n_embd=64, moe_intermediate_size=48, padded_vocab_size=1024, attention_class_name="SinkAttention"
+    )
+    savers = {"activation_checkpointing": mode, "fused_cross_entropy": fused}
+    estimate = training_memory(config, "32-true", 8, LENGTH, "AdamW", **savers).activations
+    assert estimate == pytest.approx(measured(config, "32-true", 8, **savers)[1], rel=0.06)
+    if mode != "none" or fused:
+        assert estimate < 0.9 * training_memory(config, "32-true", 8, LENGTH, "AdamW").activations
+
+
+def test_processes_share():
+    memory = TrainingMemory(weights=1000, gradients=1000, optimizer=2000, activations=500)
+    of = partial(process_memory, memory, 100, 300)
+    assert of("fsdp", 1, 1) == (1000, 1000, 2000, 0, 500, 0)
+    assert of("auto", 4, 1) == of("ddp", 4, 1) == (1000, 1000, 2000, 1000, 500, 0)
+    # Everything outside the blocks, two blocks, and the largest gradient that is whole.
+    assert of("fsdp", 4, 1) == of("fsdp2", 4, 1) == (250, 250, 500, 300 + 200 + 300, 500, 0)
+    assert of("fsdp_shard_grad_op", 4, 1) == (250, 250, 500, 1000 + 300, 500, 0)
+    # Within a node, or among all.
+    assert of("fsdp", 4, 2)[:3] == (250, 250, 500)
+    assert of("fsdp2", 4, 2)[:3] == (125, 125, 250)
+    # ZeRO: of 1000 + 2000 bytes of float32 weights and optimizer, then of the gradients, then of the weights as well.
+    assert of("deepspeed_stage_1", 4, 1) == (1000, 1000, 750, 1000, 500, 0)
+    assert of("deepspeed_stage_2", 4, 1) == (1000, 250, 750, 1000, 500, 0)
+    assert of("deepspeed_stage_3", 2, 2) == (250, 250, 750, 300 + 200 + 300, 500, 0)
+    assert of("deepspeed_stage_2", 1, 1, cpu_offload=True).host == 3000
+    offloaded = of("fsdp2", 4, 1, cpu_offload=True)
+    assert offloaded.host == 1000
+    assert offloaded.total == of("fsdp2", 4, 1).total
+    with pytest.raises(ValueError, match="strategy: 'zero9' is unknown; choose from auto, ddp, fsdp"):
+        of("zero9", 4, 1)
+
+
+def test_blocks_and_the_rest_are_all_parameters():
+    config = moe_config(n_layer=3, first_k_dense_replace=1, intermediate_size=24)
+    model = GPT(config)
+    block, outside = block_sizes(config, 4)
+    assert block == 4 * sum(p.numel() for p in model.transformer.h[1].parameters())
+    assert outside == 4 * (2 * 64 * 16 + 16)  # two tables and a norm
+
+
+def _without(settings: dict) -> dict:
+    return {name: value for name, value in settings.items() if name != "moe_intermediate_size"}
+
+
+def test_weights_and_optimizer_are_exact():
+    config = moe_config()
+    model = GPT(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    memory = training_memory(config, "32-true", 1, LENGTH, "AdamW")
+    buffers = sum(b.numel() * b.itemsize for b in model.buffers())
+    assert memory.weights == 4 * parameters + buffers
+    assert (memory.gradients, memory.optimizer) == (4 * parameters, 8 * parameters)
+    assert memory.total == sum(memory)
+    half = training_memory(config, "bf16-true", 1, LENGTH, "AdamW")
+    assert (half.gradients, half.optimizer) == (2 * parameters, 4 * parameters)
+
+
+@pytest.mark.parametrize(("optimizer", "numbers"), [("AdamW", 2), ("SGD", 0), ("Adagrad", 1)])
+def test_state_of_optimizers(optimizer, numbers):
+    assert state_ratio(optimizer, torch.float32) == numbers
+
+
+@pytest.mark.parametrize("attention", [None, "SinkAttention"])
+def test_cache_is_keys_and_values(attention):
+    config = moe_config(attention_class_name=attention)
+    memory = inference_memory(config, torch.float32)
+    # Two layers, keys and values, two groups of four elements of four bytes for each of the positions.
+    assert memory.kv_cache == 2 * 2 * 2 * 4 * 4 * config.block_size
+
+
+def test_flops_are_those_of_the_active_matrices():
+    config = moe_config()
+    D, F, E, K, T, V = 16, 12, 8, 2, LENGTH, 64
+    attention = 2 * D * (16 + 2 * 8) + 2 * D * D + 4 * T * D
+    layer = attention + 2 * D * E + K * 3 * 2 * D * F
+    assert count_flops(config, T, training=False) == T * (2 * layer + 2 * D * V)
+    assert count_flops(config, T, training=True) > 2.5 * count_flops(config, T, training=False)
+
+
+def test_card_takes_the_settings_of_the_recipe():
+    settings = {"train": {"micro_batch_size": 3, "max_seq_length": 16}, "optimizer": {"class_path": "torch.optim.SGD"}}
+    card = make_card(Recipe(moe_config(), settings))
+    assert (card.micro_batch_size, card.sequence_length, card.optimizer) == (3, 16, "SGD")
+    assert card.parameters_active < card.parameters_total
+    assert card.processes == {}
+    assert card.training["32-true"]["optimizer"] == 0
+    assert card.checkpoint_training["32-true"] == card.checkpoint_weights["float32"]
+    assert make_card(Recipe(moe_config(), settings), micro_batch_size=1).micro_batch_size == 1
+
+
+def test_tied_tables_count_once():
+    tied, untied = (make_card(Recipe(moe_config(), {"train": {"tie_embeddings": tie}})) for tie in (True, False))
+    table = 64 * 16
+    assert untied.parameters_total - tied.parameters_total == table
+    for part, copies in (("weights", 1), ("gradients", 1), ("optimizer", 2)):
+        assert untied.training["32-true"][part] - tied.training["32-true"][part] == 4 * copies * table
+    assert untied.checkpoint_weights["float32"] - tied.checkpoint_weights["float32"] == 4 * table
+
+
+def test_card_knows_savers_and_strategies(tmp_path, capsys):
+    settings = {
+        "model_config": {**RECIPE, "mlp_class_name": "SharedExpertMoE"},
+        "activation_checkpointing": "full",
+        "fused_cross_entropy": True,
+        "precision": "bf16-true",
+        "devices": 4,
+        "num_nodes": 2,
+    }
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(settings))
+    card = make_card(load_recipe(recipe))
+    assert set(card.activations) == {
+        "none", "selective", "full", "none + fused", "selective + fused", "full + fused"
+    }  # fmt: skip
+    assert card.training["bf16-true"]["activations"] == card.activations["full + fused"] < card.activations["none"]
+    assert set(card.processes) == set(STRATEGIES)
+    assert card.processes["fsdp2"]["weights"] == -(-card.training["bf16-true"]["weights"] // 8)
+    assert main(["model-card", str(recipe)]) == 0
+    page = " ".join(capsys.readouterr().out.split())
+    assert "activation checkpointing full, fused cross-entropy" in page
+    assert "Each of 4 processes on each of 2 nodes, bf16-true" in page
+    assert main(["model-card", str(recipe), "--devices=0"]) == 2
+    assert "devices: 0 must be at least 1" in capsys.readouterr().err
+
+
+def test_llama_moe_can_be_carded():
+    card = make_card(Recipe(moe_config(mlp_class_name="LLaMAMoE")), micro_batch_size=1)
+    ours = make_card(Recipe(moe_config()), micro_batch_size=1)
+    assert card.parameters_total == ours.parameters_total
+    assert card.flops_per_token_forward == ours.flops_per_token_forward
+
+
+def test_wrong_recipes_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_recipe(tmp_path / "nothing.yaml")
+    with pytest.raises(FileNotFoundError, match=r"no model_config\.yaml"):
+        load_recipe(tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("train: {}")
+    with pytest.raises(ValueError, match="neither model_config nor model_name"):
+        load_recipe(recipe)
+    recipe.write_text("model_config: {n_expert: 3, mlp_class_name: SharedExpertMoE, n_expert_per_token: 9}")
+    with pytest.raises(ValueError, match="n_expert_per_token: 9"):
+        load_recipe(recipe)
+    recipe.write_text("- a list")
+    with pytest.raises(ValueError, match="list instead of settings"):
+        load_recipe(recipe)

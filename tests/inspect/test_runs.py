@@ -1,0 +1,76 @@
+"""Runs as they are read from csv logs."""
+
+import numpy as np
+import pytest
+
+from litgpt_moe_ext.cli.main import main
+from litgpt_moe_ext.inspect.runs.figures import curves_figure, load_over_steps_figure, thinned
+from litgpt_moe_ext.inspect.runs.logs import distinct_names, load_run
+
+HEADER = (
+    "iter,step,iter_time,loss,total_tokens,val_loss,moe/max_vio,grad_norm,moe_load_01/expert_00,moe_load_01/expert_01"
+)
+
+
+def write_log(directory, version, lines):
+    folder = directory / "logs" / "csv" / f"version_{version}"
+    folder.mkdir(parents=True)
+    (folder / "metrics.csv").write_text("\n".join([HEADER, *lines]) + "\n")
+
+
+@pytest.fixture
+def resumed(tmp_path):
+    directory = tmp_path / "a" / "run"
+    write_log(directory, 0, ["2,1,0.5,3.0,100,,0.2,1.0,1.2,0.8", ",1,,,,2.9,,,,", "4,2,0.5,2.5,200,,0.1,1.0,1.1,0.9"])
+    write_log(directory, 10, ["6,3,0.25,1.5,300,,0.0,2.0,1.0,1.0"])
+    write_log(directory, 2, ["4,2,0.5,2.0,200,,0.1,1.0,0.6,1.4"])
+    return directory
+
+
+def test_parts_of_a_resumed_run_are_put_together(resumed):
+    run = load_run(resumed)
+    tokens, loss = run.series("loss")
+    assert tokens.tolist() == [100, 200, 300]
+    assert loss.tolist() == [3.0, 2.0, 1.5], "the repeated step counts once, as the later part has it"
+    assert [values.tolist() for values in run.series("val_loss")] == [[100], [2.9]]
+    assert [values.tolist() for values in run.tokens_per_second()] == [[100, 200, 300], [100, 100, 200]]
+    steps, layers = run.expert_load()
+    assert steps.tolist() == [1, 2, 3]
+    assert list(layers) == [1]
+    assert np.array_equal(layers[1], [[1.2, 0.6, 1.0], [0.8, 1.4, 1.0]])
+    assert len(run.series("nothing")[1]) == 0
+
+
+def test_command_draws(resumed, tmp_path, capsys):
+    other = tmp_path / "b" / "run"
+    write_log(other, 0, ["1,1,0.5,3.5,100,,,,,"])
+    assert distinct_names([resumed, other]) == ["a/run", "b/run"]
+    out = tmp_path / "out"
+    assert main(["compare-runs", str(resumed), str(other), f"--out_dir={out}"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["curves.png", "load-0.png", "report.html"]
+    assert "a/run" in capsys.readouterr().out
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "http" not in page
+
+
+def test_figures_show_the_numbers(resumed):
+    run = load_run(resumed)
+    loss_panel = curves_figure([run]).axes[0]
+    assert loss_panel.lines[0].get_ydata().tolist() == [3.0, 2.0, 1.5]
+    (image,) = load_over_steps_figure(run.name, *run.expert_load()).axes[0].images
+    assert np.allclose(image.get_array(), np.log2([[1.2, 0.6, 1.0], [0.8, 1.4, 1.0]]))
+    assert image.get_extent() == [0.5, 3.5, 1.5, -0.5]
+
+
+def test_columns_are_thinned_by_their_means():
+    values = np.arange(14.0).reshape(2, 7)
+    assert thinned(values, 7) is not values
+    assert np.array_equal(thinned(values, 10), values)
+    assert thinned(values, 3).tolist() == [[0.5, 2.5, 5.0], [7.5, 9.5, 12.0]]
+    assert thinned(values, 1).tolist() == [[3.0], [10.0]]
+
+
+def test_a_directory_without_logs_is_named(tmp_path, capsys):
+    assert main(["compare-runs", str(tmp_path)]) == 2
+    assert "logger_name: csv" in capsys.readouterr().err
