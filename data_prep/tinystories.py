@@ -9,9 +9,9 @@ script it prepares it itself.
 from pathlib import Path
 from typing import Literal
 
-from litgpt_moe_ext.data.corpora import TinyStories
-from litgpt_moe_ext.data.scripts import prepare, run_script
-from litgpt_moe_ext.data.tokenizer import BPESettings
+from litgpt_moe_ext.data.pipeline.corpora import TinyStories
+from litgpt_moe_ext.data.pipeline.scripts import prepare, run_script
+from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings
 
 
 def main(

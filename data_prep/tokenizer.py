@@ -8,10 +8,10 @@ is copied and checked.
 
 from pathlib import Path
 
-from litgpt_moe_ext.data.prepare import atomic_directory
-from litgpt_moe_ext.data.scripts import run_script
-from litgpt_moe_ext.data.tokenizer import require_eos
-from litgpt_moe_ext.data.tokenizer_files import read_tokenizer, write_tokenizer
+from litgpt_moe_ext.data.pipeline.corpus import atomic_directory
+from litgpt_moe_ext.data.pipeline.scripts import run_script
+from litgpt_moe_ext.data.pipeline.tokenizer import require_eos
+from litgpt_moe_ext.data.pipeline.tokenizer_files import read_tokenizer, write_tokenizer
 
 
 def main(source_path: Path, out_dir: Path) -> None:

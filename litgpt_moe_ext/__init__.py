@@ -6,11 +6,11 @@ only arranges that LitGPT's modules are extended once somebody imports them (or 
 `litgpt` commands open the plugin's checkpoints. Set `LITGPT_MOE_EXT_DISABLE=1` to switch everything off.
 """
 
-from litgpt_moe_ext.host import autoload as _autoload
+from litgpt_moe_ext.host import autoload
 
 __version__ = "0.1.0"
 
-_autoload.install()
+autoload.install()
 
 
 def register() -> None:
@@ -22,7 +22,7 @@ def register() -> None:
         RuntimeError: If the installed LitGPT lacks something the plugin builds on (the message names it), or if the
             plugin is switched off by `LITGPT_MOE_EXT_DISABLE=1`.
     """
-    _autoload.require_enabled()
+    autoload.require_enabled()
     from litgpt_moe_ext.host.seams import register as register_in_litgpt
 
     register_in_litgpt()

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.data.loader import TokenLoader
-    from litgpt_moe_ext.data.prepared import PreparedCorpus, WandbCorpus
-    from litgpt_moe_ext.data.python_stdlib import PythonStdlib
-    from litgpt_moe_ext.data.text import CodeParrot, HubDataset, TextCorpus, TinyStories
-    from litgpt_moe_ext.data.token_shards import TokenShards
+    from litgpt_moe_ext.data.modules.prepared import PreparedCorpus, WandbCorpus
+    from litgpt_moe_ext.data.modules.python_stdlib import PythonStdlib
+    from litgpt_moe_ext.data.modules.text import CodeParrot, HubDataset, TextCorpus, TinyStories
+    from litgpt_moe_ext.data.modules.token_shards import TokenShards
 
 __all__ = [
     "CodeParrot",
@@ -26,15 +26,15 @@ __all__ = [
 ]
 
 _HOME = {
-    "CodeParrot": "litgpt_moe_ext.data.text",
-    "HubDataset": "litgpt_moe_ext.data.text",
-    "PreparedCorpus": "litgpt_moe_ext.data.prepared",
-    "PythonStdlib": "litgpt_moe_ext.data.python_stdlib",
-    "TextCorpus": "litgpt_moe_ext.data.text",
-    "TinyStories": "litgpt_moe_ext.data.text",
+    "CodeParrot": "litgpt_moe_ext.data.modules.text",
+    "HubDataset": "litgpt_moe_ext.data.modules.text",
+    "PreparedCorpus": "litgpt_moe_ext.data.modules.prepared",
+    "PythonStdlib": "litgpt_moe_ext.data.modules.python_stdlib",
+    "TextCorpus": "litgpt_moe_ext.data.modules.text",
+    "TinyStories": "litgpt_moe_ext.data.modules.text",
     "TokenLoader": "litgpt_moe_ext.data.loader",
-    "TokenShards": "litgpt_moe_ext.data.token_shards",
-    "WandbCorpus": "litgpt_moe_ext.data.prepared",
+    "TokenShards": "litgpt_moe_ext.data.modules.token_shards",
+    "WandbCorpus": "litgpt_moe_ext.data.modules.prepared",
 }
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext.host import autoload as _autoload
+from litgpt_moe_ext.host import autoload
 
 
 def install() -> None:
@@ -29,11 +29,11 @@ def install() -> None:
     import litgpt.model as model
 
     _repair_llama_moe(model.LLaMAMoE)
-    _autoload.when_imported("torch.utils.flop_counter", _register_grouped_mm)
+    autoload.when_imported("torch.utils.flop_counter", _register_grouped_mm)
     # Its operators exist only once the package has been imported.
-    _autoload.when_imported(
+    autoload.when_imported(
         "flash_attn.flash_attn_interface",
-        lambda _: _autoload.when_imported("torch.utils.flop_counter", _register_flash_attn),
+        lambda _: autoload.when_imported("torch.utils.flop_counter", _register_flash_attn),
     )
 
 

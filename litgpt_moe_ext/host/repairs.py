@@ -6,7 +6,7 @@ None of them changes what a model computes.
 
 import importlib.metadata
 
-from litgpt_moe_ext.host import autoload as _autoload
+from litgpt_moe_ext.host import autoload
 
 
 def install_patches() -> None:
@@ -15,8 +15,8 @@ def install_patches() -> None:
 
     flops.install()
     if not litgpt_newer_than("0.5.13"):
-        _autoload.when_imported("litgpt.pretrain", token_rate.install)
-    _autoload.when_imported("litgpt.pretrain", compile.install)
+        autoload.when_imported("litgpt.pretrain", token_rate.install)
+    autoload.when_imported("litgpt.pretrain", compile.install)
 
 
 def litgpt_newer_than(version: str) -> bool:

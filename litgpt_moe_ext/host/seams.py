@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from litgpt_moe_ext import __version__
-from litgpt_moe_ext.host import autoload as _autoload
+from litgpt_moe_ext.host import autoload
 from litgpt_moe_ext.host.config import MLP_CLASS_NAMES, extend_config, uses_plugin, without_unused_fields
 
 TESTED_LITGPT = "0.5.13"
@@ -84,11 +84,11 @@ def _extend_litgpt() -> None:
     install_optimizer_hook()
     install_patches()
     for loop in ("litgpt.pretrain", "litgpt.finetune.full"):
-        _autoload.when_imported(loop, _mark_loss)
+        autoload.when_imported(loop, _mark_loss)
     for module in ("litgpt.lora", "litgpt.adapter_v2"):
-        _autoload.when_imported(module, _refuse_mlp_classes)
-    _autoload.when_imported("litgpt.scripts.convert_lit_checkpoint", _refuse_conversion)
-    _autoload.when_imported("litgpt.eval.evaluate", _extend_evaluate)
+        autoload.when_imported(module, _refuse_mlp_classes)
+    autoload.when_imported("litgpt.scripts.convert_lit_checkpoint", _refuse_conversion)
+    autoload.when_imported("litgpt.eval.evaluate", _extend_evaluate)
 
 
 def _check_version() -> None:

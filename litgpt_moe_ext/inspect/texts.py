@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from litgpt_moe_ext.data.shards import open_shard
+from litgpt_moe_ext.data.pipeline.shards import open_shard
 
 VALIDATION_SHARD = "val.bin"
 

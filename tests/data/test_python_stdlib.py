@@ -15,9 +15,9 @@ from litgpt.tokenizer import Tokenizer
 
 import litgpt_moe_ext.data
 from litgpt_moe_ext.data import PythonStdlib
-from litgpt_moe_ext.data.prepare import open_corpus, read_manifest
-from litgpt_moe_ext.data.python_files import GENERATED_FOLDERS, SKIPPED_FOLDERS, read_python_files
-from litgpt_moe_ext.data.tokenizer import BPESettings, train_bpe
+from litgpt_moe_ext.data.pipeline.corpus import open_corpus, read_manifest
+from litgpt_moe_ext.data.pipeline.python_files import GENERATED_FOLDERS, SKIPPED_FOLDERS, read_python_files
+from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, train_bpe
 
 SCRIPT = Path(__file__).parents[2] / "data_prep" / "python_stdlib.py"
 TRAIN = TrainArgs(micro_batch_size=3, global_batch_size=3, max_tokens=1000)
@@ -132,7 +132,8 @@ def test_standard_library():
 
 def test_importing_the_package_is_lazy():
     program = (
-        "import sys, litgpt_moe_ext.data as data; assert 'litgpt_moe_ext.data.python_stdlib' not in sys.modules;"
+        "import sys, litgpt_moe_ext.data as data;"
+        "assert 'litgpt_moe_ext.data.modules.python_stdlib' not in sys.modules;"
         "assert 'PythonStdlib' in dir(data)"
     )
     environment_off = {"LITGPT_MOE_EXT_DISABLE": "1", "PATH": ""}

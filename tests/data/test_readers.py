@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from litgpt_moe_ext.data import readers
-from litgpt_moe_ext.data.readers import TextFormat, documents
+from litgpt_moe_ext.data.pipeline import readers
+from litgpt_moe_ext.data.pipeline.readers import TextFormat, documents
 
 STORIES = ["Once upon a time.", "", "Zwölf Bären ✓\nsecond line"]
 

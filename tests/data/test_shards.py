@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from litgpt_moe_ext.data import shards
-from litgpt_moe_ext.data.shards import check_token_ids, open_shard, write_shard
+from litgpt_moe_ext.data.pipeline import shards
+from litgpt_moe_ext.data.pipeline.shards import check_token_ids, open_shard, write_shard
 
 
 def raw_shard(path, magic=20240520, version=1, count=3, body=b"\1\0\2\0\3\0"):

@@ -20,8 +20,8 @@ from litgpt.tokenizer import Tokenizer
 from transformers import AutoTokenizer, GPT2TokenizerFast
 
 from litgpt_moe_ext.data import CodeParrot, HubDataset, PreparedCorpus, TextCorpus, TinyStories
-from litgpt_moe_ext.data.prepare import TOKENIZER_DIR, read_manifest
-from litgpt_moe_ext.data.tokenizer import BPESettings, train_bpe
+from litgpt_moe_ext.data.pipeline.corpus import TOKENIZER_DIR, read_manifest
+from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, train_bpe
 from litgpt_moe_ext.data.windows import IGNORE_INDEX
 from litgpt_moe_ext.host import padding
 from tests.data.test_text_corpus import stories, texts_in

@@ -13,15 +13,22 @@ from functools import partial
 import numpy as np
 import pytest
 
-from litgpt_moe_ext.data import text_corpus
-from litgpt_moe_ext.data.encoding import Encoder, count_cores, encode_in_order
-from litgpt_moe_ext.data.prepare import MANIFEST, TOKENIZER_DIR, in_validation, open_corpus, read_manifest, unigram_loss
-from litgpt_moe_ext.data.progress import PreparationProgress
-from litgpt_moe_ext.data.readers import TextFormat, documents
-from litgpt_moe_ext.data.sources import FileHashes, Source, file_sources, find_files
-from litgpt_moe_ext.data.text_corpus import CorpusSettings, prepare_text_corpus
-from litgpt_moe_ext.data.tokenizer import BPESettings, open_for_documents
-from litgpt_moe_ext.data.tokenizer_files import read_tokenizer
+from litgpt_moe_ext.data.pipeline import text_corpus
+from litgpt_moe_ext.data.pipeline.corpus import (
+    MANIFEST,
+    TOKENIZER_DIR,
+    in_validation,
+    open_corpus,
+    read_manifest,
+    unigram_loss,
+)
+from litgpt_moe_ext.data.pipeline.encoding import Encoder, count_cores, encode_in_order
+from litgpt_moe_ext.data.pipeline.progress import PreparationProgress
+from litgpt_moe_ext.data.pipeline.readers import TextFormat, documents
+from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source, file_sources, find_files
+from litgpt_moe_ext.data.pipeline.text_corpus import CorpusSettings, prepare_text_corpus
+from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, open_for_documents
+from litgpt_moe_ext.data.pipeline.tokenizer_files import read_tokenizer
 
 BPE = BPESettings(300, ("<s>", "</s>"), eos_token="</s>", bos_token="<s>")
 
@@ -150,10 +157,10 @@ def test_a_full_disk_and_a_second_attempt(files, tmp_path, monkeypatch, capsys, 
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from litgpt_moe_ext.data.readers import TextFormat
-from litgpt_moe_ext.data.sources import FileHashes, file_sources
-from litgpt_moe_ext.data.text_corpus import CorpusSettings, prepare_text_corpus
-from litgpt_moe_ext.data.tokenizer import BPESettings
+from litgpt_moe_ext.data.pipeline.readers import TextFormat
+from litgpt_moe_ext.data.pipeline.sources import FileHashes, file_sources
+from litgpt_moe_ext.data.pipeline.text_corpus import CorpusSettings, prepare_text_corpus
+from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings
 
 limit, root, *files = sys.argv[1:]
 sources = file_sources([Path(file) for file in files], None, TextFormat(), FileHashes(Path(root)))
@@ -188,11 +195,11 @@ def test_writes_that_the_system_refuses(files, tmp_path, limit, written):
 KILLED = """
 import sys, time
 from pathlib import Path
-from litgpt_moe_ext.data import text_corpus
-from litgpt_moe_ext.data.encoding import Encoder, count_cores, encode_in_order
-from litgpt_moe_ext.data.readers import TextFormat
-from litgpt_moe_ext.data.sources import FileHashes, file_sources
-from litgpt_moe_ext.data.tokenizer import BPESettings
+from litgpt_moe_ext.data.pipeline import text_corpus
+from litgpt_moe_ext.data.pipeline.encoding import Encoder, count_cores, encode_in_order
+from litgpt_moe_ext.data.pipeline.readers import TextFormat
+from litgpt_moe_ext.data.pipeline.sources import FileHashes, file_sources
+from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings
 
 root, *files = map(Path, sys.argv[1:])
 text_corpus._BATCH_BYTES = 1000

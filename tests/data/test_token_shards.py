@@ -8,7 +8,7 @@ from litgpt.data import DataModule
 from litgpt.pretrain import get_dataloaders
 
 from litgpt_moe_ext.data import TokenShards
-from litgpt_moe_ext.data.shards import write_shard
+from litgpt_moe_ext.data.pipeline.shards import write_shard
 
 TRAIN = TrainArgs(micro_batch_size=2, global_batch_size=2, max_tokens=1000)
 

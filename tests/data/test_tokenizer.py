@@ -12,8 +12,8 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models
 from transformers import AutoTokenizer
 
-from litgpt_moe_ext.data import tokenizer as module
-from litgpt_moe_ext.data.tokenizer import (
+from litgpt_moe_ext.data.pipeline import tokenizer as module
+from litgpt_moe_ext.data.pipeline.tokenizer import (
     EOS_TOKEN,
     BPESettings,
     open_for_documents,
@@ -208,7 +208,7 @@ def test_the_users_choice_of_threads_stays(monkeypatch):
 def test_a_forked_worker_can_encode(tmp_path):
     program = f"""
 import os
-from litgpt_moe_ext.data.tokenizer import BPESettings, open_for_documents, train_bpe
+from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, open_for_documents, train_bpe
 train_bpe(["some text to learn from"] * 50, BPESettings(280), {str(tmp_path)!r})
 tokenizer = open_for_documents({str(tmp_path)!r})
 child = os.fork()

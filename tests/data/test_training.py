@@ -11,8 +11,8 @@ from litgpt.tokenizer import Tokenizer
 
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.data import PreparedCorpus, TinyStories
-from litgpt_moe_ext.data.tokenizer import BPESettings, train_bpe
-from litgpt_moe_ext.data.wandb_artifacts import log_corpus
+from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, train_bpe
+from litgpt_moe_ext.data.pipeline.wandb_artifacts import log_corpus
 from tests.data.test_text import TRAIN, VAL, tiny_txt
 from tests.data.test_wandb import clean  # noqa: F401
 from tests.data.test_wandb_online import PROJECT, REFERENCE, server  # noqa: F401
@@ -69,7 +69,7 @@ import torch.distributed as dist
 
 from litgpt_moe_ext.data.loader import TokenLoader
 from litgpt_moe_ext.data.packing import document_lengths, pack
-from litgpt_moe_ext.data.prepare import open_corpus, read_manifest
+from litgpt_moe_ext.data.pipeline.corpus import open_corpus, read_manifest
 from litgpt_moe_ext.data.windows import DocumentWindows
 
 corpus, folder, rank, meeting = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]

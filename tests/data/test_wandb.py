@@ -10,8 +10,8 @@ import wandb
 
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.data import PreparedCorpus, PythonStdlib, WandbCorpus
-from litgpt_moe_ext.data.prepare import open_corpus, read_manifest
-from litgpt_moe_ext.data.wandb_artifacts import download, log_corpus
+from litgpt_moe_ext.data.pipeline.corpus import open_corpus, read_manifest
+from litgpt_moe_ext.data.pipeline.wandb_artifacts import download, log_corpus
 
 REFERENCE = "team/project/corpus:latest"
 

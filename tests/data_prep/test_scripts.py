@@ -13,9 +13,9 @@ import pytest
 from litgpt.tokenizer import Tokenizer
 
 import litgpt_moe_ext.data
-from litgpt_moe_ext.data.prepare import read_manifest
-from litgpt_moe_ext.data.scripts import run_script
-from litgpt_moe_ext.data.tokenizer import BPESettings, train_bpe
+from litgpt_moe_ext.data.pipeline.corpus import read_manifest
+from litgpt_moe_ext.data.pipeline.scripts import run_script
+from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, train_bpe
 from tests.data.test_text import gpt2_files, tiny_txt
 
 FOLDER = Path(__file__).parents[2] / "data_prep"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from litgpt_moe_ext.cli.main import main
-from litgpt_moe_ext.data.shards import write_shard
+from litgpt_moe_ext.data.pipeline.shards import write_shard
 from litgpt_moe_ext.evaluation.loading import load_model, load_tokenizer
 from litgpt_moe_ext.evaluation.perplexity import summarize
 from litgpt_moe_ext.evaluation.scoring import token_losses

@@ -9,7 +9,7 @@ import torch
 from litgpt import GPT
 
 from litgpt_moe_ext.cli.main import main
-from litgpt_moe_ext.data.shards import write_shard
+from litgpt_moe_ext.data.pipeline.shards import write_shard
 from litgpt_moe_ext.evaluation.loading import load_tokenizer
 from litgpt_moe_ext.inspect.experts.analysis import classify
 from litgpt_moe_ext.inspect.experts.capture import record_routing

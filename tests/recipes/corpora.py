@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import AutoTokenizer
 
-from litgpt_moe_ext.data.shards import write_shard
-from litgpt_moe_ext.data.tokenizer import BPESettings, train_bpe
-from litgpt_moe_ext.data.tokenizer_files import read_tokenizer, write_tokenizer
+from litgpt_moe_ext.data.pipeline.shards import write_shard
+from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, train_bpe
+from litgpt_moe_ext.data.pipeline.tokenizer_files import read_tokenizer, write_tokenizer
 
 MODULES = ("argparse", "ast", "calendar", "cmd", "code", "copy", "csv", "enum", "heapq", "shlex", "string", "textwrap")
 WORDS = (

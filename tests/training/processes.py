@@ -7,7 +7,9 @@ import tempfile
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["litgpt.pretrain", "litgpt_moe_ext.training.run", "litgpt_moe_ext.data.python_stdlib"])
+_CONTEXT.set_forkserver_preload(
+    ["litgpt.pretrain", "litgpt_moe_ext.training.run", "litgpt_moe_ext.data.modules.python_stdlib"]
+)
 
 
 class Training:

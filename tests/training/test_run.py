@@ -276,7 +276,7 @@ class TestWrongInputs:
         assert "source_path" in self.refused(capsys, "--config", recipe(data=data))
 
     def test_tokenizer_without_eos(self, recipe, tmp_path, capsys):
-        from litgpt_moe_ext.data.tokenizer import BPESettings, train_bpe
+        from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, train_bpe
 
         folder = tmp_path / "tokenizer"
         train_bpe(["some text"], BPESettings(300), folder)

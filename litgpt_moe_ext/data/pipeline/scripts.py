@@ -4,8 +4,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from litgpt_moe_ext.data.prepare import TOKENIZER_DIR
-from litgpt_moe_ext.data.wandb_artifacts import check_artifact_name, log_corpus
+from litgpt_moe_ext.data.pipeline.corpus import TOKENIZER_DIR
+from litgpt_moe_ext.data.pipeline.wandb_artifacts import check_artifact_name, log_corpus
 
 
 def run_script(main: Callable[..., None], arguments: Sequence[str] | None = None) -> None:

@@ -27,8 +27,8 @@ import numpy as np
 import psutil
 from tokenizers import Tokenizer
 
-from litgpt_moe_ext.data.shards import open_shard, token_dtype, write_shard
-from litgpt_moe_ext.data.tokenizer import (
+from litgpt_moe_ext.data.pipeline.shards import open_shard, token_dtype, write_shard
+from litgpt_moe_ext.data.pipeline.tokenizer import (
     BPESettings,
     open_for_documents,
     require_eos,

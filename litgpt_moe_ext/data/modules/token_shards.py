@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from litgpt_moe_ext.data.module import TokenModule
-from litgpt_moe_ext.data.shards import check_token_ids, open_shard
+from litgpt_moe_ext.data.modules.base import TokenModule
+from litgpt_moe_ext.data.pipeline.shards import check_token_ids, open_shard
 
 SUFFIXES = (".bin", ".npy")
 _SAMPLE = 1024  # tokens at either end of a shard that go into the identity of the data
@@ -17,7 +17,7 @@ _SAMPLE = 1024  # tokens at either end of a shard that go into the identity of t
 
 @dataclass
 class TokenShards(TokenModule):
-    """Token shards as they are found, in any form that `litgpt_moe_ext.data.shards.open_shard` reads.
+    """Token shards as they are found, in any form that `litgpt_moe_ext.data.pipeline.shards.open_shard` reads.
 
     The shards are one stream in the natural order of their names (2 before 10): windows run across the borders of
     files, so no token is lost there.

@@ -1,4 +1,4 @@
-"""Data modules over the corpora of `litgpt_moe_ext.data.corpora`."""
+"""Data modules over the corpora of `litgpt_moe_ext.data.pipeline.corpora`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,14 +6,14 @@ from typing import Literal
 
 from tokenizers import Tokenizer
 
-from litgpt_moe_ext.data import corpora
-from litgpt_moe_ext.data.packed import PackedCorpus
-from litgpt_moe_ext.data.tokenizer_files import read_tokenizer
+from litgpt_moe_ext.data.modules.packed import PackedCorpus
+from litgpt_moe_ext.data.pipeline import corpora
+from litgpt_moe_ext.data.pipeline.tokenizer_files import read_tokenizer
 
 
 @dataclass(kw_only=True)
 class TextModule(PackedCorpus):
-    """What a text corpus needs to be trained on. A subclass is one of `litgpt_moe_ext.data.corpora` as well."""
+    """What a text corpus needs to be trained on. A subclass is also one of `data.pipeline.corpora`."""
 
     packing: Literal["stream", "best_fit", "pad"] = "stream"
     """How documents fill the windows: one after the other and cut where a window ends; whole, as many as fit, and
@@ -31,7 +31,7 @@ class TextModule(PackedCorpus):
         return None
 
     def prepare_corpus(self, verbose: bool) -> Path:
-        """See `litgpt_moe_ext.data.corpora.TextSettings.prepare`."""
+        """See `litgpt_moe_ext.data.pipeline.corpora.TextSettings.prepare`."""
         return self.prepare(verbose, self.tokenizer)
 
 

@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from litgpt_moe_ext.data.encoding import Encoder, count_cores, encode_in_order
-from litgpt_moe_ext.data.prepare import (
+from litgpt_moe_ext.data.pipeline.corpus import (
     FORMAT_VERSION,
     MANIFEST,
     TOKENIZER_DIR,
@@ -32,11 +31,12 @@ from litgpt_moe_ext.data.prepare import (
     read_manifest,
     token_counts_loss,
 )
-from litgpt_moe_ext.data.progress import PreparationProgress
-from litgpt_moe_ext.data.shards import token_dtype, write_shard
-from litgpt_moe_ext.data.sources import Source, identities
-from litgpt_moe_ext.data.tokenizer import BPESettings, open_for_documents, require_bos, require_eos, train_bpe
-from litgpt_moe_ext.data.tokenizer_files import tokenizer_hash, write_tokenizer
+from litgpt_moe_ext.data.pipeline.encoding import Encoder, count_cores, encode_in_order
+from litgpt_moe_ext.data.pipeline.progress import PreparationProgress
+from litgpt_moe_ext.data.pipeline.shards import token_dtype, write_shard
+from litgpt_moe_ext.data.pipeline.sources import Source, identities
+from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, open_for_documents, require_bos, require_eos, train_bpe
+from litgpt_moe_ext.data.pipeline.tokenizer_files import tokenizer_hash, write_tokenizer
 from litgpt_moe_ext.durable import flush, flush_tree
 
 STATE = "state.json"
@@ -52,7 +52,7 @@ class CorpusSettings:
     """What shapes a corpus besides its documents.
 
     Attributes:
-        tokenizer: The files of a tokenizer (`litgpt_moe_ext.data.tokenizer_files`), or settings to train one.
+        tokenizer: The files of a tokenizer (`litgpt_moe_ext.data.pipeline.tokenizer_files`), or settings to train one.
         prepend_bos: Whether each document starts with the BOS token; each ends with EOS.
         val_fraction: Share of the documents of sources without a split that validate, by a hash of their text: equal
             texts are on the same side.

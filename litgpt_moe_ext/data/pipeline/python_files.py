@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from litgpt_moe_ext.data.prepare import (
+from litgpt_moe_ext.data.pipeline.corpus import (
     Document,
     Split,
     atomic_directory,
@@ -21,7 +21,7 @@ from litgpt_moe_ext.data.prepare import (
     progress_bar,
     read_manifest,
 )
-from litgpt_moe_ext.data.tokenizer import BPESettings
+from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings
 
 # Tests are repetitive and hold binary-like literals; packages are not part of the standard library.
 SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})

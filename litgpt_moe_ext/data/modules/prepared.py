@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from litgpt_moe_ext.data.packed import PackedCorpus
-from litgpt_moe_ext.data.prepare import MANIFEST, read_manifest
-from litgpt_moe_ext.data.wandb_artifacts import check_reference, download
+from litgpt_moe_ext.data.modules.packed import PackedCorpus
+from litgpt_moe_ext.data.pipeline.corpus import MANIFEST, read_manifest
+from litgpt_moe_ext.data.pipeline.wandb_artifacts import check_reference, download
 
 
 @dataclass

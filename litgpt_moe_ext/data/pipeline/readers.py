@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
-from litgpt_moe_ext.data.remote import RemoteFile, is_url, name_of
+from litgpt_moe_ext.data.pipeline.remote import RemoteFile, is_url, name_of
 
 _CHUNK_BYTES = 1 << 20
 _PARQUET_ROWS = 1024
@@ -62,7 +62,7 @@ def documents(path: Path | str, text_format: TextFormat) -> Iterator[Record]:
     by member in the same way; members with a leading dot are left out.
 
     Args:
-        path: The file, or its URL (`litgpt_moe_ext.data.remote`).
+        path: The file, or its URL (`litgpt_moe_ext.data.pipeline.remote`).
         text_format: How to find the documents in it.
 
     Raises:

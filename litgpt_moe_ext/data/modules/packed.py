@@ -9,9 +9,9 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from litgpt.tokenizer import Tokenizer
 from tokenizers import Tokenizer as HFTokenizer
 
-from litgpt_moe_ext.data.module import TokenModule
+from litgpt_moe_ext.data.modules.base import TokenModule
 from litgpt_moe_ext.data.packing import document_lengths, pack
-from litgpt_moe_ext.data.prepare import TOKENIZER_DIR, open_corpus, read_manifest
+from litgpt_moe_ext.data.pipeline.corpus import TOKENIZER_DIR, open_corpus, read_manifest
 from litgpt_moe_ext.data.windows import DocumentWindows, StreamWindows, Windows
 
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from litgpt_moe_ext.data.readers import TextFormat
-from litgpt_moe_ext.data.remote import is_url, name_of
-from litgpt_moe_ext.data.sources import FileHashes, Source, dataset_source, file_sources, remote_sources
+from litgpt_moe_ext.data.pipeline.readers import TextFormat
+from litgpt_moe_ext.data.pipeline.remote import is_url, name_of
+from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source, dataset_source, file_sources, remote_sources
 
 _STREAMED = (".parquet", *(f"{suffix}{gz}" for suffix in (".json", ".jsonl", ".ndjson") for gz in ("", ".gz")))
 _OFFLINE_REMEDY = (

@@ -1,7 +1,6 @@
 """Text corpora: files of any kind, and the corpora and the data set hub that have a form of their own.
 
-Settings and the way to the documents. Needs neither torch nor LitGPT; `litgpt_moe_ext.data.text` makes data modules of
-these.
+Settings and the way to the documents. Needs neither torch nor LitGPT; `data.modules.text` makes data modules of these.
 """
 
 from abc import abstractmethod
@@ -11,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from litgpt_moe_ext.data.hub import cached_source, streamed_sources
-from litgpt_moe_ext.data.readers import Record, TextFormat
-from litgpt_moe_ext.data.sources import FileHashes, Source, file_sources, find_files
-from litgpt_moe_ext.data.text_corpus import CorpusSettings, prepare_text_corpus
-from litgpt_moe_ext.data.tokenizer import BPESettings
-from litgpt_moe_ext.data.tokenizer_files import litgpt_tokenizer, read_tokenizer
+from litgpt_moe_ext.data.pipeline.hub import cached_source, streamed_sources
+from litgpt_moe_ext.data.pipeline.readers import Record, TextFormat
+from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source, file_sources, find_files
+from litgpt_moe_ext.data.pipeline.text_corpus import CorpusSettings, prepare_text_corpus
+from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings
+from litgpt_moe_ext.data.pipeline.tokenizer_files import litgpt_tokenizer, read_tokenizer
 
 
 @dataclass(kw_only=True)
@@ -64,7 +63,7 @@ class TextSettings:
             tokenizer: A `litgpt.Tokenizer` to encode with if the settings name none.
 
         Raises:
-            ValueError, OSError: As `litgpt_moe_ext.data.text_corpus.prepare_text_corpus`.
+            ValueError, OSError: As `litgpt_moe_ext.data.pipeline.text_corpus.prepare_text_corpus`.
         """
         chosen = self._choose_tokenizer(tokenizer)
         hashes = FileHashes(Path(self.data_path))
