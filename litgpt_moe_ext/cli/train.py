@@ -232,7 +232,7 @@ def _prepare_environment() -> None:
 
 
 def _train(values: dict, place_of: Callable[[str], str]) -> int:
-    from litgpt_moe_ext.training.checks import SettingsError
+    from litgpt_moe_ext.errors import SettingsError
     from litgpt_moe_ext.training.control import TrainingInterrupted, TrainingStopped
     from litgpt_moe_ext.training.entry import setup
 

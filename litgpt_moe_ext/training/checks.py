@@ -6,10 +6,6 @@ from pathlib import Path
 from typing import Any
 
 
-class SettingsError(ValueError):
-    """A setting or an input is wrong; the message says which, and what would be right."""
-
-
 def check_batch(global_batch_size: int, micro_batch_size: int, processes: int) -> None:
     """Raise ValueError unless the global batch can be made of whole micro batches on every process."""
     for name, value in (("global_batch_size", global_batch_size), ("micro_batch_size", micro_batch_size)):

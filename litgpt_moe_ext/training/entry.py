@@ -15,8 +15,8 @@ from litgpt.types import LoggerChoice
 
 import litgpt_moe_ext
 import litgpt_moe_ext.data
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checks import (
-    SettingsError,
     check_batch,
     check_checkpoint_dir,
     check_intervals,

@@ -10,8 +10,8 @@ import lightning as L
 import numpy as np
 from litgpt import GPT, Tokenizer
 
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checkpoint.store import restore_rng_state, rng_state
-from litgpt_moe_ext.training.checks import SettingsError
 from litgpt_moe_ext.training.settings import EvaluateArgs
 
 

@@ -1,0 +1,10 @@
+"""The error that every check raises. Imports nothing, so that any room may use it."""
+
+
+class SettingsError(ValueError):
+    """A setting or an input of the user is wrong.
+
+    Raised where the check is, and nowhere else: command lines print it as one line, everything else keeps its
+    traceback. The message is one line of the form ``name: value must be ...; remedy``, where the name is the setting as
+    the user writes it (``train.max_norm``, ``model_config.n_expert``).
+    """
