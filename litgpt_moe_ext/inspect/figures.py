@@ -13,22 +13,21 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-FONT_SIZE = 8
-STYLE = {
-    "font.size": FONT_SIZE,
-    "axes.titlesize": FONT_SIZE + 1,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "figure.dpi": 150,
-    "savefig.dpi": 200,
-}
+from litgpt_moe_ext.pictures.style import (
+    FONT_SIZE,
+    LARGEST_LOG2,
+    STYLE,
+    clipped_log2,
+    color_bar,
+    ratio_bar,
+    ratio_image,
+)
+
 # Panels of this many columns, and at most so many cells for numbers to be legible in them.
 _COLUMNS = 4
 _WRITABLE = 16
-_LARGEST_LOG2 = 2.0
-# Inches.
-_BAR_THICKNESS, _LONGEST_BAR, _SMALLEST_PANEL, _LARGEST_PANEL = 0.13, 4.0, 1.6, 4.0
+# In inches.
+_SMALLEST_PANEL, _LARGEST_PANEL = 1.6, 4.0
 
 
 def load_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
@@ -142,7 +141,7 @@ def agreement_figure(comparison: Sequence[Mapping[str, Any]], names: tuple[str, 
             axes.set_xlabel(f"expert of {_shortened(names[1])}")
             if i == 1 or i % _COLUMNS == 0:
                 axes.set_ylabel(f"expert of {_shortened(names[0])}")
-        _bar(figure, image, list(panels[1:]), "share of the row")
+        color_bar(figure, image, panels[1:], "share of the row")
     return figure
 
 
@@ -165,45 +164,13 @@ def _panels(count: int, size: tuple[float, float], left: float = 0.3) -> tuple[F
     return figure, axes[:count]
 
 
-def ratio_image(axes: Axes, values: np.ndarray, **options: Any) -> Any:
-    """Draw ratios around 1 as colours, from a quarter to four times; nan is grey.
-
-    Args:
-        axes: Where.
-        values: (rows, columns).
-        options: Of `Axes.imshow`.
-    """
-    cmap = matplotlib.colormaps["RdBu_r"].with_extremes(bad="#d9d9d9")
-    limits = {"vmin": -_LARGEST_LOG2, "vmax": _LARGEST_LOG2}
-    return axes.imshow(_logs(values), cmap=cmap, aspect="auto", interpolation="nearest", **limits, **options)
-
-
 def _ratios(axes: Axes, values: np.ndarray, write: bool = True) -> Any:
     if write and values.shape[1] <= _WRITABLE:
-        for (row, column), log in np.ndenumerate(_logs(values)):
-            color = "white" if abs(log) > 0.7 * _LARGEST_LOG2 else "black"
+        for (row, column), log in np.ndenumerate(clipped_log2(values)):
+            color = "white" if abs(log) > 0.7 * LARGEST_LOG2 else "black"
             text = f"{values[row, column]:.2f}"
             axes.text(column, row, text, ha="center", va="center", color=color, fontsize=FONT_SIZE - 2)
     return ratio_image(axes, values)
-
-
-def _logs(values: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.clip(np.log2(values), -_LARGEST_LOG2, _LARGEST_LOG2)
-
-
-def ratio_bar(figure: Figure, image: Any, label: str = "ratio") -> None:
-    """Add the scale of `ratio_image`, of one image for all axes of the figure."""
-    bar = _bar(figure, image, figure.axes, label, extend="both")
-    bar.set_ticks([-2, -1, 0, 1, 2], labels=["1/4", "1/2", "1", "2", "4"])
-
-
-def _bar(figure: Figure, image: Any, axes: Sequence[Axes], label: str, **options: Any) -> Any:
-    # As thick as the text beside it however tall the figure is.
-    height = figure.get_figheight()
-    length = min(0.8 * height, _LONGEST_BAR)
-    shape = {"shrink": length / height, "aspect": length / _BAR_THICKNESS, "pad": 0.01}
-    return figure.colorbar(image, ax=axes, label=label, **shape, **options)
 
 
 def _tick_places(n_expert: int) -> list[int]:

@@ -13,9 +13,11 @@ def compare_runs(run: list[Path], out_dir: Path = Path("compared-runs")) -> None
     if not run:
         raise ValueError("run: [] names no run; give the out_dir of at least one")
     from litgpt_moe_ext.cli.commands.output import print_table, write_text
-    from litgpt_moe_ext.inspect.pages import page, picture, png, table
-    from litgpt_moe_ext.inspect.runs.figures import curves_figure, load_over_steps_figure
+    from litgpt_moe_ext.inspect.pages import page, picture, table
+    from litgpt_moe_ext.inspect.runs.figures import curves_figure
     from litgpt_moe_ext.inspect.runs.logs import RunLog, distinct_names, load_run
+    from litgpt_moe_ext.pictures.expert_load import load_over_steps_figure
+    from litgpt_moe_ext.pictures.style import png
 
     names = distinct_names(run)
     logs = [RunLog(name, load_run(directory).columns) for name, directory in zip(names, run, strict=True)]

@@ -23,8 +23,8 @@ def schedule(
     litgpt_moe_ext.register()
     from litgpt_moe_ext.cli.commands.output import print_table
     from litgpt_moe_ext.cli.train import build_parser
-    from litgpt_moe_ext.inspect.pages import png
     from litgpt_moe_ext.inspect.runs.schedule import planned_rates, schedule_figure
+    from litgpt_moe_ext.pictures.style import png
 
     parser = build_parser()
     settings: Any = parser.instantiate_classes(parser.parse_args(["--config", str(recipe)]))

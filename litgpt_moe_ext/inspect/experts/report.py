@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 
 from litgpt_moe_ext.durable import flush
 from litgpt_moe_ext.inspect import figures
-from litgpt_moe_ext.inspect.pages import page, picture, png, table
+from litgpt_moe_ext.inspect.pages import page, picture, table
+from litgpt_moe_ext.pictures.style import png
 
 
 def make_figures(analysis: Mapping[str, Any]) -> dict[str, Figure]:

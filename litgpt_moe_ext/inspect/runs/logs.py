@@ -2,15 +2,14 @@
 
 import csv
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-_LOAD_COLUMN = re.compile(r"moe_load_(\d+)/expert_(\d+)")
+from litgpt_moe_ext.pictures.expert_load import loads_by_layer
+
 TOKENS = "total_tokens"
 
 
@@ -52,15 +51,6 @@ class RunLog:
             return np.array([]), {}
         there = ~np.isnan(next(iter(found.values()))[0])
         return self.columns["step"][there], {layer: np.stack(loads)[:, there] for layer, loads in found.items()}
-
-
-def loads_by_layer(metrics: Mapping[str, Any]) -> dict[int, list[Any]]:
-    """Return the values of the metrics `moe_load_LL/expert_EE`, by layer in order of the experts."""
-    found: dict[int, dict[int, Any]] = {}
-    for name, value in metrics.items():
-        if match := _LOAD_COLUMN.fullmatch(name):
-            found.setdefault(int(match[1]), {})[int(match[2])] = value
-    return {layer: [experts[e] for e in sorted(experts)] for layer, experts in sorted(found.items())}
 
 
 def load_run(directory: Path) -> RunLog:

@@ -10,7 +10,7 @@ from litgpt.utils import instantiate_torch_optimizer
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from litgpt_moe_ext.inspect.figures import STYLE
+from litgpt_moe_ext.pictures.style import STYLE
 from litgpt_moe_ext.training.optim.optimization import Optimization, count_steps, schedule_steps
 from litgpt_moe_ext.training.settings import ParameterGroupArgs
 

@@ -7,7 +7,7 @@ import numpy as np
 from lightning.fabric.loggers import TensorBoardLogger
 from lightning.pytorch.loggers import WandbLogger
 
-from litgpt_moe_ext.inspect.runs.logs import loads_by_layer
+from litgpt_moe_ext.pictures.expert_load import load_over_steps_figure, loads_by_layer
 
 NAME = "moe/expert_load"
 
@@ -89,8 +89,6 @@ class ExpertImages:
 def _draw(name: str, steps: list[float], layers: dict[int, np.ndarray]) -> np.ndarray:
     # Only runs that get this far pay for the import.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    from litgpt_moe_ext.inspect.runs.figures import load_over_steps_figure
 
     canvas = FigureCanvasAgg(load_over_steps_figure(name, steps, layers))
     canvas.draw()

@@ -1,0 +1,76 @@
+"""The load of every expert over the steps of a run, from metrics to a heat map for each layer."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_METRIC = re.compile(r"moe_load_(\d+)/expert_(\d+)")
+# More columns than a panel has pixels would leave to chance which of them are seen.
+_MOST_COLUMNS = 400
+
+Value = TypeVar("Value")
+
+
+def loads_by_layer(metrics: Mapping[str, Value]) -> dict[int, list[Value]]:
+    """Return the values of the metrics `moe_load_LL/expert_EE`, by layer in the order of the experts."""
+    found: dict[int, dict[int, Value]] = {}
+    for name, value in metrics.items():
+        if match := _METRIC.fullmatch(name):
+            found.setdefault(int(match[1]), {})[int(match[2])] = value
+    return {layer: [experts[e] for e in sorted(experts)] for layer, experts in sorted(found.items())}
+
+
+def load_over_steps_figure(name: str, steps: Sequence[float], layers: Mapping[int, np.ndarray]) -> "Figure":
+    """Draw heat maps of the load of every expert during training, one for each layer.
+
+    Args:
+        name: Name of the run, for the title.
+        steps: Optimizer steps of the columns, in rising order and at even distances.
+        layers: Load over an even share by number of the layer, (experts, columns).
+    """
+    # Here, because training imports this module and draws in few runs.
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    from litgpt_moe_ext.pictures.style import STYLE, ratio_bar, ratio_image
+
+    with matplotlib.rc_context(STYLE):
+        n_expert = max(len(load) for load in layers.values())
+        columns = min(len(layers), 3)
+        rows = -(-len(layers) // columns)
+        height = min(0.9 + 0.09 * n_expert, 3.0)
+        figure = Figure(figsize=(2.6 * columns + 0.8, rows * height + 0.5), layout="constrained")
+        panels = np.atleast_1d(figure.subplots(rows, columns)).flatten()
+        for unused in panels[len(layers) :]:
+            unused.remove()
+        half = (steps[-1] - steps[0]) / max(len(steps) - 1, 1) / 2 or 0.5
+        for axes, (layer, load) in zip(panels, layers.items(), strict=False):
+            extent = (steps[0] - half, steps[-1] + half, len(load) - 0.5, -0.5)
+            image = ratio_image(axes, thinned(load, _MOST_COLUMNS), extent=extent)
+            axes.set_title(f"layer {layer}")
+            axes.set_xlabel("step")
+            axes.set_ylabel("expert")
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.xaxis.get_major_locator().set_params(integer=True, nbins=4)
+            axes.yaxis.get_major_locator().set_params(integer=True, nbins=8)
+        figure.suptitle(f"Load of the experts of {name} over an even share", fontsize=9)
+        ratio_bar(figure, image)
+    return figure
+
+
+def thinned(values: np.ndarray, most: int) -> np.ndarray:
+    """Return the means of neighbouring columns, so that at most `most` columns are left.
+
+    Args:
+        values: Numbers, (rows, columns).
+        most: Number of columns, at least 1.
+    """
+    starts = np.linspace(0, values.shape[1], min(most, values.shape[1]), endpoint=False).astype(int)
+    counts = np.diff([*starts, values.shape[1]])
+    return np.add.reduceat(values, starts, axis=1) / counts

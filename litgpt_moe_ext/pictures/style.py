@@ -1,0 +1,78 @@
+"""How pictures look: sizes for a paper, and one scale of colours for ratios around 1."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colorbar import Colorbar
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+
+FONT_SIZE = 8
+STYLE = {
+    "font.size": FONT_SIZE,
+    "axes.titlesize": FONT_SIZE + 1,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "figure.dpi": 150,
+    "savefig.dpi": 200,
+}
+# The colours reach from a quarter to four times an even share.
+LARGEST_LOG2 = 2.0
+# In inches.
+_BAR_THICKNESS, _LONGEST_BAR = 0.13, 4.0
+
+
+def ratio_image(axes: Axes, values: np.ndarray, **options: Any) -> AxesImage:
+    """Draw ratios around 1 as colours, from a quarter to four times; nan is grey.
+
+    Args:
+        axes: Where to draw.
+        values: Ratios, (rows, columns).
+        **options: Further arguments of `Axes.imshow`.
+
+    Returns:
+        The image, for `ratio_bar`.
+    """
+    cmap = matplotlib.colormaps["RdBu_r"].with_extremes(bad="#d9d9d9")
+    limits = {"vmin": -LARGEST_LOG2, "vmax": LARGEST_LOG2}
+    return axes.imshow(clipped_log2(values), cmap=cmap, aspect="auto", interpolation="nearest", **limits, **options)
+
+
+def clipped_log2(values: np.ndarray) -> np.ndarray:
+    """Return the logarithms of ratios to the base 2, clipped to the range of the colours."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.clip(np.log2(values), -LARGEST_LOG2, LARGEST_LOG2)
+
+
+def ratio_bar(figure: Figure, image: AxesImage, label: str = "ratio") -> None:
+    """Add the scale of `ratio_image` to a figure, one for all its axes."""
+    bar = color_bar(figure, image, figure.axes, label, extend="both")
+    bar.set_ticks([-2, -1, 0, 1, 2], labels=["1/4", "1/2", "1", "2", "4"])
+
+
+def color_bar(figure: Figure, image: AxesImage, axes: Sequence[Axes], label: str, **options: Any) -> Colorbar:
+    """Add a colour bar that is as thick as the text beside it, however tall the figure is.
+
+    Args:
+        figure: The figure.
+        image: What the bar explains.
+        axes: Axes that give room for it.
+        label: Its title.
+        **options: Further arguments of `Figure.colorbar`.
+    """
+    height = figure.get_figheight()
+    length = min(0.8 * height, _LONGEST_BAR)
+    shape = {"shrink": length / height, "aspect": length / _BAR_THICKNESS, "pad": 0.01}
+    return figure.colorbar(image, ax=list(axes), label=label, **shape, **options)
+
+
+def png(figure: Figure) -> bytes:
+    """Return a figure as the content of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
