@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from litgpt_moe_ext.config.moe import FIELDS, MOE_CLASS_NAMES
 from litgpt_moe_ext.durable import flush_tree
 from litgpt_moe_ext.moe.layer import MoE
-from litgpt_moe_ext.moe.routers import LearnedRouter
-from litgpt_moe_ext.moe.routing import Router
+from litgpt_moe_ext.moe.learned_routers import LearnedRouter
+from litgpt_moe_ext.moe.router import Router
 
 MODEL_FILE = "lit_model.pth"
 

@@ -311,8 +311,8 @@ def _extend_model(gpt_class: type) -> None:
 
 
 def _mark_loss(loop: Any) -> None:
-    from litgpt_moe_ext.moe.auxiliary import remember_scale
     from litgpt_moe_ext.moe.balancing import any_router_lives
+    from litgpt_moe_ext.moe.gradient_injection import remember_scale
 
     original = loop.chunked_cross_entropy
 

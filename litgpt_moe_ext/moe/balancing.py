@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from litgpt_moe_ext.moe.auxiliary import forget_scale
+from litgpt_moe_ext.moe.gradient_injection import forget_scale
 
 
 class _AddInBackward(torch.autograd.Function):
@@ -136,7 +136,7 @@ _left_to_caller: weakref.WeakSet = weakref.WeakSet()
 
 
 def watch(router: torch.nn.Module) -> None:
-    """Let the optimizer hook look after `router` (a `litgpt_moe_ext.moe.routing.Router`) while it lives."""
+    """Let the optimizer hook look after `router` (a `litgpt_moe_ext.moe.router.Router`) while it lives."""
     _routers[:] = [reference for reference in _routers if reference() is not None]
     _routers.append(weakref.ref(router))
 

@@ -17,7 +17,7 @@ from litgpt_moe_ext.moe.expert_layouts import stack_experts
 from litgpt_moe_ext.moe.kernels.backends import BACKENDS, ExpertWeights, Hidden, choose_backend, matmul_dtype
 from litgpt_moe_ext.moe.kernels.cpu import grouped_cpu_experts
 from litgpt_moe_ext.moe.kernels.grouped_mm import grouped_mm_experts
-from litgpt_moe_ext.moe.routing import Routing
+from litgpt_moe_ext.moe.router import Routing
 
 _GROUPED = {"grouped_cpu": grouped_cpu_experts, "grouped_mm": grouped_mm_experts}
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext.moe.routing import Choice, Router
+from litgpt_moe_ext.moe.router import Choice, Router
 
 # Odd 64-bit constants of the finaliser of MurmurHash3, as signed integers.
 _MIX = (-49064778989728563, -4265267296055464877)

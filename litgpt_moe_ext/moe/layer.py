@@ -11,12 +11,12 @@ from torch import Tensor
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.feed_forward import FeedForward
 from litgpt_moe_ext.moe.fixed_routers import HashRouter, UniformRouter
-from litgpt_moe_ext.moe.routers import GroupedTopKRouter, NoisyTopKRouter
-from litgpt_moe_ext.moe.routing import Router
+from litgpt_moe_ext.moe.learned_routers import NoisyTopKRouter, TopKRouter
+from litgpt_moe_ext.moe.router import Router
 
 __all__ = ["FeedForward", "MoE", "NoisyTopKMoE", "SharedExpertMoE"]
 
-_ROUTERS = {"topk": GroupedTopKRouter, "hash": HashRouter, "uniform": UniformRouter}
+_ROUTERS = {"topk": TopKRouter, "hash": HashRouter, "uniform": UniformRouter}
 
 
 class MoE(nn.Module):

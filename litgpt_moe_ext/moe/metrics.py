@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from litgpt_moe_ext.moe.routing import SUMS, Router
+from litgpt_moe_ext.moe.router import SUMS, Router
 
 
 def max_over_mean(load_LE: Tensor) -> Tensor:

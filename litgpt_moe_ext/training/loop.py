@@ -27,7 +27,7 @@ import litgpt.pretrain
 from litgpt.args import TrainArgs
 
 from litgpt_moe_ext.model_size import count_flops
-from litgpt_moe_ext.moe.auxiliary import forget_scale
+from litgpt_moe_ext.moe.gradient_injection import forget_scale
 from litgpt_moe_ext.training.callbacks.fused_loss import FusedLoss
 from litgpt_moe_ext.training.checkpoint import hyperparameters
 from litgpt_moe_ext.training.checkpoint import store as checkpoints

@@ -16,7 +16,7 @@ from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden, _announce
 from litgpt_moe_ext.moe.kernels.cpu import dispatch, grouped_cpu_experts
 from litgpt_moe_ext.moe.kernels.grouped_mm import grouped_mm_experts
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
-from litgpt_moe_ext.moe.routing import Routing
+from litgpt_moe_ext.moe.router import Routing
 from tests.models import moe_config, randomize
 
 EXACT = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.03, torch.float16: 0.005}

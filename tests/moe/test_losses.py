@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from litgpt_moe_ext.moe.auxiliary import forget_scale, inject, remember_scale
+from litgpt_moe_ext.moe.gradient_injection import forget_scale, inject, remember_scale
 from litgpt_moe_ext.moe.layer import NoisyTopKMoE, SharedExpertMoE
 from litgpt_moe_ext.moe.losses import (
     cv_squared,

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 
-from litgpt_moe_ext.moe.routers import GroupedTopKRouter, NoisyTopKRouter
+from litgpt_moe_ext.moe.learned_routers import NoisyTopKRouter, TopKRouter
 from tests.models import initialized_model, moe_config, noisy_config, randomize
 
 
 def grouped(**settings):
-    return randomize(GroupedTopKRouter(moe_config(**settings)))
+    return randomize(TopKRouter(moe_config(**settings)))
 
 
 GROUPS = {"n_expert_groups": 4, "n_topk_groups": 2, "n_topk_scores_per_group": 1}
@@ -89,7 +89,7 @@ def test_bias_stays_float32(convert):
 
 def test_bias_follows_the_device():
     with torch.device("meta"):
-        router = GroupedTopKRouter(moe_config())
+        router = TopKRouter(moe_config())
     router.bfloat16()
     assert router.e_score_correction_bias.is_meta
     router.to_empty(device="cpu").reset_parameters()
@@ -146,7 +146,7 @@ def test_initialisation_under_pretrain(config):
         assert len({round(expert.std().item(), 9) for expert in moe.experts.down_proj}) == 8, "experts must differ"
         if moe.shared_experts is not None:
             assert moe.shared_experts.proj.weight.std().item() == pytest.approx(std_out, rel=0.1)
-        if isinstance(moe.gate, GroupedTopKRouter):
+        if isinstance(moe.gate, TopKRouter):
             assert moe.gate.e_score_correction_bias.tolist() == [0.0] * 8
         else:
             assert moe.gate.noise_weight.abs().sum() == 0

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_iter
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.kernels.backends import matmul_dtype
 from litgpt_moe_ext.moe.metrics import routers_of
-from litgpt_moe_ext.moe.routing import Routing
+from litgpt_moe_ext.moe.router import Routing
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing, Mode
 from litgpt_moe_ext.training.callbacks.fused_loss import FusedLoss, require_torch
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from litgpt_moe_ext.evaluation.batching import pad_right
-from litgpt_moe_ext.moe.routing import Router, Routing
+from litgpt_moe_ext.moe.router import Router, Routing
 
 
 @dataclass

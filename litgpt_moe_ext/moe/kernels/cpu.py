@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 from litgpt_moe_ext.moe.kernels.allocator import keep_large_blocks
 from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden, matmul_dtype
 from litgpt_moe_ext.moe.kernels.few_rows import linear, one_token
-from litgpt_moe_ext.moe.routing import Routing
+from litgpt_moe_ext.moe.router import Routing
 
 
 class Segment(NamedTuple):

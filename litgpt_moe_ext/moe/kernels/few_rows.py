@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden
-from litgpt_moe_ext.moe.routing import Routing
+from litgpt_moe_ext.moe.router import Routing
 
 # Up to this many rows the BLAS library is faster with the weight as the left factor (benchmarks/moe_layer.py).
 _FEW_ROWS = 4

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden, matmul_dtype
-from litgpt_moe_ext.moe.routing import Routing
+from litgpt_moe_ext.moe.router import Routing
 
 
 def grouped_mm_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden: Hidden) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext.moe.auxiliary import forget_scale
+from litgpt_moe_ext.moe.gradient_injection import forget_scale
 from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.training.checkpoint.store import rng_state
 from litgpt_moe_ext.training.control import TrainingStopped

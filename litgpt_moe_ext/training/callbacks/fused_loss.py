@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litgpt_moe_ext.moe.auxiliary import remember_scale
+from litgpt_moe_ext.moe.gradient_injection import remember_scale
 
 
 def require_torch() -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litgpt_moe_ext.moe import losses
-from litgpt_moe_ext.moe.routing import Choice, Router
+from litgpt_moe_ext.moe.router import Choice, Router
 
 
 class LearnedRouter(Router):
@@ -75,7 +75,7 @@ class _WideLinear(torch.autograd.Function):
         return dx_TD, dweight_ED, None
 
 
-class GroupedTopKRouter(LearnedRouter):
+class TopKRouter(LearnedRouter):
     """DeepSeek-V3's router: scores, an optional limit to the best groups of experts, and a balancing bias.
 
     The k experts with the highest biased score are chosen; the gate values are their scores *without* the bias
@@ -143,7 +143,7 @@ class GroupedTopKRouter(LearnedRouter):
         masked_TG = torch.full_like(worth_TG, float("-inf")).scatter_(1, best_Tg, 0.0)
         return (grouped_TGe + masked_TG.unsqueeze(-1)).flatten(1)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "GroupedTopKRouter":
+    def _apply(self, fn: Any, recurse: bool = True) -> "TopKRouter":
         # A bias kept in bfloat16 stops moving as soon as its rate is less than its last bit, so conversions to another
         # precision pass it by; moves to another device do not.
         before_E = self.e_score_correction_bias

@@ -10,8 +10,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from litgpt_moe_ext.moe import losses
-from litgpt_moe_ext.moe.auxiliary import inject
 from litgpt_moe_ext.moe.balancing import Tally, tally_dtype, watch
+from litgpt_moe_ext.moe.gradient_injection import inject
 
 # Auxiliary losses by name, and the configuration field that holds the weight of each.
 LOSS_FIELDS = {
