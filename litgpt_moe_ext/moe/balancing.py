@@ -64,8 +64,14 @@ class Tally:
             values_N: What to add, floating.
         """
         if self._leaf_N.device != carrier.device:
-            self._leaf_N = _new_leaf(self._leaf_N.numel(), carrier.device)
+            self._move_to(carrier.device)
         return _AddInBackward.apply(carrier, self._leaf_N, values_N)
+
+    def _move_to(self, device: torch.device) -> None:
+        sums_N = self._leaf_N.grad
+        self._leaf_N = _new_leaf(self._leaf_N.numel(), device)
+        if sums_N is not None:
+            self._leaf_N.grad = sums_N.to(device, self._leaf_N.dtype)
 
     @property
     def pending(self) -> bool:

@@ -59,6 +59,14 @@ def test_counts_beyond_float32():
     assert tally.take().tolist() == [2 * (2**24 + 1)] * 8
 
 
+def test_a_tally_keeps_its_sums_on_another_device():
+    tally = Tally(2)
+    tally.attach(torch.ones(1, requires_grad=True), torch.tensor([3.0, 4.0])).sum().backward()
+    tally.attach(torch.ones(1, requires_grad=True, device="meta"), torch.ones(2, device="meta"))
+    assert tally.pending
+    assert tally.take().device.type == "meta"
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpointing_counts_once(use_reentrant):
     moe = make_moe()
