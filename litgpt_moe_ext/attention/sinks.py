@@ -69,6 +69,9 @@ def sink_attention(
         return _eager(q, k, v, sinks, mask, causal, scale, dropout)
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+    elif mask is not None:
+        # The kernels read the mask's memory as elements of q's type and do not check it.
+        mask = mask.to(q.dtype)
     return _Flash.apply(q, k, v, sinks, mask, None, backend, Call(scale, causal, None, dropout))
 
 

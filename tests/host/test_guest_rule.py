@@ -15,7 +15,7 @@ import litgpt_moe_ext
 from tests.host.guest_report import CONFIGS
 from tests.models import moe_config
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 def run(arguments: list[str], disabled: bool = False, **options) -> subprocess.CompletedProcess:
@@ -34,7 +34,7 @@ def run(arguments: list[str], disabled: bool = False, **options) -> subprocess.C
 @pytest.fixture(scope="module")
 def reports():
     def report(disabled: bool) -> dict:
-        result = run([str(HERE / "guest_report.py")], disabled)
+        result = run([str(HERE / "host" / "guest_report.py")], disabled)
         assert result.returncode == 0, result.stderr
         return json.loads(result.stdout.rpartition("REPORT")[2])
 
