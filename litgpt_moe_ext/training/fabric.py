@@ -1,27 +1,12 @@
 """A Fabric that tells its callbacks what LitGPT's loop does.
 
-Beside Fabric's own hooks (`on_after_setup`, `on_after_optimizer_step`) a callback may have:
-
-- `on_before_setup(model)`: LitGPT's model, before a strategy or compiler wraps it;
-- `on_fit_begin(resume_dir)`: training is about to start, from the checkpoint directory if it is not None;
-- `on_flops_counted(flops_per_token)`: floating point operations of forward and backward pass;
-- `on_step_begin(state)`: the first batch of an optimizer step is about to be fetched; `state` is LitGPT's;
-- `on_batch(batch, waited)`: a batch was fetched, which took `waited` seconds;
-- `on_gradients_clipped(norm, module, optimizer, scaled)`: the total gradient norm before clipping, a scalar tensor on
-  the device; whether a gradient scaler watches over it. DeepSpeed clips inside its step: there the call follows the
-  step, which has been left out if the norm is not finite;
-- `on_last_step(state)`: no optimizer step follows; the final validation and checkpoint do;
-- `on_log(metrics)`: may add to the dictionary before it reaches the loggers;
-- `on_logged(metrics)`: sees the complete dictionary;
-- `on_checkpoint_staged(directory)`: may add to a checkpoint, on every process, before it gets its name;
-- `on_checkpoint_saved(directory)`: a checkpoint is complete.
-
-What `state_dict` of a callback returns becomes part of the checkpoints, and `load_state_dict` gets it back.
+The events, and what the callbacks may do about them, stand in `training.callback`.
 """
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +18,7 @@ from lightning.fabric.wrappers import _FabricOptimizer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from litgpt_moe_ext.moe.metrics import load_metrics
+from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.parallel.deepspeed.strategy import ZeroStrategy
 
 
@@ -62,9 +47,19 @@ class TrainingFabric(L.Fabric):
         """Number of finished optimizer steps."""
         return self.state["step_count"]
 
-    def add_callback(self, callback: Any) -> None:
+    def add_callback(self, callback: Callback) -> None:
         """Add a callback after construction."""
         self._callbacks.append(callback)
+
+    def call(self, hook_name: str, *args: Any, **kwargs: Any) -> None:
+        """Tell every callback of an event.
+
+        Fabric's method looks at the signature of every callback at every call; these are checked when a class is
+        defined.
+        """
+        for callback in self._callbacks:
+            if (method := getattr(callback, hook_name, None)) is not None:  # Fabric's own plug-ins may lack it
+                method(*args, **kwargs)
 
     def print(self, *values: Any, **_options: Any) -> None:
         if self.is_global_zero:
@@ -94,8 +89,16 @@ class TrainingFabric(L.Fabric):
         return self._optimizer
 
     def callback_states(self) -> dict[str, Any]:
-        """Return the state of every callback that has one, by class name."""
-        return {type(c).__name__: c.state_dict() for c in self._callbacks if hasattr(c, "state_dict")}
+        """Return the state of every callback that has one, by name."""
+        return {name: state for name, callback in self._named_callbacks() if (state := callback.state_dict())}
+
+    def _named_callbacks(self) -> Iterator[tuple[str, Callback]]:
+        # By class; a second one of a class is told from the first by its number.
+        seen: Counter[str] = Counter()
+        for callback in self._callbacks:
+            name = type(callback).__name__
+            seen[name] += 1
+            yield (name if seen[name] == 1 else f"{name}-{seen[name]}"), callback
 
     def clip_gradients(self, module: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor | None:
         if isinstance(self.strategy, ZeroStrategy):
@@ -160,9 +163,9 @@ class TrainingFabric(L.Fabric):
             ) from error
         self.resumed_rng = remainder.pop("rng", None)
         saved = remainder.pop("callbacks", {})
-        for callback in self._callbacks:
-            if type(callback).__name__ in saved:
-                callback.load_state_dict(saved[type(callback).__name__])
+        for name, callback in self._named_callbacks():
+            if name in saved:
+                callback.load_state_dict(saved[name])
         return remainder
 
     def load_raw(self, path: str | Path, obj: Any, strict: bool = True, **kwargs: Any) -> None:
@@ -195,50 +198,3 @@ class MappedCheckpointIO(DirectCheckpointIO):
 
     def load_checkpoint(self, path: str | Path, *_args: Any, **_options: Any) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-
-
-class ScalerState:
-    """Keeps the state of a gradient scaler in the checkpoints.
-
-    Args:
-        precision: Fabric's precision plugin.
-    """
-
-    def __init__(self, precision: Any) -> None:
-        self._precision = precision
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of the scaler."""
-        return self._precision.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state that `state_dict` returned."""
-        self._precision.load_state_dict(state)
-
-
-class GradientNorm:
-    """Adds `grad_norm`, of the last optimizer step and before clipping, to the log."""
-
-    def __init__(self) -> None:
-        self._norm: Tensor | None = None
-
-    def on_gradients_clipped(self, norm: Tensor | None, **_context: Any) -> None:
-        self._norm = norm
-
-    def on_log(self, metrics: dict[str, Any]) -> None:
-        if self._norm is not None and "loss" in metrics:
-            metrics["grad_norm"] = self._norm.item()
-
-
-class ExpertLoad:
-    """Adds the balance of the experts in the last optimizer step to the log."""
-
-    def __init__(self) -> None:
-        self._model: torch.nn.Module | None = None
-
-    def on_after_setup(self, fabric: L.Fabric, module: torch.nn.Module) -> None:
-        self._model = module
-
-    def on_log(self, metrics: dict[str, Any]) -> None:
-        if self._model is not None and "loss" in metrics:
-            metrics.update(load_metrics(self._model))

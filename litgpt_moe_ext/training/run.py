@@ -27,20 +27,18 @@ from litgpt_moe_ext.training.callbacks.ema import WeightAverage
 from litgpt_moe_ext.training.callbacks.expert_images import ExpertImages, shows_pictures
 from litgpt_moe_ext.training.callbacks.fused_loss import FusedLoss, require_torch
 from litgpt_moe_ext.training.callbacks.kernel_report import KernelReport
-from litgpt_moe_ext.training.callbacks.peak_flops import peak_flops
 from litgpt_moe_ext.training.callbacks.progress import Reporter, format_count
 from litgpt_moe_ext.training.callbacks.retention import BEST, Retention
-from litgpt_moe_ext.training.callbacks.telemetry import Telemetry
+from litgpt_moe_ext.training.callbacks.scaler_state import ScalerState
+from litgpt_moe_ext.training.callbacks.step_metrics import ExpertLoad, GradientNorm
+from litgpt_moe_ext.training.callbacks.telemetry import Telemetry, peak_flops
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
 from litgpt_moe_ext.training.checkpoint.lock import OutDirLock
 from litgpt_moe_ext.training.checkpoint.resume_notes import resume_notes
 from litgpt_moe_ext.training.checks import open_tokenizer
 from litgpt_moe_ext.training.fabric import (
     DirectCheckpointIO,
-    ExpertLoad,
-    GradientNorm,
     MappedCheckpointIO,
-    ScalerState,
     TrainingFabric,
 )
 from litgpt_moe_ext.training.loop import HookedLoop

@@ -9,8 +9,7 @@ import torch
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.model_size import count_flops
 from litgpt_moe_ext.training.callbacks import telemetry
-from litgpt_moe_ext.training.callbacks.peak_flops import peak_flops
-from litgpt_moe_ext.training.callbacks.telemetry import Telemetry, peak_memory_gb
+from litgpt_moe_ext.training.callbacks.telemetry import Telemetry, peak_flops, peak_memory_gb
 from tests.models import moe_config
 from tests.training.conftest import logged
 
@@ -25,7 +24,7 @@ def test_utilization_by_hand(monkeypatch):
     meter.on_log(first)
     assert "mfu" not in first
     assert "device/mfu" not in first
-    meter.on_batch(waited=0.5)
+    meter.on_batch(torch.empty(0), waited=0.5)
     second = {"loss": 1.0, "total_tokens": 1500}
     meter.on_log(second)
     assert second["tokens_per_second"] == 500

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from litgpt_moe_ext.training.callback import Callback
+
 Mode = Literal["none", "full", "selective"]
 
 
-class ActivationCheckpointing:
-    """Applies a mode to every block of a model before it is set up.
+class ActivationCheckpointing(Callback):
+    """Apply a mode to every block of a model before it is set up.
 
     Args:
         mode: `full` or `selective`.

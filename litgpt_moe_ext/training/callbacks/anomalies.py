@@ -16,6 +16,7 @@ from torch import Tensor
 
 from litgpt_moe_ext.moe.gradient_injection import forget_scale
 from litgpt_moe_ext.moe.metrics import routers_of
+from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.checkpoint.store import rng_state
 from litgpt_moe_ext.training.control import TrainingStopped
 from litgpt_moe_ext.training.settings import AnomalyArgs
@@ -23,8 +24,8 @@ from litgpt_moe_ext.training.settings import AnomalyArgs
 FOLDER = "anomalies"
 
 
-class GradientGuard:
-    """Judges the gradient norm of every step before the optimizer uses it.
+class GradientGuard(Callback):
+    """Judge the gradient norm of every step before the optimizer uses it.
 
     The medians come from the norms of the last steps, which are part of the checkpoint, so that a resumed run judges as
     the uninterrupted one.
@@ -52,11 +53,12 @@ class GradientGuard:
         self._before = {"step": state["step_count"], "iteration": state["iter_num"], "data": position}
         self._batches = []
 
-    def on_batch(self, batch: Tensor, **_context: Any) -> None:
+    def on_batch(self, batch: Tensor, waited: float) -> None:
         """Keep a reference to a batch until the step is over."""
         self._batches.append(batch)
 
     def on_gradients_clipped(self, norm: Tensor | None, module: torch.nn.Module, optimizer: Any, scaled: bool) -> None:
+        """Let the step pass, leave it out, or end the run."""
         if norm is None:
             return
         value = float(norm)

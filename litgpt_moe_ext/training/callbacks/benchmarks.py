@@ -11,6 +11,7 @@ import numpy as np
 from litgpt import GPT, Tokenizer
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.checkpoint.store import restore_rng_state, rng_state
 from litgpt_moe_ext.training.settings import EvaluateArgs
 
@@ -53,8 +54,8 @@ def make_benchmarks(
     return TrainingBenchmarks(benchmarks, args.every_steps)
 
 
-class TrainingBenchmarks:
-    """Evaluates after every validation or every so many steps, and after the last step.
+class TrainingBenchmarks(Callback):
+    """Evaluate after every validation or every so many steps, and after the last step.
 
     Args:
         benchmarks: As those of `litgpt_moe_ext.evaluation.benchmarks`.
@@ -69,7 +70,7 @@ class TrainingBenchmarks:
         # Not compiled: the lengths of the texts differ from batch to batch.
         self._fabric, self._model = fabric, module.module
 
-    def on_fit_begin(self) -> None:
+    def on_fit_begin(self, resume_dir: Path | None) -> None:
         """Try the largest batches, so that what fails does so now."""
         with undisturbed(self._fabric, self._model) as model:
             for benchmark in self._benchmarks:

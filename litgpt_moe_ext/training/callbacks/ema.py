@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.checkpoint.store import MODEL_FILE, STATE_FILE
 from litgpt_moe_ext.training.settings import EmaArgs
 
 FOLDER = "ema"
 
 
-class WeightAverage:
-    """Keeps the average up to date after every optimizer step, in float32, on the device of the weights.
+class WeightAverage(Callback):
+    """Keep the average up to date after every optimizer step, in float32, on the device of the weights.
 
     Args:
         args: The decay, which must not be None.

@@ -8,6 +8,7 @@ from lightning.fabric.loggers import TensorBoardLogger
 from lightning.pytorch.loggers import WandbLogger
 
 from litgpt_moe_ext.pictures.expert_load import load_over_steps_figure, loads_by_layer
+from litgpt_moe_ext.training.callback import Callback
 
 NAME = "moe/expert_load"
 
@@ -55,8 +56,8 @@ def shows_pictures(logger: Any) -> bool:
     return isinstance(logger, (TensorBoardLogger, WandbLogger))
 
 
-class ExpertImages:
-    """Logs `moe/expert_load` after every validation; the picture shows this run from its start, or its resumption.
+class ExpertImages(Callback):
+    """Log `moe/expert_load` after every validation; the picture shows this run from its start, or its resumption.
 
     Args:
         name: Of the run, for the title.

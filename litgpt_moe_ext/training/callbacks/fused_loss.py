@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litgpt_moe_ext.moe.gradient_injection import remember_scale
+from litgpt_moe_ext.training.callback import Callback
 
 
 def require_torch() -> None:
@@ -27,8 +28,8 @@ def require_torch() -> None:
         )
 
 
-class FusedLoss:
-    """Replaces the output head's `forward` and the loss function; evaluation and generation still see logits.
+class FusedLoss(Callback):
+    """Replace the output head's `forward` and the loss function; evaluation and generation still see logits.
 
     The product is done in float32, also under autocast.
     """

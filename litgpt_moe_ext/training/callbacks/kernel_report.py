@@ -10,10 +10,11 @@ from litgpt_moe_ext.attention.kernels.backends import choose_backend
 from litgpt_moe_ext.attention.layer import SinkAttention
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.kernels.backends import matmul_dtype
+from litgpt_moe_ext.training.callback import Callback
 
 
-class KernelReport:
-    """Prints which implementation computes the experts and which the attention, one line each.
+class KernelReport(Callback):
+    """Print which implementation computes the experts and which the attention, one line each.
 
     Args:
         compiled: Whether the model is compiled, for which another implementation of the experts may be chosen.

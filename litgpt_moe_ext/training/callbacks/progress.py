@@ -11,6 +11,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from litgpt_moe_ext.training.callback import Callback
+
 # LitGPT's own lines that say what the lines below say better, or say wrong.
 _REPLACED = (
     "Epoch ",
@@ -34,8 +36,8 @@ def format_count(number: float) -> str:
     return f"{number:.0f}"
 
 
-class Reporter:
-    """Shows messages, and the state of training as LitGPT logs it.
+class Reporter(Callback):
+    """Show messages, and the state of training as LitGPT logs it.
 
     Args:
         total_steps: Optimizer steps of the whole training.

@@ -7,14 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.checkpoint.store import STATE_FILE, newest_first, publish, remove
 from litgpt_moe_ext.training.settings import CheckpointArgs
 
 BEST = "best"
 
 
-class Retention:
-    """Saves by time, keeps the best, deletes the old.
+class Retention(Callback):
+    """Save by time, keep the best, delete the old.
 
     Args:
         args: What to keep.

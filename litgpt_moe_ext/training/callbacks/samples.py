@@ -7,11 +7,12 @@ import torch
 from litgpt.generate.base import generate
 from litgpt.tokenizer import Tokenizer
 
+from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.settings import SampleArgs
 
 
-class TextSamples:
-    """Continues a few prompts after every validation. Training goes on as if nothing had happened.
+class TextSamples(Callback):
+    """Continue a few prompts after every validation. Training goes on as if nothing had happened.
 
     Args:
         args: What to write.

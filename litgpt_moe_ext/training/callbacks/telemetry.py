@@ -1,15 +1,19 @@
 """What a run costs: speed, memory, time spent waiting for data, and how much of the hardware it uses."""
 
+import re
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
+from litgpt_moe_ext.training.callback import Callback
 
 
-class Telemetry:
-    """Adds `tokens_per_second`, `data_wait`, `memory_gb` and, where the device's peak is known, `mfu` to the log.
+class Telemetry(Callback):
+    """Add `tokens_per_second`, `data_wait`, `memory_gb` and, where the device's peak is known, `mfu` to the log.
 
     `tokens_per_second` counts all processes and everything since the last log line, validation and checkpoints too.
     `data_wait` is the share of that time in which this process waited for batches. `memory_gb` is the highest use so
@@ -33,7 +37,7 @@ class Telemetry:
     def on_flops_counted(self, flops_per_token: float) -> None:
         self._flops_per_token = flops_per_token
 
-    def on_batch(self, waited: float, **_context: Any) -> None:
+    def on_batch(self, batch: Tensor, waited: float) -> None:
         self._waited += waited
 
     def on_log(self, metrics: dict[str, Any]) -> None:
@@ -66,3 +70,49 @@ def peak_memory_gb(device: torch.device) -> float | None:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+class Peak(NamedTuple):
+    """TFLOP/s of dense products: operands in 16 bits (added up in 32), in TF32, in float32 without Tensor Cores."""
+
+    half: float
+    tf32: float
+    single: float
+
+
+# Lightning 2.6's table, which LitGPT's `device/mfu` comes from, has figures with sparsity for H200 and H100 NVL, twice
+# the dense ones, and those without Tensor Cores for some others.
+# By a word of the name that CUDA gives the device, from NVIDIA's data sheets; the first that fits counts.
+_PEAKS = {
+    "B200": Peak(2250.0, 1125.0, 75.0),
+    "H200": Peak(989.4, 494.7, 66.9),
+    "H100 NVL": Peak(835.5, 417.5, 60.0),
+    "H100 PCIe": Peak(756.0, 378.0, 51.2),
+    "H100": Peak(989.4, 494.7, 66.9),
+    "A100": Peak(312.0, 156.0, 19.5),
+    "A10": Peak(125.0, 62.5, 31.2),
+    "L40S": Peak(362.0, 183.0, 91.6),
+    "L4": Peak(121.0, 60.0, 30.3),
+    "V100": Peak(125.0, 15.7, 15.7),
+    "T4": Peak(65.0, 8.1, 8.1),
+}
+# These have no bfloat16.
+_FLOAT16_ONLY = ("V100", "T4")
+
+
+def peak_flops(device: str, precision: str, matmul_precision: str) -> float | None:
+    """Return the floating point operations per second of a GPU in dense matrix products, or None if they are unknown.
+
+    Args:
+        device: Its name, as from `torch.cuda.get_device_name`.
+        precision: Of the training, as Fabric names it: 32-true, bf16-mixed, ...
+        matmul_precision: As from `torch.get_float32_matmul_precision`; anything but highest lets float32 be TF32.
+    """
+    words = set(re.split(r"[^A-Za-z0-9]+", device))
+    name = next((name for name in _PEAKS if set(name.split()) <= words), None)
+    if name is None or (precision.startswith("bf16") and name in _FLOAT16_ONLY):
+        return None
+    peak = _PEAKS[name]
+    if precision.startswith(("bf16", "16")):
+        return 1e12 * peak.half
+    return 1e12 * (peak.single if matmul_precision == "highest" else peak.tf32)

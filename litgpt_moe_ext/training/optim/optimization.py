@@ -7,13 +7,14 @@ import torch
 from litgpt.args import TrainArgs
 from litgpt.utils import instantiate_torch_optimizer
 
+from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.optim.muon import MuonAdamW
 from litgpt_moe_ext.training.optim.parameter_groups import group_parameters, scale_rates
 from litgpt_moe_ext.training.optim.schedules import Schedule
 from litgpt_moe_ext.training.settings import ParameterGroupArgs, ScheduleArgs
 
 
-class Optimization:
+class Optimization(Callback):
     """The optimizer side of a run.
 
     Args:

@@ -12,6 +12,7 @@ from lightning.fabric.strategies.strategy import _BackwardSyncControl
 from litgpt.args import TrainArgs
 from torch import Tensor, nn
 
+from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.parallel.deepspeed.optimizer import ZeroOptimizer
 from litgpt_moe_ext.training.parallel.deepspeed.settings import engine_options, step_options
 from litgpt_moe_ext.training.settings import DistributedArgs
@@ -115,7 +116,7 @@ class _StepBoundary(_BackwardSyncControl):
         return contextlib.nullcontext()
 
 
-class LossScale:
+class LossScale(Callback):
     """Keeps DeepSpeed's loss scale of float16 training in the checkpoints.
 
     Args:

@@ -1,0 +1,41 @@
+"""What a log line of training says beside LitGPT's own: gradient norm and load of the experts."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from litgpt_moe_ext.moe.metrics import load_metrics
+from litgpt_moe_ext.training.callback import Callback
+
+
+class GradientNorm(Callback):
+    """Log `grad_norm`, of the last optimizer step and before clipping."""
+
+    def __init__(self) -> None:
+        self._norm: Tensor | None = None
+
+    def on_gradients_clipped(self, norm: Tensor | None, module: Any, optimizer: Any, scaled: bool) -> None:
+        """Keep the norm on its device."""
+        self._norm = norm
+
+    def on_log(self, metrics: dict[str, Any]) -> None:
+        """Add the norm to a line of training."""
+        if self._norm is not None and "loss" in metrics:
+            metrics["grad_norm"] = self._norm.item()
+
+
+class ExpertLoad(Callback):
+    """Log how evenly the last optimizer step used the experts."""
+
+    def __init__(self) -> None:
+        self._model: torch.nn.Module | None = None
+
+    def on_after_setup(self, fabric: Any, module: torch.nn.Module) -> None:
+        """Keep the model."""
+        self._model = module
+
+    def on_log(self, metrics: dict[str, Any]) -> None:
+        """Add the metrics of `litgpt_moe_ext.moe.metrics` to a line of training."""
+        if self._model is not None and "loss" in metrics:
+            metrics.update(load_metrics(self._model))

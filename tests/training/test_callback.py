@@ -1,0 +1,63 @@
+"""The base class of callbacks: what it refuses at definition, and what a run calls."""
+
+from pathlib import Path
+
+import pytest
+
+from litgpt_moe_ext.training.callback import EVENTS, Callback
+from litgpt_moe_ext.training.fabric import TrainingFabric
+
+
+def test_a_misspelt_event_is_an_error_at_definition():
+    with pytest.raises(TypeError, match=r"Mine\.on_step_beginn: no event of training .* did you mean on_step_begin\?"):
+
+        class Mine(Callback):
+            def on_step_beginn(self, state):
+                pass
+
+    with pytest.raises(TypeError, match="events are on_before_setup, on_after_setup"):
+
+        class Other(Callback):
+            def on_zzz(self):
+                pass
+
+
+def test_other_arguments_are_an_error_at_definition():
+    with pytest.raises(TypeError, match=r"must have the arguments \(self, batch, waited\), not \(self, tokens\)"):
+
+        class Mine(Callback):
+            def on_batch(self, tokens):
+                pass
+
+
+def test_every_callback_of_the_package_has_the_base_class():
+    """A class in training whose method is called `on_...` is a callback."""
+    import re
+
+    root = Path(__file__).resolve().parents[2] / "litgpt_moe_ext" / "training"
+    for file in root.rglob("*.py"):
+        for block in re.split(r"^class ", file.read_text(encoding="utf-8"), flags=re.M)[1:]:
+            name = re.match(r"\w+", block)[0]
+            if re.search(r"^    def on_", block, flags=re.M) and name != "Callback":
+                assert re.match(r"\w+\(Callback\)", block), f"{file}: {name}"
+
+
+def test_fabric_calls_and_keeps_the_state_of_two_of_a_class():
+    class Counts(Callback):
+        def __init__(self) -> None:
+            self.lines = 0
+
+        def on_logged(self, metrics):
+            self.lines += 1
+
+        def state_dict(self):
+            return {"lines": self.lines}
+
+    first, second, silent = Counts(), Counts(), Callback()
+    fabric = TrainingFabric(show=print, accelerator="cpu", devices=1, callbacks=[first, silent])
+    fabric.call("on_logged", metrics={})
+    fabric.add_callback(second)
+    fabric.call("on_logged", metrics={})
+    assert fabric.callback_states() == {"Counts": {"lines": 2}, "Counts-2": {"lines": 1}}
+    for event in set(EVENTS) - {"on_logged"}:
+        assert getattr(Callback, event) is getattr(Counts, event)
