@@ -3,7 +3,6 @@
 The events, and what the callbacks may do about them, stand in `training.callback`.
 """
 
-import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -12,14 +11,10 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.strategies import ModelParallelStrategy, Strategy
 from lightning.fabric.wrappers import _FabricOptimizer
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from litgpt_moe_ext.training.callback import Callback
-from litgpt_moe_ext.training.parallel.deepspeed.strategy import ZeroStrategy
 
 
 class TrainingFabric(L.Fabric):
@@ -65,14 +60,6 @@ class TrainingFabric(L.Fabric):
         if self.is_global_zero:
             self._show(" ".join(str(value) for value in values))
 
-    def init_module(self, empty_init: bool | None = None) -> contextlib.AbstractContextManager:
-        # FSDP2 would initialise shards on their own: on a CPU every process draws the same numbers for its part. Made
-        # whole and then sharded, the weights are those of a single process.
-        # DeepSpeed would share them out before LitGPT has given them values.
-        if isinstance(self.strategy, (ModelParallelStrategy, ZeroStrategy)):
-            return Strategy.module_init_context(self.strategy, empty_init)
-        return super().init_module(empty_init)
-
     def setup(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         # LitGPT has called `torch.compile`, which compiles at the first call only.
         self.call("on_before_setup", model=getattr(module, "_orig_mod", module))
@@ -80,12 +67,9 @@ class TrainingFabric(L.Fabric):
         return self._model
 
     def setup_optimizers(self, *optimizers: torch.optim.Optimizer) -> Any:
-        if not isinstance(self.strategy, ZeroStrategy):
-            return super().setup_optimizers(*optimizers)
         (optimizer,) = optimizers
-        engine, optimizer = self.strategy.start(self._model.module, optimizer, self._report_norm)
-        self._model._forward_module = engine
-        self._optimizer = _FabricOptimizer(optimizer, self.strategy, self._callbacks)
+        attached = self.strategy.attach_optimizer(self._model, optimizer, self._report_norm)
+        self._optimizer = _FabricOptimizer(attached, self.strategy, self._callbacks)
         return self._optimizer
 
     def callback_states(self) -> dict[str, Any]:
@@ -101,13 +85,12 @@ class TrainingFabric(L.Fabric):
             yield (name if seen[name] == 1 else f"{name}-{seen[name]}"), callback
 
     def clip_gradients(self, module: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor | None:
-        if isinstance(self.strategy, ZeroStrategy):
+        if self.strategy.clips_in_step:
             return None
         # Whether a gradient that is not finite ends the run is for the callbacks to say.
         norm = super().clip_gradients(module, optimizer, *args, **{**kwargs, "error_if_nonfinite": False})
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        self.call("on_gradients_clipped", norm=norm, module=module, optimizer=optimizer, scaled=self.scales_gradients)
+        scaled = self.strategy.scales_gradients
+        self.call("on_gradients_clipped", norm=norm, module=module, optimizer=optimizer, scaled=scaled)
         return norm
 
     def _report_norm(self, norm: Tensor) -> None:
@@ -116,15 +99,8 @@ class TrainingFabric(L.Fabric):
             norm=norm,
             module=self._model,
             optimizer=self._optimizer,
-            scaled=self.scales_gradients,
+            scaled=self.strategy.scales_gradients,
         )
-
-    @property
-    def scales_gradients(self) -> bool:
-        """Whether the loss is scaled against underflow, and steps with gradients that overflow are left out."""
-        if isinstance(self.strategy, ZeroStrategy):
-            return self.strategy.precision.precision == "16-mixed"
-        return getattr(self.strategy.precision, "scaler", None) is not None
 
     def log_dict(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Log the mean of the losses over all processes, under the number of optimizer steps.
@@ -171,30 +147,4 @@ class TrainingFabric(L.Fabric):
     def load_raw(self, path: str | Path, obj: Any, strict: bool = True, **kwargs: Any) -> None:
         """As Fabric's, but also takes the model out of a training checkpoint."""
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        if isinstance(self.strategy, ZeroStrategy):
-            self.strategy.load_module_state_dict(self.strategy.model, checkpoint.get("model", checkpoint), strict)
-        elif "model" in checkpoint:
-            obj.load_state_dict(checkpoint["model"], strict=strict)
-        else:
-            super().load_raw(path, obj, strict, **kwargs)
-
-
-class DirectCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint straight to its file.
-
-    Lightning's own first makes a copy of all of it in memory, and another in a temporary file that may lie on another
-    file system; the directory that `checkpoints.save_whole` writes into is temporary already.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        torch.save(checkpoint, path)
-
-
-class MappedCheckpointIO(DirectCheckpointIO):
-    """Reads a checkpoint through the file system's cache, which the processes of a node share.
-
-    For strategies whose processes keep a part of what they read.
-    """
-
-    def load_checkpoint(self, path: str | Path, *_args: Any, **_options: Any) -> dict[str, Any]:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        self.strategy.load_weights(obj, checkpoint.get("model", checkpoint), strict)

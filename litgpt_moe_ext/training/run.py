@@ -11,8 +11,6 @@ from typing import Any
 import litgpt.pretrain
 import torch
 from lightning.fabric.loggers import CSVLogger
-from lightning.fabric.plugins import MixedPrecision
-from lightning.fabric.strategies import DDPStrategy, FSDPStrategy
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.config import Config
 from litgpt.tokenizer import Tokenizer
@@ -29,32 +27,19 @@ from litgpt_moe_ext.training.callbacks.fused_loss import FusedLoss, require_torc
 from litgpt_moe_ext.training.callbacks.kernel_report import KernelReport
 from litgpt_moe_ext.training.callbacks.progress import Reporter, format_count
 from litgpt_moe_ext.training.callbacks.retention import BEST, Retention
-from litgpt_moe_ext.training.callbacks.scaler_state import ScalerState
 from litgpt_moe_ext.training.callbacks.step_metrics import ExpertLoad, GradientNorm
 from litgpt_moe_ext.training.callbacks.telemetry import Telemetry, peak_flops
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
 from litgpt_moe_ext.training.checkpoint.lock import OutDirLock
 from litgpt_moe_ext.training.checkpoint.resume_notes import resume_notes
 from litgpt_moe_ext.training.checks import open_tokenizer
-from litgpt_moe_ext.training.fabric import (
-    DirectCheckpointIO,
-    MappedCheckpointIO,
-    TrainingFabric,
-)
+from litgpt_moe_ext.training.fabric import TrainingFabric
 from litgpt_moe_ext.training.loop import HookedLoop
 from litgpt_moe_ext.training.optim.optimization import Optimization, count_steps
 from litgpt_moe_ext.training.parallel import topology
-from litgpt_moe_ext.training.parallel.deepspeed.strategy import LossScale, ZeroStrategy
+from litgpt_moe_ext.training.parallel.launch import Processes, cluster_plugin, started_processes
 from litgpt_moe_ext.training.parallel.lost_processes import end_together
-from litgpt_moe_ext.training.parallel.strategies import (
-    Processes,
-    accelerator_here,
-    cluster_plugin,
-    is_sharded,
-    make_strategy,
-    single_process_note,
-    started_processes,
-)
+from litgpt_moe_ext.training.parallel.strategies import accelerator_here, make_strategy, single_process_note
 from litgpt_moe_ext.training.settings import (
     AnomalyArgs,
     CheckpointArgs,
@@ -133,19 +118,11 @@ class Run:
         accelerator = accelerator_here()
         cuda = accelerator == "cuda"
         made = make_strategy(strategy, self.devices * num_nodes, num_nodes, distributed, accelerator)
-        # Torch's sharded strategies write directly, and refuse the plugin for saving.
-        plugins: list[Any] = []
-        if isinstance(made, ZeroStrategy):
-            plugins.append(MappedCheckpointIO())
-        elif made == "auto" or isinstance(made, DDPStrategy):
-            plugins.append(DirectCheckpointIO())
         if precision is None:
             # bfloat16 is much slower than float32 on CPUs without instructions for it.
             precision = get_default_supported_precision(training=True) if cuda else "32-true"
-        if precision == "16-mixed" and not cuda:
-            # Fabric would take bf16-mixed instead; torch has both on CPUs.
-            plugins.append(MixedPrecision("16-mixed", accelerator))
-            precision = None
+        made.use_precision(precision, accelerator)
+        plugins: list[Any] = []
         if (environment := cluster_plugin(started)) is not None:
             plugins.append(environment)
         logger = _choose_logger(
@@ -255,7 +232,7 @@ class Run:
             return
         if self.tokenizer is None:
             raise ValueError("sample.prompts: needs a tokenizer; give tokenizer_dir, or remove the prompts")
-        if is_sharded(self.fabric.strategy):
+        if not self.fabric.strategy.holds_whole_model:
             self.fabric.print("No samples: under this strategy no process holds a whole model.")
             return
         from litgpt_moe_ext.training.callbacks.samples import TextSamples
@@ -264,7 +241,7 @@ class Run:
 
     def require_whole_model(self, evaluate: EvaluateArgs) -> None:
         """Raise ValueError if benchmarks are wanted and no process will hold a model to run them on."""
-        if evaluate.wanted and is_sharded(self.fabric.strategy):
+        if evaluate.wanted and not self.fabric.strategy.holds_whole_model:
             raise ValueError(
                 "evaluate: under this strategy no process holds a whole model; use strategy: ddp, or evaluate the "
                 "checkpoints with `litgpt-moe hellaswag` and `litgpt evaluate`"
@@ -285,7 +262,7 @@ class Run:
         """Trade time for memory as asked."""
         if activation_checkpointing != "none":
             self.fabric.add_callback(ActivationCheckpointing(activation_checkpointing))
-        if fused_cross_entropy and is_sharded(self.fabric.strategy):
+        if fused_cross_entropy and not self.fabric.strategy.holds_whole_model:
             raise ValueError("fused_cross_entropy: true needs the whole output head on every process; use ddp")
         if fused_cross_entropy:
             require_torch()
@@ -297,16 +274,14 @@ class Run:
     ) -> None:
         """Have the optimizer made and watched as asked."""
         fabric = self.fabric
-        scaled, zero = fabric.scales_gradients, isinstance(fabric.strategy, ZeroStrategy)
-        if zero:
-            fabric.strategy.follow(self.train_args)
-        self.optimization = Optimization(schedule, groups, scaled and not zero, in_pieces=zero)
+        strategy = fabric.strategy
+        strategy.follow(self.train_args)
+        scaled = strategy.scales_gradients and not strategy.clips_in_step
+        self.optimization = Optimization(schedule, groups, scaled, in_pieces=strategy.steps_in_parts)
         fabric.add_callback(self.optimization)
         fabric.add_callback(GradientGuard(anomaly, self.out_dir, fabric.global_rank, fabric.print))
-        if scaled:
-            fabric.add_callback(LossScale(fabric.strategy) if zero else ScalerState(fabric.strategy.precision))
-        if ema.decay is not None and isinstance(fabric.strategy, FSDPStrategy):
-            raise ValueError(f"ema.decay: {ema.decay} does not work with this strategy; ddp and fsdp2 have averages")
+        if strategy.scales_gradients:
+            fabric.add_callback(strategy.loss_scale_state())
         if ema.decay is not None:
             fabric.add_callback(WeightAverage(ema))
 
@@ -320,8 +295,8 @@ class Run:
         checkpoint: CheckpointArgs,
     ) -> None:
         """Run LitGPT's loop to its end."""
-        if isinstance(self.fabric.strategy, ZeroStrategy):
-            decision = CompileDecision(False, "DeepSpeed works on the model as it is")
+        if (obstacle := self.fabric.strategy.compile_obstacle) is not None:
+            decision = CompileDecision(False, obstacle)
         else:
             decision = decide(compile, self.config, probe_platform(self.fabric.device.type))
         if decision.enabled and self.fused_loss is not None:

@@ -166,11 +166,9 @@ class DistributedArgs:
     find_unused_parameters: bool | None = None
     """ddp: look for weights that got no gradient in a backward pass, which costs time; null: false"""
     cpu_offload: bool | None = None
-    """fsdp, fsdp2: keep weights and optimizer in the memory of the CPU; null: false"""
+    """fsdp, fsdp_shard_grad_op, fsdp2: keep weights and optimizer in the memory of the CPU; null: false"""
     forward_prefetch: bool | None = None
-    """fsdp: fetch the weights of the next block before the present one is computed; null: false"""
-    limit_all_gathers: bool | None = None
-    """fsdp: fetch at most two blocks ahead, which bounds the memory; null: true"""
+    """the same: gather the weights of the next block before the present one is computed; null: false"""
     overlap_comm: bool | None = None
     """deepspeed: reduce gradients while the backward pass goes on; null: true"""
     reduce_bucket_size: int | None = None

@@ -48,7 +48,7 @@ def test_a_recipe_that_can_run(tmp_path, capsys):
         ),
         ({"tokenizer_dir": "/no/such/tokenizer"}, "tokenizer"),
         ({"precision": "64-quantum"}, "precision"),
-        ({"strategy": "fsdp", "devices": 2}, "strategy"),
+        ({"strategy": "deepspeed_stage_1", "devices": 2}, "strategy"),
         ({"strategy": "zero9", "devices": 2}, "strategy"),
         ({"strategy": "fsdp2", "devices": 2, "distributed": {"bucket_mb": 5}}, "strategy"),
         ({"strategy": "fsdp2", "devices": 2, "fused_cross_entropy": True}, "strategy"),
@@ -83,7 +83,7 @@ def test_memory_takes_the_whole_recipe_into_account(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "verdict", "text"),
     [
-        ({"strategy": "fsdp2"}, "note", "fsdp2 has nothing to share out in a single process"),
+        ({"strategy": "fsdp2"}, "note", "fsdp2 has nothing to shard in a single process"),
         ({"strategy": "fsdp2", "devices": 2, "num_nodes": 3}, "good", "fsdp2, 2 processes on each of 3 nodes"),
         ({"devices": 2}, "good", "ddp, 2 processes"),
     ],

@@ -8,6 +8,7 @@ Args (one, as JSON):
     RUNS: A list of `[number of processes, exit status, [argument of run_train.py, ...]]`, done one after the other.
 """
 
+import dataclasses
 import importlib
 import json
 import os
@@ -24,10 +25,11 @@ def allow_cpus() -> None:
     from lightning.fabric.strategies import Strategy
     from lightning.fabric.strategies import deepspeed as fabrics
 
-    from litgpt_moe_ext.training.parallel import strategies
+    from litgpt_moe_ext.training.parallel import facts
     from litgpt_moe_ext.training.parallel.deepspeed.strategy import ZeroStrategy
 
-    strategies.CUDA_ONLY = ()
+    for name, row in facts.STRATEGIES.items():
+        facts.STRATEGIES[name] = dataclasses.replace(row, cuda_only=False)
     fabrics._validate_device_index_selection = lambda devices: None
     # Its shared-memory reduction would be compiled first. (As an attribute, `deepspeed.comm.torch` is torch.)
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None

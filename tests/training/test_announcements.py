@@ -54,7 +54,7 @@ def test_a_run_says_it_once(recipe, capsys):
     output = capsys.readouterr().out
     for line in ("experts: grouped_cpu for torch.float32 on cpu", "attention: flash_cpu for torch.float32 on cpu"):
         assert output.count(line) == 1
-    note = "strategy: fsdp2 has nothing to share out in a single process: it becomes auto, and distributed.cpu_offload"
+    note = "strategy: fsdp2 has nothing to shard in a single process: it becomes auto, and distributed.cpu_offload"
     assert output.count(note) == 1
 
 

@@ -5,15 +5,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.training.checkpoint.resharding import convert_iterations, convert_position
-from litgpt_moe_ext.training.parallel.strategies import make_strategy, started_processes
-from litgpt_moe_ext.training.settings import DistributedArgs
+from litgpt_moe_ext.training.parallel.facts import STRATEGIES
+from litgpt_moe_ext.training.parallel.launch import started_processes
+from litgpt_moe_ext.training.parallel.strategies import make_strategy
+from litgpt_moe_ext.training.settings import DistributedArgs, StrategyName
 from tests.training.conftest import ROOT, RUN_TRAIN, logged
 
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--nnodes=1"]
@@ -52,7 +57,7 @@ def assert_same_training(ours: Path, theirs: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp2"])
 def test_two_processes_train_as_one_and_hand_over(recipe, tmp_path, capsys, strategy):
     """Two processes equal one; a checkpoint of two is resumed by one and by four, and one of one by two."""
     tokens = {"max_tokens": 6 * 128, "global_batch_size": 4, "save_interval": 3}
@@ -257,26 +262,28 @@ class TestMakeStrategy:
     def make(self, name: str, accelerator: str = "cuda", nodes: int = 1, processes: int = 2, **knobs):
         return make_strategy(name, processes, nodes, DistributedArgs(**knobs), accelerator)
 
-    def test_knobs_reach_fabric(self):
-        from torch.distributed.fsdp import ShardingStrategy
+    def test_every_name_has_its_row(self):
+        assert tuple(STRATEGIES) == get_args(StrategyName)
+        knobs = {knob for row in STRATEGIES.values() for knob in row.knobs}
+        assert knobs == {knob.name for knob in fields(DistributedArgs)} - {"timeout_minutes"}
 
+    def test_knobs_reach_fabric(self):
         assert self.make("ddp", bucket_mb=5)._ddp_kwargs == {"bucket_cap_mb": 5}
         flags = {"gradient_as_bucket_view": True, "find_unused_parameters": False}
         assert self.make("auto", **flags)._ddp_kwargs == flags
-        assert self.make("auto", processes=1) == "auto"
-        fsdp = self.make("fsdp", cpu_offload=True, forward_prefetch=True, limit_all_gathers=False)
-        assert fsdp._fsdp_kwargs["forward_prefetch"] is True
-        assert fsdp._fsdp_kwargs["limit_all_gathers"] is False
-        assert fsdp.sharding_strategy == ShardingStrategy.FULL_SHARD
-        assert fsdp.cpu_offload.offload_params is True
-        assert self.make("fsdp", nodes=2).sharding_strategy == ShardingStrategy.HYBRID_SHARD
-        assert self.make("fsdp_shard_grad_op").sharding_strategy == ShardingStrategy.SHARD_GRAD_OP
+        assert self.make("auto", processes=1, accelerator="cpu").root_device == torch.device("cpu")
+        assert self.make("fsdp2", processes=1).root_device == torch.device("cuda", 0)
         assert self.make("fsdp2", timeout_minutes=2)._timeout.total_seconds() == 120
+
+    def test_offloaded_shards_are_reduced_on_the_cpu(self):
+        strategy = self.make("fsdp", cpu_offload=True)
+        strategy.parallel_devices, strategy.cluster_environment = [torch.device("cuda", 0)], LightningEnvironment()
+        assert strategy._get_process_group_backend() == "cpu:gloo,cuda:nccl"
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"name": "fsdp", "accelerator": "cpu"}, "strategy: 'fsdp' needs CUDA devices"),
+            ({"name": "deepspeed_stage_1", "accelerator": "cpu"}, "strategy: 'deepspeed_stage_1' needs CUDA devices"),
             ({"name": "ddp", "cpu_offload": True}, "distributed.cpu_offload: True would be ignored"),
             ({"name": "fsdp2", "bucket_mb": 3}, "distributed.bucket_mb: 3 would be ignored"),
             ({"name": "dpp"}, "strategy: 'dpp' is unknown; choose from auto, ddp"),

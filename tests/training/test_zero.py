@@ -14,13 +14,14 @@ from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.training.parallel.deepspeed.settings import (
     check_combination,
     engine_options,
-    stage_of,
     step_options,
 )
+from litgpt_moe_ext.training.parallel.facts import facts_of
 from litgpt_moe_ext.training.parallel.strategies import check_strategy, single_process_note
 from litgpt_moe_ext.training.settings import AnomalyArgs, DistributedArgs, EmaArgs
 from tests.training.conftest import ROOT, logged, recipe_writer
 
+PARTS = ("weights", "gradients", "optimizer")
 STAGES = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
 
 
@@ -28,8 +29,10 @@ class TestSettings:
     """What can be said without DeepSpeed and without a GPU."""
 
     def test_stages(self):
-        assert [stage_of(name) for name in STAGES] == [1, 2, 3]
-        assert stage_of("fsdp2") is None
+        rows = [facts_of(name) for name in STAGES]
+        assert [row.zero_stage for row in rows] == [1, 2, 3]
+        assert [row.shards for row in rows] == [PARTS[2:], PARTS[1:], PARTS]
+        assert facts_of("fsdp2").zero_stage is None
 
     def test_knobs(self):
         assert engine_options(2, DistributedArgs()) == {"stage": 2, "pin_memory": False}
@@ -103,7 +106,7 @@ class TestSettings:
             DistributedArgs(**knobs)
 
     def test_not_installed(self, monkeypatch):
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr("litgpt_moe_ext.training.parallel.strategies.find_spec", lambda name: None)
         with pytest.raises(ImportError, match="'deepspeed_stage_1' needs the package deepspeed.*`uv sync --extra deep"):
             check_strategy("deepspeed_stage_1", DistributedArgs(), "cuda")
 

@@ -150,11 +150,9 @@ def _processes(recipe: Recipe) -> int:
 
 def _whole(recipe: Recipe) -> bool:
     # Whether every process has all weights.
-    from litgpt_moe_ext.training.parallel.deepspeed.settings import stage_of
+    from litgpt_moe_ext.training.parallel.facts import facts_of
 
-    if (stage := stage_of(recipe.strategy)) is not None:
-        return stage < 3
-    return recipe.strategy in ("auto", "ddp") or _processes(recipe) * recipe.num_nodes == 1
+    return facts_of(recipe.strategy).holds_whole_model(_processes(recipe) * recipe.num_nodes)
 
 
 def _strategy(recipe: Recipe) -> Finding:

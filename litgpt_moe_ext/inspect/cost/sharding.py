@@ -18,13 +18,13 @@ wide in mixed precision is left out.
 With several nodes `fsdp` shares the work within a node, each of which has all of it; the others share among all.
 """
 
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from litgpt_moe_ext.inspect.cost.memory import TrainingMemory
-from litgpt_moe_ext.training.parallel.deepspeed.settings import stage_of
-from litgpt_moe_ext.training.settings import StrategyName
+from litgpt_moe_ext.training.parallel.facts import STRATEGIES as _STRATEGIES
+from litgpt_moe_ext.training.parallel.facts import StrategyFacts, facts_of
 
-STRATEGIES = tuple(name for name in get_args(StrategyName) if name != "auto")
+STRATEGIES = tuple(name for name in _STRATEGIES if name != "auto")
 # Fabric's default: 200 million gradients of 4 bytes.
 _BUCKET = 800_000_000
 
@@ -78,34 +78,34 @@ def process_memory(
     Raises:
         ValueError: If there is no such strategy.
     """
-    if strategy not in (*STRATEGIES, "auto"):
-        raise ValueError(f"strategy: {strategy!r} is unknown; choose from auto, {', '.join(STRATEGIES)}")
-    if (stage := stage_of(strategy)) is not None:
-        return _zero_memory(memory, block, outside, stage, per_node * nodes, cpu_offload)
-    if per_node * nodes == 1:
-        return ProcessMemory(memory.weights, memory.gradients, memory.optimizer, 0, memory.activations)
-    if strategy in ("auto", "ddp"):
-        whole = memory.weights, memory.gradients, memory.optimizer
-        return ProcessMemory(*whole, communication=memory.gradients, activations=memory.activations)
-    shares = per_node if strategy == "fsdp" else per_node * nodes
-    parts = [-(-size // shares) for size in (memory.weights, memory.gradients, memory.optimizer)]
-    # The next block is gathered while one is computed; the gradient of a block is whole until it is sent.
-    gathered = memory.gradients if strategy == "fsdp_shard_grad_op" else outside + 2 * block
-    communication = gathered + max(block, outside)
-    return ProcessMemory(*parts, communication, memory.activations, host=sum(parts) if cpu_offload else 0)
+    facts = facts_of(strategy)
+    whole = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer}
+    if per_node * nodes == 1 and not facts.alone:
+        return ProcessMemory(**whole, communication=0, activations=memory.activations)
+    if facts.zero_stage is not None:
+        whole["optimizer"] += memory.weights
+    shares = per_node if facts.within_node else per_node * nodes
+    held = {part: -(-size // shares) if part in facts.shards else size for part, size in whole.items()}
+    return ProcessMemory(
+        **held,
+        communication=_communication(facts, memory, block, outside),
+        activations=memory.activations,
+        host=sum(held[part] for part in facts.offloads) if cpu_offload else 0,
+    )
 
 
-def _zero_memory(
-    memory: TrainingMemory, block: int, outside: int, stage: int, shares: int, offload: bool
-) -> ProcessMemory:
-    optimizer = -(-(memory.optimizer + memory.weights) // shares)
-    gradients = memory.gradients if stage == 1 else -(-memory.gradients // shares)
-    if stage < 3:
-        weights, communication = memory.weights, min(_BUCKET, memory.gradients)
-    else:
-        weights, communication = -(-memory.weights // shares), outside + 2 * block + max(block, outside)
-    host = optimizer if offload else 0
-    return ProcessMemory(weights, gradients, optimizer, communication, memory.activations, host)
+def _communication(facts: StrategyFacts, memory: TrainingMemory, block: int, outside: int) -> int:
+    # The gradient of a block is whole until it is sent.
+    gradient = max(block, outside)
+    match facts.communication:
+        case "gradients":
+            return memory.gradients
+        case "bucket":
+            return min(_BUCKET, memory.gradients)
+        case "blocks":  # the next block is gathered while one is computed
+            return outside + 2 * block + gradient
+        case "model":
+            return memory.gradients + gradient
 
 
 def block_sizes(config: Any, itemsize: int) -> tuple[int, int]:

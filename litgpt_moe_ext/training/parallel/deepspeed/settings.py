@@ -1,11 +1,9 @@
 """What DeepSpeed is configured with, and what cannot be combined with it."""
 
-import importlib.util
 from typing import Any
 
+from litgpt_moe_ext.training.parallel.facts import facts_of
 from litgpt_moe_ext.training.settings import AnomalyArgs, DistributedArgs, EmaArgs
-
-PREFIX = "deepspeed_stage_"
 
 # DeepSpeed hands the optimizer flat pieces of several weights. That is all the same to these, which treat every number
 # by itself; one that looks at rows, matrices or whole weights would compute something else without a word.
@@ -16,20 +14,6 @@ ELEMENTWISE_OPTIMIZERS = (
     "deepspeed.ops.lion.DeepSpeedCPULion",
     "deepspeed.ops.lion.FusedLion",
 )
-
-
-def stage_of(strategy: str) -> int | None:
-    """Return the ZeRO stage that the name of a strategy means, or None for other strategies."""
-    return int(strategy.removeprefix(PREFIX)) if strategy.startswith(PREFIX) else None
-
-
-def require_deepspeed(strategy: str) -> None:
-    """Raise ImportError unless DeepSpeed is installed."""
-    if importlib.util.find_spec("deepspeed") is None:
-        raise ImportError(
-            f"strategy: {strategy!r} needs the package deepspeed, which is not installed; `uv sync --extra deepspeed` "
-            "installs it"
-        )
 
 
 def engine_options(stage: int, args: DistributedArgs) -> dict[str, Any]:
@@ -92,7 +76,7 @@ def check_combination(
     Args:
         strategy: As in recipes, and so are the others.
     """
-    stage = stage_of(strategy)
+    stage = facts_of(strategy).zero_stage
     if stage is None:
         return
     if precision == "bf16-true":

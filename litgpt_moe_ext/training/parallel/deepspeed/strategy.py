@@ -1,7 +1,7 @@
 """Fabric's DeepSpeed strategy, for a loop that sets up the model first and the optimizer after it."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,33 +11,61 @@ from lightning.fabric.strategies import DeepSpeedStrategy, Strategy
 from lightning.fabric.strategies.strategy import _BackwardSyncControl
 from litgpt.args import TrainArgs
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from litgpt_moe_ext.training.callback import Callback
+from litgpt_moe_ext.training.checkpoint.io import MappedCheckpointIO
+from litgpt_moe_ext.training.parallel.behaviour import Behaviour, as_the_model_names_them
 from litgpt_moe_ext.training.parallel.deepspeed.optimizer import ZeroOptimizer
 from litgpt_moe_ext.training.parallel.deepspeed.settings import engine_options, step_options
+from litgpt_moe_ext.training.parallel.facts import StrategyFacts
 from litgpt_moe_ext.training.settings import DistributedArgs
 
 _WORKING_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": torch.float32}
 
 
-class ZeroStrategy(DeepSpeedStrategy):
+class ZeroStrategy(Behaviour, DeepSpeedStrategy):
     """DeepSpeed's ZeRO behind the calls of LitGPT's loop.
 
     DeepSpeed wants model and optimizer at once, with the number of micro batches and the largest gradient norm in its
-    configuration. Call `follow` before the model is set up and `start` when the optimizer is made; `setup_module` only
-    prepares the model.
+    configuration. Call `follow` before the model is set up and `attach_optimizer` when the optimizer is made;
+    `setup_module` only prepares the model.
 
     Checkpoints hold whole tensors, as those of ddp do.
 
     Args:
-        stage: 1 to 3.
+        facts: The strategy's row of the table, which has the stage.
         args: The knobs.
     """
 
-    def __init__(self, stage: int, args: DistributedArgs) -> None:
-        super().__init__(**engine_options(stage, args), timeout=timedelta(minutes=args.timeout_minutes))
+    clips_in_step = True
+    steps_in_parts = True
+    compile_obstacle = "DeepSpeed works on the model as it is"
+
+    def __init__(self, facts: StrategyFacts, args: DistributedArgs) -> None:
+        super().__init__(**engine_options(facts.zero_stage, args), timeout=timedelta(minutes=args.timeout_minutes))
+        self.facts = facts
+        self._checkpoint_io = MappedCheckpointIO()
         self._backward_sync_control = _StepBoundary()
         self._optimizer: ZeroOptimizer | None = None
+
+    @property
+    def holds_whole_model(self) -> bool:
+        return not self.zero_stage_3
+
+    @property
+    def scales_gradients(self) -> bool:
+        return self.precision.precision == "16-mixed"
+
+    def use_precision(self, name: str, accelerator: str) -> None:
+        """Leave the precision to Fabric, which has DeepSpeed's own."""
+
+    def module_init_context(self, empty_init: bool | None = None) -> contextlib.AbstractContextManager:
+        # DeepSpeed would shard the weights before LitGPT has given them values.
+        return Strategy.module_init_context(self, empty_init)
+
+    def loss_scale_state(self) -> "LossScale":
+        return LossScale(self)
 
     def follow(self, train: TrainArgs) -> None:
         """Have DeepSpeed accumulate and clip as LitGPT's loop means it; processes must be connected already."""
@@ -50,23 +78,13 @@ class ZeroStrategy(DeepSpeedStrategy):
             parameter.data = parameter.data.to(_WORKING_DTYPES[self.precision.precision])
         return module
 
-    def start(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, on_norm: Callable[[Tensor], None]
-    ) -> tuple[nn.Module, ZeroOptimizer]:
-        """Hand model and optimizer over to DeepSpeed.
-
-        Args:
-            module: The model, as `setup_module` returned it.
-            optimizer: Over its parameters.
-            on_norm: As `ZeroOptimizer`.
-
-        Returns:
-            What to call instead of the model, and what to use as the optimizer.
-        """
+    def attach_optimizer(self, model: Any, optimizer: Optimizer, on_norm: Callable[[Tensor], None]) -> ZeroOptimizer:
+        """Hand model and optimizer over to DeepSpeed, whose engine runs the model from now on."""
         members = [list(group["params"]) for group in optimizer.param_groups]
-        engine, _, _ = self.setup_module_and_optimizers(module, [optimizer])
+        engine, _, _ = self.setup_module_and_optimizers(model.module, [optimizer])
+        model._forward_module = engine
         self._optimizer = ZeroOptimizer(engine, members, on_norm)
-        return engine, self._optimizer
+        return self._optimizer
 
     def backward(self, tensor: Tensor, module: nn.Module, *args: Any, **kwargs: Any) -> None:
         # The loop has divided the loss by the number of micro batches already.
@@ -92,13 +110,9 @@ class ZeroStrategy(DeepSpeedStrategy):
         return result
 
     def load_module_state_dict(self, module: nn.Module, state_dict: dict[str, Tensor], strict: bool = True) -> None:
-        """Give the model other weights, whole ones, that every process has; every process must call."""
+        """Give the model other weights, whole ones, that every rank has; every rank must call."""
         network = module.module
-        # Under stage 3 no process has room for a model to load into, and a module may want to convert what it loads.
-        with torch.device("meta"):
-            reader = type(network)(network.config)
-        reader.load_state_dict(state_dict, strict=strict, assign=True)
-        loaded = reader.state_dict()
+        loaded = as_the_model_names_them(network, state_dict, strict)
         shards = self._optimizer.shards
         with torch.no_grad():
             for name, value in network.state_dict(keep_vars=True).items():
@@ -107,6 +121,10 @@ class ZeroStrategy(DeepSpeedStrategy):
                     shards.refresh(value, loaded[name])
                 else:
                     value.copy_(loaded[name])
+
+    def load_weights(self, model: nn.Module, weights: Mapping[str, Tensor], strict: bool = True) -> None:
+        """Give DeepSpeed's model other weights; every rank copies its shards out of the whole tensors."""
+        self.load_module_state_dict(self.model, weights, strict)
 
 
 class _StepBoundary(_BackwardSyncControl):

@@ -1,0 +1,90 @@
+"""What each strategy shards and what goes with it: one table, read by launch, checks, the model card and `doctor`.
+
+Imports neither torch nor Lightning, so that a command that only describes a recipe may read it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Part = Literal["weights", "gradients", "optimizer"]
+
+_ALL: tuple[Part, ...] = ("weights", "gradients", "optimizer")
+
+
+@dataclass(frozen=True)
+class StrategyFacts:
+    """One strategy as plain data.
+
+    Attributes:
+        knobs: Fields of `DistributedArgs` that it has, besides those that all strategies have.
+        shards: Of what a rank holds a share only, between two optimizer steps.
+        within_node: Whether the ranks of a node share among themselves, so that every node holds all of it.
+        communication: What a rank holds of other ranks' shares, or is about to send, at the worst moment: a copy of
+            all `gradients`, one `bucket` of them, the parameters of two `blocks`, or those of the whole `model`.
+        offloads: What the knob `cpu_offload` or `offload_optimizer` moves to the memory of the CPU.
+        cuda_only: Whether it needs CUDA devices.
+        alone: Whether it does anything in a single process; the others become `auto` there.
+        package: What must be installed for it, beyond the requirements of this package.
+        zero_stage: Stage of DeepSpeed's ZeRO, or None for torch's own strategies. ZeRO hands the optimizer flat shards
+            of several weights, keeps a float32 copy of them, and clips gradients inside the optimizer step.
+    """
+
+    knobs: tuple[str, ...]
+    shards: tuple[Part, ...] = ()
+    within_node: bool = False
+    communication: Literal["gradients", "bucket", "blocks", "model"] = "gradients"
+    offloads: tuple[Part, ...] = field(default=())
+    cuda_only: bool = False
+    alone: bool = False
+    package: str | None = None
+    zero_stage: int | None = None
+
+    def holds_whole_model(self, processes: int) -> bool:
+        """Return whether every one of `processes` ranks has all weights between two steps."""
+        return "weights" not in self.shards or (processes == 1 and not self.alone)
+
+
+_DDP = StrategyFacts(knobs=("bucket_mb", "gradient_as_bucket_view", "find_unused_parameters"))
+
+
+def _fully_sharded(communication: Literal["blocks", "model"], within_node: bool = False) -> StrategyFacts:
+    knobs = ("cpu_offload", "forward_prefetch")
+    return StrategyFacts(knobs, _ALL, within_node, communication, offloads=_ALL)
+
+
+def _zero(stage: int) -> StrategyFacts:
+    own = "offload_parameters" if stage == 3 else "allgather_bucket_size"
+    return StrategyFacts(
+        knobs=("overlap_comm", "reduce_bucket_size", "offload_optimizer", own),
+        shards=_ALL[3 - stage :],
+        communication="blocks" if stage == 3 else "bucket",
+        offloads=("optimizer",),
+        cuda_only=True,
+        alone=True,
+        package="deepspeed",
+        zero_stage=stage,
+    )
+
+
+STRATEGIES: dict[str, StrategyFacts] = {
+    "auto": _DDP,
+    "ddp": _DDP,
+    "fsdp": _fully_sharded("blocks", within_node=True),
+    "fsdp_shard_grad_op": _fully_sharded("model"),
+    "fsdp2": _fully_sharded("blocks"),
+    "deepspeed_stage_1": _zero(1),
+    "deepspeed_stage_2": _zero(2),
+    "deepspeed_stage_3": _zero(3),
+}
+"""By the names that recipes use. `auto` is ddp wherever there are several processes."""
+
+
+def facts_of(name: str) -> StrategyFacts:
+    """Return the facts of a strategy.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    if name not in STRATEGIES:
+        raise ValueError(f"strategy: {name!r} is unknown; choose from {', '.join(STRATEGIES)}")
+    return STRATEGIES[name]

@@ -1,0 +1,136 @@
+"""torch's FSDP2: every rank holds a shard of each parameter and gathers a block's parameters when it computes it.
+
+All three names of recipes use it. `fsdp2` shards among all ranks; `fsdp` among the ranks of a node, with every node
+holding the whole model (HSDP); `fsdp_shard_grad_op` keeps what it has gathered from forward to backward pass.
+
+torch's older FSDP is not used: Fabric has it keep all buffers in the low precision, in which a balancing bias stops
+moving, and an optimizer or average sees its flat parameters instead of matrices.
+"""
+
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.fabric.strategies import ModelParallelStrategy, Strategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from litgpt_moe_ext.moe.metrics import routers_of
+from litgpt_moe_ext.training.parallel.behaviour import Behaviour, as_the_model_names_them
+from litgpt_moe_ext.training.parallel.facts import StrategyFacts
+from litgpt_moe_ext.training.settings import DistributedArgs
+
+_BLOCK_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+class FullyShardedStrategy(Behaviour, ModelParallelStrategy):
+    """FSDP2 behind the calls of LitGPT's loop.
+
+    In mixed precision blocks are gathered in the low precision, half the traffic, and their gradients are reduced in
+    float32. Embeddings, the output head and the routers are gathered in float32, so that the residual stream and the
+    choice of experts are those of a single process.
+
+    Args:
+        facts: The strategy's row of the table.
+        processes: Number of ranks on all nodes.
+        nodes: Number of nodes.
+        args: The knobs.
+    """
+
+    def __init__(self, facts: StrategyFacts, processes: int, nodes: int, args: DistributedArgs) -> None:
+        super().__init__(
+            parallelize_fn=self._shard,
+            data_parallel_size=processes,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            timeout=timedelta(minutes=args.timeout_minutes),
+        )
+        self.facts = facts
+        self._replicas = nodes if facts.within_node else 1
+        self._args = args
+
+    @property
+    def holds_whole_model(self) -> bool:
+        return False
+
+    def _get_process_group_backend(self) -> str:
+        backend = super()._get_process_group_backend()
+        if self._args.cpu_offload and backend == "nccl":
+            # The gradient norm, and whole tensors for a checkpoint, come from shards that lie on the CPU.
+            return "cpu:gloo,cuda:nccl"
+        return backend
+
+    def module_init_context(self, empty_init: bool | None = None) -> Any:
+        # Sharded before they are initialised, shards on a CPU would get the same random numbers on every rank. Made
+        # whole and then sharded, the weights are those of a single process.
+        return Strategy.module_init_context(self, empty_init)
+
+    def _shard(self, model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        if self._replicas > 1:
+            shape = (self._replicas, mesh.size() // self._replicas)
+            ranks = init_device_mesh(mesh.device_type, shape, mesh_dim_names=("replicate", "shard"))
+        else:
+            ranks = mesh["data_parallel"]
+        options = {
+            "mesh": ranks,
+            "offload_policy": CPUOffloadPolicy() if self._args.cpu_offload else OffloadPolicy(),
+            "shard_placement_fn": placement_among(ranks.size(-1)),
+        }
+        if gates := [router for router in routers_of(model).values() if any(True for _ in router.parameters())]:
+            # One all-gather for the gates of all layers, which are small.
+            fully_shard(gates, reshard_after_forward=False, **options)
+        in_blocks = self._block_policy()
+        blocks = list(model.transformer.h)
+        for block in blocks:
+            keep = self.facts.communication == "model"
+            fully_shard(block, mp_policy=in_blocks, reshard_after_forward=not keep, **options)
+        if self._args.forward_prefetch:
+            for block, following in zip(blocks, blocks[1:], strict=False):
+                block.set_modules_to_forward_prefetch([following])
+        return fully_shard(model, **options)
+
+    def _block_policy(self) -> MixedPrecisionPolicy:
+        dtype = _BLOCK_DTYPES.get(self.precision.precision)
+        # Autocast decides about the inputs, as it does in a single process.
+        return MixedPrecisionPolicy(dtype, torch.float32 if dtype is not None else None, cast_forward_inputs=False)
+
+    def clip_gradients_norm(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Clip as Lightning does; return the norm over all shards as a plain tensor."""
+        norm = super().clip_gradients_norm(*args, **kwargs)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def load_weights(self, model: nn.Module, weights: Mapping[str, Tensor], strict: bool = True) -> None:
+        """Give a sharded model other weights; every rank copies its shards out of the whole tensors."""
+        network = getattr(model, "module", model)
+        loaded = as_the_model_names_them(network, weights, strict)
+        with torch.no_grad():
+            for name, value in network.state_dict().items():
+                value.copy_(like(loaded[name], value))
+
+
+def placement_among(ranks: int) -> Callable[[nn.Parameter], Shard | None]:
+    """Return FSDP2's `shard_placement_fn` for experts stacked along the first dimension, (E, ..., ...).
+
+    Cut along the experts, fewer experts than ranks would leave some ranks with a whole expert each and others with
+    nothing but padding. There, the next dimension that the number of ranks divides is cut instead.
+
+    Args:
+        ranks: Number of ranks that share a parameter.
+    """
+
+    def placement(parameter: nn.Parameter) -> Shard | None:
+        if parameter.dim() != 3 or parameter.size(0) >= ranks:
+            return None
+        return next((Shard(dim) for dim in (1, 2) if parameter.size(dim) % ranks == 0), None)
+
+    return placement
+
+
+def like(whole: Tensor, tensor: Tensor) -> Tensor:
+    """Return a whole tensor, which every rank has, sharded as `tensor` is; without communication."""
+    if not isinstance(tensor, DTensor):
+        return whole
+    return distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
