@@ -1,14 +1,24 @@
-"""Open a LitGPT checkpoint directory for inference."""
+"""Open a LitGPT checkpoint directory: the one place of this package that reads a `lit_model.pth` for inference.
 
+A checkpoint is data from elsewhere: reading one never runs code that is in it.
+"""
+
+import pickle
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import Fabric
 from litgpt import GPT, Config, Tokenizer
 
+from litgpt_moe_ext.errors import SettingsError
+
 WEIGHTS_FILE = "lit_model.pth"
 CONFIG_FILE = "model_config.yaml"
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")
+_FROM_ANEW = "copy it again, or name another checkpoint"
+_LONGEST_CAUSE = 400
 
 
 def check_checkpoint_dir(checkpoint_dir: Path) -> None:
@@ -58,6 +68,38 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return parsed
 
 
+def read_checkpoint(path: Path, setting: str = "checkpoint_dir") -> dict[str, Any]:
+    """Read a `lit_model.pth`: weights, or a training checkpoint that has them under `model`.
+
+    Args:
+        path: The file.
+        setting: Which setting named it, for errors.
+
+    Returns:
+        The content, with tensors on the CPU that stay on disk until they are used.
+
+    Raises:
+        SettingsError: If the file is damaged, or holds other Python objects than tensors and plain data.
+    """
+    if not zipfile.is_zipfile(path):
+        raise SettingsError(f"{setting}: {path} is damaged or cut off; {_FROM_ANEW}")
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        objects = _foreign_objects(path)
+        if not objects:
+            raise SettingsError(f"{setting}: {path} is damaged; {_FROM_ANEW}") from error
+        raise SettingsError(
+            f"{setting}: {path} holds {', '.join(objects)}, which could run code; it must hold tensors and plain data "
+            "only; open it with what wrote it, and save its weights alone"
+        ) from None
+    except (EOFError, RuntimeError) as error:
+        raise SettingsError(f"{setting}: {path} is damaged ({_one_line(error)}); {_FROM_ANEW}") from error
+    if not isinstance(content, dict):
+        raise SettingsError(f"{setting}: {path} holds a {type(content).__name__}; it must hold weights by name")
+    return content
+
+
 def load_model(checkpoint_dir: Path, device: torch.device, dtype: torch.dtype | None = None) -> GPT:
     """Build the model that `model_config.yaml` describes and give it the weights of `lit_model.pth`.
 
@@ -71,20 +113,20 @@ def load_model(checkpoint_dir: Path, device: torch.device, dtype: torch.dtype | 
         The model, in evaluation mode and without gradients.
 
     Raises:
-        ValueError: If weights and configuration do not belong together.
+        SettingsError: If the weights cannot be read, or do not belong to the configuration.
     """
     config = Config.from_file(checkpoint_dir / CONFIG_FILE)
     weights_path = checkpoint_dir / WEIGHTS_FILE
-    # A training checkpoint holds the optimizer and settings as well, as pickled objects; LitGPT's commands unpickle
-    # them too. Memory mapping leaves on disk what is not used.
-    checkpoint = torch.load(weights_path, map_location="cpu", mmap=True, weights_only=False)
+    checkpoint = read_checkpoint(weights_path)
     # Not on the meta device: what routers keep besides parameters and buffers could not leave it.
     with Fabric(accelerator="cpu", devices=1).init_module(empty_init=True):
         model = GPT(config)
     try:
         model.load_state_dict(checkpoint.get("model", checkpoint), assign=True)
     except RuntimeError as error:
-        raise ValueError(f"checkpoint_dir: {weights_path} does not fit {CONFIG_FILE} beside it. {error}") from error
+        raise SettingsError(
+            f"checkpoint_dir: {weights_path} does not fit {CONFIG_FILE} beside it: {_one_line(error)}"
+        ) from error
     rotary_tables = model.rope_cache(device=device)
     model.cos, model.sin = rotary_tables
     model.to(device=device, dtype=dtype or model.lm_head.weight.dtype)
@@ -100,3 +142,15 @@ def choose_device(name: str | torch.device | None) -> torch.device:
 def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
     """Open the tokenizer of a checkpoint directory that `check_checkpoint_dir` accepts."""
     return Tokenizer(checkpoint_dir)
+
+
+def _foreign_objects(path: Path) -> list[str]:
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (EOFError, RuntimeError, ValueError, pickle.UnpicklingError):
+        return []  # what cannot be read at all names nothing
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= _LONGEST_CAUSE else text[:_LONGEST_CAUSE] + " ..."

@@ -245,7 +245,12 @@ def test_training_checkpoint_opens_like_bare_weights(llama_dir, tmp_path):
     model = write_checkpoint(tmp_path, llama_config())
     requests = instances("loglikelihood", [("the quick", " fox")])
     bare = LitGPTModel(tmp_path, device="cpu").loglikelihood(requests)
-    state = {"model": model.state_dict(), "optimizer": {"step": 3}, "hparams": {"out_dir": tmp_path}, "iter_num": 7}
+    state = {
+        "model": model.state_dict(),
+        "optimizer": {"step": 3},
+        "hparams": {"out_dir": str(tmp_path)},
+        "iter_num": 7,
+    }
     torch.save(state, tmp_path / "lit_model.pth")
     assert LitGPTModel(tmp_path, device="cpu").loglikelihood(requests) == bare
 
