@@ -19,7 +19,7 @@ litgpt_moe_ext.register()
 from litgpt import Config  # noqa: E402
 
 from litgpt_moe_ext.cli.commands.benchmark_generation import print_timings  # noqa: E402
-from litgpt_moe_ext.cli.commands.output import progress  # noqa: E402
+from litgpt_moe_ext.cli.output import progress  # noqa: E402
 from litgpt_moe_ext.inspect.generation import Workload, benchmark, contenders, initialized  # noqa: E402
 from litgpt_moe_ext.model_size import count_parameters  # noqa: E402
 

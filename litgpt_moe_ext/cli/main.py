@@ -1,107 +1,109 @@
-"""The entry point of `litgpt-moe`: finds the sub-command, reads its arguments, reports errors in one line."""
+"""The entry point of `litgpt-moe`: a table of commands, each of which is imported only when it is called."""
 
+import difflib
 import importlib
-import itertools
-import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, get_type_hints
+from collections.abc import Sequence
+from typing import NamedTuple
 
-# Name of each sub-command, and the function that is it.
-COMMANDS = {
-    "model-card": "litgpt_moe_ext.cli.commands.model_card:model_card",
-    "experts": "litgpt_moe_ext.cli.commands.experts:experts",
-    "perplexity": "litgpt_moe_ext.cli.commands.perplexity:perplexity",
-    "hellaswag": "litgpt_moe_ext.cli.commands.hellaswag:hellaswag",
-    "schedule": "litgpt_moe_ext.cli.commands.schedule:schedule",
-    "compare-runs": "litgpt_moe_ext.cli.commands.compare_runs:compare_runs",
-    "upcycle": "litgpt_moe_ext.cli.commands.upcycle:upcycle",
-    "convert-experts": "litgpt_moe_ext.cli.commands.convert_experts:convert_experts",
-    "benchmark-generation": "litgpt_moe_ext.cli.commands.benchmark_generation:benchmark_generation",
-    "doctor": "litgpt_moe_ext.cli.commands.doctor:doctor",
-    "chat": "litgpt_moe_ext.cli.commands.chat:chat",
-}
+from litgpt_moe_ext.cli.errors import exit_status
+from litgpt_moe_ext.errors import SettingsError
 
 
-def build_parser(given: Sequence[str] = ()):
-    """Return the jsonargparse parser with all sub-commands.
+class Command(NamedTuple):
+    """One line of `litgpt-moe --help`.
 
-    Args:
-        given: The command line, for messages about what is wrong in it.
+    Attributes:
+        name: What the user types.
+        place: Module and class of its arguments, whose method `run` does the work.
+        summary: What it does, in one line.
     """
-    import jsonargparse
 
-    from litgpt_moe_ext.cli.parser_errors import annotation_in, plain_error, value_in
-
-    class ArgumentParser(jsonargparse.ArgumentParser):
-        annotations: Mapping[str, Any] = {}
-
-        def error(self, message: str, *args, **kwargs):
-            annotation_of, value_of = partial(annotation_in, self.annotations), partial(value_in, list(given))
-            super().error(plain_error(message, annotation_of, value_of), *args, **kwargs)
-
-    parser = ArgumentParser(
-        prog="litgpt-moe",
-        description="Judge Mixture-of-Experts checkpoints, look inside them, and convert them.",
-        epilog="`litgpt-moe COMMAND --help` explains the settings of a command.",
-    )
-    subcommands = parser.add_subcommands(title="commands", metavar="COMMAND")
-    for name in COMMANDS:
-        function = _function(name)
-        summary = function.__doc__.splitlines()[0]
-        subparser = ArgumentParser(description=summary)
-        subparser.annotations = get_type_hints(function)
-        subparser.add_function_arguments(function, as_group=False, as_positional=True)
-        subcommands.add_subcommand(name, subparser, help=summary)
-    return parser
+    name: str
+    place: str
+    summary: str
 
 
-def normalize(arguments: Sequence[str]) -> list[str]:
-    """Turn what jsonargparse cannot say into what it can.
+COMMANDS = (
+    Command("init", "init:Init", "Write one of the packaged recipes, to be trained or changed."),
+    Command("doctor", "doctor:Doctor", "Say whether this machine can run a recipe, and what to change."),
+    Command("model-card", "model_card:ModelCard", "Print parameters, FLOPs per token and memory of a model."),
+    Command("schedule", "schedule:Schedule", "Plot the learning rate of a recipe over its steps."),
+    Command("compare-runs", "compare_runs:CompareRuns", "Draw training curves and expert load of several runs."),
+    Command("experts", "experts:Experts", "Report what the experts of a checkpoint do with a text."),
+    Command("perplexity", "perplexity:Perplexity", "Measure perplexity and bits per byte of a checkpoint on a text."),
+    Command("hellaswag", "hellaswag:HellaSwag", "Score a checkpoint on HellaSwag from a local file."),
+    Command("chat", "chat:Chat", "Continue what you type, coloured by expert if you like."),
+    Command(
+        "benchmark-generation",
+        "benchmark_generation:BenchmarkGeneration",
+        "Measure prefill and decode speed beside a dense twin and LLaMAMoE.",
+    ),
+    Command("upcycle", "upcycle:Upcycle", "Turn a dense checkpoint into an MoE checkpoint that computes the same."),
+    Command("convert-experts", "convert_experts:ConvertExperts", "Write a checkpoint with LitGPT's own LLaMAMoE."),
+)
 
-    `compare-runs DIR...`, `doctor [RECIPE]` and `schedule RECIPE --compare NAME...`.
-    """
-    name, *rest = arguments or [""]
-    own = list(itertools.takewhile(lambda argument: not argument.startswith("-"), rest))
-    if name == "compare-runs" and own and not own[0].startswith("["):
-        return [name, json.dumps(own), *rest[len(own) :]]
-    if name == "schedule" and "--compare" in rest:
-        start = rest.index("--compare") + 1
-        names = list(itertools.takewhile(lambda argument: not argument.startswith(("-", "[")), rest[start:]))
-        if names:
-            return [name, *rest[:start], json.dumps(names), *rest[start + len(names) :]]
-    if name == "doctor" and own:
-        return [name, "--recipe", *rest]
-    return list(arguments)
+_PROGRAM = "litgpt-moe"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one sub-command.
+    """Run one command.
 
     Args:
         arguments: The command line without the program's name; None takes it from `sys.argv`.
 
     Returns:
-        The exit status: what the command says, 2 for a wrong setting or input, 130 after Ctrl-C.
+        The exit status: 0 success, 1 the answer is no, 2 a setting or an input is wrong, 130 after Ctrl-C.
     """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return exit_status(lambda: _run(given))
+
+
+def load(command: Command) -> type:
+    """Import a command and return its class."""
+    module, _, name = command.place.partition(":")
+    return getattr(importlib.import_module(f"litgpt_moe_ext.cli.commands.{module}"), name)
+
+
+def _run(given: Sequence[str]) -> int | None:
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if given[0] == "--version":
+        from litgpt_moe_ext import __version__
+
+        print(f"{_PROGRAM} {__version__}")
+        return 0
     # litdata, which LitGPT imports, otherwise asks the package index for its newest version and waits if it is offline.
     os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
-    given = normalize(sys.argv[1:] if arguments is None else arguments)
-    parser = build_parser(given)
-    parsed = parser.parse_args(given)
-    name = parsed.subcommand
-    values = parser.instantiate_classes(parsed)[name].as_dict()
-    try:
-        return _function(name)(**values) or 0
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    from litgpt_moe_ext.cli.arguments import read_arguments
+
+    command = _find(given[0])
+    return read_arguments(load(command), f"{_PROGRAM} {command.name}", given[1:]).run()
 
 
-def _function(name: str) -> Callable[..., int | None]:
-    module, _, attribute = COMMANDS[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+def _find(name: str) -> Command:
+    by_name = {command.name: command for command in COMMANDS}
+    if name not in by_name:
+        near = difflib.get_close_matches(name, by_name, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(by_name)}"
+        raise SettingsError(f"{name!r} is not a command of {_PROGRAM}; {hint}")
+    return by_name[name]
+
+
+def _overview() -> str:
+    width = max(len(command.name) for command in COMMANDS)
+    lines = [f"  {command.name:<{width}}  {command.summary}" for command in COMMANDS]
+    return "\n".join(
+        (
+            f"usage: {_PROGRAM} COMMAND ...",
+            "",
+            "Judge Mixture-of-Experts recipes and checkpoints, look inside them, and convert them.",
+            "",
+            *lines,
+            "",
+            f"`{_PROGRAM} COMMAND --help` explains a command. Exit status: 0 success, 1 the answer is no, 2 a setting "
+            "is wrong.",
+        )
+    )

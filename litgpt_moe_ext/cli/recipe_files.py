@@ -6,23 +6,25 @@ from pathlib import Path
 
 import yaml
 
+from litgpt_moe_ext.errors import SettingsError
+
 
 def check_recipe(file: Path) -> None:
-    """Raise ValueError, naming the file and the line, unless it holds settings as keys and values, each key once."""
+    """Raise SettingsError, naming the file and the line, unless it holds settings as keys and values, each key once."""
     try:
         document = yaml.compose(file.read_text(encoding="utf-8"), yaml.SafeLoader)
     except OSError as error:
-        raise ValueError(f"--config: {str(file)!r} cannot be read ({error.strerror or error})") from error
+        raise SettingsError(f"--config: {str(file)!r} cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"--config: {str(file)!r} is not a text file ({error})") from error
+        raise SettingsError(f"--config: {str(file)!r} is not a text file ({error})") from error
     except yaml.MarkedYAMLError as error:
         where = "" if error.problem_mark is None else f" line {error.problem_mark.line + 1}"
-        raise ValueError(f"--config: {str(file)!r}{where} is not YAML: {error.problem}") from error
+        raise SettingsError(f"--config: {str(file)!r}{where} is not YAML: {error.problem}") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"--config: {str(file)!r} is not YAML: {error}") from error
+        raise SettingsError(f"--config: {str(file)!r} is not YAML: {error}") from error
     if not isinstance(document, yaml.MappingNode):
         holds = "is empty" if document is None else "holds no settings"
-        raise ValueError(f"--config: {str(file)!r} {holds}; it must consist of lines KEY: VALUE, as in configs/")
+        raise SettingsError(f"--config: {str(file)!r} {holds}; it must consist of lines KEY: VALUE, as in configs/")
     _refuse_repeated_keys(document, file, "")
 
 
@@ -36,7 +38,7 @@ def _refuse_repeated_keys(node: yaml.Node, file: Path, prefix: str) -> None:
     for key, value in node.value:
         name, line = f"{prefix}{key.value}", key.start_mark.line + 1
         if name in lines:
-            raise ValueError(
+            raise SettingsError(
                 f"--config: {str(file)!r} line {line} gives {name} again, after line {lines[name]}; remove one of them"
             )
         lines[name] = line

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.scoring import Continuation, score_continuations
 
 Rule = Literal["build-nanogpt", "lm-eval"]
@@ -74,11 +75,11 @@ def load_items(path: Path, limit: int | None = None) -> list[Item]:
         limit: Read at most so many.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If a line is no question; the message names it.
+        SettingsError: If there is no such file.
+        SettingsError: If a line is no question; the message names it.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"file: {str(path)!r} does not exist; give HellaSwag's hellaswag_val.jsonl")
+        raise SettingsError(f"file: {str(path)!r} does not exist; give HellaSwag's hellaswag_val.jsonl")
     items: list[Item] = []
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
@@ -87,7 +88,7 @@ def load_items(path: Path, limit: int | None = None) -> list[Item]:
             if line.strip():
                 items.append(_parse(line, f"{path}, line {number}"))
     if not items:
-        raise ValueError(f"file: {str(path)!r} holds no questions")
+        raise SettingsError(f"file: {str(path)!r} holds no questions")
     return items
 
 
@@ -143,13 +144,13 @@ def _parse(line: str, where: str) -> Item:
     try:
         fields = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"file: {where} is not JSON: {error}") from error
+        raise SettingsError(f"file: {where} is not JSON: {error}") from error
     for name, kind in _FIELDS.items():
         if not isinstance(fields, dict) or not isinstance(fields.get(name), kind):
-            raise ValueError(f"file: {where} lacks {name!r} ({kind.__name__}); it is not HellaSwag's validation file")
+            raise SettingsError(f"file: {where} lacks {name!r} ({kind.__name__}); give HellaSwag's validation file")
     label = str(fields.get("label", ""))
     if len(fields["endings"]) != _N_ENDING or label not in ("0", "1", "2", "3"):
-        raise ValueError(
+        raise SettingsError(
             f"file: {where} has {len(fields['endings'])} endings and label {fields.get('label')!r}; it must have "
             "4, and a label from 0 to 3 (the test file has none)"
         )

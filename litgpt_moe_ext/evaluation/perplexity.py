@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from litgpt_moe_ext.errors import SettingsError
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -47,10 +49,10 @@ def summarize(losses_N: Tensor, contexts_N: Tensor, n_byte: int) -> Perplexity:
         n_byte: Bytes they stand for.
 
     Raises:
-        ValueError: If there is nothing to summarise.
+        SettingsError: If there is nothing to summarise.
     """
     if len(losses_N) == 0 or n_byte == 0:
-        raise ValueError(
+        raise SettingsError(
             f"the text has {len(losses_N)} tokens to predict and {n_byte} bytes; it must have some of both"
         )
     rows, first, longest = [], 1, int(contexts_N.max())

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from litgpt.generate.base import sample
 
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.inspect.experts.capture import RoutingRecorder
 
 
@@ -29,11 +30,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
-            raise ValueError(f"temperature: {self.temperature} must be at least 0")
+            raise SettingsError(f"temperature: {self.temperature} must be at least 0")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k: {self.top_k} must be at least 1, or null for all tokens")
+            raise SettingsError(f"top_k: {self.top_k} must be at least 1, or null for all tokens")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: {self.top_p} must be more than 0 and at most 1")
+            raise SettingsError(f"top_p: {self.top_p} must be more than 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,17 @@ def stream(
         show_experts: Whether to record experts.
 
     Raises:
-        ValueError: If the prompt is empty or leaves no room.
+        SettingsError: If the prompt is empty or leaves no room.
     """
     device, total = model.lm_head.weight.device, len(prompt) + max_new_tokens
     if not prompt:
-        raise ValueError("the prompt is empty; it must have at least one token")
+        raise SettingsError("the prompt is empty; it must have at least one token")
     if model.config.streaming_cache_window is None:
         size = model.max_seq_length
         if len(prompt) >= size:
-            raise ValueError(f"the prompt has {len(prompt)} tokens; it must have 1 to {size - 1} (the model's context)")
+            raise SettingsError(
+                f"the prompt has {len(prompt)} tokens; it must have 1 to {size - 1} (the model's context)"
+            )
         total = min(size, total)
     recorder = RoutingRecorder(model) if show_experts else None
     length = model.max_seq_length

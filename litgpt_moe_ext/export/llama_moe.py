@@ -15,6 +15,7 @@ from torch import Tensor
 
 from litgpt_moe_ext.config.moe import MOE_CLASS_NAMES
 from litgpt_moe_ext.durable import flush, flush_tree
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.host.config import EXTRA_FIELDS, uses_plugin
 from litgpt_moe_ext.moe.expert_layouts import unstack_experts
 
@@ -82,10 +83,10 @@ def to_llama_moe(config: Any, state: dict[str, Tensor]) -> tuple[Any, dict[str, 
         state: The model's state dictionary; the result has views of its tensors.
 
     Raises:
-        ValueError: If `LLaMAMoE` cannot express the model; the message names every setting.
+        SettingsError: If `LLaMAMoE` cannot express the model; the message names every setting.
     """
     if found := obstacles(config, state):
-        raise ValueError("LLaMAMoE cannot express this model. " + "; ".join(found))
+        raise SettingsError("LLaMAMoE cannot express this model. " + "; ".join(found))
     from litgpt.utils import asdict
 
     fields = {name: value for name, value in asdict(config).items() if name in config.__dataclass_fields__}
@@ -108,17 +109,17 @@ def convert_checkpoint(checkpoint_dir: Path, out_dir: Path) -> None:
         out_dir: The new directory; appears when everything in it is written.
 
     Raises:
-        FileNotFoundError: If `checkpoint_dir` is no checkpoint.
-        FileExistsError: If `out_dir` exists.
-        ValueError: If `LLaMAMoE` cannot express the model.
+        SettingsError: If `checkpoint_dir` is no checkpoint.
+        SettingsError: If `out_dir` exists.
+        SettingsError: If `LLaMAMoE` cannot express the model.
     """
     from litgpt import GPT, Config
     from litgpt.utils import copy_config_files, save_config
 
     if not (checkpoint_dir / "lit_model.pth").is_file():
-        raise FileNotFoundError(f"checkpoint_dir: {str(checkpoint_dir)!r} has no lit_model.pth")
+        raise SettingsError(f"checkpoint_dir: {str(checkpoint_dir)!r} has no lit_model.pth")
     if out_dir.exists():
-        raise FileExistsError(f"out_dir: {str(out_dir)!r} exists; name a new directory")
+        raise SettingsError(f"out_dir: {str(out_dir)!r} exists; name a new directory")
     config = Config.from_file(checkpoint_dir / "model_config.yaml")
     # As LitGPT's commands open it: training checkpoints hold settings as pickled objects.
     checkpoint = torch.load(checkpoint_dir / "lit_model.pth", map_location="cpu", mmap=True, weights_only=False)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from litgpt_moe_ext.config.moe import FIELDS, MOE_CLASS_NAMES
 from litgpt_moe_ext.durable import flush_tree
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.moe.layer import MoE
 from litgpt_moe_ext.moe.learned_routers import LearnedRouter
 from litgpt_moe_ext.moe.router import Router
@@ -69,15 +70,15 @@ def upcycle(dense_dir: Path, out_dir: Path, config: Config, seed: int = 42) -> N
         seed: Of the routers' weights.
 
     Raises:
-        FileNotFoundError: If `dense_dir` has no model.
-        FileExistsError: If `out_dir` exists.
-        ValueError: If no MoE model of this configuration computes the same function, with the reason.
+        SettingsError: If `dense_dir` has no model.
+        SettingsError: If `out_dir` exists.
+        SettingsError: If no MoE model of this configuration computes the same function, with the reason.
     """
     if out_dir.exists():
-        raise FileExistsError(f"out_dir: {str(out_dir)!r} exists already; name a new directory")
+        raise SettingsError(f"out_dir: {str(out_dir)!r} exists already; name a new directory")
     for name in (MODEL_FILE, "model_config.yaml"):
         if not (dense_dir / name).is_file():
-            raise FileNotFoundError(f"dense_dir: {str(dense_dir)!r} has no {name}")
+            raise SettingsError(f"dense_dir: {str(dense_dir)!r} has no {name}")
     dense_config = Config.from_file(dense_dir / "model_config.yaml")
     require_same_function(dense_config, config)
     saved = torch.load(dense_dir / MODEL_FILE, map_location="cpu", mmap=True, weights_only=True)
@@ -102,22 +103,22 @@ def require_same_function(dense: Config, moe: Config) -> Slices:
         moe: Configuration of the MoE model.
 
     Raises:
-        ValueError: If that is impossible, with the reason.
+        SettingsError: If that is impossible, with the reason.
     """
     if moe.mlp_class_name not in MOE_CLASS_NAMES:
-        raise ValueError(f"mlp_class_name: {moe.mlp_class_name!r} must be one of {', '.join(MOE_CLASS_NAMES)}")
+        raise SettingsError(f"mlp_class_name: {moe.mlp_class_name!r} must be one of {', '.join(MOE_CLASS_NAMES)}")
     activation = dense.mlp_activation or _ACTIVATIONS.get(dense.mlp_class_name)
     if dense.mlp_class_name in MOE_CLASS_NAMES or activation is None:
-        raise ValueError(f"dense_dir: its mlp_class_name is {dense.mlp_class_name!r}, which is not a dense MLP")
+        raise SettingsError(f"dense_dir: its mlp_class_name is {dense.mlp_class_name!r}, which is not a dense MLP")
     if moe.mlp_activation != activation:
-        raise ValueError(f"mlp_activation: {moe.mlp_activation!r} must be {activation!r}, that of the dense model")
+        raise SettingsError(f"mlp_activation: {moe.mlp_activation!r} must be {activation!r}, that of the dense model")
     theirs = asdict(dense)
     for name, value in asdict(moe).items():
         if name not in _OF_THE_MOE and value != theirs[name]:
-            raise ValueError(f"{name}: {value!r} must be {theirs[name]!r}, that of the dense model")
+            raise SettingsError(f"{name}: {value!r} must be {theirs[name]!r}, that of the dense model")
     has_dense_layers = bool(moe.first_k_dense_replace) or (moe.decoder_sparse_step or 1) > 1
     if has_dense_layers and moe.intermediate_size != dense.intermediate_size:
-        raise ValueError(
+        raise SettingsError(
             f"intermediate_size: {moe.intermediate_size} is the width of the layers that stay dense; it must be "
             f"{dense.intermediate_size}, that of the dense model"
         )
@@ -131,7 +132,7 @@ def _require_gates_that_sum_to_one(moe: Config) -> None:
         return
     if moe.router_score_function == "softmax" and moe.n_expert_per_token == moe.n_expert:
         return
-    raise ValueError(
+    raise SettingsError(
         "norm_topk_prob: False lets the gate values of a token sum to anything, so that copies of the dense MLP do not "
         "add up to it; set norm_topk_prob: true"
     )
@@ -143,7 +144,7 @@ def _slices(dense_width: int, moe: Config) -> Slices:
         shared = moe.shared_expert_intermediate_size or moe.n_shared_expert * moe.moe_intermediate_size
     per_expert, routed = moe.moe_intermediate_size, dense_width - shared
     if routed < per_expert or routed % per_expert:
-        raise ValueError(
+        raise SettingsError(
             f"moe_intermediate_size: {per_expert} must divide the {routed} hidden units that are left to the routed "
             f"experts (the dense model has {dense_width}, the shared experts take {shared})"
         )
@@ -157,14 +158,14 @@ def _require_whole_copies(moe: Config, per_copy: int) -> None:
     why = f"{per_copy} experts make one copy of the dense MLP"
     for name in ("n_expert", "n_expert_per_token"):
         if getattr(moe, name) % per_copy:
-            raise ValueError(f"{name}: {getattr(moe, name)} must be a multiple of {per_copy}: {why}")
+            raise SettingsError(f"{name}: {getattr(moe, name)} must be a multiple of {per_copy}: {why}")
     if moe.mlp_class_name == "NoisyTopKMoE" or moe.router_type != "topk":
-        raise ValueError(
+        raise SettingsError(
             f"moe_intermediate_size: {moe.moe_intermediate_size}: {why}, and this router would not choose them "
             "together; only SharedExpertMoE with router_type: topk does"
         )
     if moe.n_expert_groups is not None and moe.n_expert // moe.n_expert_groups % per_copy:
-        raise ValueError(f"n_expert_groups: {moe.n_expert_groups} groups cut copies apart: {why}")
+        raise SettingsError(f"n_expert_groups: {moe.n_expert_groups} groups cut copies apart: {why}")
 
 
 def upcycled_weights(dense: dict[str, Tensor], dense_config: Config, config: Config, seed: int) -> dict[str, Tensor]:
@@ -190,7 +191,7 @@ def upcycled_weights(dense: dict[str, Tensor], dense_config: Config, config: Con
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if {name: tensor.shape for name, tensor in result.items()} != expected:
         different = sorted(set(expected) ^ set(result)) or [n for n in expected if expected[n] != result[n].shape]
-        raise ValueError(f"dense_dir: its weights do not fit its model_config.yaml: {', '.join(different[:5])}")
+        raise SettingsError(f"dense_dir: its weights do not fit its model_config.yaml: {', '.join(different[:5])}")
     return result
 
 

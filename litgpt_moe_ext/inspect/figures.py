@@ -53,18 +53,18 @@ def balance_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
     """Balance, certainty and specialisation by layer."""
     numbers = [layer["layer"] for layer in layers]
     panels = {
-        "MaxVio (0 is even)": [layer["max_vio"] for layer in layers],
-        "Entropy of the load (1 is even)": [layer["load_entropy"] for layer in layers],
-        "Router entropy / ln E (0 is certain)": [
+        "MaxVio\n0 is even": [layer["max_vio"] for layer in layers],
+        "Entropy of the load\n1 is even": [layer["load_entropy"] for layer in layers],
+        "Router entropy / ln E\n0 is certain": [
             math.nan if layer["router_entropy"] is None else layer["router_entropy"] / layer["router_entropy_of_even"]
             for layer in layers
         ],
-        "Information about the class": [
+        "Information about the class\n1 is specialists": [
             math.nan if layer["class_information"] is None else layer["class_information"] for layer in layers
         ],
     }
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9, 2.1), layout="constrained")
+        figure = Figure(figsize=(9, 2.3), layout="constrained")
         for axes, (title, values) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
             axes.plot(numbers, values, marker="o", markersize=3.5, color="#30638e")
             axes.set_title(title)

@@ -1,10 +1,22 @@
-"""A recipe or a checkpoint directory as the settings that analysis needs."""
+"""A recipe or a checkpoint directory as the settings that can be judged before anything runs."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import yaml
+
+from litgpt_moe_ext.errors import SettingsError
+
+if TYPE_CHECKING:
+    from litgpt import Config
+
+
+class MemorySavers(TypedDict):
+    """Settings that trade time for memory, by their names in a recipe."""
+
+    activation_checkpointing: Literal["none", "full", "selective"]
+    fused_cross_entropy: bool
 
 
 @dataclass(frozen=True)
@@ -12,54 +24,62 @@ class Recipe:
     """What is known about a model and its training before anything runs.
 
     Attributes:
-        config: The `litgpt.Config`.
-        settings: The recipe's other settings as plain data; empty for a checkpoint without hyperparameters.
+        config: The model.
+        settings: The other settings of the recipe as plain data; empty for a checkpoint without hyperparameters.
     """
 
-    config: Any
+    config: "Config"
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def train(self) -> dict[str, Any]:
+        """The section `train`."""
         return self.settings.get("train") or {}
 
     @property
     def sequence_length(self) -> int:
+        """Tokens of a training sequence."""
         return self.train.get("max_seq_length") or self.config.block_size
 
     @property
     def micro_batch_size(self) -> int:
-        return self.train.get("micro_batch_size") or 4  # LitGPT's default
+        """Sequences per forward pass; 4 is LitGPT's default."""
+        return self.train.get("micro_batch_size") or 4
 
     @property
     def tie_embeddings(self) -> bool:
+        """Whether token embedding and output head are one table."""
         return bool(self.train.get("tie_embeddings"))
 
     @property
-    def optimizer(self) -> str | dict:
+    def optimizer(self) -> str | dict[str, Any]:
+        """Name of the optimizer, or its `class_path` and `init_args`."""
         return self.settings.get("optimizer") or "AdamW"
 
     @property
     def strategy(self) -> str:
+        """Name of the strategy."""
         return self.settings.get("strategy") or "auto"
 
     @property
     def devices(self) -> int | None:
-        """Processes on each node; `None` for as many as there are GPUs."""
+        """Processes on each node; None for as many as there are GPUs."""
         devices = self.settings.get("devices")
         return int(devices) if devices not in (None, "auto", "-1", -1) else None
 
     @property
     def num_nodes(self) -> int:
+        """Number of nodes."""
         return self.settings.get("num_nodes") or 1
 
     @property
     def precision(self) -> str | None:
+        """Precision setting; None leaves the choice to the device."""
         return self.settings.get("precision")
 
     @property
-    def memory_savers(self) -> dict[str, Any]:
-        """Arguments of `training_memory`."""
+    def memory_savers(self) -> MemorySavers:
+        """Settings that trade time for memory."""
         return {
             "activation_checkpointing": self.settings.get("activation_checkpointing") or "none",
             "fused_cross_entropy": bool(self.settings.get("fused_cross_entropy")),
@@ -70,40 +90,39 @@ def load_recipe(path: Path) -> Recipe:
     """Read a recipe (a YAML file with `model_config` or `model_name`) or a checkpoint directory.
 
     Raises:
-        FileNotFoundError: If there is no such file, or the directory has no `model_config.yaml`.
-        ValueError: If the file does not describe a model.
+        SettingsError: If there is no such file, or it does not describe a model.
     """
     from litgpt import Config
 
     if path.is_dir():
         if not (path / "model_config.yaml").is_file():
-            raise FileNotFoundError(f"{str(path)!r} has no model_config.yaml; name a checkpoint directory or a recipe")
+            raise SettingsError(f"recipe: {str(path)!r} must have a model_config.yaml; name a checkpoint or a recipe")
         hyperparameters = path / "hyperparameters.yaml"
         settings = read_yaml(hyperparameters) if hyperparameters.is_file() else {}
         return Recipe(Config.from_file(path / "model_config.yaml"), settings)
     if not path.is_file():
-        raise FileNotFoundError(f"{str(path)!r} does not exist; name a recipe (YAML file) or a checkpoint directory")
+        raise SettingsError(f"recipe: {str(path)!r} must be a recipe (YAML file) or a checkpoint directory")
     settings = read_yaml(path)
     try:
         if settings.get("model_config"):
             return Recipe(Config(**settings["model_config"]), settings)
         if settings.get("model_name"):
             return Recipe(Config.from_name(settings["model_name"]), settings)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise ValueError(f"{str(path)!r} has a model_config that cannot be built: {error}") from error
-    raise ValueError(f"{str(path)!r} has neither model_config nor model_name; name a recipe such as those in configs/")
+    except (TypeError, ValueError, AssertionError) as error:  # how LitGPT and this plugin refuse fields of a Config
+        raise SettingsError(f"recipe: {str(path)!r} must have a valid model_config: {error}") from error
+    raise SettingsError(f"recipe: {str(path)!r} must have model_config or model_name, like those in configs/")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file whose content is a mapping.
+    """Read a YAML file of settings.
 
     Raises:
-        ValueError: If it is something else.
+        SettingsError: If it is not YAML, or something else than keys and values.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{str(path)!r} is not valid YAML: {error}") from error
+        raise SettingsError(f"recipe: {str(path)!r} must be YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} holds {type(content).__name__} instead of settings")
+        raise SettingsError(f"recipe: {str(path)!r} must hold settings, not {type(content).__name__}")
     return content

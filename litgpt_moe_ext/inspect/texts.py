@@ -3,9 +3,15 @@
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from litgpt_moe_ext.data.pipeline.shards import open_shard
+from litgpt_moe_ext.errors import SettingsError
+
+if TYPE_CHECKING:
+    from litgpt import Tokenizer
 
 VALIDATION_SHARD = "val.bin"
 
@@ -23,9 +29,9 @@ class EncodedDocument(NamedTuple):
     Attributes:
         name: Where it comes from.
         text: The text.
-        ids: Its N tokens.
-        spans: First character and the one after the last of each token. (A token of a part of a character has that
-            character's.)
+        ids: Its tokens.
+        spans: First character of each token and the one after its last; a part of a character has the span of all of
+            it.
     """
 
     name: str
@@ -34,23 +40,28 @@ class EncodedDocument(NamedTuple):
     spans: list[tuple[int, int]]
 
 
+def require_one_source(text: Sequence[Path] | None, data: Path | None) -> None:
+    """Raise SettingsError unless either text files or a shard is given."""
+    if (text is None) == (data is None):
+        raise SettingsError("text, data: exactly one must be given, --text FILE ... or --data SHARD")
+
+
 def read_files(paths: Sequence[Path]) -> Iterator[Document]:
     """Read text files.
 
     Raises:
-        FileNotFoundError: If one does not exist.
-        ValueError: If one is not UTF-8.
+        SettingsError: If one does not exist or is not UTF-8.
     """
     for path in paths:
         if not path.is_file():
-            raise FileNotFoundError(f"text: {str(path)!r} is not a file")
+            raise SettingsError(f"text: {str(path)!r} must be a file")
         try:
             yield Document(str(path), path.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
-            raise ValueError(f"text: {str(path)!r} is not UTF-8: {error}") from error
+            raise SettingsError(f"text: {str(path)!r} must be UTF-8: {error}") from error
 
 
-def open_tokens(data: Path):
+def open_tokens(data: Path) -> np.ndarray:
     """Open a token shard, or the validation shard of a prepared corpus.
 
     Args:
@@ -60,25 +71,24 @@ def open_tokens(data: Path):
         (N,) memory-mapped token ids.
 
     Raises:
-        FileNotFoundError: If there is no such file, or none in the folder.
-        ValueError: If it is no shard.
+        SettingsError: If there is no such file, none in the folder, or it is not a shard.
     """
     path = data / VALIDATION_SHARD if data.is_dir() else data
     if not path.is_file():
-        raise FileNotFoundError(
-            f"data: {str(path)!r} does not exist; name a token shard, or the folder of a prepared corpus with its "
+        raise SettingsError(
+            f"data: {str(path)!r} must exist; name a token shard, or the folder of a prepared corpus with its "
             f"{VALIDATION_SHARD}"
         )
     return open_shard(path)
 
 
-def shard_documents(tokens: Iterable[int], tokenizer, name: str) -> Iterator[Document]:
+def shard_documents(tokens: Iterable[int], tokenizer: "Tokenizer", name: str) -> Iterator[Document]:
     """Decode a shard, document by document.
 
     Args:
         tokens: Token ids, in which the end-of-text token separates documents.
-        tokenizer: The `litgpt.Tokenizer` they were made with.
-        name: Of the shard.
+        tokenizer: The tokenizer they were made with.
+        name: Name of the shard.
     """
     documents = itertools.groupby((int(token) for token in tokens), key=lambda token: token == tokenizer.eos_id)
     texts = (list(ids) for is_separator, ids in documents if not is_separator)
@@ -86,14 +96,16 @@ def shard_documents(tokens: Iterable[int], tokenizer, name: str) -> Iterator[Doc
         yield Document(f"{name}:{i}", tokenizer.processor.decode(ids, skip_special_tokens=False))
 
 
-def encode(documents: Iterable[Document], tokenizer, max_tokens: int) -> list[EncodedDocument]:
+def encode(documents: Iterable[Document], tokenizer: "Tokenizer", max_tokens: int) -> list[EncodedDocument]:
     """Tokenize until there are `max_tokens` tokens; the last document is cut there.
 
     Raises:
-        ValueError: If the tokenizer does not say where tokens lie in the text, or there is no text.
+        SettingsError: If the tokenizer does not say where tokens lie in the text, or there is no text.
     """
     if tokenizer.backend != "huggingface":
-        raise ValueError("the checkpoint's tokenizer is a SentencePiece model, which does not tell tokens' places")
+        raise SettingsError(
+            "checkpoint_dir: its tokenizer must be a tokenizer.json; the tokens of a SentencePiece model have no places"
+        )
     encoded, total = [], 0
     for document in documents:
         encoding = tokenizer.processor.encode(document.text, add_special_tokens=False)
@@ -104,5 +116,5 @@ def encode(documents: Iterable[Document], tokenizer, max_tokens: int) -> list[En
         if total >= max_tokens:
             break
     if not encoded:
-        raise ValueError("there is no text to analyse; give --text FILE or --data SHARD with at least one token")
+        raise SettingsError("text, data: there must be at least one token of text; give another --text or --data")
     return encoded

@@ -1,44 +1,149 @@
-"""The command `litgpt-moe`: help without heavy imports, errors in one line."""
+"""The command `litgpt-moe`: help without heavy imports, errors in one line, exit statuses."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
+from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
-from litgpt_moe_ext.cli.main import COMMANDS, main
+from litgpt_moe_ext.cli.arguments import positional, read_arguments
+from litgpt_moe_ext.cli.main import COMMANDS, load, main
+from litgpt_moe_ext.errors import SettingsError
 
 ROOT = Path(__file__).resolve().parents[2]
+HEAVY = {"torch", "lightning", "transformers", "litgpt", "matplotlib", "lm_eval"}
+
+
+def heavy_modules(*commands: list[str]) -> subprocess.CompletedProcess:
+    """Call commands in a fresh process and fail if one of them imports something heavy."""
+    code = (
+        "import sys, contextlib; from litgpt_moe_ext.cli.main import main\n"
+        f"for arguments in {list(commands)!r}:\n"
+        "    with contextlib.suppress(SystemExit): main(arguments)\n"
+        f"heavy = {HEAVY!r} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
 
 
 def test_help_names_every_command_and_loads_no_torch():
-    code = (
-        "import sys; from litgpt_moe_ext.cli.main import main\n"
-        "try: main(['--help'])\n"
-        "except SystemExit as exit: status = exit.code\n"
-        "heavy = {'torch', 'lightning', 'transformers', 'litgpt', 'matplotlib', 'lm_eval'} & set(sys.modules)\n"
-        "assert status == 0 and not heavy, heavy"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    result = heavy_modules(["--help"])
     assert result.returncode == 0, result.stderr
-    assert all(name in result.stdout for name in COMMANDS)
+    for command in COMMANDS:
+        assert command.name in result.stdout
+        assert command.summary in result.stdout
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_setting_of_a_command_is_explained(name, capsys):
+def test_help_and_errors_of_commands_load_no_torch():
+    calls = [[command.name, "--help"] for command in COMMANDS]
+    result = heavy_modules(*calls, ["chat"], ["chat", "x", "--top_k=0"], ["chatt"], ["init"])
+    assert result.returncode == 0, result.stderr
+    assert "jsonargparse" not in heavy_modules(["--help"]).stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_every_setting_of_a_command_is_explained(command, capsys):
     with pytest.raises(SystemExit) as exit:
-        main([name, "--help"])
+        main([command.name, "--help"])
     assert exit.value.code == 0
-    from litgpt_moe_ext.cli.main import build_parser
-
-    subparser = build_parser()._subcommands_action._name_parser_map[name]
-    for action in subparser._actions:
-        assert action.help, f"{name}: {action.dest} has no help"
+    page = capsys.readouterr().out
+    for field in dataclasses.fields(load(command)):
+        assert field.name in page.lower()
 
 
-def test_errors_are_one_line(tmp_path, capsys):
-    assert main(["model-card", str(tmp_path / "nothing.yaml")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert "nothing.yaml" in error
-    assert error.count("\n") == 1
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model-card", "nothing.yaml"], "nothing.yaml"),
+        (["chat", "x", "--top_k", "0"], "top_k: 0 must be an integer >0"),
+        (["chat", "x", "--top-p=2"], "top_p: 2 must be a number ≥0 and ≤1"),
+        (["chat", "x", "--show_experts=yes"], "show_experts: yes must be one of true, false"),
+        (["chat", "x", "--topk", "1"], "--topk is unknown; did you mean --top_k?"),
+        (["chat"], "required: CHECKPOINT_DIR"),
+        (["chat", "a", "b"], "'b' is one argument too many"),
+        (["experts", "x"], "exactly one must be given"),
+        (["benchmark-generation", "x", "--batch_sizes", "1", "0"], "batch_sizes: 0 must be an integer >0"),
+        (["schedule", "x", "--compare", "wsd", "wsdd"], "compare: wsdd must be one of cosine"),
+        (["chatt"], "'chatt' is not a command of litgpt-moe; did you mean chat?"),
+        (["init", "nothing"], "recipe: nothing must be one of code-moe-60m"),
+    ],
+)
+def test_wrong_settings_are_one_line_and_status_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not captured.out
+
+
+def test_faults_of_the_program_keep_their_traceback(monkeypatch):
+    """Only `SettingsError` is the user's fault, not every ValueError or OSError."""
+    from litgpt_moe_ext.cli.commands.init import Init
+
+    for error in (ValueError("a bug"), OSError("a full disk"), ImportError("a broken installation")):
+        monkeypatch.setattr(Init, "run", lambda self, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(type(error)):
+            main(["init"])
+    monkeypatch.setattr(Init, "run", lambda self: (_ for _ in ()).throw(SettingsError("x: 1 must be 2")))
+    assert main(["init"]) == 2
+    monkeypatch.setattr(Init, "run", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(["init"]) == 130
+
+
+@dataclasses.dataclass
+class Example:
+    """Do something.
+
+    Attributes:
+        first: A path.
+        second: An optional path.
+        numbers: Some numbers.
+        part: A share of 100 %.
+        kind: Which one.
+        flag: Whether.
+    """
+
+    first: Path
+    second: Path | None = positional(None)
+    numbers: list[PositiveInt] = dataclasses.field(default_factory=lambda: [1])
+    part: ClosedUnitInterval | None = 0.5
+    kind: Literal["a", "b"] = "a"
+    flag: bool = False
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("x", Example(Path("x"))),
+        ("x y --flag", Example(Path("x"), Path("y"), flag=True)),
+        ("x --numbers 1 2 --kind b", Example(Path("x"), numbers=[1, 2], kind="b")),
+        ("x --part null --flag=false", Example(Path("x"), part=None)),
+        ("x --part 1e-1", Example(Path("x"), part=0.1)),
+    ],
+)
+def test_arguments_become_a_dataclass(line, expected):
+    assert read_arguments(Example, "example", line.split()) == expected
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("litgpt-moe 0.")
+
+
+def test_init_lists_and_writes_recipes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["init"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    recipes = sorted((ROOT / "configs").glob("*.yaml"))
+    assert listed == [recipe.stem for recipe in recipes]
+    assert main(["init", "quickstart"]) == 0
+    assert (tmp_path / "quickstart.yaml").read_text() == (ROOT / "configs" / "quickstart.yaml").read_text()
+    assert main(["init", "quickstart"]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert main(["init", "quickstart.yaml", "mine/own.yaml"]) == 0
+    assert (tmp_path / "mine" / "own.yaml").is_file()

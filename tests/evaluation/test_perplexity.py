@@ -50,7 +50,7 @@ def test_command_on_a_shard_and_on_text(llama_dir, tmp_path, capsys):
     write_shard(tmp_path / "val.bin", np.array([tokenizer.eos_id, *ids]), VOCABULARY_SIZE)
     (tmp_path / "a.txt").write_text(text)
     results = []
-    for source in (f"--data={tmp_path}", f"--text=[{tmp_path / 'a.txt'}]"):
+    for source in (f"--data={tmp_path}", f"--text={tmp_path / 'a.txt'}"):
         path = tmp_path / "result.json"
         assert main(["perplexity", str(llama_dir), source, f"--json={path}"]) == 0
         results.append(json.loads(path.read_text()))

@@ -184,7 +184,7 @@ def test_command(dense_dir, tmp_path, capsys):
     for arguments, message in (
         ((dense_dir, recipe, out_dir), "exists already"),
         ((tmp_path, recipe, tmp_path / "new"), "has no lit_model.pth"),
-        ((dense_dir, dense_dir / "config.json", tmp_path / "new"), "has neither model_config nor model_name"),
+        ((dense_dir, dense_dir / "config.json", tmp_path / "new"), "must have model_config or model_name"),
     ):
         assert main(["upcycle", *map(str, arguments)]) == 2
         assert message in capsys.readouterr().err

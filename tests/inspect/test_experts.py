@@ -10,6 +10,7 @@ from litgpt import GPT
 
 from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.data.pipeline.shards import write_shard
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.loading import load_tokenizer
 from litgpt_moe_ext.inspect.experts.analysis import classify
 from litgpt_moe_ext.inspect.experts.capture import record_routing
@@ -93,7 +94,7 @@ def test_shards_are_read_by_document(moe_dir, tmp_path):
     assert documents == [Document("val:0", texts[0]), Document("val:1", texts[1])]
     encoded = encode(documents, tokenizer, max_tokens=len(ids[0]) + 1)
     assert [document.ids for document in encoded] == [ids[0], ids[1][:1]]
-    with pytest.raises(FileNotFoundError, match="token shard"):
+    with pytest.raises(SettingsError, match="token shard"):
         open_tokens(tmp_path / "nothing")
 
 
@@ -119,7 +120,7 @@ def test_report_needs_nothing_else(moe_dir, tmp_path, capsys):
     text = tmp_path / "a.txt"
     text.write_text("the quick brown fox jumps over the lazy dog <b> & is it so? " * 5)
     out = tmp_path / "report"
-    arguments = ["experts", str(moe_dir), f"--text=[{text}]", f"--out_dir={out}", f"--compare_with={other}"]
+    arguments = ["experts", str(moe_dir), f"--text={text}", f"--out_dir={out}", f"--compare_with={other}"]
     assert main(arguments) == 0
     assert {path.name for path in out.glob("*.png")} == {
         f"{name}.png" for name in ("load", "balance", "classes", "coactivation", "agreement")

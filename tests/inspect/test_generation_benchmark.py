@@ -52,7 +52,7 @@ def test_command_on_a_recipe(tmp_path, capsys):
     recipe.write_text(json.dumps({"model_config": {**fields, **moe}}))
     result = tmp_path / "result.json"
     arguments = ["benchmark-generation", str(recipe), "--new_tokens=3", "--rounds=1", f"--json={result}"]
-    assert main([*arguments, "--prompt_length=8", "--batch_sizes=[2]"]) == 0
+    assert main([*arguments, "--prompt_length=8", "--batch_sizes=2"]) == 0
     assert [t["model"] for t in json.loads(result.read_text())["timings"]] == ["NoisyTopKMoE", "LLaMAMoE", "dense twin"]
     assert "decode/s" in capsys.readouterr().out
     assert main([*arguments, "--prompt_length=15"]) == 2

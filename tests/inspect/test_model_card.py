@@ -10,6 +10,7 @@ from litgpt import GPT
 from litgpt.utils import chunked_cross_entropy
 
 from litgpt_moe_ext.cli.main import main
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.inspect.cost.memory import (
     PRECISIONS,
     LiveMemory,
@@ -216,7 +217,7 @@ def test_card_knows_savers_and_strategies(tmp_path, capsys):
     assert "activation checkpointing full, fused cross-entropy" in page
     assert "Each of 4 processes on each of 2 nodes, bf16-true" in page
     assert main(["model-card", str(recipe), "--devices=0"]) == 2
-    assert "devices: 0 must be at least 1" in capsys.readouterr().err
+    assert "devices: 0 must be an integer >0" in capsys.readouterr().err
 
 
 def test_llama_moe_can_be_carded():
@@ -227,17 +228,20 @@ def test_llama_moe_can_be_carded():
 
 
 def test_wrong_recipes_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        load_recipe(tmp_path / "nothing.yaml")
-    with pytest.raises(FileNotFoundError, match=r"no model_config\.yaml"):
-        load_recipe(tmp_path)
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("train: {}")
-    with pytest.raises(ValueError, match="neither model_config nor model_name"):
+    with pytest.raises(SettingsError, match=r"recipe.yaml' must be a recipe"):
         load_recipe(recipe)
-    recipe.write_text("model_config: {n_expert: 3, mlp_class_name: SharedExpertMoE, n_expert_per_token: 9}")
-    with pytest.raises(ValueError, match="n_expert_per_token: 9"):
-        load_recipe(recipe)
-    recipe.write_text("- a list")
-    with pytest.raises(ValueError, match="list instead of settings"):
-        load_recipe(recipe)
+    with pytest.raises(SettingsError, match=r"must have a model_config\.yaml"):
+        load_recipe(tmp_path)
+    for text, message in (
+        ("train: {}", "must have model_config or model_name"),
+        (
+            "model_config: {n_expert: 3, mlp_class_name: NoisyTopKMoE, n_expert_per_token: 9}",
+            "n_expert_per_token: 9",
+        ),
+        ("- a list", "must hold settings, not list"),
+        ("a: [", "must be YAML: "),
+    ):
+        recipe.write_text(text)
+        with pytest.raises(SettingsError, match=message):
+            load_recipe(recipe)

@@ -1,74 +1,92 @@
 """`litgpt-moe benchmark-generation`."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from jsonargparse.typing import PositiveInt
+
+from litgpt_moe_ext.cli.arguments import AtLeastTwo
+from litgpt_moe_ext.errors import SettingsError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from litgpt_moe_ext.inspect.generation import Timing, Workload
 
 
-def benchmark_generation(
-    model: Path,
-    batch_sizes: list[int] = [1, 8],  # noqa: B006
-    prompt_length: int = 128,
-    new_tokens: int = 32,
-    rounds: int = 5,
-    device: str | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    json: Path | None = None,
-) -> None:
-    """Prefill and decode speed, against a dense twin and LitGPT's LLaMAMoE with the same weights, in one run.
+@dataclass(frozen=True)
+class BenchmarkGeneration:
+    """Measure prefill and decode speed beside a dense twin and LitGPT's LLaMAMoE with the same weights, in one run.
 
-    Args:
+    Works for every recipe and checkpoint. The column of LLaMAMoE is there only where that can express the model, for
+    which see `litgpt-moe convert-experts --help`; otherwise a line says which setting is in the way.
+
+    Attributes:
         model: A checkpoint directory, or a recipe, whose model gets random weights.
-        batch_sizes: Sequences generated at once, as a list: one measurement for each.
+        batch_sizes: Numbers of sequences generated at once, one measurement for each.
         prompt_length: Tokens of the prompt.
-        new_tokens: Tokens to write.
+        new_tokens: Tokens to write; the first belongs to the prefill.
         rounds: Measured rounds, in each of which every model takes its turn; the medians are reported.
         device: Where to run, for example cuda. Default: a GPU if there is one.
         dtype: Floating point type of weights and cache.
         json: File to write the figures to.
     """
-    settings = {"batch_sizes": min(batch_sizes, default=0), "prompt_length": prompt_length, "rounds": rounds}
-    for name, value in settings.items():
-        if value < 1:
-            raise ValueError(f"{name}: {value} must be at least 1")
-    if new_tokens < 2:
-        raise ValueError(f"new_tokens: {new_tokens} must be at least 2, of which the first is the prefill's")
-    import litgpt_moe_ext
-    from litgpt_moe_ext.cli.commands.output import progress, write_json
 
-    litgpt_moe_ext.register()
-    import torch
+    model: Path
+    batch_sizes: list[PositiveInt] = field(default_factory=lambda: [1, 8])
+    prompt_length: PositiveInt = 128
+    new_tokens: AtLeastTwo = 32
+    rounds: PositiveInt = 5
+    device: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    json: Path | None = None
 
-    from litgpt_moe_ext.evaluation.loading import check_checkpoint_dir, choose_device, load_model
-    from litgpt_moe_ext.inspect.generation import Workload, benchmark, contenders, initialized
-    from litgpt_moe_ext.inspect.recipes import load_recipe
+    def run(self) -> None:
+        """Print the table of speeds."""
+        import torch
 
-    target = choose_device(device)
-    config = load_recipe(model).config
-    if prompt_length + new_tokens > config.block_size:
-        raise ValueError(
-            f"prompt_length: {prompt_length} and new_tokens: {new_tokens} are more than the model's block size of "
-            f"{config.block_size}"
-        )
-    if model.is_dir():
-        check_checkpoint_dir(model)
-        loaded = load_model(model, target, getattr(torch, dtype))
-    else:
+        from litgpt_moe_ext.cli.output import progress, write_json
+        from litgpt_moe_ext.inspect.generation import Workload, benchmark, contenders
+
+        model = self._load()
+        models, reasons = contenders(model)
+        workload = Workload(tuple(self.batch_sizes), self.prompt_length, self.new_tokens, self.rounds)
+        with progress("Generating", len(models) * len(self.batch_sizes) * (self.rounds + 1)) as advance:
+            timings = benchmark(models, workload, advance)
+        device = model.lm_head.weight.device
+        title = f"{model.config.name}, {device}, {self.dtype}, {torch.get_num_threads()} threads"
+        print_timings(timings, title, workload)
+        for reason in reasons:
+            print(reason)
+        if self.json is not None:
+            write_json(self.json, {"workload": vars(workload), "timings": [vars(timing) for timing in timings]})
+
+    def _load(self) -> "nn.Module":
+        import torch
+
+        from litgpt_moe_ext.evaluation.loading import check_checkpoint_dir, choose_device, load_model
+        from litgpt_moe_ext.inspect.generation import initialized
+        from litgpt_moe_ext.inspect.recipes import load_recipe
+
+        device, dtype = choose_device(self.device), getattr(torch, self.dtype)
+        config = load_recipe(self.model).config
+        if self.prompt_length + self.new_tokens > config.block_size:
+            raise SettingsError(
+                f"prompt_length: {self.prompt_length} and new_tokens: {self.new_tokens} must be at most the model's "
+                f"block size of {config.block_size} together"
+            )
+        if self.model.is_dir():
+            check_checkpoint_dir(self.model)
+            return load_model(self.model, device, dtype)
         torch.manual_seed(0)
-        loaded = initialized(config).to(device=target, dtype=getattr(torch, dtype))
-    models, reasons = contenders(loaded)
-    workload = Workload(tuple(batch_sizes), prompt_length, new_tokens, rounds)
-    with progress("Generating", len(models) * len(batch_sizes) * (rounds + 1)) as advance:
-        timings = benchmark(models, workload, advance)
-    print_timings(timings, f"{config.name}, {target}, {dtype}, {torch.get_num_threads()} threads", workload)
-    for reason in reasons:
-        print(reason)
-    if json is not None:
-        write_json(json, {"workload": vars(workload), "timings": [vars(timing) for timing in timings]})
+        return initialized(config).to(device=device, dtype=dtype)
 
 
-def print_timings(timings: list, title: str, workload) -> None:
-    """Print a table of `Timing`s of a `Workload`."""
-    from litgpt_moe_ext.cli.commands.output import print_table
+def print_timings(timings: "Sequence[Timing]", title: str, workload: "Workload") -> None:
+    """Print a table of the timings of a workload."""
+    from litgpt_moe_ext.cli.output import print_table
 
     columns = ("model", "batch", "1st token ms", "prefill/s", "decode/s", "weights MiB", "KV MiB")
     rows = [

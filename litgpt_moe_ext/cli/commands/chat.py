@@ -1,40 +1,44 @@
 """`litgpt-moe chat`."""
 
 import contextlib
+import io
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-# Of rich; in an order in which neighbours differ. More experts than colours get them with a decoration.
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from litgpt_moe_ext.errors import SettingsError
+
+if TYPE_CHECKING:
+    from litgpt import GPT, Tokenizer
+    from rich.console import Console
+
+    from litgpt_moe_ext.evaluation.streaming import Sampling
+
+# Colours of rich, in an order in which neighbours differ. Experts beyond their number get them with a decoration.
 COLORS = ("cyan", "yellow", "magenta", "green", "red", "blue", "bright_cyan", "bright_yellow", "bright_magenta",
           "bright_green", "bright_red", "bright_blue", "white", "orange3", "purple", "dark_cyan")  # fmt: skip
 DECORATIONS = ("", "underline ", "reverse ", "reverse underline ")
-# What a terminal would obey, shown as the pictures that Unicode has of control characters.
+# Control characters, which a terminal would obey, are shown as Unicode's pictures of them.
 _PICTURES = {
     **{code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"},
     127: 0x2421,
     **dict.fromkeys(range(128, 160), 0xFFFD),
 }
-# Tokens that are held back because they might be the beginning of a character, which has four bytes at most.
+# A character has at most four bytes, each of which may be a token.
 _MAX_PENDING = 4
 
 
-def chat(
-    checkpoint_dir: Path,
-    prompt: str | None = None,
-    max_new_tokens: int = 128,
-    temperature: float = 0.8,
-    top_k: int | None = 50,
-    top_p: float = 1.0,
-    show_experts: bool = False,
-    layer: int | None = None,
-    seed: int | None = None,
-    device: str | None = None,
-) -> None:
+@dataclass(frozen=True)
+class Chat:
     """Continue what you type, token by token; optionally coloured by the experts that wrote each token.
 
     Ctrl-C stops what is being written and asks for the next text; where a text is asked for it ends the program.
 
-    Args:
+    Attributes:
         checkpoint_dir: A LitGPT checkpoint.
         prompt: Continue this text and end. Default: ask for texts until an empty line or Ctrl-D.
         max_new_tokens: Most tokens to write. The context of the model ends it earlier, unless it has a streaming cache.
@@ -43,57 +47,74 @@ def chat(
         top_p: Choose among the likeliest tokens that together have this probability.
         show_experts: Colour each token by the expert with the highest gate value of one layer.
         layer: Which MoE layer that is, counted from 0 among the MoE layers. Default: the middle one.
-        seed: Of the random choice. Default: different each time.
+        seed: Seed of the random choice. Default: different each time.
         device: Where to run, for example cuda. Default: a GPU if there is one.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: {max_new_tokens} must be at least 1")
-    import litgpt_moe_ext
 
-    litgpt_moe_ext.register()
-    import torch
-    from rich.console import Console
+    checkpoint_dir: Path
+    prompt: str | None = None
+    max_new_tokens: PositiveInt = 128
+    temperature: NonNegativeFloat = 0.8
+    top_k: PositiveInt | None = 50
+    top_p: ClosedUnitInterval = 1.0
+    show_experts: bool = False
+    layer: NonNegativeInt | None = None
+    seed: NonNegativeInt | None = None
+    device: str | None = None
 
-    from litgpt_moe_ext.evaluation.hellaswag import encoder
-    from litgpt_moe_ext.evaluation.loading import check_checkpoint_dir, choose_device, load_model, load_tokenizer
-    from litgpt_moe_ext.evaluation.streaming import Sampling
+    def run(self) -> None:
+        """Write the continuation of the prompt, or of what the user types."""
+        import torch
+        from rich.console import Console
 
-    sampling = Sampling(temperature, top_k, top_p)
-    check_checkpoint_dir(checkpoint_dir)
-    tokenizer = load_tokenizer(checkpoint_dir)
-    model = load_model(checkpoint_dir, choose_device(device))
-    if show_experts:
-        layer = _check_layer(model, layer)
-    if seed is not None:
-        torch.manual_seed(seed)
-    console = Console(highlight=False, soft_wrap=True)
-    writer = _Writer(console, tokenizer, layer if show_experts else None)
-    encode = encoder(tokenizer)
-    if prompt is not None:
-        writer.write(model, encode(prompt), max_new_tokens, sampling)
-        return
+        from litgpt_moe_ext.evaluation.hellaswag import encoder
+        from litgpt_moe_ext.evaluation.loading import check_checkpoint_dir, choose_device, load_model, load_tokenizer
+        from litgpt_moe_ext.evaluation.streaming import Sampling
+
+        sampling = Sampling(self.temperature, self.top_k, self.top_p)
+        check_checkpoint_dir(self.checkpoint_dir)
+        tokenizer = load_tokenizer(self.checkpoint_dir)
+        model = load_model(self.checkpoint_dir, choose_device(self.device))
+        layer = _check_layer(model, self.layer) if self.show_experts else None
+        if self.seed is not None:
+            torch.manual_seed(self.seed)
+        console = Console(highlight=False, soft_wrap=True)
+        writer = _Writer(console, tokenizer, layer)
+        encode = encoder(tokenizer)
+
+        def answer(text: str) -> None:
+            writer.write(model, encode(text), self.max_new_tokens, sampling)
+
+        if self.prompt is not None:
+            answer(self.prompt)
+        else:
+            _converse(console, answer)
+
+
+def _converse(console: "Console", answer: Callable[[str], None]) -> None:
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  lets `input` edit lines and remember them
         console.print("[dim]Type a text to continue. Ctrl-C stops an answer; an empty line or Ctrl-D ends.[/]")
-    sys.stdin.reconfigure(errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     while text := _ask():
         try:
-            writer.write(model, encode(text), max_new_tokens, sampling)
+            answer(text)
         except KeyboardInterrupt:
             console.print("[dim] (stopped)[/]")
-        except ValueError as error:
+        except SettingsError as error:
             console.print(f"error: {error}", style="red", markup=False)
 
 
-def _check_layer(model, layer: int | None) -> int:
+def _check_layer(model: "GPT", layer: int | None) -> int:
     from litgpt_moe_ext.inspect.experts.capture import RoutingRecorder
 
     count = RoutingRecorder(model).layers
     if layer is None:
         return len(count) // 2
     if not 0 <= layer < len(count):
-        raise ValueError(f"layer: {layer} must be from 0 to {len(count) - 1} (the model has {len(count)} MoE layers)")
+        raise SettingsError(f"layer: {layer} must be from 0 to {len(count) - 1}; the model has {len(count)} MoE layers")
     return layer
 
 
@@ -118,14 +139,14 @@ class TextPieces:
     """Turns tokens into text as they come.
 
     A token may be a part of a character, so it is held back until the character is whole. Only the last tokens are
-    decoded each time: those of the piece before show whether a blank belongs between the two.
+    decoded each time, together with those of the piece before, which tell whether a blank belongs between the two.
 
     Args:
         decode: Turns a list of token ids into text.
-        before: What the text goes on from.
+        before: Token ids of the prompt.
     """
 
-    def __init__(self, decode, before: list[int]) -> None:
+    def __init__(self, decode: Callable[[list[int]], str], before: list[int]) -> None:
         self._decode = decode
         self._before = before[-_MAX_PENDING:]
         self._pending: list[int] = []
@@ -150,21 +171,21 @@ class TextPieces:
 
 
 class _Writer:
-    """Prints tokens as they come."""
+    """Prints tokens as they come, coloured by their expert in MoE layer `layer` unless that is None."""
 
-    def __init__(self, console, tokenizer, layer: int | None) -> None:
+    def __init__(self, console: "Console", tokenizer: "Tokenizer", layer: int | None) -> None:
         self._console, self._tokenizer, self._layer = console, tokenizer, layer
 
-    def write(self, model, prompt: list[int], max_new_tokens: int, sampling) -> None:
+    def write(self, model: "GPT", prompt: list[int], max_new_tokens: int, sampling: "Sampling") -> None:
         from litgpt_moe_ext.evaluation.streaming import stream
 
-        pieces, used, style = TextPieces(self._tokenizer.processor.decode, prompt), {}, None
-        show_experts = self._layer is not None
-        with contextlib.closing(stream(model, prompt, max_new_tokens, sampling, show_experts)) as tokens:
+        pieces, style = TextPieces(self._tokenizer.processor.decode, prompt), None
+        used: dict[int, int] = {}
+        with contextlib.closing(stream(model, prompt, max_new_tokens, sampling, self._layer is not None)) as tokens:
             for written in tokens:
                 if written.id == self._tokenizer.eos_id:
                     break
-                if show_experts:
+                if self._layer is not None:
                     expert = written.experts[self._layer][0]
                     used[expert] = used.get(expert, 0) + 1
                     style = style_of(expert)

@@ -1,21 +1,31 @@
 """`litgpt-moe convert-experts`."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 
-def convert_experts(checkpoint_dir: Path, out_dir: Path, layout: Literal["llama-moe"] = "llama-moe") -> None:
+@dataclass(frozen=True)
+class ConvertExperts:
     """Write a checkpoint with LitGPT's own LLaMAMoE layers, which opens without this plugin.
 
-    Args:
+    LLaMAMoE has SwiGLU experts and one of two routers, so only recipes with such layers and LitGPT's own attention can
+    be converted. Of the recipes in `configs/` none can as it stands: their attention sinks, learned positions or ReLU
+    experts have no equivalent in LitGPT. The error names every setting that is in the way.
+
+    Attributes:
         checkpoint_dir: A checkpoint with SharedExpertMoE or NoisyTopKMoE layers.
-        out_dir: The new checkpoint's directory, which must not exist.
-        layout: How experts are stored: llama-moe, one module per expert.
+        out_dir: Directory of the new checkpoint, which must not exist.
+        layout: How experts are stored; llama-moe is one module per expert.
     """
-    import litgpt_moe_ext
 
-    litgpt_moe_ext.register()
-    from litgpt_moe_ext.export.llama_moe import convert_checkpoint
+    checkpoint_dir: Path
+    out_dir: Path
+    layout: Literal["llama-moe"] = "llama-moe"
 
-    convert_checkpoint(checkpoint_dir, out_dir)
-    print(f"Wrote {out_dir} in the {layout} layout")
+    def run(self) -> None:
+        """Convert the checkpoint."""
+        from litgpt_moe_ext.export.llama_moe import convert_checkpoint
+
+        convert_checkpoint(self.checkpoint_dir, self.out_dir)
+        print(f"Wrote {self.out_dir} in the {self.layout} layout")

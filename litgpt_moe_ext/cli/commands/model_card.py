@@ -1,90 +1,103 @@
 """`litgpt-moe model-card`."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsonargparse.typing import PositiveInt
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.inspect.cost.model_card import ModelCard as Card
 
 
-def model_card(
-    model: Path,
-    micro_batch_size: int | None = None,
-    devices: int | None = None,
-    num_nodes: int | None = None,
-    json: Path | None = None,
-) -> None:
-    """Parameters, FLOPs per token and memory of a model, from its recipe, before anything is trained.
+@dataclass(frozen=True)
+class ModelCard:
+    """Print parameters, FLOPs per token and memory of a model, from its recipe, before anything is trained.
 
-    Args:
+    Attributes:
         model: A recipe (YAML file) or a checkpoint directory.
-        micro_batch_size: Sequences per forward pass in training. Default: what the recipe says.
-        devices: Processes on each node, for the memory of one of them by strategy. Default: what the recipe says.
-        num_nodes: Nodes. Default: what the recipe says.
+        micro_batch_size: Sequences per forward pass in training. Default: as in the recipe.
+        devices: Processes on each node, for the memory of one of them by strategy. Default: as in the recipe.
+        num_nodes: Number of nodes. Default: as in the recipe.
         json: File to write the figures to, in bytes.
     """
-    for name, value in (("micro_batch_size", micro_batch_size), ("devices", devices), ("num_nodes", num_nodes)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: {value} must be at least 1")
-    import litgpt_moe_ext
-    from litgpt_moe_ext.cli.commands.output import print_table, write_json
 
-    litgpt_moe_ext.register()
-    from litgpt_moe_ext.inspect.cost.model_card import make_card
-    from litgpt_moe_ext.inspect.recipes import load_recipe
+    model: Path
+    micro_batch_size: PositiveInt | None = None
+    devices: PositiveInt | None = None
+    num_nodes: PositiveInt | None = None
+    json: Path | None = None
 
-    card = make_card(load_recipe(model), micro_batch_size, devices, num_nodes)
-    print(f"{card.name}")
+    def run(self) -> None:
+        """Print the card."""
+        from litgpt_moe_ext.cli.output import write_json
+        from litgpt_moe_ext.inspect.cost.model_card import make_card
+        from litgpt_moe_ext.inspect.recipes import load_recipe
+
+        card = make_card(load_recipe(self.model), self.micro_batch_size, self.devices, self.num_nodes)
+        _print_size(card)
+        _print_training(card)
+        if card.processes:
+            _print_processes(card)
+        _print_activations(card)
+        _print_inference(card)
+        print("Tensors only: the runtime itself, libraries' workspaces and the allocator's reserve come on top.")
+        if self.json is not None:
+            write_json(self.json, card.to_dict())
+
+
+def _print_size(card: "Card") -> None:
     use = "is the output head as well" if card.tie_embeddings else "is only looked up"
+    share = card.parameters_active / card.parameters_total
+    caches = ", ".join(f"{_size(size)} in {name}" for name, size in card.kv_cache_per_token.items())
+    print(card.name)
     print(
         f"  parameters: {card.parameters_total:,} in total, {card.parameters_active:,} active per token "
-        f"({card.parameters_active / card.parameters_total:.1%}; {card.parameters_embedding:,} are the token "
-        f"embedding, which {use})"
+        f"({share:.1%}; {card.parameters_embedding:,} are the token embedding, which {use})"
     )
     print(
         f"  FLOPs per token, in sequences of {card.sequence_length}: {_count(card.flops_per_token_forward)} forward, "
         f"{_count(card.flops_per_token_training)} in training"
     )
-    print(
-        "  key/value cache per token: "
-        + ", ".join(f"{_size(size)} in {name}" for name, size in card.kv_cache_per_token.items())
-    )
-    unit, size = _unit(max(memory["total"] for memory in card.training.values()))
+    print(f"  key/value cache per token: {caches}")
+
+
+def _print_training(card: "Card") -> None:
     mode = card.activation_checkpointing
     savers = "" if mode == "none" else f", activation checkpointing {mode}"
     savers += ", fused cross-entropy" if card.fused_cross_entropy else ""
-    tokens = f"{card.micro_batch_size} x {card.sequence_length} tokens per micro batch"
-    title = f"\nTraining, {tokens}, {card.optimizer}{savers}; {unit}"
+    tokens = f"{card.micro_batch_size} x {card.sequence_length} tokens per micro-batch"
     columns = ("precision", "weights", "grads", "optimizer", "activations", "total", "checkpoint")
-    rows = [
-        (name, *(f"{value / size:.1f}" for value in (*memory.values(), card.checkpoint_training[name])))
-        for name, memory in card.training.items()
-    ]
-    print_table(title, columns, rows)
-    _print_processes(card)
-    unit, size = _unit(max(card.activations.values()))
-    row = [(card.precision, *(f"{value / size:.1f}" for value in card.activations.values()))]
-    title = f"Activations by activation_checkpointing and fused_cross_entropy; {unit}"
-    print_table(title, ("precision", *card.activations), row)
-    unit, size = _unit(max(memory["total"] for memory in card.inference.values()))
-    columns = ("dtype", "weights", "KV cache", "activations", "total", "weights file")
-    rows = [
-        (name, *(f"{value / size:.1f}" for value in (*memory.values(), card.checkpoint_weights[name])))
-        for name, memory in card.inference.items()
-    ]
-    print_table(f"Inference, one sequence of {card.block_size} tokens; {unit}", columns, rows)
-    print("Tensors only: the runtime itself, libraries' workspaces and the allocator's reserve come on top.")
-    if json is not None:
-        write_json(json, card.to_dict())
+    rows = {name: {**memory, "checkpoint": card.checkpoint_training[name]} for name, memory in card.training.items()}
+    _print_memory(f"\nTraining, {tokens}, {card.optimizer}{savers}", columns, rows)
 
 
-def _print_processes(card) -> None:
-    if not card.processes:
-        return
-    from litgpt_moe_ext.cli.commands.output import print_table
-
-    unit, size = _unit(max(memory["total"] for memory in card.processes.values()))
+def _print_processes(card: "Card") -> None:
     nodes = f" on each of {card.num_nodes} nodes" if card.num_nodes > 1 else ""
     columns = ("strategy", "weights", "grads", "optim.", "comm.", "activations", "total")
     keys = ("weights", "gradients", "optimizer", "communication", "activations", "total")
-    rows = [(name, *(f"{memory[key] / size:.1f}" for key in keys)) for name, memory in card.processes.items()]
-    print_table(f"Each of {card.devices} processes{nodes}, {card.precision}; {unit}", columns, rows)
+    rows = {name: {key: memory[key] for key in keys} for name, memory in card.processes.items()}
+    _print_memory(f"Each of {card.devices} processes{nodes}, {card.precision}", columns, rows)
+
+
+def _print_activations(card: "Card") -> None:
+    title = "Activations by activation_checkpointing and fused_cross_entropy"
+    _print_memory(title, ("precision", *card.activations), {card.precision: card.activations})
+
+
+def _print_inference(card: "Card") -> None:
+    columns = ("dtype", "weights", "KV cache", "activations", "total", "weights file")
+    rows = {name: {**memory, "file": card.checkpoint_weights[name]} for name, memory in card.inference.items()}
+    _print_memory(f"Inference, one sequence of {card.block_size} tokens", columns, rows)
+
+
+def _print_memory(title: str, columns: tuple[str, ...], rows: Mapping[str, Mapping[str, int]]) -> None:
+    from litgpt_moe_ext.cli.output import print_table
+
+    unit, size = _unit(max(value for memory in rows.values() for value in memory.values()))
+    cells = [(name, *(f"{value / size:.1f}" for value in memory.values())) for name, memory in rows.items()]
+    print_table(f"{title}; {unit}", columns, cells)
 
 
 def _count(number: float) -> str:

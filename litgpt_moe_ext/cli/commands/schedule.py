@@ -1,44 +1,45 @@
 """`litgpt-moe schedule`."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 
-def schedule(
-    recipe: Path,
-    compare: list[Literal["cosine", "onecycle", "wsd", "linear", "constant", "inverse_sqrt"]] | None = None,
-    out: Path = Path("schedule.png"),
-) -> None:
+@dataclass(frozen=True)
+class Schedule:
     """Plot the learning rate of a recipe over the steps of its training.
 
-    Args:
+    Attributes:
         recipe: A YAML file for run_train.py, or the hyperparameters.yaml of a checkpoint.
         compare: Shapes to draw as well: `--compare cosine wsd`.
-        out: The picture.
+        out: File of the picture.
     """
-    import litgpt_moe_ext
-    from litgpt_moe_ext.cli.recipe_files import check_recipe
 
-    check_recipe(recipe)
-    litgpt_moe_ext.register()
-    from litgpt_moe_ext.cli.commands.output import print_table
-    from litgpt_moe_ext.cli.train import build_parser
-    from litgpt_moe_ext.inspect.runs.schedule import planned_rates, schedule_figure
-    from litgpt_moe_ext.pictures.style import png
+    recipe: Path
+    compare: list[Literal["cosine", "onecycle", "wsd", "linear", "constant", "inverse_sqrt"]] | None = None
+    out: Path = Path("out/schedule.png")
 
-    parser = build_parser()
-    settings: Any = parser.instantiate_classes(parser.parse_args(["--config", str(recipe)]))
-    own = settings.schedule.name
-    rates = {name: planned_rates(settings, name) for name in dict.fromkeys([own, *(compare or [])])}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(png(schedule_figure(rates)))
-    rows = [
-        (
-            f"{name} (the recipe's)" if name == own else name,
-            *(f"{rate:.3e}" for rate in (values[0], max(values), values[len(values) // 2], values[-1])),
-        )
-        for name, values in rates.items()
-    ]
-    columns = ("schedule", "first", "highest", "half-way", "last")
-    print_table(f"Learning rates of {recipe}, {len(rates[own]):,} steps", columns, rows)
-    print(f"Wrote {out}")
+    def run(self) -> None:
+        """Draw the picture and print its corners."""
+        from litgpt_moe_ext.cli.output import print_table, write_bytes
+        from litgpt_moe_ext.cli.recipe_files import check_recipe
+        from litgpt_moe_ext.cli.train import build_parser
+        from litgpt_moe_ext.inspect.runs.schedule import planned_rates, schedule_figure
+        from litgpt_moe_ext.pictures.style import png
+
+        check_recipe(self.recipe)
+        parser = build_parser()
+        settings = parser.instantiate_classes(parser.parse_args(["--config", str(self.recipe)]))
+        own = settings.schedule.name
+        rates = {name: planned_rates(settings, name) for name in dict.fromkeys([own, *(self.compare or [])])}
+        write_bytes(self.out, png(schedule_figure(rates)))
+        rows = [
+            (
+                f"{name} (the recipe's)" if name == own else name,
+                *(f"{rate:.3e}" for rate in (values[0], max(values), values[len(values) // 2], values[-1])),
+            )
+            for name, values in rates.items()
+        ]
+        columns = ("schedule", "first", "highest", "half-way", "last")
+        print_table(f"Learning rates of {self.recipe}, {len(rates[own]):,} steps", columns, rows)
+        print(f"Wrote {self.out}")

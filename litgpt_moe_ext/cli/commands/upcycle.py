@@ -1,23 +1,32 @@
 """`litgpt-moe upcycle`."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
+from jsonargparse.typing import NonNegativeInt
 
-def upcycle(dense_dir: Path, recipe: Path, out_dir: Path, seed: int = 42) -> None:
+
+@dataclass(frozen=True)
+class Upcycle:
     """Turn a dense checkpoint into a Mixture-of-Experts checkpoint that computes the same, to train on from there.
 
-    Args:
+    Attributes:
         dense_dir: LitGPT checkpoint directory of the dense model.
-        recipe: YAML file of the MoE model. Everything but its MLP must be that of the dense model.
-        out_dir: The new checkpoint's directory, which must not exist.
-        seed: Of the routers' weights.
+        recipe: YAML file of the MoE model, which must equal the dense model in everything but its MLP.
+        out_dir: Directory of the new checkpoint, which must not exist.
+        seed: Seed of the routers' weights.
     """
-    import litgpt_moe_ext
 
-    litgpt_moe_ext.register()
-    from litgpt_moe_ext.export import upcycling
-    from litgpt_moe_ext.inspect.recipes import load_recipe
+    dense_dir: Path
+    recipe: Path
+    out_dir: Path
+    seed: NonNegativeInt = 42
 
-    upcycling.upcycle(dense_dir, out_dir, load_recipe(recipe).config, seed)
-    print(f"Wrote {out_dir}; train it with")
-    print(f"  run_train.py --config {recipe} --initial_checkpoint_dir {out_dir}")
+    def run(self) -> None:
+        """Write the MoE checkpoint."""
+        from litgpt_moe_ext.export.upcycling import upcycle
+        from litgpt_moe_ext.inspect.recipes import load_recipe
+
+        upcycle(self.dense_dir, self.out_dir, load_recipe(self.recipe).config, self.seed)
+        print(f"Wrote {self.out_dir}; train it with")
+        print(f"  run_train.py --config {self.recipe} --initial_checkpoint_dir {self.out_dir}")

@@ -3,23 +3,46 @@
 import ast
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.inspect.experts import statistics
 from litgpt_moe_ext.inspect.experts.capture import LayerRouting
 from litgpt_moe_ext.inspect.experts.token_classes import PYTHON_CLASSES, TEXT_CLASSES, python_classes, text_classes
 from litgpt_moe_ext.inspect.texts import EncodedDocument
 from litgpt_moe_ext.moe.metrics import load_entropy, max_over_mean
 
-LANGUAGES = ("auto", "python", "text")
+if TYPE_CHECKING:
+    from litgpt import Tokenizer
+
+LEAST_EXPECTED = 5
+"""Visits that must be expected of a cell for its colour to mean something: the usual rule for counts in tables."""
+ENOUGH_VISITS = 100
+"""Visits per expert at which chance alone moves a load by no more than a fifth in 19 of 20 cases."""
 
 
-def classify(documents: Sequence[EncodedDocument], language: str) -> tuple[str, Tensor, tuple[str, ...]]:
-    """Return the language used, the class number of every token, and the names of the classes.
+@dataclass(frozen=True)
+class ClassifiedTokens:
+    """The tokens of a text and what kind of thing each is part of.
+
+    Attributes:
+        ids_N: Token ids, int64.
+        classes_N: Number of each token's class, int64.
+        names: Names of all classes.
+    """
+
+    ids_N: Tensor
+    classes_N: Tensor
+    names: tuple[str, ...]
+
+
+def classify(documents: Sequence[EncodedDocument], language: str) -> tuple[str, ClassifiedTokens]:
+    """Return the language of the texts and the classes of their tokens.
 
     Args:
         documents: The texts.
@@ -30,8 +53,9 @@ def classify(documents: Sequence[EncodedDocument], language: str) -> tuple[str, 
         python = sum(len(document.ids) for document in documents if _looks_like_python(document))
         language = "python" if 2 * python > sum(len(document.ids) for document in documents) else "text"
     names, classes_of = (PYTHON_CLASSES, python_classes) if language == "python" else (TEXT_CLASSES, text_classes)
-    found = [names.index(name) for document in documents for name in classes_of(document.text, document.spans)]
-    return language, torch.tensor(found), names
+    classes = [names.index(name) for document in documents for name in classes_of(document.text, document.spans)]
+    ids = [token for document in documents for token in document.ids]
+    return language, ClassifiedTokens(torch.tensor(ids), torch.tensor(classes), names)
 
 
 def _looks_like_python(document: EncodedDocument) -> bool:
@@ -51,39 +75,44 @@ def _parses(text: str) -> bool:
     return True
 
 
-def analyse(
-    layers: Sequence[LayerRouting], ids_N: Tensor, classes_N: Tensor, class_names: Sequence[str], tokenizer: Any
-) -> dict[str, Any]:
+def analyse(layers: Sequence[LayerRouting], tokens: ClassifiedTokens, tokenizer: "Tokenizer") -> dict[str, Any]:
     """Return everything about the experts of one checkpoint.
 
     Args:
         layers: The routing of the text.
-        ids_N: Its tokens.
-        classes_N: Their classes, by number.
-        class_names: Names of the classes.
-        tokenizer: The `litgpt.Tokenizer`, to write tokens as text.
+        tokens: Its tokens.
+        tokenizer: Writes tokens as text.
     """
-    present = [c for c in range(len(class_names)) if (classes_N == c).any()]
+    counts_C = torch.bincount(tokens.classes_N, minlength=len(tokens.names)).tolist()
     return {
-        "tokens": len(ids_N),
-        "classes": {class_names[c]: int((classes_N == c).sum()) for c in present},
-        "layers": [_analyse_layer(layer, ids_N, classes_N, class_names, present, tokenizer) for layer in layers],
+        "tokens": len(tokens.ids_N),
+        "warning": _warning(len(tokens.ids_N), layers[0]),
+        "classes": {name: count for name, count in zip(tokens.names, counts_C, strict=True) if count},
+        "layers": [_analyse_layer(layer, tokens, tokenizer) for layer in layers],
     }
 
 
-def _analyse_layer(
-    layer: LayerRouting,
-    ids_N: Tensor,
-    classes_N: Tensor,
-    class_names: Sequence[str],
-    present: Sequence[int],
-    tokenizer: Any,
-) -> dict[str, Any]:
+def _warning(n_token: int, layer: LayerRouting) -> str | None:
+    visits = n_token * layer.experts_NK.size(1) / layer.n_expert
+    if visits >= ENOUGH_VISITS:
+        return None
+    needed = math.ceil(ENOUGH_VISITS * layer.n_expert / layer.experts_NK.size(1))
+    return (
+        f"{n_token:,} tokens are {visits:.0f} visits per expert: differences of up to "
+        f"{200 / math.sqrt(max(visits, 1)):.0f} % are chance; read at least {needed:,} tokens"
+    )
+
+
+def _analyse_layer(layer: LayerRouting, tokens: ClassifiedTokens, tokenizer: "Tokenizer") -> dict[str, Any]:
     E = layer.n_expert
     load_E = statistics.expert_load(layer.experts_NK, E)
     pairs_EE = statistics.coactivation(layer.experts_NK, E)
-    counts_CE = statistics.class_counts(classes_N, layer.experts_NK, len(class_names), E)[list(present)]
-    specific = statistics.specific_tokens(ids_N, layer.experts_NK, E, best=8)
+    counts_CE = statistics.class_counts(tokens.classes_N, layer.experts_NK, len(tokens.names), E)
+    present_C = counts_CE.sum(dim=1) > 0
+    names = [name for name, present in zip(tokens.names, present_C.tolist(), strict=True) if present]
+    counts_CE = counts_CE[present_C]
+    lift_CE = statistics.lift(counts_CE, least=LEAST_EXPECTED)
+    specific = statistics.specific_tokens(tokens.ids_N, layer.experts_NK, E, best=8)
     entropy = None if layer.entropy_N is None else layer.entropy_N.double().mean().item()
     return {
         "layer": layer.layer,
@@ -98,13 +127,13 @@ def _analyse_layer(
         "router_entropy": entropy,
         "router_entropy_of_even": math.log(E),
         "coactivation": pairs_EE.tolist(),
-        "coactivation_lift": _plain(statistics.coactivation_lift(pairs_EE)),
-        "class_counts": {class_names[c]: row for c, row in zip(present, counts_CE.tolist(), strict=True)},
-        "class_lift": {class_names[c]: row for c, row in zip(present, _plain(statistics.lift(counts_CE)), strict=True)},
+        "coactivation_lift": _plain(statistics.coactivation_lift(pairs_EE, least=LEAST_EXPECTED)),
+        "class_counts": dict(zip(names, counts_CE.tolist(), strict=True)),
+        "class_lift": dict(zip(names, _plain(lift_CE), strict=True)),
         "class_information": _plain(torch.tensor(statistics.normalized_information(counts_CE))),
         "specific_tokens": [
-            [{**token._asdict(), "text": tokenizer.processor.decode([token.id])} for token in tokens]
-            for tokens in specific
+            [{**token._asdict(), "text": tokenizer.processor.decode([token.id])} for token in found]
+            for found in specific
         ],
     }
 
@@ -113,13 +142,13 @@ def compare(first: Sequence[LayerRouting], second: Sequence[LayerRouting]) -> li
     """Return how far two checkpoints route the same tokens alike, layer by layer.
 
     Raises:
-        ValueError: If they differ in their MoE layers.
+        SettingsError: If they differ in their MoE layers.
     """
     shapes = [[(layer.layer, layer.n_expert, layer.experts_NK.size(1)) for layer in side] for side in (first, second)]
     if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"compare_with: the checkpoints have different MoE layers (number, experts, top-k): {shapes[0]} and "
-            f"{shapes[1]}; compare checkpoints of the same architecture"
+        raise SettingsError(
+            f"compare_with: its MoE layers (number, experts, top-k) must be {shapes[0]} as in checkpoint_dir, not "
+            f"{shapes[1]}; compare checkpoints of one architecture"
         )
     results = []
     for a, b in zip(first, second, strict=True):
@@ -128,12 +157,13 @@ def compare(first: Sequence[LayerRouting], second: Sequence[LayerRouting]) -> li
     return results
 
 
-def require_same_tokenizer(first: Path, second: Path, tokenizers: tuple[Any, Any]) -> None:
-    """Raise ValueError unless both checkpoints read text as the same tokens."""
-    if tokenizers[0].processor.to_str() != tokenizers[1].processor.to_str():
-        raise ValueError(
-            f"compare_with: {str(second)!r} has another tokenizer than {str(first)!r}, so that their tokens cannot be "
-            "compared"
+def require_same_tokenizer(directories: Sequence[Path], tokenizers: "Sequence[Tokenizer]") -> None:
+    """Raise SettingsError unless all checkpoints read text as the same tokens."""
+    first, second = directories[0], directories[-1]
+    if tokenizers[0].processor.to_str() != tokenizers[-1].processor.to_str():
+        raise SettingsError(
+            f"compare_with: {str(second)!r} must have the tokenizer of {str(first)!r}; tokens of two tokenizers cannot "
+            "be compared"
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.batching import pad_right
 from litgpt_moe_ext.moe.router import Router, Routing
 
@@ -54,7 +55,7 @@ class RoutingRecorder:
         model: A `litgpt.GPT` in evaluation mode.
 
     Raises:
-        ValueError: If the model has no MoE layers.
+        SettingsError: If the model has no MoE layers.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -68,9 +69,9 @@ class RoutingRecorder:
                 self._recordings.append(recording)
                 self._hooks.append((block.mlp.gate, self._hook(recording, reader)))
         if not self._hooks:
-            raise ValueError(
-                f"the model has no MoE layers (mlp_class_name: {model.config.mlp_class_name}); name a checkpoint with "
-                "SharedExpertMoE, NoisyTopKMoE or LLaMAMoE"
+            raise SettingsError(
+                f"checkpoint_dir: its model must have MoE layers (mlp_class_name: {model.config.mlp_class_name}); "
+                "name one with SharedExpertMoE, NoisyTopKMoE or LLaMAMoE"
             )
 
     def _hook(self, recording: _Recording, reader: Callable) -> Callable:

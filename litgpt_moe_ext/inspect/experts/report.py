@@ -7,10 +7,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from litgpt_moe_ext.durable import flush
 from litgpt_moe_ext.inspect import figures
+from litgpt_moe_ext.inspect.experts.analysis import LEAST_EXPECTED
 from litgpt_moe_ext.inspect.pages import page, picture, table
-from litgpt_moe_ext.pictures.style import png
 
 
 def make_figures(analysis: Mapping[str, Any]) -> dict[str, Figure]:
@@ -46,11 +45,13 @@ _CAPTIONS = {
     ),
     "classes": (
         "Experts by class of token",
-        "How much likelier an expert is for tokens of a class than for any token.",
+        "How much likelier an expert is for tokens of a class than for any token. Grey: fewer than"
+        f" {LEAST_EXPECTED} visits expected, too few to tell.",
     ),
     "coactivation": (
         "Pairs of experts",
-        "How often a token visits both experts, over what their loads alone would give.",
+        "How often a token visits both experts, over what their loads alone would give. Grey: fewer than"
+        f" {LEAST_EXPECTED} pairs expected, too few to tell.",
     ),
     "agreement": (
         "Agreement of two checkpoints",
@@ -60,14 +61,6 @@ _CAPTIONS = {
         " of an expert of the first go in the second, in the matched order.",
     ),
 }
-
-
-def write_pictures(made: Mapping[str, Figure], directory: Path) -> None:
-    """Save pictures as PNG files."""
-    for name, figure in made.items():
-        path = directory / f"{name}.png"
-        path.write_bytes(png(figure))
-        flush(path)
 
 
 def make_page(analysis: Mapping[str, Any], made: Mapping[str, Figure]) -> str:
@@ -81,12 +74,13 @@ def make_page(analysis: Mapping[str, Any], made: Mapping[str, Figure]) -> str:
 def _introduction(analysis: Mapping[str, Any]) -> str:
     layer = analysis["layers"][0]
     classes = ", ".join(f"{name} {count:,}" for name, count in analysis["classes"].items())
+    warning = analysis["warning"]
     compared = f" Compared with {analysis['comparison']['checkpoint']}." if analysis.get("comparison") else ""
     return (
         f"<p>{html.escape(analysis['mlp_class_name'])}, {layer['n_expert']} experts of which a token visits "
         f"{layer['top_k']}, in {len(analysis['layers'])} layers. Read: {analysis['tokens']:,} tokens of "
         f"{html.escape(analysis['source'])}, as {analysis['language']} ({html.escape(classes)})."
-        f"{html.escape(compared)}</p>"
+        f"{html.escape(compared)}</p>" + (f"<p><b>{html.escape(warning)}.</b></p>" if warning else "")
     )
 
 

@@ -29,21 +29,22 @@ def coactivation(experts_NK: Tensor, n_expert: int) -> Tensor:
     return (visits_NE.t() @ visits_NE).round().long()
 
 
-def coactivation_lift(pairs_EE: Tensor) -> Tensor:
+def coactivation_lift(pairs_EE: Tensor, least: float = 0.0) -> Tensor:
     """Return how often a pair is visited over how often it would be if only the loads counted, (E, E), float64.
 
-    The expectation gives every pair the product of its loads, scaled so that all pairs together are as many as there
-    are. The diagonal, and pairs with an expert without tokens, are nan.
+    A pair is expected in proportion to the product of its loads, scaled so that the expectations of all pairs sum to
+    the number of pairs. The diagonal, and pairs with an expert without tokens, are nan.
 
     Args:
         pairs_EE: As from `coactivation`.
+        least: Pairs of which fewer are expected are nan as well.
     """
     load_E = pairs_EE.diagonal().double()
     off_EE = ~torch.eye(len(pairs_EE), dtype=torch.bool)
     expected_EE = torch.outer(load_E, load_E)
     expected_EE = expected_EE * pairs_EE[off_EE].sum() / expected_EE[off_EE].sum()
     lift_EE = pairs_EE / expected_EE
-    return torch.where(off_EE & (expected_EE > 0), lift_EE, math.nan)
+    return torch.where(off_EE & (expected_EE > 0) & (expected_EE >= least), lift_EE, math.nan)
 
 
 def class_counts(classes_N: Tensor, experts_NK: Tensor, n_class: int, n_expert: int) -> Tensor:
@@ -57,11 +58,16 @@ def class_counts(classes_N: Tensor, experts_NK: Tensor, n_class: int, n_expert: 
     return torch.bincount(cells_NK.flatten(), minlength=n_class * n_expert).view(n_class, n_expert)
 
 
-def lift(counts_CE: Tensor) -> Tensor:
-    """Return p(expert | class) / p(expert), (C, E), float64; nan where a class or an expert has no tokens."""
+def lift(counts_CE: Tensor, least: float = 0.0) -> Tensor:
+    """Return p(expert | class) / p(expert), (C, E), float64; nan where a class or an expert has no tokens.
+
+    Args:
+        counts_CE: As from `class_counts`.
+        least: Cells in which fewer visits are expected are nan as well.
+    """
     counts_CE = counts_CE.double()
-    given_class_CE = counts_CE / counts_CE.sum(dim=1, keepdim=True)
-    return given_class_CE / (counts_CE.sum(dim=0) / counts_CE.sum())
+    expected_CE = torch.outer(counts_CE.sum(dim=1), counts_CE.sum(dim=0)) / counts_CE.sum()
+    return torch.where(expected_CE >= least, counts_CE / expected_CE, math.nan)
 
 
 def normalized_information(counts_CE: Tensor) -> float:

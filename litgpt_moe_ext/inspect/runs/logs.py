@@ -1,4 +1,4 @@
-"""Training runs from their csv logs."""
+"""Training runs as they are read from their csv logs."""
 
 import csv
 import math
@@ -8,9 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.pictures.expert_load import loads_by_layer
 
 TOKENS = "total_tokens"
+COLUMNS = ("run", "tokens", "loss", "val loss", "MaxVio", "grad norm", "tok/s")
+# Metrics of the columns between the first and the last, and how their numbers are written.
+_METRICS = ((TOKENS, ",.0f"), ("loss", ".4f"), ("val_loss", ".4f"), ("moe/max_vio", ".3f"), ("grad_norm", ".3f"))
 
 
 @dataclass(frozen=True)
@@ -18,8 +22,8 @@ class RunLog:
     """What a run logged.
 
     Attributes:
-        name: Of the run's directory.
-        columns: By name, one float for each log line, nan where a line lacks it; lines are in the order of
+        name: Name of the run.
+        columns: By metric one float for each log line, nan where the line lacks it; lines are in the order of
             `total_tokens`.
     """
 
@@ -27,13 +31,13 @@ class RunLog:
     columns: dict[str, np.ndarray]
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the tokens and the values of the lines that have column `name`; empty if none has."""
+        """Return tokens and values of the lines that have the metric `name`; both empty where none has."""
         values = self.columns.get(name, np.array([]))
         there = ~np.isnan(values)
         return self.columns[TOKENS][: len(values)][there], values[there]
 
     def tokens_per_second(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return tokens and training speed: as logged, or from the time of an iteration, without validation."""
+        """Return tokens and training speed: as logged, or by the time of an iteration, which leaves validation out."""
         if "tokens_per_second" in self.columns:
             return self.series("tokens_per_second")
         if not {"iter", "iter_time"} <= set(self.columns):
@@ -53,22 +57,22 @@ class RunLog:
         return self.columns["step"][there], {layer: np.stack(loads)[:, there] for layer, loads in found.items()}
 
 
-def load_run(directory: Path) -> RunLog:
+def load_run(directory: Path, name: str | None = None) -> RunLog:
     """Read the logs of a run, put together from all its parts if it was resumed.
 
     Where a later part repeats steps of an earlier one, the later counts.
 
     Args:
         directory: The run's `out_dir`.
+        name: What to call the run. Default: the name of the directory.
 
     Raises:
-        FileNotFoundError: If it has no csv logs.
-        ValueError: If they do not say how many tokens had been seen.
+        SettingsError: If there are no csv logs, or they do not say how many tokens had been seen.
     """
     paths = sorted(directory.glob("logs/csv/version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1]))
     if not paths:
-        raise FileNotFoundError(
-            f"run: {str(directory)!r} has no logs/csv/version_*/metrics.csv; name the out_dir of a run trained "
+        raise SettingsError(
+            f"run_dirs: {str(directory)!r} must have logs/csv/version_*/metrics.csv; name the out_dir of a run trained "
             "with logger_name: csv"
         )
     rows: list[dict[str, float]] = []
@@ -77,10 +81,19 @@ def load_run(directory: Path) -> RunLog:
         if part:
             rows = [row for row in rows if row[TOKENS] < part[0][TOKENS]] + part
     if not rows:
-        raise ValueError(f"run: {str(directory)!r} logged no line with {TOKENS}; train for at least one log interval")
+        raise SettingsError(
+            f"run_dirs: {str(directory)!r} must have logged a line with {TOKENS}; train for at least one log interval"
+        )
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {name: np.array([row.get(name, math.nan) for row in rows]) for name in names}
-    return RunLog(directory.name, columns)
+    return RunLog(name or directory.name, columns)
+
+
+def last_values(log: RunLog) -> tuple[str, ...]:
+    """Return the texts of a run for `COLUMNS`: the last value of each metric, and the median speed."""
+    cells = [f"{values[-1]:{form}}" if len(values := log.series(metric)[1]) else "-" for metric, form in _METRICS]
+    speed = log.tokens_per_second()[1]
+    return (log.name, *cells, f"{np.sort(speed)[len(speed) // 2]:,.0f}" if len(speed) else "-")
 
 
 def distinct_names(directories: Sequence[Path]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the sub-commands share: tables, progress, and JSON files that are whole or not there."""
+"""What the commands share: tables, progress, and files that are whole or not there."""
 
 import contextlib
 import json
@@ -11,16 +11,21 @@ from litgpt_moe_ext.durable import flush
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` to `path` under a temporary name and rename it; creates missing folders."""
+    """Write JSON to `path`, whole or not at all; creates missing folders."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` under a temporary name and rename it; creates missing folders."""
+    """Write text to `path`, whole or not at all; creates missing folders."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `path` under a temporary name and rename it; creates missing folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content)
         flush(partial)
         os.replace(partial, path)
     finally:
@@ -31,13 +36,14 @@ def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]
     """Print a table; the first column is aligned to the left and stays whole, the others to the right."""
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     Console(highlight=False).print(table)
 
 

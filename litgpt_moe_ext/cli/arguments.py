@@ -1,0 +1,159 @@
+"""From a command line to the dataclass that describes a command's arguments.
+
+A field without a default is positional, and so is one made by `positional`; every other field is an option of its name,
+which must be given where it is made by `required_option`.
+The type of a field says what it takes: the ranges of `jsonargparse.typing` (`PositiveInt`), `Literal`, `Path`, a list
+of any of these for several values, `| None` where `null` may be given. Its line in the docstring is its help.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import types
+from collections.abc import Sequence
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from jsonargparse.typing import restricted_number_type
+
+from litgpt_moe_ext.errors import SettingsError
+
+AtLeastTwo = restricted_number_type("AtLeastTwo", int, (">=", 2))
+
+Arguments = TypeVar("Arguments")
+
+
+def positional(default: Any) -> Any:
+    """Return a dataclass field that is given by its place and may be left out."""
+    return dataclasses.field(default=default, metadata={"positional": True})
+
+
+def required_option() -> Any:
+    """Return a dataclass field without a default that is given by its name."""
+    return dataclasses.field(metadata={"positional": False})
+
+
+def read_arguments(command: type[Arguments], program: str, given: Sequence[str]) -> Arguments:
+    """Read a command line.
+
+    Args:
+        command: A dataclass.
+        program: Name of the program and its command, for its help.
+        given: The command line after these.
+
+    Raises:
+        SettingsError: If an argument is missing, unknown, or not of the type of its field.
+        SystemExit: After printing the help that `--help` asks for.
+    """
+    parser = build_parser(command, program)
+    values, unknown = parser.parse_known_args([_with_underscores(argument) for argument in given])
+    if unknown:
+        raise SettingsError(_describe_unknown(unknown[0], [field.name for field in dataclasses.fields(command)]))
+    types_ = get_type_hints(command)
+    return command(**{name: _convert(name, types_[name], value) for name, value in vars(values).items()})
+
+
+def build_parser(command: type, program: str) -> argparse.ArgumentParser:
+    """Return the parser that splits a command line; all values it gives are text."""
+    from docstring_parser import DocstringStyle, parse
+
+    description = parse(command.__doc__ or "", DocstringStyle.GOOGLE)
+    texts = {param.arg_name: " ".join((param.description or "").split()) for param in description.params}
+    parser = _Parser(
+        prog=program,
+        description="\n\n".join(filter(None, (description.short_description, description.long_description))),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    hints = get_type_hints(command)
+    for field in dataclasses.fields(command):
+        options: dict[str, Any] = {"help": _help(texts[field.name], field), "metavar": _placeholder(hints[field.name])}
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        is_positional = field.metadata.get("positional", required)
+        if is_positional:
+            options["metavar"] = field.name.upper()
+        elif required:
+            options["required"] = True
+        if _is_list(hints[field.name]):
+            options["nargs"] = "+"
+        elif is_positional and not required:
+            options["nargs"] = "?"
+        elif hints[field.name] is bool:
+            options |= {"nargs": "?", "const": "true"}
+        parser.add_argument(field.name if is_positional else f"--{field.name}", **options)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message}; `{self.prog} --help` explains")
+
+
+def _with_underscores(argument: str) -> str:
+    # `--max-tokens` is `--max_tokens`.
+    name, equals, value = argument.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else argument
+
+
+def _describe_unknown(argument: str, names: Sequence[str]) -> str:
+    if not argument.startswith("--"):
+        return f"{argument!r} is one argument too many"
+    name = argument[2:].partition("=")[0]
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"--{name} is unknown" + (f"; did you mean --{near[0]}?" if near else f"; known are --{', --'.join(names)}")
+
+
+def _help(text: str, field: dataclasses.Field) -> str:
+    text = text.replace("%", "%%")
+    if field.default in (dataclasses.MISSING, None, False):
+        if field.default_factory is dataclasses.MISSING:
+            return text
+        return f"{text} [{' '.join(map(str, field.default_factory()))}]"
+    return f"{text} [{field.default}]"
+
+
+def _without_null(annotation: Any) -> Any:
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next(kind for kind in get_args(annotation) if kind is not type(None))
+    return annotation
+
+
+def _is_list(annotation: Any) -> bool:
+    return get_origin(_without_null(annotation)) is list
+
+
+def _placeholder(annotation: Any) -> str:
+    kind = _without_null(annotation)
+    if _is_list(kind):
+        return _placeholder(get_args(kind)[0])
+    if get_origin(kind) is Literal:
+        return "{" + ",".join(map(str, get_args(kind))) + "}"
+    if kind is bool:
+        return "{true,false}"
+    return "N" if issubclass(kind, (int, float)) else "PATH" if kind.__name__ == "Path" else "TEXT"
+
+
+def _convert(name: str, annotation: Any, given: str | list[str]) -> Any:
+    kind = _without_null(annotation)
+    if isinstance(given, list):
+        return [_convert(name, get_args(kind)[0], value) for value in given]
+    if kind is not annotation and given == "null":
+        return None
+    if kind is bool:
+        kind = Literal["true", "false"]
+        return _convert(name, kind, given) == "true"
+    if get_origin(kind) is Literal:
+        if given not in get_args(kind):
+            raise SettingsError(f"{name}: {given} must be one of {', '.join(get_args(kind))}")
+        return given
+    try:
+        return kind(given)
+    except ValueError:
+        raise SettingsError(f"{name}: {given} must be {_in_words(kind)}") from None
+
+
+def _in_words(kind: type) -> str:
+    # The ranges of jsonargparse state theirs as "int restricted to be >=0".
+    restriction = (kind.__doc__ or "").partition("restricted to be ")[2]
+    noun = "an integer" if issubclass(kind, int) else "a number" if issubclass(kind, float) else f"a {kind.__name__}"
+    return f"{noun} {restriction}".rstrip()
