@@ -24,14 +24,30 @@ def require_enabled() -> None:
         )
 
 
-class _AfterImport:
-    """A finder that finds nothing itself: it lets the others find a module and adds a callback to its execution."""
+class _Finder:
+    """A finder that finds nothing itself: it lets the others find a module and takes part in its execution.
+
+    Attributes:
+        before: Module name to functions that are called before the module is looked for.
+        before_submodules: Package name to a function that is called with the name of a submodule that is looked for.
+        instead: Module name to a function of the module and its loader that executes the module.
+        after: Module name to functions that are called with the executed module.
+    """
 
     def __init__(self):
-        self.callbacks = {}
+        self.before = {}
+        self.before_submodules = {}
+        self.instead = {}
+        self.after = {}
 
     def find_spec(self, name, path=None, target=None):
-        if name not in self.callbacks:
+        for callback in self.before.pop(name, ()):
+            callback()
+        if self.before_submodules:
+            package, _, submodule = name.partition(".")
+            if submodule and package in self.before_submodules:
+                self.before_submodules[package](submodule)
+        if name not in self.after and name not in self.instead:
             return None
         for finder in sys.meta_path:
             find_spec = getattr(finder, "find_spec", None)
@@ -47,15 +63,25 @@ class _AfterImport:
         def exec_module(module):
             # Only this import is wrapped; whoever inspects or reloads the module later meets the original loader.
             del loader.exec_module
-            loader.exec_module(module)
-            for callback in self.callbacks.pop(name, ()):
+            execute = self.instead.pop(name, None)
+            if execute is None:
+                loader.exec_module(module)
+            else:
+                execute(module, loader)
+            for callback in self.after.pop(name, ()):
                 callback(module)
 
         loader.exec_module = exec_module
         return spec
 
 
-_after_import = _AfterImport()
+_finder = _Finder()
+
+
+def _use_finder() -> _Finder:
+    if _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
+    return _finder
 
 
 def when_imported(name: str, callback) -> None:
@@ -70,9 +96,32 @@ def when_imported(name: str, callback) -> None:
     if module is not None and not getattr(spec, "_initializing", False):
         callback(module)
         return
-    _after_import.callbacks.setdefault(name, []).append(callback)
-    if _after_import not in sys.meta_path:
-        sys.meta_path.insert(0, _after_import)
+    _use_finder().after.setdefault(name, []).append(callback)
+
+
+def before_import(name: str, callback) -> None:
+    """Call `callback()` once, before the module `name` is looked for. Does nothing if the module is imported."""
+    if name not in sys.modules:
+        _use_finder().before.setdefault(name, []).append(callback)
+
+
+def before_submodules(package: str, callback) -> None:
+    """Call `callback(submodule)` before each submodule of the top-level package `package` is looked for.
+
+    Args:
+        package: Name of the package.
+        callback: Called with the submodule's name without the package's; None to stop.
+    """
+    if callback is None:
+        _finder.before_submodules.pop(package, None)
+    else:
+        _use_finder().before_submodules[package] = callback
+
+
+def execute_with(name: str, execute) -> None:
+    """Have `execute(module, loader)` execute the module `name` when it is imported. Does nothing if it already is."""
+    if name not in sys.modules:
+        _use_finder().instead[name] = execute
 
 
 def _register(_module) -> None:
@@ -88,7 +137,32 @@ def _register(_module) -> None:
         warnings.warn(f"litgpt_moe_ext could not extend LitGPT and is inactive: {error}", RuntimeWarning, stacklevel=2)
 
 
+# What imports LitGPT or lightning sooner or later; nothing else of a process is touched.
+_IMPORTERS = (
+    "litgpt",
+    "litgpt_moe_ext.attention",
+    "litgpt_moe_ext.cli",
+    "litgpt_moe_ext.data",
+    "litgpt_moe_ext.evaluation",
+    "litgpt_moe_ext.export",
+    "litgpt_moe_ext.inspect",
+    "litgpt_moe_ext.model_size",
+    "litgpt_moe_ext.moe",
+    "litgpt_moe_ext.training",
+)
+
+
+def _postpone_imports() -> None:
+    for name in _IMPORTERS:
+        _finder.before.pop(name, None)
+    from litgpt_moe_ext.host import lazy_imports
+
+    lazy_imports.install()
+
+
 def install() -> None:
     """Arrange that LitGPT is extended when its model definition is imported. Does nothing if switched off."""
     if not disabled():
+        for name in _IMPORTERS:
+            before_import(name, _postpone_imports)
         when_imported("litgpt.model", _register)

@@ -1,0 +1,184 @@
+"""Postponed imports: what is not needed is not loaded, and what is asked for is the real thing."""
+
+import importlib
+import json
+import sys
+import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from litgpt_moe_ext.host import autoload, lazy_imports
+from litgpt_moe_ext.host.lazy_imports import Package
+from tests.host.test_guest_rule import HERE, run
+
+
+@pytest.fixture(scope="module")
+def reports() -> tuple[dict, dict]:
+    def report(disabled: bool) -> dict:
+        result = run([str(HERE / "host" / "lazy_report.py")], disabled)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout.rpartition("REPORT")[2])
+
+    with ThreadPoolExecutor() as pool:
+        lazy, eager = pool.map(report, [False, True])
+    return lazy, eager
+
+
+def test_litgpt_loads_nothing_needless(reports):
+    lazy, eager = reports
+    assert lazy["loaded"] == []
+    assert {"torchvision", "transformers", "scipy", "torch._dynamo"} <= set(eager["loaded"])
+
+
+def test_whoever_asks_gets_what_it_would_have_had(reports):
+    lazy, eager = (
+        {name: value for name, value in report.items() if name not in ("loaded", "path")} for report in reports
+    )
+    assert lazy == eager
+    assert lazy["accuracy"] == [0.75, 0.75]
+    assert lazy["attributes"] == lazy["public"] == []
+    assert lazy["compiled"][:4] == [True] * 4
+
+
+def test_a_process_without_litgpt_is_left_alone():
+    code = (
+        "import sys, json, asyncio, unittest.mock\n"
+        "from litgpt_moe_ext.host.autoload import _finder\n"
+        "print('litgpt_moe_ext.host.lazy_imports' in sys.modules, _finder.instead, _finder.before_submodules)"
+    )
+    assert run(["-c", code]).stdout == "False {} {}\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import torchmetrics, litgpt.pretrain; torchmetrics.functional.accuracy",
+        "import torchmetrics.functional, litgpt; torchmetrics.Accuracy",
+        "import litgpt; import torchmetrics.functional.classification; torchmetrics.Accuracy",
+        "import litgpt; from torchmetrics.classification import Accuracy; from torchmetrics import AUROC",
+        "import litgpt; from torchmetrics import *; Accuracy, functional",
+        "import lightning, litgpt_moe_ext.training.loop, torchmetrics; torchmetrics.text.BLEUScore",
+        "import litgpt_moe_ext.training.loop, transformers, torchvision; transformers.AutoModel, torchvision.ops.nms",
+        "import torch._dynamo, litgpt.generate.base; litgpt.generate.base.torch._dynamo.config.suppress_errors",
+        "import litgpt_moe_ext.training.loop, torch; torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).step()",
+    ],
+)
+def test_orders_of_import(code):
+    result = run(["-c", code])
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package with the shape of torchmetrics: light submodules that need its logger, and a heavy rest."""
+    name = f"lazy_package_{tmp_path.name.replace('-', '_')}"
+    folder = tmp_path / name
+    folder.mkdir()
+    files = {
+        "__init__": f"""
+            import os
+            calls = []
+            calls.append("start")
+            log = "the package's own"
+            import {name}_heavy
+            calls.append({name}_heavy.__name__)
+            from {name} import functional
+            from {name}.metric import Metric, helper as aid
+            from .functional import accuracy
+            calls.append(accuracy.__name__)
+            __all__ = ["Metric", "accuracy", "aid", "functional"]
+        """,
+        "base": f"from {name} import log\nfrom {name}.metric import Metric",
+        "metric": f"from {name}.base import log\nclass Metric: log = log\ndef helper(): pass",
+        "functional": f"import {name}.base\nfrom {name}.metric import Metric\ndef accuracy(): return Metric",
+        "curious": f"from {name} import accuracy",
+    }
+    for file, text in files.items():
+        (folder / f"{file}.py").write_text(textwrap.dedent(text))
+    (tmp_path / f"{name}_heavy.py").write_text("import time; time.sleep(0.05)")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(
+        lazy_imports.PACKAGES,
+        name,
+        Package(names=frozenset({"Metric"}), submodules=("base", "metric", "curious"), first="base"),
+    )
+    autoload.execute_with(name, lazy_imports._execute_split)
+    yield name
+    autoload.before_submodules(name, None)
+    for module in [module for module in sys.modules if module.startswith(name)]:
+        del sys.modules[module]
+
+
+def loaded(name: str) -> list[str]:
+    return sorted(module.partition(".")[2] for module in sys.modules if module.startswith(f"{name}."))
+
+
+def test_a_split_package_waits(package):
+    module = importlib.import_module(package)
+    assert module.calls == ["start"]
+    assert (loaded(package), f"{package}_heavy" in sys.modules) == ([], False)
+    assert module.Metric.log == "the package's own"
+    assert loaded(package) == ["base", "metric"]
+    with pytest.raises(AttributeError, match="__wrapped__"):
+        module.__wrapped__  # noqa: B018
+    assert module.calls == ["start"]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "import {0}; {0}.accuracy",
+        "import {0}; {0}.aid",
+        "import {0}; assert 'accuracy' in dir({0})",
+        "import {0}.functional",
+        "from {0}.functional import accuracy",
+        "from {0} import functional",
+        "from {0} import *; accuracy",
+        "from {0}.metric import Metric; from {0} import Metric as Same, accuracy; assert Metric is Same",
+    ],
+)
+def test_a_split_package_completes_once_in_its_own_order(package, use):
+    exec(use.format(package), {})
+    module = sys.modules[package]
+    assert module.calls == ["start", f"{package}_heavy", "accuracy"]
+    assert module.accuracy() is module.Metric is sys.modules[f"{package}.metric"].Metric
+    assert not {"__getattr__", "__dir__"} & set(vars(module))
+    with pytest.raises(AttributeError, match="nothing"):
+        module.nothing  # noqa: B018
+
+
+def test_a_light_submodule_that_asks_for_more_meets_a_circular_import(package):
+    """The rest must not run while a submodule that it needs is half done."""
+    with pytest.raises(ImportError, match="accuracy"):
+        importlib.import_module(f"{package}.curious")
+    assert importlib.import_module(package).accuracy().log == "the package's own"
+
+
+def test_threads_see_a_split_package_whole(package):
+    start = threading.Barrier(6)
+    uses = ["accuracy", "Metric", "functional", "aid", "accuracy", "Metric"]
+
+    def ask(name: str):
+        start.wait()
+        return getattr(importlib.import_module(package), name)
+
+    with ThreadPoolExecutor(6) as pool:
+        values = list(pool.map(ask, uses))
+    module = sys.modules[package]
+    assert values == [getattr(module, name) for name in uses]
+    assert module.calls == ["start", f"{package}_heavy", "accuracy"]
+
+
+def test_a_rest_that_fails_can_be_asked_again(package):
+    module = importlib.import_module(package)
+    heavy = Path(module.__file__).parents[1] / f"{package}_heavy.py"
+    heavy.write_text("raise OSError('no disk')")
+    with pytest.raises(OSError, match="no disk"):
+        module.accuracy  # noqa: B018
+    heavy.write_text("")
+    importlib.invalidate_caches()
+    assert module.accuracy() is module.Metric
