@@ -18,12 +18,12 @@ from pathlib import Path
 
 os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
 
-from litgpt_moe_ext.data.pipeline.corpus import open_corpus
+from litgpt_moe_ext.data.corpora.python_stdlib import GENERATED_FOLDERS, read_python_files
 from litgpt_moe_ext.data.pipeline.encoding import count_cores
-from litgpt_moe_ext.data.pipeline.python_files import GENERATED_FOLDERS, read_python_files
+from litgpt_moe_ext.data.pipeline.preparation import CorpusSettings, prepare_text_corpus
 from litgpt_moe_ext.data.pipeline.readers import TextFormat, documents
 from litgpt_moe_ext.data.pipeline.sources import FileHashes, file_sources
-from litgpt_moe_ext.data.pipeline.text_corpus import CorpusSettings, prepare_text_corpus
+from litgpt_moe_ext.data.pipeline.store import open_corpus
 from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, open_for_documents, train_bpe
 from litgpt_moe_ext.data.pipeline.tokenizer_files import read_tokenizer
 

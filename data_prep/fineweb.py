@@ -9,8 +9,8 @@ reads them. A training run with ``TextCorpus`` (or ``HubDataset``) and the same 
 from pathlib import Path
 from typing import Literal
 
-from litgpt_moe_ext.data.pipeline.corpora import HubDataset, TextCorpus
-from litgpt_moe_ext.data.pipeline.scripts import prepare, run_script
+from litgpt_moe_ext.data.command_line import prepare, run_script
+from litgpt_moe_ext.data.corpora.text import HubDataset, TextCorpus
 from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings
 
 

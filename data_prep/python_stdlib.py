@@ -8,8 +8,8 @@ A training run with ``PythonStdlib`` and the same settings finds the result; wit
 from functools import partial
 from pathlib import Path
 
-from litgpt_moe_ext.data.pipeline.python_files import prepare_python_files
-from litgpt_moe_ext.data.pipeline.scripts import prepare, run_script
+from litgpt_moe_ext.data.command_line import prepare, run_script
+from litgpt_moe_ext.data.corpora.python_stdlib import prepare_python_files
 
 
 def main(

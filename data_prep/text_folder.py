@@ -10,8 +10,8 @@ script it prepares it itself.
 from pathlib import Path
 from typing import Literal
 
-from litgpt_moe_ext.data.pipeline.corpora import TextCorpus
-from litgpt_moe_ext.data.pipeline.scripts import prepare, run_script
+from litgpt_moe_ext.data.command_line import prepare, run_script
+from litgpt_moe_ext.data.corpora.text import TextCorpus
 from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings
 
 

@@ -8,8 +8,8 @@ is copied and checked.
 
 from pathlib import Path
 
-from litgpt_moe_ext.data.pipeline.corpus import atomic_directory
-from litgpt_moe_ext.data.pipeline.scripts import run_script
+from litgpt_moe_ext.data.command_line import run_script
+from litgpt_moe_ext.data.pipeline.store import atomic_directory
 from litgpt_moe_ext.data.pipeline.tokenizer import require_eos
 from litgpt_moe_ext.data.pipeline.tokenizer_files import read_tokenizer, write_tokenizer
 

@@ -7,8 +7,8 @@ preparing a corpus needs neither LitGPT nor torch.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from litgpt_moe_ext.data.corpora.prepared import PreparedCorpus, WandbCorpus
     from litgpt_moe_ext.data.loader import TokenLoader
-    from litgpt_moe_ext.data.modules.prepared import PreparedCorpus, WandbCorpus
     from litgpt_moe_ext.data.modules.python_stdlib import PythonStdlib
     from litgpt_moe_ext.data.modules.text import CodeParrot, HubDataset, TextCorpus, TinyStories
     from litgpt_moe_ext.data.modules.token_shards import TokenShards
@@ -28,13 +28,13 @@ __all__ = [
 _HOME = {
     "CodeParrot": "litgpt_moe_ext.data.modules.text",
     "HubDataset": "litgpt_moe_ext.data.modules.text",
-    "PreparedCorpus": "litgpt_moe_ext.data.modules.prepared",
+    "PreparedCorpus": "litgpt_moe_ext.data.corpora.prepared",
     "PythonStdlib": "litgpt_moe_ext.data.modules.python_stdlib",
     "TextCorpus": "litgpt_moe_ext.data.modules.text",
     "TinyStories": "litgpt_moe_ext.data.modules.text",
     "TokenLoader": "litgpt_moe_ext.data.loader",
     "TokenShards": "litgpt_moe_ext.data.modules.token_shards",
-    "WandbCorpus": "litgpt_moe_ext.data.modules.prepared",
+    "WandbCorpus": "litgpt_moe_ext.data.corpora.prepared",
 }
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from litgpt_moe_ext.data.pipeline import corpus as prepare
+from litgpt_moe_ext.data.corpora.python_stdlib import prepare_python_files, read_python_files, split_documents
 from litgpt_moe_ext.data.pipeline import shards
-from litgpt_moe_ext.data.pipeline.corpus import (
+from litgpt_moe_ext.data.pipeline import store as prepare
+from litgpt_moe_ext.data.pipeline.store import (
     MANIFEST,
     TOKENIZER_DIR,
     Document,
@@ -25,7 +26,6 @@ from litgpt_moe_ext.data.pipeline.corpus import (
     remove_stale,
     unigram_loss,
 )
-from litgpt_moe_ext.data.pipeline.python_files import prepare_python_files, read_python_files, split_documents
 from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, open_for_documents, train_bpe
 
 
@@ -293,9 +293,9 @@ def test_full_disk(tmp_path, sources, monkeypatch):
 KILLED_WHILE_ENCODING = """
 import sys, time
 from pathlib import Path
-from litgpt_moe_ext.data.pipeline import corpus as prepare
+from litgpt_moe_ext.data.pipeline import store as prepare
 from litgpt_moe_ext.data.pipeline import shards
-from litgpt_moe_ext.data.pipeline.python_files import prepare_python_files
+from litgpt_moe_ext.data.corpora.python_stdlib import prepare_python_files
 
 def hang(*args, **kwargs):
     print("encoding", flush=True)
@@ -326,8 +326,8 @@ def test_kill_during_preparation(tmp_path, sources):
 BOTH_AT_ONCE = """
 import sys
 from pathlib import Path
-from litgpt_moe_ext.data.pipeline import python_files
-from litgpt_moe_ext.data.pipeline.python_files import prepare_python_files
+from litgpt_moe_ext.data.corpora import python_stdlib as python_files
+from litgpt_moe_ext.data.corpora.python_stdlib import prepare_python_files
 
 original = python_files.atomic_directory
 

@@ -15,8 +15,8 @@ from litgpt.tokenizer import Tokenizer
 
 import litgpt_moe_ext.data
 from litgpt_moe_ext.data import PythonStdlib
-from litgpt_moe_ext.data.pipeline.corpus import open_corpus, read_manifest
-from litgpt_moe_ext.data.pipeline.python_files import GENERATED_FOLDERS, SKIPPED_FOLDERS, read_python_files
+from litgpt_moe_ext.data.corpora.python_stdlib import GENERATED_FOLDERS, SKIPPED_FOLDERS, read_python_files
+from litgpt_moe_ext.data.pipeline.store import open_corpus, read_manifest
 from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, train_bpe
 
 SCRIPT = Path(__file__).parents[2] / "data_prep" / "python_stdlib.py"

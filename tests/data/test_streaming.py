@@ -116,16 +116,14 @@ def test_a_connection_that_comes_back(server, monkeypatch):
 
 def test_a_connection_that_stays_away(server, tmp_path, monkeypatch):
     """The next run goes on; what it makes is what an undisturbed one makes."""
-    from litgpt_moe_ext.data.pipeline import text_corpus
+    from litgpt_moe_ext.data.pipeline import preparation as text_corpus
 
     write_shards(server.folder)
     whole = streamed(server, tmp_path / "whole")
     whole.prepare_data()
     original = text_corpus.CorpusSettings
     monkeypatch.setattr(text_corpus, "_BATCH_BYTES", 1000)
-    monkeypatch.setattr(
-        "litgpt_moe_ext.data.pipeline.corpora.CorpusSettings", lambda *a: original(*a, shard_tokens=1500)
-    )
+    monkeypatch.setattr("litgpt_moe_ext.data.corpora.text.CorpusSettings", lambda *a: original(*a, shard_tokens=1500))
     tokenizer_dir = whole.prepare_tokenizer()
     parts = streamed(server, tmp_path / "parts", tokenizer_dir=tokenizer_dir)
     parts.bpe = None

@@ -20,7 +20,7 @@ from litgpt.tokenizer import Tokenizer
 from transformers import AutoTokenizer, GPT2TokenizerFast
 
 from litgpt_moe_ext.data import CodeParrot, HubDataset, PreparedCorpus, TextCorpus, TinyStories
-from litgpt_moe_ext.data.pipeline.corpus import TOKENIZER_DIR, read_manifest
+from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR, read_manifest
 from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, train_bpe
 from litgpt_moe_ext.data.windows import IGNORE_INDEX
 from litgpt_moe_ext.host import padding

@@ -13,8 +13,13 @@ from functools import partial
 import numpy as np
 import pytest
 
-from litgpt_moe_ext.data.pipeline import text_corpus
-from litgpt_moe_ext.data.pipeline.corpus import (
+from litgpt_moe_ext.data.pipeline import preparation as text_corpus
+from litgpt_moe_ext.data.pipeline.encoding import Encoder, count_cores, encode_in_order
+from litgpt_moe_ext.data.pipeline.preparation import CorpusSettings, prepare_text_corpus
+from litgpt_moe_ext.data.pipeline.progress import PreparationProgress
+from litgpt_moe_ext.data.pipeline.readers import TextFormat, documents
+from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source, file_sources, find_files
+from litgpt_moe_ext.data.pipeline.store import (
     MANIFEST,
     TOKENIZER_DIR,
     in_validation,
@@ -22,11 +27,6 @@ from litgpt_moe_ext.data.pipeline.corpus import (
     read_manifest,
     unigram_loss,
 )
-from litgpt_moe_ext.data.pipeline.encoding import Encoder, count_cores, encode_in_order
-from litgpt_moe_ext.data.pipeline.progress import PreparationProgress
-from litgpt_moe_ext.data.pipeline.readers import TextFormat, documents
-from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source, file_sources, find_files
-from litgpt_moe_ext.data.pipeline.text_corpus import CorpusSettings, prepare_text_corpus
 from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, open_for_documents
 from litgpt_moe_ext.data.pipeline.tokenizer_files import read_tokenizer
 
@@ -159,7 +159,7 @@ import resource, sys
 from pathlib import Path
 from litgpt_moe_ext.data.pipeline.readers import TextFormat
 from litgpt_moe_ext.data.pipeline.sources import FileHashes, file_sources
-from litgpt_moe_ext.data.pipeline.text_corpus import CorpusSettings, prepare_text_corpus
+from litgpt_moe_ext.data.pipeline.preparation import CorpusSettings, prepare_text_corpus
 from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings
 
 limit, root, *files = sys.argv[1:]
@@ -195,7 +195,7 @@ def test_writes_that_the_system_refuses(files, tmp_path, limit, written):
 KILLED = """
 import sys, time
 from pathlib import Path
-from litgpt_moe_ext.data.pipeline import text_corpus
+from litgpt_moe_ext.data.pipeline import preparation as text_corpus
 from litgpt_moe_ext.data.pipeline.encoding import Encoder, count_cores, encode_in_order
 from litgpt_moe_ext.data.pipeline.readers import TextFormat
 from litgpt_moe_ext.data.pipeline.sources import FileHashes, file_sources

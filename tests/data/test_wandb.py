@@ -10,7 +10,7 @@ import wandb
 
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.data import PreparedCorpus, PythonStdlib, WandbCorpus
-from litgpt_moe_ext.data.pipeline.corpus import open_corpus, read_manifest
+from litgpt_moe_ext.data.pipeline.store import open_corpus, read_manifest
 from litgpt_moe_ext.data.pipeline.wandb_artifacts import download, log_corpus
 
 REFERENCE = "team/project/corpus:latest"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import wandb
 
-from litgpt_moe_ext.data.pipeline.corpus import read_manifest
-from litgpt_moe_ext.data.pipeline.python_files import prepare_python_files
+from litgpt_moe_ext.data.corpora.python_stdlib import prepare_python_files
+from litgpt_moe_ext.data.pipeline.store import read_manifest
 from litgpt_moe_ext.data.pipeline.wandb_artifacts import download, log_corpus
 from tests.data.test_text import tiny_txt
 from tests.data.test_wandb import clean  # noqa: F401

@@ -13,8 +13,8 @@ import pytest
 from litgpt.tokenizer import Tokenizer
 
 import litgpt_moe_ext.data
-from litgpt_moe_ext.data.pipeline.corpus import read_manifest
-from litgpt_moe_ext.data.pipeline.scripts import run_script
+from litgpt_moe_ext.data.command_line import run_script
+from litgpt_moe_ext.data.pipeline.store import read_manifest
 from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, train_bpe
 from tests.data.test_text import gpt2_files, tiny_txt
 

@@ -10,7 +10,7 @@ import pytest
 from litgpt.__main__ import main as litgpt_main
 
 from litgpt_moe_ext.cli.train import main
-from litgpt_moe_ext.data.pipeline.scripts import run_script
+from litgpt_moe_ext.data.command_line import run_script
 from tests.recipes.files import RECIPES, ROOT, commands, path_of
 from tests.recipes.scaled import BATCH, LENGTH, RAW_DATA, overrides
 from tests.training.conftest import logged

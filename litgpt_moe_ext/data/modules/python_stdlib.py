@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from litgpt_moe_ext.data.modules.packed import PackedCorpus
-from litgpt_moe_ext.data.pipeline.python_files import prepare_python_files
+from litgpt_moe_ext.data.corpora.python_stdlib import prepare_python_files
+from litgpt_moe_ext.data.modules.corpus import PackedCorpus
 
 
 @dataclass
@@ -37,7 +37,7 @@ class PythonStdlib(PackedCorpus):
         return f"data.vocab_size={self.vocab_size}", self.vocab_size
 
     def prepare_corpus(self, verbose: bool) -> Path:
-        """See `litgpt_moe_ext.data.pipeline.python_files.prepare_python_files`."""
+        """See `litgpt_moe_ext.data.corpora.python_stdlib.prepare_python_files`."""
         return prepare_python_files(
             self.data_path, self.source_path, self.vocab_size, self.val_fraction, self.seed, verbose
         )

@@ -1,4 +1,4 @@
-"""Data modules over the corpora of `litgpt_moe_ext.data.pipeline.corpora`."""
+"""Data modules over the corpora of `litgpt_moe_ext.data.corpora.text`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,14 +6,14 @@ from typing import Literal
 
 from tokenizers import Tokenizer
 
-from litgpt_moe_ext.data.modules.packed import PackedCorpus
-from litgpt_moe_ext.data.pipeline import corpora
+from litgpt_moe_ext.data.corpora import text as corpora
+from litgpt_moe_ext.data.modules.corpus import PackedCorpus
 from litgpt_moe_ext.data.pipeline.tokenizer_files import read_tokenizer
 
 
 @dataclass(kw_only=True)
 class TextModule(PackedCorpus):
-    """What a text corpus needs to be trained on. A subclass is also one of `data.pipeline.corpora`."""
+    """What a text corpus needs to be trained on. A subclass is also one of `data.corpora.text`."""
 
     packing: Literal["stream", "best_fit", "pad"] = "stream"
     """How documents fill the windows: one after the other and cut where a window ends; whole, as many as fit, and
@@ -31,7 +31,7 @@ class TextModule(PackedCorpus):
         return None
 
     def prepare_corpus(self, verbose: bool) -> Path:
-        """See `litgpt_moe_ext.data.pipeline.corpora.TextSettings.prepare`."""
+        """See `litgpt_moe_ext.data.corpora.text.TextSettings.prepare`."""
         return self.prepare(verbose, self.tokenizer)
 
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 from tokenizers import Tokenizer
 
-from litgpt_moe_ext.data.pipeline.corpus import pack_documents
+from litgpt_moe_ext.data.pipeline.store import pack_documents
 
 _Batch = TypeVar("_Batch")
 _WAITING_PER_WORKER = 3  # enough that no worker waits for the reader, few enough that memory stays small

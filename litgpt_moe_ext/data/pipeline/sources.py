@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from litgpt_moe_ext.data.pipeline.corpus import MANIFEST
 from litgpt_moe_ext.data.pipeline.readers import Record, TextFormat, documents
 from litgpt_moe_ext.data.pipeline.remote import name_of, remote_facts
+from litgpt_moe_ext.data.pipeline.store import MANIFEST
 from litgpt_moe_ext.durable import flush
 
 HASHES = ".file_hashes.json"

@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from litgpt_moe_ext.data.pipeline.corpus import MANIFEST, read_manifest
+from litgpt_moe_ext.data.pipeline.store import MANIFEST, read_manifest
 
 ARTIFACT_TYPE = "dataset"
 _REFERENCE = re.compile(r"[^/:\s]+/[^/:\s]+/[^/:\s]+:[^/:\s]+")

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from litgpt_moe_ext.data.modules.packed import PackedCorpus
-from litgpt_moe_ext.data.pipeline.corpus import MANIFEST, read_manifest
+from litgpt_moe_ext.data.modules.corpus import PackedCorpus
+from litgpt_moe_ext.data.pipeline.store import MANIFEST, read_manifest
 from litgpt_moe_ext.data.pipeline.wandb_artifacts import check_reference, download
 
 

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from litgpt_moe_ext.data.pipeline.corpus import TOKENIZER_DIR
+from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR
 from litgpt_moe_ext.data.pipeline.wandb_artifacts import check_artifact_name, log_corpus
 
 

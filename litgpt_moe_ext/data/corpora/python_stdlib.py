@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from litgpt_moe_ext.data.pipeline.corpus import (
+from litgpt_moe_ext.data.pipeline.store import (
     Document,
     Split,
     atomic_directory,

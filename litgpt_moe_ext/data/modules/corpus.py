@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from litgpt_moe_ext.data.modules.base import TokenModule
 from litgpt_moe_ext.data.packing import document_lengths, pack
-from litgpt_moe_ext.data.pipeline.corpus import TOKENIZER_DIR, open_corpus, read_manifest
+from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR, open_corpus, read_manifest
 from litgpt_moe_ext.data.windows import DocumentWindows, StreamWindows, Windows
 
 

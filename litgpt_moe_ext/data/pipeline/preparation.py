@@ -20,7 +20,11 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from litgpt_moe_ext.data.pipeline.corpus import (
+from litgpt_moe_ext.data.pipeline.encoding import Encoder, count_cores, encode_in_order
+from litgpt_moe_ext.data.pipeline.progress import PreparationProgress
+from litgpt_moe_ext.data.pipeline.shards import token_dtype, write_shard
+from litgpt_moe_ext.data.pipeline.sources import Source, identities
+from litgpt_moe_ext.data.pipeline.store import (
     FORMAT_VERSION,
     MANIFEST,
     TOKENIZER_DIR,
@@ -31,10 +35,6 @@ from litgpt_moe_ext.data.pipeline.corpus import (
     read_manifest,
     token_counts_loss,
 )
-from litgpt_moe_ext.data.pipeline.encoding import Encoder, count_cores, encode_in_order
-from litgpt_moe_ext.data.pipeline.progress import PreparationProgress
-from litgpt_moe_ext.data.pipeline.shards import token_dtype, write_shard
-from litgpt_moe_ext.data.pipeline.sources import Source, identities
 from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, open_for_documents, require_bos, require_eos, train_bpe
 from litgpt_moe_ext.data.pipeline.tokenizer_files import tokenizer_hash, write_tokenizer
 from litgpt_moe_ext.durable import flush, flush_tree

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from litgpt_moe_ext.data.pipeline.hub import cached_source, streamed_sources
+from litgpt_moe_ext.data.pipeline.preparation import CorpusSettings, prepare_text_corpus
 from litgpt_moe_ext.data.pipeline.readers import Record, TextFormat
 from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source, file_sources, find_files
-from litgpt_moe_ext.data.pipeline.text_corpus import CorpusSettings, prepare_text_corpus
 from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings
 from litgpt_moe_ext.data.pipeline.tokenizer_files import litgpt_tokenizer, read_tokenizer
 
@@ -63,7 +63,7 @@ class TextSettings:
             tokenizer: A `litgpt.Tokenizer` to encode with if the settings name none.
 
         Raises:
-            ValueError, OSError: As `litgpt_moe_ext.data.pipeline.text_corpus.prepare_text_corpus`.
+            ValueError, OSError: As `litgpt_moe_ext.data.pipeline.preparation.prepare_text_corpus`.
         """
         chosen = self._choose_tokenizer(tokenizer)
         hashes = FileHashes(Path(self.data_path))
