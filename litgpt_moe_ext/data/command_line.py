@@ -43,7 +43,7 @@ def prepare_from_command_line(corpus: type[Corpus], arguments: Sequence[str] | N
     from jsonargparse import ArgumentParser
 
     # A name of its own: jsonargparse would look the other one up in `litgpt_moe_ext.data`, which imports torch.
-    described = type(f"{corpus.__name__}Options", (corpus,), {"__doc__": full_docstring(corpus)})
+    described = dataclass(type(f"{corpus.__name__}Options", (corpus,), {"__doc__": full_docstring(corpus)}))
     parser = ArgumentParser(description=(corpus.__doc__ or "").partition("\n")[0])
     parser.add_argument("--config", action="config", help="A YAML file with options.")
     parser.add_class_arguments(described, as_positional=False, skip=set(TRAINING_ONLY))
