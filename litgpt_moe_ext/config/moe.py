@@ -5,6 +5,9 @@ from typing import Any, Literal, get_args
 MLP_CLASS_NAMES = ("SharedExpertMoE", "NoisyTopKMoE", "FeedForward")
 MOE_CLASS_NAMES = ("SharedExpertMoE", "NoisyTopKMoE")
 
+# What may compute the routed experts (`litgpt_moe_ext.moe.kernels.choice`); a registered backend adds its name.
+EXPERT_BACKENDS = ["loop", "grouped_cpu", "grouped_mm", "triton"]
+
 _ActivationName = Literal["swiglu", "geglu", "gelu", "relu", "relu2"]
 _RouterType = Literal["topk", "hash", "uniform"]
 _ScoreFunction = Literal["sigmoid", "softmax"]
@@ -15,6 +18,9 @@ FIELDS: dict[str, Any] = {
     "mlp_activation": _ActivationName | None,
     # Probability of dropping a hidden activation of an expert (default: 0).
     "expert_dropout": float | None,
+    # The only implementation of the experts allowed (default: the fastest that works): loop, grouped_cpu, grouped_mm
+    # or triton.
+    "expert_backend": str | None,
     # Width of the shared experts together, instead of n_shared_expert times the width of an expert.
     "shared_expert_intermediate_size": int | None,
     # Whether a sigmoid gate weighs the shared experts, as in Qwen2-MoE (default: false).
@@ -148,6 +154,11 @@ def _check_experts(config: Any) -> None:
         config.moe_intermediate_size = config.intermediate_size
     _require_integer(config, "moe_intermediate_size", 1, None, "the hidden size of one expert")
     _check_fraction(config, "expert_dropout", "the probability of dropping a hidden activation of an expert")
+    if config.expert_backend not in (None, *EXPERT_BACKENDS):
+        raise ValueError(
+            f"expert_backend: {config.expert_backend!r} is unknown; choose from {', '.join(EXPERT_BACKENDS)}, or leave "
+            "it out, and the fastest that works is chosen"
+        )
 
 
 def _check_shared_experts(config: Any) -> None:

@@ -107,16 +107,14 @@ def _compile(recipe: Recipe | None) -> Finding:
 def _kernels() -> Iterator[Finding]:
     import torch
 
-    from litgpt_moe_ext.moe.kernels.backends import choose_backend
+    from litgpt_moe_ext.moe.kernels.choice import backend_for
 
     cuda = torch.cuda.is_available()
-    device, dtype = (torch.device("cuda"), torch.bfloat16) if cuda else (torch.device("cpu"), torch.float32)
-    backend = choose_backend(device, dtype, 64, 64)
-    if backend == "loop":
-        text = "one expert after the other (grouped_mm needs bfloat16 and compute capability 9.0)"
-        yield Finding("experts", "note", text)
-    else:
-        yield Finding("experts", "good", f"backend {backend} for {str(dtype).removeprefix('torch.')}")
+    device = torch.device("cuda" if cuda else "cpu")
+    dtypes = (torch.bfloat16, torch.float16, torch.float32) if cuda else (torch.float32,)
+    chosen = {dtype: backend_for(device, dtype, (64, 64)) for dtype in dtypes}
+    text = ", ".join(f"backend {name} for {str(dtype).removeprefix('torch.')}" for dtype, name in chosen.items())
+    yield Finding("experts", "note" if "loop" in chosen.values() else "good", text)
     if importlib.util.find_spec("flash_attn") is not None:
         yield Finding("flash attention", "good", f"flash-attn {_version('flash-attn')}")
     else:

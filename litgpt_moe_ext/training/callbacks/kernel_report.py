@@ -37,12 +37,9 @@ def experts_line(model: nn.Module, device: torch.device, compiled: bool) -> str 
     if experts is None:
         return None
     x_TD = torch.empty(1, experts.n_embd, device=device, dtype=experts.down_proj.dtype)
-    choose = experts.backend_for
-    if compiled:
-        # The choice depends on whether a compiler traces it, so one does; the sum gives it something to compile.
-        choose = torch.compile(lambda x: (experts.backend_for(x), x + 1)[0], backend="eager")
+    backend = experts.backend_for(x_TD, compiled)
     how = "forced" if experts.forced_backend else "chosen"
-    return f"experts: {choose(x_TD)} for {matmul_dtype(x_TD)} on {device.type} ({how})"
+    return f"experts: {backend} for {matmul_dtype(x_TD)} on {device.type} ({how})"
 
 
 def attention_line(model: nn.Module, device: torch.device) -> str | None:
