@@ -29,7 +29,7 @@ litgpt_moe_ext.register()
 from litgpt import Config  # noqa: E402
 from litgpt.model import CausalSelfAttention  # noqa: E402
 
-from litgpt_moe_ext.attention.causal import Softmax, causal_attention  # noqa: E402
+from litgpt_moe_ext.attention.causal_attention import Softmax, causal_attention  # noqa: E402
 from litgpt_moe_ext.attention.documents import find_documents  # noqa: E402
 from litgpt_moe_ext.attention.layer import SinkAttention  # noqa: E402
 from litgpt_moe_ext.attention.rope import build_rope_cache  # noqa: E402

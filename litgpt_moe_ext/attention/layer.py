@@ -11,12 +11,12 @@ import torch.nn as nn
 from litgpt.config import Config
 from litgpt.model import CausalSelfAttention, KVCache, apply_rope, apply_rope_interleave
 
-from litgpt_moe_ext.attention.causal import Softmax, causal_attention
+from litgpt_moe_ext.attention.cache_positions import position_range
+from litgpt_moe_ext.attention.causal_attention import Softmax, causal_attention
 from litgpt_moe_ext.attention.documents import Documents, document_mask
-from litgpt_moe_ext.attention.positions import position_range
 from litgpt_moe_ext.attention.sinks import sink_attention
-from litgpt_moe_ext.attention.streaming import StreamingKVCache, streaming_attention
-from litgpt_moe_ext.attention.window import window_mask
+from litgpt_moe_ext.attention.sliding_window import window_mask
+from litgpt_moe_ext.attention.streaming_cache import StreamingKVCache, streaming_attention
 from litgpt_moe_ext.config.attention import has_sinks, validate_attention_config
 
 __all__ = ["SinkAttention", "validate_attention_config"]

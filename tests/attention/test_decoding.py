@@ -8,7 +8,7 @@ from litgpt.generate import base, speculative_decoding
 from litgpt.model import GPT
 
 from litgpt_moe_ext.attention import layer as layer_module
-from litgpt_moe_ext.attention.positions import position_range
+from litgpt_moe_ext.attention.cache_positions import position_range
 
 VARIANTS = [
     {},

@@ -13,7 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 
-from litgpt_moe_ext.attention.causal import Softmax, causal_attention
+from litgpt_moe_ext.attention.causal_attention import Softmax, causal_attention
 from litgpt_moe_ext.attention.documents import Documents, document_mask, document_offsets, find_documents
 
 MARK = 39

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from litgpt_moe_ext.attention import sinks
-from litgpt_moe_ext.attention.causal import Softmax, causal_attention
+from litgpt_moe_ext.attention.causal_attention import Softmax, causal_attention
 from litgpt_moe_ext.attention.documents import Documents, document_offsets, find_documents
 from litgpt_moe_ext.attention.kernels import backends
 from litgpt_moe_ext.attention.kernels.flash import KERNELS, Call

@@ -8,7 +8,7 @@ import torch
 from litgpt.generate import base, speculative_decoding
 from litgpt.model import GPT
 
-from litgpt_moe_ext.attention import streaming
+from litgpt_moe_ext.attention import streaming_cache as streaming
 
 FIRST, WINDOW = 3, 9
 LENGTH = 70  # more than block_size, which is 32

@@ -14,9 +14,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from litgpt_moe_ext.attention.cache_positions import position_range
 from litgpt_moe_ext.attention.documents import Documents, find_documents, remember_documents
-from litgpt_moe_ext.attention.positions import position_range
-from litgpt_moe_ext.attention.streaming import positions_needed
+from litgpt_moe_ext.attention.streaming_cache import positions_needed
 
 
 def add_position_embedding(model: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from litgpt_moe_ext.attention.documents import Documents, document_mask
 from litgpt_moe_ext.attention.sinks import fused_sink_attention, sink_attention
-from litgpt_moe_ext.attention.window import sliding_window_attention, window_mask
+from litgpt_moe_ext.attention.sliding_window import sliding_window_attention, window_mask
 
 
 class Softmax(NamedTuple):
