@@ -4,7 +4,7 @@ LitGPT's `GPT.forward` runs as it is, on a stand-in that has the parts of the mo
 need to know about a batch reaches them as arguments of their blocks, so that activation checkpointing recomputes every
 batch with its own, whatever ran in between.
 
-Shape suffixes: B batch, T tokens, S positions of the cache, C model width.
+Shape legend: B batch, T tokens, S positions of the cache, D model width.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
 from litgpt_moe_ext.attention.cache_positions import position_range
 from litgpt_moe_ext.attention.documents import Documents, find_documents, remember_documents
@@ -46,8 +47,8 @@ def cache_length(model: Any, max_seq_length: int | None) -> int:
 def forward(
     original: Callable[..., Any],
     model: Any,
-    idx: torch.Tensor,
-    input_pos: torch.Tensor | None = None,
+    idx: Tensor,
+    input_pos: Tensor | None = None,
     input_pos_maxp1: int | None = None,
     lm_head_chunk_size: int = 0,
 ) -> Any:
@@ -71,7 +72,7 @@ def forward(
     if restart:
         position = position - documents.start_BT
 
-    stand_in = _StandIn(model, position)
+    stand_in = _StandIn(model, position, documents)
     if documents is not None:
         stand_in.transformer.h = [
             _WithinDocuments(block, documents, _tables(model, i, position) if restart else None)
@@ -89,55 +90,58 @@ def forward(
 class _StandIn:
     # What LitGPT's forward reads of a model.
 
-    def __init__(self, model: Any, position: torch.Tensor) -> None:
+    def __init__(self, model: Any, position: Tensor, documents: Documents | None) -> None:
         self.config = model.config
         self.max_seq_length = model.max_seq_length
         self.cos = model.cos
         self.sin = model.sin
         self.mask_cache = model.mask_cache
         self.lm_head = model.lm_head
-        self.transformer = _StandInTransformer(model, position)
+        self.transformer = _StandInTransformer(model, position, documents)
 
 
 class _StandInTransformer:
-    def __init__(self, model: Any, position: torch.Tensor) -> None:
-        self.wte = _Embedding(model, position)
+    def __init__(self, model: Any, position: Tensor, documents: Documents | None) -> None:
+        self.wte = _Embedding(model, position, documents)
         self.h = model.transformer.h
         self.ln_f = model.transformer.ln_f
 
 
 class _Embedding:
-    # The token embedding, that of the position, and dropout (Radford et al. 2019, as in nanoGPT).
+    # The token embedding, the embedding of the position, and dropout (Radford et al. 2019, as in nanoGPT).
 
-    def __init__(self, model: Any, position: torch.Tensor) -> None:
+    def __init__(self, model: Any, position: Tensor, documents: Documents | None) -> None:
         self.model = model
         self.position = position
+        self.overflow = None if documents is None else documents.overflow
 
-    def __call__(self, idx: torch.Tensor) -> torch.Tensor:
+    def __call__(self, idx: Tensor) -> Tensor:
         transformer, config = self.model.transformer, self.model.config
-        x_BTC = transformer.wte(idx)
+        x_BTD = transformer.wte(idx)
         if config.position_embedding == "learned":
-            x_BTC = x_BTC + transformer.wpe(self.position)
-        return F.dropout(x_BTC, config.embedding_dropout or 0.0, self.model.training)
+            x_BTD = x_BTD + transformer.wpe(self.position)
+        if self.overflow is not None:
+            x_BTD = x_BTD + self.overflow
+        return F.dropout(x_BTD, config.embedding_dropout or 0.0, self.model.training)
 
 
 class _WithinDocuments:
     # A block that gets documents for a mask, and its own rotary tables if there are any.
 
-    def __init__(self, block: nn.Module, documents: Documents, tables: tuple[torch.Tensor, ...] | None) -> None:
+    def __init__(self, block: nn.Module, documents: Documents, tables: tuple[Tensor, ...] | None) -> None:
         self.block = block
         self.documents = documents
         self.tables = tables
 
     def __call__(
         self,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        mask: torch.Tensor | None,
-        input_pos: torch.Tensor | None,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        input_pos: Tensor | None,
         input_pos_maxp1: int | None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         cos, sin = self.tables or (cos, sin)
         return self.block(x, cos, sin, self.documents, input_pos, input_pos_maxp1)
 
@@ -145,32 +149,30 @@ class _WithinDocuments:
 class _Streaming:
     # A block that counts positions itself, so that it gets whole rotary tables, and positions beyond their end.
 
-    def __init__(self, block: nn.Module, model: Any, input_pos: torch.Tensor) -> None:
+    def __init__(self, block: nn.Module, model: Any, input_pos: Tensor) -> None:
         self.block = block
         self.tables = model.cos.unsqueeze(0), model.sin.unsqueeze(0)
         self.input_pos = input_pos
 
     def __call__(
         self,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        mask: torch.Tensor | None,
-        input_pos: torch.Tensor | None,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        input_pos: Tensor | None,
         input_pos_maxp1: int | None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         return self.block(x, *self.tables, None, self.input_pos, input_pos_maxp1)
 
 
-def _tables(model: Any, block_idx: int, position_BT: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _tables(model: Any, block_idx: int, position_BT: Tensor) -> tuple[Tensor, ...]:
     tables = model.cos[position_BT], model.sin[position_BT]
     indices = model.config.rope_indices
     return tables if indices is None else tuple(table[..., indices[block_idx]] for table in tables)
 
 
-def _find_documents(
-    model: Any, idx: torch.Tensor, input_pos: torch.Tensor | None, input_pos_maxp1: int | None
-) -> Documents | None:
+def _find_documents(model: Any, idx: Tensor, input_pos: Tensor | None, input_pos_maxp1: int | None) -> Documents | None:
     boundary, token_id = model.config.attention_document_boundary, model.config.attention_document_token_id
     if boundary is None:
         return None
@@ -182,7 +184,7 @@ def _find_documents(
     return remembered
 
 
-def _starts_in_cache(model: Any, idx: torch.Tensor) -> torch.Tensor:
+def _starts_in_cache(model: Any, idx: Tensor) -> Tensor:
     # Lives and dies with the cache of the first layer, and is never saved.
     cache = model.transformer.h[0].attn.kv_cache
     if cache is None:

@@ -1,25 +1,26 @@
-"""Generation of any length: a cache of the first tokens and the last ones (StreamingLLM, Xiao et al. 2023,
-arXiv:2309.17453).
+"""Generation of any length: a cache of the first tokens and the last ones (StreamingLLM, arXiv:2309.17453).
 
 Positions are counted within the cache: the last tokens keep their distances, and the first ones move along, never
 further away than the cache is long. The cache therefore holds keys before their rotation.
 
-Shape suffixes: B batch, H query heads, G key/value heads, T queries, S keys, D head size.
+Shape legend: B batch, H query heads, G key/value heads, T queries, S keys, d head size.
 """
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 
-from litgpt_moe_ext.attention.sinks import grouped_matmul, sink_softmax
+from litgpt_moe_ext.attention.sinks import Softmax, grouped_matmul, sink_softmax
 
 # Queries are worked off in pieces of this many, which bounds the memory and the number of positions that are needed.
 CHUNK = 256
 
-# Rotates (B, heads, T, D) to the given positions, (T,).
-Rotate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# Rotates (B, heads, T, d) to the given positions, (T,).
+Rotate = Callable[[Tensor, Tensor], Tensor]
 
 
 def positions_needed(first: int, window: int) -> int:
@@ -31,9 +32,7 @@ class StreamingKVCache(nn.Module):
     """Keys, not rotated yet, and values of the first tokens and the last ones.
 
     Args:
-        batch_size: Largest batch the cache is for.
-        n_query_groups: Number of key/value heads, G.
-        head_size: D.
+        shape: Largest batch, number of key/value heads, head size: (B, G, d).
         first: Number of first tokens to keep.
         window: Number of last tokens to keep, which for every query includes itself.
         device: Where to put the buffers.
@@ -42,18 +41,19 @@ class StreamingKVCache(nn.Module):
 
     def __init__(
         self,
-        batch_size: int,
-        n_query_groups: int,
-        head_size: int,
+        shape: tuple[int, int, int],
         first: int,
         window: int,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        shape = (batch_size, n_query_groups, first + window, head_size)
-        self.register_buffer("k", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
-        self.register_buffer("v", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
+        B, G, d = shape
+        self.k: Tensor
+        self.v: Tensor
+        for name in ("k", "v"):
+            zeros_BGSd = torch.zeros(B, G, first + window, d, device=device, dtype=dtype)
+            self.register_buffer(name, zeros_BGSd, persistent=False)
         self.first = first
         self.window = window
         self.n_seen = 0
@@ -64,18 +64,16 @@ class StreamingKVCache(nn.Module):
         nn.init.zeros_(self.v)
         self.n_seen = 0
 
-    def extend(
-        self, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, begin: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def extend(self, k_BGTd: Tensor, v_BGTd: Tensor, begin: int) -> tuple[Tensor, Tensor, Tensor]:
         """Take in new tokens.
 
         Args:
-            k_BGTD: Their keys.
-            v_BGTD: Their values.
+            k_BGTd: Their keys.
+            v_BGTd: Their values.
             begin: Position of the first of them in the text; 0 starts a new text.
 
         Returns:
-            Keys and values, (B, G, S, D), of what was in the cache and of the new tokens, and their positions in the
+            Keys and values, (B, G, S, d), of what was in the cache and of the new tokens, and their positions in the
             text, (S,). The first tokens of the text come first, the others in any order.
 
         Raises:
@@ -87,85 +85,88 @@ class StreamingKVCache(nn.Module):
                 "drops tokens for good. Speculative decoding and continuing an earlier text need a full cache: set "
                 "streaming_cache_first and streaming_cache_window to null"
             )
-        if self.k.dtype != k_BGTD.dtype:
-            self.k, self.v = self.k.to(k_BGTD.dtype), self.v.to(v_BGTD.dtype)
+        if self.k.dtype != k_BGTd.dtype:
+            self.k, self.v = self.k.to(k_BGTd.dtype), self.v.to(v_BGTd.dtype)
         first, window, device = self.first, self.window, self.k.device
-        B, end = k_BGTD.size(0), begin + k_BGTD.size(2)
+        B, end = k_BGTd.size(0), begin + k_BGTd.size(2)
         n_old = min(begin, first + window)
         position_S = torch.cat((self._position(torch.arange(n_old, device=device), begin),
                                 torch.arange(begin, end, device=device)))  # fmt: skip
-        k_BGSD = torch.cat((self.k[:B, :, :n_old], k_BGTD), dim=2)
-        v_BGSD = torch.cat((self.v[:B, :, :n_old], v_BGTD), dim=2)
+        k_BGSd = torch.cat((self.k[:B, :, :n_old], k_BGTd), dim=2)
+        v_BGSd = torch.cat((self.v[:B, :, :n_old], v_BGTd), dim=2)
 
         stay = torch.cat((torch.arange(begin, min(end, first), device=device) if begin < first else position_S[:0],
                           torch.arange(max(begin, first, end - window), max(end, first), device=device)))  # fmt: skip
         slot = torch.where(stay < first, stay, first + (stay - first) % window)
-        self.k[:B].index_copy_(2, slot, k_BGTD.index_select(2, stay - begin))
-        self.v[:B].index_copy_(2, slot, v_BGTD.index_select(2, stay - begin))
+        self.k[:B].index_copy_(2, slot, k_BGTd.index_select(2, stay - begin))
+        self.v[:B].index_copy_(2, slot, v_BGTd.index_select(2, stay - begin))
         self.n_seen = end
-        return k_BGSD, v_BGSD, position_S
+        return k_BGSd, v_BGSd, position_S
 
-    def _position(self, slot: torch.Tensor, n_seen: int) -> torch.Tensor:
+    def _position(self, slot: Tensor, n_seen: int) -> Tensor:
         # The last tokens go round in a ring behind the first ones.
         newest = n_seen - 1
         in_ring = newest - (newest - slot) % self.window
         return torch.where(slot < self.first, slot, in_ring)
 
 
-def streaming_attention(
-    q_BHTD: torch.Tensor,
-    k_BGTD: torch.Tensor,
-    v_BGTD: torch.Tensor,
-    cache: StreamingKVCache,
-    begin: int,
-    rotate: Rotate,
-    sinks_H: torch.Tensor | None,
-    scale: float,
-) -> torch.Tensor:
+class Stream(NamedTuple):
+    """Where a text goes on.
+
+    Attributes:
+        cache: What came before; takes in the new keys and values.
+        begin: Position of the first new token in the text.
+        rotate: Applies the rotary embedding.
+    """
+
+    cache: StreamingKVCache
+    begin: int
+    rotate: Rotate
+
+
+def streaming_attention(q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, softmax: Softmax, stream: Stream) -> Tensor:
     """Attend to the first tokens and to the last ones up to the query.
 
     Args:
-        q_BHTD: Queries, not rotated.
-        k_BGTD: Keys, not rotated.
-        v_BGTD: Values.
-        cache: What came before; takes in the keys and values.
-        begin: Position of the first query in the text.
-        rotate: Applies the rotary embedding.
-        sinks_H: One logit per query head, or `None`.
-        scale: Multiplied to the scores.
+        q_BHTd: Queries, not rotated.
+        k_BGTd: Keys, not rotated.
+        v_BGTd: Values.
+        softmax: How scores become weights; dropout and kernel do not count.
+        stream: Where the text goes on.
 
     Returns:
-        (B, H, T, D).
+        (B, H, T, d).
     """
+    cache, begin, rotate = stream
     outs = []
-    for offset in range(0, q_BHTD.size(2), CHUNK):
+    for offset in range(0, q_BHTd.size(2), CHUNK):
         piece = slice(offset, offset + CHUNK)
-        k_BGSD, v_BGSD, position_S = cache.extend(k_BGTD[:, :, piece], v_BGTD[:, :, piece], begin + offset)
-        query_T = torch.arange(begin + offset, cache.n_seen, device=q_BHTD.device)
-        scores_BHTS = _scores(q_BHTD[:, :, piece], k_BGSD, query_T, position_S, cache, rotate) * scale
-        share_BHTS = sink_softmax(scores_BHTS, sinks_H).to(v_BGSD.dtype)
-        outs.append(grouped_matmul(share_BHTS, v_BGSD))
+        k_BGSd, v_BGSd, position_S = cache.extend(k_BGTd[:, :, piece], v_BGTd[:, :, piece], begin + offset)
+        query_T = torch.arange(begin + offset, cache.n_seen, device=q_BHTd.device)
+        scores_BHTS = _scores(q_BHTd[:, :, piece], k_BGSd, query_T, position_S, cache, rotate) * softmax.scale
+        share_BHTS = sink_softmax(scores_BHTS, softmax.sinks_H).to(v_BGSd.dtype)
+        outs.append(grouped_matmul(share_BHTS, v_BGSd))
     return torch.cat(outs, dim=2)
 
 
 def _scores(
-    q_BHTD: torch.Tensor,
-    k_BGSD: torch.Tensor,
-    query_T: torch.Tensor,
-    position_S: torch.Tensor,
+    q_BHTd: Tensor,
+    k_BGSd: Tensor,
+    query_T: Tensor,
+    position_S: Tensor,
     cache: StreamingKVCache,
     rotate: Rotate,
-) -> torch.Tensor:
+) -> Tensor:
     n_first = min(cache.first, cache.n_seen)
     first_F, recent_R = position_S[:n_first], position_S[n_first:]
     # Only distances count, and small positions keep the tables short.
     origin = max(0, cache.n_seen - query_T.numel() - cache.window)
 
     # To the first tokens, queries stand at the end of the cache at most; to the others at their true distance.
-    far_q = rotate(q_BHTD, query_T.clamp(max=cache.first + cache.window - 1))
-    near_q = rotate(q_BHTD, query_T - origin)
-    far_BHTF = grouped_matmul(far_q, rotate(k_BGSD[:, :, :n_first], first_F).mT)
-    near_BHTR = grouped_matmul(near_q, rotate(k_BGSD[:, :, n_first:], recent_R - origin).mT)
+    far_q = rotate(q_BHTd, query_T.clamp(max=cache.first + cache.window - 1))
+    near_q = rotate(q_BHTd, query_T - origin)
+    far_BHTF = grouped_matmul(far_q, rotate(k_BGSd[:, :, :n_first], first_F).mT)
+    near_BHTR = grouped_matmul(near_q, rotate(k_BGSd[:, :, n_first:], recent_R - origin).mT)
 
     distance_TR = query_T.unsqueeze(-1) - recent_R
     far_BHTF = far_BHTF.masked_fill(first_F > query_T.unsqueeze(-1), -math.inf)

@@ -6,10 +6,12 @@ Nothing here imports torch or LitGPT, so that reading a configuration stays chea
 import math
 from typing import Any, Literal
 
+from litgpt_moe_ext.attention.kernels.registry import KERNELS
+
 CLASS_NAMES = ("SinkAttention",)
 
-# In the order of preference; `backends.py` says what each can do.
-BACKENDS = ("flash_cpu", "flash_attn", "flash", "cudnn", "efficient", "eager")
+# In the order of preference. Other packages may add to it.
+BACKENDS = KERNELS
 
 FIELDS: dict[str, Any] = {
     # Attention layer to use in place of LitGPT's own. The others need it.
@@ -19,7 +21,7 @@ FIELDS: dict[str, Any] = {
     # Value of the sink logits before training (default: 0, the weight of one token of score 0).
     "attention_sink_init": float | None,
     # The only kernel allowed (default: the fastest one that works).
-    "attention_backend": Literal["flash_cpu", "flash_attn", "flash", "cudnn", "efficient", "eager"] | None,
+    "attention_backend": str | None,
     # Probability of dropping an attention weight, and an element of the embeddings, in training (default: 0).
     "attention_dropout": float | None,
     "embedding_dropout": float | None,

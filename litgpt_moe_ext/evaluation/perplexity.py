@@ -31,7 +31,7 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        """exp of the loss."""
+        """Exp of the loss."""
         return math.exp(self.loss)
 
     @property

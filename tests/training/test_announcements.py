@@ -34,8 +34,11 @@ def test_attention():
     model = initialized_model(moe_config(attention_class_name="SinkAttention"))
     assert attention_line(model, CPU) == "attention: flash_cpu for torch.float32 on cpu (chosen)"
     model = initialized_model(moe_config(attention_class_name="SinkAttention", attention_dropout=0.1))
-    with pytest.warns(UserWarning, match="no flash kernel with attention dropout"):
-        assert attention_line(model, CPU).startswith("attention: eager")
+    line = attention_line(model, CPU)
+    assert line.startswith("attention: eager")
+    assert "grow with the square" in line
+    model = initialized_model(moe_config(attention_class_name="SinkAttention", attention_sinks=False))
+    assert attention_line(model, CPU) == "attention: scaled_dot_product_attention for torch.float32 on cpu (chosen)"
 
 
 def test_litgpts_own_layers_say_nothing():
