@@ -325,6 +325,6 @@ def _mark_loss(loop: Any) -> None:
 
 
 def _extend_evaluate(evaluate_module: Any) -> None:
-    from litgpt_moe_ext.evaluation.evaluate import wrap_convert_and_evaluate
+    from litgpt_moe_ext.evaluation.litgpt_evaluate import wrap_convert_and_evaluate
 
     evaluate_module.convert_and_evaluate = wrap_convert_and_evaluate(evaluate_module.convert_and_evaluate)

@@ -13,8 +13,8 @@ import litgpt.eval.evaluate
 import pytest
 from jsonargparse import CLI
 
-from litgpt_moe_ext.evaluation.evaluate import evaluate_checkpoint, wrap_convert_and_evaluate
-from litgpt_moe_ext.evaluation.tasks import load_task_file, load_tasks
+from litgpt_moe_ext.evaluation.litgpt_evaluate import evaluate_checkpoint, wrap_convert_and_evaluate
+from litgpt_moe_ext.evaluation.lm_eval_tasks import load_task_file, load_tasks
 
 LITGPTS_OWN = inspect.unwrap(litgpt.eval.evaluate.convert_and_evaluate)
 

@@ -23,7 +23,7 @@ import torch
 from litgpt import GPT, LLM
 
 from litgpt_moe_ext.cli.main import main
-from litgpt_moe_ext.evaluation.evaluate import evaluate_checkpoint
+from litgpt_moe_ext.evaluation.litgpt_evaluate import evaluate_checkpoint
 from litgpt_moe_ext.evaluation.loading import load_model, load_tokenizer
 from tests.evaluation.conftest import VOCABULARY_SIZE, write_checkpoint, write_tokenizer
 from tests.models import moe_config, randomize

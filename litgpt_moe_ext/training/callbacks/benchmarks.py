@@ -26,7 +26,7 @@ def check_benchmarks(args: EvaluateArgs) -> None:
         except (OSError, ValueError) as error:
             raise ValueError(f"evaluate.hellaswag: {error}") from error
     if args.tasks:
-        from litgpt_moe_ext.evaluation.tasks import load_task_file
+        from litgpt_moe_ext.evaluation.lm_eval_tasks import load_task_file
 
         names = []
         for file in args.tasks:
@@ -42,8 +42,8 @@ def make_benchmarks(
     args: EvaluateArgs, tokenizer: Tokenizer, tokenizer_dir: Path, block_size: int, fabric: L.Fabric
 ) -> "TrainingBenchmarks":
     """Return the callback that evaluates a model of this tokenizer and length of input."""
-    from litgpt_moe_ext.evaluation.benchmarks import HellaSwag, TaskFile
     from litgpt_moe_ext.evaluation.hellaswag import load_items
+    from litgpt_moe_ext.evaluation.training_benchmarks import HellaSwag, TaskFile
 
     benchmarks: list[Any] = []
     if args.hellaswag is not None:
@@ -58,7 +58,7 @@ class TrainingBenchmarks(Callback):
     """Evaluate after every validation or every so many steps, and after the last step.
 
     Args:
-        benchmarks: As those of `litgpt_moe_ext.evaluation.benchmarks`.
+        benchmarks: As those of `litgpt_moe_ext.evaluation.training_benchmarks`.
         every_steps: Optimizer steps between evaluations; None evaluates after every validation.
     """
 

@@ -68,8 +68,8 @@ def evaluate_checkpoint(
 
     from lm_eval.evaluator import simple_evaluate
 
-    from litgpt_moe_ext.evaluation.lm import LitGPTModel
-    from litgpt_moe_ext.evaluation.tasks import load_tasks
+    from litgpt_moe_ext.evaluation.lm_eval_model import LitGPTModel
+    from litgpt_moe_ext.evaluation.lm_eval_tasks import load_tasks
 
     loaded_tasks, task_manager = load_tasks(tasks)
     out_dir = checkpoint_dir / "evaluate" if out_dir is None else Path(out_dir)

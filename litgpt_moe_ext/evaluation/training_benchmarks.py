@@ -17,8 +17,8 @@ from litgpt import GPT, Tokenizer
 
 from litgpt_moe_ext.evaluation.batching import BatchSize
 from litgpt_moe_ext.evaluation.hellaswag import Item, Rule, as_question, encoder, evaluate
-from litgpt_moe_ext.evaluation.lm import GPTModel
-from litgpt_moe_ext.evaluation.tasks import load_task_file
+from litgpt_moe_ext.evaluation.lm_eval_model import GPTModel
+from litgpt_moe_ext.evaluation.lm_eval_tasks import load_task_file
 
 # lm-eval's own.
 _FEWSHOT_SEED = 1234
