@@ -7,34 +7,28 @@ task that lm-eval does not ship. Here the LitGPT model itself answers lm-eval's 
 import inspect
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 
 from litgpt_moe_ext.host.config import EXTRA_FIELDS, uses_plugin
 
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
-def evaluate_checkpoint(
-    checkpoint_dir: Path,
-    tasks: str | None = None,
-    out_dir: Path | None = None,
-    force_conversion: bool = False,
-    num_fewshot: int | None = None,
-    batch_size: int | str = 1,
-    device: str | None = None,
-    dtype: str | torch.dtype | None = None,
-    limit: float | None = None,
-    seed: int = 1234,
-    save_filepath: Path | None = None,
-    access_token: str | None = None,
-) -> None:
-    """Evaluate a LitGPT checkpoint as it is. Prints lm-eval's table and saves all results as JSON.
+    from litgpt_moe_ext.evaluation.lm_eval_model import LitGPTModel
 
-    Args:
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """The flags of `litgpt evaluate`.
+
+    Attributes:
         checkpoint_dir: Directory with `lit_model.pth`, `model_config.yaml` and tokenizer files.
         tasks: Comma separated task names of lm-eval and paths of YAML files in lm-eval's task format. Without it, the
             names are printed.
@@ -43,61 +37,86 @@ def evaluate_checkpoint(
         num_fewshot: Number of examples in the context; by default what the task says.
         batch_size: Requests per batch, "auto" for as many as fit, or "auto:N" to determine that N times.
         device: Where to run, by default "cuda" if available, else "cpu".
-        dtype: Floating point type of the weights, by default that of the checkpoint.
+        dtype: Floating point type of the weights, by default the checkpoint's.
         limit: Number of documents per task, or their fraction if below 1.
         seed: Seed of Python's, NumPy's and torch's random numbers.
         save_filepath: File of the results in place of `out_dir`/results.json.
         access_token: Has no effect, since nothing is downloaded from a model hub.
+    """
+
+    checkpoint_dir: Path
+    tasks: str | None = None
+    out_dir: Path | None = None
+    force_conversion: bool = False
+    num_fewshot: int | None = None
+    batch_size: int | str = 1
+    device: str | None = None
+    dtype: str | torch.dtype | None = None
+    limit: float | None = None
+    seed: int = 1234
+    save_filepath: Path | None = None
+    access_token: str | None = None
+
+
+def evaluate_checkpoint(settings: EvaluateSettings) -> None:
+    """Evaluate a LitGPT checkpoint as it is. Prints lm-eval's table and saves all results as JSON.
+
+    Args:
+        settings: What to evaluate, and how.
 
     Raises:
-        FileNotFoundError: If the checkpoint, a task file or its data is missing.
-        ValueError: If a setting is malformed or a task unknown.
+        SettingsError: If a setting is malformed, a task unknown, or the checkpoint, a task file or its data is missing.
     """
-    if tasks is None:
+    if settings.tasks is None:
         _print_task_names()
         return
-    if force_conversion:
+    if settings.force_conversion:
         print("force_conversion: has no effect, the checkpoint is evaluated without converting it.")
     # Both before lm-eval is imported: it takes long, and the tokenizers' threads must not be started first.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    checkpoint_dir = _resolve_checkpoint_dir(checkpoint_dir)
+    checkpoint_dir = _resolve_checkpoint_dir(settings.checkpoint_dir)
 
     from litgpt_moe_ext.evaluation.loading import check_checkpoint_dir
 
     check_checkpoint_dir(checkpoint_dir)
 
-    from lm_eval.evaluator import simple_evaluate
-
     from litgpt_moe_ext.evaluation.lm_eval_model import LitGPTModel
     from litgpt_moe_ext.evaluation.lm_eval_tasks import load_tasks
 
-    loaded_tasks, task_manager = load_tasks(tasks)
-    out_dir = checkpoint_dir / "evaluate" if out_dir is None else Path(out_dir)
-    save_filepath = out_dir / "results.json" if save_filepath is None else Path(save_filepath)
+    loaded_tasks, task_manager = load_tasks(settings.tasks)
+    out_dir = Path(settings.out_dir or checkpoint_dir / "evaluate")
+    save_filepath = Path(settings.save_filepath or out_dir / "results.json")
     save_filepath.parent.mkdir(parents=True, exist_ok=True)
-
-    model = LitGPTModel(checkpoint_dir, device=device, dtype=dtype, batch_size=batch_size)
+    model = LitGPTModel(checkpoint_dir, device=settings.device, dtype=settings.dtype, batch_size=settings.batch_size)
     info = model.get_model_info()
     print(
         f"Evaluating {checkpoint_dir} without conversion: {info['model_num_parameters']:,} parameters, "
         f"{info['model_dtype']}, {model.device}."
     )
-    results = simple_evaluate(
-        model=model,
-        tasks=loaded_tasks,
-        task_manager=task_manager,
-        num_fewshot=num_fewshot,
-        batch_size=batch_size,
-        device=str(model.device),
-        limit=limit,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-    )
+    results = _evaluate(model, loaded_tasks, task_manager, settings)
     # lm-eval adds these by itself for Hugging Face models only.
     results["config"].update(model=str(checkpoint_dir), **info)
     results.update(eot_token_id=model.eot_token_id, max_length=model.max_length)
     _report(results, save_filepath)
+
+
+def _evaluate(
+    model: "LitGPTModel", tasks: list[Any], task_manager: "TaskManager", settings: EvaluateSettings
+) -> dict[str, Any]:
+    from lm_eval.evaluator import simple_evaluate
+
+    return simple_evaluate(
+        model=model,
+        tasks=tasks,
+        task_manager=task_manager,
+        num_fewshot=settings.num_fewshot,
+        batch_size=settings.batch_size,
+        device=str(model.device),
+        limit=settings.limit,
+        random_seed=settings.seed,
+        numpy_random_seed=settings.seed,
+        torch_random_seed=settings.seed,
+    )
 
 
 def _resolve_checkpoint_dir(checkpoint_dir: Path | str) -> Path:
@@ -148,7 +167,7 @@ def wrap_convert_and_evaluate(original: Callable[..., None]) -> Callable[..., No
         arguments = signature.bind(*args, **kwargs).arguments
         tasks = arguments.get("tasks")
         if tasks is not None and (_names_task_file(tasks) or _names_plugin_layer(arguments["checkpoint_dir"])):
-            return evaluate_checkpoint(**arguments)
+            return evaluate_checkpoint(EvaluateSettings(**arguments))
         return original(*args, **kwargs)
 
     return convert_and_evaluate

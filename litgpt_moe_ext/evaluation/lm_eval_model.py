@@ -1,11 +1,11 @@
 """A LitGPT model as a model of the LM Evaluation Harness.
 
-The conventions (truncation, prefix token, windows of rolling likelihoods, stop strings) are those of lm-eval 0.4.9's
+Truncation, prefix token, windows of rolling likelihoods and stop strings follow the conventions of lm-eval 0.4.9's
 `HFLM`, so that a checkpoint and its conversion to Hugging Face's format score the same. Two things are more exact here:
 log-probabilities are computed in float32 whatever the type of the weights, and a text that ended with a stop string is
 cut there even if the rest of its batch went on.
 
-Shape suffixes: B batch, T tokens, V vocabulary.
+Shape legend: B batch, T tokens, V vocabulary.
 """
 
 import sys
@@ -21,6 +21,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.batching import BatchSize, pad_right
 from litgpt_moe_ext.evaluation.generation import GenerationSettings, generate, supports_padded_cache
 from litgpt_moe_ext.evaluation.loading import (
@@ -30,6 +31,7 @@ from litgpt_moe_ext.evaluation.loading import (
     load_tokenizer,
     parse_dtype,
 )
+from litgpt_moe_ext.evaluation.tokenization import decode, encoder
 
 # A request for a likelihood as lm-eval hands it over: (context and continuation as text, or None), and their tokens.
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -44,7 +46,7 @@ class GPTModel(TemplateLM):
     Args:
         model: The model, in evaluation mode.
         tokenizer: Its `litgpt.Tokenizer`.
-        tokenizer_dir: Where that comes from.
+        tokenizer_dir: The folder it was read from.
         batch_size: Requests per batch.
     """
 
@@ -66,19 +68,19 @@ class GPTModel(TemplateLM):
         return DEFAULT_MAX_GEN_TOKS if self.max_length > DEFAULT_MAX_GEN_TOKS else self.max_length // 2
 
     @property
-    def eot_token_id(self) -> int | None:
+    def eot_token_id(self) -> int | None:  # pyrefly: ignore[bad-override]  (lm-eval copes with None)
         """Number of the end-of-text token, None if the tokenizer names none."""
         return _valid(self._tokenizer.eos_id)
 
     @property
-    def prefix_token_id(self) -> int:
+    def prefix_token_id(self) -> int:  # pyrefly: ignore[bad-override]
         """Number of the token that stands in for an empty context: beginning of sequence, else end of text."""
         bos_id = _valid(self._tokenizer.bos_id)
         prefix = self.eot_token_id if bos_id is None else bos_id
         if prefix is None:
-            raise ValueError(
-                "The task scores text without a context, which needs a first token, but the tokenizer names neither "
-                f"bos_token nor eos_token. Add one to {self._tokenizer_dir / 'tokenizer_config.json'}."
+            raise SettingsError(
+                "tokenizer: the task scores text without a context, which needs a first token, but the tokenizer names "
+                f"neither bos_token nor eos_token; add one to {self._tokenizer_dir / 'tokenizer_config.json'}"
             )
         return prefix
 
@@ -95,15 +97,11 @@ class GPTModel(TemplateLM):
         }
 
     def tok_encode(self, string: str, **kwargs: Any) -> list[int]:
-        """Tokenize without adding special tokens (which LitGPT's `Tokenizer.encode` would add and strip again)."""
-        if self._tokenizer.backend == "huggingface":
-            return self._tokenizer.processor.encode(string, add_special_tokens=False).ids
-        return self._tokenizer.processor.encode(string)
+        """Tokenize without adding special tokens."""
+        return encoder(self._tokenizer)(string)
 
     def _decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
-        if self._tokenizer.backend == "huggingface":
-            return self._tokenizer.processor.decode(tokens, skip_special_tokens=skip_special_tokens)
-        return self._tokenizer.processor.decode(list(tokens))
+        return decode(self._tokenizer, tokens, skip_special_tokens)
 
     def _progress(self, total: int, description: str, disable: bool) -> tqdm:
         return tqdm(total=total, desc=description, disable=disable or not sys.stderr.isatty())
@@ -124,7 +122,7 @@ class GPTModel(TemplateLM):
             give the continuation.
 
         Raises:
-            ValueError: If a continuation has no tokens or more than the block size.
+            SettingsError: If a continuation has no tokens or more than the block size.
         """
         # Continuations of one token after the same context, as in multiple choice by letter, need one forward pass.
         requests_of: dict[tuple[int, ...], list[int]] = defaultdict(list)
@@ -150,9 +148,9 @@ class GPTModel(TemplateLM):
     def _model_input(self, request: TokenRequest) -> tuple[int, ...]:
         text, context, continuation = request
         if not 0 < len(continuation) <= self.max_length:
-            raise ValueError(
-                f"A continuation has {len(continuation)} tokens; it must have 1 to {self.max_length} (the model's "
-                f"block size). The task's document gives (context, continuation) = {str(text)[:200]}"
+            raise SettingsError(
+                f"tasks: a continuation has {len(continuation)} tokens; it must have 1 to {self.max_length} (the "
+                f"model's block size). The task's document gives (context, continuation) = {str(text)[:200]}"
             )
         # The last token is only predicted, never read.
         return tuple([*(context or [self.prefix_token_id]), *continuation][-(self.max_length + 1) : -1])
@@ -217,7 +215,7 @@ class GPTModel(TemplateLM):
             The continuations, without the stop string.
 
         Raises:
-            ValueError: If `generation_kwargs` ask for something unsupported, or for more tokens than the block size.
+            SettingsError: If `generation_kwargs` ask for something unsupported, or for more tokens than the block size.
         """
         if not supports_padded_cache(self.model):
             print("Generating without a key/value cache, since LitGPT's cache for sliding windows takes no padding.")
@@ -240,7 +238,7 @@ class GPTModel(TemplateLM):
     def _prompt(self, text: str, settings: GenerationSettings) -> list[int]:
         room = self.max_length - settings.max_gen_toks
         if room < 1:
-            raise ValueError(
+            raise SettingsError(
                 f"generation_kwargs: max_gen_toks: {settings.max_gen_toks} leaves no room for a prompt in the model's "
                 f"block size of {self.max_length}; set it to less in the task"
             )
@@ -280,13 +278,13 @@ class LitGPTModel(GPTModel):
         checkpoint_dir: Directory with `lit_model.pth` (weights, or a training checkpoint), `model_config.yaml` and
             tokenizer files.
         device: Where to run, for example "cpu" or "cuda:0"; by default a CUDA device if there is one.
-        dtype: Floating point type of the weights, or its name; by default that of the checkpoint.
+        dtype: Floating point type of the weights, or its name; by default the checkpoint's.
         batch_size: Requests per batch, or "auto" for the largest power of two that fits (at most 64), or "auto:N" to
             search for it N times.
 
     Raises:
-        FileNotFoundError: If files are missing.
-        ValueError: If a setting is malformed, or weights and configuration do not belong together.
+        SettingsError: If files are missing or damaged, a setting is malformed, or weights and configuration do not
+            belong together.
     """
 
     def __init__(

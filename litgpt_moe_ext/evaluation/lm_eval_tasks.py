@@ -10,12 +10,14 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import load_yaml_config
 
+from litgpt_moe_ext.errors import SettingsError
+
 # The loaders of `datasets` for plain files. Any other `dataset_path` names a data set that brings its files along.
 FILE_LOADERS = ("arrow", "csv", "json", "pandas", "parquet", "text")
 
 
 def is_task_file(entry: str) -> bool:
-    """Whether an entry of `--tasks` is the path of a task file and not a task's name."""
+    """Return whether an entry of `--tasks` is the path of a task file and not a task's name."""
     return entry.lower().endswith((".yaml", ".yml"))
 
 
@@ -23,11 +25,11 @@ def split_tasks(tasks: str) -> list[str]:
     """Split the comma separated setting `tasks` into its entries.
 
     Raises:
-        ValueError: If there is none.
+        SettingsError: If there is none.
     """
     entries = [entry.strip() for entry in tasks.split(",") if entry.strip()]
     if not entries:
-        raise ValueError(f"tasks: {tasks!r} names no task; give names or YAML files, separated by commas")
+        raise SettingsError(f"tasks: {tasks!r} names no task; give names or YAML files, separated by commas")
     return entries
 
 
@@ -42,8 +44,8 @@ def load_tasks(tasks: str) -> tuple[list[str | ConfigurableTask], TaskManager]:
         one of them is named.
 
     Raises:
-        FileNotFoundError: If a task file or its data is missing.
-        ValueError: If a name is unknown or given twice, or a file does not define a task.
+        SettingsError: If a name is unknown or given twice, or a file is missing, lacks its data or does not define a
+            task.
     """
     entries = split_tasks(tasks)
     names = [entry for entry in entries if not is_task_file(entry)]
@@ -53,14 +55,14 @@ def load_tasks(tasks: str) -> tuple[list[str | ConfigurableTask], TaskManager]:
         if name not in manager.task_index:
             similar = difflib.get_close_matches(name, manager.task_index, n=3)
             hint = f" Did you mean {' or '.join(similar)}?" if similar else ""
-            raise ValueError(
+            raise SettingsError(
                 f"tasks: {name!r} is unknown to lm-eval.{hint} `litgpt evaluate list` shows all names; a file that "
                 "defines a task must end in .yaml or .yml."
             )
     task_names = [*names, *(task.config.task for task in loaded.values())]
     for name in task_names:
         if task_names.count(name) > 1:
-            raise ValueError(f"tasks: {name!r} is given more than once; rename the task in your file (key `task`)")
+            raise SettingsError(f"tasks: {name!r} is given more than once; rename the task in your file (key `task`)")
     return [loaded.get(entry, entry) for entry in entries], manager
 
 
@@ -74,22 +76,21 @@ def load_task_file(path: Path) -> ConfigurableTask:
         path: The file.
 
     Raises:
-        FileNotFoundError: If the file or its data is missing.
-        ValueError: If it does not define a task.
+        SettingsError: If the file or its data is missing, or it does not define a task.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"tasks: the file {str(path)!r} does not exist (working directory: {Path.cwd()})")
+        raise SettingsError(f"tasks: the file {str(path)!r} does not exist (working directory: {Path.cwd()})")
     try:
         config = load_yaml_config(str(path.resolve()), mode="full")
     except yaml.YAMLError as error:
-        raise ValueError(f"tasks: {path} is not valid YAML: {error}") from error
+        raise SettingsError(f"tasks: {path} is not valid YAML: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("task"), str):
-        raise ValueError(
+        raise SettingsError(
             f"tasks: {path} lacks the key `task` with the task's name, for example `task: my_task`. (Of a group, list "
             "the files of its tasks.)"
         )
     if "class" in config:
-        raise ValueError(
+        raise SettingsError(
             f"tasks: {path} defines a task by a Python class (`class`); only tasks written in YAML can be named"
         )
     config = {"metadata": {}, **config}
@@ -98,7 +99,7 @@ def load_task_file(path: Path) -> ConfigurableTask:
     try:
         return ConfigurableTask(config=config)
     except TypeError as error:
-        raise ValueError(f"tasks: {path} has a setting that lm-eval does not accept: {error}") from error
+        raise SettingsError(f"tasks: {path} has a setting that lm-eval does not accept: {error}") from error
 
 
 def _locate_data(dataset_kwargs: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def _locate(data: Any, path: Path) -> Any:
         candidate = str(folder / data)
         if glob.glob(candidate, recursive=True):
             return candidate
-    raise FileNotFoundError(
+    raise SettingsError(
         f"tasks: {path} names the data {data!r}, which is neither in {path.resolve().parent} nor in the working "
         f"directory {Path.cwd()}"
     )

@@ -1,24 +1,27 @@
-"""Benchmarks of a model in memory, shared among the processes of a training.
+"""Benchmarks of a model that is being trained, shared among its processes.
 
-A benchmark has `scores(model)`, which every process calls and which returns the scores by name, on the first process at
-least; and `rehearse(model)`, which does a little of the same with the largest batch, so that what fails does so before
-training begins. The model is whole on every process and in evaluation mode.
+A benchmark has `scores(model)`, which every process calls and which returns the scores by name, on rank 0 at least; and
+`rehearse(model)`, which does a little of the same with the largest batch, so that what fails does so before training
+begins. The model is whole on every process and in evaluation mode.
 """
 
 import contextlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 from litgpt import GPT, Tokenizer
+from torch import Tensor
 
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.batching import BatchSize
-from litgpt_moe_ext.evaluation.hellaswag import Item, Rule, as_question, encoder, evaluate
+from litgpt_moe_ext.evaluation.hellaswag import Item, Rule, as_question, evaluate
 from litgpt_moe_ext.evaluation.lm_eval_model import GPTModel
 from litgpt_moe_ext.evaluation.lm_eval_tasks import load_task_file
+from litgpt_moe_ext.evaluation.tokenization import encoder
 
 # lm-eval's own.
 _FEWSHOT_SEED = 1234
@@ -29,14 +32,14 @@ class HellaSwag:
 
     Args:
         items: The questions.
-        tokenizer: Of the model.
+        tokenizer: The model's tokenizer.
         rule: The rule.
         batch_size: Endings per forward pass.
         block_size: Tokens that the model reads at once.
         fabric: The running Fabric.
 
     Raises:
-        ValueError: If an ending has more tokens than `block_size`.
+        SettingsError: If an ending has more tokens than `block_size`.
     """
 
     def __init__(
@@ -54,7 +57,7 @@ class HellaSwag:
         # Only the ending has to fit: a context that is too long loses tokens on the left.
         longest = max(len(request.continuation) for question in questions for request in question.requests)
         if longest > block_size:
-            raise ValueError(
+            raise SettingsError(
                 f"evaluate.hellaswag: an ending has {longest} tokens and the model reads {block_size} at once; "
                 "remove the benchmark, or take a longer train.max_seq_length or a tokenizer with longer tokens"
             )
@@ -71,8 +74,8 @@ class HellaSwag:
         """Answer this process's share of the questions; return the scores of all shares."""
         answers = evaluate(model, self._questions, self._batch_size, lambda done: None)
         counts = [sum(answer.acc for answer in answers), sum(answer.acc_norm for answer in answers), len(answers)]
-        counts = torch.tensor(counts, dtype=torch.int64, device=self._fabric.device)
-        acc, acc_norm, asked = self._fabric.all_reduce(counts, reduce_op="sum").tolist()
+        local = torch.tensor(counts, dtype=torch.int64, device=self._fabric.device)
+        acc, acc_norm, asked = cast(Tensor, self._fabric.all_reduce(local, reduce_op="sum")).tolist()
         return {f"hellaswag/{self._rule}/acc": acc / asked, f"hellaswag/{self._rule}/acc_norm": acc_norm / asked}
 
 
@@ -81,15 +84,15 @@ class TaskFile:
 
     Args:
         file: The task, with data beside it.
-        tokenizer: Of the model.
-        tokenizer_dir: Where that comes from.
-        limit: Ask about so many documents only, or None.
+        tokenizer: The model's tokenizer.
+        tokenizer_dir: The folder it was read from.
+        limit: Ask about this many documents only, or None.
         batch_size: Requests per forward pass.
         fabric: The running Fabric.
 
     Raises:
-        FileNotFoundError: If the file or its data is missing.
-        ValueError: If it defines no task, or one with fewer documents than there are processes.
+        SettingsError: If the file or its data is missing, or it does not define a task, or one with fewer documents
+            than there are processes.
     """
 
     def __init__(
@@ -105,7 +108,7 @@ class TaskFile:
         self._tokenizer, self._tokenizer_dir, self._batch_size = tokenizer, tokenizer_dir, BatchSize(batch_size)
         documents = min(len(self._task.eval_docs), limit or len(self._task.eval_docs))
         if documents < fabric.world_size:
-            raise ValueError(
+            raise SettingsError(
                 f"evaluate.tasks: {file} has {documents} documents to ask about, fewer than the {fabric.world_size} "
                 "processes that share them; raise evaluate.max_items, or leave the task out"
             )
@@ -115,7 +118,7 @@ class TaskFile:
         self._evaluate(model, self._fabric.world_size)
 
     def scores(self, model: GPT) -> dict[str, float]:
-        """Return the scores on the first process, nothing on the others."""
+        """Return the scores on rank 0, nothing on the others."""
         results = self._evaluate(model, self._limit)
         if results is None:
             return {}
@@ -141,7 +144,10 @@ class TaskFile:
 
 
 class _SharedModel(GPTModel):
-    """A model of which every process holds one. lm-eval deals out the documents, and gathers through `accelerator`."""
+    """A model with a copy on every rank.
+
+    lm-eval divides the documents among the ranks, and gathers through `accelerator`.
+    """
 
     def __init__(
         self, model: GPT, tokenizer: Tokenizer, tokenizer_dir: Path, batch_size: BatchSize, fabric: L.Fabric
@@ -151,11 +157,12 @@ class _SharedModel(GPTModel):
 
     @property
     def accelerator(self) -> "_SharedModel":
+        """What lm-eval gathers and waits through."""
         return self
 
-    def gather(self, number: torch.Tensor) -> torch.Tensor:
-        """Return the numbers of all processes, (processes,)."""
-        return self._fabric.all_gather(number).view(-1)
+    def gather(self, number: Tensor) -> Tensor:
+        """Return the numbers of all ranks, (ranks,)."""
+        return cast(Tensor, self._fabric.all_gather(number)).view(-1)
 
     def wait_for_everyone(self) -> None:
         """Return when every process has called."""

@@ -12,8 +12,9 @@ import torch
 from litgpt import Tokenizer
 
 from litgpt_moe_ext.cli.train import main
-from litgpt_moe_ext.evaluation.hellaswag import as_question, encoder, evaluate, load_items
+from litgpt_moe_ext.evaluation.hellaswag import as_question, evaluate, load_items
 from litgpt_moe_ext.evaluation.loading import load_model
+from litgpt_moe_ext.evaluation.tokenization import encoder
 from litgpt_moe_ext.training.parallel.strategies import make_strategy
 from litgpt_moe_ext.training.run import Run
 from litgpt_moe_ext.training.settings import DistributedArgs, EvaluateArgs
