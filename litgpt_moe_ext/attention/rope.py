@@ -121,6 +121,8 @@ def _plain_frequencies(n_elem: int, base: float, device: "torch.device | None") 
 
 def _dynamic_base(n_elem: int, base: float, keys: dict[str, Any], seq_len: int | None) -> float:
     # NTK-aware scaling by as much as the sequence is longer than the original context.
+    if n_elem <= 2:
+        return base  # the only frequency is 1, whatever the base
     original = keys["original_max_seq_len"]
     stretch = keys["factor"] * max(seq_len or 0, original) / original - (keys["factor"] - 1)
     return base * stretch ** (n_elem / (n_elem - 2))
