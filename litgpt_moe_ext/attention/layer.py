@@ -171,7 +171,7 @@ class SinkAttention(CausalSelfAttention):
             A name in `KERNELS`, or "scaled_dot_product_attention", behind which PyTorch makes its own choice.
 
         Raises:
-            ValueError: If the kernel that `attention_backend` names cannot compute it.
+            SettingsError: If the kernel that `attention_backend` names cannot compute it.
         """
         softmax, name = self._softmax(), str(dtype).removeprefix("torch.")
         patterns: list[Ability] = [] if self._window is None else ["window"]

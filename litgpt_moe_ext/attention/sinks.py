@@ -67,7 +67,8 @@ def sink_attention(
         0 where there are sinks.
 
     Raises:
-        ValueError: If the shapes do not fit together, or a forced kernel cannot compute this.
+        ValueError: If the shapes do not fit together.
+        SettingsError: If a forced kernel cannot compute this.
     """
     causal = causal and mask is None
     if softmax.sinks_H is None and softmax.backend is None:

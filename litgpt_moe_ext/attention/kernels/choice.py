@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from litgpt_moe_ext.attention.kernels.registry import EAGER, KERNELS, Ability, AttentionKernel, Capability, Workload
+from litgpt_moe_ext.errors import SettingsError
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def choose_kernel(
         `F.scaled_dot_product_attention`.
 
     Raises:
-        ValueError: If the forced kernel cannot do it; the message says why.
+        SettingsError: If the forced kernel cannot do it; the message says why.
     """
     if q_BHTd.is_meta:
         return EAGER
@@ -65,7 +66,7 @@ def choose_kernel(
     elif forced is None or forced == EAGER:
         chosen = EAGER
     else:
-        raise ValueError(_refusal(forced, irregular))
+        raise SettingsError(_refusal(forced, irregular))
     # Without a kernel for windows and documents, attention is cut into pieces, and each of them gets here. A handful of
     # queries to a cache is a matrix product, for which the written-out softmax is best.
     is_final = chosen != EAGER or not ("window" in needs or "documents" in needs)
@@ -85,12 +86,12 @@ def choose(workload: Workload, forced: str | None = None) -> str:
         A name in `KERNELS`: the forced one, else the first that can do it, in the order of preference.
 
     Raises:
-        ValueError: If the forced kernel cannot do it.
+        SettingsError: If the forced kernel cannot do it.
     """
     if forced is not None:
         reason = obstacle(KERNELS[forced], workload)
         if reason is not None:
-            raise ValueError(_refusal(forced, reason))
+            raise SettingsError(_refusal(forced, reason))
         return forced
     chosen = EAGER
     plain = not any(need != "gradient" for need in workload.needs)
