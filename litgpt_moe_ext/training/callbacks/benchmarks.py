@@ -12,7 +12,7 @@ from litgpt import GPT, Tokenizer
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.callback import Callback
-from litgpt_moe_ext.training.checkpoint.store import restore_rng_state, rng_state
+from litgpt_moe_ext.training.parallel import random_state
 from litgpt_moe_ext.training.settings import EvaluateArgs
 
 
@@ -120,12 +120,13 @@ def undisturbed(fabric: L.Fabric, model: GPT) -> Iterator[GPT]:
 
     lm-eval and its tasks may draw from Python's, NumPy's and torch's generators.
     """
-    generators, numpy_generator, was_training = rng_state(), np.random.get_state(), model.training
+    generators, numpy_generator = random_state.of_this_rank(fabric.device), np.random.get_state()
+    was_training = model.training
     model.eval()
     try:
         with fabric.autocast():
             yield model
     finally:
         model.train(was_training)
-        restore_rng_state(generators)
+        random_state.restore(generators, fabric.device)
         np.random.set_state(numpy_generator)
