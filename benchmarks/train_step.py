@@ -49,7 +49,7 @@ from litgpt.pretrain import initialize_weights  # noqa: E402
 from litgpt.utils import chunked_cross_entropy  # noqa: E402
 from torch.utils.data import DataLoader, IterableDataset  # noqa: E402
 
-from litgpt_moe_ext.host.config import EXTRA_FIELDS  # noqa: E402
+from litgpt_moe_ext.config.fields import added_fields  # noqa: E402
 from litgpt_moe_ext.model_size import count_parameters  # noqa: E402
 from litgpt_moe_ext.training.entry import setup  # noqa: E402
 from litgpt_moe_ext.training.fabric import TrainingFabric  # noqa: E402
@@ -81,7 +81,7 @@ class Recipe:
     def contenders(self) -> dict[str, Config]:
         """Return the configurations by name: the recipe's model, LitGPT's MoE of the same shape, the dense twin."""
         ours = Config(**self.model)
-        plain = {name: value for name, value in self.model.items() if name not in (*EXTRA_FIELDS, *GROUPS)}
+        plain = {name: value for name, value in self.model.items() if name not in (*added_fields(), *GROUPS)}
         visited = ours.n_expert_per_token + (ours.n_shared_expert or 0)
         dense = {name: value for name, value in plain.items() if name not in (*EXPERTS, "routed_scaling_factor")}
         width = visited * ours.moe_intermediate_size

@@ -34,6 +34,26 @@ def noisy_config(**changes: Any) -> Config:
     return moe_config(mlp_class_name="NoisyTopKMoE", **changes)
 
 
+def attention_config(**changes: Any) -> Config:
+    """Return the configuration of a two-layer model with grouped queries and `SinkAttention`."""
+    settings = {
+        "n_layer": 2,
+        "n_head": 4,
+        "n_query_groups": 2,
+        "n_embd": 24,
+        "head_size": 8,
+        "block_size": 32,
+        "padded_vocab_size": 40,
+        "rotary_percentage": 1.0,
+        "parallel_residual": False,
+        "norm_class_name": "RMSNorm",
+        "mlp_class_name": "LLaMAMLP",
+        "intermediate_size": 16,
+        "attention_class_name": "SinkAttention",
+    }
+    return Config(**{**settings, **changes})
+
+
 def randomize(module: torch.nn.Module, std: float = 0.5) -> torch.nn.Module:
     """Fill all parameters with normal random numbers (their memory is uninitialised before)."""
     for parameter in module.parameters():

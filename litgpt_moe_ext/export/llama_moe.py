@@ -13,20 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext.config.moe import MOE_CLASS_NAMES
+from litgpt_moe_ext.config.features import MOE_CLASS_NAMES, router_type_of
+from litgpt_moe_ext.config.fields import added_fields
 from litgpt_moe_ext.durable import flush, flush_tree
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.host.config import EXTRA_FIELDS, uses_plugin
+from litgpt_moe_ext.host.config import uses_plugin
 from litgpt_moe_ext.moe.expert_layouts import unstack_experts
 
-# Fields that change training only: the converted model computes the same without them.
-_TRAINING_ONLY = {
-    name
-    for name in EXTRA_FIELDS
-    if name.endswith("_loss_coef")
-    or name.startswith("router_bias_update")
-    or name.endswith(("dropout", "jitter_noise"))
-}
 _EXPRESSED = {"router_type", "router_score_function", "mlp_activation", "decoder_sparse_step"}
 
 
@@ -44,18 +37,23 @@ def obstacles(config: Any, state: dict[str, Tensor]) -> list[str]:
         found.append(f"mlp_activation: {config.mlp_activation}; LLaMAMoE has swiglu only")
     if config.decoder_sparse_step not in (None, 1):
         found.append(f"decoder_sparse_step: {config.decoder_sparse_step}; LLaMAMoE has dense layers at the start only")
-    known = _TRAINING_ONLY | _EXPRESSED
-    for name in EXTRA_FIELDS:
-        if name not in known and getattr(config, name):
+    for name in added_fields():
+        if name not in _EXPRESSED and not _is_for_training(name) and getattr(config, name):
             found.append(f"{name}: {getattr(config, name)!r}; LitGPT has no such setting")
-    if config.mlp_class_name == "SharedExpertMoE":
-        found += _router_obstacles(config, state)
-    return found
+    return found + _router_obstacles(config, state)
+
+
+def _is_for_training(name: str) -> bool:
+    # The converted model computes the same without these.
+    return name.startswith("router_bias_update") or name.endswith(("_loss_coef", "dropout", "jitter_noise"))
 
 
 def _router_obstacles(config: Any, state: dict[str, Tensor]) -> list[str]:
-    if config.router_type != "topk":
-        return [f"router_type: {config.router_type}; LLaMAMoE's router learns"]
+    features = router_type_of(config).features
+    if "softmax_of_chosen" in features:
+        return []
+    if "score_function" not in features:
+        return [f"router_type: {config.router_type}; LLaMAMoE chooses the highest scores of a linear gate"]
     score = config.router_score_function
     if config.n_expert_groups:
         if score == "sigmoid":
@@ -90,7 +88,7 @@ def to_llama_moe(config: Any, state: dict[str, Tensor]) -> tuple[Any, dict[str, 
     from litgpt.utils import asdict
 
     fields = {name: value for name, value in asdict(config).items() if name in config.__dataclass_fields__}
-    for name in EXTRA_FIELDS:
+    for name in added_fields():
         fields.pop(name, None)
     fields["mlp_class_name"] = "LLaMAMoE"
     converted = type(config)(**fields)
@@ -105,7 +103,7 @@ def convert_checkpoint(checkpoint_dir: Path, out_dir: Path) -> None:
     """Write a checkpoint directory with `LLaMAMoE` layers.
 
     Args:
-        checkpoint_dir: A checkpoint with `SharedExpertMoE` or `NoisyTopKMoE` layers.
+        checkpoint_dir: A checkpoint with MoE layers of this package.
         out_dir: The new directory; appears when everything in it is written.
 
     Raises:

@@ -21,7 +21,8 @@ from litgpt.model import GPT
 from litgpt.utils import copy_config_files, save_config
 from torch import Tensor, nn
 
-from litgpt_moe_ext.config.moe import FIELDS, MOE_CLASS_NAMES
+from litgpt_moe_ext.config.features import MOE_CLASS_NAMES, router_type_of
+from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.durable import flush_tree
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.moe.layer import MoE
@@ -32,13 +33,8 @@ MODEL_FILE = "lit_model.pth"
 
 # The activation of each dense class of LitGPT; `FeedForward` states its own.
 _ACTIVATIONS = {"LLaMAMLP": "swiglu", "GemmaMLP": "geglu", "GptNeoxMLP": "gelu"}
-# What may differ between the two configurations: what only MoE layers read, and what changes training alone.
-_OF_THE_MOE = {
-    *FIELDS,
-    *("name", "hf_config", "mlp_class_name", "intermediate_size", "moe_intermediate_size", "residual_dropout"),
-    *("n_expert", "n_shared_expert", "n_expert_per_token", "n_expert_groups", "n_topk_groups"),
-    *("n_topk_scores_per_group", "first_k_dense_replace", "routed_scaling_factor", "norm_topk_prob"),
-}
+# What else may differ between the two configurations.
+_MAY_DIFFER = {"name", "hf_config", "mlp_class_name", "mlp_activation", "intermediate_size", "residual_dropout"}
 
 
 class Slices(NamedTuple):
@@ -114,7 +110,8 @@ def require_same_function(dense: Config, moe: Config) -> Slices:
         raise SettingsError(f"mlp_activation: {moe.mlp_activation!r} must be {activation!r}, that of the dense model")
     theirs = asdict(dense)
     for name, value in asdict(moe).items():
-        if name not in _OF_THE_MOE and value != theirs[name]:
+        may_differ = name in _MAY_DIFFER or (name in FIELDS and "moe" in FIELDS[name].owner)
+        if not may_differ and value != theirs[name]:
             raise SettingsError(f"{name}: {value!r} must be {theirs[name]!r}, that of the dense model")
     has_dense_layers = bool(moe.first_k_dense_replace) or (moe.decoder_sparse_step or 1) > 1
     if has_dense_layers and moe.intermediate_size != dense.intermediate_size:
@@ -127,11 +124,17 @@ def require_same_function(dense: Config, moe: Config) -> Slices:
 
 
 def _require_gates_that_sum_to_one(moe: Config) -> None:
-    # Those of NoisyTopKMoE and of routers that do not learn always do; so do softmax scores of all experts.
-    if moe.mlp_class_name == "NoisyTopKMoE" or moe.router_type != "topk" or moe.norm_topk_prob:
+    features = router_type_of(moe).features
+    if "sums_to_one" in features or moe.norm_topk_prob:
         return
+    # So do the softmax scores of all experts together.
     if moe.router_score_function == "softmax" and moe.n_expert_per_token == moe.n_expert:
         return
+    if "norm_topk_prob" not in features:
+        raise SettingsError(
+            f"router_type: {moe.router_type} does not have gate values that sum to 1, so that copies of the dense MLP "
+            "do not add up to it; choose another router"
+        )
     raise SettingsError(
         "norm_topk_prob: False lets the gate values of a token sum to anything, so that copies of the dense MLP do not "
         "add up to it; set norm_topk_prob: true"
@@ -159,10 +162,10 @@ def _require_whole_copies(moe: Config, per_copy: int) -> None:
     for name in ("n_expert", "n_expert_per_token"):
         if getattr(moe, name) % per_copy:
             raise SettingsError(f"{name}: {getattr(moe, name)} must be a multiple of {per_copy}: {why}")
-    if moe.mlp_class_name == "NoisyTopKMoE" or moe.router_type != "topk":
+    if "copies" not in router_type_of(moe).features:
         raise SettingsError(
             f"moe_intermediate_size: {moe.moe_intermediate_size}: {why}, and this router would not choose them "
-            "together; only SharedExpertMoE with router_type: topk does"
+            "together; router_type: topk does"
         )
     if moe.n_expert_groups is not None and moe.n_expert // moe.n_expert_groups % per_copy:
         raise SettingsError(f"n_expert_groups: {moe.n_expert_groups} groups cut copies apart: {why}")

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Literal
 
-from litgpt_moe_ext.host.config import MLP_CLASS_NAMES, uses_plugin
+from litgpt_moe_ext.config.features import MLP_CLASS_NAMES
+from litgpt_moe_ext.host.config import uses_plugin
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,12 @@ formula. A counter has the formulas that there are when it is made: `flash-attn`
 imports, must have been imported by then.
 """
 
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext.attention.kernels.registry import KERNELS, functions_of
 from litgpt_moe_ext.host import autoload
 
 
@@ -31,15 +30,11 @@ def install() -> None:
 
     _repair_llama_moe(model.LLaMAMoE)
     autoload.when_imported("torch.utils.flop_counter", _register_grouped_mm)
-    for kernel in KERNELS.values():
-        if kernel.library is not None:
-            autoload.when_imported(kernel.library, partial(_register_kernel, kernel.name))
-
-
-def _register_kernel(name: str, library: Any) -> None:
-    # The operators exist only once their library has been imported.
-    functions: Any = functions_of(name)
-    autoload.when_imported("torch.utils.flop_counter", functions.register_flop_formulas)
+    # Its operators exist only once the package has been imported.
+    autoload.when_imported(
+        "flash_attn.flash_attn_interface",
+        lambda _: autoload.when_imported("torch.utils.flop_counter", _register_flash_attn),
+    )
 
 
 def _repair_llama_moe(layer_class: type) -> None:
@@ -85,3 +80,70 @@ def _register_grouped_mm(flop_counter: Any) -> None:
     operator = getattr(torch.ops.aten, "_grouped_mm", None)
     if operator is not None and operator not in flop_counter.flop_registry:
         flop_counter.register_flop_formula(operator)(grouped_mm_flops)
+
+
+def flash_attn_flops(q: Tensor, k: Tensor, v: Tensor, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    """FLOPs of `flash_attn._flash_attn_forward`, as torch counts `F.scaled_dot_product_attention`.
+
+    A causal mask or a window changes nothing, as in torch.
+
+    Args:
+        q: Queries, (B, T, H, D). k, v: Keys and values, (B, S, G, D).
+    """
+    return _attention_flops(2, q, [(q.size(1), k.size(1))] * q.size(0))
+
+
+def flash_attn_varlen_flops(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *args: Any,
+    out_val: Any = None, **kwargs: Any,
+) -> int:  # fmt: skip
+    """FLOPs of `flash_attn._flash_attn_varlen_forward`: of attention within each sequence.
+
+    Args:
+        q: Queries of all sequences, (N, H, D). k, v: Keys and values.
+        cu_q, cu_k: Where sequences begin, int32, last entry N. Without values (on the meta device) all sequences are
+            taken to have the largest length.
+        max_q, max_k: Largest length of a sequence.
+    """
+    return _attention_flops(2, q, _lengths(q, cu_q, cu_k, max_q, max_k))
+
+
+def flash_attn_backward_flops(
+    dout: Tensor, q: Tensor, k: Tensor, *args: Any, out_val: Any = None, **kwargs: Any
+) -> int:
+    """FLOPs of `flash_attn._flash_attn_backward`: the scores again, and two products for each of the forward's."""
+    return _attention_flops(5, q, [(q.size(1), k.size(1))] * q.size(0))
+
+
+def flash_attn_varlen_backward_flops(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *args: Any, out_val: Any = None, **kwargs: Any,
+) -> int:  # fmt: skip
+    """FLOPs of `flash_attn._flash_attn_varlen_backward`."""
+    return _attention_flops(5, q, _lengths(q, cu_q, cu_k, max_q, max_k))
+
+
+def _attention_flops(products: int, q: Tensor, lengths: list[tuple[int, int]]) -> int:
+    # Each product is of T x D by D x S, or of the same three sizes in another order.
+    return sum(2 * products * q.size(-2) * n_query * n_key * q.size(-1) for n_query, n_key in lengths)
+
+
+def _lengths(q: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> list[tuple[int, int]]:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if cu_q.is_meta or isinstance(cu_q, FakeTensor):
+        return [(max_q, max_k)] * (q.size(0) // max_q)
+    return list(zip(cu_q.diff().tolist(), cu_k.diff().tolist(), strict=True))
+
+
+def _register_flash_attn(flop_counter: Any) -> None:
+    formulas = {
+        "_flash_attn_forward": flash_attn_flops,
+        "_flash_attn_varlen_forward": flash_attn_varlen_flops,
+        "_flash_attn_backward": flash_attn_backward_flops,
+        "_flash_attn_varlen_backward": flash_attn_varlen_backward_flops,
+    }
+    for name, formula in formulas.items():
+        operator = getattr(torch.ops.flash_attn, name, None)
+        if operator is not None and operator not in flop_counter.flop_registry:
+            flop_counter.register_flop_formula(operator, get_raw=True)(formula)

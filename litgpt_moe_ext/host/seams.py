@@ -30,8 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from litgpt_moe_ext import __version__
+from litgpt_moe_ext.config.features import MLP_CLASS_NAMES
 from litgpt_moe_ext.host import autoload
-from litgpt_moe_ext.host.config import MLP_CLASS_NAMES, extend_config, uses_plugin, without_unused_fields
+from litgpt_moe_ext.host.config import extend_config, uses_plugin, without_unused_fields
 
 TESTED_LITGPT = "0.5.13"
 
@@ -70,11 +71,12 @@ def _extend_litgpt() -> None:
     _check_version()
     _require_seams(config, model, utils)
 
-    from litgpt_moe_ext.config.attention import validate_attention_config
+    from litgpt_moe_ext.extend import load_extensions
     from litgpt_moe_ext.host.repairs import install_patches
     from litgpt_moe_ext.moe.balancing import install_optimizer_hook
 
-    extend_config(config.Config, validate_attention_config)
+    load_extensions()
+    extend_config(config.Config)
     _extend_config_files(config.Config, utils)
     _offer_mlp_classes(model)
     _extend_blocks(model.Block)
@@ -175,7 +177,7 @@ def _offer_mlp_classes(model: Any) -> None:
 
 
 def _extend_blocks(block_class: type) -> None:
-    from litgpt_moe_ext.config.moe import is_dense_layer
+    from litgpt_moe_ext.config.features import is_dense_layer
 
     original = block_class.__init__
 
@@ -255,7 +257,7 @@ def _dispatch_rope_cache(gpt_class: type) -> None:
     def rope_cache(self: Any, device: Any = None) -> Any:
         if self.config.attention_class_name is None:
             return original(self, device=device)
-        from litgpt_moe_ext.attention.gpt_forward import rope_length
+        from litgpt_moe_ext.attention.model import rope_length
         from litgpt_moe_ext.attention.rope import build_rope_cache
 
         return build_rope_cache(self.config, rope_length(self), device=device)
@@ -265,7 +267,7 @@ def _dispatch_rope_cache(gpt_class: type) -> None:
 
 def _extend_model(gpt_class: type) -> None:
     # Everything here asks the configuration first, and is LitGPT's own where it names nothing of the plugin.
-    from litgpt_moe_ext.config.attention import changes_model
+    from litgpt_moe_ext.config.features import changes_model, routers_need
 
     original_init, original_forward = gpt_class.__init__, gpt_class.forward
     original_length, original_set_kv_cache = gpt_class.max_seq_length, gpt_class.set_kv_cache
@@ -274,10 +276,10 @@ def _extend_model(gpt_class: type) -> None:
     def __init__(self: Any, config: Any) -> None:
         original_init(self, config)
         if changes_model(config):
-            from litgpt_moe_ext.attention.gpt_forward import add_position_embedding
+            from litgpt_moe_ext.attention.model import add_position_embedding
 
             add_position_embedding(self)
-        if config.router_type in ("hash", "uniform"):
+        if routers_need(config, "token_ids"):
             from litgpt_moe_ext.moe.fixed_routers import share_token_ids
 
             share_token_ids(self)
@@ -286,7 +288,7 @@ def _extend_model(gpt_class: type) -> None:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not changes_model(self.config):
             return original_forward(self, *args, **kwargs)
-        from litgpt_moe_ext.attention.gpt_forward import forward
+        from litgpt_moe_ext.attention.model import forward
 
         return forward(original_forward, self, *args, **kwargs)
 
@@ -298,7 +300,7 @@ def _extend_model(gpt_class: type) -> None:
     @wraps(original_set_kv_cache)
     def set_kv_cache(self: Any, batch_size: int, max_seq_length: int | None = None, *args: Any, **kwargs: Any) -> None:
         if getattr(self.config, "streaming_cache_window", None) is not None:
-            from litgpt_moe_ext.attention.gpt_forward import cache_length
+            from litgpt_moe_ext.attention.model import cache_length
 
             # `LLM.generate`, and `litgpt serve` with it, say here and nowhere else how long the text will be.
             if max_seq_length is not None and max_seq_length > self.max_seq_length:
@@ -325,6 +327,6 @@ def _mark_loss(loop: Any) -> None:
 
 
 def _extend_evaluate(evaluate_module: Any) -> None:
-    from litgpt_moe_ext.evaluation.litgpt_evaluate import wrap_convert_and_evaluate
+    from litgpt_moe_ext.evaluation.evaluate import wrap_convert_and_evaluate
 
     evaluate_module.convert_and_evaluate = wrap_convert_and_evaluate(evaluate_module.convert_and_evaluate)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext.config.moe import MOE_CLASS_NAMES
+from litgpt_moe_ext.config.features import MOE_CLASS_NAMES
+from litgpt_moe_ext.config.fields import added_fields
 from litgpt_moe_ext.export.llama_moe import obstacles, to_llama_moe
-from litgpt_moe_ext.host.config import EXTRA_FIELDS
 
 _MOE_FIELDS = (
     "n_expert",
@@ -101,7 +101,7 @@ def dense_twin(config: Any) -> Any:
     fields = {name: value for name, value in asdict(config).items() if name in config.__dataclass_fields__}
     width = config.moe_intermediate_size or config.intermediate_size
     shared = config.shared_expert_intermediate_size or width * (config.n_shared_expert or 0)
-    for name in (*_MOE_FIELDS, *(name for name in EXTRA_FIELDS if name not in _DENSE_KEEPS)):
+    for name in (*_MOE_FIELDS, *(name for name in added_fields() if name not in _DENSE_KEEPS)):
         fields.pop(name, None)
     fields |= {"mlp_class_name": "LLaMAMLP", "intermediate_size": config.n_expert_per_token * width + shared}
     if config.mlp_activation is not None:

@@ -1,60 +1,120 @@
 """Activation functions of feed-forward networks, with and without a gate.
 
 Each comes twice: as differentiable operators, and as a forward and a backward pass that write into given memory, for
-the hand-written autograd of `litgpt_moe_ext.moe.kernels.cpu`.
+the hand-written autograd of `litgpt_moe_ext.moe.kernels.cpu`. Their names are in `litgpt_moe_ext.moe.registry`.
 
 Shape legend: N rows, F hidden width, G = 2 * F with a gate (gate above up projection), otherwise G = F.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Activation of each name, and whether it gates a second projection (arXiv:2002.05202).
-_FUNCTIONS = {
-    "swiglu": ("silu", True),
-    "geglu": ("gelu", True),
-    "gelu": ("gelu", False),
-    "relu": ("relu", False),
-    "relu2": ("relu2", False),
-}
+from litgpt_moe_ext.moe.registry import ACTIVATIONS, load
+
+_aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
+class Pointwise:
+    """A function of single numbers. The second and third form are for speed; autograd stands in for them.
+
+    Attributes:
+        function: Returns the function of `x`, differentiable.
+        into: Takes `x` and `out`, and writes the function of `x` to `out`.
+        gradient_into: Takes `upstream`, `x` and `out`, and writes the gradient of `x` to `out`.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    into: Callable[[Tensor, Tensor], object] | None = None
+    gradient_into: Callable[[Tensor, Tensor, Tensor], object] | None = None
+
+    def forward_into(self, x: Tensor, out: Tensor) -> None:
+        """Write the function of `x` to `out`."""
+        if self.into is not None:
+            self.into(x, out)
+        else:
+            out.copy_(self.function(x))
+
+    def backward_into(self, upstream: Tensor, x: Tensor, out: Tensor) -> None:
+        """Write the gradient of `x` to `out`, given that of the function."""
+        if self.gradient_into is not None:
+            self.gradient_into(upstream, x, out)
+            return
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            out.copy_(torch.autograd.grad(self.function(x), x, upstream)[0])
+
+
+SILU = Pointwise(
+    F.silu,
+    lambda x, out: _aten.silu.out(x, out=out),
+    lambda upstream, x, out: _aten.silu_backward.grad_input(upstream, x, grad_input=out),
+)
+GELU = Pointwise(
+    F.gelu,
+    lambda x, out: _aten.gelu.out(x, out=out),
+    lambda upstream, x, out: _aten.gelu_backward.grad_input(upstream, x, grad_input=out),
+)
+GELU_TANH = Pointwise(
+    lambda x: F.gelu(x, approximate="tanh"),
+    lambda x, out: _aten.gelu.out(x, approximate="tanh", out=out),
+    lambda upstream, x, out: _aten.gelu_backward.grad_input(upstream, x, approximate="tanh", grad_input=out),
+)
+RELU = Pointwise(
+    F.relu,
+    lambda x, out: torch.clamp_min(x, 0.0, out=out),
+    lambda upstream, x, out: _aten.threshold_backward.grad_input(upstream, x, 0.0, grad_input=out),
+)
+# arXiv:2109.08668
+SQUARED_RELU = Pointwise(
+    lambda x: F.relu(x).square(),
+    lambda x, out: torch.clamp_min(x, 0.0, out=out).square_(),
+    lambda upstream, x, out: torch.clamp_min(x, 0.0, out=out).mul_(upstream).mul_(2.0),
+)
+
+
 class Activation:
     """`f(gate) * up` for a gated activation, `f(h)` for the others.
 
     Args:
-        name: `swiglu`, `geglu`, `gelu`, `relu`, or `relu2` for the square of ReLU (arXiv:2109.08668).
+        name: A name in `litgpt_moe_ext.moe.registry.ACTIVATIONS`.
         gelu_approximate: `none` or `tanh`, as in `torch.nn.functional.gelu`.
+
+    Attributes:
+        gated: Whether there is a gate.
     """
 
-    name: str
-    gelu_approximate: str = "none"
+    def __init__(self, name: str, gelu_approximate: str = "none") -> None:
+        self.name, self.gelu_approximate = name, gelu_approximate
+        entry = ACTIVATIONS[name]
+        self.gated = entry.gated
+        self._pointwise: Pointwise = load(entry.tanh if gelu_approximate == "tanh" and entry.tanh else entry.function)
 
-    @property
-    def gated(self) -> bool:
-        return _FUNCTIONS[self.name][1]
+    def __reduce__(self) -> tuple:
+        # The functions themselves cannot be pickled.
+        return Activation, (self.name, self.gelu_approximate)
 
     def __call__(self, h_NG: Tensor) -> Tensor:
         """Return the hidden activations, (..., F)."""
         if not self.gated:
-            return self._function(h_NG)
+            return self._pointwise.function(h_NG)
         return self.gate(*h_NG.chunk(2, dim=-1))
 
     def gate(self, gate: Tensor, up: Tensor) -> Tensor:
         """Return `f(gate) * up`."""
-        return self._function(gate) * up
+        return self._pointwise.function(gate) * up
 
     def forward_into(self, h_NG: Tensor, a_NF: Tensor) -> None:
         """Write the hidden activations of `h_NG` to `a_NF`. Not differentiable."""
         if not self.gated:
-            self._function_into(h_NG, a_NF)
+            self._pointwise.forward_into(h_NG, a_NF)
             return
         gate_NF, up_NF = h_NG.chunk(2, dim=1)
-        self._function_into(gate_NF, a_NF)
+        self._pointwise.forward_into(gate_NF, a_NF)
         a_NF.mul_(up_NF)
 
     def backward_into(
@@ -73,54 +133,15 @@ class Activation:
             self.forward_into(h_NG, a_NF)
             _dot_rows(a_NF, da_NF, dots_N, scratch_NF=None if self.gated else dh_NG)
             if dh_NG is not None:
-                self._gradient_into(da_NF, h_NG, dh_NG)
+                self._pointwise.backward_into(da_NF, h_NG, dh_NG)
             return
         gate_NF, up_NF = h_NG.chunk(2, dim=1)
         dgate_NF, dup_NF = dh_NG.chunk(2, dim=1)
-        self._function_into(gate_NF, dup_NF)
+        self._pointwise.forward_into(gate_NF, dup_NF)
         torch.mul(dup_NF, up_NF, out=a_NF)
         _dot_rows(a_NF, da_NF, dots_N, scratch_NF=dgate_NF)
         dup_NF.mul_(da_NF)
-        self._gradient_into(da_NF.mul_(up_NF), gate_NF, dgate_NF)
-
-    @property
-    def _kind(self) -> str:
-        return _FUNCTIONS[self.name][0]
-
-    def _function(self, x: Tensor) -> Tensor:
-        match self._kind:
-            case "silu":
-                return F.silu(x)
-            case "gelu":
-                return F.gelu(x, approximate=self.gelu_approximate)
-            case "relu":
-                return F.relu(x)
-            case _:
-                return F.relu(x).square()
-
-    def _function_into(self, x: Tensor, out: Tensor) -> None:
-        match self._kind:
-            case "silu":
-                torch.ops.aten.silu.out(x, out=out)
-            case "gelu":
-                torch.ops.aten.gelu.out(x, approximate=self.gelu_approximate, out=out)
-            case "relu":
-                torch.clamp_min(x, 0.0, out=out)
-            case _:
-                torch.clamp_min(x, 0.0, out=out)
-                out.square_()
-
-    def _gradient_into(self, upstream: Tensor, x: Tensor, out: Tensor) -> None:
-        match self._kind:
-            case "silu":
-                torch.ops.aten.silu_backward.grad_input(upstream, x, grad_input=out)
-            case "gelu":
-                torch.ops.aten.gelu_backward.grad_input(upstream, x, approximate=self.gelu_approximate, grad_input=out)
-            case "relu":
-                torch.ops.aten.threshold_backward.grad_input(upstream, x, 0.0, grad_input=out)
-            case _:
-                torch.clamp_min(x, 0.0, out=out)
-                out.mul_(upstream).mul_(2.0)
+        self._pointwise.backward_into(da_NF.mul_(up_NF), gate_NF, dgate_NF)
 
 
 def _dot_rows(a_NF: Tensor, b_NF: Tensor, out_N: Tensor | None, scratch_NF: Tensor | None) -> None:

@@ -1,17 +1,16 @@
 """Counting tokens per expert, and the auxiliary-loss-free bias that balances them.
 
-The balancing rule is that of Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts"
+The balancing rule is from Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts"
 (arXiv:2408.15664, algorithm 1), as used by DeepSeek-V3 (arXiv:2412.19437, section 2.1.2): after every optimizer step
-the bias of an expert that received more tokens than the mean falls by a fixed rate, and that of one that received
-fewer rises. The bias enters the choice of experts only, never the gate values, so no gradient is disturbed.
+the bias of an expert that received more tokens than the mean falls by a fixed rate, and the bias of an expert that
+received fewer rises. The bias enters the choice of experts only, never the gate values, so no gradient is disturbed.
 
 Counting is done by the backward pass. Each router owns a leaf tensor that takes part in no computation; an autograd
 function returns the token counts of the batch, and what else is to be summed over a step, as the "gradient" of that
-leaf. Autograd then gives, for nothing, what
-a counter in the forward pass has to be taught: a batch counts once however often activation checkpointing runs the
-forward pass again, evaluation does not count, gradient accumulation adds up, and `torch.compile` sees a pure
-function. The leaf is neither a parameter nor a buffer, so no optimizer, gradient clipping, precision conversion or
-distributed wrapper touches it.
+leaf. Autograd then does what a counter in the forward pass would have to be taught: a batch counts once however often
+activation checkpointing runs the forward pass again, evaluation does not count, gradient accumulation adds up, and
+`torch.compile` sees a pure function. The leaf is neither a parameter nor a buffer, so no optimizer, gradient clipping,
+precision conversion or distributed wrapper touches it.
 
 The bias moves in torch's global optimizer-step hook, which works in any training loop.
 
@@ -22,6 +21,7 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -30,24 +30,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from litgpt_moe_ext.moe.gradient_injection import forget_scale
 
-
-class _AddInBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, carrier: Tensor, leaf_N: Tensor, values_N: Tensor) -> Tensor:
-        ctx.save_for_backward(values_N)
-        ctx.leaf_dtype = leaf_N.dtype
-        return carrier.view_as(carrier)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        (values_N,) = ctx.saved_tensors
-        return grad, values_N.to(ctx.leaf_dtype), None
+if TYPE_CHECKING:
+    from litgpt_moe_ext.moe.router import Router
 
 
 class Tally:
     """Adds up numbers of all batches since it was last taken, such as the tokens of each expert.
-
-    It works on the device of what it is attached to.
 
     Args:
         size: How many numbers.
@@ -56,22 +44,14 @@ class Tally:
     def __init__(self, size: int) -> None:
         self._leaf_N = _new_leaf(size, torch.device("cpu"))
 
-    def attach(self, carrier: Tensor, values_N: Tensor) -> Tensor:
-        """Return `carrier` unchanged; the backward pass through it adds `values_N` to the tally.
-
-        Args:
-            carrier: Floating, part of the autograd graph of the loss.
-            values_N: What to add, floating.
-        """
-        if self._leaf_N.device != carrier.device:
-            self._move_to(carrier.device)
-        return _AddInBackward.apply(carrier, self._leaf_N, values_N)
-
-    def _move_to(self, device: torch.device) -> None:
-        sums_N = self._leaf_N.grad
-        self._leaf_N = _new_leaf(self._leaf_N.numel(), device)
-        if sums_N is not None:
-            self._leaf_N.grad = sums_N.to(device, self._leaf_N.dtype)
+    def leaf_on(self, device: torch.device) -> Tensor:
+        """Return the leaf, (N,) on `device`. What a backward pass gives as its gradient is added to the tally."""
+        if self._leaf_N.device != device:
+            sums_N = self._leaf_N.grad
+            self._leaf_N = _new_leaf(self._leaf_N.numel(), device)
+            if sums_N is not None:
+                self._leaf_N.grad = sums_N.to(device, self._leaf_N.dtype)
+        return self._leaf_N
 
     @property
     def pending(self) -> bool:
@@ -85,14 +65,10 @@ class Tally:
         return torch.zeros_like(self._leaf_N.detach()) if sums_N is None else sums_N
 
 
-def tally_dtype(device: torch.device) -> torch.dtype:
-    """Return in which dtype a tally adds on `device`."""
-    # float64 holds every integer up to 2**53; float32 only up to 2**24, which a large batch can exceed.
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def _new_leaf(size: int, device: torch.device) -> Tensor:
-    return torch.zeros(size, dtype=tally_dtype(device), device=device, requires_grad=True)
+    # float64 holds every integer up to 2**53; float32 only up to 2**24, which a large batch can exceed.
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return torch.zeros(size, dtype=dtype, device=device, requires_grad=True)
 
 
 def updated_bias(bias_LE: Tensor, counts_LE: Tensor, rate: float | Tensor) -> Tensor:
@@ -103,7 +79,8 @@ def updated_bias(bias_LE: Tensor, counts_LE: Tensor, rate: float | Tensor) -> Te
 
     Args:
         bias_LE: Bias before the step, float32, last dimension over experts.
-        counts_LE: Tokens per expert during the step, summed over accumulation and all processes; any dtype, same shape.
+        counts_LE: Tokens per expert during the step, summed over gradient accumulation steps and ranks; any
+            dtype, same shape.
         rate: Step size; 0.001 in the paper. A tensor broadcasts to the bias.
     """
     error_LE = counts_LE.mean(dim=-1, keepdim=True) - counts_LE
@@ -115,7 +92,7 @@ def scheduled_rate(rate: float, schedule: Mapping[str, int], updates: Tensor) ->
     """Return the step size of the bias after `updates` earlier ones.
 
     It rises linearly over `warmup_steps`, and from `decay_start` on falls linearly to 0 over `decay_steps`, at once if
-    that is 0 (DeepSeek-V3 freezes its bias for the last part of the training, arXiv:2412.19437, section 4.2).
+    `decay_steps` is 0 (DeepSeek-V3 freezes its bias for the last part of the training, arXiv:2412.19437, section 4.2).
 
     Args:
         rate: The full step size.
@@ -134,21 +111,21 @@ def scheduled_rate(rate: float, schedule: Mapping[str, int], updates: Tensor) ->
     return rate * factor
 
 
-# Weak references in the order of construction, which is the same on every process; the order matters because the
+# Weak references in the order of construction, which is the same on every rank; the order matters because the
 # counts of all routers travel in one all-reduce.
-_routers: list[weakref.ref] = []
+_routers: "list[weakref.ref[Router]]" = []
 _warned_unowned: weakref.WeakSet = weakref.WeakSet()
 _left_to_caller: weakref.WeakSet = weakref.WeakSet()
 
 
-def watch(router: torch.nn.Module) -> None:
-    """Let the optimizer hook look after `router` (a `litgpt_moe_ext.moe.router.Router`) while it lives."""
+def watch(router: "Router") -> None:
+    """Let the optimizer hook update `router` for as long as it lives."""
     _routers[:] = [reference for reference in _routers if reference() is not None]
     _routers.append(weakref.ref(router))
 
 
 def any_router_lives() -> bool:
-    """Whether the process has a model with one of the plugin's routers."""
+    """Return whether the process has a model with a router of this package."""
     return any(reference() is not None for reference in _routers)
 
 
@@ -182,7 +159,7 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs:
         _warn_unowned(pending, optimizer)
 
 
-def _warn_unowned(routers: list[torch.nn.Module], optimizer: torch.optim.Optimizer) -> None:
+def _warn_unowned(routers: "list[Router]", optimizer: torch.optim.Optimizer) -> None:
     new = [router for router in routers if router.record is None and router not in _warned_unowned]
     if new:
         _warned_unowned.update(new)
@@ -196,14 +173,14 @@ def _warn_unowned(routers: list[torch.nn.Module], optimizer: torch.optim.Optimiz
 
 
 @torch.no_grad()
-def update_routers(routers: Iterable[torch.nn.Module]) -> None:
-    """Take the tallies of `routers`, sum them over all processes in one all-reduce, and move their balancing biases.
+def update_routers(routers: "Iterable[Router]") -> None:
+    """Take the tallies of `routers`, sum them over all ranks in one all-reduce, and move their balancing biases.
 
     After it `router.record` holds the sums of the step, the tokens per expert among them. Nothing here waits for the
     device.
 
     Args:
-        routers: Routers of one model, in the same order on every process.
+        routers: Routers of one model, in the same order on every rank.
     """
     routers = list(routers)
     tallies = [router.tally.take() for router in routers]
@@ -219,7 +196,7 @@ def update_routers(routers: Iterable[torch.nn.Module]) -> None:
         _move_biases(group)
 
 
-def _move_biases(routers: list[torch.nn.Module]) -> None:
+def _move_biases(routers: "list[Router]") -> None:
     """Move the biases of routers with the same settings."""
     rate, schedule = routers[0].bias_update_rate, routers[0].bias_update_schedule
     if schedule is not None:

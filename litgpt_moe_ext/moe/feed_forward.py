@@ -1,12 +1,15 @@
 """The dense feed-forward network: `mlp_class_name: FeedForward`, shared experts, dense layers between MoE layers."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch.nn as nn
 from litgpt.model import LLaMAMLP
 from torch import Tensor
 
 from litgpt_moe_ext.moe.activations import Activation
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.config.types import Config
 
 
 class FeedForward(LLaMAMLP):
@@ -21,9 +24,9 @@ class FeedForward(LLaMAMLP):
         intermediate_size: Hidden width; `config.intermediate_size` by default.
     """
 
-    def __init__(self, config: Any, intermediate_size: int | None = None) -> None:
+    def __init__(self, config: "Config", intermediate_size: int | None = None) -> None:
         nn.Module.__init__(self)
-        self.intermediate_size = intermediate_size or config.intermediate_size
+        self.intermediate_size: int = intermediate_size or config.intermediate_size  # pyrefly: ignore[bad-assignment]
         self.activation = Activation(config.mlp_activation, config.gelu_approximate)
         names = ("fc_1", "fc_2") if self.activation.gated else ("fc",)
         for name in names:

@@ -1,9 +1,7 @@
-"""Routers that do not learn: baselines that tell what learned routing is worth.
+"""Routers that do not learn: baselines that show what learned routing is worth.
 
 Shape legend: T tokens, E experts, K chosen experts per token.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,24 +13,16 @@ _MIX = (-49064778989728563, -4265267296055464877)
 
 
 class FixedRouter(Router):
-    """Gate values are 1 / K whatever expert is chosen.
-
-    Attributes:
-        token_ids_T: Ids of the tokens of the present batch, int64; the model's forward pass sets them
-            (`share_token_ids`).
-    """
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.token_ids_T: Tensor | None = None
+    """A router whose gate values are 1 / K whatever expert is chosen."""
 
     def choose(self, x_TD: Tensor) -> Choice:
+        """Choose the experts that `rank` puts first."""
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         experts_TK = self.rank(x_TD).topk(self.top_k, dim=-1, sorted=False).indices
         return Choice(torch.full(experts_TK.shape, 1 / self.top_k, dtype=dtype, device=x_TD.device), experts_TK)
 
     def rank(self, x_TD: Tensor) -> Tensor:
-        """Return numbers of which the K highest decide, (T, E)."""
+        """Return a number for each token and expert, (T, E); the K highest of a token are chosen."""
         raise NotImplementedError(f"{type(self).__name__} must say how it ranks experts")
 
     def by_token_id(self, x_TD: Tensor) -> Tensor:
@@ -52,6 +42,7 @@ class HashRouter(FixedRouter):
     """A random hash of the token's id chooses the experts (Hash Layers, arXiv:2106.04426, "random hash")."""
 
     def rank(self, x_TD: Tensor) -> Tensor:
+        """Return the hash."""
         return self.by_token_id(x_TD)
 
 
@@ -62,14 +53,15 @@ class UniformRouter(FixedRouter):
     """
 
     def rank(self, x_TD: Tensor) -> Tensor:
+        """Return random numbers."""
         if not self.training:
             return self.by_token_id(x_TD)
         return torch.rand(len(x_TD), self.n_expert, device=x_TD.device)
 
 
 def share_token_ids(model: torch.nn.Module) -> None:
-    """Let the fixed routers of a `litgpt.GPT` know the ids of the tokens in every forward pass."""
-    routers = [module for module in model.modules() if isinstance(module, FixedRouter)]
+    """Set `Router.token_ids_T` of all routers of a `litgpt.GPT` in every forward pass."""
+    routers = [module for module in model.modules() if isinstance(module, Router)]
 
     def remember(_model: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         ids_T = (args[0] if args else kwargs["idx"]).flatten()

@@ -1,22 +1,22 @@
-"""The MoE layers that configurations name: `mlp_class_name: SharedExpertMoE` and `mlp_class_name: NoisyTopKMoE`.
+"""The MoE layer: `mlp_class_name: MoE`, or one of the names that say which router it has by default.
 
 Shape legend: B batch, T tokens (of one sequence, or all of a batch once flattened), D model width.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch.nn as nn
 from torch import Tensor
 
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.feed_forward import FeedForward
-from litgpt_moe_ext.moe.fixed_routers import HashRouter, UniformRouter
-from litgpt_moe_ext.moe.learned_routers import NoisyTopKRouter, TopKRouter
+from litgpt_moe_ext.moe.registry import ROUTERS, load
 from litgpt_moe_ext.moe.router import Router
 
-__all__ = ["FeedForward", "MoE", "NoisyTopKMoE", "SharedExpertMoE"]
+if TYPE_CHECKING:
+    from litgpt_moe_ext.config.types import Config
 
-_ROUTERS = {"topk": TopKRouter, "hash": HashRouter, "uniform": UniformRouter}
+__all__ = ["FeedForward", "MoE", "NoisyTopKMoE", "SharedExpertMoE"]
 
 
 class MoE(nn.Module):
@@ -28,12 +28,12 @@ class MoE(nn.Module):
     are one network as wide as all of them together.
 
     Args:
-        config: A `litgpt.Config` that names one of the subclasses.
+        config: A configuration that names this class or a subclass.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: "Config") -> None:
         super().__init__()
-        self.gate = self._make_router(config)
+        self.gate: Router = load(ROUTERS[config.router_type].router)(config)
         self.experts = Experts(config)
         self.shared_experts = self.shared_expert_gate = None
         if config.n_shared_expert:
@@ -41,9 +41,6 @@ class MoE(nn.Module):
             self.shared_experts = FeedForward(config, width)
             if config.shared_expert_gate:
                 self.shared_expert_gate = nn.Linear(config.n_embd, 1, bias=False)
-
-    def _make_router(self, config: Any) -> Router:
-        raise NotImplementedError(f"{type(self).__name__} must say which router it has")
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return the layer's output, (B, T, D) in the dtype of `x_BTD`."""
@@ -59,17 +56,8 @@ class MoE(nn.Module):
 
 
 class SharedExpertMoE(MoE):
-    """MoE with DeepSeek-V3's router: optional groups, shared experts, a balancing bias instead of an auxiliary loss.
-
-    `router_type` puts a router that does not learn in its place.
-    """
-
-    def _make_router(self, config: Any) -> Router:
-        return _ROUTERS[config.router_type](config)
+    """`MoE` with DeepSeek-V3's router unless `router_type` names another."""
 
 
 class NoisyTopKMoE(MoE):
-    """MoE with noisy top-k gating (Shazeer et al. 2017, arXiv:1701.06538)."""
-
-    def _make_router(self, config: Any) -> Router:
-        return NoisyTopKRouter(config)
+    """`MoE` with noisy top-k gating (Shazeer et al. 2017, arXiv:1701.06538)."""

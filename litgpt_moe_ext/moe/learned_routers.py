@@ -8,15 +8,17 @@ Shape legend: T tokens, D model width, E experts, K chosen experts per token, G 
 
 import contextlib
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from litgpt_moe_ext.moe import losses
 from litgpt_moe_ext.moe.router import Choice, Router
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.config.types import Config
 
 
 class LearnedRouter(Router):
@@ -29,7 +31,7 @@ class LearnedRouter(Router):
         weight: The gate, (E, D).
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: "Config") -> None:
         super().__init__(config)
         self.init_std = math.sqrt(2.0 / 5 / config.n_embd)
         self.jitter = config.router_jitter_noise or 0.0
@@ -96,7 +98,7 @@ class TopKRouter(LearnedRouter):
         bias_updates: How often the bias has moved, int64; only with a schedule, and then part of the checkpoint.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: "Config") -> None:
         super().__init__(config)
         self.score_function = config.router_score_function
         self.normalize = config.norm_topk_prob
@@ -128,13 +130,7 @@ class TopKRouter(LearnedRouter):
         weights_TK = scores_TE.gather(1, experts_TK)
         if self.normalize:
             weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
-        return Choice(weights_TK, experts_TK, logits_TE)
-
-    def probabilities(self, logits_TE: Tensor) -> Tensor:
-        if self.score_function == "softmax":
-            return logits_TE.softmax(dim=-1)
-        scores_TE = logits_TE.sigmoid()
-        return scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + 1e-20)
+        return Choice(weights_TK, experts_TK, logits_TE, None if self.score_function == "softmax" else scores_TE)
 
     def _within_best_groups(self, biased_TE: Tensor) -> Tensor:
         grouped_TGe = biased_TE.unflatten(-1, (self.n_group, -1))
@@ -168,7 +164,7 @@ class NoisyTopKRouter(LearnedRouter):
         noise_weight: W_noise, (E, D). Starts at zero, which means noise of standard deviation ln 2 for every expert.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: "Config") -> None:
         super().__init__(config)
         self.noise_weight = nn.Parameter(torch.empty(config.n_expert, config.n_embd))
 
@@ -184,12 +180,7 @@ class NoisyTopKRouter(LearnedRouter):
         std_TE = F.softplus(self.project(x_TD, self.noise_weight))
         noisy_TE = clean_TE + torch.randn_like(clean_TE) * std_TE
         best = noisy_TE.topk(self.top_k, dim=-1)
-        return Choice(best.values.softmax(dim=-1), best.indices, clean_TE, noisy_TE, std_TE)
-
-    def auxiliary_loss(self, name: str, choice: Choice, n_sequence: int) -> Tensor:
-        if name == "load_loss":
-            return losses.load_loss(choice.logits_TE, choice.noisy_TE, choice.std_TE, self.top_k)
-        return super().auxiliary_loss(name, choice, n_sequence)
+        return Choice(best.values.softmax(dim=-1), best.indices, clean_TE, noisy_TE=noisy_TE, std_TE=std_TE)
 
 
 def _router_dtype(x_TD: Tensor) -> torch.dtype:

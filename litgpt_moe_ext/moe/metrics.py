@@ -3,7 +3,8 @@
 Shape legend: L layers, E experts.
 """
 
-from typing import Any
+import itertools
+from collections import defaultdict
 
 import torch
 import torch.nn as nn
@@ -12,12 +13,12 @@ from torch import Tensor
 from litgpt_moe_ext.moe.router import SUMS, Router
 
 
-def max_over_mean(load_LE: Tensor) -> Tensor:
-    """Return max(load) / mean(load) over the last dimension: 1 is perfect balance, E is total collapse (for K = 1).
+def max_violation(load_LE: Tensor) -> Tensor:
+    """Return max(load) / mean(load) - 1 over the last dimension, the MaxVio of arXiv:2408.15664 (equation 4).
 
-    MaxVio of arXiv:2408.15664 (equation 4) is this minus 1.
+    0 is perfect balance, E / K - 1 total collapse.
     """
-    return load_LE.amax(dim=-1) / _mean(load_LE)
+    return load_LE.amax(dim=-1) / _mean(load_LE) - 1
 
 
 def coefficient_of_variation(load_LE: Tensor) -> Tensor:
@@ -38,23 +39,23 @@ def _mean(load_LE: Tensor) -> Tensor:
 
 
 def routers_of(model: nn.Module) -> dict[str, Router]:
-    """Return the plugin's routers in `model` by module name, in order of depth."""
+    """Return the routers of this package in `model` by module name, in order of depth."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Router)}
 
 
 def load_metrics(model: nn.Module) -> dict[str, float]:
-    """Return the balance of the last optimizer step, over all processes, for a logger.
+    """Return the balance of the last optimizer step, over all ranks, for a logger.
 
-    Waits for the device, so call it at log intervals.
+    Waits for the device once, so call it at log intervals.
 
     Returns:
-        Three groups of metrics; empty before the first step and for models without the plugin's MoE layers.
+        Three groups of metrics; empty before the first step and for models without MoE layers of this package.
 
-        `moe/NAME` sums up the layers: `max_over_mean` and `max_vio` (worst layer), `max_over_mean_avg` (mean over
-        layers), `dead_experts` (experts without a token, over all layers), `load_cv` (worst layer), `load_entropy`
-        (worst layer, 1 is even), `router_entropy` (mean, in nats), `router_logit_rms` (largest), `mean_gate` (mean),
-        `bias_range` (largest minus smallest balancing bias, worst layer; only with a bias), and auxiliary losses by
-        name, with their weights and summed over layers.
+        `moe/NAME` sums up the layers: `max_vio` (worst layer), `max_vio_avg` (mean over layers), `dead_experts`
+        (experts without a token, over all layers), `load_cv` (worst layer), `load_entropy` (worst layer, 1 is even),
+        `router_entropy` (mean, in nats), `router_logit_rms` (largest), `mean_gate` (mean), `bias_range` (largest minus
+        smallest balancing bias, worst layer; only with a bias), and auxiliary losses by name, with their weights and
+        summed over layers.
 
         `moe_layer_LL/NAME` has those that mean something for one layer, LL being its number among all layers.
 
@@ -63,14 +64,23 @@ def load_metrics(model: nn.Module) -> dict[str, float]:
     routers = {name: router for name, router in routers_of(model).items() if router.record is not None}
     if not routers:
         return {}
-    layers = {_layer_number(name, i): _layer_metrics(router) for i, (name, router) in enumerate(routers.items())}
-    metrics = _summary(list(layers.values()))
-    for number, (router, values) in zip(layers, zip(routers.values(), layers.values(), strict=True), strict=True):
-        metrics |= {f"moe_layer_{number:02}/{name}": value for name, value in values.items()}
-        load_E = router.load_E.cpu()
+    records = [router.record for router in routers.values() if router.record is not None]
+    biases = [router.e_score_correction_bias for router in routers.values() if router.bias_update_rate]
+    # All layers in one transfer: each would have to wait for the device.
+    tensors = iter(torch.cat(records + biases).cpu().split([len(tensor) for tensor in records + biases]))
+    records, biases = list(itertools.islice(tensors, len(records))), tensors
+    metrics, layers = {}, []
+    for position, ((name, router), record) in enumerate(zip(routers.items(), records, strict=True)):
+        values = _layer_metrics(router, record)
+        if router.bias_update_rate:
+            bias_E = next(biases)
+            values["bias_range"] = (bias_E.amax() - bias_E.amin()).item()
+        number, load_E = _layer_number(name, position), record[: router.n_expert]
+        metrics |= {f"moe_layer_{number:02}/{key}": value for key, value in values.items()}
         shares = (load_E / _mean(load_E)).tolist()
         metrics |= {f"moe_load_{number:02}/expert_{e:02}": share for e, share in enumerate(shares)}
-    return metrics
+        layers.append(values)
+    return _summary(layers) | metrics
 
 
 def _layer_number(name: str, position: int) -> int:
@@ -79,46 +89,42 @@ def _layer_number(name: str, position: int) -> int:
     return numbers[0] if numbers else position
 
 
-def _layer_metrics(router: Router) -> dict[str, float]:
-    record = router.record.cpu()
+def _layer_metrics(router: Router, record: Tensor) -> dict[str, float]:
     load_E, rest = record[: router.n_expert], record[router.n_expert :].tolist()
-    sums, losses = dict(zip(SUMS, rest, strict=False)), rest[len(SUMS) :]
-    tokens, batches = max(sums["tokens"], 1.0), max(sums["batches"], 1.0)
-    metrics: dict[str, Any] = {
-        "max_over_mean": max_over_mean(load_E).item(),
+    sums = dict(zip(SUMS, rest, strict=False))
+    visits = max(load_E.sum().item(), 1.0)
+    tokens = visits / router.top_k
+    metrics = {
+        "max_vio": max_violation(load_E).item(),
         "dead_experts": int((load_E == 0).sum()),
         "load_cv": coefficient_of_variation(load_E).item(),
         "load_entropy": load_entropy(load_E).item(),
-        "mean_gate": sums["gate"] / (tokens * router.top_k),
+        "mean_gate": sums["gate"] / visits / router.scaling_factor,
     }
     if router.weight is not None:
         metrics["router_entropy"] = sums["entropy"] / tokens
-        metrics["router_logit_rms"] = (sums["squared_logit"] / tokens) ** 0.5
-    if router.bias_update_rate:
-        bias_E = router.e_score_correction_bias
-        metrics["bias_range"] = (bias_E.amax() - bias_E.amin()).item()
-    return metrics | {name: loss / batches for name, loss in zip(router.loss_names, losses, strict=True)}
+        metrics["router_logit_rms"] = (sums["squared_logit"] / (tokens * router.n_expert)) ** 0.5
+    losses = zip(router.loss_names, rest[len(SUMS) :], strict=True)
+    return metrics | {name: loss / tokens for name, loss in losses}
+
+
+# How the metrics of all layers become one; auxiliary losses are added up.
+_OVER_LAYERS = {
+    "max_vio": max,
+    "dead_experts": sum,
+    "load_cv": max,
+    "load_entropy": min,
+    "mean_gate": lambda values: sum(values) / len(values),
+    "router_entropy": lambda values: sum(values) / len(values),
+    "router_logit_rms": max,
+    "bias_range": max,
+}
 
 
 def _summary(layers: list[dict[str, float]]) -> dict[str, float]:
-    def column(name: str) -> list[float]:
-        return [layer[name] for layer in layers if name in layer]
-
-    balance = column("max_over_mean")
-    summary = {
-        "moe/max_over_mean": max(balance),
-        "moe/max_over_mean_avg": sum(balance) / len(balance),
-        "moe/max_vio": max(balance) - 1,
-        "moe/dead_experts": sum(column("dead_experts")),
-        "moe/load_cv": max(column("load_cv")),
-        "moe/load_entropy": min(column("load_entropy")),
-        "moe/mean_gate": sum(column("mean_gate")) / len(layers),
-    }
-    if entropies := column("router_entropy"):
-        summary["moe/router_entropy"] = sum(entropies) / len(entropies)
-        summary["moe/router_logit_rms"] = max(column("router_logit_rms"))
-    if ranges := column("bias_range"):
-        summary["moe/bias_range"] = max(ranges)
-    for name in dict.fromkeys(name for layer in layers for name in layer if name.endswith("_loss")):
-        summary[f"moe/{name}"] = sum(column(name))
-    return summary
+    columns = defaultdict(list)
+    for layer in layers:
+        for name, value in layer.items():
+            columns[name].append(value)
+    summary = {f"moe/{name}": _OVER_LAYERS.get(name, sum)(values) for name, values in columns.items()}
+    return summary | {"moe/max_vio_avg": sum(columns["max_vio"]) / len(layers)}

@@ -3,27 +3,23 @@
 Shape legend: T tokens, D model width, E experts, K chosen experts per token.
 """
 
-from typing import Any, NamedTuple
+import functools
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from litgpt_moe_ext.moe import losses
-from litgpt_moe_ext.moe.balancing import Tally, tally_dtype, watch
+from litgpt_moe_ext.moe.balancing import Tally, watch
 from litgpt_moe_ext.moe.gradient_injection import inject
+from litgpt_moe_ext.moe.registry import LOSSES, load, loss_field
 
-# Auxiliary losses by name, and the configuration field that holds the weight of each.
-LOSS_FIELDS = {
-    "load_balancing_loss": "router_load_balancing_loss_coef",
-    "sequence_balancing_loss": "router_sequence_balancing_loss_coef",
-    "z_loss": "router_z_loss_coef",
-    "importance_loss": "router_importance_loss_coef",
-    "load_loss": "router_load_loss_coef",
-}
+if TYPE_CHECKING:
+    from litgpt_moe_ext.config.types import Config
 
-# Sums that a router keeps of every training step besides the tokens per expert; the losses follow, with their weights.
-SUMS = ("tokens", "batches", "gate", "squared_logit", "entropy")
+# Sums that a router keeps of every training step after the tokens per expert: gate values, squared logits, and the
+# entropy of each token's scores. The losses follow, with their weights, each times the number of tokens in its batch.
+SUMS = ("gate", "squared_logit", "entropy")
 
 
 class Routing(NamedTuple):
@@ -47,6 +43,7 @@ class Choice(NamedTuple):
         weights_TK: Gate values before `routed_scaling_factor`.
         experts_TK: Chosen experts, int64.
         logits_TE: Router logits without noise, or None for a router that has none.
+        scores_TE: Positive scores of all experts, such as the sigmoid of the logits; the softmax of the logits if None.
         noisy_TE: Logits with noise, where there is noise.
         std_TE: Standard deviation of the noise, where there is noise.
     """
@@ -54,38 +51,53 @@ class Choice(NamedTuple):
     weights_TK: Tensor
     experts_TK: Tensor
     logits_TE: Tensor | None = None
+    scores_TE: Tensor | None = None
     noisy_TE: Tensor | None = None
     std_TE: Tensor | None = None
+
+    def probabilities(self) -> Tensor:
+        """Return the scores of all experts, (T, E), with rows that sum to 1, as balancing losses use them."""
+        if self.scores_TE is None:
+            assert self.logits_TE is not None
+            return self.logits_TE.softmax(dim=-1)
+        return self.scores_TE / (self.scores_TE.sum(dim=-1, keepdim=True) + 1e-20)
 
 
 class Router(nn.Module):
     """Chooses experts, by a rule that subclasses give as `choose`.
 
     Args:
-        config: A `litgpt.Config` that passed `litgpt_moe_ext.host.config.resolve_and_validate`.
+        config: A configuration that passed `litgpt_moe_ext.config.rules.resolve`. Read are `n_expert`,
+            `n_expert_per_token`, `routed_scaling_factor` and the weights of the losses.
 
     Attributes:
         weight: The gate, (E, D), or None for a router that does not learn.
         tally: Tokens per expert and sums since the last optimizer step.
         record: The same of the last finished optimizer step, over all processes, or None before the first.
-        loss_coefs: Weights of the auxiliary losses by name.
+        loss_coefs: Weights of the auxiliary losses by name, those that are not 0.
         loss_names: Their names in the order of the record.
+        e_score_correction_bias: The balancing bias, (E,), float32; only where there is a `bias_update_rate`.
         bias_update_rate: Step size of the balancing bias; 0 for routers that have none.
+        bias_update_schedule: How the step size changes (`litgpt_moe_ext.moe.balancing.scheduled_rate`).
+        token_ids_T: Ids of the tokens of the present batch, int64, for a router that needs them.
     """
 
     weight: Tensor | None
+    e_score_correction_bias: Tensor
     bias_update_rate: float = 0.0
+    bias_update_schedule: dict[str, int] | None = None
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: "Config") -> None:
         super().__init__()
         self.register_parameter("weight", None)
         self.n_expert = config.n_expert
         self.top_k = config.n_expert_per_token
         self.scaling_factor = config.routed_scaling_factor
-        self.loss_coefs = {name: coef for name, field in LOSS_FIELDS.items() if (coef := getattr(config, field))}
+        self.loss_coefs = {name: coef for name in LOSSES if (coef := getattr(config, loss_field(name)))}
         self.loss_names = tuple(self.loss_coefs)
         self.tally = Tally(self.n_expert + len(SUMS) + len(self.loss_names))
         self.record: Tensor | None = None
+        self.token_ids_T: Tensor | None = None
         watch(self)
 
     def forward(self, x_TD: Tensor, n_sequence: int = 1) -> Routing:
@@ -93,67 +105,104 @@ class Router(nn.Module):
 
         Args:
             x_TD: Tokens, any floating dtype.
-            n_sequence: Of how many sequences of equal length they are.
+            n_sequence: Number of sequences of equal length that they are from.
         """
         choice = self.choose(x_TD)
         weights_TK, experts_TK = choice.weights_TK, choice.experts_TK
         trains = self.training and torch.is_grad_enabled() and not x_TD.is_meta
         auxiliary = {}
         if trains and self.loss_coefs:
-            auxiliary = {
-                name: coef * self.auxiliary_loss(name, choice, n_sequence) for name, coef in self.loss_coefs.items()
-            }
-            weights_TK = inject(weights_TK, sum(auxiliary.values()))
+            for name, coef in self.loss_coefs.items():
+                auxiliary[name] = coef * self.auxiliary_loss(name, choice, n_sequence)
+            weights_TK = inject(weights_TK, functools.reduce(torch.add, auxiliary.values()))
         if self.scaling_factor != 1.0:
             weights_TK = weights_TK * self.scaling_factor
-        flat_R = experts_TK.reshape(-1)
-        counts_E = flat_R.new_zeros(self.n_expert).scatter_add_(0, flat_R, torch.ones_like(flat_R))
+        counts_E = _counts(experts_TK, self.n_expert)
         if trains:
-            weights_TK = self.tally.attach(weights_TK, self._statistics(counts_E, choice, auxiliary))
+            weights_TK = self._count_in_backward(weights_TK, counts_E, choice, auxiliary)
         return Routing(weights_TK, experts_TK, counts_E)
 
     def choose(self, x_TD: Tensor) -> Choice:
         """Decide for each token."""
         raise NotImplementedError(f"{type(self).__name__} must say how it chooses experts")
 
-    def probabilities(self, logits_TE: Tensor) -> Tensor:
-        """Return the scores of all experts, (T, E), with rows that sum to 1, as the balancing losses use them."""
-        return logits_TE.softmax(dim=-1)
+    def scores(self, x_TD: Tensor) -> Tensor | None:
+        """Return the scores of all experts, (T, E), with rows that sum to 1; None for a router without scores."""
+        choice = self.choose(x_TD)
+        return None if choice.logits_TE is None else choice.probabilities()
 
     def auxiliary_loss(self, name: str, choice: Choice, n_sequence: int) -> Tensor:
-        """Return the auxiliary loss `name` without its weight, a scalar."""
-        match name:
-            case "load_balancing_loss":
-                return losses.load_balancing_loss(self.probabilities(choice.logits_TE), choice.experts_TK)
-            case "sequence_balancing_loss":
-                probabilities_TE = self.probabilities(choice.logits_TE)
-                return losses.sequence_balancing_loss(probabilities_TE, choice.experts_TK, n_sequence)
-            case "z_loss":
-                return losses.router_z_loss(choice.logits_TE)
-            case "importance_loss":
-                return losses.importance_loss(choice.weights_TK, choice.experts_TK, self.n_expert)
-            case _:
-                raise ValueError(f"{type(self).__name__} has no auxiliary loss {name!r}")
+        """Return the auxiliary loss `name` without its weight, a scalar.
+
+        Its inputs are `probabilities_TE`, `n_sequence`, attributes of `choice`, and attributes of the router.
+        """
+        loss = LOSSES[name]
+
+        def value_of(name: str) -> Any:
+            if name == "probabilities_TE":
+                return choice.probabilities()
+            if name == "n_sequence":
+                return n_sequence
+            return getattr(choice if hasattr(choice, name) else self, name)
+
+        return load(loss.function)(*(value_of(name) for name in loss.inputs))
 
     @property
     def load_E(self) -> Tensor | None:
         """Tokens per expert of the last finished optimizer step over all processes, or None before the first."""
         return None if self.record is None else self.record[: self.n_expert]
 
-    @torch.no_grad()
-    def _statistics(self, counts_E: Tensor, choice: Choice, auxiliary: dict[str, Tensor]) -> Tensor:
-        # Tokens per expert, SUMS and losses in one vector: one tally, and one all-reduce, for everything.
-        weights_TK, logits_TE = choice.weights_TK, choice.logits_TE
-        one = weights_TK.new_ones(())
-        squared_logit = entropy = 0 * one
-        if logits_TE is not None:
-            squared_logit = logits_TE.square().mean(dim=-1).sum()
-            entropy = torch.special.entr(self.probabilities(logits_TE)).sum()
-        losses = (auxiliary.get(name, 0 * one) for name in self.loss_names)
-        sums = (one * len(weights_TK), one, weights_TK.sum(), squared_logit, entropy)
-        return torch.cat([counts_E.to(tally_dtype(counts_E.device)), torch.stack([*sums, *losses])])
+    def _count_in_backward(
+        self, weights_TK: Tensor, counts_E: Tensor, choice: Choice, auxiliary: dict[str, Tensor]
+    ) -> Tensor:
+        scores_TE = squares = None
+        if choice.logits_TE is not None:
+            logits_TE = choice.logits_TE.detach()
+            squares = logits_TE.flatten().dot(logits_TE.flatten())
+            scores_TE = logits_TE.softmax(dim=-1) if choice.scores_TE is None else choice.scores_TE.detach()
+        leaf_N = self.tally.leaf_on(weights_TK.device)
+        losses = [auxiliary[name].detach() if name in auxiliary else None for name in self.loss_names]
+        return _CountInBackward.apply(weights_TK, leaf_N, counts_E, scores_TE, squares, *losses)
 
     def __setstate__(self, state: dict) -> None:
         # Copies and unpickled routers do not pass through `__init__`; their balance must be looked after as well.
         super().__setstate__(state)
         watch(self)
+
+
+class _CountInBackward(torch.autograd.Function):
+    """The identity on gate values, whose backward pass adds the batch to a tally as the "gradient" of its leaf."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weights_TK: Tensor,
+        leaf_N: Tensor,
+        counts_E: Tensor,
+        scores_TE: Tensor | None,
+        squares: Tensor | None,
+        *losses: Tensor | None,
+    ) -> Tensor:
+        ctx.leaf_dtype = leaf_N.dtype
+        ctx.save_for_backward(weights_TK, counts_E, scores_TE, squares, *losses)
+        return weights_TK.view_as(weights_TK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor | None, ...]:
+        weights_TK, counts_E, scores_TE, squares, *losses = ctx.saved_tensors
+        gate = weights_TK.sum()
+        sums = [gate]
+        if scores_TE is None:
+            sums += [torch.zeros_like(gate)] * 2
+        else:
+            probabilities_TE = scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + 1e-20)
+            sums += [squares, torch.special.entr(probabilities_TE).sum()]
+        sums += [torch.zeros_like(gate) if loss is None else loss * len(weights_TK) for loss in losses]
+        values_N = torch.cat([counts_E.to(ctx.leaf_dtype), torch.stack(sums).to(ctx.leaf_dtype)])
+        return grad_TK, values_N, *(None,) * (3 + len(losses))
+
+
+def _counts(experts_TK: Tensor, n_expert: int) -> Tensor:
+    # One row per token instead of one address per expert, at which a GPU's atomic additions would queue.
+    chosen_TE = experts_TK.new_zeros(len(experts_TK), n_expert, dtype=torch.bool).scatter_(1, experts_TK, True)
+    return chosen_TE.sum(dim=0)

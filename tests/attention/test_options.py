@@ -23,7 +23,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from litgpt_moe_ext.attention.rope import build_rope_cache, rope_frequencies
-from tests.attention.attend import sink_attention
+from litgpt_moe_ext.attention.sinks import sink_attention
 
 LEARNED = {"position_embedding": "learned", "rotary_percentage": 0.0}
 T = 12
@@ -239,19 +239,19 @@ STREAMING = {"streaming_cache_first": 4, "streaming_cache_window": 8}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention_sinks": [True]}, r"attention_sinks: \[True\] must have 2 entries .* n_layer: 2"),
-        ({"attention_sinks": "yes"}, "attention_sinks: 'yes' must be true or false or a list"),
+        ({"attention_sinks": [True]}, r"attention_sinks: \[True\] must be true or false, or a list of 2 \(n_layer\)"),
+        ({"attention_sinks": "yes"}, "attention_sinks: 'yes' must be true or false, or a list"),
         ({"attention_sink_init": float("nan")}, "attention_sink_init: nan must be a number"),
         ({"attention_sink_init": 1.0, "attention_sinks": False}, "attention_sink_init: 1.0 would be ignored"),
         ({"attention_backend": "triton"}, "attention_backend: 'triton' is unknown; choose from flash_cpu"),
-        ({"attention_dropout": 1.0}, "attention_dropout: 1.0 must be a number from 0 to below 1"),
-        ({"embedding_dropout": -0.1}, "embedding_dropout: -0.1 must be a number from 0 to below 1"),
-        ({"position_embedding": "sinusoidal"}, "position_embedding: 'sinusoidal' is unknown; set it to learned"),
+        ({"attention_dropout": 1.0}, "attention_dropout: 1.0 must be a number from 0 to less than 1"),
+        ({"embedding_dropout": -0.1}, "embedding_dropout: -0.1 must be a number from 0 to less than 1"),
+        ({"position_embedding": "sinusoidal"}, "position_embedding: 'sinusoidal' is unknown; choose from learned"),
         ({"position_embedding": "learned"}, "rotary_percentage: 1.0 must be 0 with position_embedding: learned"),
         ({**LEARNED, "scale_embeddings": True}, "scale_embeddings: True does not go with position_embedding"),
         ({"attention_document_token_id": 3}, "attention_document_token_id: 3 would be ignored"),
-        ({"attention_document_boundary": "eot"}, "attention_document_boundary: 'eot' must be eos"),
-        ({"attention_document_boundary": "bos"}, "attention_document_token_id: None must be the id of the tokenizer's"),
+        ({"attention_document_boundary": "eot"}, "attention_document_boundary: 'eot' is unknown; choose from eos, bos"),
+        ({"attention_document_boundary": "bos"}, "attention_document_token_id: None must be an integer of at least 0"),
         ({**DOCUMENTS, "attention_document_token_id": 40}, "attention_document_token_id: 40 must .* from 0 to 39"),
         ({**DOCUMENTS, "attention_document_restart_positions": 1}, "restart_positions: 1 must be true or false"),
         ({"streaming_cache_window": 8}, "streaming_cache_first: None and streaming_cache_window: 8 must both be set"),

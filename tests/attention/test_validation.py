@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from litgpt_moe_ext.config.attention import rope_kind, validate_rope_adjustments
+from litgpt_moe_ext.config.rope import rope_kind, validate_rope_adjustments
+from tests.models import attention_config
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 8192}
 YARN = {"factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_seq_len": 64}
@@ -42,8 +43,8 @@ def test_accepted_adjustments(keys: dict[str, Any] | None, kind: str) -> None:
         ({"factor": 4.0, "low_freq_factor": 1.0}, "lacks high_freq_factor, original_max_seq_len; Llama-3"),
         ({"factor": 4.0, "beta_fast": 32}, "lacks original_max_seq_len; YaRN"),
         ({"original_max_seq_len": 8, "beta_slow": 1}, "lacks factor; YaRN"),
-        ({"factor": 0.5}, r"rope_adjustments\.factor: 0\.5 must be at least 1"),
-        ({"factor": "1e1"}, r"rope_adjustments\.factor: '1e1' must be a number above 0 \(YAML"),
+        ({"factor": 0.5}, r"rope_adjustments\.factor: 0\.5 must be a number of at least 1"),
+        ({"factor": "1e1"}, r"rope_adjustments\.factor: '1e1' must be a number of at least 1 \(YAML"),
         ({"factor": True}, "factor: True must be a number"),
         ({"factor": float("nan")}, "factor: nan must be a number"),
         ({**YARN, "beta_fast": 1.0}, r"beta_fast: 1\.0 must be greater than beta_slow \(1\.0\)"),
@@ -64,16 +65,28 @@ def test_refused_adjustments(keys: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention_logit_softcapping": 50.0}, "attention_logit_softcapping: 50.0 is not supported.*set .* to null"),
+        (
+            {"attention_logit_softcapping": 50.0},
+            "attention_logit_softcapping: 50.0 must be null",
+        ),
         ({"sliding_window_size": 0}, "sliding_window_size: 0 must be an integer of at least 1"),
         ({"sliding_window_size": 2.5}, "sliding_window_size: 2.5 must be an integer"),
         ({"norm_qk": True, "norm_qk_type": "olmo"}, "norm_qk_type: 'olmo' is unknown; choose from default, olmo2"),
         ({"rope_interleave": True, "rotary_percentage": 0.375}, "rope_interleave: True needs an even number.* gives 3"),
         ({"attention_scores_scalar": 0}, "attention_scores_scalar: 0 must be a number above 0"),
         ({"rope_condense_ratio": 0}, "rope_condense_ratio: 0 must be a number above 0"),
-        ({"rope_base": 1}, "rope_base: 1 must be greater than 1"),
-        ({"rope_local_base_freq": 0.5}, "rope_local_base_freq: 0.5 must be greater than 1"),
-        ({"rope_adjustments": {"factor": 0.5}}, r"rope_adjustments\.factor: 0\.5 must be at least 1"),
+        ({"rope_base": 1}, "rope_base: 1 must be a number above 1"),
+        ({"rope_local_base_freq": 0.5}, "rope_local_base_freq: 0.5 must be a number above 1"),
+        ({"rope_adjustments": {"factor": 0.5}}, r"rope_adjustments\.factor: 0\.5 must be a number of at least 1"),
+        (
+            {
+                "rotary_percentage": 0.25,
+                "rope_adjustments": {"factor": 2.0, "original_max_seq_len": 8, "dynamic": True},
+            },
+            "rope_adjustments.dynamic: True needs more than two rotated elements, but rotary_percentage: 0.25 of "
+            "head_size: 8 gives 2",
+        ),
+        ({"attention_sinks": [True]}, "attention_sinks: .* must be true or false, or a list of 2"),
         ({"attention_sinks": "yes"}, "attention_sinks: 'yes' must be true or false"),
         (
             {
@@ -86,22 +99,22 @@ def test_refused_adjustments(keys: Any, message: str) -> None:
                     "v_head_dim": 8,
                 },
             },
-            "latent_attention: .* is not supported",
+            "latent_attention: .* must be null",
         ),
     ],
 )
-def test_refused_configurations(make_config: Any, changes: dict[str, Any], message: str) -> None:
+def test_refused_configurations(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make_config(**changes)
+        attention_config(**changes)
     # LitGPT's own attention is none of the extension's business.
-    make_config(attention_class_name=None, **{k: v for k, v in changes.items() if k != "attention_sinks"})
+    attention_config(attention_class_name=None, **{k: v for k, v in changes.items() if k != "attention_sinks"})
 
 
 def test_validation_imports_neither_torch_nor_litgpt() -> None:
     code = (
         "import sys\n"
         "from litgpt_moe_ext.attention.rope import validate_rope_adjustments\n"
-        "from litgpt_moe_ext.config.attention import validate_attention_config\n"
+        "from litgpt_moe_ext.config.rules import resolve\n"
         "validate_rope_adjustments({'factor': 2.0})\n"
         "sys.exit(' '.join({'torch', 'litgpt', 'numpy'} & set(sys.modules)))"
     )

@@ -15,7 +15,7 @@ from litgpt_moe_ext.inspect.experts import statistics
 from litgpt_moe_ext.inspect.experts.capture import LayerRouting
 from litgpt_moe_ext.inspect.experts.token_classes import PYTHON_CLASSES, TEXT_CLASSES, python_classes, text_classes
 from litgpt_moe_ext.inspect.texts import EncodedDocument
-from litgpt_moe_ext.moe.metrics import load_entropy, max_over_mean
+from litgpt_moe_ext.moe.metrics import load_entropy, max_violation
 
 if TYPE_CHECKING:
     from litgpt import Tokenizer
@@ -121,7 +121,7 @@ def _analyse_layer(layer: LayerRouting, tokens: ClassifiedTokens, tokenizer: "To
         "load": load_E.tolist(),
         "load_over_mean": (load_E / load_E.double().mean()).tolist(),
         "gate_mass": statistics.gate_mass(layer.weights_NK, layer.experts_NK, E).tolist(),
-        "max_vio": max_over_mean(load_E.double()).item() - 1,
+        "max_vio": max_violation(load_E.double()).item(),
         "load_entropy": load_entropy(load_E.double()).item(),
         "dead_experts": int((load_E == 0).sum()),
         "router_entropy": entropy,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from litgpt_moe_ext.config.features import MOE_CLASS_NAMES
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.batching import pad_right
 from litgpt_moe_ext.moe.router import Router, Routing
@@ -71,7 +72,7 @@ class RoutingRecorder:
         if not self._hooks:
             raise SettingsError(
                 f"checkpoint_dir: its model must have MoE layers (mlp_class_name: {model.config.mlp_class_name}); "
-                "name one with SharedExpertMoE, NoisyTopKMoE or LLaMAMoE"
+                f"name one with {', '.join(MOE_CLASS_NAMES)} or LLaMAMoE"
             )
 
     def _hook(self, recording: _Recording, reader: Callable) -> Callable:
@@ -146,14 +147,10 @@ def _reader_of(mlp: nn.Module) -> Callable[[Tensor, Any], tuple[Routing, Tensor 
 
     gate = getattr(mlp, "gate", None)
     if isinstance(gate, Router):
-        return lambda x_TD, routing: (routing, _scores(gate, x_TD))
+        return lambda x_TD, routing: (routing, gate.scores(x_TD))
     if isinstance(mlp, LLaMAMoE):
         return _read_grouped(mlp) if mlp.config.n_expert_groups else _read_linear(mlp)
     return None
-
-
-def _scores(router: Router, x_TD: Tensor) -> Tensor | None:
-    return None if router.weight is None else router.probabilities(router.logits(x_TD))
 
 
 def _read_linear(mlp: nn.Module) -> Callable:

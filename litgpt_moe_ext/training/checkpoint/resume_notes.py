@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from litgpt_moe_ext.training.checkpoint.hyperparameters import FILE_NAME, read
+import yaml
+
+from litgpt_moe_ext.training.checkpoint.hyperparameters import FILE_NAME
 
 _EFFECTS = {
     ("seed",): "it has no effect: weights and random generators are those of the checkpoint",
@@ -24,8 +26,9 @@ def resume_notes(checkpoint_dir: Path, settings: dict[str, Any]) -> list[str]:
         checkpoint_dir: The checkpoint to resume from.
         settings: Of the present run, as plain data.
     """
-    saved = read(checkpoint_dir)
-    if not saved:
+    try:
+        saved = yaml.safe_load((checkpoint_dir / FILE_NAME).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
         return [f"{checkpoint_dir} has no readable {FILE_NAME}: changed settings go unnoticed"]
     notes = []
     for keys, effect in _EFFECTS.items():

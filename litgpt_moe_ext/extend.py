@@ -1,0 +1,83 @@
+"""Adding routers, auxiliary losses and activations from another package. See `examples/add_a_router.py`.
+
+A script calls these functions before it starts a training. A package that is installed can do so in every command,
+plain `litgpt` ones included, by naming a function that calls them as an entry point:
+
+```toml
+[project.entry-points."litgpt_moe_ext.extensions"]
+my_package = "my_package.routers:register"
+```
+"""
+
+import sys
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+
+from litgpt_moe_ext.config.fields import FIELDS, Field, loss_weight
+from litgpt_moe_ext.moe.registry import (
+    ACTIVATIONS,
+    LOSSES,
+    ROUTERS,
+    ActivationType,
+    Loss,
+    RouterType,
+    loss_field,
+)
+
+
+def register_router(name: str, router: RouterType, fields: Mapping[str, Field] | None = None) -> None:
+    """Make `router_type: NAME` known, and the configuration fields that the router reads.
+
+    Args:
+        name: What configurations call it.
+        router: The router and what it has.
+        fields: Fields of `litgpt.Config` that the router adds, by name.
+
+    Raises:
+        ValueError: If something else has one of the names already.
+    """
+    _add(ROUTERS, name, router)
+    for field_name, field in (fields or {}).items():
+        _add(FIELDS, field_name, field)
+    _tell_litgpt()
+
+
+def register_loss(name: str, loss: Loss) -> None:
+    """Make the auxiliary loss NAME known, whose weight is the field `router_NAME_coef`.
+
+    Raises:
+        ValueError: If something else has the name already.
+    """
+    _add(LOSSES, name, loss)
+    _add(FIELDS, loss_field(name), loss_weight(loss))
+    _tell_litgpt()
+
+
+def register_activation(name: str, activation: ActivationType) -> None:
+    """Make `mlp_activation: NAME` known.
+
+    Raises:
+        ValueError: If something else has the name already.
+    """
+    _add(ACTIVATIONS, name, activation)
+
+
+def load_extensions() -> None:
+    """Call the functions that installed packages name as entry points `litgpt_moe_ext.extensions`."""
+    for entry_point in entry_points(group="litgpt_moe_ext.extensions"):
+        entry_point.load()()
+
+
+def _add(registry: dict, name: str, entry: object) -> None:
+    if name in registry:
+        raise ValueError(f"{name!r} is registered already; choose another name")
+    registry[name] = entry
+
+
+def _tell_litgpt() -> None:
+    # Fields that are registered before LitGPT is imported are added with all others.
+    litgpt_config = sys.modules.get("litgpt.config")
+    if hasattr(litgpt_config, "Config") and "attention_class_name" in litgpt_config.Config.__dataclass_fields__:
+        from litgpt_moe_ext.host.config import extend_config
+
+        extend_config(litgpt_config.Config)

@@ -1,0 +1,143 @@
+"""The routers, auxiliary losses and activations that a configuration can name, as plain data.
+
+A new one is one entry here, and `litgpt_moe_ext.extend` adds entries from other packages. Functions and classes are
+named by import path, so that checking a configuration does not import torch; other packages may give the object itself.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RouterType:
+    """A kind of router: `router_type` in a configuration.
+
+    Attributes:
+        router: The subclass of `litgpt_moe_ext.moe.router.Router`, or its import path.
+        doc: How it chooses experts, for tables.
+        features: What it has; a configuration field or a loss that needs something else is refused. Any name will do;
+            these mean something to the package:
+
+            - `logits`: a linear gate; `Choice.logits_TE` is set and the gate values are differentiable.
+            - `noise`: `Choice.noisy_TE` and `Choice.std_TE` are set in training.
+            - `score_function`, `norm_topk_prob`, `groups`, `bias`: reads the fields of that name.
+            - `sums_to_one`: the gate values of a token always sum to 1.
+            - `copies`: chooses experts whose rows in the gate are equal together.
+            - `softmax_of_chosen`: in evaluation, gate values are the softmax of the highest logits.
+            - `token_ids`: reads `Router.token_ids_T`, the ids of the tokens.
+        defaults: Defaults of fields that differ from those in the table of fields.
+    """
+
+    router: str | type
+    doc: str
+    features: frozenset[str] = frozenset()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """An auxiliary loss. The field `router_NAME_coef` of a configuration is its weight.
+
+    Attributes:
+        function: Returns the loss without its weight, a scalar; or its import path.
+        inputs: What the function is given, by name: attributes of `litgpt_moe_ext.moe.router.Decision`.
+        doc: What it does, for tables.
+        needs: Features of the router that it cannot do without.
+    """
+
+    function: str | Callable[..., Any]
+    inputs: tuple[str, ...]
+    doc: str
+    needs: tuple[str, ...] = ("logits",)
+
+
+@dataclass(frozen=True)
+class ActivationType:
+    """An activation function: `mlp_activation` in a configuration.
+
+    Attributes:
+        function: A `litgpt_moe_ext.moe.activations.Pointwise`, or its import path.
+        gated: Whether it gates a second projection: `f(gate(x)) * up(x)` (arXiv:2002.05202).
+        tanh: What takes its place under `gelu_approximate: tanh`, if anything does.
+    """
+
+    function: Any
+    gated: bool = False
+    tanh: Any = None
+
+
+ROUTERS: dict[str, RouterType] = {
+    "topk": RouterType(
+        "litgpt_moe_ext.moe.learned_routers.TopKRouter",
+        "highest scores, balanced by a bias (DeepSeek-V3)",
+        frozenset({"logits", "score_function", "norm_topk_prob", "groups", "bias", "copies"}),
+    ),
+    "noisy_topk": RouterType(
+        "litgpt_moe_ext.moe.learned_routers.NoisyTopKRouter",
+        "highest logits with learned noise, balanced by losses (Shazeer et al. 2017)",
+        frozenset({"logits", "noise", "sums_to_one", "softmax_of_chosen"}),
+        {"router_importance_loss_coef": 0.1, "router_load_loss_coef": 0.1},
+    ),
+    "hash": RouterType(
+        "litgpt_moe_ext.moe.fixed_routers.HashRouter",
+        "by token id, does not learn",
+        frozenset({"token_ids", "sums_to_one"}),
+    ),
+    "uniform": RouterType(
+        "litgpt_moe_ext.moe.fixed_routers.UniformRouter",
+        "at random, does not learn",
+        frozenset({"token_ids", "sums_to_one"}),
+    ),
+}
+
+LOSSES: dict[str, Loss] = {
+    "load_balancing_loss": Loss(
+        "litgpt_moe_ext.moe.losses.load_balancing_loss",
+        ("probabilities_TE", "experts_TK"),
+        "Switch Transformer's balancing loss over a micro-batch",
+    ),
+    "sequence_balancing_loss": Loss(
+        "litgpt_moe_ext.moe.losses.sequence_balancing_loss",
+        ("probabilities_TE", "experts_TK", "n_sequence"),
+        "DeepSeek-V3's balancing loss per sequence",
+    ),
+    "z_loss": Loss(
+        "litgpt_moe_ext.moe.losses.router_z_loss", ("logits_TE",), "ST-MoE's z-loss, which keeps logits small"
+    ),
+    "importance_loss": Loss(
+        "litgpt_moe_ext.moe.losses.importance_loss",
+        ("weights_TK", "experts_TK", "n_expert"),
+        "Shazeer's balancing loss on gate values",
+    ),
+    "load_loss": Loss(
+        "litgpt_moe_ext.moe.losses.load_loss",
+        ("logits_TE", "noisy_TE", "std_TE", "top_k"),
+        "Shazeer's balancing loss on expected tokens",
+        ("logits", "noise", "choice"),
+    ),
+}
+
+ACTIVATIONS: dict[str, ActivationType] = {
+    "swiglu": ActivationType("litgpt_moe_ext.moe.activations.SILU", gated=True),
+    "geglu": ActivationType(
+        "litgpt_moe_ext.moe.activations.GELU", gated=True, tanh="litgpt_moe_ext.moe.activations.GELU_TANH"
+    ),
+    "gelu": ActivationType("litgpt_moe_ext.moe.activations.GELU", tanh="litgpt_moe_ext.moe.activations.GELU_TANH"),
+    "relu": ActivationType("litgpt_moe_ext.moe.activations.RELU"),
+    "relu2": ActivationType("litgpt_moe_ext.moe.activations.SQUARED_RELU"),
+}
+
+
+def loss_field(name: str) -> str:
+    """Return the configuration field that holds the weight of the loss `name`."""
+    return f"router_{name}_coef"
+
+
+def load(entry: Any) -> Any:
+    """Return the object that an entry of a registry names by import path, or the entry itself if it is the object."""
+    if not isinstance(entry, str):
+        return entry
+    module, _, name = entry.rpartition(".")
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,85 @@
+"""The table of fields and the registries: one place from which everything else follows."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from litgpt import Config
+
+from litgpt_moe_ext.config.fields import FIELDS, added_fields
+from litgpt_moe_ext.config.tables import markdown
+from litgpt_moe_ext.moe.activations import Activation
+from litgpt_moe_ext.moe.layer import MoE, NoisyTopKMoE
+from litgpt_moe_ext.moe.registry import ACTIVATIONS, LOSSES, ROUTERS, load
+from litgpt_moe_ext.moe.router import Router
+from tests.models import moe_config, noisy_config, randomize
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_litgpts_config_has_the_fields_and_leaves_them_unset():
+    config = Config(intermediate_size=8, mlp_class_name="LLaMAMLP")
+    for name, field in FIELDS.items():
+        value = getattr(config, name)
+        assert (
+            value is None
+            if name in added_fields()
+            else name in ("mlp_class_name", "intermediate_size") or (value == field.unset)
+        ), name
+
+
+def test_the_documentation_has_the_tables():
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    tables = [table.strip() for table in markdown().split("\n\n")]
+    texts = [page.read_text(encoding="utf-8") for page in pages]
+    missing = [table.splitlines()[0] for table in tables if not any(table in text for text in texts)]
+    assert not missing, "write the output of `python -m litgpt_moe_ext.config.tables` there"
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_router_has_what_its_entry_says(name):
+    """Every loss whose needs its features meet works, and every other loss is refused."""
+    features = ROUTERS[name].features
+    for loss_name, loss in LOSSES.items():
+        settings = {"router_type": name, f"router_{loss_name}_coef": 0.5}
+        if not set(loss.needs) - {"choice"} <= features:
+            with pytest.raises(
+                ValueError, match=f"router_{loss_name}_coef: 0.5 would be ignored because router_type: {name}"
+            ):
+                moe_config(**settings)
+            continue
+        router = load(ROUTERS[name].router)(moe_config(**settings))
+        randomize(router)(torch.randn(6, 16)).weights_TK.sum().backward()
+        assert router.tally.take()[router.n_expert :].isfinite().all()
+    router = randomize(load(ROUTERS[name].router)(moe_config(router_type=name)))
+    router.token_ids_T = torch.arange(6) if "token_ids" in features else None
+    assert isinstance(router, Router)
+    choice = router.choose(torch.randn(6, 16))
+    assert (choice.logits_TE is not None) == ("logits" in features)
+    assert (choice.noisy_TE is not None) == ("noise" in features)
+    if "sums_to_one" in features:
+        torch.testing.assert_close(choice.weights_TK.sum(dim=-1), torch.ones(6))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("gelu_approximate", ["none", "tanh"])
+def test_an_activations_three_forms_agree(name, gelu_approximate):
+    pointwise = Activation(name, gelu_approximate)._pointwise
+    x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    upstream, out, gradient = torch.randn_like(x), torch.empty_like(x), torch.empty_like(x)
+    y = pointwise.function(x)
+    pointwise.forward_into(x.detach(), out)
+    pointwise.backward_into(upstream, x.detach(), gradient)
+    torch.testing.assert_close(out, y.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(y, x, upstream)[0])
+
+
+def test_router_type_is_the_one_axis():
+    noisy, moe = NoisyTopKMoE(noisy_config()), MoE(moe_config(mlp_class_name="MoE", router_type="noisy_topk"))
+    moe.load_state_dict(randomize(noisy).state_dict())
+    x = torch.randn(2, 5, 16)
+    assert torch.equal(moe.eval()(x), noisy.eval()(x))
+    assert noisy.gate.loss_coefs == moe.gate.loss_coefs == {"importance_loss": 0.1, "load_loss": 0.1}
+    assert moe_config(mlp_class_name="MoE").router_type == moe_config().router_type == "topk"
+    with pytest.raises(ValueError, match="router_type: 'topk' contradicts mlp_class_name: NoisyTopKMoE"):
+        noisy_config(router_type="topk")
