@@ -1,0 +1,55 @@
+"""The examples run, through the same entry point as a training of one's own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "examples" / "add_a_router.py"
+
+RECIPE = {
+    "model_config": {
+        "name": "tiny",
+        "block_size": 32,
+        "n_layer": 1,
+        "n_embd": 16,
+        "n_head": 2,
+        "vocab_size": 300,
+        "padded_vocab_size": 304,
+        "norm_class_name": "RMSNorm",
+        "bias": False,
+        "mlp_class_name": "MoE",
+        "router_type": "temperature",
+        "router_initial_temperature": 2.0,
+        "mlp_activation": "mishglu",
+        "n_expert": 4,
+        "n_expert_per_token": 2,
+        "moe_intermediate_size": 8,
+    },
+    "train": {"global_batch_size": 4, "micro_batch_size": 4, "max_tokens": 4 * 4 * 32, "log_interval": 1},
+    "eval": {"interval": 4, "max_iters": 1},
+    "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-2}},
+    "devices": 1,
+    "seed": 3,
+}
+
+
+def test_a_router_of_ones_own_trains(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in (ROOT / "tests").glob("*.py"):
+        (source / path.name).write_text(path.read_text(encoding="utf-8") * 3, encoding="utf-8")
+    data = {"data_path": str(tmp_path / "data"), "source_path": str(source), "vocab_size": 300, "val_fraction": 0.2}
+    recipe = tmp_path / "recipe.yaml"
+    data = {"class_path": "litgpt_moe_ext.data.PythonStdlib", "init_args": data}
+    recipe.write_text(yaml.safe_dump({**RECIPE, "out_dir": str(tmp_path / "out"), "data": data}))
+    command = [sys.executable, str(SCRIPT), "--config", str(recipe)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    saved = yaml.safe_load((tmp_path / "out" / "final" / "model_config.yaml").read_text())
+    assert saved["router_spread_loss_coef"] == 0.01
+    log = next((tmp_path / "out").rglob("metrics.csv")).read_text().splitlines()
+    columns = dict(zip(log[0].split(","), log[1].split(","), strict=True))
+    assert float(columns["moe/spread_loss"]) >= 0.01 * 0.999
