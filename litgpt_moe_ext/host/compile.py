@@ -1,152 +1,34 @@
-"""`torch.compile` only where it works and pays.
-
-LitGPT 0.5.13 compiles every model it pretrains. Where no compiler is at hand (Windows without MSVC or Triton, a slim
-container without a C++ compiler) the first training step dies; on a CPU it costs minutes and gives nothing, measured;
-and an expert loop whose row counts depend on the data breaks the graph in every layer. Here the choice is made before
-the first step, said in one line, and a failure of the compiler falls back to eager execution.
+"""Plain `litgpt pretrain` compiles only where a compiler works and pays, as this package's training does.
 
 For models of LitGPT's own the choice is left to LitGPT wherever a compiler can work at all.
 """
 
-import contextlib
-import importlib.util
-import os
-import platform
-import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import wraps
-from typing import Any, Literal
+from typing import Any
 
-from litgpt_moe_ext.config.features import MLP_CLASS_NAMES
 from litgpt_moe_ext.host.config import uses_plugin
+from litgpt_moe_ext.training.compilation import Platform, compile_scope, decide, decided, obstacle, probe_platform
 
 
-@dataclass(frozen=True)
-class Platform:
-    """What decides whether compiled code can be made here.
-
-    Attributes:
-        system: As `platform.system()`: Linux, Windows or Darwin.
-        device_type: Where the model will run: cpu, cuda, mps.
-        has_triton: Whether Triton, which makes GPU code, is installed.
-        has_cpp_compiler: Whether a C++ compiler, which makes CPU code, is on the path.
-        cuda_capability: Compute capability of the GPU, or None.
-    """
-
-    system: str
-    device_type: str
-    has_triton: bool
-    has_cpp_compiler: bool
-    cuda_capability: tuple[int, int] | None = None
-
-
-def probe_platform(device_type: str) -> Platform:
-    """Look at this machine."""
-    system = platform.system()
-    compilers = (
-        [os.environ.get("CXX"), "cl"] if system == "Windows" else [os.environ.get("CXX"), "g++", "clang++", "c++"]
-    )
-    capability = None
-    if device_type == "cuda":
-        import torch
-
-        capability = torch.cuda.get_device_capability()
-    return Platform(
-        system=system,
-        device_type=device_type,
-        has_triton=importlib.util.find_spec("triton") is not None,
-        has_cpp_compiler=any(compiler and shutil.which(compiler) for compiler in compilers),
-        cuda_capability=capability,
-    )
-
-
-def obstacle(platform: Platform) -> str | None:
-    """Return what keeps `torch.compile` from working on `platform`, or None."""
-    if platform.device_type == "cuda":
-        if not platform.has_triton:
-            hint = "pip install triton-windows" if platform.system == "Windows" else "pip install triton"
-            return f"Triton is not installed ({hint})"
-        if platform.cuda_capability is not None and platform.cuda_capability < (7, 0):
-            return f"Triton needs compute capability 7.0, this GPU has {'.'.join(map(str, platform.cuda_capability))}"
-    elif not platform.has_cpp_compiler:
-        compiler = "MSVC's cl.exe" if platform.system == "Windows" else "a C++ compiler"
-        return f"{compiler} was not found on the path"
-    return None
-
-
-@dataclass(frozen=True)
-class CompileDecision:
-    """Whether a model will be compiled, and why (or why not)."""
-
-    enabled: bool
-    reason: str
-
-    def __str__(self) -> str:
-        return f"torch.compile: {'on' if self.enabled else 'off'} ({self.reason})"
-
-
-def decide(requested: bool | Literal["auto"], config: Any, platform: Platform) -> CompileDecision:
-    """Choose between compiled and eager execution.
+def compile_where_it_works(pretrain: Any, probe: Callable[[str], Platform] = probe_platform) -> None:
+    """Let `main` of the module `litgpt.pretrain` decide, unless a scope around it has.
 
     Args:
-        requested: True and False are obeyed where possible; `"auto"` chooses.
-        config: The model's `litgpt.Config`.
-        platform: As `probe_platform` sees it.
+        pretrain: The imported module.
+        probe: Returns what decides on this machine.
     """
-    if requested is False:
-        return CompileDecision(False, "as asked")
-    hindrance = obstacle(platform)
-    if hindrance is not None:
-        return CompileDecision(False, hindrance)
-    if requested is True:
-        return CompileDecision(True, "as asked")
-    if platform.device_type != "cuda":
-        return CompileDecision(False, f"it gains little on {platform.device_type}; --compile true tries it")
-    if config.mlp_class_name == "LLaMAMoE":
-        return CompileDecision(False, "its loop over experts breaks the graph in every layer; --compile true tries it")
-    if config.mlp_class_name in MLP_CLASS_NAMES:
-        return CompileDecision(False, "not measured with MoE layers on a GPU yet; --compile true tries it")
-    return CompileDecision(True, "a dense model on a GPU with Triton")
+    original = pretrain.main
 
-
-_active = False
-
-
-@contextlib.contextmanager
-def compile_scope(decision: CompileDecision) -> Iterator[None]:
-    """Carry out a decision for every `torch.compile` in the scope, LitGPT's own included."""
-    global _active
-    import torch
-
-    _active = True
-    try:
-        if decision.enabled:
-            # A compiler that fails in the first step costs a warning, not the run.
-            import torch._dynamo
-
-            with torch._dynamo.config.patch(suppress_errors=True):
-                yield
-        else:
-            with torch.compiler.set_stance("force_eager"):
-                yield
-    finally:
-        _active = False
-
-
-def install(pretrain: Any, probe: Callable[[str], Platform] = probe_platform) -> None:
-    """Make `main` of the module `litgpt.pretrain` compile only where it works, unless a scope decided already."""
-    original_main = pretrain.main
-
-    @wraps(original_main)
+    @wraps(original)
     def main(fabric: Any, *args: Any, **kwargs: Any) -> Any:
         config = kwargs["config"]
         here = probe(fabric.device.type)
-        if _active or (obstacle(here) is None and not uses_plugin(config)):
-            return original_main(fabric, *args, **kwargs)
+        if decided() or (obstacle(here) is None and not uses_plugin(config)):
+            return original(fabric, *args, **kwargs)
         decision = decide("auto", config, here)
         fabric.print(decision)
         with compile_scope(decision):
-            return original_main(fabric, *args, **kwargs)
+            return original(fabric, *args, **kwargs)
 
     pretrain.main = main

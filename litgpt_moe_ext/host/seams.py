@@ -1,54 +1,222 @@
-"""The one place that reaches into LitGPT: what is added to it, and why.
+"""The one place that reaches into LitGPT, lightning and torch: every change, why it is made, and until when.
 
-| seam of LitGPT                      | what happens to it                                                             |
-| ----------------------------------- | ------------------------------------------------------------------------------ |
-| `litgpt.config.Config`              | gains the fields of `litgpt_moe_ext.host.config`, in place                     |
-| `Config.from_file`                  | understands the mark that says a checkpoint needs the plugin                   |
-| `litgpt.utils.asdict`               | leaves unused fields out of saved configurations, sets that mark where needed  |
-| `litgpt.model.__getattr__`          | offers the MLP classes, because LitGPT looks them up there by name             |
-| `Block.__init__`                    | puts dense layers between MoE layers, adds residual dropout                    |
-| `CausalSelfAttention.__new__`       | builds the attention class that a configuration names                          |
-| `GPT.rope_cache`                    | asks the plugin for the rotary tables of such configurations                   |
-| `GPT.__init__`, `GPT.forward`       | learned positions, documents, embedding dropout; routers that see token ids    |
-| `GPT.max_seq_length`, `set_kv_cache` | any length for models with a streaming cache                                  |
-| `litgpt.lora`, `adapter_v2`         | say that they cannot finetune MoE layers                                       |
-| `convert_lit_checkpoint`            | says that no Hugging Face architecture fits the plugin's layers                |
-| `litgpt.eval.evaluate`              | evaluates checkpoints with the plugin's layers directly, without conversion    |
-| `litgpt.pretrain`, `finetune.full`  | their loss tells auxiliary losses by what the loop scales it                   |
-| torch's global optimizer-step hook  | moves the balancing bias once per optimizer step, whoever owns the loop        |
+`SEAMS` is that list as data. `register` applies those that change a module when it is imported; the others are made
+for the time of a run, on request of a data module, or while a module is being imported, and stand here for the reader.
+A model that names none of the plugin's classes takes LitGPT's own path in every one of them.
 
-A model that names none of the plugin's classes takes LitGPT's own path in every one of them. The repairs of defects in
-host libraries are in `litgpt_moe_ext.host.repairs`.
+`python -m litgpt_moe_ext.host.seams` prints the table.
 """
 
-import copy
 import importlib
 import importlib.metadata
+import sys
 import warnings
-from functools import wraps
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import Any, Literal
 
 from litgpt_moe_ext import __version__
-from litgpt_moe_ext.config.features import MLP_CLASS_NAMES
-from litgpt_moe_ext.host import autoload
-from litgpt_moe_ext.host.config import extend_config, uses_plugin, without_unused_fields
+from litgpt_moe_ext.host import autoload, checkpoints, commands, compile, flops, model, token_rate
 
 TESTED_LITGPT = "0.5.13"
 
-# Written first into the `model_config.yaml` of a model that needs the plugin. Plain LitGPT then fails with an error
-# that names this package ("unexpected keyword argument '_requires_litgpt_moe_ext'") instead of one about some inner
-# field.
-REQUIRES_MARK = "_requires_litgpt_moe_ext"
+_NEVER = "LitGPT offers a place for it"
+_REPAIRED = f"litgpt>{TESTED_LITGPT}"
+_LAZY = "Python 3.15 (lazy imports, PEP 810)"
+_LOOP = "LitGPT's loop has hooks"
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One change to a name of LitGPT, lightning or torch.
+
+    Attributes:
+        module: The module that has the name.
+        name: The name, with dots inside a class.
+        kind: What happens to it:
+            add: it does not exist, or only by inheritance, and is added.
+            wrap: it is replaced by a function that calls it.
+            subclass: it is left alone, and a class of the plugin builds on it.
+            call: it is left alone, and called with something of the plugin.
+            run: it is replaced for the time of a run, by `litgpt_moe_ext.training.loop`.
+            request: it is wrapped when a data module asks for it.
+            source: the module is executed from its own source, in part or with an expression changed.
+        reason: What the plugin needs it for.
+        until: What makes it superfluous. "litgpt>VERSION" switches it off by itself.
+        apply: Makes the change in the imported module. None where something else does.
+    """
+
+    module: str
+    name: str
+    kind: Literal["add", "wrap", "subclass", "call", "run", "request", "source"]
+    reason: str
+    until: str
+    apply: Callable[[ModuleType], None] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+SEAMS = (
+    Seam(
+        "litgpt.config", "Config.mlp_class_name", "wrap",
+        "Gains the plugin's fields and rules, in place, as do its subclasses.",
+        _NEVER, checkpoints.add_fields,
+    ),
+    Seam(
+        "litgpt.config", "Config.from_file", "wrap", "Understands the mark that says a checkpoint needs the plugin.",
+        _NEVER, checkpoints.understand_mark,
+    ),
+    Seam(
+        "litgpt.utils", "asdict", "wrap", "Leaves unused fields out of saved configurations, sets that mark.",
+        _NEVER, checkpoints.write_mark,
+    ),
+    Seam(
+        "litgpt.model", "__getattr__", "add", "Offers the MLP classes, which LitGPT looks up there by name.",
+        "LitGPT has a registry of layers", model.offer_mlp_classes,
+    ),
+    Seam("litgpt.model", "LLaMAMLP", "subclass", "The dense layers and shared experts of an MoE model.", _NEVER),
+    Seam("litgpt.model", "LLaMAMoE", "subclass", "What checkpoints are exported to and measured against.", _NEVER),
+    Seam(
+        "litgpt.model", "Block.__init__", "wrap", "Puts dense layers between MoE layers, adds residual dropout.",
+        _NEVER, model.extend_blocks,
+    ),
+    Seam(
+        "litgpt.model", "CausalSelfAttention.__new__", "add", "Builds the attention class a configuration names.",
+        "LitGPT has a registry of layers", model.choose_attention,
+    ),
+    Seam(
+        "litgpt.model", "GPT.rope_cache", "wrap", "Asks the plugin for the rotary tables of its attention.",
+        "LitGPT's YaRN agrees with the paper", model.choose_rope_cache,
+    ),
+    Seam(
+        "litgpt.model", "GPT.__init__", "wrap", "Adds learned positions; routers by token id see the ids.",
+        _NEVER, model.extend_model_init,
+    ),
+    Seam(
+        "litgpt.model", "GPT.forward", "wrap", "Learned positions, documents and embedding dropout.",
+        _NEVER, model.extend_model_forward,
+    ),
+    Seam(
+        "litgpt.model", "GPT.max_seq_length", "wrap", "Any length for models with a streaming cache.",
+        _NEVER, model.allow_any_length,
+    ),
+    Seam(
+        "litgpt.model", "GPT.set_kv_cache", "wrap", "A cache as long as what a streaming cache keeps.",
+        _NEVER, model.size_kv_cache,
+    ),
+    Seam(
+        "litgpt.model", "LLaMAMoE.forward", "wrap", "Meta tensors count the active experts' FLOPs instead of crashing.",
+        "LLaMAMoE does not use torch.where", flops.count_llama_moe,
+    ),
+    Seam(
+        "litgpt.model", "GPT.forward", "request", "Rows with padding: negative ids are read as 0 (`host.padding`).",
+        "LitGPT's loop takes inputs and targets",
+    ),
+    Seam(
+        "torch.optim.optimizer", "register_optimizer_step_post_hook", "call",
+        "Moves the balancing bias once per optimizer step, whoever owns the loop.", "permanent: a public hook",
+        model.move_router_biases,
+    ),
+    Seam(
+        "torch.utils.flop_counter", "register_flop_formula", "call",
+        "FLOPs of grouped products and of flash-attn, which count as 0.", "torch has the formulas",
+        flops.count_products,
+    ),
+    Seam(
+        "litgpt.pretrain", "fit", "wrap", "Measures this run's tokens per second.", _REPAIRED, token_rate.measure_rate
+    ),
+    Seam(
+        "litgpt.pretrain", "main", "wrap", "Prints that rate; LitGPT divides by a reading of the clock.", _REPAIRED,
+        token_rate.print_rate,
+    ),
+    Seam(
+        "litgpt.pretrain", "main", "wrap", "Compiles only where a compiler works and pays.",
+        "LitGPT has an option for it", compile.compile_where_it_works,
+    ),
+    *(
+        Seam(
+            module, "chunked_cross_entropy", "wrap", "Tells auxiliary losses by what the loop scales its loss.",
+            _LOOP, model.mark_loss,
+        )
+        for module in ("litgpt.pretrain", "litgpt.finetune.full")
+    ),
+    *(
+        Seam(
+            module, "__getattr__", "add", "Says that this way of finetuning cannot reach MoE layers.",
+            "it can", commands.refuse_mlp_classes,
+        )
+        for module in ("litgpt.lora", "litgpt.adapter_v2")
+    ),
+    Seam(
+        "litgpt.scripts.convert_lit_checkpoint", "convert_lit_checkpoint", "wrap",
+        "Says that no Hugging Face architecture fits the plugin's layers.", "one does", commands.refuse_conversion,
+    ),
+    Seam(
+        "litgpt.eval.evaluate", "convert_and_evaluate", "wrap",
+        "Evaluates checkpoints with the plugin's layers directly, without conversion.", "LitGPT does",
+        commands.evaluate_directly,
+    ),
+    Seam("litgpt.pretrain", "fit", "run", "Keeps the training state; listens for signals.", _LOOP),
+    Seam("litgpt.pretrain", "CycleIterator", "run", "Acts between two iterations: signals, limits, events.", _LOOP),
+    Seam("litgpt.pretrain", "save_checkpoint", "run", "Writes under a temporary name, then renames.", _LOOP),
+    Seam("litgpt.pretrain", "save_hyperparameters", "run", "Writes the run's values, not the command line's.", _LOOP),
+    Seam("litgpt.pretrain", "find_resume_path", "run", "Chooses the newest whole checkpoint.", _LOOP),
+    Seam("litgpt.pretrain", "chunked_cross_entropy", "run", "Does the output head's work too, where asked.", _LOOP),
+    Seam("litgpt.pretrain", "get_dataloaders", "run", "Resumes with another number of processes.", _LOOP),
+    Seam("litgpt.pretrain", "get_lr", "run", "Follows the run's schedule.", _LOOP),
+    Seam("litgpt.pretrain", "measure_flops", "run", "Counts for the training's sequence length.", _LOOP),
+    Seam("litgpt.pretrain", "instantiate_torch_optimizer", "run", "Sorts parameters into groups.", _LOOP),
+    Seam(
+        "torchmetrics", "__init__", "source", "Waits with its big dependencies until they are asked for.", _LAZY
+    ),
+    Seam("lightning.fabric.wrappers", "OptimizedModule", "source", "Does not load torch's compiler.", _LAZY),
+    Seam("lightning.pytorch.utilities.compile", "OptimizedModule", "source", "Does not load torch's compiler.", _LAZY),
+    Seam(
+        "lightning.pytorch.trainer.connectors.logger_connector.result", "_ResultCollection", "source",
+        "Does not load torch's compiler.", "lightning decorates with a lazy twin",
+    ),
+    Seam("litgpt.generate.base", "torch._dynamo", "source", "Does not load torch's compiler.", _LAZY),
+    Seam("litgpt.generate.speculative_decoding", "torch._dynamo", "source", "Does not load torch's compiler.", _LAZY),
+    Seam("litgpt.generate.tp", "torch._dynamo", "source", "Does not load torch's compiler.", _LAZY),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class State:
+    """A module variable of the plugin that one part writes and another reads.
+
+    Attributes:
+        module: The module that has it, without the package's name.
+        name: The variable.
+        reason: Why nothing smaller than the process can own it.
+    """
+
+    module: str
+    name: str
+    reason: str
+
+
+STATE = (
+    State("host.autoload", "_finder", "Python has one list of finders."),
+    State("host.seams", "_registered", "LitGPT's modules exist once."),
+    State("moe.gradient_injection", "_scale", "Autograd passes nothing from the loss's backward to a router's."),
+    State("moe.balancing", "_routers", "torch's optimizer hook is called without the model."),
+    State("moe.balancing", "_warned_unowned", "A router is warned about once."),
+    State("moe.balancing", "_left_to_caller", "torch's optimizer hook is called for every optimizer."),
+    State("training.compilation", "_in_scope", "LitGPT's `main`, between the run and its model, passes nothing on."),
+)
 
 _registered = False
 
 
 def register() -> None:
-    """Extend LitGPT. Safe to call more than once.
+    """Apply the seams. Safe to call more than once.
 
     Raises:
-        RuntimeError: If the installed LitGPT lacks a seam that the plugin needs; the message names it.
+        RuntimeError: If the installed LitGPT lacks a name that the plugin needs; the message gives it.
     """
     global _registered
     if _registered:
@@ -56,44 +224,53 @@ def register() -> None:
     # Set first: the imports below may import LitGPT's model definition, whose import hook ends up here again.
     _registered = True
     try:
-        _extend_litgpt()
+        _apply_all()
     except BaseException:
         _registered = False
         raise
 
 
-def _extend_litgpt() -> None:
-    # This may run while the package `litgpt` is still being imported and has no attributes yet; `as` does without them.
-    import litgpt.config as config
-    import litgpt.model as model
-    import litgpt.utils as utils
-
-    _check_version()
-    _require_seams(config, model, utils)
-
-    from litgpt_moe_ext.extend import load_extensions
-    from litgpt_moe_ext.host.repairs import install_patches
-    from litgpt_moe_ext.moe.balancing import install_optimizer_hook
-
-    load_extensions()
-    extend_config(config.Config)
-    _extend_config_files(config.Config, utils)
-    _offer_mlp_classes(model)
-    _extend_blocks(model.Block)
-    _dispatch_attention(model.CausalSelfAttention)
-    _dispatch_rope_cache(model.GPT)
-    _extend_model(model.GPT)
-    install_optimizer_hook()
-    install_patches()
-    for loop in ("litgpt.pretrain", "litgpt.finetune.full"):
-        autoload.when_imported(loop, _mark_loss)
-    for module in ("litgpt.lora", "litgpt.adapter_v2"):
-        autoload.when_imported(module, _refuse_mlp_classes)
-    autoload.when_imported("litgpt.scripts.convert_lit_checkpoint", _refuse_conversion)
-    autoload.when_imported("litgpt.eval.evaluate", _extend_evaluate)
+_AT_ONCE = ("litgpt.config", "litgpt.model", "litgpt.utils", "torch.optim.optimizer")
 
 
-def _check_version() -> None:
+def _apply_all() -> None:
+    # This may run while the package `litgpt` is still being imported and has no attributes yet; `sys.modules`, which
+    # `import_module` reads, does without them.
+    modules = {name: importlib.import_module(name) for name in _AT_ONCE}
+    check_version()
+    check_names([seam for seam in SEAMS if seam.module in modules])
+    for seam in SEAMS:
+        if seam.apply is None or has_ended(seam):
+            continue
+        if seam.module in modules:
+            seam.apply(modules[seam.module])
+        else:
+            autoload.when_imported(seam.module, partial(_apply_later, seam))
+
+
+def _apply_later(seam: Seam, module: ModuleType) -> None:
+    assert seam.apply is not None
+    try:
+        check_names([seam])
+    except RuntimeError as error:
+        # An import of LitGPT's must not fail for whoever only shares an environment with the plugin.
+        warnings.warn(f"{error} Without it: {seam.reason}", RuntimeWarning, stacklevel=2)
+    else:
+        seam.apply(module)
+
+
+def has_ended(seam: Seam) -> bool:
+    """Return whether the installed LitGPT makes the seam superfluous."""
+    package, _, version = seam.until.partition(">")
+    if package != "litgpt" or not version:
+        return False
+    from packaging.version import Version
+
+    return Version(importlib.metadata.version("litgpt")) > Version(version)
+
+
+def check_version() -> None:
+    """Warn if another minor version of LitGPT is installed than the plugin was tested with."""
     version = importlib.metadata.version("litgpt")
     if version.split(".")[:2] != TESTED_LITGPT.split(".")[:2]:
         warnings.warn(
@@ -104,229 +281,36 @@ def _check_version() -> None:
         )
 
 
-def _require_seams(config: Any, model: Any, utils: Any) -> None:
-    seams = {
-        "litgpt.config.Config.__post_init__": hasattr(config.Config, "__post_init__"),
-        "litgpt.config.Config.from_file": hasattr(config.Config, "from_file"),
-        "litgpt.config.Config.mlp_class_name": "mlp_class_name" in config.Config.__dataclass_fields__,
-        "litgpt.utils.asdict": hasattr(utils, "asdict"),
-        "litgpt.model.Block": hasattr(model, "Block"),
-        "litgpt.model.CausalSelfAttention": hasattr(model, "CausalSelfAttention"),
-        "litgpt.model.LLaMAMLP": hasattr(model, "LLaMAMLP"),
-        "litgpt.model.LLaMAMoE": hasattr(model, "LLaMAMoE"),
-        "litgpt.model.GPT.rope_cache": hasattr(model.GPT, "rope_cache"),
-        "litgpt.model.GPT.set_kv_cache": hasattr(model.GPT, "set_kv_cache"),
-        "litgpt.model.GPT.max_seq_length": isinstance(getattr(model.GPT, "max_seq_length", None), property),
-    }
-    missing = [name for name, found in seams.items() if not found]
+def check_names(seams: list[Seam]) -> None:
+    """Check that the names exist in their modules, which must be imported.
+
+    Args:
+        seams: What is about to be applied. Names that would be added need not exist.
+
+    Raises:
+        RuntimeError: If names are missing; the message lists them all.
+    """
+    missing = [str(seam) for seam in seams if seam.kind != "add" and not _exists(sys.modules[seam.module], seam.name)]
     if missing:
         raise RuntimeError(
-            f"litgpt {importlib.metadata.version('litgpt')} lacks {', '.join(missing)}, which litgpt_moe_ext "
-            f"{__version__} builds on. Install litgpt=={TESTED_LITGPT}."
+            f"litgpt {importlib.metadata.version('litgpt')} lacks {', '.join(dict.fromkeys(missing))}, which "
+            f"litgpt_moe_ext {__version__} builds on. Install litgpt=={TESTED_LITGPT}."
         )
 
 
-def _extend_config_files(config_class: type, utils: Any) -> None:
-    original_from_file = config_class.from_file.__func__
-    original_asdict = utils.asdict
-
-    @classmethod
-    @wraps(original_from_file)
-    def from_file(cls: type, path: str | Path, **kwargs: Any) -> Any:
-        import yaml
-
-        with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
-        if not isinstance(content, dict) or REQUIRES_MARK not in content:
-            return original_from_file(cls, path, **kwargs)
-        _check_written_by(content.pop(REQUIRES_MARK), path)
-        return cls(**{**content, **kwargs})
-
-    @wraps(original_asdict)
-    def asdict(obj: Any, **kwargs: Any) -> Any:
-        result = original_asdict(obj, **kwargs)
-        if not isinstance(obj, config_class):
-            return result
-        result = without_unused_fields(result)
-        return {REQUIRES_MARK: __version__, **result} if uses_plugin(obj) else result
-
-    config_class.from_file = from_file
-    utils.asdict = asdict
+def _exists(owner: Any, name: str) -> bool:
+    first, _, rest = name.partition(".")
+    return hasattr(owner, first) and (not rest or _exists(getattr(owner, first), rest))
 
 
-def _check_written_by(version: str, path: str | Path) -> None:
-    written_by = tuple(int(part) for part in str(version).split(".")[:2])
-    if written_by > tuple(int(part) for part in __version__.split(".")[:2]):
-        warnings.warn(
-            f"{path} was written by litgpt_moe_ext {version}, newer than the installed {__version__}; upgrade if it "
-            "fails to load.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+def table() -> str:
+    """Return the seams, and the plugin's own process-wide state, as two Markdown tables."""
+    lines = ["| name | kind | what for | until |", "| --- | --- | --- | --- |"]
+    lines += [f"| `{seam}` | {seam.kind} | {seam.reason} | {seam.until} |" for seam in SEAMS]
+    lines += ["", "| state of the process | why |", "| --- | --- |"]
+    lines += [f"| `litgpt_moe_ext.{state.module}.{state.name}` | {state.reason} |" for state in STATE]
+    return "\n".join(lines)
 
 
-def _offer_mlp_classes(model: Any) -> None:
-    # The layers build on LitGPT's model definition, so they can only be imported after it; the module's `__getattr__`
-    # (PEP 562) does so when somebody first asks for one of them.
-    def __getattr__(name: str) -> type:
-        if name not in MLP_CLASS_NAMES:
-            raise AttributeError(f"module {model.__name__!r} has no attribute {name!r}")
-        return getattr(importlib.import_module("litgpt_moe_ext.moe.layer"), name)
-
-    model.__getattr__ = __getattr__
-
-
-def _extend_blocks(block_class: type) -> None:
-    from litgpt_moe_ext.config.features import is_dense_layer
-
-    original = block_class.__init__
-
-    @wraps(original)
-    def __init__(self: Any, config: Any, block_idx: int) -> None:
-        if is_dense_layer(config, block_idx):
-            # LitGPT would build the MoE layer first, and then throw it away.
-            config = copy.copy(config)
-            config.mlp_class_name, config.first_k_dense_replace = "FeedForward", None
-        original(self, config, block_idx)
-        if config.residual_dropout:
-            import torch
-
-            # Both stand where the output of a layer is about to be added to the residual stream.
-            self.post_attention_norm = torch.nn.Dropout(config.residual_dropout)
-            self.post_mlp_norm = torch.nn.Dropout(config.residual_dropout)
-
-    block_class.__init__ = __init__
-
-
-def _refuse_mlp_classes(module: Any) -> None:
-    def __getattr__(name: str) -> type:
-        if name in MLP_CLASS_NAMES:
-            raise ValueError(
-                f"mlp_class_name: {name} cannot be finetuned with {module.__name__}, which knows LitGPT's own layers "
-                "only. Finetune all weights instead (litgpt finetune_full)."
-            )
-        raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
-
-    module.__getattr__ = __getattr__
-
-
-def _refuse_conversion(module: Any) -> None:
-    original = module.convert_lit_checkpoint
-
-    @wraps(original)
-    def convert_lit_checkpoint(checkpoint_dir: Path, output_dir: Path) -> None:
-        from litgpt.config import Config
-
-        config_file = Path(checkpoint_dir) / "model_config.yaml"
-        if config_file.is_file() and uses_plugin(config := Config.from_file(config_file)):
-            raise ValueError(
-                f"checkpoint_dir: {str(checkpoint_dir)!r} holds a model with layers of litgpt_moe_ext "
-                f"(mlp_class_name: {config.mlp_class_name}, attention_class_name: {config.attention_class_name}), "
-                "which this conversion does not know. `litgpt evaluate` and `litgpt generate` need no conversion."
-            )
-        original(checkpoint_dir, output_dir)
-
-    module.convert_lit_checkpoint = convert_lit_checkpoint
-
-
-def _dispatch_attention(attention_class: type) -> None:
-    # LitGPT's blocks call `CausalSelfAttention(config, block_idx)`. Choosing the class in `__new__` keeps every name
-    # and every isinstance check of LitGPT as it is. Copying and unpickling call `__new__` without a configuration.
-    def __new__(cls: type, config: Any = None, *args: Any, **kwargs: Any) -> Any:
-        name = getattr(config, "attention_class_name", None)
-        if name is None:
-            return object.__new__(cls)
-        from litgpt_moe_ext.attention.layer import SinkAttention
-
-        if issubclass(cls, SinkAttention):
-            return object.__new__(cls)
-        if cls is attention_class:
-            return object.__new__(SinkAttention)
-        raise ValueError(
-            f"attention_class_name: {name!r} cannot be combined with {cls.__module__}.{cls.__name__}, which would "
-            "leave its sinks out. Finetune all weights instead (litgpt finetune_full)."
-        )
-
-    attention_class.__new__ = __new__
-
-
-def _dispatch_rope_cache(gpt_class: type) -> None:
-    original = gpt_class.rope_cache
-
-    @wraps(original)
-    def rope_cache(self: Any, device: Any = None) -> Any:
-        if self.config.attention_class_name is None:
-            return original(self, device=device)
-        from litgpt_moe_ext.attention.model import rope_length
-        from litgpt_moe_ext.attention.rope import build_rope_cache
-
-        return build_rope_cache(self.config, rope_length(self), device=device)
-
-    gpt_class.rope_cache = rope_cache
-
-
-def _extend_model(gpt_class: type) -> None:
-    # Everything here asks the configuration first, and is LitGPT's own where it names nothing of the plugin.
-    from litgpt_moe_ext.config.features import changes_model, routers_need
-
-    original_init, original_forward = gpt_class.__init__, gpt_class.forward
-    original_length, original_set_kv_cache = gpt_class.max_seq_length, gpt_class.set_kv_cache
-
-    @wraps(original_init)
-    def __init__(self: Any, config: Any) -> None:
-        original_init(self, config)
-        if changes_model(config):
-            from litgpt_moe_ext.attention.model import add_position_embedding
-
-            add_position_embedding(self)
-        if routers_need(config, "token_ids"):
-            from litgpt_moe_ext.moe.fixed_routers import share_token_ids
-
-            share_token_ids(self)
-
-    @wraps(original_forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not changes_model(self.config):
-            return original_forward(self, *args, **kwargs)
-        from litgpt_moe_ext.attention.model import forward
-
-        return forward(original_forward, self, *args, **kwargs)
-
-    def set_max_seq_length(self: Any, value: int) -> None:
-        streams = getattr(self.config, "streaming_cache_window", None) is not None
-        original_length.fset(self, min(value, self.config.block_size) if streams else value)
-        self._max_seq_length = value
-
-    @wraps(original_set_kv_cache)
-    def set_kv_cache(self: Any, batch_size: int, max_seq_length: int | None = None, *args: Any, **kwargs: Any) -> None:
-        if getattr(self.config, "streaming_cache_window", None) is not None:
-            from litgpt_moe_ext.attention.model import cache_length
-
-            # `LLM.generate`, and `litgpt serve` with it, say here and nowhere else how long the text will be.
-            if max_seq_length is not None and max_seq_length > self.max_seq_length:
-                self.max_seq_length = max_seq_length
-            max_seq_length = cache_length(self, max_seq_length)
-        original_set_kv_cache(self, batch_size, max_seq_length, *args, **kwargs)
-
-    gpt_class.__init__, gpt_class.forward, gpt_class.set_kv_cache = __init__, forward, set_kv_cache
-    gpt_class.max_seq_length = original_length.setter(set_max_seq_length)
-
-
-def _mark_loss(loop: Any) -> None:
-    from litgpt_moe_ext.moe.balancing import any_router_lives
-    from litgpt_moe_ext.moe.gradient_injection import remember_scale
-
-    original = loop.chunked_cross_entropy
-
-    @wraps(original)
-    def chunked_cross_entropy(*args: Any, **kwargs: Any) -> Any:
-        loss = original(*args, **kwargs)
-        return remember_scale(loss) if any_router_lives() else loss
-
-    loop.chunked_cross_entropy = chunked_cross_entropy
-
-
-def _extend_evaluate(evaluate_module: Any) -> None:
-    from litgpt_moe_ext.evaluation.evaluate import wrap_convert_and_evaluate
-
-    evaluate_module.convert_and_evaluate = wrap_convert_and_evaluate(evaluate_module.convert_and_evaluate)
+if __name__ == "__main__":
+    print(table())

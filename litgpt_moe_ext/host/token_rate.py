@@ -4,8 +4,6 @@ LitGPT 0.5.13 divides the number of tokens by `train_time`, which at that point 
 not a duration (`litgpt/pretrain.py`, end of `main`); on a machine that has been up for a day it prints 56 tokens a
 second where 6000 were trained. It also counts the tokens that earlier runs of a resumed training saw. Here the tokens
 and the time of this run's training loop are measured and the printed line is corrected.
-
-Not installed for LitGPT newer than 0.5.13.
 """
 
 import time
@@ -15,35 +13,41 @@ from typing import Any
 _LINE = "| - Tok/sec"
 
 
-def install(pretrain: Any) -> None:
-    """Wrap `main` and `fit` of the module `litgpt.pretrain`."""
-    original_main, original_fit = pretrain.main, pretrain.fit
-    rate: float | None = None
+def measure_rate(pretrain: Any) -> None:
+    """Let `fit` of the module `litgpt.pretrain` leave its rate, in tokens per second, on the fabric."""
+    original = pretrain.fit
 
-    @wraps(original_fit)
+    @wraps(original)
     def fit(*args: Any, **kwargs: Any) -> Any:
-        nonlocal rate
         fabric, state, train = kwargs["fabric"], kwargs["state"], kwargs["train"]
         first_iter, started = state["iter_num"], time.perf_counter()
-        result = original_fit(*args, **kwargs)
+        result = original(*args, **kwargs)
         iterations = state["iter_num"] - first_iter
         tokens = iterations * train.micro_batch_size * state["model"].max_seq_length * fabric.world_size
-        rate = tokens / (time.perf_counter() - started)
+        fabric.tokens_per_second = tokens / (time.perf_counter() - started)
         return result
 
-    @wraps(original_main)
+    pretrain.fit = fit
+
+
+def print_rate(pretrain: Any) -> None:
+    """Let `main` of the module `litgpt.pretrain` print that rate in the place of its own."""
+    original = pretrain.main
+
+    @wraps(original)
     def main(fabric: Any, *args: Any, **kwargs: Any) -> Any:
         original_print = fabric.print
 
         def print_corrected(*values: Any, **options: Any) -> None:
+            rate = getattr(fabric, "tokens_per_second", None)
             if values and str(values[0]).startswith(_LINE) and rate is not None:
                 values = (f"{_LINE}       : {rate:.2f} tok/s",)
             original_print(*values, **options)
 
         fabric.print = print_corrected
         try:
-            return original_main(fabric, *args, **kwargs)
+            return original(fabric, *args, **kwargs)
         finally:
             del fabric.print
 
-    pretrain.fit, pretrain.main = fit, main
+    pretrain.main = main

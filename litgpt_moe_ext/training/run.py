@@ -17,7 +17,6 @@ from litgpt.tokenizer import Tokenizer
 from litgpt.utils import check_nvlink_connectivity, choose_logger, get_default_supported_precision, parse_devices
 
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.host.compile import CompileDecision, compile_scope, decide, probe_platform
 from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
 from litgpt_moe_ext.training.callbacks.anomalies import GradientGuard
@@ -33,6 +32,7 @@ from litgpt_moe_ext.training.checkpoint import store as checkpoints
 from litgpt_moe_ext.training.checkpoint.lock import OutDirLock
 from litgpt_moe_ext.training.checkpoint.resume_notes import resume_notes
 from litgpt_moe_ext.training.checks import open_tokenizer
+from litgpt_moe_ext.training.compilation import CompileDecision, compile_scope, decide, probe_platform
 from litgpt_moe_ext.training.fabric import TrainingFabric
 from litgpt_moe_ext.training.loop import HookedLoop
 from litgpt_moe_ext.training.optim.optimization import Optimization, count_steps

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from litgpt_moe_ext.host import compile as patch
-from litgpt_moe_ext.host.compile import CompileDecision, Platform, compile_scope, decide, install, obstacle
+from litgpt_moe_ext.host.compile import compile_where_it_works
+from litgpt_moe_ext.training import compilation
+from litgpt_moe_ext.training.compilation import CompileDecision, Platform, compile_scope, decide, obstacle
 from tests.models import moe_config
 
 LINUX_GPU = Platform("Linux", "cuda", has_triton=True, has_cpp_compiler=True, cuda_capability=(9, 0))
@@ -50,12 +51,14 @@ def test_decisions(requested, config, platform, enabled, reason):
 def test_probe_asks_for_the_compiler_of_the_system(monkeypatch, system, compiler):
     asked = []
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(patch.platform, "system", lambda: system)
-    monkeypatch.setattr(patch.shutil, "which", lambda name: asked.append(name) or (name if name == compiler else None))
-    assert patch.probe_platform("cpu").has_cpp_compiler
+    monkeypatch.setattr(compilation.platform, "system", lambda: system)
+    monkeypatch.setattr(
+        compilation.shutil, "which", lambda name: asked.append(name) or (name if name == compiler else None)
+    )
+    assert compilation.probe_platform("cpu").has_cpp_compiler
     assert compiler in asked
-    monkeypatch.setattr(patch.shutil, "which", lambda name: None)
-    assert obstacle(patch.probe_platform("cpu")) is not None
+    monkeypatch.setattr(compilation.shutil, "which", lambda name: None)
+    assert obstacle(compilation.probe_platform("cpu")) is not None
 
 
 def test_switched_off_nothing_is_compiled():
@@ -103,7 +106,7 @@ def test_plain_litgpt_pretrain(config, platform, message):
         stances.append(torch._dynamo.eval_frame._stance.stance)
 
     pretrain = Pretrain(main=main)
-    install(pretrain, probe=lambda device_type: platform)
+    compile_where_it_works(pretrain, probe=lambda device_type: platform)
     pretrain.main(SimpleNamespace(device=torch.device("cpu"), print=lambda text: said.append(str(text))), config=config)
     assert said == ([] if message is None else [message])
     assert stances == ["default" if message is None else "force_eager"]

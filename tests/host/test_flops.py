@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def test_the_repair_switches_itself_off():
             return x
 
     original = Repaired.forward
-    flops._repair_llama_moe(Repaired)
+    flops.count_llama_moe(SimpleNamespace(LLaMAMoE=Repaired))
     assert Repaired.forward is original
 
 

@@ -110,23 +110,3 @@ def test_a_checkpoint_of_a_newer_plugin_is_announced(tmp_path):
     )
     with pytest.warns(RuntimeWarning, match=r"written by litgpt_moe_ext 99\.0\.1"):
         Config.from_file(file)
-
-
-def test_a_missing_seam_is_named(monkeypatch):
-    import litgpt.config
-    import litgpt.model
-    import litgpt.utils
-
-    from litgpt_moe_ext.host import seams as plugin
-
-    monkeypatch.delattr(litgpt.model.GPT, "rope_cache")
-    with pytest.raises(RuntimeError, match=r"lacks litgpt\.model\.GPT\.rope_cache"):
-        plugin._require_seams(litgpt.config, litgpt.model, litgpt.utils)
-
-
-def test_an_untested_version_warns_once(monkeypatch):
-    from litgpt_moe_ext.host import seams as plugin
-
-    monkeypatch.setattr(plugin.importlib.metadata, "version", lambda _name: "0.6.0")
-    with pytest.warns(RuntimeWarning, match=r"tested with litgpt 0\.5\.13, but 0\.6\.0 is installed"):
-        plugin._check_version()

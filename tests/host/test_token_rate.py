@@ -25,7 +25,8 @@ def test_rate_is_tokens_by_seconds_of_this_run():
         fabric.print("| - Tok/sec       : 0.05 tok/s")
 
     pretrain.main = main
-    token_rate.install(pretrain)
+    token_rate.measure_rate(pretrain)
+    token_rate.print_rate(pretrain)
 
     class Fabric(SimpleNamespace):
         def print(self, text):

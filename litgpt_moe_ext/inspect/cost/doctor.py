@@ -91,7 +91,7 @@ def _device() -> Iterator[Finding]:
 def _compile(recipe: Recipe | None) -> Finding:
     import torch
 
-    from litgpt_moe_ext.host.compile import decide, obstacle, probe_platform
+    from litgpt_moe_ext.training.compilation import decide, obstacle, probe_platform
 
     found = probe_platform("cuda" if torch.cuda.is_available() else "cpu")
     if recipe is None:

@@ -1,0 +1,70 @@
+"""How LitGPT reads and writes the configuration of a model that needs the plugin."""
+
+import warnings
+from functools import wraps
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from litgpt_moe_ext import __version__
+from litgpt_moe_ext.host.config import extend_config, uses_plugin, without_unused_fields
+
+# Written first into the `model_config.yaml` of a model that needs the plugin. Plain LitGPT then fails with an error
+# that names this package ("unexpected keyword argument '_requires_litgpt_moe_ext'") instead of one about some inner
+# field.
+REQUIRES_MARK = "_requires_litgpt_moe_ext"
+
+
+def add_fields(config: ModuleType) -> None:
+    """Add the fields of the plugin and its extensions, and their rules, to `litgpt.config.Config`, in place."""
+    from litgpt_moe_ext.extend import load_extensions
+
+    load_extensions()
+    extend_config(config.Config)
+
+
+def understand_mark(config: ModuleType) -> None:
+    """Let `Config.from_file` read configurations with the mark, and warn where a newer plugin wrote them."""
+    original = config.Config.from_file.__func__
+
+    @classmethod
+    @wraps(original)
+    def from_file(cls: type, path: str | Path, **kwargs: Any) -> Any:
+        import yaml
+
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+        if not isinstance(content, dict) or REQUIRES_MARK not in content:
+            return original(cls, path, **kwargs)
+        _check_written_by(content.pop(REQUIRES_MARK), path)
+        return cls(**{**content, **kwargs})
+
+    config.Config.from_file = from_file
+
+
+def write_mark(utils: Any) -> None:
+    """Leave unused fields out of saved configurations, and mark those that need the plugin."""
+    from litgpt.config import Config
+
+    original = utils.asdict
+
+    @wraps(original)
+    def asdict(obj: Any, **kwargs: Any) -> Any:
+        result = original(obj, **kwargs)
+        if not isinstance(obj, Config):
+            return result
+        result = without_unused_fields(result)
+        return {REQUIRES_MARK: __version__, **result} if uses_plugin(obj) else result
+
+    utils.asdict = asdict
+
+
+def _check_written_by(version: str, path: str | Path) -> None:
+    written_by = tuple(int(part) for part in str(version).split(".")[:2])
+    if written_by > tuple(int(part) for part in __version__.split(".")[:2]):
+        warnings.warn(
+            f"{path} was written by litgpt_moe_ext {version}, newer than the installed {__version__}; upgrade if it "
+            "fails to load.",
+            RuntimeWarning,
+            stacklevel=3,
+        )

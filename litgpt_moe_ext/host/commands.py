@@ -1,0 +1,51 @@
+"""LitGPT's commands that meet a checkpoint of the plugin: one does its work, the others say why they cannot."""
+
+from functools import wraps
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from litgpt_moe_ext.config.features import MLP_CLASS_NAMES
+from litgpt_moe_ext.host.config import uses_plugin
+
+
+def refuse_mlp_classes(module: ModuleType) -> None:
+    """Say that a way of finetuning knows LitGPT's own layers only."""
+
+    def __getattr__(name: str) -> type:
+        if name in MLP_CLASS_NAMES:
+            raise ValueError(
+                f"mlp_class_name: {name} cannot be finetuned with {module.__name__}, which knows LitGPT's own layers "
+                "only. Finetune all weights instead (litgpt finetune_full)."
+            )
+        raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+
+    vars(module)["__getattr__"] = __getattr__
+
+
+def refuse_conversion(module: Any) -> None:
+    """Say that no Hugging Face architecture fits the plugin's layers."""
+    original = module.convert_lit_checkpoint
+
+    @wraps(original)
+    def convert_lit_checkpoint(checkpoint_dir: Path, output_dir: Path) -> None:
+        from litgpt.config import Config
+
+        config_file = Path(checkpoint_dir) / "model_config.yaml"
+        config: Any = Config.from_file(config_file) if config_file.is_file() else None
+        if config is not None and uses_plugin(config):
+            raise ValueError(
+                f"checkpoint_dir: {str(checkpoint_dir)!r} holds a model with layers of litgpt_moe_ext "
+                f"(mlp_class_name: {config.mlp_class_name}, attention_class_name: {config.attention_class_name}), "
+                "which this conversion does not know. `litgpt evaluate` and `litgpt generate` need no conversion."
+            )
+        original(checkpoint_dir, output_dir)
+
+    module.convert_lit_checkpoint = convert_lit_checkpoint
+
+
+def evaluate_directly(module: Any) -> None:
+    """Evaluate checkpoints with the plugin's layers without converting them to Hugging Face's format."""
+    from litgpt_moe_ext.evaluation.evaluate import wrap_convert_and_evaluate
+
+    module.convert_and_evaluate = wrap_convert_and_evaluate(module.convert_and_evaluate)

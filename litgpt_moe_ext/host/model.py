@@ -1,0 +1,182 @@
+"""What LitGPT's model definition learns: the plugin's layers, positions, documents and caches.
+
+Every function takes the imported module `litgpt.model` and changes one name in it. A model that names none of the
+plugin's classes takes LitGPT's own path in all of them.
+"""
+
+import copy
+import importlib
+from functools import wraps
+from types import ModuleType
+from typing import Any
+
+from litgpt_moe_ext.config.features import MLP_CLASS_NAMES
+
+
+def offer_mlp_classes(model: ModuleType) -> None:
+    """Let LitGPT find the MLP classes, which it looks up in its module by name."""
+
+    # The layers build on LitGPT's model definition, so they can only be imported after it; the module's `__getattr__`
+    # (PEP 562) does so when somebody first asks for one of them.
+    def __getattr__(name: str) -> type:
+        if name not in MLP_CLASS_NAMES:
+            raise AttributeError(f"module {model.__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module("litgpt_moe_ext.moe.layer"), name)
+
+    vars(model)["__getattr__"] = __getattr__
+
+
+def extend_blocks(model: ModuleType) -> None:
+    """Put dense layers between MoE layers, and dropout on the residual stream."""
+    from litgpt_moe_ext.config.features import is_dense_layer
+
+    original = model.Block.__init__
+
+    @wraps(original)
+    def __init__(self: Any, config: Any, block_idx: int) -> None:
+        if is_dense_layer(config, block_idx):
+            # LitGPT would build the MoE layer first, and then throw it away.
+            config = copy.copy(config)
+            config.mlp_class_name, config.first_k_dense_replace = "FeedForward", None
+        original(self, config, block_idx)
+        if config.residual_dropout:
+            import torch
+
+            # Both stand where the output of a layer is about to be added to the residual stream.
+            self.post_attention_norm = torch.nn.Dropout(config.residual_dropout)
+            self.post_mlp_norm = torch.nn.Dropout(config.residual_dropout)
+
+    model.Block.__init__ = __init__
+
+
+def choose_attention(model: ModuleType) -> None:
+    """Build the attention class that a configuration names.
+
+    LitGPT's blocks call `CausalSelfAttention(config, block_idx)`. Choosing the class in `__new__` keeps every name and
+    every isinstance check of LitGPT as it is.
+    """
+    attention_class = model.CausalSelfAttention
+
+    # Copying and unpickling call `__new__` without a configuration.
+    def __new__(cls: type, config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        name = getattr(config, "attention_class_name", None)
+        if name is None:
+            return object.__new__(cls)
+        from litgpt_moe_ext.attention.layer import SinkAttention
+
+        if issubclass(cls, SinkAttention):
+            return object.__new__(cls)
+        if cls is attention_class:
+            return object.__new__(SinkAttention)
+        raise ValueError(
+            f"attention_class_name: {name!r} cannot be combined with {cls.__module__}.{cls.__name__}, which would "
+            "leave its sinks out. Finetune all weights instead (litgpt finetune_full)."
+        )
+
+    attention_class.__new__ = __new__
+
+
+def choose_rope_cache(model: ModuleType) -> None:
+    """Ask the plugin for the rotary tables of configurations that name its attention."""
+    original = model.GPT.rope_cache
+
+    @wraps(original)
+    def rope_cache(self: Any, device: Any = None) -> Any:
+        if self.config.attention_class_name is None:
+            return original(self, device=device)
+        from litgpt_moe_ext.attention.model import rope_length
+        from litgpt_moe_ext.attention.rope import build_rope_cache
+
+        return build_rope_cache(self.config, rope_length(self), device=device)
+
+    model.GPT.rope_cache = rope_cache
+
+
+def extend_model_init(model: ModuleType) -> None:
+    """Add learned positions, and let routers that choose by token id see the ids."""
+    from litgpt_moe_ext.config.features import changes_model, routers_need
+
+    original = model.GPT.__init__
+
+    @wraps(original)
+    def __init__(self: Any, config: Any) -> None:
+        original(self, config)
+        if changes_model(config):
+            from litgpt_moe_ext.attention.model import add_position_embedding
+
+            add_position_embedding(self)
+        if routers_need(config, "token_ids"):
+            from litgpt_moe_ext.moe.fixed_routers import share_token_ids
+
+            share_token_ids(self)
+
+    model.GPT.__init__ = __init__
+
+
+def extend_model_forward(model: ModuleType) -> None:
+    """Pass learned positions, documents and embedding dropout through the model."""
+    from litgpt_moe_ext.config.features import changes_model
+
+    original = model.GPT.forward
+
+    @wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not changes_model(self.config):
+            return original(self, *args, **kwargs)
+        from litgpt_moe_ext.attention.model import forward
+
+        return forward(original, self, *args, **kwargs)
+
+    model.GPT.forward = forward
+
+
+def allow_any_length(model: ModuleType) -> None:
+    """Let a model with a streaming cache be told of a text longer than its context."""
+    original = model.GPT.max_seq_length
+
+    def set_max_seq_length(self: Any, value: int) -> None:
+        streams = getattr(self.config, "streaming_cache_window", None) is not None
+        original.fset(self, min(value, self.config.block_size) if streams else value)
+        self._max_seq_length = value
+
+    model.GPT.max_seq_length = original.setter(set_max_seq_length)
+
+
+def size_kv_cache(model: ModuleType) -> None:
+    """Give a model with a streaming cache a cache as long as what it keeps, not as the text."""
+    original = model.GPT.set_kv_cache
+
+    @wraps(original)
+    def set_kv_cache(self: Any, batch_size: int, max_seq_length: int | None = None, *args: Any, **kwargs: Any) -> None:
+        if getattr(self.config, "streaming_cache_window", None) is not None:
+            from litgpt_moe_ext.attention.model import cache_length
+
+            # `LLM.generate`, and `litgpt serve` with it, say here and nowhere else how long the text will be.
+            if max_seq_length is not None and max_seq_length > self.max_seq_length:
+                self.max_seq_length = max_seq_length
+            max_seq_length = cache_length(self, max_seq_length)
+        original(self, batch_size, max_seq_length, *args, **kwargs)
+
+    model.GPT.set_kv_cache = set_kv_cache
+
+
+def mark_loss(loop: Any) -> None:
+    """Let auxiliary losses see by what a training loop of LitGPT scales its loss."""
+    from litgpt_moe_ext.moe.balancing import any_router_lives
+    from litgpt_moe_ext.moe.gradient_injection import remember_scale
+
+    original = loop.chunked_cross_entropy
+
+    @wraps(original)
+    def chunked_cross_entropy(*args: Any, **kwargs: Any) -> Any:
+        loss = original(*args, **kwargs)
+        return remember_scale(loss) if any_router_lives() else loss
+
+    loop.chunked_cross_entropy = chunked_cross_entropy
+
+
+def move_router_biases(_optimizer: ModuleType) -> None:
+    """Move the balancing biases once per optimizer step, whoever owns the loop."""
+    from litgpt_moe_ext.moe.balancing import install_optimizer_hook
+
+    install_optimizer_hook()
