@@ -1,0 +1,40 @@
+"""`litgpt-moe export`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a checkpoint for transformers, vLLM and whatever reads their format.
+
+    The Hugging Face class that computes exactly this model is chosen from a table; if none does, the model's own code
+    is written beside its weights. Nothing is approximated.
+
+    Attributes:
+        checkpoint_dir: A checkpoint of a run: step-*, best, final, or the ema directory in one of them.
+        out_dir: The new directory, which must not exist.
+        dtype: Floating type of the weights; null keeps theirs.
+        push_to_hub: Repository on the Hugging Face hub to upload the directory to.
+    """
+
+    checkpoint_dir: Path
+    out_dir: Path
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    push_to_hub: str | None = None
+
+    def run(self) -> None:
+        """Export the checkpoint."""
+        from litgpt_moe_ext.export.hf.write import export_checkpoint
+
+        export = export_checkpoint(self.checkpoint_dir, self.out_dir, self.dtype)
+        for class_name, lacking in export.rejected.items():
+            print(f"not {class_name}: {', '.join(lacking)}")
+        print(f"Wrote {self.out_dir} as {export.class_name}, {export.n_bytes / 1e6:,.1f} MB of weights")
+        if self.push_to_hub is not None:
+            from huggingface_hub import HfApi
+
+            api = HfApi()
+            api.create_repo(self.push_to_hub, exist_ok=True)
+            print(api.upload_folder(repo_id=self.push_to_hub, folder_path=self.out_dir))

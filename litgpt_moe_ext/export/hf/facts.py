@@ -1,0 +1,215 @@
+"""A model in the terms that tell Hugging Face's classes apart."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from litgpt_moe_ext.attention.rope import rope_frequencies
+from litgpt_moe_ext.config.features import MOE_CLASS_NAMES, has_sinks, is_dense_layer
+from litgpt_moe_ext.config.rope import rope_kind
+from litgpt_moe_ext.errors import SettingsError
+
+if TYPE_CHECKING:
+    from litgpt import Config
+    from torch import Tensor
+
+# Settings of litgpt.Config that no exported model can have, with the value that leaves them unused.
+_UNSUPPORTED: dict[str, Any] = {
+    "parallel_residual": False,
+    "shared_attention_norm": False,
+    "post_attention_norm": False,
+    "post_mlp_norm": False,
+    "norm_1": True,
+    "norm_2": True,
+    "latent_attention": None,
+    "scale_embeddings": False,
+    "final_logit_softcapping": None,
+    "attention_logit_softcapping": None,
+    "rope_local_base_freq": None,
+    "attention_document_boundary": None,
+    "streaming_cache_window": None,
+    "rope_condense_ratio": 1,
+}
+_DENSE = ("FeedForward", "LLaMAMLP", "GptNeoxMLP")
+_ROUTERS = ("topk", "noisy_topk")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What an architecture is compared by; each attribute has one of few values.
+
+    Attributes:
+        config: The model's configuration, for sizes.
+        layers: `dense`, `moe`, or `mixed` (dense layers at the start), or `alternating`.
+        norm: `rms` or `layer`.
+        positions: `rotary`, `partial_rotary` or `learned`.
+        rope: `default`, `linear`, `llama3` or `yarn`.
+        rope_layout: `half` or `interleaved`.
+        sinks: Whether some layer has sinks.
+        window: `none`, `all` or `some`.
+        qk_norm: `none`, `head` or `whole` (over all heads together).
+        attention_bias: `none`, `qkv` or `all`.
+        grouped: Whether key/value heads are fewer than query heads.
+        free_head_size: Whether heads do not split the model width evenly.
+        activation: `swiglu`, `geglu`, `gelu`, `gelu_tanh`, `relu` or `relu2`.
+        mlp_bias: Whether feed-forward layers have biases.
+        router: `none`, `topk`, `noisy_topk`, or a router without learning.
+        score: `none`, `sigmoid` or `softmax`.
+        norm_topk: Whether weights of the chosen experts sum to 1.
+        balancing_bias: Whether the router has a bias that is not the same for all experts.
+        groups: `none`, `best_two` (groups are worth their best two scores) or `other`.
+        scaled: Whether weights are multiplied by a factor.
+        shared: `none`, `plain`, `gated`, or `plain_other_width`.
+        head_bias: Whether the output head has a bias.
+        scale: `head` if scores are divided by the root of the head size, else `other`.
+    """
+
+    config: "Config"
+    layers: str
+    norm: str
+    positions: str
+    rope: str
+    rope_layout: str
+    sinks: bool
+    window: str
+    qk_norm: str
+    attention_bias: str
+    grouped: bool
+    free_head_size: bool
+    activation: str
+    mlp_bias: bool
+    router: str
+    score: str
+    norm_topk: bool
+    balancing_bias: bool
+    groups: str
+    scaled: bool
+    shared: str
+    head_bias: bool
+    scale: str
+
+    @property
+    def moe(self) -> bool:
+        """Whether the model has MoE layers."""
+        return self.layers != "dense"
+
+    @property
+    def rope_tables(self) -> tuple[list[float], float]:
+        """Angle per position of each pair of rotated elements, and the attention factor."""
+        config = self.config
+        if not config.rope_n_elem:
+            return [], 1.0
+        adjustments = config.rope_adjustments
+        frequency_F, factor = rope_frequencies(config.rope_n_elem, config.rope_base, adjustments)
+        return frequency_F.tolist(), factor
+
+
+def facts_of(config: "Config", state: "dict[str, Tensor]") -> Facts:
+    """Return the facts of a model.
+
+    Args:
+        config: Its configuration.
+        state: Its weights, for what only they say: whether a balancing bias distinguishes experts.
+
+    Raises:
+        SettingsError: If the model has something that nothing here can export; the message names the setting.
+    """
+    for name, unused in _UNSUPPORTED.items():
+        value = getattr(config, name)
+        if value != unused and not (unused is None and not value):
+            raise SettingsError(f"model_config.{name}: {value!r} must be {unused!r} for an export; train without it")
+    if config.mlp_class_name not in (*MOE_CLASS_NAMES, *_DENSE):
+        raise SettingsError(
+            f"model_config.mlp_class_name: {config.mlp_class_name} must be one of "
+            f"{', '.join((*MOE_CLASS_NAMES, *_DENSE))} for an export"
+        )
+    if config.rope_n_elem % 2:
+        raise SettingsError(f"model_config.rotary_percentage: {config.rope_n_elem} rotated elements must be even")
+    if rope_kind(config.rope_adjustments) == "dynamic":
+        raise SettingsError(
+            "model_config.rope_adjustments.dynamic: true must be left out for an export: classes disagree on which "
+            "length chooses the base"
+        )
+    moe = config.mlp_class_name in MOE_CLASS_NAMES
+    if moe and config.router_type not in _ROUTERS:
+        raise SettingsError(
+            f"model_config.router_type: {config.router_type} must be one of {', '.join(_ROUTERS)} for an export"
+        )
+    return Facts(
+        config=config,
+        layers=_layers(config) if moe else "dense",
+        norm="rms" if config.norm_class_name == "RMSNorm" else "layer",
+        positions=_positions(config),
+        rope={"plain": "default"}.get(kind := rope_kind(config.rope_adjustments), kind),
+        rope_layout="interleaved" if config.rope_interleave else "half",
+        sinks=any(layer_has_sinks(config, i) for i in range(config.n_layer)),
+        window=_window(config),
+        qk_norm={"default": "head", "olmo2": "whole"}[config.norm_qk_type] if config.norm_qk else "none",
+        attention_bias="all" if config.bias else "qkv" if config.attn_bias else "none",
+        grouped=config.n_query_groups != config.n_head,
+        free_head_size=config.head_size * config.n_head != config.n_embd,
+        activation=_activation(config),
+        mlp_bias=config.bias,
+        router=config.router_type if moe else "none",
+        score=(config.router_score_function or "none") if moe else "none",
+        norm_topk=bool(moe and config.norm_topk_prob),
+        balancing_bias=moe and any(_distinguishes(t) for n, t in state.items() if n.endswith("correction_bias")),
+        groups=_groups(config) if moe else "none",
+        scaled=moe and config.routed_scaling_factor != 1.0,
+        shared=_shared(config) if moe else "none",
+        head_bias=config.lm_head_bias,
+        scale="head" if config.attention_scores_scalar in (None, config.head_size) else "other",
+    )
+
+
+def window_of(config: "Config", layer: int) -> int | None:
+    """Return how many keys a query of a layer sees, its own included, or None for all."""
+    if config.sliding_window_size is None:
+        return None
+    indices = config.sliding_window_indices
+    return config.sliding_window_size if indices is None or indices[layer] else None
+
+
+def layer_has_sinks(config: "Config", layer: int) -> bool:
+    """Return whether the attention of a layer has sinks."""
+    return config.attention_class_name is not None and has_sinks(config, layer)
+
+
+def _layers(config: "Config") -> str:
+    dense = [is_dense_layer(config, i) for i in range(config.n_layer)]
+    first = config.first_k_dense_replace or 0
+    return "moe" if not any(dense) else "mixed" if not any(dense[first:]) else "alternating"
+
+
+def _positions(config: "Config") -> str:
+    if config.position_embedding == "learned":
+        return "learned"
+    return "rotary" if config.rope_n_elem == config.head_size else "partial_rotary"
+
+
+def _window(config: "Config") -> str:
+    windows = [window_of(config, i) is not None for i in range(config.n_layer)]
+    return "all" if all(windows) else "some" if any(windows) else "none"
+
+
+def _activation(config: "Config") -> str:
+    name = {"LLaMAMLP": "swiglu", "GptNeoxMLP": "gelu"}.get(config.mlp_class_name) or config.mlp_activation
+    return "gelu_tanh" if name == "gelu" and config.gelu_approximate == "tanh" else name
+
+
+def _distinguishes(bias_E: "Tensor") -> bool:
+    return bool((bias_E != bias_E[0]).any())
+
+
+def _groups(config: "Config") -> str:
+    if not config.n_expert_groups:
+        return "none"
+    return "best_two" if config.n_topk_scores_per_group == 2 else "other"
+
+
+def _shared(config: "Config") -> str:
+    if not config.n_shared_expert:
+        return "none"
+    if config.shared_expert_gate:
+        return "gated"
+    width = config.shared_expert_intermediate_size
+    return "plain" if width in (None, config.n_shared_expert * config.moe_intermediate_size) else "plain_other_width"

@@ -1,0 +1,451 @@
+"""Language models trained with litgpt_moe_ext, for transformers 4.56 and later: plain torch, one file.
+
+A checkpoint's `config.json` names the classes here under `auto_map`, so `AutoModelForCausalLM.from_pretrained(DIR,
+trust_remote_code=True)` finds them. Decoder blocks of attention (grouped queries, rotary or learned positions, sliding
+windows, learned sinks) and feed-forward or Mixture-of-Experts layers.
+
+Shape legend: B batch, T queries, S keys, D model width, H query heads, G key/value heads, d head size, E experts,
+K chosen experts per token, F hidden width of an expert, N = B * T tokens.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+_ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+}
+
+
+class LitGPTMoEConfig(PretrainedConfig):
+    """Sizes and choices of a model.
+
+    Per layer are `attention_windows` (visible keys, or null for all), `attention_sinks` and `moe_layers` (true: an MoE
+    layer, false: a dense one). `qk_norm` is `none`, `head` or `whole` (over all heads together).
+    `rope_inv_freq` holds the angle per position of each pair of rotated elements, so that no
+    scaling rule is needed here; it is empty for models without rotary positions.
+    """
+
+    model_type = "litgpt_moe"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        vocab_size=256,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=16,
+        max_position_embeddings=128,
+        norm="rms",
+        norm_eps=1e-5,
+        attention_bias=False,
+        attention_out_bias=False,
+        attention_scale=None,
+        attention_windows=None,
+        attention_sinks=None,
+        qk_norm="none",
+        learned_positions=False,
+        rope_inv_freq=(),
+        rope_dim=0,
+        rope_attention_factor=1.0,
+        rope_interleave=False,
+        hidden_act="silu",
+        gated=True,
+        mlp_bias=False,
+        intermediate_size=128,
+        moe_layers=None,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=0,
+        shared_expert_gate=False,
+        num_experts=0,
+        num_experts_per_tok=0,
+        router="topk",
+        router_score_function="sigmoid",
+        n_group=1,
+        topk_group=1,
+        topk_scores_per_group=1,
+        norm_topk_prob=True,
+        routed_scaling_factor=1.0,
+        lm_head_bias=False,
+        initializer_range=0.02,
+        use_cache=True,
+        tie_word_embeddings=False,
+        **kwargs,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim
+        self.max_position_embeddings = max_position_embeddings
+        self.norm = norm
+        self.norm_eps = norm_eps
+        self.attention_bias = attention_bias
+        self.attention_out_bias = attention_out_bias
+        self.attention_scale = head_dim**-0.5 if attention_scale is None else attention_scale
+        self.attention_windows = attention_windows or [None] * num_hidden_layers
+        self.attention_sinks = attention_sinks or [False] * num_hidden_layers
+        self.qk_norm = qk_norm
+        self.learned_positions = learned_positions
+        self.rope_inv_freq = list(rope_inv_freq)
+        self.rope_dim = rope_dim
+        self.rope_attention_factor = rope_attention_factor
+        self.rope_interleave = rope_interleave
+        self.hidden_act = hidden_act
+        self.gated = gated
+        self.mlp_bias = mlp_bias
+        self.intermediate_size = intermediate_size
+        self.moe_layers = moe_layers or [num_experts > 0] * num_hidden_layers
+        self.moe_intermediate_size = moe_intermediate_size
+        self.shared_expert_intermediate_size = shared_expert_intermediate_size
+        self.shared_expert_gate = shared_expert_gate
+        self.num_experts = num_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.router = router
+        self.router_score_function = router_score_function
+        self.n_group = n_group
+        self.topk_group = topk_group
+        self.topk_scores_per_group = topk_scores_per_group
+        self.norm_topk_prob = norm_topk_prob
+        self.routed_scaling_factor = routed_scaling_factor
+        self.lm_head_bias = lm_head_bias
+        self.initializer_range = initializer_range
+        self.use_cache = use_cache
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+
+class LitGPTMoERMSNorm(nn.Module):
+    """Root-mean-square normalization, computed in float32."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * self.weight.to(wide.dtype)).to(x.dtype)
+
+
+def _norm(config, size):
+    return (LitGPTMoERMSNorm if config.norm == "rms" else nn.LayerNorm)(size, eps=config.norm_eps)
+
+
+def _rotate(x_BHTd: Tensor, cos_BTd: Tensor, sin_BTd: Tensor, interleave: bool) -> Tensor:
+    n = cos_BTd.size(-1)
+    x, rest = x_BHTd[..., :n], x_BHTd[..., n:]
+    cos, sin = cos_BTd.unsqueeze(1), sin_BTd.unsqueeze(1)
+    if interleave:
+        turned = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+    else:
+        turned = torch.cat((-x[..., n // 2 :], x[..., : n // 2]), dim=-1)
+    rotated = (x * cos + turned * sin).to(x_BHTd.dtype)
+    return torch.cat((rotated, rest), dim=-1) if rest.size(-1) else rotated
+
+
+class LitGPTMoEAttention(nn.Module):
+    """Causal attention with grouped queries and, per head, an optional learned sink logit."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.window = config.attention_windows[layer_idx]
+        D, d = config.hidden_size, config.head_dim
+        H, G = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = nn.Linear(D, H * d, bias=config.attention_bias)
+        self.k_proj = nn.Linear(D, G * d, bias=config.attention_bias)
+        self.v_proj = nn.Linear(D, G * d, bias=config.attention_bias)
+        self.o_proj = nn.Linear(H * d, D, bias=config.attention_out_bias)
+        if config.qk_norm != "none":
+            heads = (H, G) if config.qk_norm == "whole" else (1, 1)
+            self.q_norm, self.k_norm = (_norm(config, n * d) for n in heads)
+        self.sinks = nn.Parameter(torch.zeros(H)) if config.attention_sinks[layer_idx] else None
+
+    def forward(self, x_BTD: Tensor, rope, visible_BTS: Tensor, cache) -> Tensor:
+        d, qk_norm = self.config.head_dim, self.config.qk_norm
+        q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        if qk_norm == "whole":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (x.unflatten(-1, (-1, d)).transpose(1, 2) for x in (q, k, v))
+        if qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = (_rotate(x, *rope, self.config.rope_interleave) for x in (q, k))
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        visible = visible_BTS if self.window is None else visible_BTS & self._in_window(visible_BTS)
+        scale = self.config.attention_scale
+        if self.sinks is None:
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=visible.unsqueeze(1), scale=scale, enable_gqa=q.size(1) != k.size(1)
+            )
+        else:
+            y = self._with_sinks(q, k, v, visible, scale)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def _in_window(self, visible_BTS: Tensor) -> Tensor:
+        T, S = visible_BTS.shape[1:]
+        key_S = torch.arange(S, device=visible_BTS.device)
+        return key_S > key_S[S - T :, None] - self.window
+
+    def _with_sinks(self, q_BHTd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, visible_BTS: Tensor, scale: float) -> Tensor:
+        G = k_BGSd.size(1)
+        q_BGhTd = q_BHTd.unflatten(1, (G, -1))
+        scores = (q_BGhTd * scale) @ k_BGSd.unsqueeze(2).mT
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        scores = scores.masked_fill(~visible_BTS[:, None, None], -torch.inf)
+        sink = self.sinks.to(scores.dtype).view(1, G, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat((scores, sink), dim=-1).softmax(dim=-1)[..., :-1]
+        return (weights.to(v_BGSd.dtype) @ v_BGSd.unsqueeze(2)).flatten(1, 2)
+
+
+class LitGPTMoEMLP(nn.Module):
+    """A dense feed-forward network, with or without a gate."""
+
+    def __init__(self, config, width):
+        super().__init__()
+        self.act = _ACTIVATIONS[config.hidden_act]
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias) if config.gated else None
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up_proj(x)
+        return self.down_proj(self.act(up) if self.gate_proj is None else self.act(self.gate_proj(x)) * up)
+
+
+class LitGPTMoERouter(nn.Module):
+    """Chooses K experts per token and weighs them; float32 whatever the model's type."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
+        if config.router == "topk":
+            bias_E = torch.zeros(config.num_experts, dtype=torch.float32)
+            self.e_score_correction_bias = nn.Parameter(bias_E, requires_grad=False)
+
+    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        config, K = self.config, self.config.num_experts_per_tok
+        dtype = torch.promote_types(x_ND.dtype, torch.float32)
+        with torch.autocast(x_ND.device.type, enabled=False):
+            logits_NE = F.linear(x_ND.to(dtype), self.weight.to(dtype))
+        if config.router == "noisy_topk":
+            best = logits_NE.topk(K, dim=-1)
+            return best.values.softmax(dim=-1) * config.routed_scaling_factor, best.indices
+        scores_NE = logits_NE.sigmoid() if config.router_score_function == "sigmoid" else logits_NE.softmax(dim=-1)
+        biased_NE = scores_NE + self.e_score_correction_bias
+        if config.n_group > 1:
+            groups_NGe = biased_NE.unflatten(-1, (config.n_group, -1))
+            worth_NG = groups_NGe.topk(config.topk_scores_per_group, dim=-1).values.sum(dim=-1)
+            best_Ng = worth_NG.topk(config.topk_group, dim=-1).indices
+            closed_NG = torch.ones_like(worth_NG, dtype=torch.bool).scatter_(1, best_Ng, False)
+            biased_NE = groups_NGe.masked_fill(closed_NG.unsqueeze(-1), -torch.inf).flatten(1)
+        experts_NK = biased_NE.topk(K, dim=-1).indices
+        weights_NK = scores_NE.gather(1, experts_NK)
+        if config.norm_topk_prob:
+            weights_NK = weights_NK / (weights_NK.sum(dim=-1, keepdim=True) + 1e-20)
+        return weights_NK * config.routed_scaling_factor, experts_NK
+
+
+class LitGPTMoEExperts(nn.Module):
+    """Stacked feed-forward networks: `gate_up_proj` (E, 2F, D) or `up_proj` (E, F, D), and `down_proj` (E, D, F)."""
+
+    def __init__(self, config):
+        super().__init__()
+        E, D, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.num_experts, self.gated, self.act = E, config.gated, _ACTIVATIONS[config.hidden_act]
+        self.first, G = ("gate_up", 2 * width) if config.gated else ("up", width)
+        self.register_parameter(f"{self.first}_proj", nn.Parameter(torch.zeros(E, G, D)))
+        self.down_proj = nn.Parameter(torch.zeros(E, D, width))
+        biased = config.mlp_bias
+        self.register_parameter(f"{self.first}_bias", nn.Parameter(torch.zeros(E, G)) if biased else None)
+        self.register_parameter("down_bias", nn.Parameter(torch.zeros(E, D)) if biased else None)
+
+    def forward(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
+        up_EGD, up_bias_EG = getattr(self, f"{self.first}_proj"), getattr(self, f"{self.first}_bias")
+        y_ND = weights_NK.new_zeros(x_ND.shape)
+        for e in experts_NK.unique().tolist():
+            token, place = torch.where(experts_NK == e)
+            h = F.linear(x_ND[token], up_EGD[e], None if up_bias_EG is None else up_bias_EG[e])
+            if self.gated:
+                gate, up = h.chunk(2, dim=-1)
+                h = self.act(gate) * up
+            else:
+                h = self.act(h)
+            h = F.linear(h, self.down_proj[e], None if self.down_bias is None else self.down_bias[e])
+            y_ND.index_add_(0, token, h * weights_NK[token, place, None])
+        return y_ND.to(x_ND.dtype)
+
+
+class LitGPTMoESparseMLP(nn.Module):
+    """Routed experts, plus shared experts that every token visits."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate = LitGPTMoERouter(config)
+        self.experts = LitGPTMoEExperts(config)
+        width = config.shared_expert_intermediate_size
+        self.shared_experts = LitGPTMoEMLP(config, width) if width else None
+        gated = bool(width) and config.shared_expert_gate
+        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if gated else None
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_ND = x_BTD.flatten(0, 1)
+        y_BTD = self.experts(x_ND, *self.gate(x_ND)).view_as(x_BTD)
+        if self.shared_experts is None:
+            return y_BTD
+        shared_BTD = self.shared_experts(x_BTD)
+        if self.shared_expert_gate is not None:
+            shared_BTD = shared_BTD * self.shared_expert_gate(x_BTD).sigmoid()
+        return y_BTD + shared_BTD
+
+
+class LitGPTMoEDecoderLayer(nn.Module):
+    """Attention and feed-forward layer, each after a norm and beside a residual connection."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.input_layernorm = _norm(config, config.hidden_size)
+        self.self_attn = LitGPTMoEAttention(config, layer_idx)
+        self.post_attention_layernorm = _norm(config, config.hidden_size)
+        sparse = config.moe_layers[layer_idx]
+        self.mlp = LitGPTMoESparseMLP(config) if sparse else LitGPTMoEMLP(config, config.intermediate_size)
+
+    def forward(self, x_BTD: Tensor, rope, visible_BTS: Tensor, cache) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, visible_BTS, cache)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+class LitGPTMoEPreTrainedModel(PreTrainedModel):
+    """Loading and initialization."""
+
+    config_class = LitGPTMoEConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = False
+    _no_split_modules = ["LitGPTMoEDecoderLayer"]
+    _supports_sdpa = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        # A balancing bias in bfloat16 would choose other experts.
+        if any(config.moe_layers) and config.router == "topk":
+            self._keep_in_fp32_modules = self._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+
+    def _init_weights(self, module):
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, (LitGPTMoERMSNorm, nn.LayerNorm)):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, (LitGPTMoEExperts, LitGPTMoERouter)):
+            for name, parameter in module.named_parameters(recurse=False):
+                (nn.init.zeros_ if name.endswith("bias") else lambda p: nn.init.normal_(p, std=std))(parameter)
+
+
+class LitGPTMoEModel(LitGPTMoEPreTrainedModel):
+    """Embeddings, decoder layers and the final norm."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        learned = config.learned_positions
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
+        self.layers = nn.ModuleList(LitGPTMoEDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = _norm(config, config.hidden_size)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.embed_tokens = value
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None):
+        x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        B, T = x_BTD.shape[:2]
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        slot_S = torch.arange(past + T, device=x_BTD.device)
+        visible_BTS = (slot_S <= slot_S[past:, None]).expand(B, -1, -1)
+        if attention_mask is not None:
+            real_BS = attention_mask[:, : past + T].bool()
+            # A query that is padding sees itself, so that its softmax has something to sum.
+            visible_BTS = visible_BTS & (real_BS[:, None] | (slot_S == slot_S[past:, None]))
+            if position_ids is None:
+                position_ids = (real_BS.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+        if position_ids is None:
+            position_ids = slot_S[past:].expand(B, -1)
+        if self.embed_positions is not None:
+            x_BTD = x_BTD + self.embed_positions(position_ids)
+        rope = self._rope(position_ids)
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, rope, visible_BTS, past_key_values)
+        return self.norm(x_BTD)
+
+    def _rope(self, position_BT: Tensor) -> tuple[Tensor, Tensor] | None:
+        config = self.config
+        if not config.rope_inv_freq:
+            return None
+        inv_freq = torch.tensor(config.rope_inv_freq, dtype=torch.float32, device=position_BT.device)
+        angle = position_BT.float().unsqueeze(-1) * inv_freq
+        angle = angle.repeat_interleave(2, -1) if config.rope_interleave else torch.cat((angle, angle), dim=-1)
+        angle = angle[..., : config.rope_dim]
+        return angle.cos() * config.rope_attention_factor, angle.sin() * config.rope_attention_factor
+
+
+class LitGPTMoEForCausalLM(LitGPTMoEPreTrainedModel, GenerationMixin):
+    """The model with its output head."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = LitGPTMoEModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, value):
+        self.lm_head = value
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        **kwargs,
+    ):
+        """Return logits (B, T, vocabulary), the loss if there are labels, and the cache if one is used."""
+        if (self.config.use_cache if use_cache is None else use_cache) and past_key_values is None:
+            past_key_values = DynamicCache()
+        x_BTD = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(x_BTD[:, kept])
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)

@@ -1,0 +1,245 @@
+"""From a Hugging Face `config.json` to the model configuration that computes the same with this package's layers."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from litgpt_moe_ext.errors import SettingsError
+
+_Json = dict[str, Any]
+
+
+def model_settings(hf_dir: Path) -> tuple[str, _Json]:
+    """Return the model type of a checkpoint, and the fields of a `litgpt.Config`.
+
+    Args:
+        hf_dir: A directory with `config.json`.
+
+    Raises:
+        SettingsError: If the architecture is unknown, or asks for something that these layers do not compute.
+    """
+    path = hf_dir / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        model_type = raw["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SettingsError(
+            f"hf_dir: {str(path)!r} cannot be read ({error}); name a Hugging Face checkpoint"
+        ) from error
+    if model_type not in _READERS:
+        raise SettingsError(
+            f"hf_dir: {str(path)!r} is a {model_type}; known architectures: {', '.join(sorted(_READERS))}"
+        )
+    settings = _READERS[model_type](_with_defaults(hf_dir, raw))
+    return model_type, settings | {"name": hf_dir.resolve().name}
+
+
+def _with_defaults(hf_dir: Path, raw: _Json) -> _Json:
+    # What a config.json leaves out has the default of its class, which transformers knows.
+    from transformers import CONFIG_MAPPING
+
+    defaults = CONFIG_MAPPING[raw["model_type"]]().to_dict() if raw["model_type"] in CONFIG_MAPPING else {}
+    hf = defaults | raw
+    # transformers 5 gathers everything about rotary positions under one key.
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    hf["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", defaults.get("rope_theta", 10000.0)))
+    hf["partial_rotary_factor"] = rope.pop(
+        "partial_rotary_factor", raw.get("partial_rotary_factor", defaults.get("partial_rotary_factor", 1.0))
+    )
+    hf["rope"] = rope
+    return hf
+
+
+def _common(hf: _Json) -> _Json:
+    head_size = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+    if hf.get("hidden_act", "silu") != "silu":
+        raise SettingsError(f"hf_dir: hidden_act: {hf['hidden_act']} must be silu; this class is known with it only")
+    base = float(hf["rope_theta"])
+    return {
+        "block_size": hf["max_position_embeddings"],
+        "vocab_size": hf["vocab_size"],
+        "padded_vocab_size": hf["vocab_size"],
+        "n_layer": hf["num_hidden_layers"],
+        "n_embd": hf["hidden_size"],
+        "n_head": hf["num_attention_heads"],
+        "n_query_groups": hf.get("num_key_value_heads") or hf["num_attention_heads"],
+        "head_size": head_size,
+        "rope_base": int(base) if base.is_integer() else base,
+        "rotary_percentage": 1.0,
+        "rope_adjustments": _rope_adjustments(hf["rope"]),
+        "norm_class_name": "RMSNorm",
+        "norm_eps": hf["rms_norm_eps"],
+        "parallel_residual": False,
+        "bias": False,
+        "attention_class_name": "SinkAttention",
+        "attention_sinks": False,
+        "mlp_activation": "swiglu",
+    }
+
+
+def _rope_adjustments(rope: _Json) -> _Json | None:
+    keys = {key: value for key, value in rope.items() if value is not None}
+    kind = keys.pop("rope_type", keys.pop("type", "default"))
+    keys.pop("type", None)
+    if kind == "default":
+        return None
+    if kind not in ("linear", "llama3", "yarn"):
+        raise SettingsError(f"hf_dir: rope_type: {kind} must be default, linear, llama3 or yarn")
+    original = keys.pop("original_max_position_embeddings", None)
+    if original is not None:
+        keys["original_max_seq_len"] = original
+    if kind == "yarn":
+        # Says which rule this is also where all of YaRN's keys have their defaults.
+        keys.setdefault("beta_fast", 32.0)
+    return keys
+
+
+def _dense(hf: _Json) -> _Json:
+    return _common(hf) | {"mlp_class_name": "FeedForward", "intermediate_size": hf["intermediate_size"]}
+
+
+def _llama(hf: _Json) -> _Json:
+    _require_alike(hf, "attention_bias", "mlp_bias")
+    return _dense(hf) | {"bias": hf["attention_bias"]}
+
+
+def _qwen3(hf: _Json) -> _Json:
+    _refuse(hf, "attention_bias", "use_sliding_window")
+    return _dense(hf) | {"norm_qk": True}
+
+
+def _moe(hf: _Json, n_expert: str = "num_experts", width: str = "moe_intermediate_size") -> _Json:
+    return _common(hf) | {
+        "mlp_class_name": "SharedExpertMoE",
+        "n_expert": hf[n_expert],
+        "n_expert_per_token": hf["num_experts_per_tok"],
+        "moe_intermediate_size": hf[width],
+        "norm_topk_prob": hf.get("norm_topk_prob", True),
+        "router_score_function": "softmax",
+        "router_bias_update_rate": 0.0,
+    }
+
+
+def _mixtral(hf: _Json) -> _Json:
+    return _moe(hf, "num_local_experts", "intermediate_size") | {"sliding_window_size": hf.get("sliding_window")}
+
+
+def _qwen3_moe(hf: _Json) -> _Json:
+    _refuse(hf, "attention_bias", "use_sliding_window")
+    return _moe(hf) | {"norm_qk": True} | _qwen_pattern(hf)
+
+
+def _qwen2_moe(hf: _Json) -> _Json:
+    _refuse(hf, "use_sliding_window")
+    shared = {
+        "n_shared_expert": 1,
+        "shared_expert_gate": True,
+        "shared_expert_intermediate_size": hf["shared_expert_intermediate_size"],
+    }
+    return _moe(hf) | {"attn_bias": hf.get("qkv_bias", True)} | shared | _qwen_pattern(hf)
+
+
+def _olmoe(hf: _Json) -> _Json:
+    _refuse(hf, "attention_bias", "clip_qkv")
+    return _moe(hf, width="intermediate_size") | {"norm_qk": True, "norm_qk_type": "olmo2"}
+
+
+def _ernie(hf: _Json) -> _Json:
+    _refuse(hf, "use_bias")
+    last = hf["num_hidden_layers"] - 1
+    if hf["moe_layer_interval"] != 1 or hf["moe_layer_end_index"] not in (-1, last):
+        raise SettingsError("hf_dir: moe_layer_interval and moe_layer_end_index must make all last layers MoE layers")
+    settings = _moe(hf | {"num_experts": hf["moe_num_experts"], "num_experts_per_tok": hf["moe_k"]})
+    return settings | {
+        "norm_topk_prob": True,
+        "router_bias_update_rate": 0.001,
+        "n_shared_expert": hf["moe_num_shared_experts"] or None,
+        **_first_dense(hf, hf["moe_layer_start_index"]),
+    }
+
+
+def _glm(hf: _Json) -> _Json:
+    groups = hf["n_group"] > 1
+    return _moe(hf, "n_routed_experts") | {
+        "rotary_percentage": hf["partial_rotary_factor"],
+        "norm_qk": hf["use_qk_norm"],
+        "attn_bias": hf["attention_bias"],
+        "router_score_function": "sigmoid",
+        "router_bias_update_rate": 0.001,
+        "n_shared_expert": hf["n_shared_experts"],
+        "n_expert_groups": hf["n_group"] if groups else None,
+        "n_topk_groups": hf["topk_group"] if groups else None,
+        "n_topk_scores_per_group": 2 if groups else None,
+        "routed_scaling_factor": hf["routed_scaling_factor"],
+        **_first_dense(hf, hf["first_k_dense_replace"]),
+    }
+
+
+def _gpt2(hf: _Json) -> _Json:
+    activation = {"gelu_new": "gelu", "gelu": "gelu", "relu": "relu"}.get(hf["activation_function"])
+    if activation is None:
+        raise SettingsError(f"hf_dir: activation_function: {hf['activation_function']} must be gelu_new, gelu or relu")
+    return {
+        "block_size": hf["n_positions"],
+        "vocab_size": hf["vocab_size"],
+        "padded_vocab_size": hf["vocab_size"],
+        "n_layer": hf["n_layer"],
+        "n_embd": hf["n_embd"],
+        "n_head": hf["n_head"],
+        "n_query_groups": hf["n_head"],
+        "position_embedding": "learned",
+        "rotary_percentage": 0.0,
+        "norm_class_name": "LayerNorm",
+        "norm_eps": hf["layer_norm_epsilon"],
+        "parallel_residual": False,
+        "bias": True,
+        "attention_class_name": "SinkAttention",
+        "attention_sinks": False,
+        "mlp_class_name": "FeedForward",
+        "mlp_activation": activation,
+        "gelu_approximate": "tanh" if hf["activation_function"] == "gelu_new" else "none",
+        "intermediate_size": hf["n_inner"] or 4 * hf["n_embd"],
+    }
+
+
+def _qwen_pattern(hf: _Json) -> _Json:
+    n_layer, step = hf["num_hidden_layers"], hf["decoder_sparse_step"]
+    only = set(hf.get("mlp_only_layers") or ())
+    dense = [i in only or (i + 1) % step != 0 for i in range(n_layer)]
+    for first in range(n_layer):
+        for every in range(1, n_layer + 1):
+            if dense == [i < first or (i - first + 1) % every != 0 for i in range(n_layer)]:
+                settings = _first_dense(hf, first)
+                if every > 1:
+                    settings |= {"decoder_sparse_step": every, "intermediate_size": hf["intermediate_size"]}
+                return settings
+    raise SettingsError(f"hf_dir: mlp_only_layers: {sorted(only)} must be the first layers, or every nth")
+
+
+def _first_dense(hf: _Json, first: int) -> _Json:
+    return {"first_k_dense_replace": first, "intermediate_size": hf["intermediate_size"]} if first else {}
+
+
+def _refuse(hf: _Json, *names: str) -> None:
+    for name in names:
+        if hf.get(name):
+            raise SettingsError(f"hf_dir: {name}: {hf[name]} must be off; this package computes the class without it")
+
+
+def _require_alike(hf: _Json, first: str, second: str) -> None:
+    if bool(hf.get(first)) != bool(hf.get(second)):
+        raise SettingsError(f"hf_dir: {first}: {hf.get(first)} and {second}: {hf.get(second)} must be alike")
+
+
+_READERS: dict[str, Callable[[_Json], _Json]] = {
+    "gpt2": _gpt2,
+    "llama": _llama,
+    "qwen3": _qwen3,
+    "mixtral": _mixtral,
+    "qwen2_moe": _qwen2_moe,
+    "qwen3_moe": _qwen3_moe,
+    "olmoe": _olmoe,
+    "ernie4_5_moe": _ernie,
+    "glm4_moe": _glm,
+}

@@ -1,0 +1,101 @@
+"""Exported models compute what the originals compute."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.export.hf.write import export_checkpoint
+from tests.export.hf.models import CASES, make_checkpoint
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_and_tokens_equal_the_originals(tmp_path, name):
+    class_name, settings, biased = CASES[name]
+    model = make_checkpoint(tmp_path / "checkpoint", settings, biased)
+    export = export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
+    assert export.class_name == class_name, export.rejected
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    assert type(theirs).__name__ == class_name
+    tokens = torch.randint(settings["vocab_size"], (2, 48), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = model(tokens)
+        torch.testing.assert_close(theirs(tokens).logits, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+        written = theirs.generate(tokens[:1, :8], max_new_tokens=24, do_sample=False, eos_token_id=None)
+        text = tokens[:1, :8]
+        for _ in range(24):
+            text = torch.cat([text, model(text)[:, -1:].argmax(-1)], dim=1)
+    assert written.tolist() == text.tolist()
+
+
+def test_padding_on_the_left_changes_nothing(tmp_path):
+    _, settings, biased = CASES["code-moe"]
+    make_checkpoint(tmp_path / "checkpoint", settings, biased)
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    tokens = torch.randint(97, (1, 20))
+    padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), tokens], dim=1)
+    mask = torch.tensor([[0] * 5 + [1] * 20])
+    with torch.inference_mode():
+        expected = theirs(tokens).logits
+        torch.testing.assert_close(theirs(padded, attention_mask=mask).logits[:, 5:], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_shards(tmp_path):
+    _, settings, biased = CASES["glm"]
+    model = make_checkpoint(tmp_path / "checkpoint", settings, biased)
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", dtype="bfloat16", max_shard_bytes=20_000)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = set(index["weight_map"].values())
+    assert len(files) > 2
+    assert all((tmp_path / "out" / file).stat().st_size < 30_000 for file in files)
+    with safe_open(tmp_path / "out" / index["weight_map"]["lm_head.weight"], "pt") as file:
+        assert torch.equal(file.get_tensor("lm_head.weight"), model.lm_head.weight.bfloat16())
+    name = "model.layers.0.mlp.gate.e_score_correction_bias"
+    with safe_open(tmp_path / "out" / index["weight_map"][name], "pt") as file:
+        assert file.get_tensor(name).dtype == torch.float32
+        assert file.get_tensor(name).min() == 0
+
+
+class TestRefusals:
+    def test_existing_directory(self, tmp_path):
+        make_checkpoint(tmp_path / "checkpoint", *CASES["llama"][1:])
+        (tmp_path / "out").mkdir()
+        with pytest.raises(SettingsError, match="out_dir: .* exists"):
+            export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
+
+    def test_no_checkpoint(self, tmp_path):
+        with pytest.raises(SettingsError, match="has no model_config.yaml"):
+            export_checkpoint(tmp_path, tmp_path / "out")
+
+    def test_missing_weights(self, tmp_path):
+        make_checkpoint(tmp_path / "checkpoint", *CASES["llama"][1:])
+        file = tmp_path / "checkpoint" / "lit_model.pth"
+        state = torch.load(file)
+        del state["transformer.h.1.mlp.fc_1.weight"]
+        torch.save(state, file)
+        with pytest.raises(SettingsError, match=r"missing \['transformer.h.1.mlp.fc_1.weight'\]"):
+            export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+    def test_a_model_from_the_future(self, tmp_path):
+        make_checkpoint(tmp_path / "checkpoint", *CASES["llama"][1:])
+        with (tmp_path / "checkpoint" / "model_config.yaml").open("a") as file:
+            file.write("attention_telepathy: true\n")
+        with pytest.raises(SettingsError, match="attention_telepathy"):
+            export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
+
+    @pytest.mark.parametrize(
+        "change", [{"parallel_residual": True}, {"router_type": "hash"}, {"post_mlp_norm": True}], ids=str
+    )
+    def test_what_nothing_expresses(self, tmp_path, change):
+        settings = {**CASES["mixtral"][1], **change}
+        if "router_type" in change:
+            settings = {k: v for k, v in settings.items() if not k.startswith("router_") and k != "norm_topk_prob"}
+            settings |= change
+        make_checkpoint(tmp_path / "checkpoint", settings, False)
+        with pytest.raises(SettingsError, match=next(iter(change))):
+            export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")

@@ -1,0 +1,101 @@
+"""Imported models compute what transformers computes, and are what was exported."""
+
+import json
+
+import pytest
+import torch
+from litgpt import GPT, Config
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.export.hf.read import import_checkpoint
+from litgpt_moe_ext.export.hf.write import export_checkpoint
+from tests.export.hf.models import CASES, make_checkpoint
+
+KNOWN = [name for name, (class_name, _, _) in CASES.items() if not class_name.startswith("LitGPT")]
+
+
+@pytest.fixture
+def exported(tmp_path, request):
+    _, settings, biased = CASES[request.param]
+    model = make_checkpoint(tmp_path / "checkpoint", settings, biased)
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "hf")
+    return tmp_path, model
+
+
+@pytest.mark.parametrize("exported", KNOWN, indirect=True)
+def test_round_trip(exported):
+    folder, original = exported
+    import_checkpoint(folder / "hf", folder / "back")
+    model = GPT(Config.from_file(folder / "back" / "model_config.yaml"))
+    model.load_state_dict(torch.load(folder / "back" / "lit_model.pth", weights_only=True))
+    state, expected = model.state_dict(), original.state_dict()
+    for name, tensor in expected.items():
+        if name.endswith("correction_bias"):
+            # Exported with the smallest at 0: the same choice.
+            torch.testing.assert_close(state[name] - state[name].mean(), tensor - tensor.mean(), rtol=0, atol=1e-6)
+        else:
+            assert torch.equal(state[name], tensor), name
+    surplus = set(state) - set(expected)
+    assert all(name.endswith("bias") and not state[name].any() for name in surplus)
+
+
+@pytest.mark.parametrize("exported", ["qwen3-moe"], indirect=True)
+def test_stacked_experts(exported):
+    """As transformers 5 has them in memory."""
+    folder, original = exported
+    file = folder / "hf" / "model.safetensors"
+    state = load_file(file)
+    layer = "model.layers.1.mlp.experts."
+    get = lambda part: torch.stack([state.pop(f"{layer}{e}.{part}.weight") for e in range(7)])  # noqa: E731
+    gate, up, down = get("gate_proj"), get("up_proj"), get("down_proj")
+    state |= {layer + "gate_up_proj": torch.cat([gate, up], dim=1), layer + "down_proj": down}
+    save_file(state, file)
+    import_checkpoint(folder / "hf", folder / "back")
+    back = torch.load(folder / "back" / "lit_model.pth", weights_only=True)
+    assert torch.equal(back["transformer.h.1.mlp.experts.gate_up_proj"], torch.cat([gate, up], dim=1))
+    assert torch.equal(back["transformer.h.1.mlp.experts.down_proj"], down)
+
+
+@pytest.mark.parametrize("exported", ["mixtral"], indirect=True)
+class TestRefusals:
+    def test_unknown_architecture(self, exported):
+        folder, _ = exported
+        config = json.loads((folder / "hf" / "config.json").read_text())
+        (folder / "hf" / "config.json").write_text(json.dumps(config | {"model_type": "telepathy"}))
+        with pytest.raises(SettingsError, match="is a telepathy; known architectures: .*mixtral"):
+            import_checkpoint(folder / "hf", folder / "back")
+
+    def test_missing_and_surplus_tensors(self, exported):
+        folder, _ = exported
+        file = folder / "hf" / "model.safetensors"
+        state = load_file(file)
+        state["model.telepathy"] = state.pop("model.norm.weight")
+        save_file(state, file)
+        with pytest.raises(SettingsError, match=r"missing \['model.norm.weight'\], surplus \['model.telepathy'\]"):
+            import_checkpoint(folder / "hf", folder / "back")
+        assert not (folder / "back").exists()
+
+    def test_cut_off_file(self, exported):
+        folder, _ = exported
+        file = folder / "hf" / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+        with pytest.raises(SettingsError, match="model.safetensors' cannot be read"):
+            import_checkpoint(folder / "hf", folder / "back")
+
+
+def test_tied_embeddings_are_stored_once(tmp_path):
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    theirs = AutoModelForCausalLM.from_config(config).eval()
+    theirs.save_pretrained(tmp_path / "hf")
+    ours = GPT(import_checkpoint(tmp_path / "hf", tmp_path / "back"))
+    ours.load_state_dict(torch.load(tmp_path / "back" / "lit_model.pth", weights_only=True))
+    tokens = torch.randint(97, (2, 20))
+    with torch.inference_mode():
+        torch.testing.assert_close(ours.eval()(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
