@@ -29,13 +29,14 @@ litgpt_moe_ext.register()
 from litgpt import Config  # noqa: E402
 from litgpt.model import CausalSelfAttention  # noqa: E402
 
-from litgpt_moe_ext.attention.causal import Softmax, causal_attention  # noqa: E402
+from litgpt_moe_ext.attention.causal_attention import causal_attention  # noqa: E402
 from litgpt_moe_ext.attention.documents import find_documents  # noqa: E402
 from litgpt_moe_ext.attention.layer import SinkAttention  # noqa: E402
 from litgpt_moe_ext.attention.rope import build_rope_cache  # noqa: E402
+from litgpt_moe_ext.attention.sinks import Softmax  # noqa: E402
 
-H, G, D = 12, 4, 64
-SCALE = D**-0.5
+H, G, d = 12, 4, 64
+SCALE = d**-0.5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -59,7 +60,7 @@ def documents_of(length: int, T: int) -> object:
 
 def make_inputs(T: int, dtype: torch.dtype, requires_grad: bool) -> list[torch.Tensor]:
     """Return q, k and v of one sequence."""
-    return [torch.randn(1, heads, T, D, dtype=dtype).requires_grad_(requires_grad) for heads in (H, G, G)]
+    return [torch.randn(1, heads, T, d, dtype=dtype).requires_grad_(requires_grad) for heads in (H, G, G)]
 
 
 def run_forward(attend: Attend, inputs: list[torch.Tensor]) -> None:
@@ -126,7 +127,7 @@ def print_attention(rounds: int) -> None:
         for dtype_name, dtype in DTYPES.items():
             for is_training in (False, True):
                 inputs = make_inputs(T, dtype, is_training)
-                dout = torch.randn(1, H, T, D, dtype=dtype)
+                dout = torch.randn(1, H, T, d, dtype=dtype)
                 calls = {}
                 for name, attend in {"sdpa": sdpa, **contenders(T)}.items():
                     if name in skipped[T]:
@@ -145,7 +146,7 @@ def print_attention(rounds: int) -> None:
 def make_config(n_query_groups: int, **changes: object) -> Config:
     """Return the configuration of one layer."""
     return Config(
-        n_layer=1, n_head=H, n_query_groups=n_query_groups, head_size=D, n_embd=H * D, block_size=2048,
+        n_layer=1, n_head=H, n_query_groups=n_query_groups, head_size=d, n_embd=H * d, block_size=2048,
         padded_vocab_size=64, rotary_percentage=1.0, bias=False, **changes,
     )  # fmt: skip
 
@@ -186,11 +187,11 @@ def print_decoding(rounds: int) -> None:
                 }
                 cos, sin = (table[None, -1:].to(dtype) for table in build_rope_cache(layers["sinks"].config, S))
                 position, mask = torch.tensor([S - 1]), torch.ones(1, 1, 1, S, dtype=torch.bool)
-                x = torch.randn(B, 1, H * D, dtype=dtype)
+                x = torch.randn(B, 1, H * d, dtype=dtype)
                 calls = {}
                 for name, layer in layers.items():
                     layer.to(dtype).eval()
-                    layer.kv_cache = layer.build_kv_cache(B, S, D, dtype=dtype)
+                    layer.kv_cache = layer.build_kv_cache(B, S, d, dtype=dtype)
                     # Memory that has never been written is one page of zeros, which is read from the first-level cache.
                     layer.kv_cache.k.normal_(), layer.kv_cache.v.normal_()
                     calls[name] = partial(layer, x, cos, sin, mask, position, S)
@@ -206,7 +207,7 @@ def peak_mebibytes(name: str) -> float:
     torch.set_num_threads(1)
     T = 2048
     attend = {"sdpa": sdpa, **contenders(T)}[name]
-    inputs, dout = make_inputs(T, torch.float32, True), torch.randn(1, H, T, D)
+    inputs, dout = make_inputs(T, torch.float32, True), torch.randn(1, H, T, d)
     # A small call first, so that what the libraries keep for themselves does not count.
     small = make_inputs(64, torch.float32, True)
     run_training(sdpa, small, dout[:, :, :64])
@@ -252,7 +253,7 @@ def describe_machine() -> str:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return (
         f"{cpu}, one thread, {torch.backends.cpu.get_cpu_capability()}; Python {platform.python_version()}, torch "
-        f"{torch.__version__}, commit {commit or 'unknown'}; {H} query heads, {G} key/value heads, head size {D}"
+        f"{torch.__version__}, commit {commit or 'unknown'}; {H} query heads, {G} key/value heads, head size {d}"
     )
 
 

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import statistics
-import sysconfig
 import tempfile
 import time
 from functools import partial
@@ -18,12 +17,12 @@ from pathlib import Path
 
 os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
 
-from litgpt_moe_ext.data.pipeline.corpus import open_corpus
+from litgpt_moe_ext.data.corpora.python_stdlib import PythonStdlib
 from litgpt_moe_ext.data.pipeline.encoding import count_cores
-from litgpt_moe_ext.data.pipeline.python_files import GENERATED_FOLDERS, read_python_files
+from litgpt_moe_ext.data.pipeline.preparation import CorpusSettings, prepare_corpus
 from litgpt_moe_ext.data.pipeline.readers import TextFormat, documents
 from litgpt_moe_ext.data.pipeline.sources import FileHashes, file_sources
-from litgpt_moe_ext.data.pipeline.text_corpus import CorpusSettings, prepare_text_corpus
+from litgpt_moe_ext.data.pipeline.store import open_corpus
 from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, open_for_documents, train_bpe
 from litgpt_moe_ext.data.pipeline.tokenizer_files import read_tokenizer
 
@@ -34,9 +33,9 @@ PARTS = 4
 def write_parts(folder: Path, megabytes: float) -> list[Path]:
     """Writes about so much text as JSON lines, divided among `PARTS` files."""
     left, texts = megabytes * 1e6, []
-    for document in read_python_files(Path(sysconfig.get_path("stdlib")), GENERATED_FOLDERS).documents:
-        texts.append(document.text)
-        left -= len(document.text)
+    for source in PythonStdlib().sources(FileHashes(folder)):
+        texts += [record.text for record in source.records()]
+        left -= len(texts[-1])
         if left < 0:
             break
     paths = [folder / f"{part}.jsonl" for part in range(PARTS)]
@@ -117,7 +116,7 @@ def main() -> None:
         for turn in range(3):
             for workers in times:
                 started = time.perf_counter()
-                ours = prepare_text_corpus(folder / f"{workers}_{turn}", sources, settings, workers, verbose=False)
+                ours = prepare_corpus(folder / f"{workers}_{turn}", sources, settings, workers, verbose=False)
                 times[workers].append(time.perf_counter() - started)
         speeds = {
             f"ours, {workers} process(es)": size / 1e6 / statistics.median(taken) for workers, taken in times.items()

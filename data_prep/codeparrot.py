@@ -1,57 +1,14 @@
-"""Prepares CodeParrot-clean ahead of a run: tokenizer, token shards, manifest.
+"""Prepare CodeParrot-clean ahead of a run: tokenizer, token shards, manifest.
 
-    uv run python data_prep/codeparrot.py --source_path shards/ --tokenizer_dir starcoder2/
-
-A training run with ``CodeParrot`` and the same settings finds the result; without this
-script it prepares it itself.
+uv run python data_prep/codeparrot.py --source_path shards/ --tokenizer_dir starcoder2/
 """
 
-from pathlib import Path
-from typing import Literal
+from functools import partial
 
-from litgpt_moe_ext.data.pipeline.corpora import CodeParrot
-from litgpt_moe_ext.data.pipeline.scripts import prepare, run_script
-from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings
+from litgpt_moe_ext.data.command_line import prepare_from_command_line
+from litgpt_moe_ext.data.corpora.code_parrot import CodeParrot
 
-
-def main(
-    source_path: Path | None = None,
-    data_path: Path = Path("data/codeparrot"),
-    tokenizer_dir: Path | None = None,
-    bpe: BPESettings | None = None,
-    prepend_bos: bool = False,
-    val_fraction: float = 0.05,
-    field: str = "content",
-    invalid_utf8: Literal["error", "replace"] = "error",
-    workers: int | None = None,
-    seed: int = 42,
-    streaming: bool = False,
-    log_to_wandb: bool = False,
-    wandb_artifact: str | None = None,
-    wandb_project: str | None = None,
-) -> None:
-    """Prepare CodeParrot-clean.
-
-    Args:
-        source_path: Folder with file-*.json.gz, of which the last validates. Default: the data sets on the hub.
-        data_path: Cache folder; every corpus gets a folder of its own in it.
-        tokenizer_dir: Tokenizer in Hugging Face format (or GPT-2's vocabulary and merges) to encode with.
-        bpe: Instead: train a BPE tokenizer, for example with --bpe.vocab_size 2048.
-        prepend_bos: Whether each document starts with the BOS token. Each ends with EOS.
-        val_fraction: Share of the documents that validate where no files are named for it.
-        field: JSON key, or column, that holds the text.
-        invalid_utf8: What to do about bytes that are no UTF-8.
-        workers: Processes that encode. Default: one per core; below 32 MB one, with a thread per core.
-        seed: Decides which documents validate.
-        streaming: Without source_path: read the hub's files as they are encoded, instead of downloading them first.
-        log_to_wandb: Log the corpus as a W&B artifact; WANDB_MODE=offline keeps it for `wandb sync`.
-        wandb_artifact: Name of the artifact.
-        wandb_project: W&B project of the artifact.
-    """
-    settings = dict(locals())
-    wandb = {name: settings.pop(name) for name in ("log_to_wandb", "wandb_artifact", "wandb_project")}
-    prepare(CodeParrot(**settings).prepare, **wandb)
-
+main = partial(prepare_from_command_line, CodeParrot)
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

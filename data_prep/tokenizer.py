@@ -1,20 +1,22 @@
-"""Makes a tokenizer directory that LitGPT and transformers read, for shards of tokens that need no other preparation.
+"""Make a tokenizer directory that LitGPT and transformers read, for shards of tokens that need no other preparation.
 
     uv run python data_prep/tokenizer.py --source_path gpt2/ --out_dir data/tokenizers/gpt2
 
-GPT-2's vocabulary and merges become a ``tokenizer.json`` with its end-of-text token; a tokenizer in Hugging Face format
+GPT-2's vocabulary and merges become a `tokenizer.json` with its end-of-text token; a tokenizer in Hugging Face format
 is copied and checked.
 """
 
+import tempfile
 from pathlib import Path
 
-from litgpt_moe_ext.data.pipeline.corpus import atomic_directory
-from litgpt_moe_ext.data.pipeline.scripts import run_script
+from litgpt_moe_ext.data.command_line import with_errors_in_one_line
+from litgpt_moe_ext.data.pipeline.store import publish
 from litgpt_moe_ext.data.pipeline.tokenizer import require_eos
 from litgpt_moe_ext.data.pipeline.tokenizer_files import read_tokenizer, write_tokenizer
+from litgpt_moe_ext.errors import SettingsError
 
 
-def main(source_path: Path, out_dir: Path) -> None:
+def make_tokenizer(source_path: Path, out_dir: Path) -> None:
     """Make a tokenizer directory.
 
     Args:
@@ -23,15 +25,25 @@ def main(source_path: Path, out_dir: Path) -> None:
     """
     files = read_tokenizer(source_path)
     if out_dir.exists():
-        raise FileExistsError(f"out_dir={str(out_dir)!r} exists. Move it, or name another.")
-    with atomic_directory(out_dir) as directory:
+        raise SettingsError(f"out_dir: {str(out_dir)!r} exists; move it, or name another")
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=".tokenizer-") as folder:
+        directory = Path(folder) / out_dir.name
         write_tokenizer(files, directory)
         try:
             eos_id = require_eos(directory)
-        except ValueError as error:
-            raise ValueError(str(error).replace(str(directory), str(source_path))) from error
+        except SettingsError as error:
+            raise SettingsError(str(error).replace(str(directory), str(source_path))) from error
+        publish(directory, out_dir)
     print(f"tokenizer_dir for LitGPT: {out_dir} (end of text: {eos_id})", flush=True)
 
 
+def main(arguments: list[str] | None = None) -> None:
+    """Run the script with a command line; None takes it from `sys.argv`."""
+    from jsonargparse import auto_cli
+
+    with_errors_in_one_line(lambda: auto_cli(make_tokenizer, as_positional=False, args=arguments))
+
+
 if __name__ == "__main__":
-    run_script(main)
+    main()

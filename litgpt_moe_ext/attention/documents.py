@@ -3,18 +3,21 @@
 A token sees the tokens of its own document up to itself. An EOS token belongs to the document it ends; a BOS token
 begins one.
 
-Shape suffixes: B batch, T tokens, S positions of the cache, N = B * T.
+Shape legend: B batch, T tokens, S positions of the cache, N = B * T.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-# The offsets of a CUDA batch get a fixed size, as reading the true one would make the host wait. It has room for this
-# mean length of documents, which also bounds the number of empty blocks that the kernel starts.
-_MIN_MEAN_LENGTH = 16
+# The offsets of a CUDA batch get a fixed size, because reading the true one would make the host wait. Every sequence
+# has room for documents of this mean length and for this many more. For unused room the kernel starts empty blocks.
+_MEAN_LENGTH = 16
+_MORE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +29,18 @@ class Documents:
         lengths: Number of tokens of each document, in the order of the B * T tokens; the end of a sequence ends a
             document too. Known on a CPU, else `None`.
         offsets: The same as running sums from 0, int32, padded with B * T; on a CUDA device, else `None`.
+        overflow: 0, or NaN where there are more documents than `offsets` has room for, a scalar on the device; with
+            `offsets` only. To be added to what goes through the model, so that a wrong result cannot be mistaken for a
+            right one. (A failed assertion on the device would take every tensor of the process with it.)
     """
 
-    start_BT: torch.Tensor
+    start_BT: Tensor
     lengths: tuple[int, ...] | None = None
-    offsets: torch.Tensor | None = None
+    offsets: Tensor | None = None
+    overflow: Tensor | None = None
 
 
-def find_documents(idx_BT: torch.Tensor, boundary: Literal["eos", "bos"], token_id: int) -> Documents:
+def find_documents(idx_BT: Tensor, boundary: Literal["eos", "bos"], token_id: int) -> Documents:
     """Find the documents in a batch of sequences.
 
     Args:
@@ -51,38 +58,40 @@ def find_documents(idx_BT: torch.Tensor, boundary: Literal["eos", "bos"], token_
     position_T = torch.arange(idx_BT.size(1), device=idx_BT.device)
     start_BT = torch.where(begins_BT, position_T, 0).cummax(dim=1).values
     if idx_BT.is_cuda:
-        return Documents(start_BT, offsets=document_offsets(start_BT == position_T))
+        offsets, overflow = document_offsets(start_BT == position_T)
+        return Documents(start_BT, offsets=offsets, overflow=overflow)
     if idx_BT.device.type != "cpu" or torch.compiler.is_compiling():
         return Documents(start_BT)
     edges = [*(start_BT == position_T).flatten().nonzero().flatten().tolist(), idx_BT.numel()]
     return Documents(start_BT, lengths=tuple(end - begin for begin, end in zip(edges, edges[1:], strict=False)))
 
 
-def document_offsets(is_first_BT: torch.Tensor) -> torch.Tensor:
+def document_offsets(is_first_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Turn marks on the first token of every document into running sums of lengths, without reading any value.
 
     Args:
         is_first_BT: True for first tokens, bool; the first token of every sequence is one.
 
     Returns:
-        int32, of a length that depends on B and T only. The entries behind the last document are B * T, which makes
-        empty documents. More documents than fit fail an assertion on the device.
+        Offsets, int32, of a length that depends on B and T only: there is room for T / 16 + 64 documents in every
+        sequence, which for up to 68 tokens is always enough. The entries behind the last document are B * T, which
+        makes empty documents. And 0, or NaN where documents did not fit and the last offset is wrong.
     """
     is_first_N = is_first_BT.flatten()
-    N = is_first_N.numel()
-    capacity = is_first_BT.size(0) * max(1, is_first_BT.size(1) // _MIN_MEAN_LENGTH)
+    B, T = is_first_BT.shape
+    N, device = B * T, is_first_BT.device
+    capacity = min(N, B * (T // _MEAN_LENGTH + _MORE))
     document_N = is_first_N.cumsum(0) - 1
-    torch._assert_async(
-        document_N[-1] < capacity,
-        f"more than {capacity} documents in a batch of shape {tuple(is_first_BT.shape)}: documents shorter than "
-        f"{_MIN_MEAN_LENGTH} tokens on average need attention_document_boundary: null",
-    )
-    offsets = torch.full((capacity + 1,), N, dtype=torch.int32, device=is_first_BT.device)
-    position_N = torch.arange(N, dtype=torch.int32, device=is_first_BT.device)
-    return offsets.scatter_reduce(0, document_N.clamp(max=capacity), position_N, "amin")
+    overflow = torch.where(document_N[-1] < capacity, 0.0, math.nan)
+    offsets = torch.full((capacity + 1,), N, dtype=torch.int32, device=device)
+    position_N = torch.arange(N, dtype=torch.int32, device=device)
+    offsets = offsets.scatter_reduce(0, document_N.clamp(max=capacity), position_N, "amin")
+    # What does not fit belongs to the last document, which ends with the batch.
+    offsets[-1] = N
+    return offsets, overflow
 
 
-def document_mask(position: torch.Tensor, start_BT: torch.Tensor, n_keys: int) -> torch.Tensor:
+def document_mask(position: Tensor, start_BT: Tensor, n_keys: int) -> Tensor:
     """Tell which of the first `n_keys` positions belong to the document of each query and do not follow it.
 
     Args:
@@ -99,9 +108,9 @@ def document_mask(position: torch.Tensor, start_BT: torch.Tensor, n_keys: int) -
 
 
 def remember_documents(
-    starts_BS: torch.Tensor,
-    idx_BT: torch.Tensor,
-    input_pos: torch.Tensor,
+    starts_BS: Tensor,
+    idx_BT: Tensor,
+    input_pos: Tensor,
     boundary: Literal["eos", "bos"],
     token_id: int,
 ) -> Documents:

@@ -1,22 +1,27 @@
 """The attention layer that `attention_class_name: SinkAttention` puts into LitGPT's blocks.
 
-Shape suffixes: B batch, T tokens of this call, S positions of the cache, C model width, H query heads,
-G key/value heads, D head size.
+Shape legend: B batch, T tokens of this call, S positions of the cache, D model width, H query heads, G key/value heads,
+d head size.
 """
 
 import math
+from typing import cast
 
 import torch
 import torch.nn as nn
 from litgpt.config import Config
 from litgpt.model import CausalSelfAttention, KVCache, apply_rope, apply_rope_interleave
+from torch import Tensor
 
-from litgpt_moe_ext.attention.causal import Softmax, causal_attention
+from litgpt_moe_ext.attention.cache_positions import position_range
+from litgpt_moe_ext.attention.causal_attention import causal_attention
+from litgpt_moe_ext.attention.derived import derived
 from litgpt_moe_ext.attention.documents import Documents, document_mask
-from litgpt_moe_ext.attention.positions import position_range
-from litgpt_moe_ext.attention.sinks import sink_attention
-from litgpt_moe_ext.attention.streaming import StreamingKVCache, streaming_attention
-from litgpt_moe_ext.attention.window import window_mask
+from litgpt_moe_ext.attention.kernels.choice import capability_of, choose
+from litgpt_moe_ext.attention.kernels.registry import EAGER, KERNELS, Ability, Workload, load_functions
+from litgpt_moe_ext.attention.sinks import Softmax, sink_attention
+from litgpt_moe_ext.attention.sliding_window import window_mask
+from litgpt_moe_ext.attention.streaming_cache import Stream, StreamingKVCache, streaming_attention
 from litgpt_moe_ext.config.features import has_sinks
 from litgpt_moe_ext.config.rules import check_derived
 
@@ -47,6 +52,7 @@ class SinkAttention(CausalSelfAttention):
 
     def __init__(self, config: Config, block_idx: int) -> None:
         check_derived(config)
+        load_functions()  # of kernels that were registered since
         super().__init__(config, block_idx)
         self.mscale = 1.0
         sinks = nn.Parameter(torch.zeros(config.n_head)) if has_sinks(config, block_idx) else None
@@ -60,17 +66,17 @@ class SinkAttention(CausalSelfAttention):
 
     def forward(
         self,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        mask: torch.Tensor | Documents | None = None,
-        input_pos: torch.Tensor | None = None,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | Documents | None = None,
+        input_pos: Tensor | None = None,
         input_pos_maxp1: int | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Apply attention.
 
         Args:
-            x: Input, (B, T, C).
+            x: Input, (B, T, D).
             cos: Rotary cosines of the tokens, (1 or B, T, rope_n_elem). With a streaming cache, of positions from 0.
             sin: Rotary sines, same shape.
             mask: Bool or additive mask that broadcasts to (B, H, T, T), or the documents of the tokens. `None` means
@@ -78,49 +84,47 @@ class SinkAttention(CausalSelfAttention):
                 sees the positions up to its own.
             input_pos: Positions of the tokens in the cache, (T,) without gaps or (B, T); `None` for a forward without
                 cache.
-            input_pos_maxp1: The largest of `input_pos` and 1, if known: no more of the cache is read.
+            input_pos_maxp1: The largest of `input_pos` plus 1, if known: no more of the cache is read.
 
         Returns:
-            Output, (B, T, C).
+            Output, (B, T, D).
 
         Raises:
             TypeError: If `input_pos` is given and there is no cache.
             ValueError: If a streaming cache is asked to go back.
         """
-        q_BHTD, k_BGTD, v_BGTD = self._project(x)
+        q_BHTd, k_BGTd, v_BGTd = self._project(x)
         if input_pos is not None and isinstance(self.kv_cache, StreamingKVCache):
-            y_BHTD = self._attend_streaming(q_BHTD, k_BGTD, v_BGTD, cos, sin, input_pos, input_pos_maxp1)
-            return self.proj(y_BHTD.transpose(1, 2).flatten(2))
-        q_BHTD, k_BGTD = self._rotate(q_BHTD, cos, sin), self._rotate(k_BGTD, cos, sin)
-        documents = mask if isinstance(mask, Documents) else None
+            y_BHTd = self._attend_streaming(q_BHTd, k_BGTd, v_BGTd, (cos, sin), input_pos, input_pos_maxp1)
+            return self.proj(y_BHTd.transpose(1, 2).flatten(2))
+        q_BHTd, k_BGTd = self._rotate(q_BHTd, cos, sin), self._rotate(k_BGTd, cos, sin)
         if input_pos is not None:
-            y_BHTD = self._attend_to_cache(q_BHTD, k_BGTD, v_BGTD, documents, input_pos, input_pos_maxp1)
-        elif mask is None or documents is not None:
-            y_BHTD = causal_attention(q_BHTD, k_BGTD, v_BGTD, self._softmax(), self._window, documents)
+            documents = mask if isinstance(mask, Documents) else None
+            y_BHTd = self._attend_to_cache(q_BHTd, k_BGTd, v_BGTd, documents, input_pos, input_pos_maxp1)
+        elif mask is None or isinstance(mask, Documents):
+            y_BHTd = causal_attention(q_BHTd, k_BGTd, v_BGTd, self._softmax(), self._window, mask)
         else:
             if self._window is not None:
                 position_T = torch.arange(x.size(1), device=x.device)
                 mask = _combine(mask, window_mask(position_T, x.size(1), self._window))
-            y_BHTD = self._softmax().attend(q_BHTD, k_BGTD, v_BGTD, mask)
-        return self.proj(y_BHTD.transpose(1, 2).flatten(2))
+            y_BHTd = sink_attention(q_BHTd, k_BGTd, v_BGTd, self._softmax(), mask)
+        return self.proj(y_BHTd.transpose(1, 2).flatten(2))
 
-    def scaled_dot_product_attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def scaled_dot_product_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend with grouped queries, with sinks if there are any.
 
         Args:
-            q: Queries, (B, H, T, D).
-            k: Keys, (B, G, S, D).
-            v: Values, (B, G, S, D).
+            q: Queries, (B, H, T, d).
+            k: Keys, (B, G, S, d).
+            v: Values, (B, G, S, d).
             mask: Bool or additive mask that broadcasts to (B, H, T, S); `None` means causal.
 
         Returns:
-            (B, T, H, D), as in the parent class.
+            (B, T, H, d), as in the parent class.
         """
-        return self._softmax().attend(q, k, v, mask).transpose(1, 2)
+        return sink_attention(q, k, v, self._softmax(), mask).transpose(1, 2)
 
-    def build_kv_cache(
+    def build_kv_cache(  # pyrefly: ignore[bad-override]
         self,
         batch_size: int,
         max_seq_length: int,
@@ -142,65 +146,97 @@ class SinkAttention(CausalSelfAttention):
             dtype: Their type.
 
         Returns:
-            Zeroed buffers: k of shape (B, G, S, D) (D + 1 with a single rotated element), v of shape (B, G, S, D).
+            Zeroed buffers: k of shape (B, G, S, d) (d + 1 with a single rotated element), v of shape (B, G, S, d).
             With `streaming_cache_window`, buffers for the first and the last tokens, however many positions there are.
         """
-        config = self.config
-        if getattr(config, "streaming_cache_window", None) is not None:
-            # A sliding window is a streaming cache of its own, exact and without first tokens.
-            first, window = (
-                (config.streaming_cache_first, config.streaming_cache_window)
-                if self._window is None
-                else (0, self._window)
-            )
-            return StreamingKVCache(batch_size, config.n_query_groups, config.head_size, first, window, device, dtype)
-        if rope_cache_length is None or config.rope_n_elem == 0:
-            rope_cache_length = config.rope_n_elem
-        shape = (batch_size, config.n_query_groups, max_seq_length)
-        k_size = rope_cache_length + config.head_size - config.rope_n_elem
-        return KVCache((*shape, k_size), (*shape, config.head_size), device=device, dtype=dtype)
+        config, G, d = self.config, derived(self.config.n_query_groups), derived(self.config.head_size)
+        if self._streams is not None:
+            # The last tokens are all that a sliding window sees, so its cache is exact and needs no first tokens.
+            first, window = self._streams if self._window is None else (0, self._window)
+            return StreamingKVCache((batch_size, G, d), first, window, device, dtype)
+        n_elem = derived(config.rope_n_elem)
+        if rope_cache_length is None or n_elem == 0:
+            rope_cache_length = n_elem
+        k_size = rope_cache_length + d - n_elem
+        shape = (batch_size, G, max_seq_length)
+        return KVCache((*shape, k_size), (*shape, d), device=device, dtype=dtype)
 
-    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        config = self.config
-        G_size = config.n_query_groups * config.head_size
-        q, k, v = self.qkv(x).split((config.n_head * config.head_size, G_size, G_size), dim=-1)
-        if config.norm_qk and config.norm_qk_type == "olmo2":
-            q, k = self.norm_q(q), self.norm_k(k)
-        q_BHTD, k_BGTD, v_BGTD = (y.unflatten(-1, (-1, config.head_size)).transpose(1, 2) for y in (q, k, v))
-        if config.norm_qk and config.norm_qk_type == "default":
-            q_BHTD, k_BGTD = self.norm_q(q_BHTD), self.norm_k(k_BGTD)
-        return q_BHTD, k_BGTD, v_BGTD
+    def kernel(self, device: torch.device, dtype: torch.dtype) -> str:
+        """Return what computes this layer in a step of training, for the announcement before the first one.
 
-    def _rotate(self, x_BHTD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        Args:
+            device: Where the layer runs.
+            dtype: The type of queries, keys and values, under autocast the autocast type.
+
+        Returns:
+            A name in `KERNELS`, or "scaled_dot_product_attention", behind which PyTorch makes its own choice.
+
+        Raises:
+            SettingsError: If the kernel that `attention_backend` names cannot compute it.
+        """
+        softmax, name = self._softmax(), str(dtype).removeprefix("torch.")
+        patterns: list[Ability] = [] if self._window is None else ["window"]
+        if getattr(self.config, "attention_document_boundary", None) is not None:
+            patterns.append("documents")
+        others: list[Ability] = ["gradient"]
+        if getattr(self.config, "attention_dropout", None):
+            others.append("dropout")
+        d, capability = derived(self.config.head_size), capability_of(device)
+
+        def choice(needs: list[Ability]) -> str:
+            return choose(Workload(device.type, capability, name, d, (*needs, *others)), softmax.backend)
+
+        can_fuse = softmax.backend is None or KERNELS[softmax.backend].abilities.issuperset(patterns)
+        if patterns and device.type == "cuda" and can_fuse and (fused := choice(patterns)) != EAGER:
+            return fused
+        if softmax.sinks_H is None and softmax.backend is None:
+            return "scaled_dot_product_attention"
+        return choice(["mask"] if patterns else [])
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        config = self.config
+        d = derived(config.head_size)
+        shared = derived(config.n_query_groups) * d
+        q, k, v = self.qkv(x).split((config.n_head * d, shared, shared), dim=-1)
+        norm_q, norm_k = self.norm_q, self.norm_k
+        is_normed = norm_q is not None and norm_k is not None
+        if is_normed and config.norm_qk_type == "olmo2":
+            q, k = norm_q(q), norm_k(k)
+        q_BHTd, k_BGTd, v_BGTd = (y.unflatten(-1, (-1, d)).transpose(1, 2) for y in (q, k, v))
+        if is_normed and config.norm_qk_type == "default":
+            q_BHTd, k_BGTd = norm_q(q_BHTd), norm_k(k_BGTd)
+        return q_BHTd, k_BGTd, v_BGTd
+
+    def _rotate(self, x_BHTd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         n_elem = self.config.rope_n_elem
         if n_elem == 0:
-            return x_BHTD
+            return x_BHTd
         rotate = apply_rope_interleave if self.config.rope_interleave else apply_rope
-        rotated = rotate(x_BHTD[..., :n_elem], cos, sin)
-        if n_elem == x_BHTD.size(-1):
+        rotated = rotate(x_BHTd[..., :n_elem], cos, sin)
+        if n_elem == x_BHTd.size(-1):
             return rotated
-        return torch.cat((rotated, x_BHTD[..., n_elem:]), dim=-1)
+        return torch.cat((rotated, x_BHTd[..., n_elem:]), dim=-1)
 
     def _attend_to_cache(
         self,
-        q_BHTD: torch.Tensor,
-        k_BGTD: torch.Tensor,
-        v_BGTD: torch.Tensor,
+        q_BHTd: Tensor,
+        k_BGTd: Tensor,
+        v_BGTd: Tensor,
         documents: Documents | None,
-        input_pos: torch.Tensor,
+        input_pos: Tensor,
         input_pos_maxp1: int | None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         if self.kv_cache is None:
             raise TypeError("input_pos needs a cache: call `gpt.set_kv_cache()` first")
-        k_BGSD, v_BGSD = self.kv_cache(input_pos, k_BGTD, v_BGTD)
-        T, window, per_sequence = q_BHTD.size(2), self._window, input_pos.dim() > 1
+        k_BGSd, v_BGSd = self.kv_cache(input_pos, k_BGTd, v_BGTd)
+        T, window, per_sequence = q_BHTd.size(2), self._window, input_pos.dim() > 1
         begin, end = position_range(input_pos, input_pos_maxp1)
-        end = k_BGSD.size(2) if end is None else end
+        end = k_BGSd.size(2) if end is None else end
         if not per_sequence and begin == 0 and end == T:
-            return causal_attention(q_BHTD, k_BGTD, v_BGTD, self._softmax(), window, documents)
+            return causal_attention(q_BHTd, k_BGTd, v_BGTd, self._softmax(), window, documents)
 
         low = 0 if begin is None or window is None else max(0, begin - window + 1)
-        k_BGSD, v_BGSD = k_BGSD[:, :, low:end], v_BGSD[:, :, low:end]
+        k_BGSd, v_BGSd = k_BGSd[:, :, low:end], v_BGSd[:, :, low:end]
         # A single query sees all that is left.
         mask = None
         if begin is None or per_sequence or T > 1:
@@ -208,21 +244,18 @@ class SinkAttention(CausalSelfAttention):
         if documents is not None:
             visible = document_mask(input_pos - low, documents.start_BT - low, end - low)
             mask = visible if mask is None else mask & visible
-        return sink_attention(
-            q_BHTD, k_BGSD, v_BGSD, self.sinks,
-            scale=self._scale, mask=mask, causal=False, backend="eager" if T <= _FEW_QUERIES else None,
-        )  # fmt: skip
+        softmax = self._softmax()._replace(dropout=0.0, backend=EAGER if T <= _FEW_QUERIES else None)
+        return sink_attention(q_BHTd, k_BGSd, v_BGSd, softmax, mask, causal=False)
 
     def _attend_streaming(
         self,
-        q_BHTD: torch.Tensor,
-        k_BGTD: torch.Tensor,
-        v_BGTD: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        input_pos: torch.Tensor,
+        q_BHTd: Tensor,
+        k_BGTd: Tensor,
+        v_BGTd: Tensor,
+        tables: tuple[Tensor, Tensor],
+        input_pos: Tensor,
         input_pos_maxp1: int | None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         begin, _ = position_range(input_pos, input_pos_maxp1)
         if begin is None or input_pos.dim() > 1:
             raise ValueError(
@@ -230,26 +263,34 @@ class SinkAttention(CausalSelfAttention):
                 "on: it needs one position per token for the whole batch, and input_pos_maxp1 unless on a CPU. Set "
                 "streaming_cache_first and streaming_cache_window to null for a full cache"
             )
+        cos, sin = tables
 
-        def rotate(x_BHTD: torch.Tensor, position_T: torch.Tensor) -> torch.Tensor:
-            return self._rotate(x_BHTD, cos[:, position_T], sin[:, position_T])
+        def rotate(x_BHTd: Tensor, position_T: Tensor) -> Tensor:
+            return self._rotate(x_BHTd, cos[:, position_T], sin[:, position_T])
 
-        return streaming_attention(q_BHTD, k_BGTD, v_BGTD, self.kv_cache, begin, rotate, self.sinks, self._scale)
+        stream = Stream(cast(StreamingKVCache, self.kv_cache), begin, rotate)
+        return streaming_attention(q_BHTd, k_BGTd, v_BGTd, self._softmax(), stream)
 
     @property
     def _window(self) -> int | None:
         return self.config.sliding_window_size if self.apply_sliding_window_attention else None
 
     @property
+    def _streams(self) -> tuple[int, int] | None:
+        # Numbers of first and of last tokens that a streaming cache keeps.
+        first, window = (getattr(self.config, f"streaming_cache_{name}", None) for name in ("first", "window"))
+        return None if first is None or window is None else (first, window)
+
+    @property
     def _scale(self) -> float:
-        return 1.0 / math.sqrt(self.config.attention_scores_scalar or self.config.head_size)
+        return 1.0 / math.sqrt(self.config.attention_scores_scalar or derived(self.config.head_size))
 
     def _softmax(self) -> Softmax:
         dropout = getattr(self.config, "attention_dropout", None) if self.training else None
         return Softmax(self.sinks, self._scale, dropout or 0.0, getattr(self.config, "attention_backend", None))
 
 
-def _combine(mask: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+def _combine(mask: Tensor, visible: Tensor) -> Tensor:
     # A bool mask keeps what both allow; an additive one is closed where the second does not allow.
     if mask.dtype == torch.bool:
         return mask & visible

@@ -4,12 +4,13 @@ The frequency rules follow Hugging Face's `modeling_rope_utils.ROPE_INIT_FUNCTIO
 LitGPT 0.5.13's own function differs in its YaRN rule: it swaps the slowed and the untouched end of the spectrum, does
 not know `truncate` and `attention_factor`, and applies no attention temperature unless `mscale` is given.
 
-Shape suffixes: T positions, N rotated elements of a head (`config.rope_n_elem`), F = ceil(N / 2) frequencies.
+Shape legend: T positions, N rotated elements of a head (`config.rope_n_elem`), F = ceil(N / 2) frequencies.
 """
 
 import math
 from typing import TYPE_CHECKING, Any
 
+from litgpt_moe_ext.attention.derived import derived
 from litgpt_moe_ext.config.rope import (
     DEFAULT_BETA_FAST,
     DEFAULT_BETA_SLOW,
@@ -21,6 +22,7 @@ from litgpt_moe_ext.config.rope import (
 if TYPE_CHECKING:
     import torch
     from litgpt import Config
+    from torch import Tensor
 
 __all__ = ["build_rope_cache", "rope_frequencies", "validate_rope_adjustments"]
 
@@ -31,7 +33,7 @@ def rope_frequencies(
     rope_adjustments: dict[str, Any] | None = None,
     device: "torch.device | None" = None,
     seq_len: int | None = None,
-) -> "tuple[torch.Tensor, float]":
+) -> "tuple[Tensor, float]":
     """Compute how fast each pair of elements rotates, and the attention factor.
 
     Args:
@@ -63,9 +65,7 @@ def rope_frequencies(
     return plain_F, 1.0
 
 
-def build_rope_cache(
-    config: "Config", seq_len: int, device: "torch.device | None" = None
-) -> "tuple[torch.Tensor, torch.Tensor]":
+def build_rope_cache(config: "Config", seq_len: int, device: "torch.device | None" = None) -> "tuple[Tensor, Tensor]":
     """Build the cosine and sine tables that LitGPT's `apply_rope` reads.
 
     Args:
@@ -77,7 +77,7 @@ def build_rope_cache(
 
     Returns:
         Cosines and sines in float32, shape (T, N). As in LitGPT, they have two columns where N is 1. Where N is 0 they
-        have one, which nobody reads: LitGPT cannot look up positions per sequence in an empty table. With
+        have one, which is never read: LitGPT cannot look up positions per sequence in an empty table. With
         `rope_local_base_freq` the shape is (T, N, 2): index 0 of the last dimension holds the tables above, index 1
         plain RoPE with the local base, without attention factor.
 
@@ -86,7 +86,7 @@ def build_rope_cache(
     """
     import torch
 
-    n_elem = config.rope_n_elem
+    n_elem = derived(config.rope_n_elem)
     position_T = torch.arange(seq_len, device=device).float() / config.rope_condense_ratio
     frequency_F, attention_factor = rope_frequencies(n_elem, config.rope_base, config.rope_adjustments, device, seq_len)
     cos_TN, sin_TN = _tables(position_T, frequency_F, n_elem)
@@ -100,9 +100,7 @@ def build_rope_cache(
     return torch.stack((cos_TN, local_cos_TN), dim=-1), torch.stack((sin_TN, local_sin_TN), dim=-1)
 
 
-def _tables(
-    position_T: "torch.Tensor", frequency_F: "torch.Tensor", n_elem: int
-) -> "tuple[torch.Tensor, torch.Tensor]":
+def _tables(position_T: "Tensor", frequency_F: "Tensor", n_elem: int) -> "tuple[Tensor, Tensor]":
     import torch
 
     if n_elem == 0:
@@ -115,7 +113,7 @@ def _tables(
     return angle_TN.cos(), angle_TN.sin()
 
 
-def _plain_frequencies(n_elem: int, base: float, device: "torch.device | None") -> "torch.Tensor":
+def _plain_frequencies(n_elem: int, base: float, device: "torch.device | None") -> "Tensor":
     import torch
 
     return 1.0 / base ** (torch.arange(0, n_elem, 2, device=device).float() / n_elem)
@@ -123,12 +121,14 @@ def _plain_frequencies(n_elem: int, base: float, device: "torch.device | None") 
 
 def _dynamic_base(n_elem: int, base: float, keys: dict[str, Any], seq_len: int | None) -> float:
     # NTK-aware scaling by as much as the sequence is longer than the original context.
+    if n_elem <= 2:
+        return base  # the only frequency is 1, whatever the base
     original = keys["original_max_seq_len"]
     stretch = keys["factor"] * max(seq_len or 0, original) / original - (keys["factor"] - 1)
     return base * stretch ** (n_elem / (n_elem - 2))
 
 
-def _llama3_frequencies(plain_F: "torch.Tensor", keys: dict[str, Any]) -> "torch.Tensor":
+def _llama3_frequencies(plain_F: "Tensor", keys: dict[str, Any]) -> "Tensor":
     # Llama 3.1: what turns at least `high_freq_factor` times within the original context stays as it is, what turns
     # less than `low_freq_factor` times is slowed by `factor`, and the share of the two changes linearly in between.
     turns_F = keys["original_max_seq_len"] * plain_F / (2 * math.pi)
@@ -137,7 +137,7 @@ def _llama3_frequencies(plain_F: "torch.Tensor", keys: dict[str, Any]) -> "torch
     return plain_F * kept_F + plain_F / keys["factor"] * (1 - kept_F)
 
 
-def _yarn_frequencies(plain_F: "torch.Tensor", n_elem: int, base: float, keys: dict[str, Any]) -> "torch.Tensor":
+def _yarn_frequencies(plain_F: "Tensor", n_elem: int, base: float, keys: dict[str, Any]) -> "Tensor":
     # "NTK by parts", section 3.2 of Peng et al. 2023 (arXiv:2309.00071): as Llama-3 above, but the share changes
     # linearly with the index of the frequency instead of its number of turns.
     import torch

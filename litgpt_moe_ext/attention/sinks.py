@@ -4,116 +4,141 @@ The softmax of a row runs over its scores and one more logit `s`, whose share of
 may attend to nothing. With `lse` the log-sum-exp of the scores, the share that is left is `sigmoid(lse - s)`, so any
 flash kernel that returns `lse` computes this attention.
 
-Shape suffixes: B batch, H query heads, G key/value heads (H is a multiple of G), T queries, S keys, D head size.
+Shape legend: B batch, H query heads, G key/value heads (H is a multiple of G), T queries, S keys, d head size.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from litgpt_moe_ext.attention.kernels.backends import FUSED_PATTERNS, choose_backend
-from litgpt_moe_ext.attention.kernels.flash import KERNELS, Call
+from litgpt_moe_ext.attention.kernels.calls import Call, Inputs, Result
+from litgpt_moe_ext.attention.kernels.choice import choose_kernel
+from litgpt_moe_ext.attention.kernels.registry import EAGER, KERNELS, Ability, functions_of, load_functions
+
+load_functions()
+
+
+class Softmax(NamedTuple):
+    """How scores become weights.
+
+    Attributes:
+        sinks_H: One logit per query head, of any floating type, not scaled; None for ordinary softmax.
+        scale: Multiplied to the scores.
+        dropout: Probability of dropping a weight; the others grow to make up for it.
+        backend: The only kernel allowed, or None.
+    """
+
+    sinks_H: Tensor | None
+    scale: float
+    dropout: float = 0.0
+    backend: str | None = None
 
 
 def sink_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sinks: torch.Tensor | None,
-    *,
-    scale: float,
-    mask: torch.Tensor | None = None,
+    q_BHTd: Tensor,
+    k_BGSd: Tensor,
+    v_BGSd: Tensor,
+    softmax: Softmax,
+    mask: Tensor | None = None,
     causal: bool = True,
-    dropout: float = 0.0,
-    backend: str | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Compute attention whose softmax has one extra logit per head that stands for no token.
 
     Under autocast the inputs are cast as `F.scaled_dot_product_attention` casts them. The softmax and the sinks are
     always at least float32.
 
     Args:
-        q: Queries, (B, H, T, D).
-        k: Keys, (B, G, S, D).
-        v: Values, (B, G, S, D).
-        sinks: One logit per query head, (H,), of any floating type. It is not scaled. `None` is ordinary softmax,
-            which without `backend` is `F.scaled_dot_product_attention`.
-        scale: Multiplied to the scores.
+        q_BHTd: Queries.
+        k_BGSd: Keys.
+        v_BGSd: Values.
+        softmax: How scores become weights. Without sinks and `backend` it is `F.scaled_dot_product_attention`.
         mask: Bool (True: may look) or additive floating mask that broadcasts to (B, H, T, S). It takes the place of
             the causal mask.
         causal: Without mask, whether a query sees only keys up to its own position, which needs T == S; otherwise it
             sees them all.
-        dropout: Probability of dropping an attention weight; the others grow to make up for it.
-        backend: Forces a backend; by default `choose_backend` picks one.
 
     Returns:
-        (B, H, T, D) in the type of `q` (in the autocast type under autocast). A row that may look nowhere gives 0 where
-        there are sinks.
+        (B, H, T, d) in the type of the queries (in the autocast type under autocast). A row that may look nowhere gives
+        0 where there are sinks.
 
     Raises:
-        ValueError: If the shapes do not fit together, or a forced backend cannot compute this.
+        ValueError: If the shapes do not fit together.
+        SettingsError: If a forced kernel cannot compute this.
     """
     causal = causal and mask is None
-    if sinks is None and backend is None:
+    if softmax.sinks_H is None and softmax.backend is None:
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=True
-        )
-    _check_shapes(q, k, sinks, causal)
-    q, k, v = _autocast(q, k, v)
-    backend = choose_backend(q, k, v, mask, dropout, forced=backend)
-    if backend == "eager":
-        return _eager(q, k, v, sinks, mask, causal, scale, dropout)
+            q_BHTd, k_BGSd, v_BGSd, attn_mask=mask, dropout_p=softmax.dropout, is_causal=causal, scale=softmax.scale,
+            enable_gqa=True,
+        )  # fmt: skip
+    _check_shapes(q_BHTd, k_BGSd, softmax.sinks_H, causal)
+    q_BHTd, k_BGSd, v_BGSd = _autocast(q_BHTd, k_BGSd, v_BGSd)
+    needs = _needs(softmax, mask=mask)
+    kernel = choose_kernel(q_BHTd, k_BGSd, v_BGSd, needs, softmax.backend)
+    if kernel == EAGER:
+        return _eager(q_BHTd, k_BGSd, v_BGSd, softmax, mask, causal)
     if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+        mask = torch.zeros_like(mask, dtype=q_BHTd.dtype).masked_fill_(~mask, -math.inf)
     elif mask is not None:
         # The kernels read the mask's memory as elements of q's type and do not check it.
-        mask = mask.to(q.dtype)
-    return _Flash.apply(q, k, v, sinks, mask, None, backend, Call(scale, causal, None, dropout))
+        mask = mask.to(q_BHTd.dtype)
+    call = Call(kernel, softmax.scale, causal, None, softmax.dropout)
+    return _Flash.apply(call, softmax.sinks_H, q_BHTd, k_BGSd, v_BGSd, mask, None)
 
 
 def fused_sink_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sinks: torch.Tensor | None,
-    *,
-    scale: float,
+    q_BHTd: Tensor,
+    k_BGTd: Tensor,
+    v_BGTd: Tensor,
+    softmax: Softmax,
     window: int | None,
-    offsets: torch.Tensor | None,
-    dropout: float = 0.0,
-    backend: str | None = None,
-) -> torch.Tensor | None:
-    """Compute causal attention within windows and documents in one kernel call, where a backend can.
+    offsets: Tensor | None,
+) -> Tensor | None:
+    """Compute causal attention within windows and documents in one kernel call, where a kernel can.
 
     Args:
-        q: Queries, (B, H, T, D).
-        k: Keys, (B, G, T, D).
-        v: Values, (B, G, T, D).
-        sinks: One logit per query head, (H,), or `None`.
-        scale: Multiplied to the scores.
-        window: Number of visible keys, the query's own included, or `None`.
-        offsets: Where the documents begin in the B * T tokens, int32, on the device, last entry B * T; or `None`.
-        dropout: Probability of dropping an attention weight.
-        backend: Forces a backend.
+        q_BHTd: Queries.
+        k_BGTd: Keys.
+        v_BGTd: Values.
+        softmax: How scores become weights.
+        window: Number of visible keys, the query's own included, or None.
+        offsets: Where the documents begin in the B * T tokens, int32, on the device, last entry B * T; or None.
 
     Returns:
-        (B, H, T, D), or `None` if the backend has no such kernel.
-
-    Raises:
-        ValueError: If a forced backend cannot compute this.
+        (B, H, T, d), or None if no kernel (or not the forced one) can do it.
     """
-    q, k, v = _autocast(q, k, v)
-    backend = choose_backend(q, k, v, None, dropout, forced=backend)
-    if backend not in FUSED_PATTERNS:
+    needs = _needs(softmax, window=window, offsets=offsets)
+    if softmax.backend is not None:
+        abilities = KERNELS[softmax.backend].abilities
+        if any(need in ("window", "documents") and need not in abilities for need in needs):
+            return None
+    q_BHTd, k_BGTd, v_BGTd = _autocast(q_BHTd, k_BGTd, v_BGTd)
+    kernel = choose_kernel(q_BHTd, k_BGTd, v_BGTd, needs, softmax.backend)
+    if kernel == EAGER:
         return None
-    return _Flash.apply(q, k, v, sinks, None, offsets, backend, Call(scale, True, window, dropout))
+    call = Call(kernel, softmax.scale, True, window, softmax.dropout)
+    return _Flash.apply(call, softmax.sinks_H, q_BHTd, k_BGTd, v_BGTd, None, offsets)
 
 
-def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _needs(
+    softmax: Softmax, mask: Tensor | None = None, window: int | None = None, offsets: Tensor | None = None
+) -> tuple[Ability, ...]:
+    needs: tuple[Ability, ...] = ()
+    if mask is not None:
+        needs = ("mask", "mask_gradient") if mask.requires_grad else ("mask",)
+    if window is not None:
+        needs = (*needs, "window")
+    if offsets is not None:
+        needs = (*needs, "documents")
+    return (*needs, "dropout") if softmax.dropout else needs
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     # Autocast knows nothing of operators that are called directly.
     device_type = tensors[0].device.type
     if (
@@ -125,7 +150,7 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(x.to(torch.get_autocast_dtype(device_type)) for x in tensors)
 
 
-def _check_shapes(q: torch.Tensor, k: torch.Tensor, sinks: torch.Tensor | None, causal: bool) -> None:
+def _check_shapes(q: Tensor, k: Tensor, sinks: Tensor | None, causal: bool) -> None:
     n_head, n_query_groups = q.size(1), k.size(1)
     if n_head % n_query_groups:
         raise ValueError(f"{n_head} query heads must be a multiple of the {n_query_groups} key/value heads")
@@ -136,28 +161,19 @@ def _check_shapes(q: torch.Tensor, k: torch.Tensor, sinks: torch.Tensor | None, 
 
 
 def _eager(
-    q_BHTD: torch.Tensor,
-    k_BGSD: torch.Tensor,
-    v_BGSD: torch.Tensor,
-    sinks_H: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout: float,
-) -> torch.Tensor:
-    # The definition, written out: the reference for every other backend, the fallback where there is none, and the
+    q_BHTd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, softmax: Softmax, mask: Tensor | None, causal: bool
+) -> Tensor:
+    # The definition, written out: the reference for every other kernel, the fallback where there is none, and the
     # fastest way for a handful of queries, which is limited by reading the keys and values once.
-    scores_BHTS = grouped_matmul(q_BHTD, k_BGSD.mT) * scale
+    scores_BHTS = grouped_matmul(q_BHTd, k_BGSd.mT) * softmax.scale
     if causal:
-        mask = torch.ones(scores_BHTS.shape[2:], dtype=torch.bool, device=q_BHTD.device).tril()
-    share_BHTS = sink_softmax(scores_BHTS, sinks_H, mask)
-    share_BHTS = F.dropout(share_BHTS, dropout) if dropout else share_BHTS
-    return grouped_matmul(share_BHTS.to(v_BGSD.dtype), v_BGSD)
+        mask = torch.ones(scores_BHTS.shape[2:], dtype=torch.bool, device=q_BHTd.device).tril()
+    share_BHTS = sink_softmax(scores_BHTS, softmax.sinks_H, mask)
+    share_BHTS = F.dropout(share_BHTS, softmax.dropout) if softmax.dropout else share_BHTS
+    return grouped_matmul(share_BHTS.to(v_BGSd.dtype), v_BGSd)
 
 
-def sink_softmax(
-    scores_BHTS: torch.Tensor, sinks_H: torch.Tensor | None, mask: torch.Tensor | None = None
-) -> torch.Tensor:
+def sink_softmax(scores_BHTS: Tensor, sinks_H: Tensor | None, mask: Tensor | None = None) -> Tensor:
     """Turn scores into weights, in float32 at least.
 
     Args:
@@ -178,8 +194,8 @@ def sink_softmax(
     return torch.cat((scores_BHTS, sinks_BHT1), dim=-1).softmax(dim=-1)[..., :-1]
 
 
-def grouped_matmul(x_BHTI: torch.Tensor, y_BGIJ: torch.Tensor) -> torch.Tensor:
-    """Multiply matrices of every query head with those of its key/value head, repeating none of them.
+def grouped_matmul(x_BHTI: Tensor, y_BGIJ: Tensor) -> Tensor:
+    """Multiply the matrix of every query head with the matrix of its key/value head, repeating none of them.
 
     Args:
         x_BHTI: Left operands.
@@ -204,47 +220,48 @@ class _Flash(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q_BHTD: torch.Tensor,
-        k_BGSD: torch.Tensor,
-        v_BGSD: torch.Tensor,
-        sinks_H: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        offsets: torch.Tensor | None,
-        backend: str,
-        call: Call,
-    ) -> torch.Tensor:
-        out_BHTD, lse_BHT, rest = KERNELS[backend].forward(q_BHTD, k_BGSD, v_BGSD, mask, offsets, call)
+    def forward(ctx: Any, call: Call, sinks_H: Tensor | None, *tensors: Any) -> Tensor:
+        """Compute attention.
+
+        Args:
+            ctx: Autograd's context.
+            call: What to compute.
+            sinks_H: One logit per query head, or None.
+            tensors: The fields of `Inputs`.
+
+        Returns:
+            (B, H, T, d).
+        """
+        out_BHTd, lse_BHT, rest = functions_of(call.kernel).forward(Inputs(*tensors), call)
         if sinks_H is not None:
             sinks_H1 = sinks_H.to(lse_BHT.dtype).unsqueeze(-1)
-            out_BHTD = _scale_in_place(out_BHTD, torch.sigmoid(lse_BHT - sinks_H1).unsqueeze(-1))
+            out_BHTd = _scale_in_place(out_BHTd, torch.sigmoid(lse_BHT - sinks_H1).unsqueeze(-1))
             lse_BHT = torch.logaddexp(lse_BHT, sinks_H1)
-        ctx.save_for_backward(q_BHTD, k_BGSD, v_BGSD, sinks_H, mask, offsets, out_BHTD, lse_BHT, *rest)
-        ctx.backend, ctx.call = backend, call
-        return out_BHTD
+        ctx.save_for_backward(sinks_H, *tensors, out_BHTd, lse_BHT, *rest)
+        ctx.call = call
+        return out_BHTd
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout_BHTD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q_BHTD, k_BGSD, v_BGSD, sinks_H, mask, offsets, out_BHTD, lse_BHT, *rest = ctx.saved_tensors
-        dq_BHTD, dk_BGSD, dv_BGSD = KERNELS[ctx.backend].backward(
-            dout_BHTD, q_BHTD, k_BGSD, v_BGSD, mask, offsets, out_BHTD, lse_BHT, tuple(rest), ctx.call
-        )
+    def backward(ctx: Any, dout_BHTd: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        """Return the gradients of the arguments of `forward`."""
+        sinks_H, q_BHTd, k_BGSd, v_BGSd, mask, offsets, out_BHTd, lse_BHT, *rest = ctx.saved_tensors
+        inputs, result = Inputs(q_BHTd, k_BGSd, v_BGSd, mask, offsets), Result(out_BHTd, lse_BHT, tuple(rest))
+        dq_BHTd, dk_BGSd, dv_BGSd = functions_of(ctx.call.kernel).backward(dout_BHTd, inputs, result, ctx.call)
         dsinks_H = None
-        if sinks_H is not None and ctx.needs_input_grad[3]:
+        if sinks_H is not None and ctx.needs_input_grad[1]:
             share_BHT = torch.exp(sinks_H.to(lse_BHT.dtype).unsqueeze(-1) - lse_BHT)
-            delta_BHT = (dout_BHTD * out_BHTD).sum(-1, dtype=lse_BHT.dtype)
+            delta_BHT = (dout_BHTd * out_BHTd).sum(-1, dtype=lse_BHT.dtype)
             dsinks_H = -(share_BHT * delta_BHT).sum((0, 2)).to(sinks_H.dtype)
-        return dq_BHTD, dk_BGSD, dv_BGSD, dsinks_H, None, None, None, None
+        return None, dsinks_H, dq_BHTd, dk_BGSd, dv_BGSd, None, None
 
 
-def _scale_in_place(out_BHTD: torch.Tensor, gate_BHT1: torch.Tensor) -> torch.Tensor:
-    # Nobody else has what a kernel has just returned, except a mode that watches operators: selective activation
+def _scale_in_place(out_BHTd: Tensor, gate_BHT1: Tensor) -> Tensor:
+    # Nothing else refers to what a kernel has just returned, except a mode that watches operators: selective activation
     # checkpointing may keep it for the recomputation. `torch.compile` makes its own graph of operators without side
     # effects, whatever is written here.
     if not torch.compiler.is_compiling() and is_in_torch_dispatch_mode():
-        out_BHTD = out_BHTD.clone()
-    # A CPU multiplies two types by way of whole copies in the larger one, which takes a sixth of the kernel's time for
+        out_BHTd = out_BHTd.clone()
+    # A CPU multiplies two types after copying both to the larger one, which takes a sixth of the kernel's time for
     # 512 tokens in bfloat16. A GPU does it on the way.
-    return out_BHTD.mul_(gate_BHT1 if out_BHTD.is_cuda else gate_BHT1.to(out_BHTD.dtype))
+    return out_BHTd.mul_(gate_BHT1 if out_BHTd.is_cuda else gate_BHT1.to(out_BHTd.dtype))

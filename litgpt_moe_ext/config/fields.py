@@ -8,15 +8,13 @@ ignored, and the tables of the documentation follow from it. Rules that concern 
 from dataclasses import dataclass
 from typing import Any
 
+from litgpt_moe_ext.attention.kernels.registry import KERNELS
 from litgpt_moe_ext.config import features, rope, types
 from litgpt_moe_ext.config.types import FieldType, choice, integer, mapping, per_layer
-from litgpt_moe_ext.moe.registry import ACTIVATIONS, LOSSES, ROUTERS, Loss, loss_field
+from litgpt_moe_ext.moe.registry import ACTIVATIONS, EXPERT_BACKENDS, LOSSES, ROUTERS, Loss, loss_field
 
 # The default of a field that must be set.
 REQUIRED = object()
-
-# In the order of preference; `attention/kernels/backends.py` says what each can do.
-ATTENTION_BACKENDS = ("flash_cpu", "flash_attn", "flash", "cudnn", "efficient", "eager")
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,11 @@ FEED_FORWARD_FIELDS = {
     "moe_intermediate_size": _litgpt(integer(1), "hidden width of one expert (`intermediate_size` by default)", _MOE),
     "expert_dropout": Field(
         types.FRACTION, "probability of dropping a hidden activation of an expert in training (0 by default)", _MOE
+    ),
+    "expert_backend": Field(
+        choice(EXPERT_BACKENDS),
+        "the only implementation of the experts allowed (the fastest that works by default)",
+        _MOE,
     ),
     "n_shared_expert": _litgpt(integer(0), "number of experts that every token visits (0 by default)", _MOE),
     "shared_expert_intermediate_size": Field(
@@ -153,7 +156,7 @@ ATTENTION_FIELDS = {
         (*_ATTENTION, "sinks"),
     ),
     "attention_backend": Field(
-        choice(ATTENTION_BACKENDS), "the only kernel allowed (the fastest that works by default)", _ATTENTION
+        choice(KERNELS), "the only kernel allowed (the fastest that works by default)", _ATTENTION
     ),
     "attention_dropout": Field(
         types.FRACTION, "probability of dropping an attention weight in training (0 by default)", _ATTENTION

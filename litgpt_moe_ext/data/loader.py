@@ -5,52 +5,78 @@ Decisions, with their reasons:
 * No workers. Gathering a batch is one indexed copy out of a memory map, far cheaper than handing it between processes,
   and without prefetching the saved position is by construction the number of batches that were handed out.
 * The order of an epoch is a pure function of (seed, epoch), so a checkpoint holds two integers and no random state. The
-  loader never touches torch's global generator (a plain ``DataLoader`` draws from it at the start of every epoch).
+  loader never touches torch's global generator (a plain `DataLoader` draws from it at the start of every epoch).
 * A global batch is a contiguous piece of that order, cut into one part per rank. W ranks with micro batches of B
   therefore see in one step what a single rank sees in one batch of W * B or in W accumulated batches of B.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from litgpt_moe_ext.data.windows import Windows
+from litgpt_moe_ext.errors import SettingsError
+
+
+class Order(NamedTuple):
+    """What decides the order of the training windows.
+
+    Attributes:
+        seed: Seed of the shuffle.
+        shuffle: Whether the windows are shuffled, or stay in the order of the data.
+        corpus: Identifies the data in saved states, so that a resume on other data is noticed.
+    """
+
+    seed: int = 42
+    shuffle: bool = True
+    corpus: str = ""
+
+
+class Replica(NamedTuple):
+    """A position among the data-parallel replicas.
+
+    Attributes:
+        rank: From 0.
+        world_size: Number of replicas.
+    """
+
+    rank: int
+    world_size: int
 
 
 class TokenLoader(DataLoader):
     """Batches of token windows, split over the ranks.
 
-    Training (``train=True``): the windows are shuffled anew in every epoch (or, with ``shuffle=False``, stay in the
+    Training (`train=True`): the windows are shuffled anew in every epoch (or, with `shuffle=False`, stay in the
     order of the data); each appears exactly once per epoch over all ranks, except for the fewer than
-    ``world_size * batch_size`` that do not fill the last global batch.
-    ``iter()`` yields the *rest of the current epoch*: it goes on after the batches already handed out, also across
+    `world_size * batch_size` that do not fill the last global batch.
+    `iter()` yields the *rest of the current epoch*: it goes on after the batches already handed out, also across
     `load_state_dict`, and moves to the next epoch by itself once the current one is used up. So whoever re-creates
-    the iterator at every epoch, as LitGPT's ``CycleIterator`` does, keeps getting new orders.
+    the iterator at every epoch, as LitGPT's `CycleIterator` does, keeps getting new orders.
 
-    Evaluation (``train=False``): file order, always from the start, every window exactly once over all ranks. All ranks
+    Evaluation (`train=False`): file order, always from the start, every window exactly once over all ranks. All ranks
     get the same number of batches, as forward passes under sharded strategies are collective; the last one holds what
-    remains, between 1 and ``batch_size`` windows (``batch_size + 1`` where more than one rank cannot share evenly).
+    remains, between 1 and `batch_size` windows (`batch_size + 1` where more than one rank cannot share evenly).
 
-    Every batch is an int64 tensor of shape (batch, block_size + 1). LitGPT takes columns ``[:, :-1]`` as inputs and
-    ``[:, 1:]`` as targets.
+    Every batch is an int64 tensor of shape (batch, block_size + 1). LitGPT takes columns `[:, :-1]` as inputs and
+    `[:, 1:]` as targets.
 
     Args:
         windows: The windows to hand out.
         batch_size: Windows per batch and rank.
         train: See above.
-        seed: Seed of the shuffle.
-        shuffle: Whether training shuffles.
-        corpus: Identifies the data in saved states, so that a resume on other data is noticed.
-        rank: Position among the data-parallel replicas; None asks ``torch.distributed`` when an iteration starts, since
-            loaders are often built before the process group.
-        world_size: Number of data-parallel replicas; None as for `rank`.
+        order: What decides the order in training; None means the defaults.
+        replica: Position among the data-parallel replicas and their number; None asks `torch.distributed` when an
+            iteration starts, since loaders are often built before the process group.
         pin_memory: Gather into page-locked memory; None means: if CUDA is available.
 
     Raises:
-        ValueError: A size is not positive, only one of `rank` and `world_size` is given, or the data is too small.
+        ValueError: A size is not positive, or `replica` is out of range.
+        SettingsError: The data is too small.
     """
 
     def __init__(
@@ -58,30 +84,26 @@ class TokenLoader(DataLoader):
         windows: Windows,
         batch_size: int,
         train: bool,
-        seed: int = 42,
-        shuffle: bool = True,
-        corpus: str = "",
-        rank: int | None = None,
-        world_size: int | None = None,
+        order: Order | None = None,
+        replica: Replica | None = None,
         pin_memory: bool | None = None,
     ) -> None:
         if batch_size < 1:
-            raise ValueError(f"The {windows.name} needs a micro batch size of at least 1, got {batch_size}.")
-        if (rank is None) != (world_size is None):
-            raise ValueError(f"Give both rank and world_size or neither, got rank={rank}, world_size={world_size}.")
-        if world_size is not None and not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in 0..world_size-1, got rank={rank}, world_size={world_size}.")
+            raise ValueError(f"batch_size: {batch_size} must be at least 1 (the {windows.name})")
+        if replica is not None and not 0 <= replica.rank < replica.world_size:
+            raise ValueError(f"replica: {replica} must have a rank in 0..world_size-1")
         super().__init__(windows, batch_size=batch_size, drop_last=train, num_workers=0)
         self.windows = windows
+        self._rows = batch_size
         self.train = train
-        self.seed = seed
-        self.shuffle = shuffle
-        self._corpus = corpus
-        self._replica = None if world_size is None else (rank, world_size)
+        self.order = Order() if order is None else order
+        self._replica = replica
         self._pin = pin_memory
         self._epoch = 0
         self._position = 0  # batches of the epoch that were handed out on each rank
-        self._count_batches(self._rank_and_world()[1])  # so that too little data is noticed before the run starts
+        self._count_batches(
+            self._rank_and_world().world_size
+        )  # so that too little data is noticed before the run starts
 
     @property
     def epoch(self) -> int:
@@ -90,45 +112,45 @@ class TokenLoader(DataLoader):
 
     def __len__(self) -> int:
         """Number of batches of an epoch on each rank."""
-        return self._count_batches(self._rank_and_world()[1])
+        return self._count_batches(self._rank_and_world().world_size)
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
+    def __iter__(self) -> Iterator[Tensor]:  # pyrefly: ignore[bad-override] the base class promises its private type
         return self._train_batches() if self.train else self._eval_batches()
 
-    def _train_batches(self) -> Iterator[torch.Tensor]:
+    def _train_batches(self) -> Iterator[Tensor]:
         rank, world = self._rank_and_world()
         batches = self._count_batches(world)
         epoch = self._epoch
         pin = self._pins()
         order = np.arange(len(self.windows))
-        if self.shuffle:
-            np.random.default_rng([self.seed, epoch]).shuffle(order)
+        if self.order.shuffle:
+            np.random.default_rng([self.order.seed, epoch]).shuffle(order)
         # Position and epoch are read anew for each batch: of two live iterators, only one hands out each batch.
         while self._epoch == epoch:
-            start = (self._position * world + rank) * self.batch_size
-            batch = self.windows.gather(order[start : start + self.batch_size], pin)
+            start = (self._position * world + rank) * self._rows
+            batch = self.windows.gather(order[start : start + self._rows], pin)
             self._position += 1
             if self._position == batches:
                 self._epoch, self._position = epoch + 1, 0
             yield batch
 
-    def _eval_batches(self) -> Iterator[torch.Tensor]:
+    def _eval_batches(self) -> Iterator[Tensor]:
         rank, world = self._rank_and_world()
         batches = self._count_batches(world)
         pin = self._pins()
         for index in range(batches - 1):
-            start = (index * world + rank) * self.batch_size
-            yield self.windows.gather(np.arange(start, start + self.batch_size), pin)
-        start = (batches - 1) * world * self.batch_size
+            start = (index * world + rank) * self._rows
+            yield self.windows.gather(np.arange(start, start + self._rows), pin)
+        start = (batches - 1) * world * self._rows
         rest = len(self.windows) - start
         yield self.windows.gather(np.arange(start + rest * rank // world, start + rest * (rank + 1) // world), pin)
 
-    def _rank_and_world(self) -> tuple[int, int]:
+    def _rank_and_world(self) -> Replica:
         if self._replica is not None:
             return self._replica
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return 0, 1
+            return Replica(torch.distributed.get_rank(), torch.distributed.get_world_size())
+        return Replica(0, 1)
 
     def _pins(self) -> bool:
         return torch.cuda.is_available() if self._pin is None else self._pin
@@ -136,51 +158,52 @@ class TokenLoader(DataLoader):
     def _count_batches(self, world: int) -> int:
         count = len(self.windows)
         if self.train:
-            batches = count // (world * self.batch_size)
-            needed = world * self.batch_size
+            batches = count // (world * self._rows)
+            needed = world * self._rows
         else:
             # Rounded up from the smallest share, not the largest: no rank may come out with an empty batch.
-            batches = -(-(count // world) // self.batch_size)
+            batches = -(-(count // world) // self._rows)
             needed = world
         if batches == 0:
-            raise ValueError(
-                f"The {self.windows.name} has {count} windows of max_seq_length={self.windows.block_size} "
-                f"({len(self.windows.tokens)} tokens), too few for one batch: micro_batch_size={self.batch_size} on "
-                f"{world} process(es) needs {needed}. Use a smaller micro_batch_size, a shorter max_seq_length, fewer "
-                "processes, or more data."
+            raise SettingsError(
+                f"train.micro_batch_size: {self._rows} on {world} process(es) needs {needed} windows of "
+                f"max_seq_length {self.windows.block_size}, but the {self.windows.name} has {count} "
+                f"({len(self.windows.tokens)} tokens); use a smaller micro_batch_size, a shorter max_seq_length, fewer "
+                "processes, or more data"
             )
         return batches
 
     def _fingerprint(self) -> dict[str, Any]:
         return {
-            "corpus": self._corpus,
+            "corpus": self.order.corpus,
             "windows": len(self.windows),
             "block_size": self.windows.block_size,
-            "batch_size": self.batch_size,
-            "world_size": self._rank_and_world()[1],
-            "seed": self.seed,
-            "shuffle": self.shuffle,
+            "batch_size": self._rows,
+            "world_size": self._rank_and_world().world_size,
+            "seed": self.order.seed,
+            "shuffle": self.order.shuffle,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns where the training order stands: plain numbers and strings, equal on all ranks.
+        """Return where the training order stands: plain numbers and strings, equal on all ranks.
 
         After k batches were handed out, a loader that loads this state goes on with batch k + 1.
         """
         return {"epoch": self._epoch, "position": self._position, "fingerprint": self._fingerprint()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state` was taken.
+        """Continue where `state` was taken.
 
         Raises:
-            ValueError: The state belongs to other data or settings, under which its position would mean other windows.
+            SettingsError: The state belongs to other data or settings, under which its position would mean other
+                windows.
         """
         missing = {"epoch", "position", "fingerprint"} - set(state)
         if missing:
-            raise ValueError(
-                f"The checkpoint's data position lacks {sorted(missing)}: it was saved by another kind of data loader. "
-                "Resume with the data module of the original run, or start a new run from its weights with "
-                "initial_checkpoint_dir."
+            raise SettingsError(
+                f"resume: the checkpoint's data position lacks {sorted(missing)}, so another kind of data loader saved "
+                "it; resume with the data module of the original run, or start a new run from its weights with "
+                "initial_checkpoint_dir"
             )
         saved, current = state["fingerprint"], self._fingerprint()
         changed = [
@@ -189,14 +212,14 @@ class TokenLoader(DataLoader):
             if saved.get(key) != value
         ]
         if changed:
-            raise ValueError(
-                f"Cannot resume the {self.windows.name} exactly: the saved position is one in another order of windows "
-                f"({'; '.join(changed)}). Resume with the original values, or start a new run from the weights with "
-                "initial_checkpoint_dir."
+            raise SettingsError(
+                f"resume: the {self.windows.name} cannot be resumed exactly, as the saved position belongs to another "
+                f"order of windows ({', '.join(changed)}); resume with the original values, or start a new run "
+                "from the weights with initial_checkpoint_dir"
             )
         if not (state["epoch"] >= 0 and 0 <= state["position"] < len(self)):
-            raise ValueError(
-                f"The checkpoint's data position is damaged: epoch {state['epoch']}, batch {state['position']} of "
-                f"{len(self)}. Resume from another checkpoint."
+            raise SettingsError(
+                f"resume: the checkpoint's data position is damaged (epoch {state['epoch']}, batch {state['position']} "
+                f"of {len(self)}); resume from another checkpoint"
             )
         self._epoch, self._position = state["epoch"], state["position"]

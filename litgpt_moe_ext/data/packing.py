@@ -23,7 +23,7 @@ class Packing:
 
 
 def document_lengths(shards: Sequence[np.ndarray], eos_id: int) -> np.ndarray:
-    """Returns the lengths of the documents in a stream, each with the `eos_id` at its end, int64.
+    """Return the lengths of the documents in a stream, each with the `eos_id` at its end, int64.
 
     What follows the last `eos_id` counts as a document.
     """
@@ -38,7 +38,7 @@ def document_lengths(shards: Sequence[np.ndarray], eos_id: int) -> np.ndarray:
 
 
 def cut_documents(lengths: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts documents into pieces that fit a window of ``block_size + 1`` tokens.
+    """Cut documents into pieces that fit a window of `block_size + 1` tokens.
 
     The pieces of a long document share one token with their neighbour, so that each token of a document but its first
     is a target exactly once. A document of one token has no target and is left out.
@@ -58,7 +58,7 @@ def cut_documents(lengths: np.ndarray, block_size: int) -> tuple[np.ndarray, np.
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Assigns pieces to windows by best-fit decreasing.
+    """Assign pieces to windows by best-fit decreasing.
 
     From the longest to the shortest, each piece goes into the window with the least room that still holds it. That is
     the packing of Ding et al., "Fewer Truncations Improve Language Modeling", section 3 (arXiv 2404.10830).
@@ -97,7 +97,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
 
 def pack(lengths: np.ndarray, block_size: int, together: bool) -> Packing:
-    """Places the documents of a stream into windows of ``block_size + 1`` tokens.
+    """Place the documents of a stream into windows of `block_size + 1` tokens.
 
     Args:
         lengths: Tokens of each document, shape (documents,).

@@ -1,7 +1,7 @@
 """How tokens are cut into the rows of a batch.
 
 Two ways: one stream of tokens in equal pieces (`StreamWindows`), or whole documents side by side (`DocumentWindows`).
-A row has ``block_size + 1`` tokens, of which LitGPT takes ``[:-1]`` as inputs and ``[1:]`` as targets.
+A row has `block_size + 1` tokens, of which LitGPT takes `[:-1]` as inputs and `[1:]` as targets.
 """
 
 from abc import abstractmethod
@@ -9,9 +9,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from litgpt_moe_ext.data.packing import Packing
+from litgpt_moe_ext.errors import SettingsError
 
 IGNORE_INDEX = -100  # what LitGPT's cross-entropy leaves out
 
@@ -32,7 +34,7 @@ class TokenStream:
         return int(self.starts[-1])
 
     def copy_to(self, out: np.ndarray, start: int) -> None:
-        """Copies the tokens from position `start` on into `out`, across shard borders."""
+        """Copy the tokens from position `start` on into `out`, across shard borders."""
         shard = int(np.searchsorted(self.starts, start, side="right")) - 1
         filled = 0
         while filled < len(out):
@@ -44,7 +46,7 @@ class TokenStream:
 
 
 class Windows(IterableDataset):
-    """Rows of ``block_size + 1`` tokens, addressed by number.
+    """Rows of `block_size + 1` tokens, addressed by number.
 
     Args:
         tokens: Where the tokens come from.
@@ -57,27 +59,27 @@ class Windows(IterableDataset):
 
     def __init__(self, tokens: TokenStream, block_size: int, name: str) -> None:
         if block_size < 1:
-            raise ValueError(f"The {name} needs a block size (max_seq_length) of at least 1, got {block_size}.")
+            raise ValueError(f"max_seq_length: {block_size} must be at least 1 (the {name})")
         self.tokens = tokens
         self.block_size = block_size
         self.name = name
 
     @abstractmethod
     def __len__(self) -> int:
-        """Number of windows."""
+        """Return the number of windows."""
 
     @abstractmethod
     def fill(self, out: np.ndarray, indices: np.ndarray) -> None:
-        """Writes the windows with these indices into `out`, int64, shape (len(indices), block_size + 1)."""
+        """Write the windows with these indices into `out`, int64, shape (len(indices), block_size + 1)."""
 
-    def gather(self, indices: np.ndarray, pin_memory: bool = False) -> torch.Tensor:
-        """Returns the windows with these indices as a new int64 tensor of shape (len(indices), block_size + 1)."""
+    def gather(self, indices: np.ndarray, pin_memory: bool = False) -> Tensor:
+        """Return the windows with these indices as a new int64 tensor of shape (len(indices), block_size + 1)."""
         out = torch.empty((len(indices), self.block_size + 1), dtype=torch.int64, pin_memory=pin_memory)
         self.fill(out.numpy(), indices)
         return out
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        """Yields every window in order, int64, shape (block_size + 1,)."""
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield every window in order, int64, shape (block_size + 1,)."""
         for index in range(len(self)):
             yield self.gather(np.array([index]))[0]
 
@@ -90,16 +92,17 @@ class StreamWindows(Windows):
     window is left out.
 
     Raises:
-        ValueError: `block_size` is not positive, or there are fewer than block_size + 1 tokens.
+        ValueError: `block_size` is not positive.
+        SettingsError: There are fewer than block_size + 1 tokens.
     """
 
     def __init__(self, shards: Sequence[np.ndarray], block_size: int, name: str = "data") -> None:
         super().__init__(TokenStream(shards), block_size, name)
         count = len(self.tokens)
         if count < block_size + 1:
-            raise ValueError(
-                f"The {name} has {count} tokens, but one window of max_seq_length={block_size} needs "
-                f"{block_size + 1}. Use a shorter max_seq_length (at most {max(count - 1, 0)}) or more data."
+            raise SettingsError(
+                f"train.max_seq_length: {block_size} needs windows of {block_size + 1} tokens, but the {name} has "
+                f"{count}; use a shorter max_seq_length (at most {max(count - 1, 0)}) or more data"
             )
         self._count = (count - 1) // block_size
         starts = self.tokens.starts
@@ -118,8 +121,8 @@ class StreamWindows(Windows):
 
     def fill(self, out: np.ndarray, indices: np.ndarray) -> None:
         """See `Windows.fill`."""
-        if len(self._views) == 1:
-            out[...] = self._views[0][indices]
+        if len(self._views) == 1 and (views := self._views[0]) is not None:
+            out[...] = views[indices]
             return
         shard_of = np.searchsorted(self.tokens.starts, indices * self.block_size, side="right") - 1
         whole = indices < self._end[shard_of]

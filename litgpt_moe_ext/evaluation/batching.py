@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from torch import Tensor
+
+from litgpt_moe_ext.errors import SettingsError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -33,7 +36,7 @@ class BatchSize:
         """Read the setting: a positive integer, "auto", or "auto:N" for N searches.
 
         Raises:
-            ValueError: If it is something else.
+            SettingsError: If it is something else.
         """
         name, _, searches = str(batch_size).partition(":")
         automatic = name == "auto" and (searches.isdecimal() and int(searches) > 0 or batch_size == "auto")
@@ -43,7 +46,9 @@ class BatchSize:
         if automatic:
             return cls(LARGEST_AUTOMATIC, searches=int(searches or 1))
         if isinstance(batch_size, bool) or not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise ValueError(f"batch_size: {batch_size!r} must be a positive integer, 'auto', or 'auto:N' with N >= 1")
+            raise SettingsError(
+                f"batch_size: {batch_size!r} must be a positive integer, 'auto', or 'auto:N' with N >= 1"
+            )
         return cls(int(batch_size))
 
     def run(self, items: Sequence[Item], function: Callable[[Sequence[Item]], Result]) -> Iterator[Result]:
@@ -93,11 +98,11 @@ class BatchSize:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    # Not every backend has the exception class of its own that CUDA has.
+    # Only CUDA has an exception class for it.
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
-def pad_right(sequences: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+def pad_right(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Stack token sequences of different lengths.
 
     Args:

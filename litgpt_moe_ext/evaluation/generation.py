@@ -1,6 +1,6 @@
 """Generation for a batch of prompts of different lengths, through LitGPT's key/value cache.
 
-Shape suffixes: B batch, T tokens of a prompt, V vocabulary.
+Shape legend: B batch, T tokens of a prompt, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ from litgpt.generate.base import sample
 from litgpt.model import CausalSelfAttention
 from torch import Tensor
 
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.batching import pad_right
 
 # Settings of Hugging Face's `generate` that some tasks spell out, with the values that change nothing.
@@ -46,7 +47,7 @@ class GenerationSettings:
             default_max_gen_toks: Used where they do not name `max_gen_toks`.
 
         Raises:
-            ValueError: If a setting is not supported or out of range; the message names it.
+            SettingsError: If a setting is not supported or out of range; the message names it.
         """
         settings = dict(generation_kwargs)
         until = settings.pop("until", None) or []
@@ -57,12 +58,12 @@ class GenerationSettings:
         top_p = settings.pop("top_p", None)
         for name, value in settings.items():
             if value is not None and (name not in _NEUTRAL or value != _NEUTRAL[name]):
-                raise ValueError(
+                raise SettingsError(
                     f"generation_kwargs: {name}: {value!r} is not supported; remove it from the task (supported are "
                     "until, max_gen_toks, do_sample, temperature, top_k, top_p)"
                 )
         if max_gen_toks < 1 or temperature < 0:
-            raise ValueError(
+            raise SettingsError(
                 f"generation_kwargs: max_gen_toks: {max_gen_toks} must be at least 1, "
                 f"temperature: {temperature} at least 0"
             )
@@ -114,14 +115,15 @@ def generate(
 
 
 def supports_padded_cache(model: GPT) -> bool:
-    """Whether the model's cache holds every position.
+    """Return whether the model's cache holds every position.
 
     LitGPT's own attention keeps a ring buffer for a sliding window, where padding would displace tokens and a prompt
     longer than the window is refused. A streaming cache drops tokens and counts positions for the whole batch.
     """
-    return model.config.streaming_cache_window is None and not any(
-        type(block.attn) is CausalSelfAttention and block.attn.apply_sliding_window_attention
-        for block in model.transformer.h
+    layers = [module for module in model.modules() if isinstance(module, CausalSelfAttention)]
+    streams = getattr(model.config, "streaming_cache_window", None) is not None
+    return not streams and not any(
+        type(layer) is CausalSelfAttention and layer.apply_sliding_window_attention for layer in layers
     )
 
 
@@ -156,11 +158,13 @@ class _CachedForward:
         )
 
     def first(self) -> Tensor:
+        """Return the logits of the first new token of each prompt, (B, V)."""
         positions_T = torch.arange(self.length, device=self.prompts_BT.device)
         logits_BTV = self.model(self.prompts_BT, positions_T, input_pos_maxp1=self.length)
         return _last(logits_BTV, self.position_B)
 
     def next(self, token_B: Tensor) -> Tensor:
+        """Take in one token per prompt; return the logits of the following one, (B, V)."""
         self.length += 1
         logits_B1V = self.model(token_B[:, None], self.position_B[:, None], input_pos_maxp1=self.length)
         self.position_B = self.position_B + 1
@@ -175,11 +179,13 @@ class _PlainForward:
         self.texts = [list(prompt) for prompt in prompts]
 
     def first(self) -> Tensor:
+        """Return the logits of the first new token of each prompt, (B, V)."""
         device = self.model.lm_head.weight.device
         length_B = torch.tensor([len(text) for text in self.texts], device=device)
         return _last(self.model(pad_right(self.texts, device)), length_B)
 
     def next(self, token_B: Tensor) -> Tensor:
+        """Take in one token per prompt; return the logits of the following one, (B, V)."""
         for text, token in zip(self.texts, token_B.tolist(), strict=True):
             text.append(token)
         return self.first()

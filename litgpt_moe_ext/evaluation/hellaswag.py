@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from litgpt import GPT
+
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.scoring import Continuation, score_continuations
 
@@ -26,10 +28,17 @@ _N_ENDING = 4
 
 
 class Item(NamedTuple):
-    """One question: what the file says, and the number of the right ending."""
+    """One question.
+
+    Attributes:
+        fields: What the file says.
+        label: Number of the right ending.
+        where: File and line, for errors.
+    """
 
     fields: dict[str, Any]
     label: int
+    where: str = "HellaSwag"
 
 
 class Question(NamedTuple):
@@ -75,13 +84,12 @@ def load_items(path: Path, limit: int | None = None) -> list[Item]:
         limit: Read at most so many.
 
     Raises:
-        SettingsError: If there is no such file.
-        SettingsError: If a line is no question; the message names it.
+        SettingsError: If there is no such file, or a line of it does not hold a question; the message names it.
     """
     if not path.is_file():
         raise SettingsError(f"file: {str(path)!r} does not exist; give HellaSwag's hellaswag_val.jsonl")
     items: list[Item] = []
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             if limit is not None and len(items) >= limit:
                 break
@@ -97,22 +105,27 @@ def as_question(item: Item, rule: Rule, encode: Callable[[str], list[int]]) -> Q
 
     Args:
         item: The question.
-        rule: The rule.
+        rule: How to read it.
         encode: Turns text into token ids, without special tokens.
+
+    Raises:
+        SettingsError: If context or ending have no tokens.
     """
     fields = item.fields
     if rule == "build-nanogpt":
         context = encode(fields["ctx"])
         requests = [Continuation(context, encode(f" {ending}")) for ending in fields["endings"]]
+        _check_tokens(item, requests, "ctx")
         return Question(item, requests, [len(request.continuation) for request in requests])
     text = _cleaned(f"{fields['activity_label']}: {fields['ctx_a']} {fields['ctx_b'].capitalize()}")
     endings = [_cleaned(ending) for ending in fields["endings"]]
     requests = [_encoded_together(text, f" {ending}", encode) for ending in endings]
+    _check_tokens(item, requests, "activity_label, ctx_a and ctx_b")
     return Question(item, requests, [len(ending) for ending in endings])
 
 
 def evaluate(
-    model: Any, questions: Sequence[Question], batch_size: int, advance: Callable[[int], None]
+    model: GPT, questions: Sequence[Question], batch_size: int, advance: Callable[[int], None]
 ) -> list[Answer]:
     """Let a model answer questions.
 
@@ -133,28 +146,33 @@ def evaluate(
     return answers
 
 
-def encoder(tokenizer: Any) -> Callable[[str], list[int]]:
-    """Return what turns text into token ids without special tokens, from a `litgpt.Tokenizer`."""
-    if tokenizer.backend == "huggingface":
-        return lambda text: tokenizer.processor.encode(text, add_special_tokens=False).ids
-    return tokenizer.processor.encode
-
-
-def _parse(line: str, where: str) -> Item:
+def _parse(line: bytes, where: str) -> Item:
     try:
         fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise SettingsError(f"file: {where} is not JSON: {error}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise SettingsError(f"file: {where} must be JSON; {error}") from error
     for name, kind in _FIELDS.items():
         if not isinstance(fields, dict) or not isinstance(fields.get(name), kind):
             raise SettingsError(f"file: {where} lacks {name!r} ({kind.__name__}); give HellaSwag's validation file")
+    if not all(isinstance(ending, str) for ending in fields["endings"]):
+        raise SettingsError(f"file: {where} has an ending that is not text; give HellaSwag's validation file")
     label = str(fields.get("label", ""))
     if len(fields["endings"]) != _N_ENDING or label not in ("0", "1", "2", "3"):
         raise SettingsError(
             f"file: {where} has {len(fields['endings'])} endings and label {fields.get('label')!r}; it must have "
             "4, and a label from 0 to 3 (the test file has none)"
         )
-    return Item(fields, int(label))
+    return Item(fields, int(label), where)
+
+
+def _check_tokens(item: Item, requests: Sequence[Continuation], context: str) -> None:
+    for number, request in enumerate(requests):
+        if not request.context:
+            raise SettingsError(f"file: {item.where}: {context} must hold text; remove question {item.fields['ind']}")
+        if not request.continuation:
+            raise SettingsError(
+                f"file: {item.where}: ending {number} must hold text; remove question {item.fields['ind']}"
+            )
 
 
 def _cleaned(text: str) -> str:

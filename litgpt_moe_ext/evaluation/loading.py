@@ -28,21 +28,21 @@ def check_checkpoint_dir(checkpoint_dir: Path) -> None:
         checkpoint_dir: The directory.
 
     Raises:
-        FileNotFoundError: If the directory or one of its files is missing; the message names them and a remedy.
+        SettingsError: If the directory or one of its files is missing; the message names them and a remedy.
     """
     if not checkpoint_dir.is_dir():
-        raise FileNotFoundError(
+        raise SettingsError(
             f"checkpoint_dir: {str(checkpoint_dir)!r} is not a directory. Name the folder that holds {WEIGHTS_FILE}, "
             "or get a published model with `litgpt download` first."
         )
     missing = [name for name in (WEIGHTS_FILE, CONFIG_FILE) if not (checkpoint_dir / name).is_file()]
     if missing:
-        raise FileNotFoundError(
+        raise SettingsError(
             f"checkpoint_dir: {str(checkpoint_dir)!r} lacks {' and '.join(missing)}. `litgpt pretrain` writes them to "
             "`out_dir/final` and `out_dir/step-*`."
         )
     if not any((checkpoint_dir / name).is_file() for name in VOCABULARY_FILES):
-        raise FileNotFoundError(
+        raise SettingsError(
             f"checkpoint_dir: {str(checkpoint_dir)!r} has no tokenizer ({' or '.join(VOCABULARY_FILES)}). Copy the "
             "tokenizer's files of the training data there; `litgpt pretrain --tokenizer_dir ...` does so by itself."
         )
@@ -55,16 +55,16 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
         dtype: A torch type, its name ("bfloat16"), or None or "auto" for the type of the weights in the checkpoint.
 
     Returns:
-        The type, or None for that of the checkpoint.
+        The type, or None for the checkpoint's.
 
     Raises:
-        ValueError: If it is no floating point type.
+        SettingsError: If it is not a floating point type.
     """
     if dtype is None or dtype == "auto":
         return None
     parsed = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(parsed, torch.dtype) or not parsed.is_floating_point:
-        raise ValueError(f"dtype: {dtype!r} is unknown; choose from float32, bfloat16, float16, float64, auto")
+        raise SettingsError(f"dtype: {dtype!r} is unknown; choose from float32, bfloat16, float16, float64, auto")
     return parsed
 
 
@@ -106,7 +106,7 @@ def load_model(checkpoint_dir: Path, device: torch.device, dtype: torch.dtype | 
     Args:
         checkpoint_dir: A directory that `check_checkpoint_dir` accepts.
         device: Where the model goes.
-        dtype: Floating point type of its weights, by default that of the checkpoint. Rotary tables stay float32, as in
+        dtype: Floating point type of its weights, by default the checkpoint's. Rotary tables stay float32, as in
             Hugging Face's models, and so does whatever the plugin's layers keep in float32.
 
     Returns:

@@ -1,16 +1,19 @@
 """Perplexity and bits per byte.
 
-Perplexities of models with different tokenizers cannot be compared, because their tokens are of different lengths; bits
-per byte of the text can.
+Perplexities of models with different tokenizers cannot be compared, because their tokens differ in length. Bits per
+byte of the text can.
 """
 
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from litgpt import Tokenizer
 from torch import Tensor
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.evaluation.tokenization import decode
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class Perplexity:
         tokens: Predicted tokens.
         bytes: Bytes of UTF-8 that they stand for. End-of-text tokens are predicted but stand for none.
         loss: Mean loss per token in nats.
-        by_position: Mean loss by the number of tokens it was predicted from: first and last number, mean, tokens.
+        by_position: For ranges of the number of tokens before the predicted one: first and last number, mean loss,
+            tokens.
     """
 
     tokens: int
@@ -31,7 +35,7 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        """exp of the loss."""
+        """Exp of the loss."""
         return math.exp(self.loss)
 
     @property
@@ -66,20 +70,16 @@ def summarize(losses_N: Tensor, contexts_N: Tensor, n_byte: int) -> Perplexity:
     return Perplexity(len(losses_N), n_byte, losses_N.double().mean().item(), rows)
 
 
-def bytes_of(ids: list[int], tokenizer) -> int:
+def bytes_of(ids: list[int], tokenizer: Tokenizer) -> int:
     """Return how many bytes of UTF-8 tokens stand for; special tokens stand for none.
 
     Args:
         ids: Token ids.
-        tokenizer: The `litgpt.Tokenizer`.
+        tokenizer: The tokenizer that made them.
     """
-    if tokenizer.backend == "huggingface":
-        text = tokenizer.processor.decode(ids, skip_special_tokens=True)
-    else:
-        text = tokenizer.processor.decode(ids)
-    return len(text.encode("utf-8"))
+    return len(decode(tokenizer, ids).encode("utf-8"))
 
 
-def as_tensor(tokens) -> Tensor:
+def as_tensor(tokens: np.ndarray) -> Tensor:
     """Return tokens of a shard as an int64 tensor in memory."""
     return torch.from_numpy(tokens.astype("int64"))

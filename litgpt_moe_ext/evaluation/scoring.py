@@ -1,6 +1,6 @@
 """Log-probabilities of given tokens under a LitGPT model.
 
-Shape suffixes: B batch, T tokens, V vocabulary, N tokens of a whole text.
+Shape legend: B batch, T tokens, V vocabulary, N tokens of a whole text.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from litgpt import GPT
 from torch import Tensor
 
 from litgpt_moe_ext.evaluation.batching import pad_right
 
 
 class Continuation(NamedTuple):
-    """What to score: the tokens of `continuation` after those of `context`, which has at least one."""
+    """What to score: the tokens of `continuation`, which follow at least one token of `context`."""
 
     context: Sequence[int]
     continuation: Sequence[int]
@@ -22,7 +23,7 @@ class Continuation(NamedTuple):
 
 @torch.inference_mode()
 def score_continuations(
-    model: torch.nn.Module, requests: Sequence[Continuation], batch_size: int, advance: Callable[[int], None]
+    model: GPT, requests: Sequence[Continuation], batch_size: int, advance: Callable[[int], None]
 ) -> list[float]:
     """Return the sum of the log-probabilities of each continuation's tokens, in nats.
 
@@ -63,9 +64,7 @@ def score_continuations(
 
 
 @torch.inference_mode()
-def token_losses(
-    model: torch.nn.Module, ids_N: Tensor, batch_size: int, advance: Callable[[int], None]
-) -> tuple[Tensor, Tensor]:
+def token_losses(model: GPT, ids_N: Tensor, batch_size: int, advance: Callable[[int], None]) -> tuple[Tensor, Tensor]:
     """Return the loss of every token but the first, each predicted once, and how many tokens it was predicted from.
 
     The text is read in windows of the model's block size that share one token, as in validation during training.

@@ -1,17 +1,17 @@
-"""Writing a text token by token, and knowing which experts wrote it.
+"""Writing a text token by token.
 
-Shape legend: K chosen experts per token, L MoE layers.
+Shape legend: T tokens, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from litgpt import GPT
 from litgpt.generate.base import sample
+from torch import Tensor
 
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.inspect.experts.capture import RoutingRecorder
 
 
 @dataclass(frozen=True)
@@ -37,47 +37,34 @@ class Sampling:
             raise SettingsError(f"top_p: {self.top_p} must be more than 0 and at most 1")
 
 
-@dataclass(frozen=True)
-class Written:
-    """One new token.
-
-    Attributes:
-        id: Token id.
-        experts: For each MoE layer the experts that computed it, the one with the highest gate value first. These are
-            the experts of the position that predicts the token. None if they were not asked for.
-    """
-
-    id: int
-    experts: list[list[int]] | None
-
-
 @torch.inference_mode()
-def stream(
-    model: Any, prompt: list[int], max_new_tokens: int, sampling: Sampling, show_experts: bool
-) -> Iterator[Written]:
-    """Continue a prompt until `max_new_tokens` or the end of the model's context, which a streaming cache has not.
+def stream(model: GPT, prompt: list[int], max_new_tokens: int, sampling: Sampling) -> Generator[int]:
+    """Continue a prompt, token by token.
+
+    It ends after `max_new_tokens`, or at the end of the model's context unless the model has a streaming cache.
 
     Args:
-        model: A `litgpt.GPT` in evaluation mode.
+        model: The model, in evaluation mode.
         prompt: Token ids, at least one and, without a streaming cache, fewer than the model's block size.
         max_new_tokens: Most tokens to write.
         sampling: How to choose them.
-        show_experts: Whether to record experts.
+
+    Yields:
+        Token ids. One forward pass lies between two of them.
 
     Raises:
         SettingsError: If the prompt is empty or leaves no room.
     """
     device, total = model.lm_head.weight.device, len(prompt) + max_new_tokens
     if not prompt:
-        raise SettingsError("the prompt is empty; it must have at least one token")
-    if model.config.streaming_cache_window is None:
+        raise SettingsError("prompt: it is empty; it must have at least one token")
+    if getattr(model.config, "streaming_cache_window", None) is None:
         size = model.max_seq_length
         if len(prompt) >= size:
             raise SettingsError(
-                f"the prompt has {len(prompt)} tokens; it must have 1 to {size - 1} (the model's context)"
+                f"prompt: it has {len(prompt)} tokens; it must have 1 to {size - 1} (the model's context)"
             )
         total = min(size, total)
-    recorder = RoutingRecorder(model) if show_experts else None
     length = model.max_seq_length
     model.set_kv_cache(batch_size=1, max_seq_length=total, device=device, dtype=model.lm_head.weight.dtype)
     try:
@@ -85,27 +72,15 @@ def stream(
         while start + len(ids) < total:
             position_T = torch.arange(start, start + len(ids), device=device)
             start += len(ids)
-            ids_1T = torch.tensor([ids], device=device)
-            if recorder is None:
-                logits, experts = model(ids_1T, position_T, input_pos_maxp1=start), None
-            else:
-                with recorder.recording():
-                    logits = model(ids_1T, position_T, input_pos_maxp1=start)
-                experts = [_by_weight(layer) for layer in recorder.take()]
-            token = int(_choose(logits, sampling))
-            yield Written(token, experts)
-            ids = [token]
+            logits_1TV = model(torch.tensor([ids], device=device), position_T, input_pos_maxp1=start)
+            ids = [int(_choose(logits_1TV, sampling))]
+            yield ids[0]
     finally:
         model.clear_kv_cache()
         model.max_seq_length = length
 
 
-def _choose(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+def _choose(logits_1TV: Tensor, sampling: Sampling) -> Tensor:
     if sampling.temperature == 0:
-        return logits[0, -1].argmax()
-    return sample(logits, sampling.temperature, sampling.top_k, sampling.top_p)
-
-
-def _by_weight(layer: Any) -> list[int]:
-    order_K = layer.weights_NK[-1].argsort(descending=True)
-    return layer.experts_NK[-1][order_K].tolist()
+        return logits_1TV[0, -1].argmax()
+    return sample(logits_1TV, sampling.temperature, sampling.top_k, sampling.top_p)

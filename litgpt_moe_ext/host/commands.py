@@ -46,6 +46,6 @@ def refuse_conversion(module: Any) -> None:
 
 def evaluate_directly(module: Any) -> None:
     """Evaluate checkpoints with the plugin's layers without converting them to Hugging Face's format."""
-    from litgpt_moe_ext.evaluation.evaluate import wrap_convert_and_evaluate
+    from litgpt_moe_ext.evaluation.litgpt_evaluate import wrap_convert_and_evaluate
 
     module.convert_and_evaluate = wrap_convert_and_evaluate(module.convert_and_evaluate)

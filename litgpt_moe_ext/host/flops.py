@@ -13,16 +13,17 @@ Each part switches itself off: the first when `LLaMAMoE` no longer uses `torch.w
 formula. A counter has the formulas that there are when it is made: `flash-attn`, which the first attention on a GPU
 imports, must have been imported by then.
 
-Shape legend: B batch, T tokens (of queries), S tokens (of keys), D model width, H heads, G groups, d head size.
+Shape legend: B batch, T tokens, D model width, K chosen experts per token.
 """
 
-from functools import wraps
+from functools import partial, wraps
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from litgpt_moe_ext.attention.kernels.registry import KERNELS, functions_of
 from litgpt_moe_ext.host import autoload
 
 
@@ -41,10 +42,12 @@ def count_llama_moe(model: ModuleType) -> None:
 
 
 def count_products(flop_counter: ModuleType) -> None:
-    """Register formulas for the grouped matrix product and the operators of `flash-attn`, where there are none."""
+    """Register formulas for the grouped matrix product and the operators of attention kernels, where there are none."""
     _register_grouped_mm(flop_counter)
-    # Its operators exist only once the package has been imported.
-    autoload.when_imported("flash_attn.flash_attn_interface", lambda _: _register_flash_attn(flop_counter))
+    for kernel in KERNELS.values():
+        if kernel.library is not None:
+            # Its operators exist only once the library has been imported.
+            autoload.when_imported(kernel.library, partial(_register_kernel, kernel.name, flop_counter))
 
 
 def dense_equivalent(moe: Any, x: Tensor) -> Tensor:
@@ -90,62 +93,6 @@ def _register_grouped_mm(flop_counter: Any) -> None:
         flop_counter.register_flop_formula(operator)(grouped_mm_flops)
 
 
-def flash_attn_flops(q: Tensor, k: Tensor, v: Tensor, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
-    """Return the FLOPs of `flash_attn._flash_attn_forward`, as torch counts `F.scaled_dot_product_attention`.
-
-    A causal mask or a window changes nothing, as in torch. Queries are (B, T, H, d), keys and values (B, S, G, d).
-    """
-    return _attention_flops(2, q, [(q.size(1), k.size(1))] * q.size(0))
-
-
-def flash_attn_varlen_flops(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *args: Any,
-    out_val: Any = None, **kwargs: Any,
-) -> int:  # fmt: skip
-    """Return the FLOPs of `flash_attn._flash_attn_varlen_forward`: of attention within each sequence.
-
-    Queries of all sequences are (T, H, d). `cu_q` and `cu_k` say where sequences begin, the last entry where they end;
-    without values (on the meta device) all sequences are taken to have the largest length, `max_q` and `max_k`.
-    """
-    return _attention_flops(2, q, _lengths(q, cu_q, cu_k, max_q, max_k))
-
-
-def flash_attn_backward_flops(
-    dout: Tensor, q: Tensor, k: Tensor, *args: Any, out_val: Any = None, **kwargs: Any
-) -> int:
-    """Return the FLOPs of `flash_attn._flash_attn_backward`: five products, the scores being computed again."""
-    return _attention_flops(5, q, [(q.size(1), k.size(1))] * q.size(0))
-
-
-def flash_attn_varlen_backward_flops(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
-    cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *args: Any, out_val: Any = None, **kwargs: Any,
-) -> int:  # fmt: skip
-    """Return the FLOPs of `flash_attn._flash_attn_varlen_backward`: within each sequence."""
-    return _attention_flops(5, q, _lengths(q, cu_q, cu_k, max_q, max_k))
-
-
-def _attention_flops(products: int, q: Tensor, lengths: list[tuple[int, int]]) -> int:
-    # Each product is of T x d by d x S, or of the same three sizes in another order.
-    return sum(2 * products * q.size(-2) * n_query * n_key * q.size(-1) for n_query, n_key in lengths)
-
-
-def _lengths(q: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> list[tuple[int, int]]:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    if cu_q.is_meta or isinstance(cu_q, FakeTensor):
-        return [(max_q, max_k)] * (q.size(0) // max_q)
-    return list(zip(cu_q.diff().tolist(), cu_k.diff().tolist(), strict=True))
-
-
-def _register_flash_attn(flop_counter: Any) -> None:
-    formulas = {
-        "_flash_attn_forward": flash_attn_flops,
-        "_flash_attn_varlen_forward": flash_attn_varlen_flops,
-        "_flash_attn_backward": flash_attn_backward_flops,
-        "_flash_attn_varlen_backward": flash_attn_varlen_backward_flops,
-    }
-    for name, formula in formulas.items():
-        operator = getattr(torch.ops.flash_attn, name, None)
-        if operator is not None and operator not in flop_counter.flop_registry:
-            flop_counter.register_flop_formula(operator, get_raw=True)(formula)
+def _register_kernel(name: str, flop_counter: Any, _library: ModuleType) -> None:
+    functions: Any = functions_of(name)
+    functions.register_flop_formulas(flop_counter)

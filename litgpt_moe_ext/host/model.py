@@ -84,7 +84,7 @@ def choose_rope_cache(model: ModuleType) -> None:
     def rope_cache(self: Any, device: Any = None) -> Any:
         if self.config.attention_class_name is None:
             return original(self, device=device)
-        from litgpt_moe_ext.attention.model import rope_length
+        from litgpt_moe_ext.attention.gpt_forward import rope_length
         from litgpt_moe_ext.attention.rope import build_rope_cache
 
         return build_rope_cache(self.config, rope_length(self), device=device)
@@ -102,7 +102,7 @@ def extend_model_init(model: ModuleType) -> None:
     def __init__(self: Any, config: Any) -> None:
         original(self, config)
         if changes_model(config):
-            from litgpt_moe_ext.attention.model import add_position_embedding
+            from litgpt_moe_ext.attention.gpt_forward import add_position_embedding
 
             add_position_embedding(self)
         if routers_need(config, "token_ids"):
@@ -123,7 +123,7 @@ def extend_model_forward(model: ModuleType) -> None:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not changes_model(self.config):
             return original(self, *args, **kwargs)
-        from litgpt_moe_ext.attention.model import forward
+        from litgpt_moe_ext.attention.gpt_forward import forward
 
         return forward(original, self, *args, **kwargs)
 
@@ -149,7 +149,7 @@ def size_kv_cache(model: ModuleType) -> None:
     @wraps(original)
     def set_kv_cache(self: Any, batch_size: int, max_seq_length: int | None = None, *args: Any, **kwargs: Any) -> None:
         if getattr(self.config, "streaming_cache_window", None) is not None:
-            from litgpt_moe_ext.attention.model import cache_length
+            from litgpt_moe_ext.attention.gpt_forward import cache_length
 
             # `LLM.generate`, and `litgpt serve` with it, say here and nowhere else how long the text will be.
             if max_seq_length is not None and max_seq_length > self.max_seq_length:

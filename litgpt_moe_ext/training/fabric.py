@@ -4,6 +4,7 @@ The events, and what the callbacks may do about them, stand in `training.callbac
 """
 
 import math
+import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from lightning.fabric.wrappers import _FabricOptimizer
 from torch import Tensor
 
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.callback import Callback
 
 
@@ -26,6 +28,7 @@ class TrainingFabric(L.Fabric):
 
     Attributes:
         resumed_rng: State of the random generators of every process from the loaded checkpoint, until it is restored.
+        attempt: How often the run has been started: 1, and one more whenever it is resumed.
         state: LitGPT's training state, once there is one.
     """
 
@@ -33,6 +36,7 @@ class TrainingFabric(L.Fabric):
         super().__init__(**kwargs)
         self._show = show
         self.resumed_rng: list[dict] | None = None
+        self.attempt = 1
         self._model: Any = None
         self._optimizer: Any = None
         self.state: dict[str, Any] = {"step_count": 0}
@@ -131,7 +135,12 @@ class TrainingFabric(L.Fabric):
         self, path: str | Path, state: dict[str, Any] | None = None, strict: bool = True, **kwargs: Any
     ) -> dict[str, Any]:
         try:
-            remainder = super().load(path, state, strict, **kwargs)
+            remainder = super().load(path, state, strict, **{**kwargs, "weights_only": True})
+        except pickle.UnpicklingError as error:
+            raise SettingsError(
+                f"resume: {str(path)!r} is damaged, or holds objects that loading would have to run code for; it is "
+                "refused"
+            ) from error
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"resume: {str(path)!r} does not fit the present settings: {error}. Resume with those in "

@@ -31,9 +31,11 @@ from litgpt_moe_ext.moe.gradient_injection import forget_scale
 from litgpt_moe_ext.training.callbacks.fused_loss import FusedLoss
 from litgpt_moe_ext.training.checkpoint import hyperparameters
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
+from litgpt_moe_ext.training.checkpoint.progress import MODEL_FILE, batch_of, newest_first
 from litgpt_moe_ext.training.checkpoint.resharding import convert_iterations, convert_position
 from litgpt_moe_ext.training.control import StepLimits, StopRequests, TrainingInterrupted, TrainingStopped
 from litgpt_moe_ext.training.optim.optimization import Optimization, schedule_steps
+from litgpt_moe_ext.training.parallel import random_state
 
 
 class HookedLoop:
@@ -84,6 +86,8 @@ class HookedLoop:
         self.trained_iterations = 0
         self.seconds = 0.0
         self.limits_reached = False
+        self.last_saved: Path | None = None
+        self._random_state_settled = False
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -115,6 +119,7 @@ class HookedLoop:
                 checkpoints.save_whole(original_save, fabric, state, tokenizer_dir, checkpoint_file)
             except checkpoints.SaveError as error:
                 return self._not_saved(error, checkpoint_file.parent)
+            self.last_saved = checkpoint_file.parent
             fabric.call("on_checkpoint_saved", directory=checkpoint_file.parent)
 
         loop = self
@@ -125,7 +130,7 @@ class HookedLoop:
                 asked = time.perf_counter()
                 batch = super().__next__()
                 waited = time.perf_counter() - asked
-                loop._restore_rng()
+                loop._settle_random_state()
                 loop.fabric.call("on_batch", batch=batch, waited=waited)
                 return batch
 
@@ -166,7 +171,7 @@ class HookedLoop:
     def _adapt_iterations(self) -> None:
         if not self.resume_file:
             return
-        saved = checkpoints.batch_of(self.resume_file.parent)
+        saved = batch_of(self.resume_file.parent)
         if saved is None:
             return
         batch = self.train.micro_batch_size * self.fabric.world_size
@@ -175,15 +180,13 @@ class HookedLoop:
 
     def save(self, name: str) -> None:
         """Save the present state under a name in the run's directory; every process must call."""
-        litgpt.pretrain.save_checkpoint(
-            self.fabric, self.state, self.tokenizer_dir, self.out_dir / name / checkpoints.MODEL_FILE
-        )
+        litgpt.pretrain.save_checkpoint(self.fabric, self.state, self.tokenizer_dir, self.out_dir / name / MODEL_FILE)
 
     def _not_saved(self, error: checkpoints.SaveError, directory: Path) -> None:
         if self.on_save_error == "continue" and directory.name != "final":
             self.fabric.print(f"  {error}. Training goes on without it (checkpoint.on_save_error: continue).")
             return
-        kept = [str(path) for path in checkpoints.newest_first(self.out_dir)[:1]]
+        kept = [str(path) for path in newest_first(self.out_dir)[:1]]
         raise TrainingStopped(
             f"{error}. The checkpoints before it are whole{', the newest is ' + kept[0] if kept else ''}. Free some "
             "space and continue with --resume auto; --checkpoint.on_save_error continue trains on without checkpoints."
@@ -197,7 +200,7 @@ class HookedLoop:
         step = self.state["step_count"]
         if signal_number := self.stop_requests.agreed(self.fabric):
             directory = self.out_dir / f"step-{step:08d}"
-            if step and self.fabric.broadcast(checkpoints.problem_with(directory)) is not None:
+            if step and directory != self.last_saved:
                 self.save(directory.name)
             raise TrainingInterrupted(signal_number, directory if step else None)
         if self.limits.reached(step, self.fabric):
@@ -218,16 +221,21 @@ class HookedLoop:
         warmup_steps, total_steps = schedule_steps(warmup_iters, max_iters, accumulation)
         return self.optimization.learning_rate(self.state["step_count"], peak, floor, warmup_steps, total_steps)
 
-    def _restore_rng(self) -> None:
-        # Later than `fabric.load`, because building the data iterator and the sanity check of the validation draw
-        # random numbers that the uninterrupted run did not draw here.
-        saved, self.fabric.resumed_rng = self.fabric.resumed_rng, None
-        if saved is None:
+    def _settle_random_state(self) -> None:
+        # At the first batch, because building the data iterator and the sanity check of the validation draw random
+        # numbers that an uninterrupted run did not draw here.
+        if self._random_state_settled:
             return
-        if len(saved) == self.fabric.world_size:
-            checkpoints.restore_rng_state(saved[self.fabric.global_rank])
-        else:
-            self.fabric.print(
+        self._random_state_settled = True
+        fabric = self.fabric
+        saved, fabric.resumed_rng = fabric.resumed_rng, None
+        if saved is not None and len(saved) == fabric.world_size:
+            if not random_state.restore(saved[fabric.global_rank], fabric.device):
+                fabric.print("The checkpoint comes from another type of device, whose random generator starts anew.")
+            return
+        if saved is not None:
+            fabric.print(
                 f"The checkpoint has the random generators of {len(saved)} processes and there are "
-                f"{self.fabric.world_size} now: they start anew, which matters only where training draws from them."
+                f"{fabric.world_size} now: they start anew, which matters only where training draws from them."
             )
+        random_state.part_ways(self.settings.get("seed", 0), fabric.global_rank, fabric.world_size, fabric.step)

@@ -25,11 +25,14 @@ from litgpt_moe_ext.training.callbacks.expert_images import ExpertImages, shows_
 from litgpt_moe_ext.training.callbacks.fused_loss import FusedLoss, require_torch
 from litgpt_moe_ext.training.callbacks.kernel_report import KernelReport
 from litgpt_moe_ext.training.callbacks.progress import Reporter, format_count
-from litgpt_moe_ext.training.callbacks.retention import BEST, Retention
+from litgpt_moe_ext.training.callbacks.retention import Retention
 from litgpt_moe_ext.training.callbacks.step_metrics import ExpertLoad, GradientNorm
 from litgpt_moe_ext.training.callbacks.telemetry import Telemetry, peak_flops
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
+from litgpt_moe_ext.training.checkpoint.compatibility import require_same_model, require_same_optimizer
 from litgpt_moe_ext.training.checkpoint.lock import OutDirLock
+from litgpt_moe_ext.training.checkpoint.progress import BEST, next_attempt, step_of
+from litgpt_moe_ext.training.checkpoint.resume import agree, find_resume_file
 from litgpt_moe_ext.training.checkpoint.resume_notes import resume_notes
 from litgpt_moe_ext.training.checks import open_tokenizer
 from litgpt_moe_ext.training.compilation import CompileDecision, compile_scope, decide, probe_platform
@@ -203,12 +206,18 @@ class Run:
                 f"train.max_tokens: {self.train_args.max_tokens} is less than one step of {self.tokens_per_step} "
                 "tokens (train.global_batch_size times the sequence length)"
             )
-        self.resume_file = checkpoints.find_resume_file(resume, self.out_dir, self.fabric.print)
+        self.resume_file = agree(self.fabric, lambda: self._find_resume_file(resume, initial_checkpoint_dir))
         if self.resume_file:
-            checkpoints.require_same_model("resume", self.resume_file.parent, self.config)
-            checkpoints.require_same_optimizer(self.resume_file.parent, self.settings)
+            self.fabric.attempt = agree(self.fabric, lambda: next_attempt(self.out_dir, self.resume_file.parent))
+
+    def _find_resume_file(self, resume: Any, initial_checkpoint_dir: Path | None) -> Path | bool:
+        file = find_resume_file(resume, self.out_dir, self.fabric.print)
+        if file:
+            require_same_model("resume", file.parent, self.config)
+            require_same_optimizer(file.parent, self.settings)
         if initial_checkpoint_dir is not None:
-            checkpoints.require_same_model("initial_checkpoint_dir", initial_checkpoint_dir, self.config)
+            require_same_model("initial_checkpoint_dir", initial_checkpoint_dir, self.config)
+        return file
 
     def prepare_data(self, data: Any, tokenizer_dir: Path | None) -> None:
         """Prepare the data set, on the first process of each node before the others, and open the tokenizer."""
@@ -354,7 +363,7 @@ class Run:
             say(f"Resuming from {self.resume_file.parent}")
             for note in resume_notes(self.resume_file.parent, self.settings):
                 say(f"  {note}")
-            if (checkpoints.step_of(self.resume_file.parent) or 0) >= self.total_steps:
+            if (step_of(self.resume_file.parent) or 0) >= self.total_steps:
                 say("  This run is finished: nothing is left to train. --train.max_tokens with more tokens goes on.")
 
     def _conclude(self, loop: HookedLoop) -> None:
@@ -372,7 +381,7 @@ class Run:
             say(f"Validation loss {self.reporter.val_loss:.3f}{baseline}")
         best = self.out_dir / BEST
         if self.retention.best_loss is not None and best.is_dir():
-            say(f"Best validation loss {self.retention.best_loss:.3f} after step {checkpoints.step_of(best)}: {best}")
+            say(f"Best validation loss {self.retention.best_loss:.3f} after step {step_of(best)}: {best}")
         if self.tokenizer is not None:
             final = self.out_dir / "final"
             say(f'Try it: litgpt generate {final} --prompt "..."')

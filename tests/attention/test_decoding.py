@@ -8,7 +8,7 @@ from litgpt.generate import base, speculative_decoding
 from litgpt.model import GPT
 
 from litgpt_moe_ext.attention import layer as layer_module
-from litgpt_moe_ext.attention.positions import position_range
+from litgpt_moe_ext.attention.cache_positions import position_range
 
 VARIANTS = [
     {},
@@ -77,9 +77,9 @@ def test_only_the_visible_part_of_the_cache_is_read(make_config: Any, monkeypatc
     calls = []
     original = layer_module.sink_attention
 
-    def record(q: torch.Tensor, k: torch.Tensor, *args: Any, mask: Any, **kwargs: Any) -> torch.Tensor:
+    def record(q: Any, k: Any, v: Any, softmax: Any, mask: Any, causal: bool) -> torch.Tensor:
         calls.append((k.shape[1:3], None if mask is None else tuple(mask.shape)))
-        return original(q, k, *args, mask=mask, **kwargs)
+        return original(q, k, v, softmax, mask, causal)
 
     monkeypatch.setattr(layer_module, "sink_attention", record)
     model = make_model(make_config, sliding_window_size=4, sliding_window_indices=[0, 1])

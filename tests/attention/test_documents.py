@@ -1,5 +1,7 @@
 """Documents in a packed sequence: exact isolation, equality with separate forwards, and the way to the layers."""
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +15,10 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 
-from litgpt_moe_ext.attention.causal import Softmax, causal_attention
+from litgpt_moe_ext.attention import gpt_forward
+from litgpt_moe_ext.attention.causal_attention import causal_attention
 from litgpt_moe_ext.attention.documents import Documents, document_mask, document_offsets, find_documents
+from litgpt_moe_ext.attention.sinks import Softmax
 
 MARK = 39
 T = 20
@@ -65,25 +69,46 @@ def test_conventions() -> None:
     assert documents.lengths == (1, 2, 1, 2, 5, 1)
 
 
-@given(st.lists(st.lists(st.booleans(), min_size=64, max_size=64), min_size=1, max_size=3))
-def test_offsets_are_the_lengths(marks: list[list[bool]]) -> None:
-    first = torch.tensor(marks)
+@given(st.lists(st.lists(st.booleans(), min_size=64, max_size=64), min_size=1, max_size=3), st.integers(1, 64))
+def test_offsets_are_the_lengths(marks: list[list[bool]], T: int) -> None:
+    # Up to 68 tokens, any number of documents fits.
+    first = torch.tensor(marks)[:, :T]
     first[:, 0] = True
-    first[:, 1::2] = False  # no more documents than fit
-    first[:, 2::4] = False
-    first[:, 4::16] = False
-    first[:, 8:] = False
-    offsets = document_offsets(first)
+    offsets, overflow = document_offsets(first)
     assert offsets.dtype == torch.int32
+    assert offsets.numel() == first.numel() + 1
     edges = [*first.flatten().nonzero().flatten().tolist(), first.numel()]
-    assert offsets.numel() == first.size(0) * 4 + 1
     assert offsets[: len(edges)].tolist() == edges
     assert (offsets[len(edges) :] == first.numel()).all()
+    assert overflow == 0
 
 
-def test_too_many_documents_for_the_offsets_are_an_error() -> None:
-    with pytest.raises(RuntimeError, match="more than 2 documents in a batch"):
-        document_offsets(torch.ones(1, 32, dtype=torch.bool))
+def test_too_many_documents_for_the_offsets_give_nan_and_no_failed_assertion() -> None:
+    first = torch.ones(2, 256, dtype=torch.bool)
+    offsets, overflow = document_offsets(first)
+    assert offsets.numel() == 2 * (16 + 64) + 1
+    # The kernel still gets offsets that it can work with.
+    assert offsets[-1] == first.numel()
+    assert (offsets.diff() > 0).all()
+    assert overflow.isnan()
+    first[:, 40:] = False
+    offsets, overflow = document_offsets(first)
+    assert overflow == 0
+    assert offsets[:41].tolist() == [*range(40), 256]
+
+
+def test_overflow_goes_through_the_model(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where documents do not fit, the logits are NaN rather than wrong."""
+    model = GPT(make_config(attention_document_boundary="eos", attention_document_token_id=MARK))
+    idx = torch.randint(40, (1, 8))
+    assert model(idx).isfinite().all()
+    original = gpt_forward.find_documents
+
+    def overflowing(*arguments: Any) -> Documents:
+        return replace(original(*arguments), overflow=torch.tensor(math.nan))
+
+    monkeypatch.setattr(gpt_forward, "find_documents", overflowing)
+    assert model(idx).isnan().all()
 
 
 @given(

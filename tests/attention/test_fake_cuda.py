@@ -10,7 +10,7 @@ from tests.fake_cuda import RECIPES, fake_cuda, forward_of_recipe
 @pytest.fixture
 def _experts_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     # Their loop waits for the device by design; tests/moe hold the experts to the rule.
-    monkeypatch.setattr("litgpt_moe_ext.moe.experts.Experts.forward", lambda self, x_TD, routing: x_TD)
+    monkeypatch.setattr("litgpt_moe_ext.moe.experts.Experts.forward", lambda self, x_Td, routing: x_Td)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)

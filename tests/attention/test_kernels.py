@@ -8,18 +8,24 @@ import math
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from litgpt_moe_ext.attention import sinks
-from litgpt_moe_ext.attention.causal import Softmax, causal_attention
+from litgpt_moe_ext.attention.causal_attention import causal_attention
 from litgpt_moe_ext.attention.documents import Documents, document_offsets, find_documents
-from litgpt_moe_ext.attention.kernels import backends
-from litgpt_moe_ext.attention.kernels.flash import KERNELS, Call
+from litgpt_moe_ext.attention.kernels import choice
+from litgpt_moe_ext.attention.kernels.calls import Call, Inputs
+from litgpt_moe_ext.attention.kernels.choice import choose, choose_kernel
+from litgpt_moe_ext.attention.kernels.registry import KERNELS, Workload, functions_of
+from litgpt_moe_ext.attention.sinks import Softmax
+from tests.attention.attend import sink_attention
+from tests.fake_cuda import CAPABILITIES, fake_cuda
 
-T, D = 12, 8
+T, d = 12, 8
 
 
 def visible(offsets: Any, n: int, causal: bool, left: int | None, right: int | None) -> torch.Tensor:
@@ -38,7 +44,7 @@ def visible(offsets: Any, n: int, causal: bool, left: int | None, right: int | N
 
 
 def attention(q: Any, k: Any, v: Any, seen: Any, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, H, T, D) in, out and lse (B, H, T)."""
+    """(B, H, T, d) in, out and lse (B, H, T)."""
     k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
     scores = (q @ k.mT * scale).masked_fill(~seen, -math.inf)
     return scores.softmax(-1) @ v, scores.logsumexp(-1)
@@ -161,6 +167,28 @@ def flash_attn_package() -> types.ModuleType:
     return module
 
 
+def flash_attn_4_package() -> types.ModuleType:
+    """A stand-in for `flash_attn.cute.interface` of 4.0.0b36 with the names of the arguments that are used."""
+
+    def forward(q, k, v, *, softmax_scale, causal, window_size_left, window_size_right, return_lse, cu_seqlens_q=None,
+                cu_seqlens_k=None, max_seqlen_q=T, max_seqlen_k=T):  # fmt: skip
+        assert return_lse
+        window = {"window_size_left": window_size_left, "window_size_right": window_size_right}
+        out, lse, *_ = flash_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, causal,
+                                     False, scale=softmax_scale, **window)  # fmt: skip
+        return out, lse, None, None, None
+
+    def backward(q, k, v, out, dout, lse, *, softmax_scale, causal, window_size_left, window_size_right, deterministic,
+                 cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=T, max_seqlen_k=T):  # fmt: skip
+        window = {"window_size_left": window_size_left, "window_size_right": window_size_right}
+        return flash_backward(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0,
+                              causal, RNG, None, scale=softmax_scale, **window)  # fmt: skip
+
+    module = types.ModuleType("flash_attn.cute.interface")
+    module._flash_attn_fwd, module._flash_attn_bwd = forward, backward
+    return module
+
+
 @pytest.fixture
 def gpu_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     library = torch.library.Library("aten", "IMPL")
@@ -177,21 +205,24 @@ def gpu_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         library.impl(name, implementation, "CPU")
     package = types.ModuleType("flash_attn")
     package.flash_attn_interface = flash_attn_package()
+    package.cute = types.ModuleType("flash_attn.cute")
+    package.cute.interface = flash_attn_4_package()
     monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", package.cute)
     yield
     library._destroy()
 
 
 def make_inputs() -> list[torch.Tensor]:
-    shapes = (2, 4, T, D), (2, 2, T, D), (2, 2, T, D), (4,)
+    shapes = (2, 4, T, d), (2, 2, T, d), (2, 2, T, d), (4,)
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
 CASES = [
-    *((name, None, False) for name in ("flash_attn", "flash", "cudnn", "efficient")),
+    *((name, None, False) for name in ("flash_attn", "flash", "flash_attn_4", "cudnn", "efficient")),
     *(
         (name, window, documents)
-        for name in ("flash_attn", "flash")
+        for name in ("flash_attn", "flash", "flash_attn_4")
         for window in (None, 4)
         for documents in (False, True)
     ),
@@ -207,13 +238,11 @@ def test_kernels_equal_the_reference(backend: str, window: int | None, has_docum
     documents, offsets = None, None
     if has_documents:
         start = find_documents((torch.rand(2, T) < 0.3).long(), "eos", 1).start_BT
-        # These are more documents than `document_offsets` has room for in so small a batch.
         first = (start == torch.arange(T)).flatten()
         offsets = torch.cat((first.nonzero().flatten(), torch.tensor([2 * T] * 3))).int()
         documents = Documents(start)
-    call = Call(0.4, True, window, 0.0)
     sink = s if has_sinks else None
-    out = sinks._Flash.apply(q, k, v, sink, None, offsets, backend, call)
+    out = sinks._Flash.apply(Call(backend, 0.4, True, window, 0.0), sink, q, k, v, None, offsets)
     expected = causal_attention(q, k, v, Softmax(sink, 0.4, backend="eager"), window, documents)
     torch.testing.assert_close(out, expected)
     dout = torch.randn_like(out)
@@ -222,69 +251,132 @@ def test_kernels_equal_the_reference(backend: str, window: int | None, has_docum
     )
 
 
-@pytest.mark.parametrize(("backend", "window", "has_documents"), [case for case in CASES if case[0] != "flash_attn"])
+@pytest.mark.parametrize(
+    ("backend", "window", "has_documents"), [case for case in CASES if not case[0].startswith("flash_attn")]
+)
 def test_operators_accept_the_arguments(backend: str, window: int | None, has_documents: bool) -> None:
     # The real schemas and the shapes their fake implementations promise.
-    q, k, v = (torch.empty(2, heads, T, D, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2))
+    q, k, v = (torch.empty(2, heads, T, d, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2))
     offsets = torch.empty(5, dtype=torch.int32, device="meta") if has_documents else None
-    call, kernel = Call(0.4, True, window, 0.1), KERNELS[backend]
-    out, lse, rest = kernel.forward(q, k, v, None, offsets, call)
-    assert out.shape == q.shape
-    assert lse.shape == q.shape[:3]
-    grads = kernel.backward(out, q, k, v, None, offsets, out, lse, rest, call)
+    call, inputs, kernel = Call(backend, 0.4, True, window, 0.1), Inputs(q, k, v, None, offsets), functions_of(backend)
+    result = kernel.forward(inputs, call)
+    assert result.out_BHTd.shape == q.shape
+    assert result.lse_BHT.shape == q.shape[:3]
+    grads = kernel.backward(result.out_BHTd, inputs, result, call)
     assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
 
 
-def cuda_like(dtype: torch.dtype, head_size: int = 64) -> list[torch.Tensor]:
-    from torch._subclasses.fake_tensor import FakeTensorMode
+def on_card(
+    capability: tuple[int, int], *needs: str, dtype: str = "bfloat16", head_size: int = 64, forced: str | None = None
+) -> str:
+    return choose(Workload("cuda", capability, dtype, head_size, needs), forced)
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        return [torch.empty(2, 4, T, head_size, dtype=dtype, device="cuda") for _ in range(3)]
 
-
-def test_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    capability, installed = (9, 0), False
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+@pytest.fixture
+def _torch_has_all(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    monkeypatch.setattr(backends, "flash_attn_installed", lambda: installed)
-    half, single = cuda_like(torch.bfloat16), cuda_like(torch.float32)
-    assert backends.choose_backend(*half) == "flash"
-    assert backends.choose_backend(*half, forced="cudnn") == "cudnn"
-    assert backends.choose_backend(*cuda_like(torch.bfloat16, 512)) == "efficient"
-    assert backends.choose_backend(*cuda_like(torch.bfloat16, 63)) == "eager"
-    assert backends.choose_backend(*single) == "efficient"
-    assert backends.choose_backend(*half, mask=torch.ones(T, T)) == "eager"
-    with pytest.raises(ValueError, match=r"'flash' cannot be used here: it has no torch.float32"):
-        backends.choose_backend(*single, forced="flash")
-    with pytest.raises(ValueError, match="flash-attn is not installed"):
-        backends.choose_backend(*half, forced="flash_attn")
-    with pytest.raises(ValueError, match="it works on cpu tensors, these are on cuda"):
-        backends.choose_backend(*half, forced="flash_cpu")
-    installed = True
-    assert backends.choose_backend(*half) == "flash_attn"
-    capability = (7, 5)
-    assert backends.choose_backend(*half) == "efficient"
+    choice._missing_cached.cache_clear()
+    yield
+    choice._missing_cached.cache_clear()
+
+
+@pytest.mark.usefixtures("_torch_has_all")
+def test_choice_by_card() -> None:
+    chosen = {capability: on_card(capability, "gradient") for capability in CAPABILITIES}
+    assert chosen == {
+        (7, 5): "eager", (8, 0): "flash", (8, 6): "flash", (8, 9): "flash", (9, 0): "cudnn", (10, 0): "cudnn",
+        (12, 0): "flash",
+    }  # fmt: skip
+    for need in ("window", "documents", "dropout"):
+        assert on_card((9, 0), "gradient", need) == "flash"
+    # Before Ampere there is no bfloat16 kernel.
+    assert on_card((7, 5), dtype="float16") == on_card((7, 5), dtype="float32") == "efficient"
+    assert on_card((8, 6), dtype="float32") == "efficient"
+    assert on_card((8, 6), dtype="float64") == "eager"
+    assert on_card((8, 6), head_size=512) == "efficient"
+    assert on_card((8, 6), head_size=63) == "eager"
+    assert on_card((8, 6), "mask") == "eager"
+    assert on_card((7, 5), "window", dtype="float16") == "eager"
+
+
+@pytest.mark.usefixtures("_torch_has_all")
+@pytest.mark.parametrize("capability", [(8, 6), (8, 9), (12, 0), (12, 1)])
+def test_wide_heads_have_no_flash_backward_on_small_cards(capability: tuple[int, int]) -> None:
+    assert on_card(capability, "gradient", head_size=192) == "flash"
+    assert on_card(capability, "gradient", head_size=224) == "efficient"
+    assert on_card(capability, "gradient", head_size=256) == "flash"
+    assert on_card(capability, "gradient", "dropout", head_size=256) == "efficient"
+    assert on_card(capability, head_size=224) == "flash"
+    assert on_card((8, 0), "gradient", head_size=224) == "flash"
+
+
+@pytest.mark.usefixtures("_torch_has_all")
+def test_forced_choice_says_why_not() -> None:
+    assert on_card((8, 0), forced="cudnn") == "cudnn"
+    for arguments, reason in (
+        ({"dtype": "float32", "forced": "flash"}, "'flash' cannot be used here: it has no float32"),
+        ({"forced": "flash_attn"}, "flash-attn is not installed"),
+        ({"forced": "flash_attn_4", "head_size": 256}, "its head size must be a multiple of 8 up to 128, this is 256"),
+        ({"forced": "flash_cpu"}, "it works on cpu tensors, these are on cuda"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            on_card((9, 0), **arguments)
+    with pytest.raises(ValueError, match=r"it needs compute capability 8\.0 for bfloat16"):
+        on_card((7, 5), forced="efficient")
+
+
+@pytest.mark.usefixtures("_torch_has_all")
+def test_flash_attn_4_alone_is_not_flash_attn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").touch()
+    (tmp_path / "flash_attn" / "cute" / "interface.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    _forget_flash_attn()
+    try:
+        assert KERNELS["flash_attn"].missing() is not None
+        assert KERNELS["flash_attn_4"].missing() is None
+        assert on_card((8, 0)) == "flash"
+    finally:
+        _forget_flash_attn()
+
+
+def _forget_flash_attn() -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+        del sys.modules[name]
+
+
+def test_choice_for_tensors_of_a_card() -> None:
+    choice._missing_cached.cache_clear()
+    with fake_cuda((8, 6)):
+        q, k, v = (torch.empty(2, heads, T, 224, dtype=torch.bfloat16, device="cuda") for heads in (4, 2, 2))
+        assert choose_kernel(q, k, v) == "flash"
+        assert choose_kernel(q.requires_grad_(), k, v) == "efficient"
+        with torch.no_grad():
+            assert choose_kernel(q, k, v) == "flash"
+        assert choose_kernel(q, k.float(), v) == "eager"
+    choice._missing_cached.cache_clear()
 
 
 def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    backends._announce.cache_clear()
+    choice._announce.cache_clear()
     inputs = [x.detach() for x in make_inputs()]
-    with caplog.at_level("INFO", logger="litgpt_moe_ext.attention.kernels.backends"):
+    with caplog.at_level("INFO", logger="litgpt_moe_ext.attention.kernels.choice"):
         for _ in range(3):
-            sinks.sink_attention(*inputs, scale=0.4)
-        sinks.sink_attention(*inputs, scale=0.4, backend="eager")
+            sink_attention(*inputs, scale=0.4)
+        sink_attention(*inputs, scale=0.4, backend="eager")
     assert caplog.messages == [
         "attention: flash_cpu for torch.float64 on cpu (chosen)",
         "attention: eager for torch.float64 on cpu (forced)",
     ]
     with pytest.raises(ValueError, match="attention_backend: 'flash' cannot be used here: it works on cuda tensors"):
-        sinks.sink_attention(*inputs, scale=0.4, backend="flash")
+        sink_attention(*inputs, scale=0.4, backend="flash")
 
 
 def test_offsets_reach_the_kernel(gpu_operators: None) -> None:
     idx = torch.zeros(2, T, dtype=torch.long)
     q, k, v, s = make_inputs()
-    offsets = document_offsets(find_documents(idx, "eos", 1).start_BT == torch.arange(T))
-    out = sinks._Flash.apply(q, k, v, s, None, offsets, "flash", Call(0.4, True, None, 0.0))
-    torch.testing.assert_close(out, sinks.sink_attention(q, k, v, s, scale=0.4, backend="eager"))
+    offsets, overflow = document_offsets(find_documents(idx, "eos", 1).start_BT == torch.arange(T))
+    assert overflow == 0
+    out = sinks._Flash.apply(Call("flash", 0.4, True, None, 0.0), s, q, k, v, None, offsets)
+    torch.testing.assert_close(out, sink_attention(q, k, v, s, scale=0.4, backend="eager"))

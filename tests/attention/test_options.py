@@ -23,7 +23,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from litgpt_moe_ext.attention.rope import build_rope_cache, rope_frequencies
-from litgpt_moe_ext.attention.sinks import sink_attention
+from tests.attention.attend import sink_attention
 
 LEARNED = {"position_embedding": "learned", "rotary_percentage": 0.0}
 T = 12

@@ -140,3 +140,12 @@ def test_gpt_uses_the_tables(make_config: Any) -> None:
     assert torch.equal(model.sin, expected_sin)
     model.max_seq_length = 10
     assert torch.equal(model.cos, expected_cos[:10])
+
+
+@pytest.mark.parametrize("n_elem", [0, 1, 2])
+def test_dynamic_ntk_with_a_single_frequency_changes_nothing(n_elem: int) -> None:
+    """The exponent of the rule divides by the number of rotated elements minus 2."""
+    adjustments = {"factor": 4.0, "original_max_seq_len": 16, "dynamic": True}
+    frequencies, factor = rope_frequencies(n_elem, 10000, adjustments, seq_len=64)
+    assert frequencies.tolist() == [1.0] * ((n_elem + 1) // 2)
+    assert factor == 1.0

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from litgpt_moe_ext.attention.kernels import backends
-from litgpt_moe_ext.attention.kernels.backends import choose_backend
-from litgpt_moe_ext.attention.sinks import sink_attention
+from litgpt_moe_ext.attention.kernels import choice
+from litgpt_moe_ext.attention.kernels.choice import choose_kernel
+from tests.attention.attend import sink_attention
 
 
-def make_inputs(B=2, G=2, n=2, T=5, S=None, D=4, dtype=torch.float64, device="cpu") -> tuple[torch.Tensor, ...]:
-    """Return q (B, G * n, T, D), k and v (B, G, S, D) and sinks (G * n,), all of them leaves that want gradients."""
+def make_inputs(B=2, G=2, n=2, T=5, S=None, d=4, dtype=torch.float64, device="cpu") -> tuple[torch.Tensor, ...]:
+    """Return q (B, G * n, T, d), k and v (B, G, S, d) and sinks (G * n,), all of them leaves that want gradients."""
     S = T if S is None else S
-    shapes = (B, G * n, T, D), (B, G, S, D), (B, G, S, D), (G * n,)
+    shapes = (B, G * n, T, d), (B, G, S, d), (B, G, S, d), (G * n,)
     return tuple(torch.randn(shape, dtype=dtype, device=device).requires_grad_() for shape in shapes)
 
 
@@ -47,7 +47,7 @@ def test_a_sink_of_minus_infinity_is_no_sink(backend: str) -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradcheck(masked: bool) -> None:
-    inputs = make_inputs(B=2, G=2, n=2, T=4, D=3)
+    inputs = make_inputs(B=2, G=2, n=2, T=4, d=3)
     mask = torch.randn(2, 1, 4, 4, dtype=torch.float64) if masked else None
     assert torch.autograd.gradcheck(lambda *x: sink_attention(*x, scale=0.7, mask=mask, backend="flash_cpu"), inputs)
 
@@ -72,14 +72,14 @@ def test_query_and_key_gradients_account_for_the_sink(sink: float) -> None:
     n=st.integers(1, 3),
     T=st.integers(1, 9),
     more_keys=st.integers(0, 40),
-    D=st.integers(1, 9),
+    d=st.integers(1, 9),
     mask_kind=st.sampled_from(["causal", "bool", "additive"]),
     seed=st.integers(0, 2**16),
 )
-def test_flash_equals_eager(B: int, G: int, n: int, T: int, more_keys: int, D: int, mask_kind: str, seed: int) -> None:
+def test_flash_equals_eager(B: int, G: int, n: int, T: int, more_keys: int, d: int, mask_kind: str, seed: int) -> None:
     torch.manual_seed(seed)
     S = T if mask_kind == "causal" else T + more_keys
-    inputs = make_inputs(B, G, n, T, S, D)
+    inputs = make_inputs(B, G, n, T, S, d)
     visible = torch.rand(B, 1, T, S) < 0.7  # now and then a row that may look nowhere
     mask = {
         "causal": None,
@@ -98,7 +98,7 @@ def test_flash_equals_eager(B: int, G: int, n: int, T: int, more_keys: int, D: i
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", ["eager", "flash_cpu"])
 def test_half_precision_is_close_to_double(dtype: torch.dtype, backend: str) -> None:
-    inputs = make_inputs(T=40, D=16, dtype=dtype)
+    inputs = make_inputs(T=40, d=16, dtype=dtype)
     dout = torch.randn_like(inputs[0])
     exact_inputs = tuple(x.detach().double().requires_grad_() for x in inputs)
     out = sink_attention(*inputs, scale=0.25, backend=backend)
@@ -132,17 +132,17 @@ def test_the_fully_masked_row_is_zero() -> None:
 
 def test_choice_of_backend() -> None:
     def choose(**kwargs) -> str:
-        return choose_backend(*make_inputs(**kwargs)[:3])
+        return choose_kernel(*make_inputs(**kwargs)[:3])
 
     assert choose() == choose(dtype=torch.bfloat16) == choose(dtype=torch.float32) == "flash_cpu"
     assert choose(device="meta") == "eager"
     assert choose(T=0) == "eager"
-    q, k, v, sinks = make_inputs(D=4)
-    assert choose_backend(q, k, v[..., :3]) == "eager"
-    assert choose_backend(q, k.float(), v) == "eager"
-    assert choose_backend(q, k, v, torch.zeros(5, 5, requires_grad=True)) == "eager"
+    q, k, v, sinks = make_inputs(d=4)
+    assert choose_kernel(q, k, v[..., :3]) == "eager"
+    assert choose_kernel(q, k.float(), v) == "eager"
+    assert choose_kernel(q, k, v, ("mask", "mask_gradient")) == "eager"
     transposed = q.detach().mT.contiguous().mT
-    assert choose_backend(transposed, k, v) == "eager"
+    assert choose_kernel(transposed, k, v) == "eager"
     torch.testing.assert_close(
         sink_attention(transposed, k, v, sinks, scale=1), sink_attention(q, k, v, sinks, scale=1)
     )
@@ -151,7 +151,7 @@ def test_choice_of_backend() -> None:
 
 
 def test_a_slow_fallback_is_said_once(recwarn: pytest.WarningsRecorder) -> None:
-    backends._announce.cache_clear()
+    choice._announce.cache_clear()
     q, k, v, sinks = make_inputs()
     sink_attention(q, k, v, sinks, scale=1)
     sink_attention(q, k, v, sinks, scale=1, backend="eager")
@@ -160,8 +160,8 @@ def test_a_slow_fallback_is_said_once(recwarn: pytest.WarningsRecorder) -> None:
     for _ in range(2):
         sink_attention(q, k, v[..., :3], sinks, scale=1)
     assert [str(warning.message) for warning in recwarn.list] == [
-        "Attention has no flash kernel for these torch.float64 tensors on cpu: memory and time grow with the square "
-        "of the sequence length."
+        "attention: eager for torch.float64 on cpu (chosen): no flash kernel can do this, so memory and time grow with "
+        "the square of the sequence length"
     ]
 
 

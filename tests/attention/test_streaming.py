@@ -8,7 +8,7 @@ import torch
 from litgpt.generate import base, speculative_decoding
 from litgpt.model import GPT
 
-from litgpt_moe_ext.attention import streaming
+from litgpt_moe_ext.attention import streaming_cache
 
 FIRST, WINDOW = 3, 9
 LENGTH = 70  # more than block_size, which is 32
@@ -55,7 +55,7 @@ def attention_token_by_token(layer: Any, x: torch.Tensor, cos: torch.Tensor, sin
 def test_equals_token_by_token(
     make_model: Any, has_sinks: bool, chunks: list[int], chunk_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "CHUNK", chunk_size)
+    monkeypatch.setattr(streaming_cache, "CHUNK", chunk_size)
     model = make_model(attention_sinks=has_sinks, n_layer=1)
     model.max_seq_length = LENGTH
     layer = model.transformer.h[0].attn

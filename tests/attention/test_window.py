@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from litgpt_moe_ext.attention.window import sliding_window_attention, window_mask
+from litgpt_moe_ext.attention.sliding_window import sliding_window_attention, window_mask
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -49,6 +49,10 @@ GROUPS = {"n_expert_groups": 4, "n_topk_groups": 1, "n_topk_scores_per_group": 2
         ({"decoder_sparse_step": 0}, "decoder_sparse_step: 0 must be an integer from 1 to 2"),
         ({"decoder_sparse_step": 2}, "intermediate_size: None must be set because decoder_sparse_step is 2"),
         ({"mlp_activation": "silu"}, "mlp_activation: 'silu' is unknown; choose from swiglu, geglu, gelu, relu, relu2"),
+        (
+            {"expert_backend": "fast"},
+            "expert_backend: 'fast' is unknown; choose from loop, grouped_cpu, grouped_mm, tri",
+        ),
         ({"expert_dropout": 1.0}, "expert_dropout: 1.0 must be a number from 0 to less than 1"),
         ({"residual_dropout": -0.1}, "residual_dropout: -0.1 must be a number from 0 to less than 1"),
         (

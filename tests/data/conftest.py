@@ -41,6 +41,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory, sources: Path) -> Path:
     """A finished corpus of `sources` (vocabulary 300, a fifth validates) that no test may change."""
-    from litgpt_moe_ext.data.pipeline.python_files import prepare_python_files
+    from litgpt_moe_ext.data.corpora.python_stdlib import PythonStdlib
 
-    return prepare_python_files(tmp_path_factory.mktemp("cache"), sources, 300, 0.2, 42)
+    settings = {"vocab_size": 300, "val_fraction": 0.2}
+    return PythonStdlib(data_path=tmp_path_factory.mktemp("cache"), source_path=sources, **settings).prepare()

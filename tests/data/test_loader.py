@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from lightning.fabric import Fabric
 from litgpt.utils import CycleIterator
 
-from litgpt_moe_ext.data.loader import TokenLoader
+from litgpt_moe_ext.data.loader import Order, Replica, TokenLoader
 from litgpt_moe_ext.data.windows import StreamWindows
 
 
@@ -15,8 +15,9 @@ def tokens_of(windows: int, block_size: int, rest: int = 0) -> np.ndarray:
     return np.arange(windows * block_size + 1 + rest, dtype=np.uint16)
 
 
-def make(windows=11, block_size=4, batch_size=2, train=True, **options) -> TokenLoader:
-    return TokenLoader(StreamWindows([tokens_of(windows, block_size)], block_size), batch_size, train, **options)
+def make(windows=11, block_size=4, batch_size=2, train=True, replica=None, **order) -> TokenLoader:
+    data = StreamWindows([tokens_of(windows, block_size)], block_size)
+    return TokenLoader(data, batch_size, train, Order(**order), replica)
 
 
 def take(loader, count: int) -> list[list[list[int]]]:
@@ -72,7 +73,7 @@ def test_every_window_once_over_all_ranks(windows, block_size, batch_size, world
 
     def loaders(train):
         windows = StreamWindows(data, block_size)
-        return [TokenLoader(windows, batch_size, train, seed, rank=r, world_size=world) for r in range(world)]
+        return [TokenLoader(windows, batch_size, train, Order(seed), Replica(r, world)) for r in range(world)]
 
     evaluation = [list(loader) for loader in loaders(False)]
     assert len({len(batches) for batches in evaluation}) == 1
@@ -84,7 +85,7 @@ def test_every_window_once_over_all_ranks(windows, block_size, batch_size, world
     assert max(sizes) <= batch_size + (world > 1)
 
     if windows < world * batch_size:
-        with pytest.raises(ValueError, match="too few for one batch"):
+        with pytest.raises(ValueError, match="train.micro_batch_size: .* needs"):
             loaders(True)
         return
     training = loaders(True)
@@ -99,7 +100,7 @@ def test_every_window_once_over_all_ranks(windows, block_size, batch_size, world
 
 def test_ranks_cut_the_batch_of_a_single_process():
     single = list(make(windows=24, batch_size=6))
-    ranks = [list(make(windows=24, batch_size=2, rank=r, world_size=3)) for r in range(3)]
+    ranks = [list(make(windows=24, batch_size=2, replica=Replica(r, 3))) for r in range(3)]
     assert all(torch.equal(one, torch.cat(parts)) for one, *parts in zip(single, *ranks, strict=True))
 
 
@@ -182,7 +183,7 @@ def test_rank_and_world_come_from_torch_distributed_when_iteration_starts(monkey
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     assert len(loader) == 3
     assert loader.state_dict()["fingerprint"]["world_size"] == 2
-    expected = [batch.tolist() for batch in make(windows=12, seed=1, rank=1, world_size=2)]
+    expected = [batch.tolist() for batch in make(windows=12, seed=1, replica=Replica(1, 2))]
     assert [batch.tolist() for batch in loader] == expected
 
 
@@ -192,7 +193,7 @@ def test_rank_and_world_come_from_torch_distributed_when_iteration_starts(monkey
         ({"windows": 12}, "windows: 11 in the checkpoint, 12 now"),
         ({"block_size": 5}, "block_size: 4 in the checkpoint, 5 now"),
         ({"batch_size": 3}, "batch_size: 2 in the checkpoint, 3 now"),
-        ({"rank": 0, "world_size": 2}, "world_size: 1 in the checkpoint, 2 now"),
+        ({"replica": Replica(0, 2)}, "world_size: 1 in the checkpoint, 2 now"),
         ({"seed": 7}, "seed: 42 in the checkpoint, 7 now"),
         ({"shuffle": False}, "shuffle: True in the checkpoint, False now"),
         ({"corpus": "other"}, "corpus: '' in the checkpoint, 'other' now"),
@@ -202,24 +203,26 @@ def test_a_state_of_other_settings_is_refused(change, message):
     state = make().state_dict()
     with pytest.raises(ValueError, match=message) as error:
         make(**change).load_state_dict(state)
-    assert "Resume with the original values" in str(error.value)
+    assert "resume with the original values" in str(error.value)
 
 
 def test_a_foreign_or_damaged_state_is_refused():
     with pytest.raises(ValueError, match="another kind of data loader"):
         make().load_state_dict({"num_samples_yielded": 3})
-    with pytest.raises(ValueError, match="damaged: epoch 0, batch 9 of 5"):
+    with pytest.raises(ValueError, match="damaged .epoch 0, batch 9 of 5"):
         make().load_state_dict({**make().state_dict(), "position": 9})
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"windows": 1, "block_size": 4, "batch_size": 2}, "1 windows of max_seq_length=4 .5 tokens., too few"),
-        ({"batch_size": 0}, "micro batch size of at least 1, got 0"),
-        ({"rank": 0}, "both rank and world_size"),
-        ({"rank": 2, "world_size": 2}, "rank=2, world_size=2"),
-        ({"windows": 2, "train": False, "rank": 0, "world_size": 3}, "on 3 process.es. needs 3"),
+        (
+            {"windows": 1, "block_size": 4, "batch_size": 2},
+            "micro_batch_size: 2 on 1 process.es. needs 2 windows .*has 1 .5",
+        ),
+        ({"batch_size": 0}, "batch_size: 0 must be at least 1"),
+        ({"replica": Replica(2, 2)}, "rank=2, world_size=2"),
+        ({"windows": 2, "train": False, "replica": Replica(0, 3)}, "on 3 process.es. needs 3"),
     ],
 )
 def test_impossible_settings(options, message):
@@ -228,7 +231,7 @@ def test_impossible_settings(options, message):
 
 
 def test_data_shorter_than_a_window():
-    with pytest.raises(ValueError, match=r"validation data has 4 tokens, but one window of max_seq_length=4 needs 5"):
+    with pytest.raises(ValueError, match=r"max_seq_length: 4 needs .* 5 tokens, but the validation data has 4;"):
         StreamWindows([np.arange(4, dtype=np.uint16)], 4, "validation data")
-    with pytest.raises(ValueError, match="block size .max_seq_length. of at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_seq_length: 0 must be at least 1"):
         StreamWindows([np.arange(4, dtype=np.uint16)], 0)

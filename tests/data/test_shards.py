@@ -157,7 +157,7 @@ def test_a_bad_id_is_found_in_later_parts(tmp_path, monkeypatch):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.bin"):
+    with pytest.raises(ValueError, match="nowhere.bin"):
         open_shard(tmp_path / "nowhere.bin")
 
 

@@ -20,7 +20,7 @@ from litgpt.tokenizer import Tokenizer
 from transformers import AutoTokenizer, GPT2TokenizerFast
 
 from litgpt_moe_ext.data import CodeParrot, HubDataset, PreparedCorpus, TextCorpus, TinyStories
-from litgpt_moe_ext.data.pipeline.corpus import TOKENIZER_DIR, read_manifest
+from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR, read_manifest
 from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, train_bpe
 from litgpt_moe_ext.data.windows import IGNORE_INDEX
 from litgpt_moe_ext.host import padding
@@ -124,7 +124,7 @@ def test_every_corpus_in_its_own_form(tmp_path, form, capsys):
     assert texts_in(data.corpus_path, "train") == TRAIN
     assert texts_in(data.corpus_path, "val") == VAL
     again = replace(data)  # its settings, nothing it has found out
-    assert again.prepare_corpus(verbose=True) == data.corpus_path
+    assert again.prepare(verbose=True) == data.corpus_path
     assert "Reusing" in capsys.readouterr().out
 
 
@@ -161,18 +161,18 @@ def test_a_vocabulary_larger_than_the_models_is_refused(tmp_path):
     """Where the settings tell, before anything is prepared; otherwise as soon as the corpus tells."""
     data = tiny_txt(tmp_path)
     data.require_vocabulary(300)
-    with pytest.raises(ValueError, match="data.bpe.vocab_size=300 means 300 tokens, .* padded_vocab_size=299. Set"):
+    with pytest.raises(ValueError, match="data.bpe.vocab_size: 300 means 300 tokens, .* padded_vocab_size of 299; set"):
         data.require_vocabulary(299)
     size = train_bpe(TRAIN, BPESettings(310), tmp_path / "t").get_vocab_size()
     data.bpe, data.tokenizer_dir = None, tmp_path / "t"
     with pytest.raises(
-        ValueError, match=f"data.tokenizer_dir='.*t' means {size} tokens, .*padded_vocab_size={size - 1}"
+        ValueError, match=f"data.tokenizer_dir: '.*t' means {size} tokens, .*padded_vocab_size of {size - 1}"
     ):
         data.require_vocabulary(size - 1)
     assert not (tmp_path / "cache").exists()
     data.require_vocabulary(size)
     data.prepare_data()
-    message = f"has a vocabulary of {size} tokens, more than the model's padded_vocab_size={size - 1}. Set"
+    message = f"has a vocabulary of {size} tokens, more than the model's padded_vocab_size of {size - 1}; set"
     with pytest.raises(ValueError, match=message):
         data.require_vocabulary(size - 1)
     prepared = PreparedCorpus(data.corpus_path)
@@ -238,12 +238,12 @@ def test_the_tokenizer_that_litgpt_was_given(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bpe": None}, "No tokenizer: set data.tokenizer_dir .* or data.bpe.vocab_size"),
-        ({"tokenizer_dir": Path("x")}, "tokenizer_dir='x' and data.bpe are both set"),
-        ({"bpe": None, "tokenizer_dir": Path("x")}, "tokenizer_dir='x' has no tokenizer.json .nor vocab.json with"),
-        ({"bpe": BPESettings(10)}, "vocab_size=10 is too small"),
-        ({"field": "title"}, "has no field 'title' at item 0; there are"),
-        ({"val_fraction": -1}, "val_fraction=-1 must be at least 0"),
+        ({"bpe": None}, "data.tokenizer_dir: there is no tokenizer; .* or data.bpe.vocab_size"),
+        ({"tokenizer_dir": Path("x")}, "tokenizer_dir: 'x' and data.bpe are both set"),
+        ({"bpe": None, "tokenizer_dir": Path("x")}, "tokenizer_dir: 'x' has no tokenizer.json .nor vocab.json with"),
+        ({"bpe": BPESettings(10)}, "vocab_size: 10 is too small"),
+        ({"field": "title"}, "has no field 'title' at item 0, only"),
+        ({"val_fraction": -1}, "val_fraction: -1 must be at least 0"),
     ],
 )
 def test_settings_that_cannot_work(tmp_path, change, message):
@@ -260,7 +260,7 @@ def test_a_missing_eos_is_refused_with_the_fix(tmp_path):
     config.write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     data = tiny_txt(tmp_path)
     data.bpe, data.tokenizer_dir = None, tmp_path / "t"
-    with pytest.raises(ValueError, match='has no end-of-sequence token, .* Add "eos_token"'):
+    with pytest.raises(ValueError, match='has no end-of-sequence token, .* add "eos_token"'):
         data.prepare_data()
     config.write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}')
     data.prepare_data()
@@ -272,16 +272,16 @@ def test_missing_parts(tmp_path):
         CodeParrot(source_path=tmp_path, bpe=BPE).prepare_data()
     with pytest.raises(ValueError, match="has none of TinyStories' forms with both"):
         TinyStories(source_path=tmp_path, bpe=BPE).prepare_data()
-    with pytest.raises(ValueError, match="would train and validate. Set val_path"):
+    with pytest.raises(ValueError, match="would train and validate; set val_path"):
         TextCorpus(source_path=tmp_path, val_path=tmp_path, pattern="*.gz", bpe=BPE, data_path=tmp_path).prepare_data()
 
 
 def test_hub_without_network(tmp_path):
-    with pytest.raises(ValueError, match="The data set 'nobody/nothing' cannot be loaded with .* Without a network"):
+    with pytest.raises(ValueError, match="dataset: 'nobody/nothing' cannot be loaded with .* without a network"):
         HubDataset(dataset="nobody/nothing", bpe=BPE, data_path=tmp_path).prepare_data()
     data = hub(tmp_path)
     data.field = "story"
-    with pytest.raises(ValueError, match=r"has no column 'story'; there are \['text'\]"):
+    with pytest.raises(ValueError, match=r"field: 'story' is not a column of .*; set field to one of \['text'\]"):
         data.prepare_data()
     data.field, data.val_split = "text", "test"
     with pytest.raises(ValueError, match="cannot be loaded with .*test"):
@@ -296,7 +296,7 @@ def test_a_prepared_corpus_elsewhere(tmp_path):
     prepared.connect(batch_size=2, max_seq_length=16)
     prepared.setup()
     assert next(iter(prepared.train_dataloader())).shape == (2, 17)
-    with pytest.raises(FileNotFoundError, match="corpus_dir='.*' is no prepared corpus: it has no manifest.json"):
+    with pytest.raises(ValueError, match="corpus_dir: '.*' has no manifest.json, so it is not a prepared corpus"):
         PreparedCorpus(tmp_path).prepare_data()
 
 

@@ -13,8 +13,13 @@ from functools import partial
 import numpy as np
 import pytest
 
-from litgpt_moe_ext.data.pipeline import text_corpus
-from litgpt_moe_ext.data.pipeline.corpus import (
+from litgpt_moe_ext.data.pipeline import preparation as text_corpus
+from litgpt_moe_ext.data.pipeline.encoding import Encoder, count_cores, encode_in_order
+from litgpt_moe_ext.data.pipeline.preparation import CorpusSettings, prepare_corpus
+from litgpt_moe_ext.data.pipeline.progress import PreparationProgress
+from litgpt_moe_ext.data.pipeline.readers import TextFormat, documents
+from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source, file_sources, find_files
+from litgpt_moe_ext.data.pipeline.store import (
     MANIFEST,
     TOKENIZER_DIR,
     in_validation,
@@ -22,13 +27,9 @@ from litgpt_moe_ext.data.pipeline.corpus import (
     read_manifest,
     unigram_loss,
 )
-from litgpt_moe_ext.data.pipeline.encoding import Encoder, count_cores, encode_in_order
-from litgpt_moe_ext.data.pipeline.progress import PreparationProgress
-from litgpt_moe_ext.data.pipeline.readers import TextFormat, documents
-from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source, file_sources, find_files
-from litgpt_moe_ext.data.pipeline.text_corpus import CorpusSettings, prepare_text_corpus
 from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, open_for_documents
 from litgpt_moe_ext.data.pipeline.tokenizer_files import read_tokenizer
+from litgpt_moe_ext.errors import SettingsError
 
 BPE = BPESettings(300, ("<s>", "</s>"), eos_token="</s>", bos_token="<s>")
 
@@ -76,7 +77,7 @@ SETTINGS = CorpusSettings(BPE, val_fraction=0.2)
 
 
 def test_the_shards_hold_exactly_the_documents(files, tmp_path):
-    corpus = prepare_text_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS)
+    corpus = prepare_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS)
     everything = [text for i in range(3) for text in stories(60, i)]
     val = [text for text in everything if in_validation(text, 0.2, 42)]
     assert texts_in(corpus, "val") == val
@@ -86,20 +87,21 @@ def test_the_shards_hold_exactly_the_documents(files, tmp_path):
     assert manifest["bytes_train"] + manifest["bytes_val"] == sum(len(text.encode()) for text in everything)
     (train,), (validation,) = open_corpus(corpus)
     assert (manifest["tokens_train"], manifest["tokens_val"]) == (len(train), len(validation))
-    assert manifest["unigram_val_loss"] == pytest.approx(unigram_loss(train, validation, 300), rel=1e-12)
+    counts = [np.bincount(tokens, minlength=300) for tokens in (train, validation)]
+    assert manifest["unigram_val_loss"] == pytest.approx(unigram_loss(*counts), rel=1e-12)
     assert (manifest["eos_id"], manifest["bos_id"], manifest["vocab_size"]) == (1, None, 300)
     assert names(tmp_path) == [corpus.name]
 
 
 def test_splits_of_files(files, tmp_path):
-    corpus = prepare_text_corpus(tmp_path, sources_of(files, tmp_path, ("train", "val", "train")), CorpusSettings(BPE))
+    corpus = prepare_corpus(tmp_path, sources_of(files, tmp_path, ("train", "val", "train")), CorpusSettings(BPE))
     assert texts_in(corpus, "val") == stories(60, 1)
     assert texts_in(corpus, "train") == stories(60, 0) + stories(60, 2)
 
 
 def test_bos_before_each_document(files, tmp_path):
-    plain = prepare_text_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS)
-    corpus = prepare_text_corpus(
+    plain = prepare_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS)
+    corpus = prepare_corpus(
         tmp_path, sources_of(files, tmp_path), CorpusSettings(BPE, prepend_bos=True, val_fraction=0.2)
     )
     (tokens,), _ = open_corpus(corpus)
@@ -109,11 +111,11 @@ def test_bos_before_each_document(files, tmp_path):
 
 
 def test_neither_processes_nor_shards_change_the_tokens(files, tmp_path, monkeypatch):
-    whole = prepare_text_corpus(tmp_path / "a", sources_of(files, tmp_path), SETTINGS)
+    whole = prepare_corpus(tmp_path / "a", sources_of(files, tmp_path), SETTINGS)
     monkeypatch.setattr(text_corpus, "_BATCH_BYTES", 1000)
     small = CorpusSettings(BPE, val_fraction=0.2, shard_tokens=1500)
-    one = prepare_text_corpus(tmp_path / "b", sources_of(files, tmp_path), small, workers=1)
-    two = prepare_text_corpus(tmp_path / "c", sources_of(files, tmp_path), small, workers=2)
+    one = prepare_corpus(tmp_path / "b", sources_of(files, tmp_path), small, workers=1)
+    two = prepare_corpus(tmp_path / "c", sources_of(files, tmp_path), small, workers=2)
     assert contents(one) == contents(two)
     assert len(open_corpus(one)[0]) > 3
     for split in range(2):
@@ -127,7 +129,7 @@ def test_a_full_disk_and_a_second_attempt(files, tmp_path, monkeypatch, capsys, 
     """Whatever write fails, the next run continues and the files are those of an undisturbed run."""
     monkeypatch.setattr(text_corpus, "_BATCH_BYTES", 1000)
     small = CorpusSettings(BPE, val_fraction=0.2, shard_tokens=1500)
-    expected = contents(prepare_text_corpus(tmp_path / "whole", sources_of(files, tmp_path), small))
+    expected = contents(prepare_corpus(tmp_path / "whole", sources_of(files, tmp_path), small))
     holder, calls = (text_corpus, 0) if step == "write_shard" else (text_corpus._Preparation, 0)
     original = getattr(holder, step)
 
@@ -141,13 +143,12 @@ def test_a_full_disk_and_a_second_attempt(files, tmp_path, monkeypatch, capsys, 
     root = tmp_path / "parts"
     with monkeypatch.context() as patch:
         patch.setattr(holder, step, full)
-        with pytest.raises(OSError, match="failed .No space left on device.; what is done is kept. Free") as error:
-            prepare_text_corpus(root, sources_of(files, tmp_path), small)
-        assert error.value.errno == 28
+        with pytest.raises(SettingsError, match="failed .No space left on device., what is done is kept; free"):
+            prepare_corpus(root, sources_of(files, tmp_path), small)
     (unfinished,) = names(root)
     (root / unfinished / "train_00099.bin").write_bytes(b"written after the last state")
     capsys.readouterr()
-    corpus = prepare_text_corpus(root, sources_of(files, tmp_path), small)
+    corpus = prepare_corpus(root, sources_of(files, tmp_path), small)
     assert unfinished == f".{corpus.name}.unfinished"
     assert ("Continuing in" in capsys.readouterr().out) == (failing > 1 or step == "write_shard")
     assert contents(corpus) == expected
@@ -159,16 +160,17 @@ import resource, sys
 from pathlib import Path
 from litgpt_moe_ext.data.pipeline.readers import TextFormat
 from litgpt_moe_ext.data.pipeline.sources import FileHashes, file_sources
-from litgpt_moe_ext.data.pipeline.text_corpus import CorpusSettings, prepare_text_corpus
+from litgpt_moe_ext.data.pipeline.preparation import CorpusSettings, prepare_corpus
 from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings
+from litgpt_moe_ext.errors import SettingsError
 
 limit, root, *files = sys.argv[1:]
 sources = file_sources([Path(file) for file in files], None, TextFormat(), FileHashes(Path(root)))
 settings = CorpusSettings(BPESettings(300, ("<s>", "</s>"), eos_token="</s>", bos_token="<s>"), val_fraction=0.2)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
 try:
-    prepare_text_corpus(Path(root), sources, settings)
-except OSError as error:
+    prepare_corpus(Path(root), sources, settings)
+except SettingsError as error:
     sys.exit(str(error))
 """
 
@@ -181,21 +183,19 @@ def test_writes_that_the_system_refuses(files, tmp_path, limit, written):
         [sys.executable, "-c", LIMITED, str(limit), tmp_path, *files], capture_output=True, text=True, timeout=60
     )
     assert result.returncode == 1
-    assert f"in data_path='{tmp_path}' failed (File too large); what is done is kept. Free disk space" in result.stderr
+    assert f"in '{tmp_path}' failed (File too large), what is done is kept; free disk space" in result.stderr
     assert "Traceback" not in result.stderr
     (unfinished,) = tmp_path.glob(".*.unfinished")
     assert not list(unfinished.glob("*.bin"))
     assert set(written) <= {path.name for path in unfinished.rglob("*")}
-    corpus = prepare_text_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS)
-    assert contents(corpus) == contents(
-        prepare_text_corpus(tmp_path / "undisturbed", sources_of(files, tmp_path), SETTINGS)
-    )
+    corpus = prepare_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS)
+    assert contents(corpus) == contents(prepare_corpus(tmp_path / "undisturbed", sources_of(files, tmp_path), SETTINGS))
 
 
 KILLED = """
 import sys, time
 from pathlib import Path
-from litgpt_moe_ext.data.pipeline import text_corpus
+from litgpt_moe_ext.data.pipeline import preparation as text_corpus
 from litgpt_moe_ext.data.pipeline.encoding import Encoder, count_cores, encode_in_order
 from litgpt_moe_ext.data.pipeline.readers import TextFormat
 from litgpt_moe_ext.data.pipeline.sources import FileHashes, file_sources
@@ -214,7 +214,7 @@ settings = text_corpus.CorpusSettings(
 )
 if __name__ == "__main__":
     sources = file_sources(files, None, TextFormat(), FileHashes(root))
-    text_corpus.prepare_text_corpus(root, sources, settings, workers=2)
+    text_corpus.prepare_corpus(root, sources, settings, workers=2)
 """
 
 
@@ -223,7 +223,7 @@ if __name__ == "__main__":
 def test_killed_or_interrupted(files, tmp_path, monkeypatch, signal_number):
     monkeypatch.setattr(text_corpus, "_BATCH_BYTES", 1000)
     small = CorpusSettings(BPE, val_fraction=0.2, shard_tokens=1500)
-    expected = contents(prepare_text_corpus(tmp_path / "whole", sources_of(files, tmp_path), small))
+    expected = contents(prepare_corpus(tmp_path / "whole", sources_of(files, tmp_path), small))
     script = tmp_path / "prepare.py"
     script.write_text(KILLED)
     root = tmp_path / "parts"
@@ -243,14 +243,14 @@ def test_killed_or_interrupted(files, tmp_path, monkeypatch, signal_number):
     _, alive = psutil.wait_procs(children, timeout=30)
     assert alive == [], "no process is left behind"
     assert names(root)[0].endswith(".unfinished")
-    corpus = prepare_text_corpus(root, sources_of(files, tmp_path), small)
+    corpus = prepare_corpus(root, sources_of(files, tmp_path), small)
     assert contents(corpus) == expected
 
 
 def test_the_cache(files, tmp_path, capsys, monkeypatch):
-    first = prepare_text_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS)
+    first = prepare_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS)
     capsys.readouterr()
-    assert prepare_text_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS) == first
+    assert prepare_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS) == first
     assert capsys.readouterr().out.startswith(f"Reusing the corpus in {first} (180 documents, ")
     others = [
         CorpusSettings(BPE, val_fraction=0.21),
@@ -260,15 +260,15 @@ def test_the_cache(files, tmp_path, capsys, monkeypatch):
         CorpusSettings(BPE, val_fraction=0.2, reading={"field": "text"}),
         CorpusSettings(read_tokenizer(first / TOKENIZER_DIR), val_fraction=0.2),
     ]
-    folders = {prepare_text_corpus(tmp_path, sources_of(files, tmp_path), settings) for settings in others}
-    folders.add(prepare_text_corpus(tmp_path, sources_of(files[::-1], tmp_path), SETTINGS))
-    folders.add(prepare_text_corpus(tmp_path, sources_of(files, tmp_path, ("val", None, None)), SETTINGS))
+    folders = {prepare_corpus(tmp_path, sources_of(files, tmp_path), settings) for settings in others}
+    folders.add(prepare_corpus(tmp_path, sources_of(files[::-1], tmp_path), SETTINGS))
+    folders.add(prepare_corpus(tmp_path, sources_of(files, tmp_path, ("val", None, None)), SETTINGS))
     assert len(folders | {first}) == 9
-    same_tokenizer = prepare_text_corpus(tmp_path, sources_of(files, tmp_path), others[-1])
+    same_tokenizer = prepare_corpus(tmp_path, sources_of(files, tmp_path), others[-1])
     assert contents(same_tokenizer)["train_00000.bin"] == contents(first)["train_00000.bin"]
     os.truncate(first / "val_00000.bin", 2000)
     with pytest.raises(ValueError, match="val_00000.bin has 2000 bytes where the manifest lists"):
-        prepare_text_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS)
+        prepare_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS)
 
 
 def test_a_changed_file_is_noticed(tmp_path):
@@ -297,25 +297,23 @@ def test_a_file_that_was_just_written_is_read_again(tmp_path):
 
 def test_empty_documents_are_left_out_and_reported(tmp_path, capsys):
     path = write_lines(tmp_path / "a.jsonl", ["", *stories(30), " \n", *stories(30, 1)])
-    corpus = prepare_text_corpus(
-        tmp_path / "c", file_sources([path], None, TextFormat(), FileHashes(tmp_path)), SETTINGS
-    )
+    corpus = prepare_corpus(tmp_path / "c", file_sources([path], None, TextFormat(), FileHashes(tmp_path)), SETTINGS)
     manifest = read_manifest(corpus)
     assert (manifest["documents_empty"], manifest["first_empty"]) == (2, f"{path}, byte 0")
     assert f"Left out 2 empty document(s), the first at {path}, byte 0" in capsys.readouterr().out
 
 
 def test_no_validation_split(files, tmp_path):
-    with pytest.raises(ValueError, match="There is no validation split: none of 3 source.s. validates and"):
-        prepare_text_corpus(tmp_path / "c", sources_of(files, tmp_path), CorpusSettings(BPE))
-    with pytest.raises(ValueError, match="There is no validation split"):
-        prepare_text_corpus(tmp_path / "c", sources_of(files, tmp_path, ["train"] * 3), SETTINGS)
-    with pytest.raises(ValueError, match=r"No document of 3 source.s., .* went to the validation split .val_frac"):
-        prepare_text_corpus(tmp_path / "c", sources_of(files, tmp_path), CorpusSettings(BPE, val_fraction=1e-9))
-    with pytest.raises(ValueError, match="val_fraction=1.5 must be"):
-        prepare_text_corpus(tmp_path / "c", sources_of(files, tmp_path), CorpusSettings(BPE, val_fraction=1.5))
-    with pytest.raises(ValueError, match="workers=0 must be at least 1"):
-        prepare_text_corpus(tmp_path / "c", sources_of(files, tmp_path), SETTINGS, workers=0)
+    with pytest.raises(ValueError, match="val_fraction: 0.0 leaves no document to validate on, as none of 3"):
+        prepare_corpus(tmp_path / "c", sources_of(files, tmp_path), CorpusSettings(BPE))
+    with pytest.raises(ValueError, match="leaves no document to validate on, as none"):
+        prepare_corpus(tmp_path / "c", sources_of(files, tmp_path, ["train"] * 3), SETTINGS)
+    with pytest.raises(ValueError, match=r"1e-09 with seed 42 leaves no document to validate, of 3"):
+        prepare_corpus(tmp_path / "c", sources_of(files, tmp_path), CorpusSettings(BPE, val_fraction=1e-9))
+    with pytest.raises(ValueError, match="val_fraction: 1.5 must be"):
+        prepare_corpus(tmp_path / "c", sources_of(files, tmp_path), CorpusSettings(BPE, val_fraction=1.5))
+    with pytest.raises(ValueError, match="workers: 0 must be at least 1"):
+        prepare_corpus(tmp_path / "c", sources_of(files, tmp_path), SETTINGS, workers=0)
 
 
 def test_damage_is_named_also_while_the_tokenizer_learns(files, tmp_path):
@@ -323,7 +321,7 @@ def test_damage_is_named_also_while_the_tokenizer_learns(files, tmp_path):
     broken.write_bytes(files[0].read_bytes()[:-50])
     for tokenizer in (BPE, read_tokenizer_of(files, tmp_path)):
         with pytest.raises(ValueError, match="broken.json.gz is damaged or truncated"):
-            prepare_text_corpus(
+            prepare_corpus(
                 tmp_path / "c",
                 sources_of([*files[:2], broken], tmp_path),
                 CorpusSettings(tokenizer, val_fraction=0.2),
@@ -332,7 +330,7 @@ def test_damage_is_named_also_while_the_tokenizer_learns(files, tmp_path):
 
 
 def read_tokenizer_of(files, tmp_path):
-    return read_tokenizer(prepare_text_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS) / TOKENIZER_DIR)
+    return read_tokenizer(prepare_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS) / TOKENIZER_DIR)
 
 
 def test_processes_where_they_pay(tmp_path):
@@ -347,7 +345,7 @@ def test_processes_where_they_pay(tmp_path):
 
 def test_a_dying_worker_is_reported(capfd):
     no_tokenizer = Encoder("{", 0, None, np.dtype("<u2"))
-    with pytest.raises(ChildProcessError, match="died, perhaps for lack of memory. Set workers to less than 2"):
+    with pytest.raises(SettingsError, match="died, perhaps for lack of memory; set workers to less than 2"):
         list(encode_in_order(no_tokenizer, [["text"]], lambda batch: (batch,), workers=2))
 
 
@@ -376,9 +374,9 @@ def test_find_files(tmp_path):
     found = [path.relative_to(tmp_path).as_posix() for path in find_files("source_path", tmp_path, "**/*.txt")]
     assert found == ["b.txt", "sub/a.txt", "sub/deep/c.txt"]
     assert find_files("source_path", tmp_path / "d.md", "**/*.txt") == [tmp_path / "d.md"]
-    with pytest.raises(ValueError, match=r"source_path='.*' has no files like '\*.json'; it has b.txt, d.md, sub"):
+    with pytest.raises(ValueError, match=r"source_path: '.*' has no files like '\*.json', it has b.txt, d.md, sub"):
         find_files("source_path", tmp_path, "*.json")
-    with pytest.raises(FileNotFoundError, match="source_path='.*nowhere' does not exist"):
+    with pytest.raises(SettingsError, match="source_path: '.*nowhere' does not exist"):
         find_files("source_path", tmp_path / "nowhere", "*")
 
 
@@ -391,7 +389,7 @@ def test_progress_in_words():
 
 
 def test_a_manifest_is_what_makes_it_finished(files, tmp_path):
-    corpus = prepare_text_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS)
+    corpus = prepare_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS)
     (corpus / MANIFEST).unlink()
-    with pytest.raises(FileExistsError, match="is no finished corpus"):
-        prepare_text_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS)
+    with pytest.raises(SettingsError, match="is not a finished corpus"):
+        prepare_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS)

@@ -62,19 +62,19 @@ def test_patterns(tmp_path):
     write(tmp_path, {"a0.bin": 20, "a1.bin": 20, "b.bin": 20})
     train, val = TokenShards(tmp_path, train_pattern="a*.bin", val_pattern="b*").find_shards()
     assert ([path.name for path in train], [path.name for path in val]) == (["a0.bin", "a1.bin"], ["b.bin"])
-    with pytest.raises(ValueError, match="a1.bin would train and validate"):
+    with pytest.raises(ValueError, match="val_pattern .* both match .*a1.bin, which would train"):
         TokenShards(tmp_path, train_pattern="a*", val_pattern="a1*").find_shards()
-    with pytest.raises(ValueError, match="has no validation shards .val_pattern='c.'; it has 3 files"):
+    with pytest.raises(ValueError, match="has no validation shards .val_pattern: 'c.', it has 3 files"):
         TokenShards(tmp_path, val_pattern="c*").prepare_data()
 
 
 def test_no_validation_split(tmp_path):
     write(tmp_path, {"only.bin": 20})
     with pytest.raises(
-        ValueError, match="has no validation shards .val_pattern=None; it has 1 files.* Set val_pattern"
+        ValueError, match="has no validation shards .val_pattern: None, it has 1 files.* set val_pattern"
     ):
         TokenShards(tmp_path).prepare_data()
-    with pytest.raises(FileNotFoundError, match="data_path='.*nowhere' is not a folder"):
+    with pytest.raises(ValueError, match="data_path: '.*nowhere' is not a folder"):
         TokenShards(tmp_path / "nowhere").prepare_data()
 
 
@@ -88,7 +88,7 @@ def test_ids_are_checked_against_the_model(tmp_path):
         ValueError, match=r"val.bin has token id 149 at token 49 .byte 1122., outside .* of 149 entries"
     ):
         loaders(data)
-    with pytest.raises(ValueError, match="data.vocab_size=200 is larger than the model's padded_vocab_size=149. Set"):
+    with pytest.raises(ValueError, match="data.vocab_size: 200 is larger than .* of 149; set"):
         TokenShards(tmp_path, vocab_size=200).require_vocabulary(149)
 
 

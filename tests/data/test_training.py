@@ -69,7 +69,7 @@ import torch.distributed as dist
 
 from litgpt_moe_ext.data.loader import TokenLoader
 from litgpt_moe_ext.data.packing import document_lengths, pack
-from litgpt_moe_ext.data.pipeline.corpus import open_corpus, read_manifest
+from litgpt_moe_ext.data.pipeline.store import open_corpus, read_manifest
 from litgpt_moe_ext.data.windows import DocumentWindows
 
 corpus, folder, rank, meeting = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]

@@ -10,7 +10,7 @@ import wandb
 
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.data import PreparedCorpus, PythonStdlib, WandbCorpus
-from litgpt_moe_ext.data.pipeline.corpus import open_corpus, read_manifest
+from litgpt_moe_ext.data.pipeline.store import open_corpus, read_manifest
 from litgpt_moe_ext.data.pipeline.wandb_artifacts import download, log_corpus
 
 REFERENCE = "team/project/corpus:latest"
@@ -63,7 +63,7 @@ def test_without_a_key_it_is_logged_offline_and_said(clean, corpus):
 
 
 def test_wrong_names(clean, corpus):
-    with pytest.raises(ValueError, match="wandb_artifact='a b' is no name of an artifact"):
+    with pytest.raises(ValueError, match="wandb_artifact: 'a b' must be a name of an artifact"):
         log_corpus(corpus, "a b")
 
 
@@ -72,7 +72,7 @@ def test_a_refusal_of_wandb_is_passed_on(clean, corpus):
         raise wandb.errors.CommError("permission denied")
 
     clean.setattr(wandb, "init", refuse)
-    with pytest.raises(ValueError, match="is finished, but logging it to W&B failed: permission denied. Log in"):
+    with pytest.raises(ValueError, match="is finished, but logging it failed .permission denied.; log in"):
         log_corpus(corpus, "tokens")
 
 
@@ -98,18 +98,18 @@ def test_an_active_run_gets_the_artifact_as_an_input(server, clean, tmp_path):
 
 def test_an_artifact_that_is_no_corpus(server, tmp_path):
     server.artifact("x").download.side_effect = lambda root=None, **_: root
-    with pytest.raises(ValueError, match="is no prepared corpus: it has no manifest.json. Log one"):
+    with pytest.raises(ValueError, match="has no manifest.json, so it is not a prepared corpus; log one"):
         download(REFERENCE, tmp_path)
 
 
 @pytest.mark.parametrize("reference", ["corpus", "team/corpus:v1", "a/b/c", "a/b/c:", "a/b/c:d:e", "a//c:v1", ""])
 def test_wrong_references(reference):
-    with pytest.raises(ValueError, match="is no reference to an artifact. Write entity/project/name:alias"):
+    with pytest.raises(ValueError, match="must name an artifact in full; write entity/project/name:alias"):
         WandbCorpus(reference)
 
 
 def test_without_a_key(clean, tmp_path):
-    with pytest.raises(ValueError, match="downloaded: No API key configured.* Log in with `wandb login` or set"):
+    with pytest.raises(ValueError, match="downloaded .No API key configured.* log in with `wandb login` or set"):
         download(REFERENCE, tmp_path)
 
 
@@ -117,13 +117,13 @@ def test_without_a_network(clean, tmp_path):
     clean.setenv("WANDB_API_KEY", "0" * 40)
     clean.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     clean.setattr(wandb, "Api", lambda original=wandb.Api: original(timeout=1))
-    with pytest.raises(ValueError, match="cannot be downloaded: .*127.0.0.1:9.* and check that the"):
+    with pytest.raises(ValueError, match="cannot be downloaded .*127.0.0.1:9.* and check that the"):
         download(REFERENCE, tmp_path)
 
 
 def test_offline(clean, tmp_path):
     clean.setenv("WANDB_MODE", "offline")
-    with pytest.raises(ValueError, match="cannot be downloaded while WANDB_MODE=offline. Unset WANDB_MODE"):
+    with pytest.raises(ValueError, match="cannot be downloaded while WANDB_MODE is offline; unset WANDB_MODE"):
         download(REFERENCE, tmp_path)
 
 
@@ -137,9 +137,9 @@ def test_reads_as_the_recipe_says():
 @pytest.mark.parametrize(
     ("reference", "mode", "message"),
     [
-        ("nonsense", "online", "error: wandb_dataset='nonsense' is no reference to an artifact."),
-        (REFERENCE, "offline", "cannot be downloaded while WANDB_MODE=offline."),
-        (REFERENCE, "online", "cannot be downloaded: No API key configured."),
+        ("nonsense", "online", "error: wandb_dataset: 'nonsense' must name an artifact in full"),
+        (REFERENCE, "offline", "cannot be downloaded while WANDB_MODE is offline"),
+        (REFERENCE, "online", "cannot be downloaded (No API key configured."),
     ],
 )
 def test_run_train_says_what_is_wrong(clean, tmp_path, capsys, reference, mode, message):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import wandb
 
-from litgpt_moe_ext.data.pipeline.corpus import read_manifest
-from litgpt_moe_ext.data.pipeline.python_files import prepare_python_files
+from litgpt_moe_ext.data.corpora.python_stdlib import PythonStdlib
+from litgpt_moe_ext.data.pipeline.store import read_manifest
 from litgpt_moe_ext.data.pipeline.wandb_artifacts import download, log_corpus
 from tests.data.test_text import tiny_txt
 from tests.data.test_wandb import clean  # noqa: F401
@@ -51,7 +51,9 @@ def test_logged_and_downloaded(server, corpus, tmp_path, write_sources):
     assert download(REFERENCE, tmp_path / "artifacts") == directory
     assert refused == []
     server.refuse = lambda what: None
-    other = prepare_python_files(tmp_path / "other", write_sources(tmp_path / "source", salt=1), 300, 0.2, 42)
+    other = PythonStdlib(
+        data_path=tmp_path / "other", source_path=write_sources(tmp_path / "source", salt=1), vocab_size=300
+    ).prepare()
     assert log_corpus(other, "tokens", PROJECT).endswith("tokens:v1")
     assert contents(download(REFERENCE, tmp_path / "artifacts")) == contents(other)
     assert contents(download(REFERENCE.replace("latest", "v0"), tmp_path / "artifacts")) == contents(corpus)
@@ -66,7 +68,7 @@ def test_logged_and_downloaded(server, corpus, tmp_path, write_sources):
         (f"{ENTITY}/elsewhere/tokens:latest", "project 'elsewhere' not found under entity 'team'"),
         (f"{ENTITY}/{PROJECT}/tokens:v7", "artifact membership 'tokens:v7' not found"),
     ):
-        with pytest.raises(ValueError, match=f"wandb_dataset='{reference}' cannot be downloaded: .*{reason}.* Check"):
+        with pytest.raises(ValueError, match=f"wandb_dataset: '{reference}' cannot be downloaded .*{reason}.* check"):
             download(reference, tmp_path / "artifacts")
 
 
@@ -76,14 +78,14 @@ def test_logged_and_downloaded(server, corpus, tmp_path, write_sources):
         ("ArtifactMembershipByName", "refused"),
         ("FetchArtifactManifest", "refused"),
         ("GetArtifactMembershipFileUrls", "refused"),
-        ("/storage/tokens-0/train.bin", "404 Client Error"),
+        ("/storage/tokens-0/train_00000.bin", "404 Client Error"),
     ],
 )
 def test_a_download_that_fails_goes_on_later(server, corpus, tmp_path, refused, reason):
     log_corpus(corpus, "tokens", PROJECT)
     shutil.rmtree(tmp_path / "cache")  # of the client, which holds what it has uploaded
     server.refuse = lambda what: 403 if what == refused else None
-    with pytest.raises(ValueError, match=f"wandb_dataset='{REFERENCE}' cannot be downloaded: .*{reason}.* Check the"):
+    with pytest.raises(ValueError, match=f"wandb_dataset: '{REFERENCE}' cannot be downloaded .*{reason}.* check the"):
         download(REFERENCE, tmp_path / "artifacts")
     server.refuse = lambda what: None
     assert contents(download(REFERENCE, tmp_path / "artifacts")) == contents(corpus)
@@ -91,9 +93,9 @@ def test_a_download_that_fails_goes_on_later(server, corpus, tmp_path, refused, 
 
 def test_a_key_that_the_server_does_not_know(server, corpus, tmp_path):
     server.refuse = lambda what: 401
-    with pytest.raises(ValueError, match="cannot be downloaded: .* Log in with `wandb login` or set WANDB_API_KEY"):
+    with pytest.raises(ValueError, match="cannot be downloaded .* log in with `wandb login` or set WANDB_API_KEY"):
         download(REFERENCE, tmp_path)
-    with pytest.raises(ValueError, match="is finished, but logging it to W&B failed: .* Log in with `wandb login`"):
+    with pytest.raises(ValueError, match="is finished, but logging it failed .* log in with `wandb login`"):
         log_corpus(corpus, "tokens", PROJECT)
 
 

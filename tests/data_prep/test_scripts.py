@@ -1,20 +1,20 @@
 """The scripts of data_prep/: options that are those of the data modules, help at once, errors in a line, W&B."""
 
-import inspect
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from litgpt.tokenizer import Tokenizer
 
 import litgpt_moe_ext.data
-from litgpt_moe_ext.data.pipeline.corpus import read_manifest
-from litgpt_moe_ext.data.pipeline.scripts import run_script
+from litgpt_moe_ext.data.command_line import TRAINING_ONLY
+from litgpt_moe_ext.data.pipeline.store import read_manifest
 from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, train_bpe
 from tests.data.test_text import gpt2_files, tiny_txt
 
@@ -22,17 +22,6 @@ FOLDER = Path(__file__).parents[2] / "data_prep"
 SCRIPTS = sorted(FOLDER.glob("*.py"))
 # The others prepare a corpus.
 CORPORA = [script for script in SCRIPTS if script.stem != "tokenizer"]
-CLASSES = {
-    "codeparrot": "CodeParrot",
-    "fineweb": "TextCorpus",
-    "python_stdlib": "PythonStdlib",
-    "text_folder": "TextCorpus",
-    "tinystories": "TinyStories",
-}
-# What a script leaves to training, what only it has, and where it knows better than the class.
-NOT_PREPARATION = {"packing", "shuffle"}
-WANDB = {"log_to_wandb", "wandb_artifact", "wandb_project"}
-OWN_DEFAULTS = {("fineweb", name) for name in ("source_path", "data_path", "val_fraction")}
 
 
 def main_of(script: Path):
@@ -40,17 +29,18 @@ def main_of(script: Path):
 
 
 @pytest.mark.parametrize("script", CORPORA, ids=lambda path: path.stem)
-def test_options_are_the_settings_of_the_class(script):
-    settings = {f.name: f.default for f in fields(getattr(litgpt_moe_ext.data, CLASSES[script.stem]))}
-    options = inspect.signature(main_of(script)).parameters
-    expected = set(settings) - NOT_PREPARATION
-    if script.stem == "fineweb":
-        expected = expected - {"pattern", "separator", "val_path"} | {"subset", "streaming"}
-    assert set(options) == expected | WANDB
-    for name, option in options.items():
-        if name in settings and (script.stem, name) not in OWN_DEFAULTS:
-            default = inspect.Parameter.empty if settings[name] is MISSING else settings[name]
-            assert option.default == default, name
+def test_options_are_the_settings_of_the_class(script, capsys):
+    """Each field but those of training, with the documentation and the default of the field."""
+    main = main_of(script)
+    (corpus,) = main.args
+    assert issubclass(getattr(litgpt_moe_ext.data, corpus.__name__), corpus)
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for field in fields(corpus):
+        described = re.search(rf"--{field.name} (?:\{{.*?\}}|[A-Z_0-9]+) (\S.*?\((?:type: |required))", shown)
+        assert (described is None) == (field.name in TRAINING_ONLY), field.name
+        assert described is None or len(described[1]) > 15, f"{field.name} has no documentation"
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -69,7 +59,7 @@ def test_help_needs_no_torch(script):
 def test_a_script_prepares_what_training_finds(tmp_path, capsys):
     data = tiny_txt(tmp_path)
     arguments = ["--source_path", str(tmp_path), "--data-path", str(tmp_path / "cache"), "--bpe.vocab_size=300"]
-    run_script(main_of(FOLDER / "tinystories.py"), [*arguments, "--bpe.special_tokens", '["</s>"]'])
+    main_of(FOLDER / "tinystories.py")([*arguments, "--bpe.special_tokens", '["</s>"]'])
     directory = Path(capsys.readouterr().out.splitlines()[-1].removeprefix("tokenizer_dir for LitGPT: "))
     assert data.prepare_tokenizer() == directory
     assert "Reusing the corpus" in capsys.readouterr().out
@@ -80,7 +70,7 @@ def test_parquet_of_fineweb(tmp_path, capsys):
 
     write_parquet(tmp_path / "000_00000.parquet", TRAIN)
     arguments = ["--source_path", str(tmp_path), "--data_path", str(tmp_path / "c"), "--bpe.vocab_size", "300"]
-    run_script(main_of(FOLDER / "fineweb.py"), [*arguments, "--val_fraction", "0.3"])
+    main_of(FOLDER / "fineweb.py")([*arguments, "--val_fraction", "0.3"])
     directory = Path(capsys.readouterr().out.splitlines()[-1].removeprefix("tokenizer_dir for LitGPT: "))
     assert read_manifest(directory.parent)["documents_val"] > 5
 
@@ -89,22 +79,22 @@ def test_a_tokenizer_directory_of_gpt2s_files(tmp_path, capsys):
     """The tokenizer_config.json of the hub names no end-of-text token; what is made of the two files does."""
     source, out_dir = gpt2_files(tmp_path / "gpt2"), tmp_path / "tokenizers" / "gpt2"
     arguments = ["--source_path", str(source), "--out_dir", str(out_dir)]
-    run_script(main_of(FOLDER / "tokenizer.py"), arguments)
+    main_of(FOLDER / "tokenizer.py")(arguments)
     last = len(json.loads((source / "vocab.json").read_text())) - 1
     assert f"tokenizer_dir for LitGPT: {out_dir} (end of text: {last})" in capsys.readouterr().out
     tokenizer = Tokenizer(out_dir)
     assert tokenizer.eos_id == last
     assert tokenizer.decode(tokenizer.encode("Once upon a time")) == "Once upon a time"
-    with pytest.raises(SystemExit, match="error: out_dir='.*gpt2' exists. Move it, or name another."):
-        run_script(main_of(FOLDER / "tokenizer.py"), arguments)
+    with pytest.raises(SystemExit, match="error: out_dir: '.*gpt2' exists; move it, or name another"):
+        main_of(FOLDER / "tokenizer.py")(arguments)
 
 
 def test_a_tokenizer_without_end_of_text_is_not_kept(tmp_path):
     train_bpe(["a"], BPESettings(257), tmp_path / "source")
     (tmp_path / "source" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     arguments = ["--source_path", str(tmp_path / "source"), "--out_dir", str(tmp_path / "made")]
-    with pytest.raises(SystemExit, match='has no end-of-sequence token, .* Add "eos_token"') as error:
-        run_script(main_of(FOLDER / "tokenizer.py"), arguments)
+    with pytest.raises(SystemExit, match='has no end-of-sequence token, .* add "eos_token"') as error:
+        main_of(FOLDER / "tokenizer.py")(arguments)
     assert str(tmp_path / "source") in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
@@ -112,16 +102,16 @@ def test_a_tokenizer_without_end_of_text_is_not_kept(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--source_path", "nowhere", "--bpe.vocab_size", "300"], "error: source_path='nowhere' does not exist"),
-        (["--source_path", __file__, "--bpe.vocab_size", "3"], "error: vocab_size=3 is too small"),
-        (["--source_path", "."], "error: No tokenizer"),
-        (["--source_path", ".", "--log-to-wandb"], "error: wandb_artifact=None is no name of an artifact"),
-        (["--source_path", ".", "--wandb-artifact", "a"], "error: wandb_artifact='a' has no effect without --log-to"),
+        (["--source_path", "nowhere", "--bpe.vocab_size", "300"], "error: source_path: 'nowhere' does not exist"),
+        (["--source_path", __file__, "--bpe.vocab_size", "3"], "error: vocab_size: 3 is too small"),
+        (["--source_path", "."], "error: data.tokenizer_dir: there is no tokenizer"),
+        (["--source_path", ".", "--log-to-wandb"], "error: wandb_artifact: None must be a name of an artifact"),
+        (["--source_path", ".", "--wandb-artifact", "a"], "error: wandb_artifact: 'a' has no effect; add --log-to"),
     ],
 )
 def test_errors_are_one_line(tmp_path, arguments, message):
     with pytest.raises(SystemExit, match=message) as error:
-        run_script(main_of(FOLDER / "text_folder.py"), [*arguments, "--data_path", str(tmp_path)])
+        main_of(FOLDER / "text_folder.py")([*arguments, "--data_path", str(tmp_path)])
     assert "\n" not in str(error.value)
 
 

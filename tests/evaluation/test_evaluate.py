@@ -13,8 +13,9 @@ import litgpt.eval.evaluate
 import pytest
 from jsonargparse import CLI
 
-from litgpt_moe_ext.evaluation.evaluate import evaluate_checkpoint, wrap_convert_and_evaluate
-from litgpt_moe_ext.evaluation.tasks import load_task_file, load_tasks
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.evaluation.litgpt_evaluate import EvaluateSettings, evaluate_checkpoint, wrap_convert_and_evaluate
+from litgpt_moe_ext.evaluation.lm_eval_tasks import load_task_file, load_tasks
 
 LITGPTS_OWN = inspect.unwrap(litgpt.eval.evaluate.convert_and_evaluate)
 
@@ -81,13 +82,13 @@ def test_litgpt_command(moe_dir, task_file, elsewhere, tmp_path):
 
 
 def test_results_go_beside_the_checkpoint_by_default(moe_dir, task_file):
-    evaluate_checkpoint(moe_dir, tasks=str(task_file), device="cpu", limit=1)
+    evaluate_checkpoint(EvaluateSettings(moe_dir, tasks=str(task_file), device="cpu", limit=1))
     assert accuracy(moe_dir / "evaluate" / "results.json") == 1.0
 
 
 def test_names_are_listed_without_tasks(moe_dir, monkeypatch, capsys):
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda: Mock(task_index={"hellaswag": {}, "mmlu": {}}))
-    evaluate_checkpoint(moe_dir)
+    evaluate_checkpoint(EvaluateSettings(moe_dir))
     assert capsys.readouterr().out.startswith("hellaswag\nmmlu\n")
 
 
@@ -95,7 +96,7 @@ def test_wrapped_function_looks_like_the_original():
     function = wrap_convert_and_evaluate(LITGPTS_OWN)
     assert inspect.signature(function) == inspect.signature(LITGPTS_OWN)
     assert function.__doc__ == LITGPTS_OWN.__doc__
-    assert list(inspect.signature(evaluate_checkpoint).parameters) == list(inspect.signature(LITGPTS_OWN).parameters)
+    assert list(inspect.signature(EvaluateSettings).parameters) == list(inspect.signature(LITGPTS_OWN).parameters)
 
 
 def test_plugin_has_wrapped_litgpts_function():
@@ -133,7 +134,7 @@ def test_failed_write_leaves_the_old_results(moe_dir, task_file, tmp_path, monke
     (tmp_path / "results.json").write_text("old")
     monkeypatch.setattr(litgpt.eval.evaluate, "prepare_results", fail)
     with pytest.raises(OSError, match="disk full"):
-        evaluate_checkpoint(moe_dir, tasks=str(task_file), out_dir=tmp_path, device="cpu", limit=1)
+        evaluate_checkpoint(EvaluateSettings(moe_dir, tasks=str(task_file), out_dir=tmp_path, device="cpu", limit=1))
     assert (tmp_path / "results.json").read_text() == "old"
     assert not list(tmp_path.glob("*.partial"))
 
@@ -153,8 +154,8 @@ def test_incomplete_checkpoints_are_named(tmp_path, removed, message):
         folder.mkdir()
         for name in {"lit_model.pth", "model_config.yaml", "tokenizer.json"} - {removed}:
             (folder / name).touch()
-    with pytest.raises(FileNotFoundError, match=f"checkpoint_dir: .*{message}"):
-        evaluate_checkpoint(folder, tasks="some.yaml")
+    with pytest.raises(SettingsError, match=f"checkpoint_dir: .*{message}"):
+        evaluate_checkpoint(EvaluateSettings(folder, tasks="some.yaml"))
 
 
 def test_data_in_the_working_directory_is_found_too(task_file, tmp_path, elsewhere):
@@ -173,15 +174,15 @@ def test_task_file_may_include_another(task_file, elsewhere):
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [
-        ("dataset_path: json\n", ValueError, "lacks the key `task`"),
-        ("task: [a, b]\ngroup: g\n", ValueError, "lacks the key `task`"),
-        ("- task\n", ValueError, "lacks the key `task`"),
-        ("task: [a\n", ValueError, "is not valid YAML"),
-        ("task: a\nclass: b\n", ValueError, "Python class"),
-        ("task: a\nmisspelt: 1\n", ValueError, "does not accept: .*misspelt"),
+        ("dataset_path: json\n", SettingsError, "lacks the key `task`"),
+        ("task: [a, b]\ngroup: g\n", SettingsError, "lacks the key `task`"),
+        ("- task\n", SettingsError, "lacks the key `task`"),
+        ("task: [a\n", SettingsError, "is not valid YAML"),
+        ("task: a\nclass: b\n", SettingsError, "Python class"),
+        ("task: a\nmisspelt: 1\n", SettingsError, "does not accept: .*misspelt"),
         (
             "task: a\ndataset_path: json\ndataset_kwargs:\n  data_files: none.json\n",
-            FileNotFoundError,
+            SettingsError,
             "names the data 'none.json'",
         ),
     ],
@@ -194,7 +195,7 @@ def test_malformed_task_files_are_named(tmp_path, content, error, message):
 
 
 def test_missing_and_repeated_tasks_are_named(task_file):
-    with pytest.raises(FileNotFoundError, match=r"tasks: the file 'none.yaml' does not exist"):
+    with pytest.raises(SettingsError, match=r"tasks: the file 'none.yaml' does not exist"):
         load_tasks("none.yaml")
     with pytest.raises(ValueError, match="tasks: ' , ' names no task"):
         load_tasks(" , ")

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from litgpt_moe_ext.cli.main import main
-from litgpt_moe_ext.evaluation.hellaswag import Item, as_question, encoder, evaluate, load_items
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.evaluation.hellaswag import Item, as_question, evaluate, load_items
 from litgpt_moe_ext.evaluation.loading import load_model, load_tokenizer
+from litgpt_moe_ext.evaluation.tokenization import encoder
 from tests.evaluation.conftest import VOCABULARY_SIZE, write_checkpoint
 from tests.models import moe_config
 
@@ -84,8 +86,8 @@ def answers(checkpoint, file, rule, batch_size=16):
 def test_lm_eval_gives_the_same_item_by_item(checkpoint, hellaswag_file, tmp_path, monkeypatch):
     from lm_eval.evaluator import simple_evaluate
 
-    from litgpt_moe_ext.evaluation.lm import LitGPTModel
-    from litgpt_moe_ext.evaluation.tasks import load_tasks
+    from litgpt_moe_ext.evaluation.lm_eval_model import LitGPTModel
+    from litgpt_moe_ext.evaluation.lm_eval_tasks import load_tasks
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "local_utils.py").write_text("from lm_eval.tasks.hellaswag.utils import process_docs\n")
@@ -142,7 +144,7 @@ def test_batches_do_not_matter(checkpoint, hellaswag_file):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2 is not JSON"),
+        ("{", "line 2 must be JSON"),
         ('{"ind": 1}', "lacks 'activity_label'"),
         (json.dumps({**questions(1)[0], "label": ""}), "label ''"),
         (json.dumps({**questions(1)[0], "endings": ["a"]}), "1 endings"),
@@ -165,3 +167,43 @@ def test_command_names_the_rule(checkpoint, hellaswag_file, tmp_path, capsys):
     expected = answers(checkpoint, hellaswag_file, "build-nanogpt")
     assert content["acc"] == sum(answer.acc for answer in expected) / 24
     assert content["rule"] == "build-nanogpt"
+
+
+def test_a_question_that_is_none_is_named(tmp_path):
+    """Null, text that is empty, bytes that are no text, JSON that is too deep: file and line, in one line."""
+    good = questions(3)
+    changes = {
+        "null": {"ctx": None},
+        "null ending": {"endings": ["a", None, "b", "c"]},
+        "null label": {"label": None},
+        "list": [],
+    }
+    lines = {name: json.dumps({**good[1], **change} if change else []).encode() for name, change in changes.items()}
+    lines |= {"bytes": b"\xff\xfe", "deep": b"[" * 100_000}
+    path = tmp_path / "hellaswag_val.jsonl"
+    for name, line in lines.items():
+        path.write_bytes(json.dumps(good[0]).encode() + b"\n" + line)
+        with pytest.raises(SettingsError, match=rf"file: .*{path.name}, line 2 ") as caught:
+            load_items(path)
+        assert "\n" not in str(caught.value), name
+
+
+@pytest.mark.parametrize(
+    ("rule", "change", "cause"),
+    [
+        ("build-nanogpt", {"ctx": ""}, "ctx must hold text"),
+        ("lm-eval", {"activity_label": "", "ctx_a": "", "ctx_b": "", "ctx": ""}, None),
+    ],
+)
+def test_empty_text_names_its_question(checkpoint, tmp_path, rule, change, cause):
+    path = tmp_path / "hellaswag_val.jsonl"
+    path.write_text("\n".join(json.dumps(question) for question in (questions(1)[0], {**questions(8)[7], **change})))
+    encode = encoder(load_tokenizer(checkpoint))
+    items = load_items(path)
+    as_question(items[0], rule, encode)
+    if cause is None:
+        # What is left is the colon after the label.
+        assert as_question(items[1], rule, encode).requests[0].context
+        return
+    with pytest.raises(SettingsError, match=f"{path.name}, line 2: {cause}; remove question 7"):
+        as_question(items[1], rule, encode)

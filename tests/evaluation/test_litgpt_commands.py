@@ -23,7 +23,7 @@ import torch
 from litgpt import GPT, LLM
 
 from litgpt_moe_ext.cli.main import main
-from litgpt_moe_ext.evaluation.evaluate import evaluate_checkpoint
+from litgpt_moe_ext.evaluation.litgpt_evaluate import EvaluateSettings, evaluate_checkpoint
 from litgpt_moe_ext.evaluation.loading import load_model, load_tokenizer
 from tests.evaluation.conftest import VOCABULARY_SIZE, write_checkpoint, write_tokenizer
 from tests.models import moe_config, randomize
@@ -168,7 +168,9 @@ def test_evaluate_generates_with_a_streaming_checkpoint(endless_dir, task_file, 
     }.items():
         content = content.replace(old, new)
     task_file.write_text(content + "generation_kwargs: {until: [], max_gen_toks: 8, do_sample: false}\n")
-    evaluate_checkpoint(endless_dir, tasks=str(task_file), out_dir=tmp_path, device="cpu", batch_size=3)
+    evaluate_checkpoint(
+        EvaluateSettings(endless_dir, tasks=str(task_file), out_dir=tmp_path, device="cpu", batch_size=3)
+    )
     results = json.loads((tmp_path / "results.json").read_text())["results"]["yes_or_no"]
     assert results["exact_match,none"] == 0.0
 

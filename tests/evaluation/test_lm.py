@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from litgpt_moe_ext.evaluation import generation
 from litgpt_moe_ext.evaluation.generation import GenerationSettings, generate
-from litgpt_moe_ext.evaluation.lm import LitGPTModel
+from litgpt_moe_ext.evaluation.lm_eval_model import LitGPTModel
 from tests.evaluation.conftest import CORPUS, END_OF_TEXT, VOCABULARY_SIZE, llama_config, write_checkpoint
 from tests.models import moe_config
 

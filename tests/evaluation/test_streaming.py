@@ -10,6 +10,7 @@ from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.evaluation.loading import load_tokenizer
 from litgpt_moe_ext.evaluation.streaming import Sampling, stream
 from litgpt_moe_ext.inspect.experts.capture import record_routing
+from litgpt_moe_ext.inspect.experts.streaming import with_experts
 from tests.models import initialized_model, moe_config
 
 PROMPT = [3, 1, 4, 1, 5]
@@ -24,13 +25,11 @@ def test_greedy_is_the_likeliest_token_each_time(model):
     ids = list(PROMPT)
     for _ in range(6):
         ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
-    written = list(stream(model, PROMPT, 6, Sampling(temperature=0), show_experts=False))
-    assert [token.id for token in written] == ids[5:]
-    assert all(token.experts is None for token in written)
+    assert list(stream(model, PROMPT, 6, Sampling(temperature=0))) == ids[5:]
 
 
 def test_experts_are_those_of_the_whole_text(model):
-    written = list(stream(model, PROMPT, 6, Sampling(temperature=0), show_experts=True))
+    written = list(with_experts(model, stream(model, PROMPT, 6, Sampling(temperature=0))))
     text = PROMPT + [token.id for token in written]
     for number, layer in enumerate(record_routing(model, [text], 1, lambda done: None)):
         for i, token in enumerate(written):
@@ -40,19 +39,19 @@ def test_experts_are_those_of_the_whole_text(model):
 
 
 def test_the_context_ends_it(model):
-    assert len(list(stream(model, PROMPT, 1000, Sampling(), show_experts=False))) == 32 - len(PROMPT)
+    assert len(list(stream(model, PROMPT, 1000, Sampling()))) == 32 - len(PROMPT)
     assert model.transformer.h[0].attn.kv_cache is None
-    with pytest.raises(ValueError, match="the prompt is empty"):
-        list(stream(model, [], 3, Sampling(), show_experts=False))
-    with pytest.raises(ValueError, match=r"the prompt has 32 tokens; it must have 1 to 31 \(the model's context\)"):
-        list(stream(model, [1] * 32, 3, Sampling(), show_experts=False))
+    with pytest.raises(ValueError, match="prompt: it is empty"):
+        list(stream(model, [], 3, Sampling()))
+    with pytest.raises(ValueError, match=r"prompt: it has 32 tokens; it must have 1 to 31 \(the model's context\)"):
+        list(stream(model, [1] * 32, 3, Sampling()))
 
 
 def test_a_streaming_cache_has_no_end():
     settings = {"attention_class_name": "SinkAttention", "streaming_cache_first": 2, "streaming_cache_window": 20}
     model = initialized_model(moe_config(**settings)).eval()
     for prompt in (PROMPT, [1] * 50):
-        assert len(list(stream(model, prompt, 100, Sampling(), show_experts=False))) == 100
+        assert len(list(stream(model, prompt, 100, Sampling()))) == 100
     assert model.max_seq_length == 32
 
 
@@ -77,7 +76,7 @@ def test_command(moe_dir, capsys, monkeypatch):
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert out.count(" yes yes yes") == 2
-    assert "error: the prompt has " in out
+    assert "error: prompt: it has " in out
     assert main([*arguments, "--prompt=x", "--show_experts=true", "--layer=2"]) == 2
     assert "layer: 2 must be from 0 to 1" in capsys.readouterr().err
 

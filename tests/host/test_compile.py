@@ -124,7 +124,7 @@ def test_no_posix_only_import():
         "    guarded = 'win32' in text\n"
         "    for name in ('fcntl', 'grp', 'pwd', 'termios', *(() if guarded else ('resource',))):\n"
         "        assert f'import {name}' not in text and f'from {name}' not in text, (file, name)\n"
-        "import litgpt_moe_ext.cli.train, litgpt_moe_ext.host.config, litgpt_moe_ext.data.pipeline.corpus\n"
+        "import litgpt_moe_ext.cli.train, litgpt_moe_ext.host.config, litgpt_moe_ext.data.pipeline.store\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from litgpt.model import GPT, LLaMAMoE
 from torch.utils.flop_counter import FlopCounterMode
 
-from litgpt_moe_ext.attention.kernels.flash import KERNELS, Call
+from litgpt_moe_ext.attention.kernels import flash_attn2
+from litgpt_moe_ext.attention.kernels.calls import Call, Inputs
 from litgpt_moe_ext.host import flops
 from litgpt_moe_ext.moe.layer import NoisyTopKMoE, SharedExpertMoE
 from tests.models import moe_config, noisy_config, randomize
@@ -182,7 +183,7 @@ def flash_attn_package(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("flash_attn_package")
 def test_flash_attn_counts_as_sdpa():
     importlib.import_module("flash_attn.flash_attn_interface")
-    kernel, sequences, heads, groups, length, head_size = KERNELS["flash_attn"], 2, 4, 2, 24, 8
+    sequences, heads, groups, length, head_size = 2, 4, 2, 24, 8
 
     def measure(device: str, documents: list[int] | None = None, window: int | None = None) -> tuple[int, int]:
         q, k, v = (
@@ -190,11 +191,11 @@ def test_flash_attn_counts_as_sdpa():
             for n in (heads, groups, groups)
         )
         offsets = None if documents is None else torch.tensor(documents, dtype=torch.int32, device=device)
-        call = Call(0.4, True, window, 0.0)
+        call, inputs = Call("flash_attn", 0.4, True, window, 0.0), Inputs(q, k, v, None, offsets)
         with FlopCounterMode(display=False) as forward:
-            out, lse, rest = kernel.forward(q, k, v, None, offsets, call)
+            result = flash_attn2.forward(inputs, call)
         with FlopCounterMode(display=False) as backward:
-            kernel.backward(out, q, k, v, None, offsets, out, lse, rest, call)
+            flash_attn2.backward(result.out_BHTd, inputs, result, call)
         return forward.get_total_flops(), backward.get_total_flops()
 
     shape = sequences, groups, length, head_size

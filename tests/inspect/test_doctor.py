@@ -26,7 +26,7 @@ def test_a_recipe_that_can_run(tmp_path, capsys):
         "CPU",
         "compile",
         "experts",
-        "flash attention",
+        "attention",
         "precision",
         "strategy",
         "memory",

@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.experts import Experts
-from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden, _announce_loop, choose_backend
+from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden
 from litgpt_moe_ext.moe.kernels.cpu import dispatch, grouped_cpu_experts
+from litgpt_moe_ext.moe.kernels.few_rows import gather_experts
 from litgpt_moe_ext.moe.kernels.grouped_mm import grouped_mm_experts
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
 from litgpt_moe_ext.moe.router import Routing
@@ -372,6 +373,31 @@ def test_grouped_mm_equals_the_loop(dtype, bias):
         compare(make_experts(dtype, bias=bias), make_routing(T, 2, 5, only=only), dtype, backend="grouped_mm")
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copies_of_the_chosen_experts_equal_the_loop(dtype, bias):
+    """What a GPU without Triton decodes with."""
+    experts, routing = make_experts(dtype, bias=bias), make_routing(3, 2, 5)
+    experts.forced_backend = "loop"
+    x = torch.randn(3, 16, dtype=dtype)
+    with torch.no_grad():
+        ours = gather_experts(x, routing, experts.weights, experts.activation, dtype)
+        assert_same({"y": ours}, {"y": experts(x, routing)}, EXACT[dtype])
+
+
+def test_gradients_of_tokens_are_summed_in_float32():
+    """Eight gradients of about 1 in bfloat16: added one by one, each sum would be rounded to 1/32."""
+    from litgpt_moe_ext.moe.kernels.grouped_mm import _Dispatch
+
+    T, K = 64, 8
+    rows = torch.randperm(T * K)
+    x = torch.zeros(T, 16, dtype=torch.bfloat16, requires_grad=True)
+    upstream = (1 + torch.rand(T * K, 16)).bfloat16()
+    _Dispatch.apply(x, rows, rows.argsort(), K).backward(upstream)
+    exact = torch.zeros(T, 16).index_add_(0, rows // K, upstream.float())
+    assert torch.equal(x.grad, exact.bfloat16())
+
+
 def test_grouped_mm_under_autocast():
     def scope():
         return torch.autocast("cpu", torch.bfloat16)
@@ -401,50 +427,3 @@ def test_compiled_without_breaks_or_recompiling():
         x = torch.randn(2, tokens, 16)
         torch.testing.assert_close(compiled(x), moe(x), atol=2e-5, rtol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
-CPU = torch.device("cpu")
-
-
-@pytest.mark.parametrize("dtype", list(EXACT))
-def test_choice_on_a_cpu(dtype):
-    assert choose_backend(CPU, dtype, 16, 24) == "grouped_cpu"
-
-
-@pytest.mark.parametrize(
-    ("dtype", "capability", "width", "reason"),
-    [
-        (torch.bfloat16, (9, 0), 24, None),
-        (torch.bfloat16, (10, 0), 24, None),
-        (torch.bfloat16, (9, 0), 20, "multiples of 16 bytes, not 16 and 20"),
-        (torch.bfloat16, (8, 0), 24, "capability 9.0"),
-        (torch.float32, (9, 0), 24, "for bfloat16"),
-    ],
-)
-def test_choice_on_a_gpu(monkeypatch, recwarn, dtype, capability, width, reason):
-    """The slow way is announced, once."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    _announce_loop.cache_clear()
-    for _ in range(2):
-        assert choose_backend(torch.device("cuda"), dtype, 16, width) == ("loop" if reason else "grouped_mm")
-    messages = [str(warning.message) for warning in recwarn if issubclass(warning.category, RuntimeWarning)]
-    assert len(messages) == (1 if reason else 0)
-    assert all(reason in message for message in messages)
-
-
-def test_choice_under_the_compiler(monkeypatch):
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert choose_backend(CPU, torch.float32, 16, 24) == "grouped_mm"
-    assert choose_backend(CPU, torch.float64, 16, 24) == "loop"
-    assert choose_backend(CPU, torch.bfloat16, 16, 12) == "loop"
-
-
-def test_a_backend_can_be_forced():
-    experts = make_experts()
-    x = torch.randn(3, 16, dtype=torch.float64)
-    assert experts.backend_for(x) == "grouped_cpu"
-    experts.forced_backend = "loop"
-    assert experts.backend_for(x) == "loop"
-    experts.forced_backend = "fastest"
-    with pytest.raises(ValueError, match="'fastest' is unknown; choose from loop, grouped_cpu, grouped_mm"):
-        experts.backend_for(x)

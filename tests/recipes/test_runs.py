@@ -10,7 +10,6 @@ import pytest
 from litgpt.__main__ import main as litgpt_main
 
 from litgpt_moe_ext.cli.train import main
-from litgpt_moe_ext.data.pipeline.scripts import run_script
 from tests.recipes.files import RECIPES, ROOT, commands, path_of
 from tests.recipes.scaled import BATCH, LENGTH, RAW_DATA, overrides
 from tests.training.conftest import logged
@@ -61,7 +60,7 @@ def test_trains_and_resumes(recipe, tmp_path, monkeypatch, capsys):
     RAW_DATA[recipe](tmp_path)
     for script, *arguments in preparations(recipe):
         if script.endswith("tokenizer.py"):
-            run_script(runpy.run_path(str(ROOT / script))["main"], arguments)
+            runpy.run_path(str(ROOT / script))["main"](arguments)
     found = losses(train_and_resume(recipe, tmp_path, 6))
     assert found[6] < found[1]
     output = capsys.readouterr().out
@@ -76,7 +75,7 @@ def test_from_raw_data_to_text_in_this_process(recipe, tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     RAW_DATA[recipe](tmp_path)
     for script, *arguments in preparations(recipe):
-        run_script(runpy.run_path(str(ROOT / script))["main"], arguments)
+        runpy.run_path(str(ROOT / script))["main"](arguments)
     capsys.readouterr()
     found = losses(train_and_resume(recipe, tmp_path, 20))
     assert found[20] < found[1] - 1

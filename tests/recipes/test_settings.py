@@ -241,8 +241,8 @@ def flat(settings: dict, prefix: str = "") -> dict:
 
 
 def defaults_of(script: str) -> dict:
-    parameters = inspect.signature(runpy.run_path(str(ROOT / script))["main"]).parameters
-    return {name: plain(parameter.default) for name, parameter in parameters.items()}
+    (corpus,) = runpy.run_path(str(ROOT / script))["main"].args
+    return {field.name: plain(field.default) for field in fields(corpus)}
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["litgpt.pretrain", "litgpt_moe_ext.training.run", "litgpt_moe_ext.data.modules.python_stdlib"]
+    ["litgpt.pretrain", "litgpt_moe_ext.training.run", "litgpt_moe_ext.data.modules.corpus"]
 )
 
 

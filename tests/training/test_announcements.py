@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from litgpt_moe_ext.cli.train import main
-from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.training.callbacks.fused_loss import require_torch
 from litgpt_moe_ext.training.callbacks.kernel_report import attention_line, experts_line
 from litgpt_moe_ext.training.parallel.strategies import single_process_note
@@ -24,9 +23,9 @@ def test_experts(compiled):
         assert "for torch.bfloat16" in experts_line(model, CPU, compiled)
 
 
-def test_forced(monkeypatch):
-    monkeypatch.setattr(Experts, "forced_backend", "loop")
-    model = initialized_model(moe_config(attention_class_name="SinkAttention", attention_backend="eager"))
+def test_forced():
+    names = {"expert_backend": "loop", "attention_backend": "eager"}
+    model = initialized_model(moe_config(attention_class_name="SinkAttention", **names))
     assert experts_line(model, CPU, compiled=False) == "experts: loop for torch.float32 on cpu (forced)"
     assert attention_line(model, CPU) == "attention: eager for torch.float32 on cpu (forced)"
 
@@ -35,8 +34,11 @@ def test_attention():
     model = initialized_model(moe_config(attention_class_name="SinkAttention"))
     assert attention_line(model, CPU) == "attention: flash_cpu for torch.float32 on cpu (chosen)"
     model = initialized_model(moe_config(attention_class_name="SinkAttention", attention_dropout=0.1))
-    with pytest.warns(UserWarning, match="no flash kernel with attention dropout"):
-        assert attention_line(model, CPU).startswith("attention: eager")
+    line = attention_line(model, CPU)
+    assert line.startswith("attention: eager")
+    assert "grow with the square" in line
+    model = initialized_model(moe_config(attention_class_name="SinkAttention", attention_sinks=False))
+    assert attention_line(model, CPU) == "attention: scaled_dot_product_attention for torch.float32 on cpu (chosen)"
 
 
 def test_litgpts_own_layers_say_nothing():

@@ -12,8 +12,9 @@ import torch
 from litgpt import Tokenizer
 
 from litgpt_moe_ext.cli.train import main
-from litgpt_moe_ext.evaluation.hellaswag import as_question, encoder, evaluate, load_items
+from litgpt_moe_ext.evaluation.hellaswag import as_question, evaluate, load_items
 from litgpt_moe_ext.evaluation.loading import load_model
+from litgpt_moe_ext.evaluation.tokenization import encoder
 from litgpt_moe_ext.training.parallel.strategies import make_strategy
 from litgpt_moe_ext.training.run import Run
 from litgpt_moe_ext.training.settings import DistributedArgs, EvaluateArgs
@@ -137,7 +138,7 @@ def test_after_every_validation(recipe, tmp_path, hellaswag_file):
 
 
 def test_a_failing_benchmark_is_not_worth_a_run(recipe, tmp_path, hellaswag_file, monkeypatch, capsys):
-    from litgpt_moe_ext.evaluation.benchmarks import HellaSwag
+    from litgpt_moe_ext.evaluation.training_benchmarks import HellaSwag
 
     def broken(*_args):
         raise RuntimeError("out of luck")
@@ -175,7 +176,7 @@ class TestWrongInputs:
         assert "the model reads 4 at once" in error
 
     def test_what_fails_with_the_first_batch(self, recipe, hellaswag_file, monkeypatch, capsys):
-        from litgpt_moe_ext.evaluation import benchmarks
+        from litgpt_moe_ext.evaluation import training_benchmarks as benchmarks
 
         def broken(*_args):
             raise torch.OutOfMemoryError("CUDA out of memory")

@@ -14,6 +14,7 @@ from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.training.checkpoint import manifest
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
 from litgpt_moe_ext.training.checkpoint.lock import OutDirLock
+from litgpt_moe_ext.training.checkpoint.resume import problem_with
 from litgpt_moe_ext.training.checkpoint.resume_notes import resume_notes
 from litgpt_moe_ext.training.settings import CheckpointArgs
 from tests.training.conftest import logged
@@ -40,7 +41,7 @@ def test_keeps_the_last_and_the_best(recipe, tmp_path):
     losses = {step: float(loss) for step, loss in logged(out_dir, "val_loss").items()}
     assert list(losses) == [2, 4, 6]
     assert step_of(out_dir / "best") == min(losses, key=losses.get) == 2
-    assert checkpoints.problem_with(out_dir / "best") is None
+    assert problem_with(out_dir / "best") is None
     files = {path.name for path in out_dir.rglob("*") if path.name.startswith(".")}
     assert files == set(), "no lock and no half checkpoint is left"
 
@@ -52,9 +53,7 @@ def test_best_between_two_checkpoints(recipe, tmp_path):
     best = tmp_path / "out" / "best"
     assert step_of(best) == 6
     saved = torch.load(tmp_path / "out" / "final" / "lit_model.pth", weights_only=True)
-    assert saved["callbacks"]["Retention"]["best_loss"] == min(
-        map(float, logged(tmp_path / "out", "val_loss").values())
-    )
+    assert saved["callbacks"]["Retention"]["loss"] == min(map(float, logged(tmp_path / "out", "val_loss").values()))
     assert train("--config", file, "--resume", "auto", "--optimizer.lr", "0.0", "--train.min_lr", "0.0") == 0
     assert step_of(best) == 6, "nothing got better without learning"
 
@@ -65,6 +64,49 @@ def test_by_time(recipe, tmp_path):
     names = directories(tmp_path / "out")
     assert {"step-00000001", "step-00000002", "step-00000003"} <= set(names)
     assert "best" not in names
+
+
+def test_best_of_a_run_that_was_killed_before_it_was_linked(recipe, tmp_path, capsys):
+    """`best` is made of the checkpoint that had the loss, or reported missing; never an older one."""
+    file = recipe(model_config={"router_bias_update_rate": None})
+    still = ("--optimizer.lr", "0.0", "--train.min_lr", "0.0")  # nothing gets better
+    assert train("--config", file, "--train.max_tokens", str(4 * 128)) == 0
+    out_dir = tmp_path / "out"
+    assert step_of(out_dir / "best") == 4
+    shutil.rmtree(out_dir / "best")
+    assert train("--config", file, "--resume", "auto", *still) == 0
+    assert step_of(out_dir / "best") == 4
+    assert json.loads((out_dir / "final" / "training_state.json").read_text())["attempt"] == 2
+    shutil.rmtree(out_dir / "best")
+    shutil.rmtree(out_dir / "step-00000004")
+    capsys.readouterr()
+    assert train("--config", file, "--resume", "auto", "--train.max_tokens", str(16 * 128), *still) == 0
+    assert "after step 4) is missing: from here on the best is counted anew" in capsys.readouterr().out
+    assert step_of(out_dir / "best") == 16
+
+
+def test_a_best_that_cannot_be_saved_is_not_saved_later(recipe, tmp_path, monkeypatch, capsys):
+    """With on_save_error: continue, later weights never get the name of the best."""
+    from litgpt_moe_ext.training.checkpoint import store
+
+    original, failures = store.publish, []
+
+    def publish(staging: Path, target: Path) -> None:
+        if target.name == "best" and not failures:
+            failures.append(target)
+            raise OSError("no space left")
+        original(staging, target)
+
+    monkeypatch.setattr(store, "publish", publish)
+    file = recipe(train={"save_interval": 1000}, eval={"interval": 2}, optimizer={"init_args": {"lr": 3.0}})
+    stop = ("--train.max_steps", "6")
+    assert train("--config", file, "--checkpoint.on_save_error", "continue", *stop) == 0
+    losses = {step: float(loss) for step, loss in logged(tmp_path / "out", "val_loss").items()}
+    assert len(failures) == 1
+    assert capsys.readouterr().out.count("best could not be saved") == 1
+    assert min(losses, key=losses.get) == 2
+    del losses[2]
+    assert step_of(tmp_path / "out" / "best") == min(losses, key=losses.get)
 
 
 @pytest.fixture
@@ -125,7 +167,7 @@ def test_failing_final_validation_keeps_the_training(recipe, tmp_path, monkeypat
     with pytest.raises(RuntimeError, match="broken validation"):
         train("--config", recipe(train={"max_tokens": 5 * 128}))
     assert step_of(tmp_path / "out" / "final") == 5
-    assert checkpoints.problem_with(tmp_path / "out" / "final") is None
+    assert problem_with(tmp_path / "out" / "final") is None
 
 
 def test_failing_sample_costs_nothing(recipe, tmp_path, monkeypatch, capsys):
@@ -177,8 +219,41 @@ class TestLock:
         first.release()
         assert list(tmp_path.iterdir()) == []
 
+    def test_one_owner_whatever_the_moment(self, tmp_path):
+        """A second process takes the lock the moment it is released; a third finds it taken."""
+        first, second = OutDirLock(tmp_path), OutDirLock(tmp_path)
+        assert first.take() is None
+        release, taken = first._lock.release, []
+
+        def release_and_be_overtaken() -> None:
+            release()
+            taken.append(second.take())
+
+        first._lock.release = release_and_be_overtaken
+        first.release()
+        assert taken == [None]
+        assert OutDirLock(tmp_path).take() is not None
+
 
 class TestManifest:
+    @pytest.mark.parametrize(
+        ("damage", "message"),
+        [
+            (lambda content: b"", "SHA256SUMS does not list lit_model.pth, model_config.yaml"),
+            (lambda content: content[:70] + b"\xff" + content[71:], "SHA256SUMS cannot be read"),
+            (lambda content: b"zz" + content[2:], "SHA256SUMS is damaged in line 1"),
+            (lambda content: content[:-30], "SHA256SUMS"),
+            (lambda content: content.replace(b"model_config", b"model_c\x00nfig"), "does not list model_config.yaml"),
+        ],
+    )
+    def test_damage_of_its_own_is_named(self, tmp_path, damage, message):
+        torch.save({}, tmp_path / "lit_model.pth")
+        (tmp_path / "model_config.yaml").write_text("")
+        manifest.write(tmp_path)
+        file = tmp_path / manifest.FILE_NAME
+        file.write_bytes(damage(file.read_bytes()))
+        assert message in problem_with(tmp_path)
+
     def test_any_change_is_noticed(self, tmp_path):
         (tmp_path / "a").mkdir()
         (tmp_path / "a" / "b.bin").write_bytes(b"content")

@@ -16,7 +16,7 @@ from litgpt_moe_ext.cli.train import (
     take_optimizer_keys,
     with_optimizer_keys,
 )
-from litgpt_moe_ext.training.checkpoint.store import find_resume_file
+from litgpt_moe_ext.training.checkpoint.resume import find_resume_file
 
 DEFAULT = Path("default.yaml")
 

@@ -82,7 +82,7 @@ def test_interrupted_terminated_and_killed_the_losses_stay(recipe, tmp_path, uni
 
 def test_killed_while_saving(recipe, tmp_path):
     """Whatever moment the kill hits, what is found under a checkpoint's name is whole."""
-    from litgpt_moe_ext.training.checkpoint.store import problem_with
+    from litgpt_moe_ext.training.checkpoint.resume import problem_with
 
     file = recipe(train={"max_tokens": 400 * 128, "save_interval": 1}, eval={"interval": 1000})
     process = Training("--config", file)

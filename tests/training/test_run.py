@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from litgpt_moe_ext.cli.train import main
+from litgpt_moe_ext.training.checkpoint import manifest
 from tests.training.conftest import logged
 
 
@@ -39,7 +40,8 @@ def test_a_run_from_start_to_generation(recipe, tmp_path, capsys):
     expected = {"lit_model.pth", "model_config.yaml", "hyperparameters.yaml", "tokenizer.json", "tokenizer_config.json"}
     assert expected <= {p.name for p in final.iterdir()}
     state = json.loads((final / "training_state.json").read_text())
-    assert {**state, "saved_at": None} == {"step": 12, "iteration": 24, "processes": 1, "saved_at": None}
+    expected = {"attempt": 1, "step": 12, "iteration": 24, "processes": 1}
+    assert state == {**expected, "saved_at": state["saved_at"]}
 
     losses = [float(loss) for loss in logged(out_dir, "loss").values()]
     assert len(losses) == 12
@@ -117,7 +119,7 @@ def test_a_truncated_checkpoint_is_passed_over(recipe, tmp_path, capsys):
 
 def test_damage_inside_a_checkpoint_is_noticed(recipe, tmp_path):
     """One flipped byte in the weights, which loading alone would not notice."""
-    from litgpt_moe_ext.training.checkpoint.store import problem_with
+    from litgpt_moe_ext.training.checkpoint.resume import problem_with
 
     assert train("--config", recipe(train={"max_tokens": 128})) == 0
     final = tmp_path / "out" / "final"
@@ -153,25 +155,55 @@ def test_a_foreign_directory_is_not_deleted(recipe, tmp_path):
     assert (tmp_path / "out" / "final" / "lit_model.pth").is_file()
 
 
-def test_newest_is_what_was_saved_last(tmp_path):
-    """By the time in the checkpoint, whatever copying did to the files; plain LitGPT's checkpoints by their step."""
-    from litgpt_moe_ext.training.checkpoint.store import newest_first
+def write_progress(directory: Path, attempt: int, step: int, saved_at: float = 0.0) -> None:
+    from litgpt_moe_ext.training.checkpoint.progress import Progress
 
-    for name, state in {
-        "final": {"step": 12, "saved_at": 200.0},
-        "step-00000008": {"step": 8, "saved_at": 300.0},
-        "step-00000004": {"step": 4, "saved_at": 100.0},
-        "logs": None,
-        ".step-00000009.incomplete": {"step": 9, "saved_at": 900.0},
-    }.items():
-        (tmp_path / name).mkdir()
-        if state is not None:
-            (tmp_path / name / "training_state.json").write_text(json.dumps(state))
-    found = [path.name for path in newest_first(tmp_path)]
-    assert found == ["step-00000008", "final", "step-00000004"]
+    directory.mkdir()
+    Progress(attempt, step, 2 * step, 1, saved_at).write(directory)
+
+
+def test_newest_is_the_last_step_of_the_last_attempt(tmp_path):
+    """Whatever the clocks said, and whatever copying did to the files; plain LitGPT's checkpoints come after ours."""
+    from litgpt_moe_ext.training.checkpoint.progress import newest_first, next_attempt
+
+    # A run went to step 12, was resumed at step 4, and has got to step 8; its clock went back meanwhile.
+    for name, attempt, step, saved_at in (
+        ("final", 1, 12, 900.0),
+        ("step-00000012", 1, 12, 899.0),
+        ("step-00000004", 1, 4, 500.0),
+        ("best", 2, 8, 120.0),
+        ("step-00000008", 2, 8, 100.0),
+        (".step-00000016.incomplete", 3, 16, 999.0),
+    ):
+        write_progress(tmp_path / name, attempt, step, saved_at)
+    (tmp_path / "logs").mkdir()
     (tmp_path / "step-00000100").mkdir()
-    found = [path.name for path in newest_first(tmp_path)]
-    assert found == ["step-00000100", "final", "step-00000008", "step-00000004"], "one without a time: by step"
+    (tmp_path / "step-00000100" / "lit_model.pth").touch()
+    ours = ["step-00000008", "best", "final", "step-00000012", "step-00000004"]
+    assert [path.name for path in newest_first(tmp_path)] == [*ours, "step-00000100"]
+    assert next_attempt(tmp_path, tmp_path / "step-00000004") == 3
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"{}", b"null", b"\xff\xfe", b'{"step": 9}', b'{"attempt": "1", "step": [], "iteration": 1, "x": 2}'],
+    ids=repr,
+)
+def test_a_damaged_state_file_is_passed_over(tmp_path, content, capsys):
+    """Neither a traceback, nor a run that silently starts anew: it is named, and an older whole one is taken."""
+    from litgpt_moe_ext.training.checkpoint.resume import find_resume_file
+
+    for attempt, name in ((1, "step-00000004"), (1, "final")):
+        write_progress(tmp_path / name, attempt, 4)
+        torch.save({}, tmp_path / name / "lit_model.pth")
+        (tmp_path / name / "model_config.yaml").write_text("")
+        manifest.write(tmp_path / name)
+    (tmp_path / "final" / "training_state.json").write_bytes(content)
+    assert find_resume_file("auto", tmp_path) == tmp_path / "step-00000004" / "lit_model.pth"
+    (tmp_path / "step-00000004" / "training_state.json").unlink()
+    with pytest.raises(FileNotFoundError, match="only damaged checkpoints"):
+        find_resume_file("auto", tmp_path)
+    assert "training_state.json" in capsys.readouterr().out
 
 
 def test_accumulation_moves_the_bias_as_one_batch(recipe, tmp_path):

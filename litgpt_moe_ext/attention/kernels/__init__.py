@@ -1,1 +1,14 @@
-"""How attention is computed: kernels behind one signature, and who chooses."""
+"""What computes attention: a registry of kernels, the choice between them, and one file for each kernel.
+
+| file             | what it holds                                                                 |
+| ---------------- | ----------------------------------------------------------------------------- |
+| `registry.py`    | what each kernel can do, as plain data; `register_kernel`. Imports no torch    |
+| `choice.py`      | which kernel computes given tensors, and what it says about it                 |
+| `calls.py`       | what a kernel is called with                                                   |
+| `flash_cpu.py`   | PyTorch's flash attention for CPUs                                             |
+| `flash_attn2.py` | the `flash-attn` package                                                       |
+| `flash_attn4.py` | the `flash-attn-4` package                                                     |
+| `flash_cuda.py`  | PyTorch's flash attention for GPUs                                             |
+| `cudnn.py`       | cuDNN's attention                                                              |
+| `efficient.py`   | PyTorch's memory-efficient attention                                           |
+"""

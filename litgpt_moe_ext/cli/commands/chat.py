@@ -67,9 +67,9 @@ class Chat:
         import torch
         from rich.console import Console
 
-        from litgpt_moe_ext.evaluation.hellaswag import encoder
         from litgpt_moe_ext.evaluation.loading import check_checkpoint_dir, choose_device, load_model, load_tokenizer
         from litgpt_moe_ext.evaluation.streaming import Sampling
+        from litgpt_moe_ext.evaluation.tokenization import encoder
 
         sampling = Sampling(self.temperature, self.top_k, self.top_p)
         check_checkpoint_dir(self.checkpoint_dir)
@@ -178,18 +178,22 @@ class _Writer:
 
     def write(self, model: "GPT", prompt: list[int], max_new_tokens: int, sampling: "Sampling") -> None:
         from litgpt_moe_ext.evaluation.streaming import stream
+        from litgpt_moe_ext.inspect.experts.streaming import with_experts
 
         pieces, style = TextPieces(self._tokenizer.processor.decode, prompt), None
         used: dict[int, int] = {}
-        with contextlib.closing(stream(model, prompt, max_new_tokens, sampling, self._layer is not None)) as tokens:
-            for written in tokens:
-                if written.id == self._tokenizer.eos_id:
+        with contextlib.closing(stream(model, prompt, max_new_tokens, sampling)) as tokens:
+            if self._layer is None:
+                written = ((token, None) for token in tokens)
+            else:
+                written = ((token.id, token.experts[self._layer][0]) for token in with_experts(model, tokens))
+            for token, expert in written:
+                if token == self._tokenizer.eos_id:
                     break
-                if self._layer is not None:
-                    expert = written.experts[self._layer][0]
+                if expert is not None:
                     used[expert] = used.get(expert, 0) + 1
                     style = style_of(expert)
-                self._print(pieces.add(written.id), style)
+                self._print(pieces.add(token), style)
         self._print(pieces.rest(), style)
         self._console.print()
         if used:

@@ -37,7 +37,7 @@ class HellaSwag:
     def run(self) -> None:
         """Print both scores."""
         from litgpt_moe_ext.cli.output import progress, write_json
-        from litgpt_moe_ext.evaluation.hellaswag import as_question, encoder, evaluate, load_items
+        from litgpt_moe_ext.evaluation.hellaswag import as_question, evaluate, load_items
         from litgpt_moe_ext.evaluation.loading import (
             check_checkpoint_dir,
             choose_device,
@@ -45,6 +45,7 @@ class HellaSwag:
             load_tokenizer,
             parse_dtype,
         )
+        from litgpt_moe_ext.evaluation.tokenization import encoder
 
         check_checkpoint_dir(self.checkpoint_dir)
         items = load_items(self.file, self.limit)

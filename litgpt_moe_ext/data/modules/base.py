@@ -1,42 +1,49 @@
 """The base of data modules over token shards."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 from litgpt.data import DataModule
 from litgpt.tokenizer import Tokenizer
 
-from litgpt_moe_ext.data.loader import TokenLoader
+from litgpt_moe_ext.data.loader import Order, TokenLoader
 from litgpt_moe_ext.data.windows import StreamWindows, Windows
 
 
 class TokenModule(DataModule):
     """A LitGPT data module that feeds memory-mapped tokens to `TokenLoader`.
 
-    A subclass is a dataclass with the user's settings. The order of calls is LitGPT's: ``connect``, ``prepare_data``,
-    ``setup``, then the two loaders. An entry point that knows the model calls `require_vocabulary` before all of
+    A subclass is a dataclass with the user's settings. The order of calls is LitGPT's: `connect`, `prepare_data`,
+    `setup`, then the two loaders. An entry point that knows the model calls `require_vocabulary` before all of
     them; it may be left out.
+
+    Attributes:
+        seed: Decides the order of the windows.
+        shuffle: Whether the windows come in a random order, or in that of the data.
     """
 
     seed: int
-    shuffle: bool = True
+    shuffle: bool
 
     def __post_init__(self) -> None:
         super().__init__()
-        # Ordinary attributes rather than dataclass fields: they are no settings and stay out of logged hyperparameters.
+        # Ordinary attributes rather than dataclass fields: they are not settings and stay out of logged
+        # hyperparameters.
         self.batch_size = 1
         self.max_seq_length = -1
         self.tokenizer: Tokenizer | None = None
-        self._shards: dict[str, list[np.ndarray]] | None = None
+        self._model_vocab_size: int | None = None
+        self._shards: dict[str, Sequence[np.ndarray]] | None = None
 
-    def connect(
+    def connect(  # pyrefly: ignore[bad-override] LitGPT's own modules take no more either
         self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None
     ) -> None:
-        """Takes over what is known only at run time.
+        """Take over what is known only at run time.
 
         Args:
             tokenizer: The tokenizer of the run, or None.
-            batch_size: Windows per batch and process.
+            batch_size: Windows per micro-batch, that is per batch and rank.
             max_seq_length: Number of inputs of a window.
         """
         self.tokenizer = tokenizer
@@ -44,33 +51,33 @@ class TokenModule(DataModule):
         self.max_seq_length = -1 if max_seq_length is None else max_seq_length
 
     def setup(self, stage: str = "") -> None:
-        """Opens the token shards."""
+        """Open the token shards."""
         train, val = self.open_shards()
         self._shards = {"training": train, "validation": val}
 
     @abstractmethod
-    def open_shards(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Returns the shards to train on and those to validate on, each of shape (N_i,)."""
+    def open_shards(self) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
+        """Return the shards to train on and those to validate on, each of shape (N_i,)."""
 
     @abstractmethod
     def require_vocabulary(self, padded_vocab_size: int) -> None:
-        """Raises ValueError, with the remedy, if the data may hold ids that a model has no embedding for."""
+        """Raise SettingsError, with the remedy, if the data may hold ids that a model has no embedding for."""
 
     @property
     @abstractmethod
     def corpus_id(self) -> str:
         """What identifies the data in checkpoints."""
 
-    def windows(self, shards: list[np.ndarray], name: str) -> Windows:
-        """Returns the rows that loaders hand out."""
+    def windows(self, shards: Sequence[np.ndarray], name: str) -> Windows:
+        """Return the rows that loaders hand out."""
         return StreamWindows(shards, self.max_seq_length, name)
 
     def train_dataloader(self) -> TokenLoader:
-        """Returns the resumable training loader."""
+        """Return the resumable training loader."""
         return self._loader("training")
 
     def val_dataloader(self) -> TokenLoader:
-        """Returns the validation loader: file order, every window once."""
+        """Return the validation loader: file order, every window once."""
         return self._loader("validation")
 
     def _loader(self, split: str) -> TokenLoader:
@@ -78,14 +85,9 @@ class TokenModule(DataModule):
             raise RuntimeError("Call setup() before asking for a data loader.")
         if self.max_seq_length < 1:
             raise ValueError(
-                f"max_seq_length={self.max_seq_length}: call connect(batch_size=..., max_seq_length=...) with the "
-                "length of the model's input before asking for a data loader."
+                f"max_seq_length: {self.max_seq_length} must be at least 1; call connect(batch_size=..., "
+                "max_seq_length=...) with the length of the model's input before asking for a data loader"
             )
-        return TokenLoader(
-            self.windows(self._shards[split], f"{split} data"),
-            batch_size=self.batch_size,
-            train=split == "training",
-            seed=self.seed,
-            shuffle=self.shuffle,
-            corpus=self.corpus_id,
-        )
+        order = Order(self.seed, self.shuffle, self.corpus_id)
+        windows = self.windows(self._shards[split], f"{split} data")
+        return TokenLoader(windows, self.batch_size, train=split == "training", order=order)

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from litgpt_moe_ext.data.modules.base import TokenModule
 from litgpt_moe_ext.data.pipeline.shards import check_token_ids, open_shard
+from litgpt_moe_ext.errors import SettingsError
 
 SUFFIXES = (".bin", ".npy")
 _SAMPLE = 1024  # tokens at either end of a shard that go into the identity of the data
@@ -40,38 +42,36 @@ class TokenShards(TokenModule):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.data_path = Path(self.data_path)
-        self._model_vocab_size: int | None = None
         self._corpus_id = ""
 
     def require_vocabulary(self, padded_vocab_size: int) -> None:
-        """Has `setup` check every id against the model's vocabulary (or the smaller `vocab_size`)."""
+        """Have `setup` check every id against the model's vocabulary (or the smaller `vocab_size`)."""
         if self.vocab_size is not None and self.vocab_size > padded_vocab_size:
-            raise ValueError(
-                f"data.vocab_size={self.vocab_size} is larger than the model's padded_vocab_size={padded_vocab_size}. "
-                f"Set model_config.padded_vocab_size to {self.vocab_size} or more."
+            raise SettingsError(
+                f"data.vocab_size: {self.vocab_size} is larger than the model's padded_vocab_size of "
+                f"{padded_vocab_size}; set model_config.padded_vocab_size to {self.vocab_size} or more"
             )
         self._model_vocab_size = padded_vocab_size
 
     def prepare_data(self) -> None:
-        """Checks that the shards can be read.
+        """Check that the shards can be read.
 
         Raises:
-            OSError: A file is missing or unreadable.
-            ValueError: A file is no shard, there are none, or there is none to validate on.
+            SettingsError: A file cannot be read or is not a shard, there are none, or there is none to validate on.
         """
         for path in (path for paths in self.find_shards() for path in paths):
             open_shard(path)
 
     def find_shards(self) -> tuple[list[Path], list[Path]]:
-        """Returns the files to train on and those to validate on, in natural order.
+        """Return the files to train on and those to validate on, in natural order.
 
         Raises:
-            FileNotFoundError: `data_path` is no folder.
-            ValueError: There is nothing to train on, nothing to validate on, or a file is in both.
+            SettingsError: `data_path` is not a folder, there is nothing to train on, nothing to validate
+                on, or a file is in both.
         """
         folder = self.data_path
         if not folder.is_dir():
-            raise FileNotFoundError(f"data_path={str(folder)!r} is not a folder. Set data_path to a folder of shards.")
+            raise SettingsError(f"data_path: {str(folder)!r} is not a folder; set data_path to a folder of shards")
         shards = _natural_order(path for path in folder.iterdir() if path.suffix in SUFFIXES)
         named = {word: [path for path in shards if word in path.name.lower()] for word in ("train", "val")}
         if self.val_pattern is not None:
@@ -85,19 +85,19 @@ class TokenShards(TokenModule):
         for split, paths, pattern in (("train", train, self.train_pattern), ("validation", val, self.val_pattern)):
             if not paths:
                 setting = "train_pattern" if split == "train" else "val_pattern"
-                raise ValueError(
-                    f"data_path={str(folder)!r} has no {split} shards ({setting}={pattern!r}; it has {len(shards)} "
-                    f"files ending in {' or '.join(SUFFIXES)}). Set {setting} to a glob that names them; with two or "
-                    "more files and no patterns, the first validates."
+                raise SettingsError(
+                    f"data_path: {str(folder)!r} has no {split} shards ({setting}: {pattern!r}, it has {len(shards)} "
+                    f"files ending in {' or '.join(SUFFIXES)}); set {setting} to a glob that names them, or leave "
+                    "both patterns out, where with two or more files the first validates"
                 )
         if both := set(train) & set(val):
-            raise ValueError(
-                f"{sorted(both)[0]} would train and validate: train_pattern={self.train_pattern!r} and "
-                f"val_pattern={self.val_pattern!r} both match it. Give patterns that do not overlap."
+            raise SettingsError(
+                f"train_pattern: {self.train_pattern!r} and val_pattern {self.val_pattern!r} both match "
+                f"{sorted(both)[0]}, which would train and validate; give patterns that do not overlap"
             )
         return train, val
 
-    def open_shards(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def open_shards(self) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
         """See `TokenModule.open_shards`; checks the ids."""
         files = self.find_shards()
         shards = [[open_shard(path) for path in paths] for paths in files]
@@ -107,10 +107,10 @@ class TokenShards(TokenModule):
                 check_token_ids(shard, vocab_size)
         digest = hashlib.sha256()
         for shard in shards[0]:
-            digest.update(f"{Path(shard.filename).name}:{len(shard)}:{shard.dtype}:".encode())
+            digest.update(f"{Path(str(shard.filename)).name}:{len(shard)}:{shard.dtype}:".encode())
             digest.update(shard[:_SAMPLE].tobytes() + shard[-_SAMPLE:].tobytes())
         self._corpus_id = digest.hexdigest()[:16]
-        if rank_zero_only.rank == 0:
+        if getattr(rank_zero_only, "rank", 0) == 0:
             checked = "ids not checked: set vocab_size" if vocab_size is None else f"ids below {vocab_size}"
             for split, paths, parts in zip(("train on", "validate on"), files, shards, strict=True):
                 names = paths[0].name if len(paths) == 1 else f"{paths[0].name} .. {paths[-1].name}"
@@ -124,7 +124,7 @@ class TokenShards(TokenModule):
         return self._corpus_id
 
 
-def _natural_order(paths) -> list[Path]:
+def _natural_order(paths: Iterable[Path]) -> list[Path]:
     def key(path: Path) -> list:
         return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", path.name)]
 

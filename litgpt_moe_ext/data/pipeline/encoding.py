@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.context import BaseContext
 from typing import TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from litgpt_moe_ext.data.pipeline.corpus import pack_documents
+from litgpt_moe_ext.data.pipeline.tokenizer import threads_for_tokenizers
+from litgpt_moe_ext.errors import SettingsError
 
 _Batch = TypeVar("_Batch")
 _WAITING_PER_WORKER = 3  # enough that no worker waits for the reader, few enough that memory stays small
@@ -38,21 +40,29 @@ class Encoder:
     dtype: np.dtype
 
     def open(self) -> Callable[[list[str]], np.ndarray]:
-        """Returns the function that encodes: documents to token ids of shape (N,)."""
+        """Return the function that encodes: documents to token ids of shape (N,)."""
         tokenizer = Tokenizer.from_str(self.tokenizer_json)
         tokenizer.encode_special_tokens = True  # not part of the JSON
-        return lambda texts: pack_documents(tokenizer, texts, self.eos_id, self.dtype, bos_id=self.bos_id)
+        return partial(self._encode, tokenizer)
+
+    def _encode(self, tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
+        start = [] if self.bos_id is None else [self.bos_id]
+        pieces = [np.empty(0, self.dtype)]
+        with threads_for_tokenizers():
+            for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+                pieces.append(np.array([*start, *encoding.ids, self.eos_id], dtype=self.dtype))
+        return np.concatenate(pieces)
 
 
 def count_cores() -> int:
-    """Returns how many cores this process may use."""
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def encode_in_order(
     encoder: Encoder, batches: Iterable[_Batch], texts_of: Callable[[_Batch], tuple[list[str], ...]], workers: int
 ) -> Iterator[tuple[_Batch, tuple[np.ndarray, ...]]]:
-    """Yields each batch with its encoded texts, in order.
+    """Yield each batch with its encoded texts, in order.
 
     Args:
         encoder: What to encode with.
@@ -61,7 +71,7 @@ def encode_in_order(
         workers: Number of processes; with 1 this process does the work, with the threads of the tokenizers library.
 
     Raises:
-        ChildProcessError: A worker died.
+        SettingsError: A worker died.
     """
     if workers == 1:
         encode = encoder.open()
@@ -80,9 +90,9 @@ def encode_in_order(
             first, future = waiting.popleft()
             yield first, future.result()
     except BrokenProcessPool as error:
-        raise ChildProcessError(
-            f"A process that encodes text died, perhaps for lack of memory. Set workers to less than {workers} and run "
-            "again; what is done is kept."
+        raise SettingsError(
+            f"workers: one of {workers} processes that encode text died, perhaps for lack of memory; set workers to "
+            f"less than {workers} and run again, what is done is kept"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -110,7 +120,9 @@ def _start_worker(encoder: Encoder) -> None:
 
 def _end_with_parent() -> None:
     # A killed parent cannot end its workers, and they would wait for work forever.
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 

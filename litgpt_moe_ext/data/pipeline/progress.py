@@ -11,7 +11,7 @@ _LINE_SECONDS = 30.0
 
 
 class PreparationProgress:
-    """Shows a stage, the bytes read of all, MB/s and the time that is left; a context manager.
+    """Show a stage, the bytes read of all, MB/s and the time that is left; a context manager.
 
     Args:
         total: Bytes to read in a stage; 0 if unknown.
@@ -45,14 +45,14 @@ class PreparationProgress:
             self._bar.stop()
 
     def stage(self, name: str, done: int = 0) -> None:
-        """Begins a stage of which `done` bytes were done before."""
+        """Begin a stage of which `done` bytes were done before."""
         self._stage, self._started = name, (time.monotonic(), done)
         self._shown = self._started
         if self._bar is not None:
             self._bar.reset(self._task, description=name, total=self._total, completed=done)
 
     def update(self, done: int) -> None:
-        """Shows that `done` bytes of the stage are done."""
+        """Show that `done` bytes of the stage are done."""
         if self._bar is not None:
             self._bar.update(self._task, completed=done)
         elif self._lines and (now := time.monotonic()) - self._shown[0] >= _LINE_SECONDS:
@@ -60,7 +60,7 @@ class PreparationProgress:
             print(self.describe(now, done), file=sys.stderr, flush=True)
 
     def describe(self, now: float, done: int) -> str:
-        """Returns the state in words, at a time of `time.monotonic`."""
+        """Return the state in words, at a time of `time.monotonic`."""
         started, before = self._started
         speed = (done - before) / max(now - started, 1e-9)
         words = f"{self._stage}: {done / 1e6:,.0f} MB"

@@ -1,12 +1,13 @@
 """Documents out of files: plain text, JSON (lines or a list), parquet, each also gzipped or inside a tar archive.
 
 `documents` is the only way in. It reads as a stream, so a file may be larger than memory (a JSON list has to be held
-whole) and may as well lie behind a URL. What is wrong with a file is a ValueError that names the file and the place.
+whole) and may as well lie behind a URL. What is wrong with a file is a SettingsError that names the file and the place.
 """
 
 import gzip
 import io
 import json
+import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
 from litgpt_moe_ext.data.pipeline.remote import RemoteFile, is_url, name_of
+from litgpt_moe_ext.errors import SettingsError
 
 _CHUNK_BYTES = 1 << 20
 _PARQUET_ROWS = 1024
@@ -27,7 +29,7 @@ class Record(NamedTuple):
 
     Attributes:
         text: The document; may be empty.
-        place: Where it is, for messages: ``byte 1234`` (of the uncompressed file), ``row 12`` or ``item 12``.
+        place: Where it is, for messages: `byte 1234` (of the uncompressed file), `row 12` or `item 12`.
         position: Bytes of the file (as it is on disk) that have been read so far; for progress.
         member: Name of the file inside an archive.
     """
@@ -46,7 +48,7 @@ class TextFormat:
         field: Name of the JSON key or parquet column that holds the text.
         separator: What ends a document in a plain text file; None makes each file one document. White space around
             separated documents is dropped.
-        invalid_utf8: ``error``, or ``replace`` to put U+FFFD in the place of what is no UTF-8.
+        invalid_utf8: `error`, or `replace` to put U+FFFD in the place of what is not UTF-8.
     """
 
     field: str = "text"
@@ -55,10 +57,10 @@ class TextFormat:
 
 
 def documents(path: Path | str, text_format: TextFormat) -> Iterator[Record]:
-    """Yields the documents of a file in order.
+    """Yield the documents of a file in order.
 
-    The name decides: ``.parquet``; ``.json``, ``.jsonl`` and ``.ndjson`` (objects one a line, or one list of objects);
-    anything else is plain text. ``.gz`` may follow any but parquet. ``.tar``, ``.tar.gz`` and ``.tgz`` are read member
+    The name decides: `.parquet`; `.json`, `.jsonl` and `.ndjson` (objects one a line, or one list of objects);
+    anything else is plain text. `.gz` may follow any but parquet. `.tar`, `.tar.gz` and `.tgz` are read member
     by member in the same way; members with a leading dot are left out.
 
     Args:
@@ -66,8 +68,7 @@ def documents(path: Path | str, text_format: TextFormat) -> Iterator[Record]:
         text_format: How to find the documents in it.
 
     Raises:
-        OSError: The file is missing or cannot be read.
-        ValueError: It is damaged, no UTF-8, or lacks the field; with file and place.
+        SettingsError: The file cannot be read, is damaged, is not UTF-8, or lacks the field; with file and place.
     """
     name = (name_of(path) if is_url(path) else Path(path).name).lower()
     with _open(path) as (raw, position, size):
@@ -82,22 +83,26 @@ def documents(path: Path | str, text_format: TextFormat) -> Iterator[Record]:
             else:
                 yield from _members(raw, str(path), name, text_format, position)
         except (EOFError, gzip.BadGzipFile, zlib.error, tarfile.TarError) as error:
-            raise ValueError(
-                f"{path} is damaged or truncated: {error} (after byte {position()} of {size}). Download or make it "
-                "again."
+            raise SettingsError(
+                f"{path} is damaged or truncated: {error} (after byte {position()} of {size}); download or make it "
+                "again"
             ) from error
 
 
 @contextmanager
 def _open(path: Path | str) -> Iterator[tuple[BinaryIO, Callable[[], int], int]]:
-    """Gives a file, how many of its bytes were read, and its size."""
+    """Give a file, how many of its bytes were read, and its size."""
     if is_url(path):
         remote = RemoteFile(str(path))
         with io.BufferedReader(remote, _CHUNK_BYTES) as raw:
             yield raw, raw.tell, remote.size
     else:
-        with open(path, "rb") as raw:
-            yield raw, raw.tell, Path(path).stat().st_size
+        try:
+            raw = open(path, "rb")  # noqa: SIM115
+        except OSError as error:
+            raise SettingsError(f"{path} cannot be read ({error.strerror or error}); check the file") from error
+        with raw:
+            yield raw, raw.tell, os.fstat(raw.fileno()).st_size
 
 
 def _archive(path: Path | str, raw: BinaryIO, text_format: TextFormat, position: Callable[[], int]) -> Iterator[Record]:
@@ -147,34 +152,35 @@ def _parse(content: bytes, where: str, place: str, text_format: TextFormat) -> o
         return json.loads(text)
     except json.JSONDecodeError as error:
         offset = start + len(text[: error.pos].encode("utf-8", "surrogatepass"))
-        raise ValueError(
-            f"{where} is no valid JSON at byte {offset}: {error.msg}. Expected are objects one a line, or one list of "
-            "objects."
+        raise SettingsError(
+            f"{where} is not valid JSON at byte {offset}: {error.msg}; write objects one a line, or one list of objects"
         ) from error
 
 
 def _field(item: object, where: str, place: str, text_format: TextFormat) -> str:
     if not isinstance(item, dict):
-        raise ValueError(f"{where} has {type(item).__name__} at {place} where an object with a text field belongs.")
+        raise SettingsError(
+            f"{where} has {type(item).__name__} at {place} where an object with a text field belongs; write objects"
+        )
     text = item.get(text_format.field)
     if text_format.field not in item:
-        raise ValueError(
-            f"{where} has no field {text_format.field!r} at {place}; there are {sorted(item)}. Set the field's name."
+        raise SettingsError(
+            f"{where} has no field {text_format.field!r} at {place}, only {sorted(item)}; set field to one of them"
         )
     if text is None:
         return ""
     if not isinstance(text, str):
-        raise ValueError(
-            f"{where} has {type(text).__name__} in field {text_format.field!r} at {place} where text belongs. Set the "
-            "name of a text field."
+        raise SettingsError(
+            f"{where} has {type(text).__name__} in field {text_format.field!r} at {place} where text belongs; set "
+            "field to a text field"
         )
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:  # half of a surrogate pair, written as an escape
         if text_format.invalid_utf8 == "error":
-            raise ValueError(
-                f"{where} has half a surrogate pair at {place}, character {error.start} of the text: no valid Unicode. "
-                "Convert the file, or set invalid_utf8 to replace."
+            raise SettingsError(
+                f"{where} has half a surrogate pair at {place}, character {error.start} of the text, which is not "
+                "Unicode; convert the file, or set invalid_utf8 to replace"
             ) from error
         text = text.encode("utf-8", "replace").decode("utf-8")
     return text
@@ -204,9 +210,9 @@ def _decode(content: bytes, where: str, offset: int, text_format: TextFormat) ->
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where} is no UTF-8 at byte {offset + error.start} ({error.reason}). Convert the file, or set "
-            "invalid_utf8 to replace."
+        raise SettingsError(
+            f"{where} is not UTF-8 at byte {offset + error.start} ({error.reason}); convert the file, or set "
+            "invalid_utf8 to replace"
         ) from error
 
 
@@ -219,13 +225,13 @@ def _parquet(raw: BinaryIO, path: Path | str, size: int, text_format: TextFormat
         with pq.ParquetFile(raw if is_url(path) else path) as file:
             names = file.schema_arrow.names
             if text_format.field not in names:
-                raise ValueError(
-                    f"{path} has no column {text_format.field!r}; there are {names}. Set the field's name."
+                raise SettingsError(
+                    f"{path} has no column {text_format.field!r}, only {names}; set field to one of them"
                 )
             kind = file.schema_arrow.field(text_format.field).type
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise ValueError(
-                    f"{path} has {kind} in column {text_format.field!r} where text belongs. Set the field's name."
+                raise SettingsError(
+                    f"{path} has {kind} in column {text_format.field!r} where text belongs; set field to a text column"
                 )
             rows = max(file.metadata.num_rows, 1)
             for batch in file.iter_batches(_PARQUET_ROWS, columns=[text_format.field]):
@@ -234,9 +240,11 @@ def _parquet(raw: BinaryIO, path: Path | str, size: int, text_format: TextFormat
                     yield Record(text or "", f"row {row}", done)
                     row += 1
     except (pa.ArrowException, OSError) as error:
-        if isinstance(error, ConnectionError) or (isinstance(error, OSError) and error.errno is not None):
+        if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise ValueError(f"{path} is a damaged parquet file ({error}; after row {row}). Download it again.") from error
+        raise SettingsError(
+            f"{path} is a damaged parquet file ({error}, after row {row}); download it again"
+        ) from error
 
 
 def _column(column, path: Path | str, first_row: int, text_format: TextFormat) -> list[str | None]:

@@ -1,10 +1,12 @@
-"""Files behind URLs, read in pieces and never as a whole: whatever ``fsspec`` knows, among it ``hf://`` and ``https://``."""
+"""Files behind URLs, read in pieces and never as a whole: whatever `fsspec` knows, among it `hf://` and `https://`."""
 
 import io
 import time
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
+
+from litgpt_moe_ext.errors import SettingsError
 
 _BLOCK_BYTES = 8 << 20
 _ATTEMPTS = 5
@@ -14,12 +16,12 @@ _FINGERPRINTS = ("ETag", "etag", "Content-MD5", "Digest")
 
 
 def is_url(path: object) -> bool:
-    """Returns whether something names a file behind a URL rather than one on a disk."""
+    """Return whether something names a file behind a URL rather than one on a disk."""
     return "://" in str(path)
 
 
 def name_of(url: str) -> str:
-    """Returns the file name in a URL."""
+    """Return the file name in a URL."""
     return PurePosixPath(urlsplit(url).path).name
 
 
@@ -35,7 +37,7 @@ class RemoteFile(io.RawIOBase):
         size: Bytes of the file.
 
     Raises:
-        OSError: It does not exist, or the server cannot be reached or sends no parts of files.
+        SettingsError: It does not exist, or the server cannot be reached or sends no parts of files.
     """
 
     def __init__(self, url: str) -> None:
@@ -47,9 +49,9 @@ class RemoteFile(io.RawIOBase):
         except Exception as error:  # each kind of server has errors of its own
             raise _unreachable(url, error) from error
         if not getattr(self._file, "size", None):
-            raise ConnectionError(
-                f"{url} cannot be streamed: the server does not say how long it is, so it sends no parts of it. "
-                "Download the file and name the local copy."
+            raise SettingsError(
+                f"{url} cannot be streamed, as the server does not say how long it is and sends no parts of it; "
+                "download the file and name the local copy"
             )
         self.size: int = self._file.size
 
@@ -61,14 +63,14 @@ class RemoteFile(io.RawIOBase):
                 data = self._file.read(len(buffer))
                 break
             except ValueError as error:  # a server that ignores the range it was asked for
-                raise ConnectionError(
-                    f"{self.url} cannot be streamed: {error} Download the file and name the local copy."
+                raise SettingsError(
+                    f"{self.url} cannot be streamed ({error}); download the file and name the local copy"
                 ) from error
             except Exception as error:
                 if attempt == _ATTEMPTS - 1:
-                    raise ConnectionError(
-                        f"Reading {self.url} failed at byte {position} of {self.size}, {_ATTEMPTS} times: {error!r}. "
-                        "Run again when the server can be reached; what is prepared is kept"
+                    raise SettingsError(
+                        f"{self.url} cannot be read at byte {position} of {self.size}, {_ATTEMPTS} times ({error!r}); "
+                        "run again when the server can be reached, what is prepared is kept"
                     ) from error
                 time.sleep(_FIRST_PAUSE_SECONDS * 2**attempt)
         buffer[: len(data)] = data
@@ -98,13 +100,13 @@ class RemoteFile(io.RawIOBase):
 
 
 def remote_facts(url: str) -> tuple[int, str]:
-    """Returns the size of a file in bytes, and what identifies its content, without reading it.
+    """Return the size of a file in bytes, and what identifies its content, without reading it.
 
     Of files that the Hugging Face hub keeps as LFS the identity is their SHA-256.
 
     Raises:
-        OSError: It does not exist, or the server cannot be reached.
-        ValueError: The server does not say anything by which a change could be noticed.
+        SettingsError: It does not exist, the server cannot be reached, or does not say anything by which a change
+            could be noticed.
     """
     system, path = _system_of(url)
     try:
@@ -118,9 +120,9 @@ def remote_facts(url: str) -> tuple[int, str]:
     else:
         fingerprint = next((str(facts[name]) for name in _FINGERPRINTS if facts.get(name)), None)
         if fingerprint is None:
-            raise ValueError(
-                f"{url} cannot be streamed: the server sends no ETag, so a change of the file would go unnoticed. "
-                "Download the file and name the local copy."
+            raise SettingsError(
+                f"{url} cannot be streamed, as the server sends no ETag and a change of the file would go unnoticed; "
+                "download the file and name the local copy"
             )
         identity = f"{url} {fingerprint}"
     return facts.get("size") or 0, identity
@@ -132,12 +134,12 @@ def _system_of(url: str) -> tuple[Any, str]:
     try:
         return url_to_fs(url)
     except (ImportError, ValueError) as error:  # an unknown kind of URL, or one that needs another package
-        raise ValueError(f"{url} cannot be read: {error}.") from error
+        raise SettingsError(f"{url} cannot be read ({error}); write another URL") from error
 
 
-def _unreachable(url: str, error: Exception) -> OSError:
+def _unreachable(url: str, error: Exception) -> SettingsError:
     # fsspec reports whatever goes wrong with HTTP as a missing file; what it was is the cause.
     cause = error.__cause__ or error
     if isinstance(error, FileNotFoundError) and (cause is error or getattr(cause, "status", None) == 404):
-        return FileNotFoundError(f"There is no file {url}")
-    return ConnectionError(f"{url} cannot be reached: {cause!r}. Check the address and the network")
+        return SettingsError(f"{url} does not exist; check the address")
+    return SettingsError(f"{url} cannot be reached ({cause!r}); check the address and the network")

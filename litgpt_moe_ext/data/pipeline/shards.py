@@ -1,20 +1,17 @@
 """Token shard files: written in one form, read in every form that circulates.
 
-Written is the layout of llm.c's data scripts (https://github.com/karpathy/llm.c, ``dev/data``): 256 little-endian int32
+Written is the layout of llm.c's data scripts (https://github.com/karpathy/llm.c, `dev/data`): 256 little-endian int32
 words, of which the first three are magic number, version and token count, then the tokens. A header makes the two ways
 in which raw files go wrong visible: a truncated copy and a wrong integer width.
 
-What a file is, its bytes tell and not its name:
+The bytes of a file tell what it is, not its name:
 
-===================================  ========  =======  ===================================
-first bytes                          version   tokens   written by
-===================================  ========  =======  ===================================
-int32 20240520                       1         uint16   llm.c and modded-nanogpt for GPT-2
-int32 20240801                       7         uint32   llm.c for Llama 3
-``\\x93NUMPY``                        any       uint16,  build-nanogpt (``np.save``)
-                                               uint32
-anything else                        none      uint16   nanoGPT (``ndarray.tofile``)
-===================================  ========  =======  ===================================
+| first bytes               | version | tokens         | written by                       |
+| ------------------------- | ------- | -------------- | -------------------------------- |
+| int32 20240520            | 1       | uint16         | llm.c, modded-nanogpt for GPT-2  |
+| int32 20240801            | 7       | uint32         | llm.c for Llama 3                |
+| magic of a NumPy file     | any     | uint16, uint32 | build-nanogpt (`np.save`)        |
+| anything else             | none    | uint16         | nanoGPT (`ndarray.tofile`)       |
 """
 
 import os
@@ -23,6 +20,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+
+from litgpt_moe_ext.errors import SettingsError
 
 HEADER_WORDS = 256
 HEADER_BYTES = HEADER_WORDS * 4
@@ -45,12 +44,12 @@ _SCAN_TOKENS = 1 << 24
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Returns the on-disk integer type for a vocabulary: uint16 up to 65,536 entries, uint32 above."""
+    """Return the on-disk integer type for a vocabulary: uint16 up to 65,536 entries, uint32 above."""
     return np.dtype("<u2") if vocab_size <= MAX_UINT16_VOCAB else np.dtype("<u4")
 
 
 def write_shard(path: str | os.PathLike, tokens: np.ndarray, vocab_size: int) -> None:
-    """Writes one shard so that `path` either holds all of it or is left as it was.
+    """Write one shard so that `path` either holds all of it or is left as it was.
 
     Args:
         path: The file to write; an existing one is replaced.
@@ -65,14 +64,14 @@ def write_shard(path: str | os.PathLike, tokens: np.ndarray, vocab_size: int) ->
     path = Path(path)
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(f"{path}: tokens must be a 1-D integer array, got shape {tokens.shape}, dtype {tokens.dtype}.")
+        raise ValueError(f"{path}: tokens must be a 1-D integer array, got shape {tokens.shape}, dtype {tokens.dtype}")
     if tokens.size == 0:
-        raise ValueError(f"{path}: refusing to write a shard without tokens.")
+        raise ValueError(f"{path}: refusing to write a shard without tokens")
     if tokens.size >= 2**31:
-        raise ValueError(f"{path}: {tokens.size} tokens exceed the header's int32 count; split into several shards.")
+        raise ValueError(f"{path}: {tokens.size} tokens exceed the header's int32 count; split into several shards")
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocab_size:
-        raise ValueError(f"{path}: token ids span {low}..{high}, outside a vocabulary of {vocab_size} entries.")
+        raise ValueError(f"{path}: token ids span {low}..{high}, outside a vocabulary of {vocab_size} entries")
 
     dtype = token_dtype(vocab_size)
     magic, version = next((magic, version) for magic, (version, kind) in _FORMATS.items() if kind == dtype)
@@ -93,53 +92,56 @@ def write_shard(path: str | os.PathLike, tokens: np.ndarray, vocab_size: int) ->
 
 
 def open_shard(path: str | os.PathLike) -> np.memmap:
-    """Maps a shard of any known form into memory, read-only.
+    """Map a shard of any known form into memory, read-only.
 
     Returns:
         The token ids, shape (N,), dtype uint16 or uint32. Nothing but the header and a sample is read until it is
-        indexed. Its attribute ``offset`` is the byte at which the tokens start.
+        indexed. Its attribute `offset` is the byte at which the tokens start.
 
     Raises:
-        OSError: There is no such file, or it cannot be read.
-        ValueError: The file is no shard, is truncated, is empty, has an odd number of bytes, holds wider integers than
-            its form says, or its header contradicts its size.
+        SettingsError: The file cannot be read, is not a shard, is truncated, is empty, has an odd number of
+            bytes, holds wider integers than its form says, or its header contradicts its size.
     """
     path = Path(path)
-    size = path.stat().st_size
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(HEADER_BYTES)
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read ({error.strerror or error}); check the file") from error
     if size == 0:
-        raise ValueError(f"{path} is empty: it has 0 bytes. Prepare or download it again.")
-    with open(path, "rb") as file:
-        start = file.read(HEADER_BYTES)
-        if start.startswith(_NUMPY_MAGIC):
+        raise SettingsError(f"{path} is empty: it has 0 bytes; prepare or download it again")
+    if start.startswith(_NUMPY_MAGIC):
+        with open(path, "rb") as file:
             return _map(path, size, *_numpy_header(path, file))
     for magic_bytes, kind in _FOREIGN.items():
         if start.startswith(magic_bytes):
-            raise ValueError(f"{path} is {kind}, not a token shard. Prepare a corpus from it with a text data module.")
+            raise SettingsError(f"{path} is {kind}, not a token shard; prepare a corpus from it with TextCorpus")
     magic = int.from_bytes(start[:4], "little", signed=True)
     if magic == _EVAL_MAGIC:
-        raise ValueError(f"{path} has magic {magic}: a multiple-choice evaluation file, not training tokens.")
+        raise SettingsError(f"{path} has magic {magic}: a multiple-choice evaluation file, not training tokens")
     if magic in _FORMATS:
         return _map(path, size, *_llmc_header(path, start, magic))
     if len(start) == HEADER_BYTES and not any(start[12:]):
         known = ", ".join(str(known_magic) for known_magic in _FORMATS)
-        raise ValueError(f"{path} has a header with the wrong magic number {magic} at byte 0; known are {known}.")
+        raise SettingsError(f"{path} has a header with the wrong magic number {magic} at byte 0; known are {known}")
     if size % 2:
-        raise ValueError(
+        raise SettingsError(
             f"{path} has {size} bytes, an odd number, and no header: no whole number of uint16 tokens. The file is "
-            "truncated or no token shard. Prepare or download it again."
+            "truncated or not a token shard; prepare or download it again"
         )
     tokens = np.memmap(path, dtype="<u2", mode="r")
     sample = tokens[: min(_WIDE_SAMPLE, len(tokens) // 2 * 2)]
     if len(sample) >= _WIDE_MINIMUM and not sample[1::2].any():
-        raise ValueError(
+        raise SettingsError(
             f"{path} has no header and every second uint16 is zero (from byte 2 to byte {2 * len(sample)}): it holds "
-            "uint32 tokens. Convert it: write_shard(new_path, numpy.fromfile(path, '<u4'), vocab_size)."
+            "uint32 tokens; convert it: write_shard(new_path, numpy.fromfile(path, '<u4'), vocab_size)"
         )
     return tokens
 
 
 def check_token_ids(tokens: np.memmap, vocab_size: int) -> None:
-    """Raises ValueError, with file, position and byte, if a shard holds an id outside the vocabulary.
+    """Raise SettingsError, with file, position and byte, if a shard holds an id outside the vocabulary.
 
     Reads the whole shard once: about 0.03 s per 100 million tokens if it is in memory.
     """
@@ -147,50 +149,52 @@ def check_token_ids(tokens: np.memmap, vocab_size: int) -> None:
         part = tokens[start : start + _SCAN_TOKENS]
         if part.max() >= vocab_size:
             index = start + int(np.argmax(part >= vocab_size))
-            raise ValueError(
+            raise SettingsError(
                 f"{tokens.filename} has token id {tokens[index]} at token {index} (byte "
                 f"{tokens.offset + index * tokens.itemsize}), outside a vocabulary of {vocab_size} entries. The shard "
                 "was made with another tokenizer, or holds integers of another width: use the tokenizer and the "
-                "vocabulary it was made with."
+                "vocabulary it was made with"
             )
 
 
 def _llmc_header(path: Path, start: bytes, magic: int) -> tuple[np.dtype, int, int]:
-    """Returns dtype, token count and offset of the tokens from the header of an llm.c file."""
+    """Return dtype, token count and offset of the tokens from the header of an llm.c file."""
     if len(start) < HEADER_BYTES:
-        raise ValueError(
-            f"{path} is truncated: it has {len(start)} bytes, its header alone takes {HEADER_BYTES}. Prepare or "
-            "download it again."
+        raise SettingsError(
+            f"{path} is truncated: it has {len(start)} bytes, its header alone takes {HEADER_BYTES}; prepare or "
+            "download it again"
         )
     version, count = (int(word) for word in np.frombuffer(start, "<i4", count=3)[1:])
     expected_version, dtype = _FORMATS[magic]
     if version != expected_version:
-        raise ValueError(
-            f"{path} has version {version} at byte 4 under magic {magic}; only version {expected_version} is known."
+        raise SettingsError(
+            f"{path} has version {version} at byte 4 under magic {magic}; only version {expected_version} is known"
         )
     if count <= 0:
-        raise ValueError(f"{path} is empty: its header counts {count} tokens at byte 8. Prepare or download it again.")
+        raise SettingsError(
+            f"{path} is empty: its header counts {count} tokens at byte 8; prepare or download it again"
+        )
     return dtype, count, HEADER_BYTES
 
 
 def _numpy_header(path: Path, file: BinaryIO) -> tuple[np.dtype, int, int]:
-    """Returns dtype, token count and offset of the tokens from the header of a NumPy file."""
+    """Return dtype, token count and offset of the tokens from the header of a NumPy file."""
     file.seek(0)
     try:
         version = np.lib.format.read_magic(file)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read_header(file)
     except ValueError as error:
-        raise ValueError(
-            f"{path} has a damaged NumPy header, read up to byte {file.tell()} ({error}). Prepare or download it again."
+        raise SettingsError(
+            f"{path} has a damaged NumPy header, read up to byte {file.tell()} ({error}); prepare or download it again"
         ) from error
     if len(shape) != 1 or dtype not in (np.dtype("<u2"), np.dtype("<u4")):
-        raise ValueError(
+        raise SettingsError(
             f"{path} holds an array of shape {shape} and dtype {dtype}; a token shard is one-dimensional, uint16 or "
-            "uint32. Convert it: numpy.save(path, array.astype(numpy.uint16).ravel())."
+            "uint32; convert it: numpy.save(path, array.astype(numpy.uint16).ravel())"
         )
     if shape[0] == 0:
-        raise ValueError(f"{path} is empty: its header counts 0 tokens. Prepare or download it again.")
+        raise SettingsError(f"{path} is empty: its header counts 0 tokens; prepare or download it again")
     return dtype, shape[0], file.tell()
 
 
@@ -199,8 +203,8 @@ def _map(path: Path, size: int, dtype: np.dtype, count: int, offset: int) -> np.
     if size != expected:
         found = (size - offset) / dtype.itemsize
         state = "is truncated" if size < expected else "is longer than its header says"
-        raise ValueError(
+        raise SettingsError(
             f"{path} {state}: the header counts {count} tokens ({expected} bytes), the file has {size} bytes "
-            f"({found:g} tokens). Prepare or download it again."
+            f"({found:g} tokens); prepare or download it again"
         )
     return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,))

@@ -1,5 +1,6 @@
-"""Where documents come from: files, or a data set of the Hugging Face library. What is needed to find, tell and read
-them, the same for every kind.
+"""Where documents come from: files, or a data set of the Hugging Face library.
+
+What is needed to find, tell and read them is the same for every kind.
 """
 
 import hashlib
@@ -13,11 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from litgpt_moe_ext.data.pipeline.corpus import MANIFEST
 from litgpt_moe_ext.data.pipeline.readers import Record, TextFormat, documents
 from litgpt_moe_ext.data.pipeline.remote import name_of, remote_facts
+from litgpt_moe_ext.data.pipeline.store import MANIFEST
 from litgpt_moe_ext.durable import flush
+from litgpt_moe_ext.errors import SettingsError
 
+Side = Literal["train", "val"]
+SIDES: tuple[Side, ...] = ("train", "val")
 HASHES = ".file_hashes.json"
 # A file that was written so shortly before it was hashed may be written again without another time of change.
 _SETTLED_SECONDS = 2.0
@@ -37,7 +41,7 @@ class Source:
     """
 
     name: str
-    split: Literal["train", "val"] | None
+    split: Side | None
     size: int
     identity: str
     records: Callable[[], Iterator[Record]]
@@ -59,7 +63,17 @@ class FileHashes:
         self._changed = False
 
     def hash(self, path: Path) -> str:
-        """Returns the SHA-256 (hex) of a file's content."""
+        """Return the SHA-256 (hex) of a file's content.
+
+        Raises:
+            SettingsError: It cannot be read.
+        """
+        try:
+            return self._hash(path)
+        except OSError as error:
+            raise SettingsError(f"{path} cannot be read ({error.strerror or error}); check the file") from error
+
+    def _hash(self, path: Path) -> str:
         key, stat = str(path.absolute()), path.stat()
         known = self._known.get(key)
         if known is not None and known[:2] == [stat.st_size, stat.st_mtime_ns]:
@@ -73,7 +87,7 @@ class FileHashes:
         return digest
 
     def save(self) -> None:
-        """Writes what was learned. A failure is only reported: the corpus does not need it."""
+        """Write what was learned. A failure is only reported: the corpus does not need it."""
         if not self._changed:
             return
         partial_path = self._path.with_name(f"{HASHES}.{os.getpid()}.partial")
@@ -83,44 +97,44 @@ class FileHashes:
             os.replace(partial_path, self._path)
         except OSError as error:
             print(
-                f"The hashes of the files could not be kept ({error}); the next run reads the files again", flush=True
+                f"The hashes of the files could not be kept ({error}), so the next run reads the files again",
+                flush=True,
             )
             partial_path.unlink(missing_ok=True)
         self._changed = False
 
 
 def find_files(setting: str, path: Path, pattern: str) -> list[Path]:
-    """Returns the files that a setting names: `path` itself, or those below the folder that match a glob, sorted.
+    """Return the files that a setting names: `path` itself, or those below the folder that match a glob, sorted.
 
     Left out is what has a leading dot or lies in such a folder, and what lies in a prepared corpus.
 
     Raises:
-        FileNotFoundError: There is nothing at `path`.
-        ValueError: No file matches.
+        SettingsError: There is nothing at `path`, or no file matches.
     """
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise FileNotFoundError(f"{setting}={str(path)!r} does not exist. Set {setting} to a file or a folder.")
+        raise SettingsError(f"{setting}: {str(path)!r} does not exist; set {setting} to a file or a folder")
     # A cache may lie in the folder of the documents: what was prepared from them is none of them.
     found = [file for file in sorted(path.glob(pattern)) if file.is_file() and not _hidden(file.relative_to(path))]
     prepared = {manifest.parent for manifest in path.glob(f"**/{MANIFEST}")}
     found = [file for file in found if prepared.isdisjoint(file.parents)]
     if not found:
-        raise ValueError(
-            f"{setting}={str(path)!r} has no files like {pattern!r}; it has {_names(path)}. Set {setting} to another "
-            "folder, or the pattern to one that matches."
+        raise SettingsError(
+            f"{setting}: {str(path)!r} has no files like {pattern!r}, it has {_names(path)}; set {setting} to another "
+            "folder, or the pattern to one that matches"
         )
     return found
 
 
 def file_sources(
-    files: Sequence[Path], split: Literal["train", "val"] | None, text_format: TextFormat, hashes: FileHashes
+    files: Sequence[Path], split: Side | None, text_format: TextFormat, hashes: FileHashes
 ) -> list[Source]:
-    """Returns a source per file.
+    """Return a source per file.
 
     Raises:
-        OSError: A file cannot be read.
+        SettingsError: A file cannot be read.
     """
     return [
         Source(
@@ -134,12 +148,25 @@ def file_sources(
     ]
 
 
-def remote_sources(urls: Sequence[str], split: Literal["train", "val"] | None, text_format: TextFormat) -> list[Source]:
-    """Returns a source per URL, which is read only as far as its documents are asked for.
+def split_sources(
+    train: Sequence[Path], val: Sequence[Path], text_format: TextFormat, hashes: FileHashes
+) -> list[Source]:
+    """Return the sources of files to train on and of files to validate on.
 
     Raises:
-        OSError: A file does not exist, or its server cannot be reached.
-        ValueError: A server does not say anything by which a change of a file could be noticed.
+        SettingsError: A file is among both.
+    """
+    if both := set(train) & set(val):
+        raise SettingsError(f"val_path: {sorted(both)[0]} would train and validate; set val_path to files of their own")
+    return file_sources(train, "train", text_format, hashes) + file_sources(val, "val", text_format, hashes)
+
+
+def remote_sources(urls: Sequence[str], split: Side | None, text_format: TextFormat) -> list[Source]:
+    """Return a source per URL, which is read only as far as its documents are asked for.
+
+    Raises:
+        SettingsError: A file does not exist, its server cannot be reached, or does not say anything by which a change
+            of a file could be noticed.
     """
     with ThreadPoolExecutor(_QUESTIONS_AT_ONCE) as pool:
         facts = list(pool.map(remote_facts, urls))
@@ -149,15 +176,15 @@ def remote_sources(urls: Sequence[str], split: Literal["train", "val"] | None, t
     ]
 
 
-def dataset_source(dataset: Any, name: str, split: Literal["train", "val"] | None, text_format: TextFormat) -> Source:
-    """Returns the rows of a `datasets.Dataset` as a source.
+def dataset_source(dataset: Any, name: str, split: Side | None, text_format: TextFormat) -> Source:
+    """Return the rows of a `datasets.Dataset` as a source.
 
     Raises:
-        ValueError: It has no such column.
+        SettingsError: It has no such column.
     """
     if text_format.field not in dataset.column_names:
-        raise ValueError(
-            f"{name} has no column {text_format.field!r}; there are {dataset.column_names}. Set field to one of them."
+        raise SettingsError(
+            f"field: {text_format.field!r} is not a column of {name}; set field to one of {dataset.column_names}"
         )
     texts = dataset.select_columns([text_format.field])
     size = dataset.info.dataset_size or 0
@@ -169,12 +196,14 @@ def _rows(dataset: Any, name: str, field: str, size: int) -> Iterator[Record]:
     for number, row in enumerate(dataset):
         text = row[field]
         if text is not None and not isinstance(text, str):
-            raise ValueError(f"{name} has {type(text).__name__} in column {field!r} at row {number}, no text.")
+            raise SettingsError(
+                f"field: {field!r} of {name} holds {type(text).__name__} at row {number}; set field to a column of text"
+            )
         yield Record(text or "", f"row {number}", size * (number + 1) // rows)
 
 
 def identities(sources: Iterable[Source]) -> list[list[str | None]]:
-    """Returns what a cache key has to know of the sources."""
+    """Return what a cache key has to know of the sources."""
     return [[source.split, source.identity] for source in sources]
 
 

@@ -1,7 +1,7 @@
 """Training and opening BPE tokenizers.
 
-A tokenizer directory holds the two files that LitGPT copies beside every checkpoint and that ``transformers`` reads as
-well: ``tokenizer.json`` and ``tokenizer_config.json``. This module needs neither of the two libraries.
+A tokenizer directory holds the two files that LitGPT copies beside every checkpoint and that `transformers` reads as
+well: `tokenizer.json` and `tokenizer_config.json`. This module needs neither of the two libraries.
 """
 
 import json
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from litgpt_moe_ext.errors import SettingsError
 
 EOS_TOKEN = "<|endoftext|>"
 _BYTES = 256
@@ -29,10 +31,11 @@ class BPESettings:
         vocab_size: Upper bound on the number of entries; a small text may offer fewer merges.
         special_tokens: Tokens that get the first ids, in this order; at least one.
         eos_token: The one that ends a document; default: the first.
-        bos_token: The one that starts a document; default: that which ends it, as in GPT-2, because what starts a
-            document is the end of the one before it.
-        unk_token: The one for what is not in the vocabulary, or None. As every byte is, it never appears in a text.
-        byte_mode: ``level`` turns text into bytes before it merges (GPT-2); ``fallback`` merges characters, and writes
+        bos_token: The one that starts a document; default: the EOS token, as in GPT-2, where the end of one
+            document is the start of the next.
+        unk_token: The one for what is not in the vocabulary, or None. Every byte is in the vocabulary, so it never
+            appears in a text.
+        byte_mode: `level` turns text into bytes before it merges (GPT-2); `fallback` merges characters, and writes
             rare ones as bytes (Llama 2).
     """
 
@@ -44,30 +47,30 @@ class BPESettings:
     byte_mode: Literal["level", "fallback"] = "level"
 
     def check(self) -> None:
-        """Raises ValueError unless there is room for the 256 bytes and the special tokens, and these fit together."""
+        """Raise SettingsError unless there is room for the 256 bytes and the special tokens, and these fit together."""
         if not self.special_tokens:
-            raise ValueError("special_tokens is empty; name at least the token that ends a document.")
+            raise SettingsError("special_tokens: [] must name at least the token that ends a document")
         if len(set(self.special_tokens)) < len(self.special_tokens):
-            raise ValueError(f"special_tokens={list(self.special_tokens)} names a token twice.")
+            raise SettingsError(f"special_tokens: {list(self.special_tokens)} must name each token once")
         for name in ("eos_token", "bos_token", "unk_token"):
             token = getattr(self, name)
             if token is not None and token not in self.special_tokens:
-                raise ValueError(
-                    f"{name}={token!r} is none of special_tokens={list(self.special_tokens)}. Add it there."
+                raise SettingsError(
+                    f"{name}: {token!r} must be one of special_tokens {list(self.special_tokens)}; add it there"
                 )
         if self.byte_mode not in ("level", "fallback"):
-            raise ValueError(f"byte_mode={self.byte_mode!r} must be level or fallback.")
+            raise SettingsError(f"byte_mode: {self.byte_mode!r} must be level or fallback")
         smallest = _BYTES + len(self.special_tokens)
         if self.vocab_size < smallest:
-            raise ValueError(
-                f"vocab_size={self.vocab_size} is too small for a byte-level tokenizer: {_BYTES} bytes and "
-                f"{len(self.special_tokens)} special token(s) take {smallest} entries. Set vocab_size to {smallest} or "
-                "more."
+            raise SettingsError(
+                f"vocab_size: {self.vocab_size} is too small for a byte-level tokenizer, where {_BYTES} bytes and "
+                f"{len(self.special_tokens)} special token(s) take {smallest} entries; set vocab_size to {smallest} or "
+                "more"
             )
 
 
 def train_bpe(texts: Iterable[str], settings: BPESettings, directory: str | os.PathLike) -> Tokenizer:
-    """Trains a BPE tokenizer and writes its directory.
+    """Train a BPE tokenizer and write its directory.
 
     Every text round-trips: all 256 bytes are in the vocabulary, nothing is normalised, no prefix space is added. No
     special token is added to a text by default. The same texts give the same files.
@@ -78,7 +81,7 @@ def train_bpe(texts: Iterable[str], settings: BPESettings, directory: str | os.P
         directory: Where to write; created if missing.
 
     Raises:
-        ValueError: The settings cannot work.
+        SettingsError: The settings cannot work.
     """
     settings.check()
     with threads_for_tokenizers():
@@ -139,50 +142,70 @@ def _train_on_characters(texts: Iterable[str], settings: BPESettings) -> Tokeniz
 
 
 def open_for_documents(directory: str | os.PathLike) -> Tokenizer:
-    """Opens a tokenizer for encoding documents rather than prompts.
+    """Open a tokenizer for encoding documents rather than prompts.
 
-    Text such as ``<|endoftext|>`` inside a document stays ordinary text instead of becoming the special id, which would
+    Text such as `<|endoftext|>` inside a document stays ordinary text instead of becoming the special id, which would
     end the document in its middle. Truncation and padding settings of the file are switched off. Encode with
-    ``add_special_tokens=False``.
+    `add_special_tokens=False`.
 
     Raises:
-        FileNotFoundError: The directory has no ``tokenizer.json``.
+        SettingsError: The directory has no `tokenizer.json`, or it is damaged.
     """
     path = Path(directory) / "tokenizer.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; a tokenizer directory needs a tokenizer.json.")
-    tokenizer = Tokenizer.from_file(str(path))
+        raise SettingsError(f"{path} does not exist; a tokenizer directory needs a tokenizer.json")
+    tokenizer = parse_tokenizer(path.read_bytes(), str(path))
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
+def parse_tokenizer(content: bytes, name: str) -> Tokenizer:
+    """Return the tokenizer in the content of a `tokenizer.json`.
+
+    Args:
+        content: The file.
+        name: What to call it in error messages.
+
+    Raises:
+        SettingsError: It is damaged.
+    """
+    try:
+        return Tokenizer.from_buffer(content)
+    except Exception as error:  # the tokenizers library raises nothing more precise
+        raise SettingsError(f"{name} is not a tokenizer ({error}); download or make it again") from error
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """Return one more than the highest id, which with gaps between the ids is more than the number of tokens."""
+    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+
 def require_eos(directory: str | os.PathLike) -> int:
-    """Returns the id of the token that ends a document; see `require_token`."""
+    """Return the id of the token that ends a document; see `require_token`."""
     return require_token(directory, "eos", "end-of-sequence", "documents cannot be kept apart")
 
 
 def require_bos(directory: str | os.PathLike) -> int:
-    """Returns the id of the token that starts a document; see `require_token`."""
+    """Return the id of the token that starts a document; see `require_token`."""
     return require_token(directory, "bos", "beginning-of-sequence", "none can be put before a document")
 
 
 def require_token(directory: str | os.PathLike, kind: str, name: str, consequence: str) -> int:
-    """Returns the id of a special token of a tokenizer directory.
+    """Return the id of a special token of a tokenizer directory.
 
-    Looks where LitGPT looks: ``<kind>_token`` in ``tokenizer_config.json``, then ``<kind>_token_id`` in
-    ``generation_config.json``.
+    Looks where LitGPT looks: `<kind>_token` in `tokenizer_config.json`, then `<kind>_token_id` in
+    `generation_config.json`.
 
     Args:
         directory: The tokenizer directory.
-        kind: ``eos`` or ``bos``.
+        kind: `eos` or `bos`.
         name: What to call the token in error messages.
         consequence: What does not work without it.
 
     Raises:
-        FileNotFoundError: The directory has no ``tokenizer.json``.
-        ValueError: No file names the token, or it is not in the vocabulary.
+        SettingsError: There is no `tokenizer.json`, no file names the token, or it is not in the vocabulary.
     """
     directory = Path(directory)
     tokenizer = open_for_documents(directory)
@@ -193,30 +216,31 @@ def require_token(directory: str | os.PathLike, kind: str, name: str, consequenc
     if token is not None:
         token_id = tokenizer.token_to_id(token)
         if token_id is None:
-            raise ValueError(
-                f"{config_path} names {kind}_token {token!r}, which is not in the vocabulary of tokenizer.json. "
-                "Name a token of the vocabulary."
+            raise SettingsError(
+                f"{config_path} names {kind}_token {token!r}, which is not in the vocabulary of tokenizer.json; "
+                "name a token of the vocabulary"
             )
         return token_id
     token_id = _read_json(directory / "generation_config.json").get(f"{kind}_token_id")
     if isinstance(token_id, list):
         token_id = token_id[0] if token_id else None
     if token_id is None:
-        raise ValueError(
-            f"The tokenizer in {directory} has no {name} token, so {consequence}. Add "
+        raise SettingsError(
+            f"tokenizer_dir: {str(directory)!r} has no {name} token, so {consequence}; add "
             f'"{kind}_token": "<a token of the vocabulary>" (and "tokenizer_class": "PreTrainedTokenizerFast") to '
-            f"{config_path}."
+            f"{config_path}"
         )
     if tokenizer.id_to_token(token_id) is None:
-        raise ValueError(
-            f"{directory / 'generation_config.json'} names {kind}_token_id {token_id}, outside the vocabulary."
+        raise SettingsError(
+            f"{directory / 'generation_config.json'} names {kind}_token_id {token_id}, outside the "
+            "vocabulary; name an id of the vocabulary"
         )
     return token_id
 
 
 @contextmanager
 def threads_for_tokenizers() -> Iterator[None]:
-    """Lets the ``tokenizers`` library use all cores inside the block, and never in processes forked afterwards.
+    """Let the `tokenizers` library use all cores inside the block, and never in processes forked afterwards.
 
     Its thread pool does not survive a fork. Left alone the library prints a warning in every forked worker; saying
     "false" once the work is done keeps it quiet and safe. A value of TOKENIZERS_PARALLELISM set by the user is left
@@ -240,4 +264,4 @@ def _read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). Repair or replace the file.") from error
+        raise SettingsError(f"{path} is not valid JSON ({error}); repair or replace the file") from error

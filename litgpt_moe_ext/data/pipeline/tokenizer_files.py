@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from litgpt_moe_ext.data.pipeline.tokenizer import EOS_TOKEN
+from litgpt_moe_ext.errors import SettingsError
 
 # What LitGPT and transformers read to encode text; models' own files beside them stay where they are.
 _FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
@@ -17,14 +18,13 @@ _GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
 
 def read_tokenizer(directory: str | os.PathLike) -> dict[str, bytes]:
-    """Reads the files of a tokenizer directory in Hugging Face format, or of a GPT-2 vocabulary with its merges.
+    """Read the files of a tokenizer directory in Hugging Face format, or of a GPT-2 vocabulary with its merges.
 
     Returns:
-        Contents by file name, among them ``tokenizer.json``.
+        Contents by file name, among them `tokenizer.json`.
 
     Raises:
-        FileNotFoundError: There are no such files.
-        ValueError: A GPT-2 vocabulary is damaged.
+        SettingsError: There are no such files, or they are damaged.
     """
     directory = Path(directory)
     if (directory / "tokenizer.json").is_file():
@@ -33,22 +33,22 @@ def read_tokenizer(directory: str | os.PathLike) -> dict[str, bytes]:
         if (directory / vocabulary).is_file() and (directory / merges).is_file():
             return _gpt2(directory / vocabulary, directory / merges)
     pairs = " or ".join(f"{vocabulary} with {merges}" for vocabulary, merges in _GPT2_FILES)
-    raise FileNotFoundError(
-        f"tokenizer_dir={str(directory)!r} has no tokenizer.json (nor {pairs}). Set tokenizer_dir to a folder with a "
-        "tokenizer in Hugging Face format, or set vocab_size to train one."
+    raise SettingsError(
+        f"tokenizer_dir: {str(directory)!r} has no tokenizer.json (nor {pairs}); set tokenizer_dir to a folder with a "
+        "tokenizer in Hugging Face format, or set bpe.vocab_size to train one"
     )
 
 
 def litgpt_tokenizer(tokenizer: Any) -> dict[str, bytes]:
-    """Returns the files of an open `litgpt.Tokenizer`.
+    """Return the files of an open `litgpt.Tokenizer`.
 
     Raises:
-        ValueError: It is a sentencepiece model, which the ``tokenizers`` library cannot run.
+        SettingsError: It is a sentencepiece model, which the `tokenizers` library cannot run.
     """
     if tokenizer.backend != "huggingface":
-        raise ValueError(
+        raise SettingsError(
             f"The tokenizer {tokenizer.model_name!r} is a sentencepiece model. Preparing a corpus needs a "
-            "tokenizer.json; transformers' AutoTokenizer writes one when it saves a fast tokenizer."
+            "tokenizer.json; transformers' AutoTokenizer writes one when it saves a fast tokenizer"
         )
     names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     config = {name: None if id_ is None else tokenizer.processor.id_to_token(id_) for name, id_ in names.items()}
@@ -56,14 +56,14 @@ def litgpt_tokenizer(tokenizer: Any) -> dict[str, bytes]:
 
 
 def write_tokenizer(files: dict[str, bytes], directory: Path) -> None:
-    """Writes files as from `read_tokenizer` into a folder, which is created if missing."""
+    """Write files as from `read_tokenizer` into a folder, which is created if missing."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (directory / name).write_bytes(content)
 
 
 def tokenizer_hash(files: dict[str, bytes]) -> str:
-    """Returns the SHA-256 (hex) of the files."""
+    """Return the SHA-256 (hex) of the files."""
     digest = hashlib.sha256()
     for name in sorted(files):
         digest.update(f"{name}:{len(files[name])}:".encode() + files[name])
@@ -77,7 +77,9 @@ def _gpt2(vocabulary: Path, merges: Path) -> dict[str, bytes]:
         pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
         tokenizer = Tokenizer(models.BPE(ids, pairs))
     except Exception as error:  # the tokenizers library raises nothing more precise
-        raise ValueError(f"{vocabulary} and {merges} are no GPT-2 vocabulary: {error}. Download them again.") from error
+        raise SettingsError(
+            f"{vocabulary} and {merges} are not a GPT-2 vocabulary ({error}); download them again"
+        ) from error
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([EOS_TOKEN])

@@ -4,7 +4,8 @@ import os
 import re
 from pathlib import Path
 
-from litgpt_moe_ext.data.pipeline.corpus import MANIFEST, read_manifest
+from litgpt_moe_ext.data.pipeline.store import MANIFEST, read_manifest
+from litgpt_moe_ext.errors import SettingsError
 
 ARTIFACT_TYPE = "dataset"
 _REFERENCE = re.compile(r"[^/:\s]+/[^/:\s]+/[^/:\s]+:[^/:\s]+")
@@ -12,26 +13,26 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 
 
 def check_reference(reference: str) -> None:
-    """Raises ValueError unless a reference names an artifact in full."""
+    """Raise SettingsError unless a reference names an artifact in full."""
     if _REFERENCE.fullmatch(reference) is None:
-        raise ValueError(
-            f"wandb_dataset={reference!r} is no reference to an artifact. Write entity/project/name:alias, for example "
-            "my-team/my-project/tinystories:latest."
+        raise SettingsError(
+            f"wandb_dataset: {reference!r} must name an artifact in full; write entity/project/name:alias, for example "
+            "my-team/my-project/tinystories:latest"
         )
 
 
 def download(reference: str, artifacts_dir: Path) -> Path:
-    """Downloads an artifact and returns its folder, ``<artifacts_dir>/<name>-<version>``.
+    """Download an artifact and return its folder, `<artifacts_dir>/<name>-<version>`.
 
     Raises:
-        ValueError: There is no key, no network, no such artifact, or it holds no corpus.
+        SettingsError: There is no key, no network, no such artifact, or it holds no corpus.
     """
     import wandb
 
     if (mode := os.environ.get("WANDB_MODE", "online")) != "online":
-        raise ValueError(
-            f"wandb_dataset={reference!r} cannot be downloaded while WANDB_MODE={mode}. Unset WANDB_MODE, or train "
-            "from a local copy with litgpt_moe_ext.data.PreparedCorpus."
+        raise SettingsError(
+            f"wandb_dataset: {reference!r} cannot be downloaded while WANDB_MODE is {mode}; unset WANDB_MODE, or train "
+            "from a local copy with litgpt_moe_ext.data.PreparedCorpus"
         )
     try:
         if wandb.run is not None:
@@ -42,33 +43,33 @@ def download(reference: str, artifacts_dir: Path) -> Path:
         name = f"{artifact.name.partition(':')[0]}-{artifact.version}"
         directory = Path(artifact.download(root=str(artifacts_dir / name)))
     except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
-        raise ValueError(
-            f"wandb_dataset={reference!r} cannot be downloaded: {error} Log in with `wandb login` or set "
-            "WANDB_API_KEY, and check that the W&B server can be reached."
+        raise SettingsError(
+            f"wandb_dataset: {reference!r} cannot be downloaded ({error}); log in with `wandb login` or set "
+            "WANDB_API_KEY, and check that the W&B server can be reached"
         ) from error
     except Exception as error:  # what comes from wandb's own process has no base that is public
-        raise ValueError(
-            f"wandb_dataset={reference!r} cannot be downloaded: {error}. Check the reference "
-            "(entity/project/name:alias), your access to it, and the network."
+        raise SettingsError(
+            f"wandb_dataset: {reference!r} cannot be downloaded ({error}); check the reference "
+            "(entity/project/name:alias), your access to it, and the network"
         ) from error
     if read_manifest(directory) is None:
-        raise ValueError(
-            f"wandb_dataset={reference!r} is no prepared corpus: it has no {MANIFEST}. Log one with a script of "
-            "data_prep/ and --log-to-wandb."
+        raise SettingsError(
+            f"wandb_dataset: {reference!r} has no {MANIFEST}, so it is not a prepared corpus; log one with a script of "
+            "data_prep/ and --log-to-wandb"
         )
     return directory
 
 
 def check_artifact_name(name: str | None) -> None:
-    """Raises ValueError unless W&B takes the name."""
+    """Raise SettingsError unless W&B takes the name."""
     if name is None or _NAME.fullmatch(name) is None:
-        raise ValueError(
-            f"wandb_artifact={name!r} is no name of an artifact. Give one of letters, digits, '.', '_' and '-'."
+        raise SettingsError(
+            f"wandb_artifact: {name!r} must be a name of an artifact; give one of letters, digits, '.', '_' and '-'"
         )
 
 
 def log_corpus(directory: Path, name: str, project: str | None = None) -> str:
-    """Logs a finished corpus as an artifact in a run of its own.
+    """Log a finished corpus as an artifact in a run of its own.
 
     Args:
         directory: The corpus.
@@ -79,7 +80,7 @@ def log_corpus(directory: Path, name: str, project: str | None = None) -> str:
         What to tell the user: where it is, or how to upload what was logged offline.
 
     Raises:
-        ValueError: The name is wrong, or W&B cannot be reached.
+        SettingsError: The name is wrong, or W&B cannot be reached.
     """
     import wandb
 
@@ -95,7 +96,7 @@ def log_corpus(directory: Path, name: str, project: str | None = None) -> str:
             artifact.wait()
             return f"Logged {run.entity}/{run.project}/{artifact.name}"
     except Exception as error:  # as in `download`
-        raise ValueError(
-            f"The corpus in {directory} is finished, but logging it to W&B failed: {error}. Log in with `wandb login` "
-            "or set WANDB_API_KEY, or set WANDB_MODE=offline to upload it later."
+        raise SettingsError(
+            f"log_to_wandb: the corpus in {directory} is finished, but logging it failed ({error}); log in with "
+            "`wandb login` or set WANDB_API_KEY, or set WANDB_MODE=offline to upload it later"
         ) from error

@@ -34,7 +34,7 @@ class Finding:
 
 def examine(recipe: Recipe | None) -> list[Finding]:
     """Look at the installation, and at what a recipe asks of it."""
-    findings = [*_versions(), *_device(), _compile(recipe), *_kernels(), _precision(recipe)]
+    findings = [*_versions(), *_device(), _compile(recipe), *_kernels(recipe), _precision(recipe)]
     if recipe is not None:
         findings += [_strategy(recipe), *_memory(recipe), _data(recipe), _tokenizer(recipe), _disk(recipe)]
     return findings
@@ -104,24 +104,26 @@ def _compile(recipe: Recipe | None) -> Finding:
     return Finding("compile", "good", str(decide(setting, recipe.config, found)))
 
 
-def _kernels() -> Iterator[Finding]:
+def _kernels(recipe: Recipe | None) -> Iterator[Finding]:
     import torch
 
-    from litgpt_moe_ext.moe.kernels.backends import choose_backend
+    from litgpt_moe_ext.attention.kernels.choice import capability_of, choose
+    from litgpt_moe_ext.attention.kernels.registry import EAGER, Workload
+    from litgpt_moe_ext.moe.kernels.choice import backend_for
 
     cuda = torch.cuda.is_available()
-    device, dtype = (torch.device("cuda"), torch.bfloat16) if cuda else (torch.device("cpu"), torch.float32)
-    backend = choose_backend(device, dtype, 64, 64)
-    if backend == "loop":
-        text = "one expert after the other (grouped_mm needs bfloat16 and compute capability 9.0)"
-        yield Finding("experts", "note", text)
-    else:
-        yield Finding("experts", "good", f"backend {backend} for {str(dtype).removeprefix('torch.')}")
-    if importlib.util.find_spec("flash_attn") is not None:
-        yield Finding("flash attention", "good", f"flash-attn {_version('flash-attn')}")
-    else:
-        text = "flash-attn is not installed; torch's own attention is used"
-        yield Finding("flash attention", "note" if cuda else "good", text + ("" if cuda else ", as always on a CPU"))
+    device = torch.device("cuda" if cuda else "cpu")
+    dtypes = (torch.bfloat16, torch.float16, torch.float32) if cuda else (torch.float32,)
+    names = {dtype: str(dtype).removeprefix("torch.") for dtype in dtypes}
+    chosen = {name: backend_for(device, dtype, (64, 64)) for dtype, name in names.items()}
+    text = ", ".join(f"backend {backend} for {name}" for name, backend in chosen.items())
+    yield Finding("experts", "note" if "loop" in chosen.values() else "good", text)
+    head_size, capability = 64 if recipe is None else recipe.config.head_size, capability_of(device)
+    chosen = {
+        name: choose(Workload(device.type, capability, name, head_size, ("gradient",))) for name in names.values()
+    }
+    text = ", ".join(f"kernel {kernel} for {name}" for name, kernel in chosen.items())
+    yield Finding("attention", "note" if EAGER in chosen.values() else "good", f"{text}, with sinks")
 
 
 def _precision(recipe: Recipe | None) -> Finding:

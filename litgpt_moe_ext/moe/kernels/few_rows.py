@@ -1,17 +1,21 @@
-"""Experts on a CPU for a handful of tokens, as in decoding, where reading the weights is all the work.
+"""Experts for a handful of tokens, as in decoding, where reading the weights is all the work.
 
-Shape legend: N rows, K chosen experts per token, E experts, O and I widths of output and input, D model width.
+Shape legend: T tokens, N rows, K chosen experts per token, E experts, O and I widths of output and input, D model
+width, F hidden width of one expert, G width of the first projection (2 * F with a gate), R = T * K chosen experts.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden
 from litgpt_moe_ext.moe.router import Routing
 
 # Up to this many rows the BLAS library is faster with the weight as the left factor (benchmarks/moe_layer.py).
 _FEW_ROWS = 4
+# Up to this many chosen experts copies of their weights are made; more would be more memory than a step should need.
+MOST_GATHERED = 16
 
 
 def one_token(x_1D: Tensor, routing: Routing, weights: ExpertWeights, hidden: Hidden, dtype: torch.dtype) -> Tensor:
@@ -55,3 +59,29 @@ def linear(x_NI: Tensor, weight_OI: Tensor, bias_EO: Tensor | None, expert: int)
     x_IN = (x_NI if n > 1 else x_NI.expand(2, -1).contiguous()).t()
     y_NO = torch.mm(weight_OI, x_IN).t()[:n]
     return y_NO if bias_O is None else y_NO + bias_O
+
+
+def gather_experts(
+    x_TD: Tensor, routing: Routing, weights: ExpertWeights, activation: Activation, dtype: torch.dtype
+) -> Tensor:
+    """Return the weighted sum of the chosen experts' outputs, (T, D), from copies of their weights.
+
+    For a handful of tokens on a GPU without Triton: nothing waits for the device, and other experts are not touched.
+
+    Args:
+        x_TD: A few tokens.
+        routing: The router's decision for them.
+        weights: Stacked weights of the experts.
+        activation: The activation function.
+        dtype: In which matrices are multiplied.
+    """
+    gates_TK, experts_TK, _ = routing
+    up_RGD, up_bias_RG, down_RDF, down_bias_RD = (
+        None if w is None else w.index_select(0, experts_TK.flatten()).to(dtype) for w in weights
+    )
+    x_RD1 = x_TD.to(dtype).repeat_interleave(experts_TK.size(1), 0).unsqueeze(2)
+    h_RG = torch.bmm(up_RGD, x_RD1).squeeze(2)
+    a_RF = activation(h_RG if up_bias_RG is None else h_RG + up_bias_RG)
+    y_RD = torch.bmm(down_RDF, a_RF.unsqueeze(2)).squeeze(2)
+    y_TKD = (y_RD if down_bias_RD is None else y_RD + down_bias_RD).view(*experts_TK.shape, -1)
+    return (y_TKD * gates_TK.unsqueeze(2)).sum(1).to(x_TD.dtype)

@@ -17,8 +17,8 @@ from torch import Tensor
 from litgpt_moe_ext.moe.gradient_injection import forget_scale
 from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.training.callback import Callback
-from litgpt_moe_ext.training.checkpoint.store import rng_state
 from litgpt_moe_ext.training.control import TrainingStopped
+from litgpt_moe_ext.training.parallel import random_state
 from litgpt_moe_ext.training.settings import AnomalyArgs
 
 FOLDER = "anomalies"
@@ -112,7 +112,8 @@ class GradientGuard(Callback):
         self._folder.mkdir(parents=True, exist_ok=True)
         file = self._folder / f"step-{self._before['step'] + 1:08d}-rank-{self._rank}.pt"
         batches = [batch.cpu() for batch in self._batches]
-        torch.save({**self._before, "problem": problem, "batches": batches, "rng": rng_state()}, file)
+        rng = random_state.of_this_rank(self._batches[0].device if self._batches else torch.device("cpu"))
+        torch.save({**self._before, "problem": problem, "batches": batches, "rng": rng}, file)
         return file
 
     def state_dict(self) -> dict[str, Any]:

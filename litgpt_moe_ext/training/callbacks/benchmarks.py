@@ -12,7 +12,7 @@ from litgpt import GPT, Tokenizer
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.callback import Callback
-from litgpt_moe_ext.training.checkpoint.store import restore_rng_state, rng_state
+from litgpt_moe_ext.training.parallel import random_state
 from litgpt_moe_ext.training.settings import EvaluateArgs
 
 
@@ -26,7 +26,7 @@ def check_benchmarks(args: EvaluateArgs) -> None:
         except (OSError, ValueError) as error:
             raise ValueError(f"evaluate.hellaswag: {error}") from error
     if args.tasks:
-        from litgpt_moe_ext.evaluation.tasks import load_task_file
+        from litgpt_moe_ext.evaluation.lm_eval_tasks import load_task_file
 
         names = []
         for file in args.tasks:
@@ -42,8 +42,8 @@ def make_benchmarks(
     args: EvaluateArgs, tokenizer: Tokenizer, tokenizer_dir: Path, block_size: int, fabric: L.Fabric
 ) -> "TrainingBenchmarks":
     """Return the callback that evaluates a model of this tokenizer and length of input."""
-    from litgpt_moe_ext.evaluation.benchmarks import HellaSwag, TaskFile
     from litgpt_moe_ext.evaluation.hellaswag import load_items
+    from litgpt_moe_ext.evaluation.training_benchmarks import HellaSwag, TaskFile
 
     benchmarks: list[Any] = []
     if args.hellaswag is not None:
@@ -58,7 +58,7 @@ class TrainingBenchmarks(Callback):
     """Evaluate after every validation or every so many steps, and after the last step.
 
     Args:
-        benchmarks: As those of `litgpt_moe_ext.evaluation.benchmarks`.
+        benchmarks: As those of `litgpt_moe_ext.evaluation.training_benchmarks`.
         every_steps: Optimizer steps between evaluations; None evaluates after every validation.
     """
 
@@ -120,12 +120,13 @@ def undisturbed(fabric: L.Fabric, model: GPT) -> Iterator[GPT]:
 
     lm-eval and its tasks may draw from Python's, NumPy's and torch's generators.
     """
-    generators, numpy_generator, was_training = rng_state(), np.random.get_state(), model.training
+    generators, numpy_generator = random_state.of_this_rank(fabric.device), np.random.get_state()
+    was_training = model.training
     model.eval()
     try:
         with fabric.autocast():
             yield model
     finally:
         model.train(was_training)
-        restore_rng_state(generators)
+        random_state.restore(generators, fabric.device)
         np.random.set_state(numpy_generator)

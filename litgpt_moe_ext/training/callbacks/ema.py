@@ -11,11 +11,12 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from litgpt_moe_ext.training.callback import Callback
-from litgpt_moe_ext.training.checkpoint.store import MODEL_FILE, STATE_FILE
+from litgpt_moe_ext.training.checkpoint.progress import MODEL_FILE, STATE_FILE
+from litgpt_moe_ext.training.parallel.fully_sharded import like
 from litgpt_moe_ext.training.settings import EmaArgs
 
 FOLDER = "ema"
@@ -55,7 +56,7 @@ class WeightAverage(Callback):
             return
         saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)["model"]
         for name, average in self._average.items():
-            average.copy_(_like(saved[name], average))
+            average.copy_(like(saved[name], average))
 
     @torch.no_grad()
     def on_after_optimizer_step(self, strategy: Any, optimizer: Any) -> None:
@@ -64,22 +65,17 @@ class WeightAverage(Callback):
 
     def on_checkpoint_staged(self, directory: Path) -> None:
         """Write the average into a checkpoint that is not published yet; every process must call."""
-        whole = {name: _whole(tensor) for name, tensor in self._average.items()}
+        whole = {}
+        for name, average in self._average.items():
+            # One after the other to the CPU of the first rank: together they may be more than a GPU has room for.
+            tensor = average.full_tensor() if isinstance(average, DTensor) else average
+            if self._fabric.is_global_zero:
+                whole[name] = tensor.cpu()
         if not self._fabric.is_global_zero:
             return
         target = directory / FOLDER
         target.mkdir()
-        torch.save({"model": {name: tensor.cpu() for name, tensor in whole.items()}}, target / MODEL_FILE)
+        torch.save({"model": whole}, target / MODEL_FILE)
         for file in directory.iterdir():
             if file.is_file() and file.name not in (MODEL_FILE, STATE_FILE):
                 shutil.copy(file, target)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _like(whole: Tensor, tensor: Tensor) -> Tensor:
-    if not isinstance(tensor, DTensor):
-        return whole
-    return distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)

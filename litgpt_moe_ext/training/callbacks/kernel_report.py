@@ -1,12 +1,11 @@
 """What a run says about the kernels it will use, before the first step."""
 
-from typing import Any
-
 import lightning as L
 import torch
 from torch import nn
 
-from litgpt_moe_ext.attention.kernels.backends import choose_backend
+from litgpt_moe_ext.attention.kernels.choice import FALLBACK_COST
+from litgpt_moe_ext.attention.kernels.registry import EAGER
 from litgpt_moe_ext.attention.layer import SinkAttention
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.kernels.backends import matmul_dtype
@@ -37,25 +36,19 @@ def experts_line(model: nn.Module, device: torch.device, compiled: bool) -> str 
     if experts is None:
         return None
     x_TD = torch.empty(1, experts.n_embd, device=device, dtype=experts.down_proj.dtype)
-    choose = experts.backend_for
-    if compiled:
-        # The choice depends on whether a compiler traces it, so one does; the sum gives it something to compile.
-        choose = torch.compile(lambda x: (experts.backend_for(x), x + 1)[0], backend="eager")
+    backend = experts.backend_for(x_TD, compiled)
     how = "forced" if experts.forced_backend else "chosen"
-    return f"experts: {choose(x_TD)} for {matmul_dtype(x_TD)} on {device.type} ({how})"
+    return f"experts: {backend} for {matmul_dtype(x_TD)} on {device.type} ({how})"
 
 
 def attention_line(model: nn.Module, device: torch.device) -> str | None:
     """Return what computes the attention of `model` under the present autocast; None if it is not the plugin's."""
-    attention = next((module for module in model.modules() if isinstance(module, SinkAttention)), None)
-    if attention is None:
+    layers = [module for module in model.modules() if isinstance(module, SinkAttention)]
+    if not layers:
         return None
-    config: Any = attention.config
-    dtype = matmul_dtype(torch.empty(0, device=device, dtype=attention.proj.weight.dtype))
-    q_BHTD, k_BGSD = (
-        torch.empty(1, heads, 2, config.head_size, device=device, dtype=dtype)
-        for heads in (config.n_head, config.n_query_groups)
-    )
-    forced = config.attention_backend
-    backend = choose_backend(q_BHTD, k_BGSD, k_BGSD, dropout=config.attention_dropout or 0.0, forced=forced)
-    return f"attention: {backend} for {dtype} on {device.type} ({'forced' if forced else 'chosen'})"
+    dtype = matmul_dtype(torch.empty(0, device=device, dtype=layers[0].proj.weight.dtype))
+    # Layers with and without a sliding window may differ.
+    kernels = dict.fromkeys(layer.kernel(device, dtype) for layer in layers)
+    is_forced = getattr(layers[0].config, "attention_backend", None) is not None
+    line = f"attention: {' and '.join(kernels)} for {dtype} on {device.type} ({'forced' if is_forced else 'chosen'})"
+    return f"{line}: {FALLBACK_COST}" if EAGER in kernels and not is_forced else line

@@ -1,21 +1,50 @@
 """Checkpoints beside those of LitGPT's `train.save_interval`: by time, the best, and only the last few."""
 
+from __future__ import annotations
+
 import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from litgpt_moe_ext.training.callback import Callback
-from litgpt_moe_ext.training.checkpoint.store import STATE_FILE, newest_first, publish, remove
+from litgpt_moe_ext.training.checkpoint.progress import BEST, STATE_FILE, newest_first, read_progress
+from litgpt_moe_ext.training.checkpoint.resume import agree, problem_with
+from litgpt_moe_ext.training.checkpoint.store import publish, remove
 from litgpt_moe_ext.training.settings import CheckpointArgs
 
-BEST = "best"
+if TYPE_CHECKING:
+    from litgpt_moe_ext.training.fabric import TrainingFabric
+
+
+@dataclass(frozen=True)
+class Best:
+    """The lowest validation loss, and the checkpoint that had it.
+
+    Attributes:
+        loss: In nats per token.
+        attempt: As in `Progress`.
+        step: As in `Progress`.
+    """
+
+    loss: float
+    attempt: int
+    step: int
+
+    def is_in(self, directory: Path) -> bool:
+        """Return whether a checkpoint holds the weights that had this loss."""
+        progress = read_progress(directory)
+        return progress is not None and (progress.attempt, progress.step) == (self.attempt, self.step)
 
 
 class Retention(Callback):
     """Save by time, keep the best, delete the old.
+
+    `best` always holds the weights that had the lowest loss. Where they could not be saved, or a killed run had no time
+    to, it falls back to the best that is there, and says so.
 
     Args:
         args: What to keep.
@@ -24,53 +53,105 @@ class Retention(Callback):
         save: Saves the present state under a name; every process must call.
     """
 
-    def __init__(self, args: CheckpointArgs, out_dir: Path, fabric: Any, save: Callable[[str], None]) -> None:
+    def __init__(
+        self, args: CheckpointArgs, out_dir: Path, fabric: TrainingFabric, save: Callable[[str], None]
+    ) -> None:
         self._args, self._out_dir, self._fabric, self._save = args, out_dir, fabric, save
         self._last_saved = time.monotonic()
-        self._best_is_new = False
-        self.best_loss: float | None = None
+        self._best: Best | None = None
+        # A new best that no checkpoint holds yet; nothing is trained until one does or cannot.
+        self._candidate: Best | None = None
+
+    @property
+    def best_loss(self) -> float | None:
+        """The validation loss of the weights in `best`, or None if there are none."""
+        return None if self._best is None else self._best.loss
+
+    def on_fit_begin(self, resume_dir: Path | None) -> None:
+        """See to it that `best` is what the checkpoint says, which was saved a moment before it was made."""
+        if resume_dir is None or self._best is None:
+            return
+        problem = agree(self._fabric, lambda: self._find_best(resume_dir))
+        if problem is not None:
+            self._fabric.print(problem)
+            self._best = None
+
+    def _find_best(self, resume_dir: Path) -> str | None:
+        if self._best.is_in(self._out_dir / BEST):
+            return None
+        for directory in (resume_dir, *newest_first(self._out_dir)):
+            if self._best.is_in(directory) and problem_with(directory) is None:
+                return self._link_best(directory)
+        return (
+            f"The checkpoint of the best validation loss so far ({self._best.loss:.3f} after step {self._best.step}) "
+            "is missing: from here on the best is counted anew."
+        )
 
     def on_logged(self, metrics: dict[str, Any]) -> None:
+        """Note a validation loss that is lower than all before."""
         loss = metrics.get("val_loss")
-        if self._args.best and loss is not None and (self.best_loss is None or loss < self.best_loss):
-            self.best_loss, self._best_is_new = float(loss), True
+        if self._args.best and loss is not None and (self._best is None or loss < self._best.loss):
+            self._candidate = Best(float(loss), self._fabric.attempt, self._fabric.step)
 
     def on_checkpoint_saved(self, directory: Path) -> None:
+        """Make a new best out of the checkpoint, and delete what is too old."""
         self._last_saved = time.monotonic()
-        if self._best_is_new:
-            # Nothing was trained since the validation, so this checkpoint is that of the best loss.
-            self._best_is_new = False
-            if self._fabric.is_global_zero and directory.name != BEST:
-                link(directory, self._out_dir / BEST)
+        if (candidate := self._candidate) is not None:
+            # Nothing was trained since the validation, so the checkpoint holds the weights that had this loss.
+            self._candidate = None
+            problem = agree(self._fabric, lambda: self._link_best(directory))
+            if problem is None:
+                self._best = candidate
+            else:
+                self._fabric.print(problem)
         if self._fabric.is_global_zero and self._args.keep_last is not None:
             steps = [path for path in newest_first(self._out_dir) if path.name.startswith("step-")]
             for old in steps[self._args.keep_last :]:
-                if (old / STATE_FILE).is_file():
+                if (old / STATE_FILE).is_file() and old != directory:
                     remove(old)
 
+    def _link_best(self, directory: Path) -> str | None:
+        if directory == self._out_dir / BEST:
+            return None
+        try:
+            link(directory, self._out_dir / BEST)
+        except OSError as error:
+            return f"  {self._out_dir / BEST} could not be made of {directory}: {error}"
+        return None
+
     def on_step_begin(self, state: dict[str, Any]) -> None:
-        if self._best_is_new:
+        """Save what the last step made the best, and by time."""
+        if self._candidate is not None:
             self._save(BEST)
+            # If that failed, later weights are not those of this loss: the best before it stays.
+            self._candidate = None
         if self._args.every_minutes is not None:
             due = time.monotonic() - self._last_saved >= 60 * self._args.every_minutes
             if self._fabric.broadcast(due):
+                self._last_saved = time.monotonic()  # also if it fails: not again before every step
                 self._save(f"step-{state['step_count']:08d}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best validation loss so far."""
-        return {"best_loss": self.best_loss}
+        """Return the best validation loss so far, and where it was."""
+        # While a checkpoint is written, a candidate is about to become the best with it.
+        best = self._candidate or self._best
+        return {} if best is None else asdict(best)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state that `state_dict` returned."""
-        self.best_loss = state["best_loss"]
+        self._best = Best(**state)
 
 
 def link(source: Path, target: Path) -> None:
     """Make `target` a copy of a checkpoint that shares the weights, where the file system has hard links."""
     staging = target.with_name(f".{target.name}.incomplete")
     shutil.rmtree(staging, ignore_errors=True)
-    shutil.copytree(source, staging, copy_function=_link_or_copy)
-    publish(staging, target)
+    try:
+        shutil.copytree(source, staging, copy_function=_link_or_copy)
+        publish(staging, target)
+    except OSError:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -59,3 +59,12 @@ def save(settings: dict[str, Any], directory: Path) -> None:
     temporary = directory / f".{FILE_NAME}.tmp"
     temporary.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     os.replace(temporary, directory / FILE_NAME)
+
+
+def read(checkpoint_dir: Path) -> dict[str, Any]:
+    """Return the settings in a checkpoint as plain data; empty if there are none that can be read."""
+    try:
+        settings = yaml.safe_load((checkpoint_dir / FILE_NAME).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
+        return {}
+    return settings if isinstance(settings, dict) else {}

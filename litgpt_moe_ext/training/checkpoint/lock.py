@@ -1,5 +1,6 @@
 """One run per output directory: two that write the same checkpoints would destroy each other's."""
 
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -35,6 +36,9 @@ class OutDirLock:
     def release(self) -> None:
         """Give the lock back, if it was taken."""
         if self._lock.is_locked:
-            self._owner_file.unlink(missing_ok=True)
+            # While it is still held: a name that is deleted after the release may be the next owner's already. Whoever
+            # has opened the deleted file meanwhile is told so by filelock, and opens anew.
+            for file in (self._owner_file, Path(self._lock.lock_file)):
+                with contextlib.suppress(OSError):  # Windows deletes no open file
+                    file.unlink(missing_ok=True)
             self._lock.release()
-            Path(self._lock.lock_file).unlink(missing_ok=True)

@@ -5,9 +5,11 @@ averaged model) have none, and reading them wrong would train something else wit
 """
 
 import hashlib
+import re
 from pathlib import Path
 
 FILE_NAME = "SHA256SUMS"
+_LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
 
 
 def write(directory: Path) -> None:
@@ -16,15 +18,30 @@ def write(directory: Path) -> None:
     (directory / FILE_NAME).write_text("".join(lines), encoding="utf-8")
 
 
-def problem_with(directory: Path) -> str | None:
-    """Return which file is missing or differs from its checksum, or None if all are as they were written."""
-    for line in (directory / FILE_NAME).read_text(encoding="utf-8").splitlines():
-        digest, _, name = line.partition("  ")
+def problem_with(directory: Path, required: tuple[str, ...] = ()) -> str | None:
+    """Return which file is missing or differs from its checksum, or None if all are as they were written.
+
+    Args:
+        directory: A directory with checksums.
+        required: Files that must have one.
+    """
+    try:
+        lines = (directory / FILE_NAME).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        return f"{FILE_NAME} cannot be read ({error})"
+    listed = {}
+    for number, line in enumerate(lines, start=1):
+        if (match := _LINE.fullmatch(line)) is None:
+            return f"{FILE_NAME} is damaged in line {number}"
+        listed[match[2]] = match[1]
+    if missing := [name for name in required if name not in listed]:
+        return f"{FILE_NAME} does not list {', '.join(missing)}"
+    for name, digest in listed.items():
         try:
             if _digest(directory / name) != digest:
                 return f"{name} differs from its checksum in {FILE_NAME}"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror or error})"
+        except (OSError, ValueError) as error:  # ValueError: a damaged name that no file can have
+            return f"{name} cannot be read ({getattr(error, 'strerror', None) or error})"
     return None
 
 

@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from litgpt_moe_ext.training.checkpoint.hyperparameters import FILE_NAME
+from litgpt_moe_ext.training.checkpoint.hyperparameters import FILE_NAME, read
 
 _EFFECTS = {
     ("seed",): "it has no effect: weights and random generators are those of the checkpoint",
@@ -26,9 +24,8 @@ def resume_notes(checkpoint_dir: Path, settings: dict[str, Any]) -> list[str]:
         checkpoint_dir: The checkpoint to resume from.
         settings: Of the present run, as plain data.
     """
-    try:
-        saved = yaml.safe_load((checkpoint_dir / FILE_NAME).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+    saved = read(checkpoint_dir)
+    if not saved:
         return [f"{checkpoint_dir} has no readable {FILE_NAME}: changed settings go unnoticed"]
     notes = []
     for keys, effect in _EFFECTS.items():

@@ -5,25 +5,16 @@ A checkpoint is LitGPT's: `lit_model.pth` (model, optimizer, data position, coun
 `SHA256SUMS` what every file must look like.
 """
 
-import json
-import random
 import shutil
 import time
-import zipfile
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-import yaml
-
-from litgpt_moe_ext.config.features import MOE_CLASS_NAMES
 from litgpt_moe_ext.durable import flush, flush_tree
 from litgpt_moe_ext.training.checkpoint import manifest
-
-MODEL_FILE = "lit_model.pth"
-STATE_FILE = "training_state.json"
+from litgpt_moe_ext.training.checkpoint.progress import STATE_FILE, Progress, newest_first
+from litgpt_moe_ext.training.parallel import random_state
 
 
 def publish(staging: Path, target: Path) -> None:
@@ -93,17 +84,12 @@ def save_whole(save: Callable[..., None], fabric: Any, state: dict, tokenizer_di
     """
     target = file.parent
     staging = target.with_name(f".{target.name}.incomplete")
-    extended = {**state, "rng": _rng_of_all_processes(fabric), "callbacks": fabric.callback_states()}
+    extended = {**state, "rng": random_state.of_all_ranks(fabric), "callbacks": fabric.callback_states()}
 
     def finish() -> None:
         if fabric.is_global_zero:
-            progress = {
-                "step": state["step_count"],
-                "iteration": state["iter_num"],
-                "processes": fabric.world_size,
-                "saved_at": time.time(),
-            }
-            (staging / STATE_FILE).write_text(json.dumps(progress, indent=2) + "\n", encoding="utf-8")
+            counters = fabric.attempt, state["step_count"], state["iter_num"]
+            Progress(*counters, fabric.world_size, time.time()).write(staging)
             manifest.write(staging)
             publish(staging, target)
 
@@ -134,63 +120,6 @@ def _try_everywhere(fabric: Any, action: Callable[[], Any]) -> str | None:
     return fabric.broadcast(problem)
 
 
-def problem_with(checkpoint_dir: Path) -> str | None:
-    """Return why a checkpoint directory cannot be resumed from, or None if it is whole.
-
-    Reads every file once and compares it with its checksum. A checkpoint of plain LitGPT has none; there, those inside
-    the model file are used.
-    """
-    for name in (MODEL_FILE, "model_config.yaml"):
-        if not (checkpoint_dir / name).is_file():
-            return f"{name} is missing"
-    if (checkpoint_dir / manifest.FILE_NAME).is_file():
-        return manifest.problem_with(checkpoint_dir)
-    try:
-        with zipfile.ZipFile(checkpoint_dir / MODEL_FILE) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
-        return f"{MODEL_FILE} is truncated or damaged ({error})"
-    return None if damaged is None else f"{MODEL_FILE} is damaged in its record {damaged}"
-
-
-def _age_of(checkpoint_dir: Path) -> tuple[float, int] | None:
-    # When it was saved and after which step; the time is in the file because copying changes that of the file system.
-    # A checkpoint of plain LitGPT has its step in the name only. None for what is no checkpoint.
-    try:
-        state = json.loads((checkpoint_dir / STATE_FILE).read_text(encoding="utf-8"))
-        return state["saved_at"], state["step"]
-    except (OSError, ValueError, KeyError, TypeError):
-        _, _, digits = checkpoint_dir.name.partition("step-")
-        return (0.0, int(digits)) if digits.isdecimal() else None
-
-
-def step_of(checkpoint_dir: Path) -> int | None:
-    """Return after which optimizer step a checkpoint was saved, or None if nothing says so."""
-    age = _age_of(checkpoint_dir)
-    return None if age is None else age[1]
-
-
-def batch_of(checkpoint_dir: Path) -> int | None:
-    """Return the sequences of an iteration over all processes when a checkpoint was written, or None if unknown."""
-    try:
-        processes = json.loads((checkpoint_dir / STATE_FILE).read_text(encoding="utf-8"))["processes"]
-        settings = yaml.safe_load((checkpoint_dir / "hyperparameters.yaml").read_text(encoding="utf-8"))
-        return processes * settings["train"]["micro_batch_size"]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        return None
-
-
-def newest_first(out_dir: Path) -> list[Path]:
-    """Return the checkpoint directories of a run (`step-*`, `best` and `final`), the last saved first, whole or not."""
-    ages = {path: _age_of(path) for path in out_dir.glob("*") if path.is_dir() and not path.name.startswith(".")}
-    # `best` may be a second name of another; the other is what a user looks for.
-    found = {path: (*age, path.name != "best") for path, age in ages.items() if age is not None}
-    if all(saved_at for saved_at, *_ in found.values()):
-        return sorted(found, key=lambda path: found[path], reverse=True)
-    # Where one does not say when it was saved, steps are all there is to compare.
-    return sorted(found, key=lambda path: found[path][1], reverse=True)
-
-
 def set_aside(out_dir: Path) -> Path | None:
     """Move the checkpoints of an earlier run out of the way of a new one.
 
@@ -212,112 +141,3 @@ def _free_name(directory: Path) -> Path:
     while (free := directory.with_name(f"{directory.name}-earlier-{number}")).exists():
         number += 1
     return free
-
-
-def find_resume_file(
-    resume: bool | Literal["auto"] | Path, out_dir: Path, say: Callable[[str], None] = print
-) -> Path | Literal[False]:
-    """Return the model file to resume from, or False to start anew.
-
-    Args:
-        resume: False; `"auto"` for the newest whole checkpoint if there is one; True for the same, which must exist; or
-            the path of a checkpoint directory, of its model file, or of a run's directory, whose newest is taken.
-        out_dir: The run's directory.
-        say: Told about every checkpoint that is passed over.
-
-    Raises:
-        FileNotFoundError: If a checkpoint was asked for and there is no whole one.
-    """
-    if resume is False or resume is None:
-        return False
-    if resume not in (True, "auto"):
-        directory = Path(resume).parent if Path(resume).suffix == ".pth" else Path(resume)
-        if not (directory / MODEL_FILE).is_file() and newest_first(directory):
-            return find_resume_file(True, directory, say)
-        if problem := problem_with(directory):
-            raise FileNotFoundError(f"resume: {str(resume)!r} is not a whole checkpoint: {problem}")
-        return directory / MODEL_FILE
-    damaged = []
-    for directory in newest_first(out_dir):
-        problem = problem_with(directory)
-        if problem is None:
-            return directory / MODEL_FILE
-        damaged.append(str(directory))
-        say(f"Passing over checkpoint {directory}: {problem}")
-    if damaged:
-        # Starting anew here would overwrite the run that the user meant to continue.
-        raise FileNotFoundError(
-            f"resume: {resume!r} found only damaged checkpoints ({', '.join(damaged)}). Move them away to start "
-            "anew, or choose another --out_dir."
-        )
-    if resume is True:
-        raise FileNotFoundError(
-            f"resume: true, but there is no checkpoint in out_dir: {str(out_dir)!r}; use --resume auto"
-        )
-    return False
-
-
-def require_same_model(setting: str, checkpoint_dir: Path, config: Any) -> None:
-    """Raise ValueError, naming the fields that differ, if a checkpoint holds another model than `config` describes.
-
-    Args:
-        setting: Name of the setting that names the checkpoint.
-        checkpoint_dir: A checkpoint directory.
-        config: The `litgpt.Config` of the run.
-    """
-    file = checkpoint_dir / "model_config.yaml"
-    try:
-        saved = asdict(type(config).from_file(file))
-    except (TypeError, ValueError, AssertionError, yaml.YAMLError, OSError) as error:
-        raise ValueError(f"{setting}: {file} cannot be read: {error}") from error
-    differences = [
-        f"{name} is {saved.get(name)!r} in the checkpoint and {value!r} now"
-        for name, value in asdict(config).items()
-        if saved.get(name) != value and name not in ("name", "hf_config")
-    ]
-    if differences:
-        remedy = "Use its model configuration, or start anew with another --out_dir."
-        if setting == "initial_checkpoint_dir" and config.mlp_class_name in MOE_CLASS_NAMES and not saved["n_expert"]:
-            remedy = f"`litgpt-moe upcycle {checkpoint_dir} RECIPE NEW_DIRECTORY` makes an MoE model of this dense one."
-        raise ValueError(f"{setting}: {str(checkpoint_dir)!r} holds another model: {'; '.join(differences)}. {remedy}")
-
-
-def require_same_optimizer(checkpoint_dir: Path, settings: dict[str, Any]) -> None:
-    """Raise ValueError if the optimizer whose state a checkpoint holds is of another class than that of `settings`."""
-    try:
-        saved = yaml.safe_load((checkpoint_dir / "hyperparameters.yaml").read_text(encoding="utf-8")).get("optimizer")
-    except (OSError, AttributeError, yaml.YAMLError):
-        return
-    before, now = _class_name(saved), _class_name(settings["optimizer"])
-    if saved is not None and before != now:
-        raise ValueError(
-            f"resume: {str(checkpoint_dir)!r} holds the state of the optimizer {before}, not of {now}. Resume with "
-            f"{before}, or start anew from its weights with initial_checkpoint_dir."
-        )
-
-
-def _class_name(optimizer: str | dict) -> str:
-    path = optimizer["class_path"] if isinstance(optimizer, dict) else optimizer
-    return path.rpartition(".")[2]
-
-
-def rng_state() -> dict[str, Any]:
-    """Return the state of the random generators that training draws from (torch on CPU and CUDA, Python)."""
-    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all(), "python": random.getstate()}
-
-
-def restore_rng_state(state: dict[str, Any]) -> None:
-    """Set the random generators to a state that `rng_state` returned."""
-    torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-
-
-def _rng_of_all_processes(fabric: Any) -> list[dict[str, Any]]:
-    if fabric.world_size == 1:
-        return [rng_state()]
-    states: list = [None] * fabric.world_size
-    torch.distributed.all_gather_object(states, rng_state())
-    return states

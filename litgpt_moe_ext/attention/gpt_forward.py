@@ -1,0 +1,195 @@
+"""What the attention settings change in a whole model: embeddings, positions, documents, endless generation.
+
+LitGPT's `GPT.forward` runs as it is, on a stand-in that has the parts of the model, some of them wrapped. What layers
+need to know about a batch reaches them as arguments of their blocks, so that activation checkpointing recomputes every
+batch with its own, whatever ran in between.
+
+Shape legend: B batch, T tokens, S positions of the cache, D model width.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from litgpt_moe_ext.attention.cache_positions import position_range
+from litgpt_moe_ext.attention.documents import Documents, find_documents, remember_documents
+from litgpt_moe_ext.attention.streaming_cache import positions_needed
+
+
+def add_position_embedding(model: Any) -> None:
+    """Give a model `transformer.wpe`, an embedding of `block_size` positions, if its configuration asks for one."""
+    config = model.config
+    if config.position_embedding == "learned":
+        model.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+
+
+def rope_length(model: Any) -> int:
+    """Return how many positions the rotary tables of a model need."""
+    config, length = model.config, model.max_seq_length
+    if config.streaming_cache_window is None:
+        return length
+    # Positions of an endless text are counted within the cache.
+    needed = positions_needed(config.streaming_cache_first, config.streaming_cache_window)
+    return max(min(length, config.block_size), needed)
+
+
+def cache_length(model: Any, max_seq_length: int | None) -> int:
+    """Return for how many positions a streaming model needs a cache, given what the caller asked for."""
+    config = model.config
+    asked = model.max_seq_length if max_seq_length is None else max_seq_length
+    return min(asked, config.streaming_cache_first + config.streaming_cache_window)
+
+
+def forward(
+    original: Callable[..., Any],
+    model: Any,
+    idx: Tensor,
+    input_pos: Tensor | None = None,
+    input_pos_maxp1: int | None = None,
+    lm_head_chunk_size: int = 0,
+) -> Any:
+    """Run a model whose configuration `changes_model`.
+
+    Args:
+        original: LitGPT's `GPT.forward`.
+        model: The model.
+        idx: Token ids, (B, T).
+        input_pos: As in LitGPT.
+        input_pos_maxp1: As in LitGPT.
+        lm_head_chunk_size: As in LitGPT.
+
+    Returns:
+        What `original` returns.
+    """
+    config = model.config
+    documents = _find_documents(model, idx, input_pos, input_pos_maxp1)
+    position = torch.arange(idx.size(1), device=idx.device) if input_pos is None else input_pos
+    restart = documents is not None and config.attention_document_restart_positions
+    if restart:
+        position = position - documents.start_BT
+
+    stand_in = _StandIn(model, position, documents)
+    if documents is not None:
+        stand_in.transformer.h = [
+            _WithinDocuments(block, documents, _tables(model, i, position) if restart else None)
+            for i, block in enumerate(model.transformer.h)
+        ]
+    elif config.streaming_cache_window is not None and input_pos is not None:
+        stand_in.transformer.h = [_Streaming(block, model, input_pos) for block in model.transformer.h]
+        # What LitGPT looks up at the positions must exist, and is not used.
+        stand_in.max_seq_length = max(model.max_seq_length, idx.size(1))
+        stand_in.mask_cache = model.cos.new_zeros(1, 1, 1, 1).expand(1, 1, model.cos.size(0), 1)
+        input_pos = input_pos.clamp(max=model.cos.size(0) - 1)
+    return original(stand_in, idx, input_pos, input_pos_maxp1, lm_head_chunk_size)
+
+
+class _StandIn:
+    # What LitGPT's forward reads of a model.
+
+    def __init__(self, model: Any, position: Tensor, documents: Documents | None) -> None:
+        self.config = model.config
+        self.max_seq_length = model.max_seq_length
+        self.cos = model.cos
+        self.sin = model.sin
+        self.mask_cache = model.mask_cache
+        self.lm_head = model.lm_head
+        self.transformer = _StandInTransformer(model, position, documents)
+
+
+class _StandInTransformer:
+    def __init__(self, model: Any, position: Tensor, documents: Documents | None) -> None:
+        self.wte = _Embedding(model, position, documents)
+        self.h = model.transformer.h
+        self.ln_f = model.transformer.ln_f
+
+
+class _Embedding:
+    # The token embedding, the embedding of the position, and dropout (Radford et al. 2019, as in nanoGPT).
+
+    def __init__(self, model: Any, position: Tensor, documents: Documents | None) -> None:
+        self.model = model
+        self.position = position
+        self.overflow = None if documents is None else documents.overflow
+
+    def __call__(self, idx: Tensor) -> Tensor:
+        transformer, config = self.model.transformer, self.model.config
+        x_BTD = transformer.wte(idx)
+        if config.position_embedding == "learned":
+            x_BTD = x_BTD + transformer.wpe(self.position)
+        if self.overflow is not None:
+            x_BTD = x_BTD + self.overflow
+        return F.dropout(x_BTD, config.embedding_dropout or 0.0, self.model.training)
+
+
+class _WithinDocuments:
+    # A block that gets documents for a mask, and its own rotary tables if there are any.
+
+    def __init__(self, block: nn.Module, documents: Documents, tables: tuple[Tensor, ...] | None) -> None:
+        self.block = block
+        self.documents = documents
+        self.tables = tables
+
+    def __call__(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        input_pos: Tensor | None,
+        input_pos_maxp1: int | None,
+    ) -> Tensor:
+        cos, sin = self.tables or (cos, sin)
+        return self.block(x, cos, sin, self.documents, input_pos, input_pos_maxp1)
+
+
+class _Streaming:
+    # A block that counts positions itself, so that it gets whole rotary tables, and positions beyond their end.
+
+    def __init__(self, block: nn.Module, model: Any, input_pos: Tensor) -> None:
+        self.block = block
+        self.tables = model.cos.unsqueeze(0), model.sin.unsqueeze(0)
+        self.input_pos = input_pos
+
+    def __call__(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        input_pos: Tensor | None,
+        input_pos_maxp1: int | None,
+    ) -> Tensor:
+        return self.block(x, *self.tables, None, self.input_pos, input_pos_maxp1)
+
+
+def _tables(model: Any, block_idx: int, position_BT: Tensor) -> tuple[Tensor, ...]:
+    tables = model.cos[position_BT], model.sin[position_BT]
+    indices = model.config.rope_indices
+    return tables if indices is None else tuple(table[..., indices[block_idx]] for table in tables)
+
+
+def _find_documents(model: Any, idx: Tensor, input_pos: Tensor | None, input_pos_maxp1: int | None) -> Documents | None:
+    boundary, token_id = model.config.attention_document_boundary, model.config.attention_document_token_id
+    if boundary is None:
+        return None
+    if input_pos is None:
+        return find_documents(idx, boundary, token_id)
+    remembered = remember_documents(_starts_in_cache(model, idx), idx, input_pos, boundary, token_id)
+    if input_pos.dim() == 1 and position_range(input_pos, input_pos_maxp1) == (0, idx.size(1)):
+        return find_documents(idx, boundary, token_id)
+    return remembered
+
+
+def _starts_in_cache(model: Any, idx: Tensor) -> Tensor:
+    # Lives and dies with the cache of the first layer, and is never saved.
+    cache = model.transformer.h[0].attn.kv_cache
+    if cache is None:
+        raise TypeError("input_pos needs a cache: call `gpt.set_kv_cache()` first")
+    if not hasattr(cache, "document_starts"):
+        starts_BS = torch.zeros(cache.k.size(0), cache.k.size(2) + 1, dtype=torch.long, device=idx.device)
+        cache.register_buffer("document_starts", starts_BS, persistent=False)
+    return cache.document_starts[: idx.size(0)]

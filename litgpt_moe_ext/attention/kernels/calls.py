@@ -1,0 +1,85 @@
+"""What a kernel is called with, and what it returns.
+
+Shape legend: B batch, T queries, S keys, H query heads, G key/value heads, d head size.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Call(NamedTuple):
+    """What to compute, apart from tensors.
+
+    Attributes:
+        kernel: Name of the kernel.
+        scale: Multiplied to the scores.
+        causal: Whether a query sees only keys up to its own position.
+        window: Number of visible keys, the query's own included, or None.
+        dropout: Probability of dropping an attention weight.
+    """
+
+    kernel: str
+    scale: float
+    causal: bool
+    window: int | None
+    dropout: float
+
+
+class Inputs(NamedTuple):
+    """The tensors.
+
+    Attributes:
+        q_BHTd: Queries.
+        k_BGSd: Keys.
+        v_BGSd: Values.
+        mask: Additive, broadcasts to (B, H, T, S), in the type of q, or None.
+        offsets: Where the documents begin in the B * T tokens, int32, last entry B * T, or None.
+    """
+
+    q_BHTd: Tensor
+    k_BGSd: Tensor
+    v_BGSd: Tensor
+    mask: Tensor | None = None
+    offsets: Tensor | None = None
+
+
+class Result(NamedTuple):
+    """What the forward returns and the backward is given again, changed by the sinks where there are any.
+
+    Attributes:
+        out_BHTd: The output; nothing else may refer to its memory.
+        lse_BHT: Log-sum-exp of the scores, float32 (float64 for float64 inputs).
+        rest: What the backward needs besides, such as the state of the random numbers of dropout.
+    """
+
+    out_BHTd: Tensor
+    lse_BHT: Tensor
+    rest: tuple[Tensor | None, ...] = ()
+
+
+def window_sides(call: Call) -> tuple[int | None, int | None]:
+    """Return how many keys to the left and to the right of its own position a query sees; None for all."""
+    return (None, None) if call.window is None else (call.window - 1, 0)
+
+
+def pack(x_BHTd: Tensor, offsets: Tensor | None) -> Tensor:
+    """Return (B, T, H, d), the layout of flash kernels, or (B * T, H, d) for documents."""
+    x_BTHd = x_BHTd.transpose(1, 2)
+    return x_BTHd if offsets is None else x_BTHd.flatten(0, 1)
+
+
+def unpack(packed: Tensor, like_BHTd: Tensor, offsets: Tensor | None) -> Tensor:
+    """Undo `pack`; returns (B, H, T, d)."""
+    x_BTHd = packed if offsets is None else packed.unflatten(0, (like_BHTd.size(0), like_BHTd.size(2)))
+    return x_BTHd.transpose(1, 2)
+
+
+def pack_lse(lse_BHT: Tensor, offsets: Tensor | None) -> Tensor:
+    """Return (B, H, T), or (H, B * T) for documents."""
+    return lse_BHT if offsets is None else lse_BHT.transpose(0, 1).flatten(1)
+
+
+def unpack_lse(lse: Tensor, q_BHTd: Tensor, offsets: Tensor | None) -> Tensor:
+    """Undo `pack_lse`; returns (B, H, T)."""
+    return lse if offsets is None else lse.unflatten(1, (q_BHTd.size(0), q_BHTd.size(2))).transpose(0, 1)

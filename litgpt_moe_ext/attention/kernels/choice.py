@@ -1,0 +1,175 @@
+"""Which kernel computes given tensors.
+
+Shape legend: B batch, T queries, S keys, H query heads, G key/value heads, d head size.
+"""
+
+import functools
+import logging
+import warnings
+
+import torch
+from torch import Tensor
+
+from litgpt_moe_ext.attention.kernels.registry import EAGER, KERNELS, Ability, AttentionKernel, Capability, Workload
+from litgpt_moe_ext.errors import SettingsError
+
+_log = logging.getLogger(__name__)
+
+FALLBACK_COST = "no flash kernel can do this, so memory and time grow with the square of the sequence length"
+
+_DTYPE_NAMES = {
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float32: "float32",
+    torch.float64: "float64",
+}
+_LACKS: dict[Ability, str] = {
+    "mask": "it takes no mask tensor",
+    "mask_gradient": "it returns no gradient of the mask",
+    "window": "it has no sliding window",
+    "documents": "it cannot keep documents apart",
+    "dropout": "it has no dropout",
+    "gradient": "it has no gradient",
+}
+
+
+def choose_kernel(
+    q_BHTd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, needs: tuple[Ability, ...] = (), forced: str | None = None
+) -> str:
+    """Pick the fastest kernel that gives right results for these tensors, and say once which one it is.
+
+    Args:
+        q_BHTd: Queries.
+        k_BGSd: Keys.
+        v_BGSd: Values.
+        needs: What is asked for besides causal attention; "gradient" is found out here.
+        forced: The only kernel allowed (`attention_backend` in the model configuration).
+
+    Returns:
+        A name in `KERNELS`. On the meta device it is "eager", which counts as many operations there as
+        `F.scaled_dot_product_attention`.
+
+    Raises:
+        SettingsError: If the forced kernel cannot do it; the message says why.
+    """
+    if q_BHTd.is_meta:
+        return EAGER
+    if torch.is_grad_enabled() and (q_BHTd.requires_grad or k_BGSd.requires_grad or v_BGSd.requires_grad):
+        needs = (*needs, "gradient")
+    device = q_BHTd.device
+    workload = Workload(
+        device.type, capability_of(device), _DTYPE_NAMES.get(q_BHTd.dtype, "other"), q_BHTd.size(-1), needs
+    )
+    irregular = _irregularity(q_BHTd, k_BGSd, v_BGSd)
+    if irregular is None:
+        chosen = choose(workload, forced)
+    elif forced is None or forced == EAGER:
+        chosen = EAGER
+    else:
+        raise SettingsError(_refusal(forced, irregular))
+    # Without a kernel for windows and documents, attention is cut into pieces, and each of them gets here. A handful of
+    # queries to a cache is a matrix product, for which the written-out softmax is best.
+    is_final = chosen != EAGER or not ("window" in needs or "documents" in needs)
+    if is_final and not torch.compiler.is_compiling() and q_BHTd.size(2) > 1:
+        _announce(describe(chosen, workload, forced is not None), chosen == EAGER and forced is None)
+    return chosen
+
+
+def choose(workload: Workload, forced: str | None = None) -> str:
+    """Pick the kernel for a workload.
+
+    Args:
+        workload: What is to be computed.
+        forced: The only kernel allowed.
+
+    Returns:
+        A name in `KERNELS`: the forced one, else the first that can do it, in the order of preference.
+
+    Raises:
+        SettingsError: If the forced kernel cannot do it.
+    """
+    if forced is not None:
+        reason = obstacle(KERNELS[forced], workload)
+        if reason is not None:
+            raise SettingsError(_refusal(forced, reason))
+        return forced
+    chosen = EAGER
+    plain = not any(need != "gradient" for need in workload.needs)
+    for name, kernel in KERNELS.items():
+        if not kernel.automatic or obstacle(kernel, workload) is not None:
+            continue
+        if plain and workload.capability[0] in kernel.preferred_on:
+            return name
+        if chosen == EAGER:
+            chosen = name
+    return chosen
+
+
+def obstacle(kernel: AttentionKernel, workload: Workload) -> str | None:
+    """Say what keeps a kernel from computing a workload; None if nothing does."""
+    if kernel.device is not None and workload.device != kernel.device:
+        return f"it works on {kernel.device} tensors, these are on {workload.device}"
+    for need in workload.needs:
+        if need not in kernel.abilities:
+            return _LACKS[need]
+    if kernel.device is None:
+        return None
+    if workload.dtype not in kernel.dtypes:
+        return f"it has no {workload.dtype}"
+    lowest = kernel.dtypes[workload.dtype]
+    if workload.capability < lowest:
+        return f"it needs compute capability {lowest[0]}.{lowest[1]} for {workload.dtype}"
+    sizes, size = kernel.head_sizes, workload.head_size
+    if size > sizes.largest or size % sizes.multiple_of:
+        return f"its head size must be a multiple of {sizes.multiple_of} up to {sizes.largest}, this is {size}"
+    return kernel.refuses(workload) or _missing(kernel.name)
+
+
+def describe(kernel: str, workload: Workload, is_forced: bool) -> str:
+    """Return the line that announces a choice."""
+    how = "forced" if is_forced else "chosen"
+    return f"attention: {kernel} for torch.{workload.dtype} on {workload.device} ({how})"
+
+
+@torch.compiler.assume_constant_result
+def capability_of(device: torch.device) -> Capability:
+    """Return the CUDA compute capability of a device, (0, 0) for others."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+@torch.compiler.assume_constant_result
+def _missing(name: str) -> str | None:
+    return _missing_cached(name)
+
+
+@functools.cache
+def _missing_cached(name: str) -> str | None:
+    return KERNELS[name].missing()
+
+
+def _irregularity(q_BHTd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor) -> str | None:
+    # What no kernel but the written-out softmax takes.
+    if not q_BHTd.dtype == k_BGSd.dtype == v_BGSd.dtype:
+        return f"q, k and v have different types ({q_BHTd.dtype}, {k_BGSd.dtype}, {v_BGSd.dtype})"
+    # The CPU kernel divides by the sequence length, and returns wrong numbers for other head sizes or strides.
+    if not q_BHTd.size(-1) == k_BGSd.size(-1) == v_BGSd.size(-1):
+        return "q, k and v have different head sizes"
+    if not all(x.stride(-1) == 1 for x in (q_BHTd, k_BGSd, v_BGSd)):
+        return "the elements of a head must be contiguous in q, k and v"
+    if min(q_BHTd.size(2), k_BGSd.size(2), q_BHTd.size(0)) == 0:
+        return "there are no tokens"
+    return None
+
+
+def _refusal(forced: str, reason: str) -> str:
+    return (
+        f"attention_backend: {forced!r} cannot be used here: {reason}; leave it out, and a kernel that works is chosen"
+    )
+
+
+@functools.cache
+def _announce(line: str, is_fallback: bool) -> None:
+    # Cached, so that a training run says it once.
+    _log.info(line)
+    if is_fallback:
+        warnings.warn(f"{line}: {FALLBACK_COST}", stacklevel=4)

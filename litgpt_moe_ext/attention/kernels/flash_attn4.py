@@ -1,0 +1,61 @@
+"""The `flash-attn-4` package (FlashAttention in CuTe DSL), with sliding windows and documents. Unmeasured.
+
+Written against the functions of 4.0.0b36. They are not public, so the kernel is never chosen by itself.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from litgpt_moe_ext.attention.kernels.calls import (
+    Call,
+    Inputs,
+    Result,
+    pack,
+    pack_lse,
+    unpack,
+    unpack_lse,
+    window_sides,
+)
+
+
+def forward(inputs: Inputs, call: Call) -> Result:
+    """Compute causal attention, within windows and documents if there are any."""
+    q, k, v, _, offsets = inputs
+    out, lse, *_ = _package()._flash_attn_fwd(
+        *(pack(x, offsets) for x in (q, k, v)), **_settings(inputs, call), return_lse=True
+    )
+    return Result(unpack(out, q, offsets), unpack_lse(lse, q, offsets))
+
+
+def backward(dout: Tensor, inputs: Inputs, result: Result, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of queries, keys and values."""
+    q, k, v, _, offsets = inputs
+    dq, dk, dv = _package()._flash_attn_bwd(
+        *(pack(x, offsets) for x in (q, k, v, result.out_BHTd, dout)),
+        pack_lse(result.lse_BHT, offsets),
+        **_settings(inputs, call),
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    return unpack(dq, q, offsets), unpack(dk, k, offsets), unpack(dv, v, offsets)
+
+
+def _settings(inputs: Inputs, call: Call) -> dict[str, Any]:
+    left, right = window_sides(call)
+    settings = {
+        "softmax_scale": call.scale,
+        "causal": call.causal,
+        "window_size_left": left,
+        "window_size_right": right,
+    }
+    if inputs.offsets is None:
+        return settings
+    lengths = {"max_seqlen_q": inputs.q_BHTd.size(2), "max_seqlen_k": inputs.k_BGSd.size(2)}
+    return {**settings, **lengths, "cu_seqlens_q": inputs.offsets, "cu_seqlens_k": inputs.offsets}
+
+
+def _package() -> Any:
+    from flash_attn.cute import interface  # pyrefly: ignore[missing-import]
+
+    return interface

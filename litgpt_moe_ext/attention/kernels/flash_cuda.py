@@ -1,0 +1,51 @@
+"""PyTorch's flash attention for GPUs, with sliding windows and documents. Unmeasured."""
+
+import torch
+from torch import Tensor
+
+from litgpt_moe_ext.attention.kernels.calls import (
+    Call,
+    Inputs,
+    Result,
+    pack,
+    pack_lse,
+    unpack,
+    unpack_lse,
+    window_sides,
+)
+
+aten = torch.ops.aten
+
+
+def forward(inputs: Inputs, call: Call) -> Result:
+    """Compute causal attention, within windows and documents if there are any."""
+    q, k, v, _, offsets = inputs
+    if offsets is None and call.window is None:
+        # The same kernel; torch's FLOP counter reads the shapes of this operator right.
+        out, lse, _, _, _, _, rng_state, unused, _ = aten._scaled_dot_product_flash_attention(
+            q, k, v, call.dropout, call.causal, False, scale=call.scale
+        )
+        return Result(out, lse, (rng_state, unused))
+    left, right = window_sides(call)
+    out, lse, rng_state, unused, _ = aten._flash_attention_forward(
+        *(pack(x, offsets) for x in (q, k, v)), offsets, offsets, q.size(2), k.size(2), call.dropout, call.causal,
+        False, scale=call.scale, window_size_left=left, window_size_right=right,
+    )  # fmt: skip
+    return Result(unpack(out, q, offsets), unpack_lse(lse, q, offsets), (rng_state, unused))
+
+
+def backward(dout: Tensor, inputs: Inputs, result: Result, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of queries, keys and values."""
+    q, k, v, _, offsets = inputs
+    out, lse, rest = result
+    if offsets is None and call.window is None:
+        return aten._scaled_dot_product_flash_attention_backward(
+            dout, q, k, v, out, lse, None, None, q.size(2), k.size(2), call.dropout, call.causal, *rest,
+            scale=call.scale,
+        )  # fmt: skip
+    left, right = window_sides(call)
+    dq, dk, dv = aten._flash_attention_backward(
+        *(pack(x, offsets) for x in (dout, q, k, v, out)), pack_lse(lse, offsets), offsets, offsets, q.size(2),
+        k.size(2), call.dropout, call.causal, *rest, scale=call.scale, window_size_left=left, window_size_right=right,
+    )  # fmt: skip
+    return unpack(dq, q, offsets), unpack(dk, k, offsets), unpack(dv, v, offsets)

@@ -1,0 +1,256 @@
+"""The kernels that can compute attention, and what each one can do, as plain data.
+
+`register_kernel` adds one from outside of this package; `examples/add_an_attention_kernel.py` does it. The choice
+between kernels, the setting `attention_backend`, the announcement before training, `litgpt-moe doctor` and the FLOP
+counter read this table. Nothing here imports torch, so that reading a configuration stays cheap.
+
+Why operators of torch and not FlexAttention, which returns the log-sum-exp as well: outside of `torch.compile`
+FlexAttention writes out all scores, its backward does not exist on CPUs, and every new pattern of documents needs a
+block mask. The operators need no compiler. Which of the two is faster on a GPU has not been measured.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, get_args
+
+# CUDA compute capability, for example (8, 6). CPUs are taken to have (0, 0).
+Capability: TypeAlias = tuple[int, int]
+Ability: TypeAlias = Literal["mask", "mask_gradient", "window", "documents", "dropout", "gradient"]
+
+
+class KernelFunctions(Protocol):
+    """The two functions of a kernel; a module that defines them will do.
+
+    Attributes:
+        forward: `(Inputs, Call) -> Result`, see `calls.py`: the output, the log-sum-exp of the scaled scores, and
+            whatever the backward needs besides.
+        backward: `(dout_BHTd, Inputs, Result, Call) -> (dq_BHTd, dk_BGSd, dv_BGSd)`. It must recompute probabilities as
+            `exp(score - lse)` and take `rowsum(dout * out)` from the output that it is given, because sinks change
+            both. Never called where the kernel's abilities lack "gradient".
+    """
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
+class Workload(NamedTuple):
+    """What a kernel would have to compute, as far as the choice between kernels depends on it.
+
+    Attributes:
+        device: Type of the device, "cpu" or "cuda".
+        capability: Its CUDA compute capability, (0, 0) for a CPU.
+        dtype: Name of the type of q, k and v, such as "bfloat16".
+        head_size: Elements of a head, d.
+        needs: What is asked for besides causal attention.
+    """
+
+    device: str
+    capability: Capability
+    dtype: str
+    head_size: int
+    needs: tuple[Ability, ...] = ()
+
+
+class HeadSizes(NamedTuple):
+    """Head sizes of a kernel: multiples of a number, up to a largest one."""
+
+    multiple_of: int = 1
+    largest: int = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionKernel:
+    """What an attention kernel can do.
+
+    Attributes:
+        name: What `attention_backend` calls it.
+        summary: What it is, for tables.
+        functions: The kernel's functions, or the name of a module that defines them, imported on first use. None for
+            the written-out softmax, which `sinks.py` computes without them.
+        device: Type of the device that it works on; None for every device.
+        dtypes: Lowest compute capability by name of the floating point type.
+        head_sizes: Head sizes it takes.
+        abilities: What it computes besides plain causal attention. A "mask" is an additive mask tensor that needs no
+            gradient; "window" and "documents" are computed within the kernel (without them, attention is cut into
+            pieces that the kernel computes one by one).
+        preferred_on: Majors of the compute capability on which it precedes all other kernels for attention without
+            mask, window, documents and dropout.
+        automatic: Whether it is chosen without being named by `attention_backend`.
+        missing: Says what the machine or the installation lacks for it, or None.
+        refuses: Says why it cannot compute a workload that everything above allows, or None.
+        library: Module whose import creates operators without a FLOP formula in torch; the kernel's module then has a
+            `register_flop_formulas(flop_counter)`.
+    """
+
+    name: str
+    summary: str
+    functions: "KernelFunctions | str | None"
+    dtypes: Mapping[str, Capability]
+    device: str | None = "cuda"
+    head_sizes: HeadSizes = HeadSizes()
+    abilities: frozenset[Ability] = frozenset()
+    preferred_on: tuple[int, ...] = ()
+    automatic: bool = True
+    missing: Callable[[], str | None] = lambda: None
+    refuses: Callable[[Workload], str | None] = lambda workload: None
+    library: str | None = None
+
+
+def _lacks_module(module: str, remedy: str) -> Callable[[], str | None]:
+    def missing() -> str | None:
+        try:
+            found = importlib.util.find_spec(module) is not None
+        except ImportError:  # of a package on the way to it
+            found = False
+        return None if found else remedy
+
+    return missing
+
+
+def _lacks_flash() -> str | None:
+    import torch
+
+    available = torch.backends.cuda.is_flash_attention_available()
+    return None if available else "this PyTorch was built without flash attention"
+
+
+def _lacks_cudnn() -> str | None:
+    import torch
+
+    return None if torch.backends.cudnn.is_available() else "this PyTorch was built without cuDNN"
+
+
+def _refuses_wide_heads(workload: Workload) -> str | None:
+    # The rule of torch's own choice (sdp_utils.cpp), which a direct call of the operator goes around: these cards have
+    # too little shared memory for the backward.
+    capability, d = workload.capability, workload.head_size
+    small = (8, 6) <= capability <= (8, 9) or (12, 0) <= capability <= (12, 1)
+    if small and "gradient" in workload.needs and (192 < d <= 224 or (d > 224 and "dropout" in workload.needs)):
+        return f"it has no gradient for head size {d} on compute capability {capability[0]}.{capability[1]}"
+    return None
+
+
+_HALF = {"float16": (8, 0), "bfloat16": (8, 0)}
+
+# By name, in the order of preference.
+KERNELS: dict[str, AttentionKernel] = {}
+# The softmax written out, the last resort: it computes everything, on every device.
+EAGER = "eager"
+_loaded: dict[str, Any] = {}
+
+
+def register_kernel(kernel: AttentionKernel, before: str = EAGER) -> None:
+    """Add an attention kernel, which `attention_backend` can then name and which is chosen where it works.
+
+    Call it before a model is made. A kernel chosen by default must be right for whatever its data allow.
+
+    Args:
+        kernel: What it can do, and its functions.
+        before: The kernel that it takes precedence over: `flash_cpu`, the first, for one that is better than all.
+
+    Raises:
+        ValueError: If there is a kernel of this name, or none to precede.
+    """
+    if kernel.name in KERNELS:
+        raise ValueError(f"attention kernel {kernel.name!r}: a kernel of this name is registered; choose another name")
+    if before not in KERNELS:
+        raise ValueError(f"before: {before!r} must be one of {', '.join(KERNELS)}")
+    others = dict(KERNELS)
+    KERNELS.clear()
+    for name, other in others.items():
+        if name == before:
+            KERNELS[kernel.name] = kernel
+        KERNELS[name] = other
+
+
+def functions_of(name: str) -> KernelFunctions:
+    """Return the functions of a kernel, importing their module on first use."""
+    if name not in _loaded:
+        functions = KERNELS[name].functions
+        if functions is None:
+            raise ValueError(f"attention kernel {name!r} has no functions of its own")
+        _loaded[name] = importlib.import_module(functions) if isinstance(functions, str) else functions
+    return _loaded[name]
+
+
+def load_functions() -> None:
+    """Import the modules of all kernels, which a compiler that traces attention cannot do on the way."""
+    for name, kernel in KERNELS.items():
+        if kernel.functions is not None:
+            functions_of(name)
+
+
+_HERE = __name__.rpartition(".")[0]
+_EVERYTHING: frozenset[Ability] = frozenset(get_args(Ability))
+
+for _kernel in (
+    AttentionKernel(
+        name="flash_cpu",
+        summary="PyTorch's flash attention for CPUs",
+        functions=f"{_HERE}.flash_cpu",
+        device="cpu",
+        dtypes=dict.fromkeys(("float64", "float32", "float16", "bfloat16"), (0, 0)),
+        abilities=frozenset({"mask", "gradient"}),
+    ),
+    AttentionKernel(
+        name="flash_attn",
+        summary="the `flash-attn` package, 2.7 or newer",
+        functions=f"{_HERE}.flash_attn2",
+        dtypes=_HALF,
+        head_sizes=HeadSizes(multiple_of=8, largest=256),
+        abilities=frozenset({"window", "documents", "dropout", "gradient"}),
+        missing=_lacks_module("flash_attn.flash_attn_interface", "flash-attn is not installed (uv sync --extra flash)"),
+        refuses=_refuses_wide_heads,
+        library="flash_attn.flash_attn_interface",
+    ),
+    AttentionKernel(
+        name="flash",
+        summary="PyTorch's flash attention for GPUs",
+        functions=f"{_HERE}.flash_cuda",
+        dtypes=_HALF,
+        head_sizes=HeadSizes(multiple_of=8, largest=256),
+        abilities=frozenset({"window", "documents", "dropout", "gradient"}),
+        missing=_lacks_flash,
+        refuses=_refuses_wide_heads,
+    ),
+    AttentionKernel(
+        name="flash_attn_4",
+        summary="the `flash-attn-4` package for Hopper and later, only by name as long as it is a beta",
+        functions=f"{_HERE}.flash_attn4",
+        dtypes={"float16": (9, 0), "bfloat16": (9, 0)},
+        head_sizes=HeadSizes(multiple_of=8, largest=128),
+        abilities=frozenset({"window", "documents", "gradient"}),
+        automatic=False,
+        missing=_lacks_module("flash_attn.cute.interface", "flash-attn-4 is not installed"),
+    ),
+    AttentionKernel(
+        name="cudnn",
+        summary="cuDNN's attention, first on Hopper and Blackwell",
+        functions=f"{_HERE}.cudnn",
+        dtypes=_HALF,
+        head_sizes=HeadSizes(multiple_of=8, largest=128),
+        abilities=frozenset({"dropout", "gradient"}),
+        # Not measured. PyTorch prefers it there too, and the flash kernels above were written for Ampere.
+        preferred_on=(9, 10),
+        missing=_lacks_cudnn,
+    ),
+    AttentionKernel(
+        name="efficient",
+        summary="PyTorch's memory-efficient attention; repeats the keys of grouped queries",
+        functions=f"{_HERE}.efficient",
+        dtypes={"float32": (5, 0), "float16": (5, 0), "bfloat16": (8, 0)},
+        head_sizes=HeadSizes(multiple_of=8, largest=1024),
+        abilities=frozenset({"dropout", "gradient"}),
+    ),
+    AttentionKernel(
+        name=EAGER,
+        summary="the softmax written out, the reference for all others",
+        functions=None,
+        device=None,
+        dtypes={},
+        abilities=_EVERYTHING,
+    ),
+):
+    KERNELS[_kernel.name] = _kernel

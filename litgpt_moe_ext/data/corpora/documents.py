@@ -1,0 +1,122 @@
+"""Corpora that are made of documents: found, split, encoded once, and kept in a cache."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from litgpt_moe_ext.data.corpora.base import Corpus
+from litgpt_moe_ext.data.pipeline.preparation import CorpusSettings, prepare_corpus
+from litgpt_moe_ext.data.pipeline.readers import TextFormat
+from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source
+from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, parse_tokenizer, vocabulary_size
+from litgpt_moe_ext.data.pipeline.tokenizer_files import litgpt_tokenizer, read_tokenizer
+from litgpt_moe_ext.errors import SettingsError
+
+
+@dataclass(kw_only=True)
+class EncodedCorpus(Corpus):
+    """A corpus of documents; a subclass says where they are (`sources`) and what encodes them (`choose_tokenizer`)."""
+
+    data_path: Path = Path("data/text")
+    """Cache folder. Every combination of documents and settings gets a folder of its own in it."""
+    prepend_bos: bool = False
+    """Whether each document starts with the BOS token. Each ends with EOS."""
+    val_fraction: float = 0.05
+    """Share of the documents that validate where no files are named for it, chosen by a hash of their text."""
+    train_count: int | None = None
+    """Train on this many documents, the first. Default: all."""
+    val_count: int | None = None
+    """Validate on this many documents, the first. Default: all."""
+    workers: int | None = None
+    """Processes that encode. Default: one per core; below 32 MB one, with a thread per core."""
+
+    def sources(self, hashes: FileHashes) -> list[Source]:
+        """Find what to read.
+
+        Args:
+            hashes: What is known of the content of files.
+
+        Raises:
+            SettingsError: Files are missing, cannot be read, or are of another kind.
+        """
+        raise NotImplementedError
+
+    def choose_tokenizer(self, given: Any) -> dict[str, bytes] | BPESettings:
+        """Return the files of the tokenizer, or how to train one.
+
+        Args:
+            given: The `litgpt.Tokenizer` of the run, or None.
+
+        Raises:
+            SettingsError: The settings name none or two, or one that cannot be read.
+        """
+        raise NotImplementedError
+
+    @property
+    def text_format(self) -> TextFormat:
+        """How to read the sources, as far as the settings say; part of the corpus' key."""
+        return TextFormat()
+
+    def prepare(self, verbose: bool = True, tokenizer: Any = None) -> Path:
+        """See `Corpus.prepare`; an interrupted preparation continues."""
+        chosen = self.choose_tokenizer(tokenizer)
+        hashes = FileHashes(self.data_path)
+        sources = self.sources(hashes)
+        settings = CorpusSettings(
+            tokenizer=chosen,
+            prepend_bos=self.prepend_bos,
+            val_fraction=self.val_fraction,
+            seed=self.seed,
+            counts={"train": self.train_count, "val": self.val_count},
+            reading=asdict(self.text_format),
+        )
+        directory = prepare_corpus(self.data_path, sources, settings, self.workers, verbose)
+        hashes.save()
+        return directory
+
+
+@dataclass(kw_only=True)
+class DocumentCorpus(EncodedCorpus):
+    """A corpus whose tokenizer is chosen by the user; a subclass says where the documents are (`sources`)."""
+
+    tokenizer_dir: Path | None = None
+    """Tokenizer in Hugging Face format (or GPT-2's vocabulary and merges) to encode with."""
+    bpe: BPESettings | None = None
+    """Instead: train a BPE tokenizer on the training documents, for example with `bpe.vocab_size` 2048."""
+    field: str = "text"
+    """JSON key, or column, that holds the text."""
+    invalid_utf8: Literal["error", "replace"] = "error"
+    """What to do about bytes that are not UTF-8."""
+
+    @property
+    def text_format(self) -> TextFormat:
+        """See `EncodedCorpus.text_format`."""
+        return TextFormat(self.field, None, self.invalid_utf8)
+
+    def planned_vocabulary(self) -> tuple[str, int] | None:
+        """See `Corpus.planned_vocabulary`."""
+        if self.bpe is not None:
+            return f"data.bpe.vocab_size: {self.bpe.vocab_size}", self.bpe.vocab_size
+        if self.tokenizer_dir is not None:
+            content = read_tokenizer(self.tokenizer_dir)["tokenizer.json"]
+            tokenizer = parse_tokenizer(content, f"tokenizer.json of {self.tokenizer_dir}")
+            return f"data.tokenizer_dir: {str(self.tokenizer_dir)!r}", vocabulary_size(tokenizer)
+        return None
+
+    def choose_tokenizer(self, given: Any) -> dict[str, bytes] | BPESettings:
+        """See `EncodedCorpus.choose_tokenizer`."""
+        if self.tokenizer_dir is not None and self.bpe is not None:
+            raise SettingsError(
+                f"data.tokenizer_dir: {str(self.tokenizer_dir)!r} and data.bpe are both set; keep tokenizer_dir to use "
+                "that tokenizer, or bpe to train one"
+            )
+        if self.tokenizer_dir is not None:
+            return read_tokenizer(self.tokenizer_dir)
+        if self.bpe is not None:
+            return self.bpe
+        if given is not None:
+            return litgpt_tokenizer(given)
+        raise SettingsError(
+            "data.tokenizer_dir: there is no tokenizer; set it to a folder with one, or data.bpe.vocab_size to train "
+            "one on the documents"
+        )

@@ -1,0 +1,37 @@
+"""FineWeb-Edu as text."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from litgpt_moe_ext.data.corpora.documents import DocumentCorpus
+from litgpt_moe_ext.data.pipeline.hub import HubSplit, refuse_streaming
+from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source, file_sources, find_files
+
+
+@dataclass(kw_only=True)
+class FineWeb(DocumentCorpus):
+    """FineWeb-Edu: web pages of educational value, in parquet files.
+
+    From a folder with the files, or without one through the Hugging Face library. Shards of tokens that somebody else
+    made, such as build-nanogpt's and llm.c's, need no preparation: `TokenShards` reads them.
+    """
+
+    source_path: Path | None = None
+    """Folder with the parquet files at any depth. Default: the data set `HuggingFaceFW/fineweb-edu` of the hub."""
+    subset: str = "sample-10BT"
+    """Configuration of the data set on the hub."""
+    data_path: Path = Path("data/fineweb_edu")
+    """Cache folder. Every combination of documents and settings gets a folder of its own in it."""
+    val_fraction: float = 0.01
+    """Share of the documents that validate, chosen by a hash of their text."""
+    streaming: bool = False
+    """Without `source_path`: read the files over the network as they are encoded, instead of downloading them first."""
+
+    def sources(self, hashes: FileHashes) -> list[Source]:
+        """See `EncodedCorpus.sources`."""
+        if self.source_path is None:
+            split = HubSplit("HuggingFaceFW/fineweb-edu", "train", None, {"name": self.subset})
+            return split.sources(self.text_format, hashes, self.streaming)
+        refuse_streaming(self.streaming, self.source_path)
+        files = find_files("source_path", self.source_path, "**/*.parquet")
+        return file_sources(files, None, self.text_format, hashes)

@@ -1,0 +1,60 @@
+"""Corpora that are prepared already, by a script of `data_prep/` or on another machine."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from litgpt_moe_ext.data.corpora.base import Corpus
+from litgpt_moe_ext.data.pipeline.store import MANIFEST, read_manifest
+from litgpt_moe_ext.data.pipeline.wandb_artifacts import check_reference, download
+from litgpt_moe_ext.errors import SettingsError
+
+
+@dataclass
+class PreparedCorpus(Corpus):
+    """A finished corpus: a folder with a tokenizer, shards and a manifest."""
+
+    corpus_dir: Path
+    """The folder with the `manifest.json`."""
+
+    def prepare(self, verbose: bool = True, tokenizer: Any = None) -> Path:
+        """See `Corpus.prepare`; only checks that the corpus is whole."""
+        if read_manifest(self.corpus_dir) is None:
+            raise SettingsError(
+                f"corpus_dir: {str(self.corpus_dir)!r} has no {MANIFEST}, so it is not a prepared corpus; set "
+                "corpus_dir to a folder that a script of data_prep/ made"
+            )
+        return self.corpus_dir
+
+
+@dataclass
+class WandbCorpus(Corpus):
+    """A prepared corpus that is downloaded from W&B.
+
+    If a W&B run is active, as with `logger_name: wandb`, the artifact becomes an input of it.
+    """
+
+    reference: str
+    """The artifact, as `entity/project/name:alias`."""
+    artifacts_dir: Path = Path("data/wandb")
+    """Where downloads are kept, each version in a folder of its own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_reference(self.reference)
+
+    @classmethod
+    def instead_of(cls, data: Any, reference: str, artifacts_dir: Path | None) -> "WandbCorpus":
+        """Return the corpus of `reference`, read as the data module of a recipe (or None) would be."""
+        corpus = cls(reference) if artifacts_dir is None else cls(reference, artifacts_dir)
+        for name in ("packing", "shuffle", "seed"):
+            if hasattr(data, name):
+                setattr(corpus, name, getattr(data, name))
+        return corpus
+
+    def prepare(self, verbose: bool = True, tokenizer: Any = None) -> Path:
+        """See `Corpus.prepare`; downloads the artifact, what is there already is only compared."""
+        directory = download(self.reference, self.artifacts_dir)
+        if verbose:
+            print(f"Using the W&B artifact {self.reference} in {directory}", flush=True)
+        return directory

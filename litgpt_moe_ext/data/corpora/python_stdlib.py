@@ -1,0 +1,100 @@
+"""The quickstart corpus: the source code of Python's own standard library. Nothing has to be downloaded."""
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from litgpt_moe_ext.data.corpora.documents import EncodedCorpus
+from litgpt_moe_ext.data.pipeline.readers import documents
+from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source
+from litgpt_moe_ext.data.pipeline.store import in_validation
+from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings
+from litgpt_moe_ext.errors import SettingsError
+
+# Tests are repetitive and hold binary-like literals; packages are not part of the standard library.
+SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+# Of the standard library: tables of character names and rendered documentation, a fifth of its bytes. A small model
+# that sees them spends its capacity on hexadecimal numbers.
+GENERATED_FOLDERS = frozenset({"encodings", "pydoc_data"})
+
+
+@dataclass(kw_only=True)
+class PythonStdlib(EncodedCorpus):
+    """Python source files, by default those of the running Python's standard library, without tests and tables.
+
+    About 10 MB of text, 2.6 million training tokens at the default vocabulary, prepared in a few seconds by the first
+    run. The files differ between Python versions, so losses compare only between runs on the same corpus; its hash is
+    in `manifest.json`, together with the validation loss of a unigram model that training should beat.
+
+    Left out are folders of tests, files that are blank or not UTF-8, and all but the first (by path) of several files
+    with the same content. Text is taken as it is, line ends included.
+    """
+
+    data_path: Path = Path("data/python_stdlib")
+    """Cache folder. Every combination of documents and settings gets a folder of its own in it."""
+    source_path: Path | None = None
+    """Another folder of `.py` files to use instead of the standard library."""
+    vocab_size: int = 4096
+    """Upper bound for the vocabulary of the byte-level BPE tokenizer trained on the training files."""
+    val_fraction: float = 0.05
+    """Share of the files, chosen by a hash of their relative path, that validate."""
+
+    def planned_vocabulary(self) -> tuple[str, int]:
+        """See `Corpus.planned_vocabulary`."""
+        return f"data.vocab_size: {self.vocab_size}", self.vocab_size
+
+    def choose_tokenizer(self, given: Any) -> BPESettings:
+        """See `EncodedCorpus.choose_tokenizer`; the tokenizer always belongs to the corpus."""
+        return BPESettings(self.vocab_size)
+
+    def sources(self, hashes: FileHashes) -> list[Source]:
+        """Return a source per file, sorted by relative path, each on the side that a hash of that path decides."""
+        folder = Path(sysconfig.get_path("stdlib")) if self.source_path is None else self.source_path
+        skipped = SKIPPED_FOLDERS | GENERATED_FOLDERS if self.source_path is None else SKIPPED_FOLDERS
+        if not folder.is_dir():
+            raise SettingsError(
+                f"source_path: {str(folder)!r} is not a folder; set it to a folder with .py files, or leave it out to "
+                "use Python's standard library"
+            )
+        found: dict[bytes, Source] = {}
+        unreadable = 0
+        for name, path in sorted((path.relative_to(folder).as_posix(), path) for path in _files(folder, skipped)):
+            content = path.read_bytes()
+            if not _is_utf8(content):
+                unreadable += 1
+            elif content.strip():
+                digest = hashlib.sha256(content)
+                side = "val" if in_validation(name, self.val_fraction, self.seed) else "train"
+                records = partial(documents, path, self.text_format)
+                found.setdefault(digest.digest(), Source(name, side, len(content), digest.hexdigest(), records))
+        if not found:
+            raise SettingsError(
+                f"source_path: {str(folder)!r} has no usable .py files ({unreadable} are not UTF-8); set it to a "
+                f"folder with Python sources. Not searched are folders named {', '.join(sorted(skipped))} or with a "
+                "leading dot"
+            )
+        if unreadable:
+            print(f"Left out {unreadable} file(s) of {folder} that are not UTF-8", flush=True)
+        return list(found.values())
+
+
+def _files(folder: Path, skipped: frozenset[str]) -> Iterator[Path]:
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
+        for name in files:
+            path = Path(parent, name)
+            if name.endswith(".py") and path.is_file():  # not a dangling link
+                yield path
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -1,0 +1,38 @@
+"""Text in files of any kind."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from litgpt_moe_ext.data.corpora.documents import DocumentCorpus
+from litgpt_moe_ext.data.pipeline.readers import TextFormat
+from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source, file_sources, find_files, split_sources
+
+
+@dataclass(kw_only=True)
+class TextCorpus(DocumentCorpus):
+    """Text in files: plain text, JSON lines, lists of JSON objects, parquet, each also as `.gz` or in a tar archive.
+
+    A plain text file is one document, unless a separator is given.
+    """
+
+    source_path: Path
+    """A file, or a folder with the files to train on at any depth."""
+    val_path: Path | None = None
+    """A file or a folder to validate on. Default: a share of the training documents, `val_fraction`."""
+    pattern: str = "**/*.txt"
+    """Which files in the folders, as a glob: `**/*.parquet`, `train-*.jsonl.gz`, ..."""
+    separator: str | None = None
+    """What ends a document in a plain text file, for example `<|endoftext|>`."""
+
+    @property
+    def text_format(self) -> TextFormat:
+        """See `EncodedCorpus.text_format`."""
+        return replace(super().text_format, separator=self.separator)
+
+    def sources(self, hashes: FileHashes) -> list[Source]:
+        """See `EncodedCorpus.sources`."""
+        train = find_files("source_path", self.source_path, self.pattern)
+        if self.val_path is None:
+            return file_sources(train, None, self.text_format, hashes)
+        val = find_files("val_path", self.val_path, self.pattern)
+        return split_sources(train, val, self.text_format, hashes)

@@ -1,0 +1,73 @@
+"""TinyStories in all its published forms."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from litgpt_moe_ext.data.corpora.documents import DocumentCorpus
+from litgpt_moe_ext.data.pipeline.readers import Record, TextFormat
+from litgpt_moe_ext.data.pipeline.sources import FileHashes, Side, Source, file_sources, find_files, split_sources
+from litgpt_moe_ext.errors import SettingsError
+
+_FIRST_STORIES = "data00.json"
+
+
+@dataclass(kw_only=True)
+class TinyStories(DocumentCorpus):
+    """TinyStories in any of its forms: parquet, the archive or folder of JSON lists, or two text files.
+
+    | what is at `source_path`                             | validates                |
+    | ---------------------------------------------------- | ------------------------ |
+    | `train-*.parquet`, `validation-*.parquet`            | `validation-*`           |
+    | `TinyStories_all_data.tar.gz`, or its `data*.json`   | the first, `data00.json` |
+    | `*train*.txt`, `*valid*.txt` with `<|endoftext|>`    | `*valid*.txt`            |
+    """
+
+    source_path: Path
+    """The archive, or a folder with the files at any depth."""
+    data_path: Path = Path("data/tinystories")
+    """Cache folder. Every combination of documents and settings gets a folder of its own in it."""
+    field: str | None = None  # pyrefly: ignore[bad-override-mutable-attribute] one default per form
+    """JSON key, or column, that holds the text. Default: `text` in parquet, `story` in JSON."""
+
+    @property
+    def text_format(self) -> TextFormat:
+        """What of the format is a setting; the rest follows from the files."""
+        return TextFormat(self.field or "", None, self.invalid_utf8)
+
+    def sources(self, hashes: FileHashes) -> list[Source]:
+        """See `EncodedCorpus.sources`."""
+        stories = replace(self.text_format, field=self.field or "story")
+        if self.source_path.is_file():
+            (archive,) = file_sources([self.source_path], None, stories, hashes)
+            return [_part_of(archive, "train"), _part_of(archive, "val")]
+        found = find_files("source_path", self.source_path, "**/*")
+        forms = (
+            (".parquet", lambda name: name.startswith("validation"), replace(stories, field=self.field or "text")),
+            (".json", lambda name: name == _FIRST_STORIES, stories),
+            (".txt", lambda name: "valid" in name.lower(), replace(stories, separator="<|endoftext|>")),
+        )
+        for suffix, validates, text_format in forms:
+            files = [file for file in found if file.suffix == suffix]
+            val = [file for file in files if validates(file.name)]
+            train = [file for file in files if file not in val]
+            if train and val:
+                return split_sources(train, val, text_format, hashes)
+        raise SettingsError(
+            f"source_path: {str(self.source_path)!r} has none of TinyStories' forms with both a training and a "
+            f"validation part: train-*.parquet and validation-*.parquet, {_FIRST_STORIES} and others, or *train*.txt "
+            f"and *valid*.txt. It has {', '.join(file.name for file in found[:5])}; set source_path to another folder, "
+            "or use TextCorpus"
+        )
+
+
+def _part_of(archive: Source, split: Side) -> Source:
+    records = partial(_of_members, archive, split == "val")
+    return replace(archive, split=split, identity=f"{archive.identity}:{split}", records=records)
+
+
+def _of_members(archive: Source, validating: bool) -> Iterator[Record]:
+    for record in archive.records():
+        if (record.member == _FIRST_STORIES) == validating:
+            yield record

@@ -1,0 +1,149 @@
+"""A corpus as a LitGPT data module: prepared once into token shards, then read from them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.fabric.utilities import rank_zero_only
+from litgpt.tokenizer import Tokenizer
+from tokenizers import Tokenizer as HFTokenizer
+
+from litgpt_moe_ext.data.corpora.base import Corpus, full_docstring
+from litgpt_moe_ext.data.modules.base import TokenModule
+from litgpt_moe_ext.data.packing import document_lengths, pack
+from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR, open_corpus, read_manifest
+from litgpt_moe_ext.data.windows import DocumentWindows, StreamWindows, Windows
+from litgpt_moe_ext.errors import SettingsError
+
+
+class CorpusModule(Corpus, TokenModule):
+    """What makes a corpus a LitGPT data module; `as_data_module` joins the two.
+
+    An entry point that wants LitGPT to use (and to copy into the checkpoints) the tokenizer of the corpus calls
+    `prepare_tokenizer` before `connect`.
+
+    Attributes:
+        corpus_path: The prepared corpus; None before it is prepared.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        TokenModule.__post_init__(self)
+        self.corpus_path: Path | None = None
+
+    def prepare_tokenizer(self) -> Path:
+        """Prepare everything if needed and return the tokenizer directory."""
+        self.prepare_data()
+        return self._prepared() / TOKENIZER_DIR
+
+    def connect(
+        self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None
+    ) -> None:
+        """Take over what is known only at run time.
+
+        Args:
+            tokenizer: None, or the one of this corpus. With None, as in `litgpt pretrain` without a tokenizer
+                directory, training works all the same, only no tokenizer is copied into the checkpoints.
+            batch_size: Windows per micro-batch, that is per batch and rank.
+            max_seq_length: Number of inputs of a window.
+
+        Raises:
+            SettingsError: The corpus is prepared already and `tokenizer` is another one. If it is not prepared yet,
+                `prepare_data` raises instead.
+        """
+        super().connect(tokenizer, batch_size, max_seq_length)
+        if self.corpus_path is not None:
+            self._check_tokenizer()
+
+    def prepare_data(self) -> None:
+        """Prepare the corpus unless this was done before.
+
+        Raises:
+            SettingsError: The tokenizer given to `connect` is not the one of the corpus, the vocabulary is larger than
+                the one `require_vocabulary` named, or a setting or a file is wrong.
+        """
+        if self.corpus_path is None:
+            self.corpus_path = self.prepare(getattr(rank_zero_only, "rank", 0) == 0, self.tokenizer)
+        self._check_tokenizer()
+        self._check_vocabulary()
+
+    def open_shards(self) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
+        """See `TokenModule.open_shards`."""
+        self.prepare_data()  # reuses; where only rank 0 was asked to prepare, this finds its result
+        return open_corpus(self._prepared())
+
+    def windows(self, shards: Sequence[np.ndarray], name: str) -> Windows:
+        """See `TokenModule.windows` and `packing`."""
+        if self.packing == "stream":
+            return StreamWindows(shards, self.max_seq_length, name)
+        from litgpt_moe_ext.host.padding import accept_padding
+
+        accept_padding()
+        lengths = document_lengths(shards, self._manifest()["eos_id"])
+        packing = pack(lengths, self.max_seq_length, together=self.packing == "best_fit")
+        return DocumentWindows(shards, packing, self.max_seq_length, name)
+
+    def require_vocabulary(self, padded_vocab_size: int) -> None:
+        """See `TokenModule.require_vocabulary`; where the settings tell, before anything is prepared.
+
+        The ids were checked against the vocabulary when they were written.
+        """
+        self._model_vocab_size = padded_vocab_size
+        if self.corpus_path is not None:
+            self._check_vocabulary()
+        elif (planned := self.planned_vocabulary()) is not None and planned[1] > padded_vocab_size:
+            raise SettingsError(
+                f"{planned[0]} means {planned[1]} tokens, more than the model's padded_vocab_size of "
+                f"{padded_vocab_size}; set model_config.padded_vocab_size to {planned[1]} or more, or choose a smaller "
+                "vocabulary"
+            )
+
+    @property
+    def corpus_id(self) -> str:
+        """The key of the corpus, and how it is packed."""
+        name = self._prepared().name
+        return name if self.packing == "stream" else f"{name}:{self.packing}"
+
+    @property
+    def unigram_loss(self) -> float:
+        """Validation loss, in nats per token, of a model that knows only how frequent each token is."""
+        return self._manifest()["unigram_val_loss"]
+
+    def _prepared(self) -> Path:
+        if self.corpus_path is None:
+            raise RuntimeError("Call prepare_data() first.")
+        return self.corpus_path
+
+    def _manifest(self) -> dict[str, Any]:
+        manifest = read_manifest(self._prepared())
+        assert manifest is not None
+        return manifest
+
+    def _check_vocabulary(self) -> None:
+        vocab_size = self._manifest()["vocab_size"]
+        if self._model_vocab_size is not None and vocab_size > self._model_vocab_size:
+            raise SettingsError(
+                f"data: the corpus in {self.corpus_path} has a vocabulary of {vocab_size} tokens, more than the "
+                f"model's padded_vocab_size of {self._model_vocab_size}; set model_config.padded_vocab_size to "
+                f"{vocab_size} or more, or prepare the corpus with a smaller vocabulary"
+            )
+
+    def _check_tokenizer(self) -> None:
+        if self.tokenizer is None:
+            return
+        directory = self._prepared() / TOKENIZER_DIR
+        prepared = HFTokenizer.from_file(str(directory / "tokenizer.json")).to_str()
+        # LitGPT's Tokenizer does not keep its path, and the same tokenizer may well come from a copy.
+        given = self.tokenizer.processor.to_str() if isinstance(self.tokenizer.processor, HFTokenizer) else None
+        if given != prepared:
+            raise SettingsError(
+                f"tokenizer_dir: {self.tokenizer.model_name!r} is not the tokenizer that encoded this corpus, so its "
+                f"ids would mean other text; set tokenizer_dir to {str(directory)!r}, or leave it out"
+            )
+
+
+def as_data_module(corpus: type[Corpus]) -> type[CorpusModule]:
+    """Return a corpus as a LitGPT data module: a class with the same name, settings and documentation."""
+    namespace = {"__module__": "litgpt_moe_ext.data", "__doc__": full_docstring(corpus)}
+    return type(corpus.__name__, (corpus, CorpusModule), namespace)

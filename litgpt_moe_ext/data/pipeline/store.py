@@ -1,0 +1,134 @@
+"""Finished corpora on disk: their key, manifest and shards, and how one is published.
+
+A prepared corpus is a folder `<root>/<key>/` with `tokenizer/`, `train_*.bin`, `val_*.bin` and `manifest.json`. The key
+covers the documents and every setting, so a change of either leads to another folder and never to stale tokens. The
+folder appears by one rename after everything in it is on disk, so whatever is found under its final name is complete.
+A finished folder is never deleted here.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from litgpt_moe_ext.data.pipeline.shards import open_shard
+from litgpt_moe_ext.durable import flush, flush_tree
+from litgpt_moe_ext.errors import SettingsError
+
+FORMAT_VERSION = 2  # part of every key; raise it when the same input would lead to other files
+TOKENIZER_DIR = "tokenizer"
+MANIFEST = "manifest.json"
+
+
+def cache_key(corpus: str, settings: Mapping[str, Any]) -> str:
+    """Return 16 hex digits for a hash of the documents and the settings (JSON values) that shape the result."""
+    text = json.dumps({"format": FORMAT_VERSION, "corpus": corpus, "settings": settings}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def in_validation(name: str, val_fraction: float, seed: int) -> bool:
+    """Decide by a hash whether a document validates.
+
+    Adding or removing other documents does not move this one, and the share of all documents is about `val_fraction`.
+
+    Args:
+        name: What tells the document from others: its text, or its path.
+        val_fraction: Share of all documents.
+        seed: Decides which.
+    """
+    digest = hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") < val_fraction * 2**64
+
+
+def unigram_loss(train_counts: np.ndarray, val_counts: np.ndarray) -> float:
+    """Return the cross-entropy in nats per token of validation tokens under the frequencies of training tokens.
+
+    Every training count is raised by one (Laplace), so that an id which is missing there does not make it infinite. A
+    model below this value has learned something from context.
+
+    Args:
+        train_counts: How often each id occurs, shape (vocabulary,).
+        val_counts: Likewise.
+    """
+    smoothed = train_counts + 1.0
+    return float(-(val_counts @ np.log(smoothed / smoothed.sum())) / val_counts.sum())
+
+
+def write_manifest(directory: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the manifest of a corpus whose other files are complete, and return it.
+
+    Args:
+        directory: The corpus.
+        facts: What to record; the sizes of all files are added.
+    """
+    sizes = {
+        path.relative_to(directory).as_posix(): path.stat().st_size
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+    manifest = {**facts, "format_version": FORMAT_VERSION, "file_sizes": sizes}
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return manifest
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """Return the manifest of a finished corpus, or None if there is no finished corpus.
+
+    Raises:
+        SettingsError: The manifest is unreadable, or a file it lists is missing or has another size: somebody changed
+            the folder after it was finished.
+    """
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        sizes = manifest["file_sizes"].items()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SettingsError(f"{path} is damaged ({error!r}); delete {directory} to prepare the corpus again") from error
+    for name, size in sizes:
+        file = directory / name
+        found = file.stat().st_size if file.is_file() else "no"
+        if found != size:
+            raise SettingsError(
+                f"{file} has {found} bytes where the manifest lists {size}; delete {directory} to prepare the corpus "
+                "again"
+            )
+    return manifest
+
+
+def open_corpus(directory: Path) -> tuple[list[np.memmap], list[np.memmap]]:
+    """Return the training and the validation shards of a corpus in order, read-only, each of shape (N_i,)."""
+    train, val = ([open_shard(path) for path in sorted(directory.glob(f"{side}*.bin"))] for side in ("train", "val"))
+    return train, val
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Give a complete folder its final name, after everything in it is on the disk.
+
+    Args:
+        partial: The folder, in the same file system.
+        final: Its name, which must be free.
+    """
+    flush_tree(partial)
+    os.rename(partial, final)
+    flush(final.parent)
+
+
+def check_root(root: Path) -> None:
+    """Raise SettingsError, with the remedy, unless `root` is a folder that can be created and written to."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe = root / f".{uuid.uuid4().hex[:8]}.probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise SettingsError(
+            f"data_path: {str(root)!r} cannot be used as a cache folder ({error.strerror or error}); set data_path to "
+            "a folder that you can write to"
+        ) from error

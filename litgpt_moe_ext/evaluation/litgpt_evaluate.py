@@ -1,0 +1,190 @@
+"""`litgpt evaluate` for checkpoints and tasks that LitGPT's own command cannot handle.
+
+LitGPT converts a checkpoint to Hugging Face's format first, which has no name for the plugin's layers, and it takes no
+task that lm-eval does not ship. Here the LitGPT model itself answers lm-eval's requests.
+"""
+
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from litgpt_moe_ext.config.fields import added_fields
+from litgpt_moe_ext.host.config import uses_plugin
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+    from litgpt_moe_ext.evaluation.lm_eval_model import LitGPTModel
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """The flags of `litgpt evaluate`.
+
+    Attributes:
+        checkpoint_dir: Directory with `lit_model.pth`, `model_config.yaml` and tokenizer files.
+        tasks: Comma separated task names of lm-eval and paths of YAML files in lm-eval's task format. Without it, the
+            names are printed.
+        out_dir: Directory of `results.json`, by default `checkpoint_dir`/evaluate.
+        force_conversion: Has no effect, since nothing is converted.
+        num_fewshot: Number of examples in the context; by default what the task says.
+        batch_size: Requests per batch, "auto" for as many as fit, or "auto:N" to determine that N times.
+        device: Where to run, by default "cuda" if available, else "cpu".
+        dtype: Floating point type of the weights, by default the checkpoint's.
+        limit: Number of documents per task, or their fraction if below 1.
+        seed: Seed of Python's, NumPy's and torch's random numbers.
+        save_filepath: File of the results in place of `out_dir`/results.json.
+        access_token: Has no effect, since nothing is downloaded from a model hub.
+    """
+
+    checkpoint_dir: Path
+    tasks: str | None = None
+    out_dir: Path | None = None
+    force_conversion: bool = False
+    num_fewshot: int | None = None
+    batch_size: int | str = 1
+    device: str | None = None
+    dtype: str | torch.dtype | None = None
+    limit: float | None = None
+    seed: int = 1234
+    save_filepath: Path | None = None
+    access_token: str | None = None
+
+
+def evaluate_checkpoint(settings: EvaluateSettings) -> None:
+    """Evaluate a LitGPT checkpoint as it is. Prints lm-eval's table and saves all results as JSON.
+
+    Args:
+        settings: What to evaluate, and how.
+
+    Raises:
+        SettingsError: If a setting is malformed, a task unknown, or the checkpoint, a task file or its data is missing.
+    """
+    if settings.tasks is None:
+        _print_task_names()
+        return
+    if settings.force_conversion:
+        print("force_conversion: has no effect, the checkpoint is evaluated without converting it.")
+    # Both before lm-eval is imported: it takes long, and the tokenizers' threads must not be started first.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    checkpoint_dir = _resolve_checkpoint_dir(settings.checkpoint_dir)
+
+    from litgpt_moe_ext.evaluation.loading import check_checkpoint_dir
+
+    check_checkpoint_dir(checkpoint_dir)
+
+    from litgpt_moe_ext.evaluation.lm_eval_model import LitGPTModel
+    from litgpt_moe_ext.evaluation.lm_eval_tasks import load_tasks
+
+    loaded_tasks, task_manager = load_tasks(settings.tasks)
+    out_dir = Path(settings.out_dir or checkpoint_dir / "evaluate")
+    save_filepath = Path(settings.save_filepath or out_dir / "results.json")
+    save_filepath.parent.mkdir(parents=True, exist_ok=True)
+    model = LitGPTModel(checkpoint_dir, device=settings.device, dtype=settings.dtype, batch_size=settings.batch_size)
+    info = model.get_model_info()
+    print(
+        f"Evaluating {checkpoint_dir} without conversion: {info['model_num_parameters']:,} parameters, "
+        f"{info['model_dtype']}, {model.device}."
+    )
+    results = _evaluate(model, loaded_tasks, task_manager, settings)
+    # lm-eval adds these by itself for Hugging Face models only.
+    results["config"].update(model=str(checkpoint_dir), **info)
+    results.update(eot_token_id=model.eot_token_id, max_length=model.max_length)
+    _report(results, save_filepath)
+
+
+def _evaluate(
+    model: "LitGPTModel", tasks: list[Any], task_manager: "TaskManager", settings: EvaluateSettings
+) -> dict[str, Any]:
+    from lm_eval.evaluator import simple_evaluate
+
+    return simple_evaluate(
+        model=model,
+        tasks=tasks,
+        task_manager=task_manager,
+        num_fewshot=settings.num_fewshot,
+        batch_size=settings.batch_size,
+        device=str(model.device),
+        limit=settings.limit,
+        random_seed=settings.seed,
+        numpy_random_seed=settings.seed,
+        torch_random_seed=settings.seed,
+    )
+
+
+def _resolve_checkpoint_dir(checkpoint_dir: Path | str) -> Path:
+    # LitGPT lets users leave out the leading `checkpoints/`.
+    from litgpt.utils import extend_checkpoint_dir
+
+    return extend_checkpoint_dir(Path(checkpoint_dir))
+
+
+def _print_task_names() -> None:
+    from lm_eval.tasks import TaskManager
+
+    print("\n".join(TaskManager().task_index))
+    print(
+        "\nChoose one or more of these, or name YAML files in lm-eval's task format, separated by commas: "
+        "--tasks hellaswag,my_tasks/arithmetic.yaml"
+    )
+
+
+def _report(results: dict[str, Any], save_filepath: Path) -> None:
+    from litgpt.eval.evaluate import prepare_results
+
+    # LitGPT's own function prints and writes, so that the content is the same. Renaming makes it all or nothing.
+    partial = save_filepath.with_name(f"{save_filepath.name}.{os.getpid()}.partial")
+    try:
+        prepare_results(results, partial)
+        os.replace(partial, save_filepath)
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"Saved the results to {save_filepath}")
+
+
+def wrap_convert_and_evaluate(original: Callable[..., None]) -> Callable[..., None]:
+    """Give LitGPT's `convert_and_evaluate` the plugin's checkpoints and local task files.
+
+    Args:
+        original: LitGPT's function.
+
+    Returns:
+        A function with the same signature and documentation. It calls `evaluate_checkpoint` if the checkpoint's
+        `model_config.yaml` names one of the plugin's layers or if `tasks` names a YAML file, and `original` with
+        unchanged arguments otherwise.
+    """
+    signature = inspect.signature(original)
+
+    @wraps(original)
+    def convert_and_evaluate(*args: Any, **kwargs: Any) -> None:
+        arguments = signature.bind(*args, **kwargs).arguments
+        tasks = arguments.get("tasks")
+        if tasks is not None and (_names_task_file(tasks) or _names_plugin_layer(arguments["checkpoint_dir"])):
+            return evaluate_checkpoint(EvaluateSettings(**arguments))
+        return original(*args, **kwargs)
+
+    return convert_and_evaluate
+
+
+def _names_task_file(tasks: str) -> bool:
+    return any(entry.strip().lower().endswith((".yaml", ".yml")) for entry in tasks.split(","))
+
+
+def _names_plugin_layer(checkpoint_dir: Path | str) -> bool:
+    path = _resolve_checkpoint_dir(checkpoint_dir) / "model_config.yaml"
+    if not path.is_file():
+        return False
+    with open(path, encoding="utf-8") as file:
+        content = yaml.safe_load(file)
+    if not isinstance(content, dict):
+        return False
+    names = {name: content.get(name) for name in ("mlp_class_name", *added_fields())}
+    return uses_plugin(SimpleNamespace(**names))

@@ -1,0 +1,128 @@
+"""What `--tasks` names: tasks that lm-eval ships, and files that define further ones."""
+
+import difflib
+import glob
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import load_yaml_config
+
+from litgpt_moe_ext.errors import SettingsError
+
+# The loaders of `datasets` for plain files. Any other `dataset_path` names a data set that brings its files along.
+FILE_LOADERS = ("arrow", "csv", "json", "pandas", "parquet", "text")
+
+
+def is_task_file(entry: str) -> bool:
+    """Return whether an entry of `--tasks` is the path of a task file and not a task's name."""
+    return entry.lower().endswith((".yaml", ".yml"))
+
+
+def split_tasks(tasks: str) -> list[str]:
+    """Split the comma separated setting `tasks` into its entries.
+
+    Raises:
+        SettingsError: If there is none.
+    """
+    entries = [entry.strip() for entry in tasks.split(",") if entry.strip()]
+    if not entries:
+        raise SettingsError(f"tasks: {tasks!r} names no task; give names or YAML files, separated by commas")
+    return entries
+
+
+def load_tasks(tasks: str) -> tuple[list[str | ConfigurableTask], TaskManager]:
+    """Find the tasks of the setting `tasks`.
+
+    Args:
+        tasks: Comma separated names of tasks, groups or tags that lm-eval ships, and paths of task files.
+
+    Returns:
+        What `lm_eval.simple_evaluate` takes as `tasks` and as `task_manager`. lm-eval's own tasks are only indexed if
+        one of them is named.
+
+    Raises:
+        SettingsError: If a name is unknown or given twice, or a file is missing, lacks its data or does not define a
+            task.
+    """
+    entries = split_tasks(tasks)
+    names = [entry for entry in entries if not is_task_file(entry)]
+    loaded = {entry: load_task_file(Path(entry)) for entry in entries if is_task_file(entry)}
+    manager = TaskManager(include_defaults=bool(names))
+    for name in names:
+        if name not in manager.task_index:
+            similar = difflib.get_close_matches(name, manager.task_index, n=3)
+            hint = f" Did you mean {' or '.join(similar)}?" if similar else ""
+            raise SettingsError(
+                f"tasks: {name!r} is unknown to lm-eval.{hint} `litgpt evaluate list` shows all names; a file that "
+                "defines a task must end in .yaml or .yml."
+            )
+    task_names = [*names, *(task.config.task for task in loaded.values())]
+    for name in task_names:
+        if task_names.count(name) > 1:
+            raise SettingsError(f"tasks: {name!r} is given more than once; rename the task in your file (key `task`)")
+    return [loaded.get(entry, entry) for entry in entries], manager
+
+
+def load_task_file(path: Path) -> ConfigurableTask:
+    """Build the task that a YAML file in lm-eval's format defines.
+
+    Relative `data_files` lie beside the file; lm-eval by itself would look in the working directory, which is the
+    second place searched here.
+
+    Args:
+        path: The file.
+
+    Raises:
+        SettingsError: If the file or its data is missing, or it does not define a task.
+    """
+    if not path.is_file():
+        raise SettingsError(f"tasks: the file {str(path)!r} does not exist (working directory: {Path.cwd()})")
+    try:
+        config = load_yaml_config(str(path.resolve()), mode="full")
+    except yaml.YAMLError as error:
+        raise SettingsError(f"tasks: {path} is not valid YAML: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("task"), str):
+        raise SettingsError(
+            f"tasks: {path} lacks the key `task` with the task's name, for example `task: my_task`. (Of a group, list "
+            "the files of its tasks.)"
+        )
+    if "class" in config:
+        raise SettingsError(
+            f"tasks: {path} defines a task by a Python class (`class`); only tasks written in YAML can be named"
+        )
+    config = {"metadata": {}, **config}
+    if config.get("dataset_path") in FILE_LOADERS:
+        config["dataset_kwargs"] = _locate_data(config.get("dataset_kwargs") or {}, path)
+    try:
+        return ConfigurableTask(config=config)
+    except TypeError as error:
+        raise SettingsError(f"tasks: {path} has a setting that lm-eval does not accept: {error}") from error
+
+
+def _locate_data(dataset_kwargs: dict[str, Any], path: Path) -> dict[str, Any]:
+    located = dict(dataset_kwargs)
+    for key in ("data_files", "data_dir"):
+        if located.get(key):
+            located[key] = _locate(located[key], path)
+    return located
+
+
+def _locate(data: Any, path: Path) -> Any:
+    # `data_files` is a path or pattern, a list of them, or such values by name of the split.
+    if isinstance(data, dict):
+        return {split: _locate(files, path) for split, files in data.items()}
+    if isinstance(data, list):
+        return [_locate(file, path) for file in data]
+    if "://" in data:
+        return data
+    for folder in (path.resolve().parent, Path.cwd()):
+        candidate = str(folder / data)
+        if glob.glob(candidate, recursive=True):
+            return candidate
+    raise SettingsError(
+        f"tasks: {path} names the data {data!r}, which is neither in {path.resolve().parent} nor in the working "
+        f"directory {Path.cwd()}"
+    )

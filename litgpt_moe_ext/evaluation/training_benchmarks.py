@@ -1,0 +1,169 @@
+"""Benchmarks of a model that is being trained, shared among its processes.
+
+A benchmark has `scores(model)`, which every process calls and which returns the scores by name, on rank 0 at least; and
+`rehearse(model)`, which does a little of the same with the largest batch, so that what fails does so before training
+begins. The model is whole on every process and in evaluation mode.
+"""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+from litgpt import GPT, Tokenizer
+from torch import Tensor
+
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.evaluation.batching import BatchSize
+from litgpt_moe_ext.evaluation.hellaswag import Item, Rule, as_question, evaluate
+from litgpt_moe_ext.evaluation.lm_eval_model import GPTModel
+from litgpt_moe_ext.evaluation.lm_eval_tasks import load_task_file
+from litgpt_moe_ext.evaluation.tokenization import encoder
+
+# lm-eval's own.
+_FEWSHOT_SEED = 1234
+
+
+class HellaSwag:
+    """HellaSwag by one of its rules: `hellaswag/RULE/acc` and `hellaswag/RULE/acc_norm`.
+
+    Args:
+        items: The questions.
+        tokenizer: The model's tokenizer.
+        rule: The rule.
+        batch_size: Endings per forward pass.
+        block_size: Tokens that the model reads at once.
+        fabric: The running Fabric.
+
+    Raises:
+        SettingsError: If an ending has more tokens than `block_size`.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        tokenizer: Tokenizer,
+        rule: Rule,
+        batch_size: int,
+        block_size: int,
+        fabric: L.Fabric,
+    ) -> None:
+        self._rule, self._batch_size, self._fabric = rule, batch_size, fabric
+        encode = encoder(tokenizer)
+        questions = [as_question(item, rule, encode) for item in items]
+        # Only the ending has to fit: a context that is too long loses tokens on the left.
+        longest = max(len(request.continuation) for question in questions for request in question.requests)
+        if longest > block_size:
+            raise SettingsError(
+                f"evaluate.hellaswag: an ending has {longest} tokens and the model reads {block_size} at once; "
+                "remove the benchmark, or take a longer train.max_seq_length or a tokenizer with longer tokens"
+            )
+        self._questions = questions[fabric.global_rank :: fabric.world_size]
+
+    def rehearse(self, model: GPT) -> None:
+        """Answer the questions with the longest texts, as many as go through the model at once."""
+        lengths = [max(len(r.context) + len(r.continuation) for r in question.requests) for question in self._questions]
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        questions = [self._questions[i] for i in order[: -(-self._batch_size // 4)]]
+        evaluate(model, questions, self._batch_size, lambda done: None)
+
+    def scores(self, model: GPT) -> dict[str, float]:
+        """Answer this process's share of the questions; return the scores of all shares."""
+        answers = evaluate(model, self._questions, self._batch_size, lambda done: None)
+        counts = [sum(answer.acc for answer in answers), sum(answer.acc_norm for answer in answers), len(answers)]
+        local = torch.tensor(counts, dtype=torch.int64, device=self._fabric.device)
+        acc, acc_norm, asked = cast(Tensor, self._fabric.all_reduce(local, reduce_op="sum")).tolist()
+        return {f"hellaswag/{self._rule}/acc": acc / asked, f"hellaswag/{self._rule}/acc_norm": acc_norm / asked}
+
+
+class TaskFile:
+    """A task of lm-eval in a local YAML file: `lm_eval/TASK/METRIC`, without standard errors.
+
+    Args:
+        file: The task, with data beside it.
+        tokenizer: The model's tokenizer.
+        tokenizer_dir: The folder it was read from.
+        limit: Ask about this many documents only, or None.
+        batch_size: Requests per forward pass.
+        fabric: The running Fabric.
+
+    Raises:
+        SettingsError: If the file or its data is missing, or it does not define a task, or one with fewer documents
+            than there are processes.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        tokenizer: Tokenizer,
+        tokenizer_dir: Path,
+        limit: int | None,
+        batch_size: int,
+        fabric: L.Fabric,
+    ) -> None:
+        self._task, self._fabric, self._limit = load_task_file(file), fabric, limit
+        self._tokenizer, self._tokenizer_dir, self._batch_size = tokenizer, tokenizer_dir, BatchSize(batch_size)
+        documents = min(len(self._task.eval_docs), limit or len(self._task.eval_docs))
+        if documents < fabric.world_size:
+            raise SettingsError(
+                f"evaluate.tasks: {file} has {documents} documents to ask about, fewer than the {fabric.world_size} "
+                "processes that share them; raise evaluate.max_items, or leave the task out"
+            )
+
+    def rehearse(self, model: GPT) -> None:
+        """Ask about one document per process."""
+        self._evaluate(model, self._fabric.world_size)
+
+    def scores(self, model: GPT) -> dict[str, float]:
+        """Return the scores on rank 0, nothing on the others."""
+        results = self._evaluate(model, self._limit)
+        if results is None:
+            return {}
+        found = results["results"][self._task.config.task]
+        return {
+            f"lm_eval/{self._task.config.task}/{name.removesuffix(',none').replace(',', '/')}": float(value)
+            for name, value in found.items()
+            if isinstance(value, (int, float)) and "_stderr," not in name and name != "sample_len"
+        }
+
+    def _evaluate(self, model: GPT, limit: int | None) -> dict[str, Any] | None:
+        from lm_eval.evaluator import evaluate
+
+        # As in lm-eval's `simple_evaluate`, which also seeds the random generators and looks up the environment.
+        if self._task.get_config("num_fewshot") is None:
+            self._task.set_config(key="num_fewshot", value=0)
+        self._task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+        shared = _SharedModel(model, self._tokenizer, self._tokenizer_dir, self._batch_size, self._fabric)
+        tasks = {self._task.config.task: self._task}
+        # lm-eval draws a bar while it builds the requests, on every process and whether there is a terminal or not.
+        with contextlib.redirect_stderr(io.StringIO()):
+            return evaluate(lm=shared, task_dict=tasks, limit=limit, log_samples=False, bootstrap_iters=0)
+
+
+class _SharedModel(GPTModel):
+    """A model with a copy on every rank.
+
+    lm-eval divides the documents among the ranks, and gathers through `accelerator`.
+    """
+
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer, tokenizer_dir: Path, batch_size: BatchSize, fabric: L.Fabric
+    ) -> None:
+        super().__init__(model, tokenizer, tokenizer_dir, batch_size)
+        self._rank, self._world_size, self._fabric = fabric.global_rank, fabric.world_size, fabric
+
+    @property
+    def accelerator(self) -> "_SharedModel":
+        """What lm-eval gathers and waits through."""
+        return self
+
+    def gather(self, number: Tensor) -> Tensor:
+        """Return the numbers of all ranks, (ranks,)."""
+        return cast(Tensor, self._fabric.all_gather(number)).view(-1)
+
+    def wait_for_everyone(self) -> None:
+        """Return when every process has called."""
+        self._fabric.barrier()

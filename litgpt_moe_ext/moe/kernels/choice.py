@@ -1,0 +1,204 @@
+"""Which implementation computes the routed experts: what each one can do, and which is preferred where.
+
+| name          | implementation                                                            | waits for the GPU   |
+| ------------- | ------------------------------------------------------------------------- | ------------------- |
+| `grouped_mm`  | torch's grouped product, native in bfloat16 on capabilities 9.x and 10.x  | where it is emulated |
+| `triton`      | the package's own kernels, from compute capability 7.5                    | no                  |
+| `grouped_cpu` | one expert after the other on a CPU, with a backward pass written by hand |                     |
+| `loop`        | one expert after the other with ordinary operators, everywhere            | in every layer      |
+
+`BACKENDS` says what each can do, `PREFERENCES` what is preferred where; the first that can do it is chosen. An entry
+added to both by `register_backend` is chosen, announced and forced (`expert_backend` in the model configuration) as the
+package's own are.
+"""
+
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden
+from litgpt_moe_ext.moe.kernels.cpu import grouped_cpu_experts
+from litgpt_moe_ext.moe.kernels.grouped_mm import grouped_mm_experts
+from litgpt_moe_ext.moe.kernels.loop import loop_experts
+from litgpt_moe_ext.moe.kernels.triton.experts import triton_experts
+from litgpt_moe_ext.moe.registry import EXPERT_BACKENDS
+from litgpt_moe_ext.moe.router import Routing
+
+
+class Place(NamedTuple):
+    """Where and in what experts are computed.
+
+    Attributes:
+        device: `cpu`, `cuda`, `hip` (AMD), `mps` or another type of device.
+        capability: Compute capability of an NVIDIA card, otherwise None.
+        dtype: In which matrices are multiplied.
+        compiling: Whether `torch.compile` traces the layer.
+        widths: Model width, and hidden width of one expert.
+    """
+
+    device: str
+    capability: tuple[int, int] | None
+    dtype: torch.dtype
+    compiling: bool
+    widths: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ExpertBackend:
+    """An implementation of the routed experts.
+
+    Attributes:
+        name: Its name in configurations.
+        function: Takes tokens (T, D), their routing, the weights, and what happens between the projections; returns the
+            weighted sum of the experts' outputs, (T, D) in the dtype of the tokens.
+        obstacle: Returns what keeps it from working at a place, as the end of a sentence, or None.
+    """
+
+    name: str
+    function: Callable[[Tensor, Routing, ExpertWeights, Hidden], Tensor]
+    obstacle: Callable[[Place], str | None]
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Which backends are preferred where; what is None does not matter.
+
+    Attributes:
+        backends: Names, best first.
+        device: Type of the device.
+        majors: Major numbers of the compute capability.
+        dtypes: In which matrices are multiplied.
+        compiling: Whether `torch.compile` traces the layer.
+    """
+
+    backends: tuple[str, ...]
+    device: str | None = None
+    majors: tuple[int, ...] | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
+    compiling: bool | None = None
+
+    def covers(self, place: Place) -> bool:
+        """Return whether `place` is meant."""
+        return (
+            self.device in (None, place.device)
+            and (self.majors is None or (place.capability is not None and place.capability[0] in self.majors))
+            and (self.dtypes is None or place.dtype in self.dtypes)
+            and self.compiling in (None, place.compiling)
+        )
+
+
+def _needs_cpu(place: Place) -> str | None:
+    return None if place.device == "cpu" else f"it works on cpu tensors, these are on {place.device}"
+
+
+def _needs_strides(place: Place) -> str | None:
+    if place.dtype.itemsize >= 8:
+        return f"it has no {place.dtype}"
+    if any(width * place.dtype.itemsize % 16 for width in place.widths):
+        return f"it needs widths in multiples of 16 bytes, not {place.widths[0]} and {place.widths[1]}"
+    return None
+
+
+def _needs_triton(place: Place) -> str | None:
+    interpreted = place.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if place.device not in ("cuda", "hip") and not interpreted:
+        return f"it works on cuda tensors (on cpu ones under TRITON_INTERPRET=1), these are on {place.device}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (on Windows: pip install triton-windows)"
+    if place.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it has no {place.dtype}"
+    if place.capability is not None and place.capability < (7, 5):
+        return f"it needs compute capability 7.5, this card has {place.capability[0]}.{place.capability[1]}"
+    if place.capability is not None and place.capability < (8, 0) and place.dtype == torch.bfloat16:
+        return "bfloat16 needs compute capability 8.0 (use precision 16-mixed)"
+    return None
+
+
+BACKENDS: dict[str, ExpertBackend] = {
+    backend.name: backend
+    for backend in (
+        ExpertBackend("loop", loop_experts, lambda place: None),
+        ExpertBackend("grouped_cpu", grouped_cpu_experts, _needs_cpu),
+        ExpertBackend("grouped_mm", grouped_mm_experts, _needs_strides),
+        ExpertBackend("triton", triton_experts, _needs_triton),
+    )
+}
+
+# The first row that covers a place decides. A compiler cannot see how many rows an expert has, which the loops ask.
+PREFERENCES: list[Preference] = [
+    Preference(("grouped_mm", "triton", "loop"), device="cuda", majors=(9, 10), dtypes=(torch.bfloat16,)),
+    Preference(("triton", "loop"), device="cuda"),
+    Preference(("triton", "loop"), device="hip"),
+    Preference(("grouped_mm", "loop"), device="cpu", compiling=True),
+    Preference(("grouped_cpu", "loop"), device="cpu"),
+    Preference(("loop",)),
+]
+
+
+def register_backend(backend: ExpertBackend, *preferences: Preference) -> None:
+    """Make a backend known under its name, and preferred where `preferences` say, before all others."""
+    if backend.name not in BACKENDS:
+        EXPERT_BACKENDS.append(backend.name)
+    BACKENDS[backend.name] = backend
+    PREFERENCES[:0] = preferences
+    choose_backend.cache_clear()
+
+
+@torch.compiler.assume_constant_result
+def backend_for(
+    device: torch.device,
+    dtype: torch.dtype,
+    widths: tuple[int, int],
+    compiling: bool = False,
+    forced: str | None = None,
+) -> str:
+    """Return the name of the backend that computes experts; a loop that waits for the device is announced once.
+
+    Args:
+        device: Device of the tokens.
+        dtype: In which matrices are multiplied.
+        widths: Model width, and hidden width of one expert.
+        compiling: Whether `torch.compile` traces the layer.
+        forced: The only backend allowed (`expert_backend` in the model configuration).
+
+    Raises:
+        SettingsError: If the forced backend is unknown or cannot work there; the message says why.
+    """
+    kind = "hip" if device.type == "cuda" and torch.version.hip else device.type
+    capability = torch.cuda.get_device_capability(device) if kind == "cuda" else None
+    return choose_backend(Place(kind, capability, dtype, compiling, widths), forced)
+
+
+@functools.cache
+def choose_backend(place: Place, forced: str | None = None) -> str:
+    """Return the name of the backend for a place, as `backend_for` does."""
+    if forced is not None:
+        if forced not in BACKENDS:
+            raise SettingsError(f"expert_backend: {forced!r} must be one of {', '.join(BACKENDS)}")
+        reason = BACKENDS[forced].obstacle(place)
+        if reason is not None:
+            raise SettingsError(
+                f"expert_backend: {forced!r} cannot be used here: {reason}. Leave expert_backend out, and a backend "
+                "that works is chosen."
+            )
+        return forced
+    names = next(preference.backends for preference in PREFERENCES if preference.covers(place))
+    obstacles = {name: BACKENDS[name].obstacle(place) for name in names}
+    chosen = next((name for name, reason in obstacles.items() if reason is None), "loop")
+    if chosen == "loop" and place.device in ("cuda", "hip"):
+        warnings.warn(
+            "The GPU computes the experts one after the other, and the host waits for it in every MoE layer: "
+            + "; ".join(f"{name} cannot be used because {reason}" for name, reason in obstacles.items() if reason)
+            + ".",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+    return chosen

@@ -1,0 +1,58 @@
+"""The routed experts one after the other with ordinary operators: everywhere, and the reference for the others.
+
+Shape legend: T tokens, D model width, F hidden width of one expert, K chosen experts per token, N rows of one expert,
+R = T * K routed rows in the order of experts.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden, has_gradient, matmul_dtype
+from litgpt_moe_ext.moe.kernels.few_rows import MOST_GATHERED, gather_experts
+from litgpt_moe_ext.moe.router import Routing
+
+
+def loop_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden: Hidden) -> Tensor:
+    """Return, for each token, the weighted sum of its experts' outputs, (T, D) in the dtype of `x_TD`.
+
+    Args:
+        x_TD: Tokens.
+        routing: The router's decision for them.
+        weights: Stacked weights of the experts.
+        hidden: What happens between the two projections.
+    """
+    few = routing.experts_TK.numel() <= MOST_GATHERED and x_TD.device.type not in ("cpu", "meta")
+    if few and not hidden.dropout and not has_gradient(x_TD, routing.weights_TK, *weights):
+        # On a GPU the loop would wait for the device, and touch every expert.
+        return gather_experts(x_TD, routing, weights, hidden.activation, matmul_dtype(x_TD))
+    rows_R = routing.experts_TK.flatten().argsort(stable=True)
+    tokens_R = rows_R.div(routing.experts_TK.size(1), rounding_mode="floor")
+    x_RD = x_TD.index_select(0, tokens_R)
+    if x_RD.is_meta:
+        # On meta tensors nobody knows which rows go where, but the work is known: every row passes through one expert
+        # of the same size. FLOP counters then see the active experts and no others.
+        y_RD = _expert(x_RD, ExpertWeights(*(None if w is None else w[0] for w in weights)), hidden)
+    else:
+        y_RD = _one_by_one(x_RD, routing.counts_E, weights, hidden)
+    weights_R1 = routing.weights_TK.flatten().index_select(0, rows_R).unsqueeze(1)
+    # The sum over a token's experts is taken in the gate's precision, as Hugging Face's DeepSeek-V3 takes it.
+    y_TD = weights_R1.new_zeros(x_TD.shape).index_add(0, tokens_R, y_RD * weights_R1)
+    return y_TD.to(x_TD.dtype)
+
+
+def _one_by_one(x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:
+    # `unbind` keeps the backward pass linear in E: indexing each expert's weight would create a gradient of the size of
+    # the whole stack for every expert.
+    inputs = x_RD.split(counts_E.tolist())
+    none = (None,) * len(inputs)
+    experts = zip(*(none if w is None else w.unbind() for w in weights), strict=True)
+    return torch.cat([_expert(x, ExpertWeights(*expert), hidden) for x, expert in zip(inputs, experts, strict=True)])
+
+
+def _expert(x_ND: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:
+    # Here the weights are those of one expert.
+    a_NF = hidden.activation(F.linear(x_ND, weights.up_EGD, weights.up_bias_EG))
+    if len(x_ND) and not x_ND.is_meta and (keep_NF := hidden.dropout_mask(len(x_ND), a_NF)) is not None:
+        a_NF = a_NF * keep_NF
+    return F.linear(a_NF, weights.down_EDF, weights.down_bias_ED)

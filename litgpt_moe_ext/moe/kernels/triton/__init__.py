@@ -1,0 +1,1 @@
+"""The routed experts in Triton, for every NVIDIA card since Turing; nothing here waits for the device."""

@@ -1,0 +1,59 @@
+"""The sum over a token's K experts: each row is read once, added in float32, and each token written once.
+
+Rows arrive in the order of tokens (the grouped product stores them there), so no permutation is read and nothing is
+added atomically.
+
+Shape legend: T tokens, K chosen experts per token, D model width, M a block of T, N a
+block of D.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from litgpt_moe_ext.moe.kernels.triton.common import block_of, launch
+
+
+class _Sizes(NamedTuple):
+    n_token: Any
+    top_k: Any
+    width: Any
+
+
+def combine(y_RD: Tensor, gates_TK: Tensor | None, n_token: int, dtype: torch.dtype) -> Tensor:
+    """Return the sum of each token's rows, (T, D) in `dtype`.
+
+    Args:
+        y_RD: Rows in the order of tokens and their K choices, contiguous.
+        gates_TK: Factors of the rows, contiguous, or None.
+        n_token: T.
+        dtype: Of the result.
+    """
+    n_row, width = y_RD.shape
+    y_TD = y_RD.new_empty(n_token, width, dtype=dtype)
+    block = block_of(width)
+    sizes = _Sizes(n_token, n_row // max(n_token, 1), width)
+    grid = (triton.cdiv(n_token, block[0]), triton.cdiv(width, block[1]))
+    launch(_combine, grid, (y_RD, gates_TK, y_TD, sizes, block), warps=4)
+    return y_TD
+
+
+@triton.jit
+def _combine(y, gates, out, sizes, BLOCK: tl.constexpr):
+    token_M = (tl.program_id(0) * BLOCK[0] + tl.arange(0, BLOCK[0])).to(tl.int64)
+    d_N = tl.program_id(1) * BLOCK[1] + tl.arange(0, BLOCK[1])
+    live_M = token_M < sizes.n_token
+    inside_MN = live_M[:, None] & (d_N < sizes.width)[None, :]
+    sum_MN = tl.zeros((BLOCK[0], BLOCK[1]), tl.float32)
+    for k in range(sizes.top_k):
+        choice_M = token_M * sizes.top_k + k
+        y_MN = y + choice_M[:, None] * sizes.width + d_N[None, :]
+        part_MN = tl.load(y_MN, mask=inside_MN, other=0.0).to(tl.float32)
+        if gates is not None:
+            part_MN *= tl.load(gates + choice_M, mask=live_M, other=0.0).to(tl.float32)[:, None]
+        sum_MN += part_MN
+    out_MN = out + token_M[:, None] * sizes.width + d_N[None, :]
+    tl.store(out_MN, sum_MN.to(out.dtype.element_ty), mask=inside_MN)

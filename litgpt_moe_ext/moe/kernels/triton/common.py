@@ -1,0 +1,163 @@
+"""What the Triton kernels share: their arguments, how a block finds its expert, and how they are launched.
+
+Groups of arguments are named tuples: a kernel sees `x.data` and `x.stride` as it would see arguments of these names.
+
+Shape legend: T tokens, K chosen experts per token, E experts, R = T * K routed rows in the order of experts.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from litgpt_moe_ext.moe.kernels.triton.tiles import Tiles, card_for, precision_of
+
+
+class Rows(NamedTuple):
+    """A matrix whose rows are contiguous.
+
+    Attributes:
+        data: Its memory.
+        stride: Elements from one row to the next.
+    """
+
+    data: Any
+    stride: Any
+
+
+class Stack(NamedTuple):
+    """A stack of matrices, one for each expert.
+
+    Attributes:
+        data: Its memory.
+        stride_e: Elements from one expert to the next.
+        stride_o: Elements from one output to the next.
+        stride_i: Elements from one input to the next.
+        n_out: Number of outputs.
+        n_in: Number of inputs.
+    """
+
+    data: Any
+    stride_e: Any
+    stride_o: Any
+    stride_i: Any
+    n_out: Any
+    n_in: Any
+
+
+class Plan(NamedTuple):
+    """Which rows belong to which expert.
+
+    Attributes:
+        rows: For each row in the order of experts, which of the T * K choices it is, (R,).
+        ends: Where the rows of each expert end, int32, (E,).
+        n_expert: E.
+        top_k: K.
+    """
+
+    rows: Any
+    ends: Any
+    n_expert: Any
+    top_k: Any
+
+
+def rows_of(x: Tensor) -> Rows:
+    """Return the matrix as a kernel takes it, copied if its rows are not contiguous."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return Rows(x, x.stride(0))
+
+
+def stack_of(weight_EOI: Tensor) -> Stack:
+    """Return a stack of weights, or a view of one, as a kernel takes it."""
+    return Stack(weight_EOI, *weight_EOI.stride(), weight_EOI.size(1), weight_EOI.size(2))
+
+
+def plan_of(rows_R: Tensor, ends_E: Tensor, n_token: int) -> Plan:
+    """Return which rows belong to which expert as a kernel takes it."""
+    return Plan(rows_R, ends_E, ends_E.numel(), max(rows_R.numel() // max(n_token, 1), 1))
+
+
+def tiles_for(device: torch.device, dtype: torch.dtype) -> tuple[Tiles, str]:
+    """Return the blocks for products of `dtype` on `device`, and the precision that `dot` is to be told."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    precision = precision_of(dtype, capability)
+    how = "widened" if capability is None and dtype == torch.bfloat16 else "tf32" if precision == "tf32" else "ieee"
+    return card_for(capability).tiles[precision], how
+
+
+def block_of(width: int) -> tuple[int, int]:
+    """Return the rows and columns of a block for what is computed element by element in rows of `width`."""
+    columns = min(triton.next_power_of_2(max(width, 16)), 512)
+    return 1024 // columns, columns
+
+
+def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], warps: int, stages: int = 1) -> None:
+    """Start a kernel on the device of its tensors; an empty grid does nothing.
+
+    Args:
+        kernel: A function made by `triton.jit`.
+        grid: Number of programs in each direction.
+        arguments: What the kernel takes, in order.
+        warps: Warps of each program.
+        stages: How many loads of a loop are under way at once.
+    """
+    if 0 in grid:
+        return
+    device = _device_of(arguments)
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+    else:
+        kernel[grid](*arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+
+
+def _device_of(arguments: tuple[Any, ...]) -> torch.device:
+    first = arguments[0]
+    return (first[0] if isinstance(first, tuple) else first).device
+
+
+@triton.jit
+def dot(a, b, total, PRECISION: tl.constexpr):
+    """Return `total + a @ b`, summed in float32.
+
+    Args:
+        a: Left operand.
+        b: Right operand.
+        total: What is added, float32.
+        PRECISION: `ieee` or `tf32` for float32; `widened` for bfloat16 in the interpreter, which has no such product.
+    """
+    if PRECISION == "widened":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    else:
+        return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def find_tile(plan, tile, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
+    """Return the expert of block `tile`, its first row, and where the expert's rows end.
+
+    The blocks of all experts are numbered one expert after the other. Each program counts them anew from where the
+    experts end: a few hundred integers, where a table would be another kernel and asking the device would be a wait.
+
+    Args:
+        plan: Which rows belong to which expert.
+        tile: Number of the block.
+        ROWS: Rows of a block.
+        EXPERTS: The power of two that is not less than the number of experts.
+
+    Returns:
+        The expert (at least `plan.n_expert` if there are fewer blocks), its block's first row, and its end.
+    """
+    expert_E = tl.arange(0, EXPERTS)
+    real_E = expert_E < plan.n_expert
+    end_E = tl.load(plan.ends + expert_E, mask=real_E, other=0)
+    start_E = tl.load(plan.ends + expert_E - 1, mask=real_E & (expert_E > 0), other=0)
+    n_tile_E = (end_E - start_E + ROWS - 1) // ROWS
+    last_E = tl.cumsum(n_tile_E, 0)
+    expert = tl.sum((last_E <= tile).to(tl.int32), 0)
+    mine_E = expert_E == expert
+    first = tl.sum(tl.where(mine_E, start_E + (tile - last_E + n_tile_E) * ROWS, 0), 0)
+    end = tl.sum(tl.where(mine_E, end_E, 0), 0)
+    return expert, first, end

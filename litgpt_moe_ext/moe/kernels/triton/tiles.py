@@ -1,0 +1,161 @@
+"""Sizes of the blocks in which the Triton kernels work, for each kind of NVIDIA card and each kind of number.
+
+Plain data: tables, no autotuning, because another block size is another order of additions, and two runs should give
+the same bits. Every entry must fit into the shared memory of its cards without spilling registers; the tests compile
+all of them. None was timed on a card (`benchmarks/gpu.py` does that).
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+
+Precision = Literal["half", "tf32", "ieee"]
+
+
+class Tile(NamedTuple):
+    """The block of one Triton program.
+
+    Attributes:
+        rows: Routed rows.
+        out: Columns of the result.
+        inner: Columns of the operand that is read along them.
+        warps: Warps of 32 threads that share the block.
+        stages: How many loads are under way at once.
+    """
+
+    rows: int
+    out: int
+    inner: int
+    warps: int
+    stages: int
+
+
+class Tiles(NamedTuple):
+    """The blocks of one kind of card for one kind of number.
+
+    Attributes:
+        few: For experts with about 16 rows each.
+        some: For experts with about 64 rows each.
+        many: For experts with more.
+        weights: For the gradient of weights; `rows` is what one step of the sum reads.
+    """
+
+    few: Tile
+    some: Tile
+    many: Tile
+    weights: Tile
+
+    def for_rows(self, mean_rows: int) -> Tile:
+        """Return the block for experts that have `mean_rows` rows on average."""
+        return self.few if mean_rows <= 24 else self.some if mean_rows <= 96 else self.many
+
+
+class Card(NamedTuple):
+    """A kind of card.
+
+    Attributes:
+        name: NVIDIA's name of the architecture.
+        shared_kib: Shared memory that one block of threads may use, KiB.
+        tiles: Blocks by kind of number; a kind without an entry is not computed.
+    """
+
+    name: str
+    shared_kib: int
+    tiles: dict[Precision, Tiles]
+
+
+# Products on the ordinary cores: registers are the limit, so small blocks for all.
+_IEEE = Tiles(Tile(16, 64, 32, 4, 2), Tile(64, 64, 16, 4, 2), Tile(64, 64, 16, 4, 2), Tile(16, 64, 64, 4, 2))
+
+_TURING = Card(
+    "Turing",
+    64,
+    {
+        "half": Tiles(Tile(16, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2), Tile(128, 64, 32, 4, 2), Tile(32, 64, 64, 4, 2)),
+        "ieee": _IEEE,
+    },
+)
+_AMPERE = Card(
+    "Ampere (A100)",
+    163,
+    {
+        "half": Tiles(
+            Tile(16, 128, 64, 4, 4), Tile(64, 128, 64, 4, 3), Tile(128, 128, 32, 4, 4), Tile(32, 128, 128, 4, 4)
+        ),
+        "tf32": Tiles(
+            Tile(16, 64, 64, 4, 3), Tile(64, 64, 32, 4, 3), Tile(128, 128, 32, 8, 3), Tile(32, 128, 128, 8, 3)
+        ),
+        "ieee": _IEEE,
+    },
+)
+_GEFORCE = Card(
+    "Ampere, Ada or Blackwell for desktops",
+    99,
+    {
+        "half": Tiles(
+            Tile(16, 128, 64, 4, 3), Tile(64, 128, 32, 4, 4), Tile(128, 128, 32, 4, 3), Tile(32, 128, 128, 4, 3)
+        ),
+        "tf32": Tiles(Tile(16, 64, 64, 4, 3), Tile(64, 64, 32, 4, 3), Tile(128, 64, 32, 4, 3), Tile(32, 128, 64, 4, 3)),
+        "ieee": _IEEE,
+    },
+)
+_HOPPER = Card(
+    "Hopper",
+    227,
+    {
+        "half": Tiles(
+            Tile(16, 128, 64, 4, 4), Tile(64, 128, 64, 4, 4), Tile(128, 256, 64, 8, 3), Tile(64, 128, 256, 8, 3)
+        ),
+        "tf32": Tiles(
+            Tile(16, 64, 64, 4, 3), Tile(64, 128, 32, 4, 3), Tile(128, 128, 32, 8, 4), Tile(32, 128, 128, 8, 4)
+        ),
+        "ieee": _IEEE,
+    },
+)
+_BLACKWELL = Card(
+    "Blackwell for data centres",
+    227,
+    {
+        "half": Tiles(
+            Tile(16, 128, 64, 4, 4), Tile(64, 128, 64, 4, 4), Tile(128, 128, 64, 4, 4), Tile(64, 128, 128, 4, 4)
+        ),
+        "tf32": Tiles(
+            Tile(16, 64, 64, 4, 3), Tile(64, 128, 32, 4, 3), Tile(128, 128, 32, 8, 4), Tile(32, 128, 128, 8, 4)
+        ),
+        "ieee": _IEEE,
+    },
+)
+# Where nothing is known (AMD), blocks that fit everywhere; on a CPU, ones that small tests have several of.
+_SMALL = Tiles(Tile(16, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2), Tile(32, 64, 64, 4, 2))
+_OTHER = Card("another vendor's", 64, {"half": _SMALL, "tf32": _IEEE, "ieee": _IEEE})
+_TINY = Tiles(Tile(16, 32, 16, 4, 1), Tile(16, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1), Tile(16, 32, 16, 4, 1))
+_INTERPRETER = Card("interpreter", 64, {"half": _TINY, "tf32": _TINY, "ieee": _TINY})
+
+# Compute capabilities, and majors that share one entry. A capability that is not here takes the nearest below.
+CARDS: dict[tuple[int, int], Card] = {
+    (7, 5): _TURING,
+    (8, 0): _AMPERE,
+    (8, 6): _GEFORCE,
+    (8, 7): _AMPERE,
+    (8, 9): _GEFORCE,
+    (9, 0): _HOPPER,
+    (10, 0): _BLACKWELL,
+    (12, 0): _GEFORCE,
+}
+
+
+def card_for(capability: tuple[int, int] | None) -> Card:
+    """Return the kind of card with this compute capability; the interpreter for None."""
+    if capability is None:
+        return _INTERPRETER
+    if torch.version.hip is not None:
+        return _OTHER
+    return CARDS[max(known for known in CARDS if known <= max(capability, (7, 5)))]
+
+
+def precision_of(dtype: torch.dtype, capability: tuple[int, int] | None) -> Precision:
+    """Return how numbers of `dtype` are multiplied, which for float32 is the user's setting for matrix products."""
+    if dtype != torch.float32:
+        return "half"
+    fast = torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if fast and (capability is None or capability >= (8, 0)) else "ieee"

@@ -1,0 +1,134 @@
+"""Gradients of the experts' weights and biases: sums over the rows of each expert, in a fixed order.
+
+One program computes one block of one expert's gradient from all rows of the expert, so nothing is added atomically and
+two runs give the same bits. Experts without rows get zeros.
+
+Shape legend: T tokens, K chosen experts per token, E experts, R = T * K routed rows in the order of experts, O and I
+widths of output and input.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from litgpt_moe_ext.moe.kernels.triton.common import Plan, dot, launch, rows_of, stack_of, tiles_for
+
+
+class Outer(NamedTuple):
+    """Two matrices whose rows are multiplied with each other and summed for each expert.
+
+    Attributes:
+        left: (R, O) in the order of experts, or (T, O) if `gather_left`.
+        right: (R, I) in the order of experts, or (T, I) if `gather_right`.
+        plan: Which rows belong to which expert.
+        gather_left: Whether `left` has one row for each token.
+        gather_right: Whether `right` has one row for each token.
+    """
+
+    left: Tensor
+    right: Tensor
+    plan: Plan
+    gather_left: bool = False
+    gather_right: bool = False
+
+
+class _Form(NamedTuple):
+    gather_left: bool
+    gather_right: bool
+    precision: str
+
+
+def sum_outer_products(outer: Outer, dtype: torch.dtype) -> Tensor:
+    """Return the sum of `left^T right` over the rows of each expert, (E, O, I) in `dtype`."""
+    left, right, plan, *gather = outer
+    sum_EOI = left.new_empty(plan.n_expert, left.size(1), right.size(1), dtype=dtype)
+    tiles, precision = tiles_for(left.device, left.dtype)
+    tile = tiles.weights
+    form = _Form(*gather, precision)
+    grid = (triton.cdiv(left.size(1), tile.out) * triton.cdiv(right.size(1), tile.inner), plan.n_expert)
+    arguments = (rows_of(left), rows_of(right), stack_of(sum_EOI), plan, form, tile)
+    launch(_sum_outer_products, grid, arguments, tile.warps, tile.stages)
+    return sum_EOI
+
+
+@triton.jit
+def _row(plan, row_M, live_M, GATHER: tl.constexpr):
+    if GATHER:
+        return (tl.load(plan.rows + row_M, mask=live_M, other=0) // plan.top_k).to(tl.int64)
+    return row_M.to(tl.int64)
+
+
+@triton.jit
+def _first_row(plan, expert):
+    return tl.load(plan.ends + expert - 1, mask=expert > 0, other=0)
+
+
+@triton.jit
+def _sum_outer_products(left, right, out, plan, FORM: tl.constexpr, TILE: tl.constexpr):
+    expert = tl.program_id(1)
+    n_in_tile = tl.cdiv(out.n_in, TILE.inner)
+    o_N = (tl.program_id(0) // n_in_tile) * TILE.out + tl.arange(0, TILE.out)
+    i_K = (tl.program_id(0) % n_in_tile) * TILE.inner + tl.arange(0, TILE.inner)
+    first, end = _first_row(plan, expert), tl.load(plan.ends + expert)
+    sum_NK = tl.zeros((TILE.out, TILE.inner), tl.float32)
+    for start in range(first, end, TILE.rows):
+        row_M = start + tl.arange(0, TILE.rows)
+        live_M = row_M < end
+        left_M = _row(plan, row_M, live_M, FORM.gather_left)
+        right_M = _row(plan, row_M, live_M, FORM.gather_right)
+        left_MN = left.data + left_M[:, None] * left.stride + o_N[None, :]
+        right_MK = right.data + right_M[:, None] * right.stride + i_K[None, :]
+        a_MN = tl.load(left_MN, mask=live_M[:, None] & (o_N < out.n_out)[None, :], other=0.0)
+        b_MK = tl.load(right_MK, mask=live_M[:, None] & (i_K < out.n_in)[None, :], other=0.0)
+        sum_NK = dot(tl.trans(a_MN), b_MK, sum_NK, FORM.precision)
+    out_NK = out.data + expert.to(tl.int64) * out.stride_e
+    out_NK = out_NK + o_N.to(tl.int64)[:, None] * out.stride_o + i_K[None, :]
+    inside_NK = (o_N < out.n_out)[:, None] & (i_K < out.n_in)[None, :]
+    tl.store(out_NK, sum_NK.to(out.data.dtype.element_ty), mask=inside_NK)
+
+
+class _Sums(NamedTuple):
+    data: Any
+    gates: Any
+    width: Any
+
+
+def sum_rows(x: Tensor, gates_TK: Tensor | None, plan: Plan, gather: bool, dtype: torch.dtype) -> Tensor:
+    """Return the sum of the rows of each expert, (E, O) in `dtype`.
+
+    Args:
+        x: Rows: of tokens, (T, O), if `gather`, otherwise in the order of experts, (R, O).
+        gates_TK: Factors of the rows, or None.
+        plan: Which rows belong to which expert.
+        gather: Whether `x` has one row for each token.
+        dtype: Of the result; sums are taken in float32.
+    """
+    sum_EO = x.new_empty(plan.n_expert, x.size(1), dtype=dtype)
+    sums = _Sums(sum_EO, None if gates_TK is None else gates_TK.contiguous(), x.size(1))
+    grid = (triton.cdiv(x.size(1), 64), plan.n_expert)
+    launch(_sum_rows, grid, (rows_of(x), sums, plan, gather), warps=4, stages=2)
+    return sum_EO
+
+
+@triton.jit
+def _sum_rows(x, sums, plan, GATHER: tl.constexpr):
+    expert = tl.program_id(1)
+    o_N = tl.program_id(0) * 64 + tl.arange(0, 64)
+    first, end = _first_row(plan, expert), tl.load(plan.ends + expert)
+    sum_MN = tl.zeros((32, 64), tl.float32)
+    for start in range(first, end, 32):
+        row_M = start + tl.arange(0, 32)
+        live_M = row_M < end
+        x_MN = x.data + _row(plan, row_M, live_M, GATHER)[:, None] * x.stride + o_N[None, :]
+        part_MN = tl.load(x_MN, mask=live_M[:, None] & (o_N < sums.width)[None, :], other=0.0).to(tl.float32)
+        if sums.gates is not None:
+            choice_M = tl.load(plan.rows + row_M, mask=live_M, other=0)
+            part_MN *= tl.load(sums.gates + choice_M, mask=live_M, other=0.0).to(tl.float32)[:, None]
+        sum_MN += part_MN
+    sum_N = tl.sum(sum_MN, 0)
+    tl.store(
+        sums.data + expert.to(tl.int64) * sums.width + o_N, sum_N.to(sums.data.dtype.element_ty), mask=o_N < sums.width
+    )

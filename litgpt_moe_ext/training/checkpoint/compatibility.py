@@ -1,0 +1,50 @@
+"""Whether a checkpoint belongs to the model and optimizer of a run."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from litgpt_moe_ext.config.features import MOE_CLASS_NAMES
+from litgpt_moe_ext.training.checkpoint.hyperparameters import read
+
+
+def require_same_model(setting: str, checkpoint_dir: Path, config: Any) -> None:
+    """Raise ValueError, naming the fields that differ, if a checkpoint holds another model than `config` describes.
+
+    Args:
+        setting: Name of the setting that names the checkpoint.
+        checkpoint_dir: A checkpoint directory.
+        config: The `litgpt.Config` of the run.
+    """
+    file = checkpoint_dir / "model_config.yaml"
+    try:
+        saved = asdict(type(config).from_file(file))
+    except (TypeError, ValueError, AssertionError, yaml.YAMLError, OSError) as error:
+        raise ValueError(f"{setting}: {file} cannot be read: {error}") from error
+    differences = [
+        f"{name} is {saved.get(name)!r} in the checkpoint and {value!r} now"
+        for name, value in asdict(config).items()
+        if saved.get(name) != value and name not in ("name", "hf_config")
+    ]
+    if differences:
+        remedy = "Use its model configuration, or start anew with another --out_dir."
+        if setting == "initial_checkpoint_dir" and config.mlp_class_name in MOE_CLASS_NAMES and not saved["n_expert"]:
+            remedy = f"`litgpt-moe upcycle {checkpoint_dir} RECIPE NEW_DIRECTORY` makes an MoE model of this dense one."
+        raise ValueError(f"{setting}: {str(checkpoint_dir)!r} holds another model: {'; '.join(differences)}. {remedy}")
+
+
+def require_same_optimizer(checkpoint_dir: Path, settings: dict[str, Any]) -> None:
+    """Raise ValueError if the optimizer whose state a checkpoint holds is of another class than that of `settings`."""
+    before, now = _class_name(read(checkpoint_dir).get("optimizer")), _class_name(settings["optimizer"])
+    if before is not None and before != now:
+        raise ValueError(
+            f"resume: {str(checkpoint_dir)!r} holds the state of the optimizer {before}, not of {now}. Resume with "
+            f"{before}, or start anew from its weights with initial_checkpoint_dir."
+        )
+
+
+def _class_name(optimizer: Any) -> str | None:
+    path = optimizer.get("class_path") if isinstance(optimizer, dict) else optimizer
+    return path.rpartition(".")[2] if isinstance(path, str) else None

@@ -1,0 +1,90 @@
+"""Where a run stood when a checkpoint was saved, in plain text beside the model, and the order that follows from it."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from litgpt_moe_ext.training.checkpoint.hyperparameters import read
+
+MODEL_FILE = "lit_model.pth"
+STATE_FILE = "training_state.json"
+BEST, FINAL = "best", "final"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What `training_state.json` says.
+
+    Attributes:
+        attempt: How often the run had been started: 1, and one more whenever it is resumed. Clocks go wrong, and those
+            of several nodes differ; this number does not.
+        step: Finished optimizer steps.
+        iteration: Micro-batches of one rank.
+        processes: Number of ranks.
+        saved_at: Seconds since 1970, for people.
+    """
+
+    attempt: int
+    step: int
+    iteration: int
+    processes: int
+    saved_at: float
+
+    def write(self, checkpoint_dir: Path) -> None:
+        """Write it into a checkpoint directory."""
+        (checkpoint_dir / STATE_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def read_progress(checkpoint_dir: Path) -> Progress | None:
+    """Return the progress of a checkpoint, or None if it has none that can be read."""
+    try:
+        found = json.loads((checkpoint_dir / STATE_FILE).read_text(encoding="utf-8"))
+        progress = Progress(**found)
+    except (OSError, ValueError, TypeError):  # no file, no JSON or no text, other fields
+        return None
+    counters = (progress.attempt, progress.step, progress.iteration, progress.processes)
+    return progress if all(type(counter) is int and counter >= 0 for counter in counters) else None
+
+
+def step_of(checkpoint_dir: Path) -> int | None:
+    """Return after which optimizer step a checkpoint was saved, or None if nothing says so."""
+    if (progress := read_progress(checkpoint_dir)) is not None:
+        return progress.step
+    # A checkpoint of plain LitGPT has its step in the name only.
+    _, _, digits = checkpoint_dir.name.partition("step-")
+    return int(digits) if digits.isdecimal() else None
+
+
+def batch_of(checkpoint_dir: Path) -> int | None:
+    """Return the sequences of an iteration over all ranks when a checkpoint was written, or None if unknown."""
+    if (progress := read_progress(checkpoint_dir)) is None:
+        return None
+    train = read(checkpoint_dir).get("train")
+    micro_batch = train.get("micro_batch_size") if isinstance(train, dict) else None
+    return progress.processes * micro_batch if isinstance(micro_batch, int) else None
+
+
+def newest_first(out_dir: Path) -> list[Path]:
+    """Return the checkpoint directories of a run, whole or not, the last saved first.
+
+    The last attempt counts first, in it the step. Those that do not say when they were saved are the last.
+    """
+    found = [path for path in out_dir.glob("*") if path.is_dir() and _looks_like_a_checkpoint(path)]
+    return sorted(found, key=_order, reverse=True)
+
+
+def next_attempt(out_dir: Path, resume_dir: Path) -> int:
+    """Return the attempt that a run in `out_dir` is which resumes from a checkpoint now."""
+    found = (read_progress(path) for path in (resume_dir, *newest_first(out_dir)))
+    return 1 + max((progress.attempt for progress in found if progress is not None), default=0)
+
+
+def _looks_like_a_checkpoint(path: Path) -> bool:
+    return not path.name.startswith(".") and any((path / name).is_file() for name in (MODEL_FILE, STATE_FILE))
+
+
+def _order(path: Path) -> tuple[int, int, int]:
+    progress = read_progress(path)
+    attempt, step = (0, step_of(path) or 0) if progress is None else (progress.attempt, progress.step)
+    # `best` is often a second name of another, and that one is what a user looks for.
+    return attempt, step, {BEST: 0, FINAL: 2}.get(path.name, 1)

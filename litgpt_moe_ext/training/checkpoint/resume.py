@@ -1,0 +1,94 @@
+"""Which checkpoint a run resumes from: the newest whole one, or the one that was named."""
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from litgpt_moe_ext.training.checkpoint import manifest
+from litgpt_moe_ext.training.checkpoint.progress import MODEL_FILE, STATE_FILE, newest_first, read_progress
+
+_NEEDED = (MODEL_FILE, "model_config.yaml")
+
+
+def problem_with(checkpoint_dir: Path) -> str | None:
+    """Return why a checkpoint directory cannot be resumed from, or None if it is whole.
+
+    Reads every file once and compares it with its checksum. A checkpoint of plain LitGPT has none; there, those inside
+    the model file are used.
+    """
+    for name in _NEEDED:
+        if not (checkpoint_dir / name).is_file():
+            return f"{name} is missing"
+    if (checkpoint_dir / manifest.FILE_NAME).is_file():
+        return manifest.problem_with(checkpoint_dir, required=_NEEDED)
+    if (checkpoint_dir / STATE_FILE).is_file() and read_progress(checkpoint_dir) is None:
+        return f"{STATE_FILE} is damaged"
+    try:
+        with zipfile.ZipFile(checkpoint_dir / MODEL_FILE) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
+        return f"{MODEL_FILE} is truncated or damaged ({error})"
+    return None if damaged is None else f"{MODEL_FILE} is damaged in its record {damaged}"
+
+
+def find_resume_file(
+    resume: bool | Literal["auto"] | Path, out_dir: Path, say: Callable[[str], None] = print
+) -> Path | Literal[False]:
+    """Return the model file to resume from, or False to start anew.
+
+    Args:
+        resume: False; `"auto"` for the newest whole checkpoint if there is one; True for the same, which must exist; or
+            the path of a checkpoint directory, of its model file, or of a run's directory, whose newest is taken.
+        out_dir: The run's directory.
+        say: Told about every checkpoint that is passed over.
+
+    Raises:
+        FileNotFoundError: If a checkpoint was asked for and there is no whole one.
+    """
+    if resume is False or resume is None:
+        return False
+    if not isinstance(resume, bool) and resume != "auto":
+        directory = Path(resume).parent if Path(resume).suffix == ".pth" else Path(resume)
+        if not (directory / MODEL_FILE).is_file() and newest_first(directory):
+            return find_resume_file(True, directory, say)
+        if problem := problem_with(directory):
+            raise FileNotFoundError(f"resume: {str(resume)!r} is not a whole checkpoint: {problem}")
+        return directory / MODEL_FILE
+    damaged = []
+    for directory in newest_first(out_dir):
+        problem = problem_with(directory)
+        if problem is None:
+            return directory / MODEL_FILE
+        damaged.append(str(directory))
+        say(f"Passing over checkpoint {directory}: {problem}")
+    if damaged:
+        # Starting anew here would overwrite the run that the user meant to continue.
+        raise FileNotFoundError(
+            f"resume: {resume!r} found only damaged checkpoints ({', '.join(damaged)}). Move them away to start "
+            "anew, or choose another --out_dir."
+        )
+    if resume is True:
+        raise FileNotFoundError(
+            f"resume: true, but there is no checkpoint in out_dir: {str(out_dir)!r}; use --resume auto"
+        )
+    return False
+
+
+def agree(fabric: Any, decide: Callable[[], Any]) -> Any:
+    """Return on every rank what `decide` returns on the first, which alone calls it; its error is raised on all.
+
+    Args:
+        fabric: The launched fabric; every rank must call.
+        decide: Looks at the file system, which may take long or differ between nodes.
+    """
+    outcome, error = None, None
+    if fabric.is_global_zero:
+        try:
+            outcome = decide()
+        except (OSError, ValueError) as problem:  # of the file system, or a settings error
+            error = problem
+    outcome, error = fabric.broadcast((outcome, error))
+    if error is not None:
+        raise error
+    return outcome

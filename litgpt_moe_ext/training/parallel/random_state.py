@@ -1,0 +1,60 @@
+"""The random generators of a rank: one stream each, resumed exactly."""
+
+import random
+from typing import Any
+
+import torch
+
+
+def of_this_rank(device: torch.device) -> dict[str, Any]:
+    """Return the state of what training draws from: torch on the CPU and on the device of the rank, and Python.
+
+    Args:
+        device: Of this rank. Other devices are those of other ranks, or of nobody.
+    """
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore(state: dict[str, Any], device: torch.device) -> bool:
+    """Set the generators to a state that `of_this_rank` returned.
+
+    Returns:
+        Whether all of them were set; False if the state comes from a rank on another type of device.
+    """
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    return (device.type == "cuda") == ("cuda" in state)
+
+
+def of_all_ranks(fabric: Any) -> list[dict[str, Any]]:
+    """Return the states of all ranks in their order; every rank must call."""
+    own = of_this_rank(fabric.device)
+    if fabric.world_size == 1:
+        return [own]
+    states: list = [None] * fabric.world_size
+    torch.distributed.all_gather_object(states, own)
+    return states
+
+
+def part_ways(seed: int, rank: int, world_size: int, step: int = 0) -> None:
+    """Give every rank a stream of its own, where all of them have drawn the same numbers so far.
+
+    LitGPT seeds all ranks alike, which the initial weights need. After that dropout, jitter and the noise of routers
+    would be the same for different tokens. A single process keeps its stream.
+
+    Args:
+        seed: Of the run.
+        rank: Of this process.
+        world_size: Number of ranks.
+        step: Finished optimizer steps, so that a run resumed with another number of ranks repeats no numbers.
+    """
+    if world_size > 1:
+        own = random.Random(f"{seed}, step {step}, rank {rank} of {world_size}").getrandbits(63)
+        torch.manual_seed(own)
+        random.seed(own)

@@ -1,0 +1,317 @@
+"""The Triton kernels on a CPU, by Triton's interpreter: not collected by itself, `test_triton.py` runs it in a process.
+
+The interpreter must be switched on before Triton is imported, and imports nothing of LitGPT, to be there quickly.
+"""
+
+import os
+from types import SimpleNamespace
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from litgpt_moe_ext.moe.activations import Activation
+from litgpt_moe_ext.moe.experts import Experts
+from litgpt_moe_ext.moe.kernels.backends import ExpertWeights
+from litgpt_moe_ext.moe.kernels.triton import activation as triton_activation
+from litgpt_moe_ext.moe.kernels.triton.common import plan_of
+from litgpt_moe_ext.moe.kernels.triton.rows import Product, multiply_rows
+from litgpt_moe_ext.moe.kernels.triton.weights import Outer, sum_outer_products
+from litgpt_moe_ext.moe.router import Routing
+
+EXAMPLES = int(os.environ.get("TRITON_EXAMPLES", "3"))
+ACTIVATIONS = [("swiglu", "none"), ("geglu", "none"), ("geglu", "tanh"), ("gelu", "none"), ("gelu", "tanh"),
+               ("relu", "none"), ("relu2", "none")]  # fmt: skip
+
+
+def make_experts(dtype=torch.float32, E=5, D=16, F=24, bias=True, activation=("swiglu", "none"), **changes):
+    config = {"n_expert": E, "n_embd": D, "moe_intermediate_size": F, "bias": bias, "n_layer": 2}
+    config |= {"mlp_activation": activation[0], "gelu_approximate": activation[1], "expert_dropout": None}
+    experts = Experts(SimpleNamespace(**config | {"expert_backend": "triton"} | changes))
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return experts.to(dtype)
+
+
+def make_routing(T, K, E, only=None):
+    allowed = torch.arange(E) if only is None else torch.tensor(only)
+    experts = torch.stack([allowed[torch.randperm(len(allowed))[:K]] for _ in range(T)]) if T else torch.empty(0, K)
+    experts = experts.long()
+    return Routing(torch.rand(T, K), experts, torch.bincount(experts.flatten(), minlength=E))
+
+
+def run(experts, backend, x, routing, upstream):
+    experts.forced_backend = backend
+    experts.zero_grad()
+    x = x.detach().requires_grad_()
+    routing = routing._replace(weights_TK=routing.weights_TK.detach().requires_grad_())
+    y = experts(x, routing)
+    y.backward(upstream)
+    gradients = {name: parameter.grad for name, parameter in experts.named_parameters()}
+    return {"y": y.detach(), "x": x.grad, "gates": routing.weights_TK.grad, **gradients}
+
+
+def exact(experts, x, routing, upstream):
+    """Return what float64 gives for the same numbers."""
+    parameters = {name: parameter.detach().clone() for name, parameter in experts.named_parameters()}
+    double = run(experts.double(), "loop", x.double(), routing._replace(weights_TK=routing.weights_TK.double()),
+                 upstream.double())  # fmt: skip
+    experts.to(x.dtype).load_state_dict(parameters)
+    return double
+
+
+def error(ours, truth):
+    return (ours.double() - truth).abs().max().item() / max(1.0, truth.abs().max().item()) if truth.numel() else 0.0
+
+
+def compare(experts, routing, T):
+    x, upstream = (torch.randn(T, experts.n_embd).to(experts.down_proj.dtype) for _ in range(2))
+    truth = exact(experts, x, routing, upstream)
+    ours, loop = (run(experts, backend, x, routing, upstream) for backend in ("triton", "loop"))
+    # The interpreter cuts bfloat16 off where a card rounds, which adds up over the products of a layer.
+    floor = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-2}[x.dtype]
+    for name, expected in truth.items():
+        assert ours[name].dtype == loop[name].dtype, name
+        assert ours[name].shape == loop[name].shape, name
+        assert error(ours[name], expected) <= max(1.5 * error(loop[name], expected), floor), name
+    return ours
+
+
+@pytest.mark.parametrize(
+    ("T", "K", "E", "only", "D", "F"),
+    [
+        pytest.param(33, 2, 5, None, 16, 24, marks=pytest.mark.slow),
+        (1, 2, 5, None, 16, 24),
+        (20, 2, 5, [0, 4], 16, 24),
+        (7, 1, 1, None, 33, 35),
+        (0, 2, 2, None, 16, 24),
+        pytest.param(80, 1, 2, None, 40, 20, marks=pytest.mark.slow),
+    ],
+    ids=["batch", "one token", "idle experts", "one expert, odd widths", "no token", "many"],
+)
+def test_equals_the_loop(T, K, E, only, D, F):
+    experts = make_experts(E=E, D=D, F=F, bias=T != 80)
+    ours = compare(experts, make_routing(T, K, E, only), T)
+    for e in set(range(E)).difference(only or range(E)):
+        assert not ours["gate_up_proj"][e].any()
+        assert not ours["down_bias"][e].any()
+
+
+@given(
+    T=st.integers(0, 30), E=st.integers(1, 7), k=st.integers(1, 4), D=st.integers(1, 36), F=st.integers(1, 36),
+    bias=st.booleans(), activation=st.sampled_from(ACTIVATIONS), seed=st.integers(0, 99),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)  # fmt: skip
+@settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+def test_any_shape(T, E, k, D, F, bias, activation, seed, dtype):
+    torch.manual_seed(seed)
+    compare(make_experts(dtype, E, D, F, bias, activation), make_routing(T, min(k, E), E), T)
+
+
+@pytest.mark.parametrize("known", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["kernels", "operators"])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids="-".join)
+def test_activations(activation, known, monkeypatch):
+    """Those that the kernels do not know are computed by torch's operators."""
+    if not known:
+        monkeypatch.setattr(triton_activation, "_KINDS", {})
+    experts, routing = make_experts(E=1, D=5, F=6, activation=activation), make_routing(9, 1, 1)
+    compare(experts, routing, 9)
+    x = torch.randn(9, 5)
+    with torch.no_grad():
+        outputs = []
+        for experts.forced_backend in ("triton", "loop"):
+            outputs.append(experts(x, routing))
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_decoding_reads_only_the_chosen_experts(dtype, bias):
+    """Weights of the others are not numbers at all."""
+    experts, routing = make_experts(dtype, E=6, bias=bias), make_routing(3, 2, 6, only=[1, 2, 4])
+    x = torch.randn(3, 16).to(dtype)
+    with torch.no_grad():
+        experts.forced_backend = "loop"
+        expected = experts(x, routing)
+        for parameter in experts.parameters():
+            parameter[[0, 3, 5]] = float("nan")
+        experts.forced_backend = "triton"
+        ours = experts(x, routing)
+    assert ours.dtype == dtype
+    tolerance = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    torch.testing.assert_close(ours, expected, atol=tolerance, rtol=tolerance)
+
+
+def test_dropout():
+    """With the mask that was drawn, everything is what float64 gives."""
+    T, K, E, F, p = 20, 2, 3, 24, 0.25
+    experts, routing = make_experts(E=E, F=F, expert_dropout=p), make_routing(T, K, E)
+    x, upstream = torch.randn(T, 16), torch.randn(T, 16)
+    torch.manual_seed(5)
+    ours = run(experts, "triton", x, routing, upstream)
+    torch.manual_seed(5)
+    keep_RF = torch.empty(T * K, F, dtype=torch.bool).bernoulli_(1 - p)
+    assert 0.6 < keep_RF.float().mean() < 0.9
+    rows = routing.experts_TK.flatten().argsort(stable=True)
+    leaves = [x, routing.weights_TK, *(parameter.detach() for parameter in experts.parameters())]
+    leaves = [leaf.double().requires_grad_() for leaf in leaves]
+    x, gates, up, down, up_bias, down_bias = leaves
+    chosen = routing.experts_TK.flatten()[rows]
+    h = torch.einsum("rd,rgd->rg", x[rows // K], up[chosen]) + up_bias[chosen]
+    a = experts.activation(h) * keep_RF / (1 - p)
+    y = (torch.einsum("rf,rdf->rd", a, down[chosen]) + down_bias[chosen]) * gates.flatten()[rows].unsqueeze(1)
+    y = torch.zeros(T, 16, dtype=torch.float64).index_add(0, rows // K, y)
+    gradients = torch.autograd.grad(y, leaves, upstream.double())
+    names = ("x", "gates", "gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
+    for name, expected in zip(("y", *names), (y.detach(), *gradients), strict=True):
+        torch.testing.assert_close(ours[name].double(), expected, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.slow
+def test_two_runs_give_the_same_bits():
+    experts, routing = make_experts(torch.bfloat16, E=2), make_routing(17, 2, 2)
+    x, upstream = torch.randn(17, 16).bfloat16(), torch.randn(17, 16).bfloat16()
+    first, second = (run(experts, "triton", x, routing, upstream) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
+def test_autocast(dtype):
+    """Products in the lower precision; sums over experts and the gradients of weights in float32."""
+    experts, routing = make_experts(E=2), make_routing(17, 1, 2)
+    x, upstream = torch.randn(17, 16), torch.randn(17, 16)
+    truth = exact(experts, x, routing, upstream)
+    with torch.autocast("cpu", dtype):
+        ours = run(experts, "triton", x, routing, upstream)
+    for name, expected in truth.items():
+        assert ours[name].dtype == torch.float32
+        assert 1e-7 < error(ours[name], expected) < {torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype], name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", [("x",), ("gates",), ("gate_up_proj",), ("down_bias",), ("gate_up_bias", "x")])
+def test_frozen_parts_get_no_gradient(trained):
+    experts, routing = make_experts(E=2), make_routing(9, 1, 2)
+    tensors = {"x": torch.randn(9, 16), "gates": routing.weights_TK, **dict(experts.named_parameters())}
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(name in trained)
+    results = []
+    for experts.forced_backend in ("triton", "loop"):
+        y = experts(tensors["x"], routing)
+        results.append(torch.autograd.grad(y.square().sum(), [tensors[name] for name in trained]))
+    for ours, loop in zip(*results, strict=True):
+        torch.testing.assert_close(ours, loop, atol=1e-4, rtol=1e-4)
+
+
+def test_more_than_two_billion_elements():
+    """Experts lie 2**31 elements apart, and so do rows; only the pages that are used become memory."""
+    apart = 2**31 + 64
+    memory = torch.empty(2 * apart + 4096, dtype=torch.float16)
+    if not memory.numel():
+        pytest.skip("no room")
+    weight = memory.as_strided((3, 8, 8), (apart, 8, 1))
+    weight.copy_(torch.randn(3, 8, 8))
+    x = memory[1024:].as_strided((3, 8), (apart, 1))
+    x.copy_(torch.randn(3, 8))
+    rows, ends = torch.tensor([0, 1, 2]), torch.tensor([1, 2, 3], dtype=torch.int32)
+    y = multiply_rows(Product(x, weight, None, plan_of(rows, ends, 3), gather=True))
+    torch.testing.assert_close(y, torch.einsum("ri,roi->ro", x.float(), weight.float()).half(), atol=1e-2, rtol=1e-2)
+    outer = sum_outer_products(Outer(x, x, plan_of(rows, ends, 3), gather_left=True), torch.float32)
+    torch.testing.assert_close(outer, torch.einsum("ro,ri->roi", x.float(), x.float()))
+
+
+def saved_bytes(experts, x, routing):
+    known = {parameter.untyped_storage().data_ptr() for parameter in experts.parameters()}
+    storages = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in known:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = experts(x, routing)
+    return sum(storages.values()) if y is not None else 0
+
+
+def test_saved_for_the_backward_pass():
+    """Tokens, the first projection's output and the routing, as on a CPU; no gathered copy, no cast weights."""
+    T, K, D, F = 40, 2, 16, 24
+    experts, routing = make_experts(), make_routing(T, K, 5)
+    routing.weights_TK.requires_grad_()
+    ours = saved_bytes(experts, torch.randn(T, D), routing)
+    assert ours <= 4 * (T * D + T * K * 2 * F) + 20 * T * K + 64
+    experts.forced_backend = "grouped_cpu"
+    ends_of_experts = 4 * 5
+    assert ours - ends_of_experts <= saved_bytes(experts, torch.randn(T, D), routing)
+
+
+def test_checkpointing_and_compiling_see_operators():
+    experts, routing = make_experts(D=8, F=8, E=3), make_routing(12, 2, 3)
+    x, upstream = torch.randn(12, 8), torch.randn(12, 8)
+    plain = run(experts, "triton", x, routing, upstream)
+
+    def again(use):
+        leaf = x.clone().requires_grad_()
+        experts.zero_grad()
+        y = use(leaf)
+        y.backward(upstream)
+        assert torch.equal(y, plain["y"])
+        for ours, name in ((leaf.grad, "x"), (experts.gate_up_proj.grad, "gate_up_proj")):
+            torch.testing.assert_close(ours, plain[name])
+
+    again(lambda leaf: checkpoint(lambda x: experts(x, routing), leaf, use_reentrant=False))
+    graphs = []
+
+    def remember(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    from torch._dynamo.backends.common import aot_autograd
+
+    compiled = torch.compile(experts, fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=remember))
+    again(lambda leaf: compiled(leaf, routing))
+    operators = {str(node.target) for graph in graphs for node in graph.graph.nodes}
+    assert {"litgpt_moe_ext.expert_up.default", "litgpt_moe_ext.expert_down.default"} <= operators
+    assert "litgpt_moe_ext.sum_outer_products.default" in operators
+
+
+def test_flops_are_those_of_the_active_rows():
+    T, K, D, F = 17, 2, 16, 24
+    experts, routing = make_experts(E=2, bias=False), make_routing(T, K, 2)
+    forward = T * K * 3 * 2 * D * F
+    with FlopCounterMode(display=False) as counter:
+        y = experts(torch.randn(T, D, requires_grad=True), routing)
+    assert counter.get_total_flops() == forward
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * forward
+    few = Routing(*(t[:3] for t in routing[:2]), torch.bincount(routing.experts_TK[:3].flatten(), minlength=2))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        experts(torch.randn(3, D), few)
+    assert counter.get_total_flops() == 3 * K * 3 * 2 * D * F
+
+
+def test_meta_tensors():
+    """Operators know the shapes of their results without computing them."""
+    from litgpt_moe_ext.moe.kernels.backends import Hidden
+    from litgpt_moe_ext.moe.kernels.triton.experts import triton_experts
+
+    with torch.device("meta"):
+        weights = ExpertWeights(torch.empty(5, 48, 16), None, torch.empty(5, 16, 24), None)
+        weights.up_EGD.requires_grad_()
+        routing = Routing(torch.empty(40, 2), torch.empty(40, 2, dtype=torch.int64), torch.empty(5, dtype=torch.int64))
+        x = torch.empty(40, 16, dtype=torch.bfloat16)
+        with FlopCounterMode(display=False) as counter:
+            y = triton_experts(x, routing, weights, Hidden(Activation("swiglu")))
+            y.float().sum().backward()
+    assert y.shape == (40, 16)
+    assert y.dtype == torch.bfloat16
+    assert weights.up_EGD.grad.shape == (5, 48, 16)
+    # Forward, and backward without the gradients of tokens and of the second projection's weights.
+    up, down = 40 * 2 * 2 * 16 * 48, 40 * 2 * 2 * 16 * 24
+    assert counter.get_total_flops() == up + down + down + up

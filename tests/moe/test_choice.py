@@ -1,0 +1,139 @@
+"""Which backend computes the experts: one table, and no way around it."""
+
+import warnings
+
+import pytest
+import torch
+
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.moe.experts import Experts
+from litgpt_moe_ext.moe.kernels import choice
+from litgpt_moe_ext.moe.kernels.choice import BACKENDS, ExpertBackend, Place, Preference, choose_backend
+from litgpt_moe_ext.moe.kernels.loop import loop_experts
+from litgpt_moe_ext.moe.registry import EXPERT_BACKENDS
+from tests.models import moe_config, randomize
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    choose_backend.cache_clear()
+    yield
+    choose_backend.cache_clear()
+
+
+def place(device="cuda", capability=(8, 6), dtype=BF16, compiling=False, widths=(16, 24)):
+    return Place(device, capability if device == "cuda" else None, dtype, compiling, widths)
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize(
+    ("capability", "native"),
+    [((8, 0), 0), ((8, 6), 0), ((8, 9), 0), ((9, 0), 1), ((10, 0), 1), ((10, 3), 1), ((11, 0), 0), ((12, 0), 0)],
+    ids=str,
+)
+def test_native_products_only_where_torch_has_them(capability, native, compiling):
+    for dtype in (BF16, FP16, FP32):
+        expected = "grouped_mm" if native and dtype == BF16 else "triton"
+        assert choose_backend(place(capability=capability, dtype=dtype, compiling=compiling)) == expected
+
+
+def test_widths_that_torch_cannot_take():
+    assert choose_backend(place(capability=(9, 0), widths=(16, 20))) == "triton"
+
+
+def test_turing():
+    assert choose_backend(place(capability=(7, 5), dtype=FP16)) == "triton"
+    with pytest.warns(RuntimeWarning, match="bfloat16 needs compute capability 8.0"):
+        assert choose_backend(place(capability=(7, 5))) == "loop"
+
+
+@pytest.mark.parametrize(("dtype", "compiled"), [(FP32, "grouped_mm"), (BF16, "grouped_mm"), (FP64, "loop")])
+def test_cpu(dtype, compiled):
+    assert choose_backend(place("cpu", dtype=dtype)) == "grouped_cpu"
+    assert choose_backend(place("cpu", dtype=dtype, compiling=True)) == compiled
+    assert choose_backend(place("cpu", dtype=BF16, compiling=True, widths=(16, 12))) == "loop"
+
+
+def test_other_devices():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose_backend(place("mps", dtype=FP16)) == "loop"
+        assert choose_backend(place("hip")) == "triton"
+
+
+def test_without_triton_the_loop_is_announced_once(monkeypatch, recwarn):
+    """Windows without triton-windows."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for _ in range(2):
+        assert choose_backend(place()) == "loop"
+    assert choose_backend(place(capability=(9, 0))) == "grouped_mm"
+    messages = [str(warning.message) for warning in recwarn if issubclass(warning.category, RuntimeWarning)]
+    assert len(messages) == 1
+    assert (
+        "triton cannot be used because Triton is not installed (on Windows: pip install triton-windows)" in messages[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("forced", "where", "reason"),
+    [
+        ("fastest", place(), "expert_backend: 'fastest' must be one of loop, grouped_cpu, grouped_mm, triton"),
+        ("grouped_cpu", place(), "it works on cpu tensors, these are on cuda"),
+        ("grouped_mm", place(widths=(16, 20)), "widths in multiples of 16 bytes, not 16 and 20"),
+        ("grouped_mm", place(dtype=FP64), "it has no torch.float64"),
+        ("triton", place("cpu"), "on cpu ones under TRITON_INTERPRET=1"),
+        ("triton", place(capability=(7, 0), dtype=FP16), "it needs compute capability 7.5, this card has 7.0"),
+        ("triton", place(dtype=FP64), "it has no torch.float64"),
+    ],
+)
+def test_a_forced_backend_that_cannot_work_is_refused(forced, where, reason):
+    with pytest.raises(SettingsError) as error:
+        choose_backend(where, forced)
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_triton_can_be_forced_in_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose_backend(place("cpu", dtype=FP32), "triton") == "triton"
+    assert choose_backend(place("cpu", dtype=FP32)) == "grouped_cpu"
+
+
+def test_the_configuration_forces_a_backend():
+    x = torch.randn(3, 16)
+    assert Experts(moe_config()).backend_for(x) == "grouped_cpu"
+    assert Experts(moe_config(expert_backend="loop")).backend_for(x) == "loop"
+    with pytest.raises(SettingsError, match="expert_backend: 'triton' cannot be used here: it works on cuda tensors"):
+        Experts(moe_config(expert_backend="triton")).backend_for(x)
+
+
+def test_a_backend_of_a_third_party(monkeypatch):
+    """It is preferred where it says, can be forced by name, and says what it cannot do."""
+    monkeypatch.setattr(choice, "BACKENDS", BACKENDS.copy())
+    monkeypatch.setattr(choice, "PREFERENCES", choice.PREFERENCES.copy())
+    calls = []
+
+    def mine(x_TD, routing, weights, hidden):
+        calls.append(len(x_TD))
+        return loop_experts(x_TD, routing, weights, hidden)
+
+    def obstacle(place):
+        return "it wants float32" if place.dtype != FP32 else None
+
+    choice.register_backend(ExpertBackend("mine", mine, obstacle), Preference(("mine", "grouped_cpu"), device="cpu"))
+    monkeypatch.setattr("litgpt_moe_ext.moe.experts.BACKENDS", choice.BACKENDS)
+    try:
+        from litgpt_moe_ext.moe.layer import SharedExpertMoE
+
+        moe = randomize(SharedExpertMoE(moe_config(expert_backend="mine")))
+        moe(torch.randn(2, 9, 16))
+        assert calls == [18]
+        assert choose_backend(place("cpu", dtype=FP32)) == "mine"
+        assert choose_backend(place("cpu", dtype=BF16)) == "grouped_cpu"
+        with pytest.raises(SettingsError, match="'mine' cannot be used here: it wants float32"):
+            choose_backend(place("cpu", dtype=BF16), "mine")
+    finally:
+        EXPERT_BACKENDS.remove("mine")

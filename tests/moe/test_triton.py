@@ -1,0 +1,29 @@
+"""The Triton kernels without a card: run by Triton's interpreter, and compiled for cards that are not there."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def interpret(examples, *arguments):
+    """Run the interpreted tests in a process of their own, in which Triton starts as an interpreter."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "TRITON_EXAMPLES": str(examples)}
+    command = [sys.executable, "-m", "pytest", "tests/moe/interpreted_triton.py", "-x", "-q", "-p", "no:cacheprovider"]
+    finished = subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout[-6000:] + finished.stderr[-2000:]
+
+
+def test_interpreted_kernels_equal_the_loop():
+    pytest.importorskip("triton")
+    interpret(3)
+
+
+@pytest.mark.slow
+def test_interpreted_kernels_in_many_shapes():
+    pytest.importorskip("triton")
+    interpret(60, "-m", "slow or not slow")
