@@ -1,0 +1,83 @@
+"""How long commands take to start, as a multiple of `import torch`: `python benchmarks/startup.py [--before CHECKOUT]`.
+
+Every command runs in a process of its own, in turns with `import torch`; what is compared is the processor time of
+the process (user and system), median of the rounds, which a busy machine disturbs least. `--before` names a second
+checkout of the repository, with an environment of its own in `.venv`, that is measured in the same turns. Prints a
+Markdown table.
+"""
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# Arguments to the environment's Python, by what the table calls them.
+COMMANDS = {
+    "`import torch`": ["-c", "import torch"],
+    "`import litgpt.pretrain`": ["-c", "import litgpt.pretrain"],
+    "`litgpt --help`": [".venv/bin/litgpt", "--help"],
+    "`run_train.py --help`": ["run_train.py", "--help"],
+    "`litgpt-moe --help`": [".venv/bin/litgpt-moe", "--help"],
+    "`litgpt-moe model-card`": [".venv/bin/litgpt-moe", "model-card", "configs/quickstart.yaml"],
+    "`litgpt-moe schedule`": [
+        ".venv/bin/litgpt-moe",
+        "schedule",
+        "configs/quickstart.yaml",
+        "--out",
+        "/tmp/startup-schedule.png",
+    ],
+    "`litgpt-moe doctor`": [".venv/bin/litgpt-moe", "doctor", "configs/quickstart.yaml"],
+}
+
+
+def processor_seconds(checkout: Path, arguments: list[str]) -> float:
+    """Run the command and return the processor time it took."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    python = checkout / ".venv" / "bin" / "python"
+    result = subprocess.run(
+        [python, *arguments], cwd=checkout, env=environment, capture_output=True, text=True, check=False
+    )
+    # `doctor` says with 1 that a recipe does not fit this machine.
+    if result.returncode not in (0, 1) or "Traceback" in result.stderr:
+        raise SystemExit(f"{checkout}: {arguments} failed:\n{result.stderr[-2000:]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--before", type=Path, help="another checkout, measured in turns with this one")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="*", default=[], help="parts of the names of commands")
+    options = parser.parse_args()
+    checkouts = [checkout for checkout in (options.before, REPOSITORY) if checkout]
+    commands = {
+        name: arguments
+        for name, arguments in COMMANDS.items()
+        if name == "`import torch`" or not options.only or any(part in name for part in options.only)
+    }
+    seconds: dict[tuple[Path, str], list[float]] = defaultdict(list)
+    for _ in range(options.rounds):
+        for name, arguments in commands.items():
+            for checkout in checkouts:
+                seconds[checkout, name].append(processor_seconds(checkout, arguments))
+    columns = ["before", "now"][-len(checkouts) :]
+    print(f"| command | {' | '.join(f'{column}, s | {column}, ratio' for column in columns)} |")
+    print(f"|---|{'---|---|' * len(columns)}")
+    for name in commands:
+        cells = []
+        for checkout in checkouts:
+            median = statistics.median(seconds[checkout, name])
+            torch = statistics.median(seconds[checkout, "`import torch`"])
+            cells.append(f"{median:.2f} | {median / torch:.2f}")
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
