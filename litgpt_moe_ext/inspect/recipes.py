@@ -9,7 +9,8 @@ import yaml
 from litgpt_moe_ext.errors import SettingsError
 
 if TYPE_CHECKING:
-    from litgpt import Config
+    from litgpt_moe_ext.config.types import Config
+    from litgpt_moe_ext.inspect.cost.memory import Step
 
 
 class MemorySavers(TypedDict):
@@ -45,6 +46,11 @@ class Recipe:
     def micro_batch_size(self) -> int:
         """Sequences per forward pass; 4 is LitGPT's default."""
         return self.train.get("micro_batch_size") or 4
+
+    @property
+    def global_batch_size(self) -> int:
+        """Sequences per optimizer step; 512 is LitGPT's default."""
+        return self.train.get("global_batch_size") or 512
 
     @property
     def tie_embeddings(self) -> bool:
@@ -84,6 +90,19 @@ class Recipe:
             "activation_checkpointing": self.settings.get("activation_checkpointing") or "none",
             "fused_cross_entropy": bool(self.settings.get("fused_cross_entropy")),
         }
+
+    def step(self, precision: str) -> "Step":
+        """Return a training step of this recipe in a precision."""
+        from litgpt_moe_ext.inspect.cost.memory import Step
+
+        return Step(
+            precision=precision,
+            micro_batch_size=self.micro_batch_size,
+            sequence_length=self.sequence_length,
+            optimizer=self.optimizer,
+            tie_embeddings=self.tie_embeddings,
+            **self.memory_savers,
+        )
 
 
 def load_recipe(path: Path) -> Recipe:

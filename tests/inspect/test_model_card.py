@@ -11,9 +11,11 @@ from litgpt.utils import chunked_cross_entropy
 
 from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.inspect.cost import layers
+from litgpt_moe_ext.inspect.cost.live_memory import LiveMemory
 from litgpt_moe_ext.inspect.cost.memory import (
     PRECISIONS,
-    LiveMemory,
+    Step,
     TrainingMemory,
     inference_memory,
     save_memory,
@@ -85,7 +87,7 @@ def test_training_memory_is_that_of_a_real_step(settings, precision):
     if settings.get("mlp_class_name") == "LLaMAMLP":
         settings = {**settings, "moe_intermediate_size": None}
     config = moe_config(n_embd=64, moe_intermediate_size=48, padded_vocab_size=256, **_without(settings))
-    estimate = training_memory(config, precision, 8, LENGTH, "AdamW")
+    estimate = training_memory(config, Step(precision, 8, LENGTH))
     gradients, activations = measured(config, precision, 8)
     assert estimate.gradients == gradients
     assert estimate.activations == pytest.approx(activations, rel=0.05)
@@ -98,10 +100,48 @@ def test_memory_savers_save_what_they_save_in_a_real_step(mode, fused):
         n_layer=4, n_embd=64, moe_intermediate_size=48, padded_vocab_size=1024, attention_class_name="SinkAttention"
     )
     savers = {"activation_checkpointing": mode, "fused_cross_entropy": fused}
-    estimate = training_memory(config, "32-true", 8, LENGTH, "AdamW", **savers).activations
+    estimate = training_memory(config, Step("32-true", 8, LENGTH, **savers)).activations
     assert estimate == pytest.approx(measured(config, "32-true", 8, **savers)[1], rel=0.06)
     if mode != "none" or fused:
-        assert estimate < 0.9 * training_memory(config, "32-true", 8, LENGTH, "AdamW").activations
+        assert estimate < 0.9 * training_memory(config, Step("32-true", 8, LENGTH)).activations
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"n_layer": 5, "attention_class_name": "SinkAttention"},
+        {"n_layer": 6, "first_k_dense_replace": 2, "intermediate_size": 24},
+        {"n_layer": 8, "decoder_sparse_step": 2, "intermediate_size": 24},
+        {"n_layer": 8, "sliding_window_size": 8, "sliding_window_indices": [1, 0] * 4},
+        {"n_layer": 5, "mlp_class_name": "NoisyTopKMoE", "mlp_activation": "relu", "router_z_loss_coef": 0.1},
+        {"n_layer": 5, "mlp_class_name": "LLaMAMoE"},
+    ],
+    ids=["sinks", "lead", "turns", "windows", "noisy", "llama_moe"],
+)
+def test_a_short_model_tells_what_the_whole_one_takes(settings, monkeypatch):
+    """To the byte, in every part of a step."""
+    config = moe_config(padded_vocab_size=512, **settings)
+    steps = [
+        Step("bf16-mixed", 2, LENGTH, activation_checkpointing="full"),
+        Step("bf16-mixed", 2, LENGTH, activation_checkpointing="selective", fused_cross_entropy=True),
+        Step("32-true", 2, LENGTH),
+    ]
+
+    def measure() -> list:
+        flops = layers.shorten(config).extrapolate(partial(count_flops, length=LENGTH, training=True))
+        return [*(training_memory(config, step) for step in steps), inference_memory(config, torch.float32), flops]
+
+    assert layers.shorten(config).left_out
+    short = measure()
+    monkeypatch.setattr(layers, "PERIODS", config.n_layer)
+    assert not layers.shorten(config).left_out
+    assert measure() == short
+
+
+def test_models_without_a_pattern_are_measured_whole():
+    config = moe_config(n_layer=5, first_k_dense_replace=3, intermediate_size=24)
+    assert layers.shorten(config).config.n_layer == 5
+    assert layers.shorten(moe_config(n_layer=3)).left_out == 0
 
 
 def test_processes_share():
@@ -143,12 +183,12 @@ def test_weights_and_optimizer_are_exact():
     config = moe_config()
     model = GPT(config)
     parameters = sum(p.numel() for p in model.parameters())
-    memory = training_memory(config, "32-true", 1, LENGTH, "AdamW")
+    memory = training_memory(config, Step("32-true", 1, LENGTH))
     buffers = sum(b.numel() * b.itemsize for b in model.buffers())
     assert memory.weights == 4 * parameters + buffers
     assert (memory.gradients, memory.optimizer) == (4 * parameters, 8 * parameters)
     assert memory.total == sum(memory)
-    half = training_memory(config, "bf16-true", 1, LENGTH, "AdamW")
+    half = training_memory(config, Step("bf16-true", 1, LENGTH))
     assert (half.gradients, half.optimizer) == (2 * parameters, 4 * parameters)
 
 

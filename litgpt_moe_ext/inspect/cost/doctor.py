@@ -193,19 +193,11 @@ def _memory(recipe: Recipe) -> Iterator[Finding]:
     precision = recipe.precision or ("bf16-mixed" if cuda else "32-true")
     if precision not in PRECISIONS:
         return
-    batch, per_node = recipe.micro_batch_size, _processes(recipe)
+    per_node = _processes(recipe)
     knobs = recipe.settings.get("distributed") or {}
     offload = bool(knobs.get("cpu_offload") or knobs.get("offload_optimizer"))
     try:
-        whole = training_memory(
-            recipe.config,
-            precision,
-            batch,
-            recipe.sequence_length,
-            recipe.optimizer,
-            tie_embeddings=recipe.tie_embeddings,
-            **recipe.memory_savers,
-        )
+        whole = training_memory(recipe.config, recipe.step(precision))
         sizes = block_sizes(recipe.config, PRECISIONS[precision][0].itemsize)
         one = process_memory(whole, *sizes, recipe.strategy, per_node, recipe.num_nodes, offload)
     except (ImportError, ValueError) as error:

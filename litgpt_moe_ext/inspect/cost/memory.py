@@ -1,32 +1,30 @@
 """How much memory training and inference take, found out by running the model on tensors without content.
 
 torch's fake tensors have shapes and dtypes, obey autograd and autocast, and allocate nothing. `LiveMemory` adds up the
-storages that are alive while they pass by, which gives the peak as an allocator without waste would see it.
-
-The routed experts are the one part that asks for values (how many rows each has). They are stood in for by what their
-backends keep and allocate for any routing.
-
-Shape legend: T tokens, K chosen experts per token, R = T * K routed rows, D model width, G width of an expert's first
-projection, V vocabulary.
+storages that are alive while they pass by, which gives the peak as an allocator without waste would see it. Of many
+equal layers only three are run (`litgpt_moe_ext.inspect.cost.layers`).
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch import Tensor, nn
 
-from litgpt_moe_ext.moe.experts import Experts
-from litgpt_moe_ext.moe.kernels.backends import matmul_dtype
-from litgpt_moe_ext.moe.metrics import routers_of
-from litgpt_moe_ext.moe.router import Routing
+from litgpt_moe_ext.inspect.cost.experts import without_values
+from litgpt_moe_ext.inspect.cost.layers import ShortModel, shorten
+from litgpt_moe_ext.inspect.cost.live_memory import LiveMemory, PeakOverLayers
+from litgpt_moe_ext.moe.gradient_injection import forget_scale
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing, Mode
 from litgpt_moe_ext.training.callbacks.fused_loss import FusedLoss, require_torch
+
+if TYPE_CHECKING:
+    from litgpt import GPT
+
+    from litgpt_moe_ext.config.types import Config
 
 # Precision setting of training: dtype of the parameters, and dtype of autocast if there is any.
 PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
@@ -44,7 +42,7 @@ class TrainingMemory(NamedTuple):
         weights: Parameters and buffers.
         gradients: Gradients of all parameters.
         optimizer: State of the optimizer.
-        activations: What a micro batch adds to these at the worst moment of forward and backward pass.
+        activations: What a micro-batch adds to these at the worst moment of forward and backward pass.
     """
 
     weights: int
@@ -54,7 +52,7 @@ class TrainingMemory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all parts."""
         return sum(self)
 
 
@@ -73,143 +71,73 @@ class InferenceMemory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all parts."""
         return sum(self)
 
 
-class LiveMemory(TorchDispatchMode):
-    """Follows the storages that operators return, while it is entered.
+@dataclass(frozen=True)
+class Step:
+    """A training step, by the names of its settings in a recipe.
 
     Attributes:
-        peak: Most bytes that were alive after any operator since the last `reset`.
+        precision: One of `PRECISIONS`.
+        micro_batch_size: Sequences in one forward pass.
+        sequence_length: Tokens of each.
+        optimizer: Name of the optimizer, or its `class_path` and `init_args`.
+        activation_checkpointing: As in a recipe.
+        fused_cross_entropy: As in a recipe.
+        tie_embeddings: As `train.tie_embeddings`.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._bytes: dict[int, int] = {}
-        self._references: dict[int, StorageWeakRef] = {}
-        # With those that have died since `live` last looked, which takes a while.
-        self._seen = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_iter(result):
-            if isinstance(leaf, Tensor):
-                self._see(leaf.untyped_storage())
-        if self._seen > self.peak:
-            self.peak = max(self.peak, self.live())
-        return result
-
-    def live(self) -> int:
-        """Return the bytes that are alive now."""
-        for key in [key for key, reference in self._references.items() if reference.expired()]:
-            del self._references[key]
-            self._seen -= self._bytes.pop(key)
-        return self._seen
-
-    def reset(self) -> None:
-        """Start looking for a new peak."""
-        self.peak = self.live()
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self._references:  # no other storage comes to be at an address to which there is a reference
-            self._references[key] = StorageWeakRef(storage)
-            self._bytes[key] = storage.nbytes()
-            self._seen += self._bytes[key]
+    precision: str
+    micro_batch_size: int
+    sequence_length: int
+    optimizer: str | dict[str, Any] = "AdamW"
+    activation_checkpointing: Mode = "none"
+    fused_cross_entropy: bool = False
+    tie_embeddings: bool = False
 
 
-class _StandIn(torch.autograd.Function):
-    """Keeps and allocates what `litgpt_moe_ext.moe.kernels.cpu` keeps and allocates, whatever the routing."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, dtype: torch.dtype, *weights: Tensor) -> Tensor:
-        up_EGD = weights[0]
-        n_row = weights_TK.numel()
-        h_RG = x_TD.new_empty(n_row, up_EGD.size(1), dtype=dtype)
-        rows_2R = weights_TK.new_empty(2 * n_row, dtype=torch.int64)
-        y_RD = x_TD.new_empty(n_row, x_TD.size(1))
-        ctx.save_for_backward(x_TD.to(dtype), weights_TK, h_RG, rows_2R, *weights)
-        ctx.x_dtype = x_TD.dtype
-        return torch.empty_like(y_RD[: len(x_TD)])
-
-    @staticmethod
-    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, weights_TK, h_RG, _rows_2R, *weights = ctx.saved_tensors
-        dweights = [torch.empty_like(weight) for weight in weights]
-        _dx_RD = x_TD.new_empty(weights_TK.numel(), x_TD.size(1), dtype=ctx.x_dtype)
-        # What one expert needs at a time: rows of x and dy, dh, and two of the hidden width.
-        down_EDF = [weight for weight in weights if weight.dim() == 3][-1]
-        width = 2 * x_TD.size(1) + h_RG.size(1) + 2 * down_EDF.size(2)
-        _scratch_NW = x_TD.new_empty(weights_TK.numel() // down_EDF.size(0), width)
-        return torch.empty_like(x_TD, dtype=ctx.x_dtype), torch.empty_like(weights_TK), None, *dweights
-
-
-def _stand_in_forward(experts: Experts, x_TD: Tensor, routing: Routing) -> Tensor:
-    weights = [weight for weight in experts.weights if weight is not None]
-    return _StandIn.apply(x_TD, routing.weights_TK, matmul_dtype(x_TD), *weights)
-
-
-def training_memory(
-    config: Any,
-    precision: str,
-    micro_batch_size: int,
-    sequence_length: int,
-    optimizer: str | dict,
-    activation_checkpointing: Mode = "none",
-    fused_cross_entropy: bool = False,
-    tie_embeddings: bool = False,
-) -> TrainingMemory:
+def training_memory(config: "Config", step: Step) -> TrainingMemory:
     """Return what a training step takes, without taking it.
 
     The activations are those of the CPU backend of the experts and of torch's fused attention.
 
-    Args:
-        config: A `litgpt.Config`.
-        precision: One of `PRECISIONS`.
-        micro_batch_size: Sequences in one forward pass.
-        sequence_length: Tokens of each.
-        optimizer: As in a recipe.
-        activation_checkpointing: As in a recipe.
-        fused_cross_entropy: As in a recipe.
-        tie_embeddings: As `train.tie_embeddings`.
-
     Raises:
-        ImportError: If `fused_cross_entropy` needs another torch.
-        ValueError: If it does not go with the configuration.
+        SettingsError: If `fused_cross_entropy` needs another torch, or does not go with the configuration.
     """
     from litgpt.utils import chunked_cross_entropy
 
-    dtype, autocast = PRECISIONS[precision]
-    ratio = state_ratio(optimizer, dtype)
+    dtype, autocast = PRECISIONS[step.precision]
+    short = shorten(config)
     # 0: the whole cross-entropy at once, as LitGPT's pretraining does.
     cross_entropy = partial(chunked_cross_entropy, chunk_size=0)
-    with _fake_model(config, dtype) as (model, memory):
-        if tie_embeddings:
-            model.lm_head.weight = model.transformer.wte.weight  # `parameters` lists it once
-        cross_entropy = save_memory(model, cross_entropy, activation_checkpointing, fused_cross_entropy)
-        weights = sum(_bytes(tensor) for tensor in (*model.parameters(), *model.buffers()))
-        ids = torch.zeros(micro_batch_size, sequence_length + 1, dtype=torch.int64)
-        context = contextlib.nullcontext() if autocast is None else torch.autocast("cpu", autocast)
+    with _fake_model(short, dtype) as (model, memory):
+        if step.tie_embeddings:
+            model.lm_head.weight = model.get_parameter("transformer.wte.weight")  # `parameters` lists it once
+        cross_entropy = save_memory(model, cross_entropy, step.activation_checkpointing, step.fused_cross_entropy)
+        ids = torch.zeros(step.micro_batch_size, step.sequence_length + 1, dtype=torch.int64)
         for parameter in model.parameters():
-            # Gradients of earlier micro batches are there already when accumulating.
+            # Gradients of earlier micro-batches are there already when accumulating.
             parameter.grad = torch.empty_like(parameter)
-        gradients = sum(_bytes(parameter.grad) for parameter in model.parameters())
-        memory.reset()
-        before = memory.live()
-        with context:
+        activations = PeakOverLayers(memory, model, short)
+        with contextlib.nullcontext() if autocast is None else torch.autocast("cpu", autocast):
             loss = cross_entropy(model(ids[:, :-1]), ids[:, 1:])
+        activations.start_backward()
         loss.backward()
-        activations = memory.peak - before
-        for router in routers_of(model).values():
-            router.tally.take()  # no optimizer will
-        parameters = sum(_bytes(parameter) for parameter in model.parameters())
-    return TrainingMemory(weights, gradients, parameters * ratio, activations)
+        forget_scale()  # of a loss that has no value
+        peak = activations.peak()
+        parameters = short.total(model, parameter_bytes)
+        return TrainingMemory(
+            weights=short.total(model, module_bytes),
+            gradients=parameters,
+            optimizer=parameters * state_ratio(step.optimizer, dtype),
+            activations=peak,
+        )
 
 
 def save_memory(
-    model: torch.nn.Module,
+    model: nn.Module,
     cross_entropy: Callable[..., Tensor],
     activation_checkpointing: Mode,
     fused_cross_entropy: bool,
@@ -225,37 +153,39 @@ def save_memory(
     return fused.wrap(cross_entropy)
 
 
-def inference_memory(config: Any, dtype: torch.dtype) -> InferenceMemory:
+def inference_memory(config: "Config", dtype: torch.dtype) -> InferenceMemory:
     """Return what it takes to read and continue one sequence of full length, without taking it.
 
     Args:
-        config: A `litgpt.Config`.
-        dtype: Of weights and cache.
+        config: The model.
+        dtype: Type of weights and cache.
     """
-    with _fake_model(config, dtype) as (model, memory), torch.no_grad():
+    short = shorten(config)
+    with _fake_model(short, dtype) as (model, memory), torch.no_grad():
         model.eval()
-        weights = sum(_bytes(tensor) for tensor in (*model.parameters(), *model.buffers()))
+        weights = short.total(model, module_bytes)
         model.set_kv_cache(batch_size=1, dtype=dtype)
-        cache = sum(_bytes(buffer) for block in model.transformer.h for buffer in block.attn.kv_cache.buffers())
-        memory.reset()
-        before = memory.live()
-        positions_T = torch.arange(config.block_size)
-        model(torch.zeros(1, config.block_size, dtype=torch.int64), positions_T, input_pos_maxp1=config.block_size)
-        return InferenceMemory(weights, cache, memory.peak - before)
+        activations = PeakOverLayers(memory, model, short)
+        ids = torch.zeros(1, config.block_size, dtype=torch.int64)
+        if config.attention_class_name is None and config.sliding_window_size is not None:
+            model(ids)  # the cache of LitGPT's windows asks for values
+        else:
+            model(ids, torch.arange(config.block_size), input_pos_maxp1=config.block_size)
+        return InferenceMemory(weights, short.total(model, _cache_bytes), activations.peak())
 
 
-def state_ratio(optimizer: str | dict, dtype: torch.dtype) -> int:
+def state_ratio(optimizer: str | dict[str, Any], dtype: torch.dtype) -> int:
     """Return how many numbers an optimizer remembers for each parameter, by letting it make one step.
 
     Args:
-        optimizer: As in a recipe: a name, or `class_path` and `init_args`.
-        dtype: Of the parameters.
+        optimizer: Name of the optimizer, or its `class_path` and `init_args`.
+        dtype: Type of the parameters.
     """
     import copy
 
     from litgpt.utils import instantiate_torch_optimizer
 
-    parameter = torch.nn.Parameter(torch.zeros(8, 16, dtype=dtype))
+    parameter = nn.Parameter(torch.zeros(8, 16, dtype=dtype))
     parameter.grad = torch.ones_like(parameter)
     if isinstance(optimizer, dict):
         optimizer = {"init_args": {}, **copy.deepcopy(optimizer)}
@@ -265,21 +195,29 @@ def state_ratio(optimizer: str | dict, dtype: torch.dtype) -> int:
     return sum(value.numel() for value in state if isinstance(value, Tensor)) // parameter.numel()
 
 
-@contextlib.contextmanager
-def _fake_model(config: Any, dtype: torch.dtype) -> Iterator[tuple[Any, LiveMemory]]:
-    from litgpt.model import GPT, LLaMAMoE
-    from torch._subclasses.fake_tensor import FakeTensorMode
+def parameter_bytes(module: nn.Module) -> int:
+    """Return the bytes of the parameters of a module."""
+    return sum(map(_bytes, module.parameters()))
 
-    from litgpt_moe_ext.host.flops import dense_equivalent
+
+def module_bytes(module: nn.Module) -> int:
+    """Return the bytes of the parameters and buffers of a module."""
+    return parameter_bytes(module) + sum(map(_bytes, module.buffers()))
+
+
+def _cache_bytes(module: nn.Module) -> int:
+    return sum(_bytes(buffer) for name, buffer in module.named_buffers() if ".kv_cache." in name)
+
+
+@contextlib.contextmanager
+def _fake_model(short: ShortModel, dtype: torch.dtype) -> "Iterator[tuple[GPT, LiveMemory]]":
+    from litgpt.model import GPT
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(), LiveMemory() as memory:
         with _default_dtype(dtype):
-            model = GPT(config)
-        for module in model.modules():
-            if isinstance(module, Experts):
-                module.forward = _stand_in_forward.__get__(module)
-            elif isinstance(module, LLaMAMoE):
-                module.forward = dense_equivalent.__get__(module)
+            model = GPT(short.config)
+        without_values(model)
         yield model, memory
 
 

@@ -1,51 +1,59 @@
 """What a model costs: parameters, arithmetic, memory. Computed from its configuration, before anything is trained."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from litgpt_moe_ext.inspect.cost.memory import PRECISIONS, TrainingMemory, inference_memory, training_memory
+from litgpt_moe_ext.inspect.cost.layers import ShortModel, shorten
+from litgpt_moe_ext.inspect.cost.memory import PRECISIONS, Step, TrainingMemory, inference_memory, training_memory
 from litgpt_moe_ext.inspect.cost.sharding import STRATEGIES, block_sizes, process_memory
 from litgpt_moe_ext.inspect.recipes import Recipe
 from litgpt_moe_ext.model_size import count_flops, count_parameters
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import Mode
+
+if TYPE_CHECKING:
+    from litgpt import Config
 
 INFERENCE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """The figures of one model. Memory is in bytes.
+    """What one model costs. Memory is in bytes.
 
     Attributes:
-        name: Of the model.
-        parameters_total: All parameters.
-        parameters_active: Those that work on one token.
-        parameters_embedding: Those of the token embedding.
-        tie_embeddings: Whether it is the output head as well. Otherwise it is only looked up, without arithmetic.
-        sequence_length: Tokens per sequence that the following are for.
+        name: Name of the model.
+        parameters_total: Number of parameters.
+        parameters_active: Number of parameters that work on one token.
+        parameters_embedding: Number of parameters of the token embedding.
+        tie_embeddings: Whether the token embedding is the output head as well; otherwise it is only looked up, without
+            arithmetic.
+        sequence_length: Tokens of a training sequence.
         micro_batch_size: Sequences per forward pass in training.
-        block_size: Tokens of the longest sequence the model takes.
-        optimizer: Its name.
+        block_size: Tokens of the longest sequence that the model takes.
+        optimizer: Name of the optimizer.
         activation_checkpointing: Setting that `training` and `processes` are for.
         fused_cross_entropy: Setting that `training` and `processes` are for.
-        flops_per_token_forward: Floating point operations (two per multiply-add) of a forward pass over a sequence of
-            full length, per token; attention included.
-        flops_per_token_training: The same of forward and backward pass.
+        flops_per_token_forward: Floating point operations (two per multiply-add) of a forward pass over a training
+            sequence, per token; attention included.
+        flops_per_token_training: Floating point operations of forward and backward pass, per token.
         training: Memory by precision setting: weights, gradients, optimizer, activations, total.
-        precision: Precision setting that the next two are for: the recipe's, or float32.
-        activations: Memory of the activations in training, by what is done against it: the values of
-            `activation_checkpointing`, and "+ fused" with `fused_cross_entropy`.
-        processes: Memory of one process by strategy, if there are several: weights, gradients, optimizer,
-            communication, activations, total. Empty for a single process.
+        precision: Precision setting that `activations` and `processes` are for: the recipe's, or float32.
+        activations: Memory of the activations in training, by `activation_checkpointing`, and "+ fused" with
+            `fused_cross_entropy`.
+        processes: Memory of one rank by strategy: weights, gradients, optimizer, communication, activations, total.
+            Empty for a single process.
         devices: Processes on each node.
-        num_nodes: Nodes.
+        num_nodes: Number of nodes.
         inference: Memory by dtype: weights, kv_cache, activations, total.
-        kv_cache_per_token: By dtype.
+        kv_cache_per_token: Memory of the cache for a token, by dtype.
         checkpoint_weights: Size of a file with the weights alone, by dtype.
-        checkpoint_training: Size of a training checkpoint, which holds the optimizer's state, by precision setting.
+        checkpoint_training: Size of a training checkpoint, which has the optimizer's state, by precision setting.
     """
 
     name: str
@@ -84,45 +92,46 @@ def make_card(
 
     Args:
         recipe: The recipe.
-        micro_batch_size: In place of the recipe's, which is 4 where it says nothing (LitGPT's default).
-        devices: In place of the recipe's, which is 1 where it says nothing or auto.
-        num_nodes: In place of the recipe's, which is 1 where it says nothing.
+        micro_batch_size: Sequences per forward pass. Default: as in the recipe, or 4, LitGPT's default.
+        devices: Processes on each node. Default: as in the recipe, or 1.
+        num_nodes: Number of nodes. Default: as in the recipe, or 1.
 
     Raises:
-        ValueError: If settings of the recipe do not go together.
+        SettingsError: If settings of the recipe do not go together.
     """
     config, length = recipe.config, recipe.sequence_length
-    batch = micro_batch_size or recipe.micro_batch_size
     devices, num_nodes = devices or recipe.devices or 1, num_nodes or recipe.num_nodes
     precision = recipe.precision if recipe.precision in PRECISIONS else "32-true"
-
-    def training_in(name: str, savers: dict[str, Any]) -> TrainingMemory:
-        return training_memory(
-            config, name, batch, length, recipe.optimizer, tie_embeddings=recipe.tie_embeddings, **savers
-        )
-
+    step = replace(recipe.step(precision), micro_batch_size=micro_batch_size or recipe.micro_batch_size)
+    memory_of = _training_memory(config)
+    short = shorten(config)
     size = count_parameters(config, recipe.tie_embeddings)
-    training = {name: training_in(name, recipe.memory_savers) for name in PRECISIONS}
+    training = {name: memory_of(replace(step, precision=name)) for name in PRECISIONS}
     inference = {name: inference_memory(config, dtype) for name, dtype in INFERENCE_DTYPES.items()}
     sizes = block_sizes(config, PRECISIONS[precision][0].itemsize)
     processes = {name: process_memory(training[precision], *sizes, name, devices, num_nodes) for name in STRATEGIES}
+    state_bytes = partial(_state_bytes, short, tie_embeddings=recipe.tie_embeddings)
+    flops = {
+        training: short.extrapolate(partial(count_flops, length=length, training=training)) / length
+        for training in (False, True)
+    }
     return ModelCard(
         name=config.name or "model",
         parameters_total=size.total,
         parameters_active=size.active,
-        parameters_embedding=config.padded_vocab_size * config.n_embd,
+        parameters_embedding=(config.padded_vocab_size or 0) * config.n_embd,
         tie_embeddings=recipe.tie_embeddings,
         sequence_length=length,
-        micro_batch_size=batch,
+        micro_batch_size=step.micro_batch_size,
         block_size=config.block_size,
         optimizer=_optimizer_name(recipe.optimizer),
         **recipe.memory_savers,
-        flops_per_token_forward=count_flops(config, length, training=False) / length,
-        flops_per_token_training=count_flops(config, length, training=True) / length,
+        flops_per_token_forward=flops[False],
+        flops_per_token_training=flops[True],
         training={name: {**memory._asdict(), "total": memory.total} for name, memory in training.items()},
         precision=precision,
         activations={
-            name: training_in(precision, savers).activations for name, savers in _memory_savers(config).items()
+            name: memory_of(replace(step, **savers)).activations for name, savers in _memory_savers(config).items()
         },
         processes={
             name: {**memory._asdict(), "total": memory.total}
@@ -133,34 +142,50 @@ def make_card(
         num_nodes=num_nodes,
         inference={name: {**memory._asdict(), "total": memory.total} for name, memory in inference.items()},
         kv_cache_per_token={name: memory.kv_cache / config.block_size for name, memory in inference.items()},
-        checkpoint_weights={
-            name: _state_bytes(config, dtype, recipe.tie_embeddings) for name, dtype in INFERENCE_DTYPES.items()
-        },
+        checkpoint_weights={name: state_bytes(dtype) for name, dtype in INFERENCE_DTYPES.items()},
         checkpoint_training={
-            name: _state_bytes(config, PRECISIONS[name][0], recipe.tie_embeddings) + memory.optimizer
-            for name, memory in training.items()
+            name: state_bytes(PRECISIONS[name][0]) + memory.optimizer for name, memory in training.items()
         },
     )
 
 
-def _memory_savers(config: Any) -> dict[str, dict[str, Any]]:
-    made = {mode: {"activation_checkpointing": mode} for mode in get_args(Mode)}
-    if hasattr(F, "linear_cross_entropy") and config.final_logit_softcapping is None:
-        made |= {f"{mode} + fused": {**savers, "fused_cross_entropy": True} for mode, savers in made.items()}
-    return made
+def _training_memory(config: "Config") -> Callable[[Step], TrainingMemory]:
+    # Each step once. Numbers of 16 bits take the same room in both formats.
+    known: dict[Step, TrainingMemory] = {}
+
+    def memory_of(step: Step) -> TrainingMemory:
+        if step.precision == "16-mixed":
+            step = replace(step, precision="bf16-mixed")
+        key = replace(step, optimizer=str(step.optimizer))
+        if key not in known:
+            known[key] = training_memory(config, step)
+        return known[key]
+
+    return memory_of
 
 
-def _optimizer_name(optimizer: str | dict) -> str:
+def _memory_savers(config: "Config") -> dict[str, dict[str, Any]]:
+    fused = hasattr(F, "linear_cross_entropy") and config.final_logit_softcapping is None
+    return {
+        f"{mode}{' + fused' if fuses else ''}": {"activation_checkpointing": mode, "fused_cross_entropy": fuses}
+        for fuses in ((False, True) if fused else (False,))
+        for mode in get_args(Mode)
+    }
+
+
+def _optimizer_name(optimizer: str | dict[str, Any]) -> str:
     path = optimizer if isinstance(optimizer, str) else optimizer.get("class_path", "")
     return path.rpartition(".")[2]
 
 
-def _state_bytes(config: Any, dtype: torch.dtype, tie_embeddings: bool) -> int:
+def _state_bytes(short: ShortModel, dtype: torch.dtype, tie_embeddings: bool) -> int:
     from litgpt.model import GPT
 
+    def size(module: nn.Module) -> int:
+        return sum(tensor.numel() * tensor.itemsize for tensor in module.state_dict().values())
+
     with torch.device("meta"):
-        model = GPT(config).to(dtype)
-    state = sum(tensor.numel() * tensor.itemsize for tensor in model.state_dict().values())
+        model = GPT(short.config).to(dtype)
     # A table with two names is written once.
     table = model.lm_head.weight
-    return state - tie_embeddings * table.numel() * table.itemsize
+    return short.total(model, size) - tie_embeddings * table.numel() * table.itemsize

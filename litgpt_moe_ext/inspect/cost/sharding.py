@@ -112,14 +112,16 @@ def block_sizes(config: Any, itemsize: int) -> tuple[int, int]:
     """Return the bytes of the parameters of the largest block, and of those outside the blocks.
 
     Args:
-        config: A `litgpt.Config`.
+        config: The model.
         itemsize: Bytes of a parameter.
     """
     import torch
     from litgpt.model import GPT
 
+    from litgpt_moe_ext.inspect.cost.layers import blocks_of, shorten
+
     with torch.device("meta"):
-        model = GPT(config)
-    blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in model.transformer.h]
+        model = GPT(shorten(config).config)
+    blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks_of(model)]
     total = sum(parameter.numel() for parameter in model.parameters())
     return itemsize * max(blocks), itemsize * (total - sum(blocks))

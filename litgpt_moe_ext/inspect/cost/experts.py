@@ -1,0 +1,61 @@
+"""Routed experts on tensors without values.
+
+The experts are the one part of a model that asks for values (how many rows each has). Here they do what their backends
+do to memory for any routing.
+
+Shape legend: T tokens, K chosen experts per token, R = T * K routed rows, E experts, D model width, F hidden width of
+an expert, G width of its first projection.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from litgpt_moe_ext.moe.experts import Experts
+from litgpt_moe_ext.moe.kernels.backends import matmul_dtype
+from litgpt_moe_ext.moe.router import Routing
+
+
+def without_values(model: nn.Module) -> None:
+    """Replace the forward pass of all routed experts of a model."""
+    from litgpt.model import LLaMAMoE
+
+    from litgpt_moe_ext.host.flops import dense_equivalent
+
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.forward = _forward.__get__(module)
+        elif isinstance(module, LLaMAMoE):
+            module.forward = dense_equivalent.__get__(module)
+
+
+def _forward(experts: Experts, x_TD: Tensor, routing: Routing) -> Tensor:
+    weights = [weight for weight in experts.weights if weight is not None]
+    return _StandIn.apply(x_TD, routing.weights_TK, matmul_dtype(x_TD), *weights)
+
+
+class _StandIn(torch.autograd.Function):
+    """Keep and allocate what `litgpt_moe_ext.moe.kernels.cpu` keeps and allocates, whatever the routing."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, dtype: torch.dtype, *weights: Tensor) -> Tensor:
+        up_EGD = weights[0]
+        n_row = weights_TK.numel()
+        h_RG = x_TD.new_empty(n_row, up_EGD.size(1), dtype=dtype)
+        rows_2R = weights_TK.new_empty(2 * n_row, dtype=torch.int64)
+        y_RD = x_TD.new_empty(n_row, x_TD.size(1))
+        ctx.save_for_backward(x_TD.to(dtype), weights_TK, h_RG, rows_2R, *weights)
+        ctx.x_dtype = x_TD.dtype
+        return torch.empty_like(y_RD[: len(x_TD)])
+
+    @staticmethod
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override] as torch's own
+        x_TD, weights_TK, h_RG, _rows_2R, *weights = ctx.saved_tensors
+        dweights = [torch.empty_like(weight) for weight in weights]
+        _dx_RD = x_TD.new_empty(weights_TK.numel(), x_TD.size(1), dtype=ctx.x_dtype)
+        # What one expert needs at a time: rows of x and dy, dh, and two of the hidden width.
+        down_EDF = [weight for weight in weights if weight.dim() == 3][-1]
+        width = 2 * x_TD.size(1) + h_RG.size(1) + 2 * down_EDF.size(2)
+        _scratch_NW = x_TD.new_empty(weights_TK.numel() // down_EDF.size(0), width)
+        return torch.empty_like(x_TD, dtype=ctx.x_dtype), torch.empty_like(weights_TK), None, *dweights
