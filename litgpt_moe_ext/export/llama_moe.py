@@ -17,6 +17,7 @@ from litgpt_moe_ext.config.features import MOE_CLASS_NAMES, router_type_of
 from litgpt_moe_ext.config.fields import added_fields
 from litgpt_moe_ext.durable import flush, flush_tree
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.evaluation.loading import CONFIG_FILE, WEIGHTS_FILE, read_checkpoint
 from litgpt_moe_ext.host.config import uses_plugin
 from litgpt_moe_ext.moe.expert_layouts import unstack_experts
 
@@ -114,13 +115,13 @@ def convert_checkpoint(checkpoint_dir: Path, out_dir: Path) -> None:
     from litgpt import GPT, Config
     from litgpt.utils import copy_config_files, save_config
 
-    if not (checkpoint_dir / "lit_model.pth").is_file():
-        raise SettingsError(f"checkpoint_dir: {str(checkpoint_dir)!r} has no lit_model.pth")
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        if not (checkpoint_dir / name).is_file():
+            raise SettingsError(f"checkpoint_dir: {str(checkpoint_dir)!r} has no {name}")
     if out_dir.exists():
         raise SettingsError(f"out_dir: {str(out_dir)!r} exists; name a new directory")
-    config = Config.from_file(checkpoint_dir / "model_config.yaml")
-    # As LitGPT's commands open it: training checkpoints hold settings as pickled objects.
-    checkpoint = torch.load(checkpoint_dir / "lit_model.pth", map_location="cpu", mmap=True, weights_only=False)
+    config = Config.from_file(checkpoint_dir / CONFIG_FILE)
+    checkpoint = read_checkpoint(checkpoint_dir / WEIGHTS_FILE)
     converted, state = to_llama_moe(config, checkpoint.get("model", checkpoint))
     assert not uses_plugin(converted)
     with torch.device("meta"):
@@ -131,7 +132,7 @@ def convert_checkpoint(checkpoint_dir: Path, out_dir: Path) -> None:
         copy_config_files(checkpoint_dir, partial)
         save_config(converted, partial)
         # Views of stacked weights would each write the whole stack.
-        torch.save({name: tensor.clone() for name, tensor in state.items()}, partial / "lit_model.pth")
+        torch.save({name: tensor.clone() for name, tensor in state.items()}, partial / WEIGHTS_FILE)
         flush_tree(partial)
         os.rename(partial, out_dir)
         flush(out_dir.parent)

@@ -25,11 +25,10 @@ from litgpt_moe_ext.config.features import MOE_CLASS_NAMES, router_type_of
 from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.durable import flush_tree
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.evaluation.loading import CONFIG_FILE, WEIGHTS_FILE, read_checkpoint
 from litgpt_moe_ext.moe.layer import MoE
 from litgpt_moe_ext.moe.learned_routers import LearnedRouter
 from litgpt_moe_ext.moe.router import Router
-
-MODEL_FILE = "lit_model.pth"
 
 # The activation of each dense class of LitGPT; `FeedForward` states its own.
 _ACTIVATIONS = {"LLaMAMLP": "swiglu", "GemmaMLP": "geglu", "GptNeoxMLP": "gelu"}
@@ -72,12 +71,12 @@ def upcycle(dense_dir: Path, out_dir: Path, config: Config, seed: int = 42) -> N
     """
     if out_dir.exists():
         raise SettingsError(f"out_dir: {str(out_dir)!r} exists already; name a new directory")
-    for name in (MODEL_FILE, "model_config.yaml"):
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
         if not (dense_dir / name).is_file():
             raise SettingsError(f"dense_dir: {str(dense_dir)!r} has no {name}")
-    dense_config = Config.from_file(dense_dir / "model_config.yaml")
+    dense_config = Config.from_file(dense_dir / CONFIG_FILE)
     require_same_function(dense_config, config)
-    saved = torch.load(dense_dir / MODEL_FILE, map_location="cpu", mmap=True, weights_only=True)
+    saved = read_checkpoint(dense_dir / WEIGHTS_FILE, "dense_dir")
     weights = upcycled_weights(saved.get("model", saved), dense_config, config, seed)
 
     staging = out_dir.with_name(f".{out_dir.name}.incomplete")
@@ -86,7 +85,7 @@ def upcycle(dense_dir: Path, out_dir: Path, config: Config, seed: int = 42) -> N
     copy_config_files(dense_dir, staging)
     (staging / "config.json").unlink(missing_ok=True)  # Hugging Face's, of the dense model
     save_config(config, staging)
-    torch.save(weights, staging / MODEL_FILE)
+    torch.save(weights, staging / WEIGHTS_FILE)
     flush_tree(staging)
     staging.rename(out_dir)
 

@@ -1,5 +1,8 @@
 """Models in LitGPT's own layout compute the same; those it cannot express are refused by name."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
@@ -7,6 +10,7 @@ from litgpt import GPT, Config
 
 from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.export.llama_moe import obstacles, to_llama_moe
+from litgpt_moe_ext.inspect.recipes import load_recipe
 from tests.evaluation.conftest import write_checkpoint
 from tests.models import initialized_model, moe_config, noisy_config
 
@@ -83,3 +87,32 @@ def test_command(tmp_path, capsys):
     assert (tmp_path / "theirs" / "tokenizer.json").is_file()
     assert main(["convert-experts", str(tmp_path / "ours"), str(tmp_path / "theirs")]) == 2
     assert "exists" in capsys.readouterr().err
+
+
+class Payload:
+    """Creates a folder when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_malicious_checkpoint_runs_nothing(tmp_path, capsys):
+    trace, ours = tmp_path / "ran", tmp_path / "ours"
+    write_checkpoint(ours, moe_config(**SOFTMAX))
+    weights = torch.load(ours / "lit_model.pth", weights_only=True)
+    torch.save({"model": weights, "hparams": Payload(trace)}, ours / "lit_model.pth")
+    assert main(["convert-experts", str(ours), str(tmp_path / "theirs")]) == 2
+    assert "mkdir" in capsys.readouterr().err
+    assert not trace.exists()
+    assert not (tmp_path / "theirs").exists()
+
+
+def test_the_help_is_right_about_recipes():
+    """It says that none of the recipes can be converted as it stands."""
+    recipes = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
+    assert recipes
+    for recipe in recipes:
+        assert obstacles(load_recipe(recipe).config, {}), recipe.stem
