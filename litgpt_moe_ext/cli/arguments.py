@@ -47,7 +47,7 @@ def read_arguments(command: type[Arguments], program: str, given: Sequence[str])
     parser = build_parser(command, program)
     values, unknown = parser.parse_known_args([_with_underscores(argument) for argument in given])
     if unknown:
-        raise SettingsError(_describe_unknown(unknown[0], [field.name for field in dataclasses.fields(command)]))
+        raise SettingsError(_describe_unknown(unknown[0], list(get_type_hints(command))))
     types_ = get_type_hints(command)
     return command(**{name: _convert(name, types_[name], value) for name, value in vars(values).items()})
 

@@ -47,6 +47,8 @@ COMMANDS = (
 )
 
 _PROGRAM = "litgpt-moe"
+# Has a parser of its own, because its settings are those of a recipe.
+_TRAIN = ("train", "Train a recipe: `train --config FILE`, with every flag of run_train.py.")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,6 +81,11 @@ def _run(given: Sequence[str]) -> int | None:
         return 0
     # litdata, which LitGPT imports, otherwise asks the package index for its newest version and waits if it is offline.
     os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
+    if given[0] == _TRAIN[0]:
+        from litgpt_moe_ext.cli.recipes import recipes_dir
+        from litgpt_moe_ext.cli.train import main as train
+
+        return train(given[1:], recipes_dir() / "quickstart.yaml")
     from litgpt_moe_ext.cli.arguments import read_arguments
 
     command = _find(given[0])
@@ -88,20 +95,22 @@ def _run(given: Sequence[str]) -> int | None:
 def _find(name: str) -> Command:
     by_name = {command.name: command for command in COMMANDS}
     if name not in by_name:
-        near = difflib.get_close_matches(name, by_name, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(by_name)}"
+        known = [_TRAIN[0], *by_name]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
         raise SettingsError(f"{name!r} is not a command of {_PROGRAM}; {hint}")
     return by_name[name]
 
 
 def _overview() -> str:
     width = max(len(command.name) for command in COMMANDS)
-    lines = [f"  {command.name:<{width}}  {command.summary}" for command in COMMANDS]
+    summaries = [_TRAIN, *((command.name, command.summary) for command in COMMANDS)]
+    lines = [f"  {name:<{width}}  {summary}" for name, summary in summaries]
     return "\n".join(
         (
             f"usage: {_PROGRAM} COMMAND ...",
             "",
-            "Judge Mixture-of-Experts recipes and checkpoints, look inside them, and convert them.",
+            "Train Mixture-of-Experts models, judge recipes and checkpoints, look inside them, and convert them.",
             "",
             *lines,
             "",

@@ -11,7 +11,7 @@ from litgpt_moe_ext.cli.arguments import AtLeastTwo
 from litgpt_moe_ext.errors import SettingsError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from litgpt import GPT
 
     from litgpt_moe_ext.inspect.generation import Timing, Workload
 
@@ -63,7 +63,7 @@ class BenchmarkGeneration:
         if self.json is not None:
             write_json(self.json, {"workload": vars(workload), "timings": [vars(timing) for timing in timings]})
 
-    def _load(self) -> "nn.Module":
+    def _load(self) -> "GPT":
         import torch
 
         from litgpt_moe_ext.evaluation.loading import check_checkpoint_dir, choose_device, load_model

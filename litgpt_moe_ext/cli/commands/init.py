@@ -37,4 +37,6 @@ class Init:
         if out.exists():
             raise SettingsError(f"out: {str(out)!r} exists; name a new file")
         write_text(out, recipe_text(name))
-        print(f"Wrote {out}; `litgpt-moe doctor {out}` says whether it can run here")
+        print(f"Wrote {out}; `litgpt-moe doctor {out}` says whether it can run here, and")
+        print(f"  litgpt-moe train --config {out}")
+        print("trains it")

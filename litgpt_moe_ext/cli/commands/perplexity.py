@@ -61,7 +61,7 @@ class Perplexity:
         parts = self._tokens(tokenizer)
         model = load_model(self.checkpoint_dir, choose_device(self.device), parse_dtype(self.dtype))
         highest = max(int(part.max()) for part in parts)
-        if highest >= model.config.padded_vocab_size:
+        if highest >= (model.config.padded_vocab_size or 0):
             raise SettingsError(
                 f"data: token id {highest} must be below the model's padded_vocab_size of "
                 f"{model.config.padded_vocab_size}; the data was made with another tokenizer"
