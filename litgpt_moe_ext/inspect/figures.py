@@ -21,6 +21,7 @@ from litgpt_moe_ext.pictures.style import (
     color_bar,
     ratio_bar,
     ratio_image,
+    whole_numbers,
 )
 
 # Panels of this many columns, and at most so many cells for numbers to be legible in them.
@@ -31,7 +32,7 @@ _SMALLEST_PANEL, _LARGEST_PANEL = 1.6, 4.0
 
 
 def load_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
-    """Heat maps of load and gate mass, experts by layers; 1 is an even share."""
+    """Draw heat maps of load and gate mass, experts by layers; 1 is an even share."""
     load = [layer["load_over_mean"] for layer in layers]
     mass = [[share * layer["n_expert"] for share in layer["gate_mass"]] for layer in layers]
     with matplotlib.rc_context(STYLE):
@@ -50,7 +51,7 @@ def load_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def balance_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
-    """Balance, certainty and specialisation by layer."""
+    """Draw balance, certainty and specialisation by layer."""
     numbers = [layer["layer"] for layer in layers]
     panels = {
         "MaxVio\n0 is even": [layer["max_vio"] for layer in layers],
@@ -70,12 +71,12 @@ def balance_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
             axes.set_title(title)
             axes.set_xlabel("layer")
             axes.set_ylim(0, None if title.startswith(("MaxVio", "Information")) else 1.05)
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            whole_numbers(axes)
     return figure
 
 
 def class_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
-    """Heat maps of token class by expert: how much likelier an expert is for tokens of a class."""
+    """Draw heat maps of token class by expert: how much likelier an expert is for tokens of a class."""
     names = list(layers[0]["class_lift"])
     n_expert = layers[0]["n_expert"]
     with matplotlib.rc_context(STYLE):
@@ -92,7 +93,7 @@ def class_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def coactivation_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
-    """Heat maps of pairs of experts: how much more often a token visits both than their loads alone explain."""
+    """Draw heat maps of pairs of experts: how much more often a token visits both than their loads alone explain."""
     n_expert = layers[0]["n_expert"]
     with matplotlib.rc_context(STYLE):
         side = _side(n_expert)
@@ -109,7 +110,7 @@ def coactivation_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def agreement_figure(comparison: Sequence[Mapping[str, Any]], names: tuple[str, str]) -> Figure:
-    """Agreement of two checkpoints by layer, and which of their experts go together."""
+    """Draw the agreement of two checkpoints by layer, and which of their experts go together."""
     layers = [entry["layer"] for entry in comparison]
     n_expert = len(comparison[0]["matching"])
     shares = []
@@ -129,7 +130,7 @@ def agreement_figure(comparison: Sequence[Mapping[str, Any]], names: tuple[str, 
         first.set_ylim(0, 1)
         first.set_title("experts in common")
         first.set_xlabel("layer")
-        first.xaxis.get_major_locator().set_params(integer=True)
+        whole_numbers(first)
         first.legend(loc="best")
         largest = max(share.max() for share in shares)
         for i, (axes, entry, share) in enumerate(zip(panels[1:], comparison, shares, strict=True), start=1):

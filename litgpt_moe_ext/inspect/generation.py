@@ -1,20 +1,24 @@
-"""How fast models read a prompt and write tokens: contenders interleaved in one process, medians over rounds.
+"""How fast models read a prompt and write tokens: models take turns in one process, medians over rounds.
 
 Shape legend: B sequences, T tokens of the prompt, V vocabulary.
 """
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
+from litgpt import GPT
 from torch import Tensor
 
 from litgpt_moe_ext.config.features import MOE_CLASS_NAMES
 from litgpt_moe_ext.config.fields import added_fields
 from litgpt_moe_ext.export.llama_moe import obstacles, to_llama_moe
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.config.types import Config
 
 _MOE_FIELDS = (
     "n_expert",
@@ -71,7 +75,7 @@ class Timing:
     kv_cache: int
 
 
-def contenders(model: torch.nn.Module) -> tuple[dict[str, torch.nn.Module], list[str]]:
+def contenders(model: GPT) -> tuple[dict[str, GPT], list[str]]:
     """Return models to compare, and why one of them is missing.
 
     Args:
@@ -82,7 +86,7 @@ def contenders(model: torch.nn.Module) -> tuple[dict[str, torch.nn.Module], list
         with the same weights if it can express the model; and reasons if it cannot.
     """
     config, device, dtype = model.config, model.lm_head.weight.device, model.lm_head.weight.dtype
-    made = {config.mlp_class_name: model}
+    made: dict[str, GPT] = {config.mlp_class_name: model}
     reasons: list[str] = []
     if config.mlp_class_name in MOE_CLASS_NAMES:
         if reasons := obstacles(config, model.state_dict()):
@@ -94,10 +98,8 @@ def contenders(model: torch.nn.Module) -> tuple[dict[str, torch.nn.Module], list
     return made, reasons
 
 
-def dense_twin(config: Any) -> Any:
+def dense_twin(config: "Config") -> "Config":
     """Return the configuration of a dense model whose feed-forward layers are as wide as a token's experts together."""
-    from dataclasses import asdict
-
     fields = {name: value for name, value in asdict(config).items() if name in config.__dataclass_fields__}
     width = config.moe_intermediate_size or config.intermediate_size
     shared = config.shared_expert_intermediate_size or width * (config.n_shared_expert or 0)
@@ -109,10 +111,9 @@ def dense_twin(config: Any) -> Any:
     return type(config)(**fields)
 
 
-def initialized(config: Any) -> torch.nn.Module:
+def initialized(config: "Config") -> GPT:
     """Return a `litgpt.GPT` on the CPU with weights as `litgpt pretrain` starts with."""
     from lightning import Fabric
-    from litgpt import GPT
     from litgpt.pretrain import initialize_weights
 
     fabric = Fabric(accelerator="cpu", devices=1)
@@ -123,7 +124,7 @@ def initialized(config: Any) -> torch.nn.Module:
 
 
 @torch.inference_mode()
-def benchmark(models: dict[str, torch.nn.Module], workload: Workload, advance: Callable[[int], None]) -> list[Timing]:
+def benchmark(models: Mapping[str, GPT], workload: Workload, advance: Callable[[int], None]) -> list[Timing]:
     """Measure every model at every batch size, round by round, one after the other.
 
     Args:
@@ -157,14 +158,14 @@ def benchmark(models: dict[str, torch.nn.Module], workload: Workload, advance: C
     return timings
 
 
-def _generate(model: torch.nn.Module, batch_size: int, workload: Workload) -> tuple[tuple[float, float], int]:
+def _generate(model: GPT, batch_size: int, workload: Workload) -> tuple[tuple[float, float], int]:
     """Return seconds to the first token and for the others, and the bytes of the cache."""
     weight, length = model.lm_head.weight, workload.prompt_length
     prompt_BT = torch.randint(0, model.config.vocab_size, (batch_size, length), device=weight.device)
     total = length + workload.new_tokens
     model.set_kv_cache(batch_size=batch_size, max_seq_length=total, device=weight.device, dtype=weight.dtype)
     try:
-        cache = _bytes([buffer for block in model.transformer.h for buffer in block.attn.kv_cache.buffers()])
+        cache = _bytes([buffer for name, buffer in model.named_buffers() if ".kv_cache." in name])
         start = _now(weight.device)
         positions_T = torch.arange(length, device=weight.device)
         token_B1 = _likeliest(model(prompt_BT, positions_T, input_pos_maxp1=length))
@@ -187,8 +188,7 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _build(config: Any, state: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    from litgpt import GPT
+def _build(config: "Config", state: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> GPT:
 
     model = GPT(config)
     model.load_state_dict(state)

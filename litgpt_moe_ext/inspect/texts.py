@@ -12,6 +12,7 @@ from litgpt_moe_ext.errors import SettingsError
 
 if TYPE_CHECKING:
     from litgpt import Tokenizer
+    from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 VALIDATION_SHARD = "val.bin"
 
@@ -82,6 +83,21 @@ def open_tokens(data: Path) -> np.ndarray:
     return open_shard(path)
 
 
+def processor_of(tokenizer: "Tokenizer") -> "HuggingFaceTokenizer":
+    """Return the tokenizer of Hugging Face's library inside LitGPT's.
+
+    Raises:
+        SettingsError: If there is another, whose tokens have no places in the text.
+    """
+    from tokenizers import Tokenizer as HuggingFaceTokenizer
+
+    if not isinstance(tokenizer.processor, HuggingFaceTokenizer):
+        raise SettingsError(
+            "checkpoint_dir: its tokenizer must be a tokenizer.json; the tokens of a SentencePiece model have no places"
+        )
+    return tokenizer.processor
+
+
 def shard_documents(tokens: Iterable[int], tokenizer: "Tokenizer", name: str) -> Iterator[Document]:
     """Decode a shard, document by document.
 
@@ -93,7 +109,7 @@ def shard_documents(tokens: Iterable[int], tokenizer: "Tokenizer", name: str) ->
     documents = itertools.groupby((int(token) for token in tokens), key=lambda token: token == tokenizer.eos_id)
     texts = (list(ids) for is_separator, ids in documents if not is_separator)
     for i, ids in enumerate(texts):
-        yield Document(f"{name}:{i}", tokenizer.processor.decode(ids, skip_special_tokens=False))
+        yield Document(f"{name}:{i}", processor_of(tokenizer).decode(ids, skip_special_tokens=False))
 
 
 def encode(documents: Iterable[Document], tokenizer: "Tokenizer", max_tokens: int) -> list[EncodedDocument]:
@@ -102,13 +118,9 @@ def encode(documents: Iterable[Document], tokenizer: "Tokenizer", max_tokens: in
     Raises:
         SettingsError: If the tokenizer does not say where tokens lie in the text, or there is no text.
     """
-    if tokenizer.backend != "huggingface":
-        raise SettingsError(
-            "checkpoint_dir: its tokenizer must be a tokenizer.json; the tokens of a SentencePiece model have no places"
-        )
-    encoded, total = [], 0
+    processor, encoded, total = processor_of(tokenizer), [], 0
     for document in documents:
-        encoding = tokenizer.processor.encode(document.text, add_special_tokens=False)
+        encoding = processor.encode(document.text, add_special_tokens=False)
         room = max_tokens - total
         if ids := encoding.ids[:room]:
             encoded.append(EncodedDocument(document.name, document.text, ids, encoding.offsets[:room]))

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
 
 FONT_SIZE = 8
 STYLE = {
@@ -69,6 +70,11 @@ def color_bar(figure: Figure, image: AxesImage, axes: Sequence[Axes], label: str
     length = min(0.8 * height, _LONGEST_BAR)
     shape = {"shrink": length / height, "aspect": length / _BAR_THICKNESS, "pad": 0.01}
     return figure.colorbar(image, ax=list(axes), label=label, **shape, **options)
+
+
+def whole_numbers(axes: Axes) -> None:
+    """Let the ticks of the x axis be whole numbers."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def png(figure: Figure) -> bytes:

@@ -14,7 +14,7 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.inspect.experts import statistics
 from litgpt_moe_ext.inspect.experts.capture import LayerRouting
 from litgpt_moe_ext.inspect.experts.token_classes import PYTHON_CLASSES, TEXT_CLASSES, python_classes, text_classes
-from litgpt_moe_ext.inspect.texts import EncodedDocument
+from litgpt_moe_ext.inspect.texts import EncodedDocument, processor_of
 from litgpt_moe_ext.moe.metrics import load_entropy, max_violation
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def compare(first: Sequence[LayerRouting], second: Sequence[LayerRouting]) -> li
 def require_same_tokenizer(directories: Sequence[Path], tokenizers: "Sequence[Tokenizer]") -> None:
     """Raise SettingsError unless all checkpoints read text as the same tokens."""
     first, second = directories[0], directories[-1]
-    if tokenizers[0].processor.to_str() != tokenizers[-1].processor.to_str():
+    if processor_of(tokenizers[0]).to_str() != processor_of(tokenizers[-1]).to_str():
         raise SettingsError(
             f"compare_with: {str(second)!r} must have the tokenizer of {str(first)!r}; tokens of two tokenizers cannot "
             "be compared"

@@ -53,6 +53,8 @@ def class_counts(classes_N: Tensor, experts_NK: Tensor, n_class: int, n_expert: 
     Args:
         classes_N: Class of each token, int64.
         experts_NK: Chosen experts.
+        n_class: Number of classes C.
+        n_expert: Number of experts E.
     """
     cells_NK = classes_N.unsqueeze(1) * n_expert + experts_NK
     return torch.bincount(cells_NK.flatten(), minlength=n_class * n_expert).view(n_class, n_expert)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
@@ -14,7 +15,7 @@ _TITLES = ("Loss (dots: validation)", "Tokens per second", "MaxVio of the worst 
 
 
 def curves_figure(runs: Sequence[RunLog]) -> Figure:
-    """Loss, speed, MaxVio and gradient norm of several runs over the tokens they had seen."""
+    """Draw loss, speed, MaxVio and gradient norm of runs over the tokens they had seen."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 5), layout="constrained")
         panels = figure.subplots(2, 2)
@@ -42,5 +43,5 @@ def curves_figure(runs: Sequence[RunLog]) -> Figure:
 
 def _mark_empty(panels: Sequence[Axes]) -> None:
     for axes in panels:
-        if not any(len(line.get_xdata()) for line in axes.lines):
+        if not any(np.size(line.get_xdata()) for line in axes.lines):
             axes.text(0.5, 0.5, "not logged", ha="center", va="center", transform=axes.transAxes, color="#777777")
