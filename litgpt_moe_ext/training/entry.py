@@ -6,6 +6,7 @@ The module imports only what the argument parser needs; torch and LitGPT's machi
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
@@ -30,7 +31,7 @@ from litgpt_moe_ext.training.checks import (
     check_training_length,
     check_writable,
 )
-from litgpt_moe_ext.training.parallel.deepspeed.settings import check_combination
+from litgpt_moe_ext.training.parallel.combinations import check_combination
 from litgpt_moe_ext.training.settings import (
     AnomalyArgs,
     CheckpointArgs,
@@ -148,7 +149,7 @@ def setup(
         check_seed(seed)
         check_learning_rate(check_optimizer(optimizer), train.min_lr, schedule.name)
         check_peak(peak_tflops)
-        check_combination(strategy, precision, optimizer, compile, activation_checkpointing, anomaly, ema)
+        check_combination(SimpleNamespace(**arguments))
         if tokenizer_dir is not None and not Path(tokenizer_dir).is_dir():
             raise FileNotFoundError(f"tokenizer_dir: {str(tokenizer_dir)!r} is no directory; it must hold a tokenizer")
         if wandb_dataset is not None:

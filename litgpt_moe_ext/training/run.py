@@ -14,7 +14,7 @@ from lightning.fabric.loggers import CSVLogger
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.config import Config
 from litgpt.tokenizer import Tokenizer
-from litgpt.utils import check_nvlink_connectivity, choose_logger, get_default_supported_precision, parse_devices
+from litgpt.utils import check_nvlink_connectivity, choose_logger, parse_devices
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.model_size import count_parameters
@@ -40,9 +40,10 @@ from litgpt_moe_ext.training.fabric import TrainingFabric
 from litgpt_moe_ext.training.loop import HookedLoop
 from litgpt_moe_ext.training.optim.optimization import Optimization, count_steps
 from litgpt_moe_ext.training.parallel import topology
+from litgpt_moe_ext.training.parallel.accelerator import accelerator_here, default_precision
 from litgpt_moe_ext.training.parallel.launch import Processes, cluster_plugin, started_processes
 from litgpt_moe_ext.training.parallel.lost_processes import end_together
-from litgpt_moe_ext.training.parallel.strategies import accelerator_here, make_strategy, single_process_note
+from litgpt_moe_ext.training.parallel.strategies import make_strategy, single_process_note
 from litgpt_moe_ext.training.settings import (
     AnomalyArgs,
     CheckpointArgs,
@@ -121,9 +122,7 @@ class Run:
         accelerator = accelerator_here()
         cuda = accelerator == "cuda"
         made = make_strategy(strategy, self.devices * num_nodes, num_nodes, distributed, accelerator)
-        if precision is None:
-            # bfloat16 is much slower than float32 on CPUs without instructions for it.
-            precision = get_default_supported_precision(training=True) if cuda else "32-true"
+        precision = precision or default_precision(accelerator)
         made.use_precision(precision, accelerator)
         plugins: list[Any] = []
         if (environment := cluster_plugin(started)) is not None:

@@ -1,10 +1,14 @@
 """Real training processes without the many seconds that each takes to import LitGPT: forks of a server that has it."""
 
+import io
 import multiprocessing
 import os
 import sys
 import tempfile
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
@@ -46,6 +50,51 @@ class Training:
             output = self.stdout.read()
         self._process.join(timeout)
         return output, None
+
+
+def in_ranks(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
+    """Return what a function of a module returns on each of several ranks that are connected over gloo.
+
+    Args:
+        function: Called with `arguments`; what it returns must be plain data or tensors.
+        ranks: Their number.
+        *arguments: Of the function.
+    """
+    import torch
+
+    results = _CONTEXT.SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        where = f"file://{folder}/store"
+        processes = [
+            _CONTEXT.Process(target=_rank, args=(results, where, rank, ranks, function, arguments))
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        found = dict(results.get() for _ in processes)
+        for process in processes:
+            process.join()
+    errors = [result for result in found.values() if isinstance(result, str)]
+    assert not errors, errors[0]
+    # As bytes, because a tensor in a queue needs the process that made it.
+    return [torch.load(io.BytesIO(found[rank]), weights_only=True) for rank in range(ranks)]
+
+
+def _rank(results: Any, where: str, rank: int, ranks: int, function: Callable[..., Any], arguments: tuple) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=where, rank=rank, world_size=ranks)
+        buffer = io.BytesIO()
+        torch.save(function(*arguments), buffer)
+        results.put((rank, buffer.getvalue()))
+    except BaseException:
+        results.put((rank, traceback.format_exc()))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _train(pipe: str, arguments: list[str]) -> None:

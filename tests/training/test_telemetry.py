@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,12 +85,30 @@ def train_with(file, *arguments) -> int:
         ("NVIDIA H200", "16-mixed", "highest", 989.4),
         ("Tesla T4", "16-mixed", "highest", 65.0),
         ("Tesla T4", "bf16-mixed", "highest", None),
-        ("NVIDIA A10G", "bf16-mixed", "highest", None),
+        ("NVIDIA A10G", "bf16-mixed", "highest", 70.0),
+        ("NVIDIA GeForce RTX 4090", "bf16-mixed", "highest", 165.2),
+        ("NVIDIA GeForce RTX 4090", "32-true", "high", 82.6),
+        ("NVIDIA GeForce RTX 3060", "bf16-mixed", "highest", 25.5),
+        ("NVIDIA GeForce RTX 3090", "bf16-mixed", "highest", 71.2),
+        ("NVIDIA GeForce RTX 5090", "bf16-mixed", "highest", 209.5),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", "16-mixed", "highest", 88.2),
+        ("NVIDIA GeForce RTX 2080 Ti", "16-mixed", "highest", 53.8),
+        ("NVIDIA GeForce RTX 2080 Ti", "bf16-mixed", "highest", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16-mixed", "highest", None),
+        ("NVIDIA GH200 480GB", "bf16-mixed", "highest", 989.4),
+        ("Tesla V100-SXM2-16GB", "16-mixed", "highest", None),
         ("NVIDIA GeForce GTX 1080", "32-true", "highest", None),
     ],
 )
 def test_peaks(device, precision, matmul, tflops):
     assert peak_flops(device, precision, matmul) == (None if tflops is None else tflops * 1e12)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /proc/self/status")
+def test_a_system_that_does_not_say(monkeypatch):
+    """gVisor has no VmHWM: no figure, and no error at the first log line."""
+    monkeypatch.setattr(Path, "read_text", lambda path, *_: "Name:\tpython\nVmRSS:\t  100 kB\n")
+    assert peak_memory_gb(torch.device("cpu")) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process inherits the peak of the one that started it")

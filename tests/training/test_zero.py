@@ -5,14 +5,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from litgpt import GPT, Config
 
 from litgpt_moe_ext.cli.train import main
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.training.parallel.combinations import check_combination
 from litgpt_moe_ext.training.parallel.deepspeed.settings import (
-    check_combination,
     engine_options,
     step_options,
 )
@@ -118,8 +120,17 @@ class TestSettings:
             "activation_checkpointing": "none",
             "anomaly": AnomalyArgs(),
             "ema": EmaArgs(),
+            "fused_cross_entropy": False,
+            "distributed": DistributedArgs(),
         }
-        check_combination(strategy, **{**usual, **changes})
+        check_combination(SimpleNamespace(strategy=strategy, **{**usual, **changes}))
+
+    def test_the_head_is_not_unused(self):
+        """The loss does the head's work outside the forward pass of ddp, which would wait for its gradient twice."""
+        unused = DistributedArgs(find_unused_parameters=True)
+        with pytest.raises(SettingsError, match="find_unused_parameters: true cannot be combined with fused_cross_ent"):
+            self.check("ddp", fused_cross_entropy=True, distributed=unused)
+        self.check("ddp", distributed=unused)
 
     @pytest.mark.parametrize(
         ("changes", "message"),

@@ -129,8 +129,14 @@ def _kernels(recipe: Recipe | None) -> Iterator[Finding]:
 def _precision(recipe: Recipe | None) -> Finding:
     import torch
 
+    from litgpt_moe_ext.training.parallel.accelerator import default_precision
+
     if torch.cuda.is_available():
-        usable = ["32-true", "16-mixed", *(["bf16-mixed", "bf16-true"] if torch.cuda.is_bf16_supported() else [])]
+        usable = [
+            "32-true",
+            "16-mixed",
+            *(["bf16-mixed", "bf16-true"] if default_precision("cuda") == "bf16-mixed" else []),
+        ]
     else:
         usable = ["32-true", "16-mixed", "bf16-mixed", "bf16-true"]
     wanted = None if recipe is None else recipe.settings.get("precision")
@@ -160,7 +166,8 @@ def _whole(recipe: Recipe) -> bool:
 def _strategy(recipe: Recipe) -> Finding:
     import torch
 
-    from litgpt_moe_ext.training.parallel.strategies import accelerator_here, check_strategy, single_process_note
+    from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
+    from litgpt_moe_ext.training.parallel.strategies import check_strategy, single_process_note
     from litgpt_moe_ext.training.settings import DistributedArgs
 
     per_node, nodes = _processes(recipe), recipe.num_nodes

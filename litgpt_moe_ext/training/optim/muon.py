@@ -131,9 +131,20 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def _each_matrix(update: Tensor, rows: int, function: Callable[[Tensor], Tensor]) -> Tensor:
-    # A shard of a matrix is no matrix: every process works on the whole and keeps its part.
-    if isinstance(update, DTensor):
-        whole = update.redistribute(placements=[Replicate()] * update.device_mesh.ndim).to_local()
-        result = function(whole.reshape(-1, rows, whole.size(-1))).view(whole.shape)
-        return distribute_tensor(result, update.device_mesh, update.placements, src_data_rank=None)
+    if not isinstance(update, DTensor):
+        return _in_batches(update, rows, function)
+    mesh, placements = update.device_mesh, update.placements
+    if update.dim() == 3 and all(placement.is_replicate() or placement.is_shard(0) for placement in placements):
+        # Stacked experts that are cut between experts: every rank has whole matrices.
+        result = _in_batches(update.to_local(), rows, function)
+        shape, stride = update.shape, update.stride()
+        return DTensor.from_local(result, mesh, placements, run_check=False, shape=shape, stride=stride)
+    # A shard of a matrix is no matrix: every rank works on the whole and keeps its part.
+    whole = update.redistribute(placements=[Replicate()] * mesh.ndim).to_local()
+    return distribute_tensor(_in_batches(whole, rows, function), mesh, placements, src_data_rank=None)
+
+
+def _in_batches(update: Tensor, rows: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+    if not update.numel():  # a rank without an expert
+        return update
     return function(update.reshape(-1, rows, update.size(-1))).reshape(update.shape)

@@ -7,6 +7,7 @@ torch's older FSDP is not used: Fabric has it keep all buffers in the low precis
 moving, and an optimizer or average sees its flat parameters instead of matrices.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
@@ -80,7 +81,8 @@ class FullyShardedStrategy(Behaviour, ModelParallelStrategy):
             "shard_placement_fn": placement_among(ranks.size(-1)),
         }
         if gates := [router for router in routers_of(model).values() if any(True for _ in router.parameters())]:
-            # One all-gather for the gates of all layers, which are small.
+            # One all-gather for the gates of all layers, which are small. Nothing changes gate values in place.
+            warnings.filterwarnings("ignore", r"FSDP2-wrapped module \([^)]*Router[^)]*\) returned a view")
             fully_shard(gates, reshard_after_forward=False, **options)
         in_blocks = self._block_policy()
         blocks = list(model.transformer.h)

@@ -4,8 +4,6 @@ from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any
 
-import torch
-
 from litgpt_moe_ext.training.parallel.facts import facts_of
 from litgpt_moe_ext.training.parallel.fully_sharded import FullyShardedStrategy
 from litgpt_moe_ext.training.parallel.whole_model import ReplicatedStrategy, SingleProcessStrategy
@@ -78,8 +76,3 @@ def check_strategy(name: str, args: DistributedArgs, accelerator: str) -> None:
             f"strategy: {name!r} needs the package {facts.package}, which is not installed; `uv sync --extra "
             f"{facts.package}` installs it"
         )
-
-
-def accelerator_here() -> str:
-    """Return the device type that training will use."""
-    return "cuda" if torch.cuda.is_available() else "cpu"

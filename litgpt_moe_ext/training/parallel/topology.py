@@ -1,14 +1,15 @@
 """How the GPUs of this machine are connected, and what that means for training on several of them.
 
-The matrix that `nvidia-smi topo -m` prints names the kind of connection of every pair of GPUs. A GPU pair that talks
-through the CPUs' interconnect exchanges gradients at a small part of the speed of NVLink.
+`nvidia-smi topo -m` prints the kind of connection of every pair of GPUs. A pair that talks through the CPUs'
+interconnect exchanges gradients at a small part of the speed of NVLink.
 """
 
 import re
 import subprocess
 from typing import NamedTuple
 
-# From the fastest to the slowest, with what each means in the legend of nvidia-smi.
+# From the fastest to the slowest, with what each means in the legend of nvidia-smi. There are others, such as N/A on
+# virtual GPUs, about which nothing is known.
 _KINDS = {
     "NV": "NVLink",
     "PIX": "one PCIe switch",
@@ -17,19 +18,14 @@ _KINDS = {
     "NODE": "several PCIe bridges of a CPU",
     "SYS": "the interconnect between two CPUs",
 }
-_RANK = {kind: rank for rank, kind in enumerate(_KINDS)}
+_SPEED = list(_KINDS)
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
+_GPU = re.compile(r"GPU(\d+)")
+_ENTRY = re.compile(rf"({'|'.join(_KINDS)})(\d*)")
 
 
 class Link(NamedTuple):
-    """The connection of a pair of GPUs.
-
-    Attributes:
-        first: Index of one GPU.
-        second: Index of the other, larger one.
-        kind: NV, PIX, PXB, PHB, NODE or SYS.
-        lanes: Number of NVLinks; 0 for other kinds.
-    """
+    """The connection of a pair of GPUs, by their indices; `lanes` is the number of NVLinks, 0 for other kinds."""
 
     first: int
     second: int
@@ -38,74 +34,55 @@ class Link(NamedTuple):
 
 
 def parse_matrix(text: str) -> list[Link]:
-    """Return the links between GPUs in the output of `nvidia-smi topo -m`.
-
-    Args:
-        text: The output, colours or none; network cards, affinities and the legend are passed over.
-
-    Raises:
-        ValueError: If the output has GPUs but an entry is of no known kind.
-    """
+    """Return the links of known kind in the output of `nvidia-smi topo -m`, with colours or without."""
     rows = [line.split() for line in _ESCAPES.sub("", text).splitlines()]
-    gpus = next((sum(name.startswith("GPU") and name[3:].isdigit() for name in row) for row in rows if row), 0)
+    gpus = next((sum(_GPU.fullmatch(name) is not None for name in row) for row in rows if row), 0)
     links = []
     for row in rows:
-        if len(row) <= gpus or not re.fullmatch(r"GPU\d+", row[0]) or row[1].startswith("GPU"):
+        # The header starts with two GPUs, a row of the matrix with one.
+        if len(row) <= gpus or not (name := _GPU.fullmatch(row[0])) or _GPU.fullmatch(row[1]):
             continue
-        first = int(row[0][3:])
         for second, entry in enumerate(row[1 : gpus + 1]):
-            if second > first:
-                links.append(_link(first, second, entry))
+            if second > int(name[1]) and (kind := _ENTRY.fullmatch(entry)):
+                links.append(Link(int(name[1]), second, kind[1], int(kind[2] or 0)))
     return links
 
 
-def _link(first: int, second: int, entry: str) -> Link:
-    kind, lanes = re.fullmatch(r"([A-Z]+?)(\d*)", entry).groups() if re.fullmatch(r"[A-Z]+\d*", entry) else ("", "")
-    if kind not in _KINDS:
-        raise ValueError(f"nvidia-smi topo -m: {entry!r} between GPU{first} and GPU{second} is of no known kind")
-    return Link(first, second, kind, int(lanes or 0))
-
-
-def verdict(links: list[Link]) -> str:
-    """Return a sentence on what the slowest link among the GPUs means; it sets the pace of every gradient exchange."""
-    if not links:
-        return "One GPU: nothing is exchanged."
-    worst = max(links, key=lambda link: (_RANK[link.kind], -link.lanes))
-    pair = f"GPU{worst.first} and GPU{worst.second}"
-    if worst.kind == "NV":
-        return f"All GPUs are connected by NVLink (at least {worst.lanes} links a pair): any strategy will do."
-    if worst.kind in ("PIX", "PXB"):
-        return f"{pair} talk through {_KINDS[worst.kind]}: ddp will do, sharded strategies wait for weights."
-    return (
-        f"{pair} talk through {_KINDS[worst.kind]}: gradients go through the memory of the CPU. Unless the model is "
-        "small against its batch, one GPU, or a larger train.global_batch_size by accumulation, may be faster."
-    )
-
-
-def nccl_advice(links: list[Link]) -> dict[str, str]:
-    """Return environment variables for NCCL that suit the links; empty where its own choice is right."""
-    if any(link.kind in ("NODE", "SYS") for link in links) and not any(link.kind == "NV" for link in links):
-        # Peer-to-peer copies across CPUs are often slower than through shared memory, and hang on some boards.
-        return {"NCCL_P2P_LEVEL": "PHB"}
-    return {}
-
-
 def report(text: str) -> list[str]:
-    """Return lines for people on the output of `nvidia-smi topo -m`."""
+    """Return lines for people on the output of `nvidia-smi topo -m`; none if it says nothing about GPU pairs.
+
+    The slowest link sets the pace of every exchange of gradients.
+    """
     links = parse_matrix(text)
-    kinds: dict[str, list[str]] = {}
+    if not links:
+        return []
+    pairs: dict[str, list[str]] = {}
     for link in links:
         name = f"{_KINDS[link.kind]}{f' x{link.lanes}' if link.lanes else ''}"
-        kinds.setdefault(name, []).append(f"{link.first}-{link.second}")
-    lines = [f"GPU pairs through {name}: {', '.join(pairs)}" for name, pairs in kinds.items()]
-    advice = " ".join(f"{name}={value}" for name, value in nccl_advice(links).items())
-    return [*lines, verdict(links), *([f"Worth a try: {advice}"] if advice else [])]
+        pairs.setdefault(name, []).append(f"{link.first}-{link.second}")
+    lines = [f"GPU pairs through {name}: {', '.join(them)}" for name, them in pairs.items()]
+    worst = max(links, key=lambda link: (_SPEED.index(link.kind), -link.lanes))
+    pair = f"GPU{worst.first} and GPU{worst.second} talk through {_KINDS[worst.kind]}"
+    if worst.kind == "NV":
+        return [*lines, f"At least {worst.lanes} NVLinks between any two GPUs: any strategy will do."]
+    if worst.kind in ("PIX", "PXB"):
+        return [*lines, f"{pair}: ddp will do, sharded strategies wait for weights."]
+    lines.append(
+        f"{pair}: gradients go through the memory of the CPU. Unless the model is small against its batch, one GPU, or "
+        "a larger train.global_batch_size by gradient accumulation, may be faster."
+    )
+    if worst.kind in ("NODE", "SYS") and not any(link.kind == "NV" for link in links):
+        # Peer-to-peer copies across CPUs are often slower than through shared memory, and hang on some boards.
+        lines.append("Worth a try: NCCL_P2P_LEVEL=PHB")
+    return lines
 
 
 def read_matrix() -> str | None:
     """Return what `nvidia-smi topo -m` prints here, or None if it does not run."""
     try:
-        done = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True, timeout=30, check=True)
+        done = subprocess.run(
+            ["nvidia-smi", "topo", "-m"], capture_output=True, text=True, errors="replace", timeout=30, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout

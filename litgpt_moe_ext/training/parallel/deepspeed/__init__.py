@@ -7,7 +7,7 @@ of processes, or with ddp.
 
 | file           | what it does                                                                                   |
 | -------------- | ---------------------------------------------------------------------------------------------- |
-| `settings.py`  | what DeepSpeed is configured with, and what cannot be combined with it                          |
+| `settings.py`  | what DeepSpeed is configured with                                                              |
 | `strategy.py`  | Fabric's strategy, for a loop that sets up the model first and the optimizer after it           |
 | `optimizer.py` | what LitGPT's loop sees as the optimizer                                                        |
 | `shards.py`    | whole tensors from the pieces that every process has, and back                                  |

@@ -1,0 +1,194 @@
+"""FSDP2 as the strategies set it up, on gloo ranks: what is sharded how, in which dtype, and what it costs."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import MixedPrecision, Precision
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from litgpt_moe_ext.moe.metrics import routers_of
+from litgpt_moe_ext.training.optim.muon import MuonAdamW
+from litgpt_moe_ext.training.parallel import random_state
+from litgpt_moe_ext.training.parallel.facts import facts_of
+from litgpt_moe_ext.training.parallel.fully_sharded import FullyShardedStrategy, placement_among
+from litgpt_moe_ext.training.settings import DistributedArgs
+from tests.models import initialized_model, moe_config
+from tests.training.processes import in_ranks
+
+
+def sharded(name: str, precision: str, nodes: int = 1, **model: Any) -> tuple[FullyShardedStrategy, nn.Module]:
+    """Return a strategy of the present ranks and a small model under it."""
+    ranks = dist.get_world_size()
+    strategy = FullyShardedStrategy(facts_of(name), ranks, nodes, DistributedArgs())
+    strategy._precision = Precision() if precision == "32-true" else MixedPrecision(precision, "cpu")
+    mesh = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    torch.manual_seed(0)
+    return strategy, strategy._shard(initialized_model(moe_config(**model)), mesh)
+
+
+def tokens() -> Tensor:
+    return torch.arange(8).view(1, 8) + dist.get_rank()
+
+
+def mixed_precision() -> dict[str, Any]:
+    """One step of bf16-mixed; what the ranks saw on the way."""
+    _, model = sharded("fsdp", "bf16-mixed", router_bias_update_rate=0.001)
+    seen: dict[str, Any] = {}
+    router = next(iter(routers_of(model).values()))
+    inside = model.transformer.h[0].attn.qkv
+    inside.register_forward_hook(lambda module, args, output: seen.update(block=str(module.weight.dtype)))
+    router.register_forward_hook(lambda module, args, output: seen.update(gate=str(module.weight.dtype)))
+    model.lm_head.register_forward_pre_hook(lambda module, args: seen.update(stream=str(args[0].dtype)))
+    with CommDebugMode() as counted, torch.autocast("cpu", torch.bfloat16):
+        model(tokens()).float().sum().backward()
+    counts = {str(operator): count for operator, count in counted.get_comm_counts().items()}
+    gradients = [parameter.grad for parameter in model.parameters()]
+    return {
+        **seen,
+        "bias": str(router.e_score_correction_bias.dtype),
+        "master": sorted({str(parameter.dtype) for parameter in model.parameters()}),
+        "gradients": sorted({str(gradient.dtype) for gradient in gradients if gradient is not None}),
+        "gathers": sum(
+            count for operator, count in counts.items() if "allgather" in operator or "all_gather" in operator
+        ),
+        "layers": len(model.transformer.h),
+    }
+
+
+def test_mixed_precision_keeps_routers_in_float32():
+    """Row 1 of the GPU audit: with torch's older FSDP the bias and the gate were bfloat16, silently."""
+    for seen in in_ranks(mixed_precision, 2):
+        assert seen["bias"] == seen["gate"] == seen["stream"] == "torch.float32"
+        assert seen["block"] == "torch.bfloat16"
+        assert seen["master"] == seen["gradients"] == ["torch.float32"]
+        # Each block in forward and backward (the last one is kept or prefetched), the root, and all routers at once.
+        assert seen["gathers"] <= 2 * seen["layers"] + 2
+
+
+def gradients_under(name: str, nodes: int) -> list[Tensor]:
+    strategy, model = sharded(name, "32-true", nodes=nodes)
+    model(tokens()).float().square().mean().backward()
+    norm = strategy.clip_gradients_norm(model, torch.optim.SGD(model.parameters()), max_norm=1.0, norm_type=2.0)
+    return [norm, *(parameter.grad.full_tensor() for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize(("name", "nodes"), [("fsdp", 2), ("fsdp_shard_grad_op", 1)])
+def test_every_name_gives_the_same_gradients(name, nodes):
+    """Also two nodes of two ranks each, which hold the model twice; the norm is a plain tensor."""
+    expected = in_ranks(gradients_under, 4, "fsdp2", 1)[0]
+    for found in in_ranks(gradients_under, 4, name, nodes):
+        assert all(torch.allclose(ours, theirs, atol=1e-6) for ours, theirs in zip(found, expected, strict=True))
+
+
+class TestPlacement:
+    def test_experts(self):
+        """Row 9: fewer experts than ranks are cut inside, where the size allows it."""
+        placement = placement_among(8)
+        assert placement(nn.Parameter(torch.empty(8, 6, 4))) is None
+        assert placement(nn.Parameter(torch.empty(4, 16, 6))) == Shard(1)
+        assert placement(nn.Parameter(torch.empty(4, 6, 16))) == Shard(2)
+        assert placement(nn.Parameter(torch.empty(4, 6, 6))) is None
+        assert placement(nn.Parameter(torch.empty(4, 16))) is None
+
+    def test_every_rank_has_its_share(self):
+        for sizes in in_ranks(expert_shards, 4):
+            assert len(set(sizes)) == 1
+            assert sizes[0] * 4 == 2 * 2 * 8 * 16
+
+
+def expert_shards() -> list[int]:
+    _, model = sharded("fsdp2", "32-true", n_expert=2, n_expert_per_token=1, n_embd=16, moe_intermediate_size=8)
+    local = model.transformer.h[0].mlp.experts.gate_up_proj.to_local().numel()
+    sizes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(sizes, local)
+    return sizes
+
+
+def loaded_weights() -> bool:
+    """Load a whole model of other numbers into a sharded one."""
+    strategy, model = sharded("fsdp2", "32-true")
+    torch.manual_seed(1)
+    other = initialized_model(moe_config())
+    strategy.load_weights(model, other.state_dict())
+    found = {name: v.full_tensor() if isinstance(v, DTensor) else v for name, v in model.state_dict().items()}
+    return all(torch.equal(found[name], value) for name, value in other.state_dict().items())
+
+
+def test_initial_weights():
+    """Row 26: initial_checkpoint_dir with fsdp2."""
+    assert in_ranks(loaded_weights, 2) == [True, True]
+
+
+def muon_step(experts: int) -> tuple[Tensor, int]:
+    """Return stacked experts after a step of Muon, and how many collectives it took."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    generator = torch.Generator().manual_seed(0)
+    weight, gradient = (torch.randn(experts, 8, 4, generator=generator) for _ in range(2))
+    parameter = nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)], src_data_rank=None))
+    parameter.grad = distribute_tensor(gradient, mesh, [Shard(0)], src_data_rank=None)
+    optimizer = MuonAdamW([{"params": [parameter], "matrix_parts": 2}], lr=0.1)
+    with CommDebugMode() as counted:
+        optimizer.step()
+    return parameter.detach().full_tensor(), sum(counted.get_comm_counts().values())
+
+
+@pytest.mark.parametrize("experts", [4, 1])
+def test_muon_needs_no_communication_for_whole_experts(experts):
+    """Row 19; with one expert for two ranks, one of them has nothing to do."""
+    generator = torch.Generator().manual_seed(0)
+    weight, gradient = (torch.randn(experts, 8, 4, generator=generator) for _ in range(2))
+    alone = nn.Parameter(weight.clone())
+    alone.grad = gradient.clone()
+    MuonAdamW([{"params": [alone], "matrix_parts": 2}], lr=0.1).step()
+    for found, collectives in in_ranks(muon_step, 2, experts):
+        assert torch.equal(found, alone.detach())
+        assert collectives == 0
+
+
+def scaled_step(overflow: bool) -> tuple[bool, float]:
+    """Return whether a float16 step changed the weights, and the scale after it; one rank's gradient overflows."""
+    _, model = sharded("fsdp2", "16-mixed")
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = model.lm_head.weight.full_tensor().clone()
+    with torch.autocast("cpu", torch.float16):
+        loss = model(tokens()).float().mean()
+    scaler.scale(loss).backward()
+    if overflow and dist.get_rank() == 1:
+        model.lm_head.weight.grad.to_local().fill_(float("inf"))
+    scaler.step(optimizer)
+    scaler.update()
+    return not torch.equal(before, model.lm_head.weight.full_tensor()), scaler.get_scale()
+
+
+def test_an_overflow_on_one_rank_is_one_on_all():
+    assert in_ranks(scaled_step, 2, False) == [(True, 8.0)] * 2
+    assert in_ranks(scaled_step, 2, True) == [(False, 4.0)] * 2
+
+
+def drawn(world_size: int) -> list[Tensor]:
+    torch.manual_seed(7)
+    random_state.part_ways(7, dist.get_rank(), world_size)
+    return [torch.rand(3), random_state.of_this_rank(torch.device("cpu"))["torch"]]
+
+
+def test_every_rank_draws_its_own_numbers():
+    """Row 8: dropout and the noise of routers; one process keeps what it drew before."""
+    (first, _), (second, _) = in_ranks(drawn, 2, 2)
+    assert not torch.equal(first, second)
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    assert torch.equal(in_ranks(drawn, 1, 1)[0][0], expected)
+
+
+def test_random_state_is_restored():
+    state = random_state.of_this_rank(torch.device("cpu"))
+    expected = torch.rand(3)
+    assert random_state.restore(state, torch.device("cpu"))
+    assert torch.equal(torch.rand(3), expected)
+    assert not random_state.restore({**state, "cuda": state["torch"]}, torch.device("cpu"))
