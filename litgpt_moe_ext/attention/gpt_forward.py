@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from litgpt import GPT
 from torch import Tensor
 
 from litgpt_moe_ext.attention.cache_positions import position_range
@@ -20,16 +21,16 @@ from litgpt_moe_ext.attention.documents import Documents, find_documents, rememb
 from litgpt_moe_ext.attention.streaming_cache import positions_needed
 
 
-def add_position_embedding(model: Any) -> None:
+def add_position_embedding(model: GPT) -> None:
     """Give a model `transformer.wpe`, an embedding of `block_size` positions, if its configuration asks for one."""
-    config = model.config
+    config = _config(model)
     if config.position_embedding == "learned":
         model.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
 
 
-def rope_length(model: Any) -> int:
+def rope_length(model: GPT) -> int:
     """Return how many positions the rotary tables of a model need."""
-    config, length = model.config, model.max_seq_length
+    config, length = _config(model), model.max_seq_length
     if config.streaming_cache_window is None:
         return length
     # Positions of an endless text are counted within the cache.
@@ -37,16 +38,16 @@ def rope_length(model: Any) -> int:
     return max(min(length, config.block_size), needed)
 
 
-def cache_length(model: Any, max_seq_length: int | None) -> int:
+def cache_length(model: GPT, max_seq_length: int | None) -> int:
     """Return for how many positions a streaming model needs a cache, given what the caller asked for."""
-    config = model.config
+    config = _config(model)
     asked = model.max_seq_length if max_seq_length is None else max_seq_length
     return min(asked, config.streaming_cache_first + config.streaming_cache_window)
 
 
 def forward(
     original: Callable[..., Any],
-    model: Any,
+    model: GPT,
     idx: Tensor,
     input_pos: Tensor | None = None,
     input_pos_maxp1: int | None = None,
@@ -65,7 +66,7 @@ def forward(
     Returns:
         What `original` returns.
     """
-    config = model.config
+    config = _config(model)
     documents = _find_documents(model, idx, input_pos, input_pos_maxp1)
     position = torch.arange(idx.size(1), device=idx.device) if input_pos is None else input_pos
     restart = documents is not None and config.attention_document_restart_positions
@@ -76,10 +77,10 @@ def forward(
     if documents is not None:
         stand_in.transformer.h = [
             _WithinDocuments(block, documents, _tables(model, i, position) if restart else None)
-            for i, block in enumerate(model.transformer.h)
+            for i, block in enumerate(_transformer(model).h)
         ]
     elif config.streaming_cache_window is not None and input_pos is not None:
-        stand_in.transformer.h = [_Streaming(block, model, input_pos) for block in model.transformer.h]
+        stand_in.transformer.h = [_Streaming(block, model, input_pos) for block in _transformer(model).h]
         # What LitGPT looks up at the positions must exist, and is not used.
         stand_in.max_seq_length = max(model.max_seq_length, idx.size(1))
         stand_in.mask_cache = model.cos.new_zeros(1, 1, 1, 1).expand(1, 1, model.cos.size(0), 1)
@@ -87,10 +88,20 @@ def forward(
     return original(stand_in, idx, input_pos, input_pos_maxp1, lm_head_chunk_size)
 
 
+def _config(model: GPT) -> Any:
+    # Typed loosely, as it has the fields of this package besides LitGPT's.
+    return model.config
+
+
+def _transformer(model: GPT) -> Any:
+    # A `ModuleDict`, whose parts LitGPT reads as attributes.
+    return model.transformer
+
+
 class _StandIn:
     # What LitGPT's forward reads of a model.
 
-    def __init__(self, model: Any, position: Tensor, documents: Documents | None) -> None:
+    def __init__(self, model: GPT, position: Tensor, documents: Documents | None) -> None:
         self.config = model.config
         self.max_seq_length = model.max_seq_length
         self.cos = model.cos
@@ -101,22 +112,22 @@ class _StandIn:
 
 
 class _StandInTransformer:
-    def __init__(self, model: Any, position: Tensor, documents: Documents | None) -> None:
+    def __init__(self, model: GPT, position: Tensor, documents: Documents | None) -> None:
         self.wte = _Embedding(model, position, documents)
-        self.h = model.transformer.h
-        self.ln_f = model.transformer.ln_f
+        self.h: Any = _transformer(model).h
+        self.ln_f = _transformer(model).ln_f
 
 
 class _Embedding:
     # The token embedding, the embedding of the position, and dropout (Radford et al. 2019, as in nanoGPT).
 
-    def __init__(self, model: Any, position: Tensor, documents: Documents | None) -> None:
+    def __init__(self, model: GPT, position: Tensor, documents: Documents | None) -> None:
         self.model = model
         self.position = position
         self.overflow = None if documents is None else documents.overflow
 
     def __call__(self, idx: Tensor) -> Tensor:
-        transformer, config = self.model.transformer, self.model.config
+        transformer, config = _transformer(self.model), _config(self.model)
         x_BTD = transformer.wte(idx)
         if config.position_embedding == "learned":
             x_BTD = x_BTD + transformer.wpe(self.position)
@@ -149,7 +160,7 @@ class _WithinDocuments:
 class _Streaming:
     # A block that counts positions itself, so that it gets whole rotary tables, and positions beyond their end.
 
-    def __init__(self, block: nn.Module, model: Any, input_pos: Tensor) -> None:
+    def __init__(self, block: nn.Module, model: GPT, input_pos: Tensor) -> None:
         self.block = block
         self.tables = model.cos.unsqueeze(0), model.sin.unsqueeze(0)
         self.input_pos = input_pos
@@ -166,14 +177,15 @@ class _Streaming:
         return self.block(x, *self.tables, None, self.input_pos, input_pos_maxp1)
 
 
-def _tables(model: Any, block_idx: int, position_BT: Tensor) -> tuple[Tensor, ...]:
+def _tables(model: GPT, block_idx: int, position_BT: Tensor) -> tuple[Tensor, ...]:
     tables = model.cos[position_BT], model.sin[position_BT]
     indices = model.config.rope_indices
     return tables if indices is None else tuple(table[..., indices[block_idx]] for table in tables)
 
 
-def _find_documents(model: Any, idx: Tensor, input_pos: Tensor | None, input_pos_maxp1: int | None) -> Documents | None:
-    boundary, token_id = model.config.attention_document_boundary, model.config.attention_document_token_id
+def _find_documents(model: GPT, idx: Tensor, input_pos: Tensor | None, input_pos_maxp1: int | None) -> Documents | None:
+    config = _config(model)
+    boundary, token_id = config.attention_document_boundary, config.attention_document_token_id
     if boundary is None:
         return None
     if input_pos is None:
@@ -184,9 +196,9 @@ def _find_documents(model: Any, idx: Tensor, input_pos: Tensor | None, input_pos
     return remembered
 
 
-def _starts_in_cache(model: Any, idx: Tensor) -> Tensor:
+def _starts_in_cache(model: GPT, idx: Tensor) -> Tensor:
     # Lives and dies with the cache of the first layer, and is never saved.
-    cache = model.transformer.h[0].attn.kv_cache
+    cache = _transformer(model).h[0].attn.kv_cache
     if cache is None:
         raise TypeError("input_pos needs a cache: call `gpt.set_kv_cache()` first")
     if not hasattr(cache, "document_starts"):

@@ -276,9 +276,9 @@ def on_card(
 def _torch_has_all(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    choice._missing_cached.cache_clear()
+    choice._missing.cache_clear()
     yield
-    choice._missing_cached.cache_clear()
+    choice._missing.cache_clear()
 
 
 @pytest.mark.usefixtures("_torch_has_all")
@@ -347,7 +347,7 @@ def _forget_flash_attn() -> None:
 
 
 def test_choice_for_tensors_of_a_card() -> None:
-    choice._missing_cached.cache_clear()
+    choice._missing.cache_clear()
     with fake_cuda((8, 6)):
         q, k, v = (torch.empty(2, heads, T, 224, dtype=torch.bfloat16, device="cuda") for heads in (4, 2, 2))
         assert choose_kernel(q, k, v) == "flash"
@@ -355,7 +355,7 @@ def test_choice_for_tensors_of_a_card() -> None:
         with torch.no_grad():
             assert choose_kernel(q, k, v) == "flash"
         assert choose_kernel(q, k.float(), v) == "eager"
-    choice._missing_cached.cache_clear()
+    choice._missing.cache_clear()
 
 
 def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

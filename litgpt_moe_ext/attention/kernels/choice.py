@@ -71,10 +71,11 @@ def choose_kernel(
     # queries to a cache is a matrix product, for which the written-out softmax is best.
     is_final = chosen != EAGER or not ("window" in needs or "documents" in needs)
     if is_final and not torch.compiler.is_compiling() and q_BHTd.size(2) > 1:
-        _announce(describe(chosen, workload, forced is not None), chosen == EAGER and forced is None)
+        _announce(chosen, workload.dtype, workload.device, forced is not None)
     return chosen
 
 
+@torch.compiler.assume_constant_result
 def choose(workload: Workload, forced: str | None = None) -> str:
     """Pick the kernel for a workload.
 
@@ -93,16 +94,14 @@ def choose(workload: Workload, forced: str | None = None) -> str:
         if reason is not None:
             raise SettingsError(_refusal(forced, reason))
         return forced
-    chosen = EAGER
-    plain = not any(need != "gradient" for need in workload.needs)
-    for name, kernel in KERNELS.items():
-        if not kernel.automatic or obstacle(kernel, workload) is not None:
-            continue
-        if plain and workload.capability[0] in kernel.preferred_on:
-            return name
-        if chosen == EAGER:
-            chosen = name
-    return chosen
+    kernels = KERNELS.values()
+    if workload.device == "cuda" and (not workload.needs or workload.needs == ("gradient",)):
+        major = workload.capability[0]
+        kernels = sorted(kernels, key=lambda kernel: major not in kernel.preferred_on)
+    for kernel in kernels:
+        if kernel.automatic and obstacle(kernel, workload) is None:
+            return kernel.name
+    return EAGER
 
 
 def obstacle(kernel: AttentionKernel, workload: Workload) -> str | None:
@@ -125,25 +124,14 @@ def obstacle(kernel: AttentionKernel, workload: Workload) -> str | None:
     return kernel.refuses(workload) or _missing(kernel.name)
 
 
-def describe(kernel: str, workload: Workload, is_forced: bool) -> str:
-    """Return the line that announces a choice."""
-    how = "forced" if is_forced else "chosen"
-    return f"attention: {kernel} for torch.{workload.dtype} on {workload.device} ({how})"
-
-
 @torch.compiler.assume_constant_result
 def capability_of(device: torch.device) -> Capability:
     """Return the CUDA compute capability of a device, (0, 0) for others."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
-@torch.compiler.assume_constant_result
-def _missing(name: str) -> str | None:
-    return _missing_cached(name)
-
-
 @functools.cache
-def _missing_cached(name: str) -> str | None:
+def _missing(name: str) -> str | None:
     return KERNELS[name].missing()
 
 
@@ -168,8 +156,9 @@ def _refusal(forced: str, reason: str) -> str:
 
 
 @functools.cache
-def _announce(line: str, is_fallback: bool) -> None:
+def _announce(kernel: str, dtype: str, device: str, is_forced: bool) -> None:
     # Cached, so that a training run says it once.
+    line = f"attention: {kernel} for torch.{dtype} on {device} ({'forced' if is_forced else 'chosen'})"
     _log.info(line)
-    if is_fallback:
+    if kernel == EAGER and not is_forced:
         warnings.warn(f"{line}: {FALLBACK_COST}", stacklevel=4)
