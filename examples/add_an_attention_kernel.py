@@ -15,7 +15,7 @@ from torch import Tensor
 
 import litgpt_moe_ext
 from litgpt_moe_ext.attention.kernels.calls import Call, Inputs, Result
-from litgpt_moe_ext.attention.kernels.registry import AttentionKernel, register_kernel
+from litgpt_moe_ext.extend import AttentionKernel, register_kernel
 
 BLOCK = 16
 

@@ -1,4 +1,4 @@
-"""Adding routers, auxiliary losses and activations from another package. See `examples/add_a_router.py`.
+"""Adding routers, auxiliary losses, activations and attention kernels from another package, as in `examples/`.
 
 A script calls these functions before it starts a training. A package that is installed can do so in every command,
 plain `litgpt` ones included, by naming a function that calls them as an entry point:
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 
+from litgpt_moe_ext.attention.kernels.registry import AttentionKernel, register_kernel
 from litgpt_moe_ext.config.fields import FIELDS, Field, loss_weight
 from litgpt_moe_ext.moe.registry import (
     ACTIVATIONS,
@@ -23,6 +24,18 @@ from litgpt_moe_ext.moe.registry import (
     RouterType,
     loss_field,
 )
+
+__all__ = [
+    "ActivationType",
+    "AttentionKernel",
+    "Field",
+    "Loss",
+    "RouterType",
+    "register_activation",
+    "register_kernel",
+    "register_loss",
+    "register_router",
+]
 
 
 def register_router(name: str, router: RouterType, fields: Mapping[str, Field] | None = None) -> None:

@@ -8,7 +8,7 @@ Shape legend: B batch, T tokens, S positions of the cache, D model width.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn as nn
@@ -19,6 +19,9 @@ from torch import Tensor
 from litgpt_moe_ext.attention.cache_positions import position_range
 from litgpt_moe_ext.attention.documents import Documents, find_documents, remember_documents
 from litgpt_moe_ext.attention.streaming_cache import positions_needed
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.config.types import Config
 
 
 def add_position_embedding(model: GPT) -> None:
@@ -88,9 +91,8 @@ def forward(
     return original(stand_in, idx, input_pos, input_pos_maxp1, lm_head_chunk_size)
 
 
-def _config(model: GPT) -> Any:
-    # Typed loosely, as it has the fields of this package besides LitGPT's.
-    return model.config
+def _config(model: GPT) -> "Config":
+    return cast("Config", model.config)
 
 
 def _transformer(model: GPT) -> Any:

@@ -5,11 +5,10 @@ d head size.
 """
 
 import math
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn as nn
-from litgpt.config import Config
 from litgpt.model import CausalSelfAttention, KVCache, apply_rope, apply_rope_interleave
 from torch import Tensor
 
@@ -24,6 +23,9 @@ from litgpt_moe_ext.attention.sliding_window import window_mask
 from litgpt_moe_ext.attention.streaming_cache import Stream, StreamingKVCache, streaming_attention
 from litgpt_moe_ext.config.features import has_sinks
 from litgpt_moe_ext.config.rules import check_derived
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.config.types import Config
 
 __all__ = ["SinkAttention"]
 
@@ -50,7 +52,7 @@ class SinkAttention(CausalSelfAttention):
         ValueError: If the configuration asks for something this layer cannot do.
     """
 
-    def __init__(self, config: Config, block_idx: int) -> None:
+    def __init__(self, config: "Config", block_idx: int) -> None:
         check_derived(config)
         load_functions()  # of kernels that were registered since
         super().__init__(config, block_idx)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import yaml
@@ -187,4 +187,4 @@ def _names_plugin_layer(checkpoint_dir: Path | str) -> bool:
     if not isinstance(content, dict):
         return False
     names = {name: content.get(name) for name in ("mlp_class_name", *added_fields())}
-    return uses_plugin(SimpleNamespace(**names))
+    return uses_plugin(cast(Any, SimpleNamespace(**names)))

@@ -144,7 +144,8 @@ _loaded: dict[str, Any] = {}
 def register_kernel(kernel: AttentionKernel, before: str = EAGER) -> None:
     """Add an attention kernel, which `attention_backend` can then name and which is chosen where it works.
 
-    Call it before a model is made. A kernel chosen by default must be right for whatever its data allow.
+    Call it before a model is made; `litgpt_moe_ext.extend` says how an installed package does so in every command. A
+    kernel that is chosen by default must be right for everything that its data allow.
 
     Args:
         kernel: What it can do, and its functions.
