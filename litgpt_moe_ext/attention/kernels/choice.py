@@ -57,12 +57,11 @@ def choose_kernel(
     if torch.is_grad_enabled() and (q_BHTd.requires_grad or k_BGSd.requires_grad or v_BGSd.requires_grad):
         needs = (*needs, "gradient")
     device = q_BHTd.device
-    workload = Workload(
-        device.type, capability_of(device), _DTYPE_NAMES.get(q_BHTd.dtype, "other"), q_BHTd.size(-1), needs
-    )
+    dtype = _DTYPE_NAMES.get(q_BHTd.dtype, "other")
+    workload = Workload(device.type, capability_of(device), dtype, q_BHTd.size(-1), needs)
     irregular = _irregularity(q_BHTd, k_BGSd, v_BGSd)
     if irregular is None:
-        chosen = choose(workload, forced)
+        chosen = _choose(*workload, forced)
     elif forced is None or forced == EAGER:
         chosen = EAGER
     else:
@@ -75,7 +74,6 @@ def choose_kernel(
     return chosen
 
 
-@torch.compiler.assume_constant_result
 def choose(workload: Workload, forced: str | None = None) -> str:
     """Pick the kernel for a workload.
 
@@ -102,6 +100,14 @@ def choose(workload: Workload, forced: str | None = None) -> str:
         if kernel.automatic and obstacle(kernel, workload) is None:
             return kernel.name
     return EAGER
+
+
+@torch.compiler.assume_constant_result
+def _choose(
+    device: str, capability: Capability, dtype: str, head_size: int, needs: tuple[Ability, ...], forced: str | None
+) -> str:
+    # A compiler that traces attention takes the answer as it is; a named tuple would not reach this function whole.
+    return choose(Workload(device, capability, dtype, head_size, needs), forced)
 
 
 def obstacle(kernel: AttentionKernel, workload: Workload) -> str | None:
