@@ -111,7 +111,7 @@ ROUTING_FIELDS = {
     "norm_topk_prob": _litgpt(
         types.BOOLEAN,
         "whether the scores of the chosen experts are divided by their sum; with softmax, true is the order of Mixtral "
-        "and GPT-OSS (top-k, then softmax), false that of Switch and DeepSeek-V2",
+        "and GPT-OSS (top-k, then softmax), false the order of Switch and DeepSeek-V2",
         (*_MOE, "norm_topk_prob"),
         unset=False,
     ),

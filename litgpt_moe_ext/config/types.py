@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     class Config(litgpt.Config):
         """A `litgpt.Config` with the fields that this package adds, for annotations."""
 
+        # None only until a configuration is resolved.
+        router_type: Any
+        intermediate_size: Any
+        moe_intermediate_size: Any
+        n_topk_groups: Any
+        n_topk_scores_per_group: Any
+        padded_vocab_size: Any
+        rope_n_elem: Any
+
         def __getattr__(self, name: str) -> Any:
             """Return the value of an added field."""
 

@@ -40,7 +40,7 @@ class Pointwise:
             out.copy_(self.function(x))
 
     def backward_into(self, upstream: Tensor, x: Tensor, out: Tensor) -> None:
-        """Write the gradient of `x` to `out`, given that of the function."""
+        """Write the gradient of `x` to `out`, given the gradient of the function's value, `upstream`."""
         if self.gradient_into is not None:
             self.gradient_into(upstream, x, out)
             return

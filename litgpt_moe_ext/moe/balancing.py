@@ -204,5 +204,5 @@ def _move_biases(routers: "list[Router]") -> None:
         rate = scheduled_rate(rate, schedule, torch.stack(updates)).unsqueeze(1)
         torch._foreach_add_(updates, 1)
     biases = [router.e_score_correction_bias for router in routers]
-    loads_LE = torch.stack([router.load_E for router in routers])
+    loads_LE = torch.stack([load_E for router in routers if (load_E := router.load_E) is not None])
     torch._foreach_copy_(biases, list(updated_bias(torch.stack(biases), loads_LE, rate)))

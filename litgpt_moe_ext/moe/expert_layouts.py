@@ -6,8 +6,8 @@ Shape legend: E experts.
 import torch
 from torch import Tensor
 
-# Stacked name of each weight, and the names of one expert's in LitGPT's layout: those of `LLaMAMLP` with a gated
-# activation, those of `GptNeoxMLP` otherwise.
+# Name of each stacked weight, and the names of one expert's weights in LitGPT's layout: as in `LLaMAMLP` with a gated
+# activation, as in `GptNeoxMLP` otherwise.
 _PER_EXPERT = {
     "gate_up_proj": ("fc_1.weight", "fc_2.weight"),
     "gate_up_bias": ("fc_1.bias", "fc_2.bias"),

@@ -15,18 +15,21 @@ if TYPE_CHECKING:
 class FeedForward(LLaMAMLP):
     """Two projections with an activation between them.
 
-    Parameters have the names of LitGPT's `LLaMAMLP` (`fc_1`, `fc_2`, `proj`) for a gated activation and those of its
-    `GptNeoxMLP` (`fc`, `proj`) otherwise. It is a subclass of the former because LitGPT's initialisation looks for one
-    to scale the output projection by the depth of the model.
+    Parameters have the names that LitGPT gives them: as in `LLaMAMLP` (`fc_1`, `fc_2`, `proj`) with a gated activation,
+    as in `GptNeoxMLP` (`fc`, `proj`) otherwise. It is a subclass of `LLaMAMLP` because LitGPT's initialisation scales
+    the output projections of that class by the depth of the model.
 
     Args:
         config: A `litgpt.Config`; uses `n_embd`, `bias`, `mlp_activation` and `gelu_approximate`.
         intermediate_size: Hidden width; `config.intermediate_size` by default.
     """
 
+    intermediate_size: int  # pyrefly: ignore[bad-override-mutable-attribute]: never None here
+    fc: nn.Linear
+
     def __init__(self, config: "Config", intermediate_size: int | None = None) -> None:
         nn.Module.__init__(self)
-        self.intermediate_size: int = intermediate_size or config.intermediate_size  # pyrefly: ignore[bad-assignment]
+        self.intermediate_size = intermediate_size or config.intermediate_size
         self.activation = Activation(config.mlp_activation, config.gelu_approximate)
         names = ("fc_1", "fc_2") if self.activation.gated else ("fc",)
         for name in names:

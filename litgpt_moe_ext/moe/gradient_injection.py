@@ -10,6 +10,8 @@ factor. `remember_scale` marks the loss (LitGPT's own loops are marked by the pl
 `inject`; in an unmarked loop the factor is 1.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,12 +20,13 @@ _scale: Tensor | None = None
 
 class _Inject(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, carrier: Tensor, loss: Tensor) -> Tensor:
+    def forward(ctx: Any, carrier: Tensor, loss: Tensor) -> Tensor:
         ctx.loss_dtype, ctx.loss_device = loss.dtype, loss.device
         return carrier.view_as(carrier)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (grad,) = grads
         if _scale is None:
             return grad, torch.ones((), dtype=ctx.loss_dtype, device=ctx.loss_device)
         return grad, _scale.to(ctx.loss_device, ctx.loss_dtype)
@@ -31,12 +34,13 @@ class _Inject(torch.autograd.Function):
 
 class _RememberScale(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loss: Tensor) -> Tensor:
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
         return loss.view_as(loss)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
         global _scale
+        (grad,) = grads
         _scale = grad.detach()
         return grad
 

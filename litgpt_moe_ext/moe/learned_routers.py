@@ -31,6 +31,8 @@ class LearnedRouter(Router):
         weight: The gate, (E, D).
     """
 
+    weight: nn.Parameter  # pyrefly: ignore[bad-override-mutable-attribute]: never None here
+
     def __init__(self, config: "Config") -> None:
         super().__init__(config)
         self.init_std = math.sqrt(2.0 / 5 / config.n_embd)
@@ -57,11 +59,12 @@ class LearnedRouter(Router):
             return _WideLinear.apply(x_TD, weight_ED, dtype)
 
     def extra_repr(self) -> str:
+        """Return the sizes."""
         return f"n_embd={self.weight.size(1)}, n_expert={self.n_expert}, top_k={self.top_k}"
 
 
 class _WideLinear(torch.autograd.Function):
-    """A linear map computed in a wider dtype than that of its inputs, which keeps the narrow inputs for backward."""
+    """A linear map computed in a wider dtype than its inputs have, which keeps the narrow inputs for backward."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor, dtype: torch.dtype) -> Tensor:
@@ -69,7 +72,8 @@ class _WideLinear(torch.autograd.Function):
         return F.linear(x_TD.to(dtype), weight_ED.to(dtype))
 
     @staticmethod
-    def backward(ctx: Any, dy_TE: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (dy_TE,) = grads
         x_TD, weight_ED = ctx.saved_tensors
         need_x, need_weight, _ = ctx.needs_input_grad
         dx_TD = (dy_TE @ weight_ED.to(dy_TE.dtype)).to(x_TD.dtype) if need_x else None
@@ -83,7 +87,7 @@ class TopKRouter(LearnedRouter):
     The k experts with the highest biased score are chosen; the gate values are their scores *without* the bias
     (arXiv:2412.19437, equations 12 to 16), divided by their sum if `norm_topk_prob`. With softmax scores that division
     is the same as a softmax over the chosen logits alone: `norm_topk_prob: true` is the order of Mixtral and GPT-OSS
-    (top-k, then softmax), `false` that of Switch and DeepSeek-V2 (softmax, then top-k).
+    (top-k, then softmax), `false` the order of Switch and DeepSeek-V2 (softmax, then top-k).
 
     With `n_expert_groups`, a group is worth the sum of its `n_topk_scores_per_group` best biased scores and only the
     best `n_topk_groups` groups take part. Experts of the other groups are masked with minus infinity; a mask of 0 would
@@ -114,12 +118,14 @@ class TopKRouter(LearnedRouter):
             self.register_buffer("bias_updates", torch.zeros((), dtype=torch.int64))
 
     def reset_parameters(self) -> None:
+        """Initialise the gate; the bias starts at 0."""
         super().reset_parameters()
         nn.init.zeros_(self.e_score_correction_bias)
         if self.bias_update_schedule is not None:
             nn.init.zeros_(self.bias_updates)
 
     def choose(self, x_TD: Tensor) -> Choice:
+        """Choose the K highest biased scores, within the best groups if there are groups."""
         logits_TE = self.logits(x_TD)
         scores_TE = logits_TE.sigmoid() if self.score_function == "sigmoid" else logits_TE.softmax(dim=-1)
         with torch.no_grad():
@@ -169,10 +175,12 @@ class NoisyTopKRouter(LearnedRouter):
         self.noise_weight = nn.Parameter(torch.empty(config.n_expert, config.n_embd))
 
     def reset_parameters(self) -> None:
+        """Initialise the gate; the weights of the noise start at 0."""
         super().reset_parameters()
         nn.init.zeros_(self.noise_weight)
 
     def choose(self, x_TD: Tensor) -> Choice:
+        """Choose the K highest logits, with noise in training."""
         clean_TE = self.logits(x_TD)
         if not self.training:
             best = clean_TE.topk(self.top_k, dim=-1)

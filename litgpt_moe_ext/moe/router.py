@@ -73,10 +73,11 @@ class Router(nn.Module):
     Attributes:
         weight: The gate, (E, D), or None for a router that does not learn.
         tally: Tokens per expert and sums since the last optimizer step.
-        record: The same of the last finished optimizer step, over all processes, or None before the first.
+        record: The same of the last finished optimizer step, over all ranks, or None before the first.
         loss_coefs: Weights of the auxiliary losses by name, those that are not 0.
         loss_names: Their names in the order of the record.
         e_score_correction_bias: The balancing bias, (E,), float32; only where there is a `bias_update_rate`.
+        bias_updates: How often the bias has moved, int64; only where there is a `bias_update_schedule`.
         bias_update_rate: Step size of the balancing bias; 0 for routers that have none.
         bias_update_schedule: How the step size changes (`litgpt_moe_ext.moe.balancing.scheduled_rate`).
         token_ids_T: Ids of the tokens of the present batch, int64, for a router that needs them.
@@ -84,6 +85,7 @@ class Router(nn.Module):
 
     weight: Tensor | None
     e_score_correction_bias: Tensor
+    bias_updates: Tensor
     bias_update_rate: float = 0.0
     bias_update_schedule: dict[str, int] | None = None
 
@@ -148,8 +150,8 @@ class Router(nn.Module):
         return load(loss.function)(*(value_of(name) for name in loss.inputs))
 
     @property
-    def load_E(self) -> Tensor | None:
-        """Tokens per expert of the last finished optimizer step over all processes, or None before the first."""
+    def load_E(self) -> Tensor | None:  # noqa: N802
+        """The tokens per expert of the last finished optimizer step over all ranks, or None before the first."""
         return None if self.record is None else self.record[: self.n_expert]
 
     def _count_in_backward(
@@ -188,7 +190,8 @@ class _CountInBackward(torch.autograd.Function):
         return weights_TK.view_as(weights_TK)
 
     @staticmethod
-    def backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_TK,) = grads
         weights_TK, counts_E, scores_TE, squares, *losses = ctx.saved_tensors
         gate = weights_TK.sum()
         sums = [gate]
