@@ -7,6 +7,9 @@ import sys
 
 import litgpt.pretrain
 
+import litgpt_moe_ext.attention.layer
+import litgpt_moe_ext.moe.layer  # noqa: F401
+
 BIG = ("torchvision", "transformers", "sklearn", "pandas", "scipy", "torch._dynamo", "torch._inductor")
 report = {"loaded": [name for name in BIG if name in sys.modules]}
 

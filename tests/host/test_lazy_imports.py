@@ -9,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
+from litgpt_moe_ext.compiled import assume_constant_result
 from litgpt_moe_ext.host import autoload, lazy_imports
 from litgpt_moe_ext.host.lazy_imports import Package
 from tests.host.test_guest_rule import HERE, run
@@ -50,6 +52,16 @@ def test_a_process_without_litgpt_is_left_alone():
         "print('litgpt_moe_ext.host.lazy_imports' in sys.modules, _finder.instead, _finder.before_submodules)"
     )
     assert run(["-c", code]).stdout == "False {} {}\n"
+
+
+def test_the_mark_for_constants_is_that_of_torch():
+    def ours() -> int:
+        return 1
+
+    def torchs() -> int:
+        return 1
+
+    assert vars(assume_constant_result(ours)) == vars(torch.compiler.assume_constant_result(torchs)) != {}
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from litgpt_moe_ext.attention.kernels.registry import EAGER, KERNELS, Ability, AttentionKernel, Capability, Workload
+from litgpt_moe_ext.compiled import assume_constant_result
 from litgpt_moe_ext.errors import SettingsError
 
 _log = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ def choose(workload: Workload, forced: str | None = None) -> str:
     return EAGER
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _choose(
     device: str, capability: Capability, dtype: str, head_size: int, needs: tuple[Ability, ...], forced: str | None
 ) -> str:
@@ -130,7 +131,7 @@ def obstacle(kernel: AttentionKernel, workload: Workload) -> str | None:
     return kernel.refuses(workload) or _missing(kernel.name)
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def capability_of(device: torch.device) -> Capability:
     """Return the CUDA compute capability of a device, (0, 0) for others."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)

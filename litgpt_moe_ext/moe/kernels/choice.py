@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from litgpt_moe_ext.compiled import assume_constant_result
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden
 from litgpt_moe_ext.moe.kernels.cpu import grouped_cpu_experts
@@ -152,7 +153,7 @@ def register_backend(backend: ExpertBackend, *preferences: Preference) -> None:
     choose_backend.cache_clear()
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def backend_for(
     device: torch.device,
     dtype: torch.dtype,
