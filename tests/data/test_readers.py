@@ -70,7 +70,7 @@ def test_every_format(tmp_path, name, content, options):
 
 
 def test_a_text_file_is_one_document(tmp_path):
-    text = " spaces stay \r\n"
+    text = " spaces stay \n"
     (record,) = read(tmp_path, "a.md", text.encode())
     assert (record.text, record.place) == (text, "byte 0")
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -27,7 +28,7 @@ from litgpt_moe_ext.data.pipeline.store import (
     read_manifest,
     unigram_loss,
 )
-from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, open_for_documents
+from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, open_for_documents, train_bpe
 from litgpt_moe_ext.data.pipeline.tokenizer_files import read_tokenizer
 from litgpt_moe_ext.errors import SettingsError
 
@@ -54,7 +55,7 @@ def files(tmp_path_factory):
 
 def sources_of(files, tmp_path, splits=(None, None, None)):
     hashes = FileHashes(tmp_path)
-    return [file_sources([file], split, TextFormat(), hashes)[0] for file, split in zip(files, splits, strict=True)]
+    return [file_sources([file], split, TextFormat(), hashes)[0] for file, split in zip(files, splits, strict=False)]
 
 
 def texts_in(corpus, split: str) -> list[str]:
@@ -293,6 +294,73 @@ def test_a_file_that_was_just_written_is_read_again(tmp_path):
     hashes.hash(path)
     hashes.save()
     assert not (tmp_path / ".file_hashes.json").exists()
+
+
+def test_the_first_so_many_documents(files, tmp_path, monkeypatch):
+    """By sources that split themselves, by named ones, and after an interruption."""
+    whole = prepare_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS)
+    limits = CorpusSettings(BPE, val_fraction=0.2, counts={"train": 70, "val": 9}, shard_tokens=1000)
+    some = prepare_corpus(tmp_path, sources_of(files, tmp_path), limits)
+    assert texts_in(some, "train") == texts_in(whole, "train")[:70]
+    assert texts_in(some, "val") == texts_in(whole, "val")[:9]
+    train_bpe(texts_in(whole, "train")[:70], BPE, tmp_path / "tokenizer")
+    learned = (some / TOKENIZER_DIR / "tokenizer.json").read_bytes()
+    assert learned == (tmp_path / "tokenizer" / "tokenizer.json").read_bytes()
+    named = sources_of(files, tmp_path, ("train", "val", "train"))
+    named[2] = replace(named[2], records=lambda: pytest.fail("read in vain"))
+    some = prepare_corpus(tmp_path, named, CorpusSettings(BPE, counts={"train": 60, "val": 5}))
+    assert (texts_in(some, "train"), texts_in(some, "val")) == (stories(60, 0), stories(60, 1)[:5])
+
+    monkeypatch.setattr(text_corpus, "_BATCH_BYTES", 1000)
+    commit, calls = text_corpus._Preparation._commit, []
+
+    def interrupt_once(preparation, vocab_size):
+        commit(preparation, vocab_size)
+        calls.append(vocab_size)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(text_corpus._Preparation, "_commit", interrupt_once)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_corpus(tmp_path / "parts", sources_of(files, tmp_path), limits)
+    parts = prepare_corpus(tmp_path / "parts", sources_of(files, tmp_path), limits)
+    assert len(calls) > 3
+    assert (texts_in(parts, "train"), texts_in(parts, "val")) == (
+        texts_in(whole, "train")[:70],
+        texts_in(whole, "val")[:9],
+    )
+
+
+@pytest.mark.parametrize("counts", [{"train": 0}, {"val": -1}])
+def test_counts_that_cannot_work(files, tmp_path, counts):
+    with pytest.raises(SettingsError, match=r"(train|val)_count: \S+ must be at least 1; leave it out"):
+        prepare_corpus(tmp_path, sources_of(files, tmp_path), CorpusSettings(BPE, val_fraction=0.2, counts=counts))
+
+
+def test_a_large_share_that_validates_is_said(files, tmp_path, capsys):
+    prepare_corpus(tmp_path, sources_of(files[:2], tmp_path, ("train", "val")), CorpusSettings(BPE))
+    assert "50% of the documents validate; set val_count" in capsys.readouterr().out
+    prepare_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS)
+    assert "of the documents validate" not in capsys.readouterr().out
+
+
+def test_ids_with_gaps_and_added_tokens(files, tmp_path):
+    """The vocabulary reaches to the highest id, however many tokens there are."""
+    train_bpe(stories(60), BPE, tmp_path / "sparse")
+    path = tmp_path / "sparse" / "tokenizer.json"
+    state = json.loads(path.read_text())
+    state["model"]["vocab"] = {token: 3 * id_ for token, id_ in state["model"]["vocab"].items()}
+    for added in state["added_tokens"]:
+        added["id"] *= 3
+    path.write_text(json.dumps(state))
+    settings = CorpusSettings(read_tokenizer(tmp_path / "sparse"), val_fraction=0.2)
+    corpus = prepare_corpus(tmp_path, sources_of(files, tmp_path), settings)
+    highest = max(int(shard.max()) for shards in open_corpus(corpus) for shard in shards)
+    assert highest < read_manifest(corpus)["vocab_size"] == 3 * 299 + 1
+    path.write_text("{")
+    broken = CorpusSettings(read_tokenizer(tmp_path / "sparse"), val_fraction=0.2)
+    with pytest.raises(SettingsError, match="tokenizer.json is not a tokenizer .*; download or make it again"):
+        prepare_corpus(tmp_path, sources_of(files, tmp_path), broken)
 
 
 def test_empty_documents_are_left_out_and_reported(tmp_path, capsys):

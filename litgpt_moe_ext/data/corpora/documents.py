@@ -87,11 +87,13 @@ class DocumentCorpus(EncodedCorpus):
     """JSON key, or column, that holds the text."""
     invalid_utf8: Literal["error", "replace"] = "error"
     """What to do about bytes that are not UTF-8."""
+    max_expansion: float = 200.0
+    """How many times their own size may come out of compressed files, against files made to fill the disk."""
 
     @property
     def text_format(self) -> TextFormat:
         """See `EncodedCorpus.text_format`."""
-        return TextFormat(self.field, None, self.invalid_utf8)
+        return TextFormat(self.field, None, self.invalid_utf8, self.max_expansion)
 
     def planned_vocabulary(self) -> tuple[str, int] | None:
         """See `Corpus.planned_vocabulary`."""

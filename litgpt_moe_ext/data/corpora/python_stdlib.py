@@ -32,7 +32,7 @@ class PythonStdlib(EncodedCorpus):
     in `manifest.json`, together with the validation loss of a unigram model that training should beat.
 
     Left out are folders of tests, files that are blank or not UTF-8, and all but the first (by path) of several files
-    with the same content. Text is taken as it is, line ends included.
+    with the same content. Line ends become LF, as Python itself reads them.
     """
 
     data_path: Path = Path("data/python_stdlib")

@@ -10,9 +10,9 @@ from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source, file_source
 
 @dataclass(kw_only=True)
 class TextCorpus(DocumentCorpus):
-    """Text in files: plain text, JSON lines, lists of JSON objects, parquet, each also as `.gz` or in a tar archive.
+    """Text in files: plain text, JSON lines, lists of JSON objects, CSV, TSV, parquet; compressed, or in tar archives.
 
-    A plain text file is one document, unless a separator is given.
+    A plain text file is one document, unless a separator is given. Compressed are `.gz`, `.bz2`, `.xz` and `.zst`.
     """
 
     source_path: Path
@@ -22,7 +22,7 @@ class TextCorpus(DocumentCorpus):
     pattern: str = "**/*.txt"
     """Which files in the folders, as a glob: `**/*.parquet`, `train-*.jsonl.gz`, ..."""
     separator: str | None = None
-    """What ends a document in a plain text file, for example `<|endoftext|>`."""
+    """What ends a document in a plain text file, for example `<|endoftext|>`. Its line ends match any style."""
 
     @property
     def text_format(self) -> TextFormat:

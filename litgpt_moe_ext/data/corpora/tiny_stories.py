@@ -34,7 +34,7 @@ class TinyStories(DocumentCorpus):
     @property
     def text_format(self) -> TextFormat:
         """What of the format is a setting; the rest follows from the files."""
-        return TextFormat(self.field or "", None, self.invalid_utf8)
+        return TextFormat(self.field or "", None, self.invalid_utf8, self.max_expansion)
 
     def sources(self, hashes: FileHashes) -> list[Source]:
         """See `EncodedCorpus.sources`."""

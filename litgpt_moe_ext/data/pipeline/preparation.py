@@ -57,6 +57,7 @@ _BATCH_BYTES = 1_000_000
 # takes as long as encoding a megabyte.
 _SMALL_BYTES = 32_000_000
 _NAMED_SOURCES = 100  # in a manifest
+_LARGE_SHARE = 0.3  # of documents that validate: more is hardly meant
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +227,9 @@ class _Preparation:
         print(f"Prepared a corpus in {self.final} ({_summary(manifest)}, {seconds:.1f} s)", flush=True)
         if manifest["documents_empty"]:
             print(f"Left out {manifest['documents_empty']} empty document(s), the first at {manifest['first_empty']}")
+        share = manifest["documents_val"] / (manifest["documents_train"] + manifest["documents_val"])
+        if share > _LARGE_SHARE:
+            print(f"{share:.0%} of the documents validate; set val_count, or name other files, to validate on fewer")
 
     def _begin(self, progress: PreparationProgress) -> None:
         """Continue what is there, or starts with the tokenizer."""

@@ -43,7 +43,7 @@ class RemoteFile(io.RawIOBase):
     def __init__(self, url: str) -> None:
         self.url = url
         system, path = _system_of(url)
-        self._file: io.IOBase | None = None
+        self._file: Any = None
         try:
             self._file = system.open(path, "rb", block_size=_BLOCK_BYTES)
         except Exception as error:  # each kind of server has errors of its own
@@ -57,11 +57,15 @@ class RemoteFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """See `io.RawIOBase.readinto`."""
+        data = self._read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _read(self, size: int) -> bytes:
         position = self._file.tell()
         for attempt in range(_ATTEMPTS):
             try:
-                data = self._file.read(len(buffer))
-                break
+                return self._file.read(size)
             except ValueError as error:  # a server that ignores the range it was asked for
                 raise SettingsError(
                     f"{self.url} cannot be streamed ({error}); download the file and name the local copy"
@@ -73,8 +77,7 @@ class RemoteFile(io.RawIOBase):
                         "run again when the server can be reached, what is prepared is kept"
                     ) from error
                 time.sleep(_FIRST_PAUSE_SECONDS * 2**attempt)
-        buffer[: len(data)] = data
-        return len(data)
+        raise AssertionError("the last attempt returns or raises")
 
     def readable(self) -> bool:
         """See `io.IOBase.readable`."""

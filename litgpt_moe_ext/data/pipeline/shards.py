@@ -184,7 +184,7 @@ def _numpy_header(path: Path, file: BinaryIO) -> tuple[np.dtype, int, int]:
         version = np.lib.format.read_magic(file)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read_header(file)
-    except ValueError as error:
+    except Exception as error:  # a damaged header is evaluated as Python, with any error of a parser
         raise SettingsError(
             f"{path} has a damaged NumPy header, read up to byte {file.tell()} ({error}); prepare or download it again"
         ) from error

@@ -110,14 +110,15 @@ def find_files(setting: str, path: Path, pattern: str) -> list[Path]:
     Left out is what has a leading dot or lies in such a folder, and what lies in a prepared corpus.
 
     Raises:
-        SettingsError: There is nothing at `path`, or no file matches.
+        SettingsError: There is nothing at `path`, no file matches, or one is a link to a file outside of the folder.
     """
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise SettingsError(f"{setting}: {str(path)!r} does not exist; set {setting} to a file or a folder")
+    _refuse_links_out(setting, path, found := [file for file in sorted(path.glob(pattern)) if file.is_file()])
     # A cache may lie in the folder of the documents: what was prepared from them is none of them.
-    found = [file for file in sorted(path.glob(pattern)) if file.is_file() and not _hidden(file.relative_to(path))]
+    found = [file for file in found if not _hidden(file.relative_to(path))]
     prepared = {manifest.parent for manifest in path.glob(f"**/{MANIFEST}")}
     found = [file for file in found if prepared.isdisjoint(file.parents)]
     if not found:
@@ -209,6 +210,19 @@ def identities(sources: Iterable[Source]) -> list[list[str | None]]:
 
 def _identity(file: Path, content: str) -> str:
     return f"{''.join(file.suffixes[-2:])}:{content}"  # the name says how to read it
+
+
+def _refuse_links_out(setting: str, folder: Path, files: Iterable[Path]) -> None:
+    """Raise SettingsError if a file is a link that leads out of the folder, or of the hub's cache of a repository."""
+    root = folder.resolve()
+    # The hub's cache keeps the content beside the folders of snapshots: repository/blobs, repository/snapshots/commit.
+    root = next((parent.parent for parent in (root, *root.parents) if parent.name == "snapshots"), root)
+    for file in files:
+        if file.is_symlink() and not file.resolve().is_relative_to(root):
+            raise SettingsError(
+                f"{setting}: {file} is a link to {file.resolve()}, outside of the folder; copy the file into the "
+                "folder, or remove the link"
+            )
 
 
 def _hidden(path: Path) -> bool:

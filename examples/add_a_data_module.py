@@ -1,0 +1,55 @@
+"""How to add a data module: a corpus of your own, as one class.
+
+This one makes a document of every chapter of Markdown books. What it inherits: a tokenizer of your choice, the
+preparation (in several processes, continued after an interruption, kept under a key of content and settings), a share
+that validates, packing, exact resume. Name it in a recipe,
+
+    data:
+      class_path: add_a_data_module.Chapters
+      init_args:
+        source_path: books/
+        bpe: {vocab_size: 2048}
+
+and say where it is: `PYTHONPATH=examples uv run python run_train.py --config recipe.yaml`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from litgpt_moe_ext.data import DocumentCorpus
+from litgpt_moe_ext.data.pipeline.readers import Record
+from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source, find_files
+
+
+@dataclass(kw_only=True)
+class Chapters(DocumentCorpus):
+    """Chapters of Markdown books: a document begins at each heading of the first level."""
+
+    source_path: Path
+    """Folder with the books."""
+
+    def sources(self, hashes: FileHashes) -> list[Source]:
+        """Return what to read: here a source per book.
+
+        A source has a name for messages, the side its documents are on (None: a hash of each decides), its bytes, what
+        tells its content from any other, and a function that starts reading from the beginning.
+        """
+        return [
+            Source(str(book), None, book.stat().st_size, f"chapters:{hashes.hash(book)}", partial(chapters, book))
+            for book in find_files("source_path", self.source_path, "**/*.md")
+        ]
+
+
+def chapters(book: Path) -> Iterator[Record]:
+    """Yield the chapters of a book: the text, where it is, and how many bytes are read up to its end."""
+    read, start, lines = 0, 0, []
+    for line in book.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.startswith("# ") and lines:
+            yield Record("".join(lines), f"byte {start}", read)
+            start, lines = read, []
+        lines.append(line)
+        read += len(line.encode())
+    if lines:
+        yield Record("".join(lines), f"byte {start}", read)

@@ -1,0 +1,217 @@
+"""Line ends, byte-order marks, tables, compressions, and files that should not be read: right, or refused by name."""
+
+import bz2
+import gzip
+import io
+import lzma
+import os
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from litgpt_moe_ext.data.pipeline import readers
+from litgpt_moe_ext.data.pipeline.shards import open_shard
+from litgpt_moe_ext.data.pipeline.sources import find_files
+from tests.data.test_readers import STORIES, as_list, lines, read, tar
+
+
+def texts(tmp_path, name, content, **options) -> list[str]:
+    return [record.text for record in read(tmp_path, name, content, **options)]
+
+
+def table(delimiter: str = ",", end: str = "\n") -> bytes:
+    rows = [("id", "text"), *((str(number), text) for number, text in enumerate(STORIES))]
+    quoted = [delimiter.join('"' + cell.replace('"', '""') + '"' for cell in row) for row in rows]
+    return end.join([*quoted, ""]).encode()
+
+
+# ---- line ends and byte-order marks
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("separator", ["\n\n", "\r\n\r\n", "\n---\n", "<|e|>\n"])
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1 << 20])
+def test_separators_match_line_ends_of_any_style(tmp_path, monkeypatch, end, separator, chunk):
+    monkeypatch.setattr(readers, "_CHUNK_BYTES", chunk)
+    written = ["one\nline", "two", "three\n\nlines" if "\n\n" not in separator.replace("\r", "") else "three"]
+    content = separator.replace("\r", "").join(written).replace("\n", end)
+    found = read(tmp_path, "a.txt", content.encode(), separator=separator)
+    assert [record.text for record in found] == written
+    for record in found:
+        offset = int(record.place.removeprefix("byte "))
+        assert content[offset:].replace("\r\n", "\n").replace("\r", "\n").startswith(record.text)
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+def test_line_ends_of_a_whole_file_become_lf(tmp_path, end):
+    assert texts(tmp_path, "a.txt", f" a{end}{end}b{end}".encode()) == [" a\n\nb\n"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "<|>".join(STORIES).encode()),
+        ("a.jsonl", lines()),
+        ("a.json", as_list()),
+        ("a.csv", table()),
+        ("a.csv.gz", gzip.compress(b"\xef\xbb\xbf" + table())),
+        ("a.tar.gz", tar({"a.jsonl": b"\xef\xbb\xbf" + lines()})),
+    ],
+)
+def test_a_byte_order_mark_is_not_text(tmp_path, name, content):
+    content = content if name.endswith("gz") else b"\xef\xbb\xbf" + content
+    assert texts(tmp_path, name, content, separator="<|>") == STORIES
+
+
+def test_places_count_the_byte_order_mark(tmp_path):
+    found = read(tmp_path, "a.jsonl", b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n')
+    assert [record.place for record in found] == ["byte 3", "byte 17"]
+
+
+# ---- tables and compressions
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize(("name", "delimiter"), [("a.csv", ","), ("a.tsv", "\t"), ("A.CSV", ",")])
+def test_tables(tmp_path, name, delimiter, end):
+    assert texts(tmp_path, name, table(delimiter, end)) == STORIES
+
+
+def test_a_cell_may_be_long(tmp_path):
+    long = "word " * 100_000
+    assert texts(tmp_path, "a.csv", f'text\n"{long}"\n'.encode()) == [long]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (table().replace(b'"text"', b'"body"'), r"has no column 'text', only \['id', 'body'\]; set field"),
+        (b"", r"has no column 'text', only \[\]"),
+        (b"id,text\n1\n", r"has 1 columns in row 0 .line 2., too few for column 'text'"),
+        (b'id,text\n1,"never closed', "is not a valid table at line 2: unexpected end of data"),
+        (b"id,text\n1,a\n2,\xff\n", r"is not UTF-8 after line .* set invalid_utf8 to replace"),
+    ],
+)
+def test_damaged_tables(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, "a.csv", content)
+
+
+def zstd_bytes(content: bytes, path) -> bytes:
+    with pa.OSFile(str(path), "wb") as file, pa.CompressedOutputStream(file, "zstd") as stream:
+        stream.write(content)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.csv", "a.tar"])
+def test_compressions(tmp_path, name, suffix):
+    content = {"a.jsonl": lines(), "a.txt": "<|>".join(STORIES).encode(), "a.csv": table()}.get(name)
+    content = gzip.decompress(tar({"a.jsonl": lines()})) if content is None else content
+    compress = {".bz2": bz2.compress, ".xz": lzma.compress}.get(suffix)
+    packed = zstd_bytes(content, tmp_path / "z") if compress is None else compress(content)
+    found = read(tmp_path, name + suffix, packed, separator="<|>")
+    assert [record.text for record in found] == STORIES
+    assert found[-1].position == len(packed)
+    with pytest.raises(ValueError, match=rf"{name}{suffix} is damaged or truncated: .* .after byte \d+ of \d+"):
+        read(tmp_path, name + suffix, packed[: len(packed) * 2 // 3], separator="<|>")
+
+
+# ---- what is not text, and what should not be read
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(b"text"), "is gzip, not text; let its name end in .gz"),
+        (lzma.compress(b"text"), "is xz, not text; let its name end in .xz"),
+        (b"PK\x03\x04\x00", "is a zip archive, not text; unpack it"),
+        (b"%PDF-1.7 ...", "is PDF, not text; extract its text"),
+        ("text".encode("utf-16"), "is UTF-16 text, not text; convert it to UTF-8, for example with iconv"),
+        (b"\x7fELF\x02\x01\x01\x00", "is not text: byte 7 is zero"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+@pytest.mark.parametrize("invalid_utf8", ["error", "replace"])
+def test_what_is_not_text_is_refused(tmp_path, name, content, message, invalid_utf8):
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, name, content, invalid_utf8=invalid_utf8)
+
+
+def test_json_nested_too_deep(tmp_path):
+    with pytest.raises(ValueError, match="a.jsonl is nested too deep at byte 14"):
+        read(tmp_path, "a.jsonl", b'{"text": "a"}\n{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n")
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_an_archive_cut_at_a_members_end(tmp_path, suffix):
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        for name in ("a.jsonl", "b.jsonl"):
+            info = tarfile.TarInfo(name)
+            info.size = len(lines())
+            archive.addfile(info, io.BytesIO(lines()))
+            end = content.tell()
+    whole, cut = content.getvalue(), content.getvalue()[: end // 2]
+    compress = gzip.compress if suffix else bytes
+    assert texts(tmp_path, f"a.tar{suffix}", compress(whole)) == STORIES * 2
+    with pytest.raises(ValueError, match="is damaged or truncated: the archive has no end mark"):
+        read(tmp_path, f"a.tar{suffix}", compress(cut))
+
+
+def test_a_file_made_to_fill_the_memory(tmp_path, monkeypatch):
+    from litgpt_moe_ext.data.pipeline import compression
+
+    monkeypatch.setattr(compression, "_FREE_BYTES", 1_000_000)
+    content = gzip.compress(b"a" * 5_000_000)
+    message = r"max_expansion: 200 times their size may come out .*a.txt.gz gave \d+ bytes for \d+; if .*, raise"
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, "a.txt.gz", content)
+    assert texts(tmp_path, "a.txt.gz", content, max_expansion=2000.0) == ["a" * 5_000_000]
+    assert texts(tmp_path, "b.txt.gz", gzip.compress(b"a" * 900_000)) == ["a" * 900_000]
+
+
+def test_links_out_of_the_folder_are_refused(tmp_path):
+    (tmp_path / "secret.txt").write_text("not for training")
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a")
+    (folder / "inside.txt").symlink_to(folder / "a.txt")
+    assert len(find_files("source_path", folder, "**/*.txt")) == 2
+    (folder / "outside.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(ValueError, match="source_path: .*outside.txt is a link to .*secret.txt, outside of"):
+        find_files("source_path", folder, "**/*.txt")
+
+
+def test_the_hubs_cache_consists_of_links(tmp_path):
+    (tmp_path / "repository" / "blobs").mkdir(parents=True)
+    (tmp_path / "repository" / "blobs" / "0123").write_text("text")
+    snapshot = tmp_path / "repository" / "snapshots" / "4567"
+    snapshot.mkdir(parents=True)
+    (snapshot / "a.txt").symlink_to("../../blobs/0123")
+    assert find_files("source_path", snapshot, "*.txt") == [snapshot / "a.txt"]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_damaged_headers_of_numpy_files(tmp_path, seed):
+    """Whatever byte is changed, the file is read or refused by name."""
+    path = tmp_path / "a.npy"
+    np.save(path, np.arange(100, dtype=np.uint16))
+    content = bytearray(path.read_bytes())
+    rng = np.random.default_rng(seed)
+    content[rng.integers(6, 128)] = rng.integers(256)
+    path.write_bytes(content)
+    try:
+        open_shard(path)
+    except ValueError as error:
+        assert str(path) in str(error)  # noqa: PT017
+
+
+def test_a_path_that_leads_up_in_an_archive_writes_nothing(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    assert texts(folder, "a.tar.gz", tar({"../../up.jsonl": lines()})) == STORIES
+    assert os.listdir(folder) == ["a.tar.gz"]
+    assert os.listdir(tmp_path) == ["folder"]
