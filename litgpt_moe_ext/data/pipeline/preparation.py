@@ -264,16 +264,16 @@ class _Preparation:
         for index, source in training:
             share = source.size / total if total else 1 / len(training)
             left = self.settings.tokenizer_bytes * share
+            if room.is_full("train"):
+                return
             for record in source.records():
-                if room.is_full("train"):
-                    return
                 if self._side(source, record.text) == "val" or not record.text.strip():
                     continue
                 room.take("train")
                 yield record.text
                 progress.update(self.offsets[index] + record.position)
                 left -= len(record.text)
-                if left <= 0:
+                if left <= 0 or room.is_full("train"):
                     break
 
     def _side(self, source: Source, text: str) -> str:
