@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+# What the key/value cache is called: transformers 5 renamed it.
+_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 _ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -33,7 +36,7 @@ class LitGPTMoEConfig(PretrainedConfig):
     """
 
     model_type = "litgpt_moe"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = [_CACHE]
 
     def __init__(
         self,
@@ -374,10 +377,10 @@ class LitGPTMoEModel(LitGPTMoEPreTrainedModel):
     def set_input_embeddings(self, value):
         self.embed_tokens = value
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None):
+    def forward(self, input_ids, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None):
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         B, T = x_BTD.shape[:2]
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past = 0 if cache is None else cache.get_seq_length()
         slot_S = torch.arange(past + T, device=x_BTD.device)
         visible_BTS = (slot_S <= slot_S[past:, None]).expand(B, -1, -1)
         if attention_mask is not None:
@@ -392,7 +395,7 @@ class LitGPTMoEModel(LitGPTMoEPreTrainedModel):
             x_BTD = x_BTD + self.embed_positions(position_ids)
         rope = self._rope(position_ids)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, rope, visible_BTS, past_key_values)
+            x_BTD = layer(x_BTD, rope, visible_BTS, cache)
         return self.norm(x_BTD)
 
     def _rope(self, position_BT: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -433,6 +436,7 @@ class LitGPTMoEForCausalLM(LitGPTMoEPreTrainedModel, GenerationMixin):
         attention_mask=None,
         position_ids=None,
         past_key_values=None,
+        cache=None,
         inputs_embeds=None,
         labels=None,
         use_cache=None,
@@ -440,12 +444,13 @@ class LitGPTMoEForCausalLM(LitGPTMoEPreTrainedModel, GenerationMixin):
         **kwargs,
     ):
         """Return logits (B, T, vocabulary), the loss if there are labels, and the cache if one is used."""
-        if (self.config.use_cache if use_cache is None else use_cache) and past_key_values is None:
-            past_key_values = DynamicCache()
-        x_BTD = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        cache = past_key_values if cache is None else cache
+        if (self.config.use_cache if use_cache is None else use_cache) and cache is None:
+            cache = DynamicCache()
+        x_BTD = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(x_BTD[:, kept])
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: cache})

@@ -1,0 +1,35 @@
+"""Opens exported models with the transformers of this environment: `python compare_with_transformers.py FOLDER`.
+
+Each folder in FOLDER has an export in `out` and, in `expected.pt`, tokens, logits and greedily written text. Needs
+torch and transformers only, so that it runs in an environment with another version.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+
+def main(folder: Path) -> None:
+    """Compare every export, and print the version."""
+    for case in sorted(folder.iterdir()):
+        expected = torch.load(case / "expected.pt")
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            case / "out", trust_remote_code=True, dtype=torch.float32
+        ).eval()
+        tokens, logits, text = expected["tokens"], expected["logits"], expected["text"]
+        with torch.inference_mode():
+            error = (model(tokens).logits - logits).abs().max().item() / logits.abs().max().item()
+            prompt = text[:, : expected["prompt"]]
+            written = model.generate(
+                prompt, max_new_tokens=text.size(1) - prompt.size(1), do_sample=False, eos_token_id=None, pad_token_id=0
+            )
+        assert error < 1e-5, f"{case.name}: logits differ by {error:.1e}"
+        assert written.tolist() == text.tolist(), f"{case.name}: wrote other tokens"
+        print(f"{case.name}: {type(model).__name__}, logits within {error:.0e}")
+    print(f"transformers {transformers.__version__}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
