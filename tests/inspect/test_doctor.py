@@ -1,10 +1,14 @@
 """The doctor sees what would keep a recipe from running."""
 
+from dataclasses import replace
+
 import pytest
 import yaml
 
 from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.inspect.cost import doctor
+from litgpt_moe_ext.inspect.cost.fit import RUNTIME, best_fit, find_fits
+from litgpt_moe_ext.inspect.cost.memory import training_memory
 from litgpt_moe_ext.inspect.recipes import Recipe
 from tests.models import moe_config
 
@@ -44,6 +48,10 @@ def test_a_recipe_that_can_run(tmp_path, capsys):
         ({"data": {"class_path": "litgpt_moe_ext.data.Nothing"}}, "data"),
         (
             {"data": {"class_path": "litgpt_moe_ext.data.PythonStdlib", "init_args": {"source_path": "/no/such"}}},
+            "data",
+        ),
+        (
+            {"data": {"class_path": "litgpt_moe_ext.data.TextCorpus", "init_args": {"tokenizer_dir": "/no/such"}}},
             "data",
         ),
         ({"tokenizer_dir": "/no/such/tokenizer"}, "tokenizer"),
@@ -116,3 +124,31 @@ def test_a_broken_tokenizer_is_a_finding(tmp_path):
     )
     assert found.verdict == "problem"
     assert "cannot be opened" in found.text
+
+
+def test_settings_that_fit_fit():
+    """What is advised for a memory takes no more than that, by the model card; and no larger micro-batch fits."""
+    recipe = Recipe(moe_config(n_layer=2, padded_vocab_size=2048), {"train": {"global_batch_size": 24}})
+    memory = RUNTIME + training_memory(recipe.config, replace(recipe.step("bf16-mixed"), micro_batch_size=7)).total
+    fits = find_fits(recipe, memory)
+    assert {fit.step.activation_checkpointing for fit in fits} == {"none", "selective", "full"}
+    assert {fit.step.precision for fit in fits} == {"bf16-mixed", "bf16-true"}
+    for fit in fits:
+        assert fit.micro_batch_size in (1, 2, 3, 4, 6, 8, 12, 24)
+        taken = training_memory(recipe.config, replace(fit.step, micro_batch_size=fit.micro_batch_size)).total
+        assert taken == pytest.approx(fit.bytes, rel=1e-3)
+        assert taken <= memory - RUNTIME
+    plain = next(fit for fit in fits if fit.step == recipe.step("bf16-mixed"))
+    assert plain.micro_batch_size == 6
+    assert best_fit(fits) == plain, "it holds the recipe's micro-batch of 4 as it is"
+    assert plain.flags() == "--precision bf16-mixed --train.micro_batch_size 6"
+
+
+def test_memory_by_command(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"model_config": MODEL, "train": {"global_batch_size": 4}}))
+    assert main(["doctor", str(recipe), "--memory", "6"]) == 0
+    assert "--precision bf16-mixed --train.micro_batch_size 4" in capsys.readouterr().out
+    assert main(["doctor", str(recipe), "--memory", "0.5"]) == 1
+    assert "Nothing fits" in capsys.readouterr().out
+    assert main(["doctor", "--memory", "6"]) == 2

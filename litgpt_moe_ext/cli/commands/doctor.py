@@ -2,11 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse.typing import PositiveFloat
 
 from litgpt_moe_ext.cli.arguments import positional
 from litgpt_moe_ext.cli.errors import CANNOT
+from litgpt_moe_ext.errors import SettingsError
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.inspect.recipes import Recipe
 
 _WORDS = {"good": ("green", "ok"), "note": ("yellow", "note"), "problem": ("bold red", "PROBLEM")}
 
@@ -15,7 +20,7 @@ _WORDS = {"good": ("green", "ok"), "note": ("yellow", "note"), "problem": ("bold
 class Doctor:
     """Describe this installation on one page, and say whether a recipe can run on it.
 
-    Exits with status 1 if the recipe cannot run here.
+    Exits with status 1 if the recipe cannot run here, or fits into no GPU of the memory given.
 
     Attributes:
         recipe: A recipe (YAML file), or a checkpoint directory. Without one only the installation is described.
@@ -33,7 +38,11 @@ class Doctor:
         from litgpt_moe_ext.inspect.cost.doctor import examine
         from litgpt_moe_ext.inspect.recipes import load_recipe
 
+        if self.memory is not None and self.recipe is None:
+            raise SettingsError(f"memory: {self.memory:g} needs a recipe; give doctor RECIPE --memory {self.memory:g}")
         recipe = None if self.recipe is None else load_recipe(self.recipe)
+        if recipe is not None and self.memory is not None:
+            return _print_fits(recipe, self.memory)
         findings = examine(recipe)
         console = Console(highlight=False, soft_wrap=True)
         for finding in findings:
@@ -46,3 +55,29 @@ class Doctor:
             return CANNOT
         print(f"{self.recipe} can run here")
         return 0
+
+
+def _print_fits(recipe: "Recipe", gib: float) -> int:
+    from litgpt_moe_ext.cli.output import print_table
+    from litgpt_moe_ext.inspect.cost.fit import RUNTIME, best_fit, find_fits
+
+    fits = find_fits(recipe, int(gib * 2**30))
+    rows = [
+        (
+            fit.step.precision,
+            fit.step.activation_checkpointing,
+            "yes" if fit.step.fused_cross_entropy else "no",
+            str(fit.micro_batch_size or "-"),
+            f"{fit.bytes / 2**30:.2f}",
+        )
+        for fit in fits
+    ]
+    columns = ("precision", "activation checkpointing", "fused loss", "micro-batch", "GiB")
+    print_table(f"Largest micro-batch on one GPU of {gib:g} GiB", columns, rows)
+    reserve = f"{RUNTIME / 2**30:g} GiB are left to the runtime"
+    if (best := best_fit(fits)) is None:
+        print(f"Nothing fits ({reserve}): take a smaller model, or shard it over several GPUs with strategy: fsdp2")
+        return CANNOT
+    print(f"Try ({reserve}):")
+    print(f"  {best.flags()}")
+    return 0

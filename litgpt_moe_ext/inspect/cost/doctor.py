@@ -10,9 +10,12 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from litgpt_moe_ext.inspect.recipes import Recipe
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.training.settings import StrategyName
 
 Verdict = Literal["good", "note", "problem"]
 
@@ -118,7 +121,7 @@ def _kernels(recipe: Recipe | None) -> Iterator[Finding]:
     chosen = {name: backend_for(device, dtype, (64, 64)) for dtype, name in names.items()}
     text = ", ".join(f"backend {backend} for {name}" for name, backend in chosen.items())
     yield Finding("experts", "note" if "loop" in chosen.values() else "good", text)
-    head_size, capability = 64 if recipe is None else recipe.config.head_size, capability_of(device)
+    head_size, capability = 64 if recipe is None else recipe.config.head_size or 64, capability_of(device)
     chosen = {
         name: choose(Workload(device.type, capability, name, head_size, ("gradient",))) for name in names.values()
     }
@@ -182,7 +185,7 @@ def _strategy(recipe: Recipe) -> Finding:
     if torch.cuda.is_available() and per_node > torch.cuda.device_count():
         text = f"devices: {per_node}, but torch can use {torch.cuda.device_count()} GPUs here"
         return Finding("strategy", "problem", f"{text}; set devices: auto")
-    if note := single_process_note(recipe.strategy, per_node * nodes, args):
+    if note := single_process_note(cast("StrategyName", recipe.strategy), per_node * nodes, args):
         return Finding("strategy", "note", note)
     name = "ddp" if recipe.strategy == "auto" and per_node * nodes > 1 else recipe.strategy
     count = f"{per_node} process{'es' * (per_node > 1)}" + (f" on each of {nodes} nodes" if nodes > 1 else "")
@@ -245,9 +248,9 @@ def _data(recipe: Recipe) -> Finding:
     except (ImportError, AttributeError) as error:
         return Finding("data", "problem", f"data.class_path: {class_path!r} cannot be imported: {error}")
     arguments = {} if isinstance(data, str) else data.get("init_args") or {}
-    source = arguments.get("source_path")
-    if source is not None and not Path(source).exists():
-        return Finding("data", "problem", f"data.init_args.source_path: {source!r} does not exist")
+    for name in ("source_path", "tokenizer_dir"):
+        if (source := arguments.get(name)) is not None and not Path(source).exists():
+            return Finding("data", "problem", f"data.init_args.{name}: {source!r} must exist")
     path = arguments.get("data_path")
     if path is not None and not (Path(path).is_dir() and any(Path(path).iterdir())):
         return Finding("data", "note", f"{class_path}; nothing in {path!r} yet, the run will prepare it")
@@ -261,7 +264,7 @@ def _tokenizer(recipe: Recipe) -> Finding:
     if directory is None:
         return Finding("tokenizer", "good", "the recipe names none; data modules of this plugin make their own")
     try:
-        open_tokenizer(Path(directory), recipe.config.padded_vocab_size)
+        open_tokenizer(Path(directory), recipe.config.padded_vocab_size or 0)
     except (OSError, ValueError) as error:
         return Finding("tokenizer", "problem", str(error))
     return Finding("tokenizer", "good", f"{directory} opens and fits the vocabulary")

@@ -1,0 +1,90 @@
+"""Which settings make a recipe fit into the memory of a GPU."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, get_args
+
+import torch.nn.functional as F
+
+from litgpt_moe_ext.inspect.cost.memory import Step, TrainingMemory, training_memory
+from litgpt_moe_ext.training.callbacks.activation_checkpointing import Mode
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.inspect.recipes import Recipe
+
+RUNTIME = 3 * 2**28
+"""Bytes that CUDA's context and the workspaces of libraries take beside the tensors."""
+# Numbers of 16 bits take the same room in both formats.
+_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How much of a recipe fits with some settings.
+
+    Attributes:
+        step: The settings, with the recipe's micro-batch.
+        micro_batch_size: The largest micro-batch that fits and divides the global batch; 0 if none does.
+        bytes: What the step with this micro-batch takes, or with 1 if none fits.
+    """
+
+    step: Step
+    micro_batch_size: int
+    bytes: int
+
+    def flags(self) -> str:
+        """Return the settings as flags of `run_train.py`."""
+        flags = [f"--precision {self.step.precision}", f"--train.micro_batch_size {self.micro_batch_size}"]
+        if self.step.activation_checkpointing != "none":
+            flags.append(f"--activation_checkpointing {self.step.activation_checkpointing}")
+        if self.step.fused_cross_entropy:
+            flags.append("--fused_cross_entropy true")
+        return " ".join(flags)
+
+
+def find_fits(recipe: "Recipe", memory: int) -> list[Fit]:
+    """Return what fits into the memory of one GPU, for every combination of settings, the fastest first.
+
+    Args:
+        recipe: The recipe.
+        memory: Bytes of the GPU.
+    """
+    room = memory - RUNTIME
+    return [_fit(recipe, step, room) for step in _steps(recipe)]
+
+
+def best_fit(fits: list[Fit]) -> Fit | None:
+    """Return the fastest settings among those that fit; None if nothing does.
+
+    Whatever computes nothing again comes first; then the largest micro-batch.
+    """
+    fitting = [fit for fit in fits if fit.micro_batch_size]
+    wanted = [fit for fit in fitting if fit.micro_batch_size >= fit.step.micro_batch_size]
+    return wanted[0] if wanted else max(fitting, key=lambda fit: fit.micro_batch_size, default=None)
+
+
+def _steps(recipe: "Recipe") -> Iterator[Step]:
+    # Mixed precision is the fastest on GPUs that have it; all of bfloat16 trains less exactly.
+    precisions = dict.fromkeys((*([recipe.precision] if recipe.precision in _PRECISIONS else []), *_PRECISIONS[1:]))
+    fused = hasattr(F, "linear_cross_entropy") and recipe.config.final_logit_softcapping is None
+    for precision in precisions:
+        step = replace(recipe.step(precision), activation_checkpointing="none", fused_cross_entropy=False)
+        for mode in get_args(Mode):
+            for fuses in (False, True) if fused else (False,):
+                yield replace(step, activation_checkpointing=mode, fused_cross_entropy=fuses)
+
+
+def _fit(recipe: "Recipe", step: Step, room: int) -> Fit:
+    one = training_memory(recipe.config, replace(step, micro_batch_size=1))
+    if one.total > room:
+        return Fit(step, 0, one.total)
+    two = training_memory(recipe.config, replace(step, micro_batch_size=2))
+    # The activations grow with every sequence by the same amount, apart from what does not depend on it.
+    growth = max(two.activations - one.activations, 1)
+    most = 1 + (room - one.total) // growth
+    size = max(n for n in range(1, recipe.global_batch_size + 1) if n <= most and recipe.global_batch_size % n == 0)
+    return Fit(step, size, _total(one, growth, size))
+
+
+def _total(one: TrainingMemory, growth: int, micro_batch_size: int) -> int:
+    return one.total + (micro_batch_size - 1) * growth
