@@ -7,6 +7,7 @@ from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.inspect.runs.figures import curves_figure
 from litgpt_moe_ext.inspect.runs.logs import distinct_names, load_run
 from litgpt_moe_ext.pictures.expert_load import load_over_steps_figure, thinned
+from litgpt_moe_ext.training.checkpoint.store import set_aside
 
 HEADER = (
     "iter,step,iter_time,loss,total_tokens,val_loss,moe/max_vio,grad_norm,moe_load_01/expert_00,moe_load_01/expert_01"
@@ -40,6 +41,16 @@ def test_parts_of_a_resumed_run_are_put_together(resumed):
     assert list(layers) == [1]
     assert np.array_equal(layers[1], [[1.2, 0.6, 1.0], [0.8, 1.4, 1.0]])
     assert len(run.series("nothing")[1]) == 0
+
+
+def test_a_new_run_in_the_same_place_is_a_run_of_its_own(tmp_path):
+    """Its first line may come later than some of the earlier run's."""
+    directory = tmp_path / "run"
+    write_log(directory, 0, ["2,1,0.5,3.0,100,,,,,", "4,2,0.5,2.5,200,,,,,"])
+    assert set_aside(directory) == tmp_path / "run-earlier-1"
+    write_log(directory, 0, ["4,2,0.5,9.0,200,,,,,"])
+    assert load_run(directory).series("loss")[1].tolist() == [9.0]
+    assert load_run(tmp_path / "run-earlier-1").series("loss")[1].tolist() == [3.0, 2.5]
 
 
 def test_command_draws(resumed, tmp_path, capsys):

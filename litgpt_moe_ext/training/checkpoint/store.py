@@ -121,18 +121,23 @@ def _try_everywhere(fabric: Any, action: Callable[[], Any]) -> str | None:
 
 
 def set_aside(out_dir: Path) -> Path | None:
-    """Move the checkpoints of an earlier run out of the way of a new one.
+    """Move checkpoints and csv logs of an earlier run out of the way of a new one.
+
+    Logs left in place would be read as those of an earlier part of the new run.
 
     Returns:
         The directory beside `out_dir` that holds them now, or None if there were none.
     """
-    found = newest_first(out_dir)
+    logs = Path("logs", "csv")
+    found = [directory.relative_to(out_dir) for directory in newest_first(out_dir)]
+    if (out_dir / logs).is_dir():
+        found.append(logs)
     if not found:
         return None
     aside = _free_name(out_dir)
-    aside.mkdir()
-    for checkpoint_dir in found:
-        checkpoint_dir.rename(aside / checkpoint_dir.name)
+    for path in found:
+        (aside / path).parent.mkdir(parents=True, exist_ok=True)
+        (out_dir / path).rename(aside / path)
     return aside
 
 
