@@ -1,4 +1,4 @@
-"""Making a Mixture-of-Experts model out of a dense one that computes the same function.
+"""Make a Mixture-of-Experts model out of a dense one that computes the same function.
 
 Sparse upcycling (Komatsuzaki et al., arXiv:2212.05055) copies the dense MLP into every expert. Whatever experts a token
 visits, the output is that of the dense model as long as the gate values sum to 1. An expert may also be a slice of the
@@ -6,17 +6,17 @@ hidden units: then the experts of one copy form a virtual group (He et al., arXi
 are equal, so that a token visits whole copies only. Shared experts take hidden units of their own, every token visits
 them anyway.
 
-Shape legend: D model width, F hidden width of the dense MLP, H that of one routed expert, S that of the shared experts
-together, E experts, C copies of the dense MLP, M slices of a copy.
+Shape legend: D model width, W hidden width of the dense MLP, F hidden width of one routed expert, S hidden width of the
+shared experts together, E experts, C copies of the dense MLP, M slices of a copy.
 """
 
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
-from litgpt.config import Config
+from litgpt.config import Config as LitGPTConfig
 from litgpt.model import GPT
 from litgpt.utils import copy_config_files, save_config
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ from litgpt_moe_ext.moe.layer import MoE
 from litgpt_moe_ext.moe.learned_routers import LearnedRouter
 from litgpt_moe_ext.moe.router import Router
 
+if TYPE_CHECKING:
+    from litgpt_moe_ext.config.types import Config
+
 # The activation of each dense class of LitGPT; `FeedForward` states its own.
 _ACTIVATIONS = {"LLaMAMLP": "swiglu", "GemmaMLP": "geglu", "GptNeoxMLP": "gelu"}
 # What else may differ between the two configurations.
@@ -41,7 +44,7 @@ class Slices(NamedTuple):
 
     Attributes:
         shared: S.
-        per_expert: H.
+        per_expert: F.
         per_copy: M.
         copies: C.
     """
@@ -52,7 +55,7 @@ class Slices(NamedTuple):
     copies: int
 
 
-def upcycle(dense_dir: Path, out_dir: Path, config: Config, seed: int = 42) -> None:
+def upcycle(dense_dir: Path, out_dir: Path, config: "Config", seed: int = 42) -> None:
     """Write a checkpoint of an MoE model that computes what a dense model computes.
 
     `run_train.py --initial_checkpoint_dir OUT_DIR` starts a training from it. A model of Hugging Face becomes a dense
@@ -62,7 +65,7 @@ def upcycle(dense_dir: Path, out_dir: Path, config: Config, seed: int = 42) -> N
         dense_dir: A LitGPT checkpoint directory of a dense model.
         out_dir: Where to write the new one; must not exist.
         config: The MoE model. Everything but its MLP must be that of the dense model.
-        seed: Of the routers' weights.
+        seed: Seed of the routers' weights.
 
     Raises:
         SettingsError: If `dense_dir` has no model.
@@ -74,7 +77,7 @@ def upcycle(dense_dir: Path, out_dir: Path, config: Config, seed: int = 42) -> N
     for name in (WEIGHTS_FILE, CONFIG_FILE):
         if not (dense_dir / name).is_file():
             raise SettingsError(f"dense_dir: {str(dense_dir)!r} has no {name}")
-    dense_config = Config.from_file(dense_dir / CONFIG_FILE)
+    dense_config = cast("Config", LitGPTConfig.from_file(dense_dir / CONFIG_FILE))
     require_same_function(dense_config, config)
     saved = read_checkpoint(dense_dir / WEIGHTS_FILE, "dense_dir")
     weights = upcycled_weights(saved.get("model", saved), dense_config, config, seed)
@@ -90,7 +93,7 @@ def upcycle(dense_dir: Path, out_dir: Path, config: Config, seed: int = 42) -> N
     staging.rename(out_dir)
 
 
-def require_same_function(dense: Config, moe: Config) -> Slices:
+def require_same_function(dense: "Config", moe: "Config") -> Slices:
     """Return how to divide the dense MLP so that the MoE model computes the same function.
 
     Args:
@@ -106,23 +109,23 @@ def require_same_function(dense: Config, moe: Config) -> Slices:
     if dense.mlp_class_name in MOE_CLASS_NAMES or activation is None:
         raise SettingsError(f"dense_dir: its mlp_class_name is {dense.mlp_class_name!r}, which is not a dense MLP")
     if moe.mlp_activation != activation:
-        raise SettingsError(f"mlp_activation: {moe.mlp_activation!r} must be {activation!r}, that of the dense model")
+        raise SettingsError(f"mlp_activation: {moe.mlp_activation!r} must be {activation!r} as in the dense model")
     theirs = asdict(dense)
     for name, value in asdict(moe).items():
         may_differ = name in _MAY_DIFFER or (name in FIELDS and "moe" in FIELDS[name].owner)
         if not may_differ and value != theirs[name]:
-            raise SettingsError(f"{name}: {value!r} must be {theirs[name]!r}, that of the dense model")
+            raise SettingsError(f"{name}: {value!r} must be {theirs[name]!r} as in the dense model")
     has_dense_layers = bool(moe.first_k_dense_replace) or (moe.decoder_sparse_step or 1) > 1
     if has_dense_layers and moe.intermediate_size != dense.intermediate_size:
         raise SettingsError(
-            f"intermediate_size: {moe.intermediate_size} is the width of the layers that stay dense; it must be "
-            f"{dense.intermediate_size}, that of the dense model"
+            f"intermediate_size: {moe.intermediate_size} must be {dense.intermediate_size} as in the dense model; "
+            "layers that stay dense have this width"
         )
     _require_gates_that_sum_to_one(moe)
-    return _slices(dense.intermediate_size, moe)
+    return _slices(dense.intermediate_size or 0, moe)
 
 
-def _require_gates_that_sum_to_one(moe: Config) -> None:
+def _require_gates_that_sum_to_one(moe: "Config") -> None:
     features = router_type_of(moe).features
     if "sums_to_one" in features or moe.norm_topk_prob:
         return
@@ -140,11 +143,11 @@ def _require_gates_that_sum_to_one(moe: Config) -> None:
     )
 
 
-def _slices(dense_width: int, moe: Config) -> Slices:
-    shared = 0
+def _slices(dense_width: int, moe: "Config") -> Slices:
+    per_expert, shared = moe.moe_intermediate_size or 0, 0
     if moe.n_shared_expert:
-        shared = moe.shared_expert_intermediate_size or moe.n_shared_expert * moe.moe_intermediate_size
-    per_expert, routed = moe.moe_intermediate_size, dense_width - shared
+        shared = moe.shared_expert_intermediate_size or moe.n_shared_expert * per_expert
+    routed = dense_width - shared
     if routed < per_expert or routed % per_expert:
         raise SettingsError(
             f"moe_intermediate_size: {per_expert} must divide the {routed} hidden units that are left to the routed "
@@ -156,7 +159,7 @@ def _slices(dense_width: int, moe: Config) -> Slices:
     return slices
 
 
-def _require_whole_copies(moe: Config, per_copy: int) -> None:
+def _require_whole_copies(moe: "Config", per_copy: int) -> None:
     why = f"{per_copy} experts make one copy of the dense MLP"
     for name in ("n_expert", "n_expert_per_token"):
         if getattr(moe, name) % per_copy:
@@ -170,25 +173,27 @@ def _require_whole_copies(moe: Config, per_copy: int) -> None:
         raise SettingsError(f"n_expert_groups: {moe.n_expert_groups} groups cut copies apart: {why}")
 
 
-def upcycled_weights(dense: dict[str, Tensor], dense_config: Config, config: Config, seed: int) -> dict[str, Tensor]:
+def upcycled_weights(
+    dense: dict[str, Tensor], dense_config: "Config", config: "Config", seed: int
+) -> dict[str, Tensor]:
     """Return the state dictionary of the MoE model.
 
     Args:
         dense: State dictionary of the dense model.
         dense_config: Its configuration.
-        config: That of the MoE model.
-        seed: Of the routers' weights.
+        config: Configuration of the MoE model.
+        seed: Seed of the routers' weights.
     """
     slices = require_same_function(dense_config, config)
     with torch.device("meta"):
         model = GPT(config)
     result = dict(dense)
     generator = torch.Generator().manual_seed(seed)
-    for index, block in enumerate(model.transformer.h):
-        if isinstance(block.mlp, MoE):
+    for index, block in enumerate(model.get_submodule("transformer.h").children()):
+        if isinstance(moe := block.get_submodule("mlp"), MoE):
             prefix = f"transformer.h.{index}.mlp."
             mlp = {name.removeprefix(prefix): result.pop(name) for name in list(result) if name.startswith(prefix)}
-            layer = _Layer(mlp, slices, config).weights(block.mlp, generator)
+            layer = _Layer(mlp, slices, config).weights(moe, generator)
             result |= {prefix + name: tensor for name, tensor in layer.items()}
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if {name: tensor.shape for name, tensor in result.items()} != expected:
@@ -198,9 +203,9 @@ def upcycled_weights(dense: dict[str, Tensor], dense_config: Config, config: Con
 
 
 class _Layer:
-    # Turns the weights of one dense MLP into those of the MoE layer that takes its place.
+    # From the weights of one dense MLP to the weights of the MoE layer that takes its place.
 
-    def __init__(self, mlp: dict[str, Tensor], slices: Slices, config: Config) -> None:
+    def __init__(self, mlp: dict[str, Tensor], slices: Slices, config: "Config") -> None:
         self._mlp, self._slices, self._config = mlp, slices, config
         self._dtype = mlp["proj.weight"].dtype
 

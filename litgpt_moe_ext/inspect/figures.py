@@ -132,9 +132,9 @@ def agreement_figure(comparison: Sequence[Mapping[str, Any]], names: tuple[str, 
         first.set_xlabel("layer")
         whole_numbers(first)
         first.legend(loc="best")
-        largest = max(share.max() for share in shares)
+        largest, images = max(share.max() for share in shares), []
         for i, (axes, entry, share) in enumerate(zip(panels[1:], comparison, shares, strict=True), start=1):
-            image = axes.imshow(share, vmin=0, vmax=largest, cmap="Blues", interpolation="nearest")
+            images.append(axes.imshow(share, vmin=0, vmax=largest, cmap="Blues", interpolation="nearest"))
             axes.set_title(f"layer {entry['layer']}")
             ticks = _tick_places(n_expert)
             axes.set_xticks(ticks, [entry["matching"][i] for i in ticks])
@@ -142,7 +142,7 @@ def agreement_figure(comparison: Sequence[Mapping[str, Any]], names: tuple[str, 
             axes.set_xlabel(f"expert of {_shortened(names[1])}")
             if i == 1 or i % _COLUMNS == 0:
                 axes.set_ylabel(f"expert of {_shortened(names[0])}")
-        color_bar(figure, image, panels[1:], "share of the row")
+        color_bar(figure, images[-1], panels[1:], "share of the row")
     return figure
 
 

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from litgpt import GPT
@@ -94,18 +94,18 @@ def contenders(model: GPT) -> tuple[dict[str, GPT], list[str]]:
         else:
             made["LLaMAMoE"] = _build(*to_llama_moe(config, model.state_dict()), device, dtype)
     if config.n_expert:
-        made["dense twin"] = initialized(dense_twin(config)).to(device=device, dtype=dtype).eval()
+        made["dense twin"] = initialized(dense_twin(cast("Config", config))).to(device=device, dtype=dtype).eval()
     return made, reasons
 
 
 def dense_twin(config: "Config") -> "Config":
     """Return the configuration of a dense model whose feed-forward layers are as wide as a token's experts together."""
     fields = {name: value for name, value in asdict(config).items() if name in config.__dataclass_fields__}
-    width = config.moe_intermediate_size or config.intermediate_size
+    width = config.moe_intermediate_size or config.intermediate_size or 0
     shared = config.shared_expert_intermediate_size or width * (config.n_shared_expert or 0)
     for name in (*_MOE_FIELDS, *(name for name in added_fields() if name not in _DENSE_KEEPS)):
         fields.pop(name, None)
-    fields |= {"mlp_class_name": "LLaMAMLP", "intermediate_size": config.n_expert_per_token * width + shared}
+    fields |= {"mlp_class_name": "LLaMAMLP", "intermediate_size": (config.n_expert_per_token or 0) * width + shared}
     if config.mlp_activation is not None:
         fields |= {"mlp_class_name": "FeedForward", "mlp_activation": config.mlp_activation}
     return type(config)(**fields)

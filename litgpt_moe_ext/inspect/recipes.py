@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 import yaml
 
@@ -111,22 +111,22 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         SettingsError: If there is no such file, or it does not describe a model.
     """
-    from litgpt import Config
+    from litgpt import Config as LitGPTConfig
 
     if path.is_dir():
         if not (path / "model_config.yaml").is_file():
             raise SettingsError(f"recipe: {str(path)!r} must have a model_config.yaml; name a checkpoint or a recipe")
         hyperparameters = path / "hyperparameters.yaml"
         settings = read_yaml(hyperparameters) if hyperparameters.is_file() else {}
-        return Recipe(Config.from_file(path / "model_config.yaml"), settings)
+        return Recipe(cast("Config", LitGPTConfig.from_file(path / "model_config.yaml")), settings)
     if not path.is_file():
         raise SettingsError(f"recipe: {str(path)!r} must be a recipe (YAML file) or a checkpoint directory")
     settings = read_yaml(path)
     try:
         if settings.get("model_config"):
-            return Recipe(Config(**settings["model_config"]), settings)
+            return Recipe(cast("Config", LitGPTConfig(**settings["model_config"])), settings)
         if settings.get("model_name"):
-            return Recipe(Config.from_name(settings["model_name"]), settings)
+            return Recipe(cast("Config", LitGPTConfig.from_name(settings["model_name"])), settings)
     except (TypeError, ValueError, AssertionError) as error:  # how LitGPT and this plugin refuse fields of a Config
         raise SettingsError(f"recipe: {str(path)!r} must have a valid model_config: {error}") from error
     raise SettingsError(f"recipe: {str(path)!r} must have model_config or model_name, like those in configs/")

@@ -17,7 +17,7 @@ from litgpt_moe_ext.model_size import count_flops, count_parameters
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import Mode
 
 if TYPE_CHECKING:
-    from litgpt import Config
+    from litgpt_moe_ext.config.types import Config
 
 INFERENCE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -1,4 +1,4 @@
-"""Writing down which experts every token visits, in any MoE checkpoint: the plugin's layers or LitGPT's `LLaMAMoE`.
+"""Recording which experts every token visits, in any MoE checkpoint: the plugin's layers or LitGPT's `LLaMAMoE`.
 
 Shape legend: B sequences, T tokens, K chosen experts per token, E experts, L MoE layers, N tokens of the whole text.
 """
@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from litgpt import GPT
+from litgpt.model import LLaMAMoE
 from torch import Tensor, nn
 
 from litgpt_moe_ext.config.features import MOE_CLASS_NAMES
@@ -53,22 +55,23 @@ class RoutingRecorder:
     """Records the routing of the forward passes of a model between `recording` and its end.
 
     Args:
-        model: A `litgpt.GPT` in evaluation mode.
+        model: A model in evaluation mode.
 
     Raises:
         SettingsError: If the model has no MoE layers.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: GPT) -> None:
         self._recordings: list[_Recording] = []
         self._keep_BT: Tensor | None = None
         self._hooks: list[tuple[nn.Module, Callable]] = []
-        for layer, block in enumerate(model.transformer.h):
-            reader = _reader_of(block.mlp)
+        for layer, block in enumerate(model.get_submodule("transformer.h").children()):
+            mlp = block.get_submodule("mlp")
+            reader = _reader_of(mlp)
             if reader is not None:
                 recording = _Recording(layer, model.config.n_expert)
                 self._recordings.append(recording)
-                self._hooks.append((block.mlp.gate, self._hook(recording, reader)))
+                self._hooks.append((mlp.get_submodule("gate"), self._hook(recording, reader)))
         if not self._hooks:
             raise SettingsError(
                 f"checkpoint_dir: its model must have MoE layers (mlp_class_name: {model.config.mlp_class_name}); "
@@ -115,21 +118,21 @@ class RoutingRecorder:
 
 @torch.inference_mode()
 def record_routing(
-    model: nn.Module, texts: Sequence[Sequence[int]], batch_size: int, advance: Callable[[int], None]
+    model: GPT, texts: Sequence[Sequence[int]], batch_size: int, advance: Callable[[int], None]
 ) -> list[LayerRouting]:
     """Run texts through a model and return the routing of all their tokens, text after text.
 
     A text longer than the model's block size is read in pieces of that length.
 
     Args:
-        model: A `litgpt.GPT` in evaluation mode.
+        model: A model in evaluation mode.
         texts: Token ids.
         batch_size: Pieces per forward pass.
         advance: Called with the number of tokens done after each forward pass.
     """
     recorder = RoutingRecorder(model)
     size, device = model.max_seq_length, model.lm_head.weight.device
-    pieces = [text[i : i + size] for text in texts for i in range(0, len(text), size)]
+    pieces = [list(text[i : i + size]) for text in texts for i in range(0, len(text), size)]
     with recorder.recording():
         for i in range(0, len(pieces), batch_size):
             batch = pieces[i : i + batch_size]
@@ -143,8 +146,6 @@ def record_routing(
 
 def _reader_of(mlp: nn.Module) -> Callable[[Tensor, Any], tuple[Routing, Tensor | None]] | None:
     """Return what turns input and output of a layer's gate into its routing and scores, or None for a dense layer."""
-    from litgpt.model import LLaMAMoE
-
     gate = getattr(mlp, "gate", None)
     if isinstance(gate, Router):
         return lambda x_TD, routing: (routing, gate.scores(x_TD))
@@ -153,7 +154,7 @@ def _reader_of(mlp: nn.Module) -> Callable[[Tensor, Any], tuple[Routing, Tensor 
     return None
 
 
-def _read_linear(mlp: nn.Module) -> Callable:
+def _read_linear(mlp: LLaMAMoE) -> Callable:
     def read(_x_TD: Tensor, logits_TE: Tensor) -> tuple[Routing, Tensor]:
         best = logits_TE.float().topk(mlp.config.n_expert_per_token, dim=-1)
         weights_TK = best.values.softmax(dim=-1) * mlp.config.routed_scaling_factor
@@ -162,10 +163,10 @@ def _read_linear(mlp: nn.Module) -> Callable:
     return read
 
 
-def _read_grouped(mlp: nn.Module) -> Callable:
+def _read_grouped(mlp: LLaMAMoE) -> Callable:
     def read(x_TD: Tensor, output: tuple[Tensor, Tensor]) -> tuple[Routing, Tensor]:
         weights_TK, experts_TK = output
-        scores_TE = torch.nn.functional.linear(x_TD.float(), mlp.gate.weight.float()).sigmoid()
+        scores_TE = torch.nn.functional.linear(x_TD.float(), mlp.gate.get_parameter("weight").float()).sigmoid()
         scores_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
         return Routing(weights_TK * mlp.config.routed_scaling_factor, experts_TK, experts_TK), scores_TE
 
