@@ -41,8 +41,8 @@ COMMANDS = (
         "Measure prefill and decode speed beside a dense twin and LLaMAMoE.",
     ),
     Command("upcycle", "upcycle:Upcycle", "Turn a dense checkpoint into an MoE checkpoint that computes the same."),
-    Command("import", "import_model:Import", "Write a Hugging Face checkpoint with this package's layers."),
-    Command("export", "export:Export", "Write a checkpoint for transformers and vLLM, exact or refused."),
+    Command("import", "hugging_face:Import", "Write a Hugging Face checkpoint with this package's layers."),
+    Command("export", "hugging_face:Export", "Write a checkpoint for transformers and vLLM, exact or refused."),
     Command("convert-experts", "convert_experts:ConvertExperts", "Write a checkpoint with LitGPT's own LLaMAMoE."),
 )
 

@@ -1,4 +1,4 @@
-"""The commands of `litgpt-moe`, a module each: a dataclass of its arguments with the method `run`.
+"""The commands of `litgpt-moe`: dataclasses of their arguments with the method `run`.
 
 These modules import nothing heavy at their top, so that help and wrong arguments are answered at once.
 """
