@@ -136,8 +136,7 @@ def test_settings_that_fit_fit():
     for fit in fits:
         assert fit.micro_batch_size in (1, 2, 3, 4, 6, 8, 12, 24)
         taken = training_memory(recipe.config, replace(fit.step, micro_batch_size=fit.micro_batch_size)).total
-        assert taken == pytest.approx(fit.bytes, rel=1e-3)
-        assert taken <= memory - RUNTIME
+        assert taken == fit.bytes <= memory - RUNTIME
     plain = next(fit for fit in fits if fit.step == recipe.step("bf16-mixed"))
     assert plain.micro_batch_size == 6
     assert best_fit(fits) == plain, "it holds the recipe's micro-batch of 4 as it is"

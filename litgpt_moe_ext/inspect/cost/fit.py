@@ -75,16 +75,16 @@ def _steps(recipe: "Recipe") -> Iterator[Step]:
 
 
 def _fit(recipe: "Recipe", step: Step, room: int) -> Fit:
-    one = training_memory(recipe.config, replace(step, micro_batch_size=1))
+    def memory(micro_batch_size: int) -> TrainingMemory:
+        return training_memory(recipe.config, replace(step, micro_batch_size=micro_batch_size))
+
+    one = memory(1)
     if one.total > room:
         return Fit(step, 0, one.total)
-    two = training_memory(recipe.config, replace(step, micro_batch_size=2))
-    # The activations grow with every sequence by the same amount, apart from what does not depend on it.
-    growth = max(two.activations - one.activations, 1)
-    most = 1 + (room - one.total) // growth
-    size = max(n for n in range(1, recipe.global_batch_size + 1) if n <= most and recipe.global_batch_size % n == 0)
-    return Fit(step, size, _total(one, growth, size))
-
-
-def _total(one: TrainingMemory, growth: int, micro_batch_size: int) -> int:
-    return one.total + (micro_batch_size - 1) * growth
+    # The activations grow with every sequence, and by no less the more there are: what fits is at most this.
+    most = 1 + (room - one.total) // max(memory(2).activations - one.activations, 1)
+    batch = recipe.global_batch_size
+    for size in (n for n in range(min(most, batch), 1, -1) if batch % n == 0):
+        if (total := memory(size).total) <= room:
+            return Fit(step, size, total)
+    return Fit(step, 1, one.total)
