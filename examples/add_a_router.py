@@ -1,7 +1,10 @@
 """Add a router, an auxiliary loss and an activation to litgpt_moe_ext, and train with them.
 
+A recipe for it says `mlp_class_name: MoE`, `router_type: temperature` and `mlp_activation: mishglu`, and sets no field
+that another router reads (`router_bias_update_rate`, `norm_topk_prob`, ...):
+
 ```
-uv run python examples/add_a_router.py --model_config.router_type temperature --model_config.mlp_activation mishglu
+uv run python examples/add_a_router.py --config my_recipe.yaml
 ```
 
 This takes every flag of `run_train.py`. Nothing in the package has to be edited: a class or function each, and an entry
@@ -17,17 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import litgpt_moe_ext
-
-litgpt_moe_ext.register()
-
-from litgpt_moe_ext.config.fields import Field  # noqa: E402
-from litgpt_moe_ext.config.types import POSITIVE  # noqa: E402
-from litgpt_moe_ext.extend import register_activation, register_loss, register_router  # noqa: E402
-from litgpt_moe_ext.moe.activations import Pointwise  # noqa: E402
-from litgpt_moe_ext.moe.learned_routers import LearnedRouter  # noqa: E402
-from litgpt_moe_ext.moe.registry import ActivationType, Loss, RouterType  # noqa: E402
-from litgpt_moe_ext.moe.router import Choice  # noqa: E402
+from litgpt_moe_ext.config.fields import Field
+from litgpt_moe_ext.config.types import POSITIVE
+from litgpt_moe_ext.extend import register_activation, register_loss, register_router
+from litgpt_moe_ext.moe.activations import Pointwise
+from litgpt_moe_ext.moe.learned_routers import LearnedRouter
+from litgpt_moe_ext.moe.registry import ActivationType, Loss, RouterType
+from litgpt_moe_ext.moe.router import Choice
 
 
 class TemperatureRouter(LearnedRouter):

@@ -1,5 +1,6 @@
 """The examples run, through the same entry point as a training of one's own."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,14 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "add_a_router.py"
+
+LOAD = """
+import sys, torch
+from litgpt import GPT, Config
+model = GPT(Config.from_file(sys.argv[1] + "/model_config.yaml"))
+model.load_state_dict(torch.load(sys.argv[1] + "/lit_model.pth")["model"])
+assert model.transformer.h[0].mlp.gate.log_temperature.item() != 0
+"""
 
 RECIPE = {
     "model_config": {
@@ -53,3 +62,15 @@ def test_a_router_of_ones_own_trains(tmp_path):
     log = next((tmp_path / "out").rglob("metrics.csv")).read_text().splitlines()
     columns = dict(zip(log[0].split(","), log[1].split(","), strict=True))
     assert float(columns["moe/spread_loss"]) >= 0.01 * 0.999
+
+    # Installed, as an entry point names it, the router is known wherever LitGPT is.
+    installed = tmp_path / "my_package-1.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: my_package\nVersion: 1\n")
+    (installed / "entry_points.txt").write_text("[litgpt_moe_ext.extensions]\nmy_package = add_a_router:register\n")
+    path = os.pathsep.join([str(tmp_path), str(SCRIPT.parent)])
+    command = [sys.executable, "-c", LOAD, str(tmp_path / "out" / "final")]
+    result = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr

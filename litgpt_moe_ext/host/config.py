@@ -79,7 +79,7 @@ def _add_rules(config_class: type) -> None:
             original_post_init(self)
         except AssertionError as error:
             # LitGPT's assertions have no text.
-            raise AssertionError(_explain_assertion(self, error)) from error
+            raise SettingsError(_explain_assertion(self, error)) from error
         finally:
             self.first_k_dense_replace = first_k_dense_replace
         check_derived(self)

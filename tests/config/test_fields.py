@@ -19,13 +19,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_litgpts_config_has_the_fields_and_leaves_them_unset():
     config = Config(intermediate_size=8, mlp_class_name="LLaMAMLP")
-    for name, field in FIELDS.items():
-        value = getattr(config, name)
-        assert (
-            value is None
-            if name in added_fields()
-            else name in ("mlp_class_name", "intermediate_size") or (value == field.unset)
-        ), name
+    unset = {name: field.unset for name, field in FIELDS.items()} | {
+        "mlp_class_name": "LLaMAMLP",
+        "intermediate_size": 8,
+    }
+    assert {name: getattr(config, name) for name in FIELDS} == unset
+    assert all(unset[name] is None for name in added_fields())
 
 
 def test_the_documentation_has_the_tables():
