@@ -79,9 +79,14 @@ def plan_of(rows_R: Tensor, ends_E: Tensor, n_token: int) -> Plan:
     return Plan(rows_R, ends_E, ends_E.numel(), max(rows_R.numel() // max(n_token, 1), 1))
 
 
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """Return the compute capability of a card, or None for the CPU, where the interpreter works."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
 def tiles_for(device: torch.device, dtype: torch.dtype) -> tuple[Tiles, str]:
     """Return the blocks for products of `dtype` on `device`, and the precision that `dot` is to be told."""
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    capability = capability_of(device)
     precision = precision_of(dtype, capability)
     how = "widened" if capability is None and dtype == torch.bfloat16 else "tf32" if precision == "tf32" else "ieee"
     return card_for(capability).tiles[precision], how

@@ -1,0 +1,152 @@
+"""Every Triton kernel compiled for every kind of card, without one: shared memory, spilled registers, success.
+
+The launchers run as they would on a card; a stand-in for Triton's driver names the card, and instead of being started a
+kernel is compiled as its arguments ask (alignment and ones included).
+"""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from litgpt_moe_ext.moe.activations import Activation
+from litgpt_moe_ext.moe.kernels.backends import ExpertWeights
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from litgpt_moe_ext.moe.kernels.triton import activation, combine, common, decode, rows, weights  # noqa: E402
+from litgpt_moe_ext.moe.kernels.triton.tiles import CARDS, card_for, precision_of  # noqa: E402
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+CAPABILITIES = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
+HALF = (torch.float16, torch.bfloat16)
+
+
+class Driver:
+    """What Triton asks its driver before it compiles. Kernels are remembered per device, so each card is one."""
+
+    def __init__(self, capability):
+        self.target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return self.target.arch
+
+    def get_current_stream(self, _device):
+        return 0
+
+
+class Compiler:
+    """Compiles instead of launching.
+
+    Attributes:
+        kernels: Name and compiled kernel of everything that would have been launched.
+    """
+
+    def __init__(self, monkeypatch, capability):
+        self.capability, self.kernels = capability, []
+        monkeypatch.setattr(triton.runtime.driver, "_active", Driver(capability))
+        monkeypatch.setattr(common, "capability_of", lambda device: capability)
+        for module in (activation, combine, decode, rows, weights):
+            monkeypatch.setattr(module, "launch", self.launch)
+
+    def launch(self, kernel, grid, arguments, warps, stages=1):
+        options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+        compiled = kernel.warmup(*arguments, grid=grid, **options)
+        self.kernels.append((f"{kernel.fn.__name__} {arguments[-1]} of {arguments[0][0].dtype}", compiled))
+
+    def check(self, tmp_path):
+        """Hold shared memory against the card's, and registers against the stack; return how many kernels passed."""
+        for name, compiled in self.kernels:
+            assert compiled.metadata.shared <= 1024 * card_for(self.capability).shared_kib, name
+            cubin = tmp_path / "kernel.cubin"
+            cubin.write_bytes(compiled.asm["cubin"])
+            usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+            stack, local = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("STACK", "LOCAL"))
+            assert stack == local == 0, f"{name} on {self.capability}: {stack} bytes of stack, {local} spilled"
+        return len(self.kernels)
+
+
+def product(dtype, mean_rows, even, E=2):
+    """Return a product of rows and weights of which blocks do, or do not, divide the widths."""
+    n_row, (out, inner) = E * mean_rows, (512, 256) if even else (72, 40)
+    tokens, ends = torch.arange(n_row), torch.arange(1, E + 1, dtype=torch.int32) * mean_rows
+    x, weight = torch.empty(n_row, inner, dtype=dtype), torch.empty(E, inner, out, dtype=dtype).transpose(1, 2)
+    if even:
+        weight = weight.contiguous()
+    bias = None if even else torch.empty(E, out)
+    return rows.Product(x, weight, bias, common.plan_of(tokens, ends, n_row), gather=even, scatter=not even)
+
+
+def outer(dtype, gather_left, E=2):
+    x, y = torch.empty(64, 512, dtype=dtype), torch.empty(64, 256, dtype=dtype)
+    plan = common.plan_of(torch.arange(64), torch.tensor([32, 64], dtype=torch.int32), 64)
+    return weights.Outer(x, y, plan, gather_left, not gather_left)
+
+
+def everything_else(dtype):
+    """Run what has no table of blocks."""
+    h, x, plan = torch.empty(8, 256, dtype=dtype), torch.empty(4, 64, dtype=dtype), outer(dtype, False).plan
+    gates = activation.Gates(torch.empty(4, 2), torch.arange(8))
+    for name, approximate in (("swiglu", "none"), ("geglu", "none"), ("geglu", "tanh"), ("relu2", "none")):
+        mask = activation.Mask(torch.empty(8, 128, dtype=torch.bool), 2.0) if name == "swiglu" else activation.Mask()
+        activation.activate(h, Activation(name, approximate), mask)
+        size = 128 if name != "relu2" else 256
+        activation.activate_backward(h, torch.empty(8, size, dtype=dtype), gates, Activation(name, approximate), mask)
+    combine.combine(h, gates.gates_TK, 4, torch.float32)
+    combine.combine(h, None, 4, dtype)
+    weights.sum_rows(x, None, plan, False, torch.float32)
+    weights.sum_rows(x, gates.gates_TK, plan, True, dtype)
+    stack = ExpertWeights(torch.empty(3, 96, 64), torch.empty(3, 96), torch.empty(3, 64, 48), torch.empty(3, 64))
+    decode.decode(x, gates.gates_TK, torch.zeros(4, 2, dtype=torch.int64), stack, Activation("swiglu"))
+
+
+def test_a_sample(monkeypatch, tmp_path):
+    """The products of a training step in bfloat16 on a card of 99 KiB."""
+    compiler = Compiler(monkeypatch, (8, 6))
+    rows.multiply_rows(product(torch.bfloat16, 200, even=True))
+    weights.sum_outer_products(outer(torch.bfloat16, gather_left=False), torch.float32)
+    assert compiler.check(tmp_path) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
+def test_every_product(monkeypatch, tmp_path, capability, dtype, precision):
+    if (dtype in HALF and precision == "high") or (capability == (7, 5) and dtype == torch.bfloat16):
+        pytest.skip("the same, or refused")
+    torch.set_float32_matmul_precision(precision)
+    compiler = Compiler(monkeypatch, capability)
+    for mean_rows in (16, 64, 200):
+        for even in (True, False):
+            rows.multiply_rows(product(dtype, mean_rows, even))
+    for gather_left in (True, False):
+        weights.sum_outer_products(outer(dtype, gather_left), torch.float32)
+    assert compiler.check(tmp_path) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float16), ((8, 6), torch.bfloat16),
+                                                  ((9, 0), torch.bfloat16), ((12, 0), torch.float32)])  # fmt: skip
+def test_everything_else(monkeypatch, tmp_path, capability, dtype):
+    compiler = Compiler(monkeypatch, capability)
+    everything_else(dtype)
+    assert compiler.check(tmp_path) == 14
+
+
+def test_every_card_has_blocks():
+    """A card that is not in the table takes the entry below it; no bfloat16 or TF32 before Ampere."""
+    assert set(CAPABILITIES) <= set(CARDS)
+    assert card_for((10, 3)).name == card_for((10, 0)).name
+    assert card_for((12, 1)).shared_kib == 99
+    torch.set_float32_matmul_precision("high")
+    for capability in CARDS:
+        for dtype in (torch.float16, torch.float32):
+            assert precision_of(dtype, capability) in card_for(capability).tiles
