@@ -1,0 +1,55 @@
+"""Every attention kernel of this card against the written-out softmax in float32, in models with all patterns."""
+
+import pytest
+import torch
+from litgpt import GPT
+
+from litgpt_moe_ext.config.attention import BACKENDS
+from tests.models import moe_config, randomize
+
+pytestmark = pytest.mark.gpu
+
+PATTERNS = {
+    "plain": {},
+    "window": {"sliding_window_size": 24, "sliding_window_indices": [1, 1]},
+    "documents": {"attention_document_boundary": "eos", "attention_document_token_id": 1},
+}
+
+
+def loss_and_gradients(model, idx):
+    model.zero_grad()
+    logits = model(idx).float()
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), idx[:, 1:].flatten())
+    loss.backward()
+    gradients = {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None and "attn" in name}
+    return loss.detach(), gradients
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "eager"])
+@pytest.mark.parametrize("sinks", [True, False], ids=["sinks", "no sinks"])
+def test_parity(device, backend, pattern, sinks, dtype):
+    changes = {"n_embd": 128, "n_head": 2, "n_query_groups": 1, "block_size": 128, **PATTERNS[pattern]}
+    dense = {"mlp_class_name": "LLaMAMLP", "n_expert": 0, "n_expert_per_token": 0, "moe_intermediate_size": None}
+    config = moe_config(
+        attention_class_name="SinkAttention", attention_sinks=sinks, intermediate_size=64, **changes, **dense
+    )
+    torch.manual_seed(1)
+    model = randomize(GPT(config), std=0.08).to(device)
+    idx = torch.randint(0, 64, (2, 128), device=device)
+    model.config.attention_backend = "eager"
+    expected_loss, expected = loss_and_gradients(model, idx)
+    model = model.to(dtype)
+    model.config.attention_backend = backend
+    try:
+        loss, gradients = loss_and_gradients(model, idx)
+    except ValueError as refused:
+        if "cannot be used here" not in str(refused):
+            raise
+        pytest.skip(str(refused))
+    tolerance = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}[dtype]
+    torch.testing.assert_close(loss, expected_loss, atol=tolerance, rtol=tolerance)
+    for name, gradient in expected.items():
+        difference = (gradients[name] - gradient).norm() / gradient.norm().clamp(min=1e-6)
+        assert difference < tolerance, name

@@ -1,0 +1,187 @@
+"""Every expert backend of this card against float64, forward and every gradient; nothing waits, nothing varies."""
+
+import contextlib
+
+import pytest
+import torch
+
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.moe.experts import Experts
+from litgpt_moe_ext.moe.router import Routing
+from tests.models import moe_config, randomize
+
+pytestmark = pytest.mark.gpu
+
+BACKENDS = ("triton", "grouped_mm", "loop")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# T, K, E, D, F: code-moe-60m, fine-grained experts, odd widths, few rows, one expert.
+SIZES = [(2048, 2, 4, 512, 768), (2048, 8, 64, 512, 256), (333, 3, 5, 72, 40), (40, 2, 8, 64, 64), (50, 1, 1, 64, 32)]
+ACTIVATIONS = [("swiglu", "none"), ("geglu", "none"), ("geglu", "tanh"), ("gelu", "none"), ("relu", "none"),
+               ("relu2", "none")]  # fmt: skip
+
+
+def make(device, dtype, E, D, F, backend, **settings):
+    sizes = {"n_expert": E, "n_embd": D, "moe_intermediate_size": F, "n_expert_per_token": 1}
+    experts = randomize(Experts(moe_config(**sizes, expert_backend=backend, **settings)), std=0.05).to(device, dtype)
+    try:
+        experts.backend_for(torch.empty(1, D, device=device, dtype=dtype))
+    except SettingsError as error:
+        pytest.skip(str(error))
+    return experts
+
+
+def make_routing(device, T, K, E):
+    """Leave the last of more than four experts without a token."""
+    scores = torch.rand(T, E, device=device)
+    if E > 4:
+        scores[:, -1] = -1
+    experts = scores.topk(K, dim=1).indices
+    return Routing(torch.rand(T, K, device=device), experts, torch.bincount(experts.flatten(), minlength=E))
+
+
+def run(experts, backend, x, routing, upstream):
+    experts.forced_backend = backend
+    experts.zero_grad()
+    x = x.detach().requires_grad_()
+    routing = routing._replace(weights_TK=routing.weights_TK.detach().requires_grad_())
+    y = experts(x, routing)
+    y.backward(upstream)
+    gradients = {name: parameter.grad.clone() for name, parameter in experts.named_parameters()}
+    return {"y": y.detach(), "x": x.grad, "gates": routing.weights_TK.grad, **gradients}
+
+
+def exact(experts, x, routing, upstream):
+    doubled = routing._replace(weights_TK=routing.weights_TK.double())
+    kept = {name: parameter.detach().clone() for name, parameter in experts.named_parameters()}
+    truth = run(experts.double(), "loop", x.double(), doubled, upstream.double())
+    experts.to(x.dtype).load_state_dict(kept)
+    return truth
+
+
+def error(ours, truth):
+    return ((ours.double() - truth).abs().max() / truth.abs().max().clamp(min=1e-6)).item()
+
+
+def compare(experts, backend, T, K):
+    device, dtype = experts.down_proj.device, experts.down_proj.dtype
+    routing = make_routing(device, T, K, experts.n_expert)
+    x, upstream = (torch.randn(T, experts.n_embd, device=device).to(dtype) for _ in range(2))
+    truth = exact(experts, x, routing, upstream)
+    ours, loop = (run(experts, name, x, routing, upstream) for name in (backend, "loop"))
+    floor = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    for name, expected in truth.items():
+        assert ours[name].dtype == loop[name].dtype
+        assert error(ours[name], expected) <= max(2 * error(loop[name], expected), floor), name
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parity(device, tiny, backend, dtype, bias):
+    torch.set_float32_matmul_precision("highest")
+    for T, K, E, D, F in SIZES[2:] if tiny else SIZES:
+        if backend != "grouped_mm" or not (D * dtype.itemsize % 16 or F * dtype.itemsize % 16):
+            compare(make(device, dtype, E, D, F, backend, bias=bias), backend, T, K)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids="-".join)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_activations(device, backend, activation):
+    names = {"mlp_activation": activation[0], "gelu_approximate": activation[1]}
+    compare(make(device, torch.float32, 4, 64, 32, backend, **names), backend, 100, 2)
+
+
+def test_tf32_is_for_those_who_allow_it(device):
+    """With "high" products lose digits, but not with "highest"."""
+    experts = make(device, torch.float32, 4, 512, 256, "triton")
+    routing, x = make_routing(device, 64, 2, 4), torch.randn(64, 512, device=device)
+    truth = exact(experts, x, routing, x)["y"]
+    errors = {}
+    for precision in ("highest", "high"):
+        torch.set_float32_matmul_precision(precision)
+        errors[precision] = error(run(experts, "triton", x, routing, x)["y"], truth)
+    assert errors["highest"] < 1e-5
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        assert 1e-5 < errors["high"] < 1e-2
+
+
+@pytest.mark.parametrize("backend", ["triton", "grouped_mm"])
+def test_two_runs_give_the_same_bits(device, tiny, backend):
+    T, K, E, D, F = (40, 2, 8, 64, 64) if tiny else (4096, 8, 64, 512, 256)
+    experts, routing = make(device, torch.bfloat16, E, D, F, backend), make_routing(device, T, K, E)
+    x, upstream = (torch.randn(T, D, device=device).bfloat16() for _ in range(2))
+    first = run(experts, backend, x, routing, upstream)
+    for _ in range(3):
+        for name, value in run(experts, backend, x, routing, upstream).items():
+            assert torch.equal(value, first[name]), name
+
+
+@contextlib.contextmanager
+def no_waits(device):
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("tokens", [2, 64])
+@pytest.mark.parametrize("backend", ["triton", "grouped_mm"])
+def test_nothing_waits(device, backend, tokens):
+    """On a card with a native grouped product that product too; elsewhere torch's waits, and is not chosen."""
+    if backend == "grouped_mm" and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        pytest.skip("torch has no native grouped product on this card")
+    experts, routing = make(device, torch.bfloat16, 8, 64, 64, backend), make_routing(device, tokens, 2, 8)
+    x = torch.randn(tokens, 64, device=device, dtype=torch.bfloat16)
+    for scope in (contextlib.nullcontext(), no_waits(device)):  # the first time kernels are compiled
+        with scope:
+            run(experts, backend, x, routing, x)
+            with torch.no_grad():
+                experts(x, routing)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_decoding_reads_only_the_chosen_experts(device, backend, dtype):
+    experts, routing = make(device, dtype, 8, 64, 64, backend, bias=True), make_routing(device, 2, 2, 8)
+    x = torch.randn(2, 64, device=device).to(dtype)
+    idle = [e for e in range(8) if routing.counts_E[e] == 0]
+    with torch.no_grad():
+        experts.forced_backend = "loop"
+        expected = experts(x, routing)
+        for parameter in experts.parameters():
+            parameter[idle] = float("nan")
+        experts.forced_backend = backend
+        torch.testing.assert_close(experts(x, routing), expected, atol=2e-2, rtol=2e-2)
+
+
+def test_dropout_keeps_the_mean(device):
+    sizes = {"expert_dropout": 0.25, "mlp_activation": "relu", "bias": False}
+    experts = make(device, torch.float32, 1, 16, 4096, "triton", **sizes)
+    with torch.no_grad():
+        experts.up_proj.fill_(1.0)
+        experts.down_proj.fill_(1 / 4096)
+    experts.dropout = 0.25
+    counts = torch.tensor([64], device=device)
+    routing = Routing(torch.ones(64, 1, device=device), torch.zeros(64, 1, dtype=torch.int64, device=device), counts)
+    y = experts(torch.full((64, 16), 1 / 16, device=device), routing)
+    assert y.mean().item() == pytest.approx(1.0, abs=0.01)
+    assert y[:, 0].std().item() == pytest.approx((0.25 * 0.75) ** 0.5 / 0.75 / 64, rel=0.5)
+
+
+def test_more_than_two_billion_elements(device, tiny):
+    if tiny or torch.cuda.mem_get_info()[0] < 14 * 2**30:
+        pytest.skip("needs 14 GiB")
+    from litgpt_moe_ext.moe.kernels.triton.common import plan_of
+    from litgpt_moe_ext.moe.kernels.triton.rows import Product, multiply_rows
+
+    E, O, I = 3, 2**16, 2**15  # noqa: E741
+    weight = torch.zeros(E, O, I, device=device, dtype=torch.float16)
+    weight[-1, -1, -1] = 3.0
+    rows, ends = torch.arange(3, device=device), torch.arange(1, 4, device=device, dtype=torch.int32)
+    y = multiply_rows(Product(torch.ones(3, I, device=device).half(), weight, None, plan_of(rows, ends, 3)))
+    assert y[2, -1] == 3.0
+    assert y.sum() == 3.0

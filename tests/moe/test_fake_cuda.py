@@ -1,0 +1,80 @@
+"""Experts on cards that are not there: on no backend but the loop may an operator wait for the device."""
+
+import pytest
+import torch
+import yaml
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from litgpt_moe_ext.moe.experts import Experts
+from litgpt_moe_ext.moe.layer import SharedExpertMoE
+from tests.fake_cuda import CAPABILITIES, RECIPES, fake_cuda, forward_of_recipe
+from tests.models import moe_config
+
+
+def is_moe(recipe):
+    return yaml.safe_load(recipe.read_text(encoding="utf-8"))["model_config"].get("n_expert", 0) > 0
+
+
+MOE_RECIPES = [recipe for recipe in RECIPES if is_moe(recipe)]
+
+
+@pytest.fixture
+def backends(monkeypatch):
+    """The backends that computed experts."""
+    chosen = []
+    original = Experts.backend_for
+
+    def spy(self, *args):
+        chosen.append(original(self, *args))
+        return chosen[-1]
+
+    monkeypatch.setattr(Experts, "backend_for", spy)
+    return chosen
+
+
+@pytest.mark.parametrize("recipe", MOE_RECIPES, ids=lambda recipe: recipe.stem)
+def test_no_recipe_waits_on_a_desktop_card(recipe, backends):
+    with fake_cuda((8, 6)):
+        assert forward_of_recipe(recipe).shape[:2] == (1, 64)
+    assert set(backends) == {"triton"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
+@pytest.mark.parametrize("recipe", MOE_RECIPES, ids=lambda recipe: recipe.stem)
+def test_no_recipe_waits_on_any_card(recipe, capability, backends):
+    precision = yaml.safe_load(recipe.read_text(encoding="utf-8")).get("precision") or "bf16-mixed"
+    if capability < (8, 0) and precision.startswith("bf16"):
+        pytest.skip("no bfloat16 on this card")
+    with fake_cuda(capability):
+        forward_of_recipe(recipe)
+    native = capability[0] in (9, 10) and precision.startswith("bf16")
+    assert set(backends) == {"grouped_mm" if native else "triton"}
+
+
+@pytest.mark.parametrize("backend", ["triton", "grouped_mm", "loop"])
+@pytest.mark.parametrize("tokens", [64, 2])
+def test_forced_backends(backend, tokens):
+    """Decoding two tokens waits on none, not even on the loop; in training the loop waits."""
+    config = moe_config(expert_backend=backend, moe_intermediate_size=16)
+    with fake_cuda((9, 0)), torch.device("cuda"):
+        moe, x = SharedExpertMoE(config), torch.randn(1, tokens, 16)
+        with torch.no_grad():
+            if backend == "loop" and tokens == 64:
+                with pytest.raises(DataDependentOutputException):
+                    moe(x)
+            else:
+                assert moe(x).shape == x.shape
+
+
+def test_the_operators_are_counted_on_fake_tensors():
+    with FakeTensorMode(), torch.device("cuda"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+        experts = Experts(moe_config(moe_intermediate_size=24))
+        routing = (torch.rand(40, 2), torch.zeros(40, 2, dtype=torch.int64), torch.zeros(8, dtype=torch.int64))
+        from litgpt_moe_ext.moe.router import Routing
+
+        with FlopCounterMode(display=False) as counter:
+            experts(torch.randn(40, 16), Routing(*routing))
+    assert counter.get_total_flops() == 40 * 2 * 3 * 2 * 16 * 24
