@@ -63,6 +63,7 @@ class Experts(nn.Module):
         )
 
     def reset_parameters(self) -> None:
+        """Initialise as LitGPT initialises its linear layers when pretraining; biases are zero."""
         weights = self.weights
         nn.init.normal_(weights.up_EGD, mean=0.0, std=self.init_std)
         nn.init.normal_(weights.down_EDF, mean=0.0, std=self.init_std_out)
@@ -97,6 +98,7 @@ class Experts(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
+        """Return the sizes that `print(model)` shows."""
         return (
             f"n_expert={self.n_expert}, n_embd={self.n_embd}, intermediate_size={self.intermediate_size}, "
             f"activation={self.activation.name}, bias={self.down_bias is not None}"

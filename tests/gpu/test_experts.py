@@ -175,8 +175,8 @@ def test_dropout_keeps_the_mean(device):
 def test_more_than_two_billion_elements(device, tiny):
     if tiny or torch.cuda.mem_get_info()[0] < 14 * 2**30:
         pytest.skip("needs 14 GiB")
-    from litgpt_moe_ext.moe.kernels.triton.common import plan_of
-    from litgpt_moe_ext.moe.kernels.triton.rows import Product, multiply_rows
+    from litgpt_moe_ext.moe.kernels.plan import Product, plan_of
+    from litgpt_moe_ext.moe.kernels.triton.rows import multiply_rows
 
     E, O, I = 3, 2**16, 2**15  # noqa: E741
     weight = torch.zeros(E, O, I, device=device, dtype=torch.float16)

@@ -15,11 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.experts import Experts
+from litgpt_moe_ext.moe.kernels import plan
 from litgpt_moe_ext.moe.kernels.backends import ExpertWeights
-from litgpt_moe_ext.moe.kernels.triton import activation as triton_activation
-from litgpt_moe_ext.moe.kernels.triton.common import plan_of
-from litgpt_moe_ext.moe.kernels.triton.rows import Product, multiply_rows
-from litgpt_moe_ext.moe.kernels.triton.weights import Outer, sum_outer_products
+from litgpt_moe_ext.moe.kernels.plan import Outer, Product, plan_of
+from litgpt_moe_ext.moe.kernels.triton.rows import multiply_rows
+from litgpt_moe_ext.moe.kernels.triton.weights import sum_outer_products
 from litgpt_moe_ext.moe.router import Routing
 
 EXAMPLES = int(os.environ.get("TRITON_EXAMPLES", "3"))
@@ -116,7 +116,7 @@ def test_any_shape(T, E, k, D, F, bias, activation, seed, dtype):
 def test_activations(activation, known, monkeypatch):
     """Those that the kernels do not know are computed by torch's operators."""
     if not known:
-        monkeypatch.setattr(triton_activation, "_KINDS", {})
+        monkeypatch.setattr(plan, "KINDS", {"identity": "identity"})
     experts, routing = make_experts(E=1, D=5, F=6, activation=activation), make_routing(9, 1, 1)
     compare(experts, routing, 9)
     x = torch.randn(9, 5)
@@ -299,7 +299,7 @@ def test_flops_are_those_of_the_active_rows():
 def test_meta_tensors():
     """Operators know the shapes of their results without computing them."""
     from litgpt_moe_ext.moe.kernels.backends import Hidden
-    from litgpt_moe_ext.moe.kernels.triton.experts import triton_experts
+    from litgpt_moe_ext.moe.kernels.grouped import triton_experts
 
     with torch.device("meta"):
         weights = ExpertWeights(torch.empty(5, 48, 16), None, torch.empty(5, 16, 24), None)

@@ -13,12 +13,14 @@ import torch
 
 from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.kernels.backends import ExpertWeights
+from litgpt_moe_ext.moe.kernels.plan import Gates, Mask, Outer, Product, plan_of
 
 triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from litgpt_moe_ext.moe.kernels.triton import activation, combine, common, decode, rows, weights  # noqa: E402
+from litgpt_moe_ext.moe.kernels import triton as engine  # noqa: E402
+from litgpt_moe_ext.moe.kernels.triton import common  # noqa: E402
 from litgpt_moe_ext.moe.kernels.triton.tiles import CARDS, card_for, precision_of  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -53,13 +55,13 @@ class Compiler:
         self.capability, self.kernels = capability, []
         monkeypatch.setattr(triton.runtime.driver, "_active", Driver(capability))
         monkeypatch.setattr(common, "capability_of", lambda device: capability)
-        for module in (activation, combine, decode, rows, weights):
-            monkeypatch.setattr(module, "launch", self.launch)
+        for name in ("activation", "combining", "decoding", "rows", "weights"):
+            monkeypatch.setattr(f"litgpt_moe_ext.moe.kernels.triton.{name}.launch", self.launch)
 
     def launch(self, kernel, grid, arguments, warps, stages=1):
         options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
         compiled = kernel.warmup(*arguments, grid=grid, **options)
-        self.kernels.append((f"{kernel.fn.__name__} {arguments[-1]} of {arguments[0][0].dtype}", compiled))
+        self.kernels.append((f"{kernel.fn.__name__} {arguments[-2:]} of {arguments[0][0].dtype}", compiled))
 
     def check(self, tmp_path):
         """Hold shared memory against the card's, and registers against the stack; return how many kernels passed."""
@@ -73,45 +75,59 @@ class Compiler:
         return len(self.kernels)
 
 
-def product(dtype, mean_rows, even, E=2):
-    """Return a product of rows and weights of which blocks do, or do not, divide the widths."""
-    n_row, (out, inner) = E * mean_rows, (512, 256) if even else (72, 40)
-    tokens, ends = torch.arange(n_row), torch.arange(1, E + 1, dtype=torch.int32) * mean_rows
-    x, weight = torch.empty(n_row, inner, dtype=dtype), torch.empty(E, inner, out, dtype=dtype).transpose(1, 2)
-    if even:
-        weight = weight.contiguous()
-    bias = None if even else torch.empty(E, out)
-    return rows.Product(x, weight, bias, common.plan_of(tokens, ends, n_row), gather=even, scatter=not even)
+# Widths that blocks divide, that they do not divide, and that are read element by element.
+WIDTHS = {"even": (512, 256), "uneven": (208, 144), "odd": (72, 40)}
 
 
-def outer(dtype, gather_left, E=2):
-    x, y = torch.empty(64, 512, dtype=dtype), torch.empty(64, 256, dtype=dtype)
-    plan = common.plan_of(torch.arange(64), torch.tensor([32, 64], dtype=torch.int32), 64)
-    return weights.Outer(x, y, plan, gather_left, not gather_left)
+def product(dtype, mean_rows, widths, forward, E=2):
+    """Return a product of rows and weights as in a forward pass, or of rows and transposed weights."""
+    n_row, (out, inner) = E * mean_rows, WIDTHS[widths]
+    plan = plan_of(torch.arange(n_row), torch.arange(1, E + 1, dtype=torch.int32) * mean_rows, n_row)
+    x = torch.empty(n_row, inner, dtype=dtype)
+    if forward:
+        return Product(x, torch.empty(E, out, inner, dtype=dtype), torch.empty(E, out), plan, gather=True)
+    return Product(x, torch.empty(E, inner, out, dtype=dtype).transpose(1, 2), None, plan, scatter=True)
+
+
+def outer(dtype, widths, gather_left):
+    out, inner = WIDTHS[widths]
+    plan = plan_of(torch.arange(64), torch.tensor([32, 64], dtype=torch.int32), 64)
+    x, y = torch.empty(64, out, dtype=dtype), torch.empty(64, inner, dtype=dtype)
+    return Outer(x, y, plan, gather_left, not gather_left)
+
+
+def every_product(dtype):
+    """Run every block of the tables, both ways round."""
+    for widths in WIDTHS:
+        for mean_rows in (16, 64, 200) if widths != "odd" else (64,):
+            for forward in (True, False):
+                engine.multiply_rows(product(dtype, mean_rows, widths, forward))
+        engine.sum_outer_products(outer(dtype, widths, widths == "even"), torch.float32)
+    engine.sum_outer_products(outer(dtype, "even", False), torch.float32)
 
 
 def everything_else(dtype):
     """Run what has no table of blocks."""
-    h, x, plan = torch.empty(8, 256, dtype=dtype), torch.empty(4, 64, dtype=dtype), outer(dtype, False).plan
-    gates = activation.Gates(torch.empty(4, 2), torch.arange(8))
+    h, x, plan = torch.empty(8, 256, dtype=dtype), torch.empty(4, 64, dtype=dtype), outer(dtype, "even", False).plan
+    gates = Gates(torch.empty(4, 2), torch.arange(8))
     for name, approximate in (("swiglu", "none"), ("geglu", "none"), ("geglu", "tanh"), ("relu2", "none")):
-        mask = activation.Mask(torch.empty(8, 128, dtype=torch.bool), 2.0) if name == "swiglu" else activation.Mask()
-        activation.activate(h, Activation(name, approximate), mask)
+        mask = Mask(torch.empty(8, 128, dtype=torch.bool), 2.0) if name == "swiglu" else Mask()
+        engine.activate(h, Activation(name, approximate), mask)
         size = 128 if name != "relu2" else 256
-        activation.activate_backward(h, torch.empty(8, size, dtype=dtype), gates, Activation(name, approximate), mask)
-    combine.combine(h, gates.gates_TK, 4, torch.float32)
-    combine.combine(h, None, 4, dtype)
-    weights.sum_rows(x, None, plan, False, torch.float32)
-    weights.sum_rows(x, gates.gates_TK, plan, True, dtype)
+        engine.activate_backward(h, torch.empty(8, size, dtype=dtype), gates, Activation(name, approximate), mask)
+    engine.combine(h, gates.gates_TK, 4, torch.float32)
+    engine.combine(h, None, 4, dtype)
+    engine.sum_rows(x, None, plan, False, torch.float32)
+    engine.sum_rows(x, gates.gates_TK, plan, True, dtype)
     stack = ExpertWeights(torch.empty(3, 96, 64), torch.empty(3, 96), torch.empty(3, 64, 48), torch.empty(3, 64))
-    decode.decode(x, gates.gates_TK, torch.zeros(4, 2, dtype=torch.int64), stack, Activation("swiglu"))
+    engine.decode(x, gates.gates_TK, torch.zeros(4, 2, dtype=torch.int64), stack, Activation("swiglu"))
 
 
 def test_a_sample(monkeypatch, tmp_path):
     """The products of a training step in bfloat16 on a card of 99 KiB."""
     compiler = Compiler(monkeypatch, (8, 6))
-    rows.multiply_rows(product(torch.bfloat16, 200, even=True))
-    weights.sum_outer_products(outer(torch.bfloat16, gather_left=False), torch.float32)
+    engine.multiply_rows(product(torch.bfloat16, 200, "even", forward=True))
+    engine.sum_outer_products(outer(torch.bfloat16, "even", gather_left=False), torch.float32)
     assert compiler.check(tmp_path) == 2
 
 
@@ -124,12 +140,8 @@ def test_every_product(monkeypatch, tmp_path, capability, dtype, precision):
         pytest.skip("the same, or refused")
     torch.set_float32_matmul_precision(precision)
     compiler = Compiler(monkeypatch, capability)
-    for mean_rows in (16, 64, 200):
-        for even in (True, False):
-            rows.multiply_rows(product(dtype, mean_rows, even))
-    for gather_left in (True, False):
-        weights.sum_outer_products(outer(dtype, gather_left), torch.float32)
-    assert compiler.check(tmp_path) == 8
+    every_product(dtype)
+    assert compiler.check(tmp_path) == 18
 
 
 @pytest.mark.slow

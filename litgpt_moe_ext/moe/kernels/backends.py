@@ -4,6 +4,8 @@ Shape legend: E experts, D model width, F hidden width of one expert, G width of
 gate), N rows of one expert.
 """
 
+import functools
+import importlib.util
 from typing import NamedTuple
 
 import torch
@@ -51,3 +53,9 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 def has_gradient(*tensors: Tensor | None) -> bool:
     """Return whether a result of `tensors` would have a gradient."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+@functools.cache
+def triton_installed() -> bool:
+    """Return whether Triton can be imported; on Windows it is a package of its own."""
+    return importlib.util.find_spec("triton") is not None

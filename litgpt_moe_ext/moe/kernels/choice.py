@@ -13,7 +13,6 @@ package's own are.
 """
 
 import functools
-import importlib.util
 import os
 import warnings
 from collections.abc import Callable
@@ -25,11 +24,11 @@ from torch import Tensor
 
 from litgpt_moe_ext.compiled import assume_constant_result
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.moe.kernels import backends
 from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden
 from litgpt_moe_ext.moe.kernels.cpu import grouped_cpu_experts
-from litgpt_moe_ext.moe.kernels.grouped_mm import grouped_mm_experts
+from litgpt_moe_ext.moe.kernels.grouped import grouped_mm_experts, triton_experts
 from litgpt_moe_ext.moe.kernels.loop import loop_experts
-from litgpt_moe_ext.moe.kernels.triton.experts import triton_experts
 from litgpt_moe_ext.moe.registry import EXPERT_BACKENDS
 from litgpt_moe_ext.moe.router import Routing
 
@@ -112,7 +111,7 @@ def _needs_triton(place: Place) -> str | None:
     interpreted = place.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if place.device not in ("cuda", "hip") and not interpreted:
         return f"it works on cuda tensors (on cpu ones under TRITON_INTERPRET=1), these are on {place.device}"
-    if importlib.util.find_spec("triton") is None:
+    if not backends.triton_installed():
         return "Triton is not installed (on Windows: pip install triton-windows)"
     if place.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it has no {place.dtype}"

@@ -57,6 +57,14 @@ class Dispatch(NamedTuple):
     positions_TK: Tensor
 
 
+class _Job(NamedTuple):
+    """How one layer is computed: which rows go where, what happens between the projections, and in which dtype."""
+
+    plan: Dispatch
+    hidden: Hidden
+    dtype: torch.dtype
+
+
 def dispatch(experts_TK: Tensor, counts_E: Tensor, padding: int) -> Dispatch:
     """Sort the routed rows by expert, keeping the order of tokens.
 
@@ -97,11 +105,10 @@ def grouped_cpu_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, 
     with torch.autocast("cpu", enabled=False):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
             keep_large_blocks()
-            plan = _plan(routing, dtype)
-            return _GroupedExperts.apply(*differentiable, plan, hidden, dtype)
+            return _GroupedExperts.apply(_Job(_plan(routing, dtype), hidden, dtype), *differentiable)
         if len(x_TD) == 1:
             return one_token(x_TD, routing, weights, hidden, dtype)
-        return _forward(x_TD, routing.weights_TK, weights, _plan(routing, dtype), hidden, dtype, None)
+        return _forward(x_TD, routing.weights_TK, weights, _Job(_plan(routing, dtype), hidden, dtype), None)
 
 
 def _plan(routing: Routing, dtype: torch.dtype) -> Dispatch:
@@ -131,44 +138,26 @@ class _Saved(NamedTuple):
 
 class _GroupedExperts(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x_TD: Tensor,
-        weights_TK: Tensor,
-        up_EGD: Tensor,
-        up_bias_EG: Tensor | None,
-        down_EDF: Tensor,
-        down_bias_ED: Tensor | None,
-        plan: Dispatch,
-        hidden: Hidden,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        weights = ExpertWeights(up_EGD, up_bias_EG, down_EDF, down_bias_ED)
+    def forward(ctx: Any, job: _Job, x_TD: Tensor, weights_TK: Tensor, *parameters: Any) -> Tensor:
+        plan, weights = job.plan, ExpertWeights(*parameters)
         saved: list[_Saved] = []
-        y_TD = _forward(x_TD, weights_TK, weights, plan, hidden, dtype, saved)
-        ctx.segments, ctx.hidden, ctx.x_dtype = plan.segments, hidden, x_TD.dtype
+        y_TD = _forward(x_TD, weights_TK, weights, job, saved)
+        ctx.segments, ctx.hidden, ctx.x_dtype = plan.segments, job.hidden, x_TD.dtype
         ctx.save_for_backward(
-            x_TD.to(dtype), weights_TK, *weights, plan.tokens_P, plan.positions_TK, *(t for s in saved for t in s)
+            x_TD.to(job.dtype), weights_TK, *weights, plan.tokens_P, plan.positions_TK, *(t for s in saved for t in s)
         )
         return y_TD
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]  # by torch's decorator
         with torch.autocast("cpu", enabled=False):
-            return *_backward(ctx, dy_TD), None, None, None
+            return None, *_backward(ctx, grad_outputs[0])
 
 
-def _forward(
-    x_TD: Tensor,
-    weights_TK: Tensor,
-    weights: ExpertWeights,
-    plan: Dispatch,
-    hidden: Hidden,
-    dtype: torch.dtype,
-    saved: list[_Saved] | None,
-) -> Tensor:
+def _forward(x_TD: Tensor, weights_TK: Tensor, weights: ExpertWeights, job: _Job, saved: list[_Saved] | None) -> Tensor:
     """Compute the output; append to `saved` what the backward pass needs of each segment unless it is None."""
+    plan, hidden, dtype = job
     x_cast_TD = x_TD.to(dtype)
     y_PD = x_TD.new_empty(plan.tokens_P.numel(), x_TD.size(1))
     x_space_ND = _workspace(plan.segments, x_cast_TD, x_TD.size(1))
@@ -190,23 +179,34 @@ def _forward(
     return _combine(plan.positions_TK, y_PD, weights_TK)
 
 
+class _Gradients(NamedTuple):
+    """Memory for the gradients of the weights, None where none is asked for."""
+
+    up_EGD: Tensor | None
+    up_bias_EG: Tensor | None
+    down_EDF: Tensor | None
+    down_bias_ED: Tensor | None
+
+
 def _backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of the six tensor arguments, None where none is asked for."""
     x_TD, weights_TK, *tensors = ctx.saved_tensors
     weights, (tokens_P, positions_TK), saved = ExpertWeights(*tensors[:4]), tensors[4:6], tensors[6:]
-    need_x, need_weights, need_up, need_up_bias, need_down, need_down_bias, *_ = ctx.needs_input_grad
-    activation, dropout = ctx.hidden
+    _, need_x, need_weights, *need_parameters = ctx.needs_input_grad
+    activation = ctx.hidden.activation
     dtype = x_TD.dtype
     dy_TD = dy_TD.to(dtype)
     weights_P1 = _by_row(weights_TK.to(dtype), positions_TK, tokens_P.numel())
     dx_PD = x_TD.new_empty(tokens_P.numel(), x_TD.size(1), dtype=ctx.x_dtype) if need_x else None
     dweights_P = weights_TK.new_empty(tokens_P.numel()) if need_weights else None
-    gradients = ExpertWeights(
+    gradients = _Gradients(
         *(
-            torch.empty_like(t) if need else None
-            for t, need in zip(weights, (need_up, need_up_bias, need_down, need_down_bias), strict=True)
+            torch.empty_like(t) if need and t is not None else None
+            for t, need in zip(weights, need_parameters, strict=True)
         )
     )
+    dup_EGD, dup_bias_EG, ddown_EDF, ddown_bias_ED = gradients
+    need_hidden = any(gradient is not None for gradient in (dx_PD, dup_EGD, dup_bias_EG))
     _zero_idle_experts(gradients, ctx.segments, weights.up_EGD.size(0))
     rows_space_ND = _workspace(ctx.segments, x_TD, x_TD.size(1))
     da_space_NF, a_space_NF = (_workspace(ctx.segments, x_TD, weights.down_EDF.size(2)) for _ in range(2))
@@ -223,29 +223,31 @@ def _backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         if keep_NF is not None:
             da_NF[: stop - start].mul_(keep_NF)
         a_NF = a_space_NF[:n]
-        dh_NG = dh_space_NG[:n] if need_x or need_up or need_up_bias else None
+        dh_NG = dh_space_NG[:n] if need_hidden else None
         activation.backward_into(h_NG, da_NF, a_NF, dh_NG, dots_N)
         if weights.down_bias_ED is not None and dots_N is not None:
             dots_N += (dy_ND * weights.down_bias_ED[expert].to(dtype)).sum(1, dtype=dots_N.dtype)
         # The gate value is a factor of every gradient of weights. It is cheapest where it meets the narrow operand.
-        if need_down or need_down_bias:
+        if ddown_EDF is not None or ddown_bias_ED is not None:
             dy_ND.mul_(weights_N1)
-        if need_down:
+        if ddown_EDF is not None:
             if keep_NF is not None:
                 a_NF[: stop - start].mul_(keep_NF)
-            _matmul_into(gradients.down_EDF[expert], dy_ND.t(), a_NF)
-        if need_down_bias:
-            torch.sum(dy_ND, 0, out=gradients.down_bias_ED[expert])
-        if need_up:
+            _matmul_into(ddown_EDF[expert], dy_ND.t(), a_NF)
+        if ddown_bias_ED is not None:
+            torch.sum(dy_ND, 0, out=ddown_bias_ED[expert])
+        if dh_NG is None:
+            continue
+        if dup_EGD is not None:
             x_ND = torch.index_select(x_TD, 0, tokens_P[start:end], out=rows_space_ND[:n]).mul_(weights_N1)
-            _matmul_into(gradients.up_EGD[expert], dh_NG.t(), x_ND)
-        if need_up_bias:
-            gradients.up_bias_EG[expert] = torch.mv(dh_NG.t(), weights_N1.squeeze(1))
-        if need_x:
+            _matmul_into(dup_EGD[expert], dh_NG.t(), x_ND)
+        if dup_bias_EG is not None:
+            dup_bias_EG[expert] = torch.mv(dh_NG.t(), weights_N1.squeeze(1))
+        if dx_PD is not None:
             _matmul_into(dx_PD[start:end], dh_NG, weights.up_EGD[expert].to(dtype))
 
-    dx_TD = _combine(positions_TK, dx_PD, weights_TK) if need_x else None
-    dweights_TK = dweights_P[positions_TK] if need_weights else None
+    dx_TD = _combine(positions_TK, dx_PD, weights_TK) if dx_PD is not None else None
+    dweights_TK = dweights_P[positions_TK] if dweights_P is not None else None
     return dx_TD, dweights_TK, *gradients
 
 
@@ -254,7 +256,7 @@ def _workspace(segments: Sequence[Segment], like: Tensor, width: int) -> Tensor:
     return like.new_empty(max((end - start for _, start, _, end in segments), default=0), width)
 
 
-def _zero_idle_experts(gradients: ExpertWeights, segments: Sequence[Segment], n_expert: int) -> None:
+def _zero_idle_experts(gradients: _Gradients, segments: Sequence[Segment], n_expert: int) -> None:
     for expert in set(range(n_expert)).difference(segment.expert for segment in segments):
         for gradient in gradients:
             if gradient is not None:

@@ -76,12 +76,12 @@ def gather_experts(
         dtype: In which matrices are multiplied.
     """
     gates_TK, experts_TK, _ = routing
-    up_RGD, up_bias_RG, down_RDF, down_bias_RD = (
-        None if w is None else w.index_select(0, experts_TK.flatten()).to(dtype) for w in weights
-    )
-    x_RD1 = x_TD.to(dtype).repeat_interleave(experts_TK.size(1), 0).unsqueeze(2)
-    h_RG = torch.bmm(up_RGD, x_RD1).squeeze(2)
-    a_RF = activation(h_RG if up_bias_RG is None else h_RG + up_bias_RG)
-    y_RD = torch.bmm(down_RDF, a_RF.unsqueeze(2)).squeeze(2)
-    y_TKD = (y_RD if down_bias_RD is None else y_RD + down_bias_RD).view(*experts_TK.shape, -1)
+
+    def project(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None) -> Tensor:
+        y_RO = torch.bmm(weight_EOI[experts_TK.flatten()].to(dtype), x_RI.unsqueeze(2)).squeeze(2)
+        return y_RO if bias_EO is None else y_RO + bias_EO[experts_TK.flatten()].to(dtype)
+
+    x_RD = x_TD.to(dtype).repeat_interleave(experts_TK.size(1), 0)
+    a_RF = activation(project(x_RD, weights.up_EGD, weights.up_bias_EG))
+    y_TKD = project(a_RF, weights.down_EDF, weights.down_bias_ED).view(*experts_TK.shape, -1)
     return (y_TKD * gates_TK.unsqueeze(2)).sum(1).to(x_TD.dtype)

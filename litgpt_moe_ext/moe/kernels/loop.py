@@ -32,7 +32,7 @@ def loop_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden:
     if x_RD.is_meta:
         # On meta tensors nobody knows which rows go where, but the work is known: every row passes through one expert
         # of the same size. FLOP counters then see the active experts and no others.
-        y_RD = _expert(x_RD, ExpertWeights(*(None if w is None else w[0] for w in weights)), hidden)
+        y_RD = _expert(x_RD, _each(weights)[0], hidden)
     else:
         y_RD = _one_by_one(x_RD, routing.counts_E, weights, hidden)
     weights_R1 = routing.weights_TK.flatten().index_select(0, rows_R).unsqueeze(1)
@@ -42,12 +42,18 @@ def loop_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden:
 
 
 def _one_by_one(x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:
+    inputs = x_RD.split(counts_E.tolist())
+    return torch.cat([_expert(x, expert, hidden) for x, expert in zip(inputs, _each(weights), strict=True)])
+
+
+def _each(weights: ExpertWeights) -> list[ExpertWeights]:
     # `unbind` keeps the backward pass linear in E: indexing each expert's weight would create a gradient of the size of
     # the whole stack for every expert.
-    inputs = x_RD.split(counts_E.tolist())
-    none = (None,) * len(inputs)
-    experts = zip(*(none if w is None else w.unbind() for w in weights), strict=True)
-    return torch.cat([_expert(x, ExpertWeights(*expert), hidden) for x, expert in zip(inputs, experts, strict=True)])
+    none = (None,) * len(weights.up_EGD)
+    up_bias = none if weights.up_bias_EG is None else weights.up_bias_EG.unbind()
+    down_bias = none if weights.down_bias_ED is None else weights.down_bias_ED.unbind()
+    each = zip(weights.up_EGD.unbind(), up_bias, weights.down_EDF.unbind(), down_bias, strict=True)
+    return [ExpertWeights(*expert) for expert in each]
 
 
 def _expert(x_ND: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:

@@ -1,7 +1,6 @@
 """Activations of experts in Triton, forward and backward, with dropout and gate values; one launch each.
 
-Everything between loading and storing is float32. Activations that the kernels do not know (registered ones) are
-computed by their torch operators.
+Everything between loading and storing is float32.
 
 Shape legend: T tokens, K chosen experts per token, R = T * K routed rows in the order of experts, F hidden width
 of one expert, G width of the first projection (2 * F with a gate), M a block of R, N a block of F.
@@ -14,56 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from litgpt_moe_ext.moe.activations import Activation
-from litgpt_moe_ext.moe.kernels.triton.common import block_of, launch
-
-# The kernels' name of each activation that they know.
-_KINDS = {"swiglu": "silu", "geglu": "gelu", "gelu": "gelu", "relu": "relu", "relu2": "relu2"}
-
-
-def kind_of(activation: Activation) -> str | None:
-    """Return the kernels' name of an activation, or None if they do not know it."""
-    kind = _KINDS.get(activation.name)
-    return "gelu_tanh" if kind == "gelu" and activation.gelu_approximate == "tanh" else kind
-
-
-class Mask(NamedTuple):
-    """Which hidden activations are kept.
-
-    Attributes:
-        keep_RF: True for those that are kept; None without dropout.
-        scale: Factor of those that are kept.
-    """
-
-    keep_RF: Any = None
-    scale: Any = 1.0
-
-
-class Gates(NamedTuple):
-    """The gate values of routed rows.
-
-    Attributes:
-        gates_TK: Gate values.
-        rows_R: For each row in the order of experts, which of the T * K choices it is.
-    """
-
-    gates_TK: Any
-    rows_R: Any
-
-
-class Gradients(NamedTuple):
-    """What the backward pass of an activation returns.
-
-    Attributes:
-        h_RG: Gradient of the activation's input.
-        a_RF: Activations times gate values, which the gradient of the second projection needs.
-        gates_TK: Sums over F of activations times their gradients, float32: the gradient of the gate values.
-    """
-
-    h_RG: Any
-    a_RF: Any
-    gates_TK: Any
-
+from litgpt_moe_ext.moe.kernels.plan import Gates, Gradients, Mask, kind_of
+from litgpt_moe_ext.moe.kernels.triton.common import block_of, constexpr, launch
 
 class _Hidden(NamedTuple):
     h: Any
@@ -78,7 +29,7 @@ class _Form(NamedTuple):
     block: int
 
 
-def activate(h_RG: Tensor, activation: Activation, mask: Mask) -> Tensor:
+def activate(h_RG: Tensor, activation: Any, mask: Mask) -> Tensor:
     """Return the hidden activations, (R, F), in the dtype of `h_RG`.
 
     Args:
@@ -87,17 +38,13 @@ def activate(h_RG: Tensor, activation: Activation, mask: Mask) -> Tensor:
         mask: Which activations are kept.
     """
     a_RF = h_RG.new_empty(h_RG.size(0), h_RG.size(1) // (2 if activation.gated else 1))
-    kind = kind_of(activation)
-    if kind is None:
-        activation.forward_into(h_RG, a_RF)
-        return _times(a_RF, mask)
-    form = _form(kind, activation, a_RF)
+    form = _form(activation, a_RF)
     grid = (triton.cdiv(a_RF.size(0), form.rows), triton.cdiv(a_RF.size(1), form.block))
     launch(_activate, grid, (_Hidden(h_RG, *a_RF.shape), a_RF, mask, form), warps=4)
     return a_RF
 
 
-def activate_backward(h_RG: Tensor, da_RF: Tensor, gates: Gates, activation: Activation, mask: Mask) -> Gradients:
+def activate_backward(h_RG: Tensor, da_RF: Tensor, gates: Gates, activation: Any, mask: Mask) -> Gradients:
     """Go backward through gate values, dropout and activation, computing the activations again.
 
     Args:
@@ -110,38 +57,18 @@ def activate_backward(h_RG: Tensor, da_RF: Tensor, gates: Gates, activation: Act
     gradients = Gradients(
         torch.empty_like(h_RG), torch.empty_like(da_RF), torch.empty_like(gates.gates_TK, dtype=torch.float32)
     )
-    kind = kind_of(activation)
-    if kind is None:
-        _with_operators(h_RG, da_RF, gates, (activation, mask), gradients)
-        return gradients
-    form = _form(kind, activation, da_RF)
+    form = _form(activation, da_RF)
     arguments = (_Hidden(h_RG, *da_RF.shape), da_RF, gates, mask, gradients, form)
     launch(_activate_backward, (triton.cdiv(da_RF.size(0), form.rows),), arguments, warps=4)
     return gradients
 
 
-def _form(kind: str, activation: Activation, a_RF: Tensor) -> _Form:
-    return _Form(kind, activation.gated, *block_of(a_RF.size(1)))
-
-
-def _times(a_RF: Tensor, mask: Mask) -> Tensor:
-    return a_RF if mask.keep_RF is None else a_RF.mul_(mask.keep_RF).mul_(mask.scale)
-
-
-def _with_operators(
-    h_RG: Tensor, da_RF: Tensor, gates: Gates, how: tuple[Activation, Mask], gradients: Gradients
-) -> None:
-    activation, mask = how
-    gates_R = gates.gates_TK.flatten()[gates.rows_R]
-    dots_R = gates_R.new_empty(gates_R.shape, dtype=torch.float32)
-    activation.backward_into(h_RG, _times(da_RF.clone(), mask), gradients.a_RF, gradients.h_RG, dots_R)
-    _times(gradients.a_RF, mask).mul_(gates_R.unsqueeze(1))
-    gradients.h_RG.mul_(gates_R.unsqueeze(1))
-    gradients.gates_TK.view(-1)[gates.rows_R] = dots_R
+def _form(activation: Any, a_RF: Tensor) -> _Form:
+    return _Form(str(kind_of(activation)), activation.gated, *block_of(a_RF.size(1)))
 
 
 @triton.jit
-def value_of(x, KIND: tl.constexpr):
+def value_of(x, KIND: constexpr):
     """Return the activation function of float32 numbers; NaN stays NaN."""
     if KIND == "silu":
         return x * tl.sigmoid(x)
@@ -151,12 +78,14 @@ def value_of(x, KIND: tl.constexpr):
         return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     elif KIND == "relu":
         return tl.where(x <= 0.0, 0.0, x)
+    elif KIND == "identity":
+        return x
     else:
         return tl.where(x <= 0.0, 0.0, x * x)
 
 
 @triton.jit
-def _slope_of(x, KIND: tl.constexpr):
+def _slope_of(x, KIND: constexpr):
     if KIND == "silu":
         s = tl.sigmoid(x)
         return s * (1.0 + x * (1.0 - s))
@@ -167,12 +96,14 @@ def _slope_of(x, KIND: tl.constexpr):
         return s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
     elif KIND == "relu":
         return tl.where(x <= 0.0, 0.0, 1.0)
+    elif KIND == "identity":
+        return tl.full(x.shape, 1.0, tl.float32)
     else:
         return tl.where(x <= 0.0, 0.0, 2.0 * x)
 
 
 @triton.jit
-def _load(hidden, row_M, f_N, GATED: tl.constexpr):
+def _load(hidden, row_M, f_N, GATED: constexpr):
     # Where to find the block, which of it exists, what the function is applied to, and what it is multiplied by.
     inside_MN = (row_M < hidden.rows)[:, None] & (f_N < hidden.width)[None, :]
     row_M = row_M.to(tl.int64)
@@ -196,7 +127,7 @@ def _factor(mask, at_MN, inside_MN):
 
 
 @triton.jit
-def _activate(hidden, a, mask, FORM: tl.constexpr):
+def _activate(hidden, a, mask, FORM: constexpr):
     row_M = tl.program_id(0) * FORM.rows + tl.arange(0, FORM.rows)
     f_N = tl.program_id(1) * FORM.block + tl.arange(0, FORM.block)
     at_MN, inside_MN, x_MN, up_MN = _load(hidden, row_M, f_N, FORM.gated)
@@ -205,7 +136,7 @@ def _activate(hidden, a, mask, FORM: tl.constexpr):
 
 
 @triton.jit
-def _activate_backward(hidden, da, gates, mask, gradients, FORM: tl.constexpr):
+def _activate_backward(hidden, da, gates, mask, gradients, FORM: constexpr):
     row_M = tl.program_id(0) * FORM.rows + tl.arange(0, FORM.rows)
     live_M = row_M < hidden.rows
     choice_M = tl.load(gates.rows_R + row_M, mask=live_M, other=0)

@@ -5,7 +5,7 @@ Groups of arguments are named tuples: a kernel sees `x.data` and `x.stride` as i
 Shape legend: T tokens, K chosen experts per token, E experts, R = T * K routed rows in the order of experts.
 """
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -13,6 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from litgpt_moe_ext.moe.kernels.triton.tiles import Tiles, card_for, precision_of
+
+if TYPE_CHECKING:
+    # To a type checker a constant of a kernel is whatever it was called with.
+    constexpr = Any
+else:
+    from triton.language import constexpr
 
 
 class Rows(NamedTuple):
@@ -47,22 +53,6 @@ class Stack(NamedTuple):
     n_in: Any
 
 
-class Plan(NamedTuple):
-    """Which rows belong to which expert.
-
-    Attributes:
-        rows: For each row in the order of experts, which of the T * K choices it is, (R,).
-        ends: Where the rows of each expert end, int32, (E,).
-        n_expert: E.
-        top_k: K.
-    """
-
-    rows: Any
-    ends: Any
-    n_expert: Any
-    top_k: Any
-
-
 def rows_of(x: Tensor) -> Rows:
     """Return the matrix as a kernel takes it, copied if its rows are not contiguous."""
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -71,12 +61,8 @@ def rows_of(x: Tensor) -> Rows:
 
 def stack_of(weight_EOI: Tensor) -> Stack:
     """Return a stack of weights, or a view of one, as a kernel takes it."""
-    return Stack(weight_EOI, *weight_EOI.stride(), weight_EOI.size(1), weight_EOI.size(2))
-
-
-def plan_of(rows_R: Tensor, ends_E: Tensor, n_token: int) -> Plan:
-    """Return which rows belong to which expert as a kernel takes it."""
-    return Plan(rows_R, ends_E, ends_E.numel(), max(rows_R.numel() // max(n_token, 1), 1))
+    stride_e, stride_o, stride_i = weight_EOI.stride()
+    return Stack(weight_EOI, stride_e, stride_o, stride_i, weight_EOI.size(1), weight_EOI.size(2))
 
 
 def capability_of(device: torch.device) -> tuple[int, int] | None:
@@ -124,7 +110,7 @@ def _device_of(arguments: tuple[Any, ...]) -> torch.device:
 
 
 @triton.jit
-def dot(a, b, total, PRECISION: tl.constexpr):
+def dot(a, b, total, PRECISION: constexpr):
     """Return `total + a @ b`, summed in float32.
 
     Args:
@@ -140,7 +126,7 @@ def dot(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def find_tile(plan, tile, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
+def find_tile(plan, tile, ROWS: constexpr, EXPERTS: constexpr):
     """Return the expert of block `tile`, its first row, and where the expert's rows end.
 
     The blocks of all experts are numbered one expert after the other. Each program counts them anew from where the

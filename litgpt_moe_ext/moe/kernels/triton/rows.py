@@ -10,30 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from litgpt_moe_ext.moe.kernels.triton.common import Plan, dot, find_tile, launch, rows_of, stack_of, tiles_for
+from litgpt_moe_ext.moe.kernels.plan import Product
+from litgpt_moe_ext.moe.kernels.triton.common import constexpr, dot, find_tile, launch, rows_of, stack_of, tiles_for
 
 # So many blocks of rows pass before the next block of weights is read: both then stay in the cache of the card.
 _GROUP = tl.constexpr(8)
-
-
-class Product(NamedTuple):
-    """What is multiplied, and where rows come from and go to.
-
-    Attributes:
-        x: Rows: of tokens, (T, I), if `gather`, otherwise in the order of experts, (R, I).
-        weight_EOI: Weights, any strides, in the dtype of `x`.
-        bias_EO: Biases, or None.
-        plan: Which rows belong to which expert.
-        gather: Whether `x` has one row for each token.
-        scatter: Whether the result has its rows in the order of tokens and their K choices, not of experts.
-    """
-
-    x: Tensor
-    weight_EOI: Tensor
-    bias_EO: Tensor | None
-    plan: Plan
-    gather: bool = False
-    scatter: bool = False
 
 
 class _Result(NamedTuple):
@@ -48,6 +29,7 @@ class _Form(NamedTuple):
     even_in: bool
     precision: str
     experts: int
+    wide: bool
 
 
 def multiply_rows(product: Product) -> Tensor:
@@ -58,7 +40,7 @@ def multiply_rows(product: Product) -> Tensor:
     if not n_row:
         return y_RO
     tiles, precision = tiles_for(x.device, x.dtype)
-    tile = tiles.for_rows(n_row // plan.n_expert)
+    tile = tiles.for_rows(n_row // plan.n_expert, aligned=n_out % 16 == n_in % 16 == 0)
     form = _Form(
         gather,
         scatter,
@@ -66,6 +48,7 @@ def multiply_rows(product: Product) -> Tensor:
         n_in % tile.inner == 0,
         precision,
         max(triton.next_power_of_2(plan.n_expert), 16),
+        max(x.numel(), weight[0].numel()) >= 2**31,
     )
     grid = ((triton.cdiv(n_row, tile.rows) + plan.n_expert) * triton.cdiv(n_out, tile.out),)
     arguments = (rows_of(x), stack_of(weight), _Result(y_RO, bias), plan, form, tile)
@@ -74,7 +57,7 @@ def multiply_rows(product: Product) -> Tensor:
 
 
 @triton.jit
-def _multiply_rows(x, weight, y, plan, FORM: tl.constexpr, TILE: tl.constexpr):
+def _multiply_rows(x, weight, y, plan, FORM: constexpr, TILE: constexpr):
     n_out_tile = tl.cdiv(weight.n_out, TILE.out)
     n_row_tile = tl.num_programs(0) // n_out_tile
     group = tl.program_id(0) // (_GROUP * n_out_tile)
@@ -85,27 +68,30 @@ def _multiply_rows(x, weight, y, plan, FORM: tl.constexpr, TILE: tl.constexpr):
         return
     row_M = first + tl.arange(0, TILE.rows)
     # Rows past the expert's last are computed from its last and not stored.
-    near_M = tl.minimum(row_M, end - 1)
-    source_M = near_M.to(tl.int64)
+    near_M = tl.minimum(row_M, end - 1)  # pyrefly: ignore[unsupported-operation]  # kernels have no types
+    # Half the registers where 32 bits suffice within an operand.
+    WORD: tl.constexpr = tl.int64 if FORM.wide else tl.int32  # pyrefly: ignore[bad-assignment]  # as above
+    source_M = near_M.to(WORD)
     if FORM.gather:
-        source_M = (tl.load(plan.rows + near_M) // plan.top_k).to(tl.int64)
+        source_M = (tl.load(plan.rows + near_M) // plan.top_k).to(WORD)
     o_N = (within // height) * TILE.out + tl.arange(0, TILE.out)
     i_K = tl.arange(0, TILE.inner)
-    x_MK = x.data + source_M[:, None] * x.stride + i_K[None, :]
-    w_KN = weight.data + expert.to(tl.int64) * weight.stride_e
-    w_KN = w_KN + o_N.to(tl.int64)[None, :] * weight.stride_o + i_K.to(tl.int64)[:, None] * weight.stride_i
+    x_start = x.data
+    w_start = weight.data + expert.to(tl.int64) * weight.stride_e
+    x_MK = source_M[:, None] * x.stride + i_K[None, :]
+    w_KN = o_N.to(WORD)[None, :] * weight.stride_o + i_K.to(WORD)[:, None] * weight.stride_i
     sum_MN = tl.zeros((TILE.rows, TILE.out), tl.float32)
     for i in range(0, weight.n_in, TILE.inner):
         # Masks only where a block may reach beyond the matrix.
         rest_K = i_K < weight.n_in - i
-        a_MK = tl.load(x_MK) if FORM.even_in else tl.load(x_MK, mask=rest_K[None, :], other=0.0)
+        a_MK = tl.load(x_start + x_MK) if FORM.even_in else tl.load(x_start + x_MK, mask=rest_K[None, :], other=0.0)
         if FORM.even_in and FORM.even_out:
-            b_KN = tl.load(w_KN)
+            b_KN = tl.load(w_start + w_KN)
         else:
-            b_KN = tl.load(w_KN, mask=rest_K[:, None] & (o_N < weight.n_out)[None, :], other=0.0)
+            b_KN = tl.load(w_start + w_KN, mask=rest_K[:, None] & (o_N < weight.n_out)[None, :], other=0.0)
         sum_MN = dot(a_MK, b_KN, sum_MN, FORM.precision)
-        x_MK += TILE.inner
-        w_KN += TILE.inner * weight.stride_i
+        x_start += TILE.inner
+        w_start += TILE.inner * weight.stride_i
     if y.bias is not None:
         bias_N = tl.load(y.bias + expert * weight.n_out + o_N, mask=o_N < weight.n_out, other=0.0)
         sum_MN += bias_N.to(tl.float32)[None, :]

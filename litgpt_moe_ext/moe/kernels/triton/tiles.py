@@ -38,16 +38,31 @@ class Tiles(NamedTuple):
         some: For experts with about 64 rows each.
         many: For experts with more.
         weights: For the gradient of weights; `rows` is what one step of the sum reads.
+        odd: For widths that are no multiples of 16, which are read element by element and need many registers.
+        odd_weights: The same for the gradient of weights.
     """
 
     few: Tile
     some: Tile
     many: Tile
     weights: Tile
+    odd: Tile
+    odd_weights: Tile
 
-    def for_rows(self, mean_rows: int) -> Tile:
-        """Return the block for experts that have `mean_rows` rows on average."""
+    def for_rows(self, mean_rows: int, aligned: bool) -> Tile:
+        """Return the block of a product of rows.
+
+        Args:
+            mean_rows: How many rows an expert has on average.
+            aligned: Whether all widths are multiples of 16.
+        """
+        if not aligned:
+            return self.odd
         return self.few if mean_rows <= 24 else self.some if mean_rows <= 96 else self.many
+
+    def for_weights(self, aligned: bool) -> Tile:
+        """Return the block of a gradient of weights; `aligned` as above."""
+        return self.weights if aligned else self.odd_weights
 
 
 class Card(NamedTuple):
@@ -64,14 +79,26 @@ class Card(NamedTuple):
     tiles: dict[Precision, Tiles]
 
 
+_ODD = (Tile(32, 64, 32, 4, 2), Tile(32, 64, 64, 4, 2))
 # Products on the ordinary cores: registers are the limit, so small blocks for all.
-_IEEE = Tiles(Tile(16, 64, 32, 4, 2), Tile(64, 64, 16, 4, 2), Tile(64, 64, 16, 4, 2), Tile(16, 64, 64, 4, 2))
+_IEEE = Tiles(
+    Tile(16, 64, 32, 4, 2), Tile(64, 64, 16, 4, 2), Tile(64, 64, 16, 4, 2), Tile(16, 64, 64, 4, 2),
+    Tile(32, 64, 16, 4, 2), Tile(16, 64, 32, 4, 2),
+)  # fmt: skip
 
 _TURING = Card(
     "Turing",
     64,
     {
-        "half": Tiles(Tile(16, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2), Tile(128, 64, 32, 4, 2), Tile(32, 64, 64, 4, 2)),
+        # Triton knows no Tensor Cores of Turing: these products run on the ordinary cores as well.
+        "half": Tiles(
+            Tile(16, 32, 32, 4, 2),
+            Tile(32, 64, 16, 4, 2),
+            Tile(64, 64, 16, 4, 2),
+            Tile(16, 64, 64, 4, 2),
+            Tile(32, 32, 16, 4, 2),
+            Tile(16, 32, 64, 4, 2),
+        ),  # fmt: skip
         "ieee": _IEEE,
     },
 )
@@ -80,10 +107,18 @@ _AMPERE = Card(
     163,
     {
         "half": Tiles(
-            Tile(16, 128, 64, 4, 4), Tile(64, 128, 64, 4, 3), Tile(128, 128, 32, 4, 4), Tile(32, 128, 128, 4, 4)
+            Tile(16, 128, 64, 4, 4),
+            Tile(64, 128, 64, 4, 3),
+            Tile(128, 128, 32, 4, 4),
+            Tile(32, 128, 128, 4, 4),
+            *_ODD,
         ),
         "tf32": Tiles(
-            Tile(16, 64, 64, 4, 3), Tile(64, 64, 32, 4, 3), Tile(128, 128, 32, 8, 3), Tile(32, 128, 128, 8, 3)
+            Tile(16, 64, 64, 4, 3),
+            Tile(64, 64, 32, 4, 3),
+            Tile(128, 128, 32, 8, 3),
+            Tile(32, 128, 128, 8, 3),
+            *_ODD,
         ),
         "ieee": _IEEE,
     },
@@ -93,9 +128,19 @@ _GEFORCE = Card(
     99,
     {
         "half": Tiles(
-            Tile(16, 128, 64, 4, 3), Tile(64, 128, 32, 4, 4), Tile(128, 128, 32, 4, 3), Tile(32, 128, 128, 4, 3)
+            Tile(16, 128, 64, 4, 3),
+            Tile(64, 128, 32, 4, 4),
+            Tile(128, 128, 32, 4, 3),
+            Tile(32, 128, 128, 4, 3),
+            *_ODD,
         ),
-        "tf32": Tiles(Tile(16, 64, 64, 4, 3), Tile(64, 64, 32, 4, 3), Tile(128, 64, 32, 4, 3), Tile(32, 128, 64, 4, 3)),
+        "tf32": Tiles(
+            Tile(16, 64, 64, 4, 3),
+            Tile(64, 64, 32, 4, 3),
+            Tile(128, 64, 32, 4, 3),
+            Tile(32, 128, 64, 4, 3),
+            *_ODD,
+        ),
         "ieee": _IEEE,
     },
 )
@@ -104,10 +149,18 @@ _HOPPER = Card(
     227,
     {
         "half": Tiles(
-            Tile(16, 128, 64, 4, 4), Tile(64, 128, 64, 4, 4), Tile(128, 256, 64, 8, 3), Tile(64, 128, 256, 8, 3)
+            Tile(16, 128, 64, 4, 4),
+            Tile(64, 128, 64, 4, 4),
+            Tile(128, 256, 64, 8, 3),
+            Tile(64, 128, 256, 8, 3),
+            *_ODD,
         ),
         "tf32": Tiles(
-            Tile(16, 64, 64, 4, 3), Tile(64, 128, 32, 4, 3), Tile(128, 128, 32, 8, 4), Tile(32, 128, 128, 8, 4)
+            Tile(16, 64, 64, 4, 3),
+            Tile(64, 128, 32, 4, 3),
+            Tile(128, 128, 32, 8, 4),
+            Tile(32, 128, 128, 8, 4),
+            *_ODD,
         ),
         "ieee": _IEEE,
     },
@@ -117,18 +170,29 @@ _BLACKWELL = Card(
     227,
     {
         "half": Tiles(
-            Tile(16, 128, 64, 4, 4), Tile(64, 128, 64, 4, 4), Tile(128, 128, 64, 4, 4), Tile(64, 128, 128, 4, 4)
+            Tile(16, 128, 64, 4, 4),
+            Tile(64, 128, 64, 4, 4),
+            Tile(128, 128, 64, 4, 4),
+            Tile(64, 128, 128, 8, 4),
+            *_ODD,
         ),
         "tf32": Tiles(
-            Tile(16, 64, 64, 4, 3), Tile(64, 128, 32, 4, 3), Tile(128, 128, 32, 8, 4), Tile(32, 128, 128, 8, 4)
+            Tile(16, 64, 64, 4, 3),
+            Tile(64, 128, 32, 4, 3),
+            Tile(128, 128, 32, 8, 4),
+            Tile(32, 128, 128, 8, 4),
+            *_ODD,
         ),
         "ieee": _IEEE,
     },
 )
 # Where nothing is known (AMD), blocks that fit everywhere; on a CPU, ones that small tests have several of.
-_SMALL = Tiles(Tile(16, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2), Tile(32, 64, 64, 4, 2))
+_SMALL = Tiles(Tile(16, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2), Tile(32, 64, 64, 4, 2), *_ODD)
 _OTHER = Card("another vendor's", 64, {"half": _SMALL, "tf32": _IEEE, "ieee": _IEEE})
-_TINY = Tiles(Tile(16, 32, 16, 4, 1), Tile(16, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1), Tile(16, 32, 16, 4, 1))
+_TINY = Tiles(
+    Tile(16, 32, 16, 4, 1), Tile(16, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1), Tile(16, 32, 16, 4, 1),
+    Tile(32, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1),
+)  # fmt: skip
 _INTERPRETER = Card("interpreter", 64, {"half": _TINY, "tf32": _TINY, "ieee": _TINY})
 
 # Compute capabilities, and majors that share one entry. A capability that is not here takes the nearest below.

@@ -14,25 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from litgpt_moe_ext.moe.kernels.triton.common import Plan, dot, launch, rows_of, stack_of, tiles_for
-
-
-class Outer(NamedTuple):
-    """Two matrices whose rows are multiplied with each other and summed for each expert.
-
-    Attributes:
-        left: (R, O) in the order of experts, or (T, O) if `gather_left`.
-        right: (R, I) in the order of experts, or (T, I) if `gather_right`.
-        plan: Which rows belong to which expert.
-        gather_left: Whether `left` has one row for each token.
-        gather_right: Whether `right` has one row for each token.
-    """
-
-    left: Tensor
-    right: Tensor
-    plan: Plan
-    gather_left: bool = False
-    gather_right: bool = False
+from litgpt_moe_ext.moe.kernels.plan import Outer, Plan
+from litgpt_moe_ext.moe.kernels.triton.common import constexpr, dot, launch, rows_of, stack_of, tiles_for
 
 
 class _Form(NamedTuple):
@@ -43,11 +26,11 @@ class _Form(NamedTuple):
 
 def sum_outer_products(outer: Outer, dtype: torch.dtype) -> Tensor:
     """Return the sum of `left^T right` over the rows of each expert, (E, O, I) in `dtype`."""
-    left, right, plan, *gather = outer
+    left, right, plan, gather_left, gather_right = outer
     sum_EOI = left.new_empty(plan.n_expert, left.size(1), right.size(1), dtype=dtype)
     tiles, precision = tiles_for(left.device, left.dtype)
-    tile = tiles.weights
-    form = _Form(*gather, precision)
+    tile = tiles.for_weights(aligned=left.size(1) % 16 == right.size(1) % 16 == 0)
+    form = _Form(gather_left, gather_right, precision)
     grid = (triton.cdiv(left.size(1), tile.out) * triton.cdiv(right.size(1), tile.inner), plan.n_expert)
     arguments = (rows_of(left), rows_of(right), stack_of(sum_EOI), plan, form, tile)
     launch(_sum_outer_products, grid, arguments, tile.warps, tile.stages)
@@ -55,10 +38,15 @@ def sum_outer_products(outer: Outer, dtype: torch.dtype) -> Tensor:
 
 
 @triton.jit
-def _row(plan, row_M, live_M, GATHER: tl.constexpr):
+def _row(plan, row_M, live_M, GATHER: constexpr):
     if GATHER:
         return (tl.load(plan.rows + row_M, mask=live_M, other=0) // plan.top_k).to(tl.int64)
     return row_M.to(tl.int64)
+
+
+@triton.jit
+def _token(plan, row_M, end):
+    return (tl.load(plan.rows + row_M, mask=row_M < end, other=0) // plan.top_k).to(tl.int64)
 
 
 @triton.jit
@@ -67,23 +55,28 @@ def _first_row(plan, expert):
 
 
 @triton.jit
-def _sum_outer_products(left, right, out, plan, FORM: tl.constexpr, TILE: tl.constexpr):
+def _sum_outer_products(left, right, out, plan, FORM: constexpr, TILE: constexpr):
     expert = tl.program_id(1)
     n_in_tile = tl.cdiv(out.n_in, TILE.inner)
     o_N = (tl.program_id(0) // n_in_tile) * TILE.out + tl.arange(0, TILE.out)
     i_K = (tl.program_id(0) % n_in_tile) * TILE.inner + tl.arange(0, TILE.inner)
     first, end = _first_row(plan, expert), tl.load(plan.ends + expert)
     sum_NK = tl.zeros((TILE.out, TILE.inner), tl.float32)
+    # Where the rows of the next step are is looked up one step ahead: loads that wait for a load of the same step would
+    # not be started early.
+    next_M = _token(plan, first + tl.arange(0, TILE.rows), end)
     for start in range(first, end, TILE.rows):
         row_M = start + tl.arange(0, TILE.rows)
         live_M = row_M < end
-        left_M = _row(plan, row_M, live_M, FORM.gather_left)
-        right_M = _row(plan, row_M, live_M, FORM.gather_right)
-        left_MN = left.data + left_M[:, None] * left.stride + o_N[None, :]
+        token_M = next_M
+        next_M = _token(plan, row_M + TILE.rows, end)
+        left_M = token_M if FORM.gather_left else row_M.to(tl.int64)
+        right_M = token_M if FORM.gather_right else row_M.to(tl.int64)
+        left_NM = left.data + left_M[None, :] * left.stride + o_N[:, None]
         right_MK = right.data + right_M[:, None] * right.stride + i_K[None, :]
-        a_MN = tl.load(left_MN, mask=live_M[:, None] & (o_N < out.n_out)[None, :], other=0.0)
+        a_NM = tl.load(left_NM, mask=live_M[None, :] & (o_N < out.n_out)[:, None], other=0.0)
         b_MK = tl.load(right_MK, mask=live_M[:, None] & (i_K < out.n_in)[None, :], other=0.0)
-        sum_NK = dot(tl.trans(a_MN), b_MK, sum_NK, FORM.precision)
+        sum_NK = dot(a_NM, b_MK, sum_NK, FORM.precision)
     out_NK = out.data + expert.to(tl.int64) * out.stride_e
     out_NK = out_NK + o_N.to(tl.int64)[:, None] * out.stride_o + i_K[None, :]
     inside_NK = (o_N < out.n_out)[:, None] & (i_K < out.n_in)[None, :]
@@ -114,7 +107,7 @@ def sum_rows(x: Tensor, gates_TK: Tensor | None, plan: Plan, gather: bool, dtype
 
 
 @triton.jit
-def _sum_rows(x, sums, plan, GATHER: tl.constexpr):
+def _sum_rows(x, sums, plan, GATHER: constexpr):
     expert = tl.program_id(1)
     o_N = tl.program_id(0) * 64 + tl.arange(0, 64)
     first, end = _first_row(plan, expert), tl.load(plan.ends + expert)

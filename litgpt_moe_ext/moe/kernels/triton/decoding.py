@@ -17,8 +17,9 @@ from torch import Tensor
 
 from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.kernels.backends import ExpertWeights
-from litgpt_moe_ext.moe.kernels.triton.activation import kind_of, value_of
-from litgpt_moe_ext.moe.kernels.triton.common import launch, rows_of, stack_of
+from litgpt_moe_ext.moe.kernels.plan import kind_of
+from litgpt_moe_ext.moe.kernels.triton.activation import value_of
+from litgpt_moe_ext.moe.kernels.triton.common import constexpr, launch, rows_of, stack_of
 
 
 class _Choice(NamedTuple):
@@ -62,7 +63,7 @@ def decode(
 
 
 @triton.jit
-def _product(x, w, o_N, live_N, weight, BLOCK: tl.constexpr):
+def _product(x, w, o_N, live_N, weight, BLOCK: constexpr):
     # Rows `o_N` of one expert's weights times one row of inputs.
     i_M = tl.arange(0, BLOCK)
     sum_NM = tl.zeros((o_N.shape[0], BLOCK), tl.float32)
@@ -84,7 +85,7 @@ def _plus_bias(y_N, bias, expert, o_N, live_N, n_out):
 
 
 @triton.jit
-def _first(x, weight, bias, choice, out, FORM: tl.constexpr):
+def _first(x, weight, bias, choice, out, FORM: constexpr):
     row = tl.program_id(0)
     width = out.stride
     f_N = tl.program_id(1) * 16 + tl.arange(0, 16)
@@ -111,7 +112,7 @@ def _second(a, weight, bias, choice, out):
         row = token * choice.top_k + k
         expert = tl.load(choice.experts + row).to(tl.int64)
         w = weight.data + expert * weight.stride_e
-        y_N = _product(a.data + row * a.stride, w, d_N, live_N, weight, 256)
+        y_N = _product(a.data + row * a.stride, w, d_N, live_N, weight, 128)
         y_N = _plus_bias(y_N, bias, expert, d_N, live_N, weight.n_out)
         sum_N += y_N * tl.load(choice.gates + row).to(tl.float32)
     tl.store(out.data + token * out.stride + d_N, sum_N.to(out.data.dtype.element_ty), mask=live_N)

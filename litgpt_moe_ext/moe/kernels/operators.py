@@ -4,20 +4,24 @@ Two operators have gradients, `expert_up` (tokens to hidden rows) and `expert_do
 are their backward pass. Between forward and backward they keep their own inputs: the tokens, the output of the first
 projection, the routing. Parameters are kept as they are stored, and cast again.
 
-Kernels are imported when the first operator runs, so that a fake tensor needs no Triton.
+Two engines compute them: the kernels of `litgpt_moe_ext.moe.kernels.triton`, and torch's own grouped product
+(`litgpt_moe_ext.moe.kernels.native`). Triton is imported when the first operator runs; a fake tensor needs none.
 
 Shape legend: T tokens, K chosen experts per token, E experts, D model width, F hidden width of one expert, G width of
 the first projection (2 * F with a gate), R = T * K routed rows in the order of experts.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from litgpt_moe_ext.moe.activations import Activation
+from litgpt_moe_ext.moe.kernels import native
+from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, triton_installed
+from litgpt_moe_ext.moe.kernels.plan import Gates, Identity, Mask, Outer, Plan, Product, plan_of
 
 _NAMESPACE = "litgpt_moe_ext"
 
@@ -32,6 +36,7 @@ class Up(NamedTuple):
         rows_R: For each row in the order of experts, which of the T * K choices it is.
         ends_E: Where the rows of each expert end, int32.
         dtype: In which matrices are multiplied.
+        engine: `triton` or `torch`.
     """
 
     x_TD: Tensor
@@ -40,6 +45,7 @@ class Up(NamedTuple):
     rows_R: Tensor
     ends_E: Tensor
     dtype: torch.dtype
+    engine: str
 
 
 class Down(NamedTuple):
@@ -54,10 +60,11 @@ class Down(NamedTuple):
         experts_TK: Chosen experts.
         rows_R: As in `Up`.
         ends_E: As in `Up`.
-        activation: Name of the activation.
+        activation: Name of the activation; `identity` if `h_RG` has been activated already.
         approximate: `gelu_approximate` of the activation.
         scale: Factor of the hidden activations that are kept.
         dtype: Of the result.
+        engine: As in `Up`.
     """
 
     h_RG: Tensor
@@ -72,6 +79,7 @@ class Down(NamedTuple):
     approximate: str
     scale: float
     dtype: torch.dtype
+    engine: str
 
 
 class Middle(NamedTuple):
@@ -85,6 +93,7 @@ class Middle(NamedTuple):
     activation: str
     approximate: str
     scale: float
+    engine: str
 
 
 class RowProduct(NamedTuple):
@@ -97,6 +106,7 @@ class RowProduct(NamedTuple):
     n_token: int
     gather: bool
     scatter: bool
+    engine: str
 
 
 class OuterProduct(NamedTuple):
@@ -108,6 +118,7 @@ class OuterProduct(NamedTuple):
     ends_E: Tensor
     gather_left: bool
     dtype: torch.dtype
+    engine: str
 
 
 class RowSum(NamedTuple):
@@ -118,6 +129,7 @@ class RowSum(NamedTuple):
     rows_R: Tensor
     ends_E: Tensor
     dtype: torch.dtype
+    engine: str
 
 
 class Combination(NamedTuple):
@@ -126,6 +138,7 @@ class Combination(NamedTuple):
     y_RD: Tensor
     n_token: int
     dtype: torch.dtype
+    engine: str
 
 
 class FewTokens(NamedTuple):
@@ -170,43 +183,53 @@ def _operator(name: str, call: type, fake: Callable[[Any], Any], n_result: int =
     return register
 
 
-def _activation(call: Any) -> Activation:
-    return Activation(call.activation, call.approximate)
+def _activation(call: Any) -> Any:
+    return Identity() if call.activation == "identity" else Activation(call.activation, call.approximate)
 
 
-def _plan(call: Any, n_token: int) -> Any:
-    from litgpt_moe_ext.moe.kernels.triton.common import plan_of
-
+def _plan(call: Any, n_token: int) -> Plan:
     return plan_of(call.rows_R, call.ends_E, n_token)
+
+
+def _engine(call: Any) -> Any:
+    if call.engine == "torch":
+        return native
+    from litgpt_moe_ext.moe.kernels import triton
+
+    return triton
+
+
+def _beside(call: Any, x: Tensor) -> Any:
+    # What is not a product: by Triton's kernels, which take one launch for each, also beside torch's products.
+    if call.engine == "torch" and not (x.is_cuda and triton_installed()):
+        return native
+    from litgpt_moe_ext.moe.kernels import triton
+
+    return triton
 
 
 @_operator("expert_up", Up, lambda c: c.x_TD.new_empty(c.rows_R.size(0), c.weight_EGD.size(1), dtype=c.dtype))
 def expert_up(call: Up) -> Tensor:
-    from litgpt_moe_ext.moe.kernels.triton.rows import Product, multiply_rows
-
+    """Return the output of the first projections, (R, G)."""
     x_TD, weight = call.x_TD.to(call.dtype), call.weight_EGD.to(call.dtype)
-    return multiply_rows(Product(x_TD, weight, call.bias_EG, _plan(call, len(x_TD)), gather=True))
+    return _engine(call).multiply_rows(Product(x_TD, weight, call.bias_EG, _plan(call, len(x_TD)), gather=True))
 
 
 @_operator("expert_down", Down, lambda c: c.h_RG.new_empty(c.gates_TK.size(0), c.weight_EDF.size(1), dtype=c.dtype))
 def expert_down(call: Down) -> Tensor:
-    from litgpt_moe_ext.moe.kernels.triton.activation import Mask, activate
-    from litgpt_moe_ext.moe.kernels.triton.combine import combine
-    from litgpt_moe_ext.moe.kernels.triton.rows import Product, multiply_rows
-
-    n_token = call.gates_TK.size(0)
-    a_RF = activate(call.h_RG, _activation(call), Mask(call.keep_RF, call.scale))
+    """Return the weighted sum of the experts' outputs, (T, D), from the output of the first projections."""
+    n_token, beside = call.gates_TK.size(0), _beside(call, call.h_RG)
+    a_RF = beside.activate(call.h_RG, _activation(call), Mask(call.keep_RF, call.scale))
     weight = call.weight_EDF.to(a_RF.dtype)
-    y_RD = multiply_rows(Product(a_RF, weight, call.bias_ED, _plan(call, n_token), scatter=True))
-    return combine(y_RD, call.gates_TK.contiguous(), n_token, call.dtype)
+    y_RD = _engine(call).multiply_rows(Product(a_RF, weight, call.bias_ED, _plan(call, n_token), scatter=True))
+    return beside.combine(y_RD, call.gates_TK.contiguous(), n_token, call.dtype)
 
 
 @_operator("multiply_rows", RowProduct, lambda c: c.x.new_empty(c.rows_R.size(0), c.weight_EOI.size(1)))
 def multiply_rows(call: RowProduct) -> Tensor:
-    from litgpt_moe_ext.moe.kernels.triton.rows import Product, multiply_rows
-
-    weight = call.weight_EOI.to(call.x.dtype)
-    return multiply_rows(Product(call.x, weight, None, _plan(call, call.n_token), call.gather, call.scatter))
+    """Return rows times weights, (R, O)."""
+    weight, plan = call.weight_EOI.to(call.x.dtype), _plan(call, call.n_token)
+    return _engine(call).multiply_rows(Product(call.x, weight, None, plan, call.gather, call.scatter))
 
 
 @_operator(
@@ -215,19 +238,17 @@ def multiply_rows(call: RowProduct) -> Tensor:
     lambda c: c.left.new_empty(c.ends_E.size(0), c.left.size(1), c.right.size(1), dtype=c.dtype),
 )
 def sum_outer_products(call: OuterProduct) -> Tensor:
-    from litgpt_moe_ext.moe.kernels.triton.weights import Outer, sum_outer_products
-
+    """Return the gradient of weights, (E, O, I)."""
     plan = _plan(call, len(call.left if call.gather_left else call.right))
     outer = Outer(call.left, call.right, plan, call.gather_left, not call.gather_left)
-    return sum_outer_products(outer, call.dtype)
+    return _engine(call).sum_outer_products(outer, call.dtype)
 
 
 @_operator("sum_rows", RowSum, lambda c: c.x.new_empty(c.ends_E.size(0), c.x.size(1), dtype=c.dtype))
 def sum_rows(call: RowSum) -> Tensor:
-    from litgpt_moe_ext.moe.kernels.triton.weights import sum_rows
-
-    gather = call.gates_TK is not None
-    return sum_rows(call.x, call.gates_TK, _plan(call, len(call.x)), gather, call.dtype)
+    """Return the gradient of biases, (E, O)."""
+    plan = _plan(call, len(call.x))
+    return _beside(call, call.x).sum_rows(call.x, call.gates_TK, plan, call.gates_TK is not None, call.dtype)
 
 
 def _empty_middle(call: Middle) -> tuple[Tensor, Tensor, Tensor]:
@@ -237,24 +258,21 @@ def _empty_middle(call: Middle) -> tuple[Tensor, Tensor, Tensor]:
 
 @_operator("activate_backward", Middle, _empty_middle, n_result=3)
 def activate_backward(call: Middle) -> tuple[Tensor, Tensor, Tensor]:
-    from litgpt_moe_ext.moe.kernels.triton.activation import Gates, Mask, activate_backward
-
-    gates = Gates(call.gates_TK.contiguous(), call.rows_R)
-    mask = Mask(call.keep_RF, call.scale)
-    return tuple(activate_backward(call.h_RG, call.da_RF, gates, _activation(call), mask))
+    """Return the gradient of `h_RG`, the activations times gate values, and the gradient of the gate values."""
+    gates, mask = Gates(call.gates_TK.contiguous(), call.rows_R), Mask(call.keep_RF, call.scale)
+    return tuple(_beside(call, call.h_RG).activate_backward(call.h_RG, call.da_RF, gates, _activation(call), mask))
 
 
 @_operator("combine", Combination, lambda c: c.y_RD.new_empty(c.n_token, c.y_RD.size(1), dtype=c.dtype))
 def combine(call: Combination) -> Tensor:
-    from litgpt_moe_ext.moe.kernels.triton.combine import combine
-
-    return combine(call.y_RD, None, call.n_token, call.dtype)
+    """Return the sum of each token's rows, (T, D)."""
+    return _beside(call, call.y_RD).combine(call.y_RD, None, call.n_token, call.dtype)
 
 
 @_operator("decode_experts", FewTokens, lambda c: c.x_TD.new_empty(c.x_TD.shape))
 def decode_experts(call: FewTokens) -> Tensor:
-    from litgpt_moe_ext.moe.kernels.backends import ExpertWeights
-    from litgpt_moe_ext.moe.kernels.triton.decode import decode
+    """Return the weighted sum of the experts' outputs for a few tokens, (T, D), by Triton."""
+    from litgpt_moe_ext.moe.kernels.triton import decode
 
     weights = ExpertWeights(call.up_EGD, call.up_bias_EG, call.down_EDF, call.down_bias_ED)
     return decode(call.x_TD, call.gates_TK, call.experts_TK, weights, _activation(call))
@@ -275,51 +293,47 @@ def _up_backward(ctx: Any, dh_RG: Tensor) -> tuple[Tensor | None, ...]:
     call = Up(*_kept(ctx))
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
     dx_TD = dweight_EGD = dbias_EG = None
-    n_token = call.x_TD.size(0)
+    n_token, plan, engine = call.x_TD.size(0), (call.rows_R, call.ends_E), call.engine
     dh_RG = dh_RG.contiguous()
     if need_x:
-        dx_RD = multiply_rows(
-            dh_RG, call.weight_EGD.transpose(1, 2), call.rows_R, call.ends_E, n_token, gather=False, scatter=True
-        )
-        dx_TD = combine(dx_RD, n_token, call.x_TD.dtype)
+        dx_RD = multiply_rows(dh_RG, call.weight_EGD.transpose(1, 2), *plan, n_token, False, True, engine)
+        dx_TD = combine(dx_RD, n_token, call.x_TD.dtype, engine)
     if need_weight:
         x_TD = call.x_TD.to(call.dtype)
-        dweight_EGD = sum_outer_products(dh_RG, x_TD, call.rows_R, call.ends_E, False, call.weight_EGD.dtype)
-    if need_bias:
-        dbias_EG = sum_rows(dh_RG, None, call.rows_R, call.ends_E, call.bias_EG.dtype)
-    return dx_TD, dweight_EGD, dbias_EG, None, None, None
+        dweight_EGD = sum_outer_products(dh_RG, x_TD, *plan, False, call.weight_EGD.dtype, engine)
+    if need_bias and call.bias_EG is not None:
+        dbias_EG = sum_rows(dh_RG, None, *plan, call.bias_EG.dtype, engine)
+    return dx_TD, dweight_EGD, dbias_EG, None, None, None, None
 
 
 def _down_backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
     call = Down(*_kept(ctx))
     need_h, need_gates, need_weight, need_bias = ctx.needs_input_grad[:4]
     dh_RG = dgates_TK = dweight_EDF = dbias_ED = None
-    n_token = call.gates_TK.size(0)
+    n_token, plan, engine = call.gates_TK.size(0), (call.rows_R, call.ends_E), call.engine
     dy_TD = dy_TD.to(call.h_RG.dtype).contiguous()
-    rows_R, ends_E = call.rows_R, call.ends_E
     if need_h or need_gates or need_weight:
-        weight_EFD = call.weight_EDF.transpose(1, 2)
-        da_RF = multiply_rows(dy_TD, weight_EFD, rows_R, ends_E, n_token, gather=True, scatter=False)
-        middle = (call.h_RG, da_RF, call.gates_TK, call.keep_RF, rows_R, *call[8:11])
+        da_RF = multiply_rows(dy_TD, call.weight_EDF.transpose(1, 2), *plan, n_token, True, False, engine)
+        middle = Middle(
+            call.h_RG, da_RF, call.gates_TK, call.keep_RF, call.rows_R, call.activation, call.approximate, call.scale,
+            engine,
+        )  # fmt: skip
         dh_RG, a_RF, dgates_TK = activate_backward(*middle)
         if need_weight:
-            dweight_EDF = sum_outer_products(dy_TD, a_RF, rows_R, ends_E, True, call.weight_EDF.dtype)
-    if need_gates:
+            dweight_EDF = sum_outer_products(dy_TD, a_RF, *plan, True, call.weight_EDF.dtype, engine)
         if call.bias_ED is not None:
-            dgates_TK = dgates_TK + _bias_share(dy_TD, call)
+            dgates_TK = dgates_TK + _bias_share(dy_TD, call.bias_ED, call.experts_TK)
         dgates_TK = dgates_TK.to(call.gates_TK.dtype)
-    if need_bias:
-        dbias_ED = sum_rows(dy_TD, call.gates_TK, rows_R, ends_E, call.bias_ED.dtype)
-    return (
-        dh_RG if need_h else None, dgates_TK if need_gates else None, dweight_EDF, dbias_ED,
-        None, None, None, None, None, None, None, None,
-    )  # fmt: skip
+    if need_bias and call.bias_ED is not None:
+        dbias_ED = sum_rows(dy_TD, call.gates_TK, *plan, call.bias_ED.dtype, engine)
+    gradients = (dh_RG if need_h else None, dgates_TK if need_gates else None, dweight_EDF, dbias_ED)
+    return *gradients, *(None for _ in Down._fields[4:])
 
 
-def _bias_share(dy_TD: Tensor, call: Down) -> Tensor:
+def _bias_share(dy_TD: Tensor, bias_ED: Tensor, experts_TK: Tensor) -> Tensor:
     # What the biases contribute to the gradient of the gate values, (T, K).
-    by_expert_TE = dy_TD.float() @ call.bias_ED.float().t()
-    return by_expert_TE.gather(1, call.experts_TK)
+    by_expert_TE = dy_TD.float() @ bias_ED.float().t()
+    return by_expert_TE.gather(1, experts_TK)
 
 
 torch.library.register_autograd(f"{_NAMESPACE}::expert_up", _up_backward, setup_context=_keep)
@@ -331,27 +345,46 @@ def _product_flops(rows: int, weight_shape: torch.Size) -> int:
     return 2 * rows * weight_shape[1] * weight_shape[2]
 
 
-@register_flop_formula(torch.ops.litgpt_moe_ext.expert_up)
 def _expert_up_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
     return _product_flops(shapes[3][0], shapes[1])
 
 
-@register_flop_formula(torch.ops.litgpt_moe_ext.expert_down)
 def _expert_down_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
     return _product_flops(shapes[0][0], shapes[2])
 
 
-@register_flop_formula(torch.ops.litgpt_moe_ext.multiply_rows)
 def _multiply_rows_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
     return _product_flops(shapes[2][0], shapes[1])
 
 
-@register_flop_formula(torch.ops.litgpt_moe_ext.sum_outer_products)
 def _sum_outer_products_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
     return 2 * shapes[2][0] * shapes[0][1] * shapes[1][1]
 
 
-@register_flop_formula(torch.ops.litgpt_moe_ext.decode_experts)
 def _decode_experts_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
     n_row = shapes[2][0] * shapes[2][1]
     return _product_flops(n_row, shapes[3]) + _product_flops(n_row, shapes[5])
+
+
+def register_flops(flop_counter: Any) -> None:
+    """Tell torch's FLOP counter what the operators cost.
+
+    Args:
+        flop_counter: The module `torch.utils.flop_counter`. It imports Triton, so it is not imported for this.
+    """
+    formulas = {
+        "expert_up": _expert_up_flops,
+        "expert_down": _expert_down_flops,
+        "multiply_rows": _multiply_rows_flops,
+        "sum_outer_products": _sum_outer_products_flops,
+        "decode_experts": _decode_experts_flops,
+    }
+    for name, formula in formulas.items():
+        operator = getattr(torch.ops.litgpt_moe_ext, name)
+        if operator not in flop_counter.flop_registry:
+            flop_counter.register_flop_formula(operator)(formula)
+
+
+# Whoever imports the counter later finds them through `litgpt_moe_ext.host.flops`.
+if (_flop_counter := sys.modules.get("torch.utils.flop_counter")) is not None:
+    register_flops(_flop_counter)

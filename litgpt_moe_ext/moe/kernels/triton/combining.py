@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from litgpt_moe_ext.moe.kernels.triton.common import block_of, launch
+from litgpt_moe_ext.moe.kernels.triton.common import block_of, constexpr, launch
 
 
 class _Sizes(NamedTuple):
@@ -42,7 +42,7 @@ def combine(y_RD: Tensor, gates_TK: Tensor | None, n_token: int, dtype: torch.dt
 
 
 @triton.jit
-def _combine(y, gates, out, sizes, BLOCK: tl.constexpr):
+def _combine(y, gates, out, sizes, BLOCK: constexpr):
     token_M = (tl.program_id(0) * BLOCK[0] + tl.arange(0, BLOCK[0])).to(tl.int64)
     d_N = tl.program_id(1) * BLOCK[1] + tl.arange(0, BLOCK[1])
     live_M = token_M < sizes.n_token

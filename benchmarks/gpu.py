@@ -1,0 +1,527 @@
+"""Everything of this package that a card decides, in one command and under eight minutes on any NVIDIA card.
+
+    python benchmarks/gpu.py                      # Markdown on the screen, and gpu-<card>.json
+    python benchmarks/gpu.py --only experts steps
+    python benchmarks/gpu.py --device cpu --tiny  # the same code at toy sizes, to see that it runs
+
+Tables: experts (forward and backward against LitGPT's `LLaMAMoE`, Hugging Face, Liger where installed, a dense MLP of
+equal active work, and bare matrix products), their memory, decoding, attention against
+`F.scaled_dot_product_attention`, whole training steps against their dense twins (with MFU, peak memory, waiting and
+`torch.compile`), and the memory that a step is promised to take. Contenders take turns on the same data; a cell is a
+median.
+What does not fit into memory or time is left out, and says so. The file holds card, versions and clocks; send it along
+with what you report.
+
+Shape legend: T tokens, D model width, F hidden width of one expert, E experts, K chosen experts per token.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import gc
+import importlib.util
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor, nn
+
+import litgpt_moe_ext
+
+litgpt_moe_ext.register()
+
+from litgpt import GPT, Config  # noqa: E402
+from litgpt.model import LLaMAMLP, LLaMAMoE  # noqa: E402
+from litgpt.utils import chunked_cross_entropy  # noqa: E402
+
+from litgpt_moe_ext.attention.causal import Softmax, causal_attention  # noqa: E402
+from litgpt_moe_ext.attention.documents import find_documents  # noqa: E402
+from litgpt_moe_ext.errors import SettingsError  # noqa: E402
+from litgpt_moe_ext.host.config import EXTRA_FIELDS  # noqa: E402
+from litgpt_moe_ext.inspect.cost.memory import training_memory  # noqa: E402
+from litgpt_moe_ext.model_size import count_flops  # noqa: E402
+from litgpt_moe_ext.moe.layer import SharedExpertMoE  # noqa: E402
+from litgpt_moe_ext.training.callbacks.telemetry import peak_flops  # noqa: E402
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+RECIPES = ("quickstart", "code-moe-60m", "moe-200m-tinystories")
+BACKENDS = ("triton", "grouped_mm", "loop")
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """An MoE layer."""
+
+    name: str
+    D: int
+    F: int
+    E: int
+    K: int
+
+    def config(self, mlp_class_name: str, **changes: Any) -> Config:
+        sizes = {"n_embd": self.D, "n_expert": self.E, "n_expert_per_token": self.K, "moe_intermediate_size": self.F}
+        fixed = {"n_layer": 1, "n_head": 4, "bias": False, "intermediate_size": self.K * self.F}
+        return Config(**sizes, **fixed, mlp_class_name=mlp_class_name, **changes)
+
+
+# As in `benchmarks/moe_layer.py`.
+SIZES = [
+    Size("60M: D512 F768 E4 k2", 512, 768, 4, 2),
+    Size("200M: D768 F2048 E8 k2", 768, 2048, 8, 2),
+    Size("TinyStories: D256 F1024 E8 k2", 256, 1024, 8, 2),
+    Size("fine-grained: D512 F256 E64 k8", 512, 256, 64, 8),
+]
+TINY = [Size("tiny: D64 F32 E4 k2", 64, 32, 4, 2)]
+
+
+class Bench:
+    """Where and how long to measure.
+
+    Args:
+        device: Where.
+        tiny: Whether to take toy sizes.
+        minutes: After which nothing new is begun.
+    """
+
+    def __init__(self, device: str, tiny: bool, minutes: float) -> None:
+        self.device, self.tiny = torch.device(device), tiny
+        self.end = time.monotonic() + 60 * minutes
+        self.is_cuda = self.device.type == "cuda"
+        self.dtype = torch.bfloat16
+        if self.is_cuda and torch.cuda.get_device_capability() < (8, 0):
+            self.dtype = torch.float16
+        self.rounds = 3 if tiny else 9
+        self.tables: list[dict[str, Any]] = []
+
+    @property
+    def late(self) -> bool:
+        return time.monotonic() > self.end
+
+    def medians(self, calls: dict[str, Callable[[], object]]) -> dict[str, float | None]:
+        """Return the median milliseconds of calls that take turns; None for those that fail for want of memory."""
+        times: dict[str, list[float]] = {}
+        for name, call in calls.items():
+            with contextlib.suppress(torch.OutOfMemoryError):
+                call()
+                call()
+                times[name] = []
+        for turn in range(self.rounds):
+            for name in list(times) if turn % 2 == 0 else reversed(list(times)):
+                times[name].append(self._milliseconds(calls[name]))
+        return {name: statistics.median(times[name]) if name in times else None for name in calls}
+
+    def _milliseconds(self, call: Callable[[], object]) -> float:
+        if not self.is_cuda:
+            start = time.perf_counter()
+            call()
+            return 1e3 * (time.perf_counter() - start)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    def table(self, title: str, rows: Iterator[dict[str, Any]]) -> None:
+        """Print a table row by row as it is measured, and keep it for the file."""
+        kept: list[dict[str, Any]] = []
+        print(f"\n## {title}\n")
+        for row in rows:
+            if not kept:
+                print("| " + " | ".join(row) + " |\n" + "| --- " * len(row) + "|")
+            print("| " + " | ".join(cell(value) for value in row.values()) + " |", flush=True)
+            kept.append(row)
+            if self.is_cuda:
+                gc.collect()
+                torch.cuda.empty_cache()
+            if self.late:
+                print("\nOut of time: the rest is left out.")
+                break
+        self.tables.append({"title": title, "rows": kept})
+
+
+def cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def environment(bench: Bench) -> dict[str, Any]:
+    """Return what a figure depends on."""
+    versions = {name: importlib.util.find_spec(name) is not None for name in ("flash_attn", "liger_kernel")}
+    found = {"python": platform.python_version(), "torch": torch.__version__, "system": platform.platform()}
+    with contextlib.suppress(ImportError):
+        import triton
+
+        found["triton"] = triton.__version__
+    if bench.is_cuda:
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "card": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "cuda": torch.version.cuda,
+        }
+        query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", "0"]
+            answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+            found |= dict(zip(query.split(","), answer.strip().split(", "), strict=False))
+    return found | versions
+
+
+def make_layers(size: Size, bench: Bench) -> dict[str, nn.Module]:
+    """Return our layer with every backend that works here, and those to compare it with."""
+    layers: dict[str, nn.Module] = {}
+    for backend in BACKENDS:
+        moe = SharedExpertMoE(size.config("SharedExpertMoE", expert_backend=backend))
+        try:
+            moe.experts.backend_for(torch.empty(1, size.D, device=bench.device, dtype=bench.dtype))
+        except SettingsError:
+            continue
+        moe.gate.reset_parameters()
+        moe.experts.reset_parameters()
+        layers[backend] = moe
+    layers["LLaMAMoE"] = LLaMAMoE(size.config("LLaMAMoE"))
+    with contextlib.suppress(ImportError):
+        from transformers import MixtralConfig
+        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+        names = {"num_local_experts": size.E, "num_experts_per_tok": size.K}
+        layers["HF"] = MixtralSparseMoeBlock(MixtralConfig(hidden_size=size.D, intermediate_size=size.F, **names))
+    if importlib.util.find_spec("liger_kernel") is not None:
+        layers["Liger"] = Liger(layers[next(iter(layers))])
+    layers["dense"] = LLaMAMLP(size.config("LLaMAMLP"), size.K * size.F)
+    return {name: layer.to(bench.device, bench.dtype) for name, layer in layers.items()}
+
+
+class Liger(nn.Module):
+    """Liger's fused experts behind our router."""
+
+    def __init__(self, moe: SharedExpertMoE) -> None:
+        super().__init__()
+        self.moe = moe
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+        x_TD = x_BTD.flatten(0, 1)
+        gates_TK, experts_TK, _ = self.moe.gate(x_TD)
+        weights = self.moe.experts.weights
+        arguments = (x_TD, weights.up_EGD, weights.down_EDF, experts_TK, gates_TK.to(x_TD.dtype))
+        return LigerFusedMoEFunction.apply(*arguments).view(x_BTD.shape)
+
+
+def bare_products(size: Size, T: int, bench: Bench) -> Callable[[], None]:
+    """Return the matrix products of the active rows alone, evenly spread over the experts."""
+    n = max(1, T * size.K // size.E)
+    random = partial(torch.randn, device=bench.device, dtype=bench.dtype)
+    x, a, h = random(size.E, n, size.D), random(size.E, n, size.F), random(size.E, n, 2 * size.F)
+    up, down = random(size.E, 2 * size.F, size.D), random(size.E, size.D, size.F)
+
+    def run() -> None:
+        torch.bmm(x, up.mT)
+        torch.bmm(a, down.mT)
+        torch.bmm(x, down)
+        torch.bmm(x.mT, a)
+        torch.bmm(h.mT, x)
+        torch.bmm(h, up)
+
+    return run
+
+
+def forward_backward(layer: nn.Module, x: Tensor) -> None:
+    layer.zero_grad()
+    x.grad = None
+    y = layer(x)
+    y = y[0] if isinstance(y, tuple) else y
+    y.backward(x.detach())
+
+
+def call_or_skip(call: Callable[[], object]) -> bool:
+    """Return whether a contender works at all; others' layers may want another version of something."""
+    try:
+        call()
+    except torch.OutOfMemoryError:
+        return False
+    except Exception as error:
+        print(f"(left out: {type(error).__name__}: {str(error).splitlines()[0][:120]})")
+        return False
+    return True
+
+
+def experts_rows(bench: Bench) -> Iterator[dict[str, Any]]:
+    lengths = (64,) if bench.tiny else (16384, 2048, 65536)
+    for T in lengths:
+        for size in TINY if bench.tiny else SIZES:
+            layers = make_layers(size, bench)
+            x = torch.randn(1, T, size.D, device=bench.device, dtype=bench.dtype).requires_grad_()
+            calls = {name: partial(forward_backward, layer, x) for name, layer in layers.items()}
+            calls = {name: call for name, call in calls.items() if name in BACKENDS or call_or_skip(call)}
+            times = bench.medians({**calls, "products": bare_products(size, T, bench)})
+            names = (*BACKENDS, "LLaMAMoE", "HF", "Liger", "dense", "products")
+            best = min((times[name] for name in BACKENDS[:2] if times.get(name)), default=None)
+            ratios = {
+                f"{name} / ours": times[name] / best if best and times.get(name) else None
+                for name in ("LLaMAMoE", "dense", "products")
+            }
+            yield {"layer": size.name, "tokens": T, **{f"{n}, ms": times.get(n) for n in names}, **ratios}
+
+
+def saved_bytes(layer: nn.Module, x: Tensor) -> int:
+    """Return the bytes kept for the backward pass, each storage once, without parameters."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*layer.parameters(), *layer.buffers())}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = layer(x)
+    total = sum(storages.values())
+    del output
+    return total
+
+
+def memory_rows(bench: Bench) -> Iterator[dict[str, Any]]:
+    T = 64 if bench.tiny else 16384
+    for size in TINY if bench.tiny else SIZES:
+        x = torch.randn(1, T, size.D, device=bench.device, dtype=bench.dtype).requires_grad_()
+        row: dict[str, Any] = {"layer": size.name, "tokens": T}
+        for name, layer in make_layers(size, bench).items():
+            if name in ("triton", "grouped_mm", "LLaMAMoE", "dense"):
+                row[f"{name}, MB"] = saved_bytes(layer, x) / 1e6
+        yield row
+
+
+def decoding_rows(bench: Bench) -> Iterator[dict[str, Any]]:
+    for T in (1, 8):
+        for size in TINY if bench.tiny else SIZES:
+            x = torch.randn(1, T, size.D, device=bench.device, dtype=bench.dtype)
+
+            def decode(layer: nn.Module, x: Tensor = x) -> None:
+                with torch.no_grad():
+                    layer(x)
+
+            calls = {name: partial(decode, layer) for name, layer in make_layers(size, bench).items()}
+            times = bench.medians(
+                {name: call for name, call in calls.items() if name in BACKENDS or call_or_skip(call)}
+            )
+            yield {"layer": size.name, "tokens": T, **{f"{name}, ms": value for name, value in times.items()}}
+
+
+def attention_rows(bench: Bench) -> Iterator[dict[str, Any]]:
+    H, G, D = 12, 4, 64
+    for T in (64,) if bench.tiny else (1024, 4096):
+        for backward in (False, True):
+            q, k, v = (
+                torch.randn(4, n, T, D, device=bench.device, dtype=bench.dtype).requires_grad_(backward)
+                for n in (H, G, G)
+            )
+            sinks = torch.zeros(H, device=bench.device).requires_grad_(backward)
+            ends = (torch.arange(1, T + 1, device=bench.device) % (T // 4) == 0).long().expand(4, -1)
+            patterns = {
+                "sinks": (sinks, {}),
+                "no sinks": (None, {}),
+                "window": (sinks, {"window": T // 8}),
+                "documents": (sinks, {"documents": find_documents(ends, "eos", 1)}),
+            }
+
+            def run(attend: Callable[[], Tensor], backward: bool = backward) -> None:
+                with torch.set_grad_enabled(backward):
+                    y = attend()
+                    if backward:
+                        y.backward(y.detach())
+
+            sdpa = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=True)
+            calls: dict[str, Callable[[], object]] = {"SDPA": partial(run, sdpa)}
+            for name, (sink, pattern) in patterns.items():
+                calls[name] = partial(run, partial(causal_attention, q, k, v, Softmax(sink, D**-0.5), **pattern))
+            times = bench.medians({n: call for n, call in calls.items() if call_or_skip(call)})
+            over = {f"{n} / SDPA": t / times["SDPA"] for n, t in times.items() if n != "SDPA" and t and times["SDPA"]}
+            kind = "forward and backward" if backward else "forward"
+            yield {"tokens": T, "pass": kind, "SDPA, ms": times["SDPA"], **over}
+
+
+class Trainee:
+    """A model in training, one optimizer step at a time.
+
+    Args:
+        settings: Fields of its configuration.
+        bench: Where.
+        batch: Token ids, (B, T + 1).
+        compiled: Whether to compile it.
+    """
+
+    def __init__(self, settings: dict[str, Any], bench: Bench, batch: Tensor, compiled: bool = False) -> None:
+        torch.manual_seed(0)
+        self.config, self.batch = Config(**settings), batch
+        with bench.device:
+            model = GPT(self.config)
+        for module in model.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        self.autocast = partial(torch.autocast, bench.device.type, bench.dtype)
+        self.model = torch.compile(model) if compiled else model
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step(self) -> None:
+        with self.autocast():
+            logits = self.model(self.batch[:, :-1])
+            loss = chunked_cross_entropy(logits, self.batch[:, 1:].contiguous(), chunk_size=0)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def contenders(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the model of a recipe, the same with LitGPT's `LLaMAMoE`, and its dense twin of equal active work."""
+    ours = Config(**settings)
+    groups = ("n_expert_groups", "n_topk_groups", "n_topk_scores_per_group", "rope_adjustments")
+    experts = ("n_expert", "n_expert_per_token", "n_shared_expert", "norm_topk_prob", "routed_scaling_factor")
+    plain = {name: value for name, value in settings.items() if name not in (*EXTRA_FIELDS, *groups)}
+    width = (ours.n_expert_per_token + (ours.n_shared_expert or 0)) * ours.moe_intermediate_size
+    # The twin keeps our attention, so that the experts are all that differs.
+    kept = {name: value for name, value in settings.items() if "attention" in name or name not in EXTRA_FIELDS}
+    dense = {n: v for n, v in kept.items() if n not in (*experts, *groups[:3], "moe_intermediate_size")}
+    dense.pop("first_k_dense_replace", None)
+    return {
+        "ours": settings,
+        "ours, compiled": settings,
+        "LLaMAMoE": {**plain, "mlp_class_name": "LLaMAMoE"},
+        "dense twin": {**dense, "mlp_class_name": "LLaMAMLP", "intermediate_size": width},
+    }
+
+
+def waits(step: Callable[[], None], bench: Bench) -> str:
+    """Return whether the host waits for the device in a step."""
+    if not bench.is_cuda:
+        return "-"
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        return "yes"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return "no"
+
+
+def recipe(name: str, tiny: bool) -> tuple[dict[str, Any], int]:
+    """Return the model of a recipe, and its micro-batch."""
+    content = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
+    settings = content["model_config"]
+    if tiny:
+        settings |= {"n_layer": 1, "n_embd": 64, "block_size": 64, "moe_intermediate_size": 32, "vocab_size": 128}
+        settings |= {"padded_vocab_size": 128, "first_k_dense_replace": None, "intermediate_size": 64}
+        settings |= {"n_head": 4, "n_query_groups": 2, "head_size": 16}
+    return settings, 1 if tiny else content["train"]["micro_batch_size"]
+
+
+def steps_rows(bench: Bench) -> Iterator[dict[str, Any]]:
+    for name in RECIPES[:1] if bench.tiny else RECIPES:
+        settings, micro_batch = recipe(name, bench.tiny)
+        length = settings["block_size"]
+        batch = torch.randint(0, settings["vocab_size"], (micro_batch, length + 1), device=bench.device)
+        reference = None
+        for contender, changed in reversed(contenders(settings).items()):
+            if bench.late or (bench.tiny and contender == "ours, compiled"):
+                continue
+            row: dict[str, Any] = {"recipe": name, "batch": f"{micro_batch} x {length}", "model": contender}
+            trainee = None
+            try:
+                trainee = Trainee(changed, bench, batch, compiled="compiled" in contender)
+                trainee.step()
+                if bench.is_cuda:
+                    torch.cuda.reset_peak_memory_stats()
+                time_ms = bench.medians({"step": trainee.step})["step"]
+            except Exception as error:
+                print(f"({name}, {contender}: {type(error).__name__}: {str(error).splitlines()[0][:120]})")
+                continue
+            reference = time_ms if contender == "dense twin" else reference
+            flops = micro_batch * count_flops(trainee.config, length, training=True)
+            precision = "16-mixed" if bench.dtype == torch.float16 else "bf16-mixed"
+            peak = peak_flops(torch.cuda.get_device_name(), precision, "highest") if bench.is_cuda else None
+            row |= {
+                "ms per step": time_ms,
+                "time / dense twin": time_ms / reference if time_ms and reference else None,
+                "tokens per second": micro_batch * length / time_ms * 1e3 if time_ms else None,
+                "MFU": flops / time_ms * 1e3 / peak if time_ms and peak else None,
+                "TFLOP/s": flops / time_ms * 1e-9 if time_ms else None,
+                "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if bench.is_cuda else None,
+                "waits": waits(trainee.step, bench),
+            }
+            yield row
+            del trainee
+
+
+def promise_rows(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Compare the memory that `litgpt-moe doctor` predicts with what a step takes."""
+    for name in RECIPES[:1] if bench.tiny else RECIPES:
+        settings, micro_batch = recipe(name, bench.tiny)
+        length = settings["block_size"]
+        predicted = training_memory(Config(**settings), "bf16-mixed", micro_batch, length, "AdamW").total / 2**30
+        measured = None
+        if bench.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+            batch = torch.randint(0, settings["vocab_size"], (micro_batch, length + 1), device=bench.device)
+            with contextlib.suppress(torch.OutOfMemoryError):
+                trainee = Trainee(settings, bench, batch)
+                trainee.step()
+                trainee.step()
+                measured = torch.cuda.max_memory_allocated() / 2**30
+                del trainee
+        yield {"recipe": name, "batch": micro_batch, "predicted GiB": predicted, "measured GiB": measured}
+
+
+TABLES = {
+    "experts": ("Experts, forward and backward", experts_rows),
+    "steps": ("Whole training steps", steps_rows),
+    "attention": ("Attention against SDPA", attention_rows),
+    "decoding": ("Decoding, no gradients", decoding_rows),
+    "memory": ("Saved for the backward pass", memory_rows),
+    "promise": ("Memory of a training step", promise_rows),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--only", nargs="+", choices=list(TABLES), default=list(TABLES), help="some of the tables")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes")
+    parser.add_argument("--minutes", type=float, default=7.5, help="after which nothing new is begun")
+    parser.add_argument("--out", type=Path, help="file for the figures (default: gpu-<card>.json)")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device: cuda must be there, torch finds no card; --device cpu --tiny tries the code")
+    bench = Bench(arguments.device, arguments.tiny, arguments.minutes)
+    found = environment(bench)
+    print("# " + found.get("card", "CPU") + "\n\n" + "\n".join(f"- {name}: {value}" for name, value in found.items()))
+    for name in arguments.only:
+        if not bench.late:
+            title, rows = TABLES[name]
+            bench.table(f"{title} ({str(bench.dtype).removeprefix('torch.')})", rows(bench))
+    card = "".join(letter if letter.isalnum() else "-" for letter in found.get("card", "cpu"))
+    out = arguments.out or Path(f"gpu-{card}.json")
+    out.write_text(json.dumps({"environment": found, "tables": bench.tables}, indent=1), encoding="utf-8")
+    print(f"\nWritten to {out}.")
+
+
+if __name__ == "__main__":
+    main()

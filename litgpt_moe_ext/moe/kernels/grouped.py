@@ -1,0 +1,74 @@
+"""The routed experts as grouped products: all experts at once, without asking the device how many rows each has.
+
+Shape legend: T tokens, K chosen experts per token, D model width, F hidden width of one expert, R = T * K routed rows
+in the order of experts.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden, has_gradient, matmul_dtype
+from litgpt_moe_ext.moe.kernels.few_rows import MOST_GATHERED, gather_experts
+from litgpt_moe_ext.moe.kernels.operators import decode_experts, expert_down, expert_up
+from litgpt_moe_ext.moe.kernels.plan import Identity, kind_of, sort_rows
+from litgpt_moe_ext.moe.router import Routing
+
+# With at most so many routed rows each is worth reading its expert's weights anew, without sorting.
+_FEW_ROWS = 32
+
+
+def triton_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden: Hidden) -> Tensor:
+    """Return, for each token, the weighted sum of its experts' outputs, (T, D) in the dtype of `x_TD`.
+
+    Matrices are multiplied in the dtype of `x_TD`, or in autocast's, with float32 sums; float32 is multiplied as
+    `torch.set_float32_matmul_precision` says. Can be differentiated once. Two runs give the same bits.
+
+    Args:
+        x_TD: Tokens, float32, bfloat16 or float16.
+        routing: The router's decision for them.
+        weights: Stacked weights of the experts.
+        hidden: What happens between the two projections.
+    """
+    gates_TK, experts_TK, _ = routing
+    activation = hidden.activation
+    if experts_TK.numel() <= _FEW_ROWS and not hidden.dropout and not has_gradient(x_TD, gates_TK, *weights):
+        how = (activation.name, activation.gelu_approximate)
+        return decode_experts(x_TD, gates_TK, experts_TK, *weights, *how)
+    return _grouped(x_TD, routing, weights, hidden, engine="triton")
+
+
+def grouped_mm_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden: Hidden) -> Tensor:
+    """Do the same with torch's grouped products.
+
+    Args:
+        x_TD: As above; rows of D and of F elements must be multiples of 16 bytes long.
+        routing: As above.
+        weights: As above.
+        hidden: As above.
+    """
+    gates_TK, experts_TK, _ = routing
+    few = experts_TK.numel() <= MOST_GATHERED and x_TD.device.type == "cuda"
+    if few and not hidden.dropout and not has_gradient(x_TD, gates_TK, *weights):
+        return gather_experts(x_TD, routing, weights, hidden.activation, matmul_dtype(x_TD))
+    return _grouped(x_TD, routing, weights, hidden, engine="torch")
+
+
+def _grouped(x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden: Hidden, engine: str) -> Tensor:
+    gates_TK, experts_TK, counts_E = routing
+    rows_R, ends_E = sort_rows(experts_TK, counts_E)
+    # Autocast does not reach the operators.
+    dtype = matmul_dtype(x_TD)
+    h_RG = expert_up(x_TD, weights.up_EGD, weights.up_bias_EG, rows_R, ends_E, dtype, engine)
+    activation: Any = hidden.activation
+    if kind_of(activation) is None:
+        # A registered activation goes by its own operators, which keep what they need for backward.
+        h_RG, activation = activation(h_RG), Identity()
+    keep_RF = None
+    if hidden.dropout:
+        shape = (h_RG.size(0), weights.down_EDF.size(2))
+        keep_RF = h_RG.new_empty(shape, dtype=torch.bool).bernoulli_(1 - hidden.dropout)
+    routed = (h_RG, gates_TK, weights.down_EDF, weights.down_bias_ED, keep_RF, experts_TK, rows_R, ends_E)
+    how = (activation.name, activation.gelu_approximate, 1 / (1 - hidden.dropout))
+    return expert_down(*routed, *how, x_TD.dtype, engine)

@@ -1,0 +1,83 @@
+"""The grouped products by `torch.nn.functional.grouped_mm`, with what goes around them by ordinary operators.
+
+torch has native grouped products for bfloat16 on compute capabilities 9.x and 10.x, on which they were NOT measured
+here; elsewhere it computes group by group and waits for the device. Rows of D and of F elements must be multiples of 16
+bytes long. Everything is added in a fixed order: adding into a row by its index would be atomic on a GPU.
+
+The functions have the names, arguments and results of those in `litgpt_moe_ext.moe.kernels.triton`.
+
+Shape legend: T tokens, K chosen experts per token, E experts, R = T * K routed rows in the order of experts, D model
+width, F hidden width of one expert, G width of the first projection, O and I widths of output and input.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from litgpt_moe_ext.moe.kernels.plan import Gates, Gradients, Mask, Outer, Plan, Product
+
+
+def multiply_rows(product: Product) -> Tensor:
+    """Return each row times the weights of its expert, plus its bias, (R, O) in the dtype of the rows."""
+    x, weight_EOI, bias_EO, plan, gather, scatter = product
+    x_RI = x.index_select(0, _tokens(plan)) if gather else x
+    y_RO = F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=plan.ends)
+    if bias_EO is not None:
+        row_R = torch.arange(y_RO.size(0), dtype=torch.int32, device=y_RO.device)
+        y_RO += bias_EO.to(y_RO.dtype).index_select(0, torch.searchsorted(plan.ends, row_R, right=True))
+    # No row is written twice, so the order of writing does not matter.
+    return torch.empty_like(y_RO).index_copy_(0, plan.rows, y_RO) if scatter else y_RO
+
+
+def sum_outer_products(outer: Outer, dtype: torch.dtype) -> Tensor:
+    """Return the sum of `left^T right` over the rows of each expert, (E, O, I) in `dtype`."""
+    left, right, plan, gather_left, gather_right = outer
+    left = left.index_select(0, _tokens(plan)) if gather_left else left
+    right = right.index_select(0, _tokens(plan)) if gather_right else right
+    return F.grouped_mm(left.t(), right, offs=plan.ends).to(dtype)
+
+
+def sum_rows(x: Tensor, gates_TK: Tensor | None, plan: Plan, gather: bool, dtype: torch.dtype) -> Tensor:
+    """Return the sum of the rows of each expert, (E, O) in `dtype`, as a product with a column of their factors."""
+    n_row = plan.rows.size(0)
+    factors_R = x.new_ones(n_row) if gates_TK is None else gates_TK.flatten().index_select(0, plan.rows).to(x.dtype)
+    # Several equal columns, because a row must be a multiple of 16 bytes long.
+    columns = factors_R.unsqueeze(1).expand(-1, 16 // x.element_size()).contiguous()
+    return sum_outer_products(Outer(columns, x, plan, False, gather), dtype)[:, 0].contiguous()
+
+
+def activate(h_RG: Tensor, activation: Any, mask: Mask) -> Tensor:
+    """Return the hidden activations, (R, F), in the dtype of `h_RG`."""
+    a_RF = h_RG.new_empty(h_RG.size(0), h_RG.size(1) // (2 if activation.gated else 1))
+    activation.forward_into(h_RG, a_RF)
+    return _times(a_RF, mask)
+
+
+def activate_backward(h_RG: Tensor, da_RF: Tensor, gates: Gates, activation: Any, mask: Mask) -> Gradients:
+    """Go backward through gate values, dropout and activation, computing the activations again."""
+    gates_R = gates.gates_TK.flatten().index_select(0, gates.rows_R)
+    gates_R1 = gates_R.to(torch.promote_types(da_RF.dtype, torch.float32)).unsqueeze(1)
+    dots_R = torch.empty_like(gates_R, dtype=torch.float32)
+    dh_RG, a_RF = torch.empty_like(h_RG), torch.empty_like(da_RF)
+    activation.backward_into(h_RG, _times(da_RF.clone(), mask), a_RF, dh_RG, dots_R)
+    a_RF, dh_RG = (_times(a_RF, mask) * gates_R1).to(a_RF.dtype), (dh_RG * gates_R1).to(dh_RG.dtype)
+    dgates_R = torch.empty_like(dots_R).index_copy_(0, gates.rows_R, dots_R)
+    return Gradients(dh_RG, a_RF, dgates_R.view(gates.gates_TK.shape))
+
+
+def combine(y_RD: Tensor, gates_TK: Tensor | None, n_token: int, dtype: torch.dtype) -> Tensor:
+    """Return the sum of each token's rows, (T, D) in `dtype`; rows are in the order of tokens."""
+    y_TKD = y_RD.view(n_token, y_RD.size(0) // max(n_token, 1), -1) if n_token else y_RD.view(0, 1, y_RD.size(1))
+    if gates_TK is not None:
+        return (y_TKD * gates_TK.unsqueeze(2)).sum(1).to(dtype)
+    return y_TKD.sum(1, dtype=torch.promote_types(y_RD.dtype, torch.float32)).to(dtype)
+
+
+def _tokens(plan: Plan) -> Tensor:
+    return plan.rows.div(plan.top_k, rounding_mode="floor")
+
+
+def _times(a_RF: Tensor, mask: Mask) -> Tensor:
+    return a_RF if mask.keep_RF is None else a_RF.mul_(mask.keep_RF).mul_(mask.scale)
