@@ -42,8 +42,8 @@ litgpt_moe_ext.register()
 from litgpt import GPT, Config  # noqa: E402
 from litgpt.model import LLaMAMLP, LLaMAMoE  # noqa: E402
 from litgpt.utils import chunked_cross_entropy  # noqa: E402
-
 from litgpt_moe_ext.attention.causal import Softmax, causal_attention  # noqa: E402
+
 from litgpt_moe_ext.attention.documents import find_documents  # noqa: E402
 from litgpt_moe_ext.errors import SettingsError  # noqa: E402
 from litgpt_moe_ext.host.config import EXTRA_FIELDS  # noqa: E402

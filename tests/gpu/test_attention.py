@@ -3,8 +3,8 @@
 import pytest
 import torch
 from litgpt import GPT
-
 from litgpt_moe_ext.config.attention import BACKENDS
+
 from tests.models import moe_config, randomize
 
 pytestmark = pytest.mark.gpu

@@ -16,6 +16,7 @@ from torch import Tensor
 from litgpt_moe_ext.moe.kernels.plan import Gates, Gradients, Mask, kind_of
 from litgpt_moe_ext.moe.kernels.triton.common import block_of, constexpr, launch
 
+
 class _Hidden(NamedTuple):
     h: Any
     rows: Any
