@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
         # None only until a configuration is resolved.
         router_type: Any
+        head_size: Any
+        n_query_groups: Any
+        n_shared_expert: Any
+        attention_scores_scalar: Any
         intermediate_size: Any
         moe_intermediate_size: Any
         n_topk_groups: Any

@@ -9,7 +9,7 @@ import yaml
 from litgpt_moe_ext.model_size import count_flops, count_parameters
 
 if TYPE_CHECKING:
-    from litgpt import Config
+    from litgpt_moe_ext.config.types import Config
 
 _CARD = """---
 library_name: transformers

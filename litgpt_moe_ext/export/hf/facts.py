@@ -9,8 +9,9 @@ from litgpt_moe_ext.config.rope import rope_kind
 from litgpt_moe_ext.errors import SettingsError
 
 if TYPE_CHECKING:
-    from litgpt import Config
     from torch import Tensor
+
+    from litgpt_moe_ext.config.types import Config
 
 # Settings of litgpt.Config that no exported model can have, with the value that leaves them unused.
 _UNSUPPORTED: dict[str, Any] = {

@@ -5,8 +5,10 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
-from litgpt import Config
+import litgpt
+import torch
 from litgpt.utils import incremental_save, save_config
 from safetensors import safe_open
 from torch import Tensor
@@ -19,6 +21,9 @@ from litgpt_moe_ext.export.hf.settings import model_settings
 from litgpt_moe_ext.export.hf.shards import INDEX_FILE
 from litgpt_moe_ext.export.hf.tensors import Constant
 
+if TYPE_CHECKING:
+    from litgpt_moe_ext.config.types import Config
+
 # What transformers recomputes, or keeps from versions that stored it.
 _IGNORED = re.compile(r"(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
 _TOKENIZER = (
@@ -30,7 +35,7 @@ _TOKENIZER = (
 )
 
 
-def import_checkpoint(hf_dir: Path, out_dir: Path) -> Config:
+def import_checkpoint(hf_dir: Path, out_dir: Path) -> "Config":
     """Write a Hugging Face checkpoint as a LitGPT checkpoint.
 
     Args:
@@ -46,7 +51,7 @@ def import_checkpoint(hf_dir: Path, out_dir: Path) -> Config:
     if out_dir.exists():
         raise SettingsError(f"out_dir: {str(out_dir)!r} exists; name a new directory")
     model_type, settings = model_settings(hf_dir)
-    config = Config(**settings)
+    config = cast("Config", litgpt.Config(**settings))
     (architecture,) = (a for a in ARCHITECTURES if a.model_type == model_type)
     facts = facts_of(config, {})
     weights = _Weights(hf_dir)
@@ -77,13 +82,10 @@ def import_checkpoint(hf_dir: Path, out_dir: Path) -> Config:
     return config
 
 
-def _left_at_zero(config: Config, present: set[str]) -> dict[str, Tensor]:
+def _left_at_zero(config: "Config", present: set[str]) -> dict[str, Tensor]:
     """Return the balancing biases that the model has here and the class has not."""
-    import torch
-    from litgpt import GPT
-
     with torch.device("meta"):
-        expected = GPT(config).state_dict()
+        expected = litgpt.GPT(config).state_dict()
     missing = {name: tensor for name, tensor in expected.items() if name not in present}
     assert all(name.endswith("e_score_correction_bias") for name in missing), sorted(missing)
     return {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in missing.items()}

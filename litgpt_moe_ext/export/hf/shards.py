@@ -88,4 +88,4 @@ def _write_file(path: Path, shard: list[Sketch], tensors: Iterator[tuple[str, Te
             assert name == sketch.name, f"{name} came where {sketch.name} was announced"
             assert tuple(tensor.shape) == sketch.shape, f"{name} has the shape {tuple(tensor.shape)}"
             contiguous = tensor.to(sketch.dtype).contiguous()
-            file.write(memoryview(contiguous.reshape(-1).view(torch.uint8).numpy()))
+            file.write(contiguous.reshape(-1).view(torch.uint8).numpy().data)

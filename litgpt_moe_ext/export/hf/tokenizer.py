@@ -40,7 +40,8 @@ def export_tokenizer(checkpoint_dir: Path, out_dir: Path, vocab_size: int) -> di
     tokenizer = Tokenizer(checkpoint_dir)
     size = tokenizer.vocab_size
     if tokenizer.backend == "huggingface":
-        size = 1 + max(tokenizer.processor.get_vocab(with_added_tokens=True).values(), default=-1)
+        vocabulary: dict[str, int] = tokenizer.processor.get_vocab(with_added_tokens=True)  # pyrefly: ignore[missing-attribute]
+        size = 1 + max(vocabulary.values(), default=-1)
     if size > vocab_size:
         raise SettingsError(
             f"checkpoint_dir: the tokenizer in {str(checkpoint_dir)!r} has ids up to {size - 1}, but the model only "

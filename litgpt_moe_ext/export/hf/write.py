@@ -6,10 +6,10 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
+import litgpt
 import torch
-from litgpt import Config
 from torch import Tensor
 
 from litgpt_moe_ext.durable import flush, flush_tree
@@ -21,6 +21,9 @@ from litgpt_moe_ext.export.hf.facts import Facts, facts_of
 from litgpt_moe_ext.export.hf.shards import MAX_SHARD_BYTES, Sketch, write_shards
 from litgpt_moe_ext.export.hf.tensors import Constant
 from litgpt_moe_ext.export.hf.tokenizer import export_tokenizer
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.config.types import Config
 
 # Only training uses these; the exported model computes the same without them.
 _TRAINING_ONLY = ("gate.noise_weight", "gate.bias_updates")
@@ -91,9 +94,9 @@ def export_checkpoint(
     return Export(architecture.class_name, rejected, n_bytes)
 
 
-def _read_config(checkpoint_dir: Path) -> Config:
+def _read_config(checkpoint_dir: Path) -> "Config":
     try:
-        return Config.from_file(checkpoint_dir / CONFIG_FILE)
+        return cast("Config", litgpt.Config.from_file(checkpoint_dir / CONFIG_FILE))
     except TypeError as error:
         # A field that this version does not know.
         raise SettingsError(
