@@ -45,8 +45,7 @@ class MuonAdamW(torch.optim.Optimizer):
     """Muon for the groups that have `matrix_parts`, AdamW for the others.
 
     The update of a matrix is scaled by `0.2 sqrt(max(A, B))`, which gives it the size of AdamW's (arXiv:2502.16982,
-    section 2.2), so that one learning rate and one weight decay serve both. `training.parameter_groups` makes the
-    groups.
+    section 2.2), so that one learning rate and one weight decay serve both. `parameter_groups` makes the groups.
 
     Args:
         params: Parameters or groups.
@@ -87,25 +86,26 @@ class MuonAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if parameters:
-                (self._muon if group[MATRIX_PARTS] else self._adamw)(group, parameters)
+            updates = [(parameter, parameter.grad) for parameter in group["params"] if parameter.grad is not None]
+            if updates:
+                (self._muon if group[MATRIX_PARTS] else self._adamw)(group, updates)
         return loss
 
-    def _muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        for parameter in parameters:
+    def _muon(self, group: dict[str, Any], updates: list[tuple[Tensor, Tensor]]) -> None:
+        for parameter, gradient in updates:
             state = self.state[parameter]
             if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(parameter.grad)
-            average = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-            update = parameter.grad.lerp(average, group["momentum"])
+                state["momentum_buffer"] = torch.zeros_like(gradient)
+            average = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+            update = gradient.lerp(average, group["momentum"])
             rows = parameter.size(-2) // group[MATRIX_PARTS]
             step_size = group["lr"] * 0.2 * max(rows, parameter.size(-1)) ** 0.5
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             update = _each_matrix(update, rows, lambda x_NAB: orthogonalize(x_NAB, group["ns_steps"]))
             parameter.add_(update.to(parameter.dtype), alpha=-step_size)
 
-    def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+    def _adamw(self, group: dict[str, Any], updates: list[tuple[Tensor, Tensor]]) -> None:
+        parameters, gradients = (list(tensors) for tensors in zip(*updates, strict=True))
         states = [self.state[parameter] for parameter in parameters]
         for parameter, state in zip(parameters, states, strict=True):
             if not state:
@@ -115,7 +115,7 @@ class MuonAdamW(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         adamw(
             parameters,
-            [parameter.grad for parameter in parameters],
+            gradients,
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],

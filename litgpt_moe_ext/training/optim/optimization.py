@@ -21,7 +21,7 @@ class Optimization(Callback):
         schedule: Shape of the learning rate.
         groups: What distinguishes parameters.
         scaled: Whether a gradient scaler works on the gradients, which fused optimizers do not share with clipping.
-        in_pieces: Whether one step calls the optimizer several times, as DeepSpeed does; who calls it scales the rates.
+        in_pieces: Whether one step calls the optimizer several times, as DeepSpeed does; the caller scales the rates.
     """
 
     def __init__(
@@ -29,13 +29,14 @@ class Optimization(Callback):
     ) -> None:
         self._schedule_args, self._group_args, self._scaled, self._in_pieces = schedule, groups, scaled, in_pieces
         self._schedule: Schedule | None = None
-        self._model: torch.nn.Module | None = None
+        self._model: torch.nn.Module
 
     def on_after_setup(self, fabric: Any, module: torch.nn.Module) -> None:
+        """Keep the model whose parameters will be optimized."""
         self._model, self._device = module, fabric.device
 
     def make_optimizer(self, optimizer: str | dict, _parameters: Any, **_kwargs: Any) -> torch.optim.Optimizer:
-        """Return the optimizer for the model that was set up; has the arguments of LitGPT's function of that purpose.
+        """Return the optimizer for the model that was set up; called as LitGPT's `instantiate_torch_optimizer`.
 
         Args:
             optimizer: Name, or class path and arguments.

@@ -1,7 +1,7 @@
 """What training asks of a strategy beyond Lightning's interface; callers ask here and never for a type."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins import MixedPrecision
@@ -13,8 +13,13 @@ from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.callbacks.scaler_state import ScalerState
 from litgpt_moe_ext.training.parallel.facts import StrategyFacts
 
+if TYPE_CHECKING:
+    from lightning.fabric.strategies import Strategy as _Base
+else:
+    _Base = object
 
-class Behaviour:
+
+class Behaviour(_Base):
     """Mixed into one of Lightning's strategies, left of it; the defaults are those of one process and of ddp.
 
     Attributes:

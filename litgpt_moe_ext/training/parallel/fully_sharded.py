@@ -9,6 +9,7 @@ moving, and an optimizer or average sees its flat parameters instead of matrices
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
@@ -55,6 +56,7 @@ class FullyShardedStrategy(Behaviour, ModelParallelStrategy):
 
     @property
     def holds_whole_model(self) -> bool:
+        """Whether every rank has all weights between two steps."""
         return False
 
     def _get_process_group_backend(self) -> str:
@@ -64,23 +66,27 @@ class FullyShardedStrategy(Behaviour, ModelParallelStrategy):
             return "cpu:gloo,cuda:nccl"
         return backend
 
-    def module_init_context(self, empty_init: bool | None = None) -> Any:
+    def module_init_context(self, empty_init: bool | None = None) -> AbstractContextManager:
+        """Return the context in which a whole model is made."""
         # Sharded before they are initialised, shards on a CPU would get the same random numbers on every rank. Made
         # whole and then sharded, the weights are those of a single process.
         return Strategy.module_init_context(self, empty_init)
 
-    def _shard(self, model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    def _shard(self, model: Any, mesh: DeviceMesh) -> Any:
         if self._replicas > 1:
             shape = (self._replicas, mesh.size() // self._replicas)
             ranks = init_device_mesh(mesh.device_type, shape, mesh_dim_names=("replicate", "shard"))
         else:
             ranks = mesh["data_parallel"]
-        options = {
+        options: dict[str, Any] = {
             "mesh": ranks,
             "offload_policy": CPUOffloadPolicy() if self._args.cpu_offload else OffloadPolicy(),
             "shard_placement_fn": placement_among(ranks.size(-1)),
         }
-        if gates := [router for router in routers_of(model).values() if any(True for _ in router.parameters())]:
+        gates: list[nn.Module] = [
+            router for router in routers_of(model).values() if any(True for _ in router.parameters())
+        ]
+        if gates:
             # One all-gather for the gates of all layers, which are small. Nothing changes gate values in place.
             warnings.filterwarnings("ignore", r"FSDP2-wrapped module \([^)]*Router[^)]*\) returned a view")
             fully_shard(gates, reshard_after_forward=False, **options)

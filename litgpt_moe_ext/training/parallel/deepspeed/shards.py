@@ -1,13 +1,8 @@
-"""Whole tensors from the pieces of them that every process has, and back.
+"""Whole tensors from the shards that every rank has, and back.
 
-DeepSpeed keeps the float32 weights of a process, and what the optimizer knows about them, as flat vectors of several
-weights' pieces. How a weight is cut depends on the stage; both classes have the same methods:
-
-- `flats()`: the flat vectors of float32 weights of this process, which are what the torch optimizer steps;
-- `gather(parameter, key)`: a whole float32 weight, or with a `key` an equally shaped state of the optimizer, on the
-  device of the process; every process must call;
-- `scatter(parameter, value, key)`: keep this process's piece of a whole tensor;
-- `refresh(parameter, value)`: a weight has changed by `scatter`, and its working copy must follow.
+DeepSpeed keeps the float32 weights of a rank, and what the optimizer knows about them, as flat vectors of shards of
+several weights. How a weight is cut depends on the stage; both classes have the same methods. With a `key` these work
+on a state of the optimizer that has the shape of the weight.
 """
 
 from collections.abc import Iterable
@@ -19,7 +14,7 @@ from torch import Tensor, nn
 
 
 class FlatShards:
-    """Stages 1 and 2: the weights of a group in one vector, of which every process has a contiguous piece.
+    """Stages 1 and 2: the weights of a group in one vector, of which every rank has a contiguous part.
 
     Args:
         zero: DeepSpeed's optimizer.
@@ -31,24 +26,28 @@ class FlatShards:
         self._group = {id(parameter): i for i, group in enumerate(members) for parameter in group}
 
     def flats(self) -> list[Tensor]:
+        """Return the flat vectors of float32 weights of this rank, which are what the torch optimizer steps."""
         return [group["params"][0] for group in self._zero.optimizer.param_groups]
 
-    def gather(self, parameter: nn.Parameter, key: str | None = None) -> Tensor:
+    def gather(self, parameter: Any, key: str | None = None) -> Tensor:
+        """Return a whole float32 weight or state of it; every rank must call."""
         whole = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
         for ours, theirs in self._overlap(parameter, whole, key):
             theirs.copy_(ours)
         dist.all_reduce(whole)
         return whole
 
-    def scatter(self, parameter: nn.Parameter, value: Tensor, key: str | None = None) -> None:
+    def scatter(self, parameter: Any, value: Tensor, key: str | None = None) -> None:
+        """Keep this rank's shard of a whole tensor."""
         for ours, theirs in self._overlap(parameter, value, key):
             ours.copy_(theirs)
 
-    def refresh(self, parameter: nn.Parameter, value: Tensor) -> None:
+    def refresh(self, parameter: Any, value: Tensor) -> None:
+        """Have the working copy of a weight follow a `scatter`."""
         parameter.data.copy_(value)
 
-    def _overlap(self, parameter: nn.Parameter, whole: Tensor, key: str | None) -> Iterable[tuple[Tensor, Tensor]]:
-        # The part of this process's piece that belongs to the weight, beside the same part of the whole weight.
+    def _overlap(self, parameter: Any, whole: Tensor, key: str | None) -> Iterable[tuple[Tensor, Tensor]]:
+        # The part of this rank's shard that belongs to the weight, beside the same part of the whole weight.
         mapping = parameter._hp_mapping
         if mapping is None:
             return
@@ -59,7 +58,7 @@ class FlatShards:
 
 
 class SplitShards:
-    """Stage 3: every weight by itself cut into equal pieces, one for each process, the last ones padded.
+    """Stage 3: every weight by itself cut into equal shards, one for each rank, the last ones padded.
 
     Args:
         zero: DeepSpeed's optimizer.
@@ -69,16 +68,20 @@ class SplitShards:
         self._zero = zero
 
     def flats(self) -> list[Tensor]:
+        """Return the flat vectors of float32 weights of this rank, which are what the torch optimizer steps."""
         return self._zero.fp32_partitioned_groups_flat
 
-    def gather(self, parameter: nn.Parameter, key: str | None = None) -> Tensor:
+    def gather(self, parameter: Any, key: str | None = None) -> Tensor:
+        """Return a whole float32 weight or state of it; every rank must call."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        if key is None:
-            return safe_get_full_fp32_param(parameter)
-        return safe_get_full_optimizer_state(parameter, key)
+        whole = safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
+        if whole is None:
+            raise ValueError(f"DeepSpeed has no {key or 'weight'} of a parameter of shape {tuple(parameter.ds_shape)}")
+        return whole
 
-    def scatter(self, parameter: nn.Parameter, value: Tensor, key: str | None = None) -> None:
+    def scatter(self, parameter: Any, value: Tensor, key: str | None = None) -> None:
+        """Keep this rank's shard of a whole tensor."""
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         size = parameter.ds_tensor.numel()
@@ -91,7 +94,8 @@ class SplitShards:
         else:
             safe_set_local_optimizer_state(parameter, piece, key)
 
-    def refresh(self, parameter: nn.Parameter, value: Tensor) -> None:
+    def refresh(self, parameter: Any, value: Tensor) -> None:
+        """Have the working copy of a weight follow a `scatter`."""
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):

@@ -27,7 +27,7 @@ _WORKING_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-
 class ZeroStrategy(Behaviour, DeepSpeedStrategy):
     """DeepSpeed's ZeRO behind the calls of LitGPT's loop.
 
-    DeepSpeed wants model and optimizer at once, with the number of micro batches and the largest gradient norm in its
+    DeepSpeed wants model and optimizer at once, with the number of micro-batches and the largest gradient norm in its
     configuration. Call `follow` before the model is set up and `attach_optimizer` when the optimizer is made;
     `setup_module` only prepares the model.
 
@@ -43,36 +43,45 @@ class ZeroStrategy(Behaviour, DeepSpeedStrategy):
     compile_obstacle = "DeepSpeed works on the model as it is"
 
     def __init__(self, facts: StrategyFacts, args: DistributedArgs) -> None:
+        if facts.zero_stage is None:
+            raise ValueError(f"{facts} is not a strategy of DeepSpeed")
         super().__init__(**engine_options(facts.zero_stage, args), timeout=timedelta(minutes=args.timeout_minutes))
         self.facts = facts
         self._checkpoint_io = MappedCheckpointIO()
         self._backward_sync_control = _StepBoundary()
-        self._optimizer: ZeroOptimizer | None = None
+        self._optimizer: ZeroOptimizer
 
     @property
     def holds_whole_model(self) -> bool:
+        """Whether every rank has all weights between two steps."""
         return not self.zero_stage_3
 
     @property
     def scales_gradients(self) -> bool:
+        """Whether the loss is scaled against underflow."""
         return self.precision.precision == "16-mixed"
 
     def use_precision(self, name: str, accelerator: str) -> None:
         """Leave the precision to Fabric, which has DeepSpeed's own."""
 
     def module_init_context(self, empty_init: bool | None = None) -> contextlib.AbstractContextManager:
+        """Return the context in which a whole model is made."""
         # DeepSpeed would shard the weights before LitGPT has given them values.
         return Strategy.module_init_context(self, empty_init)
 
     def loss_scale_state(self) -> "LossScale":
+        """Return what keeps DeepSpeed's loss scale in the checkpoints."""
         return LossScale(self)
 
     def follow(self, train: TrainArgs) -> None:
         """Have DeepSpeed accumulate and clip as LitGPT's loop means it; processes must be connected already."""
         accumulation = train.gradient_accumulation_iters(self.world_size)
-        self.config.update(step_options(train.micro_batch_size, accumulation, train.max_norm, self.precision.precision))
+        options = step_options(train.micro_batch_size, accumulation, train.max_norm, self.precision.precision)
+        self.config = {**(self.config or {}), **options}
 
+    # pyrefly: ignore[bad-override]  DeepSpeed's engine comes later, in `attach_optimizer`
     def setup_module(self, module: nn.Module) -> nn.Module:
+        """Convert the parameters to the precision that DeepSpeed trains in."""
         # What DeepSpeed will do as well. Done here, callbacks see the model as it will train. Buffers keep their dtype.
         for parameter in module.parameters():
             parameter.data = parameter.data.to(_WORKING_DTYPES[self.precision.precision])
@@ -86,20 +95,22 @@ class ZeroStrategy(Behaviour, DeepSpeedStrategy):
         self._optimizer = ZeroOptimizer(engine, members, on_norm)
         return self._optimizer
 
-    def backward(self, tensor: Tensor, module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        # The loop has divided the loss by the number of micro batches already.
+    def backward(self, tensor: Tensor, module: Any, *args: Any, **kwargs: Any) -> None:
+        """Compute gradients of a loss that the loop has divided by the number of micro-batches."""
         module.backward(tensor, *args, scale_wrt_gas=False, **kwargs)
 
     def save_checkpoint(self, path: str | Path, state: dict, storage_options: Any = None, filter: Any = None) -> None:
+        """Save whole tensors in one file; every rank must call."""
         Strategy.save_checkpoint(self, path, state, storage_options, filter)
 
     def load_checkpoint(
-        self, path: str | Path, state: dict | None = None, strict: bool = True, weights_only: bool | None = None
+        self, path: str | Path, state: Any = None, strict: bool = True, weights_only: bool | None = None
     ) -> dict[str, Any]:
+        """Load whole tensors from one file; every rank must call."""
         return Strategy.load_checkpoint(self, path, state, strict, weights_only)
 
-    def get_module_state_dict(self, module: nn.Module) -> dict[str, Tensor]:
-        """Return whole float32 weights and the buffers, on the CPU of the first process; every process must call."""
+    def get_module_state_dict(self, module: Any) -> dict[str, Tensor]:
+        """Return whole float32 weights and the buffers, on the CPU of the first rank; every rank must call."""
         whole: dict[int, Tensor] = {}
         result = {}
         for name, value in module.module.state_dict(keep_vars=True).items():
@@ -109,7 +120,7 @@ class ZeroStrategy(Behaviour, DeepSpeedStrategy):
             result[name] = whole[id(value)]
         return result
 
-    def load_module_state_dict(self, module: nn.Module, state_dict: dict[str, Tensor], strict: bool = True) -> None:
+    def load_module_state_dict(self, module: Any, state_dict: Mapping[str, Tensor], strict: bool = True) -> None:
         """Give the model other weights, whole ones, that every rank has; every rank must call."""
         network = module.module
         loaded = as_the_model_names_them(network, state_dict, strict)
@@ -128,14 +139,14 @@ class ZeroStrategy(Behaviour, DeepSpeedStrategy):
 
 
 class _StepBoundary(_BackwardSyncControl):
-    def no_backward_sync(self, module: nn.Module, enabled: bool) -> contextlib.AbstractContextManager:
-        # DeepSpeed's own counter would need a call of `step` after every micro batch.
+    def no_backward_sync(self, module: Any, enabled: bool) -> contextlib.AbstractContextManager:
+        # DeepSpeed's own counter would need a call of `step` after every micro-batch.
         module.set_gradient_accumulation_boundary(not enabled)
         return contextlib.nullcontext()
 
 
 class LossScale(Callback):
-    """Keeps DeepSpeed's loss scale of float16 training in the checkpoints.
+    """Keep DeepSpeed's loss scale of float16 training in the checkpoints.
 
     Args:
         strategy: The strategy of the run.
@@ -148,9 +159,13 @@ class LossScale(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scale and what decides when it changes."""
-        scaler = self._strategy.model.optimizer.loss_scaler
+        scaler = self._scaler()
         return {name: getattr(scaler, name) for name in self._NAMES}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state that `state_dict` returned."""
-        vars(self._strategy.model.optimizer.loss_scaler).update(state)
+        vars(self._scaler()).update(state)
+
+    def _scaler(self) -> Any:
+        optimizer: Any = self._strategy.model.optimizer
+        return optimizer.loss_scaler
