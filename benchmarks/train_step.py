@@ -43,7 +43,6 @@ import lightning as L  # noqa: E402
 import litgpt.pretrain  # noqa: E402
 from lightning.fabric.loggers import CSVLogger  # noqa: E402
 from litgpt import GPT, Config  # noqa: E402
-from litgpt.args import EvalArgs, TrainArgs  # noqa: E402
 from litgpt.data import DataModule  # noqa: E402
 from litgpt.pretrain import initialize_weights  # noqa: E402
 from litgpt.utils import chunked_cross_entropy  # noqa: E402
@@ -51,9 +50,10 @@ from torch.utils.data import DataLoader, IterableDataset  # noqa: E402
 
 from litgpt_moe_ext.config.fields import added_fields  # noqa: E402
 from litgpt_moe_ext.model_size import count_parameters  # noqa: E402
-from litgpt_moe_ext.training.entry import setup  # noqa: E402
 from litgpt_moe_ext.training.fabric import TrainingFabric  # noqa: E402
 from litgpt_moe_ext.training.loop import HookedLoop  # noqa: E402
+from litgpt_moe_ext.training.run import run as run_ours  # noqa: E402
+from litgpt_moe_ext.training.settings import EvalArgs, Settings, TrainArgs  # noqa: E402
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # Batches that two cores can do in seconds, in place of the recipes' own.
@@ -276,9 +276,10 @@ def run(recipe: Recipe, ours: bool, steps: int, log_interval: int, warmup: int) 
         common = {"out_dir": Path(folder), "data": data, "train": train, "eval": never, "optimizer": "AdamW"}
         if ours:
             with data.dataset.clock.installed():
-                setup(model_config=config, devices=1, compile=False, progress=False, precision="32-true", **common)
+                once = {"devices": 1, "compile": False, "progress": False, "precision": "32-true"}
+                run_ours(Settings(model_config=config, **once, **common))
         else:
-            _litgpt_pretrain(config, common)
+            _litgpt_pretrain(config, {**common, "train": train.for_litgpt(), "eval": never.for_litgpt()})
     wall, cpu, hooks = data.dataset.wall, data.dataset.cpu, data.dataset.hooks
     times = [later - earlier for earlier, later in itertools.pairwise(wall[warmup:])]
     return times, cpu[-1] - cpu[warmup], hooks[-1] - hooks[warmup]

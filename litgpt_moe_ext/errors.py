@@ -8,3 +8,9 @@ class SettingsError(ValueError):
     traceback. The message is one line of the form ``name: value must be ...; remedy``, where the name is the setting as
     the user writes it (``train.max_norm``, ``model_config.n_expert``).
     """
+
+    @property
+    def setting(self) -> str:
+        """Name of the setting, as the message begins; empty if it names none."""
+        name = str(self).partition(":")[0]
+        return name if name.replace(".", "_").isidentifier() else ""

@@ -1,19 +1,22 @@
-"""The command line of `run_train.py`: LitGPT's `pretrain` arguments, YAML files, and a few short forms.
+"""The command line of `run_train.py`: LitGPT's `pretrain` settings, YAML files, and a few short forms.
 
-The command line beats the YAML file, which beats the defaults, in whatever order they stand.
+Recipes and flags become one tree of plain data (`cli.given`), jsonargparse makes typed settings of it, and `run` gets
+them whole.
 """
 
+import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
-from functools import partial
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
-from litgpt_moe_ext.cli.parser_errors import annotation_in, near_name, plain_error, value_in
-from litgpt_moe_ext.cli.recipe_files import check_recipe, place_of
+from litgpt_moe_ext.cli.given import Given, load_value, read_flags
+from litgpt_moe_ext.cli.mistakes import annotation_at, explain, refuse_nulls, report
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.field_types import members
+from litgpt_moe_ext.training.settings import Section, Settings
+from litgpt_moe_ext.training.settings.section import attribute_docs, default_of
 
 SHORT_FORMS = {
     "--micro-batch-size": "--train.micro_batch_size",
@@ -31,7 +34,7 @@ EPILOG = (
     + "; --progress and --no-progress for --progress true and false. Every key may also stand in the YAML file. "
     "Ctrl-C, SIGTERM and SIGUSR1 finish the step, save, and end with exit status 130, 143 and 138; with SLURM, "
     "#SBATCH --signal=SIGUSR1@300 does so five minutes before the time limit. Exit status 1: training cannot go on, "
-    "2: a setting is wrong."
+    "2: a setting is wrong. --print_config shows all settings, --data.help CLASS those of a data module."
 )
 
 
@@ -41,6 +44,9 @@ def normalize(arguments: Sequence[str], default_config: Path) -> list[str]:
     Args:
         arguments: As given by the user, without the program's name.
         default_config: Recipe to use if none is named.
+
+    Raises:
+        SettingsError: If a `--config` lacks its file.
     """
     configs: list[str] = []
     others: list[str] = []
@@ -49,7 +55,7 @@ def normalize(arguments: Sequence[str], default_config: Path) -> list[str]:
         name, equals, value = waiting.pop(0).partition("=")
         if name == "--config":
             if not equals and not waiting:
-                raise SystemExit("error: --config needs the path of a YAML file")
+                raise SettingsError("config: needs the path of a YAML file, --config FILE")
             configs += ["--config", value if equals else waiting.pop(0)]
         elif name in ("--no-progress", "--progress") and not equals:
             given = name == "--progress" and waiting and waiting[0] in ("true", "false", "null")
@@ -59,103 +65,136 @@ def normalize(arguments: Sequence[str], default_config: Path) -> list[str]:
     return (configs or ["--config", str(default_config)]) + others
 
 
-def take_optimizer_keys(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Split `--optimizer VALUE` and `--optimizer.init_args.KEY VALUE` (or `--optimizer.KEY VALUE`) off the others.
-
-    The optimizer may be a name or a dictionary. jsonargparse puts a key of it at a level where nothing reads it, and
-    cannot replace a dictionary by another.
-
-    Returns:
-        The other arguments, and the values by key: the name of an argument of the optimizer, `class_path`, or the empty
-        string for the whole.
-    """
-    others: list[str] = []
-    keys: dict[str, str] = {}
-    waiting = list(arguments)
-    while waiting:
-        name, equals, value = waiting.pop(0).partition("=")
-        key = name.removeprefix("--optimizer").removeprefix(".").removeprefix("init_args.")
-        if not (name == "--optimizer" or name.startswith("--optimizer.")) or key == "init_args":
-            others.append(name + equals + value)
-        elif not equals and not waiting:
-            raise SystemExit(f"error: {name} needs a value")
-        else:
-            keys[key] = value if equals else waiting.pop(0)
-    return others, keys
-
-
-def with_optimizer_keys(optimizer: str | dict, keys: dict[str, str]) -> dict:
-    """Return an optimizer, as `class_path` and `init_args`, with some keys replaced.
+def annotations(types: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the type of every setting of the first level.
 
     Args:
-        optimizer: As in a recipe: a name, or a dictionary of `class_path` and `init_args`.
-        keys: As from `take_optimizer_keys`; the values are YAML.
+        types: Of the settings whose types are LitGPT's.
     """
-    import yaml
-
-    new = {name: yaml.safe_load(value) for name, value in keys.items()}
-    optimizer = new.pop("", optimizer)
-    if not isinstance(optimizer, (str, dict)) or "class_path" not in optimizer and not isinstance(optimizer, str):
-        raise ValueError(f"optimizer: {optimizer!r} must be a name, or class_path and init_args")
-    if isinstance(optimizer, str):
-        optimizer = {"class_path": optimizer if "." in optimizer else f"torch.optim.{optimizer}"}
-    class_path = new.pop("class_path", optimizer["class_path"])
-    return {"class_path": class_path, "init_args": {**optimizer.get("init_args", {}), **new}}
+    return {field.name: types.get(field.name, field.type) for field in dataclasses.fields(Settings)}
 
 
-def take_nulls(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split `--model_config.FIELD null` off the others; jsonargparse reads it as the text None.
+def litgpt_types() -> dict[str, Any]:
+    """Return the types that LitGPT defines; imports it."""
+    import litgpt_moe_ext
 
-    Returns:
-        The other arguments, and the names of the fields.
+    litgpt_moe_ext.register()
+    from litgpt.config import Config
+    from litgpt.data import DataModule
+
+    return {"model_config": Config | None, "data": DataModule}
+
+
+def build_parser(types: Mapping[str, Any]) -> Any:
+    """Return a jsonargparse parser of `Settings`.
+
+    Args:
+        types: As from `litgpt_types`. For a help text, which does not look inside them, `dict` will do.
     """
-    others: list[str] = []
-    nulls: list[str] = []
-    waiting = list(arguments)
-    while waiting:
-        name, equals, value = waiting.pop(0).partition("=")
-        if name.startswith("--model_config.") and (value if equals else (waiting or [""])[0]) in ("null", "~"):
-            nulls.append(name.removeprefix("--model_config."))
-            del waiting[: not equals]
-        else:
-            others.append(name + equals + value)
-    return others, nulls
-
-
-def build_parser():
-    """Return the jsonargparse parser of `entry.setup`."""
     import jsonargparse
-    from jsonargparse import set_docstring_parse_options
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog="run_train.py",
+        usage=USAGE,
+        description="Pretrain a model with LitGPT.",
+        epilog=EPILOG,
+        exit_on_error=False,
+    )
+    docs, kinds = attribute_docs(Settings), annotations(types)
+    for field in dataclasses.fields(Settings):
+        kind = kinds[field.name]
+        if isinstance(kind, type) and issubclass(kind, Section):
+            parser.add_class_arguments(kind, field.name, help=docs[field.name])
+        else:
+            parser.add_argument(
+                f"--{field.name}", type=kind, default=default_of(field), metavar="VALUE", help=docs[field.name]
+            )
+    return parser
+
+
+def print_help() -> None:
+    """Print the help of `run_train.py` without loading torch or LitGPT."""
+    parser = build_parser({"model_config": dict, "data": dict})
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings.")
+    parser.print_help()
+
+
+def read_given(arguments: Sequence[str], default_config: Path, known: Mapping[str, Any]) -> Given:
+    """Return recipes and flags, merged.
+
+    Args:
+        arguments: The command line without the program's name.
+        default_config: Recipe to use if none is named.
+        known: As from `annotations`.
+
+    Raises:
+        SettingsError: If a recipe or a flag cannot be read.
+    """
+    given = Given({"optimizer": Settings.optimizer})
+    for name, text in read_flags(normalize(arguments, default_config)):
+        if name == "config":
+            given.add_recipe(Path(text))
+        else:
+            # What may be text is read as nothing else, except for null: a run may be called 123.
+            kinds = members(annotation_at(name, given.tree, known))
+            textual = text != "null" and (str in kinds or Path in kinds)
+            given.add_flag(name, text if textual else load_value(text))
+    return given
+
+
+def parse(given: Given, types: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return the parser and what it makes of the settings: a namespace of plain data, checked by type.
+
+    Raises:
+        SettingsError: If a name is unknown or a value of a wrong type.
+    """
+    import jsonargparse
+
+    parser, known = build_parser(types), annotations(types)
+    refuse_nulls(given, known)
+    try:
+        # Without a value jsonargparse looks for a class.
+        tree = {key: value for key, value in given.tree.items() if key != "data" or value is not None}
+        return parser, parser.parse_object(tree)
+    except (jsonargparse.ArgumentError, TypeError) as error:
+        raise explain(error, given, known) from error
+
+
+def make_settings(parser: Any, parsed: Any) -> Settings:
+    """Return the settings of a parsed namespace, with its classes instantiated.
+
+    Raises:
+        SettingsError: If a class refuses its arguments.
+    """
+    model_config = parsed.pop("model_config")
+    values = vars(parser.instantiate_classes(parsed))
+    return Settings(model_config=None if model_config is None else _make_config(model_config.as_dict()), **values)
+
+
+def _make_config(values: dict[str, Any]) -> Any:
     from litgpt.config import Config
 
-    from litgpt_moe_ext.training.entry import setup
+    try:
+        return Config(**values)
+    except (ValueError, AssertionError) as error:  # how LitGPT and this package judge the fields of a model
+        separator = "." if str(error).partition(":")[0] in values else ": "
+        raise SettingsError(f"model_config{separator}{error or 'LitGPT refuses these fields'}") from error
 
-    set_docstring_parse_options(attribute_docstrings=True)
 
-    annotations = get_type_hints(setup)
+def read_settings(arguments: Sequence[str], default_config: Path = Path("configs/quickstart.yaml")) -> Settings:
+    """Return the settings that a command line means.
 
-    class ArgumentParser(jsonargparse.ArgumentParser):
-        # The outermost parser explains; jsonargparse makes others of this class for parts of the settings.
-        given: list[str] | None = None
-        place_of = staticmethod(lambda message: "")
+    Args:
+        arguments: Without the program's name.
+        default_config: Recipe to use if none is named.
 
-        def error(self, message: str, *args, **kwargs):
-            if self.given is not None:
-                known = [action.dest for action in self._actions] + [f"model_config.{f.name}" for f in fields(Config)]
-                annotation_of, value_of = partial(annotation_in, annotations), partial(value_in, self.given)
-                plain = plain_error(message, annotation_of, value_of)
-                message = plain + near_name(message, known) + self.place_of(plain)
-            super().error(message, *args, **kwargs)
-
-        def parse_args(self, args=None, *others, **kwargs):
-            if self is parser:
-                self.given = list(args or [])
-            return super().parse_args(args, *others, **kwargs)
-
-    parser = ArgumentParser(prog="run_train.py", usage=USAGE, description=setup.__doc__.splitlines()[0], epilog=EPILOG)
-    parser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
-    parser.add_function_arguments(setup, as_group=False, fail_untyped=False)
-    return parser
+    Raises:
+        SettingsError: If anything in it is wrong.
+    """
+    types = litgpt_types()
+    given = read_given(arguments, default_config, annotations(types))
+    return make_settings(*parse(given, types))
 
 
 def main(arguments: Sequence[str] | None = None, default_config: Path = Path("configs/quickstart.yaml")) -> int:
@@ -167,58 +206,34 @@ def main(arguments: Sequence[str] | None = None, default_config: Path = Path("co
 
     Returns:
         The exit status: 0 after training, 1 if it cannot go on, 2 for a wrong setting, 128 plus the number of the
-        signal that ended the run: 130 SIGINT, 143 SIGTERM, 138 SIGUSR1 (Linux).
+        signal that ended the run: 130 SIGINT, 143 SIGTERM, 138 SIGUSR1 (Linux). Anything else that goes wrong is a
+        bug, of this package or of code that a recipe names, and keeps its traceback.
     """
-    arguments = normalize(sys.argv[1:] if arguments is None else arguments, default_config)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     if "--help" in arguments or "-h" in arguments:
-        from litgpt_moe_ext.cli.quick_help import print_help
-
         print_help()
         return 0
     _prepare_environment()
-    parser = build_parser()
-    given = arguments
-    arguments, optimizer_keys = take_optimizer_keys(arguments)
-    arguments, nulls = take_nulls(arguments)
-    recipes = [Path(value) for name, value in pairwise(arguments) if name == "--config"]
+    given = None
     try:
-        for file in recipes:
-            check_recipe(file)
-    except ValueError as error:
-        parser.error(str(error))
-    parser.place_of = partial(place_of, files=recipes, arguments=given)
-    # jsonargparse would print the configuration before the optimizer's keys are in it.
-    print_only = "--print_config" in arguments and (optimizer_keys or nulls)
-    parsed = parser.parse_args([a for a in arguments if not (print_only and a == "--print_config")])
-    _set_null(parser, parsed, nulls)
-    if optimizer_keys:
-        try:
-            parsed.optimizer = with_optimizer_keys(parsed.optimizer, optimizer_keys)
-        except ValueError as error:
-            parser.error(str(error))
-    if print_only:
-        print(parser.dump(parsed, skip_none=False), end="")
-        return 0
-    try:
-        values = parser.instantiate_classes(parsed).as_dict()
-    except (ValueError, AssertionError) as error:
-        parser.error(str(error))
-    values.pop("config", None)
-    return _train(values, parser.place_of)
+        types = litgpt_types()
+        if any(argument.partition("=")[0].endswith(".help") for argument in arguments):
+            build_parser(types).parse_args(arguments)  # as `--data.help CLASS`; ends the program
+        printed = [a.partition("=")[2] for a in arguments if a.partition("=")[0] == "--print_config"]
+        arguments = [a for a in arguments if a.partition("=")[0] != "--print_config"]
+        given = read_given(arguments, default_config, annotations(types))
+        parser, parsed = parse(given, types)
+        if printed:
+            print(_dump(parser, parsed, printed[-1].split(",")), end="")
+            return 0
+        return _train(make_settings(parser, parsed))
+    except SettingsError as error:
+        return report(error, given)
 
 
-def _set_null(parser: Any, parsed: Any, names: Iterable[str]) -> None:
-    from litgpt.config import Config
-
-    types = {field.name: field.type for field in fields(Config)}
-    for name in names:
-        if name not in types:
-            parser.error(f"Unrecognized arguments: --model_config.{name}")
-        if type(None) not in get_args(types[name]):
-            parser.error(f"model_config.{name}: null is no value for it; leave it out for its default")
-        if parsed.model_config is None:
-            parser.error(f"model_config.{name}: null, but there is no model_config to set it in")
-        parsed.model_config[name] = None
+def _dump(parser: Any, parsed: Any, flags: Sequence[str]) -> str:
+    comments = {"yaml_comments": True} if "comments" in flags else {}
+    return parser.dump(parsed, skip_none="skip_null" in flags, skip_default="skip_default" in flags, **comments)
 
 
 def _prepare_environment() -> None:
@@ -231,16 +246,12 @@ def _prepare_environment() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 
-def _train(values: dict, place_of: Callable[[str], str]) -> int:
-    from litgpt_moe_ext.errors import SettingsError
+def _train(settings: Settings) -> int:
     from litgpt_moe_ext.training.control import TrainingInterrupted, TrainingStopped
-    from litgpt_moe_ext.training.entry import setup
+    from litgpt_moe_ext.training.run import run
 
     try:
-        setup(**values)
-    except SettingsError as error:
-        print(f"error: {error}{place_of(str(error))}", file=sys.stderr)
-        return 2
+        run(settings)
     except TrainingStopped as reason:
         return _stopped(f"Stopped: {reason}", 1)
     except TrainingInterrupted as interruption:

@@ -1,5 +1,24 @@
 """Pretraining through LitGPT's own loop, with what a run needs around it.
 
-`entry.setup` is the door: LitGPT's arguments plus a few. `loop` says where the hooks hang; each hook is a small class
-or module with one job (`checkpoints`, `progress`, `sampling`, `control`), and none knows the others.
+A run is a list of phases (`run`), each of which takes what the ones before it have returned:
+
+    Settings -> Plan -> Launched -> Start -> Prepared -> Equipment -> Outcome
+
+Which file to open for which question:
+
+| question                                                        | file                     |
+| --------------------------------------------------------------- | ------------------------ |
+| What can be set, with which default, range and meaning?         | `settings/`              |
+| In which order does a run do things?                            | `run`                    |
+| What is checked before anything starts?                         | `plan`, `checks`         |
+| How are processes connected, `out_dir` locked, loggers started? | `launch`, `parallel/`    |
+| What does a run resume from, what moves aside?                  | `start`, `checkpoint/`   |
+| Where do corpus and tokenizer come from?                        | `prepare`                |
+| Which callbacks does a setting add, in which order?             | `equip`, `callbacks/`    |
+| Which events can a callback act on?                             | `callback`               |
+| Where do the hooks hang on LitGPT's loop?                       | `loop`, `fabric`         |
+| What makes a run stop?                                          | `control`                |
+| Who makes the optimizer and sets the learning rate?             | `optim/`                 |
+| Is the model compiled?                                          | `compilation`            |
+| What is said before the first step and after the last?          | `report`                 |
 """

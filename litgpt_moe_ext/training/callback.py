@@ -30,6 +30,9 @@ class Callback:
 
     The events of one optimizer step come in this order: `on_step_begin`, `on_batch` for every micro-batch,
     `on_gradients_clipped`, `on_after_optimizer_step`, then `on_log` and `on_logged` if the step is logged.
+
+    A callback that a recipe names keeps each argument of its constructor under its name (or with `_` before it), as a
+    dataclass does: checkpoints write it down with the other settings of the run.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

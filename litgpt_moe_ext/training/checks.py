@@ -1,179 +1,167 @@
 """Checks before any long work starts. Each error names the setting, its value and what would be right."""
 
+from __future__ import annotations
+
+import copy
+import difflib
+import importlib
+import inspect
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from litgpt_moe_ext.errors import SettingsError
+
+if TYPE_CHECKING:
+    from litgpt.config import Config
+    from litgpt.tokenizer import Tokenizer
+
+    from litgpt_moe_ext.training.settings import Settings
 
 
 def check_batch(global_batch_size: int, micro_batch_size: int, processes: int) -> None:
-    """Raise ValueError unless the global batch can be made of whole micro batches on every process."""
-    for name, value in (("global_batch_size", global_batch_size), ("micro_batch_size", micro_batch_size)):
-        if value < 1:
-            raise ValueError(f"train.{name}: {value} must be at least 1")
+    """Raise SettingsError unless the global batch can be made of whole micro-batches on every process."""
     unit = micro_batch_size * processes
     if global_batch_size % unit:
         below, above = global_batch_size // unit * unit, -(-global_batch_size // unit) * unit
         nearest = f"{below} or {above}" if below else str(above)
-        raise ValueError(
+        raise SettingsError(
             f"train.global_batch_size: {global_batch_size} is not a multiple of train.micro_batch_size "
             f"({micro_batch_size}) times the number of processes ({processes}); the nearest that are: {nearest}"
         )
 
 
-def check_at_least(name: str, value: float | None, low: float, hint: str = "") -> None:
-    """Raise ValueError if a number that is set is less than `low`."""
-    if value is not None and not value >= low:
-        raise ValueError(f"{name}: {value} must be at least {low}{hint}")
-
-
-def check_intervals(train: Any, eval: Any) -> None:
-    """Raise ValueError unless LitGPT's loop can divide by its intervals.
-
-    Args:
-        train: `litgpt.args.TrainArgs`.
-        eval: `litgpt.args.EvalArgs`.
-    """
-    never = "; null is never"
-    check_at_least("train.save_interval", train.save_interval, 1, never)
-    check_at_least("train.log_interval", train.log_interval, 1)
-    check_at_least("train.lr_warmup_steps", train.lr_warmup_steps, 0)
-    check_at_least("train.min_lr", train.min_lr, 0)
-    check_at_least("train.max_steps", train.max_steps, 1)
-    check_at_least("train.max_time", train.max_time, 0)
-    if train.max_norm is not None and not train.max_norm > 0:
-        raise ValueError(f"train.max_norm: {train.max_norm} must be above 0; null clips no gradient")
-    check_at_least("eval.interval", eval.interval, 1, "; a number above that of the steps is never")
-    check_at_least("eval.max_iters", eval.max_iters, 1)
-
-
-def check_peak(peak_tflops: float | None) -> None:
-    """Raise ValueError unless the peak of a device is positive."""
-    if peak_tflops is not None and not peak_tflops > 0:
-        raise ValueError(f"peak_tflops: {peak_tflops} must be above 0, or null")
-
-
-def check_seed(seed: int) -> None:
-    """Raise ValueError unless every library takes the seed."""
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed: {seed} must be from 0 to {2**32 - 1}")
-
-
-def check_optimizer(optimizer: str | dict) -> float:
-    """Return the learning rate of an optimizer, made for a parameter that is thrown away.
-
-    Raises:
-        ValueError: If it cannot be made.
-    """
-    import copy
-
-    import torch
-    from litgpt.utils import instantiate_torch_optimizer
-
-    try:
-        made = instantiate_torch_optimizer(copy.deepcopy(optimizer), [torch.nn.Parameter(torch.zeros(1))])
-        return made.defaults["lr"]
-    except (ImportError, AttributeError, TypeError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"optimizer: {optimizer!r} cannot be made: {error}. Give the name of a class in torch.optim, or its full "
-            "path as class_path and its arguments as init_args."
-        ) from error
-
-
-def check_learning_rate(peak: float, floor: float, schedule: str) -> None:
-    """Raise ValueError if a learning rate that is to fall would rise."""
-    if schedule != "constant" and floor > peak:
-        raise ValueError(
-            f"train.min_lr: {floor} is above the optimizer's learning rate {peak}, from which it falls to there; set "
-            "--optimizer.lr or --train.min_lr"
-        )
-
-
-def check_model_size(config: Any) -> None:
-    """Raise ValueError unless a `litgpt.Config` has something of everything."""
-    for name in ("n_layer", "n_embd", "n_head", "vocab_size"):
-        check_at_least(f"model_config.{name}", getattr(config, name), 1)
-
-
-def check_training_length(train: Any) -> None:
-    """Raise ValueError unless `litgpt.args.TrainArgs` says in tokens how long to train."""
-    if train.max_tokens is None:
-        raise ValueError("train.max_tokens: null says not how long to train; give a number of tokens")
-    if train.epochs is not None:
-        raise ValueError(f"train.epochs: {train.epochs} has no meaning for pretraining; give train.max_tokens")
-
-
-def check_processes(devices: int | str, num_nodes: int) -> None:
-    """Raise ValueError unless the numbers of devices and nodes are numbers of something."""
-    if devices != "auto" and not (isinstance(devices, int) and (devices >= 1 or devices == -1)):
-        raise ValueError(f"devices: {devices!r} must be auto or at least 1")
-    check_at_least("num_nodes", num_nodes, 1)
+def check_model_size(config: Config) -> None:
+    """Raise SettingsError unless the model has something of everything."""
+    for name in ("n_layer", "n_embd", "n_head", "vocab_size", "block_size"):
+        if getattr(config, name) < 1:
+            raise SettingsError(f"model_config.{name}: {getattr(config, name)} must be at least 1")
 
 
 def check_length(max_seq_length: int | None, block_size: int) -> None:
-    """Raise ValueError unless the training length is one the model has positions for."""
-    check_at_least("model_config.block_size", block_size, 1)
+    """Raise SettingsError unless the training length is one the model has positions for."""
     if max_seq_length is not None and not 1 <= max_seq_length <= block_size:
-        raise ValueError(
+        raise SettingsError(
             f"train.max_seq_length: {max_seq_length} must be from 1 to the model's block_size: {block_size}"
         )
+
+
+def check_steps(max_tokens: int, tokens_per_step: int) -> None:
+    """Raise SettingsError unless the tokens suffice for a step."""
+    if max_tokens < tokens_per_step:
+        raise SettingsError(
+            f"train.max_tokens: {max_tokens} must be at least one step of {tokens_per_step} tokens "
+            "(train.global_batch_size times the sequence length)"
+        )
+
+
+def check_rates(settings: Settings) -> None:
+    """Raise SettingsError unless the optimizer can be made, and its learning rate falls to `train.min_lr`."""
+    peak, floor = learning_rate_of(settings.optimizer), settings.train.min_lr
+    if settings.schedule.name != "constant" and floor > peak:
+        raise SettingsError(
+            f"train.min_lr: {floor} must be at most the optimizer's learning rate, {peak}, from which it falls to "
+            "there; set --optimizer.lr or --train.min_lr"
+        )
+
+
+def learning_rate_of(optimizer: str | dict) -> float:
+    """Return the learning rate of an optimizer, made for a parameter that is thrown away.
+
+    Raises:
+        SettingsError: If it cannot be made.
+    """
+    import torch
+    from litgpt.utils import instantiate_torch_optimizer
+
+    cls, arguments = _optimizer_class(optimizer)
+    known = inspect.signature(cls).parameters
+    for name, value in arguments.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(list(known)[1:])}"
+            raise SettingsError(f"optimizer.init_args.{name}: {cls.__name__} has no such argument; {hint}")
+        if name == "lr" and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise SettingsError(f"optimizer.init_args.lr: {value!r} must be a number")
+    try:
+        made = instantiate_torch_optimizer(copy.deepcopy(optimizer), [torch.nn.Parameter(torch.zeros(1))])
+    except (TypeError, ValueError, RuntimeError) as error:
+        # The class itself judges its arguments.
+        raise SettingsError(f"optimizer: {optimizer!r} cannot be made: {error}") from error
+    return made.defaults["lr"]
+
+
+def _optimizer_class(optimizer: str | dict) -> tuple[type, dict[str, Any]]:
+    path, arguments = optimizer, {}
+    if isinstance(optimizer, dict):
+        path, arguments = optimizer.get("class_path"), optimizer.get("init_args") or {}
+    if not isinstance(path, str) or not isinstance(arguments, dict):
+        raise SettingsError(f"optimizer: {optimizer!r} must be a name, or class_path and init_args")
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module or "torch.optim"), name), arguments
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SettingsError(
+            f"optimizer: {path!r} must be the name of a class in torch.optim, or the full path of another ({error})"
+        ) from error
 
 
 def check_writable(out_dir: Path) -> None:
     """Raise an error unless `out_dir` can be a directory of the run's own; creates it."""
     if out_dir.resolve() == Path.cwd():
-        raise ValueError(f"out_dir: {str(out_dir)!r} is the working directory; name one for this run alone")
+        raise SettingsError(f"out_dir: {str(out_dir)!r} is the working directory; name one for this run alone")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=out_dir, prefix=".write-test-"):
             pass
     except OSError as error:
-        raise PermissionError(
+        raise SettingsError(
             f"out_dir: {str(out_dir)!r} cannot be written to ({error.strerror or error}); choose another --out_dir"
         ) from error
 
 
-def open_tokenizer(tokenizer_dir: Path, padded_vocab_size: int) -> Any:
+def open_tokenizer(tokenizer_dir: Path, padded_vocab_size: int) -> Tokenizer:
     """Return the `litgpt.Tokenizer` of a directory, checked by `check_tokenizer`.
 
     Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it cannot be opened, or does not suit the model.
+        SettingsError: If there is none, if it cannot be opened, or does not suit the model.
     """
     from litgpt.tokenizer import Tokenizer
 
     try:
         tokenizer = Tokenizer(tokenizer_dir)
     except NotImplementedError as error:  # how LitGPT says that it found neither file
-        raise FileNotFoundError(
+        raise SettingsError(
             f"tokenizer_dir: {str(tokenizer_dir)!r} has neither tokenizer.json nor tokenizer.model"
         ) from error
     except Exception as error:  # the tokenizers library raises nothing more precise
-        raise ValueError(f"tokenizer_dir: {str(tokenizer_dir)!r} cannot be opened: {error}") from error
+        raise SettingsError(f"tokenizer_dir: {str(tokenizer_dir)!r} cannot be opened: {error}") from error
     check_tokenizer(tokenizer, tokenizer_dir, padded_vocab_size)
     return tokenizer
 
 
-def check_tokenizer(tokenizer: Any, tokenizer_dir: Path, padded_vocab_size: int) -> None:
-    """Raise ValueError unless a `litgpt.Tokenizer` separates documents and fits into the model's vocabulary."""
+def check_tokenizer(tokenizer: Tokenizer, tokenizer_dir: Path, padded_vocab_size: int) -> None:
+    """Raise SettingsError unless a `litgpt.Tokenizer` separates documents and fits into the model's vocabulary."""
     if tokenizer.eos_id is None:
-        raise ValueError(
+        raise SettingsError(
             f"tokenizer_dir: {str(tokenizer_dir)!r} has no end-of-text token: documents could not be told apart, and "
             'generation would not stop. Add "eos_token" to its tokenizer_config.json.'
         )
+    processor: Any = tokenizer.processor
     if tokenizer.backend == "huggingface":
-        size = tokenizer.processor.get_vocab_size(with_added_tokens=True)
+        size = processor.get_vocab_size(with_added_tokens=True)
     else:
         size = tokenizer.vocab_size
     if size > padded_vocab_size:
-        raise ValueError(
+        raise SettingsError(
             f"tokenizer_dir: {str(tokenizer_dir)!r} has {size} tokens, more than the model's padded_vocab_size: "
             f"{padded_vocab_size}; set model_config.padded_vocab_size to at least {size}"
         )
 
 
 def check_checkpoint_dir(name: str, directory: Path) -> None:
-    """Raise FileNotFoundError unless `directory`, the value of setting `name`, holds a LitGPT model."""
+    """Raise SettingsError unless `directory`, the value of setting `name`, holds a LitGPT model."""
     if not (directory / "lit_model.pth").is_file():
         where = "does not exist" if not os.path.isdir(directory) else "has no lit_model.pth"
-        raise FileNotFoundError(f"{name}: {str(directory)!r} {where}")
+        raise SettingsError(f"{name}: {str(directory)!r} {where}")

@@ -34,7 +34,7 @@ class TrainingInterrupted(BaseException):
         self.checkpoint = checkpoint
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(RuntimeError):  # noqa: N818  (not every reason is an error)
     """Training cannot or shall not go on; the message says why, what is saved, and what to do."""
 
 
@@ -96,13 +96,16 @@ class StepLimits:
 
     def __init__(self, total_steps: int, max_time: float | None) -> None:
         self._total_steps = total_steps
-        self._deadline = None if max_time is None else time.monotonic() + max_time
+        self._max_time = max_time
+        self._deadline: float | None = None
 
     def reached(self, step: int, fabric: Any) -> bool:
         """Whether training shall end after `step` optimizer steps. Every process must call at the same point."""
         if step >= self._total_steps:
             return True
-        if self._deadline is None:
+        if self._max_time is None:
             return False
+        # The clock starts with the first step: what LitGPT does before it may take long, and trains nothing.
+        self._deadline = self._deadline or time.monotonic() + self._max_time
         # The clocks of several processes never agree; the first one's counts.
         return fabric.broadcast(time.monotonic() >= self._deadline)

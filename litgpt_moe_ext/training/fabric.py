@@ -8,15 +8,24 @@ import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+from lightning.fabric.loggers import Logger
 from lightning.fabric.wrappers import _FabricOptimizer
 from torch import Tensor
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.callback import Callback
+
+if TYPE_CHECKING:
+    from lightning.fabric.strategies import Strategy
+
+    from litgpt_moe_ext.training.parallel.behaviour import Behaviour
+
+    class TrainingStrategy(Behaviour, Strategy):  # pyrefly: ignore[inconsistent-inheritance]  (Lightning's is wider)
+        """A strategy of Lightning's with what training asks of it beyond that."""
 
 
 class TrainingFabric(L.Fabric):
@@ -31,6 +40,13 @@ class TrainingFabric(L.Fabric):
         attempt: How often the run has been started: 1, and one more whenever it is resumed.
         state: LitGPT's training state, once there is one.
     """
+
+    if TYPE_CHECKING:
+
+        @property
+        def strategy(self) -> TrainingStrategy:
+            """What `make_strategy` has made."""
+            ...
 
     def __init__(self, show: Callable[[str], None], **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -50,6 +66,10 @@ class TrainingFabric(L.Fabric):
         """Add a callback after construction."""
         self._callbacks.append(callback)
 
+    def add_logger(self, logger: Logger) -> None:
+        """Add a logger after construction."""
+        self._loggers.append(logger)
+
     def call(self, hook_name: str, *args: Any, **kwargs: Any) -> None:
         """Tell every callback of an event.
 
@@ -61,16 +81,19 @@ class TrainingFabric(L.Fabric):
                 method(*args, **kwargs)
 
     def print(self, *values: Any, **_options: Any) -> None:
+        """Show a message on the first process."""
         if self.is_global_zero:
             self._show(" ".join(str(value) for value in values))
 
     def setup(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Tell the callbacks of LitGPT's model, then set it up."""
         # LitGPT has called `torch.compile`, which compiles at the first call only.
         self.call("on_before_setup", model=getattr(module, "_orig_mod", module))
         self._model = super().setup(module, *args, **kwargs)
         return self._model
 
     def setup_optimizers(self, *optimizers: torch.optim.Optimizer) -> Any:
+        """Give the optimizer to the strategy, which may replace it."""
         (optimizer,) = optimizers
         attached = self.strategy.attach_optimizer(self._model, optimizer, self._report_norm)
         self._optimizer = _FabricOptimizer(attached, self.strategy, self._callbacks)
@@ -89,9 +112,9 @@ class TrainingFabric(L.Fabric):
             yield (name if seen[name] == 1 else f"{name}-{seen[name]}"), callback
 
     def clip_gradients(self, module: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor | None:
+        """Clip, and tell the callbacks the norm; whether one that is not finite ends the run is theirs to say."""
         if self.strategy.clips_in_step:
             return None
-        # Whether a gradient that is not finite ends the run is for the callbacks to say.
         norm = super().clip_gradients(module, optimizer, *args, **{**kwargs, "error_if_nonfinite": False})
         scaled = self.strategy.scales_gradients
         self.call("on_gradients_clipped", norm=norm, module=module, optimizer=optimizer, scaled=scaled)
@@ -114,7 +137,8 @@ class TrainingFabric(L.Fabric):
         metrics = dict(metrics)
         for name in ("loss", "val_loss"):
             if name in metrics and self.world_size > 1:
-                metrics[name] = float(self.all_reduce(torch.tensor(float(metrics[name]), device=self.device)))
+                mean: Any = self.all_reduce(torch.tensor(float(metrics[name]), device=self.device))
+                metrics[name] = float(mean)
         for name, loss in (("ppl", "loss"), ("val_ppl", "val_loss")):
             if loss in metrics:
                 metrics[name] = math.exp(min(float(metrics[loss]), 700.0))
@@ -123,6 +147,7 @@ class TrainingFabric(L.Fabric):
         self.call("on_logged", metrics=metrics)
 
     def save(self, path: str | Path, state: dict[str, Any], filter: dict[str, Any] | None = None) -> None:
+        """Save as Fabric does, but let every rank go on if the first cannot write."""
         try:
             super().save(path, state, filter)
         except (OSError, RuntimeError):
@@ -134,16 +159,24 @@ class TrainingFabric(L.Fabric):
     def load(
         self, path: str | Path, state: dict[str, Any] | None = None, strict: bool = True, **kwargs: Any
     ) -> dict[str, Any]:
+        """Load a training checkpoint, with the states of the callbacks.
+
+        Raises:
+            SettingsError: If it does not fit the present settings.
+        """
         try:
             remainder = super().load(path, state, strict, **{**kwargs, "weights_only": True})
+        except SettingsError:  # from the corpus, which says itself what does not fit
+            raise
         except pickle.UnpicklingError as error:
             raise SettingsError(
                 f"resume: {str(path)!r} is damaged, or holds objects that loading would have to run code for; it is "
                 "refused"
             ) from error
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"resume: {str(path)!r} does not fit the present settings: {error}. Resume with those in "
+            found = " ".join(str(error).split())
+            raise SettingsError(
+                f"resume: {str(path)!r} does not fit the present settings: {found}. Resume with those in "
                 "hyperparameters.yaml beside it, or start anew from its weights with initial_checkpoint_dir."
             ) from error
         self.resumed_rng = remainder.pop("rng", None)

@@ -17,77 +17,80 @@ names point to functions of ours, which do their part and, where there is one, c
 | `instantiate_torch_optimizer` | sorts the parameters into groups                                               |
 """
 
+from __future__ import annotations
+
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import litgpt.pretrain
-from litgpt.args import TrainArgs
 
 from litgpt_moe_ext.model_size import count_flops
 from litgpt_moe_ext.moe.gradient_injection import forget_scale
-from litgpt_moe_ext.training.callbacks.fused_loss import FusedLoss
 from litgpt_moe_ext.training.checkpoint import hyperparameters
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
 from litgpt_moe_ext.training.checkpoint.progress import MODEL_FILE, batch_of, newest_first
 from litgpt_moe_ext.training.checkpoint.resharding import convert_iterations, convert_position
 from litgpt_moe_ext.training.control import StepLimits, StopRequests, TrainingInterrupted, TrainingStopped
-from litgpt_moe_ext.training.optim.optimization import Optimization, schedule_steps
+from litgpt_moe_ext.training.optim.optimization import schedule_steps
 from litgpt_moe_ext.training.parallel import random_state
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.training.equip import Equipment
+    from litgpt_moe_ext.training.launch import Launched
+    from litgpt_moe_ext.training.start import Start
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run has done.
+
+    Attributes:
+        iterations: Iterations of this run, not of earlier ones that it continued.
+        seconds: How long they took, validation and checkpoints included.
+        best_loss: The lowest validation loss so far, of earlier runs as well.
+    """
+
+    iterations: int
+    seconds: float
+    best_loss: float | None
 
 
 class HookedLoop:
     """LitGPT's loop with checkpoints, interruptions and limits of ours.
 
     Args:
-        fabric: The running `TrainingFabric`.
-        train: Training arguments.
-        total_steps: Optimizer steps of the whole training.
-        out_dir: The run's directory.
+        launched: The connected processes.
+        start: What the run starts from.
         tokenizer_dir: Tokenizer to copy into checkpoints, or None.
-        resume_file: Model file to resume from, or False.
-        settings: The run's settings as plain data, for `hyperparameters.yaml`.
-        optimization: Schedule and parameter groups.
-        on_save_error: What a checkpoint that cannot be written means for the run.
-        fused_loss: What does the output head's work, or None if the head does it.
-
-    Attributes:
-        trained_iterations: Iterations of this run (not of earlier ones it resumed), once it has ended.
-        seconds: How long they took, validation and checkpoints included.
+        equipment: The optimizer side, and who does the output head's work.
     """
 
-    def __init__(
-        self,
-        fabric: Any,
-        train: TrainArgs,
-        total_steps: int,
-        out_dir: Path,
-        tokenizer_dir: Path | None,
-        resume_file: Path | bool,
-        settings: dict[str, Any],
-        optimization: Optimization,
-        on_save_error: Literal["stop", "continue"],
-        fused_loss: FusedLoss | None,
-    ) -> None:
-        self.fabric = fabric
-        self.train = train
-        self.total_steps = total_steps
-        self.out_dir = out_dir
-        self.tokenizer_dir = tokenizer_dir
-        self.resume_file = resume_file
-        self.settings = settings
-        self.optimization = optimization
-        self.on_save_error = on_save_error
-        self.fused_loss = fused_loss
-        self.stop_requests = StopRequests(fabric.print)
+    def __init__(self, launched: Launched, start: Start, tokenizer_dir: Path | None, equipment: Equipment) -> None:
+        self._plan, self._start, self._equipment = launched.plan, start, equipment
+        self._tokenizer_dir = tokenizer_dir
+        self.fabric = fabric = launched.fabric
+        self.train = launched.plan.train
+        self._limits = StepLimits(launched.plan.total_steps, self.train.max_time)
+        self._stop_requests = StopRequests(fabric.print)
         self.state: dict[str, Any] = {}
-        self.trained_iterations = 0
-        self.seconds = 0.0
-        self.limits_reached = False
-        self.last_saved: Path | None = None
+        self._iterations = 0
+        self._started: float | None = None
+        self._seconds = 0.0
+        self._limits_reached = False
+        self._last_saved: Path | None = None
         self._random_state_settled = False
+
+    def outcome(self, best_loss: float | None) -> Outcome:
+        """Return what has been trained; call it when the loop has ended.
+
+        Args:
+            best_loss: The lowest validation loss so far.
+        """
+        return Outcome(self._iterations, self._seconds, best_loss)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -97,20 +100,20 @@ class HookedLoop:
         def fit(*args: Any, **kwargs: Any) -> None:
             self.fabric.state = self.state = kwargs["state"]
             self._adapt_iterations()
-            self.limits = StepLimits(self.total_steps, self.train.max_time)
-            first_iteration, started = self.state["iter_num"], time.perf_counter()
-            self.fabric.call("on_fit_begin", resume_dir=self.resume_file.parent if self.resume_file else None)
+            first_iteration = self.state["iter_num"]
+            self.fabric.call("on_fit_begin", resume_dir=self._start.resume_dir)
             try:
-                with self.stop_requests.listening():
+                with self._stop_requests.listening():
                     original_fit(*args, **kwargs)
             except Exception:
-                if self.limits_reached:
+                if self._limits_reached:
                     # Validation failed after the last step: the training must not be lost with it.
                     self.save("final")
                 raise
             finally:
-                self.trained_iterations = self.state["iter_num"] - first_iteration
-                self.seconds = time.perf_counter() - started
+                self._iterations = self.state["iter_num"] - first_iteration
+                if self._started is not None:
+                    self._seconds = time.perf_counter() - self._started
                 # LitGPT's measurement of FLOPs leaves the scale of a loss without data where no step followed it.
                 forget_scale()
 
@@ -119,7 +122,7 @@ class HookedLoop:
                 checkpoints.save_whole(original_save, fabric, state, tokenizer_dir, checkpoint_file)
             except checkpoints.SaveError as error:
                 return self._not_saved(error, checkpoint_file.parent)
-            self.last_saved = checkpoint_file.parent
+            self._last_saved = checkpoint_file.parent
             fabric.call("on_checkpoint_saved", directory=checkpoint_file.parent)
 
         loop = self
@@ -134,19 +137,19 @@ class HookedLoop:
                 loop.fabric.call("on_batch", batch=batch, waited=waited)
                 return batch
 
-        hooks = {
+        hooks: dict[str, Any] = {
             "fit": fit,
             "save_checkpoint": save_checkpoint,
             "CycleIterator": CycleIterator,
-            "save_hyperparameters": lambda _function, directory: hyperparameters.save(self.settings, directory),
-            "find_resume_path": lambda *_: self.resume_file,
+            "save_hyperparameters": lambda _function, directory: hyperparameters.save(self._plan.plain, directory),
+            "find_resume_path": lambda *_: self._start.resume_file or False,
             "get_lr": self._learning_rate,
             "measure_flops": self._measure_flops,
             "get_dataloaders": self._adaptable(litgpt.pretrain.get_dataloaders),
-            "instantiate_torch_optimizer": self.optimization.make_optimizer,
+            "instantiate_torch_optimizer": self._equipment.optimization.make_optimizer,
         }
-        if self.fused_loss is not None:
-            hooks["chunked_cross_entropy"] = self.fused_loss.wrap(litgpt.pretrain.chunked_cross_entropy)
+        if self._equipment.fused_loss is not None:
+            hooks["chunked_cross_entropy"] = self._equipment.fused_loss.wrap(litgpt.pretrain.chunked_cross_entropy)
         originals = {name: getattr(litgpt.pretrain, name) for name in hooks}
         vars(litgpt.pretrain).update(hooks)
         try:
@@ -169,9 +172,9 @@ class HookedLoop:
         return get_adaptable_dataloaders
 
     def _adapt_iterations(self) -> None:
-        if not self.resume_file:
+        if self._start.resume_dir is None:
             return
-        saved = batch_of(self.resume_file.parent)
+        saved = batch_of(self._start.resume_dir)
         if saved is None:
             return
         batch = self.train.micro_batch_size * self.fabric.world_size
@@ -180,32 +183,35 @@ class HookedLoop:
 
     def save(self, name: str) -> None:
         """Save the present state under a name in the run's directory; every process must call."""
-        litgpt.pretrain.save_checkpoint(self.fabric, self.state, self.tokenizer_dir, self.out_dir / name / MODEL_FILE)
+        litgpt.pretrain.save_checkpoint(
+            self.fabric, self.state, self._tokenizer_dir, self._plan.out_dir / name / MODEL_FILE
+        )
 
     def _not_saved(self, error: checkpoints.SaveError, directory: Path) -> None:
-        if self.on_save_error == "continue" and directory.name != "final":
+        if self._plan.settings.checkpoint.on_save_error == "continue" and directory.name != "final":
             self.fabric.print(f"  {error}. Training goes on without it (checkpoint.on_save_error: continue).")
             return
-        kept = [str(path) for path in newest_first(self.out_dir)[:1]]
+        kept = [str(path) for path in newest_first(self._plan.out_dir)[:1]]
         raise TrainingStopped(
             f"{error}. The checkpoints before it are whole{', the newest is ' + kept[0] if kept else ''}. Free some "
             "space and continue with --resume auto; --checkpoint.on_save_error continue trains on without checkpoints."
         ) from error
 
     def _between_iterations(self) -> None:
+        self._started = self._started or time.perf_counter()
         accumulation = self.train.gradient_accumulation_iters(self.fabric.world_size)
         if self.state["iter_num"] % accumulation:
             # Gradients that wait for the rest of their step are not part of a checkpoint.
             return
         step = self.state["step_count"]
-        if signal_number := self.stop_requests.agreed(self.fabric):
-            directory = self.out_dir / f"step-{step:08d}"
-            if step and directory != self.last_saved:
+        if signal_number := self._stop_requests.agreed(self.fabric):
+            directory = self._plan.out_dir / f"step-{step:08d}"
+            if step and directory != self._last_saved:
                 self.save(directory.name)
             raise TrainingInterrupted(signal_number, directory if step else None)
-        if self.limits.reached(step, self.fabric):
+        if self._limits.reached(step, self.fabric):
             # Ends LitGPT's `for` loop; the final validation and checkpoint follow.
-            self.limits_reached = True
+            self._limits_reached = True
             self.fabric.call("on_last_step", state=self.state)
             raise StopIteration
         self.fabric.call("on_step_begin", state=self.state)
@@ -219,7 +225,9 @@ class HookedLoop:
     def _learning_rate(self, peak: float, _iteration: int, warmup_iters: int, max_iters: int, floor: float) -> float:
         accumulation = self.train.gradient_accumulation_iters(self.fabric.world_size)
         warmup_steps, total_steps = schedule_steps(warmup_iters, max_iters, accumulation)
-        return self.optimization.learning_rate(self.state["step_count"], peak, floor, warmup_steps, total_steps)
+        return self._equipment.optimization.learning_rate(
+            self.state["step_count"], peak, floor, warmup_steps, total_steps
+        )
 
     def _settle_random_state(self) -> None:
         # At the first batch, because building the data iterator and the sanity check of the validation draw random
@@ -238,4 +246,4 @@ class HookedLoop:
                 f"The checkpoint has the random generators of {len(saved)} processes and there are "
                 f"{fabric.world_size} now: they start anew, which matters only where training draws from them."
             )
-        random_state.part_ways(self.settings.get("seed", 0), fabric.global_rank, fabric.world_size, fabric.step)
+        random_state.part_ways(self._plan.settings.seed, fabric.global_rank, fabric.world_size, fabric.step)

@@ -32,8 +32,6 @@ def commands(recipe: str, program: str) -> list[list[str]]:
 @functools.cache
 def values_of(recipe: str, *arguments: str) -> dict[str, Any]:
     """Return the settings of a recipe as training gets them; not to be changed."""
-    from litgpt_moe_ext.cli.train import build_parser, normalize
+    from litgpt_moe_ext.cli.train import read_settings
 
-    parser = build_parser()
-    arguments = normalize(["--config", str(path_of(recipe)), *arguments], path_of(recipe))
-    return parser.instantiate_classes(parser.parse_args(arguments)).as_dict()
+    return vars(read_settings(["--config", str(path_of(recipe)), *arguments]))

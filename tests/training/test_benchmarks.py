@@ -12,12 +12,13 @@ import torch
 from litgpt import Tokenizer
 
 from litgpt_moe_ext.cli.train import main
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.hellaswag import as_question, evaluate, load_items
 from litgpt_moe_ext.evaluation.loading import load_model
 from litgpt_moe_ext.evaluation.tokenization import encoder
+from litgpt_moe_ext.training.equip import check_strategy_fits
 from litgpt_moe_ext.training.parallel.strategies import make_strategy
-from litgpt_moe_ext.training.run import Run
-from litgpt_moe_ext.training.settings import DistributedArgs, EvaluateArgs
+from litgpt_moe_ext.training.settings import DistributedArgs, EvaluateArgs, Settings
 from tests.training.conftest import ROOT, RUN_TRAIN, logged
 
 ENDINGS = ["return x", "pass", "def f", "import os", "if a", "else", "self", "is not"]
@@ -138,7 +139,7 @@ def test_after_every_validation(recipe, tmp_path, hellaswag_file):
 
 
 def test_a_failing_benchmark_is_not_worth_a_run(recipe, tmp_path, hellaswag_file, monkeypatch, capsys):
-    from litgpt_moe_ext.evaluation.training_benchmarks import HellaSwag
+    from litgpt_moe_ext.evaluation.benchmarks import HellaSwag
 
     def broken(*_args):
         raise RuntimeError("out of luck")
@@ -176,7 +177,7 @@ class TestWrongInputs:
         assert "the model reads 4 at once" in error
 
     def test_what_fails_with_the_first_batch(self, recipe, hellaswag_file, monkeypatch, capsys):
-        from litgpt_moe_ext.evaluation import training_benchmarks as benchmarks
+        from litgpt_moe_ext.evaluation import benchmarks
 
         def broken(*_args):
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -198,18 +199,18 @@ class TestWrongInputs:
         assert "evaluate: needs a tokenizer; give tokenizer_dir" in self.refused(capsys, "--config", file)
 
     def test_sharded_models(self, hellaswag_file):
-        run = Run.__new__(Run)
-        run.fabric = SimpleNamespace(strategy=make_strategy("fsdp2", 2, 1, DistributedArgs(), "cpu"))
-        run.require_whole_model(EvaluateArgs())
-        with pytest.raises(ValueError, match="no process holds a whole model; use strategy: ddp"):
-            run.require_whole_model(EvaluateArgs(hellaswag=hellaswag_file))
+        fabric = SimpleNamespace(strategy=make_strategy("fsdp2", 2, 1, DistributedArgs(), "cpu"))
+        check_strategy_fits(SimpleNamespace(plan=SimpleNamespace(settings=Settings()), fabric=fabric))
+        wanted = Settings(evaluate=EvaluateArgs(hellaswag=hellaswag_file))
+        with pytest.raises(SettingsError, match="no process holds a whole model; use strategy: ddp"):
+            check_strategy_fits(SimpleNamespace(plan=SimpleNamespace(settings=wanted), fabric=fabric))
 
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"hellaswag": Path("x"), "every_steps": 0}, "evaluate.every_steps: 0 must be at least 1"),
-            ({"hellaswag": Path("x"), "max_items": 0}, "evaluate.max_items: 0 must be at least 1"),
-            ({"hellaswag": Path("x"), "batch_size": 0}, "evaluate.batch_size: 0 must be at least 1"),
+            ({"hellaswag": Path("x"), "every_steps": 0}, "evaluate.every_steps: 0 must be an integer of at least 1"),
+            ({"hellaswag": Path("x"), "max_items": 0}, "evaluate.max_items: 0 must be an integer of at least 1"),
+            ({"hellaswag": Path("x"), "batch_size": 0}, "evaluate.batch_size: 0 must be an integer of at least 1"),
             ({"every_steps": 10}, "evaluate.every_steps: 10 evaluates nothing"),
         ],
         ids=str,

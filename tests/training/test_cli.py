@@ -1,22 +1,19 @@
-"""The command line: short forms, precedence, plain error messages."""
+"""The command line: short forms, precedence, one line for what is wrong."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from litgpt_moe_ext.cli.parser_errors import annotation_in, near_name, plain_error, value_in
-from litgpt_moe_ext.cli.recipe_files import check_recipe, place_of
-from litgpt_moe_ext.cli.train import (
-    build_parser,
-    main,
-    normalize,
-    take_nulls,
-    take_optimizer_keys,
-    with_optimizer_keys,
-)
+from litgpt_moe_ext.cli.given import Given, load_value, read_flags
+from litgpt_moe_ext.cli.recipe_files import check_recipe
+from litgpt_moe_ext.cli.train import main, normalize, read_settings
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checkpoint.resume import find_resume_file
+from tests.training.conftest import ROOT
 
 DEFAULT = Path("default.yaml")
 
@@ -42,143 +39,141 @@ def test_normalize(given, expected):
     assert normalize(given, DEFAULT) == expected
 
 
-def test_config_without_a_file():
-    with pytest.raises(SystemExit, match="--config needs the path of a YAML file"):
-        normalize(["--config"], DEFAULT)
-
-
-def parse(*arguments: str, default: Path):
-    return build_parser().parse_args(normalize(arguments, default))
-
-
 def test_command_line_beats_file_beats_default(recipe):
-    file = recipe()
-    parsed = parse("--seed", "7", "--train.max_tokens", "999", "--config", str(file), default=DEFAULT)
-    assert (parsed.seed, parsed.train.max_tokens) == (7, 999)
-    assert parsed.train.micro_batch_size == 2, "from the file"
-    assert parsed.num_nodes == 1, "the default"
+    first, second = recipe("first"), recipe("second", seed=3, train={"max_tokens": 256})
+    settings = read_settings(["--train.max_tokens", "999", "--config", str(first), "--config", str(second)])
+    assert (settings.seed, settings.train.max_tokens) == (3, 999)
+    assert settings.train.micro_batch_size == 2, "from the first file"
+    assert settings.num_nodes == 1, "the default"
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"), [("auto", "auto"), ("true", True), ("false", False), ("some/dir", Path("some/dir"))]
+    ("name", "given", "expected"),
+    [
+        ("resume", "auto", "auto"),
+        ("resume", "true", True),
+        ("resume", "false", False),
+        ("resume", "some/dir", Path("some/dir")),
+        ("compile", "auto", "auto"),
+        ("compile", "true", True),
+        ("devices", "2", 2),
+        ("train.max_tokens", "3e4", 30_000),
+        ("train.min_lr", "3e-4", 3e-4),
+        ("log.run", "123", "123"),
+        ("model_config.n_shared_expert", "null", None),
+        ("data.vocab_size", "400", 400),
+        ("data.init_args.vocab_size", "400", 400),
+        ("sample.prompts+", "x", ["x"]),
+    ],
 )
-def test_resume(recipe, given, expected):
-    assert parse("--resume", given, default=recipe()).resume == expected
+def test_flags(recipe, given, name, expected):
+    value = read_settings([f"--{name}", given], recipe())
+    for part in name.removesuffix("+").replace(".init_args", "").split("."):
+        value = getattr(value, part)
+    assert value == expected
+    assert type(value) is type(expected) or isinstance(value, Path)
 
 
-@pytest.mark.parametrize(("given", "expected"), [("auto", "auto"), ("true", True), ("false", False)])
-def test_compile(recipe, given, expected):
-    assert parse("--compile", given, default=recipe()).compile == expected
+@pytest.mark.parametrize("name", ["optimizer.lr", "optimizer.init_args.lr"])
+@pytest.mark.parametrize("rate", ["3e-4", "1e-3", "0.125"])
+def test_learning_rates_as_people_write_them(recipe, name, rate):
+    optimizer = read_settings([f"--{name}", rate], recipe()).optimizer
+    assert optimizer == {"class_path": "torch.optim.AdamW", "init_args": {"lr": float(rate)}}
+
+
+def test_another_optimizer(recipe):
+    """Its name replaces the recipe's with its arguments; what follows is the new one's."""
+    assert read_settings(["--optimizer", "SGD"], recipe()).optimizer == "SGD"
+    given = ["--optimizer", "SGD", "--optimizer.lr=1e-1", "--optimizer.momentum", "0.9"]
+    expected = {"class_path": "SGD", "init_args": {"lr": 0.1, "momentum": 0.9}}
+    assert read_settings(given, recipe()).optimizer == expected
+
+
+def test_a_short_name_with_arguments_trains(recipe):
+    arguments = ["--optimizer", "SGD", "--optimizer.lr", "1e-1", "--train.max_tokens", "256"]
+    assert main(["--config", str(recipe()), *arguments]) == 0
 
 
 def test_print_config(recipe, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        parse("--print_config", default=recipe())
-    assert exit_.value.code == 0
-    assert "mlp_class_name: SharedExpertMoE" in capsys.readouterr().out
+    given = ["--print_config", "--optimizer.lr", "0.5", "--model_config.n_shared_expert", "null"]
+    assert main(["--config", str(recipe()), *given]) == 0
+    output = capsys.readouterr().out
+    for line in ("mlp_class_name: SharedExpertMoE", "lr: 0.5", "n_shared_expert: null", "n_expert: 8", "seed: 42"):
+        assert line in output
 
 
-def test_plain_error():
-    message = """Parser key "model_config":
-  Does not validate against any of the Union subtypes
-  Subtypes: [<class 'NoneType'>, <class 'litgpt.config.Config'>]
-  Errors:
-    - Expected a <class 'NoneType'>
-    - Unrecognized arguments: --n_exprt=4
-  Given value type: <class 'jsonargparse._util.NestedArg'>
-  Given value: NestedArg(key='n_exprt', val='4')"""
-    plain = plain_error(message, lambda path: None, lambda path: None)
-    assert plain == 'Parser key "model_config": Unrecognized arguments: --n_exprt=4'
+def test_what_is_printed_is_a_recipe(recipe, tmp_path, capsys):
+    assert main(["--config", str(recipe()), "--print_config"]) == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    again, first = (read_settings(["--config", str(f)]) for f in (tmp_path / "printed.yaml", recipe()))
+    assert (again.train, again.model_config, again.optimizer) == (first.train, first.model_config, first.optimizer)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--schedule.name", "cosin"], "schedule.name: 'cosin' must be one of cosine, onecycle, wsd"),
-        (["--train.max_tokens=much"], "train.max_tokens: 'much' must be an integer or null"),
-        (["--model_config.n_shared_expert", "x"], "model_config.n_shared_expert: 'x' must be an integer or null"),
-        (
-            ["--model_config.norm_class_name", "x"],
-            "model_config.norm_class_name: 'x' must be one of LayerNorm, RMSNorm",
-        ),
-        (["--precision", "16-true"], "precision: '16-true' must be one of bf16-true, bf16-mixed, 16-mixed, 32-true or"),
+        (["--train.max_tokens=much"], "train.max_tokens: 'much' must be an integer of at least 1"),
+        (["--train.max_steps=much"], "train.max_steps: 'much' must be an integer of at least 1, or null"),
+        (["--model_config.n_shared_expert", "x"], "model_config.n_shared_expert: 'x' must be an integer, or null"),
+        (["--model_config.norm_class_name", "x"], "norm_class_name: 'x' must be one of LayerNorm or RMSNorm"),
+        (["--precision", "16-true"], "precision: '16-true' must be one of bf16-true, bf16-mixed, 16-mixed or 32-true"),
         (["--compile", "maybe"], "compile: 'maybe' must be true or false or auto"),
         (["--evaluate.tasks", "a.yaml"], "evaluate.tasks: 'a.yaml' must be a list such as [a, b]"),
         (["--parameter_groups.no_weight_decay", "norms"], "no_weight_decay: 'norms' must be a list with any of norms"),
-        (["--train.global_batch_size", "null"], "train.global_batch_size: null must be an integer"),
+        (["--train.global_batch_size", "null"], "train.global_batch_size: null must be an integer of at least 1"),
         (["--data.vocab_size", "x"], "data.vocab_size: 'x' must be an integer"),
-        (["--data", "foo"], "Expected a dot import path string: foo"),
-        (["--model_config.n_embd", "null"], "model_config.n_embd: null is no value for it"),
-        (["--model_config.n_exprt", "null"], "--model_config.n_exprt; did you mean model_config.n_expert?"),
-        (["--optimizer", "null"], "optimizer: None must be a name, or class_path and init_args"),
+        (["--data", "foo"], "data.class_path: 'foo' must be the import path of a DataModule"),
+        (["--model_config.n_embd", "null"], "model_config.n_embd: null must be an integer"),
+        (["--model_config.n_exprt", "null"], "did you mean model_config.n_expert?"),
+        (["--optimizer", "null"], "optimizer: null must be text or keys and values"),
+        (["--callbacks", "[{class_path: a.B}]"], "callbacks.0.class_path: 'a.B' must be the import path of a Callback"),
+        (["--trian.max_tokens", "3"], "trian: no setting has this name; did you mean train?"),
+        (["--train.lr_warmup_step", "3"], "did you mean train.lr_warmup_steps?"),
+        (["--max_tokens", "3"], "max_tokens: no setting has this name; did you mean train.max_tokens?"),
+        (["--zzzz", "3"], "zzzz: no setting has this name ("),
+        (["recipe.yaml"], "a recipe is given as --config recipe.yaml"),
+        (["--optimizer.lr"], "optimizer.lr: needs a value"),
+        (["--config"], "config: needs the path of a YAML file"),
     ],
     ids=str,
 )
-def test_wrong_values_are_named(recipe, capsys, arguments, message):
-    with pytest.raises(SystemExit) as exit_:
-        main(["--config", str(recipe()), *arguments])
-    assert exit_.value.code == 2
-    assert message in capsys.readouterr().err
+def test_wrong_flags_are_named(recipe, capsys, arguments, message):
+    file = recipe()
+    assert main(["--config", str(file), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message.removesuffix(" (") in error
+    assert str(file) not in error, "what a flag says stands in no file"
+    assert error.count("\n") == 1
 
 
-def test_wrong_values_of_a_file_are_named(recipe, capsys):
-    for changes, message in (
-        ({"schedule": {"name": "cosin"}}, "schedule.name: 'cosin' must be one of cosine"),
-        ({"model_config": {"n_layer": "x"}}, "model_config.n_layer: 'x' must be an integer"),
-        ({"seed": "x"}, "seed: 'x' must be an integer"),
-    ):
-        with pytest.raises(SystemExit):
-            main(["--config", str(recipe(**changes))])
-        assert message in capsys.readouterr().err
-
-
-def test_null_for_a_field_of_the_model(recipe, capsys):
-    """As in a file, and in whatever order the arguments stand."""
-    given = ["--model_config.n_shared_expert", "null", "--seed", "1", "--model_config.routed_scaling_factor=2"]
-    assert take_nulls([*given, "--model_config.n_query_groups=null"]) == (
-        ["--seed", "1", "--model_config.routed_scaling_factor=2"],
-        ["n_shared_expert", "n_query_groups"],
-    )
-    assert main(["--config", str(recipe()), *given, "--print_config"]) == 0
-    output = capsys.readouterr().out
-    assert "n_shared_expert: null" in output
-    assert "n_expert: 8" in output, "from the file"
-
-
-def test_types_and_values_of_settings(tmp_path):
-    from litgpt.args import TrainArgs
-
-    annotations = {"train": TrainArgs | None, "seed": int}
-    assert annotation_in(annotations, "seed") is int
-    assert annotation_in(annotations, "train.max_tokens") == int | None
-    assert annotation_in(annotations, "train.nothing") is None
-    (tmp_path / "a.yaml").write_text("seed: 3\ntrain: {max_tokens: 5}\n")
-    arguments = ["--config", str(tmp_path / "a.yaml"), "--seed=4"]
-    assert value_in(arguments, "seed") == "4"
-    assert value_in(arguments, "train.max_tokens") == 5
-    assert value_in(arguments, "train.nothing") is None
-
-
-def test_optimizer_keys():
-    given = ["--seed", "1", "--optimizer.init_args.lr", "0.5", "--optimizer.eps=0", "--optimizer.class_path", "a.B"]
-    others, keys = take_optimizer_keys(given)
-    assert others == ["--seed", "1"]
-    assert keys == {"lr": "0.5", "eps": "0", "class_path": "a.B"}
-    configured = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1, "betas": [0.9, 0.95]}}
-    assert with_optimizer_keys(configured, keys) == {
-        "class_path": "a.B",
-        "init_args": {"lr": 0.5, "betas": [0.9, 0.95], "eps": 0},
-    }
-    whole = take_optimizer_keys(["--optimizer", "{class_path: a.C, init_args: {lr: 2}}", "--optimizer.eps", "1"])[1]
-    assert with_optimizer_keys(configured, whole) == {"class_path": "a.C", "init_args": {"lr": 2, "eps": 1}}
-    assert with_optimizer_keys("SGD", {"lr": "1e-1"})["class_path"] == "torch.optim.SGD"
-    with pytest.raises(SystemExit, match="--optimizer.lr needs a value"):
-        take_optimizer_keys(["--optimizer.lr"])
-
-
-def test_learning_rate_from_the_command_line(recipe, capsys):
-    assert main(["--config", str(recipe()), "--optimizer.init_args.lr", "0.125", "--print_config"]) == 0
-    assert "lr: 0.125" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("changes", "message", "key"),
+    [
+        ({"schedule": {"name": "cosin"}}, "schedule.name: 'cosin' must be one of cosine", "  name: cosin"),
+        ({"model_config": {"n_layer": "x"}}, "model_config.n_layer: 'x' must be an integer", "  n_layer: x"),
+        ({"seed": "x"}, "seed: 'x' must be an integer from 0", "seed: x"),
+        ({"train": {"max_norm": -1}}, "train.max_norm: -1 must be a number above 0", "  max_norm: -1"),
+        ({"model_config": {"n_exprt": 4}}, "did you mean model_config.n_expert?", "  n_exprt: 4"),
+        ({"trian": {"max_tokens": 3}}, "did you mean train?", "trian:"),
+        ({"model_config": {"n_expert_per_token": 9}}, "n_expert_per_token: 9 must be", "  n_expert_per_token: 9"),
+        (
+            {"optimizer": {"init_args": {"lr": 0.1, "beta": 1}}},
+            "optimizer.init_args.beta: AdamW has no such argument; did you mean betas?",
+            "    beta: 1",
+        ),
+        ({"train": {"global_batch_size": 7}}, "train.global_batch_size: 7 is not a multiple", "  global_batch_size: 7"),
+    ],
+    ids=str,
+)
+def test_wrong_values_of_a_file_have_a_line(recipe, capsys, changes, message, key):
+    file = recipe(**changes)
+    line = file.read_text().splitlines().index(key) + 1
+    assert main(["--config", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.endswith(f" ({file}:{line})\n")
+    assert "Traceback" not in error
 
 
 @pytest.mark.parametrize(
@@ -197,30 +192,15 @@ def test_files_that_are_no_recipes(tmp_path, content, message):
     file = tmp_path / "recipe.yaml"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(ValueError, match=re.escape(message)) as error:
+    with pytest.raises(SettingsError, match=re.escape(message)) as error:
         check_recipe(file)
     assert str(file) in str(error.value)
 
 
 def test_a_wrong_file_ends_the_command(tmp_path, capsys):
     (tmp_path / "empty.yaml").write_text("")
-    with pytest.raises(SystemExit) as exit_:
-        main(["--config", str(tmp_path / "empty.yaml")])
-    assert exit_.value.code == 2
+    assert main(["--config", str(tmp_path / "empty.yaml")]) == 2
     assert f"--config: '{tmp_path / 'empty.yaml'}' is empty" in capsys.readouterr().err
-
-
-def test_near_names(recipe, capsys):
-    for arguments, suggestion in (
-        (["--config", str(recipe("a", model_config={"n_exprt": 4}))], "did you mean model_config.n_expert?"),
-        (["--config", str(recipe()), "--trian.max_tokens", "3"], "did you mean train.max_tokens?"),
-        (["--config", str(recipe("b", trian={"max_tokens": 3}))], "did you mean train.max_tokens?"),
-        (["--config", str(recipe("c", train={"lr_warmup_step": 3}))], "did you mean train.lr_warmup_steps?"),
-    ):
-        with pytest.raises(SystemExit):
-            main(arguments)
-        assert suggestion in capsys.readouterr().err
-    assert near_name("Unrecognized arguments: --zzzz", ["train.max_tokens"]) == ""
 
 
 def test_resume_from_a_run(tmp_path):
@@ -231,16 +211,74 @@ def test_resume_from_a_run(tmp_path):
         torch.save({}, directory / "lit_model.pth")
         (directory / "model_config.yaml").write_text("")
     assert find_resume_file(tmp_path, Path("elsewhere")) == tmp_path / "step-00000002" / "lit_model.pth"
-    with pytest.raises(FileNotFoundError, match="is not a whole checkpoint"):
+    with pytest.raises(SettingsError, match="is not a whole checkpoint"):
         find_resume_file(tmp_path / "nothing", Path("elsewhere"))
 
 
-def test_only_what_a_file_says_has_a_line(tmp_path):
-    file = tmp_path / "recipe.yaml"
-    file.write_text("optimizer:\n  class_path: SGD\n  init_args:\n    lr: abc\ntrain:\n  max_norm: -1\n")
-    error = "train.max_norm: -1 must be above 0"
-    assert place_of(error, [file], ["--config", str(file)]) == f" ({file}:6)"
-    assert place_of(error, [file], ["--train.max_norm", "-1"]) == ""
-    error = "optimizer: {'init_args': {'lr': 'abc'}} cannot be made"
-    assert place_of(error, [file], ["--config", str(file)]) == f" ({file}:4)"
-    assert place_of(error, [file], ["--optimizer.lr=abc"]) == ""
+class TestGiven:
+    def test_only_what_a_file_says_has_a_line(self, tmp_path):
+        file = tmp_path / "recipe.yaml"
+        file.write_text("optimizer:\n  class_path: SGD\n  init_args:\n    lr: abc\ntrain:\n  max_norm: -1\n")
+        given = Given()
+        given.add_recipe(file)
+        assert given.place_of("train.max_norm") == f"{file}:6"
+        assert given.place_of("optimizer.init_args.lr") == given.place_of("optimizer.lr") == f"{file}:4"
+        assert given.place_of("train.save_interval") == f"{file}:5"
+        assert given.place_of("seed") == ""
+        given.add_flag("train.max_norm", -1)
+        given.add_flag("optimizer.lr", 3)
+        assert given.place_of("train.max_norm") == given.place_of("optimizer.init_args.lr") == ""
+        assert given.tree == {
+            "optimizer": {"class_path": "SGD", "init_args": {"lr": 3}},
+            "train": {"max_norm": -1},
+        }
+
+    def test_another_class_has_other_arguments(self, tmp_path):
+        given = Given()
+        for name, text in (("a", "data: {class_path: A, init_args: {x: 1}}"), ("b", "data: {class_path: B}")):
+            (tmp_path / name).write_text(text)
+            given.add_recipe(tmp_path / name)
+        assert given.tree == {"data": {"class_path": "B"}}
+        given.add_flag("data.y", 2)
+        assert given.tree == {"data": {"class_path": "B", "init_args": {"y": 2}}}
+        given.add_flag("data", "C")
+        given.add_flag("data.z", 3)
+        assert given.tree == {"data": {"class_path": "C", "init_args": {"z": 3}}}
+
+    def test_numbers(self):
+        assert load_value("3e-4") == 3e-4
+        assert load_value("[1e-3, 2]") == [1e-3, 2]
+        assert list(read_flags(["--a", "-1", "--b=--c"])) == [("a", "-1"), ("b", "--c")]
+
+
+CORPUS = """
+from litgpt.data import TextFiles
+
+
+class Broken(TextFiles):
+    def connect(self, **settings):
+        raise ValueError("a bug")
+"""
+
+
+def test_a_bug_keeps_its_traceback_and_a_wrong_setting_is_one_line(recipe, tmp_path):
+    """A ValueError inside a data module is not the user's mistake, although it comes before the first step."""
+    (tmp_path / "broken_corpus.py").write_text(CORPUS)
+    data = {"class_path": "broken_corpus.Broken", "init_args": {"train_data_path": str(tmp_path)}}
+    file = recipe(data=data)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); from litgpt_moe_ext.cli.train import main; sys.exit(main())"
+    )
+
+    def outcome(*arguments: str) -> tuple[int, str]:
+        command = [sys.executable, "-c", code, str(tmp_path), "--config", str(file), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
+        return done.returncode, done.stderr
+
+    status, error = outcome()
+    assert status == 1
+    assert "Traceback" in error
+    assert error.rstrip().endswith("ValueError: a bug")
+    status, error = outcome("--train.max_norm", "0")
+    assert status == 2
+    assert error == "error: train.max_norm: 0 must be a number above 0\n"

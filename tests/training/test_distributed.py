@@ -285,7 +285,7 @@ class TestMakeStrategy:
         [
             ({"name": "deepspeed_stage_1", "accelerator": "cpu"}, "strategy: 'deepspeed_stage_1' needs CUDA devices"),
             ({"name": "ddp", "cpu_offload": True}, "distributed.cpu_offload: True would be ignored"),
-            ({"name": "fsdp2", "bucket_mb": 3}, "distributed.bucket_mb: 3 would be ignored"),
+            ({"name": "fsdp2", "bucket_mb": 3}, "distributed.bucket_mb: 3.0 would be ignored"),
             ({"name": "dpp"}, "strategy: 'dpp' is unknown; choose from auto, ddp"),
         ],
         ids=str,

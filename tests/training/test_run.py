@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from litgpt_moe_ext.cli.train import main
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checkpoint import manifest
 from tests.training.conftest import logged
 
@@ -201,7 +202,7 @@ def test_a_damaged_state_file_is_passed_over(tmp_path, content, capsys):
     (tmp_path / "final" / "training_state.json").write_bytes(content)
     assert find_resume_file("auto", tmp_path) == tmp_path / "step-00000004" / "lit_model.pth"
     (tmp_path / "step-00000004" / "training_state.json").unlink()
-    with pytest.raises(FileNotFoundError, match="only damaged checkpoints"):
+    with pytest.raises(SettingsError, match="only damaged checkpoints"):
         find_resume_file("auto", tmp_path)
     assert "training_state.json" in capsys.readouterr().out
 
@@ -242,21 +243,23 @@ def test_hyperparameters_repeat_the_run(recipe, tmp_path):
     assert logged(tmp_path / "again", "loss") == logged(tmp_path / "out", "loss")
 
 
-def test_setup_from_python(recipe, tmp_path, corpus_settings):
+def test_a_run_from_python(recipe, tmp_path, corpus_settings):
     from litgpt import Config
-    from litgpt.args import EvalArgs, TrainArgs
 
     from litgpt_moe_ext.data import PythonStdlib
-    from litgpt_moe_ext.training.entry import setup
+    from litgpt_moe_ext.training.run import run
+    from litgpt_moe_ext.training.settings import EvalArgs, Settings, TrainArgs
 
     content = yaml.safe_load(recipe().read_text())
-    setup(
-        model_config=Config(**content["model_config"]),
-        out_dir=tmp_path / "out",
-        data=PythonStdlib(**corpus_settings),
-        train=TrainArgs(**content["train"]),
-        eval=EvalArgs(**content["eval"]),
-        devices=1,
+    run(
+        Settings(
+            model_config=Config(**content["model_config"]),
+            out_dir=tmp_path / "out",
+            data=PythonStdlib(**corpus_settings),
+            train=TrainArgs(**content["train"]),
+            eval=EvalArgs(**content["eval"]),
+            devices=1,
+        )
     )
     settings = yaml.safe_load((tmp_path / "out" / "final" / "hyperparameters.yaml").read_text())
     assert settings["data"]["class_path"].endswith("PythonStdlib")
@@ -321,7 +324,7 @@ class TestWrongInputs:
 
     def test_tokenizer_larger_than_the_model(self, recipe, capsys):
         file = recipe(model_config={"vocab_size": 280, "padded_vocab_size": 280})
-        assert "300 tokens, more than the model's padded_vocab_size=280" in self.refused(capsys, "--config", file)
+        assert "300 tokens, more than the model's padded_vocab_size of 280" in self.refused(capsys, "--config", file)
 
     def test_unknown_key(self, recipe, capsys):
         assert "n_exprt" in self.refused(capsys, "--config", recipe(model_config={"n_exprt": 4}))
@@ -398,39 +401,42 @@ class TestWrongInputs:
         ("arguments", "message"),
         [
             (["--global-batch-size", "7"], "train.global_batch_size: 7 is not a multiple"),
-            (["--micro-batch-size", "0"], "train.micro_batch_size: 0 must be at least 1"),
+            (["--micro-batch-size", "0"], "train.micro_batch_size: 0 must be an integer of at least 1"),
             (["--max-seq-length", "33"], "train.max_seq_length: 33 must be from 1 to the model's block_size: 32"),
-            (["--train.max_tokens", "100"], "train.max_tokens: 100 is less than one step of 128 tokens"),
+            (["--train.max_tokens", "100"], "train.max_tokens: 100 must be at least one step of 128 tokens"),
             (
                 ["--sample.prompts", '["x"]', "--sample.max_new_tokens", "0"],
-                "sample.max_new_tokens: 0 must be at least 1",
+                "sample.max_new_tokens: 0 must be an integer of at least 1",
             ),
             (["--initial_checkpoint_dir", "nowhere"], "initial_checkpoint_dir: 'nowhere' does not exist"),
             (["--compile", "maybe"], "compile"),
             (["--precision", "bf15"], "bf16-mixed"),
             (["--model_config.block_size", "0"], "model_config.block_size: 0 must be at least 1"),
-            (["--train.save_interval", "0"], "train.save_interval: 0 must be at least 1; null is never"),
-            (["--train.log_interval", "0"], "train.log_interval: 0 must be at least 1"),
-            (["--eval.interval", "0"], "eval.interval: 0 must be at least 1"),
-            (["--eval.max_iters", "0"], "eval.max_iters: 0 must be at least 1"),
-            (["--seed", "-5"], "seed: -5 must be from 0 to 4294967295"),
-            (["--optimizer", "AdamWW"], "has no attribute 'AdamWW'"),
-            (["--optimizer.init_args.lrr", "0.1"], "unexpected keyword argument 'lrr'"),
-            (["--optimizer.lr", "much"], "'lr': 'much'"),
-            (["--sample.top_k", "0"], "sample.top_k: 0 must be at least 1"),
+            (["--train.save_interval", "0"], "train.save_interval: 0 must be an integer of at least 1, or null"),
+            (["--train.log_interval", "0"], "train.log_interval: 0 must be an integer of at least 1"),
+            (["--eval.interval", "0"], "eval.interval: 0 must be an integer of at least 1"),
+            (["--eval.max_iters", "0"], "eval.max_iters: 0 must be an integer of at least 1"),
+            (["--seed", "-5"], "seed: -5 must be an integer from 0 to 4294967295"),
+            (["--optimizer", "AdamWW"], "optimizer: 'AdamWW' must be the name of a class in torch.optim"),
+            (
+                ["--optimizer.init_args.lrr", "0.1"],
+                "optimizer.init_args.lrr: AdamW has no such argument; did you mean",
+            ),
+            (["--optimizer.lr", "much"], "optimizer.init_args.lr: 'much' must be a number"),
+            (["--sample.top_k", "0"], "sample.top_k: 0 must be an integer of at least 1, or null"),
             (["--model_config.n_head", "3"], "n_embd: 16, n_head: 3 must fulfil n_embd % n_head == 0"),
             (["--model_config.n_query_groups", "3"], "n_head: 4, n_query_groups: 3 must fulfil"),
             (["--logger_name", "mlflow"], "mlflow"),
-            (["--tokenizer_dir", "/nope"], "tokenizer_dir: '/nope' is no directory"),
-            (["--train.max_tokens", "null"], "train.max_tokens: null says not how long to train"),
-            (["--train.epochs", "1"], "train.epochs: 1 has no meaning for pretraining"),
-            (["--train.max_norm", "0"], "train.max_norm: 0.0 must be above 0; null clips no gradient"),
-            (["--train.min_lr", "1"], "train.min_lr: 1.0 is above the optimizer's learning rate 0.01"),
-            (["--devices", "0"], "devices: 0 must be auto or at least 1"),
-            (["--num_nodes", "0"], "num_nodes: 0 must be at least 1"),
+            (["--tokenizer_dir", "/nope"], "tokenizer_dir: '/nope' must be a directory"),
+            (["--train.max_tokens", "null"], "train.max_tokens: null must be an integer of at least 1"),
+            (["--train.epochs", "1"], "train.epochs: 1 must be null for pretraining"),
+            (["--train.max_norm", "0"], "train.max_norm: 0 must be a number above 0"),
+            (["--train.min_lr", "1"], "train.min_lr: 1.0 must be at most the optimizer's learning rate, 0.01"),
+            (["--devices", "0"], "devices: 0 must be auto, -1 or an integer of at least 1"),
+            (["--num_nodes", "0"], "num_nodes: 0 must be an integer of at least 1"),
             (["--out_dir", ""], "out_dir: '.' is the working directory"),
             (["--model_config.n_layer", "0"], "model_config.n_layer: 0 must be at least 1"),
-            (["--peak_tflops", "0"], "peak_tflops: 0.0 must be above 0, or null"),
+            (["--peak_tflops", "0"], "peak_tflops: 0 must be a number above 0, or null"),
         ],
         ids=str,
     )

@@ -5,20 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 from litgpt import Config
-from litgpt.args import TrainArgs
 
 from litgpt_moe_ext.cli import train as cli
 from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.inspect.runs.schedule import planned_rates, schedule_figure
-from litgpt_moe_ext.training.settings import ScheduleArgs
+from litgpt_moe_ext.training.settings import ScheduleArgs, TrainArgs
 from tests.training.conftest import logged
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def settings_of(file: Path):
-    parser = cli.build_parser()
-    return parser.instantiate_classes(parser.parse_args(["--config", str(file)]))
+    return cli.read_settings(["--config", str(file)])
 
 
 @pytest.mark.parametrize("name", ["cosine", "wsd", "onecycle"])

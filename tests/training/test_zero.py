@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from litgpt_moe_ext.training.parallel.deepspeed.settings import (
 )
 from litgpt_moe_ext.training.parallel.facts import facts_of
 from litgpt_moe_ext.training.parallel.strategies import check_strategy, single_process_note
-from litgpt_moe_ext.training.settings import AnomalyArgs, DistributedArgs, EmaArgs
+from litgpt_moe_ext.training.settings import AnomalyArgs, DistributedArgs, EmaArgs, Settings
 from tests.training.conftest import ROOT, logged, recipe_writer
 
 PARTS = ("weights", "gradients", "optimizer")
@@ -84,7 +83,7 @@ class TestSettings:
         ("strategy", "knobs", "accelerator", "message"),
         [
             ("deepspeed_stage_2", {}, "cpu", "strategy: 'deepspeed_stage_2' needs CUDA devices, and there is none"),
-            ("deepspeed_stage_2", {"bucket_mb": 3}, "cuda", "distributed.bucket_mb: 3 would be ignored"),
+            ("deepspeed_stage_2", {"bucket_mb": 3}, "cuda", "distributed.bucket_mb: 3.0 would be ignored"),
             ("deepspeed_stage_2", {"offload_parameters": True}, "cuda", "distributed.offload_parameters: True would"),
             ("deepspeed_stage_3", {"allgather_bucket_size": 2}, "cuda", "distributed.allgather_bucket_size: 2 would"),
             ("ddp", {"overlap_comm": True}, "cpu", "it has distributed.bucket_mb"),
@@ -98,7 +97,7 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("knobs", "message"),
         [
-            ({"reduce_bucket_size": 0}, "distributed.reduce_bucket_size: 0 must be at least 1"),
+            ({"reduce_bucket_size": 0}, "distributed.reduce_bucket_size: 0 must be an integer of at least 1"),
             ({"allgather_bucket_size": 3}, "distributed.allgather_bucket_size: 3 must be even"),
         ],
         ids=str,
@@ -109,21 +108,11 @@ class TestSettings:
 
     def test_not_installed(self, monkeypatch):
         monkeypatch.setattr("litgpt_moe_ext.training.parallel.strategies.find_spec", lambda name: None)
-        with pytest.raises(ImportError, match="'deepspeed_stage_1' needs the package deepspeed.*`uv sync --extra deep"):
+        with pytest.raises(SettingsError, match="'deepspeed_stage_1' needs the package deepspeed.*--extra deep"):
             check_strategy("deepspeed_stage_1", DistributedArgs(), "cuda")
 
     def check(self, strategy: str = "deepspeed_stage_3", **changes):
-        usual = {
-            "precision": None,
-            "optimizer": "AdamW",
-            "compile": "auto",
-            "activation_checkpointing": "none",
-            "anomaly": AnomalyArgs(),
-            "ema": EmaArgs(),
-            "fused_cross_entropy": False,
-            "distributed": DistributedArgs(),
-        }
-        check_combination(SimpleNamespace(strategy=strategy, **{**usual, **changes}))
+        check_combination(Settings(strategy=strategy, **changes))
 
     def test_the_head_is_not_unused(self):
         """The loss does the head's work outside the forward pass of ddp, which would wait for its gradient twice."""

@@ -22,14 +22,11 @@ class Schedule:
     def run(self) -> None:
         """Draw the picture and print its corners."""
         from litgpt_moe_ext.cli.output import print_table, write_bytes
-        from litgpt_moe_ext.cli.recipe_files import check_recipe
-        from litgpt_moe_ext.cli.train import build_parser
+        from litgpt_moe_ext.cli.train import read_settings
         from litgpt_moe_ext.inspect.runs.schedule import planned_rates, schedule_figure
         from litgpt_moe_ext.pictures.style import png
 
-        check_recipe(self.recipe)
-        parser = build_parser()
-        settings = parser.instantiate_classes(parser.parse_args(["--config", str(self.recipe)]))
+        settings = read_settings(["--config", str(self.recipe)])
         own = settings.schedule.name
         rates = {name: planned_rates(settings, name) for name in dict.fromkeys([own, *(self.compare or [])])}
         write_bytes(self.out, png(schedule_figure(rates)))

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import matplotlib
 import torch
@@ -12,22 +11,22 @@ from matplotlib.ticker import EngFormatter
 
 from litgpt_moe_ext.pictures.style import STYLE
 from litgpt_moe_ext.training.optim.optimization import Optimization, count_steps, schedule_steps
-from litgpt_moe_ext.training.settings import ParameterGroupArgs
+from litgpt_moe_ext.training.settings import ParameterGroupArgs, Settings
 
 _STYLES = ("-", "--", "-.", ":")
 
 
-def planned_rates(settings: Any, name: str) -> list[float]:
+def planned_rates(settings: Settings, name: str) -> list[float]:
     """Return the learning rate of every optimizer step of a training, from the code that the training runs.
 
     Args:
-        settings: Of the run, as from the parser of `run_train.py`.
+        settings: Of the run.
         name: Shape of the schedule, in place of the recipe's.
 
     Raises:
         ValueError: If the training has no step, or needs its data to know the length of the warm-up.
     """
-    train = settings.train
+    train = settings.train.for_litgpt()
     if train.lr_warmup_fraction:
         raise ValueError(
             f"train.lr_warmup_fraction: {train.lr_warmup_fraction} is a part of the data's length, which is not known "
@@ -65,7 +64,7 @@ def schedule_figure(rates: Mapping[str, Sequence[float]]) -> Figure:
     return figure
 
 
-def _block_size(settings: Any) -> int:
+def _block_size(settings: Settings) -> int:
     if settings.model_config is not None:
         return settings.model_config.block_size
     from litgpt import Config

@@ -30,7 +30,8 @@ class ActivationCheckpointing(Callback):
 
     def on_before_setup(self, model: nn.Module) -> None:
         """Wrap the blocks' `forward`, which leaves the names of parameters as they are."""
-        for block in model.transformer.h:
+        layers: Any = model.get_submodule("transformer.h")
+        for block in layers:
             if self._mode == "full":
                 block.forward = _recomputed(block.forward)
             else:

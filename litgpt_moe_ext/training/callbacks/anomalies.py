@@ -65,34 +65,33 @@ class GradientGuard(Callback):
         finite = value == value and value != float("inf")
         if not finite and scaled:
             return  # the gradient scaler tries a smaller scale, and leaves the step out itself
-        problem = None if finite else f"the gradient norm is {value}"
-        action = self._args.on_nonfinite
-        if finite and (median := self._median()) is not None and value > self._args.spike_factor * median:
+        problem, setting = (None, "") if finite else (f"the gradient norm is {value}", "on_nonfinite")
+        factor, median = self._args.spike_factor, self._median()
+        if finite and factor is not None and median is not None and value > factor * median:
             problem = f"the gradient norm is {value:.3g}, the median of the last {self._args.window} is {median:.3g}"
-            action = self._args.on_spike
-        if finite and self._args.spike_factor is not None:
+            setting = "on_spike"
+        if finite and factor is not None:
             # Spikes as well: one does not move a median, and a lasting change of level must become the usual.
             self._norms.append(value)
         if problem is None:
             self._skipped_in_a_row = 0
             return
-        self._act(problem, action, module, optimizer)
+        self._act(problem, setting, module, optimizer)
 
     def _median(self) -> float | None:
         if self._args.spike_factor is None or len(self._norms) < self._args.window:
             return None
         return statistics.median(self._norms)
 
-    def _act(self, problem: str, action: str, module: torch.nn.Module, optimizer: Any) -> None:
+    def _act(self, problem: str, setting: str, module: torch.nn.Module, optimizer: Any) -> None:
         # The scale of this step's loss, which is not finite either, must not reach another training of this process.
         forget_scale()
         file = self._save(problem)
         step = self._before["step"]
-        setting = "anomaly.on_spike" if "median" in problem else "anomaly.on_nonfinite"
-        if action == "stop":
+        if getattr(self._args, setting) == "stop":
             raise TrainingStopped(
                 f"in step {step + 1} {problem}. The weights are still those after step {step}; the batch is in {file}. "
-                f"--resume auto continues from the last checkpoint; with --{setting} skip such steps are left out."
+                f"--resume auto continues from the last checkpoint; --anomaly.{setting} skip leaves such steps out."
             )
         self.skipped += 1
         self._skipped_in_a_row += 1

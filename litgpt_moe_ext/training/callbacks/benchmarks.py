@@ -1,12 +1,13 @@
 """Benchmarks while training, logged beside the losses; the training goes on as if nothing had happened."""
 
+from __future__ import annotations
+
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning as L
 import numpy as np
 from litgpt import GPT, Tokenizer
 
@@ -14,6 +15,9 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.parallel import random_state
 from litgpt_moe_ext.training.settings import EvaluateArgs
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.training.fabric import TrainingFabric
 
 
 def check_benchmarks(args: EvaluateArgs) -> None:
@@ -24,23 +28,23 @@ def check_benchmarks(args: EvaluateArgs) -> None:
         try:
             load_items(args.hellaswag, limit=1)
         except (OSError, ValueError) as error:
-            raise ValueError(f"evaluate.hellaswag: {error}") from error
+            raise SettingsError(f"evaluate.hellaswag: {error}") from error
     if args.tasks:
         from litgpt_moe_ext.evaluation.lm_eval_tasks import load_task_file
 
-        names = []
+        names: list[str] = []
         for file in args.tasks:
             try:
-                names.append(load_task_file(file).config.task)
+                names.append(str(load_task_file(file).config.task))
             except (OSError, ValueError) as error:
-                raise ValueError(f"evaluate.{error}") from error
+                raise SettingsError(f"evaluate.{error}") from error
         if repeated := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"evaluate.tasks: the task {', '.join(sorted(repeated))} is defined in several files")
+            raise SettingsError(f"evaluate.tasks: the task {', '.join(sorted(repeated))} is defined in several files")
 
 
 def make_benchmarks(
-    args: EvaluateArgs, tokenizer: Tokenizer, tokenizer_dir: Path, block_size: int, fabric: L.Fabric
-) -> "TrainingBenchmarks":
+    args: EvaluateArgs, tokenizer: Tokenizer, tokenizer_dir: Path, block_size: int, fabric: TrainingFabric
+) -> TrainingBenchmarks:
     """Return the callback that evaluates a model of this tokenizer and length of input."""
     from litgpt_moe_ext.evaluation.hellaswag import load_items
     from litgpt_moe_ext.evaluation.training_benchmarks import HellaSwag, TaskFile
@@ -66,8 +70,8 @@ class TrainingBenchmarks(Callback):
         self._benchmarks, self._every_steps = benchmarks, every_steps
         self._evaluated_step = 0
 
-    def on_after_setup(self, fabric: L.Fabric, module: Any) -> None:
-        # Not compiled: the lengths of the texts differ from batch to batch.
+    def on_after_setup(self, fabric: TrainingFabric, module: Any) -> None:
+        """Keep the model; not compiled, because the lengths of the texts differ from batch to batch."""
         self._fabric, self._model = fabric, module.module
 
     def on_fit_begin(self, resume_dir: Path | None) -> None:
@@ -80,15 +84,18 @@ class TrainingBenchmarks(Callback):
                     raise SettingsError(f"evaluate: {type(benchmark).__name__} does not work: {error}") from error
 
     def on_step_begin(self, state: dict[str, Any]) -> None:
+        """Evaluate if the last step was one of those."""
         step = state["step_count"]
         if self._every_steps is not None and step and step % self._every_steps == 0:
             self._evaluate(step)
 
     def on_last_step(self, state: dict[str, Any]) -> None:
+        """Evaluate the finished model."""
         if self._every_steps is not None:
             self._evaluate(state["step_count"])
 
     def on_logged(self, metrics: dict[str, Any]) -> None:
+        """Evaluate after a validation if there is no interval of its own."""
         if self._every_steps is None and "val_loss" in metrics:
             self._evaluate(self._fabric.step)
 
@@ -115,7 +122,7 @@ class TrainingBenchmarks(Callback):
 
 
 @contextlib.contextmanager
-def undisturbed(fabric: L.Fabric, model: GPT) -> Iterator[GPT]:
+def undisturbed(fabric: TrainingFabric, model: GPT) -> Iterator[GPT]:
     """Give the model in evaluation mode and the training's precision; put back mode and random generators.
 
     lm-eval and its tasks may draw from Python's, NumPy's and torch's generators.

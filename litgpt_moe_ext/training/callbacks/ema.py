@@ -31,11 +31,11 @@ class WeightAverage(Callback):
 
     def __init__(self, args: EmaArgs) -> None:
         self._update = get_ema_multi_avg_fn(args.decay)
-        self._model: nn.Module | None = None
         self._average: dict[str, Tensor] = {}
         self._columns: list[tuple[list[Tensor], list[Tensor]]] = []
 
     def on_after_setup(self, fabric: L.Fabric, module: nn.Module) -> None:
+        """Keep the model."""
         self._fabric, self._model = fabric, module
 
     def on_fit_begin(self, resume_dir: Path | None) -> None:
@@ -60,6 +60,7 @@ class WeightAverage(Callback):
 
     @torch.no_grad()
     def on_after_optimizer_step(self, strategy: Any, optimizer: Any) -> None:
+        """Move the average towards the new weights."""
         for averages, weights in self._columns:
             self._update(averages, [weight.float() for weight in weights], None)
 

@@ -1,14 +1,18 @@
 """Heat maps of the experts' load over the steps of a run, for loggers that show pictures."""
 
-from typing import Any
+from __future__ import annotations
 
-import lightning as L
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 from lightning.fabric.loggers import TensorBoardLogger
 from lightning.pytorch.loggers import WandbLogger
 
 from litgpt_moe_ext.pictures.expert_load import load_over_steps_figure, loads_by_layer
 from litgpt_moe_ext.training.callback import Callback
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.training.fabric import TrainingFabric
 
 NAME = "moe/expert_load"
 
@@ -66,10 +70,12 @@ class ExpertImages(Callback):
     def __init__(self, name: str) -> None:
         self._name, self._history = name, LoadHistory()
 
-    def on_after_setup(self, fabric: L.Fabric, module: Any) -> None:
+    def on_after_setup(self, fabric: TrainingFabric, module: Any) -> None:
+        """Keep the fabric, whose logger shows the pictures."""
         self._fabric = fabric
 
     def on_logged(self, metrics: dict[str, Any]) -> None:
+        """Collect a line of training; draw after a validation."""
         if not self._fabric.is_global_zero:
             return
         if "loss" in metrics and (loads := loads_by_layer(metrics)):
@@ -80,7 +86,8 @@ class ExpertImages(Callback):
                 self._log(_draw(self._name, steps, layers))
 
     def _log(self, image_HWC: np.ndarray) -> None:
-        logger, step = self._fabric.logger, self._fabric.step
+        logger: Any = self._fabric.logger
+        step = self._fabric.step
         if isinstance(logger, WandbLogger):
             logger.log_image(NAME, [image_HWC], step=step)
         else:

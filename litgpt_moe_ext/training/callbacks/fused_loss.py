@@ -15,14 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.moe.gradient_injection import remember_scale
 from litgpt_moe_ext.training.callback import Callback
 
 
 def require_torch() -> None:
-    """Raise ImportError unless the installed torch has the loss that `linear_loss` uses."""
+    """Raise SettingsError unless the installed torch has the loss that `linear_loss` uses."""
     if not hasattr(F, "linear_cross_entropy"):
-        raise ImportError(
+        raise SettingsError(
             f"fused_cross_entropy: true needs a torch that has torch.nn.functional.linear_cross_entropy; "
             f"{torch.__version__} has none. Upgrade torch, or leave the setting out."
         )
@@ -40,12 +41,14 @@ class FusedLoss(Callback):
 
     def on_before_setup(self, model: nn.Module) -> None:
         """Have the head of the model hand on its input while it trains."""
-        if model.config.final_logit_softcapping is not None:
-            raise ValueError(
+        config: Any = model.config
+        if config.final_logit_softcapping is not None:
+            raise SettingsError(
                 f"fused_cross_entropy: true cannot be combined with final_logit_softcapping: "
-                f"{model.config.final_logit_softcapping}"
+                f"{config.final_logit_softcapping}"
             )
-        head = self._head = model.lm_head
+        head: Any = model.get_submodule("lm_head")
+        self._head = head
         project = head.forward
 
         def forward(x_BTD: Tensor) -> Tensor:
@@ -64,7 +67,7 @@ class FusedLoss(Callback):
         """
 
         def loss(logits: Tensor | list[Tensor], targets: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if not self._waiting:
+            if not self._waiting or self._head is None or isinstance(logits, list):
                 return cross_entropy(logits, targets, *args, **kwargs)
             self._waiting = False
             return remember_scale(linear_loss(logits, targets, self._head))

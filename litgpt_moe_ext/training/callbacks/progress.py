@@ -66,6 +66,7 @@ class Reporter(Callback):
             print(message, flush=True)
 
     def on_logged(self, metrics: dict[str, Any]) -> None:
+        """Show a line of training or of validation."""
         if "val_loss" in metrics:
             self.val_loss = float(metrics["val_loss"])
             self.say(f"  validation loss {self.val_loss:.4f}, perplexity {float(metrics['val_ppl']):.2f}")
@@ -73,6 +74,7 @@ class Reporter(Callback):
             self._training(metrics)
 
     def on_checkpoint_saved(self, directory: Path) -> None:
+        """Say where a checkpoint is."""
         self.say(f"  saved {directory}")
 
     def _training(self, metrics: dict[str, Any]) -> None:

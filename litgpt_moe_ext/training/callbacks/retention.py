@@ -71,19 +71,20 @@ class Retention(Callback):
         """See to it that `best` is what the checkpoint says, which was saved a moment before it was made."""
         if resume_dir is None or self._best is None:
             return
-        problem = agree(self._fabric, lambda: self._find_best(resume_dir))
+        best = self._best
+        problem = agree(self._fabric, lambda: self._find_best(best, resume_dir))
         if problem is not None:
             self._fabric.print(problem)
             self._best = None
 
-    def _find_best(self, resume_dir: Path) -> str | None:
-        if self._best.is_in(self._out_dir / BEST):
+    def _find_best(self, best: Best, resume_dir: Path) -> str | None:
+        if best.is_in(self._out_dir / BEST):
             return None
         for directory in (resume_dir, *newest_first(self._out_dir)):
-            if self._best.is_in(directory) and problem_with(directory) is None:
+            if best.is_in(directory) and problem_with(directory) is None:
                 return self._link_best(directory)
         return (
-            f"The checkpoint of the best validation loss so far ({self._best.loss:.3f} after step {self._best.step}) "
+            f"The checkpoint of the best validation loss so far ({best.loss:.3f} after step {best.step}) "
             "is missing: from here on the best is counted anew."
         )
 

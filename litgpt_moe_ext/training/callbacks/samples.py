@@ -24,9 +24,11 @@ class TextSamples(Callback):
         self._tokenizer = tokenizer
 
     def on_after_setup(self, fabric: L.Fabric, module: Any) -> None:
+        """Keep the model."""
         self._fabric, self._model = fabric, module.module
 
     def on_logged(self, metrics: dict[str, Any]) -> None:
+        """Write after a validation, on the first process."""
         if "val_loss" in metrics and self._fabric.is_global_zero:
             for prompt in self._args.prompts:
                 try:

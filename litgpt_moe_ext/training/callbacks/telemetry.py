@@ -35,12 +35,15 @@ class Telemetry(Callback):
         self._previous: tuple[float, int] | None = None
 
     def on_flops_counted(self, flops_per_token: float) -> None:
+        """Note the arithmetic of a token."""
         self._flops_per_token = flops_per_token
 
     def on_batch(self, batch: Tensor, waited: float) -> None:
+        """Add up the waiting."""
         self._waited += waited
 
     def on_log(self, metrics: dict[str, Any]) -> None:
+        """Add the measurements to a line of training."""
         if "loss" not in metrics:
             return
         now, tokens = time.perf_counter(), metrics["total_tokens"]

@@ -7,11 +7,12 @@ from typing import Any
 import yaml
 
 from litgpt_moe_ext.config.features import MOE_CLASS_NAMES
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checkpoint.hyperparameters import read
 
 
 def require_same_model(setting: str, checkpoint_dir: Path, config: Any) -> None:
-    """Raise ValueError, naming the fields that differ, if a checkpoint holds another model than `config` describes.
+    """Raise SettingsError, naming the fields that differ, if a checkpoint holds another model than `config` describes.
 
     Args:
         setting: Name of the setting that names the checkpoint.
@@ -22,7 +23,7 @@ def require_same_model(setting: str, checkpoint_dir: Path, config: Any) -> None:
     try:
         saved = asdict(type(config).from_file(file))
     except (TypeError, ValueError, AssertionError, yaml.YAMLError, OSError) as error:
-        raise ValueError(f"{setting}: {file} cannot be read: {error}") from error
+        raise SettingsError(f"{setting}: {file} cannot be read: {error}") from error
     differences = [
         f"{name} is {saved.get(name)!r} in the checkpoint and {value!r} now"
         for name, value in asdict(config).items()
@@ -32,14 +33,16 @@ def require_same_model(setting: str, checkpoint_dir: Path, config: Any) -> None:
         remedy = "Use its model configuration, or start anew with another --out_dir."
         if setting == "initial_checkpoint_dir" and config.mlp_class_name in MOE_CLASS_NAMES and not saved["n_expert"]:
             remedy = f"`litgpt-moe upcycle {checkpoint_dir} RECIPE NEW_DIRECTORY` makes an MoE model of this dense one."
-        raise ValueError(f"{setting}: {str(checkpoint_dir)!r} holds another model: {'; '.join(differences)}. {remedy}")
+        raise SettingsError(
+            f"{setting}: {str(checkpoint_dir)!r} holds another model: {'; '.join(differences)}. {remedy}"
+        )
 
 
 def require_same_optimizer(checkpoint_dir: Path, settings: dict[str, Any]) -> None:
-    """Raise ValueError if the optimizer whose state a checkpoint holds is of another class than that of `settings`."""
+    """Raise SettingsError if a checkpoint holds the state of an optimizer of another class than the settings name."""
     before, now = _class_name(read(checkpoint_dir).get("optimizer")), _class_name(settings["optimizer"])
     if before is not None and before != now:
-        raise ValueError(
+        raise SettingsError(
             f"resume: {str(checkpoint_dir)!r} holds the state of the optimizer {before}, not of {now}. Resume with "
             f"{before}, or start anew from its weights with initial_checkpoint_dir."
         )

@@ -5,6 +5,7 @@ training was started from Python. Here it is made from the values that the run r
 """
 
 import dataclasses
+import inspect
 import os
 from enum import Enum
 from pathlib import Path
@@ -12,11 +13,13 @@ from typing import Any
 
 import yaml
 
+from litgpt_moe_ext.training.callback import Callback
+
 FILE_NAME = "hyperparameters.yaml"
 
 
 def to_plain(value: Any) -> Any:
-    """Turn an argument of `setup` into plain data that YAML holds and jsonargparse reads back.
+    """Turn a setting into plain data that YAML holds and jsonargparse reads back.
 
     Dataclasses become dictionaries, without fields that are None and have None as default; data modules become a class
     path with their arguments.
@@ -31,6 +34,8 @@ def to_plain(value: Any) -> Any:
         return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_plain(item) for item in value]
+    if isinstance(value, Callback):
+        return _named(value, _arguments_of(value))
     if dataclasses.is_dataclass(value):
         fields = {
             f.name: to_plain(getattr(value, f.name))
@@ -38,10 +43,25 @@ def to_plain(value: Any) -> Any:
             if f.init and not _unset(f, value)
         }
         if _is_data_module(value):
-            cls = type(value)
-            return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": fields}
+            return _named(value, fields)
         return fields
     raise TypeError(f"cannot write {type(value).__name__} {value!r} to {FILE_NAME}")
+
+
+def _named(value: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    cls = type(value)
+    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": to_plain(arguments)}
+
+
+def _arguments_of(value: Any) -> dict[str, Any]:
+    kept = vars(value)
+    names = inspect.signature(type(value)).parameters
+    if missing := [name for name in names if name not in kept and f"_{name}" not in kept]:
+        raise TypeError(
+            f"cannot write {type(value).__qualname__} to {FILE_NAME}: it must keep its argument {missing[0]} as an "
+            "attribute of that name"
+        )
+    return {name: kept.get(name, kept.get(f"_{name}")) for name in names}
 
 
 def _unset(field: dataclasses.Field, value: Any) -> bool:

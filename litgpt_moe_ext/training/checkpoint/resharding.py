@@ -7,6 +7,8 @@ expressed in batches of any other size, as long as it is a whole number of them.
 
 from typing import Any
 
+from litgpt_moe_ext.errors import SettingsError
+
 
 def convert_position(state: dict[str, Any], batch_size: int, world_size: int) -> dict[str, Any]:
     """Return a data loader's state in batches of `batch_size` windows on each of `world_size` processes.
@@ -17,7 +19,7 @@ def convert_position(state: dict[str, Any], batch_size: int, world_size: int) ->
         world_size: Number of processes of the present run.
 
     Raises:
-        ValueError: If the position lies inside a batch of the present run.
+        SettingsError: If the position lies inside a batch of the present run.
     """
     saved = state.get("fingerprint") or {}
     if "batch_size" not in saved or "world_size" not in saved:
@@ -25,7 +27,7 @@ def convert_position(state: dict[str, Any], batch_size: int, world_size: int) ->
     windows = state["position"] * saved["batch_size"] * saved["world_size"]
     batch = batch_size * world_size
     if windows % batch:
-        raise ValueError(
+        raise SettingsError(
             f"train.micro_batch_size: {batch_size} on {world_size} process(es) makes batches of {batch}; the "
             f"checkpoint stands after {windows} sequences of its epoch, which is no multiple. Use "
             f"{saved['batch_size']} on {saved['world_size']} process(es), as it did, or another divisor"
@@ -44,11 +46,11 @@ def convert_iterations(iterations: int, saved_batch: int, batch: int, accumulati
         accumulation: Iterations of an optimizer step in the present run.
 
     Raises:
-        ValueError: If the result is not the end of an optimizer step.
+        SettingsError: If the result is not the end of an optimizer step.
     """
     sequences = iterations * saved_batch
     if sequences % (batch * accumulation):
-        raise ValueError(
+        raise SettingsError(
             f"train.global_batch_size: {batch * accumulation} does not divide the {sequences} sequences that the "
             "checkpoint was trained on; resume with the batch it had, or one that does"
         )

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checkpoint import manifest
 from litgpt_moe_ext.training.checkpoint.progress import MODEL_FILE, STATE_FILE, newest_first, read_progress
 
@@ -44,7 +45,7 @@ def find_resume_file(
         say: Told about every checkpoint that is passed over.
 
     Raises:
-        FileNotFoundError: If a checkpoint was asked for and there is no whole one.
+        SettingsError: If a checkpoint was asked for and there is no whole one.
     """
     if resume is False or resume is None:
         return False
@@ -53,7 +54,7 @@ def find_resume_file(
         if not (directory / MODEL_FILE).is_file() and newest_first(directory):
             return find_resume_file(True, directory, say)
         if problem := problem_with(directory):
-            raise FileNotFoundError(f"resume: {str(resume)!r} is not a whole checkpoint: {problem}")
+            raise SettingsError(f"resume: {str(resume)!r} is not a whole checkpoint: {problem}")
         return directory / MODEL_FILE
     damaged = []
     for directory in newest_first(out_dir):
@@ -64,14 +65,12 @@ def find_resume_file(
         say(f"Passing over checkpoint {directory}: {problem}")
     if damaged:
         # Starting anew here would overwrite the run that the user meant to continue.
-        raise FileNotFoundError(
+        raise SettingsError(
             f"resume: {resume!r} found only damaged checkpoints ({', '.join(damaged)}). Move them away to start "
             "anew, or choose another --out_dir."
         )
     if resume is True:
-        raise FileNotFoundError(
-            f"resume: true, but there is no checkpoint in out_dir: {str(out_dir)!r}; use --resume auto"
-        )
+        raise SettingsError(f"resume: true, but there is no checkpoint in out_dir: {str(out_dir)!r}; use --resume auto")
     return False
 
 

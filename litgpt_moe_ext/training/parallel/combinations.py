@@ -1,10 +1,8 @@
 """Which settings of a run cannot be combined with its strategy."""
 
-from typing import Any, Literal, Protocol
-
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.parallel.facts import facts_of
-from litgpt_moe_ext.training.settings import AnomalyArgs, DistributedArgs, EmaArgs
+from litgpt_moe_ext.training.settings import Settings
 
 # DeepSpeed hands the optimizer flat shards of several weights. These optimizers treat every number by itself; one that
 # looks at rows, matrices or whole weights would silently compute something else.
@@ -17,21 +15,7 @@ ELEMENTWISE_OPTIMIZERS = (
 )
 
 
-class Combination(Protocol):
-    """The settings that depend on the strategy, under the names that recipes use."""
-
-    strategy: Any
-    precision: str | None
-    optimizer: str | dict
-    compile: bool | Literal["auto"]
-    activation_checkpointing: str
-    fused_cross_entropy: bool
-    anomaly: AnomalyArgs
-    ema: EmaArgs
-    distributed: DistributedArgs
-
-
-def check_combination(settings: Combination) -> None:
+def check_combination(settings: Settings) -> None:
     """Raise an error if a setting of a run cannot be combined with its strategy.
 
     Args:
@@ -50,7 +34,7 @@ def check_combination(settings: Combination) -> None:
         _check_zero(settings, facts.zero_stage)
 
 
-def _check_zero(settings: Combination, stage: int) -> None:
+def _check_zero(settings: Settings, stage: int) -> None:
     where = f"cannot be combined with strategy: {settings.strategy!r}"
     if settings.precision == "bf16-true":
         raise SettingsError(

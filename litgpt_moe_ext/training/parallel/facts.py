@@ -6,6 +6,8 @@ Imports neither torch nor Lightning, so that a command that only describes a rec
 from dataclasses import dataclass, field
 from typing import Literal
 
+from litgpt_moe_ext.errors import SettingsError
+
 Part = Literal["weights", "gradients", "optimizer"]
 
 _ALL: tuple[Part, ...] = ("weights", "gradients", "optimizer")
@@ -83,8 +85,8 @@ def facts_of(name: str) -> StrategyFacts:
     """Return the facts of a strategy.
 
     Raises:
-        ValueError: If there is none of that name.
+        SettingsError: If there is none of that name.
     """
     if name not in STRATEGIES:
-        raise ValueError(f"strategy: {name!r} is unknown; choose from {', '.join(STRATEGIES)}")
+        raise SettingsError(f"strategy: {name!r} is unknown; choose from {', '.join(STRATEGIES)}")
     return STRATEGIES[name]

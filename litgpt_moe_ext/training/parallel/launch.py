@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 
+from litgpt_moe_ext.errors import SettingsError
+
 
 class Processes(NamedTuple):
     """Who started the processes of a run, and how many there are."""
@@ -21,7 +23,7 @@ def started_processes(environment: Mapping[str, str]) -> Processes | None:
         environment: As `os.environ`. Known are torchrun's variables (also set by hand) and SLURM's.
 
     Raises:
-        ValueError: If the variables contradict each other or are incomplete.
+        SettingsError: If the variables contradict each other or are incomplete.
     """
     if "SLURM_NTASKS" in environment and "RANK" not in environment and environment.get("SLURM_JOB_NAME") != "bash":
         tasks, nodes = int(environment["SLURM_NTASKS"]), int(environment.get("SLURM_NNODES", 1))
@@ -31,7 +33,7 @@ def started_processes(environment: Mapping[str, str]) -> Processes | None:
         return None
     missing = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - set(environment)
     if missing:
-        raise ValueError(
+        raise SettingsError(
             f"environment: {', '.join(given)} set but not {', '.join(sorted(missing))}; set all of RANK, LOCAL_RANK, "
             "WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or none"
         )
@@ -39,7 +41,7 @@ def started_processes(environment: Mapping[str, str]) -> Processes | None:
     port = environment["MASTER_PORT"]
     if world > 1 and not (port.isdecimal() and 1 <= int(port) <= 65535):
         # torch would have the first process listen anywhere, and the others look for it at this number.
-        raise ValueError(
+        raise SettingsError(
             f"environment: MASTER_PORT: {port!r} is no port that {world} processes can meet at; give torchrun "
             "--standalone (one node) instead of --master_port, or set a free port from 1 to 65535"
         )
@@ -49,7 +51,7 @@ def started_processes(environment: Mapping[str, str]) -> Processes | None:
 
 def _even(launcher: str, world: int, per_node: int) -> Processes:
     if per_node < 1 or world % per_node:
-        raise ValueError(f"environment: {launcher} says {world} processes, {per_node} on each node; that is uneven")
+        raise SettingsError(f"environment: {launcher} says {world} processes, {per_node} on each node; that is uneven")
     return Processes(launcher, per_node, world // per_node)
 
 

@@ -4,6 +4,7 @@ from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any
 
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.parallel.facts import facts_of
 from litgpt_moe_ext.training.parallel.fully_sharded import FullyShardedStrategy
 from litgpt_moe_ext.training.parallel.whole_model import ReplicatedStrategy, SingleProcessStrategy
@@ -23,8 +24,7 @@ def make_strategy(name: StrategyName, processes: int, nodes: int, args: Distribu
         accelerator: Device type.
 
     Raises:
-        ValueError: If the strategy does not work here or lacks a knob that is set.
-        ImportError: If a package is missing.
+        SettingsError: If the strategy does not work here or lacks a knob that is set.
     """
     check_strategy(name, args, accelerator)
     facts = facts_of(name)
@@ -57,22 +57,23 @@ def check_strategy(name: str, args: DistributedArgs, accelerator: str) -> None:
         accelerator: Device type.
 
     Raises:
-        ValueError: If the name, a knob or the device does not fit.
-        ImportError: If a package is missing.
+        SettingsError: If the name, a knob or the device does not fit, or a package is missing.
     """
     facts = facts_of(name)
     for knob in fields(args):
         value = getattr(args, knob.name)
         if value is not None and knob.name not in (*_KNOBS_OF_ALL, *facts.knobs):
             own = ", ".join(f"distributed.{knob}" for knob in facts.knobs)
-            raise ValueError(
+            raise SettingsError(
                 f"distributed.{knob.name}: {value} would be ignored because strategy: {name} has no such setting; it "
                 f"has {own}"
             )
     if facts.cuda_only and accelerator != "cuda":
-        raise ValueError(f"strategy: {name!r} needs CUDA devices, and there is none; ddp and fsdp2 also work on CPUs")
+        raise SettingsError(
+            f"strategy: {name!r} needs CUDA devices, and there is none; ddp and fsdp2 also work on CPUs"
+        )
     if facts.package is not None and find_spec(facts.package) is None:
-        raise ImportError(
+        raise SettingsError(
             f"strategy: {name!r} needs the package {facts.package}, which is not installed; `uv sync --extra "
             f"{facts.package}` installs it"
         )

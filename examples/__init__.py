@@ -1,0 +1,1 @@
+"""One short module for each way to extend the package; a test runs every one."""

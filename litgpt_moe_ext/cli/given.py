@@ -1,0 +1,130 @@
+"""What the user has given: recipes and flags, merged into one tree of plain data, and where each value stands.
+
+Flags beat recipes, a later recipe beats an earlier one, and both beat the defaults, in whatever order they stand on the
+command line. A name such as `data.vocab_size` reaches into a class's `init_args`, which may also be written out.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import get_loader
+
+from litgpt_moe_ext.cli.recipe_files import check_recipe, lines_of
+from litgpt_moe_ext.errors import SettingsError
+
+CLASS_KEYS = {"class_path", "init_args"}
+
+
+def load_value(text: str) -> Any:
+    """Return what a text means in YAML, numbers such as 3e-4 included."""
+    return get_loader("yaml")(text)
+
+
+class Given:
+    """Settings as plain data.
+
+    Attributes:
+        tree: By key, nested.
+    """
+
+    def __init__(self, defaults: Mapping[str, Any] | None = None) -> None:
+        self.tree: dict[str, Any] = dict(defaults or {})
+        self._places: dict[str, str] = {}
+        self._flags: list[str] = []
+
+    def add_recipe(self, file: Path) -> None:
+        """Merge a YAML file over what was given before.
+
+        Raises:
+            SettingsError: If it is not a recipe.
+        """
+        check_recipe(file)
+        text = file.read_text(encoding="utf-8")
+        self.tree = _merged(self.tree, load_value(text))
+        self._places |= {_short(name): f"{file}:{line}" for name, line in lines_of(text)}
+
+    def add_flag(self, name: str, value: Any) -> None:
+        """Set one value, over everything given before.
+
+        Args:
+            name: With dots, and `+` at its end to append to a list.
+            value: As plain data.
+        """
+        *parents, last = name.removesuffix("+").split(".")
+        node = self.tree
+        for key in parents:
+            node = _child(node, key)
+        node = _inside(node, last)
+        before = node.get(last)
+        node[last] = [*(before if isinstance(before, list) else []), value] if name.endswith("+") else value
+        self._flags.append(_short(name.removesuffix("+")))
+
+    def place_of(self, setting: str) -> str:
+        """Return where a setting, or what it is part of, stands as `FILE:LINE`; empty if no file says so.
+
+        Args:
+            setting: Its name, or the end of it, as classes name their own arguments in errors.
+        """
+        setting = _short(setting)
+        if any(f".{setting}." in f".{flag}." or f".{flag}." in f".{setting}." for flag in self._flags):
+            return ""
+        for name in (setting, *_parents(setting)):
+            for key, place in self._places.items():
+                if f".{key}".endswith(f".{name}"):
+                    return place
+        return ""
+
+
+def read_flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield name and text of every `--NAME VALUE` or `--NAME=VALUE`.
+
+    Raises:
+        SettingsError: If something else stands there, or a value is missing.
+    """
+    waiting = list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        if not argument.startswith("--"):
+            raise SettingsError(
+                f"{argument!r} must be a flag, --NAME VALUE; a recipe is given as --config {argument or 'FILE'}"
+            )
+        name, equals, value = argument[2:].partition("=")
+        if not equals and not waiting:
+            raise SettingsError(f"{name}: needs a value, --{name} VALUE")
+        yield name, value if equals else waiting.pop(0)
+
+
+def _merged(old: Any, new: Any) -> Any:
+    # A class other than before has other arguments.
+    if not isinstance(old, Mapping) or not isinstance(new, Mapping):
+        return new
+    if "class_path" in new and new["class_path"] != old.get("class_path"):
+        return new
+    return {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
+
+
+def _child(node: dict[str, Any], key: str) -> dict[str, Any]:
+    node = _inside(node, key)
+    child = node.get(key)
+    if isinstance(child, str):  # the path of a class
+        child = {"class_path": child, "init_args": {}}
+    node[key] = dict(child) if isinstance(child, Mapping) else {}
+    return node[key]
+
+
+def _inside(node: dict[str, Any], key: str) -> dict[str, Any]:
+    if "class_path" not in node or key in CLASS_KEYS:
+        return node
+    node["init_args"] = dict(node.get("init_args") or {})
+    return node["init_args"]
+
+
+def _short(name: str) -> str:
+    return name.replace(".init_args", "")
+
+
+def _parents(name: str) -> Iterator[str]:
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name

@@ -1,0 +1,193 @@
+"""What is wrong with settings that a parser has refused, in one line: name, value, what would be right.
+
+jsonargparse says no to a whole tree. Here each value is held against the type of its own setting, the way a reader
+would look for the mistake; nothing reads the text of jsonargparse's errors.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
+from typing import Any, get_args, get_origin, get_type_hints
+
+import jsonargparse
+
+from litgpt_moe_ext.cli.given import CLASS_KEYS, Given
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.field_types import NUMBERS, describe, members
+
+
+def explain(error: Exception, given: Given, annotations: Mapping[str, Any]) -> SettingsError:
+    """Return the first mistake in what was given, or the parser's own words if every value is right by itself.
+
+    Args:
+        error: What the parser raised.
+        given: What it was given.
+        annotations: The types of the settings of the first level.
+    """
+    for message in _Search(_accepts).keys("", given.tree, annotations):
+        return SettingsError(message)
+    return SettingsError(" ".join(str(error).split()))
+
+
+def refuse_nulls(given: Given, annotations: Mapping[str, Any]) -> None:
+    """Raise SettingsError if a setting is null that has no such value; jsonargparse would let it pass.
+
+    Args:
+        given: All settings that are given.
+        annotations: The types of the settings of the first level.
+    """
+    for message in _Search(lambda _annotation, value: value is not None).keys("", given.tree, annotations):
+        raise SettingsError(message)
+
+
+def report(error: SettingsError, given: Given | None = None) -> int:
+    """Print an error with the place of its setting, and return the exit status of a wrong setting, 2."""
+    place = "" if given is None else given.place_of(error.setting)
+    print(f"error: {error}{f' ({place})' if place else ''}", file=sys.stderr)
+    return 2
+
+
+def annotation_at(name: str, tree: Mapping[str, Any], annotations: Mapping[str, Any]) -> Any:
+    """Return the type of a setting; None if it is unknown or free, as inside a dictionary.
+
+    Args:
+        name: With dots.
+        tree: The settings as plain data, for the classes that are named there.
+        annotations: The types of the settings of the first level.
+    """
+    known, node = annotations, tree
+    *parents, last = name.removesuffix("+").split(".")
+    for key in parents:
+        if key not in CLASS_KEYS:
+            known = _fields_inside(known.get(key), node.get(key) if isinstance(node, Mapping) else None)
+        node = node.get(key, {}) if isinstance(node, Mapping) else {}
+        if isinstance(node, Mapping) and "class_path" in node:
+            node = node.get("init_args") or {}
+    return known.get(last)
+
+
+def _fields_inside(annotation: Any, value: Any) -> Mapping[str, Any]:
+    path = value.get("class_path") if isinstance(value, Mapping) else value
+    if _named_class(annotation) is not None and isinstance(path, str):
+        return _arguments(path) or {}
+    section = _section(annotation)
+    return {} if section is None else _hints(section)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Search:
+    """Looks for mistakes in a tree of settings, and yields a message for each.
+
+    Attributes:
+        accepts: Whether a single value may stand for a type.
+    """
+
+    accepts: Callable[[Any, Any], bool]
+
+    def keys(self, prefix: str, values: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[str]:
+        for key, value in values.items():
+            if key not in known:
+                yield f"{prefix}{key}: no setting has this name{_suggestion(prefix, key, known)}"
+            else:
+                yield from self.value(f"{prefix}{key}", value, known[key])
+
+    def value(self, name: str, value: Any, annotation: Any) -> Iterator[str]:
+        kinds = members(annotation)
+        named, section, inner = _named_class(annotation), _section(annotation), _item(annotation)
+        if annotation is Any or (value is None and (type(None) in kinds or named is not None)):
+            return
+        if isinstance(value, Mapping) and any(_kind(kind) is dict for kind in kinds):
+            return
+        if isinstance(value, Mapping) and section is not None:
+            yield from self.keys(f"{name}.", value, _hints(section))
+        elif named is not None and isinstance(value, (str, Mapping)):
+            yield from self.named(name, value, named)
+        elif isinstance(value, list) and inner is not None:
+            for index, item in enumerate(value):
+                yield from self.value(f"{name}.{index}", item, inner)
+        elif not self.accepts(annotation, value):
+            yield f"{name}: {'null' if value is None else repr(value)} must be {describe(annotation)}"
+
+    def named(self, name: str, value: str | Mapping[str, Any], base: type) -> Iterator[str]:
+        path = value if isinstance(value, str) else value.get("class_path")
+        if not isinstance(path, str):
+            yield f"{name}: has no class_path; it must be {describe(base)}"
+            return
+        arguments = _arguments(path)
+        if arguments is None:
+            yield f"{name}.class_path: {path!r} must be the import path of a {base.__name__}; it cannot be imported"
+        elif not isinstance(value, str):
+            yield from self.keys(f"{name}.", value.get("init_args") or {}, arguments)
+
+
+def _suggestion(prefix: str, key: str, known: Iterable[str]) -> str:
+    if close := difflib.get_close_matches(key, known, n=1, cutoff=0.7):
+        return f"; did you mean {prefix}{close[0]}?"
+    # As where `max_tokens` is given and `train.max_tokens` is meant.
+    names = {} if prefix or not isinstance(known, Mapping) else _nested_names(known)
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.75)
+    return f"; did you mean {names[close[0]]}?" if close else ""
+
+
+def _nested_names(known: Mapping[str, Any]) -> dict[str, str]:
+    sections = {key: _section(annotation) for key, annotation in known.items()}
+    return {name: f"{key}.{name}" for key, section in sections.items() if section for name in _hints(section)}
+
+
+def _kind(annotation: Any) -> Any:
+    return get_origin(annotation) or annotation
+
+
+def _item(annotation: Any) -> Any:
+    found = [get_args(kind)[0] for kind in members(annotation) if _kind(kind) is list and get_args(kind)]
+    return found[0] if found else None
+
+
+def _section(annotation: Any) -> type | None:
+    """Return the dataclass that keys and values are for, if the type has one."""
+    for kind in members(annotation):
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            return kind
+    return None
+
+
+def _named_class(annotation: Any) -> type | None:
+    """Return the class whose subclasses are named by class_path, if the type has one."""
+    for kind in members(annotation):
+        plain = kind in NUMBERS or getattr(kind, "__module__", "") in ("builtins", "pathlib")
+        if inspect.isclass(kind) and not plain and not dataclasses.is_dataclass(kind):
+            return kind
+    return None
+
+
+def _arguments(path: str) -> Mapping[str, Any] | None:
+    """Return the types of the arguments of a class, or None if it cannot be imported."""
+    module, _, name = path.rpartition(".")
+    try:
+        cls = getattr(__import__(module, fromlist=[name]), name)
+    except (ImportError, AttributeError, ValueError):
+        return None
+    hints = get_type_hints(cls.__init__)
+    names = list(inspect.signature(cls).parameters)
+    return {key: hints.get(key, Any) for key in names}
+
+
+@cache
+def _hints(section: Any) -> dict[str, Any]:
+    hints = {field.name: field.type for field in dataclasses.fields(section)}
+    if any(isinstance(hint, str) for hint in hints.values()):
+        hints = {name: hint for name, hint in get_type_hints(section).items() if name in hints}
+    return hints
+
+
+def _accepts(annotation: Any, value: Any) -> bool:
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=annotation)
+    try:
+        parser.parse_object({"value": value})
+    except jsonargparse.ArgumentError:
+        return False
+    return True

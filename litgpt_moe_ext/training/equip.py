@@ -1,0 +1,136 @@
+"""The fifth phase of a run: the callbacks that its settings ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
+from litgpt_moe_ext.training.callbacks.anomalies import GradientGuard
+from litgpt_moe_ext.training.callbacks.ema import WeightAverage
+from litgpt_moe_ext.training.callbacks.expert_images import ExpertImages, shows_pictures
+from litgpt_moe_ext.training.callbacks.fused_loss import FusedLoss, require_torch
+from litgpt_moe_ext.training.callbacks.kernel_report import KernelReport
+from litgpt_moe_ext.training.callbacks.step_metrics import ExpertLoad, GradientNorm
+from litgpt_moe_ext.training.callbacks.telemetry import Telemetry, peak_flops
+from litgpt_moe_ext.training.compilation import CompileDecision, decide, probe_platform
+from litgpt_moe_ext.training.optim.optimization import Optimization
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.training.callback import Callback
+    from litgpt_moe_ext.training.launch import Launched
+    from litgpt_moe_ext.training.prepare import Prepared
+
+
+@dataclass(frozen=True)
+class Equipment:
+    """What acts on the loop from outside the events.
+
+    Attributes:
+        compile: Whether the model is compiled, and why.
+        optimization: Makes the optimizer and sets its learning rate.
+        fused_loss: Does the work of the output head, or None if the head does it.
+    """
+
+    compile: CompileDecision
+    optimization: Optimization
+    fused_loss: FusedLoss | None
+
+
+def check_strategy_fits(launched: Launched) -> None:
+    """Refuse settings that the strategy cannot fulfil; before data are prepared, which may take hours.
+
+    Raises:
+        SettingsError: If there is one.
+    """
+    settings, strategy = launched.plan.settings, launched.fabric.strategy
+    if settings.evaluate.wanted and not strategy.holds_whole_model:
+        raise SettingsError(
+            "evaluate: under this strategy no process holds a whole model; use strategy: ddp, or evaluate the "
+            "checkpoints with `litgpt-moe hellaswag` and `litgpt evaluate`"
+        )
+    if settings.fused_cross_entropy and not strategy.holds_whole_model:
+        raise SettingsError("fused_cross_entropy: true needs the whole output head on every process; use ddp")
+    if settings.fused_cross_entropy and _compile(launched).enabled:
+        raise SettingsError("fused_cross_entropy: true cannot be compiled; set compile: false")
+    if settings.fused_cross_entropy:
+        require_torch()
+
+
+def equip(launched: Launched, prepared: Prepared) -> Equipment:
+    """Add the callbacks to the fabric."""
+    settings, fabric = launched.plan.settings, launched.fabric
+    strategy = fabric.strategy
+    strategy.follow(launched.plan.train)
+    equipment = Equipment(
+        compile=_compile(launched),
+        optimization=Optimization(
+            settings.schedule,
+            settings.parameter_groups,
+            scaled=strategy.scales_gradients and not strategy.clips_in_step,
+            in_pieces=strategy.steps_in_parts,
+        ),
+        fused_loss=FusedLoss() if settings.fused_cross_entropy else None,
+    )
+    for callback in _callbacks(launched, prepared, equipment):
+        fabric.add_callback(callback)
+    return equipment
+
+
+def _compile(launched: Launched) -> CompileDecision:
+    if (obstacle := launched.fabric.strategy.compile_obstacle) is not None:
+        return CompileDecision(False, obstacle)
+    return decide(launched.plan.settings.compile, launched.plan.config, probe_platform(launched.fabric.device.type))
+
+
+def _callbacks(launched: Launched, prepared: Prepared, equipment: Equipment) -> Iterator[Callback]:
+    """Yield the callbacks in the order in which they see each event."""
+    plan, settings, fabric = launched.plan, launched.plan.settings, launched.fabric
+    yield GradientNorm()
+    yield ExpertLoad()
+    yield Telemetry(fabric.device, fabric.world_size, _peak(launched))
+    if shows_pictures(fabric.logger):
+        yield ExpertImages(plan.config.name)
+    if settings.sample.prompts and prepared.tokenizer is not None:
+        if not fabric.strategy.holds_whole_model:
+            fabric.print("No samples: under this strategy no process holds a whole model.")
+        else:
+            from litgpt_moe_ext.training.callbacks.samples import TextSamples
+
+            yield TextSamples(settings.sample, prepared.tokenizer)
+    if settings.evaluate.wanted and prepared.tokenizer is not None and prepared.tokenizer_dir is not None:
+        from litgpt_moe_ext.training.callbacks.benchmarks import make_benchmarks
+
+        yield make_benchmarks(
+            settings.evaluate, prepared.tokenizer, prepared.tokenizer_dir, plan.sequence_length, fabric
+        )
+    if settings.activation_checkpointing != "none":
+        yield ActivationCheckpointing(settings.activation_checkpointing)
+    if equipment.fused_loss is not None:
+        yield equipment.fused_loss
+    yield equipment.optimization
+    yield GradientGuard(settings.anomaly, plan.out_dir, fabric.global_rank, fabric.print)
+    if fabric.strategy.scales_gradients:
+        yield fabric.strategy.loss_scale_state()
+    if settings.ema.decay is not None:
+        yield WeightAverage(settings.ema)
+    yield KernelReport(equipment.compile.enabled)
+    yield from settings.callbacks
+
+
+def _peak(launched: Launched) -> float | None:
+    """Return what a device computes at best, in FLOP/s, if it is known."""
+    given, fabric = launched.plan.settings.peak_tflops, launched.fabric
+    if given is not None:
+        return 1e12 * given
+    if fabric.device.type != "cuda":
+        return None
+    name, precision = torch.cuda.get_device_name(fabric.device), fabric.strategy.precision.precision
+    peak = peak_flops(name, precision, torch.get_float32_matmul_precision())
+    if peak is None:
+        fabric.print(f"peak_tflops: unknown for {name} in {precision}: no utilization (mfu) is logged")
+    return peak

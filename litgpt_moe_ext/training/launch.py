@@ -1,0 +1,184 @@
+"""The second phase of a run: its processes are connected, and `out_dir` is its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.fabric.loggers import CSVLogger
+from litgpt.utils import check_nvlink_connectivity, choose_logger, parse_devices
+
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.training.callbacks.progress import Reporter
+from litgpt_moe_ext.training.checkpoint import store as checkpoints
+from litgpt_moe_ext.training.checkpoint.lock import OutDirLock
+from litgpt_moe_ext.training.checks import check_batch
+from litgpt_moe_ext.training.fabric import TrainingFabric
+from litgpt_moe_ext.training.parallel import topology
+from litgpt_moe_ext.training.parallel.accelerator import accelerator_here, default_precision
+from litgpt_moe_ext.training.parallel.launch import Processes, cluster_plugin, started_processes
+from litgpt_moe_ext.training.parallel.lost_processes import end_together
+from litgpt_moe_ext.training.parallel.strategies import make_strategy, single_process_note
+
+if TYPE_CHECKING:
+    from lightning.fabric.loggers import Logger
+
+    from litgpt_moe_ext.training.plan import Plan
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A run whose processes work together.
+
+    Attributes:
+        plan: What is wanted.
+        fabric: Connects the processes.
+        reporter: Shows on the first process what happens.
+        devices: Processes on each node.
+        num_nodes: Number of nodes.
+    """
+
+    plan: Plan
+    fabric: TrainingFabric
+    reporter: Reporter
+    devices: int
+    num_nodes: int
+
+
+@contextlib.contextmanager
+def launched(plan: Plan) -> Iterator[Launched]:
+    """Connect the processes and take `out_dir`; give everything back when the scope ends, however it ends.
+
+    The logger starts when the directory is taken, so that a run that is refused leaves none behind.
+
+    Raises:
+        SettingsError: If the processes cannot work together, or another run works in `out_dir`.
+    """
+    settings = plan.settings
+    if settings.float32_matmul_precision is not None:
+        torch.set_float32_matmul_precision(settings.float32_matmul_precision)
+    reporter, lock = Reporter(plan.total_steps, settings.progress), OutDirLock(plan.out_dir)
+    with contextlib.ExitStack() as stack:
+        stack.callback(_disconnect)
+        launched = _connect(plan, reporter)
+        stack.callback(lock.release)
+        _take(lock, launched)
+        logger = _make_logger(plan)
+        stack.push(lambda kind, *_: logger.finalize("success" if kind is None else "failed"))
+        launched.fabric.add_logger(logger)
+        if settings.logger_name in ("tensorboard", "wandb", "mlflow"):
+            logger.log_hyperparams(plan.plain)
+        stack.callback(reporter.close)
+        yield launched
+
+
+def _connect(plan: Plan, reporter: Reporter) -> Launched:
+    settings, knobs = plan.settings, plan.settings.distributed
+    started = started_processes(os.environ)
+    devices, num_nodes = settings.devices, settings.num_nodes
+    if started is not None:
+        if devices not in ("auto", -1, started.per_node) or num_nodes not in (1, started.nodes):
+            raise SettingsError(
+                f"devices: {devices}, num_nodes: {num_nodes}: {started.started_by} has started {started.per_node} "
+                f"processes on each of {started.nodes} nodes; set devices: auto, or these numbers"
+            )
+        devices, num_nodes = started.per_node, started.nodes
+    devices = parse_devices(devices)
+    check_batch(plan.train.global_batch_size, plan.train.micro_batch_size, devices * num_nodes)
+    accelerator = accelerator_here()
+    fabric = _make_fabric(plan, reporter, started, (devices, num_nodes), accelerator)
+    if note := single_process_note(settings.strategy, devices * num_nodes, knobs):
+        fabric.print(note)
+    if accelerator == "cpu" and torch.backends.mps.is_available():
+        fabric.print("This Mac's GPU (MPS) is not used: nothing here was ever run on one. Training uses the CPU.")
+    if accelerator == "cuda" and devices > 1:
+        _report_topology(fabric)
+    if started is None and devices > 1:
+        end_together()
+    with _connection_errors(knobs.timeout_minutes):
+        fabric.launch()
+    if fabric.is_global_zero:  # which process is the first is certain only now
+        fabric.add_callback(reporter)
+    return Launched(plan, fabric, reporter, devices, num_nodes)
+
+
+def _make_fabric(
+    plan: Plan, reporter: Reporter, started: Processes | None, size: tuple[int, int], accelerator: str
+) -> TrainingFabric:
+    settings, (devices, num_nodes) = plan.settings, size
+    made = make_strategy(settings.strategy, devices * num_nodes, num_nodes, settings.distributed, accelerator)
+    precision: Any = settings.precision or default_precision(accelerator)
+    made.use_precision(precision, accelerator)
+    plugins: list[Any] = []
+    if (environment := cluster_plugin(started)) is not None:
+        plugins.append(environment)
+    return TrainingFabric(
+        show=reporter.show,
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=made,
+        precision=precision,
+        plugins=plugins,
+    )
+
+
+def _take(lock: OutDirLock, launched: Launched) -> None:
+    # Make sure that no other run works in the directory, and tidy up what a killed one left there.
+    fabric, out_dir = launched.fabric, launched.plan.out_dir
+    owner = fabric.broadcast(lock.take() if fabric.is_global_zero else None)
+    if owner is not None:
+        raise SettingsError(
+            f"out_dir: {str(out_dir)!r} is in use by {owner}; wait until it ends, or choose another --out_dir"
+        )
+    if fabric.is_global_zero:
+        for line in checkpoints.recover(out_dir):
+            fabric.print(line)
+    fabric.barrier()
+
+
+def _make_logger(plan: Plan) -> Logger:
+    settings = plan.settings
+    if settings.logger_name == "csv":
+        # LitGPT's flushes by a step number that is an iteration; here every line that is printed is also on file.
+        return CSVLogger(root_dir=plan.out_dir / "logs", name="csv", flush_logs_every_n_steps=1)
+    try:
+        return choose_logger(
+            settings.logger_name,
+            plan.out_dir,
+            name=f"pretrain-{plan.config.name}",
+            resume=bool(settings.resume),
+            log_interval=plan.train.log_interval,
+            log_args=asdict(settings.log),
+        )
+    except ImportError as error:
+        raise SettingsError(f"logger_name: {settings.logger_name!r} needs a package: {error}") from error
+
+
+def _report_topology(fabric: TrainingFabric) -> None:
+    if (matrix := topology.read_matrix()) is None:
+        check_nvlink_connectivity(fabric)  # knows AMD's tool as well
+        return
+    for line in topology.report(matrix):
+        fabric.print(line)
+
+
+@contextlib.contextmanager
+def _connection_errors(minutes: float) -> Iterator[None]:
+    try:
+        yield
+    except torch.distributed.DistError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise SettingsError(
+            f"the processes could not be connected through {address} within {minutes:g} minutes "
+            f"(distributed.timeout_minutes): {str(error).splitlines()[0]}. One of them may have ended; see its output."
+        ) from error
+
+
+def _disconnect() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,144 @@
+"""The first phase of a run: what is wanted, checked as far as that needs no other process and no data."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from litgpt.config import Config
+from litgpt.utils import extend_checkpoint_dir
+
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.training.checkpoint.hyperparameters import to_plain
+from litgpt_moe_ext.training.checks import (
+    check_checkpoint_dir,
+    check_length,
+    check_model_size,
+    check_rates,
+    check_steps,
+    check_writable,
+)
+from litgpt_moe_ext.training.optim.optimization import count_steps
+from litgpt_moe_ext.training.parallel.combinations import check_combination
+
+if TYPE_CHECKING:
+    import litgpt.args
+
+    from litgpt_moe_ext.training.settings import Settings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run as it is meant to be.
+
+    Attributes:
+        settings: All settings; directories of checkpoints are resolved as LitGPT resolves them.
+        config: The model.
+        train: `settings.train` as LitGPT's own class.
+        plain: The settings as plain data, for checkpoints and loggers.
+    """
+
+    settings: Settings
+    config: Config
+    train: litgpt.args.TrainArgs
+    plain: dict[str, Any]
+
+    @property
+    def out_dir(self) -> Path:
+        """Directory of checkpoints and logs."""
+        return self.settings.out_dir
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens per sequence."""
+        return self.train.max_seq_length or self.config.block_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens per optimizer step, over all processes."""
+        return self.train.global_batch_size * self.sequence_length
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        return count_steps(self.train, self.tokens_per_step)
+
+
+def make_plan(settings: Settings) -> Plan:
+    """Check the settings and return what follows from them; creates `out_dir`.
+
+    Raises:
+        SettingsError: If a setting or an input is wrong.
+    """
+    settings = _resolved(settings)
+    plan = Plan(settings, _model(settings), settings.train.for_litgpt(), plain_settings(settings))
+    check_model_size(plan.config)
+    check_length(plan.train.max_seq_length, plan.config.block_size)
+    check_steps(settings.train.max_tokens, plan.tokens_per_step)
+    check_rates(settings)
+    check_combination(settings)
+    if settings.initial_checkpoint_dir is not None:
+        check_checkpoint_dir("initial_checkpoint_dir", settings.initial_checkpoint_dir)
+    if settings.tokenizer_dir is not None and not settings.tokenizer_dir.is_dir():
+        raise SettingsError(
+            f"tokenizer_dir: {str(settings.tokenizer_dir)!r} must be a directory with a tokenizer; it does not exist"
+        )
+    if settings.evaluate.wanted:
+        from litgpt_moe_ext.training.callbacks.benchmarks import check_benchmarks
+
+        check_benchmarks(settings.evaluate)
+    check_writable(plan.out_dir)
+    return plan
+
+
+def plain_settings(settings: Settings) -> dict[str, Any]:
+    """Return the settings as plain data that a recipe may hold, without those that are null."""
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    return {name: to_plain(value) for name, value in values.items() if value is not None}
+
+
+def _resolved(settings: Settings) -> Settings:
+    data = settings.data
+    if settings.wandb_dataset is not None:
+        from litgpt_moe_ext.data import WandbCorpus
+
+        data = WandbCorpus.instead_of(data, settings.wandb_dataset, settings.wandb_artifacts_dir)
+    return dataclasses.replace(
+        settings,
+        out_dir=Path(settings.out_dir),
+        optimizer=_full_class_path(settings.optimizer),
+        initial_checkpoint_dir=_checkpoint_dir(settings.initial_checkpoint_dir),
+        tokenizer_dir=_checkpoint_dir(settings.tokenizer_dir),
+        data=data,
+    )
+
+
+def _checkpoint_dir(directory: Path | None) -> Path | None:
+    # LitGPT keeps what it downloads in checkpoints/, which its commands let one leave out.
+    return None if directory is None else extend_checkpoint_dir(Path(directory))
+
+
+def _full_class_path(optimizer: str | dict) -> str | dict:
+    # LitGPT takes short names only where there are no arguments.
+    if isinstance(optimizer, dict) and "." not in optimizer.get("class_path", "."):
+        return {**optimizer, "class_path": f"torch.optim.{optimizer['class_path']}"}
+    return optimizer
+
+
+def _model(settings: Settings) -> Config:
+    if settings.model_config is not None:
+        return settings.model_config
+    if not settings.model_name:
+        raise SettingsError(
+            "model_config: null must be a model (see configs/), unless model_name is the name of one of LitGPT's"
+        )
+    try:
+        config = Config.from_name(settings.model_name)
+    except ValueError as error:
+        raise SettingsError(
+            f"model_name: {settings.model_name!r} must be one of LitGPT's models; `litgpt pretrain list` prints them"
+        ) from error
+    assert config is not None
+    return config

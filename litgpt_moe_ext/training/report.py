@@ -1,0 +1,58 @@
+"""What a run says before its first step and after its last."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from litgpt_moe_ext.model_size import count_parameters
+from litgpt_moe_ext.training.callbacks.progress import format_count
+from litgpt_moe_ext.training.checkpoint.progress import BEST, FINAL, step_of
+from litgpt_moe_ext.training.checkpoint.resume_notes import resume_notes
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.training.compilation import CompileDecision
+    from litgpt_moe_ext.training.launch import Launched
+    from litgpt_moe_ext.training.loop import Outcome
+    from litgpt_moe_ext.training.prepare import Prepared
+    from litgpt_moe_ext.training.start import Start
+
+
+def announce(launched: Launched, start: Start, compiled: CompileDecision) -> None:
+    """Say what is about to be trained, on what, for how long, and what a resumed run does otherwise."""
+    plan, fabric, say = launched.plan, launched.fabric, launched.fabric.print
+    size = count_parameters(plan.config, bool(plan.train.tie_embeddings))
+    say(
+        f"{plan.config.name or 'model'}: {format_count(size.total)} parameters, {format_count(size.active)} "
+        f"active per token, on {fabric.world_size} x {fabric.device.type}, {fabric.strategy.precision.precision}"
+    )
+    say(str(compiled))
+    say(f"{plan.total_steps} steps of {plan.tokens_per_step:,} tokens, checkpoints in {plan.out_dir}")
+    if start.resume_dir is not None:
+        say(f"Resuming from {start.resume_dir}")
+        for note in resume_notes(start.resume_dir, plan.plain):
+            say(f"  {note}")
+        if (step_of(start.resume_dir) or 0) >= plan.total_steps:
+            say("  This run is finished: nothing is left to train. --train.max_tokens with more tokens goes on.")
+
+
+def conclude(launched: Launched, prepared: Prepared, outcome: Outcome) -> None:
+    """Say what was trained, how well, and what to do with it."""
+    plan, say = launched.plan, launched.fabric.print
+    accumulation = plan.train.gradient_accumulation_iters(launched.devices, launched.num_nodes)
+    tokens = outcome.iterations * (plan.tokens_per_step // accumulation)
+    if tokens:
+        duration = timedelta(seconds=round(outcome.seconds))
+        say(f"Trained {tokens:,} tokens in {duration} ({format_count(tokens / outcome.seconds)} tok/s)")
+    if launched.reporter.val_loss is not None:
+        unigram = getattr(prepared.data, "unigram_loss", None)
+        baseline = "" if unigram is None else f"; a model of token frequencies alone has {unigram:.3f}"
+        say(f"Validation loss {launched.reporter.val_loss:.3f}{baseline}")
+    best = plan.out_dir / BEST
+    if outcome.best_loss is not None and best.is_dir():
+        say(f"Best validation loss {outcome.best_loss:.3f} after step {step_of(best)}: {best}")
+    if prepared.tokenizer is not None:
+        final = plan.out_dir / FINAL
+        say(f'Try it: litgpt generate {final} --prompt "..."')
+        say(f"        litgpt chat {final}")
+    say(f"Go on: --resume auto --train.max_tokens {2 * plan.settings.train.max_tokens}")

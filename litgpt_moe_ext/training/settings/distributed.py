@@ -1,0 +1,53 @@
+"""Settings of the strategy by which several processes share the work."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.field_types import PositiveFloat, PositiveInt
+from litgpt_moe_ext.training.settings.section import Section
+
+StrategyName = Literal[
+    "auto",
+    "ddp",
+    "fsdp",
+    "fsdp_shard_grad_op",
+    "fsdp2",
+    "deepspeed_stage_1",
+    "deepspeed_stage_2",
+    "deepspeed_stage_3",
+]
+"""Names of the strategies; what they are stands in `training.parallel.strategies`, which imports torch."""
+
+
+@dataclass
+class DistributedArgs(Section, key="distributed"):
+    """Knobs of the strategy; one that the chosen strategy does not have is refused."""
+
+    bucket_mb: PositiveFloat | None = None
+    """ddp: size of the buckets in which gradients are reduced during the backward pass, in MB; null: 25."""
+    gradient_as_bucket_view: bool | None = None
+    """ddp: gradients share the memory of the buckets, which saves a copy of all of them; null: false."""
+    find_unused_parameters: bool | None = None
+    """ddp: look for weights that got no gradient in a backward pass, which costs time; null: false."""
+    cpu_offload: bool | None = None
+    """fsdp, fsdp_shard_grad_op, fsdp2: keep weights and optimizer in the memory of the CPU; null: false."""
+    forward_prefetch: bool | None = None
+    """The same: all-gather the weights of the next block before the present one is computed; null: false."""
+    overlap_comm: bool | None = None
+    """deepspeed: reduce gradients during the backward pass; null: true."""
+    reduce_bucket_size: PositiveInt | None = None
+    """deepspeed: number of gradients reduced at once; null: 200000000."""
+    allgather_bucket_size: PositiveInt | None = None
+    """deepspeed_stage_1, deepspeed_stage_2: number of updated weights gathered at once, even; null: 200000000."""
+    offload_optimizer: bool | None = None
+    """deepspeed: keep the optimizer's states, and take its steps, on the CPU; null: false."""
+    offload_parameters: bool | None = None
+    """deepspeed_stage_3: keep the weights on the CPU as well; null: false."""
+    timeout_minutes: PositiveFloat = 10.0
+    """How long a process waits for the others before it gives up."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.allgather_bucket_size is not None and self.allgather_bucket_size % 2:
+            raise SettingsError(f"distributed.allgather_bucket_size: {self.allgather_bucket_size} must be even")

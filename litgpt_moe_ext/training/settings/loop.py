@@ -1,0 +1,171 @@
+"""Settings of the training loop: length, batches, validation, learning rate, weights that are treated differently.
+
+`TrainArgs`, `EvalArgs` and `LogArgs` have the fields of LitGPT's dataclasses of the same names in `litgpt.args`, with
+ranges and the defaults of `litgpt pretrain`; importing those would load LitGPT for every `--help`.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.field_types import (
+    AboveOne,
+    Decay,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
+from litgpt_moe_ext.training.settings.section import Section
+
+if TYPE_CHECKING:
+    import litgpt.args
+
+
+@dataclass
+class TrainArgs(Section, key="train"):
+    """Batches, length and limits of the training."""
+
+    save_interval: PositiveInt | None = 1000
+    """Optimizer steps between checkpoints; null: only the final one."""
+    log_interval: PositiveInt = 1
+    """Optimizer steps between log lines."""
+    global_batch_size: PositiveInt = 512
+    """Sequences per optimizer step, over all processes."""
+    micro_batch_size: PositiveInt = 4
+    """Sequences that go through the model at once on one device."""
+    lr_warmup_steps: NonNegativeInt | None = 2000
+    """Optimizer steps in which the learning rate rises to its peak."""
+    lr_warmup_fraction: Fraction | None = None
+    """The same as a part of an epoch, instead of lr_warmup_steps."""
+    epochs: PositiveInt | None = None
+    """Not for pretraining; give max_tokens."""
+    max_tokens: PositiveInt = int(3e12)
+    """Total number of tokens to train on."""
+    max_steps: PositiveInt | None = None
+    """End after this many optimizer steps, although the learning rate is planned for max_tokens."""
+    max_time: NonNegativeFloat | None = None
+    """End after this many seconds."""
+    max_seq_length: PositiveInt | None = None
+    """Tokens per sequence; null: the model's block_size."""
+    tie_embeddings: bool | None = False
+    """Whether output head and token embeddings are one table."""
+    max_norm: PositiveFloat = 1.0
+    """Gradients with a larger norm are scaled down to it."""
+    min_lr: NonNegativeFloat = 4e-5
+    """Learning rate at the end of the schedule."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.epochs is not None:
+            raise SettingsError(f"train.epochs: {self.epochs} must be null for pretraining; give train.max_tokens")
+        if self.lr_warmup_fraction and self.lr_warmup_steps:
+            raise SettingsError(
+                f"train.lr_warmup_fraction: {self.lr_warmup_fraction} must be null beside train.lr_warmup_steps: "
+                f"{self.lr_warmup_steps}; set one of them to null"
+            )
+
+    def for_litgpt(self) -> "litgpt.args.TrainArgs":
+        """Return the same as LitGPT's own class."""
+        import litgpt.args
+
+        return litgpt.args.TrainArgs(**asdict(self))
+
+
+@dataclass
+class EvalArgs(Section, key="eval"):
+    """Validation."""
+
+    interval: PositiveInt = 1000
+    """Optimizer steps between validations; a number above that of all steps: none in between."""
+    max_new_tokens: PositiveInt | None = None
+    """Not for pretraining; see sample.max_new_tokens."""
+    max_iters: PositiveInt = 100
+    """Batches per validation."""
+    initial_validation: bool = False
+    """Whether to validate before the first step."""
+    final_validation: bool = True
+    """Whether to validate after the last step."""
+    evaluate_example: str | int = "first"
+    """Without effect in pretraining."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_new_tokens is not None:
+            raise SettingsError(
+                f"eval.max_new_tokens: {self.max_new_tokens} must be null for pretraining; text is written by "
+                "sample.prompts and sample.max_new_tokens"
+            )
+
+    def for_litgpt(self) -> "litgpt.args.EvalArgs":
+        """Return the same as LitGPT's own class."""
+        import litgpt.args
+
+        return litgpt.args.EvalArgs(**asdict(self))
+
+
+@dataclass
+class LogArgs(Section, key="log"):
+    """Where a logger keeps the run; each uses some of these."""
+
+    project: str | None = None
+    """wandb: project."""
+    run: str | None = None
+    """wandb: name of the run; null: one is made up."""
+    group: str | None = None
+    """wandb: group of the run."""
+    teamspace: str | None = None
+    """litlogger: where charts and artifacts appear."""
+    metadata: dict | None = None
+    """litlogger: tags of the run."""
+    log_model: bool = False
+    """litlogger: upload checkpoints."""
+    save_logs: bool = True
+    """litlogger: upload what the terminal shows."""
+    checkpoint_name: str | None = None
+    """litlogger: name of the checkpoints."""
+
+
+@dataclass
+class ScheduleArgs(Section, key="schedule"):
+    """The learning rate over the optimizer steps, from the optimizer's lr to train.min_lr."""
+
+    name: Literal["cosine", "onecycle", "wsd", "linear", "constant", "inverse_sqrt"] = "cosine"
+    """Shape after the warm-up of train.lr_warmup_steps; wsd is warm-up, stable, decay."""
+    decay_fraction: Fraction = 0.2
+    """wsd: last part of the training, in which the rate falls to train.min_lr."""
+
+
+@dataclass
+class ParameterGroupArgs(Section, key="parameter_groups"):
+    """What distinguishes some parameters for the optimizer."""
+
+    no_weight_decay: list[Literal["norms", "biases", "embeddings"]] = field(default_factory=list)
+    """Kinds of parameters without weight decay; biases include attention sinks."""
+    router_lr_factor: NonNegativeFloat = 1.0
+    """Multiplies the learning rate of the routers' gates."""
+
+
+@dataclass
+class AnomalyArgs(Section, key="anomaly"):
+    """What happens when a step's gradient is not finite, or far larger than usual."""
+
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A gradient norm that is NaN or infinite: end the run before the weights change, or skip the step."""
+    on_spike: Literal["stop", "skip"] = "skip"
+    """The same for a gradient norm above spike_factor times the median."""
+    spike_factor: AboveOne | None = None
+    """Multiple of the median gradient norm of the last steps that counts as a spike; null: none does."""
+    window: PositiveInt = 64
+    """Number of steps whose median is taken; before so many steps there is no spike."""
+    max_consecutive: PositiveInt = 8
+    """Skipped steps in a row after which the run ends."""
+
+
+@dataclass
+class EmaArgs(Section, key="ema"):
+    """An exponential moving average of the weights, saved as a checkpoint of its own in each checkpoint."""
+
+    decay: Decay | None = None
+    """Share of the old average that a step keeps, such as 0.999; null: no average."""

@@ -1,0 +1,67 @@
+"""Settings of what a run writes beside its log: text, scores, checkpoints."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.field_types import NonNegativeFloat, PositiveFloat, PositiveInt
+from litgpt_moe_ext.training.settings.section import Section
+
+
+@dataclass
+class SampleArgs(Section, key="sample"):
+    """Text that the model writes after every validation."""
+
+    prompts: list[str] = field(default_factory=list)
+    """Prompts to continue; none: no samples."""
+    max_new_tokens: PositiveInt = 80
+    """Tokens to generate per prompt."""
+    temperature: NonNegativeFloat = 0.8
+    """Divides the logits before sampling; 0 takes the likeliest token."""
+    top_k: PositiveInt | None = 50
+    """Sample among this many likeliest tokens only; null: among all."""
+
+
+@dataclass
+class EvaluateArgs(Section, key="evaluate"):
+    """Benchmarks of the model while it trains, logged beside the losses."""
+
+    hellaswag: Path | None = None
+    """HellaSwag's hellaswag_val.jsonl; null: no HellaSwag."""
+    hellaswag_rule: Literal["build-nanogpt", "lm-eval"] = "lm-eval"
+    """build-nanogpt: raw text, acc_norm per token; lm-eval: cleaned text, acc_norm per character."""
+    tasks: list[Path] = field(default_factory=list)
+    """Tasks of lm-eval in local YAML files."""
+    every_steps: PositiveInt | None = None
+    """Optimizer steps between evaluations; null: after every validation."""
+    max_items: PositiveInt | None = None
+    """Ask only the first so many questions of each; null: all."""
+    batch_size: PositiveInt = 32
+    """Texts that go through the model at once on each device."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.every_steps is not None and not self.wanted:
+            raise SettingsError(
+                f"evaluate.every_steps: {self.every_steps} evaluates nothing; set evaluate.hellaswag or evaluate.tasks"
+            )
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to evaluate."""
+        return self.hellaswag is not None or bool(self.tasks)
+
+
+@dataclass
+class CheckpointArgs(Section, key="checkpoint"):
+    """Which checkpoints are kept beside those of train.save_interval and the final one."""
+
+    every_minutes: PositiveFloat | None = None
+    """Also save when this much time has passed since the last checkpoint; null: only by steps."""
+    keep_last: PositiveInt | None = None
+    """Number of step-* directories to keep; older ones are deleted; null: all."""
+    best: bool = True
+    """Keep the checkpoint of the lowest validation loss as best/."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """A checkpoint that cannot be written (disk full): end the run, or go on without it."""

@@ -1,0 +1,80 @@
+"""The base class of all groups of settings, and the table of fields that help and documentation are made of."""
+
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from litgpt_moe_ext.field_types import checked
+
+
+class Section:
+    """A dataclass of settings whose ranges and choices are checked however it is made.
+
+    Attributes:
+        key: Its name in a recipe; empty for the whole tree.
+    """
+
+    key: ClassVar[str] = ""
+
+    def __init_subclass__(cls, key: str = "", **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.key = key
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # pyrefly: ignore[bad-argument-type]  (every subclass is a dataclass)
+            if not isinstance(field.type, str):
+                setattr(self, field.name, checked(self.name_of(field.name), getattr(self, field.name), field.type))
+
+    @classmethod
+    def name_of(cls, field: str) -> str:
+        """Return the name of a field as the user writes it."""
+        return f"{cls.key}.{field}" if cls.key else field
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A setting as documentation shows it.
+
+    Attributes:
+        name: As on the command line, such as `train.max_tokens`.
+        type: Its annotation; text for LitGPT's own types.
+        default: Its default value.
+        doc: What it is for.
+    """
+
+    name: str
+    type: Any
+    default: Any
+    doc: str
+
+
+def field_table(cls: type, prefix: str = "") -> Iterator[Row]:
+    """Yield a row for every setting of a tree of sections, in the order of their definition.
+
+    Args:
+        cls: A dataclass whose attributes have docstrings.
+        prefix: What comes before the names, with its dot.
+    """
+    docs = attribute_docs(cls)
+    for field in dataclasses.fields(cls):
+        name = f"{prefix}{field.name}"
+        if inspect.isclass(field.type) and issubclass(field.type, Section):
+            yield from field_table(field.type, f"{name}.")
+        else:
+            yield Row(name, field.type, default_of(field), docs[field.name])
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    """Return the default value of a field, or None if it must be given."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+def attribute_docs(cls: type) -> dict[str, str]:
+    """Return the docstrings of a dataclass's attributes, each in one line."""
+    import docstring_parser
+
+    found = docstring_parser.parse_from_object(cls).params
+    return {doc.arg_name: " ".join((doc.description or "").split()) for doc in found}

@@ -1,0 +1,111 @@
+"""The whole tree of settings."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.field_types import PositiveFloat, PositiveInt, Seed
+from litgpt_moe_ext.training.callback import Callback
+from litgpt_moe_ext.training.settings.distributed import DistributedArgs, StrategyName
+from litgpt_moe_ext.training.settings.loop import (
+    AnomalyArgs,
+    EmaArgs,
+    EvalArgs,
+    LogArgs,
+    ParameterGroupArgs,
+    ScheduleArgs,
+    TrainArgs,
+)
+from litgpt_moe_ext.training.settings.outputs import CheckpointArgs, EvaluateArgs, SampleArgs
+from litgpt_moe_ext.training.settings.section import Section
+
+if TYPE_CHECKING:
+    from litgpt.config import Config
+    from litgpt.data import DataModule
+
+
+@dataclass
+class Settings(Section):
+    """Everything that a run can be told: LitGPT's settings of `litgpt pretrain` and a few more."""
+
+    model_name: str = ""
+    """Name of one of LitGPT's models, used if model_config is not given."""
+    model_config: "Config | None" = None
+    """The architecture, as a litgpt.Config; see configs/ for examples."""
+    out_dir: Path = Path("out/pretrain")
+    """Directory for checkpoints and logs."""
+    precision: Literal["bf16-true", "bf16-mixed", "16-mixed", "32-true"] | None = None
+    """Number format; null: bf16-mixed on a GPU that has it, 16-mixed on another GPU, 32-true on a CPU."""
+    initial_checkpoint_dir: Path | None = None
+    """Checkpoint directory whose weights to start from; excludes resume."""
+    resume: bool | Literal["auto"] | Path = False
+    """auto: continue from the newest whole checkpoint in out_dir if there is one; true: insist on one; a path: that."""
+    data: "DataModule | None" = None
+    """The data module, by class_path and init_args; null: litgpt.data.TinyLlama."""
+    train: TrainArgs = field(default_factory=TrainArgs)
+    """Batches, length and limits of the training."""
+    eval: EvalArgs = field(default_factory=EvalArgs)
+    """Validation."""
+    log: LogArgs = field(default_factory=LogArgs)
+    """Where a logger keeps the run."""
+    optimizer: str | dict = "AdamW"
+    """Name of a torch optimizer, or class_path and init_args of any."""
+    devices: Literal["auto"] | int = "auto"
+    """Devices per node; auto or -1: all GPUs, or one CPU."""
+    num_nodes: PositiveInt = 1
+    """Number of nodes."""
+    tokenizer_dir: Path | None = None
+    """Directory of the tokenizer; data modules that make their own need none."""
+    logger_name: Literal["csv", "tensorboard", "wandb", "mlflow", "litlogger"] = "csv"
+    """Where metrics go."""
+    seed: Seed = 42
+    """Seed of the random generators."""
+    strategy: StrategyName = "auto"
+    """How processes share the work; auto: ddp if there are several. DeepSpeed needs CUDA and its extra."""
+    compile: bool | Literal["auto"] = "auto"
+    """Whether to use torch.compile; auto: where it works and pays, and says so."""
+    float32_matmul_precision: Literal["highest", "high", "medium"] | None = None
+    """As torch.set_float32_matmul_precision: high and medium let GPUs use TF32 or bf16 for float32 products, medium
+    lets CPUs use oneDNN; null: torch's default."""
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """Compute activations again in the backward pass: of a whole block, or selectively of its MLP."""
+    fused_cross_entropy: bool = False
+    """Compute output head and loss together, without keeping the logits."""
+    progress: bool | None = None
+    """Draw a progress bar; null: if the output is a terminal."""
+    peak_tflops: PositiveFloat | None = None
+    """What a device computes at best, in TFLOP/s without sparsity, for the utilization (mfu) in the log; null: known
+    for many GPUs."""
+    sample: SampleArgs = field(default_factory=SampleArgs)
+    """Text that the model writes after every validation."""
+    evaluate: EvaluateArgs = field(default_factory=EvaluateArgs)
+    """Benchmarks to run while training."""
+    wandb_dataset: str | None = None
+    """Train on a prepared corpus from W&B, entity/project/name:alias, instead of the one of data."""
+    wandb_artifacts_dir: Path | None = None
+    """Where to keep it; null: data/wandb."""
+    schedule: ScheduleArgs = field(default_factory=ScheduleArgs)
+    """Shape of the learning rate."""
+    parameter_groups: ParameterGroupArgs = field(default_factory=ParameterGroupArgs)
+    """Weight decay and learning rate of particular parameters."""
+    anomaly: AnomalyArgs = field(default_factory=AnomalyArgs)
+    """What to do about gradients that are not finite or unusually large."""
+    ema: EmaArgs = field(default_factory=EmaArgs)
+    """Moving average of the weights."""
+    checkpoint: CheckpointArgs = field(default_factory=CheckpointArgs)
+    """Which checkpoints to keep."""
+    distributed: DistributedArgs = field(default_factory=DistributedArgs)
+    """Knobs of the strategy."""
+    callbacks: list[Callback] = field(default_factory=list)
+    """Callbacks of your own, each by class_path and init_args; see examples/add_a_callback.py."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.devices != "auto" and self.devices < 1 and self.devices != -1:
+            raise SettingsError(f"devices: {self.devices} must be auto, -1 or an integer of at least 1")
+        if self.initial_checkpoint_dir is not None and self.resume:
+            raise SettingsError(
+                f"resume: {str(self.resume)!r} must be false beside initial_checkpoint_dir: "
+                f"{str(self.initial_checkpoint_dir)!r}; choose one of them"
+            )

@@ -1,0 +1,87 @@
+"""The third phase of a run: what it starts from, and room for its checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from litgpt_moe_ext.training.checkpoint.compatibility import require_same_model, require_same_optimizer
+from litgpt_moe_ext.training.checkpoint.progress import next_attempt
+from litgpt_moe_ext.training.checkpoint.resume import agree, find_resume_file
+from litgpt_moe_ext.training.checkpoint.store import set_aside
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.training.launch import Launched
+    from litgpt_moe_ext.training.prepare import Prepared
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from: a checkpoint, weights alone, or neither.
+
+    Attributes:
+        resume_file: Model file of the checkpoint that it continues.
+        initial_checkpoint_dir: Directory of the weights that it starts from.
+    """
+
+    resume_file: Path | None
+    initial_checkpoint_dir: Path | None
+
+    @property
+    def resume_dir(self) -> Path | None:
+        """Directory of the checkpoint that the run continues."""
+        return None if self.resume_file is None else self.resume_file.parent
+
+
+def find_start(launched: Launched) -> Start:
+    """Decide what to resume from, and check that it is this model.
+
+    Raises:
+        SettingsError: If what the settings name is not there, or is another model.
+    """
+    plan, fabric = launched.plan, launched.fabric
+    initial = plan.settings.initial_checkpoint_dir
+
+    def decide() -> Path | None:
+        found = find_resume_file(plan.settings.resume, plan.out_dir, fabric.print)
+        if found:
+            require_same_model("resume", found.parent, plan.config)
+            require_same_optimizer(found.parent, plan.plain)
+        if initial is not None:
+            require_same_model("initial_checkpoint_dir", initial, plan.config)
+        return found or None
+
+    start = Start(agree(fabric, decide), initial)
+    if (resume_dir := start.resume_dir) is not None:
+        fabric.attempt = agree(fabric, lambda: next_attempt(plan.out_dir, resume_dir))
+    return start
+
+
+def make_room(launched: Launched, start: Start, prepared: Prepared) -> tuple[Start, Prepared]:
+    """Move the checkpoints of an earlier run out of the way, unless this run continues there.
+
+    Returns:
+        What was given, with the directories that have moved under their new names.
+    """
+    fabric, out_dir = launched.fabric, launched.plan.out_dir
+    if start.resume_dir is not None and start.resume_dir.parent.resolve() == out_dir.resolve():
+        return start, prepared
+    aside = agree(fabric, lambda: set_aside(out_dir))
+    if aside is None:
+        return start, prepared
+    fabric.print(f"Moved the checkpoints of an earlier run to {aside} (--resume auto continues a run)")
+
+    def moved(path: Path | None) -> Path | None:
+        if path is None or path.exists() or not path.resolve().is_relative_to(out_dir.resolve()):
+            return path
+        return aside / path.resolve().relative_to(out_dir.resolve())
+
+    initial, tokenizer_dir = moved(start.initial_checkpoint_dir), moved(prepared.tokenizer_dir)
+    if initial is not None:
+        launched.plan.plain["initial_checkpoint_dir"] = str(initial)
+    if tokenizer_dir is not None and "tokenizer_dir" in launched.plan.plain:
+        launched.plan.plain["tokenizer_dir"] = str(tokenizer_dir)
+    start = Start(moved(start.resume_file), initial)
+    return start, dataclasses.replace(prepared, tokenizer_dir=tokenizer_dir)

@@ -1,0 +1,120 @@
+"""What a run starts from, whose directory it takes, and on what device: faults that once were there."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from litgpt_moe_ext.cli.train import main, read_settings
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.training import launch
+from litgpt_moe_ext.training.checkpoint.lock import OutDirLock
+from litgpt_moe_ext.training.plan import make_plan
+from tests.training.conftest import logged
+
+SHORT = {"max_tokens": 2 * 128}
+
+
+def train(*arguments: str | Path) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def test_weights_and_tokenizer_from_the_directory_that_is_moved_aside(recipe, tmp_path, capsys):
+    """As the errors about resuming advise: start anew from the weights of the run in the same `out_dir`."""
+    file, final = recipe(train=SHORT), tmp_path / "out" / "final"
+    assert train("--config", file) == 0
+    arguments = ("--initial_checkpoint_dir", final, "--tokenizer_dir", final)
+    assert train("--config", file, *arguments) == 0, capsys.readouterr().err
+    moved = tmp_path / "out-earlier-1" / "final"
+    assert (moved / "lit_model.pth").is_file()
+    assert (final / "tokenizer.json").is_file(), "the new checkpoint has the tokenizer of the old one"
+    settings = yaml.safe_load((final / "hyperparameters.yaml").read_text())
+    assert (settings["initial_checkpoint_dir"], settings["tokenizer_dir"]) == (str(moved), str(moved))
+    for run in ("out", "out-earlier-1"):
+        assert (tmp_path / run / "logs" / "csv" / "version_0" / "metrics.csv").is_file()
+
+
+def test_bare_names_of_checkpoints_are_those_of_litgpt(recipe, tmp_path, monkeypatch):
+    """LitGPT downloads into checkpoints/ and lets its commands leave that out."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints" / "some" / "model").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "some" / "model" / "lit_model.pth").write_bytes(b"")
+    file = recipe()
+    plan = make_plan(read_settings(["--config", str(file), "--initial_checkpoint_dir", "some/model"]))
+    assert plan.settings.initial_checkpoint_dir == Path("checkpoints/some/model")
+    plan = make_plan(read_settings(["--config", str(file), "--tokenizer_dir", "some/model"]))
+    assert plan.settings.tokenizer_dir == Path("checkpoints/some/model")
+    with pytest.raises(SettingsError, match="initial_checkpoint_dir: 'other/model' does not exist"):
+        make_plan(read_settings(["--config", str(file), "--initial_checkpoint_dir", "other/model"]))
+
+
+def test_a_refused_run_leaves_no_logger_behind(recipe, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out").mkdir()
+    lock = OutDirLock(tmp_path / "out")
+    lock.take()
+    made = []
+    monkeypatch.setattr(launch, "_make_logger", lambda plan: made.append(plan))
+    try:
+        assert train("--config", recipe(), "--logger_name", "tensorboard") == 2
+    finally:
+        lock.release()
+    assert "is in use by process" in capsys.readouterr().err
+    assert made == []
+    assert not (tmp_path / "out" / "logs").exists()
+
+
+def test_the_device_is_decided_once(recipe, tmp_path, monkeypatch, capsys):
+    """On a Mac with MPS, which Lightning would take while everything else here says CPU."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    if torch.cuda.is_available():
+        pytest.skip("about machines without CUDA")
+    assert train("--config", recipe(train=SHORT)) == 0
+    output = capsys.readouterr().out
+    assert "This Mac's GPU (MPS) is not used" in output
+    assert "on 1 x cpu, 32-true" in output
+
+
+def test_everybody_waits_until_the_directory_is_free(recipe, tmp_path, monkeypatch):
+    """The first process moves the old checkpoints; the others learn where to, which is a rendezvous as well."""
+    from types import SimpleNamespace
+
+    from litgpt_moe_ext.training.prepare import Prepared
+    from litgpt_moe_ext.training.start import Start, make_room
+
+    old, moved = tmp_path / "out" / "final", tmp_path / "out-earlier-1" / "final"
+    moved.mkdir(parents=True)  # as the first process has left it
+    fabric = SimpleNamespace(is_global_zero=False, broadcast=lambda _mine: (moved.parent, None), print=lambda *_: None)
+    plan = SimpleNamespace(out_dir=tmp_path / "out", plain={"tokenizer_dir": str(old)})
+    start, prepared = make_room(SimpleNamespace(plan=plan, fabric=fabric), Start(None, old), Prepared(None, None, old))
+    assert (start.initial_checkpoint_dir, prepared.tokenizer_dir) == (moved, moved)
+    assert plan.plain == {"initial_checkpoint_dir": str(moved), "tokenizer_dir": str(moved)}
+
+
+def test_a_callback_of_ones_own(recipe, tmp_path, capsys):
+    """The example: named by a recipe, called by the run, and written down with the other settings."""
+    file = recipe(callbacks=[{"class_path": "examples.add_a_callback.StopWhenGood", "init_args": {"loss": 100}}])
+    assert train("--config", file) == 1
+    assert "Stopped: the validation loss is" in capsys.readouterr().err
+    assert len(logged(tmp_path / "out", "loss")) == 4, "the first validation is good enough"
+    saved = tmp_path / "out" / "step-00000004" / "hyperparameters.yaml"
+    assert yaml.safe_load(saved.read_text())["callbacks"] == [
+        {"class_path": "examples.add_a_callback.StopWhenGood", "init_args": {"loss": 100.0}}
+    ]
+
+
+def test_arguments_that_a_callback_does_not_keep(recipe):
+    from litgpt_moe_ext.training.callback import Callback
+    from litgpt_moe_ext.training.checkpoint.hyperparameters import to_plain
+
+    class Keeps(Callback):
+        def __init__(self, loss: float) -> None:
+            self._loss = loss
+
+    class Forgets(Callback):
+        def __init__(self, loss: float) -> None:
+            pass
+
+    assert to_plain(Keeps(2.0))["init_args"] == {"loss": 2.0}
+    with pytest.raises(TypeError, match="it must keep its argument loss as an attribute"):
+        to_plain(Forgets(2.0))
