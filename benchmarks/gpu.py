@@ -42,12 +42,13 @@ litgpt_moe_ext.register()
 from litgpt import GPT, Config  # noqa: E402
 from litgpt.model import LLaMAMLP, LLaMAMoE  # noqa: E402
 from litgpt.utils import chunked_cross_entropy  # noqa: E402
-from litgpt_moe_ext.attention.causal import Softmax, causal_attention  # noqa: E402
 
+from litgpt_moe_ext.attention.causal_attention import causal_attention  # noqa: E402
 from litgpt_moe_ext.attention.documents import find_documents  # noqa: E402
+from litgpt_moe_ext.attention.sinks import Softmax  # noqa: E402
+from litgpt_moe_ext.config.fields import added_fields  # noqa: E402
 from litgpt_moe_ext.errors import SettingsError  # noqa: E402
-from litgpt_moe_ext.host.config import EXTRA_FIELDS  # noqa: E402
-from litgpt_moe_ext.inspect.cost.memory import training_memory  # noqa: E402
+from litgpt_moe_ext.inspect.cost.memory import Step, training_memory  # noqa: E402
 from litgpt_moe_ext.model_size import count_flops  # noqa: E402
 from litgpt_moe_ext.moe.layer import SharedExpertMoE  # noqa: E402
 from litgpt_moe_ext.training.callbacks.telemetry import peak_flops  # noqa: E402
@@ -393,10 +394,10 @@ def contenders(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     ours = Config(**settings)
     groups = ("n_expert_groups", "n_topk_groups", "n_topk_scores_per_group", "rope_adjustments")
     experts = ("n_expert", "n_expert_per_token", "n_shared_expert", "norm_topk_prob", "routed_scaling_factor")
-    plain = {name: value for name, value in settings.items() if name not in (*EXTRA_FIELDS, *groups)}
+    plain = {name: value for name, value in settings.items() if name not in (*added_fields(), *groups)}
     width = (ours.n_expert_per_token + (ours.n_shared_expert or 0)) * ours.moe_intermediate_size
     # The twin keeps our attention, so that the experts are all that differs.
-    kept = {name: value for name, value in settings.items() if "attention" in name or name not in EXTRA_FIELDS}
+    kept = {name: value for name, value in settings.items() if "attention" in name or name not in added_fields()}
     dense = {n: v for n, v in kept.items() if n not in (*experts, *groups[:3], "moe_intermediate_size")}
     dense.pop("first_k_dense_replace", None)
     return {
@@ -476,7 +477,7 @@ def promise_rows(bench: Bench) -> Iterator[dict[str, Any]]:
     for name in RECIPES[:1] if bench.tiny else RECIPES:
         settings, micro_batch = recipe(name, bench.tiny)
         length = settings["block_size"]
-        predicted = training_memory(Config(**settings), "bf16-mixed", micro_batch, length, "AdamW").total / 2**30
+        predicted = training_memory(Config(**settings), Step("bf16-mixed", micro_batch, length)).total / 2**30
         measured = None
         if bench.is_cuda:
             torch.cuda.reset_peak_memory_stats()

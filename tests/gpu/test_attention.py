@@ -3,8 +3,8 @@
 import pytest
 import torch
 from litgpt import GPT
-from litgpt_moe_ext.config.attention import BACKENDS
 
+from litgpt_moe_ext.attention.kernels.registry import KERNELS
 from tests.models import moe_config, randomize
 
 pytestmark = pytest.mark.gpu
@@ -27,7 +27,7 @@ def loss_and_gradients(model, idx):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "eager"])
+@pytest.mark.parametrize("backend", [name for name in KERNELS if name != "eager"])
 @pytest.mark.parametrize("sinks", [True, False], ids=["sinks", "no sinks"])
 def test_parity(device, backend, pattern, sinks, dtype):
     changes = {"n_embd": 128, "n_head": 2, "n_query_groups": 1, "block_size": 128, **PATTERNS[pattern]}

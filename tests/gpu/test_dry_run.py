@@ -1,5 +1,6 @@
-"""The suite for cards on a CPU: it can be collected, and what does not need a card works."""
+"""What is for cards, on a CPU: the tests and the benchmark can be collected, and what does not need a card works."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,10 +11,23 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.slow
-def test_the_suite_runs_on_a_cpu():
-    command = [sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", "-q", "-x", "-p", "no:cacheprovider"]
-    environment = os.environ | {"GPU_TESTS_DEVICE": "cpu"}
-    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+def run(*command):
+    finished = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=os.environ | {"GPU_TESTS_DEVICE": "cpu"}, capture_output=True,
+        text=True,
+    )  # fmt: skip
     assert finished.returncode == 0, finished.stdout[-6000:] + finished.stderr[-2000:]
-    assert " passed" in finished.stdout
+    return finished.stdout
+
+
+@pytest.mark.slow
+def test_the_suite():
+    assert " passed" in run("-m", "pytest", "tests/gpu", "-m", "gpu", "-x", "-p", "no:cacheprovider")
+
+
+@pytest.mark.slow
+def test_the_benchmark(tmp_path):
+    run("benchmarks/gpu.py", "--device", "cpu", "--tiny", "--out", str(tmp_path / "figures.json"))
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert len(figures["tables"]) == 6
+    assert all(table["rows"] for table in figures["tables"])
