@@ -1,0 +1,44 @@
+"""The commands that README and docs show, with what their pages say about running them."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+_BLOCK = re.compile(r"(?:<!-- (?P<mark>[^\n]*) -->\n+)?```bash(?P<info>[^\n]*)\n(?P<body>.*?)^```", re.M | re.S)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of shell commands on a page.
+
+    Attributes:
+        page: Path of the page from the repository's root.
+        commands: One command per line; a continued line is joined.
+        run: Whether the page says that it is run.
+        status: The exit status that the page promises.
+        reason: Why it is not run; empty if it is.
+    """
+
+    page: str
+    commands: tuple[str, ...]
+    run: bool
+    status: int
+    reason: str
+
+
+def blocks(page: Path) -> list[Block]:
+    """Return the shell blocks of a page that are commands to type; a block with a title is the content of a file."""
+    found = []
+    for match in _BLOCK.finditer(page.read_text(encoding="utf-8")):
+        if "title=" in match["info"]:
+            continue
+        kind, _, rest = (match["mark"] or "").partition(": ")
+        body = match["body"].replace("\\\n", " ")
+        commands = tuple(line for line in body.splitlines() if line.strip() and not line.startswith("#"))
+        status = int(exit_mark[1]) if (exit_mark := re.search(r"exit (\d+)", rest)) else 0
+        page_name = str(page.relative_to(ROOT))
+        found.append(Block(page_name, commands, kind == "run", status, rest if kind == "not run" else ""))
+    return found

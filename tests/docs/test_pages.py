@@ -1,0 +1,61 @@
+"""What README and docs show is run, or says why it is not."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.docs.pages import PAGES, ROOT, blocks
+
+# The order in which a reader meets them: training comes before what looks at its result.
+READING_ORDER = [ROOT / "docs" / "tutorial.md", *(page for page in PAGES if page.name != "tutorial.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_is_run_or_says_why_not(page):
+    for block in blocks(page):
+        assert block.run or block.reason, f"mark {block.commands} as <!-- run: NAME --> or <!-- not run: REASON -->"
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A copy of what a clone has, with a quickstart of a few steps, and a `uv` that uses this environment."""
+    root = tmp_path_factory.mktemp("clone")
+    for name in ("configs", "data_prep", "examples"):
+        shutil.copytree(ROOT / name, root / name)
+    shutil.copy(ROOT / "run_train.py", root)
+    recipe = root / "configs" / "quickstart.yaml"
+    settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    settings["train"] |= {"max_tokens": 24 * 2048, "save_interval": 12, "lr_warmup_steps": 4}
+    settings["eval"] |= {"interval": 12, "max_iters": 2}
+    settings["sample"]["max_new_tokens"] = 4
+    recipe.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    uv = root / "bin" / "uv"
+    uv.parent.mkdir()
+    uv.write_text('#!/bin/sh\nshift\nexec "$@"\n', encoding="utf-8")
+    uv.chmod(0o755)
+    return root
+
+
+@pytest.mark.slow
+def test_the_pages_commands_work(workspace):
+    path = os.pathsep.join([str(workspace / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "2"}
+    done = set()
+    for page in READING_ORDER:
+        for block in blocks(page):
+            if not block.run:
+                continue
+            for command in block.commands:
+                if command in done:
+                    continue
+                result = subprocess.run(
+                    command, shell=True, cwd=workspace, env=environment, capture_output=True, text=True, timeout=1200
+                )
+                assert result.returncode == block.status, f"{block.page}: {command}\n{result.stdout}{result.stderr}"
+                done.add(command)
+    assert any("run_train.py" in command for command in done)
