@@ -1,4 +1,136 @@
-"""Pages of the documentation that are made from the code: a hook of mkdocs.
+"""Write the generated tables of the documentation: `uv run python tools/docs_tables.py [--check]`.
 
-`<!-- table: NAME -->` in a page becomes the table of that name; `benchmarks/RESULTS.md` becomes a page of the reference.
+A page has a table between `<!-- table: NAME -->` and `<!-- end of table -->`. It stands in the file, so that pages read the
+same in a repository browser and on the site; with `--check`, a page that would change is an error.
 """
+
+import dataclasses
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+_PLACE = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<table>.*?)(<!-- end of table -->)", re.S)
+
+
+def model_config() -> str:
+    """Return the fields of a model configuration."""
+    from litgpt_moe_ext.config.tables import markdown
+
+    return markdown()
+
+
+def settings() -> str:
+    """Return every key of a recipe but `model_config`."""
+    from litgpt_moe_ext.training.settings import Settings, field_table
+
+    return _table(
+        ("key", "default", "meaning"),
+        (
+            (f"`{row.name}`", _default(row.default), _escape(row.doc))
+            for row in field_table(Settings)
+            if not row.name.startswith("model_config")
+        ),
+    )
+
+
+def commands() -> str:
+    """Return the commands of `litgpt-moe` with their arguments."""
+    from docstring_parser import parse
+
+    from litgpt_moe_ext.cli.main import COMMANDS, load
+
+    parts = []
+    for command in COMMANDS:
+        cls = load(command)
+        doc = parse(cls.__doc__ or "")
+        meanings = {parameter.arg_name: " ".join((parameter.description or "").split()) for parameter in doc.params}
+        text = " ".join(part for part in (doc.short_description, doc.long_description) if part)
+        rows = ((f"`{field.name}`", _escape(meanings[field.name])) for field in dataclasses.fields(cls))
+        parts.append(f"### `litgpt-moe {command.name}`\n\n{_unwrap(text)}\n\n{_table(('argument', 'meaning'), rows)}")
+    return "\n".join(parts)
+
+
+def seams() -> str:
+    """Return the seams, and the plugin's own process-wide state."""
+    from litgpt_moe_ext.host.seams import table
+
+    return table() + "\n"
+
+
+def expert_backends() -> str:
+    """Return which expert backend is preferred where."""
+    from litgpt_moe_ext.moe.kernels.choice import PREFERENCES
+
+    def where(preference: Any) -> str:
+        words = [preference.device or "anything else"]
+        if preference.majors:
+            words.append("compute capability " + " and ".join(f"{major}.x" for major in preference.majors))
+        if preference.dtypes:
+            words.append(", ".join(str(dtype).removeprefix("torch.") for dtype in preference.dtypes))
+        if preference.compiling:
+            words.append("under `torch.compile`")
+        return ", ".join(words)
+
+    return _table(
+        ("where", "backends, best first"),
+        ((where(preference), ", ".join(f"`{name}`" for name in preference.backends)) for preference in PREFERENCES),
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "model-config": model_config,
+    "settings": settings,
+    "commands": commands,
+    "seams": seams,
+    "expert-backends": expert_backends,
+}
+
+
+def filled(text: str) -> str:
+    """Return a page with its tables made anew."""
+    return _PLACE.sub(lambda place: f"{place[1]}\n{TABLES[place['name']]()}\n{place[4]}", text)
+
+
+def main(arguments: list[str]) -> int:
+    """Write all pages, or with `--check` say which would change."""
+    stale = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        new = filled(text)
+        if new != text:
+            stale.append(str(page.relative_to(ROOT)))
+            if "--check" not in arguments:
+                page.write_text(new, encoding="utf-8")
+    if stale and "--check" in arguments:
+        print(f"run `uv run python tools/docs_tables.py`: {', '.join(stale)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows]) + "\n"
+
+
+def _default(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return "" if dataclasses.is_dataclass(value) else f"`{value}`"
+
+
+def _escape(text: str) -> str:
+    return _unwrap(text).replace("|", "\\|")
+
+
+def _unwrap(text: str) -> str:
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,16 @@
+"""A hook of mkdocs: measured results, which live beside their benchmarks, as a page of the reference."""
+
+from pathlib import Path
+
+from mkdocs.structure.files import File, Files
+
+_BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def on_files(files: Files, config: dict) -> Files:
+    """Add `benchmarks/RESULTS.md` and its pictures to the pages."""
+    results = (_BENCHMARKS / "RESULTS.md").read_text(encoding="utf-8")
+    files.append(File.generated(config, "reference/results.md", content=results))
+    for picture in _BENCHMARKS.glob("*.png"):
+        files.append(File.generated(config, f"reference/{picture.name}", abs_src_path=str(picture)))
+    return files
