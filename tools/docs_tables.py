@@ -1,7 +1,7 @@
 """Write the generated tables of the documentation: `uv run python tools/docs_tables.py [--check]`.
 
-A page has a table between `<!-- table: NAME -->` and `<!-- end of table -->`. It stands in the file, so that pages read the
-same in a repository browser and on the site; with `--check`, a page that would change is an error.
+A page has a table between `<!-- table: NAME -->` and `<!-- end of table -->`. It stands in the file, so that pages read
+the same in a repository browser and on the site; with `--check`, a page that would change is an error.
 """
 
 import dataclasses
