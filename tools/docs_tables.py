@@ -121,6 +121,8 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def _default(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if value == "":
+        return '`""`'
     return "" if dataclasses.is_dataclass(value) else f"`{value}`"
 
 
