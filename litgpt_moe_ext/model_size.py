@@ -30,7 +30,8 @@ def count_parameters(config: Any, tie_embeddings: bool = False) -> ModelSize:
     with torch.device("meta"):
         model = GPT(config)
     if tie_embeddings:
-        model.lm_head.weight = model.transformer.wte.weight  # `parameters` lists it once
+        # `parameters` lists it once.
+        model.lm_head.weight = model.get_submodule("transformer.wte").get_parameter("weight")
     total = sum(parameter.numel() for parameter in model.parameters())
     routed = sum(
         parameter.numel()

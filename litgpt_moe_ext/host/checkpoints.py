@@ -4,10 +4,13 @@ import warnings
 from functools import wraps
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from litgpt_moe_ext import __version__
 from litgpt_moe_ext.host.config import extend_config, uses_plugin, without_unused_fields
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.config.types import Config as ExtendedConfig
 
 # Written first into the `model_config.yaml` of a model that needs the plugin. Plain LitGPT then fails with an error
 # that names this package ("unexpected keyword argument '_requires_litgpt_moe_ext'") instead of one about some inner
@@ -54,7 +57,7 @@ def write_mark(utils: Any) -> None:
         if not isinstance(obj, Config):
             return result
         result = without_unused_fields(result)
-        return {REQUIRES_MARK: __version__, **result} if uses_plugin(obj) else result
+        return {REQUIRES_MARK: __version__, **result} if uses_plugin(cast("ExtendedConfig", obj)) else result
 
     utils.asdict = asdict
 

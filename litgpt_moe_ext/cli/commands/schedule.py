@@ -28,7 +28,9 @@ class Schedule:
 
         settings = read_settings(["--config", str(self.recipe)])
         own = settings.schedule.name
-        rates = {name: planned_rates(settings, name) for name in dict.fromkeys([own, *(self.compare or [])])}
+        rates: dict[str, list[float]] = {
+            name: planned_rates(settings, name) for name in dict.fromkeys([own, *(self.compare or [])])
+        }
         write_bytes(self.out, png(schedule_figure(rates)))
         rows = [
             (

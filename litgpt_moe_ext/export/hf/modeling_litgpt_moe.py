@@ -26,104 +26,73 @@ _ACTIVATIONS = {
 }
 
 
+# Settings of a model, with defaults for a tiny one.
+_SETTINGS = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "norm": "rms",
+    "norm_eps": 1e-5,
+    "attention_bias": False,
+    "attention_out_bias": False,
+    "attention_scale": None,
+    "attention_windows": None,
+    "attention_sinks": None,
+    "qk_norm": "none",
+    "learned_positions": False,
+    "rope_inv_freq": [],
+    "rope_dim": 0,
+    "rope_attention_factor": 1.0,
+    "rope_interleave": False,
+    "hidden_act": "silu",
+    "gated": True,
+    "mlp_bias": False,
+    "intermediate_size": 128,
+    "moe_layers": None,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 0,
+    "shared_expert_gate": False,
+    "num_experts": 0,
+    "num_experts_per_tok": 0,
+    "router": "topk",
+    "router_score_function": "sigmoid",
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_scores_per_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "lm_head_bias": False,
+    "initializer_range": 0.02,
+    "use_cache": True,
+}
+
+
 class LitGPTMoEConfig(PretrainedConfig):
     """Sizes and choices of a model.
 
     Per layer are `attention_windows` (visible keys, or null for all), `attention_sinks` and `moe_layers` (true: an MoE
-    layer, false: a dense one). `qk_norm` is `none`, `head` or `whole` (over all heads together).
-    `rope_inv_freq` holds the angle per position of each pair of rotated elements, so that no
-    scaling rule is needed here; it is empty for models without rotary positions.
+    layer, false: a dense one). `qk_norm` is `none`, `head` or `whole` (over all heads together). `rope_inv_freq` holds
+    the angle per position of each pair of rotated elements, so that no scaling rule is needed here; it is empty for
+    models without rotary positions.
     """
 
     model_type = "litgpt_moe"
     keys_to_ignore_at_inference = [_CACHE]
 
-    def __init__(
-        self,
-        vocab_size=256,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=16,
-        max_position_embeddings=128,
-        norm="rms",
-        norm_eps=1e-5,
-        attention_bias=False,
-        attention_out_bias=False,
-        attention_scale=None,
-        attention_windows=None,
-        attention_sinks=None,
-        qk_norm="none",
-        learned_positions=False,
-        rope_inv_freq=(),
-        rope_dim=0,
-        rope_attention_factor=1.0,
-        rope_interleave=False,
-        hidden_act="silu",
-        gated=True,
-        mlp_bias=False,
-        intermediate_size=128,
-        moe_layers=None,
-        moe_intermediate_size=64,
-        shared_expert_intermediate_size=0,
-        shared_expert_gate=False,
-        num_experts=0,
-        num_experts_per_tok=0,
-        router="topk",
-        router_score_function="sigmoid",
-        n_group=1,
-        topk_group=1,
-        topk_scores_per_group=1,
-        norm_topk_prob=True,
-        routed_scaling_factor=1.0,
-        lm_head_bias=False,
-        initializer_range=0.02,
-        use_cache=True,
-        tie_word_embeddings=False,
-        **kwargs,
-    ):
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads
-        self.head_dim = head_dim
-        self.max_position_embeddings = max_position_embeddings
-        self.norm = norm
-        self.norm_eps = norm_eps
-        self.attention_bias = attention_bias
-        self.attention_out_bias = attention_out_bias
-        self.attention_scale = head_dim**-0.5 if attention_scale is None else attention_scale
-        self.attention_windows = attention_windows or [None] * num_hidden_layers
-        self.attention_sinks = attention_sinks or [False] * num_hidden_layers
-        self.qk_norm = qk_norm
-        self.learned_positions = learned_positions
-        self.rope_inv_freq = list(rope_inv_freq)
-        self.rope_dim = rope_dim
-        self.rope_attention_factor = rope_attention_factor
-        self.rope_interleave = rope_interleave
-        self.hidden_act = hidden_act
-        self.gated = gated
-        self.mlp_bias = mlp_bias
-        self.intermediate_size = intermediate_size
-        self.moe_layers = moe_layers or [num_experts > 0] * num_hidden_layers
-        self.moe_intermediate_size = moe_intermediate_size
-        self.shared_expert_intermediate_size = shared_expert_intermediate_size
-        self.shared_expert_gate = shared_expert_gate
-        self.num_experts = num_experts
-        self.num_experts_per_tok = num_experts_per_tok
-        self.router = router
-        self.router_score_function = router_score_function
-        self.n_group = n_group
-        self.topk_group = topk_group
-        self.topk_scores_per_group = topk_scores_per_group
-        self.norm_topk_prob = norm_topk_prob
-        self.routed_scaling_factor = routed_scaling_factor
-        self.lm_head_bias = lm_head_bias
-        self.initializer_range = initializer_range
-        self.use_cache = use_cache
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+    def __init__(self, **kwargs):
+        for name, default in _SETTINGS.items():
+            setattr(self, name, kwargs.pop(name, default))
+        layers = self.num_hidden_layers
+        if self.attention_scale is None:
+            self.attention_scale = self.head_dim**-0.5
+        self.attention_windows = self.attention_windows or [None] * layers
+        self.attention_sinks = self.attention_sinks or [False] * layers
+        self.moe_layers = self.moe_layers or [self.num_experts > 0] * layers
+        super().__init__(tie_word_embeddings=kwargs.pop("tie_word_embeddings", False), **kwargs)
 
 
 class LitGPTMoERMSNorm(nn.Module):
@@ -443,7 +412,10 @@ class LitGPTMoEForCausalLM(LitGPTMoEPreTrainedModel, GenerationMixin):
         logits_to_keep=0,
         **kwargs,
     ):
-        """Return logits (B, T, vocabulary), the loss if there are labels, and the cache if one is used."""
+        """Return logits (B, T, vocabulary), the loss if there are labels, and the cache if one is used.
+
+        Generation passes these arguments by name and asks for them in the signature.
+        """
         cache = past_key_values if cache is None else cache
         if (self.config.use_cache if use_cache is None else use_cache) and cache is None:
             cache = DynamicCache()

@@ -12,11 +12,12 @@ from matplotlib.ticker import EngFormatter
 from litgpt_moe_ext.pictures.style import STYLE
 from litgpt_moe_ext.training.optim.optimization import Optimization, count_steps, schedule_steps
 from litgpt_moe_ext.training.settings import ParameterGroupArgs, Settings
+from litgpt_moe_ext.training.settings.loop import ScheduleName
 
 _STYLES = ("-", "--", "-.", ":")
 
 
-def planned_rates(settings: Settings, name: str) -> list[float]:
+def planned_rates(settings: Settings, name: ScheduleName) -> list[float]:
     """Return the learning rate of every optimizer step of a training, from the code that the training runs.
 
     Args:
@@ -69,4 +70,6 @@ def _block_size(settings: Settings) -> int:
         return settings.model_config.block_size
     from litgpt import Config
 
-    return Config.from_name(settings.model_name).block_size
+    config = Config.from_name(settings.model_name)
+    assert config is not None, "from_name raises for a name that it does not know"
+    return config.block_size

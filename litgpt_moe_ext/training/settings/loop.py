@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     import litgpt.args
 
 
+ScheduleName = Literal["cosine", "onecycle", "wsd", "linear", "constant", "inverse_sqrt"]
+
+
 @dataclass
 class TrainArgs(Section, key="train"):
     """Batches, length and limits of the training."""
@@ -131,7 +134,7 @@ class LogArgs(Section, key="log"):
 class ScheduleArgs(Section, key="schedule"):
     """The learning rate over the optimizer steps, from the optimizer's lr to train.min_lr."""
 
-    name: Literal["cosine", "onecycle", "wsd", "linear", "constant", "inverse_sqrt"] = "cosine"
+    name: ScheduleName = "cosine"
     """Shape after the warm-up of train.lr_warmup_steps; wsd is warm-up, stable, decay."""
     decay_fraction: Fraction = 0.2
     """wsd: last part of the training, in which the rate falls to train.min_lr."""
