@@ -140,7 +140,10 @@ def test_routers_differ():
         ),
         ({"n_embd": 32}, "n_embd: 32 must be 16 as in the dense model"),
         ({"mlp_activation": "geglu"}, "mlp_activation: 'geglu' must be 'swiglu'"),
-        ({"first_k_dense_replace": 1, "intermediate_size": 20}, "intermediate_size: 20 is the width of the layers"),
+        (
+            {"first_k_dense_replace": 1, "intermediate_size": 20},
+            "intermediate_size: 20 must be 24 as in the dense model",
+        ),
     ],
     ids=str,
 )

@@ -126,6 +126,7 @@ def test_a_broken_tokenizer_is_a_finding(tmp_path):
     assert "cannot be opened" in found.text
 
 
+@pytest.mark.slow
 def test_settings_that_fit_fit():
     """What is advised for a memory takes no more than that, by the model card; and no larger micro-batch fits."""
     recipe = Recipe(moe_config(n_layer=2, padded_vocab_size=2048), {"train": {"global_batch_size": 24}})

@@ -110,14 +110,27 @@ def test_a_misspelt_key_is_refused_in_every_section(tmp_path, capsys):
             assert "misspelt: no setting has this name" in str(error.value), section
 
 
+def explained_in(recipe):
+    """Return the keys of a recipe that have a comment, or stand in a group that has one."""
+    keys, previous, found = set(), "", False
+    for line in path_of(recipe).read_text(encoding="utf-8").splitlines():
+        if match := KEY.match(line):
+            in_group = found and (before := KEY.match(previous)) and before[1] == match[1]
+            found = bool(previous.lstrip().startswith("#") or in_group)
+            keys |= {match[2]} if found else set()
+        previous = line if line.strip() else ""
+    return keys
+
+
 @pytest.mark.parametrize("recipe", [*RECIPES, "quickstart"])
 def test_every_key_is_explained(recipe):
-    """Above every key, or above the group it stands in, there is a comment; class_path and init_args need none."""
-    previous = ""
+    """A comment stands above every key, or above its group, here or in the reference; class_path needs none."""
+    previous, reference = "", set() if recipe == "quickstart" else explained_in("quickstart")
     for number, line in enumerate(path_of(recipe).read_text(encoding="utf-8").splitlines(), 1):
         if match := KEY.match(line):
             explained = previous.lstrip().startswith("#") or KEY.match(previous) and KEY.match(previous)[1] == match[1]
-            assert explained or match[2] in ("class_path", "init_args"), f"{recipe}:{number} {line}"
+            needs_none = match[2] in ("class_path", "init_args") or match[2] in reference
+            assert explained or needs_none, f"{recipe}:{number} {line}"
         previous = line if line.strip() else ""
 
 

@@ -139,7 +139,7 @@ def test_after_every_validation(recipe, tmp_path, hellaswag_file):
 
 
 def test_a_failing_benchmark_is_not_worth_a_run(recipe, tmp_path, hellaswag_file, monkeypatch, capsys):
-    from litgpt_moe_ext.evaluation.benchmarks import HellaSwag
+    from litgpt_moe_ext.evaluation.training_benchmarks import HellaSwag
 
     def broken(*_args):
         raise RuntimeError("out of luck")
@@ -177,7 +177,7 @@ class TestWrongInputs:
         assert "the model reads 4 at once" in error
 
     def test_what_fails_with_the_first_batch(self, recipe, hellaswag_file, monkeypatch, capsys):
-        from litgpt_moe_ext.evaluation import benchmarks
+        from litgpt_moe_ext.evaluation import training_benchmarks as benchmarks
 
         def broken(*_args):
             raise torch.OutOfMemoryError("CUDA out of memory")

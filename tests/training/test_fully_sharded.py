@@ -77,6 +77,7 @@ def gradients_under(name: str, nodes: int) -> list[Tensor]:
     return [norm, *(parameter.grad.full_tensor() for parameter in model.parameters())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "nodes"), [("fsdp", 2), ("fsdp_shard_grad_op", 1)])
 def test_every_name_gives_the_same_gradients(name, nodes):
     """Also two nodes of two ranks each, which hold the model twice; the norm is a plain tensor."""
@@ -95,6 +96,7 @@ class TestPlacement:
         assert placement(nn.Parameter(torch.empty(4, 6, 6))) is None
         assert placement(nn.Parameter(torch.empty(4, 16))) is None
 
+    @pytest.mark.slow
     def test_every_rank_has_its_share(self):
         for sizes in in_ranks(expert_shards, 4):
             assert len(set(sizes)) == 1
@@ -119,6 +121,7 @@ def loaded_weights() -> bool:
     return all(torch.equal(found[name], value) for name, value in other.state_dict().items())
 
 
+@pytest.mark.slow
 def test_initial_weights():
     """Row 26: initial_checkpoint_dir with fsdp2."""
     assert in_ranks(loaded_weights, 2) == [True, True]
@@ -137,6 +140,7 @@ def muon_step(experts: int) -> tuple[Tensor, int]:
     return parameter.detach().full_tensor(), sum(counted.get_comm_counts().values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experts", [4, 1])
 def test_muon_needs_no_communication_for_whole_experts(experts):
     """Row 19; with one expert for two ranks, one of them has nothing to do."""
@@ -166,6 +170,7 @@ def scaled_step(overflow: bool) -> tuple[bool, float]:
     return not torch.equal(before, model.lm_head.weight.full_tensor()), scaler.get_scale()
 
 
+@pytest.mark.slow
 def test_an_overflow_on_one_rank_is_one_on_all():
     assert in_ranks(scaled_step, 2, False) == [(True, 8.0)] * 2
     assert in_ranks(scaled_step, 2, True) == [(False, 4.0)] * 2
@@ -177,6 +182,7 @@ def drawn(world_size: int) -> list[Tensor]:
     return [torch.rand(3), random_state.of_this_rank(torch.device("cpu"))["torch"]]
 
 
+@pytest.mark.slow
 def test_every_rank_draws_its_own_numbers():
     """Row 8: dropout and the noise of routers; one process keeps what it drew before."""
     (first, _), (second, _) = in_ranks(drawn, 2, 2)
