@@ -71,8 +71,9 @@ def compare(experts, routing, T):
     x, upstream = (torch.randn(T, experts.n_embd).to(experts.down_proj.dtype) for _ in range(2))
     truth = exact(experts, x, routing, upstream)
     ours, loop = (run(experts, backend, x, routing, upstream) for backend in ("triton", "loop"))
-    # The interpreter cuts bfloat16 off where a card rounds, which adds up over the products of a layer.
-    floor = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-2}[x.dtype]
+    # Two units in the last place of float16, to which hidden values are rounded on the way. The interpreter cuts
+    # bfloat16 off where a card rounds, which adds up over the products of a layer.
+    floor = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 4e-2}[x.dtype]
     for name, expected in truth.items():
         assert ours[name].dtype == loop[name].dtype, name
         assert ours[name].shape == loop[name].shape, name
