@@ -57,9 +57,11 @@ def export_tokenizer(checkpoint_dir: Path, out_dir: Path, vocab_size: int) -> di
 
 def _name_class(file: Path, tokenizer: Any) -> None:
     settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if "tokenizer_class" in settings or tokenizer.backend != "huggingface":
+    fast = "PreTrainedTokenizerFast"
+    if settings.setdefault("tokenizer_class", fast) != fast or tokenizer.backend != "huggingface":
         return
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # The class would also return token types, which no decoder takes.
+    settings.setdefault("model_input_names", ["input_ids", "attention_mask"])
     for name in ("bos", "eos"):
         token_id = getattr(tokenizer, f"{name}_id")
         if token_id is not None:

@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.hf.write import export_checkpoint
@@ -58,6 +60,25 @@ def test_shards(tmp_path):
     with safe_open(tmp_path / "out" / index["weight_map"][name], "pt") as file:
         assert file.get_tensor(name).dtype == torch.float32
         assert file.get_tensor(name).min() == 0
+
+
+@pytest.mark.parametrize("settings", [None, {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}])
+def test_text_in_text_out(tmp_path, settings):
+    """An own BPE opens, and what it returns is what the model takes."""
+    model = make_checkpoint(tmp_path / "checkpoint", *CASES["quickstart"][1:])
+    bpe = Tokenizer(BPE({"<|end|>": 0, "a": 1, "b": 2, "ab": 3}, [("a", "b")]))
+    bpe.add_special_tokens(["<|end|>"])
+    bpe.save(str(tmp_path / "checkpoint" / "tokenizer.json"))
+    if settings is not None:
+        (tmp_path / "checkpoint" / "tokenizer_config.json").write_text(json.dumps(settings))
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    inputs = tokenizer("aba", return_tensors="pt")
+    assert inputs.input_ids.tolist() == [[3, 1]]
+    written = theirs.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert written[0, 2] == model(inputs.input_ids)[0, -1].argmax()
+    assert theirs.generation_config.eos_token_id == (None if settings is None else 0)
 
 
 class TestRefusals:
