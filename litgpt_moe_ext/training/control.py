@@ -38,6 +38,10 @@ class TrainingStopped(RuntimeError):  # noqa: N818  (not every reason is an erro
     """Training cannot or shall not go on; the message says why, what is saved, and what to do."""
 
 
+# What passes a signal on to its whole process group and to its child (`timeout`, `uv run` in a terminal) delivers one
+# Ctrl-C twice, milliseconds apart; nobody presses it twice within this time in seconds.
+MOMENT = 1.0
+
 # Windows has no SIGUSR1.
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
@@ -52,10 +56,11 @@ class StopRequests:
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
         self._received = 0
+        self._first_at = 0.0
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Take over SIGINT, SIGTERM and SIGUSR1 in the scope; a second SIGINT ends the program at once."""
+        """Take over SIGINT, SIGTERM and SIGUSR1 in the scope; a later SIGINT ends the program at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -67,9 +72,13 @@ class StopRequests:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, _frame: Any) -> None:
-        if self._received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._received = number
+        now = time.monotonic()
+        if self._received:
+            if now - self._first_at < MOMENT:
+                return
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+        self._received, self._first_at = number, now
         self._say(
             f"{signal.Signals(number).name} received: finishing the step, then saving. Ctrl-C again quits at once."
         )

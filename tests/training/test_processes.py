@@ -56,6 +56,7 @@ def test_interrupted_terminated_and_killed_the_losses_stay(recipe, tmp_path, uni
     process = Training("--config", file)
     wait_for_step(process, 5)
     process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)  # as `timeout -s INT uv run` does
     output = finish(process, 130)
     assert "SIGINT received: finishing the step, then saving" in output
     assert "--resume auto continues" in output

@@ -7,6 +7,7 @@ import litgpt.pretrain
 import pytest
 
 from litgpt_moe_ext.cli.train import main
+from litgpt_moe_ext.training import control
 from litgpt_moe_ext.training.parallel import lost_processes
 
 
@@ -14,13 +15,14 @@ from litgpt_moe_ext.training.parallel import lost_processes
 def signal_at(monkeypatch):
     """Have the process send itself a signal in the n-th call of a function of `litgpt.pretrain`."""
 
-    def arrange(number: int, function: str, call: int) -> None:
+    def arrange(number: int, function: str, call: int, times: int = 1) -> None:
         original, calls = getattr(litgpt.pretrain, function), []
 
         def signalling(*args, **kwargs):
             calls.append(1)
             if len(calls) == call:
-                os.kill(os.getpid(), number)
+                for _ in range(times):
+                    os.kill(os.getpid(), number)
             return original(*args, **kwargs)
 
         monkeypatch.setattr(litgpt.pretrain, function, signalling)
@@ -42,6 +44,26 @@ def test_in_a_step(recipe, tmp_path, capsys, signal_at, name):
     assert f"{name} received: finishing the step, then saving" in output.out
     assert f"Stopped by {name}, saved as {saved}; --resume auto continues." in output.err
     assert signal.getsignal(number) is handler
+
+
+def test_twice_within_a_moment(recipe, tmp_path, capsys, signal_at):
+    """`timeout -s INT` and `uv run` in a terminal deliver one Ctrl-C twice: the step is saved all the same."""
+    signal_at(signal.SIGINT, "chunked_cross_entropy", 3 + 5, times=2)
+    assert main(["--config", str(recipe(train={"save_interval": 1000}))]) == 130
+    saved = tmp_path / "out" / "step-00000003"
+    assert (saved / "lit_model.pth").is_file()
+    output = capsys.readouterr()
+    assert output.out.count("SIGINT received") == 1
+    assert f"saved as {saved}" in output.err
+
+
+def test_twice_on_purpose(recipe, tmp_path, capsys, monkeypatch, signal_at):
+    """A second Ctrl-C after that moment ends the run in the middle of the step."""
+    monkeypatch.setattr(control, "MOMENT", 0.0)
+    signal_at(signal.SIGINT, "chunked_cross_entropy", 3 + 5, times=2)
+    assert main(["--config", str(recipe(train={"save_interval": 1000}))]) == 130
+    assert "Stopped at once" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("step-*"))
 
 
 def test_before_the_first_step(recipe, tmp_path, capsys, signal_at):
