@@ -5,8 +5,6 @@ DeepSeek-V3's sigmoid with a bias. Everything else about a model (attention, nor
 the result opens without the plugin.
 """
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,9 @@ from torch import Tensor
 
 from litgpt_moe_ext.config.features import MOE_CLASS_NAMES, router_type_of
 from litgpt_moe_ext.config.fields import added_fields
-from litgpt_moe_ext.durable import flush, flush_tree
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.loading import CONFIG_FILE, WEIGHTS_FILE, read_checkpoint
+from litgpt_moe_ext.export.directory import new_directory, require_absent
 from litgpt_moe_ext.host.config import uses_plugin
 from litgpt_moe_ext.moe.expert_layouts import unstack_experts
 
@@ -118,23 +116,15 @@ def convert_checkpoint(checkpoint_dir: Path, out_dir: Path) -> None:
     for name in (WEIGHTS_FILE, CONFIG_FILE):
         if not (checkpoint_dir / name).is_file():
             raise SettingsError(f"checkpoint_dir: {str(checkpoint_dir)!r} has no {name}")
-    if out_dir.exists():
-        raise SettingsError(f"out_dir: {str(out_dir)!r} exists; name a new directory")
+    require_absent(out_dir)
     config = Config.from_file(checkpoint_dir / CONFIG_FILE)
     checkpoint = read_checkpoint(checkpoint_dir / WEIGHTS_FILE)
     converted, state = to_llama_moe(config, checkpoint.get("model", checkpoint))
     assert not uses_plugin(converted)
     with torch.device("meta"):
         GPT(converted).load_state_dict(state, assign=True)  # raises if a name or shape is wrong
-    partial = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
+    with new_directory(out_dir) as partial:
         copy_config_files(checkpoint_dir, partial)
         save_config(converted, partial)
         # Views of stacked weights would each write the whole stack.
         torch.save({name: tensor.clone() for name, tensor in state.items()}, partial / WEIGHTS_FILE)
-        flush_tree(partial)
-        os.rename(partial, out_dir)
-        flush(out_dir.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

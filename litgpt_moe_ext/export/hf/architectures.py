@@ -44,15 +44,15 @@ class Architecture:
         ]
 
 
-def choose(facts: Facts) -> tuple[Architecture, dict[str, list[str]]]:
-    """Return the first class that computes a model, and what each one before it lacks."""
+def choose(facts: Facts, architectures: tuple[Architecture, ...]) -> tuple[Architecture | None, dict[str, list[str]]]:
+    """Return the first class of a table that computes a model, and what each one before it lacks."""
     rejected: dict[str, list[str]] = {}
-    for architecture in ARCHITECTURES:
+    for architecture in architectures:
         lacking = architecture.lacks(facts)
         if not lacking:
             return architecture, rejected
         rejected[architecture.class_name] = lacking
-    raise AssertionError("the last architecture of the table expresses everything that Facts can say")
+    return None, rejected
 
 
 def _words(value: Any) -> str:
@@ -123,7 +123,8 @@ def _qwen_window(facts: Facts) -> dict[str, Any]:
     return {"use_sliding_window": False, "sliding_window": None}
 
 
-def _shared_width(facts: Facts) -> int:
+def shared_width(facts: Facts) -> int:
+    """Return the hidden width of all shared experts together."""
     config = facts.config
     return config.shared_expert_intermediate_size or config.n_shared_expert * config.moe_intermediate_size
 
@@ -189,7 +190,7 @@ def _own(facts: Facts) -> dict[str, Any]:
     if facts.moe:
         moe = {
             "moe_intermediate_size": config.moe_intermediate_size,
-            "shared_expert_intermediate_size": _shared_width(facts) if facts.shared != "none" else 0,
+            "shared_expert_intermediate_size": shared_width(facts) if facts.shared != "none" else 0,
             "shared_expert_gate": facts.shared == "gated",
             "num_experts": config.n_expert,
             "num_experts_per_tok": config.n_expert_per_token,
@@ -258,12 +259,12 @@ def _ernie_names(facts: Facts) -> names.Entries:
     ]
 
 
-_ROPES = ("default", "linear", "llama3", "yarn")
+ROPES = ("default", "linear", "llama3", "yarn")
 # What Llama's relatives have in common.
-_LLAMA_LIKE: dict[str, tuple[Any, ...]] = {
+LLAMA_LIKE: dict[str, tuple[Any, ...]] = {
     "norm": ("rms",),
     "positions": ("rotary",),
-    "rope": _ROPES,
+    "rope": ROPES,
     "rope_layout": ("half",),
     "sinks": (False,),
     "window": ("none",),
@@ -274,8 +275,8 @@ _LLAMA_LIKE: dict[str, tuple[Any, ...]] = {
     "head_bias": (False,),
     "scale": ("head",),
 }
-_DENSE = _LLAMA_LIKE | {"layers": ("dense",)}
-_SOFTMAX = _LLAMA_LIKE | {
+_DENSE = LLAMA_LIKE | {"layers": ("dense",)}
+SOFTMAX = LLAMA_LIKE | {
     "router": ("topk",),
     "score": ("softmax",),
     "norm_topk": (True,),
@@ -323,7 +324,7 @@ ARCHITECTURES = (
     Architecture(
         "MixtralForCausalLM",
         "mixtral",
-        _SOFTMAX | {"layers": ("moe",), "window": ("none", "all")},
+        SOFTMAX | {"layers": ("moe",), "window": ("none", "all")},
         lambda facts: (
             _llama(facts)
             | _moe_sizes(facts)
@@ -335,14 +336,14 @@ ARCHITECTURES = (
     Architecture(
         "Qwen3MoeForCausalLM",
         "qwen3_moe",
-        _SOFTMAX | {"layers": ("moe", "mixed", "alternating"), "qk_norm": ("head",), "norm_topk": (True, False)},
+        SOFTMAX | {"layers": ("moe", "mixed", "alternating"), "qk_norm": ("head",), "norm_topk": (True, False)},
         lambda facts: _llama(facts) | _moe_sizes(facts) | _qwen_layers(facts) | _qwen_window(facts),
         _moe_names(experts="mlp.experts.{e}", router="mlp.gate"),
     ),
     Architecture(
         "Qwen2MoeForCausalLM",
         "qwen2_moe",
-        _SOFTMAX
+        SOFTMAX
         | {
             "layers": ("moe", "mixed", "alternating"),
             "attention_bias": ("qkv",),
@@ -355,14 +356,14 @@ ARCHITECTURES = (
             | _moe_sizes(facts)
             | _qwen_layers(facts)
             | _qwen_window(facts)
-            | {"shared_expert_intermediate_size": _shared_width(facts)}
+            | {"shared_expert_intermediate_size": shared_width(facts)}
         ),
         _moe_names(experts="mlp.experts.{e}", router="mlp.gate", shared="mlp.shared_expert"),
     ),
     Architecture(
         "OlmoeForCausalLM",
         "olmoe",
-        _SOFTMAX | {"layers": ("moe",), "qk_norm": ("whole",), "norm_topk": (True, False), "free_head_size": (False,)},
+        SOFTMAX | {"layers": ("moe",), "qk_norm": ("whole",), "norm_topk": (True, False), "free_head_size": (False,)},
         lambda facts: (
             _llama(facts)
             | _moe_sizes(facts)
@@ -377,14 +378,14 @@ ARCHITECTURES = (
     Architecture(
         "Ernie4_5_MoeForCausalLM",
         "ernie4_5_moe",
-        _SOFTMAX | {"layers": ("moe", "mixed"), "balancing_bias": (True, False), "shared": ("none", "plain")},
+        SOFTMAX | {"layers": ("moe", "mixed"), "balancing_bias": (True, False), "shared": ("none", "plain")},
         _ernie,
         _ernie_names,
     ),
     Architecture(
         "Glm4MoeForCausalLM",
         "glm4_moe",
-        _SOFTMAX
+        SOFTMAX
         | {
             "layers": ("moe", "mixed"),
             "positions": ("rotary", "partial_rotary"),

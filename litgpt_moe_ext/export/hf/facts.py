@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from litgpt_moe_ext.attention.rope import rope_frequencies
 from litgpt_moe_ext.config.features import MOE_CLASS_NAMES, has_sinks, is_dense_layer
-from litgpt_moe_ext.config.rope import rope_kind
+from litgpt_moe_ext.config.rope import present_adjustments, rope_kind
 from litgpt_moe_ext.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Facts:
         norm: `rms` or `layer`.
         positions: `rotary`, `partial_rotary` or `learned`.
         rope: `default`, `linear`, `llama3` or `yarn`.
+        yarn_rounds: Whether the ends of YaRN's ramp are whole numbers; true without YaRN.
         rope_layout: `half` or `interleaved`.
         sinks: Whether some layer has sinks.
         window: `none`, `all` or `some`.
@@ -69,6 +70,7 @@ class Facts:
     norm: str
     positions: str
     rope: str
+    yarn_rounds: bool
     rope_layout: str
     sinks: bool
     window: str
@@ -141,6 +143,7 @@ def facts_of(config: "Config", state: "dict[str, Tensor]") -> Facts:
         norm="rms" if config.norm_class_name == "RMSNorm" else "layer",
         positions=_positions(config),
         rope={"plain": "default"}.get(kind := rope_kind(config.rope_adjustments), kind),
+        yarn_rounds=present_adjustments(config.rope_adjustments).get("truncate", True),
         rope_layout="interleaved" if config.rope_interleave else "half",
         sinks=any(layer_has_sinks(config, i) for i in range(config.n_layer)),
         window=_window(config),

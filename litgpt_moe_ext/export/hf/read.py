@@ -1,7 +1,6 @@
 """From a Hugging Face checkpoint to a LitGPT checkpoint with this package's layers."""
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -13,8 +12,8 @@ from litgpt.utils import incremental_save, save_config
 from safetensors import safe_open
 from torch import Tensor
 
-from litgpt_moe_ext.durable import flush, flush_tree
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.export.directory import new_directory, require_absent
 from litgpt_moe_ext.export.hf.architectures import ARCHITECTURES
 from litgpt_moe_ext.export.hf.facts import facts_of
 from litgpt_moe_ext.export.hf.settings import model_settings
@@ -48,8 +47,7 @@ def import_checkpoint(hf_dir: Path, out_dir: Path) -> "Config":
     Raises:
         SettingsError: If the architecture is unknown, if tensors are missing or surplus, or if `out_dir` exists.
     """
-    if out_dir.exists():
-        raise SettingsError(f"out_dir: {str(out_dir)!r} exists; name a new directory")
+    require_absent(out_dir)
     model_type, settings = model_settings(hf_dir)
     config = cast("Config", litgpt.Config(**settings))
     (architecture,) = (a for a in ARCHITECTURES if a.model_type == model_type)
@@ -59,9 +57,7 @@ def import_checkpoint(hf_dir: Path, out_dir: Path) -> "Config":
     wanted = [name for e in entries if not isinstance(e, Constant) for name in e.names(config.n_expert)]
     weights.require(wanted)
 
-    partial = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
+    with new_directory(out_dir) as partial:
         with incremental_save(partial / "lit_model.pth") as saver:
             state = {}
             for entry in entries:
@@ -74,11 +70,6 @@ def import_checkpoint(hf_dir: Path, out_dir: Path) -> "Config":
         for name in _TOKENIZER:
             if (hf_dir / name).is_file():
                 shutil.copyfile(hf_dir / name, partial / name)
-        flush_tree(partial)
-        os.rename(partial, out_dir)
-        flush(out_dir.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return config
 
 

@@ -1,7 +1,7 @@
 """The map between names and shapes of weights, written once and read in both directions.
 
 A rule says which tensor of a LitGPT state dictionary is which tensors of a Hugging Face checkpoint: one tensor is the
-concatenation of several along its first dimension, or a stack of one per expert, and a part may be stored in another
+concatenation of several along a dimension, or a stack of one per expert, and a part may be stored in another
 layout. Going out cuts, going in joins.
 """
 
@@ -52,12 +52,14 @@ class Rule:
         theirs: Names there, in the order of the concatenation. With `{e}` in them there is a set per expert.
         sizes: Rows of each part; None for equal parts.
         layouts: How parts are stored there, by name; the others as they are.
+        dim: The dimension of the concatenation.
     """
 
     ours: str
     theirs: tuple[str, ...]
     sizes: tuple[int, ...] | None = None
     layouts: Mapping[str, Layout] = field(default_factory=dict)
+    dim: int = 0
 
     @property
     def per_expert(self) -> bool:
@@ -74,8 +76,8 @@ class Rule:
             yield from self._cut(tensor)
 
     def _cut(self, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        parts = tensor.chunk(len(self.theirs)) if self.sizes is None else tensor.split(self.sizes)
-        for name, part in zip(self.theirs, parts, strict=True):
+        cut = tensor.chunk(len(self.theirs), self.dim) if self.sizes is None else tensor.split(self.sizes, self.dim)
+        for name, part in zip(self.theirs, cut, strict=True):
             yield name, self.layouts.get(name, AS_IT_IS).out(part)
 
     def names(self, n_expert: int) -> list[str]:
@@ -96,7 +98,7 @@ class Rule:
 
     def _join(self, get: Callable[[str], Tensor], expert: str) -> Tensor:
         parts = [self.layouts.get(n, AS_IT_IS).back(get(n.replace("{e}", expert))) for n in self.theirs]
-        return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,109 @@
+"""The checkpoint that is exported: its configuration, its weights, and what they say together."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import litgpt
+import torch
+from torch import Tensor
+
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.evaluation.loading import CONFIG_FILE, WEIGHTS_FILE, read_checkpoint
+from litgpt_moe_ext.export.hf.tensors import Constant, Rule
+from litgpt_moe_ext.moe.expert_layouts import stack_experts
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.config.types import Config
+
+# Only training uses these; the exported model computes the same without them.
+_TRAINING_ONLY = ("gate.noise_weight", "gate.bias_updates")
+BALANCING_BIAS = "e_score_correction_bias"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint.
+
+    Attributes:
+        directory: Where it is.
+        config: Its model configuration.
+        state: Its weights by name, which stay on the disk until they are used.
+    """
+
+    directory: Path
+    config: "Config"
+    state: dict[str, Tensor]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating type of most weights."""
+        return self.state["lm_head.weight"].dtype
+
+    def nbytes(self, dtype: torch.dtype | None) -> int:
+        """Return about how many bytes the weights take, in their own type or another one."""
+        return sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in self.state.values())
+
+    def require(self, entries: Iterable[Rule | Constant]) -> None:
+        """Raise SettingsError unless the weights are those that the rules speak of."""
+        ours = {entry.ours for entry in entries if not isinstance(entry, Constant)}
+        missing = sorted(ours - set(self.state))
+        surplus = sorted(name for name in set(self.state) - ours if not name.endswith(BALANCING_BIAS))
+        if missing or surplus:
+            raise SettingsError(
+                f"checkpoint_dir: its weights are not those of its {CONFIG_FILE}: missing {missing[:5]}, "
+                f"surplus {surplus[:5]}; name a whole checkpoint"
+            )
+
+    def tensors(self, entries: Iterable[Rule | Constant], meta: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Yield the names and tensors of a class, one at a time.
+
+        Args:
+            entries: What the class has.
+            meta: Whether only shapes and types are asked for.
+        """
+        for entry in entries:
+            if isinstance(entry, Constant):
+                yield entry.name, entry.make()
+                continue
+            tensor = self.state[entry.ours]
+            if meta:
+                tensor = tensor.to("meta")
+            elif entry.ours.endswith(BALANCING_BIAS):
+                # transformers 4 masks the groups that were not chosen with 0, which would win against negative biased
+                # scores. The same number on all biases changes no choice.
+                tensor = tensor - tensor.min().clamp(max=0)
+            yield from entry.out(tensor)
+
+
+def read_source(checkpoint_dir: Path) -> Source:
+    """Open a checkpoint of any strategy; a training checkpoint's optimizer is left out.
+
+    Args:
+        checkpoint_dir: Its directory.
+
+    Raises:
+        SettingsError: If it is not whole, or was written by a newer version.
+    """
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (checkpoint_dir / name).is_file():
+            raise SettingsError(f"checkpoint_dir: {str(checkpoint_dir)!r} has no {name}; name a whole checkpoint")
+    try:
+        config = cast("Config", litgpt.Config.from_file(checkpoint_dir / CONFIG_FILE))
+    except TypeError as error:
+        # A field that this version does not know.
+        raise SettingsError(
+            f"checkpoint_dir: {str(checkpoint_dir / CONFIG_FILE)!r} was written by a newer version ({error}); upgrade"
+        ) from error
+    content = read_checkpoint(checkpoint_dir / WEIGHTS_FILE)
+    return Source(checkpoint_dir, config, _weights(content.get("model", content)))
+
+
+def _weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    kept = {name: tensor for name, tensor in state.items() if not name.endswith(_TRAINING_ONLY)}
+    prefixes = {name[: name.index(".experts.") + 9] for name in kept if ".experts.0." in name}
+    for prefix in prefixes:
+        count = len({name[len(prefix) :].split(".")[0] for name in kept if name.startswith(prefix)})
+        stack_experts(kept, prefix, count)
+    return kept
