@@ -1,4 +1,4 @@
-"""`litgpt-moe import` and `litgpt-moe export`: checkpoints of Hugging Face, to and fro."""
+"""`litgpt-moe import` and `litgpt-moe export`: checkpoints of other libraries, to and fro."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,31 +36,40 @@ class Import:
 
 @dataclass(frozen=True)
 class Export:
-    """Write a checkpoint for transformers, vLLM and whatever reads their format.
+    """Write a checkpoint for transformers and vLLM, or for llama.cpp.
 
-    The Hugging Face class that computes exactly this model is chosen from a table; if none does, the model's own code
-    is written beside its weights. Nothing is approximated.
+    hf: the Hugging Face class that computes exactly this model is chosen from a table; if none does, the model's own
+    code is written beside its weights. gguf: the same with the graphs of llama.cpp, and refused if none computes the
+    model. Nothing is approximated.
 
     Attributes:
         checkpoint_dir: A checkpoint of a run: step-*, best, final, or the ema directory in one of them.
         out_dir: The new directory, which must not exist.
+        format: Hugging Face's files, or model.gguf.
         dtype: Floating type of the weights; null keeps theirs.
         push_to_hub: Repository on the Hugging Face hub to upload the directory to.
     """
 
     checkpoint_dir: Path
     out_dir: Path
+    format: Literal["hf", "gguf"] = "hf"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     push_to_hub: str | None = None
 
     def run(self) -> None:
         """Export the checkpoint."""
-        from litgpt_moe_ext.export.hf.write import export_checkpoint
+        if self.format == "gguf":
+            from litgpt_moe_ext.export.gguf.write import MODEL_FILE, export_gguf
 
-        export = export_checkpoint(self.checkpoint_dir, self.out_dir, self.dtype)
-        for class_name, lacking in export.rejected.items():
-            print(f"not {class_name}: {', '.join(lacking)}")
-        print(f"Wrote {self.out_dir} as {export.class_name}, {export.n_bytes / 1e6:,.1f} MB of weights")
+            file = export_gguf(self.checkpoint_dir, self.out_dir, self.dtype)
+            print(f"Wrote {self.out_dir / MODEL_FILE} as {file.graph}, {file.n_bytes / 1e6:,.1f} MB of weights")
+        else:
+            from litgpt_moe_ext.export.hf.write import export_checkpoint
+
+            export = export_checkpoint(self.checkpoint_dir, self.out_dir, self.dtype)
+            for class_name, lacking in export.rejected.items():
+                print(f"not {class_name}: {', '.join(lacking)}")
+            print(f"Wrote {self.out_dir} as {export.class_name}, {export.n_bytes / 1e6:,.1f} MB of weights")
         if self.push_to_hub is not None:
             from huggingface_hub import HfApi
 

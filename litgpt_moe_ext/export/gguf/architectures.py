@@ -1,0 +1,228 @@
+"""The table of llama.cpp's graphs: what each computes, and the metadata that says so.
+
+Read off the graphs themselves (`src/models/*.cpp` as of llama-cpp-python 0.3.36). A graph takes metadata of other
+graphs without complaint and ignores it, so what is not in `can` here must not be asked of it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from litgpt_moe_ext.attention.rope import rope_frequencies
+from litgpt_moe_ext.config.rope import DEFAULT_BETA_FAST, DEFAULT_BETA_SLOW, present_adjustments
+from litgpt_moe_ext.export.gguf import names
+from litgpt_moe_ext.export.hf.architectures import LLAMA_LIKE, SOFTMAX, Architecture, shared_width
+from litgpt_moe_ext.export.hf.facts import Facts
+from litgpt_moe_ext.export.hf.names import Entries
+from litgpt_moe_ext.export.hf.tensors import Constant
+
+_SIGMOID = 2  # llama.cpp's number of the gating function
+
+
+def _sizes(facts: Facts) -> dict[str, Any]:
+    config = facts.config
+    return {
+        "vocab_size": config.padded_vocab_size,
+        "context_length": config.block_size,
+        "embedding_length": config.n_embd,
+        "block_count": config.n_layer,
+        "feed_forward_length": config.intermediate_size or config.moe_intermediate_size,
+        "attention.head_count": config.n_head,
+        "attention.head_count_kv": config.n_query_groups,
+    }
+
+
+def _decoder(facts: Facts) -> dict[str, Any]:
+    config = facts.config
+    return (
+        _sizes(facts)
+        | {
+            "attention.key_length": config.head_size,
+            "attention.value_length": config.head_size,
+            "attention.layer_norm_rms_epsilon": config.norm_eps,
+            "rope.dimension_count": config.rope_n_elem,
+            "rope.freq_base": float(config.rope_base),
+        }
+        | _rope_scaling(facts)
+    )
+
+
+def _rope_scaling(facts: Facts) -> dict[str, Any]:
+    if facts.rope not in ("linear", "yarn"):
+        return {"rope.scaling.type": "none"}
+    keys = present_adjustments(facts.config.rope_adjustments)
+    scaling: dict[str, Any] = {"rope.scaling.type": facts.rope, "rope.scaling.factor": float(keys["factor"])}
+    if facts.rope == "yarn":
+        _, wanted = facts.rope_tables
+        config = facts.config
+        plain = {"factor": keys["factor"], "original_max_seq_len": keys["original_max_seq_len"], "beta_fast": 32.0}
+        _, own = rope_frequencies(config.rope_n_elem, config.rope_base, plain)
+        scaling |= {
+            "rope.scaling.original_context_length": int(keys["original_max_seq_len"]),
+            "rope.scaling.yarn_beta_fast": float(keys.get("beta_fast", DEFAULT_BETA_FAST)),
+            "rope.scaling.yarn_beta_slow": float(keys.get("beta_slow", DEFAULT_BETA_SLOW)),
+            # Multiplies the factor that YaRN has by itself.
+            "rope.scaling.attn_factor": wanted / own,
+        }
+    return scaling
+
+
+def _moe(facts: Facts) -> dict[str, Any]:
+    config = facts.config
+    return _decoder(facts) | {
+        "expert_count": config.n_expert,
+        "expert_used_count": config.n_expert_per_token,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+    }
+
+
+def _one_width(facts: Facts) -> dict[str, Any]:
+    return _moe(facts) | {"feed_forward_length": facts.config.moe_intermediate_size}
+
+
+def _glm(facts: Facts) -> dict[str, Any]:
+    config = facts.config
+    groups = {"expert_group_count": config.n_expert_groups, "expert_group_used_count": config.n_topk_groups}
+    return (
+        _moe(facts)
+        | {
+            "expert_shared_count": config.n_shared_expert,
+            "leading_dense_block_count": config.first_k_dense_replace or 0,
+            "expert_gating_func": _SIGMOID,
+            "expert_weights_norm": facts.norm_topk,
+            "expert_weights_scale": float(config.routed_scaling_factor),
+        }
+        | (groups if facts.groups != "none" else {})
+    )
+
+
+def _ernie(facts: Facts) -> dict[str, Any]:
+    shared = {"expert_shared_feed_forward_length": shared_width(facts)} if facts.shared != "none" else {}
+    dense = facts.config.first_k_dense_replace or 0
+    return _moe(facts) | {"interleave_moe_layer_step": 1, "leading_dense_block_count": dense} | shared
+
+
+def _gpt2(facts: Facts) -> dict[str, Any]:
+    return _sizes(facts) | {"attention.layer_norm_epsilon": facts.config.norm_eps}
+
+
+def _llama_names(facts: Facts) -> Entries:
+    entries = names.neighbours(names.decoder)(facts)
+    if facts.rope == "llama3":
+        entries.append(Constant("rope_freqs.weight", lambda: _llama3_factors(facts)))
+    return entries
+
+
+def _llama3_factors(facts: Facts) -> Any:
+    # The graph divides plain frequencies by these.
+    config = facts.config
+    plain_F, _ = rope_frequencies(config.rope_n_elem, config.rope_base)
+    ours_F, _ = rope_frequencies(config.rope_n_elem, config.rope_base, config.rope_adjustments)
+    return plain_F / ours_F
+
+
+def _with_post_attention_norm(facts: Facts) -> Entries:
+    return names.decoder(facts, "post_attention_norm")
+
+
+_COMMON: dict[str, tuple[Any, ...]] = LLAMA_LIKE | {"rope": ("default", "linear", "yarn"), "yarn_rounds": (True,)}
+_MOE = SOFTMAX | _COMMON
+_ANY_LLAMA: dict[str, tuple[Any, ...]] = {
+    "rope": ("default", "linear", "llama3", "yarn"),
+    "attention_bias": ("none", "qkv", "all"),
+}
+
+
+def _graph(
+    name: str,
+    can: dict[str, tuple[Any, ...]],
+    metadata: Callable[[Facts], dict[str, Any]],
+    entries: Callable[[Facts], Entries],
+) -> Architecture:
+    return Architecture(name, name.split()[0], can, metadata, entries)
+
+
+GRAPHS = (
+    _graph(
+        "gpt2",
+        {
+            "layers": ("dense",),
+            "norm": ("layer",),
+            "positions": ("learned",),
+            "sinks": (False,),
+            "window": ("none",),
+            "qk_norm": ("none",),
+            "attention_bias": ("none", "all"),
+            "grouped": (False,),
+            "free_head_size": (False,),
+            "activation": ("gelu_tanh",),
+            "head_bias": (False,),
+            "scale": ("head",),
+        },
+        _gpt2,
+        names.gpt2,
+    ),
+    _graph(
+        "llama",
+        _COMMON | _ANY_LLAMA | {"layers": ("dense",), "mlp_bias": (False, True)},
+        _decoder,
+        _llama_names,
+    ),
+    _graph("qwen3", _COMMON | {"layers": ("dense",), "qk_norm": ("head",)}, _decoder, names.decoder),
+    _graph("llama with experts", _MOE | _ANY_LLAMA | {"layers": ("moe",)}, _one_width, _llama_names),
+    _graph("qwen3moe", _MOE | {"layers": ("moe",), "qk_norm": ("head",)}, _moe, names.decoder),
+    _graph(
+        "qwen2moe",
+        _MOE
+        | {
+            "layers": ("moe",),
+            "attention_bias": ("none", "qkv"),
+            "norm_topk": (False,),
+            "shared": ("gated",),
+            "free_head_size": (False,),
+        },
+        lambda facts: _moe(facts) | {"expert_shared_feed_forward_length": shared_width(facts)},
+        names.decoder,
+    ),
+    _graph(
+        "olmoe",
+        _MOE
+        | {
+            "layers": ("moe",),
+            "qk_norm": ("whole",),
+            "norm_topk": (False,),
+            "grouped": (False,),
+            "free_head_size": (False,),
+        },
+        _one_width,
+        names.decoder,
+    ),
+    _graph(
+        "ernie4_5-moe",
+        _MOE
+        | {
+            "layers": ("moe", "mixed"),
+            "balancing_bias": (True, False),
+            "shared": ("none", "plain", "plain_other_width"),
+        },
+        _ernie,
+        names.with_balancing_bias(names.neighbours(names.decoder)),
+    ),
+    _graph(
+        "glm4moe",
+        _MOE
+        | {
+            "layers": ("moe", "mixed"),
+            "positions": ("rotary", "partial_rotary"),
+            "qk_norm": ("none", "head"),
+            "attention_bias": ("none", "qkv"),
+            "score": ("sigmoid",),
+            "norm_topk": (True, False),
+            "balancing_bias": (True, False),
+            "groups": ("none", "best_two"),
+            "scaled": (True, False),
+            "shared": ("plain",),
+        },
+        _glm,
+        names.with_balancing_bias(_with_post_attention_norm),
+    ),
+)

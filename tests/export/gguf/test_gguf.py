@@ -1,0 +1,204 @@
+"""GGUF files hold every tensor and every number of the models that a graph of llama.cpp computes."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+
+from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, train_bpe
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.export.gguf.architectures import GRAPHS
+from litgpt_moe_ext.export.gguf.write import export_gguf
+from litgpt_moe_ext.export.hf.architectures import choose
+from litgpt_moe_ext.export.hf.facts import facts_of
+from litgpt_moe_ext.export.hf.tensors import Constant
+from tests.export.gguf.models import GRAPH_CASES
+from tests.export.hf.models import CASES, make_checkpoint
+
+
+def exported(folder, settings, biased, dtype=None):
+    model = make_checkpoint(folder / "checkpoint", settings, biased)
+    export_gguf(folder / "checkpoint", folder / "out", dtype)
+    return model, GGUFReader(folder / "out" / "model.gguf")
+
+
+def keys(reader):
+    return {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+
+
+@pytest.mark.parametrize("name", GRAPH_CASES)
+def test_every_tensor_is_in_the_file(tmp_path, name):
+    graph_name, settings, biased = GRAPH_CASES[name]
+    model, reader = exported(tmp_path, settings, biased)
+    assert keys(reader)["general.architecture"] == graph_name
+    state, config = model.state_dict(), model.config
+    graph, _ = choose(facts_of(config, state), GRAPHS)
+    stored = {t.name: torch.tensor(np.array(t.data)).reshape(*t.shape.tolist()[::-1]) for t in reader.tensors}
+    for entry in graph.entries(facts_of(config, state)):
+        if isinstance(entry, Constant):
+            assert torch.equal(stored.pop(entry.name), entry.make())
+            continue
+        tensor, expected = entry.back(stored.pop, config.n_expert), state[entry.ours]
+        if entry.ours.endswith("correction_bias"):
+            expected = expected - expected.min().clamp(max=0)
+        assert torch.equal(tensor, expected), entry.ours
+    assert not stored
+
+
+def test_where_things_are(tmp_path):
+    """Not by the rules that wrote the file: experts are stacked, and Llama's heads rotate neighbours."""
+    model, reader = exported(tmp_path, *GRAPH_CASES["mixtral"][1:])
+    stored = {t.name: np.array(t.data).reshape(t.shape.tolist()[::-1]) for t in reader.tensors}
+    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    experts = state["transformer.h.2.mlp.experts.gate_up_proj"]
+    assert np.array_equal(stored["blk.2.ffn_gate_exps.weight"], experts[:, :20])
+    assert np.array_equal(stored["blk.2.ffn_up_exps.weight"], experts[:, 20:])
+    assert np.array_equal(stored["output.weight"], state["lm_head.weight"])
+    qkv, bias = state["transformer.h.1.attn.qkv.weight"], state["transformer.h.1.attn.qkv.bias"]
+    for head in range(4):
+        for i in range(6):
+            for half in range(2):
+                ours, theirs = head * 12 + half * 6 + i, head * 12 + 2 * i + half
+                assert np.array_equal(stored["blk.1.attn_q.weight"][theirs], qkv[ours])
+                assert stored["blk.1.attn_q.bias"][theirs] == bias[ours]
+    assert np.array_equal(stored["blk.1.attn_v.weight"], qkv[-24:])
+
+
+def test_numbers(tmp_path):
+    _, reader = exported(tmp_path, *CASES["glm"][1:])
+    found = keys(reader)
+    expected = {
+        "general.architecture": "glm4moe",
+        "general.name": "checkpoint",
+        "general.file_type": 0,
+        "general.quantization_version": 2,
+        "tokenizer.ggml.model": "none",
+    }
+    numbers = {
+        "vocab_size": 97,
+        "context_length": 64,
+        "embedding_length": 48,
+        "block_count": 3,
+        "feed_forward_length": 192,  # of no layer
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "attention.key_length": 12,
+        "attention.value_length": 12,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.dimension_count": 12,
+        "rope.freq_base": 10000.0,
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": 16,
+        "rope.scaling.yarn_beta_fast": 32.0,
+        "rope.scaling.yarn_beta_slow": 1.0,
+        "rope.scaling.attn_factor": 1.0,
+        "expert_count": 8,
+        "expert_used_count": 2,
+        "expert_feed_forward_length": 20,
+        "expert_shared_count": 1,
+        "leading_dense_block_count": 0,
+        "expert_gating_func": 2,
+        "expert_weights_norm": True,
+        "expert_weights_scale": 1.5,
+        "expert_group_count": 4,
+        "expert_group_used_count": 2,
+    }
+    expected |= {f"glm4moe.{name}": value for name, value in numbers.items()}
+    found["general.name"] = "checkpoint"
+    assert found == {k: pytest.approx(v) if isinstance(v, float) else v for k, v in expected.items()}
+
+
+def test_attention_factor_is_what_multiplies_yarns_own(tmp_path):
+    _, reader = exported(tmp_path, *GRAPH_CASES["ernie"][1:])
+    factor = keys(reader)["ernie4_5-moe.rope.scaling.attn_factor"]
+    assert factor * (0.1 * math.log(4) + 1) == pytest.approx(1.3)
+
+
+def test_bfloat16(tmp_path):
+    model, reader = exported(tmp_path, *CASES["glm"][1:], dtype="bfloat16")
+    types = {t.name: t.tensor_type.name for t in reader.tensors}
+    assert types["blk.0.ffn_down_exps.weight"] == types["output.weight"] == "BF16"
+    assert {types[f"blk.0.{name}"] for name in ("ffn_gate_inp.weight", "exp_probs_b.bias", "attn_norm.weight")} == {
+        "F32"
+    }
+    (tensor,) = (t for t in reader.tensors if t.name == "blk.0.ffn_down_exps.weight")
+    expected = model.state_dict()["transformer.h.0.mlp.experts.down_proj"].bfloat16().view(torch.int16)
+    assert np.array_equal(np.array(tensor.data).view(np.int16).reshape(expected.shape), expected.numpy())
+
+
+class TestTokenizer:
+    def export(self, folder, change=lambda raw: None):
+        make_checkpoint(
+            folder / "checkpoint", {**CASES["llama"][1], "vocab_size": 320, "padded_vocab_size": 320}, False
+        )
+        train_bpe(["aba abab abb ab " * 20], BPESettings(vocab_size=300), folder / "checkpoint")
+        file = folder / "checkpoint" / "tokenizer.json"
+        raw = json.loads(file.read_text())
+        change(raw)
+        file.write_text(json.dumps(raw))
+        export_gguf(folder / "checkpoint", folder / "out")
+        return raw, keys(GGUFReader(folder / "out" / "model.gguf"))
+
+    def test_own_bpe(self, tmp_path):
+        raw, found = self.export(tmp_path)
+        found = {name.removeprefix("tokenizer.ggml."): value for name, value in found.items() if "ggml" in name}
+        assert (found["model"], found["pre"]) == ("gpt2", "gpt-2")
+        vocabulary = raw["model"]["vocab"]
+        assert found["tokens"][: len(vocabulary)] == sorted(vocabulary, key=vocabulary.get)
+        assert found["merges"] == [" ".join(pair) for pair in raw["model"]["merges"]]
+        assert len(found["merges"]) > 3
+        # Special, ordinary, and rows of the embedding that no token has.
+        assert found["token_type"] == [3] + [1] * (len(vocabulary) - 1) + [5] * (320 - len(vocabulary))
+        assert (found["bos_token_id"], found["eos_token_id"], found["add_bos_token"]) == (0, 0, False)
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            (lambda raw: raw["model"].update(byte_fallback=True), "BPE with byte_fallback"),
+            (lambda raw: raw["pre_tokenizer"].update(add_prefix_space=True), "pre_tokenizer"),
+            (lambda raw: raw.update(normalizer={"type": "Lowercase"}), "normalizer Lowercase"),
+            (lambda raw: raw["model"]["vocab"].update(beyond=320), "has the id 320 .'beyond'., but the model only 320"),
+        ],
+    )
+    def test_what_would_split_otherwise_is_refused(self, tmp_path, change, reason):
+        with pytest.raises(SettingsError, match=reason):
+            self.export(tmp_path, change)
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("gpt2", {"mlp_activation": "relu", "gelu_approximate": "none"}, "gpt2 has no activation: relu"),
+        ("gpt2", {"gelu_approximate": "none"}, "gpt2 has no activation: gelu"),
+        ("glm", {"attention_sinks": True}, "glm4moe has no sinks: true"),
+        (
+            "llama-yarn",
+            {"rope_adjustments": {**CASES["llama"][1]["rope_adjustments"], "truncate": False}},
+            "yarn_rounds",
+        ),
+        ("olmoe", {"norm_topk_prob": True}, "olmoe has no norm_topk: true"),
+        ("qwen3-moe", {"decoder_sparse_step": 2, "intermediate_size": 40}, "qwen3moe has no layers: alternating"),
+        ("mixtral", {"sliding_window_size": 8, "sliding_window_indices": [1, 1, 1]}, "with experts has no window: all"),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_refused(tmp_path, name, change, reason):
+    make_checkpoint(tmp_path / "checkpoint", {**GRAPH_CASES[name][1], **change}, False)
+    with pytest.raises(SettingsError, match=f"no graph of llama.cpp computes this model .*{reason}"):
+        export_gguf(tmp_path / "checkpoint", tmp_path / "out")
+
+
+def test_a_balancing_bias_is_not_dropped(tmp_path):
+    make_checkpoint(tmp_path / "checkpoint", {**GRAPH_CASES["mixtral"][1], "router_bias_update_rate": 0.01}, True)
+    with pytest.raises(SettingsError, match="with experts has no balancing_bias: true"):
+        export_gguf(tmp_path / "checkpoint", tmp_path / "out")
+
+
+def test_without_the_package(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match="pip install gguf"):
+        export_gguf(tmp_path / "checkpoint", tmp_path / "out")
