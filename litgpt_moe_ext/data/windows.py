@@ -53,9 +53,14 @@ class Windows(IterableDataset):
         block_size: Number of inputs (= number of targets) of a row.
         name: What to call the data in error messages.
 
+    Attributes:
+        pads: Whether rows may hold `IGNORE_INDEX`.
+
     Raises:
         ValueError: `block_size` is not positive.
     """
+
+    pads = False
 
     def __init__(self, tokens: TokenStream, block_size: int, name: str) -> None:
         if block_size < 1:
@@ -142,6 +147,8 @@ class DocumentWindows(Windows):
     Args:
         packing: Which pieces of the stream share a window, as from `litgpt_moe_ext.data.packing.pack`.
     """
+
+    pads = True
 
     def __init__(self, shards: Sequence[np.ndarray], packing: Packing, block_size: int, name: str = "data") -> None:
         super().__init__(TokenStream(shards), block_size, name)

@@ -10,7 +10,9 @@ names point to functions of ours, which do their part and, where there is one, c
 | `save_checkpoint`         | writes under a temporary name, adds the random generators, renames                 |
 | `save_hyperparameters`    | writes the values that the run uses                                                |
 | `find_resume_path`        | chooses the newest whole checkpoint                                                |
-| `chunked_cross_entropy`   | does the output head's work as well, where asked                                   |
+| `chunked_cross_entropy`   | makes a step a mean over its tokens; does the output head's work, where asked      |
+| `validate`                | makes the validation loss a mean over tokens                                       |
+| `RunningMean`             | averages losses without waiting for the device                                     |
 | `get_dataloaders`         | lets a data position be read with another number of processes                     |
 | `get_lr`                  | follows the run's schedule                                                         |
 | `measure_flops`           | counts for the length of the training's sequences, not the model's longest         |
@@ -37,6 +39,8 @@ from litgpt_moe_ext.training.checkpoint.resharding import convert_iterations, co
 from litgpt_moe_ext.training.control import StepLimits, StopRequests, TrainingInterrupted, TrainingStopped
 from litgpt_moe_ext.training.optim.optimization import schedule_steps
 from litgpt_moe_ext.training.parallel import random_state
+from litgpt_moe_ext.training.steps.batches import StepBatches, can_pad
+from litgpt_moe_ext.training.steps.losses import RunningMean, TokenMeans
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.training.equip import Equipment
@@ -83,6 +87,14 @@ class HookedLoop:
         self._limits_reached = False
         self._last_saved: Path | None = None
         self._random_state_settled = False
+        self._means = TokenMeans(fabric.world_size)
+        self._batches = StepBatches(launched.plan.sequence_length, self._accumulation, fabric.world_size)
+        fabric.add_callback(self._batches)
+
+    @property
+    def _accumulation(self) -> int:
+        """Micro-batches of a step on each rank."""
+        return self.train.gradient_accumulation_iters(self.fabric.world_size)
 
     def outcome(self, best_loss: float | None) -> Outcome:
         """Return what has been trained; call it when the loop has ended.
@@ -100,6 +112,7 @@ class HookedLoop:
         def fit(*args: Any, **kwargs: Any) -> None:
             self.fabric.state = self.state = kwargs["state"]
             self._adapt_iterations()
+            self._batches.counts = can_pad(kwargs["train_dataloader"])
             first_iteration = self.state["iter_num"]
             self.fabric.call("on_fit_begin", resume_dir=self._start.resume_dir)
             try:
@@ -130,13 +143,15 @@ class HookedLoop:
         class CycleIterator(litgpt.pretrain.CycleIterator):
             def __next__(self) -> Any:
                 loop._between_iterations()
-                asked = time.perf_counter()
-                batch = super().__next__()
-                waited = time.perf_counter() - asked
+                batch = loop._batches.next(super().__next__, loop.state["iter_num"])
                 loop._settle_random_state()
-                loop.fabric.call("on_batch", batch=batch, waited=waited)
-                return batch
+                loop._means.weight = batch.weight
+                loop.fabric.call("on_batch", batch=batch.tokens_BT, waited=batch.waited)
+                return batch.tokens_BT
 
+        cross_entropy = litgpt.pretrain.chunked_cross_entropy
+        if self._equipment.fused_loss is not None:
+            cross_entropy = self._equipment.fused_loss.wrap(cross_entropy)
         hooks: dict[str, Any] = {
             "fit": fit,
             "save_checkpoint": save_checkpoint,
@@ -147,9 +162,10 @@ class HookedLoop:
             "measure_flops": self._measure_flops,
             "get_dataloaders": self._adaptable(litgpt.pretrain.get_dataloaders),
             "instantiate_torch_optimizer": self._equipment.optimization.make_optimizer,
+            "chunked_cross_entropy": self._means.wrap_loss(cross_entropy),
+            "validate": self._means.wrap_validation(litgpt.pretrain.validate),
+            "RunningMean": RunningMean,
         }
-        if self._equipment.fused_loss is not None:
-            hooks["chunked_cross_entropy"] = self._equipment.fused_loss.wrap(litgpt.pretrain.chunked_cross_entropy)
         originals = {name: getattr(litgpt.pretrain, name) for name in hooks}
         vars(litgpt.pretrain).update(hooks)
         try:
@@ -178,8 +194,7 @@ class HookedLoop:
         if saved is None:
             return
         batch = self.train.micro_batch_size * self.fabric.world_size
-        accumulation = self.train.gradient_accumulation_iters(self.fabric.world_size)
-        self.state["iter_num"] = convert_iterations(self.state["iter_num"], saved, batch, accumulation)
+        self.state["iter_num"] = convert_iterations(self.state["iter_num"], saved, batch, self._accumulation)
 
     def save(self, name: str) -> None:
         """Save the present state under a name in the run's directory; every process must call."""
@@ -199,8 +214,7 @@ class HookedLoop:
 
     def _between_iterations(self) -> None:
         self._started = self._started or time.perf_counter()
-        accumulation = self.train.gradient_accumulation_iters(self.fabric.world_size)
-        if self.state["iter_num"] % accumulation:
+        if self.state["iter_num"] % self._accumulation:
             # Gradients that wait for the rest of their step are not part of a checkpoint.
             return
         step = self.state["step_count"]
@@ -223,8 +237,7 @@ class HookedLoop:
         return self.train.micro_batch_size * sequence
 
     def _learning_rate(self, peak: float, _iteration: int, warmup_iters: int, max_iters: int, floor: float) -> float:
-        accumulation = self.train.gradient_accumulation_iters(self.fabric.world_size)
-        warmup_steps, total_steps = schedule_steps(warmup_iters, max_iters, accumulation)
+        warmup_steps, total_steps = schedule_steps(warmup_iters, max_iters, self._accumulation)
         return self._equipment.optimization.learning_rate(
             self.state["step_count"], peak, floor, warmup_steps, total_steps
         )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.moe.gradient_injection import remember_scale
 from litgpt_moe_ext.training.callback import Callback
+from litgpt_moe_ext.training.steps.batches import IGNORE_INDEX
 
 
 def require_torch() -> None:
@@ -76,21 +77,26 @@ class FusedLoss(Callback):
 
 
 def linear_loss(x_BTD: Tensor, targets_BT: Tensor, head: nn.Linear) -> Tensor:
-    """Return the mean cross-entropy of `head(x_BTD)`, without making all of it.
+    """Return the mean cross-entropy of `head(x_BTD)`, without making all of it; 0 where no target counts.
 
     Args:
         x_BTD: Input of the output head.
         targets_BT: Token ids, int64; -100 is left out.
         head: The output head.
     """
+    targets_T = targets_BT.reshape(-1)
+    some = (targets_T != IGNORE_INDEX).any()
+    # The mean of nothing, and its gradients, would be NaN: 0 times the loss of one token is not.
+    targets_T = torch.where(some, targets_T, targets_T.clamp_min(0))
     bias = None if head.bias is None else head.bias.float()
     x_TD = x_BTD.reshape(-1, x_BTD.size(-1)).float()
     with torch.autocast(x_TD.device.type, enabled=False):
-        return F.linear_cross_entropy(
+        mean = F.linear_cross_entropy(
             x_TD,
             head.weight.float(),
-            targets_BT.reshape(-1),
+            targets_T,
             linear_bias=bias,
-            ignore_index=-100,
+            ignore_index=IGNORE_INDEX,
             options=nn.LinearCrossEntropyOptions(),
         )
+    return mean * some

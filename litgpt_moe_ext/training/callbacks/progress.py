@@ -89,6 +89,8 @@ class Reporter(Callback):
         parts.append(f"lr {metrics['learning_rate']:.1e}")
         if "tokens_per_second" in metrics:
             parts.append(f"{format_count(metrics['tokens_per_second'])} tok/s")
+        if metrics.get("padding"):
+            parts.append(f"padding {metrics['padding']:.0%}")
         if "mfu" in metrics:
             parts.append(f"MFU {metrics['mfu']:.1%}")
         if "memory_gb" in metrics:

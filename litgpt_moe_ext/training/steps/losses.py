@@ -1,0 +1,103 @@
+"""Losses as means over tokens: of a step, over its micro-batches and all ranks, and of a validation.
+
+LitGPT averages the means of batches. They are multiplied here by the batch's share of the tokens, in units of an
+average batch, so that LitGPT's averages, and those over ranks, come out as means over tokens. For batches of equal
+size that factor is exactly 1, and every number is LitGPT's own.
+"""
+
+import functools
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from litgpt_moe_ext.training.steps.batches import StepWeight, count_targets
+
+
+class TokenMeans:
+    """What stands in for LitGPT's loss function and its validation.
+
+    Args:
+        ranks: Number of ranks.
+
+    Attributes:
+        weight: Of the micro-batch that is trained on; None stands for 1.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
+        self._validated: list[tuple[Tensor, Tensor]] | None = None
+        self.weight: StepWeight | None = None
+
+    def wrap_loss(self, cross_entropy: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return a loss function that weighs its micro-batch.
+
+        Auxiliary losses, which follow the scale of the loss, are weighed with it.
+
+        Args:
+            cross_entropy: Takes logits and targets and returns the mean over the targets that count.
+        """
+
+        def loss(logits: Any, targets: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            mean = cross_entropy(logits, targets, *args, **kwargs)
+            if self._validated is not None:
+                self._validated.append((mean, count_targets(targets)))
+            elif self.weight is not None and not mean.is_meta:
+                return mean * self.weight().to(mean.dtype)
+            return mean
+
+        return loss
+
+    def wrap_validation(self, validate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return a validation whose result, averaged over the ranks, is the mean over all tokens of all ranks.
+
+        Args:
+            validate: LitGPT's; calls the loss function once for every batch.
+        """
+
+        def validate_tokens(*args: Any, **kwargs: Any) -> Tensor:
+            self._validated = validated = []
+            try:
+                validate(*args, **kwargs)
+            finally:
+                self._validated = None
+            return self._token_mean(*zip(*validated, strict=True))
+
+        return validate_tokens
+
+    def _token_mean(self, means: tuple[Tensor, ...], counts: tuple[Tensor, ...]) -> Tensor:
+        means_N, counts_N = torch.stack(means), torch.stack(counts)
+        total = counts_N.sum()
+        if self._ranks > 1:
+            torch.distributed.all_reduce(total)
+        weights_N = (counts_N * (len(counts) * self._ranks)).to(means_N.dtype) / total.clamp(min=1).to(means_N.dtype)
+        return (means_N * weights_N).mean()
+
+
+class RunningMean:
+    """The mean of the last losses, in the place of torchmetrics', which waits for the device at every one of them.
+
+    A loss that is not a number is not left out of the mean, as torchmetrics does.
+
+    Args:
+        window: Their number.
+        **_options: Of torchmetrics' class, without effect here.
+    """
+
+    def __init__(self, window: int, **_options: Any) -> None:
+        self._losses: deque[Tensor] = deque(maxlen=window)
+
+    def to(self, _device: Any) -> "RunningMean":
+        """Return itself: the losses stay where they are."""
+        return self
+
+    def update(self, loss: Tensor) -> None:
+        """Take over a loss, a scalar."""
+        self._losses.append(loss)
+
+    def compute(self) -> Tensor:
+        """Return the mean, float32 or the type of larger losses, added up one by one as torchmetrics does."""
+        losses = [loss if loss.dtype == torch.float64 else loss.float() for loss in self._losses]
+        return functools.reduce(torch.add, losses) / len(losses)

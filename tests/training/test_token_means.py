@@ -1,0 +1,108 @@
+"""A step is a mean over its tokens: how it is cut into micro-batches and over ranks changes nothing."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from litgpt.utils import chunked_cross_entropy
+
+from litgpt_moe_ext.cli.train import main
+from litgpt_moe_ext.training.callbacks.fused_loss import linear_loss
+from litgpt_moe_ext.training.steps.losses import RunningMean
+from tests.training.conftest import logged, recipe_writer
+from tests.training.processes import in_ranks
+
+STEPS, ROWS, LENGTH = 3, 8, 16
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory) -> dict:
+    """Arguments of a `TextCorpus` of short documents of very different lengths, one a row."""
+    folder = tmp_path_factory.mktemp("padded")
+    draw = random.Random(0)
+    words = ["the", "a", "one", "two", "it", "was", "and", "so", "on", "then", "far", "near"]
+    documents = [" ".join(draw.choices(words, k=draw.choice((1, 2, 3, 30)))) for _ in range(200)]
+    (folder / "source.txt").write_text("\n".join(documents))
+    settings = {"data_path": str(folder / "prepared"), "source_path": str(folder / "source.txt"), "separator": "\n"}
+    return settings | {"bpe": {"vocab_size": 280}, "val_fraction": 0.2, "packing": "pad"}
+
+
+def train_in_float64(recipe: str) -> int:
+    """Train with float64 weights; under `in_ranks` as one of its ranks."""
+    if torch.distributed.is_initialized():
+        rank, world = str(torch.distributed.get_rank()), str(torch.distributed.get_world_size())
+        os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT="29999")
+    torch.set_default_dtype(torch.float64)
+    try:
+        return main(["--config", recipe])
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def recipe_for(folder: Path, corpus: dict, micro_batch_size: int, devices: int = 1, **changes) -> str:
+    folder.mkdir()
+    train = {"global_batch_size": ROWS, "micro_batch_size": micro_batch_size, "max_seq_length": LENGTH}
+    return str(
+        recipe_writer(folder, {})(
+            data={"class_path": "litgpt_moe_ext.data.TextCorpus", "init_args": corpus},
+            train=train | {"max_tokens": STEPS * ROWS * LENGTH, "max_norm": 100.0},
+            eval={"interval": 2, "max_iters": 1000},
+            devices=devices if devices == 1 else "auto",
+            **changes,
+        )
+    )
+
+
+def numbers(folder: Path, column: str) -> list[float]:
+    return [float(value) for value in logged(folder / "out", column).values()]
+
+
+def assert_same(ours: Path, theirs: Path) -> None:
+    for column in ("loss", "grad_norm", "val_loss", "padding"):
+        assert numbers(ours, column) == pytest.approx(numbers(theirs, column), rel=1e-9), column
+    first, second = (torch.load(d / "out" / "final" / "lit_model.pth", weights_only=True) for d in (ours, theirs))
+    for name, weight in first["model"].items():
+        torch.testing.assert_close(weight, second["model"][name], rtol=1e-7, atol=1e-9, msg=name)
+
+
+def test_one_by_eight_and_eight_by_one(padded, tmp_path):
+    """Losses, gradients, validation and weights of a step of 8 rows are the same however it is accumulated."""
+    for micro_batch_size in (1, 8):
+        folder = tmp_path / str(micro_batch_size)
+        assert train_in_float64(recipe_for(folder, padded, micro_batch_size)) == 0
+    assert len(numbers(tmp_path / "1", "val_loss")) == 2
+    assert 0.2 < numbers(tmp_path / "1", "padding")[0] < 0.9
+    assert_same(tmp_path / "1", tmp_path / "8")
+
+
+@pytest.mark.slow
+def test_one_and_two_processes_accumulation_one_and_four(padded, tmp_path):
+    """Two processes that accumulate four times equal one that does not, auxiliary losses included."""
+    changes = {}
+    assert train_in_float64(recipe_for(tmp_path / "one", padded, 8, **changes)) == 0
+    assert in_ranks(train_in_float64, 2, recipe_for(tmp_path / "two", padded, 1, devices=2, **changes)) == [0, 0]
+    assert_same(tmp_path / "two", tmp_path / "one")
+
+
+def test_micro_batch_without_targets():
+    """It adds no loss and no gradient, with and without the output head fused into the loss."""
+    head = torch.nn.Linear(4, 7, bias=False)
+    x = torch.randn(1, 3, 4, requires_grad=True)
+    targets = torch.full((1, 3), -100)
+    for loss in (chunked_cross_entropy(head(x), targets), linear_loss(x, targets, head)):
+        gradients = torch.autograd.grad(loss, [x, head.weight])
+        assert loss == 0
+        assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
+
+
+def test_running_mean_is_that_of_torchmetrics():
+    """Bit for bit, while it fills and when it goes around."""
+    from torchmetrics.aggregation import RunningMean as Reference
+
+    ours, theirs = RunningMean(3, sync_on_compute=False).to("cpu"), Reference(3, sync_on_compute=False)
+    for loss in torch.rand(12) * 7:
+        ours.update(loss)
+        theirs.update(loss)
+        assert torch.equal(ours.compute(), theirs.compute())
