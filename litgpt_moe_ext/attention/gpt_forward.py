@@ -1,4 +1,4 @@
-"""What the attention settings change in a whole model: embeddings, positions, documents, endless generation.
+"""What settings change in a whole model: embeddings, positions, documents, padding, endless generation.
 
 LitGPT's `GPT.forward` runs as it is, on a stand-in that has the parts of the model, some of them wrapped. What layers
 need to know about a batch reaches them as arguments of their blocks, so that activation checkpointing recomputes every
@@ -19,6 +19,8 @@ from torch import Tensor
 from litgpt_moe_ext.attention.cache_positions import position_range
 from litgpt_moe_ext.attention.documents import Documents, find_documents, remember_documents
 from litgpt_moe_ext.attention.streaming_cache import positions_needed
+from litgpt_moe_ext.config.features import MOE_CLASS_NAMES, changes_model, has_experts
+from litgpt_moe_ext.padding import Padded, real_tokens
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
@@ -56,12 +58,12 @@ def forward(
     input_pos_maxp1: int | None = None,
     lm_head_chunk_size: int = 0,
 ) -> Any:
-    """Run a model whose configuration `changes_model`.
+    """Run a model whose configuration `changes_model`, or whose batches may have padding.
 
     Args:
         original: LitGPT's `GPT.forward`.
         model: The model.
-        idx: Token ids, (B, T).
+        idx: Token ids, (B, T). Without a cache, and where padding is accepted, ids below zero are padding.
         input_pos: As in LitGPT.
         input_pos_maxp1: As in LitGPT.
         lm_head_chunk_size: As in LitGPT.
@@ -70,17 +72,28 @@ def forward(
         What `original` returns.
     """
     config = _config(model)
+    real_BT = real_tokens(idx) if input_pos is None else None
     documents = _find_documents(model, idx, input_pos, input_pos_maxp1)
+    if real_BT is not None:
+        # Any token will do: causal attention keeps it from those before it, and experts do not see it.
+        idx = idx.clamp_min(0)
+    if not (changes_model(config) or (real_BT is not None and config.mlp_class_name in MOE_CLASS_NAMES)):
+        return original(model, idx, input_pos, input_pos_maxp1, lm_head_chunk_size)
     position = torch.arange(idx.size(1), device=idx.device) if input_pos is None else input_pos
     restart = documents is not None and config.attention_document_restart_positions
     if restart:
         position = position - documents.start_BT
 
     stand_in = _StandIn(model, position, documents)
+    if real_BT is not None:
+        stand_in.transformer.h = [
+            _WithPadding(block, real_BT) if has_experts(config, i) else block
+            for i, block in enumerate(stand_in.transformer.h)
+        ]
     if documents is not None:
         stand_in.transformer.h = [
             _WithinDocuments(block, documents, _tables(model, i, position) if restart else None)
-            for i, block in enumerate(_transformer(model).h)
+            for i, block in enumerate(stand_in.transformer.h)
         ]
     elif config.streaming_cache_window is not None and input_pos is not None:
         stand_in.transformer.h = [_Streaming(block, model, input_pos) for block in _transformer(model).h]
@@ -138,10 +151,29 @@ class _Embedding:
         return F.dropout(x_BTD, config.embedding_dropout or 0.0, self.model.training)
 
 
+class _WithPadding:
+    # A block that gets to know which tokens are padding, beside its mask.
+
+    def __init__(self, block: nn.Module, real_BT: Tensor) -> None:
+        self.block = block
+        self.real_BT = real_BT
+
+    def __call__(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | Documents | None,
+        input_pos: Tensor | None,
+        input_pos_maxp1: int | None,
+    ) -> Tensor:
+        return self.block(x, cos, sin, Padded(self.real_BT, mask), input_pos, input_pos_maxp1)
+
+
 class _WithinDocuments:
     # A block that gets documents for a mask, and its own rotary tables if there are any.
 
-    def __init__(self, block: nn.Module, documents: Documents, tables: tuple[Tensor, ...] | None) -> None:
+    def __init__(self, block: Any, documents: Documents, tables: tuple[Tensor, ...] | None) -> None:
         self.block = block
         self.documents = documents
         self.tables = tables

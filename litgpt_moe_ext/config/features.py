@@ -91,6 +91,11 @@ def is_dense_layer(config: "Config", block_idx: int) -> bool:
     return index < 0 or bool((index + 1) % (config.decoder_sparse_step or 1))
 
 
+def has_experts(config: "Config", block_idx: int) -> bool:
+    """Return whether block `block_idx` has an MoE layer of this package."""
+    return config.mlp_class_name in MOE_CLASS_NAMES and not is_dense_layer(config, block_idx)
+
+
 def has_sinks(config: "Config", block_idx: int) -> bool:
     """Return whether the attention of block `block_idx` has sinks."""
     sinks = getattr(config, "attention_sinks", None)

@@ -14,8 +14,7 @@ from torch.utils.data import IterableDataset
 
 from litgpt_moe_ext.data.packing import Packing
 from litgpt_moe_ext.errors import SettingsError
-
-IGNORE_INDEX = -100  # what LitGPT's cross-entropy leaves out
+from litgpt_moe_ext.padding import PADDING, PaddedRows
 
 
 class TokenStream:
@@ -141,8 +140,7 @@ class StreamWindows(Windows):
 class DocumentWindows(Windows):
     """Windows of whole documents (or of pieces of a document that is longer than a window), filled up with padding.
 
-    Padding is `IGNORE_INDEX`: the loss leaves it out as a target. As an input it means nothing; causal attention keeps
-    it from the tokens before it. `litgpt_moe_ext.host.padding` lets LitGPT's models read such rows.
+    Padding is `PADDING`, and batches are `litgpt_moe_ext.padding.PaddedRows`.
 
     Args:
         packing: Which pieces of the stream share a window, as from `litgpt_moe_ext.data.packing.pack`.
@@ -157,9 +155,13 @@ class DocumentWindows(Windows):
     def __len__(self) -> int:
         return len(self.packing.window_starts) - 1
 
+    def gather(self, indices: np.ndarray, pin_memory: bool = False) -> Tensor:
+        """See `Windows.gather`."""
+        return PaddedRows.of(super().gather(indices, pin_memory))
+
     def fill(self, out: np.ndarray, indices: np.ndarray) -> None:
         """See `Windows.fill`."""
-        out.fill(IGNORE_INDEX)
+        out.fill(PADDING)
         windows, starts, lengths = self.packing.window_starts, self.packing.starts, self.packing.lengths
         for row, index in zip(out, indices, strict=True):
             filled = 0

@@ -49,6 +49,45 @@ def extend_blocks(model: ModuleType) -> None:
     model.Block.__init__ = __init__
 
 
+def tell_blocks_of_padding(model: ModuleType) -> None:
+    """Let a block that is told of padding pass this on to its MoE layer, as an argument.
+
+    Activation checkpointing then recomputes each batch with its own padding, whatever ran in between.
+    """
+    from litgpt_moe_ext.padding import Padded
+
+    original = model.Block.forward
+
+    @wraps(original)
+    def forward(
+        self: Any,
+        x: Any,
+        cos: Any,
+        sin: Any,
+        mask: Any = None,
+        input_pos: Any = None,
+        input_pos_maxp1: int | None = None,
+    ) -> Any:
+        if not isinstance(mask, Padded):
+            return original(self, x, cos, sin, mask, input_pos, input_pos_maxp1)
+        return original(_WithPadding(self, mask.real_BT), x, cos, sin, mask.mask, input_pos, input_pos_maxp1)
+
+    model.Block.forward = forward
+
+
+class _WithPadding:
+    # What LitGPT's block reads of itself.
+
+    def __init__(self, block: Any, real_BT: Any) -> None:
+        self.config = block.config
+        self.norm_1, self.attn, self.post_attention_norm = block.norm_1, block.attn, block.post_attention_norm
+        self.norm_2, self.post_mlp_norm = block.norm_2, block.post_mlp_norm
+        self._mlp, self._real_BT = block.mlp, real_BT
+
+    def mlp(self, x: Any) -> Any:
+        return self._mlp(x, self._real_BT)
+
+
 def choose_attention(model: ModuleType) -> None:
     """Build the attention class that a configuration names.
 
@@ -114,14 +153,15 @@ def extend_model_init(model: ModuleType) -> None:
 
 
 def extend_model_forward(model: ModuleType) -> None:
-    """Pass learned positions, documents and embedding dropout through the model."""
+    """Pass learned positions, documents, padding and embedding dropout through the model."""
     from litgpt_moe_ext.config.features import changes_model
+    from litgpt_moe_ext.padding import accepts_padding
 
     original = model.GPT.forward
 
     @wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not changes_model(self.config):
+        if not (changes_model(self.config) or accepts_padding()):
             return original(self, *args, **kwargs)
         from litgpt_moe_ext.attention.gpt_forward import forward
 

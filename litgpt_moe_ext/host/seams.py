@@ -1,7 +1,7 @@
 """The one place that reaches into LitGPT, lightning and torch: every change, why it is made, and until when.
 
 `SEAMS` is that list as data. `register` applies those that change a module when it is imported; the others are made
-for the time of a run, on request of a data module, or while a module is being imported, and stand here for the reader.
+for the time of a run, or while a module is being imported, and stand here for the reader.
 A model that names none of the plugin's classes takes LitGPT's own path in every one of them.
 
 `python -m litgpt_moe_ext.host.seams` prints the table.
@@ -41,7 +41,6 @@ class Seam:
             subclass: it is left alone, and a class of the plugin builds on it.
             call: it is left alone, and called with something of the plugin.
             run: it is replaced for the time of a run, by `litgpt_moe_ext.training.loop`.
-            request: it is wrapped when a data module asks for it.
             source: the module is executed from its own source, in part or with an expression changed.
         reason: What the plugin needs it for.
         until: What makes it superfluous. "litgpt>VERSION" switches it off by itself.
@@ -50,7 +49,7 @@ class Seam:
 
     module: str
     name: str
-    kind: Literal["add", "wrap", "subclass", "call", "run", "request", "source"]
+    kind: Literal["add", "wrap", "subclass", "call", "run", "source"]
     reason: str
     until: str
     apply: Callable[[ModuleType], None] | None = None
@@ -84,6 +83,10 @@ SEAMS = (
         _NEVER, model.extend_blocks,
     ),
     Seam(
+        "litgpt.model", "Block.forward", "wrap", "Tells the MoE layer of a block which tokens are padding.",
+        "LitGPT's blocks take a padding mask", model.tell_blocks_of_padding,
+    ),
+    Seam(
         "litgpt.model", "CausalSelfAttention.__new__", "add", "Builds the attention class a configuration names.",
         "LitGPT has a registry of layers", model.choose_attention,
     ),
@@ -96,7 +99,7 @@ SEAMS = (
         _NEVER, model.extend_model_init,
     ),
     Seam(
-        "litgpt.model", "GPT.forward", "wrap", "Learned positions, documents and embedding dropout.",
+        "litgpt.model", "GPT.forward", "wrap", "Learned positions, documents, padding, embedding dropout.",
         _NEVER, model.extend_model_forward,
     ),
     Seam(
@@ -110,10 +113,6 @@ SEAMS = (
     Seam(
         "litgpt.model", "LLaMAMoE.forward", "wrap", "Meta tensors count the active experts' FLOPs instead of crashing.",
         "LLaMAMoE does not use torch.where", flops.count_llama_moe,
-    ),
-    Seam(
-        "litgpt.model", "GPT.forward", "request", "Rows with padding: negative ids are read as 0 (`host.padding`).",
-        "LitGPT's loop takes inputs and targets",
     ),
     Seam(
         "torch.optim.optimizer", "register_optimizer_step_post_hook", "call",
@@ -203,6 +202,7 @@ class State:
 
 STATE = (
     State("host.autoload", "_finder", "Python has one list of finders."),
+    State("padding", "_accepted", "LitGPT's loop passes nothing from the data to the model."),
     State("host.seams", "_registered", "LitGPT's modules exist once."),
     State("moe.gradient_injection", "_scale", "Autograd passes nothing from the loss's backward to a router's."),
     State("moe.balancing", "_routers", "torch's optimizer hook is called without the model."),

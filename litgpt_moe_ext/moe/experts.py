@@ -77,7 +77,13 @@ class Experts(nn.Module):
         Args:
             x_TD: Tokens.
             routing: The router's decision for them.
+
+        Returns:
+            Anything, NaN included, for padding.
         """
+        if routing.real_T is not None:
+            # Rows that no expert computes are memory as it was found, in the backward pass too: it ends here.
+            x_TD = x_TD.masked_fill(~routing.real_T.unsqueeze(1), 0.0)
         hidden = Hidden(self.activation, self.dropout if self.training else 0.0)
         # On the meta device the loop does the work of the active experts, whatever computes them elsewhere.
         backend = "loop" if x_TD.is_meta else self.backend_for(x_TD, torch.compiler.is_compiling())

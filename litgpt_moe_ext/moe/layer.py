@@ -42,17 +42,23 @@ class MoE(nn.Module):
             if config.shared_expert_gate:
                 self.shared_expert_gate = nn.Linear(config.n_embd, 1, bias=False)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """Return the layer's output, (B, T, D) in the dtype of `x_BTD`."""
+    def forward(self, x_BTD: Tensor, real_BT: Tensor | None = None) -> Tensor:
+        """Return the layer's output, (B, T, D) in the dtype of `x_BTD`.
+
+        Args:
+            x_BTD: Tokens.
+            real_BT: Which of them are not padding, bool; None if all. Padding takes part in nothing and becomes 0.
+        """
         x_TD = x_BTD.reshape(-1, x_BTD.size(-1))
         n_sequence = x_BTD.size(0) if x_BTD.dim() == 3 else 1
-        y_BTD = self.experts(x_TD, self.gate(x_TD, n_sequence)).view(x_BTD.shape)
-        if self.shared_experts is None:
-            return y_BTD
-        shared_BTD = self.shared_experts(x_BTD)
-        if self.shared_expert_gate is not None:
-            shared_BTD = shared_BTD * self.shared_expert_gate(x_BTD).sigmoid()
-        return y_BTD + shared_BTD
+        real_T = None if real_BT is None else real_BT.reshape(-1)
+        y_BTD = self.experts(x_TD, self.gate(x_TD, n_sequence, real_T)).view(x_BTD.shape)
+        if self.shared_experts is not None:
+            shared_BTD = self.shared_experts(x_BTD)
+            if self.shared_expert_gate is not None:
+                shared_BTD = shared_BTD * self.shared_expert_gate(x_BTD).sigmoid()
+            y_BTD = y_BTD + shared_BTD
+        return y_BTD if real_BT is None else y_BTD.masked_fill(~real_BT.unsqueeze(-1), 0.0)
 
 
 class SharedExpertMoE(MoE):

@@ -2,6 +2,9 @@
 
 Each says what it is for perfectly even load, so that weights can be compared between them.
 
+Where some tokens are padding, `real_T` (bool) is true for the others, and padding has "chosen" the expert E, which does
+not exist. All means are then over real tokens.
+
 Shape legend: T tokens, E experts, K chosen experts per token, S sequences of T / S tokens.
 """
 
@@ -9,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-def load_balancing_loss(probabilities_TE: Tensor, experts_TK: Tensor) -> Tensor:
+def load_balancing_loss(probabilities_TE: Tensor, experts_TK: Tensor, real_T: Tensor | None = None) -> Tensor:
     """Return `E * sum_i f_i P_i` (Switch Transformer, arXiv:2101.03961, equations 4 to 6; there with K = 1).
 
     `f_i` is the share of routed tokens that expert i received and `P_i` the mean probability that the router gave it.
@@ -18,26 +21,38 @@ def load_balancing_loss(probabilities_TE: Tensor, experts_TK: Tensor) -> Tensor:
     Args:
         probabilities_TE: Router probabilities; rows sum to 1; differentiable.
         experts_TK: Chosen experts, int64.
+        real_T: Which tokens are not padding; None if all.
 
     Returns:
         A scalar; 1 for even load, up to E / K (K experts take all).
     """
-    return sequence_balancing_loss(probabilities_TE, experts_TK, 1)
+    return sequence_balancing_loss(probabilities_TE, experts_TK, 1, real_T)
 
 
-def sequence_balancing_loss(probabilities_TE: Tensor, experts_TK: Tensor, n_sequence: int) -> Tensor:
+def sequence_balancing_loss(
+    probabilities_TE: Tensor, experts_TK: Tensor, n_sequence: int, real_T: Tensor | None = None
+) -> Tensor:
     """Return the load-balancing loss of each sequence, averaged (DeepSeek-V3, arXiv:2412.19437, equations 17 to 20).
 
     Args:
         probabilities_TE: Router probabilities, or scores divided by their sum; rows sum to 1; differentiable.
         experts_TK: Chosen experts, int64.
         n_sequence: Number of sequences S, each with the same number of consecutive tokens.
+        real_T: Which tokens are not padding; None if all. Sequences of padding alone are left out.
 
     Returns:
         A scalar; 1 for even load in every sequence.
     """
     n_expert = probabilities_TE.size(1)
     experts_SR = experts_TK.view(n_sequence, -1)
+    if real_T is not None:
+        n_real_S1 = real_T.view(n_sequence, -1).sum(dim=1, keepdim=True)
+        chosen_SR = probabilities_TE.new_ones(()).expand(experts_SR.shape)
+        chosen_SE = probabilities_TE.new_zeros(n_sequence, n_expert + 1).scatter_add_(1, experts_SR, chosen_SR)[:, :-1]
+        sums_SE = _masked(probabilities_TE, real_T).unflatten(0, (n_sequence, -1)).sum(dim=1)
+        visits_S1 = n_real_S1 * experts_TK.size(1)
+        losses_S = n_expert * (chosen_SE / visits_S1.clamp(min=1) * sums_SE / n_real_S1.clamp(min=1)).sum(dim=1)
+        return losses_S.sum() / (n_real_S1 > 0).sum().clamp(min=1)
     shares_SE = probabilities_TE.new_zeros(n_sequence, n_expert).scatter_add_(
         1, experts_SR, probabilities_TE.new_full((), 1 / experts_SR.size(1)).expand(experts_SR.shape)
     )
@@ -45,13 +60,20 @@ def sequence_balancing_loss(probabilities_TE: Tensor, experts_TK: Tensor, n_sequ
     return n_expert * (shares_SE * mean_SE).sum(dim=1).mean()
 
 
-def router_z_loss(logits_TE: Tensor) -> Tensor:
+def router_z_loss(logits_TE: Tensor, real_T: Tensor | None = None) -> Tensor:
     """Return the mean of `logsumexp(logits)²`, which keeps logits small (ST-MoE, arXiv:2202.08906, equation 5).
+
+    Args:
+        logits_TE: Router logits.
+        real_T: Which tokens are not padding; None if all.
 
     Returns:
         A scalar; (ln E)² if all logits are 0.
     """
-    return logits_TE.logsumexp(dim=-1).square().mean()
+    squares_T = logits_TE.logsumexp(dim=-1).square()
+    if real_T is None:
+        return squares_T.mean()
+    return squares_T.masked_fill(~real_T, 0.0).sum() / real_T.sum().clamp(min=1)
 
 
 def cv_squared(x_E: Tensor) -> Tensor:
@@ -59,22 +81,23 @@ def cv_squared(x_E: Tensor) -> Tensor:
     return x_E.var(correction=0) / x_E.mean().square().clamp(min=torch.finfo(x_E.dtype).tiny)
 
 
-def importance_loss(weights_TK: Tensor, experts_TK: Tensor, n_expert: int) -> Tensor:
+def importance_loss(weights_TK: Tensor, experts_TK: Tensor, n_expert: int, real_T: Tensor | None = None) -> Tensor:
     """Return CV² of the summed gate values of each expert (arXiv:1701.06538, equations 6 and 7).
 
     Args:
         weights_TK: Gate values, floating, differentiable.
         experts_TK: Chosen experts, int64.
         n_expert: Number of experts E.
+        real_T: Which tokens are not padding; None if all.
 
     Returns:
         A scalar; 0 if every expert has the same importance, E - 1 if one has all of it.
     """
-    importance_E = weights_TK.new_zeros(n_expert).index_add(0, experts_TK.flatten(), weights_TK.flatten())
-    return cv_squared(importance_E)
+    none_E = weights_TK.new_zeros(n_expert if real_T is None else n_expert + 1)
+    return cv_squared(none_E.index_add(0, experts_TK.flatten(), weights_TK.flatten())[:n_expert])
 
 
-def load_loss(clean_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, top_k: int) -> Tensor:
+def load_loss(clean_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, top_k: int, real_T: Tensor | None = None) -> Tensor:
     """Return CV² of a smooth estimate of the number of tokens of each expert (arXiv:1701.06538, appendix A).
 
     The estimate for expert i sums, over tokens, the probability that i would be among the k highest if only its own
@@ -86,6 +109,7 @@ def load_loss(clean_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, top_k: int) ->
         noisy_TE: Logits with noise, by which experts were chosen.
         std_TE: Standard deviation of the noise, positive.
         top_k: Number of experts a token chooses, less than E.
+        real_T: Which tokens are not padding; None if all.
 
     Returns:
         A scalar; 0 if every expert expects the same number of tokens.
@@ -94,4 +118,9 @@ def load_loss(clean_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, top_k: int) ->
     last_in_T1, first_out_T1 = best_TK1[:, -2:-1], best_TK1[:, -1:]
     # Without expert i, the k-th highest is the first that was left out if i was in, and the last that was in otherwise.
     threshold_TE = torch.where(noisy_TE >= last_in_T1, first_out_T1, last_in_T1)
-    return cv_squared(torch.special.ndtr((clean_TE - threshold_TE) / std_TE).sum(dim=0))
+    among_best_TE = torch.special.ndtr((clean_TE - threshold_TE) / std_TE)
+    return cv_squared((among_best_TE if real_T is None else _masked(among_best_TE, real_T)).sum(dim=0))
+
+
+def _masked(x_TE: Tensor, real_T: Tensor) -> Tensor:
+    return x_TE.masked_fill(~real_T.unsqueeze(1), 0.0)

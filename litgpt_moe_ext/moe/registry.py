@@ -42,7 +42,9 @@ class Loss:
 
     Attributes:
         function: Returns the loss without its weight, a scalar; or its import path.
-        inputs: What the function is given, by name: attributes of `litgpt_moe_ext.moe.router.Decision`.
+        inputs: What the function is given, by name: attributes of `litgpt_moe_ext.moe.router.Choice` and of the router,
+            `probabilities_TE`, `n_sequence`, and `real_T`: which tokens are not padding, or None if all. A function
+            that does not ask for `real_T` is given the other tokens only, for which a GPU has to be waited for.
         doc: What it does, for tables.
         needs: Features of the router that it cannot do without.
     """
@@ -95,25 +97,27 @@ ROUTERS: dict[str, RouterType] = {
 LOSSES: dict[str, Loss] = {
     "load_balancing_loss": Loss(
         "litgpt_moe_ext.moe.losses.load_balancing_loss",
-        ("probabilities_TE", "experts_TK"),
+        ("probabilities_TE", "experts_TK", "real_T"),
         "Switch Transformer's balancing loss over a micro-batch",
     ),
     "sequence_balancing_loss": Loss(
         "litgpt_moe_ext.moe.losses.sequence_balancing_loss",
-        ("probabilities_TE", "experts_TK", "n_sequence"),
+        ("probabilities_TE", "experts_TK", "n_sequence", "real_T"),
         "DeepSeek-V3's balancing loss per sequence",
     ),
     "z_loss": Loss(
-        "litgpt_moe_ext.moe.losses.router_z_loss", ("logits_TE",), "ST-MoE's z-loss, which keeps logits small"
+        "litgpt_moe_ext.moe.losses.router_z_loss",
+        ("logits_TE", "real_T"),
+        "ST-MoE's z-loss, which keeps logits small",
     ),
     "importance_loss": Loss(
         "litgpt_moe_ext.moe.losses.importance_loss",
-        ("weights_TK", "experts_TK", "n_expert"),
+        ("weights_TK", "experts_TK", "n_expert", "real_T"),
         "Shazeer's balancing loss on gate values",
     ),
     "load_loss": Loss(
         "litgpt_moe_ext.moe.losses.load_loss",
-        ("logits_TE", "noisy_TE", "std_TE", "top_k"),
+        ("logits_TE", "noisy_TE", "std_TE", "top_k", "real_T"),
         "Shazeer's balancing loss on expected tokens",
         ("logits", "noise", "choice"),
     ),

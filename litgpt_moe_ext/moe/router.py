@@ -27,13 +27,16 @@ class Routing(NamedTuple):
 
     Attributes:
         weights_TK: Gate value of every chosen expert, float32 or float64, differentiable.
-        experts_TK: Index of every chosen expert, int64; no expert twice for one token, in no particular order.
-        counts_E: Tokens per expert, int64.
+        experts_TK: Index of every chosen expert, int64; no expert twice for one token, in no particular order. E, which
+            no expert has, for padding.
+        counts_E: Tokens per expert, int64; padding is not counted.
+        real_T: Which tokens are not padding, bool; None if all.
     """
 
     weights_TK: Tensor
     experts_TK: Tensor
     counts_E: Tensor
+    real_T: Tensor | None = None
 
 
 class Choice(NamedTuple):
@@ -61,6 +64,16 @@ class Choice(NamedTuple):
             assert self.logits_TE is not None
             return self.logits_TE.softmax(dim=-1)
         return self.scores_TE / (self.scores_TE.sum(dim=-1, keepdim=True) + 1e-20)
+
+    def route_nowhere(self, padding_T: Tensor, n_expert: int) -> "Choice":
+        """Return the same for all tokens but those of `padding_T` (bool), whose expert is `n_expert`, with weight 0."""
+        padding_T1 = padding_T.unsqueeze(1)
+        weights_TK = self.weights_TK.masked_fill(padding_T1, 0.0)
+        return self._replace(weights_TK=weights_TK, experts_TK=self.experts_TK.masked_fill(padding_T1, n_expert))
+
+    def rows(self, keep_T: Tensor) -> "Choice":
+        """Return the decision for some of the tokens; waits for the device."""
+        return Choice(*(None if values is None else values[keep_T] for values in self))
 
 
 class Router(nn.Module):
@@ -102,27 +115,30 @@ class Router(nn.Module):
         self.token_ids_T: Tensor | None = None
         watch(self)
 
-    def forward(self, x_TD: Tensor, n_sequence: int = 1) -> Routing:
+    def forward(self, x_TD: Tensor, n_sequence: int = 1, real_T: Tensor | None = None) -> Routing:
         """Choose K experts for each token.
 
         Args:
             x_TD: Tokens, any floating dtype.
             n_sequence: Number of sequences of equal length that they are from.
+            real_T: Which tokens are not padding, bool; None if all.
         """
         choice = self.choose(x_TD)
+        if real_T is not None:
+            choice = choice.route_nowhere(~real_T, self.n_expert)
         weights_TK, experts_TK = choice.weights_TK, choice.experts_TK
         trains = self.training and torch.is_grad_enabled() and not x_TD.is_meta
         auxiliary = {}
         if trains and self.loss_coefs:
             for name, coef in self.loss_coefs.items():
-                auxiliary[name] = coef * self.auxiliary_loss(name, choice, n_sequence)
+                auxiliary[name] = coef * self.auxiliary_loss(name, choice, n_sequence, real_T)
             weights_TK = inject(weights_TK, functools.reduce(torch.add, auxiliary.values()))
         if self.scaling_factor != 1.0:
             weights_TK = weights_TK * self.scaling_factor
-        counts_E = _counts(experts_TK, self.n_expert)
+        counts_E = _counts(experts_TK, self.n_expert, real_T)
         if trains:
-            weights_TK = self._count_in_backward(weights_TK, counts_E, choice, auxiliary)
-        return Routing(weights_TK, experts_TK, counts_E)
+            weights_TK = self._count_in_backward(weights_TK, counts_E, choice, auxiliary, real_T)
+        return Routing(weights_TK, experts_TK, counts_E, real_T)
 
     def choose(self, x_TD: Tensor) -> Choice:
         """Decide for each token."""
@@ -133,18 +149,31 @@ class Router(nn.Module):
         choice = self.choose(x_TD)
         return None if choice.logits_TE is None else choice.probabilities()
 
-    def auxiliary_loss(self, name: str, choice: Choice, n_sequence: int) -> Tensor:
+    def auxiliary_loss(self, name: str, choice: Choice, n_sequence: int, real_T: Tensor | None = None) -> Tensor:
         """Return the auxiliary loss `name` without its weight, a scalar.
 
-        Its inputs are `probabilities_TE`, `n_sequence`, attributes of `choice`, and attributes of the router.
+        Args:
+            name: A name in `litgpt_moe_ext.moe.registry.LOSSES`, which says what the loss is given.
+            choice: The decision for a batch.
+            n_sequence: As in `forward`.
+            real_T: As in `forward`.
+
+        Raises:
+            ValueError: If there is padding, and the loss looks at sequences but not at padding.
         """
         loss = LOSSES[name]
+        if real_T is not None and "real_T" not in loss.inputs:
+            if "n_sequence" in loss.inputs:
+                raise ValueError(f"{loss_field(name)}: a loss per sequence must have real_T among its inputs; add it")
+            choice, real_T = choice.rows(real_T), None
 
         def value_of(name: str) -> Any:
             if name == "probabilities_TE":
                 return choice.probabilities()
             if name == "n_sequence":
                 return n_sequence
+            if name == "real_T":
+                return real_T
             return getattr(choice if hasattr(choice, name) else self, name)
 
         return load(loss.function)(*(value_of(name) for name in loss.inputs))
@@ -155,16 +184,24 @@ class Router(nn.Module):
         return None if self.record is None else self.record[: self.n_expert]
 
     def _count_in_backward(
-        self, weights_TK: Tensor, counts_E: Tensor, choice: Choice, auxiliary: dict[str, Tensor]
+        self,
+        weights_TK: Tensor,
+        counts_E: Tensor,
+        choice: Choice,
+        auxiliary: dict[str, Tensor],
+        real_T: Tensor | None,
     ) -> Tensor:
         scores_TE = squares = None
         if choice.logits_TE is not None:
             logits_TE = choice.logits_TE.detach()
-            squares = logits_TE.flatten().dot(logits_TE.flatten())
             scores_TE = logits_TE.softmax(dim=-1) if choice.scores_TE is None else choice.scores_TE.detach()
+            if real_T is not None:
+                # Zeros add nothing to either sum.
+                logits_TE, scores_TE = (x_TE * real_T.unsqueeze(1) for x_TE in (logits_TE, scores_TE))
+            squares = logits_TE.flatten().dot(logits_TE.flatten())
         leaf_N = self.tally.leaf_on(weights_TK.device)
         losses = [auxiliary[name].detach() if name in auxiliary else None for name in self.loss_names]
-        return _CountInBackward.apply(weights_TK, leaf_N, counts_E, scores_TE, squares, *losses)
+        return _CountInBackward.apply(weights_TK, leaf_N, counts_E, real_T, scores_TE, squares, *losses)
 
     def __setstate__(self, state: dict) -> None:
         # Copies and unpickled routers do not pass through `__init__`; their balance must be looked after as well.
@@ -181,18 +218,20 @@ class _CountInBackward(torch.autograd.Function):
         weights_TK: Tensor,
         leaf_N: Tensor,
         counts_E: Tensor,
+        real_T: Tensor | None,
         scores_TE: Tensor | None,
         squares: Tensor | None,
         *losses: Tensor | None,
     ) -> Tensor:
         ctx.leaf_dtype = leaf_N.dtype
-        ctx.save_for_backward(weights_TK, counts_E, scores_TE, squares, *losses)
+        ctx.save_for_backward(weights_TK, counts_E, real_T, scores_TE, squares, *losses)
         return weights_TK.view_as(weights_TK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_TK,) = grads
-        weights_TK, counts_E, scores_TE, squares, *losses = ctx.saved_tensors
+        weights_TK, counts_E, real_T, scores_TE, squares, *losses = ctx.saved_tensors
+        n_token = len(weights_TK) if real_T is None else real_T.sum()
         gate = weights_TK.sum()
         sums = [gate]
         if scores_TE is None:
@@ -200,12 +239,14 @@ class _CountInBackward(torch.autograd.Function):
         else:
             probabilities_TE = scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + 1e-20)
             sums += [squares, torch.special.entr(probabilities_TE).sum()]
-        sums += [torch.zeros_like(gate) if loss is None else loss * len(weights_TK) for loss in losses]
+        sums += [torch.zeros_like(gate) if loss is None else loss * n_token for loss in losses]
         values_N = torch.cat([counts_E.to(ctx.leaf_dtype), torch.stack(sums).to(ctx.leaf_dtype)])
-        return grad_TK, values_N, *(None,) * (3 + len(losses))
+        return grad_TK, values_N, *(None,) * (4 + len(losses))
 
 
-def _counts(experts_TK: Tensor, n_expert: int) -> Tensor:
-    # One row per token instead of one address per expert, at which a GPU's atomic additions would queue.
-    chosen_TE = experts_TK.new_zeros(len(experts_TK), n_expert, dtype=torch.bool).scatter_(1, experts_TK, True)
-    return chosen_TE.sum(dim=0)
+def _counts(experts_TK: Tensor, n_expert: int, real_T: Tensor | None) -> Tensor:
+    # One row per token instead of one address per expert, at which a GPU's atomic additions would queue. A column more
+    # for padding.
+    columns = n_expert if real_T is None else n_expert + 1
+    chosen_TE = experts_TK.new_zeros(len(experts_TK), columns, dtype=torch.bool).scatter_(1, experts_TK, True)
+    return chosen_TE.sum(dim=0)[:n_expert]

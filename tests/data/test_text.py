@@ -19,11 +19,11 @@ from litgpt.pretrain import get_dataloaders
 from litgpt.tokenizer import Tokenizer
 from transformers import AutoTokenizer, GPT2TokenizerFast
 
+from litgpt_moe_ext import padding
 from litgpt_moe_ext.data import CodeParrot, HubDataset, PreparedCorpus, TextCorpus, TinyStories
 from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR, read_manifest
 from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, train_bpe
-from litgpt_moe_ext.data.windows import IGNORE_INDEX
-from litgpt_moe_ext.host import padding
+from litgpt_moe_ext.padding import PADDING, PaddedRows
 from tests.data.test_text_corpus import stories, texts_in
 
 BPE = BPESettings(300, ("</s>",))
@@ -139,16 +139,19 @@ def test_a_share_of_the_documents_validates_where_no_files_do(tmp_path):
 
 @pytest.mark.parametrize("packing", ["stream", "best_fit", "pad"])
 def test_litgpt_drives_it(tmp_path, packing, monkeypatch):
-    monkeypatch.setattr(padding, "accept_padding", lambda: None)
+    monkeypatch.setattr(padding, "_accepted", False)
     data = tiny_txt(tmp_path)
     data.packing = packing
     fabric = Fabric(accelerator="cpu", devices=1)
     tokenizer = Tokenizer(data.prepare_tokenizer())
     train = TrainArgs(micro_batch_size=2, global_batch_size=2, max_tokens=1000)
     loaders = get_dataloaders(fabric, data, tokenizer, train, block_size=32)
-    rows = torch.cat(list(loaders[1]))
+    batches = list(loaders[1])
+    assert all(isinstance(batch, PaddedRows) == (packing != "stream") for batch in batches)
+    assert padding.accepts_padding() == (packing != "stream")
+    rows = torch.cat(batches)
     assert rows.shape[1] == 33
-    padded = (rows == IGNORE_INDEX).float().mean()
+    padded = (rows == PADDING).float().mean()
     assert (padded == 0, 0 < padded < 0.1, padded > 0.2) == tuple(packing == p for p in ("stream", "best_fit", "pad"))
     if packing != "stream":
         targets = rows[:, 1:][rows[:, 1:] >= 0]

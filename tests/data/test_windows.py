@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from litgpt_moe_ext.data.packing import best_fit, cut_documents, document_lengths, pack
-from litgpt_moe_ext.data.windows import IGNORE_INDEX, DocumentWindows, StreamWindows, TokenStream
+from litgpt_moe_ext.data.windows import DocumentWindows, StreamWindows, TokenStream
+from litgpt_moe_ext.padding import PADDING
 
 
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=8), st.integers(1, 7), st.randoms(use_true_random=False))
@@ -63,9 +64,9 @@ def test_every_token_is_a_target_once(lengths, block_size, together):
     pairs, padded = [], 0
     for row in windows:
         row = row.tolist()
-        pairs += [(a, b) for a, b in zip(row, row[1:], strict=False) if a > 0 and b != IGNORE_INDEX]
-        used = [token for token in row if token != IGNORE_INDEX]
-        assert row == used + [IGNORE_INDEX] * (len(row) - len(used))
+        pairs += [(a, b) for a, b in zip(row, row[1:], strict=False) if a > 0 and b != PADDING]
+        used = [token for token in row if token != PADDING]
+        assert row == used + [PADDING] * (len(row) - len(used))
         padded += len(row) - len(used)
     expected = [(a, b) for document in documents for a, b in zip(document, document[1:], strict=False)]
     assert sorted(pairs) == sorted(expected)

@@ -15,6 +15,7 @@ from litgpt_moe_ext.data.packing import document_lengths, pack
 from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR, open_corpus, read_manifest
 from litgpt_moe_ext.data.windows import DocumentWindows, StreamWindows, Windows
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.padding import accept_padding
 
 
 class CorpusModule(Corpus, TokenModule):
@@ -77,8 +78,6 @@ class CorpusModule(Corpus, TokenModule):
         """See `TokenModule.windows` and `packing`."""
         if self.packing == "stream":
             return StreamWindows(shards, self.max_seq_length, name)
-        from litgpt_moe_ext.host.padding import accept_padding
-
         accept_padding()
         lengths = document_lengths(shards, self._manifest()["eos_id"])
         packing = pack(lengths, self.max_seq_length, together=self.packing == "best_fit")

@@ -16,8 +16,8 @@ repeat. The padding rows of an expert are simply the rows of the next: the next 
 them, and in the backward pass their upstream gradients are set to zero.
 
 Shape legend: T tokens, K chosen experts per token, E experts, D model width, F hidden width of one expert, G width of
-the first projection (2 * F with a gate), R = T * K routed rows in the order of experts, P = R + room for padding after
-the last expert, N rows of one expert including its padding.
+the first projection (2 * F with a gate), R = T * K routed rows in the order of experts, those of padding tokens last,
+P = R + room for padding after the last expert, N rows of one expert including its padding.
 """
 
 from collections.abc import Sequence
@@ -106,7 +106,7 @@ def grouped_cpu_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, 
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
             keep_large_blocks()
             return _GroupedExperts.apply(_Job(_plan(routing, dtype), hidden, dtype), *differentiable)
-        if len(x_TD) == 1:
+        if len(x_TD) == 1 and routing.real_T is None:
             return one_token(x_TD, routing, weights, hidden, dtype)
         return _forward(x_TD, routing.weights_TK, weights, _Job(_plan(routing, dtype), hidden, dtype), None)
 

@@ -75,7 +75,7 @@ def gather_experts(
         activation: The activation function.
         dtype: In which matrices are multiplied.
     """
-    gates_TK, experts_TK, _ = routing
+    gates_TK, experts_TK = routing.weights_TK, routing.experts_TK
 
     def project(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None) -> Tensor:
         y_RO = torch.bmm(weight_EOI[experts_TK.flatten()].to(dtype), x_RI.unsqueeze(2)).squeeze(2)

@@ -31,9 +31,10 @@ def triton_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidde
         weights: Stacked weights of the experts.
         hidden: What happens between the two projections.
     """
-    gates_TK, experts_TK, _ = routing
+    gates_TK, experts_TK = routing.weights_TK, routing.experts_TK
     activation = hidden.activation
-    if experts_TK.numel() <= _FEW_ROWS and not hidden.dropout and not has_gradient(x_TD, gates_TK, *weights):
+    few = experts_TK.numel() <= _FEW_ROWS and routing.real_T is None
+    if few and not hidden.dropout and not has_gradient(x_TD, gates_TK, *weights):
         how = (activation.name, activation.gelu_approximate)
         return decode_experts(x_TD, gates_TK, experts_TK, *weights, *how)
     return _grouped(x_TD, routing, weights, hidden, engine="triton")
@@ -48,16 +49,18 @@ def grouped_mm_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, h
         weights: As above.
         hidden: As above.
     """
-    gates_TK, experts_TK, _ = routing
-    few = experts_TK.numel() <= MOST_GATHERED and x_TD.device.type == "cuda"
-    if few and not hidden.dropout and not has_gradient(x_TD, gates_TK, *weights):
+    few = routing.experts_TK.numel() <= MOST_GATHERED and routing.real_T is None and x_TD.device.type == "cuda"
+    if few and not hidden.dropout and not has_gradient(x_TD, routing.weights_TK, *weights):
         return gather_experts(x_TD, routing, weights, hidden.activation, matmul_dtype(x_TD))
     return _grouped(x_TD, routing, weights, hidden, engine="torch")
 
 
 def _grouped(x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden: Hidden, engine: str) -> Tensor:
-    gates_TK, experts_TK, counts_E = routing
-    rows_R, ends_E = sort_rows(experts_TK, counts_E)
+    gates_TK, experts_TK, counts_E, real_T = routing
+    rows_R, ends_E = sort_rows(experts_TK, counts_E, padded=real_T is not None)
+    if real_T is not None:
+        # From here on the rows of padding, which are behind the last expert's, need an expert that exists.
+        experts_TK = experts_TK.clamp_max(counts_E.size(0) - 1)
     # Autocast does not reach the operators.
     dtype = matmul_dtype(x_TD)
     h_RG = expert_up(x_TD, weights.up_EGD, weights.up_bias_EG, rows_R, ends_E, dtype, engine)

@@ -23,10 +23,13 @@ def loop_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden:
         hidden: What happens between the two projections.
     """
     few = routing.experts_TK.numel() <= MOST_GATHERED and x_TD.device.type not in ("cpu", "meta")
-    if few and not hidden.dropout and not has_gradient(x_TD, routing.weights_TK, *weights):
+    if few and routing.real_T is None and not hidden.dropout and not has_gradient(x_TD, routing.weights_TK, *weights):
         # On a GPU the loop would wait for the device, and touch every expert.
         return gather_experts(x_TD, routing, weights, hidden.activation, matmul_dtype(x_TD))
     rows_R = routing.experts_TK.flatten().argsort(stable=True)
+    if routing.real_T is not None and not x_TD.is_meta:
+        # Padding comes after the last expert.
+        rows_R = rows_R[: int(routing.counts_E.sum())]
     tokens_R = rows_R.div(routing.experts_TK.size(1), rounding_mode="floor")
     x_RD = x_TD.index_select(0, tokens_R)
     if x_RD.is_meta:

@@ -26,7 +26,7 @@ def multiply_rows(product: Product) -> Tensor:
     y_RO = F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=plan.ends)
     if bias_EO is not None:
         row_R = torch.arange(y_RO.size(0), dtype=torch.int32, device=y_RO.device)
-        y_RO += bias_EO.to(y_RO.dtype).index_select(0, torch.searchsorted(plan.ends, row_R, right=True))
+        y_RO += bias_EO.to(y_RO.dtype).index_select(0, _expert_of_rows(plan, row_R))
     # No row is written twice, so the order of writing does not matter.
     return torch.empty_like(y_RO).index_copy_(0, plan.rows, y_RO) if scatter else y_RO
 
@@ -73,6 +73,11 @@ def combine(y_RD: Tensor, gates_TK: Tensor | None, n_token: int, dtype: torch.dt
     if gates_TK is not None:
         return (y_TKD * gates_TK.unsqueeze(2)).sum(1).to(dtype)
     return y_TKD.sum(1, dtype=torch.promote_types(y_RD.dtype, torch.float32)).to(dtype)
+
+
+def _expert_of_rows(plan: Plan, row_R: Tensor) -> Tensor:
+    # Rows behind the last expert's are padding, and given to it.
+    return torch.searchsorted(plan.ends[:-1], row_R, right=True)
 
 
 def _tokens(plan: Plan) -> Tensor:

@@ -133,19 +133,20 @@ def plan_of(rows_R: Tensor, ends_E: Tensor, n_token: int) -> Plan:
     return Plan(rows_R, ends_E, ends_E.size(0), max(rows_R.size(0) // max(n_token, 1), 1))
 
 
-def sort_rows(experts_TK: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
+def sort_rows(experts_TK: Tensor, counts_E: Tensor, padded: bool = False) -> tuple[Tensor, Tensor]:
     """Sort the T * K choices by expert, keeping the order of tokens, without asking the device for numbers.
 
     Args:
         experts_TK: Chosen experts, int64.
         counts_E: Tokens per expert.
+        padded: Whether there may be padding, whose expert is E.
 
     Returns:
-        For each row in the order of experts, which of the choices it is, int64 (R,); and where the rows of each expert
-        end, int32 (E,).
+        For each row in the order of experts, which of the choices it is, int64 (R,), padding last; and where the rows
+        of each expert end, int32 (E,).
     """
     # A radix sort makes a pass over all keys for every byte of a key.
-    n_expert = counts_E.size(0)
-    key_dtype = torch.uint8 if n_expert <= 2**8 else torch.int16 if n_expert <= 2**15 else torch.int32
+    n_key = counts_E.size(0) + padded
+    key_dtype = torch.uint8 if n_key <= 2**8 else torch.int16 if n_key <= 2**15 else torch.int32
     rows_R = experts_TK.flatten().to(key_dtype).sort(stable=True).indices
     return rows_R, counts_E.cumsum(0, dtype=torch.int32)
