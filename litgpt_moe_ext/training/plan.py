@@ -11,6 +11,7 @@ from litgpt.config import Config
 from litgpt.utils import extend_checkpoint_dir
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.training.checkpoint.exports import check_exports
 from litgpt_moe_ext.training.checkpoint.hyperparameters import to_plain
 from litgpt_moe_ext.training.checks import (
     check_checkpoint_dir,
@@ -89,6 +90,7 @@ def make_plan(settings: Settings) -> Plan:
         from litgpt_moe_ext.training.callbacks.benchmarks import check_benchmarks
 
         check_benchmarks(settings.evaluate)
+    check_exports(plan)
     check_writable(plan.out_dir)
     return plan
 

@@ -30,6 +30,7 @@ def run(settings: Settings) -> None:
     """
     litgpt_moe_ext.register()
     # These modules use LitGPT as it is once it has been extended.
+    from litgpt_moe_ext.training.checkpoint.exports import export_checkpoints
     from litgpt_moe_ext.training.equip import check_strategy_fits, equip
     from litgpt_moe_ext.training.launch import launched
     from litgpt_moe_ext.training.plan import make_plan
@@ -48,6 +49,7 @@ def run(settings: Settings) -> None:
         announce(processes, start, equipment.compile)
         outcome = train(processes, start, prepared, equipment)
         conclude(processes, prepared, outcome)
+        export_checkpoints(processes)
 
 
 def train(launched: Launched, start: Start, prepared: Prepared, equipment: Equipment) -> Outcome:

@@ -58,18 +58,10 @@ class Export:
 
     def run(self) -> None:
         """Export the checkpoint."""
-        if self.format == "gguf":
-            from litgpt_moe_ext.export.gguf.write import MODEL_FILE, export_gguf
+        from litgpt_moe_ext.export.formats import export
 
-            file = export_gguf(self.checkpoint_dir, self.out_dir, self.dtype)
-            print(f"Wrote {self.out_dir / MODEL_FILE} as {file.graph}, {file.n_bytes / 1e6:,.1f} MB of weights")
-        else:
-            from litgpt_moe_ext.export.hf.write import export_checkpoint
-
-            export = export_checkpoint(self.checkpoint_dir, self.out_dir, self.dtype)
-            for class_name, lacking in export.rejected.items():
-                print(f"not {class_name}: {', '.join(lacking)}")
-            print(f"Wrote {self.out_dir} as {export.class_name}, {export.n_bytes / 1e6:,.1f} MB of weights")
+        for line in export(self.checkpoint_dir, self.out_dir, self.format, self.dtype):
+            print(line)
         if self.push_to_hub is not None:
             from huggingface_hub import HfApi
 

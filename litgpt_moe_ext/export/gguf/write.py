@@ -14,7 +14,7 @@ from litgpt_moe_ext.export.directory import new_directory, require_absent
 from litgpt_moe_ext.export.gguf.architectures import GRAPHS
 from litgpt_moe_ext.export.gguf.tokenizer import tokenizer_metadata
 from litgpt_moe_ext.export.hf.architectures import Architecture, choose
-from litgpt_moe_ext.export.hf.facts import facts_of
+from litgpt_moe_ext.export.hf.facts import Facts, facts_of
 from litgpt_moe_ext.export.source import Source, read_source
 
 MODEL_FILE = "model.gguf"
@@ -50,16 +50,11 @@ def export_gguf(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None) -
             exists, or if the package `gguf` is missing.
     """
     require_absent(out_dir)
-    if importlib.util.find_spec("gguf") is None:
-        raise SettingsError("format: gguf needs the package gguf; install it with `pip install gguf`")
+    require_package()
     chosen = parse_dtype(dtype)
     source = read_source(checkpoint_dir)
     facts = facts_of(source.config, source.state)
-    graph, rejected = choose(facts, GRAPHS)
-    if graph is None:
-        raise SettingsError(
-            f"format: gguf: no graph of llama.cpp computes this model ({_nearest(rejected)}); export with --format hf"
-        )
+    graph = choose_graph(facts)
     source.require(graph.entries(facts))
     tokenizer = tokenizer_metadata(checkpoint_dir, source.config.padded_vocab_size)
     file_type = _FILE_TYPES.get(chosen or source.dtype)
@@ -75,6 +70,26 @@ def export_gguf(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None) -
     with new_directory(out_dir, source.nbytes(chosen)) as partial:
         n_bytes = _write(partial / MODEL_FILE, source, graph, metadata, chosen)
     return GGUFExport(graph.class_name, n_bytes)
+
+
+def require_package() -> None:
+    """Raise SettingsError if the package `gguf` is not installed."""
+    if importlib.util.find_spec("gguf") is None:
+        raise SettingsError("format: gguf needs the package gguf; install it with `pip install gguf`")
+
+
+def choose_graph(facts: Facts) -> Architecture:
+    """Return the first graph of llama.cpp that computes a model.
+
+    Raises:
+        SettingsError: If none does; the message says what the nearest ones lack.
+    """
+    graph, rejected = choose(facts, GRAPHS)
+    if graph is None:
+        raise SettingsError(
+            f"format: gguf: no graph of llama.cpp computes this model ({_nearest(rejected)}); export with --format hf"
+        )
+    return graph
 
 
 def _nearest(rejected: dict[str, list[str]]) -> str:

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Literal
 
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.field_types import NonNegativeFloat, PositiveFloat, PositiveInt
+from litgpt_moe_ext.field_types import NonNegativeFloat, PositiveFloat, PositiveInt, checked
 from litgpt_moe_ext.training.settings.section import Section
+
+ExportFormat = Literal["hf", "gguf"]
 
 
 @dataclass
@@ -55,7 +57,7 @@ class EvaluateArgs(Section, key="evaluate"):
 
 @dataclass
 class CheckpointArgs(Section, key="checkpoint"):
-    """Which checkpoints are kept beside those of train.save_interval and the final one."""
+    """Which checkpoints are kept beside those of train.save_interval and the final one, and exported."""
 
     every_minutes: PositiveFloat | None = None
     """Also save when this much time has passed since the last checkpoint; null: only by steps."""
@@ -65,3 +67,15 @@ class CheckpointArgs(Section, key="checkpoint"):
     """Keep the checkpoint of the lowest validation loss as best/."""
     on_save_error: Literal["stop", "continue"] = "stop"
     """A checkpoint that cannot be written (disk full): end the run, or go on without it."""
+    export: ExportFormat | list[ExportFormat] | None = None
+    """hf, gguf or both as a list: write best/ and final/ as litgpt-moe export does at the end; null: nothing."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.export_formats:
+            checked("checkpoint.export", name, ExportFormat)
+
+    @property
+    def export_formats(self) -> list[ExportFormat]:
+        """The formats to export to."""
+        return self.export if isinstance(self.export, list) else [] if self.export is None else [self.export]

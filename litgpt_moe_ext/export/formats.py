@@ -1,0 +1,47 @@
+"""The formats by name: `hf` for transformers, `gguf` for llama.cpp."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.config.types import Config
+
+
+def export(checkpoint_dir: Path, out_dir: Path, name: str, dtype: str | None = None) -> list[str]:
+    """Write a checkpoint in a format.
+
+    Args:
+        checkpoint_dir: A LitGPT checkpoint.
+        out_dir: The new directory.
+        name: The format.
+        dtype: Floating type of the weights; None keeps theirs.
+
+    Returns:
+        What to tell the user, one line each; the last says what was written.
+
+    Raises:
+        SettingsError: If the model cannot be exported, or a directory is not right.
+    """
+    if name == "gguf":
+        from litgpt_moe_ext.export.gguf.write import MODEL_FILE, export_gguf
+
+        file = export_gguf(checkpoint_dir, out_dir, dtype)
+        return [f"Wrote {out_dir / MODEL_FILE} as {file.graph}, {file.n_bytes / 1e6:,.1f} MB of weights"]
+    from litgpt_moe_ext.export.hf.write import export_checkpoint
+
+    done = export_checkpoint(checkpoint_dir, out_dir, dtype)
+    lines = [f"not {class_name}: {', '.join(lacking)}" for class_name, lacking in done.rejected.items()]
+    return [*lines, f"Wrote {out_dir} as {done.class_name}, {done.n_bytes / 1e6:,.1f} MB of weights"]
+
+
+def check_exportable(config: "Config", name: str) -> None:
+    """Raise SettingsError if no model of a configuration can be exported in a format, once it has been trained."""
+    from litgpt_moe_ext.export.hf.facts import facts_of
+
+    facts = facts_of(config, {})
+    if name == "gguf":
+        from litgpt_moe_ext.export.gguf.write import choose_graph, require_package
+
+        require_package()
+        choose_graph(dataclasses.replace(facts, balancing_bias=facts.moe and bool(config.router_bias_update_rate)))

@@ -1,0 +1,53 @@
+"""Exporting checkpoints at the end of a run (`checkpoint.export`)."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.training.checkpoint.progress import BEST, FINAL
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.config.types import Config
+    from litgpt_moe_ext.training.launch import Launched
+    from litgpt_moe_ext.training.plan import Plan
+
+EXPORTED = "exported"
+
+
+def check_exports(plan: Plan) -> None:
+    """Raise SettingsError if a model of this configuration cannot be exported as `checkpoint.export` wants."""
+    from litgpt_moe_ext.export.formats import check_exportable
+
+    for name in plan.settings.checkpoint.export_formats:
+        try:
+            check_exportable(cast("Config", plan.config), name)
+        except SettingsError as error:
+            reason = str(error).removeprefix("format: gguf: ")
+            raise SettingsError(f"checkpoint.export: {name}: {reason}") from error
+
+
+def export_checkpoints(launched: Launched) -> None:
+    """Export `best` and `final`; a fault is a line of output, and the run has succeeded all the same."""
+    plan, fabric = launched.plan, launched.fabric
+    if not fabric.is_global_zero:
+        return
+    for checkpoint in (plan.out_dir / BEST, plan.out_dir / FINAL):
+        for name in plan.settings.checkpoint.export_formats:
+            if checkpoint.is_dir():
+                fabric.print(_export(checkpoint, plan.out_dir / EXPORTED / f"{checkpoint.name}-{name}", name))
+
+
+def _export(checkpoint: Path, out_dir: Path, name: str) -> str:
+    from litgpt_moe_ext.export.formats import export
+
+    try:
+        # Of an earlier end of this run.
+        shutil.rmtree(out_dir, ignore_errors=True)
+        return export(checkpoint, out_dir, name)[-1]
+    except Exception as error:  # whatever it is, the checkpoint is there
+        reason = " ".join(str(error).split()) or type(error).__name__
+        command = f"litgpt-moe export {checkpoint} {out_dir} --format {name}"
+        return f"Warning: {checkpoint} was not exported ({reason}). To repeat: {command}"

@@ -1,0 +1,72 @@
+"""Checkpoints are exported at the end of a run, and no fault of that harms it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoTokenizer
+
+from litgpt_moe_ext.cli.train import main
+from litgpt_moe_ext.export.formats import export
+
+NO_SINKS = {"attention_sinks": False, "norm_qk": True}
+
+
+def train(file: Path, *arguments: str) -> int:
+    return main(["--config", str(file), "--train.max_steps", "4", *arguments])
+
+
+def test_best_and_final_in_both_formats(recipe, tmp_path, capsys):
+    settings = yaml_of(recipe(), NO_SINKS)
+    assert train(recipe(model_config=settings, checkpoint={"export": ["hf", "gguf"]})) == 0
+    exported = tmp_path / "out" / "exported"
+    assert {path.name for path in exported.iterdir()} == {"best-hf", "final-hf", "best-gguf", "final-gguf"}
+    assert json.loads((exported / "final-hf" / "config.json").read_text())["model_type"] == "glm4_moe"
+    assert AutoTokenizer.from_pretrained(exported / "best-hf")("def f").input_ids
+    assert (exported / "final-gguf" / "model.gguf").read_bytes()[:4] == b"GGUF"
+    assert capsys.readouterr().out.count("Wrote ") == 4
+
+
+def test_a_fault_is_one_line(recipe, tmp_path, capsys, monkeypatch):
+    def fails(checkpoint, out_dir, name):
+        if "best" in out_dir.name:
+            raise RuntimeError("no space\nleft")
+        return export(checkpoint, out_dir, name)
+
+    monkeypatch.setattr("litgpt_moe_ext.export.formats.export", fails)
+    assert train(recipe(), "--checkpoint.export", "hf") == 0
+    out_dir = tmp_path / "out"
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "Warning" in line)
+    best = out_dir / "best"
+    assert line == (
+        f"Warning: {best} was not exported (no space left). "
+        f"To repeat: litgpt-moe export {best} {out_dir}/exported/best-hf --format hf"
+    )
+    assert (out_dir / "exported" / "final-hf" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint.export", "gguf"], "checkpoint.export: gguf: no graph .*glm4moe has no sinks: true"),
+        (["--checkpoint.export", "[onnx]"], "checkpoint.export"),
+        (
+            ["--checkpoint.export", "hf", "--model_config.router_type", "hash"],
+            "checkpoint.export: hf: model_config.router_type: hash must be one of topk",
+        ),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_before_the_training(recipe, tmp_path, capsys, arguments, message):
+    file = recipe()
+    if "hash" in arguments:
+        kept = yaml_of(file, {"router_bias_update_rate": None, "norm_topk_prob": None, "router_type": "hash"})
+        file, arguments = recipe(model_config=kept), arguments[:2]
+    assert train(file, *arguments) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out" / "final").exists()
+
+
+def yaml_of(file: Path, changes: dict) -> dict:
+    return {**yaml.safe_load(file.read_text())["model_config"], **changes}
