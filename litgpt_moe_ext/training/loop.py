@@ -11,7 +11,7 @@ names point to functions of ours, which do their part and, where there is one, c
 | `save_hyperparameters`    | writes the values that the run uses                                                |
 | `find_resume_path`        | chooses the newest whole checkpoint                                                |
 | `chunked_cross_entropy`   | makes a step a mean over its tokens; does the output head's work, where asked      |
-| `validate`                | makes the validation loss a mean over tokens                                       |
+| `validate`                | makes the validation loss a mean over tokens; logs the one before the first step   |
 | `RunningMean`             | averages losses without waiting for the device                                     |
 | `get_dataloaders`         | lets a data position be read with another number of processes                     |
 | `get_lr`                  | follows the run's schedule                                                         |
@@ -29,20 +29,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import litgpt.pretrain
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from litgpt_moe_ext.model_size import count_flops
 from litgpt_moe_ext.moe.gradient_injection import forget_scale
 from litgpt_moe_ext.training.checkpoint import hyperparameters
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
-from litgpt_moe_ext.training.checkpoint.progress import MODEL_FILE, batch_of, newest_first
+from litgpt_moe_ext.training.checkpoint.progress import BEST, FINAL, MODEL_FILE, batch_of, newest_first
 from litgpt_moe_ext.training.checkpoint.resharding import convert_iterations, convert_position
 from litgpt_moe_ext.training.control import StepLimits, StopRequests, TrainingInterrupted, TrainingStopped
 from litgpt_moe_ext.training.optim.optimization import schedule_steps
 from litgpt_moe_ext.training.parallel import random_state
 from litgpt_moe_ext.training.steps.batches import StepBatches, can_pad
-from litgpt_moe_ext.training.steps.losses import RunningMean, TokenMeans
+from litgpt_moe_ext.training.steps.losses import RunningMean, TokenMeans, all_finite
 
 if TYPE_CHECKING:
+    import litgpt.args
+
     from litgpt_moe_ext.training.equip import Equipment
     from litgpt_moe_ext.training.launch import Launched
     from litgpt_moe_ext.training.start import Start
@@ -56,11 +61,13 @@ class Outcome:
         iterations: Iterations of this run, not of earlier ones that it continued.
         seconds: How long they took, validation and checkpoints included.
         best_loss: The lowest validation loss so far, of earlier runs as well.
+        step: Optimizer steps of the training, with those of earlier runs.
     """
 
     iterations: int
     seconds: float
     best_loss: float | None
+    step: int
 
 
 class HookedLoop:
@@ -87,6 +94,8 @@ class HookedLoop:
         self._limits_reached = False
         self._last_saved: Path | None = None
         self._random_state_settled = False
+        self._eval: litgpt.args.EvalArgs
+        self._validated_step: int | None = None
         self._means = TokenMeans(fabric.world_size)
         self._batches = StepBatches(launched.plan.sequence_length, self._accumulation, fabric.world_size)
         fabric.add_callback(self._batches)
@@ -102,7 +111,7 @@ class HookedLoop:
         Args:
             best_loss: The lowest validation loss so far.
         """
-        return Outcome(self._iterations, self._seconds, best_loss)
+        return Outcome(self._iterations, self._seconds, best_loss, self.fabric.step)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -111,6 +120,7 @@ class HookedLoop:
 
         def fit(*args: Any, **kwargs: Any) -> None:
             self.fabric.state = self.state = kwargs["state"]
+            self._eval = kwargs["eval"]
             self._adapt_iterations()
             self._batches.counts = can_pad(kwargs["train_dataloader"])
             first_iteration = self.state["iter_num"]
@@ -121,7 +131,7 @@ class HookedLoop:
             except Exception:
                 if self._limits_reached:
                     # Validation failed after the last step: the training must not be lost with it.
-                    self.save("final")
+                    self.save(FINAL)
                 raise
             finally:
                 self._iterations = self.state["iter_num"] - first_iteration
@@ -131,6 +141,7 @@ class HookedLoop:
                 forget_scale()
 
         def save_checkpoint(fabric: Any, state: dict, tokenizer_dir: Path | None, checkpoint_file: Path) -> None:
+            self._require_finite(checkpoint_file.parent)
             try:
                 checkpoints.save_whole(original_save, fabric, state, tokenizer_dir, checkpoint_file)
             except checkpoints.SaveError as error:
@@ -163,7 +174,7 @@ class HookedLoop:
             "get_dataloaders": self._adaptable(litgpt.pretrain.get_dataloaders),
             "instantiate_torch_optimizer": self._equipment.optimization.make_optimizer,
             "chunked_cross_entropy": self._means.wrap_loss(cross_entropy),
-            "validate": self._means.wrap_validation(litgpt.pretrain.validate),
+            "validate": self._noted(self._means.wrap_validation(litgpt.pretrain.validate)),
             "RunningMean": RunningMean,
         }
         originals = {name: getattr(litgpt.pretrain, name) for name in hooks}
@@ -172,6 +183,18 @@ class HookedLoop:
             yield
         finally:
             vars(litgpt.pretrain).update(originals)
+
+    def _noted(self, validate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def noted_validate(*args: Any, verbose: bool = True, **kwargs: Any) -> Tensor:
+            loss = validate(*args, verbose=verbose, **kwargs)
+            if verbose:  # LitGPT's check that validation works at all is not
+                self._validated_step = self.state["step_count"]
+                if self._started is None:
+                    # LitGPT prints the validation before the first step and forgets it.
+                    self.fabric.log_dict({"val_loss": loss.item()})
+            return loss
+
+        return noted_validate
 
     def _adaptable(self, get_dataloaders: Callable[..., tuple]) -> Callable[..., tuple]:
         def get_adaptable_dataloaders(*args: Any, **kwargs: Any) -> tuple:
@@ -202,8 +225,23 @@ class HookedLoop:
             self.fabric, self.state, self._tokenizer_dir, self._plan.out_dir / name / MODEL_FILE
         )
 
+    def _require_finite(self, directory: Path) -> None:
+        if directory.name not in (FINAL, BEST):
+            return
+        parameters = (parameter.detach() for parameter in self.state["model"].parameters())
+        finite = all_finite([p.to_local() if isinstance(p, DTensor) else p for p in parameters])
+        if self.fabric.world_size > 1:
+            torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
+        if not finite:
+            kept = [str(path) for path in newest_first(self._plan.out_dir)[:1]]
+            raise TrainingStopped(
+                f"the weights after step {self.state['step_count']} are not finite, so they are not saved as "
+                f"{directory.name}{'; the newest checkpoint is ' + kept[0] if kept else ''}. A lower learning rate "
+                "or a longer warm-up may help."
+            )
+
     def _not_saved(self, error: checkpoints.SaveError, directory: Path) -> None:
-        if self._plan.settings.checkpoint.on_save_error == "continue" and directory.name != "final":
+        if self._plan.settings.checkpoint.on_save_error == "continue" and directory.name != FINAL:
             self.fabric.print(f"  {error}. Training goes on without it (checkpoint.on_save_error: continue).")
             return
         kept = [str(path) for path in newest_first(self._plan.out_dir)[:1]]
@@ -226,6 +264,8 @@ class HookedLoop:
         if self._limits.reached(step, self.fabric):
             # Ends LitGPT's `for` loop; the final validation and checkpoint follow.
             self._limits_reached = True
+            if self._validated_step == step:
+                self._eval.final_validation = False  # these very weights have been validated
             self.fabric.call("on_last_step", state=self.state)
             raise StopIteration
         self.fabric.call("on_step_begin", state=self.state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
     from litgpt_moe_ext.training.compilation import CompileDecision
     from litgpt_moe_ext.training.launch import Launched
     from litgpt_moe_ext.training.loop import Outcome
+    from litgpt_moe_ext.training.plan import Plan
     from litgpt_moe_ext.training.prepare import Prepared
+    from litgpt_moe_ext.training.settings import TrainArgs
     from litgpt_moe_ext.training.start import Start
 
 
@@ -28,6 +31,8 @@ def announce(launched: Launched, start: Start, compiled: CompileDecision) -> Non
     )
     say(str(compiled))
     say(f"{plan.total_steps} steps of {plan.tokens_per_step:,} tokens, checkpoints in {plan.out_dir}")
+    for line in _cut(plan):
+        say(line)
     if start.resume_dir is not None:
         say(f"Resuming from {start.resume_dir}")
         for note in resume_notes(start.resume_dir, plan.plain):
@@ -55,4 +60,38 @@ def conclude(launched: Launched, prepared: Prepared, outcome: Outcome) -> None:
         final = plan.out_dir / FINAL
         say(f'Try it: litgpt generate {final} --prompt "..."')
         say(f"        litgpt chat {final}")
-    say(f"Go on: --resume auto --train.max_tokens {2 * plan.settings.train.max_tokens}")
+    say(f"Go on: --resume auto{farther(plan.settings.train, plan.tokens_per_step, outcome.step)}")
+
+
+def _cut(plan: Plan) -> Iterator[str]:
+    """Say what the settings ask for that whole steps, or this many of them, cannot give."""
+    train = plan.settings.train
+    rest = train.max_tokens % plan.tokens_per_step
+    if rest and plan.total_steps == train.max_tokens // plan.tokens_per_step:
+        yield (
+            f"  train.max_tokens: {train.max_tokens:,} ends within a step: the last {rest:,} tokens are not trained on"
+        )
+    planned = train.max_tokens // plan.tokens_per_step
+    if train.lr_warmup_steps and train.lr_warmup_steps >= planned:
+        yield (
+            f"  train.lr_warmup_steps: {train.lr_warmup_steps} of {planned} steps: the learning rate rises to the end "
+            "and never falls"
+        )
+
+
+def farther(train: TrainArgs, tokens_per_step: int, step: int) -> str:
+    """Return the flags, each after a space, that let a training go on.
+
+    Args:
+        train: Its settings.
+        tokens_per_step: Tokens per optimizer step, over all ranks.
+        step: Optimizer steps that it has.
+    """
+    planned = train.max_tokens // tokens_per_step
+    if train.max_steps is None:
+        return f" --train.max_tokens {2 * train.max_tokens}" if step >= planned else ""
+    if step >= planned:
+        return f" --train.max_tokens {2 * train.max_tokens} --train.max_steps null"
+    if step >= train.max_steps:
+        return f" --train.max_steps {min(2 * train.max_steps, planned)}"
+    return ""

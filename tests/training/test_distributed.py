@@ -134,9 +134,9 @@ def wait_until_gone(pids: list[int], seconds: float) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["first", "second"])
-def test_one_of_two_dies(recipe, victim):
-    """The other one ends with an error, and nothing is left running."""
+@pytest.mark.parametrize(("victim", "stopped"), [("first", False), ("second", False), ("first", True)])
+def test_one_of_two_dies(recipe, victim, stopped):
+    """The other one ends with an error, and nothing is left running, not even a second that was stopped."""
     file = recipe(train={"max_tokens": 10_000 * 128, "save_interval": 10_000}, eval={"interval": 10_000}, devices=2)
     first = subprocess.Popen(
         [*RUN_TRAIN, "--config", str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
@@ -148,6 +148,8 @@ def test_one_of_two_dies(recipe, victim):
                 break
         second = children_of(first.pid)
         assert second
+        if stopped:
+            os.kill(second[0], signal.SIGSTOP)
         os.kill(first.pid if victim == "first" else second[0], signal.SIGKILL)
         output, _ = first.communicate(timeout=120)
         assert first.returncode not in (0, None), output

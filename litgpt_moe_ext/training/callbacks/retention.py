@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -89,9 +90,11 @@ class Retention(Callback):
         )
 
     def on_logged(self, metrics: dict[str, Any]) -> None:
-        """Note a validation loss that is lower than all before."""
+        """Note a validation loss that is lower than all before; that of untrained weights is none."""
         loss = metrics.get("val_loss")
-        if self._args.best and loss is not None and (self._best is None or loss < self._best.loss):
+        if not self._args.best or loss is None or not math.isfinite(loss) or not self._fabric.step:
+            return
+        if self._best is None or loss < self._best.loss:
             self._candidate = Best(float(loss), self._fabric.attempt, self._fabric.step)
 
     def on_checkpoint_saved(self, directory: Path) -> None:

@@ -7,7 +7,7 @@ size that factor is exactly 1, and every number is LitGPT's own.
 
 import functools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -101,3 +101,9 @@ class RunningMean:
         """Return the mean, float32 or the type of larger losses, added up one by one as torchmetrics does."""
         losses = [loss if loss.dtype == torch.float64 else loss.float() for loss in self._losses]
         return functools.reduce(torch.add, losses) / len(losses)
+
+
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Return whether every number is finite, an int64 scalar on the device of the tensors: 1 or 0."""
+    found = [tensor.isfinite().all() for tensor in tensors]
+    return torch.stack(found).all().long()
