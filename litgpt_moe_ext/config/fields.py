@@ -6,12 +6,15 @@ ignored, and the tables of the documentation follow from it. Rules that concern 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from litgpt_moe_ext.attention.kernels.registry import KERNELS
 from litgpt_moe_ext.config import features, rope, types
 from litgpt_moe_ext.config.types import FieldType, choice, integer, mapping, per_layer
 from litgpt_moe_ext.moe.registry import ACTIVATIONS, EXPERT_BACKENDS, LOSSES, ROUTERS, Loss, loss_field
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.config.types import Config
 
 # The default of a field that must be set.
 REQUIRED = object()
@@ -198,11 +201,16 @@ ATTENTION_FIELDS = {
     ),
     "rope_adjustments": _litgpt(
         rope.ADJUSTMENTS,
-        "how the context is extended, as Hugging Face computes it: linear (`factor` alone), dynamic NTK "
-        "(`dynamic: true`), Llama-3 or YaRN",
+        "how the context is extended, as Hugging Face computes it: linear (`factor` alone), Llama-3 or YaRN; or by "
+        "dynamic NTK (`dynamic: true`) for texts of `block_size`, where Hugging Face's base follows the length of each "
+        "text. LitGPT's attention takes linear and Llama-3, its latent attention all",
         _ATTENTION,
     ),
-    "latent_attention": _litgpt(types.UNSUPPORTED, "not supported by `SinkAttention`", _ATTENTION),
+    "latent_attention": _litgpt(
+        types.UNSUPPORTED,
+        "LitGPT's multi-head latent attention (DeepSeek), instead of `SinkAttention` and without its settings",
+        _ATTENTION,
+    ),
     "attention_logit_softcapping": _litgpt(types.UNSUPPORTED, "not supported by `SinkAttention`", _ATTENTION),
 }
 
@@ -213,3 +221,10 @@ FIELDS: dict[str, Field] = {**FEED_FORWARD_FIELDS, **ROUTING_FIELDS, **ATTENTION
 def added_fields() -> list[str]:
     """Return the names of the fields that LitGPT does not have."""
     return [name for name, field in FIELDS.items() if not field.of_litgpt]
+
+
+def uses_plugin(config: "Config") -> bool:
+    """Return whether a configuration names one of this package's classes or sets one of its fields."""
+    return config.mlp_class_name in features.MLP_CLASS_NAMES or any(
+        getattr(config, name, None) is not None for name in added_fields()
+    )

@@ -11,8 +11,9 @@ from litgpt_moe_ext.config.features import (
     missing_feature,
     router_type_of,
 )
-from litgpt_moe_ext.config.fields import FIELDS, REQUIRED, Field
-from litgpt_moe_ext.config.rope import rope_kind
+from litgpt_moe_ext.config.fields import FIELDS, REQUIRED, Field, uses_plugin
+from litgpt_moe_ext.config.rope import rope_kind, validate_rope_adjustments
+from litgpt_moe_ext.config.types import integer
 from litgpt_moe_ext.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ def resolve(config: "Config") -> None:
         _resolve_field(config, name, field)
     for rule in (_expert_width, _dense_width, _groups, _bias_schedule, _residual_dropout, _streaming_cache):
         rule(config)
+    if uses_plugin(config) and config.attention_class_name is None:
+        _latent_attention(config)
+        _litgpts_rotation(config)
 
 
 def check_derived(config: "Config") -> None:
@@ -175,6 +179,41 @@ def _streaming_cache(config: "Config") -> None:
             raise SettingsError(
                 f"streaming_cache_window: {window} does not go with {name}: {getattr(config, name)!r}; remove either"
             )
+
+
+def _latent_attention(config: "Config") -> None:
+    # LitGPT's latent attention: it takes what it knows and says nothing about the rest.
+    sizes = config.latent_attention
+    if sizes is None:
+        return
+    if not isinstance(sizes, dict) or set(sizes) != set(_LATENT_SIZES):
+        raise SettingsError(
+            f"latent_attention: {sizes!r} must be a dictionary with the keys {', '.join(_LATENT_SIZES)}"
+        )
+    for name, size in sizes.items():
+        integer(1).check(f"latent_attention.{name}", size)
+    if sizes["qk_rope_head_dim"] % 2:
+        raise SettingsError(f"latent_attention.qk_rope_head_dim: {sizes['qk_rope_head_dim']} must be even")
+    for name in ("sliding_window_size", "norm_qk", "rope_local_base_freq"):
+        if getattr(config, name):
+            raise SettingsError(
+                f"{name}: {getattr(config, name)!r} would be ignored because latent_attention is set; remove it from "
+                "the model configuration"
+            )
+
+
+_LATENT_SIZES = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+
+
+def _litgpts_rotation(config: "Config") -> None:
+    # LitGPT skips keys it does not know, and its YaRN stretches the wrong end of the spectrum.
+    validate_rope_adjustments(config.rope_adjustments)
+    kind = rope_kind(config.rope_adjustments)
+    if kind in ("dynamic", "yarn") and config.latent_attention is None:
+        raise SettingsError(
+            f"rope_adjustments: {config.rope_adjustments!r} ({kind}) is not what LitGPT's attention computes; set "
+            "attention_class_name: SinkAttention (with attention_sinks: false for ordinary attention)"
+        )
 
 
 def _learned_positions(config: "Config") -> None:

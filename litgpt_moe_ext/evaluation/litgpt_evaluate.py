@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import yaml
 
-from litgpt_moe_ext.config.fields import added_fields
-from litgpt_moe_ext.host.config import uses_plugin
+from litgpt_moe_ext.config.fields import added_fields, uses_plugin
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

@@ -39,9 +39,15 @@ def check_exportable(config: "Config", name: str) -> None:
     """Raise SettingsError if no model of a configuration can be exported in a format, once it has been trained."""
     from litgpt_moe_ext.export.hf.facts import facts_of
 
+    # A balancing bias that moves will distinguish experts.
     facts = facts_of(config, {})
+    facts = dataclasses.replace(facts, balancing_bias=facts.moe and bool(config.router_bias_update_rate))
     if name == "gguf":
         from litgpt_moe_ext.export.gguf.write import choose_graph, require_package
 
         require_package()
-        choose_graph(dataclasses.replace(facts, balancing_bias=facts.moe and bool(config.router_bias_update_rate)))
+        choose_graph(facts)
+    else:
+        from litgpt_moe_ext.export.hf.architectures import choose_class
+
+        choose_class(facts)

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from litgpt_moe_ext.config.features import MOE_CLASS_NAMES, router_type_of
-from litgpt_moe_ext.config.fields import added_fields
+from litgpt_moe_ext.config.fields import added_fields, uses_plugin
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.loading import CONFIG_FILE, WEIGHTS_FILE, read_checkpoint
 from litgpt_moe_ext.export.directory import new_directory, require_absent
-from litgpt_moe_ext.host.config import uses_plugin
 from litgpt_moe_ext.moe.expert_layouts import unstack_experts
 
 _EXPRESSED = {"router_type", "router_score_function", "mlp_activation", "decoder_sparse_step"}

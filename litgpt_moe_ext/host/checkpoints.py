@@ -7,7 +7,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 from litgpt_moe_ext import __version__
-from litgpt_moe_ext.host.config import extend_config, uses_plugin, without_unused_fields
+from litgpt_moe_ext.config.fields import uses_plugin
+from litgpt_moe_ext.host.config import extend_config, without_unused_fields
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config as ExtendedConfig

@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import Any
 
 from litgpt_moe_ext.config.features import MLP_CLASS_NAMES
-from litgpt_moe_ext.host.config import uses_plugin
+from litgpt_moe_ext.config.fields import uses_plugin
 
 
 def refuse_mlp_classes(module: ModuleType) -> None:

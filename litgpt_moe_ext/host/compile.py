@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from litgpt_moe_ext.host.config import uses_plugin
+from litgpt_moe_ext.config.fields import uses_plugin
 from litgpt_moe_ext.training.compilation import Platform, compile_scope, decide, decided, obstacle, probe_platform
 
 

@@ -17,14 +17,7 @@ from litgpt_moe_ext.config.rules import check_derived, resolve
 from litgpt_moe_ext.errors import SettingsError
 
 if TYPE_CHECKING:
-    from litgpt_moe_ext.config.types import Config
-
-
-def uses_plugin(config: "Config") -> bool:
-    """Return whether a configuration names one of this package's classes or sets one of its fields."""
-    return config.mlp_class_name in MLP_CLASS_NAMES or any(
-        getattr(config, name, None) is not None for name in added_fields()
-    )
+    pass
 
 
 def without_unused_fields(config_fields: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from litgpt_moe_ext.config.features import MLP_CLASS_NAMES
+from litgpt_moe_ext.config.fields import uses_plugin
 
 
 def offer_mlp_classes(model: ModuleType) -> None:
@@ -116,17 +117,19 @@ def choose_attention(model: ModuleType) -> None:
 
 
 def choose_rope_cache(model: ModuleType) -> None:
-    """Ask the plugin for the rotary tables of configurations that name its attention."""
+    """Ask the plugin for the rotary tables of its attention, and of latent attention beside its other layers."""
     original = model.GPT.rope_cache
 
     @wraps(original)
     def rope_cache(self: Any, device: Any = None) -> Any:
-        if self.config.attention_class_name is None:
+        config = self.config
+        latent = config.latent_attention is not None and uses_plugin(config)
+        if config.attention_class_name is None and not latent:
             return original(self, device=device)
         from litgpt_moe_ext.attention.gpt_forward import rope_length
         from litgpt_moe_ext.attention.rope import build_rope_cache
 
-        return build_rope_cache(self.config, rope_length(self), device=device)
+        return build_rope_cache(config, rope_length(self), device=device)
 
     model.GPT.rope_cache = rope_cache
 

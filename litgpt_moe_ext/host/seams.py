@@ -91,7 +91,7 @@ SEAMS = (
         "LitGPT has a registry of layers", model.choose_attention,
     ),
     Seam(
-        "litgpt.model", "GPT.rope_cache", "wrap", "Asks the plugin for the rotary tables of its attention.",
+        "litgpt.model", "GPT.rope_cache", "wrap", "Rotary tables of the plugin's attention and of latent attention.",
         "LitGPT's YaRN agrees with the paper", model.choose_rope_cache,
     ),
     Seam(

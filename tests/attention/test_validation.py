@@ -120,3 +120,52 @@ def test_validation_imports_neither_torch_nor_litgpt() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.stderr.strip() == ""
+
+
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_adjustments": YARN}, r"rope_adjustments: .* \(yarn\) .* set attention_class_name: SinkAttention"),
+        ({"rope_adjustments": {"factor": 2.0, "dynamic": True, "original_max_seq_len": 64}}, r"\(dynamic\)"),
+        ({"rope_adjustments": {**LLAMA3, "truncate": False}}, "mixes Llama-3 keys"),
+        ({"rope_adjustments": {"facktor": 2.0}}, "rope_adjustments.facktor: 2.0 is an unknown key"),
+        ({"latent_attention": {**LATENT, "kv_rank": 8}}, "latent_attention: .* must be a dictionary with the keys"),
+        (
+            {"latent_attention": {**LATENT, "q_lora_rank": None}},
+            "latent_attention.q_lora_rank: None must be an integer",
+        ),
+        ({"latent_attention": {**LATENT, "qk_rope_head_dim": 3}}, "latent_attention.qk_rope_head_dim: 3 must be even"),
+        ({"latent_attention": LATENT, "norm_qk": True}, "norm_qk: True would be ignored because latent_attention"),
+        ({"latent_attention": LATENT, "attention_sinks": True}, "attention_sinks: True would be ignored"),
+    ],
+)
+def test_litgpts_attention_beside_layers_of_the_package(changes: dict[str, Any], message: str) -> None:
+    """LitGPT reads what it knows and says nothing about the rest."""
+    with pytest.raises(ValueError, match=message):
+        attention_config(
+            **{"attention_class_name": None, "mlp_class_name": "FeedForward", "intermediate_size": 8, **changes}
+        )
+
+
+def test_latent_attention_has_hugging_faces_tables() -> None:
+    import torch
+    from litgpt import GPT
+
+    from litgpt_moe_ext.attention.rope import rope_frequencies
+
+    settings = {
+        "attention_class_name": None,
+        "n_query_groups": 4,
+        "latent_attention": LATENT,
+        "rope_adjustments": YARN,
+    }
+    cos = GPT(attention_config(mlp_class_name="FeedForward", intermediate_size=8, **settings)).cos
+    frequency_F, factor = rope_frequencies(4, 10000, YARN)
+    angle = torch.outer(torch.arange(len(cos)).float(), frequency_F).repeat(1, 2)
+    torch.testing.assert_close(cos, angle.cos() * factor)
+    # A model of LitGPT's own classes is left alone.
+    other = GPT(attention_config(**settings)).cos
+    assert not torch.allclose(other, cos)

@@ -10,7 +10,8 @@ from typing import Any
 from litgpt_moe_ext.attention.rope import rope_frequencies
 from litgpt_moe_ext.config.rope import DEFAULT_BETA_FAST, DEFAULT_BETA_SLOW, present_adjustments
 from litgpt_moe_ext.export.gguf import names
-from litgpt_moe_ext.export.hf.architectures import LLAMA_LIKE, SOFTMAX, Architecture, shared_width
+from litgpt_moe_ext.export.hf.architectures import LLAMA_LIKE, SOFTMAX, Architecture
+from litgpt_moe_ext.export.hf.config_json import shared_width
 from litgpt_moe_ext.export.hf.facts import Facts
 from litgpt_moe_ext.export.hf.names import Entries
 from litgpt_moe_ext.export.hf.tensors import Constant
@@ -145,6 +146,7 @@ GRAPHS = (
     _graph(
         "gpt2",
         {
+            "attention": ("grouped",),
             "layers": ("dense",),
             "norm": ("layer",),
             "positions": ("learned",),

@@ -13,7 +13,7 @@ from litgpt_moe_ext.evaluation.loading import parse_dtype
 from litgpt_moe_ext.export.directory import new_directory, require_absent
 from litgpt_moe_ext.export.gguf.architectures import GRAPHS
 from litgpt_moe_ext.export.gguf.tokenizer import tokenizer_metadata
-from litgpt_moe_ext.export.hf.architectures import Architecture, choose
+from litgpt_moe_ext.export.hf.architectures import Architecture, choose, nearest
 from litgpt_moe_ext.export.hf.facts import Facts, facts_of
 from litgpt_moe_ext.export.source import Source, read_source
 
@@ -87,15 +87,9 @@ def choose_graph(facts: Facts) -> Architecture:
     graph, rejected = choose(facts, GRAPHS)
     if graph is None:
         raise SettingsError(
-            f"format: gguf: no graph of llama.cpp computes this model ({_nearest(rejected)}); export with --format hf"
+            f"format: gguf: no graph of llama.cpp computes this model ({nearest(rejected)}); export with --format hf"
         )
     return graph
-
-
-def _nearest(rejected: dict[str, list[str]]) -> str:
-    fewest = min(len(lacking) for lacking in rejected.values())
-    near = {name: lacking for name, lacking in rejected.items() if len(lacking) == fewest}
-    return "; ".join(f"{name} has no {', no '.join(lacking)}" for name, lacking in near.items())
 
 
 def _write(path: Path, source: Source, graph: Architecture, metadata: dict[str, Any], dtype: torch.dtype | None) -> int:

@@ -1,20 +1,17 @@
 """The table of classes: what each can express, and how its `config.json` says it.
 
 The first class that can express every fact of a model is the one; where none can, `modeling_litgpt_moe.py` goes with
-the weights. What transformers' own defaults would get wrong is written out.
+the weights.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from litgpt_moe_ext.config.features import is_dense_layer
-from litgpt_moe_ext.config.rope import present_adjustments
-from litgpt_moe_ext.export.hf import names
-from litgpt_moe_ext.export.hf.facts import Facts, layer_has_sinks, window_of
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.export.hf import config_json, names
+from litgpt_moe_ext.export.hf.facts import Facts
 from litgpt_moe_ext.export.hf.tensors import Layout, Rule
-
-REMOTE_CODE = "modeling_litgpt_moe"
 
 
 @dataclass(frozen=True)
@@ -55,187 +52,27 @@ def choose(facts: Facts, architectures: tuple[Architecture, ...]) -> tuple[Archi
     return None, rejected
 
 
+def nearest(rejected: dict[str, list[str]]) -> str:
+    """Return in words what the classes that lack least lack."""
+    fewest = min(len(lacking) for lacking in rejected.values())
+    near = {name: lacking for name, lacking in rejected.items() if len(lacking) == fewest}
+    return "; ".join(f"{name} has no {', no '.join(lacking)}" for name, lacking in near.items())
+
+
+def choose_class(facts: Facts) -> tuple[Architecture, dict[str, list[str]]]:
+    """Return the class of transformers, or ours, that computes a model, and what each one before it lacks.
+
+    Raises:
+        SettingsError: If none does.
+    """
+    architecture, rejected = choose(facts, ARCHITECTURES)
+    if architecture is None:
+        raise SettingsError(f"format: hf: no class of transformers computes this model ({nearest(rejected)})")
+    return architecture, rejected
+
+
 def _words(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _sizes(facts: Facts) -> dict[str, Any]:
-    config = facts.config
-    return {
-        "vocab_size": config.padded_vocab_size,
-        "hidden_size": config.n_embd,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.n_query_groups,
-        "head_dim": config.head_size,
-        "max_position_embeddings": config.block_size,
-        "tie_word_embeddings": False,
-    }
-
-
-def _llama(facts: Facts) -> dict[str, Any]:
-    config = facts.config
-    return _sizes(facts) | {
-        "intermediate_size": config.intermediate_size or config.moe_intermediate_size,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": float(config.rope_base),
-        "rope_scaling": _rope_scaling(facts),
-        "attention_bias": facts.attention_bias != "none",
-        "attention_dropout": 0.0,
-    }
-
-
-def _rope_scaling(facts: Facts) -> dict[str, Any] | None:
-    if facts.rope == "default":
-        return None
-    keys = present_adjustments(facts.config.rope_adjustments)
-    original = keys.pop("original_max_seq_len", None)
-    keys.pop("dynamic", None)
-    scaling: dict[str, Any] = {"rope_type": facts.rope, **keys}
-    if original is not None:
-        scaling["original_max_position_embeddings"] = original
-    return scaling
-
-
-def _moe_sizes(facts: Facts) -> dict[str, Any]:
-    config = facts.config
-    return {
-        "moe_intermediate_size": config.moe_intermediate_size,
-        "num_experts_per_tok": config.n_expert_per_token,
-        "norm_topk_prob": facts.norm_topk,
-        "router_aux_loss_coef": 0.0,
-        "output_router_logits": False,
-    }
-
-
-def _qwen_layers(facts: Facts) -> dict[str, Any]:
-    config = facts.config
-    dense = [i for i in range(config.n_layer) if is_dense_layer(config, i)]
-    return {"num_experts": config.n_expert, "decoder_sparse_step": 1, "mlp_only_layers": dense}
-
-
-def _window_key(facts: Facts) -> dict[str, Any]:
-    return {"sliding_window": window_of(facts.config, 0)}
-
-
-def _qwen_window(facts: Facts) -> dict[str, Any]:
-    return {"use_sliding_window": False, "sliding_window": None}
-
-
-def shared_width(facts: Facts) -> int:
-    """Return the hidden width of all shared experts together."""
-    config = facts.config
-    return config.shared_expert_intermediate_size or config.n_shared_expert * config.moe_intermediate_size
-
-
-def _glm(facts: Facts) -> dict[str, Any]:
-    config = facts.config
-    return (
-        _llama(facts)
-        | _moe_sizes(facts)
-        | {
-            "n_routed_experts": config.n_expert,
-            "n_shared_experts": config.n_shared_expert,
-            "n_group": config.n_expert_groups or 1,
-            "topk_group": config.n_topk_groups or 1,
-            "routed_scaling_factor": config.routed_scaling_factor,
-            "first_k_dense_replace": config.first_k_dense_replace or 0,
-            "partial_rotary_factor": config.rope_n_elem / config.head_size,
-            "use_qk_norm": facts.qk_norm == "head",
-            # llama.cpp would count a layer for multi-token prediction otherwise.
-            "num_nextn_predict_layers": 0,
-        }
-    )
-
-
-def _ernie(facts: Facts) -> dict[str, Any]:
-    config = facts.config
-    first = config.first_k_dense_replace or 0
-    return _llama(facts) | {
-        "use_bias": facts.mlp_bias,
-        "moe_intermediate_size": config.moe_intermediate_size,
-        "moe_k": config.n_expert_per_token,
-        "moe_num_experts": config.n_expert,
-        "moe_num_shared_experts": config.n_shared_expert or 0,
-        "moe_layer_start_index": first,
-        "moe_layer_end_index": config.n_layer - 1,
-        "moe_layer_interval": 1,
-    }
-
-
-def _gpt2(facts: Facts) -> dict[str, Any]:
-    config = facts.config
-    return {
-        "vocab_size": config.padded_vocab_size,
-        "n_positions": config.block_size,
-        "n_embd": config.n_embd,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_inner": config.intermediate_size,
-        "activation_function": {"gelu_tanh": "gelu_new"}.get(facts.activation, facts.activation),
-        "layer_norm_epsilon": config.norm_eps,
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-        "tie_word_embeddings": False,
-    }
-
-
-def _own(facts: Facts) -> dict[str, Any]:
-    config = facts.config
-    frequencies, factor = facts.rope_tables
-    scale = config.attention_scores_scalar or config.head_size
-    moe = {}
-    if facts.moe:
-        moe = {
-            "moe_intermediate_size": config.moe_intermediate_size,
-            "shared_expert_intermediate_size": shared_width(facts) if facts.shared != "none" else 0,
-            "shared_expert_gate": facts.shared == "gated",
-            "num_experts": config.n_expert,
-            "num_experts_per_tok": config.n_expert_per_token,
-            "router": facts.router,
-            "router_score_function": facts.score,
-            "n_group": config.n_expert_groups or 1,
-            "topk_group": config.n_topk_groups or 1,
-            "topk_scores_per_group": config.n_topk_scores_per_group or 1,
-            "norm_topk_prob": facts.norm_topk,
-            "routed_scaling_factor": config.routed_scaling_factor,
-        }
-    return (
-        _sizes(facts)
-        | moe
-        | {
-            "auto_map": {
-                "AutoConfig": f"{REMOTE_CODE}.LitGPTMoEConfig",
-                "AutoModel": f"{REMOTE_CODE}.LitGPTMoEModel",
-                "AutoModelForCausalLM": f"{REMOTE_CODE}.LitGPTMoEForCausalLM",
-            },
-            "norm": facts.norm,
-            "norm_eps": config.norm_eps,
-            "attention_bias": facts.attention_bias != "none",
-            "attention_out_bias": facts.attention_bias == "all",
-            "attention_scale": scale**-0.5,
-            "attention_windows": [window_of(config, i) for i in range(config.n_layer)],
-            "attention_sinks": [layer_has_sinks(config, i) for i in range(config.n_layer)],
-            "qk_norm": facts.qk_norm,
-            "learned_positions": facts.positions == "learned",
-            "rope_inv_freq": frequencies,
-            "rope_dim": config.rope_n_elem,
-            "rope_attention_factor": factor,
-            "rope_interleave": facts.rope_layout == "interleaved",
-            "hidden_act": {"swiglu": "silu", "geglu": _gelu(facts)}.get(facts.activation, facts.activation),
-            "gated": facts.activation in ("swiglu", "geglu"),
-            "mlp_bias": facts.mlp_bias,
-            "intermediate_size": config.intermediate_size or 0,
-            "moe_layers": [facts.moe and not is_dense_layer(config, i) for i in range(config.n_layer)],
-            "lm_head_bias": facts.head_bias,
-        }
-    )
-
-
-def _gelu(facts: Facts) -> str:
-    return "gelu_tanh" if facts.config.gelu_approximate == "tanh" else "gelu"
 
 
 def _dense_names(facts: Facts) -> names.Entries:
@@ -262,6 +99,7 @@ def _ernie_names(facts: Facts) -> names.Entries:
 ROPES = ("default", "linear", "llama3", "yarn")
 # What Llama's relatives have in common.
 LLAMA_LIKE: dict[str, tuple[Any, ...]] = {
+    "attention": ("grouped",),
     "norm": ("rms",),
     "positions": ("rotary",),
     "rope": ROPES,
@@ -285,12 +123,21 @@ SOFTMAX = LLAMA_LIKE | {
     "scaled": (False,),
     "shared": ("none",),
 }
+# DeepSeek's attention and layers.
+_LATENT: dict[str, tuple[Any, ...]] = {
+    "attention": ("latent",),
+    "latent_norm_eps": (True,),
+    "layers": ("moe", "mixed"),
+    "scaled": (True, False),
+    "shared": ("plain",),
+}
 
 ARCHITECTURES = (
     Architecture(
         "GPT2LMHeadModel",
         "gpt2",
         {
+            "attention": ("grouped",),
             "layers": ("dense",),
             "norm": ("layer",),
             "positions": ("learned",),
@@ -304,21 +151,21 @@ ARCHITECTURES = (
             "head_bias": (False,),
             "scale": ("head",),
         },
-        _gpt2,
+        config_json.gpt2,
         names.gpt2,
     ),
     Architecture(
         "LlamaForCausalLM",
         "llama",
         _DENSE | {"attention_bias": ("none", "all"), "mlp_bias": (False, True)},
-        lambda facts: _llama(facts) | {"mlp_bias": facts.mlp_bias},
+        lambda facts: config_json.llama(facts) | {"mlp_bias": facts.mlp_bias},
         _dense_names,
     ),
     Architecture(
         "Qwen3ForCausalLM",
         "qwen3",
         _DENSE | {"qk_norm": ("head",)},
-        lambda facts: _llama(facts) | _qwen_window(facts),
+        lambda facts: config_json.llama(facts) | config_json.no_window(facts),
         _dense_names,
     ),
     Architecture(
@@ -326,9 +173,9 @@ ARCHITECTURES = (
         "mixtral",
         SOFTMAX | {"layers": ("moe",), "window": ("none", "all")},
         lambda facts: (
-            _llama(facts)
-            | _moe_sizes(facts)
-            | _window_key(facts)
+            config_json.llama(facts)
+            | config_json.moe_sizes(facts)
+            | config_json.window_key(facts)
             | {"num_local_experts": facts.config.n_expert, "intermediate_size": facts.config.moe_intermediate_size}
         ),
         _moe_names(experts="block_sparse_moe.experts.{e}", router="block_sparse_moe.gate", parts=".w1 .w3 .w2"),
@@ -337,7 +184,12 @@ ARCHITECTURES = (
         "Qwen3MoeForCausalLM",
         "qwen3_moe",
         SOFTMAX | {"layers": ("moe", "mixed", "alternating"), "qk_norm": ("head",), "norm_topk": (True, False)},
-        lambda facts: _llama(facts) | _moe_sizes(facts) | _qwen_layers(facts) | _qwen_window(facts),
+        lambda facts: (
+            config_json.llama(facts)
+            | config_json.moe_sizes(facts)
+            | config_json.qwen_layers(facts)
+            | config_json.no_window(facts)
+        ),
         _moe_names(experts="mlp.experts.{e}", router="mlp.gate"),
     ),
     Architecture(
@@ -352,11 +204,11 @@ ARCHITECTURES = (
             "free_head_size": (False,),
         },
         lambda facts: (
-            _llama(facts)
-            | _moe_sizes(facts)
-            | _qwen_layers(facts)
-            | _qwen_window(facts)
-            | {"shared_expert_intermediate_size": shared_width(facts)}
+            config_json.llama(facts)
+            | config_json.moe_sizes(facts)
+            | config_json.qwen_layers(facts)
+            | config_json.no_window(facts)
+            | {"shared_expert_intermediate_size": config_json.shared_width(facts)}
         ),
         _moe_names(experts="mlp.experts.{e}", router="mlp.gate", shared="mlp.shared_expert"),
     ),
@@ -365,8 +217,8 @@ ARCHITECTURES = (
         "olmoe",
         SOFTMAX | {"layers": ("moe",), "qk_norm": ("whole",), "norm_topk": (True, False), "free_head_size": (False,)},
         lambda facts: (
-            _llama(facts)
-            | _moe_sizes(facts)
+            config_json.llama(facts)
+            | config_json.moe_sizes(facts)
             | {
                 "num_experts": facts.config.n_expert,
                 "intermediate_size": facts.config.moe_intermediate_size,
@@ -379,7 +231,7 @@ ARCHITECTURES = (
         "Ernie4_5_MoeForCausalLM",
         "ernie4_5_moe",
         SOFTMAX | {"layers": ("moe", "mixed"), "balancing_bias": (True, False), "shared": ("none", "plain")},
-        _ernie,
+        config_json.ernie,
         _ernie_names,
     ),
     Architecture(
@@ -398,7 +250,42 @@ ARCHITECTURES = (
             "scaled": (True, False),
             "shared": ("plain",),
         },
-        _glm,
+        config_json.glm,
+        _moe_names(
+            experts="mlp.experts.{e}",
+            router="mlp.gate",
+            bias="mlp.gate.e_score_correction_bias",
+            shared="mlp.shared_experts",
+        ),
+    ),
+    Architecture(
+        "DeepseekV2ForCausalLM",
+        "deepseek_v2",
+        SOFTMAX
+        | _LATENT
+        | {
+            "rope_layout": ("interleaved",),
+            # transformers 4 leaves it out.
+            "scaled_by_yarn": (False,),
+            "norm_topk": (False,),
+            "groups": ("none", "best_one"),
+        },
+        config_json.deepseek_v2,
+        _moe_names(experts="mlp.experts.{e}", router="mlp.gate", shared="mlp.shared_experts"),
+    ),
+    Architecture(
+        "DeepseekV3ForCausalLM",
+        "deepseek_v3",
+        SOFTMAX
+        | _LATENT
+        | {
+            "rope_layout": ("interleaved", "half"),
+            "score": ("sigmoid",),
+            "norm_topk": (True, False),
+            "balancing_bias": (True, False),
+            "groups": ("none", "best_two"),
+        },
+        config_json.deepseek_v3,
         _moe_names(
             experts="mlp.experts.{e}",
             router="mlp.gate",
@@ -409,8 +296,8 @@ ARCHITECTURES = (
     Architecture(
         "LitGPTMoEForCausalLM",
         "litgpt_moe",
-        {},
-        _own,
+        {"attention": ("grouped",)},
+        config_json.own,
         names.own,
     ),
 )

@@ -21,7 +21,6 @@ _UNSUPPORTED: dict[str, Any] = {
     "post_mlp_norm": False,
     "norm_1": True,
     "norm_2": True,
-    "latent_attention": None,
     "scale_embeddings": False,
     "final_logit_softcapping": None,
     "attention_logit_softcapping": None,
@@ -30,6 +29,8 @@ _UNSUPPORTED: dict[str, Any] = {
     "streaming_cache_window": None,
     "rope_condense_ratio": 1,
 }
+# What transformers' norms inside latent attention have, whatever the configuration says of the others.
+DEEPSEEK_EPS = 1e-6
 _DENSE = ("FeedForward", "LLaMAMLP", "GptNeoxMLP")
 _ROUTERS = ("topk", "noisy_topk")
 
@@ -40,6 +41,9 @@ class Facts:
 
     Attributes:
         config: The model's configuration, for sizes.
+        attention: `grouped` or `latent` (DeepSeek).
+        latent_norm_eps: Whether the norms inside latent attention have DeepSeek's epsilon; true without them.
+        scaled_by_yarn: Whether YaRN multiplies the scores of latent attention (`mscale_all_dim`).
         layers: `dense`, `moe`, or `mixed` (dense layers at the start), or `alternating`.
         norm: `rms` or `layer`.
         positions: `rotary`, `partial_rotary` or `learned`.
@@ -58,7 +62,7 @@ class Facts:
         score: `none`, `sigmoid` or `softmax`.
         norm_topk: Whether weights of the chosen experts sum to 1.
         balancing_bias: Whether the router has a bias that is not the same for all experts.
-        groups: `none`, `best_two` (groups are worth their best two scores) or `other`.
+        groups: `none`, `best_one` or `best_two` (groups are worth that many of their best scores), or `other`.
         scaled: Whether weights are multiplied by a factor.
         shared: `none`, `plain`, `gated`, or `plain_other_width`.
         head_bias: Whether the output head has a bias.
@@ -66,6 +70,9 @@ class Facts:
     """
 
     config: "Config"
+    attention: str
+    latent_norm_eps: bool
+    scaled_by_yarn: bool
     layers: str
     norm: str
     positions: str
@@ -132,13 +139,16 @@ def facts_of(config: "Config", state: "dict[str, Tensor]") -> Facts:
             "model_config.rope_adjustments.dynamic: true must be left out for an export: classes disagree on which "
             "length chooses the base"
         )
-    moe = config.mlp_class_name in MOE_CLASS_NAMES
+    moe, latent = config.mlp_class_name in MOE_CLASS_NAMES, config.latent_attention is not None
     if moe and config.router_type not in _ROUTERS:
         raise SettingsError(
             f"model_config.router_type: {config.router_type} must be one of {', '.join(_ROUTERS)} for an export"
         )
     return Facts(
         config=config,
+        attention="latent" if latent else "grouped",
+        latent_norm_eps=not latent or config.norm_eps == DEEPSEEK_EPS,
+        scaled_by_yarn=latent and bool(present_adjustments(config.rope_adjustments).get("mscale_all_dim")),
         layers=_layers(config) if moe else "dense",
         norm="rms" if config.norm_class_name == "RMSNorm" else "layer",
         positions=_positions(config),
@@ -161,7 +171,7 @@ def facts_of(config: "Config", state: "dict[str, Tensor]") -> Facts:
         scaled=moe and config.routed_scaling_factor != 1.0,
         shared=_shared(config) if moe else "none",
         head_bias=config.lm_head_bias,
-        scale="head" if config.attention_scores_scalar in (None, config.head_size) else "other",
+        scale="head" if config.attention_scores_scalar in (None, _score_size(config)) else "other",
     )
 
 
@@ -178,6 +188,10 @@ def layer_has_sinks(config: "Config", layer: int) -> bool:
     return config.attention_class_name is not None and has_sinks(config, layer)
 
 
+def _score_size(config: "Config") -> int:
+    return config.head_size if config.latent_attention is None else config.qk_head_dim
+
+
 def _layers(config: "Config") -> str:
     dense = [is_dense_layer(config, i) for i in range(config.n_layer)]
     first = config.first_k_dense_replace or 0
@@ -187,6 +201,8 @@ def _layers(config: "Config") -> str:
 def _positions(config: "Config") -> str:
     if config.position_embedding == "learned":
         return "learned"
+    if config.latent_attention is not None:
+        return "rotary"
     return "rotary" if config.rope_n_elem == config.head_size else "partial_rotary"
 
 
@@ -207,7 +223,7 @@ def _distinguishes(bias_E: "Tensor") -> bool:
 def _groups(config: "Config") -> str:
     if not config.n_expert_groups:
         return "none"
-    return "best_two" if config.n_topk_scores_per_group == 2 else "other"
+    return {1: "best_one", 2: "best_two"}.get(config.n_topk_scores_per_group, "other")
 
 
 def _shared(config: "Config") -> str:

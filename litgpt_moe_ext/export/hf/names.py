@@ -14,20 +14,32 @@ Entries = list[Rule | Constant]
 def llama_like(facts: Facts) -> Entries:
     """Return the rules of decoders with Llama's names, without feed-forward layers."""
     config = facts.config
-    sizes = tuple(n * config.head_size for n in (config.n_head, config.n_query_groups, config.n_query_groups))
     entries: Entries = _both("transformer.wte", ("model.embed_tokens",), bias=False)
     for i in range(config.n_layer):
         ours, theirs = f"transformer.h.{i}.", f"model.layers.{i}."
         entries += _norm(facts, ours + "norm_1", theirs + "input_layernorm")
         entries += _norm(facts, ours + "norm_2", theirs + "post_attention_layernorm")
-        parts = tuple(f"{theirs}self_attn.{p}_proj" for p in "qkv")
-        entries += _both(ours + "attn.qkv", parts, facts.attention_bias != "none", sizes)
-        entries += _both(ours + "attn.proj", (theirs + "self_attn.o_proj",), facts.attention_bias == "all")
-        if facts.qk_norm != "none":
-            entries += _norm(facts, ours + "attn.norm_q", theirs + "self_attn.q_norm")
-            entries += _norm(facts, ours + "attn.norm_k", theirs + "self_attn.k_norm")
+        attention = _latent_attention if facts.attention == "latent" else _attention
+        entries += attention(facts, ours + "attn.", theirs + "self_attn.")
     entries += _norm(facts, "transformer.ln_f", "model.norm")
     return entries + _both("lm_head", ("lm_head",), facts.head_bias)
+
+
+def _attention(facts: Facts, ours: str, theirs: str) -> Entries:
+    config = facts.config
+    sizes = tuple(n * config.head_size for n in (config.n_head, config.n_query_groups, config.n_query_groups))
+    parts = tuple(f"{theirs}{p}_proj" for p in "qkv")
+    entries = _both(ours + "qkv", parts, facts.attention_bias != "none", sizes)
+    entries += _both(ours + "proj", (theirs + "o_proj",), facts.attention_bias == "all")
+    if facts.qk_norm != "none":
+        entries += _norm(facts, ours + "norm_q", theirs + "q_norm") + _norm(facts, ours + "norm_k", theirs + "k_norm")
+    return entries
+
+
+def _latent_attention(_facts: Facts, ours: str, theirs: str) -> Entries:
+    same = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+    maps = dict.fromkeys(same) | {"q_a_norm": "q_a_layernorm", "kv_a_norm": "kv_a_layernorm", "proj": "o_proj"}
+    return [entry for a, b in maps.items() for entry in _both(ours + a, (theirs + (b or a),), bias=False)]
 
 
 def gated_mlps(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.export.hf.facts import DEEPSEEK_EPS
 
 _Json = dict[str, Any]
 
@@ -176,6 +177,43 @@ def _glm(hf: _Json) -> _Json:
     }
 
 
+def _deepseek(hf: _Json) -> _Json:
+    _refuse(hf, "attention_bias", "mlp_bias")
+    if hf["q_lora_rank"] is None:
+        raise SettingsError("hf_dir: q_lora_rank: null must be a number; LitGPT's latent attention compresses queries")
+    if hf["rms_norm_eps"] != DEEPSEEK_EPS:
+        raise SettingsError(
+            f"hf_dir: rms_norm_eps: {hf['rms_norm_eps']} must be {DEEPSEEK_EPS}; this package has one for all norms"
+        )
+    if hf.get("moe_layer_freq", 1) != 1:
+        raise SettingsError(f"hf_dir: moe_layer_freq: {hf['moe_layer_freq']} must be 1")
+    names = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+    settings = _glm(hf | {"use_qk_norm": False, "partial_rotary_factor": 1.0, "n_group": hf["n_group"] or 1})
+    # The attention is LitGPT's.
+    for name in ("attention_class_name", "attention_sinks", "norm_qk", "attn_bias"):
+        del settings[name]
+    return settings | {"latent_attention": {name: hf[name] for name in names}, "head_size": hf["qk_rope_head_dim"]}
+
+
+def _deepseek_v2(hf: _Json) -> _Json:
+    methods = {"greedy": False, "group_limited_greedy": True}
+    if hf["topk_method"] not in methods:
+        raise SettingsError(f"hf_dir: topk_method: {hf['topk_method']} must be {' or '.join(methods)}")
+    groups = methods[hf["topk_method"]]
+    settings = _deepseek(hf if groups else hf | {"n_group": 1})
+    return settings | {
+        "rope_interleave": True,
+        "router_score_function": "softmax",
+        "norm_topk_prob": False,
+        "router_bias_update_rate": 0.0,
+        "n_topk_scores_per_group": 1 if settings["n_expert_groups"] else None,
+    }
+
+
+def _deepseek_v3(hf: _Json) -> _Json:
+    return _deepseek(hf) | {"rope_interleave": hf["rope_interleave"]}
+
+
 def _gpt2(hf: _Json) -> _Json:
     activation = {"gelu_new": "gelu", "gelu": "gelu", "relu": "relu"}.get(hf["activation_function"])
     if activation is None:
@@ -242,4 +280,6 @@ _READERS: dict[str, Callable[[_Json], _Json]] = {
     "olmoe": _olmoe,
     "ernie4_5_moe": _ernie,
     "glm4_moe": _glm,
+    "deepseek_v2": _deepseek_v2,
+    "deepseek_v3": _deepseek_v3,
 }

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from litgpt_moe_ext.evaluation.loading import parse_dtype
 from litgpt_moe_ext.export.directory import new_directory, require_absent
-from litgpt_moe_ext.export.hf.architectures import ARCHITECTURES, REMOTE_CODE, Architecture, choose
+from litgpt_moe_ext.export.hf.architectures import Architecture, choose_class
 from litgpt_moe_ext.export.hf.card import model_card
+from litgpt_moe_ext.export.hf.config_json import REMOTE_CODE
 from litgpt_moe_ext.export.hf.facts import Facts, facts_of
 from litgpt_moe_ext.export.hf.shards import MAX_SHARD_BYTES, Sketch, write_shards
 from litgpt_moe_ext.export.hf.tokenizer import export_tokenizer
@@ -51,8 +52,7 @@ def export_checkpoint(
     require_absent(out_dir)
     source = read_source(checkpoint_dir)
     facts = facts_of(source.config, source.state)
-    architecture, rejected = choose(facts, ARCHITECTURES)
-    assert architecture is not None, "the last one expresses everything that Facts can say"
+    architecture, rejected = choose_class(facts)
     entries = architecture.entries(facts)
     source.require(entries)
     chosen = parse_dtype(dtype)

@@ -25,7 +25,7 @@ def check_exports(plan: Plan) -> None:
         try:
             check_exportable(cast("Config", plan.config), name)
         except SettingsError as error:
-            reason = str(error).removeprefix("format: gguf: ")
+            reason = str(error).removeprefix(f"format: {name}: ")
             raise SettingsError(f"checkpoint.export: {name}: {reason}") from error
 
 

@@ -35,6 +35,28 @@ SOFTMAX = {**MOE, "router_score_function": "softmax", "router_bias_update_rate":
 DENSE = {**SIZES, "mlp_class_name": "FeedForward", "intermediate_size": 40}
 LEARNED = {"position_embedding": "learned", "rotary_percentage": 0.0, "norm_class_name": "LayerNorm"}
 YARN = {"factor": 4.0, "original_max_seq_len": 16, "beta_fast": 32.0, "beta_slow": 1.0}
+MOE_OF_LITGPT = {name: value for name, value in MOE.items() if not name.startswith("attention")}
+LATENT_SIZES: dict[str, Any] = {
+    "n_query_groups": 4,
+    "norm_eps": 1e-6,
+    "latent_attention": {
+        "q_lora_rank": 20,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 10,
+        "v_head_dim": 14,
+    },
+}
+LATENT: dict[str, Any] = {
+    **MOE_OF_LITGPT,
+    **LATENT_SIZES,
+    "rope_interleave": True,
+    "n_shared_expert": 1,
+    "n_expert": 8,
+    "n_expert_groups": 4,
+    "n_topk_groups": 2,
+    "routed_scaling_factor": 2.5,
+}
 
 # Name of a case: the class it must become, its settings, and whether its balancing bias distinguishes experts.
 CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
@@ -86,6 +108,34 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
             "routed_scaling_factor": 1.5,
             "rope_adjustments": YARN,
         },
+        True,
+    ),
+    "deepseek-v2": (
+        "DeepseekV2ForCausalLM",
+        {
+            **LATENT,
+            "router_score_function": "softmax",
+            "norm_topk_prob": False,
+            "router_bias_update_rate": 0.0,
+            "n_topk_scores_per_group": 1,
+            "rope_adjustments": {**YARN, "beta_fast": 16.0},
+        },
+        False,
+    ),
+    "deepseek-v3": (
+        "DeepseekV3ForCausalLM",
+        {
+            **LATENT,
+            "n_topk_scores_per_group": 2,
+            "first_k_dense_replace": 1,
+            "intermediate_size": 40,
+            "rope_adjustments": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
+        },
+        True,
+    ),
+    "deepseek-v3-half": (
+        "DeepseekV3ForCausalLM",
+        {**MOE_OF_LITGPT, **LATENT_SIZES, "n_shared_expert": 2, "rope_adjustments": {**YARN, "mscale_all_dim": 0.7}},
         True,
     ),
     "quickstart": ("LitGPTMoEForCausalLM", {**MOE, "attention_sinks": True, "n_shared_expert": 1}, True),

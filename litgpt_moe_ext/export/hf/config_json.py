@@ -1,0 +1,215 @@
+"""What each class's `config.json` says of a model; what transformers' own defaults would get wrong is written out."""
+
+from typing import Any
+
+from litgpt_moe_ext.config.features import is_dense_layer
+from litgpt_moe_ext.config.rope import present_adjustments
+from litgpt_moe_ext.export.hf.facts import Facts, layer_has_sinks, window_of
+
+REMOTE_CODE = "modeling_litgpt_moe"
+_Json = dict[str, Any]
+
+
+def _sizes(facts: Facts) -> _Json:
+    config = facts.config
+    return {
+        "vocab_size": config.padded_vocab_size,
+        "hidden_size": config.n_embd,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_query_groups,
+        "head_dim": config.head_size,
+        "max_position_embeddings": config.block_size,
+        "tie_word_embeddings": False,
+    }
+
+
+def llama(facts: Facts) -> _Json:
+    """Return entries under Llama's names, which most classes share."""
+    config = facts.config
+    return _sizes(facts) | {
+        "intermediate_size": config.intermediate_size or config.moe_intermediate_size,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": float(config.rope_base),
+        "rope_scaling": _rope_scaling(facts),
+        "attention_bias": facts.attention_bias != "none",
+        "attention_dropout": 0.0,
+    }
+
+
+def _rope_scaling(facts: Facts) -> _Json | None:
+    if facts.rope == "default":
+        return None
+    keys = present_adjustments(facts.config.rope_adjustments)
+    original = keys.pop("original_max_seq_len", None)
+    keys.pop("dynamic", None)
+    scaling: _Json = {"rope_type": facts.rope, **keys}
+    if original is not None:
+        scaling["original_max_position_embeddings"] = original
+    return scaling
+
+
+def moe_sizes(facts: Facts) -> _Json:
+    """Return entries that classes with experts share."""
+    config = facts.config
+    return {
+        "moe_intermediate_size": config.moe_intermediate_size,
+        "num_experts_per_tok": config.n_expert_per_token,
+        "norm_topk_prob": facts.norm_topk,
+        "router_aux_loss_coef": 0.0,
+        "output_router_logits": False,
+    }
+
+
+def qwen_layers(facts: Facts) -> _Json:
+    """Return Qwen's entries of how many experts there are, and which layers have none."""
+    config = facts.config
+    dense = [i for i in range(config.n_layer) if is_dense_layer(config, i)]
+    return {"num_experts": config.n_expert, "decoder_sparse_step": 1, "mlp_only_layers": dense}
+
+
+def window_key(facts: Facts) -> _Json:
+    """Return the entry of Mixtral's sliding window."""
+    return {"sliding_window": window_of(facts.config, 0)}
+
+
+def no_window(facts: Facts) -> _Json:
+    """Return entries that switch off Qwen's sliding window."""
+    return {"use_sliding_window": False, "sliding_window": None}
+
+
+def shared_width(facts: Facts) -> int:
+    """Return the hidden width of all shared experts together."""
+    config = facts.config
+    return config.shared_expert_intermediate_size or config.n_shared_expert * config.moe_intermediate_size
+
+
+def glm(facts: Facts) -> _Json:
+    """Return the entries of GLM-4-MoE."""
+    config = facts.config
+    return (
+        llama(facts)
+        | moe_sizes(facts)
+        | {
+            "n_routed_experts": config.n_expert,
+            "n_shared_experts": config.n_shared_expert,
+            "n_group": config.n_expert_groups or 1,
+            "topk_group": config.n_topk_groups or 1,
+            "routed_scaling_factor": config.routed_scaling_factor,
+            "first_k_dense_replace": config.first_k_dense_replace or 0,
+            "partial_rotary_factor": config.rope_n_elem / config.head_size,
+            "use_qk_norm": facts.qk_norm == "head",
+            # llama.cpp would count a layer for multi-token prediction otherwise.
+            "num_nextn_predict_layers": 0,
+        }
+    )
+
+
+def _latent(facts: Facts) -> _Json:
+    config = facts.config
+    sizes = {"head_dim": config.rope_n_elem, "num_key_value_heads": config.n_head, "partial_rotary_factor": 1.0}
+    return (config.latent_attention or {}) | sizes
+
+
+def deepseek_v2(facts: Facts) -> _Json:
+    """Return the entries of DeepSeek-V2."""
+    limited = {"topk_method": "group_limited_greedy"} if facts.groups != "none" else {"topk_method": "greedy"}
+    return glm(facts) | _latent(facts) | limited
+
+
+def deepseek_v3(facts: Facts) -> _Json:
+    """Return the entries of DeepSeek-V3."""
+    return glm(facts) | _latent(facts) | {"rope_interleave": facts.rope_layout == "interleaved"}
+
+
+def ernie(facts: Facts) -> _Json:
+    """Return the entries of ERNIE-4.5-MoE."""
+    config = facts.config
+    first = config.first_k_dense_replace or 0
+    return llama(facts) | {
+        "use_bias": facts.mlp_bias,
+        "moe_intermediate_size": config.moe_intermediate_size,
+        "moe_k": config.n_expert_per_token,
+        "moe_num_experts": config.n_expert,
+        "moe_num_shared_experts": config.n_shared_expert or 0,
+        "moe_layer_start_index": first,
+        "moe_layer_end_index": config.n_layer - 1,
+        "moe_layer_interval": 1,
+    }
+
+
+def gpt2(facts: Facts) -> _Json:
+    """Return the entries of GPT-2."""
+    config = facts.config
+    return {
+        "vocab_size": config.padded_vocab_size,
+        "n_positions": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_inner": config.intermediate_size,
+        "activation_function": {"gelu_tanh": "gelu_new"}.get(facts.activation, facts.activation),
+        "layer_norm_epsilon": config.norm_eps,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "tie_word_embeddings": False,
+    }
+
+
+def own(facts: Facts) -> _Json:
+    """Return the entries of the model that goes with its own code."""
+    config = facts.config
+    frequencies, factor = facts.rope_tables
+    scale = config.attention_scores_scalar or config.head_size
+    moe = {}
+    if facts.moe:
+        moe = {
+            "moe_intermediate_size": config.moe_intermediate_size,
+            "shared_expert_intermediate_size": shared_width(facts) if facts.shared != "none" else 0,
+            "shared_expert_gate": facts.shared == "gated",
+            "num_experts": config.n_expert,
+            "num_experts_per_tok": config.n_expert_per_token,
+            "router": facts.router,
+            "router_score_function": facts.score,
+            "n_group": config.n_expert_groups or 1,
+            "topk_group": config.n_topk_groups or 1,
+            "topk_scores_per_group": config.n_topk_scores_per_group or 1,
+            "norm_topk_prob": facts.norm_topk,
+            "routed_scaling_factor": config.routed_scaling_factor,
+        }
+    return (
+        _sizes(facts)
+        | moe
+        | {
+            "auto_map": {
+                "AutoConfig": f"{REMOTE_CODE}.LitGPTMoEConfig",
+                "AutoModel": f"{REMOTE_CODE}.LitGPTMoEModel",
+                "AutoModelForCausalLM": f"{REMOTE_CODE}.LitGPTMoEForCausalLM",
+            },
+            "norm": facts.norm,
+            "norm_eps": config.norm_eps,
+            "attention_bias": facts.attention_bias != "none",
+            "attention_out_bias": facts.attention_bias == "all",
+            "attention_scale": scale**-0.5,
+            "attention_windows": [window_of(config, i) for i in range(config.n_layer)],
+            "attention_sinks": [layer_has_sinks(config, i) for i in range(config.n_layer)],
+            "qk_norm": facts.qk_norm,
+            "learned_positions": facts.positions == "learned",
+            "rope_inv_freq": frequencies,
+            "rope_dim": config.rope_n_elem,
+            "rope_attention_factor": factor,
+            "rope_interleave": facts.rope_layout == "interleaved",
+            "hidden_act": {"swiglu": "silu", "geglu": _gelu(facts)}.get(facts.activation, facts.activation),
+            "gated": facts.activation in ("swiglu", "geglu"),
+            "mlp_bias": facts.mlp_bias,
+            "intermediate_size": config.intermediate_size or 0,
+            "moe_layers": [facts.moe and not is_dense_layer(config, i) for i in range(config.n_layer)],
+            "lm_head_bias": facts.head_bias,
+        }
+    )
+
+
+def _gelu(facts: Facts) -> str:
+    return "gelu_tanh" if facts.config.gelu_approximate == "tanh" else "gelu"
