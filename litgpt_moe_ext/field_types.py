@@ -5,22 +5,34 @@ Imports neither torch nor LitGPT: parsers that only print their help use it as w
 
 import dataclasses
 import inspect
+import math
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 from litgpt_moe_ext.errors import SettingsError
 
-if TYPE_CHECKING:
-    PositiveInt = NonNegativeInt = Seed = EvenInt = int
-    PositiveFloat = NonNegativeFloat = AboveOne = Fraction = Decay = float
-else:
-    from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, restricted_number_type
+_LARGEST = 2**63 - 1
+_LONGEST = 200  # characters of a value in an error
+_WRONG = object()
 
+if TYPE_CHECKING:
+    PositiveInt = NonNegativeInt = Seed = int
+    PositiveFloat = NonNegativeFloat = AboveOne = Fraction = Share = Minutes = float
+else:
+    from jsonargparse.typing import restricted_number_type
+
+    # Neither infinity nor what no tensor can count: nothing that they are given to works with them.
+    PositiveInt = restricted_number_type("PositiveCount", int, [(">=", 1), ("<=", _LARGEST)])
+    NonNegativeInt = restricted_number_type("Count", int, [(">=", 0), ("<=", _LARGEST)])
     Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
-    AboveOne = restricted_number_type("AboveOne", float, (">", 1))
+    PositiveFloat = restricted_number_type("PositiveFinite", float, [(">", 0), ("<", math.inf)])
+    NonNegativeFloat = restricted_number_type("NonNegativeFinite", float, [(">=", 0), ("<", math.inf)])
+    AboveOne = restricted_number_type("AboveOne", float, [(">", 1), ("<", math.inf)])
     Fraction = restricted_number_type("Fraction", float, [(">", 0), ("<=", 1)])
-    Decay = restricted_number_type("Decay", float, [(">=", 0), ("<", 1)])
+    Share = restricted_number_type("Share", float, [(">=", 0), ("<", 1)])
+    Minutes = restricted_number_type("Minutes", float, [(">", 0), ("<=", 525_600)])
 
 NUMBERS: dict[type, str] = {
     PositiveInt: "an integer of at least 1",
@@ -30,7 +42,8 @@ NUMBERS: dict[type, str] = {
     NonNegativeFloat: "a number of at least 0",
     AboveOne: "a number above 1",
     Fraction: "a number above 0 and at most 1",
-    Decay: "a number of at least 0 and below 1",
+    Share: "a number of at least 0 and below 1",
+    Minutes: "a number above 0 and at most 525600, a year",
 }
 """What a value of each type must be."""
 
@@ -43,6 +56,7 @@ _PLAIN: dict[Any, str] = {
     dict: "keys and values",
     Path: "a path",
     type(None): "null",
+    Sequence: "a list such as [a, b]",
 }
 
 
@@ -76,31 +90,68 @@ def describe(annotation: Any) -> str:
 
 
 def checked(name: str, value: Any, annotation: Any) -> Any:
-    """Return a value whose number is in the range, and whose word among the choices, of its type.
+    """Return a value that is of its type: a number in its range, a word among its choices, text, a path, a list.
 
     Args:
         name: The setting, for the error.
         value: Its value.
-        annotation: Its type; only ranges and choices are looked at.
+        annotation: Its type; of classes other than Python's own only whether it is an instance of them.
 
     Returns:
-        The value; a number as a plain `int` or `float`.
+        The value; a number as a plain `int` or `float`, a path as `Path`.
 
     Raises:
         SettingsError: If it is not allowed.
     """
-    kinds = members(annotation)
-    if value is None and type(None) in kinds:
-        return None
-    for kind in kinds:
-        if get_origin(kind) is Literal and value in get_args(kind):
-            return value
-        if kind in NUMBERS and not isinstance(value, (str, bool)):
-            try:
-                number = kind(value)
-            except (ValueError, TypeError):
-                continue
-            return int(number) if issubclass(kind, int) else float(number)
-    if value is None or all(kind in NUMBERS or kind is type(None) or get_origin(kind) is Literal for kind in kinds):
-        raise SettingsError(f"{name}: {'null' if value is None else repr(value)} must be {describe(annotation)}")
-    return value
+    for kind in members(annotation):
+        found = _as(name, value, kind)
+        if found is not _WRONG:
+            return found
+    raise SettingsError(refusal(name, value, annotation))
+
+
+def refusal(name: str, value: Any, annotation: Any) -> str:
+    """Return the message of the error that refuses a value for its type."""
+    shown = "null" if value is None else repr(value)
+    if len(shown) > _LONGEST:
+        shown = f"{shown[:_LONGEST]} ..."
+    addition = ""
+    if value == math.inf:
+        addition = ", and finite"
+    elif isinstance(value, (int, float)) and value > _LARGEST:
+        counts = any(inspect.isclass(kind) and issubclass(kind, int) for kind in members(annotation))
+        addition = ", and below 2**63" if counts else ""
+    elif value is None and dataclasses.is_dataclass(annotation):
+        addition = "; remove the line, or write settings below it"
+    return f"{name}: {shown} must be {describe(annotation)}{addition}"
+
+
+def _as(name: str, value: Any, kind: Any) -> Any:
+    # Return the value as one of a single type, or _WRONG.
+    plain = get_origin(kind) or kind
+    if plain is Literal:
+        # True is 1 for Python, but not for a reader.
+        return value if any(value == one and type(value) is type(one) for one in get_args(kind)) else _WRONG
+    if kind in NUMBERS or kind in (int, float):
+        return _WRONG if isinstance(value, (str, bool)) else _number(value, kind)
+    if plain is Path:
+        usable = isinstance(value, Path) or (isinstance(value, str) and bool(value))
+        return Path(value) if usable and "\0" not in str(value) else _WRONG
+    if plain in (list, Sequence):
+        if isinstance(value, str) or not isinstance(value, (list, tuple)):
+            return _WRONG
+        inner = (get_args(kind) or (Any,))[0]
+        return type(value)(checked(f"{name}.{index}", item, inner) for index, item in enumerate(value))
+    if kind is Any or not inspect.isclass(plain):
+        return value
+    return value if isinstance(value, plain) else _WRONG
+
+
+def _number(value: Any, kind: Any) -> Any:
+    try:
+        number = kind(value)
+    except (ValueError, TypeError, OverflowError):  # OverflowError: no integer is infinite
+        return _WRONG
+    if not math.isfinite(number) or number != value or (issubclass(kind, int) and abs(number) > _LARGEST):
+        return _WRONG  # 1.5 is not an integer
+    return int(number) if issubclass(kind, int) else float(number)

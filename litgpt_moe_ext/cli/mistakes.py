@@ -16,7 +16,7 @@ import jsonargparse
 
 from litgpt_moe_ext.cli.given import CLASS_KEYS, Given
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.field_types import NUMBERS, describe, members
+from litgpt_moe_ext.field_types import NUMBERS, describe, members, refusal
 
 
 def explain(error: Exception, given: Given, annotations: Mapping[str, Any]) -> SettingsError:
@@ -33,13 +33,13 @@ def explain(error: Exception, given: Given, annotations: Mapping[str, Any]) -> S
 
 
 def refuse_nulls(given: Given, annotations: Mapping[str, Any]) -> None:
-    """Raise SettingsError if a setting is null that has no such value; jsonargparse would let it pass.
+    """Raise SettingsError if a setting is null that has no such value, or a section is none; jsonargparse lets it pass.
 
     Args:
         given: All settings that are given.
         annotations: The types of the settings of the first level.
     """
-    for message in _Search(lambda _annotation, value: value is not None).keys("", given.tree, annotations):
+    for message in _Search(_is_something).keys("", given.tree, annotations):
         raise SettingsError(message)
 
 
@@ -109,7 +109,7 @@ class _Search:
             for index, item in enumerate(value):
                 yield from self.value(f"{name}.{index}", item, inner)
         elif not self.accepts(annotation, value):
-            yield f"{name}: {'null' if value is None else repr(value)} must be {describe(annotation)}"
+            yield refusal(name, value, annotation)
 
     def named(self, name: str, value: str | Mapping[str, Any], base: type) -> Iterator[str]:
         path = value if isinstance(value, str) else value.get("class_path")
@@ -120,10 +120,16 @@ class _Search:
         if arguments is None:
             yield f"{name}.class_path: {path!r} must be the import path of a {base.__name__}; it cannot be imported"
         elif not isinstance(value, str):
-            yield from self.keys(f"{name}.", value.get("init_args") or {}, arguments)
+            given = value.get("init_args") or {}
+            if isinstance(given, Mapping):
+                yield from self.keys(f"{name}.", given, arguments)
+            else:
+                yield refusal(f"{name}.init_args", given, dict)
 
 
 def _suggestion(prefix: str, key: str, known: Iterable[str]) -> str:
+    if not isinstance(key, str):
+        return ", which is no text; put it in quotes if it is a name"
     if close := difflib.get_close_matches(key, known, n=1, cutoff=0.7):
         return f"; did you mean {prefix}{close[0]}?"
     # As where `max_tokens` is given and `train.max_tokens` is meant.
@@ -181,6 +187,11 @@ def _hints(section: Any) -> dict[str, Any]:
     if any(isinstance(hint, str) for hint in hints.values()):
         hints = {name: hint for name, hint in get_type_hints(section).items() if name in hints}
     return hints
+
+
+def _is_something(annotation: Any, value: Any) -> bool:
+    sections_only = all(dataclasses.is_dataclass(kind) or kind is type(None) for kind in members(annotation))
+    return value is not None and not (sections_only and not isinstance(value, Mapping))
 
 
 def _accepts(annotation: Any, value: Any) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 from litgpt_moe_ext.cli.given import Given, load_value, read_flags
 from litgpt_moe_ext.cli.mistakes import annotation_at, explain, refuse_nulls, report
+from litgpt_moe_ext.config.litgpt_fields import check_ranges
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import members
 from litgpt_moe_ext.training.settings import Section, Settings
@@ -139,7 +140,7 @@ def read_given(arguments: Sequence[str], default_config: Path, known: Mapping[st
             # What may be text is read as nothing else, except for null: a run may be called 123.
             kinds = members(annotation_at(name, given.tree, known))
             textual = text != "null" and (str in kinds or Path in kinds)
-            given.add_flag(name, text if textual else load_value(text))
+            given.add_flag(name, text if textual else load_value(text, f"{name}: {text!r}"))
     return given
 
 
@@ -175,10 +176,12 @@ def make_settings(parser: Any, parsed: Any) -> Settings:
 def _make_config(values: dict[str, Any]) -> Any:
     from litgpt.config import Config
 
+    check_ranges(values, "model_config.")
     try:
         return Config(**values)
     except (ValueError, AssertionError) as error:  # how LitGPT and this package judge the fields of a model
-        separator = "." if str(error).partition(":")[0] in values else ": "
+        name = str(error).partition(":")[0].partition(".")[0]
+        separator = "." if name in Config.__dataclass_fields__ else ": "
         raise SettingsError(f"model_config{separator}{error or 'LitGPT refuses these fields'}") from error
 
 

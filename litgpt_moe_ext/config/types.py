@@ -33,6 +33,9 @@ if TYPE_CHECKING:
             """Return the value of an added field."""
 
 
+_TOO_LARGE = 2**31
+
+
 @dataclass(frozen=True)
 class FieldType:
     """What a field may hold.
@@ -60,8 +63,11 @@ class FieldType:
             SettingsError: If the value is wrong.
         """
         if not self.accepts(value, config):
-            is_text = isinstance(value, str) and self.annotation in (int, float)
-            hint = " (YAML reads 1e4 as text, 1.0e4 as a number)" if is_text else ""
+            hint = ""
+            if isinstance(value, str) and self.annotation in (int, float):
+                hint = " (YAML reads 1e4 as text, 1.0e4 as a number)"
+            elif self.annotation is int and isinstance(value, (int, float)) and value >= _TOO_LARGE:
+                hint = " and below 2**31"
             raise SettingsError(f"{name}: {value!r} must be {self.describe(config)}{hint}{remedy}")
 
 
@@ -81,7 +87,7 @@ def integer(low: int, high: str | None = None) -> FieldType:
     """Return the type of an integer from `low` to the value of the field `high`, or without upper limit."""
 
     def accepts(value: Any, config: "Config | None") -> bool:
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value < _TOO_LARGE:
             return False
         return high is None or value <= getattr(config, high)
 
@@ -93,7 +99,9 @@ def integer(low: int, high: str | None = None) -> FieldType:
     return FieldType(int, accepts, describe)
 
 
-def _number(in_range: Callable[[float], bool], text: str) -> FieldType:
+def number(in_range: Callable[[float], bool], text: str) -> FieldType:
+    """Return the type of a finite number in a range that `text` describes."""
+
     def accepts(value: Any, _config: "Config | None") -> bool:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         return is_number and in_range(value)
@@ -101,12 +109,12 @@ def _number(in_range: Callable[[float], bool], text: str) -> FieldType:
     return FieldType(float, accepts, lambda _: text)
 
 
-NUMBER = _number(lambda _value: True, "a number")
-NON_NEGATIVE = _number(lambda value: value >= 0, "a number of at least 0")
-POSITIVE = _number(lambda value: value > 0, "a number above 0")
-AT_LEAST_ONE = _number(lambda value: value >= 1, "a number of at least 1")
-ABOVE_ONE = _number(lambda value: value > 1, "a number above 1")
-FRACTION = _number(lambda value: 0 <= value < 1, "a number from 0 to less than 1")
+NUMBER = number(lambda _value: True, "a number")
+NON_NEGATIVE = number(lambda value: value >= 0, "a number of at least 0")
+POSITIVE = number(lambda value: value > 0, "a number above 0")
+AT_LEAST_ONE = number(lambda value: value >= 1, "a number of at least 1")
+ABOVE_ONE = number(lambda value: value > 1, "a number above 1")
+FRACTION = number(lambda value: 0 <= value < 1, "a number from 0 to less than 1")
 
 BOOLEAN = FieldType(bool, lambda value, _: isinstance(value, bool), lambda _: "true or false")
 UNSUPPORTED = FieldType(Any, lambda _value, _: False, lambda _: "null")

@@ -11,7 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from litgpt_moe_ext.config.litgpt_fields import RANGES, check_ranges
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.field_types import checked, members
 
 if TYPE_CHECKING:
     from litgpt.config import Config
@@ -32,11 +34,9 @@ def check_batch(global_batch_size: int, micro_batch_size: int, processes: int) -
         )
 
 
-def check_model_size(config: Config) -> None:
-    """Raise SettingsError unless the model has something of everything."""
-    for name in ("n_layer", "n_embd", "n_head", "vocab_size", "block_size"):
-        if getattr(config, name) < 1:
-            raise SettingsError(f"model_config.{name}: {getattr(config, name)} must be at least 1")
+def check_model(config: Config) -> None:
+    """Raise SettingsError unless the numbers of a model are ones that a model can have."""
+    check_ranges({name: getattr(config, name) for name in RANGES}, "model_config.")
 
 
 def check_length(max_seq_length: int | None, block_size: int) -> None:
@@ -82,8 +82,7 @@ def learning_rate_of(optimizer: str | dict) -> float:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(list(known)[1:])}"
             raise SettingsError(f"optimizer.init_args.{name}: {cls.__name__} has no such argument; {hint}")
-        if name == "lr" and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise SettingsError(f"optimizer.init_args.lr: {value!r} must be a number")
+        _check_argument(f"optimizer.init_args.{name}", value, known[name])
     try:
         made = instantiate_torch_optimizer(copy.deepcopy(optimizer), [torch.nn.Parameter(torch.zeros(1))])
     except (TypeError, ValueError, RuntimeError) as error:
@@ -92,11 +91,25 @@ def learning_rate_of(optimizer: str | dict) -> float:
     return made.defaults["lr"]
 
 
+def _check_argument(name: str, value: Any, parameter: inspect.Parameter) -> None:
+    """Raise SettingsError unless a value is of the kind of a parameter's default; the range is the class's to judge."""
+    default = parameter.default
+    if isinstance(default, bool) or set(members(parameter.annotation)) == {bool, type(None)}:
+        checked(name, value, bool if isinstance(default, bool) else bool | None)
+    elif isinstance(default, (int, float)):
+        checked(name, value, float)
+    elif isinstance(default, tuple):
+        checked(name, value, list[float | None] if None in default else list[float])
+        if len(value) != len(default):
+            raise SettingsError(f"{name}: {value!r} must be {len(default)} numbers, such as {list(default)}")
+
+
 def _optimizer_class(optimizer: str | dict) -> tuple[type, dict[str, Any]]:
     path, arguments = optimizer, {}
     if isinstance(optimizer, dict):
         path, arguments = optimizer.get("class_path"), optimizer.get("init_args") or {}
-    if not isinstance(path, str) or not isinstance(arguments, dict):
+    names = all(isinstance(name, str) for name in arguments) if isinstance(arguments, dict) else False
+    if not isinstance(path, str) or not names:
         raise SettingsError(f"optimizer: {optimizer!r} must be a name, or class_path and init_args")
     module, _, name = path.rpartition(".")
     try:

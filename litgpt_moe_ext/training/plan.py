@@ -16,7 +16,7 @@ from litgpt_moe_ext.training.checkpoint.hyperparameters import to_plain
 from litgpt_moe_ext.training.checks import (
     check_checkpoint_dir,
     check_length,
-    check_model_size,
+    check_model,
     check_rates,
     check_steps,
     check_writable,
@@ -75,7 +75,7 @@ def make_plan(settings: Settings) -> Plan:
     """
     settings = _resolved(settings)
     plan = Plan(settings, _model(settings), settings.train.for_litgpt(), plain_settings(settings))
-    check_model_size(plan.config)
+    check_model(plan.config)
     check_length(plan.train.max_seq_length, plan.config.block_size)
     check_steps(settings.train.max_tokens, plan.tokens_per_step)
     check_rates(settings)
@@ -98,7 +98,7 @@ def make_plan(settings: Settings) -> Plan:
 def plain_settings(settings: Settings) -> dict[str, Any]:
     """Return the settings as plain data that a recipe may hold, without those that are null."""
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-    return {name: to_plain(value) for name, value in values.items() if value is not None}
+    return {name: to_plain(value, name) for name, value in values.items() if value is not None}
 
 
 def _resolved(settings: Settings) -> Settings:

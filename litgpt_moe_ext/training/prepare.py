@@ -44,6 +44,12 @@ def prepare_data(launched: Launched) -> Prepared:
         from litgpt.data import TinyLlama
 
         data = TinyLlama()
+        for path in map(Path, data.required_paths):
+            if not path.is_dir():
+                raise SettingsError(
+                    f"data: null means litgpt.data.TinyLlama, whose folder {str(path)!r} does not exist; name a data "
+                    "module by class_path, as the recipes in configs/ do"
+                )
     if hasattr(data, "require_vocabulary"):  # before a preparation that may take hours
         data.require_vocabulary(vocabulary)
     if hasattr(data, "prepare_tokenizer") and tokenizer_dir is None:

@@ -3,7 +3,9 @@
 import inspect
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
+
+from litgpt_moe_ext.field_types import NonNegativeInt, checked
 
 
 @dataclass(kw_only=True)
@@ -19,14 +21,12 @@ class Corpus:
     many as fit, and padding that the loss leaves out. `pad`: one document a window, and padding."""
     shuffle: bool = True
     """Whether the windows come in a random order, or in that of the documents."""
-    seed: int = 42
+    seed: NonNegativeInt = 42
     """Decides the order of the windows, and which documents validate where no files are named for it."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, str) and (field.type is Path or Path in get_args(field.type)):
-                setattr(self, field.name, Path(value))
+            setattr(self, field.name, checked(f"data.{field.name}", getattr(self, field.name), field.type))
 
     def prepare(self, verbose: bool = True, tokenizer: Any = None) -> Path:
         """Prepare the corpus if needed and return its folder; safe in several processes at once.

@@ -11,6 +11,7 @@ from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source
 from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, parse_tokenizer, vocabulary_size
 from litgpt_moe_ext.data.pipeline.tokenizer_files import litgpt_tokenizer, read_tokenizer
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.field_types import PositiveFloat, PositiveInt, Share
 
 
 @dataclass(kw_only=True)
@@ -21,13 +22,13 @@ class EncodedCorpus(Corpus):
     """Cache folder. Every combination of documents and settings gets a folder of its own in it."""
     prepend_bos: bool = False
     """Whether each document starts with the BOS token. Each ends with EOS."""
-    val_fraction: float = 0.05
+    val_fraction: Share = 0.05
     """Share of the documents that validate where no files are named for it, chosen by a hash of their text."""
-    train_count: int | None = None
+    train_count: PositiveInt | None = None
     """Train on this many documents, the first. Default: all."""
-    val_count: int | None = None
+    val_count: PositiveInt | None = None
     """Validate on this many documents, the first. Default: all."""
-    workers: int | None = None
+    workers: PositiveInt | None = None
     """Processes that encode. Default: one per core; below 32 MB one, with a thread per core."""
 
     def sources(self, hashes: FileHashes) -> list[Source]:
@@ -87,7 +88,7 @@ class DocumentCorpus(EncodedCorpus):
     """JSON key, or column, that holds the text."""
     invalid_utf8: Literal["error", "replace"] = "error"
     """What to do about bytes that are not UTF-8."""
-    max_expansion: float = 200.0
+    max_expansion: PositiveFloat = 200.0
     """How many times their own size may come out of compressed files, against files made to fill the disk."""
 
     @property

@@ -6,6 +6,7 @@ from pathlib import Path
 from litgpt_moe_ext.data.corpora.documents import DocumentCorpus
 from litgpt_moe_ext.data.pipeline.hub import HubSplit, refuse_streaming
 from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source, file_sources, find_files
+from litgpt_moe_ext.field_types import Share
 
 
 @dataclass(kw_only=True)
@@ -22,7 +23,7 @@ class FineWeb(DocumentCorpus):
     """Configuration of the data set on the hub."""
     data_path: Path = Path("data/fineweb_edu")
     """Cache folder. Every combination of documents and settings gets a folder of its own in it."""
-    val_fraction: float = 0.01
+    val_fraction: Share = 0.01
     """Share of the documents that validate, chosen by a hash of their text."""
     streaming: bool = False
     """Without `source_path`: read the files over the network as they are encoded, instead of downloading them first."""

@@ -15,6 +15,7 @@ from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source
 from litgpt_moe_ext.data.pipeline.store import in_validation
 from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.field_types import PositiveInt, Share
 
 # Tests are repetitive and hold binary-like literals; packages are not part of the standard library.
 SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
@@ -39,9 +40,9 @@ class PythonStdlib(EncodedCorpus):
     """Cache folder. Every combination of documents and settings gets a folder of its own in it."""
     source_path: Path | None = None
     """Another folder of `.py` files to use instead of the standard library."""
-    vocab_size: int = 4096
+    vocab_size: PositiveInt = 4096
     """Upper bound for the vocabulary of the byte-level BPE tokenizer trained on the training files."""
-    val_fraction: float = 0.05
+    val_fraction: Share = 0.05
     """Share of the files, chosen by a hash of their relative path, that validate."""
 
     def planned_vocabulary(self) -> tuple[str, int]:

@@ -13,16 +13,24 @@ from typing import Any
 
 import yaml
 
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.callback import Callback
 
 FILE_NAME = "hyperparameters.yaml"
 
 
-def to_plain(value: Any) -> Any:
+def to_plain(value: Any, name: str = "value") -> Any:
     """Turn a setting into plain data that YAML holds and jsonargparse reads back.
 
     Dataclasses become dictionaries, without fields that are None and have None as default; data modules become a class
     path with their arguments.
+
+    Args:
+        value: The setting.
+        name: Its name, for the error.
+
+    Raises:
+        SettingsError: If something in it has no form in YAML that means the same.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -31,21 +39,21 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, dict):
-        return {key: to_plain(item) for key, item in value.items()}
+        return {key: to_plain(item, f"{name}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [to_plain(item) for item in value]
+        return [to_plain(item, f"{name}.{index}") for index, item in enumerate(value)]
     if isinstance(value, Callback):
         return _named(value, _arguments_of(value))
     if dataclasses.is_dataclass(value):
         fields = {
-            f.name: to_plain(getattr(value, f.name))
+            f.name: to_plain(getattr(value, f.name), f"{name}.{f.name}")
             for f in dataclasses.fields(value)
             if f.init and not _unset(f, value)
         }
         if _is_data_module(value):
             return _named(value, fields)
         return fields
-    raise TypeError(f"cannot write {type(value).__name__} {value!r} to {FILE_NAME}")
+    raise SettingsError(f"{name}: {value!r} must be text, a number, true, false, null, or lists and keys of these")
 
 
 def _named(value: Any, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.field_types import PositiveFloat, PositiveInt
+from litgpt_moe_ext.field_types import Minutes, PositiveFloat, PositiveInt
 from litgpt_moe_ext.training.settings.section import Section
 
 StrategyName = Literal[
@@ -44,7 +44,7 @@ class DistributedArgs(Section, key="distributed"):
     """deepspeed: keep the optimizer's states, and take its steps, on the CPU; null: false."""
     offload_parameters: bool | None = None
     """deepspeed_stage_3: keep the weights on the CPU as well; null: false."""
-    timeout_minutes: PositiveFloat = 10.0
+    timeout_minutes: Minutes = 10.0
     """How long a process waits for the others before it gives up."""
 
     def __post_init__(self) -> None:

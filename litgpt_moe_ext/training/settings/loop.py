@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Literal
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import (
     AboveOne,
-    Decay,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Share,
 )
 from litgpt_moe_ext.training.settings.section import Section
 
@@ -170,5 +170,5 @@ class AnomalyArgs(Section, key="anomaly"):
 class EmaArgs(Section, key="ema"):
     """An exponential moving average of the weights, saved as a checkpoint of its own in each checkpoint."""
 
-    decay: Decay | None = None
+    decay: Share | None = None
     """Share of the old average that a step keeps, such as 0.999; null: no average."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.field_types import NonNegativeFloat, PositiveFloat, PositiveInt, checked
+from litgpt_moe_ext.field_types import Minutes, NonNegativeFloat, PositiveInt, checked
 from litgpt_moe_ext.training.settings.section import Section
 
 ExportFormat = Literal["hf", "gguf"]
@@ -59,7 +59,7 @@ class EvaluateArgs(Section, key="evaluate"):
 class CheckpointArgs(Section, key="checkpoint"):
     """Which checkpoints are kept beside those of train.save_interval and the final one, and exported."""
 
-    every_minutes: PositiveFloat | None = None
+    every_minutes: Minutes | None = None
     """Also save when this much time has passed since the last checkpoint; null: only by steps."""
     keep_last: PositiveInt | None = None
     """Number of step-* directories to keep; older ones are deleted; null: all."""

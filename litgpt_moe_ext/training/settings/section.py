@@ -9,7 +9,7 @@ from litgpt_moe_ext.field_types import checked
 
 
 class Section:
-    """A dataclass of settings whose ranges and choices are checked however it is made.
+    """A dataclass of settings whose types, ranges and choices are checked however it is made.
 
     Attributes:
         key: Its name in a recipe; empty for the whole tree.
