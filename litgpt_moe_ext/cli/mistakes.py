@@ -99,7 +99,9 @@ class _Search:
         named, section, inner = _named_class(annotation), _section(annotation), _item(annotation)
         if annotation is Any or (value is None and (type(None) in kinds or named is not None)):
             return
-        if isinstance(value, Mapping) and any(_kind(kind) is dict for kind in kinds):
+        if isinstance(value, Mapping) and (values := _dictionary(kinds)):
+            for key, item in value.items():
+                yield from self.value(f"{name}.{key}", item, values[0])
             return
         if isinstance(value, Mapping) and section is not None:
             yield from self.keys(f"{name}.", value, _hints(section))
@@ -150,6 +152,12 @@ def _kind(annotation: Any) -> Any:
 def _item(annotation: Any) -> Any:
     found = [get_args(kind)[0] for kind in members(annotation) if _kind(kind) is list and get_args(kind)]
     return found[0] if found else None
+
+
+def _dictionary(kinds: Iterable[Any]) -> list[Any]:
+    """Return the type of a dictionary's values in a list of one; an empty list if none of the types is a dictionary."""
+    found = [(*get_args(kind), Any, Any)[1] for kind in kinds if _kind(kind) is dict]
+    return found[:1]
 
 
 def _section(annotation: Any) -> type | None:

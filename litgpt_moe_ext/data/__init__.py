@@ -12,6 +12,7 @@ _HOMES = {
     "DocumentCorpus": "corpora.documents",
     "FineWeb": "corpora.fineweb",
     "HubDataset": "corpora.hub_dataset",
+    "Mixture": "modules.mixture",
     "PreparedCorpus": "corpora.prepared",
     "PythonStdlib": "corpora.python_stdlib",
     "TextCorpus": "corpora.text_corpus",

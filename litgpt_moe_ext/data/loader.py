@@ -35,6 +35,13 @@ class Order(NamedTuple):
     shuffle: bool = True
     corpus: str = ""
 
+    def of_epoch(self, epoch: int, windows: int) -> np.ndarray:
+        """Return the windows of an epoch in their order, int64, shape (windows,)."""
+        order = np.arange(windows)
+        if self.shuffle:
+            np.random.default_rng([self.seed, epoch]).shuffle(order)
+        return order
+
 
 class Replica(NamedTuple):
     """A position among the data-parallel replicas.
@@ -122,9 +129,7 @@ class TokenLoader(DataLoader):
         batches = self._count_batches(world)
         epoch = self._epoch
         pin = self._pins()
-        order = np.arange(len(self.windows))
-        if self.order.shuffle:
-            np.random.default_rng([self.order.seed, epoch]).shuffle(order)
+        order = self.order.of_epoch(epoch, len(self.windows))
         # Position and epoch are read anew for each batch: of two live iterators, only one hands out each batch.
         while self._epoch == epoch:
             start = (self._position * world + rank) * self._rows
@@ -173,7 +178,8 @@ class TokenLoader(DataLoader):
             )
         return batches
 
-    def _fingerprint(self) -> dict[str, Any]:
+    def _fingerprint(self, position: int) -> dict[str, Any]:
+        """Return what the meaning of a position depends on."""
         return {
             "corpus": self.order.corpus,
             "windows": len(self.windows),
@@ -189,7 +195,7 @@ class TokenLoader(DataLoader):
 
         After k batches were handed out, a loader that loads this state goes on with batch k + 1.
         """
-        return {"epoch": self._epoch, "position": self._position, "fingerprint": self._fingerprint()}
+        return {"epoch": self._epoch, "position": self._position, "fingerprint": self._fingerprint(self._position)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken.
@@ -205,7 +211,7 @@ class TokenLoader(DataLoader):
                 "it; resume with the data module of the original run, or start a new run from its weights with "
                 "initial_checkpoint_dir"
             )
-        saved, current = state["fingerprint"], self._fingerprint()
+        saved, current = state["fingerprint"], self._fingerprint(state["position"])
         changed = [
             f"{key}: {saved.get(key)!r} in the checkpoint, {value!r} now"
             for key, value in current.items()
@@ -217,9 +223,12 @@ class TokenLoader(DataLoader):
                 f"order of windows ({', '.join(changed)}); resume with the original values, or start a new run "
                 "from the weights with initial_checkpoint_dir"
             )
-        if not (state["epoch"] >= 0 and 0 <= state["position"] < len(self)):
+        if not self._is_in_range(state):
             raise SettingsError(
                 f"resume: the checkpoint's data position is damaged (epoch {state['epoch']}, batch {state['position']} "
                 f"of {len(self)}); resume from another checkpoint"
             )
         self._epoch, self._position = state["epoch"], state["position"]
+
+    def _is_in_range(self, state: dict[str, Any]) -> bool:
+        return state["epoch"] >= 0 and 0 <= state["position"] < len(self)

@@ -53,7 +53,7 @@ class Windows(IterableDataset):
         name: What to call the data in error messages.
 
     Attributes:
-        pads: Whether rows may hold `IGNORE_INDEX`.
+        pads: Whether rows may hold `PADDING`.
 
     Raises:
         ValueError: `block_size` is not positive.
@@ -71,6 +71,11 @@ class Windows(IterableDataset):
     @abstractmethod
     def __len__(self) -> int:
         """Return the number of windows."""
+
+    @property
+    @abstractmethod
+    def targets(self) -> int:
+        """Number of tokens that are predicted in all windows together; padding is not."""
 
     @abstractmethod
     def fill(self, out: np.ndarray, indices: np.ndarray) -> None:
@@ -123,6 +128,11 @@ class StreamWindows(Windows):
     def __len__(self) -> int:
         return self._count
 
+    @property
+    def targets(self) -> int:
+        """See `Windows.targets`."""
+        return self._count * self.block_size
+
     def fill(self, out: np.ndarray, indices: np.ndarray) -> None:
         """See `Windows.fill`."""
         if len(self._views) == 1 and (views := self._views[0]) is not None:
@@ -158,6 +168,11 @@ class DocumentWindows(Windows):
     def gather(self, indices: np.ndarray, pin_memory: bool = False) -> Tensor:
         """See `Windows.gather`."""
         return PaddedRows.of(super().gather(indices, pin_memory))
+
+    @property
+    def targets(self) -> int:
+        """See `Windows.targets`; the first token of a window is predicted by none."""
+        return int(self.packing.lengths.sum()) - len(self)
 
     def fill(self, out: np.ndarray, indices: np.ndarray) -> None:
         """See `Windows.fill`."""

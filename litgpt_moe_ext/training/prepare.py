@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from litgpt_moe_ext.data.mixture.settings import RunLength
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checks import open_tokenizer
 
@@ -52,6 +53,9 @@ def prepare_data(launched: Launched) -> Prepared:
                 )
     if hasattr(data, "require_vocabulary"):  # before a preparation that may take hours
         data.require_vocabulary(vocabulary)
+    if hasattr(data, "plan_run"):
+        train = launched.plan.train
+        data.plan_run(RunLength(launched.plan.total_steps, train.global_batch_size, settings.eval.max_iters))
     if hasattr(data, "prepare_tokenizer") and tokenizer_dir is None:
         with launched.fabric.rank_zero_first(local=True):
             tokenizer_dir = data.prepare_tokenizer()

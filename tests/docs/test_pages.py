@@ -25,7 +25,7 @@ def test_every_command_is_run_or_says_why_not(page):
 def workspace(tmp_path_factory):
     """A copy of what a clone has, with a quickstart of a few steps, and a `uv` that uses this environment."""
     root = tmp_path_factory.mktemp("clone")
-    for name in ("configs", "data_prep", "examples"):
+    for name in ("configs", "data_prep", "docs", "examples"):
         shutil.copytree(ROOT / name, root / name)
     shutil.copy(ROOT / "run_train.py", root)
     recipe = root / "configs" / "quickstart.yaml"

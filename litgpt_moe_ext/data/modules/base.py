@@ -2,10 +2,12 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from litgpt.data import DataModule
 from litgpt.tokenizer import Tokenizer
+from torch.utils.data import DataLoader
 
 from litgpt_moe_ext.data.loader import Order, TokenLoader
 from litgpt_moe_ext.data.windows import StreamWindows, Windows
@@ -76,11 +78,17 @@ class TokenModule(DataModule):
         """Return the resumable training loader."""
         return self._loader("training")
 
-    def val_dataloader(self) -> TokenLoader:
+    def val_dataloader(self) -> DataLoader:
         """Return the validation loader: file order, every window once."""
         return self._loader("validation")
 
-    def _loader(self, split: str) -> TokenLoader:
+    def windows_of(self, split: Literal["training", "validation"], name: str) -> Windows:
+        """Return the rows of one side; call `connect` and `setup` before.
+
+        Args:
+            split: Which side.
+            name: What to call the data in error messages.
+        """
         if self._shards is None:
             raise RuntimeError("Call setup() before asking for a data loader.")
         if self.max_seq_length < 1:
@@ -88,6 +96,9 @@ class TokenModule(DataModule):
                 f"max_seq_length: {self.max_seq_length} must be at least 1; call connect(batch_size=..., "
                 "max_seq_length=...) with the length of the model's input before asking for a data loader"
             )
+        return self.windows(self._shards[split], name)
+
+    def _loader(self, split: Literal["training", "validation"]) -> TokenLoader:
+        windows = self.windows_of(split, f"{split} data")
         order = Order(self.seed, self.shuffle, self.corpus_id)
-        windows = self.windows(self._shards[split], f"{split} data")
         return TokenLoader(windows, self.batch_size, train=split == "training", order=order)

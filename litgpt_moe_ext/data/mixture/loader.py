@@ -1,0 +1,189 @@
+"""Loaders over a mixture: training rows in the order of its schedule, validation corpus by corpus."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from litgpt_moe_ext.data.loader import Order, Replica, TokenLoader
+from litgpt_moe_ext.data.mixture.schedule import Phases
+from litgpt_moe_ext.data.windows import TokenStream, Windows
+from litgpt_moe_ext.padding import PaddedRows
+
+
+@dataclass(frozen=True)
+class Part:
+    """A corpus of a mixture.
+
+    Attributes:
+        name: What the user calls it.
+        windows: Its rows.
+        order: What decides the order in which they come.
+    """
+
+    name: str
+    windows: Windows
+    order: Order
+
+
+class MixedWindows(Windows):
+    """The rows of several corpora as one endless sequence; row 0 is the first of a training.
+
+    Each corpus is gone through in an order of its own, shuffled anew every time it starts over, and independently of
+    the others: its rows are those that it would give alone.
+
+    Args:
+        parts: The corpora, all with rows of the same length.
+        phases: Which row comes from which.
+        name: What to call the data in error messages.
+    """
+
+    def __init__(self, parts: Sequence[Part], phases: Phases, name: str) -> None:
+        shards = [shard for part in parts for shard in part.windows.tokens.shards]
+        super().__init__(TokenStream(shards), parts[0].windows.block_size, name)
+        self.parts = parts
+        self.phases = phases
+        self.pads = any(part.windows.pads for part in parts)
+        self._orders: list[tuple[int, np.ndarray]] = [(-1, np.empty(0, np.int64))] * len(parts)
+
+    def __len__(self) -> int:
+        """Return the number of windows of all corpora together, which is what an epoch of the mixture has."""
+        return sum(len(part.windows) for part in self.parts)
+
+    @property
+    def targets(self) -> int:
+        """See `Windows.targets`."""
+        return sum(part.windows.targets for part in self.parts)
+
+    def gather(self, indices: np.ndarray, pin_memory: bool = False) -> Tensor:
+        """See `Windows.gather`."""
+        rows = super().gather(indices, pin_memory)
+        return PaddedRows.of(rows) if self.pads else rows
+
+    def fill(self, out: np.ndarray, indices: np.ndarray) -> None:
+        """See `Windows.fill`; `indices` are rows of the training, from 0 without end."""
+        corpora, before = self.phases.look_up(indices)
+        for number, part in enumerate(self.parts):
+            rows = np.flatnonzero(corpora == number)
+            if not len(rows):
+                continue
+            windows = self._windows_of(number, before[rows])
+            if len(rows) == len(out):
+                part.windows.fill(out, windows)
+            else:
+                filled = np.empty((len(rows), out.shape[1]), out.dtype)
+                part.windows.fill(filled, windows)
+                out[rows] = filled
+
+    def _windows_of(self, number: int, turns: np.ndarray) -> np.ndarray:
+        """Return which windows of a corpus its rows are, which it is asked for in ascending order."""
+        epochs, positions = np.divmod(turns, len(self.parts[number].windows))
+        return np.concatenate(
+            [self._order(number, int(epoch))[positions[epochs == epoch]] for epoch in np.unique(epochs)]
+        )
+
+    def _order(self, number: int, epoch: int) -> np.ndarray:
+        if self._orders[number][0] != epoch:
+            part = self.parts[number]
+            self._orders[number] = epoch, part.order.of_epoch(epoch, len(part.windows))
+        return self._orders[number][1]
+
+
+class MixtureLoader(TokenLoader):
+    """The training loader of a mixture.
+
+    A global batch is a contiguous piece of the mixture's rows, cut into one part per rank, as in `TokenLoader`. The
+    position counts batches from the start of the training: no epoch has a rest that is dropped, so the rows do not
+    depend on the number of processes, and neither does a resume.
+
+    Args:
+        windows: The mixture.
+        batch_size: Rows per batch and rank.
+        replica: See `TokenLoader`.
+        pin_memory: See `TokenLoader`.
+    """
+
+    def __init__(
+        self,
+        windows: MixedWindows,
+        batch_size: int,
+        replica: Replica | None = None,
+        pin_memory: bool | None = None,
+    ) -> None:
+        super().__init__(windows, batch_size, True, replica=replica, pin_memory=pin_memory)
+        self.mixture = windows
+
+    @property
+    def epoch(self) -> int:
+        """How often as many rows were handed out as the corpora have together."""
+        return self._rows_before() // len(self.windows)
+
+    def _train_batches(self) -> Iterator[Tensor]:
+        rank, world = self._rank_and_world()
+        epoch, pin = self.epoch, self._pins()
+        while self.epoch == epoch:
+            start = (self._position * world + rank) * self._rows
+            batch = self.windows.gather(np.arange(start, start + self._rows), pin)
+            self._position += 1
+            yield batch
+
+    def _rows_before(self) -> int:
+        return self._position * self._rows * self._rank_and_world().world_size
+
+    def _is_in_range(self, state: dict[str, Any]) -> bool:
+        return state["epoch"] == 0 and state["position"] >= 0
+
+    def _fingerprint(self, position: int) -> dict[str, Any]:
+        parts, phases = self.mixture.parts, self.mixture.phases
+        world = self._rank_and_world().world_size
+        # Shares that are still to come may be changed.
+        annealed = phases.second is not None and position * self._rows * world > phases.border
+        return {
+            "corpora": [[part.name, part.order.corpus, len(part.windows)] for part in parts],
+            "block_size": self.windows.block_size,
+            "batch_size": self._rows,
+            "world_size": world,
+            "seed": [part.order.seed for part in parts],
+            "shuffle": [part.order.shuffle for part in parts],
+            "weights": phases.first.shares.tolist(),
+            "annealing": [phases.border, *phases.second.shares.tolist()] if annealed and phases.second else None,
+        }
+
+
+class MixtureValidation(DataLoader):
+    """The validation loader of a mixture: a batch of each corpus in turn, so that a few batches show all of them.
+
+    Every window comes once, as with `TokenLoader`, and all batches with the same number belong to the same corpus on
+    all ranks. A corpus whose batches are used up is left out.
+
+    Args:
+        loaders: A validation loader for each corpus, by name.
+        weights: How much each counts in the loss of the whole; the shares in training.
+
+    Attributes:
+        weights: The same.
+    """
+
+    def __init__(self, loaders: Mapping[str, TokenLoader], weights: Mapping[str, float]) -> None:
+        first = next(iter(loaders.values()))
+        super().__init__(first.windows, batch_size=first.batch_size, num_workers=0)
+        self.loaders = dict(loaders)
+        self.weights = dict(weights)
+
+    def __len__(self) -> int:
+        """Number of batches on each rank."""
+        return sum(map(len, self.loaders.values()))
+
+    def __iter__(self) -> Iterator[Tensor]:  # pyrefly: ignore[bad-override] the base class promises its private type
+        for turn in zip_longest(*self.loaders.values()):
+            yield from (batch for batch in turn if batch is not None)
+
+    def names(self) -> Iterator[str]:
+        """Yield the corpus of each batch, in the order of the batches."""
+        lengths = {name: len(loader) for name, loader in self.loaders.items()}
+        for turn in range(max(lengths.values())):
+            yield from (name for name, length in lengths.items() if turn < length)

@@ -1,0 +1,107 @@
+"""What a mixture is told: weights, where its annealing begins, how long the run is."""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from litgpt_moe_ext.errors import SettingsError
+
+
+class RunLength(NamedTuple):
+    """How long a run is going to be.
+
+    Attributes:
+        steps: Optimizer steps of the whole training.
+        rows_per_step: Sequences of a step, over all ranks.
+        validation_batches: Batches of a validation on each rank, at most.
+    """
+
+    steps: int
+    rows_per_step: int
+    validation_batches: int
+
+
+@dataclass(frozen=True)
+class Annealing:
+    """Other shares towards the end of a training. Exactly one of the three beginnings is set.
+
+    Attributes:
+        weights: Share of each corpus from then on; every corpus is named.
+        from_step: The optimizer step after which they hold.
+        from_fraction: Instead: the part of the run's steps after which they hold, such as 0.9.
+        from_tokens: Instead: the tokens after which they hold, rounded up to a step.
+    """
+
+    weights: dict[str, float]
+    from_step: int | None = None
+    from_fraction: float | None = None
+    from_tokens: int | None = None
+
+    def check_start(self) -> None:
+        """Raise SettingsError unless one beginning is set, and is possible."""
+        names = ("from_step", "from_fraction", "from_tokens")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if len(given) != 1:
+            raise SettingsError(
+                f"data.annealing: {', '.join(given) or 'no beginning'} must be exactly one of {', '.join(names)}; keep "
+                "one"
+            )
+        for name, value in given.items():
+            if not value >= 0 or (name == "from_fraction" and not value < 1):
+                limits = "at least 0 and less than 1" if name == "from_fraction" else "at least 0"
+                raise SettingsError(
+                    f"data.annealing.{name}: {value} must be {limits}; leave data.annealing out for none"
+                )
+
+    def first_row(self, length: RunLength | None, row_tokens: int) -> int:
+        """Return the row with which the annealing begins.
+
+        Args:
+            length: How long the run is; None if that is not known.
+            row_tokens: Tokens of a row.
+
+        Raises:
+            SettingsError: Only the length of the run would tell.
+        """
+        if self.from_tokens is not None:
+            rows = -(-self.from_tokens // row_tokens)
+            return rows if length is None else -(-rows // length.rows_per_step) * length.rows_per_step
+        if length is None:
+            name, value = next(
+                (name, getattr(self, name))
+                for name in ("from_step", "from_fraction")
+                if getattr(self, name) is not None
+            )
+            raise SettingsError(
+                f"data.annealing.{name}: {value} needs the length of the run, which this command does not tell; train "
+                "with run_train.py, or set from_tokens instead"
+            )
+        if self.from_step is not None:
+            return self.from_step * length.rows_per_step
+        assert self.from_fraction is not None
+        return round(self.from_fraction * length.steps) * length.rows_per_step
+
+
+def check_weights(setting: str, weights: Mapping[str, float], names: Collection[str]) -> None:
+    """Raise SettingsError unless every corpus has a weight that is possible, and nothing else has one.
+
+    Args:
+        setting: Name of the setting.
+        weights: By corpus.
+        names: The corpora.
+    """
+    for name in weights:
+        if name not in names:
+            raise SettingsError(
+                f"{setting}.{name}: must be one of data.corpora, {', '.join(names)}; rename or remove it"
+            )
+    for name in names:
+        if name not in weights:
+            raise SettingsError(f"{setting}: {dict(weights)} must have a weight for {name} of data.corpora; add it")
+        if not (math.isfinite(weights[name]) and weights[name] >= 0):
+            raise SettingsError(
+                f"{setting}.{name}: {weights[name]} must be a number of at least 0; set the corpus' share of the tokens"
+            )
+    if not any(weights.values()):
+        raise SettingsError(f"{setting}: {dict(weights)} must not all be 0; set the corpora's shares of the tokens")

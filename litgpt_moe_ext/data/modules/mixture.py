@@ -1,0 +1,245 @@
+"""Several corpora in fixed shares as one data module."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.fabric.utilities import rank_zero_only
+from litgpt.data import DataModule
+from litgpt.tokenizer import Tokenizer
+
+from litgpt_moe_ext.data.loader import Order, TokenLoader
+from litgpt_moe_ext.data.mixture.loader import MixedWindows, MixtureLoader, MixtureValidation, Part
+from litgpt_moe_ext.data.mixture.schedule import Phases, Schedule, whole_shares
+from litgpt_moe_ext.data.mixture.settings import Annealing, RunLength, check_weights
+from litgpt_moe_ext.data.modules.base import TokenModule
+from litgpt_moe_ext.data.modules.shared_tokenizer import SharedTokenizer
+from litgpt_moe_ext.errors import SettingsError
+
+
+@dataclass
+class Mixture(TokenModule):
+    """Several corpora, each with a fixed share of the tokens, and perhaps other shares towards the end.
+
+    The rows are dealt out rather than drawn: after any number of them, a corpus has had its share to within one row.
+    A corpus that is used up starts over in a new order, whatever the others do. All corpora are encoded with one
+    tokenizer, that of the first one that has one: the others use it where their settings name none. Validation runs
+    over each corpus; the loss of the whole is the mean of theirs, weighted like the training.
+
+    An entry point that knows the length of the run calls `plan_run` before `setup`.
+    """
+
+    corpora: dict[str, DataModule]
+    """The corpora by name, each a data module of litgpt_moe_ext.data with its own class_path and init_args."""
+    weights: dict[str, float]
+    """Share of the tokens of each corpus, in any unit: 7 and 3 mean the same as 0.7 and 0.3. Zero for a corpus that
+    only the annealing reads."""
+    annealing: Annealing | None = None
+    """Other weights from some point on, given as from_step, from_fraction or from_tokens."""
+    max_epochs: float | None = None
+    """Refuse a run that would read a corpus more often than this. Default: it repeats as often as it has to."""
+    seed: int = 42
+    """Decides the order of the windows of every corpus. Theirs decides which documents validate."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._length: RunLength | None = None
+        self._shared = SharedTokenizer(self.corpora)
+        _check_corpora(self.corpora)
+        check_weights("data.weights", self.weights, self.corpora)
+        later = None
+        if self.annealing is not None:
+            check_weights("data.annealing.weights", self.annealing.weights, self.corpora)
+            self.annealing.check_start()
+            later = self.annealing.weights
+        for name, weight in self.weights.items():
+            if weight == 0 and (later is None or later[name] == 0):
+                raise SettingsError(
+                    f"data.weights.{name}: 0 means that this corpus is never read; leave it out of data.corpora, or "
+                    "give it a weight, here or in data.annealing.weights"
+                )
+        if self.max_epochs is not None and not 0 < self.max_epochs < math.inf:
+            raise SettingsError(
+                f"data.max_epochs: {self.max_epochs} must be a number above 0; leave it out to set no limit"
+            )
+
+    @property
+    def parts(self) -> dict[str, TokenModule]:
+        """The corpora."""
+        return self.corpora  # pyrefly: ignore[bad-return] checked when they were given
+
+    def require_vocabulary(self, padded_vocab_size: int) -> None:
+        """See `TokenModule.require_vocabulary`."""
+        for module in self.parts.values():
+            module.require_vocabulary(padded_vocab_size)
+
+    def plan_run(self, length: RunLength) -> None:
+        """Take over how long the run is going to be.
+
+        Raises:
+            SettingsError: A validation is too short to see every corpus.
+        """
+        self._length = length
+        if length.validation_batches < len(self.corpora):
+            raise SettingsError(
+                f"eval.max_iters: {length.validation_batches} must be at least {len(self.corpora)}, a batch for each "
+                "corpus of the mixture; the batches are shared out evenly"
+            )
+
+    def prepare_tokenizer(self) -> Path | None:
+        """Prepare everything if needed and return the directory of the tokenizer; None if no corpus has one."""
+        self.prepare_data()
+        return self._shared.directory
+
+    def connect(
+        self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None
+    ) -> None:
+        """See `TokenModule.connect`."""
+        super().connect(tokenizer, batch_size, max_seq_length)
+        for module in self.parts.values():
+            TokenModule.connect(module, module.tokenizer, batch_size, max_seq_length)
+
+    def prepare_data(self) -> None:
+        """Prepare the corpora that are not prepared yet, one after the other.
+
+        Raises:
+            SettingsError: They do not fit together, or one of them cannot be prepared.
+        """
+        self._shared.prepare(self.tokenizer)
+
+    def setup(self, stage: str = "") -> None:
+        """Open the token shards of every corpus.
+
+        Raises:
+            SettingsError: Two corpora are the same.
+        """
+        self.prepare_data()
+        names: dict[str, str] = {}
+        for name, module in self.parts.items():
+            module.setup(stage)
+            if (other := names.setdefault(module.corpus_id, name)) != name:
+                raise SettingsError(
+                    f"data.corpora.{name}: is the same corpus as {other}; leave one of them out and give the other "
+                    "both weights"
+                )
+
+    def open_shards(self) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
+        """Return all shards, corpus by corpus; see `TokenModule.open_shards`."""
+        opened = [module.open_shards() for module in self.parts.values()]
+        return [shard for train, _ in opened for shard in train], [shard for _, val in opened for shard in val]
+
+    @property
+    def corpus_id(self) -> str:
+        """The names and identities of the corpora."""
+        return ",".join(f"{name}={module.corpus_id}" for name, module in self.parts.items())
+
+    def train_dataloader(self) -> MixtureLoader:
+        """Return the resumable training loader.
+
+        Raises:
+            SettingsError: A corpus would come more often than `max_epochs`, or the annealing begins at a point that
+                needs the length of the run, which nobody has told.
+        """
+        parts = [
+            Part(name, module.windows_of("training", f"training data of {name}"), self._order_of(module))
+            for name, module in self.parts.items()
+        ]
+        phases = self._phases(parts)
+        self._check_epochs(parts, phases)
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            print(self._describe(parts, phases), flush=True)
+        return MixtureLoader(MixedWindows(parts, phases, "training data of the mixture"), self.batch_size)
+
+    def val_dataloader(self) -> MixtureValidation:
+        """Return the validation loader: the corpora in turn, every window once."""
+        loaders = {
+            name: TokenLoader(module.windows_of("validation", f"validation data of {name}"), self.batch_size, False)
+            for name, module in self.parts.items()
+        }
+        return MixtureValidation(loaders, self.weights)
+
+    def _order_of(self, module: TokenModule) -> Order:
+        return Order(self.seed, module.shuffle, module.corpus_id)
+
+    def _phases(self, parts: Sequence[Part]) -> Phases:
+        first = Schedule(_row_shares("data.weights", self.weights, parts))
+        if self.annealing is None:
+            return Phases(first)
+        second = Schedule(_row_shares("data.annealing.weights", self.annealing.weights, parts))
+        return Phases(first, second, self.annealing.first_row(self._length, parts[0].windows.block_size))
+
+    def _check_epochs(self, parts: Sequence[Part], phases: Phases) -> None:
+        if self.max_epochs is None:
+            return
+        if self._length is None:
+            raise SettingsError(
+                f"data.max_epochs: {self.max_epochs} needs the length of the run, which this command does not tell; "
+                "train with run_train.py, or leave it out"
+            )
+        for part, epochs in zip(parts, _epochs(parts, phases, self._length), strict=True):
+            if epochs > self.max_epochs:
+                raise SettingsError(
+                    f"data.max_epochs: {self.max_epochs:g} must be at least {math.ceil(100 * epochs) / 100:g}, as "
+                    f"often as this run reads {part.name}; lower its weight, train on fewer tokens, or raise max_epochs"
+                )
+
+    def _describe(self, parts: Sequence[Part], phases: Phases) -> str:
+        epochs = [None] * len(parts) if self._length is None else _epochs(parts, phases, self._length)
+        sizes = (
+            f"{part.name} {_percent(self.weights, part.name)} of {part.windows.targets:,} tokens"
+            + ("" if times is None else f" ({times:.2f} epochs)")
+            for part, times in zip(parts, epochs, strict=True)
+        )
+        text = f"Mixture: {', '.join(sizes)}"
+        if self.annealing is None or phases.second is None:
+            return text
+        weights = self.annealing.weights
+        later = ", ".join(f"{name} {_percent(weights, name)}" for name in weights)
+        if self._length is None:
+            return f"{text}; from sequence {phases.border} on {later}"
+        if phases.border >= self._length.steps * self._length.rows_per_step:
+            return f"{text}; the annealing would begin after the last step of this run ({self.annealing})"
+        return f"{text}; after step {phases.border / self._length.rows_per_step:g} {later}"
+
+
+def _check_corpora(corpora: Mapping[str, Any]) -> None:
+    if not corpora:
+        raise SettingsError("data.corpora: {} must name at least one corpus")
+    for name, module in corpora.items():
+        if not re.fullmatch(r"[\w-]+", str(name)):
+            raise SettingsError(
+                f"data.corpora: the name {name!r} must consist of letters, digits, - and _, as metrics are called by it"
+            )
+        if not isinstance(module, TokenModule) or isinstance(module, Mixture):
+            raise SettingsError(
+                f"data.corpora.{name}: {type(module).__name__} must be a corpus of litgpt_moe_ext.data, such as "
+                "litgpt_moe_ext.data.TextCorpus"
+            )
+    packings = {name: getattr(module, "packing", "stream") for name, module in corpora.items()}
+    first = next(iter(packings))
+    for name, packing in packings.items():
+        if packing != packings[first]:
+            raise SettingsError(
+                f"data.corpora.{name}.packing: {packing!r} must be {packings[first]!r}, that of {first}; rows of a "
+                "mixture are all made in the same way"
+            )
+
+
+def _row_shares(setting: str, weights: Mapping[str, float], parts: Sequence[Part]) -> list[int]:
+    # Rows with padding hold fewer tokens, so a corpus of short documents needs more of them for the same share.
+    shares = [Fraction(str(weights[part.name])) * len(part.windows) / max(part.windows.targets, 1) for part in parts]
+    return whole_shares(shares)
+
+
+def _epochs(parts: Sequence[Part], phases: Phases, length: RunLength) -> list[float]:
+    counts = phases.counts(length.steps * length.rows_per_step)
+    return [float(count) / len(part.windows) for count, part in zip(counts, parts, strict=True)]
+
+
+def _percent(weights: Mapping[str, float], name: str) -> str:
+    return f"{100 * weights[name] / sum(weights.values()):.4g}%"

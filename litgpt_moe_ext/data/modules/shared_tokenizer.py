@@ -1,0 +1,105 @@
+"""One tokenizer for all corpora of a mixture: the first one's, which encodes the others as well."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities import rank_zero_only
+from litgpt.tokenizer import Tokenizer
+
+from litgpt_moe_ext.data.modules.corpus import CorpusModule
+from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR, read_manifest
+from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, parse_tokenizer
+from litgpt_moe_ext.errors import SettingsError
+
+
+class SharedTokenizer:
+    """Prepares corpora with one tokenizer, and refuses those that have another.
+
+    Args:
+        corpora: The data modules by name. Those that do not make their tokens themselves, such as `TokenShards`, have
+            no tokenizer to compare; only the sizes of the vocabularies are.
+
+    Attributes:
+        directory: The tokenizer; None before `prepare`, or if no corpus has one.
+    """
+
+    def __init__(self, corpora: Mapping[str, Any]) -> None:
+        self._corpora = corpora
+        self._owner = ""
+        self._is_done = False
+        self.directory: Path | None = None
+
+    def prepare(self, tokenizer: Tokenizer | None) -> None:
+        """Prepare the corpora that are not prepared yet.
+
+        Args:
+            tokenizer: That of the run, or None.
+
+        Raises:
+            SettingsError: They do not fit together, or one of them cannot be prepared.
+        """
+        if self._is_done:
+            return
+        for name, module in self._corpora.items():
+            if isinstance(module, CorpusModule):
+                module.tokenizer = tokenizer
+                self._refuse_others(name, module, tokenizer)
+                if module.corpus_path is None:
+                    module.corpus_path = module.prepare(getattr(rank_zero_only, "rank", 0) == 0, tokenizer)
+                directory = module.corpus_path / TOKENIZER_DIR
+                if self.directory is None:
+                    self.directory, self._owner = directory, name
+                    tokenizer = tokenizer or Tokenizer(directory)
+                else:
+                    self._compare(f"data.corpora.{name}", (directory / "tokenizer.json").read_bytes())
+            module.prepare_data()
+        self._compare_facts()
+        self._is_done = True
+
+    def _refuse_others(self, name: str, module: CorpusModule, tokenizer: Tokenizer | None) -> None:
+        """Look at a corpus' settings before its documents are encoded, which may take hours."""
+        if self.directory is None or module.corpus_path is not None or not hasattr(module, "choose_tokenizer"):
+            return
+        chosen = module.choose_tokenizer(tokenizer)
+        if isinstance(chosen, BPESettings):
+            raise SettingsError(
+                f"data.corpora.{name}: {type(module).__name__} trains a tokenizer of its own here, and a mixture has "
+                f"one, that of {self._owner}; leave bpe out to use that one, or put {name} first"
+            )
+        self._compare(f"data.corpora.{name}.tokenizer_dir", chosen["tokenizer.json"])
+
+    def _compare(self, setting: str, content: bytes) -> None:
+        assert self.directory is not None
+        first = self.directory / "tokenizer.json"
+        ours = parse_tokenizer(first.read_bytes(), str(first)).to_str()
+        if parse_tokenizer(content, f"tokenizer.json of {setting}").to_str() != ours:
+            raise SettingsError(
+                f"{setting}: is not the tokenizer of {self._owner}, so the same ids would mean other text; prepare "
+                f"both with {self.directory}"
+            )
+
+    def _compare_facts(self) -> None:
+        facts = {name: _facts(module) for name, module in self._corpora.items()}
+        for fact, remedy in (
+            ("vocabulary", "prepare all corpora with one tokenizer"),
+            ("end of text", "name the same eos_token in the tokenizers' tokenizer_config.json"),
+            ("beginning of text", "set prepend_bos alike in all corpora"),
+        ):
+            known = {name: found[fact] for name, found in facts.items() if fact in found}
+            first = next(iter(known), "")
+            for name, value in known.items():
+                if value != known[first]:
+                    raise SettingsError(
+                        f"data.corpora.{name}: has {fact} {value} where {first} has {known[first]}; {remedy}"
+                    )
+
+
+def _facts(module: Any) -> dict[str, int | None]:
+    """Return what is known of a corpus' ids."""
+    if isinstance(module, CorpusModule) and module.corpus_path is not None:
+        manifest = read_manifest(module.corpus_path) or {}
+        ids = {"end of text": manifest["eos_id"], "beginning of text": manifest["bos_id"]}
+        return {"vocabulary": manifest["vocab_size"], **ids}
+    size = getattr(module, "vocab_size", None)
+    return {} if size is None else {"vocabulary": size}

@@ -1,0 +1,388 @@
+"""Mixtures: the schedule of their rows, loaders that resume exactly, and what a mixture refuses."""
+
+import os
+import signal
+from fractions import Fraction
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from litgpt.utils import CycleIterator
+
+from litgpt_moe_ext.cli.train import main, read_settings
+from litgpt_moe_ext.data import Mixture, PreparedCorpus, PythonStdlib, TextCorpus, TokenShards
+from litgpt_moe_ext.data.loader import Order, Replica, TokenLoader
+from litgpt_moe_ext.data.mixture.loader import MixedWindows, MixtureLoader, Part
+from litgpt_moe_ext.data.mixture.schedule import LONGEST_PERIOD, Phases, Schedule, whole_shares
+from litgpt_moe_ext.data.mixture.settings import Annealing, RunLength
+from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, train_bpe
+from litgpt_moe_ext.data.windows import StreamWindows
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.padding import PADDING
+from litgpt_moe_ext.training.checkpoint.hyperparameters import to_plain
+from litgpt_moe_ext.training.checkpoint.resharding import convert_position
+from tests.data.test_text_corpus import stories
+from tests.training.conftest import ROOT, corpus_settings, logged, recipe  # noqa: F401
+from tests.training.test_kills import start
+
+EXAMPLE = [f"--config={ROOT / name}" for name in ("configs/quickstart.yaml", "examples/mixture.yaml")]
+SHARES = st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(any)
+
+
+def counts_by_row(corpora: np.ndarray, kinds: int) -> np.ndarray:
+    """Count, after each row, how many each corpus has had: shape (rows + 1, kinds)."""
+    taken = corpora[:, None] == np.arange(kinds)
+    return np.concatenate([np.zeros((1, kinds), int), np.cumsum(taken, axis=0)])
+
+
+@settings(max_examples=200)
+@given(shares=SHARES, rows=st.integers(1, 400))
+def test_shares_are_kept_to_less_than_a_row_at_every_moment(shares, rows):
+    schedule = Schedule(shares)
+    corpora, before = schedule.look_up(np.arange(rows))
+    counts = counts_by_row(corpora, len(shares))
+    assert (before == counts[np.arange(rows), corpora]).all()
+    assert (schedule.counts(rows) == counts[rows]).all()
+    present = sum(map(bool, shares))
+    bound = 1 - Fraction(1, 2 * present - 2) if present > 1 else 0
+    # Everything times the period, so that nothing is rounded.
+    error = np.abs(counts * schedule.period - np.arange(rows + 1)[:, None] * np.array(shares))
+    assert int(error.max()) <= bound * schedule.period
+
+
+@settings(max_examples=100)
+@given(first=SHARES, second=SHARES, border=st.integers(0, 120), rows=st.integers(1, 200))
+def test_annealing_goes_on_where_the_first_phase_stood(first, second, border, rows):
+    kinds = max(len(first), len(second))
+    schedules = [Schedule([*shares, *[0] * (kinds - len(shares))]) for shares in (first, second)]
+    phases = Phases(*schedules, border)
+    corpora, before = phases.look_up(np.arange(rows))
+    counts = counts_by_row(corpora, kinds)
+    assert (before == counts[np.arange(rows), corpora]).all()
+    assert all((phases.counts(row) == counts[row]).all() for row in range(rows + 1))
+    assert (corpora[:border] == schedules[0].look_up(np.arange(min(border, rows)))[0]).all()
+    assert (corpora[border:] == schedules[1].look_up(np.arange(max(rows - border, 0)))[0]).all()
+
+
+@settings(max_examples=200)
+@given(shares=st.lists(st.fractions(0, 10**6, max_denominator=10**7), min_size=1, max_size=6).filter(any))
+def test_whole_shares_are_exact_or_rounded_to_the_longest_period(shares):
+    whole = whole_shares(shares)
+    assert [share > 0 for share in shares] == [number > 0 for number in whole]
+    assert sum(whole) <= LONGEST_PERIOD + len(shares)
+    for share, number in zip(shares, whole, strict=True):
+        assert abs(Fraction(number, sum(whole)) - share / sum(shares)) <= Fraction(len(shares), LONGEST_PERIOD)
+
+
+def test_percentages_are_exact():
+    assert whole_shares([Fraction("0.7"), Fraction("0.25"), Fraction("0.05")]) == [14, 5, 1]
+    assert whole_shares([Fraction("70"), Fraction(0), Fraction("30")]) == [7, 0, 3]
+
+
+def parts_of(sizes, block_size=4) -> list[Part]:
+    """Corpora with these numbers of windows; all ids of corpus i lie between 1000 * i and 1000 * (i + 1)."""
+    return [
+        Part(
+            str(number),
+            StreamWindows([np.arange(size * block_size + 1, dtype=np.uint16) + 1000 * number], block_size),
+            Order(3, corpus=str(number)),
+        )
+        for number, size in enumerate(sizes)
+    ]
+
+
+def make(batch_size=2, replica=None, border=20, shares=((3, 1, 0), (1, 1, 2)), sizes=(11, 4, 6)) -> MixtureLoader:
+    phases = Phases(Schedule(shares[0]), Schedule(shares[1]), border)
+    return MixtureLoader(MixedWindows(parts_of(sizes), phases, "mixture"), batch_size, replica)
+
+
+def take(loader, count: int) -> list[list[list[int]]]:
+    iterator = CycleIterator(loader)
+    return [next(iterator).tolist() for _ in range(count)]
+
+
+def test_every_corpus_gives_the_rows_that_it_gives_alone():
+    rows = [row for batch in take(make(), 40) for row in batch]
+    for number, part in enumerate(parts_of((11, 4, 6))):
+        alone = TokenLoader(part.windows, 1, True, part.order)
+        ours = [row for row in rows if row[0] // 1000 == number]
+        assert ours == [batch[0] for batch in take(alone, len(ours))]
+        assert len(ours) > len(part.windows)
+
+
+def test_ranks_cut_the_batch_of_a_single_process():
+    single = take(make(batch_size=6), 15)
+    ranks = [take(make(replica=Replica(rank, 3)), 15) for rank in range(3)]
+    assert single == [[row for part in parts for row in part] for parts in zip(*ranks, strict=True)]
+
+
+@pytest.mark.parametrize("consumed", range(0, 18, 3))
+@pytest.mark.parametrize(("batch", "world"), [(2, 1), (1, 2), (3, 2), (6, 1)])
+def test_resume_at_every_position_with_any_number_of_processes(consumed, batch, world):
+    whole = [row for part in take(make(), 36) for row in part]
+    loader = make()
+    take(loader, consumed)
+    state = convert_position(loader.state_dict(), batch, world)
+    ranks = [make(batch_size=batch, replica=Replica(rank, world)) for rank in range(world)]
+    for rank in ranks:
+        rank.load_state_dict(state)
+    batches = [take(rank, 6) for rank in ranks]
+    rows = [row for parts in zip(*batches, strict=True) for part in parts for row in part]
+    assert rows == whole[2 * consumed :][: len(rows)]
+    assert len(rows) == 6 * batch * world
+
+
+def test_an_epoch_has_as_many_rows_as_all_corpora_together():
+    loader = make()
+    assert len(loader) == 10
+    batches = [list(loader) for _ in range(3)]
+    assert [len(epoch) for epoch in batches] == [11, 10, 11]  # of 21 rows, in batches of 2
+    assert loader.epoch == 3
+
+
+def test_what_changes_the_order_is_refused_and_what_is_still_to_come_is_not():
+    early, late = make(), make()
+    take(early, 10)
+    take(late, 11)
+    other = {"shares": ((3, 1, 0), (1, 0, 3))}
+    make(**other).load_state_dict(early.state_dict())
+    for loader in (make(**other), make(border=18)):
+        with pytest.raises(SettingsError, match=r"resume: .*annealing: \[20, 1, 1, 2\] in the checkpoint"):
+            loader.load_state_dict(late.state_dict())
+    for loader, key in ((make(shares=((2, 1, 0), (1, 1, 2))), "weights"), (make(sizes=(11, 4, 7)), "corpora")):
+        with pytest.raises(SettingsError, match=f"resume: .*{key}: "):
+            loader.load_state_dict(early.state_dict())
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Three folders of text of different lengths, and a tokenizer for them."""
+    folder = tmp_path_factory.mktemp("texts")
+    for number, count in enumerate((60, 25, 12)):
+        (folder / f"{number}").mkdir()
+        for index, text in enumerate(stories(count, number)):
+            (folder / f"{number}" / f"{index:03}.txt").write_text(text, encoding="utf-8")
+    train_bpe(stories(60), BPESettings(290), folder / "tokenizer")
+    return folder
+
+
+def text(texts, number, **changes):
+    arguments = {"data_path": texts / "cache", "val_fraction": 0.3, "tokenizer_dir": texts / "tokenizer", **changes}
+    return TextCorpus(source_path=texts / str(number), **arguments)
+
+
+def opened(mixture: Mixture, length=RunLength(50, 4, 10), block_size=16) -> Mixture:  # noqa: B008
+    mixture.plan_run(length)
+    mixture.connect(batch_size=2, max_seq_length=block_size)
+    mixture.prepare_data()
+    mixture.setup()
+    return mixture
+
+
+def test_the_shares_of_a_module_are_those_of_tokens(texts, capsys):
+    weights = {"a": 0.6, "b": 0.3, "c": 0.1}
+    annealing = Annealing({"a": 1, "b": 1, "c": 2}, from_fraction=0.8)
+    mixture = opened(Mixture({name: text(texts, i) for i, name in enumerate("abc")}, weights, annealing))
+    loader = mixture.train_dataloader()
+    assert "a 60% of" in capsys.readouterr().out
+    assert loader.mixture.phases.border == 40 * 4
+    assert loader.mixture.phases.counts(160).tolist() == [96, 48, 16]
+    assert loader.mixture.phases.counts(200).tolist() == [106, 58, 36]
+    list(islice(CycleIterator(loader), 100))
+    assert loader.state_dict()["position"] == 100
+
+
+@pytest.mark.parametrize("packing", ["pad", "best_fit"])
+def test_rows_with_padding_count_by_their_tokens(texts, packing):
+    corpora = {name: text(texts, i, packing=packing) for i, name in enumerate("ab")}
+    mixture = opened(Mixture(corpora, {"a": 0.25, "b": 0.75}), block_size=48)
+    loader = mixture.train_dataloader()
+    totals, rows = np.zeros(2), 0
+    corpus_of = loader.mixture.phases.first
+    while rows < 4000:
+        batch = next(iter(loader))
+        corpora_of_rows, _ = corpus_of.look_up(np.arange(rows, rows + len(batch)))
+        np.add.at(totals, corpora_of_rows, (batch[:, 1:] != PADDING).sum(1).numpy())
+        rows += len(batch)
+    assert totals[1] / totals.sum() == pytest.approx(0.75, abs=0.01)
+
+
+def test_validation_takes_the_corpora_in_turn(texts):
+    mixture = opened(Mixture({name: text(texts, i) for i, name in enumerate("abc")}, dict.fromkeys("abc", 1.0)))
+    loader = mixture.val_dataloader()
+    names = list(loader.names())
+    batches = list(loader)
+    assert len(names) == len(batches) == len(loader)
+    assert names[:3] == ["a", "b", "c"]
+    for name, module in mixture.parts.items():
+        alone = list(module.val_dataloader())
+        ours = [batch for batch, of in zip(batches, names, strict=True) if of == name]
+        assert all(torch.equal(one, other) for one, other in zip(ours, alone, strict=True))
+
+
+def test_the_first_tokenizer_encodes_the_others(texts, sources):
+    code = PythonStdlib(data_path=texts / "cache", source_path=sources, vocab_size=300, val_fraction=0.2)
+    mixture = Mixture({"code": code, "text": text(texts, 1, tokenizer_dir=None)}, {"code": 1, "text": 1})
+    assert opened(mixture).prepare_tokenizer() == code.corpus_path / "tokenizer"
+    known = (code.corpus_path / "tokenizer" / "tokenizer.json").read_text()
+    assert (mixture.parts["text"].corpus_path / "tokenizer" / "tokenizer.json").read_text() == known
+
+
+def test_ready_made_shards_and_prepared_corpora(texts, corpus, tmp_path):
+    for name in ("train.npy", "val.npy"):
+        np.save(tmp_path / name, np.arange(500, dtype="<u2") % 300)
+    shards = {"data_path": tmp_path}
+    mixture = Mixture({"shards": TokenShards(**shards), "code": PreparedCorpus(corpus)}, {"shards": 1, "code": 1})
+    mixture.require_vocabulary(300)
+    assert len(next(iter(opened(mixture).train_dataloader()))) == 2
+    mixture = Mixture(
+        {"code": PreparedCorpus(corpus), "shards": TokenShards(**shards, vocab_size=400)}, {"shards": 1, "code": 1}
+    )
+    with pytest.raises(SettingsError, match=r"data.corpora.shards: has vocabulary 400 where code has 300; "):
+        opened(mixture)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": {"a": 1, "b": -1}}, r"data.weights.b: -1 must be a number of at least 0; "),
+        ({"weights": {"a": 1, "b": NAN}}, r"data.weights.b: nan must be a number"),
+        ({"weights": {"a": 1, "b": INF}}, r"data.weights.b: inf must be a number"),
+        ({"weights": {"a": 0, "b": 0}}, r"data.weights: .* must not all be 0; "),
+        ({"weights": {"a": 1, "b": 0}}, r"data.weights.b: 0 means that this corpus is never read; leave it out"),
+        ({"weights": {"a": 1, "b": 1, "c": 1}}, r"data.weights.c: must be one of data.corpora, a, b; "),
+        ({"weights": {"a": 1}}, r"data.weights: .* must have a weight for b of data.corpora; "),
+        ({"annealing": Annealing({"a": 1, "b": 1})}, r"data.annealing: no beginning must be exactly one of"),
+        (
+            {"annealing": Annealing({"a": 1, "b": 1}, from_step=1, from_tokens=1)},
+            r"data.annealing: from_step, from_tokens must be exactly one of",
+        ),
+        (
+            {"annealing": Annealing({"a": 1, "b": 1}, from_fraction=1.0)},
+            r"data.annealing.from_fraction: 1.0 must be at least 0 and less than 1; ",
+        ),
+        ({"annealing": Annealing({"a": 1, "b": -2}, from_step=1)}, r"data.annealing.weights.b: -2 must be a number"),
+        ({"annealing": Annealing({"a": 1}, from_step=1)}, r"data.annealing.weights: .* must have a weight for b"),
+        ({"max_epochs": 0.0}, r"data.max_epochs: 0.0 must be a number above 0; "),
+        ({"max_epochs": NAN}, r"data.max_epochs: nan must be a number above 0; "),
+    ],
+)
+def test_impossible_settings_are_refused(texts, changes, message):
+    arguments = {"corpora": {"a": text(texts, 0), "b": text(texts, 1)}, "weights": {"a": 1, "b": 1}, **changes}
+    with pytest.raises(SettingsError, match=message):
+        Mixture(**arguments)
+
+
+def test_corpora_that_do_not_fit_together_are_refused(texts, tmp_path):
+    ones = {"a": 1.0, "b": 1.0}
+    with pytest.raises(SettingsError, match=r"data.corpora.b.packing: 'pad' must be 'stream', that of a; "):
+        Mixture({"a": text(texts, 0), "b": text(texts, 1, packing="pad")}, ones)
+    with pytest.raises(SettingsError, match=r"data.corpora: the name 'a b' must consist of letters"):
+        Mixture({"a b": text(texts, 0)}, {"a b": 1})
+    with pytest.raises(SettingsError, match=r"data.corpora: \{\} must name at least one corpus"):
+        Mixture({}, {})
+    with pytest.raises(SettingsError, match=r"data.corpora.b: is the same corpus as a; "):
+        opened(Mixture({"a": text(texts, 0), "b": text(texts, 0)}, ones))
+    with pytest.raises(SettingsError, match=r"data.corpora.b: has beginning of text 0 where a has None; set prepend"):
+        opened(Mixture({"a": text(texts, 0), "b": text(texts, 1, prepend_bos=True)}, ones))
+    own = text(texts, 1, tokenizer_dir=None, bpe=BPESettings(280), data_path=tmp_path / "none")
+    with pytest.raises(SettingsError, match=r"data.corpora.b: TextCorpus trains a tokenizer of its own here"):
+        opened(Mixture({"a": text(texts, 0), "b": own}, ones))
+    train_bpe(stories(9), BPESettings(270), tmp_path / "other")
+    other = text(texts, 1, tokenizer_dir=tmp_path / "other", data_path=tmp_path / "none")
+    with pytest.raises(SettingsError, match=r"data.corpora.b.tokenizer_dir: is not the tokenizer of a, so"):
+        opened(Mixture({"a": text(texts, 0), "b": other}, ones))
+    assert not (tmp_path / "none").exists()  # nothing was encoded
+    prepared = PreparedCorpus(other.prepare(verbose=False))
+    with pytest.raises(SettingsError, match=r"data.corpora.b: is not the tokenizer of a, so"):
+        opened(Mixture({"a": text(texts, 0), "b": prepared}, ones))
+
+
+def test_what_only_the_length_of_the_run_tells_is_asked_for(texts):
+    corpora = {"a": text(texts, 0), "b": text(texts, 2)}
+    weights = {"a": 1.0, "b": 1.0}
+    by_step = Mixture(corpora, weights, Annealing({"a": 1, "b": 3}, from_step=10))
+    by_step.connect(batch_size=2, max_seq_length=16)
+    by_step.setup()
+    with pytest.raises(SettingsError, match=r"data.annealing.from_step: 10 needs the length of the run"):
+        by_step.train_dataloader()
+    by_tokens = Mixture(corpora, weights, Annealing({"a": 1, "b": 3}, from_tokens=170))
+    by_tokens.connect(batch_size=2, max_seq_length=16)
+    by_tokens.setup()
+    assert by_tokens.train_dataloader().mixture.phases.border == 11
+    assert opened(by_tokens).train_dataloader().mixture.phases.border == 12  # the next whole step
+    limited = Mixture(corpora, weights, max_epochs=2)
+    with pytest.raises(SettingsError, match=r"data.max_epochs: 2 must be at least [\d.]+, as often as this run"):
+        opened(limited, RunLength(400, 4, 10)).train_dataloader()
+    with pytest.raises(SettingsError, match=r"eval.max_iters: 1 must be at least 2, a batch for each corpus"):
+        limited.plan_run(RunLength(400, 4, 1))
+
+
+def mixed(settings, texts) -> dict:
+    """A `data` section: a few Python files and some stories, with an annealing phase in the second half."""
+    corpora = {
+        "code": {"class_path": "litgpt_moe_ext.data.PythonStdlib", "init_args": dict(settings)},
+        "text": {
+            "class_path": "litgpt_moe_ext.data.TextCorpus",
+            "init_args": {"source_path": str(texts / "0"), "data_path": settings["data_path"], "val_fraction": 0.3},
+        },
+    }
+    init_args = {
+        "corpora": corpora,
+        "weights": {"code": 0.7, "text": 0.3},
+        "annealing": {"from_fraction": 0.5, "weights": {"code": 0.2, "text": 0.8}},
+    }
+    return {"class_path": "litgpt_moe_ext.data.Mixture", "init_args": init_args}
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_both_phases_goes_on_bit_for_bit(recipe, corpus_settings, texts, tmp_path):  # noqa: F811
+    changes = {
+        "data": mixed(corpus_settings, texts),
+        "train": {"max_tokens": 16 * 128, "save_interval": 3},
+        "eval": {"interval": 5, "max_iters": 4},
+    }
+    whole = start(1, recipe("whole", out_dir=str(tmp_path / "whole"), **changes))
+    output, _ = whole.communicate(timeout=120)
+    assert whole.returncode == 0, output
+    file = recipe("killed", out_dir=str(tmp_path / "killed"), **changes)
+    for stop in ("step 5/", "step 13/", None):
+        training = start(1, file, "--resume", "auto")
+        for line in training.stdout:
+            if stop is not None and line.startswith(stop):
+                os.killpg(training.pid, signal.SIGKILL)
+                break
+        training.communicate(timeout=120)
+        assert training.returncode == (0 if stop is None else -signal.SIGKILL)
+    for column in ("loss", "val_loss", "grad_norm"):
+        assert logged(tmp_path / "killed", column) == logged(tmp_path / "whole", column) != {}
+
+
+def test_the_example_is_a_recipe():
+    settings = read_settings([*EXAMPLE, "--data.corpora.code.vocab_size", "512", "--data.weights.prose", "0.5"])
+    assert isinstance(settings.data, Mixture)
+    assert settings.data.weights == {"code": 0.95, "prose": 0.5}
+    assert settings.data.parts["code"].vocab_size == 512
+    assert settings.data.annealing.from_fraction == 0.8
+    plain = to_plain(settings.data)["init_args"]["corpora"]["prose"]
+    assert plain["class_path"] == "litgpt_moe_ext.data.TextCorpus"
+    assert plain["init_args"]["pattern"] == "**/*.md"
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("data.corpora.prose.val_fracton", "0.3", "no setting has this name; did you mean data.corpora.prose.val_frac"),
+        ("data.corpora.prose.val_fraction", "x", "'x' must be a number"),
+        ("data.weights.prose", "-1", "-1.0 must be a number of at least 0; "),
+    ],
+)
+def test_mistakes_inside_a_corpus_are_named(capsys, flag, value, message):
+    assert main([*EXAMPLE, f"--{flag}", value]) == 2
+    assert f"error: {flag}: {message}" in capsys.readouterr().err
