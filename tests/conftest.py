@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sys
 
 # Log handlers made during one test write to the streams that pytest replaced after it.
 logging.raiseExceptions = False
@@ -10,6 +11,10 @@ logging.raiseExceptions = False
 # A shell starts what it puts in the background with Ctrl-C ignored, and so would every process of the tests.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Without compiled files, each of a hundred processes would compile the package anew.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,6 +29,19 @@ from hypothesis import settings  # noqa: E402
 
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Share the whole suite out among processes, a file to each in turn; what is named on the command line needs none.
+
+    `-n 0` keeps it in one process.
+    """
+    option = config.option
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and "PYTEST_XDIST_WORKER" not in os.environ
+    if whole and getattr(option, "numprocesses", 0) is None and not option.collectonly and not option.usepdb:
+        option.numprocesses = min(4, max(2, os.cpu_count() or 1))
+        option.dist = "loadfile"
 
 
 @pytest.fixture(autouse=True)

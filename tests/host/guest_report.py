@@ -134,8 +134,17 @@ def report(name: str | None, changes: dict) -> dict[str, str]:
     }
 
 
+def open_checkpoint(directory: str) -> str:
+    try:
+        Config.from_file(Path(directory) / "model_config.yaml")
+    except Exception as error:
+        return str(error)
+    return "opens"
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     result = {label: report(name, changes) for label, (name, changes) in CONFIGS.items()}
     result["plugin active"] = "litgpt_moe_ext.host.seams" in sys.modules and hasattr(Config, "attention_class_name")
+    result["a checkpoint of the plugin"] = open_checkpoint(sys.argv[1])
     print("REPORT" + json.dumps(result))

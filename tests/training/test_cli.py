@@ -261,7 +261,7 @@ class Broken(TextFiles):
 """
 
 
-def test_a_bug_keeps_its_traceback_and_a_wrong_setting_is_one_line(recipe, tmp_path):
+def test_a_bug_keeps_its_traceback_and_a_wrong_setting_is_one_line(recipe, tmp_path, capsys, monkeypatch):
     """A ValueError inside a data module is not the user's mistake, although it comes before the first step."""
     (tmp_path / "broken_corpus.py").write_text(CORPUS)
     data = {"class_path": "broken_corpus.Broken", "init_args": {"train_data_path": str(tmp_path)}}
@@ -269,16 +269,11 @@ def test_a_bug_keeps_its_traceback_and_a_wrong_setting_is_one_line(recipe, tmp_p
     code = (
         "import sys; sys.path.insert(0, sys.argv.pop(1)); from litgpt_moe_ext.cli.train import main; sys.exit(main())"
     )
-
-    def outcome(*arguments: str) -> tuple[int, str]:
-        command = [sys.executable, "-c", code, str(tmp_path), "--config", str(file), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
-        return done.returncode, done.stderr
-
-    status, error = outcome()
-    assert status == 1
-    assert "Traceback" in error
-    assert error.rstrip().endswith("ValueError: a bug")
-    status, error = outcome("--train.max_norm", "0")
-    assert status == 2
-    assert error == "error: train.max_norm: 0 must be a number above 0\n"
+    command = [sys.executable, "-c", code, str(tmp_path), "--config", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert done.stderr.rstrip().endswith("ValueError: a bug")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["--config", str(file), "--train.max_norm", "0"]) == 2
+    assert capsys.readouterr().err == "error: train.max_norm: 0 must be a number above 0\n"
