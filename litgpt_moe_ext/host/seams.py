@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from litgpt_moe_ext import __version__
-from litgpt_moe_ext.host import autoload, checkpoints, commands, compile, flops, model, token_rate
+from litgpt_moe_ext.host import autoload, checkpoints, commands, compile, flops, model, padding, token_rate
 
 TESTED_LITGPT = "0.5.13"
 
@@ -141,6 +141,10 @@ SEAMS = (
             _LOOP, model.mark_loss,
         )
         for module in ("litgpt.pretrain", "litgpt.finetune.full")
+    ),
+    Seam(
+        "litgpt.finetune.full", "fit", "wrap", "Says which inputs of a batch are padding, for MoE layers.",
+        "LitGPT passes a padding mask", padding.mark_finetuning_padding,
     ),
     *(
         Seam(

@@ -110,6 +110,8 @@ class Router(nn.Module):
         self.scaling_factor = config.routed_scaling_factor
         self.loss_coefs = {name: coef for name in LOSSES if (coef := getattr(config, loss_field(name)))}
         self.loss_names = tuple(self.loss_coefs)
+        # Loaded once, where a compiler does not look.
+        self._loss_functions = {name: load(LOSSES[name].function) for name in self.loss_names}
         self.tally = Tally(self.n_expert + len(SUMS) + len(self.loss_names))
         self.record: Tensor | None = None
         self.token_ids_T: Tensor | None = None
@@ -176,7 +178,7 @@ class Router(nn.Module):
                 return real_T
             return getattr(choice if hasattr(choice, name) else self, name)
 
-        return load(loss.function)(*(value_of(name) for name in loss.inputs))
+        return self._loss_functions[name](*(value_of(name) for name in loss.inputs))
 
     @property
     def load_E(self) -> Tensor | None:  # noqa: N802
