@@ -23,17 +23,7 @@ class PaddedRows(Tensor):
 
     A slice of columns that starts at the first and leaves the last out is the inputs: a token without a target is
     `PADDING` there. All other results are ordinary tensors, except that copies and moves to a device stay rows.
-
-    Attributes:
-        n_real: Number of tokens that have a target, which is that of real inputs and of real targets.
     """
-
-    n_real: int
-
-    @classmethod
-    def of(cls, rows: Tensor) -> "PaddedRows":
-        """Return `rows`, which are on a CPU, as padded rows that share their memory."""
-        return _counted(rows, int((rows[:, 1:] >= 0).sum()))
 
     @classmethod
     def __torch_function__(
@@ -46,17 +36,11 @@ class PaddedRows(Tensor):
                 rows, (some, _) = args
                 result = result.masked_fill(rows[some, 1 : end + 1] < 0, PADDING)
             if func in _COPIES and isinstance(args[0], PaddedRows):
-                return _counted(result, args[0].n_real)
+                return result.as_subclass(PaddedRows)
             return result.as_subclass(Tensor) if isinstance(result, PaddedRows) else result
 
 
 _COPIES = {Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.pin_memory, Tensor.clone, Tensor.contiguous, Tensor.long}
-
-
-def _counted(rows: Tensor, n_real: int) -> PaddedRows:
-    padded = rows.as_subclass(PaddedRows)
-    padded.n_real = n_real
-    return padded
 
 
 def _end_of_inputs(rows: Tensor, index: Any) -> int | None:
@@ -78,11 +62,6 @@ class Padded:
 
     real_BT: Tensor
     mask: Any
-
-
-def n_real(rows: Tensor) -> int:
-    """Return how many real inputs, and as many targets, a batch of rows (B, T + 1) has; does not wait for a device."""
-    return rows.n_real if isinstance(rows, PaddedRows) else rows.size(0) * (rows.size(1) - 1)
 
 
 def mark_padding(ids_BT: Tensor, real_BT: Tensor) -> Tensor:

@@ -167,7 +167,7 @@ class DocumentWindows(Windows):
 
     def gather(self, indices: np.ndarray, pin_memory: bool = False) -> Tensor:
         """See `Windows.gather`."""
-        return PaddedRows.of(super().gather(indices, pin_memory))
+        return super().gather(indices, pin_memory).as_subclass(PaddedRows)
 
     @property
     def targets(self) -> int:

@@ -27,9 +27,7 @@ class _Inject(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         (grad,) = grads
-        if _scale is None:
-            return grad, torch.ones((), dtype=ctx.loss_dtype, device=ctx.loss_device)
-        return grad, _scale.to(ctx.loss_device, ctx.loss_dtype)
+        return grad, present_scale(grad).to(ctx.loss_device, ctx.loss_dtype)
 
 
 class _RememberScale(torch.autograd.Function):
@@ -43,6 +41,25 @@ class _RememberScale(torch.autograd.Function):
         (grad,) = grads
         _scale = grad.detach()
         return grad
+
+
+def present_scale(grad: Tensor) -> Tensor:
+    """Return the factor of the training loss in the backward pass that runs, a scalar, 1 where nobody told.
+
+    Args:
+        grad: A gradient that has just arrived.
+    """
+    # To a compiler the variable would be a constant.
+    return torch.ops.litgpt_moe_ext.loss_scale(grad) if torch.compiler.is_compiling() else _read_scale(grad)
+
+
+def _read_scale(grad: Tensor) -> Tensor:
+    return grad.new_ones(()) if _scale is None else _scale.to(grad.device, grad.dtype)
+
+
+torch.library.define("litgpt_moe_ext::loss_scale", "(Tensor grad) -> Tensor")
+torch.library.impl("litgpt_moe_ext::loss_scale", "CompositeExplicitAutograd", lambda grad: _read_scale(grad).clone())
+torch.library.register_fake("litgpt_moe_ext::loss_scale", lambda grad: grad.new_empty(()))
 
 
 def inject(carrier: Tensor, loss: Tensor) -> Tensor:

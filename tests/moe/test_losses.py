@@ -275,3 +275,18 @@ def test_litgpts_loop_marks_its_loss():
     (loss / 4).backward()
     assert weight.grad.item() == 0.25
     assert model is not None
+
+
+def test_a_compiled_layer_follows_the_scale_of_the_loss():
+    """From the first step on, and anew after each: what the compiler saw when it traced is no constant."""
+    moe = randomize(SharedExpertMoE(moe_config(router_load_balancing_loss_coef=1.0)))
+    compiled = torch.compile(moe, backend="aot_eager")
+    x = torch.randn(2, 6, 16)
+    for scale in (0.25, 8.0):
+        gradients = []
+        for layer in (moe, compiled):
+            moe.zero_grad()
+            (remember_scale(layer(x).mean()) * scale).backward()
+            gradients.append(moe.gate.weight.grad.clone())
+            forget_scale()
+        torch.testing.assert_close(*gradients)
