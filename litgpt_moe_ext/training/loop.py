@@ -99,6 +99,7 @@ class HookedLoop:
         self._means = TokenMeans(fabric.world_size)
         self._batches = StepBatches(launched.plan.sequence_length, self._accumulation, fabric.world_size)
         fabric.add_callback(self._batches)
+        fabric.add_callback(self._means.corpora)
 
     @property
     def _accumulation(self) -> int:

@@ -15,7 +15,7 @@ from litgpt.utils import CycleIterator
 from litgpt_moe_ext.cli.train import main, read_settings
 from litgpt_moe_ext.data import Mixture, PreparedCorpus, PythonStdlib, TextCorpus, TokenShards
 from litgpt_moe_ext.data.loader import Order, Replica, TokenLoader
-from litgpt_moe_ext.data.mixture.loader import MixedWindows, MixtureLoader, Part
+from litgpt_moe_ext.data.mixture.loader import MixedWindows, MixtureLoader, MixtureValidation, Part
 from litgpt_moe_ext.data.mixture.schedule import LONGEST_PERIOD, Phases, Schedule, whole_shares
 from litgpt_moe_ext.data.mixture.settings import Annealing, RunLength
 from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, train_bpe
@@ -24,8 +24,10 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.padding import PADDING
 from litgpt_moe_ext.training.checkpoint.hyperparameters import to_plain
 from litgpt_moe_ext.training.checkpoint.resharding import convert_position
+from litgpt_moe_ext.training.steps.corpora import CorpusLosses
 from tests.data.test_text_corpus import stories
 from tests.training.conftest import ROOT, corpus_settings, logged, recipe  # noqa: F401
+from tests.training.processes import in_ranks
 from tests.training.test_kills import start
 
 EXAMPLE = [f"--config={ROOT / name}" for name in ("configs/quickstart.yaml", "examples/mixture.yaml")]
@@ -223,6 +225,31 @@ def test_validation_takes_the_corpora_in_turn(texts):
         assert all(torch.equal(one, other) for one, other in zip(ours, alone, strict=True))
 
 
+def losses_by_corpus(ranks: int) -> dict[str, float]:
+    """Validate on what is this rank's part of six batches of known losses and sizes."""
+    rank = torch.distributed.get_rank() if ranks > 1 else 0
+    mixture = MixtureValidation.__new__(MixtureValidation)
+    mixture.weights, mixture.names = {"a": 1, "b": 3}, lambda: iter("abab"[: 4 // ranks] + "a" * 2)
+    means, counts = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([10, 20, 30, 60])
+    ours = slice(2 * rank, 2 * rank + 2) if ranks > 1 else slice(4)
+    losses = CorpusLosses(ranks)
+    whole = losses.mean(mixture, means[ours], counts[ours])
+    metrics = {"val_loss": float(whole)}
+    losses.on_log(metrics)
+    return metrics
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_validation_by_corpus_is_a_mean_over_the_tokens_of_all_ranks(ranks):
+    found = [losses_by_corpus(1)] if ranks == 1 else in_ranks(losses_by_corpus, 2, 2)
+    for metrics in found:
+        assert metrics == {
+            "val_loss": pytest.approx((2.5 + 3 * 3.5) / 4),
+            "val_loss/a": pytest.approx((1 * 10 + 3 * 30) / 40),
+            "val_loss/b": pytest.approx((2 * 20 + 4 * 60) / 80),
+        }
+
+
 def test_the_first_tokenizer_encodes_the_others(texts, sources):
     code = PythonStdlib(data_path=texts / "cache", source_path=sources, vocab_size=300, val_fraction=0.2)
     mixture = Mixture({"code": code, "text": text(texts, 1, tokenizer_dir=None)}, {"code": 1, "text": 1})
@@ -360,7 +387,7 @@ def test_a_run_killed_in_both_phases_goes_on_bit_for_bit(recipe, corpus_settings
                 break
         training.communicate(timeout=120)
         assert training.returncode == (0 if stop is None else -signal.SIGKILL)
-    for column in ("loss", "val_loss", "grad_norm"):
+    for column in ("loss", "val_loss", "val_loss/code", "val_loss/text", "grad_norm"):
         assert logged(tmp_path / "killed", column) == logged(tmp_path / "whole", column) != {}
 
 

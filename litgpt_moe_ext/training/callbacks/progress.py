@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from litgpt_moe_ext.training.callback import Callback
+from litgpt_moe_ext.training.steps.corpora import PREFIX
 
 # LitGPT's own lines that say what the lines below say better, or say wrong.
 _REPLACED = (
@@ -69,7 +70,11 @@ class Reporter(Callback):
         """Show a line of training or of validation."""
         if "val_loss" in metrics:
             self.val_loss = float(metrics["val_loss"])
-            self.say(f"  validation loss {self.val_loss:.4f}, perplexity {float(metrics['val_ppl']):.2f}")
+            corpora = [
+                f"{name.removeprefix(PREFIX)} {loss:.4f}" for name, loss in metrics.items() if name.startswith(PREFIX)
+            ]
+            parts = f" ({', '.join(corpora)})" if corpora else ""
+            self.say(f"  validation loss {self.val_loss:.4f}{parts}, perplexity {float(metrics['val_ppl']):.2f}")
         elif "loss" in metrics:
             self._training(metrics)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from litgpt_moe_ext.training.steps.batches import StepWeight, count_targets
+from litgpt_moe_ext.training.steps.corpora import CorpusLosses, find_mixture
 
 
 class TokenMeans:
@@ -24,11 +25,13 @@ class TokenMeans:
 
     Attributes:
         weight: Of the micro-batch that is trained on; None stands for 1.
+        corpora: Keeps the validation losses of a mixture's corpora.
     """
 
     def __init__(self, ranks: int) -> None:
         self._ranks = ranks
         self._validated: list[tuple[Tensor, Tensor]] | None = None
+        self.corpora = CorpusLosses(ranks)
         self.weight: StepWeight | None = None
 
     def wrap_loss(self, cross_entropy: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -53,17 +56,22 @@ class TokenMeans:
     def wrap_validation(self, validate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return a validation whose result, averaged over the ranks, is the mean over all tokens of all ranks.
 
+        That of a mixture is the mean over its corpora, weighted like the training.
+
         Args:
             validate: LitGPT's; calls the loss function once for every batch.
         """
 
-        def validate_tokens(*args: Any, **kwargs: Any) -> Tensor:
+        def validate_tokens(fabric: Any, model: Any, val_dataloader: Any, *args: Any, **kwargs: Any) -> Tensor:
             self._validated = validated = []
             try:
-                validate(*args, **kwargs)
+                validate(fabric, model, val_dataloader, *args, **kwargs)
             finally:
                 self._validated = None
-            return self._token_mean(*zip(*validated, strict=True))
+            means, counts = zip(*validated, strict=True)
+            if (mixture := find_mixture(val_dataloader)) is not None:
+                return self.corpora.mean(mixture, torch.stack(means), torch.stack(counts))
+            return self._token_mean(means, counts)
 
         return validate_tokens
 

@@ -1,0 +1,71 @@
+"""The validation loss of each corpus of a mixture, and of the whole.
+
+Shape legend: N batches of a validation on this rank, C corpora.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from litgpt_moe_ext.training.callback import Callback
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.data.mixture.loader import MixtureValidation
+
+PREFIX = "val_loss/"
+
+
+def find_mixture(loader: Any) -> MixtureValidation | None:
+    """Return the validation loader of a mixture under Fabric's wrapper; None if the data is something else."""
+    inner = getattr(loader, "_dataloader", loader)  # the wrapper has the loader's data, not its methods
+    return inner if hasattr(inner, "names") and hasattr(inner, "weights") else None
+
+
+class CorpusLosses(Callback):
+    """Adds `val_loss/NAME` to the log of a validation, for every corpus of a mixture.
+
+    Args:
+        ranks: Number of ranks.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
+        self._names: list[str] = []
+        self._losses_C = torch.empty(0)
+
+    def mean(self, mixture: MixtureValidation, means_N: Tensor, counts_N: Tensor) -> Tensor:
+        """Return the mean of the corpora's losses, weighted like the training; equal on all ranks.
+
+        Each of these losses is a mean over the tokens of all ranks.
+
+        Args:
+            mixture: What the batches come from.
+            means_N: Mean loss of each batch.
+            counts_N: Tokens that each of them is the mean of.
+        """
+        names = list(islice(mixture.names(), len(means_N)))
+        self._names = list(dict.fromkeys(names))
+        corpus_N = torch.tensor([self._names.index(name) for name in names], device=means_N.device)
+        dtype = torch.float32 if means_N.device.type == "mps" else torch.float64
+        counts_N = counts_N.to(dtype)
+        sums_2C = torch.zeros(2, len(self._names), dtype=dtype, device=means_N.device)
+        sums_2C.index_add_(1, corpus_N, torch.stack([means_N.to(dtype) * counts_N, counts_N]))
+        if self._ranks > 1:
+            torch.distributed.all_reduce(sums_2C)
+        self._losses_C = sums_2C[0] / sums_2C[1].clamp(min=1)
+        weights_C = torch.tensor([mixture.weights[name] for name in self._names], dtype=dtype)
+        if not weights_C.any():  # a check of a few batches may see only what the annealing reads
+            weights_C.fill_(1)
+        weights_C = (weights_C / weights_C.sum()).to(means_N.device)
+        return (self._losses_C * weights_C).sum().to(means_N.dtype)
+
+    def on_log(self, metrics: dict[str, Any]) -> None:
+        """Add the losses to a line of validation."""
+        if "val_loss" in metrics:
+            metrics |= {
+                f"{PREFIX}{name}": loss for name, loss in zip(self._names, self._losses_C.tolist(), strict=True)
+            }
