@@ -66,7 +66,10 @@ FEED_FORWARD_FIELDS = {
     ),
     "intermediate_size": _litgpt(integer(1), "hidden width of dense layers", _FEED_FORWARD),
     "mlp_activation": Field(
-        choice(ACTIVATIONS), "activation of experts, shared experts and dense layers", _FEED_FORWARD, "swiglu"
+        choice(ACTIVATIONS),
+        "activation of experts, shared experts and dense layers; `clamped_swiglu` is that of GPT-OSS",
+        _FEED_FORWARD,
+        "swiglu",
     ),
     "gelu_approximate": _litgpt(
         choice(("none", "tanh")), "how GELU is computed", (*_FEED_FORWARD, "gelu"), unset="none"
@@ -127,6 +130,9 @@ ROUTING_FIELDS = {
     ),
     "n_topk_scores_per_group": _litgpt(
         integer(1), "number of best scores whose sum is the score of a group", _GROUPS, REQUIRED
+    ),
+    "router_bias": Field(
+        types.BOOLEAN, "whether the gate has a bias that learns, as in GPT-OSS (false by default)", (*_MOE, "logits")
     ),
     "router_jitter_noise": Field(
         types.FRACTION, "largest relative noise on the router's input in training (0 by default)", (*_MOE, "logits")

@@ -76,6 +76,18 @@ SQUARED_RELU = Pointwise(
     lambda upstream, x, out: torch.clamp_min(x, 0.0, out=out).mul_(upstream).mul_(2.0),
 )
 
+# GPT-OSS: the gate limited from above, its sigmoid steeper than SiLU's, and the other projection limited and raised.
+_ALPHA, _LIMIT = 1.702, 7.0
+
+
+def _clamped_silu(x: Tensor) -> Tensor:
+    x = x.clamp(max=_LIMIT)
+    return x * torch.sigmoid(_ALPHA * x)
+
+
+CLAMPED_SILU = Pointwise(_clamped_silu)
+CLAMPED_PLUS_ONE = Pointwise(lambda x: x.clamp(-_LIMIT, _LIMIT) + 1.0)
+
 
 class Activation:
     """`f(gate) * up` for a gated activation, `f(h)` for the others.
@@ -93,6 +105,7 @@ class Activation:
         entry = ACTIVATIONS[name]
         self.gated = entry.gated
         self._pointwise: Pointwise = load(entry.tanh if gelu_approximate == "tanh" and entry.tanh else entry.function)
+        self._up: Pointwise | None = load(entry.up)
 
     def __reduce__(self) -> tuple:
         # The functions themselves cannot be pickled.
@@ -106,7 +119,10 @@ class Activation:
 
     def gate(self, gate: Tensor, up: Tensor) -> Tensor:
         """Return `f(gate) * up`."""
-        return self._pointwise.function(gate) * up
+        return self._pointwise.function(gate) * self._raised(up)
+
+    def _raised(self, up: Tensor) -> Tensor:
+        return up if self._up is None else self._up.function(up)
 
     def forward_into(self, h_NG: Tensor, a_NF: Tensor) -> None:
         """Write the hidden activations of `h_NG` to `a_NF`. Not differentiable."""
@@ -115,7 +131,7 @@ class Activation:
             return
         gate_NF, up_NF = h_NG.chunk(2, dim=1)
         self._pointwise.forward_into(gate_NF, a_NF)
-        a_NF.mul_(up_NF)
+        a_NF.mul_(self._raised(up_NF))
 
     def backward_into(
         self, h_NG: Tensor, da_NF: Tensor, a_NF: Tensor, dh_NG: Tensor | None, dots_N: Tensor | None
@@ -137,11 +153,14 @@ class Activation:
             return
         gate_NF, up_NF = h_NG.chunk(2, dim=1)
         dgate_NF, dup_NF = dh_NG.chunk(2, dim=1)
+        raised_NF = self._raised(up_NF)
         self._pointwise.forward_into(gate_NF, dup_NF)
-        torch.mul(dup_NF, up_NF, out=a_NF)
+        torch.mul(dup_NF, raised_NF, out=a_NF)
         _dot_rows(a_NF, da_NF, dots_N, scratch_NF=dgate_NF)
         dup_NF.mul_(da_NF)
-        self._pointwise.backward_into(da_NF.mul_(up_NF), gate_NF, dgate_NF)
+        if self._up is not None:
+            self._up.backward_into(dup_NF.clone(), up_NF, dup_NF)
+        self._pointwise.backward_into(da_NF.mul_(raised_NF), gate_NF, dgate_NF)
 
 
 def _dot_rows(a_NF: Tensor, b_NF: Tensor, out_N: Tensor | None, scratch_NF: Tensor | None) -> None:

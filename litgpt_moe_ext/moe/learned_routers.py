@@ -25,12 +25,14 @@ class LearnedRouter(Router):
     """A router with a linear gate.
 
     Args:
-        config: As `Router`; uses `router_jitter_noise`.
+        config: As `Router`; uses `router_jitter_noise` and `router_bias`.
 
     Attributes:
         weight: The gate, (E, D).
+        bias: Its bias, (E,), or None; it learns, unlike a balancing bias, and is part of the scores.
     """
 
+    bias: nn.Parameter | None
     weight: nn.Parameter  # pyrefly: ignore[bad-override-mutable-attribute]: never None here
 
     def __init__(self, config: "Config") -> None:
@@ -38,17 +40,21 @@ class LearnedRouter(Router):
         self.init_std = math.sqrt(2.0 / 5 / config.n_embd)
         self.jitter = config.router_jitter_noise or 0.0
         self.weight = nn.Parameter(torch.empty(config.n_expert, config.n_embd))
+        self.register_parameter("bias", nn.Parameter(torch.empty(config.n_expert)) if config.router_bias else None)
 
     def reset_parameters(self) -> None:
         """Initialise as LitGPT initialises its linear layers when pretraining (GPT-NeoX, arXiv:2204.06745)."""
         nn.init.normal_(self.weight, mean=0.0, std=self.init_std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Return the gate's logits, (T, E), of inputs with jitter in training (arXiv:2101.03961, section 2.2)."""
         if self.jitter and self.training:
             x_TD = x_TD.to(_router_dtype(x_TD))
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.jitter, 1 + self.jitter)
-        return self.project(x_TD, self.weight)
+        logits_TE = self.project(x_TD, self.weight)
+        return logits_TE if self.bias is None else logits_TE + self.bias.to(logits_TE.dtype)
 
     def project(self, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         """Return `x_TD @ weight_ED.T`, (T, E), in at least float32 even under autocast."""

@@ -62,12 +62,14 @@ class ActivationType:
     Attributes:
         function: A `litgpt_moe_ext.moe.activations.Pointwise`, or its import path.
         gated: Whether it gates a second projection: `f(gate(x)) * up(x)` (arXiv:2002.05202).
+        up: What is done to that projection first, if anything, as `function`.
         tanh: What takes its place under `gelu_approximate: tanh`, if anything does.
     """
 
     function: Any
     gated: bool = False
     tanh: Any = None
+    up: Any = None
 
 
 ROUTERS: dict[str, RouterType] = {
@@ -125,6 +127,9 @@ LOSSES: dict[str, Loss] = {
 
 ACTIVATIONS: dict[str, ActivationType] = {
     "swiglu": ActivationType("litgpt_moe_ext.moe.activations.SILU", gated=True),
+    "clamped_swiglu": ActivationType(
+        "litgpt_moe_ext.moe.activations.CLAMPED_SILU", gated=True, up="litgpt_moe_ext.moe.activations.CLAMPED_PLUS_ONE"
+    ),
     "geglu": ActivationType(
         "litgpt_moe_ext.moe.activations.GELU", gated=True, tanh="litgpt_moe_ext.moe.activations.GELU_TANH"
     ),

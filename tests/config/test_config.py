@@ -48,7 +48,10 @@ GROUPS = {"n_expert_groups": 4, "n_topk_groups": 1, "n_topk_scores_per_group": 2
         ({"first_k_dense_replace": 1}, "intermediate_size: None must be set because first_k_dense_replace is 1"),
         ({"decoder_sparse_step": 0}, "decoder_sparse_step: 0 must be an integer from 1 to 2"),
         ({"decoder_sparse_step": 2}, "intermediate_size: None must be set because decoder_sparse_step is 2"),
-        ({"mlp_activation": "silu"}, "mlp_activation: 'silu' is unknown; choose from swiglu, geglu, gelu, relu, relu2"),
+        (
+            {"mlp_activation": "silu"},
+            "mlp_activation: 'silu' is unknown; choose from swiglu, clamped_swiglu",
+        ),
         (
             {"expert_backend": "fast"},
             "expert_backend: 'fast' is unknown; choose from loop, grouped_cpu, grouped_mm, tri",

@@ -125,6 +125,7 @@ def test_wide_experts(name):
         {"mlp_activation": "gelu", "gelu_approximate": "tanh"},
         {"mlp_activation": "relu"},
         {"mlp_activation": "relu2"},
+        {"mlp_activation": "clamped_swiglu"},
     ],
     ids=str,
 )

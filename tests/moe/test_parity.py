@@ -250,26 +250,45 @@ def test_equals_glm4_moe(normalize, shape):
     check_parity(SharedExpertMoE(config), theirs, shape, torch.float32)
 
 
-def test_routes_as_gpt_oss():
-    """Top-k of the logits, then the softmax of those; its router's own bias is zero here."""
+@SHAPES
+def test_equals_gpt_oss(shape):
+    """Router with a bias, and experts whose projections are limited: the inputs are large enough for that."""
     from transformers import GptOssConfig
-    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
-    theirs = GptOssTopKRouter(GptOssConfig(hidden_size=16, num_local_experts=8, num_experts_per_tok=3)).double()
-    torch.nn.init.normal_(theirs.weight)
-    torch.nn.init.zeros_(theirs.bias)
-    config = moe_config(n_expert_per_token=3, router_score_function="softmax", norm_topk_prob=True)
-    ours = SharedExpertMoE(config).double().gate
-    with torch.no_grad():
-        ours.weight.copy_(theirs.weight)
-    x, upstream = inputs((11, 16), torch.float64)
-    scores, _ = theirs(x)
-    routing = ours(x)
-    dense = torch.zeros_like(scores).scatter(1, routing.experts_TK, routing.weights_TK)
-    torch.testing.assert_close(dense, scores)
-    scores.backward(upstream[:, :8])
-    dense.backward(upstream[:, :8])
-    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
+    def translate(tensors):
+        up, bias = tensors["experts.gate_up_proj"].mT, tensors["experts.gate_up_proj_bias"]
+        return {
+            "gate.weight": tensors["router.weight"],
+            "gate.bias": tensors["router.bias"],
+            "experts.gate_up_proj": torch.cat([up[:, ::2], up[:, 1::2]], dim=1),
+            "experts.gate_up_bias": torch.cat([bias[:, ::2], bias[:, 1::2]], dim=1),
+            "experts.down_proj": tensors["experts.down_proj"].mT,
+            "experts.down_bias": tensors["experts.down_proj_bias"],
+        }
+
+    sizes = {"hidden_size": 16, "intermediate_size": 12, "num_local_experts": 8, "num_experts_per_tok": 3}
+    theirs = randomize(GptOssMLP(GptOssConfig(**sizes)).double(), std=2.0)
+    config = moe_config(
+        n_expert_per_token=3,
+        router_score_function="softmax",
+        norm_topk_prob=True,
+        router_bias=True,
+        mlp_activation="clamped_swiglu",
+        bias=True,
+    )
+    ours = SharedExpertMoE(config).double()
+    ours.load_state_dict({**translate(theirs.state_dict()), "gate.e_score_correction_bias": torch.zeros(8)})
+    forward = theirs.forward
+    theirs.forward = lambda x: forward(x)[0]
+
+    x, upstream = inputs(shape, torch.float64)
+    our_output, our_gradients = gradients(ours, x, upstream)
+    their_output, their_gradients = gradients(theirs, x, upstream)
+    torch.testing.assert_close(our_output, their_output, **TOLERANCE)
+    expected = {**their_gradients, **translate(their_gradients)}
+    for name, gradient in our_gradients.items():
+        torch.testing.assert_close(gradient, expected[name], **TOLERANCE)
 
 
 def test_equals_litgpts_grouped_moe():

@@ -9,8 +9,8 @@ from typing import Literal
 class Import:
     """Write a Hugging Face checkpoint as a LitGPT checkpoint with this package's layers.
 
-    Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, ERNIE-4.5-MoE, GLM-4-MoE, DeepSeek-V2 and -V3, GPT-2,
-    Llama and Qwen3. The result trains on with
+    Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, ERNIE-4.5-MoE, GLM-4-MoE, GPT-OSS, DeepSeek-V2 and -V3,
+    GPT-2, Llama and Qwen3. The result trains on with
     `run_train.py --initial_checkpoint_dir`, and `litgpt generate` and `litgpt-moe experts` open it.
 
     Attributes:

@@ -150,7 +150,7 @@ GRAPHS = (
             "layers": ("dense",),
             "norm": ("layer",),
             "positions": ("learned",),
-            "sinks": (False,),
+            "sinks": ("none",),
             "window": ("none",),
             "qk_norm": ("none",),
             "attention_bias": ("none", "all"),

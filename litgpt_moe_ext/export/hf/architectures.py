@@ -104,7 +104,7 @@ LLAMA_LIKE: dict[str, tuple[Any, ...]] = {
     "positions": ("rotary",),
     "rope": ROPES,
     "rope_layout": ("half",),
-    "sinks": (False,),
+    "sinks": ("none",),
     "window": ("none",),
     "qk_norm": ("none",),
     "attention_bias": ("none",),
@@ -117,6 +117,7 @@ _DENSE = LLAMA_LIKE | {"layers": ("dense",)}
 SOFTMAX = LLAMA_LIKE | {
     "router": ("topk",),
     "score": ("softmax",),
+    "router_bias": (False,),
     "norm_topk": (True,),
     "balancing_bias": (False,),
     "groups": ("none",),
@@ -141,7 +142,7 @@ ARCHITECTURES = (
             "layers": ("dense",),
             "norm": ("layer",),
             "positions": ("learned",),
-            "sinks": (False,),
+            "sinks": ("none",),
             "window": ("none",),
             "qk_norm": ("none",),
             "attention_bias": ("none", "all"),
@@ -257,6 +258,22 @@ ARCHITECTURES = (
             bias="mlp.gate.e_score_correction_bias",
             shared="mlp.shared_experts",
         ),
+    ),
+    Architecture(
+        "GptOssForCausalLM",
+        "gpt_oss",
+        SOFTMAX
+        | {
+            "layers": ("moe",),
+            "sinks": ("all",),
+            "window": ("none", "all", "some"),
+            "attention_bias": ("all",),
+            "activation": ("clamped_swiglu",),
+            "mlp_bias": (True,),
+            "router_bias": (True, False),
+        },
+        config_json.gpt_oss,
+        names.gpt_oss,
     ),
     Architecture(
         "DeepseekV2ForCausalLM",

@@ -123,6 +123,26 @@ def deepseek_v3(facts: Facts) -> _Json:
     return glm(facts) | _latent(facts) | {"rope_interleave": facts.rope_layout == "interleaved"}
 
 
+def gpt_oss(facts: Facts) -> _Json:
+    """Return the entries of GPT-OSS."""
+    config = facts.config
+    windows = [window_of(config, i) for i in range(config.n_layer)]
+    return (
+        llama(facts)
+        | moe_sizes(facts)
+        | {
+            "num_local_experts": config.n_expert,
+            "intermediate_size": config.moe_intermediate_size,
+            "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
+            "sliding_window": config.sliding_window_size or config.block_size,
+            "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0,
+            # Nothing would mean YaRN.
+            "rope_scaling": _rope_scaling(facts) or {"rope_type": "default"},
+        }
+    )
+
+
 def ernie(facts: Facts) -> _Json:
     """Return the entries of ERNIE-4.5-MoE."""
     config = facts.config
@@ -173,6 +193,7 @@ def own(facts: Facts) -> _Json:
             "num_experts_per_tok": config.n_expert_per_token,
             "router": facts.router,
             "router_score_function": facts.score,
+            "router_bias": facts.router_bias,
             "n_group": config.n_expert_groups or 1,
             "topk_group": config.n_topk_groups or 1,
             "topk_scores_per_group": config.n_topk_scores_per_group or 1,
@@ -201,8 +222,8 @@ def own(facts: Facts) -> _Json:
             "rope_dim": config.rope_n_elem,
             "rope_attention_factor": factor,
             "rope_interleave": facts.rope_layout == "interleaved",
-            "hidden_act": {"swiglu": "silu", "geglu": _gelu(facts)}.get(facts.activation, facts.activation),
-            "gated": facts.activation in ("swiglu", "geglu"),
+            "hidden_act": _GATED.get(facts.activation) or _gelu(facts),
+            "gated": is_gated(facts),
             "mlp_bias": facts.mlp_bias,
             "intermediate_size": config.intermediate_size or 0,
             "moe_layers": [facts.moe and not is_dense_layer(config, i) for i in range(config.n_layer)],
@@ -211,5 +232,16 @@ def own(facts: Facts) -> _Json:
     )
 
 
+# What is applied to the gate of gated activations.
+_GATED = {"swiglu": "silu", "clamped_swiglu": "clamped_silu", "geglu": None}
+
+
+def is_gated(facts: Facts) -> bool:
+    """Return whether feed-forward layers have a gate."""
+    return facts.activation in _GATED
+
+
 def _gelu(facts: Facts) -> str:
+    if facts.activation != "geglu":
+        return facts.activation
     return "gelu_tanh" if facts.config.gelu_approximate == "tanh" else "gelu"

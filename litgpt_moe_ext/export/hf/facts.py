@@ -50,16 +50,17 @@ class Facts:
         rope: `default`, `linear`, `llama3` or `yarn`.
         yarn_rounds: Whether the ends of YaRN's ramp are whole numbers; true without YaRN.
         rope_layout: `half` or `interleaved`.
-        sinks: Whether some layer has sinks.
+        sinks: `none`, `all` or `some` (layers have them).
         window: `none`, `all` or `some`.
         qk_norm: `none`, `head` or `whole` (over all heads together).
         attention_bias: `none`, `qkv` or `all`.
         grouped: Whether key/value heads are fewer than query heads.
         free_head_size: Whether heads do not split the model width evenly.
-        activation: `swiglu`, `geglu`, `gelu`, `gelu_tanh`, `relu` or `relu2`.
+        activation: `swiglu`, `clamped_swiglu`, `geglu`, `gelu`, `gelu_tanh`, `relu` or `relu2`.
         mlp_bias: Whether feed-forward layers have biases.
         router: `none`, `topk`, `noisy_topk`, or a router without learning.
         score: `none`, `sigmoid` or `softmax`.
+        router_bias: Whether the gate has a bias that learns.
         norm_topk: Whether weights of the chosen experts sum to 1.
         balancing_bias: Whether the router has a bias that is not the same for all experts.
         groups: `none`, `best_one` or `best_two` (groups are worth that many of their best scores), or `other`.
@@ -79,7 +80,7 @@ class Facts:
     rope: str
     yarn_rounds: bool
     rope_layout: str
-    sinks: bool
+    sinks: str
     window: str
     qk_norm: str
     attention_bias: str
@@ -89,6 +90,7 @@ class Facts:
     mlp_bias: bool
     router: str
     score: str
+    router_bias: bool
     norm_topk: bool
     balancing_bias: bool
     groups: str
@@ -155,7 +157,7 @@ def facts_of(config: "Config", state: "dict[str, Tensor]") -> Facts:
         rope={"plain": "default"}.get(kind := rope_kind(config.rope_adjustments), kind),
         yarn_rounds=present_adjustments(config.rope_adjustments).get("truncate", True),
         rope_layout="interleaved" if config.rope_interleave else "half",
-        sinks=any(layer_has_sinks(config, i) for i in range(config.n_layer)),
+        sinks=_how_many([layer_has_sinks(config, i) for i in range(config.n_layer)]),
         window=_window(config),
         qk_norm={"default": "head", "olmo2": "whole"}[config.norm_qk_type] if config.norm_qk else "none",
         attention_bias="all" if config.bias else "qkv" if config.attn_bias else "none",
@@ -165,6 +167,7 @@ def facts_of(config: "Config", state: "dict[str, Tensor]") -> Facts:
         mlp_bias=config.bias,
         router=config.router_type if moe else "none",
         score=(config.router_score_function or "none") if moe else "none",
+        router_bias=bool(moe and config.router_bias),
         norm_topk=bool(moe and config.norm_topk_prob),
         balancing_bias=moe and any(_distinguishes(t) for n, t in state.items() if n.endswith("correction_bias")),
         groups=_groups(config) if moe else "none",
@@ -207,8 +210,11 @@ def _positions(config: "Config") -> str:
 
 
 def _window(config: "Config") -> str:
-    windows = [window_of(config, i) is not None for i in range(config.n_layer)]
-    return "all" if all(windows) else "some" if any(windows) else "none"
+    return _how_many([window_of(config, i) is not None for i in range(config.n_layer)])
+
+
+def _how_many(layers: list[bool]) -> str:
+    return "all" if all(layers) else "some" if any(layers) else "none"
 
 
 def _activation(config: "Config") -> str:

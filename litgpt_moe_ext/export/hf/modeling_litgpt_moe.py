@@ -17,13 +17,27 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 # What the key/value cache is called: transformers 5 renamed it.
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
+
+def _clamped_silu(x):
+    x = x.clamp(max=7.0)
+    return x * torch.sigmoid(1.702 * x)
+
+
 _ACTIVATIONS = {
+    "clamped_silu": _clamped_silu,
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
 }
+
+
+def _gate(config, gate, up):
+    """Return the hidden activations of a gated layer; GPT-OSS limits both projections, and raises one."""
+    if config.hidden_act == "clamped_silu":
+        up = up.clamp(-7.0, 7.0) + 1.0
+    return _ACTIVATIONS[config.hidden_act](gate) * up
 
 
 # Settings of a model, with defaults for a tiny one.
@@ -60,6 +74,7 @@ _SETTINGS = {
     "num_experts_per_tok": 0,
     "router": "topk",
     "router_score_function": "sigmoid",
+    "router_bias": False,
     "n_group": 1,
     "topk_group": 1,
     "topk_scores_per_group": 1,
@@ -187,14 +202,16 @@ class LitGPTMoEMLP(nn.Module):
 
     def __init__(self, config, width):
         super().__init__()
-        self.act = _ACTIVATIONS[config.hidden_act]
+        self.config = config
         self.gate_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias) if config.gated else None
         self.up_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
         self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         up = self.up_proj(x)
-        return self.down_proj(self.act(up) if self.gate_proj is None else self.act(self.gate_proj(x)) * up)
+        if self.gate_proj is None:
+            return self.down_proj(_ACTIVATIONS[self.config.hidden_act](up))
+        return self.down_proj(_gate(self.config, self.gate_proj(x), up))
 
 
 class LitGPTMoERouter(nn.Module):
@@ -204,6 +221,7 @@ class LitGPTMoERouter(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
+        self.bias = nn.Parameter(torch.zeros(config.num_experts)) if config.router_bias else None
         if config.router == "topk":
             bias_E = torch.zeros(config.num_experts, dtype=torch.float32)
             self.e_score_correction_bias = nn.Parameter(bias_E, requires_grad=False)
@@ -212,7 +230,8 @@ class LitGPTMoERouter(nn.Module):
         config, K = self.config, self.config.num_experts_per_tok
         dtype = torch.promote_types(x_ND.dtype, torch.float32)
         with torch.autocast(x_ND.device.type, enabled=False):
-            logits_NE = F.linear(x_ND.to(dtype), self.weight.to(dtype))
+            bias_E = None if self.bias is None else self.bias.to(dtype)
+            logits_NE = F.linear(x_ND.to(dtype), self.weight.to(dtype), bias_E)
         if config.router == "noisy_topk":
             best = logits_NE.topk(K, dim=-1)
             return best.values.softmax(dim=-1) * config.routed_scaling_factor, best.indices
@@ -237,7 +256,7 @@ class LitGPTMoEExperts(nn.Module):
     def __init__(self, config):
         super().__init__()
         E, D, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
-        self.num_experts, self.gated, self.act = E, config.gated, _ACTIVATIONS[config.hidden_act]
+        self.num_experts, self.config = E, config
         self.first, G = ("gate_up", 2 * width) if config.gated else ("up", width)
         self.register_parameter(f"{self.first}_proj", nn.Parameter(torch.zeros(E, G, D)))
         self.down_proj = nn.Parameter(torch.zeros(E, D, width))
@@ -251,11 +270,11 @@ class LitGPTMoEExperts(nn.Module):
         for e in experts_NK.unique().tolist():
             token, place = torch.where(experts_NK == e)
             h = F.linear(x_ND[token], up_EGD[e], None if up_bias_EG is None else up_bias_EG[e])
-            if self.gated:
-                gate, up = h.chunk(2, dim=-1)
-                h = self.act(gate) * up
-            else:
-                h = self.act(h)
+            h = (
+                _gate(self.config, *h.chunk(2, dim=-1))
+                if self.config.gated
+                else _ACTIVATIONS[self.config.hidden_act](h)
+            )
             h = F.linear(h, self.down_proj[e], None if self.down_bias is None else self.down_bias[e])
             y_ND.index_add_(0, token, h * weights_NK[token, place, None])
         return y_ND.to(x_ND.dtype)

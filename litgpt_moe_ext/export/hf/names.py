@@ -3,10 +3,12 @@
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from litgpt_moe_ext.config.features import is_dense_layer
+from litgpt_moe_ext.export.hf.config_json import is_gated
 from litgpt_moe_ext.export.hf.facts import Facts
-from litgpt_moe_ext.export.hf.tensors import TRANSPOSED, Constant, Layout, Rule, interleaved
+from litgpt_moe_ext.export.hf.tensors import AS_IT_IS, TRANSPOSED, Constant, Layout, Rule, interleaved
 
 Entries = list[Rule | Constant]
 
@@ -83,7 +85,7 @@ def own(facts: Facts) -> Entries:
     entries = llama_like(facts)
     if facts.positions == "learned":
         entries += _both("transformer.wpe", ("model.embed_positions",), bias=False)
-    gated = facts.activation in ("swiglu", "geglu")
+    gated = is_gated(facts)
     for i in range(config.n_layer):
         ours, theirs = f"transformer.h.{i}.", f"model.layers.{i}."
         entries.append(Rule(ours + "attn.sinks", (theirs + "self_attn.sinks",)))
@@ -94,6 +96,8 @@ def own(facts: Facts) -> Entries:
         names = ["gate.weight", f"experts.{first}_proj", "experts.down_proj"]
         if facts.router == "topk":
             names.append("gate.e_score_correction_bias")
+        if facts.router_bias:
+            names.append("gate.bias")
         if facts.mlp_bias:
             names += [f"experts.{first}_bias", "experts.down_bias"]
         if facts.shared == "gated":
@@ -102,6 +106,48 @@ def own(facts: Facts) -> Entries:
         if facts.shared != "none":
             entries += _dense(ours + "mlp.shared_experts.", theirs + "mlp.shared_experts.", facts.mlp_bias, gated)
     return _with_sinks_only_where_there_are(facts, entries)
+
+
+def gpt_oss(facts: Facts) -> Entries:
+    """Return the rules of `GptOssForCausalLM`: experts as (in, out), their gate and up rows in turns."""
+    config = facts.config
+    entries = llama_like(facts)
+    for i in range(config.n_layer):
+        ours, theirs = f"transformer.h.{i}.", f"model.layers.{i}."
+        maps = {
+            "experts.gate_up_proj": ("gate_up_proj", Layout(_in_turns_transposed, _one_after_the_other_transposed)),
+            "experts.gate_up_bias": ("gate_up_proj_bias", Layout(_in_turns, _one_after_the_other)),
+            "experts.down_proj": ("down_proj", Layout(lambda w: w.mT, lambda w: w.mT)),
+            "experts.down_bias": ("down_proj_bias", AS_IT_IS),
+        }
+        entries.append(Rule(f"{ours}attn.sinks", (f"{theirs}self_attn.sinks",)))
+        entries.append(Rule(f"{ours}mlp.gate.weight", (f"{theirs}mlp.router.weight",)))
+        if facts.router_bias:
+            entries.append(Rule(f"{ours}mlp.gate.bias", (f"{theirs}mlp.router.bias",)))
+        else:
+            size = config.n_expert
+            entries.append(Constant(f"{theirs}mlp.router.bias", lambda size=size: torch.zeros(size)))
+        for name, (theirs_name, layout) in maps.items():
+            place = f"{theirs}mlp.experts.{theirs_name}"
+            entries.append(Rule(f"{ours}mlp.{name}", (place,), layouts={place: layout}))
+    return entries
+
+
+def _in_turns(rows: Tensor) -> Tensor:
+    # (E, 2F, ...): gate rows above up rows, to one of each in turns.
+    return rows.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+
+
+def _one_after_the_other(rows: Tensor) -> Tensor:
+    return rows.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+
+
+def _in_turns_transposed(rows: Tensor) -> Tensor:
+    return _in_turns(rows).mT
+
+
+def _one_after_the_other_transposed(columns: Tensor) -> Tensor:
+    return _one_after_the_other(columns.mT)
 
 
 def gpt2(facts: Facts) -> Entries:

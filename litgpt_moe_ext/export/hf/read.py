@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # What transformers recomputes, or keeps from versions that stored it.
 _IGNORED = re.compile(r"(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _TOKENIZER = (
     "tokenizer.json",
     "tokenizer.model",
@@ -137,7 +138,7 @@ class _Weights:
         name = self._alias.get(name, name)
         if name in self._place:
             return [name]
-        if ".experts." not in name:
+        if not _EXPERT.search(name):
             return []
         prefix = name[: name.index(".experts.") + 9]
         _, part = _expert_of(name)

@@ -32,6 +32,8 @@ def model_settings(hf_dir: Path) -> tuple[str, _Json]:
         raise SettingsError(
             f"hf_dir: {str(path)!r} is a {model_type}; known architectures: {', '.join(sorted(_READERS))}"
         )
+    if raw.get("quantization_config"):
+        raise SettingsError(f"hf_dir: {str(path)!r} has quantized weights; save the model in bfloat16 first")
     settings = _READERS[model_type](_with_defaults(hf_dir, raw))
     return model_type, settings | {"name": hf_dir.resolve().name}
 
@@ -177,6 +179,20 @@ def _glm(hf: _Json) -> _Json:
     }
 
 
+def _gpt_oss(hf: _Json) -> _Json:
+    for name, value in (("swiglu_alpha", 1.702), ("swiglu_limit", 7.0), ("attention_bias", True)):
+        if hf.get(name, value) != value:
+            raise SettingsError(f"hf_dir: {name}: {hf[name]} must be {value}; this package has no other")
+    windows = [int(kind == "sliding_attention") for kind in hf["layer_types"]]
+    window = {"sliding_window_size": hf["sliding_window"], "sliding_window_indices": windows} if any(windows) else {}
+    return (
+        _moe(hf, "num_local_experts", "intermediate_size")
+        | {"bias": True, "attention_sinks": True, "router_bias": True, "mlp_activation": "clamped_swiglu"}
+        | {"norm_topk_prob": True}
+        | window
+    )
+
+
 def _deepseek(hf: _Json) -> _Json:
     _refuse(hf, "attention_bias", "mlp_bias")
     if hf["q_lora_rank"] is None:
@@ -280,6 +296,7 @@ _READERS: dict[str, Callable[[_Json], _Json]] = {
     "olmoe": _olmoe,
     "ernie4_5_moe": _ernie,
     "glm4_moe": _glm,
+    "gpt_oss": _gpt_oss,
     "deepseek_v2": _deepseek_v2,
     "deepseek_v3": _deepseek_v3,
 }

@@ -35,6 +35,13 @@ SOFTMAX = {**MOE, "router_score_function": "softmax", "router_bias_update_rate":
 DENSE = {**SIZES, "mlp_class_name": "FeedForward", "intermediate_size": 40}
 LEARNED = {"position_embedding": "learned", "rotary_percentage": 0.0, "norm_class_name": "LayerNorm"}
 YARN = {"factor": 4.0, "original_max_seq_len": 16, "beta_fast": 32.0, "beta_slow": 1.0}
+GPT_OSS: dict[str, Any] = {
+    **SOFTMAX,
+    "bias": True,
+    "attention_sinks": True,
+    "router_bias": True,
+    "mlp_activation": "clamped_swiglu",
+}
 MOE_OF_LITGPT = {name: value for name, value in MOE.items() if not name.startswith("attention")}
 LATENT_SIZES: dict[str, Any] = {
     "n_query_groups": 4,
@@ -110,6 +117,17 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
         },
         True,
     ),
+    "gpt-oss": (
+        "GptOssForCausalLM",
+        {
+            **GPT_OSS,
+            "sliding_window_size": 9,
+            "sliding_window_indices": [1, 0, 1],
+            "rope_adjustments": {**YARN, "truncate": False},
+        },
+        False,
+    ),
+    "gpt-oss-without-router-bias": ("GptOssForCausalLM", {**GPT_OSS, "router_bias": None}, False),
     "deepseek-v2": (
         "DeepseekV2ForCausalLM",
         {
@@ -169,6 +187,7 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
         {
             **MOE,
             "mlp_activation": "geglu",
+            "router_bias": True,
             "rotary_percentage": 0.5,
             "first_k_dense_replace": 1,
             "intermediate_size": 40,

@@ -1,0 +1,74 @@
+"""llama.cpp itself computes what the original computes: `pip install llama-cpp-python`, `pytest -m llama_cpp`.
+
+Keys and values are kept in float32 for it; its GELU is a table of float16.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, train_bpe
+from litgpt_moe_ext.evaluation.loading import load_model
+from litgpt_moe_ext.export.gguf.write import export_gguf
+from tests.export.gguf.models import GRAPH_CASES
+from tests.export.hf.models import make_checkpoint
+
+pytestmark = pytest.mark.llama_cpp
+TEXT = "def reverse(items):\n    return items[::-1]  # 12345 it's déjà-vu 日本\n\n\tdone"
+
+
+def open_file(folder: Path):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    exact = {"n_ctx": 64, "logits_all": True, "n_threads": 1, "flash_attn": False, "type_k": 0, "type_v": 0}
+    return llama_cpp.Llama(str(folder / "model.gguf"), verbose=False, **exact)
+
+
+def greedy(llama, prompt: list[int], n: int) -> list[int]:
+    llama.reset()
+    llama.eval(prompt)
+    text = list(prompt)
+    for _ in range(n):
+        text.append(int(np.argmax(llama.scores[len(text) - 1])))
+        llama.eval(text[-1:])
+    return text
+
+
+@pytest.mark.parametrize("name", GRAPH_CASES)
+def test_logits_and_tokens(tmp_path, name):
+    graph, settings, biased = GRAPH_CASES[name]
+    settings = {**settings, "vocab_size": 320, "padded_vocab_size": 320}
+    model = make_checkpoint(tmp_path / "checkpoint", settings, biased)
+    tokenizer = train_bpe([TEXT] * 20, BPESettings(vocab_size=320), tmp_path / "checkpoint")
+    export_gguf(tmp_path / "checkpoint", tmp_path / "out")
+    llama = open_file(tmp_path / "out")
+    assert llama.tokenize(TEXT.encode(), add_bos=False) == tokenizer.encode(TEXT).ids
+    tokens = torch.randint(320, (1, 40), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = model(tokens)[0]
+        text = tokens[:, :8]
+        for _ in range(32):
+            text = torch.cat([text, model(text)[:, -1:].argmax(-1)], dim=1)
+    llama.eval(tokens[0].tolist())
+    error = np.abs(llama.scores[:40] - expected.numpy()).max() / expected.abs().max().item()
+    print(f"{name}: logits within {error:.1e}")
+    assert error < (5e-3 if graph == "gpt2" else 5e-5)
+    assert greedy(llama, tokens[0, :8].tolist(), 32) == text[0].tolist()
+
+
+def test_a_trained_checkpoint(tmp_path):
+    """The one that the environment variable TRAINED_CHECKPOINT names."""
+    checkpoint = os.environ.get("TRAINED_CHECKPOINT")
+    if checkpoint is None:
+        pytest.skip("TRAINED_CHECKPOINT names none")
+    export_gguf(Path(checkpoint), tmp_path / "out", dtype="float32")
+    llama = open_file(tmp_path / "out")
+    model = load_model(Path(checkpoint), torch.device("cpu"), torch.float32)
+    prompt = llama.tokenize(b"def parse(", add_bos=False)
+    text = torch.tensor([prompt])
+    with torch.inference_mode():
+        for _ in range(48):
+            text = torch.cat([text, model(text)[:, -1:].argmax(-1)], dim=1)
+    assert greedy(llama, prompt, 48) == text[0].tolist()
