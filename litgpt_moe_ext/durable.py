@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+WRITE_TEST = ".write-test-"
+"""How the names of files begin that only try whether a directory can be written to."""
+
 
 def flush(path: Path) -> None:
     """Wait until a file, or the list of names in a folder, is on the disk."""

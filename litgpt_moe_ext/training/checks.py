@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litgpt_moe_ext.config.litgpt_fields import RANGES, check_ranges
+from litgpt_moe_ext.durable import WRITE_TEST
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import checked, members
 
@@ -126,7 +127,7 @@ def check_writable(out_dir: Path) -> None:
         raise SettingsError(f"out_dir: {str(out_dir)!r} is the working directory; name one for this run alone")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=out_dir, prefix=".write-test-"):
+        with tempfile.NamedTemporaryFile(dir=out_dir, prefix=WRITE_TEST):
             pass
     except OSError as error:
         raise SettingsError(

@@ -33,6 +33,7 @@ def run(settings: Settings) -> None:
     from litgpt_moe_ext.training.checkpoint.exports import export_checkpoints
     from litgpt_moe_ext.training.equip import check_strategy_fits, equip
     from litgpt_moe_ext.training.launch import launched
+    from litgpt_moe_ext.training.parallel.memory import check_memory
     from litgpt_moe_ext.training.plan import make_plan
     from litgpt_moe_ext.training.prepare import prepare_data
     from litgpt_moe_ext.training.report import announce, conclude
@@ -41,6 +42,7 @@ def run(settings: Settings) -> None:
     plan = make_plan(settings)
     with launched(plan) as processes:
         check_strategy_fits(processes)
+        check_memory(processes)
         start = find_start(processes)
         prepared = prepare_data(processes)
         equipment = equip(processes, prepared)
@@ -59,12 +61,13 @@ def train(launched: Launched, start: Start, prepared: Prepared, equipment: Equip
     from litgpt_moe_ext.training.callbacks.retention import Retention
     from litgpt_moe_ext.training.compilation import compile_scope
     from litgpt_moe_ext.training.loop import HookedLoop
+    from litgpt_moe_ext.training.parallel.memory import explained
 
     plan, settings, fabric = launched.plan, launched.plan.settings, launched.fabric
     loop = HookedLoop(launched, start, prepared.tokenizer_dir, equipment)
     retention = Retention(settings.checkpoint, plan.out_dir, fabric, loop.save)
     fabric.add_callback(retention)
-    with loop.installed(), compile_scope(equipment.compile):
+    with explained(launched), loop.installed(), compile_scope(equipment.compile):
         litgpt.pretrain.main(
             fabric=fabric,
             devices=launched.devices,

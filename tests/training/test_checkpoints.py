@@ -1,10 +1,13 @@
 """Which checkpoints there are, and that no failure costs one."""
 
+import errno
 import json
+import os
 import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -284,3 +287,111 @@ def test_resume_notes(recipe, tmp_path, capsys):
 def test_wrong_settings(name, value):
     with pytest.raises(ValueError, match=f"checkpoint.{name}: {value} must be"):
         CheckpointArgs(**{name: value})
+
+
+class TestSetAside:
+    """A second run in the same `out_dir` loses nothing of the first, wherever the directory lies."""
+
+    @pytest.fixture
+    def first_run(self, recipe, tmp_path):
+        file = recipe(train={"max_tokens": 128})
+
+        def make(out_dir: Path) -> Path:
+            assert train("--config", file, "--out_dir", out_dir) == 0
+            return file
+
+        return make
+
+    @pytest.mark.parametrize("error", [errno.EXDEV, errno.EACCES, errno.EROFS])
+    def test_where_nothing_can_be_moved_beside_it(self, first_run, tmp_path, monkeypatch, error):
+        """As in the root of a disk, or in a folder that is read-only."""
+        out_dir = tmp_path / "out"
+        file = first_run(out_dir)
+        rename = Path.rename
+
+        def within(self: Path, target: Path) -> Path:
+            if Path(target).is_relative_to(out_dir) != self.is_relative_to(out_dir):
+                raise OSError(error, os.strerror(error))
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", within)
+        for number in (1, 2):
+            assert train("--config", file, "--out_dir", out_dir) == 0
+            assert problem_with(out_dir / f"run-earlier-{number}" / "final") is None
+        assert problem_with(out_dir / "final") is None
+        assert sorted(path.name for path in tmp_path.glob("out*")) == ["out"], "no empty folder is left"
+
+    def test_through_a_link_to_another_disk(self, first_run, tmp_path):
+        with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as disk:
+            (Path(disk) / "out").mkdir()
+            (tmp_path / "link").symlink_to(Path(disk) / "out")
+            file = first_run(tmp_path / "link")
+            assert train("--config", file, "--out_dir", tmp_path / "link") == 0
+            assert problem_with(Path(disk) / "out-earlier-1" / "final") is None
+            assert problem_with(tmp_path / "link" / "final") is None
+
+    def test_a_mount_point(self, first_run, tmp_path):
+        out_dir = tmp_path / "disk"
+        out_dir.mkdir()
+        if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", out_dir], capture_output=True).returncode:
+            pytest.skip("nothing can be mounted here")
+        try:
+            file = first_run(out_dir)
+            assert train("--config", file, "--out_dir", out_dir) == 0
+            assert problem_with(out_dir / "run-earlier-1" / "final") is None
+        finally:
+            subprocess.run(["umount", out_dir], check=True)
+
+    def test_nowhere(self, first_run, tmp_path, monkeypatch, capsys):
+        out_dir = tmp_path / "out"
+        file = first_run(out_dir)
+
+        def refuse(_self: Path, _target: Path) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        monkeypatch.setattr(Path, "rename", refuse)
+        assert train("--config", file, "--out_dir", out_dir) == 2
+        assert "error: out_dir: " in capsys.readouterr().err
+        assert problem_with(out_dir / "final") is None
+
+    def test_many_are_told(self, recipe, tmp_path, capsys):
+        for number in (1, 2):
+            (tmp_path / f"out-earlier-{number}").mkdir()
+        file = recipe(train={"max_tokens": 128})
+        assert [train("--config", file), train("--config", file)] == [0, 0]
+        assert "There are 3 earlier runs now, the oldest is " in capsys.readouterr().out
+
+
+def test_attempts_to_write_are_tidied_up(tmp_path):
+    """A run that was killed while it tried whether `out_dir` can be written to leaves a file."""
+    (tmp_path / ".write-test-abc").touch()
+    assert checkpoints.recover(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+class TestMemory:
+    def test_a_model_that_cannot_fit(self, recipe, capsys):
+        assert train("--config", recipe(model_config={"n_embd": 2**22})) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: model_config: ")
+        assert "million parameters need at least, on each process: weights " in error
+        assert error.count("\n") == 1
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+            RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"),
+        ],
+    )
+    def test_memory_that_runs_out(self, recipe, monkeypatch, capsys, error):
+        import litgpt.pretrain
+
+        def fit(**_kwargs):
+            raise error
+
+        monkeypatch.setattr(litgpt.pretrain, "fit", fit)
+        assert train("--config", recipe()) == 1
+        said = capsys.readouterr().err
+        assert "Stopped: out of memory: 0.0 million parameters need at least" in said
+        assert "Lower train.micro_batch_size" in said

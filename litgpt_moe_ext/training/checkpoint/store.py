@@ -5,13 +5,15 @@ A checkpoint is LitGPT's: `lit_model.pth` (model, optimizer, data position, coun
 `SHA256SUMS` what every file must look like.
 """
 
+import glob
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from litgpt_moe_ext.durable import flush, flush_tree
+from litgpt_moe_ext.durable import WRITE_TEST, flush, flush_tree
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checkpoint import manifest
 from litgpt_moe_ext.training.checkpoint.progress import STATE_FILE, Progress, newest_first
 from litgpt_moe_ext.training.parallel import random_state
@@ -66,6 +68,8 @@ def recover(out_dir: Path) -> list[str]:
     for pattern in (".*.incomplete", ".*.removed"):
         for path in out_dir.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
+    for path in out_dir.glob(f"{WRITE_TEST}*"):
+        path.unlink(missing_ok=True)
     return done
 
 
@@ -123,10 +127,15 @@ def _try_everywhere(fabric: Any, action: Callable[[], Any]) -> str | None:
 def set_aside(out_dir: Path) -> Path | None:
     """Move checkpoints and csv logs of an earlier run out of the way of a new one.
 
-    Logs left in place would be read as those of an earlier part of the new run.
+    Logs left in place would be read as those of an earlier part of the new run. Nothing is copied: a directory beside
+    `out_dir` takes them, or, where they cannot be moved there (`out_dir` is a mount point, or lies in a folder that is
+    read-only), one inside it.
 
     Returns:
-        The directory beside `out_dir` that holds them now, or None if there were none.
+        The directory that holds them now, or None if there were none.
+
+    Raises:
+        SettingsError: If they can be moved nowhere.
     """
     logs = Path("logs", "csv")
     found = [directory.relative_to(out_dir) for directory in newest_first(out_dir)]
@@ -134,11 +143,42 @@ def set_aside(out_dir: Path) -> Path | None:
         found.append(logs)
     if not found:
         return None
-    aside = _free_name(out_dir)
-    for path in found:
-        (aside / path).parent.mkdir(parents=True, exist_ok=True)
-        (out_dir / path).rename(aside / path)
-    return aside
+    # A link would name a directory beside the link, which may be another disk.
+    out_dir = out_dir.resolve()
+    problem: OSError | None = None
+    for aside in (_free_name(out_dir), _free_name(out_dir / "run")):
+        try:
+            _move(out_dir, aside, found)
+        except OSError as error:
+            problem = error
+        else:
+            return aside
+    raise SettingsError(
+        f"out_dir: {str(out_dir)!r} holds the checkpoints of an earlier run, which cannot be moved ({problem}); choose "
+        "another --out_dir, or continue that run with --resume auto"
+    )
+
+
+def _move(out_dir: Path, aside: Path, names: list[Path]) -> None:
+    # Move all of them or none.
+    moved: list[Path] = []
+    try:
+        for name in names:
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            (out_dir / name).rename(aside / name)
+            moved.append(name)
+    except OSError:
+        for name in reversed(moved):
+            (aside / name).rename(out_dir / name)
+        shutil.rmtree(aside, ignore_errors=True)  # empty folders only: everything is back
+        raise
+
+
+def earlier_runs(out_dir: Path) -> list[Path]:
+    """Return the directories that `set_aside` has made for a run's directory, oldest first."""
+    out_dir = out_dir.resolve()
+    found = [*out_dir.parent.glob(f"{glob.escape(out_dir.name)}-earlier-*"), *out_dir.glob("run-earlier-*")]
+    return sorted((path for path in found if path.is_dir()), key=lambda path: path.stat().st_mtime)
 
 
 def _free_name(directory: Path) -> Path:
