@@ -62,8 +62,7 @@ def run(method: str, seed: int, steps: int, out_dir: Path) -> list[dict[str, str
         result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if result.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr[-3000:]}")
-    newest = max(directory.glob("logs/csv/version_*/metrics.csv"), key=lambda path: path.stat().st_mtime)
-    with newest.open(encoding="utf-8") as file:
+    with (directory / "metrics-wide.csv").open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

@@ -102,9 +102,8 @@ def train(recipe: str, folder: Path, steps: int, batch: int) -> list[tuple[int, 
     arguments = [f"--{name}={value}" for name, value in overrides.items()]
     command = [sys.executable, str(ROOT / "run_train.py"), "--config", str(path), *arguments]
     subprocess.run(command, cwd=folder, check=True, env={"TOKENIZERS_PARALLELISM": "false", **os.environ})
-    (log,) = (folder / settings["out_dir"] / "logs").glob("csv/version_*/metrics.csv")
-    with log.open(encoding="utf-8") as file:
-        return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file) if row.get("loss")]
+    with (folder / settings["out_dir"] / "metrics.csv").open(encoding="utf-8") as file:
+        return [(int(row["step"]), float(row["train_loss"])) for row in csv.DictReader(file) if row.get("train_loss")]
 
 
 def main() -> None:

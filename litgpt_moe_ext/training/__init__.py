@@ -20,5 +20,7 @@ Which file to open for which question:
 | What makes a run stop?                                          | `control`                |
 | Who makes the optimizer and sets the learning rate?             | `optim/`                 |
 | Is the model compiled?                                          | `compilation`            |
+| What is a step's loss, over micro-batches and ranks?            | `steps/`                 |
+| Which files have the numbers and lines of a run?                | `logs/`                  |
 | What is said before the first step and after the last?          | `report`                 |
 """

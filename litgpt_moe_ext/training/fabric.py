@@ -55,6 +55,7 @@ class TrainingFabric(L.Fabric):
         self.attempt = 1
         self._model: Any = None
         self._optimizer: Any = None
+        self._logging_failed = False
         self.state: dict[str, Any] = {"step_count": 0}
 
     @property
@@ -136,14 +137,22 @@ class TrainingFabric(L.Fabric):
         """
         metrics = dict(metrics)
         for name in ("loss", "val_loss"):
-            if name in metrics and self.world_size > 1:
-                mean: Any = self.all_reduce(torch.tensor(float(metrics[name]), device=self.device))
+            if name not in metrics:
+                continue
+            metrics[name] = float(metrics[name])
+            if self.world_size > 1:
+                mean: Any = self.all_reduce(torch.tensor(metrics[name], device=self.device))
                 metrics[name] = float(mean)
         for name, loss in (("ppl", "loss"), ("val_ppl", "val_loss")):
             if loss in metrics:
                 metrics[name] = math.exp(min(float(metrics[loss]), 700.0))
         self.call("on_log", metrics=metrics)
-        super().log_dict(metrics, self.step)
+        try:
+            super().log_dict(metrics, self.step)
+        except OSError as error:
+            if not self._logging_failed:
+                self._logging_failed = True
+                self.print(f"  the logger failed: {error}. Training goes on.")
         self.call("on_logged", metrics=metrics)
 
     def save(self, path: str | Path, state: dict[str, Any], filter: dict[str, Any] | None = None) -> None:

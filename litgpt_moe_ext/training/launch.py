@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.loggers import CSVLogger
 from litgpt.utils import check_nvlink_connectivity, choose_logger, parse_devices
 
 from litgpt_moe_ext.errors import SettingsError
@@ -18,6 +18,7 @@ from litgpt_moe_ext.training.checkpoint import store as checkpoints
 from litgpt_moe_ext.training.checkpoint.lock import OutDirLock
 from litgpt_moe_ext.training.checks import check_batch
 from litgpt_moe_ext.training.fabric import TrainingFabric
+from litgpt_moe_ext.training.logs.metrics import MetricsTable, WideTable
 from litgpt_moe_ext.training.parallel import topology
 from litgpt_moe_ext.training.parallel.accelerator import accelerator_here, default_precision
 from litgpt_moe_ext.training.parallel.launch import Processes, cluster_plugin, started_processes
@@ -61,18 +62,25 @@ def launched(plan: Plan) -> Iterator[Launched]:
     settings = plan.settings
     if settings.float32_matmul_precision is not None:
         torch.set_float32_matmul_precision(settings.float32_matmul_precision)
-    reporter, lock = Reporter(plan.total_steps, settings.progress), OutDirLock(plan.out_dir)
+    # A file keeps its lines, whatever is asked for.
+    reporter = Reporter(plan.total_steps, bar=settings.progress is not False and sys.stdout.isatty())
+    lock = OutDirLock(plan.out_dir)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(reporter.transcript.recording())
+        stack.callback(reporter.transcript.close)
         stack.callback(_disconnect)
         launched = _connect(plan, reporter)
         stack.callback(lock.release)
         _take(lock, launched)
-        logger = _make_logger(plan)
+        logger = _make_logger(plan, launched.fabric.print)
         stack.push(lambda kind, *_: logger.finalize("success" if kind is None else "failed"))
         launched.fabric.add_logger(logger)
         if settings.logger_name in ("tensorboard", "wandb", "mlflow"):
             logger.log_hyperparams(plan.plain)
-        stack.callback(reporter.close)
+        if launched.fabric.is_global_zero:
+            wide = logger if isinstance(logger, WideTable) else None
+            launched.fabric.add_callback(MetricsTable(plan.out_dir, plan.tokens_per_step, wide, launched.fabric.print))
+        stack.push(lambda _kind, error, _trace: reporter.close(error))
         yield launched
 
 
@@ -141,11 +149,10 @@ def _take(lock: OutDirLock, launched: Launched) -> None:
     fabric.barrier()
 
 
-def _make_logger(plan: Plan) -> Logger:
+def _make_logger(plan: Plan, say: Callable[[str], None]) -> Logger:
     settings = plan.settings
     if settings.logger_name == "csv":
-        # LitGPT's flushes by a step number that is an iteration; here every line that is printed is also on file.
-        return CSVLogger(root_dir=plan.out_dir / "logs", name="csv", flush_logs_every_n_steps=1)
+        return WideTable(plan.out_dir, say)
     try:
         return choose_logger(
             settings.logger_name,

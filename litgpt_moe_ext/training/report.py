@@ -10,6 +10,7 @@ from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.training.callbacks.progress import format_count
 from litgpt_moe_ext.training.checkpoint.progress import BEST, FINAL, step_of
 from litgpt_moe_ext.training.checkpoint.resume_notes import resume_notes
+from litgpt_moe_ext.training.logs import METRICS_FILE, TRANSCRIPT_FILE
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.training.compilation import CompileDecision
@@ -60,6 +61,7 @@ def conclude(launched: Launched, prepared: Prepared, outcome: Outcome) -> None:
         final = plan.out_dir / FINAL
         say(f'Try it: litgpt generate {final} --prompt "..."')
         say(f"        litgpt chat {final}")
+    say(f"Numbers: {plan.out_dir / METRICS_FILE}, lines: {plan.out_dir / TRANSCRIPT_FILE}")
     say(f"Go on: --resume auto{farther(plan.settings.train, plan.tokens_per_step, outcome.step)}")
 
 

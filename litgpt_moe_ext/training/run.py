@@ -33,6 +33,7 @@ def run(settings: Settings) -> None:
     from litgpt_moe_ext.training.checkpoint.exports import export_checkpoints
     from litgpt_moe_ext.training.equip import check_strategy_fits, equip
     from litgpt_moe_ext.training.launch import launched
+    from litgpt_moe_ext.training.logs import TRANSCRIPT_FILE
     from litgpt_moe_ext.training.parallel.memory import check_memory
     from litgpt_moe_ext.training.plan import make_plan
     from litgpt_moe_ext.training.prepare import prepare_data
@@ -48,6 +49,8 @@ def run(settings: Settings) -> None:
         equipment = equip(processes, prepared)
         # Whatever can be refused has been: from here on files move and change.
         start, prepared = make_room(processes, start, prepared)
+        if processes.fabric.is_global_zero:
+            processes.reporter.transcript.open(plan.out_dir / TRANSCRIPT_FILE)
         announce(processes, start, equipment.compile)
         outcome = train(processes, start, prepared, equipment)
         conclude(processes, prepared, outcome)

@@ -43,6 +43,14 @@ def test_parts_of_a_resumed_run_are_put_together(resumed):
     assert len(run.series("nothing")[1]) == 0
 
 
+def test_the_wide_table_of_a_run(tmp_path):
+    """It has everything in one place; a row is a step, with the validation that followed it."""
+    (tmp_path / "metrics-wide.csv").write_text("step,total_tokens,loss,val_loss\n1,100,3.0,\n2,200,2.5,2.9\n")
+    run = load_run(tmp_path)
+    assert [values.tolist() for values in run.series("loss")] == [[100, 200], [3.0, 2.5]]
+    assert [values.tolist() for values in run.series("val_loss")] == [[200], [2.9]]
+
+
 def test_a_new_run_in_the_same_place_is_a_run_of_its_own(tmp_path):
     """Its first line may come later than some of the earlier run's."""
     directory = tmp_path / "run"

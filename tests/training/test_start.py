@@ -32,7 +32,7 @@ def test_weights_and_tokenizer_from_the_directory_that_is_moved_aside(recipe, tm
     settings = yaml.safe_load((final / "hyperparameters.yaml").read_text())
     assert (settings["initial_checkpoint_dir"], settings["tokenizer_dir"]) == (str(moved), str(moved))
     for run in ("out", "out-earlier-1"):
-        assert (tmp_path / run / "logs" / "csv" / "version_0" / "metrics.csv").is_file()
+        assert (tmp_path / run / "metrics.csv").is_file()
 
 
 def test_bare_names_of_checkpoints_are_those_of_litgpt(recipe, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import numpy as np
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.pictures.expert_load import loads_by_layer
+from litgpt_moe_ext.training.logs import WIDE_FILE
 
 TOKENS = "total_tokens"
 COLUMNS = ("run", "tokens", "loss", "val loss", "MaxVio", "grad norm", "tok/s")
@@ -58,9 +59,9 @@ class RunLog:
 
 
 def load_run(directory: Path, name: str | None = None) -> RunLog:
-    """Read the logs of a run, put together from all its parts if it was resumed.
+    """Read the logs of a run: its wide table, or what LitGPT's own csv logger wrote, put together if it was resumed.
 
-    Where a later part repeats steps of an earlier one, the later counts.
+    Where a later part of LitGPT's logs repeats steps of an earlier one, the later counts.
 
     Args:
         directory: The run's `out_dir`.
@@ -69,11 +70,14 @@ def load_run(directory: Path, name: str | None = None) -> RunLog:
     Raises:
         SettingsError: If there are no csv logs, or they do not say how many tokens had been seen.
     """
-    paths = sorted(directory.glob("logs/csv/version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1]))
+    paths = [directory / WIDE_FILE]
+    if not paths[0].is_file():
+        found = directory.glob("logs/csv/version_*/metrics.csv")
+        paths = sorted(found, key=lambda path: int(path.parent.name.split("_")[1]))
     if not paths:
         raise SettingsError(
-            f"run_dirs: {str(directory)!r} must have logs/csv/version_*/metrics.csv; name the out_dir of a run trained "
-            "with logger_name: csv"
+            f"run_dirs: {str(directory)!r} must have {WIDE_FILE}; name the out_dir of a run trained with "
+            "logger_name: csv"
         )
     rows: list[dict[str, float]] = []
     for path in paths:

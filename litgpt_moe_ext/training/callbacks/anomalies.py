@@ -108,11 +108,15 @@ class GradientGuard(Callback):
             router.tally.take()
 
     def _save(self, problem: str) -> Path:
-        self._folder.mkdir(parents=True, exist_ok=True)
         file = self._folder / f"step-{self._before['step'] + 1:08d}-rank-{self._rank}.pt"
         batches = [batch.cpu() for batch in self._batches]
         rng = random_state.of_this_rank(self._batches[0].device if self._batches else torch.device("cpu"))
-        torch.save({**self._before, "problem": problem, "batches": batches, "rng": rng}, file)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            torch.save({**self._before, "problem": problem, "batches": batches, "rng": rng}, file)
+        except (OSError, RuntimeError) as error:  # torch's, where it cannot write
+            file.unlink(missing_ok=True)
+            self._say(f"  {file} could not be written: {error}")
         return file
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+import traceback
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.callback import Callback
+from litgpt_moe_ext.training.control import TrainingInterrupted, TrainingStopped
+from litgpt_moe_ext.training.logs.transcript import Transcript
 from litgpt_moe_ext.training.steps.corpora import PREFIX
 
 # LitGPT's own lines that say what the lines below say better, or say wrong.
@@ -42,13 +46,17 @@ class Reporter(Callback):
 
     Args:
         total_steps: Optimizer steps of the whole training.
-        bar: Whether to draw a progress bar; None draws one if the output is a terminal.
+        bar: Whether to draw a progress bar.
+
+    Attributes:
+        transcript: Has every line, also those that a bar takes the place of.
+        val_loss: Of the last validation.
     """
 
-    def __init__(self, total_steps: int, bar: bool | None = None) -> None:
+    def __init__(self, total_steps: int, bar: bool) -> None:
         self._total_steps = total_steps
-        self._draw = sys.stdout.isatty() if bar is None else bar
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._draw = bar
+        self.transcript = Transcript()
         self._progress: Progress | None = None
         self._task: Any = None
         self._first: tuple[float, int] | None = None
@@ -63,6 +71,7 @@ class Reporter(Callback):
         """Print a message."""
         if self._progress is not None:
             self._progress.console.print(escape(message))
+            self.transcript.line(message)
         else:
             print(message, flush=True)
 
@@ -104,10 +113,13 @@ class Reporter(Callback):
             parts.append(f"data wait {metrics['data_wait']:.0%}")
         if self._draw:
             self._update_bar(metrics["step"], " · ".join(parts))
+        if left := self._time_left(now, metrics["step"]):
+            parts.append(f"{left} left")
+        line = " | ".join([f"step {metrics['step']}/{self._total_steps}", *parts])
+        if self._draw:
+            self.transcript.line(line)
         else:
-            if left := self._time_left(now, metrics["step"]):
-                parts.append(f"{left} left")
-            print(" | ".join([f"step {metrics['step']}/{self._total_steps}", *parts]), flush=True)
+            print(line, flush=True)
 
     def _time_left(self, now: float, step: int) -> str:
         self._first = self._first or (now, step)
@@ -124,15 +136,27 @@ class Reporter(Callback):
                 TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True, min_width=5)),
                 # What does not fit into the terminal is cut off at the end of the text, where the least important is.
                 TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
-                console=self._console,
+                console=Console(
+                    highlight=False, soft_wrap=True, file=getattr(sys.stdout, "rich_proxied_file", sys.stdout)
+                ),
                 expand=True,
             )
             self._progress.start()
+            self.transcript.record_again()
             self._task = self._progress.add_task("", total=self._total_steps, completed=step)
         self._progress.update(self._task, completed=step, description=text)
 
-    def close(self) -> None:
-        """Leave the bar as it is and go on below it."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Leave the bar as it is and go on below it.
+
+        Args:
+            error: What ends the run; the command prints it when the transcript is closed.
+        """
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+        if error is not None:
+            if isinstance(error, (SettingsError, TrainingStopped, TrainingInterrupted, KeyboardInterrupt)):
+                self.transcript.line(f"{type(error).__name__}: {error}")
+            else:
+                self.transcript.line("".join(traceback.format_exception(error)).rstrip())

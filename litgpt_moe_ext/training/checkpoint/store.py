@@ -16,6 +16,7 @@ from litgpt_moe_ext.durable import WRITE_TEST, flush, flush_tree
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checkpoint import manifest
 from litgpt_moe_ext.training.checkpoint.progress import STATE_FILE, Progress, newest_first
+from litgpt_moe_ext.training.logs import METRICS_FILE, TRANSCRIPT_FILE, WIDE_FILE
 from litgpt_moe_ext.training.parallel import random_state
 
 
@@ -125,7 +126,7 @@ def _try_everywhere(fabric: Any, action: Callable[[], Any]) -> str | None:
 
 
 def set_aside(out_dir: Path) -> Path | None:
-    """Move checkpoints and csv logs of an earlier run out of the way of a new one.
+    """Move checkpoints and logs of an earlier run out of the way of a new one.
 
     Logs left in place would be read as those of an earlier part of the new run. Nothing is copied: a directory beside
     `out_dir` takes them, or, where they cannot be moved there (`out_dir` is a mount point, or lies in a folder that is
@@ -137,12 +138,14 @@ def set_aside(out_dir: Path) -> Path | None:
     Raises:
         SettingsError: If they can be moved nowhere.
     """
-    logs = Path("logs", "csv")
     found = [directory.relative_to(out_dir) for directory in newest_first(out_dir)]
-    if (out_dir / logs).is_dir():
-        found.append(logs)
+    found += [Path(name) for name in (METRICS_FILE, WIDE_FILE) if (out_dir / name).is_file()]
+    if (out_dir / "logs" / "csv").is_dir():  # of a run of `litgpt pretrain`
+        found.append(Path("logs", "csv"))
     if not found:
         return None
+    if (out_dir / TRANSCRIPT_FILE).is_file():
+        found.append(Path(TRANSCRIPT_FILE))
     # A link would name a directory beside the link, which may be another disk.
     out_dir = out_dir.resolve()
     problem: OSError | None = None

@@ -45,7 +45,7 @@ class TrainArgs(Section, key="train"):
     epochs: PositiveInt | None = None
     """Not for pretraining; give max_tokens."""
     max_tokens: PositiveInt = int(3e12)
-    """Total number of tokens to train on."""
+    """Total number of tokens to train on, padding included."""
     max_steps: PositiveInt | None = None
     """End after this many optimizer steps, although the learning rate is planned for max_tokens."""
     max_time: NonNegativeFloat | None = None

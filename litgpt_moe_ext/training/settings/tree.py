@@ -73,7 +73,7 @@ class Settings(Section):
     fused_cross_entropy: bool = False
     """Compute output head and loss together, without keeping the logits."""
     progress: bool | None = None
-    """Draw a progress bar; null: if the output is a terminal."""
+    """Draw a progress bar in a terminal; files get a line per log interval, and train.log always does."""
     peak_tflops: PositiveFloat | None = None
     """What a device computes at best, in TFLOP/s without sparsity, for the utilization (mfu) in the log; null: known
     for many GPUs."""

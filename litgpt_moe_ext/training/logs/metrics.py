@@ -1,0 +1,129 @@
+"""The two tables of a run: `metrics.csv` for people, `metrics-wide.csv` with everything."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.loggers import Logger
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+from litgpt_moe_ext.training.callback import Callback
+from litgpt_moe_ext.training.logs import METRICS_FILE, WIDE_FILE
+from litgpt_moe_ext.training.logs.table import StepTable
+
+# Columns of `metrics.csv`, and the metrics that they show.
+COLUMNS = {
+    "step": "step",
+    "epoch": "epoch",
+    "tokens": "total_tokens",
+    "iter_tokens": "iter_tokens",
+    "train_loss": "loss",
+    "val_loss": "val_loss",
+    "learning_rate": "learning_rate",
+    "grad_norm": "grad_norm",
+    "max_vio": "moe/max_vio",
+    "tokens_per_second": "tokens_per_second",
+    "time": "time",
+}
+_FIRST = ("step", "epoch", "iter", "tokens", "total_tokens", "loss", "val_loss", "val_ppl", "learning_rate")
+
+
+class MetricsTable(Callback):
+    """Write `metrics.csv`: one row for each logged step, in the same columns in every run, whatever the logger.
+
+    `tokens` are those trained on so far, `iter_tokens` those of one optimizer step, both over all processes and with
+    padding; `time` is in seconds since the training began, without the pauses before resumes.
+
+    Args:
+        out_dir: The run's directory.
+        tokens_per_step: Tokens per optimizer step, over all ranks.
+        wide: The other table, if it is written.
+        say: Told if writing fails.
+    """
+
+    def __init__(self, out_dir: Path, tokens_per_step: int, wide: WideTable | None, say: Callable[[str], None]) -> None:
+        self._table = StepTable(out_dir / METRICS_FILE, lambda *_: list(COLUMNS), say)
+        self._wide, self._tokens_per_step = wide, tokens_per_step
+        self._fabric: Any = None
+        self._began = 0.0
+
+    def on_after_setup(self, fabric: Any, module: Any) -> None:
+        """Keep the fabric, which knows the step."""
+        self._fabric = fabric
+
+    def on_fit_begin(self, resume_dir: Path | None) -> None:
+        """Go on with the tables of the run that is resumed, or begin new ones."""
+        step = None if resume_dir is None else self._fabric.step
+        last = self._table.start(step)
+        self._began = time.monotonic() - float(last.get("time") or 0.0)
+        if self._wide is not None:
+            self._wide.start(step)
+
+    def on_logged(self, metrics: dict[str, Any]) -> None:
+        """Write the columns that a line of training or of validation has."""
+        values = {column: metrics[name] for column, name in COLUMNS.items() if name in metrics}
+        if "loss" in metrics:
+            values["iter_tokens"] = self._tokens_per_step
+        elif "val_loss" not in metrics:
+            return
+        values["time"] = round(time.monotonic() - self._began, 3)
+        self._table.put(self._fabric.step, values)
+
+
+class WideTable(Logger):
+    """The logger `csv`: every metric in `metrics-wide.csv`, one row for each logged step, columns in groups.
+
+    First the columns of the training, then those of all MoE layers together, then layer by layer, then the load of the
+    experts.
+
+    Args:
+        out_dir: The run's directory.
+        say: Told if writing fails.
+    """
+
+    def __init__(self, out_dir: Path, say: Callable[[str], None]) -> None:
+        super().__init__()
+        self._table = StepTable(out_dir / WIDE_FILE, grouped, say)
+
+    @property
+    def name(self) -> str:
+        """The name that Fabric shows."""
+        return "csv"
+
+    @property
+    def version(self) -> int:
+        """There is one table."""
+        return 0
+
+    def start(self, last_step: int | None) -> None:
+        """See `StepTable.start`."""
+        self._table.start(last_step)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # pyrefly: ignore[bad-override]
+        """Add metrics to the row of a step."""
+        self._table.put(step or 0, metrics)
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: `hyperparameters.yaml` has them."""
+
+
+def grouped(present: Sequence[str], new: Sequence[str]) -> list[str]:
+    """Return columns in the order of `metrics-wide.csv`."""
+    names = list(dict.fromkeys([*present, *new]))
+
+    def key(name: str) -> tuple:
+        if name in _FIRST:
+            return 0, _FIRST.index(name), 0, ""
+        if not name.startswith("moe"):
+            return 1, names.index(name), 0, ""
+        group, _, rest = name.partition("/")
+        layer = int(found[0]) if (found := re.findall(r"\d+", group)) else -1
+        return 2 + group.startswith("moe_layer") + 2 * group.startswith("moe_load"), layer, 0, rest
+
+    return sorted(names, key=key)

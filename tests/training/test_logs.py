@@ -1,0 +1,169 @@
+"""What a run leaves behind to read."""
+
+import csv
+import errno
+import io
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from litgpt_moe_ext.cli.train import main
+from litgpt_moe_ext.training.logs.metrics import COLUMNS, grouped
+from litgpt_moe_ext.training.logs.table import StepTable
+from litgpt_moe_ext.training.logs.transcript import Transcript
+from tests.training.conftest import ROOT, logged
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_one_row_per_step_over_a_resume(recipe, tmp_path, capsys):
+    """The tables have every step once and in order, whatever was trained after the checkpoint that is resumed."""
+    out = tmp_path / "out"
+    file = recipe(train={"max_tokens": 7 * 128, "save_interval": 3}, eval={"interval": 3})
+    assert main(["--config", str(file)]) == 0
+    whole, wide = rows_of(out / "metrics.csv"), rows_of(out / "metrics-wide.csv")
+    columns = "step,epoch,tokens,iter_tokens,train_loss,val_loss,learning_rate,grad_norm,max_vio,tokens_per_second,time"
+    assert (out / "metrics.csv").read_text().splitlines()[0] == columns
+    assert [int(row["step"]) for row in whole] == [int(row["step"]) for row in wide] == [1, 2, 3, 4, 5, 6, 7]
+    assert [bool(row["val_loss"]) for row in whole] == [False, False, True, False, False, True, True]
+    assert [row["tokens"] for row in whole] == [str(128 * step) for step in range(1, 8)]
+    assert {row["iter_tokens"] for row in whole} == {"128"}
+    assert [row["train_loss"] for row in whole] == list(logged(out, "loss").values())
+    printed = capsys.readouterr().out
+    lines = (out / "train.log").read_text()
+    assert printed[printed.index("tiny: ") :] in lines
+    assert f"Numbers: {out / 'metrics.csv'}, lines: {out / 'train.log'}" in lines
+
+    # As if the run had been killed after step 7, in the middle of a row.
+    with open(out / "metrics.csv", "a") as table:
+        table.write("8,0,10")
+    (out / "final").rename(tmp_path / "elsewhere")
+    for name in ("step-00000006", "best"):
+        (out / name).rename(tmp_path / name)
+    assert main(["--config", str(file), "--resume", "auto"]) == 0
+    for name in ("metrics.csv", "metrics-wide.csv"):
+        again = rows_of(out / name)
+        assert [int(row["step"]) for row in again] == [1, 2, 3, 4, 5, 6, 7]
+    again = rows_of(out / "metrics.csv")
+    assert [row["train_loss"] for row in again] == [row["train_loss"] for row in whole]
+    times = [float(row["time"]) for row in again]
+    assert times == sorted(times)
+    assert (out / "train.log").read_text().startswith(lines)
+
+
+@pytest.mark.slow
+def test_a_terminal_with_a_bar_keeps_the_lines(recipe, tmp_path):
+    """In a terminal a bar takes the place of the lines; train.log has them, and nothing of the bar."""
+    leader, follower = pty.openpty()
+    command = [sys.executable, str(ROOT / "run_train.py"), "--config", str(recipe(train={"max_tokens": 4 * 128}))]
+    process = subprocess.Popen(command, stdout=follower, stderr=follower, cwd=ROOT)
+    os.close(follower)
+    shown = b""
+    try:
+        while part := os.read(leader, 4096):
+            shown += part
+    except OSError:  # how Linux says that the other side is closed
+        pass
+    assert process.wait(60) == 0, shown.decode()
+    lines = (tmp_path / "out" / "train.log").read_text()
+    assert b"\x1b[" in shown
+    assert b"4/4" in shown
+    assert "\x1b" not in lines
+    for step in range(1, 5):
+        assert sum(line.startswith(f"step {step}/4 | loss ") for line in lines.splitlines()) == 1
+    assert lines.count("  validation loss") == 1
+    assert "━" not in lines
+    assert lines.rstrip().splitlines()[-1].startswith("Go on: ")
+
+
+def test_progress_into_a_file_keeps_the_lines(recipe, capsys):
+    assert main(["--config", str(recipe(train={"max_tokens": 2 * 128})), "--progress", "true"]) == 0
+    assert "step 2/2 | loss " in capsys.readouterr().out
+
+
+@pytest.fixture
+def small_files():
+    """No file of this process may become larger than this test says."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_rows_wait_until_there_is_room(tmp_path, small_files):
+    """A full disk is said once and ends nothing; when there is room again, no row is missing and none is cut."""
+    said = []
+    table = StepTable(tmp_path / "table.csv", lambda present, new: [*present, *new], said.append)
+    table.start(None)
+    table.put(1, {"loss": "a"})
+    small_files(20)
+    for step in range(2, 9):
+        table.put(step, {"loss": "x" * 9})
+    assert len(said) == 1
+    assert "table.csv cannot be written: File too large" in said[0]
+    small_files(1000)
+    table.put(8, {"val_loss": "z"})
+    rows = rows_of(tmp_path / "table.csv")
+    assert [row["step"] for row in rows] == list("12345678")
+    assert rows[0]["loss"] == "a"
+    assert rows[-1] == {"step": "8", "loss": "x" * 9, "val_loss": "z"}
+
+
+def test_logs_that_cannot_be_written_end_nothing(recipe, tmp_path, capsys, monkeypatch):
+    """The run says so, trains on, and saves its checkpoints."""
+    real_open = open
+
+    def full(path, mode="r", *args, **kwargs):
+        if Path(str(path)).name in ("metrics.csv", "metrics-wide.csv", "train.log") and mode != "r":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real_open(path, mode, *args, **kwargs)
+
+    for module in ("table", "transcript"):
+        monkeypatch.setattr(f"litgpt_moe_ext.training.logs.{module}.open", full, raising=False)
+    assert main(["--config", str(recipe(train={"max_tokens": 2 * 128}))]) == 0
+    output = capsys.readouterr().out
+    for name in ("metrics.csv", "metrics-wide.csv", "train.log"):
+        assert output.count(f"{name} cannot be written: No space left on device") == 1
+    assert (tmp_path / "out" / "final" / "lit_model.pth").is_file()
+
+
+def test_columns_come_in_groups():
+    names = [
+        "zeta",
+        "moe_load_01/expert_01",
+        "val_loss",
+        "moe/max_vio",
+        "moe_layer_01/a",
+        "loss",
+        "moe_load_01/expert_00",
+    ]
+    assert grouped(["step"], [*names, "moe_layer_00/b"]) == [
+        *("step", "loss", "val_loss", "zeta", "moe/max_vio", "moe_layer_00/b", "moe_layer_01/a"),
+        *("moe_load_01/expert_00", "moe_load_01/expert_01"),
+    ]
+    assert list(COLUMNS)[0] == "step"
+
+
+def test_transcript_keeps_the_last_state_of_a_line(tmp_path, monkeypatch):
+    """What was printed before there was a file comes first; a line that was drawn over has its last state."""
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    transcript = Transcript()
+    with transcript.recording():
+        print("early")
+        transcript.open(tmp_path / "train.log")
+        sys.stdout.write("10 %\r50 %\r")
+        print("100 %")
+        print("\x1b[1mbold\x1b[0m")
+    assert (tmp_path / "train.log").read_text() == "early\n100 %\nbold\n"
+    assert sys.stdout.getvalue() == "early\n10 %\r50 %\r100 %\n\x1b[1mbold\x1b[0m\n"
