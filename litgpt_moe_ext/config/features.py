@@ -34,6 +34,10 @@ _FEATURES: dict[str, "tuple[Callable[[Config], bool], str]"] = {
     "expert_groups": (lambda config: config.n_expert_groups is not None, "n_expert_groups is not set"),
     "choice": (lambda config: config.n_expert_per_token != config.n_expert, "every token visits every expert"),
     "moving_bias": (lambda config: bool(config.router_bias_update_rate), "router_bias_update_rate is 0"),
+    "load_balancing_loss": (
+        lambda config: bool(config.router_load_balancing_loss_coef),
+        "router_load_balancing_loss_coef is not set",
+    ),
     "attention": (
         lambda config: config.attention_class_name is not None,
         "attention_class_name is not set to SinkAttention, which has it",

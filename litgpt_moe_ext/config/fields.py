@@ -150,6 +150,13 @@ ROUTING_FIELDS = {
         (*_MOE, "bias", "moving_bias"),
     ),
     **{loss_field(name): loss_weight(loss) for name, loss in LOSSES.items()},
+    "router_load_balancing_loss_scope": Field(
+        choice(("micro_batch", "global_batch")),
+        "over what the load-balancing loss takes the share of tokens per expert: the micro-batch, or the step so far, "
+        "on all processes",
+        (*_MOE, "logits", "load_balancing_loss"),
+        "micro_batch",
+    ),
 }
 
 ATTENTION_FIELDS = {

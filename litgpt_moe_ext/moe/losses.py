@@ -16,7 +16,12 @@ def load_balancing_loss(probabilities_TE: Tensor, experts_TK: Tensor, real_T: Te
     """Return `E * sum_i f_i P_i` (Switch Transformer, arXiv:2101.03961, equations 4 to 6; there with K = 1).
 
     `f_i` is the share of routed tokens that expert i received and `P_i` the mean probability that the router gave it.
-    Hugging Face's Mixtral divides by T instead of T * K and is K times as large.
+    Hugging Face's Mixtral divides by T instead of T * K, and pools the tokens of all layers, where this is computed for
+    each layer and summed: with L layers of the same load theirs is K times one layer's, and K / L times the sum.
+
+    Over a micro-batch both factors are the micro-batch's. With `router_load_balancing_loss_scope: global_batch`,
+    `f_i` is that of the optimizer step over all ranks and gradient accumulation steps so far (arXiv:2501.11873), which
+    `litgpt_moe_ext.moe.balancing.StepShares` knows; the gradient, `E * f_i` for each `P_i`, is otherwise the same.
 
     Args:
         probabilities_TE: Router probabilities; rows sum to 1; differentiable.
@@ -58,6 +63,18 @@ def sequence_balancing_loss(
     )
     mean_SE = probabilities_TE.unflatten(0, (n_sequence, -1)).mean(dim=1)
     return n_expert * (shares_SE * mean_SE).sum(dim=1).mean()
+
+
+def mean_probabilities(probabilities_TE: Tensor, real_T: Tensor | None = None) -> Tensor:
+    """Return the mean probability of each expert, (E,).
+
+    Args:
+        probabilities_TE: Router probabilities; rows sum to 1; differentiable.
+        real_T: Which tokens are not padding; None if all.
+    """
+    if real_T is None:
+        return probabilities_TE.mean(dim=0)
+    return _masked(probabilities_TE, real_T).sum(dim=0) / real_T.sum().clamp(min=1)
 
 
 def router_z_loss(logits_TE: Tensor, real_T: Tensor | None = None) -> Tensor:

@@ -100,7 +100,7 @@ LOSSES: dict[str, Loss] = {
     "load_balancing_loss": Loss(
         "litgpt_moe_ext.moe.losses.load_balancing_loss",
         ("probabilities_TE", "experts_TK", "real_T"),
-        "Switch Transformer's balancing loss over a micro-batch",
+        "Switch Transformer's balancing loss (over what: `router_load_balancing_loss_scope`)",
     ),
     "sequence_balancing_loss": Loss(
         "litgpt_moe_ext.moe.losses.sequence_balancing_loss",

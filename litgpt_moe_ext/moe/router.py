@@ -10,8 +10,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from litgpt_moe_ext.moe.balancing import Tally, watch
-from litgpt_moe_ext.moe.gradient_injection import inject
+from litgpt_moe_ext.moe.balancing import StepShares, Tally, watch
+from litgpt_moe_ext.moe.gradient_injection import inject, present_scale
+from litgpt_moe_ext.moe.losses import mean_probabilities
 from litgpt_moe_ext.moe.registry import LOSSES, load, loss_field
 
 if TYPE_CHECKING:
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 # Sums that a router keeps of every training step after the tokens per expert: gate values, squared logits, and the
 # entropy of each token's scores. The losses follow, with their weights, each times the number of tokens in its batch.
 SUMS = ("gate", "squared_logit", "entropy")
+
+
+# The loss that can be over the global batch.
+_STEP_LOSS = "load_balancing_loss"
 
 
 class Routing(NamedTuple):
@@ -93,6 +98,7 @@ class Router(nn.Module):
         bias_updates: How often the bias has moved, int64; only where there is a `bias_update_schedule`.
         bias_update_rate: Step size of the balancing bias; 0 for routers that have none.
         bias_update_schedule: How the step size changes (`litgpt_moe_ext.moe.balancing.scheduled_rate`).
+        step_shares: The shares of tokens by which a load-balancing loss over the global batch goes; None without one.
         token_ids_T: Ids of the tokens of the present batch, int64, for a router that needs them.
     """
 
@@ -112,6 +118,9 @@ class Router(nn.Module):
         self.loss_names = tuple(self.loss_coefs)
         # Loaded once, where a compiler does not look.
         self._loss_functions = {name: load(LOSSES[name].function) for name in self.loss_names}
+        self.step_shares: StepShares | None = None
+        if _STEP_LOSS in self.loss_coefs and config.router_load_balancing_loss_scope == "global_batch":
+            self.step_shares = StepShares()
         self.tally = Tally(self.n_expert + len(SUMS) + len(self.loss_names))
         self.record: Tensor | None = None
         self.token_ids_T: Tensor | None = None
@@ -133,11 +142,15 @@ class Router(nn.Module):
         auxiliary = {}
         if trains and self.loss_coefs:
             for name, coef in self.loss_coefs.items():
-                auxiliary[name] = coef * self.auxiliary_loss(name, choice, n_sequence, real_T)
-            weights_TK = inject(weights_TK, functools.reduce(torch.add, auxiliary.values()))
+                if name != _STEP_LOSS or self.step_shares is None:
+                    auxiliary[name] = coef * self.auxiliary_loss(name, choice, n_sequence, real_T)
+            if auxiliary:
+                weights_TK = inject(weights_TK, functools.reduce(torch.add, auxiliary.values()))
         if self.scaling_factor != 1.0:
             weights_TK = weights_TK * self.scaling_factor
         counts_E = _counts(experts_TK, self.n_expert, real_T)
+        if self.step_shares is not None and self.training and not x_TD.is_meta:
+            counts_E = self.step_shares.count(counts_E)
         if trains:
             weights_TK = self._count_in_backward(weights_TK, counts_E, choice, auxiliary, real_T)
         return Routing(weights_TK, experts_TK, counts_E, real_T)
@@ -203,7 +216,12 @@ class Router(nn.Module):
             squares = logits_TE.flatten().dot(logits_TE.flatten())
         leaf_N = self.tally.leaf_on(weights_TK.device)
         losses = [auxiliary[name].detach() if name in auxiliary else None for name in self.loss_names]
-        return _CountInBackward.apply(weights_TK, leaf_N, counts_E, real_T, scores_TE, squares, *losses)
+        step_loss = mean_E = None
+        if self.step_shares is not None:
+            step_loss = _StepLoss(self.step_shares, self.loss_coefs[_STEP_LOSS], self.loss_names.index(_STEP_LOSS))
+            mean_E = mean_probabilities(choice.probabilities(), real_T)
+        batch = (counts_E, real_T, scores_TE, squares, *losses)
+        return _CountInBackward.apply(step_loss, weights_TK, leaf_N, mean_E, *batch)
 
     def __setstate__(self, state: dict) -> None:
         # Copies and unpickled routers do not pass through `__init__`; their balance must be looked after as well.
@@ -211,28 +229,43 @@ class Router(nn.Module):
         watch(self)
 
 
+class _StepLoss(NamedTuple):
+    """The loss that knows its value in the backward pass only: its shares, its weight, its place among all losses."""
+
+    shares: StepShares
+    coef: float
+    place: int
+
+
 class _CountInBackward(torch.autograd.Function):
-    """The identity on gate values, whose backward pass adds the batch to a tally as the "gradient" of its leaf."""
+    """The identity on gate values, whose backward pass adds the batch to a tally as the "gradient" of its leaf.
+
+    A load-balancing loss over the global batch has its gradient here too: that of `mean_E`, the mean probabilities.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
+        step_loss: _StepLoss | None,
         weights_TK: Tensor,
         leaf_N: Tensor,
-        counts_E: Tensor,
-        real_T: Tensor | None,
-        scores_TE: Tensor | None,
-        squares: Tensor | None,
-        *losses: Tensor | None,
+        mean_E: Tensor | None,
+        *batch: Tensor | None,
     ) -> Tensor:
-        ctx.leaf_dtype = leaf_N.dtype
-        ctx.save_for_backward(weights_TK, counts_E, real_T, scores_TE, squares, *losses)
+        ctx.leaf_dtype, ctx.step_loss = leaf_N.dtype, step_loss
+        ctx.save_for_backward(weights_TK, mean_E, *batch)
         return weights_TK.view_as(weights_TK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_TK,) = grads
-        weights_TK, counts_E, real_T, scores_TE, squares, *losses = ctx.saved_tensors
+        weights_TK, mean_E, counts_E, real_T, scores_TE, squares, *losses = ctx.saved_tensors
+        dmean_E = None
+        if ctx.step_loss is not None:
+            shares, coef, place = ctx.step_loss
+            slope_E = coef * len(mean_E) * shares.shares(counts_E).to(mean_E.dtype)
+            losses[place] = slope_E.dot(mean_E)
+            dmean_E = present_scale(grad_TK) * slope_E
         n_token = len(weights_TK) if real_T is None else real_T.sum()
         gate = weights_TK.sum()
         sums = [gate]
@@ -243,7 +276,7 @@ class _CountInBackward(torch.autograd.Function):
             sums += [squares, torch.special.entr(probabilities_TE).sum()]
         sums += [torch.zeros_like(gate) if loss is None else loss * n_token for loss in losses]
         values_N = torch.cat([counts_E.to(ctx.leaf_dtype), torch.stack(sums).to(ctx.leaf_dtype)])
-        return grad_TK, values_N, *(None,) * (4 + len(losses))
+        return None, grad_TK, values_N, dmean_E, *(None,) * (4 + len(losses))
 
 
 def _counts(experts_TK: Tensor, n_expert: int, real_T: Tensor | None) -> Tensor:
