@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from types import ModuleType
 from typing import Any
 
 from litgpt_moe_ext.config.features import MOE_CLASS_NAMES
@@ -27,7 +26,7 @@ class _MarkPadding:
         return batch
 
 
-def mark_finetuning_padding(loop: ModuleType) -> None:
+def mark_finetuning_padding(loop: Any) -> None:
     """Have the batches of a finetuning loop of LitGPT say what is padding, where the model has MoE layers."""
     original = loop.fit
 

@@ -91,7 +91,7 @@ class StepShares:
     """
 
     def __init__(self) -> None:
-        self._pending_E: Tensor | None = None
+        self._pending: list[Tensor] = []
         self._counts_E: Tensor | None = None
         self.handle = next(_handles)
         _step_shares[self.handle] = self
@@ -105,7 +105,7 @@ class StepShares:
 
     def _count(self, counts_E: Tensor) -> None:
         if torch._C._current_graph_task_id() == -1:
-            self._pending_E = counts_E if self._pending_E is None else self._pending_E + counts_E
+            self._pending.append(counts_E)
 
     def shares(self, counts_E: Tensor) -> Tensor:
         """Return the shares, (E,) in float64 (float32 on devices without it); call it in the backward pass.
@@ -118,14 +118,15 @@ class StepShares:
         return self._shares(counts_E)
 
     def _shares(self, counts_E: Tensor) -> Tensor:
-        if self._pending_E is not None:
-            _collect([shares for shares in _step_shares.values() if shares._pending_E is not None])
+        if self._pending:
+            _collect([shares for shares in _step_shares.values() if shares._pending])
         sums_E = counts_E if self._counts_E is None else self._counts_E
         return sums_E / sums_E.sum().clamp(min=1)
 
     def forget(self) -> None:
         """Begin a new step."""
-        self._pending_E = self._counts_E = None
+        self._pending.clear()
+        self._counts_E = None
 
     def __reduce__(self) -> tuple:
         # A copy has a handle of its own, and has not counted.
@@ -134,13 +135,13 @@ class StepShares:
 
 def _collect(members: list[StepShares]) -> None:
     # The order is that of construction, the same on every rank.
-    counts = [member._pending_E for member in members if member._pending_E is not None]
+    counts = [sum(member._pending[1:], member._pending[0]) for member in members]
     sums = torch.cat(counts).to(counting_dtype(counts[0].device))
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(sums)
     for member, sums_E in zip(members, sums.split([len(counts_E) for counts_E in counts]), strict=True):
         member._counts_E = sums_E if member._counts_E is None else member._counts_E + sums_E
-        member._pending_E = None
+        member._pending.clear()
 
 
 # To a compiler these are two operators that it knows nothing about, tied to the right place by their inputs.

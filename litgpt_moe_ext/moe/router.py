@@ -78,7 +78,8 @@ class Choice(NamedTuple):
 
     def rows(self, keep_T: Tensor) -> "Choice":
         """Return the decision for some of the tokens; waits for the device."""
-        return Choice(*(None if values is None else values[keep_T] for values in self))
+        given = {name: values[keep_T] for name, values in self._asdict().items() if values is not None}
+        return self._replace(**given)
 
 
 class Router(nn.Module):
