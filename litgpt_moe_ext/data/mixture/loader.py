@@ -62,7 +62,7 @@ class MixedWindows(Windows):
     def gather(self, indices: np.ndarray, pin_memory: bool = False) -> Tensor:
         """See `Windows.gather`."""
         rows = super().gather(indices, pin_memory)
-        return PaddedRows.of(rows) if self.pads else rows
+        return rows.as_subclass(PaddedRows) if self.pads else rows
 
     def fill(self, out: np.ndarray, indices: np.ndarray) -> None:
         """See `Windows.fill`; `indices` are rows of the training, from 0 without end."""
