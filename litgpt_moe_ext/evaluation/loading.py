@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning import Fabric
 from litgpt import GPT, Config, Tokenizer
 
+from litgpt_moe_ext.config.litgpt_fields import check_ranges
 from litgpt_moe_ext.errors import SettingsError
 
 WEIGHTS_FILE = "lit_model.pth"
@@ -100,6 +102,26 @@ def read_checkpoint(path: Path, setting: str = "checkpoint_dir") -> dict[str, An
     return content
 
 
+def read_config(checkpoint_dir: Path) -> Config:
+    """Return the model that the `model_config.yaml` of a checkpoint describes.
+
+    Raises:
+        SettingsError: If it describes none.
+    """
+    file = checkpoint_dir / CONFIG_FILE
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise SettingsError(f"checkpoint_dir: {file} cannot be read ({_one_line(error)}); {_FROM_ANEW}") from error
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise SettingsError(f"checkpoint_dir: {file} holds no model configuration; {_FROM_ANEW}")
+    try:
+        check_ranges(values)
+        return Config(**values)
+    except (TypeError, ValueError, AssertionError) as error:  # how LitGPT and this package judge fields and values
+        raise SettingsError(f"checkpoint_dir: {file} describes no model: {_one_line(error)}; {_FROM_ANEW}") from error
+
+
 def load_model(checkpoint_dir: Path, device: torch.device, dtype: torch.dtype | None = None) -> GPT:
     """Build the model that `model_config.yaml` describes and give it the weights of `lit_model.pth`.
 
@@ -115,7 +137,7 @@ def load_model(checkpoint_dir: Path, device: torch.device, dtype: torch.dtype | 
     Raises:
         SettingsError: If the weights cannot be read, or do not belong to the configuration.
     """
-    config = Config.from_file(checkpoint_dir / CONFIG_FILE)
+    config = read_config(checkpoint_dir)
     weights_path = checkpoint_dir / WEIGHTS_FILE
     checkpoint = read_checkpoint(weights_path)
     # Not on the meta device: what routers keep besides parameters and buffers could not leave it.
@@ -140,8 +162,17 @@ def choose_device(name: str | torch.device | None) -> torch.device:
 
 
 def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
-    """Open the tokenizer of a checkpoint directory that `check_checkpoint_dir` accepts."""
-    return Tokenizer(checkpoint_dir)
+    """Open the tokenizer of a checkpoint directory that `check_checkpoint_dir` accepts.
+
+    Raises:
+        SettingsError: If it cannot be opened.
+    """
+    try:
+        return Tokenizer(checkpoint_dir)
+    except Exception as error:  # the tokenizers library raises nothing more precise
+        raise SettingsError(
+            f"checkpoint_dir: the tokenizer in {checkpoint_dir} cannot be opened ({_one_line(error)}); {_FROM_ANEW}"
+        ) from error
 
 
 def _foreign_objects(path: Path) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checkpoint import manifest
-from litgpt_moe_ext.training.checkpoint.progress import MODEL_FILE, STATE_FILE, newest_first, read_progress
+from litgpt_moe_ext.training.checkpoint.progress import MODEL_FILE, STATE_FILE, newest_first
 
 _NEEDED = (MODEL_FILE, "model_config.yaml")
 
@@ -23,8 +23,8 @@ def problem_with(checkpoint_dir: Path) -> str | None:
             return f"{name} is missing"
     if (checkpoint_dir / manifest.FILE_NAME).is_file():
         return manifest.problem_with(checkpoint_dir, required=_NEEDED)
-    if (checkpoint_dir / STATE_FILE).is_file() and read_progress(checkpoint_dir) is None:
-        return f"{STATE_FILE} is damaged"
+    if (checkpoint_dir / STATE_FILE).exists():  # which only runs write that write checksums as well
+        return f"{manifest.FILE_NAME} is missing"
     try:
         with zipfile.ZipFile(checkpoint_dir / MODEL_FILE) as archive:
             damaged = archive.testzip()
@@ -57,7 +57,9 @@ def find_resume_file(
             raise SettingsError(f"resume: {str(resume)!r} is not a whole checkpoint: {problem}")
         return directory / MODEL_FILE
     damaged = []
-    for directory in newest_first(out_dir):
+    found = newest_first(out_dir)
+    # Where a damaged one stands in the order, its file no longer says; it is to be named all the same.
+    for directory in sorted(found, key=_says_when):
         problem = problem_with(directory)
         if problem is None:
             return directory / MODEL_FILE
@@ -72,6 +74,13 @@ def find_resume_file(
     if resume is True:
         raise SettingsError(f"resume: true, but there is no checkpoint in out_dir: {str(out_dir)!r}; use --resume auto")
     return False
+
+
+def _says_when(checkpoint_dir: Path) -> bool:
+    """Return whether a checkpoint's own word about when it was saved can be trusted; plain LitGPT's has its name."""
+    if (checkpoint_dir / manifest.FILE_NAME).exists():
+        return manifest.problem_with(checkpoint_dir, required=(STATE_FILE,), only=STATE_FILE) is None
+    return not (checkpoint_dir / STATE_FILE).exists()
 
 
 def agree(fabric: Any, decide: Callable[[], Any]) -> Any:
