@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 import pytest
 
+from litgpt_moe_ext.data.corpora.text_corpus import TextCorpus
 from litgpt_moe_ext.data.pipeline import preparation as text_corpus
 from litgpt_moe_ext.data.pipeline.encoding import Encoder, count_cores, encode_in_order
 from litgpt_moe_ext.data.pipeline.preparation import CorpusSettings, prepare_corpus
@@ -361,6 +362,20 @@ def test_ids_with_gaps_and_added_tokens(files, tmp_path):
     broken = CorpusSettings(read_tokenizer(tmp_path / "sparse"), val_fraction=0.2)
     with pytest.raises(SettingsError, match="tokenizer.json is not a tokenizer .*; download or make it again"):
         prepare_corpus(tmp_path, sources_of(files, tmp_path), broken)
+
+
+def test_an_id_that_no_embedding_has_is_refused_before_anything_is_encoded(files, tmp_path):
+    train_bpe(stories(9), BPESettings(270), tmp_path / "tokenizer")
+    path = tmp_path / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["Z"] = 4_000_000_000
+    path.write_text(json.dumps(content))
+    corpus = TextCorpus(source_path=files[0], data_path=tmp_path / "cache", tokenizer_dir=tmp_path / "tokenizer")
+    with pytest.raises(
+        SettingsError, match=r"token 'Z' has id 4000000000 in a tokenizer of 270 tokens, .* rows; give it"
+    ):
+        corpus.prepare()
+    assert not list((tmp_path / "cache").glob("*/*.bin"))
 
 
 def test_empty_documents_are_left_out_and_reported(tmp_path, capsys):

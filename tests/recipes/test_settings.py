@@ -159,6 +159,23 @@ def test_memory_of_the_header(recipe):
     assert stated[0] == pytest.approx(stated[1] + stated[2], abs=0.11)
 
 
+@pytest.mark.parametrize(
+    "recipe", ["moe-200m-tinystories", "code-moe-800m", "nanogpt-moe-tinystories", "nanogpt-tinystories"]
+)
+def test_the_replaced_systems_are_a_flag_away(recipe):
+    """The header says how the recipe differs, and its command gives a model of the size it names."""
+    (start,) = (number for number, line in enumerate(header(recipe)) if line.startswith("Unlike "))
+    (total,) = re.findall(r"[\d,]{9,}(?= parameters)", " ".join(header(recipe)[start : start + 2]))
+    given = [*commands(recipe, "python run_train.py"), *commands(recipe, "torchrun")]
+    flags = [words[words.index("--config") + 2 :] for words in given]
+    (changes,) = (
+        words
+        for words in flags
+        if any(word.startswith("--model_config.") for word in words) and "--model_config.intermediate_size" not in words
+    )
+    assert f"{size_of(values_of(recipe, *changes)).total:,}" == total
+
+
 @pytest.mark.slow
 def test_the_advice_for_6_gb_leaves_a_gigabyte_free():
     (advice,) = (c for c in commands("moe-200m-tinystories", "python run_train.py") if "--fused_cross_entropy" in c)

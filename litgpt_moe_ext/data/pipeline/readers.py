@@ -367,7 +367,7 @@ def _parquet(file: _File, path: Path | str, size: int, text_format: TextFormat) 
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise SettingsError(
-            f"{path} is a damaged parquet file ({error}, after row {row}); download it again"
+            f"{path} is a damaged parquet file ({' '.join(str(error).split())}, after row {row}); download it again"
         ) from error
 
 

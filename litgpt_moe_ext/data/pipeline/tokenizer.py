@@ -17,6 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from litgpt_moe_ext.errors import SettingsError
 
 EOS_TOKEN = "<|endoftext|>"
+LARGEST_VOCABULARY = 1 << 24
 _BYTES = 256
 # GPT-2's division of text into words with their leading space, numbers, punctuation and white space.
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -178,8 +179,20 @@ def parse_tokenizer(content: bytes, name: str) -> Tokenizer:
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """Return one more than the highest id, which with gaps between the ids is more than the number of tokens."""
-    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    """Return one more than the highest id, which with gaps between the ids is more than the number of tokens.
+
+    Raises:
+        SettingsError: The highest id is so large that no model has an embedding for it.
+    """
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    size = 1 + max(ids.values(), default=-1)
+    if size > LARGEST_VOCABULARY:
+        token = max(ids, key=ids.__getitem__)
+        raise SettingsError(
+            f"tokenizer_dir: token {token!r} has id {size - 1} in a tokenizer of {len(ids)} tokens, which would need "
+            f"an embedding of {size} rows; give it an id below {LARGEST_VOCABULARY} in tokenizer.json"
+        )
+    return size
 
 
 def require_eos(directory: str | os.PathLike) -> int:
@@ -214,7 +227,7 @@ def require_token(directory: str | os.PathLike, kind: str, name: str, consequenc
     if isinstance(token, dict):
         token = token.get("content")
     if token is not None:
-        token_id = tokenizer.token_to_id(token)
+        token_id = tokenizer.token_to_id(token) if isinstance(token, str) and _is_unicode(token) else None
         if token_id is None:
             raise SettingsError(
                 f"{config_path} names {kind}_token {token!r}, which is not in the vocabulary of tokenizer.json; "
@@ -230,9 +243,9 @@ def require_token(directory: str | os.PathLike, kind: str, name: str, consequenc
             f'"{kind}_token": "<a token of the vocabulary>" (and "tokenizer_class": "PreTrainedTokenizerFast") to '
             f"{config_path}"
         )
-    if tokenizer.id_to_token(token_id) is None:
+    if not isinstance(token_id, int) or not 0 <= token_id < 2**32 or tokenizer.id_to_token(token_id) is None:
         raise SettingsError(
-            f"{directory / 'generation_config.json'} names {kind}_token_id {token_id}, outside the "
+            f"{directory / 'generation_config.json'} names {kind}_token_id {token_id!r}, outside the "
             "vocabulary; name an id of the vocabulary"
         )
     return token_id
@@ -258,10 +271,21 @@ def threads_for_tokenizers() -> Iterator[None]:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, written as an escape
+        return False
+    return True
+
+
 def _read_json(path: Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise SettingsError(f"{path} is not valid JSON ({error}); repair or replace the file") from error
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path} holds {type(content).__name__}, not an object; repair or replace the file")
+    return content
