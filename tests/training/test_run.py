@@ -131,6 +131,8 @@ def test_damage_inside_a_checkpoint_is_noticed(recipe, tmp_path):
     torch.load(final / "lit_model.pth", weights_only=True)
     assert problem_with(final) == "lit_model.pth differs from its checksum in SHA256SUMS"
     (final / "SHA256SUMS").unlink()
+    assert problem_with(final) == "SHA256SUMS is missing"
+    (final / "training_state.json").unlink()
     assert "is damaged in its record" in problem_with(final), "as in a checkpoint of plain LitGPT"
 
 
