@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from litgpt_moe_ext.cli.given import Given, load_value, read_flags
 from litgpt_moe_ext.cli.mistakes import annotation_at, explain, refuse_nulls, report
@@ -18,6 +18,9 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import members
 from litgpt_moe_ext.training.settings import Section, Settings
 from litgpt_moe_ext.training.settings.section import attribute_docs, default_of
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.study.twin import Equality
 
 SHORT_FORMS = {
     "--micro-batch-size": "--train.micro_batch_size",
@@ -118,6 +121,12 @@ def print_help() -> None:
     """Print the help of `run_train.py` without loading torch or LitGPT."""
     parser = build_parser({"model_config": dict, "data": dict})
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings.")
+    parser.add_argument(
+        "--dense_twin",
+        metavar="{flops,parameters}",
+        help="Train the dense twin of an MoE recipe, of equal training FLOPs or active parameters per token; its "
+        "out_dir ends in -dense. `litgpt-moe twin` writes the same as a recipe.",
+    )
     parser.print_help()
 
 
@@ -133,15 +142,32 @@ def read_given(arguments: Sequence[str], default_config: Path, known: Mapping[st
         SettingsError: If a recipe or a flag cannot be read.
     """
     given = Given({"optimizer": Settings.optimizer})
-    for name, text in read_flags(normalize(arguments, default_config)):
+    flags = list(read_flags(normalize(arguments, default_config)))
+    for name, text in flags:
         if name == "config":
             given.add_recipe(Path(text))
+        elif name == "dense_twin":
+            continue  # it concerns all the others together
         else:
             # What may be text is read as nothing else, except for null: a run may be called 123.
             kinds = members(annotation_at(name, given.tree, known))
             textual = text != "null" and (str in kinds or Path in kinds)
             given.add_flag(name, text if textual else load_value(text, f"{name}: {text!r}"))
+    by = dict(flags).get("dense_twin")
+    if by is not None:
+        _make_dense(given, by, own_out_dir="out_dir" not in dict(flags))
     return given
+
+
+def _make_dense(given: Given, by: str, own_out_dir: bool) -> None:
+    from litgpt_moe_ext.study.recipes import twin_settings
+
+    if by not in ("flops", "parameters"):
+        raise SettingsError(f"dense_twin: {by} must be flops or parameters, which says what is equal in both models")
+    out_dir = given.tree.get("out_dir")
+    given.tree = twin_settings(given.tree, cast("Equality", by))
+    if not own_out_dir:
+        given.tree["out_dir"] = out_dir
 
 
 def parse(given: Given, types: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -1,0 +1,78 @@
+"""`litgpt-moe twin`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+
+from litgpt_moe_ext.errors import SettingsError
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.study.twin import Experts
+
+
+@dataclass(frozen=True)
+class Twin:
+    """Write the recipe of a model's twin: equal cost per token, everything else alike.
+
+    An MoE recipe gives its dense twin, a dense recipe with `--n_expert` an MoE twin. The router, shared experts,
+    attention and the output head are counted; the costs are equal to 0.5 %.
+
+    Attributes:
+        recipe: A recipe (YAML file) with model_config.
+        out: File to write, which must not exist.
+        by: What is equal: the FLOPs of a training step, or the parameters that work on a token.
+        n_expert: Routed experts of an MoE twin. Default: a dense twin.
+        granularity: Experts of an MoE twin that work on a token, shared ones included; each is about one in this many
+            parts of the dense layer.
+        n_shared_expert: How many of these every token visits.
+        sparsity: Routed experts over those that a token visits; another way to give n_expert.
+    """
+
+    recipe: Path
+    out: Path
+    by: Literal["flops", "parameters"] = "flops"
+    n_expert: PositiveInt | None = None
+    granularity: PositiveInt = 2
+    n_shared_expert: NonNegativeInt = 0
+    sparsity: PositiveInt | None = None
+
+    def run(self) -> None:
+        """Write the twin's recipe."""
+        from litgpt_moe_ext.cli.output import write_text
+        from litgpt_moe_ext.study.recipes import twin_text
+
+        if not self.recipe.is_file():
+            raise SettingsError(f"recipe: {str(self.recipe)!r} must be a recipe (YAML file)")
+        if self.out.exists():
+            raise SettingsError(f"out: {str(self.out)!r} exists; name a new file")
+        experts = self._experts()
+        kind = "dense" if experts is None else "MoE"
+        what = "FLOPs of a training step" if self.by == "flops" else "active parameters"
+        header = (
+            f"The {kind} twin of {self.recipe.name}: equal {what} to 0.5 %, everything else alike.",
+            f"    {self._command()}",
+        )
+        write_text(self.out, twin_text(self.recipe, self.by, experts, header))
+        print(f"Wrote {self.out}, the {kind} twin of {self.recipe} by {self.by}; `litgpt-moe model-card {self.out}`")
+
+    def _experts(self) -> "Experts | None":
+        from litgpt_moe_ext.study.twin import Experts
+
+        if self.n_expert is not None and self.sparsity is not None:
+            raise SettingsError(f"sparsity: {self.sparsity} must not be given beside n_expert; leave one of them out")
+        n_expert = self.n_expert
+        if self.sparsity is not None:
+            n_expert = self.sparsity * max(1, self.granularity - self.n_shared_expert)
+        # Plain integers: YAML cannot write the restricted ones of jsonargparse.
+        numbers = (n_expert, self.granularity, self.n_shared_expert)
+        return None if n_expert is None else Experts(*(int(number or 0) for number in numbers))
+
+    def _command(self) -> str:
+        options = {"by": self.by}
+        if self.n_expert or self.sparsity:
+            many = {"n_expert": self.n_expert} if self.n_expert else {"sparsity": self.sparsity}
+            options |= {**many, "granularity": self.granularity, "n_shared_expert": self.n_shared_expert}
+        given = " ".join(f"--{name} {value}" for name, value in options.items())
+        return f"litgpt-moe twin {self.recipe} {self.out} {given}"
