@@ -368,7 +368,8 @@ class TestWrongInputs:
             assert "foo" not in (tmp_path / "out" / folder / "model_config.yaml").read_text()
             shutil.rmtree(tmp_path / "out" / folder)
         assert "found only damaged checkpoints" in self.refused(capsys, *resume)
-        (tmp_path / "out" / "final" / "SHA256SUMS").unlink()
+        for name in ("SHA256SUMS", "training_state.json"):  # as in a checkpoint of plain LitGPT
+            (tmp_path / "out" / "final" / name).unlink()
         assert "model_config.yaml cannot be read" in self.refused(capsys, *resume)
 
     def test_unreadable_files(self, recipe, tmp_path, capsys):
