@@ -5,15 +5,20 @@ import gzip
 import io
 import lzma
 import os
+import shutil
 import tarfile
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from litgpt_moe_ext.data.corpora.text_corpus import TextCorpus
 from litgpt_moe_ext.data.pipeline import readers
+from litgpt_moe_ext.data.pipeline.readers import TextFormat, documents
 from litgpt_moe_ext.data.pipeline.shards import open_shard
 from litgpt_moe_ext.data.pipeline.sources import find_files
+from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings
+from litgpt_moe_ext.errors import SettingsError
 from tests.data.test_readers import STORIES, as_list, lines, read, tar
 
 
@@ -215,3 +220,69 @@ def test_a_path_that_leads_up_in_an_archive_writes_nothing(tmp_path):
     assert texts(folder, "a.tar.gz", tar({"../../up.jsonl": lines()})) == STORIES
     assert os.listdir(folder) == ["a.tar.gz"]
     assert os.listdir(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "place"),
+    [
+        ("a.txt", b"x" * 3000, {}, 0),
+        ("a.txt", b"a<|>" + b"x" * 3000 + b"<|>b", {"separator": "<|>"}, 4),
+        ("a.jsonl", lines() + b'{"text": "' + b"x" * 3000 + b'"}', {}, len(lines())),
+        ("a.json", b'[{"text": "' + b"x" * 99000 + b'"}]', {}, 0),
+        ("a.tar.gz", tar({"a.txt": b"x" * 3000}), {}, 0),
+    ],
+)
+def test_a_document_longer_than_memory_is_refused(tmp_path, monkeypatch, name, content, options, place):
+    monkeypatch.setattr(readers, "largest_document", lambda: 2000)
+    monkeypatch.setattr(readers, "_CHUNK_BYTES", 500)
+    with pytest.raises(SettingsError, match=rf"has more than \d+ bytes in one piece from byte {place} on, too many to"):
+        read(tmp_path, name, content, **options)
+
+
+def test_a_cell_longer_than_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "largest_document", lambda: 2000)
+    with pytest.raises(SettingsError, match="field larger than field limit"):
+        read(tmp_path, "a.csv", b"text\n" + b"x" * 3000)
+
+
+def test_the_largest_document_follows_the_memory():
+    assert 1 << 20 < readers.largest_document() < 1 << 36
+
+
+def test_a_long_document_is_searched_once(tmp_path, monkeypatch):
+    """How far from its beginning a document is searched again does not grow with it."""
+    searched = []
+
+    class Pattern:
+        def finditer(self, text, start=0):
+            searched.append(len(text) - start)
+            return iter(())
+
+    monkeypatch.setattr(readers, "_CHUNK_BYTES", 100)
+    monkeypatch.setattr(readers.re, "compile", lambda _: Pattern())
+    read(tmp_path, "a.txt", b"x" * 5000, separator="<|>")
+    assert len(searched) > 50
+    assert max(searched) <= 103
+
+
+def test_millions_of_empty_documents(tmp_path):
+    """They cost no memory, and are counted."""
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": ""}\n' * 200_000 + lines())
+    found = sum(record.text == "" for record in documents(tmp_path / "a.jsonl", TextFormat()))
+    assert found == 200_000 + STORIES.count("")
+
+
+def test_the_same_content_may_not_train_and_validate(tmp_path, capsys):
+    for folder, count in (("train", 30), ("val", 20)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_bytes(b"\n".join(b"%s %d" % (folder.encode(), n) for n in range(count)))
+    shutil.copy(tmp_path / "train" / "a.txt", tmp_path / "train" / "b.txt")
+    settings = {"source_path": tmp_path / "train", "val_path": tmp_path / "val", "data_path": tmp_path / "cache"}
+    corpus = TextCorpus(**settings, separator="\n", bpe=BPESettings(270))
+    corpus.prepare()
+    assert "1 source(s) have the content of another one and count twice" in capsys.readouterr().out
+    shutil.copy(tmp_path / "train" / "a.txt", tmp_path / "val" / "c.txt")
+    with pytest.raises(
+        SettingsError, match=r"val_path: .*val/c.txt has the content of .*train/b.txt, which would train"
+    ):
+        corpus.prepare()

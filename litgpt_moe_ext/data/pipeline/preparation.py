@@ -227,6 +227,8 @@ class _Preparation:
         print(f"Prepared a corpus in {self.final} ({_summary(manifest)}, {seconds:.1f} s)", flush=True)
         if manifest["documents_empty"]:
             print(f"Left out {manifest['documents_empty']} empty document(s), the first at {manifest['first_empty']}")
+        if repeated := len(self.sources) - len({source.identity for source in self.sources}):
+            print(f"{repeated} source(s) have the content of another one and count twice; remove them to read it once")
         share = manifest["documents_val"] / (manifest["documents_train"] + manifest["documents_val"])
         if share > _LARGE_SHARE:
             print(f"{share:.0%} of the documents validate; set val_count, or name other files, to validate on fewer")

@@ -10,12 +10,12 @@ import json
 import lzma
 import os
 import re
-import sys
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -44,6 +44,10 @@ _NOT_TEXT = (
     (b"\xfe\xff", "UTF-16 text", "convert it to UTF-8, for example with iconv -f UTF-16 -t UTF-8"),
 )
 _SAMPLE_BYTES = 4096
+_USUAL_MEMORY = 16 << 30
+# Memory for a byte of a document: encoding takes 160 bytes of it (measured), parsing a JSON list about 5.
+_ENCODING_BYTES = 200
+_LIST_BYTES = 40
 
 
 class Record(NamedTuple):
@@ -102,6 +106,13 @@ class _File:
     where: str
     position: Callable[[], int]
     start: int = 0
+
+
+def largest_document() -> int:
+    """Return how many bytes of text can be encoded at once in the memory of this machine."""
+    known = hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else _USUAL_MEMORY
+    return memory // _ENCODING_BYTES
 
 
 def documents(path: Path | str, text_format: TextFormat) -> Iterator[Record]:
@@ -210,8 +221,10 @@ def _text(file: _File, text_format: TextFormat) -> Iterator[Record]:
 
 
 def _json_lines(file: _File, text_format: TextFormat) -> Iterator[Record]:
-    offset = file.start
-    for line in file.stream:
+    offset, longest = file.start, largest_document()
+    for line in iter(partial(file.stream.readline, longest + 1), b""):
+        if len(line) > longest:
+            raise _too_long(file, offset, longest)
         place = f"byte {offset}"
         if not line.isspace():
             item = _parse(line, file.where, offset, text_format)
@@ -220,7 +233,8 @@ def _json_lines(file: _File, text_format: TextFormat) -> Iterator[Record]:
 
 
 def _json_list(file: _File, text_format: TextFormat) -> Iterator[Record]:
-    for number, item in enumerate(_parse(file.stream.read(), file.where, file.start, text_format)):
+    content = _read_whole(file, largest_document() * _LIST_BYTES)
+    for number, item in enumerate(_parse(content, file.where, file.start, text_format)):
         place = f"item {number}"
         yield Record(_field(item, file.where, place, text_format), place, file.position())
 
@@ -268,7 +282,7 @@ def _field(item: object, where: str, place: str, text_format: TextFormat) -> str
 
 
 def _table(file: _File, text_format: TextFormat) -> Iterator[Record]:
-    csv.field_size_limit(sys.maxsize)  # a document is longer than the 128 KB that the csv module allows for
+    csv.field_size_limit(largest_document())  # instead of the 128 KB that the csv module allows for
     text = io.TextIOWrapper(file.stream, "utf-8", text_format.errors, newline="")
     rows = csv.reader(text, delimiter="\t" if file.name.endswith(".tsv") else ",", strict=True)
     try:
@@ -299,29 +313,52 @@ def _table(file: _File, text_format: TextFormat) -> Iterator[Record]:
 
 
 def _whole_text(file: _File, text_format: TextFormat) -> Iterator[Record]:
-    text = _decode(file.stream.read(), file.where, file.start, text_format)
+    text = _decode(_read_whole(file, largest_document()), file.where, file.start, text_format)
     yield Record(_with_line_feeds(text), f"byte {file.start}", file.position())
 
 
 def _separated_text(file: _File, text_format: TextFormat) -> Iterator[Record]:
     parts = re.split(r"\r\n|\r|\n", text_format.separator or "")
     separator = re.compile(_LINE_END.join(re.escape(part.encode()) for part in parts))
-    rest, offset, ended = b"", file.start, False
+    most = sum(len(part.encode()) for part in parts) + 2 * (len(parts) - 1)  # bytes of a separator
+    rest, offset, ended, longest = bytearray(), file.start, False, largest_document()
     while not ended:
+        searched = max(len(rest) - most, 0)
         chunk = file.stream.read(_CHUNK_BYTES)
         ended = not chunk
-        rest, done = rest + chunk, 0
-        for match in separator.finditer(rest):
+        rest += chunk
+        done = 0
+        for match in separator.finditer(rest, searched):
             if match.end() == len(rest) and not ended:
                 break  # the next bytes may belong to it
             yield _document(file, rest[done : match.start()], offset + done, text_format)
             done = match.end()
-        rest, offset = rest[done:], offset + done
+        del rest[:done]
+        offset += done
+        if len(rest) > longest:
+            raise _too_long(file, offset, longest)
     if rest.strip():
         yield _document(file, rest, offset, text_format)
 
 
-def _document(file: _File, content: bytes, offset: int, text_format: TextFormat) -> Record:
+def _read_whole(file: _File, most: int) -> bytes:
+    chunks, size = [], 0
+    while chunk := file.stream.read(_CHUNK_BYTES):
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > most:
+            raise _too_long(file, file.start, most)
+    return b"".join(chunks)
+
+
+def _too_long(file: _File, offset: int, most: int) -> SettingsError:
+    return SettingsError(
+        f"{file.where} has more than {most} bytes in one piece from byte {offset} on, too many to encode in the "
+        "memory of this machine; cut it into documents (plain text with separator, JSON as one object a line)"
+    )
+
+
+def _document(file: _File, content: bytes | bytearray, offset: int, text_format: TextFormat) -> Record:
     text = _with_line_feeds(_decode(content, file.where, offset, text_format))
     return Record(text.strip(), f"byte {offset}", file.position())
 
@@ -330,7 +367,7 @@ def _with_line_feeds(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
-def _decode(content: bytes, where: str, offset: int, text_format: TextFormat) -> str:
+def _decode(content: bytes | bytearray, where: str, offset: int, text_format: TextFormat) -> str:
     try:
         return content.decode("utf-8", text_format.errors)
     except UnicodeDecodeError as error:

@@ -155,11 +155,19 @@ def split_sources(
     """Return the sources of files to train on and of files to validate on.
 
     Raises:
-        SettingsError: A file is among both.
+        SettingsError: A file, or the content of one, is among both.
     """
     if both := set(train) & set(val):
         raise SettingsError(f"val_path: {sorted(both)[0]} would train and validate; set val_path to files of their own")
-    return file_sources(train, "train", text_format, hashes) + file_sources(val, "val", text_format, hashes)
+    ours, theirs = file_sources(train, "train", text_format, hashes), file_sources(val, "val", text_format, hashes)
+    training = {source.identity: source.name for source in ours}
+    for source in theirs:
+        if source.size and source.identity in training:
+            raise SettingsError(
+                f"val_path: {source.name} has the content of {training[source.identity]}, which would train and "
+                "validate; remove one of them, or set val_path to files of their own"
+            )
+    return ours + theirs
 
 
 def remote_sources(urls: Sequence[str], split: Side | None, text_format: TextFormat) -> list[Source]:
