@@ -1,9 +1,9 @@
 """The checkpoint that is exported: its configuration, its weights, and what they say together."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import litgpt
 import torch
@@ -30,11 +30,13 @@ class Source:
         directory: Where it is.
         config: Its model configuration.
         state: Its weights by name, which stay on the disk until they are used.
+        run: What else it holds of the run that saved it: counters, the place in the data, callbacks.
     """
 
     directory: Path
     config: "Config"
     state: dict[str, Tensor]
+    run: dict[str, Any] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -97,7 +99,8 @@ def read_source(checkpoint_dir: Path) -> Source:
             f"checkpoint_dir: {str(checkpoint_dir / CONFIG_FILE)!r} was written by a newer version ({error}); upgrade"
         ) from error
     content = read_checkpoint(checkpoint_dir / WEIGHTS_FILE)
-    return Source(checkpoint_dir, config, _weights(content.get("model", content)))
+    run = {key: content[key] for key in ("train_dataloader", "callbacks") if "model" in content and key in content}
+    return Source(checkpoint_dir, config, _weights(content.get("model", content)), run)
 
 
 def _weights(state: dict[str, Tensor]) -> dict[str, Tensor]:

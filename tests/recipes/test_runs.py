@@ -10,12 +10,19 @@ import pytest
 from litgpt.__main__ import main as litgpt_main
 
 from litgpt_moe_ext.cli.train import main
+from tests.recipes.exports import check_export
 from tests.recipes.files import RECIPES, ROOT, commands, path_of
 from tests.recipes.scaled import BATCH, LENGTH, RAW_DATA, overrides
 from tests.training.conftest import logged
 
 # One of each kind of model. The others differ from them in numbers and in the form of the data.
 FAMILIES = ("code-moe-60m", "gpt-moe-fineweb", "nanogpt-moe-tinystories")
+EXPORTED_AS = {
+    "code-moe-800m": "LitGPTMoEForCausalLM",
+    "gpt-dense-fineweb": "GPT2LMHeadModel",
+    "moe-200m-tinystories": "Ernie4_5_MoeForCausalLM",
+    "nanogpt-tinystories": "GPT2LMHeadModel",
+}
 OTHERS = [recipe for recipe in RECIPES if recipe not in FAMILIES]
 
 
@@ -80,8 +87,10 @@ def test_from_raw_data_to_text_in_this_process(recipe, tmp_path, monkeypatch, ca
         runpy.run_path(str(ROOT / script))["main"](arguments)
     capsys.readouterr()
     # Many CPUs are slow in bfloat16.
-    found = losses(train_and_resume(recipe, tmp_path, 20, "--precision=32-true"))
+    out_dir = train_and_resume(recipe, tmp_path, 20, "--precision=32-true")
+    found = losses(out_dir)
     assert found[20] < found[1] - 1
+    assert check_export(out_dir / "best", tmp_path / "exported") == EXPORTED_AS[recipe]
     assert recipe == "gpt-dense-fineweb" or "Reusing the corpus" in capsys.readouterr().out
     (arguments,) = commands(recipe, "litgpt generate")
     command = ["litgpt", "generate", *arguments, "--max_new_tokens", "8", "--num_samples", "1"]
@@ -121,6 +130,8 @@ def test_from_raw_data_to_text(recipe, tmp_path):
         *overrides(recipe, 20),
         *data_arguments(recipe, tmp_path),
     )
+    final = tmp_path / "checkpoints" / recipe / "final"
+    assert check_export(final, tmp_path / "exported") == "LitGPTMoEForCausalLM"
     assert "fineweb" in recipe or "Reusing the corpus" in output
     found = losses(tmp_path / "checkpoints" / recipe)
     assert len(found) == 20

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, pipeline
 
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.export.formats import export
+from tests.recipes.exports import check_export
+from tests.training.conftest import ROOT
 
 NO_SINKS = {"attention_sinks": False, "norm_qk": True}
 
@@ -70,3 +72,16 @@ def test_what_cannot_be_exported_is_refused_before_the_training(recipe, tmp_path
 
 def yaml_of(file: Path, changes: dict) -> dict:
     return {**yaml.safe_load(file.read_text())["model_config"], **changes}
+
+
+@pytest.mark.slow
+def test_the_quickstart(tmp_path, monkeypatch, corpus_settings):
+    monkeypatch.chdir(tmp_path)
+    data = [f"--data.{name}={value}" for name, value in corpus_settings.items()]
+    steps = ["--train.max_tokens=20480", "--eval.interval=5", "--eval.max_iters=2", "--train.log_interval=1"]
+    assert main(["--config", str(ROOT / "configs" / "quickstart.yaml"), *data, *steps]) == 0
+    final = tmp_path / "checkpoints" / "quickstart" / "final"
+    assert check_export(final, tmp_path / "exported") == "LitGPTMoEForCausalLM"
+    pipe = pipeline("text-generation", str(tmp_path / "exported" / "hf"), trust_remote_code=True)
+    (written,) = pipe("def parse(", max_new_tokens=4, do_sample=False)
+    assert written["generated_text"].startswith("def parse(")

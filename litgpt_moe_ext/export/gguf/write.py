@@ -10,6 +10,7 @@ from torch import Tensor
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.loading import parse_dtype
+from litgpt_moe_ext.export.card import write_card
 from litgpt_moe_ext.export.directory import new_directory, require_absent
 from litgpt_moe_ext.export.gguf.architectures import GRAPHS
 from litgpt_moe_ext.export.gguf.tokenizer import tokenizer_metadata
@@ -69,6 +70,7 @@ def export_gguf(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None) -
     }
     with new_directory(out_dir, source.nbytes(chosen)) as partial:
         n_bytes = _write(partial / MODEL_FILE, source, graph, metadata, chosen)
+        write_card(partial, source, graph.class_name, "gguf")
     return GGUFExport(graph.class_name, n_bytes)
 
 

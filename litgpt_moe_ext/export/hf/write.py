@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from litgpt_moe_ext.evaluation.loading import parse_dtype
+from litgpt_moe_ext.export.card import write_card
 from litgpt_moe_ext.export.directory import new_directory, require_absent
 from litgpt_moe_ext.export.hf.architectures import Architecture, choose_class
-from litgpt_moe_ext.export.hf.card import model_card
 from litgpt_moe_ext.export.hf.config_json import REMOTE_CODE
 from litgpt_moe_ext.export.hf.facts import Facts, facts_of
 from litgpt_moe_ext.export.hf.shards import MAX_SHARD_BYTES, Sketch, write_shards
@@ -64,8 +64,7 @@ def export_checkpoint(
         _write_json(partial / "generation_config.json", {"_from_model_config": True, **ids})
         if architecture.model_type == "litgpt_moe":
             shutil.copyfile(Path(__file__).with_name(f"{REMOTE_CODE}.py"), partial / f"{REMOTE_CODE}.py")
-        card = model_card(checkpoint_dir, source.config, architecture.class_name)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        write_card(partial, source, architecture.class_name, "hf")
     return Export(architecture.class_name, rejected, n_bytes)
 
 

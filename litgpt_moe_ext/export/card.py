@@ -1,0 +1,142 @@
+"""The model card of an export: what is known of how the model came to be, and how to use it."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from litgpt_moe_ext.model_size import count_flops, count_parameters
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.export.source import Source
+
+_SETTINGS = "hyperparameters.yaml"
+_CARD = """---
+library_name: {library}
+pipeline_tag: text-generation
+tags: [{tags}]
+---
+
+# {name}
+
+Trained with [LitGPT](https://github.com/Lightning-AI/litgpt) and `litgpt_moe_ext`; exported as `{class_name}` by
+`litgpt-moe export {checkpoint} ... --format {format}`.
+
+| | |
+| --- | --- |
+{rows}
+
+{usage}
+{training}"""
+_TRAINING = f"""
+## Training
+
+`python run_train.py --config {_SETTINGS}` is the command that made it; the file is beside this one.
+"""
+_TRANSFORMERS = """```python
+from transformers import pipeline
+
+pipe = pipeline("text-generation", "PATH"{trust})
+print(pipe("Once", max_new_tokens=40)[0]["generated_text"])
+```
+"""
+_LLAMA_CPP = """```bash
+llama-cli -m model.gguf -p "Once"
+```
+"""
+
+
+def write_card(folder: Path, source: "Source", class_name: str, format_name: str) -> None:
+    """Write `README.md`, and the settings of the training if they are known.
+
+    Args:
+        folder: Of the export.
+        source: The checkpoint that was exported.
+        class_name: The class, or the graph, that opens the export.
+        format_name: `hf` or `gguf`.
+    """
+    config = source.config
+    settings = _read_yaml(source.directory / _SETTINGS)
+    if settings:
+        shutil.copyfile(source.directory / _SETTINGS, folder / _SETTINGS)
+    trust = ", trust_remote_code=True" if class_name.startswith("LitGPT") else ""
+    card = _CARD.format(
+        library="transformers" if format_name == "hf" else "gguf",
+        tags=", ".join(["litgpt", "litgpt_moe_ext", *(["mixture-of-experts"] if config.n_expert else [])]),
+        name=config.name or source.directory.resolve().parent.name,
+        class_name=class_name,
+        format=format_name,
+        checkpoint=source.directory.name,
+        rows="\n".join(f"| {name} | {value} |" for name, value in facts(source, settings).items()),
+        usage=_TRANSFORMERS.format(trust=trust) if format_name == "hf" else _LLAMA_CPP,
+        training=_TRAINING if settings else "",
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def facts(source: "Source", settings: dict[str, Any]) -> dict[str, str]:
+    """Return what is known of a model and its training, in words by name.
+
+    Args:
+        source: The checkpoint.
+        settings: Of the training, as plain data; empty if unknown.
+    """
+    config = source.config
+    size = count_parameters(config)
+    length = config.block_size
+    found = {
+        "parameters": f"{size.total:,}, of which {size.active:,} are active per token",
+        "FLOPs per token, forward": f"{count_flops(config, length, training=False) / length:,.0f}",
+        "context": f"{length:,} tokens",
+    }
+    step = _step(source.directory)
+    train = settings.get("train")
+    if step is not None:
+        found["optimizer steps"] = f"{step:,}"
+        if isinstance(train, dict) and isinstance(train.get("global_batch_size"), int):
+            length = train.get("max_seq_length") or length
+            tokens = step * train["global_batch_size"] * length
+            flops = count_flops(config, length, training=True) / length * tokens
+            found |= {"training tokens": f"{tokens:,}", "FLOPs of the training": f"{flops:.2e}"}
+        found |= {name: f"{value:.4f}" for name, value in _losses(source.directory.parent, step).items()}
+    best = source.run.get("callbacks", {}).get("Retention", {}).get("loss")
+    if best is not None:
+        found["best validation loss"] = f"{best:.4f}"
+    if isinstance(data := settings.get("data"), dict):
+        found["data"] = f"`{data.get('class_path')}`"
+    corpus = (source.run.get("train_dataloader") or {}).get("fingerprint", {}).get("corpus")
+    if corpus is not None:
+        found["hash of the data"] = f"`{corpus}`"
+    return found
+
+
+def _step(checkpoint_dir: Path) -> int | None:
+    try:
+        state = json.loads((checkpoint_dir / "training_state.json").read_text(encoding="utf-8"))
+        return int(state["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # a converted checkpoint has no such file
+
+
+def _losses(out_dir: Path, step: int) -> dict[str, float]:
+    # The last of each that the csv logger wrote until then.
+    names = {"loss": "training loss", "val_loss": "validation loss"}
+    found: dict[str, tuple[int, float]] = {}
+    for file in sorted(out_dir.glob("logs/csv/version_*/metrics.csv")):
+        with file.open(newline="", encoding="utf-8") as lines:
+            for row in csv.DictReader(lines):
+                for column, name in names.items():
+                    if row.get(column) and row.get("step") and int(row["step"]) <= step:
+                        found[name] = max(found.get(name, (0, 0.0)), (int(row["step"]), float(row[column])))
+    return {name: value for name, (_, value) in found.items()}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
