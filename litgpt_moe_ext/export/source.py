@@ -88,6 +88,9 @@ def read_source(checkpoint_dir: Path) -> Source:
     Raises:
         SettingsError: If it is not whole, or was written by a newer version.
     """
+    if checkpoint_dir.resolve().name.startswith("."):
+        # So are called what a run has not finished, or is about to delete.
+        raise SettingsError(f"checkpoint_dir: {str(checkpoint_dir)!r} is being written; name a finished checkpoint")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (checkpoint_dir / name).is_file():
             raise SettingsError(f"checkpoint_dir: {str(checkpoint_dir)!r} has no {name}; name a whole checkpoint")

@@ -1,6 +1,7 @@
 """Exported models compute what the originals compute."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,6 +102,52 @@ class TestRefusals:
         with pytest.raises(SettingsError, match=r"missing \['transformer.h.1.mlp.fc_1.weight'\]"):
             export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
         assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+    def test_a_checkpoint_that_is_being_written(self, tmp_path):
+        make_checkpoint(tmp_path / ".final.incomplete", *CASES["llama"][1:])
+        with pytest.raises(SettingsError, match="is being written; name a finished checkpoint"):
+            export_checkpoint(tmp_path / ".final.incomplete", tmp_path / "out")
+        make_checkpoint(tmp_path / "cut", *CASES["llama"][1:])
+        file = tmp_path / "cut" / "lit_model.pth"
+        file.write_bytes(file.read_bytes()[:-500])
+        with pytest.raises(SettingsError, match="is damaged or cut off"):
+            export_checkpoint(tmp_path / "cut", tmp_path / "out")
+
+    def test_no_space(self, tmp_path, monkeypatch):
+        make_checkpoint(tmp_path / "checkpoint", *CASES["llama"][1:])
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+        with pytest.raises(SettingsError, match="out_dir: .* needs 0.0 GB, but .* has 0.0 GB left; free some space"):
+            export_checkpoint(tmp_path / "checkpoint", tmp_path / "new" / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+    def test_a_disk_that_fills_up_leaves_nothing(self, tmp_path, monkeypatch):
+        make_checkpoint(tmp_path / "checkpoint", *CASES["llama"][1:])
+
+        def full(*_arguments):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("litgpt_moe_ext.export.hf.write.write_card", full)
+        with pytest.raises(OSError, match="No space left"):
+            export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+    def test_a_file_where_the_directory_should_be(self, tmp_path):
+        make_checkpoint(tmp_path / "checkpoint", *CASES["llama"][1:])
+        (tmp_path / "file").touch()
+        with pytest.raises(SettingsError, match="out_dir: .* cannot be made"):
+            export_checkpoint(tmp_path / "checkpoint", tmp_path / "file" / "out")
+
+    def test_a_tokenizer_that_does_not_fit(self, tmp_path):
+        make_checkpoint(tmp_path / "checkpoint", *CASES["llama"][1:])
+        Tokenizer(BPE({f"t{i}": i for i in range(98)}, [])).save(str(tmp_path / "checkpoint" / "tokenizer.json"))
+        with pytest.raises(SettingsError, match="has ids up to 97, but the model only 97 embeddings"):
+            export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+    def test_latent_attention_that_no_class_has(self, tmp_path):
+        make_checkpoint(tmp_path / "checkpoint", {**CASES["deepseek-v3"][1], "norm_eps": 1e-5}, False)
+        with pytest.raises(SettingsError, match="DeepseekV3ForCausalLM has no latent_norm_eps: false"):
+            export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
 
     def test_a_model_from_the_future(self, tmp_path):
         make_checkpoint(tmp_path / "checkpoint", *CASES["llama"][1:])
