@@ -204,6 +204,8 @@ class SinkAttention(CausalSelfAttention):
         is_normed = norm_q is not None and norm_k is not None
         if is_normed and config.norm_qk_type == "olmo2":
             q, k = norm_q(q), norm_k(k)
+        if (limit := getattr(config, "clip_qkv", None)) is not None:
+            q, k, v = (y.clamp(-limit, limit) for y in (q, k, v))
         q_BHTd, k_BGTd, v_BGTd = (y.unflatten(-1, (-1, d)).transpose(1, 2) for y in (q, k, v))
         if is_normed and config.norm_qk_type == "default":
             q_BHTd, k_BGTd = norm_q(q_BHTd), norm_k(k_BGTd)

@@ -91,6 +91,8 @@ def is_dense_layer(config: "Config", block_idx: int) -> bool:
     """Return whether block `block_idx` of a model with MoE layers has a dense layer in its place."""
     if config.mlp_class_name not in MOE_CLASS_NAMES:
         return False
+    if block_idx in (config.mlp_only_layers or ()):
+        return True
     index = block_idx - (config.first_k_dense_replace or 0)
     return index < 0 or bool((index + 1) % (config.decoder_sparse_step or 1))
 

@@ -82,6 +82,9 @@ FEED_FORWARD_FIELDS = {
     "expert_dropout": Field(
         types.FRACTION, "probability of dropping a hidden activation of an expert in training (0 by default)", _MOE
     ),
+    "expert_gate_on_input": Field(
+        types.BOOLEAN, "whether the gate value multiplies an expert's input, as in Llama 4 (false: its output)", _MOE
+    ),
     "expert_backend": Field(
         choice(EXPERT_BACKENDS),
         "the only implementation of the experts allowed (the fastest that works by default)",
@@ -101,6 +104,9 @@ FEED_FORWARD_FIELDS = {
         integer(1, "n_layer"),
         "one in this many layers after the first dense ones is an MoE layer, the last of them (1 by default)",
         _MOE,
+    ),
+    "mlp_only_layers": Field(
+        types.layer_indices(), "indices of more layers that are dense, as in Qwen's models (none by default)", _MOE
     ),
     "residual_dropout": Field(
         types.FRACTION, "probability of dropping an element of what a layer adds to the residual stream (0 by default)"
@@ -203,6 +209,12 @@ ATTENTION_FIELDS = {
     ),
     "norm_qk_type": _litgpt(
         choice(("default", "olmo2")), "how queries and keys are normalised, with `norm_qk`", _ATTENTION, unset="default"
+    ),
+    "clip_qkv": Field(
+        types.POSITIVE,
+        "largest magnitude of queries, keys and values after the projection, and after a norm over all heads, as in "
+        "OLMoE and DBRX (no limit by default)",
+        _ATTENTION,
     ),
     "attention_scores_scalar": _litgpt(
         types.POSITIVE, "attention scores are divided by its root (the head size by default)", _ATTENTION

@@ -49,7 +49,7 @@ def check_derived(config: "Config") -> None:
         SettingsError: If `SinkAttention` cannot do what the configuration asks of it.
     """
     if config.attention_class_name is not None:
-        for rule in (_learned_positions, _documents, _rotary_elements):
+        for rule in (_learned_positions, _documents, _rotary_elements, _clipping):
             rule(config)
 
 
@@ -113,6 +113,8 @@ def _dense_width(config: "Config") -> None:
         reason = f"first_k_dense_replace is {config.first_k_dense_replace}"
     elif (config.decoder_sparse_step or 1) > 1:
         reason = f"decoder_sparse_step is {config.decoder_sparse_step}"
+    elif config.mlp_only_layers:
+        reason = f"mlp_only_layers is {config.mlp_only_layers}"
     else:
         return
     raise SettingsError(
@@ -237,6 +239,14 @@ def _documents(config: "Config") -> None:
         raise SettingsError(
             f"attention_document_token_id: {token_id!r} must be the id of the tokenizer's "
             f"{config.attention_document_boundary} token, an integer from 0 to {size - 1} (padded_vocab_size: {size})"
+        )
+
+
+def _clipping(config: "Config") -> None:
+    if config.clip_qkv is not None and config.norm_qk and config.norm_qk_type == "default":
+        raise SettingsError(
+            f"clip_qkv: {config.clip_qkv!r} does not go with norms of single heads; set norm_qk_type: olmo2, or "
+            "norm_qk: false"
         )
 
 

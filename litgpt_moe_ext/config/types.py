@@ -135,6 +135,22 @@ def per_layer(kind: FieldType) -> FieldType:
     return FieldType(kind.annotation | list[kind.annotation], accepts, describe)
 
 
+def layer_indices() -> FieldType:
+    """Return the type of a list of different layers, not all of them."""
+
+    def accepts(value: Any, config: "Config | None") -> bool:
+        if not isinstance(value, list) or not value or not all(type(index) is int for index in value):
+            return False
+        n_layer = len(value) + 1 + max(value) if config is None else config.n_layer
+        return len(set(value)) == len(value) < n_layer and all(0 <= index < n_layer for index in value)
+
+    def describe(config: "Config | None") -> str:
+        last = "n_layer - 1" if config is None else f"{config.n_layer - 1} (n_layer - 1)"
+        return f"a list of different integers from 0 to {last}, not all of them"
+
+    return FieldType(list[int], accepts, describe)
+
+
 def mapping(values: dict[str, FieldType]) -> FieldType:
     """Return the type of a dictionary that has some of the keys of `values`, at least one."""
     keys = ", ".join(values)

@@ -26,7 +26,7 @@ class Experts(nn.Module):
 
     Args:
         config: A `litgpt.Config`; uses `n_expert`, `n_embd`, `moe_intermediate_size`, `mlp_activation`,
-            `gelu_approximate`, `expert_dropout`, `expert_backend`, `bias` and `n_layer`.
+            `gelu_approximate`, `expert_dropout`, `expert_backend`, `expert_gate_on_input`, `bias` and `n_layer`.
 
     Attributes:
         gate_up_proj: Gate projections above up projections, (E, 2F, D); only with a gated activation.
@@ -43,6 +43,7 @@ class Experts(nn.Module):
         self.intermediate_size = config.moe_intermediate_size
         self.activation = Activation(config.mlp_activation, config.gelu_approximate)
         self.dropout = config.expert_dropout or 0.0
+        self.gate_on_input = bool(config.expert_gate_on_input)
         self.forced_backend: str | None = getattr(config, "expert_backend", None)
         # LitGPT's scheme: GPT-NeoX's standard deviation for what reads the residual stream, and one that falls with the
         # depth of the model for what writes to it (arXiv:2204.06745, section 2.3).
@@ -84,6 +85,14 @@ class Experts(nn.Module):
         if routing.real_T is not None:
             # Rows that no expert computes are memory as it was found, in the backward pass too: it ends here.
             x_TD = x_TD.masked_fill(~routing.real_T.unsqueeze(1), 0.0)
+        if self.gate_on_input:
+            # Every choice is a row of its own that goes to one expert, at full weight.
+            x_TKD = x_TD.unsqueeze(1) * routing.weights_TK.unsqueeze(2)
+            y_RD = self._compute(x_TKD.flatten(0, 1).to(x_TD.dtype), _one_choice_per_row(routing))
+            return y_RD.view(x_TKD.shape).sum(1)
+        return self._compute(x_TD, routing)
+
+    def _compute(self, x_TD: Tensor, routing: Routing) -> Tensor:
         hidden = Hidden(self.activation, self.dropout if self.training else 0.0)
         # On the meta device the loop does the work of the active experts, whatever computes them elsewhere.
         backend = "loop" if x_TD.is_meta else self.backend_for(x_TD, torch.compiler.is_compiling())
@@ -109,3 +118,10 @@ class Experts(nn.Module):
             f"n_expert={self.n_expert}, n_embd={self.n_embd}, intermediate_size={self.intermediate_size}, "
             f"activation={self.activation.name}, bias={self.down_bias is not None}"
         )
+
+
+def _one_choice_per_row(routing: Routing) -> Routing:
+    experts_R1 = routing.experts_TK.reshape(-1, 1)
+    real_R = None if routing.real_T is None else routing.real_T.repeat_interleave(routing.experts_TK.size(1))
+    ones_R1 = torch.ones_like(experts_R1, dtype=routing.weights_TK.dtype)
+    return Routing(ones_R1, experts_R1, routing.counts_E, real_R)

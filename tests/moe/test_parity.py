@@ -291,6 +291,39 @@ def test_equals_gpt_oss(shape):
         torch.testing.assert_close(gradient, expected[name], **TOLERANCE)
 
 
+@SHAPES
+@pytest.mark.parametrize("backend", ["loop", "grouped_cpu", "grouped_mm"])
+def test_equals_llama4(shape, backend):
+    """The gate value multiplies the expert's input."""
+    from transformers import Llama4TextConfig
+    from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
+
+    def translate(tensors):
+        return {
+            "gate.weight": tensors["router.weight"],
+            "experts.gate_up_proj": tensors["experts.gate_up_proj"].mT,
+            "experts.down_proj": tensors["experts.down_proj"].mT,
+            **{
+                f"shared_experts.{ours}.weight": tensors[f"shared_expert.{theirs}.weight"]
+                for ours, theirs in {"fc_1": "gate_proj", "fc_2": "up_proj", "proj": "down_proj"}.items()
+            },
+        }
+
+    sizes = {"hidden_size": 16, "intermediate_size": 12, "num_local_experts": 8, "num_experts_per_tok": 2}
+    theirs = randomize(Llama4TextMoe(Llama4TextConfig(**sizes)))
+    config = moe_config(n_expert_per_token=2, n_shared_expert=1, expert_gate_on_input=True, expert_backend=backend)
+    ours = SharedExpertMoE(config)
+    ours.load_state_dict({**translate(theirs.state_dict()), "gate.e_score_correction_bias": torch.zeros(8)})
+    forward = theirs.forward
+    theirs.forward = lambda x: forward(x)[0].view(x.shape)
+
+    x, upstream = inputs(shape, torch.float32)
+    our_output, our_gradients = gradients(ours, x, upstream)
+    their_output, their_gradients = gradients(theirs, x, upstream)
+    torch.testing.assert_close(our_output, their_output, **TOLERANCE)
+    assert_same_gradients(our_gradients, {**translate(their_gradients), "input": their_gradients["input"]}, **TOLERANCE)
+
+
 def test_equals_litgpts_grouped_moe():
     """With positive biased scores, where its mask of 0 does no harm."""
     groups = {"n_expert_groups": 4, "n_topk_groups": 2, "n_topk_scores_per_group": 2}

@@ -12,7 +12,7 @@ from litgpt_moe_ext.config.rope import DEFAULT_BETA_FAST, DEFAULT_BETA_SLOW, pre
 from litgpt_moe_ext.export.gguf import names
 from litgpt_moe_ext.export.hf.architectures import LLAMA_LIKE, SOFTMAX, Architecture
 from litgpt_moe_ext.export.hf.config_json import shared_width
-from litgpt_moe_ext.export.hf.facts import Facts
+from litgpt_moe_ext.export.hf.facts import Facts, leading_dense_layers, window_of
 from litgpt_moe_ext.export.hf.names import Entries
 from litgpt_moe_ext.export.hf.tensors import Constant
 
@@ -87,7 +87,7 @@ def _glm(facts: Facts) -> dict[str, Any]:
         _moe(facts)
         | {
             "expert_shared_count": config.n_shared_expert,
-            "leading_dense_block_count": config.first_k_dense_replace or 0,
+            "leading_dense_block_count": leading_dense_layers(config),
             "expert_gating_func": _SIGMOID,
             "expert_weights_norm": facts.norm_topk,
             "expert_weights_scale": float(config.routed_scaling_factor),
@@ -98,8 +98,19 @@ def _glm(facts: Facts) -> dict[str, Any]:
 
 def _ernie(facts: Facts) -> dict[str, Any]:
     shared = {"expert_shared_feed_forward_length": shared_width(facts)} if facts.shared != "none" else {}
-    dense = facts.config.first_k_dense_replace or 0
+    dense = leading_dense_layers(facts.config)
     return _moe(facts) | {"interleave_moe_layer_step": 1, "leading_dense_block_count": dense} | shared
+
+
+def _gpt_oss(facts: Facts) -> dict[str, Any]:
+    config = facts.config
+    windows = [window_of(config, i) is not None for i in range(config.n_layer)]
+    # The graph insists on a layer with a window; one as long as the context hides nothing.
+    windows[0] = windows[0] or not any(windows)
+    return _moe(facts) | {
+        "attention.sliding_window": config.sliding_window_size or config.block_size,
+        "attention.sliding_window_pattern": windows,
+    }
 
 
 def _gpt2(facts: Facts) -> dict[str, Any]:
@@ -152,6 +163,7 @@ GRAPHS = (
             "positions": ("learned",),
             "sinks": ("none",),
             "window": ("none",),
+            "clipped": (False,),
             "qk_norm": ("none",),
             "attention_bias": ("none", "all"),
             "grouped": (False,),
@@ -192,6 +204,7 @@ GRAPHS = (
             "layers": ("moe",),
             "qk_norm": ("whole",),
             "norm_topk": (False,),
+            "clipped": (False,),
             "grouped": (False,),
             "free_head_size": (False,),
         },
@@ -226,5 +239,20 @@ GRAPHS = (
         },
         _glm,
         names.with_balancing_bias(_with_post_attention_norm),
+    ),
+    _graph(
+        "gpt-oss",
+        _MOE
+        | {
+            "layers": ("moe",),
+            "sinks": ("all",),
+            "window": ("none", "all", "some"),
+            "attention_bias": ("all",),
+            "activation": ("clamped_swiglu",),
+            "mlp_bias": (True,),
+            "router_bias": (True, False),
+        },
+        _gpt_oss,
+        names.gpt_oss,
     ),
 )

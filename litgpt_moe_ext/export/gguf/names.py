@@ -50,6 +50,24 @@ def decoder(facts: Facts, second_norm: str = "ffn_norm") -> Entries:
     return entries
 
 
+def gpt_oss(facts: Facts) -> Entries:
+    """Return the rules of GPT-OSS: sinks, and biases of the router and the experts."""
+    config = facts.config
+    entries = decoder(facts, "post_attention_norm")
+    for i in range(config.n_layer):
+        ours, theirs = f"transformer.h.{i}.", f"blk.{i}."
+        entries.append(Rule(f"{ours}attn.sinks", (f"{theirs}attn_sinks.weight",)))
+        parts = (f"{theirs}ffn_gate_exps.bias", f"{theirs}ffn_up_exps.bias")
+        entries.append(Rule(f"{ours}mlp.experts.gate_up_bias", parts, dim=1))
+        entries.append(Rule(f"{ours}mlp.experts.down_bias", (f"{theirs}ffn_down_exps.bias",)))
+        if facts.router_bias:
+            entries.append(Rule(f"{ours}mlp.gate.bias", (f"{theirs}ffn_gate_inp.bias",)))
+        else:
+            size = config.n_expert
+            entries.append(Constant(f"{theirs}ffn_gate_inp.bias", lambda size=size: torch.zeros(size)))
+    return entries
+
+
 def with_balancing_bias(entries: Callable[[Facts], Entries]) -> Callable[[Facts], Entries]:
     """Return the rules for a graph that adds a bias to the scores before it chooses."""
 

@@ -106,6 +106,7 @@ LLAMA_LIKE: dict[str, tuple[Any, ...]] = {
     "rope_layout": ("half",),
     "sinks": ("none",),
     "window": ("none",),
+    "clipped": (False,),
     "qk_norm": ("none",),
     "attention_bias": ("none",),
     "activation": ("swiglu",),
@@ -117,6 +118,7 @@ _DENSE = LLAMA_LIKE | {"layers": ("dense",)}
 SOFTMAX = LLAMA_LIKE | {
     "router": ("topk",),
     "score": ("softmax",),
+    "gate_on_input": (False,),
     "router_bias": (False,),
     "norm_topk": (True,),
     "balancing_bias": (False,),
@@ -144,6 +146,7 @@ ARCHITECTURES = (
             "positions": ("learned",),
             "sinks": ("none",),
             "window": ("none",),
+            "clipped": (False,),
             "qk_norm": ("none",),
             "attention_bias": ("none", "all"),
             "grouped": (False,),
@@ -216,14 +219,21 @@ ARCHITECTURES = (
     Architecture(
         "OlmoeForCausalLM",
         "olmoe",
-        SOFTMAX | {"layers": ("moe",), "qk_norm": ("whole",), "norm_topk": (True, False), "free_head_size": (False,)},
+        SOFTMAX
+        | {
+            "layers": ("moe",),
+            "clipped": (True, False),
+            "qk_norm": ("whole",),
+            "norm_topk": (True, False),
+            "free_head_size": (False,),
+        },
         lambda facts: (
             config_json.llama(facts)
             | config_json.moe_sizes(facts)
             | {
                 "num_experts": facts.config.n_expert,
                 "intermediate_size": facts.config.moe_intermediate_size,
-                "clip_qkv": None,
+                "clip_qkv": facts.config.clip_qkv,
             }
         ),
         _moe_names(experts="mlp.experts.{e}", router="mlp.gate"),

@@ -4,7 +4,7 @@ from typing import Any
 
 from litgpt_moe_ext.config.features import is_dense_layer
 from litgpt_moe_ext.config.rope import present_adjustments
-from litgpt_moe_ext.export.hf.facts import Facts, layer_has_sinks, window_of
+from litgpt_moe_ext.export.hf.facts import Facts, layer_has_sinks, leading_dense_layers, window_of
 
 REMOTE_CODE = "modeling_litgpt_moe"
 _Json = dict[str, Any]
@@ -97,7 +97,7 @@ def glm(facts: Facts) -> _Json:
             "n_group": config.n_expert_groups or 1,
             "topk_group": config.n_topk_groups or 1,
             "routed_scaling_factor": config.routed_scaling_factor,
-            "first_k_dense_replace": config.first_k_dense_replace or 0,
+            "first_k_dense_replace": leading_dense_layers(config),
             "partial_rotary_factor": config.rope_n_elem / config.head_size,
             "use_qk_norm": facts.qk_norm == "head",
             # llama.cpp would count a layer for multi-token prediction otherwise.
@@ -146,7 +146,7 @@ def gpt_oss(facts: Facts) -> _Json:
 def ernie(facts: Facts) -> _Json:
     """Return the entries of ERNIE-4.5-MoE."""
     config = facts.config
-    first = config.first_k_dense_replace or 0
+    first = leading_dense_layers(config)
     return llama(facts) | {
         "use_bias": facts.mlp_bias,
         "moe_intermediate_size": config.moe_intermediate_size,
@@ -194,6 +194,7 @@ def own(facts: Facts) -> _Json:
             "router": facts.router,
             "router_score_function": facts.score,
             "router_bias": facts.router_bias,
+            "gate_on_input": facts.gate_on_input,
             "n_group": config.n_expert_groups or 1,
             "topk_group": config.n_topk_groups or 1,
             "topk_scores_per_group": config.n_topk_scores_per_group or 1,
@@ -217,6 +218,7 @@ def own(facts: Facts) -> _Json:
             "attention_windows": [window_of(config, i) for i in range(config.n_layer)],
             "attention_sinks": [layer_has_sinks(config, i) for i in range(config.n_layer)],
             "qk_norm": facts.qk_norm,
+            "clip_qkv": config.clip_qkv,
             "learned_positions": facts.positions == "learned",
             "rope_inv_freq": frequencies,
             "rope_dim": config.rope_n_elem,

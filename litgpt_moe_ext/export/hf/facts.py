@@ -52,6 +52,7 @@ class Facts:
         rope_layout: `half` or `interleaved`.
         sinks: `none`, `all` or `some` (layers have them).
         window: `none`, `all` or `some`.
+        clipped: Whether queries, keys and values are limited.
         qk_norm: `none`, `head` or `whole` (over all heads together).
         attention_bias: `none`, `qkv` or `all`.
         grouped: Whether key/value heads are fewer than query heads.
@@ -60,6 +61,7 @@ class Facts:
         mlp_bias: Whether feed-forward layers have biases.
         router: `none`, `topk`, `noisy_topk`, or a router without learning.
         score: `none`, `sigmoid` or `softmax`.
+        gate_on_input: Whether gate values multiply what experts get.
         router_bias: Whether the gate has a bias that learns.
         norm_topk: Whether weights of the chosen experts sum to 1.
         balancing_bias: Whether the router has a bias that is not the same for all experts.
@@ -82,6 +84,7 @@ class Facts:
     rope_layout: str
     sinks: str
     window: str
+    clipped: bool
     qk_norm: str
     attention_bias: str
     grouped: bool
@@ -90,6 +93,7 @@ class Facts:
     mlp_bias: bool
     router: str
     score: str
+    gate_on_input: bool
     router_bias: bool
     norm_topk: bool
     balancing_bias: bool
@@ -159,6 +163,7 @@ def facts_of(config: "Config", state: "dict[str, Tensor]") -> Facts:
         rope_layout="interleaved" if config.rope_interleave else "half",
         sinks=_how_many([layer_has_sinks(config, i) for i in range(config.n_layer)]),
         window=_window(config),
+        clipped=config.clip_qkv is not None,
         qk_norm={"default": "head", "olmo2": "whole"}[config.norm_qk_type] if config.norm_qk else "none",
         attention_bias="all" if config.bias else "qkv" if config.attn_bias else "none",
         grouped=config.n_query_groups != config.n_head,
@@ -167,6 +172,7 @@ def facts_of(config: "Config", state: "dict[str, Tensor]") -> Facts:
         mlp_bias=config.bias,
         router=config.router_type if moe else "none",
         score=(config.router_score_function or "none") if moe else "none",
+        gate_on_input=bool(moe and config.expert_gate_on_input),
         router_bias=bool(moe and config.router_bias),
         norm_topk=bool(moe and config.norm_topk_prob),
         balancing_bias=moe and any(_distinguishes(t) for n, t in state.items() if n.endswith("correction_bias")),
@@ -176,6 +182,11 @@ def facts_of(config: "Config", state: "dict[str, Tensor]") -> Facts:
         head_bias=config.lm_head_bias,
         scale="head" if config.attention_scores_scalar in (None, _score_size(config)) else "other",
     )
+
+
+def leading_dense_layers(config: "Config") -> int:
+    """Return how many layers before the first MoE layer are dense."""
+    return next((i for i in range(config.n_layer) if not is_dense_layer(config, i)), config.n_layer)
 
 
 def window_of(config: "Config", layer: int) -> int | None:
@@ -197,7 +208,7 @@ def _score_size(config: "Config") -> int:
 
 def _layers(config: "Config") -> str:
     dense = [is_dense_layer(config, i) for i in range(config.n_layer)]
-    first = config.first_k_dense_replace or 0
+    first = leading_dense_layers(config)
     return "moe" if not any(dense) else "mixed" if not any(dense[first:]) else "alternating"
 
 

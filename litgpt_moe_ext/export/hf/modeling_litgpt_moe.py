@@ -57,6 +57,7 @@ _SETTINGS = {
     "attention_windows": None,
     "attention_sinks": None,
     "qk_norm": "none",
+    "clip_qkv": None,
     "learned_positions": False,
     "rope_inv_freq": [],
     "rope_dim": 0,
@@ -75,6 +76,7 @@ _SETTINGS = {
     "router": "topk",
     "router_score_function": "sigmoid",
     "router_bias": False,
+    "gate_on_input": False,
     "n_group": 1,
     "topk_group": 1,
     "topk_scores_per_group": 1,
@@ -164,6 +166,8 @@ class LitGPTMoEAttention(nn.Module):
         q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
         if qk_norm == "whole":
             q, k = self.q_norm(q), self.k_norm(k)
+        if (limit := self.config.clip_qkv) is not None:
+            q, k, v = (x.clamp(-limit, limit) for x in (q, k, v))
         q, k, v = (x.unflatten(-1, (-1, d)).transpose(1, 2) for x in (q, k, v))
         if qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
@@ -269,14 +273,16 @@ class LitGPTMoEExperts(nn.Module):
         y_ND = weights_NK.new_zeros(x_ND.shape)
         for e in experts_NK.unique().tolist():
             token, place = torch.where(experts_NK == e)
-            h = F.linear(x_ND[token], up_EGD[e], None if up_bias_EG is None else up_bias_EG[e])
+            weight_n1 = weights_NK[token, place, None]
+            x_nD = (x_ND[token] * weight_n1).to(x_ND.dtype) if self.config.gate_on_input else x_ND[token]
+            h = F.linear(x_nD, up_EGD[e], None if up_bias_EG is None else up_bias_EG[e])
             h = (
                 _gate(self.config, *h.chunk(2, dim=-1))
                 if self.config.gated
                 else _ACTIVATIONS[self.config.hidden_act](h)
             )
             h = F.linear(h, self.down_proj[e], None if self.down_bias is None else self.down_bias[e])
-            y_ND.index_add_(0, token, h * weights_NK[token, place, None])
+            y_ND.index_add_(0, token, h.to(y_ND.dtype) if self.config.gate_on_input else h * weight_n1)
         return y_ND.to(x_ND.dtype)
 
 

@@ -144,8 +144,9 @@ def _qwen2_moe(hf: _Json) -> _Json:
 
 
 def _olmoe(hf: _Json) -> _Json:
-    _refuse(hf, "attention_bias", "clip_qkv")
-    return _moe(hf, width="intermediate_size") | {"norm_qk": True, "norm_qk_type": "olmo2"}
+    _refuse(hf, "attention_bias")
+    norms = {"norm_qk": True, "norm_qk_type": "olmo2"}
+    return _moe(hf, width="intermediate_size") | norms | {"clip_qkv": hf.get("clip_qkv")}
 
 
 def _ernie(hf: _Json) -> _Json:
@@ -268,7 +269,9 @@ def _qwen_pattern(hf: _Json) -> _Json:
                 if every > 1:
                     settings |= {"decoder_sparse_step": every, "intermediate_size": hf["intermediate_size"]}
                 return settings
-    raise SettingsError(f"hf_dir: mlp_only_layers: {sorted(only)} must be the first layers, or every nth")
+    if all(dense):
+        raise SettingsError(f"hf_dir: mlp_only_layers: {sorted(only)} leaves no layer with experts")
+    return {"mlp_only_layers": [i for i in range(n_layer) if dense[i]], "intermediate_size": hf["intermediate_size"]}
 
 
 def _first_dense(hf: _Json, first: int) -> _Json:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tests.export.hf.models import CASES, MOE, SOFTMAX, YARN
+from tests.export.hf.models import CASES, GPT_OSS, MOE, SOFTMAX, YARN
 
 # Name of a case: the graph, the settings, and whether the balancing bias distinguishes experts.
 GRAPH_CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
@@ -38,5 +38,11 @@ GRAPH_CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
         True,
     ),
     "glm": ("glm4moe", {**CASES["glm"][1], "head_size": 16, "rotary_percentage": 0.5}, True),
+    "gpt-oss": (
+        "gpt-oss",
+        {**GPT_OSS, "sliding_window_size": 9, "sliding_window_indices": [1, 0, 1], "rope_adjustments": YARN},
+        False,
+    ),
+    "gpt-oss-without-router-bias": ("gpt-oss", {**GPT_OSS, "router_bias": None}, False),
     "quickstart-without-sinks": ("glm4moe", {**MOE, "n_shared_expert": 2, "norm_qk": True}, True),
 }

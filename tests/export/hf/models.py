@@ -98,6 +98,16 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
         False,
     ),
     "olmoe": ("OlmoeForCausalLM", {**SOFTMAX, "norm_qk": True, "norm_qk_type": "olmo2"}, False),
+    "olmoe-clipped": (
+        "OlmoeForCausalLM",
+        {**SOFTMAX, "norm_qk": True, "norm_qk_type": "olmo2", "clip_qkv": 0.7},
+        False,
+    ),
+    "qwen3-moe-irregular": (
+        "Qwen3MoeForCausalLM",
+        {**SOFTMAX, "n_layer": 4, "norm_qk": True, "mlp_only_layers": [2, 0], "intermediate_size": 40},
+        False,
+    ),
     "ernie": (
         "Ernie4_5_MoeForCausalLM",
         {**SOFTMAX, "router_bias_update_rate": 0.01, "first_k_dense_replace": 1, "intermediate_size": 40},
@@ -188,6 +198,8 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
             **MOE,
             "mlp_activation": "geglu",
             "router_bias": True,
+            "expert_gate_on_input": True,
+            "clip_qkv": 1.5,
             "rotary_percentage": 0.5,
             "first_k_dense_replace": 1,
             "intermediate_size": 40,
