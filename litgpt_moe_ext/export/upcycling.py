@@ -21,7 +21,7 @@ from litgpt.model import GPT
 from litgpt.utils import copy_config_files, save_config
 from torch import Tensor, nn
 
-from litgpt_moe_ext.config.features import MOE_CLASS_NAMES, router_type_of
+from litgpt_moe_ext.config.features import MOE_CLASS_NAMES, is_dense_layer, router_type_of
 from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.durable import flush_tree
 from litgpt_moe_ext.errors import SettingsError
@@ -115,11 +115,16 @@ def require_same_function(dense: "Config", moe: "Config") -> Slices:
         may_differ = name in _MAY_DIFFER or (name in FIELDS and "moe" in FIELDS[name].owner)
         if not may_differ and value != theirs[name]:
             raise SettingsError(f"{name}: {value!r} must be {theirs[name]!r} as in the dense model")
-    has_dense_layers = bool(moe.first_k_dense_replace) or (moe.decoder_sparse_step or 1) > 1
+    has_dense_layers = any(is_dense_layer(moe, i) for i in range(moe.n_layer))
     if has_dense_layers and moe.intermediate_size != dense.intermediate_size:
         raise SettingsError(
             f"intermediate_size: {moe.intermediate_size} must be {dense.intermediate_size} as in the dense model; "
             "layers that stay dense have this width"
+        )
+    if moe.expert_gate_on_input:
+        raise SettingsError(
+            "expert_gate_on_input: True divides what copies of the dense MLP get, so that they do not add up to it; "
+            "remove it"
         )
     _require_gates_that_sum_to_one(moe)
     return _slices(dense.intermediate_size or 0, moe)

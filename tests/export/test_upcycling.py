@@ -144,6 +144,7 @@ def test_routers_differ():
             {"first_k_dense_replace": 1, "intermediate_size": 20},
             "intermediate_size: 20 must be 24 as in the dense model",
         ),
+        ({"expert_gate_on_input": True}, "expert_gate_on_input: True divides what copies of the dense MLP get"),
     ],
     ids=str,
 )
