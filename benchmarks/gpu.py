@@ -48,6 +48,7 @@ from litgpt_moe_ext.attention.documents import find_documents  # noqa: E402
 from litgpt_moe_ext.attention.sinks import Softmax  # noqa: E402
 from litgpt_moe_ext.config.fields import added_fields  # noqa: E402
 from litgpt_moe_ext.errors import SettingsError  # noqa: E402
+from litgpt_moe_ext.inspect.cost.layers import shorten  # noqa: E402
 from litgpt_moe_ext.inspect.cost.memory import Step, training_memory  # noqa: E402
 from litgpt_moe_ext.model_size import count_flops  # noqa: E402
 from litgpt_moe_ext.moe.layer import SharedExpertMoE  # noqa: E402
@@ -477,7 +478,7 @@ def promise_rows(bench: Bench) -> Iterator[dict[str, Any]]:
     for name in RECIPES[:1] if bench.tiny else RECIPES:
         settings, micro_batch = recipe(name, bench.tiny)
         length = settings["block_size"]
-        predicted = training_memory(Config(**settings), Step("bf16-mixed", micro_batch, length)).total / 2**30
+        predicted = training_memory(shorten(Config(**settings)), Step("bf16-mixed", micro_batch, length)).total / 2**30
         measured = None
         if bench.is_cuda:
             torch.cuda.reset_peak_memory_stats()

@@ -22,13 +22,12 @@ def count_parameters(config: Any, tie_embeddings: bool = False) -> ModelSize:
         config: The configuration.
         tie_embeddings: Whether output head and token embeddings are one table (`train.tie_embeddings`).
     """
-    import torch
-    from litgpt.model import GPT, LLaMAMoE
+    from litgpt.model import LLaMAMoE
 
+    from litgpt_moe_ext.meta_models import meta_model
     from litgpt_moe_ext.moe.layer import MoE
 
-    with torch.device("meta"):
-        model = GPT(config)
+    model = meta_model(config)
     if tie_embeddings:
         # `parameters` lists it once.
         model.lm_head.weight = model.get_submodule("transformer.wte").get_parameter("weight")
@@ -56,15 +55,15 @@ def count_flops(config: Any, length: int, training: bool) -> int:
     """
     import torch
     import torch.nn.functional as F
-    from lightning.fabric.utilities.throughput import measure_flops
-    from litgpt.model import GPT
 
-    with torch.device("meta"):
-        model = GPT(config)
-        ids = torch.zeros(1, length + 1, dtype=torch.int64)
+    from litgpt_moe_ext.flop_counter import FlopCounter
+    from litgpt_moe_ext.meta_models import META, meta_model
+
+    model = meta_model(config)
+    ids = torch.zeros(1, length + 1, dtype=torch.int64, device=META)
     inputs, targets = ids[:, :-1], ids[:, 1:]
-
-    def loss(logits: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-    return measure_flops(model, lambda: model(inputs), loss if training else None)
+    with FlopCounter() as counter:
+        logits = model(inputs)
+        if training:
+            F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+    return counter.total

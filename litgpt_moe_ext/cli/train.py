@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 from litgpt_moe_ext.cli.given import Given, load_value, read_flags
@@ -186,6 +187,23 @@ def parse(given: Given, types: Mapping[str, Any]) -> tuple[Any, Any]:
         return parser, parser.parse_object(tree)
     except (jsonargparse.ArgumentError, TypeError) as error:
         raise explain(error, given, known) from error
+
+
+def read_plain_settings(recipe: Path) -> Settings:
+    """Return the settings of a recipe without importing LitGPT: model and data are not checked.
+
+    Args:
+        recipe: A YAML file. `model_config` of the result has its fields as attributes.
+
+    Raises:
+        SettingsError: If another section is wrong.
+    """
+    types = {"model_config": dict | None, "data": dict | str | None}
+    parser, parsed = parse(read_given(["--config", str(recipe)], recipe, annotations(types)), types)
+    model = parsed.pop("model_config")
+    values = vars(parser.instantiate_classes(parsed))
+    config: Any = None if model is None else SimpleNamespace(**{"block_size": 4096, **model})
+    return Settings(model_config=config, **values)
 
 
 def make_settings(parser: Any, parsed: Any) -> Settings:

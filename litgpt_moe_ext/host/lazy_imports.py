@@ -6,11 +6,15 @@ scipy.signal. Lightning and LitGPT also import torch's compiler, to ask whether 
 methods from being compiled and to set options that only `--compile` needs. Together that is two thirds of the time to
 start.
 
-Nothing here pretends to be a module. torchmetrics' own `__init__` runs, statement by statement, in its own module
-object: what loads something big waits until somebody asks for a name or a submodule beyond those few, and then runs
-in its original order. Six modules of lightning and LitGPT are executed from their own source with the few expressions
-changed that load the compiler: a class that `isinstance` asks about, and a function that tells whether code is being
-compiled, have stand-ins that are right as long as the compiler is not loaded and give way once it is.
+`import litgpt` itself loads lightning and all that LitGPT can do, of which whoever only describes a model needs two
+modules.
+
+Nothing here pretends to be a module. The `__init__` of torchmetrics and of litgpt run, statement by statement, in their
+own module objects: what loads something big waits until somebody asks for a name or a submodule beyond a few, and then
+runs in its original order. Seven modules of lightning and LitGPT are executed from their own source with the few
+expressions changed that load the compiler, or a converter: a class that `isinstance` asks about, and a function that
+tells whether code is being compiled, have stand-ins that are right as long as the compiler is not loaded and give way
+once it is.
 
 A process gets this when it imports LitGPT, or the parts of this package that do, and only for modules that are not
 loaded by then. Python 3.15 has lazy imports of its own (PEP 810), which will replace this.
@@ -34,7 +38,7 @@ class Package:
     Attributes:
         names: Attributes that are imported from the submodules the `__init__` takes them from.
         submodules: Submodules that can be imported, with their own submodules.
-        first: The submodule that the `__init__` would import before all others.
+        first: The submodule that is imported before all others, which rely on it.
     """
 
     names: frozenset[str]
@@ -47,7 +51,9 @@ PACKAGES = {
         names=frozenset({"Metric", "MetricCollection", "RunningMean"}),
         submodules=("utilities", "metric", "collections", "aggregation", "wrappers"),
         first="utilities",
-    )
+    ),
+    # What describes a model needs neither lightning nor what LitGPT trains and chats with.
+    "litgpt": Package(names=frozenset({"Config", "GPT"}), submodules=("config", "constants", "model"), first="model"),
 }
 
 # Modules that load torch's compiler when they are imported.
@@ -59,6 +65,9 @@ WITHOUT_COMPILER = (
     "litgpt.generate.speculative_decoding",
     "litgpt.generate.tp",
 )
+
+# Functions that a module takes from a big one and hardly ever calls: module, name, and where it comes from.
+CALLED_RARELY = {"litgpt.model": ("qkv_reassemble", "litgpt.scripts.convert_hf_checkpoint")}
 
 
 class _NotCompiled(type):
@@ -87,6 +96,8 @@ def install() -> None:
         autoload.execute_with(name, _execute_split)
     for name in WITHOUT_COMPILER:
         autoload.execute_with(name, _execute_without_compiler)
+    for name in CALLED_RARELY:
+        autoload.execute_with(name, _execute_without_function)
 
 
 def _execute_split(module: ModuleType, loader: Any) -> None:
@@ -113,6 +124,26 @@ def _execute_without_compiler(module: ModuleType, loader: Any) -> None:
                 module.__dict__[name] = getattr(home, original)
 
         autoload.when_imported(home, put_back)
+
+
+def _execute_without_function(module: ModuleType, loader: Any) -> None:
+    name, home = CALLED_RARELY[module.__name__]
+    tree = _parse(module, loader)
+    if tree is None or home in sys.modules:
+        loader.exec_module(module)
+        return
+
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(home), name)(*args, **kwargs)
+
+    def put_back(home: ModuleType) -> None:
+        if module.__dict__.get(name) is stand_in:
+            module.__dict__[name] = getattr(home, name)
+
+    module.__dict__[name] = stand_in
+    body = [node for node in tree.body if not (isinstance(node, ast.ImportFrom) and node.module == home)]
+    exec(_compiled(module, body), module.__dict__)
+    autoload.when_imported(home, put_back)
 
 
 def _is_compiling() -> bool:

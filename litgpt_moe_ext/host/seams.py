@@ -177,6 +177,12 @@ SEAMS = (
     Seam(
         "torchmetrics", "__init__", "source", "Waits with its big dependencies until they are asked for.", _LAZY
     ),
+    Seam("litgpt", "__init__", "source", "Waits with what describing a model does not need.", _LAZY),
+    Seam("litgpt.model", "qkv_reassemble", "source", "Imports the converter of old checkpoints on demand.", _LAZY),
+    Seam(
+        "torch", "_disable_dynamo", "call", "Marks torch's shape functions, so that calling them loads no compiler.",
+        "torch does not load it for them",
+    ),
     Seam("lightning.fabric.wrappers", "OptimizedModule", "source", "Does not load torch's compiler.", _LAZY),
     Seam("lightning.pytorch.utilities.compile", "OptimizedModule", "source", "Does not load torch's compiler.", _LAZY),
     Seam(
@@ -236,7 +242,7 @@ def register() -> None:
         raise
 
 
-_AT_ONCE = ("litgpt.config", "litgpt.model", "litgpt.utils", "torch.optim.optimizer")
+_AT_ONCE = ("litgpt.config", "litgpt.model", "torch.optim.optimizer")
 
 
 def _apply_all() -> None:

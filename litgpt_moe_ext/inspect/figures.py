@@ -65,8 +65,8 @@ def balance_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
         ],
     }
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9, 2.3), layout="constrained")
-        for axes, (title, values) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+        for axes, (title, values) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
             axes.plot(numbers, values, marker="o", markersize=3.5, color="#30638e")
             axes.set_title(title)
             axes.set_xlabel("layer")

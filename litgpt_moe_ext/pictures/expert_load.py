@@ -42,7 +42,7 @@ def load_over_steps_figure(name: str, steps: Sequence[float], layers: Mapping[in
 
     with matplotlib.rc_context(STYLE):
         n_expert = max(len(load) for load in layers.values())
-        columns = min(len(layers), 3)
+        columns = 2 if len(layers) == 4 else min(len(layers), 3)
         rows = -(-len(layers) // columns)
         height = min(0.9 + 0.09 * n_expert, 3.0)
         figure = Figure(figsize=(2.6 * columns + 0.8, rows * height + 0.5), layout="constrained")

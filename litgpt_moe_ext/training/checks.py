@@ -15,6 +15,8 @@ from litgpt_moe_ext.config.litgpt_fields import RANGES, check_ranges
 from litgpt_moe_ext.durable import WRITE_TEST
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import checked, members
+from litgpt_moe_ext.host.without_compiler import without_compiler
+from litgpt_moe_ext.training.parallel.combinations import check_combination
 
 if TYPE_CHECKING:
     from litgpt.config import Config
@@ -57,6 +59,16 @@ def check_steps(max_tokens: int, tokens_per_step: int) -> None:
         )
 
 
+def check_settings(settings: Settings, config: Config) -> None:
+    """Raise SettingsError unless the settings of a run go together, as far as that needs neither processes nor data."""
+    length = settings.train.max_seq_length
+    check_model(config)
+    check_length(length, config.block_size)
+    check_steps(settings.train.max_tokens, settings.train.global_batch_size * (length or config.block_size))
+    check_rates(settings)
+    check_combination(settings)
+
+
 def check_rates(settings: Settings) -> None:
     """Raise SettingsError unless the optimizer can be made, and its learning rate falls to `train.min_lr`."""
     peak, floor = learning_rate_of(settings.optimizer), settings.train.min_lr
@@ -74,7 +86,6 @@ def learning_rate_of(optimizer: str | dict) -> float:
         SettingsError: If it cannot be made.
     """
     import torch
-    from litgpt.utils import instantiate_torch_optimizer
 
     cls, arguments = _optimizer_class(optimizer)
     known = inspect.signature(cls).parameters
@@ -85,7 +96,8 @@ def learning_rate_of(optimizer: str | dict) -> float:
             raise SettingsError(f"optimizer.init_args.{name}: {cls.__name__} has no such argument; {hint}")
         _check_argument(f"optimizer.init_args.{name}", value, known[name])
     try:
-        made = instantiate_torch_optimizer(copy.deepcopy(optimizer), [torch.nn.Parameter(torch.zeros(1))])
+        with without_compiler():
+            made = cls([torch.nn.Parameter(torch.zeros(1))], **copy.deepcopy(arguments))
     except (TypeError, ValueError, RuntimeError) as error:
         # The class itself judges its arguments.
         raise SettingsError(f"optimizer: {optimizer!r} cannot be made: {error}") from error

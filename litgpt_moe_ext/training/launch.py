@@ -23,7 +23,8 @@ from litgpt_moe_ext.training.parallel import topology
 from litgpt_moe_ext.training.parallel.accelerator import accelerator_here, default_precision
 from litgpt_moe_ext.training.parallel.launch import Processes, cluster_plugin, started_processes
 from litgpt_moe_ext.training.parallel.lost_processes import end_together
-from litgpt_moe_ext.training.parallel.strategies import make_strategy, single_process_note
+from litgpt_moe_ext.training.parallel.requirements import single_process_note
+from litgpt_moe_ext.training.parallel.strategies import make_strategy
 
 if TYPE_CHECKING:
     from lightning.fabric.loggers import Logger

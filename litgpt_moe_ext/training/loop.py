@@ -40,7 +40,7 @@ from litgpt_moe_ext.training.checkpoint import store as checkpoints
 from litgpt_moe_ext.training.checkpoint.progress import BEST, FINAL, MODEL_FILE, batch_of, newest_first
 from litgpt_moe_ext.training.checkpoint.resharding import convert_iterations, convert_position
 from litgpt_moe_ext.training.control import StepLimits, StopRequests, TrainingInterrupted, TrainingStopped
-from litgpt_moe_ext.training.optim.optimization import schedule_steps
+from litgpt_moe_ext.training.optim.schedules import schedule_steps
 from litgpt_moe_ext.training.parallel import random_state
 from litgpt_moe_ext.training.steps.batches import StepBatches, can_pad
 from litgpt_moe_ext.training.steps.losses import RunningMean, TokenMeans, all_finite

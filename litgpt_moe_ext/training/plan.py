@@ -13,16 +13,8 @@ from litgpt.utils import extend_checkpoint_dir
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checkpoint.exports import check_exports
 from litgpt_moe_ext.training.checkpoint.hyperparameters import to_plain
-from litgpt_moe_ext.training.checks import (
-    check_checkpoint_dir,
-    check_length,
-    check_model,
-    check_rates,
-    check_steps,
-    check_writable,
-)
-from litgpt_moe_ext.training.optim.optimization import count_steps
-from litgpt_moe_ext.training.parallel.combinations import check_combination
+from litgpt_moe_ext.training.checks import check_checkpoint_dir, check_settings, check_writable
+from litgpt_moe_ext.training.optim.schedules import count_steps
 
 if TYPE_CHECKING:
     import litgpt.args
@@ -75,11 +67,7 @@ def make_plan(settings: Settings) -> Plan:
     """
     settings = _resolved(settings)
     plan = Plan(settings, _model(settings), settings.train.for_litgpt(), plain_settings(settings))
-    check_model(plan.config)
-    check_length(plan.train.max_seq_length, plan.config.block_size)
-    check_steps(settings.train.max_tokens, plan.tokens_per_step)
-    check_rates(settings)
-    check_combination(settings)
+    check_settings(settings, plan.config)
     if settings.initial_checkpoint_dir is not None:
         check_checkpoint_dir("initial_checkpoint_dir", settings.initial_checkpoint_dir)
     if settings.tokenizer_dir is not None and not settings.tokenizer_dir.is_dir():

@@ -1,17 +1,23 @@
 """The command `litgpt-moe`: help without heavy imports, errors in one line, exit statuses."""
 
+import ast
 import dataclasses
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import pytest
+import yaml
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
 from litgpt_moe_ext.cli.arguments import positional, read_arguments
 from litgpt_moe_ext.cli.main import COMMANDS, load, main
+from litgpt_moe_ext.cli.train import SHORT_FORMS
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.training.settings import Settings, field_table
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "lightning", "transformers", "litgpt", "matplotlib", "lm_eval"}
@@ -147,3 +153,61 @@ def test_init_lists_and_writes_recipes(tmp_path, monkeypatch, capsys):
     assert "exists" in capsys.readouterr().err
     assert main(["init", "quickstart.yaml", "mine/own.yaml"]) == 0
     assert (tmp_path / "mine" / "own.yaml").is_file()
+
+
+def test_what_is_written_by_default_is_ignored_by_git():
+    defaults = {
+        field.default
+        for command in COMMANDS
+        for field in dataclasses.fields(load(command))
+        if field.name.startswith("out")
+    }
+    paths = {str(path) for path in defaults if isinstance(path, Path)}
+    assert paths
+    for recipe in (ROOT / "configs").glob("*.yaml"):
+        settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        paths.add(settings["out_dir"])
+        paths.update(filter(None, [settings["data"]["init_args"].get("data_path")]))
+    ignored = subprocess.run(["git", "check-ignore", *sorted(paths)], cwd=ROOT, capture_output=True, text=True).stdout
+    assert set(ignored.split()) == paths
+
+
+# Placeholders, and flags of other programs: data_prep, torchrun, uv, sbatch, hf, litgpt evaluate.
+_OTHERS = {
+    "NAME", "KEY", "value", "log-to-wandb", "log_to_wandb", "standalone", "nproc_per_node", "master_port", "extra",
+    "signal", "include", "repo-type", "local-dir", "tasks",
+}  # fmt: skip
+
+
+def test_flags_that_messages_name_exist():
+    """Of a command's own module those of this command or of a recipe, elsewhere those of any command."""
+    recipe = set(flags_of_recipes())
+    own = {
+        command.place.partition(":")[0]: {field.name for field in dataclasses.fields(load(command))}
+        for command in COMMANDS
+    }
+    unknown = []
+    for file in sorted((ROOT / "litgpt_moe_ext").rglob("*.py")):
+        known = own.get(file.stem, set()) if file.parent.name == "commands" else set().union(*own.values())
+        for text in strings_of(file):
+            for flag in re.findall(r"(?<![\w-])--([a-zA-Z][\w.-]*\w)", text):
+                section = flag.partition(".")[0]
+                free = section in ("data", "optimizer", "model_config") and "." in flag
+                name = flag.replace("-", "_")
+                if not (free or name in known | recipe or flag in _OTHERS or f"no_{name}" in known):
+                    unknown.append(f"{file.relative_to(ROOT)}: --{flag}")
+    assert not unknown, "\n".join(unknown)
+
+
+def flags_of_recipes() -> Iterator[str]:
+    for row in field_table(Settings):
+        yield row.name
+        yield row.name.partition(".")[0]
+    yield from ("config", "resume", "progress", "no_progress", "print_config", "help", "version")
+    yield from (short.removeprefix("--").replace("-", "_") for short in SHORT_FORMS)
+
+
+def strings_of(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value

@@ -8,6 +8,7 @@ import yaml
 from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.inspect.cost import doctor
 from litgpt_moe_ext.inspect.cost.fit import RUNTIME, best_fit, find_fits
+from litgpt_moe_ext.inspect.cost.layers import shorten
 from litgpt_moe_ext.inspect.cost.memory import training_memory
 from litgpt_moe_ext.inspect.recipes import Recipe
 from tests.models import moe_config
@@ -130,13 +131,15 @@ def test_a_broken_tokenizer_is_a_finding(tmp_path):
 def test_settings_that_fit_fit():
     """What is advised for a memory takes no more than that, by the model card; and no larger micro-batch fits."""
     recipe = Recipe(moe_config(n_layer=2, padded_vocab_size=2048), {"train": {"global_batch_size": 24}})
-    memory = RUNTIME + training_memory(recipe.config, replace(recipe.step("bf16-mixed"), micro_batch_size=7)).total
+    memory = (
+        RUNTIME + training_memory(shorten(recipe.config), replace(recipe.step("bf16-mixed"), micro_batch_size=7)).total
+    )
     fits = find_fits(recipe, memory)
     assert {fit.step.activation_checkpointing for fit in fits} == {"none", "selective", "full"}
     assert {fit.step.precision for fit in fits} == {"bf16-mixed", "bf16-true"}
     for fit in fits:
         assert fit.micro_batch_size in (1, 2, 3, 4, 6, 8, 12, 24)
-        taken = training_memory(recipe.config, replace(fit.step, micro_batch_size=fit.micro_batch_size)).total
+        taken = training_memory(shorten(recipe.config), replace(fit.step, micro_batch_size=fit.micro_batch_size)).total
         assert taken == fit.bytes <= memory - RUNTIME
     plain = next(fit for fit in fits if fit.step == recipe.step("bf16-mixed"))
     assert plain.micro_batch_size == 6
@@ -152,3 +155,31 @@ def test_memory_by_command(tmp_path, capsys):
     assert main(["doctor", str(recipe), "--memory", "0.5"]) == 1
     assert "Nothing fits" in capsys.readouterr().out
     assert main(["doctor", "--memory", "6"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"global_batch_size": 6, "micro_batch_size": 4}}, "train.global_batch_size: 6 is not a multiple"),
+        ({"train": {"max_tokens": 10}}, "train.max_tokens: 10 must be at least one step"),
+        ({"train": {"min_lr": 0.5}}, "train.min_lr: 0.5 must be at most the optimizer's learning rate"),
+        ({"train": {"max_seq_length": 17}}, "train.max_seq_length: 17 must be from 1 to the model's block_size: 16"),
+        ({"initial_checkpoint_dir": "nothing"}, "initial_checkpoint_dir: 'checkpoints/nothing' does not exist"),
+        ({"optimizer": {"class_path": "AdamW", "init_args": {"rate": 1}}}, "optimizer.init_args.rate: AdamW has no"),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else value.partition(":")[0],
+)
+def test_what_a_run_refuses_at_its_start_is_a_problem(changes, message, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"model_config": MODEL, "out_dir": str(tmp_path / "out"), **changes}))
+    assert main(["doctor", str(recipe)]) == 1
+    assert message in capsys.readouterr().out
+
+
+def test_a_setting_that_cannot_be_read_is_one_line(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"model_config": MODEL, "train": {"max_token": 5}}))
+    assert main(["doctor", str(recipe)]) == 2
+    error = capsys.readouterr().err
+    assert "train.max_token" in error
+    assert error.count("\n") == 1

@@ -18,7 +18,7 @@ from litgpt_moe_ext.inspect.cost.memory import (
     Step,
     TrainingMemory,
     inference_memory,
-    save_memory,
+    measure_state_ratio,
     state_ratio,
     training_memory,
 )
@@ -26,6 +26,8 @@ from litgpt_moe_ext.inspect.cost.model_card import make_card
 from litgpt_moe_ext.inspect.cost.sharding import STRATEGIES, block_sizes, process_memory
 from litgpt_moe_ext.inspect.recipes import Recipe, load_recipe
 from litgpt_moe_ext.model_size import count_flops
+from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
+from litgpt_moe_ext.training.callbacks.fused_loss import FusedLoss
 from tests.models import initialized_model, moe_config
 
 LENGTH = 32
@@ -49,6 +51,17 @@ def test_live_memory_sees_the_worst_moment():
         memory.reset()
         assert memory.peak == 1000
     assert len(view) == 10
+
+
+def save_memory(model, cross_entropy, activation_checkpointing, fused_cross_entropy):
+    """Do to a model what training does to it, and return its loss function."""
+    if activation_checkpointing != "none":
+        ActivationCheckpointing(activation_checkpointing).on_before_setup(model)
+    if not fused_cross_entropy:
+        return cross_entropy
+    fused = FusedLoss()
+    fused.on_before_setup(model)
+    return fused.wrap(cross_entropy)
 
 
 def measured(config, precision: str, batch: int, **savers) -> tuple[int, int]:
@@ -87,7 +100,7 @@ def test_training_memory_is_that_of_a_real_step(settings, precision):
     if settings.get("mlp_class_name") == "LLaMAMLP":
         settings = {**settings, "moe_intermediate_size": None}
     config = moe_config(n_embd=64, moe_intermediate_size=48, padded_vocab_size=256, **_without(settings))
-    estimate = training_memory(config, Step(precision, 8, LENGTH))
+    estimate = training_memory(layers.shorten(config), Step(precision, 8, LENGTH))
     gradients, activations = measured(config, precision, 8)
     assert estimate.gradients == gradients
     assert estimate.activations == pytest.approx(activations, rel=0.05)
@@ -100,10 +113,10 @@ def test_memory_savers_save_what_they_save_in_a_real_step(mode, fused):
         n_layer=4, n_embd=64, moe_intermediate_size=48, padded_vocab_size=1024, attention_class_name="SinkAttention"
     )
     savers = {"activation_checkpointing": mode, "fused_cross_entropy": fused}
-    estimate = training_memory(config, Step("32-true", 8, LENGTH, **savers)).activations
+    estimate = training_memory(layers.shorten(config), Step("32-true", 8, LENGTH, **savers)).activations
     assert estimate == pytest.approx(measured(config, "32-true", 8, **savers)[1], rel=0.06)
     if mode != "none" or fused:
-        assert estimate < 0.9 * training_memory(config, Step("32-true", 8, LENGTH)).activations
+        assert estimate < 0.9 * training_memory(layers.shorten(config), Step("32-true", 8, LENGTH)).activations
 
 
 @pytest.mark.parametrize(
@@ -129,7 +142,11 @@ def test_a_short_model_tells_what_the_whole_one_takes(settings, monkeypatch):
 
     def measure() -> list:
         flops = layers.shorten(config).extrapolate(partial(count_flops, length=LENGTH, training=True))
-        return [*(training_memory(config, step) for step in steps), inference_memory(config, torch.float32), flops]
+        return [
+            *(training_memory(layers.shorten(config), step) for step in steps),
+            inference_memory(layers.shorten(config), torch.float32),
+            flops,
+        ]
 
     assert layers.shorten(config).left_out
     short = measure()
@@ -170,7 +187,7 @@ def test_processes_share():
 def test_blocks_and_the_rest_are_all_parameters():
     config = moe_config(n_layer=3, first_k_dense_replace=1, intermediate_size=24)
     model = GPT(config)
-    block, outside = block_sizes(config, 4)
+    block, outside = block_sizes(layers.shorten(config), 4)
     assert block == 4 * sum(p.numel() for p in model.transformer.h[1].parameters())
     assert outside == 4 * (2 * 64 * 16 + 16)  # two tables and a norm
 
@@ -183,24 +200,29 @@ def test_weights_and_optimizer_are_exact():
     config = moe_config()
     model = GPT(config)
     parameters = sum(p.numel() for p in model.parameters())
-    memory = training_memory(config, Step("32-true", 1, LENGTH))
+    memory = training_memory(layers.shorten(config), Step("32-true", 1, LENGTH))
     buffers = sum(b.numel() * b.itemsize for b in model.buffers())
     assert memory.weights == 4 * parameters + buffers
     assert (memory.gradients, memory.optimizer) == (4 * parameters, 8 * parameters)
     assert memory.total == sum(memory)
-    half = training_memory(config, Step("bf16-true", 1, LENGTH))
+    half = training_memory(layers.shorten(config), Step("bf16-true", 1, LENGTH))
     assert (half.gradients, half.optimizer) == (2 * parameters, 4 * parameters)
 
 
-@pytest.mark.parametrize(("optimizer", "numbers"), [("AdamW", 2), ("SGD", 0), ("Adagrad", 1)])
+@pytest.mark.parametrize(("optimizer", "numbers"), [("AdamW", 2), ("Adam", 2), ("SGD", 0), ("Adagrad", 1)])
 def test_state_of_optimizers(optimizer, numbers):
-    assert state_ratio(optimizer, torch.float32) == numbers
+    assert state_ratio(optimizer, torch.float32) == measure_state_ratio(optimizer, torch.float32) == numbers
+
+
+def test_amsgrad_remembers_more():
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"amsgrad": True}}
+    assert state_ratio(optimizer, torch.float32) == 3
 
 
 @pytest.mark.parametrize("attention", [None, "SinkAttention"])
 def test_cache_is_keys_and_values(attention):
     config = moe_config(attention_class_name=attention)
-    memory = inference_memory(config, torch.float32)
+    memory = inference_memory(layers.shorten(config), torch.float32)
     # Two layers, keys and values, two groups of four elements of four bytes for each of the positions.
     assert memory.kv_cache == 2 * 2 * 2 * 4 * 4 * config.block_size
 

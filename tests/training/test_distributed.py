@@ -231,7 +231,8 @@ class TestStartedProcesses:
 
     def test_none(self):
         assert started_processes({}) is None
-        assert started_processes({"LOCAL_RANK": "1"}) is None, "as Fabric starts its own"
+        assert started_processes({"LOCAL_RANK": "1", "WORLD_SIZE": "2"}) is None, "as Fabric starts its own"
+        assert started_processes({"WORLD_SIZE": "1"}) is None
 
     def test_torchrun(self):
         environment = {**self.HAND, "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
@@ -256,6 +257,10 @@ class TestStartedProcesses:
     def test_contradictions(self):
         with pytest.raises(ValueError, match="MASTER_PORT"):
             started_processes({name: value for name, value in self.HAND.items() if name != "MASTER_PORT"})
+        with pytest.raises(
+            ValueError, match="environment: WORLD_SIZE set but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT, RANK"
+        ):
+            started_processes({"WORLD_SIZE": "2"})
         with pytest.raises(ValueError, match="4 processes, 3 on each node"):
             started_processes({**self.HAND, "LOCAL_WORLD_SIZE": "3"})
 

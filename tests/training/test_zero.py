@@ -18,7 +18,7 @@ from litgpt_moe_ext.training.parallel.deepspeed.settings import (
     step_options,
 )
 from litgpt_moe_ext.training.parallel.facts import facts_of
-from litgpt_moe_ext.training.parallel.strategies import check_strategy, single_process_note
+from litgpt_moe_ext.training.parallel.requirements import check_strategy, single_process_note
 from litgpt_moe_ext.training.settings import AnomalyArgs, DistributedArgs, EmaArgs, Settings
 from tests.training.conftest import ROOT, logged, recipe_writer
 
@@ -107,7 +107,7 @@ class TestSettings:
             DistributedArgs(**knobs)
 
     def test_not_installed(self, monkeypatch):
-        monkeypatch.setattr("litgpt_moe_ext.training.parallel.strategies.find_spec", lambda name: None)
+        monkeypatch.setattr("litgpt_moe_ext.training.parallel.requirements.find_spec", lambda name: None)
         with pytest.raises(SettingsError, match="'deepspeed_stage_1' needs the package deepspeed.*--extra deep"):
             check_strategy("deepspeed_stage_1", DistributedArgs(), "cuda")
 

@@ -12,6 +12,7 @@ from litgpt_moe_ext.errors import SettingsError
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.inspect.recipes import Recipe
+    from litgpt_moe_ext.training.settings import Settings
 
 _WORDS = {"good": ("green", "ok"), "note": ("yellow", "note"), "problem": ("bold red", "PROBLEM")}
 
@@ -43,7 +44,7 @@ class Doctor:
         recipe = None if self.recipe is None else load_recipe(self.recipe)
         if recipe is not None and self.memory is not None:
             return _print_fits(recipe, self.memory)
-        findings = examine(recipe)
+        findings = examine(recipe, self._settings())
         console = Console(highlight=False, soft_wrap=True)
         for finding in findings:
             style, word = _WORDS[finding.verdict]
@@ -55,6 +56,12 @@ class Doctor:
             return CANNOT
         print(f"{self.recipe} can run here")
         return 0
+
+    def _settings(self) -> "Settings | None":
+        from litgpt_moe_ext.cli.train import read_plain_settings
+
+        file = self.recipe / "hyperparameters.yaml" if self.recipe and self.recipe.is_dir() else self.recipe
+        return read_plain_settings(file) if file and file.is_file() else None
 
 
 def _print_fits(recipe: "Recipe", gib: float) -> int:

@@ -22,11 +22,11 @@ class Schedule:
     def run(self) -> None:
         """Draw the picture and print its corners."""
         from litgpt_moe_ext.cli.output import print_table, write_bytes
-        from litgpt_moe_ext.cli.train import read_settings
+        from litgpt_moe_ext.cli.train import read_plain_settings
         from litgpt_moe_ext.inspect.runs.schedule import planned_rates, schedule_figure
         from litgpt_moe_ext.pictures.style import png
 
-        settings = read_settings(["--config", str(self.recipe)])
+        settings = read_plain_settings(self.recipe)
         own = settings.schedule.name
         rates: dict[str, list[float]] = {
             name: planned_rates(settings, name) for name in dict.fromkeys([own, *(self.compare or [])])

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.inspect.recipes import Recipe
 
 if TYPE_CHECKING:
-    from litgpt_moe_ext.training.settings import StrategyName
+    from litgpt_moe_ext.training.settings import Settings, StrategyName
 
 Verdict = Literal["good", "note", "problem"]
 
@@ -35,10 +36,16 @@ class Finding:
     text: str
 
 
-def examine(recipe: Recipe | None) -> list[Finding]:
-    """Look at the installation, and at what a recipe asks of it."""
+def examine(recipe: Recipe | None, settings: "Settings | None" = None) -> list[Finding]:
+    """Look at the installation, and at what a recipe asks of it.
+
+    Args:
+        recipe: The recipe; None looks at the installation alone.
+        settings: The same as a run reads it, for the checks with which it begins.
+    """
     findings = [*_versions(), *_device(), _compile(recipe), *_kernels(recipe), _precision(recipe)]
     if recipe is not None:
+        findings += [] if settings is None else [_settings(recipe, settings)]
         findings += [_strategy(recipe), *_memory(recipe), _data(recipe), _tokenizer(recipe), _disk(recipe)]
     return findings
 
@@ -153,6 +160,22 @@ def _precision(recipe: Recipe | None) -> Finding:
     return Finding("precision", "good", f"{wanted or 'chosen by the device'}; usable: {', '.join(usable)}")
 
 
+def _settings(recipe: Recipe, settings: "Settings") -> Finding:
+    from litgpt_moe_ext.training.checks import check_batch, check_checkpoint_dir, check_settings
+
+    try:
+        check_settings(settings, recipe.config)
+        check_batch(recipe.global_batch_size, recipe.micro_batch_size, _processes(recipe) * recipe.num_nodes)
+        if (initial := settings.initial_checkpoint_dir) is not None:
+            # LitGPT keeps what it downloads in checkpoints/, which its commands let one leave out.
+            check_checkpoint_dir(
+                "initial_checkpoint_dir", initial if initial.is_dir() else Path("checkpoints", initial)
+            )
+    except SettingsError as error:
+        return Finding("settings", "problem", str(error))
+    return Finding("settings", "good", "they go together")
+
+
 def _processes(recipe: Recipe) -> int:
     import torch
 
@@ -170,7 +193,7 @@ def _strategy(recipe: Recipe) -> Finding:
     import torch
 
     from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
-    from litgpt_moe_ext.training.parallel.strategies import check_strategy, single_process_note
+    from litgpt_moe_ext.training.parallel.requirements import check_strategy, single_process_note
     from litgpt_moe_ext.training.settings import DistributedArgs
 
     per_node, nodes = _processes(recipe), recipe.num_nodes
@@ -196,6 +219,7 @@ def _memory(recipe: Recipe) -> Iterator[Finding]:
     import psutil
     import torch
 
+    from litgpt_moe_ext.inspect.cost.layers import shorten
     from litgpt_moe_ext.inspect.cost.memory import PRECISIONS, training_memory
     from litgpt_moe_ext.inspect.cost.sharding import block_sizes, process_memory
 
@@ -207,8 +231,9 @@ def _memory(recipe: Recipe) -> Iterator[Finding]:
     knobs = recipe.settings.get("distributed") or {}
     offload = bool(knobs.get("cpu_offload") or knobs.get("offload_optimizer"))
     try:
-        whole = training_memory(recipe.config, recipe.step(precision))
-        sizes = block_sizes(recipe.config, PRECISIONS[precision][0].itemsize)
+        short = shorten(recipe.config)
+        whole = training_memory(short, recipe.step(precision))
+        sizes = block_sizes(short, PRECISIONS[precision][0].itemsize)
         one = process_memory(whole, *sizes, recipe.strategy, per_node, recipe.num_nodes, offload)
     except (ImportError, ValueError) as error:
         yield Finding("memory", "problem", str(error))
@@ -244,7 +269,10 @@ def _data(recipe: Recipe) -> Finding:
     class_path = data if isinstance(data, str) else data.get("class_path", "")
     module, _, name = class_path.rpartition(".")
     try:
-        getattr(importlib.import_module(module or "litgpt.data"), name)
+        owner = importlib.import_module(module or "litgpt.data")
+        # Asking this package's own room for a class would import LitGPT's data modules.
+        if name not in dir(owner):
+            getattr(owner, name)
     except (ImportError, AttributeError) as error:
         return Finding("data", "problem", f"data.class_path: {class_path!r} cannot be imported: {error}")
     arguments = {} if isinstance(data, str) else data.get("init_args") or {}

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, get_args
 
 import torch.nn.functional as F
 
+from litgpt_moe_ext.inspect.cost.layers import ShortModel, shorten
 from litgpt_moe_ext.inspect.cost.memory import Step, TrainingMemory, training_memory
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import Mode
 
@@ -49,8 +50,8 @@ def find_fits(recipe: "Recipe", memory: int) -> list[Fit]:
         recipe: The recipe.
         memory: Bytes of the GPU.
     """
-    room = memory - RUNTIME
-    return [_fit(recipe, step, room) for step in _steps(recipe)]
+    room, short = memory - RUNTIME, shorten(recipe.config)
+    return [_fit(recipe, short, step, room) for step in _steps(recipe)]
 
 
 def best_fit(fits: list[Fit]) -> Fit | None:
@@ -74,9 +75,9 @@ def _steps(recipe: "Recipe") -> Iterator[Step]:
                 yield replace(step, activation_checkpointing=mode, fused_cross_entropy=fuses)
 
 
-def _fit(recipe: "Recipe", step: Step, room: int) -> Fit:
+def _fit(recipe: "Recipe", short: ShortModel, step: Step, room: int) -> Fit:
     def memory(micro_batch_size: int) -> TrainingMemory:
-        return training_memory(recipe.config, replace(step, micro_batch_size=micro_batch_size))
+        return training_memory(short, replace(step, micro_batch_size=micro_batch_size))
 
     one = memory(1)
     if one.total > room:

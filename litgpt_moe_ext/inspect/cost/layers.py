@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
+from litgpt_moe_ext.meta_models import meta_model
 
 if TYPE_CHECKING:
     from litgpt import Config
@@ -66,10 +66,7 @@ def blocks_of(model: "nn.Module") -> "list[nn.Module]":
 
 def shorten(config: "Config") -> ShortModel:
     """Return the short model for a configuration, which is the model itself if it has few or irregular layers."""
-    from litgpt.model import GPT
-
-    with torch.device("meta"):
-        blocks = blocks_of(GPT(config))
+    blocks = blocks_of(meta_model(config))
     # Of what differs between layers, LitGPT keeps one list each (windows, rotary frequencies).
     lists = [value for value in vars(config).values() if isinstance(value, list) and len(value) >= config.n_layer]
     kinds = [

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from litgpt_moe_ext.moe.metrics import routers_of
 
@@ -31,17 +30,25 @@ class LiveMemory(TorchDispatchMode):
         # Bytes including those that have died since `live` last looked, which takes a while.
         self._seen = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # What compiled code would do with this mode does not matter, and asking torch's compiler to keep out loads it.
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        # Most calls ask a fake tensor for its device.
-        if func is torch.ops.prim.device.default:
-            return result
-        for leaf in tree_iter(result):
+        result = self._run(func, args, kwargs or {})
+        for leaf in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(leaf, Tensor):
-                self._see(leaf.untyped_storage())
+                self._see(self._storage(leaf))
         if self._seen > self.peak:
             self.peak = max(self.peak, self.live())
         return result
+
+    def _run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs)
+
+    def _storage(self, tensor: Tensor) -> torch.UntypedStorage:
+        return tensor.untyped_storage()
 
     def live(self) -> int:
         """Return the bytes that are alive now."""

@@ -1,28 +1,30 @@
 """How much memory training and inference take, found out by running the model on tensors without content.
 
-torch's fake tensors have shapes and dtypes, obey autograd and autocast, and allocate nothing. `LiveMemory` adds up the
-storages that are alive while they pass by, which gives the peak as an allocator without waste would see it. Of many
-equal layers only three are run (`litgpt_moe_ext.inspect.cost.layers`).
+Such tensors have shapes and dtypes, obey autograd and autocast, and allocate nothing. `LiveMemory` adds up the storages
+that would be alive while they pass by, which gives the peak as an allocator without waste would see it. Of many equal
+layers only three are run (`litgpt_moe_ext.inspect.cost.layers`).
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litgpt_moe_ext.inspect.cost.experts import without_values
-from litgpt_moe_ext.inspect.cost.layers import ShortModel, shorten
+from litgpt_moe_ext.inspect.cost.layers import ShortModel
 from litgpt_moe_ext.inspect.cost.live_memory import LiveMemory, PeakOverLayers
+from litgpt_moe_ext.inspect.cost.recompute import recompute
+from litgpt_moe_ext.inspect.cost.weightless import weightless
 from litgpt_moe_ext.moe.gradient_injection import forget_scale
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing, Mode
 from litgpt_moe_ext.training.callbacks.fused_loss import FusedLoss, require_torch
 
 if TYPE_CHECKING:
-    from litgpt import GPT
+    from litgpt.model import GPT
 
     from litgpt_moe_ext.config.types import Config
 
@@ -98,24 +100,31 @@ class Step:
     tie_embeddings: bool = False
 
 
-def training_memory(config: "Config", step: Step) -> TrainingMemory:
+def training_memory(short: ShortModel, step: Step) -> TrainingMemory:
     """Return what a training step takes, without taking it.
 
     The activations are those of the CPU backend of the experts and of torch's fused attention.
 
+    Args:
+        short: The model, as `shorten` returns it.
+        step: The training step.
+
     Raises:
         SettingsError: If `fused_cross_entropy` needs another torch, or does not go with the configuration.
     """
-    from litgpt.utils import chunked_cross_entropy
-
     dtype, autocast = PRECISIONS[step.precision]
-    short = shorten(config)
-    # 0: the whole cross-entropy at once, as LitGPT's pretraining does.
-    cross_entropy = partial(chunked_cross_entropy, chunk_size=0)
-    with _fake_model(short, dtype) as (model, memory):
+    ratio = state_ratio(step.optimizer, dtype)
+    with _weightless_model(short, dtype) as (model, memory):
         if step.tie_embeddings:
             model.lm_head.weight = model.get_parameter("transformer.wte.weight")  # `parameters` lists it once
-        cross_entropy = save_memory(model, cross_entropy, step.activation_checkpointing, step.fused_cross_entropy)
+        if step.activation_checkpointing != "none":
+            ActivationCheckpointing(step.activation_checkpointing, recompute).on_before_setup(model)
+        cross_entropy = _cross_entropy
+        if step.fused_cross_entropy:
+            require_torch()
+            fused = FusedLoss()
+            fused.on_before_setup(model)
+            cross_entropy = fused.wrap(cross_entropy)
         ids = torch.zeros(step.micro_batch_size, step.sequence_length + 1, dtype=torch.int64)
         for parameter in model.parameters():
             # Gradients of earlier micro-batches are there already when accumulating.
@@ -131,37 +140,20 @@ def training_memory(config: "Config", step: Step) -> TrainingMemory:
         return TrainingMemory(
             weights=short.total(model, module_bytes),
             gradients=parameters,
-            optimizer=parameters * state_ratio(step.optimizer, dtype),
+            optimizer=parameters * ratio,
             activations=peak,
         )
 
 
-def save_memory(
-    model: nn.Module,
-    cross_entropy: Callable[..., Tensor],
-    activation_checkpointing: Mode,
-    fused_cross_entropy: bool,
-) -> Callable[..., Tensor]:
-    """Do to a model what training does to it for these settings, and return its loss function."""
-    if activation_checkpointing != "none":
-        ActivationCheckpointing(activation_checkpointing).on_before_setup(model)
-    if not fused_cross_entropy:
-        return cross_entropy
-    require_torch()
-    fused = FusedLoss()
-    fused.on_before_setup(model)
-    return fused.wrap(cross_entropy)
-
-
-def inference_memory(config: "Config", dtype: torch.dtype) -> InferenceMemory:
+def inference_memory(short: ShortModel, dtype: torch.dtype) -> InferenceMemory:
     """Return what it takes to read and continue one sequence of full length, without taking it.
 
     Args:
-        config: The model.
+        short: The model, as `shorten` returns it.
         dtype: Type of weights and cache.
     """
-    short = shorten(config)
-    with _fake_model(short, dtype) as (model, memory), torch.no_grad():
+    config = cast("Config", short.config)
+    with _weightless_model(short, dtype) as (model, memory), torch.no_grad():
         model.eval()
         weights = short.total(model, module_bytes)
         model.set_kv_cache(batch_size=1, dtype=dtype)
@@ -174,13 +166,28 @@ def inference_memory(config: "Config", dtype: torch.dtype) -> InferenceMemory:
         return InferenceMemory(weights, short.total(model, _cache_bytes), activations.peak())
 
 
+# Numbers that torch's optimizers remember for each parameter, by their name without its prefix.
+_STATE = {"Adam": 2, "AdamW": 2}
+
+
 def state_ratio(optimizer: str | dict[str, Any], dtype: torch.dtype) -> int:
-    """Return how many numbers an optimizer remembers for each parameter, by letting it make one step.
+    """Return how many numbers an optimizer remembers for each parameter.
+
+    Of the most common ones it is known; the others make a step, which loads torch's compiler.
 
     Args:
         optimizer: Name of the optimizer, or its `class_path` and `init_args`.
         dtype: Type of the parameters.
     """
+    path, arguments = (optimizer, {}) if isinstance(optimizer, str) else (optimizer["class_path"], optimizer)
+    name = path.removeprefix("torch.optim.")
+    if name in _STATE and not (arguments.get("init_args") or {}).get("amsgrad"):
+        return _STATE[name]
+    return measure_state_ratio(optimizer, dtype)
+
+
+def measure_state_ratio(optimizer: str | dict[str, Any], dtype: torch.dtype) -> int:
+    """Return the same for any optimizer, by letting it make one step."""
     import copy
 
     from litgpt.utils import instantiate_torch_optimizer
@@ -210,15 +217,19 @@ def _cache_bytes(module: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def _fake_model(short: ShortModel, dtype: torch.dtype) -> "Iterator[tuple[GPT, LiveMemory]]":
+def _weightless_model(short: ShortModel, dtype: torch.dtype) -> "Iterator[tuple[GPT, LiveMemory]]":
     from litgpt.model import GPT
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode(), LiveMemory() as memory:
+    with weightless() as memory:
         with _default_dtype(dtype):
             model = GPT(short.config)
         without_values(model)
         yield model, memory
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    # As LitGPT's pretraining computes it, all at once. LitGPT's own function is in a module that imports lightning.
+    return F.cross_entropy(logits.reshape(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-100)
 
 
 @contextlib.contextmanager

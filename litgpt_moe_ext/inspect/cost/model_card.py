@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from litgpt_moe_ext.host.without_compiler import without_compiler
 from litgpt_moe_ext.inspect.cost.layers import ShortModel, shorten
 from litgpt_moe_ext.inspect.cost.memory import PRECISIONS, Step, TrainingMemory, inference_memory, training_memory
 from litgpt_moe_ext.inspect.cost.sharding import STRATEGIES, block_sizes, process_memory
 from litgpt_moe_ext.inspect.recipes import Recipe
+from litgpt_moe_ext.meta_models import meta_model
 from litgpt_moe_ext.model_size import count_flops, count_parameters
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import Mode
 
@@ -103,12 +105,12 @@ def make_card(
     devices, num_nodes = devices or recipe.devices or 1, num_nodes or recipe.num_nodes
     precision = recipe.precision if recipe.precision in PRECISIONS else "32-true"
     step = replace(recipe.step(precision), micro_batch_size=micro_batch_size or recipe.micro_batch_size)
-    memory_of = _training_memory(config)
     short = shorten(config)
+    memory_of = _training_memory(short)
     size = count_parameters(config, recipe.tie_embeddings)
     training = {name: memory_of(replace(step, precision=name)) for name in PRECISIONS}
-    inference = {name: inference_memory(config, dtype) for name, dtype in INFERENCE_DTYPES.items()}
-    sizes = block_sizes(config, PRECISIONS[precision][0].itemsize)
+    inference = {name: inference_memory(short, dtype) for name, dtype in INFERENCE_DTYPES.items()}
+    sizes = block_sizes(short, PRECISIONS[precision][0].itemsize)
     processes = {name: process_memory(training[precision], *sizes, name, devices, num_nodes) for name in STRATEGIES}
     state_bytes = partial(_state_bytes, short, tie_embeddings=recipe.tie_embeddings)
     flops = {
@@ -149,7 +151,7 @@ def make_card(
     )
 
 
-def _training_memory(config: "Config") -> Callable[[Step], TrainingMemory]:
+def _training_memory(short: ShortModel) -> Callable[[Step], TrainingMemory]:
     # Each step once. Numbers of 16 bits take the same room in both formats.
     known: dict[Step, TrainingMemory] = {}
 
@@ -158,7 +160,7 @@ def _training_memory(config: "Config") -> Callable[[Step], TrainingMemory]:
             step = replace(step, precision="bf16-mixed")
         key = replace(step, optimizer=str(step.optimizer))
         if key not in known:
-            known[key] = training_memory(config, step)
+            known[key] = training_memory(short, step)
         return known[key]
 
     return memory_of
@@ -179,13 +181,11 @@ def _optimizer_name(optimizer: str | dict[str, Any]) -> str:
 
 
 def _state_bytes(short: ShortModel, dtype: torch.dtype, tie_embeddings: bool) -> int:
-    from litgpt.model import GPT
-
     def size(module: nn.Module) -> int:
         return sum(tensor.numel() * tensor.itemsize for tensor in module.state_dict().values())
 
-    with torch.device("meta"):
-        model = GPT(short.config).to(dtype)
+    with without_compiler():
+        model = meta_model(short.config).to(dtype)
     # A table with two names is written once.
     table = model.lm_head.weight
     return short.total(model, size) - tie_embeddings * table.numel() * table.itemsize

@@ -18,11 +18,14 @@ wide in mixed precision is left out.
 With several nodes `fsdp` shares the work within a node, each of which has all of it; the others share among all.
 """
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from litgpt_moe_ext.inspect.cost.memory import TrainingMemory
 from litgpt_moe_ext.training.parallel.facts import STRATEGIES as _STRATEGIES
 from litgpt_moe_ext.training.parallel.facts import StrategyFacts, facts_of
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.inspect.cost.layers import ShortModel
 
 STRATEGIES = tuple(name for name in _STRATEGIES if name != "auto")
 # Fabric's default: 200 million gradients of 4 bytes.
@@ -108,20 +111,17 @@ def _communication(facts: StrategyFacts, memory: TrainingMemory, block: int, out
             return memory.gradients + gradient
 
 
-def block_sizes(config: Any, itemsize: int) -> tuple[int, int]:
+def block_sizes(short: "ShortModel", itemsize: int) -> tuple[int, int]:
     """Return the bytes of the parameters of the largest block, and of those outside the blocks.
 
     Args:
-        config: The model.
+        short: The model, as `shorten` returns it.
         itemsize: Bytes of a parameter.
     """
-    import torch
-    from litgpt.model import GPT
+    from litgpt_moe_ext.inspect.cost.layers import blocks_of
+    from litgpt_moe_ext.meta_models import meta_model
 
-    from litgpt_moe_ext.inspect.cost.layers import blocks_of, shorten
-
-    with torch.device("meta"):
-        model = GPT(shorten(config).config)
+    model = meta_model(short.config)
     blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks_of(model)]
     total = sum(parameter.numel() for parameter in model.parameters())
     return itemsize * max(blocks), itemsize * (total - sum(blocks))

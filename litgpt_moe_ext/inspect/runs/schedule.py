@@ -4,14 +4,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import matplotlib
-import torch
-from litgpt.utils import instantiate_torch_optimizer
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from litgpt_moe_ext.host.without_compiler import without_compiler
 from litgpt_moe_ext.pictures.style import STYLE
-from litgpt_moe_ext.training.optim.optimization import Optimization, count_steps, schedule_steps
-from litgpt_moe_ext.training.settings import ParameterGroupArgs, Settings
+from litgpt_moe_ext.training.optim.schedules import Schedule, count_steps, schedule_steps
+from litgpt_moe_ext.training.settings import Settings
 from litgpt_moe_ext.training.settings.loop import ScheduleName
 
 _STYLES = ("-", "--", "-.", ":")
@@ -27,7 +26,7 @@ def planned_rates(settings: Settings, name: ScheduleName) -> list[float]:
     Raises:
         ValueError: If the training has no step, or needs its data to know the length of the warm-up.
     """
-    train = settings.train.for_litgpt()
+    train = settings.train
     if train.lr_warmup_fraction:
         raise ValueError(
             f"train.lr_warmup_fraction: {train.lr_warmup_fraction} is a part of the data's length, which is not known "
@@ -37,14 +36,24 @@ def planned_rates(settings: Settings, name: ScheduleName) -> list[float]:
     steps = count_steps(train, tokens_per_step)
     if steps < 1:
         raise ValueError(f"train.max_tokens: {train.max_tokens} is less than one step of {tokens_per_step} tokens")
-    accumulation = train.gradient_accumulation_iters(1, 1)
-    max_iters = (train.max_tokens or 0) // (tokens_per_step // accumulation)
-    warmup, total = schedule_steps(train.warmup_iters(1, 1, max_iters, None), max_iters, accumulation)
-    optimizer = instantiate_torch_optimizer(settings.optimizer, [torch.nn.Parameter(torch.zeros(1))])
+    # As LitGPT counts in one process, which this need not import for it.
+    accumulation = train.global_batch_size // train.micro_batch_size
+    max_iters = train.max_tokens // (tokens_per_step // accumulation)
+    warmup_iters = min(max_iters, (train.lr_warmup_steps or 0) * accumulation)
     args = dataclasses.replace(settings.schedule, name=name)
-    optimization = Optimization(args, ParameterGroupArgs(), scaled=False)
-    peak, floor = optimizer.defaults["lr"], train.min_lr
-    return [optimization.learning_rate(step, peak, floor, warmup, total) for step in range(steps)]
+    with without_compiler():
+        peak = _peak(settings.optimizer)
+        schedule = Schedule(args, peak, train.min_lr, *schedule_steps(warmup_iters, max_iters, accumulation))
+        return [schedule.rate(step) for step in range(steps)]
+
+
+def _peak(optimizer: str | dict) -> float:
+    given = optimizer.get("init_args") or {} if isinstance(optimizer, dict) else {}
+    if "lr" in given:
+        return given["lr"]
+    from litgpt_moe_ext.training.checks import learning_rate_of
+
+    return learning_rate_of(optimizer)
 
 
 def schedule_figure(rates: Mapping[str, Sequence[float]]) -> Figure:

@@ -6,7 +6,7 @@ out differently the second time.
 """
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Literal
 
 import torch
@@ -23,27 +23,29 @@ class ActivationCheckpointing(Callback):
 
     Args:
         mode: `full` or `selective`.
+        recompute: Called like `torch.utils.checkpoint.checkpoint`, which it is in training.
     """
 
-    def __init__(self, mode: Mode) -> None:
+    def __init__(self, mode: Mode, recompute: Callable[..., Any] = checkpoint) -> None:
         self._mode = mode
+        self._recompute = partial(recompute, use_reentrant=False)
 
     def on_before_setup(self, model: nn.Module) -> None:
         """Wrap the blocks' `forward`, which leaves the names of parameters as they are."""
         layers: Any = model.get_submodule("transformer.h")
         for block in layers:
             if self._mode == "full":
-                block.forward = _recomputed(block.forward)
+                block.forward = _recomputed(self._recompute, block.forward)
             else:
-                block.mlp.forward = _recomputed(block.mlp.forward, context_fn=_keep_choices)
+                block.mlp.forward = _recomputed(partial(self._recompute, context_fn=_keep_choices), block.mlp.forward)
 
 
-def _recomputed(forward: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+def _recomputed(recompute: Callable[..., Any], forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @wraps(forward)
     def forward_recomputed(*args: Any, **kwargs: Any) -> Tensor:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
+        return recompute(forward, *args, **kwargs)
 
     return forward_recomputed
 

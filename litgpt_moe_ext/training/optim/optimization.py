@@ -4,7 +4,6 @@ import copy
 from typing import Any
 
 import torch
-from litgpt.args import TrainArgs
 from litgpt.utils import instantiate_torch_optimizer
 
 from litgpt_moe_ext.training.callback import Callback
@@ -64,17 +63,6 @@ class Optimization(Callback):
         if self._schedule is None:
             self._schedule = Schedule(self._schedule_args, peak, floor, warmup_steps, total_steps)
         return self._schedule.rate(step)
-
-
-def count_steps(train: TrainArgs, tokens_per_step: int) -> int:
-    """Return the number of optimizer steps of a whole training."""
-    steps = (train.max_tokens or 0) // tokens_per_step
-    return steps if train.max_steps is None else min(steps, train.max_steps)
-
-
-def schedule_steps(warmup_iters: int, max_iters: int, accumulation: int) -> tuple[int, int]:
-    """Return the steps of the warm-up and of the schedule, from LitGPT's iterations, of which a step has several."""
-    return -(-warmup_iters // accumulation), max_iters // accumulation
 
 
 def _instantiate(optimizer: str | dict, parameters: Any, **kwargs: Any) -> torch.optim.Optimizer:

@@ -9,11 +9,21 @@ warm-up rises from `peak / warmup_steps` to `peak`.
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch.optim import lr_scheduler
 
-from litgpt_moe_ext.training.settings import ScheduleArgs
+from litgpt_moe_ext.training.settings import ScheduleArgs, TrainArgs
+
+if TYPE_CHECKING:
+    import litgpt.args
+
+
+class _Still(torch.optim.SGD):
+    # A step of a real one loads torch's compiler.
+    def step(self, closure: object = None) -> None:  # pyrefly: ignore[bad-override] nothing to compute
+        pass
 
 
 class Schedule:
@@ -50,7 +60,7 @@ class Schedule:
         return self._optimizer.param_groups[0]["lr"]
 
     def _rewind(self) -> None:
-        self._optimizer = torch.optim.SGD([torch.zeros(1)], lr=self._peak)
+        self._optimizer = _Still([torch.zeros(1)], lr=self._peak)
         self._scheduler = self._make_scheduler()
         self._optimizer.step()  # torch warns of schedulers whose optimizer never stepped
         self._position = 0
@@ -98,3 +108,14 @@ class Schedule:
 
 def _ratio(floor: float, peak: float) -> float:
     return floor / peak if peak else 1.0
+
+
+def count_steps(train: "litgpt.args.TrainArgs | TrainArgs", tokens_per_step: int) -> int:
+    """Return the number of optimizer steps of a whole training."""
+    steps = (train.max_tokens or 0) // tokens_per_step
+    return steps if train.max_steps is None else min(steps, train.max_steps)
+
+
+def schedule_steps(warmup_iters: int, max_iters: int, accumulation: int) -> tuple[int, int]:
+    """Return the steps of the warm-up and of the schedule, from LitGPT's iterations, of which a step has several."""
+    return -(-warmup_iters // accumulation), max_iters // accumulation

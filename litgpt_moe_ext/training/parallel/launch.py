@@ -29,7 +29,8 @@ def started_processes(environment: Mapping[str, str]) -> Processes | None:
         tasks, nodes = int(environment["SLURM_NTASKS"]), int(environment.get("SLURM_NNODES", 1))
         return _even("SLURM", tasks, int(environment.get("SLURM_NTASKS_PER_NODE", tasks // nodes)))
     given = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in environment]
-    if "RANK" not in given:
+    # Fabric gives LOCAL_RANK and WORLD_SIZE, but no RANK, to the processes that it starts.
+    if "RANK" not in given and ("LOCAL_RANK" in given or environment.get("WORLD_SIZE", "1") == "1"):
         return None
     missing = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - set(environment)
     if missing:

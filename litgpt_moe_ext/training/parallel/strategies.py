@@ -1,16 +1,12 @@
 """How several processes share the work: a strategy of Fabric's for each name that recipes use."""
 
-from dataclasses import fields
-from importlib.util import find_spec
 from typing import Any
 
-from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.parallel.facts import facts_of
 from litgpt_moe_ext.training.parallel.fully_sharded import FullyShardedStrategy
+from litgpt_moe_ext.training.parallel.requirements import check_strategy
 from litgpt_moe_ext.training.parallel.whole_model import ReplicatedStrategy, SingleProcessStrategy
 from litgpt_moe_ext.training.settings import DistributedArgs, StrategyName
-
-_KNOBS_OF_ALL = ("timeout_minutes",)
 
 
 def make_strategy(name: StrategyName, processes: int, nodes: int, args: DistributedArgs, accelerator: str) -> Any:
@@ -37,43 +33,3 @@ def make_strategy(name: StrategyName, processes: int, nodes: int, args: Distribu
     if "weights" in facts.shards:
         return FullyShardedStrategy(facts, processes, nodes, args)
     return ReplicatedStrategy(accelerator, args)
-
-
-def single_process_note(name: StrategyName, processes: int, args: DistributedArgs) -> str | None:
-    """Return what to tell a user who asked for a sharded strategy with one process, or None."""
-    facts = facts_of(name)
-    if processes > 1 or facts.alone or not facts.shards:
-        return None
-    offload = ", and distributed.cpu_offload has no effect" if args.cpu_offload else ""
-    return f"strategy: {name} has nothing to shard in a single process: it becomes auto{offload}"
-
-
-def check_strategy(name: str, args: DistributedArgs, accelerator: str) -> None:
-    """Raise an error if a strategy does not work here or lacks a knob that is set.
-
-    Args:
-        name: As in recipes.
-        args: The knobs.
-        accelerator: Device type.
-
-    Raises:
-        SettingsError: If the name, a knob or the device does not fit, or a package is missing.
-    """
-    facts = facts_of(name)
-    for knob in fields(args):
-        value = getattr(args, knob.name)
-        if value is not None and knob.name not in (*_KNOBS_OF_ALL, *facts.knobs):
-            own = ", ".join(f"distributed.{knob}" for knob in facts.knobs)
-            raise SettingsError(
-                f"distributed.{knob.name}: {value} would be ignored because strategy: {name} has no such setting; it "
-                f"has {own}"
-            )
-    if facts.cuda_only and accelerator != "cuda":
-        raise SettingsError(
-            f"strategy: {name!r} needs CUDA devices, and there is none; ddp and fsdp2 also work on CPUs"
-        )
-    if facts.package is not None and find_spec(facts.package) is None:
-        raise SettingsError(
-            f"strategy: {name!r} needs the package {facts.package}, which is not installed; `uv sync --extra "
-            f"{facts.package}` installs it"
-        )

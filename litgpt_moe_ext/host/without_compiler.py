@@ -1,0 +1,74 @@
+"""Run torch's reference functions without loading torch's compiler.
+
+On the meta device torch computes shapes by functions in Python (`torch._refs`), each of which is kept from being
+compiled by a wrapper. The first call of the wrapper loads the compiler, 2 s of processor time, to mark the function.
+Nothing compiles while a model or a schedule is only described, so here the wrapper is told that the function is marked
+already.
+"""
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from types import FunctionType
+from typing import Any
+
+import torch
+
+# Where torch keeps the wrapped function once it is marked.
+_MARK = "__dynamo_disable"
+_PREFIXES = (
+    "torch._refs", "torch._decomp", "torch._prims", "torch._meta_registrations", "torch.optim", "torch.utils.checkpoint"
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def without_compiler() -> Iterator[None]:
+    """Keep torch's reference functions from loading its compiler; does nothing once it is loaded, or inside itself."""
+    functions = [] if "torch._dynamo" in sys.modules else _wrapped_functions()
+    if not functions or hasattr(functions[0], _MARK):
+        yield
+        return
+    for function in functions:
+        setattr(function, _MARK, function)
+    try:
+        yield
+    finally:
+        # A compiler that is loaded later must mark them itself.
+        for function in functions:
+            delattr(function, _MARK)
+
+
+@functools.cache
+def _wrapped_functions() -> list[Callable[..., Any]]:
+    found = []
+    wrapper = torch._disable_dynamo(_members).__code__  # pyrefly: ignore[missing-attribute] a function
+    waiting: list[Any] = [value for name in _modules() for value in _members(sys.modules[name])]
+    seen = set[int]()
+    while waiting:
+        function = waiting.pop()
+        if not isinstance(function, FunctionType) or id(function) in seen:
+            continue
+        seen.add(id(function))
+        cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+        if function.__code__ is wrapper:
+            wrapped = cells["fn"].cell_contents
+            if not hasattr(wrapped, _MARK):
+                found.append(wrapped)
+        for cell in cells.values():
+            with contextlib.suppress(ValueError):  # an empty cell
+                waiting.append(cell.cell_contents)
+    return found
+
+
+def _modules() -> list[str]:
+    # A reference function is often another one in several wrappers, or a method of a class.
+
+    return [name for name in sys.modules if name.startswith(_PREFIXES)]
+
+
+def _members(module: Any) -> Iterator[Any]:
+    for value in list(vars(module).values()):
+        yield value
+        if isinstance(value, type):
+            yield from vars(value).values()

@@ -1,0 +1,88 @@
+"""Activation checkpointing for tensors without memory.
+
+`torch.utils.checkpoint.checkpoint` reads an option of torch's compiler, which loads it. This does for memory what that
+function does, for one backward pass, and leaves out what has no bearing on memory (random numbers, checks).
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+Contexts = tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]
+
+
+class _Stop(Exception):  # noqa: N818 - not an error
+    """All that the backward pass asks for has been computed again."""
+
+
+class _Place:
+    """What autograd keeps in the place of a tensor; dies with the operator that saved it."""
+
+
+class _Recomputation:
+    # One call of a function whose tensors are computed again when the backward pass asks for the first of them.
+
+    def __init__(self, again: Callable[[], Any]) -> None:
+        self._again = again
+        self._places: list[ref[_Place]] = []
+        self._tensors: WeakKeyDictionary[_Place, Tensor] = WeakKeyDictionary()
+        self._done = False
+
+    def drop(self, _tensor: Tensor) -> _Place:
+        place = _Place()
+        self._places.append(ref(place))
+        return place
+
+    def restore(self, place: _Place) -> Tensor:
+        if not self._done:
+            self._done = True
+            saved = 0
+
+            def keep(tensor: Tensor) -> Tensor:
+                nonlocal saved
+                tensor = tensor.detach()
+                if (kept := self._places[saved]()) is not None:
+                    self._tensors[kept] = tensor
+                saved += 1
+                if saved == len(self._places):
+                    raise _Stop
+                return tensor
+
+            with contextlib.suppress(_Stop), saved_tensors_hooks(keep, lambda tensor: tensor), torch.enable_grad():
+                self._again()
+        return self._tensors.pop(place)
+
+
+def recompute(
+    function: Callable[..., Tensor],
+    *args: Any,
+    context_fn: Callable[[], Contexts] = lambda: (contextlib.nullcontext(), contextlib.nullcontext()),
+    use_reentrant: bool = False,
+) -> Tensor:
+    """Call a function without keeping what its backward pass needs, as `torch.utils.checkpoint.checkpoint` does.
+
+    Args:
+        function: Called once now, and once in the backward pass.
+        *args: Its arguments.
+        context_fn: As torch's.
+        use_reentrant: False; another way is not known here.
+    """
+    assert not use_reentrant
+    forward, backward = context_fn()
+    if hasattr(forward, "respect_saved_tensors_hooks"):
+        # What selective checkpointing keeps is kept, whatever the hooks below do.
+        forward.respect_saved_tensors_hooks = False  # pyrefly: ignore[missing-attribute] asked for above
+    autocast = torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
+
+    def again() -> None:
+        with torch.autocast("cpu", *autocast), backward:
+            function(*args)
+
+    recomputation = _Recomputation(again)
+    with saved_tensors_hooks(recomputation.drop, recomputation.restore), forward:
+        return function(*args)

@@ -1,0 +1,83 @@
+"""Tensors without memory against torch's fake tensors, and counted operations against torch's counter."""
+
+import contextlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from lightning.fabric.utilities.throughput import measure_flops
+from litgpt import GPT
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from litgpt_moe_ext.inspect.cost import memory
+from litgpt_moe_ext.inspect.cost.layers import shorten
+from litgpt_moe_ext.inspect.cost.live_memory import LiveMemory
+from litgpt_moe_ext.inspect.cost.memory import Step, inference_memory, training_memory
+from litgpt_moe_ext.model_size import count_flops
+from tests.models import moe_config
+
+LENGTH = 32
+MODELS = {
+    "sinks": {"attention_class_name": "SinkAttention", "n_shared_expert": 1},
+    "layer_norm": {"norm_class_name": "LayerNorm", "bias": True},
+    "noisy": {"mlp_class_name": "NoisyTopKMoE", "mlp_activation": "relu", "router_z_loss_coef": 0.1},
+    "windows": {"sliding_window_size": 8, "sliding_window_indices": [1, 0]},
+    "llama_moe": {"mlp_class_name": "LLaMAMoE"},
+}
+STEPS = (
+    Step("32-true", 2, LENGTH, activation_checkpointing="full"),
+    Step("bf16-mixed", 2, LENGTH),
+    Step("bf16-mixed", 2, LENGTH, activation_checkpointing="selective", fused_cross_entropy=True),
+    Step("bf16-true", 2, LENGTH, activation_checkpointing="selective"),
+)
+
+
+@contextlib.contextmanager
+def fake():
+    with FakeTensorMode(), LiveMemory() as live:
+        yield live
+
+
+@pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS)
+def test_fake_tensors_and_torchs_checkpoints_take_the_same(settings, monkeypatch):
+    """To the byte, in training and in reading a prompt."""
+    short = shorten(moe_config(padded_vocab_size=512, **settings))
+
+    def measure() -> list:
+        return [
+            *(training_memory(short, step) for step in STEPS),
+            *(inference_memory(short, dtype) for dtype in (torch.float32, torch.bfloat16)),
+        ]
+
+    ours = measure()
+    monkeypatch.setattr(memory, "weightless", fake)
+    monkeypatch.setattr(memory, "recompute", checkpoint)
+    assert ours == measure()
+
+
+@pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS)
+def test_operations_are_those_of_torchs_counter(settings):
+    config = moe_config(**settings)
+    with torch.device("meta"):
+        model, ids = GPT(config), torch.zeros(1, LENGTH, dtype=torch.int64)
+    expected = measure_flops(model, lambda: model(ids), lambda logits: logits.sum())
+    assert count_flops(config, LENGTH, training=True) == expected
+
+
+def test_a_model_is_described_without_the_compiler_and_lightning():
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from litgpt_moe_ext.inspect.recipes import load_recipe\n"
+        "from litgpt_moe_ext.inspect.cost.model_card import make_card\n"
+        "make_card(load_recipe(Path('configs/quickstart.yaml')))\n"
+        "loaded = {'torch._dynamo', 'lightning', 'litgpt.utils', 'transformers'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+        # What was marked for the time of the description is as before.
+        "import torch\n"
+        "assert torch.compile(torch.sin, backend='eager')(torch.zeros(2)).tolist() == [0, 0]\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
