@@ -43,7 +43,7 @@ def sequence_balancing_loss(
         probabilities_TE: Router probabilities, or scores divided by their sum; rows sum to 1; differentiable.
         experts_TK: Chosen experts, int64.
         n_sequence: Number of sequences S, each with the same number of consecutive tokens.
-        real_T: Which tokens are not padding; None if all. Sequences of padding alone are left out.
+        real_T: Which tokens are not padding; None if all. A sequence counts by its real tokens.
 
     Returns:
         A scalar; 1 for even load in every sequence.
@@ -57,7 +57,8 @@ def sequence_balancing_loss(
         sums_SE = _masked(probabilities_TE, real_T).unflatten(0, (n_sequence, -1)).sum(dim=1)
         visits_S1 = n_real_S1 * experts_TK.size(1)
         losses_S = n_expert * (chosen_SE / visits_S1.clamp(min=1) * sums_SE / n_real_S1.clamp(min=1)).sum(dim=1)
-        return losses_S.sum() / (n_real_S1 > 0).sum().clamp(min=1)
+        # By tokens, as the micro-batches of a step are weighed: how sequences are spread over them changes nothing.
+        return losses_S.dot(n_real_S1[:, 0].to(losses_S.dtype)) / n_real_S1.sum().clamp(min=1)
     shares_SE = probabilities_TE.new_zeros(n_sequence, n_expert).scatter_add_(
         1, experts_SR, probabilities_TE.new_full((), 1 / experts_SR.size(1)).expand(experts_SR.shape)
     )

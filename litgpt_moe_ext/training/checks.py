@@ -64,7 +64,13 @@ def check_settings(settings: Settings, config: Config) -> None:
     length = settings.train.max_seq_length
     check_model(config)
     check_length(length, config.block_size)
-    check_steps(settings.train.max_tokens, settings.train.global_batch_size * (length or config.block_size))
+    if settings.train.epochs is None:
+        check_steps(settings.train.max_tokens, settings.train.global_batch_size * (length or config.block_size))
+    elif hasattr(settings.data, "plan_run"):
+        raise SettingsError(
+            f"train.epochs: {settings.train.epochs} must be null for a mixture, whose corpora have epochs of their "
+            "own; give train.max_tokens"
+        )
     check_rates(settings)
     check_combination(settings)
 

@@ -85,15 +85,18 @@ def farther(train: TrainArgs, tokens_per_step: int, step: int) -> str:
     """Return the flags, each after a space, that let a training go on.
 
     Args:
-        train: Its settings.
+        train: Its settings, with the tokens of its epochs.
         tokens_per_step: Tokens per optimizer step, over all ranks.
         step: Optimizer steps that it has.
     """
     planned = train.max_tokens // tokens_per_step
+    more = (
+        f" --train.max_tokens {2 * train.max_tokens}" if train.epochs is None else f" --train.epochs {2 * train.epochs}"
+    )
     if train.max_steps is None:
-        return f" --train.max_tokens {2 * train.max_tokens}" if step >= planned else ""
+        return more if step >= planned else ""
     if step >= planned:
-        return f" --train.max_tokens {2 * train.max_tokens} --train.max_steps null"
+        return f"{more} --train.max_steps null"
     if step >= train.max_steps:
         return f" --train.max_steps {min(2 * train.max_steps, planned)}"
     return ""

@@ -39,6 +39,7 @@ def run(settings: Settings) -> None:
     from litgpt_moe_ext.training.prepare import prepare_data
     from litgpt_moe_ext.training.report import announce, conclude
     from litgpt_moe_ext.training.start import find_start, make_room
+    from litgpt_moe_ext.training.steps.epochs import with_epochs
 
     plan = make_plan(settings)
     with launched(plan) as processes:
@@ -46,6 +47,7 @@ def run(settings: Settings) -> None:
         check_memory(processes)
         start = find_start(processes)
         prepared = prepare_data(processes)
+        processes = with_epochs(processes, prepared)
         equipment = equip(processes, prepared)
         # Whatever can be refused has been: from here on files move and change.
         start, prepared = make_room(processes, start, prepared)
@@ -65,10 +67,12 @@ def train(launched: Launched, start: Start, prepared: Prepared, equipment: Equip
     from litgpt_moe_ext.training.compilation import compile_scope
     from litgpt_moe_ext.training.loop import HookedLoop
     from litgpt_moe_ext.training.parallel.memory import explained
+    from litgpt_moe_ext.training.steps.epochs import Epochs
 
     plan, settings, fabric = launched.plan, launched.plan.settings, launched.fabric
     loop = HookedLoop(launched, start, prepared.tokenizer_dir, equipment)
     retention = Retention(settings.checkpoint, plan.out_dir, fabric, loop.save)
+    fabric.add_callback(Epochs(loop.save if settings.checkpoint.every_epoch else None))
     fabric.add_callback(retention)
     with explained(launched), loop.installed(), compile_scope(equipment.compile):
         litgpt.pretrain.main(

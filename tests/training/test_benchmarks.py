@@ -168,7 +168,7 @@ class TestWrongInputs:
         assert "lacks 'activity_label'" in error
         error = self.refused(capsys, "--config", recipe(evaluate={"tasks": [str(tmp_path / "none.yaml")]}))
         assert "evaluate.tasks: the file" in error
-        assert not (tmp_path / "out" / "logs").exists(), "before any work"
+        assert not (tmp_path / "out" / "train.log").exists(), "before any work"
 
     def test_endings_that_do_not_fit(self, recipe, hellaswag_file, capsys):
         arguments = ("--evaluate.hellaswag", hellaswag_file, "--max-seq-length", "4")

@@ -40,7 +40,7 @@ def test_keeps_the_last_and_the_best(recipe, tmp_path):
     file = recipe(train={"save_interval": 2}, eval={"interval": 2}, optimizer={"init_args": {"lr": 3.0}})
     assert train("--config", file, "--checkpoint.keep_last", "2", "--train.max_steps", "6") == 0
     out_dir = tmp_path / "out"
-    assert directories(out_dir) == ["best", "final", "logs", "step-00000004", "step-00000006"]
+    assert directories(out_dir) == ["best", "final", "step-00000004", "step-00000006"]
     losses = {step: float(loss) for step, loss in logged(out_dir, "val_loss").items()}
     assert list(losses) == [2, 4, 6]
     assert step_of(out_dir / "best") == min(losses, key=losses.get) == 2
@@ -136,7 +136,7 @@ def test_disk_full_while_saving(recipe, tmp_path, small_disk, capsys):
     error = capsys.readouterr().err
     assert "step-00000008 could not be saved" in error
     assert f"the newest is {tmp_path / 'out' / 'step-00000004'}" in error
-    assert directories(tmp_path / "out") == ["best", "logs", "step-00000004"]
+    assert directories(tmp_path / "out") == ["best", "step-00000004"]
     assert all(path.read_bytes() == content for path, content in before.items())
     assert train("--config", file, "--resume", "auto") == 0
     assert step_of(tmp_path / "out" / "final") == 12
@@ -151,7 +151,7 @@ def test_disk_full_and_going_on(recipe, tmp_path, small_disk, capsys):
     assert "step-00000004 could not be saved" in output
     assert "step 12/12" in output
     assert "final could not be saved" in error
-    assert directories(tmp_path / "out") == ["logs"]
+    assert directories(tmp_path / "out") == []
 
 
 def test_failing_final_validation_keeps_the_training(recipe, tmp_path, monkeypatch):

@@ -32,10 +32,12 @@ def test_a_run_from_start_to_generation(recipe, tmp_path, capsys):
     assert sorted(p.name for p in out_dir.iterdir()) == [
         "best",
         "final",
-        "logs",
+        "metrics-wide.csv",
+        "metrics.csv",
         "step-00000004",
         "step-00000008",
         "step-00000012",
+        "train.log",
     ]
     final = out_dir / "final"
     expected = {"lit_model.pth", "model_config.yaml", "hyperparameters.yaml", "tokenizer.json", "tokenizer_config.json"}
@@ -432,7 +434,7 @@ class TestWrongInputs:
             (["--logger_name", "mlflow"], "mlflow"),
             (["--tokenizer_dir", "/nope"], "tokenizer_dir: '/nope' must be a directory"),
             (["--train.max_tokens", "null"], "train.max_tokens: null must be an integer of at least 1"),
-            (["--train.epochs", "1"], "train.epochs: 1 must be null for pretraining"),
+            (["--train.epochs", "0"], "train.epochs: 0 must be an integer of at least 1, or null"),
             (["--train.max_norm", "0"], "train.max_norm: 0 must be a number above 0"),
             (["--train.min_lr", "1"], "train.min_lr: 1.0 must be at most the optimizer's learning rate, 0.01"),
             (["--devices", "0"], "devices: 0 must be auto, -1 or an integer of at least 1"),

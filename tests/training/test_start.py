@@ -61,7 +61,7 @@ def test_a_refused_run_leaves_no_logger_behind(recipe, tmp_path, monkeypatch, ca
         lock.release()
     assert "is in use by process" in capsys.readouterr().err
     assert made == []
-    assert not (tmp_path / "out" / "logs").exists()
+    assert not (tmp_path / "out" / "train.log").exists()
 
 
 def test_the_device_is_decided_once(recipe, tmp_path, monkeypatch, capsys):

@@ -59,12 +59,12 @@ def numbers(folder: Path, column: str) -> list[float]:
     return [float(value) for value in logged(folder / "out", column).values()]
 
 
-def assert_same(ours: Path, theirs: Path) -> None:
-    for column in ("loss", "grad_norm", "val_loss", "padding"):
-        assert numbers(ours, column) == pytest.approx(numbers(theirs, column), rel=1e-9), column
+def assert_same(ours: Path, theirs: Path, rel: float = 1e-9) -> None:
+    for column in ("loss", "grad_norm", "val_loss", "padding", "moe/max_vio"):
+        assert numbers(ours, column) == pytest.approx(numbers(theirs, column), rel=rel), column
     first, second = (torch.load(d / "out" / "final" / "lit_model.pth", weights_only=True) for d in (ours, theirs))
     for name, weight in first["model"].items():
-        torch.testing.assert_close(weight, second["model"][name], rtol=1e-7, atol=1e-9, msg=name)
+        torch.testing.assert_close(weight, second["model"][name], rtol=100 * rel, atol=rel, msg=name)
 
 
 def test_one_by_eight_and_eight_by_one(padded, tmp_path):
@@ -80,10 +80,10 @@ def test_one_by_eight_and_eight_by_one(padded, tmp_path):
 @pytest.mark.slow
 def test_one_and_two_processes_accumulation_one_and_four(padded, tmp_path):
     """Two processes that accumulate four times equal one that does not, auxiliary losses included."""
-    changes = {}
+    changes = {"model_config": {"router_z_loss_coef": 0.1, "router_sequence_balancing_loss_coef": 0.1}}
     assert train_in_float64(recipe_for(tmp_path / "one", padded, 8, **changes)) == 0
     assert in_ranks(train_in_float64, 2, recipe_for(tmp_path / "two", padded, 1, devices=2, **changes)) == [0, 0]
-    assert_same(tmp_path / "two", tmp_path / "one")
+    assert_same(tmp_path / "two", tmp_path / "one", rel=1e-7)  # routers keep some sums in float32
 
 
 def test_micro_batch_without_targets():

@@ -153,7 +153,7 @@ class TestSettings:
     def test_a_run_without_gpus_ends_at_once(self, recipe, tmp_path, capsys):
         assert main(["--config", str(recipe()), "--strategy", "deepspeed_stage_3"]) == 2
         assert "error: strategy: 'deepspeed_stage_3' needs CUDA devices" in capsys.readouterr().err
-        assert not (tmp_path / "out" / "logs").exists()
+        assert not (tmp_path / "out" / "train.log").exists()
 
 
 TELLING = {

@@ -27,6 +27,11 @@ def planned_rates(settings: Settings, name: ScheduleName) -> list[float]:
         ValueError: If the training has no step, or needs its data to know the length of the warm-up.
     """
     train = settings.train
+    if train.epochs is not None:
+        raise ValueError(
+            f"train.epochs: {train.epochs} depend on the data's length, which is not known here; set it to "
+            "null and give train.max_tokens"
+        )
     if train.lr_warmup_fraction:
         raise ValueError(
             f"train.lr_warmup_fraction: {train.lr_warmup_fraction} is a part of the data's length, which is not known "

@@ -49,12 +49,13 @@ class Reporter(Callback):
         bar: Whether to draw a progress bar.
 
     Attributes:
+        total_steps: As given.
         transcript: Has every line, also those that a bar takes the place of.
         val_loss: Of the last validation.
     """
 
     def __init__(self, total_steps: int, bar: bool) -> None:
-        self._total_steps = total_steps
+        self.total_steps = total_steps
         self._draw = bar
         self.transcript = Transcript()
         self._progress: Progress | None = None
@@ -115,7 +116,7 @@ class Reporter(Callback):
             self._update_bar(metrics["step"], " · ".join(parts))
         if left := self._time_left(now, metrics["step"]):
             parts.append(f"{left} left")
-        line = " | ".join([f"step {metrics['step']}/{self._total_steps}", *parts])
+        line = " | ".join([f"step {metrics['step']}/{self.total_steps}", *parts])
         if self._draw:
             self.transcript.line(line)
         else:
@@ -126,12 +127,12 @@ class Reporter(Callback):
         started, first_step = self._first
         if step == first_step:
             return ""
-        return str(timedelta(seconds=round((now - started) / (step - first_step) * (self._total_steps - step))))
+        return str(timedelta(seconds=round((now - started) / (step - first_step) * (self.total_steps - step))))
 
     def _update_bar(self, step: int, text: str) -> None:
         if self._progress is None:
             self._progress = Progress(
-                MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(self._total_steps)) + 1)),
+                MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(self.total_steps)) + 1)),
                 BarColumn(bar_width=10),
                 TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True, min_width=5)),
                 # What does not fit into the terminal is cut off at the end of the text, where the least important is.
@@ -143,7 +144,7 @@ class Reporter(Callback):
             )
             self._progress.start()
             self.transcript.record_again()
-            self._task = self._progress.add_task("", total=self._total_steps, completed=step)
+            self._task = self._progress.add_task("", total=self.total_steps, completed=step)
         self._progress.update(self._task, completed=step, description=text)
 
     def close(self, error: BaseException | None = None) -> None:

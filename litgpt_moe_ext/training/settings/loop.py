@@ -43,7 +43,7 @@ class TrainArgs(Section, key="train"):
     lr_warmup_fraction: Fraction | None = None
     """The same as a part of an epoch, instead of lr_warmup_steps."""
     epochs: PositiveInt | None = None
-    """Not for pretraining; give max_tokens."""
+    """Train this often on all of the data, instead of max_tokens; null: max_tokens counts."""
     max_tokens: PositiveInt = int(3e12)
     """Total number of tokens to train on, padding included."""
     max_steps: PositiveInt | None = None
@@ -61,8 +61,6 @@ class TrainArgs(Section, key="train"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.epochs is not None:
-            raise SettingsError(f"train.epochs: {self.epochs} must be null for pretraining; give train.max_tokens")
         if self.lr_warmup_fraction and self.lr_warmup_steps:
             raise SettingsError(
                 f"train.lr_warmup_fraction: {self.lr_warmup_fraction} must be null beside train.lr_warmup_steps: "
@@ -70,10 +68,12 @@ class TrainArgs(Section, key="train"):
             )
 
     def for_litgpt(self) -> "litgpt.args.TrainArgs":
-        """Return the same as LitGPT's own class."""
+        """Return the same as LitGPT's own class, without the epochs, which LitGPT's pretraining refuses."""
         import litgpt.args
 
-        return litgpt.args.TrainArgs(**asdict(self))
+        made = litgpt.args.TrainArgs(**asdict(self))
+        made.epochs = None
+        return made
 
 
 @dataclass

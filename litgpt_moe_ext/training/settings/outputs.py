@@ -59,6 +59,8 @@ class EvaluateArgs(Section, key="evaluate"):
 class CheckpointArgs(Section, key="checkpoint"):
     """Which checkpoints are kept beside those of train.save_interval and the final one, and exported."""
 
+    every_epoch: bool = False
+    """Also save at the end of every epoch of the data."""
     every_minutes: Minutes | None = None
     """Also save when this much time has passed since the last checkpoint; null: only by steps."""
     keep_last: PositiveInt | None = None

@@ -1,0 +1,98 @@
+"""Epochs: how many steps they are, which one a step belongs to, and a checkpoint at the end of each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.training.callback import Callback
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.training.launch import Launched
+    from litgpt_moe_ext.training.plan import Plan
+    from litgpt_moe_ext.training.prepare import Prepared
+
+
+def with_epochs(launched: Launched, prepared: Prepared) -> Launched:
+    """Return the run with the tokens of `train.epochs` for `train.max_tokens`, if it is set.
+
+    Opens the data as LitGPT's loop will do again; every process must call.
+
+    Raises:
+        SettingsError: If the data does not say how long an epoch is, or that is less than a step.
+    """
+    plan = launched.plan
+    epochs = plan.settings.train.epochs
+    if epochs is None:
+        return launched
+    data: Any = prepared.data
+    data.connect(
+        tokenizer=prepared.tokenizer, batch_size=plan.train.micro_batch_size, max_seq_length=plan.sequence_length
+    )
+    with launched.fabric.rank_zero_first(local=True):
+        data.prepare_data()
+    data.setup()
+    try:
+        micro_batches = len(data.train_dataloader())
+    except TypeError as error:  # Python's, for what has no length
+        raise SettingsError(
+            f"train.epochs: {epochs} needs data that says how long an epoch is; set it to null and give "
+            "train.max_tokens"
+        ) from error
+    steps = epochs * micro_batches // plan.train.gradient_accumulation_iters(launched.devices, launched.num_nodes)
+    if not steps:
+        raise SettingsError(
+            f"train.epochs: {epochs} of this data are less than one step of {plan.train.global_batch_size} sequences; "
+            "set more epochs, or a smaller train.global_batch_size"
+        )
+    planned = with_tokens(plan, steps * plan.tokens_per_step)
+    launched.reporter.total_steps = planned.total_steps
+    launched.fabric.print(
+        f"train.epochs: {epochs} are {steps} steps, train.max_tokens: {planned.settings.train.max_tokens}"
+    )
+    return dataclasses.replace(launched, plan=planned)
+
+
+def with_tokens(plan: Plan, max_tokens: int) -> Plan:
+    """Return a plan for another number of tokens."""
+    settings = dataclasses.replace(plan.settings, train=dataclasses.replace(plan.settings.train, max_tokens=max_tokens))
+    train = dataclasses.replace(plan.train, max_tokens=max_tokens)
+    plain = {**plan.plain, "train": {**plan.plain["train"], "max_tokens": max_tokens}}
+    return dataclasses.replace(plan, settings=settings, train=train, plain=plain)
+
+
+class Epochs(Callback):
+    """Log the epoch of the data, which LitGPT counts anew after every resume, and save at the end of each.
+
+    Args:
+        save: Saves the present state under a name, if checkpoints are wanted; every process must call.
+    """
+
+    def __init__(self, save: Callable[[str], None] | None) -> None:
+        self._save = save
+        self._epoch: int | None = None
+        self._saved: str | None = None
+
+    def on_checkpoint_saved(self, directory: Any) -> None:
+        """Note that this step has a checkpoint."""
+        self._saved = directory.name
+
+    def on_step_begin(self, state: dict[str, Any]) -> None:
+        """Save if the last step has ended an epoch."""
+        loader = state["train_dataloader"]
+        epoch = getattr(getattr(loader, "_dataloader", loader), "epoch", None)
+        ended, self._epoch = self._epoch is not None and epoch != self._epoch, epoch
+        if self._save is None:
+            return
+        if epoch is None:
+            raise SettingsError("checkpoint.every_epoch: true needs data that counts its epochs; set it to false")
+        name = f"step-{state['step_count']:08d}"
+        if ended and self._saved != name:
+            self._save(name)
+
+    def on_log(self, metrics: dict[str, Any]) -> None:
+        """Set the epoch in which the last step began."""
+        if "loss" in metrics and self._epoch is not None:
+            metrics["epoch"] = self._epoch

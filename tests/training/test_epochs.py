@@ -1,0 +1,42 @@
+"""Epochs instead of tokens."""
+
+import csv
+
+import yaml
+
+from litgpt_moe_ext.cli.train import main
+
+
+def test_two_epochs_with_a_checkpoint_each(recipe, tmp_path, corpus_settings, capsys):
+    """Steps come from the data; the epoch is counted on over a resume; the hint and the checkpoint know the setting."""
+    out = tmp_path / "out"
+    small = {**corpus_settings, "data_path": str(tmp_path / "data"), "train_count": 1}
+    data = {"class_path": "litgpt_moe_ext.data.PythonStdlib", "init_args": small}
+    train = {"max_tokens": 64 * 4 * 32, "global_batch_size": 64, "micro_batch_size": 32, "save_interval": None}
+    file = recipe(data=data, train=train, eval={"interval": 1000})
+    flags = ["--config", str(file), "--train.epochs", "2", "--checkpoint.every_epoch", "true"]
+    assert main(flags) == 0
+    output = capsys.readouterr().out
+    rows = list(csv.DictReader((out / "metrics.csv").open()))
+    epochs = [int(row["epoch"]) for row in rows]
+    first = epochs.index(1)
+    assert epochs == sorted(epochs)
+    assert set(epochs) == {0, 1}
+    assert f"train.epochs: 2 are {len(rows)} steps, train.max_tokens: {len(rows) * 64 * 32}\n" in output
+    assert output.splitlines()[-1] == "Go on: --resume auto --train.epochs 4"
+    assert [path.name for path in out.glob("step-*")] == [f"step-{first:08d}"]
+    saved = yaml.safe_load((out / "final" / "hyperparameters.yaml").read_text())["train"]
+    assert (saved["epochs"], saved["max_tokens"]) == (2, len(rows) * 64 * 32)
+
+    (out / "final").rename(tmp_path / "away")
+    (out / "best").rename(tmp_path / "best")
+    assert main([*flags, "--resume", "auto"]) == 0
+    assert [int(row["epoch"]) for row in csv.DictReader((out / "metrics.csv").open())] == epochs
+
+
+def test_epochs_of_a_mixture(recipe, corpus_settings, capsys):
+    part = {"class_path": "litgpt_moe_ext.data.PythonStdlib", "init_args": corpus_settings}
+    mixture = {"corpora": {"a": part, "b": part}, "weights": {"a": 1, "b": 1}}
+    file = recipe(data={"class_path": "litgpt_moe_ext.data.Mixture", "init_args": mixture}, train={"epochs": 1})
+    assert main(["--config", str(file)]) == 2
+    assert "train.epochs: 1 must be null for a mixture" in capsys.readouterr().err
