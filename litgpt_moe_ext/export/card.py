@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from litgpt_moe_ext.model_size import count_flops, count_parameters
+from litgpt_moe_ext.training.logs import METRICS_FILE
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.export.source import Source
@@ -122,16 +123,17 @@ def _step(checkpoint_dir: Path) -> int | None:
 
 
 def _losses(out_dir: Path, step: int) -> dict[str, float]:
-    # The last of each that the csv logger wrote until then.
-    names = {"loss": "training loss", "val_loss": "validation loss"}
-    found: dict[str, tuple[int, float]] = {}
-    for file in sorted(out_dir.glob("logs/csv/version_*/metrics.csv")):
-        with file.open(newline="", encoding="utf-8") as lines:
+    # The last of each that was logged until then.
+    names = {"train_loss": "training loss", "val_loss": "validation loss"}
+    found: dict[str, float] = {}
+    try:
+        with (out_dir / METRICS_FILE).open(newline="", encoding="utf-8") as lines:
             for row in csv.DictReader(lines):
-                for column, name in names.items():
-                    if row.get(column) and row.get("step") and int(row["step"]) <= step:
-                        found[name] = max(found.get(name, (0, 0.0)), (int(row["step"]), float(row[column])))
-    return {name: value for name, (_, value) in found.items()}
+                if int(row["step"]) <= step:
+                    found |= {name: float(row[column]) for column, name in names.items() if row.get(column)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # a checkpoint that was moved, or a table of another kind
+    return found
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
