@@ -11,6 +11,8 @@ from litgpt.utils import chunked_cross_entropy
 
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
+from litgpt_moe_ext.moe.metrics import routers_of
+from litgpt_moe_ext.padding import PADDING
 from tests.gpu.test_experts import no_waits
 from tests.models import initialized_model, moe_config
 from tests.training.conftest import logged
@@ -60,6 +62,34 @@ def test_no_step_waits(device, dtype):
     with no_waits(device):
         step()
     assert not torch.equal(before, model.transformer.h[0].mlp.gate.e_score_correction_bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None], ids=str)
+def test_padding_waits_for_nothing_and_changes_nothing(device, dtype, monkeypatch):
+    monkeypatch.setattr("litgpt_moe_ext.padding._accepted", True)
+    if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
+        pytest.skip("no bfloat16")
+    model = make_model(device)
+    text = torch.randint(0, 64, (4, 33), device=device)
+    # The last token of a text has no target: as an input it is padding.
+    inputs = torch.cat([text[:, :-1], text.new_full((4, 32), PADDING)], dim=1)
+    targets = torch.cat([text[:, 1:], text.new_full((4, 32), PADDING)], dim=1)
+
+    def loss_and_gradients(inputs, targets):
+        with autocast(device, dtype):
+            loss = chunked_cross_entropy(model(inputs), targets)
+        return loss.detach(), torch.autograd.grad(loss, list(model.parameters()))
+
+    expected = loss_and_gradients(text[:, :-1], text[:, 1:].contiguous())
+    counts = [router.tally.take() for router in routers_of(model).values()]
+    loss_and_gradients(inputs, targets)
+    [router.tally.take() for router in routers_of(model).values()]
+    with no_waits(device):
+        padded = loss_and_gradients(inputs, targets)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype is None else {"rtol": 5e-2, "atol": 5e-3}
+    torch.testing.assert_close(padded, expected, **tolerance)
+    padded_counts = [router.tally.take()[:8] for router in routers_of(model).values()]
+    assert all(torch.equal(ours, theirs[:8]) for ours, theirs in zip(padded_counts, counts, strict=True))
 
 
 def test_compiled_equals_eager(device):

@@ -297,6 +297,30 @@ def test_flops_are_those_of_the_active_rows():
     assert counter.get_total_flops() == 3 * K * 3 * 2 * D * F
 
 
+@pytest.mark.parametrize("backend", ["triton", "grouped_mm"])
+def test_padding_is_computed_by_no_expert(backend):
+    """What other tokens give and get is as without padding, which gets no gradient whatever memory its rows have."""
+    T, K, E = 30, 2, 5
+    experts, whole = make_experts(E=E), make_routing(T, K, E)
+    real_T = torch.rand(T) < 0.6
+    x, upstream = torch.randn(T, 16), torch.randn(T, 16)
+    nowhere_TK = whole.experts_TK.masked_fill(~real_T.unsqueeze(1), E)
+    counts_E = torch.bincount(nowhere_TK.flatten(), minlength=E + 1)[:E]
+    padded = Routing(whole.weights_TK, nowhere_TK, counts_E, real_T)
+    results = run(experts, backend, x, padded, upstream)
+    text = Routing(whole.weights_TK[real_T], whole.experts_TK[real_T], counts_E)
+    expected = run(experts, "loop", x[real_T], text, upstream[real_T])
+    assert not results["x"][~real_T].any()
+    for name in ("y", "x", "gates"):
+        results[name] = results[name][real_T]
+    torch.testing.assert_close(results, expected, rtol=1e-4, atol=1e-4)
+    experts.forced_backend = backend
+    with torch.no_grad():
+        few = Routing(whole.weights_TK[:4], nowhere_TK[:4], torch.bincount(nowhere_TK[:4].flatten(), minlength=6)[:5],
+                      real_T[:4])  # fmt: skip
+        torch.testing.assert_close(experts(x[:4], few)[real_T[:4]], results["y"][: int(real_T[:4].sum())])
+
+
 def test_meta_tensors():
     """Operators know the shapes of their results without computing them."""
     from litgpt_moe_ext.moe.kernels.backends import Hidden
