@@ -23,16 +23,17 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
 def orthogonalize(x_NAB: Tensor, steps: int = 5) -> Tensor:
-    """Return approximately `U V^T` of the singular value decomposition of each matrix, in bfloat16.
+    """Return approximately `U V^T` of the singular value decomposition of each matrix.
 
-    Singular values end between about 0.7 and 1.2, which serves training as well as exactly 1.
+    Singular values end between about 0.7 and 1.2, which serves training as well as exactly 1. The products are in
+    bfloat16, on CPUs in float32: few of them multiply bfloat16 in hardware, and the others take several times as long.
 
     Args:
         x_NAB: Any floating dtype.
         steps: Newton-Schulz iterations.
     """
     wide = x_NAB.size(-2) <= x_NAB.size(-1)
-    x = (x_NAB if wide else x_NAB.mT).to(torch.bfloat16)
+    x = (x_NAB if wide else x_NAB.mT).to(torch.float32 if x_NAB.device.type == "cpu" else torch.bfloat16)
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT
