@@ -29,7 +29,12 @@ COMMANDS = (
     Command("init", "init:Init", "Write one of the packaged recipes, to be trained or changed."),
     Command("doctor", "doctor:Doctor", "Say whether this machine can run a recipe, and what to change."),
     Command("model-card", "model_card:ModelCard", "Print parameters, FLOPs per token and memory of a model."),
-    Command("twin", "twin:Twin", "Write the dense twin of an MoE recipe at equal cost, or an MoE twin of a dense one."),
+    Command(
+        "twin",
+        "studies.twin:Twin",
+        "Write the dense twin of an MoE recipe at equal cost, or an MoE twin of a dense one.",
+    ),
+    Command("study", "studies.study:Study", "Train a grid of settings over seeds, and say on one page what came out."),
     Command("schedule", "schedule:Schedule", "Plot the learning rate of a recipe over its steps."),
     Command("compare-runs", "compare_runs:CompareRuns", "Draw training curves and expert load of several runs."),
     Command("experts", "experts:Experts", "Report what the experts of a checkpoint do with a text."),

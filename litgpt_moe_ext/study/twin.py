@@ -125,16 +125,21 @@ def cost(model: dict[str, Any], length: int, by: Equality) -> int:
     """
     from litgpt.config import Config as LitGPTConfig
 
-    from litgpt_moe_ext.inspect.cost.layers import shorten
-    from litgpt_moe_ext.model_size import count_flops, count_parameters
-
     try:
         config = LitGPTConfig(**model)
     except (TypeError, ValueError, AssertionError) as error:  # how LitGPT and this package refuse fields of a Config
         raise SettingsError(f"model_config: {model.get('name')!r} must be valid: {error}") from error
+    return count(cast("Config", config), length, by)
+
+
+def count(config: "Config", length: int, by: Equality) -> int:
+    """Return the cost of a configuration, as `cost` does."""
+    from litgpt_moe_ext.inspect.cost.layers import shorten
+    from litgpt_moe_ext.model_size import count_flops, count_parameters
+
     if by == "parameters":
-        return shorten(cast("Config", config)).extrapolate(lambda short: count_parameters(short).active)
-    return shorten(cast("Config", config)).extrapolate(partial(count_flops, length=length, training=True))
+        return shorten(config).extrapolate(lambda short: count_parameters(short).active)
+    return shorten(config).extrapolate(partial(count_flops, length=length, training=True))
 
 
 def _is_moe(model: dict[str, Any]) -> bool:

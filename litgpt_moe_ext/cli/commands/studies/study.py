@@ -1,0 +1,89 @@
+"""`litgpt-moe study`."""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.study.launch import Limits
+
+
+@dataclass(frozen=True)
+class Study:
+    """Train a grid of settings over seeds and write what came out as one page, with the raw numbers beside it.
+
+    A study that was interrupted or killed goes on where it was when it is called again; runs that are finished are
+    reused as long as their settings stay the same. Exits with status 1 if runs are missing in the end.
+
+    Attributes:
+        study: A study (YAML file), like those in studies/.
+        out_dir: Where the runs, report.html and results.csv go. Default: out/studies/ and the study's name.
+        jobs: Runs at a time. Default: one on every GPU, or on every core of a machine without.
+        device_minutes: Stop after so many minutes; the next call goes on.
+        only: Train only the run with this number, from 0, and write no page.
+        report: Train nothing, write the page of what is finished.
+        slurm: Write a SLURM array script to this file instead of training.
+    """
+
+    study: Path
+    out_dir: Path | None = None
+    jobs: PositiveInt | None = None
+    device_minutes: PositiveFloat | None = None
+    only: NonNegativeInt | None = None
+    report: bool = False
+    slurm: Path | None = None
+
+    def run(self) -> int:
+        """Train what is missing and write the page."""
+        from litgpt_moe_ext.cli.output import print_table, write_text
+        from litgpt_moe_ext.errors import SettingsError
+        from litgpt_moe_ext.study.launch import is_finished, slurm_script, train
+        from litgpt_moe_ext.study.plan import load_study
+
+        study = load_study(self.study)
+        out_dir = self.out_dir or Path("out/studies") / study.name
+        runs_dir = out_dir / "runs"
+        limits = self._limits()
+        command = f"litgpt-moe study {shlex.quote(str(self.study))}"
+        if self.slurm is not None:
+            given = [*command.split(" ", 2)[:2], shlex.quote(str(self.study)), "--out_dir", shlex.quote(str(out_dir))]
+            write_text(self.slurm, slurm_script(given, len(study.runs), min(limits.gpus, 1)))
+            print(f"Wrote {self.slurm}, {len(study.runs)} runs; afterwards `{command} --report` writes the page")
+            return 0
+        runs = study.runs
+        if self.only is not None:
+            if self.only >= len(runs):
+                raise SettingsError(f"only: {self.only} must be below {len(runs)}, the number of runs")
+            runs = runs[self.only : self.only + 1]
+        problems = [] if self.report else train(runs, runs_dir, limits)
+        print(*problems, sep="\n", end="\n" if problems else "")
+        if self.only is not None:
+            return int(bool(problems))
+        finished = [run for run in runs if is_finished(runs_dir, run)]
+        missing = len(runs) - len(finished)
+        if finished:
+            from litgpt_moe_ext.study.page import COLUMNS, grouped, rows, study_page, verdicts
+            from litgpt_moe_ext.study.results import csv_text, read_results
+
+            results = read_results(finished, runs_dir)
+            write_text(out_dir / "results.csv", csv_text(results))
+            write_text(out_dir / "report.html", study_page(study, results, missing, command))
+            print_table(study.question or study.name, COLUMNS, rows(grouped(results)))
+            print(*verdicts(study, results), sep="\n")
+            print(f"Wrote {out_dir / 'report.html'} and results.csv beside it")
+        print(f"{len(finished)} of {len(runs)} runs are finished" + (f"; `{command}` goes on" if missing else ""))
+        return int(missing > 0)
+
+    def _limits(self) -> "Limits":
+        import os
+
+        import torch
+
+        from litgpt_moe_ext.study.launch import Limits
+
+        gpus = torch.cuda.device_count()
+        jobs = self.jobs or gpus or os.cpu_count() or 1
+        return Limits(int(jobs), None if self.device_minutes is None else 60 * self.device_minutes, gpus)

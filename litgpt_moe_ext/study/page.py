@@ -1,0 +1,193 @@
+"""A study as one page: what was asked, what the arms reached over seeds, curves, balance, and the raw numbers."""
+
+import base64
+import html
+import math
+from collections.abc import Callable, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from litgpt_moe_ext.inspect.pages import page, picture, table
+from litgpt_moe_ext.pictures.style import STYLE
+from litgpt_moe_ext.study.analysis import Interval, break_even, compute_multiplier, mean_interval
+from litgpt_moe_ext.study.plan import BUDGET, Study
+from litgpt_moe_ext.study.results import MAX_VIO, Curve, Result, csv_text
+
+COLUMNS = (
+    "arm", "seeds", "validation loss", "range", "95 % interval", "tokens", "training FLOPs", "seconds", "MaxVio, end",
+    "MaxVio <= 0.1 after",
+)  # fmt: skip
+_CURVES = "Mean over seeds of the training loss, smoothed; dots are validations. FLOPs are counted, seconds measured."
+_BALANCE = "Largest load of an expert over the mean, minus 1, in the worst layer; mean and range over seeds."
+
+
+def study_page(study: Study, results: Sequence[Result], missing: int, command: str) -> str:
+    """Return the page in HTML.
+
+    Args:
+        study: The study.
+        results: Its finished runs.
+        missing: How many others are not finished.
+        command: What repeats it.
+    """
+    notes = [study.question, f"Repeat it: {command}"]
+    if missing:
+        notes.append(f"{missing} of {len(study.runs)} runs are not finished; the same command goes on.")
+    groups = grouped(results)
+    parts = [*(f"<p>{html.escape(note)}</p>" for note in notes if note), table(COLUMNS, rows(groups))]
+    parts += [f"<p>{html.escape(line)}</p>" for line in verdicts(study, results)]
+    parts.append(picture("Loss", _CURVES, loss_figure(groups)))
+    if any(len(result.log.series(MAX_VIO)[1]) for result in results):
+        parts.append(picture("Balance", _BALANCE, balance_figure(groups)))
+    text = csv_text(results)
+    data = base64.b64encode(text.encode()).decode("ascii")
+    link = f'<a download="{html.escape(study.name)}.csv" href="data:text/csv;base64,{data}">{study.name}.csv</a>'
+    cells = [line.split(",") for line in text.splitlines()]
+    parts += [f"<h2>Runs</h2><p>{link}</p>", table(cells[0], cells[1:])]
+    return page(f"Study: {study.name}", parts)
+
+
+def grouped(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Return the results by arm and place in the grid: those that differ by seed only."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(result.run.label, []).append(result)
+    return groups
+
+
+def rows(groups: dict[str, list[Result]]) -> list[tuple[str, ...]]:
+    """Return the cells of `COLUMNS` for each group."""
+    return [_row(label, group) for label, group in groups.items()]
+
+
+def verdicts(study: Study, results: Sequence[Result]) -> list[str]:
+    """Return what the study says about its arms `moe` and `dense`: compute multiplier and break-even time."""
+    if not study.compare:
+        return []
+    moe, dense = ([result for result in results if result.run.arm == study.compare[side]] for side in ("moe", "dense"))
+    lines = []
+    if len({result.run.point.get(BUDGET) for result in dense}) >= 2 and moe:
+        costs, reached = ([(result.flops, result.val_loss) for result in side] for side in (dense, moe))
+        try:
+            found = compute_multiplier(costs, reached)
+        except ValueError as error:
+            lines.append(f"No compute multiplier: {error}.")
+        else:
+            lines.append(
+                f"Compute multiplier {_interval(found, 2)}: the dense family needs so many times the training FLOPs "
+                "for the MoE's loss."
+            )
+    if moe and dense:
+        largest = max(result.tokens for result in moe)
+        sides = [_mean_over_seconds([r for r in side if r.tokens == largest]) for side in (dense, moe)]
+        if all(len(seconds) for seconds, _ in sides):
+            even = break_even(*sides)
+            words = "never within the run" if even is None else f"from {even:,.0f} s on"
+            lines.append(f"In seconds, the MoE is ahead {words} (training loss, on the machine that trained both).")
+    return lines
+
+
+def loss_figure(groups: dict[str, list[Result]]) -> Figure:
+    """Draw the loss of each group over tokens, FLOPs and seconds."""
+    axes_of: list[tuple[str, Callable[[Result, Curve], np.ndarray]]] = [
+        ("tokens", lambda _result, curve: curve.tokens),
+        ("training FLOPs", lambda result, curve: curve.tokens * result.flops_per_token),
+        ("seconds", lambda _result, curve: curve.seconds),
+    ]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 3.4), layout="constrained")
+        for axes, (name, place) in zip(figure.subplots(1, 3, sharey=True), axes_of, strict=True):
+            for i, group in enumerate(groups.values()):
+                curves = [
+                    (place(result, curve), _smooth(curve.values))
+                    for result in group
+                    for curve in [result.curve("loss")]
+                ]
+                axes.plot(*_mean(curves), color=f"C{i % 10}", linewidth=1.1)
+                for result in group:
+                    curve = result.curve("val_loss")
+                    axes.plot(place(result, curve), curve.values, "o", color=f"C{i % 10}", markersize=3)
+            axes.set_xlabel(name)
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.grid(alpha=0.25, linewidth=0.5)
+        figure.axes[0].set_ylabel("loss, nats per token")
+        _legend(figure, groups)
+    return figure
+
+
+def balance_figure(groups: dict[str, list[Result]]) -> Figure:
+    """Draw MaxVio of each group over tokens."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7, 3.2), layout="constrained")
+        axes = figure.subplots()
+        for i, group in enumerate(groups.values()):
+            curves = [result.log.series(MAX_VIO) for result in group if len(result.log.series(MAX_VIO)[1])]
+            if not curves:
+                continue
+            length = min(len(values) for _, values in curves)
+            tokens, values = curves[0][0][:length], np.stack([values[:length] for _, values in curves])
+            axes.plot(tokens, values.mean(axis=0), color=f"C{i % 10}", linewidth=1.1)
+            axes.fill_between(
+                tokens, values.min(axis=0), values.max(axis=0), color=f"C{i % 10}", alpha=0.15, linewidth=0
+            )
+        axes.set_yscale("symlog", linthresh=0.1)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("MaxVio")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.grid(alpha=0.25, linewidth=0.5)
+        _legend(figure, groups)
+    return figure
+
+
+def _legend(figure: Figure, groups: dict[str, list[Result]]) -> None:
+    handles = [matplotlib.lines.Line2D([], [], color=f"C{i % 10}", label=label) for i, label in enumerate(groups)]
+    longest = max(map(len, groups), default=1)
+    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, min(4, 110 // (longest + 6))))
+
+
+def _row(label: str, group: Sequence[Result]) -> tuple[str, ...]:
+    losses = [result.val_loss for result in group]
+    interval = mean_interval(losses)
+    even = [result.even_after for result in group]
+    return (
+        label,
+        str(len(group)),
+        f"{interval.value:.3f}",
+        f"{min(losses):.3f} to {max(losses):.3f}",
+        "-" if math.isnan(interval.low) else f"{interval.low:.3f} to {interval.high:.3f}",
+        f"{group[0].tokens:,.0f}",
+        f"{group[0].flops:.2e}",
+        _number(float(np.mean([result.seconds for result in group])), ",.0f"),
+        _number(float(np.mean([result.late_max_vio for result in group])), ".2f"),
+        _number(float(np.mean(even)), ",.0f"),
+    )
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else f"{value:{form}}"
+
+
+def _interval(interval: Interval, digits: int) -> str:
+    return f"{interval.value:.{digits}f} ({interval.low:.{digits}f} to {interval.high:.{digits}f})"
+
+
+def _smooth(values: np.ndarray, weight: float = 0.2) -> np.ndarray:
+    smooth, average = np.empty(len(values)), 0.0
+    for i, value in enumerate(values):
+        average += max(weight, 1 / (i + 1)) * (value - average)
+        smooth[i] = average
+    return smooth
+
+
+def _mean(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    length = min((len(values) for _, values in curves), default=0)
+    return tuple(np.mean([line[k][:length] for line in curves], axis=0) for k in (0, 1))  # pyrefly: ignore[bad-return]
+
+
+def _mean_over_seconds(group: Sequence[Result]) -> tuple[np.ndarray, np.ndarray]:
+    curves = [result.curve("loss") for result in group]
+    return _mean([(curve.seconds, _smooth(curve.values)) for curve in curves])

@@ -1,0 +1,122 @@
+"""Study files: arms, a grid and seeds, which together name every run."""
+
+import hashlib
+import itertools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from litgpt_moe_ext.cli.recipes import recipe_names, recipes_dir
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.inspect.recipes import read_yaml
+
+BUDGET = "train.max_tokens"
+_KEYS = ("question", "recipe", "seeds", "settings", "arms", "grid", "compare")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        arm: What is compared.
+        point: Its place in the grid, by setting.
+        seed: Its seed.
+        recipe: The recipe.
+        settings: Flags of `run_train.py`, without the seed and `out_dir`.
+    """
+
+    arm: str
+    point: dict[str, Any]
+    seed: int
+    recipe: Path
+    settings: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """What makes the run another one: a hash of the recipe's content, the settings and the seed."""
+        content = [self.recipe.read_text(encoding="utf-8"), self.settings, self.seed]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def title(self) -> str:
+        """The run in words."""
+        return ", ".join((self.label, f"seed {self.seed}"))
+
+    @property
+    def label(self) -> str:
+        """The run in words, without its seed."""
+        return ", ".join((self.arm, *(f"{name.split('.')[-1]} {value}" for name, value in self.point.items())))
+
+    def flags(self, out_dir: Path) -> list[str]:
+        """Return its command line for `litgpt-moe train`."""
+        given = {**self.settings, "seed": self.seed, "out_dir": str(out_dir), "resume": "auto"}
+        flags = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in given.items()]
+        return ["--config", str(self.recipe), *flags]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study file says.
+
+    Attributes:
+        name: Name of the file.
+        question: What the study is to answer.
+        runs: Every run, all seeds of the smallest budget first.
+        compare: The arms `moe` and `dense` whose compute multiplier is wanted; empty for none.
+    """
+
+    name: str
+    question: str
+    runs: list[Run]
+    compare: dict[str, str] = field(default_factory=dict)
+
+
+def load_study(path: Path) -> Study:
+    """Read a study file.
+
+    Raises:
+        SettingsError: If it is not one.
+    """
+    if not path.is_file():
+        raise SettingsError(f"study: {str(path)!r} must be a study (YAML file), like those in studies/")
+    content = read_yaml(path)
+    if unknown := [key for key in content if key not in _KEYS]:
+        raise SettingsError(f"study: {path} has the key {unknown[0]}; known are {', '.join(_KEYS)}")
+    arms = _mapping(content, "arms") or {"recipe": {}}
+    seeds, grid = content.get("seeds", [1, 2, 3]), _mapping(content, "grid")
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
+        raise SettingsError(f"seeds: {seeds} must be a list of integers, as [1, 2, 3]")
+    if wrong := [name for name, values in grid.items() if not isinstance(values, list) or not values]:
+        raise SettingsError(f"grid.{wrong[0]}: {grid[wrong[0]]} must be a list of values")
+    if wrong := [name for name, settings in arms.items() if settings is not None and not isinstance(settings, dict)]:
+        raise SettingsError(f"arms.{wrong[0]}: {arms[wrong[0]]} must hold settings, NAME: VALUE")
+    compare = _mapping(content, "compare")
+    if compare and (set(compare) != {"moe", "dense"} or not set(compare.values()) <= set(arms)):
+        raise SettingsError(f"compare: {compare} must name two arms, as {{moe: ARM, dense: ARM}}")
+    common = _mapping(content, "settings")
+    runs = []
+    for values in itertools.product(*grid.values()):
+        point = dict(zip(grid, values, strict=True))
+        for seed, (arm, own) in itertools.product(seeds, arms.items()):
+            settings = {**common, **point, **(own or {})}
+            recipe = _recipe(str(settings.pop("recipe", content.get("recipe", "quickstart"))), path)
+            runs.append(Run(arm, point, seed, recipe, settings))
+    return Study(path.stem, str(content.get("question", "")), runs, compare)
+
+
+def _mapping(content: dict[str, Any], key: str) -> dict[str, Any]:
+    value = content.get(key) or {}
+    if not isinstance(value, dict):
+        raise SettingsError(f"{key}: {value} must hold settings, NAME: VALUE")
+    return value
+
+
+def _recipe(name: str, study: Path) -> Path:
+    for candidate in (Path(name), study.parent / name):
+        if candidate.is_file():
+            return candidate
+    if name.removesuffix(".yaml") in recipe_names():
+        return recipes_dir() / f"{name.removesuffix('.yaml')}.yaml"
+    raise SettingsError(f"recipe: {name!r} must be a recipe (YAML file) or one of {', '.join(recipe_names())}")

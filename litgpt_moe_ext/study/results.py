@@ -1,0 +1,136 @@
+"""What the finished runs of a study reached, as rows and curves."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.inspect.runs.logs import TOKENS, RunLog, load_run
+from litgpt_moe_ext.study.analysis import first_below
+from litgpt_moe_ext.study.plan import Run
+
+MAX_VIO = "moe/max_vio"
+# The balance that a router is to reach, and the share of a run at its end over which balance is averaged.
+EVEN, _LATE = 0.1, 0.2
+
+
+class Curve(NamedTuple):
+    """Values over what they cost."""
+
+    tokens: np.ndarray
+    seconds: np.ndarray
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        run: The run.
+        log: Its log.
+        parameters: Active parameters.
+        flops_per_token: FLOPs of training on a token.
+    """
+
+    run: Run
+    log: RunLog
+    parameters: int
+    flops_per_token: float
+
+    @property
+    def val_loss(self) -> float:
+        """The last validation loss."""
+        values = self.log.series("val_loss")[1]
+        return float(values[-1]) if len(values) else float("nan")
+
+    @property
+    def tokens(self) -> float:
+        """Tokens trained on."""
+        return float(self.log.columns[TOKENS][-1])
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of the whole run."""
+        return self.tokens * self.flops_per_token
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the whole run, validations included; nan where no speed was logged."""
+        seconds = self.curve("loss").seconds
+        return float(seconds[-1]) if len(seconds) else float("nan")
+
+    @property
+    def late_max_vio(self) -> float:
+        """Mean MaxVio of the worst layer in the last fifth of the run; nan without experts."""
+        values = self.log.series(MAX_VIO)[1]
+        return float(values[-max(1, int(len(values) * _LATE)) :].mean()) if len(values) else float("nan")
+
+    @property
+    def even_after(self) -> float:
+        """Tokens after which MaxVio stays at most 0.1; nan if it does not."""
+        tokens, values = self.log.series(MAX_VIO)
+        index = first_below(values, EVEN)
+        return float("nan") if index is None else float(tokens[index])
+
+    def curve(self, metric: str) -> Curve:
+        """Return a metric over tokens and seconds; the time of a stop between two parts of a run does not count."""
+        tokens, values = self.log.series(metric)
+        at, speed = self.log.tokens_per_second()
+        if not len(at):
+            return Curve(tokens, np.full(len(tokens), np.nan), values)
+        # The first lines have no speed yet: that of the first measurement stands in for them.
+        seconds = np.cumsum(np.diff(at, prepend=0) / speed)
+        return Curve(tokens, np.interp(tokens, np.append(0, at), np.append(0, seconds)), values)
+
+
+def read_results(runs: Sequence[Run], runs_dir: Path) -> list[Result]:
+    """Return the finished runs.
+
+    Args:
+        runs: Finished ones.
+        runs_dir: Where each has its folder.
+
+    Raises:
+        SettingsError: If the log or the checkpoint of one was removed.
+    """
+    costs: dict[str, tuple[int, float]] = {}
+    results = []
+    for run in runs:
+        folder = runs_dir / run.key
+        final = folder / "final"
+        if not final.is_dir():
+            raise SettingsError(f"study: {final} must exist for a finished run; remove {folder} to train it again")
+        text = (final / "model_config.yaml").read_text(encoding="utf-8")
+        if text not in costs:
+            costs[text] = _cost(final)
+        results.append(Result(run, load_run(folder, run.title), *costs[text]))
+    return results
+
+
+def _cost(final: Path) -> tuple[int, float]:
+    from litgpt_moe_ext.inspect.recipes import load_recipe
+    from litgpt_moe_ext.study.twin import count
+
+    recipe = load_recipe(final)
+    length = recipe.sequence_length
+    return count(recipe.config, length, "parameters"), count(recipe.config, length, "flops") / length
+
+
+def csv_text(results: Sequence[Result]) -> str:
+    """Return one row for each run."""
+    points = list(dict.fromkeys(name for result in results for name in result.run.point))
+    columns = ("val_loss", "tokens", "flops", "seconds", "parameters", "late_max_vio", "even_after")
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(("arm", *points, "seed", *columns, "key"))
+    for result in results:
+        run = result.run
+        point = [run.point.get(name, "") for name in points]
+        writer.writerow((run.arm, *point, run.seed, *(getattr(result, name) for name in columns), run.key))
+    return file.getvalue()

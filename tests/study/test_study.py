@@ -1,0 +1,173 @@
+"""A study: which runs it has, how they survive a SIGKILL, what their numbers say."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from litgpt_moe_ext.cli.main import main
+from litgpt_moe_ext.cli.train import read_settings
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.study import launch
+from litgpt_moe_ext.study.analysis import break_even, compute_multiplier, first_below, mean_interval
+from litgpt_moe_ext.study.launch import Limits
+from litgpt_moe_ext.study.plan import load_study
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
+
+
+def write(path: Path, **content) -> Path:
+    path.write_text(yaml.safe_dump({"seeds": [1, 2], **content}), encoding="utf-8")
+    return path
+
+
+def test_runs_are_arms_times_grid_times_seeds(tmp_path):
+    arms = {"a": {}, "b": {"train.max_norm": 2.0}}
+    study = load_study(write(tmp_path / "s.yaml", arms=arms, grid={"train.max_tokens": [10, 20]}))
+    assert len(study.runs) == len({run.key for run in study.runs}) == 8
+    assert study.runs[0].title == "a, max_tokens 10, seed 1"
+    flags = study.runs[1].flags(Path("x"))
+    assert {"--train.max_norm=2.0", "--train.max_tokens=10", "--seed=1", "--out_dir=x", "--resume=auto"} < set(flags)
+    again = load_study(write(tmp_path / "t.yaml", arms={"c": arms["b"]}, grid={"train.max_tokens": [10]}))
+    assert again.runs[0].key == study.runs[1].key, "equal settings are the same run, whatever the arm is called"
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ({"arm": {}}, "has the key arm"),
+    ({"seeds": 3}, "seeds: 3 must be a list"),
+    ({"grid": {"seed": 3}}, "grid.seed: 3 must be a list"),
+    ({"arms": {"a": 3}}, "arms.a: 3 must hold settings"),
+    ({"arms": {"a": {}}, "compare": {"moe": "a", "dense": "b"}}, "must name two arms"),
+    ({"recipe": "nothing"}, "recipe: 'nothing' must be"),
+])  # fmt: skip
+def test_a_wrong_study_is_refused(content, message, tmp_path):
+    with pytest.raises(SettingsError, match=message):
+        load_study(write(tmp_path / "s.yaml", **content))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_runs_of_the_shipped_studies_are_valid(path):
+    study = load_study(path)
+    assert study.question
+    for run in {run.arm: run for run in study.runs}.values():
+        settings = read_settings(run.flags(Path("x")))
+        assert settings.seed == run.seed
+
+
+def test_slurm_array_has_a_task_for_every_run(tmp_path, capsys):
+    script = tmp_path / "array.sh"
+    assert main(["study", str(STUDIES[0]), "--slurm", str(script)]) == 0
+    assert f"#SBATCH --array=0-{len(load_study(STUDIES[0]).runs) - 1}\n" in script.read_text()
+    assert '--only "$SLURM_ARRAY_TASK_ID"' in script.read_text()
+
+
+def test_no_run_is_repeated_and_a_failed_one_is_tried_again(tmp_path, monkeypatch):
+    calls = []
+
+    def process(command, out_dir, environment, end):
+        calls.append(command[-1])
+        return 1 if len(calls) == 2 else 0
+
+    monkeypatch.setattr(launch, "_process", process)
+    runs = load_study(write(tmp_path / "s.yaml", seeds=[1, 2, 3])).runs
+    said = []
+    assert "ended with status 1" in launch.train(runs, tmp_path, Limits(), said.append)[0]
+    assert (len(calls), len(said)) == (3, 2)
+    assert launch.train(runs, tmp_path, Limits(), said.append) == []
+    assert len(calls) == 4
+    assert "out of time" in launch.train(load_study(STUDIES[0]).runs[:1], tmp_path, Limits(seconds=0), said.append)[0]
+
+
+def test_interval_is_students():
+    # scipy.stats.t.ppf(0.975, 2) = 4.302653
+    value, low, high = mean_interval([1.0, 2.0, 3.0])
+    assert (value, low, high) == pytest.approx((2.0, 2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
+    assert np.isnan(mean_interval([1.0]).low)
+
+
+def test_compute_multiplier_of_a_known_power_law():
+    budgets = [1e12, 2e12, 4e12]
+    dense = [(c, 10 * c**-0.1) for c in budgets]
+    moe = [(c, 10 * (1.3 * c) ** -0.1) for c in budgets]
+    assert compute_multiplier(dense, moe) == pytest.approx((1.3, 1.3, 1.3))
+    noisy = [(c, loss * (1 + 0.01 * (-1) ** i)) for i, (c, loss) in enumerate(moe * 3)]
+    found = compute_multiplier(dense, noisy)
+    assert found.low < 1.3 < found.high
+    with pytest.raises(ValueError, match="two budgets"):
+        compute_multiplier(dense[:1], moe)
+    with pytest.raises(ValueError, match="falls with compute"):
+        compute_multiplier([(1, 1.0), (2, 2.0)], moe)
+
+
+def test_break_even_of_two_lines():
+    seconds = np.array([0.0, 10.0, 20.0])
+    dense = (seconds, np.array([5.0, 4.0, 3.5]))
+    assert break_even(dense, (seconds, np.array([6.0, 4.0, 3.0]))) == 10.0
+    assert break_even(dense, (seconds, np.array([4.0, 3.0, 3.0]))) == 0.0
+    assert break_even(dense, (seconds, np.array([4.0, 3.0, 3.6]))) is None
+    assert break_even(dense, (np.array([30.0, 40.0]), np.array([1.0, 1.0]))) is None
+
+
+def test_first_below():
+    assert first_below(np.array([0.3, 0.05, 0.2, 0.1, 0.05]), 0.1) == 3
+    assert first_below(np.array([0.05]), 0.1) == 0
+    assert first_below(np.array([0.05, 0.2]), 0.1) is None
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on_and_repeats_nothing(tmp_path):
+    source = tmp_path / "text"
+    source.mkdir()
+    for name in "abcdefgh":
+        (source / f"{name}.py").write_text("\n".join(f"def {name}{i}(x):\n    return x + {i}\n" for i in range(500)))
+    model = {
+        "name": "tiny", "block_size": 16, "n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 300,
+        "padded_vocab_size": 300, "mlp_class_name": "MoE", "n_expert": 4, "n_expert_per_token": 2,
+        "moe_intermediate_size": 8,
+    }  # fmt: skip
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(yaml.safe_dump({
+        "model_config": model,
+        "data": {"class_path": "litgpt_moe_ext.data.PythonStdlib", "init_args": {
+            "source_path": str(source), "data_path": str(tmp_path / "data"), "vocab_size": 300, "val_fraction": 0.3,
+        }},
+        "train": {"global_batch_size": 2, "micro_batch_size": 2, "save_interval": 5, "log_interval": 2},
+        "eval": {"interval": 1000, "max_iters": 2, "final_validation": True},
+    }))  # fmt: skip
+    arms = {"MoE": {}, "dense": {"dense_twin": "flops"}}
+    compare, grid = {"moe": "MoE", "dense": "dense"}, {"train.max_tokens": [640, 1280]}
+    study = write(tmp_path / "small.yaml", seeds=[1], recipe=str(recipe), arms=arms, compare=compare, grid=grid)
+    out = tmp_path / "out"
+    code = "import sys; from litgpt_moe_ext.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "study", str(study), "--out_dir", str(out), "--jobs", "1"]
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    finished = out / "runs" / load_study(study).runs[0].key / launch.FINISHED
+    second = finished.parents[1] / load_study(study).runs[1].key / "output.txt"
+    deadline = time.monotonic() + 240
+    while not second.is_file() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    before = os.stat(finished).st_mtime_ns
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert os.stat(finished).st_mtime_ns == before, "the finished run was trained again"
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    assert [(row["arm"], int(float(row["tokens"]))) for row in rows] == [
+        ("MoE", 640), ("dense", 640), ("MoE", 1280), ("dense", 1280),
+    ]  # fmt: skip
+    moe, dense = (float(row["flops"]) for row in rows[:2])
+    assert dense == pytest.approx(moe, rel=0.005)
+    page = (out / "report.html").read_text()
+    assert "data:image/png" in page
+    assert "data:text/csv" in page
+    assert json.loads(finished.read_text())["arm"] == "MoE"
