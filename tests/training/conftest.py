@@ -90,5 +90,8 @@ def recipe_writer(folder: Path, corpus_settings: dict) -> Callable[..., Path]:
 
 def logged(out_dir: Path, column: str) -> dict[int, str]:
     """Return a column of a run's wide table by step, as written (so that equality is bit for bit)."""
-    with open(out_dir / "metrics-wide.csv", newline="") as handle:
+    file = out_dir / "metrics-wide.csv"
+    if not file.is_file():
+        return {}
+    with open(file, newline="") as handle:
         return {int(row["step"]): row[column] for row in csv.DictReader(handle) if row.get(column)}

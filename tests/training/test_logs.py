@@ -44,7 +44,7 @@ def test_one_row_per_step_over_a_resume(recipe, tmp_path, capsys):
 
     # As if the run had been killed after step 7, in the middle of a row.
     with open(out / "metrics.csv", "a") as table:
-        table.write("8,0,10")
+        table.write("8,0,1024,128,5.1,,0.001,1.0,0.5,9000,1.2")  # of 1.234
     (out / "final").rename(tmp_path / "elsewhere")
     for name in ("step-00000006", "best"):
         (out / name).rename(tmp_path / name)
@@ -99,6 +99,15 @@ def small_files():
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
     signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_row_that_a_kill_cut_off_is_dropped(tmp_path):
+    file = tmp_path / "table.csv"
+    file.write_text("step,loss\n1,2.5\n2,2.25\n3,2.1")
+    table = StepTable(file, lambda present, new: [*present, *new], print)
+    assert table.start(9) == {"step": "2", "loss": "2.25"}
+    table.put(3, {"loss": 2.125})
+    assert file.read_text() == "step,loss\n1,2.5\n2,2.25\n3,2.125\n"
 
 
 def test_rows_wait_until_there_is_room(tmp_path, small_files):

@@ -62,8 +62,9 @@ class StepTable:
     def _start(self, last_step: int | None) -> dict[str, str]:
         kept: list[dict[str, str]] = []
         if last_step is not None and self._path.is_file():
-            with open(self._path, newline="", encoding="utf-8") as file:
-                kept = [row for row in csv.DictReader(file) if _step_of(row, last_step) is not None]
+            with open(self._path, newline="", encoding="utf-8", errors="replace") as file:
+                whole = file.read().rpartition("\n")[0]  # a kill may have cut the last row off
+            kept = [row for row in csv.DictReader(io.StringIO(whole)) if _is_kept(row, last_step)]
         self._columns = list(kept[0]) if kept else []
         self._end = 0
         if kept:
@@ -111,10 +112,6 @@ class StepTable:
             )
 
 
-def _step_of(row: Mapping[str, str | None], last_step: int) -> int | None:
-    # A row that a kill cut off has no step, or not all of its columns.
-    try:
-        step = int(row[STEP] or "")
-    except (KeyError, ValueError, TypeError):
-        return None
-    return step if step <= last_step and None not in row.values() and None not in row else None
+def _is_kept(row: Mapping[str, str | None], last_step: int) -> bool:
+    step = row.get(STEP) or ""
+    return step.isdecimal() and int(step) <= last_step and None not in row.values() and None not in row
