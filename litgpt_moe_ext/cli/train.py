@@ -7,6 +7,7 @@ them whole.
 import dataclasses
 import os
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from litgpt_moe_ext.cli.given import Given, load_value, read_flags
 from litgpt_moe_ext.cli.mistakes import annotation_at, explain, refuse_nulls, report
+from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import members
@@ -129,6 +131,10 @@ def print_help() -> None:
         "out_dir ends in -dense. `litgpt-moe twin` writes the same as a recipe.",
     )
     parser.print_help()
+    print("\nFields of model_config that this package adds or reads, beside those of litgpt.Config:")
+    for name, field in FIELDS.items():
+        doc = textwrap.fill(" ".join(field.doc.split()).replace("`", ""), 94)
+        print(f"  --model_config.{name}\n{textwrap.indent(doc, ' ' * 6)}")
 
 
 def read_given(arguments: Sequence[str], default_config: Path, known: Mapping[str, Any]) -> Given:

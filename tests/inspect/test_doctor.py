@@ -176,6 +176,14 @@ def test_what_a_run_refuses_at_its_start_is_a_problem(changes, message, tmp_path
     assert message in capsys.readouterr().out
 
 
+def test_connections_of_gpus_are_explained():
+    found = doctor.links("\tGPU0\tGPU1\nGPU0\t X \tSYS\nGPU1\tSYS\t X \n")
+    assert [finding.topic for finding in found] == ["links"] * len(found)
+    assert any("talk through the interconnect between two CPUs" in finding.text for finding in found)
+    assert any("NCCL_P2P_LEVEL=PHB" in finding.text for finding in found)
+    assert doctor.links(None) == []
+
+
 def test_a_setting_that_cannot_be_read_is_one_line(tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"model_config": MODEL, "train": {"max_token": 5}}))

@@ -11,6 +11,7 @@ import torch
 from litgpt_moe_ext.cli.given import Given, load_value, read_flags
 from litgpt_moe_ext.cli.recipe_files import check_recipe
 from litgpt_moe_ext.cli.train import main, normalize, read_settings
+from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checkpoint.resume import find_resume_file
 from tests.training.conftest import ROOT
@@ -277,3 +278,10 @@ def test_a_bug_keeps_its_traceback_and_a_wrong_setting_is_one_line(recipe, tmp_p
     monkeypatch.syspath_prepend(tmp_path)
     assert main(["--config", str(file), "--train.max_norm", "0"]) == 2
     assert capsys.readouterr().err == "error: train.max_norm: 0 must be a number above 0\n"
+
+
+def test_help_has_the_fields_of_the_model(capsys):
+    assert main(["--help"]) == 0
+    page = capsys.readouterr().out
+    for name in FIELDS:
+        assert f"--model_config.{name}\n" in page

@@ -43,7 +43,7 @@ def examine(recipe: Recipe | None, settings: "Settings | None" = None) -> list[F
         recipe: The recipe; None looks at the installation alone.
         settings: The same as a run reads it, for the checks with which it begins.
     """
-    findings = [*_versions(), *_device(), _compile(recipe), *_kernels(recipe), _precision(recipe)]
+    findings = [*_versions(), *_device(), *_links(), _compile(recipe), *_kernels(recipe), _precision(recipe)]
     if recipe is not None:
         findings += [] if settings is None else [_settings(recipe, settings)]
         findings += [_strategy(recipe), *_memory(recipe), _data(recipe), _tokenizer(recipe), _disk(recipe)]
@@ -96,6 +96,25 @@ def _device() -> Iterator[Finding]:
             f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
             f"{properties.total_memory / 2**30:.0f} GiB",
         )
+
+
+def links(matrix: str | None) -> list[Finding]:
+    """Return what the connections of several GPUs mean for training on them.
+
+    Args:
+        matrix: What `nvidia-smi topo -m` prints; None where it does not run.
+    """
+    from litgpt_moe_ext.training.parallel import topology
+
+    return [Finding("links", "note", line) for line in topology.report(matrix or "")]
+
+
+def _links() -> list[Finding]:
+    import torch
+
+    from litgpt_moe_ext.training.parallel import topology
+
+    return links(topology.read_matrix()) if torch.cuda.device_count() > 1 else []
 
 
 def _compile(recipe: Recipe | None) -> Finding:
