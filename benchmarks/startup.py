@@ -4,6 +4,9 @@ Every command runs in a process of its own, in turns with `import torch`; what i
 the process (user and system), median of the rounds, which a busy machine disturbs least. `--before` names a second
 checkout of the repository, with an environment of its own in `.venv`, that is measured in the same turns. Prints a
 Markdown table.
+
+`--training` trains the quickstart for one step in each checkout first, and then measures commands that train or load a
+model as well: the same step once more, with its validation and checkpoint left out, and `perplexity`.
 """
 
 import argparse
@@ -34,6 +37,14 @@ COMMANDS = {
     "`litgpt-moe doctor`": [".venv/bin/litgpt-moe", "doctor", "configs/quickstart.yaml"],
 }
 
+STEP = ["run_train.py", "--train.max_steps=1", "--out_dir", "out/startup", "--eval.final_validation=false"]
+TRAINING = {
+    "first step of the quickstart": [*STEP, "--train.log_interval=1", "--sample.prompts=[]"],
+    "`litgpt-moe perplexity`": [
+        ".venv/bin/litgpt-moe", "perplexity", "out/startup/final", "--text", "run_train.py",
+    ],
+}  # fmt: skip
+
 
 def processor_seconds(checkout: Path, arguments: list[str]) -> float:
     """Run the command and return the processor time it took."""
@@ -55,13 +66,17 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="another checkout, measured in turns with this one")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", default=[], help="parts of the names of commands")
+    parser.add_argument("--training", action="store_true", help="measure commands that train or load a model as well")
     options = parser.parse_args()
     checkouts = [checkout for checkout in (options.before, REPOSITORY) if checkout]
     commands = {
         name: arguments
-        for name, arguments in COMMANDS.items()
+        for name, arguments in {**COMMANDS, **(TRAINING if options.training else {})}.items()
         if name == "`import torch`" or not options.only or any(part in name for part in options.only)
     }
+    if options.training:
+        for checkout in checkouts:
+            processor_seconds(checkout, TRAINING["first step of the quickstart"])  # prepares the data
     seconds: dict[tuple[Path, str], list[float]] = defaultdict(list)
     for _ in range(options.rounds):
         for name, arguments in commands.items():

@@ -117,7 +117,7 @@ def read_config(checkpoint_dir: Path) -> Config:
         raise SettingsError(f"checkpoint_dir: {file} holds no model configuration; {_FROM_ANEW}")
     try:
         check_ranges(values)
-        return Config(**values)
+        return Config.from_file(file)  # which knows the mark of this package
     except (TypeError, ValueError, AssertionError) as error:  # how LitGPT and this package judge fields and values
         raise SettingsError(f"checkpoint_dir: {file} describes no model: {_one_line(error)}; {_FROM_ANEW}") from error
 

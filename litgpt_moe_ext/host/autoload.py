@@ -47,6 +47,9 @@ class _Finder:
             package, _, submodule = name.partition(".")
             if submodule and package in self.before_submodules:
                 self.before_submodules[package](submodule)
+                if name in sys.modules:
+                    # What was imported before it has imported it, too; a second execution would make its classes anew.
+                    return _spec_of_loaded(sys.modules[name])
         if name not in self.after and name not in self.instead:
             return None
         for finder in sys.meta_path:
@@ -73,6 +76,27 @@ class _Finder:
 
         loader.exec_module = exec_module
         return spec
+
+
+class _Loaded:
+    """A loader of a module that is there already."""
+
+    def __init__(self, module):
+        self._module, self._spec = module, module.__spec__
+
+    def create_module(self, _spec):
+        return self._module
+
+    def exec_module(self, module):
+        module.__spec__ = self._spec
+
+
+def _spec_of_loaded(module):
+    spec = type(module.__spec__)(module.__name__, _Loaded(module), origin=module.__spec__.origin)
+    spec.submodule_search_locations = module.__spec__.submodule_search_locations
+    # Python prefers the spec of a module that has appeared meanwhile to the one that it is given.
+    module.__spec__ = spec
+    return spec
 
 
 _finder = _Finder()

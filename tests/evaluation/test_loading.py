@@ -10,7 +10,8 @@ import torch
 
 from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.evaluation.loading import load_model, read_checkpoint
+from litgpt_moe_ext.evaluation.loading import load_model, read_checkpoint, read_config
+from tests.models import moe_config
 
 CPU = torch.device("cpu")
 
@@ -80,3 +81,13 @@ def test_a_training_checkpoint_gives_its_weights(checkpoint_dir):
     loaded = load_model(checkpoint_dir, CPU).state_dict()
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+def test_the_mark_of_this_package_is_known(tmp_path):
+    """As LitGPT's own function to save a configuration writes it."""
+    from litgpt.utils import save_config
+
+    config = moe_config(attention_class_name="SinkAttention")
+    save_config(config, tmp_path)
+    assert "_requires_litgpt_moe_ext" in (tmp_path / "model_config.yaml").read_text(encoding="utf-8")
+    assert read_config(tmp_path) == config

@@ -192,3 +192,23 @@ def test_a_rest_that_fails_can_be_asked_again(package):
     heavy.write_text("")
     importlib.invalidate_caches()
     assert module.accuracy() is module.Metric
+
+
+@pytest.mark.parametrize("first", ["from litgpt.config import Config", "from litgpt import Config"])
+def test_a_submodule_asked_for_first_is_executed_once_and_extended(first):
+    """`litgpt.config` imports what extends it before itself, which imports it in turn."""
+    code = (
+        f"{first}\n"
+        "import importlib, sys, litgpt, litgpt.config, litgpt.model\n"
+        "assert Config is litgpt.Config is litgpt.config.Config is litgpt.model.Config\n"
+        "assert hasattr(Config, 'attention_class_name')\n"
+        "assert type(litgpt.config.__spec__.loader).__name__ == 'SourceFileLoader'\n"
+        "assert not {'lightning', 'litgpt.utils'} & set(sys.modules)\n"
+        "assert litgpt.model.qkv_reassemble.__module__ == 'litgpt_moe_ext.host.lazy_imports'\n"
+        "import litgpt.pretrain\n"
+        "assert litgpt.LLM.__module__ == 'litgpt.api'\n"
+        "assert litgpt.model.qkv_reassemble.__module__ == 'litgpt.scripts.convert_hf_checkpoint'\n"
+        "assert '__getattr__' not in vars(litgpt)\n"
+    )
+    result = run(["-c", code])
+    assert result.returncode == 0, result.stderr
