@@ -81,7 +81,11 @@ class MixedWindows(Windows):
 
     def _windows_of(self, number: int, turns: np.ndarray) -> np.ndarray:
         """Return which windows of a corpus its rows are, which it is asked for in ascending order."""
-        epochs, positions = np.divmod(turns, len(self.parts[number].windows))
+        size = len(self.parts[number].windows)
+        first = int(turns[0]) // size
+        if int(turns[-1]) < (first + 1) * size:
+            return self._order(number, first)[turns - first * size]
+        epochs, positions = np.divmod(turns, size)
         return np.concatenate(
             [self._order(number, int(epoch))[positions[epochs == epoch]] for epoch in np.unique(epochs)]
         )
