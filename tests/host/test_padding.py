@@ -25,6 +25,7 @@ from litgpt_moe_ext.moe.registry import LOSSES, Loss
 from litgpt_moe_ext.padding import PADDING, PaddedRows, accept_padding, mark_padding
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
 from tests.models import initialized_model, moe_config, randomize
+from tests.training.processes import in_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -241,6 +242,28 @@ def test_recomputed_batches_have_their_own_padding(mode):
         records = [router.tally.take() for router in routers_of(model).values()]
         results.append([losses, [parameter.grad for parameter in model.parameters()], records])
     torch.testing.assert_close(*results, **EXACT)
+
+
+RAGGED = [[BOS, *range(2, 9)], [BOS, 5, 6, 7]]
+
+
+def counted_on_a_rank(ranks):
+    """Return what the routers have counted over all ranks, and their biases, after a step on this rank's rows."""
+    padding._accepted = True
+    rank = torch.distributed.get_rank() if ranks > 1 else 0
+    rows = rows_of(RAGGED, 9)[rank : rank + 1] if ranks > 1 else rows_of(RAGGED, 9)
+    rows = rows.as_subclass(PaddedRows)
+    _, _, records, biases, _ = step(model_with("sigmoid"), rows[:, :-1], rows[:, 1:].contiguous())
+    return [record[:8] for record in records], biases
+
+
+@pytest.mark.slow
+def test_two_processes_count_text_only():
+    """Rows of other lengths on every rank; all that is counted is that of one process, and of the texts."""
+    expected = counted_on_a_rank(1)
+    assert [int(record.sum()) for record in expected[0]] == [(7 + 3) * 3] * 2
+    for counted in in_ranks(counted_on_a_rank, 2, 2):
+        torch.testing.assert_close(counted, expected)
 
 
 @pytest.mark.slow
