@@ -14,14 +14,16 @@ from litgpt_moe_ext.inspect.pages import page, picture, table
 from litgpt_moe_ext.pictures.style import STYLE
 from litgpt_moe_ext.study.analysis import Interval, break_even, compute_multiplier, mean_interval
 from litgpt_moe_ext.study.plan import BUDGET, Study
-from litgpt_moe_ext.study.results import MAX_VIO, Curve, Result, csv_text
+from litgpt_moe_ext.study.results import EVEN, MAX_VIO, Curve, Result, csv_text
 
 COLUMNS = (
     "arm", "seeds", "validation loss", "range", "95 % interval", "tokens", "training FLOPs", "seconds", "MaxVio, end",
     "MaxVio <= 0.1 after",
 )  # fmt: skip
 _CURVES = "Mean over seeds of the training loss, smoothed; dots are validations. FLOPs are counted, seconds measured."
-_BALANCE = "Largest load of an expert over the mean, minus 1, in the worst layer; mean and range over seeds."
+_BALANCE = (
+    "Largest load of an expert over the mean, minus 1, in the worst layer; mean and range over seeds. Dotted: 0.1."
+)
 
 
 def study_page(study: Study, results: Sequence[Result], missing: int, command: str) -> str:
@@ -123,6 +125,7 @@ def balance_figure(groups: dict[str, list[Result]]) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 3.2), layout="constrained")
         axes = figure.subplots()
+        groups = {label: group for label, group in groups.items() if any(len(r.log.series(MAX_VIO)[1]) for r in group)}
         for i, group in enumerate(groups.values()):
             curves = [result.log.series(MAX_VIO) for result in group if len(result.log.series(MAX_VIO)[1])]
             if not curves:
@@ -133,7 +136,7 @@ def balance_figure(groups: dict[str, list[Result]]) -> Figure:
             axes.fill_between(
                 tokens, values.min(axis=0), values.max(axis=0), color=f"C{i % 10}", alpha=0.15, linewidth=0
             )
-        axes.set_yscale("symlog", linthresh=0.1)
+        axes.axhline(EVEN, color="#777777", linewidth=0.8, linestyle=":")
         axes.set_ylim(bottom=0)
         axes.set_xlabel("tokens")
         axes.set_ylabel("MaxVio")
