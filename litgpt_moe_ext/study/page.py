@@ -125,7 +125,6 @@ def balance_figure(groups: dict[str, list[Result]]) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 3.2), layout="constrained")
         axes = figure.subplots()
-        groups = {label: group for label, group in groups.items() if any(len(r.log.series(MAX_VIO)[1]) for r in group)}
         for i, group in enumerate(groups.values()):
             curves = [result.log.series(MAX_VIO) for result in group if len(result.log.series(MAX_VIO)[1])]
             if not curves:
@@ -142,12 +141,17 @@ def balance_figure(groups: dict[str, list[Result]]) -> Figure:
         axes.set_ylabel("MaxVio")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.25, linewidth=0.5)
-        _legend(figure, groups)
+        _legend(figure, groups, [label for label, group in groups.items() if len(group[0].log.series(MAX_VIO)[1])])
     return figure
 
 
-def _legend(figure: Figure, groups: dict[str, list[Result]]) -> None:
-    handles = [matplotlib.lines.Line2D([], [], color=f"C{i % 10}", label=label) for i, label in enumerate(groups)]
+def _legend(figure: Figure, groups: dict[str, list[Result]], shown: Sequence[str] | None = None) -> None:
+    # An arm has the same colour in every picture.
+    handles = [
+        matplotlib.lines.Line2D([], [], color=f"C{i % 10}", label=label)
+        for i, label in enumerate(groups)
+        if shown is None or label in shown
+    ]
     longest = max(map(len, groups), default=1)
     figure.legend(handles=handles, loc="outside lower center", ncols=max(1, min(4, 110 // (longest + 6))))
 
