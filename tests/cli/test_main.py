@@ -175,7 +175,7 @@ def test_what_is_written_by_default_is_ignored_by_git():
 # Placeholders, and flags of other programs: data_prep, torchrun, uv, sbatch, hf, litgpt evaluate.
 _OTHERS = {
     "NAME", "KEY", "value", "log-to-wandb", "log_to_wandb", "standalone", "nproc_per_node", "master_port", "extra",
-    "signal", "include", "repo-type", "local-dir", "tasks",
+    "signal", "include", "repo-type", "local-dir", "tasks", "output", "array", "gres",
 }  # fmt: skip
 
 
@@ -203,7 +203,7 @@ def flags_of_recipes() -> Iterator[str]:
     for row in field_table(Settings):
         yield row.name
         yield row.name.partition(".")[0]
-    yield from ("config", "resume", "progress", "no_progress", "print_config", "help", "version")
+    yield from ("dense_twin", "config", "resume", "progress", "no_progress", "print_config", "help", "version")
     yield from (short.removeprefix("--").replace("-", "_") for short in SHORT_FORMS)
 
 
