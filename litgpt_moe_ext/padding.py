@@ -100,6 +100,6 @@ def real_tokens(ids_BT: Tensor) -> Tensor | None:
     if not _accepted or ids_BT.is_meta:
         return None
     real_BT = ids_BT >= 0
-    if ids_BT.device.type == "cpu" and not torch.compiler.is_compiling() and bool(real_BT.all()):
-        return None
-    return real_BT
+    seen = ids_BT.device.type == "cpu" and not torch.compiler.is_compiling()
+    # Tensors without data, with which memory is counted, stand for text.
+    return None if seen and (type(ids_BT) is not Tensor or bool(real_BT.all())) else real_BT

@@ -217,7 +217,7 @@ def test_source_without_text(tmp_path, content):
 
 @pytest.mark.parametrize("val_fraction", [1.0, -0.1, 5.0, math.nan])
 def test_val_fraction_out_of_range(tmp_path, sources, val_fraction):
-    with pytest.raises(SettingsError, match=f"val_fraction: {val_fraction} must be at least 0 and less than 1"):
+    with pytest.raises(SettingsError, match=f"val_fraction: {val_fraction} must be a number of at least 0 and below 1"):
         stdlib(sources, tmp_path, val_fraction=val_fraction).prepare()
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 from unittest.mock import create_autospec
 
@@ -49,7 +50,10 @@ def test_logged_offline_for_real(clean, corpus, tmp_path):
     message = log_corpus(corpus, "stdlib-tokens", project="corpora")
     folder = Path(message.removeprefix("Logged stdlib-tokens offline. To upload it: wandb sync "))
     (log,) = folder.glob("*.wandb")
-    content = log.read_bytes()
+    content, deadline = log.read_bytes(), time.monotonic() + 60
+    while b"stdlib-tokens" not in content and time.monotonic() < deadline:
+        time.sleep(0.1)  # wandb's own process may still be writing
+        content = log.read_bytes()
     expected = [path for path in corpus.rglob("*") if path.is_file()]
     for part in ("stdlib-tokens", read_manifest(corpus)["corpus_sha256"], *(path.name for path in expected)):
         assert part.encode() in content

@@ -57,6 +57,13 @@ def test_fake_tensors_and_torchs_checkpoints_take_the_same(settings, monkeypatch
     assert ours == measure()
 
 
+def test_a_process_that_has_padded_rows_describes_models_alike(monkeypatch):
+    short = shorten(moe_config(padded_vocab_size=512))
+    expected = training_memory(short, STEPS[1])
+    monkeypatch.setattr("litgpt_moe_ext.padding._accepted", True)
+    assert training_memory(short, STEPS[1]) == expected
+
+
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS)
 def test_operations_are_those_of_torchs_counter(settings):
     config = moe_config(**settings)

@@ -30,6 +30,7 @@ ACTIVATIONS = [("swiglu", "none"), ("geglu", "none"), ("geglu", "tanh"), ("gelu"
 def make_experts(dtype=torch.float32, E=5, D=16, F=24, bias=True, activation=("swiglu", "none"), **changes):
     config = {"n_expert": E, "n_embd": D, "moe_intermediate_size": F, "bias": bias, "n_layer": 2}
     config |= {"mlp_activation": activation[0], "gelu_approximate": activation[1], "expert_dropout": None}
+    config |= {"expert_gate_on_input": None}
     experts = Experts(SimpleNamespace(**config | {"expert_backend": "triton"} | changes))
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, std=0.3)

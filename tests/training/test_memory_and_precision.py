@@ -11,6 +11,7 @@ from litgpt.utils import chunked_cross_entropy
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
 from litgpt_moe_ext.training.callbacks.fused_loss import linear_loss
+from litgpt_moe_ext.training.checkpoint import manifest
 from tests.models import initialized_model, moe_config, noisy_config
 from tests.training.conftest import logged
 
@@ -147,7 +148,7 @@ def test_half_precision_with_a_scaler(recipe, tmp_path):
     saved["callbacks"]["ScalerState"]["scale"] = 1024.0
     changed = tmp_path / "parts" / "step-00000004"
     torch.save(saved, changed / "lit_model.pth")
-    (changed / "SHA256SUMS").unlink()
+    manifest.write(changed)
     assert train("--config", file, "--resume", changed, "--out_dir", tmp_path / "other") == 0
     final = torch.load(tmp_path / "other" / "final" / "lit_model.pth", weights_only=True)
     assert final["callbacks"]["ScalerState"]["scale"] == 1024.0

@@ -25,7 +25,7 @@ def test_every_setting_has_a_row_with_a_docstring():
     rows = {row.name: row for row in field_table(Settings)}
     assert len(rows) == len(list(field_table(Settings)))
     assert all(row.doc.endswith(".") for row in rows.values()), [n for n, r in rows.items() if not r.doc.endswith(".")]
-    assert rows["train.max_tokens"].doc == "Total number of tokens to train on."
+    assert rows["train.max_tokens"].doc == "Total number of tokens to train on, padding included."
     assert rows["train.max_tokens"].default == 3_000_000_000_000
     assert rows["distributed.timeout_minutes"].type is not None
 

@@ -51,14 +51,13 @@ class TestSettings:
 
         from lightning.fabric.strategies import DeepSpeedStrategy
 
-        names = (
-            "overlap_comm",
-            "reduce_bucket_size",
-            "allgather_bucket_size",
-            "offload_optimizer",
-            "offload_parameters",
+        args = DistributedArgs(
+            overlap_comm=True,
+            reduce_bucket_size=2,
+            allgather_bucket_size=2,
+            offload_optimizer=True,
+            offload_parameters=True,
         )
-        args = DistributedArgs(**dict.fromkeys(names, 2))
         assert set(engine_options(3, args)) <= set(inspect.signature(DeepSpeedStrategy.__init__).parameters)
 
     def test_a_step(self):
