@@ -8,7 +8,6 @@ are forks of a server that has everything imported, so that a killed run costs a
 """
 
 import argparse
-import csv
 import json
 import multiprocessing
 import os
@@ -26,6 +25,7 @@ import torch
 
 from litgpt_moe_ext.training.checkpoint.progress import newest_first, read_progress
 from litgpt_moe_ext.training.checkpoint.resume import problem_with
+from tests.training.conftest import logged
 from tests.training.processes import _CONTEXT
 
 COLUMNS = ("loss", "val_loss", "grad_norm", "learning_rate")
@@ -146,17 +146,6 @@ def _watch(out_dir: str, log: str, kill_at: int | None) -> None:
     sys.addaudithook(hook)
 
 
-def logged(out_dir: Path, column: str) -> dict[int, str]:
-    """Return a column of all csv logs by step, as written."""
-    values = {}
-    for file in sorted(out_dir.glob("logs/csv/version_*/metrics.csv"), key=lambda path: int(path.parent.name[8:])):
-        with open(file, newline="") as handle:
-            for row in csv.DictReader(handle):
-                if row.get(column) and row["step"].isdecimal():
-                    values[int(row["step"])] = row[column]
-    return values
-
-
 def check_after_a_kill(out_dir: Path, before: tuple[int, int]) -> tuple[int, int]:
     """Check that what has a checkpoint's name is whole, and that the newest is no older than before.
 
@@ -253,7 +242,7 @@ def _main() -> None:
         begun, done, seed = time.monotonic(), 0, given.seed
         while done < given.kills:
             (folder / f"attack-{seed}").mkdir()
-            batch = min(50, given.kills - done)
+            batch = min(10, given.kills - done)
             tally = attack(recipe, folder / f"attack-{seed}", batch, given.processes, seed)
             shutil.rmtree(folder / f"attack-{seed}")
             done, seed = done + tally.kills, seed + 1
