@@ -29,6 +29,7 @@ from tests.training.conftest import logged
 from tests.training.processes import _CONTEXT
 
 COLUMNS = ("loss", "val_loss", "grad_norm", "learning_rate")
+_PATIENCE = 600  # seconds for a run that takes two on an idle machine
 EVENTS = {"open", "os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir"}
 CHANGES = {
     "train": {"max_tokens": 10 * 128, "save_interval": 2, "micro_batch_size": 2},
@@ -74,13 +75,15 @@ def run(file: Path, out_dir: Path, processes: int = 1, kill_at: int | None = Non
         ]
         for rank in ranks:
             rank.start()
-        ranks[0].join(300)
+        ranks[0].join(_PATIENCE)
+        stuck = ranks[0].is_alive()
         for rank in ranks:
             if rank.is_alive() and (rank is ranks[0] or ranks[0].exitcode != 0):
                 rank.kill()  # what a launcher does when the first is gone
             rank.join(60)
         events = (Path(folder) / "events").read_text().splitlines()
         status = ranks[0].exitcode
+        assert not stuck, f"still running after {_PATIENCE} s: {(Path(folder) / 'output-0').read_text()[-3000:]}"
         assert status in (0, -signal.SIGKILL), (Path(folder) / "output-0").read_text()[-3000:]
         return status, len(events), events[-1] if events else ""
 

@@ -9,6 +9,7 @@ import importlib
 import inspect
 import math
 import os
+import pkgutil
 import random
 import shutil
 from typing import Any, get_type_hints
@@ -17,6 +18,7 @@ import pytest
 import yaml
 
 from litgpt_moe_ext.cli.train import _make_config, main
+from litgpt_moe_ext.data import corpora as packages
 from litgpt_moe_ext.data.corpora.base import Corpus
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import members
@@ -82,8 +84,8 @@ def test_numbers_of_a_model_that_litgpt_divides_by(recipe, name, value, capsys):
 
 
 def corpora(cls: type[Corpus] = Corpus) -> list[type[Corpus]]:
-    import litgpt_moe_ext.data  # noqa: F401  (defines them)
-
+    for module in pkgutil.iter_modules(packages.__path__):
+        importlib.import_module(f"litgpt_moe_ext.data.corpora.{module.name}")
     found = [cls, *(deeper for below in cls.__subclasses__() for deeper in corpora(below))]
     return [one for one in found if one.__module__.startswith("litgpt_moe_ext.data.corpora")]
 
