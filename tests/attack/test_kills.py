@@ -9,7 +9,7 @@ import pytest
 
 from tests.attack.killing import attack
 
-KILLS = int(os.environ.get("MOE_TEST_KILLS", "4"))
+KILLS = int(os.environ.get("MOE_TEST_KILLS", "2"))
 SEED = int(os.environ.get("MOE_TEST_SEED", "0"))
 
 
