@@ -24,14 +24,9 @@ class Import:
     def run(self) -> None:
         """Import the checkpoint."""
         from litgpt_moe_ext.export.hf.read import import_checkpoint
+        from litgpt_moe_ext.export.hub import downloaded
 
-        hf_dir = self.hf_dir
-        if not hf_dir.exists() and len(hf_dir.parts) == 2:
-            from huggingface_hub import snapshot_download
-
-            patterns = ["*.json", "*.safetensors", "tokenizer.model"]
-            hf_dir = Path(snapshot_download(str(hf_dir), allow_patterns=patterns))
-        config = import_checkpoint(hf_dir, self.out_dir)
+        config = import_checkpoint(downloaded(self.hf_dir), self.out_dir)
         print(f"Wrote {self.out_dir}: {config.n_layer} layers of {config.n_embd}, {config.mlp_class_name}")
 
 
@@ -60,12 +55,11 @@ class Export:
     def run(self) -> None:
         """Export the checkpoint."""
         from litgpt_moe_ext.export.formats import export
+        from litgpt_moe_ext.export.hub import check_repository, upload
 
+        if self.push_to_hub is not None:
+            check_repository(self.push_to_hub)
         for line in export(self.checkpoint_dir, self.out_dir, self.format, self.dtype):
             print(line)
         if self.push_to_hub is not None:
-            from huggingface_hub import HfApi
-
-            api = HfApi()
-            api.create_repo(self.push_to_hub, exist_ok=True)
-            print(api.upload_folder(repo_id=self.push_to_hub, folder_path=self.out_dir))
+            print(upload(self.out_dir, self.push_to_hub))

@@ -1,0 +1,77 @@
+"""The Hugging Face hub: where exported directories go, and where checkpoints to import come from."""
+
+from pathlib import Path
+
+from litgpt_moe_ext.errors import SettingsError
+
+
+def check_repository(repository: str) -> None:
+    """Raise SettingsError unless the hub would take an upload to a repository: its name, the network, the token.
+
+    Args:
+        repository: `NAME` or `OWNER/NAME`.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise SettingsError(f"push_to_hub: {repository!r} must be NAME or OWNER/NAME; {_line(error)}") from error
+    try:
+        HfApi().whoami()
+    except OSError as error:  # all of the hub's errors are: no token, a wrong one, offline mode, no network
+        raise SettingsError(
+            f"push_to_hub: the login to the hub failed ({_line(error)}); run `hf auth login`, or set HF_TOKEN"
+        ) from error
+
+
+def upload(directory: Path, repository: str) -> str:
+    """Upload a directory, and return where it is now.
+
+    Args:
+        directory: What to upload.
+        repository: `NAME` or `OWNER/NAME`; it is made if there is none.
+
+    Raises:
+        SettingsError: If the hub refuses; the directory stays.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        name = api.create_repo(repository, exist_ok=True).repo_id
+        return str(api.upload_folder(repo_id=name, folder_path=directory))
+    except OSError as error:
+        raise SettingsError(
+            f"push_to_hub: {repository!r} was not uploaded ({_line(error)}); {directory} is whole, "
+            f"`hf upload {repository} {directory}` tries again"
+        ) from error
+
+
+def downloaded(directory: Path) -> Path:
+    """Return a directory that exists, or else the local copy of the repository of that name on the hub.
+
+    Args:
+        directory: The directory, or OWNER/NAME.
+
+    Raises:
+        SettingsError: If the hub has no such repository, or cannot be reached.
+    """
+    if directory.exists() or len(directory.parts) != 2:
+        return directory
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(str(directory), allow_patterns=["*.json", "*.safetensors", "*.txt", "tokenizer.model"])
+        )
+    except (OSError, ValueError) as error:  # ValueError: no repository can have that name
+        raise SettingsError(
+            f"hf_dir: there is no directory {str(directory)!r}, and no such repository could be loaded from the hub "
+            f"({_line(error)})"
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
