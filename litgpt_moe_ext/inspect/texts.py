@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from litgpt import Tokenizer
     from tokenizers import Tokenizer as HuggingFaceTokenizer
 
-VALIDATION_SHARD = "val.bin"
+VALIDATION_SHARDS = "val*.bin"
 
 
 class Document(NamedTuple):
@@ -63,24 +63,24 @@ def read_files(paths: Sequence[Path]) -> Iterator[Document]:
 
 
 def open_tokens(data: Path) -> np.ndarray:
-    """Open a token shard, or the validation shard of a prepared corpus.
+    """Open a token shard, or the validation shards of a folder, such as a prepared corpus.
 
     Args:
-        data: A shard file, or a folder with `val.bin`.
+        data: A shard file, or a folder with `val*.bin`.
 
     Returns:
-        (N,) memory-mapped token ids.
+        (N,) token ids, memory-mapped where they are in one file.
 
     Raises:
         SettingsError: If there is no such file, none in the folder, or it is not a shard.
     """
-    path = data / VALIDATION_SHARD if data.is_dir() else data
-    if not path.is_file():
+    paths = sorted(data.glob(VALIDATION_SHARDS)) if data.is_dir() else [data]
+    if not (paths and paths[0].is_file()):
         raise SettingsError(
-            f"data: {str(path)!r} must exist; name a token shard, or the folder of a prepared corpus with its "
-            f"{VALIDATION_SHARD}"
+            f"data: {str(data)!r} must be a token shard, or a folder with {VALIDATION_SHARDS}, as of a prepared corpus"
         )
-    return open_shard(path)
+    shards = [open_shard(path) for path in paths]
+    return shards[0] if len(shards) == 1 else np.concatenate(shards)
 
 
 def processor_of(tokenizer: "Tokenizer") -> "HuggingFaceTokenizer":

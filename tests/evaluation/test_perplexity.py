@@ -47,7 +47,8 @@ def test_command_on_a_shard_and_on_text(llama_dir, tmp_path, capsys):
     tokenizer = load_tokenizer(llama_dir)
     text = "the quick brown fox jumps over the lazy dog"
     ids = tokenizer.processor.encode(text).ids
-    write_shard(tmp_path / "val.bin", np.array([tokenizer.eos_id, *ids]), VOCABULARY_SIZE)
+    for i, part in enumerate(np.array_split([tokenizer.eos_id, *ids], 2)):  # as a preparation names them
+        write_shard(tmp_path / f"val_{i:05d}.bin", part, VOCABULARY_SIZE)
     (tmp_path / "a.txt").write_text(text)
     results = []
     for source in (f"--data={tmp_path}", f"--text={tmp_path / 'a.txt'}"):

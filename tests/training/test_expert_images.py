@@ -53,4 +53,4 @@ def test_wandb(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert main(["--config", str(recipe(train={"max_tokens": 8 * 128})), "--logger_name", "wandb"]) == 0
     pictures = list(tmp_path.glob("wandb/offline-run-*/files/media/images/moe/*.png"))
-    assert len(pictures) == 3
+    assert len(pictures) == 2
