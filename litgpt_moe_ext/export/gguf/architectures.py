@@ -10,7 +10,7 @@ from typing import Any
 from litgpt_moe_ext.attention.rope import rope_frequencies
 from litgpt_moe_ext.config.rope import DEFAULT_BETA_FAST, DEFAULT_BETA_SLOW, present_adjustments
 from litgpt_moe_ext.export.gguf import names
-from litgpt_moe_ext.export.hf.architectures import LLAMA_LIKE, SOFTMAX, Architecture
+from litgpt_moe_ext.export.hf.architectures import GPT2, LLAMA_LIKE, SOFTMAX, Architecture
 from litgpt_moe_ext.export.hf.config_json import shared_width
 from litgpt_moe_ext.export.hf.facts import Facts, leading_dense_layers, window_of
 from litgpt_moe_ext.export.hf.names import Entries
@@ -156,22 +156,7 @@ def _graph(
 GRAPHS = (
     _graph(
         "gpt2",
-        {
-            "attention": ("grouped",),
-            "layers": ("dense",),
-            "norm": ("layer",),
-            "positions": ("learned",),
-            "sinks": ("none",),
-            "window": ("none",),
-            "clipped": (False,),
-            "qk_norm": ("none",),
-            "attention_bias": ("none", "all"),
-            "grouped": (False,),
-            "free_head_size": (False,),
-            "activation": ("gelu_tanh",),
-            "head_bias": (False,),
-            "scale": ("head",),
-        },
+        GPT2 | {"activation": ("gelu_tanh",)},
         _gpt2,
         names.gpt2,
     ),

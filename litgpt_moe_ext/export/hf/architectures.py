@@ -134,27 +134,35 @@ _LATENT: dict[str, tuple[Any, ...]] = {
     "scaled": (True, False),
     "shared": ("plain",),
 }
+# LayerNorm, learned positions, dense layers.
+GPT2: dict[str, tuple[Any, ...]] = {
+    "attention": ("grouped",),
+    "layers": ("dense",),
+    "norm": ("layer",),
+    "positions": ("learned",),
+    "sinks": ("none",),
+    "window": ("none",),
+    "clipped": (False,),
+    "qk_norm": ("none",),
+    "attention_bias": ("none", "all"),
+    "grouped": (False,),
+    "free_head_size": (False,),
+    "activation": ("gelu", "gelu_tanh", "relu"),
+    "head_bias": (False,),
+    "scale": ("head",),
+}
+_DEEPSEEK_NAMES = _moe_names(
+    experts="mlp.experts.{e}",
+    router="mlp.gate",
+    bias="mlp.gate.e_score_correction_bias",
+    shared="mlp.shared_experts",
+)
 
 ARCHITECTURES = (
     Architecture(
         "GPT2LMHeadModel",
         "gpt2",
-        {
-            "attention": ("grouped",),
-            "layers": ("dense",),
-            "norm": ("layer",),
-            "positions": ("learned",),
-            "sinks": ("none",),
-            "window": ("none",),
-            "clipped": (False,),
-            "qk_norm": ("none",),
-            "attention_bias": ("none", "all"),
-            "grouped": (False,),
-            "free_head_size": (False,),
-            "activation": ("gelu", "gelu_tanh", "relu"),
-            "head_bias": (False,),
-            "scale": ("head",),
-        },
+        GPT2,
         config_json.gpt2,
         names.gpt2,
     ),
@@ -262,12 +270,7 @@ ARCHITECTURES = (
             "shared": ("plain",),
         },
         config_json.glm,
-        _moe_names(
-            experts="mlp.experts.{e}",
-            router="mlp.gate",
-            bias="mlp.gate.e_score_correction_bias",
-            shared="mlp.shared_experts",
-        ),
+        _DEEPSEEK_NAMES,
     ),
     Architecture(
         "GptOssForCausalLM",
@@ -313,12 +316,7 @@ ARCHITECTURES = (
             "groups": ("none", "best_two"),
         },
         config_json.deepseek_v3,
-        _moe_names(
-            experts="mlp.experts.{e}",
-            router="mlp.gate",
-            bias="mlp.gate.e_score_correction_bias",
-            shared="mlp.shared_experts",
-        ),
+        _DEEPSEEK_NAMES,
     ),
     Architecture(
         "LitGPTMoEForCausalLM",
