@@ -1,6 +1,6 @@
 """What padding does to the balance of experts: routed as text, as it was before, and left out.
 
-    python benchmarks/padding.py            # two minutes on two cores
+    python benchmarks/padding.py            # about six minutes beside other work
 
 A small model is trained on the functions of Python's standard library, a byte a token and a function a row, so that
 about half of all tokens are padding. At the end a held-out batch tells how the *real* tokens spread over the experts.

@@ -119,7 +119,10 @@ def read_config(checkpoint_dir: Path) -> Config:
         check_ranges(values)
         return Config.from_file(file)  # which knows the mark of this package
     except (TypeError, ValueError, AssertionError) as error:  # how LitGPT and this package judge fields and values
-        raise SettingsError(f"checkpoint_dir: {file} describes no model: {_one_line(error)}; {_FROM_ANEW}") from error
+        raise SettingsError(
+            f"checkpoint_dir: {file} describes no model that this version knows: {_one_line(error)}; upgrade it, or "
+            f"{_FROM_ANEW}"
+        ) from error
 
 
 def load_model(checkpoint_dir: Path, device: torch.device, dtype: torch.dtype | None = None) -> GPT:

@@ -5,6 +5,7 @@ DeepSeek-V3's sigmoid with a bias. Everything else about a model (attention, nor
 the result opens without the plugin.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from litgpt_moe_ext.config.features import MOE_CLASS_NAMES, router_type_of
 from litgpt_moe_ext.config.fields import added_fields, uses_plugin
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.evaluation.loading import CONFIG_FILE, WEIGHTS_FILE, read_checkpoint
+from litgpt_moe_ext.evaluation.loading import CONFIG_FILE, WEIGHTS_FILE, read_checkpoint, read_config
 from litgpt_moe_ext.export.directory import new_directory, require_absent
 from litgpt_moe_ext.moe.expert_layouts import unstack_experts
 
@@ -83,11 +84,8 @@ def to_llama_moe(config: Any, state: dict[str, Tensor]) -> tuple[Any, dict[str, 
     """
     if found := obstacles(config, state):
         raise SettingsError("LLaMAMoE cannot express this model. " + "; ".join(found))
-    from litgpt.utils import asdict
-
-    fields = {name: value for name, value in asdict(config).items() if name in config.__dataclass_fields__}
-    for name in added_fields():
-        fields.pop(name, None)
+    names = {field.name for field in dataclasses.fields(config)} - set(added_fields())
+    fields = {name: getattr(config, name) for name in names}
     fields["mlp_class_name"] = "LLaMAMoE"
     converted = type(config)(**fields)
     dropped = ("gate.noise_weight", "gate.bias_updates", *(() if config.n_expert_groups else (_BIAS,)))
@@ -109,14 +107,14 @@ def convert_checkpoint(checkpoint_dir: Path, out_dir: Path) -> None:
         SettingsError: If `out_dir` exists.
         SettingsError: If `LLaMAMoE` cannot express the model.
     """
-    from litgpt import GPT, Config
+    from litgpt import GPT
     from litgpt.utils import copy_config_files, save_config
 
     for name in (WEIGHTS_FILE, CONFIG_FILE):
         if not (checkpoint_dir / name).is_file():
             raise SettingsError(f"checkpoint_dir: {str(checkpoint_dir)!r} has no {name}")
     require_absent(out_dir)
-    config = Config.from_file(checkpoint_dir / CONFIG_FILE)
+    config = read_config(checkpoint_dir)
     checkpoint = read_checkpoint(checkpoint_dir / WEIGHTS_FILE)
     converted, state = to_llama_moe(config, checkpoint.get("model", checkpoint))
     assert not uses_plugin(converted)

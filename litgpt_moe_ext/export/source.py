@@ -5,12 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import litgpt
 import torch
 from torch import Tensor
 
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.evaluation.loading import CONFIG_FILE, WEIGHTS_FILE, read_checkpoint
+from litgpt_moe_ext.evaluation.loading import CONFIG_FILE, WEIGHTS_FILE, read_checkpoint, read_config
 from litgpt_moe_ext.export.hf.tensors import Constant, Rule
 from litgpt_moe_ext.moe.expert_layouts import stack_experts
 
@@ -94,13 +93,7 @@ def read_source(checkpoint_dir: Path) -> Source:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (checkpoint_dir / name).is_file():
             raise SettingsError(f"checkpoint_dir: {str(checkpoint_dir)!r} has no {name}; name a whole checkpoint")
-    try:
-        config = cast("Config", litgpt.Config.from_file(checkpoint_dir / CONFIG_FILE))
-    except TypeError as error:
-        # A field that this version does not know.
-        raise SettingsError(
-            f"checkpoint_dir: {str(checkpoint_dir / CONFIG_FILE)!r} was written by a newer version ({error}); upgrade"
-        ) from error
+    config = cast("Config", read_config(checkpoint_dir))
     content = read_checkpoint(checkpoint_dir / WEIGHTS_FILE)
     run = {key: content[key] for key in ("train_dataloader", "callbacks") if "model" in content and key in content}
     return Source(checkpoint_dir, config, _weights(content.get("model", content)), run)

@@ -9,15 +9,12 @@ import dataclasses
 import re
 import sys
 import traceback
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from litgpt_moe_ext.config.features import MLP_CLASS_NAMES
 from litgpt_moe_ext.config.fields import FIELDS, added_fields
 from litgpt_moe_ext.config.rules import check_derived, resolve
 from litgpt_moe_ext.errors import SettingsError
-
-if TYPE_CHECKING:
-    pass
 
 
 def without_unused_fields(config_fields: dict[str, Any]) -> dict[str, Any]:

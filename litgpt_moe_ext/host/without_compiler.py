@@ -41,6 +41,7 @@ def without_compiler() -> Iterator[None]:
 
 @functools.cache
 def _wrapped_functions() -> list[Callable[..., Any]]:
+    # A reference function is often another one in several wrappers, or a method of a class.
     found = []
     wrapper = torch._disable_dynamo(_members).__code__  # pyrefly: ignore[missing-attribute] a function
     waiting: list[Any] = [value for name in _modules() for value in _members(sys.modules[name])]
@@ -62,8 +63,6 @@ def _wrapped_functions() -> list[Callable[..., Any]]:
 
 
 def _modules() -> list[str]:
-    # A reference function is often another one in several wrappers, or a method of a class.
-
     return [name for name in sys.modules if name.startswith(_PREFIXES)]
 
 

@@ -4,7 +4,6 @@ A run lives in a folder named by the hash of its settings. It is continued there
 finished by a file that is written last, so a study that was killed goes on where it was.
 """
 
-import ctypes
 import os
 import queue
 import signal
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from litgpt_moe_ext.cli.output import write_json
 from litgpt_moe_ext.study.plan import Run
+from litgpt_moe_ext.training.parallel.lost_processes import die_with_parent
 
 FINISHED = "finished.json"
 _TRAIN = "import sys; from litgpt_moe_ext.cli.main import main; sys.exit(main(['train', *sys.argv[1:]]))"
@@ -110,7 +110,9 @@ def _process(command: Sequence[str], out_dir: Path, environment: dict[str, str],
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            # A study that is killed must not leave runs behind that the next one would meet in their folders. The
+            # pool's threads, which start the runs, outlive them.
+            preexec_fn=die_with_parent if sys.platform == "linux" else None,
         )
         try:
             return process.wait(None if end is None else max(0.0, end - time.monotonic()))
@@ -119,14 +121,7 @@ def _process(command: Sequence[str], out_dir: Path, environment: dict[str, str],
             return process.wait()
 
 
-def _end_with_parent() -> None:
-    # A study that is killed must not leave runs behind that the next one would meet in their folders. The signal comes
-    # when the thread that started the run ends: the pool's threads outlive their runs.
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-
-
-def slurm_script(command: Sequence[str], runs: int, gpus: int) -> str:
+def slurm_script(command: str, runs: int, gpus: int) -> str:
     """Return a SLURM array job with one run in each task.
 
     Args:
@@ -136,4 +131,4 @@ def slurm_script(command: Sequence[str], runs: int, gpus: int) -> str:
     """
     lines = ["#!/bin/bash", f"#SBATCH --array=0-{runs - 1}", "#SBATCH --output=slurm-%A-%a.out"]
     lines += [f"#SBATCH --gres=gpu:{gpus}"] if gpus else []
-    return "\n".join((*lines, "#SBATCH --signal=SIGUSR1@300", f'{" ".join(command)} --only "$SLURM_ARRAY_TASK_ID"', ""))
+    return "\n".join((*lines, "#SBATCH --signal=SIGUSR1@300", f'{command} --only "$SLURM_ARRAY_TASK_ID"', ""))

@@ -189,7 +189,6 @@ GRAPHS = (
             "layers": ("moe",),
             "qk_norm": ("whole",),
             "norm_topk": (False,),
-            "clipped": (False,),
             "grouped": (False,),
             "free_head_size": (False,),
         },

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.moe.gradient_injection import remember_scale
+from litgpt_moe_ext.padding import PADDING
 from litgpt_moe_ext.training.callback import Callback
-from litgpt_moe_ext.training.steps.batches import IGNORE_INDEX
 
 
 def require_torch() -> None:
@@ -92,7 +92,7 @@ def linear_loss(x_BTD: Tensor, targets_BT: Tensor, head: nn.Linear) -> Tensor:
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
     if device != "cpu" and dtype in (torch.bfloat16, torch.float16):
         return _HalfProducts.apply(x_TD, head.weight, head.bias, targets_T, dtype)
-    some = (targets_T != IGNORE_INDEX).any()
+    some = (targets_T != PADDING).any()
     # The mean of nothing, and its gradients, would be NaN: 0 times the loss of one token is not.
     targets_T = torch.where(some, targets_T, targets_T.clamp_min(0))
     bias = None if head.bias is None else head.bias.float()
@@ -102,7 +102,7 @@ def linear_loss(x_BTD: Tensor, targets_BT: Tensor, head: nn.Linear) -> Tensor:
             head.weight.float(),
             targets_T,
             linear_bias=bias,
-            ignore_index=IGNORE_INDEX,
+            ignore_index=PADDING,
             options=nn.LinearCrossEntropyOptions(),
         )
     return mean * some
@@ -128,7 +128,7 @@ class _HalfProducts(torch.autograd.Function):
             rows = max(128, _LOGITS // len(weight_VD))
             for start in range(0, len(x_TD), rows):
                 part = slice(start, start + rows)
-                counts_T1 = (targets_T[part] != IGNORE_INDEX).unsqueeze(1)
+                counts_T1 = (targets_T[part] != PADDING).unsqueeze(1)
                 index_T1 = targets_T[part].clamp_min(0).unsqueeze(1)
                 logits_TV = _product(half_x_TD[part], half_weight_VD.t())
                 if bias_V is not None:
@@ -144,7 +144,7 @@ class _HalfProducts(torch.autograd.Function):
                 grad_weight_VD += _product(half_grad_TV.t(), half_x_TD[part])
                 if grad_bias_V is not None:
                     grad_bias_V += grad_TV.sum(dim=0)
-            count = (targets_T != IGNORE_INDEX).sum().clamp(min=1)
+            count = (targets_T != PADDING).sum().clamp(min=1)
         ctx.save_for_backward(grad_x_TD, grad_weight_VD, grad_bias_V, count)
         ctx.dtypes = x_TD.dtype, weight_VD.dtype
         return total / count

@@ -32,14 +32,17 @@ def end_together(seconds: float = 1.0) -> None:
     """
     if started_by_fabric():
         parent = int(os.environ[_LAUNCHER_PID])
-        _die_with_parent()
+        die_with_parent()
         threading.Thread(target=_watch, args=(parent, seconds), daemon=True, name="launcher-watch").start()
     else:
         os.environ[_LAUNCHER_PID] = str(os.getpid())
 
 
-def _die_with_parent() -> None:
-    # A process that was stopped (SIGSTOP, a debugger) looks after nobody. Linux can do it for it.
+def die_with_parent() -> None:
+    """Have Linux end this process when the thread that started it ends; without effect elsewhere.
+
+    A process that was stopped (SIGSTOP, a debugger) looks after nobody.
+    """
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

@@ -17,20 +17,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from litgpt_moe_ext.padding import PADDING
 from litgpt_moe_ext.training.callback import Callback
-
-IGNORE_INDEX = -100
 
 
 def count_targets(targets: Tensor) -> Tensor:
     """Return how many targets the loss counts, int64, a scalar on their device."""
-    return (targets != IGNORE_INDEX).sum()
+    return (targets != PADDING).sum()
+
+
+def unwrapped(loader: Any) -> Any:
+    """Return a data loader itself: Fabric's wrapper hands on its batches, not its attributes."""
+    return getattr(loader, "_dataloader", loader)
 
 
 def can_pad(loader: Any) -> bool:
     """Return whether a data loader may hand out rows with padding; one that does not say may."""
-    inner = getattr(loader, "_dataloader", loader)  # Fabric's wrapper has the loader's data, not its methods
-    return getattr(getattr(inner, "windows", None), "pads", True)
+    return getattr(getattr(unwrapped(loader), "windows", None), "pads", True)
 
 
 class MicroBatch(NamedTuple):

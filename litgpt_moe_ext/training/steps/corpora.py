@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from litgpt_moe_ext.training.callback import Callback
+from litgpt_moe_ext.training.steps.batches import unwrapped
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.data.mixture.loader import MixtureValidation
@@ -21,7 +22,7 @@ PREFIX = "val_loss/"
 
 def find_mixture(loader: Any) -> MixtureValidation | None:
     """Return the validation loader of a mixture under Fabric's wrapper; None if the data is something else."""
-    inner = getattr(loader, "_dataloader", loader)  # the wrapper has the loader's data, not its methods
+    inner = unwrapped(loader)
     return inner if hasattr(inner, "names") and hasattr(inner, "weights") else None
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.callback import Callback
+from litgpt_moe_ext.training.steps.batches import unwrapped
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.training.launch import Launched
@@ -81,8 +82,7 @@ class Epochs(Callback):
 
     def on_step_begin(self, state: dict[str, Any]) -> None:
         """Save if the last step has ended an epoch."""
-        loader = state["train_dataloader"]
-        epoch = getattr(getattr(loader, "_dataloader", loader), "epoch", None)
+        epoch = getattr(unwrapped(state["train_dataloader"]), "epoch", None)
         ended, self._epoch = self._epoch is not None and epoch != self._epoch, epoch
         if self._save is None:
             return

@@ -47,10 +47,10 @@ class Study:
         out_dir = self.out_dir or Path("out/studies") / study.name
         runs_dir = out_dir / "runs"
         limits = self._limits()
-        command = f"litgpt-moe study {shlex.quote(str(self.study))}"
+        given = ["litgpt-moe", "study", str(self.study), *(["--out_dir", str(out_dir)] if self.out_dir else [])]
+        command = shlex.join(given)
         if self.slurm is not None:
-            given = [*command.split(" ", 2)[:2], shlex.quote(str(self.study)), "--out_dir", shlex.quote(str(out_dir))]
-            write_text(self.slurm, slurm_script(given, len(study.runs), min(limits.gpus, 1)))
+            write_text(self.slurm, slurm_script(command, len(study.runs), min(limits.gpus, 1)))
             print(f"Wrote {self.slurm}, {len(study.runs)} runs; afterwards `{command} --report` writes the page")
             return 0
         runs = study.runs
