@@ -192,7 +192,8 @@ def _smooth(values: np.ndarray, weight: float = 0.2) -> np.ndarray:
 
 def _mean(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     length = min((len(values) for _, values in curves), default=0)
-    return tuple(np.mean([line[k][:length] for line in curves], axis=0) for k in (0, 1))  # pyrefly: ignore[bad-return]
+    places, values = (np.mean([line[k][:length] for line in curves], axis=0) for k in (0, 1))
+    return places, values
 
 
 def _mean_over_seconds(group: Sequence[Result]) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -26,7 +25,7 @@ import torch
 from litgpt_moe_ext.training.checkpoint.progress import newest_first, read_progress
 from litgpt_moe_ext.training.checkpoint.resume import problem_with
 from tests.training.conftest import logged
-from tests.training.processes import _CONTEXT
+from tests.training.processes import CONTEXT, free_port
 
 COLUMNS = ("loss", "val_loss", "grad_norm", "learning_rate")
 _PATIENCE = 600  # seconds for a run that takes two on an idle machine
@@ -68,9 +67,9 @@ def run(file: Path, out_dir: Path, processes: int = 1, kill_at: int | None = Non
         Exit status of the first rank, how many times it touched a file, and the last of them.
     """
     with tempfile.TemporaryDirectory() as folder:
-        port = _free_port()
+        port = free_port()
         ranks = [
-            _CONTEXT.Process(target=_train, args=(str(file), str(out_dir), rank, processes, port, kill_at, folder))
+            CONTEXT.Process(target=_train, args=(str(file), str(out_dir), rank, processes, port, kill_at, folder))
             for rank in range(processes)
         ]
         for rank in ranks:
@@ -97,12 +96,6 @@ def changes(event: str, arguments: tuple[Any, ...], out_dir: str) -> bool:
     if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
         return False
     return str(arguments[0]).startswith(out_dir)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _train(file: str, out_dir: str, rank: int, processes: int, port: int, kill_at: int | None, folder: str) -> None:

@@ -8,7 +8,6 @@ import json
 import os
 import pty
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from litgpt_moe_ext.evaluation.litgpt_evaluate import EvaluateSettings, evaluate
 from litgpt_moe_ext.evaluation.loading import load_model, load_tokenizer
 from tests.evaluation.conftest import VOCABULARY_SIZE, write_checkpoint, write_tokenizer
 from tests.models import moe_config, randomize
+from tests.training.processes import free_port
 
 PROMPT = "is it so? the quick brown fox"
 NEW_TOKENS = 70  # more than block_size, which is 32
@@ -173,12 +173,6 @@ def test_evaluate_generates_with_a_streaming_checkpoint(endless_dir, task_file, 
     )
     results = json.loads((tmp_path / "results.json").read_text())["results"]["yes_or_no"]
     assert results["exact_match,none"] == 0.0
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def start(*arguments: str | Path, **options) -> subprocess.Popen:

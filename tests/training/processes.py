@@ -3,6 +3,7 @@
 import io
 import multiprocessing
 import os
+import socket
 import sys
 import tempfile
 import traceback
@@ -10,10 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["litgpt.pretrain", "litgpt_moe_ext.training.run", "litgpt_moe_ext.data.modules.corpus"]
-)
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["litgpt.pretrain", "litgpt_moe_ext.training.run", "litgpt_moe_ext.data.modules.corpus"])
+
+
+def free_port() -> int:
+    """Return a TCP port of this machine that nothing listens to."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 class Training:
@@ -26,7 +32,7 @@ class Training:
     def __init__(self, *arguments: str | Path) -> None:
         pipe = Path(tempfile.mkdtemp()) / "output"
         os.mkfifo(pipe)
-        self._process = _CONTEXT.Process(target=_train, args=(str(pipe), [str(a) for a in arguments]))
+        self._process = CONTEXT.Process(target=_train, args=(str(pipe), [str(a) for a in arguments]))
         self._process.start()
         self.pid = self._process.pid
         self.stdout = open(pipe, encoding="utf-8")  # noqa: SIM115
@@ -62,11 +68,11 @@ def in_ranks(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[
     """
     import torch
 
-    results = _CONTEXT.SimpleQueue()
+    results = CONTEXT.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         where = f"file://{folder}/store"
         processes = [
-            _CONTEXT.Process(target=_rank, args=(results, where, rank, ranks, function, arguments))
+            CONTEXT.Process(target=_rank, args=(results, where, rank, ranks, function, arguments))
             for rank in range(ranks)
         ]
         for process in processes:

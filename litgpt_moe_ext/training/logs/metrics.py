@@ -104,7 +104,9 @@ class WideTable(Logger):
         self._table.start(last_step)
 
     @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # pyrefly: ignore[bad-override]
+    def log_metrics(  # pyrefly: ignore[bad-override] the decorator hides that it is a method
+        self, metrics: Mapping[str, float], step: int | None = None
+    ) -> None:
         """Add metrics to the row of a step."""
         self._table.put(step or 0, metrics)
 

@@ -29,7 +29,7 @@ class Transcript:
         """Append to a file from now on, first the lines so far."""
         waiting, self._waiting = self._waiting, []
         try:
-            self._file = open(path, "a", encoding="utf-8", errors="replace")  # noqa: SIM115
+            self._file = open(path, "a", encoding="utf-8", errors="replace")  # noqa: SIM115 closed by `close`
         except OSError as error:
             self._fail(error)
         self.add("".join(waiting))
@@ -65,7 +65,8 @@ class Transcript:
 
     def record_again(self) -> None:
         """Take down what a bar, which has put itself between the program and the terminal, lets through."""
-        sys.stdout, sys.stderr = _Recorder(sys.stdout, self), _Recorder(sys.stderr, self)  # pyrefly: ignore[bad-assignment]
+        recorders = _Recorder(sys.stdout, self), _Recorder(sys.stderr, self)
+        sys.stdout, sys.stderr = recorders  # pyrefly: ignore[bad-assignment]  (as good as a stream)
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
