@@ -265,7 +265,7 @@ def test_a_long_document_is_searched_once(tmp_path, monkeypatch):
     assert max(searched) <= 103
 
 
-def test_millions_of_empty_documents(tmp_path):
+def test_many_empty_documents(tmp_path):
     """They cost no memory, and are counted."""
     (tmp_path / "a.jsonl").write_bytes(b'{"text": ""}\n' * 200_000 + lines())
     found = sum(record.text == "" for record in documents(tmp_path / "a.jsonl", TextFormat()))
