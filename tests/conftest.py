@@ -44,6 +44,11 @@ def pytest_cmdline_main(config):
         option.dist = "loadfile"
 
 
+def pytest_make_parametrize_id(val, argname):
+    """Name bytes by their argument: compressed ones hold the time, and processes must collect the same names."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
