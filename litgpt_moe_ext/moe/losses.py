@@ -140,5 +140,24 @@ def load_loss(clean_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, top_k: int, re
     return cv_squared((among_best_TE if real_T is None else _masked(among_best_TE, real_T)).sum(dim=0))
 
 
+def orthogonality_loss(weight_ED: Tensor, real_T: Tensor | None = None) -> Tensor:
+    """Return `sum_ij (w_i . w_j - [i = j])²` of the router's rows scaled to length 1 (ERNIE 4.5, section 3.2).
+
+    It keeps experts from sharing a direction, so that what a token says tells them apart.
+
+    Args:
+        weight_ED: The router's weights, one row for each expert; floating, differentiable.
+        real_T: Which tokens are not padding; None if all. Padding alone has no loss.
+
+    Returns:
+        A scalar; 0 if all rows are orthogonal, which takes E <= D; E (E - 1) if all are parallel.
+    """
+    rows_ED = torch.nn.functional.normalize(weight_ED.to(torch.promote_types(weight_ED.dtype, torch.float32)), dim=1)
+    with torch.autocast(weight_ED.device.type, enabled=False):
+        cosines_EE = rows_ED @ rows_ED.T
+    loss = (cosines_EE - torch.eye(len(rows_ED), dtype=rows_ED.dtype, device=rows_ED.device)).square().sum()
+    return loss if real_T is None else loss * real_T.any()
+
+
 def _masked(x_TE: Tensor, real_T: Tensor) -> Tensor:
     return x_TE.masked_fill(~real_T.unsqueeze(1), 0.0)

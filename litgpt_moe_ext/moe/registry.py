@@ -123,6 +123,11 @@ LOSSES: dict[str, Loss] = {
         "Shazeer's balancing loss on expected tokens",
         ("logits", "noise", "choice"),
     ),
+    "orthogonality_loss": Loss(
+        "litgpt_moe_ext.moe.losses.orthogonality_loss",
+        ("weight", "real_T"),
+        "ERNIE 4.5's orthogonality of the experts' directions in the router",
+    ),
 }
 
 ACTIVATIONS: dict[str, ActivationType] = {

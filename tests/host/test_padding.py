@@ -67,7 +67,12 @@ DOCUMENTS_APART = {
     "attention_class_name": "SinkAttention", "attention_document_boundary": "bos", "attention_document_token_id": BOS,
     "attention_document_restart_positions": True,
 }  # fmt: skip
-COEFS = {"router_load_balancing_loss_coef": 0.5, "router_z_loss_coef": 0.1, "router_importance_loss_coef": 0.3}
+COEFS = {
+    "router_load_balancing_loss_coef": 0.5,
+    "router_z_loss_coef": 0.1,
+    "router_importance_loss_coef": 0.3,
+    "router_orthogonality_loss_coef": 0.2,
+}
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 
 

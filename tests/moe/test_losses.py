@@ -14,6 +14,7 @@ from litgpt_moe_ext.moe.losses import (
     importance_loss,
     load_balancing_loss,
     load_loss,
+    orthogonality_loss,
     router_z_loss,
     sequence_balancing_loss,
 )
@@ -66,6 +67,13 @@ def test_sequence_balancing_by_hand():
 def test_z_loss_by_hand():
     logits = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0]])
     assert router_z_loss(logits).item() == pytest.approx((math.log(2) ** 2 + math.log(4) ** 2) / 2)
+
+
+def test_orthogonality_by_hand():
+    """Lengths do not count; each pair at 60 degrees has cosine 1/2, twice."""
+    assert orthogonality_loss(torch.diag(torch.tensor([1.0, 2.0, 3.0]))).item() == pytest.approx(0)
+    assert orthogonality_loss(torch.tensor([[2.0, 0.0], [1.0, 3**0.5]])).item() == pytest.approx(2 * 0.25)
+    assert orthogonality_loss(torch.ones(4, 3)).item() == pytest.approx(4 * 3)
 
 
 def test_importance_by_hand():
@@ -138,6 +146,7 @@ ALL_LOSSES = {
     "router_sequence_balancing_loss_coef": 0.2,
     "router_z_loss_coef": 0.3,
     "router_importance_loss_coef": 0.4,
+    "router_orthogonality_loss_coef": 0.5,
 }
 
 
@@ -257,7 +266,7 @@ def test_losses_are_logged_by_name():
         model[0](torch.randn(2, 9, 16, dtype=torch.float64)).sum().backward()
     optimizer.step()
     metrics = load_metrics(model)
-    assert len(recorded) == 10
+    assert len(recorded) == 12
     for name, coef in router.loss_coefs.items():
         values = [value.item() for recorded_name, value in recorded if recorded_name == name]
         assert metrics[f"moe/{name}"] == pytest.approx(coef * sum(values) / 2)
