@@ -26,9 +26,9 @@ from litgpt_moe_ext.training.checkpoint.hyperparameters import to_plain
 from litgpt_moe_ext.training.checkpoint.resharding import convert_position
 from litgpt_moe_ext.training.steps.corpora import CorpusLosses
 from tests.data.test_text_corpus import stories
+from tests.training.checkpoint.test_kills import start
 from tests.training.conftest import ROOT, corpus_settings, logged, recipe  # noqa: F401
 from tests.training.processes import in_ranks
-from tests.training.test_kills import start
 
 EXAMPLE = [f"--config={ROOT / name}" for name in ("configs/quickstart.yaml", "examples/mixture.yaml")]
 SHARES = st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(any)

@@ -203,7 +203,7 @@ class TestTraining:
         ]
         plan("too far", STAGES[1], *too_far, processes=1, status=1)
         process = subprocess.run(
-            [sys.executable, "-m", "tests.training.deepspeed_on_cpus", json.dumps(plans)],
+            [sys.executable, "-m", "tests.training.parallel.deepspeed_on_cpus", json.dumps(plans)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -1,4 +1,4 @@
-"""Trains under DeepSpeed without GPUs: `python -m tests.training.deepspeed_on_cpus RUNS` for the tests of ZeRO.
+"""Trains under DeepSpeed without GPUs: `python -m tests.training.parallel.deepspeed_on_cpus RUNS`.
 
 DeepSpeed itself runs on CPUs, with processes over gloo; only Fabric's strategy and our check of recipes insist on CUDA
 devices. Both checks are lifted here. torch, LitGPT and DeepSpeed are imported once; every process of every run is a
