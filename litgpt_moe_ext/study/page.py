@@ -17,8 +17,8 @@ from litgpt_moe_ext.study.plan import BUDGET, Study
 from litgpt_moe_ext.study.results import EVEN, MAX_VIO, Curve, Result, csv_text
 
 COLUMNS = (
-    "arm", "seeds", "validation loss", "range", "95 % interval", "tokens", "training FLOPs", "seconds", "MaxVio, end",
-    "MaxVio <= 0.1 after",
+    "arm", "seeds", "validation loss", "range", "95 % interval", "bits per byte", "tokens", "training FLOPs", "seconds",
+    "MaxVio, end", "MaxVio <= 0.1 after",
 )  # fmt: skip
 _CURVES = "Mean over seeds of the training loss, smoothed; dots are validations. FLOPs are counted, seconds measured."
 _BALANCE = (
@@ -166,6 +166,7 @@ def _row(label: str, group: Sequence[Result]) -> tuple[str, ...]:
         f"{interval.value:.3f}",
         f"{min(losses):.3f} to {max(losses):.3f}",
         "-" if math.isnan(interval.low) else f"{interval.low:.3f} to {interval.high:.3f}",
+        _number(float(np.mean([result.bits_per_byte for result in group])), ".3f"),
         f"{group[0].tokens:,.0f}",
         f"{group[0].flops:.2e}",
         _number(float(np.mean([result.seconds for result in group])), ",.0f"),

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import NamedTuple
 import numpy as np
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.inspect.recipes import Recipe, load_recipe
 from litgpt_moe_ext.inspect.runs.logs import TOKENS, RunLog, load_run
 from litgpt_moe_ext.study.analysis import first_below
 from litgpt_moe_ext.study.plan import Run
+from litgpt_moe_ext.study.text_bytes import bytes_per_token, validated_on
+from litgpt_moe_ext.study.twin import count
 
 MAX_VIO = "moe/max_vio"
 # The balance that a router is to reach, and the share of a run at its end over which balance is averaged.
@@ -36,18 +40,25 @@ class Result:
         log: Its log.
         parameters: Active parameters.
         flops_per_token: FLOPs of training on a token.
+        bytes_per_token: Of the text it was validated on; nan if that is not known.
     """
 
     run: Run
     log: RunLog
     parameters: int
     flops_per_token: float
+    bytes_per_token: float
 
     @property
     def val_loss(self) -> float:
         """The last validation loss."""
         values = self.log.series("val_loss")[1]
         return float(values[-1]) if len(values) else float("nan")
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The last validation loss in bits for each byte of the text."""
+        return self.val_loss / math.log(2) / self.bytes_per_token
 
     @property
     def tokens(self) -> float:
@@ -100,24 +111,24 @@ def read_results(runs: Sequence[Run], runs_dir: Path) -> list[Result]:
         SettingsError: If the log or the checkpoint of one was removed.
     """
     costs: dict[str, tuple[int, float]] = {}
+    lengths: dict[tuple, float] = {}
     results = []
     for run in runs:
         folder = runs_dir / run.key
         final = folder / "final"
         if not final.is_dir():
             raise SettingsError(f"study: {final} must exist for a finished run; remove {folder} to train it again")
-        text = (final / "model_config.yaml").read_text(encoding="utf-8")
-        if text not in costs:
-            costs[text] = _cost(final)
-        results.append(Result(run, load_run(folder, run.title), *costs[text]))
+        recipe = load_recipe(final)
+        model, text = (final / "model_config.yaml").read_text(encoding="utf-8"), validated_on(recipe)
+        if model not in costs:
+            costs[model] = _cost(recipe)
+        if text not in lengths:
+            lengths[text] = bytes_per_token(recipe, final)
+        results.append(Result(run, load_run(folder, run.title), *costs[model], lengths[text]))
     return results
 
 
-def _cost(final: Path) -> tuple[int, float]:
-    from litgpt_moe_ext.inspect.recipes import load_recipe
-    from litgpt_moe_ext.study.twin import count
-
-    recipe = load_recipe(final)
+def _cost(recipe: Recipe) -> tuple[int, float]:
     length = recipe.sequence_length
     return count(recipe.config, length, "parameters"), count(recipe.config, length, "flops") / length
 
@@ -125,7 +136,7 @@ def _cost(final: Path) -> tuple[int, float]:
 def csv_text(results: Sequence[Result]) -> str:
     """Return one row for each run."""
     points = list(dict.fromkeys(name for result in results for name in result.run.point))
-    columns = ("val_loss", "tokens", "flops", "seconds", "parameters", "late_max_vio", "even_after")
+    columns = ("val_loss", "bits_per_byte", "tokens", "flops", "seconds", "parameters", "late_max_vio", "even_after")
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(("arm", *points, "seed", *columns, "key"))

@@ -168,6 +168,7 @@ def test_a_killed_study_goes_on_and_repeats_nothing(tmp_path):
     moe, dense = (float(row["flops"]) for row in rows[:2])
     assert dense == pytest.approx(moe, rel=0.005)
     page = (out / "report.html").read_text()
+    assert all(0 < float(row["bits_per_byte"]) < float(row["val_loss"]) / 0.69 for row in rows)
     assert "data:image/png" in page
     assert "data:text/csv" in page
     assert json.loads(finished.read_text())["arm"] == "MoE"

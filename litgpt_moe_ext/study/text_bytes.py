@@ -1,0 +1,68 @@
+"""Bytes per token of what a run was validated on, by which losses of different tokenizers compare."""
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from litgpt_moe_ext.inspect.recipes import Recipe
+
+
+def validated_on(recipe: Recipe) -> tuple[Any, ...]:
+    """Return what decides the text of a validation, as plain data that can be compared."""
+    batches = (recipe.settings.get("eval") or {}).get("max_iters", 100)
+    return str(recipe.settings.get("data")), recipe.sequence_length, recipe.micro_batch_size, batches
+
+
+def bytes_per_token(recipe: Recipe, tokenizer_dir: Path) -> float:
+    """Return the mean length of the tokens that a run predicted in a validation.
+
+    Args:
+        recipe: The settings of its checkpoint.
+        tokenizer_dir: The checkpoint.
+
+    Returns:
+        Bytes of UTF-8; nan if the checkpoint has no tokenizer, or the corpus is not where it was.
+    """
+    from litgpt import Tokenizer
+
+    from litgpt_moe_ext.evaluation.perplexity import bytes_of
+
+    batches = _validation(recipe)
+    if batches is None or not any(tokenizer_dir.glob("tokenizer.*")):
+        return float("nan")
+    tokenizer, tokens, n_byte = Tokenizer(tokenizer_dir), 0, 0
+    for row in batches:
+        targets = row[row >= 0].tolist()
+        tokens += len(targets)
+        n_byte += bytes_of(targets, tokenizer)
+    return n_byte / tokens if tokens else float("nan")
+
+
+def _validation(recipe: Recipe) -> list[torch.Tensor] | None:
+    """The targets of each row of a validation, as LitGPT's loop sees them."""
+    from jsonargparse import ArgumentParser
+    from litgpt.data import DataModule
+
+    section, length = recipe.settings.get("data"), recipe.sequence_length
+    if section is None:
+        return None
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(DataModule, "data")
+    data = parser.instantiate_classes(parser.parse_object({"data": section})).data
+    path = getattr(data, "data_path", None)
+    if path is None or not Path(path).is_dir():
+        return None  # to prepare a corpus for this page alone would be a surprise
+    data.connect(tokenizer=None, batch_size=recipe.micro_batch_size, max_seq_length=length)
+    with contextlib.redirect_stdout(io.StringIO()):
+        data.prepare_data()
+    data.setup()
+    count = validated_on(recipe)[-1]
+    rows: list[torch.Tensor] = []
+    for i, batch in enumerate(data.val_dataloader()):
+        if i == count:
+            break
+        rows += list(batch[:, 1 : length + 1])
+    return rows

@@ -1,0 +1,56 @@
+"""Bytes per token, against the text of each token by itself."""
+
+import math
+
+import pytest
+from litgpt import Tokenizer
+
+from litgpt_moe_ext.data import PythonStdlib
+from litgpt_moe_ext.inspect.recipes import Recipe
+from litgpt_moe_ext.study.text_bytes import bytes_per_token
+from tests.models import moe_config
+
+LENGTH = 16
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    source = tmp_path / "text"
+    source.mkdir()
+    for name in "abcd":
+        (source / f"{name}.py").write_text("".join(f"{name}{i} = '{name * 2} to be'\n" for i in range(60)))
+    arguments = {
+        "source_path": str(source),
+        "data_path": str(tmp_path / "data"),
+        "vocab_size": 300,
+        "val_fraction": 0.5,
+    }
+    settings = {
+        "data": {"class_path": "litgpt_moe_ext.data.PythonStdlib", "init_args": arguments},
+        "train": {"micro_batch_size": 2, "max_seq_length": LENGTH},
+        "eval": {"max_iters": 3},
+    }
+    return Recipe(moe_config(), settings)
+
+
+def test_bytes_per_token(recipe, capsys):
+    """The text is ASCII, so every token is text of its own."""
+    data = PythonStdlib(**recipe.settings["data"]["init_args"])
+    data.connect(None, 2, LENGTH)
+    data.prepare_data()
+    data.setup()
+    capsys.readouterr()
+    tokenizer_dir = data.corpus_path / "tokenizer"
+    tokenizer = Tokenizer(tokenizer_dir)
+    targets = [id_ for _, batch in zip(range(3), data.val_dataloader(), strict=False) for id_ in batch[:, 1:].flatten()]
+    assert len(targets) == 3 * 2 * LENGTH
+    n_byte = sum(len(tokenizer.processor.decode([int(id_)])) for id_ in targets)
+    assert bytes_per_token(recipe, tokenizer_dir) == n_byte / len(targets) > 1
+    assert capsys.readouterr().out == ""
+
+
+def test_without_the_corpus_or_a_tokenizer_the_length_is_unknown(recipe, tmp_path):
+    assert math.isnan(bytes_per_token(recipe, tmp_path))
+    assert not (tmp_path / "data").exists()
+    PythonStdlib(**recipe.settings["data"]["init_args"]).prepare()
+    assert math.isnan(bytes_per_token(recipe, tmp_path))
