@@ -471,6 +471,30 @@ def test_progress_in_words():
     assert PreparationProgress(0, show=False).describe(1.0, 0) == ": 0 MB, 0.0 MB/s"
 
 
+def test_killed_at_the_very_end(files, tmp_path, monkeypatch, capsys):
+    """Everything is written, and only the name is missing: the next run gives it, and encodes nothing again."""
+    expected = contents(prepare_corpus(tmp_path / "whole", sources_of(files, tmp_path), SETTINGS))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare_corpus(tmp_path / "killed", sources_of(files, tmp_path), SETTINGS)
+    capsys.readouterr()
+    corpus = prepare_corpus(tmp_path / "killed", sources_of(files, tmp_path), SETTINGS)
+    assert "Continuing in" in capsys.readouterr().out
+    assert contents(corpus) == expected
+    assert read_manifest(corpus) is not None
+
+
+def test_only_prepared_corpora_are_no_documents(tmp_path):
+    """Many data sets have a `manifest.json` of their own."""
+    for name in ("manifest.json", "a.txt", "sub/manifest.json", "sub/b.txt", "done/manifest.json", "done/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "done" / TOKENIZER_DIR).mkdir()
+    found = find_files("source_path", tmp_path, "**/*.txt")
+    assert [path.relative_to(tmp_path).as_posix() for path in found] == ["a.txt", "sub/b.txt"]
+
+
 def test_a_manifest_is_what_makes_it_finished(files, tmp_path):
     corpus = prepare_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS)
     (corpus / MANIFEST).unlink()

@@ -29,6 +29,7 @@ from litgpt_moe_ext.data.pipeline.shards import token_dtype, write_shard
 from litgpt_moe_ext.data.pipeline.sources import SIDES, Source, identities
 from litgpt_moe_ext.data.pipeline.store import (
     MANIFEST,
+    STATE,
     TOKENIZER_DIR,
     cache_key,
     check_root,
@@ -51,7 +52,6 @@ from litgpt_moe_ext.data.pipeline.tokenizer_files import tokenizer_hash, write_t
 from litgpt_moe_ext.durable import flush, flush_tree
 from litgpt_moe_ext.errors import SettingsError
 
-STATE = "state.json"
 _BATCH_BYTES = 1_000_000
 # Below this the threads of the tokenizers library are as fast: encoding is 97% of the work, and starting a process
 # takes as long as encoding a megabyte.
@@ -358,7 +358,6 @@ class _Preparation:
             for shards in open_corpus(self.directory)
         ]
         with _writing(self.final.parent):
-            (self.directory / STATE).unlink()
             manifest = write_manifest(
                 self.directory,
                 {

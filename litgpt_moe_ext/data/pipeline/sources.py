@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from litgpt_moe_ext.data.pipeline.readers import Record, TextFormat, documents
 from litgpt_moe_ext.data.pipeline.remote import name_of, remote_facts
-from litgpt_moe_ext.data.pipeline.store import MANIFEST
+from litgpt_moe_ext.data.pipeline.store import MANIFEST, TOKENIZER_DIR
 from litgpt_moe_ext.durable import flush
 from litgpt_moe_ext.errors import SettingsError
 
@@ -119,7 +119,7 @@ def find_files(setting: str, path: Path, pattern: str) -> list[Path]:
     _refuse_links_out(setting, path, found := [file for file in sorted(path.glob(pattern)) if file.is_file()])
     # A cache may lie in the folder of the documents: what was prepared from them is none of them.
     found = [file for file in found if not _hidden(file.relative_to(path))]
-    prepared = {manifest.parent for manifest in path.glob(f"**/{MANIFEST}")}
+    prepared = {file.parent for file in path.glob(f"**/{MANIFEST}") if (file.parent / TOKENIZER_DIR).is_dir()}
     found = [file for file in found if prepared.isdisjoint(file.parents)]
     if not found:
         raise SettingsError(

@@ -23,6 +23,7 @@ from litgpt_moe_ext.errors import SettingsError
 FORMAT_VERSION = 2  # part of every key; raise it when the same input would lead to other files
 TOKENIZER_DIR = "tokenizer"
 MANIFEST = "manifest.json"
+STATE = "state.json"  # how far the preparation of an unfinished corpus is
 
 
 def cache_key(corpus: str, settings: Mapping[str, Any]) -> str:
@@ -64,12 +65,12 @@ def write_manifest(directory: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         directory: The corpus.
-        facts: What to record; the sizes of all files are added.
+        facts: What to record; the sizes of all files are added, but for this one and the state of the preparation.
     """
     sizes = {
         path.relative_to(directory).as_posix(): path.stat().st_size
         for path in sorted(directory.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name not in (MANIFEST, STATE)
     }
     manifest = {**facts, "format_version": FORMAT_VERSION, "file_sizes": sizes}
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -109,7 +110,7 @@ def open_corpus(directory: Path) -> tuple[list[np.memmap], list[np.memmap]]:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Give a complete folder its final name, after everything in it is on the disk.
+    """Give a complete folder its final name, after everything in it is on the disk; then it needs no `STATE` any more.
 
     Args:
         partial: The folder, in the same file system.
@@ -118,6 +119,7 @@ def publish(partial: Path, final: Path) -> None:
     flush_tree(partial)
     os.rename(partial, final)
     flush(final.parent)
+    (final / STATE).unlink(missing_ok=True)
 
 
 def check_root(root: Path) -> None:
