@@ -271,6 +271,14 @@ def _warn_unowned(routers: "list[Router]", optimizer: torch.optim.Optimizer) -> 
         )
 
 
+def forget_step(routers: "Iterable[Router]") -> None:
+    """Have the tokens since the last optimizer step count for nothing, where the step is left out."""
+    for router in routers:
+        router.tally.take()
+        if router.step_shares is not None:
+            router.step_shares.forget()
+
+
 @torch.no_grad()
 def update_routers(routers: "Iterable[Router]") -> None:
     """Take the tallies of `routers`, sum them over all ranks in one all-reduce, and move their balancing biases.

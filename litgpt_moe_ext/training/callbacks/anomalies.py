@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from litgpt_moe_ext.moe.balancing import forget_step
 from litgpt_moe_ext.moe.gradient_injection import forget_scale
 from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.control import TrainingStopped
 from litgpt_moe_ext.training.parallel import random_state
 from litgpt_moe_ext.training.settings import AnomalyArgs
+from litgpt_moe_ext.training.steps.batches import unwrapped
 
 FOLDER = "anomalies"
 
@@ -47,8 +49,7 @@ class GradientGuard(Callback):
 
     def on_step_begin(self, state: dict[str, Any]) -> None:
         """Remember where the data stands before the first batch of a step."""
-        # Fabric's wrapper hides the methods of the loader.
-        loader = getattr(state["train_dataloader"], "_dataloader", state["train_dataloader"])
+        loader = unwrapped(state["train_dataloader"])
         position = loader.state_dict() if hasattr(loader, "state_dict") else None
         self._before = {"step": state["step_count"], "iteration": state["iter_num"], "data": position}
         self._batches = []
@@ -64,7 +65,9 @@ class GradientGuard(Callback):
         value = float(norm)
         finite = value == value and value != float("inf")
         if not finite and scaled:
-            return  # the gradient scaler tries a smaller scale, and leaves the step out itself
+            # The gradient scaler tries a smaller scale, and leaves the step out itself.
+            forget_step(routers_of(module).values())
+            return
         problem, setting = (None, "") if finite else (f"the gradient norm is {value}", "on_nonfinite")
         factor, median = self._args.spike_factor, self._median()
         if finite and factor is not None and median is not None and value > factor * median:
@@ -104,8 +107,7 @@ class GradientGuard(Callback):
         self._say(f"  step {step + 1} is left out: {problem}; its batch is in {file}")
         # Optimizers pass by parameters without gradient: neither weights nor moments change.
         optimizer.zero_grad(set_to_none=True)
-        for router in routers_of(module).values():
-            router.tally.take()
+        forget_step(routers_of(module).values())
 
     def _save(self, problem: str) -> Path:
         file = self._folder / f"step-{self._before['step'] + 1:08d}-rank-{self._rank}.pt"

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from litgpt_moe_ext.cli.train import main
+from litgpt_moe_ext.moe.layer import SharedExpertMoE
 from litgpt_moe_ext.training.callbacks.anomalies import GradientGuard
 from litgpt_moe_ext.training.control import TrainingStopped
 from litgpt_moe_ext.training.settings import AnomalyArgs
+from tests.models import moe_config, randomize
 from tests.training.conftest import logged
 
 MUON = "litgpt_moe_ext.training.optim.muon.MuonAdamW"
@@ -156,6 +158,18 @@ class TestGuard:
         assert self.judge(self.guard(tmp_path), float("inf"), scaled=True) is False
         with pytest.raises(TrainingStopped, match="gradient norm is inf"):
             self.judge(self.guard(tmp_path), float("inf"))
+
+    @pytest.mark.parametrize(("norm", "scaled"), [(float("nan"), False), (float("inf"), True)])
+    def test_the_tokens_of_a_step_that_is_left_out_count_for_nothing(self, tmp_path, norm, scaled):
+        """Neither for the balancing bias, nor for the shares of a load-balancing loss over the global batch."""
+        fields = {"router_load_balancing_loss_coef": 1.0, "router_load_balancing_loss_scope": "global_batch"}
+        layer = randomize(SharedExpertMoE(moe_config(**fields)))
+        layer(torch.randn(1, 6, 16)).sum().backward()
+        assert layer.gate.tally.pending
+        guard = self.guard(tmp_path, on_nonfinite="skip")
+        guard.on_gradients_clipped(torch.tensor(norm), layer, torch.optim.SGD(layer.parameters(), lr=0.1), scaled)
+        assert not layer.gate.tally.pending
+        assert layer.gate.step_shares._counts_E is None
 
     def test_spikes_can_stop(self, tmp_path):
         guard = self.guard(tmp_path, spike_factor=2.0, window=1, on_spike="stop")
