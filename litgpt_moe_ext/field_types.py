@@ -110,6 +110,22 @@ def checked(name: str, value: Any, annotation: Any) -> Any:
     raise SettingsError(refusal(name, value, annotation))
 
 
+def check_fields(settings: Any, prefix: str) -> None:
+    """Replace the value of every field of a dataclass, frozen or not, by what `checked` returns for it.
+
+    Args:
+        settings: The dataclass. Fields whose types are text, since only type checkers import them, stay as they are.
+        prefix: What comes before their names in errors.
+
+    Raises:
+        SettingsError: If a value is not allowed.
+    """
+    for field in dataclasses.fields(settings):
+        if not isinstance(field.type, str):
+            value = checked(f"{prefix}{field.name}", getattr(settings, field.name), field.type)
+            object.__setattr__(settings, field.name, value)
+
+
 def refusal(name: str, value: Any, annotation: Any) -> str:
     """Return the message of the error that refuses a value for its type."""
     shown = "null" if value is None else repr(value)

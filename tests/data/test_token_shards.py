@@ -9,6 +9,7 @@ from litgpt.pretrain import get_dataloaders
 
 from litgpt_moe_ext.data import TokenShards
 from litgpt_moe_ext.data.pipeline.shards import write_shard
+from litgpt_moe_ext.errors import SettingsError
 
 TRAIN = TrainArgs(micro_batch_size=2, global_batch_size=2, max_tokens=1000)
 
@@ -113,3 +114,16 @@ def test_named_in_yaml_by_class_path(tmp_path):
     arguments = {"data_path": str(tmp_path), "shuffle": False, "val_pattern": "v*"}
     parsed = parser.parse_object({"data": {"class_path": "litgpt_moe_ext.data.TokenShards", "init_args": arguments}})
     assert parser.instantiate_classes(parsed).data == TokenShards(tmp_path, shuffle=False, val_pattern="v*")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"seed": -1}, "data.seed: -1 must be an integer of at least 0"),
+        ({"vocab_size": 0}, "data.vocab_size: 0 must be an integer of at least 1"),
+        ({"shuffle": "no"}, "data.shuffle: 'no' must be true or false"),
+    ],
+)
+def test_settings_are_checked_before_anything_is_read(tmp_path, setting, message):
+    with pytest.raises(SettingsError, match=message):
+        TokenShards(tmp_path, **setting)

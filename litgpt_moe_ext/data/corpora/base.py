@@ -1,11 +1,11 @@
 """What every corpus has: settings, and a way to a prepared folder."""
 
 import inspect
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from litgpt_moe_ext.field_types import NonNegativeInt, checked
+from litgpt_moe_ext.field_types import NonNegativeInt, check_fields
 
 
 @dataclass(kw_only=True)
@@ -25,8 +25,7 @@ class Corpus:
     """Decides the order of the windows, and which documents validate where no files are named for it."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            setattr(self, field.name, checked(f"data.{field.name}", getattr(self, field.name), field.type))
+        check_fields(self, "data.")
 
     def prepare(self, verbose: bool = True, tokenizer: Any = None) -> Path:
         """Prepare the corpus if needed and return its folder; safe in several processes at once.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.field_types import NonNegativeInt, Share, check_fields
 
 
 class RunLength(NamedTuple):
@@ -34,12 +35,15 @@ class Annealing:
     """
 
     weights: dict[str, float]
-    from_step: int | None = None
-    from_fraction: float | None = None
-    from_tokens: int | None = None
+    from_step: NonNegativeInt | None = None
+    from_fraction: Share | None = None
+    from_tokens: NonNegativeInt | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "data.annealing.")
 
     def check_start(self) -> None:
-        """Raise SettingsError unless one beginning is set, and is possible."""
+        """Raise SettingsError unless one beginning is set."""
         names = ("from_step", "from_fraction", "from_tokens")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if len(given) != 1:
@@ -47,12 +51,6 @@ class Annealing:
                 f"data.annealing: {', '.join(given) or 'no beginning'} must be exactly one of {', '.join(names)}; keep "
                 "one"
             )
-        for name, value in given.items():
-            if not value >= 0 or (name == "from_fraction" and not value < 1):
-                limits = "at least 0 and less than 1" if name == "from_fraction" else "at least 0"
-                raise SettingsError(
-                    f"data.annealing.{name}: {value} must be {limits}; leave data.annealing out for none"
-                )
 
     def first_row(self, length: RunLength | None, row_tokens: int) -> int:
         """Return the row with which the annealing begins.

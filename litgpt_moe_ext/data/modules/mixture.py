@@ -20,6 +20,7 @@ from litgpt_moe_ext.data.mixture.settings import Annealing, RunLength, check_wei
 from litgpt_moe_ext.data.modules.base import TokenModule
 from litgpt_moe_ext.data.modules.shared_tokenizer import SharedTokenizer
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.field_types import NonNegativeInt, PositiveFloat, check_fields
 
 
 @dataclass
@@ -41,13 +42,14 @@ class Mixture(TokenModule):
     only the annealing reads."""
     annealing: Annealing | None = None
     """Other weights from some point on, given as from_step, from_fraction or from_tokens."""
-    max_epochs: float | None = None
+    max_epochs: PositiveFloat | None = None
     """Refuse a run that would read a corpus more often than this. Default: it repeats as often as it has to."""
-    seed: int = 42
+    seed: NonNegativeInt = 42
     """Decides the order of the windows of every corpus. Theirs decides which documents validate."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_fields(self, "data.")
         self._length: RunLength | None = None
         self._shared = SharedTokenizer(self.corpora)
         _check_corpora(self.corpora)
@@ -63,10 +65,6 @@ class Mixture(TokenModule):
                     f"data.weights.{name}: 0 means that this corpus is never read; leave it out of data.corpora, or "
                     "give it a weight, here or in data.annealing.weights"
                 )
-        if self.max_epochs is not None and not 0 < self.max_epochs < math.inf:
-            raise SettingsError(
-                f"data.max_epochs: {self.max_epochs} must be a number above 0; leave it out to set no limit"
-            )
 
     @property
     def parts(self) -> dict[str, TokenModule]:

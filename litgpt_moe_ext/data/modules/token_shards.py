@@ -12,6 +12,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from litgpt_moe_ext.data.modules.base import TokenModule
 from litgpt_moe_ext.data.pipeline.shards import check_token_ids, open_shard
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.field_types import NonNegativeInt, PositiveInt, check_fields
 
 SUFFIXES = (".bin", ".npy")
 _SAMPLE = 1024  # tokens at either end of a shard that go into the identity of the data
@@ -32,16 +33,16 @@ class TokenShards(TokenModule):
     validating ones."""
     val_pattern: str | None = None
     """Which files in the folder validate, as a glob. Default: those with `val` in their names, or else the first."""
-    vocab_size: int | None = None
+    vocab_size: PositiveInt | None = None
     """Entries of the vocabulary of the shards' tokenizer; every id is checked against it. Default: the model's."""
     shuffle: bool = True
     """Whether the windows come in a random order, or in that of the files."""
-    seed: int = 42
+    seed: NonNegativeInt = 42
     """Decides the order of the windows."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.data_path = Path(self.data_path)
+        check_fields(self, "data.")
         self._corpus_id = ""
 
     def require_vocabulary(self, padded_vocab_size: int) -> None:

@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from litgpt_moe_ext.field_types import checked
+from litgpt_moe_ext.field_types import check_fields
 
 
 class Section:
@@ -22,9 +22,7 @@ class Section:
         cls.key = key
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # pyrefly: ignore[bad-argument-type]  (every subclass is a dataclass)
-            if not isinstance(field.type, str):
-                setattr(self, field.name, checked(self.name_of(field.name), getattr(self, field.name), field.type))
+        check_fields(self, self.name_of(""))
 
     @classmethod
     def name_of(cls, field: str) -> str:
