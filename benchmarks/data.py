@@ -18,13 +18,13 @@ from pathlib import Path
 os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
 
 from litgpt_moe_ext.data.corpora.python_stdlib import PythonStdlib
-from litgpt_moe_ext.data.pipeline.encoding import count_cores
 from litgpt_moe_ext.data.pipeline.preparation import CorpusSettings, prepare_corpus
 from litgpt_moe_ext.data.pipeline.readers import TextFormat, documents
 from litgpt_moe_ext.data.pipeline.sources import FileHashes, file_sources
 from litgpt_moe_ext.data.pipeline.store import open_corpus
 from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, open_for_documents, train_bpe
 from litgpt_moe_ext.data.pipeline.tokenizer_files import read_tokenizer
+from litgpt_moe_ext.machine import count_cores
 
 VOCAB_SIZE = 4096
 PARTS = 4

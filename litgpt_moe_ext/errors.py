@@ -1,4 +1,4 @@
-"""The error that every check raises. Imports nothing, so that any room may use it."""
+"""The error that every check raises, and other people's errors in it. Imports nothing, so that any room may use it."""
 
 
 class SettingsError(ValueError):
@@ -14,3 +14,8 @@ class SettingsError(ValueError):
         """Name of the setting, as the message begins; empty if it names none."""
         name = str(self).partition(":")[0]
         return name if name.replace(".", "_").isidentifier() else ""
+
+
+def one_line(error: object) -> str:
+    """Return the message of an error, which may have many lines, in one."""
+    return " ".join(str(error).split())

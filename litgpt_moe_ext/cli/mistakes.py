@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import jsonargparse
 
 from litgpt_moe_ext.cli.given import CLASS_KEYS, Given
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.field_types import NUMBERS, describe, members, refusal
 
 
@@ -29,7 +29,7 @@ def explain(error: Exception, given: Given, annotations: Mapping[str, Any]) -> S
     """
     for message in _Search(_accepts).keys("", given.tree, annotations):
         return SettingsError(message)
-    return SettingsError(" ".join(str(error).split()))
+    return SettingsError(one_line(error))
 
 
 def refuse_nulls(given: Given, annotations: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import SettingsError, one_line
 
 _DEEPEST, _LARGEST = 50, 100_000
 """How deep the nodes of a recipe may lie in one another, and how many it may have with every alias written out."""
@@ -45,7 +45,7 @@ def compose(name: str, text: str) -> yaml.Node | None:
         where = "" if error.problem_mark is None or "\n" not in text else f" line {error.problem_mark.line + 1}"
         raise SettingsError(f"{name}{where} is not YAML: {error.problem}") from error
     except yaml.YAMLError as error:
-        raise SettingsError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
+        raise SettingsError(f"{name} is not YAML: {one_line(error)}") from error
     except RecursionError as error:
         raise SettingsError(f"{name} has values nested more than {_DEEPEST} deep") from error
     if document is not None:

@@ -8,6 +8,7 @@
 | `scoring.py`            | log-probabilities of given tokens                                                |
 | `perplexity.py`         | perplexity and bits per byte                                                     |
 | `hellaswag.py`          | HellaSwag from a local file                                                      |
+| `sampling.py`           | how the next token is chosen                                                     |
 | `generation.py`         | continues many prompts at once                                                   |
 | `streaming.py`          | continues one text token by token                                                |
 | `litgpt_evaluate.py`    | `litgpt evaluate` for what LitGPT's own command cannot evaluate                  |

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from litgpt import GPT
-from litgpt.generate.base import sample
 from litgpt.model import CausalSelfAttention
 from torch import Tensor
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.batching import pad_right
+from litgpt_moe_ext.evaluation.sampling import GREEDY, Sampling
 
 # Settings of Hugging Face's `generate` that some tasks spell out, with the values that change nothing.
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "use_cache": True, "min_p": 0.0}
@@ -27,16 +27,12 @@ class GenerationSettings:
     Attributes:
         until: Strings that end the text; they are not part of it.
         max_gen_toks: Largest number of tokens to generate.
-        temperature: 0 for the most probable token each time.
-        top_k: Number of most probable tokens to sample from, or None for all. (Hugging Face's default is 50.)
-        top_p: Probability mass to sample from.
+        sampling: How tokens are chosen. (Hugging Face's default of `top_k` is 50; here there is none.)
     """
 
     until: tuple[str, ...] = ()
     max_gen_toks: int = 256
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float = 1.0
+    sampling: Sampling = GREEDY
 
     @classmethod
     def parse(cls, generation_kwargs: dict[str, Any], default_max_gen_toks: int) -> "GenerationSettings":
@@ -54,25 +50,20 @@ class GenerationSettings:
         max_gen_toks = settings.pop("max_gen_toks", default_max_gen_toks)
         do_sample = settings.pop("do_sample", False)
         temperature = float(settings.pop("temperature", None) or 0.0) if "temperature" in settings else 1.0
-        top_k = settings.pop("top_k", None)
-        top_p = settings.pop("top_p", None)
+        top_k, top_p = settings.pop("top_k", None) or None, settings.pop("top_p", None)
+        sampling = Sampling(temperature, top_k, 1.0 if top_p is None else top_p)
         for name, value in settings.items():
             if value is not None and (name not in _NEUTRAL or value != _NEUTRAL[name]):
                 raise SettingsError(
                     f"generation_kwargs: {name}: {value!r} is not supported; remove it from the task (supported are "
                     "until, max_gen_toks, do_sample, temperature, top_k, top_p)"
                 )
-        if max_gen_toks < 1 or temperature < 0:
-            raise SettingsError(
-                f"generation_kwargs: max_gen_toks: {max_gen_toks} must be at least 1, "
-                f"temperature: {temperature} at least 0"
-            )
+        if max_gen_toks < 1:
+            raise SettingsError(f"generation_kwargs: max_gen_toks: {max_gen_toks} must be at least 1")
         return cls(
             until=tuple([until] if isinstance(until, str) else until),
             max_gen_toks=max_gen_toks,
-            temperature=temperature if do_sample else 0.0,
-            top_k=top_k or None,
-            top_p=1.0 if top_p is None else top_p,
+            sampling=sampling if do_sample else GREEDY,
         )
 
 
@@ -101,7 +92,7 @@ def generate(
         steps = forward(model, prompts, settings.max_gen_toks)
         logits_BV = steps.first()
         for step in range(settings.max_gen_toks):
-            token_B = _choose(logits_BV, settings)
+            token_B = settings.sampling.choose(logits_BV)
             for row, token in enumerate(token_B.tolist()):
                 if running[row]:
                     generated[row].append(token)
@@ -125,16 +116,6 @@ def supports_padded_cache(model: GPT) -> bool:
     return not streams and not any(
         type(layer) is CausalSelfAttention and layer.apply_sliding_window_attention for layer in layers
     )
-
-
-def _choose(logits_BV: Tensor, settings: GenerationSettings) -> Tensor:
-    if settings.temperature == 0:
-        return logits_BV.argmax(dim=-1)
-    tokens = [
-        sample(logits_V.view(1, 1, -1), settings.temperature, settings.top_k, settings.top_p).view(())
-        for logits_V in logits_BV
-    ]
-    return torch.stack(tokens).long()
 
 
 class _CachedForward:

@@ -14,7 +14,7 @@ from lightning import Fabric
 from litgpt import GPT, Config, Tokenizer
 
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import SettingsError, one_line
 
 WEIGHTS_FILE = "lit_model.pth"
 CONFIG_FILE = "model_config.yaml"
@@ -96,7 +96,7 @@ def read_checkpoint(path: Path, setting: str = "checkpoint_dir") -> dict[str, An
             "only; open it with what wrote it, and save its weights alone"
         ) from None
     except (EOFError, RuntimeError) as error:
-        raise SettingsError(f"{setting}: {path} is damaged ({_one_line(error)}); {_FROM_ANEW}") from error
+        raise SettingsError(f"{setting}: {path} is damaged ({_shortened(error)}); {_FROM_ANEW}") from error
     if not isinstance(content, dict):
         raise SettingsError(f"{setting}: {path} holds a {type(content).__name__}; it must hold weights by name")
     return content
@@ -112,7 +112,7 @@ def read_config(checkpoint_dir: Path) -> Config:
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise SettingsError(f"checkpoint_dir: {file} cannot be read ({_one_line(error)}); {_FROM_ANEW}") from error
+        raise SettingsError(f"checkpoint_dir: {file} cannot be read ({_shortened(error)}); {_FROM_ANEW}") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise SettingsError(f"checkpoint_dir: {file} holds no model configuration; {_FROM_ANEW}")
     try:
@@ -120,7 +120,7 @@ def read_config(checkpoint_dir: Path) -> Config:
         return Config.from_file(file)  # which knows the mark of this package
     except (TypeError, ValueError, AssertionError) as error:  # how LitGPT and this package judge fields and values
         raise SettingsError(
-            f"checkpoint_dir: {file} describes no model that this version knows: {_one_line(error)}; upgrade it, or "
+            f"checkpoint_dir: {file} describes no model that this version knows: {_shortened(error)}; upgrade it, or "
             f"{_FROM_ANEW}"
         ) from error
 
@@ -150,7 +150,7 @@ def load_model(checkpoint_dir: Path, device: torch.device, dtype: torch.dtype | 
         model.load_state_dict(checkpoint.get("model", checkpoint), assign=True)
     except RuntimeError as error:
         raise SettingsError(
-            f"checkpoint_dir: {weights_path} does not fit {CONFIG_FILE} beside it: {_one_line(error)}"
+            f"checkpoint_dir: {weights_path} does not fit {CONFIG_FILE} beside it: {_shortened(error)}"
         ) from error
     rotary_tables = model.rope_cache(device=device)
     model.cos, model.sin = rotary_tables
@@ -174,7 +174,7 @@ def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
         return Tokenizer(checkpoint_dir)
     except Exception as error:  # the tokenizers library raises nothing more precise
         raise SettingsError(
-            f"checkpoint_dir: the tokenizer in {checkpoint_dir} cannot be opened ({_one_line(error)}); {_FROM_ANEW}"
+            f"checkpoint_dir: the tokenizer in {checkpoint_dir} cannot be opened ({_shortened(error)}); {_FROM_ANEW}"
         ) from error
 
 
@@ -185,6 +185,6 @@ def _foreign_objects(path: Path) -> list[str]:
         return []  # what cannot be read at all names nothing
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
+def _shortened(error: Exception) -> str:
+    text = one_line(error)
     return text if len(text) <= _LONGEST_CAUSE else text[:_LONGEST_CAUSE] + " ..."

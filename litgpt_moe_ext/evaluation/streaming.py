@@ -4,37 +4,12 @@ Shape legend: T tokens, V vocabulary.
 """
 
 from collections.abc import Generator
-from dataclasses import dataclass
 
 import torch
 from litgpt import GPT
-from litgpt.generate.base import sample
-from torch import Tensor
 
 from litgpt_moe_ext.errors import SettingsError
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen.
-
-    Attributes:
-        temperature: Divides the logits; 0 takes the likeliest token.
-        top_k: Choose among this many likeliest tokens only, or None.
-        top_p: Choose among the likeliest tokens that together have this probability.
-    """
-
-    temperature: float = 0.8
-    top_k: int | None = 50
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise SettingsError(f"temperature: {self.temperature} must be at least 0")
-        if self.top_k is not None and self.top_k < 1:
-            raise SettingsError(f"top_k: {self.top_k} must be at least 1, or null for all tokens")
-        if not 0 < self.top_p <= 1:
-            raise SettingsError(f"top_p: {self.top_p} must be more than 0 and at most 1")
+from litgpt_moe_ext.evaluation.sampling import Sampling
 
 
 @torch.inference_mode()
@@ -73,14 +48,8 @@ def stream(model: GPT, prompt: list[int], max_new_tokens: int, sampling: Samplin
             position_T = torch.arange(start, start + len(ids), device=device)
             start += len(ids)
             logits_1TV = model(torch.tensor([ids], device=device), position_T, input_pos_maxp1=start)
-            ids = [int(_choose(logits_1TV, sampling))]
+            ids = [int(sampling.choose(logits_1TV[:, -1]))]
             yield ids[0]
     finally:
         model.clear_kv_cache()
         model.max_seq_length = length
-
-
-def _choose(logits_1TV: Tensor, sampling: Sampling) -> Tensor:
-    if sampling.temperature == 0:
-        return logits_1TV[0, -1].argmax()
-    return sample(logits_1TV, sampling.temperature, sampling.top_k, sampling.top_p)

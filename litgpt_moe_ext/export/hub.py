@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import SettingsError, one_line
 
 
 def check_repository(repository: str) -> None:
@@ -17,12 +17,12 @@ def check_repository(repository: str) -> None:
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise SettingsError(f"push_to_hub: {repository!r} must be NAME or OWNER/NAME; {_line(error)}") from error
+        raise SettingsError(f"push_to_hub: {repository!r} must be NAME or OWNER/NAME; {one_line(error)}") from error
     try:
         HfApi().whoami()
     except OSError as error:  # all of the hub's errors are: no token, a wrong one, offline mode, no network
         raise SettingsError(
-            f"push_to_hub: the login to the hub failed ({_line(error)}); run `hf auth login`, or set HF_TOKEN"
+            f"push_to_hub: the login to the hub failed ({one_line(error)}); run `hf auth login`, or set HF_TOKEN"
         ) from error
 
 
@@ -44,7 +44,7 @@ def upload(directory: Path, repository: str) -> str:
         return str(api.upload_folder(repo_id=name, folder_path=directory))
     except OSError as error:
         raise SettingsError(
-            f"push_to_hub: {repository!r} was not uploaded ({_line(error)}); {directory} is whole, "
+            f"push_to_hub: {repository!r} was not uploaded ({one_line(error)}); {directory} is whole, "
             f"`hf upload {repository} {directory}` tries again"
         ) from error
 
@@ -69,9 +69,5 @@ def downloaded(directory: Path) -> Path:
     except (OSError, ValueError) as error:  # ValueError: no repository can have that name
         raise SettingsError(
             f"hf_dir: there is no directory {str(directory)!r}, and no such repository could be loaded from the hub "
-            f"({_line(error)})"
+            f"({one_line(error)})"
         ) from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

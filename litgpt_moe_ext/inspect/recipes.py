@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 import yaml
 
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import SettingsError, one_line
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
@@ -141,7 +141,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"recipe: {str(path)!r} must be YAML: {' '.join(str(error).split())}") from error
+        raise SettingsError(f"recipe: {str(path)!r} must be YAML: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise SettingsError(f"recipe: {str(path)!r} must hold settings, not {type(content).__name__}")
     return content

@@ -16,7 +16,7 @@ from lightning.fabric.loggers import Logger
 from lightning.fabric.wrappers import _FabricOptimizer
 from torch import Tensor
 
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.training.callback import Callback
 
 if TYPE_CHECKING:
@@ -183,9 +183,8 @@ class TrainingFabric(L.Fabric):
                 "refused"
             ) from error
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
-            found = " ".join(str(error).split())
             raise SettingsError(
-                f"resume: {str(path)!r} does not fit the present settings: {found}. Resume with those in "
+                f"resume: {str(path)!r} does not fit the present settings: {one_line(error)}. Resume with those in "
                 "hyperparameters.yaml beside it, or start anew from its weights with initial_checkpoint_dir."
             ) from error
         self.resumed_rng = remainder.pop("rng", None)

@@ -16,7 +16,7 @@ import pytest
 
 from litgpt_moe_ext.data.corpora.text_corpus import TextCorpus
 from litgpt_moe_ext.data.pipeline import preparation as text_corpus
-from litgpt_moe_ext.data.pipeline.encoding import Encoder, count_cores, encode_in_order
+from litgpt_moe_ext.data.pipeline.encoding import Encoder, encode_in_order
 from litgpt_moe_ext.data.pipeline.preparation import CorpusSettings, prepare_corpus
 from litgpt_moe_ext.data.pipeline.progress import PreparationProgress
 from litgpt_moe_ext.data.pipeline.readers import TextFormat, documents
@@ -32,6 +32,7 @@ from litgpt_moe_ext.data.pipeline.store import (
 from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, open_for_documents, train_bpe
 from litgpt_moe_ext.data.pipeline.tokenizer_files import read_tokenizer
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.machine import count_cores
 
 BPE = BPESettings(300, ("<s>", "</s>"), eos_token="</s>", bos_token="<s>")
 
@@ -198,7 +199,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from litgpt_moe_ext.data.pipeline import preparation as text_corpus
-from litgpt_moe_ext.data.pipeline.encoding import Encoder, count_cores, encode_in_order
+from litgpt_moe_ext.data.pipeline.encoding import Encoder, encode_in_order
 from litgpt_moe_ext.data.pipeline.readers import TextFormat
 from litgpt_moe_ext.data.pipeline.sources import FileHashes, file_sources
 from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings

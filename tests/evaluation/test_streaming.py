@@ -8,7 +8,8 @@ import torch
 from litgpt_moe_ext.cli.commands.chat import COLORS, TextPieces, style_of
 from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.evaluation.loading import load_tokenizer
-from litgpt_moe_ext.evaluation.streaming import Sampling, stream
+from litgpt_moe_ext.evaluation.sampling import Sampling
+from litgpt_moe_ext.evaluation.streaming import stream
 from litgpt_moe_ext.inspect.experts.capture import record_routing
 from litgpt_moe_ext.inspect.experts.streaming import with_experts
 from tests.models import initialized_model, moe_config

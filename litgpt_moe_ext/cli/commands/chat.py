@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from litgpt import GPT, Tokenizer
     from rich.console import Console
 
-    from litgpt_moe_ext.evaluation.streaming import Sampling
+    from litgpt_moe_ext.evaluation.sampling import Sampling
 
 # Colours of rich, in an order in which neighbours differ. Experts beyond their number get them with a decoration.
 COLORS = ("cyan", "yellow", "magenta", "green", "red", "blue", "bright_cyan", "bright_yellow", "bright_magenta",
@@ -68,7 +68,7 @@ class Chat:
         from rich.console import Console
 
         from litgpt_moe_ext.evaluation.loading import check_checkpoint_dir, choose_device, load_model, load_tokenizer
-        from litgpt_moe_ext.evaluation.streaming import Sampling
+        from litgpt_moe_ext.evaluation.sampling import Sampling
         from litgpt_moe_ext.evaluation.tokenization import encoder
 
         sampling = Sampling(self.temperature, self.top_k, self.top_p)

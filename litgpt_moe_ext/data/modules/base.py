@@ -5,12 +5,18 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from litgpt.data import DataModule
 from litgpt.tokenizer import Tokenizer
 from torch.utils.data import DataLoader
 
 from litgpt_moe_ext.data.loader import Order, TokenLoader
 from litgpt_moe_ext.data.windows import StreamWindows, Windows
+
+
+def is_first_rank() -> bool:
+    """Return whether this is the process that prints; before the ranks are connected, every process is."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 class TokenModule(DataModule):

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.fabric.utilities import rank_zero_only
 from litgpt.tokenizer import Tokenizer
 from tokenizers import Tokenizer as HFTokenizer
 
 from litgpt_moe_ext.data.corpora.base import Corpus, full_docstring
-from litgpt_moe_ext.data.modules.base import TokenModule
+from litgpt_moe_ext.data.modules.base import TokenModule, is_first_rank
 from litgpt_moe_ext.data.packing import document_lengths, pack
 from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR, open_corpus, read_manifest
 from litgpt_moe_ext.data.windows import DocumentWindows, StreamWindows, Windows
@@ -65,7 +64,7 @@ class CorpusModule(Corpus, TokenModule):
                 the one `require_vocabulary` named, or a setting or a file is wrong.
         """
         if self.corpus_path is None:
-            self.corpus_path = self.prepare(getattr(rank_zero_only, "rank", 0) == 0, self.tokenizer)
+            self.corpus_path = self.prepare(is_first_rank(), self.tokenizer)
         self._check_tokenizer()
         self._check_vocabulary()
 

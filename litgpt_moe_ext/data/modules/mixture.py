@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.fabric.utilities import rank_zero_only
 from litgpt.data import DataModule
 from litgpt.tokenizer import Tokenizer
 
@@ -17,7 +16,7 @@ from litgpt_moe_ext.data.loader import Order, TokenLoader
 from litgpt_moe_ext.data.mixture.loader import MixedWindows, MixtureLoader, MixtureValidation, Part
 from litgpt_moe_ext.data.mixture.schedule import Phases, Schedule, whole_shares
 from litgpt_moe_ext.data.mixture.settings import Annealing, RunLength, check_weights
-from litgpt_moe_ext.data.modules.base import TokenModule
+from litgpt_moe_ext.data.modules.base import TokenModule, is_first_rank
 from litgpt_moe_ext.data.modules.shared_tokenizer import SharedTokenizer
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import NonNegativeInt, PositiveFloat, check_fields
@@ -149,7 +148,7 @@ class Mixture(TokenModule):
         ]
         phases = self._phases(parts)
         self._check_epochs(parts, phases)
-        if getattr(rank_zero_only, "rank", 0) == 0:
+        if is_first_rank():
             print(self._describe(parts, phases), flush=True)
         return MixtureLoader(MixedWindows(parts, phases, "training data of the mixture"), self.batch_size)
 

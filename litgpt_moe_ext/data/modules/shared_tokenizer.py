@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities import rank_zero_only
 from litgpt.tokenizer import Tokenizer
 
+from litgpt_moe_ext.data.modules.base import is_first_rank
 from litgpt_moe_ext.data.modules.corpus import CorpusModule
 from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR, read_manifest
 from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, parse_tokenizer
@@ -46,7 +46,7 @@ class SharedTokenizer:
                 module.tokenizer = tokenizer
                 self._refuse_others(name, module, tokenizer)
                 if module.corpus_path is None:
-                    module.corpus_path = module.prepare(getattr(rank_zero_only, "rank", 0) == 0, tokenizer)
+                    module.corpus_path = module.prepare(is_first_rank(), tokenizer)
                 directory = module.corpus_path / TOKENIZER_DIR
                 if self.directory is None:
                     self.directory, self._owner = directory, name

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from litgpt_moe_ext.data.modules.base import TokenModule
+from litgpt_moe_ext.data.modules.base import TokenModule, is_first_rank
 from litgpt_moe_ext.data.pipeline.shards import check_token_ids, open_shard
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import NonNegativeInt, PositiveInt, check_fields
@@ -111,7 +110,7 @@ class TokenShards(TokenModule):
             digest.update(f"{Path(str(shard.filename)).name}:{len(shard)}:{shard.dtype}:".encode())
             digest.update(shard[:_SAMPLE].tobytes() + shard[-_SAMPLE:].tobytes())
         self._corpus_id = digest.hexdigest()[:16]
-        if getattr(rank_zero_only, "rank", 0) == 0:
+        if is_first_rank():
             checked = "ids not checked: set vocab_size" if vocab_size is None else f"ids below {vocab_size}"
             for split, paths, parts in zip(("train on", "validate on"), files, shards, strict=True):
                 names = paths[0].name if len(paths) == 1 else f"{paths[0].name} .. {paths[-1].name}"

@@ -54,11 +54,6 @@ class Encoder:
         return np.concatenate(pieces)
 
 
-def count_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def encode_in_order(
     encoder: Encoder, batches: Iterable[_Batch], texts_of: Callable[[_Batch], tuple[list[str], ...]], workers: int
 ) -> Iterator[tuple[_Batch, tuple[np.ndarray, ...]]]:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from litgpt_moe_ext.data.pipeline.encoding import Encoder, count_cores, encode_in_order
+from litgpt_moe_ext.data.pipeline.encoding import Encoder, encode_in_order
 from litgpt_moe_ext.data.pipeline.progress import PreparationProgress
 from litgpt_moe_ext.data.pipeline.readers import Record
 from litgpt_moe_ext.data.pipeline.shards import token_dtype, write_shard
@@ -51,6 +51,7 @@ from litgpt_moe_ext.data.pipeline.tokenizer import (
 from litgpt_moe_ext.data.pipeline.tokenizer_files import tokenizer_hash, write_tokenizer
 from litgpt_moe_ext.durable import flush, flush_tree
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.machine import count_cores
 
 _BATCH_BYTES = 1_000_000
 # Below this the threads of the tokenizers library are as fast: encoding is 97% of the work, and starting a process

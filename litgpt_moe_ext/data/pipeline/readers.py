@@ -21,7 +21,8 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 from litgpt_moe_ext.data.pipeline.compression import decompress, split_compression
 from litgpt_moe_ext.data.pipeline.remote import RemoteFile, is_url, name_of
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import SettingsError, one_line
+from litgpt_moe_ext.machine import memory_bytes
 
 _CHUNK_BYTES = 1 << 20
 _PARQUET_ROWS = 1024
@@ -110,9 +111,7 @@ class _File:
 
 def largest_document() -> int:
     """Return how many bytes of text can be encoded at once in the memory of this machine."""
-    known = hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else _USUAL_MEMORY
-    return memory // _ENCODING_BYTES
+    return (memory_bytes() or _USUAL_MEMORY) // _ENCODING_BYTES
 
 
 def documents(path: Path | str, text_format: TextFormat) -> Iterator[Record]:
@@ -404,7 +403,7 @@ def _parquet(file: _File, path: Path | str, size: int, text_format: TextFormat) 
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise SettingsError(
-            f"{path} is a damaged parquet file ({' '.join(str(error).split())}, after row {row}); download it again"
+            f"{path} is a damaged parquet file ({one_line(error)}, after row {row}); download it again"
         ) from error
 
 

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.training.checkpoint.progress import BEST, FINAL
 
 if TYPE_CHECKING:
@@ -48,6 +48,6 @@ def _export(checkpoint: Path, out_dir: Path, name: str) -> str:
         shutil.rmtree(out_dir, ignore_errors=True)
         return export(checkpoint, out_dir, name)[-1]
     except Exception as error:  # whatever it is, the checkpoint is there
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         command = f"litgpt-moe export {checkpoint} {out_dir} --format {name}"
         return f"Warning: {checkpoint} was not exported ({reason}). To repeat: {command}"

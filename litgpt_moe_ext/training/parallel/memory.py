@@ -7,7 +7,6 @@ of batch or length lowers: weights, gradients and the optimizer's two averages.
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.machine import memory_bytes
 from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.training.control import TrainingStopped
 
@@ -92,6 +92,5 @@ def _present(launched: Launched) -> int | None:
         knobs = launched.plan.settings.distributed
         offloaded = knobs.cpu_offload or knobs.offload_optimizer or knobs.offload_parameters
         return None if offloaded else torch.cuda.get_device_properties(device).total_memory
-    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
-        return None
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // launched.devices
+    memory = memory_bytes()
+    return None if memory is None else memory // launched.devices

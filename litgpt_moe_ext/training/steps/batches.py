@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from litgpt_moe_ext.moe.balancing import counting_dtype
 from litgpt_moe_ext.padding import PADDING
 from litgpt_moe_ext.training.callback import Callback
 
@@ -134,7 +135,7 @@ class _Counts:
 
     def weights_A(self) -> Tensor:  # noqa: N802
         if self._weights_A is None:
-            dtype = torch.float32 if self._counts_A.device.type == "mps" else torch.float64
+            dtype = counting_dtype(self._counts_A.device)
             # Exactly 1 where all counts are equal: integers below 2**53 are.
             shares_A = (self._counts_A * self._micro_batches).to(dtype)
             self._weights_A = shares_A / self.total().clamp(min=1).to(dtype)

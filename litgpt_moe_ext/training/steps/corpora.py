@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from litgpt_moe_ext.moe.balancing import counting_dtype
 from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.steps.batches import unwrapped
 
@@ -51,7 +52,7 @@ class CorpusLosses(Callback):
         names = list(islice(mixture.names(), len(means_N)))
         self._names = list(dict.fromkeys(names))
         corpus_N = torch.tensor([self._names.index(name) for name in names], device=means_N.device)
-        dtype = torch.float32 if means_N.device.type == "mps" else torch.float64
+        dtype = counting_dtype(means_N.device)
         counts_N = counts_N.to(dtype)
         sums_2C = torch.zeros(2, len(self._names), dtype=dtype, device=means_N.device)
         sums_2C.index_add_(1, corpus_N, torch.stack([means_N.to(dtype) * counts_N, counts_N]))
