@@ -18,12 +18,14 @@ from pathlib import Path
 os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
 
 from litgpt_moe_ext.data.corpora.python_stdlib import PythonStdlib
-from litgpt_moe_ext.data.pipeline.preparation import CorpusSettings, prepare_corpus
-from litgpt_moe_ext.data.pipeline.readers import TextFormat, documents
+from litgpt_moe_ext.data.pipeline.preparation import prepare_corpus
+from litgpt_moe_ext.data.pipeline.settings import CorpusSettings
 from litgpt_moe_ext.data.pipeline.sources import FileHashes, file_sources
 from litgpt_moe_ext.data.pipeline.store import open_corpus
 from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, open_for_documents, train_bpe
 from litgpt_moe_ext.data.pipeline.tokenizer_files import read_tokenizer
+from litgpt_moe_ext.data.reading.documents import documents
+from litgpt_moe_ext.data.reading.record import TextFormat
 from litgpt_moe_ext.machine import count_cores
 
 VOCAB_SIZE = 4096

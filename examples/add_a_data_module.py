@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 
 from litgpt_moe_ext.data import DocumentCorpus
-from litgpt_moe_ext.data.pipeline.readers import Record
 from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source, find_files
+from litgpt_moe_ext.data.reading.record import Record
 
 
 @dataclass(kw_only=True)

@@ -13,11 +13,13 @@ import pyarrow as pa
 import pytest
 
 from litgpt_moe_ext.data.corpora.text_corpus import TextCorpus
-from litgpt_moe_ext.data.pipeline import readers
-from litgpt_moe_ext.data.pipeline.readers import TextFormat, documents
 from litgpt_moe_ext.data.pipeline.shards import open_shard
 from litgpt_moe_ext.data.pipeline.sources import find_files
 from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings
+from litgpt_moe_ext.data.reading import plain_text
+from litgpt_moe_ext.data.reading import record as reading
+from litgpt_moe_ext.data.reading.documents import documents
+from litgpt_moe_ext.data.reading.record import TextFormat
 from litgpt_moe_ext.errors import SettingsError
 from tests.data.test_readers import STORIES, as_list, lines, read, tar
 
@@ -39,7 +41,7 @@ def table(delimiter: str = ",", end: str = "\n") -> bytes:
 @pytest.mark.parametrize("separator", ["\n\n", "\r\n\r\n", "\n---\n", "<|e|>\n"])
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1 << 20])
 def test_separators_match_line_ends_of_any_style(tmp_path, monkeypatch, end, separator, chunk):
-    monkeypatch.setattr(readers, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(reading, "CHUNK_BYTES", chunk)
     written = ["one\nline", "two", "three\n\nlines" if "\n\n" not in separator.replace("\r", "") else "three"]
     content = separator.replace("\r", "").join(written).replace("\n", end)
     found = read(tmp_path, "a.txt", content.encode(), separator=separator)
@@ -167,7 +169,7 @@ def test_an_archive_cut_at_a_members_end(tmp_path, suffix):
 
 
 def test_a_file_made_to_fill_the_memory(tmp_path, monkeypatch):
-    from litgpt_moe_ext.data.pipeline import compression
+    from litgpt_moe_ext.data.reading import compression
 
     monkeypatch.setattr(compression, "_FREE_BYTES", 1_000_000)
     content = gzip.compress(b"a" * 5_000_000)
@@ -233,20 +235,20 @@ def test_a_path_that_leads_up_in_an_archive_writes_nothing(tmp_path):
     ],
 )
 def test_a_document_longer_than_memory_is_refused(tmp_path, monkeypatch, name, content, options, place):
-    monkeypatch.setattr(readers, "largest_document", lambda: 2000)
-    monkeypatch.setattr(readers, "_CHUNK_BYTES", 500)
+    monkeypatch.setattr(reading, "memory_bytes", lambda: 2000 * reading._ENCODING_BYTES)
+    monkeypatch.setattr(reading, "CHUNK_BYTES", 500)
     with pytest.raises(SettingsError, match=rf"has more than \d+ bytes in one piece from byte {place} on, too many to"):
         read(tmp_path, name, content, **options)
 
 
 def test_a_cell_longer_than_memory_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "largest_document", lambda: 2000)
+    monkeypatch.setattr(reading, "memory_bytes", lambda: 2000 * reading._ENCODING_BYTES)
     with pytest.raises(SettingsError, match="field larger than field limit"):
         read(tmp_path, "a.csv", b"text\n" + b"x" * 3000)
 
 
 def test_the_largest_document_follows_the_memory():
-    assert 1 << 20 < readers.largest_document() < 1 << 36
+    assert 1 << 20 < reading.largest_document() < 1 << 36
 
 
 def test_a_long_document_is_searched_once(tmp_path, monkeypatch):
@@ -258,8 +260,8 @@ def test_a_long_document_is_searched_once(tmp_path, monkeypatch):
             searched.append(len(text) - start)
             return iter(())
 
-    monkeypatch.setattr(readers, "_CHUNK_BYTES", 100)
-    monkeypatch.setattr(readers.re, "compile", lambda _: Pattern())
+    monkeypatch.setattr(reading, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(plain_text.re, "compile", lambda _: Pattern())
     read(tmp_path, "a.txt", b"x" * 5000, separator="<|>")
     assert len(searched) > 50
     assert max(searched) <= 103

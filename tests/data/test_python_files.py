@@ -159,14 +159,14 @@ from pathlib import Path
 from litgpt_moe_ext.data.corpora.python_stdlib import PythonStdlib
 from litgpt_moe_ext.data.pipeline import preparation
 
-original = preparation._only_one
+original = preparation.only_one
 
 def wait_for_the_other(*arguments):
     print("ready", flush=True)
     sys.stdin.readline()
     return original(*arguments)
 
-preparation._only_one = wait_for_the_other
+preparation.only_one = wait_for_the_other
 print(PythonStdlib(data_path=Path(sys.argv[1]), source_path=Path(sys.argv[2]), vocab_size=300).prepare())
 """
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from litgpt_moe_ext.data.pipeline import readers
-from litgpt_moe_ext.data.pipeline.readers import TextFormat, documents
+from litgpt_moe_ext.data.reading import record as reading
+from litgpt_moe_ext.data.reading.documents import documents
+from litgpt_moe_ext.data.reading.record import TextFormat
 from litgpt_moe_ext.errors import SettingsError
 
 STORIES = ["Once upon a time.", "", "Zwölf Bären ✓\nsecond line"]
@@ -89,11 +90,11 @@ def test_separators_at_any_border(tmp_path_factory, texts, chunk):
     path = tmp_path_factory.mktemp("separated") / "a.txt"
     content = "<|e|>".join(texts)
     path.write_text(content, encoding="utf-8")
-    readers._CHUNK_BYTES, before = chunk, readers._CHUNK_BYTES
+    reading.CHUNK_BYTES, before = chunk, reading.CHUNK_BYTES
     try:
         found = list(documents(path, TextFormat(separator="<|e|>")))
     finally:
-        readers._CHUNK_BYTES = before
+        reading.CHUNK_BYTES = before
     expected = [part.strip() for part in content.split("<|e|>")]
     assert [record.text for record in found] == (expected if expected[-1] else expected[:-1])
     for record in found:

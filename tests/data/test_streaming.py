@@ -13,9 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from litgpt_moe_ext.data import CodeParrot, HubDataset
-from litgpt_moe_ext.data.pipeline import readers, remote
-from litgpt_moe_ext.data.pipeline.readers import TextFormat, documents
+from litgpt_moe_ext.data.pipeline.settings import CorpusSettings
 from litgpt_moe_ext.data.pipeline.sources import remote_sources
+from litgpt_moe_ext.data.reading import remote
+from litgpt_moe_ext.data.reading.documents import documents
+from litgpt_moe_ext.data.reading.record import TextFormat
 from litgpt_moe_ext.errors import SettingsError
 from tests.data.file_server import serving
 from tests.data.test_readers import tar
@@ -106,7 +108,7 @@ def test_local_files_through_the_same_settings(tmp_path):
 
 def test_a_connection_that_comes_back(server, monkeypatch):
     monkeypatch.setattr(remote, "_BLOCK_BYTES", 1000)
-    monkeypatch.setattr(readers, "_CHUNK_BYTES", 500)
+    monkeypatch.setattr("litgpt_moe_ext.data.reading.documents.CHUNK_BYTES", 500)
     (server.folder / "a.jsonl").write_bytes(lines(TRAIN, "text"))
     failures = iter([None, 503, None, 500, 500, 502, 503])
     server.fail = lambda path, start: next(failures, None)
@@ -117,15 +119,14 @@ def test_a_connection_that_comes_back(server, monkeypatch):
 
 def test_a_connection_that_stays_away(server, tmp_path, monkeypatch):
     """The next run goes on; what it makes is what an undisturbed one makes."""
-    from litgpt_moe_ext.data.pipeline import preparation as text_corpus
+    from litgpt_moe_ext.data.pipeline import batches
 
     write_shards(server.folder)
     whole = streamed(server, tmp_path / "whole")
     whole.prepare_data()
-    original = text_corpus.CorpusSettings
-    monkeypatch.setattr(text_corpus, "_BATCH_BYTES", 1000)
+    monkeypatch.setattr(batches, "_BATCH_BYTES", 1000)
     monkeypatch.setattr(
-        "litgpt_moe_ext.data.corpora.documents.CorpusSettings", lambda **a: original(**a, shard_tokens=1500)
+        "litgpt_moe_ext.data.corpora.documents.CorpusSettings", lambda **a: CorpusSettings(**a, shard_tokens=1500)
     )
     tokenizer_dir = whole.prepare_tokenizer()
     parts = streamed(server, tmp_path / "parts", tokenizer_dir=tokenizer_dir)

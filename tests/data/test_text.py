@@ -246,7 +246,6 @@ def test_the_tokenizer_that_litgpt_was_given(tmp_path):
         ({"bpe": None, "tokenizer_dir": Path("x")}, "tokenizer_dir: 'x' has no tokenizer.json .nor vocab.json with"),
         ({"bpe": BPESettings(10)}, "vocab_size: 10 is too small"),
         ({"field": "title"}, "has no field 'title' at item 0, only"),
-        ({"val_fraction": -1}, "val_fraction: -1 must be at least 0"),
     ],
 )
 def test_settings_that_cannot_work(tmp_path, change, message):

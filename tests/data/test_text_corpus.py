@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from litgpt_moe_ext.data.corpora.text_corpus import TextCorpus
+from litgpt_moe_ext.data.pipeline import batches
 from litgpt_moe_ext.data.pipeline import preparation as text_corpus
 from litgpt_moe_ext.data.pipeline.encoding import Encoder, encode_in_order
-from litgpt_moe_ext.data.pipeline.preparation import CorpusSettings, prepare_corpus
+from litgpt_moe_ext.data.pipeline.preparation import prepare_corpus
 from litgpt_moe_ext.data.pipeline.progress import PreparationProgress
-from litgpt_moe_ext.data.pipeline.readers import TextFormat, documents
+from litgpt_moe_ext.data.pipeline.settings import CorpusSettings
 from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source, file_sources, find_files
 from litgpt_moe_ext.data.pipeline.store import (
     MANIFEST,
@@ -31,6 +32,9 @@ from litgpt_moe_ext.data.pipeline.store import (
 )
 from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, open_for_documents, train_bpe
 from litgpt_moe_ext.data.pipeline.tokenizer_files import read_tokenizer
+from litgpt_moe_ext.data.pipeline.unfinished import State
+from litgpt_moe_ext.data.reading.documents import documents
+from litgpt_moe_ext.data.reading.record import TextFormat
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.machine import count_cores
 
@@ -115,7 +119,7 @@ def test_bos_before_each_document(files, tmp_path):
 
 def test_neither_processes_nor_shards_change_the_tokens(files, tmp_path, monkeypatch):
     whole = prepare_corpus(tmp_path / "a", sources_of(files, tmp_path), SETTINGS)
-    monkeypatch.setattr(text_corpus, "_BATCH_BYTES", 1000)
+    monkeypatch.setattr(batches, "_BATCH_BYTES", 1000)
     small = CorpusSettings(BPE, val_fraction=0.2, shard_tokens=1500)
     one = prepare_corpus(tmp_path / "b", sources_of(files, tmp_path), small, workers=1)
     two = prepare_corpus(tmp_path / "c", sources_of(files, tmp_path), small, workers=2)
@@ -127,13 +131,13 @@ def test_neither_processes_nor_shards_change_the_tokens(files, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("failing", [1, 2, 5])
-@pytest.mark.parametrize("step", ["write_shard", "_save_state"])
+@pytest.mark.parametrize("step", ["write_shard", "save"])
 def test_a_full_disk_and_a_second_attempt(files, tmp_path, monkeypatch, capsys, failing, step):
     """Whatever write fails, the next run continues and the files are those of an undisturbed run."""
-    monkeypatch.setattr(text_corpus, "_BATCH_BYTES", 1000)
+    monkeypatch.setattr(batches, "_BATCH_BYTES", 1000)
     small = CorpusSettings(BPE, val_fraction=0.2, shard_tokens=1500)
     expected = contents(prepare_corpus(tmp_path / "whole", sources_of(files, tmp_path), small))
-    holder, calls = (text_corpus, 0) if step == "write_shard" else (text_corpus._Preparation, 0)
+    holder, calls = (text_corpus if step == "write_shard" else State), 0
     original = getattr(holder, step)
 
     def full(*arguments):
@@ -161,9 +165,10 @@ def test_a_full_disk_and_a_second_attempt(files, tmp_path, monkeypatch, capsys, 
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from litgpt_moe_ext.data.pipeline.readers import TextFormat
+from litgpt_moe_ext.data.reading.record import TextFormat
 from litgpt_moe_ext.data.pipeline.sources import FileHashes, file_sources
-from litgpt_moe_ext.data.pipeline.preparation import CorpusSettings, prepare_corpus
+from litgpt_moe_ext.data.pipeline.preparation import prepare_corpus
+from litgpt_moe_ext.data.pipeline.settings import CorpusSettings
 from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings
 from litgpt_moe_ext.errors import SettingsError
 
@@ -198,21 +203,22 @@ def test_writes_that_the_system_refuses(files, tmp_path, limit, written):
 KILLED = """
 import sys, time
 from pathlib import Path
+from litgpt_moe_ext.data.pipeline import batches
 from litgpt_moe_ext.data.pipeline import preparation as text_corpus
-from litgpt_moe_ext.data.pipeline.encoding import Encoder, encode_in_order
-from litgpt_moe_ext.data.pipeline.readers import TextFormat
+from litgpt_moe_ext.data.reading.record import TextFormat
+from litgpt_moe_ext.data.pipeline.settings import CorpusSettings
 from litgpt_moe_ext.data.pipeline.sources import FileHashes, file_sources
 from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings
 
 root, *files = map(Path, sys.argv[1:])
-text_corpus._BATCH_BYTES = 1000
+batches._BATCH_BYTES = 1000
 commit = text_corpus._Preparation._commit
 def slow_commit(*arguments):
     commit(*arguments)
     print("committed", flush=True)
     time.sleep(0.2)
 text_corpus._Preparation._commit = slow_commit
-settings = text_corpus.CorpusSettings(
+settings = CorpusSettings(
     BPESettings(300, ("<s>", "</s>"), eos_token="</s>", bos_token="<s>"), val_fraction=0.2, shard_tokens=1500
 )
 if __name__ == "__main__":
@@ -224,7 +230,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
 def test_killed_or_interrupted(files, tmp_path, monkeypatch, signal_number):
-    monkeypatch.setattr(text_corpus, "_BATCH_BYTES", 1000)
+    monkeypatch.setattr(batches, "_BATCH_BYTES", 1000)
     small = CorpusSettings(BPE, val_fraction=0.2, shard_tokens=1500)
     expected = contents(prepare_corpus(tmp_path / "whole", sources_of(files, tmp_path), small))
     script = tmp_path / "prepare.py"
@@ -313,7 +319,7 @@ def test_the_first_so_many_documents(files, tmp_path, monkeypatch):
     some = prepare_corpus(tmp_path, named, CorpusSettings(BPE, counts={"train": 60, "val": 5}))
     assert (texts_in(some, "train"), texts_in(some, "val")) == (stories(60, 0), stories(60, 1)[:5])
 
-    monkeypatch.setattr(text_corpus, "_BATCH_BYTES", 1000)
+    monkeypatch.setattr(batches, "_BATCH_BYTES", 1000)
     commit, calls = text_corpus._Preparation._commit, []
 
     def interrupt_once(preparation, vocab_size):
@@ -333,10 +339,10 @@ def test_the_first_so_many_documents(files, tmp_path, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("counts", [{"train": 0}, {"val": -1}])
-def test_counts_that_cannot_work(files, tmp_path, counts):
-    with pytest.raises(SettingsError, match=r"(train|val)_count: \S+ must be at least 1; leave it out"):
-        prepare_corpus(tmp_path, sources_of(files, tmp_path), CorpusSettings(BPE, val_fraction=0.2, counts=counts))
+@pytest.mark.parametrize("setting", [{"train_count": 0}, {"val_count": -1}, {"workers": 0}])
+def test_counts_that_cannot_work(tmp_path, setting):
+    with pytest.raises(SettingsError, match=r"data\.\w+: \S+ must be an integer of at least 1, or null"):
+        TextCorpus(source_path=tmp_path, **setting)
 
 
 def test_a_large_share_that_validates_is_said(files, tmp_path, capsys):
@@ -394,10 +400,6 @@ def test_no_validation_split(files, tmp_path):
         prepare_corpus(tmp_path / "c", sources_of(files, tmp_path, ["train"] * 3), SETTINGS)
     with pytest.raises(ValueError, match=r"1e-09 with seed 42 leaves no document to validate, of 3"):
         prepare_corpus(tmp_path / "c", sources_of(files, tmp_path), CorpusSettings(BPE, val_fraction=1e-9))
-    with pytest.raises(ValueError, match="val_fraction: 1.5 must be"):
-        prepare_corpus(tmp_path / "c", sources_of(files, tmp_path), CorpusSettings(BPE, val_fraction=1.5))
-    with pytest.raises(ValueError, match="workers: 0 must be at least 1"):
-        prepare_corpus(tmp_path / "c", sources_of(files, tmp_path), SETTINGS, workers=0)
 
 
 def test_damage_is_named_also_while_the_tokenizer_learns(files, tmp_path):
@@ -443,8 +445,7 @@ def test_a_tokenizer_learns_from_the_beginning_of_every_source(files, tmp_path):
 
     sources = [Source(file.name, None, 100, file.name, partial(watched, file)) for file in files]
     settings = CorpusSettings(BPE, val_fraction=0.2, tokenizer_bytes=600)
-    preparation = text_corpus._Preparation(tmp_path / "x", sources, settings, {}, verbose=False)
-    texts = list(preparation._texts_to_learn_from(PreparationProgress(0, show=False)))
+    texts = list(batches.Intake(sources, settings).texts_to_learn_from(lambda read: None))
     assert {name for name, _ in read} == {file.name for file in files}
     assert max(number for _, number in read) < 10
     assert not any(in_validation(text, 0.2, 42) for text in texts)

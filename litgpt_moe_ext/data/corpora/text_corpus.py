@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from litgpt_moe_ext.data.corpora.documents import DocumentCorpus
-from litgpt_moe_ext.data.pipeline.readers import TextFormat
 from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source, file_sources, find_files, split_sources
+from litgpt_moe_ext.data.reading.record import TextFormat
 
 
 @dataclass(kw_only=True)

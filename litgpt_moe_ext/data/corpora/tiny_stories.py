@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 
 from litgpt_moe_ext.data.corpora.documents import DocumentCorpus
-from litgpt_moe_ext.data.pipeline.readers import Record, TextFormat
 from litgpt_moe_ext.data.pipeline.sources import FileHashes, Side, Source, file_sources, find_files, split_sources
+from litgpt_moe_ext.data.reading.record import Record, TextFormat
 from litgpt_moe_ext.errors import SettingsError
 
 _FIRST_STORIES = "data00.json"

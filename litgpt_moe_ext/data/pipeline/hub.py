@@ -4,8 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from litgpt_moe_ext.data.pipeline.readers import TextFormat
-from litgpt_moe_ext.data.pipeline.remote import is_url, name_of
 from litgpt_moe_ext.data.pipeline.sources import (
     FileHashes,
     Side,
@@ -14,6 +12,8 @@ from litgpt_moe_ext.data.pipeline.sources import (
     file_sources,
     remote_sources,
 )
+from litgpt_moe_ext.data.reading.record import TextFormat
+from litgpt_moe_ext.data.reading.remote import is_url, name_of
 from litgpt_moe_ext.errors import SettingsError
 
 _STREAMED = (".parquet", *(f"{suffix}{gz}" for suffix in (".json", ".jsonl", ".ndjson") for gz in ("", ".gz")))

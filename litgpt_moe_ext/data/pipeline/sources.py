@@ -14,9 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from litgpt_moe_ext.data.pipeline.readers import Record, TextFormat, documents
-from litgpt_moe_ext.data.pipeline.remote import name_of, remote_facts
 from litgpt_moe_ext.data.pipeline.store import MANIFEST, TOKENIZER_DIR
+from litgpt_moe_ext.data.reading.documents import documents
+from litgpt_moe_ext.data.reading.record import Record, TextFormat
+from litgpt_moe_ext.data.reading.remote import name_of, remote_facts
 from litgpt_moe_ext.durable import flush
 from litgpt_moe_ext.errors import SettingsError
 

@@ -1,0 +1,71 @@
+"""What shapes a prepared corpus besides its documents."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from litgpt_moe_ext.data.pipeline.sources import SIDES, Source
+from litgpt_moe_ext.data.pipeline.store import in_validation
+from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings
+from litgpt_moe_ext.data.pipeline.tokenizer_files import tokenizer_hash
+from litgpt_moe_ext.errors import SettingsError
+
+VAL_REMEDY = "name files to validate on, raise val_fraction, or try another seed"
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusSettings:
+    """Tokenizer, split and limits; ranges are the corpora's to check (`litgpt_moe_ext.data.corpora`).
+
+    Attributes:
+        tokenizer: The files of a tokenizer (`litgpt_moe_ext.data.pipeline.tokenizer_files`), or settings to train one.
+        prepend_bos: Whether each document starts with the BOS token; each ends with EOS.
+        val_fraction: Share of the documents of sources without a split that validate, by a hash of their text: equal
+            texts are on the same side.
+        seed: Decides which.
+        counts: How many documents to take at most, the first, by side; None or missing: all.
+        reading: How the sources were read, as JSON values.
+        tokenizer_bytes: Text to train a tokenizer on; of larger corpora, the beginning of every source is taken.
+        shard_tokens: Tokens after which a shard is written and an interrupted preparation can continue.
+    """
+
+    tokenizer: Mapping[str, bytes] | BPESettings
+    prepend_bos: bool = False
+    val_fraction: float = 0.0
+    seed: int = 42
+    counts: Mapping[str, int | None] = field(default_factory=dict)
+    reading: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer_bytes: int = 1_000_000_000
+    shard_tokens: int = 100_000_000
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings as JSON values."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        if isinstance(self.tokenizer, BPESettings):
+            values["tokenizer"] = asdict(self.tokenizer)
+        else:
+            values["tokenizer"] = tokenizer_hash(dict(self.tokenizer))
+        values["counts"] = {side: self.counts.get(side) for side in SIDES}
+        return values
+
+    def side_of(self, source: Source, text: str) -> str:
+        """Return the side that a document of a source belongs to."""
+        if source.split is not None:
+            return source.split
+        return "val" if in_validation(text, self.val_fraction, self.seed) else "train"
+
+    def check(self, sources: Sequence[Source]) -> None:
+        """Raise SettingsError if the tokenizer cannot be trained, or nothing of these sources trains or validates."""
+        if isinstance(self.tokenizer, BPESettings):
+            self.tokenizer.check()
+        splits = {source.split for source in sources}
+        if not splits & {"train", None}:
+            raise SettingsError(
+                f"val_fraction: {self.val_fraction} leaves no document to train on, of {len(sources)} source(s); give "
+                "more of them, or lower val_fraction"
+            )
+        if "val" not in splits and not (None in splits and self.val_fraction):
+            raise SettingsError(
+                f"val_fraction: {self.val_fraction} leaves no document to validate on, as none of {len(sources)} "
+                f"source(s) validates by name; {VAL_REMEDY}"
+            )

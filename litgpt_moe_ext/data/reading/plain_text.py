@@ -1,0 +1,49 @@
+"""Documents in plain text: a file each, or separated. Line ends of any style become LF."""
+
+import re
+from collections.abc import Iterator
+
+from litgpt_moe_ext.data.reading.record import OpenFile, Record, TextFormat, largest_document
+
+# One line end of any style. A CR at the end of what was read so far is not decided yet.
+_LINE_END = rb"(?:\r\n|\r(?!\n)|\n)"
+
+
+def read_whole_text(file: OpenFile, text_format: TextFormat) -> Iterator[Record]:
+    """Yield the one document that a file is."""
+    text = text_format.decode(file.read_whole(largest_document()), file.where, file.start)
+    yield Record(_with_line_feeds(text), f"byte {file.start}", file.position())
+
+
+def read_separated_text(file: OpenFile, text_format: TextFormat) -> Iterator[Record]:
+    """Yield the documents that a separator ends."""
+    parts = re.split(r"\r\n|\r|\n", text_format.separator or "")
+    separator = re.compile(_LINE_END.join(re.escape(part.encode()) for part in parts))
+    most = sum(len(part.encode()) for part in parts) + 2 * (len(parts) - 1)  # bytes of a separator
+    rest, offset, ended, longest = bytearray(), file.start, False, largest_document()
+    while not ended:
+        searched = max(len(rest) - most, 0)
+        chunk = file.read_chunk()
+        ended = not chunk
+        rest += chunk
+        done = 0
+        for match in separator.finditer(rest, searched):
+            if match.end() == len(rest) and not ended:
+                break  # the next bytes may belong to it
+            yield _document(file, rest[done : match.start()], offset + done, text_format)
+            done = match.end()
+        del rest[:done]
+        offset += done
+        if len(rest) > longest:
+            raise file.too_long(offset, longest)
+    if rest.strip():
+        yield _document(file, rest, offset, text_format)
+
+
+def _document(file: OpenFile, content: bytes | bytearray, offset: int, text_format: TextFormat) -> Record:
+    text = _with_line_feeds(text_format.decode(content, file.where, offset))
+    return Record(text.strip(), f"byte {offset}", file.position())
+
+
+def _with_line_feeds(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
