@@ -23,7 +23,7 @@ def register() -> None:
             plugin is switched off by `LITGPT_MOE_EXT_DISABLE=1`.
     """
     autoload.require_enabled()
-    from litgpt_moe_ext.host.seams import register as register_in_litgpt
+    from litgpt_moe_ext.host.registration import register as register_in_litgpt
 
     register_in_litgpt()
 

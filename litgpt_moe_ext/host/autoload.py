@@ -150,7 +150,7 @@ def execute_with(name: str, execute) -> None:
 
 def _register(_module) -> None:
     try:
-        from litgpt_moe_ext.host.seams import register
+        from litgpt_moe_ext.host.registration import register
 
         register()
     except Exception as error:

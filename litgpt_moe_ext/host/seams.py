@@ -1,24 +1,18 @@
 """The one place that reaches into LitGPT, lightning and torch: every change, why it is made, and until when.
 
-`SEAMS` is that list as data. `register` applies those that change a module when it is imported; the others are made
-for the time of a run, or while a module is being imported, and stand here for the reader.
+`SEAMS` is that list as data. `litgpt_moe_ext.host.registration` applies those that change a module when it is imported;
+the others are made for the time of a run, or while a module is being imported, and stand here for the reader.
 A model that names none of the plugin's classes takes LitGPT's own path in every one of them.
 
 `python -m litgpt_moe_ext.host.seams` prints the table.
 """
 
-import importlib
-import importlib.metadata
-import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
-from litgpt_moe_ext import __version__
-from litgpt_moe_ext.host import autoload, checkpoints, commands, compile, flops, model, padding, token_rate
+from litgpt_moe_ext.host import checkpoints, commands, compile, flops, model, padding, token_rate
 
 TESTED_LITGPT = "0.5.13"
 
@@ -213,106 +207,13 @@ class State:
 STATE = (
     State("host.autoload", "_finder", "Python has one list of finders."),
     State("padding", "_accepted", "LitGPT's loop passes nothing from the data to the model."),
-    State("host.seams", "_registered", "LitGPT's modules exist once."),
+    State("host.registration", "_registered", "LitGPT's modules exist once."),
     State("moe.gradient_injection", "_scale", "Autograd passes nothing from the loss's backward to a router's."),
     State("moe.balancing", "_routers", "torch's optimizer hook is called without the model."),
     State("moe.balancing", "_warned_unowned", "A router is warned about once."),
     State("moe.balancing", "_left_to_caller", "torch's optimizer hook is called for every optimizer."),
     State("training.compilation", "_in_scope", "LitGPT's `main`, between the run and its model, passes nothing on."),
 )
-
-_registered = False
-
-
-def register() -> None:
-    """Apply the seams. Safe to call more than once.
-
-    Raises:
-        RuntimeError: If the installed LitGPT lacks a name that the plugin needs; the message gives it.
-    """
-    global _registered
-    if _registered:
-        return
-    # Set first: the imports below may import LitGPT's model definition, whose import hook ends up here again.
-    _registered = True
-    try:
-        _apply_all()
-    except BaseException:
-        _registered = False
-        raise
-
-
-_AT_ONCE = ("litgpt.config", "litgpt.model", "torch.optim.optimizer")
-
-
-def _apply_all() -> None:
-    # This may run while the package `litgpt` is still being imported and has no attributes yet; `sys.modules`, which
-    # `import_module` reads, does without them.
-    modules = {name: importlib.import_module(name) for name in _AT_ONCE}
-    check_version()
-    check_names([seam for seam in SEAMS if seam.module in modules])
-    for seam in SEAMS:
-        if seam.apply is None or has_ended(seam):
-            continue
-        if seam.module in modules:
-            seam.apply(modules[seam.module])
-        else:
-            autoload.when_imported(seam.module, partial(_apply_later, seam))
-
-
-def _apply_later(seam: Seam, module: ModuleType) -> None:
-    assert seam.apply is not None
-    try:
-        check_names([seam])
-    except RuntimeError as error:
-        # An import of LitGPT's must not fail for whoever only shares an environment with the plugin.
-        warnings.warn(f"{error} Without it: {seam.reason}", RuntimeWarning, stacklevel=2)
-    else:
-        seam.apply(module)
-
-
-def has_ended(seam: Seam) -> bool:
-    """Return whether the installed LitGPT makes the seam superfluous."""
-    package, _, version = seam.until.partition(">")
-    if package != "litgpt" or not version:
-        return False
-    from packaging.version import Version
-
-    return Version(importlib.metadata.version("litgpt")) > Version(version)
-
-
-def check_version() -> None:
-    """Warn if another minor version of LitGPT is installed than the plugin was tested with."""
-    version = importlib.metadata.version("litgpt")
-    if version.split(".")[:2] != TESTED_LITGPT.split(".")[:2]:
-        warnings.warn(
-            f"litgpt_moe_ext {__version__} is tested with litgpt {TESTED_LITGPT}, but {version} is installed. "
-            f"If something misbehaves, `pip install litgpt=={TESTED_LITGPT}`.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-
-
-def check_names(seams: list[Seam]) -> None:
-    """Check that the names exist in their modules, which must be imported.
-
-    Args:
-        seams: What is about to be applied. Names that would be added need not exist.
-
-    Raises:
-        RuntimeError: If names are missing; the message lists them all.
-    """
-    missing = [str(seam) for seam in seams if seam.kind != "add" and not _exists(sys.modules[seam.module], seam.name)]
-    if missing:
-        raise RuntimeError(
-            f"litgpt {importlib.metadata.version('litgpt')} lacks {', '.join(dict.fromkeys(missing))}, which "
-            f"litgpt_moe_ext {__version__} builds on. Install litgpt=={TESTED_LITGPT}."
-        )
-
-
-def _exists(owner: Any, name: str) -> bool:
-    first, _, rest = name.partition(".")
-    return hasattr(owner, first) and (not rest or _exists(getattr(owner, first), rest))
 
 
 def table() -> str:

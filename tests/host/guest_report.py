@@ -145,6 +145,8 @@ def open_checkpoint(directory: str) -> str:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     result = {label: report(name, changes) for label, (name, changes) in CONFIGS.items()}
-    result["plugin active"] = "litgpt_moe_ext.host.seams" in sys.modules and hasattr(Config, "attention_class_name")
+    result["plugin active"] = "litgpt_moe_ext.host.registration" in sys.modules and hasattr(
+        Config, "attention_class_name"
+    )
     result["a checkpoint of the plugin"] = open_checkpoint(sys.argv[1])
     print("REPORT" + json.dumps(result))

@@ -13,8 +13,8 @@ import litgpt.pretrain
 import pytest
 
 import litgpt_moe_ext
-from litgpt_moe_ext.host import lazy_imports, seams
-from litgpt_moe_ext.host.seams import SEAMS, STATE, Seam
+from litgpt_moe_ext.host import lazy_imports, registration
+from litgpt_moe_ext.host.seams import SEAMS, STATE, Seam, table
 from litgpt_moe_ext.training import loop
 from tests.host.test_guest_rule import HERE, run
 
@@ -36,7 +36,7 @@ def test_every_change_is_listed_and_made():
 @pytest.mark.parametrize("seam", [seam for seam in SEAMS if seam.kind not in ("add", "source")], ids=str)
 def test_every_name_exists(seam):
     importlib.import_module(seam.module)
-    seams.check_names([seam])
+    registration.check_names([seam])
 
 
 def test_names_replaced_for_a_run_are_those_of_the_loop():
@@ -62,7 +62,7 @@ def test_every_state_exists(state):
 
 
 def test_the_table_names_every_seam():
-    text = seams.table()
+    text = table()
     assert all(f"| `{seam}` | {seam.kind} |" in text for seam in SEAMS)
     assert all(line.count("|") in (0, 3, 5) for line in text.splitlines())
 
@@ -71,7 +71,7 @@ def test_missing_names_are_all_in_one_error(monkeypatch):
     monkeypatch.delattr(litgpt.model.GPT, "rope_cache")
     monkeypatch.delattr(litgpt.model, "LLaMAMLP")
     with pytest.raises(RuntimeError, match=r"lacks litgpt\.model\.LLaMAMLP, litgpt\.model\.GPT\.rope_cache, which"):
-        seams.check_names([seam for seam in SEAMS if seam.module == "litgpt.model"])
+        registration.check_names([seam for seam in SEAMS if seam.module == "litgpt.model"])
 
 
 def test_a_name_missing_in_a_command_is_a_warning(monkeypatch):
@@ -82,22 +82,22 @@ def test_a_name_missing_in_a_command_is_a_warning(monkeypatch):
         module.__name__, "convert_and_evaluate", "wrap", "Evaluates.", "never", lambda _: pytest.fail("applied")
     )
     with pytest.warns(RuntimeWarning, match=r"lacks litgpt_without_evaluate\.convert_and_evaluate.*Evaluates\."):
-        seams._apply_later(seam, module)
+        registration._apply_later(seam, module)
 
 
 def test_an_untested_version_warns_once(monkeypatch):
-    monkeypatch.setattr(seams.importlib.metadata, "version", lambda _name: "0.6.0")
+    monkeypatch.setattr(registration.importlib.metadata, "version", lambda _name: "0.6.0")
     with pytest.warns(RuntimeWarning, match=r"tested with litgpt 0\.5\.13, but 0\.6\.0 is installed"):
-        seams.check_version()
+        registration.check_version()
 
 
 @pytest.mark.parametrize(("installed", "ended"), [("0.5.13", False), ("0.5.14", True), ("0.6.0", True)])
 def test_a_repair_ends_with_the_version_that_needs_it(monkeypatch, installed, ended):
-    monkeypatch.setattr(seams.importlib.metadata, "version", lambda _name: installed)
+    monkeypatch.setattr(registration.importlib.metadata, "version", lambda _name: installed)
     repairs = [seam for seam in SEAMS if seam.until.startswith("litgpt>")]
     assert {seam.name for seam in repairs} == {"fit", "main"}
-    assert {seams.has_ended(seam) for seam in repairs} == {ended}
-    assert not any(seams.has_ended(seam) for seam in SEAMS if seam not in repairs)
+    assert {registration.has_ended(seam) for seam in repairs} == {ended}
+    assert not any(registration.has_ended(seam) for seam in SEAMS if seam not in repairs)
 
 
 def test_the_version_has_one_place():
