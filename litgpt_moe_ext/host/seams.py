@@ -212,6 +212,7 @@ STATE = (
     State("moe.balancing", "_routers", "torch's optimizer hook is called without the model."),
     State("moe.balancing", "_warned_unowned", "A router is warned about once."),
     State("moe.balancing", "_left_to_caller", "torch's optimizer hook is called for every optimizer."),
+    State("moe.step_shares", "_step_shares", "Compiled code hands an operator numbers, not objects."),
     State("training.compilation", "_in_scope", "LitGPT's `main`, between the run and its model, passes nothing on."),
 )
 

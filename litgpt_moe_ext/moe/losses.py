@@ -21,7 +21,7 @@ def load_balancing_loss(probabilities_TE: Tensor, experts_TK: Tensor, real_T: Te
 
     Over a micro-batch both factors are the micro-batch's. With `router_load_balancing_loss_scope: global_batch`,
     `f_i` is that of the optimizer step over all ranks and gradient accumulation steps so far (arXiv:2501.11873), which
-    `litgpt_moe_ext.moe.balancing.StepShares` knows; the gradient, `E * f_i` for each `P_i`, is otherwise the same.
+    `litgpt_moe_ext.moe.step_shares` knows; the gradient, `E * f_i` for each `P_i`, is otherwise the same.
 
     Args:
         probabilities_TE: Router probabilities; rows sum to 1; differentiable.

@@ -10,10 +10,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from litgpt_moe_ext.moe.balancing import StepShares, Tally, watch
+from litgpt_moe_ext.moe.balancing import Tally, watch
 from litgpt_moe_ext.moe.gradient_injection import inject, present_scale
 from litgpt_moe_ext.moe.losses import mean_probabilities
 from litgpt_moe_ext.moe.registry import LOSSES, load, loss_field
+from litgpt_moe_ext.moe.step_shares import StepShares
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config

@@ -10,7 +10,7 @@ from litgpt.utils import chunked_cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.moe import balancing
+from litgpt_moe_ext.moe import step_shares
 from litgpt_moe_ext.moe.balancing import update_routers
 from litgpt_moe_ext.moe.gradient_injection import forget_scale, remember_scale
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
@@ -92,8 +92,8 @@ def test_accumulation_one_and_four():
 
 @pytest.mark.parametrize("mode", ["full", "selective", "reentrant"])
 def test_recomputation_counts_nothing(mode, monkeypatch):
-    sums, collect = [], balancing._collect
-    monkeypatch.setattr(balancing, "_collect", lambda members: sums.append(len(members)) or collect(members))
+    sums, collect = [], step_shares._collect
+    monkeypatch.setattr(step_shares, "_collect", lambda members: sums.append(len(members)) or collect(members))
     model = model_of("global_batch")
     expected = step(copy.deepcopy(model), batches(3))
     if mode == "reentrant":

@@ -1,0 +1,104 @@
+"""Shares of tokens for a load-balancing loss over the global batch (`router_load_balancing_loss_scope`).
+
+Shape legend: E experts.
+"""
+
+import itertools
+import weakref
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from litgpt_moe_ext.moe.balancing import counting_dtype
+
+
+class StepShares:
+    """The share of each expert in the tokens of an optimizer step, over all ranks, as far as the step has gone.
+
+    The load-balancing loss is linear in these shares, and no gradient passes through them, so they are needed in the
+    backward pass only. By then every layer has counted in its forward pass: the first layer to go backward sums the
+    counts of all layers over the ranks, in one all-reduce. Over gradient accumulation steps the counts add up, and each
+    uses those of the step up to itself, as in arXiv:2501.11873 (section 3.1, "buffer"): later ones are not known yet.
+
+    Only the first forward pass counts. Those of activation checkpointing run within a backward pass.
+    """
+
+    def __init__(self) -> None:
+        self._pending: list[Tensor] = []
+        self._counts_E: Tensor | None = None
+        self.handle = next(_handles)
+        _step_shares[self.handle] = self
+
+    def count(self, counts_E: Tensor) -> Tensor:
+        """Count the tokens of a forward pass and return `counts_E`, by which a compiler must go on."""
+        if torch.compiler.is_compiling():
+            return torch.ops.litgpt_moe_ext.count_for_step(counts_E, self.handle)
+        self._count(counts_E)
+        return counts_E
+
+    def _count(self, counts_E: Tensor) -> None:
+        if torch._C._current_graph_task_id() == -1:
+            self._pending.append(counts_E)
+
+    def shares(self, counts_E: Tensor) -> Tensor:
+        """Return the shares, (E,) in float64 (float32 on devices without it); call it in the backward pass.
+
+        Args:
+            counts_E: What `count` returned.
+        """
+        if torch.compiler.is_compiling():
+            return torch.ops.litgpt_moe_ext.shares_of_step(counts_E, self.handle)
+        return self._shares(counts_E)
+
+    def _shares(self, counts_E: Tensor) -> Tensor:
+        if self._pending:
+            _collect([shares for shares in _step_shares.values() if shares._pending])
+        sums_E = counts_E if self._counts_E is None else self._counts_E
+        return sums_E / sums_E.sum().clamp(min=1)
+
+    def forget(self) -> None:
+        """Begin a new step."""
+        self._pending.clear()
+        self._counts_E = None
+
+    def __reduce__(self) -> tuple:
+        # A copy has a handle of its own, and has not counted.
+        return StepShares, ()
+
+
+def _collect(members: list[StepShares]) -> None:
+    # The order is that of construction, the same on every rank.
+    counts = [sum(member._pending[1:], member._pending[0]) for member in members]
+    sums = torch.cat(counts).to(counting_dtype(counts[0].device))
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(sums)
+    for member, sums_E in zip(members, sums.split([len(counts_E) for counts_E in counts]), strict=True):
+        member._counts_E = sums_E if member._counts_E is None else member._counts_E + sums_E
+        member._pending.clear()
+
+
+# To a compiler these are two operators that it knows nothing about, tied to the right place by their inputs.
+_handles = itertools.count()
+_step_shares: "weakref.WeakValueDictionary[int, StepShares]" = weakref.WeakValueDictionary()
+
+
+def _count_for_step(counts_E: Tensor, handle: int) -> Tensor:
+    counts_E = counts_E.clone()
+    _step_shares[handle]._count(counts_E)
+    return counts_E.clone()
+
+
+torch.library.define("litgpt_moe_ext::count_for_step", "(Tensor counts_E, int handle) -> Tensor")
+torch.library.impl("litgpt_moe_ext::count_for_step", "CompositeExplicitAutograd", _count_for_step)
+torch.library.register_fake("litgpt_moe_ext::count_for_step", lambda counts_E, handle: torch.empty_like(counts_E))
+torch.library.define("litgpt_moe_ext::shares_of_step", "(Tensor counts_E, int handle) -> Tensor")
+torch.library.impl(
+    "litgpt_moe_ext::shares_of_step",
+    "CompositeExplicitAutograd",
+    lambda counts_E, handle: _step_shares[handle]._shares(counts_E),
+)
+torch.library.register_fake(
+    "litgpt_moe_ext::shares_of_step",
+    lambda counts_E, handle: torch.empty_like(counts_E, dtype=counting_dtype(counts_E.device)),
+)
