@@ -32,7 +32,7 @@ def new_directory(out_dir: Path, needed_bytes: int = 0) -> Iterator[Path]:
     if needed_bytes > free:
         raise SettingsError(
             f"out_dir: {str(out_dir)!r} needs {needed_bytes / 1e9:.1f} GB, but {parent} has {free / 1e9:.1f} GB left; "
-            "free some space, or choose a smaller --dtype"
+            "free some space, or name a directory on another disk"
         )
     partial = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.partial")
     try:

@@ -64,7 +64,12 @@ def downloaded(directory: Path) -> Path:
 
     try:
         return Path(
-            snapshot_download(str(directory), allow_patterns=["*.json", "*.safetensors", "*.txt", "tokenizer.model"])
+            snapshot_download(
+                str(directory),
+                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"],
+                # Folders hold the same weights in other forms.
+                ignore_patterns=["*/*"],
+            )
         )
     except (OSError, ValueError) as error:  # ValueError: no repository can have that name
         raise SettingsError(

@@ -71,7 +71,7 @@ class Source:
             tensor = self.state[entry.ours]
             if meta:
                 tensor = tensor.to("meta")
-            elif entry.ours.endswith(BALANCING_BIAS):
+            elif entry.ours.endswith(BALANCING_BIAS) and self.config.n_expert_groups:
                 # transformers 4 masks the groups that were not chosen with 0, which would win against negative biased
                 # scores. The same number on all biases changes no choice.
                 tensor = tensor - tensor.min().clamp(max=0)

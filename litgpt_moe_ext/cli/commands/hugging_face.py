@@ -10,8 +10,9 @@ class Import:
     """Write a Hugging Face checkpoint as a LitGPT checkpoint with this package's layers.
 
     Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, ERNIE-4.5-MoE, GLM-4-MoE, GPT-OSS, DeepSeek-V2 and -V3,
-    GPT-2, Llama and Qwen3. The result trains on with
-    `run_train.py --initial_checkpoint_dir`, and `litgpt generate` and `litgpt-moe experts` open it.
+    GPT-2, Llama and Qwen3. Weights in MXFP4 (GPT-OSS) and FP8 by blocks (DeepSeek-V3) are
+    dequantized. The result trains on with `run_train.py --initial_checkpoint_dir`, and
+    `litgpt generate` and `litgpt-moe experts` open it.
 
     Attributes:
         hf_dir: A directory with config.json and safetensors, or a repository on the hub (OWNER/NAME).
@@ -26,7 +27,12 @@ class Import:
         from litgpt_moe_ext.export.hf.read import import_checkpoint
         from litgpt_moe_ext.export.hub import downloaded
 
-        config = import_checkpoint(downloaded(self.hf_dir), self.out_dir)
+        done = import_checkpoint(downloaded(self.hf_dir), self.out_dir)
+        config = done.config
+        if done.dequantized != "none":
+            print(f"Dequantized {done.dequantized} weights")
+        if done.left_out:
+            print(f"Left out {len(done.left_out)} tensors for predicting more than one token ({done.left_out[0]}, ...)")
         print(f"Wrote {self.out_dir}: {config.n_layer} layers of {config.n_embd}, {config.mlp_class_name}")
 
 

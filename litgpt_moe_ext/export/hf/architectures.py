@@ -127,8 +127,9 @@ SOFTMAX = LLAMA_LIKE | {
     "shared": ("none",),
 }
 # DeepSeek's attention and layers.
-_LATENT: dict[str, tuple[Any, ...]] = {
+LATENT: dict[str, tuple[Any, ...]] = {
     "attention": ("latent",),
+    "grouped": (False,),
     "latent_norm_eps": (True,),
     "layers": ("moe", "mixed"),
     "scaled": (True, False),
@@ -292,7 +293,7 @@ ARCHITECTURES = (
         "DeepseekV2ForCausalLM",
         "deepseek_v2",
         SOFTMAX
-        | _LATENT
+        | LATENT
         | {
             "rope_layout": ("interleaved",),
             # transformers 4 leaves it out.
@@ -307,7 +308,7 @@ ARCHITECTURES = (
         "DeepseekV3ForCausalLM",
         "deepseek_v3",
         SOFTMAX
-        | _LATENT
+        | LATENT
         | {
             "rope_layout": ("interleaved", "half"),
             "score": ("sigmoid",),

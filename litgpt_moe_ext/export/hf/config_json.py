@@ -109,7 +109,7 @@ def glm(facts: Facts) -> _Json:
 def _latent(facts: Facts) -> _Json:
     config = facts.config
     sizes = {"head_dim": config.rope_n_elem, "num_key_value_heads": config.n_head, "partial_rotary_factor": 1.0}
-    return (config.latent_attention or {}) | sizes
+    return facts.latent_sizes | sizes
 
 
 def deepseek_v2(facts: Facts) -> _Json:

@@ -109,6 +109,11 @@ class Facts:
         return self.layers != "dense"
 
     @property
+    def latent_sizes(self) -> dict[str, int]:
+        """Sizes of latent attention by DeepSeek's names; empty without it."""
+        return self.config.latent_attention or {}
+
+    @property
     def rope_tables(self) -> tuple[list[float], float]:
         """Angle per position of each pair of rotated elements, and the attention factor."""
         config = self.config

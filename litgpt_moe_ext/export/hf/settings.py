@@ -1,21 +1,42 @@
 """From a Hugging Face `config.json` to the model configuration that computes the same with this package's layers."""
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.hf.facts import DEEPSEEK_EPS
+from litgpt_moe_ext.export.hf.quantized import Quantization, quantization_of
 
 _Json = dict[str, Any]
 
 
-def model_settings(hf_dir: Path) -> tuple[str, _Json]:
-    """Return the model type of a checkpoint, and the fields of a `litgpt.Config`.
+@dataclass(frozen=True)
+class Published:
+    """What a `config.json` says.
+
+    Attributes:
+        model_type: The architecture.
+        settings: Fields of a `litgpt.Config` that computes the same.
+        quantization: How the weights are stored.
+        left_out: Names of tensors that belong to layers for predicting more than one token, which the architecture in
+            transformers does without as well.
+    """
+
+    model_type: str
+    settings: _Json
+    quantization: Quantization
+    left_out: re.Pattern[str]
+
+
+def read_published(hf_dir: Path) -> Published:
+    """Read the `config.json` of a checkpoint.
 
     Args:
-        hf_dir: A directory with `config.json`.
+        hf_dir: Its directory.
 
     Raises:
         SettingsError: If the architecture is unknown, or asks for something that these layers do not compute.
@@ -32,10 +53,15 @@ def model_settings(hf_dir: Path) -> tuple[str, _Json]:
         raise SettingsError(
             f"hf_dir: {str(path)!r} is a {model_type}; known architectures: {', '.join(sorted(_READERS))}"
         )
-    if raw.get("quantization_config"):
-        raise SettingsError(f"hf_dir: {str(path)!r} has quantized weights; save the model in bfloat16 first")
-    settings = _READERS[model_type](_with_defaults(hf_dir, raw))
-    return model_type, settings | {"name": hf_dir.resolve().name}
+    quantization = quantization_of(raw)
+    try:
+        settings = _READERS[model_type](_with_defaults(hf_dir, raw))
+    except KeyError as error:
+        raise SettingsError(f"hf_dir: {str(path)!r} does not say {error}; name a whole checkpoint") from error
+    n_layer = raw.get("num_hidden_layers") or 0
+    beyond = "|".join(str(n_layer + i) for i in range(raw.get("num_nextn_predict_layers") or 0))
+    left_out = re.compile(rf"model\.layers\.(?:{beyond})\.|model\.mtp_" if beyond else r"model\.mtp_")
+    return Published(model_type, settings | {"name": hf_dir.resolve().name}, quantization, left_out)
 
 
 def _with_defaults(hf_dir: Path, raw: _Json) -> _Json:

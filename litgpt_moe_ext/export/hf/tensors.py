@@ -31,16 +31,22 @@ AS_IT_IS = Layout(_same, _same)
 TRANSPOSED = Layout(lambda w: w.T, lambda w: w.T)
 
 
-def interleaved(head_size: int) -> Layout:
-    """Return the layout of query and key rows for classes that rotate neighbours instead of halves of a head."""
+def interleaved(head_size: int, rotated: int | None = None) -> Layout:
+    """Return the layout of query and key rows for classes that rotate neighbours instead of halves.
 
-    def out(rows: Tensor) -> Tensor:
-        return rows.unflatten(0, (-1, 2, head_size // 2)).transpose(1, 2).flatten(0, 2)
+    Args:
+        head_size: Rows of a head.
+        rotated: How many of them are rotated, the last ones; by default all.
+    """
+    rotated = rotated or head_size
 
-    def back(rows: Tensor) -> Tensor:
-        return rows.unflatten(0, (-1, head_size // 2, 2)).transpose(1, 2).flatten(0, 2)
+    def moved(rows: Tensor, shape: tuple[int, int]) -> Tensor:
+        heads = rows.unflatten(0, (-1, head_size))
+        kept, turned = heads.split((head_size - rotated, rotated), 1)
+        turned = turned.unflatten(1, shape).transpose(1, 2).flatten(1, 2)
+        return torch.cat([kept, turned], 1).flatten(0, 1)
 
-    return Layout(out, back)
+    return Layout(lambda rows: moved(rows, (2, rotated // 2)), lambda rows: moved(rows, (rotated // 2, 2)))
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class Rule:
         sizes: Rows of each part; None for equal parts.
         layouts: How parts are stored there, by name; the others as they are.
         dim: The dimension of the concatenation.
+        whole: The form of our tensor in which it is a concatenation.
     """
 
     ours: str
@@ -60,6 +67,7 @@ class Rule:
     sizes: tuple[int, ...] | None = None
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     dim: int = 0
+    whole: Layout = AS_IT_IS
 
     @property
     def per_expert(self) -> bool:
@@ -76,14 +84,10 @@ class Rule:
             yield from self._cut(tensor)
 
     def _cut(self, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        tensor = self.whole.out(tensor)
         cut = tensor.chunk(len(self.theirs), self.dim) if self.sizes is None else tensor.split(self.sizes, self.dim)
         for name, part in zip(self.theirs, cut, strict=True):
             yield name, self.layouts.get(name, AS_IT_IS).out(part)
-
-    def names(self, n_expert: int) -> list[str]:
-        """Return every name there."""
-        experts = range(n_expert) if self.per_expert else (0,)
-        return [name.replace("{e}", str(e)) for e in experts for name in self.theirs]
 
     def back(self, get: Callable[[str], Tensor], n_expert: int) -> Tensor:
         """Return our tensor.
@@ -94,11 +98,17 @@ class Rule:
         """
         if not self.per_expert:
             return self._join(get, "")
-        return torch.stack([self._join(get, str(e)) for e in range(n_expert)])
+        first = self._join(get, "0")
+        # One expert beside the stack, not all of them once more.
+        stack = first.new_empty((n_expert, *first.shape))
+        stack[0] = first
+        for e in range(1, n_expert):
+            stack[e] = self._join(get, str(e))
+        return stack
 
     def _join(self, get: Callable[[str], Tensor], expert: str) -> Tensor:
         parts = [self.layouts.get(n, AS_IT_IS).back(get(n.replace("{e}", expert))) for n in self.theirs]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
+        return self.whole.back(parts[0] if len(parts) == 1 else torch.cat(parts, self.dim))
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.evaluation.loading import load_tokenizer
 
-_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -33,11 +34,9 @@ def export_tokenizer(checkpoint_dir: Path, out_dir: Path, vocab_size: int) -> di
     Raises:
         SettingsError: If the tokenizer has ids that the model has no embedding for.
     """
-    from litgpt.tokenizer import Tokenizer
-
     if not any((checkpoint_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return {}
-    tokenizer = Tokenizer(checkpoint_dir)
+    tokenizer = load_tokenizer(checkpoint_dir)
     size = tokenizer.vocab_size
     if tokenizer.backend == "huggingface":
         vocabulary: dict[str, int] = tokenizer.processor.get_vocab(with_added_tokens=True)  # pyrefly: ignore[missing-attribute]
@@ -47,7 +46,7 @@ def export_tokenizer(checkpoint_dir: Path, out_dir: Path, vocab_size: int) -> di
             f"checkpoint_dir: the tokenizer in {str(checkpoint_dir)!r} has ids up to {size - 1}, but the model only "
             f"{vocab_size} embeddings; copy the tokenizer that it was trained with there"
         )
-    for name in _FILES:
+    for name in TOKENIZER_FILES:
         if (checkpoint_dir / name).is_file():
             shutil.copyfile(checkpoint_dir / name, out_dir / name)
     _name_class(out_dir / "tokenizer_config.json", tokenizer)

@@ -13,7 +13,7 @@ SIZES: dict[str, Any] = {
     "n_head": 4,
     "n_query_groups": 2,
     "head_size": 12,
-    "block_size": 64,
+    "block_size": 96,
     "vocab_size": 97,
     "padded_vocab_size": 97,
     "rotary_percentage": 1.0,

@@ -1,0 +1,171 @@
+"""The tensors of a Hugging Face directory, read one at a time, whatever form they are stored in."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.export.hf.quantized import Quantization, from_fp8, from_mxfp4
+from litgpt_moe_ext.export.hf.shards import INDEX_FILE
+
+# What transformers recomputes, or keeps from versions that stored it.
+_IGNORED = re.compile(r"(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+_GATE, _UP = ("gate_proj", "w1"), ("up_proj", "w3")
+# The embedding is stored once if it is also the output head.
+_EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight")
+_FLOATING = ("F64", "F32", "F16", "BF16")
+
+
+class StoredWeights:
+    """The tensors of a directory's safetensors files by the names that they have with experts stored one by one.
+
+    Experts may be stored like that (`experts.3.gate_proj.weight`) or stacked, as transformers 5 has them in memory
+    (`experts.gate_up_proj`). Quantized tensors come with their scales: `W_blocks` and `W_scales` for W in MXFP4,
+    `W_scale_inv` beside W in FP8.
+    """
+
+    def __init__(self, hf_dir: Path, quantization: Quantization) -> None:
+        """Open the files.
+
+        Args:
+            hf_dir: The directory.
+            quantization: How weights are stored.
+
+        Raises:
+            SettingsError: If a file is missing or damaged.
+        """
+        self._quantization = quantization
+        self._file_of: dict[str, Any] = {}
+        for path in _files(hf_dir):
+            try:
+                file = safe_open(path, "pt")
+            except (OSError, SafetensorError) as error:
+                raise SettingsError(f"hf_dir: {str(path)!r} cannot be read ({error}); copy it again") from error
+            self._file_of |= dict.fromkeys(file.keys(), file)
+        tables = [name for name in _EMBEDDINGS if name in self._file_of]
+        self._alias = {"lm_head.weight": tables[0]} if tables and "lm_head.weight" not in self._file_of else {}
+
+    def require(self, wanted: Mapping[str, tuple[int, ...]], optional: re.Pattern[str]) -> list[str]:
+        """Check that all the wanted tensors are stored and nothing else; return which optional ones are left out.
+
+        Args:
+            wanted: Shapes by name.
+            optional: Names that may be stored besides.
+
+        Raises:
+            SettingsError: If tensors are missing, surplus, of another shape, or quantized without scales.
+        """
+        parts_of = {name: self._parts(name) for name in wanted}
+        used = {part for parts in parts_of.values() for part in parts}
+        missing = [name for name, parts in parts_of.items() if not parts]
+        unused = [name for name in self._file_of if name not in used and not _IGNORED.search(name)]
+        left_out = [name for name in unused if optional.match(name)]
+        # Biases that a class has and the model does not use are zeros.
+        surplus = [name for name in unused if name not in left_out and not self._is_zero(name)]
+        if missing or surplus:
+            raise SettingsError(
+                f"hf_dir: the weights are not those of its config.json: missing {missing[:4]}, surplus {surplus[:4]}"
+            )
+        for name, parts in parts_of.items():
+            if len(parts) == 1 and (kind := self._type(parts[0])) not in _FLOATING:
+                raise SettingsError(f"hf_dir: {parts[0]} is stored as {kind}, and its config.json does not say how")
+            if (shape := self._shape_of(name, parts)) != wanted[name]:
+                raise SettingsError(f"hf_dir: {name} is {shape}; must be {wanted[name]} for the sizes in config.json")
+        return left_out
+
+    def nbytes(self) -> int:
+        """Return about how many bytes the tensors take when none is quantized any more."""
+        blocks_to_bfloat16 = 4
+        return sum(
+            math.prod(self._shape(name)) * {"F64": 8, "F32": 4, "U8": blocks_to_bfloat16}.get(self._type(name), 2)
+            for name in self._file_of
+        )
+
+    def get(self, name: str) -> Tensor:
+        """Return a tensor that is stored, as floating-point numbers."""
+        first, *scales = self._parts(name)
+        file = self._file_of[first]
+        if len(scales) == 0 and first in (name, self._alias.get(name)):
+            return file.get_tensor(first)
+        if len(scales) == 0:
+            expert, part = _expert_of(name)
+            stacked = file.get_slice(first)[expert]
+            return stacked.chunk(2)[int(part in _UP)] if part in _GATE + _UP else stacked
+        (scale,) = scales
+        if self._quantization.method == "mxfp4":
+            return self._from_mxfp4(first, scale)
+        scales_2d = self._file_of[scale].get_tensor(scale)
+        return from_fp8(first, file.get_tensor(first), scales_2d, self._quantization)
+
+    def _from_mxfp4(self, blocks: str, scales: str) -> Tensor:
+        # Expert by expert, since looking codes up takes many times the memory of what they stand for.
+        n_expert, rows, groups, size = self._shape(blocks)
+        codes, exponents = self._file_of[blocks].get_slice(blocks), self._file_of[scales].get_slice(scales)
+        weights = torch.empty(n_expert, rows, groups * size * 2, dtype=torch.bfloat16)
+        for expert in range(n_expert):
+            weights[expert] = from_mxfp4(codes[expert], exponents[expert])
+        return weights.mT
+
+    def _parts(self, name: str) -> list[str]:
+        name = self._alias.get(name, name)
+        method = self._quantization.method
+        if name in self._file_of:
+            scale = f"{name}_scale_inv"
+            return [name, scale] if method == "fp8" and scale in self._file_of else [name]
+        if method == "mxfp4" and f"{name}_blocks" in self._file_of:
+            return [f"{name}_blocks", f"{name}_scales"]
+        if not _EXPERT.search(name):
+            return []
+        prefix = name[: name.index(".experts.") + 9]
+        _, part = _expert_of(name)
+        stacked = "gate_up_proj" if part in _GATE + _UP else "down_proj"
+        candidates = [prefix + stacked, prefix.replace("block_sparse_moe", "mlp") + stacked]
+        return [c for c in candidates if c in self._file_of][:1]
+
+    def _shape_of(self, name: str, parts: list[str]) -> tuple[int, ...]:
+        shape = tuple(self._shape(parts[0]))
+        if parts[0].endswith("_blocks"):
+            n_expert, rows, groups, size = shape
+            return n_expert, groups * size * 2, rows
+        if not _EXPERT.search(name) or parts[0] == name:
+            return shape
+        _, rows, *rest = shape
+        return (rows // 2 if _expert_of(name)[1] in _GATE + _UP else rows, *rest)
+
+    def _is_zero(self, name: str) -> bool:
+        return not self._file_of[name].get_tensor(name).float().any()
+
+    def _type(self, name: str) -> str:
+        return self._file_of[name].get_slice(name).get_dtype()
+
+    def _shape(self, name: str) -> list[int]:
+        return self._file_of[name].get_slice(name).get_shape()
+
+
+def _files(hf_dir: Path) -> list[Path]:
+    index = hf_dir / INDEX_FILE
+    if not index.is_file():
+        return [hf_dir / "model.safetensors"]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SettingsError(f"hf_dir: {str(index)!r} cannot be read ({error}); copy it again") from error
+    for name in names:
+        path = hf_dir / name
+        # The hub's cache has links.
+        if path.resolve().parent != hf_dir.resolve() and not path.is_symlink():
+            raise SettingsError(f"hf_dir: {INDEX_FILE} names {name!r}, which is outside the directory")
+    return [hf_dir / name for name in names]
+
+
+def _expert_of(name: str) -> tuple[int, str]:
+    number, part, _ = name[name.index(".experts.") + 9 :].split(".")
+    return int(number), part

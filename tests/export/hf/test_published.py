@@ -1,0 +1,34 @@
+"""Published models, as their configurations describe them, are models that this package computes."""
+
+import json
+
+import litgpt
+import pytest
+import torch
+
+from litgpt_moe_ext.export.hf.architectures import choose_class
+from litgpt_moe_ext.export.hf.facts import facts_of
+from litgpt_moe_ext.export.hf.settings import read_published
+from litgpt_moe_ext.export.hf.tensors import Rule
+from tests.export.hf.published import PUBLISHED
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_it_goes_back_to_the_class_that_it_came_from(tmp_path, name):
+    class_name, content = PUBLISHED[name][0], dict(PUBLISHED[name][1])
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    config = litgpt.Config(**read_published(tmp_path).settings)
+    facts = facts_of(config, {})
+    architecture, _ = choose_class(facts)
+    with torch.device("meta"):
+        state = litgpt.GPT(config).state_dict()
+    assert all(entry.ours in state for entry in architecture.entries(facts) if isinstance(entry, Rule))
+    assert architecture.class_name == class_name
+    written = architecture.config(facts)
+    # Written in another form, or of layers that there are not.
+    unused = ("intermediate_size", "sliding_window") if class_name.startswith("Qwen") else ()
+    for key in ("rope_scaling", "tie_word_embeddings", "num_nextn_predict_layers", *unused):
+        content.pop(key, None)
+    assert {key: written[key] for key in content if key in written} == {
+        k: v for k, v in content.items() if k in written
+    }
