@@ -4,19 +4,25 @@ Read off the graphs themselves (`src/models/*.cpp` as of llama-cpp-python 0.3.36
 graphs without complaint and ignores it, so what is not in `can` here must not be asked of it.
 """
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from litgpt_moe_ext.attention.rope import rope_frequencies
 from litgpt_moe_ext.config.rope import DEFAULT_BETA_FAST, DEFAULT_BETA_SLOW, present_adjustments
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.gguf import names
-from litgpt_moe_ext.export.hf.architectures import GPT2, LLAMA_LIKE, SOFTMAX, Architecture
+from litgpt_moe_ext.export.hf.architectures import GPT2, LATENT, LLAMA_LIKE, SOFTMAX, Architecture
 from litgpt_moe_ext.export.hf.config_json import shared_width
 from litgpt_moe_ext.export.hf.facts import Facts, leading_dense_layers, window_of
 from litgpt_moe_ext.export.hf.names import Entries
 from litgpt_moe_ext.export.hf.tensors import Constant
 
-_SIGMOID = 2  # llama.cpp's number of the gating function
+if TYPE_CHECKING:
+    from litgpt_moe_ext.config.types import Config
+
+# llama.cpp's numbers of gating functions.
+_GATING = {"softmax": 1, "sigmoid": 2}
 
 
 def _sizes(facts: Facts) -> dict[str, Any]:
@@ -88,12 +94,61 @@ def _glm(facts: Facts) -> dict[str, Any]:
         | {
             "expert_shared_count": config.n_shared_expert,
             "leading_dense_block_count": leading_dense_layers(config),
-            "expert_gating_func": _SIGMOID,
+            "expert_gating_func": _GATING[facts.score],
             "expert_weights_norm": facts.norm_topk,
             "expert_weights_scale": float(config.routed_scaling_factor),
         }
         | (groups if facts.groups != "none" else {})
     )
+
+
+def _deepseek(facts: Facts) -> dict[str, Any]:
+    _require_full_depth(facts.config)
+    sizes = facts.latent_sizes
+    rank, rotated = sizes["kv_lora_rank"], sizes["qk_rope_head_dim"]
+    return (
+        _glm(facts)
+        | {
+            # It attends to the latent keys as if they were one head for all queries.
+            "attention.head_count_kv": 1,
+            "attention.key_length": rank + rotated,
+            "attention.value_length": rank,
+            "attention.key_length_mla": sizes["qk_nope_head_dim"] + rotated,
+            "attention.value_length_mla": sizes["v_head_dim"],
+            "attention.q_lora_rank": sizes["q_lora_rank"],
+            "attention.kv_lora_rank": rank,
+            "rope.dimension_count": rotated,
+        }
+        | _yarn_of_latent_attention(facts)
+    )
+
+
+def _require_full_depth(config: "Config") -> None:
+    if config.n_layer in (26, 27) or (config.n_layer, config.padded_vocab_size) == (48, 128256):
+        raise SettingsError(
+            f"format: gguf: n_layer: {config.n_layer} with latent attention is a model without compressed queries to "
+            "llama.cpp, whatever else the file says; export with --format hf"
+        )
+
+
+def _yarn_of_latent_attention(facts: Facts) -> dict[str, Any]:
+    # The graph has cosines and sines multiplied by A, and scores by (A (1 + L / 10 ln factor))^2: `attn_factor` is A
+    # and ten times `yarn_log_multiplier` is L, except that A has YaRN's own factor as well where L is 0.
+    if facts.rope != "yarn":
+        return {}
+    keys = present_adjustments(facts.config.rope_adjustments)
+    logarithm = math.log(keys["factor"])
+    _, tables = facts.rope_tables
+    scores = 1 + 0.1 * keys.get("mscale_all_dim", 0.0) * logarithm
+    if not logarithm and tables != 1:
+        raise SettingsError(
+            f"format: gguf: rope_adjustments.attention_factor: {tables} needs a factor above 1 with latent attention "
+            "in llama.cpp; export with --format hf"
+        )
+    multiplier = (scores / tables - 1) / logarithm if logarithm else 0.0
+    if multiplier:
+        return {"rope.scaling.attn_factor": tables, "rope.scaling.yarn_log_multiplier": multiplier}
+    return {}
 
 
 def _ernie(facts: Facts) -> dict[str, Any]:
@@ -223,6 +278,21 @@ GRAPHS = (
         },
         _glm,
         names.with_balancing_bias(_with_post_attention_norm),
+    ),
+    _graph(
+        "deepseek2",
+        _MOE
+        | {name: values for name, values in LATENT.items() if name != "latent_norm_eps"}
+        | {
+            "rope": ("default", "yarn"),
+            "rope_layout": ("interleaved", "half"),
+            "score": ("softmax", "sigmoid"),
+            "norm_topk": (True, False),
+            "balancing_bias": (True, False),
+            "groups": ("none", "best_two"),
+        },
+        _deepseek,
+        names.with_balancing_bias(names.decoder),
     ),
     _graph(
         "gpt-oss",

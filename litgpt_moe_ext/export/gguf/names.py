@@ -2,6 +2,8 @@
 
 Experts are stacked as `(E, F, D)`, gate and up apart. Graphs that rotate neighbours instead of halves of a head want
 query and key rows in that order.
+
+Shape legend: E experts, F their hidden width, D model width, H heads, d what a head gets of the latent width R.
 """
 
 from collections.abc import Callable
@@ -11,7 +13,7 @@ import torch
 from litgpt_moe_ext.config.features import is_dense_layer
 from litgpt_moe_ext.export.hf.facts import Facts
 from litgpt_moe_ext.export.hf.names import Entries, with_interleaved_rotation
-from litgpt_moe_ext.export.hf.tensors import Constant, Layout, Rule
+from litgpt_moe_ext.export.hf.tensors import Constant, Layout, Rule, interleaved
 
 # One gate for the shared experts is a vector there.
 _VECTOR = Layout(lambda w_1D: w_1D.squeeze(0), lambda w_D: w_D.unsqueeze(0))
@@ -30,24 +32,56 @@ def decoder(facts: Facts, second_norm: str = "ffn_norm") -> Entries:
         second_norm: What the graph calls the norm before the feed-forward layer.
     """
     config = facts.config
-    sizes = tuple(n * config.head_size for n in (config.n_head, config.n_query_groups, config.n_query_groups))
     entries = [*_both("transformer.wte", "token_embd"), *_both("transformer.ln_f", "output_norm")]
     entries += _both("lm_head", "output")
     for i in range(config.n_layer):
         ours, theirs = f"transformer.h.{i}.", f"blk.{i}."
         entries += _both(f"{ours}norm_1", f"{theirs}attn_norm") + _both(f"{ours}norm_2", theirs + second_norm)
-        entries += _parts(
-            f"{ours}attn.qkv", [f"{theirs}attn_{p}" for p in "qkv"], facts.attention_bias != "none", sizes
-        )
-        entries += _both(f"{ours}attn.proj", f"{theirs}attn_output", facts.attention_bias == "all")
-        if facts.qk_norm != "none":
-            entries += _both(f"{ours}attn.norm_q", f"{theirs}attn_q_norm")
-            entries += _both(f"{ours}attn.norm_k", f"{theirs}attn_k_norm")
+        entries += (_latent_attention if facts.attention == "latent" else _attention)(facts, f"{ours}attn.", theirs)
         if facts.moe and not is_dense_layer(config, i):
             entries += _experts(facts, f"{ours}mlp.", theirs)
         else:
             entries += _gated(f"{ours}mlp.", theirs, "", facts.mlp_bias)
     return entries
+
+
+def _attention(facts: Facts, ours: str, theirs: str) -> Entries:
+    config = facts.config
+    sizes = tuple(n * config.head_size for n in (config.n_head, config.n_query_groups, config.n_query_groups))
+    entries = _parts(f"{ours}qkv", [f"{theirs}attn_{p}" for p in "qkv"], facts.attention_bias != "none", sizes)
+    entries += _both(f"{ours}proj", f"{theirs}attn_output", facts.attention_bias == "all")
+    if facts.qk_norm != "none":
+        entries += _both(f"{ours}norm_q", f"{theirs}attn_q_norm") + _both(f"{ours}norm_k", f"{theirs}attn_k_norm")
+    return entries
+
+
+def _latent_attention(facts: Facts, ours: str, theirs: str) -> Entries:
+    sizes = facts.latent_sizes
+    fixed, rotated, n_value = (sizes[name] for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    query, key = f"{theirs}attn_q_b.weight", f"{theirs}attn_kv_a_mqa.weight"
+    layouts = {}
+    if facts.rope_layout == "half":
+        layouts[query] = interleaved(fixed + rotated, rotated)
+        layouts[key] = interleaved(sizes["kv_lora_rank"] + rotated, rotated)
+    # The graph multiplies queries by the part for keys, so that it attends to what was not expanded.
+    keys, values = f"{theirs}attn_k_b.weight", f"{theirs}attn_v_b.weight"
+    expanded = Rule(
+        f"{ours}kv_b_proj.weight",
+        (keys, values),
+        (fixed, n_value),
+        {keys: Layout(lambda w_HdR: w_HdR.mT, lambda w_HRd: w_HRd.mT)},
+        dim=1,
+        whole=Layout(lambda w: w.unflatten(0, (-1, fixed + n_value)), lambda w_HdR: w_HdR.flatten(0, 1)),
+    )
+    return [
+        *_both(f"{ours}q_a_proj", f"{theirs}attn_q_a"),
+        *_both(f"{ours}q_a_norm", f"{theirs}attn_q_a_norm"),
+        Rule(f"{ours}q_b_proj.weight", (query,), layouts=layouts),
+        Rule(f"{ours}kv_a_proj_with_mqa.weight", (key,), layouts=layouts),
+        *_both(f"{ours}kv_a_norm", f"{theirs}attn_kv_a_norm"),
+        expanded,
+        *_both(f"{ours}proj", f"{theirs}attn_output"),
+    ]
 
 
 def gpt_oss(facts: Facts) -> Entries:

@@ -6,16 +6,34 @@ find the name by the hash of an encoded text and refuse what they have not seen;
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.evaluation.loading import load_tokenizer
+from litgpt_moe_ext.export.gguf import spm
+
+if TYPE_CHECKING:
+    from litgpt import Tokenizer
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
-# Regular expressions of pre-tokenizers that llama.cpp computes, by its names. The two differ in how many digits make a
-# token.
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_PRE_TOKENIZERS = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _REST: "qwen2"}
+_DEEPSEEK = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
+    "|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
+)
+PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
+    (_GPT2,): "gpt-2",
+    (r"\p{N}", _GPT2): "smollm",
+    (_WORDS + r"\p{N}{1,3}" + _REST,): "llama-bpe",
+    (_WORDS + r"\p{N}" + _REST,): "qwen2",
+    (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK): "deepseek-v3",
+}
+"""llama.cpp's names of pre-tokenizers, by the regular expressions that they split by one after the other.
+
+Only those that it computes exactly: in place of o200k's it has another one.
+"""
 _IGNORES_MERGES = ("llama-bpe",)
 
 
@@ -29,78 +47,95 @@ def tokenizer_metadata(checkpoint_dir: Path, vocab_size: int) -> dict[str, Any]:
     Raises:
         SettingsError: If llama.cpp would split texts otherwise, or if the tokenizer does not fit the model.
     """
-    from litgpt.tokenizer import Tokenizer
-
-    if not (checkpoint_dir / "tokenizer.json").is_file():
-        if (checkpoint_dir / "tokenizer.model").is_file():
-            raise _refusal(checkpoint_dir, "a sentencepiece model without tokenizer.json")
+    is_bpe = (checkpoint_dir / "tokenizer.json").is_file()
+    if not is_bpe and not (checkpoint_dir / "tokenizer.model").is_file():
         return {"ggml.model": "none"}
-    raw = json.loads((checkpoint_dir / "tokenizer.json").read_text(encoding="utf-8"))
-    tokenizer = Tokenizer(checkpoint_dir)
-    pre = _pre_tokenizer(checkpoint_dir, raw)
+    tokenizer = load_tokenizer(checkpoint_dir)
     if tokenizer.eos_id is None:
         raise SettingsError(
             f"checkpoint_dir: the tokenizer in {str(checkpoint_dir)!r} names no end of a text, and llama.cpp would "
             "take token 11 for it; add eos_token to its tokenizer_config.json"
         )
-    tokens, kinds = _vocabulary(checkpoint_dir, raw, vocab_size)
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in raw["model"]["merges"]]
-    metadata = {
-        "ggml.model": "gpt2",
-        "ggml.pre": pre,
-        "ggml.tokens": tokens,
-        "ggml.token_type": kinds,
-        "ggml.eos_token_id": tokenizer.eos_id,
-        "ggml.bos_token_id": tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id,
-        "ggml.add_bos_token": bool(tokenizer.use_bos),
-        "ggml.add_eos_token": False,
+    if is_bpe:
+        raw = json.loads((checkpoint_dir / "tokenizer.json").read_text(encoding="utf-8"))
+        pieces, metadata = _bpe(checkpoint_dir, raw)
+    else:
+        pieces, metadata = spm.read(checkpoint_dir)
+    tokens, kinds = _vocabulary(checkpoint_dir, pieces, vocab_size)
+    metadata |= {"ggml.tokens": tokens, "ggml.token_type": kinds} | _ends(tokenizer)
+    if is_bpe:
         # One merge at least: the format has no empty lists, and this one never applies.
-        "ggml.merges": merges or [f"{tokens[0]} {tokens[0]}"],
-    }
+        metadata["ggml.merges"] = metadata["ggml.merges"] or [f"{tokens[0]} {tokens[0]}"]
+    else:
+        metadata["ggml.scores"] += [0.0] * (vocab_size - len(metadata["ggml.scores"]))
     template = checkpoint_dir / "chat_template.jinja"
     if template.is_file():
         metadata["chat_template"] = template.read_text(encoding="utf-8")
     return metadata
 
 
-def _pre_tokenizer(checkpoint_dir: Path, raw: dict[str, Any]) -> str:
+def _ends(tokenizer: "Tokenizer") -> dict[str, Any]:
+    # What stands around a text is what LitGPT puts there, whether it or the tokenizer's own file asks for it.
+    ids = tokenizer.encode("a").tolist()
+    return {
+        "ggml.eos_token_id": tokenizer.eos_id,
+        "ggml.bos_token_id": tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id,
+        "ggml.add_bos_token": tokenizer.bos_id is not None and ids[:1] == [tokenizer.bos_id],
+        "ggml.add_eos_token": ids[-1:] == [tokenizer.eos_id],
+    }
+
+
+def _bpe(checkpoint_dir: Path, raw: dict[str, Any]) -> tuple[list[spm.Piece], dict[str, Any]]:
     model = raw["model"]
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
-        kind = "BPE with byte_fallback" if model.get("byte_fallback") else model.get("type")
-        raise _refusal(checkpoint_dir, kind)
+    for name in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(name):
+            raise _refusal(checkpoint_dir, f"BPE with {name}")
+    if model.get("type") != "BPE":
+        raise _refusal(checkpoint_dir, str(model.get("type")))
     if raw.get("normalizer") is not None:
         raise _refusal(checkpoint_dir, f"normalizer {raw['normalizer'].get('type')}")
     pre = raw.get("pre_tokenizer") or {}
+    name = PRE_TOKENIZERS.get(tuple(_expressions(pre)))
+    if name is None or bool(model.get("ignore_merges")) != (name in _IGNORES_MERGES):
+        raise _refusal(checkpoint_dir, f"pre_tokenizer {json.dumps(pre)[:120]}")
+    pieces = [(i, token, _NORMAL) for token, i in model["vocab"].items()]
+    for token in raw.get("added_tokens") or ():
+        if any(token.get(flag) for flag in ("lstrip", "rstrip", "single_word")):
+            raise _refusal(checkpoint_dir, f"{token['content']!r}, which takes space or words beside it into account")
+        pieces.append((token["id"], token["content"], _CONTROL if token["special"] else _USER_DEFINED))
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    return pieces, {"ggml.model": "gpt2", "ggml.pre": name, "ggml.merges": merges}
+
+
+def _expressions(pre: dict[str, Any]) -> list[str]:
+    """Return the regular expressions that a pre-tokenizer splits by, or nothing that llama.cpp knows."""
     steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
     last = steps[-1]
-    if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
-        if len(steps) == 1 and last.get("use_regex", True):
-            name = "gpt-2"
-        elif len(steps) == 2 and not last.get("use_regex", True) and steps[0].get("type") == "Split":
-            name = _PRE_TOKENIZERS.get(steps[0]["pattern"].get("Regex", ""))
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+        return []
+    found = []
+    for step in steps[:-1]:
+        isolates = step.get("behavior") == "Isolated" and not step.get("invert")
+        if step.get("type") == "Split" and isolates:
+            found.append(step["pattern"].get("Regex", ""))
+        elif step.get("type") == "Digits" and step.get("individual_digits"):
+            found.append(r"\p{N}")
         else:
-            name = None
-        if name is not None and bool(model.get("ignore_merges")) == (name in _IGNORES_MERGES):
-            return name
-    raise _refusal(checkpoint_dir, f"pre_tokenizer {json.dumps(pre)[:120]}")
+            return []
+    return [*found, _GPT2] if last.get("use_regex", True) else found
 
 
 def _refusal(checkpoint_dir: Path, what: str) -> SettingsError:
     return SettingsError(
         f"checkpoint_dir: the tokenizer in {str(checkpoint_dir)!r} ({what}) must be a byte-level BPE that splits "
-        "texts as GPT-2, Llama 3 or Qwen 2 do for a GGUF file; export with --format hf"
+        "texts as GPT-2, Llama 3, Qwen 2, SmolLM or DeepSeek-V3 do for a GGUF file; export with --format hf"
     )
 
 
-def _vocabulary(checkpoint_dir: Path, raw: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
+def _vocabulary(checkpoint_dir: Path, pieces: list[spm.Piece], vocab_size: int) -> tuple[list[str], list[int]]:
     tokens = [f"[UNUSED{i}]" for i in range(vocab_size)]
     kinds = [_UNUSED] * vocab_size
-    entries = [(token, i, _NORMAL) for token, i in raw["model"]["vocab"].items()]
-    entries += [
-        (token["content"], token["id"], _CONTROL if token["special"] else _USER_DEFINED)
-        for token in raw.get("added_tokens") or ()
-    ]
-    for token, i, kind in entries:
+    for i, token, kind in pieces:
         if i >= vocab_size:
             raise SettingsError(
                 f"checkpoint_dir: the tokenizer in {str(checkpoint_dir)!r} has the id {i} ({token!r}), but the model "

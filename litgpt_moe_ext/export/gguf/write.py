@@ -91,6 +91,7 @@ def choose_graph(facts: Facts) -> Architecture:
         raise SettingsError(
             f"format: gguf: no graph of llama.cpp computes this model ({nearest(rejected)}); export with --format hf"
         )
+    graph.config(facts)  # which refuses numbers that the graph takes for something else
     return graph
 
 

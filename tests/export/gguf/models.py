@@ -2,7 +2,18 @@
 
 from typing import Any
 
-from tests.export.hf.models import CASES, GPT_OSS, MOE, SOFTMAX, YARN
+from tests.export.hf.models import CASES, GPT_OSS, LATENT, LATENT_SIZES, MOE, MOE_OF_LITGPT, SOFTMAX, YARN
+
+_SOFTMAX_OF_LATENT: dict[str, Any] = {
+    **MOE_OF_LITGPT,
+    **LATENT_SIZES,
+    "n_shared_expert": 2,
+    "norm_eps": 1e-5,
+    "rope_interleave": True,
+    "router_score_function": "softmax",
+    "norm_topk_prob": False,
+    "router_bias_update_rate": 0.0,
+}
 
 # Name of a case: the graph, the settings, and whether the balancing bias distinguishes experts.
 GRAPH_CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
@@ -38,6 +49,16 @@ GRAPH_CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
         True,
     ),
     "glm": ("glm4moe", {**CASES["glm"][1], "head_size": 16, "rotary_percentage": 0.5}, True),
+    "deepseek-v3": ("deepseek2", CASES["deepseek-v3"][1], True),
+    "deepseek-v3-half": ("deepseek2", CASES["deepseek-v3-half"][1], True),
+    "deepseek-plain-rope": ("deepseek2", {**LATENT, "n_topk_scores_per_group": 2}, True),
+    "deepseek-softmax": ("deepseek2", _SOFTMAX_OF_LATENT, False),
+    "deepseek-softmax-yarn": ("deepseek2", {**_SOFTMAX_OF_LATENT, "rope_adjustments": YARN}, False),
+    "deepseek-as-one-factor": (
+        "deepseek2",
+        {**_SOFTMAX_OF_LATENT, "rope_adjustments": {**YARN, "mscale_all_dim": 1.0}},
+        False,
+    ),
     "gpt-oss": (
         "gpt-oss",
         {**GPT_OSS, "sliding_window_size": 9, "sliding_window_indices": [1, 0, 1], "rope_adjustments": YARN},

@@ -11,11 +11,14 @@ from gguf import GGUFReader
 from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, train_bpe
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.gguf.architectures import GRAPHS
+from litgpt_moe_ext.export.gguf.tokenizer import tokenizer_metadata
 from litgpt_moe_ext.export.gguf.write import export_gguf
 from litgpt_moe_ext.export.hf.architectures import choose
 from litgpt_moe_ext.export.hf.facts import facts_of
 from litgpt_moe_ext.export.hf.tensors import Constant
 from tests.export.gguf.models import GRAPH_CASES
+from tests.export.gguf.tokenizers import PRE_TOKENIZERS, train_spm
+from tests.export.gguf.tokenizers import train_bpe as train_bpe_like
 from tests.export.hf.models import CASES, make_checkpoint
 
 
@@ -42,7 +45,7 @@ def test_every_tensor_is_in_the_file(tmp_path, name):
             assert torch.equal(stored.pop(entry.name), entry.make())
             continue
         tensor, expected = entry.back(stored.pop, config.n_expert), state[entry.ours]
-        if entry.ours.endswith("correction_bias"):
+        if entry.ours.endswith("correction_bias") and config.n_expert_groups:
             expected = expected - expected.min().clamp(max=0)
         assert torch.equal(tensor, expected), entry.ours
     assert not stored
@@ -79,7 +82,7 @@ def test_numbers(tmp_path):
     }
     numbers = {
         "vocab_size": 97,
-        "context_length": 64,
+        "context_length": 96,
         "embedding_length": 48,
         "block_count": 3,
         "feed_forward_length": 192,  # of no layer
@@ -161,6 +164,20 @@ class TestTokenizer:
             (lambda raw: raw["model"].update(byte_fallback=True), "BPE with byte_fallback"),
             (lambda raw: raw["pre_tokenizer"].update(add_prefix_space=True), "pre_tokenizer"),
             (lambda raw: raw.update(normalizer={"type": "Lowercase"}), "normalizer Lowercase"),
+            (lambda raw: raw["model"].update(end_of_word_suffix="</w>"), "BPE with end_of_word_suffix"),
+            (lambda raw: raw["added_tokens"][0].update(lstrip=True), "takes space or words beside it into account"),
+            (
+                lambda raw: raw.update(
+                    pre_tokenizer={
+                        "type": "Sequence",
+                        "pretokenizers": [
+                            {"type": "Split", "pattern": {"Regex": r"\p{N}"}, "behavior": "Removed", "invert": False},
+                            raw["pre_tokenizer"],
+                        ],
+                    }
+                ),
+                "pre_tokenizer",
+            ),
             (lambda raw: raw["model"]["vocab"].update(beyond=320), "has the id 320 .'beyond'., but the model only 320"),
         ],
     )
@@ -168,6 +185,50 @@ class TestTokenizer:
         with pytest.raises(SettingsError, match=reason):
             self.export(tmp_path, change)
         assert not (tmp_path / "out").exists()
+
+
+class TestSentencePiece:
+    def export(self, folder, **options):
+        make_checkpoint(
+            folder / "checkpoint", {**CASES["llama"][1], "vocab_size": 400, "padded_vocab_size": 400}, False
+        )
+        processor = train_spm(folder / "checkpoint", **options)
+        export_gguf(folder / "checkpoint", folder / "out")
+        return processor, keys(GGUFReader(folder / "out" / "model.gguf"))
+
+    def test_llamas(self, tmp_path):
+        processor, found = self.export(tmp_path)
+        found = {name.removeprefix("tokenizer.ggml."): value for name, value in found.items() if "ggml" in name}
+        size = processor.vocab_size()
+        assert (found["model"], found["add_space_prefix"], found["add_bos_token"]) == ("llama", True, False)
+        assert (found["unknown_token_id"], found["bos_token_id"], found["eos_token_id"]) == (0, 1, 2)
+        assert found["tokens"][:size] == [processor.id_to_piece(i) for i in range(size)]
+        assert found["scores"] == pytest.approx([processor.get_score(i) for i in range(size)] + [0] * (400 - size))
+        assert found["token_type"] == [2, 3, 3] + [6] * 256 + [1] * (size - 259) + [5] * (400 - size)
+
+    @pytest.mark.parametrize(
+        ("options", "reason"),
+        [
+            ({"model_type": "unigram", "hard_vocab_limit": False}, "not BPE"),
+            ({"normalization_rule_name": "nfkc"}, "normalization nfkc"),
+            (
+                {"remove_extra_whitespaces": True, "byte_fallback": False, "vocab_size": 200},
+                "without byte_fallback, remove_extra_white",
+            ),
+            ({"user_defined_symbols": ["<tool>"]}, "user-defined or unused pieces"),
+        ],
+    )
+    def test_what_would_split_otherwise_is_refused(self, tmp_path, options, reason):
+        with pytest.raises(SettingsError, match=rf"tokenizer.model in .* \({reason}.*must be a BPE with"):
+            self.export(tmp_path, **options)
+
+
+@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+def test_pre_tokenizers(tmp_path, name):
+    tokenizer = train_bpe_like(tmp_path, name, 320)
+    metadata = tokenizer_metadata(tmp_path, 320)
+    assert metadata["ggml.pre"] == name
+    assert metadata["ggml.tokens"] == [tokenizer.id_to_token(i) for i in range(320)]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,9 @@ from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, train_bpe
 from litgpt_moe_ext.evaluation.loading import load_model
 from litgpt_moe_ext.export.gguf.write import export_gguf
 from tests.export.gguf.models import GRAPH_CASES
+from tests.export.gguf.tokenizers import PRE_TOKENIZERS, train_spm
+from tests.export.gguf.tokenizers import TEXT as TOKENIZED
+from tests.export.gguf.tokenizers import train_bpe as train_bpe_like
 from tests.export.hf.models import make_checkpoint
 
 pytestmark = pytest.mark.llama_cpp
@@ -22,7 +25,7 @@ TEXT = "def reverse(items):\n    return items[::-1]  # 12345 it's déjà-vu 日�
 
 def open_file(folder: Path):
     llama_cpp = pytest.importorskip("llama_cpp")
-    exact = {"n_ctx": 64, "logits_all": True, "n_threads": 1, "flash_attn": False, "type_k": 0, "type_v": 0}
+    exact = {"n_ctx": 96, "logits_all": True, "n_threads": 1, "flash_attn": False, "type_k": 0, "type_v": 0}
     return llama_cpp.Llama(str(folder / "model.gguf"), verbose=False, **exact)
 
 
@@ -49,13 +52,28 @@ def test_logits_and_tokens(tmp_path, name):
     with torch.inference_mode():
         expected = model(tokens)[0]
         text = tokens[:, :8]
-        for _ in range(32):
+        for _ in range(64):
             text = torch.cat([text, model(text)[:, -1:].argmax(-1)], dim=1)
     llama.eval(tokens[0].tolist())
     error = np.abs(llama.scores[:40] - expected.numpy()).max() / expected.abs().max().item()
     print(f"{name}: logits within {error:.1e}")
     assert error < (5e-3 if graph == "gpt2" else 5e-5)
-    assert greedy(llama, tokens[0, :8].tolist(), 32) == text[0].tolist()
+    assert greedy(llama, tokens[0, :8].tolist(), 64) == text[0].tolist()
+
+
+@pytest.mark.parametrize("name", [*PRE_TOKENIZERS, "spm"])
+def test_tokenizers(tmp_path, name):
+    """Of a text with digits, accents, signs, several scripts and spaces of all kinds."""
+    settings = {**GRAPH_CASES["llama-yarn"][1], "vocab_size": 420, "padded_vocab_size": 420}
+    make_checkpoint(tmp_path / "checkpoint", settings, False)
+    if name == "spm":
+        expected = train_spm(tmp_path / "checkpoint").encode(TOKENIZED)
+    else:
+        expected = train_bpe_like(tmp_path / "checkpoint", name, 420).encode(TOKENIZED).ids
+    export_gguf(tmp_path / "checkpoint", tmp_path / "out")
+    llama_cpp = pytest.importorskip("llama_cpp")
+    llama = llama_cpp.Llama(str(tmp_path / "out" / "model.gguf"), vocab_only=True, verbose=False)
+    assert llama.tokenize(TOKENIZED.encode(), add_bos=False) == expected
 
 
 def test_a_trained_checkpoint(tmp_path):
