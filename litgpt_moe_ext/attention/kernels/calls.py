@@ -69,17 +69,25 @@ def pack(x_BHTd: Tensor, offsets: Tensor | None) -> Tensor:
     return x_BTHd if offsets is None else x_BTHd.flatten(0, 1)
 
 
-def unpack(packed: Tensor, like_BHTd: Tensor, offsets: Tensor | None) -> Tensor:
-    """Undo `pack`; returns (B, H, T, d)."""
-    x_BTHd = packed if offsets is None else packed.unflatten(0, (like_BHTd.size(0), like_BHTd.size(2)))
-    return x_BTHd.transpose(1, 2)
-
-
 def pack_lse(lse_BHT: Tensor, offsets: Tensor | None) -> Tensor:
     """Return (B, H, T), or (H, B * T) for documents."""
     return lse_BHT if offsets is None else lse_BHT.transpose(0, 1).flatten(1)
 
 
-def unpack_lse(lse: Tensor, q_BHTd: Tensor, offsets: Tensor | None) -> Tensor:
-    """Undo `pack_lse`; returns (B, H, T)."""
-    return lse if offsets is None else lse.unflatten(1, (q_BHTd.size(0), q_BHTd.size(2))).transpose(0, 1)
+def unpack_result(out: Tensor, lse: Tensor, inputs: Inputs, rest: tuple[Tensor | None, ...] = ()) -> Result:
+    """Return what a kernel returned, in that layout, as the result of a forward pass."""
+    q_BHTd, offsets = inputs.q_BHTd, inputs.offsets
+    if offsets is not None:
+        lse = lse.unflatten(1, (q_BHTd.size(0), q_BHTd.size(2))).transpose(0, 1)
+    return Result(_unpack(out, q_BHTd, offsets), lse, rest)
+
+
+def unpack_gradients(dq: Tensor, dk: Tensor, dv: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of queries, keys and values, in that layout, in the layout of the inputs."""
+    q, k, v, _, offsets = inputs
+    return _unpack(dq, q, offsets), _unpack(dk, k, offsets), _unpack(dv, v, offsets)
+
+
+def _unpack(packed: Tensor, like_BHTd: Tensor, offsets: Tensor | None) -> Tensor:
+    x_BTHd = packed if offsets is None else packed.unflatten(0, (like_BHTd.size(0), like_BHTd.size(2)))
+    return x_BTHd.transpose(1, 2)

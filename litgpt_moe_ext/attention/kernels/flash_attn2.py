@@ -11,8 +11,8 @@ from litgpt_moe_ext.attention.kernels.calls import (
     Result,
     pack,
     pack_lse,
-    unpack,
-    unpack_lse,
+    unpack_gradients,
+    unpack_result,
     window_sides,
 )
 
@@ -29,7 +29,7 @@ def forward(inputs: Inputs, call: Call) -> Result:
         out, lse, _, rng_state = package._flash_attn_varlen_forward(
             *packed, offsets, offsets, q.size(2), k.size(2), **settings
         )
-    return Result(unpack(out, q, offsets), unpack_lse(lse, q, offsets), (rng_state,))
+    return unpack_result(out, lse, inputs, (rng_state,))
 
 
 def backward(dout: Tensor, inputs: Inputs, result: Result, call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,14 +42,15 @@ def backward(dout: Tensor, inputs: Inputs, result: Result, call: Call) -> tuple[
     }
     packed = [pack(x, offsets).contiguous() for x in (dout, q, k, v, result.out_BHTd)]
     # The package writes the gradients into tensors that it is given.
-    dq, dk, dv = grads = [torch.empty_like(x) for x in packed[1:4]]
+    gradients = [torch.empty_like(x) for x in packed[1:4]]
     lse = pack_lse(result.lse_BHT, offsets).contiguous()
     package = _package()
     if offsets is None:
-        package._flash_attn_backward(*packed, lse, *grads, **settings)
+        package._flash_attn_backward(*packed, lse, *gradients, **settings)
     else:
-        package._flash_attn_varlen_backward(*packed, lse, *grads, offsets, offsets, q.size(2), k.size(2), **settings)
-    return unpack(dq, q, offsets), unpack(dk, k, offsets), unpack(dv, v, offsets)
+        lengths = (offsets, offsets, q.size(2), k.size(2))
+        package._flash_attn_varlen_backward(*packed, lse, *gradients, *lengths, **settings)
+    return unpack_gradients(*gradients, inputs)
 
 
 def register_flop_formulas(flop_counter: Any) -> None:

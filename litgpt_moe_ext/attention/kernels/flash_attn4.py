@@ -14,8 +14,8 @@ from litgpt_moe_ext.attention.kernels.calls import (
     Result,
     pack,
     pack_lse,
-    unpack,
-    unpack_lse,
+    unpack_gradients,
+    unpack_result,
     window_sides,
 )
 
@@ -26,7 +26,7 @@ def forward(inputs: Inputs, call: Call) -> Result:
     out, lse, *_ = _package()._flash_attn_fwd(
         *(pack(x, offsets) for x in (q, k, v)), **_settings(inputs, call), return_lse=True
     )
-    return Result(unpack(out, q, offsets), unpack_lse(lse, q, offsets))
+    return unpack_result(out, lse, inputs)
 
 
 def backward(dout: Tensor, inputs: Inputs, result: Result, call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,7 +38,7 @@ def backward(dout: Tensor, inputs: Inputs, result: Result, call: Call) -> tuple[
         **_settings(inputs, call),
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
-    return unpack(dq, q, offsets), unpack(dk, k, offsets), unpack(dv, v, offsets)
+    return unpack_gradients(dq, dk, dv, inputs)
 
 
 def _settings(inputs: Inputs, call: Call) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from litgpt_moe_ext.attention.kernels.calls import (
     Result,
     pack,
     pack_lse,
-    unpack,
-    unpack_lse,
+    unpack_gradients,
+    unpack_result,
     window_sides,
 )
 
@@ -31,7 +31,7 @@ def forward(inputs: Inputs, call: Call) -> Result:
         *(pack(x, offsets) for x in (q, k, v)), offsets, offsets, q.size(2), k.size(2), call.dropout, call.causal,
         False, scale=call.scale, window_size_left=left, window_size_right=right,
     )  # fmt: skip
-    return Result(unpack(out, q, offsets), unpack_lse(lse, q, offsets), (rng_state, unused))
+    return unpack_result(out, lse, inputs, (rng_state, unused))
 
 
 def backward(dout: Tensor, inputs: Inputs, result: Result, call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,4 +48,4 @@ def backward(dout: Tensor, inputs: Inputs, result: Result, call: Call) -> tuple[
         *(pack(x, offsets) for x in (dout, q, k, v, out)), pack_lse(lse, offsets), offsets, offsets, q.size(2),
         k.size(2), call.dropout, call.causal, *rest, scale=call.scale, window_size_left=left, window_size_right=right,
     )  # fmt: skip
-    return unpack(dq, q, offsets), unpack(dk, k, offsets), unpack(dv, v, offsets)
+    return unpack_gradients(dq, dk, dv, inputs)
