@@ -7,10 +7,10 @@
 Tables: experts (forward and backward against LitGPT's `LLaMAMoE`, Hugging Face, Liger where installed, a dense MLP of
 equal active work, and bare matrix products), their memory, decoding, attention against
 `F.scaled_dot_product_attention`, whole training steps against their dense twins (with MFU, peak memory, waiting and
-`torch.compile`), and the memory that a step is promised to take. Contenders take turns on the same data; a cell is a
-median.
-What does not fit into memory or time is left out, and says so. The file holds card, versions and clocks; send it along
-with what you report.
+`torch.compile`), routers, and the memory that a step is promised to take. Contenders take turns on the same data; a
+cell is a median. What fails, or does not fit into memory or time, is left out, and says so; each table has its share of
+the time, and an error ends no more than its table, in a new process if the card is lost to this one. The file, which is
+written anew after every row, holds card, versions and clocks; send it along with what you report.
 
 Shape legend: T tokens, D model width, F hidden width of one expert, E experts, K chosen experts per token.
 """
@@ -21,10 +21,13 @@ import dataclasses
 import gc
 import importlib.util
 import json
+import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -96,30 +99,49 @@ class Bench:
 
     def __init__(self, device: str, tiny: bool, minutes: float) -> None:
         self.device, self.tiny = torch.device(device), tiny
-        self.end = time.monotonic() + 60 * minutes
+        self.end = self.end_of_table = time.monotonic() + 60 * minutes
         self.is_cuda = self.device.type == "cuda"
         self.dtype = torch.bfloat16
         if self.is_cuda and torch.cuda.get_device_capability() < (8, 0):
             self.dtype = torch.float16
         self.rounds = 3 if tiny else 9
         self.tables: list[dict[str, Any]] = []
+        self.notes: list[str] = []
 
     @property
     def late(self) -> bool:
-        return time.monotonic() > self.end
+        return time.monotonic() > min(self.end, self.end_of_table)
+
+    def note(self, text: str) -> None:
+        """Say what is missing from a table, and keep it for the file."""
+        print(f"({text})", flush=True)
+        self.notes.append(text)
 
     def medians(self, calls: dict[str, Callable[[], object]]) -> dict[str, float | None]:
-        """Return the median milliseconds of calls that take turns; None for those that fail for want of memory."""
+        """Return the median milliseconds of calls that take turns; None for those that fail."""
         times: dict[str, list[float]] = {}
         for name, call in calls.items():
-            with contextlib.suppress(torch.OutOfMemoryError):
-                call()
+            if self.works(name, call):
                 call()
                 times[name] = []
         for turn in range(self.rounds):
             for name in list(times) if turn % 2 == 0 else reversed(list(times)):
                 times[name].append(self._milliseconds(calls[name]))
+            # Two of each are enough to go on with.
+            if self.late and turn:
+                break
         return {name: statistics.median(times[name]) if name in times else None for name in calls}
+
+    def works(self, name: str, call: Callable[[], object]) -> bool:
+        """Return whether a contender works at all, and note why not; others' layers may want other versions."""
+        try:
+            call()
+            if self.is_cuda:
+                torch.cuda.synchronize()
+        except Exception as error:
+            self.note(f"{name} is left out: {described(error)}")
+            return False
+        return True
 
     def _milliseconds(self, call: Callable[[], object]) -> float:
         if not self.is_cuda:
@@ -134,22 +156,55 @@ class Bench:
         end.synchronize()
         return start.elapsed_time(end)
 
-    def table(self, title: str, rows: Iterator[dict[str, Any]]) -> None:
-        """Print a table row by row as it is measured, and keep it for the file."""
+    def table(self, name: str, title: str, rows: Iterator[dict[str, Any]], save: Callable[[], None]) -> None:
+        """Print a table row by row as it is measured, and save what there is after each; an error ends the table only.
+
+        Args:
+            name: Of the table.
+            title: Its heading.
+            rows: What to measure.
+            save: Writes the file.
+        """
         kept: list[dict[str, Any]] = []
+        self.notes = []
+        self.tables.append({"name": name, "title": title, "rows": kept, "notes": self.notes})
         print(f"\n## {title}\n")
-        for row in rows:
-            if not kept:
-                print("| " + " | ".join(row) + " |\n" + "| --- " * len(row) + "|")
-            print("| " + " | ".join(cell(value) for value in row.values()) + " |", flush=True)
-            kept.append(row)
-            if self.is_cuda:
-                gc.collect()
-                torch.cuda.empty_cache()
-            if self.late:
-                print("\nOut of time: the rest is left out.")
-                break
-        self.tables.append({"title": title, "rows": kept})
+        try:
+            for row in rows:
+                if not kept:
+                    print("| " + " | ".join(row) + " |\n" + "| --- " * len(row) + "|")
+                print("| " + " | ".join(cell(value) for value in row.values()) + " |", flush=True)
+                kept.append(row)
+                save()
+                if self.is_cuda:
+                    gc.collect()
+                    torch.cuda.empty_cache()
+                if self.late:
+                    self.note("out of time: the rest is left out")
+                    break
+        except Exception as error:
+            traceback.print_exc()
+            self.note(f"the rest is left out: {described(error)}")
+        save()
+
+    def context_is_lost(self) -> bool:
+        """Return whether the card works no longer for this process, as after an access to a wrong address."""
+        if not self.is_cuda:
+            return False
+        try:
+            torch.cuda.synchronize()
+            torch.ones(1, device=self.device).sum().item()
+        except torch.OutOfMemoryError:
+            return False
+        except Exception as error:
+            print(f"(the card is lost to this process: {described(error)})", flush=True)
+            return True
+        return False
+
+
+def described(error: Exception) -> str:
+    """Return an error in a line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
 
 
 def cell(value: Any) -> str:
@@ -218,9 +273,9 @@ class Liger(nn.Module):
         from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
 
         x_TD = x_BTD.flatten(0, 1)
-        gates_TK, experts_TK, _ = self.moe.gate(x_TD)
-        weights = self.moe.experts.weights
-        arguments = (x_TD, weights.up_EGD, weights.down_EDF, experts_TK, gates_TK.to(x_TD.dtype))
+        routing, weights = self.moe.gate(x_TD), self.moe.experts.weights
+        chosen = (routing.experts_TK, routing.weights_TK.to(x_TD.dtype))
+        arguments = (x_TD, weights.up_EGD, weights.down_EDF, *chosen)
         return LigerFusedMoEFunction.apply(*arguments).view(x_BTD.shape)
 
 
@@ -250,18 +305,6 @@ def forward_backward(layer: nn.Module, x: Tensor) -> None:
     y.backward(x.detach())
 
 
-def call_or_skip(call: Callable[[], object]) -> bool:
-    """Return whether a contender works at all; others' layers may want another version of something."""
-    try:
-        call()
-    except torch.OutOfMemoryError:
-        return False
-    except Exception as error:
-        print(f"(left out: {type(error).__name__}: {str(error).splitlines()[0][:120]})")
-        return False
-    return True
-
-
 def experts_rows(bench: Bench) -> Iterator[dict[str, Any]]:
     lengths = (64,) if bench.tiny else (16384, 2048, 65536)
     for T in lengths:
@@ -269,7 +312,6 @@ def experts_rows(bench: Bench) -> Iterator[dict[str, Any]]:
             layers = make_layers(size, bench)
             x = torch.randn(1, T, size.D, device=bench.device, dtype=bench.dtype).requires_grad_()
             calls = {name: partial(forward_backward, layer, x) for name, layer in layers.items()}
-            calls = {name: call for name, call in calls.items() if name in BACKENDS or call_or_skip(call)}
             times = bench.medians({**calls, "products": bare_products(size, T, bench)})
             names = (*BACKENDS, "LLaMAMoE", "HF", "Liger", "dense", "products")
             best = min((times[name] for name in BACKENDS[:2] if times.get(name)), default=None)
@@ -278,6 +320,33 @@ def experts_rows(bench: Bench) -> Iterator[dict[str, Any]]:
                 for name in ("LLaMAMoE", "dense", "products")
             }
             yield {"layer": size.name, "tokens": T, **{f"{n}, ms": times.get(n) for n in names}, **ratios}
+
+
+def router_rows(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Measure routers by the fused kernels and by torch's operators, which start some forty kernels."""
+    T, D, E = (64, 64, 8) if bench.tiny else (16384, 768, 64)
+    settings: dict[str, dict[str, Any]] = {
+        "sigmoid, bias": {"router_score_function": "sigmoid", "norm_topk_prob": True, "router_bias_update_rate": 0.001},
+        "softmax, balancing loss": {"router_score_function": "softmax", "router_load_balancing_loss_coef": 0.01},
+        "noisy, two losses": {"router_type": "noisy_topk"},
+    }
+    for rule, changes in settings.items():
+        x = torch.randn(T, D, device=bench.device, dtype=bench.dtype).requires_grad_()
+        row: dict[str, Any] = {"router": rule, "tokens": T, "experts": E}
+        gates = {}
+        for name, backend in (("fused, ms", None), ("operators, ms", "loop")):
+            size = Size("", D, 32, E, 2)
+            gate = SharedExpertMoE(size.config("SharedExpertMoE", expert_backend=backend, **changes)).gate
+            gate.reset_parameters()
+            gates[name] = gate.to(bench.device)
+
+        def run(gate: nn.Module, x: Tensor = x) -> None:
+            gate.zero_grad()
+            gate(x).weights_TK.sum().backward()
+
+        row |= bench.medians({name: partial(run, gate) for name, gate in gates.items()})
+        fused, plain = row["fused, ms"], row["operators, ms"]
+        yield row | {"operators / fused": plain / fused if plain and fused else None}
 
 
 def saved_bytes(layer: nn.Module, x: Tensor) -> int:
@@ -319,9 +388,7 @@ def decoding_rows(bench: Bench) -> Iterator[dict[str, Any]]:
                     layer(x)
 
             calls = {name: partial(decode, layer) for name, layer in make_layers(size, bench).items()}
-            times = bench.medians(
-                {name: call for name, call in calls.items() if name in BACKENDS or call_or_skip(call)}
-            )
+            times = bench.medians(calls)
             yield {"layer": size.name, "tokens": T, **{f"{name}, ms": value for name, value in times.items()}}
 
 
@@ -352,7 +419,7 @@ def attention_rows(bench: Bench) -> Iterator[dict[str, Any]]:
             calls: dict[str, Callable[[], object]] = {"SDPA": partial(run, sdpa)}
             for name, (sink, pattern) in patterns.items():
                 calls[name] = partial(run, partial(causal_attention, q, k, v, Softmax(sink, D**-0.5), **pattern))
-            times = bench.medians({n: call for n, call in calls.items() if call_or_skip(call)})
+            times = bench.medians(calls)
             over = {f"{n} / SDPA": t / times["SDPA"] for n, t in times.items() if n != "SDPA" and t and times["SDPA"]}
             kind = "forward and backward" if backward else "forward"
             yield {"tokens": T, "pass": kind, "SDPA, ms": times["SDPA"], **over}
@@ -437,39 +504,45 @@ def recipe(name: str, tiny: bool) -> tuple[dict[str, Any], int]:
 
 
 def steps_rows(bench: Bench) -> Iterator[dict[str, Any]]:
-    for name in RECIPES[:1] if bench.tiny else RECIPES:
-        settings, micro_batch = recipe(name, bench.tiny)
+    return measured_steps(bench, ("dense twin", "ours", "LLaMAMoE"))
+
+
+def compiled_rows(bench: Bench) -> Iterator[dict[str, Any]]:
+    return measured_steps(bench, () if bench.tiny else ("dense twin", "ours, compiled"))
+
+
+def measured_steps(bench: Bench, names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Measure whole training steps of recipes with the models of these `names`, the dense twin first."""
+    for recipe_name in RECIPES[:1] if bench.tiny else RECIPES:
+        settings, micro_batch = recipe(recipe_name, bench.tiny)
         length = settings["block_size"]
         batch = torch.randint(0, settings["vocab_size"], (micro_batch, length + 1), device=bench.device)
         reference = None
-        for contender, changed in reversed(contenders(settings).items()):
-            if bench.late or (bench.tiny and contender == "ours, compiled"):
-                continue
-            row: dict[str, Any] = {"recipe": name, "batch": f"{micro_batch} x {length}", "model": contender}
-            trainee = None
+        for name in names:
+            if bench.late:
+                return
+            row: dict[str, Any] = {"recipe": recipe_name, "batch": f"{micro_batch} x {length}", "model": name}
             try:
-                trainee = Trainee(changed, bench, batch, compiled="compiled" in contender)
-                trainee.step()
+                trainee = Trainee(contenders(settings)[name], bench, batch, compiled="compiled" in name)
                 if bench.is_cuda:
                     torch.cuda.reset_peak_memory_stats()
-                time_ms = bench.medians({"step": trainee.step})["step"]
+                time_ms = bench.medians({f"{recipe_name}, {name}": trainee.step})[f"{recipe_name}, {name}"]
             except Exception as error:
-                print(f"({name}, {contender}: {type(error).__name__}: {str(error).splitlines()[0][:120]})")
+                bench.note(f"{recipe_name}, {name} is left out: {described(error)}")
                 continue
-            reference = time_ms if contender == "dense twin" else reference
+            reference = time_ms if name == "dense twin" else reference
             flops = micro_batch * count_flops(trainee.config, length, training=True)
             precision = "16-mixed" if bench.dtype == torch.float16 else "bf16-mixed"
             peak = peak_flops(torch.cuda.get_device_name(), precision, "highest") if bench.is_cuda else None
-            row |= {
+            yield row | {
                 "ms per step": time_ms,
                 "time / dense twin": time_ms / reference if time_ms and reference else None,
                 "tokens per second": micro_batch * length / time_ms * 1e3 if time_ms else None,
                 "MFU": flops / time_ms * 1e3 / peak if time_ms and peak else None,
                 "TFLOP/s": flops / time_ms * 1e-9 if time_ms else None,
                 "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if bench.is_cuda else None,
-                "waits": waits(trainee.step, bench),
+                "waits": waits(trainee.step, bench) if time_ms else None,
             }
-            yield row
             del trainee
 
 
@@ -492,13 +565,16 @@ def promise_rows(bench: Bench) -> Iterator[dict[str, Any]]:
         yield {"recipe": name, "batch": micro_batch, "predicted GiB": predicted, "measured GiB": measured}
 
 
+# Their titles, and their shares of the time.
 TABLES = {
-    "experts": ("Experts, forward and backward", experts_rows),
-    "steps": ("Whole training steps", steps_rows),
-    "attention": ("Attention against SDPA", attention_rows),
-    "decoding": ("Decoding, no gradients", decoding_rows),
-    "memory": ("Saved for the backward pass", memory_rows),
-    "promise": ("Memory of a training step", promise_rows),
+    "experts": ("Experts, forward and backward", 4.0, experts_rows),
+    "router": ("Routers, forward and backward", 0.5, router_rows),
+    "steps": ("Whole training steps", 3.0, steps_rows),
+    "attention": ("Attention against SDPA", 1.0, attention_rows),
+    "decoding": ("Decoding, no gradients", 0.5, decoding_rows),
+    "memory": ("Saved for the backward pass", 0.5, memory_rows),
+    "promise": ("Memory of a training step", 0.5, promise_rows),
+    "compiled": ("Whole training steps, compiled", 2.0, compiled_rows),
 }
 
 
@@ -509,19 +585,39 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="toy sizes")
     parser.add_argument("--minutes", type=float, default=7.5, help="after which nothing new is begun")
     parser.add_argument("--out", type=Path, help="file for the figures (default: gpu-<card>.json)")
+    parser.add_argument("--resume", action="store_true", help="keep the tables that the file has, and measure the rest")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device: cuda must be there, torch finds no card; --device cpu --tiny tries the code")
     bench = Bench(arguments.device, arguments.tiny, arguments.minutes)
     found = environment(bench)
-    print("# " + found.get("card", "CPU") + "\n\n" + "\n".join(f"- {name}: {value}" for name, value in found.items()))
-    for name in arguments.only:
-        if not bench.late:
-            title, rows = TABLES[name]
-            bench.table(f"{title} ({str(bench.dtype).removeprefix('torch.')})", rows(bench))
     card = "".join(letter if letter.isalnum() else "-" for letter in found.get("card", "cpu"))
     out = arguments.out or Path(f"gpu-{card}.json")
-    out.write_text(json.dumps({"environment": found, "tables": bench.tables}, indent=1), encoding="utf-8")
+    if arguments.resume and out.is_file():
+        bench.tables = json.loads(out.read_text(encoding="utf-8"))["tables"]
+
+    def save() -> None:
+        new = out.with_name(out.name + ".new")
+        new.write_text(json.dumps({"environment": found, "tables": bench.tables}, indent=1), encoding="utf-8")
+        new.replace(out)
+
+    print("# " + found.get("card", "CPU") + "\n\n" + "\n".join(f"- {name}: {value}" for name, value in found.items()))
+    have = {table["name"] for table in bench.tables}
+    names = [name for name in arguments.only if name not in have]
+    for i, name in enumerate(names):
+        title, share, rows = TABLES[name]
+        now = time.monotonic()
+        bench.end_of_table = now + (bench.end - now) * share / sum(TABLES[later][1] for later in names[i:])
+        if not bench.late:
+            bench.table(name, f"{title} ({str(bench.dtype).removeprefix('torch.')})", rows(bench), save)
+        if names[i + 1 :] and bench.context_is_lost():
+            # A new process has a new context.
+            minutes = (bench.end - time.monotonic()) / 60
+            rest = ["--resume", "--minutes", f"{minutes:.2f}", "--out", str(out), "--device", arguments.device]
+            rest += [*(["--tiny"] if arguments.tiny else []), "--only", *names[i + 1 :]]
+            sys.stdout.flush()
+            os.execv(sys.executable, [sys.executable, __file__, *rest])
+    save()
     print(f"\nWritten to {out}.")
 
 
