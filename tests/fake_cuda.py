@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 # Cards by compute capability: T4, A100, RTX 3060, RTX 4090, H100, B200, RTX 5090.
 CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
-_DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32}
 
 
 @contextlib.contextmanager
@@ -51,6 +51,6 @@ def forward_of_recipe(recipe: Path, tokens: int = 64) -> Tensor:
         model = GPT(Config(**settings["model_config"]))
         idx_BT = torch.zeros(1, tokens, dtype=torch.long)
     if mode == "true":
-        model.to(_DTYPES[kind])
-    with torch.autocast("cuda", _DTYPES[kind], enabled=mode == "mixed"):
+        model.to(DTYPES[kind])
+    with torch.autocast("cuda", DTYPES[kind], enabled=mode == "mixed"):
         return model(idx_BT)

@@ -87,7 +87,8 @@ FEED_FORWARD_FIELDS = {
     ),
     "expert_backend": Field(
         choice(EXPERT_BACKENDS),
-        "the only implementation of the experts allowed (the fastest that works by default)",
+        "the only implementation of the experts allowed (the fastest that works by default); `loop` also keeps the "
+        "router to torch's operators",
         _MOE,
     ),
     "n_shared_expert": _litgpt(integer(0), "number of experts that every token visits (0 by default)", _MOE),

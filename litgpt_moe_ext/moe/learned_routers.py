@@ -15,6 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from litgpt_moe_ext.moe.kernels.fused_router import Given, Rule
 from litgpt_moe_ext.moe.router import Choice, Router
 
 if TYPE_CHECKING:
@@ -130,6 +131,17 @@ class TopKRouter(LearnedRouter):
         if self.bias_update_schedule is not None:
             nn.init.zeros_(self.bias_updates)
 
+    def rule(self) -> Rule | None:
+        """Return the rule of `choose`, None for subclasses with another one."""
+        if type(self).choose is not TopKRouter.choose or self.weight.dtype == torch.float64:
+            return None
+        groups = (self.n_group, self.n_topk_group, self.n_score_per_group) if self.n_group is not None else (1, 1, 1)
+        return Rule(self.score_function, self.top_k, bool(self.normalize), 1.0, *groups)
+
+    def given(self, x_TD: Tensor) -> Given:
+        """Return logits and the balancing bias."""
+        return Given(self.logits(x_TD).contiguous(), self.e_score_correction_bias)
+
     def choose(self, x_TD: Tensor) -> Choice:
         """Choose the K highest biased scores, within the best groups if there are groups."""
         logits_TE = self.logits(x_TD)
@@ -184,6 +196,20 @@ class NoisyTopKRouter(LearnedRouter):
         """Initialise the gate; the weights of the noise start at 0."""
         super().reset_parameters()
         nn.init.zeros_(self.noise_weight)
+
+    def rule(self) -> Rule | None:
+        """Return the rule of `choose`, None for subclasses with another one."""
+        if type(self).choose is not NoisyTopKRouter.choose or self.weight.dtype == torch.float64:
+            return None
+        return Rule("chosen", self.top_k)
+
+    def given(self, x_TD: Tensor) -> Given:
+        """Return logits, and in training noise and what its standard deviation is made of."""
+        logits_TE = self.logits(x_TD).contiguous()
+        if not self.training:
+            return Given(logits_TE)
+        spread_TE = self.project(x_TD, self.noise_weight).contiguous()
+        return Given(logits_TE, None, torch.randn_like(logits_TE), spread_TE)
 
     def choose(self, x_TD: Tensor) -> Choice:
         """Choose the K highest logits, with noise in training."""

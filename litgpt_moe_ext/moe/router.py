@@ -12,6 +12,8 @@ from torch import Tensor
 
 from litgpt_moe_ext.moe.balancing import Tally, watch
 from litgpt_moe_ext.moe.gradient_injection import inject, present_scale
+from litgpt_moe_ext.moe.kernels import fused_router
+from litgpt_moe_ext.moe.kernels.fused_router import Decision, Given, Rule
 from litgpt_moe_ext.moe.losses import mean_probabilities
 from litgpt_moe_ext.moe.registry import LOSSES, load, loss_field
 from litgpt_moe_ext.moe.step_shares import StepShares
@@ -26,6 +28,14 @@ SUMS = ("gate", "squared_logit", "entropy")
 
 # The loss that can be over the global batch.
 _STEP_LOSS = "load_balancing_loss"
+# Those that the fused kernels know, by the fields of `Rule`, in the order of a record.
+_FUSED_LOSSES = {
+    "load_balancing_loss": "balancing",
+    "z_loss": "z",
+    "importance_loss": "importance",
+    "load_loss": "load",
+}
+_LOSSES = "litgpt_moe_ext.moe.losses"
 
 
 class Routing(NamedTuple):
@@ -37,12 +47,14 @@ class Routing(NamedTuple):
             no expert has, for padding.
         counts_E: Tokens per expert, int64; padding is not counted.
         real_T: Which tokens are not padding, bool; None if all.
+        decision: The same with what the fused kernels know besides, where they made it.
     """
 
     weights_TK: Tensor
     experts_TK: Tensor
     counts_E: Tensor
     real_T: Tensor | None = None
+    decision: Decision | None = None
 
 
 class Choice(NamedTuple):
@@ -126,6 +138,15 @@ class Router(nn.Module):
         self.tally = Tally(self.n_expert + len(SUMS) + len(self.loss_names))
         self.record: Tensor | None = None
         self.token_ids_T: Tensor | None = None
+        # The kernels know the package's own losses, and are not for those who ask for ordinary operators.
+        self._fusible = (
+            getattr(config, "expert_backend", None) != "loop"
+            and set(self.loss_names) <= set(_FUSED_LOSSES)
+            and all(function.__module__ == _LOSSES for function in self._loss_functions.values())
+            and type(self).auxiliary_loss is Router.auxiliary_loss
+            and self.step_shares is None
+            and self.n_expert <= fused_router.MOST_EXPERTS
+        )
         watch(self)
 
     def forward(self, x_TD: Tensor, n_sequence: int = 1, real_T: Tensor | None = None) -> Routing:
@@ -136,6 +157,8 @@ class Router(nn.Module):
             n_sequence: Number of sequences of equal length that they are from.
             real_T: Which tokens are not padding, bool; None if all.
         """
+        if real_T is None and self._fusible and fused_router.works_on(x_TD) and (rule := self.rule()) is not None:
+            return self._decide(x_TD, rule)
         choice = self.choose(x_TD)
         if real_T is not None:
             choice = choice.route_nowhere(~real_T, self.n_expert)
@@ -156,6 +179,20 @@ class Router(nn.Module):
         if trains:
             weights_TK = self._count_in_backward(weights_TK, counts_E, choice, auxiliary, real_T)
         return Routing(weights_TK, experts_TK, counts_E, real_T)
+
+    def _decide(self, x_TD: Tensor, rule: Rule) -> Routing:
+        losses = {_FUSED_LOSSES[name]: coef for name, coef in self.loss_coefs.items()}
+        leaf_N = self.tally.leaf_on(x_TD.device) if self.training and torch.is_grad_enabled() else None
+        decision = fused_router.decide(self.given(x_TD), rule._replace(scale=self.scaling_factor, **losses), leaf_N)
+        return Routing(decision.weights_TK, decision.experts_TK, decision.counts_E, None, decision)
+
+    def rule(self) -> Rule | None:
+        """Return the rule by which `choose` decides, if the fused kernels know it; then `given` says for what."""
+        return None
+
+    def given(self, x_TD: Tensor) -> Given:
+        """Return what the fused kernels decide by."""
+        raise NotImplementedError(f"{type(self).__name__} has a rule and must say what it decides by")
 
     def choose(self, x_TD: Tensor) -> Choice:
         """Decide for each token."""

@@ -1,34 +1,84 @@
 """How many operations a forward pass starts: on a GPU, small models wait for launches more than for arithmetic."""
 
+import litgpt.model
 import pytest
 import torch
+import yaml
+from lightning import Fabric
+from litgpt import Config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from litgpt_moe_ext import padding
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
+from tests.fake_cuda import DTYPES, RECIPES, fake_cuda
 from tests.models import initialized_model, moe_config, randomize
 
 # These only describe memory in another way, or reserve it.
 FREE = {
     *("view", "_unsafe_view", "t", "transpose", "expand", "slice", "select", "split", "chunk", "unbind", "detach"),
     *("alias", "unsqueeze", "squeeze", "as_strided", "empty", "empty_like", "empty_strided", "new_empty"),
-    "promote_types",
+    *("promote_types", "split_with_sizes", "device"),
 }
+KERNELS = ("activation", "combining", "decoding", "routing", "rows", "weights")
 GROUPS = {"n_expert_groups": 4, "n_topk_groups": 2, "n_topk_scores_per_group": 1}
 
 
 class Launches(TorchDispatchMode):
-    """Collects the names of all operations that would start a kernel."""
+    """Collects the names of all operations that would start a kernel.
 
-    def __init__(self) -> None:
+    Args:
+        inside: Whether to look into the package's own operators, as they are on a card, at what they start.
+    """
+
+    def __init__(self, inside: bool = False) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.inside = inside
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name not in FREE:
+        if self.inside and func.namespace == "litgpt_moe_ext":
+            return self._look_inside(func, args, kwargs or {})
+        result = func(*args, **(kwargs or {}))
+        unchanged = name in ("to", "contiguous", "reshape") and result is args[0]
+        if name not in FREE and not unchanged:
             self.names.append(name)
-        return func(*args, **(kwargs or {}))
+        return result
+
+    def _look_inside(self, func, args, kwargs):
+        def launch(kernel, grid, arguments, warps, stages=1):
+            self.names.append(kernel.fn.__name__)
+
+        with pytest.MonkeyPatch.context() as patch, self:
+            for module in KERNELS:
+                patch.setattr(f"litgpt_moe_ext.moe.kernels.triton.{module}.launch", launch)
+            return func._op_dk(torch._C.DispatchKey.CUDA, *args, **kwargs)
+
+
+def launches_of_recipe(recipe, capability):
+    """Return what the first MoE layer of a recipe starts on a card, in training, in the recipe's own precision."""
+    settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    kind, _, mode = (settings.get("precision") or "bf16-mixed").partition("-")
+    config = Config(**settings["model_config"])
+    assert mode == "mixed"
+    with fake_cuda(capability):
+        with Fabric(accelerator="cpu", devices=1).init_module(empty_init=True), torch.device("cuda"):
+            moe = getattr(litgpt.model, config.mlp_class_name)(config)
+            x = torch.empty(2, 64, config.n_embd, requires_grad=True)
+        moe.gate.tally.leaf_on(x.device)  # made once
+        with torch.autocast("cuda", DTYPES[kind]), Launches(inside=True) as launches:
+            moe(x)
+    return launches.names
+
+
+@pytest.mark.parametrize("capability", [(8, 6), (9, 0)], ids=str)
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if "n_expert:" in r.read_text()], ids=lambda r: r.stem)
+def test_the_layer_of_every_recipe_starts_at_most_25_kernels(recipe, capability):
+    """Router, losses, statistics and shared experts included; casts of weights too, which autocast does once a pass."""
+    pytest.importorskip("triton")
+    names = launches_of_recipe(recipe, capability)
+    assert len(names) <= 25, names
+    assert {"_route", "_sum_up", "_place"} <= set(names)
 
 
 @pytest.mark.parametrize(

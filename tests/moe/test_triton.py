@@ -10,10 +10,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
+INTERPRETED = ("tests/moe/interpreted_triton.py", "tests/moe/interpreted_router.py")
+
+
 def interpret(examples, *arguments):
     """Run the interpreted tests in a process of their own, in which Triton starts as an interpreter."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "TRITON_EXAMPLES": str(examples)}
-    command = [sys.executable, "-m", "pytest", "tests/moe/interpreted_triton.py", "-x", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *INTERPRETED, "-x", "-q", "-p", "no:cacheprovider"]
     finished = subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout[-6000:] + finished.stderr[-2000:]
 

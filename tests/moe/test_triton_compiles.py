@@ -13,6 +13,7 @@ import torch
 
 from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.kernels.backends import ExpertWeights
+from litgpt_moe_ext.moe.kernels.fused_router import Given, Rule
 from litgpt_moe_ext.moe.kernels.plan import Gates, Mask, Outer, Product, plan_of
 
 triton = pytest.importorskip("triton")
@@ -20,7 +21,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from litgpt_moe_ext.moe.kernels import triton as engine  # noqa: E402
-from litgpt_moe_ext.moe.kernels.triton import common  # noqa: E402
+from litgpt_moe_ext.moe.kernels.triton import common, routing  # noqa: E402
 from litgpt_moe_ext.moe.kernels.triton.tiles import CARDS, card_for, precision_of  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -55,7 +56,7 @@ class Compiler:
         self.capability, self.kernels = capability, []
         monkeypatch.setattr(triton.runtime.driver, "_active", Driver(capability))
         monkeypatch.setattr(common, "capability_of", lambda device: capability)
-        for name in ("activation", "combining", "decoding", "rows", "weights"):
+        for name in ("activation", "combining", "decoding", "routing", "rows", "weights"):
             monkeypatch.setattr(f"litgpt_moe_ext.moe.kernels.triton.{name}.launch", self.launch)
 
     def launch(self, kernel, grid, arguments, warps, stages=1):
@@ -123,12 +124,32 @@ def everything_else(dtype):
     engine.decode(x, gates.gates_TK, torch.zeros(4, 2, dtype=torch.int64), stack, Activation("swiglu"))
 
 
+RULES = (
+    Rule("sigmoid", 2, True, 2.5, 2, 1, 2, balancing=0.01, z=0.001),
+    Rule("softmax", 8, True, balancing=0.01),
+    Rule("chosen", 2, balancing=0.01, z=0.001, importance=0.1, load=0.1),
+)
+
+
+def every_router(n_expert):
+    """Run the kernels of the fused router, in training and in evaluation."""
+    for rule in RULES:
+        logits = torch.empty(40, n_expert)
+        noisy = (torch.empty_like(logits), torch.empty_like(logits)) if rule.score == "chosen" else (None, None)
+        given = Given(logits, None if rule.score == "chosen" else torch.empty(n_expert), *noisy)
+        _, experts, _, ends, before, slopes, _ = routing.route(given, rule, True)
+        routing.route(Given(logits), rule._replace(balancing=0.0, z=0.0, importance=0.0, load=0.0), False)
+        routing.place(experts, ends, before)
+        routing.route_backward(given, rule, experts, slopes, torch.empty(40, rule.top_k), torch.empty(()))
+
+
 def test_a_sample(monkeypatch, tmp_path):
-    """The products of a training step in bfloat16 on a card of 99 KiB."""
+    """The products of a training step in bfloat16, and a router, on a card of 99 KiB."""
     compiler = Compiler(monkeypatch, (8, 6))
     engine.multiply_rows(product(torch.bfloat16, 200, "even", forward=True))
     engine.sum_outer_products(outer(torch.bfloat16, "even", gather_left=False), torch.float32)
-    assert compiler.check(tmp_path) == 2
+    routing.route(Given(torch.empty(40, 8), torch.empty(8)), Rule("sigmoid", 2, True, balancing=0.01), True)
+    assert compiler.check(tmp_path) == 4
 
 
 @pytest.mark.slow
@@ -151,6 +172,15 @@ def test_everything_else(monkeypatch, tmp_path, capability, dtype):
     compiler = Compiler(monkeypatch, capability)
     everything_else(dtype)
     assert compiler.check(tmp_path) == 14
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_expert", [1, 8, 160])
+@pytest.mark.parametrize("capability", [(7, 5), (8, 6), (9, 0), (12, 0)], ids=str)
+def test_every_router(monkeypatch, tmp_path, capability, n_expert):
+    compiler = Compiler(monkeypatch, capability)
+    every_router(n_expert)
+    assert compiler.check(tmp_path) == 18
 
 
 def test_every_card_has_blocks():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from litgpt_moe_ext.moe.kernels import fused_router
 from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden, has_gradient, matmul_dtype
 from litgpt_moe_ext.moe.kernels.few_rows import MOST_GATHERED, gather_experts
 from litgpt_moe_ext.moe.kernels.operators import decode_experts, expert_down, expert_up
@@ -56,8 +57,11 @@ def grouped_mm_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, h
 
 
 def _grouped(x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden: Hidden, engine: str) -> Tensor:
-    gates_TK, experts_TK, counts_E, real_T = routing
-    rows_R, ends_E = sort_rows(experts_TK, counts_E, padded=real_T is not None)
+    gates_TK, experts_TK, counts_E, real_T, decision = routing
+    if decision is None:
+        rows_R, ends_E = sort_rows(experts_TK, counts_E, padded=real_T is not None)
+    else:
+        rows_R, ends_E = fused_router.sort_rows(decision), decision.ends_E
     if real_T is not None:
         # From here on the rows of padding, which are behind the last expert's, need an expert that exists.
         experts_TK = experts_TK.clamp_max(counts_E.size(0) - 1)

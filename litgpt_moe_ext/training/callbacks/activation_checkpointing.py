@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from litgpt_moe_ext.moe.kernels.fused_router import route_operator
 from litgpt_moe_ext.training.callback import Callback
 
 Mode = Literal["none", "full", "selective"]
@@ -51,4 +52,4 @@ def _recomputed(recompute: Callable[..., Any], forward: Callable[..., Tensor]) -
 
 
 def _keep_choices() -> Any:
-    return create_selective_checkpoint_contexts([torch.ops.aten.topk.default])
+    return create_selective_checkpoint_contexts([torch.ops.aten.topk.default, route_operator])

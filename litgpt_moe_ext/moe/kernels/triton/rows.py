@@ -48,7 +48,7 @@ def multiply_rows(product: Product) -> Tensor:
         n_in % tile.inner == 0,
         precision,
         max(triton.next_power_of_2(plan.n_expert), 16),
-        max(x.numel(), weight[0].numel()) >= 2**31,
+        max(x.size(0) * max(x.stride(0), 1), weight[0].numel()) >= 2**31,
     )
     grid = ((triton.cdiv(n_row, tile.rows) + plan.n_expert) * triton.cdiv(n_out, tile.out),)
     arguments = (rows_of(x), stack_of(weight), _Result(y_RO, bias), plan, form, tile)

@@ -90,7 +90,9 @@ _TURING = Card(
     "Turing",
     64,
     {
-        # Triton knows no Tensor Cores of Turing: these products run on the ordinary cores as well.
+        # Triton has given up Turing's Tensor Cores (triton-lang/triton#5066): a product becomes multiply-adds of the
+        # ordinary cores in every block size. torch's `bmm` over padded groups, which would have them, does E / K times
+        # the work without asking how many rows an expert has; the loop has them, and waits.
         "half": Tiles(
             Tile(16, 32, 32, 4, 2),
             Tile(32, 64, 16, 4, 2),

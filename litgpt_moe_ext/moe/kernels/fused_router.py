@@ -1,0 +1,220 @@
+"""Routers on a GPU with few launches: the decision, the losses and the statistics of the package's own routers at once.
+
+What `litgpt_moe_ext.moe.router` and its subclasses write out with torch's operators, which stay the reference and what
+everything else goes by: CPUs, compilers, padding, losses per sequence or over the global batch, and routers and losses
+of other packages. Also `expert_backend: loop`, which is for ordinary operators.
+
+Shape legend: T tokens, E experts, K chosen experts per token, R = T * K routed rows, B blocks of tokens, N numbers of a
+tally.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from litgpt_moe_ext.moe.gradient_injection import present_scale
+from litgpt_moe_ext.moe.kernels.backends import triton_installed
+
+_NAMESPACE = "litgpt_moe_ext"
+# More experts would be more than a block of registers holds.
+MOST_EXPERTS = 1024
+
+
+class Rule(NamedTuple):
+    """How experts are chosen, and the weights of the losses.
+
+    Attributes:
+        score: `sigmoid` or `softmax` of the logits, or `chosen`: the softmax of the chosen logits, with noise.
+        top_k: K.
+        normalize: Whether gate values are divided by their sum.
+        scale: Factor of the gate values.
+        groups: Number of groups of experts; 1 without.
+        best_groups: How many of them take part.
+        best_in_group: By how many of its experts a group is valued.
+        balancing: Weight of the load-balancing loss.
+        z: Weight of the z-loss.
+        importance: Weight of the importance loss.
+        load: Weight of the load loss.
+    """
+
+    score: str
+    top_k: int
+    normalize: bool = False
+    scale: float = 1.0
+    groups: int = 1
+    best_groups: int = 1
+    best_in_group: int = 1
+    balancing: float = 0.0
+    z: float = 0.0
+    importance: float = 0.0
+    load: float = 0.0
+
+    @property
+    def coefs(self) -> tuple[float, ...]:
+        """Weights of the losses, in the order in which a router records them."""
+        return self.balancing, self.z, self.importance, self.load
+
+
+class Given(NamedTuple):
+    """What a decision is made of.
+
+    Attributes:
+        logits_TE: Logits, float32, contiguous.
+        bias_E: Balancing bias, float32, or None.
+        noise_TE: Standard normal noise, or None.
+        spread_TE: Its standard deviation before the softplus, contiguous, or None.
+    """
+
+    logits_TE: Tensor
+    bias_E: Tensor | None = None
+    noise_TE: Tensor | None = None
+    spread_TE: Tensor | None = None
+
+
+class Decision(NamedTuple):
+    """What was decided.
+
+    Attributes:
+        weights_TK: Gate values, float32.
+        experts_TK: Chosen experts, int64.
+        counts_E: Tokens per expert, int64.
+        ends_E: Where the rows of each expert end, int32.
+        before_BE: Rows of each expert before each block of tokens, int32, with room for a power of two of experts.
+        slopes_3E: Gradients of the load-balancing loss by the sum of each expert's probabilities, of the importance
+            loss by its gate values, and of the load loss by its expected tokens.
+        tally_N: What a router sums over a step, float64; empty unless training.
+    """
+
+    weights_TK: Tensor
+    experts_TK: Tensor
+    counts_E: Tensor
+    ends_E: Tensor
+    before_BE: Tensor
+    slopes_3E: Tensor
+    tally_N: Tensor
+
+
+def works_on(x: Tensor) -> bool:
+    """Return whether a router's decision for `x` can be made here."""
+    return x.is_cuda and not torch.compiler.is_compiling() and _works_on_card(x.device)
+
+
+@functools.cache
+def _works_on_card(device: torch.device) -> bool:
+    return triton_installed() and (torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (7, 5))
+
+
+def decide(given: Given, rule: Rule, leaf_N: Tensor | None) -> Decision:
+    """Choose experts for each token.
+
+    Args:
+        given: What the decision is made of.
+        rule: By what rule.
+        leaf_N: The leaf of a router's tally, whose "gradient" becomes the tally; None unless training.
+    """
+    return Decision(*_Decide.apply(rule, leaf_N, *given))
+
+
+def sort_rows(decision: Decision) -> Tensor:
+    """Return for each row in the order of experts, and of tokens within an expert, which of the choices it is, (R,)."""
+    return _place(decision.experts_TK, decision.ends_E, decision.before_BE)
+
+
+class _Decide(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rule: Rule, leaf_N: Tensor | None, *given: Tensor | None) -> tuple[Tensor, ...]:
+        decision = Decision(*route_operator(*given, *rule, leaf_N is not None))
+        ctx.rule = rule
+        ctx.save_for_backward(*given, decision.experts_TK, decision.slopes_3E, decision.tally_N)
+        ctx.mark_non_differentiable(*decision[1:])
+        ctx.set_materialize_grads(False)
+        return decision
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        *given, experts_TK, slopes_3E, tally_N = ctx.saved_tensors
+        dweights_TK = grads[0]
+        if dweights_TK is None:
+            return (None,) * (2 + len(given))
+        upstream = (experts_TK, slopes_3E, dweights_TK.contiguous(), present_scale(dweights_TK))
+        dlogits_TE, dspread_TE = _route_backward(*given, *ctx.rule, *upstream)
+        need_leaf, need_spread = ctx.needs_input_grad[1], ctx.needs_input_grad[5]
+        return None, tally_N if need_leaf else None, dlogits_TE, None, None, dspread_TE if need_spread else None
+
+
+_N_GIVEN, _N_RULE = len(Given._fields), len(Rule._fields)
+_ARGUMENTS = (
+    "Tensor logits_TE, Tensor? bias_E, Tensor? noise_TE, Tensor? spread_TE, str score, SymInt top_k, bool normalize, "
+    "float scale, SymInt groups, SymInt best_groups, SymInt best_in_group, float balancing, float z, float importance, "
+    "float load"
+)
+
+
+def _kernels() -> Any:
+    from litgpt_moe_ext.moe.kernels.triton import routing
+
+    return routing
+
+
+def _run_route(*arguments: Any) -> tuple[Tensor, ...]:
+    given, rule = Given(*arguments[:_N_GIVEN]), Rule(*arguments[_N_GIVEN:-1])
+    return _kernels().route(given, rule, arguments[-1])
+
+
+def _run_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    given, rule = Given(*arguments[:_N_GIVEN]), Rule(*arguments[_N_GIVEN : _N_GIVEN + _N_RULE])
+    return _kernels().route_backward(given, rule, *arguments[_N_GIVEN + _N_RULE :])
+
+
+def _run_place(*arguments: Tensor) -> Tensor:
+    return _kernels().place(*arguments)
+
+
+def _empty_decision(*arguments: Any) -> tuple[Tensor, ...]:
+    logits_TE, rule, trains = arguments[0], Rule(*arguments[_N_GIVEN:-1]), arguments[-1]
+    n_token, n_expert = logits_TE.shape
+    width = max(1 << (n_expert - 1).bit_length(), 4)
+    rows = min(max(2048 // width, 1), 64)
+    new, n_loss = logits_TE.new_empty, sum(coef != 0 for coef in rule.coefs)
+    return (
+        new(n_token, rule.top_k),
+        new(n_token, rule.top_k, dtype=torch.int64),
+        new(n_expert, dtype=torch.int64),
+        new(n_expert, dtype=torch.int32),
+        new((n_token + rows - 1) // rows, width, dtype=torch.int32),
+        new(3, n_expert),
+        new(n_expert + 3 + n_loss if trains else 0, dtype=torch.float64),
+    )
+
+
+def _empty_gradients(*arguments: Any) -> tuple[Tensor, Tensor]:
+    logits_TE, spread_TE = arguments[0], arguments[3]
+    return torch.empty_like(logits_TE), logits_TE.new_empty(0 if spread_TE is None else logits_TE.shape)
+
+
+def _operator(name: str, schema: str, run: Any, fake: Any) -> Any:
+    torch.library.define(f"{_NAMESPACE}::{name}", schema)
+    torch.library.impl(f"{_NAMESPACE}::{name}", ("cpu", "cuda"), run)
+    torch.library.register_fake(f"{_NAMESPACE}::{name}", fake)
+    return getattr(getattr(torch.ops, _NAMESPACE), name).default
+
+
+_DECISION = ", ".join(["Tensor"] * len(Decision._fields))
+# Public, because checkpointing keeps its results.
+route_operator = _operator("route", f"({_ARGUMENTS}, bool trains) -> ({_DECISION})", _run_route, _empty_decision)
+_route_backward = _operator(
+    "route_backward",
+    f"({_ARGUMENTS}, Tensor experts_TK, Tensor slopes_3E, Tensor dweights_TK, Tensor scale) -> (Tensor, Tensor)",
+    _run_backward,
+    _empty_gradients,
+)
+_place = _operator(
+    "place_rows",
+    "(Tensor experts_TK, Tensor ends_E, Tensor before_BE) -> Tensor",
+    _run_place,
+    lambda experts_TK, ends_E, before_BE: experts_TK.new_empty(experts_TK.numel()),
+)

@@ -1,0 +1,419 @@
+"""A router's decision, its losses and its statistics in three launches, and their backward pass in one.
+
+Written out with torch's operators (`litgpt_moe_ext.moe.router`, which stays the reference) this is twenty to forty
+launches per layer, of a few microseconds each, for arithmetic that takes less. Everything between loading and storing
+is float32, sums over tokens are float64; blocks are added in a fixed order, so two runs give the same bits.
+
+1. `_route` decides for a block of tokens and sums up the block.
+2. `_sum_up` adds up the blocks: tokens per expert, losses, their slopes, and how many rows of an expert precede a
+   block.
+3. `_place` sorts the rows by expert, by counting.
+
+Shape legend: T tokens (in a kernel: of a block), E experts, K chosen experts per token, R = T * K routed rows,
+B blocks, N numbers of a tally.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from litgpt_moe_ext.moe.kernels.fused_router import Given, Rule
+from litgpt_moe_ext.moe.kernels.triton.common import constexpr, launch
+
+# Numbers of a block are kept in rows of E: tokens, probabilities, gate values and expected tokens of each expert, and
+# one row of sums that are not by expert.
+_ROWS = tl.constexpr(5)
+_BLOCKS = tl.constexpr(32)
+
+
+class _Sizes(NamedTuple):
+    n_token: Any
+    n_expert: Any
+
+
+class _Chosen(NamedTuple):
+    weights: Any
+    experts: Any
+
+
+class _Form(NamedTuple):
+    # A rule, with what the kernels need besides.
+    score: str
+    top_k: int
+    normalize: bool
+    scale: float
+    groups: int
+    best_groups: int
+    best_in_group: int
+    balancing: float
+    z: float
+    importance: float
+    load: float
+    rows: int
+    experts: int
+    trains: bool
+
+
+class _Sums(NamedTuple):
+    counts: Any
+    ends: Any
+    before: Any
+    slopes: Any
+    tally: Any
+
+
+def route(given: Given, rule: Rule, trains: bool) -> tuple[Tensor, ...]:
+    """Decide for all tokens; returns what `litgpt_moe_ext.moe.kernels.fused_router.Decision` holds, in its order."""
+    n_token, n_expert = given.logits_TE.shape
+    new, form = given.logits_TE.new_empty, _form(rule, n_expert, trains)
+    n_block = triton.cdiv(n_token, form.rows)
+    chosen = _Chosen(new(n_token, rule.top_k), new(n_token, rule.top_k, dtype=torch.int64))
+    parts = new(n_block, 5, form.experts)
+    sums = _Sums(
+        counts=new(n_expert, dtype=torch.int64),
+        ends=new(n_expert, dtype=torch.int32),
+        before=new(n_block, form.experts, dtype=torch.int32),
+        slopes=new(3, n_expert),
+        tally=new(n_expert + 3 + sum(coef != 0 for coef in rule.coefs) if trains else 0, dtype=torch.float64),
+    )
+    sizes = _Sizes(n_token, n_expert)
+    launch(_route, (n_block,), (given, chosen, parts, sizes, form), warps=4)
+    launch(_sum_up, (1,), (parts, sums, sizes, n_block, form), warps=4)
+    return *chosen, *sums
+
+
+def place(experts_TK: Tensor, ends_E: Tensor, before_BE: Tensor) -> Tensor:
+    """Return for each row in the order of experts, and of tokens within an expert, which of the choices it is, (R,)."""
+    n_token, top_k = experts_TK.shape
+    rule = Rule("", top_k)
+    form = _form(rule, ends_E.size(0), False)
+    rows_R = torch.empty_like(experts_TK.view(-1))
+    sizes = _Sizes(n_token, ends_E.size(0))
+    launch(_place, (before_BE.size(0),), (experts_TK, ends_E, before_BE, rows_R, sizes, form), warps=4)
+    return rows_R
+
+
+def route_backward(
+    given: Given, rule: Rule, experts_TK: Tensor, slopes_3E: Tensor, dweights_TK: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the logits, and of the logits of the noise (without noise something empty).
+
+    Args:
+        given: What the decision was made of.
+        rule: By what rule.
+        experts_TK: The decision.
+        slopes_3E: Gradients of the losses, as `route` returned them.
+        dweights_TK: Gradient of the gate values, contiguous.
+        scale: By what the losses are scaled, a scalar.
+    """
+    n_token, n_expert = given.logits_TE.shape
+    dlogits_TE = torch.empty_like(given.logits_TE)
+    dspread_TE = dlogits_TE.new_empty(0) if given.spread_TE is None else torch.empty_like(dlogits_TE)
+    form = _form(rule, n_expert, True)
+    arguments = (given, (experts_TK, dweights_TK, slopes_3E, scale), (dlogits_TE, dspread_TE))
+    sizes = _Sizes(n_token, n_expert)
+    launch(_route_backward, (triton.cdiv(n_token, form.rows),), (*arguments, sizes, form), warps=4)
+    return dlogits_TE, dspread_TE
+
+
+def _form(rule: Rule, n_expert: int, trains: bool) -> _Form:
+    experts = max(triton.next_power_of_2(n_expert), 4)
+    return _Form(*rule, min(max(2048 // experts, 1), 64), experts, trains)
+
+
+@triton.jit
+def _block(sizes, FORM: constexpr):
+    # The tokens and experts of the program, which of them exist, and where both are found.
+    token_T = tl.program_id(0) * FORM.rows + tl.arange(0, FORM.rows)
+    e_E = tl.arange(0, FORM.experts)
+    live_T, real_E = token_T < sizes.n_token, e_E < sizes.n_expert
+    token_T = token_T.to(tl.int64)
+    at_TE = token_T[:, None] * sizes.n_expert + e_E[None, :]
+    return token_T, e_E, live_T, real_E, at_TE, live_T[:, None] & real_E[None, :]
+
+
+@triton.jit
+def _softplus(x):
+    # log1p by Kahan's formula, which keeps small results exact; linear from where torch's is.
+    y = tl.exp(tl.minimum(x, 20.0))
+    u = 1.0 + y
+    log1p = tl.where(u == 1.0, y, tl.log(u) * (y / tl.where(u == 1.0, 1.0, u - 1.0)))
+    return tl.where(x > 20.0, x, log1p)
+
+
+@triton.jit
+def _values(given, at_TE, inside_TE, real_E):
+    # Logits with minus infinity for experts that do not exist, noise, its standard deviation, and noisy logits.
+    z_TE = tl.load(given.logits_TE + at_TE, mask=inside_TE, other=0.0)
+    z_TE = tl.where(real_E[None, :], z_TE, float("-inf"))
+    if given.noise_TE is None:
+        return z_TE, z_TE, z_TE, z_TE
+    else:
+        noise_TE = tl.load(given.noise_TE + at_TE, mask=inside_TE, other=0.0)
+        std_TE = _softplus(tl.load(given.spread_TE + at_TE, mask=inside_TE, other=0.0))
+        return z_TE, noise_TE, std_TE, z_TE + noise_TE * std_TE
+
+
+@triton.jit
+def _softmax(z_TE):
+    # And the logarithm of the sum that it divides by.
+    top_T = tl.max(z_TE, 1)
+    part_TE = tl.exp(z_TE - top_T[:, None])
+    sum_T = tl.sum(part_TE, 1)
+    return part_TE / sum_T[:, None], top_T + tl.log(sum_T)
+
+
+@triton.jit
+def _gate_values(s_TE, v_TE, picked_TE, FORM: constexpr):
+    # Gate values of the chosen experts before they are scaled, 0 for the others, and what scores were divided by.
+    if FORM.score == "chosen":
+        top_T = tl.max(tl.where(picked_TE, v_TE, float("-inf")), 1)
+        w_TE = tl.where(picked_TE, tl.exp(v_TE - top_T[:, None]), 0.0)
+        total_T = tl.sum(w_TE, 1)
+    else:
+        w_TE = tl.where(picked_TE, s_TE, 0.0)
+        total_T = tl.sum(w_TE, 1) + 1e-20 if FORM.normalize else tl.full((FORM.rows,), 1.0, tl.float32)
+    return w_TE / total_T[:, None], total_T
+
+
+@triton.jit
+def _within_best_groups(key_TE, e_E, sizes, FORM: constexpr):
+    size = sizes.n_expert // FORM.groups
+    group_E = e_E // size
+    worth_TE = tl.full(key_TE.shape, float("-inf"), tl.float32)
+    for group in range(FORM.groups):
+        rest_TE = tl.where((group_E == group)[None, :], key_TE, float("-inf"))
+        worth_T = tl.zeros((FORM.rows,), tl.float32)
+        for _ in range(FORM.best_in_group):
+            worth_T += tl.max(rest_TE, 1)
+            best_T = tl.argmax(rest_TE, 1)
+            rest_TE = tl.where(e_E[None, :] == best_T[:, None], float("-inf"), rest_TE)
+        worth_TE = tl.where((group_E == group)[None, :], worth_T[:, None], worth_TE)
+    allowed_TE = tl.zeros(key_TE.shape, tl.int32)
+    for _ in range(FORM.best_groups):
+        best_T = tl.argmax(worth_TE, 1) // size
+        hit_TE = group_E[None, :] == best_T[:, None]
+        allowed_TE = tl.where(hit_TE, 1, allowed_TE)
+        worth_TE = tl.where(hit_TE, float("-inf"), worth_TE)
+    # Less than every number that takes part, more than what has been chosen.
+    return tl.where(allowed_TE > 0, key_TE, -3.3e38)
+
+
+@triton.jit
+def _rank(key_TE, e_E, sizes, FORM: constexpr):
+    # Which choice of its token each expert is, K for those that are not chosen. No number may be chosen twice, or past
+    # the last expert, whatever the logits are: not-a-numbers count as large, infinities as finite.
+    key_TE = tl.where(key_TE != key_TE, 3e38, tl.minimum(tl.maximum(key_TE, -3e38), 3e38))
+    key_TE = tl.where((e_E < sizes.n_expert)[None, :], key_TE, float("-inf"))
+    if FORM.groups > 1:
+        key_TE = _within_best_groups(key_TE, e_E, sizes, FORM)
+        key_TE = tl.where((e_E < sizes.n_expert)[None, :], key_TE, float("-inf"))
+    rank_TE = tl.full(key_TE.shape, FORM.top_k, tl.int32)
+    for k in range(FORM.top_k):
+        hit_TE = e_E[None, :] == tl.argmax(key_TE, 1)[:, None]
+        rank_TE = tl.where(hit_TE, k, rank_TE)
+        key_TE = tl.where(hit_TE, float("-inf"), key_TE)
+    return rank_TE
+
+
+@triton.jit
+def _rank_of(experts, token_T, live_T, e_E, FORM: constexpr):
+    # The same from the decision.
+    rank_TE = tl.full((FORM.rows, FORM.experts), FORM.top_k, tl.int32)
+    for k in range(FORM.top_k):
+        expert_T = tl.load(experts + token_T * FORM.top_k + k, mask=live_T, other=-1)
+        rank_TE = tl.where(e_E[None, :] == expert_T[:, None], k, rank_TE)
+    return rank_TE
+
+
+@triton.jit
+def _margins(z_TE, std_TE, v_TE, picked_TE, real_E):
+    # How many standard deviations each expert is from being chosen otherwise, and the limits on both sides.
+    last_in_T = tl.min(tl.where(picked_TE, v_TE, float("inf")), 1)
+    first_out_T = tl.max(tl.where(picked_TE, float("-inf"), v_TE), 1)
+    limit_TE = tl.where(picked_TE, first_out_T[:, None], last_in_T[:, None])
+    return tl.where(real_E[None, :], (z_TE - limit_TE) / std_TE, 0.0), last_in_T, first_out_T
+
+
+@triton.jit
+def _sum_tokens(x_TE, inside_TE):
+    return tl.sum(tl.where(inside_TE, x_TE, 0.0), 0)
+
+
+@triton.jit
+def _route(given, chosen, parts, sizes, FORM: constexpr):
+    token_T, e_E, live_T, real_E, at_TE, inside_TE = _block(sizes, FORM)
+    z_TE, _, std_TE, v_TE = _values(given, at_TE, inside_TE, real_E)
+    p_TE, lse_T = _softmax(z_TE)
+    s_TE = tl.sigmoid(z_TE) if FORM.score == "sigmoid" else p_TE
+    key_TE = v_TE
+    if FORM.score != "chosen":
+        key_TE = s_TE
+        if given.bias_E is not None:
+            key_TE += tl.load(given.bias_E + e_E, mask=real_E, other=0.0)[None, :]
+    rank_TE = _rank(key_TE, e_E, sizes, FORM)
+    picked_TE = rank_TE < FORM.top_k
+    w_TE, _ = _gate_values(s_TE, v_TE, picked_TE, FORM)
+    goal_TE = token_T[:, None] * FORM.top_k + rank_TE
+    tl.store(chosen.weights + goal_TE, w_TE * FORM.scale, mask=picked_TE & live_T[:, None])
+    e_TE = tl.zeros((FORM.rows, FORM.experts), tl.int64) + e_E.to(tl.int64)[None, :]
+    tl.store(chosen.experts + goal_TE, e_TE, mask=picked_TE & live_T[:, None])
+
+    part_E = parts + tl.program_id(0).to(tl.int64) * (_ROWS * FORM.experts) + e_E
+    tl.store(part_E, _sum_tokens(picked_TE.to(tl.float32), inside_TE))
+    if FORM.trains:
+        if FORM.score == "sigmoid":
+            p_TE = s_TE / (tl.sum(s_TE, 1) + 1e-20)[:, None]
+        tl.store(part_E + FORM.experts, _sum_tokens(p_TE, inside_TE))
+        tl.store(part_E + 2 * FORM.experts, _sum_tokens(w_TE, inside_TE))
+        if FORM.load != 0.0:
+            margin_TE, _, _ = _margins(z_TE, std_TE, v_TE, picked_TE, real_E)
+            among_TE = 0.5 * (1.0 + tl.erf(margin_TE * 0.7071067811865476))
+            tl.store(part_E + 3 * FORM.experts, _sum_tokens(among_TE, inside_TE))
+        squares = tl.sum(_sum_tokens(z_TE * z_TE, inside_TE), 0)
+        entropy_TE = tl.where(p_TE > 0.0, -p_TE * tl.log(tl.where(p_TE > 0.0, p_TE, 1.0)), p_TE * 0.0)
+        entropy = tl.sum(_sum_tokens(entropy_TE, inside_TE), 0)
+        gate = tl.sum(_sum_tokens(w_TE * FORM.scale, inside_TE), 0)
+        z_loss = tl.sum(tl.where(live_T, lse_T * lse_T, 0.0), 0)
+        several_E = tl.where(e_E == 0, gate, tl.where(e_E == 1, squares, tl.where(e_E == 2, entropy, z_loss)))
+        tl.store(part_E + 4 * FORM.experts, several_E)
+
+
+@triton.jit
+def _variation(x_E, real_E, n_expert):
+    # The squared coefficient of variation of a vector, and its gradient.
+    mean = tl.sum(x_E, 0) / n_expert
+    apart_E = tl.where(real_E, x_E - mean, 0.0)
+    variance = tl.sum(apart_E * apart_E, 0) / n_expert
+    # The smallest normal float32.
+    square = tl.maximum(mean * mean, 1.1754943508222875e-38)
+    falls = tl.where(mean * mean > 1.1754943508222875e-38, 2.0 * variance / (square * mean * n_expert), 0.0)
+    return variance / square, 2.0 * apart_E / (square * n_expert) - falls
+
+
+@triton.jit
+def _sum_up(parts, sums, sizes, n_block, FORM: constexpr):
+    e_E = tl.arange(0, FORM.experts)
+    real_E = e_E < sizes.n_expert
+    count_E = tl.zeros((FORM.experts,), tl.int32)
+    p_E = tl.zeros((FORM.experts,), tl.float64)
+    gate_E, load_E, several_E = p_E, p_E, p_E
+    for start in range(0, n_block, _BLOCKS):
+        block_B = start + tl.arange(0, _BLOCKS)
+        live_BE = (block_B < n_block)[:, None] & real_E[None, :]
+        some_BE = (block_B < n_block)[:, None] & (e_E < FORM.experts)[None, :]
+        part_BE = parts + block_B.to(tl.int64)[:, None] * (_ROWS * FORM.experts) + e_E[None, :]
+        count_BE = tl.load(part_BE, mask=live_BE, other=0.0).to(tl.int32)
+        before_BE = count_E[None, :] + tl.cumsum(count_BE, 0) - count_BE
+        tl.store(sums.before + block_B.to(tl.int64)[:, None] * FORM.experts + e_E[None, :], before_BE, mask=some_BE)
+        count_E += tl.sum(count_BE, 0)
+        if FORM.trains:
+            p_E += tl.sum(tl.load(part_BE + FORM.experts, mask=live_BE, other=0.0).to(tl.float64), 0)
+            gate_E += tl.sum(tl.load(part_BE + 2 * FORM.experts, mask=live_BE, other=0.0).to(tl.float64), 0)
+            if FORM.load != 0.0:
+                load_E += tl.sum(tl.load(part_BE + 3 * FORM.experts, mask=live_BE, other=0.0).to(tl.float64), 0)
+            several_E += tl.sum(tl.load(part_BE + 4 * FORM.experts, mask=some_BE, other=0.0).to(tl.float64), 0)
+    tl.store(sums.counts + e_E, count_E.to(tl.int64), mask=real_E)
+    tl.store(sums.ends + e_E, tl.cumsum(count_E, 0), mask=real_E)
+    if FORM.trains:
+        # Whole numbers that happen to be 1 are constants to Triton, without a type.
+        n_token = tl.maximum(tl.sum(count_E, 0).to(tl.float64) / FORM.top_k, 1.0)
+        n_expert = tl.sum(real_E.to(tl.float64), 0)
+        share_E = count_E.to(tl.float64) / (n_token * FORM.top_k)
+        tl.store(sums.tally + e_E, count_E.to(tl.float64), mask=real_E)
+        several = sums.tally + sizes.n_expert
+        tl.store(several + e_E, several_E, mask=e_E < 3)
+        loss = several + 3
+        if FORM.balancing != 0.0:
+            slope_E = FORM.balancing * n_expert * share_E / n_token
+            tl.store(sums.slopes + e_E, slope_E.to(tl.float32), mask=real_E)
+            tl.store(loss, tl.sum(slope_E * p_E, 0) * n_token)
+            loss += 1
+        if FORM.z != 0.0:
+            tl.store(loss, FORM.z * tl.sum(tl.where(e_E == 3, several_E, 0.0), 0))
+            loss += 1
+        if FORM.importance != 0.0:
+            value, slope_E = _variation(gate_E, real_E, n_expert)
+            slope_E *= FORM.importance
+            tl.store(sums.slopes + sizes.n_expert + e_E, slope_E.to(tl.float32), mask=real_E)
+            tl.store(loss, FORM.importance * value * n_token)
+            loss += 1
+        if FORM.load != 0.0:
+            value, slope_E = _variation(load_E, real_E, n_expert)
+            slope_E *= FORM.load
+            tl.store(sums.slopes + 2 * sizes.n_expert + e_E, slope_E.to(tl.float32), mask=real_E)
+            tl.store(loss, FORM.load * value * n_token)
+
+
+@triton.jit
+def _place(experts, ends, before, rows, sizes, FORM: constexpr):
+    token_T, e_E, live_T, real_E, _, _ = _block(sizes, FORM)
+    rank_TE = _rank_of(experts, token_T, live_T, e_E, FORM)
+    picked_TE = rank_TE < FORM.top_k
+    first_E = tl.load(ends + e_E - 1, mask=real_E & (e_E > 0), other=0)
+    first_E += tl.load(before + tl.program_id(0).to(tl.int64) * FORM.experts + e_E)
+    row_TE = first_E[None, :] + tl.cumsum(picked_TE.to(tl.int32), 0) - picked_TE.to(tl.int32)
+    tl.store(rows + row_TE, token_T[:, None] * FORM.top_k + rank_TE, mask=picked_TE)
+
+
+@triton.jit
+def _route_backward(given, upstream, results, sizes, FORM: constexpr):
+    experts, dweights, slopes, scale = upstream
+    dlogits, dspread = results
+    token_T, e_E, live_T, real_E, at_TE, inside_TE = _block(sizes, FORM)
+    z_TE, noise_TE, std_TE, v_TE = _values(given, at_TE, inside_TE, real_E)
+    p_TE, lse_T = _softmax(z_TE)
+    s_TE = tl.sigmoid(z_TE) if FORM.score == "sigmoid" else p_TE
+    scale = tl.load(scale).to(tl.float32)
+    rank_TE = _rank_of(experts, token_T, live_T, e_E, FORM)
+    picked_TE = rank_TE < FORM.top_k
+    goal_TE = token_T[:, None] * FORM.top_k + rank_TE
+    dw_TE = tl.load(dweights + goal_TE, mask=picked_TE, other=0.0).to(tl.float32) * FORM.scale
+    if FORM.importance != 0.0:
+        slope_E = tl.load(slopes + sizes.n_expert + e_E, mask=real_E, other=0.0) * scale
+        dw_TE += tl.where(picked_TE, slope_E[None, :], 0.0)
+    w_TE, total_T = _gate_values(s_TE, v_TE, picked_TE, FORM)
+    slope_E = tl.zeros((FORM.experts,), tl.float32)
+    if FORM.balancing != 0.0:
+        slope_E = tl.load(slopes + e_E, mask=real_E, other=0.0) * scale
+    if FORM.score == "chosen":
+        dv_TE = w_TE * (dw_TE - tl.sum(w_TE * dw_TE, 1)[:, None])
+        dz_TE = p_TE * (slope_E[None, :] - tl.sum(p_TE * slope_E[None, :], 1)[:, None])
+        if given.noise_TE is not None:
+            dstd_TE = tl.zeros(dz_TE.shape, tl.float32)
+            if FORM.load != 0.0:
+                margin_TE, last_in_T, first_out_T = _margins(z_TE, std_TE, v_TE, picked_TE, real_E)
+                slope_E = tl.load(slopes + 2 * sizes.n_expert + e_E, mask=real_E, other=0.0) * scale
+                q_TE = slope_E[None, :] * 0.3989422804014327 * tl.exp(-0.5 * margin_TE * margin_TE) / std_TE
+                dz_TE += q_TE
+                dstd_TE -= q_TE * margin_TE
+                # The limits are noisy logits of other experts, which have gradients too.
+                of_chosen_T = tl.sum(tl.where(picked_TE, q_TE, 0.0), 1)
+                of_others_T = tl.sum(tl.where(picked_TE, 0.0, q_TE), 1)
+                last_T = tl.argmin(tl.where(picked_TE, v_TE, float("inf")), 1)
+                first_T = tl.argmax(tl.where(picked_TE, float("-inf"), v_TE), 1)
+                dv_TE -= tl.where(e_E[None, :] == first_T[:, None], of_chosen_T[:, None], 0.0)
+                dv_TE -= tl.where(e_E[None, :] == last_T[:, None], of_others_T[:, None], 0.0)
+            dstd_TE += dv_TE * noise_TE
+            spread_TE = tl.load(given.spread_TE + at_TE, mask=inside_TE, other=0.0)
+            slope_TE = tl.where(spread_TE > 20.0, 1.0, tl.sigmoid(spread_TE))
+            tl.store(dspread + at_TE, dstd_TE * slope_TE, mask=inside_TE)
+        dz_TE += dv_TE
+    else:
+        ds_TE = dw_TE
+        if FORM.normalize:
+            ds_TE = tl.where(picked_TE, (dw_TE - tl.sum(dw_TE * w_TE, 1)[:, None]) / total_T[:, None], 0.0)
+        if FORM.score == "sigmoid":
+            if FORM.balancing != 0.0:
+                sum_T1 = (tl.sum(s_TE, 1) + 1e-20)[:, None]
+                ds_TE += (slope_E[None, :] - tl.sum(slope_E[None, :] * s_TE, 1)[:, None] / sum_T1) / sum_T1
+            dz_TE = ds_TE * s_TE * (1.0 - s_TE)
+        else:
+            ds_TE += slope_E[None, :]
+            dz_TE = s_TE * (ds_TE - tl.sum(s_TE * ds_TE, 1)[:, None])
+    if FORM.z != 0.0:
+        dz_TE += (2.0 * FORM.z * scale / sizes.n_token) * lse_T[:, None] * p_TE
+    tl.store(dlogits + at_TE, dz_TE, mask=inside_TE)

@@ -1,0 +1,111 @@
+"""The fused router on a CPU, by Triton's interpreter: not collected by itself, `test_triton.py` runs it."""
+
+from functools import partial
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from torch.utils.checkpoint import checkpoint
+
+from litgpt_moe_ext.moe.balancing import update_routers
+from litgpt_moe_ext.moe.kernels import fused_router
+from litgpt_moe_ext.moe.kernels.triton import routing
+from litgpt_moe_ext.training.callbacks.activation_checkpointing import _keep_choices
+from tests.moe.interpreted_triton import EXAMPLES
+from tests.moe.routers import BALANCING, NOISY, RULES, compare, make_gate, run
+
+
+@pytest.fixture(params=RULES, ids=str)
+def rule(request):
+    return RULES[request.param]
+
+
+def test_equals_the_operators(rule):
+    """Decision, gradients of inputs and weights, losses and statistics; several blocks, the last one not full."""
+    torch.manual_seed(0)
+    gate = make_gate(**rule)
+    if hasattr(gate, "e_score_correction_bias"):
+        gate.e_score_correction_bias.normal_(std=0.3)
+    compare(gate, 130)
+    gate.eval()
+    compare(gate, 3)
+
+
+@given(
+    T=st.integers(1, 70), E=st.integers(2, 9), k=st.integers(1, 4), name=st.sampled_from(list(RULES)),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+def test_any_shape(T, E, k, name, seed):
+    torch.manual_seed(seed)
+    changes = {} if "groups" in name else {"n_expert": E, "n_expert_per_token": min(k, E - 1)}
+    compare(make_gate(**RULES[name], **changes), T)
+
+
+def test_one_expert():
+    compare(make_gate(n_expert=1, n_expert_per_token=1), 5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_every_token_has_different_experts_that_exist(bad):
+    """Also where logits are not numbers: a wrong index would be a wrong address on a card."""
+    for changes in (RULES["sigmoid, groups"], RULES["softmax"], NOISY):
+        gate = make_gate(**changes)
+        x = torch.randn(9, 16)
+        x[::2] = bad
+        _, result = run(gate.eval(), x, None, fused=True)
+        chosen = result.experts_TK.sort(1).values
+        assert (chosen >= 0).all()
+        assert (chosen < 8).all()
+        assert (chosen.diff(dim=1) > 0).all()
+        assert result.counts_E.sum() == 9 * 2
+
+
+def test_no_token():
+    _, result = run(make_gate().eval(), torch.empty(0, 16), None, fused=True)
+    assert result.weights_TK.shape == (0, 2)
+    assert not result.counts_E.any()
+
+
+def test_two_runs_give_the_same_bits():
+    gate, x, upstream = make_gate(**RULES["noisy, all losses"]), torch.randn(130, 16), torch.rand(130, 2)
+    (first, _), (second, _) = (run(gate, x, upstream, fused=True) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_what_the_kernels_do_not_know():
+    """Losses per sequence or over the global batch, padding, and those who ask for ordinary operators."""
+    x = torch.randn(12, 16)
+    for changes in (
+        {"router_sequence_balancing_loss_coef": 0.1},
+        {**BALANCING, "router_load_balancing_loss_scope": "global_batch"},
+        {"expert_backend": "loop"},
+        {"router_type": "hash", "n_expert_groups": None},
+    ):
+        gate = make_gate(**changes)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fused_router, "works_on", lambda x: True)
+            gate.token_ids_T = torch.arange(12)
+            assert gate(x).decision is None
+            assert gate(x, real_T=torch.arange(12) < 7).decision is None
+
+
+def test_checkpointing_keeps_the_decision(monkeypatch):
+    """As it keeps the choice of torch's operators, so that it cannot come out differently the second time."""
+    gate, calls, decide = make_gate(**BALANCING), [], routing.route
+    monkeypatch.setattr(fused_router, "works_on", lambda x: True)
+    monkeypatch.setattr(routing, "route", lambda *arguments: calls.append(1) or decide(*arguments))
+    gradients = []
+    for recompute in (
+        lambda forward, x: forward(x),
+        partial(checkpoint, use_reentrant=False, context_fn=_keep_choices),
+    ):
+        x = torch.linspace(-1, 1, 12 * 16).view(12, 16).requires_grad_()
+        recompute(lambda x: gate(x).weights_TK, x).square().sum().backward()
+        gradients.append(x.grad)
+        update_routers([gate])
+        assert gate.record[:8].sum() == 24
+    assert torch.equal(*gradients)
+    assert len(calls) == 2

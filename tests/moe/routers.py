@@ -1,0 +1,66 @@
+"""Routers by the fused kernels and by torch's operators, for tests in the interpreter and on a card."""
+
+import pytest
+import torch
+
+from litgpt_moe_ext.moe.balancing import update_routers
+from litgpt_moe_ext.moe.gradient_injection import forget_scale, remember_scale
+from litgpt_moe_ext.moe.kernels import fused_router
+from litgpt_moe_ext.moe.kernels.plan import sort_rows
+from litgpt_moe_ext.moe.layer import MoE
+from tests.models import moe_config, randomize
+
+BALANCING = {"router_load_balancing_loss_coef": 0.05}
+Z = {"router_z_loss_coef": 0.02}
+GROUPS = {"n_expert_groups": 4, "n_topk_groups": 2, "n_topk_scores_per_group": 1}
+NOISY = {"router_type": "noisy_topk"}
+RULES = {
+    "sigmoid": {},
+    "sigmoid, balancing": {"norm_topk_prob": True, "routed_scaling_factor": 2.5, **BALANCING, **Z},
+    "sigmoid, groups": {"norm_topk_prob": True, **GROUPS},
+    "softmax": {"router_score_function": "softmax", **Z},
+    "softmax, balancing": {"router_score_function": "softmax", "norm_topk_prob": True, **BALANCING},
+    "noisy": NOISY,
+    "noisy, all losses": {**NOISY, **BALANCING, **Z, "routed_scaling_factor": 1.5},
+    "importance": {"router_importance_loss_coef": 0.1, **BALANCING},
+}
+
+
+def make_gate(**changes):
+    return randomize(MoE(moe_config(mlp_class_name="MoE", router_bias_update_rate=None, **changes))).gate
+
+
+def run(gate, x, upstream, fused, seed=3, scale=0.25):
+    """Return the decision, all gradients, and what is recorded, of a loss that a training loop scales."""
+    gate.zero_grad()
+    x = x.detach().requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_router, "works_on", lambda x: fused)
+        torch.manual_seed(seed)
+        routing = gate(x)
+        assert (routing.decision is not None) == fused
+    # In the order of experts, which is the same whatever the order of the choices.
+    order_TK = routing.experts_TK.argsort(1)
+    weights_TK = routing.weights_TK.gather(1, order_TK)
+    result = {"weights": weights_TK, "experts": routing.experts_TK.gather(1, order_TK), "counts": routing.counts_E}
+    if gate.training:
+        (remember_scale((weights_TK * upstream).sum()) * scale).backward()
+        forget_scale()
+        result |= {"x": x.grad, **{name: p.grad for name, p in gate.named_parameters()}}
+        update_routers([gate])
+        result["record"] = gate.record
+    return {name: value.detach().clone() for name, value in result.items()}, routing
+
+
+def compare(gate, T):
+    D, K = gate.weight.size(1), gate.top_k
+    device = gate.weight.device
+    x, upstream = torch.randn(T, D, device=device), torch.rand(T, K, device=device)
+    (ours, routing), (expected, _) = (run(gate, x, upstream, fused) for fused in (True, False))
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        assert ours[name].dtype == value.dtype, name
+        torch.testing.assert_close(ours[name], value, rtol=2e-4, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}")
+    rows_R, ends_E = sort_rows(routing.experts_TK, routing.counts_E)
+    assert torch.equal(fused_router.sort_rows(routing.decision), rows_R)
+    assert torch.equal(routing.decision.ends_E, ends_E)
