@@ -14,6 +14,7 @@ import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 
 from litgpt_moe_ext.cli.train import main
+from litgpt_moe_ext.training.checkpoint.io import MappedCheckpointIO
 from litgpt_moe_ext.training.checkpoint.resharding import convert_iterations, convert_position
 from litgpt_moe_ext.training.parallel.facts import STRATEGIES
 from litgpt_moe_ext.training.parallel.launch import started_processes
@@ -281,6 +282,12 @@ class TestMakeStrategy:
         assert self.make("auto", processes=1, accelerator="cpu").root_device == torch.device("cpu")
         assert self.make("fsdp2", processes=1).root_device == torch.device("cuda", 0)
         assert self.make("fsdp2", timeout_minutes=2)._timeout.total_seconds() == 120
+
+    @pytest.mark.parametrize("processes", [1, 2])
+    def test_ranks_on_gpus_map_the_checkpoint_that_they_resume(self, processes):
+        """Each would otherwise hold a copy of all of it in the memory of the machine."""
+        assert isinstance(self.make("ddp", processes=processes).checkpoint_io, MappedCheckpointIO)
+        assert not isinstance(self.make("ddp", "cpu", processes=processes).checkpoint_io, MappedCheckpointIO)
 
     def test_offloaded_shards_are_reduced_on_the_cpu(self):
         strategy = self.make("fsdp", cpu_offload=True)
