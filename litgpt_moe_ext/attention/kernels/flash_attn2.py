@@ -50,7 +50,8 @@ def backward(dout: Tensor, inputs: Inputs, result: Result, call: Call) -> tuple[
     else:
         lengths = (offsets, offsets, q.size(2), k.size(2))
         package._flash_attn_varlen_backward(*packed, lse, *gradients, *lengths, **settings)
-    return unpack_gradients(*gradients, inputs)
+    dq, dk, dv = gradients
+    return unpack_gradients(dq, dk, dv, inputs)
 
 
 def register_flop_formulas(flop_counter: Any) -> None:

@@ -135,7 +135,7 @@ class _Decide(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         *given, experts_TK, slopes_3E, tally_N = ctx.saved_tensors
         dweights_TK = grads[0]
         if dweights_TK is None:

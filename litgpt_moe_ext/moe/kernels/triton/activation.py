@@ -69,35 +69,35 @@ def _form(activation: Any, a_RF: Tensor) -> _Form:
 
 
 @triton.jit
-def value_of(x, KIND: constexpr):
-    """Return the activation function of float32 numbers; NaN stays NaN."""
-    if KIND == "silu":
+def value_of(x, FORM: constexpr):
+    """Return the activation function `FORM.kind` of float32 numbers; NaN stays NaN."""
+    if FORM.kind == "silu":
         return x * tl.sigmoid(x)
-    elif KIND == "gelu":
+    elif FORM.kind == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif KIND == "gelu_tanh":
+    elif FORM.kind == "gelu_tanh":
         return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    elif KIND == "relu":
+    elif FORM.kind == "relu":
         return tl.where(x <= 0.0, 0.0, x)
-    elif KIND == "identity":
+    elif FORM.kind == "identity":
         return x
     else:
         return tl.where(x <= 0.0, 0.0, x * x)
 
 
 @triton.jit
-def _slope_of(x, KIND: constexpr):
-    if KIND == "silu":
+def _slope_of(x, FORM: constexpr):
+    if FORM.kind == "silu":
         s = tl.sigmoid(x)
         return s * (1.0 + x * (1.0 - s))
-    elif KIND == "gelu":
+    elif FORM.kind == "gelu":
         return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    elif KIND == "gelu_tanh":
+    elif FORM.kind == "gelu_tanh":
         s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
         return s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
-    elif KIND == "relu":
+    elif FORM.kind == "relu":
         return tl.where(x <= 0.0, 0.0, 1.0)
-    elif KIND == "identity":
+    elif FORM.kind == "identity":
         return tl.full(x.shape, 1.0, tl.float32)
     else:
         return tl.where(x <= 0.0, 0.0, 2.0 * x)
@@ -132,7 +132,7 @@ def _activate(hidden, a, mask, FORM: constexpr):
     row_M = tl.program_id(0) * FORM.rows + tl.arange(0, FORM.rows)
     f_N = tl.program_id(1) * FORM.block + tl.arange(0, FORM.block)
     at_MN, inside_MN, x_MN, up_MN = _load(hidden, row_M, f_N, FORM.gated)
-    a_MN = value_of(x_MN, FORM.kind) * up_MN * _factor(mask, at_MN, inside_MN)
+    a_MN = value_of(x_MN, FORM) * up_MN * _factor(mask, at_MN, inside_MN)
     tl.store(a + at_MN, a_MN.to(a.dtype.element_ty), mask=inside_MN)
 
 
@@ -142,18 +142,18 @@ def _activate_backward(hidden, da, gates, mask, gradients, FORM: constexpr):
     live_M = row_M < hidden.rows
     choice_M = tl.load(gates.rows_R + row_M, mask=live_M, other=0)
     gate_M1 = tl.load(gates.gates_TK + choice_M, mask=live_M, other=0.0).to(tl.float32)[:, None]
-    dot_MN = tl.zeros((FORM.rows, FORM.block), tl.float32)
+    dot_MN = tl.full((FORM.rows, FORM.block), 0.0, tl.float32)
     for start in range(0, hidden.width, FORM.block):
         f_N = start + tl.arange(0, FORM.block)
         at_MN, inside_MN, x_MN, up_MN = _load(hidden, row_M, f_N, FORM.gated)
         factor_MN = _factor(mask, at_MN, inside_MN)
-        value_MN = value_of(x_MN, FORM.kind)
+        value_MN = value_of(x_MN, FORM)
         a_MN = value_MN * up_MN * factor_MN
         da_MN = tl.load(da + at_MN, mask=inside_MN, other=0.0).to(tl.float32)
         dot_MN += a_MN * da_MN
         tl.store(gradients.a_RF + at_MN, (a_MN * gate_M1).to(da.dtype.element_ty), mask=inside_MN)
         da_MN = da_MN * gate_M1 * factor_MN
-        dx_MN = (da_MN * up_MN * _slope_of(x_MN, FORM.kind)).to(da.dtype.element_ty)
+        dx_MN = (da_MN * up_MN * _slope_of(x_MN, FORM)).to(da.dtype.element_ty)
         if FORM.gated:
             dgate_MN = gradients.h_RG + row_M.to(tl.int64)[:, None] * 2 * hidden.width + f_N[None, :]
             tl.store(dgate_MN, dx_MN, mask=inside_MN)

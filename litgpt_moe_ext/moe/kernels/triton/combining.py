@@ -47,7 +47,7 @@ def _combine(y, gates, out, sizes, BLOCK: constexpr):
     d_N = tl.program_id(1) * BLOCK[1] + tl.arange(0, BLOCK[1])
     live_M = token_M < sizes.n_token
     inside_MN = live_M[:, None] & (d_N < sizes.width)[None, :]
-    sum_MN = tl.zeros((BLOCK[0], BLOCK[1]), tl.float32)
+    sum_MN = tl.full((BLOCK[0], BLOCK[1]), 0.0, tl.float32)
     for k in range(sizes.top_k):
         choice_M = token_M * sizes.top_k + k
         y_MN = y + choice_M[:, None] * sizes.width + d_N[None, :]

@@ -1,6 +1,7 @@
 """What the Triton kernels share: their arguments, how a block finds its expert, and how they are launched.
 
 Groups of arguments are named tuples: a kernel sees `x.data` and `x.stride` as it would see arguments of these names.
+A group of constants is handed on whole: Triton before 3.7 takes no strings out of one as an argument.
 
 Shape legend: T tokens, K chosen experts per token, E experts, R = T * K routed rows in the order of experts.
 """
@@ -110,19 +111,20 @@ def _device_of(arguments: tuple[Any, ...]) -> torch.device:
 
 
 @triton.jit
-def dot(a, b, total, PRECISION: constexpr):
+def dot(a, b, total, FORM: constexpr):
     """Return `total + a @ b`, summed in float32.
 
     Args:
         a: Left operand.
         b: Right operand.
         total: What is added, float32.
-        PRECISION: `ieee` or `tf32` for float32; `widened` for bfloat16 in the interpreter, which has no such product.
+        FORM: Has the `precision`: `ieee` or `tf32` for float32; `widened` for bfloat16 in the interpreter, which has no
+            such product.
     """
-    if PRECISION == "widened":
+    if FORM.precision == "widened":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     else:
-        return tl.dot(a, b, total, input_precision=PRECISION)
+        return tl.dot(a, b, total, input_precision=FORM.precision)
 
 
 @triton.jit

@@ -66,7 +66,7 @@ def decode(
 def _product(x, w, o_N, live_N, weight, BLOCK: constexpr):
     # Rows `o_N` of one expert's weights times one row of inputs.
     i_M = tl.arange(0, BLOCK)
-    sum_NM = tl.zeros((o_N.shape[0], BLOCK), tl.float32)
+    sum_NM = tl.full((o_N.shape[0], BLOCK), 0.0, tl.float32)
     for start in range(0, weight.n_in, BLOCK):
         inside_M = start + i_M < weight.n_in
         x_M = tl.load(x + start + i_M, mask=inside_M, other=0.0).to(tl.float32)
@@ -95,7 +95,7 @@ def _first(x, weight, bias, choice, out, FORM: constexpr):
     w = weight.data + expert * weight.stride_e
     h_N = _plus_bias(_product(token, w, f_N, live_N, weight, 128), bias, expert, f_N, live_N, weight.n_out)
     if FORM.kind != "none":
-        h_N = value_of(h_N, FORM.kind)
+        h_N = value_of(h_N, FORM)
     if FORM.gated:
         up_N = _product(token, w, width + f_N, live_N, weight, 128)
         h_N *= _plus_bias(up_N, bias, expert, width + f_N, live_N, weight.n_out)
@@ -107,7 +107,7 @@ def _second(a, weight, bias, choice, out):
     token = tl.program_id(0)
     d_N = tl.program_id(1) * 8 + tl.arange(0, 8)
     live_N = d_N < weight.n_out
-    sum_N = tl.zeros((8,), tl.float32)
+    sum_N = tl.full((8,), 0.0, tl.float32)
     for k in range(choice.top_k):
         row = token * choice.top_k + k
         expert = tl.load(choice.experts + row).to(tl.int64)

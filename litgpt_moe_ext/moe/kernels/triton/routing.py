@@ -13,15 +13,20 @@ Shape legend: T tokens (in a kernel: of a block), E experts, K chosen experts pe
 B blocks, N numbers of a tally.
 """
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from litgpt_moe_ext.moe.kernels.fused_router import Given, Rule
 from litgpt_moe_ext.moe.kernels.triton.common import constexpr, launch
+
+if TYPE_CHECKING:
+    # Triton's own types take what a reduction returns for several values.
+    tl: Any = None
+else:
+    import triton.language as tl
 
 # Numbers of a block are kept in rows of E: tokens, probabilities, gate values and expected tokens of each expert, and
 # one row of sums that are not by expert.
@@ -186,13 +191,13 @@ def _within_best_groups(key_TE, e_E, sizes, FORM: constexpr):
     worth_TE = tl.full(key_TE.shape, float("-inf"), tl.float32)
     for group in range(FORM.groups):
         rest_TE = tl.where((group_E == group)[None, :], key_TE, float("-inf"))
-        worth_T = tl.zeros((FORM.rows,), tl.float32)
+        worth_T = tl.full((FORM.rows,), 0.0, tl.float32)
         for _ in range(FORM.best_in_group):
             worth_T += tl.max(rest_TE, 1)
             best_T = tl.argmax(rest_TE, 1)
             rest_TE = tl.where(e_E[None, :] == best_T[:, None], float("-inf"), rest_TE)
         worth_TE = tl.where((group_E == group)[None, :], worth_T[:, None], worth_TE)
-    allowed_TE = tl.zeros(key_TE.shape, tl.int32)
+    allowed_TE = tl.full(key_TE.shape, 0, tl.int32)
     for _ in range(FORM.best_groups):
         best_T = tl.argmax(worth_TE, 1) // size
         hit_TE = group_E[None, :] == best_T[:, None]
@@ -259,7 +264,7 @@ def _route(given, chosen, parts, sizes, FORM: constexpr):
     w_TE, _ = _gate_values(s_TE, v_TE, picked_TE, FORM)
     goal_TE = token_T[:, None] * FORM.top_k + rank_TE
     tl.store(chosen.weights + goal_TE, w_TE * FORM.scale, mask=picked_TE & live_T[:, None])
-    e_TE = tl.zeros((FORM.rows, FORM.experts), tl.int64) + e_E.to(tl.int64)[None, :]
+    e_TE = tl.full((FORM.rows, FORM.experts), 0, tl.int64) + e_E.to(tl.int64)[None, :]
     tl.store(chosen.experts + goal_TE, e_TE, mask=picked_TE & live_T[:, None])
 
     part_E = parts + tl.program_id(0).to(tl.int64) * (_ROWS * FORM.experts) + e_E
@@ -298,8 +303,8 @@ def _variation(x_E, real_E, n_expert):
 def _sum_up(parts, sums, sizes, n_block, FORM: constexpr):
     e_E = tl.arange(0, FORM.experts)
     real_E = e_E < sizes.n_expert
-    count_E = tl.zeros((FORM.experts,), tl.int32)
-    p_E = tl.zeros((FORM.experts,), tl.float64)
+    count_E = tl.full((FORM.experts,), 0, tl.int32)
+    p_E = tl.full((FORM.experts,), 0.0, tl.float64)
     gate_E, load_E, several_E = p_E, p_E, p_E
     for start in range(0, n_block, _BLOCKS):
         block_B = start + tl.arange(0, _BLOCKS)
@@ -376,14 +381,14 @@ def _route_backward(given, upstream, results, sizes, FORM: constexpr):
         slope_E = tl.load(slopes + sizes.n_expert + e_E, mask=real_E, other=0.0) * scale
         dw_TE += tl.where(picked_TE, slope_E[None, :], 0.0)
     w_TE, total_T = _gate_values(s_TE, v_TE, picked_TE, FORM)
-    slope_E = tl.zeros((FORM.experts,), tl.float32)
+    slope_E = tl.full((FORM.experts,), 0.0, tl.float32)
     if FORM.balancing != 0.0:
         slope_E = tl.load(slopes + e_E, mask=real_E, other=0.0) * scale
     if FORM.score == "chosen":
         dv_TE = w_TE * (dw_TE - tl.sum(w_TE * dw_TE, 1)[:, None])
         dz_TE = p_TE * (slope_E[None, :] - tl.sum(p_TE * slope_E[None, :], 1)[:, None])
         if given.noise_TE is not None:
-            dstd_TE = tl.zeros(dz_TE.shape, tl.float32)
+            dstd_TE = tl.full(dz_TE.shape, 0.0, tl.float32)
             if FORM.load != 0.0:
                 margin_TE, last_in_T, first_out_T = _margins(z_TE, std_TE, v_TE, picked_TE, real_E)
                 slope_E = tl.load(slopes + 2 * sizes.n_expert + e_E, mask=real_E, other=0.0) * scale

@@ -80,7 +80,7 @@ def _multiply_rows(x, weight, y, plan, FORM: constexpr, TILE: constexpr):
     w_start = weight.data + expert.to(tl.int64) * weight.stride_e
     x_MK = source_M[:, None] * x.stride + i_K[None, :]
     w_KN = o_N.to(WORD)[None, :] * weight.stride_o + i_K.to(WORD)[:, None] * weight.stride_i
-    sum_MN = tl.zeros((TILE.rows, TILE.out), tl.float32)
+    sum_MN = tl.full((TILE.rows, TILE.out), 0.0, tl.float32)
     for i in range(0, weight.n_in, TILE.inner):
         # Masks only where a block may reach beyond the matrix.
         rest_K = i_K < weight.n_in - i
@@ -89,7 +89,7 @@ def _multiply_rows(x, weight, y, plan, FORM: constexpr, TILE: constexpr):
             b_KN = tl.load(w_start + w_KN)
         else:
             b_KN = tl.load(w_start + w_KN, mask=rest_K[:, None] & (o_N < weight.n_out)[None, :], other=0.0)
-        sum_MN = dot(a_MK, b_KN, sum_MN, FORM.precision)
+        sum_MN = dot(a_MK, b_KN, sum_MN, FORM)
         x_start += TILE.inner
         w_start += TILE.inner * weight.stride_i
     if y.bias is not None:

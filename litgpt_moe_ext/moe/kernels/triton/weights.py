@@ -61,7 +61,7 @@ def _sum_outer_products(left, right, out, plan, FORM: constexpr, TILE: constexpr
     o_N = (tl.program_id(0) // n_in_tile) * TILE.out + tl.arange(0, TILE.out)
     i_K = (tl.program_id(0) % n_in_tile) * TILE.inner + tl.arange(0, TILE.inner)
     first, end = _first_row(plan, expert), tl.load(plan.ends + expert)
-    sum_NK = tl.zeros((TILE.out, TILE.inner), tl.float32)
+    sum_NK = tl.full((TILE.out, TILE.inner), 0.0, tl.float32)
     # Where the rows of the next step are is looked up one step ahead: loads that wait for a load of the same step would
     # not be started early.
     next_M = _token(plan, first + tl.arange(0, TILE.rows), end)
@@ -76,7 +76,7 @@ def _sum_outer_products(left, right, out, plan, FORM: constexpr, TILE: constexpr
         right_MK = right.data + right_M[:, None] * right.stride + i_K[None, :]
         a_NM = tl.load(left_NM, mask=live_M[None, :] & (o_N < out.n_out)[:, None], other=0.0)
         b_MK = tl.load(right_MK, mask=live_M[:, None] & (i_K < out.n_in)[None, :], other=0.0)
-        sum_NK = dot(a_NM, b_MK, sum_NK, FORM.precision)
+        sum_NK = dot(a_NM, b_MK, sum_NK, FORM)
     out_NK = out.data + expert.to(tl.int64) * out.stride_e
     out_NK = out_NK + o_N.to(tl.int64)[:, None] * out.stride_o + i_K[None, :]
     inside_NK = (o_N < out.n_out)[:, None] & (i_K < out.n_in)[None, :]
@@ -111,7 +111,7 @@ def _sum_rows(x, sums, plan, GATHER: constexpr):
     expert = tl.program_id(1)
     o_N = tl.program_id(0) * 64 + tl.arange(0, 64)
     first, end = _first_row(plan, expert), tl.load(plan.ends + expert)
-    sum_MN = tl.zeros((32, 64), tl.float32)
+    sum_MN = tl.full((32, 64), 0.0, tl.float32)
     for start in range(first, end, 32):
         row_M = start + tl.arange(0, 32)
         live_M = row_M < end
