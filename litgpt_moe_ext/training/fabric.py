@@ -37,6 +37,7 @@ class TrainingFabric(L.Fabric):
 
     Attributes:
         resumed_rng: State of the random generators of every process from the loaded checkpoint, until it is restored.
+        rng_settled: Whether the generators are those of the training, which they are from the first batch on.
         attempt: How often the run has been started: 1, and one more whenever it is resumed.
         state: LitGPT's training state, once there is one.
     """
@@ -52,6 +53,7 @@ class TrainingFabric(L.Fabric):
         super().__init__(**kwargs)
         self._show = show
         self.resumed_rng: list[dict] | None = None
+        self.rng_settled = False
         self.attempt = 1
         self._model: Any = None
         self._optimizer: Any = None

@@ -93,7 +93,6 @@ class HookedLoop:
         self._seconds = 0.0
         self._limits_reached = False
         self._last_saved: Path | None = None
-        self._random_state_settled = False
         self._eval: litgpt.args.EvalArgs
         self._validated_step: int | None = None
         self._means = TokenMeans(fabric.world_size)
@@ -286,10 +285,10 @@ class HookedLoop:
     def _settle_random_state(self) -> None:
         # At the first batch, because building the data iterator and the sanity check of the validation draw random
         # numbers that an uninterrupted run did not draw here.
-        if self._random_state_settled:
-            return
-        self._random_state_settled = True
         fabric = self.fabric
+        if fabric.rng_settled:
+            return
+        fabric.rng_settled = True
         saved, fabric.resumed_rng = fabric.resumed_rng, None
         if saved is not None and len(saved) == fabric.world_size:
             if not random_state.restore(saved[fabric.global_rank], fabric.device):

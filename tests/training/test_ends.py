@@ -1,6 +1,7 @@
 """The first and the last moments of a run."""
 
 import pytest
+import torch
 
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.training.report import farther
@@ -48,6 +49,16 @@ def test_the_way_on_leads_on(recipe, capsys):
     flags = capsys.readouterr().out.splitlines()[-1].removeprefix("Go on: ").split()
     assert main(["--config", file, *flags]) == 0
     assert "step 3/4 |" in capsys.readouterr().out
+
+
+def test_what_is_saved_before_the_first_batch_has_the_generators_of_the_checkpoint(recipe, tmp_path):
+    """A finished run that is resumed saves `final` again; a signal, or `every_minutes`, may save as early."""
+    file = str(recipe(train={"max_tokens": 2 * 128}, model_config={"router_jitter_noise": 0.1}))
+    saved = []
+    for _ in range(2):
+        assert main(["--config", file, "--resume", "auto"]) == 0
+        saved.append(torch.load(tmp_path / "out" / "final" / "lit_model.pth", weights_only=True)["rng"][0]["torch"])
+    assert torch.equal(*saved)
 
 
 def test_what_cannot_be_given_is_said(recipe, capsys):

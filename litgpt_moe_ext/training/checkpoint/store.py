@@ -89,7 +89,7 @@ def save_whole(save: Callable[..., None], fabric: Any, state: dict, tokenizer_di
     """
     target = file.parent
     staging = target.with_name(f".{target.name}.incomplete")
-    extended = {**state, "rng": random_state.of_all_ranks(fabric), "callbacks": fabric.callback_states()}
+    extended = {**state, "rng": random_state.to_save(fabric), "callbacks": fabric.callback_states()}
 
     def finish() -> None:
         if fabric.is_global_zero:

@@ -42,6 +42,15 @@ def of_all_ranks(fabric: Any) -> list[dict[str, Any]]:
     return states
 
 
+def to_save(fabric: Any) -> list[dict[str, Any]] | None:
+    """Return what a checkpoint holds: before the first batch that of the checkpoint that is resumed, or nothing.
+
+    Args:
+        fabric: The running `TrainingFabric`; every rank must call.
+    """
+    return of_all_ranks(fabric) if fabric.rng_settled else fabric.resumed_rng
+
+
 def part_ways(seed: int, rank: int, world_size: int, step: int = 0) -> None:
     """Give every rank a stream of its own, where all of them have drawn the same numbers so far.
 
