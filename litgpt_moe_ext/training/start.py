@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from litgpt_moe_ext.training.checkpoint.compatibility import require_same_model, require_same_optimizer
+from litgpt_moe_ext.training.checkpoint.earlier import limit_earlier_runs, set_aside
 from litgpt_moe_ext.training.checkpoint.progress import next_attempt
 from litgpt_moe_ext.training.checkpoint.resume import agree, find_resume_file
-from litgpt_moe_ext.training.checkpoint.store import earlier_runs, set_aside
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.training.launch import Launched
     from litgpt_moe_ext.training.prepare import Prepared
-
-_MANY = 3  # runs set aside, from which on it is worth a line
 
 
 @dataclass(frozen=True)
@@ -74,8 +72,6 @@ def make_room(launched: Launched, start: Start, prepared: Prepared) -> tuple[Sta
     if aside is None:
         return start, prepared
     fabric.print(f"Moved the checkpoints of an earlier run to {aside} (--resume auto continues a run)")
-    if fabric.is_global_zero and len(earlier := earlier_runs(out_dir)) >= _MANY:
-        fabric.print(f"There are {len(earlier)} earlier runs now, the oldest is {earlier[0]}; delete those of no use")
 
     def moved(path: Path | None) -> Path | None:
         if path is None or path.exists() or not path.resolve().is_relative_to(out_dir.resolve()):
@@ -88,4 +84,8 @@ def make_room(launched: Launched, start: Start, prepared: Prepared) -> tuple[Sta
     if tokenizer_dir is not None and "tokenizer_dir" in launched.plan.plain:
         launched.plan.plain["tokenizer_dir"] = str(tokenizer_dir)
     start = Start(moved(start.resume_file), initial)
+    if fabric.is_global_zero:
+        needed = [path for path in (start.resume_file, initial, tokenizer_dir) if path is not None]
+        if line := limit_earlier_runs(out_dir, launched.plan.settings.checkpoint.keep_earlier, needed):
+            fabric.print(line)
     return start, dataclasses.replace(prepared, tokenizer_dir=tokenizer_dir)

@@ -7,7 +7,7 @@ from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.inspect.runs.figures import curves_figure
 from litgpt_moe_ext.inspect.runs.logs import distinct_names, load_run
 from litgpt_moe_ext.pictures.expert_load import load_over_steps_figure, thinned
-from litgpt_moe_ext.training.checkpoint.store import set_aside
+from litgpt_moe_ext.training.checkpoint.earlier import set_aside
 
 HEADER = (
     "iter,step,iter_time,loss,total_tokens,val_loss,moe/max_vio,grad_norm,moe_load_01/expert_00,moe_load_01/expert_01"

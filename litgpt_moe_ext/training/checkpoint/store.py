@@ -5,7 +5,6 @@ A checkpoint is LitGPT's: `lit_model.pth` (model, optimizer, data position, coun
 `SHA256SUMS` what every file must look like.
 """
 
-import glob
 import shutil
 import time
 from collections.abc import Callable
@@ -13,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from litgpt_moe_ext.durable import WRITE_TEST, flush, flush_tree
-from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checkpoint import manifest
-from litgpt_moe_ext.training.checkpoint.progress import STATE_FILE, Progress, newest_first
-from litgpt_moe_ext.training.logs import METRICS_FILE, TRANSCRIPT_FILE, WIDE_FILE
+from litgpt_moe_ext.training.checkpoint.earlier import free_name
+from litgpt_moe_ext.training.checkpoint.progress import STATE_FILE, Progress
 from litgpt_moe_ext.training.parallel import random_state
 
 
@@ -31,7 +29,7 @@ def publish(staging: Path, target: Path) -> None:
     replaced = target.with_name(f".{target.name}.replaced")
     if target.exists() and not (target / STATE_FILE).is_file():
         # Not written by a run like this one: it may hold what nobody can make again.
-        target.rename(_free_name(target))
+        target.rename(free_name(target))
     elif target.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)
@@ -66,11 +64,12 @@ def recover(out_dir: Path) -> list[str]:
         else:
             path.rename(original)
             done.append(f"Found {original} under the name it had while it was being replaced, and named it back.")
-    for pattern in (".*.incomplete", ".*.removed"):
+    for pattern in (".*.incomplete", ".*.removed", f"{WRITE_TEST}*"):
         for path in out_dir.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
-    for path in out_dir.glob(f"{WRITE_TEST}*"):
-        path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
     return done
 
 
@@ -123,69 +122,3 @@ def _try_everywhere(fabric: Any, action: Callable[[], Any]) -> str | None:
             raise
         problem = str(error) or type(error).__name__
     return fabric.broadcast(problem)
-
-
-def set_aside(out_dir: Path) -> Path | None:
-    """Move checkpoints and logs of an earlier run out of the way of a new one.
-
-    Logs left in place would be read as those of an earlier part of the new run. Nothing is copied: a directory beside
-    `out_dir` takes them, or, where they cannot be moved there (`out_dir` is a mount point, or lies in a folder that is
-    read-only), one inside it.
-
-    Returns:
-        The directory that holds them now, or None if there were none.
-
-    Raises:
-        SettingsError: If they can be moved nowhere.
-    """
-    found = [directory.relative_to(out_dir) for directory in newest_first(out_dir)]
-    found += [Path(name) for name in (METRICS_FILE, WIDE_FILE) if (out_dir / name).is_file()]
-    if (out_dir / "logs" / "csv").is_dir():  # of a run of `litgpt pretrain`
-        found.append(Path("logs", "csv"))
-    if not found:
-        return None
-    if (out_dir / TRANSCRIPT_FILE).is_file():
-        found.append(Path(TRANSCRIPT_FILE))
-    # A link would name a directory beside the link, which may be another disk.
-    out_dir = out_dir.resolve()
-    problem: OSError | None = None
-    for aside in (_free_name(out_dir), _free_name(out_dir / "run")):
-        try:
-            _move(out_dir, aside, found)
-        except OSError as error:
-            problem = error
-        else:
-            return aside
-    raise SettingsError(
-        f"out_dir: {str(out_dir)!r} holds the checkpoints of an earlier run, which cannot be moved ({problem}); choose "
-        "another --out_dir, or continue that run with --resume auto"
-    )
-
-
-def _move(out_dir: Path, aside: Path, names: list[Path]) -> None:
-    # Move all of them or none.
-    moved: list[Path] = []
-    try:
-        for name in names:
-            (aside / name).parent.mkdir(parents=True, exist_ok=True)
-            (out_dir / name).rename(aside / name)
-            moved.append(name)
-    except OSError:
-        for name in reversed(moved):
-            (aside / name).rename(out_dir / name)
-        shutil.rmtree(aside, ignore_errors=True)  # empty folders only: everything is back
-        raise
-
-
-def earlier_runs(out_dir: Path) -> list[Path]:
-    """Return the directories that `set_aside` has made for a run's directory, oldest first."""
-    out_dir = out_dir.resolve()
-    found = [*out_dir.parent.glob(f"{glob.escape(out_dir.name)}-earlier-*"), *out_dir.glob("run-earlier-*")]
-    return sorted((path for path in found if path.is_dir()), key=lambda path: path.stat().st_mtime)
-
-
-def _free_name(directory: Path) -> Path:
-    number = 1
-    while (free := directory.with_name(f"{directory.name}-earlier-{number}")).exists():
-        number += 1
-    return free

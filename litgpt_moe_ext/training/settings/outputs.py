@@ -65,6 +65,8 @@ class CheckpointArgs(Section, key="checkpoint"):
     """Also save when this much time has passed since the last checkpoint; null: only by steps."""
     keep_last: PositiveInt | None = None
     """Number of step-* directories to keep; older ones are deleted; null: all."""
+    keep_earlier: PositiveInt | None = None
+    """Number of earlier runs in this out_dir to keep, which a new one sets aside as OUT_DIR-earlier-N; null: all."""
     best: bool = True
     """Keep the checkpoint of the lowest validation loss as best/."""
     on_save_error: Literal["stop", "continue"] = "stop"

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from litgpt_moe_ext.cli.train import main
+from litgpt_moe_ext.training.callbacks import retention
 from litgpt_moe_ext.training.checkpoint import manifest
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
 from litgpt_moe_ext.training.checkpoint.lock import OutDirLock
@@ -67,6 +69,20 @@ def test_by_time(recipe, tmp_path):
     names = directories(tmp_path / "out")
     assert {"step-00000001", "step-00000002", "step-00000003"} <= set(names)
     assert "best" not in names
+
+
+def test_a_save_by_time_that_failed_waits_for_its_time(tmp_path, monkeypatch):
+    """It is not tried again before every step."""
+    now, saved = [0.0], []
+    monkeypatch.setattr(retention.time, "monotonic", lambda: now[0])
+    fabric = SimpleNamespace(broadcast=lambda value: value)
+    callback = retention.Retention(
+        CheckpointArgs(every_minutes=1), tmp_path, fabric, saved.append
+    )  # which never succeeds
+    for step, seconds in enumerate((59, 61, 62, 120, 122)):
+        now[0] = seconds
+        callback.on_step_begin({"step_count": step})
+    assert saved == ["step-00000001", "step-00000004"]
 
 
 def test_best_of_a_run_that_was_killed_before_it_was_linked(recipe, tmp_path, capsys):
@@ -355,12 +371,34 @@ class TestSetAside:
         assert "error: out_dir: " in capsys.readouterr().err
         assert problem_with(out_dir / "final") is None
 
-    def test_many_are_told(self, recipe, tmp_path, capsys):
-        for number in (1, 2):
+    @pytest.fixture
+    def earlier(self, tmp_path):
+        """Three of them, the oldest by number with the latest date, and a folder of such a name that is none."""
+        for number in (3, 2, 10):
             (tmp_path / f"out-earlier-{number}").mkdir()
-        file = recipe(train={"max_tokens": 128})
-        assert [train("--config", file), train("--config", file)] == [0, 0]
-        assert "There are 3 earlier runs now, the oldest is " in capsys.readouterr().out
+            (tmp_path / f"out-earlier-{number}" / "metrics.csv").touch()
+        (tmp_path / "out-earlier-1").mkdir()
+        os.utime(tmp_path / "out-earlier-2", (2**33, 2**33))
+        return tmp_path
+
+    def test_many_are_told_with_the_command_that_deletes_them(self, first_run, earlier, capsys):
+        file = first_run(earlier / "out")
+        assert train("--config", file) == 0
+        output = capsys.readouterr().out
+        assert "There are 4 earlier runs now." in output
+        doomed = [str(earlier / f"out-earlier-{number}") for number in (2, 3, 10)]
+        assert f"deleted by: rm -r {' '.join(doomed)};" in output
+        assert (earlier / "out-earlier-2").exists()
+
+    def test_the_oldest_are_deleted_if_a_setting_says_so(self, first_run, earlier):
+        """What was set aside last stays, and so does what is no run, or has what this run starts from."""
+        file = first_run(earlier / "out")
+        shutil.copytree(earlier / "out", earlier / "out-earlier-3", dirs_exist_ok=True)
+        weights = earlier / "out-earlier-3" / "final"
+        options = ("--checkpoint.keep_earlier", 2, "--initial_checkpoint_dir", weights)
+        assert train("--config", file, *options) == 0
+        left = {path.name.removeprefix("out-earlier-") for path in earlier.glob("out-earlier-*")}
+        assert left == {"1", "3", "10", "11"}
 
 
 def test_attempts_to_write_are_tidied_up(tmp_path):

@@ -1,0 +1,116 @@
+"""Earlier runs in the same `out_dir`: a new one moves them out of its way, where they stay until they are deleted."""
+
+import shlex
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.training.checkpoint.progress import newest_first
+from litgpt_moe_ext.training.logs import METRICS_FILE, TRANSCRIPT_FILE, WIDE_FILE
+
+_MANY = 3  # from which on it is worth a line
+
+
+def set_aside(out_dir: Path) -> Path | None:
+    """Move checkpoints and logs of an earlier run out of the way of a new one.
+
+    Logs left in place would be read as those of an earlier part of the new run. Nothing is copied: a directory beside
+    `out_dir` takes them, or, where they cannot be moved there (`out_dir` is a mount point, or lies in a folder that is
+    read-only), one inside it.
+
+    Returns:
+        The directory that holds them now, or None if there were none.
+
+    Raises:
+        SettingsError: If they can be moved nowhere.
+    """
+    found = [directory.relative_to(out_dir) for directory in newest_first(out_dir)]
+    found += [Path(name) for name in (METRICS_FILE, WIDE_FILE) if (out_dir / name).is_file()]
+    if (out_dir / "logs" / "csv").is_dir():  # of a run of `litgpt pretrain`
+        found.append(Path("logs", "csv"))
+    if not found:
+        return None
+    if (out_dir / TRANSCRIPT_FILE).is_file():
+        found.append(Path(TRANSCRIPT_FILE))
+    # A link would name a directory beside the link, which may be another disk.
+    out_dir = out_dir.resolve()
+    problem: OSError | None = None
+    for aside in (free_name(out_dir), free_name(out_dir / "run")):
+        try:
+            _move(out_dir, aside, found)
+        except OSError as error:
+            problem = error
+        else:
+            return aside
+    raise SettingsError(
+        f"out_dir: {str(out_dir)!r} holds the checkpoints of an earlier run, which cannot be moved ({problem}); choose "
+        "another --out_dir, or continue that run with --resume auto"
+    )
+
+
+def _move(out_dir: Path, aside: Path, names: list[Path]) -> None:
+    # Move all of them or none.
+    moved: list[Path] = []
+    try:
+        for name in names:
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            (out_dir / name).rename(aside / name)
+            moved.append(name)
+    except OSError:
+        for name in reversed(moved):
+            (aside / name).rename(out_dir / name)
+        shutil.rmtree(aside, ignore_errors=True)  # empty folders only: everything is back
+        raise
+
+
+def earlier_runs(out_dir: Path) -> list[Path]:
+    """Return the directories that `set_aside` has made for a run's directory, oldest first.
+
+    The number in their name says which is older; clocks go wrong. A directory of such a name without a run is not one.
+    """
+    out_dir = out_dir.resolve()
+    found = [path for name in (out_dir, out_dir / "run") for path in _numbers(name).values() if _holds_a_run(path)]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def limit_earlier_runs(out_dir: Path, keep: int | None, needed: Sequence[Path]) -> str | None:
+    """Delete the oldest earlier runs, or say how to, and return a line about it if there is something to say.
+
+    Args:
+        out_dir: The run's directory.
+        keep: How many to keep; None keeps all of them.
+        needed: Paths that this run uses; an earlier run that holds one of them stays.
+    """
+    runs = earlier_runs(out_dir)
+    if keep is None:
+        if len(runs) < _MANY:
+            return None
+        command = shlex.join(["rm", "-r", *map(str, runs[:-1])])
+        return (
+            f"There are {len(runs)} earlier runs now. All but the last are deleted by: {command}; "
+            "checkpoint.keep_earlier: 1 does so from now on."
+        )
+    used = [path.resolve() for path in needed]
+    doomed = [run for run in runs[: max(0, len(runs) - keep)] if not any(path.is_relative_to(run) for path in used)]
+    for run in doomed:
+        shutil.rmtree(run, ignore_errors=True)
+    return (
+        f"Deleted the oldest earlier runs (checkpoint.keep_earlier): {', '.join(map(str, doomed))}" if doomed else None
+    )
+
+
+def free_name(directory: Path) -> Path:
+    """Return the name under which a directory is set aside next."""
+    return directory.with_name(f"{directory.name}-earlier-{max(_numbers(directory), default=0) + 1}")
+
+
+def _numbers(directory: Path) -> dict[int, Path]:
+    beginning = f"{directory.name}-earlier-"
+    names = ((path.name.removeprefix(beginning), path) for path in directory.parent.glob("*-earlier-*"))
+    return {int(number): path for number, path in names if number.isascii() and number.isdecimal()}
+
+
+def _holds_a_run(directory: Path) -> bool:
+    files = (METRICS_FILE, WIDE_FILE, "logs")
+    return bool(newest_first(directory)) or any((directory / name).exists() for name in files)
