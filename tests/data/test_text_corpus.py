@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from litgpt_moe_ext.data.corpora.text_corpus import TextCorpus
 from litgpt_moe_ext.data.pipeline import batches
@@ -154,12 +155,31 @@ def test_a_full_disk_and_a_second_attempt(files, tmp_path, monkeypatch, capsys, 
             prepare_corpus(root, sources_of(files, tmp_path), small)
     (unfinished,) = names(root)
     (root / unfinished / "train_00099.bin").write_bytes(b"written after the last state")
+    (root / unfinished / ".train_00099.bin.0123abcd.partial").write_bytes(b"killed while it was written")
     capsys.readouterr()
     corpus = prepare_corpus(root, sources_of(files, tmp_path), small)
     assert unfinished == f".{corpus.name}.unfinished"
     assert ("Continuing in" in capsys.readouterr().out) == (failing > 1 or step == "write_shard")
     assert contents(corpus) == expected
     assert names(root) == [corpus.name]
+
+
+def test_unfinished_corpora_that_nobody_goes_on_with(files, tmp_path, capsys):
+    """They are deleted after a while; not those of late, and never one that a process works on."""
+    days = {"abandoned": 15, "recent": 13, "locked": 15}
+    for name, age in days.items():
+        folder = tmp_path / f".{name}.unfinished"
+        folder.mkdir()
+        for path in (folder / "state.json", folder):
+            path.touch()
+            os.utime(path, (time.time() - age * 24 * 60 * 60,) * 2)
+    (tmp_path / ".abandoned.lock").touch()
+    with FileLock(tmp_path / ".locked.lock"):
+        corpus = prepare_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS)
+    assert f"Deleted {tmp_path / '.abandoned.unfinished'}, an unfinished corpus" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.glob(".*.unfinished")) == [".locked.unfinished", ".recent.unfinished"]
+    assert not (tmp_path / ".abandoned.lock").exists()
+    assert read_manifest(corpus)
 
 
 LIMITED = """

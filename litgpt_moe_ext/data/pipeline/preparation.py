@@ -42,7 +42,7 @@ from litgpt_moe_ext.data.pipeline.tokenizer import (
     vocabulary_size,
 )
 from litgpt_moe_ext.data.pipeline.tokenizer_files import write_tokenizer
-from litgpt_moe_ext.data.pipeline.unfinished import State, only_one, writing
+from litgpt_moe_ext.data.pipeline.unfinished import DAYS, UNFINISHED, State, only_one, remove_leftovers, writing
 from litgpt_moe_ext.durable import flush_tree
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.machine import count_cores
@@ -91,6 +91,8 @@ def prepare_corpus(
                     f"data_path: {directory} exists but is not a finished corpus (it has no {MANIFEST}); move or "
                     "delete it, then run again"
                 )
+            for folder in remove_leftovers(directory.parent):
+                print(f"Deleted {folder}, an unfinished corpus that nobody has touched for {DAYS} days", flush=True)
             preparation = _Preparation(directory, sources, settings, {"corpus_sha256": corpus}, verbose)
             preparation.run(_workers(sources, workers))
     return directory
@@ -103,7 +105,7 @@ class _Preparation:
         self, directory: Path, sources: Sequence[Source], settings: CorpusSettings, facts: dict[str, Any], verbose: bool
     ) -> None:
         self.final = directory
-        self.directory = directory.with_name(f".{directory.name}.unfinished")
+        self.directory = directory.with_name(f".{directory.name}{UNFINISHED}")
         self.sources = sources
         self.settings = settings
         self.facts = facts
@@ -155,7 +157,8 @@ class _Preparation:
             self.state, tokens = state, state.counts["tokens_train"]
             print(f"Continuing in {self.directory}: {tokens:,} training tokens are there", flush=True)
         for split in SIDES:  # what was written after the state: its documents come again
-            for path in sorted(self.directory.glob(f"{split}_*.bin"))[self.state.shards[split] :]:
+            late = sorted(self.directory.glob(f"{split}_*.bin"))[self.state.shards[split] :]
+            for path in (*late, *self.directory.glob(f".{split}_*.partial")):
                 path.unlink()
 
     def _start(self, progress: PreparationProgress) -> None:

@@ -9,7 +9,6 @@ A finished folder is never deleted here.
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -126,9 +125,10 @@ def check_root(root: Path) -> None:
     """Raise SettingsError, with the remedy, unless `root` is a folder that can be created and written to."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        probe = root / f".{uuid.uuid4().hex[:8]}.probe"
+        # One name for all, so that those that are killed here leave one file.
+        probe = root / ".probe"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise SettingsError(
             f"data_path: {str(root)!r} cannot be used as a cache folder ({error.strerror or error}); set data_path to "

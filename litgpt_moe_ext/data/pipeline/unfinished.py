@@ -1,10 +1,16 @@
-"""An unfinished corpus: how far it is, who works on it, and what a write that failed means."""
+"""An unfinished corpus: how far it is, who works on it, what a write that failed means, and when it is given up.
+
+It goes on as soon as its settings are used again, so it may hold hours of work that somebody wants. It is deleted when
+no process works on it and nothing was written to it for `DAYS`, which costs no more than doing it again.
+"""
 
 import errno
 import json
 import os
+import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -12,11 +18,14 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from litgpt_moe_ext.data.pipeline.batches import Batch
-from litgpt_moe_ext.data.pipeline.sources import SIDES
+from litgpt_moe_ext.data.pipeline.sources import HASHES, SIDES
 from litgpt_moe_ext.data.pipeline.store import STATE
 from litgpt_moe_ext.durable import flush
 from litgpt_moe_ext.errors import SettingsError
 
+DAYS = 14
+UNFINISHED, LOCK = ".unfinished", ".lock"
+"""Endings of the names of unfinished corpora, and of the locks that their processes hold."""
 _DISK_ERRORS = {errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.EFBIG}
 
 
@@ -83,7 +92,7 @@ def only_one(directory: Path, verbose: bool) -> Iterator[None]:
         directory: The corpus.
         verbose: Whether to say so.
     """
-    lock = FileLock(directory.with_name(f".{directory.name}.lock"))
+    lock = FileLock(directory.with_name(f".{directory.name}{LOCK}"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -108,3 +117,39 @@ def writing(data_path: Path) -> Iterator[None]:
             f"data_path: preparing the corpus in {str(data_path)!r} failed ({error.strerror or error}), what is done "
             "is kept; free disk space or set data_path to another disk, then run again"
         ) from error
+
+
+def remove_leftovers(data_path: Path) -> list[Path]:
+    """Delete what was abandoned long ago; what a process works on is locked, and stays.
+
+    Args:
+        data_path: Folder of all prepared corpora.
+
+    Returns:
+        The unfinished corpora that are gone now.
+    """
+    before = time.time() - DAYS * 24 * 60 * 60
+    for partial in data_path.glob(f"{HASHES}.*.partial"):
+        with suppress(OSError):
+            if partial.stat().st_mtime < before:
+                partial.unlink()
+    return [folder for folder in sorted(data_path.glob(f".*{UNFINISHED}")) if _remove(folder, before)]
+
+
+def _remove(folder: Path, before: float) -> bool:
+    lock_file = folder.with_suffix(LOCK)
+    lock = FileLock(lock_file)
+    try:
+        if max(path.stat().st_mtime for path in (folder, *folder.iterdir())) >= before:
+            return False
+        lock.acquire(timeout=0)
+    except (Timeout, OSError):  # somebody works on it, or has just finished
+        return False
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        # While it is held, as `training.checkpoint.lock` does.
+        with suppress(OSError):
+            lock_file.unlink(missing_ok=True)
+    finally:
+        lock.release()
+    return not folder.exists()
