@@ -175,19 +175,18 @@ def open_tokenizer(tokenizer_dir: Path, padded_vocab_size: int) -> Tokenizer:
 
 def check_tokenizer(tokenizer: Tokenizer, tokenizer_dir: Path, padded_vocab_size: int) -> None:
     """Raise SettingsError unless a `litgpt.Tokenizer` separates documents and fits into the model's vocabulary."""
+    from litgpt_moe_ext.data.pipeline.tokenizer import vocabulary_size
+
     if tokenizer.eos_id is None:
         raise SettingsError(
             f"tokenizer_dir: {str(tokenizer_dir)!r} has no end-of-text token: documents could not be told apart, and "
             'generation would not stop. Add "eos_token" to its tokenizer_config.json.'
         )
     processor: Any = tokenizer.processor
-    if tokenizer.backend == "huggingface":
-        size = processor.get_vocab_size(with_added_tokens=True)
-    else:
-        size = tokenizer.vocab_size
+    size = vocabulary_size(processor) if tokenizer.backend == "huggingface" else tokenizer.vocab_size
     if size > padded_vocab_size:
         raise SettingsError(
-            f"tokenizer_dir: {str(tokenizer_dir)!r} has {size} tokens, more than the model's padded_vocab_size: "
+            f"tokenizer_dir: {str(tokenizer_dir)!r} has ids up to {size - 1}, beyond the model's padded_vocab_size: "
             f"{padded_vocab_size}; set model_config.padded_vocab_size to at least {size}"
         )
 

@@ -10,8 +10,10 @@ import torch
 import yaml
 
 from litgpt_moe_ext.cli.train import main
+from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, train_bpe
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checkpoint import manifest
+from litgpt_moe_ext.training.checks import open_tokenizer
 from tests.training.conftest import logged
 
 
@@ -315,8 +317,6 @@ class TestWrongInputs:
         assert "source_path" in self.refused(capsys, "--config", recipe(data=data))
 
     def test_tokenizer_without_eos(self, recipe, tmp_path, capsys):
-        from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, train_bpe
-
         folder = tmp_path / "tokenizer"
         train_bpe(["some text"], BPESettings(300), folder)
         config = json.loads((folder / "tokenizer_config.json").read_text())
@@ -325,6 +325,17 @@ class TestWrongInputs:
         error = self.refused(capsys, "--config", recipe(), "--tokenizer_dir", folder)
         assert "has no end-of-text token" in error
         assert 'Add "eos_token"' in error
+
+    def test_tokenizer_with_an_id_beyond_the_model(self, tmp_path):
+        """Its number of tokens would fit."""
+        folder = tmp_path / "tokenizer"
+        train_bpe(["some text"], BPESettings(300), folder)
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        vocabulary = tokenizer["model"]["vocab"]
+        vocabulary[max(vocabulary, key=vocabulary.get)] = 5000
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+        with pytest.raises(SettingsError, match="has ids up to 5000, beyond the model's padded_vocab_size: 304"):
+            open_tokenizer(folder, 304)
 
     def test_tokenizer_larger_than_the_model(self, recipe, capsys):
         file = recipe(model_config={"vocab_size": 280, "padded_vocab_size": 280})
