@@ -1,10 +1,14 @@
 """What the pages promise is held by tests that exist."""
 
 import ast
+import html
 import re
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
+
+from litgpt_moe_ext.inspect.pages import page, picture, table
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,6 +22,14 @@ def test_every_promise_names_its_test(page):
             tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
             assert name in {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}, row
         assert row.count("`tests/") == len(re.findall(r"`tests/[\w/]+\.py::\w+`", row)), row
+
+
+def test_what_stands_on_a_page_is_text():
+    """Names of runs, tokens, and what a model writes."""
+    words = [f"<script>{number}</script>&\"'" for number in range(4)]
+    whole = page(words[0], [table([words[1]], [[words[2]]]), picture(words[3], words[3], Figure())])
+    assert "<script>" not in whole
+    assert all(html.escape(word) in whole for word in words)
 
 
 def test_every_load_is_of_weights_only():
