@@ -6,10 +6,10 @@ next fork resumes from what is there, and is killed as well. `MOE_TEST_SAVE_KILL
 where.
 """
 
+import itertools
 import os
 import random
 import shutil
-import sys
 import traceback
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from litgpt_moe_ext.training.checkpoint.progress import MODEL_FILE, newest_first
 from litgpt_moe_ext.training.checkpoint.resume import find_resume_file, problem_with
 from litgpt_moe_ext.training.parallel import random_state
 from litgpt_moe_ext.training.settings import CheckpointArgs
-from tests.attack.killing import changes, check_after_a_kill
+from tests.attack.killing import check_after_a_kill
+from tests.attack.runs import watch
 
 KILLS = int(os.environ.get("MOE_TEST_SAVE_KILLS", "25"))
 SEED = int(os.environ.get("MOE_TEST_SEED", "0"))
@@ -116,39 +117,26 @@ def in_a_fork(out_dir: Path, die_at: int | None) -> tuple[int, int]:
 
 
 def count_changes(out_dir: Path, writer: int, die_at: int | None) -> None:
-    count, save, write_text = 0, torch.save, Path.write_text
+    count, write_text = itertools.count(1), Path.write_text
 
-    def touched() -> None:
-        nonlocal count
-        count += 1
+    def touched(_event: str) -> None:
         os.write(writer, b".")
-        if count == die_at:
+        if next(count) == die_at:
             os._exit(9)
-
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if changes(event, arguments, str(out_dir)):
-            touched()
-
-    def save_in_halves(content: Any, path: Any) -> None:
-        save(content, path)
-        whole = Path(path).read_bytes()
-        os.truncate(path, len(whole) // 2)
-        touched()
-        Path(path).write_bytes(whole)
 
     def write_in_halves(self: Path, text: str, **kwargs: Any) -> int:
         write_text(self, text[: len(text) // 2], **kwargs)
-        touched()
+        touched("write_text")
         return write_text(self, text, **kwargs)
 
-    torch.save, Path.write_text = save_in_halves, write_in_halves
-    sys.addaudithook(hook)
+    Path.write_text = write_in_halves
+    watch(str(out_dir), touched)
 
 
 @pytest.fixture
 def quiet(monkeypatch):
     """Leave out what needs a device, or the disk to be slow."""
-    monkeypatch.setattr(random_state, "of_all_ranks", lambda _fabric: [])
+    monkeypatch.setattr(random_state, "to_save", lambda _fabric: [])
     monkeypatch.setattr(store, "flush", lambda _path: None)
     monkeypatch.setattr(store, "flush_tree", lambda _path: None)
 

@@ -19,7 +19,11 @@ FILES = ("argparse", "ast", "calendar", "cmd", "code", "copy", "csv", "enum", "h
 @pytest.fixture(scope="session")
 def corpus_settings(tmp_path_factory) -> dict:
     """Arguments of a `PythonStdlib` over a few files, prepared once for all tests."""
-    folder = tmp_path_factory.mktemp("corpus")
+    return corpus_in(tmp_path_factory.mktemp("corpus"))
+
+
+def corpus_in(folder: Path) -> dict:
+    """Return arguments of a `PythonStdlib` over a few files, which are copied into a folder."""
     source = folder / "source"
     source.mkdir()
     for name in FILES:

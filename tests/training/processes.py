@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["litgpt.pretrain", "litgpt_moe_ext.training.run", "litgpt_moe_ext.data.modules.corpus"])
+CONTEXT.set_forkserver_preload(["tests.training.preloaded"])
 
 
 def free_port() -> int:

@@ -1,7 +1,7 @@
-"""Killed again and again at random moments, a run gives the losses of the uninterrupted one, bit for bit.
+"""Two processes, of which the first starts the second, are killed and give the losses of the undisturbed run.
 
-`MOE_TEST_KILLS` sets how often; continuous integration kills a few times, two processes once (starting a process costs
-most of the time), before a release it should be twenty.
+`tests/attack/test_kills.py` kills far more often, in ranks that a launcher has started. `MOE_TEST_KILLS` sets how often
+here; starting processes costs most of the time.
 """
 
 import os
@@ -15,17 +15,11 @@ import pytest
 import torch
 
 from tests.training.conftest import ROOT, RUN_TRAIN, logged
-from tests.training.processes import Training
 
-KILLS = {processes: int(os.environ.get("MOE_TEST_KILLS", default)) for processes, default in ((1, 3), (2, 1))}
-
-pytestmark = pytest.mark.slow
+KILLS = int(os.environ.get("MOE_TEST_KILLS", "1"))
 
 
-def start(processes: int, file: Path, *arguments: str) -> Training | subprocess.Popen:
-    if processes == 1:
-        return Training("--config", file, *arguments)
-    # The first process starts the second by its own command line.
+def start(file: Path, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen(
         [*RUN_TRAIN, "--config", str(file), *arguments],
         stdout=subprocess.PIPE,
@@ -36,7 +30,7 @@ def start(processes: int, file: Path, *arguments: str) -> Training | subprocess.
     )
 
 
-def kill_at_a_random_moment(process: Training | subprocess.Popen, generator: random.Random) -> bool:
+def kill_at_a_random_moment(process: subprocess.Popen, generator: random.Random) -> bool:
     """Kill the process and its children a little after a random line of its output; False if it ended before."""
     lines = generator.randrange(2, 12)
     for line in process.stdout:
@@ -52,28 +46,24 @@ def kill_at_a_random_moment(process: Training | subprocess.Popen, generator: ran
     return not ended
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_many_times(recipe, tmp_path, processes):
-    kills = KILLS[processes]
-    steps = 8 * kills
+@pytest.mark.slow
+def test_killed_many_times(recipe, tmp_path):
     changes = {
-        "train": {"max_tokens": steps * 128, "save_interval": 2, "micro_batch_size": 2 // processes},
+        "train": {"max_tokens": 8 * KILLS * 128, "save_interval": 2, "micro_batch_size": 1},
         "eval": {"interval": 3, "max_iters": 2},
-        "devices": processes,
+        "devices": 2,
         "ema": {"decay": 0.9},
         "checkpoint": {"keep_last": 3},
     }
-    whole = start(processes, recipe("whole", out_dir=str(tmp_path / "whole"), **changes))
+    whole = start(recipe("whole", out_dir=str(tmp_path / "whole"), **changes))
     output, _ = whole.communicate(timeout=280)
     assert whole.returncode == 0, output
 
-    generator = random.Random(processes)
+    generator = random.Random(2)
     file = recipe("killed", out_dir=str(tmp_path / "killed"), **changes)
-    killed = 0
-    for _ in range(kills):
-        killed += kill_at_a_random_moment(start(processes, file, "--resume", "auto"), generator)
-    assert killed >= max(1, kills - 1)
-    last = start(processes, file, "--resume", "auto")
+    killed = sum(kill_at_a_random_moment(start(file, "--resume", "auto"), generator) for _ in range(KILLS))
+    assert killed >= max(1, KILLS - 1)
+    last = start(file, "--resume", "auto")
     output, _ = last.communicate(timeout=280)
     assert last.returncode == 0, output
 
