@@ -66,8 +66,8 @@ def downloaded(directory: Path) -> Path:
         return Path(
             snapshot_download(
                 str(directory),
-                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"],
-                # Folders hold the same weights in other forms.
+                allow_patterns=["*.json", "model*.safetensors", "*.txt", "*.jinja", "tokenizer.model"],
+                # Folders hold the same weights in other forms, as do files of other names.
                 ignore_patterns=["*/*"],
             )
         )

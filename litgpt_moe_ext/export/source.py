@@ -9,11 +9,20 @@ import torch
 from torch import Tensor
 
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.evaluation.loading import CONFIG_FILE, WEIGHTS_FILE, read_checkpoint, read_config
+from litgpt_moe_ext.evaluation.loading import (
+    CONFIG_FILE,
+    VOCABULARY_FILES,
+    WEIGHTS_FILE,
+    load_tokenizer,
+    read_checkpoint,
+    read_config,
+)
 from litgpt_moe_ext.export.hf.tensors import Constant, Rule
 from litgpt_moe_ext.moe.expert_layouts import stack_experts
 
 if TYPE_CHECKING:
+    from litgpt import Tokenizer
+
     from litgpt_moe_ext.config.types import Config
 
 # Only training uses these; the exported model computes the same without them.
@@ -87,7 +96,8 @@ def read_source(checkpoint_dir: Path) -> Source:
     Raises:
         SettingsError: If it is not whole, or was written by a newer version.
     """
-    if checkpoint_dir.resolve().name.startswith("."):
+    folder = checkpoint_dir.resolve()
+    if (folder.parent if folder.name == "ema" else folder).name.startswith("."):
         # So are called what a run has not finished, or is about to delete.
         raise SettingsError(f"checkpoint_dir: {str(checkpoint_dir)!r} is being written; name a finished checkpoint")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -106,3 +116,28 @@ def _weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
         count = len({name[len(prefix) :].split(".")[0] for name in kept if name.startswith(prefix)})
         stack_experts(kept, prefix, count)
     return kept
+
+
+def read_tokenizer(checkpoint_dir: Path, vocab_size: int) -> "Tokenizer | None":
+    """Open the tokenizer of a checkpoint, if there is one.
+
+    Args:
+        checkpoint_dir: Its directory.
+        vocab_size: Rows of the model's embedding table.
+
+    Raises:
+        SettingsError: If it cannot be opened, or has ids that the model has no embedding for.
+    """
+    from litgpt_moe_ext.data.pipeline.tokenizer import vocabulary_size
+
+    if not any((checkpoint_dir / name).is_file() for name in VOCABULARY_FILES):
+        return None
+    tokenizer = load_tokenizer(checkpoint_dir)
+    processor: Any = tokenizer.processor
+    size = vocabulary_size(processor) if tokenizer.backend == "huggingface" else tokenizer.vocab_size
+    if size > vocab_size:
+        raise SettingsError(
+            f"checkpoint_dir: the tokenizer in {str(checkpoint_dir)!r} has ids up to {size - 1}, but the model only "
+            f"{vocab_size} embeddings; copy the tokenizer that it was trained with there"
+        )
+    return tokenizer

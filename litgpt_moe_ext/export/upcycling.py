@@ -10,7 +10,6 @@ Shape legend: D model width, W hidden width of the dense MLP, F hidden width of 
 shared experts together, E experts, C copies of the dense MLP, M slices of a copy.
 """
 
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -23,9 +22,9 @@ from torch import Tensor, nn
 
 from litgpt_moe_ext.config.features import MOE_CLASS_NAMES, is_dense_layer, router_type_of
 from litgpt_moe_ext.config.fields import FIELDS
-from litgpt_moe_ext.durable import flush_tree
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.loading import CONFIG_FILE, WEIGHTS_FILE, read_checkpoint
+from litgpt_moe_ext.export.directory import new_directory, require_absent
 from litgpt_moe_ext.moe.layer import MoE
 from litgpt_moe_ext.moe.learned_routers import LearnedRouter
 from litgpt_moe_ext.moe.router import Router
@@ -72,8 +71,7 @@ def upcycle(dense_dir: Path, out_dir: Path, config: "Config", seed: int = 42) ->
         SettingsError: If `out_dir` exists.
         SettingsError: If no MoE model of this configuration computes the same function, with the reason.
     """
-    if out_dir.exists():
-        raise SettingsError(f"out_dir: {str(out_dir)!r} exists already; name a new directory")
+    require_absent(out_dir)
     for name in (WEIGHTS_FILE, CONFIG_FILE):
         if not (dense_dir / name).is_file():
             raise SettingsError(f"dense_dir: {str(dense_dir)!r} has no {name}")
@@ -82,15 +80,11 @@ def upcycle(dense_dir: Path, out_dir: Path, config: "Config", seed: int = 42) ->
     saved = read_checkpoint(dense_dir / WEIGHTS_FILE, "dense_dir")
     weights = upcycled_weights(saved.get("model", saved), dense_config, config, seed)
 
-    staging = out_dir.with_name(f".{out_dir.name}.incomplete")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    copy_config_files(dense_dir, staging)
-    (staging / "config.json").unlink(missing_ok=True)  # Hugging Face's, of the dense model
-    save_config(config, staging)
-    torch.save(weights, staging / WEIGHTS_FILE)
-    flush_tree(staging)
-    staging.rename(out_dir)
+    with new_directory(out_dir, sum(tensor.nbytes for tensor in weights.values())) as partial:
+        copy_config_files(dense_dir, partial)
+        (partial / "config.json").unlink(missing_ok=True)  # Hugging Face's, of the dense model
+        save_config(config, partial)
+        torch.save(weights, partial / WEIGHTS_FILE)
 
 
 def require_same_function(dense: "Config", moe: "Config") -> Slices:

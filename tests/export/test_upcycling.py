@@ -186,7 +186,7 @@ def test_command(dense_dir, tmp_path, capsys):
         models[-1].load_state_dict(torch.load(directory / "lit_model.pth", weights_only=True))
     assert_same_function(*models, tolerance=1e-5)
     for arguments, message in (
-        ((dense_dir, recipe, out_dir), "exists already"),
+        ((dense_dir, recipe, out_dir), "exists; name"),
         ((tmp_path, recipe, tmp_path / "new"), "has no lit_model.pth"),
         ((dense_dir, dense_dir / "config.json", tmp_path / "new"), "must have model_config or model_name"),
     ):

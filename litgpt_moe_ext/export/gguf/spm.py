@@ -15,8 +15,12 @@ _BPE = 2
 _USER_DEFINED, _UNUSED = 4, 5
 
 
-def read(checkpoint_dir: Path) -> tuple[list[Piece], dict[str, Any]]:
+def read(checkpoint_dir: Path, vocab_size: int) -> tuple[list[Piece], dict[str, Any]]:
     """Return the vocabulary of a `tokenizer.model`, and keys under `tokenizer.`.
+
+    Args:
+        checkpoint_dir: Where it is.
+        vocab_size: How many tokens the file gets, those without a piece included.
 
     Raises:
         SettingsError: If llama.cpp would split texts otherwise.
@@ -45,7 +49,7 @@ def read(checkpoint_dir: Path) -> tuple[list[Piece], dict[str, Any]]:
     return pieces, {
         "ggml.model": "llama",
         "ggml.pre": "default",
-        "ggml.scores": [piece.score for piece in model.pieces],
+        "ggml.scores": [piece.score for piece in model.pieces] + [0.0] * (vocab_size - len(pieces)),
         "ggml.add_space_prefix": normalizer.add_dummy_prefix,
         "ggml.unknown_token_id": trainer.unk_id,
     }

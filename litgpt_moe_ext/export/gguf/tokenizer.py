@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.evaluation.loading import load_tokenizer
 from litgpt_moe_ext.export.gguf import spm
+from litgpt_moe_ext.export.source import read_tokenizer
 
 if TYPE_CHECKING:
     from litgpt import Tokenizer
@@ -47,27 +47,22 @@ def tokenizer_metadata(checkpoint_dir: Path, vocab_size: int) -> dict[str, Any]:
     Raises:
         SettingsError: If llama.cpp would split texts otherwise, or if the tokenizer does not fit the model.
     """
-    is_bpe = (checkpoint_dir / "tokenizer.json").is_file()
-    if not is_bpe and not (checkpoint_dir / "tokenizer.model").is_file():
+    tokenizer = read_tokenizer(checkpoint_dir, vocab_size)
+    if tokenizer is None:
         return {"ggml.model": "none"}
-    tokenizer = load_tokenizer(checkpoint_dir)
     if tokenizer.eos_id is None:
         raise SettingsError(
             f"checkpoint_dir: the tokenizer in {str(checkpoint_dir)!r} names no end of a text, and llama.cpp would "
             "take token 11 for it; add eos_token to its tokenizer_config.json"
         )
-    if is_bpe:
-        raw = json.loads((checkpoint_dir / "tokenizer.json").read_text(encoding="utf-8"))
-        pieces, metadata = _bpe(checkpoint_dir, raw)
+    if tokenizer.backend == "huggingface":
+        pieces, metadata = _bpe(checkpoint_dir)
     else:
-        pieces, metadata = spm.read(checkpoint_dir)
-    tokens, kinds = _vocabulary(checkpoint_dir, pieces, vocab_size)
+        pieces, metadata = spm.read(checkpoint_dir, vocab_size)
+    tokens, kinds = [f"[UNUSED{i}]" for i in range(vocab_size)], [_UNUSED] * vocab_size
+    for i, token, kind in pieces:
+        tokens[i], kinds[i] = token, kind
     metadata |= {"ggml.tokens": tokens, "ggml.token_type": kinds} | _ends(tokenizer)
-    if is_bpe:
-        # One merge at least: the format has no empty lists, and this one never applies.
-        metadata["ggml.merges"] = metadata["ggml.merges"] or [f"{tokens[0]} {tokens[0]}"]
-    else:
-        metadata["ggml.scores"] += [0.0] * (vocab_size - len(metadata["ggml.scores"]))
     template = checkpoint_dir / "chat_template.jinja"
     if template.is_file():
         metadata["chat_template"] = template.read_text(encoding="utf-8")
@@ -85,15 +80,17 @@ def _ends(tokenizer: "Tokenizer") -> dict[str, Any]:
     }
 
 
-def _bpe(checkpoint_dir: Path, raw: dict[str, Any]) -> tuple[list[spm.Piece], dict[str, Any]]:
+def _bpe(checkpoint_dir: Path) -> tuple[list[spm.Piece], dict[str, Any]]:
+    raw = json.loads((checkpoint_dir / "tokenizer.json").read_text(encoding="utf-8"))
     model = raw["model"]
     for name in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(name):
             raise _refusal(checkpoint_dir, f"BPE with {name}")
     if model.get("type") != "BPE":
         raise _refusal(checkpoint_dir, str(model.get("type")))
-    if raw.get("normalizer") is not None:
-        raise _refusal(checkpoint_dir, f"normalizer {raw['normalizer'].get('type')}")
+    normalizer = raw.get("normalizer") or {}
+    if normalizer and normalizer.get("normalizers") != []:
+        raise _refusal(checkpoint_dir, f"normalizer {normalizer.get('type')}")
     pre = raw.get("pre_tokenizer") or {}
     name = PRE_TOKENIZERS.get(tuple(_expressions(pre)))
     if name is None or bool(model.get("ignore_merges")) != (name in _IGNORES_MERGES):
@@ -104,6 +101,8 @@ def _bpe(checkpoint_dir: Path, raw: dict[str, Any]) -> tuple[list[spm.Piece], di
             raise _refusal(checkpoint_dir, f"{token['content']!r}, which takes space or words beside it into account")
         pieces.append((token["id"], token["content"], _CONTROL if token["special"] else _USER_DEFINED))
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    # One merge at least: the format has no empty lists, and this one never applies.
+    merges = merges or [f"{pieces[0][1]} {pieces[0][1]}"]
     return pieces, {"ggml.model": "gpt2", "ggml.pre": name, "ggml.merges": merges}
 
 
@@ -130,16 +129,3 @@ def _refusal(checkpoint_dir: Path, what: str) -> SettingsError:
         f"checkpoint_dir: the tokenizer in {str(checkpoint_dir)!r} ({what}) must be a byte-level BPE that splits "
         "texts as GPT-2, Llama 3, Qwen 2, SmolLM or DeepSeek-V3 do for a GGUF file; export with --format hf"
     )
-
-
-def _vocabulary(checkpoint_dir: Path, pieces: list[spm.Piece], vocab_size: int) -> tuple[list[str], list[int]]:
-    tokens = [f"[UNUSED{i}]" for i in range(vocab_size)]
-    kinds = [_UNUSED] * vocab_size
-    for i, token, kind in pieces:
-        if i >= vocab_size:
-            raise SettingsError(
-                f"checkpoint_dir: the tokenizer in {str(checkpoint_dir)!r} has the id {i} ({token!r}), but the model "
-                f"only {vocab_size} embeddings; copy the tokenizer that it was trained with there"
-            )
-        tokens[i], kinds[i] = token, kind
-    return tokens, kinds

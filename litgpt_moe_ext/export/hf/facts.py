@@ -172,7 +172,7 @@ def facts_of(config: "Config", state: "dict[str, Tensor]") -> Facts:
         qk_norm={"default": "head", "olmo2": "whole"}[config.norm_qk_type] if config.norm_qk else "none",
         attention_bias="all" if config.bias else "qkv" if config.attn_bias else "none",
         grouped=config.n_query_groups != config.n_head,
-        free_head_size=config.head_size * config.n_head != config.n_embd,
+        free_head_size=not latent and config.head_size * config.n_head != config.n_embd,
         activation=_activation(config),
         mlp_bias=config.bias,
         router=config.router_type if moe else "none",

@@ -153,6 +153,11 @@ class StoredWeights:
 def _files(hf_dir: Path) -> list[Path]:
     index = hf_dir / INDEX_FILE
     if not index.is_file():
+        if not (hf_dir / "model.safetensors").is_file():
+            raise SettingsError(
+                f"hf_dir: {str(hf_dir)!r} has neither model.safetensors nor {INDEX_FILE}; open it with "
+                "transformers and save_pretrained() it"
+            )
         return [hf_dir / "model.safetensors"]
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))

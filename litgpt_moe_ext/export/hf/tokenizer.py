@@ -3,10 +3,12 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.evaluation.loading import load_tokenizer
+from litgpt_moe_ext.export.source import read_tokenizer
+
+if TYPE_CHECKING:
+    from litgpt import Tokenizer
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -34,18 +36,9 @@ def export_tokenizer(checkpoint_dir: Path, out_dir: Path, vocab_size: int) -> di
     Raises:
         SettingsError: If the tokenizer has ids that the model has no embedding for.
     """
-    if not any((checkpoint_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    tokenizer = read_tokenizer(checkpoint_dir, vocab_size)
+    if tokenizer is None:
         return {}
-    tokenizer = load_tokenizer(checkpoint_dir)
-    size = tokenizer.vocab_size
-    if tokenizer.backend == "huggingface":
-        vocabulary: dict[str, int] = tokenizer.processor.get_vocab(with_added_tokens=True)  # pyrefly: ignore[missing-attribute]
-        size = 1 + max(vocabulary.values(), default=-1)
-    if size > vocab_size:
-        raise SettingsError(
-            f"checkpoint_dir: the tokenizer in {str(checkpoint_dir)!r} has ids up to {size - 1}, but the model only "
-            f"{vocab_size} embeddings; copy the tokenizer that it was trained with there"
-        )
     for name in TOKENIZER_FILES:
         if (checkpoint_dir / name).is_file():
             shutil.copyfile(checkpoint_dir / name, out_dir / name)
@@ -54,7 +47,7 @@ def export_tokenizer(checkpoint_dir: Path, out_dir: Path, vocab_size: int) -> di
     return {name: value for name, value in ids.items() if value is not None}
 
 
-def _name_class(file: Path, tokenizer: Any) -> None:
+def _name_class(file: Path, tokenizer: "Tokenizer") -> None:
     settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     fast = "PreTrainedTokenizerFast"
     if settings.setdefault("tokenizer_class", fast) != fast or tokenizer.backend != "huggingface":
@@ -64,5 +57,6 @@ def _name_class(file: Path, tokenizer: Any) -> None:
     for name in ("bos", "eos"):
         token_id = getattr(tokenizer, f"{name}_id")
         if token_id is not None:
-            settings.setdefault(f"{name}_token", tokenizer.processor.id_to_token(token_id))
+            token = tokenizer.processor.id_to_token(token_id)  # pyrefly: ignore[missing-attribute] (not SentencePiece's)
+            settings.setdefault(f"{name}_token", token)
     file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import sentencepiece
-from tokenizers import Regex, Tokenizer
+from tokenizers import Regex, Tokenizer, normalizers
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
 from tokenizers.trainers import BpeTrainer
@@ -38,6 +38,8 @@ def train_bpe(folder: Path, name: str, vocab_size: int) -> Tokenizer:
     """Write a byte-level BPE that splits texts like another, and return it."""
     tokenizer = Tokenizer(BPE(ignore_merges=name == "llama-bpe"))
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[name]
+    if name == "deepseek-v3":
+        tokenizer.normalizer = normalizers.Sequence([])  # as its file has it
     alphabet = ByteLevel.alphabet()
     tokenizer.train_from_iterator(
         [TEXT] * 5, BpeTrainer(vocab_size=vocab_size, special_tokens=["<|end|>"], initial_alphabet=alphabet)

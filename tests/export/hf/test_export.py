@@ -103,10 +103,11 @@ class TestRefusals:
             export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
         assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
-    def test_a_checkpoint_that_is_being_written(self, tmp_path):
-        make_checkpoint(tmp_path / ".final.incomplete", *CASES["llama"][1:])
+    @pytest.mark.parametrize("part", ["", "ema"])
+    def test_a_checkpoint_that_is_being_written(self, tmp_path, part):
+        make_checkpoint(tmp_path / ".final.incomplete" / part, *CASES["llama"][1:])
         with pytest.raises(SettingsError, match="is being written; name a finished checkpoint"):
-            export_checkpoint(tmp_path / ".final.incomplete", tmp_path / "out")
+            export_checkpoint(tmp_path / ".final.incomplete" / part, tmp_path / "out")
         make_checkpoint(tmp_path / "cut", *CASES["llama"][1:])
         file = tmp_path / "cut" / "lit_model.pth"
         file.write_bytes(file.read_bytes()[:-500])

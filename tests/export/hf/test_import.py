@@ -1,6 +1,7 @@
 """Imported models compute what transformers computes, and are what was exported."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.export.hf.facts import facts_of
 from litgpt_moe_ext.export.hf.read import import_checkpoint
 from litgpt_moe_ext.export.hf.write import export_checkpoint
 from tests.export.hf.models import CASES, make_checkpoint
@@ -40,6 +42,9 @@ def test_round_trip(exported):
             assert torch.equal(state[name], tensor), name
     surplus = set(state) - set(expected)
     assert all(name.endswith("bias") and not state[name].any() for name in surplus)
+    if not surplus:
+        ours, theirs = facts_of(original.config, expected), facts_of(model.config, state)
+        assert replace(ours, config=None) == replace(theirs, config=None)
 
 
 @pytest.mark.parametrize("exported", ["qwen3-moe"], indirect=True)
@@ -90,6 +95,12 @@ class TestRefusals:
         with pytest.raises(SettingsError, match="out_dir: .* needs .* GB, but .* left; free some space"):
             import_checkpoint(folder / "hf", folder / "back")
         assert not (folder / "back").exists()
+
+    def test_pickled_weights(self, exported):
+        folder, _ = exported
+        (folder / "hf" / "model.safetensors").rename(folder / "hf" / "pytorch_model.bin")
+        with pytest.raises(SettingsError, match="has neither model.safetensors nor model.safetensors.index.json"):
+            import_checkpoint(folder / "hf", folder / "back")
 
     def test_cut_off_file(self, exported):
         folder, _ = exported

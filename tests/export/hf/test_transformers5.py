@@ -38,7 +38,9 @@ def test_logits_and_tokens_in_another_environment(tmp_path):
         model.load_state_dict(torch.load(checkpoint / "back" / "lit_model.pth", weights_only=True))
         expect(model, case)
     uv = [shutil.which("uv")] if shutil.which("uv") else [sys.executable, "-m", "uv"]
-    command = [*uv, "run", "--isolated", "--no-project", "--with", "transformers==5.24.0", "--with", "torch==2.15.0"]
+    command = [*uv, "run", "--isolated", "--no-project"]
+    for package in ("transformers==5.24.0", "torch==2.15.0", "accelerate"):  # which quantized models ask for
+        command += ["--with", package]
     result = subprocess.run(
         [*command, "python", str(SCRIPT), str(cases)], capture_output=True, text=True, timeout=900, cwd=tmp_path
     )
