@@ -87,16 +87,16 @@ def forward(
     stand_in = _StandIn(model, position, documents)
     if real_BT is not None:
         stand_in.transformer.h = [
-            _WithPadding(block, real_BT) if has_experts(config, i) else block
+            _with_padding(block, real_BT) if has_experts(config, i) else block
             for i, block in enumerate(stand_in.transformer.h)
         ]
     if documents is not None:
         stand_in.transformer.h = [
-            _WithinDocuments(block, documents, _tables(model, i, position) if restart else None)
+            _within_documents(block, documents, _tables(model, i, position) if restart else None)
             for i, block in enumerate(stand_in.transformer.h)
         ]
     elif config.streaming_cache_window is not None and input_pos is not None:
-        stand_in.transformer.h = [_Streaming(block, model, input_pos) for block in _transformer(model).h]
+        stand_in.transformer.h = [_streaming(block, model, input_pos) for block in _transformer(model).h]
         # What LitGPT looks up at the positions must exist, and is not used.
         stand_in.max_seq_length = max(model.max_seq_length, idx.size(1))
         stand_in.mask_cache = model.cos.new_zeros(1, 1, 1, 1).expand(1, 1, model.cos.size(0), 1)
@@ -151,64 +151,24 @@ class _Embedding:
         return F.dropout(x_BTD, config.embedding_dropout or 0.0, self.model.training)
 
 
-class _WithPadding:
-    # A block that gets to know which tokens are padding, beside its mask.
-
-    def __init__(self, block: nn.Module, real_BT: Tensor) -> None:
-        self.block = block
-        self.real_BT = real_BT
-
-    def __call__(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor | Documents | None,
-        input_pos: Tensor | None,
-        input_pos_maxp1: int | None,
-    ) -> Tensor:
-        return self.block(x, cos, sin, Padded(self.real_BT, mask), input_pos, input_pos_maxp1)
+# What stands in for a block is called as LitGPT calls one: x, cos, sin, mask, input_pos, input_pos_maxp1.
+_Block = Callable[..., Tensor]
 
 
-class _WithinDocuments:
-    # A block that gets documents for a mask, and its own rotary tables if there are any.
-
-    def __init__(self, block: Any, documents: Documents, tables: tuple[Tensor, ...] | None) -> None:
-        self.block = block
-        self.documents = documents
-        self.tables = tables
-
-    def __call__(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor | None,
-        input_pos: Tensor | None,
-        input_pos_maxp1: int | None,
-    ) -> Tensor:
-        cos, sin = self.tables or (cos, sin)
-        return self.block(x, cos, sin, self.documents, input_pos, input_pos_maxp1)
+def _with_padding(block: _Block, real_BT: Tensor) -> _Block:
+    """Tell a block which tokens are padding, beside its mask."""
+    return lambda x, cos, sin, mask, *positions: block(x, cos, sin, Padded(real_BT, mask), *positions)
 
 
-class _Streaming:
-    # A block that counts positions itself, so that it gets whole rotary tables, and positions beyond their end.
+def _within_documents(block: _Block, documents: Documents, tables: tuple[Tensor, ...] | None) -> _Block:
+    """Give a block documents for a mask, and its own rotary tables if there are any."""
+    return lambda x, cos, sin, _mask, *positions: block(x, *(tables or (cos, sin)), documents, *positions)
 
-    def __init__(self, block: nn.Module, model: GPT, input_pos: Tensor) -> None:
-        self.block = block
-        self.tables = model.cos.unsqueeze(0), model.sin.unsqueeze(0)
-        self.input_pos = input_pos
 
-    def __call__(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor | None,
-        input_pos: Tensor | None,
-        input_pos_maxp1: int | None,
-    ) -> Tensor:
-        return self.block(x, *self.tables, None, self.input_pos, input_pos_maxp1)
+def _streaming(block: _Block, model: GPT, input_pos: Tensor) -> _Block:
+    """Give a block that counts positions itself whole rotary tables, and positions beyond their end."""
+    tables = model.cos.unsqueeze(0), model.sin.unsqueeze(0)
+    return lambda x, _cos, _sin, _mask, _pos, input_pos_maxp1: block(x, *tables, None, input_pos, input_pos_maxp1)
 
 
 def _tables(model: GPT, block_idx: int, position_BT: Tensor) -> tuple[Tensor, ...]:

@@ -10,6 +10,9 @@ Shape legend: T positions, N rotated elements of a head (`config.rope_n_elem`), 
 import math
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from litgpt_moe_ext.attention.derived import derived
 from litgpt_moe_ext.config.rope import (
     DEFAULT_BETA_FAST,
@@ -20,20 +23,16 @@ from litgpt_moe_ext.config.rope import (
 )
 
 if TYPE_CHECKING:
-    import torch
     from litgpt import Config
-    from torch import Tensor
-
-__all__ = ["build_rope_cache", "rope_frequencies", "validate_rope_adjustments"]
 
 
 def rope_frequencies(
     n_elem: int,
     base: float,
     rope_adjustments: dict[str, Any] | None = None,
-    device: "torch.device | None" = None,
+    device: torch.device | None = None,
     seq_len: int | None = None,
-) -> "tuple[Tensor, float]":
+) -> tuple[Tensor, float]:
     """Compute how fast each pair of elements rotates, and the attention factor.
 
     Args:
@@ -65,7 +64,7 @@ def rope_frequencies(
     return plain_F, 1.0
 
 
-def build_rope_cache(config: "Config", seq_len: int, device: "torch.device | None" = None) -> "tuple[Tensor, Tensor]":
+def build_rope_cache(config: "Config", seq_len: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Build the cosine and sine tables that LitGPT's `apply_rope` reads.
 
     Args:
@@ -84,8 +83,6 @@ def build_rope_cache(config: "Config", seq_len: int, device: "torch.device | Non
     Raises:
         ValueError: If `config.rope_adjustments` is not valid.
     """
-    import torch
-
     n_elem = derived(config.rope_n_elem)
     position_T = torch.arange(seq_len, device=device).float() / config.rope_condense_ratio
     frequency_F, attention_factor = rope_frequencies(n_elem, config.rope_base, config.rope_adjustments, device, seq_len)
@@ -100,9 +97,7 @@ def build_rope_cache(config: "Config", seq_len: int, device: "torch.device | Non
     return torch.stack((cos_TN, local_cos_TN), dim=-1), torch.stack((sin_TN, local_sin_TN), dim=-1)
 
 
-def _tables(position_T: "Tensor", frequency_F: "Tensor", n_elem: int) -> "tuple[Tensor, Tensor]":
-    import torch
-
+def _tables(position_T: Tensor, frequency_F: Tensor, n_elem: int) -> tuple[Tensor, Tensor]:
     if n_elem == 0:
         return torch.ones_like(position_T).unsqueeze(-1), torch.zeros_like(position_T).unsqueeze(-1)
     angle_TN = torch.outer(position_T, frequency_F).repeat(1, 2)
@@ -113,9 +108,7 @@ def _tables(position_T: "Tensor", frequency_F: "Tensor", n_elem: int) -> "tuple[
     return angle_TN.cos(), angle_TN.sin()
 
 
-def _plain_frequencies(n_elem: int, base: float, device: "torch.device | None") -> "Tensor":
-    import torch
-
+def _plain_frequencies(n_elem: int, base: float, device: torch.device | None) -> Tensor:
     return 1.0 / base ** (torch.arange(0, n_elem, 2, device=device).float() / n_elem)
 
 
@@ -128,7 +121,7 @@ def _dynamic_base(n_elem: int, base: float, keys: dict[str, Any], seq_len: int |
     return base * stretch ** (n_elem / (n_elem - 2))
 
 
-def _llama3_frequencies(plain_F: "Tensor", keys: dict[str, Any]) -> "Tensor":
+def _llama3_frequencies(plain_F: Tensor, keys: dict[str, Any]) -> Tensor:
     # Llama 3.1: what turns at least `high_freq_factor` times within the original context stays as it is, what turns
     # less than `low_freq_factor` times is slowed by `factor`, and the share of the two changes linearly in between.
     turns_F = keys["original_max_seq_len"] * plain_F / (2 * math.pi)
@@ -137,11 +130,9 @@ def _llama3_frequencies(plain_F: "Tensor", keys: dict[str, Any]) -> "Tensor":
     return plain_F * kept_F + plain_F / keys["factor"] * (1 - kept_F)
 
 
-def _yarn_frequencies(plain_F: "Tensor", n_elem: int, base: float, keys: dict[str, Any]) -> "Tensor":
+def _yarn_frequencies(plain_F: Tensor, n_elem: int, base: float, keys: dict[str, Any]) -> Tensor:
     # "NTK by parts", section 3.2 of Peng et al. 2023 (arXiv:2309.00071): as Llama-3 above, but the share changes
     # linearly with the index of the frequency instead of its number of turns.
-    import torch
-
     def index_that_turns(n_turns: float) -> float:
         return n_elem * math.log(keys["original_max_seq_len"] / (2 * math.pi * n_turns)) / (2 * math.log(base))
 

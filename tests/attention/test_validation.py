@@ -113,7 +113,7 @@ def test_refused_configurations(changes: dict[str, Any], message: str) -> None:
 def test_validation_imports_neither_torch_nor_litgpt() -> None:
     code = (
         "import sys\n"
-        "from litgpt_moe_ext.attention.rope import validate_rope_adjustments\n"
+        "from litgpt_moe_ext.config.rope import validate_rope_adjustments\n"
         "from litgpt_moe_ext.config.rules import resolve\n"
         "validate_rope_adjustments({'factor': 2.0})\n"
         "sys.exit(' '.join({'torch', 'litgpt', 'numpy'} & set(sys.modules)))"
