@@ -226,7 +226,7 @@ class HookClock:
     def installed(self) -> Iterator[None]:
         """Wrap the places through which every hook is called."""
         places = [(TrainingFabric, "call"), (TrainingFabric, "log_dict")]
-        places += [(HookedLoop, name) for name in ("_between_iterations", "_restore_rng", "_learning_rate")]
+        places += [(HookedLoop, name) for name in ("_between_iterations", "_learning_rate")]
         originals = [(cls, name, getattr(cls, name)) for cls, name in places]
         for cls, name, original in originals:
             setattr(cls, name, self._timed(original))

@@ -29,21 +29,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import litgpt.pretrain
-import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from litgpt_moe_ext.model_size import count_flops
 from litgpt_moe_ext.moe.gradient_injection import forget_scale
 from litgpt_moe_ext.training.checkpoint import hyperparameters
-from litgpt_moe_ext.training.checkpoint import store as checkpoints
-from litgpt_moe_ext.training.checkpoint.progress import BEST, FINAL, MODEL_FILE, batch_of, newest_first
+from litgpt_moe_ext.training.checkpoint.progress import FINAL, batch_of
 from litgpt_moe_ext.training.checkpoint.resharding import convert_iterations, convert_position
-from litgpt_moe_ext.training.control import StepLimits, StopRequests, TrainingInterrupted, TrainingStopped
+from litgpt_moe_ext.training.checkpoint.writer import CheckpointWriter
+from litgpt_moe_ext.training.control import StepLimits, StopRequests, TrainingInterrupted
 from litgpt_moe_ext.training.optim.schedules import schedule_steps
 from litgpt_moe_ext.training.parallel import random_state
 from litgpt_moe_ext.training.steps.batches import StepBatches, can_pad
-from litgpt_moe_ext.training.steps.losses import RunningMean, TokenMeans, all_finite
+from litgpt_moe_ext.training.steps.losses import RunningMean, TokenMeans
 
 if TYPE_CHECKING:
     import litgpt.args
@@ -78,11 +76,14 @@ class HookedLoop:
         start: What the run starts from.
         tokenizer_dir: Tokenizer to copy into checkpoints, or None.
         equipment: The optimizer side, and who does the output head's work.
+
+    Attributes:
+        writer: Saves checkpoints.
     """
 
     def __init__(self, launched: Launched, start: Start, tokenizer_dir: Path | None, equipment: Equipment) -> None:
         self._plan, self._start, self._equipment = launched.plan, start, equipment
-        self._tokenizer_dir = tokenizer_dir
+        self.writer = CheckpointWriter(launched, tokenizer_dir, litgpt.pretrain.save_checkpoint)
         self.fabric = fabric = launched.fabric
         self.train = launched.plan.train
         self._limits = StepLimits(launched.plan.total_steps, self.train.max_time)
@@ -92,7 +93,6 @@ class HookedLoop:
         self._started: float | None = None
         self._seconds = 0.0
         self._limits_reached = False
-        self._last_saved: Path | None = None
         self._eval: litgpt.args.EvalArgs
         self._validated_step: int | None = None
         self._means = TokenMeans(fabric.world_size)
@@ -116,7 +116,7 @@ class HookedLoop:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Put the hooks into `litgpt.pretrain` for the time of the scope."""
-        original_fit, original_save = litgpt.pretrain.fit, litgpt.pretrain.save_checkpoint
+        original_fit = litgpt.pretrain.fit
 
         def fit(*args: Any, **kwargs: Any) -> None:
             self.fabric.state = self.state = kwargs["state"]
@@ -131,7 +131,7 @@ class HookedLoop:
             except Exception:
                 if self._limits_reached:
                     # Validation failed after the last step: the training must not be lost with it.
-                    self.save(FINAL)
+                    self.writer.save(FINAL)
                 raise
             finally:
                 self._iterations = self.state["iter_num"] - first_iteration
@@ -140,22 +140,15 @@ class HookedLoop:
                 # LitGPT's measurement of FLOPs leaves the scale of a loss without data where no step followed it.
                 forget_scale()
 
-        def save_checkpoint(fabric: Any, state: dict, tokenizer_dir: Path | None, checkpoint_file: Path) -> None:
-            self._require_finite(checkpoint_file.parent)
-            try:
-                checkpoints.save_whole(original_save, fabric, state, tokenizer_dir, checkpoint_file)
-            except checkpoints.SaveError as error:
-                return self._not_saved(error, checkpoint_file.parent)
-            self._last_saved = checkpoint_file.parent
-            fabric.call("on_checkpoint_saved", directory=checkpoint_file.parent)
-
         loop = self
 
         class CycleIterator(litgpt.pretrain.CycleIterator):
             def __next__(self) -> Any:
                 loop._between_iterations()
                 batch = loop._batches.next(super().__next__, loop.state["iter_num"])
-                loop._settle_random_state()
+                # Not earlier: building the data iterator and the sanity check of the validation draw random numbers that
+                # an uninterrupted run did not draw here.
+                random_state.settle(loop.fabric, loop._plan.settings.seed)
                 loop._means.weight = batch.weight
                 loop.fabric.call("on_batch", batch=batch.tokens_BT, waited=batch.waited)
                 return batch.tokens_BT
@@ -165,7 +158,7 @@ class HookedLoop:
             cross_entropy = self._equipment.fused_loss.wrap(cross_entropy)
         hooks: dict[str, Any] = {
             "fit": fit,
-            "save_checkpoint": save_checkpoint,
+            "save_checkpoint": self.writer.save_checkpoint,
             "CycleIterator": CycleIterator,
             "save_hyperparameters": lambda _function, directory: hyperparameters.save(self._plan.plain, directory),
             "find_resume_path": lambda *_: self._start.resume_file or False,
@@ -219,37 +212,6 @@ class HookedLoop:
         batch = self.train.micro_batch_size * self.fabric.world_size
         self.state["iter_num"] = convert_iterations(self.state["iter_num"], saved, batch, self._accumulation)
 
-    def save(self, name: str) -> None:
-        """Save the present state under a name in the run's directory; every process must call."""
-        litgpt.pretrain.save_checkpoint(
-            self.fabric, self.state, self._tokenizer_dir, self._plan.out_dir / name / MODEL_FILE
-        )
-
-    def _require_finite(self, directory: Path) -> None:
-        if directory.name not in (FINAL, BEST):
-            return
-        parameters = (parameter.detach() for parameter in self.state["model"].parameters())
-        finite = all_finite([p.to_local() if isinstance(p, DTensor) else p for p in parameters])
-        if self.fabric.world_size > 1:
-            torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
-        if not finite:
-            kept = [str(path) for path in newest_first(self._plan.out_dir)[:1]]
-            raise TrainingStopped(
-                f"the weights after step {self.state['step_count']} are not finite, so they are not saved as "
-                f"{directory.name}{'; the newest checkpoint is ' + kept[0] if kept else ''}. A lower learning rate "
-                "or a longer warm-up may help."
-            )
-
-    def _not_saved(self, error: checkpoints.SaveError, directory: Path) -> None:
-        if self._plan.settings.checkpoint.on_save_error == "continue" and directory.name != FINAL:
-            self.fabric.print(f"  {error}. Training goes on without it (checkpoint.on_save_error: continue).")
-            return
-        kept = [str(path) for path in newest_first(self._plan.out_dir)[:1]]
-        raise TrainingStopped(
-            f"{error}. The checkpoints before it are whole{', the newest is ' + kept[0] if kept else ''}. Free some "
-            "space and continue with --resume auto; --checkpoint.on_save_error continue trains on without checkpoints."
-        ) from error
-
     def _between_iterations(self) -> None:
         self._started = self._started or time.perf_counter()
         if self.state["iter_num"] % self._accumulation:
@@ -258,8 +220,8 @@ class HookedLoop:
         step = self.state["step_count"]
         if signal_number := self._stop_requests.agreed(self.fabric):
             directory = self._plan.out_dir / f"step-{step:08d}"
-            if step and directory != self._last_saved:
-                self.save(directory.name)
+            if step and directory != self.writer.last_saved:
+                self.writer.save(directory.name)
             raise TrainingInterrupted(signal_number, directory if step else None)
         if self._limits.reached(step, self.fabric):
             # Ends LitGPT's `for` loop; the final validation and checkpoint follow.
@@ -281,22 +243,3 @@ class HookedLoop:
         return self._equipment.optimization.learning_rate(
             self.state["step_count"], peak, floor, warmup_steps, total_steps
         )
-
-    def _settle_random_state(self) -> None:
-        # At the first batch, because building the data iterator and the sanity check of the validation draw random
-        # numbers that an uninterrupted run did not draw here.
-        fabric = self.fabric
-        if fabric.rng_settled:
-            return
-        fabric.rng_settled = True
-        saved, fabric.resumed_rng = fabric.resumed_rng, None
-        if saved is not None and len(saved) == fabric.world_size:
-            if not random_state.restore(saved[fabric.global_rank], fabric.device):
-                fabric.print("The checkpoint comes from another type of device, whose random generator starts anew.")
-            return
-        if saved is not None:
-            fabric.print(
-                f"The checkpoint has the random generators of {len(saved)} processes and there are "
-                f"{fabric.world_size} now: they start anew, which matters only where training draws from them."
-            )
-        random_state.part_ways(self._plan.settings.seed, fabric.global_rank, fabric.world_size, fabric.step)

@@ -71,8 +71,8 @@ def train(launched: Launched, start: Start, prepared: Prepared, equipment: Equip
 
     plan, settings, fabric = launched.plan, launched.plan.settings, launched.fabric
     loop = HookedLoop(launched, start, prepared.tokenizer_dir, equipment)
-    retention = Retention(settings.checkpoint, plan.out_dir, fabric, loop.save)
-    fabric.add_callback(Epochs(loop.save if settings.checkpoint.every_epoch else None))
+    retention = Retention(settings.checkpoint, plan.out_dir, fabric, loop.writer.save)
+    fabric.add_callback(Epochs(loop.writer.save if settings.checkpoint.every_epoch else None))
     fabric.add_callback(retention)
     with explained(launched), loop.installed(), compile_scope(equipment.compile):
         litgpt.pretrain.main(

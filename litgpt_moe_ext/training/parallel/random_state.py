@@ -51,6 +51,29 @@ def to_save(fabric: Any) -> list[dict[str, Any]] | None:
     return of_all_ranks(fabric) if fabric.rng_settled else fabric.resumed_rng
 
 
+def settle(fabric: Any, seed: int) -> None:
+    """Let the streams of the ranks go on as the checkpoint says that a run resumes from, or part; only the first time.
+
+    Args:
+        fabric: The running `TrainingFabric`.
+        seed: Of the run.
+    """
+    if fabric.rng_settled:
+        return
+    fabric.rng_settled = True
+    saved, fabric.resumed_rng = fabric.resumed_rng, None
+    if saved is not None and len(saved) == fabric.world_size:
+        if not restore(saved[fabric.global_rank], fabric.device):
+            fabric.print("The checkpoint comes from another type of device, whose random generator starts anew.")
+        return
+    if saved is not None:
+        fabric.print(
+            f"The checkpoint has the random generators of {len(saved)} processes and there are "
+            f"{fabric.world_size} now: they start anew, which matters only where training draws from them."
+        )
+    part_ways(seed, fabric.global_rank, fabric.world_size, fabric.step)
+
+
 def part_ways(seed: int, rank: int, world_size: int, step: int = 0) -> None:
     """Give every rank a stream of its own, where all of them have drawn the same numbers so far.
 

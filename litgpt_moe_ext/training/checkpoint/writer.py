@@ -1,0 +1,84 @@
+"""Saving the checkpoints of a run: which are refused, and what a failure means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from litgpt_moe_ext.training.checkpoint import store
+from litgpt_moe_ext.training.checkpoint.progress import BEST, FINAL, MODEL_FILE, newest_first
+from litgpt_moe_ext.training.control import TrainingStopped
+from litgpt_moe_ext.training.steps.losses import all_finite
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.training.launch import Launched
+
+
+class CheckpointWriter:
+    """Writes checkpoints of the state that the fabric of a run has.
+
+    Args:
+        launched: The connected processes.
+        tokenizer_dir: Tokenizer to copy into checkpoints, or None.
+        write: LitGPT's `save_checkpoint`, or one with its arguments.
+
+    Attributes:
+        last_saved: Directory of the checkpoint that was written last, by this run.
+    """
+
+    def __init__(self, launched: Launched, tokenizer_dir: Path | None, write: Callable[..., None]) -> None:
+        self._plan, self._fabric, self._tokenizer_dir, self._write = (
+            launched.plan,
+            launched.fabric,
+            tokenizer_dir,
+            write,
+        )
+        self.last_saved: Path | None = None
+
+    def save(self, name: str) -> None:
+        """Save the present state under a name in the run's directory; every process must call."""
+        file = self._plan.out_dir / name / MODEL_FILE
+        self.save_checkpoint(self._fabric, self._fabric.state, self._tokenizer_dir, file)
+
+    def save_checkpoint(self, fabric: Any, state: dict, tokenizer_dir: Path | None, checkpoint_file: Path) -> None:
+        """Save a checkpoint and tell the callbacks; called as LitGPT's `save_checkpoint`.
+
+        Raises:
+            TrainingStopped: If it cannot be written, and the settings do not say to go on; or if it is `best` or
+                `final`, and weights are not finite.
+        """
+        directory = checkpoint_file.parent
+        if directory.name in (FINAL, BEST):
+            self._require_finite(state, directory.name)
+        try:
+            store.save_whole(self._write, fabric, state, tokenizer_dir, checkpoint_file)
+        except store.SaveError as error:
+            if self._plan.settings.checkpoint.on_save_error != "continue" or directory.name == FINAL:
+                raise TrainingStopped(
+                    f"{error}. The checkpoints before it are whole{self._newest(', the newest is ')}. Free some "
+                    "space and continue with --resume auto; --checkpoint.on_save_error continue trains on without "
+                    "checkpoints."
+                ) from error
+            fabric.print(f"  {error}. Training goes on without it (checkpoint.on_save_error: continue).")
+            return
+        self.last_saved = directory
+        fabric.call("on_checkpoint_saved", directory=directory)
+
+    def _require_finite(self, state: dict[str, Any], name: str) -> None:
+        parameters = (parameter.detach() for parameter in state["model"].parameters())
+        finite = all_finite([p.to_local() if isinstance(p, DTensor) else p for p in parameters])
+        if self._fabric.world_size > 1:
+            torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
+        if not finite:
+            raise TrainingStopped(
+                f"the weights after step {state['step_count']} are not finite, so they are not saved as "
+                f"{name}{self._newest('; the newest checkpoint is ')}. A lower learning rate or a longer warm-up may "
+                "help."
+            )
+
+    def _newest(self, words: str) -> str:
+        return "".join(f"{words}{path}" for path in newest_first(self._plan.out_dir)[:1])
