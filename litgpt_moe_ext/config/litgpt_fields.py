@@ -8,11 +8,10 @@ Imports neither torch nor LitGPT.
 from collections.abc import Mapping
 from typing import Any
 
-from litgpt_moe_ext.config.types import FieldType, integer, number
+from litgpt_moe_ext.config.types import POSITIVE, FieldType, integer, number
 from litgpt_moe_ext.errors import SettingsError
 
 _COUNT = integer(1)
-_WEIGHED = number(lambda value: value > 0, "a number above 0")
 # As many as nobody builds, and few enough that an error comes before the memory is full of empty layers.
 _LAYERS = FieldType(
     int, lambda value, _: _COUNT.accepts(value, None) and value <= 10_000, lambda _: "an integer from 1 to 10000"
@@ -25,12 +24,12 @@ RANGES: dict[str, FieldType] = {
     **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "sliding_window_size"), _COUNT),
     "norm_eps": number(lambda value: 0 < value < 1, "a number above 0 and below 1"),
     "rotary_percentage": number(lambda value: 0 <= value <= 1, "a number from 0 to 1"),
-    "final_logit_softcapping": _WEIGHED,
-    "attention_logit_softcapping": _WEIGHED,
-    "attention_scores_scalar": _WEIGHED,
-    "rope_base": _WEIGHED,
-    "rope_condense_ratio": _WEIGHED,
-    "rope_local_base_freq": _WEIGHED,
+    "final_logit_softcapping": POSITIVE,
+    "attention_logit_softcapping": POSITIVE,
+    "attention_scores_scalar": POSITIVE,
+    "rope_base": POSITIVE,
+    "rope_condense_ratio": POSITIVE,
+    "rope_local_base_freq": POSITIVE,
 }
 """What a value must be; null is allowed where LitGPT has it as default."""
 

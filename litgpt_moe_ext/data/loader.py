@@ -79,7 +79,6 @@ class TokenLoader(DataLoader):
         order: What decides the order in training; None means the defaults.
         replica: Position among the data-parallel replicas and their number; None asks `torch.distributed` when an
             iteration starts, since loaders are often built before the process group.
-        pin_memory: Gather into page-locked memory; None means: if CUDA is available.
 
     Raises:
         ValueError: A size is not positive, or `replica` is out of range.
@@ -93,7 +92,6 @@ class TokenLoader(DataLoader):
         train: bool,
         order: Order | None = None,
         replica: Replica | None = None,
-        pin_memory: bool | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: {batch_size} must be at least 1 (the {windows.name})")
@@ -105,12 +103,10 @@ class TokenLoader(DataLoader):
         self.train = train
         self.order = Order() if order is None else order
         self._replica = replica
-        self._pin = pin_memory
         self._epoch = 0
         self._position = 0  # batches of the epoch that were handed out on each rank
-        self._count_batches(
-            self._rank_and_world().world_size
-        )  # so that too little data is noticed before the run starts
+        # So that too little data is noticed before the run starts.
+        self._count_batches(self._rank_and_world().world_size)
 
     @property
     def epoch(self) -> int:
@@ -128,7 +124,7 @@ class TokenLoader(DataLoader):
         rank, world = self._rank_and_world()
         batches = self._count_batches(world)
         epoch = self._epoch
-        pin = self._pins()
+        pin = torch.cuda.is_available()
         order = self.order.of_epoch(epoch, len(self.windows))
         # Position and epoch are read anew for each batch: of two live iterators, only one hands out each batch.
         while self._epoch == epoch:
@@ -142,7 +138,7 @@ class TokenLoader(DataLoader):
     def _eval_batches(self) -> Iterator[Tensor]:
         rank, world = self._rank_and_world()
         batches = self._count_batches(world)
-        pin = self._pins()
+        pin = torch.cuda.is_available()
         for index in range(batches - 1):
             start = (index * world + rank) * self._rows
             yield self.windows.gather(np.arange(start, start + self._rows), pin)
@@ -156,9 +152,6 @@ class TokenLoader(DataLoader):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return Replica(torch.distributed.get_rank(), torch.distributed.get_world_size())
         return Replica(0, 1)
-
-    def _pins(self) -> bool:
-        return torch.cuda.is_available() if self._pin is None else self._pin
 
     def _count_batches(self, world: int) -> int:
         count = len(self.windows)

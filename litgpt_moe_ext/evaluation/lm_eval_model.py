@@ -4,13 +4,12 @@ Truncation, prefix token, windows of rolling likelihoods and stop strings follow
 `HFLM`, so that a checkpoint and its conversion to Hugging Face's format score the same. Two things are more exact here:
 log-probabilities are computed in float32 whatever the type of the weights, and a text that ended with a stop string is
 cut there even if the rest of its batch went on.
-
-Shape legend: B batch, T tokens, V vocabulary.
 """
 
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.evaluation.batching import BatchSize, pad_right
+from litgpt_moe_ext.evaluation.batching import BatchSize
 from litgpt_moe_ext.evaluation.generation import GenerationSettings, generate, supports_padded_cache
 from litgpt_moe_ext.evaluation.loading import (
     check_checkpoint_dir,
@@ -31,6 +30,7 @@ from litgpt_moe_ext.evaluation.loading import (
     load_tokenizer,
     parse_dtype,
 )
+from litgpt_moe_ext.evaluation.scoring import score_batch
 from litgpt_moe_ext.evaluation.tokenization import decode, encoder
 
 # A request for a likelihood as lm-eval hands it over: (context and continuation as text, or None), and their tokens.
@@ -132,8 +132,9 @@ class GPTModel(TemplateLM):
         inputs = sorted(requests_of, key=lambda tokens: (-len(tokens), tokens))
 
         def score(batch: Sequence[tuple[int, ...]]) -> dict[int, Answer]:
-            continuations = [[(index, requests[index][2]) for index in requests_of[tokens]] for tokens in batch]
-            return self._score(batch, continuations)
+            asked = [requests_of[tokens] for tokens in batch]
+            found = score_batch(self.model, batch, [[requests[index][2] for index in indices] for indices in asked])
+            return dict(zip(chain(*asked), chain(*found), strict=True))
 
         answers: dict[int, Answer] = {}
         with self._progress(len(requests), "Scoring", disable_tqdm) as bar:
@@ -154,27 +155,6 @@ class GPTModel(TemplateLM):
             )
         # The last token is only predicted, never read.
         return tuple([*(context or [self.prefix_token_id]), *continuation][-(self.max_length + 1) : -1])
-
-    @torch.inference_mode()
-    def _score(
-        self, inputs: Sequence[tuple[int, ...]], continuations: Sequence[Sequence[tuple[int, list[int]]]]
-    ) -> dict[int, Answer]:
-        # Padding on the right needs no mask: attention is causal, so that no token sees what follows it. An MoE layer
-        # routes each token by itself, without a capacity that padding could use up. Padding is then a matter of speed.
-        logits_BTV = self.model(pad_right(inputs, self.device))
-        dtype = torch.promote_types(logits_BTV.dtype, torch.float32)
-        indices, sums, greedy = [], [], []
-        for tokens, logits_TV, scored in zip(inputs, logits_BTV, continuations, strict=True):
-            for index, continuation in scored:
-                logprobs_TV = logits_TV[len(tokens) - len(continuation) : len(tokens)].log_softmax(-1, dtype=dtype)
-                target_T = torch.tensor(continuation, device=self.device)
-                indices.append(index)
-                sums.append(logprobs_TV.gather(-1, target_T[:, None]).sum())
-                greedy.append((logprobs_TV.argmax(-1) == target_T).all())
-        # One transfer from the device for the whole batch.
-        return dict(
-            zip(indices, zip(torch.stack(sums).tolist(), torch.stack(greedy).tolist(), strict=True), strict=True)
-        )
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Score whole texts, cut into windows of the block size in which every token is predicted once.

@@ -4,6 +4,7 @@ Shape legend: B batch, T tokens, V vocabulary, N tokens of a whole text.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,37 @@ class Continuation(NamedTuple):
 
 
 @torch.inference_mode()
+def score_batch(
+    model: GPT, inputs: Sequence[Sequence[int]], targets: Sequence[Sequence[Sequence[int]]]
+) -> list[list[tuple[float, bool]]]:
+    """Score continuations in one forward pass, in float32 whatever the type of the weights.
+
+    Padding on the right needs no mask: attention is causal, so that no token sees what follows it. An MoE layer routes
+    each token by itself, without a capacity that padding could use up. Padding is then a matter of speed.
+
+    Args:
+        model: A `litgpt.GPT` in evaluation mode.
+        inputs: Contexts with their continuations, each without the last token, which is only predicted.
+        targets: For each input the continuations that end one token after it.
+
+    Returns:
+        For each input and continuation the sum of its log-probabilities in nats, and whether greedy decoding gives it.
+    """
+    device = next(model.parameters()).device
+    logits_BTV = model(pad_right(inputs, device))
+    dtype = torch.promote_types(logits_BTV.dtype, torch.float32)
+    sums, greedy = [], []
+    for tokens, logits_TV, continuations in zip(inputs, logits_BTV, targets, strict=True):
+        for continuation in continuations:
+            logprobs_TV = logits_TV[len(tokens) - len(continuation) : len(tokens)].log_softmax(-1, dtype=dtype)
+            target_T = torch.tensor(continuation, device=device)
+            sums.append(logprobs_TV.gather(-1, target_T[:, None]).sum())
+            greedy.append((logprobs_TV.argmax(-1) == target_T).all())
+    # One transfer from the device for the whole batch.
+    scores = iter(zip(torch.stack(sums).tolist(), torch.stack(greedy).tolist(), strict=True))
+    return [list(islice(scores, len(continuations))) for continuations in targets]
+
+
 def score_continuations(
     model: GPT, requests: Sequence[Continuation], batch_size: int, advance: Callable[[int], None]
 ) -> list[float]:
@@ -38,26 +70,20 @@ def score_continuations(
     Raises:
         ValueError: If a continuation is empty or longer than the model's block size.
     """
-    size, device = model.max_seq_length, next(model.parameters()).device
+    size = model.max_seq_length
     for context, continuation in requests:
         if not context or not 0 < len(continuation) <= size:
             raise ValueError(
                 f"a continuation has {len(continuation)} tokens after {len(context)}; it must have 1 to {size} (the "
                 "model's block size) after at least 1"
             )
-    # The last token is only predicted, never read.
     inputs = [[*context, *continuation][-(size + 1) : -1] for context, continuation in requests]
     scores = [0.0] * len(requests)
     order = sorted(range(len(requests)), key=lambda i: -len(inputs[i]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        logits_BTV = model(pad_right([inputs[i] for i in batch], device))
-        sums = []
-        for i, logits_TV in zip(batch, logits_BTV, strict=True):
-            target_T = torch.tensor(requests[i].continuation, device=device)
-            stop = len(inputs[i])
-            sums.append(-F.cross_entropy(logits_TV[stop - len(target_T) : stop].float(), target_T, reduction="sum"))
-        for i, score in zip(batch, torch.stack(sums).tolist(), strict=True):
+        found = score_batch(model, [inputs[i] for i in batch], [[requests[i].continuation] for i in batch])
+        for i, ((score, _),) in zip(batch, found, strict=True):
             scores[i] = score
         advance(len(batch))
     return scores

@@ -44,7 +44,9 @@ def _wrapped_functions() -> list[Callable[..., Any]]:
     # A reference function is often another one in several wrappers, or a method of a class.
     found = []
     wrapper = torch._disable_dynamo(_members).__code__  # pyrefly: ignore[missing-attribute] a function
-    waiting: list[Any] = [value for name in _modules() for value in _members(sys.modules[name])]
+    waiting: list[Any] = [
+        value for name in list(sys.modules) if name.startswith(_PREFIXES) for value in _members(sys.modules[name])
+    ]
     seen = set[int]()
     while waiting:
         function = waiting.pop()
@@ -60,10 +62,6 @@ def _wrapped_functions() -> list[Callable[..., Any]]:
             with contextlib.suppress(ValueError):  # an empty cell
                 waiting.append(cell.cell_contents)
     return found
-
-
-def _modules() -> list[str]:
-    return [name for name in sys.modules if name.startswith(_PREFIXES)]
 
 
 def _members(module: Any) -> Iterator[Any]:

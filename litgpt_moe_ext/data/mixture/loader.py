@@ -6,6 +6,7 @@ from itertools import zip_longest
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -108,7 +109,6 @@ class MixtureLoader(TokenLoader):
         windows: The mixture.
         batch_size: Rows per batch and rank.
         replica: See `TokenLoader`.
-        pin_memory: See `TokenLoader`.
     """
 
     def __init__(
@@ -116,27 +116,23 @@ class MixtureLoader(TokenLoader):
         windows: MixedWindows,
         batch_size: int,
         replica: Replica | None = None,
-        pin_memory: bool | None = None,
     ) -> None:
-        super().__init__(windows, batch_size, True, replica=replica, pin_memory=pin_memory)
+        super().__init__(windows, batch_size, True, replica=replica)
         self.mixture = windows
 
     @property
     def epoch(self) -> int:
         """How often as many rows were handed out as the corpora have together."""
-        return self._rows_before() // len(self.windows)
+        return self._position * self._rows * self._rank_and_world().world_size // len(self.windows)
 
     def _train_batches(self) -> Iterator[Tensor]:
         rank, world = self._rank_and_world()
-        epoch, pin = self.epoch, self._pins()
+        epoch, pin = self.epoch, torch.cuda.is_available()
         while self.epoch == epoch:
             start = (self._position * world + rank) * self._rows
             batch = self.windows.gather(np.arange(start, start + self._rows), pin)
             self._position += 1
             yield batch
-
-    def _rows_before(self) -> int:
-        return self._position * self._rows * self._rank_and_world().world_size
 
     def _is_in_range(self, state: dict[str, Any]) -> bool:
         return state["epoch"] == 0 and state["position"] >= 0

@@ -143,7 +143,11 @@ class Mixture(TokenModule):
                 needs the length of the run, which nobody has told.
         """
         parts = [
-            Part(name, module.windows_of("training", f"training data of {name}"), self._order_of(module))
+            Part(
+                name,
+                module.windows_of("training", f"training data of {name}"),
+                Order(self.seed, module.shuffle, module.corpus_id),
+            )
             for name, module in self.parts.items()
         ]
         phases = self._phases(parts)
@@ -159,9 +163,6 @@ class Mixture(TokenModule):
             for name, module in self.parts.items()
         }
         return MixtureValidation(loaders, self.weights)
-
-    def _order_of(self, module: TokenModule) -> Order:
-        return Order(self.seed, module.shuffle, module.corpus_id)
 
     def _phases(self, parts: Sequence[Part]) -> Phases:
         first = Schedule(_row_shares("data.weights", self.weights, parts))

@@ -74,7 +74,7 @@ class Intake:
                 if left <= 0 or room.is_full("train"):
                     break
 
-    def batches(self, first: int, skipped: int, taken: dict[str, int]) -> Iterator[Batch]:
+    def batches(self, first: int, skipped: int, taken: Mapping[str, int]) -> Iterator[Batch]:
         """Yield the documents in batches.
 
         Args:
@@ -115,9 +115,9 @@ class Intake:
 class _Room:
     """How many documents each side still takes."""
 
-    def __init__(self, limits: Mapping[str, int | None], taken: dict[str, int]) -> None:
+    def __init__(self, limits: Mapping[str, int | None], taken: Mapping[str, int]) -> None:
         self._limits = limits
-        self._taken = taken
+        self._taken = dict(taken)
 
     def is_full(self, *sides: str) -> bool:
         limits = [(self._taken[side], self._limits.get(side)) for side in sides]

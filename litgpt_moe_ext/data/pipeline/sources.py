@@ -119,7 +119,7 @@ def find_files(setting: str, path: Path, pattern: str) -> list[Path]:
         raise SettingsError(f"{setting}: {str(path)!r} does not exist; set {setting} to a file or a folder")
     _refuse_links_out(setting, path, found := [file for file in sorted(path.glob(pattern)) if file.is_file()])
     # A cache may lie in the folder of the documents: what was prepared from them is none of them.
-    found = [file for file in found if not _hidden(file.relative_to(path))]
+    found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     prepared = {file.parent for file in path.glob(f"**/{MANIFEST}") if (file.parent / TOKENIZER_DIR).is_dir()}
     found = [file for file in found if prepared.isdisjoint(file.parents)]
     if not found:
@@ -232,10 +232,6 @@ def _refuse_links_out(setting: str, folder: Path, files: Iterable[Path]) -> None
                 f"{setting}: {file} is a link to {file.resolve()}, outside of the folder; copy the file into the "
                 "folder, or remove the link"
             )
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _names(folder: Path) -> str:

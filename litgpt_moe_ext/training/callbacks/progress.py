@@ -143,7 +143,7 @@ class Reporter(Callback):
                 expand=True,
             )
             self._progress.start()
-            self.transcript.record_again()
+            self.transcript.record()
             self._task = self._progress.add_task("", total=self.total_steps, completed=step)
         self._progress.update(self._task, completed=step, description=text)
 

@@ -31,12 +31,8 @@ class CheckpointWriter:
     """
 
     def __init__(self, launched: Launched, tokenizer_dir: Path | None, write: Callable[..., None]) -> None:
-        self._plan, self._fabric, self._tokenizer_dir, self._write = (
-            launched.plan,
-            launched.fabric,
-            tokenizer_dir,
-            write,
-        )
+        self._plan, self._fabric = launched.plan, launched.fabric
+        self._tokenizer_dir, self._write = tokenizer_dir, write
         self.last_saved: Path | None = None
 
     def save(self, name: str) -> None:

@@ -121,11 +121,11 @@ def grouped(present: Sequence[str], new: Sequence[str]) -> list[str]:
 
     def key(name: str) -> tuple:
         if name in _FIRST:
-            return 0, _FIRST.index(name), 0, ""
+            return 0, _FIRST.index(name), ""
         if not name.startswith("moe"):
-            return 1, names.index(name), 0, ""
+            return 1, names.index(name), ""
         group, _, rest = name.partition("/")
         layer = int(found[0]) if (found := re.findall(r"\d+", group)) else -1
-        return 2 + group.startswith("moe_layer") + 2 * group.startswith("moe_load"), layer, 0, rest
+        return 2 + group.startswith("moe_layer") + 2 * group.startswith("moe_load"), layer, rest
 
     return sorted(names, key=key)

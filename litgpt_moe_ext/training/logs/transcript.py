@@ -63,17 +63,20 @@ class Transcript:
         self.close()
         print(f"  {TRANSCRIPT_FILE} cannot be written: {error.strerror or error}. Training goes on without it.")
 
-    def record_again(self) -> None:
-        """Take down what a bar, which has put itself between the program and the terminal, lets through."""
+    def record(self) -> tuple[_Recorder, _Recorder]:
+        """Take down what is written to standard output and standard error from now on.
+
+        Called again where a bar has put itself between the program and the terminal: what it lets through counts.
+        """
         recorders = _Recorder(sys.stdout, self), _Recorder(sys.stderr, self)
         sys.stdout, sys.stderr = recorders  # pyrefly: ignore[bad-assignment]  (as good as a stream)
+        return recorders
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """Take down what is written to standard output and standard error in the scope."""
         before = sys.stdout, sys.stderr
-        recorders = _Recorder(sys.stdout, self), _Recorder(sys.stderr, self)
-        sys.stdout, sys.stderr = recorders  # pyrefly: ignore[bad-assignment]  (as good as a stream)
+        recorders = self.record()
         try:
             yield
         finally:

@@ -14,6 +14,7 @@ import threading
 import time
 
 _LAUNCHER_PID = "LITGPT_MOE_EXT_LAUNCHER_PID"
+_LOOK_EVERY = 1.0  # seconds
 
 
 def started_by_fabric() -> bool:
@@ -21,19 +22,16 @@ def started_by_fabric() -> bool:
     return _LAUNCHER_PID in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
-def end_together(seconds: float = 1.0) -> None:
+def end_together() -> None:
     """Have the processes that this one will start end soon after it, or this one after the process that started it.
 
     Call it in every process before Fabric launches. Without effect on Windows, which keeps the parent's number of a
     process although the parent is gone.
-
-    Args:
-        seconds: How often to look.
     """
     if started_by_fabric():
         parent = int(os.environ[_LAUNCHER_PID])
         die_with_parent()
-        threading.Thread(target=_watch, args=(parent, seconds), daemon=True, name="launcher-watch").start()
+        threading.Thread(target=_watch, args=(parent,), daemon=True, name="launcher-watch").start()
     else:
         os.environ[_LAUNCHER_PID] = str(os.getpid())
 
@@ -48,9 +46,9 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
-def _watch(parent: int, seconds: float) -> None:
+def _watch(parent: int) -> None:
     while os.getppid() == parent:
-        time.sleep(seconds)
+        time.sleep(_LOOK_EVERY)
     print(f"error: the process {parent} that started this one is gone; it ends as well", file=sys.stderr, flush=True)
     # The main thread may hang in a collective operation, which no exception reaches.
     os._exit(1)
