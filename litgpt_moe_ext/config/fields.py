@@ -80,7 +80,7 @@ FEED_FORWARD_FIELDS = {
     ),
     "moe_intermediate_size": _litgpt(integer(1), "hidden width of one expert (`intermediate_size` by default)", _MOE),
     "expert_dropout": Field(
-        types.FRACTION, "probability of dropping a hidden activation of an expert in training (0 by default)", _MOE
+        types.SHARE, "probability of dropping a hidden activation of an expert in training (0 by default)", _MOE
     ),
     "expert_gate_on_input": Field(
         types.BOOLEAN, "whether the gate value multiplies an expert's input, as in Llama 4 (false: its output)", _MOE
@@ -110,7 +110,7 @@ FEED_FORWARD_FIELDS = {
         types.layer_indices(), "indices of more layers that are dense, as in Qwen's models (none by default)", _MOE
     ),
     "residual_dropout": Field(
-        types.FRACTION, "probability of dropping an element of what a layer adds to the residual stream (0 by default)"
+        types.SHARE, "probability of dropping an element of what a layer adds to the residual stream (0 by default)"
     ),
 }
 
@@ -142,7 +142,7 @@ ROUTING_FIELDS = {
         types.BOOLEAN, "whether the gate has a bias that learns, as in GPT-OSS (false by default)", (*_MOE, "logits")
     ),
     "router_jitter_noise": Field(
-        types.FRACTION, "largest relative noise on the router's input in training (0 by default)", (*_MOE, "logits")
+        types.SHARE, "largest relative noise on the router's input in training (0 by default)", (*_MOE, "logits")
     ),
     "router_bias_update_rate": Field(
         types.NON_NEGATIVE,
@@ -182,10 +182,10 @@ ATTENTION_FIELDS = {
         choice(KERNELS), "the only kernel allowed (the fastest that works by default)", _ATTENTION
     ),
     "attention_dropout": Field(
-        types.FRACTION, "probability of dropping an attention weight in training (0 by default)", _ATTENTION
+        types.SHARE, "probability of dropping an attention weight in training (0 by default)", _ATTENTION
     ),
     "embedding_dropout": Field(
-        types.FRACTION, "probability of dropping an element of the embeddings in training (0 by default)", _ATTENTION
+        types.SHARE, "probability of dropping an element of the embeddings in training (0 by default)", _ATTENTION
     ),
     "position_embedding": Field(
         choice(("learned",)), "adds an embedding of the absolute position; needs `rotary_percentage: 0`", _ATTENTION

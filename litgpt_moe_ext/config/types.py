@@ -114,7 +114,7 @@ NON_NEGATIVE = number(lambda value: value >= 0, "a number of at least 0")
 POSITIVE = number(lambda value: value > 0, "a number above 0")
 AT_LEAST_ONE = number(lambda value: value >= 1, "a number of at least 1")
 ABOVE_ONE = number(lambda value: value > 1, "a number above 1")
-FRACTION = number(lambda value: 0 <= value < 1, "a number from 0 to less than 1")
+SHARE = number(lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
 
 BOOLEAN = FieldType(bool, lambda value, _: isinstance(value, bool), lambda _: "true or false")
 UNSUPPORTED = FieldType(Any, lambda _value, _: False, lambda _: "null")

@@ -56,8 +56,8 @@ GROUPS = {"n_expert_groups": 4, "n_topk_groups": 1, "n_topk_scores_per_group": 2
             {"expert_backend": "fast"},
             "expert_backend: 'fast' is unknown; choose from loop, grouped_cpu, grouped_mm, tri",
         ),
-        ({"expert_dropout": 1.0}, "expert_dropout: 1.0 must be a number from 0 to less than 1"),
-        ({"residual_dropout": -0.1}, "residual_dropout: -0.1 must be a number from 0 to less than 1"),
+        ({"expert_dropout": 1.0}, "expert_dropout: 1.0 must be a number of at least 0 and below 1"),
+        ({"residual_dropout": -0.1}, "residual_dropout: -0.1 must be a number of at least 0 and below 1"),
         (
             {"residual_dropout": 0.1, "post_mlp_norm": True},
             "residual_dropout: 0.1 cannot be combined with post_mlp_norm",
@@ -73,7 +73,7 @@ GROUPS = {"n_expert_groups": 4, "n_topk_groups": 1, "n_topk_scores_per_group": 2
             "router_z_loss_coef: 0.1 would be ignored because router_type",
         ),
         ({"router_type": "hash", "norm_topk_prob": True}, "norm_topk_prob: True would be ignored because router_type"),
-        ({"router_jitter_noise": 1.5}, "router_jitter_noise: 1.5 must be a number from 0 to less than 1"),
+        ({"router_jitter_noise": 1.5}, "router_jitter_noise: 1.5 must be a number of at least 0 and below 1"),
         ({"router_z_loss_coef": -1}, "router_z_loss_coef: -1 must be a number of at least 0"),
         (
             {"router_bias_update_schedule": {"warmup": 3}},
