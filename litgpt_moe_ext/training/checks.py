@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import difflib
-import importlib
-import inspect
 import os
 import tempfile
 from pathlib import Path
@@ -14,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from litgpt_moe_ext.config.litgpt_fields import RANGES, check_ranges
 from litgpt_moe_ext.durable import WRITE_TEST
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.field_types import checked, members
-from litgpt_moe_ext.host.without_compiler import without_compiler
+from litgpt_moe_ext.training.optim.arguments import check_rates
 from litgpt_moe_ext.training.parallel.combinations import check_combination
 
 if TYPE_CHECKING:
@@ -75,70 +70,6 @@ def check_settings(settings: Settings, config: Config) -> None:
     check_combination(settings)
 
 
-def check_rates(settings: Settings) -> None:
-    """Raise SettingsError unless the optimizer can be made, and its learning rate falls to `train.min_lr`."""
-    peak, floor = learning_rate_of(settings.optimizer), settings.train.min_lr
-    if settings.schedule.name != "constant" and floor > peak:
-        raise SettingsError(
-            f"train.min_lr: {floor} must be at most the optimizer's learning rate, {peak}, from which it falls to "
-            "there; set --optimizer.lr or --train.min_lr"
-        )
-
-
-def learning_rate_of(optimizer: str | dict) -> float:
-    """Return the learning rate of an optimizer, made for a parameter that is thrown away.
-
-    Raises:
-        SettingsError: If it cannot be made.
-    """
-    import torch
-
-    cls, arguments = _optimizer_class(optimizer)
-    known = inspect.signature(cls).parameters
-    for name, value in arguments.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(list(known)[1:])}"
-            raise SettingsError(f"optimizer.init_args.{name}: {cls.__name__} has no such argument; {hint}")
-        _check_argument(f"optimizer.init_args.{name}", value, known[name])
-    try:
-        with without_compiler():
-            made = cls([torch.nn.Parameter(torch.zeros(1))], **copy.deepcopy(arguments))
-    except (TypeError, ValueError, RuntimeError) as error:
-        # The class itself judges its arguments.
-        raise SettingsError(f"optimizer: {optimizer!r} cannot be made: {error}") from error
-    return made.defaults["lr"]
-
-
-def _check_argument(name: str, value: Any, parameter: inspect.Parameter) -> None:
-    """Raise SettingsError unless a value is of the kind of a parameter's default; the range is the class's to judge."""
-    default = parameter.default
-    if isinstance(default, bool) or set(members(parameter.annotation)) == {bool, type(None)}:
-        checked(name, value, bool if isinstance(default, bool) else bool | None)
-    elif isinstance(default, (int, float)):
-        checked(name, value, float)
-    elif isinstance(default, tuple):
-        checked(name, value, list[float | None] if None in default else list[float])
-        if len(value) != len(default):
-            raise SettingsError(f"{name}: {value!r} must be {len(default)} numbers, such as {list(default)}")
-
-
-def _optimizer_class(optimizer: str | dict) -> tuple[type, dict[str, Any]]:
-    path, arguments = optimizer, {}
-    if isinstance(optimizer, dict):
-        path, arguments = optimizer.get("class_path"), optimizer.get("init_args") or {}
-    names = all(isinstance(name, str) for name in arguments) if isinstance(arguments, dict) else False
-    if not isinstance(path, str) or not names:
-        raise SettingsError(f"optimizer: {optimizer!r} must be a name, or class_path and init_args")
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module or "torch.optim"), name), arguments
-    except (ImportError, AttributeError, ValueError) as error:
-        raise SettingsError(
-            f"optimizer: {path!r} must be the name of a class in torch.optim, or the full path of another ({error})"
-        ) from error
-
-
 def check_writable(out_dir: Path) -> None:
     """Raise an error unless `out_dir` can be a directory of the run's own; creates it."""
     if out_dir.resolve() == Path.cwd():
@@ -154,12 +85,15 @@ def check_writable(out_dir: Path) -> None:
 
 
 def open_tokenizer(tokenizer_dir: Path, padded_vocab_size: int) -> Tokenizer:
-    """Return the `litgpt.Tokenizer` of a directory, checked by `check_tokenizer`.
+    """Return the `litgpt.Tokenizer` of a directory.
 
     Raises:
-        SettingsError: If there is none, if it cannot be opened, or does not suit the model.
+        SettingsError: If there is none, it cannot be opened, does not separate documents, or has more tokens than the
+            model's vocabulary.
     """
     from litgpt.tokenizer import Tokenizer
+
+    from litgpt_moe_ext.data.pipeline.tokenizer import vocabulary_size
 
     try:
         tokenizer = Tokenizer(tokenizer_dir)
@@ -169,14 +103,6 @@ def open_tokenizer(tokenizer_dir: Path, padded_vocab_size: int) -> Tokenizer:
         ) from error
     except Exception as error:  # the tokenizers library raises nothing more precise
         raise SettingsError(f"tokenizer_dir: {str(tokenizer_dir)!r} cannot be opened: {error}") from error
-    check_tokenizer(tokenizer, tokenizer_dir, padded_vocab_size)
-    return tokenizer
-
-
-def check_tokenizer(tokenizer: Tokenizer, tokenizer_dir: Path, padded_vocab_size: int) -> None:
-    """Raise SettingsError unless a `litgpt.Tokenizer` separates documents and fits into the model's vocabulary."""
-    from litgpt_moe_ext.data.pipeline.tokenizer import vocabulary_size
-
     if tokenizer.eos_id is None:
         raise SettingsError(
             f"tokenizer_dir: {str(tokenizer_dir)!r} has no end-of-text token: documents could not be told apart, and "
@@ -189,6 +115,7 @@ def check_tokenizer(tokenizer: Tokenizer, tokenizer_dir: Path, padded_vocab_size
             f"tokenizer_dir: {str(tokenizer_dir)!r} has ids up to {size - 1}, beyond the model's padded_vocab_size: "
             f"{padded_vocab_size}; set model_config.padded_vocab_size to at least {size}"
         )
+    return tokenizer
 
 
 def check_checkpoint_dir(name: str, directory: Path) -> None:

@@ -146,8 +146,8 @@ class HookedLoop:
             def __next__(self) -> Any:
                 loop._between_iterations()
                 batch = loop._batches.next(super().__next__, loop.state["iter_num"])
-                # Not earlier: building the data iterator and the sanity check of the validation draw random numbers that
-                # an uninterrupted run did not draw here.
+                # Not earlier: building the data iterator and the sanity check of the validation draw random numbers
+                # that an uninterrupted run did not draw here.
                 random_state.settle(loop.fabric, loop._plan.settings.seed)
                 loop._means.weight = batch.weight
                 loop.fabric.call("on_batch", batch=batch.tokens_BT, waited=batch.waited)

@@ -56,7 +56,7 @@ def _peak(optimizer: str | dict) -> float:
     given = optimizer.get("init_args") or {} if isinstance(optimizer, dict) else {}
     if "lr" in given:
         return given["lr"]
-    from litgpt_moe_ext.training.checks import learning_rate_of
+    from litgpt_moe_ext.training.optim.arguments import learning_rate_of
 
     return learning_rate_of(optimizer)
 

@@ -1,0 +1,80 @@
+"""Whether an optimizer can be made of the settings, and what learning rate it has."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import importlib
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.field_types import checked, members
+from litgpt_moe_ext.host.without_compiler import without_compiler
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.training.settings import Settings
+
+
+def check_rates(settings: Settings) -> None:
+    """Raise SettingsError unless the optimizer can be made, and its learning rate falls to `train.min_lr`."""
+    peak, floor = learning_rate_of(settings.optimizer), settings.train.min_lr
+    if settings.schedule.name != "constant" and floor > peak:
+        raise SettingsError(
+            f"train.min_lr: {floor} must be at most the optimizer's learning rate, {peak}, from which it falls to "
+            "there; set --optimizer.lr or --train.min_lr"
+        )
+
+
+def learning_rate_of(optimizer: str | dict) -> float:
+    """Return the learning rate of an optimizer, made for a parameter that is thrown away.
+
+    Raises:
+        SettingsError: If it cannot be made.
+    """
+    import torch
+
+    cls, arguments = _optimizer_class(optimizer)
+    known = inspect.signature(cls).parameters
+    for name, value in arguments.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(list(known)[1:])}"
+            raise SettingsError(f"optimizer.init_args.{name}: {cls.__name__} has no such argument; {hint}")
+        _check_argument(f"optimizer.init_args.{name}", value, known[name])
+    try:
+        with without_compiler():
+            made = cls([torch.nn.Parameter(torch.zeros(1))], **copy.deepcopy(arguments))
+    except (TypeError, ValueError, RuntimeError) as error:
+        # The class itself judges its arguments.
+        raise SettingsError(f"optimizer: {optimizer!r} cannot be made: {error}") from error
+    return made.defaults["lr"]
+
+
+def _check_argument(name: str, value: Any, parameter: inspect.Parameter) -> None:
+    """Raise SettingsError unless a value is of the kind of a parameter's default; the range is the class's to judge."""
+    default = parameter.default
+    if isinstance(default, bool) or set(members(parameter.annotation)) == {bool, type(None)}:
+        checked(name, value, bool if isinstance(default, bool) else bool | None)
+    elif isinstance(default, (int, float)):
+        checked(name, value, float)
+    elif isinstance(default, tuple):
+        checked(name, value, list[float | None] if None in default else list[float])
+        if len(value) != len(default):
+            raise SettingsError(f"{name}: {value!r} must be {len(default)} numbers, such as {list(default)}")
+
+
+def _optimizer_class(optimizer: str | dict) -> tuple[type, dict[str, Any]]:
+    path, arguments = optimizer, {}
+    if isinstance(optimizer, dict):
+        path, arguments = optimizer.get("class_path"), optimizer.get("init_args") or {}
+    names = all(isinstance(name, str) for name in arguments) if isinstance(arguments, dict) else False
+    if not isinstance(path, str) or not names:
+        raise SettingsError(f"optimizer: {optimizer!r} must be a name, or class_path and init_args")
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module or "torch.optim"), name), arguments
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SettingsError(
+            f"optimizer: {path!r} must be the name of a class in torch.optim, or the full path of another ({error})"
+        ) from error
