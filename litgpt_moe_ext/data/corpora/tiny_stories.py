@@ -7,6 +7,7 @@ from pathlib import Path
 
 from litgpt_moe_ext.data.corpora.documents import DocumentCorpus
 from litgpt_moe_ext.data.pipeline.sources import FileHashes, Side, Source, file_sources, find_files, split_sources
+from litgpt_moe_ext.data.reading.compression import split_compression
 from litgpt_moe_ext.data.reading.record import Record, TextFormat
 from litgpt_moe_ext.errors import SettingsError
 
@@ -40,6 +41,11 @@ class TinyStories(DocumentCorpus):
         """See `EncodedCorpus.sources`."""
         stories = replace(self.text_format, field=self.field or "story")
         if self.source_path.is_file():
+            if not split_compression(self.source_path.name.lower())[0].endswith(".tar"):
+                raise SettingsError(
+                    f"source_path: {str(self.source_path)!r} must be the archive TinyStories_all_data.tar.gz; name the "
+                    "folder of other forms, so that their validation part is found, or use TextCorpus"
+                )
             (archive,) = file_sources([self.source_path], None, stories, hashes)
             return [_part_of(archive, "train"), _part_of(archive, "val")]
         found = find_files("source_path", self.source_path, "**/*")
