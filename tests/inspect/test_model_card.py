@@ -23,7 +23,7 @@ from litgpt_moe_ext.inspect.cost.memory import (
     training_memory,
 )
 from litgpt_moe_ext.inspect.cost.model_card import make_card
-from litgpt_moe_ext.inspect.cost.sharding import STRATEGIES, block_sizes, process_memory
+from litgpt_moe_ext.inspect.cost.sharding import STRATEGIES, BlockSizes, block_sizes, process_memory
 from litgpt_moe_ext.inspect.recipes import Recipe, load_recipe
 from litgpt_moe_ext.model_size import count_flops
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
@@ -163,7 +163,7 @@ def test_models_without_a_pattern_are_measured_whole():
 
 def test_processes_share():
     memory = TrainingMemory(weights=1000, gradients=1000, optimizer=2000, activations=500)
-    of = partial(process_memory, memory, 100, 300)
+    of = partial(process_memory, memory, BlockSizes(100, 300))
     assert of("fsdp", 1, 1) == (1000, 1000, 2000, 0, 500, 0)
     assert of("auto", 4, 1) == of("ddp", 4, 1) == (1000, 1000, 2000, 1000, 500, 0)
     # Everything outside the blocks, two blocks, and the largest gradient that is whole.

@@ -253,7 +253,7 @@ def _memory(recipe: Recipe) -> Iterator[Finding]:
         short = shorten(recipe.config)
         whole = training_memory(short, recipe.step(precision))
         sizes = block_sizes(short, PRECISIONS[precision][0].itemsize)
-        one = process_memory(whole, *sizes, recipe.strategy, per_node, recipe.num_nodes, offload)
+        one = process_memory(whole, sizes, recipe.strategy, per_node, recipe.num_nodes, offload)
     except (ImportError, ValueError) as error:
         yield Finding("memory", "problem", str(error))
         return

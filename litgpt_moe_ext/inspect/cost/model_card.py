@@ -111,7 +111,7 @@ def make_card(
     training = {name: memory_of(replace(step, precision=name)) for name in PRECISIONS}
     inference = {name: inference_memory(short, dtype) for name, dtype in INFERENCE_DTYPES.items()}
     sizes = block_sizes(short, PRECISIONS[precision][0].itemsize)
-    processes = {name: process_memory(training[precision], *sizes, name, devices, num_nodes) for name in STRATEGIES}
+    processes = {name: process_memory(training[precision], sizes, name, devices, num_nodes) for name in STRATEGIES}
     state_bytes = partial(_state_bytes, short, tie_embeddings=recipe.tie_embeddings)
     flops = {
         training: short.extrapolate(partial(count_flops, length=length, training=training)) / length

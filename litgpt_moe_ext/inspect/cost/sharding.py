@@ -58,10 +58,21 @@ class ProcessMemory(NamedTuple):
         return sum(self) - self.host
 
 
+class BlockSizes(NamedTuple):
+    """Bytes of parameters.
+
+    Attributes:
+        largest: Of the largest block.
+        outside: Outside the blocks: embeddings, last norm, output head.
+    """
+
+    largest: int
+    outside: int
+
+
 def process_memory(
     memory: TrainingMemory,
-    block: int,
-    outside: int,
+    sizes: BlockSizes,
     strategy: str,
     per_node: int,
     nodes: int,
@@ -71,8 +82,7 @@ def process_memory(
 
     Args:
         memory: What a single process would take.
-        block: Bytes of the parameters of the largest block.
-        outside: Bytes of the parameters outside the blocks: embeddings, last norm, output head.
+        sizes: As from `block_sizes`.
         strategy: One of `STRATEGIES`, or `auto`, which is `ddp`.
         per_node: Processes on each node.
         nodes: Number of nodes.
@@ -91,28 +101,28 @@ def process_memory(
     held = {part: -(-size // shares) if part in facts.shards else size for part, size in whole.items()}
     return ProcessMemory(
         **held,
-        communication=_communication(facts, memory, block, outside),
+        communication=_communication(facts, memory, sizes),
         activations=memory.activations,
         host=sum(held[part] for part in facts.offloads) if cpu_offload else 0,
     )
 
 
-def _communication(facts: StrategyFacts, memory: TrainingMemory, block: int, outside: int) -> int:
+def _communication(facts: StrategyFacts, memory: TrainingMemory, sizes: BlockSizes) -> int:
     # The gradient of a block is whole until it is sent.
-    gradient = max(block, outside)
+    gradient = max(sizes)
     match facts.communication:
         case "gradients":
             return memory.gradients
         case "bucket":
             return min(_BUCKET, memory.gradients)
         case "blocks":  # the next block is gathered while one is computed
-            return outside + 2 * block + gradient
+            return sizes.outside + 2 * sizes.largest + gradient
         case "model":
             return memory.gradients + gradient
 
 
-def block_sizes(short: "ShortModel", itemsize: int) -> tuple[int, int]:
-    """Return the bytes of the parameters of the largest block, and of those outside the blocks.
+def block_sizes(short: "ShortModel", itemsize: int) -> BlockSizes:
+    """Return the sizes of a model in blocks.
 
     Args:
         short: The model, as `shorten` returns it.
@@ -124,4 +134,4 @@ def block_sizes(short: "ShortModel", itemsize: int) -> tuple[int, int]:
     model = meta_model(short.config)
     blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks_of(model)]
     total = sum(parameter.numel() for parameter in model.parameters())
-    return itemsize * max(blocks), itemsize * (total - sum(blocks))
+    return BlockSizes(itemsize * max(blocks), itemsize * (total - sum(blocks)))
