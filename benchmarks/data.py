@@ -22,10 +22,11 @@ from litgpt_moe_ext.data.pipeline.preparation import prepare_corpus
 from litgpt_moe_ext.data.pipeline.settings import CorpusSettings
 from litgpt_moe_ext.data.pipeline.sources import FileHashes, file_sources
 from litgpt_moe_ext.data.pipeline.store import open_corpus
-from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, open_for_documents, train_bpe
-from litgpt_moe_ext.data.pipeline.tokenizer_files import read_tokenizer
 from litgpt_moe_ext.data.reading.documents import documents
 from litgpt_moe_ext.data.reading.record import TextFormat
+from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
+from litgpt_moe_ext.data.tokenizer.files import read_tokenizer
+from litgpt_moe_ext.data.tokenizer.opening import open_for_documents
 from litgpt_moe_ext.machine import count_cores
 
 VOCAB_SIZE = 4096

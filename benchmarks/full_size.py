@@ -25,7 +25,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from litgpt_moe_ext.data.pipeline.shards import write_shard
-from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, train_bpe
+from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 
 ROOT = Path(__file__).resolve().parents[1]
 STDLIB = Path(sysconfig.get_path("stdlib"))

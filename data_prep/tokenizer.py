@@ -11,8 +11,8 @@ from pathlib import Path
 
 from litgpt_moe_ext.data.command_line import with_errors_in_one_line
 from litgpt_moe_ext.data.pipeline.store import publish
-from litgpt_moe_ext.data.pipeline.tokenizer import require_eos
-from litgpt_moe_ext.data.pipeline.tokenizer_files import read_tokenizer, write_tokenizer
+from litgpt_moe_ext.data.tokenizer.files import read_tokenizer, write_tokenizer
+from litgpt_moe_ext.data.tokenizer.opening import require_eos
 from litgpt_moe_ext.errors import SettingsError
 
 

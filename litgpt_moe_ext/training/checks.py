@@ -93,7 +93,7 @@ def open_tokenizer(tokenizer_dir: Path, padded_vocab_size: int) -> Tokenizer:
     """
     from litgpt.tokenizer import Tokenizer
 
-    from litgpt_moe_ext.data.pipeline.tokenizer import vocabulary_size
+    from litgpt_moe_ext.data.tokenizer.opening import vocabulary_size
 
     try:
         tokenizer = Tokenizer(tokenizer_dir)

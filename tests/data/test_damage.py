@@ -16,10 +16,11 @@ import pytest
 
 from litgpt_moe_ext.data.pipeline.shards import check_token_ids, open_shard, write_shard
 from litgpt_moe_ext.data.pipeline.store import read_manifest
-from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, open_for_documents, require_eos, train_bpe
-from litgpt_moe_ext.data.pipeline.tokenizer_files import read_tokenizer
 from litgpt_moe_ext.data.reading.documents import documents
 from litgpt_moe_ext.data.reading.record import TextFormat
+from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
+from litgpt_moe_ext.data.tokenizer.files import read_tokenizer
+from litgpt_moe_ext.data.tokenizer.opening import open_for_documents, require_eos
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.hellaswag import load_items
 from tests.data.test_text_corpus import stories

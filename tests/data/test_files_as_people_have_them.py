@@ -15,11 +15,11 @@ import pytest
 from litgpt_moe_ext.data.corpora.text_corpus import TextCorpus
 from litgpt_moe_ext.data.pipeline.shards import open_shard
 from litgpt_moe_ext.data.pipeline.sources import find_files
-from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings
 from litgpt_moe_ext.data.reading import plain_text
 from litgpt_moe_ext.data.reading import record as reading
 from litgpt_moe_ext.data.reading.documents import documents
 from litgpt_moe_ext.data.reading.record import TextFormat
+from litgpt_moe_ext.data.tokenizer.bpe import BPESettings
 from litgpt_moe_ext.errors import SettingsError
 from tests.data.test_readers import STORIES, as_list, lines, read, tar
 

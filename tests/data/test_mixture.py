@@ -18,7 +18,7 @@ from litgpt_moe_ext.data.loader import Order, Replica, TokenLoader
 from litgpt_moe_ext.data.mixture.loader import MixedWindows, MixtureLoader, MixtureValidation, Part
 from litgpt_moe_ext.data.mixture.schedule import LONGEST_PERIOD, Phases, Schedule, whole_shares
 from litgpt_moe_ext.data.mixture.settings import Annealing, RunLength
-from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, train_bpe
+from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.data.windows import StreamWindows
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.padding import PADDING

@@ -16,7 +16,7 @@ import litgpt_moe_ext.data
 from litgpt_moe_ext.data import PythonStdlib
 from litgpt_moe_ext.data.corpora import python_stdlib as corpora
 from litgpt_moe_ext.data.pipeline.store import open_corpus, read_manifest
-from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, train_bpe
+from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 
 SCRIPT = Path(__file__).parents[2] / "data_prep" / "python_stdlib.py"
 TRAIN = TrainArgs(micro_batch_size=3, global_batch_size=3, max_tokens=1000)

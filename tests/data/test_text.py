@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, GPT2TokenizerFast
 from litgpt_moe_ext import padding
 from litgpt_moe_ext.data import CodeParrot, HubDataset, PreparedCorpus, TextCorpus, TinyStories
 from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR, read_manifest
-from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, train_bpe
+from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.padding import PADDING, PaddedRows
 from tests.data.test_text_corpus import stories, texts_in
 

@@ -31,11 +31,12 @@ from litgpt_moe_ext.data.pipeline.store import (
     read_manifest,
     unigram_loss,
 )
-from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, open_for_documents, train_bpe
-from litgpt_moe_ext.data.pipeline.tokenizer_files import read_tokenizer
 from litgpt_moe_ext.data.pipeline.unfinished import State
 from litgpt_moe_ext.data.reading.documents import documents
 from litgpt_moe_ext.data.reading.record import TextFormat
+from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
+from litgpt_moe_ext.data.tokenizer.files import read_tokenizer
+from litgpt_moe_ext.data.tokenizer.opening import open_for_documents
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.machine import count_cores
 
@@ -189,7 +190,7 @@ from litgpt_moe_ext.data.reading.record import TextFormat
 from litgpt_moe_ext.data.pipeline.sources import FileHashes, file_sources
 from litgpt_moe_ext.data.pipeline.preparation import prepare_corpus
 from litgpt_moe_ext.data.pipeline.settings import CorpusSettings
-from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings
+from litgpt_moe_ext.data.tokenizer.bpe import BPESettings
 from litgpt_moe_ext.errors import SettingsError
 
 limit, root, *files = sys.argv[1:]
@@ -228,7 +229,7 @@ from litgpt_moe_ext.data.pipeline import preparation as text_corpus
 from litgpt_moe_ext.data.reading.record import TextFormat
 from litgpt_moe_ext.data.pipeline.settings import CorpusSettings
 from litgpt_moe_ext.data.pipeline.sources import FileHashes, file_sources
-from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings
+from litgpt_moe_ext.data.tokenizer.bpe import BPESettings
 
 root, *files = map(Path, sys.argv[1:])
 batches._BATCH_BYTES = 1000

@@ -12,15 +12,9 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models
 from transformers import AutoTokenizer
 
-from litgpt_moe_ext.data.pipeline import tokenizer as module
-from litgpt_moe_ext.data.pipeline.tokenizer import (
-    EOS_TOKEN,
-    BPESettings,
-    open_for_documents,
-    require_bos,
-    require_eos,
-    train_bpe,
-)
+from litgpt_moe_ext.data.tokenizer.bpe import EOS_TOKEN, BPESettings, train_bpe
+from litgpt_moe_ext.data.tokenizer.opening import open_for_documents, require_bos, require_eos
+from litgpt_moe_ext.data.tokenizer.threads import threads_for_tokenizers
 
 TEXTS = ["def read(self, value):\n    return self.value\n" * 3, "for key, value in items.items():\n\tprint(key)\n" * 3]
 
@@ -189,17 +183,17 @@ def test_damaged_or_missing_files(tmp_path):
 
 def test_threads_are_used_inside_and_off_afterwards(monkeypatch):
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
-    monkeypatch.setattr(module, "_parallelism_is_ours", False)
+    monkeypatch.setattr("litgpt_moe_ext.data.tokenizer.threads._parallelism_is_ours", False)
     for _ in range(2):
-        with module.threads_for_tokenizers():
+        with threads_for_tokenizers():
             assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
         assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
 
 
 def test_the_users_choice_of_threads_stays(monkeypatch):
-    monkeypatch.setattr(module, "_parallelism_is_ours", False)
+    monkeypatch.setattr("litgpt_moe_ext.data.tokenizer.threads._parallelism_is_ours", False)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "0")
-    with module.threads_for_tokenizers():
+    with threads_for_tokenizers():
         assert os.environ["TOKENIZERS_PARALLELISM"] == "0"
     assert os.environ["TOKENIZERS_PARALLELISM"] == "0"
 
@@ -208,7 +202,8 @@ def test_the_users_choice_of_threads_stays(monkeypatch):
 def test_a_forked_worker_can_encode(tmp_path):
     program = f"""
 import os
-from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, open_for_documents, train_bpe
+from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
+from litgpt_moe_ext.data.tokenizer.opening import open_for_documents
 train_bpe(["some text to learn from"] * 50, BPESettings(280), {str(tmp_path)!r})
 tokenizer = open_for_documents({str(tmp_path)!r})
 child = os.fork()

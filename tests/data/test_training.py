@@ -11,8 +11,8 @@ from litgpt.tokenizer import Tokenizer
 
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.data import PreparedCorpus, TinyStories
-from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, train_bpe
 from litgpt_moe_ext.data.pipeline.wandb_artifacts import log_corpus
+from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from tests.data.test_text import TRAIN, VAL, tiny_txt
 from tests.data.test_wandb import clean  # noqa: F401
 from tests.data.test_wandb_online import PROJECT, REFERENCE, server  # noqa: F401

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, train_bpe
+from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from tests.models import initialized_model, moe_config, noisy_config
 
 

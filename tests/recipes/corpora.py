@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from transformers import AutoTokenizer
 
 from litgpt_moe_ext.data.pipeline.shards import write_shard
-from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, train_bpe
-from litgpt_moe_ext.data.pipeline.tokenizer_files import read_tokenizer, write_tokenizer
+from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
+from litgpt_moe_ext.data.tokenizer.files import read_tokenizer, write_tokenizer
 
 MODULES = ("argparse", "ast", "calendar", "cmd", "code", "copy", "csv", "enum", "heapq", "shlex", "string", "textwrap")
 WORDS = (

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from litgpt_moe_ext.cli.train import main
-from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, train_bpe
+from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checkpoint import manifest
 from litgpt_moe_ext.training.checks import open_tokenizer

@@ -8,9 +8,10 @@ from litgpt_moe_ext.data.corpora.base import Corpus
 from litgpt_moe_ext.data.pipeline.preparation import prepare_corpus
 from litgpt_moe_ext.data.pipeline.settings import CorpusSettings
 from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source
-from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, parse_tokenizer, vocabulary_size
-from litgpt_moe_ext.data.pipeline.tokenizer_files import litgpt_tokenizer, read_tokenizer
 from litgpt_moe_ext.data.reading.record import TextFormat
+from litgpt_moe_ext.data.tokenizer.bpe import BPESettings
+from litgpt_moe_ext.data.tokenizer.files import litgpt_tokenizer, read_tokenizer
+from litgpt_moe_ext.data.tokenizer.opening import parse_tokenizer, vocabulary_size
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import PositiveFloat, PositiveInt, Share
 

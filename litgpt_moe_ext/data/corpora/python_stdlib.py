@@ -12,8 +12,8 @@ from typing import Any
 from litgpt_moe_ext.data.corpora.documents import EncodedCorpus
 from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source
 from litgpt_moe_ext.data.pipeline.store import in_validation
-from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings
 from litgpt_moe_ext.data.reading.documents import documents
+from litgpt_moe_ext.data.tokenizer.bpe import BPESettings
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import PositiveInt, Share
 

@@ -9,7 +9,8 @@ from litgpt.tokenizer import Tokenizer
 from litgpt_moe_ext.data.modules.base import is_first_rank
 from litgpt_moe_ext.data.modules.corpus import CorpusModule
 from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR, read_manifest
-from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, parse_tokenizer
+from litgpt_moe_ext.data.tokenizer.bpe import BPESettings
+from litgpt_moe_ext.data.tokenizer.opening import parse_tokenizer
 from litgpt_moe_ext.errors import SettingsError
 
 

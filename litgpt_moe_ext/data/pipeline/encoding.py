@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 from tokenizers import Tokenizer
 
-from litgpt_moe_ext.data.pipeline.tokenizer import threads_for_tokenizers
+from litgpt_moe_ext.data.tokenizer.threads import threads_for_tokenizers
 from litgpt_moe_ext.errors import SettingsError
 
 _Batch = TypeVar("_Batch")

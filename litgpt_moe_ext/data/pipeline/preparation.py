@@ -33,16 +33,10 @@ from litgpt_moe_ext.data.pipeline.store import (
     unigram_loss,
     write_manifest,
 )
-from litgpt_moe_ext.data.pipeline.tokenizer import (
-    BPESettings,
-    open_for_documents,
-    require_bos,
-    require_eos,
-    train_bpe,
-    vocabulary_size,
-)
-from litgpt_moe_ext.data.pipeline.tokenizer_files import write_tokenizer
 from litgpt_moe_ext.data.pipeline.unfinished import DAYS, UNFINISHED, State, only_one, remove_leftovers, writing
+from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
+from litgpt_moe_ext.data.tokenizer.files import write_tokenizer
+from litgpt_moe_ext.data.tokenizer.opening import open_for_documents, require_bos, require_eos, vocabulary_size
 from litgpt_moe_ext.durable import flush_tree
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.machine import count_cores

@@ -6,8 +6,8 @@ from typing import Any
 
 from litgpt_moe_ext.data.pipeline.sources import SIDES, Source
 from litgpt_moe_ext.data.pipeline.store import in_validation
-from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings
-from litgpt_moe_ext.data.pipeline.tokenizer_files import tokenizer_hash
+from litgpt_moe_ext.data.tokenizer.bpe import BPESettings
+from litgpt_moe_ext.data.tokenizer.files import tokenizer_hash
 from litgpt_moe_ext.errors import SettingsError
 
 VAL_REMEDY = "name files to validate on, raise val_fraction, or try another seed"
@@ -18,7 +18,7 @@ class CorpusSettings:
     """Tokenizer, split and limits; ranges are the corpora's to check (`litgpt_moe_ext.data.corpora`).
 
     Attributes:
-        tokenizer: The files of a tokenizer (`litgpt_moe_ext.data.pipeline.tokenizer_files`), or settings to train one.
+        tokenizer: The files of a tokenizer (`litgpt_moe_ext.data.tokenizer.files`), or settings to train one.
         prepend_bos: Whether each document starts with the BOS token; each ends with EOS.
         val_fraction: Share of the documents of sources without a split that validate, by a hash of their text: equal
             texts are on the same side.

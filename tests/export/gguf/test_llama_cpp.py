@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from litgpt_moe_ext.data.pipeline.tokenizer import BPESettings, train_bpe
+from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.evaluation.loading import load_model
 from litgpt_moe_ext.export.gguf.write import export_gguf
 from tests.export.gguf.models import GRAPH_CASES

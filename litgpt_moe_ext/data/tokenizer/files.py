@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from litgpt_moe_ext.data.pipeline.tokenizer import EOS_TOKEN
+from litgpt_moe_ext.data.tokenizer.bpe import EOS_TOKEN
 from litgpt_moe_ext.errors import SettingsError
 
 # What LitGPT and transformers read to encode text; models' own files beside them stay where they are.

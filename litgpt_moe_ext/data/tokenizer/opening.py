@@ -1,0 +1,140 @@
+"""Opening tokenizers, and asking for the special tokens and the size of their vocabulary."""
+
+import json
+import os
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from litgpt_moe_ext.errors import SettingsError
+
+LARGEST_VOCABULARY = 1 << 24
+
+
+def open_for_documents(directory: str | os.PathLike) -> Tokenizer:
+    """Open a tokenizer for encoding documents rather than prompts.
+
+    Text such as `<|endoftext|>` inside a document stays ordinary text instead of becoming the special id, which would
+    end the document in its middle. Truncation and padding settings of the file are switched off. Encode with
+    `add_special_tokens=False`.
+
+    Raises:
+        SettingsError: The directory has no `tokenizer.json`, or it is damaged.
+    """
+    path = Path(directory) / "tokenizer.json"
+    if not path.is_file():
+        raise SettingsError(f"{path} does not exist; a tokenizer directory needs a tokenizer.json")
+    tokenizer = parse_tokenizer(path.read_bytes(), str(path))
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def parse_tokenizer(content: bytes, name: str) -> Tokenizer:
+    """Return the tokenizer in the content of a `tokenizer.json`.
+
+    Args:
+        content: The file.
+        name: What to call it in error messages.
+
+    Raises:
+        SettingsError: It is damaged.
+    """
+    try:
+        return Tokenizer.from_buffer(content)
+    except Exception as error:  # the tokenizers library raises nothing more precise
+        raise SettingsError(f"{name} is not a tokenizer ({error}); download or make it again") from error
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """Return one more than the highest id, which with gaps between the ids is more than the number of tokens.
+
+    Raises:
+        SettingsError: The highest id is so large that no model has an embedding for it.
+    """
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    size = 1 + max(ids.values(), default=-1)
+    if size > LARGEST_VOCABULARY:
+        token = max(ids, key=ids.__getitem__)
+        raise SettingsError(
+            f"tokenizer_dir: token {token!r} has id {size - 1} in a tokenizer of {len(ids)} tokens, which would need "
+            f"an embedding of {size} rows; give it an id below {LARGEST_VOCABULARY} in tokenizer.json"
+        )
+    return size
+
+
+def require_eos(directory: str | os.PathLike) -> int:
+    """Return the id of the token that ends a document; see `require_token`."""
+    return require_token(directory, "eos", "end-of-sequence", "documents cannot be kept apart")
+
+
+def require_bos(directory: str | os.PathLike) -> int:
+    """Return the id of the token that starts a document; see `require_token`."""
+    return require_token(directory, "bos", "beginning-of-sequence", "none can be put before a document")
+
+
+def require_token(directory: str | os.PathLike, kind: str, name: str, consequence: str) -> int:
+    """Return the id of a special token of a tokenizer directory.
+
+    Looks where LitGPT looks: `<kind>_token` in `tokenizer_config.json`, then `<kind>_token_id` in
+    `generation_config.json`.
+
+    Args:
+        directory: The tokenizer directory.
+        kind: `eos` or `bos`.
+        name: What to call the token in error messages.
+        consequence: What does not work without it.
+
+    Raises:
+        SettingsError: There is no `tokenizer.json`, no file names the token, or it is not in the vocabulary.
+    """
+    directory = Path(directory)
+    tokenizer = open_for_documents(directory)
+    config_path = directory / "tokenizer_config.json"
+    token = _read_json(config_path).get(f"{kind}_token")
+    if isinstance(token, dict):
+        token = token.get("content")
+    if token is not None:
+        token_id = tokenizer.token_to_id(token) if isinstance(token, str) and _is_unicode(token) else None
+        if token_id is None:
+            raise SettingsError(
+                f"{config_path} names {kind}_token {token!r}, which is not in the vocabulary of tokenizer.json; "
+                "name a token of the vocabulary"
+            )
+        return token_id
+    token_id = _read_json(directory / "generation_config.json").get(f"{kind}_token_id")
+    if isinstance(token_id, list):
+        token_id = token_id[0] if token_id else None
+    if token_id is None:
+        raise SettingsError(
+            f"tokenizer_dir: {str(directory)!r} has no {name} token, so {consequence}; add "
+            f'"{kind}_token": "<a token of the vocabulary>" (and "tokenizer_class": "PreTrainedTokenizerFast") to '
+            f"{config_path}"
+        )
+    if not isinstance(token_id, int) or not 0 <= token_id < 2**32 or tokenizer.id_to_token(token_id) is None:
+        raise SettingsError(
+            f"{directory / 'generation_config.json'} names {kind}_token_id {token_id!r}, outside the "
+            "vocabulary; name an id of the vocabulary"
+        )
+    return token_id
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, written as an escape
+        return False
+    return True
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise SettingsError(f"{path} is not valid JSON ({error}); repair or replace the file") from error
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path} holds {type(content).__name__}, not an object; repair or replace the file")
+    return content
