@@ -122,7 +122,7 @@ class _Preparation:
                 token_dtype(vocab_size),
             )
             progress.stage("encoding", self.intake.offsets[self.state.source])
-            taken = {side: self.state.counts[f"documents_{side}"] for side in SIDES}
+            taken: dict[str, int] = {side: self.state.counts[f"documents_{side}"] for side in SIDES}
             batches = self.intake.batches(self.state.source, self.state.record, taken)
             for batch, arrays in encode_in_order(encoder, batches, lambda one: tuple(one.texts.values()), workers):
                 self.state.add(batch, arrays)
