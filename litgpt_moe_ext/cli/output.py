@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from litgpt_moe_ext.durable import flush
+from litgpt_moe_ext.errors import SettingsError
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -21,15 +22,23 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write `path` under a temporary name and rename it; creates missing folders."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write `path` under a temporary name and rename it; creates missing folders.
+
+    Raises:
+        SettingsError: If it cannot be written, as on a full disk.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_bytes(content)
-        flush(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_bytes(content)
+            flush(partial)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise SettingsError(f"{path} cannot be written ({reason}); free some space, or name another place") from error
 
 
 def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:

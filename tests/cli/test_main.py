@@ -15,6 +15,7 @@ from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
 from litgpt_moe_ext.cli.arguments import positional, read_arguments
 from litgpt_moe_ext.cli.main import COMMANDS, load, main
+from litgpt_moe_ext.cli.output import write_text
 from litgpt_moe_ext.cli.train import SHORT_FORMS
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.settings import Settings, field_table
@@ -85,6 +86,21 @@ def test_wrong_settings_are_one_line_and_status_2(arguments, message, capsys, tm
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert not captured.out
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    """What is there stays as it was."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text("before")
+
+    def full(self: Path, _content: bytes) -> None:
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(SettingsError, match="recipe.yaml cannot be written .No space left on device.; free some space"):
+        write_text(file, "after")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
 
 
 def test_faults_of_the_program_keep_their_traceback(monkeypatch):
