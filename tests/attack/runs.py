@@ -28,7 +28,7 @@ from tests.training.processes import CONTEXT, free_port
 EVENTS = {"open", "os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir"}
 _PATIENCE = 600  # seconds for a run that takes one on an idle machine
 _GRACE = 0.3  # seconds at most between a signal that asks and one that kills
-_LOOK = 0.003  # seconds between two looks at what a run does
+_LOOK = 0.01  # seconds of CPU time are counted by this
 
 SIGNALS = {
     "SIGKILL": (signal.SIGKILL,),
