@@ -148,7 +148,8 @@ def check_the_end(out_dir: Path, reference: Path, blows: list[Blow]) -> None:
         ours, theirs = logged(out_dir, column), logged(reference, column)
         assert {step: theirs.get(step) for step in ours} == ours, column
         # The line of a step that was saved, but killed before it was logged, is missing.
-        assert len(theirs) - len(ours) <= len(blows) or any(blow.kind == "power cut" for blow in blows), column
+        missing = sorted(set(theirs) - set(ours))
+        assert len(missing) <= len(blows) or any(blow.kind == "power cut" for blow in blows), (column, missing, blows)
     for name in ("final", "final/ema", "best", "best/ema"):
         ours, theirs = (
             torch.load(folder / name / "lit_model.pth", weights_only=True) for folder in (out_dir, reference)
@@ -183,16 +184,19 @@ def _main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fault", choices=FAULTS, help="something to break in the code, which must be found")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder, begun = Path(name), time.monotonic()
-        recipe = recipe_writer(folder, corpus_in(folder))
-        with Attack(recipe, folder, given.processes, given.seed, FAULTS.get(given.fault)) as attack:
-            while (left := given.kills - attack.tally.total) > 0:
+    folder, begun = Path(tempfile.mkdtemp(prefix="attack-")), time.monotonic()
+    print(f"What fails stays in {folder}", flush=True)
+    recipe = recipe_writer(folder, corpus_in(folder))
+    with Attack(recipe, folder, given.processes, given.seed, FAULTS.get(given.fault)) as attack:
+        tally = attack.tally
+        try:
+            while (left := given.kills - tally.total) > 0:
                 attack.go_on(min(20, left))
-                tally = attack.tally
                 print(f"{tally.total} kills, {tally.finished} runs, {time.monotonic() - begun:.0f} s", flush=True)
-        for what, count in sorted(attack.tally.kills.items()):
-            print(f"| {what} | {count} |")
+        finally:
+            for what, count in sorted(tally.kills.items()):
+                print(f"| {what} | {count} |")
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
