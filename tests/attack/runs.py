@@ -224,13 +224,14 @@ def _attend(ranks: list[_Rank], folder: Path, out_dir: Path, blow: Blow | None) 
         assert not any(statuses), (statuses, said)
     else:  # what a rank says that lost another does not matter
         assert any(blow.may_end_with(rank.status) for rank in _struck(ranks, blow)), (blow, statuses, said)
-    if blow is not None and blow.kind == "power cut":
+    finished = not any(statuses)
+    if blow is not None and blow.kind == "power cut" and not finished:
         on_disk.update(line for log in folder.glob("flushed-*") for line in log.read_text().splitlines())
         _cut_power(out_dir, on_disk, random.Random(str(blow)))
     events = (folder / "events").read_text().splitlines() if (folder / "events").exists() else []
     last, after = events[-1] if events else "before the first file", os.times()
     seconds = (after.children_user - before.children_user + after.children_system - before.children_system) / len(ranks)
-    return Ended(all(rank.status == 0 for rank in ranks), len(events), last, seconds)
+    return Ended(finished, len(events), last, seconds)
 
 
 def _struck(ranks: list[_Rank], blow: Blow) -> list[_Rank]:
