@@ -27,6 +27,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+from tests.runs import _whole_run, corpus_settings, finished, recipe  # noqa: E402, F401
+
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
 

@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from tests.attack.values import VALUES, fresh, sections
-from tests.training.conftest import corpus_in, recipe_writer
+from tests.runs import corpus_in, recipe_writer
 from tests.training.processes import CONTEXT
 
 _CPU_SECONDS = 60  # a step takes one, and a machine may be slow

@@ -21,7 +21,7 @@ from litgpt_moe_ext.training.checkpoint.progress import newest_first, read_progr
 from litgpt_moe_ext.training.checkpoint.resume import problem_with
 from tests.attack.faults import FAULTS
 from tests.attack.runs import Blow, Ended, Server, random_blow
-from tests.training.conftest import corpus_in, logged, recipe_writer
+from tests.runs import corpus_in, logged, recipe_writer
 
 COLUMNS = ("loss", "val_loss", "grad_norm", "learning_rate")
 STATE = ("model", "optimizer", "train_dataloader", "iter_num", "step_count", "rng")

@@ -70,7 +70,7 @@ DAMAGE: dict[str, Callable[[Path, random.Random], None]] = {
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, corpus_settings) -> Path:
     """The directory of a run with several checkpoints and an averaged model."""
-    from tests.training.conftest import recipe_writer
+    from tests.runs import recipe_writer
 
     folder = tmp_path_factory.mktemp("finished")
     file = recipe_writer(folder, corpus_settings)(ema={"decay": 0.9})

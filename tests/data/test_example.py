@@ -2,10 +2,10 @@
 
 from litgpt_moe_ext.cli.train import main
 from tests.data.test_text_corpus import stories, texts_in
-from tests.training.conftest import ROOT, corpus_settings, logged, recipe  # noqa: F401
+from tests.runs import ROOT, logged
 
 
-def test_chapters(recipe, tmp_path, monkeypatch):  # noqa: F811
+def test_chapters(recipe, tmp_path, monkeypatch):
     written = [f"# Chapter {number}\n\n{text}\n" for number, text in enumerate(stories(60))]
     (tmp_path / "books").mkdir()
     for book in range(3):

@@ -26,7 +26,7 @@ from litgpt_moe_ext.training.checkpoint.hyperparameters import to_plain
 from litgpt_moe_ext.training.checkpoint.resharding import convert_position
 from litgpt_moe_ext.training.steps.corpora import CorpusLosses
 from tests.data.test_text_corpus import stories
-from tests.training.conftest import ROOT, corpus_settings, logged, recipe  # noqa: F401
+from tests.runs import ROOT, logged
 from tests.training.processes import Training, in_ranks
 
 EXAMPLE = [f"--config={ROOT / name}" for name in ("configs/quickstart.yaml", "examples/mixture.yaml")]
@@ -368,7 +368,7 @@ def mixed(settings, texts) -> dict:
 
 
 @pytest.mark.slow
-def test_a_run_killed_in_both_phases_goes_on_bit_for_bit(recipe, corpus_settings, texts, tmp_path):  # noqa: F811
+def test_a_run_killed_in_both_phases_goes_on_bit_for_bit(recipe, corpus_settings, texts, tmp_path):
     changes = {
         "data": mixed(corpus_settings, texts),
         "train": {"max_tokens": 16 * 128, "save_interval": 3},

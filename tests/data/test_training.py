@@ -16,7 +16,7 @@ from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from tests.data.test_text import TRAIN, VAL, tiny_txt
 from tests.data.test_wandb import clean  # noqa: F401
 from tests.data.test_wandb_online import PROJECT, REFERENCE, server  # noqa: F401
-from tests.training.conftest import ROOT, corpus_settings, logged, recipe  # noqa: F401
+from tests.runs import ROOT, logged
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +41,7 @@ def stories(tmp_path, **settings) -> dict:
 
 
 @pytest.mark.parametrize("packing", ["stream", "best_fit", "pad"])
-def test_text(recipe, tmp_path, packing):  # noqa: F811
+def test_text(recipe, tmp_path, packing):
     run(recipe(data=stories(tmp_path, packing=packing)))
     found = losses(tmp_path / "out")
     assert len(found) == 12
@@ -49,7 +49,7 @@ def test_text(recipe, tmp_path, packing):  # noqa: F811
     assert (tmp_path / "out" / "final" / "tokenizer.json").is_file()
 
 
-def test_resume_in_the_middle_of_an_epoch(recipe, tmp_path):  # noqa: F811
+def test_resume_in_the_middle_of_an_epoch(recipe, tmp_path):
     data = stories(tmp_path, packing="best_fit")
     train = {"max_tokens": 30 * 4 * 32, "save_interval": 7}
     run(recipe("whole", data=data, train=train, out_dir=str(tmp_path / "whole")))
@@ -144,7 +144,7 @@ def test_two_killed_processes_go_on_with_the_same_tokens(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_streamed_chunks_go_on_with_the_same_tokens(tmp_path, recipe, workers):  # noqa: F811
+def test_streamed_chunks_go_on_with_the_same_tokens(tmp_path, recipe, workers):
     """LitGPT's own module over litdata, with and without worker processes: losses as if nothing had happened."""
     data = chunks(tmp_path, workers)
     tokenizer_dir = str(tmp_path / "tokenizer")
@@ -156,7 +156,7 @@ def test_streamed_chunks_go_on_with_the_same_tokens(tmp_path, recipe, workers): 
     assert logged(tmp_path / "parts", "loss") == logged(tmp_path / "whole", "loss")
 
 
-def test_token_shards_and_their_vocabulary(recipe, tmp_path, capsys):  # noqa: F811
+def test_token_shards_and_their_vocabulary(recipe, tmp_path, capsys):
     shards = tmp_path / "shards"
     shards.mkdir()
     tokens = np.tile(np.arange(300, dtype="<u2"), 20)
@@ -196,7 +196,7 @@ def chunks(tmp_path, workers: int) -> dict:
     return {"class_path": "litgpt.data.LitData", "init_args": init_args}
 
 
-def test_the_settings_of_a_run_name_its_data(recipe, tmp_path):  # noqa: F811
+def test_the_settings_of_a_run_name_its_data(recipe, tmp_path):
     run(recipe(data=stories(tmp_path)), "--train.max_steps", "1")
     text = (tmp_path / "out" / "final" / "hyperparameters.yaml").read_text()
     assert "vocab_size: 300" in text

@@ -8,8 +8,6 @@ import os
 import pytest
 import torch
 
-from tests.training.conftest import corpus_settings, recipe  # noqa: F401
-
 DEVICE = os.environ.get("GPU_TESTS_DEVICE", "cuda")
 
 

@@ -15,7 +15,7 @@ from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.padding import PADDING
 from tests.gpu.test_experts import no_waits
 from tests.models import initialized_model, moe_config
-from tests.training.conftest import logged
+from tests.runs import logged
 
 pytestmark = pytest.mark.gpu
 

@@ -13,7 +13,7 @@ from litgpt_moe_ext.cli.train import main
 from tests.recipes.exports import check_export
 from tests.recipes.files import RECIPES, ROOT, commands, path_of
 from tests.recipes.scaled import BATCH, LENGTH, RAW_DATA, overrides
-from tests.training.conftest import logged
+from tests.runs import logged
 
 # One of each kind of model. The others differ from them in numbers and in the form of the data.
 FAMILIES = ("code-moe-60m", "gpt-moe-fineweb", "nanogpt-moe-tinystories")

@@ -6,7 +6,7 @@ import torch
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.training.report import farther
 from litgpt_moe_ext.training.settings import TrainArgs
-from tests.training.conftest import logged
+from tests.runs import logged
 
 
 def test_validation_before_the_first_step_is_kept(recipe, tmp_path, capsys):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from litgpt_moe_ext.cli.train import main
-from tests.training.conftest import logged
+from tests.runs import logged
 from tests.training.processes import Training
 
 pytestmark = pytest.mark.slow

@@ -6,24 +6,19 @@ import pytest
 import torch
 import yaml
 
-from litgpt_moe_ext.cli.train import main, read_settings
+from litgpt_moe_ext.cli.train import read_settings
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training import launch
 from litgpt_moe_ext.training.checkpoint.lock import OutDirLock
 from litgpt_moe_ext.training.plan import make_plan
-from tests.training.conftest import logged
+from tests.runs import logged, train
 
 SHORT = {"max_tokens": 2 * 128}
 
 
-def train(*arguments: str | Path) -> int:
-    return main([str(argument) for argument in arguments])
-
-
-def test_weights_and_tokenizer_from_the_directory_that_is_moved_aside(recipe, tmp_path, capsys):
+def test_weights_and_tokenizer_from_the_directory_that_is_moved_aside(recipe, finished, tmp_path, capsys):
     """As the errors about resuming advise: start anew from the weights of the run in the same `out_dir`."""
-    file, final = recipe(train=SHORT), tmp_path / "out" / "final"
-    assert train("--config", file) == 0
+    file, final = recipe(train=SHORT), finished(tmp_path / "out") / "final"
     arguments = ("--initial_checkpoint_dir", final, "--tokenizer_dir", final)
     assert train("--config", file, *arguments) == 0, capsys.readouterr().err
     moved = tmp_path / "out-earlier-1" / "final"

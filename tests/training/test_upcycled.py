@@ -1,12 +1,9 @@
 """A dense run, upcycled, goes on as an MoE run from the loss that it had."""
 
-from pathlib import Path
-
 import pytest
 
 from litgpt_moe_ext.cli.main import main as console
-from litgpt_moe_ext.cli.train import main
-from tests.training.conftest import logged
+from tests.runs import logged, train
 
 DENSE = {
     "mlp_class_name": "LLaMAMLP",
@@ -18,10 +15,6 @@ DENSE = {
         )
     ),
 }
-
-
-def train(*arguments: str | Path) -> int:
-    return main([str(argument) for argument in arguments])
 
 
 def test_a_dense_run_goes_on_as_moe(recipe, tmp_path, capsys):

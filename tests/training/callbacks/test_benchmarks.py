@@ -11,7 +11,6 @@ import pytest
 import torch
 from litgpt import Tokenizer
 
-from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.hellaswag import as_question, evaluate, load_items
 from litgpt_moe_ext.evaluation.loading import load_model
@@ -19,7 +18,7 @@ from litgpt_moe_ext.evaluation.tokenization import encoder
 from litgpt_moe_ext.training.equip import check_strategy_fits
 from litgpt_moe_ext.training.parallel.strategies import make_strategy
 from litgpt_moe_ext.training.settings import DistributedArgs, EvaluateArgs, Settings
-from tests.training.conftest import ROOT, RUN_TRAIN, logged
+from tests.runs import ROOT, RUN_TRAIN, logged, train
 
 ENDINGS = ["return x", "pass", "def f", "import os", "if a", "else", "self", "is not"]
 # Draws tokens, whose generators are those of the training.
@@ -42,10 +41,6 @@ metric_list:
   - metric: exact_match
 """
 NOISY = {"mlp_class_name": "NoisyTopKMoE", "norm_topk_prob": None, "router_bias_update_rate": None}
-
-
-def train(*arguments: str | Path) -> int:
-    return main([str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +80,15 @@ def score_of(checkpoint: Path, file: Path, limit: int | None = None) -> float:
 
 
 @pytest.mark.parametrize("model", [{}, NOISY], ids=["bias", "noisy"])
-def test_the_training_does_not_notice(recipe, tmp_path, hellaswag_file, task_file, capsys, model):
+def test_the_training_does_not_notice(recipe, finished, tmp_path, hellaswag_file, task_file, capsys, model):
     """Losses, gradients and weights are those without benchmarks, bit for bit; noise is drawn in every step."""
     plain = recipe("plain", out_dir=str(tmp_path / "plain"), model_config=model)
     wanted = {"hellaswag": str(hellaswag_file), "tasks": [str(task_file)], "every_steps": 3, "batch_size": 8}
     evaluated = recipe("evaluated", out_dir=str(tmp_path / "evaluated"), model_config=model, evaluate=wanted)
-    assert train("--config", plain) == 0
+    if model:
+        assert train("--config", plain) == 0
+    else:
+        finished(tmp_path / "plain")
     assert train("--config", evaluated) == 0
     output = capsys.readouterr()
     for column in ("loss", "val_loss", "grad_norm", "learning_rate"):

@@ -12,7 +12,7 @@ from litgpt_moe_ext.model_size import count_flops
 from litgpt_moe_ext.training.callbacks import telemetry
 from litgpt_moe_ext.training.callbacks.telemetry import Telemetry, peak_flops, peak_memory_gb
 from tests.models import moe_config
-from tests.training.conftest import logged
+from tests.runs import logged
 
 
 def test_utilization_by_hand(monkeypatch):
@@ -55,7 +55,7 @@ def test_training_costs_three_times_the_active_products():
 def test_in_a_run(recipe, tmp_path, capsys):
     """For the sequences that are trained on, not for the longest; without a peak nothing is logged on a CPU."""
     file = recipe(train={"max_seq_length": 16})
-    assert train_with(file, "--out_dir", tmp_path / "unknown") == 0
+    assert train_with(file, "--out_dir", tmp_path / "unknown", "--train.max_steps", "2") == 0
     assert logged(tmp_path / "unknown", "mfu") == {}
     assert train_with(file, "--peak_tflops", "0.5") == 0
     assert "MFU" in capsys.readouterr().out

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.training.callbacks import retention
 from litgpt_moe_ext.training.checkpoint import manifest
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
@@ -22,11 +21,7 @@ from litgpt_moe_ext.training.checkpoint.lock import OutDirLock
 from litgpt_moe_ext.training.checkpoint.resume import problem_with
 from litgpt_moe_ext.training.checkpoint.resume_notes import resume_notes
 from litgpt_moe_ext.training.settings import CheckpointArgs
-from tests.training.conftest import logged
-
-
-def train(*arguments: str | Path) -> int:
-    return main([str(argument) for argument in arguments])
+from tests.runs import logged, train
 
 
 def directories(out_dir: Path) -> list[str]:
@@ -287,11 +282,10 @@ class TestManifest:
         assert "a/b.bin cannot be read" in manifest.problem_with(tmp_path)
 
 
-def test_resume_notes(recipe, tmp_path, capsys):
+def test_resume_notes(recipe, finished, tmp_path, capsys):
     file = recipe()
-    assert train("--config", file, "--train.max_steps", "4") == 0
-    assert resume_notes(tmp_path / "out" / "final", {"seed": 42, "train": {"global_batch_size": 4}}) == []
-    capsys.readouterr()
+    checkpoint = finished(tmp_path / "out", step=8) / "step-00000008"
+    assert resume_notes(checkpoint, {"seed": 42, "train": {"global_batch_size": 4}}) == []
     assert train("--config", file, "--resume", "auto", "--seed", "1", "--optimizer.weight_decay", "0.5") == 0
     output = capsys.readouterr().out
     assert "seed was 42 in the checkpoint and is 1 now: it has no effect" in output
@@ -309,18 +303,16 @@ class TestSetAside:
     """A second run in the same `out_dir` loses nothing of the first, wherever the directory lies."""
 
     @pytest.fixture
-    def first_run(self, recipe, tmp_path):
-        file = recipe(train={"max_tokens": 128})
-
+    def first_run(self, recipe, finished):
         def make(out_dir: Path) -> Path:
-            assert train("--config", file, "--out_dir", out_dir) == 0
-            return file
+            finished(out_dir)
+            return recipe(train={"max_tokens": 128})
 
         return make
 
-    @pytest.mark.parametrize("error", [errno.EXDEV, errno.EACCES, errno.EROFS])
+    @pytest.mark.parametrize("error", [errno.EXDEV, errno.EACCES], ids=errno.errorcode.get)
     def test_where_nothing_can_be_moved_beside_it(self, first_run, tmp_path, monkeypatch, error):
-        """As in the root of a disk, or in a folder that is read-only."""
+        """As in the root of a disk, or in a folder that is not ours."""
         out_dir = tmp_path / "out"
         file = first_run(out_dir)
         rename = Path.rename

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, pipeline
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.export.formats import export
 from tests.recipes.exports import check_export
-from tests.training.conftest import ROOT
+from tests.runs import ROOT
 
 NO_SINKS = {"attention_sinks": False, "norm_qk": True}
 

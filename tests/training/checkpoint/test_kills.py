@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.conftest import ROOT, RUN_TRAIN, logged
+from tests.runs import ROOT, RUN_TRAIN, logged
 
 KILLS = int(os.environ.get("MOE_TEST_KILLS", "1"))
 

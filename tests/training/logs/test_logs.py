@@ -16,7 +16,7 @@ from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.training.logs.metrics import COLUMNS, grouped
 from litgpt_moe_ext.training.logs.table import StepTable
 from litgpt_moe_ext.training.logs.transcript import Transcript
-from tests.training.conftest import ROOT, logged
+from tests.runs import ROOT, logged
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

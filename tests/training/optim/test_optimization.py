@@ -1,29 +1,18 @@
 """Schedule, parameter groups, gradient guard and weight average in whole runs."""
 
 import json
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
 
-from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
 from litgpt_moe_ext.training.callbacks.anomalies import GradientGuard
 from litgpt_moe_ext.training.control import TrainingStopped
 from litgpt_moe_ext.training.settings import AnomalyArgs
 from tests.models import moe_config, randomize
-from tests.training.conftest import logged
+from tests.runs import logged, train, weights_of
 
 MUON = "litgpt_moe_ext.training.optim.muon.MuonAdamW"
-
-
-def train(*arguments: str | Path) -> int:
-    return main([str(argument) for argument in arguments])
-
-
-def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return torch.load(checkpoint / "lit_model.pth", weights_only=True)["model"]
 
 
 def test_rates_follow_optimizer_steps(recipe, tmp_path):
@@ -65,7 +54,7 @@ def test_everything_at_once_resumes_exactly(recipe, tmp_path):
     losses = [float(loss) for loss in logged(tmp_path / "whole", "loss").values()]
     assert losses[-1] < losses[0] - 0.2
     for folder in ("final", "final/ema"):
-        ours, theirs = weights(tmp_path / "parts" / folder), weights(tmp_path / "whole" / folder)
+        ours, theirs = weights_of(tmp_path / "parts" / folder), weights_of(tmp_path / "whole" / folder)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     skipped = torch.load(tmp_path / "whole" / "final" / "lit_model.pth", weights_only=True)["callbacks"]
     assert 0 < skipped["GradientGuard"]["skipped"] < 6
@@ -75,11 +64,11 @@ def test_weight_average(recipe, tmp_path):
     """The average is the recursion over the weights after each step, and a checkpoint that LitGPT opens."""
     file = recipe(train={"save_interval": 1, "max_tokens": 4 * 128}, ema={"decay": 0.5})
     assert train("--config", file) == 0
-    steps = [weights(tmp_path / "out" / f"step-{step:08d}") for step in range(1, 5)]
-    average = weights(tmp_path / "out" / "step-00000001" / "ema")
+    steps = [weights_of(tmp_path / "out" / f"step-{step:08d}") for step in range(1, 5)]
+    average = weights_of(tmp_path / "out" / "step-00000001" / "ema")
     for step in steps[1:]:
         average = {name: 0.5 * value + 0.5 * step[name] for name, value in average.items()}
-    saved = weights(tmp_path / "out" / "final" / "ema")
+    saved = weights_of(tmp_path / "out" / "final" / "ema")
     for name, value in average.items():
         torch.testing.assert_close(saved[name], value)
     assert any(not torch.equal(saved[name], steps[-1][name]) for name in saved)
@@ -122,7 +111,7 @@ def test_skips_and_goes_on(recipe, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, {6, 7})
     assert train("--config", recipe(train={"save_interval": 1}), "--anomaly.on_nonfinite", "skip") == 0
     assert "step 6 is left out" in capsys.readouterr().out
-    before, after, later = (weights(tmp_path / "out" / f"step-{step:08d}") for step in (5, 7, 8))
+    before, after, later = (weights_of(tmp_path / "out" / f"step-{step:08d}") for step in (5, 7, 8))
     assert all(torch.equal(before[name], after[name]) for name in before), "balancing bias included"
     assert not all(torch.equal(after[name], later[name]) for name in after)
     assert all(tensor.isfinite().all() for tensor in later.values())
@@ -178,11 +167,8 @@ class TestGuard:
             self.judge(guard, 2.5)
 
 
-def test_average_of_a_checkpoint_without_one(recipe, tmp_path, capsys):
-    file = recipe()
-    assert train("--config", file, "--train.max_steps", "4") == 0
-    shutil.rmtree(tmp_path / "out" / "step-00000004")
-    capsys.readouterr()
-    assert train("--config", file, "--resume", "auto", "--ema.decay", "0.9") == 0
+def test_average_of_a_checkpoint_without_one(recipe, finished, tmp_path, capsys):
+    finished(tmp_path / "out", step=8)
+    assert train("--config", recipe(), "--resume", "auto", "--ema.decay", "0.9") == 0
     assert "has no averaged weights: the average starts from its weights" in capsys.readouterr().out
     assert (tmp_path / "out" / "final" / "ema" / "lit_model.pth").is_file()

@@ -10,7 +10,7 @@ from litgpt_moe_ext.cli import train as cli
 from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.inspect.runs.schedule import planned_rates, schedule_figure
 from litgpt_moe_ext.training.settings import ScheduleArgs, TrainArgs
-from tests.training.conftest import logged
+from tests.runs import logged
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 

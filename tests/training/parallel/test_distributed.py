@@ -20,7 +20,7 @@ from litgpt_moe_ext.training.parallel.facts import STRATEGIES
 from litgpt_moe_ext.training.parallel.launch import started_processes
 from litgpt_moe_ext.training.parallel.strategies import make_strategy
 from litgpt_moe_ext.training.settings import DistributedArgs, StrategyName
-from tests.training.conftest import ROOT, RUN_TRAIN, logged
+from tests.runs import ROOT, RUN_TRAIN, logged, weights_of
 
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--nnodes=1"]
 
@@ -39,18 +39,14 @@ def run(*command: str | Path, **environment: str) -> str:
     return process.stdout
 
 
-def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return torch.load(checkpoint / "lit_model.pth", weights_only=True)["model"]
-
-
 def assert_same_training(ours: Path, theirs: Path) -> None:
     for column in ("loss", "val_loss"):
         first, second = ({k: float(v) for k, v in logged(d, column).items()} for d in (ours, theirs))
         assert list(first) == list(second)
         assert first == pytest.approx(second, abs=2e-3)
     assert logged(ours, "learning_rate") == logged(theirs, "learning_rate")
-    expected = weights(theirs / "final")
-    for name, weight in weights(ours / "final").items():
+    expected = weights_of(theirs / "final")
+    for name, weight in weights_of(ours / "final").items():
         if name.endswith("e_score_correction_bias"):
             assert torch.equal(weight, expected[name]), name
         else:
@@ -72,7 +68,7 @@ def test_two_processes_train_as_one_and_hand_over(recipe, tmp_path, capsys, stra
     assert main(["--config", str(file("one", 1))]) == 0
     run(*RUN_TRAIN, "--config", file("two", 2))
     assert_same_training(tmp_path / "two", tmp_path / "one")
-    average, expected = (weights(tmp_path / name / "final" / "ema") for name in ("two", "one"))
+    average, expected = (weights_of(tmp_path / name / "final" / "ema") for name in ("two", "one"))
     assert all(torch.allclose(average[name], expected[name], atol=5e-3) for name in expected)
     for source, name, processes in (("two", "two-one", 1), ("two", "two-four", 4), ("one", "one-two", 2)):
         start = tmp_path / source / "step-00000003"

@@ -20,7 +20,7 @@ from litgpt_moe_ext.training.parallel.deepspeed.settings import (
 from litgpt_moe_ext.training.parallel.facts import facts_of
 from litgpt_moe_ext.training.parallel.requirements import check_strategy, single_process_note
 from litgpt_moe_ext.training.settings import AnomalyArgs, DistributedArgs, EmaArgs, Settings
-from tests.training.conftest import ROOT, logged, recipe_writer
+from tests.runs import ROOT, logged, recipe_writer
 
 PARTS = ("weights", "gradients", "optimizer")
 STAGES = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")

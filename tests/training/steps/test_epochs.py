@@ -10,10 +10,13 @@ from litgpt_moe_ext.cli.train import main
 def test_two_epochs_with_a_checkpoint_each(recipe, tmp_path, corpus_settings, capsys):
     """Steps come from the data; the epoch is counted on over a resume; the hint and the checkpoint know the setting."""
     out = tmp_path / "out"
-    small = {**corpus_settings, "data_path": str(tmp_path / "data"), "train_count": 1}
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(8):
+        (source / f"{number}.py").write_text(f"def add_{number}(value):\n    return value + {number}\n" * 12)
+    small = {**corpus_settings, "data_path": str(tmp_path / "data"), "source_path": str(source)}
     data = {"class_path": "litgpt_moe_ext.data.PythonStdlib", "init_args": small}
-    train = {"max_tokens": 64 * 4 * 32, "global_batch_size": 64, "micro_batch_size": 32, "save_interval": None}
-    file = recipe(data=data, train=train, eval={"interval": 1000})
+    file = recipe(data=data, train={"save_interval": None}, eval={"interval": 1000})
     flags = ["--config", str(file), "--train.epochs", "2", "--checkpoint.every_epoch", "true"]
     assert main(flags) == 0
     output = capsys.readouterr().out
@@ -22,11 +25,11 @@ def test_two_epochs_with_a_checkpoint_each(recipe, tmp_path, corpus_settings, ca
     first = epochs.index(1)
     assert epochs == sorted(epochs)
     assert set(epochs) == {0, 1}
-    assert f"train.epochs: 2 are {len(rows)} steps, train.max_tokens: {len(rows) * 64 * 32}\n" in output
+    assert f"train.epochs: 2 are {len(rows)} steps, train.max_tokens: {len(rows) * 4 * 32}\n" in output
     assert output.splitlines()[-1] == "Go on: --resume auto --train.epochs 4"
     assert [path.name for path in out.glob("step-*")] == [f"step-{first:08d}"]
     saved = yaml.safe_load((out / "final" / "hyperparameters.yaml").read_text())["train"]
-    assert (saved["epochs"], saved["max_tokens"]) == (2, len(rows) * 64 * 32)
+    assert (saved["epochs"], saved["max_tokens"]) == (2, len(rows) * 4 * 32)
 
     (out / "final").rename(tmp_path / "away")
     (out / "best").rename(tmp_path / "best")

@@ -11,7 +11,7 @@ from litgpt.utils import chunked_cross_entropy
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.training.callbacks.fused_loss import linear_loss
 from litgpt_moe_ext.training.steps.losses import RunningMean
-from tests.training.conftest import logged, recipe_writer
+from tests.runs import logged, recipe_writer
 from tests.training.processes import in_ranks
 
 STEPS, ROWS, LENGTH = 3, 8, 16

@@ -1,6 +1,9 @@
 """A recipe small enough for tests: a corpus of a few files, a model of a few thousand parameters, a dozen steps."""
 
+import contextlib
 import csv
+import io
+import os
 import shutil
 import sys
 import sysconfig
@@ -8,9 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 RUN_TRAIN = [sys.executable, str(ROOT / "run_train.py")]
 
 FILES = ("argparse", "ast", "calendar", "cmd", "code", "copy", "csv", "enum", "heapq", "shlex", "string", "textwrap")
@@ -92,6 +96,18 @@ def recipe_writer(folder: Path, corpus_settings: dict) -> Callable[..., Path]:
     return write
 
 
+def train(*arguments: str | Path) -> int:
+    """Run training in this process with a command line, and return the exit status."""
+    from litgpt_moe_ext.cli.train import main
+
+    return main([str(argument) for argument in arguments])
+
+
+def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Return the weights in a checkpoint of a run."""
+    return torch.load(checkpoint / "lit_model.pth", weights_only=True)["model"]
+
+
 def logged(out_dir: Path, column: str) -> dict[int, str]:
     """Return a column of a run's wide table by step, as written (so that equality is bit for bit)."""
     file = out_dir / "metrics-wide.csv"
@@ -99,3 +115,41 @@ def logged(out_dir: Path, column: str) -> dict[int, str]:
         return {}
     with open(file, newline="") as handle:
         return {int(row["step"]): row[column] for row in csv.DictReader(handle) if row.get(column)}
+
+
+@pytest.fixture(scope="session")
+def _whole_run(tmp_path_factory, corpus_settings) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    precision = torch.get_float32_matmul_precision()
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert train("--config", recipe_writer(folder, corpus_settings)()) == 0
+    torch.set_float32_matmul_precision(precision)
+    return folder / "out"
+
+
+@pytest.fixture
+def finished(_whole_run) -> Callable[..., Path]:
+    """Put what a run of the recipe as it is leaves into `finished(out_dir)`: trained once for all tests.
+
+    `finished(out_dir, step=4)` keeps no checkpoint but that of a step, as if the run had been killed after it.
+    """
+
+    def copy(out_dir: Path, step: int | None = None) -> Path:
+        copies: dict[int, str] = {}
+
+        def copy_or_link(source: str, target: str) -> None:
+            """Keep two names of one file, as `best` has them, what they are."""
+            number = os.stat(source).st_ino
+            if number in copies:
+                os.link(copies[number], target)
+            else:
+                copies[number] = shutil.copy2(source, target)
+
+        shutil.copytree(_whole_run, out_dir, copy_function=copy_or_link, dirs_exist_ok=True)
+        if step is not None:
+            for checkpoint in ("best", "final", *(path.name for path in out_dir.glob("step-*"))):
+                if checkpoint != f"step-{step:08d}":
+                    shutil.rmtree(out_dir / checkpoint)
+        return out_dir
+
+    return copy
