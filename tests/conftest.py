@@ -1,5 +1,6 @@
 """Settings for all tests: offline, reproducible, and one thread per process (several processes share the cores)."""
 
+import functools
 import logging
 import os
 import signal
@@ -23,6 +24,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import jsonargparse._optionals  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
@@ -31,6 +33,23 @@ from tests.runs import _whole_run, corpus_settings, finished, recipe  # noqa: E4
 
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
+
+# The parser of a command reads the sources of all its classes for their documentation, half of the time that it takes;
+# the hundreds of commands in a process of the tests read the same ones.
+_parse_docstring = jsonargparse._optionals.parse_docstring
+
+
+@functools.cache
+def _parsed(component, params, attributes):
+    return _parse_docstring(component, params)
+
+
+def _parse_docstring_once(component, params=False, logger=None):
+    attributes = jsonargparse._optionals.get_docstring_parse_options()["attribute_docstrings"]
+    return _parsed(component, params, attributes)
+
+
+jsonargparse._optionals.parse_docstring = _parse_docstring_once
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -44,6 +63,20 @@ def pytest_cmdline_main(config):
     if whole and getattr(option, "numprocesses", 0) is None and not option.collectonly and not option.usepdb:
         option.numprocesses = min(4, max(2, os.cpu_count() or 1))
         option.dist = "loadfile"
+        option.loadscopereorder = False
+
+
+# They take long for the few tests that they have: begun last, they would leave the other processes without work.
+LONG = (
+    *("attack/test_saving.py", "host/test_guest_rule.py", "moe/test_triton.py", "recipes/test_runs.py"),
+    *("test_examples.py", "training/test_run.py", "docs/test_notebook.py", "docs/test_pages.py"),
+    *("parallel/test_distributed.py", "study/test_study.py"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Put the files that take long before the others, which stay in their order."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
 
 
 def pytest_make_parametrize_id(val, argname):
