@@ -25,14 +25,18 @@ def free_port() -> int:
 class Training:
     """`run_train.py` with some arguments, in a process and a session of its own; a part of what `subprocess.Popen` has.
 
+    Args:
+        *arguments: The command line.
+        environment: More variables of the process.
+
     Attributes:
         stdout: Lines of its output and errors.
     """
 
-    def __init__(self, *arguments: str | Path) -> None:
+    def __init__(self, *arguments: str | Path, environment: dict[str, str] | None = None) -> None:
         pipe = Path(tempfile.mkdtemp()) / "output"
         os.mkfifo(pipe)
-        self._process = CONTEXT.Process(target=_train, args=(str(pipe), [str(a) for a in arguments]))
+        self._process = CONTEXT.Process(target=_train, args=(str(pipe), [str(a) for a in arguments], environment or {}))
         self._process.start()
         self.pid = self._process.pid
         self.stdout = open(pipe, encoding="utf-8")  # noqa: SIM115
@@ -56,6 +60,24 @@ class Training:
             output = self.stdout.read()
         self._process.join(timeout)
         return output, None
+
+
+def train_in_ranks(ranks: int, *arguments: str | Path, **environment: str) -> str:
+    """Train in processes whose variables are set as by a launcher, and return what the first one says.
+
+    Args:
+        ranks: Their number.
+        *arguments: The command line.
+        **environment: More variables of each process.
+    """
+    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **environment}
+    processes = [
+        Training(*arguments, "--devices=auto", environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(ranks)
+    ]
+    outputs = [process.communicate(timeout=280)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * ranks, "\n".join(outputs)
+    return outputs[0]
 
 
 def in_ranks(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
@@ -103,8 +125,9 @@ def _rank(results: Any, where: str, rank: int, ranks: int, function: Callable[..
             dist.destroy_process_group()
 
 
-def _train(pipe: str, arguments: list[str]) -> None:
+def _train(pipe: str, arguments: list[str], environment: dict[str, str]) -> None:
     os.setsid()
+    os.environ.update(environment)
     writer = os.open(pipe, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(writer, stream)

@@ -1,8 +1,6 @@
 """Benchmarks while training: the right scores at the right steps, and a training that does not notice."""
 
 import json
-import os
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +16,8 @@ from litgpt_moe_ext.evaluation.tokenization import encoder
 from litgpt_moe_ext.training.equip import check_strategy_fits
 from litgpt_moe_ext.training.parallel.strategies import make_strategy
 from litgpt_moe_ext.training.settings import DistributedArgs, EvaluateArgs, Settings
-from tests.runs import ROOT, RUN_TRAIN, logged, train
+from tests.runs import logged, train
+from tests.training.processes import train_in_ranks
 
 ENDINGS = ["return x", "pass", "def f", "import os", "if a", "else", "self", "is not"]
 # Draws tokens, whose generators are those of the training.
@@ -112,11 +111,7 @@ def test_two_processes_share_the_items(recipe, tmp_path, hellaswag_file, task_fi
     """Five of ten questions each, and an uneven three documents: the scores of one process with the same weights."""
     wanted = {"hellaswag": str(hellaswag_file), "tasks": [str(task_file)], "every_steps": 12, "batch_size": 8}
     file = recipe(devices=2, train={"micro_batch_size": 2}, evaluate=wanted)
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    result = subprocess.run(
-        [*RUN_TRAIN, "--config", str(file)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    train_in_ranks(2, "--config", file, HF_DATASETS_CACHE=str(tmp_path / "cache"))
     scores = logged(tmp_path / "out", "hellaswag/lm-eval/acc_norm")
     assert {step: float(score) for step, score in scores.items()} == {
         12: score_of(tmp_path / "out" / "final", hellaswag_file)

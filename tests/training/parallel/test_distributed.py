@@ -21,6 +21,7 @@ from litgpt_moe_ext.training.parallel.launch import started_processes
 from litgpt_moe_ext.training.parallel.strategies import make_strategy
 from litgpt_moe_ext.training.settings import DistributedArgs, StrategyName
 from tests.runs import ROOT, RUN_TRAIN, logged, weights_of
+from tests.training.processes import train_in_ranks
 
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--nnodes=1"]
 
@@ -66,7 +67,7 @@ def test_two_processes_train_as_one_and_hand_over(recipe, tmp_path, capsys, stra
         return recipe(name, out_dir=out_dir, train=train, devices=processes, strategy=strategy, **extras)
 
     assert main(["--config", str(file("one", 1))]) == 0
-    run(*RUN_TRAIN, "--config", file("two", 2))
+    train_in_ranks(2, "--config", file("two", 2))
     assert_same_training(tmp_path / "two", tmp_path / "one")
     average, expected = (weights_of(tmp_path / name / "final" / "ema") for name in ("two", "one"))
     assert all(torch.allclose(average[name], expected[name], atol=5e-3) for name in expected)
@@ -77,7 +78,7 @@ def test_two_processes_train_as_one_and_hand_over(recipe, tmp_path, capsys, stra
             assert main(arguments) == 0
             output = capsys.readouterr().out
         else:
-            output = run(*RUN_TRAIN, *arguments)
+            output = train_in_ranks(processes, *arguments)
         assert "they start anew" in output
         for column in ("loss", "val_loss"):
             ours, theirs = ({k: float(v) for k, v in logged(tmp_path / n, column).items()} for n in (name, "one"))
@@ -97,23 +98,7 @@ def test_launchers(recipe, tmp_path):
     for command, given in ((RUN_TRAIN, file("own", 2)), (torchrun, file("torchrun", "auto"))):
         output = run(*command, "--config", given)
         assert output.count("step 2/2 |") == output.count(f"saved {tmp_path / given.stem / 'final'}") == 1
-    by_hand = file("by_hand", "auto")
-    processes = [
-        subprocess.Popen(
-            [*RUN_TRAIN, "--config", by_hand],
-            cwd=ROOT,
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": "29572",
-            },
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=240) for process in processes] == [0, 0]
+    train_in_ranks(2, "--config", file("by_hand", "auto"))
     for name in ("torchrun", "by_hand"):
         assert logged(tmp_path / name, "loss") == logged(tmp_path / "own", "loss")
 
