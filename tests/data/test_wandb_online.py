@@ -72,23 +72,21 @@ def test_logged_and_downloaded(server, corpus, tmp_path, write_sources):
             download(reference, tmp_path / "artifacts")
 
 
-@pytest.mark.parametrize(
-    ("refused", "reason"),
-    [
+def test_a_download_that_fails_goes_on_later(server, corpus, tmp_path):
+    log_corpus(corpus, "tokens", PROJECT)
+    for refused, reason in (
         ("ArtifactMembershipByName", "refused"),
         ("FetchArtifactManifest", "refused"),
         ("GetArtifactMembershipFileUrls", "refused"),
         ("/storage/tokens-0/train_00000.bin", "404 Client Error"),
-    ],
-)
-def test_a_download_that_fails_goes_on_later(server, corpus, tmp_path, refused, reason):
-    log_corpus(corpus, "tokens", PROJECT)
-    shutil.rmtree(tmp_path / "cache")  # of the client, which holds what it has uploaded
-    server.refuse = lambda what: 403 if what == refused else None
-    with pytest.raises(ValueError, match=f"wandb_dataset: '{REFERENCE}' cannot be downloaded .*{reason}.* check the"):
-        download(REFERENCE, tmp_path / "artifacts")
-    server.refuse = lambda what: None
-    assert contents(download(REFERENCE, tmp_path / "artifacts")) == contents(corpus)
+    ):
+        shutil.rmtree(tmp_path / "cache")  # of the client, which holds what it has transferred
+        artifacts = tmp_path / refused.rpartition("/")[2]
+        server.refuse = lambda what, refused=refused: 403 if what == refused else None
+        with pytest.raises(ValueError, match=f"'{REFERENCE}' cannot be downloaded .*{reason}.* check the"):
+            download(REFERENCE, artifacts)
+        server.refuse = lambda what: None
+        assert contents(download(REFERENCE, artifacts)) == contents(corpus), refused
 
 
 def test_a_key_that_the_server_does_not_know(server, corpus, tmp_path):

@@ -7,12 +7,16 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-import lightning as L
-import torch
-import torch.nn.functional as F
-from litgpt import GPT, Config
-from litgpt.pretrain import initialize_weights
-from litgpt.utils import save_config
+import litgpt.pretrain
+
+# Of what the plugin postpones; see `test_lazy_imports`.
+LOADED = sorted({"torchvision", "transformers", "scipy", "torch._dynamo"} & set(sys.modules))
+
+import lightning as L  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from litgpt import GPT, Config  # noqa: E402
+from litgpt.utils import save_config  # noqa: E402
 
 SMALL = {"block_size": 32, "n_layer": 2, "padded_vocab_size": 64, "vocab_size": 64}
 CONFIGS = {
@@ -101,7 +105,7 @@ def report(name: str | None, changes: dict) -> dict[str, str]:
     torch.manual_seed(1)
     with fabric.init_module(empty_init=False):
         model = GPT(config)
-    initialize_weights(fabric, model, n_layer=config.n_layer, n_embd=config.n_embd)
+    litgpt.pretrain.initialize_weights(fabric, model, n_layer=config.n_layer, n_embd=config.n_embd)
     for module in model.modules():
         if type(module).__name__ == "GroupedTopkRouter":
             # LitGPT leaves it uninitialised.
@@ -148,5 +152,6 @@ if __name__ == "__main__":
     result["plugin active"] = "litgpt_moe_ext.host.registration" in sys.modules and hasattr(
         Config, "attention_class_name"
     )
+    result["loaded"] = LOADED
     result["a checkpoint of the plugin"] = open_checkpoint(sys.argv[1])
     print("REPORT" + json.dumps(result))

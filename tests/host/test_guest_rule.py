@@ -57,6 +57,12 @@ def test_bit_identical_with_and_without(reports, label):
     assert with_plugin[label]["read back"] == "True"
 
 
+def test_what_takes_long_to_import_is_postponed(reports):
+    with_plugin, without_plugin = reports
+    assert with_plugin["loaded"] == []
+    assert without_plugin["loaded"] == ["scipy", "torch._dynamo", "torchvision", "transformers"]
+
+
 def test_plain_python_is_left_alone():
     """The start-up hook loads neither torch nor LitGPT, and says nothing."""
     result = run(

@@ -28,7 +28,9 @@ def lazy() -> dict:
     return report(disabled=False)
 
 
+@pytest.mark.slow
 def test_litgpt_loads_nothing_needless(lazy):
+    """`test_guest_rule` sees the same of fewer imports."""
     assert lazy["loaded"] == []
     assert lazy["accuracy"] == [0.75, 0.75]
     assert lazy["attributes"] == lazy["public"] == []

@@ -202,16 +202,13 @@ def test_under_activation_checkpointing(use_reentrant):
 
 
 def test_the_training_loss_is_untouched():
-    moe, x = make_moe().eval(), torch.randn(2, 9, 16, dtype=torch.float64)
-    expected = moe(x)
-    moe.train()
-    moe.gate.noise_weight.data.fill_(0)
+    moe, x = make_moe(), torch.randn(2, 9, 16, dtype=torch.float64)
     torch.manual_seed(0)
     with_losses = moe(x)
+    assert moe.gate.loss_coefs
     moe.gate.loss_coefs = {}
     torch.manual_seed(0)
     assert torch.equal(with_losses, moe(x))
-    assert expected.shape == with_losses.shape
 
 
 def test_an_optimizer_step_forgets_the_scale():
@@ -276,14 +273,12 @@ def test_losses_are_logged_by_name():
 def test_litgpts_loop_marks_its_loss():
     import litgpt.pretrain
 
-    model = initialized_model(noisy_config())
     logits = torch.randn(1, 4, 8, requires_grad=True)
     targets = torch.randint(0, 8, (1, 4))
     weight = torch.ones(1, requires_grad=True)
     loss = litgpt.pretrain.chunked_cross_entropy(inject(logits, weight.sum()), targets)
     (loss / 4).backward()
     assert weight.grad.item() == 0.25
-    assert model is not None
 
 
 def test_a_compiled_layer_follows_the_scale_of_the_loss():
