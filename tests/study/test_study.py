@@ -169,6 +169,8 @@ def test_a_killed_study_goes_on_and_repeats_nothing(tmp_path):
     assert dense == pytest.approx(moe, rel=0.005)
     page = (out / "report.html").read_text()
     assert all(0 < float(row["bits_per_byte"]) < float(row["val_loss"]) / 0.69 for row in rows)
+    assert all(0 <= float(row["late_load_vio"]) <= float(row["late_max_vio"]) + 1e-9 for row in rows[::2])
+    assert all(row["late_load_vio"] == "nan" for row in rows[1::2])
     assert "data:image/png" in page
     assert "data:text/csv" in page
     assert json.loads(finished.read_text())["arm"] == "MoE"
