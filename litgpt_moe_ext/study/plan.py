@@ -13,6 +13,7 @@ from litgpt_moe_ext.inspect.recipes import read_yaml
 
 BUDGET = "train.max_tokens"
 _KEYS = ("question", "recipe", "seeds", "settings", "arms", "grid", "compare")
+_SCALE_KEYS = ("settings", "grid")
 
 
 @dataclass(frozen=True)
@@ -73,17 +74,24 @@ class Study:
     compare: dict[str, str] = field(default_factory=dict)
 
 
-def load_study(path: Path) -> Study:
+def load_study(path: Path, scale: Path | None = None) -> Study:
     """Read a study file.
 
+    Args:
+        path: The study.
+        scale: A YAML file with `settings`, which are added to the study's, and `grid`, whose values take the place of
+            those of the study's grid; the arms stay as they are.
+
     Raises:
-        SettingsError: If it is not one.
+        SettingsError: If one of them is not such a file.
     """
-    if not path.is_file():
-        raise SettingsError(f"study: {str(path)!r} must be a study (YAML file), like those in studies/")
-    content = read_yaml(path)
-    if unknown := [key for key in content if key not in _KEYS]:
-        raise SettingsError(f"study: {path} has the key {unknown[0]}; known are {', '.join(_KEYS)}")
+    content = _content(path, "study", _KEYS)
+    name = path.stem
+    if scale is not None:
+        larger = _content(scale, "scale", _SCALE_KEYS)
+        content["settings"] = _mapping(content, "settings") | _mapping(larger, "settings")
+        content["grid"] = {**(grid := _mapping(content, "grid")), **_those(grid, _mapping(larger, "grid"))}
+        name = f"{name}-{scale.stem}"
     arms = _mapping(content, "arms") or {"recipe": {}}
     seeds, grid = content.get("seeds", [1, 2, 3]), _mapping(content, "grid")
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
@@ -103,7 +111,20 @@ def load_study(path: Path) -> Study:
             settings = {**common, **point, **(own or {})}
             recipe = _recipe(str(settings.pop("recipe", content.get("recipe", "quickstart"))), path)
             runs.append(Run(arm, point, seed, recipe, settings))
-    return Study(path.stem, str(content.get("question", "")), runs, compare)
+    return Study(name, str(content.get("question", "")), runs, compare)
+
+
+def _content(path: Path, what: str, keys: tuple[str, ...]) -> dict[str, Any]:
+    if not path.is_file():
+        raise SettingsError(f"{what}: {str(path)!r} must be a {what} (YAML file), like those in studies/")
+    content = read_yaml(path)
+    if unknown := [key for key in content if key not in keys]:
+        raise SettingsError(f"{what}: {path} has the key {unknown[0]}; known are {', '.join(keys)}")
+    return content
+
+
+def _those(known: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name in known}
 
 
 def _mapping(content: dict[str, Any], key: str) -> dict[str, Any]:

@@ -63,6 +63,38 @@ def test_runs_of_the_shipped_studies_are_valid(path):
         assert settings.seed == run.seed
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "studies" / "scale").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_scales_make_every_study_but_that_of_shapes_larger(path):
+    sizes = {}
+    for study in [study for study in STUDIES if study.stem != "shape"]:
+        plan = load_study(study, path)
+        assert plan.name == f"{study.stem}-{path.stem}"
+        settings = [read_settings(run.flags(Path("x"))) for run in {run.arm: run for run in plan.runs}.values()]
+        assert {setting.model_config.n_layer for setting in settings} <= {8, 12}
+        sizes[study.stem] = {run.settings["train.max_tokens"] for run in plan.runs}
+    assert sizes["pays"] == {2**23, 2**24, 2**25}
+    assert sizes["router"] == {2**24}
+
+
+def test_a_scale_changes_settings_and_the_values_of_the_grid(tmp_path):
+    study = write(
+        tmp_path / "s.yaml",
+        seeds=[1],
+        settings={"a.b": 1},
+        arms={"arm": {"a.b": 3}, "plain": {}},
+        grid={"train.max_tokens": [10, 20]},
+    )
+    scale = tmp_path / "big.yaml"
+    scale.write_text("settings: {a.b: 2, c: 4}\ngrid: {train.max_tokens: [30], unknown: [1]}\n")
+    runs = load_study(study, scale).runs
+    assert [(run.arm, run.point, run.settings["a.b"], run.settings["c"]) for run in runs] == [
+        ("arm", {"train.max_tokens": 30}, 3, 4),
+        ("plain", {"train.max_tokens": 30}, 2, 4),
+    ]
+    with pytest.raises(SettingsError, match="scale: .* has the key arms; known are settings, grid"):
+        load_study(study, study)
+
+
 def test_slurm_array_has_a_task_for_every_run(tmp_path, capsys):
     script = tmp_path / "array.sh"
     assert main(["study", str(STUDIES[0]), "--slurm", str(script)]) == 0

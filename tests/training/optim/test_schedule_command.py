@@ -41,7 +41,7 @@ def test_command(tmp_path, capsys):
     arguments = ["schedule", str(CONFIGS / "quickstart.yaml"), "--compare", "wsd", "linear", f"--out={out}"]
     assert main(arguments) == 0
     output = " ".join(capsys.readouterr().out.split())  # a long path makes the title wrap
-    assert "900 steps" in output
+    assert "1,440 steps" in output
     assert "cosine (the recipe's)" in output
     assert "wsd" in output
     assert out.read_bytes().startswith(b"\x89PNG")

@@ -20,7 +20,9 @@ class Study:
 
     Attributes:
         study: A study (YAML file), like those in studies/.
-        out_dir: Where the runs, report.html and results.csv go. Default: out/studies/ and the study's name.
+        scale: A file that makes every run larger, like those in studies/scale/.
+        out_dir: Where the runs, report.html and results.csv go. Default: a folder in out/studies/
+            named after the study and the scale.
         jobs: Runs at a time. Default: one on every GPU, or on every core of a machine without.
         device_minutes: Stop after so many minutes; the next call goes on.
         only: Train only the run with this number, from 0, and write no page.
@@ -29,6 +31,7 @@ class Study:
     """
 
     study: Path
+    scale: Path | None = None
     out_dir: Path | None = None
     jobs: PositiveInt | None = None
     device_minutes: PositiveFloat | None = None
@@ -43,12 +46,13 @@ class Study:
         from litgpt_moe_ext.study.launch import is_finished, slurm_script, train
         from litgpt_moe_ext.study.plan import load_study
 
-        study = load_study(self.study)
+        study = load_study(self.study, self.scale)
         out_dir = self.out_dir or Path("out/studies") / study.name
         runs_dir = out_dir / "runs"
         limits = self._limits()
-        given = ["litgpt-moe", "study", str(self.study), *(["--out_dir", str(out_dir)] if self.out_dir else [])]
-        command = shlex.join(given)
+        options = {"--scale": self.scale, "--out_dir": self.out_dir}
+        given = [word for name, value in options.items() if value for word in (name, str(value))]
+        command = shlex.join(["litgpt-moe", "study", str(self.study), *given])
         if self.slurm is not None:
             write_text(self.slurm, slurm_script(command, len(study.runs), min(limits.gpus, 1)))
             print(f"Wrote {self.slurm}, {len(study.runs)} runs; afterwards `{command} --report` writes the page")
