@@ -77,7 +77,36 @@ def test_places_count_the_byte_order_mark(tmp_path):
     assert [record.place for record in found] == ["byte 3", "byte 17"]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", b"\xef\xbb\xbfone<|>\n\xef\xbb\xbftwo"),
+        ("a.jsonl", b'\xef\xbb\xbf{"text": "one"}\n\xef\xbb\xbf{"text": "two"}\n'),
+    ],
+)
+def test_joined_files_with_a_byte_order_mark_each(tmp_path, name, content):
+    assert texts(tmp_path, name, content, separator="<|>") == ["one", "two"]
+
+
 # ---- tables and compressions
+
+
+def test_line_ends_in_cells_and_empty_lines_of_tables(tmp_path):
+    content = b'id,text\r\n1,"one\r\nline"\r\n\r\n2,two\r\n\r\n'
+    assert texts(tmp_path, "a.csv", content) == ["one\nline", "two"]
+
+
+def test_frames_one_after_the_other(tmp_path):
+    """As `cat` and parallel compressors write them."""
+    packed = b"".join(zstd_bytes(content, tmp_path / "z") for content in (b"one<|>", b"two"))
+    assert texts(tmp_path, "a.txt.zst", packed, separator="<|>") == ["one", "two"]
+
+
+def test_compressed_members_of_an_archive(tmp_path):
+    packed = tar({"a.txt.gz": gzip.compress(b"one"), "b.csv.xz": lzma.compress(b"text\ntwo\n")})
+    assert texts(tmp_path, "a.tar.gz", packed) == ["one", "two"]
+    with pytest.raises(ValueError, match=r"a.tar.gz: b.parquet is parquet, not text; unpack the archive"):
+        read(tmp_path, "a.tar.gz", tar({"b.parquet": b"PAR1"}))
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -136,6 +165,7 @@ def test_compressions(tmp_path, name, suffix):
         (lzma.compress(b"text"), "is xz, not text; let its name end in .xz"),
         (b"PK\x03\x04\x00", "is a zip archive, not text; unpack it"),
         (b"%PDF-1.7 ...", "is PDF, not text; extract its text"),
+        ("text".encode("utf-32"), "is UTF-32 text, not text; convert it to UTF-8, for example with iconv -f UTF-32"),
         ("text".encode("utf-16"), "is UTF-16 text, not text; convert it to UTF-8, for example with iconv"),
         (b"\x7fELF\x02\x01\x01\x00", "is not text: byte 7 is zero"),
     ],
@@ -145,6 +175,21 @@ def test_compressions(tmp_path, name, suffix):
 def test_what_is_not_text_is_refused(tmp_path, name, content, message, invalid_utf8):
     with pytest.raises(ValueError, match=message):
         read(tmp_path, name, content, invalid_utf8=invalid_utf8)
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "message"),
+    [("a.txt", b"", "byte 9000 is zero"), ("a.csv", b"text\n", r"a character of row 0 .line 2. is zero")],
+)
+@pytest.mark.parametrize("separator", [None, "<|>"])
+def test_what_is_not_text_far_from_the_beginning(tmp_path, name, start, message, separator):
+    with pytest.raises(ValueError, match=f"is not text: {message}"):
+        read(tmp_path, name, start + b"a" * 9000 + b"\x00", separator=separator)
+
+
+def test_an_empty_separator_is_refused(tmp_path):
+    with pytest.raises(SettingsError, match="data.separator: '' must have a character; leave it out"):
+        TextCorpus(data_path=tmp_path, source_path=tmp_path, separator="")
 
 
 def test_json_nested_too_deep(tmp_path):

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,9 +13,11 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models
 from transformers import AutoTokenizer
 
+from litgpt_moe_ext.data.pipeline.encoding import Encoder
 from litgpt_moe_ext.data.tokenizer.bpe import EOS_TOKEN, BPESettings, train_bpe
 from litgpt_moe_ext.data.tokenizer.opening import open_for_documents, require_bos, require_eos
 from litgpt_moe_ext.data.tokenizer.threads import threads_for_tokenizers
+from litgpt_moe_ext.errors import SettingsError
 
 TEXTS = ["def read(self, value):\n    return self.value\n" * 3, "for key, value in items.items():\n\tprint(key)\n" * 3]
 
@@ -85,6 +88,22 @@ def test_special_text_in_a_document_stays_text(directory, litgpt_tokenizer):
     ids = open_for_documents(directory).encode(text, add_special_tokens=False).ids
     assert 0 not in ids
     assert litgpt_tokenizer.decode(torch.tensor(ids)) == text
+
+
+def test_the_end_of_a_document_need_not_be_marked_as_special(directory):
+    state = json.loads((directory / "tokenizer.json").read_text())
+    state["added_tokens"][0]["special"] = False
+    encode = Encoder(json.dumps(state), 0, None, np.dtype(np.uint16)).open()
+    assert encode(["a <|endoftext|> b", ""]).tolist().count(0) == 2
+
+
+@pytest.mark.parametrize("bos_id", [None, 1, 4])
+def test_a_vocabulary_that_writes_the_end_of_a_document_as_text_is_refused(bos_id):
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("a", -1.0), ("b", -1.0), ("<s>", -1.0)]
+    encode = Encoder(HFTokenizer(models.Unigram(pieces, 0)).to_str(), 1, bos_id, np.dtype(np.uint16)).open()
+    assert encode(["a", "b"]).tolist().count(1) == (4 if bos_id == 1 else 2)
+    with pytest.raises(SettingsError, match="text in the document that begins with 'b</s>a' is token '</s>'"):
+        encode(["a", "b</s>a"])
 
 
 def test_several_special_tokens(tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 from litgpt_moe_ext.data.corpora.documents import DocumentCorpus
 from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source, file_sources, find_files, split_sources
 from litgpt_moe_ext.data.reading.record import TextFormat
+from litgpt_moe_ext.errors import SettingsError
 
 
 @dataclass(kw_only=True)
@@ -23,6 +24,11 @@ class TextCorpus(DocumentCorpus):
     """Which files in the folders, as a glob: `**/*.parquet`, `train-*.jsonl.gz`, ..."""
     separator: str | None = None
     """What ends a document in a plain text file, for example `<|endoftext|>`. Its line ends match any style."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.separator == "":
+            raise SettingsError("data.separator: '' must have a character; leave it out to make each file one document")
 
     @property
     def text_format(self) -> TextFormat:

@@ -43,6 +43,9 @@ class Encoder:
         """Return the function that encodes: documents to token ids of shape (N,)."""
         tokenizer = Tokenizer.from_str(self.tokenizer_json)
         tokenizer.encode_special_tokens = True  # not part of the JSON
+        added = tokenizer.get_added_tokens_decoder()
+        # Some tokenizers do not mark them as special; their text in a document would end it.
+        tokenizer.add_special_tokens([added[number] for number in (self.eos_id, self.bos_id) if number in added])
         return partial(self._encode, tokenizer)
 
     def _encode(self, tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
@@ -51,7 +54,19 @@ class Encoder:
         with threads_for_tokenizers():
             for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
                 pieces.append(np.array([*start, *encoding.ids, self.eos_id], dtype=self.dtype))
-        return np.concatenate(pieces)
+        tokens = np.concatenate(pieces)
+        if np.count_nonzero(tokens == self.eos_id) != len(texts) * (2 if self.bos_id == self.eos_id else 1):
+            self._refuse(tokenizer, texts, pieces[1:])
+        return tokens
+
+    def _refuse(self, tokenizer: Tokenizer, texts: list[str], pieces: list[np.ndarray]) -> None:
+        inside = slice(0 if self.bos_id is None else 1, -1)
+        text = next(text for text, ids in zip(texts, pieces, strict=True) if self.eos_id in ids[inside])
+        token = tokenizer.id_to_token(self.eos_id)
+        raise SettingsError(
+            f"tokenizer_dir: text in the document that begins with {text[:40]!r} is token {token!r} to this tokenizer, "
+            f"which ends documents; take {token} out of the documents, or use another tokenizer"
+        )
 
 
 def encode_in_order(

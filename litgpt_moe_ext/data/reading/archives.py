@@ -4,6 +4,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from litgpt_moe_ext.data.reading.compression import decompress, split_compression
 from litgpt_moe_ext.data.reading.formats import read_text
 from litgpt_moe_ext.data.reading.record import CHUNK_BYTES, OpenFile, Record, TextFormat
 
@@ -18,7 +19,11 @@ def read_archive(file: OpenFile, text_format: TextFormat) -> Iterator[Record]:
             base = member.name.rpartition("/")[2]
             content = archive.extractfile(member) if member.isfile() and not base.startswith(".") else None
             if content is not None:
-                inner = OpenFile(content, base.lower(), f"{file.where}: {member.name}", file.position)  # pyrefly: ignore[bad-argument-type] extractfile gives one
+                name, compression = split_compression(base.lower())
+                where = f"{file.where}: {member.name}"
+                if compression:
+                    content = decompress(content, compression, where, text_format.max_expansion)  # pyrefly: ignore[bad-argument-type] extractfile gives one
+                inner = OpenFile(content, name, where, file.position)  # pyrefly: ignore[bad-argument-type] as above
                 for record in read_text(inner, text_format):
                     yield record._replace(place=f"{record.place} of {member.name}", member=base)
     while watched.read(CHUNK_BYTES):

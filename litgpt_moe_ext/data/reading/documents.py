@@ -25,8 +25,10 @@ def documents(path: Path | str, text_format: TextFormat) -> Iterator[Record]:
 
     The name decides: `.parquet`; `.json`, `.jsonl` and `.ndjson` (objects one a line, or one list of objects); `.csv`
     and `.tsv` with the names of the columns in the first row; anything else is plain text, with line ends of any style,
-    which become LF. `.gz`, `.bz2`, `.xz` and `.zst` may follow any but parquet. `.tar` is read member by member in the
-    same way; members with a leading dot are left out. A byte-order mark is skipped.
+    which become LF, as they do in the cells of `.csv` and `.tsv`. `.gz`, `.bz2`, `.xz` and `.zst` may follow any but
+    parquet. `.tar` is read member by member in the same way, but for parquet and other archives; members with a leading
+    dot are left out. A byte-order mark is skipped, also where files were joined: at the start of a separated document
+    or a JSON line. Empty lines of JSON lines and of tables are too.
 
     Args:
         path: The file, or its URL (`litgpt_moe_ext.data.reading.remote`).

@@ -5,12 +5,11 @@ from dataclasses import replace
 
 from litgpt_moe_ext.data.reading.json_text import read_json_lines, read_json_list
 from litgpt_moe_ext.data.reading.plain_text import read_separated_text, read_whole_text
-from litgpt_moe_ext.data.reading.record import OpenFile, Record, TextFormat
+from litgpt_moe_ext.data.reading.record import BYTE_ORDER_MARK, OpenFile, Record, TextFormat
 from litgpt_moe_ext.data.reading.tables import read_csv
 from litgpt_moe_ext.errors import SettingsError
 
 _JSON = (".json", ".jsonl", ".ndjson")
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # First bytes of files that are not text: what they are, and what to do about it.
 _NOT_TEXT = (
     (b"\x1f\x8b", "gzip", "let its name end in .gz"),
@@ -21,6 +20,8 @@ _NOT_TEXT = (
     (b"PK\x03\x04", "a zip archive", "unpack it"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it"),
     (b"%PDF-", "PDF", "extract its text"),
+    (b"\xff\xfe\x00\x00", "UTF-32 text", "convert it to UTF-8, for example with iconv -f UTF-32 -t UTF-8"),
+    (b"\x00\x00\xfe\xff", "UTF-32 text", "convert it to UTF-8, for example with iconv -f UTF-32 -t UTF-8"),
     (b"\xff\xfe", "UTF-16 text", "convert it to UTF-8, for example with iconv -f UTF-16 -t UTF-8"),
     (b"\xfe\xff", "UTF-16 text", "convert it to UTF-8, for example with iconv -f UTF-16 -t UTF-8"),
 )
@@ -36,13 +37,11 @@ def read_text(file: OpenFile, text_format: TextFormat) -> Iterator[Record]:
     sample = file.stream.peek(_SAMPLE_BYTES)[:_SAMPLE_BYTES]
     for start, kind, remedy in _NOT_TEXT:
         if sample.startswith(start):
-            raise SettingsError(f"{file.where} is {kind}, not text; {remedy}")
-    if b"\x00" in sample:
-        raise SettingsError(
-            f"{file.where} is not text: byte {sample.index(0)} is zero; leave it out, or convert it to UTF-8 text"
-        )
-    if sample.startswith(_BYTE_ORDER_MARK):
-        file = replace(file, start=len(file.stream.read(len(_BYTE_ORDER_MARK))))
+            is_named = remedy.endswith(file.name.rpartition(".")[2])  # in an archive, which cannot be opened in there
+            raise SettingsError(f"{file.where} is {kind}, not text; {'unpack the archive' if is_named else remedy}")
+    file.refuse_zeros(sample, 0)
+    if sample.startswith(BYTE_ORDER_MARK):
+        file = replace(file, start=len(file.stream.read(len(BYTE_ORDER_MARK))))
         sample = sample[file.start :]
     if file.name.endswith(_JSON):
         read = read_json_list if sample.lstrip().startswith(b"[") else read_json_lines

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from litgpt_moe_ext.data.reading.record import OpenFile, Record, TextFormat, largest_document
+from litgpt_moe_ext.data.reading.record import BYTE_ORDER_MARK, OpenFile, Record, TextFormat, largest_document
 from litgpt_moe_ext.errors import SettingsError
 
 # Parsing a list takes about 5 bytes of memory for each of its bytes, a fortieth of what encoding a document takes.
@@ -20,7 +20,7 @@ def read_json_lines(file: OpenFile, text_format: TextFormat) -> Iterator[Record]
             raise file.too_long(offset, longest)
         place = f"byte {offset}"
         if not line.isspace():
-            item = _parse(line, file.where, offset, text_format)
+            item = _parse(line.removeprefix(BYTE_ORDER_MARK), file.where, offset, text_format)
             yield Record(_field(item, file.where, place, text_format), place, file.position())
         offset += len(line)
 

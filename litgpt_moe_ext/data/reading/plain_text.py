@@ -11,8 +11,8 @@ _LINE_END = rb"(?:\r\n|\r(?!\n)|\n)"
 
 def read_whole_text(file: OpenFile, text_format: TextFormat) -> Iterator[Record]:
     """Yield the one document that a file is."""
-    text = text_format.decode(file.read_whole(largest_document()), file.where, file.start)
-    yield Record(_with_line_feeds(text), f"byte {file.start}", file.position())
+    text = _decode(file, file.read_whole(largest_document()), file.start, text_format)
+    yield Record(text, f"byte {file.start}", file.position())
 
 
 def read_separated_text(file: OpenFile, text_format: TextFormat) -> Iterator[Record]:
@@ -41,9 +41,16 @@ def read_separated_text(file: OpenFile, text_format: TextFormat) -> Iterator[Rec
 
 
 def _document(file: OpenFile, content: bytes | bytearray, offset: int, text_format: TextFormat) -> Record:
-    text = _with_line_feeds(text_format.decode(content, file.where, offset))
-    return Record(text.strip(), f"byte {offset}", file.position())
+    # Files that were joined may have brought a byte-order mark each.
+    text = _decode(file, content, offset, text_format).strip().removeprefix("\ufeff").lstrip()
+    return Record(text, f"byte {offset}", file.position())
 
 
-def _with_line_feeds(text: str) -> str:
+def _decode(file: OpenFile, content: bytes | bytearray, offset: int, text_format: TextFormat) -> str:
+    file.refuse_zeros(content, offset)
+    return with_line_feeds(text_format.decode(content, file.where, offset))
+
+
+def with_line_feeds(text: str) -> str:
+    """Return a text with all its line ends as LF."""
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text

@@ -9,6 +9,7 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.machine import memory_bytes
 
 CHUNK_BYTES = 1 << 20
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _USUAL_MEMORY = 16 << 30
 # Memory for a byte of a document: encoding takes 160 bytes of it (measured).
 _ENCODING_BYTES = 200
@@ -107,6 +108,14 @@ class OpenFile:
             if size > most:
                 raise self.too_long(self.start, most)
         return b"".join(chunks)
+
+    def refuse_zeros(self, content: bytes | bytearray, offset: int) -> None:
+        """Raise SettingsError if there is a zero among bytes that begin at byte `offset`: no text has one."""
+        if b"\x00" in content:
+            raise SettingsError(
+                f"{self.where} is not text: byte {offset + content.index(0)} is zero; leave it out, or convert it to "
+                "UTF-8 text"
+            )
 
     def too_long(self, offset: int, most: int) -> SettingsError:
         """Return the error for a document of more than `most` bytes that begins at byte `offset`."""

@@ -5,6 +5,7 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
+from litgpt_moe_ext.data.reading.plain_text import with_line_feeds
 from litgpt_moe_ext.data.reading.record import OpenFile, Record, TextFormat, largest_document
 from litgpt_moe_ext.data.reading.remote import is_url
 from litgpt_moe_ext.errors import SettingsError, one_line
@@ -19,13 +20,18 @@ def read_csv(file: OpenFile, text_format: TextFormat) -> Iterator[Record]:
     rows = csv.reader(text, delimiter="\t" if file.name.endswith(".tsv") else ",", strict=True)
     try:
         column = _find_column(file, next(rows, []), text_format)
-        for number, row in enumerate(rows):
+        for number, row in enumerate(row for row in rows if row):
             if len(row) <= column:
                 raise SettingsError(
                     f"{file.where} has {len(row)} columns in row {number} (line {rows.line_num}), too few for column "
                     f"{text_format.field!r}; repair the file"
                 )
-            yield Record(row[column], f"row {number}", file.position())
+            if "\x00" in row[column]:
+                raise SettingsError(
+                    f"{file.where} is not text: a character of row {number} (line {rows.line_num}) is zero; repair the "
+                    "file"
+                )
+            yield Record(with_line_feeds(row[column]), f"row {number}", file.position())
     except csv.Error as error:
         raise SettingsError(
             f"{file.where} is not a valid table at line {rows.line_num}: {error}; download or make it again"
