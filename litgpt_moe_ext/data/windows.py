@@ -5,6 +5,7 @@ A row has `block_size + 1` tokens, of which LitGPT takes `[:-1]` as inputs and `
 """
 
 from abc import abstractmethod
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -28,19 +29,20 @@ class TokenStream:
         # np.asarray drops the memmap subclass, whose per-operation bookkeeping costs more than a small copy.
         self.shards = [np.asarray(shard) for shard in shards]
         self.starts = np.concatenate([[0], np.cumsum([len(shard) for shard in self.shards], dtype=np.int64)])
+        self._starts = self.starts.tolist()  # Python finds one number in a list faster than NumPy in an array
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def copy_to(self, out: np.ndarray, start: int) -> None:
         """Copy the tokens from position `start` on into `out`, across shard borders."""
-        shard = int(np.searchsorted(self.starts, start, side="right")) - 1
-        filled = 0
-        while filled < len(out):
-            offset = start + filled - self.starts[shard]
-            piece = self.shards[shard][offset : offset + len(out) - filled]
-            out[filled : filled + len(piece)] = piece
-            filled += len(piece)
+        shard = bisect_right(self._starts, start) - 1
+        while len(out):
+            offset = start - self._starts[shard]
+            piece = self.shards[shard][offset : offset + len(out)]
+            out[: len(piece)] = piece
+            out = out[len(piece) :]
+            start += len(piece)
             shard += 1
 
 
@@ -178,9 +180,9 @@ class DocumentWindows(Windows):
         """See `Windows.fill`."""
         out.fill(PADDING)
         windows, starts, lengths = self.packing.window_starts, self.packing.starts, self.packing.lengths
-        for row, index in zip(out, indices, strict=True):
+        borders = zip(windows[indices].tolist(), windows[indices + 1].tolist(), strict=True)
+        for row, (first, end) in zip(out, borders, strict=True):
             filled = 0
-            for piece in range(windows[index], windows[index + 1]):
-                length = lengths[piece]
-                self.tokens.copy_to(row[filled : filled + length], int(starts[piece]))
+            for start, length in zip(starts[first:end].tolist(), lengths[first:end].tolist(), strict=True):
+                self.tokens.copy_to(row[filled : filled + length], start)
                 filled += length
