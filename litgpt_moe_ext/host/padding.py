@@ -1,11 +1,27 @@
-"""Padding in LitGPT's finetuning, whose batches are filled up with token 0."""
+"""Padding in LitGPT's own commands: it is no text, and steps and validations are means over what is.
 
-from collections.abc import Callable
+`litgpt finetune_full` fills batches up with token 0. `litgpt.pretrain` and `litgpt.finetune.full` average the means of
+micro-batches and of ranks, in which a token counts the more, the fewer others are beside it. A training of this package
+weighs them in its own loop; this is the same for `litgpt pretrain` with data of this package that pads, and for
+`litgpt finetune_full` with a model of this package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from litgpt_moe_ext.config.features import MOE_CLASS_NAMES
+from litgpt_moe_ext.config.fields import uses_plugin
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Counted = Callable[[Any], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -43,3 +59,131 @@ def mark_finetuning_padding(loop: Any) -> None:
         return original(state=state, train_dataloader=train_dataloader, val_dataloader=val_dataloader, **kwargs)
 
     loop.fit = fit
+
+
+def weigh_pretraining(pretrain: Any) -> None:
+    """Let `main` of the module `litgpt.pretrain` average over tokens, where the data of this package pads."""
+
+    def counted(given: dict[str, Any]) -> Counted | None:
+        # A training of this package has put its own iterator there.
+        is_litgpts = pretrain.CycleIterator.__module__ == "litgpt.utils"
+        return _targets_of_rows if is_litgpts and getattr(given["data"], "pads", False) else None
+
+    _wrap_main(pretrain, counted)
+
+
+def weigh_finetuning(loop: Any) -> None:
+    """Let `main` of the module `litgpt.finetune.full` average over tokens, for models of this package."""
+    _wrap_main(loop, lambda given: _targets_and_text if uses_plugin(given["config"]) else None)
+
+
+def _targets_of_rows(rows_BT: Tensor) -> tuple[Tensor, ...]:
+    from litgpt_moe_ext.training.steps.batches import counts_for_loss
+
+    return (counts_for_loss(rows_BT[:, 1:]),)
+
+
+def _targets_and_text(batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    # Prompts may be masked in the labels; routers see them all the same, so their losses are means over other tokens.
+    from litgpt_moe_ext.training.steps.batches import counts_for_loss
+
+    return counts_for_loss(batch["labels"][:, 1:]), batch["input_ids"] >= 0
+
+
+def _wrap_main(loop: Any, choose: Callable[[dict[str, Any]], Counted | None]) -> None:
+    original = loop.main
+    signature = inspect.signature(original)
+
+    @wraps(original)
+    def main(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        counted = choose(given)
+        if counted is None:
+            return original(*args, **kwargs)
+        accumulation = given["train"].gradient_accumulation_iters(given["devices"], given["num_nodes"])
+        with _weighed(loop, given["fabric"], counted, accumulation):
+            return original(*args, **kwargs)
+
+    loop.main = main
+
+
+@contextlib.contextmanager
+def _weighed(loop: Any, fabric: Any, counted: Counted, accumulation: int) -> Iterator[None]:
+    """Replace names of a loop of LitGPT by those that average over tokens, for the time of the scope."""
+    import torch
+
+    from litgpt_moe_ext.moe.gradient_injection import remember_scale
+    from litgpt_moe_ext.training.steps import losses
+    from litgpt_moe_ext.training.steps.batches import StepBatches, unwrapped
+
+    means = losses.TokenMeans(fabric.world_size)
+    batches = StepBatches(lambda fetched: counted(fetched[0]), accumulation, fabric.world_size)
+    batches.counts = True
+    # Without the plugin's mark, which would tell auxiliary losses the weight of the targets.
+    weigh = means.wrap_loss(inspect.unwrap(loop.chunked_cross_entropy))
+
+    def chunked_cross_entropy(*args: Any, **kwargs: Any) -> Tensor:
+        loss = weigh(*args, **kwargs)
+        return remember_scale(loss, None if means.weights is None else means.weights()[-1])
+
+    class CycleIterator:
+        """LitGPT's, a step ahead of the loop."""
+
+        def __init__(self, iterable: Any) -> None:
+            self.epoch = 0
+            self._iterations = start
+            self._source = source = originals["CycleIterator"](iterable)
+            self._fetch = lambda: (next(source), source.epoch)
+
+        def __iter__(self) -> Iterator[Any]:
+            return self
+
+        def __next__(self) -> Any:
+            batch = batches.next(self._fetch, self._iterations)
+            self._iterations += 1
+            means.weights = batch.weights
+            data, self.epoch = batch.data
+            return data
+
+    class RunningMean(losses.RunningMean):
+        """The mean over the tokens of the last micro-batches, on all ranks; LitGPT logs the first rank's."""
+
+        def update(self, loss: Tensor) -> None:
+            assert means.weights is not None
+            super().update(torch.stack([loss, means.weights()[0].to(loss.dtype)]))
+
+        def compute(self) -> Tensor:
+            loss, weight = fabric.all_reduce(super().compute(), reduce_op="mean")
+            return loss / weight.clamp(min=torch.finfo(weight.dtype).tiny)
+
+    start = 0
+
+    def fit(*args: Any, **kwargs: Any) -> Any:
+        nonlocal start
+        # Pretraining goes on where its data stands; finetuning goes through all of it again.
+        start = kwargs["state"]["iter_num"] if hasattr(unwrapped(kwargs["train_dataloader"]), "state_dict") else 0
+        return originals["fit"](*args, **kwargs)
+
+    def log_dict(metrics: dict[str, Any], step: int | None = None) -> None:
+        metrics = dict(metrics)
+        batches.on_log(metrics)
+        log(metrics, step=step)
+
+    log = fabric.log_dict
+    hooks = {
+        "fit": fit,
+        "CycleIterator": CycleIterator,
+        "RunningMean": RunningMean,
+        "chunked_cross_entropy": chunked_cross_entropy,
+        "validate": means.wrap_validation(loop.validate),
+    }
+    originals = {name: getattr(loop, name) for name in hooks}
+    vars(loop).update(hooks)
+    fabric.log_dict = log_dict
+    try:
+        yield
+    finally:
+        vars(loop).update(originals)
+        del fabric.log_dict

@@ -137,6 +137,14 @@ SEAMS = (
         for module in ("litgpt.pretrain", "litgpt.finetune.full")
     ),
     Seam(
+        "litgpt.pretrain", "main", "wrap", "Makes a step a mean over its tokens, where this package's data pads.",
+        _LOOP, padding.weigh_pretraining,
+    ),
+    Seam(
+        "litgpt.finetune.full", "main", "wrap", "Makes a step and a validation means over their tokens.",
+        "LitGPT's loop weighs micro-batches", padding.weigh_finetuning,
+    ),
+    Seam(
         "litgpt.finetune.full", "fit", "wrap", "Says which inputs of a batch are padding, for MoE layers.",
         "LitGPT passes a padding mask", padding.mark_finetuning_padding,
     ),

@@ -32,15 +32,16 @@ class _Inject(torch.autograd.Function):
 
 class _RememberScale(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, loss: Tensor) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, weight: Tensor | None) -> Tensor:
+        ctx.weight = weight
         return loss.view_as(loss)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         global _scale
         (grad,) = grads
-        _scale = grad.detach()
-        return grad
+        _scale = grad.detach() if ctx.weight is None else grad.detach() * ctx.weight
+        return grad, None
 
 
 def present_scale(grad: Tensor) -> Tensor:
@@ -72,10 +73,15 @@ def inject(carrier: Tensor, loss: Tensor) -> Tensor:
     return _Inject.apply(carrier, loss)
 
 
-def remember_scale(loss: Tensor) -> Tensor:
-    """Return `loss` unchanged; its backward pass tells `inject` by what the training loop scales it."""
+def remember_scale(loss: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Return `loss` unchanged; its backward pass tells `inject` by what the training loop scales it.
+
+    Args:
+        loss: The training loss of a micro-batch, a scalar.
+        weight: What auxiliary losses of the micro-batch are multiplied by besides, a scalar; None stands for 1.
+    """
     # A meta loss (FLOPs are counted with one) has no factor to tell.
-    return _RememberScale.apply(loss) if loss.requires_grad and not loss.is_meta else loss
+    return _RememberScale.apply(loss, weight) if loss.requires_grad and not loss.is_meta else loss
 
 
 def forget_scale() -> None:

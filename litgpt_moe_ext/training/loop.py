@@ -40,7 +40,7 @@ from litgpt_moe_ext.training.checkpoint.writer import CheckpointWriter
 from litgpt_moe_ext.training.control import StepLimits, StopRequests, TrainingInterrupted
 from litgpt_moe_ext.training.optim.schedules import schedule_steps
 from litgpt_moe_ext.training.parallel import random_state
-from litgpt_moe_ext.training.steps.batches import StepBatches, can_pad
+from litgpt_moe_ext.training.steps.batches import StepBatches, can_pad, counts_for_loss
 from litgpt_moe_ext.training.steps.losses import RunningMean, TokenMeans
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class HookedLoop:
         self._eval: litgpt.args.EvalArgs
         self._validated_step: int | None = None
         self._means = TokenMeans(fabric.world_size)
-        self._batches = StepBatches(launched.plan.sequence_length, self._accumulation, fabric.world_size)
+        self._batches = StepBatches(self._targets, self._accumulation, fabric.world_size)
         fabric.add_callback(self._batches)
         fabric.add_callback(self._means.corpora)
 
@@ -104,6 +104,10 @@ class HookedLoop:
     def _accumulation(self) -> int:
         """Micro-batches of a step on each rank."""
         return self.train.gradient_accumulation_iters(self.fabric.world_size)
+
+    def _targets(self, rows_BT: Tensor) -> tuple[Tensor]:
+        """Return which targets of a micro-batch the loss counts, bool, (B, T)."""
+        return (counts_for_loss(rows_BT[:, 1 : self._plan.sequence_length + 1]),)
 
     def outcome(self, best_loss: float | None) -> Outcome:
         """Return what has been trained; call it when the loop has ended.
@@ -149,9 +153,9 @@ class HookedLoop:
                 # Not earlier: building the data iterator and the sanity check of the validation draw random numbers
                 # that an uninterrupted run did not draw here.
                 random_state.settle(loop.fabric, loop._plan.settings.seed)
-                loop._means.weight = batch.weight
-                loop.fabric.call("on_batch", batch=batch.tokens_BT, waited=batch.waited)
-                return batch.tokens_BT
+                loop._means.weights = batch.weights
+                loop.fabric.call("on_batch", batch=batch.data, waited=batch.waited)
+                return batch.data
 
         cross_entropy = litgpt.pretrain.chunked_cross_entropy
         if self._equipment.fused_loss is not None:

@@ -201,6 +201,21 @@ def test_under_activation_checkpointing(use_reentrant):
     assert_equal({name: p.grad for name, p in moe.named_parameters()}, expected)
 
 
+@pytest.mark.parametrize("scope", ["micro_batch", "global_batch"])
+def test_tiny_weights_under_bfloat16_lose_no_more_than_its_last_bit(scope):
+    """And with a factor of the training loss that 16 bits cannot hold."""
+    coefs = {"router_z_loss_coef": 1e-6, "router_load_balancing_loss_coef": 1e-6}
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        config = moe_config(router_load_balancing_loss_scope=scope, expert_backend="loop", **coefs)
+        layer = randomize(SharedExpertMoE(config), 0.3).bfloat16().to(dtype)
+        x = torch.randn(2, 50, 16).bfloat16().to(dtype)
+        (remember_scale(layer(x).sum() * 0.0) * 0.7 / 3).backward()
+        gradients.append(layer.gate.weight.grad.float())
+    assert (gradients[1] - gradients[0]).norm() < 2**-8 * gradients[0].norm()
+
+
 def test_the_training_loss_is_untouched():
     moe, x = make_moe(), torch.randn(2, 9, 16, dtype=torch.float64)
     torch.manual_seed(0)

@@ -76,6 +76,11 @@ class TokenModule(DataModule):
     def corpus_id(self) -> str:
         """What identifies the data in checkpoints."""
 
+    @property
+    def pads(self) -> bool:
+        """Whether rows may hold padding."""
+        return False
+
     def windows(self, shards: Sequence[np.ndarray], name: str) -> Windows:
         """Return the rows that loaders hand out."""
         return StreamWindows(shards, self.max_seq_length, name)

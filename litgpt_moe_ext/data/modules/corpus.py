@@ -73,9 +73,14 @@ class CorpusModule(Corpus, TokenModule):
         self.prepare_data()  # reuses; where only rank 0 was asked to prepare, this finds its result
         return open_corpus(self._prepared())
 
+    @property
+    def pads(self) -> bool:
+        """See `TokenModule.pads`."""
+        return self.packing != "stream"
+
     def windows(self, shards: Sequence[np.ndarray], name: str) -> Windows:
         """See `TokenModule.windows` and `packing`."""
-        if self.packing == "stream":
+        if not self.pads:
             return StreamWindows(shards, self.max_seq_length, name)
         accept_padding()
         lengths = document_lengths(shards, self._manifest()["eos_id"])

@@ -6,7 +6,7 @@ of the step: a token counts the more, the fewer others are in its micro-batch. T
 step must be known before the first loss. So all micro-batches of a step are fetched at its beginning, where the data
 position of a checkpoint is exact, and one number is summed over the ranks while the first forward pass runs.
 
-Shape legend: B batch, T tokens, A micro-batches of a step.
+Shape legend: B batch, T tokens, A micro-batches of a step, C what is counted: targets, and perhaps inputs.
 """
 
 import time
@@ -22,9 +22,9 @@ from litgpt_moe_ext.padding import PADDING
 from litgpt_moe_ext.training.callback import Callback
 
 
-def count_targets(targets: Tensor) -> Tensor:
-    """Return how many targets the loss counts, int64, a scalar on their device."""
-    return (targets != PADDING).sum()
+def counts_for_loss(targets: Tensor) -> Tensor:
+    """Return which targets the loss counts, bool, in their shape."""
+    return targets != PADDING
 
 
 def unwrapped(loader: Any) -> Any:
@@ -41,19 +41,18 @@ class MicroBatch(NamedTuple):
     """A micro-batch as the loop gets it.
 
     Attributes:
-        tokens_BT: Token ids, (B, T + 1), int64.
+        data: What the loader gave; in pretraining token ids, (B, T + 1), int64.
         waited: Seconds that fetching it took.
-        weight: What its mean loss is multiplied by, a scalar of float64 (float32 where the device has none); None
-            stands for 1.
+        weights: What its means are multiplied by; None stands for 1.
     """
 
-    tokens_BT: Tensor
+    data: Any
     waited: float
-    weight: "StepWeight | None" = None
+    weights: "StepWeights | None" = None
 
 
-class StepWeight:
-    """The weight of one micro-batch, which is computed when it is asked for.
+class StepWeights:
+    """The weights of one micro-batch, which are computed when they are asked for.
 
     Args:
         step: The counts of its step.
@@ -64,8 +63,11 @@ class StepWeight:
         self._step, self._index = step, index
 
     def __call__(self) -> Tensor:
-        """Return the weight; the first call of a step waits for the other ranks' counts."""
-        return self._step.weights_A()[self._index]
+        """Return the weights of means over what is counted, (C,), float64 (float32 where the device has none).
+
+        The first call of a step waits for the other ranks' counts.
+        """
+        return self._step.weights_AC()[self._index]
 
 
 class StepBatches(Callback):
@@ -74,7 +76,8 @@ class StepBatches(Callback):
     It adds `padding` to the log: the part of the tokens since the last line, over all ranks, that was padding.
 
     Args:
-        length: Tokens per sequence.
+        counted: Returns which tokens of a micro-batch count, bool: the targets of the loss, and the text among the
+            inputs, if there are other numbers of them.
         accumulation: Micro-batches of a step on each rank.
         ranks: Number of ranks.
 
@@ -82,13 +85,13 @@ class StepBatches(Callback):
         counts: Whether rows may be padded.
     """
 
-    def __init__(self, length: int, accumulation: int, ranks: int) -> None:
-        self._length, self._accumulation, self._ranks = length, accumulation, ranks
+    def __init__(self, counted: Callable[[Any], tuple[Tensor, ...]], accumulation: int, ranks: int) -> None:
+        self._counted, self._accumulation, self._ranks = counted, accumulation, ranks
         self._ahead: deque[MicroBatch] = deque()
         self._steps: list[_Counts] = []
         self.counts = False
 
-    def next(self, fetch: Callable[[], Tensor], iteration: int) -> MicroBatch:
+    def next(self, fetch: Callable[[], Any], iteration: int) -> MicroBatch:
         """Return the next micro-batch.
 
         Args:
@@ -101,48 +104,49 @@ class StepBatches(Callback):
             self._ahead.extend(self._fetch_step(fetch, self._accumulation - iteration % self._accumulation))
         return self._ahead.popleft()
 
-    def _fetch_step(self, fetch: Callable[[], Tensor], number: int) -> list[MicroBatch]:
+    def _fetch_step(self, fetch: Callable[[], Any], number: int) -> list[MicroBatch]:
         batches = [_fetch(fetch) for _ in range(number)]
-        counts_A = torch.stack([count_targets(batch.tokens_BT[:, 1 : self._length + 1]) for batch in batches])
-        step = _Counts(counts_A, self._accumulation * self._ranks, self._ranks)
-        step.positions = sum(len(batch.tokens_BT) for batch in batches) * self._length * self._ranks
+        counted = [self._counted(batch.data) for batch in batches]
+        counts_AC = torch.stack([torch.stack([tokens.sum() for tokens in ways]) for ways in counted])
+        step = _Counts(counts_AC, self._accumulation * self._ranks, self._ranks)
+        step.positions = sum(text.numel() for *_, text in counted) * self._ranks
         self._steps.append(step)
-        return [batch._replace(weight=StepWeight(step, index)) for index, batch in enumerate(batches)]
+        return [batch._replace(weights=StepWeights(step, index)) for index, batch in enumerate(batches)]
 
     def on_log(self, metrics: dict[str, Any]) -> None:
         """Add the share of padding to a line of training."""
         if "loss" in metrics and self._steps:
-            real = int(torch.stack([step.total() for step in self._steps]).sum())
+            real = int(torch.stack([step.total_C()[-1] for step in self._steps]).sum())
             metrics["padding"] = 1.0 - real / sum(step.positions for step in self._steps)
             self._steps.clear()
 
 
 class _Counts:
-    """The targets of a step: of each micro-batch of this rank, and of all of every rank."""
+    """The tokens of a step: of each micro-batch of this rank, and of all of every rank."""
 
-    def __init__(self, counts_A: Tensor, micro_batches: int, ranks: int) -> None:
-        self._counts_A, self._micro_batches = counts_A, micro_batches
-        self._total = counts_A.sum()
-        self._work = torch.distributed.all_reduce(self._total, async_op=True) if ranks > 1 else None
-        self._weights_A: Tensor | None = None
+    def __init__(self, counts_AC: Tensor, micro_batches: int, ranks: int) -> None:
+        self._counts_AC, self._micro_batches = counts_AC, micro_batches
+        self._total_C = counts_AC.sum(dim=0)
+        self._work = torch.distributed.all_reduce(self._total_C, async_op=True) if ranks > 1 else None
+        self._weights_AC: Tensor | None = None
         self.positions = 0
 
-    def total(self) -> Tensor:
+    def total_C(self) -> Tensor:  # noqa: N802
         if self._work is not None:
             self._work.wait()  # on a GPU the stream waits, not the host
             self._work = None
-        return self._total
+        return self._total_C
 
-    def weights_A(self) -> Tensor:  # noqa: N802
-        if self._weights_A is None:
-            dtype = counting_dtype(self._counts_A.device)
+    def weights_AC(self) -> Tensor:  # noqa: N802
+        if self._weights_AC is None:
+            dtype = counting_dtype(self._counts_AC.device)
             # Exactly 1 where all counts are equal: integers below 2**53 are.
-            shares_A = (self._counts_A * self._micro_batches).to(dtype)
-            self._weights_A = shares_A / self.total().clamp(min=1).to(dtype)
-        return self._weights_A
+            shares_AC = (self._counts_AC * self._micro_batches).to(dtype)
+            self._weights_AC = shares_AC / self.total_C().clamp(min=1).to(dtype)
+        return self._weights_AC
 
 
-def _fetch(fetch: Callable[[], Tensor]) -> MicroBatch:
+def _fetch(fetch: Callable[[], Any]) -> MicroBatch:
     asked = time.perf_counter()
-    tokens_BT = fetch()
-    return MicroBatch(tokens_BT, time.perf_counter() - asked)
+    data = fetch()
+    return MicroBatch(data, time.perf_counter() - asked)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext.training.steps.batches import StepWeight, count_targets
+from litgpt_moe_ext.training.steps.batches import StepWeights, counts_for_loss
 from litgpt_moe_ext.training.steps.corpora import CorpusLosses, find_mixture
 
 
@@ -24,7 +24,7 @@ class TokenMeans:
         ranks: Number of ranks.
 
     Attributes:
-        weight: Of the micro-batch that is trained on; None stands for 1.
+        weights: Of the micro-batch that is trained on; None stands for 1.
         corpora: Keeps the validation losses of a mixture's corpora.
     """
 
@@ -32,7 +32,7 @@ class TokenMeans:
         self._ranks = ranks
         self._validated: list[tuple[Tensor, Tensor]] | None = None
         self.corpora = CorpusLosses(ranks)
-        self.weight: StepWeight | None = None
+        self.weights: StepWeights | None = None
 
     def wrap_loss(self, cross_entropy: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return a loss function that weighs its micro-batch.
@@ -46,15 +46,17 @@ class TokenMeans:
         def loss(logits: Any, targets: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             mean = cross_entropy(logits, targets, *args, **kwargs)
             if self._validated is not None:
-                self._validated.append((mean, count_targets(targets)))
-            elif self.weight is not None and not mean.is_meta:
-                return mean * self.weight().to(mean.dtype)
+                self._validated.append((mean, counts_for_loss(targets).sum()))
+            elif self.weights is not None and not mean.is_meta:
+                # A weight in 16 bits would be off by up to 0.4 %.
+                dtype = torch.promote_types(mean.dtype, torch.float32)
+                return mean.to(dtype) * self.weights()[0].to(dtype)
             return mean
 
         return loss
 
     def wrap_validation(self, validate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return a validation whose result, averaged over the ranks, is the mean over all tokens of all ranks.
+        """Return a validation whose result is the mean over all tokens of all ranks, equal on them.
 
         That of a mixture is the mean over its corpora, weighted like the training.
 
@@ -68,20 +70,25 @@ class TokenMeans:
                 validate(fabric, model, val_dataloader, *args, **kwargs)
             finally:
                 self._validated = None
-            means, counts = zip(*validated, strict=True)
+            counts_N = torch.stack([count for _, count in validated])
+            # The mean over no token, for which torch's loss function returns NaN, counts nothing.
+            means_N = torch.stack([mean for mean, _ in validated]).masked_fill(counts_N == 0, 0.0)
             if (mixture := find_mixture(val_dataloader)) is not None:
-                return self.corpora.mean(mixture, torch.stack(means), torch.stack(counts))
-            return self._token_mean(means, counts)
+                return self.corpora.mean(mixture, means_N, counts_N)
+            return self._token_mean(means_N, counts_N)
 
         return validate_tokens
 
-    def _token_mean(self, means: tuple[Tensor, ...], counts: tuple[Tensor, ...]) -> Tensor:
-        means_N, counts_N = torch.stack(means), torch.stack(counts)
+    def _token_mean(self, means_N: Tensor, counts_N: Tensor) -> Tensor:
         total = counts_N.sum()
         if self._ranks > 1:
             torch.distributed.all_reduce(total)
-        weights_N = (counts_N * (len(counts) * self._ranks)).to(means_N.dtype) / total.clamp(min=1).to(means_N.dtype)
-        return (means_N * weights_N).mean()
+        weights_N = (counts_N * (len(counts_N) * self._ranks)).to(means_N.dtype) / total.clamp(min=1).to(means_N.dtype)
+        mean = (means_N * weights_N).mean()
+        if self._ranks > 1:
+            torch.distributed.all_reduce(mean)
+            mean = mean / self._ranks
+        return mean
 
 
 class RunningMean:
