@@ -51,7 +51,7 @@ def checkpoint(tmp_path_factory):
     save_config(config, folder)
     torch.manual_seed(0)
     torch.save({"model": randomize(initialized_model(config), 0.2).state_dict()}, folder / "lit_model.pth")
-    for name, number in (("train", ROWS), ("val", 3)):
+    for name, number in (("train", ROWS), ("val", 4)):
         samples = [{"instruction": "q" * (i * i % 23), "output": "a" * (i % 9 * 4)} for i in range(number)]
         (folder / f"{name}.json").write_text(json.dumps(samples))
     return folder
