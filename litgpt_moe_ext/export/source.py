@@ -128,7 +128,7 @@ def read_tokenizer(checkpoint_dir: Path, vocab_size: int) -> "Tokenizer | None":
     Raises:
         SettingsError: If it cannot be opened, or has ids that the model has no embedding for.
     """
-    from litgpt_moe_ext.data.pipeline.tokenizer import vocabulary_size
+    from litgpt_moe_ext.data.tokenizer.opening import vocabulary_size
 
     if not any((checkpoint_dir / name).is_file() for name in VOCABULARY_FILES):
         return None
