@@ -12,6 +12,7 @@ the next begins; what was measured until then is in the folder:
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -31,11 +32,13 @@ def run(name: str, command: list[str], seconds: float, folder: Path) -> dict[str
     """Run a part with its output on the screen and in a file, at most for `seconds`; say how it ended."""
     start = time.monotonic()
     log = folder / f"{name}.txt"
+    # The package need not be installed.
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     print(f"\n=== {name}, at most {seconds:.0f} s: {' '.join(command)}", flush=True)
     with log.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": paths},
         )  # fmt: skip
         ended = "ok"
         try:
@@ -104,7 +107,9 @@ def main() -> None:
     if arguments.only != "benchmark":
         command = ["-m", "pytest", "tests/gpu", "-m", "gpu", "-p", "no:cacheprovider", "--durations=15", "-rfE"]
         # Compiling kernels is most of the work, and for a CPU. Kernels before steps, so that time runs out for these.
-        command += [f"--junitxml={folder / 'tests.xml'}", "-n", str(arguments.processes), "--dist", "load"]
+        command += [f"--junitxml={folder / 'tests.xml'}"]
+        if importlib.util.find_spec("xdist") is not None:
+            command += ["-n", str(arguments.processes), "--dist", "load"]
         share = 1.0 if arguments.only else TESTS_SHARE
         part = run("tests", command, share * (end - time.monotonic()), folder)
         last = (folder / "tests.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]

@@ -2,7 +2,7 @@
 
 Written out with torch's operators (`litgpt_moe_ext.moe.router`, which stays the reference) this is twenty to forty
 launches per layer, of a few microseconds each, for arithmetic that takes less. Everything between loading and storing
-is float32, sums over tokens are float64; blocks are added in a fixed order, so two runs give the same bits.
+is float32, sums over all tokens are float64; blocks are added in a fixed order, so two runs give the same bits.
 
 1. `_route` decides for a block of tokens and sums up the block.
 2. `_sum_up` adds up the blocks: tokens per expert, losses, their slopes, and how many rows of an expert precede a
@@ -316,11 +316,12 @@ def _sum_up(parts, sums, sizes, n_block, FORM: constexpr):
         tl.store(sums.before + block_B.to(tl.int64)[:, None] * FORM.experts + e_E[None, :], before_BE, mask=some_BE)
         count_E += tl.sum(count_BE, 0)
         if FORM.trains:
-            p_E += tl.sum(tl.load(part_BE + FORM.experts, mask=live_BE, other=0.0).to(tl.float64), 0)
-            gate_E += tl.sum(tl.load(part_BE + 2 * FORM.experts, mask=live_BE, other=0.0).to(tl.float64), 0)
+            # A few blocks in float32, all of them in float64, in which cards for desktops are slow.
+            p_E += tl.sum(tl.load(part_BE + FORM.experts, mask=live_BE, other=0.0), 0).to(tl.float64)
+            gate_E += tl.sum(tl.load(part_BE + 2 * FORM.experts, mask=live_BE, other=0.0), 0).to(tl.float64)
             if FORM.load != 0.0:
-                load_E += tl.sum(tl.load(part_BE + 3 * FORM.experts, mask=live_BE, other=0.0).to(tl.float64), 0)
-            several_E += tl.sum(tl.load(part_BE + 4 * FORM.experts, mask=some_BE, other=0.0).to(tl.float64), 0)
+                load_E += tl.sum(tl.load(part_BE + 3 * FORM.experts, mask=live_BE, other=0.0), 0).to(tl.float64)
+            several_E += tl.sum(tl.load(part_BE + 4 * FORM.experts, mask=some_BE, other=0.0), 0).to(tl.float64)
     tl.store(sums.counts + e_E, count_E.to(tl.int64), mask=real_E)
     tl.store(sums.ends + e_E, tl.cumsum(count_E, 0), mask=real_E)
     if FORM.trains:
