@@ -1,15 +1,17 @@
 """What padding does to the balance of experts: routed as text, as it was before, and left out.
 
-    python benchmarks/padding.py            # about six minutes beside other work
+    python benchmarks/padding.py            # about 4 minutes of CPU time; the load of the machine changes no figure
 
 A small model is trained on the functions of Python's standard library, a byte a token and a function a row, so that
-about half of all tokens are padding. At the end a held-out batch tells how the *real* tokens spread over the experts.
+about half of all tokens are padding. Over the last steps, what the routers log is compared with how the real tokens of
+the same batches spread over the experts.
 """
 
 import argparse
 import inspect
-import time
+import sys
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +28,26 @@ from litgpt.utils import chunked_cross_entropy  # noqa: E402
 from litgpt_moe_ext.moe.metrics import max_violation, routers_of  # noqa: E402
 from litgpt_moe_ext.padding import PADDING, PaddedRows, accept_padding  # noqa: E402
 
-LENGTH, ROWS = 128, 8
+LENGTH, ROWS, EXPERTS, LAYERS = 64, 8, 8, 2
+OBSERVED = 100  # steps at the end
+
+
+class Observed(NamedTuple):
+    """What the last steps of a run show.
+
+    Attributes:
+        logged_L: MaxVio of each layer by the routers' own records, mean over steps.
+        real_L: The same over real tokens only.
+        idle_L: Experts of each layer with at most 1 % of the real tokens of all observed steps.
+        loss: Mean training loss, in nats per real byte.
+        padding: Share of all tokens.
+    """
+
+    logged_L: list[float]
+    real_L: list[float]
+    idle_L: list[int]
+    loss: float
+    padding: float
 
 
 def functions() -> list[bytes]:
@@ -47,8 +68,10 @@ def functions() -> list[bytes]:
     texts = []
     for module in modules:
         source = inspect.getsource(module)
+        lines = source.splitlines(keepends=True)
         for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.FunctionDef) and (text := ast.get_source_segment(source, node)):
+            if isinstance(node, ast.FunctionDef):
+                text = "".join(lines[node.lineno - 1 : node.end_lineno]).strip()
                 texts.append(text.encode()[: LENGTH + 1])
     return texts
 
@@ -62,12 +85,13 @@ def rows_of(texts: list[bytes], generator: torch.Generator) -> Tensor:
     return rows.as_subclass(PaddedRows)
 
 
-def train(as_text: bool, steps: int, seed: int) -> None:
-    """Train, and print how the experts are used at the end."""
+def train(as_text: bool, steps: int, seed: int) -> Observed:
+    """Train a model, with padding routed as token 0 or left out, and return what its last steps show."""
     config = Config(
-        name="padding", block_size=LENGTH, vocab_size=256, padded_vocab_size=256, n_layer=3, n_embd=64, n_head=4,
+        name="padding", block_size=LENGTH, vocab_size=256, padded_vocab_size=256, n_layer=LAYERS, n_embd=32, n_head=4,
         norm_class_name="RMSNorm", bias=False, parallel_residual=False, rotary_percentage=1.0, mlp_class_name="MoE",
-        n_expert=8, n_expert_per_token=2, moe_intermediate_size=64, norm_topk_prob=True, router_bias_update_rate=0.001,
+        n_expert=EXPERTS, n_expert_per_token=2, moe_intermediate_size=32, norm_topk_prob=True,
+        router_bias_update_rate=0.001,
     )  # fmt: skip
     torch.manual_seed(seed)
     fabric = L.Fabric(devices=1, accelerator="cpu")
@@ -76,48 +100,70 @@ def train(as_text: bool, steps: int, seed: int) -> None:
     initialize_weights(fabric, model, n_layer=config.n_layer, n_embd=config.n_embd)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95))
     generator, texts = torch.Generator().manual_seed(seed), functions()
-    loss, padding, started = torch.zeros(()), 0.0, time.perf_counter()
-    for _ in range(steps):
+    routers = list(routers_of(model).values())
+    chosen_TK: list[Tensor] = []
+    logged, real, losses, paddings = [], [], [], []
+    for step in range(steps):
+        if step == steps - OBSERVED:
+            for router in routers:
+                router.register_forward_hook(lambda _, __, routing: chosen_TK.append(routing.experts_TK))
         chosen = torch.randint(0, len(texts), (ROWS,), generator=generator).tolist()
         rows = rows_of([texts[i] for i in chosen], generator)
         inputs, targets = rows[:, :-1], rows[:, 1:].contiguous()
-        padding += (inputs < 0).float().mean().item() / steps
         loss = chunked_cross_entropy(model(inputs.clamp_min(0) if as_text else inputs), targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    seconds = time.perf_counter() - started
+        if chosen_TK:
+            real_T = (inputs >= 0).flatten()
+            records = [load_E for router in routers if (load_E := router.load_E) is not None]
+            logged.append(torch.stack(records).double())
+            real.append(torch.stack([x[real_T].flatten().bincount(minlength=EXPERTS) for x in chosen_TK]).double())
+            losses.append(loss.item())
+            paddings.append(1 - real_T.double().mean().item())
+            chosen_TK.clear()
+    logged_SLE, real_SLE = torch.stack(logged), torch.stack(real)
+    shares_LE = real_SLE.sum(0) / real_SLE.sum(0).sum(-1, keepdim=True)
+    return Observed(
+        max_violation(logged_SLE).mean(0).tolist(),
+        max_violation(real_SLE).mean(0).tolist(),
+        (shares_LE <= 0.01).sum(-1).tolist(),
+        sum(losses) / len(losses),
+        sum(paddings) / len(paddings),
+    )
 
-    inputs = rows_of(texts[::4], generator)[:, :-1]
-    real_T, loads = (inputs >= 0).flatten(), {}
 
-    def count(name: str, experts_TK: Tensor) -> None:
-        loads[name] = torch.bincount(experts_TK[real_T].flatten(), minlength=8).double()
+def main() -> None:
+    """Print the table of both ways."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1000, help=f"optimizer steps of each run, at least {OBSERVED}")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each way")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    accept_padding()
+    print(
+        f"Each figure: seeds 0 to {arguments.seeds - 1}, the mean of the last {OBSERVED} steps of {arguments.steps}.\n"
+    )
+    print("| padding | layer | MaxVio logged | MaxVio of real tokens | experts with at most 1 % | loss | padding |")
+    print("|---|---|---|---|---|---|---|")
+    runs: dict[bool, list[Observed]] = {True: [], False: []}
+    for seed in range(arguments.seeds):
+        for as_text in runs:
+            runs[as_text].append(train(as_text, arguments.steps, seed))
+            print(f"seed {seed}, {_HOW[as_text]}: {runs[as_text][-1]}", file=sys.stderr)
+    for as_text, observed in runs.items():
+        loss = ", ".join(f"{run.loss:.3f}" for run in observed)
+        ends = [_HOW[as_text], loss, f"{sum(run.padding for run in observed) / len(observed):.0%}"]
+        for layer in range(LAYERS):
+            how, *rest = ends if layer == 0 else [""] * 3
+            logged = ", ".join(f"{run.logged_L[layer]:.2f}" for run in observed)
+            real = ", ".join(f"{run.real_L[layer]:.2f}" for run in observed)
+            idle = ", ".join(str(run.idle_L[layer]) for run in observed)
+            print("|", " | ".join([how, str(layer), logged, real, idle, *rest]), "|")
 
-    for name, router in routers_of(model).items():
-        router.register_forward_hook(lambda _, __, routing, name=name: count(name, routing.experts_TK))
-    with torch.no_grad():
-        model(inputs.clamp_min(0) if as_text else inputs)
-    how = "routed as token 0" if as_text else "left out"
-    for layer, (name, load_E) in enumerate(loads.items()):
-        record = routers_of(model)[name].load_E
-        assert record is not None
-        idle = int((load_E / load_E.sum() <= 0.01).sum())
-        print(
-            f"| {how} | {layer} | {max_violation(record):.2f} | {max_violation(load_E):.2f} | {idle} | "
-            f"{1000 * seconds / steps:.1f} | {padding:.0%} |"
-        )
+
+_HOW = {True: "routed as token 0 (before)", False: "left out"}
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of each run")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and data")
-    arguments = parser.parse_args()
-    accept_padding()
-    print(
-        "| padding | layer | MaxVio logged | MaxVio of real tokens | experts with at most 1 % | ms per step | padding |"
-    )
-    print("|---|---|---|---|---|---|---|")
-    for as_text in (True, False):
-        train(as_text, arguments.steps, arguments.seed)
+    main()
