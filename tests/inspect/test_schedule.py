@@ -12,7 +12,7 @@ from litgpt_moe_ext.inspect.runs.schedule import planned_rates, schedule_figure
 from litgpt_moe_ext.training.settings import ScheduleArgs, TrainArgs
 from tests.runs import logged
 
-CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def settings_of(file: Path):
