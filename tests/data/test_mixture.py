@@ -289,20 +289,30 @@ NAN, INF = float("nan"), float("inf")
             {"annealing": Annealing({"a": 1, "b": 1}, from_step=1, from_tokens=1)},
             r"data.annealing: from_step, from_tokens must be exactly one of",
         ),
-        (
-            {"annealing": Annealing({"a": 1, "b": 1}, from_fraction=1.0)},
-            r"data.annealing.from_fraction: 1.0 must be at least 0 and less than 1; ",
-        ),
         ({"annealing": Annealing({"a": 1, "b": -2}, from_step=1)}, r"data.annealing.weights.b: -2 must be a number"),
         ({"annealing": Annealing({"a": 1}, from_step=1)}, r"data.annealing.weights: .* must have a weight for b"),
-        ({"max_epochs": 0.0}, r"data.max_epochs: 0.0 must be a number above 0; "),
-        ({"max_epochs": NAN}, r"data.max_epochs: nan must be a number above 0; "),
+        ({"max_epochs": 0.0}, r"data.max_epochs: 0.0 must be a number above 0"),
+        ({"max_epochs": NAN}, r"data.max_epochs: nan must be a number above 0"),
+        ({"seed": -1}, r"data.seed: -1 must be an integer of at least 0"),
     ],
 )
 def test_impossible_settings_are_refused(texts, changes, message):
     arguments = {"corpora": {"a": text(texts, 0), "b": text(texts, 1)}, "weights": {"a": 1, "b": 1}, **changes}
     with pytest.raises(SettingsError, match=message):
         Mixture(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("beginning", "message"),
+    [
+        ({"from_fraction": 1.0}, r"data.annealing.from_fraction: 1.0 must be a number of at least 0 and below 1"),
+        ({"from_step": -1}, r"data.annealing.from_step: -1 must be an integer of at least 0"),
+        ({"from_tokens": 0.5}, r"data.annealing.from_tokens: 0.5 must be an integer of at least 0"),
+    ],
+)
+def test_impossible_beginnings_are_refused(beginning, message):
+    with pytest.raises(SettingsError, match=message):
+        Annealing({"a": 1, "b": 1}, **beginning)
 
 
 def test_corpora_that_do_not_fit_together_are_refused(texts, tmp_path):
