@@ -8,10 +8,11 @@ import pytest
 import yaml
 from transformers import AutoTokenizer, pipeline
 
+from litgpt_moe_ext.cli.main import main as console
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.export.formats import export
 from tests.recipes.exports import check_export
-from tests.runs import ROOT
+from tests.runs import ROOT, logged
 
 NO_SINKS = {"attention_sinks": False, "norm_qk": True}
 
@@ -72,6 +73,30 @@ def test_what_cannot_be_exported_is_refused_before_the_training(recipe, tmp_path
 
 def yaml_of(file: Path, changes: dict) -> dict:
     return {**yaml.safe_load(file.read_text())["model_config"], **changes}
+
+
+@pytest.mark.slow
+def test_what_was_imported_trains_on(recipe, tmp_path):
+    """With the loss that it had; `litgpt-moe experts` looks inside."""
+    settings = yaml_of(recipe(), NO_SINKS)
+    assert train(recipe(model_config=settings)) == 0
+    exported, imported = str(tmp_path / "hf"), str(tmp_path / "imported")
+    assert console(["export", str(tmp_path / "out" / "final"), exported]) == 0
+    assert console(["import", exported, imported]) == 0
+    file = Path(imported, "model_config.yaml")
+    # The model of the run is that of the checkpoint, to the letter. Here nothing learns.
+    theirs = yaml.safe_load(file.read_text()) | {"router_bias_update_rate": 0.0}
+    file.write_text(yaml.safe_dump(theirs))
+    theirs.pop("_requires_litgpt_moe_ext")
+    start = ["--initial_checkpoint_dir", imported, "--out_dir", str(tmp_path / "on")]
+    still = ["--optimizer.lr", "0.0", "--train.min_lr", "0.0"]
+    changes = {name: theirs.get(name) for name in {*settings, *theirs}}
+    assert train(recipe(model_config=changes), *start, *still) == 0
+    before, after = (logged(tmp_path / name, "val_loss") for name in ("out", "on"))
+    assert float(after[4]) == pytest.approx(float(before[4]), abs=1e-5)
+    text = tmp_path / "text.py"
+    text.write_text("def parse(text):\n    return text.split()\n" * 20)
+    assert console(["experts", imported, "--text", str(text), "--out_dir", str(tmp_path / "experts")]) == 0
 
 
 @pytest.mark.slow

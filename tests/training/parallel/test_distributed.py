@@ -12,8 +12,10 @@ from typing import get_args
 import pytest
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
+from safetensors.torch import load_file
 
 from litgpt_moe_ext.cli.train import main
+from litgpt_moe_ext.export.formats import export
 from litgpt_moe_ext.training.checkpoint.io import MappedCheckpointIO
 from litgpt_moe_ext.training.checkpoint.resharding import convert_iterations, convert_position
 from litgpt_moe_ext.training.parallel.facts import STRATEGIES
@@ -71,6 +73,9 @@ def test_two_processes_train_as_one_and_hand_over(recipe, tmp_path, capsys, stra
     assert_same_training(tmp_path / "two", tmp_path / "one")
     average, expected = (weights_of(tmp_path / name / "final" / "ema") for name in ("two", "one"))
     assert all(torch.allclose(average[name], expected[name], atol=5e-3) for name in expected)
+    export(tmp_path / "two" / "final" / "ema", tmp_path / "exported", "hf")
+    exported = load_file(tmp_path / "exported" / "model.safetensors")
+    assert torch.equal(exported["lm_head.weight"], average["lm_head.weight"])
     for source, name, processes in (("two", "two-one", 1), ("two", "two-four", 4), ("one", "one-two", 2)):
         start = tmp_path / source / "step-00000003"
         arguments = ["--config", str(file(name, processes)), "--resume", str(start)]

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from litgpt import GPT, Config
+from safetensors.torch import load_file
 
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.export.formats import export
 from litgpt_moe_ext.training.parallel.combinations import check_combination
 from litgpt_moe_ext.training.parallel.deepspeed.settings import (
     engine_options,
@@ -246,6 +248,12 @@ class TestTraining:
         final = runs[0] / STAGES[2] / "final"
         model = GPT(Config.from_file(final / "model_config.yaml"))
         model.load_state_dict(torch.load(final / "lit_model.pth", weights_only=True)["model"], strict=True)
+
+    def test_it_is_exported_like_any_other(self, runs, tmp_path):
+        final = runs[0] / STAGES[2] / "final"
+        export(final, tmp_path / "hf", "hf")
+        saved = torch.load(final / "lit_model.pth", weights_only=True)["model"]["lm_head.weight"]
+        assert torch.equal(load_file(tmp_path / "hf" / "model.safetensors")["lm_head.weight"], saved)
 
     def numbers(self, run: Path, column: str) -> dict[int, float]:
         return {step: float(value) for step, value in logged(run, column).items()}
