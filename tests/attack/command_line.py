@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,11 @@ def settings_of_a_recipe() -> list[str]:
     return [name for name in names if name not in ("model_config.name", "out_dir")]
 
 
+def as_flag(value: Any) -> str:
+    """Return the text of a value on a command line."""
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
+
+
 class CommandLine:
     """Runs `run_train.py` with one setting changed, for one step.
 
@@ -102,8 +108,7 @@ class CommandLine:
         """
         content, flags = fresh(self._content), []
         if place == "a flag":
-            text = yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
-            flags = [f"--{name.replace('.init_args', '')}={text}"]
+            flags = [f"--{name.replace('.init_args', '')}={as_flag(value)}"]
         else:
             *parents, last = name.split(".")
             node = content
@@ -129,6 +134,7 @@ def _serve(connection: Any) -> None:
                 os.chdir(Path(arguments[1]).parent)  # where a wrong path is made
                 os.dup2(output.fileno(), 1)
                 os.dup2(errors.fileno(), 2)
+                warnings.simplefilter("ignore")  # which LitGPT writes between our lines
                 status = 1
                 try:
                     from litgpt_moe_ext.cli.train import main

@@ -48,18 +48,6 @@ def leave_the_generators() -> None:
     random_state.restore = lambda _state, _device: True
 
 
-def save_within_a_step() -> None:
-    """Answer a signal before the gradients of a step are complete."""
-    from litgpt_moe_ext.training.loop import HookedLoop
-
-    def between(loop: Any, original: Callable[[Any], None] = HookedLoop._between_iterations) -> None:
-        if loop._stop_requests._received and loop.state["iter_num"] % 2:
-            loop.state["iter_num"] += 1
-        original(loop)
-
-    HookedLoop._between_iterations = between
-
-
 def round_the_weights() -> None:
     """Save weights in half the precision."""
     save = torch.save
@@ -80,7 +68,6 @@ FAULTS: dict[str, Callable[[], None]] = {
         forget_the_best,
         forget_the_average,
         leave_the_generators,
-        save_within_a_step,
         round_the_weights,
     )
 }

@@ -218,7 +218,7 @@ def _attend(ranks: list[_Rank], folder: Path, out_dir: Path, blow: Blow | None) 
     if blow is not None and blow.at_event is None:
         _strike(ranks, blow)
     _wait(ranks)
-    said = [(folder / f"output-{number}").read_text(errors="replace")[-3000:] for number in range(len(ranks))]
+    said = [file.read_text(errors="replace")[-3000:] for file in sorted(folder.glob("output-*"))]
     statuses = [rank.status for rank in ranks]
     if blow is None:
         assert not any(statuses), (statuses, said)

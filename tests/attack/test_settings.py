@@ -5,6 +5,7 @@ through the whole command line, chosen by seed (`MOE_TEST_SEED`).
 """
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import math
@@ -16,6 +17,7 @@ from typing import Any, get_type_hints
 import pytest
 import yaml
 
+from litgpt_moe_ext.cli import train
 from litgpt_moe_ext.cli.train import _make_config, main
 from litgpt_moe_ext.data import corpora as packages
 from litgpt_moe_ext.data.corpora.base import Corpus
@@ -23,7 +25,7 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import members
 from litgpt_moe_ext.training.checks import check_model
 from litgpt_moe_ext.training.optim.arguments import learning_rate_of
-from tests.attack.command_line import PLACES, CommandLine, settings_of_a_recipe
+from tests.attack.command_line import PLACES, CommandLine, as_flag, settings_of_a_recipe
 from tests.attack.values import VALUES, fresh, sections, sensible
 
 SEED = int(os.environ.get("MOE_TEST_SEED", "0"))
@@ -206,6 +208,29 @@ def test_a_section_without_lines_says_what_to_do(recipe, capsys):
 def test_flags_that_are_no_yaml(recipe, capsys, value):
     assert main(["--config", str(recipe()), "--train.max_steps", value]) == 2
     assert capsys.readouterr().err.startswith("error: train.max_steps: ")
+
+
+@pytest.mark.slow
+def test_every_field_through_the_parser(tmp_path, monkeypatch, capsys):
+    """As flags; the training is left out, and the parser is made once, so that many can be tried."""
+    parser, made = train.build_parser(train.litgpt_types()), []
+    monkeypatch.setattr(train, "build_parser", lambda _types: parser)
+    monkeypatch.setattr(train, "_train", made.append)
+    file = tmp_path / "recipe.yaml"
+    file.write_text("seed: 1\n")
+    names = [section.name_of(field.name) for section in sections() for field in dataclasses.fields(section)]
+    pairs = [(name, value) for name in names for value in VALUES]
+    for name, value in random.Random(SEED).sample(pairs, min(len(pairs), 6 * COUNT)):
+        made.clear()
+        status = main(["--config", str(file), f"--{name}={as_flag(value)}"])
+        error = capsys.readouterr().err
+        if made:
+            kept = functools.reduce(getattr, name.split("."), made[0])
+            assert sensible(name, kept), (name, value, kept)
+        else:
+            assert status == 2, (name, value)
+            assert error.startswith("error: "), (name, value, error)
+            assert error.count("\n") == 1, (name, value, error)
 
 
 @pytest.mark.slow
