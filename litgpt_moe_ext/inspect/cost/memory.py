@@ -166,8 +166,9 @@ def inference_memory(short: ShortModel, dtype: torch.dtype) -> InferenceMemory:
         return InferenceMemory(weights, short.total(model, _cache_bytes), activations.peak())
 
 
-# Numbers that torch's optimizers remember for each parameter, by their name without its prefix.
-_STATE = {"Adam": 2, "AdamW": 2}
+# Numbers that optimizers remember for each parameter, by their name without torch's prefix. Muon remembers one for
+# those of matrices; counting two errs on the safe side.
+_STATE = {"Adam": 2, "AdamW": 2, "litgpt_moe_ext.training.optim.muon.MuonAdamW": 2}
 
 
 def state_ratio(optimizer: str | dict[str, Any], dtype: torch.dtype) -> int:
