@@ -33,6 +33,7 @@ def make_gate(**changes):
 def run(gate, x, upstream, fused, seed=3, scale=0.25):
     """Return the decision, all gradients, and what is recorded, of a loss that a training loop scales."""
     gate.zero_grad()
+    before = {name: tensor.clone() for name, tensor in gate.state_dict().items()}
     x = x.detach().requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused_router, "works_on", lambda x: fused)
@@ -49,6 +50,7 @@ def run(gate, x, upstream, fused, seed=3, scale=0.25):
         result |= {"x": x.grad, **{name: p.grad for name, p in gate.named_parameters()}}
         update_routers([gate])
         result["record"] = gate.record
+        gate.load_state_dict(before)  # the update has moved the bias
     return {name: value.detach().clone() for name, value in result.items()}, routing
 
 
