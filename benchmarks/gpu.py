@@ -251,15 +251,26 @@ def make_layers(size: Size, bench: Bench) -> dict[str, nn.Module]:
         layers[backend] = moe
     layers["LLaMAMoE"] = LLaMAMoE(size.config("LLaMAMoE"))
     with contextlib.suppress(ImportError):
-        from transformers import MixtralConfig
-        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
-
-        names = {"num_local_experts": size.E, "num_experts_per_tok": size.K}
-        layers["HF"] = MixtralSparseMoeBlock(MixtralConfig(hidden_size=size.D, intermediate_size=size.F, **names))
+        layers["HF"] = hugging_face_layer(size)
     if importlib.util.find_spec("liger_kernel") is not None:
         layers["Liger"] = Liger(layers[next(iter(layers))])
     layers["dense"] = LLaMAMLP(size.config("LLaMAMLP"), size.K * size.F)
     return {name: layer.to(bench.device, bench.dtype) for name, layer in layers.items()}
+
+
+def hugging_face_layer(size: Size) -> nn.Module:
+    """Return Mixtral's layer; from transformers 5 on with the experts in grouped products, as its models have them."""
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    names = {"num_local_experts": size.E, "num_experts_per_tok": size.K}
+    config = MixtralConfig(hidden_size=size.D, intermediate_size=size.F, **names)
+    config._experts_implementation = "grouped_mm"
+    layer = MixtralSparseMoeBlock(config)
+    # A layer without its model is not initialized, and would route by what its memory held before.
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return layer
 
 
 class Liger(nn.Module):

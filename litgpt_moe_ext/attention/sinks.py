@@ -257,10 +257,14 @@ class _Flash(torch.autograd.Function):
 
 
 def _scale_in_place(out_BHTd: Tensor, gate_BHT1: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        # A compiler chooses the memory itself, and that of torch 2.11 loses every gradient of a function that returns
+        # what an operator has changed in place or only renamed.
+        scaled_BHTd = out_BHTd * gate_BHT1
+        return scaled_BHTd if scaled_BHTd.dtype == out_BHTd.dtype else scaled_BHTd.to(out_BHTd.dtype)
     # Nothing else refers to what a kernel has just returned, except a mode that watches operators: selective activation
-    # checkpointing may keep it for the recomputation. `torch.compile` makes its own graph of operators without side
-    # effects, whatever is written here.
-    if not torch.compiler.is_compiling() and is_in_torch_dispatch_mode():
+    # checkpointing may keep it for the recomputation.
+    if is_in_torch_dispatch_mode():
         out_BHTd = out_BHTd.clone()
     # A CPU multiplies two types after copying both to the larger one, which takes a sixth of the kernel's time for
     # 512 tokens in bfloat16. A GPU does it on the way.
