@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from litgpt_moe_ext.attention.kernels.calls import Call, Inputs, Result
 from litgpt_moe_ext.attention.kernels.choice import choose_kernel
 from litgpt_moe_ext.attention.kernels.registry import EAGER, KERNELS, Ability, functions_of, load_functions
+from litgpt_moe_ext.compiled import assume_constant_result
 
 load_functions()
 
@@ -143,11 +144,17 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device_type = tensors[0].device.type
     if (
         tensors[0].dtype == torch.float64
-        or not torch.amp.is_autocast_available(device_type)
+        or not _has_autocast(device_type)
         or not torch.is_autocast_enabled(device_type)
     ):
         return tensors
     return tuple(x.to(torch.get_autocast_dtype(device_type)) for x in tensors)
+
+
+@assume_constant_result
+def _has_autocast(device_type: str) -> bool:
+    # torch before 2.12 cannot trace the question.
+    return torch.amp.is_autocast_available(device_type)
 
 
 def _check_shapes(q: Tensor, k: Tensor, sinks: Tensor | None, causal: bool) -> None:

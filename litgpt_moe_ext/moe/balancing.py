@@ -23,7 +23,7 @@ Shape legend: N numbers, E experts, L layers.
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,7 +45,7 @@ class Tally:
     """
 
     def __init__(self, size: int) -> None:
-        self._leaf_N = _new_leaf(size, torch.device("cpu"))
+        self._leaf_N = _new_leaf(size, torch.get_default_device())
 
     def leaf_on(self, device: torch.device) -> Tensor:
         """Return the leaf, (N,) on `device`. What a backward pass gives as its gradient is added to the tally."""
@@ -55,6 +55,13 @@ class Tally:
             if sums_N is not None:
                 self._leaf_N.grad = sums_N.to(device, self._leaf_N.dtype)
         return self._leaf_N
+
+    def follow(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Go to the device to which `change`, given by `nn.Module._apply`, brings a router's tensors.
+
+        At the next batch would do, but for compilers, which cannot trace how a leaf is made.
+        """
+        self.leaf_on(change(torch.empty(0, device=self._leaf_N.device)).device)
 
     @property
     def pending(self) -> bool:

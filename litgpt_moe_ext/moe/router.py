@@ -4,6 +4,7 @@ Shape legend: T tokens, D model width, E experts, K chosen experts per token.
 """
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -262,6 +263,11 @@ class Router(nn.Module):
         batch = (counts_E, real_T, scores_TE, squares, *losses)
         return _CountInBackward.apply(step_loss, weights_TK, leaf_N, mean_E, *batch)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        super()._apply(fn, recurse)
+        self.tally.follow(fn)
+        return self
+
     def __setstate__(self, state: dict) -> None:
         # Copies and unpickled routers do not pass through `__init__`; their balance must be looked after as well.
         super().__setstate__(state)
@@ -303,6 +309,7 @@ class _CountInBackward(torch.autograd.Function):
         if ctx.step_loss is not None:
             shares, coef, place = ctx.step_loss
             slope_E = coef * len(mean_E) * shares.shares(counts_E).to(mean_E.dtype)
+            losses = [*losses]  # which is a tuple to torch 2.11's compiler
             losses[place] = slope_E.dot(mean_E)
             dmean_E = present_scale(grad_TK) * slope_E
         n_token = len(weights_TK) if real_T is None else real_T.sum()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.optim import lr_scheduler
 
+from litgpt_moe_ext.moe.balancing import leave_to_caller
 from litgpt_moe_ext.training.settings import ScheduleArgs, TrainArgs
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Schedule:
 
     def _rewind(self) -> None:
         self._optimizer = _Still([torch.zeros(1)], lr=self._peak)
+        leave_to_caller(self._optimizer)  # which is none that routers would wait for
         self._scheduler = self._make_scheduler()
         self._optimizer.step()  # torch warns of schedulers whose optimizer never stepped
         self._position = 0
