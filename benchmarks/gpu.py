@@ -58,6 +58,8 @@ from litgpt_moe_ext.moe.layer import SharedExpertMoE  # noqa: E402
 from litgpt_moe_ext.training.callbacks.telemetry import peak_flops  # noqa: E402
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+# Cycles of the device's clock before what is measured "ahead", 8 to 10 ms.
+_HEAD_START = 16_000_000
 RECIPES = ("quickstart", "code-moe-60m", "moe-200m-tinystories")
 BACKENDS = ("triton", "grouped_mm", "loop")
 
@@ -117,8 +119,14 @@ class Bench:
         print(f"({text})", flush=True)
         self.notes.append(text)
 
-    def medians(self, calls: dict[str, Callable[[], object]]) -> dict[str, float | None]:
-        """Return the median milliseconds of calls that take turns; None for those that fail."""
+    def medians(self, calls: dict[str, Callable[[], object]], ahead: bool = False) -> dict[str, float | None]:
+        """Return the median milliseconds of calls that take turns; None for those that fail.
+
+        Args:
+            calls: What to measure.
+            ahead: Whether the host has a head start, as in a training step, where it is layers ahead of the device.
+                Then only those who wait for the device are measured with the host's time.
+        """
         times: dict[str, list[float]] = {}
         for name, call in calls.items():
             if self.works(name, call):
@@ -126,7 +134,7 @@ class Bench:
                 times[name] = []
         for turn in range(self.rounds):
             for name in list(times) if turn % 2 == 0 else reversed(list(times)):
-                times[name].append(self._milliseconds(calls[name]))
+                times[name].append(self._milliseconds(calls[name], ahead))
             # Two of each are enough to go on with.
             if self.late and turn:
                 break
@@ -143,13 +151,27 @@ class Bench:
             return False
         return True
 
-    def _milliseconds(self, call: Callable[[], object]) -> float:
+    def host_ms(self, call: Callable[[], object]) -> float | None:
+        """Return how long the host takes to start a call, milliseconds; None without a device."""
+        if not self.is_cuda:
+            return None
+        times = []
+        for _ in range(5):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+            times.append(1e3 * (time.perf_counter() - start))
+        return statistics.median(times)
+
+    def _milliseconds(self, call: Callable[[], object], ahead: bool) -> float:
         if not self.is_cuda:
             start = time.perf_counter()
             call()
             return 1e3 * (time.perf_counter() - start)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        if ahead:
+            torch.cuda._sleep(_HEAD_START)
         start.record()
         call()
         end.record()
@@ -241,14 +263,8 @@ def make_layers(size: Size, bench: Bench) -> dict[str, nn.Module]:
     """Return our layer with every backend that works here, and those to compare it with."""
     layers: dict[str, nn.Module] = {}
     for backend in BACKENDS:
-        moe = SharedExpertMoE(size.config("SharedExpertMoE", expert_backend=backend))
-        try:
-            moe.experts.backend_for(torch.empty(1, size.D, device=bench.device, dtype=bench.dtype))
-        except SettingsError:
-            continue
-        moe.gate.reset_parameters()
-        moe.experts.reset_parameters()
-        layers[backend] = moe
+        with contextlib.suppress(SettingsError):
+            layers[backend] = make_layer(size, bench, backend)
     layers["LLaMAMoE"] = LLaMAMoE(size.config("LLaMAMoE"))
     with contextlib.suppress(ImportError):
         layers["HF"] = hugging_face_layer(size)
@@ -256,6 +272,15 @@ def make_layers(size: Size, bench: Bench) -> dict[str, nn.Module]:
         layers["Liger"] = Liger(layers[next(iter(layers))])
     layers["dense"] = LLaMAMLP(size.config("LLaMAMLP"), size.K * size.F)
     return {name: layer.to(bench.device, bench.dtype) for name, layer in layers.items()}
+
+
+def make_layer(size: Size, bench: Bench, backend: str) -> nn.Module:
+    """Return our layer with a backend; raises SettingsError where it does not work."""
+    moe = SharedExpertMoE(size.config("SharedExpertMoE", expert_backend=backend))
+    moe.experts.backend_for(torch.empty(1, size.D, device=bench.device, dtype=bench.dtype))
+    moe.gate.reset_parameters()
+    moe.experts.reset_parameters()
+    return moe.to(bench.device, bench.dtype)
 
 
 def hugging_face_layer(size: Size) -> nn.Module:
@@ -308,6 +333,37 @@ def bare_products(size: Size, T: int, bench: Bench) -> Callable[[], None]:
     return run
 
 
+def compile_kernels(job: tuple[Size | str, torch.dtype]) -> None:
+    """Compile what a layer or the step of a recipe needs, for the cache on the disk that other processes read."""
+    bench = Bench("cuda", False, 1.0)
+    bench.dtype = job[1]
+    if isinstance(job[0], Size):
+        size = job[0]
+        for T in (8, 2048, 16384):
+            x = torch.randn(1, T, size.D, device=bench.device, dtype=bench.dtype).requires_grad_()
+            layer = make_layer(size, bench, "triton")
+            forward_backward(layer, x)
+            with torch.no_grad():
+                layer(x)
+    else:
+        settings, micro_batch = recipe(job[0], bench.tiny)
+        batch = torch.randint(0, settings["vocab_size"], (micro_batch, settings["block_size"] + 1), device=bench.device)
+        Trainee(settings, bench, batch).step()
+    torch.cuda.synchronize()
+
+
+def warm_up(bench: Bench) -> None:
+    """Compile Triton's kernels on all cores first; one after the other they would take most of the time there is."""
+    import multiprocessing
+
+    jobs = [(thing, bench.dtype) for thing in (*SIZES, *RECIPES)]
+    with multiprocessing.get_context("spawn").Pool(min(len(jobs), os.cpu_count() or 1)) as pool:
+        for job in [pool.apply_async(compile_kernels, (job,)) for job in jobs]:
+            # Whatever fails here fails again, and is reported, where it is measured.
+            with contextlib.suppress(Exception):
+                job.get(timeout=90)
+
+
 def forward_backward(layer: nn.Module, x: Tensor) -> None:
     layer.zero_grad()
     x.grad = None
@@ -323,14 +379,15 @@ def experts_rows(bench: Bench) -> Iterator[dict[str, Any]]:
             layers = make_layers(size, bench)
             x = torch.randn(1, T, size.D, device=bench.device, dtype=bench.dtype).requires_grad_()
             calls = {name: partial(forward_backward, layer, x) for name, layer in layers.items()}
-            times = bench.medians({**calls, "products": bare_products(size, T, bench)})
+            times = bench.medians({**calls, "products": bare_products(size, T, bench)}, ahead=True)
             names = (*BACKENDS, "LLaMAMoE", "HF", "Liger", "dense", "products")
             best = min((times[name] for name in BACKENDS[:2] if times.get(name)), default=None)
             ratios = {
                 f"{name} / ours": times[name] / best if best and times.get(name) else None
-                for name in ("LLaMAMoE", "dense", "products")
+                for name in ("LLaMAMoE", "grouped_mm", "dense", "products")
             }
-            yield {"layer": size.name, "tokens": T, **{f"{n}, ms": times.get(n) for n in names}, **ratios}
+            host = {f"host, {name}": bench.host_ms(calls[name]) for name in (next(iter(calls)), "dense")}
+            yield {"layer": size.name, "tokens": T, **{f"{n}, ms": times.get(n) for n in names}, **ratios, **host}
 
 
 def router_rows(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -355,7 +412,7 @@ def router_rows(bench: Bench) -> Iterator[dict[str, Any]]:
             gate.zero_grad()
             gate(x).weights_TK.sum().backward()
 
-        row |= bench.medians({name: partial(run, gate) for name, gate in gates.items()})
+        row |= bench.medians({name: partial(run, gate) for name, gate in gates.items()}, ahead=True)
         fused, plain = row["fused, ms"], row["operators, ms"]
         yield row | {"operators / fused": plain / fused if plain and fused else None}
 
@@ -430,7 +487,7 @@ def attention_rows(bench: Bench) -> Iterator[dict[str, Any]]:
             calls: dict[str, Callable[[], object]] = {"SDPA": partial(run, sdpa)}
             for name, (sink, pattern) in patterns.items():
                 calls[name] = partial(run, partial(causal_attention, q, k, v, Softmax(sink, D**-0.5), **pattern))
-            times = bench.medians(calls)
+            times = bench.medians(calls, ahead=True)
             over = {f"{n} / SDPA": t / times["SDPA"] for n, t in times.items() if n != "SDPA" and t and times["SDPA"]}
             kind = "forward and backward" if backward else "forward"
             yield {"tokens": T, "pass": kind, "SDPA, ms": times["SDPA"], **over}
@@ -613,6 +670,8 @@ def main() -> None:
         new.replace(out)
 
     print("# " + found.get("card", "CPU") + "\n\n" + "\n".join(f"- {name}: {value}" for name, value in found.items()))
+    if bench.is_cuda and not arguments.resume:
+        warm_up(bench)
     have = {table["name"] for table in bench.tables}
     names = [name for name in arguments.only if name not in have]
     for i, name in enumerate(names):

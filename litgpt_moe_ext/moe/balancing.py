@@ -45,7 +45,7 @@ class Tally:
     """
 
     def __init__(self, size: int) -> None:
-        self._leaf_N = _new_leaf(size, torch.get_default_device())
+        self._leaf_N = _new_leaf(size, torch.device("cpu"))
 
     def leaf_on(self, device: torch.device) -> Tensor:
         """Return the leaf, (N,) on `device`. What a backward pass gives as its gradient is added to the tally."""

@@ -300,3 +300,15 @@ def test_metrics_of_several_layers():
     for i in range(2):
         assert sum(metrics[f"moe_load_{i:02}/expert_{e:02}"] for e in range(8)) == pytest.approx(8.0)
     assert metrics["moe/load_loss"] == sum(metrics[f"moe_layer_{i:02}/load_loss"] for i in range(2)) > 0
+
+
+def test_the_tally_goes_where_its_router_goes():
+    """Compilers cannot trace how the leaf of a tally is made, which would otherwise wait for the first batch."""
+    router = SharedExpertMoE(moe_config(router_bias_update_rate=0.01)).gate
+    assert router.tally.leaf_on(torch.device("cpu")).device.type == "cpu"
+    router.to("meta")
+    assert router.tally.take().device.type == "meta"
+    router.to_empty(device="cpu")
+    assert router.tally.take().device.type == "cpu"
+    router.half()
+    assert router.tally.take().dtype == torch.float64

@@ -3,7 +3,8 @@
 | name          | implementation                                                            | waits for the GPU   |
 | ------------- | ------------------------------------------------------------------------- | ------------------- |
 | `grouped_mm`  | torch's grouped product, native in bfloat16 on capabilities 9.x and 10.x  | where it is emulated |
-| `triton`      | the package's own kernels, from compute capability 7.5                    | no                  |
+| `triton`      | the package's own kernels, from compute capability 7.5; on Hopper in      | no                  |
+|               | bfloat16 the gradients of wide weights are torch's grouped product        |                     |
 | `grouped_cpu` | one expert after the other on a CPU, with a backward pass written by hand |                     |
 | `loop`        | one expert after the other with ordinary operators, everywhere            | in every layer      |
 
@@ -136,7 +137,9 @@ BACKENDS: dict[str, ExpertBackend] = {
 
 # The first row that covers a place decides. A compiler cannot see how many rows an expert has, which the loops ask.
 PREFERENCES: list[Preference] = [
-    Preference(("grouped_mm", "triton", "loop"), device="cuda", majors=(9, 10), dtypes=(torch.bfloat16,)),
+    # Measured on an H200, where Triton saves the copies of rows; nobody has measured the data centre's Blackwell yet.
+    Preference(("triton", "grouped_mm", "loop"), device="cuda", majors=(9,), dtypes=(torch.bfloat16,)),
+    Preference(("grouped_mm", "triton", "loop"), device="cuda", majors=(10,), dtypes=(torch.bfloat16,)),
     Preference(("triton", "loop"), device="cuda"),
     Preference(("triton", "loop"), device="hip"),
     Preference(("grouped_mm", "loop"), device="cpu", compiling=True),

@@ -1,8 +1,8 @@
 """The grouped products by `torch.nn.functional.grouped_mm`, with what goes around them by ordinary operators.
 
-torch has native grouped products for bfloat16 on compute capabilities 9.x and 10.x, on which they were NOT measured
-here; elsewhere it computes group by group and waits for the device. Rows of D and of F elements must be multiples of 16
-bytes long. Everything is added in a fixed order: adding into a row by its index would be atomic on a GPU.
+torch has native grouped products for bfloat16 on compute capabilities 9.x and 10.x; elsewhere it computes group by
+group and waits for the device. Rows of D and of F elements must be multiples of 16 bytes long. Everything is added in a
+fixed order: adding into a row by its index would be atomic on a GPU.
 
 The functions have the names, arguments and results of those in `litgpt_moe_ext.moe.kernels.triton`.
 
@@ -37,6 +37,25 @@ def sum_outer_products(outer: Outer, dtype: torch.dtype) -> Tensor:
     left = left.index_select(0, _tokens(plan)) if gather_left else left
     right = right.index_select(0, _tokens(plan)) if gather_right else right
     return F.grouped_mm(left.t(), right, offs=plan.ends).to(dtype)
+
+
+def sums_fast(outer: Outer) -> bool:
+    """Return whether torch makes gradients of weights faster than Triton's kernel: on Hopper, but for narrow weights.
+
+    Hopper's tensor cores read both operands of this product across their rows, which Triton does at half their speed.
+    What torch loses is a copy of the tokens in the order of experts, which counts the more the fewer outputs each of
+    them meets. On an H200 the times are equal at 512 of them (`benchmarks/RESULTS.md`).
+    """
+    left, right, _, gather_left, _ = outer
+    met = right.size(1) if gather_left else left.size(1)
+    return (
+        left.is_cuda
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(left.device)[0] == 9
+        and left.dtype == torch.bfloat16
+        and met > 512
+        and left.size(1) % 8 == right.size(1) % 8 == 0
+    )
 
 
 def sum_rows(x: Tensor, gates_TK: Tensor | None, plan: Plan, gather: bool, dtype: torch.dtype) -> Tensor:

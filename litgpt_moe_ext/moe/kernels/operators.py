@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.kernels import native
@@ -161,26 +162,59 @@ _SCHEMA_TYPES = {
 }  # fmt: skip
 
 
-def _operator(name: str, call: type, fake: Callable[[Any], Any], n_result: int = 1) -> Callable[[Callable], Any]:
-    """Make the decorated function an operator: it takes a named tuple, the operator takes the fields.
+class Operator:
+    """A torch operator whose arguments are the fields of a named tuple.
+
+    Called with these fields. Where something watches operators (a compiler, the FLOP counter, fake tensors, selective
+    checkpointing) it is the operator that runs; elsewhere the function behind it, because torch takes longer to get
+    from a Python operator to its function, and back through its gradient, than the GPU takes for a small layer.
 
     Args:
         name: Name of the operator.
         call: Class of the named tuple.
-        fake: Returns empty results of the right shape.
+        function: Takes the named tuple.
+        fake: Takes it too; returns empty results of the right shape.
         n_result: Number of tensors returned.
+
+    Attributes:
+        overload: The operator.
     """
 
-    def register(function: Callable[[Any], Any]) -> Any:
+    def __init__(
+        self, name: str, call: Any, function: Callable[[Any], Any], fake: Callable[[Any], Any], n_result: int
+    ) -> None:
         arguments = ", ".join(f"{_SCHEMA_TYPES[kind]} {field}" for field, kind in call.__annotations__.items())
         results = "Tensor" if n_result == 1 else "(" + ", ".join(["Tensor"] * n_result) + ")"
-        qualified = f"{_NAMESPACE}::{name}"
-        torch.library.define(qualified, f"({arguments}) -> {results}")
-        torch.library.impl(qualified, ("cpu", "cuda"), lambda *args: function(call(*args)))
-        torch.library.register_fake(qualified, lambda *args: fake(call(*args)))
-        return getattr(getattr(torch.ops, _NAMESPACE), name).default
+        self._name = f"{_NAMESPACE}::{name}"
+        self._function = lambda *args: function(call(*args))
+        torch.library.define(self._name, f"({arguments}) -> {results}")
+        torch.library.impl(self._name, ("cpu", "cuda"), self._function)
+        torch.library.register_fake(self._name, lambda *args: fake(call(*args)))
+        self.overload = getattr(getattr(torch.ops, _NAMESPACE), name).default
+        self._differentiated: Any = None
 
-    return register
+    def __call__(self, *args: Any) -> Any:
+        """Return what the function returns, as a tensor or a tuple of tensors."""
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or args[0].is_meta:
+            return self.overload(*args)
+        if not torch.is_grad_enabled():
+            return self._function(*args)
+        # An operator without gradient says so when it is asked for one; a function's result would pass for a constant.
+        return self.overload(*args) if self._differentiated is None else self._differentiated.apply(*args)
+
+    def set_gradient(self, backward: Callable[..., Any]) -> None:
+        """Make it differentiable; `backward` takes the context that `_keep` has filled, and gradients of results."""
+        torch.library.register_autograd(self._name, backward, setup_context=_keep)
+        methods = {
+            "forward": staticmethod(self._function),
+            "setup_context": staticmethod(_keep),
+            "backward": staticmethod(backward),
+        }
+        self._differentiated = type(self._name, (torch.autograd.Function,), methods)
+
+
+def _operator(name: str, call: type, fake: Callable[[Any], Any], n_result: int = 1) -> Callable[[Callable], Operator]:
+    return lambda function: Operator(name, call, function, fake, n_result)
 
 
 def _activation(call: Any) -> Any:
@@ -241,7 +275,8 @@ def sum_outer_products(call: OuterProduct) -> Tensor:
     """Return the gradient of weights, (E, O, I)."""
     plan = _plan(call, len(call.left if call.gather_left else call.right))
     outer = Outer(call.left, call.right, plan, call.gather_left, not call.gather_left)
-    return _engine(call).sum_outer_products(outer, call.dtype)
+    engine = native if native.sums_fast(outer) else _engine(call)
+    return engine.sum_outer_products(outer, call.dtype)
 
 
 @_operator("sum_rows", RowSum, lambda c: c.x.new_empty(c.ends_E.size(0), c.x.size(1), dtype=c.dtype))
@@ -336,8 +371,8 @@ def _bias_share(dy_TD: Tensor, bias_ED: Tensor, experts_TK: Tensor) -> Tensor:
     return by_expert_TE.gather(1, experts_TK)
 
 
-torch.library.register_autograd(f"{_NAMESPACE}::expert_up", _up_backward, setup_context=_keep)
-torch.library.register_autograd(f"{_NAMESPACE}::expert_down", _down_backward, setup_context=_keep)
+expert_up.set_gradient(_up_backward)
+expert_down.set_gradient(_down_backward)
 
 
 def _product_flops(rows: int, weight_shape: torch.Size) -> int:

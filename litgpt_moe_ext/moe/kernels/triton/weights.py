@@ -22,6 +22,7 @@ class _Form(NamedTuple):
     gather_left: bool
     gather_right: bool
     precision: str
+    wide: bool
 
 
 def sum_outer_products(outer: Outer, dtype: torch.dtype) -> Tensor:
@@ -30,7 +31,8 @@ def sum_outer_products(outer: Outer, dtype: torch.dtype) -> Tensor:
     sum_EOI = left.new_empty(plan.n_expert, left.size(1), right.size(1), dtype=dtype)
     tiles, precision = tiles_for(left.device, left.dtype)
     tile = tiles.for_weights(aligned=left.size(1) % 16 == right.size(1) % 16 == 0)
-    form = _Form(gather_left, gather_right, precision)
+    wide = max(x.size(0) * max(x.stride(0), 1) for x in (left, right)) >= 2**31
+    form = _Form(gather_left, gather_right, precision, wide)
     grid = (triton.cdiv(left.size(1), tile.out) * triton.cdiv(right.size(1), tile.inner), plan.n_expert)
     arguments = (rows_of(left), rows_of(right), stack_of(sum_EOI), plan, form, tile)
     launch(_sum_outer_products, grid, arguments, tile.warps, tile.stages)
@@ -61,6 +63,8 @@ def _sum_outer_products(left, right, out, plan, FORM: constexpr, TILE: constexpr
     o_N = (tl.program_id(0) // n_in_tile) * TILE.out + tl.arange(0, TILE.out)
     i_K = (tl.program_id(0) % n_in_tile) * TILE.inner + tl.arange(0, TILE.inner)
     first, end = _first_row(plan, expert), tl.load(plan.ends + expert)
+    # Half the registers where 32 bits suffice within an operand.
+    WORD: tl.constexpr = tl.int64 if FORM.wide else tl.int32  # pyrefly: ignore[bad-assignment]  # kernels have no types
     sum_NK = tl.full((TILE.out, TILE.inner), 0.0, tl.float32)
     # Where the rows of the next step are is looked up one step ahead: loads that wait for a load of the same step would
     # not be started early.
@@ -70,8 +74,8 @@ def _sum_outer_products(left, right, out, plan, FORM: constexpr, TILE: constexpr
         live_M = row_M < end
         token_M = next_M
         next_M = _token(plan, row_M + TILE.rows, end)
-        left_M = token_M if FORM.gather_left else row_M.to(tl.int64)
-        right_M = token_M if FORM.gather_right else row_M.to(tl.int64)
+        left_M = (token_M if FORM.gather_left else row_M).to(WORD)
+        right_M = (token_M if FORM.gather_right else row_M).to(WORD)
         left_NM = left.data + left_M[None, :] * left.stride + o_N[:, None]
         right_MK = right.data + right_M[:, None] * right.stride + i_K[None, :]
         a_NM = tl.load(left_NM, mask=live_M[None, :] & (o_N < out.n_out)[:, None], other=0.0)
