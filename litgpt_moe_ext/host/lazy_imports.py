@@ -4,14 +4,14 @@
 LitGPT for one running mean. torchmetrics imports torchvision, transformers' model classes, scikit-learn, pandas and
 scipy.signal. Lightning and LitGPT also import torch's compiler, to ask whether an object was compiled, to keep two
 methods from being compiled and to set options that only `--compile` needs. Together that is two thirds of the time to
-start.
+start. torch's FLOP counter imports Triton, to recognise its functions.
 
 `import litgpt` itself loads lightning and all that LitGPT can do, of which whoever only describes a model needs two
 modules.
 
 Nothing here pretends to be a module. The `__init__` of torchmetrics and of litgpt run, statement by statement, in their
 own module objects: what loads something big waits until somebody asks for a name or a submodule beyond a few, and then
-runs in its original order. Seven modules of lightning and LitGPT are executed from their own source with the few
+runs in its original order. Eight modules of lightning, LitGPT and torch are executed from their own source with the few
 expressions changed that load the compiler, or a converter: a class that `isinstance` asks about, and a function that
 tells whether code is being compiled, have stand-ins that are right as long as the compiler is not loaded and give way
 once it is.
@@ -64,30 +64,28 @@ WITHOUT_COMPILER = (
     "litgpt.generate.base",
     "litgpt.generate.speculative_decoding",
     "litgpt.generate.tp",
+    "torch.utils.flop_counter",
 )
 
 # Functions that a module takes from a big one and hardly ever calls: module, name, and where it comes from.
 CALLED_RARELY = {"litgpt.model": ("qkv_reassemble", "litgpt.scripts.convert_hf_checkpoint")}
 
 
-class _NotCompiled(type):
-    """The class of a class that has no instances until torch's compiler is loaded."""
+class _NotLoaded(type):
+    """The class of a class that stands for another, and has no instances until that is loaded."""
 
     def __instancecheck__(cls, instance: object) -> bool:
-        real = _optimized_module()
-        return real is not None and isinstance(instance, real)
+        return isinstance(instance, cls._loaded())
 
     def __subclasscheck__(cls, subclass: type) -> bool:
-        real = _optimized_module()
-        return real is not None and issubclass(subclass, real)
+        return issubclass(subclass, cls._loaded())
+
+    def _loaded(cls) -> type | tuple[()]:
+        return getattr(sys.modules.get(cls.__module__), cls.__name__, ())
 
 
-class OptimizedModule(metaclass=_NotCompiled):
-    """Stands for `torch._dynamo.OptimizedModule` until that is loaded."""
-
-
-def _optimized_module() -> type | None:
-    return getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", None)
+def _stand_in(module: str, name: str) -> type:
+    return _NotLoaded(name, (), {"__module__": module})
 
 
 def install() -> None:
@@ -155,7 +153,12 @@ def _is_compiling() -> bool:
 # What stands under which name in a module for what of torch's compiler, until that is loaded.
 _IS_COMPILING = "_litgpt_moe_ext_is_compiling"
 _STAND_INS: dict[str, tuple[str, str, Any]] = {
-    "OptimizedModule": ("torch._dynamo.eval_frame", "OptimizedModule", OptimizedModule),
+    "OptimizedModule": (
+        "torch._dynamo.eval_frame",
+        "OptimizedModule",
+        _stand_in("torch._dynamo.eval_frame", "OptimizedModule"),
+    ),
+    "_JITFunction": ("triton.runtime.jit", "JITFunction", _stand_in("triton.runtime.jit", "JITFunction")),
     _IS_COMPILING: ("torch._dynamo.external_utils", "is_compiling", _is_compiling),
 }
 
@@ -170,9 +173,13 @@ class _WithoutCompiler(ast.NodeTransformer):
         ]
         return node if node.names else None
 
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom | None:  # noqa: N802
-        names = [(alias.name, alias.asname) for alias in node.names]
-        return None if node.module == "torch._dynamo" and names == [("OptimizedModule", None)] else node
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.stmt:  # noqa: N802
+        names = [(node.module, alias.name, alias.asname) for alias in node.names]
+        stand_in = names in (
+            [("torch._dynamo", "OptimizedModule", None)],
+            [("triton.runtime.jit", "JITFunction", "_JITFunction")],
+        )
+        return ast.copy_location(ast.Pass(), node) if stand_in else node
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:  # noqa: N802
         # torch's own twin of the decorator, which loads the compiler when the function is called.

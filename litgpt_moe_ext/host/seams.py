@@ -191,6 +191,15 @@ SEAMS = (
         "lightning.pytorch.trainer.connectors.logger_connector.result", "_ResultCollection", "source",
         "Does not load torch's compiler.", "lightning decorates with a lazy twin",
     ),
+    Seam("torch.utils.flop_counter", "_JITFunction", "source", "Does not load Triton.", _LAZY),
+    Seam(
+        "torch", "compile", "run", "Returns what it is given where compiling does not work or pay.",
+        "torch.compile(disable=True) loads none",
+    ),
+    Seam(
+        "torch.optim", "Optimizer.step", "run", "Steps without asking the compiler to break its graph, which loads it.",
+        "torch does not load it for them",
+    ),
     Seam("litgpt.generate.base", "torch._dynamo", "source", "Does not load torch's compiler.", _LAZY),
     Seam("litgpt.generate.speculative_decoding", "torch._dynamo", "source", "Does not load torch's compiler.", _LAZY),
     Seam("litgpt.generate.tp", "torch._dynamo", "source", "Does not load torch's compiler.", _LAZY),

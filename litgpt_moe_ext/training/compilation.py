@@ -13,9 +13,11 @@ import platform
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from litgpt_moe_ext.config.features import MLP_CLASS_NAMES
+from litgpt_moe_ext.host.autoload import when_imported
+from litgpt_moe_ext.host.without_compiler import without_compiler
 
 if TYPE_CHECKING:
     from litgpt.config import Config
@@ -140,7 +142,34 @@ def compile_scope(decision: CompileDecision) -> Iterator[None]:
             with torch._dynamo.config.patch(suppress_errors=True):
                 yield
         else:
-            with torch.compiler.set_stance("force_eager"):
+            with _uncompiled():
                 yield
     finally:
         _in_scope = False
+
+
+@contextlib.contextmanager
+def _uncompiled() -> Iterator[None]:
+    # `torch.compile` and whatever torch keeps from being compiled load the compiler, 4 s of processor time, even where
+    # it is told to compile nothing.
+    import torch
+
+    original = torch.compile
+    with without_compiler(), contextlib.ExitStack() as stack:
+
+        def force_eager(_module: object) -> None:
+            if torch.compile is _leave_alone:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+
+        torch.compile = _leave_alone
+        try:
+            # Someone else may load it, or have loaded it and compiled something.
+            when_imported("torch._dynamo", force_eager)
+            yield
+        finally:
+            torch.compile = original
+
+
+def _leave_alone(model: Any = None, **_options: Any) -> Any:
+    """Return what `torch.compile` is given; without a model, a decorator that does the same."""
+    return _leave_alone if model is None else model

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import litgpt_moe_ext
+from litgpt_moe_ext.garbage import settled
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.training.equip import Equipment
@@ -74,7 +75,7 @@ def train(launched: Launched, start: Start, prepared: Prepared, equipment: Equip
     retention = Retention(settings.checkpoint, plan.out_dir, fabric, loop.writer.save)
     fabric.add_callback(Epochs(loop.writer.save if settings.checkpoint.every_epoch else None))
     fabric.add_callback(retention)
-    with explained(launched), loop.installed(), compile_scope(equipment.compile):
+    with explained(launched), loop.installed(), compile_scope(equipment.compile), settled():
         litgpt.pretrain.main(
             fabric=fabric,
             devices=launched.devices,

@@ -10,15 +10,39 @@ import litgpt.pretrain
 import litgpt_moe_ext.attention.layer
 import litgpt_moe_ext.moe.layer  # noqa: F401
 
-BIG = ("torchvision", "transformers", "sklearn", "pandas", "scipy", "torch._dynamo", "torch._inductor")
-report = {"loaded": [name for name in BIG if name in sys.modules]}
+BIG = (
+    "torchvision", "transformers", "sklearn", "pandas", "scipy", "torch._dynamo", "torch._inductor",
+    "torch.distributed.tensor", "triton.runtime.jit",
+)  # fmt: skip
+report = {}
 
 import torch  # noqa: E402
+import torch.utils.flop_counter  # noqa: E402
 import torchmetrics  # noqa: E402
 from lightning import Fabric  # noqa: E402
 from lightning.fabric import wrappers  # noqa: E402
 from litgpt.generate import base  # noqa: E402
 from torchmetrics.aggregation import MeanMetric  # noqa: E402
+
+import litgpt_moe_ext.training.equip  # noqa: E402, F401
+from litgpt_moe_ext.host.optimizer_step import step_without_compiler  # noqa: E402
+from litgpt_moe_ext.training.compilation import CompileDecision, compile_scope  # noqa: E402
+
+# A training step of a run that compiles nothing.
+torch.manual_seed(0)
+with compile_scope(CompileDecision(False, "test")):
+    model = torch.nn.Linear(2, 2)
+    eager = torch.compile(model)
+    as_decorator = torch.compile(dynamic=True)(sorted)
+    optimizer = torch.optim.AdamW(eager.parameters(), lr=0.1)
+    optimizer.register_step_post_hook(lambda *_: report.setdefault("hooked", True))
+    step_without_compiler(optimizer)
+    eager(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+report["stepped"] = [model.weight.tolist(), model.weight.requires_grad]
+report["left alone"] = [eager is model, as_decorator is sorted]
+report["loaded"] = [name for name in BIG if name in sys.modules]
 
 # Before torch's compiler is loaded.
 plain = torch.nn.Linear(2, 2)
@@ -27,6 +51,7 @@ report["nothing is compiled"] = [
     wrappers.is_wrapped(plain),
     wrappers.is_wrapped(Fabric(accelerator="cpu", devices=1).setup(plain)),
 ]
+report["no Triton function"] = isinstance(sorted, torch.utils.flop_counter._JITFunction)
 report["sample"] = base.multinomial_num_samples_1(torch.tensor([0.0, 1.0, 0.0])).item()
 report["version"] = torchmetrics.__version__
 report["one class"] = [
@@ -89,6 +114,9 @@ report["compiled"] = [
     torch.compile(lambda x: x + torch._dynamo.is_compiling(), backend="eager")(torch.zeros(1)).item(),
     torch._inductor.config.coordinate_descent_tuning,
 ]
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+report["Triton function"] = torch.utils.flop_counter._JITFunction is JITFunction
 reloaded = importlib.reload(torchmetrics)
 report["reload"] = reloaded is torchmetrics and reloaded.Accuracy is not None
 

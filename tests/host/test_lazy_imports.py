@@ -35,6 +35,8 @@ def test_litgpt_loads_nothing_needless(lazy):
     assert lazy["accuracy"] == [0.75, 0.75]
     assert lazy["attributes"] == lazy["public"] == []
     assert lazy["compiled"][:4] == [True] * 4
+    assert lazy["left alone"] == [True, True]
+    assert [lazy[name] for name in ("hooked", "Triton function", "no Triton function")] == [True, True, False]
 
 
 @pytest.mark.slow

@@ -11,12 +11,11 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.checkpoint.progress import MODEL_FILE, STATE_FILE
-from litgpt_moe_ext.training.parallel.fully_sharded import like
+from litgpt_moe_ext.training.optim.shards import is_shard, like
 from litgpt_moe_ext.training.settings import EmaArgs
 
 FOLDER = "ema"
@@ -45,7 +44,7 @@ class WeightAverage(Callback):
         self._average = {name: weight.clone().float() for name, weight in weights.items()}
         # Sharded and whole tensors do not mix in one fused call.
         for sharded in (False, True):
-            names = [name for name, weight in weights.items() if isinstance(weight, DTensor) == sharded]
+            names = [name for name, weight in weights.items() if is_shard(weight) == sharded]
             if names:
                 self._columns.append(([self._average[name] for name in names], [weights[name] for name in names]))
         if resume_dir is None:
@@ -69,7 +68,7 @@ class WeightAverage(Callback):
         whole = {}
         for name, average in self._average.items():
             # One after the other to the CPU of the first rank: together they may be more than a GPU has room for.
-            tensor = average.full_tensor() if isinstance(average, DTensor) else average
+            tensor = average.full_tensor() if is_shard(average) else average
             if self._fabric.is_global_zero:
                 whole[name] = tensor.cpu()
         if not self._fabric.is_global_zero:

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.optim.adamw import adamw
 
 from litgpt_moe_ext.training.optim.parameter_groups import MATRIX_PARTS
+from litgpt_moe_ext.training.optim.shards import is_shard
 
 # Quintic Newton-Schulz coefficients of the reference, chosen for the steepest slope at zero.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -132,8 +132,10 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def _each_matrix(update: Tensor, rows: int, function: Callable[[Tensor], Tensor]) -> Tensor:
-    if not isinstance(update, DTensor):
+    if not is_shard(update):
         return _in_batches(update, rows, function)
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
     mesh, placements = update.device_mesh, update.placements
     if update.dim() == 3 and all(placement.is_replicate() or placement.is_shard(0) for placement in placements):
         # Stacked experts that are cut between experts: every rank has whole matrices.

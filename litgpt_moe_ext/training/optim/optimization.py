@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from litgpt.utils import instantiate_torch_optimizer
 
+from litgpt_moe_ext.host.optimizer_step import step_without_compiler
 from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.optim.muon import MuonAdamW
 from litgpt_moe_ext.training.optim.parameter_groups import group_parameters, scale_rates
@@ -47,6 +48,7 @@ class Optimization(Callback):
         if "fused" not in given and "foreach" not in given and not self._scaled and self._can_fuse(optimizer):
             extra["fused"] = True
         made = _instantiate(optimizer, groups, **extra)
+        step_without_compiler(made)
         if not self._in_pieces:
             made.register_step_pre_hook(scale_rates)
         return made

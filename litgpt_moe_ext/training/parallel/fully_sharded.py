@@ -18,9 +18,10 @@ from lightning.fabric.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard
 
 from litgpt_moe_ext.moe.metrics import routers_of
+from litgpt_moe_ext.training.optim.shards import is_shard, like
 from litgpt_moe_ext.training.parallel.behaviour import Behaviour, as_the_model_names_them
 from litgpt_moe_ext.training.parallel.facts import StrategyFacts
 from litgpt_moe_ext.training.settings import DistributedArgs
@@ -108,7 +109,7 @@ class FullyShardedStrategy(Behaviour, ModelParallelStrategy):
     def clip_gradients_norm(self, *args: Any, **kwargs: Any) -> Tensor:
         """Clip as Lightning does; return the norm over all shards as a plain tensor."""
         norm = super().clip_gradients_norm(*args, **kwargs)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return norm.full_tensor() if is_shard(norm) else norm
 
     def load_weights(self, model: nn.Module, weights: Mapping[str, Tensor], strict: bool = True) -> None:
         """Give a sharded model other weights; every rank copies its shards out of the whole tensors."""
@@ -135,10 +136,3 @@ def placement_among(ranks: int) -> Callable[[nn.Parameter], Shard | None]:
         return next((Shard(dim) for dim in (1, 2) if parameter.size(dim) % ranks == 0), None)
 
     return placement
-
-
-def like(whole: Tensor, tensor: Tensor) -> Tensor:
-    """Return a whole tensor, which every rank has, sharded as `tensor` is; without communication."""
-    if not isinstance(tensor, DTensor):
-        return whole
-    return distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)

@@ -3,7 +3,6 @@
 from typing import Any
 
 from litgpt_moe_ext.training.parallel.facts import facts_of
-from litgpt_moe_ext.training.parallel.fully_sharded import FullyShardedStrategy
 from litgpt_moe_ext.training.parallel.requirements import check_strategy
 from litgpt_moe_ext.training.parallel.whole_model import ReplicatedStrategy, SingleProcessStrategy
 from litgpt_moe_ext.training.settings import DistributedArgs, StrategyName
@@ -31,5 +30,7 @@ def make_strategy(name: StrategyName, processes: int, nodes: int, args: Distribu
     if processes == 1:
         return SingleProcessStrategy(accelerator)
     if "weights" in facts.shards:
+        from litgpt_moe_ext.training.parallel.fully_sharded import FullyShardedStrategy
+
         return FullyShardedStrategy(facts, processes, nodes, args)
     return ReplicatedStrategy(accelerator, args)
