@@ -8,7 +8,6 @@ of any of these for several values, `| None` where `null` may be given. Its line
 
 import argparse
 import dataclasses
-import difflib
 import types
 from collections.abc import Sequence
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -16,6 +15,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 from jsonargparse.typing import restricted_number_type
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.suggestions import did_you_mean
 
 AtLeastTwo = restricted_number_type("AtLeastTwo", int, (">=", 2))
 
@@ -47,7 +47,7 @@ def read_arguments(command: type[Arguments], program: str, given: Sequence[str])
     parser = build_parser(command, program)
     values, unknown = parser.parse_known_args([_with_underscores(argument) for argument in given])
     if unknown:
-        raise SettingsError(_describe_unknown(unknown[0], list(get_type_hints(command))))
+        raise SettingsError(_describe_unknown(unknown[0], command))
     types_ = get_type_hints(command)
     return command(**{name: _convert(name, types_[name], value) for name, value in vars(values).items()})
 
@@ -69,7 +69,7 @@ def build_parser(command: type, program: str) -> argparse.ArgumentParser:
     for field in dataclasses.fields(command):
         options: dict[str, Any] = {"help": _help(texts[field.name], field), "metavar": _placeholder(hints[field.name])}
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        is_positional = field.metadata.get("positional", required)
+        is_positional = _is_positional(field)
         if is_positional:
             options["metavar"] = field.name.upper()
         elif required:
@@ -95,12 +95,21 @@ def _with_underscores(argument: str) -> str:
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else argument
 
 
-def _describe_unknown(argument: str, names: Sequence[str]) -> str:
+def _describe_unknown(argument: str, command: type) -> str:
     if not argument.startswith("--"):
         return f"{argument!r} is one argument too many"
     name = argument[2:].partition("=")[0]
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"--{name} is unknown" + (f"; did you mean --{near[0]}?" if near else f"; known are --{', --'.join(names)}")
+    fields = dataclasses.fields(command)
+    if any(field.name == name for field in fields if _is_positional(field)):
+        return f"--{name} is unknown; {name.upper()} is given by its place, without a name"
+    flags = [f"--{field.name}" for field in fields if not _is_positional(field)]
+    hint = did_you_mean(f"--{name}", flags) or f"; known are {', '.join(flags)}"
+    return f"--{name} is unknown{hint}"
+
+
+def _is_positional(field: dataclasses.Field) -> bool:
+    required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    return field.metadata.get("positional", required)
 
 
 def _help(text: str, field: dataclasses.Field) -> str:

@@ -1,6 +1,5 @@
 """The entry point of `litgpt-moe`: a table of commands, each of which is imported only when it is called."""
 
-import difflib
 import importlib
 import os
 import sys
@@ -9,6 +8,8 @@ from typing import NamedTuple
 
 from litgpt_moe_ext.cli.errors import exit_status
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.garbage import collect_rarely
+from litgpt_moe_ext.suggestions import did_you_mean
 
 
 class Command(NamedTuple):
@@ -67,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0 success, 1 the answer is no, 2 a setting or an input is wrong, 130 after Ctrl-C.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return exit_status(lambda: _run(given))
+    with collect_rarely():
+        return exit_status(lambda: _run(given))
 
 
 def load(command: Command) -> type:
@@ -102,9 +104,8 @@ def _find(name: str) -> Command:
     by_name = {command.name: command for command in COMMANDS}
     if name not in by_name:
         known = [_TRAIN[0], *by_name]
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-        raise SettingsError(f"{name!r} is not a command of {_PROGRAM}; {hint}")
+        hint = did_you_mean(name, known) or f"; known are {', '.join(known)}"
+        raise SettingsError(f"{name!r} is not a command of {_PROGRAM}{hint}")
     return by_name[name]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 
 from litgpt_moe_ext.errors import SettingsError, one_line
+from litgpt_moe_ext.suggestions import did_you_mean_recipe
 
 _DEEPEST, _LARGEST = 50, 100_000
 """How deep the nodes of a recipe may lie in one another, and how many it may have with every alias written out."""
@@ -21,7 +22,8 @@ def check_recipe(file: Path) -> None:
     except UnicodeDecodeError as error:
         raise SettingsError(f"--config: {str(file)!r} is not a text file ({error})") from error
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise SettingsError(f"--config: {str(file)!r} cannot be read ({_reason(error)})") from error
+        hint = "" if file.exists() else did_you_mean_recipe(file)
+        raise SettingsError(f"--config: {str(file)!r} cannot be read ({_reason(error)}){hint}") from error
     document = compose(f"--config: {str(file)!r}", text)
     if not isinstance(document, yaml.MappingNode):
         holds = "is empty" if document is None else "holds no settings"

@@ -19,6 +19,7 @@ from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import members
+from litgpt_moe_ext.garbage import collect_rarely
 from litgpt_moe_ext.training.settings import Section, Settings
 from litgpt_moe_ext.training.settings.section import attribute_docs, default_of
 
@@ -267,11 +268,17 @@ def main(arguments: Sequence[str] | None = None, default_config: Path = Path("co
         print_help()
         return 0
     _prepare_environment()
+    with collect_rarely():
+        return _run(arguments, default_config)
+
+
+def _run(arguments: list[str], default_config: Path) -> int:
     given = None
     try:
         types = litgpt_types()
-        if any(argument.partition("=")[0].endswith(".help") for argument in arguments):
-            build_parser(types).parse_args(arguments)  # as `--data.help CLASS`; ends the program
+        if helps := [index for index, name in enumerate(arguments) if name.partition("=")[0].endswith(".help")]:
+            _help_of_class(build_parser(types), arguments[helps[0] : helps[0] + 2])
+            return 0
         printed = [a.partition("=")[2] for a in arguments if a.partition("=")[0] == "--print_config"]
         arguments = [a for a in arguments if a.partition("=")[0] != "--print_config"]
         given = read_given(arguments, default_config, annotations(types))
@@ -282,6 +289,28 @@ def main(arguments: Sequence[str] | None = None, default_config: Path = Path("co
         return _train(make_settings(parser, parsed))
     except SettingsError as error:
         return report(error, given)
+
+
+def _help_of_class(parser: Any, arguments: list[str]) -> None:
+    # `--data.help CLASS`, of this package's classes without the package.
+    import jsonargparse
+
+    from litgpt_moe_ext import data
+
+    name, equals, given = arguments[0].partition("=")
+    given = given if equals else "".join(arguments[1:])
+    if name != "--data.help":
+        raise SettingsError(f"{name}: no class has settings here; --data.help CLASS shows those of a data module")
+    if not given:
+        raise SettingsError(f"--data.help: needs a class, --data.help CLASS: {', '.join(data.MODULES)}")
+    try:
+        parser.parse_args([f"{name}={given if '.' in given else f'{data.__name__}.{given}'}"])
+    except SystemExit:  # after printing
+        return
+    except jsonargparse.ArgumentError as error:
+        raise SettingsError(
+            f"--data.help: {given} must be the import path of a class, or one of {', '.join(data.MODULES)}"
+        ) from error
 
 
 def _dump(parser: Any, parsed: Any, flags: Sequence[str]) -> str:

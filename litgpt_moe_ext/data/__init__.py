@@ -21,6 +21,8 @@ _HOMES = {
     "TokenShards": "modules.token_shards",
     "WandbCorpus": "corpora.prepared",
 }
+# Those that recipes name.
+MODULES = tuple(name for name in _HOMES if name not in ("DocumentCorpus", "TokenLoader"))
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 import yaml
 
 from litgpt_moe_ext.errors import SettingsError, one_line
+from litgpt_moe_ext.suggestions import did_you_mean, did_you_mean_recipe
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
@@ -120,8 +121,13 @@ def load_recipe(path: Path) -> Recipe:
         settings = read_yaml(hyperparameters) if hyperparameters.is_file() else {}
         return Recipe(cast("Config", LitGPTConfig.from_file(path / "model_config.yaml")), settings)
     if not path.is_file():
-        raise SettingsError(f"recipe: {str(path)!r} must be a recipe (YAML file) or a checkpoint directory")
+        hint = did_you_mean_recipe(path) or "; `litgpt-moe init` lists recipes and writes one"
+        raise SettingsError(f"recipe: {str(path)!r} must be a recipe (YAML file) or a checkpoint directory{hint}")
     settings = read_yaml(path)
+    known = LitGPTConfig.__dataclass_fields__
+    for name in settings.get("model_config") or {}:
+        if name not in known:
+            raise SettingsError(f"model_config.{name}: no setting has this name{did_you_mean(name, known)} ({path})")
     try:
         if settings.get("model_config"):
             return Recipe(cast("Config", LitGPTConfig(**settings["model_config"])), settings)

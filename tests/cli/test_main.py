@@ -76,10 +76,20 @@ def test_every_setting_of_a_command_is_explained(command, capsys):
         (["schedule", "x", "--compare", "wsd", "wsdd"], "compare: wsdd must be one of cosine"),
         (["chatt"], "'chatt' is not a command of litgpt-moe; did you mean chat?"),
         (["init", "nothing"], "recipe: nothing must be one of code-moe-60m"),
+        (["init", "quickstart", "--out", "x"], "--out is unknown; OUT is given by its place, without a name"),
+        (["model-card", "quikstart.yaml"], "did you mean quickstart.yaml?"),
+        (["doctor", "typo.yaml"], "model_config.n_embed: no setting has this name; did you mean n_embd? (typo.yaml)"),
+        (["train", "--config", "quikstart"], "(No such file or directory); did you mean quickstart.yaml?"),
+        (["train", "--data.help", "TextCorpu"], "--data.help: TextCorpu must be the import path of a class, or one of"),
+        (["train", "--data.help"], "--data.help: needs a class"),
+        (["train", "--optimizer.help", "AdamW"], "--optimizer.help: no class has settings here"),
+        (["init", "quickstart", "/proc/x/y.yaml"], "/proc/x/y.yaml cannot be written (No such file or directory); free some space, or name another place"),
     ],
 )
 def test_wrong_settings_are_one_line_and_status_2(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart.yaml").write_text("model_name: pythia-14m\n")
+    (tmp_path / "typo.yaml").write_text("model_config: {n_embed: 8}\n")
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ")
