@@ -53,6 +53,18 @@ def count_flops(config: Any, length: int, training: bool) -> int:
         length: Tokens of the sequence.
         training: Whether to count the backward pass as well.
     """
+    forward, both = count_flops_of_passes(config, length, backward=training)
+    return both if training else forward
+
+
+def count_flops_of_passes(config: Any, length: int, backward: bool = True) -> tuple[int, int]:
+    """Return the same of the forward pass, and of both passes together.
+
+    Args:
+        config: A `litgpt.Config`.
+        length: Tokens of the sequence.
+        backward: Whether to count the backward pass; without it, both numbers are those of the forward pass.
+    """
     import torch
     import torch.nn.functional as F
 
@@ -64,6 +76,7 @@ def count_flops(config: Any, length: int, training: bool) -> int:
     inputs, targets = ids[:, :-1], ids[:, 1:]
     with FlopCounter() as counter:
         logits = model(inputs)
-        if training:
+        forward = counter.total
+        if backward:
             F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
-    return counter.total
+    return forward, counter.total

@@ -53,10 +53,16 @@ class ShortModel:
 
     def extrapolate(self, measure: "Callable[[Config], int]") -> int:
         """Return a measure of the whole model that grows by the same amount with every period."""
-        whole = measure(self.config)
+        (total,) = self.extrapolate_each(lambda config: (measure(config),))
+        return total
+
+    def extrapolate_each(self, measures: "Callable[[Config], Sequence[int]]") -> list[int]:
+        """Return several such measures, which are taken together."""
+        whole = measures(self.config)
         if not self.left_out:
-            return whole
-        return whole + self.left_out * (whole - measure(_with_layers(self.config, self.config.n_layer - self.period)))
+            return list(whole)
+        shorter = measures(_with_layers(self.config, self.config.n_layer - self.period))
+        return [long + self.left_out * (long - less) for long, less in zip(whole, shorter, strict=True)]
 
 
 def blocks_of(model: "nn.Module") -> "list[nn.Module]":

@@ -1,5 +1,6 @@
 """What a model costs: parameters, arithmetic, memory. Computed from its configuration, before anything is trained."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,7 +16,7 @@ from litgpt_moe_ext.inspect.cost.memory import PRECISIONS, Step, TrainingMemory,
 from litgpt_moe_ext.inspect.cost.sharding import STRATEGIES, block_sizes, process_memory
 from litgpt_moe_ext.inspect.recipes import Recipe
 from litgpt_moe_ext.meta_models import meta_model
-from litgpt_moe_ext.model_size import count_flops, count_parameters
+from litgpt_moe_ext.model_size import count_flops_of_passes, count_parameters
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import Mode
 
 if TYPE_CHECKING:
@@ -112,11 +113,8 @@ def make_card(
     inference = {name: inference_memory(short, dtype) for name, dtype in INFERENCE_DTYPES.items()}
     sizes = block_sizes(short, PRECISIONS[precision][0].itemsize)
     processes = {name: process_memory(training[precision], sizes, name, devices, num_nodes) for name in STRATEGIES}
-    state_bytes = partial(_state_bytes, short, tie_embeddings=recipe.tie_embeddings)
-    flops = {
-        training: short.extrapolate(partial(count_flops, length=length, training=training)) / length
-        for training in (False, True)
-    }
+    state_bytes = functools.cache(partial(_state_bytes, short, tie_embeddings=recipe.tie_embeddings))
+    forward, both = short.extrapolate_each(partial(count_flops_of_passes, length=length))
     return ModelCard(
         name=config.name or "model",
         parameters_total=size.total,
@@ -128,8 +126,8 @@ def make_card(
         block_size=config.block_size,
         optimizer=_optimizer_name(recipe.optimizer),
         **recipe.memory_savers,
-        flops_per_token_forward=flops[False],
-        flops_per_token_training=flops[True],
+        flops_per_token_forward=forward / length,
+        flops_per_token_training=both / length,
         training={name: {**memory._asdict(), "total": memory.total} for name, memory in training.items()},
         precision=precision,
         activations={
