@@ -37,6 +37,29 @@ def document_lengths(shards: Sequence[np.ndarray], eos_id: int) -> np.ndarray:
     return np.diff(borders)
 
 
+def first_documents(shards: Sequence[np.ndarray], count: int, eos_id: int) -> Sequence[np.ndarray]:
+    """Return shards with the first documents of a stream, whose ends are `eos_id`, and no others."""
+    kept = []
+    for shard in shards:
+        ends = np.flatnonzero(np.asarray(shard) == eos_id)
+        if len(ends) >= count:
+            return [*kept, shard[: ends[count - 1] + 1]]
+        kept.append(shard)
+        count -= len(ends)
+    return kept
+
+
+def first_tokens(shards: Sequence[np.ndarray], count: int) -> Sequence[np.ndarray]:
+    """Return shards with the first tokens of a stream, and no others."""
+    kept = []
+    for shard in shards:
+        kept.append(shard[:count])
+        count -= len(kept[-1])
+        if not count:
+            break
+    return kept
+
+
 def cut_documents(lengths: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Cut documents into pieces that fit a window of `block_size + 1` tokens.
 

@@ -7,6 +7,7 @@ import tarfile
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -302,6 +303,15 @@ def test_a_prepared_corpus_elsewhere(tmp_path):
     prepared.connect(batch_size=2, max_seq_length=16)
     prepared.setup()
     assert next(iter(prepared.train_dataloader())).shape == (2, 17)
+    whole, validating = (np.concatenate(shards) for shards in prepared.open_shards())
+    ends = np.flatnonzero(whole == prepared._manifest()["eos_id"]) + 1
+    part = PreparedCorpus(moved, train_count=3)
+    train, val = (np.concatenate(shards) for shards in part.open_shards())
+    np.testing.assert_array_equal(train, whole[: ends[2]])
+    np.testing.assert_array_equal(val, validating)
+    assert prepared.unigram_loss > 0
+    assert part.unigram_loss is None
+    assert part.corpus_id == f"{prepared.corpus_id}:3 documents"
     with pytest.raises(ValueError, match="corpus_dir: '.*' has no manifest.json, so it is not a prepared corpus"):
         PreparedCorpus(tmp_path).prepare_data()
 

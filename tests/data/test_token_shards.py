@@ -51,6 +51,20 @@ def test_named_train_and_val(tmp_path, capsys):
     assert "To validate on: 1 shard(s), edu_val_000000.npy, 40 tokens" in output
 
 
+def test_the_first_tokens(tmp_path, capsys):
+    tokens = write(tmp_path, {"val.bin": 20, "train_1.bin": 20, "train_2.bin": 20})
+    data = TokenShards(tmp_path, train_count=33, val_count=9, shuffle=False)
+    train, val = loaders(data)
+    assert torch.cat(list(val))[:, :-1].flatten().tolist() == tokens[:8].tolist()
+    assert torch.cat(list(train))[:, :-1].flatten().tolist() == tokens[20:52].tolist()
+    assert "train_1.bin .. train_2.bin, 33 tokens" in capsys.readouterr().out
+    whole = TokenShards(tmp_path)
+    whole.open_shards()
+    assert whole.corpus_id != data.corpus_id
+    with pytest.raises(ValueError, match="data.train_count: 0 must be an integer of at least 1"):
+        TokenShards(tmp_path, train_count=0)
+
+
 def test_the_first_validates_where_no_name_says_so(tmp_path):
     write(tmp_path, {"shard_2.bin": 20, "shard_10.bin": 20, "shard_1.bin": 20})
     (tmp_path / "readme.txt").write_text("x")

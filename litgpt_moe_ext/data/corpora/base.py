@@ -39,6 +39,11 @@ class Corpus:
         """
         raise NotImplementedError
 
+    @property
+    def reading(self) -> tuple[int | None, int | None]:
+        """Documents of a prepared corpus to train on and to validate on, the first ones; None for all."""
+        return None, None
+
     def planned_vocabulary(self) -> tuple[str, int] | None:
         """Return the setting that decides the size of the vocabulary, with its value, and the size.
 

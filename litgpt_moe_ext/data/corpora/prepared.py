@@ -8,10 +8,26 @@ from litgpt_moe_ext.data.corpora.base import Corpus
 from litgpt_moe_ext.data.pipeline.store import MANIFEST, read_manifest
 from litgpt_moe_ext.data.pipeline.wandb_artifacts import check_reference, download
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.field_types import PositiveInt
+
+
+@dataclass(kw_only=True)
+class FinishedCorpus(Corpus):
+    """A corpus that is read as it was prepared, or the beginning of it."""
+
+    train_count: PositiveInt | None = None
+    """Train on this many documents, the first. Default: all."""
+    val_count: PositiveInt | None = None
+    """Validate on this many documents, the first. Default: all."""
+
+    @property
+    def reading(self) -> tuple[int | None, int | None]:
+        """See `Corpus.reading`."""
+        return self.train_count, self.val_count
 
 
 @dataclass
-class PreparedCorpus(Corpus):
+class PreparedCorpus(FinishedCorpus):
     """A finished corpus: a folder with a tokenizer, shards and a manifest."""
 
     corpus_dir: Path
@@ -28,7 +44,7 @@ class PreparedCorpus(Corpus):
 
 
 @dataclass
-class WandbCorpus(Corpus):
+class WandbCorpus(FinishedCorpus):
     """A prepared corpus that is downloaded from W&B.
 
     If a W&B run is active, as with `logger_name: wandb`, the artifact becomes an input of it.
@@ -47,7 +63,7 @@ class WandbCorpus(Corpus):
     def instead_of(cls, data: Any, reference: str, artifacts_dir: Path | None) -> "WandbCorpus":
         """Return the corpus of `reference`, read as the data module of a recipe (or None) would be."""
         corpus = cls(reference) if artifacts_dir is None else cls(reference, artifacts_dir)
-        for name in ("packing", "shuffle", "seed"):
+        for name in ("packing", "shuffle", "seed", "train_count", "val_count"):
             if hasattr(data, name):
                 setattr(corpus, name, getattr(data, name))
         return corpus

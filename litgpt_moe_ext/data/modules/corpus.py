@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from litgpt_moe_ext.data.corpora.base import Corpus, full_docstring
 from litgpt_moe_ext.data.modules.base import TokenModule, is_first_rank
-from litgpt_moe_ext.data.packing import document_lengths, pack
+from litgpt_moe_ext.data.packing import document_lengths, first_documents, pack
 from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR, open_corpus, read_manifest
 from litgpt_moe_ext.data.windows import DocumentWindows, StreamWindows, Windows
 from litgpt_moe_ext.errors import SettingsError
@@ -71,7 +71,12 @@ class CorpusModule(Corpus, TokenModule):
     def open_shards(self) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
         """See `TokenModule.open_shards`."""
         self.prepare_data()  # reuses; where only rank 0 was asked to prepare, this finds its result
-        return open_corpus(self._prepared())
+        eos_id = self._manifest()["eos_id"]
+        train, val = (
+            shards if count is None else first_documents(shards, count, eos_id)
+            for shards, count in zip(open_corpus(self._prepared()), self.reading, strict=True)
+        )
+        return train, val
 
     @property
     def pads(self) -> bool:
@@ -104,14 +109,18 @@ class CorpusModule(Corpus, TokenModule):
 
     @property
     def corpus_id(self) -> str:
-        """The key of the corpus, and how it is packed."""
-        name = self._prepared().name
-        return name if self.packing == "stream" else f"{name}:{self.packing}"
+        """The key of the corpus, how much of it is read, and how it is packed."""
+        name, (documents, _) = self._prepared().name, self.reading
+        parts = [name, *([] if documents is None else [f"{documents} documents"])]
+        return ":".join(parts if self.packing == "stream" else [*parts, self.packing])
 
     @property
-    def unigram_loss(self) -> float:
-        """Validation loss, in nats per token, of a model that knows only how frequent each token is."""
-        return self._manifest()["unigram_val_loss"]
+    def unigram_loss(self) -> float | None:
+        """Validation loss, in nats per token, of a model that knows only how frequent each token is.
+
+        None where only a part of the corpus is read.
+        """
+        return None if any(self.reading) else self._manifest()["unigram_val_loss"]
 
     def _prepared(self) -> Path:
         if self.corpus_path is None:

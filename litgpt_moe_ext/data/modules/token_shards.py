@@ -5,10 +5,12 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from litgpt_moe_ext.data.modules.base import TokenModule, is_first_rank
+from litgpt_moe_ext.data.packing import first_tokens
 from litgpt_moe_ext.data.pipeline.shards import check_token_ids, open_shard
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import NonNegativeInt, PositiveInt, check_fields
@@ -34,6 +36,10 @@ class TokenShards(TokenModule):
     """Which files in the folder validate, as a glob. Default: those with `val` in their names, or else the first."""
     vocab_size: PositiveInt | None = None
     """Entries of the vocabulary of the shards' tokenizer; every id is checked against it. Default: the model's."""
+    train_count: PositiveInt | None = None
+    """Train on this many tokens, the first: shards do not say where documents end. Default: all."""
+    val_count: PositiveInt | None = None
+    """Validate on this many tokens, the first. Default: all."""
     shuffle: bool = True
     """Whether the windows come in a random order, or in that of the files."""
     seed: NonNegativeInt = 42
@@ -100,7 +106,10 @@ class TokenShards(TokenModule):
     def open_shards(self) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
         """See `TokenModule.open_shards`; checks the ids."""
         files = self.find_shards()
-        shards = [[open_shard(path) for path in paths] for paths in files]
+        shards: list[list[Any]] = [[open_shard(path) for path in paths] for paths in files]
+        for i, count in enumerate((self.train_count, self.val_count)):
+            if count is not None:
+                shards[i] = list(first_tokens(shards[i], count))
         vocab_size = self.vocab_size or self._model_vocab_size
         if vocab_size is not None:
             for shard in shards[0] + shards[1]:
