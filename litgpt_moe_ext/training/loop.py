@@ -60,12 +60,14 @@ class Outcome:
         seconds: How long they took, validation and checkpoints included.
         best_loss: The lowest validation loss so far, of earlier runs as well.
         step: Optimizer steps of the training, with those of earlier runs.
+        padding: Part of the tokens of this run that was padding; None where rows cannot be padded.
     """
 
     iterations: int
     seconds: float
     best_loss: float | None
     step: int
+    padding: float | None
 
 
 class HookedLoop:
@@ -115,7 +117,7 @@ class HookedLoop:
         Args:
             best_loss: The lowest validation loss so far.
         """
-        return Outcome(self._iterations, self._seconds, best_loss, self.fabric.step)
+        return Outcome(self._iterations, self._seconds, best_loss, self.fabric.step, self._batches.padding)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.training.callbacks.progress import format_count
@@ -31,7 +31,8 @@ def announce(launched: Launched, start: Start, compiled: CompileDecision) -> Non
         f"active per token, on {fabric.world_size} x {fabric.device.type}, {fabric.strategy.precision.precision}"
     )
     say(str(compiled))
-    say(f"{plan.total_steps} steps of {plan.tokens_per_step:,} tokens, checkpoints in {plan.out_dir}")
+    padding = " with padding" if _pads(plan.settings.data) else ""
+    say(f"{plan.total_steps} steps of {plan.tokens_per_step:,} tokens{padding}, checkpoints in {plan.out_dir}")
     for line in _cut(plan):
         say(line)
     if start.resume_dir is not None:
@@ -49,7 +50,8 @@ def conclude(launched: Launched, prepared: Prepared, outcome: Outcome) -> None:
     tokens = outcome.iterations * (plan.tokens_per_step // accumulation)
     if tokens:
         duration = timedelta(seconds=round(outcome.seconds))
-        say(f"Trained {tokens:,} tokens in {duration} ({format_count(tokens / outcome.seconds)} tok/s)")
+        padding = f", {outcome.padding:.0%} of them padding," if outcome.padding else ""
+        say(f"Trained {tokens:,} tokens{padding} in {duration} ({format_count(tokens / outcome.seconds)} tok/s)")
     if launched.reporter.val_loss is not None:
         unigram = getattr(prepared.data, "unigram_loss", None)
         baseline = "" if unigram is None else f"; a model of token frequencies alone has {unigram:.3f}"
@@ -63,6 +65,12 @@ def conclude(launched: Launched, prepared: Prepared, outcome: Outcome) -> None:
         say(f"        litgpt chat {final}")
     say(f"Numbers: {plan.out_dir / METRICS_FILE}, lines: {plan.out_dir / TRANSCRIPT_FILE}")
     say(f"Go on: --resume auto{farther(plan.settings.train, plan.tokens_per_step, outcome.step)}")
+
+
+def _pads(data: Any) -> bool:
+    """Return whether data that says how it fills rows pads them; a mixture does where a corpus of it does."""
+    parts = (data, *getattr(data, "corpora", {}).values())
+    return any(getattr(part, "packing", "stream") != "stream" for part in parts)
 
 
 def _cut(plan: Plan) -> Iterator[str]:

@@ -89,7 +89,13 @@ class StepBatches(Callback):
         self._counted, self._accumulation, self._ranks = counted, accumulation, ranks
         self._ahead: deque[MicroBatch] = deque()
         self._steps: list[_Counts] = []
+        self._logged = _Share()
         self.counts = False
+
+    @property
+    def padding(self) -> float | None:
+        """Part of all logged tokens that was padding; None where rows cannot be padded."""
+        return self._logged.padding if self._logged.positions else None
 
     def next(self, fetch: Callable[[], Any], iteration: int) -> MicroBatch:
         """Return the next micro-batch.
@@ -117,8 +123,20 @@ class StepBatches(Callback):
         """Add the share of padding to a line of training."""
         if "loss" in metrics and self._steps:
             real = int(torch.stack([step.total_C()[-1] for step in self._steps]).sum())
-            metrics["padding"] = 1.0 - real / sum(step.positions for step in self._steps)
+            share = _Share(real, sum(step.positions for step in self._steps))
+            metrics["padding"] = share.padding
+            self._logged = _Share(self._logged.real + share.real, self._logged.positions + share.positions)
             self._steps.clear()
+
+
+class _Share(NamedTuple):
+    # Tokens that are text, and all.
+    real: int = 0
+    positions: int = 0
+
+    @property
+    def padding(self) -> float:
+        return 1.0 - self.real / self.positions
 
 
 class _Counts:

@@ -67,7 +67,7 @@ def assert_same(ours: Path, theirs: Path, rel: float = 1e-9) -> None:
         torch.testing.assert_close(weight, second["model"][name], rtol=100 * rel, atol=rel, msg=name)
 
 
-def test_one_by_eight_and_eight_by_one(padded, tmp_path):
+def test_one_by_eight_and_eight_by_one(padded, tmp_path, capfd):
     """Losses, gradients, validation and weights of a step of 8 rows are the same however it is accumulated."""
     for micro_batch_size in (1, 8):
         folder = tmp_path / str(micro_batch_size)
@@ -75,6 +75,10 @@ def test_one_by_eight_and_eight_by_one(padded, tmp_path):
     assert len(numbers(tmp_path / "1", "val_loss")) == 2
     assert 0.2 < numbers(tmp_path / "1", "padding")[0] < 0.9
     assert_same(tmp_path / "1", tmp_path / "8")
+    said, share = capfd.readouterr().out, numbers(tmp_path / "8", "padding")
+    assert f"{STEPS} steps of {ROWS * LENGTH} tokens with padding, checkpoints in" in said
+    tokens = f"Trained {STEPS * ROWS * LENGTH} tokens, {sum(share) / len(share):.0%} of them padding, in 0:"
+    assert tokens in said
 
 
 @pytest.mark.slow
