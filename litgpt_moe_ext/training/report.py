@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,7 @@ def conclude(launched: Launched, prepared: Prepared, outcome: Outcome) -> None:
     if outcome.best_loss is not None and best.is_dir():
         say(f"Best validation loss {outcome.best_loss:.3f} after step {step_of(best)}: {best}")
     if prepared.tokenizer is not None:
-        final = plan.out_dir / FINAL
+        final = shlex.quote(str(plan.out_dir / FINAL))
         say(f'Try it: litgpt generate {final} --prompt "..."')
         say(f"        litgpt chat {final}")
     say(f"Numbers: {plan.out_dir / METRICS_FILE}, lines: {plan.out_dir / TRANSCRIPT_FILE}")

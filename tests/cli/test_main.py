@@ -113,6 +113,14 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
 
 
+def test_printed_commands_can_be_copied(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "quickstart", "my recipe.yaml"]) == 0
+    output = capsys.readouterr().out
+    assert "`litgpt-moe doctor 'my recipe.yaml'`" in output
+    assert "  litgpt-moe train --config 'my recipe.yaml'\n" in output
+
+
 def test_faults_of_the_program_keep_their_traceback(monkeypatch):
     """Only `SettingsError` is the user's fault, not every ValueError or OSError."""
     from litgpt_moe_ext.cli.commands.init import Init

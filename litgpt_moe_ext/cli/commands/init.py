@@ -1,5 +1,6 @@
 """`litgpt-moe init`."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class Init:
         if out.exists():
             raise SettingsError(f"out: {str(out)!r} exists; name a new file")
         write_text(out, recipe_text(name))
-        print(f"Wrote {out}; `litgpt-moe doctor {out}` says whether it can run here, and")
-        print(f"  litgpt-moe train --config {out}")
+        file = shlex.quote(str(out))
+        print(f"Wrote {out}; `litgpt-moe doctor {file}` says whether it can run here, and")
+        print(f"  litgpt-moe train --config {file}")
         print("trains it")

@@ -1,5 +1,6 @@
 """`litgpt-moe upcycle`."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,4 +30,5 @@ class Upcycle:
 
         upcycle(self.dense_dir, self.out_dir, load_recipe(self.recipe).config, self.seed)
         print(f"Wrote {self.out_dir}; train it with")
-        print(f"  run_train.py --config {self.recipe} --initial_checkpoint_dir {self.out_dir}")
+        places = ["--config", str(self.recipe), "--initial_checkpoint_dir", str(self.out_dir)]
+        print(f"  {shlex.join(['run_train.py', *places])}")

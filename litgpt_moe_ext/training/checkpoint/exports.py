@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -49,5 +50,5 @@ def _export(checkpoint: Path, out_dir: Path, name: str) -> str:
         return export(checkpoint, out_dir, name)[-1]
     except Exception as error:  # whatever it is, the checkpoint is there
         reason = one_line(error) or type(error).__name__
-        command = f"litgpt-moe export {checkpoint} {out_dir} --format {name}"
+        command = shlex.join(["litgpt-moe", "export", str(checkpoint), str(out_dir), "--format", name])
         return f"Warning: {checkpoint} was not exported ({reason}). To repeat: {command}"

@@ -1,5 +1,6 @@
 """`litgpt-moe twin`."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -55,7 +56,8 @@ class Twin:
             f"    {self._command()}",
         )
         write_text(self.out, twin_text(self.recipe, self.by, experts, header))
-        print(f"Wrote {self.out}, the {kind} twin of {self.recipe} by {self.by}; `litgpt-moe model-card {self.out}`")
+        card = shlex.join(["litgpt-moe", "model-card", str(self.out)])
+        print(f"Wrote {self.out}, the {kind} twin of {self.recipe} by {self.by}; `{card}`")
 
     def _experts(self) -> "Experts | None":
         from litgpt_moe_ext.study.twin import Experts
@@ -74,5 +76,5 @@ class Twin:
         if self.n_expert or self.sparsity:
             many = {"n_expert": self.n_expert} if self.n_expert else {"sparsity": self.sparsity}
             options |= {**many, "granularity": self.granularity, "n_shared_expert": self.n_shared_expert}
-        given = " ".join(f"--{name} {value}" for name, value in options.items())
-        return f"litgpt-moe twin {self.recipe} {self.out} {given}"
+        given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+        return shlex.join(["litgpt-moe", "twin", str(self.recipe), str(self.out), *given])
