@@ -27,6 +27,11 @@ COMMANDS = {
     "`run_train.py --help`": ["run_train.py", "--help"],
     "`litgpt-moe --help`": [".venv/bin/litgpt-moe", "--help"],
     "`litgpt-moe model-card`": [".venv/bin/litgpt-moe", "model-card", "configs/quickstart.yaml"],
+    "`litgpt-moe model-card configs/code-moe-800m.yaml`": [
+        ".venv/bin/litgpt-moe",
+        "model-card",
+        "configs/code-moe-800m.yaml",
+    ],
     "`litgpt-moe schedule`": [
         ".venv/bin/litgpt-moe",
         "schedule",
