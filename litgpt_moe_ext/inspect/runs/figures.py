@@ -26,12 +26,14 @@ def curves_figure(runs: Sequence[RunLog]) -> Figure:
             axes.grid(alpha=0.25, linewidth=0.5)
         for i, run in enumerate(runs):
             color = f"C{i % 10}"
+            # Runs that are alike lie on top of each other: those below are wider.
+            width = 1.1 + 0.9 * min(len(runs) - 1 - i, 2)
             for axes, (tokens, values) in zip(
                 panels.flat,
                 (run.series("loss"), run.tokens_per_second(), run.series("moe/max_vio"), run.series("grad_norm")),
                 strict=True,
             ):
-                axes.plot(tokens, values, color=color, linewidth=1.1)
+                axes.plot(tokens, values, color=color, linewidth=width)
             panels[0, 0].plot(*run.series("val_loss"), "o", color=color, markersize=3.5)
         panels[0, 1].set_ylim(bottom=0)
         panels[0, 1].yaxis.set_major_formatter(EngFormatter(sep=""))
