@@ -10,10 +10,11 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
+from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 
 # Where torch keeps the wrapped function once it is marked.
 _MARK = "__dynamo_disable"
@@ -69,3 +70,24 @@ def _members(module: Any) -> Iterator[Any]:
         yield value
         if isinstance(value, type):
             yield from vars(value).values()
+
+
+def step_without_compiler(optimizer: Optimizer) -> None:
+    """Let one of torch's optimizers step, with its hooks, without loading torch's compiler.
+
+    `Optimizer.step` tells the compiler to break its graph, which loads it, also in a process that compiles nothing.
+    Steps that are not written as torch writes its own, or that are to be differentiated, stay as they are; so do all
+    where the compiler is loaded.
+
+    Args:
+        optimizer: Whose method `step` is replaced.
+    """
+    wrapped: Any = getattr(type(optimizer).step, "__wrapped__", None)
+    if "torch._dynamo" in sys.modules or getattr(wrapped, "__code__", None) is not _BREAKS_GRAPH:
+        return
+    if not optimizer.defaults["differentiable"]:
+        step = Optimizer.profile_hook_step(torch.no_grad()(wrapped.__wrapped__))
+        optimizer.step = MethodType(step, optimizer)  # pyrefly: ignore[bad-assignment] torch's schedulers do the same
+
+
+_BREAKS_GRAPH = _use_grad_for_differentiable(lambda: None).__code__  # pyrefly: ignore[missing-attribute] a function

@@ -25,7 +25,7 @@ from litgpt.generate import base  # noqa: E402
 from torchmetrics.aggregation import MeanMetric  # noqa: E402
 
 import litgpt_moe_ext.training.equip  # noqa: E402, F401
-from litgpt_moe_ext.host.optimizer_step import step_without_compiler  # noqa: E402
+from litgpt_moe_ext.host.without_compiler import step_without_compiler  # noqa: E402
 from litgpt_moe_ext.training.compilation import CompileDecision, compile_scope  # noqa: E402
 
 # A training step of a run that compiles nothing.

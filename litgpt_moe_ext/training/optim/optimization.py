@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from litgpt.utils import instantiate_torch_optimizer
 
-from litgpt_moe_ext.host.optimizer_step import step_without_compiler
+from litgpt_moe_ext.host.without_compiler import step_without_compiler
 from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.optim.muon import MuonAdamW
 from litgpt_moe_ext.training.optim.parameter_groups import group_parameters, scale_rates
