@@ -22,7 +22,7 @@ def check_recipe(file: Path) -> None:
     except UnicodeDecodeError as error:
         raise SettingsError(f"--config: {str(file)!r} is not a text file ({error})") from error
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        hint = "" if file.exists() else did_you_mean_recipe(file)
+        hint = did_you_mean_recipe(file) if isinstance(error, FileNotFoundError) else ""
         raise SettingsError(f"--config: {str(file)!r} cannot be read ({_reason(error)}){hint}") from error
     document = compose(f"--config: {str(file)!r}", text)
     if not isinstance(document, yaml.MappingNode):
