@@ -4,14 +4,13 @@ Shape legend: E experts, D model width, F hidden width of one expert, G width of
 gate), N rows of one expert.
 """
 
-import functools
-import importlib.util
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from litgpt_moe_ext.moe.activations import Activation
+from litgpt_moe_ext.triton_launch import triton_installed as triton_installed
 
 
 class ExpertWeights(NamedTuple):
@@ -53,9 +52,3 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 def has_gradient(*tensors: Tensor | None) -> bool:
     """Return whether a result of `tensors` would have a gradient."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-@functools.cache
-def triton_installed() -> bool:
-    """Return whether Triton can be imported; on Windows it is a package of its own."""
-    return importlib.util.find_spec("triton") is not None

@@ -8,7 +8,6 @@ Shape legend: T tokens, E experts, K chosen experts per token, R = T * K routed 
 tally.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from litgpt_moe_ext.moe.gradient_injection import present_scale
-from litgpt_moe_ext.moe.kernels.backends import triton_installed
+from litgpt_moe_ext.triton_launch import triton_works_on
 
 _NAMESPACE = "litgpt_moe_ext"
 # More experts would be more than a block of registers holds.
@@ -99,12 +98,7 @@ class Decision(NamedTuple):
 
 def works_on(x: Tensor) -> bool:
     """Return whether a router's decision for `x` can be made here."""
-    return x.is_cuda and not torch.compiler.is_compiling() and _works_on_card(x.device)
-
-
-@functools.cache
-def _works_on_card(device: torch.device) -> bool:
-    return triton_installed() and (torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (7, 5))
+    return x.is_cuda and not torch.compiler.is_compiling() and triton_works_on(x.device)
 
 
 def decide(given: Given, rule: Rule, leaf_N: Tensor | None) -> Decision:

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: their arguments, how a block finds its expert, and how they are launched.
+"""What the Triton kernels share: their arguments, and how a block finds its expert.
 
 Groups of arguments are named tuples: a kernel sees `x.data` and `x.stride` as it would see arguments of these names.
 A group of constants is handed on whole: Triton before 3.7 takes no strings out of one as an argument.
@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from litgpt_moe_ext.moe.kernels.triton.tiles import Tiles, card_for, precision_of
+from litgpt_moe_ext.triton_launch import launch as launch
 
 if TYPE_CHECKING:
     # To a type checker a constant of a kernel is whatever it was called with.
@@ -83,31 +84,6 @@ def block_of(width: int) -> tuple[int, int]:
     """Return the rows and columns of a block for what is computed element by element in rows of `width`."""
     columns = min(triton.next_power_of_2(max(width, 16)), 512)
     return 1024 // columns, columns
-
-
-def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], warps: int, stages: int = 1) -> None:
-    """Start a kernel on the device of its tensors; an empty grid does nothing.
-
-    Args:
-        kernel: A function made by `triton.jit`.
-        grid: Number of programs in each direction.
-        arguments: What the kernel takes, in order.
-        warps: Warps of each program.
-        stages: How many loads of a loop are under way at once.
-    """
-    if 0 in grid:
-        return
-    device = _device_of(arguments)
-    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
-        with torch.cuda.device(device):
-            kernel[grid](*arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
-    else:
-        kernel[grid](*arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
-
-
-def _device_of(arguments: tuple[Any, ...]) -> torch.device:
-    first = arguments[0]
-    return (first[0] if isinstance(first, tuple) else first).device
 
 
 @triton.jit

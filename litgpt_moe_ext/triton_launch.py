@@ -1,0 +1,44 @@
+"""How the package's Triton kernels are started, and where they can be; does not import Triton."""
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+
+
+@functools.cache
+def triton_installed() -> bool:
+    """Return whether Triton can be imported; on Windows it is a package of its own."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def triton_works_on(device: torch.device) -> bool:
+    """Return whether Triton has kernels for this card: an AMD one, or an NVIDIA one since Turing."""
+    return triton_installed() and (torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (7, 5))
+
+
+def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], warps: int, stages: int = 1) -> None:
+    """Start a kernel on the device of its tensors; an empty grid does nothing.
+
+    Args:
+        kernel: A function made by `triton.jit`.
+        grid: Number of programs in each direction.
+        arguments: What the kernel takes, in order.
+        warps: Warps of each program.
+        stages: How many loads of a loop are under way at once.
+    """
+    if 0 in grid:
+        return
+    device = _device_of(arguments)
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+    else:
+        kernel[grid](*arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+
+
+def _device_of(arguments: tuple[Any, ...]) -> torch.device:
+    first = arguments[0]
+    return (first[0] if isinstance(first, tuple) else first).device
