@@ -20,6 +20,7 @@ from litgpt_moe_ext.attention.kernels.calls import Call, Inputs, Result
 from litgpt_moe_ext.attention.kernels.choice import choose_kernel
 from litgpt_moe_ext.attention.kernels.registry import EAGER, KERNELS, Ability, functions_of, load_functions
 from litgpt_moe_ext.compiled import assume_constant_result
+from litgpt_moe_ext.triton_launch import triton_works_on
 
 load_functions()
 
@@ -241,9 +242,7 @@ class _Flash(torch.autograd.Function):
         """
         out_BHTd, lse_BHT, rest = functions_of(call.kernel).forward(Inputs(*tensors), call)
         if sinks_H is not None:
-            sinks_H1 = sinks_H.to(lse_BHT.dtype).unsqueeze(-1)
-            out_BHTd = _scale_in_place(out_BHTd, torch.sigmoid(lse_BHT - sinks_H1).unsqueeze(-1))
-            lse_BHT = torch.logaddexp(lse_BHT, sinks_H1)
+            out_BHTd, lse_BHT = _add_sinks(out_BHTd, lse_BHT, sinks_H)
         ctx.save_for_backward(sinks_H, *tensors, out_BHTd, lse_BHT, *rest)
         ctx.call = call
         return out_BHTd
@@ -257,10 +256,46 @@ class _Flash(torch.autograd.Function):
         dq_BHTd, dk_BGSd, dv_BGSd = functions_of(ctx.call.kernel).backward(dout_BHTd, inputs, result, ctx.call)
         dsinks_H = None
         if sinks_H is not None and ctx.needs_input_grad[1]:
-            share_BHT = torch.exp(sinks_H.to(lse_BHT.dtype).unsqueeze(-1) - lse_BHT)
-            delta_BHT = (dout_BHTd * out_BHTd).sum(-1, dtype=lse_BHT.dtype)
-            dsinks_H = -(share_BHT * delta_BHT).sum((0, 2)).to(sinks_H.dtype)
+            dsinks_H = _sink_gradients(dout_BHTd, out_BHTd, lse_BHT, sinks_H)
         return None, dsinks_H, dq_BHTd, dk_BGSd, dv_BGSd, None, None
+
+
+def _add_sinks(out_BHTd: Tensor, lse_BHT: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor]:
+    if _has_epilogue(out_BHTd, lse_BHT):
+        _epilogue().add_sinks(out_BHTd, lse_BHT, sinks_H)
+        return out_BHTd, lse_BHT
+    sinks_H1 = sinks_H.to(lse_BHT.dtype).unsqueeze(-1)
+    out_BHTd = _scale_in_place(out_BHTd, torch.sigmoid(lse_BHT - sinks_H1).unsqueeze(-1))
+    return out_BHTd, torch.logaddexp(lse_BHT, sinks_H1)
+
+
+def _sink_gradients(dout_BHTd: Tensor, out_BHTd: Tensor, lse_BHT: Tensor, sinks_H: Tensor) -> Tensor:
+    if _has_epilogue(out_BHTd, lse_BHT):
+        return _epilogue().sink_gradients(dout_BHTd, out_BHTd, lse_BHT, sinks_H)
+    share_BHT = torch.exp(sinks_H.to(lse_BHT.dtype).unsqueeze(-1) - lse_BHT)
+    delta_BHT = (dout_BHTd * out_BHTd).sum(-1, dtype=lse_BHT.dtype)
+    return -(share_BHT * delta_BHT).sum((0, 2)).to(sinks_H.dtype)
+
+
+def _has_epilogue(out_BHTd: Tensor, lse_BHT: Tensor) -> bool:
+    # A compiler fuses the operators itself. A mode that watches operators (selective activation checkpointing, the FLOP
+    # counter, fake tensors) does not see a Triton kernel, and a subclass of tensors may have no memory to give it.
+    return (
+        not torch.compiler.is_compiling()
+        and out_BHTd.is_cuda
+        and type(out_BHTd) is Tensor
+        and out_BHTd.stride(-1) == 1
+        and lse_BHT.dtype == torch.float32
+        and not is_in_torch_dispatch_mode()
+        and triton_works_on(out_BHTd.device)
+    )
+
+
+def _epilogue() -> Any:
+    # Imports Triton.
+    from litgpt_moe_ext.attention.kernels import sink_epilogue
+
+    return sink_epilogue
 
 
 def _scale_in_place(out_BHTd: Tensor, gate_BHT1: Tensor) -> Tensor:

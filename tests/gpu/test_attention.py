@@ -4,7 +4,9 @@ import pytest
 import torch
 from litgpt import GPT
 
+from litgpt_moe_ext.attention import sinks as sinks_module
 from litgpt_moe_ext.attention.kernels.registry import KERNELS
+from tests.gpu.test_experts import no_waits
 from tests.models import moe_config, randomize
 
 pytestmark = pytest.mark.gpu
@@ -53,3 +55,26 @@ def test_parity(device, backend, pattern, sinks, dtype):
     for name, gradient in expected.items():
         difference = (gradients[name] - gradient).norm() / gradient.norm().clamp(min=1e-6)
         assert difference < tolerance, name
+
+
+@pytest.mark.parametrize("head_size", [64, 80, 256])
+def test_sinks_are_added_in_one_launch_that_waits_for_nothing(device, head_size, monkeypatch):
+    """The same bits twice, and what torch's operators give. (Kernels may add up gradients of q in any order.)"""
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    shapes = (2, 4, 300, head_size), (2, 2, 300, head_size), (2, 2, 300, head_size)
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype).requires_grad_() for shape in shapes)
+    sinks, dout = torch.randn(4, device=device).requires_grad_(), torch.randn(shapes[0], device=device, dtype=dtype)
+    softmax = sinks_module.Softmax(sinks, head_size**-0.5)
+
+    def run():
+        out = sinks_module.sink_attention(q, k, v, softmax)
+        return out.detach(), *torch.autograd.grad(out, (sinks, q), dout)
+
+    first = run()
+    assert sinks_module._has_epilogue(first[0], torch.empty(0)) == (device.type == "cuda")
+    with no_waits(device):
+        second = run()
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+    monkeypatch.setattr(sinks_module, "_has_epilogue", lambda out, lse: False)
+    torch.testing.assert_close(first, run(), rtol=1e-2, atol=1e-2)

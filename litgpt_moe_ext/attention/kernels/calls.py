@@ -49,7 +49,7 @@ class Result(NamedTuple):
 
     Attributes:
         out_BHTd: The output; nothing else may refer to its memory.
-        lse_BHT: Log-sum-exp of the scores, float32 (float64 for float64 inputs).
+        lse_BHT: Log-sum-exp of the scores, float32 (float64 for float64 inputs); nothing else may refer to its memory.
         rest: What the backward needs besides, such as the state of the random numbers of dropout.
     """
 

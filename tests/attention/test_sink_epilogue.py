@@ -1,0 +1,116 @@
+"""The Triton kernels for sinks without a card: interpreted, compiled for cards that are not there, and counted."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from litgpt_moe_ext.attention import sinks as plain
+from litgpt_moe_ext.attention.kernels.calls import Call
+from litgpt_moe_ext.triton_launch import triton_works_on
+
+pytest.importorskip("triton")
+
+from litgpt_moe_ext.attention.kernels import sink_epilogue  # noqa: E402
+from tests.moe.test_launches import Launches  # noqa: E402
+from tests.moe.test_triton_compiles import CAPABILITIES, Compiler  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+FLASH = Call("flash_cpu", 0.4, True, None, 0.0)
+
+
+def interpret(examples: int) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "TRITON_EXAMPLES": str(examples)}
+    command = [sys.executable, "-m", "pytest", "tests/attention/interpreted_epilogue.py"]
+    options = ["-x", "-q", "-p", "no:cacheprovider"]
+    finished = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout[-6000:] + finished.stderr[-2000:]
+
+
+def test_interpreted_kernels_equal_the_operators() -> None:
+    interpret(6)
+
+
+@pytest.mark.slow
+def test_interpreted_kernels_in_many_shapes() -> None:
+    interpret(60)
+
+
+def tensors(d: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Return gradient, output, log-sum-exp and sinks as a kernel lays them out."""
+    dout, out = (torch.empty(2, 48, 4, d, dtype=dtype).transpose(1, 2) for _ in range(2))
+    return dout, out, torch.empty(2, 4, 48), torch.empty(4)
+
+
+def compile_both(compiler: Compiler, monkeypatch: pytest.MonkeyPatch, d: int, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(sink_epilogue, "launch", compiler.launch)
+    dout, out, lse, sinks = tensors(d, dtype)
+    sink_epilogue.add_sinks(out, lse, sinks)
+    sink_epilogue.sink_gradients(dout, out, lse, sinks)
+
+
+def test_they_compile_for_a_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = Compiler(monkeypatch, (9, 0))
+    compile_both(compiler, monkeypatch, 64, torch.bfloat16)
+    assert compiler.check(tmp_path) == 2
+    # Sixteen bytes in one instruction, both ways.
+    scale, gradients = (kernel.asm["ptx"] for _, kernel in compiler.kernels)
+    assert "ld.global.v4.b32" in scale
+    assert "st.global.v4.b32" in scale
+    assert "ld.global.v4.b32" in gradients
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
+def test_they_compile_for_every_card(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: tuple[int, int]
+) -> None:
+    compiler = Compiler(monkeypatch, capability)
+    for d, dtype in ((64, torch.float16), (72, torch.bfloat16), (256, torch.bfloat16), (72, torch.float32)):
+        compile_both(compiler, monkeypatch, d, dtype)
+    assert compiler.check(tmp_path) == 8
+
+
+def test_launches_beside_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One forward; one and the sum of its blocks backward."""
+    inputs = [torch.randn(shape).requires_grad_() for shape in ((1, 4, 5, 8), (1, 2, 5, 8), (1, 2, 5, 8), (4,))]
+    q, k, v, sinks = inputs
+    with Launches() as launches:
+        monkeypatch.setattr(plain, "_has_epilogue", lambda out, lse: True)
+        monkeypatch.setattr(sink_epilogue, "launch", lambda kernel, *_, **__: launches.names.append(kernel.fn.__name__))
+        out = plain._Flash.apply(FLASH, sinks, q, k, v, None, None)
+        assert [name for name in launches.names if "flash" not in name] == ["_add_sinks"]
+        launches.names.clear()
+        torch.autograd.grad(out, inputs, torch.ones(1, 4, 5, 8))
+    assert [name for name in launches.names if "flash" not in name] == ["ones", "_sum_gradients", "sum"]
+
+
+def test_where_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card that has Triton, unless something wants to see operators or the tensors are not what kernels return."""
+    _, out, lse, _ = tensors(64, torch.bfloat16)
+    assert not plain._has_epilogue(out, lse)
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    monkeypatch.setattr(plain, "triton_works_on", lambda device: True)
+    assert plain._has_epilogue(out, lse)
+    assert not plain._has_epilogue(out.mT, lse)
+    assert not plain._has_epilogue(torch.nn.Parameter(out), lse)
+    assert not plain._has_epilogue(out, lse.double())
+    with FlopCounterMode(display=False):
+        assert not plain._has_epilogue(out, lse)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert not plain._has_epilogue(out, lse)
+    monkeypatch.setattr(plain, "triton_works_on", lambda device: False)
+    assert not plain._has_epilogue(out, lse)
+
+
+@pytest.mark.parametrize(("capability", "works"), [((7, 0), False), ((7, 5), True), ((9, 0), True)], ids=str)
+def test_cards_that_have_kernels(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], works: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert triton_works_on.__wrapped__(torch.device("cuda")) == works
