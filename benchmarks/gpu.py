@@ -55,6 +55,7 @@ from litgpt_moe_ext.inspect.cost.layers import shorten  # noqa: E402
 from litgpt_moe_ext.inspect.cost.memory import Step, training_memory  # noqa: E402
 from litgpt_moe_ext.model_size import count_flops  # noqa: E402
 from litgpt_moe_ext.moe.layer import SharedExpertMoE  # noqa: E402
+from litgpt_moe_ext.rows import Rows  # noqa: E402
 from litgpt_moe_ext.training.callbacks.telemetry import peak_flops  # noqa: E402
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -469,12 +470,14 @@ def attention_rows(bench: Bench) -> Iterator[dict[str, Any]]:
                 for n in (H, G, G)
             )
             sinks = torch.zeros(H, device=bench.device).requires_grad_(backward)
-            ends = (torch.arange(1, T + 1, device=bench.device) % (T // 4) == 0).long().expand(4, -1)
+            # As a loader hands them out, and Fabric moves them.
+            ends = (torch.arange(1, T + 2) % (T // 4) == 0).long().expand(4, -1).as_subclass(Rows)
+            ids = ends.to(bench.device)[:, :T]
             patterns = {
                 "sinks": (sinks, {}),
                 "no sinks": (None, {}),
                 "window": (sinks, {"window": T // 8}),
-                "documents": (sinks, {"documents": find_documents(ends, "eos", 1)}),
+                "documents": (sinks, {"documents": find_documents(ids, "eos", 1)}),
             }
 
             def run(attend: Callable[[], Tensor], backward: bool = backward) -> None:

@@ -7,48 +7,25 @@ last token of a text is a target and has none itself, so as an input it is paddi
 Shape legend: B batch, T tokens.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from litgpt_moe_ext.rows import Rows
+
 # What the loss leaves out as a target, and models as an input.
 PADDING = -100
 
 
-class PaddedRows(Tensor):
-    """Rows of which some end in padding: integers, (B, T + 1), the last column a target only.
+class PaddedRows(Rows):
+    """Rows of which some end in padding: a token without a target is `PADDING` among the inputs."""
 
-    A slice of columns that starts at the first and leaves the last out is the inputs: a token without a target is
-    `PADDING` there. All other results are ordinary tensors, except that copies and moves to a device stay rows.
-    """
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Return what `func` returns for ordinary tensors, with the two exceptions of the class."""
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
-            if func is Tensor.__getitem__ and (end := _end_of_inputs(*args)) is not None:
-                rows, (some, _) = args
-                result = result.masked_fill(rows[some, 1 : end + 1] < 0, PADDING)
-            if func in _COPIES and isinstance(args[0], PaddedRows):
-                return result.as_subclass(PaddedRows)
-            return result.as_subclass(Tensor) if isinstance(result, PaddedRows) else result
-
-
-_COPIES = {Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.pin_memory, Tensor.clone, Tensor.contiguous, Tensor.long}
-
-
-def _end_of_inputs(rows: Tensor, index: Any) -> int | None:
-    # Where the slice of columns that is meant ends, or None for another index.
-    if not (isinstance(index, tuple) and len(index) == 2 and all(isinstance(part, slice) for part in index)):
-        return None
-    start, end, step = index[1].indices(rows.size(1))
-    return end if (start, step) == (0, 1) and 0 < end < rows.size(1) else None
+    def inputs(self, rows: slice, end: int) -> Tensor:
+        """Return the inputs of some rows."""
+        ids = self.as_subclass(Tensor)[rows]
+        return ids[:, :end].masked_fill(ids[:, 1 : end + 1] < 0, PADDING)
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,8 +39,9 @@ def causal_attention(
     T = q_BHTd.size(2)
     if window is not None and window >= T:
         window = None
-    if q_BHTd.is_cuda and (window is not None or documents is not None):
-        out_BHTd = _attend_in_one_call(q_BHTd, k_BGTd, v_BGTd, softmax, window, documents)
+    in_one_call = window is not None if documents is None else documents.offsets is not None
+    if q_BHTd.is_cuda and in_one_call:
+        out_BHTd = fused_sink_attention(q_BHTd, k_BGTd, v_BGTd, softmax, window, documents)
         if out_BHTd is not None:
             return out_BHTd
     if documents is not None and documents.lengths is not None:
@@ -58,16 +59,6 @@ def causal_attention(
         return sink_attention(q_BHTd, k_BGSd, v_BGSd, softmax, mask)
 
     return sliding_window_attention(attend, q_BHTd, k_BGTd, v_BGTd, window)
-
-
-def _attend_in_one_call(
-    q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, softmax: Softmax, window: int | None, documents: Documents | None
-) -> Tensor | None:
-    if documents is None:
-        return fused_sink_attention(q_BHTd, k_BGTd, v_BGTd, softmax, window, None)
-    if documents.offsets is None:
-        return None
-    return fused_sink_attention(q_BHTd, k_BGTd, v_BGTd, softmax, window, documents.offsets)
 
 
 def _attend_document_by_document(

@@ -8,16 +8,36 @@ Shape legend: B batch, T tokens, S positions of the cache, N = B * T.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The offsets of a CUDA batch get a fixed size, because reading the true one would make the host wait. Every sequence
-# has room for documents of this mean length and for this many more. For unused room the kernel starts empty blocks.
+from litgpt_moe_ext.rows import host_copy
+
+# Without the ids in host memory the offsets of a CUDA batch get a fixed size, because reading the true one would make
+# the host wait. Every sequence has room for documents of this mean length and for this many more. For unused room the
+# kernel starts empty blocks.
 _MEAN_LENGTH = 16
 _MORE = 64
+# A kernel starts blocks of up to so many tokens, so that rounding lengths up to it costs none.
+_BLOCK = 128
+
+Boundary = Literal["eos", "bos"]
+
+
+class Extent(NamedTuple):
+    """What a kernel must have room for.
+
+    Attributes:
+        documents: Number of documents in the batch, at most.
+        longest: Number of tokens of a document, at most.
+    """
+
+    documents: int
+    longest: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,18 +49,21 @@ class Documents:
         lengths: Number of tokens of each document, in the order of the B * T tokens; the end of a sequence ends a
             document too. Known on a CPU, else `None`.
         offsets: The same as running sums from 0, int32, padded with B * T; on a CUDA device, else `None`.
-        overflow: 0, or NaN where there are more documents than `offsets` has room for, a scalar on the device; with
-            `offsets` only. To be added to what goes through the model, so that a wrong result cannot be mistaken for a
-            right one. (A failed assertion on the device would take every tensor of the process with it.)
+        longest: Number of tokens that no document exceeds; with `offsets` only.
+        overflow: 0, or NaN where there are more documents than `offsets` has room for, or longer ones than `longest`, a
+            scalar on the device; with `offsets` only. To be added to what goes through the model, so that a wrong
+            result cannot be mistaken for a right one. (A failed assertion on the device would take every tensor of the
+            process with it.)
     """
 
     start_BT: Tensor
     lengths: tuple[int, ...] | None = None
     offsets: Tensor | None = None
+    longest: int | None = None
     overflow: Tensor | None = None
 
 
-def find_documents(idx_BT: Tensor, boundary: Literal["eos", "bos"], token_id: int) -> Documents:
+def find_documents(idx_BT: Tensor, boundary: Boundary, token_id: int) -> Documents:
     """Find the documents in a batch of sequences.
 
     Args:
@@ -50,7 +73,7 @@ def find_documents(idx_BT: Tensor, boundary: Literal["eos", "bos"], token_id: in
 
     Returns:
         The documents. On a CPU their lengths are read from the ids, except under `torch.compile`; on a CUDA device the
-        host waits for nothing.
+        host waits for nothing, and reads from a host copy of the ids, if there is one, how much room they need.
     """
     begins_BT = idx_BT == token_id
     if boundary == "eos":
@@ -58,37 +81,75 @@ def find_documents(idx_BT: Tensor, boundary: Literal["eos", "bos"], token_id: in
     position_T = torch.arange(idx_BT.size(1), device=idx_BT.device)
     start_BT = torch.where(begins_BT, position_T, 0).cummax(dim=1).values
     if idx_BT.is_cuda:
-        offsets, overflow = document_offsets(start_BT == position_T)
-        return Documents(start_BT, offsets=offsets, overflow=overflow)
+        extent = needed_extent(idx_BT, boundary, token_id)
+        offsets, overflow = document_offsets(start_BT == position_T, extent)
+        return Documents(start_BT, offsets=offsets, longest=extent.longest, overflow=overflow)
     if idx_BT.device.type != "cpu" or torch.compiler.is_compiling():
         return Documents(start_BT)
-    edges = [*(start_BT == position_T).flatten().nonzero().flatten().tolist(), idx_BT.numel()]
-    return Documents(start_BT, lengths=tuple(end - begin for begin, end in zip(edges, edges[1:], strict=False)))
+    return Documents(start_BT, lengths=tuple(_lengths(idx_BT, boundary, token_id).tolist()))
 
 
-def document_offsets(is_first_BT: Tensor) -> tuple[Tensor, Tensor]:
+def needed_extent(idx_BT: Tensor, boundary: Boundary, token_id: int) -> Extent:
+    """Return how much room the documents of a batch need; a device is not asked.
+
+    Args:
+        idx_BT: Token ids.
+        boundary: Whether `token_id` ends a document or begins one.
+        token_id: Id of the EOS or BOS token.
+
+    Returns:
+        The number of documents and the length of the longest, rounded up to a whole block, from the host copy of the
+        ids. Without one, and under `torch.compile`, whose code is for sizes that depend on B and T only,
+        `largest_extent`.
+    """
+    host_BT = None if torch.compiler.is_compiling() else host_copy(idx_BT)
+    if host_BT is None:
+        return largest_extent(*idx_BT.shape)
+    lengths = _lengths(host_BT, boundary, token_id)
+    return Extent(lengths.size, min(-(-int(lengths.max()) // _BLOCK) * _BLOCK, idx_BT.size(1)))
+
+
+def _lengths(idx_BT: Tensor, boundary: Boundary, token_id: int) -> np.ndarray:
+    is_first_BT = idx_BT.numpy() == token_id
+    if boundary == "eos":
+        is_first_BT[:, 1:] = is_first_BT[:, :-1].copy()
+    is_first_BT[:, :1] = True
+    return np.diff(np.flatnonzero(is_first_BT), append=is_first_BT.size)
+
+
+def largest_extent(B: int, T: int) -> Extent:
+    """Return the room for a batch of which only the shape is known.
+
+    Returns:
+        T / 16 + 64 documents for every sequence, which for up to 68 tokens is always enough, of any length.
+    """
+    return Extent(min(B * T, B * (T // _MEAN_LENGTH + _MORE)), T)
+
+
+def document_offsets(is_first_BT: Tensor, extent: Extent) -> tuple[Tensor, Tensor]:
     """Turn marks on the first token of every document into running sums of lengths, without reading any value.
 
     Args:
         is_first_BT: True for first tokens, bool; the first token of every sequence is one.
+        extent: What there is room for.
 
     Returns:
-        Offsets, int32, of a length that depends on B and T only: there is room for T / 16 + 64 documents in every
-        sequence, which for up to 68 tokens is always enough. The entries behind the last document are B * T, which
-        makes empty documents. And 0, or NaN where documents did not fit and the last offset is wrong.
+        Offsets, int32, (`extent.documents` + 1,). The entries behind the last document are B * T, which makes empty
+        documents. And 0, or NaN where documents did not fit.
     """
     is_first_N = is_first_BT.flatten()
-    B, T = is_first_BT.shape
-    N, device = B * T, is_first_BT.device
-    capacity = min(N, B * (T // _MEAN_LENGTH + _MORE))
+    N, T, device = is_first_N.numel(), is_first_BT.size(1), is_first_BT.device
+    capacity = extent.documents
     document_N = is_first_N.cumsum(0) - 1
-    overflow = torch.where(document_N[-1] < capacity, 0.0, math.nan)
+    fits = document_N[-1] < capacity
     offsets = torch.full((capacity + 1,), N, dtype=torch.int32, device=device)
     position_N = torch.arange(N, dtype=torch.int32, device=device)
     offsets = offsets.scatter_reduce(0, document_N.clamp(max=capacity), position_N, "amin")
     # What does not fit belongs to the last document, which ends with the batch.
     offsets[-1] = N
-    return offsets, overflow
+    if extent.longest < T:
+        fits = fits & (offsets.diff().amax() <= extent.longest)
+    return offsets, torch.where(fits, 0.0, math.nan)
 
 
 def document_mask(position: Tensor, start_BT: Tensor, n_keys: int) -> Tensor:
@@ -111,7 +172,7 @@ def remember_documents(
     starts_BS: Tensor,
     idx_BT: Tensor,
     input_pos: Tensor,
-    boundary: Literal["eos", "bos"],
+    boundary: Boundary,
     token_id: int,
 ) -> Documents:
     """Find the documents of tokens whose predecessors are in a cache.

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from litgpt_moe_ext.attention.documents import Documents
 from litgpt_moe_ext.attention.kernels.calls import Call, Inputs, Result
 from litgpt_moe_ext.attention.kernels.choice import choose_kernel
 from litgpt_moe_ext.attention.kernels.registry import EAGER, KERNELS, Ability, functions_of, load_functions
@@ -99,7 +100,7 @@ def fused_sink_attention(
     v_BGTd: Tensor,
     softmax: Softmax,
     window: int | None,
-    offsets: Tensor | None,
+    documents: Documents | None,
 ) -> Tensor | None:
     """Compute causal attention within windows and documents in one kernel call, where a kernel can.
 
@@ -109,11 +110,12 @@ def fused_sink_attention(
         v_BGTd: Values.
         softmax: How scores become weights.
         window: Number of visible keys, the query's own included, or None.
-        offsets: Where the documents begin in the B * T tokens, int32, on the device, last entry B * T; or None.
+        documents: Documents that do not see each other, with offsets, or None.
 
     Returns:
         (B, H, T, d), or None if no kernel (or not the forced one) can do it.
     """
+    offsets, longest = (None, None) if documents is None else (documents.offsets, documents.longest)
     needs = _needs(softmax, window=window, offsets=offsets)
     if softmax.backend is not None:
         abilities = KERNELS[softmax.backend].abilities
@@ -123,7 +125,7 @@ def fused_sink_attention(
     kernel = choose_kernel(q_BHTd, k_BGTd, v_BGTd, needs, softmax.backend)
     if kernel == EAGER:
         return None
-    call = Call(kernel, softmax.scale, True, window, softmax.dropout)
+    call = Call(kernel, softmax.scale, True, window, softmax.dropout, longest)
     return _Flash.apply(call, softmax.sinks_H, q_BHTd, k_BGTd, v_BGTd, None, offsets)
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import IterableDataset
 from litgpt_moe_ext.data.packing import Packing
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.padding import PADDING, PaddedRows
+from litgpt_moe_ext.rows import Rows
 
 
 class TokenStream:
@@ -83,11 +84,11 @@ class Windows(IterableDataset):
     def fill(self, out: np.ndarray, indices: np.ndarray) -> None:
         """Write the windows with these indices into `out`, int64, shape (len(indices), block_size + 1)."""
 
-    def gather(self, indices: np.ndarray, pin_memory: bool = False) -> Tensor:
-        """Return the windows with these indices as a new int64 tensor of shape (len(indices), block_size + 1)."""
+    def gather(self, indices: np.ndarray, pin_memory: bool = False) -> Rows:
+        """Return the windows with these indices as new rows, int64, (len(indices), block_size + 1)."""
         out = torch.empty((len(indices), self.block_size + 1), dtype=torch.int64, pin_memory=pin_memory)
         self.fill(out.numpy(), indices)
-        return out
+        return out.as_subclass(Rows)
 
     def __iter__(self) -> Iterator[Tensor]:
         """Yield every window in order, int64, shape (block_size + 1,)."""
@@ -167,7 +168,7 @@ class DocumentWindows(Windows):
     def __len__(self) -> int:
         return len(self.packing.window_starts) - 1
 
-    def gather(self, indices: np.ndarray, pin_memory: bool = False) -> Tensor:
+    def gather(self, indices: np.ndarray, pin_memory: bool = False) -> PaddedRows:
         """See `Windows.gather`."""
         return super().gather(indices, pin_memory).as_subclass(PaddedRows)
 

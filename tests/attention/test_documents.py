@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,8 +17,18 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 
 from litgpt_moe_ext.attention import gpt_forward
 from litgpt_moe_ext.attention.causal_attention import causal_attention
-from litgpt_moe_ext.attention.documents import Documents, document_mask, document_offsets, find_documents
+from litgpt_moe_ext.attention.documents import (
+    Documents,
+    Extent,
+    document_mask,
+    document_offsets,
+    find_documents,
+    largest_extent,
+    needed_extent,
+)
 from litgpt_moe_ext.attention.sinks import Softmax
+from litgpt_moe_ext.padding import PADDING, PaddedRows
+from litgpt_moe_ext.rows import Rows
 
 MARK = 39
 T = 20
@@ -74,7 +84,7 @@ def test_offsets_are_the_lengths(marks: list[list[bool]], T: int) -> None:
     # Up to 68 tokens, any number of documents fits.
     first = torch.tensor(marks)[:, :T]
     first[:, 0] = True
-    offsets, overflow = document_offsets(first)
+    offsets, overflow = document_offsets(first, largest_extent(*first.shape))
     assert offsets.dtype == torch.int32
     assert offsets.numel() == first.numel() + 1
     edges = [*first.flatten().nonzero().flatten().tolist(), first.numel()]
@@ -85,16 +95,62 @@ def test_offsets_are_the_lengths(marks: list[list[bool]], T: int) -> None:
 
 def test_too_many_documents_for_the_offsets_give_nan_and_no_failed_assertion() -> None:
     first = torch.ones(2, 256, dtype=torch.bool)
-    offsets, overflow = document_offsets(first)
+    offsets, overflow = document_offsets(first, largest_extent(*first.shape))
     assert offsets.numel() == 2 * (16 + 64) + 1
     # The kernel still gets offsets that it can work with.
     assert offsets[-1] == first.numel()
     assert (offsets.diff() > 0).all()
     assert overflow.isnan()
     first[:, 40:] = False
-    offsets, overflow = document_offsets(first)
+    offsets, overflow = document_offsets(first, largest_extent(*first.shape))
     assert overflow == 0
     assert offsets[:41].tolist() == [*range(40), 256]
+
+
+ROOM_CASES = st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 5, 128, 129, 300]))
+
+
+@given(ROOM_CASES, st.sampled_from([0.0, 0.01, 0.4, 1.0]), st.sampled_from(["eos", "bos"]), st.integers(0, 2**16))
+def test_exact_room_equals_the_largest(
+    shape: tuple[int, int], chance: float, boundary: Literal["eos", "bos"], seed: int
+) -> None:
+    """Offsets with room for what the host has counted are those of the largest room, without the padding."""
+    torch.manual_seed(seed)
+    B, T = shape
+    ids = torch.where(torch.rand(B, T + 1) < chance, MARK, torch.randint(-1, MARK, (B, T + 1)))
+    ids[:, T - T // 4 + 1 :] = PADDING
+    idx = ids.as_subclass(PaddedRows).to("cpu")[:, :-1]
+    documents = find_documents(idx, boundary, MARK)
+    assert documents.lengths is not None
+    extent = needed_extent(idx, boundary, MARK)
+    assert extent.documents == len(documents.lengths)
+    assert max(documents.lengths) <= extent.longest <= min(T, max(documents.lengths) + 127)
+    first = documents.start_BT == torch.arange(T)
+    offsets, overflow = document_offsets(first, extent)
+    assert overflow == 0
+    assert offsets.diff().tolist() == list(documents.lengths)
+    largest, overflow = document_offsets(first, largest_extent(B, T))
+    if overflow == 0:
+        assert largest[: offsets.numel()].tolist() == offsets.tolist()
+        assert (largest[offsets.numel() :] == idx.numel()).all()
+    # Too little room is noticed, too much is not an error.
+    longest = max(documents.lengths)
+    for room, fits in (
+        (Extent(extent.documents - 1, T), False),
+        (Extent(extent.documents, longest - 1), False),
+        (Extent(extent.documents, longest), True),
+        (Extent(extent.documents + 3, T + 5), True),
+    ):
+        assert document_offsets(first, room)[1].isnan() != fits
+
+
+def test_room_without_a_host_copy_is_the_largest() -> None:
+    idx = torch.zeros(2, 256, dtype=torch.long)
+    assert needed_extent(idx, "eos", MARK) == largest_extent(2, 256) == Extent(160, 256)
+    idx = torch.zeros(2, 257, dtype=torch.long).as_subclass(Rows).to("cpu")[:, :-1]
+    assert needed_extent(idx, "eos", MARK) == Extent(2, 256)
+    idx[0, 3] = MARK
+    assert needed_extent(idx, "eos", MARK) == largest_extent(2, 256)
 
 
 def test_overflow_goes_through_the_model(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +280,7 @@ def test_compiles_without_graph_breaks(make_model: Any) -> None:
     model = make_model(n_layer=1, **changes).eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     parameters = list(model.parameters())
-    for idx in (tokens(ENDS), tokens(ENDS)[:, :13]):
+    for idx in (tokens(ENDS), tokens(ENDS)[:, :13], tokens(ENDS).as_subclass(Rows).to("cpu")[:, :9]):
         out, expected = compiled(idx), model(idx)
         torch.testing.assert_close(out, expected)
         dout = torch.randn_like(out)

@@ -2,11 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning import Fabric
 from litgpt import GPT, Config
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.fake_cuda import CAPABILITIES, RECIPES, fake_cuda, forward_of_recipe
 
@@ -46,3 +50,37 @@ def test_windows_documents_and_a_cache_wait_for_nothing(
                 assert model(idx_BT[:, :10], position_T, input_pos_maxp1=10).shape == (2, 10, 40)
                 position_1 = torch.full((1,), 10, device="cuda")
                 assert model(idx_BT[:, :1], position_1, input_pos_maxp1=11).shape == (2, 1, 40)
+
+
+class Calls(TorchDispatchMode):
+    """Records the numbers of documents and the lengths that flash attention is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: set[tuple[int, int, int]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._flash_attention_forward.default:
+            self.sizes.add((args[3].numel() - 1, args[5], args[6]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sinks", [True, False])
+@pytest.mark.parametrize("boundary", ["eos", "bos"])
+def test_the_kernel_starts_blocks_for_the_documents_that_there_are(
+    make_config: Callable[..., Config], sinks: bool, boundary: str
+) -> None:
+    """With the ids in host memory as many as there are, as long as they are; without them the most that may come."""
+    B, T = 2, 512
+    host_BT = np.zeros((B, T), dtype=np.int64)
+    host_BT[0, [100, 101, 350]] = host_BT[1, 250] = 3
+    settings = {"attention_document_boundary": boundary, "attention_document_token_id": 3, "head_size": 16}
+    with fake_cuda((9, 0)), torch.autocast("cuda", torch.bfloat16), torch.no_grad():
+        with Fabric(accelerator="cpu", devices=1).init_module(empty_init=True), torch.device("cuda"):
+            model = GPT(make_config(attention_sinks=sinks, block_size=T, **settings))
+        ids_BT = torch.zeros(B, T, dtype=torch.long, device="cuda")
+        for copy, expected in ((None, (2 * (32 + 64), T, T)), (SimpleNamespace(numpy=lambda: host_BT), (6, 384, 384))):
+            ids_BT._host_copy = copy, ids_BT._version
+            with Calls() as calls:
+                model(ids_BT)
+            assert calls.sizes == {expected}

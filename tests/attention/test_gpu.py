@@ -6,10 +6,11 @@ from litgpt.model import GPT
 from torch import Tensor
 
 from litgpt_moe_ext.attention.causal_attention import causal_attention
-from litgpt_moe_ext.attention.documents import find_documents
+from litgpt_moe_ext.attention.documents import find_documents, largest_extent
 from litgpt_moe_ext.attention.kernels.choice import capability_of, obstacle
 from litgpt_moe_ext.attention.kernels.registry import EAGER, KERNELS, Workload
 from litgpt_moe_ext.attention.sinks import Softmax
+from litgpt_moe_ext.rows import Rows
 
 pytestmark = pytest.mark.gpu
 
@@ -25,7 +26,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("has_sinks", [True, False])
-@pytest.mark.parametrize("pattern", ["causal", "window", "documents", "window and documents"])
+@pytest.mark.parametrize("pattern", ["causal", "window", "documents", "window and documents", "counted documents"])
 @pytest.mark.parametrize("head_size", [64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("name", [name for name, kernel in KERNELS.items() if kernel.device == "cuda"])
@@ -43,7 +44,12 @@ def test_a_kernel_equals_the_definition(
     window = 33 if "window" in pattern else None
     documents = None
     if "documents" in pattern:
-        documents = find_documents(torch.randint(12, (B, T), device=CUDA), "eos", MARK)
+        # Moved ids are counted on the host, those made on the card are not.
+        made_on = "cpu" if "counted" in pattern else CUDA
+        ids = torch.randint(12, (B, T + 1), device=made_on).as_subclass(Rows).to(CUDA)[:, :T]
+        documents = find_documents(ids, "eos", MARK)
+        assert documents.offsets is not None
+        assert (documents.offsets.numel() <= largest_extent(B, T).documents) == ("counted" in pattern)
 
     def attend(tensors: list[Tensor], backend: str) -> Tensor:
         q, k, v, sinks = tensors

@@ -16,7 +16,7 @@ import torch
 
 from litgpt_moe_ext.attention import sinks
 from litgpt_moe_ext.attention.causal_attention import causal_attention
-from litgpt_moe_ext.attention.documents import Documents, document_offsets, find_documents
+from litgpt_moe_ext.attention.documents import Documents, document_offsets, find_documents, largest_extent
 from litgpt_moe_ext.attention.kernels import choice
 from litgpt_moe_ext.attention.kernels.calls import Call, Inputs
 from litgpt_moe_ext.attention.kernels.choice import choose, choose_kernel
@@ -74,7 +74,7 @@ RNG = torch.tensor([3, 4], dtype=torch.uint64)
 def flash_forward(q, k, v, cum_q, cum_k, max_q, max_k, dropout, causal, debug, *, scale=None,
                   window_size_left=None, window_size_right=None, **unused):  # fmt: skip
     assert (cum_q is None) == (q.dim() == 4)
-    assert max_q == max_k == T
+    assert max_q == max_k == (T if cum_q is None else cum_q.diff().max())
     qh, kh, vh = map(heads_first, (q, k, v))
     seen = visible(cum_q, qh.size(2), causal, window_size_left, window_size_right)
     out, lse = attention(qh, kh, vh, seen, scale)
@@ -83,6 +83,7 @@ def flash_forward(q, k, v, cum_q, cum_k, max_q, max_k, dropout, causal, debug, *
 
 def flash_backward(dout, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout, causal, rng, unused, *, scale=None,
                    window_size_left=None, window_size_right=None):  # fmt: skip
+    assert max_q == max_k == (T if cum_q is None else cum_q.diff().max())
     assert torch.equal(rng.long(), RNG.long())
     seen = visible(cum_q, q.size(-3), causal, window_size_left, window_size_right)
     lse = lse[None] if q.dim() == 3 else lse
@@ -235,14 +236,14 @@ CASES = [
 def test_kernels_equal_the_reference(backend: str, window: int | None, has_documents: bool, has_sinks: bool) -> None:
     q, k, v, s = make_inputs()
     inputs = [q, k, v, s] if has_sinks else [q, k, v]
-    documents, offsets = None, None
+    documents, offsets, longest = None, None, None
     if has_documents:
         start = find_documents((torch.rand(2, T) < 0.3).long(), "eos", 1).start_BT
         first = (start == torch.arange(T)).flatten()
         offsets = torch.cat((first.nonzero().flatten(), torch.tensor([2 * T] * 3))).int()
-        documents = Documents(start)
+        documents, longest = Documents(start), int(offsets.diff().max())
     sink = s if has_sinks else None
-    out = sinks._Flash.apply(Call(backend, 0.4, True, window, 0.0), sink, q, k, v, None, offsets)
+    out = sinks._Flash.apply(Call(backend, 0.4, True, window, 0.0, longest), sink, q, k, v, None, offsets)
     expected = causal_attention(q, k, v, Softmax(sink, 0.4, backend="eager"), window, documents)
     torch.testing.assert_close(out, expected)
     dout = torch.randn_like(out)
@@ -376,7 +377,8 @@ def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 def test_offsets_reach_the_kernel(gpu_operators: None) -> None:
     idx = torch.zeros(2, T, dtype=torch.long)
     q, k, v, s = make_inputs()
-    offsets, overflow = document_offsets(find_documents(idx, "eos", 1).start_BT == torch.arange(T))
+    first = find_documents(idx, "eos", 1).start_BT == torch.arange(T)
+    offsets, overflow = document_offsets(first, largest_extent(2, T))
     assert overflow == 0
     out = sinks._Flash.apply(Call("flash", 0.4, True, None, 0.0), s, q, k, v, None, offsets)
     torch.testing.assert_close(out, sink_attention(q, k, v, s, scale=0.4, backend="eager"))

@@ -17,6 +17,7 @@ class Call(NamedTuple):
         causal: Whether a query sees only keys up to its own position.
         window: Number of visible keys, the query's own included, or None.
         dropout: Probability of dropping an attention weight.
+        longest: Number of tokens that no document exceeds, or None for T.
     """
 
     kernel: str
@@ -24,6 +25,7 @@ class Call(NamedTuple):
     causal: bool
     window: int | None
     dropout: float
+    longest: int | None = None
 
 
 class Inputs(NamedTuple):
@@ -61,6 +63,11 @@ class Result(NamedTuple):
 def window_sides(call: Call) -> tuple[int | None, int | None]:
     """Return how many keys to the left and to the right of its own position a query sees; None for all."""
     return (None, None) if call.window is None else (call.window - 1, 0)
+
+
+def longest_document(inputs: Inputs, call: Call) -> int:
+    """Return the number of tokens that no document exceeds, by which kernels start their blocks."""
+    return inputs.q_BHTd.size(2) if call.longest is None else call.longest
 
 
 def pack(x_BHTd: Tensor, offsets: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ from litgpt_moe_ext.attention.kernels.calls import (
     Call,
     Inputs,
     Result,
+    longest_document,
     pack,
     pack_lse,
     unpack_gradients,
@@ -26,8 +27,9 @@ def forward(inputs: Inputs, call: Call) -> Result:
     if offsets is None:
         out, lse, _, rng_state = package._flash_attn_forward(*packed, **settings)
     else:
+        longest = longest_document(inputs, call)
         out, lse, _, rng_state = package._flash_attn_varlen_forward(
-            *packed, offsets, offsets, q.size(2), k.size(2), **settings
+            *packed, offsets, offsets, longest, longest, **settings
         )
     return unpack_result(out, lse, inputs, (rng_state,))
 
@@ -48,7 +50,8 @@ def backward(dout: Tensor, inputs: Inputs, result: Result, call: Call) -> tuple[
     if offsets is None:
         package._flash_attn_backward(*packed, lse, *gradients, **settings)
     else:
-        lengths = (offsets, offsets, q.size(2), k.size(2))
+        longest = longest_document(inputs, call)
+        lengths = (offsets, offsets, longest, longest)
         package._flash_attn_varlen_backward(*packed, lse, *gradients, *lengths, **settings)
     dq, dk, dv = gradients
     return unpack_gradients(dq, dk, dv, inputs)

@@ -12,6 +12,7 @@ from litgpt_moe_ext.attention.kernels.calls import (
     Call,
     Inputs,
     Result,
+    longest_document,
     pack,
     pack_lse,
     unpack_gradients,
@@ -51,7 +52,8 @@ def _settings(inputs: Inputs, call: Call) -> dict[str, Any]:
     }
     if inputs.offsets is None:
         return settings
-    lengths = {"max_seqlen_q": inputs.q_BHTd.size(2), "max_seqlen_k": inputs.k_BGSd.size(2)}
+    longest = longest_document(inputs, call)
+    lengths = {"max_seqlen_q": longest, "max_seqlen_k": longest}
     return {**settings, **lengths, "cu_seqlens_q": inputs.offsets, "cu_seqlens_k": inputs.offsets}
 
 

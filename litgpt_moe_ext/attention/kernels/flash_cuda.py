@@ -7,6 +7,7 @@ from litgpt_moe_ext.attention.kernels.calls import (
     Call,
     Inputs,
     Result,
+    longest_document,
     pack,
     pack_lse,
     unpack_gradients,
@@ -27,9 +28,10 @@ def forward(inputs: Inputs, call: Call) -> Result:
         )
         return Result(out, lse, (rng_state, unused))
     left, right = window_sides(call)
+    longest = longest_document(inputs, call)
     out, lse, rng_state, unused, _ = aten._flash_attention_forward(
-        *(pack(x, offsets) for x in (q, k, v)), offsets, offsets, q.size(2), k.size(2), call.dropout, call.causal,
-        False, scale=call.scale, window_size_left=left, window_size_right=right,
+        *(pack(x, offsets) for x in (q, k, v)), offsets, offsets, longest, longest, call.dropout, call.causal, False,
+        scale=call.scale, window_size_left=left, window_size_right=right,
     )  # fmt: skip
     return unpack_result(out, lse, inputs, (rng_state, unused))
 
@@ -44,8 +46,9 @@ def backward(dout: Tensor, inputs: Inputs, result: Result, call: Call) -> tuple[
             scale=call.scale,
         )  # fmt: skip
     left, right = window_sides(call)
+    longest = longest_document(inputs, call)
     dq, dk, dv = aten._flash_attention_backward(
-        *(pack(x, offsets) for x in (dout, q, k, v, out)), pack_lse(lse, offsets), offsets, offsets, q.size(2),
-        k.size(2), call.dropout, call.causal, *rest, scale=call.scale, window_size_left=left, window_size_right=right,
+        *(pack(x, offsets) for x in (dout, q, k, v, out)), pack_lse(lse, offsets), offsets, offsets, longest,
+        longest, call.dropout, call.causal, *rest, scale=call.scale, window_size_left=left, window_size_right=right,
     )  # fmt: skip
     return unpack_gradients(dq, dk, dv, inputs)

@@ -111,7 +111,7 @@ class GradientGuard(Callback):
 
     def _save(self, problem: str) -> Path:
         file = self._folder / f"step-{self._before['step'] + 1:08d}-rank-{self._rank}.pt"
-        batches = [batch.cpu() for batch in self._batches]
+        batches = [batch.cpu().as_subclass(Tensor) for batch in self._batches]
         rng = random_state.of_this_rank(self._batches[0].device if self._batches else torch.device("cpu"))
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
