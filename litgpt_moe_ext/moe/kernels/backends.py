@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from litgpt_moe_ext.moe.activations import Activation
-from litgpt_moe_ext.triton_launch import triton_installed as triton_installed
 
 
 class ExpertWeights(NamedTuple):

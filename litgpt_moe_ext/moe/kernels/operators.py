@@ -21,8 +21,9 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.kernels import native
-from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, triton_installed
+from litgpt_moe_ext.moe.kernels.backends import ExpertWeights
 from litgpt_moe_ext.moe.kernels.plan import Gates, Identity, Mask, Outer, Plan, Product, plan_of
+from litgpt_moe_ext.triton_launch import triton_installed
 
 _NAMESPACE = "litgpt_moe_ext"
 

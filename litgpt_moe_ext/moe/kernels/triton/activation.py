@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from litgpt_moe_ext.moe.kernels.plan import Gates, Gradients, Mask, kind_of
-from litgpt_moe_ext.moe.kernels.triton.common import block_of, constexpr, launch
+from litgpt_moe_ext.moe.kernels.triton.common import block_of, constexpr
+from litgpt_moe_ext.triton_launch import launch
 
 
 class _Hidden(NamedTuple):

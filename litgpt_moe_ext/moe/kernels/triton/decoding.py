@@ -19,7 +19,8 @@ from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.kernels.backends import ExpertWeights
 from litgpt_moe_ext.moe.kernels.plan import kind_of
 from litgpt_moe_ext.moe.kernels.triton.activation import value_of
-from litgpt_moe_ext.moe.kernels.triton.common import constexpr, launch, rows_of, stack_of
+from litgpt_moe_ext.moe.kernels.triton.common import constexpr, rows_of, stack_of
+from litgpt_moe_ext.triton_launch import launch
 
 
 class _Choice(NamedTuple):

@@ -20,7 +20,8 @@ import triton
 from torch import Tensor
 
 from litgpt_moe_ext.moe.kernels.fused_router import Given, Rule
-from litgpt_moe_ext.moe.kernels.triton.common import constexpr, launch
+from litgpt_moe_ext.moe.kernels.triton.common import constexpr
+from litgpt_moe_ext.triton_launch import launch
 
 if TYPE_CHECKING:
     # Triton's own types take what a reduction returns for several values.

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from litgpt_moe_ext.moe.kernels.plan import Product
-from litgpt_moe_ext.moe.kernels.triton.common import constexpr, dot, find_tile, launch, rows_of, stack_of, tiles_for
+from litgpt_moe_ext.moe.kernels.triton.common import constexpr, dot, find_tile, rows_of, stack_of, tiles_for
+from litgpt_moe_ext.triton_launch import launch
 
 # So many blocks of rows pass before the next block of weights is read: both then stay in the cache of the card.
 _GROUP = tl.constexpr(8)

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from litgpt_moe_ext.moe.kernels.plan import Outer, Plan
-from litgpt_moe_ext.moe.kernels.triton.common import constexpr, dot, launch, rows_of, stack_of, tiles_for
+from litgpt_moe_ext.moe.kernels.triton.common import constexpr, dot, rows_of, stack_of, tiles_for
+from litgpt_moe_ext.triton_launch import launch
 
 
 class _Form(NamedTuple):
