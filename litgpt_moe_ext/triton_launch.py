@@ -19,6 +19,16 @@ def triton_works_on(device: torch.device) -> bool:
     return triton_installed() and (torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (7, 5))
 
 
+def ceil_div(a: int, b: int) -> int:
+    """Return `a / b`, rounded up. Triton's own functions of numbers take the host five microseconds each."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """Return the power of two that is not less than `n`, which is at least 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], warps: int, stages: int = 1) -> None:
     """Start a kernel on the device of its tensors; an empty grid does nothing.
 

@@ -3,8 +3,6 @@
 Torch's operators take several launches forward and more backward, some of them over tensors as large
 as the output. All arithmetic is float32; blocks are added in a fixed order, so two runs give the same bits.
 
-Short sequences wait for the host: on the way to a launch, Triton's own `cdiv` costs five microseconds.
-
 Shape legend: B batch, H heads, T queries, d head size, N a block of the head size, P blocks of a head.
 """
 
@@ -15,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from litgpt_moe_ext.triton_launch import launch
+from litgpt_moe_ext.triton_launch import ceil_div, launch, power_of_two
 
 if TYPE_CHECKING:
     # To a type checker a constant of a kernel is whatever it was called with.
@@ -47,7 +45,7 @@ def add_sinks(out_BHTd: Tensor, lse_BHT: Tensor, sinks_H: Tensor) -> None:
     """
     B, H, T, d = out_BHTd.shape
     form = _form(d)
-    grid = (B * H * -(-T // form.rows),)
+    grid = (B * H * ceil_div(T, form.rows),)
     launch(_add_sinks, grid, (_view(out_BHTd), _view(lse_BHT), sinks_H.contiguous(), H, T, form), warps=4)
 
 
@@ -63,7 +61,7 @@ def sink_gradients(dout_BHTd: Tensor, out_BHTd: Tensor, lse_BHT: Tensor, sinks_H
     dout_BHTd, out_BHTd = (x if x.stride(-1) == 1 else x.contiguous() for x in (dout_BHTd, out_BHTd))
     B, H, T, d = out_BHTd.shape
     form = _form(d)
-    part_HP = lse_BHT.new_empty(H, B * -(-T // form.rows))
+    part_HP = lse_BHT.new_empty(H, B * ceil_div(T, form.rows))
     per_head = (sinks_H.contiguous(), part_HP)
     arguments = (_view(dout_BHTd), _view(out_BHTd), _view(lse_BHT), per_head, (H, T), form)
     launch(_sum_gradients, (part_HP.numel(),), arguments, warps=4)
@@ -76,7 +74,7 @@ def _view(x: Tensor) -> _View:
 
 @functools.cache
 def _form(head_size: int) -> _Form:
-    block = max(triton.next_power_of_2(head_size), 16)
+    block = max(power_of_two(head_size), 16)
     return _Form(head_size, max(2048 // block, 1), block)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from litgpt_moe_ext.moe.kernels.plan import Gates, Gradients, Mask, kind_of
 from litgpt_moe_ext.moe.kernels.triton.common import block_of, constexpr
-from litgpt_moe_ext.triton_launch import launch
+from litgpt_moe_ext.triton_launch import ceil_div, launch
 
 
 class _Hidden(NamedTuple):
@@ -41,7 +41,7 @@ def activate(h_RG: Tensor, activation: Any, mask: Mask) -> Tensor:
     """
     a_RF = h_RG.new_empty(h_RG.size(0), h_RG.size(1) // (2 if activation.gated else 1))
     form = _form(activation, a_RF)
-    grid = (triton.cdiv(a_RF.size(0), form.rows), triton.cdiv(a_RF.size(1), form.block))
+    grid = (ceil_div(a_RF.size(0), form.rows), ceil_div(a_RF.size(1), form.block))
     launch(_activate, grid, (_Hidden(h_RG, *a_RF.shape), a_RF, mask, form), warps=4)
     return a_RF
 
@@ -61,7 +61,7 @@ def activate_backward(h_RG: Tensor, da_RF: Tensor, gates: Gates, activation: Any
     )
     form = _form(activation, da_RF)
     arguments = (_Hidden(h_RG, *da_RF.shape), da_RF, gates, mask, gradients, form)
-    launch(_activate_backward, (triton.cdiv(da_RF.size(0), form.rows),), arguments, warps=4)
+    launch(_activate_backward, (ceil_div(da_RF.size(0), form.rows),), arguments, warps=4)
     return gradients
 
 

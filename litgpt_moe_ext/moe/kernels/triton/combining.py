@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from litgpt_moe_ext.moe.kernels.triton.common import block_of, constexpr
-from litgpt_moe_ext.triton_launch import launch
+from litgpt_moe_ext.triton_launch import ceil_div, launch
 
 
 class _Sizes(NamedTuple):
@@ -37,7 +37,7 @@ def combine(y_RD: Tensor, gates_TK: Tensor | None, n_token: int, dtype: torch.dt
     y_TD = y_RD.new_empty(n_token, width, dtype=dtype)
     block = block_of(width)
     sizes = _Sizes(n_token, n_row // max(n_token, 1), width)
-    grid = (triton.cdiv(n_token, block[0]), triton.cdiv(width, block[1]))
+    grid = (ceil_div(n_token, block[0]), ceil_div(width, block[1]))
     launch(_combine, grid, (y_RD, gates_TK, y_TD, sizes, block), warps=4)
     return y_TD
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from litgpt_moe_ext.moe.kernels.triton.tiles import Tiles, card_for, precision_of
+from litgpt_moe_ext.triton_launch import power_of_two
 
 if TYPE_CHECKING:
     # To a type checker a constant of a kernel is whatever it was called with.
@@ -81,7 +82,7 @@ def tiles_for(device: torch.device, dtype: torch.dtype) -> tuple[Tiles, str]:
 
 def block_of(width: int) -> tuple[int, int]:
     """Return the rows and columns of a block for what is computed element by element in rows of `width`."""
-    columns = min(triton.next_power_of_2(max(width, 16)), 512)
+    columns = min(power_of_two(max(width, 16)), 512)
     return 1024 // columns, columns
 
 

@@ -20,7 +20,7 @@ from litgpt_moe_ext.moe.kernels.backends import ExpertWeights
 from litgpt_moe_ext.moe.kernels.plan import kind_of
 from litgpt_moe_ext.moe.kernels.triton.activation import value_of
 from litgpt_moe_ext.moe.kernels.triton.common import constexpr, rows_of, stack_of
-from litgpt_moe_ext.triton_launch import launch
+from litgpt_moe_ext.triton_launch import ceil_div, launch
 
 
 class _Choice(NamedTuple):
@@ -53,12 +53,12 @@ def decode(
     n_hidden = down_EDF.size(2) if kind is not None else up_EGD.size(1)
     # Kept in float32: a few rows of numbers beside megabytes of weights.
     a_RF = x_TD.new_empty(experts_TK.numel(), n_hidden, dtype=torch.float32)
-    grid = (experts_TK.numel(), triton.cdiv(n_hidden, 16))
+    grid = (experts_TK.numel(), ceil_div(n_hidden, 16))
     launch(_first, grid, (rows_of(x_TD), stack_of(up_EGD), up_bias, choice, rows_of(a_RF), fused), warps=4)
     if kind is None:
         a_RF = activation(a_RF).contiguous()
     y_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
-    grid = (x_TD.size(0), triton.cdiv(x_TD.size(1), 8))
+    grid = (x_TD.size(0), ceil_div(x_TD.size(1), 8))
     launch(_second, grid, (rows_of(a_RF), stack_of(down_EDF), down_bias, choice, rows_of(y_TD)), warps=4)
     return y_TD
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from litgpt_moe_ext.moe.kernels.fused_router import Given, Rule
 from litgpt_moe_ext.moe.kernels.triton.common import constexpr
-from litgpt_moe_ext.triton_launch import launch
+from litgpt_moe_ext.triton_launch import ceil_div, launch, power_of_two
 
 if TYPE_CHECKING:
     # Triton's own types take what a reduction returns for several values.
@@ -75,7 +75,7 @@ def route(given: Given, rule: Rule, trains: bool) -> tuple[Tensor, ...]:
     """Decide for all tokens; returns what `litgpt_moe_ext.moe.kernels.fused_router.Decision` holds, in its order."""
     n_token, n_expert = given.logits_TE.shape
     new, form = given.logits_TE.new_empty, _form(rule, n_expert, trains)
-    n_block = triton.cdiv(n_token, form.rows)
+    n_block = ceil_div(n_token, form.rows)
     chosen = _Chosen(new(n_token, rule.top_k), new(n_token, rule.top_k, dtype=torch.int64))
     parts = new(n_block, 5, form.experts)
     sums = _Sums(
@@ -121,12 +121,12 @@ def route_backward(
     form = _form(rule, n_expert, True)
     arguments = (given, (experts_TK, dweights_TK, slopes_3E, scale), (dlogits_TE, dspread_TE))
     sizes = _Sizes(n_token, n_expert)
-    launch(_route_backward, (triton.cdiv(n_token, form.rows),), (*arguments, sizes, form), warps=4)
+    launch(_route_backward, (ceil_div(n_token, form.rows),), (*arguments, sizes, form), warps=4)
     return dlogits_TE, dspread_TE
 
 
 def _form(rule: Rule, n_expert: int, trains: bool) -> _Form:
-    experts = max(triton.next_power_of_2(n_expert), 4)
+    experts = max(power_of_two(n_expert), 4)
     return _Form(*rule, min(max(2048 // experts, 1), 64), experts, trains)
 
 

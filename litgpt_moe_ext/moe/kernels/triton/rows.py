@@ -12,7 +12,7 @@ from torch import Tensor
 
 from litgpt_moe_ext.moe.kernels.plan import Product
 from litgpt_moe_ext.moe.kernels.triton.common import constexpr, dot, find_tile, rows_of, stack_of, tiles_for
-from litgpt_moe_ext.triton_launch import launch
+from litgpt_moe_ext.triton_launch import ceil_div, launch, power_of_two
 
 # So many blocks of rows pass before the next block of weights is read: both then stay in the cache of the card.
 _GROUP = tl.constexpr(8)
@@ -48,10 +48,10 @@ def multiply_rows(product: Product) -> Tensor:
         n_out % tile.out == 0,
         n_in % tile.inner == 0,
         precision,
-        max(triton.next_power_of_2(plan.n_expert), 16),
+        max(power_of_two(plan.n_expert), 16),
         max(x.size(0) * max(x.stride(0), 1), weight[0].numel()) >= 2**31,
     )
-    grid = ((triton.cdiv(n_row, tile.rows) + plan.n_expert) * triton.cdiv(n_out, tile.out),)
+    grid = ((ceil_div(n_row, tile.rows) + plan.n_expert) * ceil_div(n_out, tile.out),)
     arguments = (rows_of(x), stack_of(weight), _Result(y_RO, bias), plan, form, tile)
     launch(_multiply_rows, grid, arguments, tile.warps, tile.stages)
     return y_RO

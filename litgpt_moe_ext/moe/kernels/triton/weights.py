@@ -16,7 +16,7 @@ from torch import Tensor
 
 from litgpt_moe_ext.moe.kernels.plan import Outer, Plan
 from litgpt_moe_ext.moe.kernels.triton.common import constexpr, dot, rows_of, stack_of, tiles_for
-from litgpt_moe_ext.triton_launch import launch
+from litgpt_moe_ext.triton_launch import ceil_div, launch
 
 
 class _Form(NamedTuple):
@@ -34,7 +34,7 @@ def sum_outer_products(outer: Outer, dtype: torch.dtype) -> Tensor:
     tile = tiles.for_weights(aligned=left.size(1) % 16 == right.size(1) % 16 == 0)
     wide = max(x.size(0) * max(x.stride(0), 1) for x in (left, right)) >= 2**31
     form = _Form(gather_left, gather_right, precision, wide)
-    grid = (triton.cdiv(left.size(1), tile.out) * triton.cdiv(right.size(1), tile.inner), plan.n_expert)
+    grid = (ceil_div(left.size(1), tile.out) * ceil_div(right.size(1), tile.inner), plan.n_expert)
     arguments = (rows_of(left), rows_of(right), stack_of(sum_EOI), plan, form, tile)
     launch(_sum_outer_products, grid, arguments, tile.warps, tile.stages)
     return sum_EOI
@@ -106,7 +106,7 @@ def sum_rows(x: Tensor, gates_TK: Tensor | None, plan: Plan, gather: bool, dtype
     """
     sum_EO = x.new_empty(plan.n_expert, x.size(1), dtype=dtype)
     sums = _Sums(sum_EO, None if gates_TK is None else gates_TK.contiguous(), x.size(1))
-    grid = (triton.cdiv(x.size(1), 64), plan.n_expert)
+    grid = (ceil_div(x.size(1), 64), plan.n_expert)
     launch(_sum_rows, grid, (rows_of(x), sums, plan, gather), warps=4, stages=2)
     return sum_EO
 
