@@ -515,6 +515,9 @@ class Trainee:
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
         self.autocast = partial(torch.autocast, bench.device.type, bench.dtype)
+        if compiled:
+            # Otherwise the sizes of the next recipe would be taken for ones that change from step to step.
+            torch._dynamo.reset()
         self.model = torch.compile(model) if compiled else model
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 

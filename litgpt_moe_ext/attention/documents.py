@@ -146,7 +146,7 @@ def document_offsets(is_first_BT: Tensor, extent: Extent) -> tuple[Tensor, Tenso
     position_N = torch.arange(N, dtype=torch.int32, device=device)
     offsets = offsets.scatter_reduce(0, document_N.clamp(max=capacity), position_N, "amin")
     # What does not fit belongs to the last document, which ends with the batch.
-    offsets[-1] = N
+    offsets[-1].fill_(N)  # an assignment would copy the number from the host, and wait
     if extent.longest < T:
         fits = fits & (offsets.diff().amax() <= extent.longest)
     return offsets, torch.where(fits, 0.0, math.nan)

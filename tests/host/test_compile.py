@@ -27,7 +27,7 @@ DENSE = moe_config(mlp_class_name="LLaMAMLP", intermediate_size=8)
     ("requested", "config", "platform", "enabled", "reason"),
     [
         ("auto", DENSE, LINUX_GPU, True, "dense model on a GPU"),
-        ("auto", moe_config(), LINUX_GPU, False, "not measured with MoE layers on a GPU yet"),
+        ("auto", moe_config(), LINUX_GPU, False, "gained an MoE model nothing"),
         ("auto", moe_config(mlp_class_name="LLaMAMoE"), LINUX_GPU, False, "loop over experts"),
         ("auto", DENSE, LINUX_CPU, False, "gains little on cpu"),
         ("auto", DENSE, WINDOWS_GPU, False, r"Triton is not installed \(pip install triton-windows\)"),

@@ -1,4 +1,4 @@
-"""cuDNN's attention. Unmeasured."""
+"""cuDNN's attention."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""PyTorch's memory-efficient attention, the one for float32 and for cards before Ampere. Unmeasured."""
+"""PyTorch's memory-efficient attention, the one for float32 and for cards before Ampere."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The `flash-attn` package, 2.7 or newer, with sliding windows and documents. Unmeasured."""
+"""The `flash-attn` package, 2.7 or newer, with sliding windows and documents. Not run on a card yet."""
 
 from typing import Any
 

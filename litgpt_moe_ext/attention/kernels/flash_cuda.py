@@ -1,4 +1,4 @@
-"""PyTorch's flash attention for GPUs, with sliding windows and documents. Unmeasured."""
+"""PyTorch's flash attention for GPUs, with sliding windows and documents."""
 
 import torch
 from torch import Tensor

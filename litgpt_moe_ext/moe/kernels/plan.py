@@ -146,7 +146,7 @@ def sort_rows(experts_TK: Tensor, counts_E: Tensor, padded: bool = False) -> tup
         of each expert end, int32 (E,).
     """
     # A radix sort makes a pass over all keys for every byte of a key.
-    n_key = counts_E.size(0) + padded
+    n_key = counts_E.size(0) + int(padded)  # compilers of symbolic sizes add no truth values
     key_dtype = torch.uint8 if n_key <= 2**8 else torch.int16 if n_key <= 2**15 else torch.int32
     rows_R = experts_TK.flatten().to(key_dtype).sort(stable=True).indices
     return rows_R, counts_E.cumsum(0, dtype=torch.int32)
