@@ -11,6 +11,7 @@ Shape legend: T tokens, K chosen experts per token, E experts, D model width, F 
 the first projection (2 * F with a gate), R = T * K routed rows in the order of experts.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -206,11 +207,14 @@ class Operator:
     def set_gradient(self, backward: Callable[..., Any]) -> None:
         """Make it differentiable; `backward` takes the context that `_keep` has filled, and gradients of results."""
         torch.library.register_autograd(self._name, backward, setup_context=_keep)
-        methods = {
-            "forward": staticmethod(self._function),
-            "setup_context": staticmethod(_keep),
-            "backward": staticmethod(backward),
-        }
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            # A function with a context of its own (`setup_context`) has its signature inspected at every call.
+            output = self._function(*args)
+            _keep(ctx, args, output)
+            return output
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         self._differentiated = type(self._name, (torch.autograd.Function,), methods)
 
 
@@ -219,7 +223,12 @@ def _operator(name: str, call: type, fake: Callable[[Any], Any], n_result: int =
 
 
 def _activation(call: Any) -> Any:
-    return Identity() if call.activation == "identity" else Activation(call.activation, call.approximate)
+    return _made_activation(call.activation, call.approximate)
+
+
+@functools.cache
+def _made_activation(name: str, approximate: str) -> Any:
+    return Identity() if name == "identity" else Activation(name, approximate)
 
 
 def _plan(call: Any, n_token: int) -> Plan:

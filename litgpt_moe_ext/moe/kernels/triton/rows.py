@@ -14,9 +14,6 @@ from litgpt_moe_ext.moe.kernels.plan import Product
 from litgpt_moe_ext.moe.kernels.triton.common import constexpr, dot, find_tile, rows_of, stack_of, tiles_for
 from litgpt_moe_ext.triton_launch import ceil_div, launch, power_of_two
 
-# So many blocks of rows pass before the next block of weights is read: both then stay in the cache of the card.
-_GROUP = tl.constexpr(8)
-
 
 class _Result(NamedTuple):
     data: Any
@@ -59,12 +56,15 @@ def multiply_rows(product: Product) -> Tensor:
 
 @triton.jit
 def _multiply_rows(x, weight, y, plan, FORM: constexpr, TILE: constexpr):
+    # So many blocks of rows pass before the next block of weights is read: both then stay in the cache of the card.
+    # (A constant outside of the kernel would be compared with its value at every launch.)
+    GROUP: tl.constexpr = 8  # pyrefly: ignore[bad-assignment]  # kernels have no types
     n_out_tile = tl.cdiv(weight.n_out, TILE.out)
     n_row_tile = tl.num_programs(0) // n_out_tile
-    group = tl.program_id(0) // (_GROUP * n_out_tile)
-    within = tl.program_id(0) % (_GROUP * n_out_tile)
-    height = tl.minimum(n_row_tile - group * _GROUP, _GROUP)
-    expert, first, end = find_tile(plan, group * _GROUP + within % height, TILE.rows, FORM.experts)
+    group = tl.program_id(0) // (GROUP * n_out_tile)
+    within = tl.program_id(0) % (GROUP * n_out_tile)
+    height = tl.minimum(n_row_tile - group * GROUP, GROUP)
+    expert, first, end = find_tile(plan, group * GROUP + within % height, TILE.rows, FORM.experts)
     if expert >= plan.n_expert:
         return
     row_M = first + tl.arange(0, TILE.rows)

@@ -6,6 +6,7 @@ all of them. Hopper's blocks for 16-bit numbers were the fastest of twelve on an
 the others were not timed on a card (`benchmarks/gpu.py` does that).
 """
 
+import functools
 from typing import Literal, NamedTuple
 
 import torch
@@ -211,6 +212,7 @@ CARDS: dict[tuple[int, int], Card] = {
 }
 
 
+@functools.cache
 def card_for(capability: tuple[int, int] | None) -> Card:
     """Return the kind of card with this compute capability; the interpreter for None."""
     if capability is None:
