@@ -7,6 +7,7 @@ would look for the mistake; nothing reads the text of jsonargparse's errors.
 import dataclasses
 import difflib
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
@@ -171,8 +172,9 @@ def _section(annotation: Any) -> type | None:
 def _named_class(annotation: Any) -> type | None:
     """Return the class whose subclasses are named by class_path, if the type has one."""
     for kind in members(annotation):
-        plain = kind in NUMBERS or getattr(kind, "__module__", "") in ("builtins", "pathlib")
-        if inspect.isclass(kind) and not plain and not dataclasses.is_dataclass(kind):
+        if not inspect.isclass(kind) or kind in NUMBERS or dataclasses.is_dataclass(kind):
+            continue
+        if kind.__module__ != "builtins" and not issubclass(kind, os.PathLike):
             return kind
     return None
 
