@@ -232,6 +232,10 @@ raise SystemExit(os.waitpid(child, 0)[1] != 0)
 """
     environment = {key: value for key, value in os.environ.items() if key != "TOKENIZERS_PARALLELISM"}
     result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", program],  # Python 3.12 warns of any fork
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=60,
     )
     assert (result.returncode, result.stderr) == (0, "")

@@ -454,6 +454,6 @@ def test_yarn_trains_on_beyond_the_original_length(recipe, tmp_path, capsys):
     assert train("--config", short, "--train.max_seq_length", 64, *longer, *tokens) == 0
     before, after = (logged(tmp_path / name, "loss") for name in ("out", "longer"))
     assert len(before) == len(after) == 6
-    assert float(after[1]) < float(before[1]) - 0.3  # it goes on from the weights
+    assert float(after[1]) < float(before[1]) - 0.1  # it goes on from the weights
     assert train("--config", short, "--train.max_seq_length", 65, *longer, *tokens) == 2
     assert "train.max_seq_length: 65 must be from 1 to the model's block_size: 64" in capsys.readouterr().err

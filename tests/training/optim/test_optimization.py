@@ -41,7 +41,7 @@ def test_everything_at_once_resumes_exactly(recipe, tmp_path):
         "schedule": {"name": "onecycle"},
         "optimizer": {"class_path": MUON, "init_args": {"lr": 1e-2}},
         "parameter_groups": {"no_weight_decay": ["norms", "embeddings"], "router_lr_factor": 0.5},
-        "anomaly": {"spike_factor": 1.5, "window": 3},
+        "anomaly": {"spike_factor": 1.2, "window": 3},
         "ema": {"decay": 0.8},
     }
     whole = recipe("whole", out_dir=str(tmp_path / "whole"), **changes)
