@@ -31,6 +31,7 @@ def run(settings: Settings) -> None:
     """
     litgpt_moe_ext.register()
     # These modules use LitGPT as it is once it has been extended.
+    from litgpt_moe_ext.training.callbacks.kernel_report import check_kernels
     from litgpt_moe_ext.training.checkpoint.exports import export_checkpoints
     from litgpt_moe_ext.training.equip import check_strategy_fits, equip
     from litgpt_moe_ext.training.launch import launched
@@ -46,6 +47,7 @@ def run(settings: Settings) -> None:
     with launched(plan) as processes:
         check_strategy_fits(processes)
         check_memory(processes)
+        check_kernels(processes)
         start = find_start(processes)
         prepared = prepare_data(processes)
         processes = with_epochs(processes, prepared)

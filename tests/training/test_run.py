@@ -144,6 +144,21 @@ def test_a_new_run_loses_nothing_of_an_earlier_one(recipe, finished, tmp_path, c
     assert not (tmp_path / "out-earlier-2").exists()
 
 
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [("expert_backend", "triton"), ("attention_backend", "flash")],
+)
+def test_a_kernel_that_does_not_work_here_is_refused_before_anything_moves(
+    recipe, tmp_path, capsys, monkeypatch, setting, name
+):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert train("--config", recipe(train={"max_tokens": 128})) == 0
+    assert train("--config", recipe(model_config={setting: name}, train={"max_tokens": 128})) == 2
+    assert f"{setting}: {name!r} cannot be used here: it works on cuda tensors" in capsys.readouterr().err
+    assert (tmp_path / "out" / "final").is_dir()
+    assert not (tmp_path / "out-earlier-1").exists()
+
+
 def test_a_foreign_directory_is_not_deleted(recipe, tmp_path):
     (tmp_path / "out" / "final").mkdir(parents=True)
     (tmp_path / "out" / "final" / "precious.txt").write_text("mine")

@@ -1,5 +1,7 @@
 """What a run says about the kernels it will use, before the first step."""
 
+from typing import TYPE_CHECKING
+
 import lightning as L
 import torch
 from torch import nn
@@ -7,9 +9,13 @@ from torch import nn
 from litgpt_moe_ext.attention.kernels.choice import FALLBACK_COST
 from litgpt_moe_ext.attention.kernels.registry import EAGER
 from litgpt_moe_ext.attention.layer import SinkAttention
+from litgpt_moe_ext.meta_models import meta_model
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.kernels.backends import matmul_dtype
 from litgpt_moe_ext.training.callback import Callback
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.training.launch import Launched
 
 
 class KernelReport(Callback):
@@ -28,6 +34,23 @@ class KernelReport(Callback):
             for line in (experts_line(module, fabric.device, self._compiled), attention_line(module, fabric.device)):
                 if line is not None:
                     fabric.print(line)
+
+
+def check_kernels(launched: "Launched") -> None:
+    """Refuse a kernel that the configuration names and this device lacks, before anything is prepared or moved.
+
+    Raises:
+        SettingsError: If `expert_backend` or `attention_backend` cannot work here.
+    """
+    config, fabric = launched.plan.config, launched.fabric
+    if all(getattr(config, name, None) is None for name in ("expert_backend", "attention_backend")):
+        return
+    with fabric.init_tensor():
+        dtype = torch.empty(0).dtype
+    model = meta_model(config).to(dtype)
+    with fabric.autocast():
+        experts_line(model, fabric.device, compiled=False)
+        attention_line(model, fabric.device)
 
 
 def experts_line(model: nn.Module, device: torch.device, compiled: bool) -> str | None:
