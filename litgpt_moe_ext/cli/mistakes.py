@@ -7,10 +7,10 @@ would look for the mistake; nothing reads the text of jsonargparse's errors.
 import dataclasses
 import difflib
 import inspect
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
+from pathlib import PurePath
 from typing import Any, get_args, get_origin, get_type_hints
 
 import jsonargparse
@@ -174,7 +174,7 @@ def _named_class(annotation: Any) -> type | None:
     for kind in members(annotation):
         if not inspect.isclass(kind) or kind in NUMBERS or dataclasses.is_dataclass(kind):
             continue
-        if kind.__module__ != "builtins" and not issubclass(kind, os.PathLike):
+        if kind.__module__ != "builtins" and not issubclass(kind, PurePath):
             return kind
     return None
 
