@@ -68,15 +68,14 @@ def build_parser(command: type, program: str) -> argparse.ArgumentParser:
     hints = get_type_hints(command)
     for field in dataclasses.fields(command):
         options: dict[str, Any] = {"help": _help(texts[field.name], field), "metavar": _placeholder(hints[field.name])}
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         is_positional = _is_positional(field)
         if is_positional:
             options["metavar"] = field.name.upper()
-        elif required:
+        elif _is_required(field):
             options["required"] = True
         if _is_list(hints[field.name]):
             options["nargs"] = "+"
-        elif is_positional and not required:
+        elif is_positional and not _is_required(field):
             options["nargs"] = "?"
         elif hints[field.name] is bool:
             options |= {"nargs": "?", "const": "true"}
@@ -108,8 +107,11 @@ def _describe_unknown(argument: str, command: type) -> str:
 
 
 def _is_positional(field: dataclasses.Field) -> bool:
-    required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    return field.metadata.get("positional", required)
+    return field.metadata.get("positional", _is_required(field))
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _help(text: str, field: dataclasses.Field) -> str:

@@ -44,7 +44,7 @@ def sums_fast(outer: Outer) -> bool:
 
     Hopper's tensor cores read both operands of this product across their rows, which Triton does at half their speed.
     What torch loses is a copy of the tokens in the order of experts, which counts the more the fewer outputs each of
-    them meets. On an H200 the times are equal at 512 of them (`benchmarks/RESULTS.md`).
+    them meets. On an H200 the times were equal at 512 of them.
     """
     left, right, _, gather_left, _ = outer
     met = right.size(1) if gather_left else left.size(1)

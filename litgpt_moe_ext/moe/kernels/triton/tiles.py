@@ -2,8 +2,8 @@
 
 Plain data: tables, no autotuning, because another block size is another order of additions, and two runs should give
 the same bits. Every entry must fit into the shared memory of its cards without spilling registers; the tests compile
-all of them. Hopper's blocks for 16-bit numbers were the fastest of twelve on an H200, but for `few`, `some` and `odd`;
-the others were not timed on a card (`benchmarks/gpu.py` does that).
+all of them. Hopper's `many` and `weights` for 16-bit numbers are among the fastest of a dozen on an H200; no other
+entry was timed on a card.
 """
 
 import functools
