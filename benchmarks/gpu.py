@@ -57,6 +57,7 @@ from litgpt_moe_ext.model_size import count_flops  # noqa: E402
 from litgpt_moe_ext.moe.layer import SharedExpertMoE  # noqa: E402
 from litgpt_moe_ext.rows import Rows  # noqa: E402
 from litgpt_moe_ext.training.callbacks.telemetry import peak_flops  # noqa: E402
+from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss  # noqa: E402
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # Cycles of the device's clock before what is measured "ahead", 8 to 10 ms.
@@ -502,33 +503,48 @@ class Trainee:
     Args:
         settings: Fields of its configuration.
         bench: Where.
-        batch: Token ids, (B, T + 1).
-        compiled: Whether to compile it.
+        batches: Token ids of the micro-batches of a step, (A, B, T + 1).
+        how: eager, compiled or graphs.
     """
 
-    def __init__(self, settings: dict[str, Any], bench: Bench, batch: Tensor, compiled: bool = False) -> None:
+    def __init__(self, settings: dict[str, Any], bench: Bench, batches: Tensor, how: str = "eager") -> None:
         torch.manual_seed(0)
-        self.config, self.batch = Config(**settings), batch
+        self.config, self.batches = Config(**settings), batches
         with bench.device:
             model = GPT(self.config)
         for module in model.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
         self.autocast = partial(torch.autocast, bench.device.type, bench.dtype)
-        if compiled:
+        if how == "compiled":
             # Otherwise the sizes of the next recipe would be taken for ones that change from step to step.
             torch._dynamo.reset()
-        self.model = torch.compile(model) if compiled else model
+        self.model = torch.compile(model) if how == "compiled" else model
+        self.loss = self.plain_loss
+        if how == "graphs" and bench.is_cuda:
+            self.loss = GraphedLoss(self.plain_loss, model, careful=True, say=partial(note_if_off, bench))
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
-    def step(self) -> None:
+        # The first steps run as they are, then passes are captured.
+        for _ in range(3 if how == "graphs" and bench.is_cuda else 0):
+            self.step()
+
+    def plain_loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         with self.autocast():
-            logits = self.model(self.batch[:, :-1])
-            loss = chunked_cross_entropy(logits, self.batch[:, 1:].contiguous(), chunk_size=0)
-        loss.backward()
+            return chunked_cross_entropy(self.model(ids), targets, chunk_size=0)
+
+    def step(self) -> None:
+        for batch in self.batches:
+            (self.loss(batch[:, :-1], batch[:, 1:].contiguous()) / len(self.batches)).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+def note_if_off(bench: Bench, text: str) -> None:
+    """Note that CUDA graphs were not used."""
+    if ": off" in text:
+        bench.note(text)
 
 
 def contenders(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -544,7 +560,6 @@ def contenders(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     dense.pop("first_k_dense_replace", None)
     return {
         "ours": settings,
-        "ours, compiled": settings,
         "LLaMAMoE": {**plain, "mlp_class_name": "LLaMAMoE"},
         "dense twin": {**dense, "mlp_class_name": "LLaMAMLP", "intermediate_size": width},
     }
@@ -566,55 +581,62 @@ def waits(step: Callable[[], None], bench: Bench) -> str:
     return "no"
 
 
-def recipe(name: str, tiny: bool) -> tuple[dict[str, Any], int]:
-    """Return the model of a recipe, and its micro-batch."""
+def recipe(name: str, tiny: bool) -> tuple[dict[str, Any], int, int]:
+    """Return the model of a recipe, its micro-batch, and how many of these a step has on one card, at most four."""
     content = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
-    settings = content["model_config"]
+    settings, train = content["model_config"], content["train"]
     if tiny:
         settings |= {"n_layer": 1, "n_embd": 64, "block_size": 64, "moe_intermediate_size": 32, "vocab_size": 128}
         settings |= {"padded_vocab_size": 128, "first_k_dense_replace": None, "intermediate_size": 64}
         settings |= {"n_head": 4, "n_query_groups": 2, "head_size": 16}
-    return settings, 1 if tiny else content["train"]["micro_batch_size"]
+    micro_batches = min(train["global_batch_size"] // train["micro_batch_size"], 4)
+    return settings, 1 if tiny else train["micro_batch_size"], micro_batches
 
 
 def steps_rows(bench: Bench) -> Iterator[dict[str, Any]]:
-    return measured_steps(bench, ("dense twin", "ours", "LLaMAMoE"))
+    models = ("dense twin, graphs", "ours, graphs", "dense twin", "ours", "LLaMAMoE")
+    return measured_steps(bench, models)
 
 
 def compiled_rows(bench: Bench) -> Iterator[dict[str, Any]]:
-    return measured_steps(bench, () if bench.tiny else ("dense twin", "ours, compiled"))
+    return measured_steps(bench, () if bench.tiny else ("dense twin, compiled", "ours, compiled"))
 
 
 def measured_steps(bench: Bench, names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Measure whole training steps of recipes with the models of these `names`, the dense twin first."""
+    """Measure whole training steps of recipes with the models of these `names`, each dense twin before its rivals."""
     for recipe_name in RECIPES[:1] if bench.tiny else RECIPES:
-        settings, micro_batch = recipe(recipe_name, bench.tiny)
+        settings, micro_batch, accumulation = recipe(recipe_name, bench.tiny)
         length = settings["block_size"]
-        batch = torch.randint(0, settings["vocab_size"], (micro_batch, length + 1), device=bench.device)
+        size = (accumulation, micro_batch, length + 1)
+        batches = torch.randint(0, settings["vocab_size"], size, device=bench.device)
         reference = None
         for name in names:
             if bench.late:
                 return
-            row: dict[str, Any] = {"recipe": recipe_name, "batch": f"{micro_batch} x {length}", "model": name}
+            row: dict[str, Any] = {
+                "recipe": recipe_name, "batch": f"{accumulation} x {micro_batch} x {length}", "model": name
+            }  # fmt: skip
+            model, _, how = name.partition(", ")
             try:
-                trainee = Trainee(contenders(settings)[name], bench, batch, compiled="compiled" in name)
                 if bench.is_cuda:
                     torch.cuda.reset_peak_memory_stats()
+                trainee = Trainee(contenders(settings)[model], bench, batches, how or "eager")
                 time_ms = bench.medians({f"{recipe_name}, {name}": trainee.step})[f"{recipe_name}, {name}"]
             except Exception as error:
                 bench.note(f"{recipe_name}, {name} is left out: {described(error)}")
                 continue
-            reference = time_ms if name == "dense twin" else reference
-            flops = micro_batch * count_flops(trainee.config, length, training=True)
+            reference = time_ms if model == "dense twin" else reference
+            tokens = accumulation * micro_batch * length
+            flops = accumulation * micro_batch * count_flops(trainee.config, length, training=True)
             precision = "16-mixed" if bench.dtype == torch.float16 else "bf16-mixed"
             peak = peak_flops(torch.cuda.get_device_name(), precision, "highest") if bench.is_cuda else None
             yield row | {
                 "ms per step": time_ms,
                 "time / dense twin": time_ms / reference if time_ms and reference else None,
-                "tokens per second": micro_batch * length / time_ms * 1e3 if time_ms else None,
+                "tokens per second": tokens / time_ms * 1e3 if time_ms else None,
                 "MFU": flops / time_ms * 1e3 / peak if time_ms and peak else None,
                 "TFLOP/s": flops / time_ms * 1e-9 if time_ms else None,
-                "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if bench.is_cuda else None,
+                "peak GiB": torch.cuda.max_memory_reserved() / 2**30 if bench.is_cuda else None,
                 "waits": waits(trainee.step, bench) if time_ms else None,
             }
             del trainee
@@ -623,13 +645,13 @@ def measured_steps(bench: Bench, names: tuple[str, ...]) -> Iterator[dict[str, A
 def promise_rows(bench: Bench) -> Iterator[dict[str, Any]]:
     """Compare the memory that `litgpt-moe doctor` predicts with what a step takes."""
     for name in RECIPES[:1] if bench.tiny else RECIPES:
-        settings, micro_batch = recipe(name, bench.tiny)
+        settings, micro_batch, _ = recipe(name, bench.tiny)
         length = settings["block_size"]
         predicted = training_memory(shorten(Config(**settings)), Step("bf16-mixed", micro_batch, length)).total / 2**30
         measured = None
         if bench.is_cuda:
             torch.cuda.reset_peak_memory_stats()
-            batch = torch.randint(0, settings["vocab_size"], (micro_batch, length + 1), device=bench.device)
+            batch = torch.randint(0, settings["vocab_size"], (1, micro_batch, length + 1), device=bench.device)
             with contextlib.suppress(torch.OutOfMemoryError):
                 trainee = Trainee(settings, bench, batch)
                 trainee.step()
@@ -643,7 +665,7 @@ def promise_rows(bench: Bench) -> Iterator[dict[str, Any]]:
 TABLES = {
     "experts": ("Experts, forward and backward", 4.0, experts_rows),
     "router": ("Routers, forward and backward", 0.5, router_rows),
-    "steps": ("Whole training steps", 3.0, steps_rows),
+    "steps": ("Whole training steps", 5.0, steps_rows),
     "attention": ("Attention against SDPA", 1.0, attention_rows),
     "decoding": ("Decoding, no gradients", 0.5, decoding_rows),
     "memory": ("Saved for the backward pass", 0.5, memory_rows),

@@ -19,6 +19,8 @@ from litgpt_moe_ext.training.callbacks.step_metrics import ExpertLoad, GradientN
 from litgpt_moe_ext.training.callbacks.telemetry import Telemetry, peak_flops
 from litgpt_moe_ext.training.compilation import CompileDecision, decide, probe_platform
 from litgpt_moe_ext.training.optim.optimization import Optimization
+from litgpt_moe_ext.training.steps.cuda_graphs import GraphDecision
+from litgpt_moe_ext.training.steps.cuda_graphs import decide as decide_graphs
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.training.callback import Callback
@@ -32,11 +34,13 @@ class Equipment:
 
     Attributes:
         compile: Whether the model is compiled, and why.
+        graphs: Whether CUDA graphs are tried, and why not.
         optimization: Makes the optimizer and sets its learning rate.
         fused_loss: Does the work of the output head, or None if the head does it.
     """
 
     compile: CompileDecision
+    graphs: GraphDecision
     optimization: Optimization
     fused_loss: FusedLoss | None
 
@@ -57,6 +61,7 @@ def check_strategy_fits(launched: Launched) -> None:
         raise SettingsError("fused_cross_entropy: true needs the whole output head on every process; use ddp")
     if settings.fused_cross_entropy and _compile(launched).enabled:
         raise SettingsError("fused_cross_entropy: true cannot be compiled; set compile: false")
+    decide_graphs(launched, _compile(launched))
     if settings.fused_cross_entropy:
         require_torch()
 
@@ -66,8 +71,10 @@ def equip(launched: Launched, prepared: Prepared) -> Equipment:
     settings, fabric = launched.plan.settings, launched.fabric
     strategy = fabric.strategy
     strategy.follow(launched.plan.train)
+    compiled = _compile(launched)
     equipment = Equipment(
-        compile=_compile(launched),
+        compile=compiled,
+        graphs=decide_graphs(launched, compiled),
         optimization=Optimization(
             settings.schedule,
             settings.parameter_groups,

@@ -10,7 +10,7 @@ names point to functions of ours, which do their part and, where there is one, c
 | `save_checkpoint`         | writes under a temporary name, adds the random generators, renames                 |
 | `save_hyperparameters`    | writes the values that the run uses                                                |
 | `find_resume_path`        | chooses the newest whole checkpoint                                                |
-| `chunked_cross_entropy`   | makes a step a mean over its tokens; does the output head's work, where asked      |
+| `chunked_cross_entropy`   | makes a step a mean over its tokens; does the head's, or all of the model's, work   |
 | `validate`                | makes the validation loss a mean over tokens; logs the one before the first step   |
 | `RunningMean`             | averages losses without waiting for the device                                     |
 | `get_dataloaders`         | lets a data position be read with another number of processes                     |
@@ -41,6 +41,7 @@ from litgpt_moe_ext.training.control import StepLimits, StopRequests, TrainingIn
 from litgpt_moe_ext.training.optim.schedules import schedule_steps
 from litgpt_moe_ext.training.parallel import random_state
 from litgpt_moe_ext.training.steps.batches import StepBatches, can_pad, counts_for_loss
+from litgpt_moe_ext.training.steps.cuda_graphs import CudaGraphs
 from litgpt_moe_ext.training.steps.losses import RunningMean, TokenMeans
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class HookedLoop:
             first_iteration = self.state["iter_num"]
             self.fabric.call("on_fit_begin", resume_dir=self._start.resume_dir)
             try:
-                with self._stop_requests.listening():
+                with self._stop_requests.listening(), graphs.deferring(self.state["model"]):
                     original_fit(*args, **kwargs)
             except Exception:
                 if self._limits_reached:
@@ -162,6 +163,7 @@ class HookedLoop:
         cross_entropy = litgpt.pretrain.chunked_cross_entropy
         if self._equipment.fused_loss is not None:
             cross_entropy = self._equipment.fused_loss.wrap(cross_entropy)
+        graphs = CudaGraphs(self._equipment.graphs, self.fabric.print)
         hooks: dict[str, Any] = {
             "fit": fit,
             "save_checkpoint": self.writer.save_checkpoint,
@@ -172,7 +174,7 @@ class HookedLoop:
             "measure_flops": self._measure_flops,
             "get_dataloaders": self._adaptable(litgpt.pretrain.get_dataloaders),
             "instantiate_torch_optimizer": self._equipment.optimization.make_optimizer,
-            "chunked_cross_entropy": self._means.wrap_loss(cross_entropy),
+            "chunked_cross_entropy": self._means.wrap_loss(graphs.wrap(cross_entropy)),
             "validate": self._noted(self._means.wrap_validation(litgpt.pretrain.validate)),
             "RunningMean": RunningMean,
         }

@@ -14,7 +14,7 @@ from litgpt_moe_ext.training.checkpoint.resume_notes import resume_notes
 from litgpt_moe_ext.training.logs import METRICS_FILE, TRANSCRIPT_FILE
 
 if TYPE_CHECKING:
-    from litgpt_moe_ext.training.compilation import CompileDecision
+    from litgpt_moe_ext.training.equip import Equipment
     from litgpt_moe_ext.training.launch import Launched
     from litgpt_moe_ext.training.loop import Outcome
     from litgpt_moe_ext.training.plan import Plan
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from litgpt_moe_ext.training.start import Start
 
 
-def announce(launched: Launched, start: Start, compiled: CompileDecision) -> None:
+def announce(launched: Launched, start: Start, equipment: Equipment) -> None:
     """Say what is about to be trained, on what, for how long, and what a resumed run does otherwise."""
     plan, fabric, say = launched.plan, launched.fabric, launched.fabric.print
     size = count_parameters(plan.config, bool(plan.train.tie_embeddings))
@@ -31,7 +31,9 @@ def announce(launched: Launched, start: Start, compiled: CompileDecision) -> Non
         f"{plan.config.name or 'model'}: {format_count(size.total)} parameters, {format_count(size.active)} "
         f"active per token, on {fabric.world_size} x {fabric.device.type}, {fabric.strategy.precision.precision}"
     )
-    say(str(compiled))
+    say(str(equipment.compile))
+    if fabric.device.type == "cuda":
+        say(str(equipment.graphs))
     padding = " with padding" if _pads(plan.settings.data) else ""
     say(f"{plan.total_steps} steps of {plan.tokens_per_step:,} tokens{padding}, checkpoints in {plan.out_dir}")
     for line in _cut(plan):

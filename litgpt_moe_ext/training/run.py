@@ -56,7 +56,7 @@ def run(settings: Settings) -> None:
         start, prepared = make_room(processes, start, prepared)
         if processes.fabric.is_global_zero:
             processes.reporter.transcript.open(plan.out_dir / TRANSCRIPT_FILE)
-        announce(processes, start, equipment.compile)
+        announce(processes, start, equipment)
         outcome = train(processes, start, prepared, equipment)
         conclude(processes, prepared, outcome)
         export_checkpoints(processes)

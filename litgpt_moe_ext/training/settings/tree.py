@@ -65,6 +65,9 @@ class Settings(Section):
     """How processes share the work; auto: ddp if there are several. DeepSpeed needs CUDA and its extra."""
     compile: bool | Literal["auto"] = "auto"
     """Whether to use torch.compile; auto: where it works and pays, and says so."""
+    cuda_graphs: bool | Literal["auto"] = "auto"
+    """Whether the passes of a micro-batch run as CUDA graphs, which spare the host the launches; auto: on one GPU where
+    they work and leave room."""
     float32_matmul_precision: Literal["highest", "high", "medium"] | None = None
     """As torch.set_float32_matmul_precision: high and medium let GPUs use TF32 or bf16 for float32 products, medium
     lets CPUs use oneDNN; null: torch's default."""

@@ -1,0 +1,139 @@
+"""Whether the passes of a micro-batch run as CUDA graphs, and how LitGPT's loop comes to use them.
+
+The loop asks its model for logits, and another function for the loss of them. Graphs hold both, so the model only
+notes its input, and the loss function does all the work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.config.types import Config
+    from litgpt_moe_ext.training.compilation import CompileDecision
+    from litgpt_moe_ext.training.launch import Launched
+
+
+@dataclass(frozen=True)
+class GraphDecision:
+    """Whether CUDA graphs are tried, and why not.
+
+    Attributes:
+        obstacle: Why not; None if they are.
+        asked: Whether the settings insist on them.
+    """
+
+    obstacle: str | None
+    asked: bool
+
+    def __str__(self) -> str:
+        if self.obstacle is not None:
+            return f"CUDA graphs: off ({self.obstacle})"
+        return "CUDA graphs: tried in the third step"
+
+
+def decide(launched: Launched, compiled: CompileDecision) -> GraphDecision:
+    """Choose whether to try CUDA graphs.
+
+    Raises:
+        SettingsError: If `cuda_graphs: true` cannot work.
+    """
+    settings = launched.plan.settings
+    if settings.cuda_graphs is False:
+        return GraphDecision("as asked", False)
+    obstacle = launched.fabric.strategy.graph_obstacle
+    if launched.fabric.device.type != "cuda":
+        obstacle = f"they are for NVIDIA GPUs, this is {launched.fabric.device.type}"
+    elif compiled.enabled:
+        obstacle = "torch.compile is on; --compile false makes room for them"
+    elif settings.activation_checkpointing != "none":
+        obstacle = "activation_checkpointing runs layers again in the backward pass, with random states of the host"
+    obstacle = obstacle or _obstacle_of(cast("Config", launched.plan.config))
+    if settings.cuda_graphs is True and obstacle is not None:
+        raise SettingsError(f"cuda_graphs: true cannot work here ({obstacle}); set cuda_graphs: auto")
+    return GraphDecision(obstacle, settings.cuda_graphs is True)
+
+
+def _obstacle_of(config: Config) -> str | None:
+    if config.mlp_class_name == "LLaMAMoE":
+        return "LLaMAMoE waits for the device in every layer"
+    if config.attention_document_boundary is not None:
+        return "attention_document_boundary: documents are counted anew for every batch"
+    if config.router_load_balancing_loss_coef and config.router_load_balancing_loss_scope == "global_batch":
+        return "router_load_balancing_loss_scope: global_batch counts tokens of earlier micro-batches on the host"
+    return None
+
+
+class _Deferred(NamedTuple):
+    """What stands for the logits of a batch that is not computed yet."""
+
+    ids_BT: Tensor
+
+
+class CudaGraphs:
+    """Put between LitGPT's loop, its model and its loss function.
+
+    Args:
+        decision: Whether to try.
+        say: Told about it.
+    """
+
+    def __init__(self, decision: GraphDecision, say: Callable[[str], None]) -> None:
+        self._decision, self._say = decision, say
+        self._graphed: GraphedLoss | None = None
+        self._cross_entropy: Callable[[Any, Tensor], Tensor]
+
+    def wrap(self, cross_entropy: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return a loss function that also computes the logits where they are left to it.
+
+        Args:
+            cross_entropy: Takes logits and targets.
+        """
+        self._cross_entropy = cross_entropy
+
+        def loss(logits: Any, targets: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if isinstance(logits, _Deferred) and self._graphed is not None:
+                return self._graphed(logits.ids_BT, targets)
+            return cross_entropy(logits, targets, *args, **kwargs)
+
+        return loss
+
+    @contextlib.contextmanager
+    def deferring(self, model: nn.Module) -> Iterator[None]:
+        """Have a model leave its batches to the loss function while it trains, for the time of the scope.
+
+        Args:
+            model: Fabric's wrapper.
+        """
+        if self._decision.obstacle is not None:
+            yield
+            return
+        compute = model.forward
+        self._graphed = GraphedLoss(
+            lambda ids_BT, targets_BT: self._cross_entropy(compute(ids_BT), targets_BT),
+            model,
+            careful=not self._decision.asked,
+            say=self._say,
+        )
+
+        def forward(ids_BT: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if model.training and torch.is_grad_enabled() and not (args or kwargs):
+                return _Deferred(ids_BT)
+            return compute(ids_BT, *args, **kwargs)
+
+        # Fabric's wrapper would hand an ordinary assignment on to the model inside.
+        object.__setattr__(model, "forward", forward)
+        try:
+            yield
+        finally:
+            object.__delattr__(model, "forward")
+            self._graphed = None

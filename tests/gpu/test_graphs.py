@@ -1,0 +1,142 @@
+"""Passes as CUDA graphs on this card: the same numbers as without, no wait, and a way back."""
+
+import pytest
+import torch
+from torch import nn
+
+from litgpt_moe_ext.moe.metrics import routers_of
+from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss
+from tests.gpu.test_experts import no_waits
+from tests.gpu.test_steps import loss_of, make_model, require_bfloat16
+from tests.runs import logged, train, weights_of
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def card(device):
+    if device.type != "cuda":
+        pytest.skip("graphs need a card")
+    return device
+
+
+def trained(card, dtype, accumulation, graphs, **changes):
+    """Return what seven steps come to: losses, norms, weights, biases and loads."""
+    model, said = make_model(card, **changes), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    generator = torch.Generator(card).manual_seed(3)
+
+    def plain_loss(ids, targets):
+        return loss_of(model, torch.cat([ids, targets[:, -1:]], dim=1), dtype)
+
+    loss_function = GraphedLoss(plain_loss, model, careful=False, say=said.append) if graphs else plain_loss
+    torch.manual_seed(1)
+    numbers = []
+
+    def step():
+        for i in range(accumulation):
+            batch = torch.randint(0, 64, (4, 65), device=card, generator=generator)
+            loss = loss_function(batch[:, :-1], batch[:, 1:])
+            (loss * (i + 1)).backward()
+            numbers.append(loss.detach())
+        numbers.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(5):
+        step()
+    with no_waits(card):
+        for _ in range(2):
+            step()
+    assert said == (["CUDA graphs: on, from this step"] if graphs else [])
+    loads = [router.record for router in routers_of(model).values()]
+    return [*numbers, *model.state_dict().values(), *loads]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None], ids=str)
+@pytest.mark.parametrize(
+    ("accumulation", "changes"),
+    [
+        (1, {}),
+        (3, {"router_z_loss_coef": 0.01, "router_load_balancing_loss_coef": 0.01}),
+        (2, {"expert_dropout": 0.1, "residual_dropout": 0.1, "embedding_dropout": 0.1}),
+    ],
+    ids=["plain", "losses", "dropout"],
+)
+def test_equals_the_loss_itself(card, dtype, accumulation, changes):
+    if dtype == torch.bfloat16:
+        require_bfloat16(card)
+    ours = trained(card, dtype, accumulation, True, **changes)
+    theirs = trained(card, dtype, accumulation, False, **changes)
+    again = trained(card, dtype, accumulation, False, **changes)
+    if not all(torch.equal(a, b) for a, b in zip(theirs, again, strict=True)):
+        pytest.skip("without graphs, two trainings differ here as well")
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_model_that_waits_goes_on_without(card):
+    model, said = make_model(card), []
+    moe = model.transformer.h[0].mlp
+    compute = moe.forward
+    moe.forward = lambda x, *rest: compute(x * float(x.detach().abs().max() >= 0), *rest)
+    loss_function = GraphedLoss(lambda ids, targets: loss_of(model, ids, None), model, careful=False, say=said.append)
+    for _ in range(4):
+        batch = torch.randint(0, 64, (4, 65), device=card)
+        loss_function(batch, batch).backward()
+        model.zero_grad()
+    assert len(said) == 1
+    assert said[0].startswith("CUDA graphs: off (the model waits for the device, at ")
+    assert "test_graphs.py" in said[0]
+
+
+def test_a_capture_that_fails_harms_nothing(card):
+    """A wait that first happens during the capture; randomness must go on as well."""
+
+    def run(graphs):
+        model, said, waits = make_model(card, expert_dropout=0.1), [], []
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def plain_loss(ids, targets):
+            loss = loss_of(model, ids, None)
+            if waits and torch.cuda.is_current_stream_capturing():
+                loss.item()
+            return loss
+
+        loss_function = GraphedLoss(plain_loss, model, careful=False, say=said.append) if graphs else plain_loss
+        torch.manual_seed(0)
+        generator = torch.Generator(card).manual_seed(3)
+        for step in range(6):
+            waits[:] = [True] * (step >= 2)
+            batch = torch.randint(0, 64, (4, 65), device=card, generator=generator)
+            loss_function(batch, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return said, [p.detach().clone() for p in model.parameters()]
+
+    (said, ours), (_, theirs) = run(True), run(False)
+    assert said[0].startswith("CUDA graphs: off (capturing failed: ")
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true"])
+@pytest.mark.parametrize("packing", ["stream", "pad"])
+def test_runs(card, recipe, tmp_path, capsys, precision, packing):
+    """A run of the command line, straight and interrupted, is the one without graphs."""
+    if "bf16" in precision:
+        require_bfloat16(card)
+    file = recipe(precision=precision, sample={"prompts": ["def "], "max_new_tokens": 3})
+    flags = ["--config", file, "--data.init_args.packing", packing]
+    straight, twice, without = (tmp_path / name for name in ("straight", "twice", "without"))
+    assert train(*flags, "--out_dir", straight, "--cuda_graphs", "true") == 0
+    assert "CUDA graphs: on, from this step" in capsys.readouterr().out
+    for more in (["--train.max_steps", 8], ["--resume", "auto"]):
+        assert train(*flags, "--out_dir", twice, "--cuda_graphs", "true", *more) == 0
+    assert train(*flags, "--out_dir", without, "--cuda_graphs", "false") == 0
+    assert "CUDA graphs: off (as asked)" in capsys.readouterr().out
+    weights = weights_of(without / "final")
+    for other in (straight, twice):
+        assert logged(other, "loss") == logged(without, "loss")
+        ours = weights_of(other / "final")
+        assert all(torch.equal(ours[name], value) for name, value in weights.items())

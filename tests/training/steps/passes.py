@@ -1,0 +1,34 @@
+"""What CUDA graphs do, on a CPU: passes that run again on the same tensors, and add gradients where they did."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from litgpt_moe_ext.training.steps.graphed_loss import Passes, leaves_of
+
+
+class Reruns:
+    """Makes passes that run the loss function again."""
+
+    def __init__(self) -> None:
+        self.captured = 0
+
+    def __call__(self, loss: Callable[[Tensor, Tensor], Tensor], ids_BT: Tensor, targets_BT: Tensor) -> Passes:
+        self.captured += 1
+        with torch.random.fork_rng():
+            value = loss(ids_BT, targets_BT)
+        static, scale, latest = value.detach().clone(), torch.ones_like(value), []
+        kept = {leaf: leaf.grad for leaf in leaves_of(value)}
+        gradients = {leaf: torch.full_like(leaf, torch.nan) if grad is None else grad for leaf, grad in kept.items()}
+
+        def forward() -> None:
+            latest[:] = [loss(ids_BT, targets_BT)]
+            static.copy_(latest[0].detach())
+
+        def backward() -> None:
+            found = torch.autograd.grad(latest.pop(), list(gradients), scale)
+            for (leaf, total), new in zip(gradients.items(), found, strict=True):
+                total.copy_(new) if kept[leaf] is None else total.add_(new)
+
+        return Passes(forward, backward, static, scale, gradients)

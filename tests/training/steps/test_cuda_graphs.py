@@ -1,0 +1,124 @@
+"""Runs whose passes are captured and replayed, on a CPU with a stand-in for the graphs, and when they are tried."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.training.compilation import CompileDecision
+from litgpt_moe_ext.training.parallel.whole_model import ReplicatedStrategy, SingleProcessStrategy
+from litgpt_moe_ext.training.steps import cuda_graphs
+from litgpt_moe_ext.training.steps.cuda_graphs import GraphDecision, decide
+from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss
+from tests.models import moe_config
+from tests.runs import logged, train, weights_of
+from tests.training.steps.passes import Reruns
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Take graphs that are not there for granted; return what was captured."""
+    made = []
+
+    def make_capture():
+        made.append(Reruns())
+        return made[-1]
+
+    def graphed(*arguments, **options):
+        return GraphedLoss(*arguments, **options, make_capture=make_capture)
+
+    monkeypatch.setattr(cuda_graphs, "GraphedLoss", graphed)
+    monkeypatch.setattr("litgpt_moe_ext.training.equip.decide_graphs", lambda *_: GraphDecision(None, False))
+    return made
+
+
+@pytest.mark.parametrize("packing", ["stream", "pad"])
+def test_the_run_is_the_same(recipe, graphs, monkeypatch, tmp_path, capsys, packing):
+    """With validations, samples, losses, dropout and an interruption."""
+    flags = ["--data.init_args.packing", packing]
+    file = recipe(
+        model_config={"router_z_loss_coef": 0.01, "expert_dropout": 0.1},
+        sample={"prompts": ["def "], "max_new_tokens": 3},
+    )
+    graphed, resumed, plain = (tmp_path / name for name in ("graphed", "resumed", "plain"))
+    assert train("--config", file, "--out_dir", graphed, *flags) == 0
+    assert [capture.captured for capture in graphs] == [2]
+    assert capsys.readouterr().out.count("CUDA graphs: on, from this step") == 1
+    assert train("--config", file, "--out_dir", resumed, *flags, "--train.max_steps", 8) == 0
+    assert train("--config", file, "--out_dir", resumed, *flags, "--resume", "auto") == 0
+    assert len(graphs) == 3
+    monkeypatch.undo()
+    assert train("--config", file, "--out_dir", plain, *flags) == 0
+    for column in ("loss", "val_loss", "grad_norm", "moe/max_vio"):
+        expected = logged(plain, column)
+        assert expected
+        assert logged(graphed, column) == expected
+        assert logged(resumed, column) == expected
+    for out_dir in (graphed, resumed):
+        ours, theirs = weights_of(out_dir / "final"), weights_of(plain / "final")
+        assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+def test_with_the_fused_loss(recipe, graphs, monkeypatch, tmp_path):
+    file = recipe()
+    assert train("--config", file, "--out_dir", tmp_path / "graphed", "--fused_cross_entropy", "true") == 0
+    assert len(graphs) == 1
+    monkeypatch.undo()
+    assert train("--config", file, "--out_dir", tmp_path / "plain", "--fused_cross_entropy", "true") == 0
+    assert logged(tmp_path / "graphed", "loss") == logged(tmp_path / "plain", "loss")
+
+
+def test_refused_where_there_is_no_card(recipe, capsys):
+    assert train("--config", recipe(), "--cuda_graphs", "true") == 2
+    message = "cuda_graphs: true cannot work here (they are for NVIDIA GPUs, this is cpu); set cuda_graphs: auto"
+    assert message in capsys.readouterr().err
+
+
+def on_a_card(strategy=SingleProcessStrategy, **settings):
+    """Return what `decide` reads of a run on a card."""
+    config = moe_config(**settings.pop("config", {}))
+    chosen = {"cuda_graphs": "auto", "activation_checkpointing": "none"} | settings
+    plan = SimpleNamespace(settings=SimpleNamespace(**chosen), config=config)
+    return SimpleNamespace(plan=plan, fabric=SimpleNamespace(device=torch.device("cuda"), strategy=strategy))
+
+
+EAGER = CompileDecision(False, "test")
+
+
+def test_tried_on_one_card():
+    assert decide(on_a_card(), EAGER) == GraphDecision(None, False)
+    assert decide(on_a_card(cuda_graphs=True), EAGER) == GraphDecision(None, True)
+    assert str(decide(on_a_card(cuda_graphs=False), EAGER)) == "CUDA graphs: off (as asked)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "compiled", "reason"),
+    [
+        ({"strategy": ReplicatedStrategy}, False, "several processes"),
+        ({}, True, "torch.compile is on"),
+        ({"activation_checkpointing": "full"}, False, "activation_checkpointing runs layers again"),
+        ({"config": {"mlp_class_name": "LLaMAMoE"}}, False, "LLaMAMoE waits"),
+        (
+            {
+                "config": {
+                    "attention_class_name": "SinkAttention",
+                    "attention_document_boundary": "bos",
+                    "attention_document_token_id": 0,
+                }
+            },
+            False,
+            "attention_document_boundary",
+        ),
+        (
+            {"config": {"router_load_balancing_loss_coef": 0.1, "router_load_balancing_loss_scope": "global_batch"}},
+            False,
+            "global_batch",
+        ),
+    ],
+)
+def test_not_tried(arguments, compiled, reason):
+    compile_decision = CompileDecision(compiled, "test")
+    assert reason in decide(on_a_card(**arguments), compile_decision).obstacle
+    with pytest.raises(SettingsError, match="cuda_graphs: true cannot work here"):
+        decide(on_a_card(cuda_graphs=True, **arguments), compile_decision)

@@ -1,0 +1,176 @@
+"""A loss whose passes are captured and replayed trains as the loss itself does."""
+
+import pytest
+import torch
+from torch import nn
+
+from litgpt_moe_ext.moe.metrics import routers_of
+from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss
+from tests.models import initialized_model, moe_config
+from tests.training.steps.passes import Reruns
+
+VOCABULARY = 64
+
+
+def make_model():
+    torch.manual_seed(0)
+    config = moe_config(
+        router_bias_update_rate=0.01, router_z_loss_coef=0.01, expert_dropout=0.1, padded_vocab_size=VOCABULARY
+    )
+    return initialized_model(config)
+
+
+def batches(number, rows=2, length=16):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(0, VOCABULARY, (rows, length + 1), generator=generator) for _ in range(number)]
+
+
+class Training:
+    def __init__(self, graphs: bool, **options):
+        self.model, self.said = make_model(), []
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        self.captures = []
+        self.loss = self.plain_loss
+        if graphs:
+            arguments = {"careful": True, "say": self.said.append, "make_capture": self._make} | options
+            self.loss = GraphedLoss(self.plain_loss, self.model, **arguments)
+        torch.manual_seed(1)
+
+    def _make(self):
+        self.captures.append(Reruns())
+        return self.captures[-1]
+
+    def plain_loss(self, ids, targets):
+        return nn.functional.cross_entropy(self.model(ids).flatten(0, 1), targets.flatten())
+
+    def step(self, micro_batches, zero_grad=True):
+        losses = []
+        for i, batch in enumerate(micro_batches):
+            loss = self.loss(batch[:, :-1], batch[:, 1:])
+            # Another scale for each, as batches with padding have.
+            (loss * (i + 1) / len(micro_batches)).backward()
+            losses.append(loss.detach())
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        if zero_grad:
+            self.optimizer.zero_grad()
+        return [*(loss.item() for loss in losses), norm.item()]
+
+    def state(self):
+        loads = {name: router.record for name, router in routers_of(self.model).items()}
+        return dict(self.model.state_dict()) | loads
+
+
+def assert_trains_alike(train, **options):
+    """Check that `train`, given a training, does the same with passes that are replayed; return that training."""
+    graphed = Training(True, **options)
+    numbers = train(graphed)
+    plain = Training(False)
+    assert train(plain) == numbers
+    ours, theirs = graphed.state(), plain.state()
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+    return graphed
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_equals_the_loss_itself(accumulation):
+    data = batches(7 * accumulation)
+
+    def train(training):
+        return [training.step(data[i : i + accumulation]) for i in range(0, len(data), accumulation)]
+
+    graphed = assert_trains_alike(train)
+    assert graphed.said == ["CUDA graphs: on, from this step"]
+    assert [capture.captured for capture in graphed.captures] == [min(accumulation, 2)]
+
+
+def test_batches_of_another_shape_and_gradients_of_others():
+    small, other = batches(12), batches(2, rows=1, length=9)
+
+    def train(training):
+        for i in range(3):
+            training.step(small[i : i + 1])
+        training.step([small[3], other[0], small[4]])
+        training.step([other[1], small[5]])
+        # A leaf that already has a gradient, and one that has lost it.
+        training.model.lm_head.weight.grad = torch.ones_like(training.model.lm_head.weight)
+        training.step(small[6:8])
+        training.loss(small[8][:, :-1], small[8][:, 1:]).backward()
+        training.model.lm_head.weight.grad = None
+        return training.step(small[9:10])
+
+    assert len(assert_trains_alike(train).captures) == 1
+
+
+def test_a_step_that_is_left_out():
+    data = batches(8)
+
+    def train(training):
+        for batch in data[:4]:
+            training.step([batch])
+        training.loss(data[4][:, :-1], data[4][:, 1:]).backward()
+        training.optimizer.zero_grad()
+        [router.tally.take() for router in routers_of(training.model).values()]
+        return [training.step([batch]) for batch in data[5:]]
+
+    assert_trains_alike(train)
+
+
+def test_captures_again_when_a_tensor_has_moved():
+    data = batches(8)
+
+    def train(training):
+        for batch in data[:4]:
+            training.step([batch])
+        training.model.cos = training.model.cos.clone()
+        for batch in data[4:6]:
+            training.step([batch])
+        head = training.model.lm_head.weight
+        head.data = head.data.clone()
+        return [training.step([batch]) for batch in data[6:]]
+
+    graphed = assert_trains_alike(train)
+    assert len(graphed.captures) == 3
+    assert len(graphed.said) == 1
+
+
+def test_does_without_where_capturing_fails():
+    class Fails(Reruns):
+        def __call__(self, *arguments):
+            if not self.captured:
+                return super().__call__(*arguments)
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    data = batches(12)
+    graphed = assert_trains_alike(
+        lambda training: [training.step(data[i : i + 2]) for i in range(0, 12, 2)], make_capture=Fails
+    )
+    assert graphed.said[-1].startswith("CUDA graphs: off (capturing failed: operation not permitted")
+    assert len(graphed.said) == 2
+
+
+@pytest.mark.parametrize(("careful", "tried"), [(True, False), (False, True)])
+def test_leaves_room_unless_asked_for(monkeypatch, careful, tried):
+    place = "litgpt_moe_ext.training.steps.graphed_loss._lack_of_memory"
+    monkeypatch.setattr(place, lambda device: "they would need 7.0 GiB, 5.0 are there")
+    graphed = Training(True, careful=careful)
+    for batch in batches(4):
+        graphed.step([batch])
+    assert bool(graphed.captures) == tried
+    said = "on, from this step" if tried else "off (they would need 7.0 GiB, 5.0 are there)"
+    assert graphed.said == [f"CUDA graphs: {said}"]
+
+
+def test_a_loss_goes_backward_once_and_before_the_next():
+    graphed = Training(True)
+    data = batches(6)
+    for batch in data[:4]:
+        graphed.step([batch])
+    first, second = (graphed.loss(batch[:, :-1], batch[:, 1:]) for batch in data[4:])
+    with pytest.raises(RuntimeError, match="before the next loss"):
+        first.backward()
+    second.backward()
+    with pytest.raises(RuntimeError, match="once only"):
+        second.backward()
