@@ -8,7 +8,8 @@ projections that lie above one another in one tensor.
 Shape legend: N matrices, A rows, B columns of one matrix.
 """
 
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from litgpt_moe_ext.training.optim.shards import is_shard
 
 # Quintic Newton-Schulz coefficients of the reference, chosen for the steepest slope at zero.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
+# Elements of parameters that are updated together: many launches become one, and the copies stay small (128 MB).
+_TOGETHER = 1 << 25
 
 
 def orthogonalize(x_NAB: Tensor, steps: int = 5) -> Tensor:
@@ -93,17 +96,20 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
     def _muon(self, group: dict[str, Any], updates: list[tuple[Tensor, Tensor]]) -> None:
-        for parameter, gradient in updates:
-            state = self.state[parameter]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(gradient)
-            average = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-            update = gradient.lerp(average, group["momentum"])
-            rows = parameter.size(-2) // group[MATRIX_PARTS]
-            step_size = group["lr"] * 0.2 * max(rows, parameter.size(-1)) ** 0.5
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            update = _each_matrix(update, rows, lambda x_NAB: orthogonalize(x_NAB, group["ns_steps"]))
-            parameter.add_(update.to(parameter.dtype), alpha=-step_size)
+        for parameters, gradients in _alike(updates):
+            states = [self.state[parameter] for parameter in parameters]
+            for state, gradient in zip(states, gradients, strict=True):
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(gradient)
+            averages = [state["momentum_buffer"] for state in states]
+            torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+            ahead = torch._foreach_lerp(gradients, averages, group["momentum"])
+            first = parameters[0]
+            rows = first.size(-2) // group[MATRIX_PARTS]
+            step_size = group["lr"] * 0.2 * max(rows, first.size(-1)) ** 0.5
+            changes = _each_matrix(ahead, rows, lambda x_NAB: orthogonalize(x_NAB, group["ns_steps"]))
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(parameters, [change.to(first.dtype) for change in changes], alpha=-step_size)
 
     def _adamw(self, group: dict[str, Any], updates: list[tuple[Tensor, Tensor]]) -> None:
         parameters, gradients = (list(tensors) for tensors in zip(*updates, strict=True))
@@ -131,23 +137,47 @@ class MuonAdamW(torch.optim.Optimizer):
         )
 
 
-def _each_matrix(update: Tensor, rows: int, function: Callable[[Tensor], Tensor]) -> Tensor:
-    if not is_shard(update):
-        return _in_batches(update, rows, function)
+def _alike(updates: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Yield parameters and their gradients in groups of one shape, which share their products."""
+    groups = defaultdict(list)
+    for parameter, gradient in updates:
+        # The redistribution of a shard concerns one parameter.
+        alone = id(parameter) if is_shard(gradient) else 0
+        groups[parameter.shape, parameter.dtype, gradient.dtype, parameter.device, alone].append((parameter, gradient))
+    for alike in groups.values():
+        number = _number_together(alike[0][0])
+        for start in range(0, len(alike), number):
+            parameters, gradients = zip(*alike[start : start + number], strict=True)
+            yield list(parameters), list(gradients)
+
+
+def _number_together(parameter: Tensor) -> int:
+    # A CPU has no launches to save, and would have copies to make.
+    return 1 if parameter.device.type == "cpu" else max(1, _TOGETHER // max(parameter.numel(), 1))
+
+
+def _each_matrix(updates: list[Tensor], rows: int, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    if not is_shard(updates[0]):
+        return _in_batches(updates, rows, function)
     from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
+    (update,) = updates
     mesh, placements = update.device_mesh, update.placements
     if update.dim() == 3 and all(placement.is_replicate() or placement.is_shard(0) for placement in placements):
         # Stacked experts that are cut between experts: every rank has whole matrices.
-        result = _in_batches(update.to_local(), rows, function)
+        (result,) = _in_batches([update.to_local()], rows, function)
         shape, stride = update.shape, update.stride()
-        return DTensor.from_local(result, mesh, placements, run_check=False, shape=shape, stride=stride)
+        return [DTensor.from_local(result, mesh, placements, run_check=False, shape=shape, stride=stride)]
     # A shard of a matrix is no matrix: every rank works on the whole and keeps its part.
     whole = update.redistribute(placements=[Replicate()] * mesh.ndim).to_local()
-    return distribute_tensor(_in_batches(whole, rows, function), mesh, placements, src_data_rank=None)
+    (result,) = _in_batches([whole], rows, function)
+    return [distribute_tensor(result, mesh, placements, src_data_rank=None)]
 
 
-def _in_batches(update: Tensor, rows: int, function: Callable[[Tensor], Tensor]) -> Tensor:
-    if not update.numel():  # a rank without an expert
-        return update
-    return function(update.reshape(-1, rows, update.size(-1))).reshape(update.shape)
+def _in_batches(updates: list[Tensor], rows: int, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    first = updates[0]
+    if not first.numel():  # a rank without an expert
+        return updates
+    matrices = [update.reshape(-1, rows, first.size(-1)) for update in updates]
+    results = function(matrices[0] if len(matrices) == 1 else torch.cat(matrices))
+    return [result.reshape(first.shape) for result in results.split(len(matrices[0]))]

@@ -138,3 +138,23 @@ def test_the_rest_is_adamw_and_state_survives(model):
 def test_wrong_settings(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
         MuonAdamW([torch.nn.Parameter(torch.zeros(2))], **setting)
+
+
+def test_muon_updates_what_is_alike_together(monkeypatch):
+    """As on a GPU: several matrices, also stacked ones of two parts, in one product; none takes another's place."""
+    shapes = [(4, 6)] * 5 + [(3, 8, 4)] * 3 + [(4, 6)]
+
+    def trained():
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+        optimizer = MuonAdamW([{"params": parameters, "matrix_parts": 2}], lr=0.1)
+        for _ in range(3):
+            for parameter in parameters:
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+        return parameters
+
+    alone = trained()
+    monkeypatch.setattr("litgpt_moe_ext.training.optim.muon._number_together", lambda parameter: 4)
+    for together, expected in zip(trained(), alone, strict=True):
+        torch.testing.assert_close(together, expected)
