@@ -4,7 +4,6 @@ A run lives in a folder named by the hash of its settings. It is continued there
 finished by a file that is written last, so a study that was killed goes on where it was.
 """
 
-import os
 import queue
 import signal
 import subprocess
@@ -12,11 +11,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from litgpt_moe_ext.cli.output import write_json
+from litgpt_moe_ext.study.place import Places, TrainedOn
 from litgpt_moe_ext.study.plan import Run
 from litgpt_moe_ext.training.parallel.lost_processes import die_with_parent
 
@@ -29,14 +29,12 @@ class Limits:
     """What a study may take.
 
     Attributes:
-        jobs: Runs at a time.
+        places: Where runs are trained, and how many at a time.
         seconds: Time after which runs are stopped; the next call continues them. None for no end.
-        gpus: Number of GPUs, each of which takes one run at a time.
     """
 
-    jobs: int = 1
+    places: Places = Places()
     seconds: float | None = None
-    gpus: int = 0
 
 
 def is_finished(runs_dir: Path, run: Run) -> bool:
@@ -46,8 +44,6 @@ def is_finished(runs_dir: Path, run: Run) -> bool:
 
 def train(runs: Iterable[Run], runs_dir: Path, limits: Limits, say: Callable[[str], None] = print) -> list[str]:
     """Train the runs that are not finished.
-
-    The first one begins alone, so that the others find the corpus prepared.
 
     Args:
         runs: The runs.
@@ -60,46 +56,35 @@ def train(runs: Iterable[Run], runs_dir: Path, limits: Limits, say: Callable[[st
     """
     waiting = list({run.key: run for run in runs if not is_finished(runs_dir, run)}.values())
     end = None if limits.seconds is None else time.monotonic() + limits.seconds
-    places: queue.Queue[int] = queue.Queue()
-    for place in range(limits.jobs):
-        places.put(place)
-    work = partial(_train, runs_dir=runs_dir, limits=limits, places=places, end=end, say=say)
-    with ThreadPoolExecutor(limits.jobs) as pool:
-        first = [pool.submit(work, run).result() for run in waiting[:1]]
-        results = [*first, *pool.map(work, waiting[1:])]
-    return [problem for problem in results if problem]
+    places = replace(limits.places, jobs=max(1, min(limits.places.jobs, len(waiting))))
+    free: queue.Queue[int] = queue.Queue()
+    for place in range(places.jobs):
+        free.put(place)
+    work = partial(_train, runs_dir=runs_dir, places=places, free=free, end=end, say=say)
+    with ThreadPoolExecutor(places.jobs) as pool:
+        return [problem for problem in pool.map(work, waiting) if problem]
 
 
 def _train(
-    run: Run, runs_dir: Path, limits: Limits, places: queue.Queue, end: float | None, say: Callable[[str], None]
+    run: Run, runs_dir: Path, places: Places, free: queue.Queue, end: float | None, say: Callable[[str], None]
 ) -> str:
     if end is not None and time.monotonic() >= end:
         return f"{run.title}: not begun, out of time; the same command goes on"
     out_dir = runs_dir / run.key
     out_dir.mkdir(parents=True, exist_ok=True)
-    place = places.get()
+    place = free.get()
     try:
-        status = _process(
-            [sys.executable, "-c", _TRAIN, *run.flags(out_dir)], out_dir, _environment(limits, place), end
-        )
+        status = _process([sys.executable, "-c", _TRAIN, *run.flags(out_dir)], out_dir, places.environment(place), end)
     finally:
-        places.put(place)
+        free.put(place)
     if status == 0:
-        write_json(out_dir / FINISHED, {"arm": run.arm, "point": run.point, "seed": run.seed, "settings": run.settings})
+        what = {"arm": run.arm, "point": run.point, "seed": run.seed, "settings": run.settings}
+        write_json(out_dir / FINISHED, what | {"trained_on": TrainedOn.here(places, place).plain()})
         say(f"{run.title}: finished, {out_dir}")
         return ""
     if end is not None and time.monotonic() >= end:
         return f"{run.title}: stopped, out of time; the same command goes on"
     return f"{run.title}: ended with status {status}; see {out_dir / 'output.txt'}"
-
-
-def _environment(limits: Limits, place: int) -> dict[str, str]:
-    environment = dict(os.environ)
-    if limits.gpus:
-        return environment | {"CUDA_VISIBLE_DEVICES": str(place % limits.gpus)}
-    # Several processes with one thread each are faster than one process with several.
-    threads = max(1, (os.cpu_count() or 1) // limits.jobs)
-    return {"OMP_NUM_THREADS": str(threads)} | environment
 
 
 def _process(command: Sequence[str], out_dir: Path, environment: dict[str, str], end: float | None) -> int:

@@ -1,8 +1,10 @@
 """A study as one page: what was asked, what the arms reached over seeds, curves, balance, and the raw numbers."""
 
 import base64
+import csv
 import html
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import matplotlib
@@ -40,6 +42,7 @@ def study_page(study: Study, results: Sequence[Result], missing: int, command: s
     if missing:
         notes.append(f"{missing} of {len(study.runs)} runs are not finished; the same command goes on.")
     groups = grouped(results)
+    notes += trained_on(results)
     parts = [*(f"<p>{html.escape(note)}</p>" for note in notes if note), table(COLUMNS, rows(groups))]
     parts += [f"<p>{html.escape(line)}</p>" for line in verdicts(study, results)]
     parts.append(picture("Loss", _CURVES, loss_figure(groups)))
@@ -48,9 +51,18 @@ def study_page(study: Study, results: Sequence[Result], missing: int, command: s
     text = csv_text(results)
     data = base64.b64encode(text.encode()).decode("ascii")
     link = f'<a download="{html.escape(study.name)}.csv" href="data:text/csv;base64,{data}">{study.name}.csv</a>'
-    cells = [line.split(",") for line in text.splitlines()]
+    cells = list(csv.reader(text.splitlines()))
     parts += [f"<h2>Runs</h2><p>{link}</p>", table(cells[0], cells[1:])]
     return page(f"Study: {study.name}", parts)
+
+
+def trained_on(results: Sequence[Result]) -> list[str]:
+    """Return a line for each kind of place where runs were trained, and one if their seconds say nothing."""
+    kinds = Counter(str(result.trained_on) for result in results if result.trained_on is not None)
+    lines = [f"Trained on: {kind}{f' ({number} runs)' if len(kinds) > 1 else ''}." for kind, number in kinds.items()]
+    if not all(result.timed for result in results):
+        lines.append("Runs that shared a device slowed each other down, so no seconds are shown for them.")
+    return lines
 
 
 def grouped(results: Sequence[Result]) -> dict[str, list[Result]]:
@@ -83,7 +95,7 @@ def verdicts(study: Study, results: Sequence[Result]) -> list[str]:
                 f"Compute multiplier {_interval(found, 2)}: the dense family needs so many times the training FLOPs "
                 "for the MoE's loss."
             )
-    if moe and dense:
+    if moe and dense and all(result.timed for result in (*moe, *dense)):
         largest = max(result.tokens for result in moe)
         sides = [_mean_over_seconds([r for r in side if r.tokens == largest]) for side in (dense, moe)]
         if all(len(seconds) for seconds, _ in sides):
@@ -94,15 +106,16 @@ def verdicts(study: Study, results: Sequence[Result]) -> list[str]:
 
 
 def loss_figure(groups: dict[str, list[Result]]) -> Figure:
-    """Draw the loss of each group over tokens, FLOPs and seconds."""
+    """Draw the loss of each group over tokens, FLOPs and, where runs had their device for themselves, seconds."""
     axes_of: list[tuple[str, Callable[[Result, Curve], np.ndarray]]] = [
         ("tokens", lambda _result, curve: curve.tokens),
         ("training FLOPs", lambda result, curve: curve.tokens * result.flops_per_token),
-        ("seconds", lambda _result, curve: curve.seconds),
     ]
+    if all(result.timed for group in groups.values() for result in group):
+        axes_of.append(("seconds", lambda _result, curve: curve.seconds))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 3.4), layout="constrained")
-        for axes, (name, place) in zip(figure.subplots(1, 3, sharey=True), axes_of, strict=True):
+        for axes, (name, place) in zip(figure.subplots(1, len(axes_of), sharey=True), axes_of, strict=True):
             for i, group in enumerate(groups.values()):
                 curves = [
                     (place(result, curve), _smooth(curve.values))
@@ -170,7 +183,7 @@ def _row(label: str, group: Sequence[Result]) -> tuple[str, ...]:
         _number(float(np.mean([result.bits_per_byte for result in group])), ".3f"),
         f"{group[0].tokens:,.0f}",
         f"{group[0].flops:.2e}",
-        _number(float(np.mean([result.seconds for result in group])), ",.0f"),
+        _number(float(np.mean([result.seconds if result.timed else math.nan for result in group])), ",.0f"),
         _number(float(np.mean([result.late_max_vio for result in group])), ".2f"),
         _number(float(np.mean([result.late_load_vio for result in group])), ".2f"),
         _number(float(np.mean(even)), ",.0f"),

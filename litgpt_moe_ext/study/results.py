@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.inspect.recipes import Recipe, load_recipe
 from litgpt_moe_ext.inspect.runs.logs import TOKENS, RunLog, load_run
 from litgpt_moe_ext.study.analysis import first_below
+from litgpt_moe_ext.study.launch import FINISHED
+from litgpt_moe_ext.study.place import TrainedOn
 from litgpt_moe_ext.study.plan import Run
 from litgpt_moe_ext.study.text_bytes import bytes_per_token, validated_on
 from litgpt_moe_ext.study.twin import count
@@ -42,6 +45,7 @@ class Result:
         parameters: Active parameters.
         flops_per_token: FLOPs of training on a token.
         bytes_per_token: Of the text it was validated on; nan if that is not known.
+        trained_on: Where it was trained; None if that is not known.
     """
 
     run: Run
@@ -49,6 +53,7 @@ class Result:
     parameters: int
     flops_per_token: float
     bytes_per_token: float
+    trained_on: TrainedOn | None = None
 
     @property
     def val_loss(self) -> float:
@@ -76,6 +81,11 @@ class Result:
         """Seconds of the whole run, validations included; nan where no speed was logged."""
         seconds = self.curve("loss").seconds
         return float(seconds[-1]) if len(seconds) else float("nan")
+
+    @property
+    def timed(self) -> bool:
+        """Whether its seconds say something: it had a GPU, or a core, for itself."""
+        return self.trained_on is None or self.trained_on.together == 1
 
     @property
     def late_max_vio(self) -> float:
@@ -136,7 +146,9 @@ def read_results(runs: Sequence[Run], runs_dir: Path) -> list[Result]:
             costs[model] = _cost(recipe)
         if text not in lengths:
             lengths[text] = bytes_per_token(recipe, final)
-        results.append(Result(run, load_run(folder, run.title), *costs[model], lengths[text]))
+        precision = recipe.settings.get("precision")
+        where = TrainedOn.read(json.loads((folder / FINISHED).read_text(encoding="utf-8")), precision)
+        results.append(Result(run, load_run(folder, run.title), *costs[model], lengths[text], where))
     return results
 
 
@@ -161,9 +173,10 @@ def csv_text(results: Sequence[Result]) -> str:
     )
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(("arm", *points, "seed", *columns, "key"))
+    writer.writerow(("arm", *points, "seed", *columns, "trained_on", "key"))
     for result in results:
         run = result.run
         point = [run.point.get(name, "") for name in points]
-        writer.writerow((run.arm, *point, run.seed, *(getattr(result, name) for name in columns), run.key))
+        values = (getattr(result, name) for name in columns)
+        writer.writerow((run.arm, *point, run.seed, *values, result.trained_on or "", run.key))
     return file.getvalue()

@@ -52,7 +52,7 @@ def _validation(recipe: Recipe) -> list[torch.Tensor] | None:
     parser = ArgumentParser()
     parser.add_subclass_arguments(DataModule, "data")
     data = parser.instantiate_classes(parser.parse_object({"data": section})).data
-    path = getattr(data, "data_path", None)
+    path = getattr(data, "data_path", None) or getattr(data, "corpus_dir", None)
     if path is None or not Path(path).is_dir():
         return None  # to prepare a corpus for this page alone would be a surprise
     data.connect(tokenizer=None, batch_size=recipe.micro_batch_size, max_seq_length=length)

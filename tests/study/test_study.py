@@ -63,17 +63,28 @@ def test_runs_of_the_shipped_studies_are_valid(path):
         assert settings.seed == run.seed
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "studies" / "scale").glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_scales_make_every_study_but_that_of_shapes_larger(path):
+@pytest.mark.parametrize(("scale", "budgets"), [
+    ("60m", {2**23, 2**24, 2**25}),
+    ("200m", {2**23, 2**24, 2**25}),
+    ("long", {2880 * 2**11, 2880 * 2**12, 2880 * 2**13}),
+])  # fmt: skip
+def test_shipped_scales_make_every_study_but_that_of_shapes_larger(scale, budgets):
     sizes = {}
     for study in [study for study in STUDIES if study.stem != "shape"]:
-        plan = load_study(study, path)
-        assert plan.name == f"{study.stem}-{path.stem}"
+        plan = load_study(study, ROOT / "studies" / "scale" / f"{scale}.yaml")
+        assert plan.name == f"{study.stem}-{scale}"
         settings = [read_settings(run.flags(Path("x"))) for run in {run.arm: run for run in plan.runs}.values()]
-        assert {setting.model_config.n_layer for setting in settings} <= {8, 12}
+        assert {setting.model_config.n_embd for setting in settings} <= {128, 512, 768}
         sizes[study.stem] = {run.settings["train.max_tokens"] for run in plan.runs}
-    assert sizes["pays"] == {2**23, 2**24, 2**25}
-    assert sizes["router"] == {2**24}
+    assert sizes["pays"] == budgets
+    assert sizes["router"] == {sorted(budgets)[1]}
+
+
+def test_the_whole_budget_is_that_of_the_quickstart():
+    quickstart = read_settings(["--config", str(ROOT / "configs" / "quickstart.yaml")]).train
+    for study in [study for study in STUDIES if study.stem not in ("pays", "balance")]:
+        train = read_settings(load_study(study, ROOT / "studies/scale/whole.yaml").runs[0].flags(Path("x"))).train
+        assert (train.max_tokens, train.lr_warmup_steps) == (quickstart.max_tokens, quickstart.lr_warmup_steps)
 
 
 def test_a_scale_changes_settings_and_the_values_of_the_grid(tmp_path):

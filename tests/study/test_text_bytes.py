@@ -49,6 +49,14 @@ def test_bytes_per_token(recipe, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_a_corpus_that_came_prepared_has_bytes_too(recipe):
+    corpus = PythonStdlib(**recipe.settings["data"]["init_args"])
+    expected = bytes_per_token(recipe, tokenizer_dir := corpus.prepare() / "tokenizer")
+    arguments = {"corpus_dir": str(tokenizer_dir.parent)}
+    recipe.settings["data"] = {"class_path": "litgpt_moe_ext.data.PreparedCorpus", "init_args": arguments}
+    assert bytes_per_token(recipe, tokenizer_dir) == expected > 1
+
+
 def test_without_the_corpus_or_a_tokenizer_the_length_is_unknown(recipe, tmp_path):
     assert math.isnan(bytes_per_token(recipe, tmp_path))
     assert not (tmp_path / "data").exists()

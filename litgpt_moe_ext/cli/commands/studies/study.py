@@ -23,7 +23,9 @@ class Study:
         scale: A file that makes every run larger, like those in studies/scale/.
         out_dir: Where the runs, report.html and results.csv go. Default: a folder in out/studies/
             named after the study and the scale.
-        jobs: Runs at a time. Default: one on every GPU, or on every core of a machine without.
+        jobs: Runs at a time. Default: one on every GPU, or on every core of a machine without. Small
+            models leave most of a GPU idle; more jobs than GPUs share them, and their seconds then say
+            nothing.
         device_minutes: Stop after so many minutes; the next call goes on.
         only: Train only the run with this number, from 0, and write no page.
         report: Train nothing, write the page of what is finished.
@@ -54,7 +56,7 @@ class Study:
         given = [word for name, value in options.items() if value for word in (name, str(value))]
         command = shlex.join(["litgpt-moe", "study", str(self.study), *given])
         if self.slurm is not None:
-            write_text(self.slurm, slurm_script(command, len(study.runs), min(limits.gpus, 1)))
+            write_text(self.slurm, slurm_script(command, len(study.runs), min(limits.places.gpus, 1)))
             print(f"Wrote {self.slurm}, {len(study.runs)} runs; afterwards `{command} --report` writes the page")
             return 0
         runs = study.runs
@@ -82,12 +84,12 @@ class Study:
         return int(missing > 0)
 
     def _limits(self) -> "Limits":
-        import os
-
         import torch
 
+        from litgpt_moe_ext.machine import count_cores
         from litgpt_moe_ext.study.launch import Limits
+        from litgpt_moe_ext.study.place import Places
 
         gpus = torch.cuda.device_count()
-        jobs = self.jobs or gpus or os.cpu_count() or 1
-        return Limits(int(jobs), None if self.device_minutes is None else 60 * self.device_minutes, gpus)
+        jobs = self.jobs or gpus or count_cores()
+        return Limits(Places(int(jobs), gpus), None if self.device_minutes is None else 60 * self.device_minutes)

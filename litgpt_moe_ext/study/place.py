@@ -1,0 +1,87 @@
+"""Where the runs of a study are trained: on which device each is, and what it shares with others."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from litgpt_moe_ext.machine import count_cores
+
+
+@dataclass(frozen=True)
+class Places:
+    """Room for several runs at a time.
+
+    Attributes:
+        jobs: Runs at a time.
+        gpus: GPUs among which they are shared out; 0 trains on the CPU.
+    """
+
+    jobs: int = 1
+    gpus: int = 0
+
+    @property
+    def together(self) -> int:
+        """How many runs at most use a GPU, or a core, at a time."""
+        return -(-self.jobs // (self.gpus or count_cores()))
+
+    def environment(self, place: int, given: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Return the environment of the run in a place.
+
+        Args:
+            place: Number of the place, from 0.
+            given: Environment that it is made from; None takes the one of this process.
+        """
+        given = dict(os.environ if given is None else given)
+        # Several processes with one thread each are faster than one process with several.
+        environment = {"OMP_NUM_THREADS": str(max(1, count_cores() // self.jobs))} | given
+        if self.gpus:
+            names = [name.strip() for name in given.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+            gpu = place % self.gpus
+            environment["CUDA_VISIBLE_DEVICES"] = names[gpu] if gpu < len(names) else str(gpu)
+        return environment
+
+
+@dataclass(frozen=True)
+class TrainedOn:
+    """What a finished run was trained on.
+
+    Attributes:
+        device: Name of the GPU, or CPU.
+        precision: Of the calculation, as Fabric calls it, where the run's settings name none.
+        together: How many runs used the device, or a core of it, at a time.
+    """
+
+    device: str
+    precision: str
+    together: int
+
+    @classmethod
+    def here(cls, places: Places, place: int) -> "TrainedOn":
+        """Return what describes the run in a place on this machine."""
+        import torch
+
+        from litgpt_moe_ext.training.parallel.accelerator import accelerator_here, default_precision
+
+        device = torch.cuda.get_device_name(place % places.gpus) if places.gpus else "CPU"
+        return cls(device, default_precision(accelerator_here()), places.together)
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any], precision: str | None) -> "TrainedOn | None":
+        """Return what a finished run's file says, None where it says nothing.
+
+        Args:
+            content: The file's.
+            precision: Of the run's settings.
+        """
+        found = content.get("trained_on")
+        return None if found is None else cls(found["device"], precision or found["precision"], found["together"])
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        alone = "each run alone" if self.together == 1 else f"up to {self.together} runs at a time"
+        what = "on a GPU" if self.device != "CPU" else "on a core"
+        return f"{self.device}, {self.precision}, {alone} {what}"

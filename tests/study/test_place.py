@@ -1,0 +1,111 @@
+"""Runs that share a machine: which device and how many threads each has, and what a page says of such runs."""
+
+import csv
+import io
+import threading
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from litgpt_moe_ext.inspect.runs.logs import TOKENS, RunLog
+from litgpt_moe_ext.study import launch, place
+from litgpt_moe_ext.study.launch import Limits
+from litgpt_moe_ext.study.page import COLUMNS, grouped, rows, study_page, verdicts
+from litgpt_moe_ext.study.place import Places, TrainedOn
+from litgpt_moe_ext.study.plan import Run, Study, load_study
+from litgpt_moe_ext.study.results import Result, csv_text
+
+H100 = "NVIDIA H100"
+
+
+@pytest.fixture(autouse=True)
+def sixteen_cores(monkeypatch):
+    monkeypatch.setattr(place, "count_cores", lambda: 16)
+
+
+@pytest.mark.parametrize(("places", "given", "number", "expected"), [
+    (Places(4), {}, 0, {"OMP_NUM_THREADS": "4"}),
+    (Places(4), {"OMP_NUM_THREADS": "2"}, 0, {"OMP_NUM_THREADS": "2"}),
+    (Places(32), {}, 31, {"OMP_NUM_THREADS": "1"}),
+    (Places(14, 1), {}, 13, {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "0"}),
+    (Places(4, 2), {}, 3, {"OMP_NUM_THREADS": "4", "CUDA_VISIBLE_DEVICES": "1"}),
+    (Places(4, 2), {"CUDA_VISIBLE_DEVICES": "5, GPU-7"}, 3, {"OMP_NUM_THREADS": "4", "CUDA_VISIBLE_DEVICES": "GPU-7"}),
+    (Places(1, 1), {"CUDA_VISIBLE_DEVICES": "3"}, 0, {"OMP_NUM_THREADS": "16", "CUDA_VISIBLE_DEVICES": "3"}),
+])  # fmt: skip
+def test_each_place_has_its_device_and_its_share_of_the_cores(places, given, number, expected):
+    assert places.environment(number, given) == expected
+
+
+@pytest.mark.parametrize(("places", "together"), [
+    (Places(1), 1), (Places(16), 1), (Places(17), 2), (Places(8, 8), 1), (Places(14, 1), 14), (Places(3, 2), 2),
+])  # fmt: skip
+def test_how_many_runs_share_a_device(places, together):
+    assert places.together == together
+
+
+def test_a_finished_run_says_what_it_was_trained_on(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: f"GPU {gpu}")
+    trained_on = TrainedOn.here(Places(4, 2), 3)
+    assert (trained_on.device, trained_on.together) == ("GPU 1", 2)
+    assert TrainedOn.read({"trained_on": trained_on.plain()}, None) == trained_on
+    assert TrainedOn.read({"trained_on": trained_on.plain()}, "bf16-true").precision == "bf16-true"
+    assert TrainedOn.read({}, None) is None
+    assert str(TrainedOn(H100, "bf16-mixed", 14)) == "NVIDIA H100, bf16-mixed, up to 14 runs at a time on a GPU"
+    assert str(TrainedOn("CPU", "32-true", 1)) == "CPU, 32-true, each run alone on a core"
+
+
+def test_runs_begin_together_and_one_has_all_cores(tmp_path, monkeypatch):
+    """The corpus is locked while one of them prepares it."""
+    study = tmp_path / "s.yaml"
+    study.write_text(yaml.safe_dump({"seeds": [1, 2, 3]}))
+    runs, threads, barrier = load_study(study).runs, [], threading.Barrier(3)
+
+    def process(command, out_dir, environment, end):
+        threads.append(environment["OMP_NUM_THREADS"])
+        barrier.wait(timeout=20)
+        return 0
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(launch, "_process", process)
+    assert launch.train(runs, tmp_path, Limits(Places(8)), lambda line: None) == []
+    barrier = threading.Barrier(1)
+    assert launch.train(runs[:1], tmp_path / "again", Limits(Places(8)), lambda line: None) == []
+    assert threads == ["5", "5", "5", "16"]
+
+
+def result(tmp_path, arm, seed, loss, trained_on):
+    tokens = np.array([100.0, 200.0])
+    columns = {TOKENS: tokens, "loss": np.array([3.0, loss]), "val_loss": np.array([np.nan, loss]),
+               "tokens_per_second": np.array([10.0, 10.0])}  # fmt: skip
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("{}")
+    return Result(Run(arm, {}, seed, recipe, {}), RunLog(arm, columns), 5, 30.0, 2.0, trained_on)
+
+
+def page_of(tmp_path, trained_on):
+    results = [result(tmp_path, "experts, many", 1, 2.0, trained_on), result(tmp_path, "dense", 1, 2.5, trained_on)]
+    study = Study("small", "Which?", [one.run for one in results], {"moe": "experts, many", "dense": "dense"})
+    seconds = [row[COLUMNS.index("seconds")] for row in rows(grouped(results))]
+    return study_page(study, results, 0, "litgpt-moe study"), verdicts(study, results), seconds, csv_text(results)
+
+
+def test_runs_that_shared_a_gpu_are_no_evidence_about_seconds(tmp_path):
+    page, said, seconds, text = page_of(tmp_path, TrainedOn(H100, "bf16-mixed", 14))
+    assert said == []
+    assert seconds == ["-", "-"]
+    assert "Trained on: NVIDIA H100, bf16-mixed, up to 14 runs at a time on a GPU." in page
+    assert "shared a device" in page
+    line = list(csv.DictReader(io.StringIO(text)))[0]
+    assert (line["arm"], line["trained_on"]) == ("experts, many", str(TrainedOn(H100, "bf16-mixed", 14)))
+
+
+@pytest.mark.parametrize("trained_on", [TrainedOn(H100, "bf16-mixed", 1), None])
+def test_a_run_that_was_alone_is_timed_and_every_cell_stands_under_its_head(trained_on, tmp_path):
+    page, said, seconds, text = page_of(tmp_path, trained_on)
+    assert said == ["In seconds, the MoE is ahead from 10 s on (training loss, on the machine that trained both)."]
+    assert seconds == ["20", "20"]
+    assert "shared a device" not in page
+    assert ("Trained on" in page) == (trained_on is not None)
+    assert page.count(">experts, many</td>") == 2, "the table of arms and that of runs"
