@@ -107,7 +107,7 @@ class MuonAdamW(torch.optim.Optimizer):
             first = parameters[0]
             rows = first.size(-2) // group[MATRIX_PARTS]
             step_size = group["lr"] * 0.2 * max(rows, first.size(-1)) ** 0.5
-            changes = _each_matrix(ahead, rows, lambda x_NAB: orthogonalize(x_NAB, group["ns_steps"]))
+            changes = _each_matrix(list(ahead), rows, lambda x_NAB: orthogonalize(x_NAB, group["ns_steps"]))
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(parameters, [change.to(first.dtype) for change in changes], alpha=-step_size)
 
@@ -157,11 +157,11 @@ def _number_together(parameter: Tensor) -> int:
 
 
 def _each_matrix(updates: list[Tensor], rows: int, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    if not is_shard(updates[0]):
+    update = updates[0]
+    if not is_shard(update):
         return _in_batches(updates, rows, function)
     from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
-    (update,) = updates
     mesh, placements = update.device_mesh, update.placements
     if update.dim() == 3 and all(placement.is_replicate() or placement.is_shard(0) for placement in placements):
         # Stacked experts that are cut between experts: every rank has whole matrices.
