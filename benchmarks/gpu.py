@@ -54,6 +54,7 @@ from litgpt_moe_ext.errors import SettingsError  # noqa: E402
 from litgpt_moe_ext.inspect.cost.layers import shorten  # noqa: E402
 from litgpt_moe_ext.inspect.cost.memory import Step, training_memory  # noqa: E402
 from litgpt_moe_ext.model_size import count_flops  # noqa: E402
+from litgpt_moe_ext.moe.kernels import router_product  # noqa: E402
 from litgpt_moe_ext.moe.layer import SharedExpertMoE  # noqa: E402
 from litgpt_moe_ext.rows import Rows  # noqa: E402
 from litgpt_moe_ext.training.callbacks.telemetry import peak_flops  # noqa: E402
@@ -419,6 +420,39 @@ def router_rows(bench: Bench) -> Iterator[dict[str, Any]]:
         yield row | {"operators / fused": plain / fused if plain and fused else None}
 
 
+def product_rows(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Measure a router's product by the package's kernel and by torch, and the error of the weights' gradient."""
+    T, D = (64, 64) if bench.tiny else (16384, 768)
+    for E in (8, 64):
+        for dtype in dict.fromkeys((bench.dtype, torch.float32)):
+            x = torch.randn(T, D, device=bench.device, dtype=dtype).requires_grad_()
+            upstream = torch.randn(T, E, device=bench.device)
+            gate = SharedExpertMoE(Size("", D, 32, E, 2).config("SharedExpertMoE", expert_backend="loop")).gate
+            gate.reset_parameters()
+            gate.to(bench.device)
+            products = {"ours": router_product.project, "torch": gate.project}
+            row: dict[str, Any] = {"tokens": T, "width": D, "experts": E, "of": str(dtype).removeprefix("torch.")}
+            for what in ("forward", "both"):
+
+                def run(product: Callable[..., Tensor], backward: bool = what == "both", x: Tensor = x) -> None:
+                    logits = product(x, gate.weight)  # noqa: B023
+                    if backward:
+                        torch.autograd.grad(logits, (x, gate.weight), upstream)  # noqa: B023
+
+                calls = {f"{what}, {name}, ms": partial(run, product) for name, product in products.items()}
+                times = bench.medians(calls, ahead=True)
+                ours, theirs = times.values()
+                row |= times | {f"{what}, torch / ours": theirs / ours if ours and theirs else None}
+            exact = upstream.double().t() @ x.detach().double()
+            for name, product in products.items():
+                if row[f"both, {name}, ms"] is not None:
+                    (dweight,) = torch.autograd.grad(product(x, gate.weight), gate.weight, upstream)
+                    row[f"error, {name}"] = ((dweight - exact).abs().max() / exact.abs().max()).item()
+                else:
+                    row[f"error, {name}"] = None
+            yield row
+
+
 def saved_bytes(layer: nn.Module, x: Tensor) -> int:
     """Return the bytes kept for the backward pass, each storage once, without parameters."""
     known = {tensor.untyped_storage().data_ptr() for tensor in (*layer.parameters(), *layer.buffers())}
@@ -665,6 +699,7 @@ def promise_rows(bench: Bench) -> Iterator[dict[str, Any]]:
 TABLES = {
     "experts": ("Experts, forward and backward", 4.0, experts_rows),
     "router": ("Routers, forward and backward", 0.5, router_rows),
+    "router_product": ("Routers' products", 0.6, product_rows),
     "steps": ("Whole training steps", 5.0, steps_rows),
     "attention": ("Attention against SDPA", 1.0, attention_rows),
     "decoding": ("Decoding, no gradients", 0.5, decoding_rows),

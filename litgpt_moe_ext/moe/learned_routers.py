@@ -15,6 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from litgpt_moe_ext.moe.kernels import router_product
 from litgpt_moe_ext.moe.kernels.fused_router import Given, Rule
 from litgpt_moe_ext.moe.router import Choice, Router
 
@@ -40,6 +41,7 @@ class LearnedRouter(Router):
         super().__init__(config)
         self.init_std = math.sqrt(2.0 / 5 / config.n_embd)
         self.jitter = config.router_jitter_noise or 0.0
+        self._own_product = getattr(config, "expert_backend", None) != "loop"
         self.weight = nn.Parameter(torch.empty(config.n_expert, config.n_embd))
         self.register_parameter("bias", nn.Parameter(torch.empty(config.n_expert)) if config.router_bias else None)
 
@@ -59,6 +61,8 @@ class LearnedRouter(Router):
 
     def project(self, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         """Return `x_TD @ weight_ED.T`, (T, E), in at least float32 even under autocast."""
+        if self._own_product and router_product.works_on(x_TD, weight_ED):
+            return router_product.project(x_TD, weight_ED)
         dtype = _router_dtype(x_TD)
         with _without_autocast(x_TD.device.type):
             if x_TD.dtype == dtype:

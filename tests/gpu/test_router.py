@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from litgpt_moe_ext.moe.kernels import fused_router
+from litgpt_moe_ext.moe.kernels import fused_router, router_product
 from tests.gpu.test_experts import no_waits
+from tests.moe.products import compare_product, every_bit, gradients_of
 from tests.moe.routers import RULES, compare, make_gate, run
 
 pytestmark = pytest.mark.gpu
@@ -44,3 +45,36 @@ def test_it_is_what_a_card_takes_and_nothing_waits(device):
         routing = gate(x)
         routing.weights_TK.sum().backward()
         fused_router.sort_rows(routing.decision)
+
+
+@pytest.mark.parametrize(("T", "D", "E"), [(1, 16, 2), (100, 72, 3), (1000, 768, 64), (16384, 768, 8)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_product_equals_float64(device, T, D, E, dtype):
+    if dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
+        pytest.skip("no bfloat16 on this card")
+    compare_product(T, D, E, (dtype, torch.float32), device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_no_bit_of_the_product_is_lost(device, dtype):
+    """Nearly: Tensor Cores may cut off the last one."""
+    for ours, expected in every_bit(dtype, device).values():
+        torch.testing.assert_close(ours, expected, rtol=2**-22 if ours.dtype == torch.float32 else 2**-10, atol=0.0)
+
+
+def test_the_product_has_the_same_bits_every_time_and_in_a_graph(device):
+    x, weight = torch.randn(2048, 256, device=device), torch.randn(8, 256, device=device)
+    upstream = torch.randn(2048, 8, device=device)
+    assert router_product.works_on(x, weight)
+    first, second = (gradients_of(router_product.project, x, weight, upstream) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = router_product.project(x, weight)
+        gradients = router_product.project_backward(upstream, x, weight, True, True)
+    graph.replay()
+    for name, value in zip(first, (logits, *gradients), strict=True):
+        assert torch.equal(value, first[name]), name
+    with no_waits(device):
+        gradients_of(router_product.project, x, weight, upstream)

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-INTERPRETED = ("tests/moe/interpreted_triton.py", "tests/moe/interpreted_router.py")
+INTERPRETED = tuple(f"tests/moe/interpreted_{name}.py" for name in ("triton", "router", "product"))
 
 
 def interpret(examples, *arguments):

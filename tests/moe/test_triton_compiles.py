@@ -21,7 +21,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from litgpt_moe_ext.moe.kernels import triton as engine  # noqa: E402
-from litgpt_moe_ext.moe.kernels.triton import common, routing  # noqa: E402
+from litgpt_moe_ext.moe.kernels.triton import common, projecting, routing  # noqa: E402
 from litgpt_moe_ext.moe.kernels.triton.tiles import CARDS, card_for, precision_of  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -56,7 +56,7 @@ class Compiler:
         self.capability, self.kernels = capability, []
         monkeypatch.setattr(triton.runtime.driver, "_active", Driver(capability))
         monkeypatch.setattr(common, "capability_of", lambda device: capability)
-        for name in ("activation", "combining", "decoding", "routing", "rows", "weights"):
+        for name in ("activation", "combining", "decoding", "projecting", "routing", "rows", "weights"):
             monkeypatch.setattr(f"litgpt_moe_ext.moe.kernels.triton.{name}.launch", self.launch)
 
     def launch(self, kernel, grid, arguments, warps, stages=1):
@@ -143,13 +143,21 @@ def every_router(n_expert):
         routing.route_backward(given, rule, experts, slopes, torch.empty(40, rule.top_k), torch.empty(()))
 
 
+def every_gate(dtype, n_expert, width=768):
+    """Run a router's product forward and backward."""
+    x, weight = torch.empty(2048, width, dtype=dtype), torch.empty(n_expert, width)
+    projecting.project(x, weight)
+    projecting.project_backward(torch.empty(2048, n_expert), x, weight, True, True)
+
+
 def test_a_sample(monkeypatch, tmp_path):
-    """The products of a training step in bfloat16, and a router, on a card of 99 KiB."""
+    """The products of a training step in bfloat16, and a router with its gate, on a card of 99 KiB."""
     compiler = Compiler(monkeypatch, (8, 6))
     engine.multiply_rows(product(torch.bfloat16, 200, "even", forward=True))
     engine.sum_outer_products(outer(torch.bfloat16, "even", gather_left=False), torch.float32)
     routing.route(Given(torch.empty(40, 8), torch.empty(8)), Rule("sigmoid", 2, True, balancing=0.01), True)
-    assert compiler.check(tmp_path) == 4
+    every_gate(torch.bfloat16, 8)
+    assert compiler.check(tmp_path) == 6
 
 
 @pytest.mark.slow
@@ -180,6 +188,20 @@ def test_every_router(monkeypatch, tmp_path, capability, n_expert):
     compiler = Compiler(monkeypatch, capability)
     every_router(n_expert)
     assert compiler.check(tmp_path) == 18
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
+def test_every_gate(monkeypatch, tmp_path, capability, dtype):
+    compiler = Compiler(monkeypatch, capability)
+    dtype = torch.float16 if capability == (7, 5) and dtype == torch.bfloat16 else dtype
+    every_gate(dtype, 8)
+    every_gate(dtype, 64)
+    if capability == (9, 0):
+        every_gate(dtype, 8, width=72)
+        every_gate(dtype, 1)
+    assert compiler.check(tmp_path) == (8 if capability == (9, 0) else 4)
 
 
 def test_every_card_has_blocks():

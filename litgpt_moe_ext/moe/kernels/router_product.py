@@ -1,0 +1,128 @@
+"""A router's product on a GPU at the accuracy of float32, reading tokens in their own dtype.
+
+Torch's product, which stays the reference, wants a float32 copy of 16-bit tokens, and for so few outputs takes about
+ten times as long as reading them. Not for compilers, float64, or `expert_backend: loop`, which is for ordinary
+operators. Compilers, meta tensors, checkpointing and the FLOP counter see an operator, as with the experts' products.
+
+Shape legend: T tokens, D model width, E experts.
+"""
+
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from litgpt_moe_ext.moe.kernels import fused_router
+from litgpt_moe_ext.moe.kernels.operators import Operator
+
+# Up to how many experts the product here is used, by the dtype of the tokens; 0 is never (`benchmarks/gpu.py`, table
+# `router_product`). Without bfloat16's Tensor Cores, up to as many as are no more work than 16.
+MOST_EXPERTS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 64}
+MOST_WITHOUT_TENSOR_CORES = 16
+# Fewer, as in decoding, wait for the host, which starts torch's product sooner.
+FEWEST_TOKENS = 512
+
+
+class Projection(NamedTuple):
+    """Arguments of `project`.
+
+    Attributes:
+        x_TD: Tokens, float32 or 16-bit.
+        weight_ED: Weights, float32 or 16-bit.
+    """
+
+    x_TD: Tensor
+    weight_ED: Tensor
+
+
+class ProjectionBackward(NamedTuple):
+    """Arguments of `project_backward`.
+
+    Attributes:
+        dlogits_TE: Gradient of the logits, float32.
+        x_TD: Tokens.
+        weight_ED: Weights.
+        need_x: Whether the gradient of tokens is needed.
+        need_weight: Whether the gradient of weights is needed.
+    """
+
+    dlogits_TE: Tensor
+    x_TD: Tensor
+    weight_ED: Tensor
+    need_x: bool
+    need_weight: bool
+
+
+def works_on(x_TD: Tensor, weight_ED: Tensor) -> bool:
+    """Return whether the product of `x_TD` and `weight_ED` is to be computed here."""
+    n_expert = weight_ED.size(0)
+    return (
+        n_expert <= MOST_EXPERTS.get(x_TD.dtype, 0)
+        and weight_ED.dtype in MOST_EXPERTS
+        and x_TD.size(0) >= FEWEST_TOKENS
+        and fused_router.works_on(x_TD)
+        and (n_expert <= MOST_WITHOUT_TENSOR_CORES or _has_tensor_cores(x_TD.device))
+    )
+
+
+def _has_tensor_cores(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _kernels() -> Any:
+    from litgpt_moe_ext.moe.kernels.triton import projecting
+
+    return projecting
+
+
+def _empty_gradients(call: ProjectionBackward) -> tuple[Tensor, Tensor]:
+    dx_TD = call.x_TD.new_empty(call.x_TD.shape if call.need_x else 0)
+    return dx_TD, call.weight_ED.new_empty(call.weight_ED.shape if call.need_weight else 0)
+
+
+# Returns `x_TD @ weight_ED.T`, (T, E), float32.
+project = Operator(
+    "project",
+    Projection,
+    lambda call: _kernels().project(*call),
+    lambda call: call.x_TD.new_empty(call.x_TD.size(0), call.weight_ED.size(0), dtype=torch.float32),
+    n_result=1,
+)
+# Returns the gradients of tokens and weights in their dtypes, empty where they are not needed.
+project_backward = Operator(
+    "project_backward",
+    ProjectionBackward,
+    lambda call: _kernels().project_backward(call.dlogits_TE.contiguous(), *call[1:]),
+    _empty_gradients,
+    n_result=2,
+)
+
+
+def _project_backward(ctx: Any, dlogits_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    x_TD, weight_ED = ctx.saved_tensors
+    need_x, need_weight = ctx.needs_input_grad
+    dx_TD, dweight_ED = project_backward(dlogits_TE, x_TD, weight_ED, need_x, need_weight)
+    return dx_TD if need_x else None, dweight_ED if need_weight else None
+
+
+project.set_gradient(_project_backward)
+
+
+def _project_flops(x_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
+    return 2 * x_shape[0] * weight_shape[0] * weight_shape[1]
+
+
+def _project_backward_flops(_: Any, x_shape: Any, weight_shape: Any, *needs: Any, **__: Any) -> int:
+    return sum(needs) * _project_flops(x_shape, weight_shape)
+
+
+def register_flops(flop_counter: Any) -> None:
+    """Tell torch's FLOP counter (the module `torch.utils.flop_counter`) what the operators cost."""
+    for operator, formula in ((project, _project_flops), (project_backward, _project_backward_flops)):
+        if operator.overload.overloadpacket not in flop_counter.flop_registry:
+            flop_counter.register_flop_formula(operator.overload.overloadpacket)(formula)
+
+
+if (_flop_counter := sys.modules.get("torch.utils.flop_counter")) is not None:
+    register_flops(_flop_counter)

@@ -1,0 +1,218 @@
+"""A router's product at the accuracy of float32, reading tokens once in their own dtype.
+
+A gate has so few outputs that its product should take as long as reading the tokens. On Tensor Cores arithmetic does:
+a float32 number is exactly the sum of three bfloat16 numbers, a float16 number of two, so the products of these parts,
+added up in float32, are float32's product (those of parts that are less than its last bit are left out). On the
+ordinary cores float32 products of 16k tokens of width 768 would take an H100 5 us at full speed with 8 experts, half as
+long as reading, but 40 us with 64. Cards without bfloat16, and AMD's, do that.
+
+`_project_backward` makes the tokens' gradient and the weights' gradient of a block of tokens from one reading; torch
+adds up the blocks. No atomics, and blocks that depend on shapes alone: two runs give the same bits.
+
+Shape legend: T tokens, D model width, E experts, B blocks of tokens, M some tokens of a block, N a block of D, K a step
+of the sum over D.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from litgpt_moe_ext.moe.kernels.triton import common
+from litgpt_moe_ext.moe.kernels.triton.common import Rows, constexpr, dot, rows_of
+from litgpt_moe_ext.triton_launch import ceil_div, launch, power_of_two
+
+# More blocks of tokens would be more partial sums than are worth reading.
+_MOST_BLOCKS = 128
+# Tokens and columns of a block by experts (the power of two): for 16-bit tokens, for float32. None of them spills
+# registers worth mentioning; none was chosen on a card.
+_Blocks = dict[int, tuple[tuple[int, int], tuple[int, int]]]
+_FORWARD: _Blocks = {16: ((32, 128), (32, 64)), 32: ((32, 64), (32, 32)), 64: ((32, 32), (32, 32))}
+_BACKWARD: _Blocks = {16: ((32, 128), (32, 128)), 32: ((32, 64), (32, 32)), 64: ((32, 32), (32, 32))}
+# Hopper's Tensor Cores read operands from shared memory, which leaves registers free.
+_FORWARD_SHARED: _Blocks = _FORWARD | {64: ((64, 64), (64, 64))}
+_BACKWARD_SHARED: _Blocks = _BACKWARD | {64: ((64, 64), (64, 32))}
+# Widths that blocks do not divide, and products without Tensor Cores.
+_ODD, _IEEE = (32, 32), (16, 32)
+_PARTS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 1}
+
+
+class _Gate(NamedTuple):
+    # Weights, and how many tokens and what else there is.
+    weight: Rows
+    n_token: Any
+    n_expert: Any
+    width: Any
+
+
+class _Form(NamedTuple):
+    # Sizes of blocks, whether D is a multiple of them, of how many parts numbers consist, and how parts are multiplied.
+    experts: int
+    rows: int
+    inner: int
+    even: bool
+    x_parts: int
+    weight_parts: int
+    precision: str
+    split: bool
+    need_x: bool = False
+    need_weight: bool = False
+
+
+def project(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """Return `x_TD @ weight_ED.T`, (T, E), float32.
+
+    Args:
+        x_TD: Tokens, float32 or 16-bit.
+        weight_ED: Weights, float32 or 16-bit.
+    """
+    logits_TE = x_TD.new_empty(x_TD.size(0), weight_ED.size(0), dtype=torch.float32)
+    form = _form(x_TD, weight_ED, _FORWARD, _FORWARD_SHARED)
+    grid = (ceil_div(x_TD.size(0), form.rows),)
+    launch(_project, grid, (rows_of(x_TD), _gate(x_TD, weight_ED), logits_TE, form), warps=4, stages=3)
+    return logits_TE
+
+
+def project_backward(
+    dlogits_TE: Tensor, x_TD: Tensor, weight_ED: Tensor, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of tokens and weights in the dtypes that these have; empty where they are not needed.
+
+    Args:
+        dlogits_TE: Gradient of the logits, float32, contiguous.
+        x_TD: Tokens.
+        weight_ED: Weights.
+        need_x: Whether the gradient of tokens is needed.
+        need_weight: Whether the gradient of weights is needed.
+    """
+    (n_token, width), n_expert = x_TD.shape, weight_ED.size(0)
+    form = _form(x_TD, weight_ED, _BACKWARD, _BACKWARD_SHARED)._replace(need_x=need_x, need_weight=need_weight)
+    per_block = max(256 if form.experts <= 32 else 512, ceil_div(n_token, _MOST_BLOCKS))
+    per_block = form.rows * ceil_div(per_block, form.rows)
+    n_block = ceil_div(n_token, per_block)
+    dx_TD = x_TD.new_empty(x_TD.shape if need_x else 0)
+    sums_BED = dlogits_TE.new_empty((n_block, n_expert, width) if need_weight else 0)
+    arguments = (rows_of(x_TD), _gate(x_TD, weight_ED), dlogits_TE, dx_TD, sums_BED, per_block, form)
+    launch(_project_backward, (ceil_div(width, form.inner), n_block), arguments, warps=4, stages=3)
+    return dx_TD, (sums_BED.sum(0) if need_weight else sums_BED).to(weight_ED.dtype)
+
+
+def _gate(x_TD: Tensor, weight_ED: Tensor) -> _Gate:
+    return _Gate(rows_of(weight_ED), x_TD.size(0), *weight_ED.shape)
+
+
+def _form(x_TD: Tensor, weight_ED: Tensor, blocks: _Blocks, blocks_shared: _Blocks) -> _Form:
+    capability, width = common.capability_of(x_TD.device), x_TD.size(1)
+    # The fewest that Tensor Cores multiply are 16.
+    experts = max(power_of_two(weight_ED.size(0)), 16)
+    split = capability is None or (capability >= (8, 0) and torch.version.hip is None)
+    if split:
+        table = blocks_shared if capability is not None and capability[0] == 9 else blocks
+        block = table[min(experts, 64)][x_TD.dtype.itemsize > 2]
+        block = _ODD if width % block[1] else block
+    else:
+        block = _IEEE
+    parts = (_PARTS[x_TD.dtype], _PARTS[weight_ED.dtype])
+    precision = "widened" if capability is None else "ieee"
+    return _Form(experts, *block, width % block[1] == 0, *parts, precision, split)
+
+
+@triton.jit
+def _parts(x, FORM: constexpr):
+    # Numbers that add up to `x`, each of which has the first bits of what is left; those that are 0 are not used.
+    if FORM.split:
+        first = x.to(tl.bfloat16)
+        rest = x.to(tl.float32) - first.to(tl.float32)
+        second = rest.to(tl.bfloat16)
+        return first, second, (rest - second.to(tl.float32)).to(tl.bfloat16)
+    else:
+        whole = x.to(tl.float32)
+        return whole, whole, whole
+
+
+@triton.jit
+def _add_product(a, b, total, A: constexpr, B: constexpr, BITS: constexpr, FORM: constexpr):
+    # `total + a @ b` of operands in A and B parts, to 16 bits or to float32's 24. Small products first.
+    if FORM.split:
+        if BITS == 24:
+            if B == 3:
+                total = dot(a[0], b[2], total, FORM)
+            if A == 3:
+                total = dot(a[2], b[0], total, FORM)
+            if A >= 2 and B >= 2:
+                total = dot(a[1], b[1], total, FORM)
+        if B >= 2:
+            total = dot(a[0], b[1], total, FORM)
+        if A >= 2:
+            total = dot(a[1], b[0], total, FORM)
+    return dot(a[0], b[0], total, FORM)
+
+
+@triton.jit
+def _project(x, gate, out, FORM: constexpr):
+    first = tl.program_id(0) * FORM.rows
+    token_M, e_E, d_K = tl.arange(0, FORM.rows), tl.arange(0, FORM.experts), tl.arange(0, FORM.inner)
+    # Tokens past the last are computed from the last and not stored.
+    near_M = tl.minimum(token_M, gate.n_token - 1 - first)
+    real_E = e_E < gate.n_expert
+    x_start = x.data + first.to(tl.int64) * x.stride
+    weight_start = gate.weight.data
+    x_MK = near_M[:, None] * x.stride + d_K[None, :]
+    weight_KE = e_E[None, :] * gate.weight.stride + d_K[:, None]
+    sum_ME = tl.full((FORM.rows, FORM.experts), 0.0, tl.float32)
+    for d in range(0, gate.width, FORM.inner):
+        if FORM.even:
+            a = tl.load(x_start + x_MK)
+            b = tl.load(weight_start + weight_KE, mask=real_E[None, :], other=0.0)
+        else:
+            rest_K = d_K < gate.width - d
+            a = tl.load(x_start + x_MK, mask=rest_K[None, :], other=0.0)
+            b = tl.load(weight_start + weight_KE, mask=rest_K[:, None] & real_E[None, :], other=0.0)
+        sum_ME = _add_product(_parts(a, FORM), _parts(b, FORM), sum_ME, FORM.x_parts, FORM.weight_parts, 24, FORM)
+        x_start += FORM.inner
+        weight_start += FORM.inner
+    out_start = out + first.to(tl.int64) * gate.n_expert
+    inside_ME = (token_M < gate.n_token - first)[:, None] & real_E[None, :]
+    tl.store(out_start + token_M[:, None] * gate.n_expert + e_E[None, :], sum_ME, mask=inside_ME)
+
+
+@triton.jit
+def _project_backward(x, gate, dlogits, dx, sums, per_block, FORM: constexpr):
+    block = tl.program_id(1)
+    first = block * per_block
+    n_token = tl.minimum(per_block, gate.n_token - first)
+    e_E, d_N = tl.arange(0, FORM.experts), tl.program_id(0) * FORM.inner + tl.arange(0, FORM.inner)
+    real_E, real_N = e_E < gate.n_expert, d_N < gate.width
+    first = first.to(tl.int64)
+    x_start = x.data + first * x.stride
+    dlogits_start = dlogits + first * gate.n_expert
+    inside_EN = real_E[:, None] & real_N[None, :]
+    weight_EN = gate.weight.data + e_E[:, None] * gate.weight.stride + d_N[None, :]
+    dx_start = dx + first * gate.width
+    weight = _parts(tl.load(weight_EN, mask=inside_EN, other=0.0), FORM)
+    sum_EN = tl.full((FORM.experts, FORM.inner), 0.0, tl.float32)
+    for start in range(0, n_token, FORM.rows):
+        token_M = start + tl.arange(0, FORM.rows)
+        live_M = token_M < n_token
+        dlogits_ME = dlogits_start + token_M[:, None] * gate.n_expert + e_E[None, :]
+        dy_ME = tl.load(dlogits_ME, mask=live_M[:, None] & real_E[None, :], other=0.0)
+        dy = _parts(dy_ME, FORM)
+        if FORM.need_weight:
+            # Those past the last have no gradient, but whatever they are they must be numbers.
+            near_M = tl.minimum(token_M, n_token - 1)
+            x_MN = x_start + near_M[:, None] * x.stride + d_N[None, :]
+            b_MN = tl.load(x_MN) if FORM.even else tl.load(x_MN, mask=real_N[None, :], other=0.0)
+            dy_t = (tl.trans(dy[0]), tl.trans(dy[1]), tl.trans(dy[2]))
+            sum_EN = _add_product(dy_t, _parts(b_MN, FORM), sum_EN, 3, FORM.x_parts, 24, FORM)
+        if FORM.need_x:
+            dx_MN = tl.full((FORM.rows, FORM.inner), 0.0, tl.float32)
+            # A gradient that is rounded to 16 bits has no use for more.
+            BITS: tl.constexpr = 24 if FORM.x_parts == 3 else 16  # pyrefly: ignore[bad-assignment]  # kernels have no types
+            dx_MN = _add_product(dy, weight, dx_MN, 3, FORM.weight_parts, BITS, FORM)
+            goal_MN = dx_start + token_M[:, None] * gate.width + d_N[None, :]
+            tl.store(goal_MN, dx_MN.to(dx.dtype.element_ty), mask=live_M[:, None] & real_N[None, :])
+    if FORM.need_weight:
+        sums_EN = sums + block.to(tl.int64) * gate.n_expert * gate.width + e_E[:, None] * gate.width + d_N[None, :]
+        tl.store(sums_EN, sum_EN, mask=inside_EN)

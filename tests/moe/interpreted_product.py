@@ -1,0 +1,127 @@
+"""A router's product on a CPU, by Triton's interpreter: not collected by itself, `test_triton.py` runs it."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from litgpt_moe_ext.moe.kernels import fused_router, router_product
+from litgpt_moe_ext.moe.kernels.router_product import project, project_backward
+from litgpt_moe_ext.moe.kernels.triton import projecting
+from tests.moe.interpreted_triton import EXAMPLES
+from tests.moe.products import compare_product, every_bit, gradients_of
+from tests.moe.routers import make_gate
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGER = ((7, 40, 3), (300, 768, 8), (100, 72, 64))
+
+
+@pytest.fixture(params=[True, pytest.param(False, marks=pytest.mark.slow)], ids=["parts", "float32"])
+def split(request, monkeypatch):
+    """Tensor Cores and without."""
+    if not request.param:
+        monkeypatch.setattr(projecting, "_form", lambda *args, form=projecting._form: form(*args)._replace(split=False))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("T", "D", "E"),
+    [(1, 16, 2), (100, 72, 8), *(pytest.param(*size, marks=pytest.mark.slow) for size in LARGER)],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.usefixtures("split")
+def test_equals_float64(T, D, E, dtype):
+    compare_product(T, D, E, (dtype, torch.float32))
+
+
+@given(
+    T=st.integers(1, 70), D=st.integers(1, 70), E=st.integers(1, 40), x_dtype=st.sampled_from(DTYPES),
+    weight_dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+def test_any_shape(T, D, E, x_dtype, weight_dtype, seed):
+    torch.manual_seed(seed)
+    compare_product(T, D, E, (x_dtype, weight_dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_bit_is_lost(dtype):
+    """Numbers times one, and zeros beside them, are the numbers."""
+    for name, (ours, expected) in every_bit(dtype).items():
+        if name != "x" or dtype == torch.float32:  # which the interpreter cuts off
+            assert torch.equal(ours, expected), name
+
+
+def test_rows_apart_and_blocks_of_tokens():
+    """Tokens of a wider matrix, and more blocks than one, which add up to the same bits every time."""
+    x, weight, upstream = torch.randn(300, 48)[:, 8:40], torch.randn(3, 32), torch.randn(300, 3)
+    first, second = (gradients_of(project, x, weight, upstream) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    torch.testing.assert_close(first["weight"], upstream.t() @ x, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(first["x"], upstream @ weight, rtol=1e-5, atol=1e-5)
+
+
+def test_no_token():
+    result = gradients_of(project, torch.empty(0, 16), torch.randn(3, 16), torch.empty(0, 3))
+    assert result["logits"].shape == (0, 3)
+    assert not result["weight"].any()
+
+
+def test_only_what_is_needed():
+    x, weight, upstream = torch.randn(20, 16), torch.randn(3, 16), torch.randn(20, 3)
+    dx, nothing = project_backward(upstream, x, weight, True, False)
+    assert nothing.numel() == 0
+    torch.testing.assert_close(dx, upstream @ weight)
+    nothing, dweight = project_backward(upstream, x, weight, False, True)
+    assert nothing.numel() == 0
+    torch.testing.assert_close(dweight, upstream.t() @ x)
+
+
+@pytest.mark.parametrize("changes", [{"router_bias": True, "router_jitter_noise": 0.1}, {"router_type": "noisy_topk"}])
+def test_routers_take_it(monkeypatch, changes):
+    """With bias, jitter and noise; also under checkpointing; not those who ask for ordinary operators."""
+    monkeypatch.setattr(router_product, "FEWEST_TOKENS", 4)
+    monkeypatch.setattr(fused_router, "works_on", lambda x: True)
+    calls, original = [], projecting.project
+    monkeypatch.setattr(projecting, "project", lambda *args: calls.append(1) or original(*args))
+    results = []
+    for backend in (None, "loop"):
+        gate = make_gate(**changes, expert_backend=backend)
+        for name, parameter in gate.named_parameters():
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
+        for call in (lambda x, gate=gate: gate(x), lambda x, gate=gate: checkpoint(gate, x, use_reentrant=False)):
+            torch.manual_seed(1)
+            gate.zero_grad()
+            x = torch.randn(12, 16, requires_grad=True)
+            order = (routing := call(x)).experts_TK.argsort(1)
+            routing.weights_TK.gather(1, order).square().sum().backward()
+            results.append({"x": x.grad, **{name: p.grad for name, p in gate.named_parameters()}})
+    assert len(calls) == 3 * (2 if "router_type" in changes else 1)
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other, rtol=1e-4, atol=1e-5)
+
+
+def test_who_takes_it(monkeypatch):
+    x, weight = torch.randn(600, 16), torch.randn(8, 16)
+    assert not router_product.works_on(x, weight)
+    monkeypatch.setattr(fused_router, "works_on", lambda x: True)
+    assert router_product.works_on(x, weight)
+    assert not router_product.works_on(x[:100], weight)
+    assert not router_product.works_on(x.double(), weight)
+    assert not router_product.works_on(x, weight.double())
+    assert not router_product.works_on(x, torch.randn(65, 16))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not router_product.works_on(x, torch.randn(17, 16))
+
+
+def test_meta_tensors_and_flops():
+    for device in ("meta", "cpu"):
+        x, weight = torch.randn(9, 16, device=device).bfloat16().requires_grad_(), torch.randn(3, 16, device=device)
+        weight.requires_grad_()
+        with FlopCounterMode(display=False) as counter:
+            project(x, weight).sum().backward()
+        assert counter.get_total_flops() == 3 * 2 * 9 * 16 * 3
+        assert (x.grad.dtype, x.grad.shape) == (torch.bfloat16, x.shape)
+        assert (weight.grad.dtype, weight.grad.shape) == (torch.float32, weight.shape)
