@@ -191,17 +191,23 @@ def test_every_router(monkeypatch, tmp_path, capability, n_expert):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
-def test_every_gate(monkeypatch, tmp_path, capability, dtype):
+def test_every_gate(monkeypatch, tmp_path, capability):
     compiler = Compiler(monkeypatch, capability)
-    dtype = torch.float16 if capability == (7, 5) and dtype == torch.bfloat16 else dtype
-    every_gate(dtype, 8)
-    every_gate(dtype, 64)
-    if capability == (9, 0):
-        every_gate(dtype, 8, width=72)
-        every_gate(dtype, 1)
-    assert compiler.check(tmp_path) == (8 if capability == (9, 0) else 4)
+    every_gate(torch.float16 if capability == (7, 5) else torch.bfloat16, 8)
+    every_gate(torch.float32, 64)
+    assert compiler.check(tmp_path) == 4
+
+
+@pytest.mark.slow
+def test_every_gate_on_hopper(monkeypatch, tmp_path):
+    """The others: where blocks differ, other widths, and one expert, a constant to Triton."""
+    compiler = Compiler(monkeypatch, (9, 0))
+    every_gate(torch.float32, 8)
+    every_gate(torch.bfloat16, 64)
+    every_gate(torch.bfloat16, 8, width=72)
+    every_gate(torch.bfloat16, 1)
+    assert compiler.check(tmp_path) == 8
 
 
 def test_every_card_has_blocks():
