@@ -11,6 +11,7 @@ from torch import Tensor
 
 from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.experts import Experts
+from litgpt_moe_ext.moe.kernels.backends import matmul_dtype
 from litgpt_moe_ext.moe.registry import ROUTERS, load
 from litgpt_moe_ext.moe.router import Router
 
@@ -44,7 +45,8 @@ class FeedForward(LLaMAMLP):
         self.config = config
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the output, of the shape and dtype of `x`."""
+        """Return the output, of the shape of `x`, in the dtype of `x` or that of autocast."""
+        x = narrowed(x)
         if self.activation.gated:
             return self.proj(self.activation.gate(self.fc_1(x), self.fc_2(x)))
         return self.proj(self.activation(self.fc(x)))
@@ -74,7 +76,7 @@ class MoE(nn.Module):
                 self.shared_expert_gate = nn.Linear(config.n_embd, 1, bias=False)
 
     def forward(self, x_BTD: Tensor, real_BT: Tensor | None = None) -> Tensor:
-        """Return the layer's output, (B, T, D) in the dtype of `x_BTD`.
+        """Return the layer's output, (B, T, D) in the dtype of `x_BTD` or that of autocast.
 
         Args:
             x_BTD: Tokens.
@@ -83,13 +85,23 @@ class MoE(nn.Module):
         x_TD = x_BTD.reshape(-1, x_BTD.size(-1))
         n_sequence = x_BTD.size(0) if x_BTD.dim() == 3 else 1
         real_T = None if real_BT is None else real_BT.reshape(-1)
-        y_BTD = self.experts(x_TD, self.gate(x_TD, n_sequence, real_T)).view(x_BTD.shape)
+        routing = self.gate(x_TD, n_sequence, real_T)
+        x_BTD = narrowed(x_BTD)
+        y_BTD = self.experts(x_BTD.reshape(x_TD.shape), routing).view(x_BTD.shape)
         if self.shared_experts is not None:
             shared_BTD = self.shared_experts(x_BTD)
             if self.shared_expert_gate is not None:
                 shared_BTD = shared_BTD * self.shared_expert_gate(x_BTD).sigmoid()
             y_BTD = y_BTD + shared_BTD
         return y_BTD if real_BT is None else y_BTD.masked_fill(~real_BT.unsqueeze(-1), 0.0)
+
+
+def narrowed(x: Tensor) -> Tensor:
+    """Return `x` in the dtype in which it meets weights.
+
+    Autocast would cast it anew for every projection, and so its gradients.
+    """
+    return x.to(matmul_dtype(x))
 
 
 class SharedExpertMoE(MoE):
