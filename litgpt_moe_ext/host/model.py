@@ -134,8 +134,28 @@ def choose_rope_cache(model: ModuleType) -> None:
     model.GPT.rope_cache = rope_cache
 
 
+def fuse_norms(model: ModuleType) -> None:
+    """Let RMSNorms of the plugin's models be one kernel each way on GPUs; LitGPT writes out six forward and more back.
+
+    Which norms these are is said by `extend_model_init`.
+    """
+    original = model.RMSNorm.forward
+
+    @wraps(original)
+    def forward(self: Any, x: Any) -> Any:
+        import torch
+
+        fusible = getattr(self, "is_fusible", False) and x.is_cuda and x.dtype == self.weight.dtype
+        # A compiler fuses better, with what stands around it.
+        if not fusible or x.dtype == torch.float64 or torch.compiler.is_compiling():
+            return original(self, x)
+        return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    model.RMSNorm.forward = forward
+
+
 def extend_model_init(model: ModuleType) -> None:
-    """Add learned positions, and let routers that choose by token id see the ids."""
+    """Add learned positions, let routers that choose by token id see the ids, and norms be fused."""
     from litgpt_moe_ext.config.features import changes_model, routers_need
 
     original = model.GPT.__init__
@@ -151,6 +171,10 @@ def extend_model_init(model: ModuleType) -> None:
             from litgpt_moe_ext.moe.fixed_routers import share_token_ids
 
             share_token_ids(self)
+        if uses_plugin(config):
+            for module in self.modules():
+                if isinstance(module, model.RMSNorm):
+                    module.is_fusible = module.dim == -1 and not module.add_unit_offset
 
     model.GPT.__init__ = __init__
 

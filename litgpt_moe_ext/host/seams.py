@@ -89,7 +89,12 @@ SEAMS = (
         "LitGPT's YaRN agrees with the paper", model.choose_rope_cache,
     ),
     Seam(
-        "litgpt.model", "GPT.__init__", "wrap", "Adds learned positions; routers by token id see the ids.",
+        "litgpt.model", "RMSNorm.forward", "wrap", "One kernel each way on GPUs, in the plugin's models.",
+        "LitGPT calls torch's rms_norm", model.fuse_norms,
+    ),
+    Seam(
+        "litgpt.model", "GPT.__init__", "wrap",
+        "Adds learned positions; routers by token id see the ids; norms may be fused.",
         _NEVER, model.extend_model_init,
     ),
     Seam(
@@ -195,6 +200,10 @@ SEAMS = (
     Seam(
         "torch", "compile", "run", "Returns what it is given where compiling does not work or pay.",
         "torch.compile(disable=True) loads none",
+    ),
+    Seam(
+        "lightning.fabric.wrappers", "_FabricModule.forward", "run",
+        "Leaves a batch to the loss function, where CUDA graphs hold both.", _LOOP,
     ),
     Seam(
         "torch.optim", "Optimizer.step", "run", "Steps without asking the compiler to break its graph, which loads it.",

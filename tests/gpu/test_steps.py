@@ -98,6 +98,26 @@ def test_padding_waits_for_nothing_and_changes_nothing(device, dtype, monkeypatc
     assert all(torch.equal(ours, theirs[:8]) for ours, theirs in zip(padded_counts, counts, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_norms_are_those_of_litgpt(device, dtype):
+    """In one kernel on a card; elsewhere the two are the same anyway."""
+    model = make_model(device, norm_eps=1e-3)
+    ours = model.transformer.ln_f.to(dtype)
+    theirs = type(ours)(64, eps=1e-3).to(device, dtype)
+    assert ours.is_fusible
+    assert not hasattr(theirs, "is_fusible")
+    torch.nn.init.normal_(ours.weight)
+    theirs.load_state_dict(ours.state_dict())
+    results = []
+    for norm in (ours, theirs):
+        torch.manual_seed(2)
+        x = torch.randn(3, 40, 64, device=device, dtype=dtype, requires_grad=True)
+        y = norm(x)
+        results.append((y, *torch.autograd.grad(y, (x, norm.weight), torch.randn_like(y))))
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 3e-2}
+    torch.testing.assert_close(results[0], results[1], **tolerance)
+
+
 def test_compiled_equals_eager(device):
     model = make_model(device)
     batch = torch.randint(0, 64, (2, 65), device=device)

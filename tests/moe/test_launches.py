@@ -120,3 +120,17 @@ def test_a_batch_without_padding_starts_none_for_it(monkeypatch):
             model(ids)
         names.append(launches.names)
     assert names[1] == ["ge", "all", "_local_scalar_dense", *names[0]]
+
+
+def test_a_norm_is_one_kernel_in_models_of_this_package_only():
+    counts = {}
+    for name in ("SharedExpertMoE", "LLaMAMoE"):
+        config = moe_config(mlp_class_name=name, norm_class_name="RMSNorm", n_expert=4, n_expert_per_token=2)
+        with fake_cuda(), torch.device("cuda"):
+            model = litgpt.model.GPT(config)
+            x = torch.empty(2, 8, config.n_embd)
+            with Launches() as launches:
+                model.transformer.ln_f(x)
+        counts[name] = len(launches.names)
+    assert counts["SharedExpertMoE"] == 1
+    assert counts["LLaMAMoE"] >= 5
