@@ -63,8 +63,8 @@ def test_no_bit_of_the_product_is_lost(device, dtype):
 
 
 def test_the_product_has_the_same_bits_every_time_and_in_a_graph(device):
-    x, weight = torch.randn(2048, 256, device=device), torch.randn(8, 256, device=device)
-    upstream = torch.randn(2048, 8, device=device)
+    x, weight = torch.randn(4096, 768, device=device), torch.randn(8, 768, device=device)
+    upstream = torch.randn(4096, 8, device=device)
     assert router_product.works_on(x, weight)
     first, second = (gradients_of(router_product.project, x, weight, upstream) for _ in range(2))
     for name, value in first.items():

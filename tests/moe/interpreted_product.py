@@ -1,5 +1,7 @@
 """A router's product on a CPU, by Triton's interpreter: not collected by itself, `test_triton.py` runs it."""
 
+from functools import partial
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from litgpt_moe_ext.moe.kernels import fused_router, router_product
 from litgpt_moe_ext.moe.kernels.router_product import project, project_backward
 from litgpt_moe_ext.moe.kernels.triton import projecting
+from litgpt_moe_ext.training.callbacks.activation_checkpointing import _keep_choices
 from tests.moe.interpreted_triton import EXAMPLES
 from tests.moe.products import compare_product, every_bit, gradients_of
 from tests.moe.routers import make_gate
@@ -82,8 +85,10 @@ def test_only_what_is_needed():
 @pytest.mark.parametrize("changes", [{"router_bias": True, "router_jitter_noise": 0.1}, {"router_type": "noisy_topk"}])
 def test_routers_take_it(monkeypatch, changes):
     """With bias, jitter and noise; also under checkpointing; not those who ask for ordinary operators."""
-    monkeypatch.setattr(router_product, "FEWEST_TOKENS", 4)
+    monkeypatch.setattr(router_product, "FEWEST_NUMBERS", 4)
+    monkeypatch.setattr(router_product, "_has_tensor_cores", lambda device: True)
     monkeypatch.setattr(fused_router, "works_on", lambda x: True)
+    kept = partial(checkpoint, use_reentrant=False, context_fn=_keep_choices)
     calls, original = [], projecting.project
     monkeypatch.setattr(projecting, "project", lambda *args: calls.append(1) or original(*args))
     results = []
@@ -91,7 +96,7 @@ def test_routers_take_it(monkeypatch, changes):
         gate = make_gate(**changes, expert_backend=backend)
         for name, parameter in gate.named_parameters():
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
-        for call in (lambda x, gate=gate: gate(x), lambda x, gate=gate: checkpoint(gate, x, use_reentrant=False)):
+        for call in (lambda x, gate=gate: gate(x), lambda x, gate=gate: kept(gate, x)):
             torch.manual_seed(1)
             gate.zero_grad()
             x = torch.randn(12, 16, requires_grad=True)
@@ -104,16 +109,19 @@ def test_routers_take_it(monkeypatch, changes):
 
 
 def test_who_takes_it(monkeypatch):
-    x, weight = torch.randn(600, 16), torch.randn(8, 16)
+    x, weight = torch.empty(2048, 1024), torch.empty(8, 1024)
     assert not router_product.works_on(x, weight)
     monkeypatch.setattr(fused_router, "works_on", lambda x: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert router_product.works_on(x, weight)
-    assert not router_product.works_on(x[:100], weight)
+    assert not router_product.works_on(x[1:], weight)
     assert not router_product.works_on(x.double(), weight)
     assert not router_product.works_on(x, weight.double())
-    assert not router_product.works_on(x, torch.randn(65, 16))
+    assert router_product.works_on(x, torch.empty(64, 1024))
+    assert not router_product.works_on(x, torch.empty(65, 1024))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert not router_product.works_on(x, torch.randn(17, 16))
+    assert router_product.works_on(x, weight)
+    assert not router_product.works_on(x, torch.empty(17, 1024))
 
 
 def test_meta_tensors_and_flops():

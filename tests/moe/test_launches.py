@@ -64,7 +64,7 @@ def launches_of_recipe(recipe, capability):
     with fake_cuda(capability):
         with Fabric(accelerator="cpu", devices=1).init_module(empty_init=True), torch.device("cuda"):
             moe = getattr(litgpt.model, config.mlp_class_name)(config)
-            x = torch.empty(2, 512, config.n_embd, requires_grad=True)
+            x = torch.empty(8, 2048, config.n_embd, requires_grad=True)
         moe.gate.tally.leaf_on(x.device)  # made once
         with torch.autocast("cuda", DTYPES[kind]), Launches(inside=True) as launches:
             moe(x)

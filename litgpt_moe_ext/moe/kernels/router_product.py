@@ -20,8 +20,8 @@ from litgpt_moe_ext.moe.kernels.operators import Operator
 # `router_product`). Without bfloat16's Tensor Cores, up to as many as are no more work than 16.
 MOST_EXPERTS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 64}
 MOST_WITHOUT_TENSOR_CORES = 16
-# Fewer, as in decoding, wait for the host, which starts torch's product sooner.
-FEWEST_TOKENS = 512
+# Tokens times width. Fewer are read in less time than the host takes to start kernels, torch's being started sooner.
+FEWEST_NUMBERS = 2**21
 
 
 class Projection(NamedTuple):
@@ -56,14 +56,13 @@ class ProjectionBackward(NamedTuple):
 
 def works_on(x_TD: Tensor, weight_ED: Tensor) -> bool:
     """Return whether the product of `x_TD` and `weight_ED` is to be computed here."""
-    n_expert = weight_ED.size(0)
-    return (
-        n_expert <= MOST_EXPERTS.get(x_TD.dtype, 0)
-        and weight_ED.dtype in MOST_EXPERTS
-        and x_TD.size(0) >= FEWEST_TOKENS
-        and fused_router.works_on(x_TD)
-        and (n_expert <= MOST_WITHOUT_TENSOR_CORES or _has_tensor_cores(x_TD.device))
-    )
+    # First what a compiler sees, which must not look at sizes.
+    if not fused_router.works_on(x_TD) or weight_ED.dtype not in MOST_EXPERTS:
+        return False
+    n_expert, most = weight_ED.size(0), MOST_EXPERTS.get(x_TD.dtype, 0)
+    if most > MOST_WITHOUT_TENSOR_CORES and not _has_tensor_cores(x_TD.device):
+        most = MOST_WITHOUT_TENSOR_CORES
+    return n_expert <= most and x_TD.numel() >= FEWEST_NUMBERS
 
 
 def _has_tensor_cores(device: torch.device) -> bool:
