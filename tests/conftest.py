@@ -1,6 +1,5 @@
 """Settings for all tests: offline, reproducible, and one thread per process (several processes share the cores)."""
 
-import functools
 import logging
 import os
 import signal
@@ -24,32 +23,18 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import jsonargparse._optionals  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+from tests import parsers  # noqa: E402
 from tests.runs import _whole_run, corpus_settings, finished, recipe  # noqa: E402, F401
 
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
 
-# The parser of a command reads the sources of all its classes for their documentation, half of the time that it takes;
-# the hundreds of commands in a process of the tests read the same ones.
-_parse_docstring = jsonargparse._optionals.parse_docstring
 
-
-@functools.cache
-def _parsed(component, params, attributes):
-    return _parse_docstring(component, params)
-
-
-def _parse_docstring_once(component, params=False, logger=None):
-    attributes = jsonargparse._optionals.get_docstring_parse_options()["attribute_docstrings"]
-    return _parsed(component, params, attributes)
-
-
-jsonargparse._optionals.parse_docstring = _parse_docstring_once
+parsers.build_once()
 
 
 @pytest.hookimpl(tryfirst=True)

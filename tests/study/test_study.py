@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from litgpt import Config
 
 from litgpt_moe_ext.cli.main import main
-from litgpt_moe_ext.cli.train import read_settings
+from litgpt_moe_ext.cli.train import annotations, litgpt_types, read_given, read_settings
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.study import launch
 from litgpt_moe_ext.study.analysis import break_even, compute_multiplier, first_below, mean_interval
@@ -69,12 +70,14 @@ def test_runs_of_the_shipped_studies_are_valid(path):
     ("long", {2880 * 2**11, 2880 * 2**12, 2880 * 2**13}),
 ])  # fmt: skip
 def test_shipped_scales_make_every_study_but_that_of_shapes_larger(scale, budgets):
-    sizes = {}
+    sizes, known = {}, annotations(litgpt_types())
     for study in [study for study in STUDIES if study.stem != "shape"]:
         plan = load_study(study, ROOT / "studies" / "scale" / f"{scale}.yaml")
         assert plan.name == f"{study.stem}-{scale}"
-        settings = [read_settings(run.flags(Path("x"))) for run in {run.arm: run for run in plan.runs}.values()]
-        assert {setting.model_config.n_embd for setting in settings} <= {128, 512, 768}
+        read_settings(plan.runs[0].flags(Path("x")))
+        for run in {run.arm: run for run in plan.runs}.values():  # the arms' settings are valid; do they fit the scale?
+            model = read_given(run.flags(Path("x")), run.recipe, known).tree["model_config"]
+            assert Config(**model).n_embd in {128, 512, 768}
         sizes[study.stem] = {run.settings["train.max_tokens"] for run in plan.runs}
     assert sizes["pays"] == budgets
     assert sizes["router"] == {sorted(budgets)[1]}
