@@ -1,6 +1,7 @@
 """A study: which runs it has, how they survive a SIGKILL, what their numbers say."""
 
 import csv
+import itertools
 import json
 import os
 import signal
@@ -85,9 +86,12 @@ def test_shipped_scales_make_every_study_but_that_of_shapes_larger(scale, budget
 
 def test_the_whole_budget_is_that_of_the_quickstart():
     quickstart = read_settings(["--config", str(ROOT / "configs" / "quickstart.yaml")]).train
-    for study in [study for study in STUDIES if study.stem not in ("pays", "balance")]:
-        train = read_settings(load_study(study, ROOT / "studies/scale/whole.yaml").runs[0].flags(Path("x"))).train
-        assert (train.max_tokens, train.lr_warmup_steps) == (quickstart.max_tokens, quickstart.lr_warmup_steps)
+    for study, (scale, part) in itertools.product(STUDIES, {"whole": 1, "half": 2}.items()):
+        if study.stem not in ("pays", "balance"):
+            plan = load_study(study, ROOT / "studies" / "scale" / f"{scale}.yaml")
+            train = read_settings(plan.runs[0].flags(Path("x"))).train
+            expected = (quickstart.max_tokens // part, quickstart.lr_warmup_steps)
+            assert (train.max_tokens, train.lr_warmup_steps) == expected
 
 
 def test_a_scale_changes_settings_and_the_values_of_the_grid(tmp_path):

@@ -77,7 +77,10 @@ class Study:
             results = read_results(finished, runs_dir)
             write_text(out_dir / "results.csv", csv_text(results))
             write_text(out_dir / "report.html", study_page(study, results, missing, command))
-            print_table(study.question or study.name, COLUMNS, rows(grouped(results)))
+            # The page has the other columns; a terminal would break them within words.
+            shown = [COLUMNS.index(name) for name in ("arm", "seeds", "validation loss", "95 % interval")]
+            cells = [[row[i] for i in shown] for row in rows(grouped(results))]
+            print_table(study.question or study.name, [COLUMNS[i] for i in shown], cells)
             print(*verdicts(study, results), sep="\n")
             print(f"Wrote {out_dir / 'report.html'} and results.csv beside it")
         print(f"{len(finished)} of {len(runs)} runs are finished" + (f"; `{command}` goes on" if missing else ""))
