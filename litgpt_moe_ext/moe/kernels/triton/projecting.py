@@ -29,10 +29,10 @@ _MOST_BLOCKS = 128
 # Tokens and columns of a block by experts (the power of two): for 16-bit tokens, for float32. None of them spills
 # registers worth mentioning; none was chosen on a card.
 _Blocks = dict[int, tuple[tuple[int, int], tuple[int, int]]]
-_FORWARD: _Blocks = {16: ((32, 128), (32, 64)), 32: ((32, 64), (32, 32)), 64: ((32, 32), (32, 32))}
+_FORWARD: _Blocks = {16: ((64, 64), (64, 64)), 32: ((64, 64), (64, 32)), 64: ((64, 32), (64, 32))}
 _BACKWARD: _Blocks = {16: ((32, 128), (32, 128)), 32: ((32, 64), (32, 32)), 64: ((32, 32), (32, 32))}
 # Hopper's Tensor Cores read operands from shared memory, which leaves registers free.
-_FORWARD_SHARED: _Blocks = _FORWARD | {64: ((64, 64), (64, 64))}
+_FORWARD_SHARED: _Blocks = {16: ((64, 128), (64, 64)), 32: ((64, 64), (64, 64)), 64: ((64, 64), (64, 64))}
 _BACKWARD_SHARED: _Blocks = _BACKWARD | {64: ((64, 64), (64, 32))}
 # Widths that blocks do not divide, and products without Tensor Cores.
 _ODD, _IEEE = (32, 32), (16, 32)
