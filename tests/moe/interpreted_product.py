@@ -86,7 +86,6 @@ def test_only_what_is_needed():
 def test_routers_take_it(monkeypatch, changes):
     """With bias, jitter and noise; also under checkpointing; not those who ask for ordinary operators."""
     monkeypatch.setattr(router_product, "FEWEST_NUMBERS", 4)
-    monkeypatch.setattr(router_product, "_has_tensor_cores", lambda device: True)
     monkeypatch.setattr(fused_router, "works_on", lambda x: True)
     kept = partial(checkpoint, use_reentrant=False, context_fn=_keep_choices)
     calls, original = [], projecting.project

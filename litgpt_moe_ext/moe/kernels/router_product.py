@@ -59,10 +59,10 @@ def works_on(x_TD: Tensor, weight_ED: Tensor) -> bool:
     # First what a compiler sees, which must not look at sizes.
     if not fused_router.works_on(x_TD) or weight_ED.dtype not in MOST_EXPERTS:
         return False
-    n_expert, most = weight_ED.size(0), MOST_EXPERTS.get(x_TD.dtype, 0)
-    if most > MOST_WITHOUT_TENSOR_CORES and not _has_tensor_cores(x_TD.device):
-        most = MOST_WITHOUT_TENSOR_CORES
-    return n_expert <= most and x_TD.numel() >= FEWEST_NUMBERS
+    n_expert = weight_ED.size(0)
+    if x_TD.numel() < FEWEST_NUMBERS or n_expert > MOST_EXPERTS.get(x_TD.dtype, 0):
+        return False
+    return n_expert <= MOST_WITHOUT_TENSOR_CORES or _has_tensor_cores(x_TD.device)
 
 
 def _has_tensor_cores(device: torch.device) -> bool:
