@@ -53,7 +53,7 @@ def pytest_cmdline_main(config):
 
 # They take long for the few tests that they have: begun last, they would leave the other processes without work.
 LONG = (
-    *("attack/test_saving.py", "host/test_guest_rule.py", "moe/test_triton.py", "recipes/test_runs.py"),
+    *("attack/test_saving.py", "host/test_guest_rule.py", "tests/test_triton.py", "recipes/test_runs.py"),
     *("test_examples.py", "training/test_run.py", "docs/test_notebook.py", "docs/test_pages.py"),
     *("parallel/test_distributed.py", "study/test_study.py"),
 )

@@ -21,7 +21,12 @@ def _experts_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("litgpt_moe_ext.moe.experts.Experts.forward", lambda self, x_TD, routing: x_TD)
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+# Every second one soon; tests/moe runs the whole models of all recipes with experts.
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(recipe, marks=[pytest.mark.slow] * (index % 2)) for index, recipe in enumerate(RECIPES)],
+    ids=lambda recipe: recipe.stem,
+)
 @pytest.mark.usefixtures("_experts_skipped")
 def test_forward_of_a_recipe_has_no_data_dependent_operator(recipe: Path) -> None:
     with fake_cuda((9, 0)):
@@ -30,7 +35,13 @@ def test_forward_of_a_recipe_has_no_data_dependent_operator(recipe: Path) -> Non
     assert logits_BTV.shape[:2] == (1, 64)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
+# Cards without bfloat16, with it, and the newest.
+SOON = (CAPABILITIES[0], (8, 0), CAPABILITIES[-1])
+
+
+@pytest.mark.parametrize(
+    "capability", [c if c in SOON else pytest.param(c, marks=pytest.mark.slow) for c in CAPABILITIES], ids=str
+)
 def test_windows_documents_and_a_cache_wait_for_nothing(
     make_config: Callable[..., Config], capability: tuple[int, int]
 ) -> None:

@@ -1,8 +1,5 @@
-"""The Triton kernels for sinks without a card: interpreted, compiled for cards that are not there, and counted."""
+"""The Triton kernels for sinks without a card: compiled for cards that are not there, and counted."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,25 +17,7 @@ from litgpt_moe_ext.attention.kernels import sink_epilogue  # noqa: E402
 from tests.moe.test_launches import Launches  # noqa: E402
 from tests.moe.test_triton_compiles import CAPABILITIES, Compiler  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[2]
 FLASH = Call("flash_cpu", 0.4, True, None, 0.0)
-
-
-def interpret(examples: int) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "TRITON_EXAMPLES": str(examples)}
-    command = [sys.executable, "-m", "pytest", "tests/attention/interpreted_epilogue.py"]
-    options = ["-x", "-q", "-p", "no:cacheprovider"]
-    finished = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stdout[-6000:] + finished.stderr[-2000:]
-
-
-def test_interpreted_kernels_equal_the_operators() -> None:
-    interpret(6)
-
-
-@pytest.mark.slow
-def test_interpreted_kernels_in_many_shapes() -> None:
-    interpret(60)
 
 
 def tensors(d: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -119,26 +119,26 @@ def test_memory_savers_save_what_they_save_in_a_real_step(mode, fused):
         assert estimate < 0.9 * training_memory(layers.shorten(config), Step("32-true", 8, LENGTH)).activations
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"n_layer": 5, "attention_class_name": "SinkAttention"},
-        {"n_layer": 6, "first_k_dense_replace": 2, "intermediate_size": 24},
-        {"n_layer": 8, "decoder_sparse_step": 2, "intermediate_size": 24},
-        {"n_layer": 8, "sliding_window_size": 8, "sliding_window_indices": [1, 0] * 4},
-        {"n_layer": 5, "mlp_class_name": "NoisyTopKMoE", "mlp_activation": "relu", "router_z_loss_coef": 0.1},
-        {"n_layer": 5, "mlp_class_name": "LLaMAMoE"},
-    ],
-    ids=["sinks", "lead", "turns", "windows", "noisy", "llama_moe"],
-)
-def test_a_short_model_tells_what_the_whole_one_takes(settings, monkeypatch):
-    """To the byte, in every part of a step."""
-    config = moe_config(padded_vocab_size=512, **settings)
+DEEP = {
+    "sinks": {"n_layer": 4, "attention_class_name": "SinkAttention"},
+    "lead": {"n_layer": 6, "first_k_dense_replace": 2, "intermediate_size": 24},
+    "turns": {"n_layer": 8, "decoder_sparse_step": 2, "intermediate_size": 24},
+    "windows": {"n_layer": 8, "sliding_window_size": 8, "sliding_window_indices": [1, 0] * 4},
+    "noisy": {"n_layer": 4, "mlp_class_name": "NoisyTopKMoE", "mlp_activation": "relu", "router_z_loss_coef": 0.1},
+    "llama_moe": {"n_layer": 4, "mlp_class_name": "LLaMAMoE"},
+}
+
+
+@pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.slow)], ids=["in turns", "all"])
+@pytest.mark.parametrize("name", DEEP)
+def test_a_short_model_tells_what_the_whole_one_takes(name, every, monkeypatch):
+    """To the byte, in every part of a step. Models take turns with the steps."""
+    config = moe_config(padded_vocab_size=512, **DEEP[name])
     steps = [
         Step("bf16-mixed", 2, LENGTH, activation_checkpointing="full"),
         Step("bf16-mixed", 2, LENGTH, activation_checkpointing="selective", fused_cross_entropy=True),
         Step("32-true", 2, LENGTH),
-    ]
+    ][list(DEEP).index(name) % every :: every]
 
     def measure() -> list:
         flops = layers.shorten(config).extrapolate(partial(count_flops, length=LENGTH, training=True))

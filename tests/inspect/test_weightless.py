@@ -40,15 +40,17 @@ def fake():
         yield live
 
 
-@pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS)
-def test_fake_tensors_and_torchs_checkpoints_take_the_same(settings, monkeypatch):
-    """To the byte, in training and in reading a prompt."""
-    short = shorten(moe_config(padded_vocab_size=512, **settings))
+@pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.slow)], ids=["in turns", "all"])
+@pytest.mark.parametrize("name", MODELS)
+def test_fake_tensors_and_torchs_checkpoints_take_the_same(name, every, monkeypatch):
+    """To the byte, in training and in reading a prompt. Models take turns with the steps and the types."""
+    short = shorten(moe_config(padded_vocab_size=512, **MODELS[name]))
+    first = list(MODELS).index(name) % every
 
     def measure() -> list:
         return [
-            *(training_memory(short, step) for step in STEPS),
-            *(inference_memory(short, dtype) for dtype in (torch.float32, torch.bfloat16)),
+            *(training_memory(short, step) for step in STEPS[first::every]),
+            *(inference_memory(short, dtype) for dtype in (torch.float32, torch.bfloat16)[first::every]),
         ]
 
     ours = measure()
@@ -73,7 +75,15 @@ def test_operations_are_those_of_torchs_counter(settings):
     assert count_flops(config, LENGTH, training=True) == expected
 
 
-def test_a_model_is_described_without_the_compiler_and_lightning():
+# What was marked for the time of the description is as before.
+COMPILE = """
+import torch
+assert torch.compile(torch.sin, backend='eager')(torch.zeros(2)).tolist() == [0, 0]
+"""
+
+
+@pytest.mark.parametrize("then", ["", pytest.param(COMPILE, marks=pytest.mark.slow)], ids=["", "compiles"])
+def test_a_model_is_described_without_the_compiler_and_lightning(then):
     code = (
         "import sys\n"
         "from pathlib import Path\n"
@@ -81,10 +91,7 @@ def test_a_model_is_described_without_the_compiler_and_lightning():
         "from litgpt_moe_ext.inspect.cost.model_card import make_card\n"
         "make_card(load_recipe(Path('configs/quickstart.yaml')))\n"
         "loaded = {'torch._dynamo', 'lightning', 'litgpt.utils', 'transformers'} & set(sys.modules)\n"
-        "assert not loaded, loaded\n"
-        # What was marked for the time of the description is as before.
-        "import torch\n"
-        "assert torch.compile(torch.sin, backend='eager')(torch.zeros(2)).tolist() == [0, 0]\n"
+        "assert not loaded, loaded\n" + then
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""A router's product on a CPU, by Triton's interpreter: not collected by itself, `test_triton.py` runs it."""
+"""A router's product on a CPU, by Triton's interpreter: not collected by itself, `tests/test_triton.py` runs it."""
 
 from functools import partial
 

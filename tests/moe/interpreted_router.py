@@ -1,4 +1,4 @@
-"""The fused router on a CPU, by Triton's interpreter: not collected by itself, `test_triton.py` runs it."""
+"""The fused router on a CPU, by Triton's interpreter: not collected by itself, `tests/test_triton.py` runs it."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from torch.utils.checkpoint import checkpoint
 
 from litgpt_moe_ext.moe.balancing import update_routers
-from litgpt_moe_ext.moe.kernels import fused_router
+from litgpt_moe_ext.moe.kernels import fused_router, router_product
 from litgpt_moe_ext.moe.kernels.triton import routing
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import _keep_choices
 from tests.moe.interpreted_triton import EXAMPLES
@@ -17,6 +17,12 @@ from tests.moe.routers import BALANCING, NOISY, RULES, compare, make_gate, run
 
 # Between them, these have everything.
 SOON = ("sigmoid, balancing", "sigmoid, groups", "softmax, balancing", "noisy, all losses")
+
+
+@pytest.fixture(autouse=True)
+def _no_card(monkeypatch):
+    """The kernel of the logits' product would ask which card it is."""
+    monkeypatch.setattr(router_product, "_has_tensor_cores", lambda device: True)
 
 
 @pytest.mark.parametrize("name", [n if n in SOON else pytest.param(n, marks=pytest.mark.slow) for n in RULES])

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 
-INTERPRETED = tuple(f"tests/moe/interpreted_{name}.py" for name in ("triton", "router", "product"))
+INTERPRETED = (
+    *(f"tests/moe/interpreted_{name}.py" for name in ("triton", "router", "product")),
+    "tests/attention/interpreted_epilogue.py",
+)
 
 
 def interpret(examples, *arguments):
