@@ -1,5 +1,6 @@
 """Settings for all tests: offline, reproducible, and one thread per process (several processes share the cores)."""
 
+import importlib
 import logging
 import os
 import signal
@@ -24,17 +25,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
-
-from tests import parsers  # noqa: E402
-from tests.runs import _whole_run, corpus_settings, finished, recipe  # noqa: E402, F401
-
-settings.register_profile("default", deadline=None, derandomize=True)
-settings.load_profile("default")
-
-
-parsers.build_once()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -49,6 +39,12 @@ def pytest_cmdline_main(config):
         option.numprocesses = min(4, max(2, os.cpu_count() or 1))
         option.dist = "loadfile"
         option.loadscopereorder = False
+
+
+def pytest_configure(config):
+    """Load what tests share, unless other processes run them: it takes seconds."""
+    if not getattr(config.option, "numprocesses", None):
+        config.pluginmanager.register(importlib.import_module("tests.shared"))
 
 
 # They take long for the few tests that they have: begun last, they would leave the other processes without work.
@@ -67,16 +63,3 @@ def pytest_collection_modifyitems(items):
 def pytest_make_parametrize_id(val, argname):
     """Name bytes by their argument: compressed ones hold the time, and processes must collect the same names."""
     return argname if isinstance(val, bytes) else None
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def _matmul_precision():
-    """What LitGPT's commands and our settings choose for their process is not for the tests after them."""
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)

@@ -72,14 +72,14 @@ def test_logged_and_downloaded(server, corpus, tmp_path, write_sources):
             download(reference, tmp_path / "artifacts")
 
 
-def test_a_download_that_fails_goes_on_later(server, corpus, tmp_path):
+SOON = (("ArtifactMembershipByName", "refused"), ("/storage/tokens-0/train_00000.bin", "404 Client Error"))
+LATER = (("FetchArtifactManifest", "refused"), ("GetArtifactMembershipFileUrls", "refused"))
+
+
+@pytest.mark.parametrize("faults", [SOON, pytest.param(LATER, marks=pytest.mark.slow)], ids=["ends", "between"])
+def test_a_download_that_fails_goes_on_later(server, corpus, tmp_path, faults):
     log_corpus(corpus, "tokens", PROJECT)
-    for refused, reason in (
-        ("ArtifactMembershipByName", "refused"),
-        ("FetchArtifactManifest", "refused"),
-        ("GetArtifactMembershipFileUrls", "refused"),
-        ("/storage/tokens-0/train_00000.bin", "404 Client Error"),
-    ):
+    for refused, reason in faults:
         shutil.rmtree(tmp_path / "cache")  # of the client, which holds what it has transferred
         artifacts = tmp_path / refused.rpartition("/")[2]
         server.refuse = lambda what, refused=refused: 403 if what == refused else None

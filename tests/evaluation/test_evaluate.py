@@ -14,6 +14,7 @@ import pytest
 from jsonargparse import CLI
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.evaluation import lm_eval_tasks
 from litgpt_moe_ext.evaluation.litgpt_evaluate import EvaluateSettings, evaluate_checkpoint, wrap_convert_and_evaluate
 from litgpt_moe_ext.evaluation.lm_eval_tasks import load_task_file, load_tasks
 
@@ -120,7 +121,12 @@ def test_plain_checkpoint_with_a_task_file_is_evaluated_here(wrapped, original, 
     assert 0 <= accuracy(tmp_path / "results.json") <= 1
 
 
-def test_plugin_checkpoint_with_a_task_name_is_evaluated_here(wrapped, original, moe_dir):
+@pytest.mark.parametrize(
+    "index", [["hellaswag", "mmlu"], pytest.param(None, marks=pytest.mark.slow)], ids=["two", "all"]
+)
+def test_plugin_checkpoint_with_a_task_name_is_evaluated_here(wrapped, original, moe_dir, monkeypatch, index):
+    if index:  # lm-eval reads thousands of files for its own
+        monkeypatch.setattr(lm_eval_tasks, "TaskManager", lambda include_defaults: Mock(task_index=index))
     with pytest.raises(ValueError, match="tasks: 'helaswag' is unknown to lm-eval. Did you mean hellaswag"):
         wrapped(moe_dir, "helaswag", device="cpu")
     original.assert_not_called()

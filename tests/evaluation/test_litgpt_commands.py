@@ -4,6 +4,7 @@ The models have random weights and always take the likeliest token, so that ever
 """
 
 import contextlib
+import functools
 import json
 import os
 import pty
@@ -81,6 +82,7 @@ def documents_dir(tmp_path_factory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("documents"), DOCUMENTS)
 
 
+@functools.cache
 @torch.inference_mode()
 def continuation(folder: Path, new_tokens: int = NEW_TOKENS) -> list[int]:
     """Return the tokens that the model writes after `PROMPT`."""

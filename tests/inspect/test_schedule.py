@@ -22,7 +22,7 @@ def settings_of(file: Path):
 @pytest.mark.parametrize("name", ["cosine", "wsd", "onecycle"])
 def test_rates_are_those_of_the_run(recipe, tmp_path, name):
     """With accumulation, a warm-up and a floor."""
-    train = {"lr_warmup_steps": 3, "min_lr": 1e-3, "micro_batch_size": 1}
+    train = {"lr_warmup_steps": 3, "min_lr": 1e-3, "micro_batch_size": 2, "save_interval": 1000}
     file = recipe(train=train, schedule={"name": name}, eval={"interval": 1000})
     assert cli.main(["--config", str(file)]) == 0
     rates = [float(rate) for rate in logged(tmp_path / "out", "learning_rate").values()]

@@ -247,9 +247,9 @@ def train_collapsed(coef: float) -> float:
         model.transformer.wte.weight[:, 0] = 1.0
         for router in routers_of(model).values():
             router.weight[:2, 0] = 3.0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3)
     history = []
-    for _ in range(150):
+    for _ in range(80):
         ids = torch.randint(0, 64, (8, 33))
         F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
         optimizer.step()

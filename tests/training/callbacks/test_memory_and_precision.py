@@ -129,8 +129,8 @@ def test_fused_loss_needs_a_fraction_of_the_memory():
 
 def test_half_precision_with_a_scaler(recipe, tmp_path):
     """16-mixed on a CPU: the scale is part of the checkpoint, and a resumed run is exact."""
-    for name, arguments in (("whole", []), ("parts", ["--train.max_steps", "6"])):
-        file = recipe(name, out_dir=str(tmp_path / name), precision="16-mixed")
+    for name, arguments in (("whole", []), ("parts", ["--train.max_steps", "4"])):
+        file = recipe(name, out_dir=str(tmp_path / name), precision="16-mixed", train={"max_tokens": 8 * 128})
         assert train("--config", file, *arguments) == 0
     saved = torch.load(tmp_path / "parts" / "final" / "lit_model.pth", weights_only=True)
     assert saved["callbacks"]["ScalerState"]["scale"] > 1
@@ -138,7 +138,7 @@ def test_half_precision_with_a_scaler(recipe, tmp_path):
     losses = logged(tmp_path / "whole", "loss")
     assert logged(tmp_path / "parts", "loss") == losses
     values = list(map(float, losses.values()))
-    assert values[-1] < values[0] - 0.3
+    assert values[-1] < values[0] - 0.2
     # So few steps leave the scale where it began; another one comes back as well.
     saved["callbacks"]["ScalerState"]["scale"] = 1024.0
     changed = tmp_path / "parts" / "step-00000004"

@@ -1,0 +1,25 @@
+"""What tests of all rooms share, in processes that run tests: one that hands them out to others needs none of it."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+from tests import parsers
+from tests.runs import _whole_run, corpus_settings, finished, recipe  # noqa: F401
+
+settings.register_profile("default", deadline=None, derandomize=True)
+settings.load_profile("default")
+parsers.build_once()
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _matmul_precision():
+    """What LitGPT's commands and our settings choose for their process is not for the tests after them."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
