@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn as nn
-from litgpt.model import CausalSelfAttention, KVCache, apply_rope, apply_rope_interleave
+from litgpt.model import CausalSelfAttention, KVCache
 from torch import Tensor
 
 from litgpt_moe_ext.attention.cache_positions import position_range
@@ -18,6 +18,7 @@ from litgpt_moe_ext.attention.derived import derived
 from litgpt_moe_ext.attention.documents import Documents, document_mask
 from litgpt_moe_ext.attention.kernels.choice import capability_of, choose
 from litgpt_moe_ext.attention.kernels.registry import EAGER, KERNELS, Ability, Workload, load_functions
+from litgpt_moe_ext.attention.rotation import rotate, rotate_both
 from litgpt_moe_ext.attention.sinks import Softmax, sink_attention
 from litgpt_moe_ext.attention.sliding_window import window_mask
 from litgpt_moe_ext.attention.streaming_cache import Stream, StreamingKVCache, streaming_attention
@@ -99,7 +100,7 @@ class SinkAttention(CausalSelfAttention):
         if input_pos is not None and isinstance(self.kv_cache, StreamingKVCache):
             y_BHTd = self._attend_streaming(q_BHTd, k_BGTd, v_BGTd, (cos, sin), input_pos, input_pos_maxp1)
             return self.proj(y_BHTd.transpose(1, 2).flatten(2))
-        q_BHTd, k_BGTd = self._rotate(q_BHTd, cos, sin), self._rotate(k_BGTd, cos, sin)
+        q_BHTd, k_BGTd = rotate_both(q_BHTd, k_BGTd, (cos, sin), *self._rotary)
         if input_pos is not None:
             documents = mask if isinstance(mask, Documents) else None
             y_BHTd = self._attend_to_cache(q_BHTd, k_BGTd, v_BGTd, documents, input_pos, input_pos_maxp1)
@@ -211,16 +212,6 @@ class SinkAttention(CausalSelfAttention):
             q_BHTd, k_BGTd = norm_q(q_BHTd), norm_k(k_BGTd)
         return q_BHTd, k_BGTd, v_BGTd
 
-    def _rotate(self, x_BHTd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        n_elem = self.config.rope_n_elem
-        if n_elem == 0:
-            return x_BHTd
-        rotate = apply_rope_interleave if self.config.rope_interleave else apply_rope
-        rotated = rotate(x_BHTd[..., :n_elem], cos, sin)
-        if n_elem == x_BHTd.size(-1):
-            return rotated
-        return torch.cat((rotated, x_BHTd[..., n_elem:]), dim=-1)
-
     def _attend_to_cache(
         self,
         q_BHTd: Tensor,
@@ -269,11 +260,16 @@ class SinkAttention(CausalSelfAttention):
             )
         cos, sin = tables
 
-        def rotate(x_BHTd: Tensor, position_T: Tensor) -> Tensor:
-            return self._rotate(x_BHTd, cos[:, position_T], sin[:, position_T])
+        def rotate_to(x_BHTd: Tensor, position_T: Tensor) -> Tensor:
+            return rotate(x_BHTd, (cos[:, position_T], sin[:, position_T]), *self._rotary)
 
-        stream = Stream(cast(StreamingKVCache, self.kv_cache), begin, rotate)
+        stream = Stream(cast(StreamingKVCache, self.kv_cache), begin, rotate_to)
         return streaming_attention(q_BHTd, k_BGTd, v_BGTd, self._softmax(), stream)
+
+    @property
+    def _rotary(self) -> tuple[int, bool]:
+        # How many elements of a head rotate, and whether in pairs of neighbours.
+        return derived(self.config.rope_n_elem), self.config.rope_interleave
 
     @property
     def _window(self) -> int | None:

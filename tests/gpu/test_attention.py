@@ -4,6 +4,7 @@ import pytest
 import torch
 from litgpt import GPT
 
+from litgpt_moe_ext.attention import rotation
 from litgpt_moe_ext.attention import sinks as sinks_module
 from litgpt_moe_ext.attention.kernels.registry import KERNELS
 from tests.gpu.test_experts import no_waits
@@ -78,3 +79,44 @@ def test_sinks_are_added_in_one_launch_that_waits_for_nothing(device, head_size,
     assert torch.equal(first[1], second[1])
     monkeypatch.setattr(sinks_module, "_has_epilogue", lambda out, lse: False)
     torch.testing.assert_close(first, run(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("head_size", "n_elem", "interleave", "dtype"),
+    [
+        (64, 64, False, torch.bfloat16),
+        (64, 64, False, torch.float32),
+        (128, 128, False, torch.float16),
+        (96, 24, False, torch.bfloat16),
+        (128, 64, True, torch.bfloat16),
+        (24, 2, False, torch.float32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rows", [1, 2], ids=["one table", "a table for each row"])
+def test_a_rotation_is_one_launch_that_waits_for_nothing(
+    device, rows, head_size, n_elem, interleave, dtype, monkeypatch
+):
+    """The same bits twice, and what LitGPT's functions give; gradients too."""
+    H, G, T = 6, 2, 300
+    qkv = torch.randn(2, T, (H + 2 * G) * head_size, device=device).to(dtype).requires_grad_()
+    angle = torch.rand(rows, T, n_elem // 2, device=device).mul(6).repeat(1, 1, 2)
+    tables, weights = (angle.cos(), angle.sin()), torch.randn(2, H + G, T, head_size, device=device).to(dtype)
+    used = []
+
+    def run():
+        q, k, _ = qkv.split((H * head_size, G * head_size, G * head_size), dim=-1)
+        q, k = (x.unflatten(-1, (-1, head_size)).transpose(1, 2) for x in (q, k))
+        used.append(rotation._has_kernel(q, k, tables, n_elem))
+        rotated = rotation.rotate_both(q, k, tables, n_elem, interleave)
+        return *rotated, torch.autograd.grad(rotated, qkv, weights.split((H, G), dim=1))[0]
+
+    first = run()
+    with no_waits(device):
+        second = run()
+    assert all(torch.equal(ours, again) for ours, again in zip(first, second, strict=True))
+    monkeypatch.setattr(rotation, "_has_kernel", lambda *_: False)
+    expected = run()
+    assert used == [device.type == "cuda"] * 2 + [False]
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(first, expected, rtol=tolerance, atol=tolerance)

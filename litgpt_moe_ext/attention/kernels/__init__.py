@@ -11,4 +11,6 @@
 | `flash_cuda.py`  | PyTorch's flash attention for GPUs                                             |
 | `cudnn.py`       | cuDNN's attention                                                              |
 | `efficient.py`   | PyTorch's memory-efficient attention                                           |
+| `sink_epilogue.py` | what sinks add to a kernel's result, in Triton                               |
+| `rotation.py`    | the rotary embedding of queries and keys, in Triton                            |
 """

@@ -1,0 +1,154 @@
+"""The Triton kernel for the rotary embedding without a card: interpreted, compiled, counted, and where it is used."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Fabric
+from litgpt import GPT, Config
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from litgpt_moe_ext.attention import rotation as plain
+from tests.fake_cuda import fake_cuda
+
+pytest.importorskip("triton")
+
+from litgpt_moe_ext.attention.kernels import rotation  # noqa: E402
+from tests.moe.test_launches import Launches  # noqa: E402
+from tests.moe.test_triton_compiles import CAPABILITIES, Compiler  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def interpret(examples: int) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "TRITON_EXAMPLES": str(examples)}
+    command = [sys.executable, "-m", "pytest", "tests/attention/interpreted_rotation.py"]
+    options = ["-x", "-q", "-p", "no:cacheprovider"]
+    finished = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout[-6000:] + finished.stderr[-2000:]
+
+
+def test_the_interpreted_kernel_equals_the_operators() -> None:
+    interpret(3)
+
+
+@pytest.mark.slow
+def test_the_interpreted_kernel_in_many_shapes() -> None:
+    interpret(30)
+
+
+def heads(d: int, dtype: torch.dtype = torch.bfloat16, H: int = 4, G: int = 2) -> tuple[Tensor, Tensor]:
+    """Return queries and keys as views of a projection."""
+    qkv = torch.empty(2, 48, (H + 2 * G) * d, dtype=dtype)
+    q, k, _ = qkv.split((H * d, G * d, G * d), dim=-1)
+    return q.unflatten(-1, (-1, d)).transpose(1, 2), k.unflatten(-1, (-1, d)).transpose(1, 2)
+
+
+def compile_both(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch, q_and_k: tuple[Tensor, Tensor], n_elem: int, interleave: bool
+) -> None:
+    monkeypatch.setattr(rotation, "launch", compiler.launch)
+    tables = torch.empty(1, 48, n_elem), torch.empty(1, 48, n_elem)
+    targets = plain._empty(q_and_k[0]), plain._empty(q_and_k[1])
+    rotation.rotate(q_and_k, targets, tables, interleave)
+    rotation.rotate(targets, q_and_k, tables, interleave, backward=True)
+
+
+def test_it_compiles_for_a_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = Compiler(monkeypatch, (9, 0))
+    compile_both(compiler, monkeypatch, heads(64), 64, interleave=False)
+    assert compiler.check(tmp_path) == 2
+    for _, kernel in compiler.kernels:
+        # Sixteen bytes in one instruction, and nothing passed on between threads.
+        assert "ld.global.v4.b32" in kernel.asm["ptx"]
+        assert "st.global.v4.b32" in kernel.asm["ptx"]
+        assert kernel.metadata.shared == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
+def test_it_compiles_for_every_card(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: tuple[int, int]
+) -> None:
+    compiler = Compiler(monkeypatch, capability)
+    compile_both(compiler, monkeypatch, heads(64, torch.float16), 64, interleave=False)
+    compile_both(compiler, monkeypatch, heads(96, torch.bfloat16, 6, 1), 24, interleave=False)
+    if capability in ((7, 5), (9, 0)):
+        compile_both(compiler, monkeypatch, heads(128, torch.float32), 64, interleave=True)
+        compile_both(compiler, monkeypatch, heads(24), 2, interleave=False)
+    assert compiler.check(tmp_path) >= 4
+
+
+def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card that has Triton, unless something wants to see operators or gradients of the tables."""
+    q, k = heads(64)
+    cos, sin = torch.empty(1, 48, 64), torch.empty(1, 48, 64)
+    assert not plain._has_kernel(q, k, (cos, sin), 64)
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    monkeypatch.setattr(plain, "triton_works_on", lambda device: True)
+    assert plain._has_kernel(q, k, (cos, sin), 64)
+    assert plain._has_kernel(q, k, (cos.expand(2, 48, 64), sin.expand(2, 48, 64)), 64)
+    assert plain._has_kernel(q, k, (cos[..., :2], sin[..., :2]), 2)
+    assert not plain._has_kernel(q, k, (cos[..., :2], sin[..., :2]), 1)
+    assert not plain._has_kernel(q, k, (cos, sin), 32)
+    assert not plain._has_kernel(q, k, (cos[:, :40], sin[:, :40]), 64)
+    assert not plain._has_kernel(q, k, (cos, sin.mT.contiguous().mT), 64)
+    assert not plain._has_kernel(q, k, (cos.clone().requires_grad_(), sin), 64)
+    assert not plain._has_kernel(q.double(), k.double(), (cos, sin), 64)
+    assert not plain._has_kernel(q, k.float(), (cos, sin), 64)
+    assert not plain._has_kernel(torch.nn.Parameter(q), k, (cos, sin), 64)
+    with FlopCounterMode(display=False):
+        assert not plain._has_kernel(q, k, (cos, sin), 64)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert not plain._has_kernel(q, k, (cos, sin), 64)
+    monkeypatch.setattr(plain, "triton_works_on", lambda device: False)
+    assert not plain._has_kernel(q, k, (cos, sin), 64)
+
+
+def use_kernel(monkeypatch: pytest.MonkeyPatch, launches: Launches) -> None:
+    monkeypatch.setattr(plain, "_has_kernel", lambda *_: True)
+    monkeypatch.setattr(rotation, "launch", lambda kernel, *_, **__: launches.names.append(kernel.fn.__name__))
+
+
+def test_launches_of_a_layer_on_a_card(monkeypatch: pytest.MonkeyPatch, make_config: Callable[..., Config]) -> None:
+    """Casts of the input and of two weights, two projections, attention, and one for the rotation."""
+    with fake_cuda():
+        with Fabric(accelerator="cpu", devices=1).init_module(empty_init=True), torch.device("cuda"):
+            model = GPT(make_config(head_size=64, bias=False, attention_sinks=False, attention_backend="flash"))
+            x = torch.empty(2, 32, 24, requires_grad=True)
+        layer, tables = model.transformer.h[0].attn, (model.cos[:32][None], model.sin[:32][None])
+
+        def names() -> list[str]:
+            launches.names.clear()
+            with torch.autocast("cuda", torch.bfloat16), launches:
+                layer(x, *tables)
+            return launches.names[:]
+
+        launches = Launches()
+        before = names()
+        use_kernel(monkeypatch, launches)
+        cast, attention = "_to_copy", "_scaled_dot_product_flash_attention"
+        assert names() == [cast, cast, "mm", "_rotate", attention, cast, "mm"]
+        assert len(before) == 6 + 12
+
+
+def test_launches_of_a_rotation_and_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One each way; the gradient of the projection is put together from what they wrote, without copies of it."""
+    q, k = heads(16, torch.float32)
+    qkv = torch.empty(2, 48, 8 * 16, requires_grad=True)
+    tables = torch.empty(1, 48, 16), torch.empty(1, 48, 16)
+    with Launches() as launches:
+        use_kernel(monkeypatch, launches)
+        q, k, v = (x.unflatten(-1, (-1, 16)).transpose(1, 2) for x in qkv.split((64, 32, 32), dim=-1))
+        results = *plain.rotate_both(q, k, tables, 16, False), v
+        assert launches.names == ["_rotate"]
+        gradients = [torch.empty(2, 48, n, 16).transpose(1, 2) for n in (4, 2, 2)]
+        launches.names.clear()
+        torch.autograd.grad(results, qkv, gradients)
+    assert launches.names == ["_rotate", "cat"]
