@@ -64,6 +64,16 @@ class CudaCapture:
 
     def __call__(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor) -> Passes:
         """Return both passes of `loss` as graphs; see `Capture`."""
+        generator = torch.cuda.default_generators[ids_BT.get_device()]
+        state = generator.clone_state()
+        try:
+            return self._captured(loss, ids_BT, targets_BT)
+        except RuntimeError:
+            # Where a capture ended early, the generator would wait for its end for ever, and refuse all else.
+            generator.graphsafe_set_state(state)
+            raise
+
+    def _captured(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor) -> Passes:
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # Other threads, such as one that pins memory for a data loader, go on calling CUDA.
         with torch.cuda.graph(forward, pool=self._pool, capture_error_mode="thread_local"):
