@@ -1,6 +1,6 @@
 """What the numbers of several runs say: intervals over seeds, the compute multiplier, break-even times."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +23,46 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
         return Interval(mean, float("nan"), float("nan"))
     half = float(t.ppf((1 + level) / 2, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
     return Interval(mean, mean - half, mean + half)
+
+
+def differences(arms: Mapping[str, Mapping[Hashable, float]], control: str, level: float = 0.95) -> dict[str, Interval]:
+    """Return how much higher each arm is than the control in the same blocks, by least squares.
+
+    A value is its arm's level, plus its block's, plus noise that has one size in all arms; so the interval of a
+    difference learns the noise from every arm. With two arms this is the paired t test. An arm's own two or three
+    differences would tell little: by chance they are often alike, which makes an interval too short to believe.
+
+    Args:
+        arms: Values by arm and block, such as a seed; blocks may lack in some arms.
+        control: The arm that the others are compared with.
+        level: Confidence of each interval.
+
+    Returns:
+        An interval for every arm but the control that has a block in common with it.
+    """
+    from scipy.stats import t
+
+    there = arms.get(control, {})
+    others = {name: values for name, values in arms.items() if name != control and not there.keys().isdisjoint(values)}
+    if not others:
+        return {}
+    compared = [there, *others.values()]
+    column_of = {block: column for column, block in enumerate(dict.fromkeys(b for values in compared for b in values))}
+    rows = [(arm, column_of[block]) for arm, values in enumerate(compared) for block in values]
+    values = np.array([value for values in compared for value in values.values()], dtype=float)
+    design = np.zeros((len(rows), len(compared) + len(column_of)))
+    for row, (arm, block) in enumerate(rows):
+        # Levels count from the control's, whose own column stays 0.
+        design[row, arm], design[row, len(compared) + block] = float(arm > 0), 1.0
+    inverse = np.linalg.pinv(design.T @ design)
+    fitted = inverse @ design.T @ values
+    freedom = len(rows) - int(np.linalg.matrix_rank(design))
+    half = np.full(len(compared), np.nan)
+    if freedom > 0:
+        noise = float(((values - design @ fitted) ** 2).sum()) / freedom
+        half = t.ppf((1 + level) / 2, freedom) * np.sqrt(noise * np.diag(inverse)[: len(compared)])
+    bounds = {name: (float(fitted[arm]), float(half[arm])) for arm, name in enumerate(others, start=1)}
+    return {name: Interval(by, by - by_half, by + by_half) for name, (by, by_half) in bounds.items()}
 
 
 def compute_multiplier(

@@ -15,12 +15,13 @@ from matplotlib.ticker import EngFormatter
 from litgpt_moe_ext.inspect.pages import page, picture, table
 from litgpt_moe_ext.pictures.style import STYLE
 from litgpt_moe_ext.study.analysis import Interval, break_even, compute_multiplier, mean_interval
+from litgpt_moe_ext.study.compare import compared, comparison, grouped, signed_interval
 from litgpt_moe_ext.study.plan import BUDGET, Study
 from litgpt_moe_ext.study.results import EVEN, MAX_VIO, Curve, Result, csv_text
 
 COLUMNS = (
-    "arm", "seeds", "validation loss", "range", "95 % interval", "bits per byte", "tokens", "training FLOPs", "seconds",
-    "MaxVio, end", "of mean load", "MaxVio <= 0.1 after",
+    "arm", "seeds", "validation loss", "range", "95 % interval", "minus control (95 % interval)", "bits per byte",
+    "tokens", "training FLOPs", "seconds", "MaxVio, end", "of mean load", "MaxVio <= 0.1 after",
 )  # fmt: skip
 _CURVES = "Mean over seeds of the training loss, smoothed; dots are validations. FLOPs are counted, seconds measured."
 _BALANCE = (
@@ -43,7 +44,7 @@ def study_page(study: Study, results: Sequence[Result], missing: int, command: s
         notes.append(f"{missing} of {len(study.runs)} runs are not finished; the same command goes on.")
     groups = grouped(results)
     notes += trained_on(results)
-    parts = [*(f"<p>{html.escape(note)}</p>" for note in notes if note), table(COLUMNS, rows(groups))]
+    parts = [*(f"<p>{html.escape(note)}</p>" for note in notes if note), table(COLUMNS, rows(study, groups))]
     parts += [f"<p>{html.escape(line)}</p>" for line in verdicts(study, results)]
     parts.append(picture("Loss", _CURVES, loss_figure(groups)))
     if any(len(result.log.series(MAX_VIO)[1]) for result in results):
@@ -65,25 +66,22 @@ def trained_on(results: Sequence[Result]) -> list[str]:
     return lines
 
 
-def grouped(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Return the results by arm and place in the grid: those that differ by seed only."""
-    groups: dict[str, list[Result]] = {}
-    for result in results:
-        groups.setdefault(result.run.label, []).append(result)
-    return groups
-
-
-def rows(groups: dict[str, list[Result]]) -> list[tuple[str, ...]]:
+def rows(study: Study, groups: dict[str, list[Result]]) -> list[tuple[str, ...]]:
     """Return the cells of `COLUMNS` for each group."""
-    return [_row(label, group) for label, group in groups.items()]
+    against = compared(study, groups)
+    cells = {label: signed_interval(found.alone, 3) for label, found in against.items()}
+    controls = {label for label, group in groups.items() if against and group[0].run.arm == study.control}
+    return [
+        _row(label, group, cells.get(label, "control" if label in controls else "-")) for label, group in groups.items()
+    ]
 
 
 def verdicts(study: Study, results: Sequence[Result]) -> list[str]:
-    """Return what the study says about its arms `moe` and `dense`: compute multiplier and break-even time."""
+    """Return what the study says: which arms differ from the control, compute multiplier and break-even time."""
+    lines = comparison(study, grouped(results))
     if not study.compare:
-        return []
+        return lines
     moe, dense = ([result for result in results if result.run.arm == study.compare[side]] for side in ("moe", "dense"))
-    lines = []
     if len({result.run.point.get(BUDGET) for result in dense}) >= 2 and moe:
         costs, reached = ([(result.flops, result.val_loss) for result in side] for side in (dense, moe))
         try:
@@ -170,7 +168,7 @@ def _legend(figure: Figure, groups: dict[str, list[Result]], shown: Sequence[str
     figure.legend(handles=handles, loc="outside lower center", ncols=max(1, min(4, 110 // (longest + 6))))
 
 
-def _row(label: str, group: Sequence[Result]) -> tuple[str, ...]:
+def _row(label: str, group: Sequence[Result], difference: str) -> tuple[str, ...]:
     losses = [result.val_loss for result in group]
     interval = mean_interval(losses)
     even = [result.even_after for result in group]
@@ -180,6 +178,7 @@ def _row(label: str, group: Sequence[Result]) -> tuple[str, ...]:
         f"{interval.value:.3f}",
         f"{min(losses):.3f} to {max(losses):.3f}",
         "-" if math.isnan(interval.low) else f"{interval.low:.3f} to {interval.high:.3f}",
+        difference,
         _number(float(np.mean([result.bits_per_byte for result in group])), ".3f"),
         f"{group[0].tokens:,.0f}",
         f"{group[0].flops:.2e}",

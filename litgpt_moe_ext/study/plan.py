@@ -12,7 +12,7 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.inspect.recipes import read_yaml
 
 BUDGET = "train.max_tokens"
-_KEYS = ("question", "recipe", "seeds", "settings", "arms", "grid", "compare")
+_KEYS = ("question", "recipe", "seeds", "settings", "arms", "grid", "compare", "control")
 _SCALE_KEYS = ("settings", "grid")
 
 
@@ -66,12 +66,14 @@ class Study:
         question: What the study is to answer.
         runs: Every run, all seeds of the smallest budget first.
         compare: The arms `moe` and `dense` whose compute multiplier is wanted; empty for none.
+        control: The arm that the others are compared with.
     """
 
     name: str
     question: str
     runs: list[Run]
     compare: dict[str, str] = field(default_factory=dict)
+    control: str = ""
 
 
 def load_study(path: Path, scale: Path | None = None) -> Study:
@@ -103,6 +105,9 @@ def load_study(path: Path, scale: Path | None = None) -> Study:
     compare = _mapping(content, "compare")
     if compare and (set(compare) != {"moe", "dense"} or not set(compare.values()) <= set(arms)):
         raise SettingsError(f"compare: {compare} must name two arms, as {{moe: ARM, dense: ARM}}")
+    control = content.get("control", next(iter(arms)))
+    if control not in arms:
+        raise SettingsError(f"control: {control} must be one of the arms: {', '.join(arms)}")
     common = _mapping(content, "settings")
     runs = []
     for values in itertools.product(*grid.values()):
@@ -111,7 +116,7 @@ def load_study(path: Path, scale: Path | None = None) -> Study:
             settings = {**common, **point, **(own or {})}
             recipe = _recipe(str(settings.pop("recipe", content.get("recipe", "quickstart"))), path)
             runs.append(Run(arm, point, seed, recipe, settings))
-    return Study(name, str(content.get("question", "")), runs, compare)
+    return Study(name, str(content.get("question", "")), runs, compare, control)
 
 
 def _content(path: Path, what: str, keys: tuple[str, ...]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.cli.train import annotations, litgpt_types, read_given, read_settings
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.study import launch
-from litgpt_moe_ext.study.analysis import break_even, compute_multiplier, first_below, mean_interval
+from litgpt_moe_ext.study.analysis import break_even, compute_multiplier, differences, first_below, mean_interval
 from litgpt_moe_ext.study.launch import Limits
 from litgpt_moe_ext.study.plan import load_study
 
@@ -49,6 +49,7 @@ def test_runs_are_arms_times_grid_times_seeds(tmp_path):
     ({"grid": {"seed": 3}}, "grid.seed: 3 must be a list"),
     ({"arms": {"a": 3}}, "arms.a: 3 must hold settings"),
     ({"arms": {"a": {}}, "compare": {"moe": "a", "dense": "b"}}, "must name two arms"),
+    ({"arms": {"a": {}}, "control": "b"}, "control: b must be one of the arms: a"),
     ({"recipe": "nothing"}, "recipe: 'nothing' must be"),
 ])  # fmt: skip
 def test_a_wrong_study_is_refused(content, message, tmp_path):
@@ -144,6 +145,37 @@ def test_interval_is_students():
     assert np.isnan(mean_interval([1.0]).low)
 
 
+def test_difference_of_two_arms_is_that_of_the_paired_t_test():
+    control, arm = {1: 4.0, 2: 5.0, 3: 6.5}, {3: 6.0, 1: 3.8, 2: 4.9}
+    known = mean_interval([-0.2, -0.1, -0.5])
+    found = differences({"arm": arm, "control": control}, "control")
+    assert found == {"arm": pytest.approx(known)}
+    assert differences({"arm": {**arm, 4: 9.0}, "control": {**control, 7: 1.0}}, "control") == {
+        "arm": pytest.approx(known)  # a seed that only one has says nothing of the difference
+    }
+
+
+def test_differences_take_the_noise_from_all_arms():
+    # Seeds 1 and 2 differ by 1. Residuals are 0.05 in a and the control, 0 in b; at 2 degrees of freedom the quantile
+    # of t is 4.302653: half widths are 4.302653 * sqrt(4 * 0.05^2 / 2) * sqrt(2 / 2).
+    arms = {"control": {1: 4.05, 2: 4.95}, "a": {1: 4.15, 2: 5.25}, "b": {1: 3.0, 2: 4.0}}
+    half = 4.302653 * (4 * 0.05**2 / 2) ** 0.5
+    found = differences(arms, "control")
+    assert found["a"] == pytest.approx((0.2, 0.2 - half, 0.2 + half))
+    assert found["b"] == pytest.approx((-1.0, -1.0 - half, -1.0 + half))
+    wider = differences(arms, "control", 0.975)["a"]
+    assert wider.high - wider.value == pytest.approx(6.205347 * half / 4.302653)  # t.ppf(0.9875, 2)
+
+
+def test_differences_need_a_seed_in_common_and_one_to_spare():
+    assert differences({"a": {2: 1.0}, "control": {1: 4.0}}, "control") == {}
+    assert differences({"a": {1: 1.0}}, "control") == {}
+    value, low, high = differences({"a": {1: 3.0}, "control": {1: 4.0}}, "control")["a"]
+    assert value == pytest.approx(-1)
+    assert np.isnan(low)
+    assert np.isnan(high)
+
+
 def test_compute_multiplier_of_a_known_power_law():
     budgets = [1e12, 2e12, 4e12]
     dense = [(c, 10 * c**-0.1) for c in budgets]
@@ -221,6 +253,7 @@ def test_a_killed_study_goes_on_and_repeats_nothing(tmp_path):
     assert all(0 < float(row["bits_per_byte"]) < float(row["val_loss"]) / 0.69 for row in rows)
     assert all(0 <= float(row["late_load_vio"]) <= float(row["late_max_vio"]) + 1e-9 for row in rows[::2])
     assert all(row["late_load_vio"] == "nan" for row in rows[1::2])
+    assert "minus control" in page
     assert "data:image/png" in page
     assert "data:text/csv" in page
     assert json.loads(finished.read_text())["arm"] == "MoE"

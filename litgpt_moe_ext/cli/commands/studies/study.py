@@ -71,15 +71,16 @@ class Study:
         finished = [run for run in runs if is_finished(runs_dir, run)]
         missing = len(runs) - len(finished)
         if finished:
-            from litgpt_moe_ext.study.page import COLUMNS, grouped, rows, study_page, verdicts
+            from litgpt_moe_ext.study.compare import grouped
+            from litgpt_moe_ext.study.page import COLUMNS, rows, study_page, verdicts
             from litgpt_moe_ext.study.results import csv_text, read_results
 
             results = read_results(finished, runs_dir)
             write_text(out_dir / "results.csv", csv_text(results))
             write_text(out_dir / "report.html", study_page(study, results, missing, command))
             # The page has the other columns; a terminal would break them within words.
-            shown = [COLUMNS.index(name) for name in ("arm", "seeds", "validation loss", "95 % interval")]
-            cells = [[row[i] for i in shown] for row in rows(grouped(results))]
+            shown = [COLUMNS.index(name) for name in ("arm", "seeds", "validation loss", COLUMNS[5])]
+            cells = [[row[i] for i in shown] for row in rows(study, grouped(results))]
             print_table(study.question or study.name, [COLUMNS[i] for i in shown], cells)
             print(*verdicts(study, results), sep="\n")
             print(f"Wrote {out_dir / 'report.html'} and results.csv beside it")

@@ -1,0 +1,73 @@
+"""Which arms of a study differ from its control."""
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+from litgpt_moe_ext.study.analysis import Interval, differences
+from litgpt_moe_ext.study.plan import Study
+from litgpt_moe_ext.study.results import Result
+
+_LEVEL, _CONTROL = 0.95, ""
+
+
+class Difference(NamedTuple):
+    """An arm's validation loss minus that of the control at the same place in the grid.
+
+    Attributes:
+        alone: With an interval that holds for this arm.
+        together: With one so wide that all of the study's hold at once.
+    """
+
+    alone: Interval
+    together: Interval
+
+
+def grouped(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Return the results by arm and place in the grid: those that differ by seed only."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(result.run.label, []).append(result)
+    return groups
+
+
+def compared(study: Study, groups: dict[str, list[Result]]) -> dict[str, Difference]:
+    """Return the difference of each group but the control's, where seeds allow one."""
+    arms: dict[str, dict[Hashable, float]] = {}
+    for label, group in groups.items():
+        # A block is a seed at a place of the grid, so the control of all places is one arm.
+        name = _CONTROL if group[0].run.arm == study.control else label
+        losses = {(*result.run.point.values(), result.run.seed): result.val_loss for result in group}
+        arms.setdefault(name, {}).update({block: loss for block, loss in losses.items() if math.isfinite(loss)})
+    alone = differences(arms, _CONTROL, _LEVEL)
+    # Bonferroni: the chances that an interval misses add up to at most 5 %.
+    together = differences(arms, _CONTROL, 1 - (1 - _LEVEL) / max(1, len(alone)))
+    return {label: Difference(interval, together[label]) for label, interval in alone.items()}
+
+
+def comparison(study: Study, groups: dict[str, list[Result]]) -> list[str]:
+    """Return in words which groups differ from the control."""
+    found = compared(study, groups)
+    if not any(math.isfinite(difference.alone.low) for difference in found.values()):
+        return []
+    alone, sure = ([label for label, d in found.items() if _excludes_zero(d[kind])] for kind in (0, 1))
+    lines = [
+        f"Control: {study.control}. Differences are between runs of the same seed; how much of a run is chance is "
+        "estimated from all of them together.",
+        f"Beyond chance, all {len(found)} comparisons taken together: {'; '.join(sure) or 'none'}."
+        if len(found) > 1
+        else f"Beyond chance: {'; '.join(sure) or 'no'}.",
+    ]
+    if weak := [label for label in alone if label not in sure]:
+        lines.append(f"Beyond chance if it were the only comparison: {'; '.join(weak)}.")
+    return lines
+
+
+def signed_interval(interval: Interval, digits: int) -> str:
+    """Return a difference with its interval, as far as there is one."""
+    value, low, high = (f"{number:+.{digits}f}" for number in interval)
+    return value if math.isnan(interval.low) else f"{value} ({low} to {high})"
+
+
+def _excludes_zero(interval: Interval) -> bool:
+    return interval.low > 0 or interval.high < 0
