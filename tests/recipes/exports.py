@@ -9,32 +9,37 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from litgpt_moe_ext.evaluation.loading import load_model
 from litgpt_moe_ext.export.hf.read import import_checkpoint
 from litgpt_moe_ext.export.hf.write import export_checkpoint
+from tests.export.hf.transformers5 import PROMPT, expect
 
 
 def check_export(checkpoint: Path, folder: Path) -> str:
-    """Compare logits, greedy tokens up to the context, and what comes back of a class; return the class's name."""
-    export = export_checkpoint(checkpoint, folder / "hf", dtype="float32")
+    """Compare logits, 64 greedy tokens, and what comes back of a class; return the class's name.
+
+    In `folder`, export and expectation stay as `tests.export.hf.transformers5.compare` takes them.
+    """
+    export = export_checkpoint(checkpoint, folder / "out", dtype="float32")
     ours = load_model(checkpoint, torch.device("cpu"), torch.float32)
-    theirs = AutoModelForCausalLM.from_pretrained(folder / "hf", trust_remote_code=True).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(folder / "out", trust_remote_code=True).eval()
     size, length = ours.config.vocab_size, ours.config.block_size
     tokens = torch.randint(size, (2, length), generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
         expected = ours(tokens)
         error = (theirs(tokens).logits - expected).abs().max() / expected.abs().max()
         assert error < 1e-5, error
-        text, new = tokens[:1, :8], min(64, length - 8)
+        text, new = tokens[:1, :PROMPT], 64
         written = theirs.generate(text, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
         for _ in range(new):
             text = torch.cat([text, ours(text)[:, -1:].argmax(-1)], dim=1)
     assert written.tolist() == text.tolist()
-    assert AutoTokenizer.from_pretrained(folder / "hf")("some text").input_ids
-    card = (folder / "hf" / "README.md").read_text(encoding="utf-8")
+    expect(folder, tokens, expected, text)
+    assert AutoTokenizer.from_pretrained(folder / "out")("some text").input_ids
+    card = (folder / "out" / "README.md").read_text(encoding="utf-8")
     for fact in ("training loss", "validation loss", "FLOPs of the training", "hash of the data"):
         assert f"| {fact} | " in card, card
     assert "run_train.py --config hyperparameters.yaml" in card
-    assert yaml.safe_load((folder / "hf" / "hyperparameters.yaml").read_text())["train"]
+    assert yaml.safe_load((folder / "out" / "hyperparameters.yaml").read_text())["train"]
     if not export.class_name.startswith("LitGPT"):
-        import_checkpoint(folder / "hf", folder / "back")
+        import_checkpoint(folder / "out", folder / "back")
         back = torch.load(folder / "back" / "lit_model.pth", weights_only=True)
         for name, tensor in ours.state_dict().items():
             if name.endswith("correction_bias") and ours.config.n_expert_groups:

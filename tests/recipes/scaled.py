@@ -9,7 +9,7 @@ import yaml
 from tests.recipes import corpora
 from tests.recipes.files import path_of
 
-BATCH, LENGTH = 8, 64
+BATCH, LENGTH = 8, 72
 
 RAW_DATA: dict[str, Callable[[Path], None]] = {
     "code-moe-60m": corpora.code_parrot,

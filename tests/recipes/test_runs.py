@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 from litgpt.__main__ import main as litgpt_main
+from transformers import pipeline
 
 from litgpt_moe_ext.cli.train import main
+from tests.export.hf.transformers5 import compare
 from tests.recipes.exports import check_export
 from tests.recipes.files import RECIPES, ROOT, commands, path_of
 from tests.recipes.scaled import BATCH, LENGTH, RAW_DATA, overrides
@@ -31,6 +33,12 @@ EXPORTED_AS = {
     "nanogpt-tinystories": "GPT2LMHeadModel",
 }
 OTHERS = [recipe for recipe in RECIPES if recipe not in FAMILIES]
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory) -> Path:
+    """A folder with a case for transformers 5 of every recipe that was trained."""
+    return tmp_path_factory.mktemp("cases")
 
 
 def losses(out_dir: Path, column: str = "loss") -> dict[int, float]:
@@ -84,7 +92,7 @@ def test_trains_and_resumes(recipe, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", OTHERS)
-def test_from_raw_data_to_text_in_this_process(recipe, tmp_path, monkeypatch, capsys):
+def test_from_raw_data_to_text_in_this_process(recipe, tmp_path, cases, monkeypatch, capsys):
     """The header's commands one after the other: prepare, train, resume, write text."""
     monkeypatch.chdir(tmp_path)
     RAW_DATA[recipe](tmp_path)
@@ -95,7 +103,7 @@ def test_from_raw_data_to_text_in_this_process(recipe, tmp_path, monkeypatch, ca
     out_dir = train_and_resume(recipe, tmp_path, 20, "--precision=32-true")
     found = losses(out_dir)
     assert found[20] < found[1] - 1
-    assert check_export(out_dir / "best", tmp_path / "exported") == EXPORTED_AS[recipe]
+    assert check_export(out_dir / "best", cases / recipe) == EXPORTED_AS[recipe]
     assert recipe == "gpt-dense-fineweb" or "Reusing the corpus" in capsys.readouterr().out
     (arguments,) = commands(recipe, "litgpt generate")
     command = ["litgpt", "generate", *arguments, "--max_new_tokens", "8", "--num_samples", "1"]
@@ -120,7 +128,7 @@ def run(folder: Path, *command: str | Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", FAMILIES)
-def test_from_raw_data_to_text(recipe, tmp_path):
+def test_from_raw_data_to_text(recipe, tmp_path, cases):
     """The header's commands one after the other, as processes: prepare, train, write text."""
     RAW_DATA[recipe](tmp_path)
     for script, *arguments in preparations(recipe):
@@ -137,7 +145,7 @@ def test_from_raw_data_to_text(recipe, tmp_path):
         *(["--precision=32-true"] if recipe in LARGE_VOCABULARY else []),
     )
     final = tmp_path / "checkpoints" / recipe / "final"
-    assert check_export(final, tmp_path / "exported") == "LitGPTMoEForCausalLM"
+    assert check_export(final, cases / recipe) == "LitGPTMoEForCausalLM"
     assert "fineweb" in recipe or "Reusing the corpus" in output
     found = losses(tmp_path / "checkpoints" / recipe)
     assert len(found) == 20
@@ -146,6 +154,30 @@ def test_from_raw_data_to_text(recipe, tmp_path):
     litgpt = Path(sys.executable).parent / "litgpt"
     text = run(tmp_path, litgpt, "generate", *arguments, "--max_new_tokens", "8", "--num_samples", "1")
     assert arguments[-1] in text
+
+
+@pytest.mark.slow
+def test_the_quickstart(tmp_path, cases, monkeypatch, corpus_settings):
+    monkeypatch.chdir(tmp_path)
+    data = [f"--data.{name}={value}" for name, value in corpus_settings.items()]
+    steps = ["--train.max_tokens=20480", "--eval.interval=5", "--eval.max_iters=2", "--train.log_interval=1"]
+    assert main(["--config", str(ROOT / "configs" / "quickstart.yaml"), *data, *steps]) == 0
+    final = tmp_path / "checkpoints" / "quickstart" / "final"
+    assert check_export(final, cases / "quickstart") == "LitGPTMoEForCausalLM"
+    pipe = pipeline("text-generation", str(cases / "quickstart" / "out"), trust_remote_code=True)
+    (written,) = pipe("def parse(", max_new_tokens=4, do_sample=False)
+    assert written["generated_text"].startswith("def parse(")
+
+
+@pytest.mark.slow
+def test_in_transformers_5(cases, request):
+    """What the tests above have trained."""
+    items = (item for item in request.session.items if item is not request.node)
+    trained = [item for item in items if "cases" in item.fixturenames]
+    if not trained:
+        pytest.skip("nothing was trained")
+    assert len(list(cases.iterdir())) == len(trained)
+    compare(cases)
 
 
 @pytest.mark.slow

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import AutoTokenizer, pipeline
+from transformers import AutoTokenizer
 
 from litgpt_moe_ext.cli.main import main as console
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.export.formats import export
-from tests.recipes.exports import check_export
-from tests.runs import ROOT, logged
+from tests.runs import logged
 
 NO_SINKS = {"attention_sinks": False, "norm_qk": True}
 
@@ -97,16 +96,3 @@ def test_what_was_imported_trains_on(recipe, tmp_path):
     text = tmp_path / "text.py"
     text.write_text("def parse(text):\n    return text.split()\n" * 20)
     assert console(["experts", imported, "--text", str(text), "--out_dir", str(tmp_path / "experts")]) == 0
-
-
-@pytest.mark.slow
-def test_the_quickstart(tmp_path, monkeypatch, corpus_settings):
-    monkeypatch.chdir(tmp_path)
-    data = [f"--data.{name}={value}" for name, value in corpus_settings.items()]
-    steps = ["--train.max_tokens=20480", "--eval.interval=5", "--eval.max_iters=2", "--train.log_interval=1"]
-    assert main(["--config", str(ROOT / "configs" / "quickstart.yaml"), *data, *steps]) == 0
-    final = tmp_path / "checkpoints" / "quickstart" / "final"
-    assert check_export(final, tmp_path / "exported") == "LitGPTMoEForCausalLM"
-    pipe = pipeline("text-generation", str(tmp_path / "exported" / "hf"), trust_remote_code=True)
-    (written,) = pipe("def parse(", max_new_tokens=4, do_sample=False)
-    assert written["generated_text"].startswith("def parse(")

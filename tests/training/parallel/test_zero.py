@@ -10,9 +10,11 @@ import pytest
 import torch
 from litgpt import GPT, Config
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.evaluation.loading import load_model
 from litgpt_moe_ext.export.formats import export
 from litgpt_moe_ext.training.parallel.combinations import check_combination
 from litgpt_moe_ext.training.parallel.deepspeed.settings import (
@@ -254,6 +256,10 @@ class TestTraining:
         export(final, tmp_path / "hf", "hf")
         saved = torch.load(final / "lit_model.pth", weights_only=True)["model"]["lm_head.weight"]
         assert torch.equal(load_file(tmp_path / "hf" / "model.safetensors")["lm_head.weight"], saved)
+        opened = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True, dtype=torch.float32)
+        ours, tokens = load_model(final, torch.device("cpu"), torch.float32), torch.arange(32)[None]
+        with torch.no_grad():
+            torch.testing.assert_close(opened(tokens).logits, ours(tokens), rtol=1e-5, atol=1e-5)
 
     def numbers(self, run: Path, column: str) -> dict[int, float]:
         return {step: float(value) for step, value in logged(run, column).items()}
