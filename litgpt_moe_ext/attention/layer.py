@@ -18,7 +18,7 @@ from litgpt_moe_ext.attention.derived import derived
 from litgpt_moe_ext.attention.documents import Documents, document_mask
 from litgpt_moe_ext.attention.kernels.choice import capability_of, choose
 from litgpt_moe_ext.attention.kernels.registry import EAGER, KERNELS, Ability, Workload, load_functions
-from litgpt_moe_ext.attention.rotation import rotate, rotate_both
+from litgpt_moe_ext.attention.rotation import rotate, rotate_both, rotate_projection
 from litgpt_moe_ext.attention.sinks import Softmax, sink_attention
 from litgpt_moe_ext.attention.sliding_window import window_mask
 from litgpt_moe_ext.attention.streaming_cache import Stream, StreamingKVCache, streaming_attention
@@ -96,11 +96,11 @@ class SinkAttention(CausalSelfAttention):
             TypeError: If `input_pos` is given and there is no cache.
             ValueError: If a streaming cache is asked to go back.
         """
-        q_BHTd, k_BGTd, v_BGTd = self._project(x)
         if input_pos is not None and isinstance(self.kv_cache, StreamingKVCache):
+            q_BHTd, k_BGTd, v_BGTd = self._split(self.qkv(x))
             y_BHTd = self._attend_streaming(q_BHTd, k_BGTd, v_BGTd, (cos, sin), input_pos, input_pos_maxp1)
             return self.proj(y_BHTd.transpose(1, 2).flatten(2))
-        q_BHTd, k_BGTd = rotate_both(q_BHTd, k_BGTd, (cos, sin), *self._rotary)
+        q_BHTd, k_BGTd, v_BGTd = self._project(x, (cos, sin))
         if input_pos is not None:
             documents = mask if isinstance(mask, Documents) else None
             y_BHTd = self._attend_to_cache(q_BHTd, k_BGTd, v_BGTd, documents, input_pos, input_pos_maxp1)
@@ -196,11 +196,20 @@ class SinkAttention(CausalSelfAttention):
             return "scaled_dot_product_attention"
         return choice(["mask"] if patterns else [])
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        config, qkv = self.config, self.qkv(x)
+        if self.norm_q is None and getattr(config, "clip_qkv", None) is None:
+            heads = config.n_head, derived(config.n_query_groups)
+            if (rotated := rotate_projection(qkv, heads, tables, *self._rotary)) is not None:
+                return rotated
+        q_BHTd, k_BGTd, v_BGTd = self._split(qkv)
+        return *rotate_both(q_BHTd, k_BGTd, tables, *self._rotary), v_BGTd
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         config = self.config
         d = derived(config.head_size)
         shared = derived(config.n_query_groups) * d
-        q, k, v = self.qkv(x).split((config.n_head * d, shared, shared), dim=-1)
+        q, k, v = qkv.split((config.n_head * d, shared, shared), dim=-1)
         norm_q, norm_k = self.norm_q, self.norm_k
         is_normed = norm_q is not None and norm_k is not None
         if is_normed and config.norm_qk_type == "olmo2":

@@ -1,6 +1,7 @@
 """The rotary embedding of queries and keys: LitGPT's functions, or a Triton kernel that computes the same at once.
 
-Shape legend: B batch, T tokens, H query heads, G key/value heads, d head size, N rotated elements of a head.
+Shape legend: B batch, T tokens, H query heads, G key/value heads, d head size, N rotated elements of a head,
+W width of the projection to queries, keys and values.
 """
 
 from typing import Any
@@ -15,6 +16,8 @@ from litgpt_moe_ext.triton_launch import triton_works_on
 
 # Cosines and sines, (1 or B, T, N). Where N is 1 they have two columns, where it is 0 one (see `rope.py`).
 Tables = tuple[Tensor, Tensor]
+# Numbers of heads, of queries and of keys and values: H, G.
+Heads = tuple[int, int]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -52,28 +55,47 @@ def rotate_both(q_BHTd: Tensor, k_BGTd: Tensor, tables: Tables, n_elem: int, int
     Returns:
         Both, in their dtypes. From the kernel they lie in memory as (B, T, H, d), which attention reads without a copy.
     """
-    if n_elem > 0 and _has_kernel(q_BHTd, k_BGTd, tables, n_elem):
+    if _has_kernel((q_BHTd, k_BGTd), q_BHTd.size(2), tables, n_elem):
         return _Rotation.apply(q_BHTd, k_BGTd, *tables, interleave)
     return rotate(q_BHTd, tables, n_elem, interleave), rotate(k_BGTd, tables, n_elem, interleave)
 
 
-def _has_kernel(q_BHTd: Tensor, k_BGTd: Tensor, tables: Tables, n_elem: int) -> bool:
+def rotate_projection(
+    qkv_BTW: Tensor, heads: Heads, tables: Tables, n_elem: int, interleave: bool
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Take queries, keys and values out of their projection and rotate the first two, on a GPU in one launch each way.
+
+    Args:
+        qkv_BTW: The projection: the heads of queries, of keys and of values, W = (H + 2 G) d.
+        heads: H and G.
+        tables: Cosines and sines of the tokens.
+        n_elem: Number of rotated elements of a head.
+        interleave: As in `rotate`.
+
+    Returns:
+        Queries, keys and values, these a view of `qkv_BTW`; None where there is no kernel.
+    """
+    if not _has_kernel((qkv_BTW,), qkv_BTW.size(1), tables, n_elem):
+        return None
+    return _ProjectionRotation.apply(qkv_BTW, heads, *tables, interleave)
+
+
+def _has_kernel(tensors: tuple[Tensor, ...], n_token: int, tables: Tables, n_elem: int) -> bool:
     # A compiler fuses the operators itself. A mode that watches operators (selective activation checkpointing, the FLOP
     # counter, fake tensors) does not see a Triton kernel, and a subclass of tensors may have no memory to give it.
-    cos, sin = tables
+    x, (cos, sin) = tensors[0], tables
     return (
         not torch.compiler.is_compiling()
-        and q_BHTd.is_cuda
-        and type(q_BHTd) is Tensor
-        and type(k_BGTd) is Tensor
-        and q_BHTd.dtype == k_BGTd.dtype
-        and q_BHTd.dtype in _DTYPES
+        and x.is_cuda
+        and x.dtype in _DTYPES
+        and all(type(other) is Tensor and other.dtype == x.dtype for other in tensors)
         and _are_readable(cos, sin)
-        and cos.device == q_BHTd.device
+        and cos.device == x.device
+        and n_elem > 0
         and n_elem % 2 == 0
-        and cos.shape in ((1, q_BHTd.size(2), n_elem), (q_BHTd.size(0), q_BHTd.size(2), n_elem))
+        and cos.shape in ((1, n_token, n_elem), (x.size(0), n_token, n_elem))
         and not is_in_torch_dispatch_mode()
-        and triton_works_on(q_BHTd.device)
+        and triton_works_on(x.device)
     )
 
 
@@ -111,6 +133,37 @@ class _Rotation(torch.autograd.Function):
         turned = tuple(dx.new_empty(dx.shape) if is_contiguous else _empty(dx) for dx, is_contiguous in pairs)
         _kernels().rotate(gradients, turned, ctx.saved_tensors, ctx.interleave, backward=True)
         return *turned, None, None, None
+
+
+class _ProjectionRotation(torch.autograd.Function):
+    """Rotates queries and keys of a projection; the gradients are written side by side as they were."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv_BTW: Tensor, heads: Heads, cos: Tensor, sin: Tensor, interleave: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rotated queries and keys, and values."""
+        ctx.save_for_backward(cos, sin)
+        ctx.heads, ctx.interleave = heads, interleave
+        q_BHTd, k_BGTd, v_BGTd = _split(qkv_BTW, heads)
+        rotated = _empty(q_BHTd), _empty(k_BGTd)
+        _kernels().rotate((q_BHTd, k_BGTd), rotated, (cos, sin), interleave)
+        return *rotated, v_BGTd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        """Return the gradients of the arguments of `forward`."""
+        B, _, T, d = gradients[0].shape
+        n_head, n_group = ctx.heads
+        dqkv_BTW = gradients[0].new_empty(B, T, (n_head + 2 * n_group) * d)
+        _kernels().rotate(gradients, _split(dqkv_BTW, ctx.heads), ctx.saved_tensors, ctx.interleave, backward=True)
+        return dqkv_BTW, None, None, None, None
+
+
+def _split(qkv_BTW: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+    n_head, n_group = heads
+    return qkv_BTW.unflatten(-1, (n_head + 2 * n_group, -1)).transpose(1, 2).split((n_head, n_group, n_group), dim=1)
 
 
 def _empty(like_BHTd: Tensor) -> Tensor:

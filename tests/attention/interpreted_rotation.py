@@ -11,8 +11,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
+import litgpt_moe_ext
 from litgpt_moe_ext.attention import rotation as plain
 from litgpt_moe_ext.attention.kernels import rotation
+from tests.models import attention_config, initialized_model
 
 EXAMPLES = int(os.environ.get("TRITON_EXAMPLES", "3"))
 # The same operations in the same order, except that the interpreter cuts bfloat16 off where a card rounds.
@@ -25,38 +27,42 @@ def tables_of(B, T, n_elem, dtype=torch.float32, columns=1):
     return tuple(torch.randn(B, T, n_elem, columns).to(dtype)[..., 0] for _ in range(2))
 
 
-def heads_of(layout, B, H, G, T, d, dtype):
-    """Return what is differentiated, and queries and keys made of it: views of a projection, or contiguous tensors."""
-    if layout == "packed":
+def inputs_of(layout, B, H, G, T, d, dtype):
+    """Return leaves, and what is made of them: a projection, views of one, or queries and keys of their own."""
+    if layout in ("projection", "views"):
         qkv = torch.randn(B, T, (H + 2 * G) * d).to(dtype).requires_grad_()
-        q, k, _ = qkv.split((H * d, G * d, G * d), dim=-1)
-        return [qkv], *(x.unflatten(-1, (-1, d)).transpose(1, 2) for x in (q, k))
+        return [qkv], [qkv] if layout == "projection" else plain._split(qkv, (H, G))[:2]
     leaves = [torch.randn(B, n, T, d).to(dtype).requires_grad_() for n in (H, G)]
-    return leaves, *(x * 1 if layout == "contiguous" else (x.mT.contiguous() * 1).mT for x in leaves)
+    return leaves, [x * 1 if layout == "contiguous" else (x.mT.contiguous() * 1).mT for x in leaves]
 
 
-def run(rotate, layout, sizes, dtype, tables, interleave, n_elem):
+def run(layout, sizes, dtype, *how):
     torch.manual_seed(1)
-    leaves, q, k = heads_of(layout, *sizes, dtype)
-    results = rotate(q, k, tables, n_elem, interleave)
+    _, H, G, *_ = sizes
+    leaves, inputs = inputs_of(layout, *sizes, dtype)
+    if layout != "projection":
+        results = plain.rotate_both(*inputs, *how)
+    elif (results := plain.rotate_projection(*inputs, (H, G), *how)) is None:
+        q, k, v = plain._split(*inputs, (H, G))
+        results = *plain.rotate_both(q, k, *how), v
     gradients = torch.autograd.grad(results, leaves, [torch.randn(x.shape).to(dtype) for x in results])
     return results, gradients
 
 
-def compare(B, H, G, T, d, n_elem, dtype, *, layout="packed", interleave=False, tables=None):
+def compare(B, H, G, T, d, n_elem, dtype, *, layout="projection", interleave=False, tables=None):
     tables = tables_of(1, T, n_elem) if tables is None else tables
-    arguments = (layout, (B, H, G, T, d), dtype, tables, interleave, n_elem)
-    ours, our_gradients = run(plain.rotate_both, *arguments)
+    arguments = (layout, (B, H, G, T, d), dtype, tables, n_elem, interleave)
+    ours, our_gradients = run(*arguments)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plain, "_has_kernel", lambda *_: False)
-        theirs, their_gradients = run(plain.rotate_both, *arguments)
+        theirs, their_gradients = run(*arguments)
     tolerance = TOLERANCE[dtype] if tables[0].dtype == torch.float32 else {"rtol": 3e-2, "atol": 3e-2}
     torch.testing.assert_close(ours, theirs, **tolerance)
     # LitGPT's functions round gradients in 16 bits three times.
     loose = {torch.float32: {"rtol": 1e-6, "atol": 1e-6}, torch.float16: {"rtol": 2e-3, "atol": 4e-3}}
     tolerance = loose.get(dtype, {"rtol": 2e-2, "atol": 4e-2})
     torch.testing.assert_close(our_gradients, their_gradients, **tolerance)
-    for x in ours:
+    for x in ours[:2]:
         assert x.transpose(1, 2).is_contiguous()
 
 
@@ -77,7 +83,7 @@ def shapes(draw):
 @given(
     shape=shapes(),
     interleave=st.booleans(),
-    layout=st.sampled_from(["packed", "contiguous", "transposed"]),
+    layout=st.sampled_from(["projection", "views", "contiguous", "transposed"]),
     per_row=st.booleans(),
     columns=st.integers(1, 2),
     dtype=st.sampled_from(list(TOLERANCE)),
@@ -116,3 +122,26 @@ def test_a_rotation_and_back(interleave):
     rotation.rotate(turned, back, tables, interleave, backward=True)
     torch.testing.assert_close(back, sources, rtol=1e-5, atol=1e-6)
     assert all(x[:, :, :6].isnan().all() for x in memory)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rotary_percentage": 0.5},
+        {"norm_qk": True, "rope_interleave": True},
+        {"clip_qkv": 0.5, "rope_base": 100, "rope_local_base_freq": 10.0, "rope_indices": [1, 0]},
+        {"attention_document_boundary": "eos", "attention_document_token_id": 3,
+         "attention_document_restart_positions": True},
+    ],
+    ids=lambda settings: "-".join(settings),
+)  # fmt: skip
+def test_a_model(settings, monkeypatch):
+    """With the kernel and without: the same logits and gradients, by whatever way layers come to it."""
+    litgpt_moe_ext.register()
+    model, ids = initialized_model(attention_config(**settings)), torch.randint(0, 9, (2, 12))
+    results = []
+    for used in (True, False):
+        monkeypatch.setattr(plain, "_has_kernel", lambda *_, used=used: used)
+        logits = model(ids)
+        results.append((logits, *torch.autograd.grad(logits.square().mean(), list(model.parameters()))))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)

@@ -56,7 +56,8 @@ def compile_both(
     tables = torch.empty(1, 48, n_elem), torch.empty(1, 48, n_elem)
     targets = plain._empty(q_and_k[0]), plain._empty(q_and_k[1])
     rotation.rotate(q_and_k, targets, tables, interleave)
-    rotation.rotate(targets, q_and_k, tables, interleave, backward=True)
+    gradients, memory = (*targets, targets[1]), (*q_and_k, q_and_k[1])
+    rotation.rotate(gradients, memory, tables, interleave, backward=True)
 
 
 def test_it_compiles_for_a_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -76,11 +77,12 @@ def test_it_compiles_for_every_card(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: tuple[int, int]
 ) -> None:
     compiler = Compiler(monkeypatch, capability)
-    compile_both(compiler, monkeypatch, heads(64, torch.float16), 64, interleave=False)
-    compile_both(compiler, monkeypatch, heads(96, torch.bfloat16, 6, 1), 24, interleave=False)
+    dtype = torch.float16 if capability == (7, 5) else torch.bfloat16
+    compile_both(compiler, monkeypatch, heads(64, dtype), 64, interleave=False)
+    compile_both(compiler, monkeypatch, heads(96, dtype, 6, 1), 24, interleave=False)
     if capability in ((7, 5), (9, 0)):
         compile_both(compiler, monkeypatch, heads(128, torch.float32), 64, interleave=True)
-        compile_both(compiler, monkeypatch, heads(24), 2, interleave=False)
+        compile_both(compiler, monkeypatch, heads(24, dtype), 2, interleave=False)
     assert compiler.check(tmp_path) >= 4
 
 
@@ -88,27 +90,32 @@ def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a card that has Triton, unless something wants to see operators or gradients of the tables."""
     q, k = heads(64)
     cos, sin = torch.empty(1, 48, 64), torch.empty(1, 48, 64)
-    assert not plain._has_kernel(q, k, (cos, sin), 64)
+
+    def used(cos: Tensor = cos, sin: Tensor = sin, n_elem: int = 64, q: Tensor = q, k: Tensor = k) -> bool:
+        return plain._has_kernel((q, k), 48, (cos, sin), n_elem)
+
+    assert not used()
     monkeypatch.setattr(Tensor, "is_cuda", True)
     monkeypatch.setattr(plain, "triton_works_on", lambda device: True)
-    assert plain._has_kernel(q, k, (cos, sin), 64)
-    assert plain._has_kernel(q, k, (cos.expand(2, 48, 64), sin.expand(2, 48, 64)), 64)
-    assert plain._has_kernel(q, k, (cos[..., :2], sin[..., :2]), 2)
-    assert not plain._has_kernel(q, k, (cos[..., :2], sin[..., :2]), 1)
-    assert not plain._has_kernel(q, k, (cos, sin), 32)
-    assert not plain._has_kernel(q, k, (cos[:, :40], sin[:, :40]), 64)
-    assert not plain._has_kernel(q, k, (cos, sin.mT.contiguous().mT), 64)
-    assert not plain._has_kernel(q, k, (cos.clone().requires_grad_(), sin), 64)
-    assert not plain._has_kernel(q.double(), k.double(), (cos, sin), 64)
-    assert not plain._has_kernel(q, k.float(), (cos, sin), 64)
-    assert not plain._has_kernel(torch.nn.Parameter(q), k, (cos, sin), 64)
+    assert used()
+    assert used(cos.expand(2, 48, 64), sin.expand(2, 48, 64))
+    assert used(cos[..., :2], sin[..., :2], 2)
+    assert not used(cos[..., :2], sin[..., :2], 1)
+    assert not used(cos[..., :1], sin[..., :1], 0)
+    assert not used(n_elem=32)
+    assert not used(cos[:, :40], sin[:, :40])
+    assert not used(sin=sin.mT.contiguous().mT)
+    assert not used(cos.clone().requires_grad_())
+    assert not used(q=q.double(), k=k.double())
+    assert not used(k=k.float())
+    assert not used(k=torch.nn.Parameter(k))
     with FlopCounterMode(display=False):
-        assert not plain._has_kernel(q, k, (cos, sin), 64)
+        assert not used()
     with monkeypatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
-        assert not plain._has_kernel(q, k, (cos, sin), 64)
+        assert not used()
     monkeypatch.setattr(plain, "triton_works_on", lambda device: False)
-    assert not plain._has_kernel(q, k, (cos, sin), 64)
+    assert not used()
 
 
 def use_kernel(monkeypatch: pytest.MonkeyPatch, launches: Launches) -> None:
@@ -139,16 +146,16 @@ def test_launches_of_a_layer_on_a_card(monkeypatch: pytest.MonkeyPatch, make_con
 
 
 def test_launches_of_a_rotation_and_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One each way; the gradient of the projection is put together from what they wrote, without copies of it."""
-    q, k = heads(16, torch.float32)
+    """One each way, into the gradient of the projection. Beside norms another puts that together, without copies."""
     qkv = torch.empty(2, 48, 8 * 16, requires_grad=True)
     tables = torch.empty(1, 48, 16), torch.empty(1, 48, 16)
-    with Launches() as launches:
-        use_kernel(monkeypatch, launches)
-        q, k, v = (x.unflatten(-1, (-1, 16)).transpose(1, 2) for x in qkv.split((64, 32, 32), dim=-1))
-        results = *plain.rotate_both(q, k, tables, 16, False), v
-        assert launches.names == ["_rotate"]
-        gradients = [torch.empty(2, 48, n, 16).transpose(1, 2) for n in (4, 2, 2)]
+    gradients = [torch.empty(2, 48, n, 16).transpose(1, 2) for n in (4, 2, 2)]
+    launches = Launches()
+    use_kernel(monkeypatch, launches)
+    with launches:
+        torch.autograd.grad(plain.rotate_projection(qkv, (4, 2), tables, 16, False), qkv, gradients)
+        assert launches.names == ["_rotate", "_rotate"]
         launches.names.clear()
-        torch.autograd.grad(results, qkv, gradients)
-    assert launches.names == ["_rotate", "cat"]
+        q, k, v = (x.unflatten(-1, (-1, 16)).transpose(1, 2) for x in qkv.split((64, 32, 32), dim=-1))
+        torch.autograd.grad((*plain.rotate_both(q, k, tables, 16, False), v), qkv, gradients)
+        assert launches.names == ["_rotate", "_rotate", "cat"]

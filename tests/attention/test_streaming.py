@@ -33,7 +33,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 def attention_token_by_token(layer: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Every token sees a list of tokens, and positions are places in this list."""
-    q, k, v = layer._project(x)
+    q, k, v = layer._split(layer.qkv(x))
     outs = []
     for t in range(x.size(1)):
         seen = [j for j in range(t + 1) if j < FIRST or t - j < WINDOW]

@@ -101,15 +101,17 @@ def test_a_rotation_is_one_launch_that_waits_for_nothing(
     H, G, T = 6, 2, 300
     qkv = torch.randn(2, T, (H + 2 * G) * head_size, device=device).to(dtype).requires_grad_()
     angle = torch.rand(rows, T, n_elem // 2, device=device).mul(6).repeat(1, 1, 2)
-    tables, weights = (angle.cos(), angle.sin()), torch.randn(2, H + G, T, head_size, device=device).to(dtype)
-    used = []
+    tables = angle.cos(), angle.sin()
+    douts = [torch.randn(2, n, T, head_size, device=device).to(dtype) for n in (H, G, G)]
+    how, used = (tables, n_elem, interleave), []
 
     def run():
-        q, k, _ = qkv.split((H * head_size, G * head_size, G * head_size), dim=-1)
-        q, k = (x.unflatten(-1, (-1, head_size)).transpose(1, 2) for x in (q, k))
-        used.append(rotation._has_kernel(q, k, tables, n_elem))
-        rotated = rotation.rotate_both(q, k, tables, n_elem, interleave)
-        return *rotated, torch.autograd.grad(rotated, qkv, weights.split((H, G), dim=1))[0]
+        rotated = rotation.rotate_projection(qkv, (H, G), *how)
+        q, k, v = rotation._split(qkv, (H, G))
+        q, k = rotation.rotate_both(q, k, *how)
+        used.append(rotated is not None)
+        both = [(q, k, v), rotated if rotated is not None else (q, k, v)]
+        return [x for results in both for x in (*results, torch.autograd.grad(results, qkv, douts, True)[0])]
 
     first = run()
     with no_waits(device):

@@ -1,13 +1,14 @@
 """The rotary embedding of queries and keys in Triton, in one launch each way.
 
 Torch's operators take six launches for the queries and six for the keys, and write float32 copies of both. Here each
-element is read once and rounded once: arithmetic is float32.
+element is read once and rounded once: arithmetic is float32. The backward pass may write into the gradient of the
+projection that queries and keys are views of, and copy that of the values to its place, which is a launch less again.
 
-Programs that follow each other rotate different heads of the same tokens, which stand side by side in the projection
-that queries and keys are views of, and read the same rows of the tables.
+Programs that follow each other rotate different heads of the same tokens, which stand side by side in the projection,
+and read the same rows of the tables.
 
 Shape legend: B batch, H heads, T tokens, d head size, N rotated elements of a head, R rows (tokens times heads) of a
-block, P pairs of rotated elements, C elements that are not rotated.
+block, P pairs of rotated elements, C elements that are copied.
 """
 
 import functools
@@ -26,11 +27,16 @@ else:
     from triton.language import constexpr
 
 
-class _View(NamedTuple):
+class _Heads(NamedTuple):
+    # What is read, where to write, and how many heads there are.
     data: Any
     stride_b: Any
     stride_h: Any
     stride_t: Any
+    out: Any
+    out_stride_b: Any
+    out_stride_h: Any
+    out_stride_t: Any
     n_head: Any
 
 
@@ -43,83 +49,85 @@ class _Tables(NamedTuple):
 
 
 class _Form(NamedTuple):
-    # Sizes of a head and of a block; how pairs stand; whether to turn back.
+    # Sizes of a head and of a block; how pairs stand; whether to turn back; whether values are copied.
     head_size: int
     rotated: int
     tokens: int
     heads: int
     pairs: int
-    rest: int
     interleave: bool
     backward: bool
+    with_values: bool
 
 
 def rotate(
-    sources: tuple[Tensor, Tensor],
-    targets: tuple[Tensor, Tensor],
+    sources: tuple[Tensor, ...],
+    targets: tuple[Tensor, ...],
     tables: tuple[Tensor, Tensor],
     interleave: bool,
     backward: bool = False,
 ) -> None:
-    """Rotate queries and keys.
+    """Rotate queries and keys, and copy values.
 
     Args:
-        sources: Queries, (B, H, T, d), and keys, (B, G, T, d), of one dtype.
+        sources: Queries, (B, H, T, d), keys, (B, G, T, d), and values, if these are to be copied, of one dtype.
         targets: Where to write, same shapes and dtype, the elements of a head contiguous.
         tables: Cosines and sines, (1 or B, T, N), N even and at most d, of the same strides.
         interleave: Whether the pairs that rotate stand next to each other in queries and keys; the results have their
             first elements in the first half and the second ones in the other.
         backward: Whether `sources` are gradients of the results, to write those of queries and keys.
     """
-    (q_BHTd, k_BGTd), (cos, sin) = (x if x.stride(-1) == 1 else x.contiguous() for x in sources), tables
-    B, H, T, d = q_BHTd.shape
-    form = _form(d, cos.size(-1), interleave, backward)
-    blocks = ceil_div(H, form.heads) + ceil_div(k_BGTd.size(1), form.heads)
-    grid = (B * ceil_div(T, form.tokens) * blocks,)
+    cos, sin = tables
+    B, _, T, d = sources[0].shape
+    form = _form(d, cos.size(-1), interleave, backward, len(sources) == 3)
+    blocks = sum(ceil_div(x.size(1), form.heads) for x in sources)
+    heads = [_heads(x, out) for x, out in zip(sources, targets, strict=True)]
     strides = (0 if cos.size(0) == 1 else cos.stride(0), *cos.stride()[1:])
-    views = (_view(x) for x in (q_BHTd, targets[0], k_BGTd, targets[1]))
-    launch(_rotate, grid, (*views, _Tables(cos, sin, *strides), T, form), warps=4)
+    q, k, v = heads if form.with_values else (*heads, heads[1])
+    arguments = (q, k, v, _Tables(cos, sin, *strides), T, form)
+    launch(_rotate, (B * ceil_div(T, form.tokens) * blocks,), arguments, warps=4)
 
 
-def _view(x: Tensor) -> _View:
-    stride_b, stride_h, stride_t, _ = x.stride()
-    return _View(x, stride_b, stride_h, stride_t, x.size(1))
+def _heads(x: Tensor, out: Tensor) -> _Heads:
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return _Heads(x, *x.stride()[:3], out, *out.stride()[:3], x.size(1))  # pyrefly: ignore[bad-argument-count]
 
 
 @functools.cache
-def _form(head_size: int, rotated: int, interleave: bool, backward: bool) -> _Form:
+def _form(head_size: int, rotated: int, interleave: bool, backward: bool, with_values: bool) -> _Form:
     pairs = power_of_two(rotated // 2)
-    rest = power_of_two(head_size - rotated) if rotated < head_size else 0
-    # Eight elements of each half for each thread, which are 16 bytes in 16 bits.
-    rows = max(1024 // max(pairs, rest // 2), 4)
-    return _Form(head_size, rotated, rows // 4, 4, pairs, rest, interleave, backward)
+    # Sixteen elements for each thread, eight of each half, which are 16 bytes in 16 bits.
+    rows = max(2048 // power_of_two(head_size), 4)
+    return _Form(head_size, rotated, rows // 4, 4, pairs, interleave, backward, with_values)
 
 
 @triton.jit(do_not_specialize=["T"])
-def _rotate(q, q_out, k, k_out, tables, T, FORM: constexpr):
-    n_block_q = tl.cdiv(q.n_head, FORM.heads)
-    n_block = n_block_q + tl.cdiv(k.n_head, FORM.heads)
+def _rotate(q, k, v, tables, T, FORM: constexpr):
+    n_block_q, n_block_k = tl.cdiv(q.n_head, FORM.heads), tl.cdiv(k.n_head, FORM.heads)
+    n_block = n_block_q + n_block_k
+    if FORM.with_values:
+        n_block += tl.cdiv(v.n_head, FORM.heads)
     n_tile = tl.cdiv(T, FORM.tokens)
     block, tile = tl.program_id(0) % n_block, tl.program_id(0) // n_block
-    batch, first = tile // n_tile, tile % n_tile * FORM.tokens
+    tokens = (tile // n_tile, tile % n_tile * FORM.tokens, T)
     if block < n_block_q:
-        _rotate_block(q, q_out, tables, (batch, first, T), block, FORM)
-    else:
-        _rotate_block(k, k_out, tables, (batch, first, T), block - n_block_q, FORM)
+        _rotate_block(q, tables, tokens, block, FORM)
+    elif block < n_block_q + n_block_k:
+        _rotate_block(k, tables, tokens, block - n_block_q, FORM)
+    elif FORM.with_values:
+        x_R1, out_R1, live_R1 = _rows(v, tokens, block - n_block_q - n_block_k, FORM)
+        _copy(x_R1, out_R1, live_R1, FORM.head_size)
 
 
 @triton.jit
-def _rotate_block(x, out, tables, tokens, block, FORM: constexpr):
-    batch, first, T = tokens
-    batch = batch.to(tl.int64)
-    row_R = tl.arange(0, FORM.tokens * FORM.heads)
-    token_R, head_R = first + row_R // FORM.heads, block * FORM.heads + row_R % FORM.heads
-    live_R1 = ((token_R < T) & (head_R < x.n_head))[:, None]
-    x_R1, out_R1 = _rows_of(x, batch, head_R, token_R), _rows_of(out, batch, head_R, token_R)
+def _rotate_block(x, tables, tokens, block, FORM: constexpr):
+    batch, first, _ = tokens
+    token_R = first + tl.arange(0, FORM.tokens * FORM.heads) // FORM.heads
+    x_R1, out_R1, live_R1 = _rows(x, tokens, block, FORM)
     pair_1P = tl.arange(0, FORM.pairs)[None, :]
     inside_RP = live_R1 & (pair_1P < FORM.rotated // 2)
     x1_RP, x2_RP = _load_pairs(x_R1, live_R1, FORM.interleave and not FORM.backward, FORM)
-    table_R1 = (batch * tables.stride_b + token_R.to(tl.int64) * tables.stride_t)[:, None]
+    table_R1 = (batch.to(tl.int64) * tables.stride_b + token_R.to(tl.int64) * tables.stride_t)[:, None]
     table_RP = table_R1 + pair_1P * tables.stride_n
     second: constexpr = FORM.rotated // 2
     cos1_RP = tl.load(tables.cos + table_RP, mask=inside_RP, other=0.0).to(tl.float32)
@@ -127,25 +135,35 @@ def _rotate_block(x, out, tables, tokens, block, FORM: constexpr):
     table_RP += second * tables.stride_n
     cos2_RP = tl.load(tables.cos + table_RP, mask=inside_RP, other=0.0).to(tl.float32)
     sin2_RP = tl.load(tables.sin + table_RP, mask=inside_RP, other=0.0).to(tl.float32)
-    if FORM.rest > 0:
-        rest_1C = tl.arange(0, FORM.rest)[None, :]
-        left_RC = live_R1 & (rest_1C < FORM.head_size - FORM.rotated)
-        rest_RC = tl.load(x_R1 + FORM.rotated + rest_1C, mask=left_RC)
-        tl.store(out_R1 + FORM.rotated + rest_1C, rest_RC, mask=left_RC)
+    if FORM.rotated < FORM.head_size:
+        _copy(x_R1 + FORM.rotated, out_R1 + FORM.rotated, live_R1, FORM.head_size - FORM.rotated)
     if FORM.backward:
         y1_RP = x1_RP * cos1_RP + x2_RP * sin2_RP
         y2_RP = x2_RP * cos2_RP - x1_RP * sin1_RP
     else:
         y1_RP = x1_RP * cos1_RP - x2_RP * sin1_RP
         y2_RP = x2_RP * cos2_RP + x1_RP * sin2_RP
-    _store_pairs(out_R1, (y1_RP, y2_RP), live_R1, out.data.dtype.element_ty, FORM)
+    _store_pairs(out_R1, (y1_RP, y2_RP), live_R1, FORM)
 
 
 @triton.jit
-def _rows_of(x, batch, head_R, token_R):
-    # Past 2^31 elements too.
-    start_R = head_R.to(tl.int64) * x.stride_h + token_R.to(tl.int64) * x.stride_t
-    return (x.data + batch * x.stride_b + start_R)[:, None]
+def _rows(x, tokens, block, FORM: constexpr):
+    # Where the rows of a block are read and written, and which of them exist. Past 2^31 elements too.
+    batch, first, T = tokens
+    row_R = tl.arange(0, FORM.tokens * FORM.heads)
+    token_R, head_R = first + row_R // FORM.heads, block * FORM.heads + row_R % FORM.heads
+    live_R = (token_R < T) & (head_R < x.n_head)
+    batch, token_R, head_R = batch.to(tl.int64), token_R.to(tl.int64), head_R.to(tl.int64)
+    x_R = x.data + batch * x.stride_b + head_R * x.stride_h + token_R * x.stride_t
+    out_R = x.out + batch * x.out_stride_b + head_R * x.out_stride_h + token_R * x.out_stride_t
+    return x_R[:, None], out_R[:, None], live_R[:, None]
+
+
+@triton.jit
+def _copy(x_R1, out_R1, live_R1, SIZE: constexpr):
+    c_1C = tl.arange(0, triton.next_power_of_2(SIZE))[None, :]
+    inside_RC = live_R1 & (c_1C < SIZE)
+    tl.store(out_R1 + c_1C, tl.load(x_R1 + c_1C, mask=inside_RC), mask=inside_RC)
 
 
 @triton.jit
@@ -164,7 +182,8 @@ def _load_pairs(x_R1, live_R1, INTERLEAVE: constexpr, FORM: constexpr):
 
 
 @triton.jit
-def _store_pairs(out_R1, y, live_R1, DTYPE: constexpr, FORM: constexpr):
+def _store_pairs(out_R1, y, live_R1, FORM: constexpr):
+    DTYPE: constexpr = out_R1.dtype.element_ty
     if FORM.interleave and FORM.backward:
         n_1N = tl.arange(0, 2 * FORM.pairs)[None, :]
         tl.store(out_R1 + n_1N, tl.interleave(y[0], y[1]).to(DTYPE), mask=live_R1 & (n_1N < FORM.rotated))
