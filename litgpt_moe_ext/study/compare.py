@@ -17,10 +17,12 @@ class Difference(NamedTuple):
     Attributes:
         alone: With an interval that holds for this arm.
         together: With one so wide that all of the study's hold at once.
+        pairs: Of each seed that both have.
     """
 
     alone: Interval
     together: Interval
+    pairs: list[float]
 
 
 def grouped(results: Sequence[Result]) -> dict[str, list[Result]]:
@@ -42,7 +44,11 @@ def compared(study: Study, groups: dict[str, list[Result]]) -> dict[str, Differe
     alone = differences(arms, _CONTROL, _LEVEL)
     # Bonferroni: the chances that an interval misses add up to at most 5 %.
     together = differences(arms, _CONTROL, 1 - (1 - _LEVEL) / max(1, len(alone)))
-    return {label: Difference(interval, together[label]) for label, interval in alone.items()}
+    control = arms.get(_CONTROL, {})
+    pairs = {
+        label: [loss - control[block] for block, loss in arms[label].items() if block in control] for label in alone
+    }
+    return {label: Difference(interval, together[label], pairs[label]) for label, interval in alone.items()}
 
 
 def comparison(study: Study, groups: dict[str, list[Result]]) -> list[str]:
@@ -50,7 +56,7 @@ def comparison(study: Study, groups: dict[str, list[Result]]) -> list[str]:
     found = compared(study, groups)
     if not any(math.isfinite(difference.alone.low) for difference in found.values()):
         return []
-    alone, sure = ([label for label, d in found.items() if _excludes_zero(d[kind])] for kind in (0, 1))
+    sure = [label for label, difference in found.items() if _excludes_zero(difference.together)]
     lines = [
         f"Control: {study.control}. Differences are between runs of the same seed; how much of a run is chance is "
         "estimated from all of them together.",
@@ -58,7 +64,7 @@ def comparison(study: Study, groups: dict[str, list[Result]]) -> list[str]:
         if len(found) > 1
         else f"Beyond chance: {'; '.join(sure) or 'no'}.",
     ]
-    if weak := [label for label in alone if label not in sure]:
+    if weak := [label for label, d in found.items() if _excludes_zero(d.alone) and label not in sure]:
         lines.append(f"Beyond chance if it were the only comparison: {'; '.join(weak)}.")
     return lines
 

@@ -5,25 +5,25 @@ import csv
 import html
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 
 from litgpt_moe_ext.inspect.pages import page, picture, table
-from litgpt_moe_ext.pictures.style import STYLE
 from litgpt_moe_ext.study.analysis import Interval, break_even, compute_multiplier, mean_interval
 from litgpt_moe_ext.study.compare import compared, comparison, grouped, signed_interval
+from litgpt_moe_ext.study.figures import balance_figure, difference_figure, loss_figure, mean, smooth
 from litgpt_moe_ext.study.plan import BUDGET, Study
-from litgpt_moe_ext.study.results import EVEN, MAX_VIO, Curve, Result, csv_text
+from litgpt_moe_ext.study.results import MAX_VIO, Result, csv_text
 
 COLUMNS = (
     "arm", "seeds", "validation loss", "range", "95 % interval", "minus control (95 % interval)", "bits per byte",
     "tokens", "training FLOPs", "seconds", "MaxVio, end", "of mean load", "MaxVio <= 0.1 after",
 )  # fmt: skip
-_CURVES = "Mean over seeds of the training loss, smoothed; dots are validations. FLOPs are counted, seconds measured."
+_CURVES = "Mean over seeds of the training loss, smoothed, without its steep start; dots are validations."
+_DIFFERENCES = (
+    "Thick: 95 % interval of one comparison. Thin: all of them hold together with 95 %. Grey: each seed's difference."
+)
 _BALANCE = (
     "Largest load of an expert over the mean, minus 1, in the worst layer; mean and range over seeds. Dotted: 0.1. "
     "The table has it twice, over the last fifth of a run: of each step, and of the mean load, where chance is gone."
@@ -44,8 +44,10 @@ def study_page(study: Study, results: Sequence[Result], missing: int, command: s
         notes.append(f"{missing} of {len(study.runs)} runs are not finished; the same command goes on.")
     groups = grouped(results)
     notes += trained_on(results)
-    parts = [*(f"<p>{html.escape(note)}</p>" for note in notes if note), table(COLUMNS, rows(study, groups))]
+    parts = [*(f"<p>{html.escape(note)}</p>" for note in notes if note), table(*_shown(rows(study, groups)))]
     parts += [f"<p>{html.escape(line)}</p>" for line in verdicts(study, results)]
+    if found := compared(study, groups):
+        parts.append(picture("Differences", _DIFFERENCES, difference_figure(found)))
     parts.append(picture("Loss", _CURVES, loss_figure(groups)))
     if any(len(result.log.series(MAX_VIO)[1]) for result in results):
         parts.append(picture("Balance", _BALANCE, balance_figure(groups)))
@@ -103,69 +105,12 @@ def verdicts(study: Study, results: Sequence[Result]) -> list[str]:
     return lines
 
 
-def loss_figure(groups: dict[str, list[Result]]) -> Figure:
-    """Draw the loss of each group over tokens, FLOPs and, where runs had their device for themselves, seconds."""
-    axes_of: list[tuple[str, Callable[[Result, Curve], np.ndarray]]] = [
-        ("tokens", lambda _result, curve: curve.tokens),
-        ("training FLOPs", lambda result, curve: curve.tokens * result.flops_per_token),
+def _shown(cells: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    # Columns that say something, and numbers that are not broken between lines.
+    said = [i for i in range(len(COLUMNS)) if any(row[i] != "-" for row in cells)]
+    return [COLUMNS[i] for i in said], [
+        [row[0], *(row[i].replace(" ", "\N{NO-BREAK SPACE}") for i in said[1:])] for row in cells
     ]
-    if all(result.timed for group in groups.values() for result in group):
-        axes_of.append(("seconds", lambda _result, curve: curve.seconds))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10, 3.4), layout="constrained")
-        for axes, (name, place) in zip(figure.subplots(1, len(axes_of), sharey=True), axes_of, strict=True):
-            for i, group in enumerate(groups.values()):
-                curves = [
-                    (place(result, curve), _smooth(curve.values))
-                    for result in group
-                    for curve in [result.curve("loss")]
-                ]
-                axes.plot(*_mean(curves), color=f"C{i % 10}", linewidth=1.1)
-                for result in group:
-                    curve = result.curve("val_loss")
-                    axes.plot(place(result, curve), curve.values, "o", color=f"C{i % 10}", markersize=3)
-            axes.set_xlabel(name)
-            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-            axes.grid(alpha=0.25, linewidth=0.5)
-        figure.axes[0].set_ylabel("loss, nats per token")
-        _legend(figure, groups)
-    return figure
-
-
-def balance_figure(groups: dict[str, list[Result]]) -> Figure:
-    """Draw MaxVio of each group over tokens."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7, 3.2), layout="constrained")
-        axes = figure.subplots()
-        for i, group in enumerate(groups.values()):
-            curves = [result.log.series(MAX_VIO) for result in group if len(result.log.series(MAX_VIO)[1])]
-            if not curves:
-                continue
-            length = min(len(values) for _, values in curves)
-            tokens, values = curves[0][0][:length], np.stack([values[:length] for _, values in curves])
-            axes.plot(tokens, values.mean(axis=0), color=f"C{i % 10}", linewidth=1.1)
-            axes.fill_between(
-                tokens, values.min(axis=0), values.max(axis=0), color=f"C{i % 10}", alpha=0.15, linewidth=0
-            )
-        axes.axhline(EVEN, color="#777777", linewidth=0.8, linestyle=":")
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("tokens")
-        axes.set_ylabel("MaxVio")
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.grid(alpha=0.25, linewidth=0.5)
-        _legend(figure, groups, [label for label, group in groups.items() if len(group[0].log.series(MAX_VIO)[1])])
-    return figure
-
-
-def _legend(figure: Figure, groups: dict[str, list[Result]], shown: Sequence[str] | None = None) -> None:
-    # An arm has the same colour in every picture.
-    handles = [
-        matplotlib.lines.Line2D([], [], color=f"C{i % 10}", label=label)
-        for i, label in enumerate(groups)
-        if shown is None or label in shown
-    ]
-    longest = max(map(len, groups), default=1)
-    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, min(4, 110 // (longest + 6))))
 
 
 def _row(label: str, group: Sequence[Result], difference: str) -> tuple[str, ...]:
@@ -197,20 +142,6 @@ def _interval(interval: Interval, digits: int) -> str:
     return f"{interval.value:.{digits}f} ({interval.low:.{digits}f} to {interval.high:.{digits}f})"
 
 
-def _smooth(values: np.ndarray, weight: float = 0.2) -> np.ndarray:
-    smooth, average = np.empty(len(values)), 0.0
-    for i, value in enumerate(values):
-        average += max(weight, 1 / (i + 1)) * (value - average)
-        smooth[i] = average
-    return smooth
-
-
-def _mean(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    length = min((len(values) for _, values in curves), default=0)
-    places, values = (np.mean([line[k][:length] for line in curves], axis=0) for k in (0, 1))
-    return places, values
-
-
 def _mean_over_seconds(group: Sequence[Result]) -> tuple[np.ndarray, np.ndarray]:
     curves = [result.curve("loss") for result in group]
-    return _mean([(curve.seconds, _smooth(curve.values)) for curve in curves])
+    return mean([(curve.seconds, smooth(curve.values)) for curve in curves])

@@ -1,0 +1,115 @@
+"""The pictures of a study: loss, balance, and how far each arm is from the control."""
+
+from collections.abc import Callable, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from litgpt_moe_ext.pictures.style import STYLE
+from litgpt_moe_ext.study.compare import Difference
+from litgpt_moe_ext.study.results import EVEN, MAX_VIO, Curve, Result
+
+
+def difference_figure(found: dict[str, Difference]) -> Figure:
+    """Draw every group's difference to the control: its interval alone, that of all together, and each seed's."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7, 0.6 + 0.26 * len(found)), layout="constrained")
+        axes = figure.subplots()
+        for row, difference in enumerate(found.values()):
+            alone, together = difference.alone, difference.together
+            axes.plot(together[1:], (row, row), color="C0", linewidth=0.9)
+            axes.plot(alone[1:], (row, row), color="C0", linewidth=3.2, alpha=0.55, solid_capstyle="butt")
+            axes.plot(difference.pairs, [row] * len(difference.pairs), "o", color="#777777", markersize=2.2)
+            axes.plot(alone.value, row, "o", color="C0", markersize=4.5)
+        axes.axvline(0, color="#777777", linewidth=0.8, linestyle=":")
+        axes.set_yticks(range(len(found)), labels=list(found))
+        axes.set_ylim(len(found) - 0.5, -0.5)
+        axes.set_xlabel("validation loss minus that of the control, nats per token")
+        axes.grid(axis="x", alpha=0.25, linewidth=0.5)
+    return figure
+
+
+def loss_figure(groups: dict[str, list[Result]]) -> Figure:
+    """Draw the loss of each group over tokens, FLOPs and, where runs had their device for themselves, seconds."""
+    axes_of: list[tuple[str, Callable[[Result, Curve], np.ndarray]]] = [
+        ("tokens", lambda _result, curve: curve.tokens),
+        ("training FLOPs", lambda result, curve: curve.tokens * result.flops_per_token),
+    ]
+    if all(result.timed for group in groups.values() for result in group):
+        axes_of.append(("seconds", lambda _result, curve: curve.seconds))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 3.4), layout="constrained")
+        for axes, (name, place) in zip(figure.subplots(1, len(axes_of), sharey=True), axes_of, strict=True):
+            for i, group in enumerate(groups.values()):
+                curves = [
+                    (place(result, curve), smooth(curve.values)) for result in group for curve in [result.curve("loss")]
+                ]
+                axes.plot(*mean(curves), color=f"C{i % 10}", linewidth=1.1)
+                for result in group:
+                    curve = result.curve("val_loss")
+                    axes.plot(place(result, curve), curve.values, "o", color=f"C{i % 10}", markersize=3)
+            axes.set_xlabel(name)
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.grid(alpha=0.25, linewidth=0.5)
+        # All arms fall alike at first; that would leave no room for where they part.
+        drawn = [np.asarray(line.get_ydata()) for line in figure.axes[0].lines]
+        figure.axes[0].set_ylim(
+            top=max((float(loss[len(loss) // 4 :].max()) for loss in drawn if len(loss)), default=None)
+        )
+        figure.axes[0].set_ylabel("loss, nats per token")
+        _legend(figure, groups)
+    return figure
+
+
+def balance_figure(groups: dict[str, list[Result]]) -> Figure:
+    """Draw MaxVio of each group over tokens."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7, 3.2), layout="constrained")
+        axes = figure.subplots()
+        for i, group in enumerate(groups.values()):
+            curves = [result.log.series(MAX_VIO) for result in group if len(result.log.series(MAX_VIO)[1])]
+            if not curves:
+                continue
+            length = min(len(values) for _, values in curves)
+            tokens, values = curves[0][0][:length], np.stack([values[:length] for _, values in curves])
+            axes.plot(tokens, values.mean(axis=0), color=f"C{i % 10}", linewidth=1.1)
+            axes.fill_between(
+                tokens, values.min(axis=0), values.max(axis=0), color=f"C{i % 10}", alpha=0.15, linewidth=0
+            )
+        axes.axhline(EVEN, color="#777777", linewidth=0.8, linestyle=":")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("MaxVio")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.grid(alpha=0.25, linewidth=0.5)
+        _legend(figure, groups, [label for label, group in groups.items() if len(group[0].log.series(MAX_VIO)[1])])
+    return figure
+
+
+def _legend(figure: Figure, groups: dict[str, list[Result]], shown: Sequence[str] | None = None) -> None:
+    # An arm has the same colour in every picture.
+    handles = [
+        matplotlib.lines.Line2D([], [], color=f"C{i % 10}", label=label)
+        for i, label in enumerate(groups)
+        if shown is None or label in shown
+    ]
+    longest = max(map(len, groups), default=1)
+    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, min(4, 110 // (longest + 6))))
+
+
+def smooth(values: np.ndarray, weight: float = 0.2) -> np.ndarray:
+    """Return the exponential average of a curve, of what there is at its start."""
+    averages, average = np.empty(len(values)), 0.0
+    for i, value in enumerate(values):
+        average += max(weight, 1 / (i + 1)) * (value - average)
+        averages[i] = average
+    return averages
+
+
+def mean(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean of curves over their places, as far as the shortest one goes."""
+    length = min((len(values) for _, values in curves), default=0)
+    places, values = (np.mean([line[k][:length] for line in curves], axis=0) for k in (0, 1))
+    return places, values
