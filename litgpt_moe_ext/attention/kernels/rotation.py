@@ -90,7 +90,8 @@ def rotate(
 
 def _heads(x: Tensor, out: Tensor) -> _Heads:
     x = x if x.stride(-1) == 1 else x.contiguous()
-    return _Heads(x, *x.stride()[:3], out, *out.stride()[:3], x.size(1))  # pyrefly: ignore[bad-argument-count]
+    (stride_b, stride_h, stride_t, _), out_strides = x.stride(), out.stride()
+    return _Heads(x, stride_b, stride_h, stride_t, out, out_strides[0], out_strides[1], out_strides[2], x.size(1))
 
 
 @functools.cache
