@@ -132,8 +132,9 @@ class HookedLoop:
             self._batches.counts = can_pad(kwargs["train_dataloader"])
             first_iteration = self.state["iter_num"]
             self.fabric.call("on_fit_begin", resume_dir=self._start.resume_dir)
+            deferring = graphs.deferring(self.state["model"], self.fabric.strategy.precision)
             try:
-                with self._stop_requests.listening(), graphs.deferring(self.state["model"]):
+                with self._stop_requests.listening(), deferring:
                     original_fit(*args, **kwargs)
             except Exception:
                 if self._limits_reached:

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss
 
 if TYPE_CHECKING:
+    from lightning.fabric.plugins.precision import Precision
+
     from litgpt_moe_ext.config.types import Config
     from litgpt_moe_ext.training.compilation import CompileDecision
     from litgpt_moe_ext.training.launch import Launched
@@ -108,18 +110,26 @@ class CudaGraphs:
         return loss
 
     @contextlib.contextmanager
-    def deferring(self, model: nn.Module) -> Iterator[None]:
+    def deferring(self, model: Any, precision: Precision) -> Iterator[None]:
         """Have a model leave its batches to the loss function while it trains, for the time of the scope.
 
         Args:
             model: Fabric's wrapper.
+            precision: Fabric's, under which the model computes.
         """
         if self._decision.obstacle is not None:
             yield
             return
+
+        def loss(ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+            # As Fabric's wrapper does it, but for the hook that wants `fabric.backward` to have been called.
+            with precision.forward_context():
+                logits = model.module(ids_BT)
+            return self._cross_entropy(precision.convert_output(logits), targets_BT)
+
         compute = model.forward
         self._graphed = GraphedLoss(
-            lambda ids_BT, targets_BT: self._cross_entropy(compute(ids_BT), targets_BT),
+            loss,
             model,
             careful=not self._decision.asked,
             say=self._say,

@@ -20,6 +20,11 @@ class Reruns:
             value = loss(ids_BT, targets_BT)
         static, scale, latest = value.detach().clone(), torch.ones_like(value), []
         kept = {leaf: leaf.grad for leaf in leaves_of(value)}
+        for leaf in kept:
+            leaf.grad = None
+        value.backward(scale)
+        for leaf, grad in kept.items():
+            leaf.grad = grad
         gradients = {leaf: torch.full_like(leaf, torch.nan) if grad is None else grad for leaf, grad in kept.items()}
 
         def forward() -> None:

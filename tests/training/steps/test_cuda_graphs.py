@@ -33,11 +33,12 @@ def graphs(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("packing", ["stream", "pad"])
-def test_the_run_is_the_same(recipe, graphs, monkeypatch, tmp_path, capsys, packing):
+@pytest.mark.parametrize(("packing", "precision"), [("stream", "32-true"), ("pad", "bf16-mixed")])
+def test_the_run_is_the_same(recipe, graphs, monkeypatch, tmp_path, capsys, packing, precision):
     """With validations, samples, losses, dropout and an interruption."""
     flags = ["--data.init_args.packing", packing]
     file = recipe(
+        precision=precision,
         model_config={"router_z_loss_coef": 0.01, "expert_dropout": 0.1},
         sample={"prompts": ["def "], "max_new_tokens": 3},
     )
