@@ -11,6 +11,7 @@ def on_files(files: Files, config: dict) -> Files:
     """Add `benchmarks/RESULTS.md` and its pictures to the pages."""
     results = (_BENCHMARKS / "RESULTS.md").read_text(encoding="utf-8")
     files.append(File.generated(config, "reference/results.md", content=results))
-    for picture in _BENCHMARKS.glob("*.png"):
-        files.append(File.generated(config, f"reference/{picture.name}", abs_src_path=str(picture)))
+    for picture in _BENCHMARKS.rglob("*.png"):
+        place = f"reference/{picture.relative_to(_BENCHMARKS).as_posix()}"
+        files.append(File.generated(config, place, abs_src_path=str(picture)))
     return files
