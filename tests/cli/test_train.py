@@ -277,3 +277,13 @@ def test_help_has_the_fields_of_the_model(capsys):
     page = capsys.readouterr().out
     for name in FIELDS:
         assert f"--model_config.{name}\n" in page
+
+
+def test_commands_of_one_process_know_nothing_of_one_another():
+    """Here they share their parsers, a user's scripts need not."""
+    recipe = Path(__file__).resolve().parents[2] / "configs" / "moe-200m-tinystories.yaml"
+    before = read_settings([], recipe)
+    other = ["--data.bpe.special_tokens", "[<a>]", "--data.bpe.vocab_size", "400", "--model_config.n_expert", "4"]
+    assert read_settings(other, recipe).data.bpe.special_tokens == ["<a>"]
+    after = read_settings([], recipe)
+    assert (after.data.bpe, after.model_config, after.train) == (before.data.bpe, before.model_config, before.train)
