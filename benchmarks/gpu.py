@@ -648,13 +648,16 @@ def measured_steps(bench: Bench, names: tuple[str, ...]) -> Iterator[dict[str, A
         for name in names:
             if bench.late:
                 return
+            if bench.is_cuda:
+                # What the last model kept is not this one's.
+                gc.collect()
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
             row: dict[str, Any] = {
                 "recipe": recipe_name, "batch": f"{accumulation} x {micro_batch} x {length}", "model": name
             }  # fmt: skip
             model, _, how = name.partition(", ")
             try:
-                if bench.is_cuda:
-                    torch.cuda.reset_peak_memory_stats()
                 trainee = Trainee(contenders(settings)[model], bench, batches, how or "eager")
                 time_ms = bench.medians({f"{recipe_name}, {name}": trainee.step})[f"{recipe_name}, {name}"]
             except Exception as error:
