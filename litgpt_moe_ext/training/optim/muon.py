@@ -107,9 +107,13 @@ class MuonAdamW(torch.optim.Optimizer):
             first = parameters[0]
             rows = first.size(-2) // group[MATRIX_PARTS]
             step_size = group["lr"] * 0.2 * max(rows, first.size(-1)) ** 0.5
-            changes = _each_matrix(list(ahead), rows, lambda x_NAB: orthogonalize(x_NAB, group["ns_steps"]))
+
+            def change(x_NAB: Tensor, steps: int = group["ns_steps"], dtype: torch.dtype = first.dtype) -> Tensor:
+                return orthogonalize(x_NAB, steps).to(dtype)
+
+            changes = _each_matrix(list(ahead), rows, change)
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(parameters, [change.to(first.dtype) for change in changes], alpha=-step_size)
+            torch._foreach_add_(parameters, changes, alpha=-step_size)
 
     def _adamw(self, group: dict[str, Any], updates: list[tuple[Tensor, Tensor]]) -> None:
         parameters, gradients = (list(tensors) for tensors in zip(*updates, strict=True))
