@@ -1,4 +1,4 @@
-"""The Triton kernels without a card: run by Triton's interpreter, and compiled for cards that are not there."""
+"""The Triton kernels of all rooms without a card, run by Triton's interpreter."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 INTERPRETED = (
     *(f"tests/moe/interpreted_{name}.py" for name in ("triton", "router", "product")),
-    "tests/attention/interpreted_epilogue.py",
+    *(f"tests/attention/interpreted_{name}.py" for name in ("epilogue", "rotation")),
 )
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernel for the rotary embedding on a CPU: not collected itself, `test_rotation.py` runs it in a process.
+"""The Triton kernel for the rotary embedding on a CPU: not collected itself, `tests/test_triton.py` runs it.
 
 Triton's interpreter must be switched on before Triton is imported.
 """

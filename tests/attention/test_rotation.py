@@ -1,8 +1,5 @@
-"""The Triton kernel for the rotary embedding without a card: interpreted, compiled, counted, and where it is used."""
+"""The Triton kernel for the rotary embedding without a card: compiled, counted, and where it is used."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,25 +18,6 @@ pytest.importorskip("triton")
 from litgpt_moe_ext.attention.kernels import rotation  # noqa: E402
 from tests.moe.test_launches import Launches  # noqa: E402
 from tests.moe.test_triton_compiles import CAPABILITIES, Compiler  # noqa: E402
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def interpret(examples: int) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "TRITON_EXAMPLES": str(examples)}
-    command = [sys.executable, "-m", "pytest", "tests/attention/interpreted_rotation.py"]
-    options = ["-x", "-q", "-p", "no:cacheprovider"]
-    finished = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stdout[-6000:] + finished.stderr[-2000:]
-
-
-def test_the_interpreted_kernel_equals_the_operators() -> None:
-    interpret(3)
-
-
-@pytest.mark.slow
-def test_the_interpreted_kernel_in_many_shapes() -> None:
-    interpret(30)
 
 
 def heads(d: int, dtype: torch.dtype = torch.bfloat16, H: int = 4, G: int = 2) -> tuple[Tensor, Tensor]:

@@ -87,7 +87,7 @@ def result(tmp_path, arm, seed, loss, trained_on):
 def page_of(tmp_path, trained_on):
     results = [result(tmp_path, "experts, many", 1, 2.0, trained_on), result(tmp_path, "dense", 1, 2.5, trained_on)]
     study = Study("small", "Which?", [one.run for one in results], {"moe": "experts, many", "dense": "dense"})
-    seconds = [row[COLUMNS.index("seconds")] for row in rows(grouped(results))]
+    seconds = [row[COLUMNS.index("seconds")] for row in rows(study, grouped(results))]
     return study_page(study, results, 0, "litgpt-moe study"), verdicts(study, results), seconds, csv_text(results)
 
 

@@ -16,6 +16,7 @@ from litgpt_moe_ext.evaluation.tokenization import encoder
 from litgpt_moe_ext.training.equip import check_strategy_fits
 from litgpt_moe_ext.training.parallel.strategies import make_strategy
 from litgpt_moe_ext.training.settings import DistributedArgs, EvaluateArgs, Settings
+from tests.models import moe_config
 from tests.runs import logged, train
 from tests.training.processes import train_in_ranks
 
@@ -192,11 +193,12 @@ class TestWrongInputs:
         assert "evaluate: needs a tokenizer; give tokenizer_dir" in self.refused(capsys, "--config", file)
 
     def test_sharded_models(self, hellaswag_file):
-        fabric = SimpleNamespace(strategy=make_strategy("fsdp2", 2, 1, DistributedArgs(), "cpu"))
-        check_strategy_fits(SimpleNamespace(plan=SimpleNamespace(settings=Settings()), fabric=fabric))
+        strategy = make_strategy("fsdp2", 2, 1, DistributedArgs(), "cpu")
+        fabric, config = SimpleNamespace(strategy=strategy, device=torch.device("cpu")), moe_config()
+        check_strategy_fits(SimpleNamespace(plan=SimpleNamespace(settings=Settings(), config=config), fabric=fabric))
         wanted = Settings(evaluate=EvaluateArgs(hellaswag=hellaswag_file))
         with pytest.raises(SettingsError, match="no process holds a whole model; use strategy: ddp"):
-            check_strategy_fits(SimpleNamespace(plan=SimpleNamespace(settings=wanted), fabric=fabric))
+            check_strategy_fits(SimpleNamespace(plan=SimpleNamespace(settings=wanted, config=config), fabric=fabric))
 
     @pytest.mark.parametrize(
         ("settings", "message"),
