@@ -84,11 +84,16 @@ class Windows(IterableDataset):
     def fill(self, out: np.ndarray, indices: np.ndarray) -> None:
         """Write the windows with these indices into `out`, int64, shape (len(indices), block_size + 1)."""
 
-    def gather(self, indices: np.ndarray, pin_memory: bool = False) -> Rows:
-        """Return the windows with these indices as new rows, int64, (len(indices), block_size + 1)."""
+    def gather(self, indices: np.ndarray, pin_memory: bool = False) -> Tensor:
+        """Return the windows with these indices as new rows, int64, (len(indices), block_size + 1).
+
+        Args:
+            indices: Of the windows.
+            pin_memory: Whether they go to a GPU: then the memory is page-locked, and the rows are `Rows`.
+        """
         out = torch.empty((len(indices), self.block_size + 1), dtype=torch.int64, pin_memory=pin_memory)
         self.fill(out.numpy(), indices)
-        return out.as_subclass(Rows)
+        return out.as_subclass(Rows) if pin_memory else out
 
     def __iter__(self) -> Iterator[Tensor]:
         """Yield every window in order, int64, shape (block_size + 1,)."""

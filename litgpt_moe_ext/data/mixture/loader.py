@@ -14,7 +14,6 @@ from litgpt_moe_ext.data.loader import Order, Replica, TokenLoader
 from litgpt_moe_ext.data.mixture.schedule import Phases
 from litgpt_moe_ext.data.windows import TokenStream, Windows
 from litgpt_moe_ext.padding import PaddedRows
-from litgpt_moe_ext.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class MixedWindows(Windows):
         """See `Windows.targets`."""
         return sum(part.windows.targets for part in self.parts)
 
-    def gather(self, indices: np.ndarray, pin_memory: bool = False) -> Rows:
+    def gather(self, indices: np.ndarray, pin_memory: bool = False) -> Tensor:
         """See `Windows.gather`."""
         rows = super().gather(indices, pin_memory)
         return rows.as_subclass(PaddedRows) if self.pads else rows

@@ -7,6 +7,8 @@ import torch
 
 from litgpt_moe_ext.attention import gpt_forward
 from litgpt_moe_ext.attention.documents import largest_extent, needed_extent
+from litgpt_moe_ext.data.windows import Windows
+from litgpt_moe_ext.rows import Rows
 from tests.runs import train
 
 
@@ -29,6 +31,9 @@ def test_every_forward_pass_of_a_run_knows_its_documents(
         return documents
 
     monkeypatch.setattr(gpt_forward, "find_documents", spy)
+    gather = Windows.gather
+    # As if the batches went to a GPU.
+    monkeypatch.setattr(Windows, "gather", lambda *arguments: gather(*arguments).as_subclass(Rows))
     text = tmp_path / "text.txt"
     text.write_text("\n".join("one two three " * (1 + number % 7) for number in range(120)))
     corpus = {"data_path": str(tmp_path / "prepared"), "source_path": str(text), "separator": "\n"}
