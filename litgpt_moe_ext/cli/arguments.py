@@ -14,8 +14,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 
 from jsonargparse.typing import restricted_number_type
 
-from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.suggestions import did_you_mean
+from litgpt_moe_ext.errors import SettingsError, did_you_mean
 
 AtLeastTwo = restricted_number_type("AtLeastTwo", int, (">=", 2))
 

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from litgpt_moe_ext.cli.errors import exit_status
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import SettingsError, did_you_mean
 from litgpt_moe_ext.garbage import collect_rarely
-from litgpt_moe_ext.suggestions import did_you_mean
 
 
 class Command(NamedTuple):

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from litgpt_moe_ext.errors import SettingsError, one_line
-from litgpt_moe_ext.suggestions import did_you_mean_recipe
+from litgpt_moe_ext.errors import SettingsError, did_you_mean_recipe, one_line
 
 _DEEPEST, _LARGEST = 50, 100_000
 """How deep the nodes of a recipe may lie in one another, and how many it may have with every alias written out."""

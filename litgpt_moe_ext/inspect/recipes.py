@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 import yaml
 
-from litgpt_moe_ext.errors import SettingsError, one_line
-from litgpt_moe_ext.suggestions import did_you_mean, did_you_mean_recipe
+from litgpt_moe_ext.errors import SettingsError, did_you_mean, did_you_mean_recipe, one_line
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
