@@ -9,7 +9,8 @@ _BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 def on_files(files: Files, config: dict) -> Files:
     """Add `benchmarks/RESULTS.md` and its pictures to the pages."""
-    results = (_BENCHMARKS / "RESULTS.md").read_text(encoding="utf-8")
+    # Pages of the site are named as from the repository: ../docs/how-to/study.md.
+    results = (_BENCHMARKS / "RESULTS.md").read_text(encoding="utf-8").replace("](../docs/", "](../")
     files.append(File.generated(config, "reference/results.md", content=results))
     for picture in _BENCHMARKS.rglob("*.png"):
         place = f"reference/{picture.relative_to(_BENCHMARKS).as_posix()}"
