@@ -86,8 +86,10 @@ class MoE(nn.Module):
         n_sequence = x_BTD.size(0) if x_BTD.dim() == 3 else 1
         real_T = None if real_BT is None else real_BT.reshape(-1)
         routing = self.gate(x_TD, n_sequence, real_T)
-        x_BTD = narrowed(x_BTD)
-        y_BTD = self.experts(x_BTD.reshape(x_TD.shape), routing).view(x_BTD.shape)
+        narrow_TD = narrowed(x_TD)
+        if narrow_TD is not x_TD:
+            x_BTD = narrow_TD.view(x_BTD.shape)
+        y_BTD = self.experts(narrow_TD, routing).view(x_BTD.shape)
         if self.shared_experts is not None:
             shared_BTD = self.shared_experts(x_BTD)
             if self.shared_expert_gate is not None:
