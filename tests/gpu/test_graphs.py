@@ -16,7 +16,8 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture
 def card(device):
     if device.type != "cuda":
-        pytest.skip("graphs need a card")
+        # There is nothing to capture elsewhere: tests/training/steps replays passes on CPUs with a stand-in.
+        pytest.skip("graphs need a card; tests/training/steps has a stand-in for them")
     return device
 
 
@@ -69,6 +70,7 @@ def test_equals_the_loss_itself(card, dtype, accumulation, changes):
     ours = trained(card, dtype, accumulation, True, **changes)
     theirs = trained(card, dtype, accumulation, False, **changes)
     again = trained(card, dtype, accumulation, False, **changes)
+    # Bits can only be compared where the card repeats its own: an H100 does at this length, whose attention is short.
     if not all(torch.equal(a, b) for a, b in zip(theirs, again, strict=True)):
         pytest.skip("without graphs, two trainings differ here as well")
     for a, b in zip(ours, theirs, strict=True):

@@ -5,6 +5,7 @@ import torch
 
 from litgpt_moe_ext.moe.kernels import fused_router, router_product
 from tests.gpu.test_experts import no_waits
+from tests.gpu.test_steps import require_bfloat16
 from tests.moe.products import compare_product, every_bit, gradients_of
 from tests.moe.routers import RULES, compare, make_gate, run
 
@@ -50,8 +51,8 @@ def test_it_is_what_a_card_takes_and_nothing_waits(device):
 @pytest.mark.parametrize(("T", "D", "E"), [(1, 16, 2), (100, 72, 3), (1000, 768, 64), (16384, 768, 8)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_the_product_equals_float64(device, T, D, E, dtype):
-    if dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
-        pytest.skip("no bfloat16 on this card")
+    if dtype == torch.bfloat16:
+        require_bfloat16(device)
     compare_product(T, D, E, (dtype, torch.float32), device)
 
 

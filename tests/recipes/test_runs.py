@@ -175,7 +175,8 @@ def test_in_transformers_5(cases, request):
     items = (item for item in request.session.items if item is not request.node)
     trained = [item for item in items if "cases" in item.fixturenames]
     if not trained:
-        pytest.skip("nothing was trained")
+        # It compares what others leave, and was asked for without them, as by `-k`.
+        pytest.skip("nothing was trained: run the whole file")
     assert len(list(cases.iterdir())) == len(trained)
     compare(cases)
 

@@ -128,12 +128,7 @@ class CudaGraphs:
             return self._cross_entropy(precision.convert_output(logits), targets_BT)
 
         compute = model.forward
-        self._graphed = GraphedLoss(
-            loss,
-            model,
-            careful=not self._decision.asked,
-            say=self._say,
-        )
+        self._graphed = GraphedLoss(loss, model, careful=not self._decision.asked, say=self._say)
 
         def forward(ids_BT: Tensor, *args: Any, **kwargs: Any) -> Any:
             if model.training and torch.is_grad_enabled() and not (args or kwargs):
