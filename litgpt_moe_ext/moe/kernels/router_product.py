@@ -1,4 +1,4 @@
-"""A router's product on a GPU at the accuracy of float32, reading tokens in their own dtype.
+"""A router's product on a GPU at nearly the accuracy of float32, reading tokens in their own dtype.
 
 Torch's product, which stays the reference, wants a float32 copy of 16-bit tokens, and for so few outputs takes about
 ten times as long as reading them. Not for compilers, float64, or `expert_backend: loop`, which is for ordinary

@@ -1,4 +1,4 @@
-"""A router's product at the accuracy of float32, reading tokens once in their own dtype.
+"""A router's product at nearly the accuracy of float32, reading tokens once in their own dtype.
 
 A gate has so few outputs that its product should take as long as reading the tokens. On Tensor Cores arithmetic does:
 a float32 number is exactly the sum of three bfloat16 numbers, a float16 number of two, so the products of these parts,
