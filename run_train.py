@@ -10,7 +10,4 @@ from pathlib import Path
 from litgpt_moe_ext.cli.train import main
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(default_config=Path(__file__).resolve().parent / "configs" / "quickstart.yaml"))
-    except KeyboardInterrupt:  # while torch and LitGPT are being imported
-        sys.exit(130)
+    sys.exit(main(default_config=Path(__file__).resolve().parent / "configs" / "quickstart.yaml"))

@@ -3,6 +3,7 @@
 uv run python data_prep/codeparrot.py --source_path shards/ --tokenizer_dir starcoder2/
 """
 
+import sys
 from functools import partial
 
 from litgpt_moe_ext.data.command_line import prepare_from_command_line
@@ -11,4 +12,4 @@ from litgpt_moe_ext.data.corpora.code_parrot import CodeParrot
 main = partial(prepare_from_command_line, CodeParrot)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

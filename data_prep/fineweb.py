@@ -3,6 +3,7 @@
 uv run python data_prep/fineweb.py --source_path parquet/ --tokenizer_dir gpt2/
 """
 
+import sys
 from functools import partial
 
 from litgpt_moe_ext.data.command_line import prepare_from_command_line
@@ -11,4 +12,4 @@ from litgpt_moe_ext.data.corpora.fineweb import FineWeb
 main = partial(prepare_from_command_line, FineWeb)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

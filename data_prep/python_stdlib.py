@@ -3,6 +3,7 @@
 uv run python data_prep/python_stdlib.py --vocab_size 4096
 """
 
+import sys
 from functools import partial
 
 from litgpt_moe_ext.data.command_line import prepare_from_command_line
@@ -11,4 +12,4 @@ from litgpt_moe_ext.data.corpora.python_stdlib import PythonStdlib
 main = partial(prepare_from_command_line, PythonStdlib)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

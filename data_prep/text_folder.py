@@ -4,6 +4,7 @@ uv run python data_prep/text_folder.py --source_path my_texts/ --bpe.vocab_size 
 uv run python data_prep/text_folder.py --source_path text/ --pattern '**/*.jsonl' --field body --bpe.vocab_size 8192
 """
 
+import sys
 from functools import partial
 
 from litgpt_moe_ext.data.command_line import prepare_from_command_line
@@ -12,4 +13,4 @@ from litgpt_moe_ext.data.corpora.text_corpus import TextCorpus
 main = partial(prepare_from_command_line, TextCorpus)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,6 +3,7 @@
 uv run python data_prep/tinystories.py --source_path stories/ --bpe.vocab_size 2048
 """
 
+import sys
 from functools import partial
 
 from litgpt_moe_ext.data.command_line import prepare_from_command_line
@@ -11,4 +12,4 @@ from litgpt_moe_ext.data.corpora.tiny_stories import TinyStories
 main = partial(prepare_from_command_line, TinyStories)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

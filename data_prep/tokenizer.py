@@ -6,14 +6,14 @@ GPT-2's vocabulary and merges become a `tokenizer.json` with its end-of-text tok
 is copied and checked.
 """
 
+import sys
 import tempfile
 from pathlib import Path
 
-from litgpt_moe_ext.data.command_line import with_errors_in_one_line
 from litgpt_moe_ext.data.pipeline.store import publish
 from litgpt_moe_ext.data.tokenizer.files import read_tokenizer, write_tokenizer
 from litgpt_moe_ext.data.tokenizer.opening import require_eos
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import SettingsError, exit_status
 
 
 def make_tokenizer(source_path: Path, out_dir: Path) -> None:
@@ -38,12 +38,12 @@ def make_tokenizer(source_path: Path, out_dir: Path) -> None:
     print(f"tokenizer_dir for LitGPT: {out_dir} (end of text: {eos_id})", flush=True)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the script with a command line; None takes it from `sys.argv`."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run the script with a command line, None takes it from `sys.argv`, and return its exit status."""
     from jsonargparse import auto_cli
 
-    with_errors_in_one_line(lambda: auto_cli(make_tokenizer, as_positional=False, args=arguments))
+    return exit_status(lambda: auto_cli(make_tokenizer, as_positional=False, args=arguments))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

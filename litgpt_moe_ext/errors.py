@@ -1,7 +1,18 @@
-"""The error that every check raises, and what its last words may be. Imports nothing of this package, for any room."""
+"""The error that every check raises, what its last words may be, and how a command ends with it.
 
-from collections.abc import Iterable
+Imports nothing of this package, for any room.
+"""
+
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+CANNOT = 1
+"""Exit status: everything that was given is right, but the answer is no, or the work cannot go on."""
+WRONG_SETTING = 2
+"""Exit status: a setting or an input is wrong."""
+INTERRUPTED = 130
+"""Exit status after Ctrl-C."""
 
 
 class SettingsError(ValueError):
@@ -17,6 +28,27 @@ class SettingsError(ValueError):
         """Name of the setting, as the message begins; empty if it names none."""
         name = str(self).partition(":")[0]
         return name if name.replace(".", "_").isidentifier() else ""
+
+
+def exit_status(run: Callable[[], int | None], interrupted: str | None = None) -> int:
+    """Run a command and return its exit status, with wrong settings as one line on standard error.
+
+    Only `SettingsError` is the user's to mend. Every other exception is a fault of the program or of the machine, and
+    keeps its traceback; Python's exit status for it is 1.
+
+    Args:
+        run: Returns an exit status, or None for success.
+        interrupted: What to say after Ctrl-C.
+    """
+    try:
+        return run() or 0
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG_SETTING
+    except KeyboardInterrupt:
+        if interrupted is not None:
+            print(interrupted, file=sys.stderr)
+        return INTERRUPTED
 
 
 def one_line(error: object) -> str:

@@ -5,6 +5,7 @@ command line. A name such as `data.vocab_size` reaches into a class's `init_args
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,16 @@ class Given:
         before = node.get(last)
         node[last] = [*(before if isinstance(before, list) else []), value] if name.endswith("+") else value
         self._flags.append(_short(name.removesuffix("+")))
+
+    @contextmanager
+    def naming_places(self) -> Iterator[None]:
+        """Add to the errors of the scope in which line of which file their setting stands."""
+        try:
+            yield
+        except SettingsError as error:
+            if place := self.place_of(error.setting):
+                raise SettingsError(f"{error} ({place})") from error
+            raise
 
     def place_of(self, setting: str) -> str:
         """Return where a setting, or what it is part of, stands as `FILE:LINE`; empty if no file says so.

@@ -6,8 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from litgpt_moe_ext.cli.errors import exit_status
-from litgpt_moe_ext.errors import SettingsError, did_you_mean
+from litgpt_moe_ext.errors import SettingsError, did_you_mean, exit_status
 from litgpt_moe_ext.garbage import collect_rarely
 
 

@@ -7,7 +7,6 @@ would look for the mistake; nothing reads the text of jsonargparse's errors.
 import dataclasses
 import difflib
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import PurePath
@@ -42,13 +41,6 @@ def refuse_nulls(given: Given, annotations: Mapping[str, Any]) -> None:
     """
     for message in _Search(_is_something).keys("", given.tree, annotations):
         raise SettingsError(message)
-
-
-def report(error: SettingsError, given: Given | None = None) -> int:
-    """Print an error with the place of its setting, and return the exit status of a wrong setting, 2."""
-    place = "" if given is None else given.place_of(error.setting)
-    print(f"error: {error}{f' ({place})' if place else ''}", file=sys.stderr)
-    return 2
 
 
 def annotation_at(name: str, tree: Mapping[str, Any], annotations: Mapping[str, Any]) -> Any:

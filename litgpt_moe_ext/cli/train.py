@@ -14,10 +14,10 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 from litgpt_moe_ext.cli.given import Given, load_value, read_flags
-from litgpt_moe_ext.cli.mistakes import annotation_at, explain, refuse_nulls, report
+from litgpt_moe_ext.cli.mistakes import annotation_at, explain, refuse_nulls
 from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import CANNOT, SettingsError, exit_status
 from litgpt_moe_ext.field_types import members
 from litgpt_moe_ext.garbage import collect_rarely
 from litgpt_moe_ext.training.settings import Section, Settings
@@ -206,9 +206,11 @@ def read_plain_settings(recipe: Path) -> Settings:
         SettingsError: If another section is wrong.
     """
     types = {"model_config": dict | None, "data": dict | str | None}
-    parser, parsed = parse(read_given(["--config", str(recipe)], recipe, annotations(types)), types)
-    model = parsed.pop("model_config")
-    values = vars(parser.instantiate_classes(parsed))
+    given = read_given(["--config", str(recipe)], recipe, annotations(types))
+    with given.naming_places():
+        parser, parsed = parse(given, types)
+        model = parsed.pop("model_config")
+        values = vars(parser.instantiate_classes(parsed))
     config: Any = None if model is None else SimpleNamespace(**{"block_size": 4096, **model})
     return Settings(model_config=config, **values)
 
@@ -269,26 +271,26 @@ def main(arguments: Sequence[str] | None = None, default_config: Path = Path("co
         return 0
     _prepare_environment()
     with collect_rarely():
-        return _run(arguments, default_config)
+        return exit_status(
+            lambda: _run(arguments, default_config),
+            interrupted="Stopped at once; --resume auto continues from the last checkpoint, if there is one.",
+        )
 
 
 def _run(arguments: list[str], default_config: Path) -> int:
-    given = None
-    try:
-        types = litgpt_types()
-        if helps := [index for index, name in enumerate(arguments) if name.partition("=")[0].endswith(".help")]:
-            _help_of_class(build_parser(types), arguments[helps[0] : helps[0] + 2])
-            return 0
-        printed = [a.partition("=")[2] for a in arguments if a.partition("=")[0] == "--print_config"]
-        arguments = [a for a in arguments if a.partition("=")[0] != "--print_config"]
-        given = read_given(arguments, default_config, annotations(types))
+    types = litgpt_types()
+    if helps := [index for index, name in enumerate(arguments) if name.partition("=")[0].endswith(".help")]:
+        _help_of_class(build_parser(types), arguments[helps[0] : helps[0] + 2])
+        return 0
+    printed = [a.partition("=")[2] for a in arguments if a.partition("=")[0] == "--print_config"]
+    arguments = [a for a in arguments if a.partition("=")[0] != "--print_config"]
+    given = read_given(arguments, default_config, annotations(types))
+    with given.naming_places():
         parser, parsed = parse(given, types)
         if printed:
             print(_dump(parser, parsed, printed[-1].split(",")), end="")
             return 0
         return _train(make_settings(parser, parsed))
-    except SettingsError as error:
-        return report(error, given)
 
 
 def _help_of_class(parser: Any, arguments: list[str]) -> None:
@@ -335,16 +337,13 @@ def _train(settings: Settings) -> int:
     try:
         run(settings)
     except TrainingStopped as reason:
-        return _stopped(f"Stopped: {reason}", 1)
+        return _stopped(f"Stopped: {reason}", CANNOT)
     except TrainingInterrupted as interruption:
         if interruption.checkpoint is None:
             outcome = " before the first step was finished: there is nothing to continue from."
         else:
             outcome = f", saved as {interruption.checkpoint}; --resume auto continues."
         return _stopped(f"Stopped by {interruption}{outcome}", 128 + interruption.signal_number)
-    except KeyboardInterrupt:
-        print("Stopped at once; --resume auto continues from the last checkpoint, if there is one.", file=sys.stderr)
-        return 130
     return 0
 
 

@@ -4,13 +4,13 @@ Options may be written with `-` or `_`; `--log-to-wandb` needs no value. Nothing
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from litgpt_moe_ext.data.corpora.base import Corpus, full_docstring
 from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR
 from litgpt_moe_ext.data.pipeline.wandb_artifacts import check_artifact_name, log_corpus
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import SettingsError, exit_status
 
 TRAINING_ONLY = frozenset({"packing", "shuffle"})
 
@@ -30,7 +30,7 @@ class Upload:
     wandb_project: str | None = None
 
 
-def prepare_from_command_line(corpus: type[Corpus], arguments: Sequence[str] | None = None) -> None:
+def prepare_from_command_line(corpus: type[Corpus], arguments: Sequence[str] | None = None) -> int:
     """Prepare a corpus, say where its tokenizer is, and log it if asked to.
 
     A training run with the data module of the same name and the same settings finds the result; without this script
@@ -39,6 +39,9 @@ def prepare_from_command_line(corpus: type[Corpus], arguments: Sequence[str] | N
     Args:
         corpus: Its fields are the options.
         arguments: The command line without the program's name; None takes it from `sys.argv`.
+
+    Returns:
+        The exit status.
     """
     from jsonargparse import ArgumentParser
 
@@ -53,18 +56,9 @@ def prepare_from_command_line(corpus: type[Corpus], arguments: Sequence[str] | N
     )
     given.pop("config")
     upload = Upload(**{field.name: given.pop(field.name) for field in fields(Upload)})
-    with_errors_in_one_line(lambda: _prepare(corpus(**given.as_dict()), upload))
-
-
-def with_errors_in_one_line(main: Callable[[], object]) -> None:
-    """Run a script, and end it with one line if a setting is wrong or the user stops it."""
-    try:
-        main()
-    except SettingsError as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt:
-        print("Stopped; the same command continues.", file=sys.stderr)
-        raise SystemExit(130) from None
+    return exit_status(
+        lambda: _prepare(corpus(**given.as_dict()), upload), interrupted="Stopped; the same command continues."
+    )
 
 
 def _prepare(corpus: Corpus, upload: Upload) -> None:

@@ -153,6 +153,6 @@ def test_script_errors_are_one_line(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr.startswith("error: source_path: ")
     assert result.stderr.count("\n") == 1

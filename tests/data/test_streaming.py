@@ -213,5 +213,5 @@ def test_code_parrot_from_the_hub(server, tmp_path):
         shutil.copy(shard, local)
     assert f"Reusing the corpus in {corpus}" in run("--source_path", local).stdout
     result = run("--streaming", "true", HF_HUB_OFFLINE="1")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "error: dataset: 'codeparrot/codeparrot-clean-train' cannot be found" in result.stderr

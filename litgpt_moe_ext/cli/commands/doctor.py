@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 from jsonargparse.typing import PositiveFloat
 
 from litgpt_moe_ext.cli.arguments import positional
-from litgpt_moe_ext.cli.errors import CANNOT
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import CANNOT, SettingsError
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.inspect.recipes import Recipe
