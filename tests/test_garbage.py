@@ -13,4 +13,6 @@ def test_rarely_in_a_start_as_usual_in_a_run():
             assert gc.get_threshold() == usual
             assert gc.get_freeze_count() > frozen
         assert gc.get_threshold()[0] > 10 * usual[0]
-    assert (gc.get_threshold(), gc.get_freeze_count()) == (usual, frozen)
+    assert gc.get_threshold() == usual
+    # Python 3.12 starts with some hundred frozen objects of its own; afterwards they are ordinary ones.
+    assert gc.get_freeze_count() <= frozen
