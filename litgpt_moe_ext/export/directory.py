@@ -3,11 +3,14 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from litgpt_moe_ext.durable import flush, flush_tree
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import SettingsError, one_line
+
+# torch reports a file that it cannot write as a RuntimeError which names this part of it, and no cause.
+_TORCH_WRITER = "inline_container"
 
 
 @contextmanager
@@ -22,16 +25,15 @@ def new_directory(out_dir: Path, needed_bytes: int = 0) -> Iterator[Path]:
         The directory to write to.
 
     Raises:
-        SettingsError: If `out_dir` exists or cannot be made, or if its disk has too little space.
+        SettingsError: If `out_dir` exists, cannot be made or cannot be written, or if its disk has too little space.
     """
     require_absent(out_dir)
-    parent = out_dir.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
+    missing = [parent for parent in out_dir.absolute().parents if not os.path.exists(parent)]
+    nearest = next(parent for parent in out_dir.absolute().parents if parent not in missing)
+    free = shutil.disk_usage(nearest).free
     if needed_bytes > free:
         raise SettingsError(
-            f"out_dir: {str(out_dir)!r} needs {needed_bytes / 1e9:.1f} GB, but {parent} has {free / 1e9:.1f} GB left; "
+            f"out_dir: {str(out_dir)!r} needs {needed_bytes / 1e9:.1f} GB, but {nearest} has {free / 1e9:.1f} GB left; "
             "free some space, or name a directory on another disk"
         )
     partial = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.partial")
@@ -44,11 +46,22 @@ def new_directory(out_dir: Path, needed_bytes: int = 0) -> Iterator[Path]:
         flush_tree(partial)
         os.rename(partial, out_dir)
         flush(out_dir.absolute().parent)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and _TORCH_WRITER not in str(error):
+            raise
+        raise SettingsError(
+            f"out_dir: {str(out_dir)!r} could not be written ({one_line(error)}), and nothing is left of it; free some "
+            "space, or name a directory on another disk"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in missing:
+            # One that has become the parent of `out_dir`, or of something else, is not empty.
+            with suppress(OSError):
+                parent.rmdir()
 
 
 def require_absent(out_dir: Path) -> None:
     """Raise SettingsError if there is something of this name."""
-    if out_dir.exists():
+    if os.path.lexists(out_dir):
         raise SettingsError(f"out_dir: {str(out_dir)!r} exists; name a new directory")

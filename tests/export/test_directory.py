@@ -1,0 +1,62 @@
+"""Whatever writes a checkpoint leaves a whole directory, or none and a line that says why."""
+
+import resource
+
+import pytest
+from litgpt import Config
+
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.export.directory import new_directory
+from litgpt_moe_ext.export.formats import export
+from litgpt_moe_ext.export.hf.read import import_checkpoint
+from litgpt_moe_ext.export.llama_moe import convert_checkpoint
+from litgpt_moe_ext.export.upcycling import upcycle
+from tests.export.hf.models import DENSE, MOE_OF_LITGPT, SOFTMAX, make_checkpoint
+
+_OF_LITGPT = {**MOE_OF_LITGPT, "router_score_function": "softmax"}
+_OF_DENSE = {**SOFTMAX, "moe_intermediate_size": DENSE["intermediate_size"]}
+WRITERS = {
+    "hf": (SOFTMAX, lambda source, out: export(source, out, "hf")),
+    "gguf": (SOFTMAX, lambda source, out: export(source, out, "gguf")),
+    "import": (SOFTMAX, import_checkpoint),
+    "convert-experts": (_OF_LITGPT, convert_checkpoint),
+    "upcycle": (DENSE, lambda source, out: upcycle(source, out, Config(**_OF_DENSE))),
+}
+
+
+@pytest.fixture
+def small_disk():
+    """Limit the size of files to less than a checkpoint: writing fails half-way, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_full_disk(tmp_path, small_disk, name):
+    settings, write = WRITERS[name]
+    source = tmp_path / "source"
+    make_checkpoint(source, settings, False)
+    if name == "import":
+        export(source, tmp_path / "hf", "hf")
+        source = tmp_path / "hf"
+    there = set(tmp_path.rglob("*"))
+    small_disk()
+    with pytest.raises(SettingsError, match="out_dir: .* could not be written .*, and nothing is left of it; free"):
+        write(source, tmp_path / "some" / "folder" / "out")
+    assert set(tmp_path.rglob("*")) == there
+
+
+def test_names_that_cannot_be(tmp_path):
+    (tmp_path / "link").symlink_to("nowhere")
+    for name, reason in (("link", "exists; name a new"), ("x" * 300, "cannot be made .*File name too long")):
+        with pytest.raises(SettingsError, match=f"out_dir: .* {reason}"), new_directory(tmp_path / name):
+            raise AssertionError("nothing should be written")
+
+
+def test_faults_of_the_program_stay_what_they_are(tmp_path):
+    for fault in (RuntimeError("shapes"), ValueError("number")):
+        with pytest.raises(type(fault)) as found, new_directory(tmp_path / "some" / "out"):
+            raise fault
+        assert found.value is fault
+    assert not list(tmp_path.iterdir())
