@@ -102,8 +102,12 @@ def read_checkpoint(path: Path, setting: str = "checkpoint_dir") -> dict[str, An
     return content
 
 
-def read_config(checkpoint_dir: Path) -> Config:
+def read_config(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> Config:
     """Return the model that the `model_config.yaml` of a checkpoint describes.
+
+    Args:
+        checkpoint_dir: The directory.
+        setting: Which setting named it, for errors.
 
     Raises:
         SettingsError: If it describes none.
@@ -112,15 +116,15 @@ def read_config(checkpoint_dir: Path) -> Config:
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise SettingsError(f"checkpoint_dir: {file} cannot be read ({_shortened(error)}); {_FROM_ANEW}") from error
+        raise SettingsError(f"{setting}: {file} cannot be read ({_shortened(error)}); {_FROM_ANEW}") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise SettingsError(f"checkpoint_dir: {file} holds no model configuration; {_FROM_ANEW}")
+        raise SettingsError(f"{setting}: {file} holds no model configuration; {_FROM_ANEW}")
     try:
         check_ranges(values)
         return Config.from_file(file)  # which knows the mark of this package
     except (TypeError, ValueError, AssertionError) as error:  # how LitGPT and this package judge fields and values
         raise SettingsError(
-            f"checkpoint_dir: {file} describes no model that this version knows: {_shortened(error)}; upgrade it, or "
+            f"{setting}: {file} describes no model that this version knows: {_shortened(error)}; upgrade it, or "
             f"{_FROM_ANEW}"
         ) from error
 

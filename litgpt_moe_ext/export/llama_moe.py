@@ -15,8 +15,9 @@ from torch import Tensor
 from litgpt_moe_ext.config.features import MOE_CLASS_NAMES, router_type_of
 from litgpt_moe_ext.config.fields import added_fields, uses_plugin
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.evaluation.loading import CONFIG_FILE, WEIGHTS_FILE, read_checkpoint, read_config
+from litgpt_moe_ext.evaluation.loading import WEIGHTS_FILE
 from litgpt_moe_ext.export.directory import new_directory, require_absent
+from litgpt_moe_ext.export.source import TRAINING_ONLY, read_source
 from litgpt_moe_ext.moe.expert_layouts import unstack_experts
 
 _EXPRESSED = {"router_type", "router_score_function", "mlp_activation", "decoder_sparse_step"}
@@ -88,7 +89,7 @@ def to_llama_moe(config: Any, state: dict[str, Tensor]) -> tuple[Any, dict[str, 
     fields = {name: getattr(config, name) for name in names}
     fields["mlp_class_name"] = "LLaMAMoE"
     converted = type(config)(**fields)
-    dropped = ("gate.noise_weight", "gate.bias_updates", *(() if config.n_expert_groups else (_BIAS,)))
+    dropped = (*TRAINING_ONLY, *(() if config.n_expert_groups else (_BIAS,)))
     kept = {name: tensor for name, tensor in unstack_experts(state).items() if not name.endswith(dropped)}
     # LLaMAMoE masks the groups that were not chosen with 0, which would win against negative biased scores. The same
     # number on all biases changes no choice.
@@ -103,24 +104,17 @@ def convert_checkpoint(checkpoint_dir: Path, out_dir: Path) -> None:
         out_dir: The new directory; appears when everything in it is written.
 
     Raises:
-        SettingsError: If `checkpoint_dir` is no checkpoint.
+        SettingsError: If `checkpoint_dir` has no whole checkpoint.
         SettingsError: If `out_dir` exists.
         SettingsError: If `LLaMAMoE` cannot express the model.
     """
-    from litgpt import GPT
     from litgpt.utils import copy_config_files, save_config
 
-    for name in (WEIGHTS_FILE, CONFIG_FILE):
-        if not (checkpoint_dir / name).is_file():
-            raise SettingsError(f"checkpoint_dir: {str(checkpoint_dir)!r} has no {name}")
     require_absent(out_dir)
-    config = read_config(checkpoint_dir)
-    checkpoint = read_checkpoint(checkpoint_dir / WEIGHTS_FILE)
-    converted, state = to_llama_moe(config, checkpoint.get("model", checkpoint))
+    source = read_source(checkpoint_dir)
+    converted, state = to_llama_moe(source.config, source.state)
     assert not uses_plugin(converted)
-    with torch.device("meta"):
-        GPT(converted).load_state_dict(state, assign=True)  # raises if a name or shape is wrong
-    with new_directory(out_dir) as partial:
+    with new_directory(out_dir, source.nbytes(None)) as partial:
         copy_config_files(checkpoint_dir, partial)
         save_config(converted, partial)
         # Views of stacked weights would each write the whole stack.

@@ -18,6 +18,7 @@ from litgpt_moe_ext.evaluation.loading import (
     read_config,
 )
 from litgpt_moe_ext.export.hf.tensors import Constant, Rule
+from litgpt_moe_ext.meta_models import meta_model
 from litgpt_moe_ext.moe.expert_layouts import stack_experts
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
 
 # Only training uses these; the exported model computes the same without them.
-_TRAINING_ONLY = ("gate.noise_weight", "gate.bias_updates")
+TRAINING_ONLY = ("gate.noise_weight", "gate.bias_updates")
+_FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 BALANCING_BIAS = "e_score_correction_bias"
 
 
@@ -55,17 +57,6 @@ class Source:
         """Return about how many bytes the weights take, in their own type or another one."""
         return sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in self.state.values())
 
-    def require(self, entries: Iterable[Rule | Constant]) -> None:
-        """Raise SettingsError unless the weights are those that the rules speak of."""
-        ours = {entry.ours for entry in entries if not isinstance(entry, Constant)}
-        missing = sorted(ours - set(self.state))
-        surplus = sorted(name for name in set(self.state) - ours if not name.endswith(BALANCING_BIAS))
-        if missing or surplus:
-            raise SettingsError(
-                f"checkpoint_dir: its weights are not those of its {CONFIG_FILE}: missing {missing[:5]}, "
-                f"surplus {surplus[:5]}; name a whole checkpoint"
-            )
-
     def tensors(self, entries: Iterable[Rule | Constant], meta: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Yield the names and tensors of a class, one at a time.
 
@@ -87,35 +78,59 @@ class Source:
             yield from entry.out(tensor)
 
 
-def read_source(checkpoint_dir: Path) -> Source:
+def read_source(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> Source:
     """Open a checkpoint of any strategy; a training checkpoint's optimizer is left out.
 
     Args:
         checkpoint_dir: Its directory.
+        setting: Which setting named it, for errors.
 
     Raises:
-        SettingsError: If it is not whole, or was written by a newer version.
+        SettingsError: If it is not whole, was written by a newer version, or has other weights than its configuration
+            says.
     """
     folder = checkpoint_dir.resolve()
     if (folder.parent if folder.name == "ema" else folder).name.startswith("."):
         # So are called what a run has not finished, or is about to delete.
-        raise SettingsError(f"checkpoint_dir: {str(checkpoint_dir)!r} is being written; name a finished checkpoint")
+        raise SettingsError(f"{setting}: {str(checkpoint_dir)!r} is being written; name a finished checkpoint")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (checkpoint_dir / name).is_file():
-            raise SettingsError(f"checkpoint_dir: {str(checkpoint_dir)!r} has no {name}; name a whole checkpoint")
-    config = cast("Config", read_config(checkpoint_dir))
-    content = read_checkpoint(checkpoint_dir / WEIGHTS_FILE)
+            raise SettingsError(f"{setting}: {str(checkpoint_dir)!r} has no {name}; name a whole checkpoint")
+    config = cast("Config", read_config(checkpoint_dir, setting))
+    content = read_checkpoint(checkpoint_dir / WEIGHTS_FILE, setting)
     run = {key: content[key] for key in ("train_dataloader", "callbacks") if "model" in content and key in content}
-    return Source(checkpoint_dir, config, _weights(content.get("model", content)), run)
+    state = content.get("model", content)
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise SettingsError(f"{setting}: {checkpoint_dir / WEIGHTS_FILE} must hold weights by name; name a checkpoint")
+    state = _weights(state)
+    if different := _difference(state, _weights(meta_model(config).state_dict())):
+        raise SettingsError(
+            f"{setting}: its weights are not those of its {CONFIG_FILE}: {different}; name a whole checkpoint"
+        )
+    return Source(checkpoint_dir, config, state, run)
 
 
 def _weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    kept = {name: tensor for name, tensor in state.items() if not name.endswith(_TRAINING_ONLY)}
+    kept = {name: tensor for name, tensor in state.items() if not name.endswith(TRAINING_ONLY)}
     prefixes = {name[: name.index(".experts.") + 9] for name in kept if ".experts.0." in name}
     for prefix in prefixes:
         count = len({name[len(prefix) :].split(".")[0] for name in kept if name.startswith(prefix)})
         stack_experts(kept, prefix, count)
     return kept
+
+
+def _difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
+    """Return in words what distinguishes weights from those of a model, on the meta device; empty if nothing does."""
+    if found.keys() != expected.keys():
+        missing, surplus = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+        return f"missing {missing[:5]}, surplus {surplus[:5]}"
+    for name, tensor in found.items():
+        shape, wanted = tuple(tensor.shape), tuple(expected[name].shape)
+        if shape != wanted:
+            return f"{name} is {shape} instead of {wanted}"
+        if expected[name].is_floating_point() and tensor.dtype not in _FLOATING:
+            return f"{name} is {str(tensor.dtype).removeprefix('torch.')} instead of floating-point numbers"
+    return ""
 
 
 def read_tokenizer(checkpoint_dir: Path, vocab_size: int) -> "Tokenizer | None":

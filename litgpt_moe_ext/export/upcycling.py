@@ -12,19 +12,19 @@ shared experts together, E experts, C copies of the dense MLP, M slices of a cop
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from litgpt.config import Config as LitGPTConfig
-from litgpt.model import GPT
 from litgpt.utils import copy_config_files, save_config
 from torch import Tensor, nn
 
 from litgpt_moe_ext.config.features import MOE_CLASS_NAMES, is_dense_layer, router_type_of
 from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.evaluation.loading import CONFIG_FILE, WEIGHTS_FILE, read_checkpoint
+from litgpt_moe_ext.evaluation.loading import WEIGHTS_FILE
 from litgpt_moe_ext.export.directory import new_directory, require_absent
+from litgpt_moe_ext.export.source import read_source
+from litgpt_moe_ext.meta_models import meta_model
 from litgpt_moe_ext.moe.layer import MoE
 from litgpt_moe_ext.moe.learned_routers import LearnedRouter
 from litgpt_moe_ext.moe.router import Router
@@ -67,18 +67,13 @@ def upcycle(dense_dir: Path, out_dir: Path, config: "Config", seed: int = 42) ->
         seed: Seed of the routers' weights.
 
     Raises:
-        SettingsError: If `dense_dir` has no model.
+        SettingsError: If `dense_dir` has no whole checkpoint.
         SettingsError: If `out_dir` exists.
         SettingsError: If no MoE model of this configuration computes the same function, with the reason.
     """
     require_absent(out_dir)
-    for name in (WEIGHTS_FILE, CONFIG_FILE):
-        if not (dense_dir / name).is_file():
-            raise SettingsError(f"dense_dir: {str(dense_dir)!r} has no {name}")
-    dense_config = cast("Config", LitGPTConfig.from_file(dense_dir / CONFIG_FILE))
-    require_same_function(dense_config, config)
-    saved = read_checkpoint(dense_dir / WEIGHTS_FILE, "dense_dir")
-    weights = upcycled_weights(saved.get("model", saved), dense_config, config, seed)
+    dense = read_source(dense_dir, "dense_dir")
+    weights = upcycled_weights(dense.state, dense.config, config, seed)
 
     with new_directory(out_dir, sum(tensor.nbytes for tensor in weights.values())) as partial:
         copy_config_files(dense_dir, partial)
@@ -184,20 +179,14 @@ def upcycled_weights(
         seed: Seed of the routers' weights.
     """
     slices = require_same_function(dense_config, config)
-    with torch.device("meta"):
-        model = GPT(config)
     result = dict(dense)
     generator = torch.Generator().manual_seed(seed)
-    for index, block in enumerate(model.get_submodule("transformer.h").children()):
+    for index, block in enumerate(meta_model(config).get_submodule("transformer.h").children()):
         if isinstance(moe := block.get_submodule("mlp"), MoE):
             prefix = f"transformer.h.{index}.mlp."
             mlp = {name.removeprefix(prefix): result.pop(name) for name in list(result) if name.startswith(prefix)}
             layer = _Layer(mlp, slices, config).weights(moe, generator)
             result |= {prefix + name: tensor for name, tensor in layer.items()}
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if {name: tensor.shape for name, tensor in result.items()} != expected:
-        different = sorted(set(expected) ^ set(result)) or [n for n in expected if expected[n] != result[n].shape]
-        raise SettingsError(f"dense_dir: its weights do not fit its model_config.yaml: {', '.join(different[:5])}")
     return result
 
 

@@ -56,7 +56,6 @@ def export_gguf(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None) -
     source = read_source(checkpoint_dir)
     facts = facts_of(source.config, source.state)
     graph = choose_graph(facts)
-    source.require(graph.entries(facts))
     tokenizer = tokenizer_metadata(checkpoint_dir, source.config.padded_vocab_size)
     file_type = _FILE_TYPES.get(chosen or source.dtype)
     if file_type is None:

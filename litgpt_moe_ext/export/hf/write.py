@@ -54,12 +54,11 @@ def export_checkpoint(
     facts = facts_of(source.config, source.state)
     architecture, rejected = choose_class(facts)
     entries = architecture.entries(facts)
-    source.require(entries)
     chosen = parse_dtype(dtype)
     with new_directory(out_dir, source.nbytes(chosen)) as partial:
+        ids = export_tokenizer(checkpoint_dir, partial, source.config.padded_vocab_size)
         sketches = [_sketch(name, tensor, chosen) for name, tensor in source.tensors(entries, meta=True)]
         n_bytes = write_shards(sketches, source.tensors(entries), partial, max_shard_bytes)
-        ids = export_tokenizer(checkpoint_dir, partial, source.config.padded_vocab_size)
         _write_json(partial / "config.json", _config_json(architecture, facts, ids, chosen or source.dtype))
         _write_json(partial / "generation_config.json", {"_from_model_config": True, **ids})
         if architecture.model_type == "litgpt_moe":
@@ -69,7 +68,7 @@ def export_checkpoint(
 
 
 def _sketch(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Sketch:
-    keeps = dtype is None or BALANCING_BIAS in name or not tensor.is_floating_point()
+    keeps = dtype is None or BALANCING_BIAS in name
     return Sketch(name, tuple(tensor.shape), tensor.dtype if keeps else dtype)
 
 

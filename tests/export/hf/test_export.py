@@ -1,6 +1,7 @@
 """Exported models compute what the originals compute."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.export.formats import export
 from litgpt_moe_ext.export.hf.write import export_checkpoint
 from tests.export.hf.models import CASES, make_checkpoint
 
@@ -19,8 +21,8 @@ from tests.export.hf.models import CASES, make_checkpoint
 def test_logits_and_tokens_equal_the_originals(tmp_path, name):
     class_name, settings, biased = CASES[name]
     model = make_checkpoint(tmp_path / "checkpoint", settings, biased)
-    export = export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
-    assert export.class_name == class_name, export.rejected
+    done = export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
+    assert done.class_name == class_name, done.rejected
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
     assert type(theirs).__name__ == class_name
     tokens = torch.randint(settings["vocab_size"], (2, 48), generator=torch.Generator().manual_seed(1))
@@ -103,6 +105,41 @@ class TestRefusals:
             export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
         assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
+    @pytest.mark.parametrize("format_name", ["hf", "gguf"])
+    @pytest.mark.parametrize(
+        ("setting", "reason"),
+        [
+            ("n_embd: 96", r"lm_head.weight is \(97, 48\) instead of \(97, 96\)"),
+            ("n_query_groups: 4", r"attn.qkv.weight is \(96, 48\) instead of \(144, 48\)"),
+            ("padded_vocab_size: 128", r"lm_head.weight is \(97, 48\) instead of \(128, 48\)"),
+            ("n_expert: 6", r"gate.weight is \(7, 48\) instead of \(6, 48\)"),
+        ],
+    )
+    def test_weights_of_another_model(self, tmp_path, setting, reason, format_name):
+        make_checkpoint(tmp_path / "checkpoint", *CASES["mixtral"][1:])
+        file = tmp_path / "checkpoint" / "model_config.yaml"
+        name = setting.partition(":")[0]
+        file.write_text(re.sub(rf"\b{name}: .*", setting, file.read_text(), count=1))
+        with pytest.raises(SettingsError, match=f"checkpoint_dir: its weights are not .*{reason}; name a whole"):
+            export(tmp_path / "checkpoint", tmp_path / "out", format_name)
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+    @pytest.mark.parametrize(
+        ("content", "reason"),
+        [
+            ({"model": [1, 2]}, "must hold weights by name"),
+            ({"lm_head.weight": 3}, "must hold weights by name"),
+            ({"lm_head.weight": torch.ones(97, 48, dtype=torch.int8)}, "is int8 instead of floating-point numbers"),
+            ({"transformer.h.0.mlp.gate.e_score_correction_bias": torch.ones(())}, r"is \(\) instead of \(7,\)"),
+        ],
+    )
+    def test_what_is_no_weight(self, tmp_path, content, reason):
+        make_checkpoint(tmp_path / "checkpoint", *CASES["mixtral"][1:])
+        file = tmp_path / "checkpoint" / "lit_model.pth"
+        torch.save(content if "model" in content else torch.load(file) | content, file)
+        with pytest.raises(SettingsError, match=reason):
+            export(tmp_path / "checkpoint", tmp_path / "out", "hf")
+
     @pytest.mark.parametrize("part", ["", "ema"])
     def test_a_checkpoint_that_is_being_written(self, tmp_path, part):
         make_checkpoint(tmp_path / ".final.incomplete" / part, *CASES["llama"][1:])
@@ -119,17 +156,6 @@ class TestRefusals:
         monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
         with pytest.raises(SettingsError, match="out_dir: .* needs 0.0 GB, but .* has 0.0 GB left; free some space"):
             export_checkpoint(tmp_path / "checkpoint", tmp_path / "new" / "out")
-        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
-
-    def test_a_disk_that_fills_up_leaves_nothing(self, tmp_path, monkeypatch):
-        make_checkpoint(tmp_path / "checkpoint", *CASES["llama"][1:])
-
-        def full(*_arguments):
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr("litgpt_moe_ext.export.hf.write.write_card", full)
-        with pytest.raises(OSError, match="No space left"):
-            export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
         assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
     def test_a_file_where_the_directory_should_be(self, tmp_path):
