@@ -24,7 +24,7 @@ def count_parameters(config: Any, tie_embeddings: bool = False) -> ModelSize:
     """
     from litgpt.model import LLaMAMoE
 
-    from litgpt_moe_ext.meta_models import meta_model
+    from litgpt_moe_ext.meta.models import meta_model
     from litgpt_moe_ext.moe.layer import MoE
 
     model = meta_model(config)
@@ -68,8 +68,9 @@ def count_flops_of_passes(config: Any, length: int, backward: bool = True) -> tu
     import torch
     import torch.nn.functional as F
 
-    from litgpt_moe_ext.flop_counter import FlopCounter
-    from litgpt_moe_ext.meta_models import META, meta_model
+    from litgpt_moe_ext.meta.flop_counter import FlopCounter
+    from litgpt_moe_ext.meta.models import meta_model
+    from litgpt_moe_ext.meta.operators import META
 
     model = meta_model(config)
     ids = torch.zeros(1, length + 1, dtype=torch.int64, device=META)

@@ -18,7 +18,7 @@ from litgpt_moe_ext.evaluation.loading import (
     read_config,
 )
 from litgpt_moe_ext.export.hf.tensors import Constant, Rule
-from litgpt_moe_ext.meta_models import meta_model
+from litgpt_moe_ext.meta.models import meta_model
 from litgpt_moe_ext.moe.expert_layouts import stack_experts
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.loading import WEIGHTS_FILE
 from litgpt_moe_ext.export.directory import new_directory, require_absent
 from litgpt_moe_ext.export.source import read_source
-from litgpt_moe_ext.meta_models import meta_model
+from litgpt_moe_ext.meta.models import meta_model
 from litgpt_moe_ext.moe.layer import MoE
 from litgpt_moe_ext.moe.learned_routers import LearnedRouter
 from litgpt_moe_ext.moe.router import Router

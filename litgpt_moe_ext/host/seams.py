@@ -187,6 +187,11 @@ SEAMS = (
     Seam("litgpt", "__init__", "source", "Waits with what describing a model does not need.", _LAZY),
     Seam("litgpt.model", "qkv_reassemble", "source", "Imports the converter of old checkpoints on demand.", _LAZY),
     Seam(
+        "torch._meta_registrations", "activate_meta", "source",
+        "Waits with torch's shape functions in Python, where a command only describes a model.",
+        "torch loads them on demand",
+    ),
+    Seam(
         "torch", "_disable_dynamo", "call", "Marks torch's shape functions, so that calling them loads no compiler.",
         "torch does not load it for them",
     ),

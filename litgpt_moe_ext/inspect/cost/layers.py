@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from litgpt_moe_ext.meta_models import meta_model
+from litgpt_moe_ext.meta.models import meta_model
 
 if TYPE_CHECKING:
     from litgpt import Config

@@ -15,7 +15,7 @@ from litgpt_moe_ext.inspect.cost.layers import ShortModel, shorten
 from litgpt_moe_ext.inspect.cost.memory import PRECISIONS, Step, TrainingMemory, inference_memory, training_memory
 from litgpt_moe_ext.inspect.cost.sharding import STRATEGIES, block_sizes, process_memory
 from litgpt_moe_ext.inspect.recipes import Recipe
-from litgpt_moe_ext.meta_models import meta_model
+from litgpt_moe_ext.meta.models import meta_model
 from litgpt_moe_ext.model_size import count_flops_of_passes, count_parameters
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import Mode
 

@@ -129,7 +129,7 @@ def block_sizes(short: "ShortModel", itemsize: int) -> BlockSizes:
         itemsize: Bytes of a parameter.
     """
     from litgpt_moe_ext.inspect.cost.layers import blocks_of
-    from litgpt_moe_ext.meta_models import meta_model
+    from litgpt_moe_ext.meta.models import meta_model
 
     model = meta_model(short.config)
     blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks_of(model)]

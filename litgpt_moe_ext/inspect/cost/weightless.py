@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from litgpt_moe_ext.inspect.cost.live_memory import LiveMemory
-from litgpt_moe_ext.meta_models import META, Operators, uninitialized
+from litgpt_moe_ext.meta.models import uninitialized
+from litgpt_moe_ext.meta.operators import META, Operators
 
 _OPERATORS = Operators()
 
@@ -61,12 +62,7 @@ class WeightlessMemory(LiveMemory):
         args, kwargs = _unwrap(args, wrappers), _unwrap(kwargs, wrappers)
         if kwargs.get("device") is not None:
             kwargs["device"] = META
-        result = _OPERATORS(func, args, kwargs)
-        if func is torch.ops.aten.native_layer_norm.default:
-            # On a CPU the statistics have the type of the weights, on other devices that of the sums.
-            weight = args[2] if args[2] is not None else args[0]
-            result = (result[0], *(torch.empty_like(value, dtype=weight.dtype) for value in result[1:]))
-        return _wrap(result, wrappers)
+        return _wrap(_OPERATORS(func, args, kwargs), wrappers)
 
     def _storage(self, tensor: Tensor) -> torch.UntypedStorage:
         return tensor.meta.untyped_storage() if isinstance(tensor, Weightless) else tensor.untyped_storage()

@@ -9,7 +9,7 @@ from torch import nn
 from litgpt_moe_ext.attention.kernels.choice import FALLBACK_COST
 from litgpt_moe_ext.attention.kernels.registry import EAGER
 from litgpt_moe_ext.attention.layer import SinkAttention
-from litgpt_moe_ext.meta_models import meta_model
+from litgpt_moe_ext.meta.models import meta_model
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.kernels.backends import matmul_dtype
 from litgpt_moe_ext.training.callback import Callback

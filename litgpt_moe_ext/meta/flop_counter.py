@@ -5,7 +5,7 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from litgpt_moe_ext.host.without_compiler import without_compiler
-from litgpt_moe_ext.meta_models import Operators
+from litgpt_moe_ext.meta.operators import Operators
 
 _OPERATORS = Operators()
 

@@ -1,44 +1,14 @@
-"""Models on torch's meta device, which have shapes and no memory, and what operators make of such tensors."""
+"""What operators return for meta tensors."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from litgpt_moe_ext.host.without_compiler import without_compiler
-
-if TYPE_CHECKING:
-    from litgpt.model import GPT
+from litgpt_moe_ext.meta.kernels import KERNELS
+from litgpt_moe_ext.meta.registrations import asking_again
 
 META = torch.device("meta")
-
-
-class _Uninitialized(TorchFunctionMode):
-    """Leave out `torch.nn.init`: there is nothing to fill."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def uninitialized() -> Iterator[None]:
-    """Leave parameters of modules that are made here as they are, and do without torch's compiler."""
-    with without_compiler(), _Uninitialized():
-        yield
-
-
-def meta_model(config: Any) -> "GPT":
-    """Return the model of a `litgpt.Config` on the meta device."""
-    from litgpt.model import GPT
-
-    with uninitialized(), META:
-        return GPT(config)
 
 
 class _New(NamedTuple):
@@ -79,12 +49,12 @@ class Operators:
         if kind == "changes":
             return args[0]
         if kind == "other":
-            return func(*args, **kwargs)
+            return asking_again(func, *args, **kwargs)
         base = args[0] if args and isinstance(args[0], Tensor) else None
         offset = None if base is None else base.storage_offset()
         key = (func, _describe(args), _describe(kwargs), offset, torch.get_default_dtype())
         if key not in self._results:
-            self._results[key] = _note(func(*args, **kwargs), base)
+            self._results[key] = _note(asking_again(KERNELS.get(func, func), *args, **kwargs), base)
         return _make(self._results[key], base)
 
 

@@ -1,0 +1,39 @@
+"""Models on torch's meta device, which have shapes and no memory."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch.overrides import TorchFunctionMode
+
+from litgpt_moe_ext.host.without_compiler import without_compiler
+from litgpt_moe_ext.meta.operators import META
+from litgpt_moe_ext.meta.registrations import asking_again
+
+if TYPE_CHECKING:
+    from litgpt.model import GPT
+
+
+class _Uninitialized(TorchFunctionMode):
+    """Leave out `torch.nn.init`: there is nothing to fill."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def uninitialized() -> Iterator[None]:
+    """Leave parameters of modules that are made here as they are, and do without torch's compiler."""
+    with without_compiler(), _Uninitialized():
+        yield
+
+
+def meta_model(config: Any) -> "GPT":
+    """Return the model of a `litgpt.Config` on the meta device."""
+    from litgpt.model import GPT
+
+    with uninitialized(), META:
+        return asking_again(GPT, config)
