@@ -42,7 +42,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the script with a command line, None takes it from `sys.argv`, and return its exit status."""
     from jsonargparse import auto_cli
 
-    return exit_status(lambda: auto_cli(make_tokenizer, as_positional=False, args=arguments))
+    def run() -> None:
+        auto_cli(make_tokenizer, as_positional=False, args=arguments)
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litgpt_moe_ext.config.fields import Field
-from litgpt_moe_ext.config.types import POSITIVE
 from litgpt_moe_ext.extend import register_activation, register_loss, register_router
+from litgpt_moe_ext.field_types import PositiveFloat
 from litgpt_moe_ext.moe.activations import Pointwise
 from litgpt_moe_ext.moe.learned_routers import LearnedRouter
 from litgpt_moe_ext.moe.registry import ActivationType, Loss, RouterType
@@ -70,7 +70,7 @@ def register() -> None:
         ),
         fields={
             "router_initial_temperature": Field(
-                POSITIVE, "temperature before training", owner=("feed_forward", "moe", "temperature"), default=1.0
+                PositiveFloat, "temperature before training", owner=("feed_forward", "moe", "temperature"), default=1.0
             )
         },
     )

@@ -30,6 +30,16 @@ class SettingsError(ValueError):
         return name if name.replace(".", "_").isidentifier() else ""
 
 
+def refuse_first(messages: Iterable[str]) -> None:
+    """Raise SettingsError with the first of some messages, if there is one.
+
+    Args:
+        messages: What is wrong. A rule about several settings is a generator that yields it.
+    """
+    for message in messages:
+        raise SettingsError(message)
+
+
 def exit_status(run: Callable[[], int | None], interrupted: str | None = None) -> int:
     """Run a command and return its exit status, with wrong settings as one line on standard error.
 

@@ -1,5 +1,9 @@
 """Types of settings with a range, and how an error says what a value of a type must be.
 
+A type is what stands as the annotation of a setting. Besides Python's own there are numbers with a range
+(`PositiveInt`), integers up to another setting (`UpTo`), the names of a registry (`OneOf`), dictionaries with known
+keys (`TypedDict`), and types that say in their own words what they take (`Annotated[list[int], "a list of ..."]`).
+
 Imports neither torch nor LitGPT: parsers that only print their help use it as well.
 """
 
@@ -7,9 +11,9 @@ import dataclasses
 import inspect
 import math
 import types
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from litgpt_moe_ext.errors import SettingsError
 
@@ -17,35 +21,96 @@ _LARGEST = 2**63 - 1
 _LONGEST = 200  # characters of a value in an error
 _WRONG = object()
 
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OneOf:
+    """The type of one of the names of a registry, which may still grow."""
+
+    names: Collection[str]
+
+    def __str__(self) -> str:
+        return ", ".join(self.names)
+
+
+@dataclasses.dataclass(frozen=True)
+class UpTo:
+    """The type of an integer that another field limits.
+
+    Attributes:
+        kind: A type of integers.
+        field: Name of the field that says which is the largest.
+        limit: The largest, where it is known.
+    """
+
+    kind: type
+    field: str
+    limit: int | None = None
+
+    def beside(self, owner: Any) -> "UpTo":
+        """Return the same with the limit that an object with the field says."""
+        return dataclasses.replace(self, limit=getattr(owner, self.field))
+
+    def __str__(self) -> str:
+        most = self.field if self.limit is None else f"{self.limit} ({self.field})"
+        return f"an integer from {NUMBERS[self.kind].lowest} to {most}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that a type allows.
+
+    Attributes:
+        kind: `int` or `float`.
+        limits: Pairs of a comparison and a number, such as `(">=", 0)`. No number is infinite, and no integer larger
+            than a tensor can count: nothing that settings are given to works with these.
+    """
+
+    kind: type
+    limits: tuple[tuple[str, float], ...]
+
+    @property
+    def lowest(self) -> int:
+        """The smallest of the integers."""
+        return int(self.limits[0][1])
+
+    def __str__(self) -> str:
+        if self.kind is int and len(self.limits) == 2:
+            return f"an integer from {self.lowest} to {self.limits[1][1]}"
+        words = {">": "above", ">=": "of at least", "<": "below", "<=": "at most"}
+        noun = "an integer" if self.kind is int else "a number"
+        return f"{noun} {' and '.join(f'{words[sign]} {limit}' for sign, limit in self.limits)}"
+
+
+NUMBERS: dict[type, Range] = {}
+"""The range of each type of numbers."""
+
 if TYPE_CHECKING:
-    PositiveInt = NonNegativeInt = Seed = int
-    PositiveFloat = NonNegativeFloat = AboveOne = Fraction = Share = Minutes = float
+    PositiveInt = NonNegativeInt = AtLeastTwo = LayerCount = Seed = int
+    PositiveFloat = NonNegativeFloat = AtLeastOne = AboveOne = Minutes = float
+    Fraction = Share = UnitInterval = Inside = float
 else:
     from jsonargparse.typing import restricted_number_type
 
-    # Neither infinity nor what no tensor can count: nothing that they are given to works with them.
-    PositiveInt = restricted_number_type("PositiveCount", int, [(">=", 1), ("<=", _LARGEST)])
-    NonNegativeInt = restricted_number_type("Count", int, [(">=", 0), ("<=", _LARGEST)])
-    Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
-    PositiveFloat = restricted_number_type("PositiveFinite", float, [(">", 0), ("<", math.inf)])
-    NonNegativeFloat = restricted_number_type("NonNegativeFinite", float, [(">=", 0), ("<", math.inf)])
-    AboveOne = restricted_number_type("AboveOne", float, [(">", 1), ("<", math.inf)])
-    Fraction = restricted_number_type("Fraction", float, [(">", 0), ("<=", 1)])
-    Share = restricted_number_type("Share", float, [(">=", 0), ("<", 1)])
-    Minutes = restricted_number_type("Minutes", float, [(">", 0), ("<=", 525_600)])
+    def _type(name, kind, *limits):
+        highest = ("<=", _LARGEST) if kind is int else ("<", math.inf)
+        made = restricted_number_type(name, kind, [*limits, highest])
+        NUMBERS[made] = Range(kind, limits)
+        return made
 
-NUMBERS: dict[type, str] = {
-    PositiveInt: "an integer of at least 1",
-    NonNegativeInt: "an integer of at least 0",
-    Seed: f"an integer from 0 to {2**32 - 1}",
-    PositiveFloat: "a number above 0",
-    NonNegativeFloat: "a number of at least 0",
-    AboveOne: "a number above 1",
-    Fraction: "a number above 0 and at most 1",
-    Share: "a number of at least 0 and below 1",
-    Minutes: "a number above 0 and at most 525600, a year",
-}
-"""What a value of each type must be."""
+    PositiveInt = _type("PositiveCount", int, (">=", 1))
+    NonNegativeInt = _type("Count", int, (">=", 0))
+    AtLeastTwo = _type("AtLeastTwo", int, (">=", 2))
+    LayerCount = _type("LayerCount", int, (">=", 1), ("<=", 10_000))
+    Seed = _type("Seed", int, (">=", 0), ("<=", 2**32 - 1))
+    PositiveFloat = _type("PositiveFinite", float, (">", 0))
+    NonNegativeFloat = _type("NonNegativeFinite", float, (">=", 0))
+    AtLeastOne = _type("AtLeastOne", float, (">=", 1))
+    AboveOne = _type("AboveOne", float, (">", 1))
+    Fraction = _type("Fraction", float, (">", 0), ("<=", 1))
+    Share = _type("Share", float, (">=", 0), ("<", 1))
+    UnitInterval = _type("UnitInterval", float, (">=", 0), ("<=", 1))
+    Inside = _type("Inside", float, (">", 0), ("<", 1))
+    Minutes = _type("Minutes", float, (">", 0), ("<=", 525_600))  # a year
 
 _PLAIN: dict[Any, str] = {
     bool: "true or false",
@@ -67,23 +132,42 @@ def members(annotation: Any) -> tuple[Any, ...]:
     return (annotation,)
 
 
+def without_range(annotation: Any) -> Any:
+    """Return the type of Python's that a parser may take for a type, whose range is checked later."""
+    if get_origin(annotation) is Annotated:
+        return get_args(annotation)[0]
+    if annotation in NUMBERS:
+        return NUMBERS[annotation].kind
+    if isinstance(annotation, (OneOf, UpTo)):
+        return str if isinstance(annotation, OneOf) else int
+    return dict if is_typeddict(annotation) else annotation
+
+
 def describe(annotation: Any) -> str:
     """Return what a value of a type must be, in words that fit after "must be"."""
     kinds = members(annotation)
     if len(kinds) > 1:
         words = list(dict.fromkeys(describe(kind) for kind in kinds))
         return " or ".join(words) if words[-1] != "null" else f"{' or '.join(words[:-1])}, or null"
-    if get_origin(annotation) is Literal:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return get_args(annotation)[1]
+    if isinstance(annotation, (OneOf, UpTo)):
+        return str(annotation)
+    if is_typeddict(annotation):
+        among = "the keys" if annotation.__total__ else "keys among"
+        return f"a dictionary with {among} {', '.join(get_type_hints(annotation))}"
+    if origin is Literal:
         *others, last = (str(choice) for choice in get_args(annotation))
         return f"one of {', '.join(others)} or {last}" if others else last
-    if get_origin(annotation) is list:
+    if origin is list:
         (inner,) = get_args(annotation) or (Any,)
         return f"a list with any of {', '.join(get_args(inner))}" if get_origin(inner) is Literal else _PLAIN[list]
-    kind = get_origin(annotation) or annotation
+    kind = origin or annotation
     if dataclasses.is_dataclass(kind):
         return _PLAIN[dict]
     if kind in NUMBERS or kind in _PLAIN:
-        return NUMBERS.get(kind) or _PLAIN[kind]
+        return str(NUMBERS.get(kind) or _PLAIN[kind])
     if inspect.isclass(kind):
         return f"a {kind.__name__}, by class_path and init_args"
     return str(annotation)
@@ -103,11 +187,10 @@ def checked(name: str, value: Any, annotation: Any) -> Any:
     Raises:
         SettingsError: If it is not allowed.
     """
-    for kind in members(annotation):
-        found = _as(name, value, kind)
-        if found is not _WRONG:
-            return found
-    raise SettingsError(refusal(name, value, annotation))
+    found = _as_any(name, value, annotation)
+    if found is _WRONG:
+        raise SettingsError(refusal(name, value, annotation))
+    return found
 
 
 def check_fields(settings: Any, prefix: str) -> None:
@@ -131,20 +214,49 @@ def refusal(name: str, value: Any, annotation: Any) -> str:
     shown = "null" if value is None else repr(value)
     if len(shown) > _LONGEST:
         shown = f"{shown[:_LONGEST]} ..."
-    addition = ""
+    if isinstance(annotation, OneOf):
+        return f"{name}: {shown} is unknown; choose from {describe(annotation)}"
+    return f"{name}: {shown} must be {describe(annotation)}{_addition(value, annotation)}"
+
+
+def _addition(value: Any, annotation: Any) -> str:
+    kinds = {without_range(kind) for kind in members(annotation)}
     if value == math.inf:
-        addition = ", and finite"
-    elif isinstance(value, (int, float)) and value > _LARGEST:
-        counts = any(inspect.isclass(kind) and issubclass(kind, int) for kind in members(annotation))
-        addition = ", and below 2**63" if counts else ""
-    elif value is None and dataclasses.is_dataclass(annotation):
-        addition = "; remove the line, or write settings below it"
-    return f"{name}: {shown} must be {describe(annotation)}{addition}"
+        return ", and finite"
+    if isinstance(value, (int, float)) and value > _LARGEST and int in kinds:
+        return ", and below 2**63"
+    if value is None and inspect.isclass(annotation) and dataclasses.is_dataclass(annotation):
+        return "; remove the line, or write settings below it"
+    if isinstance(value, str) and kinds & {int, float} and _is_number(value):
+        return " (YAML reads 1e4 as text, 1.0e4 as a number)"
+    return ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _as_any(name: str, value: Any, annotation: Any) -> Any:
+    # Return the value as one of the types of a union, or _WRONG.
+    found = (_as(name, value, kind) for kind in members(annotation))
+    return next((one for one in found if one is not _WRONG), _WRONG)
 
 
 def _as(name: str, value: Any, kind: Any) -> Any:
     # Return the value as one of a single type, or _WRONG.
     plain = get_origin(kind) or kind
+    if plain is Annotated:
+        return _as_any(name, value, get_args(kind)[0])
+    if isinstance(kind, UpTo):
+        found = _as(name, value, kind.kind)
+        return _WRONG if found is _WRONG or (kind.limit is not None and found > kind.limit) else found
+    if isinstance(kind, OneOf):
+        return value if isinstance(value, str) and value in kind.names else _WRONG
+    if is_typeddict(kind):
+        return _as_typed_dict(name, value, kind)
     if plain is Literal:
         # True is 1 for Python, but not for a reader.
         return value if any(value == one and type(value) is type(one) for one in get_args(kind)) else _WRONG
@@ -161,6 +273,13 @@ def _as(name: str, value: Any, kind: Any) -> Any:
     if kind is Any or not inspect.isclass(plain):
         return value
     return value if isinstance(value, plain) else _WRONG
+
+
+def _as_typed_dict(name: str, value: Any, kind: Any) -> Any:
+    hints = get_type_hints(kind)
+    if not isinstance(value, dict) or not value or not kind.__required_keys__ <= set(value) <= set(hints):
+        return _WRONG
+    return {key: checked(f"{name}.{key}", item, hints[key]) for key, item in value.items()}
 
 
 def _number(value: Any, kind: Any) -> Any:

@@ -2,7 +2,7 @@
 
 A field without a default is positional, and so is one made by `positional`; every other field is an option of its name,
 which must be given where it is made by `required_option`.
-The type of a field says what it takes: the ranges of `jsonargparse.typing` (`PositiveInt`), `Literal`, `Path`, a list
+The type of a field says what it takes: the ranges of `field_types` (`PositiveInt`), `Literal`, `Path`, a list
 of any of these for several values, `| None` where `null` may be given. Its line in the docstring is its help.
 """
 
@@ -12,11 +12,8 @@ import types
 from collections.abc import Sequence
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from jsonargparse.typing import restricted_number_type
-
 from litgpt_moe_ext.errors import SettingsError, did_you_mean
-
-AtLeastTwo = restricted_number_type("AtLeastTwo", int, (">=", 2))
+from litgpt_moe_ext.field_types import describe
 
 Arguments = TypeVar("Arguments")
 
@@ -149,21 +146,8 @@ def _convert(name: str, annotation: Any, given: str | list[str]) -> Any:
         return [_convert(name, get_args(kind)[0], value) for value in given]
     if kind is not annotation and given == "null":
         return None
-    if kind is bool:
-        kind = Literal["true", "false"]
-        return _convert(name, kind, given) == "true"
-    if get_origin(kind) is Literal:
-        if given not in get_args(kind):
-            raise SettingsError(f"{name}: {given} must be one of {', '.join(get_args(kind))}")
-        return given
+    words = {"true": True, "false": False} if kind is bool else {word: word for word in get_args(kind)}
     try:
-        return kind(given)
-    except ValueError:
-        raise SettingsError(f"{name}: {given} must be {_in_words(kind)}") from None
-
-
-def _in_words(kind: type) -> str:
-    # The ranges of jsonargparse state theirs as "int restricted to be >=0".
-    restriction = (kind.__doc__ or "").partition("restricted to be ")[2]
-    noun = "an integer" if issubclass(kind, int) else "a number" if issubclass(kind, float) else f"a {kind.__name__}"
-    return f"{noun} {restriction}".rstrip()
+        return words[given] if words else kind(given)
+    except (KeyError, ValueError):
+        raise SettingsError(f"{name}: {given} must be {describe(kind)}") from None

@@ -4,10 +4,11 @@ Accepted are nothing (plain RoPE), `factor` alone (linear), and `factor` and `or
 (dynamic NTK), with both of Llama-3's keys, or with at least one of YaRN's. Imports neither torch nor LitGPT.
 """
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
-from litgpt_moe_ext.config import types
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import SettingsError, refuse_first
+from litgpt_moe_ext.field_types import AtLeastOne, NonNegativeFloat, PositiveFloat, checked
 
 RopeKind = Literal["plain", "linear", "dynamic", "llama3", "yarn"]
 
@@ -15,19 +16,19 @@ RopeKind = Literal["plain", "linear", "dynamic", "llama3", "yarn"]
 DEFAULT_BETA_FAST = 32
 DEFAULT_BETA_SLOW = 1
 
-_LLAMA3_KEYS = {"low_freq_factor": types.POSITIVE, "high_freq_factor": types.POSITIVE}
-_YARN_KEYS = {
-    "beta_fast": types.POSITIVE,
-    "beta_slow": types.POSITIVE,
-    "truncate": types.BOOLEAN,
-    "attention_factor": types.POSITIVE,
-    "mscale": types.NON_NEGATIVE,
-    "mscale_all_dim": types.NON_NEGATIVE,
+_LLAMA3_KEYS: dict[str, type] = {"low_freq_factor": PositiveFloat, "high_freq_factor": PositiveFloat}
+_YARN_KEYS: dict[str, type] = {
+    "beta_fast": PositiveFloat,
+    "beta_slow": PositiveFloat,
+    "truncate": bool,
+    "attention_factor": PositiveFloat,
+    "mscale": NonNegativeFloat,
+    "mscale_all_dim": NonNegativeFloat,
 }
-KEYS = {
-    "factor": types.AT_LEAST_ONE,
-    "original_max_seq_len": types.POSITIVE,
-    "dynamic": types.BOOLEAN,
+KEYS: dict[str, type] = {
+    "factor": AtLeastOne,
+    "original_max_seq_len": PositiveFloat,
+    "dynamic": bool,
     **_LLAMA3_KEYS,
     **_YARN_KEYS,
 }
@@ -39,6 +40,11 @@ _REQUIRED: dict[RopeKind, tuple[str, ...]] = {
     "dynamic": ("factor", "original_max_seq_len"),
     "llama3": ("factor", *_LLAMA3_KEYS, "original_max_seq_len"),
     "yarn": ("factor", "original_max_seq_len"),
+}
+# Two keys of a rule, of which the first must be greater than the second, and what they usually are.
+_DESCENDING: dict[RopeKind, tuple[str, str, str]] = {
+    "llama3": ("high_freq_factor", "low_freq_factor", "Llama 3.1 has 4 and 1"),
+    "yarn": ("beta_fast", "beta_slow", "the YaRN paper and the defaults have 32 and 1"),
 }
 
 # Names that other libraries use for the same things, and what to write instead.
@@ -90,50 +96,28 @@ def validate_rope_adjustments(rope_adjustments: dict[str, Any] | None) -> None:
             raise SettingsError(f"rope_adjustments.{key}: {value!r} is an unknown key; {remedy}")
         # An absent `truncate` means true, while Hugging Face reads a null as false: insist on an explicit answer.
         if value is not None or key == "truncate":
-            KEYS[key].check(f"rope_adjustments.{key}", value)
-    keys = present_adjustments(rope_adjustments)
-    _check_combination(keys)
-    _check_order(keys)
+            checked(f"rope_adjustments.{key}", value, KEYS[key])
+    refuse_first(f"rope_adjustments{problem}" for problem in _problems(present_adjustments(rope_adjustments)))
 
 
-def _check_combination(keys: dict[str, Any]) -> None:
+def _problems(keys: dict[str, Any]) -> Iterator[str]:
     kind = rope_kind(keys)
     llama3 = ", ".join(key for key in _LLAMA3_KEYS if key in keys)
     yarn = ", ".join(key for key in _YARN_KEYS if key in keys)
     if llama3 and yarn:
-        raise SettingsError(
-            f"rope_adjustments: {keys!r} mixes Llama-3 keys ({llama3}) with YaRN keys ({yarn}); keep one set"
-        )
+        yield f": {keys!r} mixes Llama-3 keys ({llama3}) with YaRN keys ({yarn}); keep one set"
     if kind == "dynamic" and (llama3 or yarn):
-        raise SettingsError(f"rope_adjustments.dynamic: True does not go with {llama3 or yarn}; remove either")
+        yield f".dynamic: True does not go with {llama3 or yarn}; remove either"
     if kind == "linear" and "original_max_seq_len" in keys:
-        raise SettingsError(
-            f"rope_adjustments.original_max_seq_len: {keys['original_max_seq_len']!r} does not say how to rescale; add "
-            "beta_fast and beta_slow for YaRN (usually 32 and 1), add low_freq_factor and high_freq_factor for "
-            "Llama-3, add dynamic: true for dynamic NTK, or remove it for linear scaling"
+        yield (
+            f".original_max_seq_len: {keys['original_max_seq_len']!r} does not say how to rescale; add beta_fast and "
+            "beta_slow for YaRN (usually 32 and 1), add low_freq_factor and high_freq_factor for Llama-3, add dynamic: "
+            "true for dynamic NTK, or remove it for linear scaling"
         )
     if missing := [key for key in _REQUIRED[kind] if key not in keys]:
-        raise SettingsError(f"rope_adjustments: {keys!r} lacks {', '.join(missing)}; {_NAMES[kind]} needs it, add it")
-
-
-def _check_order(keys: dict[str, Any]) -> None:
-    kind = rope_kind(keys)
-    if kind == "llama3":
-        higher, lower, usual = "high_freq_factor", "low_freq_factor", "Llama 3.1 has 4 and 1"
-    elif kind == "yarn":
-        higher, lower, usual = "beta_fast", "beta_slow", "the YaRN paper and the defaults have 32 and 1"
-    else:
-        return
-    values = {"beta_fast": DEFAULT_BETA_FAST, "beta_slow": DEFAULT_BETA_SLOW} | keys
-    if values[higher] <= values[lower]:
-        raise SettingsError(
-            f"rope_adjustments.{higher}: {values[higher]!r} must be greater than {lower} ({values[lower]!r}); {usual}"
-        )
-
-
-class _Adjustments(types.FieldType):
-    def check(self, name: str, value: Any, config: "types.Config | None" = None, remedy: str = "") -> None:
-        validate_rope_adjustments(value)
-
-
-ADJUSTMENTS = _Adjustments(dict, lambda _value, _: True, lambda _: f"a dictionary with keys among {', '.join(KEYS)}")
+        yield f": {keys!r} lacks {', '.join(missing)}; {_NAMES[kind]} needs it, add it"
+    if kind in _DESCENDING:
+        higher, lower, usual = _DESCENDING[kind]
+        values = {"beta_fast": DEFAULT_BETA_FAST, "beta_slow": DEFAULT_BETA_SLOW} | keys
+        if values[higher] <= values[lower]:
+            yield f".{higher}: {values[higher]!r} must be greater than {lower} ({values[lower]!r}); {usual}"

@@ -1,6 +1,7 @@
 """Tables of the fields of a model configuration for the documentation: `python -m litgpt_moe_ext.config.tables`."""
 
 from litgpt_moe_ext.config.fields import ATTENTION_FIELDS, FEED_FORWARD_FIELDS, FIELDS, REQUIRED, ROUTING_FIELDS, Field
+from litgpt_moe_ext.field_types import describe
 
 SECTIONS = {
     "Feed-forward layers and experts": FEED_FORWARD_FIELDS,
@@ -20,7 +21,7 @@ def markdown() -> str:
 
 
 def _value(field: Field) -> str:
-    text = field.type.describe(None)
+    text = describe(field.type)
     if field.default is REQUIRED:
         return f"{text}; required"
     default = field.unset if field.default is None else field.default

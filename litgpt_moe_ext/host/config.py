@@ -15,6 +15,7 @@ from litgpt_moe_ext.config.features import MLP_CLASS_NAMES
 from litgpt_moe_ext.config.fields import FIELDS, added_fields
 from litgpt_moe_ext.config.rules import check_derived, resolve
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.field_types import without_range
 
 
 def without_unused_fields(config_fields: dict[str, Any]) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def extend_config(config_class: type) -> None:
 def _add_fields(config_class: type) -> None:
     new = [name for name in added_fields() if name not in config_class.__dataclass_fields__]
     for name in new:
-        config_class.__annotations__[name] = FIELDS[name].type.annotation | None
+        config_class.__annotations__[name] = without_range(FIELDS[name].type) | None
         setattr(config_class, name, None)
     if new:
         for cls in (config_class, *_subclasses(config_class)):

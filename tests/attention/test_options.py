@@ -251,7 +251,7 @@ STREAMING = {"streaming_cache_first": 4, "streaming_cache_window": 8}
         ({**LEARNED, "scale_embeddings": True}, "scale_embeddings: True does not go with position_embedding"),
         ({"attention_document_token_id": 3}, "attention_document_token_id: 3 would be ignored"),
         ({"attention_document_boundary": "eot"}, "attention_document_boundary: 'eot' is unknown; choose from eos, bos"),
-        ({"attention_document_boundary": "bos"}, "attention_document_token_id: None must be an integer of at least 0"),
+        ({"attention_document_boundary": "bos"}, "attention_document_token_id: null must be an integer of at least 0"),
         ({**DOCUMENTS, "attention_document_token_id": 40}, "attention_document_token_id: 40 must .* from 0 to 39"),
         ({**DOCUMENTS, "attention_document_restart_positions": 1}, "restart_positions: 1 must be true or false"),
         ({"streaming_cache_window": 8}, "streaming_cache_first: None and streaming_cache_window: 8 must both be set"),

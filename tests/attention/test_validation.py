@@ -50,7 +50,7 @@ def test_accepted_adjustments(keys: dict[str, Any] | None, kind: str) -> None:
         ({**YARN, "beta_fast": 1.0}, r"beta_fast: 1\.0 must be greater than beta_slow \(1\.0\)"),
         ({**YARN, "beta_fast": None, "beta_slow": 40}, r"beta_fast: 32 must be greater than beta_slow \(40\)"),
         ({**YARN, "truncate": "no"}, "truncate: 'no' must be true or false"),
-        ({**YARN, "truncate": None}, "truncate: None must be true or false"),
+        ({**YARN, "truncate": None}, "truncate: null must be true or false"),
         ({**YARN, "attention_factor": 0}, "attention_factor: 0 must be a number above 0"),
         ({**YARN, "mscale": -1}, "mscale: -1 must be a number of at least 0"),
         ({**YARN, "original_max_seq_len": 0}, "original_max_seq_len: 0 must be a number above 0"),
@@ -135,7 +135,7 @@ LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_h
         ({"latent_attention": {**LATENT, "kv_rank": 8}}, "latent_attention: .* must be a dictionary with the keys"),
         (
             {"latent_attention": {**LATENT, "q_lora_rank": None}},
-            "latent_attention.q_lora_rank: None must be an integer",
+            "latent_attention.q_lora_rank: null must be an integer",
         ),
         ({"latent_attention": {**LATENT, "qk_rope_head_dim": 3}}, "latent_attention.qk_rope_head_dim: 3 must be even"),
         ({"latent_attention": LATENT, "norm_qk": True}, "norm_qk: True would be ignored because latent_attention"),

@@ -11,13 +11,13 @@ from typing import Literal
 
 import pytest
 import yaml
-from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
 from litgpt_moe_ext.cli.arguments import positional, read_arguments
 from litgpt_moe_ext.cli.main import COMMANDS, load, main
 from litgpt_moe_ext.cli.output import write_text
 from litgpt_moe_ext.cli.train import SHORT_FORMS
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.field_types import PositiveInt, UnitInterval
 from litgpt_moe_ext.training.settings import Settings, field_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,14 +65,14 @@ def test_every_setting_of_a_command_is_explained(command, capsys):
     ("arguments", "message"),
     [
         (["model-card", "nothing.yaml"], "nothing.yaml"),
-        (["chat", "x", "--top_k", "0"], "top_k: 0 must be an integer >0"),
-        (["chat", "x", "--top-p=2"], "top_p: 2 must be a number ≥0 and ≤1"),
-        (["chat", "x", "--show_experts=yes"], "show_experts: yes must be one of true, false"),
+        (["chat", "x", "--top_k", "0"], "top_k: 0 must be an integer of at least 1"),
+        (["chat", "x", "--top-p=2"], "top_p: 2 must be a number of at least 0 and at most 1"),
+        (["chat", "x", "--show_experts=yes"], "show_experts: yes must be true or false"),
         (["chat", "x", "--topk", "1"], "--topk is unknown; did you mean --top_k?"),
         (["chat"], "required: CHECKPOINT_DIR"),
         (["chat", "a", "b"], "'b' is one argument too many"),
         (["experts", "x"], "exactly one must be given"),
-        (["benchmark-generation", "x", "--batch_sizes", "1", "0"], "batch_sizes: 0 must be an integer >0"),
+        (["benchmark-generation", "x", "--batch_sizes", "1", "0"], "batch_sizes: 0 must be an integer of at least 1"),
         (["schedule", "x", "--compare", "wsd", "wsdd"], "compare: wsdd must be one of cosine"),
         (["chatt"], "'chatt' is not a command of litgpt-moe; did you mean chat?"),
         (["init", "nothing"], "recipe: nothing must be one of code-moe-60m"),
@@ -154,7 +154,7 @@ class Example:
     first: Path
     second: Path | None = positional(None)
     numbers: list[PositiveInt] = dataclasses.field(default_factory=lambda: [1])
-    part: ClosedUnitInterval | None = 0.5
+    part: UnitInterval | None = 0.5
     kind: Literal["a", "b"] = "a"
     flag: bool = False
 

@@ -7,7 +7,9 @@ import torch
 from litgpt import Config
 
 from litgpt_moe_ext.config.fields import FIELDS, added_fields
+from litgpt_moe_ext.config.litgpt_fields import check_ranges
 from litgpt_moe_ext.config.tables import markdown
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.layer import MoE, NoisyTopKMoE
 from litgpt_moe_ext.moe.registry import ACTIVATIONS, LOSSES, ROUTERS, load
@@ -82,3 +84,10 @@ def test_router_type_is_the_one_axis():
     assert moe_config(mlp_class_name="MoE").router_type == moe_config().router_type == "topk"
     with pytest.raises(ValueError, match="router_type: 'topk' contradicts mlp_class_name: NoisyTopKMoE"):
         noisy_config(router_type="topk")
+
+
+@pytest.mark.parametrize("indices", [5, [[1]], ["a", 0], [0, 2]])
+def test_indices_of_layers_are_a_list_of_zeros_and_ones(indices):
+    """LitGPT's own fields, which a damaged model_config.yaml may fill with anything."""
+    with pytest.raises(SettingsError, match="^model_config.rope_indices"):
+        check_ranges({"n_layer": 2, "rope_indices": indices}, "model_config.")

@@ -5,10 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from jsonargparse.typing import PositiveInt
-
-from litgpt_moe_ext.cli.arguments import AtLeastTwo
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.field_types import AtLeastTwo, PositiveInt
 
 if TYPE_CHECKING:
     from litgpt import GPT

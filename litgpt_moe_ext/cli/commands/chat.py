@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
-
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.field_types import NonNegativeFloat, NonNegativeInt, PositiveInt, UnitInterval
 
 if TYPE_CHECKING:
     from litgpt import GPT, Tokenizer
@@ -56,7 +55,7 @@ class Chat:
     max_new_tokens: PositiveInt = 128
     temperature: NonNegativeFloat = 0.8
     top_k: PositiveInt | None = 50
-    top_p: ClosedUnitInterval = 1.0
+    top_p: UnitInterval = 1.0
     show_experts: bool = False
     layer: NonNegativeInt | None = None
     seed: NonNegativeInt | None = None

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jsonargparse.typing import PositiveFloat
-
 from litgpt_moe_ext.cli.arguments import positional
 from litgpt_moe_ext.errors import CANNOT, SettingsError
+from litgpt_moe_ext.field_types import PositiveFloat
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.inspect.recipes import Recipe

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jsonargparse.typing import PositiveInt
+from litgpt_moe_ext.field_types import PositiveInt
 
 if TYPE_CHECKING:
     from litgpt import Tokenizer

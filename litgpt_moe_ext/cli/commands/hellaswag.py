@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse.typing import PositiveInt
-
 from litgpt_moe_ext.cli.arguments import required_option
+from litgpt_moe_ext.field_types import PositiveInt
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from jsonargparse.typing import PositiveInt
-
-from litgpt_moe_ext.cli.arguments import AtLeastTwo
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.field_types import AtLeastTwo, PositiveInt
 
 if TYPE_CHECKING:
     from litgpt import Tokenizer

@@ -4,7 +4,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from jsonargparse.typing import NonNegativeInt
+from litgpt_moe_ext.field_types import NonNegativeInt
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from litgpt_moe_ext.field_types import NonNegativeInt, PositiveFloat, PositiveInt
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.study.launch import Limits

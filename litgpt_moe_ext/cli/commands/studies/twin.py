@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from jsonargparse.typing import NonNegativeInt, PositiveInt
-
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.field_types import NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.study.twin import Experts
