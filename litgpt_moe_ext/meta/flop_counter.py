@@ -5,9 +5,7 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from litgpt_moe_ext.host.without_compiler import without_compiler
-from litgpt_moe_ext.meta.operators import Operators
-
-_OPERATORS = Operators()
+from litgpt_moe_ext.meta.operators import OPERATORS, make_on_meta
 
 
 class FlopCounter(TorchDispatchMode):
@@ -42,7 +40,7 @@ class FlopCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        result = _OPERATORS(func, args, kwargs)
+        result = OPERATORS(func, args, kwargs, make_on_meta)
         formula = self._formulas.get(func._overloadpacket)
         if formula is not None:
             self.total += formula(*args, **kwargs, out_val=result)

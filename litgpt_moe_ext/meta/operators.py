@@ -1,5 +1,6 @@
-"""What operators return for meta tensors."""
+"""What operators return for tensors that have a shape and no memory."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,37 +12,60 @@ from litgpt_moe_ext.meta.registrations import asking_again
 META = torch.device("meta")
 
 
-class _New(NamedTuple):
-    # A tensor that an operator returns, in memory of its own.
+class New(NamedTuple):
+    """A tensor that an operator returns, in memory of its own.
+
+    Attributes:
+        size: Its shape.
+        stride: Its strides.
+        dtype: Its type.
+        n_bytes: Size of the memory.
+    """
+
     size: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
+    n_bytes: int
 
 
-class _View(NamedTuple):
-    # A tensor that an operator returns, in the memory of its first argument.
+class View(NamedTuple):
+    """A tensor that an operator returns, in the memory of its first argument.
+
+    Attributes:
+        size: Its shape.
+        stride: Its strides.
+        dtype: Its type.
+        offset: Where it begins, in elements.
+    """
+
     size: tuple[int, ...]
     stride: tuple[int, ...]
+    dtype: torch.dtype
     offset: int
 
 
-class Operators:
-    """Carry out operators on meta tensors; what they return is asked of torch once for each kind of input.
+Make = Callable[[New | View, Tensor | None], Tensor]
+"""Makes a tensor; for a view, from the first argument of the operator."""
 
-    torch computes most shapes in Python, which takes longer than a small operator itself.
+
+class Operators:
+    """Carry out operators on tensors without memory; what they return is asked of torch once for each kind of input.
+
+    Asking torch takes longer than remembering, above all where it computes shapes in Python.
     """
 
     def __init__(self) -> None:
         self._kinds: dict[Any, str] = {}
         self._results: dict[Any, Any] = {}
 
-    def __call__(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def __call__(self, func: Any, args: tuple, kwargs: dict[str, Any], make: Make) -> Any:
         """Return what an operator returns.
 
         Args:
             func: An overload of an operator of torch.
-            args: Its arguments; every tensor is a meta tensor.
+            args: Its arguments.
             kwargs: Its named arguments.
+            make: Makes the tensors that it returns.
         """
         kind = self._kinds.get(func)
         if kind is None:
@@ -49,13 +73,28 @@ class Operators:
         if kind == "changes":
             return args[0]
         if kind == "other":
-            return asking_again(func, *args, **kwargs)
+            return _carry_out(func, args, kwargs, make)
         base = args[0] if args and isinstance(args[0], Tensor) else None
         offset = None if base is None else base.storage_offset()
         key = (func, _describe(args), _describe(kwargs), offset, torch.get_default_dtype())
         if key not in self._results:
-            self._results[key] = _note(asking_again(KERNELS.get(func, func), *args, **kwargs), base)
-        return _make(self._results[key], base)
+            given: dict[int, Tensor] = {}
+            args, kwargs = _on_meta(args, given), _on_meta(kwargs, given)
+            result = asking_again(KERNELS.get(func, func), *args, **kwargs)
+            self._results[key] = _note(result, None if base is None else args[0])
+        return _build(self._results[key], base, make)
+
+
+OPERATORS = Operators()
+
+
+def make_on_meta(note: New | View, base: Tensor | None) -> Tensor:
+    """Make a tensor on torch's meta device."""
+    if isinstance(note, New):
+        return torch.empty_strided(note.size, note.stride, dtype=note.dtype, device=META)
+    assert base is not None, "a view has a base"
+    view = torch.empty(0, dtype=note.dtype, device=META)
+    return view.set_(base.untyped_storage(), note.offset, note.size, note.stride)
 
 
 # They change the shape of what they are given.
@@ -78,7 +117,7 @@ def _kind_of(schema: Any) -> str:
 
 def _describe(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return tuple(value.shape), value.stride(), value.dtype
+        return value.shape, value.stride(), value.dtype
     if isinstance(value, (tuple, list)):
         return tuple([_describe(item) for item in value])
     if isinstance(value, dict):
@@ -87,21 +126,47 @@ def _describe(value: Any) -> Any:
     return type(value), value
 
 
+def _carry_out(func: Any, args: tuple, kwargs: dict[str, Any], make: Make) -> Any:
+    given: dict[int, Tensor] = {}
+    result = asking_again(func, *_on_meta(args, given), **_on_meta(kwargs, given))
+    # An operator that changes a tensor returns it.
+    known = given.get(id(result))
+    return _build(_note(result, None), None, make) if known is None else known
+
+
+def _on_meta(value: Any, given: dict[int, Tensor]) -> Any:
+    """Return arguments on the meta device; `given` gets what each tensor stands for, by its identity."""
+    if isinstance(value, Tensor):
+        if value.is_meta:
+            return value
+        storage = torch.empty(value.untyped_storage().nbytes(), dtype=torch.uint8, device=META).untyped_storage()
+        tensor = torch.empty(0, dtype=value.dtype, device=META)
+        tensor.set_(storage, value.storage_offset(), value.shape, value.stride())
+        given[id(tensor)] = value
+        return tensor
+    if isinstance(value, (tuple, list)):
+        return type(value)([_on_meta(item, given) for item in value])
+    if isinstance(value, dict):
+        return {name: _on_meta(item, given) for name, item in value.items()}
+    return META if isinstance(value, torch.device) else value
+
+
 def _note(value: Any, base: Tensor | None) -> Any:
     if isinstance(value, Tensor):
         size, stride = tuple(value.shape), value.stride()
         # Some operators return views without saying so.
         if base is not None and value.untyped_storage()._cdata == base.untyped_storage()._cdata:
-            return _View(size, stride, int(value.storage_offset()))
-        return _New(size, stride, value.dtype)
+            return View(size, stride, value.dtype, int(value.storage_offset()))
+        return New(size, stride, value.dtype, _extent(size, stride) * value.itemsize)
     return type(value)([_note(item, base) for item in value]) if isinstance(value, (tuple, list)) else value
 
 
-def _make(note: Any, base: Tensor | None) -> Any:
-    if isinstance(note, _View):
-        assert base is not None
-        view = torch.empty(0, dtype=base.dtype, device=META)
-        return view.set_(base.untyped_storage(), note.offset, note.size, note.stride)
-    if isinstance(note, _New):
-        return torch.empty_strided(note.size, note.stride, dtype=note.dtype, device=META)
-    return type(note)([_make(item, base) for item in note]) if isinstance(note, (tuple, list)) else note
+def _extent(size: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    # Elements from the first to the last one, both included.
+    return 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+
+
+def _build(note: Any, base: Tensor | None, make: Make) -> Any:
+    if isinstance(note, (New, View)):
+        return make(note, base)
+    return type(note)([_build(item, base, make) for item in note]) if isinstance(note, (tuple, list)) else note

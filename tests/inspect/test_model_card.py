@@ -12,7 +12,6 @@ from litgpt.utils import chunked_cross_entropy
 from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.inspect.cost import layers
-from litgpt_moe_ext.inspect.cost.live_memory import LiveMemory
 from litgpt_moe_ext.inspect.cost.memory import (
     PRECISIONS,
     Step,
@@ -28,6 +27,7 @@ from litgpt_moe_ext.inspect.recipes import Recipe, load_recipe
 from litgpt_moe_ext.model_size import count_flops
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
 from litgpt_moe_ext.training.callbacks.fused_loss import FusedLoss
+from tests.inspect.live_memory import LiveMemory
 from tests.models import initialized_model, moe_config
 
 LENGTH = 32
@@ -43,10 +43,10 @@ def test_live_memory_sees_the_worst_moment():
         kept = torch.empty(1000, dtype=torch.uint8)
         passing = torch.empty(500, dtype=torch.uint8)
         view = kept[:10]
-        assert memory.live() == 1500
+        assert memory.live == 1500
         del passing
         torch.empty(200, dtype=torch.uint8)
-        assert memory.live() == 1000
+        assert memory.live == 1000
         assert memory.peak == 1500
         memory.reset()
         assert memory.peak == 1000
@@ -77,7 +77,7 @@ def measured(config, precision: str, batch: int, **savers) -> tuple[int, int]:
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         memory.reset()
-        before = memory.live()
+        before = memory.live
         with contextlib.nullcontext() if autocast is None else torch.autocast("cpu", autocast):
             loss = cross_entropy(model(ids[:, :-1]), ids[:, 1:])
         loss.backward()

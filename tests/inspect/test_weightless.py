@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from litgpt_moe_ext.inspect.cost import memory
 from litgpt_moe_ext.inspect.cost.layers import shorten
-from litgpt_moe_ext.inspect.cost.live_memory import LiveMemory
 from litgpt_moe_ext.inspect.cost.memory import Step, inference_memory, training_memory
 from litgpt_moe_ext.model_size import count_flops
+from tests.inspect.live_memory import LiveMemory
 from tests.models import moe_config
 
 LENGTH = 32

@@ -1,7 +1,7 @@
 """How much memory training and inference take, found out by running the model on tensors without content.
 
-Such tensors have shapes and dtypes, obey autograd and autocast, and allocate nothing. `LiveMemory` adds up the storages
-that would be alive while they pass by, which gives the peak as an allocator without waste would see it. Of many equal
+Such tensors have shapes and dtypes, obey autograd and autocast, and allocate nothing. What would be
+alive while they pass by is added up, which gives the peak as an allocator without waste would see it. Of many equal
 layers only three are run (`litgpt_moe_ext.inspect.cost.layers`).
 """
 
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from litgpt_moe_ext.inspect.cost.experts import without_values
 from litgpt_moe_ext.inspect.cost.layers import ShortModel
-from litgpt_moe_ext.inspect.cost.live_memory import LiveMemory, PeakOverLayers
+from litgpt_moe_ext.inspect.cost.peak import PeakOverLayers
 from litgpt_moe_ext.inspect.cost.recompute import recompute
-from litgpt_moe_ext.inspect.cost.weightless import weightless
+from litgpt_moe_ext.inspect.cost.weightless import WeightlessMemory, weightless
 from litgpt_moe_ext.moe.gradient_injection import forget_scale
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing, Mode
 from litgpt_moe_ext.training.callbacks.fused_loss import FusedLoss, require_torch
@@ -218,7 +218,7 @@ def _cache_bytes(module: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def _weightless_model(short: ShortModel, dtype: torch.dtype) -> "Iterator[tuple[GPT, LiveMemory]]":
+def _weightless_model(short: ShortModel, dtype: torch.dtype) -> "Iterator[tuple[GPT, WeightlessMemory]]":
     from litgpt.model import GPT
 
     with weightless() as memory:
