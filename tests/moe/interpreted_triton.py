@@ -3,6 +3,7 @@
 The interpreter must be switched on before Triton is imported, and imports nothing of LitGPT, to be there quickly.
 """
 
+import contextlib
 import os
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.kernels import plan
 from litgpt_moe_ext.moe.kernels.backends import ExpertWeights
 from litgpt_moe_ext.moe.kernels.plan import Outer, Product, plan_of
+from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
 from litgpt_moe_ext.moe.kernels.triton.rows import multiply_rows
 from litgpt_moe_ext.moe.kernels.triton.weights import sum_outer_products
 from litgpt_moe_ext.moe.router import Routing
@@ -194,6 +196,40 @@ def test_autocast(dtype):
     for name, expected in truth.items():
         assert ours[name].dtype == torch.float32
         assert 1e-7 < error(ours[name], expected) < {torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype], name
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "autocast"),
+    [
+        ("triton", torch.float32, torch.bfloat16),
+        ("grouped_mm", torch.float32, torch.bfloat16),
+        pytest.param("triton", torch.float32, None, marks=pytest.mark.slow),
+        pytest.param("triton", torch.float16, None, marks=pytest.mark.slow),
+    ],
+)
+def test_micro_batches_share_weights(backend, dtype, autocast):
+    """With one weight that is watched, and without: every bit is as without sharing."""
+    F = 24 if backend == "grouped_mm" else 23
+    experts, routing = make_experts(dtype, E=3, F=F, bias=False, expert_backend=backend), make_routing(9, 2, 3)
+    xs, upstream, seen = torch.randn(3, 9, 16).to(dtype), torch.randn(9, 16).to(dtype), []
+
+    def gradients(shared):
+        experts.zero_grad()
+        for x in xs:
+            with shared(), torch.autocast("cpu", autocast, enabled=autocast is not None):
+                y = experts(x, routing)
+                before = experts.down_proj.grad
+                y.backward(upstream)
+            assert before is None or before is experts.down_proj.grad
+        return [parameter.grad for parameter in experts.parameters()]
+
+    expected, ours = gradients(contextlib.nullcontext), gradients(StepWeights().shared)
+    handle = experts.gate_up_proj.register_hook(lambda gradient: seen.append(gradient))
+    watched = gradients(StepWeights().shared)
+    handle.remove()
+    assert len(seen) == 3
+    for some in zip(expected, ours, watched, strict=True):
+        assert all(torch.equal(some[0], gradient) for gradient in some)
 
 
 @pytest.mark.slow

@@ -31,12 +31,13 @@ def multiply_rows(product: Product) -> Tensor:
     return torch.empty_like(y_RO).index_copy_(0, plan.rows, y_RO) if scatter else y_RO
 
 
-def sum_outer_products(outer: Outer, dtype: torch.dtype) -> Tensor:
-    """Return the sum of `left^T right` over the rows of each expert, (E, O, I) in `dtype`."""
+def sum_outer_products(outer: Outer, dtype: torch.dtype, total_EOI: Tensor | None = None) -> Tensor:
+    """Return the sum of `left^T right` over the rows of each expert, (E, O, I) in `dtype`, added to a `total_EOI`."""
     left, right, plan, gather_left, gather_right = outer
     left = left.index_select(0, _tokens(plan)) if gather_left else left
     right = right.index_select(0, _tokens(plan)) if gather_right else right
-    return F.grouped_mm(left.t(), right, offs=plan.ends).to(dtype)
+    sum_EOI = F.grouped_mm(left.t(), right, offs=plan.ends)
+    return sum_EOI.to(dtype) if total_EOI is None else total_EOI.add_(sum_EOI)
 
 
 def sums_fast(outer: Outer) -> bool:

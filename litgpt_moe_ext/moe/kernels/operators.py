@@ -2,7 +2,8 @@
 
 Two operators have gradients, `expert_up` (tokens to hidden rows) and `expert_down` (hidden rows to tokens); the others
 are their backward pass. Between forward and backward they keep their own inputs: the tokens, the output of the first
-projection, the routing. Parameters are kept as they are stored, and cast again.
+projection, the routing. Parameters are kept as they are stored, and cast again unless passes share their casts
+(`litgpt_moe_ext.moe.kernels.step_weights`).
 
 Two engines compute them: the kernels of `litgpt_moe_ext.moe.kernels.triton`, and torch's own grouped product
 (`litgpt_moe_ext.moe.kernels.native`). Triton is imported when the first operator runs; a fake tensor needs none.
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from litgpt_moe_ext.moe.activations import Activation
-from litgpt_moe_ext.moe.kernels import native
+from litgpt_moe_ext.moe.kernels import native, step_weights
 from litgpt_moe_ext.moe.kernels.backends import ExpertWeights
 from litgpt_moe_ext.moe.kernels.plan import Gates, Identity, Mask, Outer, Plan, Product, plan_of
 from litgpt_moe_ext.triton_launch import triton_installed
@@ -255,7 +256,7 @@ def _beside(call: Any, x: Tensor) -> Any:
 @_operator("expert_up", Up, lambda c: c.x_TD.new_empty(c.rows_R.size(0), c.weight_EGD.size(1), dtype=c.dtype))
 def expert_up(call: Up) -> Tensor:
     """Return the output of the first projections, (R, G)."""
-    x_TD, weight = call.x_TD.to(call.dtype), call.weight_EGD.to(call.dtype)
+    x_TD, weight = call.x_TD.to(call.dtype), step_weights.cast(call.weight_EGD, call.dtype)
     return _engine(call).multiply_rows(Product(x_TD, weight, call.bias_EG, _plan(call, len(x_TD)), gather=True))
 
 
@@ -264,7 +265,7 @@ def expert_down(call: Down) -> Tensor:
     """Return the weighted sum of the experts' outputs, (T, D), from the output of the first projections."""
     n_token, beside = call.gates_TK.size(0), _beside(call, call.h_RG)
     a_RF = beside.activate(call.h_RG, _activation(call), Mask(call.keep_RF, call.scale))
-    weight = call.weight_EDF.to(a_RF.dtype)
+    weight = step_weights.cast(call.weight_EDF, a_RF.dtype)
     y_RD = _engine(call).multiply_rows(Product(a_RF, weight, call.bias_ED, _plan(call, n_token), scatter=True))
     return beside.combine(y_RD, call.gates_TK.contiguous(), n_token, call.dtype)
 
@@ -272,8 +273,8 @@ def expert_down(call: Down) -> Tensor:
 @_operator("multiply_rows", RowProduct, lambda c: c.x.new_empty(c.rows_R.size(0), c.weight_EOI.size(1)))
 def multiply_rows(call: RowProduct) -> Tensor:
     """Return rows times weights, (R, O)."""
-    weight, plan = call.weight_EOI.to(call.x.dtype), _plan(call, call.n_token)
-    return _engine(call).multiply_rows(Product(call.x, weight, None, plan, call.gather, call.scatter))
+    plan = _plan(call, call.n_token)
+    return _engine(call).multiply_rows(Product(call.x, call.weight_EOI, None, plan, call.gather, call.scatter))
 
 
 @_operator(
@@ -283,10 +284,14 @@ def multiply_rows(call: RowProduct) -> Tensor:
 )
 def sum_outer_products(call: OuterProduct) -> Tensor:
     """Return the gradient of weights, (E, O, I)."""
+    return _sum_outer_products(call, None)
+
+
+def _sum_outer_products(call: OuterProduct, total_EOI: Tensor | None) -> Tensor:
     plan = _plan(call, len(call.left if call.gather_left else call.right))
     outer = Outer(call.left, call.right, plan, call.gather_left, not call.gather_left)
     engine = native if native.sums_fast(outer) else _engine(call)
-    return engine.sum_outer_products(outer, call.dtype)
+    return engine.sum_outer_products(outer, call.dtype, total_EOI)
 
 
 @_operator("sum_rows", RowSum, lambda c: c.x.new_empty(c.ends_E.size(0), c.x.size(1), dtype=c.dtype))
@@ -334,6 +339,15 @@ def _kept(ctx: Any) -> list[Any]:
     return [next(tensors) if is_tensor else value for is_tensor, value in zip(ctx.is_tensor, ctx.call, strict=True)]
 
 
+def _weight_gradient(weight: Tensor, call: OuterProduct) -> Tensor | None:
+    # None where it has been added to the gradient that the weights have.
+    total = step_weights.gradient_to_extend(weight)
+    if total is None:
+        return sum_outer_products(*call)
+    _sum_outer_products(call, total)
+    return None
+
+
 def _up_backward(ctx: Any, dh_RG: Tensor) -> tuple[Tensor | None, ...]:
     call = Up(*_kept(ctx))
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -341,11 +355,12 @@ def _up_backward(ctx: Any, dh_RG: Tensor) -> tuple[Tensor | None, ...]:
     n_token, plan, engine = call.x_TD.size(0), (call.rows_R, call.ends_E), call.engine
     dh_RG = dh_RG.contiguous()
     if need_x:
-        dx_RD = multiply_rows(dh_RG, call.weight_EGD.transpose(1, 2), *plan, n_token, False, True, engine)
+        weight = step_weights.cast(call.weight_EGD, dh_RG.dtype)
+        dx_RD = multiply_rows(dh_RG, weight.transpose(1, 2), *plan, n_token, False, True, engine)
         dx_TD = combine(dx_RD, n_token, call.x_TD.dtype, engine)
     if need_weight:
-        x_TD = call.x_TD.to(call.dtype)
-        dweight_EGD = sum_outer_products(dh_RG, x_TD, *plan, False, call.weight_EGD.dtype, engine)
+        outer = OuterProduct(dh_RG, call.x_TD.to(call.dtype), *plan, False, call.weight_EGD.dtype, engine)
+        dweight_EGD = _weight_gradient(call.weight_EGD, outer)
     if need_bias and call.bias_EG is not None:
         dbias_EG = sum_rows(dh_RG, None, *plan, call.bias_EG.dtype, engine)
     return dx_TD, dweight_EGD, dbias_EG, None, None, None, None
@@ -358,14 +373,16 @@ def _down_backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
     n_token, plan, engine = call.gates_TK.size(0), (call.rows_R, call.ends_E), call.engine
     dy_TD = dy_TD.to(call.h_RG.dtype).contiguous()
     if need_h or need_gates or need_weight:
-        da_RF = multiply_rows(dy_TD, call.weight_EDF.transpose(1, 2), *plan, n_token, True, False, engine)
+        weight = step_weights.cast(call.weight_EDF, dy_TD.dtype)
+        da_RF = multiply_rows(dy_TD, weight.transpose(1, 2), *plan, n_token, True, False, engine)
         middle = Middle(
             call.h_RG, da_RF, call.gates_TK, call.keep_RF, call.rows_R, call.activation, call.approximate, call.scale,
             engine,
         )  # fmt: skip
         dh_RG, a_RF, dgates_TK = activate_backward(*middle)
         if need_weight:
-            dweight_EDF = sum_outer_products(dy_TD, a_RF, *plan, True, call.weight_EDF.dtype, engine)
+            outer = OuterProduct(dy_TD, a_RF, *plan, True, call.weight_EDF.dtype, engine)
+            dweight_EDF = _weight_gradient(call.weight_EDF, outer)
         if call.bias_ED is not None:
             dgates_TK = dgates_TK + _bias_share(dy_TD, call.bias_ED, call.experts_TK)
         dgates_TK = dgates_TK.to(call.gates_TK.dtype)

@@ -8,6 +8,8 @@ A graph knows nothing of Python. What a pass reads must stay where it was, and g
 written first; both are looked after here. Parameters get their gradients as in an eager backward pass, also those of
 leaves that are no parameters, such as the tallies of routers.
 
+Passes of a step share what they can of the experts' weights (`litgpt_moe_ext.moe.kernels.step_weights`).
+
 Shape legend: B batch, T tokens.
 """
 
@@ -18,6 +20,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -121,6 +125,7 @@ class GraphedLoss:
             those of a validation, fit side by side.
         say: Told once whether graphs are used.
         make_capture: Returns what makes the passes.
+        share: Whether passes share casts of weights and sums of their gradients.
     """
 
     def __init__(
@@ -130,6 +135,7 @@ class GraphedLoss:
         careful: bool,
         say: Callable[[str], None],
         make_capture: Callable[[], Capture] = CudaCapture,
+        share: bool = True,
     ) -> None:
         self._loss, self._model, self._careful, self._say = loss, model, careful, say
         self._make_capture = make_capture
@@ -138,6 +144,8 @@ class GraphedLoss:
         self._turn = 0
         self._used = True
         self._captured: _Captured | None = None
+        self._weights = StepWeights()
+        self._sharing = self._weights.shared if share else contextlib.nullcontext
         self._anchor = torch.zeros((), requires_grad=True)
 
     def __call__(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
@@ -151,6 +159,8 @@ class GraphedLoss:
             return self._loss(ids_BT, targets_BT)
         begins = all(parameter.grad is None for parameter in self._parameters)
         self._steps += begins
+        if begins:
+            self._weights.expire()
         if self._steps == 2 and begins:
             return self._watched(ids_BT, targets_BT)
         if self._steps > 2 and begins and (self._captured is None or self._captured.is_stale()):
@@ -158,6 +168,7 @@ class GraphedLoss:
         captured = self._captured
         if captured is None or not captured.fits(ids_BT, targets_BT):
             return self._eager(ids_BT, targets_BT)
+        self._weights.refresh()
         try:
             passes = captured.passes(begins)
         except RuntimeError as error:
@@ -194,11 +205,11 @@ class GraphedLoss:
 
     def _watched(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
         waits: list[str] = []
-        with _noting_waits(waits):
+        with self._sharing(), _noting_waits(waits):
             loss = self._loss(ids_BT, targets_BT)
 
         def backward(grad: Tensor) -> None:
-            with _noting_waits(waits):
+            with self._sharing(), _noting_waits(waits):
                 loss.backward(grad)
             if waits:
                 self._stop(f"the model waits for the device, at {waits[0]}")
@@ -206,11 +217,13 @@ class GraphedLoss:
         return self._result(loss.detach(), backward)
 
     def _first_capture(self, ids_BT: Tensor, targets_BT: Tensor) -> "_Captured | None":
-        if self._captured is None and self._careful and (lack := _lack_of_memory(ids_BT.device)) is not None:
+        is_first, self._captured = self._captured is None, None
+        if not is_first:
+            self._weights.clear()
+        elif self._careful and (lack := self._lack_of_memory(ids_BT.device)) is not None:
             self._stop(lack)
             return None
-        is_first, self._captured = self._captured is None, None
-        captured = _Captured(self._make_capture(), self._loss, self._model, (ids_BT.clone(), targets_BT.clone()))
+        captured = _Captured(self._capture(), self._loss, self._model, (ids_BT.clone(), targets_BT.clone()))
         try:
             captured.passes(begins=True)
         except RuntimeError as error:
@@ -220,12 +233,30 @@ class GraphedLoss:
             self._say("CUDA graphs: on, from this step")
         return captured
 
+    def _lack_of_memory(self, device: torch.device) -> str | None:
+        lack = _lack_of_memory(device)
+        if lack is None:
+            return None
+        # Graphs are worth more than casts that are kept.
+        self._weights.keeps = False
+        return _lack_of_memory(device, self._weights.clear())
+
+    def _capture(self) -> Capture:
+        capture = self._make_capture()
+
+        def sharing_capture(loss: Loss, ids_BT: Tensor, targets_BT: Tensor) -> Passes:
+            with self._sharing():
+                return capture(loss, ids_BT, targets_BT)
+
+        return sharing_capture
+
     def _give_up(self, error: Exception) -> None:
         self._captured = None
         self._stop(f"capturing failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
 
     def _stop(self, reason: str) -> None:
         self._used = False
+        self._weights.clear()
         self._say(f"CUDA graphs: off ({reason})")
 
 
@@ -322,14 +353,19 @@ def _noting_waits(places: list[str]) -> Iterator[None]:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
-def _lack_of_memory(device: torch.device) -> str | None:
-    """Return how much memory is missing, as words, where graphs and passes without them do not fit side by side."""
+def _lack_of_memory(device: torch.device, freed: int = 0) -> str | None:
+    """Return how much memory is missing, as words, where graphs and passes without them do not fit side by side.
+
+    Args:
+        device: Where.
+        freed: Bytes that have been given back since the peak.
+    """
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
     room = free + torch.cuda.memory_reserved(device)
-    passes = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
-    needed = torch.cuda.max_memory_allocated(device) + passes
+    peak = torch.cuda.max_memory_allocated(device) - freed
+    needed = 2 * peak - torch.cuda.memory_allocated(device)
     if needed <= room:
         return None
     return (

@@ -1,10 +1,12 @@
 """What CUDA graphs do, on a CPU: passes that run again on the same tensors, and add gradients where they did."""
 
+import contextlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from litgpt_moe_ext.moe.kernels.step_weights import current
 from litgpt_moe_ext.training.steps.graphed_loss import Passes, leaves_of
 
 
@@ -16,6 +18,8 @@ class Reruns:
 
     def __call__(self, loss: Callable[[Tensor, Tensor], Tensor], ids_BT: Tensor, targets_BT: Tensor) -> Passes:
         self.captured += 1
+        # What was shared when a graph was captured is so when it is replayed.
+        shared = contextlib.nullcontext if (weights := current()) is None else weights.shared
         with torch.random.fork_rng():
             value = loss(ids_BT, targets_BT)
         static, scale, latest = value.detach().clone(), torch.ones_like(value), []
@@ -28,12 +32,17 @@ class Reruns:
         gradients = {leaf: torch.full_like(leaf, torch.nan) if grad is None else grad for leaf, grad in kept.items()}
 
         def forward() -> None:
-            latest[:] = [loss(ids_BT, targets_BT)]
+            with shared():
+                latest[:] = [loss(ids_BT, targets_BT)]
             static.copy_(latest[0].detach())
 
         def backward() -> None:
-            found = torch.autograd.grad(latest.pop(), list(gradients), scale)
+            with shared():
+                found = torch.autograd.grad(latest.pop(), list(gradients), scale, allow_unused=True)
             for (leaf, total), new in zip(gradients.items(), found, strict=True):
-                total.copy_(new) if kept[leaf] is None else total.add_(new)
+                if kept[leaf] is None:
+                    total.copy_(new)
+                elif new is not None:  # otherwise a product has added it
+                    total.add_(new)
 
         return Passes(forward, backward, static, scale, gradients)

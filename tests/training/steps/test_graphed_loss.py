@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from litgpt_moe_ext.moe.kernels import operators
+from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
 from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss
 from tests.models import initialized_model, moe_config
@@ -12,11 +14,12 @@ from tests.training.steps.passes import Reruns
 VOCABULARY = 64
 
 
-def make_model():
+def make_model(**changes):
     torch.manual_seed(0)
     config = moe_config(
-        router_bias_update_rate=0.01, router_z_loss_coef=0.01, expert_dropout=0.1, padded_vocab_size=VOCABULARY
-    )
+        router_bias_update_rate=0.01, router_z_loss_coef=0.01, expert_dropout=0.1, padded_vocab_size=VOCABULARY,
+        **changes,
+    )  # fmt: skip
     return initialized_model(config)
 
 
@@ -26,8 +29,8 @@ def batches(number, rows=2, length=16):
 
 
 class Training:
-    def __init__(self, graphs: bool, **options):
-        self.model, self.said = make_model(), []
+    def __init__(self, graphs: bool, shape=None, dtype=None, **options):
+        self.model, self.said, self.dtype = make_model(**shape or {}), [], dtype
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         self.captures = []
         self.loss = self.plain_loss
@@ -41,7 +44,8 @@ class Training:
         return self.captures[-1]
 
     def plain_loss(self, ids, targets):
-        return nn.functional.cross_entropy(self.model(ids).flatten(0, 1), targets.flatten())
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype is not None):
+            return nn.functional.cross_entropy(self.model(ids).flatten(0, 1), targets.flatten())
 
     def step(self, micro_batches, zero_grad=True):
         losses = []
@@ -61,11 +65,11 @@ class Training:
         return dict(self.model.state_dict()) | loads
 
 
-def assert_trains_alike(train, **options):
+def assert_trains_alike(train, shape=None, dtype=None, **options):
     """Check that `train`, given a training, does the same with passes that are replayed; return that training."""
-    graphed = Training(True, **options)
+    graphed = Training(True, shape, dtype, **options)
     numbers = train(graphed)
-    plain = Training(False)
+    plain = Training(False, shape, dtype)
     assert train(plain) == numbers
     ours, theirs = graphed.state(), plain.state()
     assert ours.keys() == theirs.keys()
@@ -84,6 +88,53 @@ def test_equals_the_loss_itself(accumulation):
     graphed = assert_trains_alike(train)
     assert graphed.said == ["CUDA graphs: on, from this step"]
     assert [capture.captured for capture in graphed.captures] == [min(accumulation, 2)]
+
+
+GROUPED = {"expert_backend": "grouped_mm", "moe_intermediate_size": 16}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_experts_weights_are_shared(monkeypatch, dtype):
+    """Casts and sums of gradients, also in steps that begin with another shape, and where something has moved."""
+    small, other = batches(20), batches(2, rows=1, length=9)
+    casts, sums = [], []
+    cast, extend = StepWeights.cast, operators._sum_outer_products
+    monkeypatch.setattr(StepWeights, "cast", lambda self, *of: casts.append(of[1]) or cast(self, *of))
+    monkeypatch.setattr(operators, "_sum_outer_products", lambda call, to: sums.append(to) or extend(call, to))
+
+    def train(training):
+        numbers = [training.step(small[i : i + 2]) for i in range(0, 8, 2)]
+        numbers.append(training.step([other[0], *small[8:10]]))
+        training.model.cos = training.model.cos.clone()
+        numbers += [training.step(small[i : i + 3]) for i in range(10, 16, 3)]
+        training.model.transformer.h[0].mlp.experts.down_proj.grad = torch.ones(8, 16, 16)
+        return [*numbers, training.step(small[16:18])]
+
+    graphed = assert_trains_alike(train, GROUPED, dtype, share=True)
+    assert [capture.captured for capture in graphed.captures] == [2, 2]
+    assert bool(casts) == (dtype is not None)
+    assert any(total is not None for total in sums)
+    kept = graphed.loss._weights._casts
+    assert len(kept) == (4 if dtype else 0)
+    sums.clear()
+    assert_trains_alike(train, GROUPED, dtype, share=False)
+    assert not any(total is not None for total in sums)
+
+
+def test_casts_are_not_kept_where_memory_is_short(monkeypatch):
+    lacks = iter(["they would need 7.0 GiB, 5.0 are there", None])
+    freed = []
+    place = "litgpt_moe_ext.training.steps.graphed_loss._lack_of_memory"
+    monkeypatch.setattr(place, lambda device, given=None: freed.append(given) or next(lacks))
+    data = batches(8)
+
+    def train(training):
+        return [training.step(data[i : i + 2]) for i in range(0, 8, 2)]
+
+    graphed = assert_trains_alike(train, GROUPED, torch.bfloat16)
+    assert graphed.said == ["CUDA graphs: on, from this step"]
+    assert freed == [None, 2 * 2 * 8 * (32 * 16 + 16 * 16)]  # two layers, two bytes
+    assert not graphed.loss._weights._casts
 
 
 def test_batches_of_another_shape_and_gradients_of_others():
@@ -154,7 +205,7 @@ def test_does_without_where_capturing_fails():
 @pytest.mark.parametrize(("careful", "tried"), [(True, False), (False, True)])
 def test_leaves_room_unless_asked_for(monkeypatch, careful, tried):
     place = "litgpt_moe_ext.training.steps.graphed_loss._lack_of_memory"
-    monkeypatch.setattr(place, lambda device: "they would need 7.0 GiB, 5.0 are there")
+    monkeypatch.setattr(place, lambda *_: "they would need 7.0 GiB, 5.0 are there")
     graphed = Training(True, careful=careful)
     for batch in batches(4):
         graphed.step([batch])

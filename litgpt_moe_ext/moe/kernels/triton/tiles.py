@@ -62,9 +62,17 @@ class Tiles(NamedTuple):
             return self.odd
         return self.few if mean_rows <= 24 else self.some if mean_rows <= 96 else self.many
 
-    def for_weights(self, aligned: bool) -> Tile:
-        """Return the block of a gradient of weights; `aligned` as above."""
-        return self.weights if aligned else self.odd_weights
+    def for_weights(self, aligned: bool, add: bool) -> Tile:
+        """Return the block of a gradient of weights.
+
+        Args:
+            aligned: As above.
+            add: Whether it is added to another, of which a thread then holds as many numbers again. More threads share
+                the sum among themselves, not its rows, so it has the same bits.
+        """
+        tile = self.weights if aligned else self.odd_weights
+        crowded = tile.out * tile.inner > 64 * 32 * tile.warps
+        return tile._replace(warps=2 * tile.warps) if add and crowded else tile
 
 
 class Card(NamedTuple):

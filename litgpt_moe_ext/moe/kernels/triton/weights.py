@@ -24,16 +24,18 @@ class _Form(NamedTuple):
     gather_right: bool
     precision: str
     wide: bool
+    add: bool
 
 
-def sum_outer_products(outer: Outer, dtype: torch.dtype) -> Tensor:
-    """Return the sum of `left^T right` over the rows of each expert, (E, O, I) in `dtype`."""
+def sum_outer_products(outer: Outer, dtype: torch.dtype, total_EOI: Tensor | None = None) -> Tensor:
+    """Return the sum of `left^T right` over the rows of each expert, (E, O, I) in `dtype`, added to a `total_EOI`."""
     left, right, plan, gather_left, gather_right = outer
-    sum_EOI = left.new_empty(plan.n_expert, left.size(1), right.size(1), dtype=dtype)
+    add = total_EOI is not None
+    sum_EOI = total_EOI if add else left.new_empty(plan.n_expert, left.size(1), right.size(1), dtype=dtype)
     tiles, precision = tiles_for(left.device, left.dtype)
-    tile = tiles.for_weights(aligned=left.size(1) % 16 == right.size(1) % 16 == 0)
+    tile = tiles.for_weights(left.size(1) % 16 == right.size(1) % 16 == 0, add)
     wide = max(x.size(0) * max(x.stride(0), 1) for x in (left, right)) >= 2**31
-    form = _Form(gather_left, gather_right, precision, wide)
+    form = _Form(gather_left, gather_right, precision, wide, add)
     grid = (ceil_div(left.size(1), tile.out) * ceil_div(right.size(1), tile.inner), plan.n_expert)
     arguments = (rows_of(left), rows_of(right), stack_of(sum_EOI), plan, form, tile)
     launch(_sum_outer_products, grid, arguments, tile.warps, tile.stages)
@@ -85,6 +87,10 @@ def _sum_outer_products(left, right, out, plan, FORM: constexpr, TILE: constexpr
     out_NK = out.data + expert.to(tl.int64) * out.stride_e
     out_NK = out_NK + o_N.to(tl.int64)[:, None] * out.stride_o + i_K[None, :]
     inside_NK = (o_N < out.n_out)[:, None] & (i_K < out.n_in)[None, :]
+    sum_NK = sum_NK.to(out.data.dtype.element_ty)
+    if FORM.add:
+        # Rounded before and after, as where autograd adds what has been written.
+        sum_NK = sum_NK.to(tl.float32) + tl.load(out_NK, mask=inside_NK, other=0.0).to(tl.float32)
     tl.store(out_NK, sum_NK.to(out.data.dtype.element_ty), mask=inside_NK)
 
 

@@ -1,0 +1,93 @@
+"""What the micro-batches of an optimizer step share of the experts' weights.
+
+A token visits few experts, but a pass touches the weights of all. In mixed precision they are cast before the forward
+and again before the backward pass, 6 bytes of traffic for each number and cast; their gradient is written by itself,
+and autograd reads it with the sum of the earlier ones and writes that sum, 16 bytes from the product on. Within
+`StepWeights.shared` they are cast once for an optimizer step, and a product adds its gradient to the sum itself, 8
+bytes. Every number is the same to the last bit, but for weights that several layers use, whose gradients are added up
+in another order.
+
+Whoever shares must know when an optimizer step begins, and that nobody wants to see the gradient of a single
+micro-batch. Passes that run as CUDA graphs know both.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+_sharing: "StepWeights | None" = None
+
+
+class StepWeights:
+    """Keeps weights in the dtype of the products, at the same address from step to step.
+
+    Attributes:
+        keeps: Whether casts are kept; otherwise only sums of gradients are shared.
+    """
+
+    def __init__(self) -> None:
+        self.keeps = True
+        self._casts: dict[tuple[nn.Parameter, torch.dtype], Tensor] = {}
+        self._fresh = False
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        """Have the passes in this scope share, the backward pass in autograd's own thread too."""
+        global _sharing
+        before, _sharing = _sharing, self
+        try:
+            yield
+        finally:
+            _sharing = before
+
+    def expire(self) -> None:
+        """Take note that an optimizer step begins. Versions of tensors do not tell: fused optimizers leave them."""
+        self._fresh = False
+
+    def refresh(self) -> None:
+        """Cast again, once in a step; call it before every micro-batch that finds its casts here."""
+        weights: list[Tensor] = [weight for weight, _ in self._casts]
+        # Weights without a gradient may have changed as well: a step does not begin for all where one has kept its own.
+        stale = not self._fresh or any(weight.requires_grad and weight.grad is None for weight in weights)
+        if weights and stale:
+            with torch.no_grad():
+                torch._foreach_copy_(list(self._casts.values()), weights)
+        self._fresh = True
+
+    def clear(self) -> int:
+        """Forget all casts; return how many bytes they took."""
+        size = sum(cast.nbytes for cast in self._casts.values())
+        self._casts.clear()
+        return size
+
+    def cast(self, weight: nn.Parameter, dtype: torch.dtype) -> Tensor:
+        """Return a weight in `dtype`."""
+        if not self.keeps:
+            return weight.detach().to(dtype)
+        if (weight, dtype) not in self._casts:
+            self._casts[weight, dtype] = weight.detach().to(dtype)
+        return self._casts[weight, dtype]
+
+
+def current() -> StepWeights | None:
+    """Return who shares at present."""
+    return _sharing
+
+
+def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return weights in `dtype`, those that are kept where passes share them."""
+    if _sharing is None or weight.dtype == dtype or not isinstance(weight, nn.Parameter):
+        return weight.to(dtype)
+    return _sharing.cast(weight, dtype)
+
+
+def gradient_to_extend(weight: Tensor) -> Tensor | None:
+    """Return the gradient that a product may add to in autograd's place, or None if autograd must do it."""
+    if _sharing is None or not isinstance(weight, nn.Parameter) or weight.grad is None:
+        return None
+    if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
+        return None
+    plain = weight.grad.layout == torch.strided and weight.grad.dtype == weight.dtype and weight.grad.is_contiguous()
+    return weight.grad if plain else None
