@@ -1,23 +1,71 @@
-"""Checks before any long work starts. Each error names the setting, its value and what would be right."""
+"""Checks before any long work starts: settings that do not go together, and what they name on the disk.
+
+A rule yields what is wrong: the setting, its value and what would be right. None needs lightning.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litgpt_moe_ext.config.litgpt_fields import RANGES, check_ranges
 from litgpt_moe_ext.durable import WRITE_TEST
-from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.training.optim.arguments import check_rates
-from litgpt_moe_ext.training.parallel.combinations import check_combination
+from litgpt_moe_ext.errors import SettingsError, refuse_first
+from litgpt_moe_ext.training.optim.arguments import learning_rate_of
+from litgpt_moe_ext.training.parallel.facts import facts_of
 
 if TYPE_CHECKING:
     from litgpt.config import Config
     from litgpt.tokenizer import Tokenizer
 
-    from litgpt_moe_ext.training.settings import Settings
+    from litgpt_moe_ext.training.settings import DistributedArgs, Settings
+
+# DeepSpeed hands the optimizer flat shards of several weights. These optimizers treat every number by itself; one that
+# looks at rows, matrices or whole weights would silently compute something else.
+_ELEMENTWISE_OPTIMIZERS = (
+    *("torch.optim." + name for name in ("Adadelta", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD")),
+    "deepspeed.ops.adam.DeepSpeedCPUAdam",
+    "deepspeed.ops.adam.FusedAdam",
+    "deepspeed.ops.lion.DeepSpeedCPULion",
+    "deepspeed.ops.lion.FusedLion",
+)
+_KNOBS_OF_ALL = ("timeout_minutes",)
+
+
+def check_settings(settings: Settings, config: Config) -> None:
+    """Raise SettingsError unless the settings of a run go together, as far as that needs neither processes nor data."""
+    check_model(config)
+    refuse_first(_length(settings, config))
+    refuse_first(_rates(settings))
+    check_combination(settings)
+
+
+def check_model(config: Config) -> None:
+    """Raise SettingsError unless the numbers of a model are ones that a model can have."""
+    check_ranges({name: getattr(config, name) for name in RANGES}, "model_config.")
+
+
+def check_combination(settings: Settings) -> None:
+    """Raise SettingsError if a setting of a run cannot be combined with its strategy."""
+    refuse_first(_ddp(settings))
+    if (stage := facts_of(settings.strategy).zero_stage) is not None:
+        refuse_first(_zero(settings, stage))
+
+
+def check_strategy(name: str, args: DistributedArgs, accelerator: str) -> None:
+    """Raise SettingsError if a strategy does not work here, lacks a knob that is set, or a package is missing.
+
+    Args:
+        name: As in recipes.
+        args: The knobs.
+        accelerator: Device type.
+    """
+    refuse_first(_strategy(name, args, accelerator))
 
 
 def check_batch(global_batch_size: int, micro_batch_size: int, processes: int) -> None:
@@ -32,46 +80,106 @@ def check_batch(global_batch_size: int, micro_batch_size: int, processes: int) -
         )
 
 
-def check_model(config: Config) -> None:
-    """Raise SettingsError unless the numbers of a model are ones that a model can have."""
-    check_ranges({name: getattr(config, name) for name in RANGES}, "model_config.")
-
-
-def check_length(max_seq_length: int | None, block_size: int) -> None:
-    """Raise SettingsError unless the training length is one the model has positions for."""
-    if max_seq_length is not None and not 1 <= max_seq_length <= block_size:
-        raise SettingsError(
-            f"train.max_seq_length: {max_seq_length} must be from 1 to the model's block_size: {block_size}"
-        )
-
-
-def check_steps(max_tokens: int, tokens_per_step: int) -> None:
-    """Raise SettingsError unless the tokens suffice for a step."""
-    if max_tokens < tokens_per_step:
-        raise SettingsError(
-            f"train.max_tokens: {max_tokens} must be at least one step of {tokens_per_step} tokens "
+def _length(settings: Settings, config: Config) -> Iterator[str]:
+    train, block_size = settings.train, config.block_size
+    length = train.max_seq_length or block_size
+    if length > block_size:
+        yield f"train.max_seq_length: {length} must be from 1 to the model's block_size: {block_size}"
+    step = train.global_batch_size * length
+    if train.epochs is None and train.max_tokens < step:
+        yield (
+            f"train.max_tokens: {train.max_tokens} must be at least one step of {step} tokens "
             "(train.global_batch_size times the sequence length)"
         )
-
-
-def check_settings(settings: Settings, config: Config) -> None:
-    """Raise SettingsError unless the settings of a run go together, as far as that needs neither processes nor data."""
-    length = settings.train.max_seq_length
-    check_model(config)
-    check_length(length, config.block_size)
-    if settings.train.epochs is None:
-        check_steps(settings.train.max_tokens, settings.train.global_batch_size * (length or config.block_size))
-    elif hasattr(settings.data, "plan_run"):
-        raise SettingsError(
-            f"train.epochs: {settings.train.epochs} must be null for a mixture, whose corpora have epochs of their "
-            "own; give train.max_tokens"
+    if train.epochs is not None and hasattr(settings.data, "plan_run"):
+        yield (
+            f"train.epochs: {train.epochs} must be null for a mixture, whose corpora have epochs of their own; give "
+            "train.max_tokens"
         )
-    check_rates(settings)
-    check_combination(settings)
+
+
+def _rates(settings: Settings) -> Iterator[str]:
+    peak, floor = learning_rate_of(settings.optimizer), settings.train.min_lr
+    if settings.schedule.name != "constant" and floor > peak:
+        yield (
+            f"train.min_lr: {floor} must be at most the optimizer's learning rate, {peak}, from which it falls to "
+            "there; set --optimizer.lr or --train.min_lr"
+        )
+
+
+def _ddp(settings: Settings) -> Iterator[str]:
+    if settings.fused_cross_entropy and settings.distributed.find_unused_parameters:
+        yield (
+            "distributed.find_unused_parameters: true cannot be combined with fused_cross_entropy: true, whose output "
+            "head works outside the forward pass, where ddp takes it for unused; set one of them to false"
+        )
+
+
+def _zero(settings: Settings, stage: int) -> Iterator[str]:
+    where = f"cannot be combined with strategy: {settings.strategy!r}"
+    if settings.precision == "bf16-true":
+        yield (
+            f"precision: 'bf16-true' {where}, whose optimizer always keeps float32 weights; use bf16-mixed, which "
+            "keeps bfloat16 ones for everything else"
+        )
+    optimizer = settings.optimizer
+    path = optimizer["class_path"] if isinstance(optimizer, dict) else optimizer
+    if _full_path(path) not in _ELEMENTWISE_OPTIMIZERS:
+        yield (
+            f"optimizer: {path!r} {where}, which hands it flat shards of several weights; use one that treats every "
+            f"number by itself: {', '.join(_ELEMENTWISE_OPTIMIZERS)}"
+        )
+    if settings.compile is True:
+        yield f"compile: true {where}; leave it at auto, or use fsdp2"
+    if stage == 3 and settings.activation_checkpointing == "selective":
+        yield (
+            f"activation_checkpointing: 'selective' {where}, which gives weights back between the forward pass and its "
+            "repetition; use full, or stage 2"
+        )
+    if settings.anomaly.spike_factor is not None:
+        yield (
+            f"anomaly.spike_factor: {settings.anomaly.spike_factor} {where}, which computes the gradient norm inside "
+            "the optimizer step; use null, or ddp or fsdp2. Gradients that are not finite are watched over here as well"
+        )
+    if settings.ema.decay is not None:
+        yield f"ema.decay: {settings.ema.decay} {where}; use null, or ddp or fsdp2"
+
+
+def _full_path(optimizer: str) -> str:
+    # torch's optimizers also have the path of the file that they are in.
+    module, _, name = optimizer.rpartition(".")
+    return f"torch.optim.{name}" if module in ("", f"torch.optim.{name.lower()}") else optimizer
+
+
+def _strategy(name: str, args: DistributedArgs, accelerator: str) -> Iterator[str]:
+    facts = facts_of(name)
+    for knob, value in dataclasses.asdict(args).items():
+        if value is not None and knob not in (*_KNOBS_OF_ALL, *facts.knobs):
+            own = ", ".join(f"distributed.{knob}" for knob in facts.knobs)
+            yield (
+                f"distributed.{knob}: {value} would be ignored because strategy: {name} has no such setting; it has "
+                f"{own}"
+            )
+    if facts.cuda_only and accelerator != "cuda":
+        yield f"strategy: {name!r} needs CUDA devices, and there is none; ddp and fsdp2 also work on CPUs"
+    if facts.package is not None and find_spec(facts.package) is None:
+        yield (
+            f"strategy: {name!r} needs the package {facts.package}, which is not installed; `uv sync --extra "
+            f"{facts.package}` installs it"
+        )
+
+
+def single_process_note(name: str, processes: int, args: DistributedArgs) -> str | None:
+    """Return what to tell a user who asked for a sharded strategy with one process, or None."""
+    facts = facts_of(name)
+    if processes > 1 or facts.alone or not facts.shards:
+        return None
+    offload = ", and distributed.cpu_offload has no effect" if args.cpu_offload else ""
+    return f"strategy: {name} has nothing to shard in a single process: it becomes auto{offload}"
 
 
 def check_writable(out_dir: Path) -> None:
-    """Raise an error unless `out_dir` can be a directory of the run's own; creates it."""
+    """Raise SettingsError unless `out_dir` can be a directory of the run's own; creates it."""
     if out_dir.resolve() == Path.cwd():
         raise SettingsError(f"out_dir: {str(out_dir)!r} is the working directory; name one for this run alone")
     try:
@@ -82,6 +190,13 @@ def check_writable(out_dir: Path) -> None:
         raise SettingsError(
             f"out_dir: {str(out_dir)!r} cannot be written to ({error.strerror or error}); choose another --out_dir"
         ) from error
+
+
+def check_checkpoint_dir(name: str, directory: Path) -> None:
+    """Raise SettingsError unless `directory`, the value of setting `name`, holds a LitGPT model."""
+    if not (directory / "lit_model.pth").is_file():
+        where = "does not exist" if not os.path.isdir(directory) else "has no lit_model.pth"
+        raise SettingsError(f"{name}: {str(directory)!r} {where}")
 
 
 def open_tokenizer(tokenizer_dir: Path, padded_vocab_size: int) -> Tokenizer:
@@ -95,31 +210,23 @@ def open_tokenizer(tokenizer_dir: Path, padded_vocab_size: int) -> Tokenizer:
 
     from litgpt_moe_ext.data.tokenizer.opening import vocabulary_size
 
+    where = f"tokenizer_dir: {str(tokenizer_dir)!r}"
     try:
         tokenizer = Tokenizer(tokenizer_dir)
     except NotImplementedError as error:  # how LitGPT says that it found neither file
-        raise SettingsError(
-            f"tokenizer_dir: {str(tokenizer_dir)!r} has neither tokenizer.json nor tokenizer.model"
-        ) from error
+        raise SettingsError(f"{where} has neither tokenizer.json nor tokenizer.model") from error
     except Exception as error:  # the tokenizers library raises nothing more precise
-        raise SettingsError(f"tokenizer_dir: {str(tokenizer_dir)!r} cannot be opened: {error}") from error
+        raise SettingsError(f"{where} cannot be opened: {error}") from error
     if tokenizer.eos_id is None:
         raise SettingsError(
-            f"tokenizer_dir: {str(tokenizer_dir)!r} has no end-of-text token: documents could not be told apart, and "
-            'generation would not stop. Add "eos_token" to its tokenizer_config.json.'
+            f"{where} has no end-of-text token: documents could not be told apart, and generation would not stop. Add "
+            '"eos_token" to its tokenizer_config.json.'
         )
     processor: Any = tokenizer.processor
     size = vocabulary_size(processor) if tokenizer.backend == "huggingface" else tokenizer.vocab_size
     if size > padded_vocab_size:
         raise SettingsError(
-            f"tokenizer_dir: {str(tokenizer_dir)!r} has ids up to {size - 1}, beyond the model's padded_vocab_size: "
-            f"{padded_vocab_size}; set model_config.padded_vocab_size to at least {size}"
+            f"{where} has ids up to {size - 1}, beyond the model's padded_vocab_size: {padded_vocab_size}; set "
+            f"model_config.padded_vocab_size to at least {size}"
         )
     return tokenizer
-
-
-def check_checkpoint_dir(name: str, directory: Path) -> None:
-    """Raise SettingsError unless `directory`, the value of setting `name`, holds a LitGPT model."""
-    if not (directory / "lit_model.pth").is_file():
-        where = "does not exist" if not os.path.isdir(directory) else "has no lit_model.pth"
-        raise SettingsError(f"{name}: {str(directory)!r} {where}")

@@ -16,14 +16,13 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.callbacks.progress import Reporter
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
 from litgpt_moe_ext.training.checkpoint.lock import OutDirLock
-from litgpt_moe_ext.training.checks import check_batch
+from litgpt_moe_ext.training.checks import check_batch, single_process_note
 from litgpt_moe_ext.training.fabric import TrainingFabric
 from litgpt_moe_ext.training.logs.metrics import MetricsTable, WideTable
 from litgpt_moe_ext.training.parallel import topology
 from litgpt_moe_ext.training.parallel.accelerator import accelerator_here, default_precision
 from litgpt_moe_ext.training.parallel.launch import Processes, cluster_plugin, started_processes
 from litgpt_moe_ext.training.parallel.lost_processes import end_together
-from litgpt_moe_ext.training.parallel.requirements import single_process_note
 from litgpt_moe_ext.training.parallel.strategies import make_strategy
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from litgpt.pretrain import validate_args
 
 from litgpt_moe_ext.cli.train import main, read_settings
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.training.checks import check_batch, check_length
+from litgpt_moe_ext.training.checks import check_batch
 from litgpt_moe_ext.training.optim.schedules import Schedule
 from tests.recipes.costs import costs, flops_per_token, parameters_line, size_of
 from tests.recipes.files import RECIPES, ROOT, commands, header, path_of, values_of
@@ -48,7 +48,7 @@ def test_every_key_reaches_what_it_feeds(recipe):
         else:
             assert plain(built) == given, section
     validate_args(parsed["train"].for_litgpt(), parsed["eval"].for_litgpt(), None, False)
-    check_length(parsed["train"].max_seq_length, parsed["model_config"].block_size)
+    assert (parsed["train"].max_seq_length or 1) <= parsed["model_config"].block_size
 
 
 def plain(value):

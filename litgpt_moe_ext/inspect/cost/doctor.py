@@ -211,8 +211,8 @@ def _whole(recipe: Recipe) -> bool:
 def _strategy(recipe: Recipe) -> Finding:
     import torch
 
+    from litgpt_moe_ext.training.checks import check_strategy, single_process_note
     from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
-    from litgpt_moe_ext.training.parallel.requirements import check_strategy, single_process_note
     from litgpt_moe_ext.training.settings import DistributedArgs
 
     per_node, nodes = _processes(recipe), recipe.num_nodes

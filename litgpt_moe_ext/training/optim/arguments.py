@@ -1,29 +1,14 @@
 """Whether an optimizer can be made of the settings, and what learning rate it has."""
 
-from __future__ import annotations
-
 import copy
 import difflib
 import importlib
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import checked, members
 from litgpt_moe_ext.host.without_compiler import without_compiler
-
-if TYPE_CHECKING:
-    from litgpt_moe_ext.training.settings import Settings
-
-
-def check_rates(settings: Settings) -> None:
-    """Raise SettingsError unless the optimizer can be made, and its learning rate falls to `train.min_lr`."""
-    peak, floor = learning_rate_of(settings.optimizer), settings.train.min_lr
-    if settings.schedule.name != "constant" and floor > peak:
-        raise SettingsError(
-            f"train.min_lr: {floor} must be at most the optimizer's learning rate, {peak}, from which it falls to "
-            "there; set --optimizer.lr or --train.min_lr"
-        )
 
 
 def learning_rate_of(optimizer: str | dict) -> float:

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from litgpt_moe_ext.training.checks import check_strategy
 from litgpt_moe_ext.training.parallel.facts import facts_of
-from litgpt_moe_ext.training.parallel.requirements import check_strategy
 from litgpt_moe_ext.training.parallel.whole_model import ReplicatedStrategy, SingleProcessStrategy
 from litgpt_moe_ext.training.settings import DistributedArgs, StrategyName
 

@@ -1,9 +1,9 @@
 """Settings of the strategy by which several processes share the work."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import Minutes, PositiveFloat, PositiveInt
 from litgpt_moe_ext.training.settings.section import Section
 
@@ -17,7 +17,7 @@ StrategyName = Literal[
     "deepspeed_stage_2",
     "deepspeed_stage_3",
 ]
-"""Names of the strategies; what they are stands in `training.parallel.strategies`, which imports torch."""
+"""Names of the strategies; what they are stands in `training.parallel.facts`."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ class DistributedArgs(Section, key="distributed"):
     timeout_minutes: Minutes = 10.0
     """How long a process waits for the others before it gives up."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def problems(self) -> Iterator[str]:
+        """See `Section.problems`."""
         if self.allgather_bucket_size is not None and self.allgather_bucket_size % 2:
-            raise SettingsError(f"distributed.allgather_bucket_size: {self.allgather_bucket_size} must be even")
+            yield f"distributed.allgather_bucket_size: {self.allgather_bucket_size} must be even"

@@ -4,10 +4,10 @@
 ranges and the defaults of `litgpt pretrain`; importing those would load LitGPT for every `--help`.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import (
     AboveOne,
     Fraction,
@@ -59,10 +59,10 @@ class TrainArgs(Section, key="train"):
     min_lr: NonNegativeFloat = 4e-5
     """Learning rate at the end of the schedule."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def problems(self) -> Iterator[str]:
+        """See `Section.problems`."""
         if self.lr_warmup_fraction and self.lr_warmup_steps:
-            raise SettingsError(
+            yield (
                 f"train.lr_warmup_fraction: {self.lr_warmup_fraction} must be null beside train.lr_warmup_steps: "
                 f"{self.lr_warmup_steps}; set one of them to null"
             )
@@ -93,10 +93,10 @@ class EvalArgs(Section, key="eval"):
     evaluate_example: str | int = "first"
     """Without effect in pretraining."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def problems(self) -> Iterator[str]:
+        """See `Section.problems`."""
         if self.max_new_tokens is not None:
-            raise SettingsError(
+            yield (
                 f"eval.max_new_tokens: {self.max_new_tokens} must be null for pretraining; text is written by "
                 "sample.prompts and sample.max_new_tokens"
             )

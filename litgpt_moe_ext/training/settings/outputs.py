@@ -1,11 +1,11 @@
 """Settings of what a run writes beside its log: text, scores, checkpoints."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.field_types import Minutes, NonNegativeFloat, PositiveInt, checked
+from litgpt_moe_ext.field_types import Minutes, NonNegativeFloat, PositiveInt
 from litgpt_moe_ext.training.settings.section import Section
 
 ExportFormat = Literal["hf", "gguf"]
@@ -42,10 +42,10 @@ class EvaluateArgs(Section, key="evaluate"):
     batch_size: PositiveInt = 32
     """Texts that go through the model at once on each device."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def problems(self) -> Iterator[str]:
+        """See `Section.problems`."""
         if self.every_steps is not None and not self.wanted:
-            raise SettingsError(
+            yield (
                 f"evaluate.every_steps: {self.every_steps} evaluates nothing; set evaluate.hellaswag or evaluate.tasks"
             )
 
@@ -73,11 +73,6 @@ class CheckpointArgs(Section, key="checkpoint"):
     """A checkpoint that cannot be written (disk full): end the run, or go on without it."""
     export: ExportFormat | list[ExportFormat] | None = None
     """hf, gguf or both as a list: write best/ and final/ as litgpt-moe export does at the end; null: nothing."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in self.export_formats:
-            checked("checkpoint.export", name, ExportFormat)
 
     @property
     def export_formats(self) -> list[ExportFormat]:

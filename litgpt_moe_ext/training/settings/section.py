@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+from litgpt_moe_ext.errors import refuse_first
 from litgpt_moe_ext.field_types import check_fields
 
 
@@ -23,6 +24,11 @@ class Section:
 
     def __post_init__(self) -> None:
         check_fields(self, self.name_of(""))
+        refuse_first(self.problems())
+
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong with settings that are right one by one."""
+        yield from ()
 
     @classmethod
     def name_of(cls, field: str) -> str:

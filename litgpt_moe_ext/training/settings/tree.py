@@ -1,10 +1,10 @@
 """The whole tree of settings."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import PositiveFloat, PositiveInt, Seed
 from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.settings.distributed import DistributedArgs, StrategyName
@@ -103,12 +103,12 @@ class Settings(Section):
     callbacks: list[Callback] = field(default_factory=list)
     """Callbacks of your own, each by class_path and init_args; see examples/add_a_callback.py."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def problems(self) -> Iterator[str]:
+        """See `Section.problems`."""
         if self.devices != "auto" and self.devices < 1 and self.devices != -1:
-            raise SettingsError(f"devices: {self.devices} must be auto, -1 or an integer of at least 1")
+            yield f"devices: {self.devices} must be auto, -1 or an integer of at least 1"
         if self.initial_checkpoint_dir is not None and self.resume:
-            raise SettingsError(
+            yield (
                 f"resume: {str(self.resume)!r} must be false beside initial_checkpoint_dir: "
                 f"{str(self.initial_checkpoint_dir)!r}; choose one of them"
             )

@@ -6,7 +6,7 @@ import torch
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.training.callbacks.fused_loss import require_torch
 from litgpt_moe_ext.training.callbacks.kernel_report import attention_line, experts_line
-from litgpt_moe_ext.training.parallel.requirements import single_process_note
+from litgpt_moe_ext.training.checks import single_process_note
 from litgpt_moe_ext.training.settings import DistributedArgs
 from tests.models import initialized_model, moe_config
 

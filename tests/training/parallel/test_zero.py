@@ -16,13 +16,12 @@ from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.loading import load_model
 from litgpt_moe_ext.export.formats import export
-from litgpt_moe_ext.training.parallel.combinations import check_combination
+from litgpt_moe_ext.training.checks import check_combination, check_strategy, single_process_note
 from litgpt_moe_ext.training.parallel.deepspeed.settings import (
     engine_options,
     step_options,
 )
 from litgpt_moe_ext.training.parallel.facts import facts_of
-from litgpt_moe_ext.training.parallel.requirements import check_strategy, single_process_note
 from litgpt_moe_ext.training.settings import AnomalyArgs, DistributedArgs, EmaArgs, Settings
 from tests.runs import ROOT, logged, recipe_writer
 
@@ -110,7 +109,7 @@ class TestSettings:
             DistributedArgs(**knobs)
 
     def test_not_installed(self, monkeypatch):
-        monkeypatch.setattr("litgpt_moe_ext.training.parallel.requirements.find_spec", lambda name: None)
+        monkeypatch.setattr("litgpt_moe_ext.training.checks.find_spec", lambda name: None)
         with pytest.raises(SettingsError, match="'deepspeed_stage_1' needs the package deepspeed.*--extra deep"):
             check_strategy("deepspeed_stage_1", DistributedArgs(), "cuda")
 
