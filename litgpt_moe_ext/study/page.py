@@ -17,10 +17,14 @@ from litgpt_moe_ext.study.plan import BUDGET, Study
 from litgpt_moe_ext.study.results import MAX_VIO, Result, csv_text
 
 COLUMNS = (
-    "arm", "seeds", "validation loss", "range", "95 % interval", "minus control (95 % interval)", "bits per byte",
-    "tokens", "training FLOPs", "seconds", "MaxVio, end", "of mean load", "MaxVio <= 0.1 after",
+    "arm", "seeds", "validation loss", "range", "95 % interval", "minus control (95 % interval)", "training loss, end",
+    "bits per byte", "tokens", "training FLOPs", "seconds", "MaxVio, end", "of mean load", "MaxVio <= 0.1 after",
 )  # fmt: skip
-_CURVES = "Mean over seeds of the training loss, smoothed, without its steep start; dots are validations."
+_CURVES = (
+    "Mean over seeds of the training loss, smoothed, without its steep start; dots are validations. The table has the "
+    "mean training loss of the last fifth of a run: far below that of the validation, the model learns its corpus by "
+    "heart."
+)
 _DIFFERENCES = (
     "Thick: 95 % interval of one comparison. Thin: all of them hold together with 95 %. Grey: each seed's difference."
 )
@@ -56,6 +60,7 @@ def study_page(study: Study, results: Sequence[Result], missing: int, command: s
     link = f'<a download="{html.escape(study.name)}.csv" href="data:text/csv;base64,{data}">{study.name}.csv</a>'
     cells = list(csv.reader(text.splitlines()))
     parts += [f"<h2>Runs</h2><p>{link}</p>", table(cells[0], cells[1:])]
+    parts += [f"<p>{html.escape(line)}</p>" for line in trained_with(results)]
     return page(f"Study: {study.name}", parts)
 
 
@@ -65,7 +70,18 @@ def trained_on(results: Sequence[Result]) -> list[str]:
     lines = [f"Trained on: {kind}{f' ({number} runs)' if len(kinds) > 1 else ''}." for kind, number in kinds.items()]
     if not all(result.timed for result in results):
         lines.append("Runs that shared a device slowed each other down, so no seconds are shown for them.")
+    if len(trained_with(results)) > 1:
+        lines.append("Not all runs were trained with the same code; the foot of this page says with which.")
     return lines
+
+
+def trained_with(results: Sequence[Result]) -> list[str]:
+    """Return a line for each version of the code that trained a run."""
+    kinds = Counter(result.trained_on.software if result.trained_on else "" for result in results)
+    return [
+        f"Trained with {kind or 'a version that was not recorded'}: {number} run{'s'[: number > 1]}."
+        for kind, number in kinds.items()
+    ]
 
 
 def rows(study: Study, groups: dict[str, list[Result]]) -> list[tuple[str, ...]]:
@@ -124,6 +140,7 @@ def _row(label: str, group: Sequence[Result], difference: str) -> tuple[str, ...
         f"{min(losses):.3f} to {max(losses):.3f}",
         "-" if math.isnan(interval.low) else f"{interval.low:.3f} to {interval.high:.3f}",
         difference,
+        _number(float(np.mean([result.train_loss for result in group])), ".3f"),
         _number(float(np.mean([result.bits_per_byte for result in group])), ".3f"),
         f"{group[0].tokens:,.0f}",
         f"{group[0].flops:.2e}",

@@ -22,9 +22,8 @@ from litgpt_moe_ext.study.text_bytes import bytes_per_token, validated_on
 from litgpt_moe_ext.study.twin import count
 
 MAX_VIO = "moe/max_vio"
-# The balance that a router is to reach, and the share of a run at its end over which balance is averaged.
+# The balance that a router is to reach, and the share of a run at its end over which balance and loss are averaged.
 EVEN, _LATE = 0.1, 0.2
-_BALANCE = ("late_max_vio", "late_load_vio", "even_after")
 
 
 class Curve(NamedTuple):
@@ -62,6 +61,11 @@ class Result:
         return float(values[-1]) if len(values) else float("nan")
 
     @property
+    def train_loss(self) -> float:
+        """Mean training loss in the last fifth of the run."""
+        return _late_mean(self.log.series("loss")[1])
+
+    @property
     def bits_per_byte(self) -> float:
         """The last validation loss in bits for each byte of the text."""
         return self.val_loss / math.log(2) / self.bytes_per_token
@@ -90,8 +94,7 @@ class Result:
     @property
     def late_max_vio(self) -> float:
         """Mean MaxVio of the worst layer in the last fifth of the run; nan without experts."""
-        values = self.log.series(MAX_VIO)[1]
-        return float(values[-max(1, int(len(values) * _LATE)) :].mean()) if len(values) else float("nan")
+        return _late_mean(self.log.series(MAX_VIO)[1])
 
     @property
     def late_load_vio(self) -> float:
@@ -101,7 +104,7 @@ class Result:
         four layers has 9 % more. Over many steps chance averages out, and what is left is the router's doing.
         """
         _, loads = self.log.expert_load()
-        means = [load_EN[:, -max(1, int(load_EN.shape[1] * _LATE)) :].mean(axis=1) for load_EN in loads.values()]
+        means = [_late(load_EN).mean(axis=1) for load_EN in loads.values()]
         return max((float(mean_E.max() / mean_E.mean() - 1) for mean_E in means), default=float("nan"))
 
     @property
@@ -120,6 +123,15 @@ class Result:
         # The first lines have no speed yet: that of the first measurement stands in for them.
         seconds = np.cumsum(np.diff(at, prepend=0) / speed)
         return Curve(tokens, np.interp(tokens, np.append(0, at), np.append(0, seconds)), values)
+
+
+def _late(values: np.ndarray) -> np.ndarray:
+    # The columns of the last fifth of a run.
+    return values[..., -max(1, int(values.shape[-1] * _LATE)) :]
+
+
+def _late_mean(values: np.ndarray) -> float:
+    return float(_late(values).mean()) if len(values) else float("nan")
 
 
 def read_results(runs: Sequence[Run], runs_dir: Path) -> list[Result]:
@@ -162,6 +174,7 @@ def csv_text(results: Sequence[Result]) -> str:
     points = list(dict.fromkeys(name for result in results for name in result.run.point))
     columns = (
         "val_loss",
+        "train_loss",
         "bits_per_byte",
         "tokens",
         "flops",
@@ -173,10 +186,11 @@ def csv_text(results: Sequence[Result]) -> str:
     )
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(("arm", *points, "seed", *columns, "trained_on", "key"))
+    writer.writerow(("arm", *points, "seed", *columns, "trained_on", "software", "key"))
     for result in results:
         run = result.run
         point = [run.point.get(name, "") for name in points]
         values = (getattr(result, name) for name in columns)
-        writer.writerow((run.arm, *point, run.seed, *values, result.trained_on or "", run.key))
+        where = ("", "") if result.trained_on is None else (result.trained_on, result.trained_on.software)
+        writer.writerow((run.arm, *point, run.seed, *values, *where, run.key))
     return file.getvalue()
