@@ -4,6 +4,7 @@ A run lives in a folder named by the hash of its settings. It is continued there
 finished by a file that is written last, so a study that was killed goes on where it was.
 """
 
+import contextlib
 import queue
 import signal
 import subprocess
@@ -14,13 +15,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from litgpt_moe_ext.cli.output import write_json
 from litgpt_moe_ext.study.place import Places, TrainedOn
 from litgpt_moe_ext.study.plan import Run
+from litgpt_moe_ext.training.control import StopRequests
 from litgpt_moe_ext.training.parallel.lost_processes import die_with_parent
 
 FINISHED = "finished.json"
+_LOOK_EVERY = 0.5  # seconds
 _TRAIN = "import sys; from litgpt_moe_ext.cli.main import main; sys.exit(main(['train', *sys.argv[1:]]))"
 
 
@@ -42,17 +46,28 @@ def is_finished(runs_dir: Path, run: Run) -> bool:
     return (runs_dir / run.key / FINISHED).is_file()
 
 
-def train(runs: Iterable[Run], runs_dir: Path, limits: Limits, say: Callable[[str], None] = print) -> list[str]:
+class Outcome(NamedTuple):
+    """How the training of runs ended.
+
+    Attributes:
+        problems: What went wrong, a line each.
+        signal: The signal that stopped it, or 0.
+    """
+
+    problems: list[str]
+    signal: int
+
+
+def train(runs: Iterable[Run], runs_dir: Path, limits: Limits, say: Callable[[str], None] = print) -> Outcome:
     """Train the runs that are not finished.
+
+    After SIGINT, SIGTERM or SIGUSR1 no run begins any more, and those that train save and end.
 
     Args:
         runs: The runs.
         runs_dir: Where each has its folder.
         limits: What they may take.
         say: Takes a line whenever a run ends.
-
-    Returns:
-        What went wrong, a line each.
     """
     waiting = list({run.key: run for run in runs if not is_finished(runs_dir, run)}.values())
     end = None if limits.seconds is None else time.monotonic() + limits.seconds
@@ -60,34 +75,48 @@ def train(runs: Iterable[Run], runs_dir: Path, limits: Limits, say: Callable[[st
     free: queue.Queue[int] = queue.Queue()
     for place in range(places.jobs):
         free.put(place)
-    work = partial(_train, runs_dir=runs_dir, places=places, free=free, end=end, say=say)
-    with ThreadPoolExecutor(places.jobs) as pool:
-        return [problem for problem in pool.map(work, waiting) if problem]
+    requests = StopRequests(say)
+
+    def stopped() -> str:
+        if requests.received:
+            return signal.Signals(requests.received).name
+        return "out of time" if end is not None and time.monotonic() >= end else ""
+
+    work = partial(_train, runs_dir=runs_dir, places=places, free=free, stopped=stopped, say=say)
+    with requests.listening(), ThreadPoolExecutor(places.jobs) as pool:
+        return Outcome([problem for problem in pool.map(work, waiting) if problem], requests.received)
 
 
 def _train(
-    run: Run, runs_dir: Path, places: Places, free: queue.Queue, end: float | None, say: Callable[[str], None]
+    run: Run,
+    runs_dir: Path,
+    places: Places,
+    free: queue.Queue,
+    stopped: Callable[[], str],
+    say: Callable[[str], None],
 ) -> str:
-    if end is not None and time.monotonic() >= end:
-        return f"{run.title}: not begun, out of time; the same command goes on"
+    if why := stopped():
+        return f"{run.title}: not begun, {why}; the same command goes on"
     out_dir = runs_dir / run.key
     out_dir.mkdir(parents=True, exist_ok=True)
     place = free.get()
     try:
-        status = _process([sys.executable, "-c", _TRAIN, *run.flags(out_dir)], out_dir, places.environment(place), end)
+        trained_on = TrainedOn.here(places, place)  # not afterwards: by then the code may be another
+        command = [sys.executable, "-c", _TRAIN, *run.flags(out_dir)]
+        status = _process(command, out_dir, places.environment(place), stopped)
     finally:
         free.put(place)
     if status == 0:
         what = {"arm": run.arm, "point": run.point, "seed": run.seed, "settings": run.settings}
-        write_json(out_dir / FINISHED, what | {"trained_on": TrainedOn.here(places, place).plain()})
+        write_json(out_dir / FINISHED, what | {"trained_on": trained_on.plain()})
         say(f"{run.title}: finished, {out_dir}")
         return ""
-    if end is not None and time.monotonic() >= end:
-        return f"{run.title}: stopped, out of time; the same command goes on"
+    if why := stopped():
+        return f"{run.title}: stopped, {why}; the same command goes on"
     return f"{run.title}: ended with status {status}; see {out_dir / 'output.txt'}"
 
 
-def _process(command: Sequence[str], out_dir: Path, environment: dict[str, str], end: float | None) -> int:
+def _process(command: Sequence[str], out_dir: Path, environment: dict[str, str], stopped: Callable[[], str]) -> int:
     with (out_dir / "output.txt").open("a", encoding="utf-8") as output:
         process = subprocess.Popen(
             command,
@@ -99,11 +128,11 @@ def _process(command: Sequence[str], out_dir: Path, environment: dict[str, str],
             # pool's threads, which start the runs, outlive them.
             preexec_fn=die_with_parent if sys.platform == "linux" else None,
         )
-        try:
-            return process.wait(None if end is None else max(0.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM)  # it saves a checkpoint
-            return process.wait()
+        while not stopped():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(_LOOK_EVERY)
+        process.send_signal(signal.SIGTERM)  # it saves a checkpoint
+        return process.wait()
 
 
 def slurm_script(command: str, runs: int, gpus: int) -> str:
@@ -116,4 +145,5 @@ def slurm_script(command: str, runs: int, gpus: int) -> str:
     """
     lines = ["#!/bin/bash", f"#SBATCH --array=0-{runs - 1}", "#SBATCH --output=slurm-%A-%a.out"]
     lines += [f"#SBATCH --gres=gpu:{gpus}"] if gpus else []
-    return "\n".join((*lines, "#SBATCH --signal=SIGUSR1@300", f'{command} --only "$SLURM_ARRAY_TASK_ID"', ""))
+    # The signal reaches what srun starts, not what runs beside it.
+    return "\n".join((*lines, "#SBATCH --signal=SIGUSR1@300", f'srun {command} --only "$SLURM_ARRAY_TASK_ID"', ""))

@@ -83,6 +83,11 @@ class StopRequests:
             f"{signal.Signals(number).name} received: finishing the step, then saving. Ctrl-C again quits at once."
         )
 
+    @property
+    def received(self) -> int:
+        """The signal that this process received, or 0."""
+        return self._received
+
     def agreed(self, fabric: Any) -> int:
         """Return the signal that any process received, or 0. Every process must call at the same point."""
         if fabric.world_size == 1:

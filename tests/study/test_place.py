@@ -2,6 +2,7 @@
 
 import csv
 import io
+import subprocess
 import threading
 
 import numpy as np
@@ -9,11 +10,12 @@ import pytest
 import torch
 import yaml
 
+from litgpt_moe_ext import __version__
 from litgpt_moe_ext.inspect.runs.logs import TOKENS, RunLog
 from litgpt_moe_ext.study import launch, place
 from litgpt_moe_ext.study.launch import Limits
 from litgpt_moe_ext.study.page import COLUMNS, grouped, rows, study_page, verdicts
-from litgpt_moe_ext.study.place import Places, TrainedOn
+from litgpt_moe_ext.study.place import Places, TrainedOn, code_version
 from litgpt_moe_ext.study.plan import Run, Study, load_study
 from litgpt_moe_ext.study.results import Result, csv_text
 
@@ -56,22 +58,63 @@ def test_a_finished_run_says_what_it_was_trained_on(monkeypatch):
     assert str(TrainedOn("CPU", "32-true", 1)) == "CPU, 32-true, each run alone on a core"
 
 
+def test_the_commit_is_that_of_the_repository_that_tracks_the_package(tmp_path, monkeypatch):
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(
+            ["git", *identity, "-C", tmp_path, *arguments], capture_output=True, check=True, text=True
+        )
+
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    assert code_version(package) == __version__, "no repository"
+    git("init", "-q")
+    assert code_version(package) == __version__, "an installation in somebody's repository is not part of it"
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    commit = git("rev-parse", "HEAD").stdout[:12]
+    (tmp_path / "notes.txt").touch()
+    assert code_version(package) == f"{__version__}, commit {commit}"
+    (package / "more.py").touch()
+    assert code_version(package) == f"{__version__}, commit {commit}+changes"
+    monkeypatch.setenv("PATH", "")
+    assert code_version(package) == __version__, "git is not installed"
+
+
+@pytest.mark.parametrize(("second", "said"), [("0.1.0, commit a", False), ("0.1.0, commit b", True)])
+def test_a_page_says_which_code_trained_its_runs(second, said, tmp_path):
+    where = [TrainedOn("CPU", "32-true", 1, f"litgpt_moe_ext {code}") for code in ("0.1.0, commit a", second)]
+    results = [result(tmp_path, f"arm {seed}", seed, 2.0, one) for seed, one in enumerate(where)]
+    page = study_page(Study("small", "", [one.run for one in results]), results, 0, "")
+    assert f"Trained with litgpt_moe_ext 0.1.0, commit a: {1 if said else 2} run" in page
+    assert "commit b: 1 run." in page or not said
+    assert ("Not all runs were trained with the same code" in page) == said
+
+
+def test_training_loss_stands_beside_that_of_the_validation(tmp_path):
+    one = result(tmp_path, "arm", 1, 2.5, None)
+    one.log.columns["loss"][:] = [3.0, 1.25]
+    row = rows(Study("small", "", [one.run]), grouped([one]))[0]
+    assert (row[COLUMNS.index("validation loss")], row[COLUMNS.index("training loss, end")]) == ("2.500", "1.250")
+
+
 def test_runs_begin_together_and_one_has_all_cores(tmp_path, monkeypatch):
     """The corpus is locked while one of them prepares it."""
     study = tmp_path / "s.yaml"
     study.write_text(yaml.safe_dump({"seeds": [1, 2, 3]}))
     runs, threads, barrier = load_study(study).runs, [], threading.Barrier(3)
 
-    def process(command, out_dir, environment, end):
+    def process(command, out_dir, environment, stopped):
         threads.append(environment["OMP_NUM_THREADS"])
         barrier.wait(timeout=20)
         return 0
 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(launch, "_process", process)
-    assert launch.train(runs, tmp_path, Limits(Places(8)), lambda line: None) == []
+    assert launch.train(runs, tmp_path, Limits(Places(8)), lambda line: None).problems == []
     barrier = threading.Barrier(1)
-    assert launch.train(runs[:1], tmp_path / "again", Limits(Places(8)), lambda line: None) == []
+    assert launch.train(runs[:1], tmp_path / "again", Limits(Places(8)), lambda line: None).problems == []
     assert threads == ["5", "5", "5", "16"]
 
 

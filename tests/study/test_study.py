@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from litgpt import Config
 
@@ -21,6 +22,7 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.study import launch
 from litgpt_moe_ext.study.analysis import break_even, compute_multiplier, differences, first_below, mean_interval
 from litgpt_moe_ext.study.launch import Limits
+from litgpt_moe_ext.study.place import code_version
 from litgpt_moe_ext.study.plan import load_study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,24 +120,49 @@ def test_slurm_array_has_a_task_for_every_run(tmp_path, capsys):
     script = tmp_path / "array.sh"
     assert main(["study", str(STUDIES[0]), "--slurm", str(script)]) == 0
     assert f"#SBATCH --array=0-{len(load_study(STUDIES[0]).runs) - 1}\n" in script.read_text()
+    assert "\nsrun litgpt-moe study" in script.read_text(), "SLURM signals what srun started, and nothing beside it"
     assert '--only "$SLURM_ARRAY_TASK_ID"' in script.read_text()
 
 
 def test_no_run_is_repeated_and_a_failed_one_is_tried_again(tmp_path, monkeypatch):
     calls = []
 
-    def process(command, out_dir, environment, end):
+    def process(command, out_dir, environment, stopped):
         calls.append(command[-1])
         return 1 if len(calls) == 2 else 0
 
     monkeypatch.setattr(launch, "_process", process)
     runs = load_study(write(tmp_path / "s.yaml", seeds=[1, 2, 3])).runs
     said = []
-    assert "ended with status 1" in launch.train(runs, tmp_path, Limits(), said.append)[0]
+    assert "ended with status 1" in launch.train(runs, tmp_path, Limits(), said.append).problems[0]
     assert (len(calls), len(said)) == (3, 2)
-    assert launch.train(runs, tmp_path, Limits(), said.append) == []
+    assert launch.train(runs, tmp_path, Limits(), said.append) == ([], 0)
     assert len(calls) == 4
-    assert "out of time" in launch.train(load_study(STUDIES[0]).runs[:1], tmp_path, Limits(seconds=0), said.append)[0]
+    late = launch.train(load_study(STUDIES[0]).runs[:1], tmp_path, Limits(seconds=0), said.append)
+    assert "out of time" in late.problems[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_lets_runs_save_and_none_begins(number, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        launch,
+        "_TRAIN",
+        f"""
+import os, pathlib, signal, sys, time
+def save(*_):
+    pathlib.Path({str(tmp_path / "saved")!r}).touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+os.kill({os.getpid()}, {int(number)})
+time.sleep(30)
+""",
+    )
+    runs = load_study(write(tmp_path / "s.yaml", seeds=[1, 2])).runs
+    problems, received = launch.train(runs, tmp_path, Limits(), lambda line: None)
+    assert received == number
+    assert (tmp_path / "saved").is_file()
+    assert f"stopped, {number.name}; the same command goes on" in problems[0]
+    assert f"not begun, {number.name}" in problems[1]
 
 
 def test_interval_is_students():
@@ -257,3 +284,8 @@ def test_a_killed_study_goes_on_and_repeats_nothing(tmp_path):
     assert "data:image/png" in page
     assert "data:text/csv" in page
     assert json.loads(finished.read_text())["arm"] == "MoE"
+    assert all(
+        float(row["train_loss"]) > 0
+        and row["software"] == f"litgpt_moe_ext {code_version()}, torch {torch.__version__}"
+        for row in rows
+    )

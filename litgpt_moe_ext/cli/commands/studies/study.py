@@ -16,7 +16,8 @@ class Study:
     """Train a grid of settings over seeds and write what came out as one page, with the raw numbers beside it.
 
     A study that was interrupted or killed goes on where it was when it is called again; runs that are finished are
-    reused as long as their settings stay the same. Exits with status 1 if runs are missing in the end.
+    reused as long as their settings stay the same. Exits with status 1 if runs are missing in the end. Ctrl-C, SIGTERM
+    and SIGUSR1 let the runs save and end, and exit with status 130, 143 and 138.
 
     Attributes:
         study: A study (YAML file), like those in studies/.
@@ -64,10 +65,13 @@ class Study:
             if self.only >= len(runs):
                 raise SettingsError(f"only: {self.only} must be below {len(runs)}, the number of runs")
             runs = runs[self.only : self.only + 1]
-        problems = [] if self.report else train(runs, runs_dir, limits)
-        print(*problems, sep="\n", end="\n" if problems else "")
-        if self.only is not None:
-            return int(bool(problems))
+        if not self.report:
+            problems, signal = train(runs, runs_dir, limits)
+            print(*problems, sep="\n", end="\n" if problems else "")
+            if signal:
+                return 128 + signal
+            if self.only is not None:
+                return int(bool(problems))
         finished = [run for run in runs if is_finished(runs_dir, run)]
         missing = len(runs) - len(finished)
         if finished:
