@@ -14,7 +14,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 p, figcaption { max-width: 48rem; color: #444; } figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .2rem .7rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; } td.tokens { text-align: left; }
+th:first-child, td:first-child { text-align: left; min-width: 9rem; } td.tokens { text-align: left; }
 code { background: #f2f2f2; border-radius: 3px; padding: 0 .25em; white-space: pre; margin-right: .3em; }
 .scroll { overflow-x: auto; }
 """

@@ -1,15 +1,17 @@
 """The pictures of a study: loss, balance, and how far each arm is from the control."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, LogLocator
 
 from litgpt_moe_ext.pictures.style import STYLE
 from litgpt_moe_ext.study.compare import Difference
 from litgpt_moe_ext.study.results import EVEN, MAX_VIO, Curve, Result
+from litgpt_moe_ext.study.search import by_place, mean_val_loss
 
 
 def difference_figure(found: dict[str, Difference]) -> Figure:
@@ -63,6 +65,29 @@ def loss_figure(groups: dict[str, list[Result]]) -> Figure:
     return figure
 
 
+def search_figure(searched: Sequence[str], groups: dict[str, list[Result]]) -> Figure:
+    """Draw the validation loss of every point over each setting that was searched."""
+    places = by_place(searched, groups)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(max(5.0, min(10.0, 3.4 * len(searched))), 3.2), layout="constrained")
+        panels = figure.subplots(1, len(searched), sharey=True, squeeze=False)[0]
+        for axes, name in zip(panels, searched, strict=True):
+            for i, points in enumerate(places.values()):
+                values = [group[0].run.point[name] for group in points.values()]
+                axes.plot(values, [mean_val_loss(group) for group in points.values()], f"oC{i % 10}", markersize=4)
+            numbers = [group[0].run.point[name] for group in groups.values()]
+            if all(isinstance(number, int | float) for number in numbers) and 0 < min(numbers) * 9 < max(numbers):
+                axes.set_xscale("log")
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.xaxis.set_major_formatter("{x:g}")
+                axes.xaxis.set_minor_formatter("")
+            axes.set_xlabel(name)
+            axes.grid(alpha=0.25, linewidth=0.5)
+        panels[0].set_ylabel("validation loss, nats per token")
+        _legend(figure, places)
+    return figure
+
+
 def balance_figure(groups: dict[str, list[Result]]) -> Figure:
     """Draw MaxVio of each group over tokens."""
     with matplotlib.rc_context(STYLE):
@@ -88,7 +113,7 @@ def balance_figure(groups: dict[str, list[Result]]) -> Figure:
     return figure
 
 
-def _legend(figure: Figure, groups: dict[str, list[Result]], shown: Sequence[str] | None = None) -> None:
+def _legend(figure: Figure, groups: Mapping[str, Any], shown: Sequence[str] | None = None) -> None:
     # An arm has the same colour in every picture.
     handles = [
         matplotlib.lines.Line2D([], [], color=f"C{i % 10}", label=label)

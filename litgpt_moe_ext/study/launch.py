@@ -83,8 +83,14 @@ def train(runs: Iterable[Run], runs_dir: Path, limits: Limits, say: Callable[[st
         return "out of time" if end is not None and time.monotonic() >= end else ""
 
     work = partial(_train, runs_dir=runs_dir, places=places, free=free, stopped=stopped, say=say)
+    if waiting:
+        say(f"Training {len(waiting)} runs, {places.jobs} at a time, in {runs_dir}")
     with requests.listening(), ThreadPoolExecutor(places.jobs) as pool:
-        return Outcome([problem for problem in pool.map(work, waiting) if problem], requests.received)
+        ends = list(pool.map(work, waiting))
+    problems = [problem for problem in ends if problem]
+    if late := ends.count(None):
+        problems.append(f"{late} runs were not begun, {stopped()}; the same command goes on")
+    return Outcome(problems, requests.received)
 
 
 def _train(
@@ -94,9 +100,10 @@ def _train(
     free: queue.Queue,
     stopped: Callable[[], str],
     say: Callable[[str], None],
-) -> str:
-    if why := stopped():
-        return f"{run.title}: not begun, {why}; the same command goes on"
+) -> str | None:
+    # What went wrong, or nothing; None for a run that was not begun.
+    if stopped():
+        return None
     out_dir = runs_dir / run.key
     out_dir.mkdir(parents=True, exist_ok=True)
     place = free.get()

@@ -12,9 +12,10 @@ import numpy as np
 from litgpt_moe_ext.inspect.pages import page, picture, table
 from litgpt_moe_ext.study.analysis import Interval, break_even, compute_multiplier, mean_interval
 from litgpt_moe_ext.study.compare import compared, comparison, grouped, signed_interval
-from litgpt_moe_ext.study.figures import balance_figure, difference_figure, loss_figure, mean, smooth
+from litgpt_moe_ext.study.figures import balance_figure, difference_figure, loss_figure, mean, search_figure, smooth
 from litgpt_moe_ext.study.plan import BUDGET, Study
 from litgpt_moe_ext.study.results import MAX_VIO, Result, csv_text
+from litgpt_moe_ext.study.search import best_points
 
 COLUMNS = (
     "arm", "seeds", "validation loss", "range", "95 % interval", "minus control (95 % interval)", "training loss, end",
@@ -28,6 +29,7 @@ _CURVES = (
 _DIFFERENCES = (
     "Thick: 95 % interval of one comparison. Thin: all of them hold together with 95 %. Grey: each seed's difference."
 )
+_SEARCH = "Mean validation loss over each setting that was searched; a colour for each arm and place in the grid."
 _BALANCE = (
     "Largest load of an expert over the mean, minus 1, in the worst layer; mean and range over seeds. Dotted: 0.1. "
     "The table has it twice, over the last fifth of a run: of each step, and of the mean load, where chance is gone."
@@ -52,6 +54,8 @@ def study_page(study: Study, results: Sequence[Result], missing: int, command: s
     parts += [f"<p>{html.escape(line)}</p>" for line in verdicts(study, results)]
     if found := compared(study, groups):
         parts.append(picture("Differences", _DIFFERENCES, difference_figure(found)))
+    if study.searched:
+        parts.append(picture("Search", _SEARCH, search_figure(study.searched, groups)))
     parts.append(picture("Loss", _CURVES, loss_figure(groups)))
     if any(len(result.log.series(MAX_VIO)[1]) for result in results):
         parts.append(picture("Balance", _BALANCE, balance_figure(groups)))
@@ -96,7 +100,8 @@ def rows(study: Study, groups: dict[str, list[Result]]) -> list[tuple[str, ...]]
 
 def verdicts(study: Study, results: Sequence[Result]) -> list[str]:
     """Return what the study says: which arms differ from the control, compute multiplier and break-even time."""
-    lines = comparison(study, grouped(results))
+    groups = grouped(results)
+    lines = comparison(study, groups) + (best_points(study.searched, groups) if study.searched else [])
     if not study.compare:
         return lines
     moe, dense = ([result for result in results if result.run.arm == study.compare[side]] for side in ("moe", "dense"))

@@ -10,9 +10,10 @@ from typing import Any
 from litgpt_moe_ext.cli.recipes import recipe_names, recipes_dir
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.inspect.recipes import read_yaml
+from litgpt_moe_ext.study.search import searched_points
 
 BUDGET = "train.max_tokens"
-_KEYS = ("question", "recipe", "seeds", "settings", "arms", "grid", "compare", "control")
+_KEYS = ("question", "recipe", "seeds", "settings", "arms", "grid", "search", "compare", "control")
 _SCALE_KEYS = ("settings", "grid")
 
 
@@ -67,6 +68,7 @@ class Study:
         runs: Every run, all seeds of the smallest budget first.
         compare: The arms `moe` and `dense` whose compute multiplier is wanted; empty for none.
         control: The arm that the others are compared with.
+        searched: Settings that are searched; empty for none.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Study:
     runs: list[Run]
     compare: dict[str, str] = field(default_factory=dict)
     control: str = ""
+    searched: tuple[str, ...] = ()
 
 
 def load_study(path: Path, scale: Path | None = None) -> Study:
@@ -98,8 +101,8 @@ def load_study(path: Path, scale: Path | None = None) -> Study:
     seeds, grid = content.get("seeds", [1, 2, 3]), _mapping(content, "grid")
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
         raise SettingsError(f"seeds: {seeds} must be a list of integers, as [1, 2, 3]")
-    if wrong := [name for name, values in grid.items() if not isinstance(values, list) or not values]:
-        raise SettingsError(f"grid.{wrong[0]}: {grid[wrong[0]]} must be a list of values")
+    choices = [_choices(name, values) for name, values in grid.items()]
+    searched = searched_points(_mapping(content, "search"))
     if wrong := [name for name, settings in arms.items() if settings is not None and not isinstance(settings, dict)]:
         raise SettingsError(f"arms.{wrong[0]}: {arms[wrong[0]]} must hold settings, NAME: VALUE")
     compare = _mapping(content, "compare")
@@ -110,13 +113,14 @@ def load_study(path: Path, scale: Path | None = None) -> Study:
         raise SettingsError(f"control: {control} must be one of the arms: {', '.join(arms)}")
     common = _mapping(content, "settings")
     runs = []
-    for values in itertools.product(*grid.values()):
-        point = dict(zip(grid, values, strict=True))
+    for chosen, found in itertools.product(itertools.product(*choices), searched):
+        point = dict(zip(grid, (shown for shown, _ in chosen), strict=True)) | found
+        here = {name: value for _, some in chosen for name, value in some.items()} | found
         for seed, (arm, own) in itertools.product(seeds, arms.items()):
-            settings = {**common, **point, **(own or {})}
+            settings = {**common, **here, **(own or {})}
             recipe = _recipe(str(settings.pop("recipe", content.get("recipe", "quickstart"))), path)
             runs.append(Run(arm, point, seed, recipe, settings))
-    return Study(name, str(content.get("question", "")), runs, compare, control)
+    return Study(name, str(content.get("question", "")), runs, compare, control, tuple(searched[0]))
 
 
 def _content(path: Path, what: str, keys: tuple[str, ...]) -> dict[str, Any]:
@@ -126,6 +130,17 @@ def _content(path: Path, what: str, keys: tuple[str, ...]) -> dict[str, Any]:
     if unknown := [key for key in content if key not in keys]:
         raise SettingsError(f"{what}: {path} has the key {unknown[0]}; known are {', '.join(keys)}")
     return content
+
+
+def _choices(name: str, values: Any) -> list[tuple[Any, dict[str, Any]]]:
+    # What the grid calls each of the values, and the settings that it stands for.
+    if isinstance(values, list) and values:
+        return [(value, {name: value}) for value in values]
+    if isinstance(values, dict) and values and all(isinstance(value, dict) for value in values.values()):
+        return list(values.items())
+    raise SettingsError(
+        f"grid.{name}: {values} must be a list of values, or settings by name, NAME: {{SETTING: VALUE}}"
+    )
 
 
 def _those(known: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

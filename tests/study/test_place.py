@@ -2,8 +2,10 @@
 
 import csv
 import io
+import itertools
 import subprocess
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -97,6 +99,20 @@ def test_training_loss_stands_beside_that_of_the_validation(tmp_path):
     one.log.columns["loss"][:] = [3.0, 1.25]
     row = rows(Study("small", "", [one.run]), grouped([one]))[0]
     assert (row[COLUMNS.index("validation loss")], row[COLUMNS.index("training loss, end")]) == ("2.500", "1.250")
+
+
+def test_a_page_names_the_best_point_of_each_arm(tmp_path):
+    rates = {0.001: 2.5, 0.01: 2.0, 0.1: 2.25}
+    results = []
+    for (rate, loss), arm in itertools.product(rates.items(), ("many", "few")):
+        one = result(tmp_path, arm, 1, loss if arm == "many" else loss + rate, None)
+        run = replace(one.run, point={"size": "small", "optimizer.lr": rate})
+        results.append(replace(one, run=run))
+    study = Study("small", "", [one.run for one in results], searched=("optimizer.lr",))
+    said = verdicts(study, results)
+    assert "Lowest of 3 points: many, size small, lr 0.01, 2.000." in said
+    assert "Lowest of 3 points: few, size small, lr 0.01, 2.010." in said
+    assert study_page(study, results, 0, "").count("<h2>Search</h2>") == 1
 
 
 def test_runs_begin_together_and_one_has_all_cores(tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
 
 
 def write(path: Path, **content) -> Path:
-    path.write_text(yaml.safe_dump({"seeds": [1, 2], **content}), encoding="utf-8")
+    path.write_text(yaml.safe_dump({"seeds": [1, 2], **content}, sort_keys=False), encoding="utf-8")
     return path
 
 
@@ -45,10 +45,45 @@ def test_runs_are_arms_times_grid_times_seeds(tmp_path):
     assert again.runs[0].key == study.runs[1].key, "equal settings are the same run, whatever the arm is called"
 
 
+def test_a_value_of_the_grid_may_be_settings_under_a_name(tmp_path):
+    sizes = {"small": {}, "large": {"model_config.n_embd": 256, "model_config.n_layer": 6}}
+    runs = load_study(
+        write(tmp_path / "s.yaml", seeds=[1], grid={"size": sizes}, settings={"model_config.n_layer": 2})
+    ).runs
+    assert [(run.title, run.settings) for run in runs] == [
+        ("recipe, size small, seed 1", {"model_config.n_layer": 2}),
+        ("recipe, size large, seed 1", sizes["large"]),
+    ]
+
+
+def test_a_search_spreads_its_points_and_more_of_them_repeat_none(tmp_path):
+    lr, layers, scores = {"low": 1e-3, "high": 1.0, "log": True}, {"low": 2, "high": 9}, ["sigmoid", "softmax"]
+    search = {"optimizer.lr": lr, "model_config.n_layer": layers, "model_config.router_score_function": scores}
+    few, many = (
+        load_study(write(tmp_path / f"{points}.yaml", seeds=[1], search={"points": points, **search}))
+        for points in (10, 30)
+    )
+    assert [run.key for run in few.runs] == [run.key for run in many.runs[:10]]
+    assert many.searched == tuple(search)
+    rates, depths, functions = ([run.settings[name] for run in many.runs] for name in search)
+    for low in (1e-3, 1e-2, 1e-1):
+        assert 8 <= sum(low <= rate < 10 * low for rate in rates) <= 12, "a third in each of three magnitudes"
+    assert set(depths) == set(range(2, 10))
+    assert all(isinstance(depth, int) for depth in depths)
+    assert {functions.count(name) for name in scores} <= {13, 14, 15, 16, 17}
+    assert few.runs[0].title == "recipe, lr 0.0316, n_layer 4, router_score_function sigmoid, seed 1"
+
+
 @pytest.mark.parametrize(("content", "message"), [
     ({"arm": {}}, "has the key arm"),
     ({"seeds": 3}, "seeds: 3 must be a list"),
     ({"grid": {"seed": 3}}, "grid.seed: 3 must be a list"),
+    ({"grid": {"size": {"large": 3}}}, "grid.size: .* settings by name"),
+    ({"search": {"optimizer.lr": [1]}}, "must have points"),
+    ({"search": {"points": 2}}, "must have points"),
+    ({"search": {"points": 2, "a.b": 3}}, "search.a.b: 3 must be"),
+    ({"search": {"points": 2, "a.b": {"low": "1e-3", "high": 1}}}, "to YAML 1.0e-3 is a number"),
+    ({"search": {"points": 2, "a.b": {"low": 0, "high": 1, "log": True}}}, "above 0 where log is true"),
     ({"arms": {"a": 3}}, "arms.a: 3 must hold settings"),
     ({"arms": {"a": {}}, "compare": {"moe": "a", "dense": "b"}}, "must name two arms"),
     ({"arms": {"a": {}}, "control": "b"}, "control: b must be one of the arms: a"),
@@ -75,7 +110,7 @@ def test_runs_of_the_shipped_studies_are_valid(path):
 ])  # fmt: skip
 def test_shipped_scales_make_every_study_but_that_of_shapes_larger(scale, budgets):
     sizes, known = {}, annotations(litgpt_types())
-    for study in [study for study in STUDIES if study.stem != "shape"]:
+    for study in [study for study in STUDIES if study.stem not in ("shape", "carried_rate")]:
         plan = load_study(study, ROOT / "studies" / "scale" / f"{scale}.yaml")
         assert plan.name == f"{study.stem}-{scale}"
         read_settings(plan.runs[0].flags(Path("x")))
@@ -90,7 +125,7 @@ def test_shipped_scales_make_every_study_but_that_of_shapes_larger(scale, budget
 def test_the_whole_budget_is_that_of_the_quickstart():
     quickstart = read_settings(["--config", str(ROOT / "configs" / "quickstart.yaml")]).train
     for study, (scale, part) in itertools.product(STUDIES, {"whole": 1, "half": 2}.items()):
-        if study.stem not in ("pays", "balance"):
+        if study.stem not in ("pays", "balance", "carried_rate"):
             plan = load_study(study, ROOT / "studies" / "scale" / f"{scale}.yaml")
             train = read_settings(plan.runs[0].flags(Path("x"))).train
             expected = (quickstart.max_tokens // part, quickstart.lr_warmup_steps)
@@ -112,7 +147,7 @@ def test_a_scale_changes_settings_and_the_values_of_the_grid(tmp_path):
         ("arm", {"train.max_tokens": 30}, 3, 4),
         ("plain", {"train.max_tokens": 30}, 2, 4),
     ]
-    with pytest.raises(SettingsError, match="scale: .* has the key arms; known are settings, grid"):
+    with pytest.raises(SettingsError, match="scale: .* has the key seeds; known are settings, grid"):
         load_study(study, study)
 
 
@@ -135,7 +170,7 @@ def test_no_run_is_repeated_and_a_failed_one_is_tried_again(tmp_path, monkeypatc
     runs = load_study(write(tmp_path / "s.yaml", seeds=[1, 2, 3])).runs
     said = []
     assert "ended with status 1" in launch.train(runs, tmp_path, Limits(), said.append).problems[0]
-    assert (len(calls), len(said)) == (3, 2)
+    assert (len(calls), len(said)) == (3, 3)
     assert launch.train(runs, tmp_path, Limits(), said.append) == ([], 0)
     assert len(calls) == 4
     late = launch.train(load_study(STUDIES[0]).runs[:1], tmp_path, Limits(seconds=0), said.append)
@@ -162,7 +197,7 @@ time.sleep(30)
     assert received == number
     assert (tmp_path / "saved").is_file()
     assert f"stopped, {number.name}; the same command goes on" in problems[0]
-    assert f"not begun, {number.name}" in problems[1]
+    assert f"1 runs were not begun, {number.name}" in problems[1]
 
 
 def test_interval_is_students():

@@ -1,0 +1,107 @@
+"""A search: settings tried at points that are spread evenly over their ranges, instead of in every combination.
+
+The points follow from the study file alone, so they are runs like all others: several at a time, killed and continued,
+as a SLURM array. More points later train only those that are new.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from litgpt_moe_ext.errors import SettingsError
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.study.results import Result
+
+_POINTS = "points"
+# Each setting's points are those of Halton's sequence in a base of its own, so that settings do not go together.
+_BASES = (2, 3, 5, 7, 11, 13)
+
+
+def searched_points(search: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the values of the searched settings at each point.
+
+    Args:
+        search: What a study file says: `points`, how many, and by setting `{low: 1, high: 9}`, with `log: true` for a
+            range of magnitudes, or a list of values. Ends that are integers give integers.
+
+    Raises:
+        SettingsError: If it says something else.
+    """
+    if not search:
+        return [{}]
+    ranges = {name: values for name, values in search.items() if name != _POINTS}
+    count = search.get(_POINTS)
+    if type(count) is not int or count < 1 or not 1 <= len(ranges) <= len(_BASES):
+        raise SettingsError(
+            f"search: {dict(search)} must have points, how many, and 1 to {len(_BASES)} settings to search"
+        )
+    for name, values in ranges.items():
+        _check(name, values)
+    return [
+        {name: _value(values, _halton(number, base)) for (name, values), base in zip(ranges.items(), _BASES)}  # noqa: B905
+        for number in range(1, count + 1)
+    ]
+
+
+def _check(name: str, values: Any) -> None:
+    if isinstance(values, list) and values:
+        return
+    if not isinstance(values, dict) or not {"low", "high"} <= set(values) <= {"low", "high", "log"}:
+        raise SettingsError(f"search.{name}: {values} must be {{low: 1, high: 9, log: true}} or a list of values")
+    low, high = values["low"], values["high"]
+    if not all(type(end) in (int, float) for end in (low, high)) or not low < high or (values.get("log") and low <= 0):
+        raise SettingsError(
+            f"search.{name}: {values} must have numbers low < high, above 0 where log is true; to YAML 1.0e-3 is a "
+            "number, and 1e-3 is not"
+        )
+
+
+def _value(values: Any, place: float) -> Any:
+    # The value at a place from 0 to 1 of its range.
+    if isinstance(values, list):
+        return values[int(place * len(values))]
+    low, high = values["low"], values["high"]
+    whole = isinstance(low, int) and isinstance(high, int)
+    if values.get("log"):
+        found = low * (high / low) ** place
+        return round(found) if whole else float(f"{found:.3g}")
+    return low + int(place * (high - low + 1)) if whole else float(f"{low + (high - low) * place:.3g}")
+
+
+def _halton(number: int, base: int) -> float:
+    # The digits of the number behind the point, in reverse: the points halve (thirds, ...) what gaps there are.
+    place, step = 0.0, 1.0
+    while number:
+        number, digit = divmod(number, base)
+        step /= base
+        place += digit * step
+    return place
+
+
+def by_place(searched: Sequence[str], groups: Mapping[str, list["Result"]]) -> dict[str, dict[str, list["Result"]]]:
+    """Return the groups of a study by what was not searched, in words: arm and place in the grid."""
+    places: dict[str, dict[str, list[Result]]] = {}
+    for label, group in groups.items():
+        run = group[0].run
+        others = {name: value for name, value in run.point.items() if name not in searched}
+        places.setdefault(replace(run, point=others).label, {})[label] = group
+    return places
+
+
+def best_points(searched: Sequence[str], groups: Mapping[str, list["Result"]]) -> list[str]:
+    """Return in words where each arm, at each place in the grid, has its lowest loss."""
+    lines = []
+    for points in by_place(searched, groups).values():
+        losses = {label: mean_val_loss(group) for label, group in points.items()}
+        best = min(losses, key=losses.__getitem__)
+        lines.append(f"Lowest of {len(losses)} points: {best}, {losses[best]:.3f}.")
+    return [
+        *lines,
+        "The lowest of many is partly luck: train it again, with other seeds, beside what it is to replace.",
+    ]
+
+
+def mean_val_loss(group: Sequence["Result"]) -> float:
+    """Return the mean validation loss over seeds."""
+    return sum(result.val_loss for result in group) / len(group)
