@@ -1,6 +1,6 @@
 """The checkpoint that is exported: its configuration, its weights, and what they say together."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,7 +17,7 @@ from litgpt_moe_ext.evaluation.loading import (
     read_checkpoint,
     read_config,
 )
-from litgpt_moe_ext.export.hf.tensors import Constant, Rule
+from litgpt_moe_ext.export.hf.tensors import BALANCING_BIAS
 from litgpt_moe_ext.meta.models import meta_model
 from litgpt_moe_ext.moe.expert_layouts import stack_experts
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from litgpt import Tokenizer
 
     from litgpt_moe_ext.config.types import Config
+    from litgpt_moe_ext.export.hf.architectures import Architecture
 
 # Only training uses these; the exported model computes the same without them.
 TRAINING_ONLY = ("gate.noise_weight", "gate.bias_updates")
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-BALANCING_BIAS = "e_score_correction_bias"
 
 
 @dataclass(frozen=True)
@@ -57,25 +57,23 @@ class Source:
         """Return about how many bytes the weights take, in their own type or another one."""
         return sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in self.state.values())
 
-    def tensors(self, entries: Iterable[Rule | Constant], meta: bool = False) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, architecture: "Architecture", meta: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Yield the names and tensors of a class, one at a time.
 
         Args:
-            entries: What the class has.
+            architecture: The class.
             meta: Whether only shapes and types are asked for.
         """
-        for entry in entries:
-            if isinstance(entry, Constant):
-                yield entry.name, entry.make()
-                continue
-            tensor = self.state[entry.ours]
+        for name, stored in architecture.rules(self.config, self.state).items():
+            tensor = self.state[name]
             if meta:
                 tensor = tensor.to("meta")
-            elif entry.ours.endswith(BALANCING_BIAS) and self.config.n_expert_groups:
+            elif name.endswith(BALANCING_BIAS) and self.config.n_expert_groups:
                 # transformers 4 masks the groups that were not chosen with 0, which would win against negative biased
                 # scores. The same number on all biases changes no choice.
                 tensor = tensor - tensor.min().clamp(max=0)
-            yield from entry.out(tensor)
+            yield from stored.out(tensor)
+        yield from architecture.constants(self.config, self.state).items()
 
 
 def read_source(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> Source:

@@ -8,15 +8,17 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from litgpt_moe_ext.attention.rope import rope_frequencies
-from litgpt_moe_ext.config.rope import DEFAULT_BETA_FAST, DEFAULT_BETA_SLOW, present_adjustments
+from litgpt_moe_ext.config.rope import DEFAULT_BETA_FAST, DEFAULT_BETA_SLOW, present_adjustments, rope_kind
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.gguf import names
 from litgpt_moe_ext.export.hf.architectures import GPT2, LATENT, LLAMA_LIKE, SOFTMAX, Architecture
 from litgpt_moe_ext.export.hf.config_json import shared_width
 from litgpt_moe_ext.export.hf.facts import Facts, leading_dense_layers, window_of
-from litgpt_moe_ext.export.hf.names import Entries
-from litgpt_moe_ext.export.hf.tensors import Constant
+from litgpt_moe_ext.export.hf.names import GPT2_BIASES
+from litgpt_moe_ext.export.hf.tensors import Names
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
@@ -172,23 +174,13 @@ def _gpt2(facts: Facts) -> dict[str, Any]:
     return _sizes(facts) | {"attention.layer_norm_epsilon": facts.config.norm_eps}
 
 
-def _llama_names(facts: Facts) -> Entries:
-    entries = names.neighbours(names.decoder)(facts)
-    if facts.rope == "llama3":
-        entries.append(Constant("rope_freqs.weight", lambda: _llama3_factors(facts)))
-    return entries
-
-
-def _llama3_factors(facts: Facts) -> Any:
+def _llama3_factors(config: "Config") -> dict[str, Tensor]:
+    if rope_kind(config.rope_adjustments) != "llama3":
+        return {}
     # The graph divides plain frequencies by these.
-    config = facts.config
     plain_F, _ = rope_frequencies(config.rope_n_elem, config.rope_base)
     ours_F, _ = rope_frequencies(config.rope_n_elem, config.rope_base, config.rope_adjustments)
-    return plain_F / ours_F
-
-
-def _with_post_attention_norm(facts: Facts) -> Entries:
-    return names.decoder(facts, "post_attention_norm")
+    return {"rope_freqs.weight": plain_F / ours_F}
 
 
 _COMMON: dict[str, tuple[Any, ...]] = LLAMA_LIKE | {"rope": ("default", "linear", "yarn"), "yarn_rounds": (True,)}
@@ -203,9 +195,10 @@ def _graph(
     name: str,
     can: dict[str, tuple[Any, ...]],
     metadata: Callable[[Facts], dict[str, Any]],
-    entries: Callable[[Facts], Entries],
+    tensors: Names,
+    **more: Any,
 ) -> Architecture:
-    return Architecture(name, name.split()[0], can, metadata, entries)
+    return Architecture(name, name.split()[0], can, metadata, tensors, **more)
 
 
 GRAPHS = (
@@ -213,17 +206,27 @@ GRAPHS = (
         "gpt2",
         GPT2 | {"activation": ("gelu_tanh",)},
         _gpt2,
-        names.gpt2,
+        names.GPT2,
+        biases=GPT2_BIASES,
     ),
     _graph(
         "llama",
         _COMMON | _ANY_LLAMA | {"layers": ("dense",), "mlp_bias": (False, True)},
         _decoder,
-        _llama_names,
+        names.DECODER,
+        rotates_neighbours=True,
+        more=_llama3_factors,
     ),
-    _graph("qwen3", _COMMON | {"layers": ("dense",), "qk_norm": ("head",)}, _decoder, names.decoder),
-    _graph("llama with experts", _MOE | _ANY_LLAMA | {"layers": ("moe",)}, _one_width, _llama_names),
-    _graph("qwen3moe", _MOE | {"layers": ("moe",), "qk_norm": ("head",)}, _moe, names.decoder),
+    _graph("qwen3", _COMMON | {"layers": ("dense",), "qk_norm": ("head",)}, _decoder, names.DECODER),
+    _graph(
+        "llama with experts",
+        _MOE | _ANY_LLAMA | {"layers": ("moe",)},
+        _one_width,
+        names.DECODER,
+        rotates_neighbours=True,
+        more=_llama3_factors,
+    ),
+    _graph("qwen3moe", _MOE | {"layers": ("moe",), "qk_norm": ("head",)}, _moe, names.DECODER),
     _graph(
         "qwen2moe",
         _MOE
@@ -235,7 +238,7 @@ GRAPHS = (
             "free_head_size": (False,),
         },
         lambda facts: _moe(facts) | {"expert_shared_feed_forward_length": shared_width(facts)},
-        names.decoder,
+        names.DECODER,
     ),
     _graph(
         "olmoe",
@@ -248,7 +251,7 @@ GRAPHS = (
             "free_head_size": (False,),
         },
         _one_width,
-        names.decoder,
+        names.DECODER,
     ),
     _graph(
         "ernie4_5-moe",
@@ -259,7 +262,8 @@ GRAPHS = (
             "shared": ("none", "plain", "plain_other_width"),
         },
         _ernie,
-        names.with_balancing_bias(names.neighbours(names.decoder)),
+        names.BALANCED,
+        rotates_neighbours=True,
     ),
     _graph(
         "glm4moe",
@@ -277,7 +281,7 @@ GRAPHS = (
             "shared": ("plain",),
         },
         _glm,
-        names.with_balancing_bias(_with_post_attention_norm),
+        names.GLM,
     ),
     _graph(
         "deepseek2",
@@ -292,7 +296,8 @@ GRAPHS = (
             "groups": ("none", "best_two"),
         },
         _deepseek,
-        names.with_balancing_bias(names.decoder),
+        names.BALANCED,
+        rotates_neighbours=True,
     ),
     _graph(
         "gpt-oss",
@@ -307,6 +312,7 @@ GRAPHS = (
             "router_bias": (True, False),
         },
         _gpt_oss,
-        names.gpt_oss,
+        names.GPT_OSS,
+        biases=("mlp.gate.bias",),
     ),
 )

@@ -101,14 +101,13 @@ def _write(path: Path, source: Source, graph: Architecture, metadata: dict[str, 
     writer = gguf.GGUFWriter(path, graph.model_type)
     for key, value in metadata.items():
         writer.add_key_value(key, value, _value_type(value))
-    entries = graph.entries(facts_of(source.config, source.state))
     raw_types = {
         torch.float32: gguf.GGMLQuantizationType.F32,
         torch.float16: gguf.GGMLQuantizationType.F16,
         torch.bfloat16: gguf.GGMLQuantizationType.BF16,
     }
     n_bytes, types = 0, {}
-    for name, tensor in source.tensors(entries, meta=True):
+    for name, tensor in source.tensors(graph, meta=True):
         types[name] = _type_of(name, tensor, dtype or source.dtype)
         size = tensor.numel() * types[name].itemsize
         # The third argument is not read where the last is given.
@@ -118,7 +117,7 @@ def _write(path: Path, source: Source, graph: Architecture, metadata: dict[str, 
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, tensor in source.tensors(entries):
+        for name, tensor in source.tensors(graph):
             writer.write_tensor_data(_as_numpy(tensor.to(types[name]).contiguous()))
     finally:
         writer.close()

@@ -4,14 +4,20 @@ The first class that can express every fact of a model is the one; where none ca
 the weights.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.hf import config_json, names
 from litgpt_moe_ext.export.hf.facts import Facts
-from litgpt_moe_ext.export.hf.tensors import Layout, Rule
+from litgpt_moe_ext.export.hf.tensors import LAYER, Names, Stored, rules
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.config.types import Config
 
 
 @dataclass(frozen=True)
@@ -23,14 +29,20 @@ class Architecture:
         model_type: Its name in `config.json`.
         can: Values of each fact that it can express; a fact that is not named is free.
         config: Returns the entries of `config.json` beyond the common ones.
-        entries: Returns the map of tensors.
+        names: What our tensors are there.
+        biases: Biases of a layer that the class always has, by our names: zeros where ours has none.
+        rotates_neighbours: Whether rotary positions turn neighbours in a head, and not its halves.
+        more: Returns tensors that the class has besides, by their names.
     """
 
     class_name: str
     model_type: str
     can: Mapping[str, tuple[Any, ...]]
     config: Callable[[Facts], dict[str, Any]]
-    entries: Callable[[Facts], names.Entries]
+    names: Names
+    biases: tuple[str, ...] = ()
+    rotates_neighbours: bool = False
+    more: Callable[["Config"], dict[str, Tensor]] = lambda config: {}
 
     def lacks(self, facts: Facts) -> list[str]:
         """Return what the class cannot express, as `fact: value`; empty if it computes this model."""
@@ -39,6 +51,21 @@ class Architecture:
             for fact, allowed in self.can.items()
             if (value := getattr(facts, fact)) not in allowed
         ]
+
+    def rules(self, config: "Config", ours: Iterable[str]) -> dict[str, Stored]:
+        """Return what tensors of a model are there, by their names in `ours`."""
+        return rules(self.names, ours, config, self.rotates_neighbours)
+
+    def constants(self, config: "Config", weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the class has and a model with these weights has not, by its name there."""
+        found = self.more(config)
+        for i in range(config.n_layer):
+            for name in self.biases:
+                ours = f"{LAYER}.{i}.{name}"
+                if ours not in weights:
+                    (theirs,) = self.rules(config, [ours])[ours].names
+                    found[theirs] = torch.zeros(len(weights[ours.replace(".bias", ".weight")]))
+        return found
 
 
 def choose(facts: Facts, architectures: tuple[Architecture, ...]) -> tuple[Architecture | None, dict[str, list[str]]]:
@@ -73,27 +100,6 @@ def choose_class(facts: Facts) -> tuple[Architecture, dict[str, list[str]]]:
 
 def _words(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _dense_names(facts: Facts) -> names.Entries:
-    return names.llama_like(facts) + names.gated_mlps(facts)
-
-
-def _moe_names(**layer: str) -> Callable[[Facts], names.Entries]:
-    return lambda facts: names.llama_like(facts) + names.gated_mlps(facts, **layer)
-
-
-_ROW = Layout(lambda bias_E: bias_E.unsqueeze(0), lambda bias_1E: bias_1E.squeeze(0))
-
-
-def _ernie_names(facts: Facts) -> names.Entries:
-    bias = "mlp.moe_statics.e_score_correction_bias"
-    entries = _moe_names(experts="mlp.experts.{e}", router="mlp.gate", bias=bias, shared="mlp.shared_experts")(facts)
-    entries = names.with_interleaved_rotation(facts, entries)
-    return [
-        Rule(e.ours, e.theirs, layouts={e.theirs[0]: _ROW}) if isinstance(e, Rule) and e.theirs[0].endswith(bias) else e
-        for e in entries
-    ]
 
 
 ROPES = ("default", "linear", "llama3", "yarn")
@@ -152,34 +158,28 @@ GPT2: dict[str, tuple[Any, ...]] = {
     "head_bias": (False,),
     "scale": ("head",),
 }
-_DEEPSEEK_NAMES = _moe_names(
-    experts="mlp.experts.{e}",
-    router="mlp.gate",
-    bias="mlp.gate.e_score_correction_bias",
-    shared="mlp.shared_experts",
-)
-
 ARCHITECTURES = (
     Architecture(
         "GPT2LMHeadModel",
         "gpt2",
         GPT2,
         config_json.gpt2,
-        names.gpt2,
+        names.GPT2,
+        names.GPT2_BIASES,
     ),
     Architecture(
         "LlamaForCausalLM",
         "llama",
         _DENSE | {"attention_bias": ("none", "all"), "mlp_bias": (False, True)},
         lambda facts: config_json.llama(facts) | {"mlp_bias": facts.mlp_bias},
-        _dense_names,
+        names.LLAMA,
     ),
     Architecture(
         "Qwen3ForCausalLM",
         "qwen3",
         _DENSE | {"qk_norm": ("head",)},
         lambda facts: config_json.llama(facts) | config_json.no_window(facts),
-        _dense_names,
+        names.LLAMA,
     ),
     Architecture(
         "MixtralForCausalLM",
@@ -191,7 +191,7 @@ ARCHITECTURES = (
             | config_json.window_key(facts)
             | {"num_local_experts": facts.config.n_expert, "intermediate_size": facts.config.moe_intermediate_size}
         ),
-        _moe_names(experts="block_sparse_moe.experts.{e}", router="block_sparse_moe.gate", parts=".w1 .w3 .w2"),
+        names.MIXTRAL,
     ),
     Architecture(
         "Qwen3MoeForCausalLM",
@@ -203,7 +203,7 @@ ARCHITECTURES = (
             | config_json.qwen_layers(facts)
             | config_json.no_window(facts)
         ),
-        _moe_names(experts="mlp.experts.{e}", router="mlp.gate"),
+        names.LLAMA,
     ),
     Architecture(
         "Qwen2MoeForCausalLM",
@@ -223,7 +223,7 @@ ARCHITECTURES = (
             | config_json.no_window(facts)
             | {"shared_expert_intermediate_size": config_json.shared_width(facts)}
         ),
-        _moe_names(experts="mlp.experts.{e}", router="mlp.gate", shared="mlp.shared_expert"),
+        names.QWEN2_MOE,
     ),
     Architecture(
         "OlmoeForCausalLM",
@@ -245,14 +245,15 @@ ARCHITECTURES = (
                 "clip_qkv": facts.config.clip_qkv,
             }
         ),
-        _moe_names(experts="mlp.experts.{e}", router="mlp.gate"),
+        names.LLAMA,
     ),
     Architecture(
         "Ernie4_5_MoeForCausalLM",
         "ernie4_5_moe",
         SOFTMAX | {"layers": ("moe", "mixed"), "balancing_bias": (True, False), "shared": ("none", "plain")},
         config_json.ernie,
-        _ernie_names,
+        names.ERNIE,
+        rotates_neighbours=True,
     ),
     Architecture(
         "Glm4MoeForCausalLM",
@@ -271,7 +272,7 @@ ARCHITECTURES = (
             "shared": ("plain",),
         },
         config_json.glm,
-        _DEEPSEEK_NAMES,
+        names.DEEPSEEK,
     ),
     Architecture(
         "GptOssForCausalLM",
@@ -287,7 +288,8 @@ ARCHITECTURES = (
             "router_bias": (True, False),
         },
         config_json.gpt_oss,
-        names.gpt_oss,
+        names.GPT_OSS,
+        ("mlp.gate.bias",),
     ),
     Architecture(
         "DeepseekV2ForCausalLM",
@@ -302,7 +304,7 @@ ARCHITECTURES = (
             "groups": ("none", "best_one"),
         },
         config_json.deepseek_v2,
-        _moe_names(experts="mlp.experts.{e}", router="mlp.gate", shared="mlp.shared_experts"),
+        names.LLAMA,
     ),
     Architecture(
         "DeepseekV3ForCausalLM",
@@ -317,14 +319,14 @@ ARCHITECTURES = (
             "groups": ("none", "best_two"),
         },
         config_json.deepseek_v3,
-        _DEEPSEEK_NAMES,
+        names.DEEPSEEK,
     ),
     Architecture(
         "LitGPTMoEForCausalLM",
         "litgpt_moe",
         {"attention": ("grouped",)},
         config_json.own,
-        names.own,
+        names.OWN,
     ),
 )
 

@@ -10,14 +10,14 @@ import torch
 from litgpt.utils import incremental_save, save_config
 from torch import Tensor
 
+from litgpt_moe_ext.evaluation.loading import WEIGHTS_FILE
 from litgpt_moe_ext.export.directory import new_directory, require_absent
 from litgpt_moe_ext.export.hf.architectures import ARCHITECTURES
-from litgpt_moe_ext.export.hf.facts import facts_of
 from litgpt_moe_ext.export.hf.settings import read_published
 from litgpt_moe_ext.export.hf.stored import StoredWeights
-from litgpt_moe_ext.export.hf.tensors import Rule
+from litgpt_moe_ext.export.hf.tensors import BALANCING_BIAS
 from litgpt_moe_ext.export.hf.tokenizer import TOKENIZER_FILES
-from litgpt_moe_ext.export.source import BALANCING_BIAS
+from litgpt_moe_ext.meta.models import meta_model
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
@@ -53,18 +53,17 @@ def import_checkpoint(hf_dir: Path, out_dir: Path) -> Imported:
     published = read_published(hf_dir)
     config = cast("Config", litgpt.Config(**published.settings))
     (architecture,) = (a for a in ARCHITECTURES if a.model_type == published.model_type)
-    rules = [entry for entry in architecture.entries(facts_of(config, {})) if isinstance(entry, Rule)]
+    expected = meta_model(config).state_dict()
+    rules = architecture.rules(config, expected)
     weights = StoredWeights(hf_dir, published.quantization)
-    with torch.device("meta"):
-        expected = litgpt.GPT(config).state_dict()
-    wanted = {name: tuple(part.shape) for rule in rules for name, part in rule.out(expected[rule.ours])}
+    wanted = {name: tuple(part.shape) for ours, stored in rules.items() for name, part in stored.out(expected[ours])}
     left_out = weights.require(wanted, published.left_out)
 
     with new_directory(out_dir, weights.nbytes()) as partial:
-        with incremental_save(partial / "lit_model.pth") as saver:
+        with incremental_save(partial / WEIGHTS_FILE) as saver:
             state = {}
-            for rule in rules:
-                state[rule.ours] = saver.store_early(_owned(rule.back(weights.get, config.n_expert)))
+            for ours, stored in rules.items():
+                state[ours] = saver.store_early(_owned(stored.back(weights.get, config.n_expert)))
             for name in expected.keys() - state.keys():
                 # Routers here have it, whether the class has one or not.
                 assert name.endswith(BALANCING_BIAS), name

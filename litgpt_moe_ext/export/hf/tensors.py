@@ -1,15 +1,19 @@
 """The map between names and shapes of weights, written once and read in both directions.
 
-A rule says which tensor of a LitGPT state dictionary is which tensors of a Hugging Face checkpoint: one tensor is the
-concatenation of several along a dimension, or a stack of one per expert, and a part may be stored in another
-layout. Going out cuts, going in joins.
+A table says by our names which tensors there a tensor of ours is: the concatenation of several along a dimension, or a
+stack of one per expert, and a part may be stored in another layout. Going out cuts, going in joins.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.config.types import Config
 
 Change = Callable[[Tensor], Tensor]
 
@@ -27,8 +31,7 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 AS_IT_IS = Layout(_same, _same)
-# GPT-2 stores linear maps as (in, out).
-TRANSPOSED = Layout(lambda w: w.T, lambda w: w.T)
+TRANSPOSED = Layout(lambda w: w.mT, lambda w: w.mT)
 
 
 def interleaved(head_size: int, rotated: int | None = None) -> Layout:
@@ -50,33 +53,35 @@ def interleaved(head_size: int, rotated: int | None = None) -> Layout:
 
 
 @dataclass(frozen=True)
-class Rule:
-    """One tensor of ours and what it is there.
+class Stored:
+    """What a tensor of ours is there.
 
     Attributes:
-        ours: Name in a LitGPT state dictionary.
-        theirs: Names there, in the order of the concatenation. With `{e}` in them there is a set per expert.
+        names: Names there, in the order of the concatenation. With `{e}` in them there is a set per expert.
+        layouts: How the parts are stored, in the same order; those after the last as they are.
         sizes: Rows of each part; None for equal parts.
-        layouts: How parts are stored there, by name; the others as they are.
         dim: The dimension of the concatenation.
         whole: The form of our tensor in which it is a concatenation.
     """
 
-    ours: str
-    theirs: tuple[str, ...]
+    names: tuple[str, ...]
+    layouts: tuple[Layout, ...] = ()
     sizes: tuple[int, ...] | None = None
-    layouts: Mapping[str, Layout] = field(default_factory=dict)
     dim: int = 0
     whole: Layout = AS_IT_IS
 
     @property
-    def per_expert(self) -> bool:
-        """Whether there is a set of tensors per expert."""
-        return "{e}" in self.theirs[0]
+    def _parts(self) -> list[tuple[str, Layout]]:
+        as_they_are = (AS_IT_IS,) * (len(self.names) - len(self.layouts))
+        return list(zip(self.names, self.layouts + as_they_are, strict=True))
+
+    @property
+    def _per_expert(self) -> bool:
+        return "{e}" in self.names[0]
 
     def out(self, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield names and tensors there, as views where the layout allows."""
-        if self.per_expert:
+        if self._per_expert:
             for e, expert in enumerate(tensor.unbind()):
                 for name, part in self._cut(expert):
                     yield name.replace("{e}", str(e)), part
@@ -85,9 +90,9 @@ class Rule:
 
     def _cut(self, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         tensor = self.whole.out(tensor)
-        cut = tensor.chunk(len(self.theirs), self.dim) if self.sizes is None else tensor.split(self.sizes, self.dim)
-        for name, part in zip(self.theirs, cut, strict=True):
-            yield name, self.layouts.get(name, AS_IT_IS).out(part)
+        cut = tensor.chunk(len(self.names), self.dim) if self.sizes is None else tensor.split(self.sizes, self.dim)
+        for (name, layout), part in zip(self._parts, cut, strict=True):
+            yield name, layout.out(part)
 
     def back(self, get: Callable[[str], Tensor], n_expert: int) -> Tensor:
         """Return our tensor.
@@ -96,7 +101,7 @@ class Rule:
             get: Returns a tensor there by its name.
             n_expert: Number of experts.
         """
-        if not self.per_expert:
+        if not self._per_expert:
             return self._join(get, "")
         first = self._join(get, "0")
         # One expert beside the stack, not all of them once more.
@@ -107,13 +112,67 @@ class Rule:
         return stack
 
     def _join(self, get: Callable[[str], Tensor], expert: str) -> Tensor:
-        parts = [self.layouts.get(n, AS_IT_IS).back(get(n.replace("{e}", expert))) for n in self.theirs]
+        parts = [layout.back(get(name.replace("{e}", expert))) for name, layout in self._parts]
         return self.whole.back(parts[0] if len(parts) == 1 else torch.cat(parts, self.dim))
 
 
-@dataclass(frozen=True)
-class Constant:
-    """A tensor that a class has and our model has not: always the same there."""
+Names = dict[str, str | Stored]
+"""What a tensor of ours is there, by its name here within a layer; names of layers under `LAYER`.
 
-    name: str
-    make: Callable[[], Tensor]
+A name that ends before `.weight` or `.bias` stands for both, here and there. What a model lacks is not looked up.
+"""
+LAYER = "transformer.h"
+_IN_LAYER = re.compile(rf"{re.escape(LAYER)}\.(\d+)\.(.+)")
+BALANCING_BIAS = "e_score_correction_bias"
+
+
+def rules(names: Names, ours: Iterable[str], config: "Config", rotates_neighbours: bool = False) -> dict[str, Stored]:
+    """Return what each of our tensors is there, by its name.
+
+    Args:
+        names: The table.
+        ours: Names of all weights of a model. Only balancing biases may be missing in the table.
+        config: Its configuration.
+        rotates_neighbours: Whether rotary positions turn neighbours there; halves of a head are put in turns.
+    """
+    in_turns = _in_turns(config) if rotates_neighbours and not config.rope_interleave else {}
+    found = {}
+    for name in ours:
+        match = _IN_LAYER.match(name)
+        layer, inner = (f"{names[LAYER]}.{match[1]}.", match[2]) if match else ("", name)
+        module, _, kind = inner.rpartition(".")
+        if inner in names:
+            stored, kind = names[inner], ""
+        elif kind in ("weight", "bias") and module in names:
+            stored, kind = names[module], f".{kind}"
+        else:
+            assert inner.endswith(BALANCING_BIAS), f"{name} has no name there"
+            continue
+        stored = _cut_by_heads(Stored((stored,)) if isinstance(stored, str) else stored, module, config)
+        parts = tuple(f"{layer}{part}{kind}" for part in stored.names)
+        found[name] = replace(stored, names=parts, layouts=in_turns.get(module, stored.layouts))
+    return found
+
+
+def _in_turns(config: "Config") -> dict[str, tuple[Layout, ...]]:
+    if (sizes := config.latent_attention) is None:
+        return {"attn.qkv": (interleaved(config.head_size),) * 2}
+    rotated = sizes["qk_rope_head_dim"]
+    return {
+        "attn.q_b_proj": (interleaved(sizes["qk_nope_head_dim"] + rotated, rotated),),
+        "attn.kv_a_proj_with_mqa": (interleaved(sizes["kv_lora_rank"] + rotated, rotated),),
+    }
+
+
+def _cut_by_heads(stored: Stored, module: str, config: "Config") -> Stored:
+    if len(stored.names) == 1:
+        return stored
+    if module == "attn.qkv":
+        heads = (config.n_head, config.n_query_groups, config.n_query_groups)
+        return replace(stored, sizes=tuple(n * config.head_size for n in heads))
+    if module == "attn.kv_b_proj":
+        latent = config.latent_attention or {}
+        sizes = (latent["qk_nope_head_dim"], latent["v_head_dim"])
+        heads = Layout(lambda w: w.unflatten(0, (config.n_head, -1)), lambda w_HdR: w_HdR.flatten(0, 1))
+        return replace(stored, sizes=sizes, dim=1, whole=heads)
+    return stored

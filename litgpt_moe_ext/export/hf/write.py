@@ -16,8 +16,9 @@ from litgpt_moe_ext.export.hf.architectures import Architecture, choose_class
 from litgpt_moe_ext.export.hf.config_json import REMOTE_CODE
 from litgpt_moe_ext.export.hf.facts import Facts, facts_of
 from litgpt_moe_ext.export.hf.shards import MAX_SHARD_BYTES, Sketch, write_shards
+from litgpt_moe_ext.export.hf.tensors import BALANCING_BIAS
 from litgpt_moe_ext.export.hf.tokenizer import export_tokenizer
-from litgpt_moe_ext.export.source import BALANCING_BIAS, read_source
+from litgpt_moe_ext.export.source import read_source
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,11 @@ def export_checkpoint(
     source = read_source(checkpoint_dir)
     facts = facts_of(source.config, source.state)
     architecture, rejected = choose_class(facts)
-    entries = architecture.entries(facts)
     chosen = parse_dtype(dtype)
     with new_directory(out_dir, source.nbytes(chosen)) as partial:
         ids = export_tokenizer(checkpoint_dir, partial, source.config.padded_vocab_size)
-        sketches = [_sketch(name, tensor, chosen) for name, tensor in source.tensors(entries, meta=True)]
-        n_bytes = write_shards(sketches, source.tensors(entries), partial, max_shard_bytes)
+        sketches = [_sketch(name, tensor, chosen) for name, tensor in source.tensors(architecture, meta=True)]
+        n_bytes = write_shards(sketches, source.tensors(architecture), partial, max_shard_bytes)
         _write_json(partial / "config.json", _config_json(architecture, facts, ids, chosen or source.dtype))
         _write_json(partial / "generation_config.json", {"_from_model_config": True, **ids})
         if architecture.model_type == "litgpt_moe":

@@ -15,7 +15,6 @@ from litgpt_moe_ext.export.gguf.tokenizer import tokenizer_metadata
 from litgpt_moe_ext.export.gguf.write import export_gguf
 from litgpt_moe_ext.export.hf.architectures import choose
 from litgpt_moe_ext.export.hf.facts import facts_of
-from litgpt_moe_ext.export.hf.tensors import Constant
 from tests.export.gguf.models import GRAPH_CASES
 from tests.export.gguf.tokenizers import PRE_TOKENIZERS, train_spm
 from tests.export.gguf.tokenizers import train_bpe as train_bpe_like
@@ -40,14 +39,13 @@ def test_every_tensor_is_in_the_file(tmp_path, name):
     state, config = model.state_dict(), model.config
     graph, _ = choose(facts_of(config, state), GRAPHS)
     stored = {t.name: torch.tensor(np.array(t.data)).reshape(*t.shape.tolist()[::-1]) for t in reader.tensors}
-    for entry in graph.entries(facts_of(config, state)):
-        if isinstance(entry, Constant):
-            assert torch.equal(stored.pop(entry.name), entry.make())
-            continue
-        tensor, expected = entry.back(stored.pop, config.n_expert), state[entry.ours]
-        if entry.ours.endswith("correction_bias") and config.n_expert_groups:
+    for name, expected in graph.constants(config, state).items():
+        assert torch.equal(stored.pop(name), expected), name
+    for name, rule in graph.rules(config, state).items():
+        tensor, expected = rule.back(stored.pop, config.n_expert), state[name]
+        if name.endswith("correction_bias") and config.n_expert_groups:
             expected = expected - expected.min().clamp(max=0)
-        assert torch.equal(tensor, expected), entry.ours
+        assert torch.equal(tensor, expected), name
     assert not stored
 
 

@@ -140,7 +140,7 @@ def test_layers_for_more_than_one_token_are_left_out(tmp_path, capsys, name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vocab_size": 98}, r"embed_tokens.weight is \(97, 48\); must be \(98, 48\)"),
+        ({"vocab_size": 98}, r"lm_head.weight is \(97, 48\); must be \(98, 48\)"),
         ({"intermediate_size": 22}, r"w1.weight is \(20, 48\); must be \(22, 48\)"),
     ],
 )
