@@ -5,12 +5,12 @@
     python benchmarks/gpu.py --device cpu --tiny  # the same code at toy sizes, to see that it runs
 
 Tables: experts (forward and backward against LitGPT's `LLaMAMoE`, Hugging Face, Liger where installed, a dense MLP of
-equal active work, and bare matrix products), their memory, decoding, attention against
-`F.scaled_dot_product_attention`, whole training steps against their dense twins (with MFU, peak memory, waiting and
-`torch.compile`), routers, and the memory that a step is promised to take. Contenders take turns on the same data; a
-cell is a median. What fails, or does not fit into memory or time, is left out, and says so; each table has its share of
-the time, and an error ends no more than its table, in a new process if the card is lost to this one. The file, which is
-written anew after every row, holds card, versions and clocks; send it along with what you report.
+equal active work, and bare matrix products), sums of their weights' gradients, their memory, decoding, attention
+against `F.scaled_dot_product_attention`, whole training steps against their dense twins (with MFU, peak memory,
+waiting and `torch.compile`), routers, and the memory that a step is promised to take. Contenders take turns on the
+same data; a cell is a median. What fails, or does not fit into memory or time, is left out, and says so; each table has
+its share of the time, and an error ends no more than its table, in a new process if the card is lost to this one. The
+file, which is written anew after every row, holds card, versions and clocks; send it along with what you report.
 
 Shape legend: T tokens, D model width, F hidden width of one expert, E experts, K chosen experts per token.
 """
@@ -54,11 +54,13 @@ from litgpt_moe_ext.errors import SettingsError  # noqa: E402
 from litgpt_moe_ext.inspect.cost.layers import shorten  # noqa: E402
 from litgpt_moe_ext.inspect.cost.memory import Step, training_memory  # noqa: E402
 from litgpt_moe_ext.model_size import count_flops  # noqa: E402
-from litgpt_moe_ext.moe.kernels import router_product  # noqa: E402
+from litgpt_moe_ext.moe.kernels import native, router_product  # noqa: E402
+from litgpt_moe_ext.moe.kernels.plan import Outer, plan_of  # noqa: E402
 from litgpt_moe_ext.moe.layer import SharedExpertMoE  # noqa: E402
 from litgpt_moe_ext.rows import Rows  # noqa: E402
 from litgpt_moe_ext.training.callbacks.telemetry import peak_flops  # noqa: E402
 from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss  # noqa: E402
+from litgpt_moe_ext.triton_launch import triton_works_on  # noqa: E402
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # Cycles of the device's clock before what is measured "ahead", 8 to 10 ms.
@@ -349,9 +351,9 @@ def compile_kernels(job: tuple[Size | str, torch.dtype]) -> None:
             with torch.no_grad():
                 layer(x)
     else:
-        settings, micro_batch = recipe(job[0], bench.tiny)
-        batch = torch.randint(0, settings["vocab_size"], (micro_batch, settings["block_size"] + 1), device=bench.device)
-        Trainee(settings, bench, batch).step()
+        settings, micro_batch, _ = recipe(job[0], bench.tiny)
+        size = (1, micro_batch, settings["block_size"] + 1)
+        Trainee(settings, bench, torch.randint(0, settings["vocab_size"], size, device=bench.device)).step()
     torch.cuda.synchronize()
 
 
@@ -391,6 +393,31 @@ def experts_rows(bench: Bench) -> Iterator[dict[str, Any]]:
             }
             host = {f"host, {name}": bench.host_ms(calls[name]) for name in (next(iter(calls)), "dense")}
             yield {"layer": size.name, "tokens": T, **{f"{n}, ms": times.get(n) for n in names}, **ratios, **host}
+
+
+def gradient_rows(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Measure gradients of first projections that come to another's: added by the product, and by autograd after it."""
+    engines: dict[str, Any] = {"torch": native}
+    if bench.is_cuda and triton_works_on(bench.device):
+        from litgpt_moe_ext.moe.kernels import triton
+
+        engines = {"triton": triton, **engines}
+    for T in (64,) if bench.tiny else (16384, 2048):
+        for size in TINY if bench.tiny else SIZES:
+            n_row = T * size.K
+            rows_R = torch.randperm(n_row, device=bench.device)
+            ends_E = torch.arange(1, size.E + 1, device=bench.device, dtype=torch.int32) * (n_row // size.E)
+            x = torch.randn(T, size.D, device=bench.device, dtype=bench.dtype)
+            dh = torch.randn(n_row, 2 * size.F, device=bench.device, dtype=bench.dtype)
+            outer = Outer(dh, x, plan_of(rows_R, ends_E, T), gather_right=True)
+            total = torch.zeros(size.E, 2 * size.F, size.D, device=bench.device)
+            calls: dict[str, Callable[[], object]] = {}
+            for name, engine in engines.items():
+                multiply = engine.sum_outer_products
+                calls[f"{name}, ms"] = partial(multiply, outer, torch.float32, total)
+                calls[f"{name} and autograd, ms"] = lambda m=multiply, o=outer, t=total: t.add_(m(o, torch.float32))
+            chosen = "torch" if native.sums_fast(outer) else next(iter(engines))
+            yield {"layer": size.name, "tokens": T, "chosen": chosen, **bench.medians(calls, ahead=True)}
 
 
 def router_rows(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -539,7 +566,7 @@ class Trainee:
         settings: Fields of its configuration.
         bench: Where.
         batches: Token ids of the micro-batches of a step, (A, B, T + 1).
-        how: eager, compiled or graphs.
+        how: eager, compiled, graphs, or "graphs, unshared", whose micro-batches share nothing of the experts' weights.
     """
 
     def __init__(self, settings: dict[str, Any], bench: Bench, batches: Tensor, how: str = "eager") -> None:
@@ -556,12 +583,14 @@ class Trainee:
             torch._dynamo.reset()
         self.model = torch.compile(model) if how == "compiled" else model
         self.loss = self.plain_loss
-        if how == "graphs" and bench.is_cuda:
-            self.loss = GraphedLoss(self.plain_loss, model, careful=True, say=partial(note_if_off, bench))
+        graphs = how.startswith("graphs") and bench.is_cuda
+        if graphs:
+            options = {"careful": True, "say": partial(note_if_off, bench), "share": how == "graphs"}
+            self.loss = GraphedLoss(self.plain_loss, model, **options)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
         # The first steps run as they are, then passes are captured.
-        for _ in range(3 if how == "graphs" and bench.is_cuda else 0):
+        for _ in range(3 if graphs else 0):
             self.step()
 
     def plain_loss(self, ids: Tensor, targets: Tensor) -> Tensor:
@@ -629,7 +658,7 @@ def recipe(name: str, tiny: bool) -> tuple[dict[str, Any], int, int]:
 
 
 def steps_rows(bench: Bench) -> Iterator[dict[str, Any]]:
-    models = ("dense twin, graphs", "ours, graphs", "dense twin", "ours", "LLaMAMoE")
+    models = ("dense twin, graphs", "ours, graphs", "ours, graphs, unshared", "dense twin", "ours", "LLaMAMoE")
     return measured_steps(bench, models)
 
 
@@ -702,6 +731,7 @@ def promise_rows(bench: Bench) -> Iterator[dict[str, Any]]:
 # Their titles, and their shares of the time.
 TABLES = {
     "experts": ("Experts, forward and backward", 4.0, experts_rows),
+    "gradients": ("Gradients of weights, added up", 0.4, gradient_rows),
     "router": ("Routers, forward and backward", 0.5, router_rows),
     "router_product": ("Routers' products", 0.6, product_rows),
     "steps": ("Whole training steps", 5.0, steps_rows),

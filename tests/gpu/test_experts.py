@@ -7,6 +7,7 @@ import torch
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.moe.experts import Experts
+from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
 from litgpt_moe_ext.moe.router import Routing
 from tests.models import moe_config, randomize
 
@@ -114,6 +115,26 @@ def test_two_runs_give_the_same_bits(device, tiny, backend):
     for _ in range(3):
         for name, value in run(experts, backend, x, routing, upstream).items():
             assert torch.equal(value, first[name]), name
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16, None], ids=str)
+@pytest.mark.parametrize("backend", ["triton", "grouped_mm"])
+def test_micro_batches_share_weights(device, tiny, backend, autocast):
+    """Weights that are cast once, and gradients that products add up themselves, are what autograd makes of them."""
+    if autocast == torch.bfloat16 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        pytest.skip("bfloat16 needs a card of compute capability 8.0")
+    for T, K, E, D, F in SIZES[3:4] if tiny else [*SIZES[:2], (1024, 2, 8, 256, 1024)]:
+        experts, routing = make(device, torch.float32, E, D, F, backend), make_routing(device, T, K, E)
+        x, upstream = (torch.randn(T, D, device=device) for _ in range(2))
+        results = []
+        for shared in (contextlib.nullcontext, StepWeights().shared):
+            experts.zero_grad()
+            for factor in (1.0, 2.0, 3.0):
+                with shared(), torch.autocast(device.type, autocast, enabled=autocast is not None):
+                    experts(factor * x, routing).backward(upstream)
+            results.append([parameter.grad for parameter in experts.parameters()])
+        for apart, together in zip(*results, strict=True):
+            torch.testing.assert_close(together, apart, rtol=0, atol=0)
 
 
 @contextlib.contextmanager

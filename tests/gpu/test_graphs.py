@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss
 from tests.gpu.test_experts import no_waits
@@ -21,7 +22,7 @@ def card(device):
     return device
 
 
-def trained(card, dtype, accumulation, graphs, **changes):
+def trained(card, dtype, accumulation, graphs, share=True, **changes):
     """Return what seven steps come to: losses, norms, weights, biases and loads."""
     model, said = make_model(card, **changes), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
@@ -30,7 +31,9 @@ def trained(card, dtype, accumulation, graphs, **changes):
     def plain_loss(ids, targets):
         return loss_of(model, torch.cat([ids, targets[:, -1:]], dim=1), dtype)
 
-    loss_function = GraphedLoss(plain_loss, model, careful=False, say=said.append) if graphs else plain_loss
+    loss_function = plain_loss
+    if graphs:
+        loss_function = GraphedLoss(plain_loss, model, careful=False, say=said.append, share=share)
     torch.manual_seed(1)
     numbers = []
 
@@ -61,13 +64,16 @@ def trained(card, dtype, accumulation, graphs, **changes):
         (1, {}),
         (3, {"router_z_loss_coef": 0.01, "router_load_balancing_loss_coef": 0.01}),
         (2, {"expert_dropout": 0.1, "residual_dropout": 0.1, "embedding_dropout": 0.1}),
+        (3, {"moe_intermediate_size": 544}),
     ],
-    ids=["plain", "losses", "dropout"],
+    ids=["plain", "losses", "dropout", "wide"],
 )
-def test_equals_the_loss_itself(card, dtype, accumulation, changes):
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "apart"])
+def test_equals_the_loss_itself(card, dtype, accumulation, changes, share):
+    """Also where micro-batches share casts and sums, on Hopper with wide weights those of torch's grouped product."""
     if dtype == torch.bfloat16:
         require_bfloat16(card)
-    ours = trained(card, dtype, accumulation, True, **changes)
+    ours = trained(card, dtype, accumulation, True, share, **changes)
     theirs = trained(card, dtype, accumulation, False, **changes)
     again = trained(card, dtype, accumulation, False, **changes)
     # Bits can only be compared where the card repeats its own: an H100 does at this length, whose attention is short.
@@ -75,6 +81,35 @@ def test_equals_the_loss_itself(card, dtype, accumulation, changes):
         pytest.skip("without graphs, two trainings differ here as well")
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weights_are_cast_once_for_a_step(card, dtype):
+    """What is kept are the experts' weights in 16 bits; a replayed micro-batch casts none of them."""
+    if dtype == torch.bfloat16:
+        require_bfloat16(card)
+    model = make_model(card)
+    experts = [module for module in model.modules() if isinstance(module, Experts)]
+    loss_function = GraphedLoss(lambda *batch: loss_of(model, batch[0], dtype), model, careful=False, say=print)
+    batch = torch.randint(0, 64, (4, 65), device=card)
+
+    def step():
+        for _ in range(2):
+            loss_function(batch, batch).backward()
+        model.zero_grad()
+
+    for _ in range(4):
+        step()
+    kept = list(loss_function._weights._casts.values())
+    assert sum(cast.numel() for cast in kept) == sum(p.numel() for module in experts for p in module.parameters())
+    assert {cast.dtype for cast in kept} == {dtype}
+    with torch.no_grad():
+        for module in experts:
+            for parameter in module.parameters():
+                parameter.data.mul_(2)  # of which a version knows nothing
+    step()
+    for (weight, _), cast in loss_function._weights._casts.items():
+        assert torch.equal(weight.to(dtype), cast)
 
 
 def test_a_model_that_waits_goes_on_without(card):
