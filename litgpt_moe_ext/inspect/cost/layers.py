@@ -1,7 +1,7 @@
 """Models of many equal layers, measured by a short model with the same layers.
 
 What a model costs is a straight line over the number of its periods (one layer, or a dense and an MoE layer in turns,
-or whatever repeats), as soon as there are three of them. So three are built, and the others added by calculation.
+or whatever repeats), from the second on. So two are built, and the others added by calculation.
 """
 
 import copy
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from litgpt import Config
     from torch import nn
 
-PERIODS = 3
+PERIODS = 2
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class ShortModel:
         return blocks_of(model)[self.lead : self.lead + self.period]
 
     def starts(self, model: "nn.Module") -> "list[nn.Module]":
-        """Return the first blocks of the second and the third period."""
-        return [blocks_of(model)[self.lead + number * self.period] for number in (1, 2)]
+        """Return the first blocks of both periods."""
+        return [blocks_of(model)[self.lead + number * self.period] for number in (0, 1)]
 
     def extrapolate(self, measure: "Callable[[Config], int]") -> int:
         """Return a measure of the whole model that grows by the same amount with every period."""

@@ -2,7 +2,7 @@
 
 Such tensors have shapes and dtypes, obey autograd and autocast, and allocate nothing. What would be
 alive while they pass by is added up, which gives the peak as an allocator without waste would see it. Of many equal
-layers only three are run (`litgpt_moe_ext.inspect.cost.layers`).
+layers only two are run (`litgpt_moe_ext.inspect.cost.layers`).
 """
 
 import contextlib
