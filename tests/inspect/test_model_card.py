@@ -2,10 +2,13 @@
 
 import contextlib
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from litgpt import GPT
 from litgpt.utils import chunked_cross_entropy
 
@@ -129,9 +132,32 @@ DEEP = {
 }
 
 
+@pytest.fixture
+def whole(monkeypatch):
+    """Return a function that calls another one on whole models instead of short ones."""
+
+    def call(measure, n_layer: int):
+        with monkeypatch.context() as patch:
+            patch.setattr(layers, "PERIODS", n_layer)
+            return measure()
+
+    return call
+
+
+def costs(config, steps: list[Step]) -> list:
+    """Return everything that is measured on a short model."""
+    short = layers.shorten(config)
+    length = steps[0].sequence_length
+    return [
+        *(training_memory(short, step) for step in steps),
+        inference_memory(short, torch.float32),
+        short.extrapolate(partial(count_flops, length=length, training=True)),
+    ]
+
+
 @pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.slow)], ids=["in turns", "all"])
 @pytest.mark.parametrize("name", DEEP)
-def test_a_short_model_tells_what_the_whole_one_takes(name, every, monkeypatch):
+def test_a_short_model_tells_what_the_whole_one_takes(name, every, whole):
     """To the byte, in every part of a step. Models take turns with the steps."""
     config = moe_config(padded_vocab_size=512, **DEEP[name])
     steps = [
@@ -139,20 +165,44 @@ def test_a_short_model_tells_what_the_whole_one_takes(name, every, monkeypatch):
         Step("bf16-mixed", 2, LENGTH, activation_checkpointing="selective", fused_cross_entropy=True),
         Step("32-true", 2, LENGTH),
     ][list(DEEP).index(name) % every :: every]
-
-    def measure() -> list:
-        flops = layers.shorten(config).extrapolate(partial(count_flops, length=LENGTH, training=True))
-        return [
-            *(training_memory(layers.shorten(config), step) for step in steps),
-            inference_memory(layers.shorten(config), torch.float32),
-            flops,
-        ]
-
     assert layers.shorten(config).left_out
-    short = measure()
-    monkeypatch.setattr(layers, "PERIODS", config.n_layer)
-    assert not layers.shorten(config).left_out
-    assert measure() == short
+    assert costs(config, steps) == whole(lambda: costs(config, steps), config.n_layer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_short_recipes_tell_what_the_whole_ones_take(path, whole):
+    recipe = load_recipe(path)
+    steps = [recipe.step("bf16-mixed")]
+    assert costs(recipe.config, steps) == whole(lambda: costs(recipe.config, steps), recipe.config.n_layer)
+
+
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.fixed_dictionaries(
+        {
+            "n_layer": st.integers(3, 6),
+            "padded_vocab_size": st.sampled_from([64, 512]),
+            "norm_class_name": st.sampled_from(["RMSNorm", "LayerNorm"]),
+            "attention_class_name": st.sampled_from([None, "SinkAttention"]),
+            "norm_qk": st.booleans(),
+            "first_k_dense_replace": st.integers(0, 2),
+            "decoder_sparse_step": st.integers(1, 2),
+            "intermediate_size": st.just(24),
+            "n_shared_expert": st.integers(0, 2),
+        }
+    ),
+    st.builds(
+        partial(Step, micro_batch_size=2, sequence_length=LENGTH),
+        precision=st.sampled_from([name for name in PRECISIONS if name != "16-mixed"]),
+        activation_checkpointing=st.sampled_from(["none", "full", "selective"]),
+        fused_cross_entropy=st.booleans(),
+        tie_embeddings=st.booleans(),
+    ),
+)
+def test_short_models_of_any_configuration_tell_what_the_whole_ones_take(whole, changes, step):
+    config = moe_config(**changes)
+    assert costs(config, [step]) == whole(lambda: costs(config, [step]), config.n_layer)
 
 
 def test_models_without_a_pattern_are_measured_whole():
@@ -279,7 +329,7 @@ def test_card_knows_savers_and_strategies(tmp_path, capsys):
     assert "activation checkpointing full, fused cross-entropy" in page
     assert "Each of 4 processes on each of 2 nodes, bf16-true" in page
     assert main(["model-card", str(recipe), "--devices=0"]) == 2
-    assert "devices: 0 must be an integer >0" in capsys.readouterr().err
+    assert "devices: 0 must be an integer of at least 1" in capsys.readouterr().err
 
 
 def test_llama_moe_can_be_carded():
