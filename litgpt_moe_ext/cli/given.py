@@ -9,32 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-from jsonargparse import get_loader
-
-from litgpt_moe_ext.cli.recipe_files import check_recipe, compose, lines_of
+from litgpt_moe_ext.cli.recipe_files import read_recipe
 from litgpt_moe_ext.errors import SettingsError
 
 CLASS_KEYS = {"class_path", "init_args"}
-
-
-def load_value(text: str, name: str = "value") -> Any:
-    """Return what a text means in YAML, numbers such as 3e-4 included.
-
-    Args:
-        text: A value, or a whole recipe.
-        name: What it stands for, for the error.
-
-    Raises:
-        SettingsError: If it means nothing: a bracket without its partner, a tag that makes an object, the 30th of
-            February, a number of thousands of digits.
-    """
-    compose(name, text)
-    try:
-        return get_loader("yaml")(text)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise SettingsError(f"{name} cannot be read as YAML: {problem}; put text in quotes") from error
 
 
 class Given:
@@ -55,10 +33,9 @@ class Given:
         Raises:
             SettingsError: If it is not a recipe.
         """
-        check_recipe(file)
-        text = file.read_text(encoding="utf-8")
-        self.tree = _merged(self.tree, load_value(text, f"--config: {str(file)!r}"))
-        self._places |= {_short(name): f"{file}:{line}" for name, line in lines_of(text)}
+        settings, lines = read_recipe(file)
+        self.tree = _merged(self.tree, settings)
+        self._places |= {_short(name): f"{file}:{line}" for name, line in lines.items()}
 
     def add_flag(self, name: str, value: Any) -> None:
         """Set one value, over everything given before.

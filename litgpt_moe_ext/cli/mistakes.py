@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import PurePath
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import jsonargparse
 
@@ -64,10 +64,10 @@ def annotation_at(name: str, tree: Mapping[str, Any], annotations: Mapping[str, 
 
 def _fields_inside(annotation: Any, value: Any) -> Mapping[str, Any]:
     path = value.get("class_path") if isinstance(value, Mapping) else value
-    if _named_class(annotation) is not None and isinstance(path, str):
+    inside = _inside(annotation)
+    if inside.named is not None and isinstance(path, str):
         return _arguments(path) or {}
-    section = _section(annotation)
-    return {} if section is None else _hints(section)
+    return {} if inside.section is None else _hints(inside.section)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,21 +88,19 @@ class _Search:
                 yield from self.value(f"{prefix}{key}", value, known[key])
 
     def value(self, name: str, value: Any, annotation: Any) -> Iterator[str]:
-        kinds = members(annotation)
-        named, section, inner = _named_class(annotation), _section(annotation), _item(annotation)
-        if annotation is Any or (value is None and (type(None) in kinds or named is not None)):
+        inside = _inside(annotation)
+        if annotation is Any or (value is None and (type(None) in members(annotation) or inside.named is not None)):
             return
-        if isinstance(value, Mapping) and (values := _dictionary(kinds)):
+        if isinstance(value, Mapping) and inside.entry is not None:
             for key, item in value.items():
-                yield from self.value(f"{name}.{key}", item, values[0])
-            return
-        if isinstance(value, Mapping) and section is not None:
-            yield from self.keys(f"{name}.", value, _hints(section))
-        elif named is not None and isinstance(value, (str, Mapping)):
-            yield from self.named(name, value, named)
-        elif isinstance(value, list) and inner is not None:
+                yield from self.value(f"{name}.{key}", item, inside.entry)
+        elif isinstance(value, Mapping) and inside.section is not None:
+            yield from self.keys(f"{name}.", value, _hints(inside.section))
+        elif isinstance(value, (str, Mapping)) and inside.named is not None:
+            yield from self.named(name, value, inside.named)
+        elif isinstance(value, list) and inside.item is not None:
             for index, item in enumerate(value):
-                yield from self.value(f"{name}.{index}", item, inner)
+                yield from self.value(f"{name}.{index}", item, inside.item)
         elif not self.accepts(annotation, value):
             yield refusal(name, value, annotation)
 
@@ -134,41 +132,41 @@ def _suggestion(prefix: str, key: str, known: Iterable[str]) -> str:
 
 
 def _nested_names(known: Mapping[str, Any]) -> dict[str, str]:
-    sections = {key: _section(annotation) for key, annotation in known.items()}
+    sections = {key: _inside(annotation).section for key, annotation in known.items()}
     return {name: f"{key}.{name}" for key, section in sections.items() if section for name in _hints(section)}
 
 
-def _kind(annotation: Any) -> Any:
-    return get_origin(annotation) or annotation
+class _Inside(NamedTuple):
+    """What values of a type may have inside.
+
+    Attributes:
+        section: The dataclass that keys and values are for.
+        named: The class whose subclasses are named by class_path.
+        item: The type of a list's items.
+        entry: The type of a dictionary's values.
+    """
+
+    section: type | None = None
+    named: type | None = None
+    item: Any = None
+    entry: Any = None
 
 
-def _item(annotation: Any) -> Any:
-    found = [get_args(kind)[0] for kind in members(annotation) if _kind(kind) is list and get_args(kind)]
-    return found[0] if found else None
-
-
-def _dictionary(kinds: Iterable[Any]) -> list[Any]:
-    """Return the type of a dictionary's values in a list of one; an empty list if none of the types is a dictionary."""
-    found = [(*get_args(kind), Any, Any)[1] for kind in kinds if _kind(kind) is dict]
-    return found[:1]
-
-
-def _section(annotation: Any) -> type | None:
-    """Return the dataclass that keys and values are for, if the type has one."""
+def _inside(annotation: Any) -> _Inside:
+    found = _Inside()
     for kind in members(annotation):
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            return kind
-    return None
-
-
-def _named_class(annotation: Any) -> type | None:
-    """Return the class whose subclasses are named by class_path, if the type has one."""
-    for kind in members(annotation):
-        if not inspect.isclass(kind) or kind in NUMBERS or dataclasses.is_dataclass(kind):
+        origin = get_origin(kind) or kind
+        if origin is list:
+            found = found._replace(item=(*get_args(kind), None)[0])
+        elif origin is dict:
+            found = found._replace(entry=(*get_args(kind), Any, Any)[1])
+        elif not inspect.isclass(kind) or kind in NUMBERS or kind.__module__ == "builtins":
             continue
-        if kind.__module__ != "builtins" and not issubclass(kind, PurePath):
-            return kind
-    return None
+        elif dataclasses.is_dataclass(kind):
+            found = found._replace(section=kind)
+        elif not issubclass(kind, PurePath):
+            found = found._replace(named=kind)
+    return found
 
 
 def _arguments(path: str) -> Mapping[str, Any] | None:

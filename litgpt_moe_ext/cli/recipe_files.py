@@ -1,41 +1,69 @@
-"""Recipe files: mistakes that a YAML parser lets pass or describes without naming the file, and lines of keys."""
+"""YAML as people write it, in recipes and flags: what it means, or in which line of which file the mistake is."""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
+from jsonargparse import get_loader
 
 from litgpt_moe_ext.errors import SettingsError, did_you_mean_recipe, one_line
 
 _DEEPEST, _LARGEST = 50, 100_000
 """How deep the nodes of a recipe may lie in one another, and how many it may have with every alias written out."""
 
-
 _TEXT_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
 
-def check_recipe(file: Path) -> None:
-    """Raise SettingsError with the file and the line unless it holds settings as keys and values, each key once."""
+def read_recipe(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return the settings in a file, and the line of every key and of every item of a list, by name.
+
+    Raises:
+        SettingsError: If it does not hold settings as keys and values, each key once.
+    """
+    name = f"--config: {str(file)!r}"
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise SettingsError(f"--config: {str(file)!r} is not a text file ({error})") from error
+        raise SettingsError(f"{name} is not a text file ({error})") from error
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         hint = did_you_mean_recipe(file) if isinstance(error, FileNotFoundError) else ""
-        raise SettingsError(f"--config: {str(file)!r} cannot be read ({_reason(error)}){hint}") from error
-    document = compose(f"--config: {str(file)!r}", text)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise SettingsError(f"{name} cannot be read ({reason}){hint}") from error
+    document = _compose(name, text)
     if not isinstance(document, yaml.MappingNode):
         holds = "is empty" if document is None else "holds no settings"
-        raise SettingsError(f"--config: {str(file)!r} {holds}; it must consist of lines KEY: VALUE, as in configs/")
-    _refuse_repeated_keys(document, file, "")
+        raise SettingsError(f"{name} {holds}; it must consist of lines KEY: VALUE, as in configs/")
+    lines: dict[str, int] = {}
+    _note_lines(document, name, "", lines)
+    return _load(name, text), lines
 
 
-def compose(name: str, text: str) -> yaml.Node | None:
-    """Return a YAML text as nodes, none of which contains itself; None if it is empty.
+def load_value(text: str, name: str = "value") -> Any:
+    """Return what a text means in YAML, numbers such as 3e-4 included.
 
     Args:
-        name: What the text stands for, for the error.
-        text: A value, or a whole recipe.
+        text: A value.
+        name: What it stands for, for the error.
+
+    Raises:
+        SettingsError: If it means nothing: a bracket without its partner, a tag that makes an object, the 30th of
+            February, a number of thousands of digits.
+    """
+    _compose(name, text)
+    return _load(name, text)
+
+
+def _load(name: str, text: str) -> Any:
+    try:
+        return get_loader("yaml")(text)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        problem = one_line(getattr(error, "problem", None) or error)
+        raise SettingsError(f"{name} cannot be read as YAML: {problem}; put text in quotes") from error
+
+
+def _compose(name: str, text: str) -> yaml.Node | None:
+    """Return a YAML text as nodes, none of which contains itself; None if it is empty.
 
     Raises:
         SettingsError: If it is not YAML, or larger or deeper than anything that a person writes.
@@ -52,10 +80,6 @@ def compose(name: str, text: str) -> yaml.Node | None:
     if document is not None:
         _refuse_bombs(document, name, {}, 0)
     return document
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
 
 
 def _refuse_bombs(node: yaml.Node, name: str, sizes: dict[int, int | None], depth: int) -> int:
@@ -81,40 +105,28 @@ def _refuse_bombs(node: yaml.Node, name: str, sizes: dict[int, int | None], dept
     return size
 
 
-def _refuse_repeated_keys(node: yaml.Node, file: Path, prefix: str) -> None:
+def _note_lines(node: yaml.Node, name: str, prefix: str, lines: dict[str, int]) -> None:
+    for key, line, value in _entries(node, name):
+        setting = f"{prefix}{key}"
+        if setting in lines:
+            raise SettingsError(
+                f"{name} line {line} gives {setting} again, after line {lines[setting]}; remove one of them"
+            )
+        lines[setting] = line
+        _note_lines(value, name, f"{setting}.", lines)
+
+
+def _entries(node: yaml.Node, name: str) -> Iterator[tuple[str, int, yaml.Node]]:
+    """Yield key or index, line and value of everything in a mapping or a list."""
     if isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _refuse_repeated_keys(item, file, prefix)
-    if not isinstance(node, yaml.MappingNode):
-        return
-    lines: dict[str, int] = {}
-    for key, value in node.value:
-        name, line = f"{prefix}{key.value}", key.start_mark.line + 1
-        if not isinstance(key, yaml.ScalarNode) or key.tag not in _TEXT_TAGS:
-            shown = key.value if isinstance(key, yaml.ScalarNode) else "a list or a mapping"
-            raise SettingsError(
-                f"--config: {str(file)!r} line {line} has the key {shown}, which is no text; put it in quotes if it is "
-                "a name"
-            )
-        if name in lines:
-            raise SettingsError(
-                f"--config: {str(file)!r} line {line} gives {name} again, after line {lines[name]}; remove one of them"
-            )
-        lines[name] = line
-        _refuse_repeated_keys(value, file, f"{name}.")
-
-
-def lines_of(text: str) -> Iterator[tuple[str, int]]:
-    """Yield the name and the line of every key, and of every item of a list, in a YAML text."""
-    yield from _lines(yaml.compose(text, yaml.SafeLoader), "")
-
-
-def _lines(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int]]:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            yield f"{prefix}{key.value}", key.start_mark.line + 1
-            yield from _lines(value, f"{prefix}{key.value}.")
-    elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            yield f"{prefix}{index}", item.start_mark.line + 1
-            yield from _lines(item, f"{prefix}{index}.")
+            yield str(index), item.start_mark.line + 1, item
+    elif isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode) or key.tag not in _TEXT_TAGS:
+                shown = key.value if isinstance(key, yaml.ScalarNode) else "a list or a mapping"
+                raise SettingsError(
+                    f"{name} line {line} has the key {shown}, which is no text; put it in quotes if it is a name"
+                )
+            yield key.value, line, value

@@ -13,8 +13,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
-from litgpt_moe_ext.cli.given import Given, load_value, read_flags
+from litgpt_moe_ext.cli.given import Given, read_flags
 from litgpt_moe_ext.cli.mistakes import annotation_at, explain, refuse_nulls
+from litgpt_moe_ext.cli.recipe_files import load_value
 from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
 from litgpt_moe_ext.errors import CANNOT, SettingsError, exit_status

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from litgpt_moe_ext.cli.given import Given, load_value, read_flags
-from litgpt_moe_ext.cli.recipe_files import check_recipe
+from litgpt_moe_ext.cli.given import Given, read_flags
+from litgpt_moe_ext.cli.recipe_files import load_value, read_recipe
 from litgpt_moe_ext.cli.train import main, normalize, read_settings
 from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.errors import SettingsError
@@ -191,7 +191,7 @@ def test_files_that_are_no_recipes(tmp_path, content, message):
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(SettingsError, match=re.escape(message)) as error:
-        check_recipe(file)
+        read_recipe(file)
     assert str(file) in str(error.value)
 
 
