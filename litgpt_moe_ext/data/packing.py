@@ -22,14 +22,19 @@ class Packing:
     window_starts: np.ndarray
 
 
-def document_lengths(shards: Sequence[np.ndarray], eos_id: int) -> np.ndarray:
-    """Return the lengths of the documents in a stream, each with the `eos_id` at its end, int64.
+def document_lengths(shards: Sequence[np.ndarray], eos_id: int, bos_id: int | None = None) -> np.ndarray:
+    """Return the lengths of the documents in a stream, int64.
 
-    What follows the last `eos_id` counts as a document.
+    What follows the last of them counts as a document.
+
+    Args:
+        shards: The stream; none of its documents goes over a border.
+        eos_id: Token at the end of each document.
+        bos_id: Token at its beginning, if there is one.
     """
     ends, position = [np.empty(0, np.int64)], 0
     for shard in shards:
-        ends.append(np.flatnonzero(np.asarray(shard) == eos_id) + (position + 1))
+        ends.append(_document_ends(shard, eos_id, bos_id) + position)
         position += len(shard)
     borders = np.concatenate([[0], *ends])
     if borders[-1] != position:
@@ -37,16 +42,24 @@ def document_lengths(shards: Sequence[np.ndarray], eos_id: int) -> np.ndarray:
     return np.diff(borders)
 
 
-def first_documents(shards: Sequence[np.ndarray], count: int, eos_id: int) -> Sequence[np.ndarray]:
-    """Return shards with the first documents of a stream, whose ends are `eos_id`, and no others."""
+def first_documents(
+    shards: Sequence[np.ndarray], count: int, eos_id: int, bos_id: int | None = None
+) -> Sequence[np.ndarray]:
+    """Return shards with the first documents of a stream, as `document_lengths` tells them, and no others."""
     kept = []
     for shard in shards:
-        ends = np.flatnonzero(np.asarray(shard) == eos_id)
+        ends = _document_ends(shard, eos_id, bos_id)
         if len(ends) >= count:
-            return [*kept, shard[: ends[count - 1] + 1]]
+            return [*kept, shard[: ends[count - 1]]]
         kept.append(shard)
         count -= len(ends)
     return kept
+
+
+def _document_ends(shard: np.ndarray, eos_id: int, bos_id: int | None) -> np.ndarray:
+    # Where one token both begins and ends documents, as in GPT-2, every second one is an end.
+    per_document = 2 if bos_id == eos_id else 1
+    return np.flatnonzero(np.asarray(shard) == eos_id)[per_document - 1 :: per_document] + 1
 
 
 def first_tokens(shards: Sequence[np.ndarray], count: int) -> Sequence[np.ndarray]:

@@ -316,6 +316,21 @@ def test_a_prepared_corpus_elsewhere(tmp_path):
         PreparedCorpus(tmp_path).prepare_data()
 
 
+def test_documents_are_counted_and_packed_whole_where_one_token_begins_and_ends_them(tmp_path):
+    data = tiny_txt(tmp_path)
+    data.prepend_bos, data.packing = True, "pad"
+    data.connect(batch_size=1, max_seq_length=2000)
+    data.setup()
+    manifest = data._manifest()
+    assert manifest["bos_id"] == manifest["eos_id"] == 0
+    rows = [row[row != PADDING].tolist() for row in data.windows_of("training", "data")]
+    assert len(rows) == manifest["documents_train"]
+    assert all(row[0] == row[-1] == 0 and len(row) > 2 for row in rows)
+    part = PreparedCorpus(data.corpus_path, train_count=3)
+    train = np.concatenate(part.open_shards()[0])
+    assert train.tolist() == sum(rows[:3], [])
+
+
 @pytest.mark.parametrize("name", ["TextCorpus", "CodeParrot", "TinyStories"])
 def test_named_in_yaml_by_class_path(tmp_path, name):
     parser = ArgumentParser()

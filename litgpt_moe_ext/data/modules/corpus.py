@@ -71,9 +71,9 @@ class CorpusModule(Corpus, TokenModule):
     def open_shards(self) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
         """See `TokenModule.open_shards`."""
         self.prepare_data()  # reuses; where only rank 0 was asked to prepare, this finds its result
-        eos_id = self._manifest()["eos_id"]
+        manifest = self._manifest()
         train, val = (
-            shards if count is None else first_documents(shards, count, eos_id)
+            shards if count is None else first_documents(shards, count, manifest["eos_id"], manifest["bos_id"])
             for shards, count in zip(open_corpus(self._prepared()), self.reading, strict=True)
         )
         return train, val
@@ -88,7 +88,8 @@ class CorpusModule(Corpus, TokenModule):
         if not self.pads:
             return StreamWindows(shards, self.max_seq_length, name)
         accept_padding()
-        lengths = document_lengths(shards, self._manifest()["eos_id"])
+        manifest = self._manifest()
+        lengths = document_lengths(shards, manifest["eos_id"], manifest["bos_id"])
         packing = pack(lengths, self.max_seq_length, together=self.packing == "best_fit")
         return DocumentWindows(shards, packing, self.max_seq_length, name)
 
