@@ -12,7 +12,7 @@ from pathlib import Path
 
 from litgpt_moe_ext.data.pipeline.store import publish
 from litgpt_moe_ext.data.tokenizer.files import read_tokenizer, write_tokenizer
-from litgpt_moe_ext.data.tokenizer.opening import require_eos
+from litgpt_moe_ext.data.tokenizer.opening import special_token
 from litgpt_moe_ext.errors import SettingsError, exit_status
 
 
@@ -31,7 +31,7 @@ def make_tokenizer(source_path: Path, out_dir: Path) -> None:
         directory = Path(folder) / out_dir.name
         write_tokenizer(files, directory)
         try:
-            eos_id = require_eos(directory)
+            eos_id = special_token(directory, "eos")
         except SettingsError as error:
             raise SettingsError(str(error).replace(str(directory), str(source_path))) from error
         publish(directory, out_dir)

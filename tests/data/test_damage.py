@@ -20,7 +20,7 @@ from litgpt_moe_ext.data.reading.documents import documents
 from litgpt_moe_ext.data.reading.record import TextFormat
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.data.tokenizer.files import read_tokenizer
-from litgpt_moe_ext.data.tokenizer.opening import open_for_documents, require_eos
+from litgpt_moe_ext.data.tokenizer.opening import open_for_documents, special_token
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.hellaswag import load_items
 from tests.data.test_text_corpus import stories
@@ -70,7 +70,7 @@ def read_shard(path):
 
 def read_tokenizer_dir(path):
     read_tokenizer(path.parent)
-    require_eos(path.parent)
+    special_token(path.parent, "eos")
     open_for_documents(path.parent).encode("once", add_special_tokens=False)
 
 

@@ -36,7 +36,7 @@ from litgpt_moe_ext.data.pipeline.store import (
 from litgpt_moe_ext.data.pipeline.unfinished import DAYS, UNFINISHED, State, only_one, remove_leftovers, writing
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.data.tokenizer.files import write_tokenizer
-from litgpt_moe_ext.data.tokenizer.opening import open_for_documents, require_bos, require_eos, vocabulary_size
+from litgpt_moe_ext.data.tokenizer.opening import open_for_documents, special_token, vocabulary_size
 from litgpt_moe_ext.durable import flush_tree
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.machine import count_cores
@@ -117,8 +117,8 @@ class _Preparation:
             vocab_size = vocabulary_size(tokenizer)
             encoder = Encoder(
                 tokenizer.to_str(),
-                require_eos(tokenizer_dir),
-                require_bos(tokenizer_dir) if self.settings.prepend_bos else None,
+                special_token(tokenizer_dir, "eos"),
+                special_token(tokenizer_dir, "bos") if self.settings.prepend_bos else None,
                 token_dtype(vocab_size),
             )
             progress.stage("encoding", self.intake.offsets[self.state.source])

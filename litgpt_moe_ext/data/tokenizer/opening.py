@@ -3,12 +3,18 @@
 import json
 import os
 from pathlib import Path
+from typing import Literal
 
 from tokenizers import Tokenizer
 
 from litgpt_moe_ext.errors import SettingsError
 
 LARGEST_VOCABULARY = 1 << 24
+# Special tokens in words, and what does not work without one.
+_CONSEQUENCES = {
+    "eos": ("end-of-sequence", "documents cannot be kept apart"),
+    "bos": ("beginning-of-sequence", "none can be put before a document"),
+}
 
 
 def open_for_documents(directory: str | os.PathLike) -> Tokenizer:
@@ -64,27 +70,15 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
     return size
 
 
-def require_eos(directory: str | os.PathLike) -> int:
-    """Return the id of the token that ends a document; see `require_token`."""
-    return require_token(directory, "eos", "end-of-sequence", "documents cannot be kept apart")
-
-
-def require_bos(directory: str | os.PathLike) -> int:
-    """Return the id of the token that starts a document; see `require_token`."""
-    return require_token(directory, "bos", "beginning-of-sequence", "none can be put before a document")
-
-
-def require_token(directory: str | os.PathLike, kind: str, name: str, consequence: str) -> int:
-    """Return the id of a special token of a tokenizer directory.
+def special_token(directory: str | os.PathLike, kind: Literal["eos", "bos"]) -> int:
+    """Return the id of the token that ends documents, or of the one that begins them.
 
     Looks where LitGPT looks: `<kind>_token` in `tokenizer_config.json`, then `<kind>_token_id` in
     `generation_config.json`.
 
     Args:
         directory: The tokenizer directory.
-        kind: `eos` or `bos`.
-        name: What to call the token in error messages.
-        consequence: What does not work without it.
+        kind: Which.
 
     Raises:
         SettingsError: There is no `tokenizer.json`, no file names the token, or it is not in the vocabulary.
@@ -107,6 +101,7 @@ def require_token(directory: str | os.PathLike, kind: str, name: str, consequenc
     if isinstance(token_id, list):
         token_id = token_id[0] if token_id else None
     if token_id is None:
+        name, consequence = _CONSEQUENCES[kind]
         raise SettingsError(
             f"tokenizer_dir: {str(directory)!r} has no {name} token, so {consequence}; add "
             f'"{kind}_token": "<a token of the vocabulary>" (and "tokenizer_class": "PreTrainedTokenizerFast") to '
