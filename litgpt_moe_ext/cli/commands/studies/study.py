@@ -65,13 +65,12 @@ class Study:
             if self.only >= len(runs):
                 raise SettingsError(f"only: {self.only} must be below {len(runs)}, the number of runs")
             runs = runs[self.only : self.only + 1]
-        if not self.report:
-            problems, signal = train(runs, runs_dir, limits)
-            print(*problems, sep="\n", end="\n" if problems else "")
-            if signal:
-                return 128 + signal
-            if self.only is not None:
-                return int(bool(problems))
+        problems, signal = ([], 0) if self.report else train(runs, runs_dir, limits)
+        print(*problems, sep="\n", end="\n" if problems else "")
+        if signal:
+            return 128 + signal
+        if self.only is not None:
+            return int(bool(problems))
         finished = [run for run in runs if is_finished(runs_dir, run)]
         missing = len(runs) - len(finished)
         if finished:
