@@ -9,15 +9,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from litgpt_moe_ext.data.reading.archives import read_archive
 from litgpt_moe_ext.data.reading.compression import decompress, split_compression
-from litgpt_moe_ext.data.reading.formats import read_text
-from litgpt_moe_ext.data.reading.record import CHUNK_BYTES, OpenFile, Record, TextFormat
+from litgpt_moe_ext.data.reading.json_text import read_json_lines, read_json_list
+from litgpt_moe_ext.data.reading.plain_text import read_separated_text, read_whole_text
+from litgpt_moe_ext.data.reading.record import BYTE_ORDER_MARK, CHUNK_BYTES, OpenFile, Record, TextFormat
 from litgpt_moe_ext.data.reading.remote import RemoteFile, is_url, name_of
-from litgpt_moe_ext.data.reading.tables import read_parquet
+from litgpt_moe_ext.data.reading.tables import read_csv, read_parquet
 from litgpt_moe_ext.errors import SettingsError
+
+_JSON = (".json", ".jsonl", ".ndjson")
+# First bytes of files that are not text: what they are, and what to do about it.
+_NOT_TEXT = (
+    (b"\x1f\x8b", "gzip", "let its name end in .gz"),
+    (b"BZh", "bzip2", "let its name end in .bz2"),
+    (b"\xfd7zXZ\x00", "xz", "let its name end in .xz"),
+    (b"\x28\xb5\x2f\xfd", "zstandard", "let its name end in .zst"),
+    (b"PAR1", "parquet", "let its name end in .parquet"),
+    (b"PK\x03\x04", "a zip archive", "unpack it"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it"),
+    (b"%PDF-", "PDF", "extract its text"),
+    (b"\xff\xfe\x00\x00", "UTF-32 text", "convert it to UTF-8, for example with iconv -f UTF-32 -t UTF-8"),
+    (b"\x00\x00\xfe\xff", "UTF-32 text", "convert it to UTF-8, for example with iconv -f UTF-32 -t UTF-8"),
+    (b"\xff\xfe", "UTF-16 text", "convert it to UTF-8, for example with iconv -f UTF-16 -t UTF-8"),
+    (b"\xfe\xff", "UTF-16 text", "convert it to UTF-8, for example with iconv -f UTF-16 -t UTF-8"),
+)
+_SAMPLE_BYTES = 4096
+_TAR_BLOCK = 512
 
 
 def documents(path: Path | str, text_format: TextFormat) -> Iterator[Record]:
@@ -47,9 +66,9 @@ def documents(path: Path | str, text_format: TextFormat) -> Iterator[Record]:
             if name.endswith(".parquet"):
                 yield from read_parquet(file, size, text_format)
             elif name.endswith(".tar"):
-                yield from read_archive(file, text_format)
+                yield from _read_archive(file, text_format)
             else:
-                yield from read_text(file, text_format)
+                yield from _read_text(file, text_format)
         except (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
@@ -73,3 +92,57 @@ def _open(path: Path | str) -> Iterator[tuple[Any, int]]:
         raise SettingsError(f"{path} cannot be read ({error.strerror or error}); check the file") from error
     with raw:
         yield raw, os.fstat(raw.fileno()).st_size
+
+
+def _read_archive(file: OpenFile, text_format: TextFormat) -> Iterator[Record]:
+    watched = _WithTail(file.stream)
+    with tarfile.open(fileobj=watched, mode="r|") as archive:  # pyrefly: ignore[no-matching-overload] it only reads
+        for member in archive:
+            base = member.name.rpartition("/")[2]
+            content = archive.extractfile(member) if member.isfile() and not base.startswith(".") else None
+            if content is not None:
+                name, compression = split_compression(base.lower())
+                where = f"{file.where}: {member.name}"
+                if compression:
+                    content = decompress(content, compression, where, text_format.max_expansion)  # pyrefly: ignore[bad-argument-type] extractfile gives one
+                inner = OpenFile(content, name, where, file.position)  # pyrefly: ignore[bad-argument-type] as above
+                for record in _read_text(inner, text_format):
+                    yield record._replace(place=f"{record.place} of {member.name}", member=base)
+    while watched.read(CHUNK_BYTES):
+        pass
+    if watched.tail.strip(b"\x00"):
+        raise EOFError("the archive has no end mark, so members may be missing")
+
+
+class _WithTail:
+    """A stream that remembers the last block that was read from it."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.tail = b""
+
+    def read(self, size: int) -> bytes:
+        data = self._stream.read(size)
+        self.tail = (self.tail + data)[-_TAR_BLOCK:]
+        return data
+
+
+def _read_text(file: OpenFile, text_format: TextFormat) -> Iterator[Record]:
+    sample = file.stream.peek(_SAMPLE_BYTES)[:_SAMPLE_BYTES]
+    for start, kind, remedy in _NOT_TEXT:
+        if sample.startswith(start):
+            is_named = remedy.endswith(file.name.rpartition(".")[2])  # in an archive, which cannot be opened in there
+            raise SettingsError(f"{file.where} is {kind}, not text; {'unpack the archive' if is_named else remedy}")
+    file.refuse_zeros(sample, 0)
+    if sample.startswith(BYTE_ORDER_MARK):
+        file = replace(file, start=len(file.stream.read(len(BYTE_ORDER_MARK))))
+        sample = sample[file.start :]
+    if file.name.endswith(_JSON):
+        read = read_json_list if sample.lstrip().startswith(b"[") else read_json_lines
+    elif file.name.endswith((".csv", ".tsv")):
+        read = read_csv
+    elif text_format.separator is not None:
+        read = read_separated_text
+    else:
+        read = read_whole_text
+    return read(file, text_format)
