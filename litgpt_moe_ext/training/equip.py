@@ -19,7 +19,7 @@ from litgpt_moe_ext.training.callbacks.step_metrics import ExpertLoad, GradientN
 from litgpt_moe_ext.training.callbacks.telemetry import Telemetry, peak_flops
 from litgpt_moe_ext.training.compilation import CompileDecision, decide, probe_platform
 from litgpt_moe_ext.training.optim.optimization import Optimization
-from litgpt_moe_ext.training.steps.cuda_graphs import GraphDecision
+from litgpt_moe_ext.training.steps.cuda_graphs import Conditions, GraphDecision
 from litgpt_moe_ext.training.steps.cuda_graphs import decide as decide_graphs
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def check_strategy_fits(launched: Launched) -> None:
         raise SettingsError("fused_cross_entropy: true needs the whole output head on every process; use ddp")
     if settings.fused_cross_entropy and _compile(launched).enabled:
         raise SettingsError("fused_cross_entropy: true cannot be compiled; set compile: false")
-    decide_graphs(launched, _compile(launched))
+    decide_graphs(settings.cuda_graphs, Conditions.of(launched, _compile(launched)))
     if settings.fused_cross_entropy:
         require_torch()
 
@@ -74,7 +74,7 @@ def equip(launched: Launched, prepared: Prepared) -> Equipment:
     compiled = _compile(launched)
     equipment = Equipment(
         compile=compiled,
-        graphs=decide_graphs(launched, compiled),
+        graphs=decide_graphs(settings.cuda_graphs, Conditions.of(launched, compiled)),
         optimization=Optimization(
             settings.schedule,
             settings.parameter_groups,

@@ -9,7 +9,7 @@ from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.inspect.cost import doctor
 from litgpt_moe_ext.inspect.cost.fit import RUNTIME, best_fit, find_fits
 from litgpt_moe_ext.inspect.cost.layers import shorten
-from litgpt_moe_ext.inspect.cost.memory import training_memory
+from litgpt_moe_ext.inspect.cost.memory import graph_memory, training_memory
 from litgpt_moe_ext.inspect.recipes import Recipe
 from tests.models import moe_config
 
@@ -87,6 +87,32 @@ def test_memory_takes_the_whole_recipe_into_account(monkeypatch):
     shared = memory(activation_checkpointing="full", fused_cross_entropy=True, devices=4)
     assert shared.verdict == "problem"
     assert "in 4 processes" in shared.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "verdict", "text"),
+    [
+        ({"compile": False}, "good", "tried in the third step"),
+        ({"compile": False, "cuda_graphs": False}, "good", "off (as asked)"),
+        ({"compile": False, "activation_checkpointing": "full"}, "good", "off (activation_checkpointing runs"),
+        ({"compile": False, "devices": 2}, "good", "off (several processes"),
+        ({"compile": False, "devices": 2, "cuda_graphs": True}, "problem", "cannot work here (several processes"),
+    ],
+)
+def test_cuda_graphs_are_foretold(monkeypatch, settings, verdict, text):
+    monkeypatch.setattr("litgpt_moe_ext.training.compilation.probe_platform", lambda device_type: None)
+    found = doctor.graphs(Recipe(moe_config(), settings), "cuda")
+    assert found.verdict == verdict
+    assert text in found.text
+    assert "this is cpu" in doctor.graphs(Recipe(moe_config(), {"compile": False}), "cpu").text
+
+
+def test_memory_of_cuda_graphs_has_the_weights_in_16_bits():
+    """Four of six layers are added by calculation; experts are all that float32 does not cast."""
+    short = shorten(moe_config(n_layer=6))
+    for precision, numbers in (("bf16-mixed", 6 * 8 * 3 * 16 * 12), ("32-true", 0)):
+        memory = training_memory(short, Recipe(moe_config(n_layer=6)).step(precision))
+        assert graph_memory(short, memory, precision) - memory.activations == 2 * numbers
 
 
 @pytest.mark.parametrize(

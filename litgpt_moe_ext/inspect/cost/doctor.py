@@ -43,10 +43,14 @@ def examine(recipe: Recipe | None, settings: "Settings | None" = None) -> list[F
         recipe: The recipe; None looks at the installation alone.
         settings: The same as a run reads it, for the checks with which it begins.
     """
+    import torch
+
     findings = [*_versions(), *_device(), *_links(), _compile(recipe), *_kernels(recipe), _precision(recipe)]
     if recipe is not None:
         findings += [] if settings is None else [_settings(recipe, settings)]
-        findings += [_strategy(recipe), *_memory(recipe), _data(recipe), _tokenizer(recipe), _disk(recipe)]
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+        findings += [_strategy(recipe), graphs(recipe, device_type), *_memory(recipe), _data(recipe)]
+        findings += [_tokenizer(recipe), _disk(recipe)]
     return findings
 
 
@@ -234,12 +238,36 @@ def _strategy(recipe: Recipe) -> Finding:
     return Finding("strategy", "good", f"{name}, {count}")
 
 
+def graphs(recipe: Recipe, device_type: str) -> Finding:
+    """Return whether passes will run as CUDA graphs.
+
+    Args:
+        recipe: The recipe.
+        device_type: Where it runs.
+    """
+    from litgpt_moe_ext.training.compilation import decide as decide_compile
+    from litgpt_moe_ext.training.compilation import probe_platform
+    from litgpt_moe_ext.training.parallel.facts import STRATEGIES
+    from litgpt_moe_ext.training.steps.cuda_graphs import Conditions, decide
+
+    compiled = decide_compile(recipe.settings.get("compile", "auto"), recipe.config, probe_platform(device_type))
+    strategy = STRATEGIES.get(recipe.strategy, STRATEGIES["auto"])  # an unknown one is a problem of its own
+    obstacle = strategy.graph_obstacle(_processes(recipe) * recipe.num_nodes)
+    checkpointing = recipe.memory_savers["activation_checkpointing"]
+    conditions = Conditions(device_type, obstacle, compiled.enabled, checkpointing, recipe.config)
+    try:
+        decision = decide(recipe.settings.get("cuda_graphs", "auto"), conditions)
+    except SettingsError as error:
+        return Finding("CUDA graphs", "problem", str(error))
+    return Finding("CUDA graphs", "good", str(decision).removeprefix("CUDA graphs: "))
+
+
 def _memory(recipe: Recipe) -> Iterator[Finding]:
     import psutil
     import torch
 
     from litgpt_moe_ext.inspect.cost.layers import shorten
-    from litgpt_moe_ext.inspect.cost.memory import PRECISIONS, training_memory
+    from litgpt_moe_ext.inspect.cost.memory import PRECISIONS, graph_memory, training_memory
     from litgpt_moe_ext.inspect.cost.sharding import block_sizes, process_memory
 
     cuda = torch.cuda.is_available()
@@ -263,6 +291,8 @@ def _memory(recipe: Recipe) -> Iterator[Finding]:
     among = " on each GPU" if cuda and per_node > 1 else f" in {per_node} processes" if per_node > 1 else ""
     text = f"training in {precision} takes about {needed / 2**30:.2f} GiB of tensors{among}"
     text += f", {free / 2**30:.1f} GiB are free"
+    if cuda and per_node * recipe.num_nodes == 1:
+        text += f"; CUDA graphs, where tried, want {graph_memory(short, whole, precision) / 2**30:.2f} more"
     if needed > free:
         yield Finding("memory", "problem", f"{text}; {'; '.join(_remedies(recipe, cuda))}")
     else:

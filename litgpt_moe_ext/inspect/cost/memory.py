@@ -19,6 +19,8 @@ from litgpt_moe_ext.inspect.cost.layers import ShortModel
 from litgpt_moe_ext.inspect.cost.peak import PeakOverLayers
 from litgpt_moe_ext.inspect.cost.recompute import recompute
 from litgpt_moe_ext.inspect.cost.weightless import WeightlessMemory, weightless
+from litgpt_moe_ext.meta.models import meta_model
+from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.gradient_injection import forget_scale
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing, Mode
 from litgpt_moe_ext.training.callbacks.fused_loss import FusedLoss, require_torch
@@ -143,6 +145,24 @@ def training_memory(short: ShortModel, step: Step) -> TrainingMemory:
             optimizer=parameters * ratio,
             activations=peak,
         )
+
+
+def graph_memory(short: ShortModel, memory: TrainingMemory, precision: str) -> int:
+    """Return what CUDA graphs need beside passes without them: their own activations, and the experts' weights cast.
+
+    Args:
+        short: The model, as `shorten` returns it.
+        memory: What a training step takes without them.
+        precision: One of `PRECISIONS`.
+    """
+    autocast = PRECISIONS[precision][1]
+    cast = 0 if autocast is None else autocast.itemsize * short.total(meta_model(short.config), _numbers_in_experts)
+    return memory.activations + cast
+
+
+def _numbers_in_experts(module: nn.Module) -> int:
+    experts = [part.weights for part in module.modules() if isinstance(part, Experts)]
+    return sum(weights.up_EGD.numel() + weights.down_EDF.numel() for weights in experts)
 
 
 def inference_memory(short: ShortModel, dtype: torch.dtype) -> InferenceMemory:

@@ -29,14 +29,12 @@ class Behaviour(_Base):
         steps_in_parts: Whether one step calls the torch optimizer several times, each time with a part of its groups,
             so that hooks of that optimizer run more than once.
         compile_obstacle: Why the model cannot be compiled under it, or None.
-        graph_obstacle: Why its passes cannot be captured as CUDA graphs, or None.
     """
 
     facts: StrategyFacts
     clips_in_step = False
     steps_in_parts = False
     compile_obstacle: str | None = None
-    graph_obstacle: str | None = "several processes exchange gradients while the backward pass goes on"
 
     @property
     def holds_whole_model(self) -> bool:

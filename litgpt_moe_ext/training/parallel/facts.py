@@ -45,6 +45,12 @@ class StrategyFacts:
         """Return whether every one of `processes` ranks has all weights between two steps."""
         return "weights" not in self.shards or (processes == 1 and not self.alone)
 
+    def graph_obstacle(self, processes: int) -> str | None:
+        """Return why passes of one of `processes` ranks cannot be captured as CUDA graphs, or None."""
+        if processes == 1 and not self.alone:
+            return None
+        return "several processes exchange gradients while the backward pass goes on"
+
 
 _DDP = StrategyFacts(knobs=("bucket_mb", "gradient_as_bucket_view", "find_unused_parameters"))
 

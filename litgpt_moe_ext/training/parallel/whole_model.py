@@ -20,7 +20,6 @@ class SingleProcessStrategy(Behaviour, SingleDeviceStrategy):
     """
 
     facts = STRATEGIES["auto"]
-    graph_obstacle = None
 
     def __init__(self, accelerator: str) -> None:
         device = torch.device("cpu") if accelerator == "cpu" else torch.device(accelerator, 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -43,26 +43,58 @@ class GraphDecision:
         return "CUDA graphs: tried in the third step"
 
 
-def decide(launched: Launched, compiled: CompileDecision) -> GraphDecision:
+class Conditions(NamedTuple):
+    """What decides whether passes can be captured.
+
+    Attributes:
+        device_type: Type of the device, such as `cuda`.
+        strategy_obstacle: As the facts of the strategy tell it.
+        compiled: Whether the model is compiled.
+        activation_checkpointing: As in a recipe.
+        config: The model's configuration.
+    """
+
+    device_type: str
+    strategy_obstacle: str | None
+    compiled: bool
+    activation_checkpointing: str
+    config: Config
+
+    @classmethod
+    def of(cls, launched: Launched, compiled: CompileDecision) -> Conditions:
+        """Return those of a run."""
+        fabric, plan = launched.fabric, launched.plan
+        obstacle = fabric.strategy.facts.graph_obstacle(fabric.world_size)
+        checkpointing = plan.settings.activation_checkpointing
+        return cls(fabric.device.type, obstacle, compiled.enabled, checkpointing, cast("Config", plan.config))
+
+    def obstacle(self) -> str | None:
+        """Return what keeps passes from being captured, or None."""
+        if self.device_type != "cuda":
+            return f"they are for NVIDIA GPUs, this is {self.device_type}"
+        if self.compiled:
+            return "torch.compile is on; --compile false makes room for them"
+        if self.activation_checkpointing != "none":
+            return "activation_checkpointing runs layers again in the backward pass, with random states of the host"
+        return self.strategy_obstacle or _obstacle_of(self.config)
+
+
+def decide(asked: bool | Literal["auto"], conditions: Conditions) -> GraphDecision:
     """Choose whether to try CUDA graphs.
+
+    Args:
+        asked: As `cuda_graphs` in a recipe.
+        conditions: What can keep them from working.
 
     Raises:
         SettingsError: If `cuda_graphs: true` cannot work.
     """
-    settings = launched.plan.settings
-    if settings.cuda_graphs is False:
+    if asked is False:
         return GraphDecision("as asked", False)
-    obstacle = launched.fabric.strategy.graph_obstacle
-    if launched.fabric.device.type != "cuda":
-        obstacle = f"they are for NVIDIA GPUs, this is {launched.fabric.device.type}"
-    elif compiled.enabled:
-        obstacle = "torch.compile is on; --compile false makes room for them"
-    elif settings.activation_checkpointing != "none":
-        obstacle = "activation_checkpointing runs layers again in the backward pass, with random states of the host"
-    obstacle = obstacle or _obstacle_of(cast("Config", launched.plan.config))
-    if settings.cuda_graphs is True and obstacle is not None:
+    obstacle = conditions.obstacle()
+    if asked is True and obstacle is not None:
         raise SettingsError(f"cuda_graphs: true cannot work here ({obstacle}); set cuda_graphs: auto")
-    return GraphDecision(obstacle, settings.cuda_graphs is True)
+    return GraphDecision(obstacle, asked is True)
 
 
 def _obstacle_of(config: Config) -> str | None:

@@ -1,15 +1,12 @@
 """Runs whose passes are captured and replayed, on a CPU with a stand-in for the graphs, and when they are tried."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.training.compilation import CompileDecision
-from litgpt_moe_ext.training.parallel.whole_model import ReplicatedStrategy, SingleProcessStrategy
+from litgpt_moe_ext.training.parallel.facts import facts_of
 from litgpt_moe_ext.training.steps import cuda_graphs
-from litgpt_moe_ext.training.steps.cuda_graphs import GraphDecision, decide
+from litgpt_moe_ext.training.steps.cuda_graphs import Conditions, GraphDecision, decide
 from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss
 from tests.models import moe_config
 from tests.runs import logged, train, weights_of
@@ -76,50 +73,37 @@ def test_refused_where_there_is_no_card(recipe, capsys):
     assert message in capsys.readouterr().err
 
 
-def on_a_card(strategy=SingleProcessStrategy, **settings):
-    """Return what `decide` reads of a run on a card."""
-    config = moe_config(**settings.pop("config", {}))
-    chosen = {"cuda_graphs": "auto", "activation_checkpointing": "none"} | settings
-    plan = SimpleNamespace(settings=SimpleNamespace(**chosen), config=config)
-    return SimpleNamespace(plan=plan, fabric=SimpleNamespace(device=torch.device("cuda"), strategy=strategy))
-
-
-EAGER = CompileDecision(False, "test")
+def on_a_card(compiled=False, processes=1, checkpointing="none", **config):
+    """Return the conditions of a run on a card."""
+    obstacle = facts_of("auto").graph_obstacle(processes)
+    return Conditions("cuda", obstacle, compiled, checkpointing, moe_config(**config))
 
 
 def test_tried_on_one_card():
-    assert decide(on_a_card(), EAGER) == GraphDecision(None, False)
-    assert decide(on_a_card(cuda_graphs=True), EAGER) == GraphDecision(None, True)
-    assert str(decide(on_a_card(cuda_graphs=False), EAGER)) == "CUDA graphs: off (as asked)"
+    assert decide("auto", on_a_card()) == GraphDecision(None, False)
+    assert decide(True, on_a_card()) == GraphDecision(None, True)
+    assert str(decide(False, on_a_card())) == "CUDA graphs: off (as asked)"
+    assert facts_of("deepspeed_stage_1").graph_obstacle(1) is not None
+
+
+DOCUMENTS = {
+    "attention_class_name": "SinkAttention", "attention_document_boundary": "bos", "attention_document_token_id": 0,
+}  # fmt: skip
+GLOBAL = {"router_load_balancing_loss_coef": 0.1, "router_load_balancing_loss_scope": "global_batch"}
 
 
 @pytest.mark.parametrize(
-    ("arguments", "compiled", "reason"),
+    ("conditions", "reason"),
     [
-        ({"strategy": ReplicatedStrategy}, False, "several processes"),
-        ({}, True, "torch.compile is on"),
-        ({"activation_checkpointing": "full"}, False, "activation_checkpointing runs layers again"),
-        ({"config": {"mlp_class_name": "LLaMAMoE"}}, False, "LLaMAMoE waits"),
-        (
-            {
-                "config": {
-                    "attention_class_name": "SinkAttention",
-                    "attention_document_boundary": "bos",
-                    "attention_document_token_id": 0,
-                }
-            },
-            False,
-            "attention_document_boundary",
-        ),
-        (
-            {"config": {"router_load_balancing_loss_coef": 0.1, "router_load_balancing_loss_scope": "global_batch"}},
-            False,
-            "global_batch",
-        ),
+        ({"processes": 2}, "several processes"),
+        ({"compiled": True}, "torch.compile is on"),
+        ({"checkpointing": "full"}, "activation_checkpointing runs layers again"),
+        ({"mlp_class_name": "LLaMAMoE"}, "LLaMAMoE waits"),
+        (DOCUMENTS, "attention_document_boundary"),
+        (GLOBAL, "global_batch"),
     ],
 )
-def test_not_tried(arguments, compiled, reason):
-    compile_decision = CompileDecision(compiled, "test")
-    assert reason in decide(on_a_card(**arguments), compile_decision).obstacle
+def test_not_tried(conditions, reason):
+    assert reason in decide("auto", on_a_card(**conditions)).obstacle
     with pytest.raises(SettingsError, match="cuda_graphs: true cannot work here"):
-        decide(on_a_card(cuda_graphs=True, **arguments), compile_decision)
+        decide(True, on_a_card(**conditions))
