@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from litgpt_moe_ext.moe.kernels.allocator import keep_large_blocks
-from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden, matmul_dtype
+from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden, has_gradient, matmul_dtype
 from litgpt_moe_ext.moe.kernels.few_rows import linear, one_token
 from litgpt_moe_ext.moe.router import Routing
 
@@ -103,7 +103,7 @@ def grouped_cpu_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, 
     dtype = matmul_dtype(x_TD)
     differentiable = (x_TD, routing.weights_TK, *weights)
     with torch.autocast("cpu", enabled=False):
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
+        if has_gradient(*differentiable):
             keep_large_blocks()
             return _GroupedExperts.apply(_Job(_plan(routing, dtype), hidden, dtype), *differentiable)
         if len(x_TD) == 1 and routing.real_T is None:

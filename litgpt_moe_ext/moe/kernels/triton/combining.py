@@ -3,8 +3,7 @@
 Rows arrive in the order of tokens (the grouped product stores them there), so no permutation is read and nothing is
 added atomically.
 
-Shape legend: T tokens, K chosen experts per token, D model width, M a block of T, N a
-block of D.
+Shape legend: T tokens, K chosen experts per token, D model width, M a block of T, N a block of D.
 """
 
 from typing import Any, NamedTuple

@@ -43,13 +43,6 @@ def sum_outer_products(outer: Outer, dtype: torch.dtype, total_EOI: Tensor | Non
 
 
 @triton.jit
-def _row(plan, row_M, live_M, GATHER: constexpr):
-    if GATHER:
-        return (tl.load(plan.rows + row_M, mask=live_M, other=0) // plan.top_k).to(tl.int64)
-    return row_M.to(tl.int64)
-
-
-@triton.jit
 def _token(plan, row_M, end):
     return (tl.load(plan.rows + row_M, mask=row_M < end, other=0) // plan.top_k).to(tl.int64)
 
@@ -126,7 +119,8 @@ def _sum_rows(x, sums, plan, GATHER: constexpr):
     for start in range(first, end, 32):
         row_M = start + tl.arange(0, 32)
         live_M = row_M < end
-        x_MN = x.data + _row(plan, row_M, live_M, GATHER)[:, None] * x.stride + o_N[None, :]
+        source_M = _token(plan, row_M, end) if GATHER else row_M.to(tl.int64)
+        x_MN = x.data + source_M[:, None] * x.stride + o_N[None, :]
         part_MN = tl.load(x_MN, mask=live_M[:, None] & (o_N < sums.width)[None, :], other=0.0).to(tl.float32)
         if sums.gates is not None:
             choice_M = tl.load(plan.rows + row_M, mask=live_M, other=0)
