@@ -2,31 +2,33 @@
 
 `import litgpt.pretrain` imports all of torchmetrics, because lightning asks for its version and two base classes and
 LitGPT for one running mean. torchmetrics imports torchvision, transformers' model classes, scikit-learn, pandas and
-scipy.signal. Lightning and LitGPT also import torch's compiler, to ask whether an object was compiled, to keep two
-methods from being compiled and to set options that only `--compile` needs. Together that is two thirds of the time to
-start. torch's FLOP counter imports Triton, to recognise its functions.
+scipy.signal, and matplotlib for methods that plot. Lightning and LitGPT also import torch's compiler, to ask whether an
+object was compiled, to keep two methods from being compiled and to set options that only `--compile` needs. Together
+that is two thirds of the time to start. torch's FLOP counter imports Triton, to recognise its functions.
 
 `import litgpt` itself loads lightning and all that LitGPT can do, of which whoever only describes a model needs two
 modules.
 
 Nothing here pretends to be a module. The `__init__` of torchmetrics and of litgpt run, statement by statement, in their
 own module objects: what loads something big waits until somebody asks for a name or a submodule beyond a few, and then
-runs in its original order. Eight modules of lightning, LitGPT and torch are executed from their own source with the few
-expressions changed that load the compiler, or a converter: a class that `isinstance` asks about, and a function that
-tells whether code is being compiled, have stand-ins that are right as long as the compiler is not loaded and give way
-once it is.
+runs in its original order. Nine modules of lightning, LitGPT, torch and torchmetrics are executed from their own source
+with the few expressions changed that load the compiler, matplotlib, or a converter: a class that `isinstance` asks
+about, and a function that tells whether code is being compiled, have stand-ins that are right as long as the compiler
+is not loaded and give way once it is.
 
 A process gets this when it imports LitGPT, or the parts of this package that do, and only for modules that are not
 loaded by then. Python 3.15 has lazy imports of its own (PEP 810), which will replace this.
 """
 
 import ast
+import contextlib
 import importlib
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType, ModuleType
-from typing import Any
+from typing import Any, cast
 
 from litgpt_moe_ext.host import autoload
 
@@ -71,6 +73,10 @@ WITHOUT_COMPILER = (
 CALLED_RARELY = {"litgpt.model": ("qkv_reassemble", "litgpt.scripts.convert_hf_checkpoint")}
 
 
+# Loads matplotlib when it is imported.
+PLOTS = "torchmetrics.utilities.plot"
+
+
 class _NotLoaded(type):
     """The class of a class that stands for another, and has no instances until that is loaded."""
 
@@ -96,6 +102,7 @@ def install() -> None:
         autoload.execute_with(name, _execute_without_compiler)
     for name in CALLED_RARELY:
         autoload.execute_with(name, _execute_without_function)
+    autoload.execute_with(PLOTS, _execute_without_matplotlib)
 
 
 def _execute_split(module: ModuleType, loader: Any) -> None:
@@ -142,6 +149,29 @@ def _execute_without_function(module: ModuleType, loader: Any) -> None:
     body = [node for node in tree.body if not (isinstance(node, ast.ImportFrom) and node.module == home)]
     exec(_compiled(module, body), module.__dict__)
     autoload.when_imported(home, put_back)
+
+
+def _execute_without_matplotlib(module: ModuleType, loader: Any) -> None:
+    tree = _parse(module, loader)
+    body = [] if tree is None else tree.body
+    choices = [i for i, node in enumerate(body) if isinstance(node, ast.If) and _is(node.test, "_MATPLOTLIB_AVAILABLE")]
+    if len(choices) != 1 or "matplotlib" in sys.modules:
+        loader.exec_module(module)
+        return
+    index = choices[0]
+    choice = cast("ast.If", body[index])
+    imports = _compiled(module, choice.body)
+
+    # All functions that plot are decorated with it.
+    @contextlib.contextmanager
+    def style_change(*args: Any, **kwargs: Any) -> Iterator[None]:
+        exec(imports, module.__dict__)
+        with module.style_change(*args, **kwargs):
+            yield
+
+    exec(_compiled(module, [*body[:index], *choice.orelse]), module.__dict__)
+    module.__dict__["style_change"] = style_change
+    exec(_compiled(module, body[index + 1 :]), module.__dict__)
 
 
 def _is_compiling() -> bool:

@@ -184,6 +184,7 @@ SEAMS = (
     Seam(
         "torchmetrics", "__init__", "source", "Waits with its big dependencies until they are asked for.", _LAZY
     ),
+    Seam("torchmetrics.utilities.plot", "style_change", "source", "Does not load matplotlib.", _LAZY),
     Seam("litgpt", "__init__", "source", "Waits with what describing a model does not need.", _LAZY),
     Seam("litgpt.model", "qkv_reassemble", "source", "Imports the converter of old checkpoints on demand.", _LAZY),
     Seam(

@@ -12,7 +12,7 @@ import litgpt_moe_ext.moe.layer  # noqa: F401
 
 BIG = (
     "torchvision", "transformers", "sklearn", "pandas", "scipy", "torch._dynamo", "torch._inductor",
-    "torch.distributed.tensor", "triton.runtime.jit",
+    "torch.distributed.tensor", "triton.runtime.jit", "matplotlib",
 )  # fmt: skip
 report = {}
 
@@ -60,6 +60,11 @@ report["one class"] = [
     litgpt.pretrain.RunningMean is torchmetrics.RunningMean,
     isinstance(pickle.loads(pickle.dumps(MeanMetric())), torchmetrics.Metric),
 ]
+
+mean = MeanMetric()
+mean.update(torch.tensor([1.0, 3.0]))
+figure, axes = mean.plot()
+report["plot"] = [type(figure).__name__, type(axes).__name__, torchmetrics.utilities.plot.plt is not None]
 
 # A name, then a submodule, that no import of LitGPT needs.
 accuracy = torchmetrics.Accuracy(task="multiclass", num_classes=3)

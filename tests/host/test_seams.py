@@ -55,6 +55,7 @@ def test_modules_executed_from_source_are_those_that_wait():
         *lazy_imports.PACKAGES,
         *lazy_imports.WITHOUT_COMPILER,
         *lazy_imports.CALLED_RARELY,
+        lazy_imports.PLOTS,
         registrations.MODULE,
     }
 
