@@ -107,7 +107,7 @@ def token_losses(model: GPT, ids_N: Tensor, batch_size: int, advance: Callable[[
     size, device = model.max_seq_length, next(model.parameters()).device
     starts = range(0, len(ids_N) - 1, size)
     windows = [ids_N[start : start + size + 1] for start in starts]
-    losses, contexts = [], []
+    losses, contexts = [torch.empty(0)], [torch.empty(0, dtype=torch.int64)]  # a text of one token predicts none
     for i in range(0, len(windows), batch_size):
         batch = windows[i : i + batch_size]
         logits_BTV = model(pad_right([window[:-1].tolist() for window in batch], device))

@@ -58,6 +58,9 @@ def test_command_on_a_shard_and_on_text(llama_dir, tmp_path, capsys):
     assert results[0] == results[1]
     assert (results[0]["tokens"], results[0]["bytes"]) == (len(ids), len(text))
     assert "bits per byte" in capsys.readouterr().out
+    write_shard(tmp_path / "one.bin", np.array([5]), VOCABULARY_SIZE)
+    assert main(["perplexity", str(llama_dir), f"--data={tmp_path / 'one.bin'}"]) == 2
+    assert "text, data: 0 tokens to predict" in capsys.readouterr().err
 
 
 def test_foreign_tokens_are_refused(llama_dir, tmp_path, capsys):
