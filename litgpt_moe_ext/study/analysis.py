@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+_RESAMPLES = 1000
+
 
 class Interval(NamedTuple):
     """An estimate with its confidence interval; nan where there are too few values for one."""
@@ -14,14 +16,14 @@ class Interval(NamedTuple):
     high: float
 
 
-def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """Return the mean of independent runs and its interval by Student's t distribution."""
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Return the mean of independent runs and its 95 % interval by Student's t distribution."""
     from scipy.stats import t
 
     mean = float(np.mean(values))
     if len(values) < 2:
         return Interval(mean, float("nan"), float("nan"))
-    half = float(t.ppf((1 + level) / 2, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
+    half = float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
     return Interval(mean, mean - half, mean + half)
 
 
@@ -65,9 +67,7 @@ def differences(arms: Mapping[str, Mapping[Hashable, float]], control: str, leve
     return {name: Interval(by, by - by_half, by + by_half) for name, (by, by_half) in bounds.items()}
 
 
-def compute_multiplier(
-    dense: Sequence[tuple[float, float]], moe: Sequence[tuple[float, float]], resamples: int = 1000
-) -> Interval:
+def compute_multiplier(dense: Sequence[tuple[float, float]], moe: Sequence[tuple[float, float]]) -> Interval:
     """Return how many times the FLOPs of the MoE runs the dense family needs for the same loss.
 
     A power law, `loss = a FLOPs^-b`, is fitted to the dense runs; the multiplier is the geometric mean over the MoE
@@ -76,7 +76,6 @@ def compute_multiplier(
     Args:
         dense: FLOPs and loss of each dense run, at two budgets or more.
         moe: FLOPs and loss of each MoE run.
-        resamples: Number of resamples.
 
     Raises:
         ValueError: If the dense runs have one budget only, or do not get better with compute.
@@ -87,7 +86,7 @@ def compute_multiplier(
     if not np.isfinite(value):
         raise ValueError("dense: must be runs of two budgets or more whose loss falls with compute")
     drawn = []
-    for _ in range(resamples):
+    for _ in range(_RESAMPLES):
         sample = _multiplier(*(runs[generator.integers(len(runs), size=len(runs))] for runs in (dense_log, moe_log)))
         drawn += [sample] if np.isfinite(sample) else []
     low, high = np.percentile(drawn, [2.5, 97.5]) if drawn else (np.nan, np.nan)

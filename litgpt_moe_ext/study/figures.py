@@ -13,6 +13,9 @@ from litgpt_moe_ext.study.compare import Difference
 from litgpt_moe_ext.study.results import EVEN, MAX_VIO, Curve, Result
 from litgpt_moe_ext.study.search import by_place, mean_val_loss
 
+# Of the newest value in a smoothed curve.
+_NEW_WEIGHT = 0.2
+
 
 def difference_figure(found: dict[str, Difference]) -> Figure:
     """Draw every group's difference to the control: its interval alone, that of all together, and each seed's."""
@@ -124,11 +127,11 @@ def _legend(figure: Figure, groups: Mapping[str, Any], shown: Sequence[str] | No
     figure.legend(handles=handles, loc="outside lower center", ncols=max(1, min(4, 110 // (longest + 6))))
 
 
-def smooth(values: np.ndarray, weight: float = 0.2) -> np.ndarray:
+def smooth(values: np.ndarray) -> np.ndarray:
     """Return the exponential average of a curve, of what there is at its start."""
     averages, average = np.empty(len(values)), 0.0
     for i, value in enumerate(values):
-        average += max(weight, 1 / (i + 1)) * (value - average)
+        average += max(_NEW_WEIGHT, 1 / (i + 1)) * (value - average)
         averages[i] = average
     return averages
 

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -115,7 +115,7 @@ def _train(
         free.put(place)
     if status == 0:
         what = {"arm": run.arm, "point": run.point, "seed": run.seed, "settings": run.settings}
-        write_json(out_dir / FINISHED, what | {"trained_on": trained_on.plain()})
+        write_json(out_dir / FINISHED, what | {"trained_on": asdict(trained_on)})
         say(f"{run.title}: finished, {out_dir}")
         return ""
     if why := stopped():

@@ -3,7 +3,7 @@
 import os
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,12 @@ class Places:
         """How many runs at most use a GPU, or a core, at a time."""
         return -(-self.jobs // (self.gpus or count_cores()))
 
-    def environment(self, place: int, given: Mapping[str, str] | None = None) -> dict[str, str]:
-        """Return the environment of the run in a place.
-
-        Args:
-            place: Number of the place, from 0.
-            given: Environment that it is made from; None takes the one of this process.
-        """
-        given = dict(os.environ if given is None else given)
+    def environment(self, place: int) -> dict[str, str]:
+        """Return the environment of the run in a place, a number from 0: that of this process, with its share."""
         # Several processes with one thread each are faster than one process with several.
-        environment = {"OMP_NUM_THREADS": str(max(1, count_cores() // self.jobs))} | given
+        environment = {"OMP_NUM_THREADS": str(max(1, count_cores() // self.jobs)), **os.environ}
         if self.gpus:
-            names = [name.strip() for name in given.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+            names = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
             gpu = place % self.gpus
             environment["CUDA_VISIBLE_DEVICES"] = names[gpu] if gpu < len(names) else str(gpu)
         return environment
@@ -84,10 +78,6 @@ class TrainedOn:
         """
         found = content.get("trained_on")
         return None if found is None else cls(**(found | ({"precision": precision} if precision else {})))
-
-    def plain(self) -> dict[str, Any]:
-        """Return it as plain data."""
-        return asdict(self)
 
     def __str__(self) -> str:
         alone = "each run alone" if self.together == 1 else f"up to {self.together} runs at a time"

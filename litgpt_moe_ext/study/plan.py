@@ -95,7 +95,8 @@ def load_study(path: Path, scale: Path | None = None) -> Study:
     if scale is not None:
         larger = _content(scale, "scale", _SCALE_KEYS)
         content["settings"] = _mapping(content, "settings") | _mapping(larger, "settings")
-        content["grid"] = {**(grid := _mapping(content, "grid")), **_those(grid, _mapping(larger, "grid"))}
+        grid = _mapping(content, "grid")
+        content["grid"] = {name: _mapping(larger, "grid").get(name, values) for name, values in grid.items()}
         name = f"{name}-{scale.stem}"
     arms = _mapping(content, "arms") or {"recipe": {}}
     seeds, grid = content.get("seeds", [1, 2, 3]), _mapping(content, "grid")
@@ -141,10 +142,6 @@ def _choices(name: str, values: Any) -> list[tuple[Any, dict[str, Any]]]:
     raise SettingsError(
         f"grid.{name}: {values} must be a list of values, or settings by name, NAME: {{SETTING: VALUE}}"
     )
-
-
-def _those(known: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name in known}
 
 
 def _mapping(content: dict[str, Any], key: str) -> dict[str, Any]:

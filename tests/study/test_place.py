@@ -3,9 +3,10 @@
 import csv
 import io
 import itertools
+import os
 import subprocess
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -38,8 +39,9 @@ def sixteen_cores(monkeypatch):
     (Places(4, 2), {"CUDA_VISIBLE_DEVICES": "5, GPU-7"}, 3, {"OMP_NUM_THREADS": "4", "CUDA_VISIBLE_DEVICES": "GPU-7"}),
     (Places(1, 1), {"CUDA_VISIBLE_DEVICES": "3"}, 0, {"OMP_NUM_THREADS": "16", "CUDA_VISIBLE_DEVICES": "3"}),
 ])  # fmt: skip
-def test_each_place_has_its_device_and_its_share_of_the_cores(places, given, number, expected):
-    assert places.environment(number, given) == expected
+def test_each_place_has_its_device_and_its_share_of_the_cores(places, given, number, expected, monkeypatch):
+    monkeypatch.setattr(os, "environ", given)
+    assert places.environment(number) == expected
 
 
 @pytest.mark.parametrize(("places", "together"), [
@@ -53,8 +55,8 @@ def test_a_finished_run_says_what_it_was_trained_on(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: f"GPU {gpu}")
     trained_on = TrainedOn.here(Places(4, 2), 3)
     assert (trained_on.device, trained_on.together) == ("GPU 1", 2)
-    assert TrainedOn.read({"trained_on": trained_on.plain()}, None) == trained_on
-    assert TrainedOn.read({"trained_on": trained_on.plain()}, "bf16-true").precision == "bf16-true"
+    assert TrainedOn.read({"trained_on": asdict(trained_on)}, None) == trained_on
+    assert TrainedOn.read({"trained_on": asdict(trained_on)}, "bf16-true").precision == "bf16-true"
     assert TrainedOn.read({}, None) is None
     assert str(TrainedOn(H100, "bf16-mixed", 14)) == "NVIDIA H100, bf16-mixed, up to 14 runs at a time on a GPU"
     assert str(TrainedOn("CPU", "32-true", 1)) == "CPU, 32-true, each run alone on a core"

@@ -21,7 +21,7 @@ from litgpt_moe_ext.data.pipeline.encoding import Encoder, encode_in_order
 from litgpt_moe_ext.data.pipeline.progress import PreparationProgress
 from litgpt_moe_ext.data.pipeline.settings import VAL_REMEDY, CorpusSettings
 from litgpt_moe_ext.data.pipeline.shards import token_dtype, write_shard
-from litgpt_moe_ext.data.pipeline.sources import SIDES, Source, identities
+from litgpt_moe_ext.data.pipeline.sources import SIDES, Source
 from litgpt_moe_ext.data.pipeline.store import (
     MANIFEST,
     TOKENIZER_DIR,
@@ -71,7 +71,7 @@ def prepare_corpus(
             done is kept.
     """
     settings.check(sources)
-    corpus = hashlib.sha256(json.dumps(identities(sources)).encode()).hexdigest()
+    corpus = hashlib.sha256(json.dumps([[source.split, source.identity] for source in sources]).encode()).hexdigest()
     directory = data_path / cache_key(corpus, settings.to_json())
     if (manifest := read_manifest(directory)) is not None:
         if verbose:

@@ -212,11 +212,6 @@ def _rows(dataset: Any, name: str, field: str, size: int) -> Iterator[Record]:
         yield Record(text or "", f"row {number}", size * (number + 1) // rows)
 
 
-def identities(sources: Iterable[Source]) -> list[list[str | None]]:
-    """Return what a cache key has to know of the sources."""
-    return [[source.split, source.identity] for source in sources]
-
-
 def _identity(file: Path, content: str) -> str:
     return f"{''.join(file.suffixes[-2:])}:{content}"  # the name says how to read it
 
