@@ -4,6 +4,7 @@ import base64
 import csv
 import html
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -15,7 +16,7 @@ from litgpt_moe_ext.study.compare import compared, comparison, grouped, signed_i
 from litgpt_moe_ext.study.figures import balance_figure, difference_figure, loss_figure, mean, search_figure, smooth
 from litgpt_moe_ext.study.plan import BUDGET, Study
 from litgpt_moe_ext.study.results import MAX_VIO, Result, csv_text
-from litgpt_moe_ext.study.search import best_points
+from litgpt_moe_ext.study.search import best_in_words, best_points
 
 COLUMNS = (
     "arm", "seeds", "validation loss", "range", "95 % interval", "minus control (95 % interval)", "training loss, end",
@@ -29,7 +30,10 @@ _CURVES = (
 _DIFFERENCES = (
     "Thick: 95 % interval of one comparison. Thin: all of them hold together with 95 %. Grey: each seed's difference."
 )
-_SEARCH = "Mean validation loss over each setting that was searched; a colour for each arm and place in the grid."
+_SEARCH = (
+    "Mean validation loss over each setting that was searched; a colour for each arm and place in the grid. The "
+    "figures below are of the lowest ones."
+)
 _BALANCE = (
     "Largest load of an expert over the mean, minus 1, in the worst layer; mean and range over seeds. Dotted: 0.1. "
     "The table has it twice, over the last fifth of a run: of each step, and of the mean load, where chance is gone."
@@ -56,14 +60,17 @@ def study_page(study: Study, results: Sequence[Result], missing: int, command: s
         parts.append(picture("Differences", _DIFFERENCES, difference_figure(found)))
     if study.searched:
         parts.append(picture("Search", _SEARCH, search_figure(study.searched, groups)))
-    parts.append(picture("Loss", _CURVES, loss_figure(groups)))
-    if any(len(result.log.series(MAX_VIO)[1]) for result in results):
-        parts.append(picture("Balance", _BALANCE, balance_figure(groups)))
+    drawn = best_points(study.searched, groups) if study.searched else groups
+    parts.append(picture("Loss", _CURVES, loss_figure(drawn)))
+    if any(len(result.log.series(MAX_VIO)[1]) for group in drawn.values() for result in group):
+        parts.append(picture("Balance", _BALANCE, balance_figure(drawn)))
     text = csv_text(results)
     data = base64.b64encode(text.encode()).decode("ascii")
     link = f'<a download="{html.escape(study.name)}.csv" href="data:text/csv;base64,{data}">{study.name}.csv</a>'
-    cells = list(csv.reader(text.splitlines()))
-    parts += [f"<h2>Runs</h2><p>{link}</p>", table(cells[0], cells[1:])]
+    columns, *cells = csv.reader(text.splitlines())
+    said = [i for i, name in enumerate(columns) if name not in ("trained_on", "software")]  # elsewhere on the page
+    short = [[_shortened(row[i]) for i in said] for row in cells]
+    parts += [f"<h2>Runs</h2><p>{link}</p>", table([columns[i] for i in said], short)]
     parts += [f"<p>{html.escape(line)}</p>" for line in trained_with(results)]
     return page(f"Study: {study.name}", parts)
 
@@ -101,7 +108,7 @@ def rows(study: Study, groups: dict[str, list[Result]]) -> list[tuple[str, ...]]
 def verdicts(study: Study, results: Sequence[Result]) -> list[str]:
     """Return what the study says: which arms differ from the control, compute multiplier and break-even time."""
     groups = grouped(results)
-    lines = comparison(study, groups) + (best_points(study.searched, groups) if study.searched else [])
+    lines = comparison(study, groups) + (best_in_words(study.searched, groups) if study.searched else [])
     if not study.compare:
         return lines
     moe, dense = ([result for result in results if result.run.arm == study.compare[side]] for side in ("moe", "dense"))
@@ -154,6 +161,10 @@ def _row(label: str, group: Sequence[Result], difference: str) -> tuple[str, ...
         _number(float(np.mean([result.late_load_vio for result in group])), ".2f"),
         _number(float(np.mean(even)), ",.0f"),
     )
+
+
+def _shortened(cell: str) -> str:
+    return f"{float(cell):.6g}" if re.fullmatch(r"-?\d+\.\d+(e[+-]\d+)?", cell) else cell
 
 
 def _number(value: float, form: str) -> str:

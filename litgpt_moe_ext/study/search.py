@@ -4,6 +4,7 @@ The points follow from the study file alone, so they are runs like all others: s
 as a SLURM array. More points later train only those that are new.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -89,13 +90,24 @@ def by_place(searched: Sequence[str], groups: Mapping[str, list["Result"]]) -> d
     return places
 
 
-def best_points(searched: Sequence[str], groups: Mapping[str, list["Result"]]) -> list[str]:
-    """Return in words where each arm, at each place in the grid, has its lowest loss."""
-    lines = []
+def best_points(searched: Sequence[str], groups: Mapping[str, list["Result"]]) -> dict[str, list["Result"]]:
+    """Return the group with the lowest loss of each arm and place in the grid."""
+    best = {}
     for points in by_place(searched, groups).values():
         losses = {label: mean_val_loss(group) for label, group in points.items()}
-        best = min(losses, key=losses.__getitem__)
-        lines.append(f"Lowest of {len(losses)} points: {best}, {losses[best]:.3f}.")
+        # A run that came to nothing has no number.
+        label = min(losses, key=lambda label: (math.isnan(losses[label]), losses[label]))
+        best[label] = points[label]
+    return best
+
+
+def best_in_words(searched: Sequence[str], groups: Mapping[str, list["Result"]]) -> list[str]:
+    """Return a line for each of `best_points`."""
+    best, places = best_points(searched, groups).items(), by_place(searched, groups).values()
+    lines = [
+        f"Lowest of {len(points)} points: {label}, {mean_val_loss(group):.3f}."
+        for (label, group), points in zip(best, places, strict=True)
+    ]
     return [
         *lines,
         "The lowest of many is partly luck: train it again, with other seeds, beside what it is to replace.",
