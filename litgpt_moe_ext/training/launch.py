@@ -49,6 +49,11 @@ class Launched:
     devices: int
     num_nodes: int
 
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of a step on each rank."""
+        return self.plan.train.gradient_accumulation_iters(self.devices, self.num_nodes)
+
 
 @contextlib.contextmanager
 def launched(plan: Plan) -> Iterator[Launched]:

@@ -89,9 +89,9 @@ class HookedLoop:
         self.writer = CheckpointWriter(launched, tokenizer_dir, litgpt.pretrain.save_checkpoint)
         self.fabric = fabric = launched.fabric
         self.train = launched.plan.train
+        self._accumulation = launched.accumulation
         self._limits = StepLimits(launched.plan.total_steps, self.train.max_time)
         self._stop_requests = StopRequests(fabric.print)
-        self.state: dict[str, Any] = {}
         self._iterations = 0
         self._started: float | None = None
         self._seconds = 0.0
@@ -102,11 +102,6 @@ class HookedLoop:
         self._batches = StepBatches(self._targets, self._accumulation, fabric.world_size)
         fabric.add_callback(self._batches)
         fabric.add_callback(self._means.corpora)
-
-    @property
-    def _accumulation(self) -> int:
-        """Micro-batches of a step on each rank."""
-        return self.train.gradient_accumulation_iters(self.fabric.world_size)
 
     def _targets(self, rows_BT: Tensor) -> tuple[Tensor]:
         """Return which targets of a micro-batch the loss counts, bool, (B, T)."""
@@ -126,13 +121,13 @@ class HookedLoop:
         original_fit = litgpt.pretrain.fit
 
         def fit(*args: Any, **kwargs: Any) -> None:
-            self.fabric.state = self.state = kwargs["state"]
+            self.fabric.state = kwargs["state"]
             self._eval = kwargs["eval"]
             self._adapt_iterations()
             self._batches.counts = can_pad(kwargs["train_dataloader"])
-            first_iteration = self.state["iter_num"]
+            first_iteration = self.fabric.state["iter_num"]
             self.fabric.call("on_fit_begin", resume_dir=self._start.resume_dir)
-            deferring = graphs.deferring(self.state["model"], self.fabric.strategy.precision)
+            deferring = graphs.deferring(self.fabric.state["model"], self.fabric.strategy.precision)
             try:
                 with self._stop_requests.listening(), deferring:
                     original_fit(*args, **kwargs)
@@ -142,7 +137,7 @@ class HookedLoop:
                     self.writer.save(FINAL)
                 raise
             finally:
-                self._iterations = self.state["iter_num"] - first_iteration
+                self._iterations = self.fabric.state["iter_num"] - first_iteration
                 if self._started is not None:
                     self._seconds = time.perf_counter() - self._started
                 # LitGPT's measurement of FLOPs leaves the scale of a loss without data where no step followed it.
@@ -153,7 +148,7 @@ class HookedLoop:
         class CycleIterator(litgpt.pretrain.CycleIterator):
             def __next__(self) -> Any:
                 loop._between_iterations()
-                batch = loop._batches.next(super().__next__, loop.state["iter_num"])
+                batch = loop._batches.next(super().__next__, loop.fabric.state["iter_num"])
                 # Not earlier: building the data iterator and the sanity check of the validation draw random numbers
                 # that an uninterrupted run did not draw here.
                 random_state.settle(loop.fabric, loop._plan.settings.seed)
@@ -190,7 +185,7 @@ class HookedLoop:
         def noted_validate(*args: Any, verbose: bool = True, **kwargs: Any) -> Tensor:
             loss = validate(*args, verbose=verbose, **kwargs)
             if verbose:  # LitGPT's check that validation works at all is not
-                self._validated_step = self.state["step_count"]
+                self._validated_step = self.fabric.state["step_count"]
                 if self._started is None:
                     # LitGPT prints the validation before the first step and forgets it.
                     self.fabric.log_dict({"val_loss": loss.item()})
@@ -218,15 +213,15 @@ class HookedLoop:
         saved = batch_of(self._start.resume_dir)
         if saved is None:
             return
-        batch = self.train.micro_batch_size * self.fabric.world_size
-        self.state["iter_num"] = convert_iterations(self.state["iter_num"], saved, batch, self._accumulation)
+        state, batch = self.fabric.state, self.train.micro_batch_size * self.fabric.world_size
+        state["iter_num"] = convert_iterations(state["iter_num"], saved, batch, self._accumulation)
 
     def _between_iterations(self) -> None:
         self._started = self._started or time.perf_counter()
-        if self.state["iter_num"] % self._accumulation:
+        if self.fabric.state["iter_num"] % self._accumulation:
             # Gradients that wait for the rest of their step are not part of a checkpoint.
             return
-        step = self.state["step_count"]
+        step = self.fabric.state["step_count"]
         if signal_number := self._stop_requests.agreed(self.fabric):
             directory = self._plan.out_dir / f"step-{step:08d}"
             if step and directory != self.writer.last_saved:
@@ -237,12 +232,12 @@ class HookedLoop:
             self._limits_reached = True
             if self._validated_step == step:
                 self._eval.final_validation = False  # these very weights have been validated
-            self.fabric.call("on_last_step", state=self.state)
+            self.fabric.call("on_last_step", state=self.fabric.state)
             raise StopIteration
-        self.fabric.call("on_step_begin", state=self.state)
+        self.fabric.call("on_step_begin", state=self.fabric.state)
 
     def _measure_flops(self, model: Any, _forward: Any, _loss: Any) -> int:
-        length = self.train.max_seq_length or model.config.block_size
+        length = self._plan.sequence_length
         sequence = count_flops(model.config, length, training=True)
         self.fabric.call("on_flops_counted", flops_per_token=sequence / length)
         return self.train.micro_batch_size * sequence
@@ -250,5 +245,5 @@ class HookedLoop:
     def _learning_rate(self, peak: float, _iteration: int, warmup_iters: int, max_iters: int, floor: float) -> float:
         warmup_steps, total_steps = schedule_steps(warmup_iters, max_iters, self._accumulation)
         return self._equipment.optimization.learning_rate(
-            self.state["step_count"], peak, floor, warmup_steps, total_steps
+            self.fabric.state["step_count"], peak, floor, warmup_steps, total_steps
         )

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.training.callbacks.progress import format_count
+from litgpt_moe_ext.training.checkpoint.compatibility import resume_notes
 from litgpt_moe_ext.training.checkpoint.progress import BEST, FINAL, step_of
-from litgpt_moe_ext.training.checkpoint.resume_notes import resume_notes
 from litgpt_moe_ext.training.logs import METRICS_FILE, TRANSCRIPT_FILE
 
 if TYPE_CHECKING:
@@ -49,8 +49,7 @@ def announce(launched: Launched, start: Start, equipment: Equipment) -> None:
 def conclude(launched: Launched, prepared: Prepared, outcome: Outcome) -> None:
     """Say what was trained, how well, and what to do with it."""
     plan, say = launched.plan, launched.fabric.print
-    accumulation = plan.train.gradient_accumulation_iters(launched.devices, launched.num_nodes)
-    tokens = outcome.iterations * (plan.tokens_per_step // accumulation)
+    tokens = outcome.iterations * (plan.tokens_per_step // launched.accumulation)
     if tokens:
         duration = timedelta(seconds=round(outcome.seconds))
         padding = f", {outcome.padding:.0%} of them padding," if outcome.padding else ""

@@ -46,12 +46,12 @@ def find_start(launched: Launched) -> Start:
 
     def decide() -> Path | None:
         found = find_resume_file(plan.settings.resume, plan.out_dir, fabric.print)
-        if found:
+        if found is not None:
             require_same_model("resume", found.parent, plan.config)
             require_same_optimizer(found.parent, plan.plain)
         if initial is not None:
             require_same_model("initial_checkpoint_dir", initial, plan.config)
-        return found or None
+        return found
 
     start = Start(agree(fabric, decide), initial)
     if (resume_dir := start.resume_dir) is not None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from litgpt import GPT, Tokenizer
+from litgpt import Tokenizer
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.callback import Callback
-from litgpt_moe_ext.training.parallel import random_state
+from litgpt_moe_ext.training.parallel.random_state import undisturbed
 from litgpt_moe_ext.training.settings import EvaluateArgs
 
 if TYPE_CHECKING:
@@ -119,21 +117,3 @@ class TrainingBenchmarks(Callback):
             shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
             self._fabric.print(f"  {shown} ({seconds:.1f} s)")
         self._fabric.log_dict(scores)
-
-
-@contextlib.contextmanager
-def undisturbed(fabric: TrainingFabric, model: GPT) -> Iterator[GPT]:
-    """Give the model in evaluation mode and the training's precision; put back mode and random generators.
-
-    lm-eval and its tasks may draw from Python's, NumPy's and torch's generators.
-    """
-    generators, numpy_generator = random_state.of_this_rank(fabric.device), np.random.get_state()
-    was_training = model.training
-    model.eval()
-    try:
-        with fabric.autocast():
-            yield model
-    finally:
-        model.train(was_training)
-        random_state.restore(generators, fabric.device)
-        np.random.set_state(numpy_generator)

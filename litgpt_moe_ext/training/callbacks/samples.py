@@ -8,6 +8,7 @@ from litgpt.generate.base import generate
 from litgpt.tokenizer import Tokenizer
 
 from litgpt_moe_ext.training.callback import Callback
+from litgpt_moe_ext.training.parallel.random_state import undisturbed
 from litgpt_moe_ext.training.settings import SampleArgs
 
 
@@ -45,13 +46,10 @@ class TextSamples(Callback):
         new_tokens = min(self._args.max_new_tokens, room)
         if ids.numel() == 0 or new_tokens < 1:
             return f"(the prompt {prompt!r} has {ids.numel()} tokens; it must have 1 to {model.max_seq_length - 1})"
-        cuda_devices = [fabric.device] if fabric.device.type == "cuda" else []
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.random.fork_rng(devices=cuda_devices), fabric.autocast(), fabric.init_tensor():
-                torch.manual_seed(0)
-                model.set_kv_cache(batch_size=1, device=fabric.device)
+        with undisturbed(fabric, model), fabric.init_tensor():
+            torch.manual_seed(0)
+            model.set_kv_cache(batch_size=1, device=fabric.device)
+            try:
                 written = generate(
                     model,
                     ids,
@@ -60,7 +58,6 @@ class TextSamples(Callback):
                     top_k=self._args.top_k,
                     eos_id=self._tokenizer.eos_id,
                 )
-        finally:
-            model.clear_kv_cache()
-            model.train(was_training)
+            finally:
+                model.clear_kv_cache()
         return self._tokenizer.decode(written)

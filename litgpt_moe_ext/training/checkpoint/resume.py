@@ -35,8 +35,8 @@ def problem_with(checkpoint_dir: Path) -> str | None:
 
 def find_resume_file(
     resume: bool | Literal["auto"] | Path, out_dir: Path, say: Callable[[str], None] = print
-) -> Path | Literal[False]:
-    """Return the model file to resume from, or False to start anew.
+) -> Path | None:
+    """Return the model file to resume from, or None to start anew.
 
     Args:
         resume: False; `"auto"` for the newest whole checkpoint if there is one; True for the same, which must exist; or
@@ -47,8 +47,8 @@ def find_resume_file(
     Raises:
         SettingsError: If a checkpoint was asked for and there is no whole one.
     """
-    if resume is False or resume is None:
-        return False
+    if resume is False:
+        return None
     if not isinstance(resume, bool) and resume != "auto":
         directory = Path(resume).parent if Path(resume).suffix == ".pth" else Path(resume)
         if not (directory / MODEL_FILE).is_file() and newest_first(directory):
@@ -73,7 +73,7 @@ def find_resume_file(
         )
     if resume is True:
         raise SettingsError(f"resume: true, but there is no checkpoint in out_dir: {str(out_dir)!r}; use --resume auto")
-    return False
+    return None
 
 
 def _says_when(checkpoint_dir: Path) -> bool:

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins import MixedPrecision
+from lightning.fabric.plugins.precision import Precision
 from litgpt.args import TrainArgs
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from litgpt_moe_ext.training.callback import Callback
-from litgpt_moe_ext.training.callbacks.scaler_state import ScalerState
 from litgpt_moe_ext.training.parallel.facts import StrategyFacts
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Behaviour(_Base):
     @property
     def holds_whole_model(self) -> bool:
         """Whether every rank has all weights between two steps."""
-        return True
+        return "weights" not in self.facts.shards
 
     @property
     def scales_gradients(self) -> bool:
@@ -83,6 +83,25 @@ class Behaviour(_Base):
     def loss_scale_state(self) -> Callback:
         """Return what keeps the loss scale in the checkpoints; only where `scales_gradients`."""
         return ScalerState(self.precision)
+
+
+class ScalerState(Callback):
+    """Keep the state of the gradient scaler of float16 training in the checkpoints.
+
+    Args:
+        precision: Fabric's precision plugin.
+    """
+
+    def __init__(self, precision: Precision) -> None:
+        self._precision = precision
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the scaler."""
+        return self._precision.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set the state of the scaler."""
+        self._precision.load_state_dict(state)
 
 
 def as_the_model_names_them(model: nn.Module, weights: Mapping[str, Tensor], strict: bool) -> dict[str, Tensor]:

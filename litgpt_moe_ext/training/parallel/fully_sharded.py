@@ -55,11 +55,6 @@ class FullyShardedStrategy(Behaviour, ModelParallelStrategy):
         self._replicas = nodes if facts.within_node else 1
         self._args = args
 
-    @property
-    def holds_whole_model(self) -> bool:
-        """Whether every rank has all weights between two steps."""
-        return False
-
     def _get_process_group_backend(self) -> str:
         backend = super()._get_process_group_backend()
         if self._args.cpu_offload and backend == "nccl":

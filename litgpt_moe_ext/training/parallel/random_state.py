@@ -1,9 +1,13 @@
 """The random generators of a rank: one stream each, resumed exactly."""
 
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
 
 def of_this_rank(device: torch.device) -> dict[str, Any]:
@@ -32,23 +36,37 @@ def restore(state: dict[str, Any], device: torch.device) -> bool:
     return (device.type == "cuda") == ("cuda" in state)
 
 
-def of_all_ranks(fabric: Any) -> list[dict[str, Any]]:
-    """Return the states of all ranks in their order; every rank must call."""
-    own = of_this_rank(fabric.device)
-    if fabric.world_size == 1:
-        return [own]
-    states: list = [None] * fabric.world_size
-    torch.distributed.all_gather_object(states, own)
-    return states
+@contextlib.contextmanager
+def undisturbed(fabric: Any, model: nn.Module) -> Iterator[Any]:
+    """Give a model in evaluation mode and the training's precision; put back mode and random generators.
+
+    lm-eval and its tasks may draw from Python's, NumPy's and torch's generators.
+    """
+    generators, numpy_generator = of_this_rank(fabric.device), np.random.get_state()
+    was_training = model.training
+    model.eval()
+    try:
+        with fabric.autocast():
+            yield model
+    finally:
+        model.train(was_training)
+        restore(generators, fabric.device)
+        np.random.set_state(numpy_generator)
 
 
 def to_save(fabric: Any) -> list[dict[str, Any]] | None:
-    """Return what a checkpoint holds: before the first batch that of the checkpoint that is resumed, or nothing.
+    """Return the states of all ranks in their order, or before the first batch those of the checkpoint, if any.
 
     Args:
         fabric: The running `TrainingFabric`; every rank must call.
     """
-    return of_all_ranks(fabric) if fabric.rng_settled else fabric.resumed_rng
+    if not fabric.rng_settled:
+        return fabric.resumed_rng
+    states: list = [of_this_rank(fabric.device)]
+    if fabric.world_size > 1:
+        (own,), states = states, [None] * fabric.world_size
+        torch.distributed.all_gather_object(states, own)
+    return states
 
 
 def settle(fabric: Any, seed: int) -> None:

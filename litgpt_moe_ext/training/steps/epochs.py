@@ -42,7 +42,7 @@ def with_epochs(launched: Launched, prepared: Prepared) -> Launched:
             f"train.epochs: {epochs} needs data that says how long an epoch is; set it to null and give "
             "train.max_tokens"
         ) from error
-    steps = epochs * micro_batches // plan.train.gradient_accumulation_iters(launched.devices, launched.num_nodes)
+    steps = epochs * micro_batches // launched.accumulation
     if not steps:
         raise SettingsError(
             f"train.epochs: {epochs} of this data are less than one step of {plan.train.global_batch_size} sequences; "

@@ -52,11 +52,6 @@ class ZeroStrategy(Behaviour, DeepSpeedStrategy):
         self._optimizer: ZeroOptimizer
 
     @property
-    def holds_whole_model(self) -> bool:
-        """Whether every rank has all weights between two steps."""
-        return not self.zero_stage_3
-
-    @property
     def scales_gradients(self) -> bool:
         """Whether the loss is scaled against underflow."""
         return self.precision.precision == "16-mixed"
