@@ -1,5 +1,6 @@
 """Making sure that what was written is on the disk before it gets its final name."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -15,6 +16,10 @@ def flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # How file systems that flush no folders (some of FUSE, some servers) say so.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.EBADF, errno.ENOTSUP)):
+            raise
     finally:
         os.close(descriptor)
 

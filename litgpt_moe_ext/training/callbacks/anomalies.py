@@ -19,11 +19,10 @@ from litgpt_moe_ext.moe.gradient_injection import forget_scale
 from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.control import TrainingStopped
+from litgpt_moe_ext.training.logs import ANOMALIES_FOLDER
 from litgpt_moe_ext.training.parallel import random_state
 from litgpt_moe_ext.training.settings import AnomalyArgs
 from litgpt_moe_ext.training.steps.batches import unwrapped
-
-FOLDER = "anomalies"
 
 
 class GradientGuard(Callback):
@@ -40,7 +39,7 @@ class GradientGuard(Callback):
     """
 
     def __init__(self, args: AnomalyArgs, out_dir: Path, rank: int, say: Callable[[str], None]) -> None:
-        self._args, self._folder, self._rank, self._say = args, out_dir / FOLDER, rank, say
+        self._args, self._folder, self._rank, self._say = args, out_dir / ANOMALIES_FOLDER, rank, say
         self._norms: deque[float] = deque(maxlen=args.window)
         self._skipped_in_a_row = 0
         self._batches: list[Tensor] = []

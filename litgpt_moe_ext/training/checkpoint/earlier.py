@@ -7,13 +7,13 @@ from pathlib import Path
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checkpoint.progress import newest_first
-from litgpt_moe_ext.training.logs import METRICS_FILE, TRANSCRIPT_FILE, WIDE_FILE
+from litgpt_moe_ext.training.logs import ANOMALIES_FOLDER, EXPORTS_FOLDER, METRICS_FILE, TRANSCRIPT_FILE, WIDE_FILE
 
 _MANY = 3  # from which on it is worth a line
 
 
 def set_aside(out_dir: Path) -> Path | None:
-    """Move checkpoints and logs of an earlier run out of the way of a new one.
+    """Move checkpoints, logs and exports of an earlier run out of the way of a new one.
 
     Logs left in place would be read as those of an earlier part of the new run. Nothing is copied: a directory beside
     `out_dir` takes them, or, where they cannot be moved there (`out_dir` is a mount point, or lies in a folder that is
@@ -26,7 +26,8 @@ def set_aside(out_dir: Path) -> Path | None:
         SettingsError: If they can be moved nowhere.
     """
     found = [directory.relative_to(out_dir) for directory in newest_first(out_dir)]
-    found += [Path(name) for name in (METRICS_FILE, WIDE_FILE) if (out_dir / name).is_file()]
+    others = (METRICS_FILE, WIDE_FILE, ANOMALIES_FOLDER, EXPORTS_FOLDER)
+    found += [Path(name) for name in others if (out_dir / name).exists()]
     if (out_dir / "logs" / "csv").is_dir():  # of a run of `litgpt pretrain`
         found.append(Path("logs", "csv"))
     if not found:

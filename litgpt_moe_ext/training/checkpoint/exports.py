@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, cast
 
 from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.training.checkpoint.progress import BEST, FINAL
+from litgpt_moe_ext.training.logs import EXPORTS_FOLDER
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
     from litgpt_moe_ext.training.launch import Launched
     from litgpt_moe_ext.training.plan import Plan
-
-EXPORTED = "exported"
 
 
 def check_exports(plan: Plan) -> None:
@@ -38,7 +37,7 @@ def export_checkpoints(launched: Launched) -> None:
     for checkpoint in (plan.out_dir / BEST, plan.out_dir / FINAL):
         for name in plan.settings.checkpoint.export_formats:
             if checkpoint.is_dir():
-                fabric.print(_export(checkpoint, plan.out_dir / EXPORTED / f"{checkpoint.name}-{name}", name))
+                fabric.print(_export(checkpoint, plan.out_dir / EXPORTS_FOLDER / f"{checkpoint.name}-{name}", name))
 
 
 def _export(checkpoint: Path, out_dir: Path, name: str) -> str:

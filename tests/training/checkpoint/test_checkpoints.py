@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -14,10 +15,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from litgpt_moe_ext.durable import flush, flush_tree
 from litgpt_moe_ext.training.callbacks import retention
 from litgpt_moe_ext.training.checkpoint import manifest
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
 from litgpt_moe_ext.training.checkpoint.compatibility import resume_notes
+from litgpt_moe_ext.training.checkpoint.earlier import set_aside
 from litgpt_moe_ext.training.checkpoint.lock import OutDirLock
 from litgpt_moe_ext.training.checkpoint.resume import problem_with
 from litgpt_moe_ext.training.settings import CheckpointArgs
@@ -30,6 +33,41 @@ def directories(out_dir: Path) -> list[str]:
 
 def step_of(checkpoint: Path) -> int:
     return json.loads((checkpoint / "training_state.json").read_text())["step"]
+
+
+def test_a_new_run_starts_without_what_an_earlier_one_left(tmp_path):
+    """What it exported, and the batches of its anomalies, would be taken for the new run's."""
+    out_dir = tmp_path / "out"
+    left = ["metrics.csv", "exported/best-hf/config.json", "anomalies/step-00000003-rank-0.pt"]
+    for name in left:
+        (out_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (out_dir / name).touch()
+    aside = set_aside(out_dir)
+    assert aside == tmp_path / "out-earlier-1"
+    assert all((aside / name).is_file() for name in left)
+    assert list(out_dir.iterdir()) == []
+
+
+def test_a_file_system_that_flushes_no_folders(tmp_path, monkeypatch):
+    """As some of FUSE and of Windows servers; everything else that goes wrong is still said."""
+    fsync = os.fsync
+
+    def refuse_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    (tmp_path / "file").touch()
+    flush_tree(tmp_path)
+
+    def refuse_all(descriptor):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", refuse_all)
+    for path in (tmp_path, tmp_path / "file"):
+        with pytest.raises(OSError, match="Input/output error"):
+            flush(path)
 
 
 def test_keeps_the_last_and_the_best(recipe, tmp_path):
