@@ -24,16 +24,13 @@ def make_tokenizer(source_path: Path, out_dir: Path) -> None:
         out_dir: The directory to make; must not exist.
     """
     files = read_tokenizer(source_path)
+    eos_id = special_token(files, "eos", source_path)
     if out_dir.exists():
         raise SettingsError(f"out_dir: {str(out_dir)!r} exists; move it, or name another")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=".tokenizer-") as folder:
         directory = Path(folder) / out_dir.name
         write_tokenizer(files, directory)
-        try:
-            eos_id = special_token(directory, "eos")
-        except SettingsError as error:
-            raise SettingsError(str(error).replace(str(directory), str(source_path))) from error
         publish(directory, out_dir)
     print(f"tokenizer_dir for LitGPT: {out_dir} (end of text: {eos_id})", flush=True)
 

@@ -69,8 +69,7 @@ def read_shard(path):
 
 
 def read_tokenizer_dir(path):
-    read_tokenizer(path.parent)
-    special_token(path.parent, "eos")
+    special_token(read_tokenizer(path.parent), "eos", path.parent)
     open_for_documents(path.parent).encode("once", add_special_tokens=False)
 
 

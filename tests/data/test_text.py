@@ -331,6 +331,22 @@ def test_documents_are_counted_and_packed_whole_where_one_token_begins_and_ends_
     assert train.tolist() == sum(rows[:3], [])
 
 
+@pytest.mark.parametrize(("config", "settings", "message"), [
+    ({"bos_token": "</s>"}, {}, r"elsewhere' has no end-of-sequence token"),
+    ({"eos_token": "</s>"}, {"prepend_bos": True}, r"elsewhere' has no beginning-of-sequence token"),
+])  # fmt: skip
+def test_a_tokenizer_that_ends_no_document_is_refused_before_files_are_read(config, settings, message, tmp_path):
+    train_bpe(TRAIN, BPE, tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "tokenizer_config.json").write_text(json.dumps(config))
+    data = TextCorpus(source_path=tmp_path / "missing", data_path=tmp_path / "cache", **settings)
+    data.tokenizer_dir = tmp_path / "elsewhere"
+    with pytest.raises(ValueError, match=message):
+        data.prepare_data()
+    data.tokenizer_dir, data.bpe = None, BPESettings(9)
+    with pytest.raises(ValueError, match="vocab_size: 9 is too small"):
+        data.prepare_data()
+
+
 @pytest.mark.parametrize("name", ["TextCorpus", "CodeParrot", "TinyStories"])
 def test_named_in_yaml_by_class_path(tmp_path, name):
     parser = ArgumentParser()

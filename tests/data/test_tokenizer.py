@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from litgpt_moe_ext.data.pipeline.encoding import Encoder
 from litgpt_moe_ext.data.tokenizer.bpe import EOS_TOKEN, BPESettings, train_bpe
+from litgpt_moe_ext.data.tokenizer.files import read_tokenizer
 from litgpt_moe_ext.data.tokenizer.opening import open_for_documents, special_token
 from litgpt_moe_ext.data.tokenizer.threads import threads_for_tokenizers
 from litgpt_moe_ext.errors import SettingsError
@@ -46,7 +47,7 @@ def test_training_is_deterministic(directory, tmp_path):
 
 
 def test_special_tokens(directory, litgpt_tokenizer, hf_tokenizer):
-    assert special_token(directory, "eos") == 0
+    assert found(directory, "eos") == 0
     assert litgpt_tokenizer.eos_id == litgpt_tokenizer.bos_id == hf_tokenizer.eos_token_id == 0
     assert litgpt_tokenizer.use_bos is False
     assert hf_tokenizer.unk_token is None
@@ -106,11 +107,15 @@ def test_a_vocabulary_that_writes_the_end_of_a_document_as_text_is_refused(bos_i
         encode(["a", "b</s>a"])
 
 
+def found(directory, kind):
+    return special_token(read_tokenizer(directory), kind, directory)
+
+
 def test_several_special_tokens(tmp_path):
     train_bpe(TEXTS, BPESettings(270, ("<eos>", "<pad>")), tmp_path)
     tokenizer = HFTokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert [tokenizer.token_to_id(token) for token in ("<eos>", "<pad>")] == [0, 1]
-    assert special_token(tmp_path, "eos") == 0
+    assert found(tmp_path, "eos") == 0
 
 
 def test_smallest_vocabulary(tmp_path):
@@ -132,7 +137,7 @@ def test_own_special_tokens_and_byte_modes(tmp_path, byte_mode):
     assert [ours.token_to_id(token) for token in CHAT] == [0, 1, 2]
     assert ours.get_vocab_size() <= 350
     assert len(ours.encode("def read(self, value):").ids) < 12
-    assert (special_token(tmp_path, "bos"), special_token(tmp_path, "eos")) == (1, 2)
+    assert (found(tmp_path, "bos"), found(tmp_path, "eos")) == (1, 2)
     theirs, litgpts = AutoTokenizer.from_pretrained(tmp_path), Tokenizer(tmp_path)
     assert (theirs.unk_token_id, theirs.bos_token_id, litgpts.eos_id) == (0, 1, 2)
     for text in ("def read(self, value):\n", "naïve 🙂 ▁ <0x41>", " a  b\t\r\n", "don't"):
@@ -159,9 +164,9 @@ def test_settings_that_do_not_fit(settings, message):
 
 
 def test_bos_is_asked_for_by_name(tmp_path):
-    assert special_token(without_eos(tmp_path, {"bos_token": "b"}), "bos") == 1
+    assert found(without_eos(tmp_path, {"bos_token": "b"}), "bos") == 1
     with pytest.raises(ValueError, match='no beginning-of-sequence token.*add "bos_token"'):
-        special_token(without_eos(tmp_path, {}), "bos")
+        found(without_eos(tmp_path, {}), "bos")
 
 
 def without_eos(directory, config, generation=None):
@@ -173,8 +178,8 @@ def without_eos(directory, config, generation=None):
 
 
 def test_special_token_reads_both_files(tmp_path):
-    assert special_token(without_eos(tmp_path, {"eos_token": {"content": "b"}}), "eos") == 1
-    assert special_token(without_eos(tmp_path, {}, {"eos_token_id": [1, 0]}), "eos") == 1
+    assert found(without_eos(tmp_path, {"eos_token": {"content": "b"}}), "eos") == 1
+    assert found(without_eos(tmp_path, {}, {"eos_token_id": [1, 0]}), "eos") == 1
 
 
 @pytest.mark.parametrize(
@@ -188,16 +193,16 @@ def test_special_token_reads_both_files(tmp_path):
 )
 def test_special_token_names_the_fix(tmp_path, config, generation, message):
     with pytest.raises(ValueError, match=message):
-        special_token(without_eos(tmp_path, config, generation), "eos")
+        found(without_eos(tmp_path, config, generation), "eos")
 
 
 def test_damaged_or_missing_files(tmp_path):
     with pytest.raises(ValueError, match="tokenizer.json does not exist"):
-        special_token(tmp_path, "eos")
+        open_for_documents(tmp_path)
     without_eos(tmp_path, {})
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match="tokenizer_config.json is not valid JSON"):
-        special_token(tmp_path, "eos")
+        found(tmp_path, "eos")
 
 
 def test_threads_are_used_inside_and_off_afterwards(monkeypatch):

@@ -11,7 +11,7 @@ from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source
 from litgpt_moe_ext.data.reading.record import TextFormat
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings
 from litgpt_moe_ext.data.tokenizer.files import litgpt_tokenizer, read_tokenizer
-from litgpt_moe_ext.data.tokenizer.opening import parse_tokenizer, vocabulary_size
+from litgpt_moe_ext.data.tokenizer.opening import parse_tokenizer, special_token, vocabulary_size
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import PositiveFloat, PositiveInt, Share
 
@@ -63,6 +63,8 @@ class EncodedCorpus(Corpus):
     def prepare(self, verbose: bool = True, tokenizer: Any = None) -> Path:
         """See `Corpus.prepare`; an interrupted preparation continues."""
         chosen = self.choose_tokenizer(tokenizer)
+        if isinstance(chosen, BPESettings):
+            chosen.check()
         hashes = FileHashes(self.data_path)
         sources = self.sources(hashes)
         settings = CorpusSettings(
@@ -116,7 +118,11 @@ class DocumentCorpus(EncodedCorpus):
                 "that tokenizer, or bpe to train one"
             )
         if self.tokenizer_dir is not None:
-            return read_tokenizer(self.tokenizer_dir)
+            files = read_tokenizer(self.tokenizer_dir)
+            special_token(files, "eos", self.tokenizer_dir)
+            if self.prepend_bos:
+                special_token(files, "bos", self.tokenizer_dir)
+            return files
         if self.bpe is not None:
             return self.bpe
         if given is not None:

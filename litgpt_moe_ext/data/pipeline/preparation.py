@@ -35,7 +35,7 @@ from litgpt_moe_ext.data.pipeline.store import (
 )
 from litgpt_moe_ext.data.pipeline.unfinished import DAYS, UNFINISHED, State, only_one, remove_leftovers, writing
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
-from litgpt_moe_ext.data.tokenizer.files import write_tokenizer
+from litgpt_moe_ext.data.tokenizer.files import read_tokenizer, write_tokenizer
 from litgpt_moe_ext.data.tokenizer.opening import open_for_documents, special_token, vocabulary_size
 from litgpt_moe_ext.durable import flush_tree
 from litgpt_moe_ext.errors import SettingsError
@@ -113,12 +113,12 @@ class _Preparation:
         with PreparationProgress(self.intake.offsets[-1], self.verbose) as progress:
             self._begin(progress)
             tokenizer_dir = self.directory / TOKENIZER_DIR
-            tokenizer = open_for_documents(tokenizer_dir)
+            tokenizer, files = open_for_documents(tokenizer_dir), read_tokenizer(tokenizer_dir)
             vocab_size = vocabulary_size(tokenizer)
             encoder = Encoder(
                 tokenizer.to_str(),
-                special_token(tokenizer_dir, "eos"),
-                special_token(tokenizer_dir, "bos") if self.settings.prepend_bos else None,
+                special_token(files, "eos", tokenizer_dir),
+                special_token(files, "bos", tokenizer_dir) if self.settings.prepend_bos else None,
                 token_dtype(vocab_size),
             )
             progress.stage("encoding", self.intake.offsets[self.state.source])

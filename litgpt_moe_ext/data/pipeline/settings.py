@@ -55,9 +55,7 @@ class CorpusSettings:
         return "val" if in_validation(text, self.val_fraction, self.seed) else "train"
 
     def check(self, sources: Sequence[Source]) -> None:
-        """Raise SettingsError if the tokenizer cannot be trained, or nothing of these sources trains or validates."""
-        if isinstance(self.tokenizer, BPESettings):
-            self.tokenizer.check()
+        """Raise SettingsError if nothing of these sources trains or validates."""
         splits = {source.split for source in sources}
         if not splits & {"train", None}:
             raise SettingsError(

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -70,23 +71,23 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
     return size
 
 
-def special_token(directory: str | os.PathLike, kind: Literal["eos", "bos"]) -> int:
+def special_token(files: Mapping[str, bytes], kind: Literal["eos", "bos"], directory: Path) -> int:
     """Return the id of the token that ends documents, or of the one that begins them.
 
     Looks where LitGPT looks: `<kind>_token` in `tokenizer_config.json`, then `<kind>_token_id` in
     `generation_config.json`.
 
     Args:
-        directory: The tokenizer directory.
+        files: Those of the tokenizer, as from `litgpt_moe_ext.data.tokenizer.files.read_tokenizer`.
         kind: Which.
+        directory: Where they are from, for error messages.
 
     Raises:
-        SettingsError: There is no `tokenizer.json`, no file names the token, or it is not in the vocabulary.
+        SettingsError: No file names the token, or it is not in the vocabulary.
     """
-    directory = Path(directory)
-    tokenizer = open_for_documents(directory)
+    tokenizer = parse_tokenizer(files["tokenizer.json"], str(directory / "tokenizer.json"))
     config_path = directory / "tokenizer_config.json"
-    token = _read_json(config_path).get(f"{kind}_token")
+    token = _json(files, config_path).get(f"{kind}_token")
     if isinstance(token, dict):
         token = token.get("content")
     if token is not None:
@@ -97,7 +98,7 @@ def special_token(directory: str | os.PathLike, kind: Literal["eos", "bos"]) -> 
                 "name a token of the vocabulary"
             )
         return token_id
-    token_id = _read_json(directory / "generation_config.json").get(f"{kind}_token_id")
+    token_id = _json(files, directory / "generation_config.json").get(f"{kind}_token_id")
     if isinstance(token_id, list):
         token_id = token_id[0] if token_id else None
     if token_id is None:
@@ -123,11 +124,11 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
+def _json(files: Mapping[str, bytes], path: Path) -> dict:
+    if path.name not in files:
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(files[path.name].decode("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise SettingsError(f"{path} is not valid JSON ({error}); repair or replace the file") from error
     if not isinstance(content, dict):
