@@ -12,9 +12,10 @@ other arguments, is refused when it is defined: it would never be called, or fai
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from typing import TYPE_CHECKING, Any
+
+from litgpt_moe_ext.errors import did_you_mean
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -158,9 +159,8 @@ EVENTS = tuple(name for name in vars(Callback) if name.startswith("on_"))
 def _check_event(cls: type, name: str, method: Any) -> None:
     where = f"{cls.__module__}.{cls.__qualname__}.{name}"
     if name not in EVENTS:
-        near = difflib.get_close_matches(name, EVENTS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"events are {', '.join(EVENTS)}"
-        raise TypeError(f"{where}: no event of training has this name; {hint}")
+        hint = did_you_mean(name, EVENTS) or f"; events are {', '.join(EVENTS)}"
+        raise TypeError(f"{where}: no event of training has this name{hint}")
     expected = list(inspect.signature(getattr(Callback, name)).parameters)
     found = list(inspect.signature(method).parameters)
     if found != expected:

@@ -41,6 +41,7 @@ def check_settings(settings: Settings, config: Config) -> None:
     """Raise SettingsError unless the settings of a run go together, as far as that needs neither processes nor data."""
     check_model(config)
     refuse_first(_length(settings, config))
+    refuse_first(_head(settings, config))
     refuse_first(_rates(settings))
     check_combination(settings)
 
@@ -95,6 +96,14 @@ def _length(settings: Settings, config: Config) -> Iterator[str]:
         yield (
             f"train.epochs: {train.epochs} must be null for a mixture, whose corpora have epochs of their own; give "
             "train.max_tokens"
+        )
+
+
+def _head(settings: Settings, config: Config) -> Iterator[str]:
+    if settings.fused_cross_entropy and config.final_logit_softcapping is not None:
+        yield (
+            "fused_cross_entropy: true cannot be combined with model_config.final_logit_softcapping: "
+            f"{config.final_logit_softcapping}; set it to false"
         )
 
 

@@ -45,12 +45,6 @@ class FusedLoss(Callback):
 
     def on_before_setup(self, model: nn.Module) -> None:
         """Have the head of the model hand on its input while it trains."""
-        config: Any = model.config
-        if config.final_logit_softcapping is not None:
-            raise SettingsError(
-                f"fused_cross_entropy: true cannot be combined with final_logit_softcapping: "
-                f"{config.final_logit_softcapping}"
-            )
         head: Any = model.get_submodule("lm_head")
         self._head = head
         project = head.forward

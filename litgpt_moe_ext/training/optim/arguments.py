@@ -1,12 +1,13 @@
 """Whether an optimizer can be made of the settings, and what learning rate it has."""
 
 import copy
-import difflib
 import importlib
 import inspect
 from typing import Any
 
-from litgpt_moe_ext.errors import SettingsError
+import torch
+
+from litgpt_moe_ext.errors import SettingsError, did_you_mean
 from litgpt_moe_ext.field_types import checked, members
 from litgpt_moe_ext.host.without_compiler import without_compiler
 
@@ -17,15 +18,12 @@ def learning_rate_of(optimizer: str | dict) -> float:
     Raises:
         SettingsError: If it cannot be made.
     """
-    import torch
-
     cls, arguments = _optimizer_class(optimizer)
     known = inspect.signature(cls).parameters
     for name, value in arguments.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(list(known)[1:])}"
-            raise SettingsError(f"optimizer.init_args.{name}: {cls.__name__} has no such argument; {hint}")
+            hint = did_you_mean(name, known) or f"; it has {', '.join(list(known)[1:])}"
+            raise SettingsError(f"optimizer.init_args.{name}: {cls.__name__} has no such argument{hint}")
         _check_argument(f"optimizer.init_args.{name}", value, known[name])
     try:
         with without_compiler():
@@ -57,9 +55,11 @@ def _optimizer_class(optimizer: str | dict) -> tuple[type, dict[str, Any]]:
     if not isinstance(path, str) or not names:
         raise SettingsError(f"optimizer: {optimizer!r} must be a name, or class_path and init_args")
     module, _, name = path.rpartition(".")
+    wrong = f"optimizer: {path!r} must be the name of a class in torch.optim, or the full path of another"
     try:
-        return getattr(importlib.import_module(module or "torch.optim"), name), arguments
+        found = getattr(importlib.import_module(module or "torch.optim"), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise SettingsError(
-            f"optimizer: {path!r} must be the name of a class in torch.optim, or the full path of another ({error})"
-        ) from error
+        raise SettingsError(f"{wrong} ({error})") from error
+    if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
+        raise SettingsError(f"{wrong} (this is no optimizer)")
+    return found, arguments

@@ -3,10 +3,18 @@
 import pytest
 import torch
 
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.training.optim.arguments import learning_rate_of
 from litgpt_moe_ext.training.optim.muon import MuonAdamW, orthogonalize
 from litgpt_moe_ext.training.optim.parameter_groups import group_parameters, scale_rates
 from litgpt_moe_ext.training.settings import ParameterGroupArgs
 from tests.models import initialized_model, moe_config
+
+
+@pytest.mark.parametrize("name", ["lr_scheduler", "collections.Counter", "builtins.print"])
+def test_what_is_no_optimizer_is_refused(name):
+    with pytest.raises(SettingsError, match=f"^optimizer: '{name}' must be the name of a class in torch.optim"):
+        learning_rate_of(name)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import litgpt.types
 import pytest
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.training.checks import check_settings
 from litgpt_moe_ext.training.settings import (
     DistributedArgs,
     EvalArgs,
@@ -19,6 +20,7 @@ from litgpt_moe_ext.training.settings import (
     TrainArgs,
     field_table,
 )
+from tests.models import attention_config
 
 
 def test_every_setting_has_a_row_with_a_docstring():
@@ -75,6 +77,12 @@ def test_made_in_python_it_is_checked_as_well(make, message):
         make()
     assert str(error.value).startswith(message)
     assert error.value.setting == message.partition(":")[0]
+
+
+def test_a_capped_head_and_a_fused_loss_are_refused_before_anything_starts():
+    settings = Settings(fused_cross_entropy=True)
+    with pytest.raises(SettingsError, match="^fused_cross_entropy: true cannot be .*final_logit_softcapping: 30.0"):
+        check_settings(settings, attention_config(final_logit_softcapping=30.0))
 
 
 def test_numbers_are_plain():
