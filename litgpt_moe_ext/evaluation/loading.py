@@ -83,7 +83,12 @@ def read_checkpoint(path: Path, setting: str = "checkpoint_dir") -> dict[str, An
     Raises:
         SettingsError: If the file is damaged, or holds other Python objects than tensors and plain data.
     """
-    if not zipfile.is_zipfile(path):
+    try:
+        with path.open("rb") as file:
+            is_whole = zipfile.is_zipfile(file)
+    except OSError as error:
+        raise SettingsError(f"{setting}: {path} cannot be read ({error.strerror}); {_FROM_ANEW}") from error
+    if not is_whole:
         raise SettingsError(f"{setting}: {path} is damaged or cut off; {_FROM_ANEW}")
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)

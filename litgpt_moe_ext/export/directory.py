@@ -49,9 +49,10 @@ def new_directory(out_dir: Path, needed_bytes: int = 0) -> Iterator[Path]:
     except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and _TORCH_WRITER not in str(error):
             raise
+        reason = one_line(error) if isinstance(error, OSError) else "a file was cut off"
         raise SettingsError(
-            f"out_dir: {str(out_dir)!r} could not be written ({one_line(error)}), and nothing is left of it; free some "
-            "space, or name a directory on another disk"
+            f"out_dir: {str(out_dir)!r} could not be written ({reason}), and nothing is left of it; free some space, "
+            "or name a directory on another disk"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

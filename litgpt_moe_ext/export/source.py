@@ -1,5 +1,6 @@
 """The checkpoint that is exported: its configuration, its weights, and what they say together."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,7 +93,7 @@ def read_source(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> Source
         # So are called what a run has not finished, or is about to delete.
         raise SettingsError(f"{setting}: {str(checkpoint_dir)!r} is being written; name a finished checkpoint")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (checkpoint_dir / name).is_file():
+        if not os.path.isfile(checkpoint_dir / name):  # which `Path.is_file` raises for, where it may not look
             raise SettingsError(f"{setting}: {str(checkpoint_dir)!r} has no {name}; name a whole checkpoint")
     config = cast("Config", read_config(checkpoint_dir, setting))
     content = read_checkpoint(checkpoint_dir / WEIGHTS_FILE, setting)

@@ -6,6 +6,7 @@ import pytest
 from litgpt import Config
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.evaluation.loading import read_checkpoint
 from litgpt_moe_ext.export.directory import new_directory
 from litgpt_moe_ext.export.formats import export
 from litgpt_moe_ext.export.hf.read import import_checkpoint
@@ -60,3 +61,14 @@ def test_faults_of_the_program_stay_what_they_are(tmp_path):
             raise fault
         assert found.value is fault
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_may_not_be_read(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path / "source", SOFTMAX, False)
+
+    def denied(*_arguments):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.open", denied)
+    with pytest.raises(SettingsError, match="checkpoint_dir: .*lit_model.pth cannot be read .Permission denied"):
+        read_checkpoint(tmp_path / "source" / "lit_model.pth")

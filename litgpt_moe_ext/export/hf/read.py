@@ -10,6 +10,8 @@ import torch
 from litgpt.utils import incremental_save, save_config
 from torch import Tensor
 
+from litgpt_moe_ext.config.litgpt_fields import check_ranges
+from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.evaluation.loading import WEIGHTS_FILE
 from litgpt_moe_ext.export.directory import new_directory, require_absent
 from litgpt_moe_ext.export.hf.architectures import ARCHITECTURES
@@ -51,7 +53,13 @@ def import_checkpoint(hf_dir: Path, out_dir: Path) -> Imported:
     """
     require_absent(out_dir)
     published = read_published(hf_dir)
-    config = cast("Config", litgpt.Config(**published.settings))
+    try:
+        check_ranges(published.settings)
+        config = cast("Config", litgpt.Config(**published.settings))
+    except (TypeError, ValueError, AssertionError) as error:  # how LitGPT and this package judge fields and values
+        raise SettingsError(
+            f"hf_dir: its config.json describes no model that this package computes: {one_line(error)}; copy it again"
+        ) from error
     (architecture,) = (a for a in ARCHITECTURES if a.model_type == published.model_type)
     expected = meta_model(config).state_dict()
     rules = architecture.rules(config, expected)

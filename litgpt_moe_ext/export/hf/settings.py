@@ -49,13 +49,13 @@ def read_published(hf_dir: Path) -> Published:
         raise SettingsError(
             f"hf_dir: {str(path)!r} cannot be read ({error}); name a Hugging Face checkpoint"
         ) from error
-    if model_type not in _READERS:
+    if not isinstance(model_type, str) or model_type not in _READERS:
         raise SettingsError(
             f"hf_dir: {str(path)!r} is a {model_type}; known architectures: {', '.join(sorted(_READERS))}"
         )
     quantization = quantization_of(raw)
     try:
-        settings = _READERS[model_type](_with_defaults(hf_dir, raw))
+        settings = _READERS[model_type](_with_defaults(raw))
     except KeyError as error:
         raise SettingsError(f"hf_dir: {str(path)!r} does not say {error}; name a whole checkpoint") from error
     n_layer = raw.get("num_hidden_layers") or 0
@@ -64,20 +64,54 @@ def read_published(hf_dir: Path) -> Published:
     return Published(model_type, settings | {"name": hf_dir.resolve().name}, quantization, left_out)
 
 
-def _with_defaults(hf_dir: Path, raw: _Json) -> _Json:
+def _with_defaults(raw: _Json) -> _Json:
     # What a config.json leaves out has the default of its class, which transformers knows.
     from transformers import CONFIG_MAPPING
 
     defaults = CONFIG_MAPPING[raw["model_type"]]().to_dict() if raw["model_type"] in CONFIG_MAPPING else {}
+    # What the class has no number for, or what only the published one has.
+    _require_kinds(raw, defaults | dict.fromkeys(("n_group", "num_nextn_predict_layers"), 1))
     hf = defaults | raw
     # transformers 5 gathers everything about rotary positions under one key.
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise SettingsError(f"hf_dir: rope_scaling: {rope!r} must be settings by name; copy config.json again")
+    rope = dict(rope)
     hf["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", defaults.get("rope_theta", 10000.0)))
     hf["partial_rotary_factor"] = rope.pop(
         "partial_rotary_factor", raw.get("partial_rotary_factor", defaults.get("partial_rotary_factor", 1.0))
     )
+    _require_kinds({key: hf[key] for key in ("rope_theta", "partial_rotary_factor")}, dict.fromkeys(hf, 1.0))
     hf["rope"] = rope
     return hf
+
+
+# Which values may stand for one of a type in a class, and what they are called.
+_KINDS: dict[type, tuple[type | tuple[type, ...], str]] = {
+    int: (int, "a whole number"),
+    float: ((int, float), "a number"),
+    str: (str, "a text"),
+    list: (list, "a list"),
+}
+# What no model is without, and what others are divided by.
+_NEEDED = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
+    *("n_positions", "n_embd", "n_layer", "n_head"),
+    *("layer_types", "decoder_sparse_step", "rope_theta", "partial_rotary_factor"),
+)
+
+
+def _require_kinds(raw: _Json, defaults: _Json) -> None:
+    for key, value in raw.items():
+        default = type(defaults.get(key))
+        # A model may have several tokens that end a text.
+        if default not in _KINDS or key.endswith("_token_id") or (value is None and key not in _NEEDED):
+            continue
+        kind, words = _KINDS[default]
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise SettingsError(f"hf_dir: {key}: {value!r} must be {words}; copy config.json again")
+        if key in _NEEDED and value == 0:
+            raise SettingsError(f"hf_dir: {key}: 0 must be more than 0; copy config.json again")
 
 
 def _common(hf: _Json) -> _Json:
@@ -190,7 +224,7 @@ def _ernie(hf: _Json) -> _Json:
 
 
 def _glm(hf: _Json) -> _Json:
-    groups = hf["n_group"] > 1
+    groups = (hf["n_group"] or 1) > 1
     return _moe(hf, "n_routed_experts") | {
         "rotary_percentage": hf["partial_rotary_factor"],
         "norm_qk": hf["use_qk_norm"],
@@ -231,7 +265,7 @@ def _deepseek(hf: _Json) -> _Json:
     if hf.get("moe_layer_freq", 1) != 1:
         raise SettingsError(f"hf_dir: moe_layer_freq: {hf['moe_layer_freq']} must be 1")
     names = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
-    settings = _glm(hf | {"use_qk_norm": False, "partial_rotary_factor": 1.0, "n_group": hf["n_group"] or 1})
+    settings = _glm(hf | {"use_qk_norm": False, "partial_rotary_factor": 1.0})
     # The attention is LitGPT's.
     for name in ("attention_class_name", "attention_sinks", "norm_qk", "attn_bias"):
         del settings[name]

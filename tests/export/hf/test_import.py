@@ -73,6 +73,29 @@ class TestRefusals:
         with pytest.raises(SettingsError, match="is a telepathy; known architectures: .*mixtral"):
             import_checkpoint(folder / "hf", folder / "back")
 
+    @pytest.mark.parametrize(
+        ("key", "value", "message"),
+        [
+            ("model_type", [], r"is a \[\]; known architectures"),
+            ("hidden_size", "x", "hidden_size: 'x' must be a whole number"),
+            ("num_attention_heads", 0, "num_attention_heads: 0 must be more than 0"),
+            ("num_hidden_layers", -1, "n_layer: -1 must be"),
+            ("num_key_value_heads", 3, "n_query_groups: 3 must divide n_head: 4"),
+            ("vocab_size", None, "vocab_size: None must be a whole number"),
+            ("rms_norm_eps", True, "rms_norm_eps: True must be a number"),
+            ("rope_theta", "1e4", "rope_theta: '1e4' must be a number"),
+            ("rope_scaling", "yarn", "rope_scaling: 'yarn' must be settings by name"),
+            ("rope_scaling", {"rope_type": "linear", "factor": "x"}, "describes no model .*factor"),
+        ],
+    )
+    def test_nonsense_in_the_configuration(self, exported, key, value, message):
+        folder, _ = exported
+        config = json.loads((folder / "hf" / "config.json").read_text())
+        (folder / "hf" / "config.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(SettingsError, match=f"hf_dir: .*{message}"):
+            import_checkpoint(folder / "hf", folder / "back")
+        assert not (folder / "back").exists()
+
     def test_missing_and_surplus_tensors(self, exported):
         folder, _ = exported
         file = folder / "hf" / "model.safetensors"
