@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from litgpt_moe_ext.errors import SettingsError, did_you_mean, exit_status
 from litgpt_moe_ext.garbage import collect_rarely
+from litgpt_moe_ext.meta import registrations
 
 
 class Command(NamedTuple):
@@ -17,24 +18,31 @@ class Command(NamedTuple):
         name: What the user types.
         place: Module and class of its arguments, whose method `run` does the work.
         summary: What it does, in one line.
+        describes: Whether it only describes what it is given: it neither trains nor loads a model.
     """
 
     name: str
     place: str
     summary: str
+    describes: bool = False
 
 
 COMMANDS = (
     Command("init", "init:Init", "Write one of the packaged recipes, to be trained or changed."),
-    Command("doctor", "doctor:Doctor", "Say whether this machine can run a recipe, and what to change."),
-    Command("model-card", "model_card:ModelCard", "Print parameters, FLOPs per token and memory of a model."),
+    Command(
+        "doctor", "doctor:Doctor", "Say whether this machine can run a recipe, and what to change.", describes=True
+    ),
+    Command(
+        "model-card", "model_card:ModelCard", "Print parameters, FLOPs per token and memory of a model.", describes=True
+    ),
     Command(
         "twin",
         "studies.twin:Twin",
         "Write the dense twin of an MoE recipe at equal cost, or an MoE twin of a dense one.",
+        describes=True,
     ),
     Command("study", "studies.study:Study", "Train a grid of settings over seeds, and say on one page what came out."),
-    Command("schedule", "schedule:Schedule", "Plot the learning rate of a recipe over its steps."),
+    Command("schedule", "schedule:Schedule", "Plot the learning rate of a recipe over its steps.", describes=True),
     Command("compare-runs", "compare_runs:CompareRuns", "Draw training curves and expert load of several runs."),
     Command("experts", "experts:Experts", "Report what the experts of a checkpoint do with a text."),
     Command("perplexity", "perplexity:Perplexity", "Measure perplexity and bits per byte of a checkpoint on a text."),
@@ -95,6 +103,8 @@ def _run(given: Sequence[str]) -> int | None:
     from litgpt_moe_ext.cli.arguments import read_arguments
 
     command = _find(given[0])
+    if command.describes:
+        registrations.postpone()
     return read_arguments(load(command), f"{_PROGRAM} {command.name}", given[1:]).run()
 
 

@@ -41,15 +41,17 @@ class _Finder:
         self.after = {}
 
     def find_spec(self, name, path=None, target=None):
-        for callback in self.before.pop(name, ()):
+        callbacks = self.before.pop(name, ())
+        for callback in callbacks:
             callback()
+        watched = False
         if self.before_submodules:
             package, _, submodule = name.partition(".")
-            if submodule and package in self.before_submodules:
+            if watched := bool(submodule) and package in self.before_submodules:
                 self.before_submodules[package](submodule)
-                if name in sys.modules:
-                    # What was imported before it has imported it, too; a second execution would make its classes anew.
-                    return _spec_of_loaded(sys.modules[name])
+        if (callbacks or watched) and name in sys.modules:
+            # What was imported before it has imported it, too; a second execution would make its classes anew.
+            return _spec_of_loaded(sys.modules[name])
         if name not in self.after and name not in self.instead:
             return None
         for finder in sys.meta_path:

@@ -4,8 +4,8 @@ They are a quarter of `import torch`. Most of them stand in front of kernels in 
 to ask; in front of some it is sympy that is loaded first. A process that describes a model, and ends, does with those
 in C++, and with `litgpt_moe_ext.meta.kernels` where there are none.
 
-Whatever else needs them (names of the module, torch's decompositions, which its compiler and its fake tensors use, or
-an operator without another kernel) loads them then, and they are torch's own.
+Whatever else needs them (names of the module, what else it imports of torch, as torch's compiler and its fake tensors
+do, or an operator without another kernel) loads them then, and they are torch's own.
 """
 
 import importlib
@@ -17,7 +17,8 @@ from typing import Any
 from litgpt_moe_ext.host import autoload
 
 MODULE = "torch._meta_registrations"
-_USER = "torch._decomp"
+# What they import first of torch; the rest is in these. In another order they would meet each other half done.
+_PARTS = ("torch._decomp", "torch._prims", "torch._refs", "torch.utils._content_store")
 
 
 def postpone() -> None:
@@ -55,4 +56,5 @@ def _wait(module: ModuleType, loader: Any) -> None:
         raise AttributeError(f"module {MODULE!r} has no attribute {name!r}")
 
     module.__dict__.update(_litgpt_moe_ext_execute=loader.exec_module, __getattr__=getattr_)
-    autoload.when_imported(_USER, lambda _module: load())
+    for name in _PARTS:
+        autoload.before_import(name, load)

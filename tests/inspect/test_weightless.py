@@ -3,6 +3,7 @@
 import contextlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,19 +83,27 @@ assert torch.compile(torch.sin, backend='eager')(torch.zeros(2)).tolist() == [0,
 """
 
 
-@pytest.mark.parametrize("then", ["", pytest.param(COMPILE, marks=pytest.mark.slow)], ids=["", "compiles"])
-def test_a_model_is_described_without_the_compiler_and_lightning(then):
+@pytest.mark.parametrize(
+    ("arguments", "then"),
+    [
+        (["model-card"], ""),
+        pytest.param(["model-card"], COMPILE, marks=pytest.mark.slow),
+        pytest.param(["doctor"], "", marks=pytest.mark.slow),
+        pytest.param(["schedule", "--out=schedule.png"], "", marks=pytest.mark.slow),
+        pytest.param(["twin", "twin.yaml"], "", marks=pytest.mark.slow),
+    ],
+    ids=["model-card", "model-card, compiles", "doctor", "schedule", "twin"],
+)
+def test_commands_that_describe_load_nothing_needless(arguments, then, tmp_path):
+    command, *others = arguments
+    recipe = str(Path("configs/quickstart.yaml").resolve())
     code = (
         "import sys\n"
-        "from pathlib import Path\n"
-        "from litgpt_moe_ext.meta import registrations\n"
-        "registrations.postpone()\n"
-        "from litgpt_moe_ext.inspect.recipes import load_recipe\n"
-        "from litgpt_moe_ext.inspect.cost.model_card import make_card\n"
-        "make_card(load_recipe(Path('configs/quickstart.yaml')))\n"
+        "from litgpt_moe_ext.cli.main import main\n"
+        f"assert main({[command, recipe, *others]!r}) == 0\n"
         "needless = {'torch._dynamo', 'torch._refs', 'sympy', 'lightning', 'litgpt.utils', 'transformers'}\n"
         "loaded = needless & set(sys.modules)\n"
         "assert not loaded, loaded\n" + then
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr

@@ -17,6 +17,9 @@ NEEDS = {
     "a name": "torch._meta_registrations.meta_index_select",
     "an import of a name": "from torch._meta_registrations import meta_index_select",
     "decompositions": "from torch._decomp import decomposition_table; assert decomposition_table",
+    "references": "import torch._refs.nn.functional; assert torch._refs.nn.functional.relu",
+    "what meets them half done": "from torch.utils._content_store import ContentStoreReader",
+    "compiler": "assert torch.compile(torch.sin, backend='eager')(torch.zeros(2)).tolist() == [0, 0]",
     "a function that lacks a kernel": (
         "x = torch.ones(3, device='meta')\n"
         "assert registrations.asking_again(torch.logcumsumexp, x, 0).shape == (3,)\n"

@@ -31,9 +31,6 @@ class Doctor:
 
     def run(self) -> int:
         """Print the page and return the exit status."""
-        from litgpt_moe_ext.meta import registrations
-
-        registrations.postpone()
         from rich.console import Console
         from rich.markup import escape
 

@@ -31,9 +31,6 @@ class ModelCard:
 
     def run(self) -> None:
         """Print the card."""
-        from litgpt_moe_ext.meta import registrations
-
-        registrations.postpone()
         from litgpt_moe_ext.cli.output import write_json
         from litgpt_moe_ext.inspect.cost.model_card import make_card
         from litgpt_moe_ext.inspect.recipes import load_recipe

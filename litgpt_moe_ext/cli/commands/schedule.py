@@ -21,9 +21,6 @@ class Schedule:
 
     def run(self) -> None:
         """Draw the picture and print its corners."""
-        from litgpt_moe_ext.meta import registrations
-
-        registrations.postpone()
         from litgpt_moe_ext.cli.output import print_table, write_bytes
         from litgpt_moe_ext.cli.train import read_plain_settings
         from litgpt_moe_ext.inspect.runs.schedule import planned_rates, schedule_figure

@@ -19,7 +19,7 @@ from litgpt_moe_ext.inspect.cost.layers import ShortModel
 from litgpt_moe_ext.inspect.cost.peak import PeakOverLayers
 from litgpt_moe_ext.inspect.cost.recompute import recompute
 from litgpt_moe_ext.inspect.cost.weightless import WeightlessMemory, weightless
-from litgpt_moe_ext.meta.models import meta_model
+from litgpt_moe_ext.meta.models import meta_model, uninitialized
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.gradient_injection import forget_scale
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing, Mode
@@ -242,7 +242,7 @@ def _weightless_model(short: ShortModel, dtype: torch.dtype) -> "Iterator[tuple[
     from litgpt.model import GPT
 
     with weightless() as memory:
-        with _default_dtype(dtype):
+        with _default_dtype(dtype), uninitialized():
             model = GPT(short.config)
         without_values(model)
         yield model, memory
