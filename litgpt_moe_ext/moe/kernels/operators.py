@@ -339,6 +339,11 @@ def _kept(ctx: Any) -> list[Any]:
     return [next(tensors) if is_tensor else value for is_tensor, value in zip(ctx.is_tensor, ctx.call, strict=True)]
 
 
+def _transposed(weight_EOI: Tensor, dtype: torch.dtype) -> Tensor:
+    # Callers give it no name: a cast that is not kept should be gone before the gradient of the weights is made.
+    return step_weights.cast(weight_EOI, dtype).transpose(1, 2)
+
+
 def _weight_gradient(weight: Tensor, call: OuterProduct) -> Tensor | None:
     # None where it has been added to the gradient that the weights have.
     total = step_weights.gradient_to_extend(weight)
@@ -355,8 +360,7 @@ def _up_backward(ctx: Any, dh_RG: Tensor) -> tuple[Tensor | None, ...]:
     n_token, plan, engine = call.x_TD.size(0), (call.rows_R, call.ends_E), call.engine
     dh_RG = dh_RG.contiguous()
     if need_x:
-        weight = step_weights.cast(call.weight_EGD, dh_RG.dtype)
-        dx_RD = multiply_rows(dh_RG, weight.transpose(1, 2), *plan, n_token, False, True, engine)
+        dx_RD = multiply_rows(dh_RG, _transposed(call.weight_EGD, dh_RG.dtype), *plan, n_token, False, True, engine)
         dx_TD = combine(dx_RD, n_token, call.x_TD.dtype, engine)
     if need_weight:
         outer = OuterProduct(dh_RG, call.x_TD.to(call.dtype), *plan, False, call.weight_EGD.dtype, engine)
@@ -373,8 +377,7 @@ def _down_backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
     n_token, plan, engine = call.gates_TK.size(0), (call.rows_R, call.ends_E), call.engine
     dy_TD = dy_TD.to(call.h_RG.dtype).contiguous()
     if need_h or need_gates or need_weight:
-        weight = step_weights.cast(call.weight_EDF, dy_TD.dtype)
-        da_RF = multiply_rows(dy_TD, weight.transpose(1, 2), *plan, n_token, True, False, engine)
+        da_RF = multiply_rows(dy_TD, _transposed(call.weight_EDF, dy_TD.dtype), *plan, n_token, True, False, engine)
         middle = Middle(
             call.h_RG, da_RF, call.gates_TK, call.keep_RF, call.rows_R, call.activation, call.approximate, call.scale,
             engine,

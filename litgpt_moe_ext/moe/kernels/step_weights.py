@@ -71,11 +71,6 @@ class StepWeights:
         return self._casts[weight, dtype]
 
 
-def current() -> StepWeights | None:
-    """Return who shares at present."""
-    return _sharing
-
-
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Return weights in `dtype`, those that are kept where passes share them."""
     if _sharing is None or weight.dtype == dtype or not isinstance(weight, nn.Parameter):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext.moe.kernels.step_weights import current
+from litgpt_moe_ext.moe.kernels import step_weights
 from litgpt_moe_ext.training.steps.graphed_loss import Passes, leaves_of
 
 
@@ -19,7 +19,7 @@ class Reruns:
     def __call__(self, loss: Callable[[Tensor, Tensor], Tensor], ids_BT: Tensor, targets_BT: Tensor) -> Passes:
         self.captured += 1
         # What was shared when a graph was captured is so when it is replayed.
-        shared = contextlib.nullcontext if (weights := current()) is None else weights.shared
+        shared = contextlib.nullcontext if (weights := step_weights._sharing) is None else weights.shared
         with torch.random.fork_rng():
             value = loss(ids_BT, targets_BT)
         static, scale, latest = value.detach().clone(), torch.ones_like(value), []
