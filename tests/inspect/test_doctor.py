@@ -71,9 +71,10 @@ def test_problems_are_found(settings, topic):
 
 def test_memory_takes_the_whole_recipe_into_account(monkeypatch):
     """What does not fit fits with one of the remedies that are named."""
+    config = moe_config(padded_vocab_size=4096, n_layer=6)
 
-    def memory(**settings):
-        findings = doctor.examine(Recipe(moe_config(padded_vocab_size=4096, n_layer=6), settings))
+    def memory(config=config, **settings):
+        findings = doctor.examine(Recipe(config, settings))
         return next(finding for finding in findings if finding.topic == "memory")
 
     import psutil
@@ -87,6 +88,8 @@ def test_memory_takes_the_whole_recipe_into_account(monkeypatch):
     shared = memory(activation_checkpointing="full", fused_cross_entropy=True, devices=4)
     assert shared.verdict == "problem"
     assert "in 4 processes" in shared.text
+    config.final_logit_softcapping = 30.0
+    assert "set fused" not in memory(config).text
 
 
 @pytest.mark.parametrize(

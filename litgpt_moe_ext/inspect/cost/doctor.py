@@ -300,12 +300,14 @@ def _memory(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _remedies(recipe: Recipe, cuda: bool) -> Iterator[str]:
+    from litgpt_moe_ext.inspect.cost.memory import fusing_choices
+
     savers = recipe.memory_savers
     yield f"lower train.micro_batch_size ({recipe.micro_batch_size})"
     if savers["activation_checkpointing"] != "full":
         yield f"set activation_checkpointing ({savers['activation_checkpointing']}) to full"
     whole = _whole(recipe)
-    if whole and not savers["fused_cross_entropy"]:
+    if whole and not savers["fused_cross_entropy"] and True in fusing_choices(recipe.config):
         yield "set fused_cross_entropy to true"
     if cuda and whole:
         yield "share the model among several GPUs with strategy: fsdp2"

@@ -4,10 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, get_args
 
-import torch.nn.functional as F
-
 from litgpt_moe_ext.inspect.cost.layers import ShortModel, shorten
-from litgpt_moe_ext.inspect.cost.memory import Step, TrainingMemory, training_memory
+from litgpt_moe_ext.inspect.cost.memory import Step, TrainingMemory, fusing_choices, training_memory
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import Mode
 
 if TYPE_CHECKING:
@@ -67,11 +65,10 @@ def best_fit(fits: list[Fit]) -> Fit | None:
 def _steps(recipe: "Recipe") -> Iterator[Step]:
     # Mixed precision is the fastest on GPUs that have it; all of bfloat16 trains less exactly.
     precisions = dict.fromkeys((*([recipe.precision] if recipe.precision in _PRECISIONS else []), *_PRECISIONS[1:]))
-    fused = hasattr(F, "linear_cross_entropy") and recipe.config.final_logit_softcapping is None
     for precision in precisions:
         step = replace(recipe.step(precision), activation_checkpointing="none", fused_cross_entropy=False)
         for mode in get_args(Mode):
-            for fuses in (False, True) if fused else (False,):
+            for fuses in fusing_choices(recipe.config):
                 yield replace(step, activation_checkpointing=mode, fused_cross_entropy=fuses)
 
 

@@ -102,6 +102,12 @@ class Step:
     tie_embeddings: bool = False
 
 
+def fusing_choices(config: "Config") -> tuple[bool, ...]:
+    """Return the values of `fused_cross_entropy` that go with a configuration and the installed torch."""
+    can_fuse = hasattr(F, "linear_cross_entropy") and config.final_logit_softcapping is None
+    return (False, True) if can_fuse else (False,)
+
+
 def training_memory(short: ShortModel, step: Step) -> TrainingMemory:
     """Return what a training step takes, without taking it.
 

@@ -7,12 +7,18 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from litgpt_moe_ext.host.without_compiler import without_compiler
 from litgpt_moe_ext.inspect.cost.layers import ShortModel, shorten
-from litgpt_moe_ext.inspect.cost.memory import PRECISIONS, Step, TrainingMemory, inference_memory, training_memory
+from litgpt_moe_ext.inspect.cost.memory import (
+    PRECISIONS,
+    Step,
+    TrainingMemory,
+    fusing_choices,
+    inference_memory,
+    training_memory,
+)
 from litgpt_moe_ext.inspect.cost.sharding import STRATEGIES, block_sizes, process_memory
 from litgpt_moe_ext.inspect.recipes import Recipe
 from litgpt_moe_ext.meta.models import meta_model
@@ -165,10 +171,9 @@ def _training_memory(short: ShortModel) -> Callable[[Step], TrainingMemory]:
 
 
 def _memory_savers(config: "Config") -> dict[str, dict[str, Any]]:
-    fused = hasattr(F, "linear_cross_entropy") and config.final_logit_softcapping is None
     return {
         f"{mode}{' + fused' if fuses else ''}": {"activation_checkpointing": mode, "fused_cross_entropy": fuses}
-        for fuses in ((False, True) if fused else (False,))
+        for fuses in fusing_choices(config)
         for mode in get_args(Mode)
     }
 
