@@ -1,4 +1,4 @@
-"""The base of data modules over token shards."""
+"""The bases of data modules over tokens."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -20,19 +20,12 @@ def is_first_rank() -> bool:
 
 
 class TokenModule(DataModule):
-    """A LitGPT data module that feeds memory-mapped tokens to `TokenLoader`.
+    """A LitGPT data module over tokens that are ready in memory maps.
 
     A subclass is a dataclass with the user's settings. The order of calls is LitGPT's: `connect`, `prepare_data`,
     `setup`, then the two loaders. An entry point that knows the model calls `require_vocabulary` before all of
     them; it may be left out.
-
-    Attributes:
-        seed: Decides the order of the windows.
-        shuffle: Whether the windows come in a random order, or in that of the data.
     """
-
-    seed: int
-    shuffle: bool
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -41,8 +34,6 @@ class TokenModule(DataModule):
         self.batch_size = 1
         self.max_seq_length = -1
         self.tokenizer: Tokenizer | None = None
-        self._model_vocab_size: int | None = None
-        self._shards: dict[str, Sequence[np.ndarray]] | None = None
 
     def connect(  # pyrefly: ignore[bad-override] LitGPT's own modules take no more either
         self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None
@@ -58,6 +49,27 @@ class TokenModule(DataModule):
         self.batch_size = batch_size
         self.max_seq_length = -1 if max_seq_length is None else max_seq_length
 
+    @abstractmethod
+    def require_vocabulary(self, padded_vocab_size: int) -> None:
+        """Raise SettingsError, with the remedy, if the data may hold ids that a model has no embedding for."""
+
+
+class ShardModule(TokenModule):
+    """One stream of token shards for training and one for validation, read by `TokenLoader`.
+
+    Attributes:
+        seed: Decides the order of the windows.
+        shuffle: Whether the windows come in a random order, or in that of the data.
+    """
+
+    seed: int
+    shuffle: bool
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._model_vocab_size: int | None = None
+        self._shards: dict[str, Sequence[np.ndarray]] | None = None
+
     def setup(self, stage: str = "") -> None:
         """Open the token shards."""
         train, val = self.open_shards()
@@ -67,19 +79,10 @@ class TokenModule(DataModule):
     def open_shards(self) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
         """Return the shards to train on and those to validate on, each of shape (N_i,)."""
 
-    @abstractmethod
-    def require_vocabulary(self, padded_vocab_size: int) -> None:
-        """Raise SettingsError, with the remedy, if the data may hold ids that a model has no embedding for."""
-
     @property
     @abstractmethod
     def corpus_id(self) -> str:
         """What identifies the data in checkpoints."""
-
-    @property
-    def pads(self) -> bool:
-        """Whether rows may hold padding."""
-        return False
 
     def windows(self, shards: Sequence[np.ndarray], name: str) -> Windows:
         """Return the rows that loaders hand out."""

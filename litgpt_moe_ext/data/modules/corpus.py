@@ -9,7 +9,7 @@ from litgpt.tokenizer import Tokenizer
 from tokenizers import Tokenizer as HFTokenizer
 
 from litgpt_moe_ext.data.corpora.base import Corpus, full_docstring
-from litgpt_moe_ext.data.modules.base import TokenModule, is_first_rank
+from litgpt_moe_ext.data.modules.base import ShardModule, is_first_rank
 from litgpt_moe_ext.data.packing import document_lengths, first_documents, pack
 from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR, open_corpus, read_manifest
 from litgpt_moe_ext.data.windows import DocumentWindows, StreamWindows, Windows
@@ -17,7 +17,7 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.padding import accept_padding
 
 
-class CorpusModule(Corpus, TokenModule):
+class CorpusModule(Corpus, ShardModule):
     """What makes a corpus a LitGPT data module; `as_data_module` joins the two.
 
     An entry point that wants LitGPT to use (and to copy into the checkpoints) the tokenizer of the corpus calls
@@ -29,7 +29,7 @@ class CorpusModule(Corpus, TokenModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        TokenModule.__post_init__(self)
+        ShardModule.__post_init__(self)
         self.corpus_path: Path | None = None
 
     def prepare_tokenizer(self) -> Path:
@@ -69,7 +69,7 @@ class CorpusModule(Corpus, TokenModule):
         self._check_vocabulary()
 
     def open_shards(self) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
-        """See `TokenModule.open_shards`."""
+        """See `ShardModule.open_shards`."""
         self.prepare_data()  # reuses; where only rank 0 was asked to prepare, this finds its result
         manifest = self._manifest()
         train, val = (
@@ -78,14 +78,9 @@ class CorpusModule(Corpus, TokenModule):
         )
         return train, val
 
-    @property
-    def pads(self) -> bool:
-        """See `TokenModule.pads`."""
-        return self.packing != "stream"
-
     def windows(self, shards: Sequence[np.ndarray], name: str) -> Windows:
-        """See `TokenModule.windows` and `packing`."""
-        if not self.pads:
+        """See `ShardModule.windows` and `packing`."""
+        if self.packing == "stream":
             return StreamWindows(shards, self.max_seq_length, name)
         accept_padding()
         manifest = self._manifest()

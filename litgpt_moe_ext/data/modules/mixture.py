@@ -8,7 +8,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from litgpt.data import DataModule
 from litgpt.tokenizer import Tokenizer
 
@@ -16,7 +15,7 @@ from litgpt_moe_ext.data.loader import Order, TokenLoader
 from litgpt_moe_ext.data.mixture.loader import MixedWindows, MixtureLoader, MixtureValidation, Part
 from litgpt_moe_ext.data.mixture.schedule import Phases, Schedule, whole_shares
 from litgpt_moe_ext.data.mixture.settings import Annealing, RunLength, check_weights
-from litgpt_moe_ext.data.modules.base import TokenModule, is_first_rank
+from litgpt_moe_ext.data.modules.base import ShardModule, TokenModule, is_first_rank
 from litgpt_moe_ext.data.modules.shared_tokenizer import SharedTokenizer
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import NonNegativeInt, PositiveFloat, check_fields
@@ -66,14 +65,9 @@ class Mixture(TokenModule):
                 )
 
     @property
-    def parts(self) -> dict[str, TokenModule]:
+    def parts(self) -> dict[str, ShardModule]:
         """The corpora."""
         return self.corpora  # pyrefly: ignore[bad-return] checked when they were given
-
-    @property
-    def pads(self) -> bool:
-        """See `TokenModule.pads`."""
-        return any(module.pads for module in self.parts.values())
 
     def require_vocabulary(self, padded_vocab_size: int) -> None:
         """See `TokenModule.require_vocabulary`."""
@@ -129,16 +123,6 @@ class Mixture(TokenModule):
                     f"data.corpora.{name}: is the same corpus as {other}; leave one of them out and give the other "
                     "both weights"
                 )
-
-    def open_shards(self) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
-        """Return all shards, corpus by corpus; see `TokenModule.open_shards`."""
-        opened = [module.open_shards() for module in self.parts.values()]
-        return [shard for train, _ in opened for shard in train], [shard for _, val in opened for shard in val]
-
-    @property
-    def corpus_id(self) -> str:
-        """The names and identities of the corpora."""
-        return ",".join(f"{name}={module.corpus_id}" for name, module in self.parts.items())
 
     def train_dataloader(self) -> MixtureLoader:
         """Return the resumable training loader.
@@ -218,7 +202,7 @@ def _check_corpora(corpora: Mapping[str, Any]) -> None:
             raise SettingsError(
                 f"data.corpora: the name {name!r} must consist of letters, digits, - and _, as metrics are called by it"
             )
-        if not isinstance(module, TokenModule) or isinstance(module, Mixture):
+        if not isinstance(module, ShardModule):
             raise SettingsError(
                 f"data.corpora.{name}: {type(module).__name__} must be a corpus of litgpt_moe_ext.data, such as "
                 "litgpt_moe_ext.data.TextCorpus"

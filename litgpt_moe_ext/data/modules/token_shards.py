@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from litgpt_moe_ext.data.modules.base import TokenModule, is_first_rank
+from litgpt_moe_ext.data.modules.base import ShardModule, is_first_rank
 from litgpt_moe_ext.data.packing import first_tokens
 from litgpt_moe_ext.data.pipeline.shards import check_token_ids, open_shard
 from litgpt_moe_ext.errors import SettingsError
@@ -20,7 +20,7 @@ _SAMPLE = 1024  # tokens at either end of a shard that go into the identity of t
 
 
 @dataclass
-class TokenShards(TokenModule):
+class TokenShards(ShardModule):
     """Token shards as they are found, in any form that `litgpt_moe_ext.data.pipeline.shards.open_shard` reads.
 
     The shards are one stream in the natural order of their names (2 before 10): windows run across the borders of
@@ -104,7 +104,7 @@ class TokenShards(TokenModule):
         return train, val
 
     def open_shards(self) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
-        """See `TokenModule.open_shards`; checks the ids."""
+        """See `ShardModule.open_shards`; checks the ids."""
         files = self.find_shards()
         shards: list[list[Any]] = [[open_shard(path) for path in paths] for paths in files]
         for i, count in enumerate((self.train_count, self.val_count)):
