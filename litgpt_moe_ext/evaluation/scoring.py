@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from litgpt import GPT
 from torch import Tensor
 
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.batching import pad_right
 
 
@@ -68,14 +69,14 @@ def score_continuations(
         advance: Called with the number of requests done after each forward pass.
 
     Raises:
-        ValueError: If a continuation is empty or longer than the model's block size.
+        SettingsError: If a continuation is empty or longer than the model's block size.
     """
     size = model.max_seq_length
-    for context, continuation in requests:
-        if not context or not 0 < len(continuation) <= size:
-            raise ValueError(
-                f"a continuation has {len(continuation)} tokens after {len(context)}; it must have 1 to {size} (the "
-                "model's block size) after at least 1"
+    for _, continuation in requests:
+        if not 0 < len(continuation) <= size:
+            raise SettingsError(
+                f"file: an ending of {len(continuation)} tokens must have 1 to {size}, the model's block size; "
+                "evaluate a model of longer context, or one whose tokens are longer"
             )
     inputs = [[*context, *continuation][-(size + 1) : -1] for context, continuation in requests]
     scores = [0.0] * len(requests)

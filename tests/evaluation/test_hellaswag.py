@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import datasets
 import pytest
@@ -167,6 +168,13 @@ def test_command_names_the_rule(checkpoint, hellaswag_file, tmp_path, capsys):
     expected = answers(checkpoint, hellaswag_file, "build-nanogpt")
     assert content["acc"] == sum(answer.acc for answer in expected) / 24
     assert content["rule"] == "build-nanogpt"
+
+
+def test_an_ending_that_the_model_cannot_read_is_an_error_in_one_line(checkpoint, tmp_path, capsys):
+    path = tmp_path / "hellaswag_val.jsonl"
+    path.write_text(json.dumps({**questions(1)[0], "endings": ["a", "b", "c", "the " * 70]}))
+    assert main(["hellaswag", str(checkpoint), f"--file={path}"]) == 2
+    assert re.search(r"^error: file: an ending of 7\d tokens must have 1 to 64, .*;", capsys.readouterr().err)
 
 
 def test_a_question_that_is_none_is_named(tmp_path):
