@@ -37,12 +37,12 @@ class UpTo:
     """The type of an integer that another field limits.
 
     Attributes:
-        kind: A type of integers.
+        lowest: The smallest.
         field: Name of the field that says which is the largest.
         limit: The largest, where it is known.
     """
 
-    kind: type
+    lowest: int
     field: str
     limit: int | None = None
 
@@ -52,37 +52,11 @@ class UpTo:
 
     def __str__(self) -> str:
         most = self.field if self.limit is None else f"{self.limit} ({self.field})"
-        return f"an integer from {NUMBERS[self.kind].lowest} to {most}"
+        return f"an integer from {self.lowest} to {most}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Range:
-    """The numbers that a type allows.
-
-    Attributes:
-        kind: `int` or `float`.
-        limits: Pairs of a comparison and a number, such as `(">=", 0)`. No number is infinite, and no integer larger
-            than a tensor can count: nothing that settings are given to works with these.
-    """
-
-    kind: type
-    limits: tuple[tuple[str, float], ...]
-
-    @property
-    def lowest(self) -> int:
-        """The smallest of the integers."""
-        return int(self.limits[0][1])
-
-    def __str__(self) -> str:
-        if self.kind is int and len(self.limits) == 2:
-            return f"an integer from {self.lowest} to {self.limits[1][1]}"
-        words = {">": "above", ">=": "of at least", "<": "below", "<=": "at most"}
-        noun = "an integer" if self.kind is int else "a number"
-        return f"{noun} {' and '.join(f'{words[sign]} {limit}' for sign, limit in self.limits)}"
-
-
-NUMBERS: dict[type, Range] = {}
-"""The range of each type of numbers."""
+NUMBERS: dict[type, str] = {}
+"""The types of numbers with a range, and what a value of each must be."""
 
 if TYPE_CHECKING:
     PositiveInt = NonNegativeInt = AtLeastTwo = LayerCount = Seed = int
@@ -91,26 +65,27 @@ if TYPE_CHECKING:
 else:
     from jsonargparse.typing import restricted_number_type
 
-    def _type(name, kind, *limits):
+    def _type(name, kind, words, *limits):
+        # Neither infinity nor what no tensor can count: nothing that they are given to works with them.
         highest = ("<=", _LARGEST) if kind is int else ("<", math.inf)
         made = restricted_number_type(name, kind, [*limits, highest])
-        NUMBERS[made] = Range(kind, limits)
+        NUMBERS[made] = words
         return made
 
-    PositiveInt = _type("PositiveCount", int, (">=", 1))
-    NonNegativeInt = _type("Count", int, (">=", 0))
-    AtLeastTwo = _type("AtLeastTwo", int, (">=", 2))
-    LayerCount = _type("LayerCount", int, (">=", 1), ("<=", 10_000))
-    Seed = _type("Seed", int, (">=", 0), ("<=", 2**32 - 1))
-    PositiveFloat = _type("PositiveFinite", float, (">", 0))
-    NonNegativeFloat = _type("NonNegativeFinite", float, (">=", 0))
-    AtLeastOne = _type("AtLeastOne", float, (">=", 1))
-    AboveOne = _type("AboveOne", float, (">", 1))
-    Fraction = _type("Fraction", float, (">", 0), ("<=", 1))
-    Share = _type("Share", float, (">=", 0), ("<", 1))
-    UnitInterval = _type("UnitInterval", float, (">=", 0), ("<=", 1))
-    Inside = _type("Inside", float, (">", 0), ("<", 1))
-    Minutes = _type("Minutes", float, (">", 0), ("<=", 525_600))  # a year
+    PositiveInt = _type("PositiveCount", int, "an integer of at least 1", (">=", 1))
+    NonNegativeInt = _type("Count", int, "an integer of at least 0", (">=", 0))
+    AtLeastTwo = _type("AtLeastTwo", int, "an integer of at least 2", (">=", 2))
+    LayerCount = _type("LayerCount", int, "an integer from 1 to 10000", (">=", 1), ("<=", 10_000))
+    Seed = _type("Seed", int, "an integer from 0 to 4294967295", (">=", 0), ("<=", 2**32 - 1))
+    PositiveFloat = _type("PositiveFinite", float, "a number above 0", (">", 0))
+    NonNegativeFloat = _type("NonNegativeFinite", float, "a number of at least 0", (">=", 0))
+    AtLeastOne = _type("AtLeastOne", float, "a number of at least 1", (">=", 1))
+    AboveOne = _type("AboveOne", float, "a number above 1", (">", 1))
+    Fraction = _type("Fraction", float, "a number above 0 and at most 1", (">", 0), ("<=", 1))
+    Share = _type("Share", float, "a number of at least 0 and below 1", (">=", 0), ("<", 1))
+    UnitInterval = _type("UnitInterval", float, "a number from 0 to 1", (">=", 0), ("<=", 1))
+    Inside = _type("Inside", float, "a number above 0 and below 1", (">", 0), ("<", 1))
+    Minutes = _type("Minutes", float, "a number above 0 and at most 525600, a year", (">", 0), ("<=", 525_600))
 
 _PLAIN: dict[Any, str] = {
     bool: "true or false",
@@ -137,7 +112,7 @@ def without_range(annotation: Any) -> Any:
     if get_origin(annotation) is Annotated:
         return get_args(annotation)[0]
     if annotation in NUMBERS:
-        return NUMBERS[annotation].kind
+        return int if issubclass(annotation, int) else float
     if isinstance(annotation, (OneOf, UpTo)):
         return str if isinstance(annotation, OneOf) else int
     return dict if is_typeddict(annotation) else annotation
@@ -167,7 +142,7 @@ def describe(annotation: Any) -> str:
     if dataclasses.is_dataclass(kind):
         return _PLAIN[dict]
     if kind in NUMBERS or kind in _PLAIN:
-        return str(NUMBERS.get(kind) or _PLAIN[kind])
+        return NUMBERS.get(kind) or _PLAIN[kind]
     if inspect.isclass(kind):
         return f"a {kind.__name__}, by class_path and init_args"
     return str(annotation)
@@ -251,8 +226,8 @@ def _as(name: str, value: Any, kind: Any) -> Any:
     if plain is Annotated:
         return _as_any(name, value, get_args(kind)[0])
     if isinstance(kind, UpTo):
-        found = _as(name, value, kind.kind)
-        return _WRONG if found is _WRONG or (kind.limit is not None and found > kind.limit) else found
+        found, most = _as(name, value, int), _LARGEST if kind.limit is None else kind.limit
+        return found if found is not _WRONG and kind.lowest <= found <= most else _WRONG
     if isinstance(kind, OneOf):
         return value if isinstance(value, str) and value in kind.names else _WRONG
     if is_typeddict(kind):

@@ -100,7 +100,7 @@ FEED_FORWARD_FIELDS = {
     ),
     "n_expert": _litgpt(PositiveInt, "number of routed experts", _MOE, REQUIRED, unset=0),
     "n_expert_per_token": _litgpt(
-        UpTo(PositiveInt, "n_expert"), "number of experts that a token visits (top-k)", _MOE, REQUIRED, unset=0
+        UpTo(1, "n_expert"), "number of experts that a token visits (top-k)", _MOE, REQUIRED, unset=0
     ),
     "moe_intermediate_size": _litgpt(PositiveInt, "hidden width of one expert (`intermediate_size` by default)", _MOE),
     "expert_dropout": Field(
@@ -124,11 +124,9 @@ FEED_FORWARD_FIELDS = {
     "shared_expert_gate": Field(
         bool, "whether a sigmoid gate weighs the shared experts, as in Qwen2-MoE (false by default)", _SHARED
     ),
-    "first_k_dense_replace": _litgpt(
-        UpTo(NonNegativeInt, "n_layer"), "how many first layers are dense (0 by default)", _MOE
-    ),
+    "first_k_dense_replace": _litgpt(UpTo(0, "n_layer"), "how many first layers are dense (0 by default)", _MOE),
     "decoder_sparse_step": Field(
-        UpTo(PositiveInt, "n_layer"),
+        UpTo(1, "n_layer"),
         "one in this many layers after the first dense ones is an MoE layer, the last of them (1 by default)",
         _MOE,
     ),
@@ -161,7 +159,7 @@ ROUTING_FIELDS = {
         AtLeastTwo, "number of groups of experts, for group-limited routing (DeepSeek-V3)", (*_MOE, "groups")
     ),
     "n_topk_groups": _litgpt(
-        UpTo(PositiveInt, "n_expert_groups"), "number of groups that a token may choose from", _GROUPS, REQUIRED
+        UpTo(1, "n_expert_groups"), "number of groups that a token may choose from", _GROUPS, REQUIRED
     ),
     "n_topk_scores_per_group": _litgpt(
         PositiveInt, "number of best scores whose sum is the score of a group", _GROUPS, REQUIRED

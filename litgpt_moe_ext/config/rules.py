@@ -5,7 +5,7 @@ LitGPT.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from litgpt_moe_ext.config.features import MOE_CLASS_NAMES, missing_feature, router_type_of
 from litgpt_moe_ext.config.fields import FIELDS, REQUIRED, Field, uses_plugin
@@ -192,7 +192,12 @@ def _streaming_cache(config: "Config") -> Iterator[str]:
             yield f"streaming_cache_window: {window} does not go with {name}: {getattr(config, name)!r}; remove either"
 
 
-_LATENT_SIZES = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+class _LatentSizes(TypedDict):
+    q_lora_rank: PositiveInt
+    kv_lora_rank: PositiveInt
+    qk_rope_head_dim: PositiveInt
+    qk_nope_head_dim: PositiveInt
+    v_head_dim: PositiveInt
 
 
 def _latent_attention(config: "Config") -> Iterator[str]:
@@ -200,10 +205,7 @@ def _latent_attention(config: "Config") -> Iterator[str]:
     sizes = config.latent_attention
     if sizes is None or config.attention_class_name is not None or not uses_plugin(config):
         return
-    if not isinstance(sizes, dict) or set(sizes) != set(_LATENT_SIZES):
-        yield f"latent_attention: {sizes!r} must be a dictionary with the keys {', '.join(_LATENT_SIZES)}"
-    for name, size in sizes.items():
-        check_field(f"latent_attention.{name}", size, PositiveInt)
+    check_field("latent_attention", sizes, _LatentSizes)
     if sizes["qk_rope_head_dim"] % 2:
         yield f"latent_attention.qk_rope_head_dim: {sizes['qk_rope_head_dim']} must be even"
     for name in ("sliding_window_size", "norm_qk", "rope_local_base_freq"):

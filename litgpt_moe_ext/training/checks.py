@@ -40,8 +40,7 @@ _KNOBS_OF_ALL = ("timeout_minutes",)
 def check_settings(settings: Settings, config: Config) -> None:
     """Raise SettingsError unless the settings of a run go together, as far as that needs neither processes nor data."""
     check_model(config)
-    refuse_first(_length(settings, config))
-    refuse_first(_head(settings, config))
+    refuse_first(_model(settings, config))
     refuse_first(_rates(settings))
     check_combination(settings)
 
@@ -81,7 +80,7 @@ def check_batch(global_batch_size: int, micro_batch_size: int, processes: int) -
         )
 
 
-def _length(settings: Settings, config: Config) -> Iterator[str]:
+def _model(settings: Settings, config: Config) -> Iterator[str]:
     train, block_size = settings.train, config.block_size
     length = train.max_seq_length or block_size
     if length > block_size:
@@ -97,9 +96,6 @@ def _length(settings: Settings, config: Config) -> Iterator[str]:
             f"train.epochs: {train.epochs} must be null for a mixture, whose corpora have epochs of their own; give "
             "train.max_tokens"
         )
-
-
-def _head(settings: Settings, config: Config) -> Iterator[str]:
     if settings.fused_cross_entropy and config.final_logit_softcapping is not None:
         yield (
             "fused_cross_entropy: true cannot be combined with model_config.final_logit_softcapping: "
