@@ -66,7 +66,7 @@ def test_every_setting_of_a_command_is_explained(command, capsys):
     [
         (["model-card", "nothing.yaml"], "nothing.yaml"),
         (["chat", "x", "--top_k", "0"], "top_k: 0 must be an integer of at least 1"),
-        (["chat", "x", "--top-p=2"], "top_p: 2 must be a number of at least 0 and at most 1"),
+        (["chat", "x", "--top-p=2"], "top_p: 2 must be a number from 0 to 1"),
         (["chat", "x", "--show_experts=yes"], "show_experts: yes must be true or false"),
         (["chat", "x", "--topk", "1"], "--topk is unknown; did you mean --top_k?"),
         (["chat"], "required: CHECKPOINT_DIR"),
@@ -209,9 +209,10 @@ def test_what_is_written_by_default_is_ignored_by_git():
     assert set(ignored.split()) == paths
 
 
-# Placeholders, and flags of other programs: data_prep, torchrun, uv, sbatch, hf, litgpt evaluate.
+# Placeholders, and flags of other programs: data_prep, git, torchrun, uv, sbatch, hf, litgpt evaluate.
 _OTHERS = {
     "NAME", "KEY", "value", "log-to-wandb", "log_to_wandb", "standalone", "nproc_per_node", "master_port", "extra",
+    "no-optional-locks", "porcelain", "short",
     "signal", "include", "repo-type", "local-dir", "tasks", "output", "array", "gres",
 }  # fmt: skip
 
