@@ -114,7 +114,8 @@ class GraphedLoss:
     """A loss function whose passes are captured in the third optimizer step and replayed from then on.
 
     The first two run as they are: kernels are compiled, and the optimizer makes its states. In the second, a wait for
-    the device is noticed, which no graph can hold. A step begins where no leaf has a gradient.
+    the device is noticed, which no graph can hold, and the experts' weights are cast that stay in memory, so that their
+    size is known when graphs are tried. A step begins where no leaf has a gradient.
 
     Batches of another shape than the captured run as they are.
 
