@@ -44,6 +44,14 @@ def test_python_cut_off_or_no_python():
     assert python_classes("\u00e9\u00e9 = 1", [(0, 1), (5, 6)]) == ["name", "number"]
 
 
+def test_what_other_tools_take_for_the_end_of_a_line():
+    """Old sources have form feeds between their parts."""
+    text = 'x = "a\u2028b"\n\x0c\ndef f(): 1\r\ny = 2'
+    spans = [(4, 9), (12, 15), (16, 17), (21, 22), (24, 25), (28, 29)]
+    assert [text[start:stop] for start, stop in spans] == ['"a\u2028b"', "def", "f", "1", "y", "2"]
+    assert python_classes(text, spans) == ["string", "keyword", "name", "number", "name", "number"]
+
+
 def test_prose():
     found = classified(text_classes, "Once, 12 dogs\nran  by", r"Onc|e|,| 12| dogs|\n|ran| (?= )| by")
     assert found == [

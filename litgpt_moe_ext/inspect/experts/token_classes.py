@@ -1,6 +1,7 @@
 """What kind of thing a token is part of: for Python by Python's own tokenizer, for other text by its characters."""
 
 import io
+import itertools
 import keyword
 import token as token_types
 import tokenize
@@ -52,12 +53,10 @@ def text_classes(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
 def _python_kinds(text: str) -> list[str]:
     # Class of every character.
     kinds = ["other"] * len(text)
-    starts = [0]
-    for line in text.splitlines(keepends=True):
-        starts.append(starts[-1] + len(line))
-    lines = io.StringIO(text, newline="")
+    # As the tokenizer counts lines, to which a form feed is a blank.
+    starts = [0, *itertools.accumulate(len(line) for line in io.StringIO(text, newline=""))]
     try:
-        for found in tokenize.generate_tokens(lines.readline):
+        for found in tokenize.generate_tokens(io.StringIO(text, newline="").readline):
             kind = _python_kind(found)
             if kind is not None:
                 first, last = (starts[row - 1] + column for row, column in (found.start, found.end))
@@ -82,7 +81,8 @@ def _class_of_blanks(text: str, start: int, stop: int) -> str | None:
         return None
     if "\n" in piece:
         return "line break"
-    return "indentation" if start == 0 or text[:start].rstrip(" \t")[-1:] in ("", "\n") else "space"
+    line = text.rfind("\n", 0, start) + 1
+    return "space" if text[line:start].strip(" \t") else "indentation"
 
 
 def _first_visible(text: str, start: int, stop: int) -> int:
