@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from litgpt import Config
 
 from litgpt_moe_ext.cli import train as cli
@@ -65,3 +66,9 @@ def test_wrong_inputs(tmp_path, capsys):
     assert "none.yaml' cannot be read" in capsys.readouterr().err
     assert main(["schedule", str(CONFIGS / "quickstart.yaml"), "--compare", "wsdd"]) == 2
     assert "wsdd" in capsys.readouterr().err
+    recipe = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
+    for train, message in (({"epochs": 2}, "train.epochs: 2 depend on"), ({"max_tokens": 99}, "train.max_tokens: 99 ")):
+        file = tmp_path / "recipe.yaml"
+        file.write_text(yaml.safe_dump(recipe | {"train": recipe["train"] | train}))
+        assert main(["schedule", str(file)]) == 2
+        assert message in capsys.readouterr().err

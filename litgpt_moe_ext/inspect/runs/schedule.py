@@ -7,6 +7,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.host.without_compiler import without_compiler
 from litgpt_moe_ext.pictures.style import STYLE
 from litgpt_moe_ext.training.optim.schedules import Schedule, count_steps, schedule_steps
@@ -24,23 +25,25 @@ def planned_rates(settings: Settings, name: ScheduleName) -> list[float]:
         name: Shape of the schedule, in place of the recipe's.
 
     Raises:
-        ValueError: If the training has no step, or needs its data to know the length of the warm-up.
+        SettingsError: If the training has no step, or needs its data to know the length of the warm-up.
     """
     train = settings.train
     if train.epochs is not None:
-        raise ValueError(
-            f"train.epochs: {train.epochs} depend on the data's length, which is not known here; set it to "
-            "null and give train.max_tokens"
+        raise SettingsError(
+            f"train.epochs: {train.epochs} depend on the data's length, which is not known here; set it to null and "
+            "give train.max_tokens"
         )
     if train.lr_warmup_fraction:
-        raise ValueError(
+        raise SettingsError(
             f"train.lr_warmup_fraction: {train.lr_warmup_fraction} is a part of the data's length, which is not known "
             "here; give train.lr_warmup_steps"
         )
     tokens_per_step = train.global_batch_size * (train.max_seq_length or _block_size(settings))
     steps = count_steps(train, tokens_per_step)
     if steps < 1:
-        raise ValueError(f"train.max_tokens: {train.max_tokens} is less than one step of {tokens_per_step} tokens")
+        raise SettingsError(
+            f"train.max_tokens: {train.max_tokens} must be at least {tokens_per_step}, the tokens of one step"
+        )
     # As LitGPT counts in one process, which this need not import for it.
     accumulation = train.global_batch_size // train.micro_batch_size
     max_iters = train.max_tokens // (tokens_per_step // accumulation)
