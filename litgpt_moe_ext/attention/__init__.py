@@ -11,6 +11,7 @@
 | `streaming_cache.py`  | a cache of the first and the last tokens, for generation without end                 |
 | `cache_positions.py`  | the range of positions in a call with a cache, without waiting for a device          |
 | `rope.py`             | rotary tables                                                                        |
+| `rotation.py`         | the rotary embedding of queries and keys                                             |
 | `derived.py`          | fields that LitGPT's configuration always sets                                       |
 | `gpt_forward.py`      | what the settings change in a whole model: embeddings, positions, documents          |
 

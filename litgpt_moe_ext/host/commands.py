@@ -24,7 +24,7 @@ def refuse_mlp_classes(module: ModuleType) -> None:
 
 
 def refuse_conversion(module: Any) -> None:
-    """Say that no Hugging Face architecture fits the plugin's layers."""
+    """Say which command converts checkpoints with the plugin's layers; LitGPT's does not know them."""
     original = module.convert_lit_checkpoint
 
     @wraps(original)
@@ -37,7 +37,8 @@ def refuse_conversion(module: Any) -> None:
             raise ValueError(
                 f"checkpoint_dir: {str(checkpoint_dir)!r} holds a model with layers of litgpt_moe_ext "
                 f"(mlp_class_name: {config.mlp_class_name}, attention_class_name: {config.attention_class_name}), "
-                "which this conversion does not know. `litgpt evaluate` and `litgpt generate` need no conversion."
+                "which this conversion does not know. `litgpt-moe export` writes it for transformers; "
+                "`litgpt evaluate` and `litgpt generate` need no conversion."
             )
         original(checkpoint_dir, output_dir)
 

@@ -162,7 +162,8 @@ SEAMS = (
     ),
     Seam(
         "litgpt.scripts.convert_lit_checkpoint", "convert_lit_checkpoint", "wrap",
-        "Says that no Hugging Face architecture fits the plugin's layers.", "one does", commands.refuse_conversion,
+        "Names `litgpt-moe export`, which knows the plugin's layers.", "LitGPT's conversion knows them",
+        commands.refuse_conversion,
     ),
     Seam(
         "litgpt.eval.evaluate", "convert_and_evaluate", "wrap",

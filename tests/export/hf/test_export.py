@@ -84,6 +84,14 @@ def test_text_in_text_out(tmp_path, settings):
     assert theirs.generation_config.eos_token_id == (None if settings is None else 0)
 
 
+def test_the_conversion_of_litgpt_names_this_one(tmp_path):
+    from litgpt.scripts.convert_lit_checkpoint import convert_lit_checkpoint
+
+    make_checkpoint(tmp_path / "checkpoint", *CASES["llama"][1:])
+    with pytest.raises(ValueError, match="does not know. `litgpt-moe export` writes it for transformers"):
+        convert_lit_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
+
+
 class TestRefusals:
     def test_existing_directory(self, tmp_path):
         make_checkpoint(tmp_path / "checkpoint", *CASES["llama"][1:])
