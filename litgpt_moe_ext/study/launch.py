@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from litgpt_moe_ext.cli.output import write_json
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.study.place import Places, TrainedOn
 from litgpt_moe_ext.study.plan import Run
 from litgpt_moe_ext.training.control import StopRequests
@@ -44,6 +45,22 @@ class Limits:
 def is_finished(runs_dir: Path, run: Run) -> bool:
     """Return whether a run was trained to its end."""
     return (runs_dir / run.key / FINISHED).is_file()
+
+
+def check(runs: Iterable[Run]) -> None:
+    """Raise SettingsError, with the run's name, if the settings of an arm or of a place in the grid are wrong."""
+    from litgpt_moe_ext.cli.train import read_settings
+
+    seen: set[str] = set()
+    for run in runs:
+        # Not every combination: that of some hundred points would take minutes.
+        new = {run.arm, str(run.point)} - seen
+        if new:
+            try:
+                read_settings(run.flags(Path("out")))
+            except SettingsError as error:
+                raise SettingsError(f"{run.label}: {error}") from error
+            seen |= new
 
 
 class Outcome(NamedTuple):

@@ -151,10 +151,21 @@ def test_a_scale_changes_settings_and_the_values_of_the_grid(tmp_path):
         load_study(study, study)
 
 
+def test_a_wrong_setting_of_any_arm_or_point_is_refused_before_a_run_begins(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "_process", None)
+    arms = {"right": {}, "wrong": {"model_config.n_exprt": 2}}
+    study = write(tmp_path / "s.yaml", arms=arms)
+    assert main(["study", str(study), "--out_dir", str(tmp_path / "out")]) == 2
+    assert "error: wrong: model_config.n_exprt: no setting has this name" in capsys.readouterr().err
+    study = write(tmp_path / "s.yaml", grid={"train.max_norm": [1.0, "much"]})
+    assert main(["study", str(study), "--slurm", str(tmp_path / "array.sh")]) == 2
+    assert "error: recipe, max_norm much: train.max_norm: 'much' must be" in capsys.readouterr().err
+
+
 def test_slurm_array_has_a_task_for_every_run(tmp_path, capsys):
-    script = tmp_path / "array.sh"
-    assert main(["study", str(STUDIES[0]), "--slurm", str(script)]) == 0
-    assert f"#SBATCH --array=0-{len(load_study(STUDIES[0]).runs) - 1}\n" in script.read_text()
+    script, study = tmp_path / "array.sh", ROOT / "studies" / "qk_norm.yaml"
+    assert main(["study", str(study), "--slurm", str(script)]) == 0
+    assert f"#SBATCH --array=0-{len(load_study(study).runs) - 1}\n" in script.read_text()
     assert "\nsrun litgpt-moe study" in script.read_text(), "SLURM signals what srun started, and nothing beside it"
     assert '--only "$SLURM_ARRAY_TASK_ID"' in script.read_text()
 

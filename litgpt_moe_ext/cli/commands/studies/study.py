@@ -46,7 +46,7 @@ class Study:
         """Train what is missing and write the page."""
         from litgpt_moe_ext.cli.output import print_table, write_text
         from litgpt_moe_ext.errors import SettingsError
-        from litgpt_moe_ext.study.launch import is_finished, slurm_script, train
+        from litgpt_moe_ext.study.launch import check, is_finished, slurm_script, train
         from litgpt_moe_ext.study.plan import load_study
 
         study = load_study(self.study, self.scale)
@@ -56,6 +56,8 @@ class Study:
         options = {"--scale": self.scale, "--out_dir": self.out_dir}
         given = [word for name, value in options.items() if value for word in (name, str(value))]
         command = shlex.join(["litgpt-moe", "study", str(self.study), *given])
+        if self.only is None and not self.report:
+            check(run for run in study.runs if not is_finished(runs_dir, run))
         if self.slurm is not None:
             write_text(self.slurm, slurm_script(command, len(study.runs), min(limits.places.gpus, 1)))
             print(f"Wrote {self.slurm}, {len(study.runs)} runs; afterwards `{command} --report` writes the page")
