@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from litgpt_moe_ext.errors import SettingsError, did_you_mean
-from litgpt_moe_ext.field_types import describe
+from litgpt_moe_ext.field_types import describe, without_range
 
 Arguments = TypeVar("Arguments")
 
@@ -148,6 +148,6 @@ def _convert(name: str, annotation: Any, given: str | list[str]) -> Any:
         return None
     words = {"true": True, "false": False} if kind is bool else {word: word for word in get_args(kind)}
     try:
-        return words[given] if words else kind(given)
+        return words[given] if words else without_range(kind)(kind(given))
     except (KeyError, ValueError):
         raise SettingsError(f"{name}: {given} must be {describe(kind)}") from None

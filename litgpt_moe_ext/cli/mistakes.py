@@ -14,33 +14,28 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import jsonargparse
 
-from litgpt_moe_ext.cli.given import CLASS_KEYS, Given
-from litgpt_moe_ext.errors import SettingsError, one_line
+from litgpt_moe_ext.cli.given import CLASS_KEYS
 from litgpt_moe_ext.field_types import NUMBERS, describe, members, refusal
 
 
-def explain(error: Exception, given: Given, annotations: Mapping[str, Any]) -> SettingsError:
-    """Return the first mistake in what was given, or the parser's own words if every value is right by itself.
+def mistakes(tree: Mapping[str, Any], annotations: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with settings that a parser has refused; nothing if every value is right by itself.
 
     Args:
-        error: What the parser raised.
-        given: What it was given.
+        tree: All settings that are given, as plain data.
         annotations: The types of the settings of the first level.
     """
-    for message in _Search(_accepts).keys("", given.tree, annotations):
-        return SettingsError(message)
-    return SettingsError(one_line(error))
+    return _Search(_accepts).keys("", tree, annotations)
 
 
-def refuse_nulls(given: Given, annotations: Mapping[str, Any]) -> None:
-    """Raise SettingsError if a setting is null that has no such value, or a section is none; jsonargparse lets it pass.
+def wrong_nulls(tree: Mapping[str, Any], annotations: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the settings that are null and have no such value, and the sections that are none; a parser lets both pass.
 
     Args:
-        given: All settings that are given.
+        tree: All settings that are given, as plain data.
         annotations: The types of the settings of the first level.
     """
-    for message in _Search(_is_something).keys("", given.tree, annotations):
-        raise SettingsError(message)
+    return _Search(_is_something).keys("", tree, annotations)
 
 
 def annotation_at(name: str, tree: Mapping[str, Any], annotations: Mapping[str, Any]) -> Any:

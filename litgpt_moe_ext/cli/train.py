@@ -14,11 +14,11 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 from litgpt_moe_ext.cli.given import Given, read_flags
-from litgpt_moe_ext.cli.mistakes import annotation_at, explain, refuse_nulls
+from litgpt_moe_ext.cli.mistakes import annotation_at, mistakes, wrong_nulls
 from litgpt_moe_ext.cli.recipe_files import load_value
 from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
-from litgpt_moe_ext.errors import CANNOT, SettingsError, exit_status
+from litgpt_moe_ext.errors import CANNOT, SettingsError, exit_status, one_line, refuse_first
 from litgpt_moe_ext.field_types import members
 from litgpt_moe_ext.garbage import collect_rarely
 from litgpt_moe_ext.training.settings import Section, Settings
@@ -188,13 +188,14 @@ def parse(given: Given, types: Mapping[str, Any]) -> tuple[Any, Any]:
     import jsonargparse
 
     parser, known = build_parser(types), annotations(types)
-    refuse_nulls(given, known)
+    refuse_first(wrong_nulls(given.tree, known))
     try:
         # Without a value jsonargparse looks for a class.
         tree = {key: value for key, value in given.tree.items() if key != "data" or value is not None}
         return parser, parser.parse_object(tree)
     except (jsonargparse.ArgumentError, TypeError) as error:
-        raise explain(error, given, known) from error
+        refuse_first(mistakes(given.tree, known))
+        raise SettingsError(one_line(error)) from error
 
 
 def read_plain_settings(recipe: Path) -> Settings:

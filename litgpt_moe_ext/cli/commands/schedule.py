@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+
+from litgpt_moe_ext.training.settings import ScheduleName
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Schedule:
     """
 
     recipe: Path
-    compare: list[Literal["cosine", "onecycle", "wsd", "linear", "constant", "inverse_sqrt"]] | None = None
+    compare: list[ScheduleName] | None = None
     out: Path = Path("out/schedule.png")
 
     def run(self) -> None:

@@ -13,6 +13,7 @@ from litgpt_moe_ext.training.settings.loop import (
     LogArgs,
     ParameterGroupArgs,
     ScheduleArgs,
+    ScheduleName,
     TrainArgs,
 )
 from litgpt_moe_ext.training.settings.outputs import CheckpointArgs, EvaluateArgs, SampleArgs
@@ -31,6 +32,7 @@ __all__ = [
     "Row",
     "SampleArgs",
     "ScheduleArgs",
+    "ScheduleName",
     "Section",
     "Settings",
     "StrategyName",

@@ -101,4 +101,4 @@ class Study:
 
         gpus = torch.cuda.device_count()
         jobs = self.jobs or gpus or count_cores()
-        return Limits(Places(int(jobs), gpus), None if self.device_minutes is None else 60 * self.device_minutes)
+        return Limits(Places(jobs, gpus), None if self.device_minutes is None else 60 * self.device_minutes)

@@ -66,9 +66,7 @@ class Twin:
         n_expert = self.n_expert
         if self.sparsity is not None:
             n_expert = self.sparsity * max(1, self.granularity - self.n_shared_expert)
-        # Plain integers: YAML cannot write the restricted ones of jsonargparse.
-        numbers = (n_expert, self.granularity, self.n_shared_expert)
-        return None if n_expert is None else Experts(*(int(number or 0) for number in numbers))
+        return None if n_expert is None else Experts(n_expert, self.granularity, self.n_shared_expert)
 
     def _command(self) -> str:
         options = {"by": self.by}
