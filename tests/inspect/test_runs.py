@@ -94,3 +94,14 @@ def test_columns_are_thinned_by_their_means():
 def test_a_directory_without_logs_is_named(tmp_path, capsys):
     assert main(["compare-runs", str(tmp_path)]) == 2
     assert "logger_name: csv" in capsys.readouterr().err
+
+
+def test_logs_that_others_have_changed(tmp_path, resumed, capsys):
+    write_log(resumed, "copy", ["8,4,0.5,9.0,400,,,,,"])
+    assert load_run(resumed).series("loss")[1].tolist() == [3.0, 2.0, 1.5]
+    file = tmp_path / "metrics-wide.csv"
+    file.write_text("step,total_tokens,loss\n1,100,3.0\n2,200,2.5,2.9,7\n")
+    assert load_run(tmp_path).series("loss")[1].tolist() == [3.0, 2.5]
+    file.write_bytes(bytes(range(256)))
+    assert main(["compare-runs", str(tmp_path), f"--out_dir={tmp_path / 'out'}"]) == 2
+    assert "metrics-wide.csv cannot be read ('utf-8' codec can't decode" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.pictures.expert_load import loads_by_layer
 from litgpt_moe_ext.training.logs import WIDE_FILE
 
@@ -68,12 +68,12 @@ def load_run(directory: Path, name: str | None = None) -> RunLog:
         name: What to call the run. Default: the name of the directory.
 
     Raises:
-        SettingsError: If there are no csv logs, or they do not say how many tokens had been seen.
+        SettingsError: If there are no csv logs, they cannot be read, or do not say how many tokens had been seen.
     """
     paths = [directory / WIDE_FILE]
     if not paths[0].is_file():
-        found = directory.glob("logs/csv/version_*/metrics.csv")
-        paths = sorted(found, key=lambda path: int(path.parent.name.split("_")[1]))
+        found = {path.parent.name.partition("_")[2]: path for path in directory.glob("logs/csv/version_*/metrics.csv")}
+        paths = [found[number] for number in sorted(filter(str.isdecimal, found), key=int)]
     if not paths:
         raise SettingsError(
             f"run_dirs: {str(directory)!r} must have {WIDE_FILE}; name the out_dir of a run trained with "
@@ -114,17 +114,21 @@ def _read(path: Path) -> list[dict[str, float]]:
     # A validation's line has no count of tokens: they are those of the training line before it.
     rows: list[dict[str, float]] = []
     tokens = math.nan
-    with open(path, newline="", encoding="utf-8") as file:
-        for fields in csv.DictReader(file):
-            row = {name: number for name, text in fields.items() if (number := _number(text)) is not None}
-            tokens = row.setdefault(TOKENS, tokens)
-            if not math.isnan(tokens):
-                rows.append(row)
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            for fields in csv.DictReader(file):
+                row = {name: number for name, text in fields.items() if (number := _number(text)) is not None}
+                tokens = row.setdefault(TOKENS, tokens)
+                if not math.isnan(tokens):
+                    rows.append(row)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise SettingsError(f"run_dirs: {path} cannot be read ({one_line(error)}); copy it again") from error
     return sorted(rows, key=lambda row: row[TOKENS])
 
 
-def _number(text: str | None) -> float | None:
+def _number(text: str | list[str] | None) -> float | None:
+    # What is behind the last column is a list.
     try:
-        return float(text) if text else None
+        return float(text) if isinstance(text, str) else None
     except ValueError:
         return None
