@@ -14,7 +14,7 @@ from litgpt_moe_ext.attention.rope import rope_frequencies
 from litgpt_moe_ext.config.rope import DEFAULT_BETA_FAST, DEFAULT_BETA_SLOW, present_adjustments, rope_kind
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.gguf import names
-from litgpt_moe_ext.export.hf.architectures import GPT2, LATENT, LLAMA_LIKE, SOFTMAX, Architecture
+from litgpt_moe_ext.export.hf.architectures import GLM, GPT2, GPT_OSS, LATENT, LLAMA_LIKE, SOFTMAX, Architecture
 from litgpt_moe_ext.export.hf.config_json import shared_width
 from litgpt_moe_ext.export.hf.facts import Facts, leading_dense_layers, window_of
 from litgpt_moe_ext.export.hf.names import GPT2_BIASES
@@ -267,19 +267,7 @@ GRAPHS = (
     ),
     _graph(
         "glm4moe",
-        _MOE
-        | {
-            "layers": ("moe", "mixed"),
-            "positions": ("rotary", "partial_rotary"),
-            "qk_norm": ("none", "head"),
-            "attention_bias": ("none", "qkv"),
-            "score": ("sigmoid",),
-            "norm_topk": (True, False),
-            "balancing_bias": (True, False),
-            "groups": ("none", "best_two"),
-            "scaled": (True, False),
-            "shared": ("plain",),
-        },
+        _MOE | GLM,
         _glm,
         names.GLM,
     ),
@@ -301,16 +289,7 @@ GRAPHS = (
     ),
     _graph(
         "gpt-oss",
-        _MOE
-        | {
-            "layers": ("moe",),
-            "sinks": ("all",),
-            "window": ("none", "all", "some"),
-            "attention_bias": ("all",),
-            "activation": ("clamped_swiglu",),
-            "mlp_bias": (True,),
-            "router_bias": (True, False),
-        },
+        _MOE | GPT_OSS,
         _gpt_oss,
         names.GPT_OSS,
         biases=("mlp.gate.bias",),

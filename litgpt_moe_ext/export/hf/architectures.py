@@ -44,6 +44,10 @@ class Architecture:
     rotates_neighbours: bool = False
     more: Callable[["Config"], dict[str, Tensor]] = lambda config: {}
 
+    def __post_init__(self) -> None:
+        """Find facts that are misspelt."""
+        assert self.can.keys() <= {field.name for field in fields(Facts)}, self.can
+
     def lacks(self, facts: Facts) -> list[str]:
         """Return what the class cannot express, as `fact: value`; empty if it computes this model."""
         return [
@@ -158,6 +162,30 @@ GPT2: dict[str, tuple[Any, ...]] = {
     "head_bias": (False,),
     "scale": ("head",),
 }
+# Balanced sigmoid routers, beside shared experts.
+GLM: dict[str, tuple[Any, ...]] = {
+    "layers": ("moe", "mixed"),
+    "positions": ("rotary", "partial_rotary"),
+    "qk_norm": ("none", "head"),
+    "attention_bias": ("none", "qkv"),
+    "score": ("sigmoid",),
+    "norm_topk": (True, False),
+    "balancing_bias": (True, False),
+    "groups": ("none", "best_two"),
+    "scaled": (True, False),
+    "shared": ("plain",),
+}
+# Sinks, windows, and biases everywhere.
+GPT_OSS: dict[str, tuple[Any, ...]] = {
+    "layers": ("moe",),
+    "sinks": ("all",),
+    "window": ("none", "all", "some"),
+    "attention_bias": ("all",),
+    "activation": ("clamped_swiglu",),
+    "mlp_bias": (True,),
+    "router_bias": (True, False),
+}
+
 ARCHITECTURES = (
     Architecture(
         "GPT2LMHeadModel",
@@ -258,35 +286,14 @@ ARCHITECTURES = (
     Architecture(
         "Glm4MoeForCausalLM",
         "glm4_moe",
-        SOFTMAX
-        | {
-            "layers": ("moe", "mixed"),
-            "positions": ("rotary", "partial_rotary"),
-            "qk_norm": ("none", "head"),
-            "attention_bias": ("none", "qkv"),
-            "score": ("sigmoid",),
-            "norm_topk": (True, False),
-            "balancing_bias": (True, False),
-            "groups": ("none", "best_two"),
-            "scaled": (True, False),
-            "shared": ("plain",),
-        },
+        SOFTMAX | GLM,
         config_json.glm,
         names.DEEPSEEK,
     ),
     Architecture(
         "GptOssForCausalLM",
         "gpt_oss",
-        SOFTMAX
-        | {
-            "layers": ("moe",),
-            "sinks": ("all",),
-            "window": ("none", "all", "some"),
-            "attention_bias": ("all",),
-            "activation": ("clamped_swiglu",),
-            "mlp_bias": (True,),
-            "router_bias": (True, False),
-        },
+        SOFTMAX | GPT_OSS,
         config_json.gpt_oss,
         names.GPT_OSS,
         ("mlp.gate.bias",),
@@ -329,5 +336,3 @@ ARCHITECTURES = (
         names.OWN,
     ),
 )
-
-assert all(fact in {f.name for f in fields(Facts)} for a in ARCHITECTURES for fact in a.can), "a fact is misspelt"
