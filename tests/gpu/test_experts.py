@@ -126,15 +126,18 @@ def test_micro_batches_share_weights(device, tiny, backend, autocast):
     for T, K, E, D, F in SIZES[3:4] if tiny else [*SIZES[:2], (1024, 2, 8, 256, 1024)]:
         experts, routing = make(device, torch.float32, E, D, F, backend), make_routing(device, T, K, E)
         x, upstream = (torch.randn(T, D, device=device) for _ in range(2))
-        results = []
-        for shared in (contextlib.nullcontext, StepWeights().shared):
+        results, weights = [], StepWeights()
+        for shared in (contextlib.nullcontext, weights.shared, weights.shared):
             experts.zero_grad()
             for factor in (1.0, 2.0, 3.0):
                 with shared(), torch.autocast(device.type, autocast, enabled=autocast is not None):
                     experts(factor * x, routing).backward(upstream)
             results.append([parameter.grad for parameter in experts.parameters()])
-        for apart, together in zip(*results, strict=True):
-            torch.testing.assert_close(together, apart, rtol=0, atol=0)
+            weights.keep()
+            weights.refresh()
+        for apart, *together in zip(*results, strict=True):
+            for gradient in together:
+                torch.testing.assert_close(gradient, apart, rtol=0, atol=0)
 
 
 @contextlib.contextmanager

@@ -223,12 +223,17 @@ def test_micro_batches_share_weights(backend, dtype, autocast):
             assert before is None or before is experts.down_proj.grad
         return [parameter.grad for parameter in experts.parameters()]
 
-    expected, ours = gradients(contextlib.nullcontext), gradients(StepWeights().shared)
+    weights = StepWeights()
+    expected, first = gradients(contextlib.nullcontext), gradients(weights.shared)
+    assert weights.size == (0 if autocast is None else 2 * sum(p.numel() for p in experts.parameters()))
+    weights.keep()
+    weights.refresh()
+    ours = gradients(weights.shared)
     handle = experts.gate_up_proj.register_hook(lambda gradient: seen.append(gradient))
-    watched = gradients(StepWeights().shared)
+    watched = gradients(weights.shared)
     handle.remove()
     assert len(seen) == 3
-    for some in zip(expected, ours, watched, strict=True):
+    for some in zip(expected, first, ours, watched, strict=True):
         assert all(torch.equal(some[0], gradient) for gradient in some)
 
 

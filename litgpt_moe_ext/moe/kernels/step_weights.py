@@ -23,12 +23,11 @@ _sharing: "StepWeights | None" = None
 class StepWeights:
     """Keeps weights in the dtype of the products, at the same address from step to step.
 
-    Attributes:
-        keeps: Whether casts are kept; otherwise only sums of gradients are shared.
+    A first pass in the scope of `shared` shows which there are; from `keep` on passes find them.
     """
 
     def __init__(self) -> None:
-        self.keeps = True
+        self._seen: dict[tuple[nn.Parameter, torch.dtype], None] = {}
         self._casts: dict[tuple[nn.Parameter, torch.dtype], Tensor] = {}
         self._fresh = False
 
@@ -56,19 +55,26 @@ class StepWeights:
                 torch._foreach_copy_(list(self._casts.values()), weights)
         self._fresh = True
 
-    def clear(self) -> int:
-        """Forget all casts; return how many bytes they took."""
-        size = sum(cast.nbytes for cast in self._casts.values())
+    @property
+    def size(self) -> int:
+        """Bytes of what `keep` keeps."""
+        return sum(weight.numel() * dtype.itemsize for weight, dtype in self._seen)
+
+    def keep(self) -> None:
+        """Make room for the casts that passes have made; `refresh` fills it."""
+        self._casts = {(weight, dtype): torch.empty_like(weight, dtype=dtype) for weight, dtype in self._seen}
+        self._fresh = False
+
+    def clear(self) -> None:
+        """Forget all casts."""
         self._casts.clear()
-        return size
 
     def cast(self, weight: nn.Parameter, dtype: torch.dtype) -> Tensor:
-        """Return a weight in `dtype`."""
-        if not self.keeps:
-            return weight.detach().to(dtype)
-        if (weight, dtype) not in self._casts:
-            self._casts[weight, dtype] = weight.detach().to(dtype)
-        return self._casts[weight, dtype]
+        """Return a weight in `dtype`: the cast that is kept, if there is one."""
+        if (weight, dtype) in self._casts:
+            return self._casts[weight, dtype]
+        self._seen[weight, dtype] = None
+        return weight.detach().to(dtype)
 
 
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:

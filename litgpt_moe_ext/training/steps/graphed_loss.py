@@ -114,8 +114,8 @@ class GraphedLoss:
     """A loss function whose passes are captured in the third optimizer step and replayed from then on.
 
     The first two run as they are: kernels are compiled, and the optimizer makes its states. In the second, a wait for
-    the device is noticed, which no graph can hold, and the experts' weights are cast that stay in memory, so that their
-    size is known when graphs are tried. A step begins where no leaf has a gradient.
+    the device is noticed, which no graph can hold, and which of the experts' weights are cast. A step begins where no
+    leaf has a gradient.
 
     Batches of another shape than the captured run as they are.
 
@@ -219,13 +219,17 @@ class GraphedLoss:
 
     def _first_capture(self, ids_BT: Tensor, targets_BT: Tensor) -> "_Captured | None":
         is_first, self._captured = self._captured is None, None
-        if not is_first:
-            self._weights.clear()
-        elif self._careful and (lack := self._lack_of_memory(ids_BT.device)) is not None:
-            self._stop(lack)
-            return None
+        keeps = is_first
+        if is_first and self._careful and _lack_of_memory(ids_BT.device, self._weights.size) is not None:
+            # Graphs are worth more than casts that are kept.
+            keeps, lack = False, _lack_of_memory(ids_BT.device)
+            if lack is not None:
+                self._stop(lack)
+                return None
         captured = _Captured(self._capture(), self._loss, self._model, (ids_BT.clone(), targets_BT.clone()))
         try:
+            if keeps:
+                self._weights.keep()
             captured.passes(begins=True)
         except RuntimeError as error:
             self._give_up(error)
@@ -233,14 +237,6 @@ class GraphedLoss:
         if is_first:
             self._say("CUDA graphs: on, from this step")
         return captured
-
-    def _lack_of_memory(self, device: torch.device) -> str | None:
-        lack = _lack_of_memory(device)
-        if lack is None:
-            return None
-        # Graphs are worth more than casts that are kept.
-        self._weights.keeps = False
-        return _lack_of_memory(device, self._weights.clear())
 
     def _capture(self) -> Capture:
         capture = self._make_capture()
@@ -354,19 +350,19 @@ def _noting_waits(places: list[str]) -> Iterator[None]:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
-def _lack_of_memory(device: torch.device, freed: int = 0) -> str | None:
+def _lack_of_memory(device: torch.device, more: int = 0) -> str | None:
     """Return how much memory is missing, as words, where graphs and passes without them do not fit side by side.
 
     Args:
         device: Where.
-        freed: Bytes that have been given back since the peak.
+        more: Bytes that graphs need beside the memory of the passes.
     """
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
     room = free + torch.cuda.memory_reserved(device)
-    peak = torch.cuda.max_memory_allocated(device) - freed
-    needed = 2 * peak - torch.cuda.memory_allocated(device)
+    passes = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+    needed = torch.cuda.max_memory_allocated(device) + passes + more
     if needed <= room:
         return None
     return (

@@ -123,9 +123,9 @@ def test_experts_weights_are_shared(monkeypatch, dtype):
 
 def test_casts_are_not_kept_where_memory_is_short(monkeypatch):
     lacks = iter(["they would need 7.0 GiB, 5.0 are there", None])
-    freed = []
+    asked = []
     place = "litgpt_moe_ext.training.steps.graphed_loss._lack_of_memory"
-    monkeypatch.setattr(place, lambda device, given=None: freed.append(given) or next(lacks))
+    monkeypatch.setattr(place, lambda device, more=0: asked.append(more) or next(lacks))
     data = batches(8)
 
     def train(training):
@@ -133,7 +133,7 @@ def test_casts_are_not_kept_where_memory_is_short(monkeypatch):
 
     graphed = assert_trains_alike(train, GROUPED, torch.bfloat16)
     assert graphed.said == ["CUDA graphs: on, from this step"]
-    assert freed == [None, 2 * 2 * 8 * (32 * 16 + 16 * 16)]  # two layers, two bytes
+    assert asked == [2 * 2 * 8 * (32 * 16 + 16 * 16), 0]  # two layers, two bytes
     assert not graphed.loss._weights._casts
 
 
