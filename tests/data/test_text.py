@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 import tarfile
 from dataclasses import fields, replace
 from pathlib import Path
@@ -21,9 +22,10 @@ from litgpt.tokenizer import Tokenizer
 from transformers import AutoTokenizer, GPT2TokenizerFast
 
 from litgpt_moe_ext import padding
-from litgpt_moe_ext.data import CodeParrot, HubDataset, PreparedCorpus, TextCorpus, TinyStories
+from litgpt_moe_ext.data import CodeParrot, HubDataset, PreparedCorpus, TextCorpus, TinyStories, TokenShards
 from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR, read_manifest
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.padding import PADDING, PaddedRows
 from tests.data.test_text_corpus import stories, texts_in
 
@@ -329,6 +331,16 @@ def test_documents_are_counted_and_packed_whole_where_one_token_begins_and_ends_
     part = PreparedCorpus(data.corpus_path, train_count=3)
     train = np.concatenate(part.open_shards()[0])
     assert train.tolist() == sum(rows[:3], [])
+
+
+@pytest.mark.parametrize("pattern", ["/texts/*.txt", ""])
+def test_a_glob_that_is_none_is_named(pattern, tmp_path):
+    for data in (
+        TextCorpus(source_path=tmp_path, data_path=tmp_path / "cache", bpe=BPE, pattern=pattern),
+        TokenShards(tmp_path, train_pattern=pattern),
+    ):
+        with pytest.raises(SettingsError, match=f"pattern: '{re.escape(pattern)}' must be a glob below "):
+            data.prepare_data()
 
 
 @pytest.mark.parametrize(("config", "settings", "message"), [

@@ -12,6 +12,7 @@ import numpy as np
 from litgpt_moe_ext.data.modules.base import ShardModule, is_first_rank
 from litgpt_moe_ext.data.packing import first_tokens
 from litgpt_moe_ext.data.pipeline.shards import check_token_ids, open_shard
+from litgpt_moe_ext.data.pipeline.sources import matches
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import NonNegativeInt, PositiveInt, check_fields
 
@@ -81,11 +82,11 @@ class TokenShards(ShardModule):
         shards = _natural_order(path for path in folder.iterdir() if path.suffix in SUFFIXES)
         named = {word: [path for path in shards if word in path.name.lower()] for word in ("train", "val")}
         if self.val_pattern is not None:
-            val = _natural_order(folder.glob(self.val_pattern))
+            val = _natural_order(matches("val_pattern", folder, self.val_pattern))
         else:
             val = named["val"] or shards[: len(shards) > 1]
         if self.train_pattern is not None:
-            train = _natural_order(folder.glob(self.train_pattern))
+            train = _natural_order(matches("train_pattern", folder, self.train_pattern))
         else:
             train = [path for path in named["train"] or shards if path not in val]
         for split, paths, pattern in (("train", train, self.train_pattern), ("validation", val, self.val_pattern)):

@@ -117,7 +117,8 @@ def find_files(setting: str, path: Path, pattern: str) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise SettingsError(f"{setting}: {str(path)!r} does not exist; set {setting} to a file or a folder")
-    _refuse_links_out(setting, path, found := [file for file in sorted(path.glob(pattern)) if file.is_file()])
+    found = [file for file in sorted(matches("pattern", path, pattern)) if file.is_file()]
+    _refuse_links_out(setting, path, found)
     # A cache may lie in the folder of the documents: what was prepared from them is none of them.
     found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     prepared = {file.parent for file in path.glob(f"**/{MANIFEST}") if (file.parent / TOKENIZER_DIR).is_dir()}
@@ -128,6 +129,20 @@ def find_files(setting: str, path: Path, pattern: str) -> list[Path]:
             "folder, or the pattern to one that matches"
         )
     return found
+
+
+def matches(setting: str, folder: Path, pattern: str) -> list[Path]:
+    """Return what in a folder matches the glob that a setting holds.
+
+    Raises:
+        SettingsError: It is not a glob, or one of another place.
+    """
+    try:
+        return list(folder.glob(pattern))
+    except (NotImplementedError, ValueError) as error:  # an absolute pattern, and an empty one
+        raise SettingsError(
+            f"{setting}: {pattern!r} must be a glob below {str(folder)!r}, such as '**/*.txt' ({error})"
+        ) from error
 
 
 def file_sources(
