@@ -4,6 +4,7 @@ jsonargparse says no to a whole tree. Here each value is held against the type o
 would look for the mistake; nothing reads the text of jsonargparse's errors.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 import jsonargparse
 
 from litgpt_moe_ext.cli.given import CLASS_KEYS
+from litgpt_moe_ext.errors import one_line
 from litgpt_moe_ext.field_types import NUMBERS, describe, members, refusal
 
 
@@ -61,7 +63,9 @@ def _fields_inside(annotation: Any, value: Any) -> Mapping[str, Any]:
     path = value.get("class_path") if isinstance(value, Mapping) else value
     inside = _inside(annotation)
     if inside.named is not None and isinstance(path, str):
-        return _arguments(path) or {}
+        with contextlib.suppress(ImportError):
+            return _arguments(path)
+        return {}
     return {} if inside.section is None else _hints(inside.section)
 
 
@@ -104,15 +108,17 @@ class _Search:
         if not isinstance(path, str):
             yield f"{name}: has no class_path; it must be {describe(base)}"
             return
-        arguments = _arguments(path)
-        if arguments is None:
-            yield f"{name}.class_path: {path!r} must be the import path of a {base.__name__}; it cannot be imported"
-        elif not isinstance(value, str):
-            given = value.get("init_args") or {}
-            if isinstance(given, Mapping):
-                yield from self.keys(f"{name}.", given, arguments)
-            else:
-                yield refusal(f"{name}.init_args", given, dict)
+        try:
+            arguments = _arguments(path)
+        except ImportError as error:
+            why = f"it cannot be imported ({one_line(error)})"
+            yield f"{name}.class_path: {path!r} must be the import path of a {base.__name__}; {why}"
+            return
+        given = {} if isinstance(value, str) else value.get("init_args") or {}
+        if isinstance(given, Mapping):
+            yield from self.keys(f"{name}.", given, arguments)
+        else:
+            yield refusal(f"{name}.init_args", given, dict)
 
 
 def _suggestion(prefix: str, key: str, known: Iterable[str]) -> str:
@@ -164,24 +170,35 @@ def _inside(annotation: Any) -> _Inside:
     return found
 
 
-def _arguments(path: str) -> Mapping[str, Any] | None:
-    """Return the types of the arguments of a class, or None if it cannot be imported."""
+def _arguments(path: str) -> Mapping[str, Any]:
+    """Return the types of the arguments of a class.
+
+    Raises:
+        ImportError: If there is no such class.
+    """
     module, _, name = path.rpartition(".")
     try:
         cls = getattr(__import__(module, fromlist=[name]), name)
-    except (ImportError, AttributeError, ValueError):
-        return None
-    hints = get_type_hints(cls.__init__)
-    names = list(inspect.signature(cls).parameters)
-    return {key: hints.get(key, Any) for key in names}
+    except (AttributeError, ValueError) as error:
+        raise ImportError(str(error)) from error
+    hints = _known_hints(cls.__init__)
+    return {key: hints.get(key, Any) for key in inspect.signature(cls).parameters}
 
 
 @cache
 def _hints(section: Any) -> dict[str, Any]:
     hints = {field.name: field.type for field in dataclasses.fields(section)}
     if any(isinstance(hint, str) for hint in hints.values()):
-        hints = {name: hint for name, hint in get_type_hints(section).items() if name in hints}
+        known = _known_hints(section)
+        hints = {name: known.get(name, Any) for name in hints}
     return hints
+
+
+def _known_hints(owner: Any) -> dict[str, Any]:
+    try:
+        return get_type_hints(owner)
+    except NameError:  # a type that only type checkers import
+        return {}
 
 
 def _is_something(annotation: Any, value: Any) -> bool:

@@ -272,6 +272,40 @@ def test_a_bug_is_not_caught_and_a_wrong_setting_is_one_line(recipe, tmp_path, c
     assert capsys.readouterr().err == "error: train.max_norm: 0 must be a number above 0\n"
 
 
+def test_a_class_whose_module_lacks_something_says_what(recipe, tmp_path, capsys, monkeypatch):
+    (tmp_path / "needs_more.py").write_text("import not_installed_here\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["--config", str(recipe()), "--data", "needs_more.Corpus"]) == 2
+    error = capsys.readouterr().err
+    assert "data.class_path: 'needs_more.Corpus' must be the import path of a DataModule" in error
+    assert "No module named 'not_installed_here'" in error
+
+
+TYPED = """
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from litgpt.data import TextFiles
+
+if TYPE_CHECKING:
+    from somewhere import Something
+
+
+class Corpus(TextFiles):
+    def __init__(self, train_data_path: str, option: Something | None = None) -> None:
+        super().__init__(train_data_path)
+"""
+
+
+def test_a_class_may_have_types_that_only_type_checkers_import(recipe, tmp_path, capsys, monkeypatch):
+    (tmp_path / "typed_corpus.py").write_text(TYPED)
+    monkeypatch.syspath_prepend(tmp_path)
+    data = {"class_path": "typed_corpus.Corpus", "init_args": {"train_data_path": str(tmp_path)}}
+    assert main(["--config", str(recipe(data=data)), "--seed", "x"]) == 2
+    assert "error: seed: 'x' must be an integer" in capsys.readouterr().err
+
+
 def test_help_has_the_fields_of_the_model(capsys):
     assert main(["--help"]) == 0
     page = capsys.readouterr().out
