@@ -1,5 +1,6 @@
 """What each class's `config.json` says of a model; what transformers' own defaults would get wrong is written out."""
 
+import math
 from typing import Any
 
 from litgpt_moe_ext.config.features import is_dense_layer
@@ -98,12 +99,18 @@ def glm(facts: Facts) -> _Json:
             "topk_group": config.n_topk_groups or 1,
             "routed_scaling_factor": config.routed_scaling_factor,
             "first_k_dense_replace": leading_dense_layers(config),
-            "partial_rotary_factor": config.rope_n_elem / config.head_size,
+            "partial_rotary_factor": _share(config.rope_n_elem, config.head_size),
             "use_qk_norm": facts.qk_norm == "head",
             # llama.cpp would count a layer for multi-token prediction otherwise.
             "num_nextn_predict_layers": 0,
         }
     )
+
+
+def _share(part: int, whole: int) -> float:
+    # Readers multiply by the whole again, and cut off what is behind the point.
+    share = part / whole
+    return share if int(share * whole) == part else math.nextafter(share, 1)
 
 
 def _latent(facts: Facts) -> _Json:

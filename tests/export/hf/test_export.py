@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.formats import export
+from litgpt_moe_ext.export.hf.read import import_checkpoint
 from litgpt_moe_ext.export.hf.write import export_checkpoint
 from tests.export.hf.models import CASES, make_checkpoint
 
@@ -82,6 +83,14 @@ def test_text_in_text_out(tmp_path, settings):
     written = theirs.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert written[0, 2] == model(inputs.input_ids)[0, -1].argmax()
     assert theirs.generation_config.eos_token_id == (None if settings is None else 0)
+
+
+def test_a_share_of_a_head_that_rotates_is_exact(tmp_path):
+    """30 of 44 elements: 30 / 44 * 44 is less than 30."""
+    make_checkpoint(tmp_path / "checkpoint", {**CASES["glm"][1], "head_size": 44, "rotary_percentage": 0.7}, True)
+    assert export_checkpoint(tmp_path / "checkpoint", tmp_path / "out").class_name == "Glm4MoeForCausalLM"
+    assert int(json.loads((tmp_path / "out" / "config.json").read_text())["partial_rotary_factor"] * 44) == 30
+    assert import_checkpoint(tmp_path / "out", tmp_path / "back").config.rope_n_elem == 30
 
 
 def test_the_conversion_of_litgpt_names_this_one(tmp_path):
