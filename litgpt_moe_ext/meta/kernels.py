@@ -65,7 +65,9 @@ KERNELS: dict[Any, Callable[..., Any]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward,
     _aten.dot.default: lambda x, _y: x.new_empty(()),
     # Operators with a kernel that return the same.
+    _aten.logsumexp.default: lambda x, dim, keepdim=False: _aten.mean.dim(x, dim, keepdim),
     _aten.relu.default: lambda x: _aten.clamp_min.default(x, 0),
+    _aten.__rshift__.Scalar: lambda x, n: _aten.bitwise_right_shift.Tensor_Scalar(x, n),
     _aten.where.self: lambda condition, x, y: _aten.addcmul.default(condition, x, y),
     _aten._safe_softmax.default: lambda x, dim, dtype=None: _aten.softmax.int(x, dim, dtype),
     _aten.var.correction: lambda x, dim=None, correction=None, keepdim=False: _aten.mean.dim(x, dim, keepdim),

@@ -90,9 +90,9 @@ OPERATORS = Operators()
 
 def make_on_meta(note: New | View, base: Tensor | None) -> Tensor:
     """Make a tensor on torch's meta device."""
-    if isinstance(note, New):
+    # A base with memory is a constant that somebody made of numbers.
+    if isinstance(note, New) or base is None or not base.is_meta:
         return torch.empty_strided(note.size, note.stride, dtype=note.dtype, device=META)
-    assert base is not None, "a view has a base"
     view = torch.empty(0, dtype=note.dtype, device=META)
     return view.set_(base.untyped_storage(), note.offset, note.size, note.stride)
 

@@ -25,6 +25,7 @@ MODELS = {
     "layer_norm": {"norm_class_name": "LayerNorm", "bias": True},
     "noisy": {"mlp_class_name": "NoisyTopKMoE", "mlp_activation": "relu", "router_z_loss_coef": 0.1},
     "windows": {"sliding_window_size": 8, "sliding_window_indices": [1, 0]},
+    "scaled": {"scale_embeddings": True, "router_type": "hash"},
     "llama_moe": {"mlp_class_name": "LLaMAMoE"},
 }
 STEPS = (
@@ -106,4 +107,21 @@ def test_commands_that_describe_load_nothing_needless(arguments, then, tmp_path)
         "assert not loaded, loaded\n" + then
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+def test_all_kinds_of_models_do_without_the_kernels_in_python():
+    code = (
+        "import sys\n"
+        "from litgpt_moe_ext.meta import registrations\n"
+        "registrations.postpone()\n"
+        "from tests.inspect.test_model_card import DEEP, costs\n"
+        "from tests.inspect.test_weightless import MODELS, STEPS\n"
+        "from tests.models import moe_config\n"
+        "for settings in (*MODELS.values(), *DEEP.values()):\n"
+        "    costs(moe_config(padded_vocab_size=512, **settings), STEPS)\n"
+        "    assert 'torch._refs' not in sys.modules, settings\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr

@@ -38,8 +38,12 @@ def call(name: str, x: torch.Tensor) -> tuple:
             return aten._scaled_dot_product_flash_attention_for_cpu_backward.default, x, x, x, x, out, lse, 0.0, True
         case "dot":
             return aten.dot.default, flat, flat
+        case "logsumexp":
+            return aten.logsumexp.default, x, [-1]
         case "relu":
             return aten.relu.default, x
+        case "shift":
+            return aten.__rshift__.Scalar, x.long(), 3
         case "where":
             return aten.where.self, x[:1] > 0, x, torch.zeros((), dtype=x.dtype)
         case "where_between":
@@ -55,8 +59,8 @@ def call(name: str, x: torch.Tensor) -> tuple:
 
 NAMES = (
     "embedding", "embedding_dense_backward", "index_select", "layer_norm", "layer_norm_weight", "layer_norm_backward",
-    "attention", "attention_backward", "dot", "relu", "where", "where_between", "softmax", "softmax_float32", "var",
-    "var_of_dimensions",
+    "attention", "attention_backward", "dot", "logsumexp", "relu", "shift", "where", "where_between", "softmax",
+    "softmax_float32", "var", "var_of_dimensions",
 )  # fmt: skip
 
 
