@@ -12,6 +12,7 @@ model as well: the same step once more, with its validation and checkpoint left 
 import argparse
 import os
 import resource
+import shutil
 import subprocess
 from collections import defaultdict
 from pathlib import Path
@@ -69,7 +70,10 @@ def prepare(checkout: Path) -> None:
 
 def processor_seconds(checkout: Path, arguments: list[str]) -> float:
     """Run the command and return the processor time it took."""
+    # What an earlier round wrote would be refused, or moved aside.
     (checkout / "out" / "startup-twin.yaml").unlink(missing_ok=True)
+    if "--out_dir" in arguments:
+        shutil.rmtree(checkout / "out" / "startup", ignore_errors=True)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
     python = checkout / ".venv" / "bin" / "python"
