@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from litgpt_moe_ext.study.results import Result
 
 _POINTS = "points"
-# Each setting's points are those of Halton's sequence in a base of its own, so that settings do not go together.
-_BASES = (2, 3, 5, 7, 11, 13)
+# Beyond so many settings the first points of Halton's sequence are no longer spread evenly.
+_MOST = 6
 
 
 def searched_points(search: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -33,15 +33,17 @@ def searched_points(search: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [{}]
     ranges = {name: values for name, values in search.items() if name != _POINTS}
     count = search.get(_POINTS)
-    if type(count) is not int or count < 1 or not 1 <= len(ranges) <= len(_BASES):
-        raise SettingsError(
-            f"search: {dict(search)} must have points, how many, and 1 to {len(_BASES)} settings to search"
-        )
+    if type(count) is not int or count < 1 or not 1 <= len(ranges) <= _MOST:
+        raise SettingsError(f"search: {dict(search)} must have points, how many, and 1 to {_MOST} settings to search")
     for name, values in ranges.items():
         _check(name, values)
+    from scipy.stats.qmc import Halton
+
+    sequence = Halton(len(ranges), scramble=False)
+    sequence.fast_forward(1)  # the first point is the lower end of every range
     return [
-        {name: _value(values, _halton(number, base)) for (name, values), base in zip(ranges.items(), _BASES)}  # noqa: B905
-        for number in range(1, count + 1)
+        {name: _value(values, float(place)) for (name, values), place in zip(ranges.items(), point, strict=True)}
+        for point in sequence.random(count)
     ]
 
 
@@ -68,16 +70,6 @@ def _value(values: Any, place: float) -> Any:
         found = low * (high / low) ** place
         return round(found) if whole else float(f"{found:.3g}")
     return low + int(place * (high - low + 1)) if whole else float(f"{low + (high - low) * place:.3g}")
-
-
-def _halton(number: int, base: int) -> float:
-    # The digits of the number behind the point, in reverse: the points halve (thirds, ...) what gaps there are.
-    place, step = 0.0, 1.0
-    while number:
-        number, digit = divmod(number, base)
-        step /= base
-        place += digit * step
-    return place
 
 
 def by_place(searched: Sequence[str], groups: Mapping[str, list["Result"]]) -> dict[str, dict[str, list["Result"]]]:
