@@ -27,7 +27,7 @@ class SettingsError(ValueError):
     def setting(self) -> str:
         """Name of the setting, as the message begins; empty if it names none."""
         name = str(self).partition(":")[0]
-        return name if name.replace(".", "_").isidentifier() else ""
+        return name if name.replace(".", "_").replace("-", "_").isidentifier() else ""
 
 
 def refuse_first(messages: Iterable[str]) -> None:

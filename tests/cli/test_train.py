@@ -231,6 +231,14 @@ class TestGiven:
             "train": {"max_norm": -1},
         }
 
+    def test_names_of_users_have_a_line_too(self, tmp_path):
+        file = tmp_path / "recipe.yaml"
+        file.write_text("data:\n  corpora:\n    my-code:\n      vocab_size: 1\n")
+        given = Given()
+        given.add_recipe(file)
+        with pytest.raises(SettingsError, match=re.escape(f"must be 2 ({file}:4)")), given.naming_places():
+            raise SettingsError("data.corpora.my-code.vocab_size: 1 must be 2")
+
     def test_another_class_has_other_arguments(self, tmp_path):
         given = Given()
         for name, text in (("a", "data: {class_path: A, init_args: {x: 1}}"), ("b", "data: {class_path: B}")):
