@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     with collect_rarely():
-        return exit_status(lambda: _run(given))
+        return exit_status(lambda: _run(given, own_process=arguments is None))
 
 
 def load(command: Command) -> type:
@@ -84,7 +84,7 @@ def load(command: Command) -> type:
     return getattr(importlib.import_module(f"litgpt_moe_ext.cli.commands.{module}"), name)
 
 
-def _run(given: Sequence[str]) -> int | None:
+def _run(given: Sequence[str], own_process: bool) -> int | None:
     if not given or given[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0
@@ -103,7 +103,8 @@ def _run(given: Sequence[str]) -> int | None:
     from litgpt_moe_ext.cli.arguments import read_arguments
 
     command = _find(given[0])
-    if command.describes:
+    if command.describes and own_process:
+        # A caller from Python goes on with torch after the command, and may need all of it.
         registrations.postpone()
     return read_arguments(load(command), f"{_PROGRAM} {command.name}", given[1:]).run()
 

@@ -53,3 +53,13 @@ def test_names_that_there_are_not_are_missing():
         "registrations.postpone()\n"
         "assert torch._meta_registrations.aten is torch.ops.aten"
     )
+
+
+def test_a_command_that_is_called_from_python_leaves_torch_whole():
+    run(
+        "from litgpt_moe_ext.cli.main import main\n"
+        "assert main(['schedule', 'missing.yaml']) == 2\n"
+        "import torch\n"
+        "ids = torch.zeros(2, dtype=torch.int64, device='meta')\n"
+        "assert torch.nn.Embedding(4, 3, device='meta')(ids).shape == (2, 3)"
+    )
