@@ -1,8 +1,8 @@
 """How much memory training and inference take, found out by running the model on tensors without content.
 
-Such tensors have shapes and dtypes, obey autograd and autocast, and allocate nothing. What would be
-alive while they pass by is added up, which gives the peak as an allocator without waste would see it. Of many equal
-layers only two are run (`litgpt_moe_ext.inspect.cost.layers`).
+Such tensors have shapes and dtypes, obey autograd and autocast, and allocate nothing. What would be alive while they
+pass by is added up, which gives the peak as an allocator without waste would see it. Of many equal layers only two are
+run (`litgpt_moe_ext.inspect.cost.layers`).
 """
 
 import contextlib

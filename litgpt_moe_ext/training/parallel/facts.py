@@ -47,7 +47,9 @@ class StrategyFacts:
 
     def graph_obstacle(self, processes: int) -> str | None:
         """Return why passes of one of `processes` ranks cannot be captured as CUDA graphs, or None."""
-        if processes == 1 and not self.alone:
+        if self.zero_stage is not None:
+            return "DeepSpeed collects gradients while the backward pass goes on"
+        if processes == 1:
             return None
         return "several processes exchange gradients while the backward pass goes on"
 

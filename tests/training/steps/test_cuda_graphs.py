@@ -83,7 +83,7 @@ def test_tried_on_one_card():
     assert decide("auto", on_a_card()) == GraphDecision(None, False)
     assert decide(True, on_a_card()) == GraphDecision(None, True)
     assert str(decide(False, on_a_card())) == "CUDA graphs: off (as asked)"
-    assert facts_of("deepspeed_stage_1").graph_obstacle(1) is not None
+    assert "DeepSpeed" in facts_of("deepspeed_stage_1").graph_obstacle(1)  # also where there is one process
 
 
 DOCUMENTS = {
