@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.training.callbacks.progress import format_count
@@ -34,7 +34,7 @@ def announce(launched: Launched, start: Start, equipment: Equipment) -> None:
     say(str(equipment.compile))
     if fabric.device.type == "cuda":
         say(str(equipment.graphs))
-    padding = " with padding" if _pads(plan.settings.data) else ""
+    padding = " with padding" if getattr(plan.settings.data, "pads", False) else ""
     say(f"{plan.total_steps} steps of {plan.tokens_per_step:,} tokens{padding}, checkpoints in {plan.out_dir}")
     for line in _cut(plan):
         say(line)
@@ -67,12 +67,6 @@ def conclude(launched: Launched, prepared: Prepared, outcome: Outcome) -> None:
         say(f"        litgpt chat {final}")
     say(f"Numbers: {plan.out_dir / METRICS_FILE}, lines: {plan.out_dir / TRANSCRIPT_FILE}")
     say(f"Go on: --resume auto{farther(plan.settings.train, plan.tokens_per_step, outcome.step)}")
-
-
-def _pads(data: Any) -> bool:
-    """Return whether data that says how it fills rows pads them; a mixture does where a corpus of it does."""
-    parts = (data, *getattr(data, "corpora", {}).values())
-    return any(getattr(part, "packing", "stream") != "stream" for part in parts)
 
 
 def _cut(plan: Plan) -> Iterator[str]:

@@ -53,6 +53,11 @@ class TokenModule(DataModule):
     def require_vocabulary(self, padded_vocab_size: int) -> None:
         """Raise SettingsError, with the remedy, if the data may hold ids that a model has no embedding for."""
 
+    @property
+    def pads(self) -> bool:
+        """Whether rows may hold padding; `litgpt pretrain` then weighs tokens (`litgpt_moe_ext.host.padding`)."""
+        return False
+
 
 class ShardModule(TokenModule):
     """One stream of token shards for training and one for validation, read by `TokenLoader`.

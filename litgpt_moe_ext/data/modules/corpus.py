@@ -78,9 +78,14 @@ class CorpusModule(Corpus, ShardModule):
         )
         return train, val
 
+    @property
+    def pads(self) -> bool:
+        """See `TokenModule.pads`."""
+        return self.packing != "stream"
+
     def windows(self, shards: Sequence[np.ndarray], name: str) -> Windows:
         """See `ShardModule.windows` and `packing`."""
-        if self.packing == "stream":
+        if not self.pads:
             return StreamWindows(shards, self.max_seq_length, name)
         accept_padding()
         manifest = self._manifest()

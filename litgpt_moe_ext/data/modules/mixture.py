@@ -69,6 +69,11 @@ class Mixture(TokenModule):
         """The corpora."""
         return self.corpora  # pyrefly: ignore[bad-return] checked when they were given
 
+    @property
+    def pads(self) -> bool:
+        """See `TokenModule.pads`."""
+        return any(module.pads for module in self.parts.values())
+
     def require_vocabulary(self, padded_vocab_size: int) -> None:
         """See `TokenModule.require_vocabulary`."""
         for module in self.parts.values():

@@ -194,7 +194,7 @@ class TestWrongInputs:
 
     def test_sharded_models(self, hellaswag_file):
         strategy = make_strategy("fsdp2", 2, 1, DistributedArgs(), "cpu")
-        fabric, config = SimpleNamespace(strategy=strategy, device=torch.device("cpu")), moe_config()
+        fabric, config = SimpleNamespace(strategy=strategy, device=torch.device("cpu"), world_size=2), moe_config()
         check_strategy_fits(SimpleNamespace(plan=SimpleNamespace(settings=Settings(), config=config), fabric=fabric))
         wanted = Settings(evaluate=EvaluateArgs(hellaswag=hellaswag_file))
         with pytest.raises(SettingsError, match="no process holds a whole model; use strategy: ddp"):
