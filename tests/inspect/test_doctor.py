@@ -111,7 +111,7 @@ def test_cuda_graphs_are_foretold(monkeypatch, settings, verdict, text):
 
 
 def test_memory_of_cuda_graphs_has_the_weights_in_16_bits():
-    """Four of six layers are added by calculation; experts are all that float32 does not cast."""
+    """Four of six layers are added by calculation; float32 needs no cast."""
     short = shorten(moe_config(n_layer=6))
     for precision, numbers in (("bf16-mixed", 6 * 8 * 3 * 16 * 12), ("32-true", 0)):
         memory = training_memory(short, Recipe(moe_config(n_layer=6)).step(precision))

@@ -208,7 +208,7 @@ def test_autocast(dtype):
     ],
 )
 def test_micro_batches_share_weights(backend, dtype, autocast):
-    """With one weight that is watched, and without: every bit is as without sharing."""
+    """Every bit is as without sharing, also where a hook watches one of the weights."""
     F = 24 if backend == "grouped_mm" else 23
     experts, routing = make_experts(dtype, E=3, F=F, bias=False, expert_backend=backend), make_routing(9, 2, 3)
     xs, upstream, seen = torch.randn(3, 9, 16).to(dtype), torch.randn(9, 16).to(dtype), []

@@ -48,7 +48,7 @@ class Conditions(NamedTuple):
 
     Attributes:
         device_type: Type of the device, such as `cuda`.
-        strategy_obstacle: As the facts of the strategy tell it.
+        strategy_obstacle: As `StrategyFacts.graph_obstacle` returns it.
         compiled: Whether the model is compiled.
         activation_checkpointing: As in a recipe.
         config: The model's configuration.
@@ -72,11 +72,14 @@ class Conditions(NamedTuple):
         """Return what keeps passes from being captured, or None."""
         if self.device_type != "cuda":
             return f"they are for NVIDIA GPUs, this is {self.device_type}"
+        # What a setting removes comes last: its advice must help.
+        if (lasting := self.strategy_obstacle or _obstacle_of(self.config)) is not None:
+            return lasting
         if self.compiled:
             return "torch.compile is on; --compile false makes room for them"
         if self.activation_checkpointing != "none":
             return "activation_checkpointing runs layers again in the backward pass, with random states of the host"
-        return self.strategy_obstacle or _obstacle_of(self.config)
+        return None
 
 
 def decide(asked: bool | Literal["auto"], conditions: Conditions) -> GraphDecision:

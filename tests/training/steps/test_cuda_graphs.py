@@ -96,6 +96,7 @@ GLOBAL = {"router_load_balancing_loss_coef": 0.1, "router_load_balancing_loss_sc
     ("conditions", "reason"),
     [
         ({"processes": 2}, "several processes"),
+        ({"processes": 2, "compiled": True}, "several processes"),
         ({"compiled": True}, "torch.compile is on"),
         ({"checkpointing": "full"}, "activation_checkpointing runs layers again"),
         ({"mlp_class_name": "LLaMAMoE"}, "LLaMAMoE waits"),
