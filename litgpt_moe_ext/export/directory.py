@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -40,6 +40,7 @@ def new_directory(out_dir: Path, needed_bytes: int = 0) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
     except OSError as error:
+        _remove_empty(missing)
         raise SettingsError(f"out_dir: {str(out_dir)!r} cannot be made ({error}); name another directory") from error
     try:
         yield partial
@@ -56,10 +57,14 @@ def new_directory(out_dir: Path, needed_bytes: int = 0) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        for parent in missing:
-            # One that has become the parent of `out_dir`, or of something else, is not empty.
-            with suppress(OSError):
-                parent.rmdir()
+        _remove_empty(missing)
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        # One that has become the parent of `out_dir`, or of something else, is not empty.
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def require_absent(out_dir: Path) -> None:

@@ -50,9 +50,11 @@ def test_full_disk(tmp_path, small_disk, name):
 
 def test_names_that_cannot_be(tmp_path):
     (tmp_path / "link").symlink_to("nowhere")
-    for name, reason in (("link", "exists; name a new"), ("x" * 300, "cannot be made .*File name too long")):
+    too_long = "cannot be made .*File name too long"
+    for name, reason in (("link", "exists; name a new"), ("x" * 300, too_long), ("folder/" + "x" * 300, too_long)):
         with pytest.raises(SettingsError, match=f"out_dir: .* {reason}"), new_directory(tmp_path / name):
             raise AssertionError("nothing should be written")
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
 
 
 def test_faults_of_the_program_stay_what_they_are(tmp_path):
