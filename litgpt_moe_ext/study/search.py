@@ -52,8 +52,10 @@ def _check(name: str, values: Any) -> None:
         return
     if not isinstance(values, dict) or not {"low", "high"} <= set(values) <= {"low", "high", "log"}:
         raise SettingsError(f"search.{name}: {values} must be {{low: 1, high: 9, log: true}} or a list of values")
-    low, high = values["low"], values["high"]
-    if not all(type(end) in (int, float) for end in (low, high)) or not low < high or (values.get("log") and low <= 0):
+    low, high, log = values["low"], values["high"], values.get("log", False)
+    if not isinstance(log, bool):
+        raise SettingsError(f"search.{name}.log: {log!r} must be true or false")
+    if not all(type(end) in (int, float) for end in (low, high)) or not low < high or (log and low <= 0):
         raise SettingsError(
             f"search.{name}: {values} must have numbers low < high, above 0 where log is true; to YAML 1.0e-3 is a "
             "number, and 1e-3 is not"
