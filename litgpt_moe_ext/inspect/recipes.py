@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 import yaml
 
+from litgpt_moe_ext.config.litgpt_fields import check_ranges
 from litgpt_moe_ext.errors import SettingsError, did_you_mean, did_you_mean_recipe, one_line
 
 if TYPE_CHECKING:
@@ -114,26 +115,34 @@ def load_recipe(path: Path) -> Recipe:
     from litgpt import Config as LitGPTConfig
 
     if path.is_dir():
-        if not (path / "model_config.yaml").is_file():
+        file = path / "model_config.yaml"
+        if not file.is_file():
             raise SettingsError(f"recipe: {str(path)!r} must have a model_config.yaml; name a checkpoint or a recipe")
         hyperparameters = path / "hyperparameters.yaml"
         settings = read_yaml(hyperparameters) if hyperparameters.is_file() else {}
-        return Recipe(cast("Config", LitGPTConfig.from_file(path / "model_config.yaml")), settings)
+        try:
+            check_ranges(read_yaml(file))
+            return Recipe(cast("Config", LitGPTConfig.from_file(file)), settings)  # which knows the package's mark
+        except (TypeError, ValueError, AssertionError) as error:
+            raise SettingsError(f"recipe: {str(file)!r} must have a valid model_config: {one_line(error)}") from error
     if not path.is_file():
         hint = did_you_mean_recipe(path) or "; `litgpt-moe init` lists recipes and writes one"
         raise SettingsError(f"recipe: {str(path)!r} must be a recipe (YAML file) or a checkpoint directory{hint}")
     settings = read_yaml(path)
-    known = LitGPTConfig.__dataclass_fields__
-    for name in settings.get("model_config") or {}:
+    known, model = LitGPTConfig.__dataclass_fields__, settings.get("model_config") or {}
+    if not isinstance(model, dict):
+        raise SettingsError(f"model_config: {model!r} must be settings, NAME: VALUE ({path})")
+    for name in model:
         if name not in known:
             raise SettingsError(f"model_config.{name}: no setting has this name{did_you_mean(name, known)} ({path})")
     try:
-        if settings.get("model_config"):
-            return Recipe(cast("Config", LitGPTConfig(**settings["model_config"])), settings)
+        if model:
+            check_ranges(model)
+            return Recipe(cast("Config", LitGPTConfig(**model)), settings)
         if settings.get("model_name"):
             return Recipe(cast("Config", LitGPTConfig.from_name(settings["model_name"])), settings)
     except (TypeError, ValueError, AssertionError) as error:  # how LitGPT and this plugin refuse fields of a Config
-        raise SettingsError(f"recipe: {str(path)!r} must have a valid model_config: {error}") from error
+        raise SettingsError(f"recipe: {str(path)!r} must have a valid model_config: {one_line(error)}") from error
     raise SettingsError(f"recipe: {str(path)!r} must have model_config or model_name, like those in configs/")
 
 

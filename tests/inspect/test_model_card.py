@@ -351,9 +351,14 @@ def test_wrong_recipes_are_named(tmp_path):
             "model_config: {n_expert: 3, mlp_class_name: NoisyTopKMoE, n_expert_per_token: 9}",
             "n_expert_per_token: 9",
         ),
+        ("model_config: {n_head: 0}", "n_head: 0 must be an integer of at least 1"),
+        ("model_config: [1]", "model_config: .1. must be settings, NAME: VALUE"),
         ("- a list", "must hold settings, not list"),
         ("a: [", "must be YAML: "),
     ):
         recipe.write_text(text)
         with pytest.raises(SettingsError, match=message):
             load_recipe(recipe)
+    (tmp_path / "model_config.yaml").write_text("n_head: 0")
+    with pytest.raises(SettingsError, match="n_head: 0 must be an integer of at least 1"):
+        load_recipe(tmp_path)
