@@ -13,7 +13,7 @@ from pathlib import Path
 from litgpt_moe_ext.data.pipeline.store import publish
 from litgpt_moe_ext.data.tokenizer.files import read_tokenizer, write_tokenizer
 from litgpt_moe_ext.data.tokenizer.opening import special_token
-from litgpt_moe_ext.errors import SettingsError, exit_status
+from litgpt_moe_ext.errors import SettingsError, exit_status, one_line
 
 
 def make_tokenizer(source_path: Path, out_dir: Path) -> None:
@@ -37,10 +37,13 @@ def make_tokenizer(source_path: Path, out_dir: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the script with a command line, None takes it from `sys.argv`, and return its exit status."""
-    from jsonargparse import auto_cli
+    from jsonargparse import ArgumentError, auto_cli
 
     def run() -> None:
-        auto_cli(make_tokenizer, as_positional=False, args=arguments)
+        try:
+            auto_cli(make_tokenizer, as_positional=False, args=arguments, exit_on_error=False)
+        except ArgumentError as error:
+            raise SettingsError(f"{one_line(error)}; --help explains the options") from error
 
     return exit_status(run)
 

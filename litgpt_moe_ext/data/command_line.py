@@ -4,13 +4,16 @@ Options may be written with `-` or `_`; `--log-to-wandb` needs no value. Nothing
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
 from litgpt_moe_ext.data.corpora.base import Corpus, full_docstring
 from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR
 from litgpt_moe_ext.data.pipeline.wandb_artifacts import check_artifact_name, log_corpus
-from litgpt_moe_ext.errors import SettingsError, exit_status
+from litgpt_moe_ext.errors import SettingsError, exit_status, one_line, refuse_first
+from litgpt_moe_ext.field_types import members
 
 TRAINING_ONLY = frozenset({"packing", "shuffle"})
 
@@ -43,22 +46,49 @@ def prepare_from_command_line(corpus: type[Corpus], arguments: Sequence[str] | N
     Returns:
         The exit status.
     """
-    from jsonargparse import ArgumentParser
+    words = [_normalized(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
+
+    def run() -> None:
+        given = _parse(corpus, words)
+        upload = Upload(**{field.name: given.pop(field.name) for field in fields(Upload)})
+        _prepare(corpus(**given), upload)
+
+    return exit_status(run, interrupted="Stopped; the same command continues.")
+
+
+def _parse(corpus: type[Corpus], words: Sequence[str]) -> dict[str, Any]:
+    from jsonargparse import ArgumentError, ArgumentParser
 
     # A name of its own: jsonargparse would look the other one up in `litgpt_moe_ext.data`, which imports torch.
     described = dataclass(type(f"{corpus.__name__}Options", (corpus,), {"__doc__": full_docstring(corpus)}))
-    parser = ArgumentParser(description=(corpus.__doc__ or "").partition("\n")[0])
+    parser = ArgumentParser(description=(corpus.__doc__ or "").partition("\n")[0], exit_on_error=False)
     parser.add_argument("--config", action="config", help="A YAML file with options.")
     parser.add_class_arguments(described, as_positional=False, skip=set(TRAINING_ONLY))
     parser.add_class_arguments(Upload, as_positional=False)
-    given = parser.instantiate_classes(
-        parser.parse_args([_normalized(a) for a in (sys.argv[1:] if arguments is None else arguments)])
-    )
+    try:
+        given = parser.instantiate_classes(parser.parse_args(words))
+    except ArgumentError as error:
+        types = {field.name: field.type for options in (corpus, Upload) for field in fields(options)}
+        refuse_first(_mistakes(words, {name: kind for name, kind in types.items() if name not in TRAINING_ONLY}))
+        raise SettingsError(f"{one_line(error)}; --help explains the options") from error
     given.pop("config")
-    upload = Upload(**{field.name: given.pop(field.name) for field in fields(Upload)})
-    return exit_status(
-        lambda: _prepare(corpus(**given.as_dict()), upload), interrupted="Stopped; the same command continues."
-    )
+    return given.as_dict()
+
+
+def _mistakes(words: Sequence[str], types: Mapping[str, Any]) -> Iterator[str]:
+    """Return what is wrong with options that a parser has refused."""
+    from litgpt_moe_ext.cli.given import Given, read_flags
+    from litgpt_moe_ext.cli.mistakes import annotation_at, mistakes
+    from litgpt_moe_ext.cli.recipe_files import load_value
+
+    given = Given()
+    for name, text in read_flags(words):
+        if name == "config":
+            given.add_recipe(Path(text))
+        else:
+            textual = {str, Path} & set(members(annotation_at(name, given.tree, types)))
+            given.add_flag(name, text if textual else load_value(text, f"{name}: {text!r}"))
+    return mistakes(given.tree, types)
 
 
 def _prepare(corpus: Corpus, upload: Upload) -> None:

@@ -106,6 +106,9 @@ def test_a_tokenizer_without_end_of_text_is_not_kept(tmp_path, capsys):
         (["--source_path", "nowhere", "--bpe.vocab_size", "300"], "error: source_path: 'nowhere' does not exist"),
         (["--source_path", __file__, "--bpe.vocab_size", "3"], "error: vocab_size: 3 is too small"),
         (["--source_path", "."], "error: data.tokenizer_dir: there is no tokenizer"),
+        (["--source_pth", "."], "error: source_pth: no setting has this name; did you mean source_path?"),
+        (["--bpe.vocab_size", "x"], "error: bpe.vocab_size: 'x' must be an integer"),
+        (["--val-fraction", "2"], "error: val_fraction: 2 must be a number of at least 0 and below 1"),
         (["--source_path", ".", "--log-to-wandb"], "error: wandb_artifact: None must be a name of an artifact"),
         (["--source_path", ".", "--wandb-artifact", "a"], "error: wandb_artifact: 'a' has no effect; add --log-to"),
     ],
@@ -115,6 +118,14 @@ def test_errors_are_one_line(tmp_path, capsys, arguments, message):
     assert main_of(FOLDER / "text_folder.py")([*arguments, "--data_path", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(message)
+    assert error.count("\n") == 1
+
+
+def test_a_missing_option_of_the_tokenizer_script_is_one_line(capsys):
+    assert main_of(FOLDER / "tokenizer.py")(["--source_path", "."]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "out_dir" in error
     assert error.count("\n") == 1
 
 
