@@ -107,10 +107,10 @@ def load_study(path: Path, scale: Path | None = None) -> Study:
     if wrong := [name for name, settings in arms.items() if settings is not None and not isinstance(settings, dict)]:
         raise SettingsError(f"arms.{wrong[0]}: {arms[wrong[0]]} must hold settings, NAME: VALUE")
     compare = _mapping(content, "compare")
-    if compare and (set(compare) != {"moe", "dense"} or not set(compare.values()) <= set(arms)):
+    if compare and (set(compare) != {"moe", "dense"} or not all(arm in list(arms) for arm in compare.values())):
         raise SettingsError(f"compare: {compare} must name two arms, as {{moe: ARM, dense: ARM}}")
     control = content.get("control", next(iter(arms)))
-    if control not in arms:
+    if control not in list(arms):
         raise SettingsError(f"control: {control} must be one of the arms: {', '.join(arms)}")
     common = _mapping(content, "settings")
     runs = []

@@ -88,6 +88,8 @@ def test_a_search_spreads_its_points_and_more_of_them_repeat_none(tmp_path):
     ({"arms": {"a": 3}}, "arms.a: 3 must hold settings"),
     ({"arms": {"a": {}}, "compare": {"moe": "a", "dense": "b"}}, "must name two arms"),
     ({"arms": {"a": {}}, "control": "b"}, "control: b must be one of the arms: a"),
+    ({"arms": {"a": {}}, "control": ["a"]}, "control: .* must be one of the arms: a"),
+    ({"arms": {"a": {}}, "compare": {"moe": ["a"], "dense": "a"}}, "must name two arms"),
     ({"recipe": "nothing"}, "recipe: 'nothing' must be"),
 ])  # fmt: skip
 def test_a_wrong_study_is_refused(content, message, tmp_path):
