@@ -24,8 +24,8 @@ COLUMNS = (
 )  # fmt: skip
 _CURVES = (
     "Mean over seeds of the training loss, smoothed, without its steep start; dots are validations. The table has the "
-    "mean training loss of the last fifth of a run: far below that of the validation, the model learns its corpus by "
-    "heart."
+    "mean training loss of the last fifth of a run: where it is far below the validation loss, the model learns its "
+    "corpus by heart."
 )
 _DIFFERENCES = (
     "Thick: 95 % interval of one comparison. Thin: all of them hold together with 95 %. Grey: each seed's difference."

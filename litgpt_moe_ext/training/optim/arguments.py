@@ -61,5 +61,5 @@ def _optimizer_class(optimizer: str | dict) -> tuple[type, dict[str, Any]]:
     except (ImportError, AttributeError, ValueError) as error:
         raise SettingsError(f"{wrong} ({error})") from error
     if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
-        raise SettingsError(f"{wrong} (this is no optimizer)")
+        raise SettingsError(f"{wrong} (it is not an optimizer)")
     return found, arguments
