@@ -46,12 +46,14 @@ def quantization_of(raw: Mapping[str, Any]) -> Quantization:
     found = raw.get("quantization_config")
     if not found:
         return Quantization()
+    if not isinstance(found, dict):
+        raise SettingsError(f"hf_dir: quantization_config: {found!r} must be settings by name; copy config.json again")
     method = found.get("quant_method")
     if method == "mxfp4":
         # Which holds them exactly, and is what transformers makes of them whatever the others are.
         return Quantization("mxfp4")
     block = found.get("weight_block_size")
-    if method == "fp8" and isinstance(block, list) and len(block) == 2:
+    if method == "fp8" and isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block):
         others = getattr(torch, str(raw.get("dtype") or raw.get("torch_dtype")), None)
         if not isinstance(others, torch.dtype) or not others.is_floating_point:
             others = torch.bfloat16

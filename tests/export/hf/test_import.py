@@ -84,6 +84,12 @@ class TestRefusals:
             ("vocab_size", None, "vocab_size: None must be a whole number"),
             ("rms_norm_eps", True, "rms_norm_eps: True must be a number"),
             ("rope_theta", "1e4", "rope_theta: '1e4' must be a number"),
+            ("quantization_config", "fp8", "quantization_config: 'fp8' must be settings by name"),
+            (
+                "quantization_config",
+                {"quant_method": "fp8", "weight_block_size": [0, "x"]},
+                "without weight_block_size",
+            ),
             ("rope_scaling", "yarn", "rope_scaling: 'yarn' must be settings by name"),
             ("rope_scaling", {"rope_type": "linear", "factor": "x"}, "describes no model .*factor"),
         ],
