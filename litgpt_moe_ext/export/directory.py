@@ -46,7 +46,6 @@ def new_directory(out_dir: Path, needed_bytes: int = 0) -> Iterator[Path]:
         yield partial
         flush_tree(partial)
         os.rename(partial, out_dir)
-        flush(out_dir.absolute().parent)
     except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and _TORCH_WRITER not in str(error):
             raise
@@ -55,6 +54,8 @@ def new_directory(out_dir: Path, needed_bytes: int = 0) -> Iterator[Path]:
             f"out_dir: {str(out_dir)!r} could not be written ({reason}), and nothing is left of it; free some space, "
             "or name a directory on another disk"
         ) from error
+    else:
+        flush(out_dir.absolute().parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         _remove_empty(missing)

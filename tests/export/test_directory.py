@@ -7,6 +7,7 @@ from litgpt import Config
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.loading import read_checkpoint
+from litgpt_moe_ext.export import directory
 from litgpt_moe_ext.export.directory import new_directory
 from litgpt_moe_ext.export.formats import export
 from litgpt_moe_ext.export.hf.read import import_checkpoint
@@ -55,6 +56,16 @@ def test_names_that_cannot_be(tmp_path):
         with pytest.raises(SettingsError, match=f"out_dir: .* {reason}"), new_directory(tmp_path / name):
             raise AssertionError("nothing should be written")
     assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+def test_what_is_there_is_not_said_to_be_gone(tmp_path, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(directory, "flush", denied)
+    with pytest.raises(PermissionError), new_directory(tmp_path / "out") as partial:
+        (partial / "file").touch()
+    assert (tmp_path / "out" / "file").is_file()
 
 
 def test_faults_of_the_program_stay_what_they_are(tmp_path):
