@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from litgpt_moe_ext.config.features import MOE_CLASS_NAMES
 from litgpt_moe_ext.config.fields import FEED_FORWARD_FIELDS, FIELDS
+from litgpt_moe_ext.config.litgpt_fields import check_ranges
 from litgpt_moe_ext.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ def cost(model: dict[str, Any], length: int, by: Equality) -> int:
     """
     from litgpt.config import Config as LitGPTConfig
 
+    check_ranges(model, "model_config.")
     try:
         config = LitGPTConfig(**model)
     except (TypeError, ValueError, AssertionError) as error:  # how LitGPT and this package refuse fields of a Config

@@ -64,6 +64,8 @@ def test_what_has_no_twin_is_refused():
         moe_twin(BASE | {"mlp_class_name": "LLaMAMLP", "intermediate_size": 96}, 32, Experts(8, 1, 1))
     with pytest.raises(SettingsError, match="write out the model"):
         twin_settings({"model_name": "pythia-14m"}, "flops")
+    with pytest.raises(SettingsError, match="^model_config.n_head: 0 must be an integer of at least 1"):
+        dense_twin(MOE | {"n_head": 0}, 32)
 
 
 RECIPES = [(path, []) for path in sorted((ROOT / "configs").glob("*.yaml"))]
