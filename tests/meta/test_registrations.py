@@ -45,6 +45,7 @@ def test_whoever_needs_them_gets_them(need):
     run(f"{START}{need}\nassert torch._meta_registrations.meta_index_select and 'torch._refs' in sys.modules")
 
 
+@pytest.mark.slow
 def test_names_that_there_are_not_are_missing():
     run(
         f"{START}assert getattr(torch._meta_registrations, '__wrapped__', None) is None\n"
@@ -55,6 +56,7 @@ def test_names_that_there_are_not_are_missing():
     )
 
 
+@pytest.mark.slow
 def test_a_command_that_is_called_from_python_leaves_torch_whole():
     run(
         "from litgpt_moe_ext.cli.main import main\n"

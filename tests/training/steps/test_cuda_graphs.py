@@ -30,7 +30,9 @@ def graphs(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize(("packing", "precision"), [("stream", "32-true"), ("pad", "bf16-mixed")])
+@pytest.mark.parametrize(
+    ("packing", "precision"), [("stream", "32-true"), pytest.param("pad", "bf16-mixed", marks=pytest.mark.slow)]
+)
 def test_the_run_is_the_same(recipe, graphs, monkeypatch, tmp_path, capsys, packing, precision):
     """With validations, samples, losses, dropout and an interruption."""
     flags = ["--data.init_args.packing", packing]
