@@ -7,7 +7,7 @@ from litgpt import GPT
 from litgpt_moe_ext.attention import rotation
 from litgpt_moe_ext.attention import sinks as sinks_module
 from litgpt_moe_ext.attention.kernels.registry import KERNELS
-from tests.gpu.test_experts import no_waits
+from tests.gpu.card import no_waits
 from tests.models import moe_config, randomize
 
 pytestmark = pytest.mark.gpu

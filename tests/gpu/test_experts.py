@@ -9,6 +9,7 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
 from litgpt_moe_ext.moe.router import Routing
+from tests.gpu.card import no_waits, require_bfloat16
 from tests.models import moe_config, randomize
 
 pytestmark = pytest.mark.gpu
@@ -121,8 +122,8 @@ def test_two_runs_give_the_same_bits(device, tiny, backend):
 @pytest.mark.parametrize("backend", ["triton", "grouped_mm"])
 def test_micro_batches_share_weights(device, tiny, backend, autocast):
     """Weights that are cast once, and gradients that products add up themselves, are what autograd makes of them."""
-    if autocast == torch.bfloat16 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        pytest.skip("bfloat16 needs a card of compute capability 8.0")
+    if autocast == torch.bfloat16:
+        require_bfloat16(device)
     for T, K, E, D, F in SIZES[3:4] if tiny else [*SIZES[:2], (1024, 2, 8, 256, 1024)]:
         experts, routing = make(device, torch.float32, E, D, F, backend), make_routing(device, T, K, E)
         x, upstream = (torch.randn(T, D, device=device) for _ in range(2))
@@ -138,18 +139,6 @@ def test_micro_batches_share_weights(device, tiny, backend, autocast):
         for apart, *together in zip(*results, strict=True):
             for gradient in together:
                 torch.testing.assert_close(gradient, apart, rtol=0, atol=0)
-
-
-@contextlib.contextmanager
-def no_waits(device):
-    if device.type != "cuda":
-        yield
-        return
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("tokens", [2, 64])

@@ -7,8 +7,8 @@ from torch import nn
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss
-from tests.gpu.test_experts import no_waits
-from tests.gpu.test_steps import loss_of, make_model, require_bfloat16
+from tests.gpu.card import no_waits, require_bfloat16
+from tests.gpu.test_steps import loss_of, make_model
 from tests.runs import logged, train, weights_of
 
 pytestmark = pytest.mark.gpu

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from litgpt_moe_ext.moe.kernels import fused_router, router_product
-from tests.gpu.test_experts import no_waits
-from tests.gpu.test_steps import require_bfloat16
+from tests.gpu.card import no_waits, require_bfloat16
 from tests.moe.products import compare_product, every_bit, gradients_of
 from tests.moe.routers import RULES, compare, make_gate, run
 

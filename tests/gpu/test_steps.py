@@ -13,19 +13,13 @@ from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
 from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.padding import PADDING
-from tests.gpu.test_experts import no_waits
+from tests.gpu.card import no_waits, require_bfloat16
 from tests.models import initialized_model, moe_config
 from tests.runs import logged
 
 pytestmark = pytest.mark.gpu
 
 PRECISIONS = [torch.bfloat16, torch.float16, None]
-
-
-def require_bfloat16(device):
-    # Turing and older emulate it, one number at a time: the plugin trains in float16 there, which is tested beside it.
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        pytest.skip("bfloat16 needs a card of compute capability 8.0; this one trains in float16")
 
 
 def make_config(**changes):
