@@ -123,7 +123,7 @@ class _Search:
 
 def _suggestion(prefix: str, key: str, known: Iterable[str]) -> str:
     if not isinstance(key, str):
-        return ", which is no text; put it in quotes if it is a name"
+        return ", which is not text; put it in quotes if it is a name"
     if close := difflib.get_close_matches(key, known, n=1, cutoff=0.7):
         return f"; did you mean {prefix}{close[0]}?"
     # As where `max_tokens` is given and `train.max_tokens` is meant.

@@ -127,6 +127,6 @@ def _entries(node: yaml.Node, name: str) -> Iterator[tuple[str, int, yaml.Node]]
             if not isinstance(key, yaml.ScalarNode) or key.tag not in _TEXT_TAGS:
                 shown = key.value if isinstance(key, yaml.ScalarNode) else "a list or a mapping"
                 raise SettingsError(
-                    f"{name} line {line} has the key {shown}, which is no text; put it in quotes if it is a name"
+                    f"{name} line {line} has the key {shown}, which is not text; put it in quotes if it is a name"
                 )
             yield key.value, line, value

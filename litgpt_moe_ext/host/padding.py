@@ -1,4 +1,4 @@
-"""Padding in LitGPT's own commands: it is no text, and steps and validations are means over what is.
+"""Padding in LitGPT's own commands: it is not text, and steps and validations are means over what is.
 
 `litgpt finetune_full` fills batches up with token 0. `litgpt.pretrain` and `litgpt.finetune.full` average the means of
 micro-batches and of ranks, in which a token counts the more, the fewer others are beside it. A training of this package

@@ -164,7 +164,7 @@ class TextPieces:
             return ""
         known = len(self._decode(self._before)) if self._before else 0
         text = self._decode(self._before + self._pending)[known:]
-        # What is no character by itself could become one with the next token, and the count above be wrong.
+        # What is not a character by itself could become one with the next token, and the count above be wrong.
         self._before, self._pending = [] if text.endswith("\ufffd") else self._pending, []
         return text
 

@@ -17,7 +17,7 @@ from litgpt_moe_ext.moe.kernels import fused_router
 from litgpt_moe_ext.moe.kernels.operators import Operator
 
 # Up to how many experts the product here is used, by the dtype of the tokens; 0 is never (`benchmarks/gpu.py`, table
-# `router_product`). Without bfloat16's Tensor Cores, up to as many as are no more work than 16.
+# `router_product`). Without bfloat16's Tensor Cores, up to as many as cost no more than 16.
 MOST_EXPERTS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 64}
 MOST_WITHOUT_TENSOR_CORES = 16
 # Tokens times width. Fewer are read in less time than the host takes to start kernels, torch's being started sooner.

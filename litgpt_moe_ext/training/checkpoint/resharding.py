@@ -29,7 +29,7 @@ def convert_position(state: dict[str, Any], batch_size: int, world_size: int) ->
     if windows % batch:
         raise SettingsError(
             f"train.micro_batch_size: {batch_size} on {world_size} process(es) makes batches of {batch}; the "
-            f"checkpoint stands after {windows} sequences of its epoch, which is no multiple. Use "
+            f"checkpoint stands after {windows} sequences of its epoch, which is not a multiple. Use "
             f"{saved['batch_size']} on {saved['world_size']} process(es), as it did, or another divisor"
         )
     fingerprint = {**saved, "batch_size": batch_size, "world_size": world_size}

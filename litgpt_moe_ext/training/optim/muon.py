@@ -172,7 +172,7 @@ def _each_matrix(updates: list[Tensor], rows: int, function: Callable[[Tensor], 
         (result,) = _in_batches([update.to_local()], rows, function)
         shape, stride = update.shape, update.stride()
         return [DTensor.from_local(result, mesh, placements, run_check=False, shape=shape, stride=stride)]
-    # A shard of a matrix is no matrix: every rank works on the whole and keeps its part.
+    # A shard of a matrix is not a matrix: every rank works on the whole and keeps its part.
     whole = update.redistribute(placements=[Replicate()] * mesh.ndim).to_local()
     (result,) = _in_batches([whole], rows, function)
     return [distribute_tensor(result, mesh, placements, src_data_rank=None)]

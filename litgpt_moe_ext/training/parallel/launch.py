@@ -43,7 +43,7 @@ def started_processes(environment: Mapping[str, str]) -> Processes | None:
     if world > 1 and not (port.isdecimal() and 1 <= int(port) <= 65535):
         # torch would have the first process listen anywhere, and the others look for it at this number.
         raise SettingsError(
-            f"environment: MASTER_PORT: {port!r} is no port that {world} processes can meet at; give torchrun "
+            f"environment: MASTER_PORT: {port!r} is not a port at which {world} processes can meet; give torchrun "
             "--standalone (one node) instead of --master_port, or set a free port from 1 to 65535"
         )
     launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "RANK and WORLD_SIZE"

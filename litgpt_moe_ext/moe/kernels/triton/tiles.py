@@ -40,7 +40,7 @@ class Tiles(NamedTuple):
         some: For experts with about 64 rows each.
         many: For experts with more.
         weights: For the gradient of weights; `rows` is what one step of the sum reads.
-        odd: For widths that are no multiples of 16, which are read element by element and need many registers.
+        odd: For widths that are not multiples of 16, which are read element by element and need many registers.
         odd_weights: The same for the gradient of weights.
     """
 
