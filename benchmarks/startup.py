@@ -56,6 +56,7 @@ TRAINING = {
     "`litgpt-moe perplexity`": [
         ".venv/bin/litgpt-moe", "perplexity", "out/startup/final", "--text", "run_train.py",
     ],
+    "`litgpt-moe compare-runs`": [".venv/bin/litgpt-moe", "compare-runs", "out/startup"],
 }  # fmt: skip
 
 

@@ -4,10 +4,6 @@ import base64
 import html
 from collections.abc import Iterable
 
-from matplotlib.figure import Figure
-
-from litgpt_moe_ext.pictures.style import png
-
 _CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
@@ -34,9 +30,9 @@ def page(title: str, parts: Iterable[str]) -> str:
     )
 
 
-def picture(heading: str, caption: str, figure: Figure) -> str:
-    """Return a section with a figure inside it as a PNG; heading and caption are plain text."""
-    heading, data = html.escape(heading), base64.b64encode(png(figure)).decode("ascii")
+def picture(heading: str, caption: str, image: bytes) -> str:
+    """Return a section with a PNG inside it; heading and caption are plain text."""
+    heading, data = html.escape(heading), base64.b64encode(image).decode("ascii")
     return (
         f'<h2>{heading}</h2><figure><img alt="{heading}" src="data:image/png;base64,{data}">'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"

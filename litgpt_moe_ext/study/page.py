@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from litgpt_moe_ext.inspect.pages import page, picture, table
+from litgpt_moe_ext.pictures.style import png
 from litgpt_moe_ext.study.analysis import Interval, break_even, compute_multiplier, mean_interval
 from litgpt_moe_ext.study.compare import compared, comparison, grouped, signed_interval
 from litgpt_moe_ext.study.figures import balance_figure, difference_figure, loss_figure, mean, search_figure, smooth
@@ -57,13 +58,13 @@ def study_page(study: Study, results: Sequence[Result], missing: int, command: s
     parts = [*(f"<p>{html.escape(note)}</p>" for note in notes if note), table(*_shown(rows(study, groups)))]
     parts += [f"<p>{html.escape(line)}</p>" for line in verdicts(study, results)]
     if found := compared(study, groups):
-        parts.append(picture("Differences", _DIFFERENCES, difference_figure(found)))
+        parts.append(picture("Differences", _DIFFERENCES, png(difference_figure(found))))
     if study.searched:
-        parts.append(picture("Search", _SEARCH, search_figure(study.searched, groups)))
+        parts.append(picture("Search", _SEARCH, png(search_figure(study.searched, groups))))
     drawn = best_points(study.searched, groups) if study.searched else groups
-    parts.append(picture("Loss", _CURVES, loss_figure(drawn)))
+    parts.append(picture("Loss", _CURVES, png(loss_figure(drawn))))
     if any(len(result.log.series(MAX_VIO)[1]) for group in drawn.values() for result in group):
-        parts.append(picture("Balance", _BALANCE, balance_figure(drawn)))
+        parts.append(picture("Balance", _BALANCE, png(balance_figure(drawn))))
     text = csv_text(results)
     data = base64.b64encode(text.encode()).decode("ascii")
     link = f'<a download="{html.escape(study.name)}.csv" href="data:text/csv;base64,{data}">{study.name}.csv</a>'

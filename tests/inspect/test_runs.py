@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.inspect.runs.figures import curves_figure
@@ -61,7 +62,9 @@ def test_a_new_run_in_the_same_place_is_a_run_of_its_own(tmp_path):
     assert load_run(tmp_path / "run-earlier-1").series("loss")[1].tolist() == [3.0, 2.5]
 
 
-def test_command_draws(resumed, tmp_path, capsys):
+def test_command_draws(resumed, tmp_path, capsys, monkeypatch):
+    drawn, draw = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda *args, **options: drawn.append(draw(*args, **options)))
     other = tmp_path / "b" / "run"
     write_log(other, 0, ["1,1,0.5,3.5,100,,,,,"])
     assert distinct_names([resumed, other]) == ["a/run", "b/run"]
@@ -72,6 +75,7 @@ def test_command_draws(resumed, tmp_path, capsys):
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert "http" not in page
+    assert len(drawn) == 2, "each picture is drawn once, for its file and for the page"
 
 
 def test_figures_show_the_numbers(resumed):

@@ -31,14 +31,14 @@ class CompareRuns:
 
         names = distinct_names(self.run_dirs)
         logs = [load_run(directory, name) for name, directory in zip(names, self.run_dirs, strict=True)]
-        pictures = {"curves": ("Curves", _CURVES, curves_figure(logs))}
+        pictures = {"curves": ("Curves", _CURVES, png(curves_figure(logs)))}
         for number, log in enumerate(logs):
             steps, layers = log.expert_load()
             if layers:
                 figure = load_over_steps_figure(log.name, steps.tolist(), layers)
-                pictures[f"load-{number}"] = (f"Experts of {log.name}", _LOAD, figure)
-        for name, (_, _, figure) in pictures.items():
-            write_bytes(self.out_dir / f"{name}.png", png(figure))
+                pictures[f"load-{number}"] = (f"Experts of {log.name}", _LOAD, png(figure))
+        for name, (_, _, image) in pictures.items():
+            write_bytes(self.out_dir / f"{name}.png", image)
         rows = [last_values(log) for log in logs]
         parts = [f"<p>{_TABLE}.</p>", table(COLUMNS, rows), *(picture(*content) for content in pictures.values())]
         write_text(self.out_dir / "report.html", page(f"Training of {', '.join(names)}", parts))

@@ -94,11 +94,11 @@ class Experts:
         from litgpt_moe_ext.pictures.style import png
 
         out_dir = self.out_dir or self.checkpoint_dir / "experts"
-        figures = report.make_figures(analysis)
-        for name, figure in figures.items():
-            write_bytes(out_dir / f"{name}.png", png(figure))
+        images = {name: png(figure) for name, figure in report.make_figures(analysis).items()}
+        for name, image in images.items():
+            write_bytes(out_dir / f"{name}.png", image)
         write_json(out_dir / "experts.json", analysis)
-        write_text(out_dir / "report.html", report.make_page(analysis, figures))
+        write_text(out_dir / "report.html", report.make_page(analysis, images))
         columns = ("layer", "MaxVio", "dead", "load entropy", "router entropy", "class information")
         numbers = ("load_entropy", "router_entropy", "class_information")
         rows = [

@@ -63,10 +63,10 @@ _CAPTIONS = {
 }
 
 
-def make_page(analysis: Mapping[str, Any], made: Mapping[str, Figure]) -> str:
-    """Return the report as one HTML page without external resources."""
+def make_page(analysis: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
+    """Return the report as one HTML page without external resources; its pictures are PNGs by name."""
     parts = [_introduction(analysis), _summary_table(analysis["layers"])]
-    parts += [picture(*_CAPTIONS[name], figure) for name, figure in made.items()]
+    parts += [picture(*_CAPTIONS[name], image) for name, image in images.items()]
     parts.append(_tokens_section(analysis["layers"]))
     return page(f"Experts of {analysis['checkpoint']}", parts)
 
