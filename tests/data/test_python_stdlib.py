@@ -17,6 +17,7 @@ from litgpt_moe_ext.data import PythonStdlib
 from litgpt_moe_ext.data.corpora import python_stdlib as corpora
 from litgpt_moe_ext.data.pipeline.store import open_corpus, read_manifest
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
+from litgpt_moe_ext.errors import SettingsError
 
 SCRIPT = Path(__file__).parents[2] / "data_prep" / "python_stdlib.py"
 TRAIN = TrainArgs(micro_batch_size=3, global_batch_size=3, max_tokens=1000)
@@ -121,6 +122,15 @@ def test_only_settings_are_logged(data):
 def test_paths_may_be_strings():
     data = PythonStdlib(data_path="a", source_path="b")
     assert (data.data_path, data.source_path) == (Path("a"), Path("b"))
+
+
+def test_the_installed_packages(tmp_path, sources, monkeypatch):
+    monkeypatch.setattr(corpora.sysconfig, "get_path", {"purelib": sources}.__getitem__)
+    options = {"data_path": tmp_path, "vocab_size": 300, "val_fraction": 0.2}
+    named = PythonStdlib(source_path=sources, **options).prepare_tokenizer()
+    assert PythonStdlib(packages=True, **options).prepare_tokenizer() == named, "the same text is the same corpus"
+    with pytest.raises(SettingsError, match="packages: true has no effect beside source_path"):
+        PythonStdlib(packages=True, source_path=sources, **options).prepare_tokenizer()
 
 
 def test_importing_the_package_is_lazy():

@@ -40,6 +40,8 @@ class PythonStdlib(EncodedCorpus):
     """Cache folder. Every combination of documents and settings gets a folder of its own in it."""
     source_path: Path | None = None
     """Another folder of `.py` files to use instead of the standard library."""
+    packages: bool = False
+    """Without `source_path`: read the packages that are installed for the running Python instead."""
     vocab_size: PositiveInt = 4096
     """Upper bound for the vocabulary of the byte-level BPE tokenizer trained on the training files."""
     val_fraction: Share = 0.05
@@ -55,8 +57,7 @@ class PythonStdlib(EncodedCorpus):
 
     def sources(self, hashes: FileHashes) -> list[Source]:
         """Return a source per file, sorted by relative path, each on the side that a hash of that path decides."""
-        folder = Path(sysconfig.get_path("stdlib")) if self.source_path is None else self.source_path
-        skipped = SKIPPED_FOLDERS | GENERATED_FOLDERS if self.source_path is None else SKIPPED_FOLDERS
+        folder, skipped = self._folder()
         if not folder.is_dir():
             raise SettingsError(
                 f"source_path: {str(folder)!r} is not a folder; set it to a folder with .py files, or leave it out to "
@@ -82,6 +83,19 @@ class PythonStdlib(EncodedCorpus):
         if unreadable:
             print(f"Left out {unreadable} file(s) of {folder} that are not UTF-8", flush=True)
         return list(found.values())
+
+    def _folder(self) -> tuple[Path, frozenset[str]]:
+        # Where the files are, and which folders in it are left out.
+        if self.source_path is not None:
+            if self.packages:
+                raise SettingsError(
+                    f"packages: true has no effect beside source_path: {str(self.source_path)!r}; leave out one of the "
+                    "two"
+                )
+            return self.source_path, SKIPPED_FOLDERS
+        if self.packages:
+            return Path(sysconfig.get_path("purelib")), SKIPPED_FOLDERS
+        return Path(sysconfig.get_path("stdlib")), SKIPPED_FOLDERS | GENERATED_FOLDERS
 
 
 def _files(folder: Path, skipped: frozenset[str]) -> Iterator[Path]:
