@@ -10,19 +10,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from litgpt_moe_ext.cli.output import write_json
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import SettingsError, refuse_first
 from litgpt_moe_ext.study.place import Places, TrainedOn
 from litgpt_moe_ext.study.plan import Run
 from litgpt_moe_ext.training.control import StopRequests
 from litgpt_moe_ext.training.parallel.lost_processes import die_with_parent
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.training.plan import Plan
 
 FINISHED = "finished.json"
 _LOOK_EVERY = 0.5  # seconds
@@ -48,8 +51,12 @@ def is_finished(runs_dir: Path, run: Run) -> bool:
 
 
 def check(runs: Iterable[Run]) -> None:
-    """Raise SettingsError, with the run's name, if the settings of an arm or of a place in the grid are wrong."""
+    """Raise SettingsError, with the run's name, if the settings of an arm or of a place in the grid are wrong.
+
+    They are also wrong if the run would leave nothing that can be compared: no line in its log, or no validation loss.
+    """
     from litgpt_moe_ext.cli.train import read_settings
+    from litgpt_moe_ext.training.plan import check_plan
 
     seen: set[str] = set()
     for run in runs:
@@ -57,10 +64,27 @@ def check(runs: Iterable[Run]) -> None:
         new = {run.arm, str(run.point)} - seen
         if new:
             try:
-                read_settings(run.flags(Path("out")))
+                plan = check_plan(read_settings(run.flags(Path("out"))))
+                refuse_first(_nothing_to_compare(plan))
             except SettingsError as error:
                 raise SettingsError(f"{run.label}: {error}") from error
             seen |= new
+
+
+def _nothing_to_compare(plan: "Plan") -> Iterator[str]:
+    train, judge = plan.settings.train, plan.settings.eval
+    if train.epochs is not None:
+        return  # only the data says how many steps that is
+    if plan.total_steps < train.log_interval:
+        yield (
+            f"train.log_interval: {train.log_interval} must be at most the {plan.total_steps} steps of the run, or it "
+            f"logs nothing; set it lower, or train.max_tokens to at least {train.log_interval * plan.tokens_per_step}"
+        )
+    if not judge.final_validation and plan.total_steps < judge.interval:
+        yield (
+            "eval.final_validation: false must be true in a study, which compares validation losses; or set "
+            f"eval.interval to at most the {plan.total_steps} steps of the run"
+        )
 
 
 class Outcome(NamedTuple):

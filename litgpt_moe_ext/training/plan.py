@@ -65,6 +65,13 @@ def make_plan(settings: Settings) -> Plan:
     Raises:
         SettingsError: If a setting or an input is wrong.
     """
+    plan = check_plan(settings)
+    check_writable(plan.out_dir)
+    return plan
+
+
+def check_plan(settings: Settings) -> Plan:
+    """Do the same and write nothing."""
     settings = _resolved(settings)
     plan = Plan(settings, _model(settings), settings.train.for_litgpt(), plain_settings(settings))
     check_settings(settings, plan.config)
@@ -79,7 +86,6 @@ def make_plan(settings: Settings) -> Plan:
 
         check_benchmarks(settings.evaluate)
     check_exports(plan)
-    check_writable(plan.out_dir)
     return plan
 
 

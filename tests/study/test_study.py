@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -163,6 +164,24 @@ def test_a_wrong_setting_of_any_arm_or_point_is_refused_before_a_run_begins(tmp_
     study = write(tmp_path / "s.yaml", grid={"train.max_norm": [1.0, "much"]})
     assert main(["study", str(study), "--slurm", str(tmp_path / "array.sh")]) == 2
     assert "error: recipe, max_norm much: train.max_norm: 'much' must be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ({"grid": {"train.max_tokens": [81920, 1000]}}, "recipe, max_tokens 1000: train.max_tokens: 1000 must be"),
+    ({"settings": {"train.max_tokens": 4096}}, "train.log_interval: 10 must be at most the 2 steps of the run"),
+    ({"settings": {"eval.final_validation": False, "eval.interval": 2000}}, "eval.final_validation: false must be"),
+])  # fmt: skip
+def test_a_run_that_would_leave_nothing_to_compare_is_refused(content, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "_process", None)
+    study = write(tmp_path / "s.yaml", seeds=[1], recipe=str(ROOT / "configs" / "quickstart.yaml"), **content)
+    assert main(["study", str(study), "--out_dir", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_shipped_studies_name_no_place_of_one_machine():
+    for file in (ROOT / "studies").rglob("*.yaml"):
+        assert not re.search(r"^ .*(python3\.|: /)", file.read_text(encoding="utf-8"), re.M), file
 
 
 def test_slurm_array_has_a_task_for_every_run(tmp_path, capsys):
