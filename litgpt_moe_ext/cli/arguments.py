@@ -10,8 +10,10 @@ import argparse
 import dataclasses
 import types
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from litgpt_moe_ext.cli.paths import check_path
 from litgpt_moe_ext.errors import SettingsError, did_you_mean
 from litgpt_moe_ext.field_types import describe, without_range
 
@@ -148,6 +150,9 @@ def _convert(name: str, annotation: Any, given: str | list[str]) -> Any:
         return None
     words = {"true": True, "false": False} if kind is bool else {word: word for word in get_args(kind)}
     try:
-        return words[given] if words else without_range(kind)(kind(given))
+        value = words[given] if words else without_range(kind)(kind(given))
     except (KeyError, ValueError):
         raise SettingsError(f"{name}: {given} must be {describe(kind)}") from None
+    if isinstance(value, Path):
+        check_path(name, value)
+    return value

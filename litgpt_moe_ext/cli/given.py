@@ -27,13 +27,17 @@ class Given:
         self._places: dict[str, str] = {}
         self._flags: list[str] = []
 
-    def add_recipe(self, file: Path) -> None:
+    def add_recipe(self, file: Path, setting: str = "--config") -> None:
         """Merge a YAML file over what was given before.
+
+        Args:
+            file: The recipe.
+            setting: What the user has named it by, for the error.
 
         Raises:
             SettingsError: If it is not a recipe.
         """
-        settings, lines = read_recipe(file)
+        settings, lines = read_recipe(file, setting)
         self.tree = _merged(self.tree, settings)
         self._places |= {_short(name): f"{file}:{line}" for name, line in lines.items()}
 

@@ -1,5 +1,6 @@
 """YAML as people write it, in recipes and flags: what it means, or in which line of which file the mistake is."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,27 @@ _DEEPEST, _LARGEST = 50, 100_000
 _TEXT_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
 
-def read_recipe(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
+def read_recipe(file: Path, setting: str = "--config") -> tuple[dict[str, Any], dict[str, int]]:
     """Return the settings in a file, and the line of every key and of every item of a list, by name.
+
+    Args:
+        file: A YAML file.
+        setting: What the user has named it by, for the error.
 
     Raises:
         SettingsError: If it does not hold settings as keys and values, each key once.
     """
-    name = f"--config: {str(file)!r}"
+    name = f"{setting}: {str(file)!r}"
+    if os.path.isdir(file):  # pathlib raises where a folder above may not be entered
+        raise SettingsError(f"{name} is a folder; name a recipe (YAML file), like those in configs/")
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise SettingsError(f"{name} is not a text file ({error})") from error
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        hint = did_you_mean_recipe(file) if isinstance(error, FileNotFoundError) else ""
+        hint = "; name a recipe (YAML file) that you may read"
+        if isinstance(error, FileNotFoundError):
+            hint = did_you_mean_recipe(file) or "; `litgpt-moe init` lists recipes and writes one"
         reason = getattr(error, "strerror", None) or str(error)
         raise SettingsError(f"{name} cannot be read ({reason}){hint}") from error
     document = _compose(name, text)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from litgpt_moe_ext.cli.given import Given, read_flags
 from litgpt_moe_ext.cli.mistakes import annotation_at, mistakes, wrong_nulls
+from litgpt_moe_ext.cli.paths import check_paths
 from litgpt_moe_ext.cli.recipe_files import load_value
 from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
@@ -192,23 +193,28 @@ def parse(given: Given, types: Mapping[str, Any]) -> tuple[Any, Any]:
     try:
         # Without a value jsonargparse looks for a class.
         tree = {key: value for key, value in given.tree.items() if key != "data" or value is not None}
-        return parser, parser.parse_object(tree)
+        parsed = parser.parse_object(tree)
     except (jsonargparse.ArgumentError, TypeError) as error:
         refuse_first(mistakes(given.tree, known))
         raise SettingsError(one_line(error)) from error
+    check_paths(parsed)
+    return parser, parsed
 
 
 def read_plain_settings(recipe: Path) -> Settings:
     """Return the settings of a recipe without importing LitGPT: model and data are not checked.
 
     Args:
-        recipe: A YAML file. `model_config` of the result has its fields as attributes.
+        recipe: A YAML file, or a checkpoint that holds its hyperparameters. `model_config` of the result has its fields
+            as attributes.
 
     Raises:
-        SettingsError: If another section is wrong.
+        SettingsError: If it is not a recipe, or another section is wrong.
     """
     types = {"model_config": dict | None, "data": dict | str | None}
-    given = read_given(["--config", str(recipe)], recipe, annotations(types))
+    inside = recipe / "hyperparameters.yaml"
+    given = Given({"optimizer": Settings.optimizer})
+    given.add_recipe(inside if inside.is_file() else recipe, "recipe")
     with given.naming_places():
         parser, parsed = parse(given, types)
         model = parsed.pop("model_config")

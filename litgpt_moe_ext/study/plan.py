@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ def _mapping(content: dict[str, Any], key: str) -> dict[str, Any]:
 
 def _recipe(name: str, study: Path) -> Path:
     for candidate in (Path(name), study.parent / name):
-        if candidate.is_file():
+        if os.path.isfile(candidate):  # pathlib raises for a name that is too long
             return candidate
     if name.removesuffix(".yaml") in recipe_names():
         return recipes_dir() / f"{name.removesuffix('.yaml')}.yaml"

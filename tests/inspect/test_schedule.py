@@ -1,6 +1,7 @@
 """`litgpt-moe schedule` shows the rates that the run has."""
 
 from pathlib import Path
+from shutil import copy
 from types import SimpleNamespace
 
 import pytest
@@ -46,6 +47,19 @@ def test_command(tmp_path, capsys):
     assert "cosine (the recipe's)" in output
     assert "wsd" in output
     assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_checkpoint_and_what_is_neither(tmp_path, capsys):
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    assert main(["schedule", str(checkpoint)]) == 2
+    assert f"error: recipe: '{checkpoint}' is a folder; name a recipe" in capsys.readouterr().err
+    assert main(["schedule", str(tmp_path / "quickstart.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: recipe: '{tmp_path / 'quickstart.yaml'}' cannot be read")
+    assert "did you mean" in error
+    copy(CONFIGS / "quickstart.yaml", checkpoint / "hyperparameters.yaml")
+    assert main(["schedule", str(checkpoint), f"--out={tmp_path / 'plot.png'}"]) == 0
 
 
 def test_figure_shows_the_rates():

@@ -58,8 +58,8 @@ class Doctor:
     def _settings(self) -> "Settings | None":
         from litgpt_moe_ext.cli.train import read_plain_settings
 
-        file = self.recipe / "hyperparameters.yaml" if self.recipe and self.recipe.is_dir() else self.recipe
-        return read_plain_settings(file) if file and file.is_file() else None
+        known = self.recipe and (self.recipe.is_file() or (self.recipe / "hyperparameters.yaml").is_file())
+        return read_plain_settings(self.recipe) if self.recipe and known else None
 
 
 def _print_fits(recipe: "Recipe", gib: float) -> int:

@@ -11,7 +11,7 @@ class Schedule:
     """Plot the learning rate of a recipe over the steps of its training.
 
     Attributes:
-        recipe: A YAML file for run_train.py, or the hyperparameters.yaml of a checkpoint.
+        recipe: A recipe (YAML file), or a checkpoint directory with the hyperparameters of its training.
         compare: Shapes to draw as well: `--compare cosine wsd`.
         out: File of the picture.
     """

@@ -1,0 +1,60 @@
+"""Paths that cannot be looked up: a name that is too long, a folder that may not be entered, a link to itself."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+from litgpt_moe_ext.cli import train
+from litgpt_moe_ext.cli.arguments import build_parser
+from litgpt_moe_ext.cli.main import COMMANDS, load, main
+from litgpt_moe_ext.cli.paths import check_path, check_paths
+from litgpt_moe_ext.errors import SettingsError
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+TOO_LONG = "a" * 300
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_every_path_of_a_command_is_looked_up(command, capsys):
+    kind = load(command)
+    parser, hints = build_parser(kind, command.name), get_type_hints(kind)
+    paths = [field.name for field in dataclasses.fields(kind) if "Path" in str(hints[field.name])]
+    assert paths
+    actions = {action.dest: action for action in parser._actions}
+    places = [field.name for field in dataclasses.fields(kind) if not actions[field.name].option_strings]
+    for wrong in paths:
+        given = [TOO_LONG if name == wrong else "quickstart" for name in places]
+        required = [name for name, action in actions.items() if action.required and action.option_strings]
+        for name in {*required, *({wrong} - {*places})}:
+            given += [f"--{name}", TOO_LONG if name == wrong else "1"]
+        assert main([command.name, *given]) == 2
+        assert f"error: {wrong}: '{TOO_LONG}' cannot be looked up (File name too long)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--config", "--out_dir", "--tokenizer_dir", "--data.source_path", "--resume"])
+def test_paths_of_a_training(flag, tmp_path, capsys):
+    given = ["--config", str(CONFIGS / "quickstart.yaml"), "--out_dir", str(tmp_path / "out"), flag, TOO_LONG]
+    assert train.main(given) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {flag if flag == '--config' else flag[2:]}: '{TOO_LONG}' cannot be ")
+    assert "(File name too long)" in error
+
+
+def test_what_may_not_be_entered_and_what_is_no_name(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with pytest.raises(SettingsError, match=r"data.path: 'a\\x00b' cannot be looked up \(embedded null byte\)"):
+        check_paths({"data": {"class_path": "C", "init_args": {"path": Path("a\0b")}}})
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(SettingsError, match="too many levels|Too many levels"):
+        check_paths({"files": [Path("nothing"), tmp_path / "loop"]})
+    check_path("file", tmp_path / "nothing")
+    (tmp_path / "file").touch()
+    check_path("file", tmp_path / "file" / "below")
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(SettingsError, match=r"file: 'x' cannot be looked up \(Permission denied\); name a path"):
+        check_path("file", Path("x"))
