@@ -117,7 +117,7 @@ def test_a_model_that_waits_goes_on_without(card):
     moe = model.transformer.h[0].mlp
     compute = moe.forward
     moe.forward = lambda x, *rest: compute(x * float(x.detach().abs().max() >= 0), *rest)
-    loss_function = GraphedLoss(lambda ids, targets: loss_of(model, ids, None), model, careful=False, say=said.append)
+    loss_function = GraphedLoss(lambda ids, targets: loss_of(model, ids, None), model, careful=True, say=said.append)
     for _ in range(4):
         batch = torch.randint(0, 64, (4, 65), device=card)
         loss_function(batch, batch).backward()
@@ -140,7 +140,7 @@ def test_a_capture_that_fails_harms_nothing(card):
                 loss.item()
             return loss
 
-        loss_function = GraphedLoss(plain_loss, model, careful=False, say=said.append) if graphs else plain_loss
+        loss_function = GraphedLoss(plain_loss, model, careful=True, say=said.append) if graphs else plain_loss
         torch.manual_seed(0)
         generator = torch.Generator(card).manual_seed(3)
         for step in range(6):
@@ -152,7 +152,9 @@ def test_a_capture_that_fails_harms_nothing(card):
         return said, [p.detach().clone() for p in model.parameters()]
 
     (said, ours), (_, theirs) = run(True), run(False)
-    assert said[0].startswith("CUDA graphs: off (capturing failed: ")
+    # What broke it off, not that it could not be ended, which torch 2.11 says.
+    assert "operation not permitted when stream is capturing" in said[0]
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
 

@@ -72,6 +72,8 @@ class Conditions(NamedTuple):
         """Return what keeps passes from being captured, or None."""
         if self.device_type != "cuda":
             return f"they are for NVIDIA GPUs, this is {self.device_type}"
+        if torch.version.hip is not None:
+            return "they are for NVIDIA GPUs, this is AMD's; nobody has tried them there"
         # What a setting removes comes last: its advice must help.
         if (lasting := self.strategy_obstacle or _obstacle_of(self.config)) is not None:
             return lasting

@@ -16,114 +16,32 @@ Shape legend: B batch, T tokens.
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-class Passes(NamedTuple):
-    """Both passes of a micro-batch, ready to run again.
-
-    Attributes:
-        forward: Computes the loss of what the static ids and targets hold.
-        backward: Computes the gradients of that loss times what `scale` holds, after `forward`.
-        loss: Where the loss is written, a scalar.
-        scale: Where the gradient of the loss is read, a scalar.
-        gradients: Where each leaf gets its gradient.
-    """
-
-    forward: Callable[[], None]
-    backward: Callable[[], None]
-    loss: Tensor
-    scale: Tensor
-    gradients: dict[Tensor, Tensor]
-
-
-class Capture(Protocol):
-    """What makes passes."""
-
-    def __call__(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor) -> Passes:
-        """Return the passes of `loss` over tensors whose contents change.
-
-        The backward pass adds to the gradients that leaves have now, and writes those of leaves that have none. Leaves
-        keep the gradients that they have, and nothing has a new value when this returns.
-
-        Args:
-            loss: The loss function.
-            ids_BT: Token ids, int64.
-            targets_BT: Targets, int64.
-        """
-
-
-class CudaCapture:
-    """Captures passes as CUDA graphs that share their memory: only one pair may be between its passes at a time."""
-
-    def __init__(self) -> None:
-        self._pool: Any = None
-
-    def __call__(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor) -> Passes:
-        """Return both passes of `loss` as graphs; see `Capture`."""
-        generator = torch.cuda.default_generators[ids_BT.get_device()]
-        state = generator.clone_state()
-        try:
-            return self._captured(loss, ids_BT, targets_BT)
-        except RuntimeError:
-            # Where a capture ended early, the generator would wait for its end for ever, and refuse all else.
-            generator.graphsafe_set_state(state)
-            raise
-
-    def _captured(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor) -> Passes:
-        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # Other threads, such as one that pins memory for a data loader, go on calling CUDA.
-        with torch.cuda.graph(forward, pool=self._pool, capture_error_mode="thread_local"):
-            value = loss(ids_BT, targets_BT)
-        self._pool = self._pool or forward.pool()
-        scale = torch.ones_like(value)
-        kept = {leaf: leaf.grad for leaf in leaves_of(value)}
-        try:
-            with torch.cuda.graph(backward, pool=self._pool, capture_error_mode="thread_local"):
-                value.backward(scale)
-            gradients = {leaf: leaf.grad for leaf in kept if leaf.grad is not None}
-        finally:
-            for leaf, gradient in kept.items():
-                leaf.grad = gradient
-        return Passes(forward.replay, backward.replay, value.detach(), scale, gradients)
-
-
-def leaves_of(loss: Tensor) -> list[Tensor]:
-    """Return the leaves that a backward pass of `loss` gives gradients to."""
-    leaves: list[Tensor] = []
-    seen, waiting = set(), [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name() == "torch::autograd::AccumulateGrad":
-            leaves.append(node.variable)  # pyrefly: ignore[missing-attribute]: which this kind of node has
-        waiting.extend(following for following, _ in node.next_functions)
-    return leaves
+from litgpt_moe_ext.training.steps.capture import Capture, CudaCapture, Loss, Passes
 
 
 class GraphedLoss:
     """A loss function whose passes are captured in the third optimizer step and replayed from then on.
 
-    The first two run as they are: kernels are compiled, and the optimizer makes its states. In the second, a wait for
-    the device is noticed, which no graph can hold, and which of the experts' weights are cast. A step begins where no
-    leaf has a gradient.
+    The first two run as they are: kernels are compiled, which a capture does not allow, and the optimizer makes its
+    states. In the second, micro-batches share already; a wait for the device is noticed, which no graph can hold, and
+    which of the experts' weights are cast. A step begins where no leaf has a gradient.
 
-    Batches of another shape than the captured run as they are.
+    Batches of another shape than the captured run as they are. Where capturing fails, gradients and random numbers are
+    those of before, and the micro-batch runs as it is.
 
     Args:
         loss: Takes ids and targets, both int64, (B, T), and returns a scalar.
         model: Whose parameters and buffers it reads.
-        careful: Whether graphs are used only where their memory and that of the same passes without them, such as
-            those of a validation, fit side by side.
+        careful: Whether to go on without graphs where they fail, or where their memory and that of the same passes
+            without them, such as those of a validation, do not fit side by side.
         say: Told once whether graphs are used.
         make_capture: Returns what makes the passes.
         share: Whether passes share casts of weights and sums of their gradients.
@@ -145,6 +63,7 @@ class GraphedLoss:
         self._turn = 0
         self._used = True
         self._captured: _Captured | None = None
+        self._warm: set[torch.Size] = set()
         self._weights = StepWeights()
         self._sharing = self._weights.shared if share else contextlib.nullcontext
         self._anchor = torch.zeros((), requires_grad=True)
@@ -155,6 +74,9 @@ class GraphedLoss:
         Args:
             ids_BT: Token ids, int64.
             targets_BT: Targets, int64.
+
+        Raises:
+            SettingsError: If graphs fail and it is not `careful`.
         """
         if not self._used:
             return self._loss(ids_BT, targets_BT)
@@ -162,18 +84,17 @@ class GraphedLoss:
         self._steps += begins
         if begins:
             self._weights.expire()
-        if self._steps == 2 and begins:
+        if self._steps == 2:
             return self._watched(ids_BT, targets_BT)
-        if self._steps > 2 and begins and (self._captured is None or self._captured.is_stale()):
+        may_capture = self._steps > 2 and begins and ids_BT.shape in self._warm
+        if may_capture and (self._captured is None or self._captured.is_stale()):
             self._captured = self._first_capture(ids_BT, targets_BT)
-        captured = self._captured
-        if captured is None or not captured.fits(ids_BT, targets_BT):
+        if self._captured is None or not self._captured.fits(ids_BT, targets_BT):
             return self._eager(ids_BT, targets_BT)
         self._weights.refresh()
-        try:
-            passes = captured.passes(begins)
-        except RuntimeError as error:
-            self._give_up(error)
+        passes = self._tried(partial(self._captured.passes, begins))
+        captured = self._captured
+        if passes is None or captured is None:
             return self._eager(ids_BT, targets_BT)
         captured.ids_BT.copy_(ids_BT)
         captured.targets_BT.copy_(targets_BT)
@@ -189,6 +110,7 @@ class GraphedLoss:
     def _eager(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
         if not self._used:
             return self._loss(ids_BT, targets_BT)
+        self._warm.add(ids_BT.shape)
         loss = self._loss(ids_BT, targets_BT)
         return self._result(loss.detach(), loss.backward)
 
@@ -205,6 +127,7 @@ class GraphedLoss:
         return _Backward.apply(self._anchor, loss, once)
 
     def _watched(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        self._warm.add(ids_BT.shape)
         waits: list[str] = []
         with self._sharing(), _noting_waits(waits):
             loss = self._loss(ids_BT, targets_BT)
@@ -218,42 +141,56 @@ class GraphedLoss:
         return self._result(loss.detach(), backward)
 
     def _first_capture(self, ids_BT: Tensor, targets_BT: Tensor) -> "_Captured | None":
-        is_first, self._captured = self._captured is None, None
-        keeps = is_first
-        if is_first and self._careful and _lack_of_memory(ids_BT.device, self._weights.size) is not None:
+        is_first, self._captured, lack = self._captured is None, None, None
+        if is_first:
             # Graphs are worth more than casts that are kept.
-            keeps, lack = False, _lack_of_memory(ids_BT.device)
-            if lack is not None:
-                self._stop(lack)
+            lack = _lack_of_memory(ids_BT.device, self._weights.size)
+            obstacle = _hook_of_others(self._model) or (lack and _lack_of_memory(ids_BT.device))
+            if self._careful and obstacle is not None:
+                self._stop(f"{obstacle}; --cuda_graphs true tries them anyway")
                 return None
         captured = _Captured(self._capture(), self._loss, self._model, (ids_BT.clone(), targets_BT.clone()))
-        try:
-            if keeps:
+
+        def first_passes() -> Passes:
+            if is_first and lack is None:
                 self._weights.keep()
-            captured.passes(begins=True)
-        except RuntimeError as error:
-            self._give_up(error)
+            return captured.passes(begins=True)
+
+        if self._tried(first_passes) is None:
             return None
         if is_first:
-            self._say("CUDA graphs: on, from this step")
+            casts = f"; casts of the experts' weights are not kept: {lack}" if lack and self._weights.size else ""
+            self._say(f"CUDA graphs: on, from this step{casts}")
         return captured
 
-    def _capture(self) -> Capture:
-        capture = self._make_capture()
+    def _tried(self, capture: Callable[[], Passes]) -> Passes | None:
+        # None where it fails. The caller goes on when the error is gone, whose traceback holds the memory of a pass.
+        try:
+            return capture()
+        except Exception as error:
+            self._give_up(error)
+            return None
 
-        def sharing_capture(loss: Loss, ids_BT: Tensor, targets_BT: Tensor) -> Passes:
-            with self._sharing():
-                return capture(loss, ids_BT, targets_BT)
+    def _capture(self) -> Capture:
+        # Graphs should go when the run does, not when a cycle is found: so nothing here knows this object.
+        capture, sharing = self._make_capture(), self._sharing
+
+        def sharing_capture(loss: Loss, ids_BT: Tensor, targets_BT: Tensor, add: bool) -> Passes:
+            with sharing():
+                return capture(loss, ids_BT, targets_BT, add)
 
         return sharing_capture
 
     def _give_up(self, error: Exception) -> None:
-        self._captured = None
-        self._stop(f"capturing failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+        text = (str(error).splitlines() or [""])[0]
+        kind = "" if text and isinstance(error, RuntimeError) else type(error).__name__
+        self._stop(f"capturing failed: {': '.join(filter(None, (kind, text)))}", error)
 
-    def _stop(self, reason: str) -> None:
-        self._used = False
+    def _stop(self, reason: str, error: Exception | None = None) -> None:
+        self._used, self._captured = False, None
         self._weights.clear()
+        if not self._careful:
+            raise SettingsError(f"cuda_graphs: true cannot work here ({reason}); set cuda_graphs: auto") from error
         self._say(f"CUDA graphs: off ({reason})")
 
 
@@ -291,7 +228,7 @@ class _Captured:
             begins: Whether no leaf has a gradient yet.
         """
         if self._first is None:
-            self._first = self._capture(self._loss, self.ids_BT, self.targets_BT)
+            self._first = self._capture(self._loss, self.ids_BT, self.targets_BT, add=False)
         if begins and all(leaf.grad is None for leaf in self._first.gradients):
             return self._first
         for leaf, gradient in self._first.gradients.items():
@@ -301,7 +238,7 @@ class _Captured:
                 gradient.copy_(leaf.grad)
             leaf.grad = gradient
         if self._other is None:
-            self._other = self._capture(self._loss, self.ids_BT, self.targets_BT)
+            self._other = self._capture(self._loss, self.ids_BT, self.targets_BT, add=True)
         return self._other
 
     def hand_over(self, passes: Passes) -> None:
@@ -350,6 +287,21 @@ def _noting_waits(places: list[str]) -> Iterator[None]:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
+# Where modules and parameters keep their hooks.
+_HOOKS = (
+    "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks", "_post_accumulate_grad_hooks",
+)  # fmt: skip
+
+
+def _hook_of_others(model: nn.Module) -> str | None:
+    """Return which module or parameter has a hook that is not this package's, as words: a replay calls none."""
+    for name, part in (*model.named_modules(), *model.named_parameters()):
+        for hook in (hook for kind in _HOOKS for hook in (getattr(part, kind, None) or {}).values()):
+            if not (getattr(hook, "__module__", None) or "").startswith("litgpt_moe_ext."):
+                return f"a hook on {name.removeprefix('_forward_module.') or 'the model'} would not run in every pass"
+    return None
+
+
 def _lack_of_memory(device: torch.device, more: int = 0) -> str | None:
     """Return how much memory is missing, as words, where graphs and passes without them do not fit side by side.
 
@@ -365,6 +317,4 @@ def _lack_of_memory(device: torch.device, more: int = 0) -> str | None:
     needed = torch.cuda.max_memory_allocated(device) + passes + more
     if needed <= room:
         return None
-    return (
-        f"they would need {needed / 2**30:.1f} GiB, {room / 2**30:.1f} are there; --cuda_graphs true tries them anyway"
-    )
+    return f"with them {needed / 2**30:.1f} GiB would be needed, {room / 2**30:.1f} are there"

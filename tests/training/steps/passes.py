@@ -1,13 +1,12 @@
 """What CUDA graphs do, on a CPU: passes that run again on the same tensors, and add gradients where they did."""
 
 import contextlib
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from litgpt_moe_ext.moe.kernels import step_weights
-from litgpt_moe_ext.training.steps.graphed_loss import Passes, leaves_of
+from litgpt_moe_ext.training.steps.capture import Loss, Passes, leaves_of
 
 
 class Reruns:
@@ -16,7 +15,7 @@ class Reruns:
     def __init__(self) -> None:
         self.captured = 0
 
-    def __call__(self, loss: Callable[[Tensor, Tensor], Tensor], ids_BT: Tensor, targets_BT: Tensor) -> Passes:
+    def __call__(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor, add: bool) -> Passes:
         self.captured += 1
         # What was shared when a graph was captured is so when it is replayed.
         shared = contextlib.nullcontext if (weights := step_weights._sharing) is None else weights.shared
@@ -29,6 +28,8 @@ class Reruns:
         value.backward(scale)
         for leaf, grad in kept.items():
             leaf.grad = grad
+        if not add:
+            kept = dict.fromkeys(kept)
         gradients = {leaf: torch.full_like(leaf, torch.nan) if grad is None else grad for leaf, grad in kept.items()}
 
         def forward() -> None:

@@ -88,6 +88,11 @@ def test_tried_on_one_card():
     assert "DeepSpeed" in facts_of("deepspeed_stage_1").graph_obstacle(1)  # also where there is one process
 
 
+def test_not_tried_on_amd(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert decide("auto", on_a_card()).obstacle.startswith("they are for NVIDIA GPUs, this is AMD's")
+
+
 DOCUMENTS = {
     "attention_class_name": "SinkAttention", "attention_document_boundary": "bos", "attention_document_token_id": 0,
 }  # fmt: skip

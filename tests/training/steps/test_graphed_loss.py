@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.moe.kernels import operators
 from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
 from litgpt_moe_ext.moe.metrics import routers_of
@@ -122,7 +123,7 @@ def test_experts_weights_are_shared(monkeypatch, dtype):
 
 
 def test_casts_are_not_kept_where_memory_is_short(monkeypatch):
-    lacks = iter(["they would need 7.0 GiB, 5.0 are there", None])
+    lacks = iter(["with them 7.0 GiB would be needed, 5.0 are there", None])
     asked = []
     place = "litgpt_moe_ext.training.steps.graphed_loss._lack_of_memory"
     monkeypatch.setattr(place, lambda device, more=0: asked.append(more) or next(lacks))
@@ -132,7 +133,10 @@ def test_casts_are_not_kept_where_memory_is_short(monkeypatch):
         return [training.step(data[i : i + 2]) for i in range(0, 8, 2)]
 
     graphed = assert_trains_alike(train, GROUPED, torch.bfloat16)
-    assert graphed.said == ["CUDA graphs: on, from this step"]
+    assert graphed.said == [
+        "CUDA graphs: on, from this step; casts of the experts' weights are not kept: with them 7.0 GiB would be "
+        "needed, 5.0 are there"
+    ]
     assert asked == [2 * 2 * 8 * (32 * 16 + 16 * 16), 0]  # two layers, two bytes
     assert not graphed.loss._weights._casts
 
@@ -187,31 +191,102 @@ def test_captures_again_when_a_tensor_has_moved():
     assert len(graphed.said) == 1
 
 
-def test_does_without_where_capturing_fails():
-    class Fails(Reruns):
-        def __call__(self, *arguments):
-            if not self.captured:
-                return super().__call__(*arguments)
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+class OutOfResources(Exception):
+    """As Triton's, which is no RuntimeError."""
 
-    data = batches(12)
+
+def failing(error, good):
+    """Return what makes passes, but fails after `good` of them."""
+
+    class Fails(Reruns):
+        def __call__(self, *arguments, **options):
+            if self.captured < good:
+                return super().__call__(*arguments, **options)
+            raise error
+
+    return Fails
+
+
+@pytest.mark.parametrize(
+    ("good", "error", "reason"),
+    [
+        (0, OutOfResources("shared memory"), "OutOfResources: shared memory"),
+        (1, RuntimeError("not permitted when stream is capturing\nmore"), "not permitted when stream is capturing"),
+    ],
+    ids=["first", "second"],
+)
+def test_does_without_where_capturing_fails(error, reason, good):
+    data = batches(8)
     graphed = assert_trains_alike(
-        lambda training: [training.step(data[i : i + 2]) for i in range(0, 12, 2)], make_capture=Fails
+        lambda training: [training.step(data[i : i + 2]) for i in range(0, 8, 2)],
+        GROUPED,
+        torch.bfloat16,
+        make_capture=failing(error, good),
     )
-    assert graphed.said[-1].startswith("CUDA graphs: off (capturing failed: operation not permitted")
-    assert len(graphed.said) == 2
+    assert graphed.said[-1] == f"CUDA graphs: off (capturing failed: {reason})"
+    assert len(graphed.said) == 1 + good
+    assert not graphed.loss._weights._casts
+    asked = Training(True, careful=False, make_capture=failing(error, good))
+    for i in (0, 2):
+        asked.step(data[i : i + 2])
+    with pytest.raises(SettingsError, match="cuda_graphs: true cannot work here .capturing failed: "):
+        asked.step(data[4:6])
 
 
 @pytest.mark.parametrize(("careful", "tried"), [(True, False), (False, True)])
 def test_leaves_room_unless_asked_for(monkeypatch, careful, tried):
     place = "litgpt_moe_ext.training.steps.graphed_loss._lack_of_memory"
-    monkeypatch.setattr(place, lambda *_: "they would need 7.0 GiB, 5.0 are there")
-    graphed = Training(True, careful=careful)
+    lack = "with them 7.0 GiB would be needed, 5.0 are there"
+    monkeypatch.setattr(place, lambda *_: lack)
+    graphed = Training(True, GROUPED, torch.bfloat16, careful=careful)
     for batch in batches(4):
         graphed.step([batch])
     assert bool(graphed.captures) == tried
-    said = "on, from this step" if tried else "off (they would need 7.0 GiB, 5.0 are there)"
-    assert graphed.said == [f"CUDA graphs: {said}"]
+    assert not graphed.loss._weights._casts
+    on = f"CUDA graphs: on, from this step; casts of the experts' weights are not kept: {lack}"
+    assert graphed.said == [on if tried else f"CUDA graphs: off ({lack}; --cuda_graphs true tries them anyway)"]
+
+
+@pytest.mark.parametrize(("careful", "tried"), [(True, False), (False, True)])
+@pytest.mark.parametrize("hooked", ["transformer.h.0.mlp", "lm_head.weight"])
+def test_leaves_hooks_their_turn_unless_asked_for(careful, tried, hooked):
+    graphed, calls = Training(True, careful=careful), []
+    if hooked == "lm_head.weight":
+        graphed.model.lm_head.weight.register_post_accumulate_grad_hook(calls.append)
+    else:
+        graphed.model.get_submodule(hooked).register_forward_hook(lambda *call: calls.append(call))
+    for batch in batches(4):
+        graphed.step([batch])
+    assert bool(graphed.captures) == tried
+    assert tried or len(calls) == 4
+    off = f"a hook on {hooked} would not run in every pass; --cuda_graphs true tries them anyway"
+    assert graphed.said == [f"CUDA graphs: {'on, from this step' if tried else f'off ({off})'}"]
+
+
+def test_nothing_runs_first_while_it_is_captured(monkeypatch):
+    """Neither in another form, such as sums that a product extends, nor for another shape: Triton would compile."""
+    sums, extend = [], operators._sum_outer_products
+    monkeypatch.setattr(operators, "_sum_outer_products", lambda call, to: sums.append(to) or extend(call, to))
+    graphed, long, short = Training(True, GROUPED), batches(4), batches(9, length=9)
+    for i in (0, 2):
+        graphed.step(long[i : i + 2])
+    assert any(total is not None for total in sums)
+    graphed.step(short[:1])
+    assert not graphed.captures
+    graphed.step(short[1:2])
+    assert len(graphed.captures) == 1
+
+
+def test_numbers_that_nobody_has_taken_before_the_capture():
+    data = batches(6)
+
+    def train(training):
+        training.step(data[:1])
+        training.loss(data[1][:, :-1], data[1][:, 1:]).backward()
+        training.optimizer.zero_grad()  # and the tallies stay
+        return [training.step([batch]) for batch in data[2:]]
+
+    assert_trains_alike(train)
 
 
 def test_a_loss_goes_backward_once_and_before_the_next():
