@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from litgpt_moe_ext.data.mixture.settings import RunLength
 from litgpt_moe_ext.errors import SettingsError
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from litgpt.data import DataModule
     from litgpt.tokenizer import Tokenizer
 
+    from litgpt_moe_ext.config.types import Config
     from litgpt_moe_ext.training.launch import Launched
 
 
@@ -38,7 +39,7 @@ def prepare_data(launched: Launched) -> Prepared:
     Raises:
         SettingsError: If the tokenizer does not suit the model, or something that needs one has none.
     """
-    settings, config = launched.plan.settings, launched.plan.config
+    settings, config = launched.plan.settings, cast("Config", launched.plan.config)
     vocabulary = config.padded_vocab_size or 0  # LitGPT sets it when it makes a Config
     data, tokenizer_dir, tokenizer = settings.data, settings.tokenizer_dir, None
     if data is None:
@@ -53,6 +54,9 @@ def prepare_data(launched: Launched) -> Prepared:
                 )
     if hasattr(data, "require_vocabulary"):  # before a preparation that may take hours
         data.require_vocabulary(vocabulary)
+    boundary, token_id = config.attention_document_boundary, config.attention_document_token_id
+    if hasattr(data, "require_documents") and boundary is not None:
+        data.require_documents(boundary, token_id)
     if hasattr(data, "plan_run"):
         train = launched.plan.train
         data.plan_run(RunLength(launched.plan.total_steps, train.global_batch_size, settings.eval.max_iters))

@@ -22,7 +22,7 @@ from litgpt.tokenizer import Tokenizer
 from transformers import AutoTokenizer, GPT2TokenizerFast
 
 from litgpt_moe_ext import padding
-from litgpt_moe_ext.data import CodeParrot, HubDataset, PreparedCorpus, TextCorpus, TinyStories, TokenShards
+from litgpt_moe_ext.data import CodeParrot, HubDataset, Mixture, PreparedCorpus, TextCorpus, TinyStories, TokenShards
 from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR, read_manifest
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.errors import SettingsError
@@ -318,6 +318,16 @@ def test_a_prepared_corpus_elsewhere(tmp_path):
         PreparedCorpus(tmp_path).prepare_data()
 
 
+def test_a_model_must_find_the_documents_of_a_corpus(tmp_path):
+    data = tiny_txt(tmp_path)
+    data.require_documents("eos", 7)
+    with pytest.raises(SettingsError, match=r"attention_document_token_id: 7 must be 0, the eos token of the corpus"):
+        data.prepare_data()
+    with pytest.raises(SettingsError, match=r"attention_document_token_id: 7 must be 0, the bos token of the corpus"):
+        Mixture({"all": data}, {"all": 1.0}).require_documents("bos", 7)
+    Mixture({"all": data}, {"all": 1.0}).require_documents("bos", 0)
+
+
 def test_documents_are_counted_and_packed_whole_where_one_token_begins_and_ends_them(tmp_path):
     data = tiny_txt(tmp_path)
     data.prepend_bos, data.packing = True, "pad"
@@ -328,6 +338,9 @@ def test_documents_are_counted_and_packed_whole_where_one_token_begins_and_ends_
     rows = [row[row != PADDING].tolist() for row in data.windows_of("training", "data")]
     assert len(rows) == manifest["documents_train"]
     assert all(row[0] == row[-1] == 0 and len(row) > 2 for row in rows)
+    with pytest.raises(SettingsError, match=r"attention_document_boundary: eos must be bos .* token 0 both begins and"):
+        data.require_documents("eos", 0)
+    data.require_documents("bos", 0)
     part = PreparedCorpus(data.corpus_path, train_count=3)
     train = np.concatenate(part.open_shards()[0])
     assert train.tolist() == sum(rows[:3], [])

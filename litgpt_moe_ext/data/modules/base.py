@@ -53,6 +53,14 @@ class TokenModule(DataModule):
     def require_vocabulary(self, padded_vocab_size: int) -> None:
         """Raise SettingsError, with the remedy, if the data may hold ids that a model has no embedding for."""
 
+    def require_documents(self, boundary: str, token_id: int) -> None:  # noqa: B027 a module need not know
+        """Raise SettingsError if a model that attends within documents would not find those of the data.
+
+        Args:
+            boundary: `eos` or `bos`, the model's `attention_document_boundary`.
+            token_id: Its `attention_document_token_id`.
+        """
+
     @property
     def pads(self) -> bool:
         """Whether rows may hold padding; `litgpt pretrain` then weighs tokens (`litgpt_moe_ext.host.padding`)."""

@@ -31,6 +31,7 @@ class CorpusModule(Corpus, ShardModule):
         super().__post_init__()
         ShardModule.__post_init__(self)
         self.corpus_path: Path | None = None
+        self._model_documents: tuple[str, int] | None = None
 
     def prepare_tokenizer(self) -> Path:
         """Prepare everything if needed and return the tokenizer directory."""
@@ -61,12 +62,14 @@ class CorpusModule(Corpus, ShardModule):
 
         Raises:
             SettingsError: The tokenizer given to `connect` is not the one of the corpus, the vocabulary is larger than
-                the one `require_vocabulary` named, or a setting or a file is wrong.
+                the one `require_vocabulary` named, documents do not begin or end as `require_documents` has it, or a
+                setting or a file is wrong.
         """
         if self.corpus_path is None:
             self.corpus_path = self.prepare(is_first_rank(), self.tokenizer)
         self._check_tokenizer()
         self._check_vocabulary()
+        self._check_documents()
 
     def open_shards(self) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
         """See `ShardModule.open_shards`."""
@@ -108,6 +111,12 @@ class CorpusModule(Corpus, ShardModule):
                 "vocabulary"
             )
 
+    def require_documents(self, boundary: str, token_id: int) -> None:
+        """See `TokenModule.require_documents`; only a prepared corpus knows its tokens."""
+        self._model_documents = (boundary, token_id)
+        if self.corpus_path is not None:
+            self._check_documents()
+
     @property
     def corpus_id(self) -> str:
         """The key of the corpus, how much of it is read, and how it is packed."""
@@ -140,6 +149,25 @@ class CorpusModule(Corpus, ShardModule):
                 f"data: the corpus in {self.corpus_path} has a vocabulary of {vocab_size} tokens, more than the "
                 f"model's padded_vocab_size of {self._model_vocab_size}; set model_config.padded_vocab_size to "
                 f"{vocab_size} or more, or prepare the corpus with a smaller vocabulary"
+            )
+
+    def _check_documents(self) -> None:
+        if self._model_documents is None:
+            return
+        boundary, token_id = self._model_documents
+        eos_id, bos_id = (self._manifest()[name] for name in ("eos_id", "bos_id"))
+        # Without a BOS token, the EOS token may count as the beginning of the document that follows.
+        expected = eos_id if boundary == "eos" or bos_id is None else bos_id
+        if token_id != expected:
+            raise SettingsError(
+                f"model_config.attention_document_token_id: {token_id} must be {expected}, the {boundary} token of the "
+                f"corpus in {self.corpus_path}"
+            )
+        if boundary == "eos" and eos_id == bos_id:
+            raise SettingsError(
+                "model_config.attention_document_boundary: eos must be bos for the corpus in "
+                f"{self.corpus_path}, where token {eos_id} both begins and ends a document: each beginning would be a "
+                "document of its own"
             )
 
     def _check_tokenizer(self) -> None:

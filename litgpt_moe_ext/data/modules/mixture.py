@@ -79,6 +79,11 @@ class Mixture(TokenModule):
         for module in self.parts.values():
             module.require_vocabulary(padded_vocab_size)
 
+    def require_documents(self, boundary: str, token_id: int) -> None:
+        """See `TokenModule.require_documents`."""
+        for module in self.parts.values():
+            module.require_documents(boundary, token_id)
+
     def plan_run(self, length: RunLength) -> None:
         """Take over how long the run is going to be.
 
