@@ -124,4 +124,5 @@ def _one_choice_per_row(routing: Routing) -> Routing:
     experts_R1 = routing.experts_TK.reshape(-1, 1)
     real_R = None if routing.real_T is None else routing.real_T.repeat_interleave(routing.experts_TK.size(1))
     ones_R1 = torch.ones_like(experts_R1, dtype=routing.weights_TK.dtype)
-    return Routing(ones_R1, experts_R1, routing.counts_E, real_R)
+    # The order of rows, which is all that the decision is asked for, is the same.
+    return Routing(ones_R1, experts_R1, routing.counts_E, real_R, routing.decision)

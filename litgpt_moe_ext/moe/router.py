@@ -32,10 +32,13 @@ _STEP_LOSS = "load_balancing_loss"
 # Those that the fused kernels know, by the fields of `Rule`, in the order of a record.
 _FUSED_LOSSES = {
     "load_balancing_loss": "balancing",
+    "sequence_balancing_loss": "sequence",
     "z_loss": "z",
     "importance_loss": "importance",
     "load_loss": "load",
 }
+# The last of a record, which looks at no token, so that the kernels need not know it.
+_WEIGHT_LOSS = "orthogonality_loss"
 _LOSSES = "litgpt_moe_ext.moe.losses"
 
 
@@ -142,10 +145,9 @@ class Router(nn.Module):
         # The kernels know the package's own losses, and are not for those who ask for ordinary operators.
         self._fusible = (
             getattr(config, "expert_backend", None) != "loop"
-            and set(self.loss_names) <= set(_FUSED_LOSSES)
+            and set(self.loss_names) <= {*_FUSED_LOSSES, _WEIGHT_LOSS}
             and all(function.__module__ == _LOSSES for function in self._loss_functions.values())
             and type(self).auxiliary_loss is Router.auxiliary_loss
-            and self.step_shares is None
             and self.n_expert <= fused_router.MOST_EXPERTS
         )
         watch(self)
@@ -158,8 +160,8 @@ class Router(nn.Module):
             n_sequence: Number of sequences of equal length that they are from.
             real_T: Which tokens are not padding, bool; None if all.
         """
-        if real_T is None and self._fusible and fused_router.works_on(x_TD) and (rule := self.rule()) is not None:
-            return self._decide(x_TD, rule)
+        if self._fusible and fused_router.works_on(x_TD) and (rule := self.rule()) is not None:
+            return self._decide(x_TD, rule, n_sequence, real_T)
         choice = self.choose(x_TD)
         if real_T is not None:
             choice = choice.route_nowhere(~real_T, self.n_expert)
@@ -181,11 +183,22 @@ class Router(nn.Module):
             weights_TK = self._count_in_backward(weights_TK, counts_E, choice, auxiliary, real_T)
         return Routing(weights_TK, experts_TK, counts_E, real_T)
 
-    def _decide(self, x_TD: Tensor, rule: Rule) -> Routing:
-        losses = {_FUSED_LOSSES[name]: coef for name, coef in self.loss_coefs.items()}
-        leaf_N = self.tally.leaf_on(x_TD.device) if self.training and torch.is_grad_enabled() else None
-        decision = fused_router.decide(self.given(x_TD), rule._replace(scale=self.scaling_factor, **losses), leaf_N)
-        return Routing(decision.weights_TK, decision.experts_TK, decision.counts_E, None, decision)
+    def _decide(self, x_TD: Tensor, rule: Rule, n_sequence: int, real_T: Tensor | None) -> Routing:
+        real = None if real_T is None else real_T.contiguous()
+        given, leaf_N = self.given(x_TD)._replace(real_T=real), None
+        rule = rule._replace(scale=self.scaling_factor)
+        if self.training and torch.is_grad_enabled():
+            leaf_N = self.tally.leaf_on(x_TD.device)
+            losses = {field: self.loss_coefs.get(name, 0.0) for name, field in _FUSED_LOSSES.items()}
+            rule = rule._replace(**losses, global_batch=self.step_shares is not None)
+            if rule.sequence:
+                rule = rule._replace(sequences=n_sequence)
+            if coef := self.loss_coefs.get(_WEIGHT_LOSS):
+                given = given._replace(other_loss=coef * self._loss_functions[_WEIGHT_LOSS](self.weight, real_T))
+        decision = fused_router.decide(given, rule, leaf_N, self.step_shares)
+        if self.step_shares is not None and self.training:
+            self.step_shares.count(decision.counts_E)
+        return Routing(decision.weights_TK, decision.experts_TK, decision.counts_E, real_T, decision)
 
     def rule(self) -> Rule | None:
         """Return the rule by which `choose` decides, if the fused kernels know it; then `given` says for what."""

@@ -24,27 +24,32 @@ def test_equals_the_operators(device, name, E, K, T):
     if hasattr(gate, "e_score_correction_bias"):
         gate.e_score_correction_bias.normal_(std=0.3)
     compare(gate, T)
+    compare(gate, T, n_sequence=10, padded=True)
     gate.eval()
     compare(gate, 3)
 
 
-def test_two_runs_give_the_same_bits(device):
-    gate = make_gate(**RULES["noisy, all losses"]).to(device)
+@pytest.mark.parametrize("name", ["noisy, all losses", "noisy, everything"])
+def test_two_runs_give_the_same_bits(device, name):
+    gate = make_gate(**RULES[name]).to(device)
     x, upstream = torch.randn(5000, 16, device=device), torch.rand(5000, 2, device=device)
-    (first, _), (second, _) = (run(gate, x, upstream, fused=True) for _ in range(2))
+    (first, _), (second, _) = (run(gate, x, upstream, True, n_sequence=5) for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
 
 
-def test_it_is_what_a_card_takes_and_nothing_waits(device):
-    gate = make_gate(**RULES["noisy, all losses"]).to(device)
+@pytest.mark.parametrize("name", ["noisy, all losses", "noisy, everything"])
+def test_it_is_what_a_card_takes_and_nothing_waits(device, name):
+    gate = make_gate(**RULES[name]).to(device)
     x = torch.randn(64, 16, device=device, requires_grad=True)
+    real = torch.arange(64, device=device) % 3 > 0
     assert fused_router.works_on(x)
     gate(x).weights_TK.sum().backward()
-    with no_waits(device):
-        routing = gate(x)
-        routing.weights_TK.sum().backward()
-        fused_router.sort_rows(routing.decision)
+    for padding in (None, real):
+        with no_waits(device):
+            routing = gate(x, 4, padding)
+            routing.weights_TK.sum().backward()
+            fused_router.sort_rows(routing.decision)
 
 
 @pytest.mark.parametrize(("T", "D", "E"), [(1, 16, 2), (100, 72, 3), (1000, 768, 64), (16384, 768, 8)], ids=str)

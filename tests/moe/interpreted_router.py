@@ -11,12 +11,14 @@ from torch.utils.checkpoint import checkpoint
 from litgpt_moe_ext.moe.balancing import update_routers
 from litgpt_moe_ext.moe.kernels import fused_router, router_product
 from litgpt_moe_ext.moe.kernels.triton import routing
+from litgpt_moe_ext.moe.layer import MoE
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import _keep_choices
+from tests.models import moe_config, randomize
 from tests.moe.interpreted_triton import EXAMPLES
-from tests.moe.routers import BALANCING, NOISY, RULES, compare, make_gate, run
+from tests.moe.routers import BALANCING, NOISY, RULES, SEQUENCES, compare, make_gate, run
 
 # Between them, these have everything.
-SOON = ("sigmoid, balancing", "sigmoid, groups", "softmax, balancing", "noisy, all losses")
+SOON = ("sigmoid, groups", "sigmoid, sequences", "softmax, balancing", "noisy, everything")
 
 
 @pytest.fixture(autouse=True)
@@ -33,19 +35,20 @@ def test_equals_the_operators(name):
     if hasattr(gate, "e_score_correction_bias"):
         gate.e_score_correction_bias.normal_(std=0.3)
     compare(gate, 130)
+    compare(gate, 132, n_sequence=2, padded=True)
     gate.eval()
     compare(gate, 3)
 
 
 @given(
     T=st.integers(1, 70), E=st.integers(2, 9), k=st.integers(1, 4), name=st.sampled_from(list(RULES)),
-    seed=st.integers(0, 99),
+    seed=st.integers(0, 99), n_sequence=st.integers(1, 3), padded=st.booleans(),
 )  # fmt: skip
 @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
-def test_any_shape(T, E, k, name, seed):
+def test_any_shape(T, E, k, name, seed, n_sequence, padded):
     torch.manual_seed(seed)
     changes = {} if "groups" in name else {"n_expert": E, "n_expert_per_token": min(k, E - 1)}
-    compare(make_gate(**RULES[name], **changes), T)
+    compare(make_gate(**RULES[name], **changes), T * n_sequence, n_sequence, padded)
 
 
 def test_one_expert():
@@ -73,6 +76,14 @@ def test_no_token():
     assert not result.counts_E.any()
 
 
+def test_nothing_but_padding():
+    gate = make_gate(**SEQUENCES, **BALANCING)
+    results, _ = run(gate, torch.randn(6, 16), torch.rand(6, 2), True, 2, torch.zeros(6, dtype=torch.bool))
+    assert (results.pop("experts") == 8).all()
+    for name, value in results.items():
+        assert not value.any(), name
+
+
 @pytest.mark.slow
 def test_two_runs_give_the_same_bits():
     gate, x, upstream = make_gate(**RULES["noisy, all losses"]), torch.randn(130, 16), torch.rand(130, 2)
@@ -82,11 +93,9 @@ def test_two_runs_give_the_same_bits():
 
 
 def test_what_the_kernels_do_not_know():
-    """Losses per sequence or over the global batch, padding, and those who ask for ordinary operators."""
+    """Routers that do not learn, and those who ask for ordinary operators."""
     x = torch.randn(12, 16)
     for changes in (
-        {"router_sequence_balancing_loss_coef": 0.1},
-        {**BALANCING, "router_load_balancing_loss_scope": "global_batch"},
         {"expert_backend": "loop"},
         {"router_type": "hash", "n_expert_groups": None},
     ):
@@ -95,7 +104,26 @@ def test_what_the_kernels_do_not_know():
             patch.setattr(fused_router, "works_on", lambda x: True)
             gate.token_ids_T = torch.arange(12)
             assert gate(x).decision is None
-            assert gate(x, real_T=torch.arange(12) < 7).decision is None
+
+
+@pytest.mark.parametrize(
+    "changes", [{"bias": True}, pytest.param({"expert_gate_on_input": True}, marks=pytest.mark.slow)]
+)
+def test_a_layer_with_padding(monkeypatch, changes):
+    """Experts go by the order of rows in which the fused router puts padding last."""
+    torch.manual_seed(0)
+    moe = randomize(MoE(moe_config(mlp_class_name="MoE", expert_backend="triton", **SEQUENCES, **changes)))
+    real = torch.rand(2, 5) < 0.6
+    upstream, results = torch.rand(2, 5, 16), []
+    for fused in (True, False):
+        monkeypatch.setattr(fused_router, "works_on", lambda x, fused=fused: fused)
+        moe.experts.forced_backend = "triton" if fused else "loop"
+        moe.zero_grad()
+        x = torch.linspace(-1, 1, 2 * 5 * 16).view(2, 5, 16).requires_grad_()
+        y = moe(x, real)
+        y.backward(upstream)
+        results.append({"y": y, "x": x.grad} | {name: p.grad for name, p in moe.named_parameters()})
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 def test_checkpointing_keeps_the_decision(monkeypatch):

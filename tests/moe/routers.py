@@ -14,6 +14,9 @@ BALANCING = {"router_load_balancing_loss_coef": 0.05}
 Z = {"router_z_loss_coef": 0.02}
 GROUPS = {"n_expert_groups": 4, "n_topk_groups": 2, "n_topk_scores_per_group": 1}
 NOISY = {"router_type": "noisy_topk"}
+SEQUENCES = {"router_sequence_balancing_loss_coef": 0.03}
+GLOBAL = {**BALANCING, "router_load_balancing_loss_scope": "global_batch"}
+ORTHOGONALITY = {"router_orthogonality_loss_coef": 0.02}
 RULES = {
     "sigmoid": {},
     "sigmoid, balancing": {"norm_topk_prob": True, "routed_scaling_factor": 2.5, **BALANCING, **Z},
@@ -23,6 +26,10 @@ RULES = {
     "noisy": NOISY,
     "noisy, all losses": {**NOISY, **BALANCING, **Z, "routed_scaling_factor": 1.5},
     "importance": {"router_importance_loss_coef": 0.1, **BALANCING},
+    "sigmoid, sequences": {"routed_scaling_factor": 2.5, **SEQUENCES, **BALANCING, **Z},
+    "softmax, sequences": {"router_score_function": "softmax", **SEQUENCES},
+    "sigmoid, global batch": {**GLOBAL, **ORTHOGONALITY},
+    "noisy, everything": {**NOISY, **GLOBAL, **SEQUENCES, **Z, **ORTHOGONALITY},
 }
 
 
@@ -30,22 +37,22 @@ def make_gate(**changes):
     return randomize(MoE(moe_config(mlp_class_name="MoE", router_bias_update_rate=None, **changes))).gate
 
 
-def run(gate, x, upstream, fused, seed=3, scale=0.25):
+def run(gate, x, upstream, fused, n_sequence=1, real=None):
     """Return the decision, all gradients, and what is recorded, of a loss that a training loop scales."""
     gate.zero_grad()
     before = {name: tensor.clone() for name, tensor in gate.state_dict().items()}
     x = x.detach().requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused_router, "works_on", lambda x: fused)
-        torch.manual_seed(seed)
-        routing = gate(x)
+        torch.manual_seed(3)
+        routing = gate(x, n_sequence, real)
         assert (routing.decision is not None) == fused
     # In the order of experts, which is the same whatever the order of the choices.
     order_TK = routing.experts_TK.argsort(1)
     weights_TK = routing.weights_TK.gather(1, order_TK)
     result = {"weights": weights_TK, "experts": routing.experts_TK.gather(1, order_TK), "counts": routing.counts_E}
     if gate.training:
-        (remember_scale((weights_TK * upstream).sum()) * scale).backward()
+        (remember_scale((weights_TK * upstream).sum()) * 0.25).backward()
         forget_scale()
         result |= {"x": x.grad, **{name: p.grad for name, p in gate.named_parameters()}}
         update_routers([gate])
@@ -54,15 +61,17 @@ def run(gate, x, upstream, fused, seed=3, scale=0.25):
     return {name: value.detach().clone() for name, value in result.items()}, routing
 
 
-def compare(gate, T):
+def compare(gate, T, n_sequence=1, padded=False):
+    """Hold the fused router against torch's operators, with half the tokens padding if `padded`."""
     D, K = gate.weight.size(1), gate.top_k
     device = gate.weight.device
     x, upstream = torch.randn(T, D, device=device), torch.rand(T, K, device=device)
-    (ours, routing), (expected, _) = (run(gate, x, upstream, fused) for fused in (True, False))
+    real = torch.rand(T, device=device) < 0.5 if padded else None
+    (ours, routing), (expected, _) = (run(gate, x, upstream, fused, n_sequence, real) for fused in (True, False))
     assert ours.keys() == expected.keys()
     for name, value in expected.items():
         assert ours[name].dtype == value.dtype, name
         torch.testing.assert_close(ours[name], value, rtol=2e-4, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}")
-    rows_R, ends_E = sort_rows(routing.experts_TK, routing.counts_E)
+    rows_R, ends_E = sort_rows(routing.experts_TK, routing.counts_E, padded)
     assert torch.equal(fused_router.sort_rows(routing.decision), rows_R)
     assert torch.equal(routing.decision.ends_E, ends_E)

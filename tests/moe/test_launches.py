@@ -12,6 +12,7 @@ from litgpt_moe_ext import padding
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
 from tests.fake_cuda import DTYPES, RECIPES, fake_cuda
 from tests.models import initialized_model, moe_config, randomize
+from tests.moe.routers import RULES
 
 # These only describe memory in another way, or reserve it.
 FREE = {
@@ -55,19 +56,18 @@ class Launches(TorchDispatchMode):
             return func._op_dk(torch._C.DispatchKey.CUDA, *args, **kwargs)
 
 
-def launches_of_recipe(recipe, capability):
-    """Return what the first MoE layer of a recipe starts on a card, in training, in the recipe's own precision."""
-    settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    kind, _, mode = (settings.get("precision") or "bf16-mixed").partition("-")
-    config = Config(**settings["model_config"])
+def launches_of_layer(config, capability, precision="bf16-mixed", padded=False):
+    """Return what an MoE layer starts on a card, in training."""
+    kind, _, mode = precision.partition("-")
     assert mode == "mixed"
     with fake_cuda(capability):
         with Fabric(accelerator="cpu", devices=1).init_module(empty_init=True), torch.device("cuda"):
             moe = getattr(litgpt.model, config.mlp_class_name)(config)
             x = torch.empty(8, 2048, config.n_embd, requires_grad=True)
+            real = torch.empty(8, 2048, dtype=torch.bool) if padded else None
         moe.gate.tally.leaf_on(x.device)  # made once
         with torch.autocast("cuda", DTYPES[kind]), Launches(inside=True) as launches:
-            moe(x)
+            moe(x, real)
     return launches.names
 
 
@@ -76,8 +76,21 @@ def launches_of_recipe(recipe, capability):
 def test_the_layer_of_every_recipe_starts_at_most_25_kernels(recipe, capability):
     """Router, losses, statistics and shared experts included; casts of weights too, which autocast does once a pass."""
     pytest.importorskip("triton")
-    names = launches_of_recipe(recipe, capability)
+    settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    names = launches_of_layer(Config(**settings["model_config"]), capability, settings.get("precision") or "bf16-mixed")
     assert len(names) <= 25, names
+    assert {"_project", "_route", "_sum_up", "_place"} <= set(names)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["text", "padding"])
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_takes_the_fused_router(name, padded):
+    """Every loss, noise and groups, on the card where experts take most: as many as without any of it."""
+    pytest.importorskip("triton")
+    config = moe_config(n_embd=256, moe_intermediate_size=64, **RULES[name])
+    names = launches_of_layer(config, (10, 0), padded=padded)
+    beside = 2 * ("noisy" in name) + (10 + 2 * padded) * bool(config.router_orthogonality_loss_coef)
+    assert len(names) == (19 if padded else 14) + beside, names
     assert {"_project", "_route", "_sum_up", "_place"} <= set(names)
 
 

@@ -131,9 +131,9 @@ def everything_else(dtype):
 
 
 RULES = (
-    Rule("sigmoid", 2, True, 2.5, 2, 1, 2, balancing=0.01, z=0.001),
-    Rule("softmax", 8, True, balancing=0.01),
-    Rule("chosen", 2, balancing=0.01, z=0.001, importance=0.1, load=0.1),
+    Rule("sigmoid", 2, True, 2.5, 2, 1, 2, balancing=0.01, sequence=0.01, z=0.001, sequences=2),
+    Rule("softmax", 8, True, balancing=0.01, global_batch=True),
+    Rule("chosen", 2, balancing=0.01, sequence=0.01, z=0.001, importance=0.1, load=0.1),
 )
 
 
@@ -141,12 +141,15 @@ def every_router(n_expert):
     """Run the kernels of the fused router, in training and in evaluation."""
     for rule in RULES:
         logits = torch.empty(40, n_expert)
-        noisy = (torch.empty_like(logits), torch.empty_like(logits)) if rule.score == "chosen" else (None, None)
-        given = Given(logits, None if rule.score == "chosen" else torch.empty(n_expert), *noisy)
-        _, experts, _, ends, before, slopes, _ = routing.route(given, rule, True)
-        routing.route(Given(logits), rule._replace(balancing=0.0, z=0.0, importance=0.0, load=0.0), False)
+        noisy = rule.score == "chosen"
+        beside = (None, logits, logits) if noisy else (torch.empty(n_expert), None, None)
+        # Each with and without padding, and a loss that does not look at tokens.
+        for real, other in ((None, None), (torch.empty(40, dtype=torch.bool), torch.empty(()))):
+            given = Given(logits, *beside, real, other)
+            _, experts, _, ends, before, slopes, _ = routing.route(given, rule, True)
+            routing.route_backward(given, rule, experts, ends, slopes, torch.empty(40, rule.top_k), torch.empty(()))
+            routing.route(Given(logits, real_T=real), Rule(*rule[:7]), False)
         routing.place(experts, ends, before)
-        routing.route_backward(given, rule, experts, slopes, torch.empty(40, rule.top_k), torch.empty(()))
 
 
 def every_gate(dtype, n_expert, width=768):
@@ -193,7 +196,7 @@ def test_everything_else(monkeypatch, tmp_path, capability, dtype):
 def test_every_router(monkeypatch, tmp_path, capability, n_expert):
     compiler = Compiler(monkeypatch, capability)
     every_router(n_expert)
-    assert compiler.check(tmp_path) == 18
+    assert compiler.check(tmp_path) == 33
 
 
 @pytest.mark.slow

@@ -1,11 +1,11 @@
 """Routers on a GPU with few launches: the decision, the losses and the statistics of the package's own routers at once.
 
 What `litgpt_moe_ext.moe.router` and its subclasses write out with torch's operators, which stay the reference and what
-everything else goes by: CPUs, compilers, padding, losses per sequence or over the global batch, and routers and losses
-of other packages. Also `expert_backend: loop`, which is for ordinary operators.
+everything else goes by: CPUs, compilers, and routers and losses of other packages. Also `expert_backend: loop`, which
+is for ordinary operators.
 
-Shape legend: T tokens, E experts, K chosen experts per token, R = T * K routed rows, B blocks of tokens, N numbers of a
-tally.
+Shape legend: T tokens, E experts, K chosen experts per token, R = T * K routed rows, S sequences, B blocks of tokens of
+one sequence, N numbers of a tally, L = 3 rows of slopes, S more of them with a loss per sequence.
 """
 
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from litgpt_moe_ext.moe.gradient_injection import present_scale
+from litgpt_moe_ext.moe.step_shares import StepShares
 from litgpt_moe_ext.triton_launch import triton_works_on
 
 _NAMESPACE = "litgpt_moe_ext"
@@ -34,9 +35,12 @@ class Rule(NamedTuple):
         best_groups: How many of them take part.
         best_in_group: By how many of its experts a group is valued.
         balancing: Weight of the load-balancing loss.
+        sequence: Weight of the load-balancing loss of each sequence.
         z: Weight of the z-loss.
         importance: Weight of the importance loss.
         load: Weight of the load loss.
+        global_batch: Whether the load-balancing loss is over the global batch, whose shares are known later.
+        sequences: Number of sequences of equal length that tokens are from; 1 where no loss asks.
     """
 
     score: str
@@ -47,14 +51,17 @@ class Rule(NamedTuple):
     best_groups: int = 1
     best_in_group: int = 1
     balancing: float = 0.0
+    sequence: float = 0.0
     z: float = 0.0
     importance: float = 0.0
     load: float = 0.0
+    global_batch: bool = False
+    sequences: int = 1
 
     @property
     def coefs(self) -> tuple[float, ...]:
         """Weights of the losses, in the order in which a router records them."""
-        return self.balancing, self.z, self.importance, self.load
+        return self.balancing, self.sequence, self.z, self.importance, self.load
 
 
 class Given(NamedTuple):
@@ -65,25 +72,30 @@ class Given(NamedTuple):
         bias_E: Balancing bias, float32, or None.
         noise_TE: Standard normal noise, or None.
         spread_TE: Its standard deviation before the softplus, contiguous, or None.
+        real_T: Which tokens are not padding, bool, contiguous; None if all.
+        other_loss: A loss that does not look at tokens, with its weight, a scalar, or None.
     """
 
     logits_TE: Tensor
     bias_E: Tensor | None = None
     noise_TE: Tensor | None = None
     spread_TE: Tensor | None = None
+    real_T: Tensor | None = None
+    other_loss: Tensor | None = None
 
 
 class Decision(NamedTuple):
     """What was decided.
 
     Attributes:
-        weights_TK: Gate values, float32.
-        experts_TK: Chosen experts, int64.
+        weights_TK: Gate values, float32; 0 for padding.
+        experts_TK: Chosen experts, int64; E for padding.
         counts_E: Tokens per expert, int64.
         ends_E: Where the rows of each expert end, int32.
-        before_BE: Rows of each expert before each block of tokens, int32, with room for a power of two of experts.
-        slopes_3E: Gradients of the load-balancing loss by the sum of each expert's probabilities, of the importance
-            loss by its gate values, and of the load loss by its expected tokens.
+        before_SBE: Rows of each expert before each block of tokens, int32, with room for a power of two of experts.
+        slopes_LE: Gradients of the load-balancing loss by the mean of each expert's probabilities (over the global
+            batch: the sum of the probabilities itself), of the importance loss by the sum of its gate values, and of
+            the load loss by that of its expected tokens; and with a loss per sequence, as the first for each of them.
         tally_N: What a router sums over a step, float64; empty unless training.
     """
 
@@ -91,8 +103,8 @@ class Decision(NamedTuple):
     experts_TK: Tensor
     counts_E: Tensor
     ends_E: Tensor
-    before_BE: Tensor
-    slopes_3E: Tensor
+    before_SBE: Tensor
+    slopes_LE: Tensor
     tally_N: Tensor
 
 
@@ -101,28 +113,31 @@ def works_on(x: Tensor) -> bool:
     return x.is_cuda and not torch.compiler.is_compiling() and triton_works_on(x.device)
 
 
-def decide(given: Given, rule: Rule, leaf_N: Tensor | None) -> Decision:
+def decide(given: Given, rule: Rule, leaf_N: Tensor | None, shares: StepShares | None) -> Decision:
     """Choose experts for each token.
 
     Args:
         given: What the decision is made of.
         rule: By what rule.
         leaf_N: The leaf of a router's tally, whose "gradient" becomes the tally; None unless training.
+        shares: Those of the global batch, for a load-balancing loss over it.
     """
-    return Decision(*_Decide.apply(rule, leaf_N, *given))
+    return Decision(*_Decide.apply(rule, shares, leaf_N, *given))
 
 
 def sort_rows(decision: Decision) -> Tensor:
     """Return for each row in the order of experts, and of tokens within an expert, which of the choices it is, (R,)."""
-    return _place(decision.experts_TK, decision.ends_E, decision.before_BE)
+    return _place(decision.experts_TK, decision.ends_E, decision.before_SBE)
 
 
 class _Decide(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rule: Rule, leaf_N: Tensor | None, *given: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, rule: Rule, shares: StepShares | None, leaf_N: Tensor | None, *given: Tensor | None
+    ) -> tuple[Tensor, ...]:
         decision = Decision(*route_operator(*given, *rule, leaf_N is not None))
-        ctx.rule = rule
-        ctx.save_for_backward(*given, decision.experts_TK, decision.slopes_3E, decision.tally_N)
+        ctx.rule, ctx.shares = rule, shares
+        ctx.save_for_backward(*given, *decision[1:])
         ctx.mark_non_differentiable(*decision[1:])
         ctx.set_materialize_grads(False)
         return decision
@@ -130,21 +145,36 @@ class _Decide(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        *given, experts_TK, slopes_3E, tally_N = ctx.saved_tensors
-        dweights_TK = grads[0]
+        saved, dweights_TK = ctx.saved_tensors, grads[0]
         if dweights_TK is None:
-            return (None,) * (2 + len(given))
-        upstream = (experts_TK, slopes_3E, dweights_TK.contiguous(), present_scale(dweights_TK))
+            return (None,) * (3 + _N_GIVEN)
+        given, decision = saved[:_N_GIVEN], Decision(dweights_TK, *saved[_N_GIVEN:])
+        if ctx.rule.global_batch:
+            decision = _with_shares(decision, ctx.rule, ctx.shares.shares(decision.counts_E))
+        scale = present_scale(dweights_TK)
+        upstream = (decision.experts_TK, decision.ends_E, decision.slopes_LE, dweights_TK.contiguous(), scale)
         dlogits_TE, dspread_TE = _route_backward(*given, *ctx.rule, *upstream)
-        need_leaf, need_spread = ctx.needs_input_grad[1], ctx.needs_input_grad[5]
-        return None, tally_N if need_leaf else None, dlogits_TE, None, None, dspread_TE if need_spread else None
+        _, _, need_leaf, *need = ctx.needs_input_grad
+        gradients = Given(dlogits_TE, spread_TE=dspread_TE, other_loss=scale)
+        needed = (gradient if asked else None for gradient, asked in zip(gradients, need, strict=True))
+        return None, None, decision.tally_N if need_leaf else None, *needed
+
+
+def _with_shares(decision: Decision, rule: Rule, shares_E: Tensor) -> Decision:
+    # What the kernels could not know of a load-balancing loss over the global batch.
+    n_expert = shares_E.size(0)
+    slope_E = rule.balancing * n_expert * shares_E
+    slopes_LE, tally_N = decision.slopes_LE.clone(), decision.tally_N.clone()
+    tally_N[n_expert + 3] = slope_E.dot(slopes_LE[0].to(slope_E.dtype))
+    slopes_LE[0] = slope_E
+    return decision._replace(slopes_LE=slopes_LE, tally_N=tally_N)
 
 
 _N_GIVEN, _N_RULE = len(Given._fields), len(Rule._fields)
 _ARGUMENTS = (
-    "Tensor logits_TE, Tensor? bias_E, Tensor? noise_TE, Tensor? spread_TE, str score, SymInt top_k, bool normalize, "
-    "float scale, SymInt groups, SymInt best_groups, SymInt best_in_group, float balancing, float z, float importance, "
-    "float load"
+    "Tensor logits_TE, Tensor? bias_E, Tensor? noise_TE, Tensor? spread_TE, Tensor? real_T, Tensor? other_loss, "
+    "str score, SymInt top_k, bool normalize, float scale, SymInt groups, SymInt best_groups, SymInt best_in_group, "
+    "float balancing, float sequence, float z, float importance, float load, bool global_batch, SymInt sequences"
 )
 
 
@@ -169,18 +199,19 @@ def _run_place(*arguments: Tensor) -> Tensor:
 
 
 def _empty_decision(*arguments: Any) -> tuple[Tensor, ...]:
-    logits_TE, rule, trains = arguments[0], Rule(*arguments[_N_GIVEN:-1]), arguments[-1]
-    n_token, n_expert = logits_TE.shape
+    given, rule, trains = Given(*arguments[:_N_GIVEN]), Rule(*arguments[_N_GIVEN:-1]), arguments[-1]
+    n_token, n_expert = given.logits_TE.shape
     width = max(1 << (n_expert - 1).bit_length(), 4)
     rows = min(max(2048 // width, 1), 64)
-    new, n_loss = logits_TE.new_empty, sum(coef != 0 for coef in rule.coefs)
+    new, n_loss = given.logits_TE.new_empty, sum(coef != 0 for coef in rule.coefs) + (given.other_loss is not None)
+    n_block = (n_token // rule.sequences + rows - 1) // rows
     return (
         new(n_token, rule.top_k),
         new(n_token, rule.top_k, dtype=torch.int64),
         new(n_expert, dtype=torch.int64),
         new(n_expert, dtype=torch.int32),
-        new((n_token + rows - 1) // rows, width, dtype=torch.int32),
-        new(3, n_expert),
+        new(rule.sequences, n_block, width, dtype=torch.int32),
+        new(3 + (rule.sequences if rule.sequence else 0), n_expert),
         new(n_expert + 3 + n_loss if trains else 0, dtype=torch.float64),
     )
 
@@ -202,13 +233,14 @@ _DECISION = ", ".join(["Tensor"] * len(Decision._fields))
 route_operator = _operator("route", f"({_ARGUMENTS}, bool trains) -> ({_DECISION})", _run_route, _empty_decision)
 _route_backward = _operator(
     "route_backward",
-    f"({_ARGUMENTS}, Tensor experts_TK, Tensor slopes_3E, Tensor dweights_TK, Tensor scale) -> (Tensor, Tensor)",
+    f"({_ARGUMENTS}, Tensor experts_TK, Tensor ends_E, Tensor slopes_LE, Tensor dweights_TK, Tensor scale)"
+    " -> (Tensor, Tensor)",
     _run_backward,
     _empty_gradients,
 )
 _place = _operator(
     "place_rows",
-    "(Tensor experts_TK, Tensor ends_E, Tensor before_BE) -> Tensor",
+    "(Tensor experts_TK, Tensor ends_E, Tensor before_SBE) -> Tensor",
     _run_place,
-    lambda experts_TK, ends_E, before_BE: experts_TK.new_empty(experts_TK.numel()),
+    lambda experts_TK, ends_E, before_SBE: experts_TK.new_empty(experts_TK.numel()),
 )

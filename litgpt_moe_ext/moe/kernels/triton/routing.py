@@ -9,8 +9,10 @@ is float32, sums over all tokens are float64; blocks are added in a fixed order,
    block.
 3. `_place` sorts the rows by expert, by counting.
 
+A block has tokens of one sequence only where a loss is per sequence; elsewhere all tokens count as one sequence.
+
 Shape legend: T tokens (in a kernel: of a block), E experts, K chosen experts per token, R = T * K routed rows,
-B blocks, N numbers of a tally.
+S sequences, B blocks of a sequence, N numbers of a tally, L rows of slopes.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,8 +38,10 @@ _BLOCKS = tl.constexpr(32)
 
 
 class _Sizes(NamedTuple):
+    # Tokens and blocks are those of one sequence.
     n_token: Any
     n_expert: Any
+    n_block: Any
 
 
 class _Chosen(NamedTuple):
@@ -55,9 +59,11 @@ class _Form(NamedTuple):
     best_groups: int
     best_in_group: int
     balancing: float
+    sequence: float
     z: float
     importance: float
     load: float
+    global_batch: bool
     rows: int
     experts: int
     trains: bool
@@ -75,70 +81,84 @@ def route(given: Given, rule: Rule, trains: bool) -> tuple[Tensor, ...]:
     """Decide for all tokens; returns what `litgpt_moe_ext.moe.kernels.fused_router.Decision` holds, in its order."""
     n_token, n_expert = given.logits_TE.shape
     new, form = given.logits_TE.new_empty, _form(rule, n_expert, trains)
-    n_block = ceil_div(n_token, form.rows)
+    sizes, S = _sizes(n_token, n_expert, rule.sequences, form), rule.sequences
     chosen = _Chosen(new(n_token, rule.top_k), new(n_token, rule.top_k, dtype=torch.int64))
-    parts = new(n_block, 5, form.experts)
+    parts = new(S * sizes.n_block, 5, form.experts)
+    n_loss = sum(coef != 0 for coef in rule.coefs) + (given.other_loss is not None)
     sums = _Sums(
         counts=new(n_expert, dtype=torch.int64),
         ends=new(n_expert, dtype=torch.int32),
-        before=new(n_block, form.experts, dtype=torch.int32),
-        slopes=new(3, n_expert),
-        tally=new(n_expert + 3 + sum(coef != 0 for coef in rule.coefs) if trains else 0, dtype=torch.float64),
+        before=new(S, sizes.n_block, form.experts, dtype=torch.int32),
+        slopes=new(3 + (S if rule.sequence else 0), n_expert),
+        tally=new(n_expert + 3 + n_loss if trains else 0, dtype=torch.float64),
     )
-    sizes = _Sizes(n_token, n_expert)
-    launch(_route, (n_block,), (given, chosen, parts, sizes, form), warps=4)
-    launch(_sum_up, (1,), (parts, sums, sizes, n_block, form), warps=4)
+    launch(_route, (S * sizes.n_block,), (given, chosen, parts, sizes, form), warps=4)
+    launch(_sum_up, (1,), (parts, sums, given.other_loss, sizes, S, form), warps=4)
     return *chosen, *sums
 
 
-def place(experts_TK: Tensor, ends_E: Tensor, before_BE: Tensor) -> Tensor:
-    """Return for each row in the order of experts, and of tokens within an expert, which of the choices it is, (R,)."""
+def place(experts_TK: Tensor, ends_E: Tensor, before_SBE: Tensor) -> Tensor:
+    """Return for each row in the order of experts, and of tokens within an expert, which of the choices it is, (R,).
+
+    Padding comes last.
+    """
     n_token, top_k = experts_TK.shape
-    rule = Rule("", top_k)
-    form = _form(rule, ends_E.size(0), False)
+    form = _form(Rule("", top_k), ends_E.size(0), False)
     rows_R = torch.empty_like(experts_TK.view(-1))
-    sizes = _Sizes(n_token, ends_E.size(0))
-    launch(_place, (before_BE.size(0),), (experts_TK, ends_E, before_BE, rows_R, sizes, form), warps=4)
+    n_sequence, n_block, _ = before_SBE.shape
+    sizes = _Sizes(n_token // n_sequence, ends_E.size(0), n_block)
+    launch(_place, (n_sequence * n_block,), (experts_TK, ends_E, before_SBE, rows_R, sizes, form), warps=4)
     return rows_R
 
 
-def route_backward(
-    given: Given, rule: Rule, experts_TK: Tensor, slopes_3E: Tensor, dweights_TK: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
+def route_backward(given: Given, rule: Rule, *upstream: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of the logits, and of the logits of the noise (without noise something empty).
 
     Args:
         given: What the decision was made of.
         rule: By what rule.
-        experts_TK: The decision.
-        slopes_3E: Gradients of the losses, as `route` returned them.
-        dweights_TK: Gradient of the gate values, contiguous.
-        scale: By what the losses are scaled, a scalar.
+        *upstream: The chosen experts, where the rows of each expert end, gradients of the losses, all as `route`
+            returned them; the gradient of the gate values, contiguous; and by what the losses are scaled, a scalar.
     """
     n_token, n_expert = given.logits_TE.shape
     dlogits_TE = torch.empty_like(given.logits_TE)
     dspread_TE = dlogits_TE.new_empty(0) if given.spread_TE is None else torch.empty_like(dlogits_TE)
     form = _form(rule, n_expert, True)
-    arguments = (given, (experts_TK, dweights_TK, slopes_3E, scale), (dlogits_TE, dspread_TE))
-    sizes = _Sizes(n_token, n_expert)
-    launch(_route_backward, (ceil_div(n_token, form.rows),), (*arguments, sizes, form), warps=4)
+    sizes = _sizes(n_token, n_expert, rule.sequences, form)
+    arguments = (given, upstream, (dlogits_TE, dspread_TE), sizes, form)
+    launch(_route_backward, (rule.sequences * sizes.n_block,), arguments, warps=4)
     return dlogits_TE, dspread_TE
 
 
 def _form(rule: Rule, n_expert: int, trains: bool) -> _Form:
     experts = max(power_of_two(n_expert), 4)
-    return _Form(*rule, min(max(2048 // experts, 1), 64), experts, trains)
+    return _Form(*rule[:-1], min(max(2048 // experts, 1), 64), experts, trains)
+
+
+def _sizes(n_token: int, n_expert: int, n_sequence: int, form: _Form) -> _Sizes:
+    n_token //= n_sequence
+    return _Sizes(n_token, n_expert, ceil_div(n_token, form.rows))
 
 
 @triton.jit
 def _block(sizes, FORM: constexpr):
     # The tokens and experts of the program, which of them exist, and where both are found.
-    token_T = tl.program_id(0) * FORM.rows + tl.arange(0, FORM.rows)
+    sequence = tl.program_id(0) // sizes.n_block
+    token_T = (tl.program_id(0) - sequence * sizes.n_block) * FORM.rows + tl.arange(0, FORM.rows)
     e_E = tl.arange(0, FORM.experts)
     live_T, real_E = token_T < sizes.n_token, e_E < sizes.n_expert
-    token_T = token_T.to(tl.int64)
+    token_T = sequence.to(tl.int64) * sizes.n_token + token_T
     at_TE = token_T[:, None] * sizes.n_expert + e_E[None, :]
     return token_T, e_E, live_T, real_E, at_TE, live_T[:, None] & real_E[None, :]
+
+
+@triton.jit
+def _text(given, token_T, live_T):
+    # Which tokens are not padding.
+    if given.real_T is None:
+        return live_T
+    else:
+        return live_T & (tl.load(given.real_T + token_T, mask=live_T, other=0) != 0)
 
 
 @triton.jit
@@ -226,12 +246,12 @@ def _rank(key_TE, e_E, sizes, FORM: constexpr):
 
 
 @triton.jit
-def _rank_of(experts, token_T, live_T, e_E, FORM: constexpr):
-    # The same from the decision.
+def _rank_of(experts, token_T, live_T, e_E, real_E, FORM: constexpr):
+    # The same from the decision. The expert of padding is the first that does not exist.
     rank_TE = tl.full((FORM.rows, FORM.experts), FORM.top_k, tl.int32)
     for k in range(FORM.top_k):
         expert_T = tl.load(experts + token_T * FORM.top_k + k, mask=live_T, other=-1)
-        rank_TE = tl.where(e_E[None, :] == expert_T[:, None], k, rank_TE)
+        rank_TE = tl.where((e_E[None, :] == expert_T[:, None]) & real_E[None, :], k, rank_TE)
     return rank_TE
 
 
@@ -253,6 +273,8 @@ def _sum_tokens(x_TE, inside_TE):
 def _route(given, chosen, parts, sizes, FORM: constexpr):
     token_T, e_E, live_T, real_E, at_TE, inside_TE = _block(sizes, FORM)
     z_TE, _, std_TE, v_TE = _values(given, at_TE, inside_TE, real_E)
+    text_T = _text(given, token_T, live_T)
+    inside_TE = text_T[:, None] & real_E[None, :]
     p_TE, lse_T = _softmax(z_TE)
     s_TE = tl.sigmoid(z_TE) if FORM.score == "sigmoid" else p_TE
     key_TE = v_TE
@@ -264,8 +286,8 @@ def _route(given, chosen, parts, sizes, FORM: constexpr):
     picked_TE = rank_TE < FORM.top_k
     w_TE, _ = _gate_values(s_TE, v_TE, picked_TE, FORM)
     goal_TE = token_T[:, None] * FORM.top_k + rank_TE
-    tl.store(chosen.weights + goal_TE, w_TE * FORM.scale, mask=picked_TE & live_T[:, None])
-    e_TE = tl.full((FORM.rows, FORM.experts), 0, tl.int64) + e_E.to(tl.int64)[None, :]
+    tl.store(chosen.weights + goal_TE, tl.where(inside_TE, w_TE * FORM.scale, 0.0), mask=picked_TE & live_T[:, None])
+    e_TE = tl.where(text_T[:, None], e_E.to(tl.int64)[None, :], sizes.n_expert)
     tl.store(chosen.experts + goal_TE, e_TE, mask=picked_TE & live_T[:, None])
 
     part_E = parts + tl.program_id(0).to(tl.int64) * (_ROWS * FORM.experts) + e_E
@@ -283,7 +305,7 @@ def _route(given, chosen, parts, sizes, FORM: constexpr):
         entropy_TE = tl.where(p_TE > 0.0, -p_TE * tl.log(tl.where(p_TE > 0.0, p_TE, 1.0)), p_TE * 0.0)
         entropy = tl.sum(_sum_tokens(entropy_TE, inside_TE), 0)
         gate = tl.sum(_sum_tokens(w_TE * FORM.scale, inside_TE), 0)
-        z_loss = tl.sum(tl.where(live_T, lse_T * lse_T, 0.0), 0)
+        z_loss = tl.sum(tl.where(text_T, lse_T * lse_T, 0.0), 0)
         several_E = tl.where(e_E == 0, gate, tl.where(e_E == 1, squares, tl.where(e_E == 2, entropy, z_loss)))
         tl.store(part_E + 4 * FORM.experts, several_E)
 
@@ -301,43 +323,57 @@ def _variation(x_E, real_E, n_expert):
 
 
 @triton.jit
-def _sum_up(parts, sums, sizes, n_block, FORM: constexpr):
+def _sum_up(parts, sums, other_loss, sizes, n_sequence, FORM: constexpr):
     e_E = tl.arange(0, FORM.experts)
     real_E = e_E < sizes.n_expert
     count_E = tl.full((FORM.experts,), 0, tl.int32)
     p_E = tl.full((FORM.experts,), 0.0, tl.float64)
-    gate_E, load_E, several_E = p_E, p_E, p_E
-    for start in range(0, n_block, _BLOCKS):
-        block_B = start + tl.arange(0, _BLOCKS)
-        live_BE = (block_B < n_block)[:, None] & real_E[None, :]
-        some_BE = (block_B < n_block)[:, None] & (e_E < FORM.experts)[None, :]
-        part_BE = parts + block_B.to(tl.int64)[:, None] * (_ROWS * FORM.experts) + e_E[None, :]
-        count_BE = tl.load(part_BE, mask=live_BE, other=0.0).to(tl.int32)
-        before_BE = count_E[None, :] + tl.cumsum(count_BE, 0) - count_BE
-        tl.store(sums.before + block_B.to(tl.int64)[:, None] * FORM.experts + e_E[None, :], before_BE, mask=some_BE)
-        count_E += tl.sum(count_BE, 0)
-        if FORM.trains:
-            # A few blocks in float32, all of them in float64, in which cards for desktops are slow.
-            p_E += tl.sum(tl.load(part_BE + FORM.experts, mask=live_BE, other=0.0), 0).to(tl.float64)
-            gate_E += tl.sum(tl.load(part_BE + 2 * FORM.experts, mask=live_BE, other=0.0), 0).to(tl.float64)
-            if FORM.load != 0.0:
-                load_E += tl.sum(tl.load(part_BE + 3 * FORM.experts, mask=live_BE, other=0.0), 0).to(tl.float64)
-            several_E += tl.sum(tl.load(part_BE + 4 * FORM.experts, mask=some_BE, other=0.0), 0).to(tl.float64)
+    gate_E, load_E, several_E, sequence_loss = p_E, p_E, p_E, tl.sum(p_E, 0)
+    # Whole numbers that happen to be 1 are constants to Triton, without a type.
+    n_expert = tl.sum(real_E.to(tl.float64), 0)
+    for sequence in range(0, n_sequence):
+        earlier_E, earlier_p_E = count_E, p_E
+        for start in range(0, sizes.n_block, _BLOCKS):
+            block_B = start + tl.arange(0, _BLOCKS)
+            live_B = block_B < sizes.n_block
+            block_B = sequence * sizes.n_block + block_B.to(tl.int64)
+            live_BE = live_B[:, None] & real_E[None, :]
+            some_BE = live_B[:, None] & (e_E < FORM.experts)[None, :]
+            part_BE = parts + block_B[:, None] * (_ROWS * FORM.experts) + e_E[None, :]
+            count_BE = tl.load(part_BE, mask=live_BE, other=0.0).to(tl.int32)
+            before_BE = count_E[None, :] + tl.cumsum(count_BE, 0) - count_BE
+            tl.store(sums.before + block_B[:, None] * FORM.experts + e_E[None, :], before_BE, mask=some_BE)
+            count_E += tl.sum(count_BE, 0)
+            if FORM.trains:
+                # A few blocks in float32, all of them in float64, in which cards for desktops are slow.
+                p_E += tl.sum(tl.load(part_BE + FORM.experts, mask=live_BE, other=0.0), 0).to(tl.float64)
+                gate_E += tl.sum(tl.load(part_BE + 2 * FORM.experts, mask=live_BE, other=0.0), 0).to(tl.float64)
+                if FORM.load != 0.0:
+                    load_E += tl.sum(tl.load(part_BE + 3 * FORM.experts, mask=live_BE, other=0.0), 0).to(tl.float64)
+                several_E += tl.sum(tl.load(part_BE + 4 * FORM.experts, mask=some_BE, other=0.0), 0).to(tl.float64)
+        if FORM.trains and FORM.sequence != 0.0:
+            tokens_E = (count_E - earlier_E).to(tl.float64)
+            slope_E = FORM.sequence * n_expert * tokens_E / tl.maximum(tl.sum(tokens_E, 0), 1.0)
+            tl.store(sums.slopes + (3 + sequence) * sizes.n_expert + e_E, slope_E.to(tl.float32), mask=real_E)
+            sequence_loss += tl.sum(slope_E * (p_E - earlier_p_E), 0)
     tl.store(sums.counts + e_E, count_E.to(tl.int64), mask=real_E)
     tl.store(sums.ends + e_E, tl.cumsum(count_E, 0), mask=real_E)
     if FORM.trains:
-        # Whole numbers that happen to be 1 are constants to Triton, without a type.
+        # Losses are recorded times the number of tokens.
         n_token = tl.maximum(tl.sum(count_E, 0).to(tl.float64) / FORM.top_k, 1.0)
-        n_expert = tl.sum(real_E.to(tl.float64), 0)
-        share_E = count_E.to(tl.float64) / (n_token * FORM.top_k)
         tl.store(sums.tally + e_E, count_E.to(tl.float64), mask=real_E)
         several = sums.tally + sizes.n_expert
         tl.store(several + e_E, several_E, mask=e_E < 3)
         loss = several + 3
         if FORM.balancing != 0.0:
-            slope_E = FORM.balancing * n_expert * share_E / n_token
+            slope_E = FORM.balancing * n_expert * count_E.to(tl.float64) / (n_token * FORM.top_k)
+            tl.store(loss, tl.sum(slope_E * p_E, 0))
+            if FORM.global_batch:
+                slope_E = p_E
             tl.store(sums.slopes + e_E, slope_E.to(tl.float32), mask=real_E)
-            tl.store(loss, tl.sum(slope_E * p_E, 0) * n_token)
+            loss += 1
+        if FORM.sequence != 0.0:
+            tl.store(loss, sequence_loss)
             loss += 1
         if FORM.z != 0.0:
             tl.store(loss, FORM.z * tl.sum(tl.where(e_E == 3, several_E, 0.0), 0))
@@ -353,29 +389,40 @@ def _sum_up(parts, sums, sizes, n_block, FORM: constexpr):
             slope_E *= FORM.load
             tl.store(sums.slopes + 2 * sizes.n_expert + e_E, slope_E.to(tl.float32), mask=real_E)
             tl.store(loss, FORM.load * value * n_token)
+            loss += 1
+        if other_loss is not None:
+            tl.store(loss, tl.load(other_loss).to(tl.float64) * n_token)
 
 
 @triton.jit
 def _place(experts, ends, before, rows, sizes, FORM: constexpr):
     token_T, e_E, live_T, real_E, _, _ = _block(sizes, FORM)
-    rank_TE = _rank_of(experts, token_T, live_T, e_E, FORM)
+    rank_TE = _rank_of(experts, token_T, live_T, e_E, real_E, FORM)
     picked_TE = rank_TE < FORM.top_k
     first_E = tl.load(ends + e_E - 1, mask=real_E & (e_E > 0), other=0)
-    first_E += tl.load(before + tl.program_id(0).to(tl.int64) * FORM.experts + e_E)
-    row_TE = first_E[None, :] + tl.cumsum(picked_TE.to(tl.int32), 0) - picked_TE.to(tl.int32)
+    before_E = tl.load(before + tl.program_id(0).to(tl.int64) * FORM.experts + e_E)
+    row_TE = (first_E + before_E)[None, :] + tl.cumsum(picked_TE.to(tl.int32), 0) - picked_TE.to(tl.int32)
     tl.store(rows + row_TE, token_T[:, None] * FORM.top_k + rank_TE, mask=picked_TE)
+    # Padding, of which there are as many choices before this block as are of no expert.
+    choice_T = token_T * FORM.top_k
+    padding_T = (live_T & (tl.sum(picked_TE.to(tl.int32), 1) == 0)).to(tl.int32)
+    row_T = tl.load(ends + sizes.n_expert - 1) + tl.min(choice_T, 0) - tl.sum(before_E, 0)
+    row_T += (tl.cumsum(padding_T, 0) - padding_T) * FORM.top_k
+    for k in range(FORM.top_k):
+        tl.store(rows + row_T + k, choice_T + k, mask=padding_T > 0)
 
 
 @triton.jit
 def _route_backward(given, upstream, results, sizes, FORM: constexpr):
-    experts, dweights, slopes, scale = upstream
+    experts, ends, slopes, dweights, scale = upstream
     dlogits, dspread = results
     token_T, e_E, live_T, real_E, at_TE, inside_TE = _block(sizes, FORM)
     z_TE, noise_TE, std_TE, v_TE = _values(given, at_TE, inside_TE, real_E)
     p_TE, lse_T = _softmax(z_TE)
     s_TE = tl.sigmoid(z_TE) if FORM.score == "sigmoid" else p_TE
     scale = tl.load(scale).to(tl.float32)
-    rank_TE = _rank_of(experts, token_T, live_T, e_E, FORM)
+    n_token = tl.maximum(tl.load(ends + sizes.n_expert - 1).to(tl.float32) / FORM.top_k, 1.0)
+    rank_TE = _rank_of(experts, token_T, live_T, e_E, real_E, FORM)
     picked_TE = rank_TE < FORM.top_k
     goal_TE = token_T[:, None] * FORM.top_k + rank_TE
     dw_TE = tl.load(dweights + goal_TE, mask=picked_TE, other=0.0).to(tl.float32) * FORM.scale
@@ -385,7 +432,11 @@ def _route_backward(given, upstream, results, sizes, FORM: constexpr):
     w_TE, total_T = _gate_values(s_TE, v_TE, picked_TE, FORM)
     slope_E = tl.full((FORM.experts,), 0.0, tl.float32)
     if FORM.balancing != 0.0:
-        slope_E = tl.load(slopes + e_E, mask=real_E, other=0.0) * scale
+        slope_E += tl.load(slopes + e_E, mask=real_E, other=0.0)
+    if FORM.sequence != 0.0:
+        row = 3 + tl.program_id(0) // sizes.n_block
+        slope_E += tl.load(slopes + row * sizes.n_expert + e_E, mask=real_E, other=0.0)
+    slope_E *= scale / n_token
     if FORM.score == "chosen":
         dv_TE = w_TE * (dw_TE - tl.sum(w_TE * dw_TE, 1)[:, None])
         dz_TE = p_TE * (slope_E[None, :] - tl.sum(p_TE * slope_E[None, :], 1)[:, None])
@@ -407,14 +458,15 @@ def _route_backward(given, upstream, results, sizes, FORM: constexpr):
             dstd_TE += dv_TE * noise_TE
             spread_TE = tl.load(given.spread_TE + at_TE, mask=inside_TE, other=0.0)
             slope_TE = tl.where(spread_TE > 20.0, 1.0, tl.sigmoid(spread_TE))
-            tl.store(dspread + at_TE, dstd_TE * slope_TE, mask=inside_TE)
+            dspread_TE = tl.where(_text(given, token_T, live_T)[:, None], dstd_TE * slope_TE, 0.0)
+            tl.store(dspread + at_TE, dspread_TE, mask=inside_TE)
         dz_TE += dv_TE
     else:
         ds_TE = dw_TE
         if FORM.normalize:
             ds_TE = tl.where(picked_TE, (dw_TE - tl.sum(dw_TE * w_TE, 1)[:, None]) / total_T[:, None], 0.0)
         if FORM.score == "sigmoid":
-            if FORM.balancing != 0.0:
+            if FORM.balancing != 0.0 or FORM.sequence != 0.0:
                 sum_T1 = (tl.sum(s_TE, 1) + 1e-20)[:, None]
                 ds_TE += (slope_E[None, :] - tl.sum(slope_E[None, :] * s_TE, 1)[:, None] / sum_T1) / sum_T1
             dz_TE = ds_TE * s_TE * (1.0 - s_TE)
@@ -422,5 +474,7 @@ def _route_backward(given, upstream, results, sizes, FORM: constexpr):
             ds_TE += slope_E[None, :]
             dz_TE = s_TE * (ds_TE - tl.sum(s_TE * ds_TE, 1)[:, None])
     if FORM.z != 0.0:
-        dz_TE += (2.0 * FORM.z * scale / sizes.n_token) * lse_T[:, None] * p_TE
+        dz_TE += (2.0 * FORM.z * scale / n_token) * lse_T[:, None] * p_TE
+    # Numbers of padding may be anything on the way.
+    dz_TE = tl.where(_text(given, token_T, live_T)[:, None], dz_TE, 0.0)
     tl.store(dlogits + at_TE, dz_TE, mask=inside_TE)
