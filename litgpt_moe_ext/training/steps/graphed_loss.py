@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
 from litgpt_moe_ext.training.steps.capture import Capture, CudaCapture, Loss, Passes
+from litgpt_moe_ext.training.steps.graph_check import Reference, ReplayError
 
 
 class GraphedLoss:
@@ -34,8 +35,9 @@ class GraphedLoss:
     states. In the second, micro-batches share already; a wait for the device is noticed, which no graph can hold, and
     which of the experts' weights are cast. A step begins where no leaf has a gradient.
 
-    Batches of another shape than the captured run as they are. Where capturing fails, gradients and random numbers are
-    those of before, and the micro-batch runs as it is.
+    Batches of another shape than the captured run as they are. Where capturing fails, or a replay has other numbers
+    (`litgpt_moe_ext.training.steps.graph_check`), gradients and random numbers are those of before, and the micro-batch
+    runs as it is.
 
     Args:
         loss: Takes ids and targets, both int64, (B, T), and returns a scalar.
@@ -63,6 +65,7 @@ class GraphedLoss:
         self._turn = 0
         self._used = True
         self._captured: _Captured | None = None
+        self._accumulates = False
         self._warm: set[torch.Size] = set()
         self._weights = StepWeights()
         self._sharing = self._weights.shared if share else contextlib.nullcontext
@@ -82,6 +85,7 @@ class GraphedLoss:
             return self._loss(ids_BT, targets_BT)
         begins = all(parameter.grad is None for parameter in self._parameters)
         self._steps += begins
+        self._accumulates |= not begins
         if begins:
             self._weights.expire()
         if self._steps == 2:
@@ -149,12 +153,17 @@ class GraphedLoss:
             if self._careful and obstacle is not None:
                 self._stop(f"{obstacle}; --cuda_graphs true tries them anyway")
                 return None
+        # Before there are graphs, so that it takes the memory of a step without them.
+        reference = Reference(self._loss, ids_BT, targets_BT) if is_first else None
         captured = _Captured(self._capture(), self._loss, self._model, (ids_BT.clone(), targets_BT.clone()))
 
         def first_passes() -> Passes:
             if is_first and lack is None:
                 self._weights.keep()
-            return captured.passes(begins=True)
+            if reference is None:
+                return captured.passes(begins=True)
+            self._weights.refresh()
+            return captured.check(reference, self._accumulates, self._model)
 
         if self._tried(first_passes) is None:
             return None
@@ -183,8 +192,10 @@ class GraphedLoss:
 
     def _give_up(self, error: Exception) -> None:
         text = (str(error).splitlines() or [""])[0]
-        kind = "" if text and isinstance(error, RuntimeError) else type(error).__name__
-        self._stop(f"capturing failed: {': '.join(filter(None, (kind, text)))}", error)
+        if not isinstance(error, ReplayError):
+            kind = "" if text and isinstance(error, RuntimeError) else type(error).__name__
+            text = f"capturing failed: {': '.join(filter(None, (kind, text)))}"
+        self._stop(text, error)
 
     def _stop(self, reason: str, error: Exception | None = None) -> None:
         self._used, self._captured = False, None
@@ -240,6 +251,34 @@ class _Captured:
         if self._other is None:
             self._other = self._capture(self._loss, self.ids_BT, self.targets_BT, add=True)
         return self._other
+
+    def check(self, reference: Reference, accumulates: bool, model: nn.Module) -> Passes:
+        """Compare the passes with those without graphs; gradients are then those that there were.
+
+        Args:
+            reference: Of the micro-batch that the tensors hold.
+            accumulates: Whether there is more than one micro-batch in a step.
+            model: Whose gradients they compute.
+
+        Returns:
+            The passes for the first micro-batch of a step.
+
+        Raises:
+            ReplayError: If they differ.
+        """
+        kept = {leaf: leaf.grad for leaf in reference.leaves}
+        try:
+            for leaf in kept:
+                leaf.grad = None
+            first = self.passes(begins=True)
+            reference.compare(first, 1, model)
+            if accumulates:
+                self.hand_over(first)
+                reference.compare(self.passes(begins=False), 2, model)
+            return first
+        finally:
+            for leaf, gradient in kept.items():
+                leaf.grad = gradient
 
     def hand_over(self, passes: Passes) -> None:
         """Give the leaves the gradients that were just computed."""

@@ -207,30 +207,70 @@ def failing(error, good):
     return Fails
 
 
+BROKEN_OFF = RuntimeError("not permitted when stream is capturing\nmore")
+
+
 @pytest.mark.parametrize(
-    ("good", "error", "reason"),
+    ("good", "lengths", "error", "reason"),
     [
-        (0, OutOfResources("shared memory"), "OutOfResources: shared memory"),
-        (1, RuntimeError("not permitted when stream is capturing\nmore"), "not permitted when stream is capturing"),
+        (0, (2, 2, 2, 2), OutOfResources("shared memory"), "OutOfResources: shared memory"),
+        (1, (2, 2, 2, 2), BROKEN_OFF, "not permitted when stream is capturing"),
+        (1, (1, 1, 1, 3, 2), BROKEN_OFF, "not permitted when stream is capturing"),
     ],
-    ids=["first", "second"],
+    ids=["first", "other", "within a step"],
 )
-def test_does_without_where_capturing_fails(error, reason, good):
+def test_does_without_where_capturing_fails(good, lengths, error, reason):
     data = batches(8)
-    graphed = assert_trains_alike(
-        lambda training: [training.step(data[i : i + 2]) for i in range(0, 8, 2)],
-        GROUPED,
-        torch.bfloat16,
-        make_capture=failing(error, good),
-    )
-    assert graphed.said[-1] == f"CUDA graphs: off (capturing failed: {reason})"
-    assert len(graphed.said) == 1 + good
+
+    def train(training):
+        return [training.step(data[sum(lengths[:i]) :][:length]) for i, length in enumerate(lengths)]
+
+    graphed = assert_trains_alike(train, GROUPED, torch.bfloat16, make_capture=failing(error, good))
+    off = f"CUDA graphs: off (capturing failed: {reason})"
+    assert graphed.said == ([off] if lengths[1] == 2 else ["CUDA graphs: on, from this step", off])
     assert not graphed.loss._weights._casts
-    asked = Training(True, careful=False, make_capture=failing(error, good))
-    for i in (0, 2):
-        asked.step(data[i : i + 2])
     with pytest.raises(SettingsError, match="cuda_graphs: true cannot work here .capturing failed: "):
-        asked.step(data[4:6])
+        train(Training(True, careful=False, make_capture=failing(error, good)))
+
+
+@pytest.mark.parametrize(
+    ("other", "wrong", "said"),
+    [
+        (False, "loss", "the loss is"),
+        (False, "lm_head.weight", "the gradient of lm_head.weight has the norm"),
+        (False, "counts", "the gradient of a router's counts has the norm"),
+        (True, "transformer.h.0.mlp.gate.weight", "the gradient of transformer.h.0.mlp.gate.weight has the norm"),
+    ],
+)
+def test_does_without_where_a_replay_differs(other, wrong, said):
+    data = batches(8)
+
+    class Differs(Reruns):
+        def __call__(self, loss, ids, targets, add):
+            passes = super().__call__(loss, ids, targets, add)
+
+            def forward():
+                passes.forward()
+                if wrong == "loss":
+                    passes.loss.mul_(1.1)
+
+            def backward():
+                passes.backward()
+                for leaf, gradient in passes.gradients.items():
+                    if leaf is named.get(wrong) or (wrong == "counts" and not isinstance(leaf, nn.Parameter)):
+                        gradient.mul_(1.1)
+
+            return passes._replace(forward=forward, backward=backward) if add == other else passes
+
+    def train(training):
+        named.update(training.model.named_parameters())
+        return [training.step(data[i : i + 2]) for i in range(0, 8, 2)]
+
+    named = {}
+    graphed = assert_trains_alike(train, GROUPED, torch.bfloat16, make_capture=Differs)
+    (line,) = graphed.said
+    assert line.startswith(f"CUDA graphs: off (replayed, {said} ")
+    assert ", and without graphs " in line
 
 
 @pytest.mark.parametrize(("careful", "tried"), [(True, False), (False, True)])

@@ -1,0 +1,94 @@
+"""Whether passes that are replayed compute what they compute without graphs.
+
+A run checks this once, with its first captured micro-batch: graphs are where a fault of a driver, of torch or of this
+package would train on wrong numbers without a word. It costs one more pass, a few replays and one wait. The norm of
+each gradient is compared, not the gradient, of which there would have to be room for a second.
+
+Shape legend: B batch, T tokens, N numbers: the loss, and the norm of each leaf's gradient.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from litgpt_moe_ext.training.steps.capture import Loss, Passes, leaves_of
+
+# As a part of each number, and as a part of the whole gradient's norm: sums in another order do not come to a tenth of
+# it, and a gradient that is left out, counted twice, or made of other memory is far beyond.
+_PART, _PART_OF_WHOLE = 0.01, 0.001
+
+
+class ReplayError(RuntimeError):
+    """What is replayed computes something else than the same passes without graphs."""
+
+
+class Reference:
+    """A micro-batch's loss and the norms of its gradients without graphs; changes no gradient and no random generator.
+
+    Args:
+        loss: The loss function.
+        ids_BT: Token ids, int64.
+        targets_BT: Targets, int64.
+
+    Attributes:
+        leaves: What gets gradients.
+    """
+
+    def __init__(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor) -> None:
+        with _generators_kept(ids_BT.device):
+            value = loss(ids_BT, targets_BT)
+            self.leaves = leaves_of(value)
+            gradients = torch.autograd.grad(value, self.leaves, allow_unused=True)
+        self._numbers_N = _numbers(value, gradients)
+
+    def compare(self, passes: Passes, times: int, model: nn.Module) -> None:
+        """Replay passes, and compare.
+
+        Args:
+            passes: Of the same micro-batch. They leave their gradients in `passes.gradients`.
+            times: How often the gradients hold those of the micro-batch after that.
+            model: Whose parameters' names an error gives.
+
+        Raises:
+            ReplayError: If they compute something else.
+        """
+        with _generators_kept(passes.loss.device):
+            passes.forward()
+            passes.scale.fill_(1)
+            passes.backward()
+        found_N = _numbers(passes.loss, [passes.gradients.get(leaf) for leaf in self.leaves])
+        expected_N = torch.cat([self._numbers_N[:1], times * self._numbers_N[1:]])
+        if not expected_N.isfinite().all():
+            return  # and tells nothing
+        learns_N = [False, *(isinstance(leaf, nn.Parameter) for leaf in self.leaves)]
+        whole = expected_N[torch.tensor(learns_N)].norm()
+        is_close_N = (found_N - expected_N).abs() <= _PART * expected_N.abs() + _PART_OF_WHOLE * whole
+        if is_close_N.all():
+            return
+        index = int(is_close_N.int().argmin())
+        found, expected = found_N[index].item(), expected_N[index].item()
+        what = "the loss is" if index == 0 else f"the gradient of {_name(self.leaves[index - 1], model)} has the norm"
+        raise ReplayError(f"replayed, {what} {found:.5g}, and without graphs {expected:.5g}")
+
+
+def _name(leaf: Tensor, model: nn.Module) -> str:
+    names = (name for name, parameter in model.named_parameters() if parameter is leaf)
+    return next(names, "a router's counts").removeprefix("_forward_module.")
+
+
+def _numbers(loss: Tensor, gradients: Sequence[Tensor | None]) -> Tensor:
+    # On the CPU, float64, (N,).
+    zero = loss.new_zeros((), dtype=torch.float32)
+    norms = [
+        zero if gradient is None else gradient.norm(dtype=torch.promote_types(gradient.dtype, torch.float32)).float()
+        for gradient in gradients
+    ]
+    return torch.stack([loss.detach().float(), *norms]).cpu().double()
+
+
+@contextlib.contextmanager
+def _generators_kept(device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng([device.index] if device.type == "cuda" else []):
+        yield
