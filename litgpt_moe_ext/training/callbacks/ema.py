@@ -65,12 +65,8 @@ class WeightAverage(Callback):
 
     def on_checkpoint_staged(self, directory: Path) -> None:
         """Write the average into a checkpoint that is not published yet; every process must call."""
-        whole = {}
-        for name, average in self._average.items():
-            # One after the other to the CPU of the first rank: together they may be more than a GPU has room for.
-            tensor = average.full_tensor() if is_shard(average) else average
-            if self._fabric.is_global_zero:
-                whole[name] = tensor.cpu()
+        # One after the other to the CPU of the first rank: together they may be more than a GPU has room for.
+        whole = {name: self._gathered(average) for name, average in self._average.items()}
         if not self._fabric.is_global_zero:
             return
         target = directory / FOLDER
@@ -79,3 +75,7 @@ class WeightAverage(Callback):
         for file in directory.iterdir():
             if file.is_file() and file.name not in (MODEL_FILE, STATE_FILE):
                 shutil.copy(file, target)
+
+    def _gathered(self, average: Tensor) -> Tensor | None:
+        tensor = average.full_tensor() if is_shard(average) else average
+        return tensor.cpu() if self._fabric.is_global_zero else None

@@ -1,14 +1,17 @@
 """Schedule, parameter groups, gradient guard and weight average in whole runs."""
 
 import json
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
+from litgpt_moe_ext.training.callbacks import ema
 from litgpt_moe_ext.training.callbacks.anomalies import GradientGuard
 from litgpt_moe_ext.training.control import TrainingStopped
-from litgpt_moe_ext.training.settings import AnomalyArgs
+from litgpt_moe_ext.training.settings import AnomalyArgs, EmaArgs
 from tests.models import moe_config, randomize
 from tests.runs import logged, train, weights_of
 
@@ -75,6 +78,30 @@ def test_weight_average(recipe, tmp_path):
     from litgpt import LLM
 
     assert isinstance(LLM.load(str(tmp_path / "out" / "final" / "ema")).generate("def ", max_new_tokens=3), str)
+
+
+def test_shards_of_the_average_are_gathered_one_after_the_other(monkeypatch, tmp_path):
+    """Together they may be more than a GPU has room for."""
+    gathered = []
+
+    class Whole:
+        def cpu(self):
+            return torch.ones(2)
+
+    class Shard:
+        def full_tensor(self):
+            assert all(earlier() is None for earlier in gathered)
+            whole = Whole()
+            gathered.append(weakref.ref(whole))
+            return whole
+
+    monkeypatch.setattr(ema, "is_shard", lambda tensor: isinstance(tensor, Shard))
+    average = ema.WeightAverage(EmaArgs(decay=0.9))
+    average._fabric = SimpleNamespace(is_global_zero=True)
+    average._average = {name: Shard() for name in "abc"}
+    average.on_checkpoint_staged(tmp_path)
+    assert len(gathered) == 3
+    assert weights_of(tmp_path / "ema").keys() == {"a", "b", "c"}
 
 
 def poison(monkeypatch, steps: set[int]) -> None:

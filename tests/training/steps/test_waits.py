@@ -12,7 +12,7 @@ from litgpt import GPT, Config
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from litgpt_moe_ext.moe.metrics import routers_of
+from litgpt_moe_ext.moe.metrics import load_metrics, routers_of
 from litgpt_moe_ext.training.callbacks.ema import WeightAverage
 from litgpt_moe_ext.training.callbacks.step_metrics import GradientNorm
 from litgpt_moe_ext.training.optim.optimization import Optimization
@@ -47,6 +47,22 @@ class NoWaits(TorchDispatchMode):
         if name in ("index", "index_put", "index_put_"):
             indices = [index for index in args[1] if index is not None]
             assert all(index.dtype not in (torch.bool, torch.uint8) for index in indices), f"{name} by a mask"
+        return result
+
+
+class NotedCopies(TorchDispatchMode):
+    """Notes from where something is copied to the host, and forbids looks elsewhere; there a fake tensor ends it."""
+
+    def __init__(self, copies):
+        super().__init__()
+        self.copies = copies
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in LOOKS or args[0].device.type == "cpu", name
+        result = func(*args, **(kwargs or {}))
+        if name == "_to_copy" and result.device.type == "cpu":
+            self.copies.append(args[0].device.type)
         return result
 
 
@@ -101,3 +117,7 @@ def test_no_step_waits_after_its_backward_pass(recipe, muon, monkeypatch):
         if routers:
             with pytest.raises((AssertionError, DataDependentOutputException)), NoWaits():
                 float(routers[0].record.sum())
+            copies = []
+            with pytest.raises(DataDependentOutputException), NotedCopies(copies):
+                load_metrics(model)
+            assert copies == ["cuda"]  # one for all layers
