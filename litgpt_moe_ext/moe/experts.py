@@ -83,8 +83,7 @@ class Experts(nn.Module):
             Anything, NaN included, for padding.
         """
         if routing.real_T is not None:
-            # Rows that no expert computes are memory as it was found, in the backward pass too: it ends here.
-            x_TD = x_TD.masked_fill(~routing.real_T.unsqueeze(1), 0.0)
+            x_TD = _EndAtPadding.apply(x_TD, routing.real_T)
         if self.gate_on_input:
             # Every choice is a row of its own that goes to one expert, at full weight.
             x_TKD = x_TD.unsqueeze(1) * routing.weights_TK.unsqueeze(2)
@@ -118,6 +117,20 @@ class Experts(nn.Module):
             f"n_expert={self.n_expert}, n_embd={self.n_embd}, intermediate_size={self.intermediate_size}, "
             f"activation={self.activation.name}, bias={self.down_bias is not None}"
         )
+
+
+class _EndAtPadding(torch.autograd.Function):
+    """The identity, whose backward pass ends at padding: rows that no expert computes are memory as it was found."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, real_T: Tensor) -> Tensor:
+        ctx.save_for_backward(real_T)
+        return x_TD.view_as(x_TD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad_TD,), (real_T,) = grads, ctx.saved_tensors
+        return grad_TD.masked_fill(~real_T.unsqueeze(1), 0.0), None
 
 
 def _one_choice_per_row(routing: Routing) -> Routing:

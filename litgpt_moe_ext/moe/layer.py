@@ -5,13 +5,16 @@ Shape legend: B batch, T tokens (of one sequence, or all of a batch once flatten
 
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn as nn
 from litgpt.model import LLaMAMLP
 from torch import Tensor
 
 from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.experts import Experts
+from litgpt_moe_ext.moe.kernels import fused_router
 from litgpt_moe_ext.moe.kernels.backends import matmul_dtype
+from litgpt_moe_ext.moe.kernels.operators import add_gated
 from litgpt_moe_ext.moe.registry import ROUTERS, load
 from litgpt_moe_ext.moe.router import Router
 
@@ -69,6 +72,8 @@ class MoE(nn.Module):
         self.gate: Router = load(ROUTERS[config.router_type].router)(config)
         self.experts = Experts(config)
         self.shared_experts = self.shared_expert_gate = None
+        # Those who force the loop ask for ordinary operators.
+        self._own_sum = config.expert_backend != "loop"
         if config.n_shared_expert:
             width = config.shared_expert_intermediate_size or config.moe_intermediate_size * config.n_shared_expert
             self.shared_experts = FeedForward(config, width)
@@ -84,7 +89,7 @@ class MoE(nn.Module):
         """
         x_TD = x_BTD.reshape(-1, x_BTD.size(-1))
         n_sequence = x_BTD.size(0) if x_BTD.dim() == 3 else 1
-        real_T = None if real_BT is None else real_BT.reshape(-1)
+        real_T = None if real_BT is None else real_BT.reshape(-1).contiguous()
         routing = self.gate(x_TD, n_sequence, real_T)
         narrow_TD = narrowed(x_TD)
         if narrow_TD is not x_TD:
@@ -93,7 +98,11 @@ class MoE(nn.Module):
         if self.shared_experts is not None:
             shared_BTD = self.shared_experts(x_BTD)
             if self.shared_expert_gate is not None:
-                shared_BTD = shared_BTD * self.shared_expert_gate(x_BTD).sigmoid()
+                logits_BT1 = self.shared_expert_gate(x_BTD)
+                if self._own_sum and fused_router.works_on(y_BTD) and y_BTD.dtype != torch.float64:
+                    flat = (x.reshape(-1, x.size(-1)) for x in (y_BTD, shared_BTD, logits_BT1))
+                    return add_gated(*flat, real_T).view(x_BTD.shape)
+                shared_BTD = shared_BTD * logits_BT1.sigmoid()
             y_BTD = y_BTD + shared_BTD
         return y_BTD if real_BT is None else y_BTD.masked_fill(~real_BT.unsqueeze(-1), 0.0)
 

@@ -184,8 +184,7 @@ class Router(nn.Module):
         return Routing(weights_TK, experts_TK, counts_E, real_T)
 
     def _decide(self, x_TD: Tensor, rule: Rule, n_sequence: int, real_T: Tensor | None) -> Routing:
-        real = None if real_T is None else real_T.contiguous()
-        given, leaf_N = self.given(x_TD)._replace(real_T=real), None
+        given, leaf_N = self.given(x_TD)._replace(real_T=real_T), None
         rule = rule._replace(scale=self.scaling_factor)
         if self.training and torch.is_grad_enabled():
             leaf_N = self.tally.leaf_on(x_TD.device)

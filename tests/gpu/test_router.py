@@ -6,7 +6,7 @@ import torch
 from litgpt_moe_ext.moe.kernels import fused_router, router_product
 from tests.gpu.card import no_waits, require_bfloat16
 from tests.moe.products import compare_product, every_bit, gradients_of
-from tests.moe.routers import RULES, compare, make_gate, run
+from tests.moe.routers import LAYERS, RULES, compare, compare_layer, make_gate, run
 
 pytestmark = pytest.mark.gpu
 
@@ -50,6 +50,12 @@ def test_it_is_what_a_card_takes_and_nothing_waits(device, name):
             routing = gate(x, 4, padding)
             routing.weights_TK.sum().backward()
             fused_router.sort_rows(routing.decision)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["text", "padding"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_whole_layer_equals_the_operators(device, name, padded):
+    compare_layer(name, None, (8, 50), padded, device)
 
 
 @pytest.mark.parametrize(("T", "D", "E"), [(1, 16, 2), (100, 72, 3), (1000, 768, 64), (16384, 768, 8)], ids=str)

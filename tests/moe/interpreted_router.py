@@ -11,11 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from litgpt_moe_ext.moe.balancing import update_routers
 from litgpt_moe_ext.moe.kernels import fused_router, router_product
 from litgpt_moe_ext.moe.kernels.triton import routing
-from litgpt_moe_ext.moe.layer import MoE
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import _keep_choices
-from tests.models import moe_config, randomize
 from tests.moe.interpreted_triton import EXAMPLES
-from tests.moe.routers import BALANCING, NOISY, RULES, SEQUENCES, compare, make_gate, run
+from tests.moe.routers import BALANCING, NOISY, RULES, SEQUENCES, compare, compare_layer, make_gate, run
 
 # Between them, these have everything.
 SOON = ("sigmoid, groups", "sigmoid, sequences", "softmax, balancing", "noisy, everything")
@@ -106,22 +104,13 @@ def test_what_the_kernels_do_not_know():
             assert gate(x).decision is None
 
 
-@pytest.mark.parametrize("name", ["bias", pytest.param("expert_gate_on_input", marks=pytest.mark.slow)])
-def test_a_layer_with_padding(monkeypatch, name):
-    """Experts go by the order of rows in which the fused router puts padding last."""
-    torch.manual_seed(0)
-    moe = randomize(MoE(moe_config(mlp_class_name="MoE", expert_backend="triton", **SEQUENCES, **{name: True})))
-    real = torch.rand(2, 5) < 0.6
-    upstream, results = torch.rand(2, 5, 16), []
-    for fused in (True, False):
-        monkeypatch.setattr(fused_router, "works_on", lambda x, fused=fused: fused)
-        moe.experts.forced_backend = "triton" if fused else "loop"
-        moe.zero_grad()
-        x = torch.linspace(-1, 1, 2 * 5 * 16).view(2, 5, 16).requires_grad_()
-        y = moe(x, real)
-        y.backward(upstream)
-        results.append({"y": y, "x": x.grad} | {name: p.grad for name, p in moe.named_parameters()})
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize(("name", "padded"), [
+    ("gated", True), pytest.param("gated", False, marks=pytest.mark.slow),
+    pytest.param("on input", True, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_whole_layer(monkeypatch, name, padded):
+    monkeypatch.setattr(fused_router, "works_on", lambda x: True)
+    compare_layer(name, "triton", (2, 5), padded, torch.device("cpu"))
 
 
 def test_checkpointing_keeps_the_decision(monkeypatch):

@@ -18,6 +18,7 @@ from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.kernels import plan
 from litgpt_moe_ext.moe.kernels.backends import ExpertWeights
+from litgpt_moe_ext.moe.kernels.operators import add_gated
 from litgpt_moe_ext.moe.kernels.plan import Outer, Product, plan_of
 from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
 from litgpt_moe_ext.moe.kernels.triton.rows import multiply_rows
@@ -368,6 +369,25 @@ def test_padding_is_computed_by_no_expert(backend):
         counts_E = torch.bincount(nowhere_TK[:4].flatten(), minlength=E + 1)[:E]
         few = Routing(whole.weights_TK[:4], nowhere_TK[:4], counts_E, real_T[:4])
         torch.testing.assert_close(experts(x[:4], few)[real_T[:4]], results["y"][: int(real_T[:4].sum())])
+
+
+@given(T=st.integers(0, 40), D=st.integers(1, 600), dtype=st.sampled_from([torch.float32, torch.float16]),
+       padded=st.booleans())  # fmt: skip
+@settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+def test_a_gated_sum(T, D, dtype, padded):
+    """Against float64, with gradients; padding, whose numbers are none, gives 0 and gets 0."""
+    real = torch.rand(T) < 0.5 if padded else None
+    inputs = [torch.randn(T, width).to(dtype) for width in (D, D, 1)]
+    upstream, nowhere = torch.randn(T, D).to(dtype), ~real if padded else torch.zeros(T, dtype=torch.bool)
+    exact = [x.double().requires_grad_() for x in inputs]
+    expected = (exact[0] + exact[1] * exact[2].sigmoid()).masked_fill(nowhere.unsqueeze(1), 0.0)
+    expected.backward(upstream.double())
+    ours = [x.masked_fill(nowhere.unsqueeze(1), float("nan")).requires_grad_() for x in inputs]
+    result = add_gated(*ours, real)
+    result.backward(upstream)
+    for value, truth in ((result, expected), *((x.grad, y.grad) for x, y in zip(ours, exact, strict=True))):
+        assert value.dtype == dtype
+        torch.testing.assert_close(value.double(), truth, rtol=2e-3 if dtype == torch.float16 else 1e-5, atol=1e-5)
 
 
 def test_meta_tensors():

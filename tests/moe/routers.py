@@ -75,3 +75,29 @@ def compare(gate, T, n_sequence=1, padded=False):
     rows_R, ends_E = sort_rows(routing.experts_TK, routing.counts_E, padded)
     assert torch.equal(fused_router.sort_rows(routing.decision), rows_R)
     assert torch.equal(routing.decision.ends_E, ends_E)
+
+
+LAYERS = {
+    "gated": {"n_shared_expert": 1, "shared_expert_gate": True, "bias": True, **SEQUENCES},
+    "on input": {"expert_gate_on_input": True, **BALANCING},
+}
+
+
+def compare_layer(name, backend, size, padded, device):
+    """Hold a whole layer against one of ordinary operators, with a part of the (B, T) tokens padding if `padded`.
+
+    Experts go by the fused router's order of rows, shared experts are added by a kernel, and neither sees padding.
+    """
+    torch.manual_seed(0)
+    changes = {"mlp_class_name": "MoE", **LAYERS[name]}
+    ours, loop = (MoE(moe_config(expert_backend=which, **changes)).to(device) for which in (backend, "loop"))
+    loop.load_state_dict(randomize(ours).state_dict())
+    x, upstream = torch.randn(2, *size, 16, device=device)
+    real = torch.rand(size, device=device) < 0.6 if padded else None
+    results = []
+    for moe in (ours, loop):
+        leaf = x.clone().requires_grad_()
+        y = moe(leaf, real)
+        y.backward(upstream)
+        results.append({"y": y, "x": leaf.grad} | {name: p.grad for name, p in moe.named_parameters()})
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)

@@ -20,7 +20,7 @@ FREE = {
     *("alias", "unsqueeze", "squeeze", "as_strided", "empty", "empty_like", "empty_strided", "new_empty"),
     *("promote_types", "split_with_sizes", "device"),
 }
-KERNELS = ("activation", "combining", "decoding", "projecting", "routing", "rows", "weights")
+KERNELS = ("activation", "combining", "decoding", "gating", "projecting", "routing", "rows", "weights")
 GROUPS = {"n_expert_groups": 4, "n_topk_groups": 2, "n_topk_scores_per_group": 1}
 
 
@@ -90,8 +90,29 @@ def test_every_rule_takes_the_fused_router(name, padded):
     config = moe_config(n_embd=256, moe_intermediate_size=64, **RULES[name])
     names = launches_of_layer(config, (10, 0), padded=padded)
     beside = 2 * ("noisy" in name) + (10 + 2 * padded) * bool(config.router_orthogonality_loss_coef)
-    assert len(names) == (19 if padded else 14) + beside, names
+    assert len(names) == (16 if padded else 14) + beside, names
     assert {"_project", "_route", "_sum_up", "_place"} <= set(names)
+
+
+GATED = {"n_shared_expert": 1, "shared_expert_gate": True}
+SEQUENCES = {"router_sequence_balancing_loss_coef": 1e-4}
+LAYERS = {
+    "shared": {"n_shared_expert": 2},
+    "gated shared, sequences": {**GATED, **SEQUENCES, "norm_topk_prob": True, **GROUPS},
+    "jitter, bias of the router, dropout": {"router_jitter_noise": 0.1, "router_bias": True, "expert_dropout": 0.1},
+    "gate on input": {"expert_gate_on_input": True},
+    "clamped": {"mlp_activation": "clamped_swiglu"},
+}
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["text", "padding"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_starts_at_most_25_kernels(name, padded):
+    """On the card where experts take most, whose products are torch's."""
+    pytest.importorskip("triton")
+    config = moe_config(n_embd=256, moe_intermediate_size=64, **LAYERS[name])
+    names = launches_of_layer(config, (10, 0), padded=padded)
+    assert len(names) <= 25, names
 
 
 @pytest.mark.parametrize(

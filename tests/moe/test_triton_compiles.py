@@ -21,7 +21,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from litgpt_moe_ext.moe.kernels import triton as engine  # noqa: E402
-from litgpt_moe_ext.moe.kernels.triton import common, projecting, routing  # noqa: E402
+from litgpt_moe_ext.moe.kernels.triton import common, gating, projecting, routing  # noqa: E402
 from litgpt_moe_ext.moe.kernels.triton.tiles import CARDS, card_for, precision_of  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -56,7 +56,7 @@ class Compiler:
         self.capability, self.kernels = capability, []
         monkeypatch.setattr(triton.runtime.driver, "_active", Driver(capability))
         monkeypatch.setattr(common, "capability_of", lambda device: capability)
-        for name in ("activation", "combining", "decoding", "projecting", "routing", "rows", "weights"):
+        for name in ("activation", "combining", "decoding", "gating", "projecting", "routing", "rows", "weights"):
             monkeypatch.setattr(f"litgpt_moe_ext.moe.kernels.triton.{name}.launch", self.launch)
 
     def launch(self, kernel, grid, arguments, warps, stages=1):
@@ -124,6 +124,9 @@ def everything_else(dtype):
         engine.activate_backward(h, torch.empty(8, size, dtype=dtype), gates, Activation(name, approximate), mask)
     engine.combine(h, gates.gates_TK, 4, torch.float32)
     engine.combine(h, None, 4, dtype)
+    for real in (None, torch.empty(8, dtype=torch.bool)):
+        gating.add_gated(h, h, h[:, :1].contiguous(), real)
+        gating.add_gated_backward(h, h, h[:, :1].contiguous(), real)
     engine.sum_rows(x, None, plan, False, torch.float32)
     engine.sum_rows(x, gates.gates_TK, plan, True, dtype)
     stack = ExpertWeights(torch.empty(3, 96, 64), torch.empty(3, 96), torch.empty(3, 64, 48), torch.empty(3, 64))
@@ -188,7 +191,7 @@ def test_every_product(monkeypatch, tmp_path, capability, dtype, precision):
 def test_everything_else(monkeypatch, tmp_path, capability, dtype):
     compiler = Compiler(monkeypatch, capability)
     everything_else(dtype)
-    assert compiler.check(tmp_path) == 14
+    assert compiler.check(tmp_path) == 18
 
 
 @pytest.mark.slow

@@ -101,6 +101,9 @@ def grouped_cpu_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, 
         hidden: What happens between the two projections.
     """
     dtype = matmul_dtype(x_TD)
+    if routing.real_T is not None:
+        # Segments end in rows of padding, which are multiplied, by zero, when gradients are summed.
+        x_TD = x_TD.masked_fill(~routing.real_T.unsqueeze(1), 0.0)
     differentiable = (x_TD, routing.weights_TK, *weights)
     with torch.autocast("cpu", enabled=False):
         if has_gradient(*differentiable):

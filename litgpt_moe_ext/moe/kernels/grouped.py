@@ -62,9 +62,6 @@ def _grouped(x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden: Hid
         rows_R, ends_E = sort_rows(experts_TK, counts_E, padded=real_T is not None)
     else:
         rows_R, ends_E = fused_router.sort_rows(decision), decision.ends_E
-    if real_T is not None:
-        # From here on the rows of padding, which are behind the last expert's, need an expert that exists.
-        experts_TK = experts_TK.clamp_max(counts_E.size(0) - 1)
     # Autocast does not reach the operators.
     dtype = matmul_dtype(x_TD)
     h_RG = expert_up(x_TD, weights.up_EGD, weights.up_bias_EG, rows_R, ends_E, dtype, engine)

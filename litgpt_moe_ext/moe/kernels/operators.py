@@ -145,6 +145,24 @@ class Combination(NamedTuple):
     engine: str
 
 
+class GatedSum(NamedTuple):
+    """Arguments of `add_gated`: outputs of routed and shared experts, logits of the gate of the latter, and padding."""
+
+    routed_TD: Tensor
+    shared_TD: Tensor
+    logits_T1: Tensor
+    real_T: Tensor | None
+
+
+class GatedSumBackward(NamedTuple):
+    """Arguments of `add_gated_backward`: as in `GatedSum`, and the gradient of the sum."""
+
+    dsum_TD: Tensor
+    shared_TD: Tensor
+    logits_T1: Tensor
+    real_T: Tensor | None
+
+
 class FewTokens(NamedTuple):
     """Arguments of `decode_experts`."""
 
@@ -319,6 +337,27 @@ def combine(call: Combination) -> Tensor:
     return _beside(call, call.y_RD).combine(call.y_RD, None, call.n_token, call.dtype)
 
 
+@_operator("add_gated", GatedSum, lambda c: torch.empty_like(c.routed_TD))
+def add_gated(call: GatedSum) -> Tensor:
+    """Return `routed + shared * sigmoid(logits)`, (T, D), by Triton; 0 for padding."""
+    from litgpt_moe_ext.moe.kernels.triton import gating
+
+    return gating.add_gated(*call)
+
+
+def _empty_gated(call: GatedSumBackward) -> tuple[Tensor, Tensor, Tensor]:
+    drouted_TD = call.dsum_TD.new_empty(0) if call.real_T is None else torch.empty_like(call.dsum_TD)
+    return drouted_TD, torch.empty_like(call.shared_TD), torch.empty_like(call.logits_T1)
+
+
+@_operator("add_gated_backward", GatedSumBackward, _empty_gated, n_result=3)
+def add_gated_backward(call: GatedSumBackward) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of `routed_TD` (empty where it is that of the sum), `shared_TD` and `logits_T1`."""
+    from litgpt_moe_ext.moe.kernels.triton import gating
+
+    return gating.add_gated_backward(*call)
+
+
 @_operator("decode_experts", FewTokens, lambda c: c.x_TD.new_empty(c.x_TD.shape))
 def decode_experts(call: FewTokens) -> Tensor:
     """Return the weighted sum of the experts' outputs for a few tokens, (T, D), by Triton."""
@@ -398,11 +437,19 @@ def _down_backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
 def _bias_share(dy_TD: Tensor, bias_ED: Tensor, experts_TK: Tensor) -> Tensor:
     # What the biases contribute to the gradient of the gate values, (T, K).
     by_expert_TE = dy_TD.float() @ bias_ED.float().t()
-    return by_expert_TE.gather(1, experts_TK)
+    # Padding needs an expert that exists.
+    return by_expert_TE.gather(1, experts_TK.clamp_max(bias_ED.size(0) - 1))
+
+
+def _gated_backward(ctx: Any, dsum_TD: Tensor) -> tuple[Tensor | None, ...]:
+    _, shared_TD, logits_T1, real_T = _kept(ctx)
+    drouted_TD, dshared_TD, dlogits_T1 = add_gated_backward(dsum_TD.contiguous(), shared_TD, logits_T1, real_T)
+    return dsum_TD if real_T is None else drouted_TD, dshared_TD, dlogits_T1, None
 
 
 expert_up.set_gradient(_up_backward)
 expert_down.set_gradient(_down_backward)
+add_gated.set_gradient(_gated_backward)
 
 
 def _product_flops(rows: int, weight_shape: torch.Size) -> int:
