@@ -1,5 +1,6 @@
 """Settings for all tests: offline, reproducible, and one thread per process (several processes share the cores)."""
 
+import gc
 import importlib
 import logging
 import os
@@ -44,7 +45,16 @@ def pytest_cmdline_main(config):
 def pytest_configure(config):
     """Load what tests share, unless other processes run them: it takes seconds."""
     if not getattr(config.option, "numprocesses", None):
+        # Nearly all of the millions of objects that imports make stay: to look for garbage among them is a sixth of it.
+        gc.disable()
         config.pluginmanager.register(importlib.import_module("tests.shared"))
+
+
+def pytest_collection_finish():
+    """Look for garbage from here on, and count what is there as old."""
+    gc.freeze()
+    gc.unfreeze()
+    gc.enable()
 
 
 # They take long for the few tests that they have: begun last, they would leave the other processes without work.

@@ -211,8 +211,8 @@ def test_autocast(dtype):
 def test_micro_batches_share_weights(backend, dtype, autocast):
     """Every bit is as without sharing, also where a hook watches one of the weights."""
     F = 24 if backend == "grouped_mm" else 23
-    experts, routing = make_experts(dtype, E=3, F=F, bias=False, expert_backend=backend), make_routing(9, 2, 3)
-    xs, upstream, seen = torch.randn(3, 9, 16).to(dtype), torch.randn(9, 16).to(dtype), []
+    experts, routing = make_experts(dtype, E=2, F=F, bias=False, expert_backend=backend), make_routing(5, 1, 2)
+    xs, upstream, seen = torch.randn(2, 5, 16).to(dtype), torch.randn(5, 16).to(dtype), []
 
     def gradients(shared):
         experts.zero_grad()
@@ -233,7 +233,7 @@ def test_micro_batches_share_weights(backend, dtype, autocast):
     handle = experts.gate_up_proj.register_hook(lambda gradient: seen.append(gradient))
     watched = gradients(weights.shared)
     handle.remove()
-    assert len(seen) == 3
+    assert len(seen) == 2
     for some in zip(expected, first, ours, watched, strict=True):
         assert all(torch.equal(some[0], gradient) for gradient in some)
 
