@@ -6,7 +6,7 @@ Shape legend: B batch, T tokens.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -72,17 +72,11 @@ class CudaCapture:
         with self._capturing(forward):
             value = loss(ids_BT, targets_BT)
         scale = torch.ones_like(value)
-        kept = {leaf: leaf.grad for leaf in leaves_of(value)}
-        try:
-            if not add:
-                for leaf in kept:
-                    leaf.grad = None
+        leaves = leaves_of(value)
+        with gradients_set_aside(leaves, keep=add):
             with self._capturing(backward):
                 value.backward(scale)
-            gradients = {leaf: leaf.grad for leaf in kept if leaf.grad is not None}
-        finally:
-            for leaf, gradient in kept.items():
-                leaf.grad = gradient
+            gradients = {leaf: leaf.grad for leaf in leaves if leaf.grad is not None}
         return Passes(forward.replay, backward.replay, value.detach(), scale, gradients)
 
     @contextlib.contextmanager
@@ -124,3 +118,22 @@ def leaves_of(loss: Tensor) -> list[Tensor]:
             leaves.append(node.variable)  # pyrefly: ignore[missing-attribute]: which this kind of node has
         waiting.extend(following for following, _ in node.next_functions)
     return leaves
+
+
+@contextlib.contextmanager
+def gradients_set_aside(leaves: Sequence[Tensor], keep: bool = False) -> Iterator[None]:
+    """Give leaves their present gradients back at the end of the scope.
+
+    Args:
+        leaves: The leaves.
+        keep: Whether they have them in the scope as well; otherwise they have none.
+    """
+    kept = [leaf.grad for leaf in leaves]
+    try:
+        if not keep:
+            for leaf in leaves:
+                leaf.grad = None
+        yield
+    finally:
+        for leaf, gradient in zip(leaves, kept, strict=True):
+            leaf.grad = gradient

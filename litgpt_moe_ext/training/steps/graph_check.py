@@ -1,7 +1,7 @@
 """Whether passes that are replayed compute what they compute without graphs.
 
 A run checks this once, with its first captured micro-batch: graphs are where a fault of a driver, of torch or of this
-package would train on wrong numbers without a word. It costs one more pass, a few replays and one wait. The norm of
+package would train on wrong numbers without a word. It costs three more passes, a few replays and waits. The norm of
 each gradient is compared, not the gradient, of which there would have to be room for a second.
 
 Shape legend: B batch, T tokens, N numbers: the loss, and the norm of each leaf's gradient.
@@ -37,7 +37,7 @@ class Reference:
     """
 
     def __init__(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor) -> None:
-        with _generators_kept(ids_BT.device):
+        with generators_kept(ids_BT.device):
             value = loss(ids_BT, targets_BT)
             self.leaves = leaves_of(value)
             gradients = torch.autograd.grad(value, self.leaves, allow_unused=True)
@@ -54,7 +54,7 @@ class Reference:
         Raises:
             ReplayError: If they compute something else.
         """
-        with _generators_kept(passes.loss.device):
+        with generators_kept(passes.loss.device):
             passes.forward()
             passes.scale.fill_(1)
             passes.backward()
@@ -89,6 +89,11 @@ def _numbers(loss: Tensor, gradients: Sequence[Tensor | None]) -> Tensor:
 
 
 @contextlib.contextmanager
-def _generators_kept(device: torch.device) -> Iterator[None]:
+def generators_kept(device: torch.device) -> Iterator[None]:
+    """Put torch's random generators back at the end of the scope.
+
+    Args:
+        device: On which numbers are drawn, beside the CPU.
+    """
     with torch.random.fork_rng([device.index] if device.type == "cuda" else []):
         yield

@@ -14,26 +14,28 @@ Shape legend: B batch, T tokens.
 """
 
 import contextlib
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
-from litgpt_moe_ext.training.steps.capture import Capture, CudaCapture, Loss, Passes
-from litgpt_moe_ext.training.steps.graph_check import Reference, ReplayError
+from litgpt_moe_ext.training.steps.capture import Capture, CudaCapture, Loss, Passes, gradients_set_aside
+from litgpt_moe_ext.training.steps.graph_check import Reference, ReplayError, generators_kept
+from litgpt_moe_ext.training.steps.graph_obstacles import hook_of_others, lack_of_memory, noting_waits
+
+_Result = TypeVar("_Result")
 
 
 class GraphedLoss:
     """A loss function whose passes are captured in the third optimizer step and replayed from then on.
 
     The first two run as they are: kernels are compiled, which a capture does not allow, and the optimizer makes its
-    states. In the second, micro-batches share already; a wait for the device is noticed, which no graph can hold, and
-    which of the experts' weights are cast. A step begins where no leaf has a gradient.
+    states. In the second, a wait for the device is noticed, which no graph can hold. A step begins where no leaf has a
+    gradient.
 
     Batches of another shape than the captured run as they are. Where capturing fails, or a replay has other numbers
     (`litgpt_moe_ext.training.steps.graph_check`), gradients and random numbers are those of before, and the micro-batch
@@ -133,11 +135,11 @@ class GraphedLoss:
     def _watched(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
         self._warm.add(ids_BT.shape)
         waits: list[str] = []
-        with self._sharing(), _noting_waits(waits):
+        with noting_waits(waits):
             loss = self._loss(ids_BT, targets_BT)
 
         def backward(grad: Tensor) -> None:
-            with self._sharing(), _noting_waits(waits):
+            with noting_waits(waits):
                 loss.backward(grad)
             if waits:
                 self._stop(f"the model waits for the device, at {waits[0]}")
@@ -145,37 +147,48 @@ class GraphedLoss:
         return self._result(loss.detach(), backward)
 
     def _first_capture(self, ids_BT: Tensor, targets_BT: Tensor) -> "_Captured | None":
-        is_first, self._captured, lack = self._captured is None, None, None
+        is_first, self._captured = self._captured is None, None
+        reference = lack = None
         if is_first:
-            # Graphs are worth more than casts that are kept.
-            lack = _lack_of_memory(ids_BT.device, self._weights.size)
-            obstacle = _hook_of_others(self._model) or (lack and _lack_of_memory(ids_BT.device))
+            obstacle = hook_of_others(self._model) or lack_of_memory(ids_BT.device)
             if self._careful and obstacle is not None:
                 self._stop(f"{obstacle}; --cuda_graphs true tries them anyway")
                 return None
-        # Before there are graphs, so that it takes the memory of a step without them.
-        reference = Reference(self._loss, ids_BT, targets_BT) if is_first else None
+            reference = self._tried(partial(self._rehearse, ids_BT, targets_BT))
+            if reference is None:
+                return None
+            # Graphs are worth more than casts that are kept.
+            lack = lack_of_memory(ids_BT.device, self._weights.size) if self._weights.size else None
         captured = _Captured(self._capture(), self._loss, self._model, (ids_BT.clone(), targets_BT.clone()))
 
         def first_passes() -> Passes:
-            if is_first and lack is None:
-                self._weights.keep()
             if reference is None:
                 return captured.passes(begins=True)
-            self._weights.refresh()
+            if lack is None:
+                self._weights.keep()
+                self._weights.refresh()
             return captured.check(reference, self._accumulates, self._model)
 
         if self._tried(first_passes) is None:
             return None
         if is_first:
-            casts = f"; casts of the experts' weights are not kept: {lack}" if lack and self._weights.size else ""
+            casts = "" if lack is None else f"; casts of the experts' weights are not kept: {lack}"
             self._say(f"CUDA graphs: on, from this step{casts}")
         return captured
 
-    def _tried(self, capture: Callable[[], Passes]) -> Passes | None:
+    def _rehearse(self, ids_BT: Tensor, targets_BT: Tensor) -> Reference:
+        # What is shared is tried on gradients that nobody uses, before it is captured: a capture allows no kernel to be
+        # compiled, and no step should be the first to meet one that fails.
+        reference = Reference(self._loss, ids_BT, targets_BT)
+        with generators_kept(ids_BT.device), gradients_set_aside(reference.leaves), self._sharing():
+            for _ in range(2):
+                self._loss(ids_BT, targets_BT).backward()
+        return reference
+
+    def _tried(self, attempt: Callable[[], _Result]) -> _Result | None:
         # None where it fails. The caller goes on when the error is gone, whose traceback holds the memory of a pass.
         try:
-            return capture()
+            return attempt()
         except Exception as error:
             self._give_up(error)
             return None
@@ -266,19 +279,13 @@ class _Captured:
         Raises:
             ReplayError: If they differ.
         """
-        kept = {leaf: leaf.grad for leaf in reference.leaves}
-        try:
-            for leaf in kept:
-                leaf.grad = None
+        with gradients_set_aside(reference.leaves):
             first = self.passes(begins=True)
             reference.compare(first, 1, model)
             if accumulates:
                 self.hand_over(first)
                 reference.compare(self.passes(begins=False), 2, model)
-            return first
-        finally:
-            for leaf, gradient in kept.items():
-                leaf.grad = gradient
+        return first
 
     def hand_over(self, passes: Passes) -> None:
         """Give the leaves the gradients that were just computed."""
@@ -305,55 +312,3 @@ class _Backward(torch.autograd.Function):
 
 def _raise_second(_grad: Tensor) -> None:
     raise RuntimeError("the backward pass of a loss can run once only")
-
-
-@contextlib.contextmanager
-def _noting_waits(places: list[str]) -> Iterator[None]:
-    """Note where the host waits for the device in a scope, as `file:line`."""
-    with warnings.catch_warnings(record=True) as noted:
-        warnings.simplefilter("always")
-        if torch.cuda.is_available():
-            torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield
-        finally:
-            if torch.cuda.is_available():
-                torch.cuda.set_sync_debug_mode("default")
-    for warning in noted:
-        if "called a synchronizing" in str(warning.message):
-            places.append(f"{warning.filename}:{warning.lineno}")
-        elif "debug mode is a prototype" not in str(warning.message):
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-
-
-# Where modules and parameters keep their hooks.
-_HOOKS = (
-    "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks", "_post_accumulate_grad_hooks",
-)  # fmt: skip
-
-
-def _hook_of_others(model: nn.Module) -> str | None:
-    """Return which module or parameter has a hook that is not this package's, as words: a replay calls none."""
-    for name, part in (*model.named_modules(), *model.named_parameters()):
-        for hook in (hook for kind in _HOOKS for hook in (getattr(part, kind, None) or {}).values()):
-            if not (getattr(hook, "__module__", None) or "").startswith("litgpt_moe_ext."):
-                return f"a hook on {name.removeprefix('_forward_module.') or 'the model'} would not run in every pass"
-    return None
-
-
-def _lack_of_memory(device: torch.device, more: int = 0) -> str | None:
-    """Return how much memory is missing, as words, where graphs and passes without them do not fit side by side.
-
-    Args:
-        device: Where.
-        more: Bytes that graphs need beside the memory of the passes.
-    """
-    if device.type != "cuda":
-        return None
-    free, _ = torch.cuda.mem_get_info(device)
-    room = free + torch.cuda.memory_reserved(device)
-    passes = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
-    needed = torch.cuda.max_memory_allocated(device) + passes + more
-    if needed <= room:
-        return None
-    return f"with them {needed / 2**30:.1f} GiB would be needed, {room / 2**30:.1f} are there"

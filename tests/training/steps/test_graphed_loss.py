@@ -123,9 +123,9 @@ def test_experts_weights_are_shared(monkeypatch, dtype):
 
 
 def test_casts_are_not_kept_where_memory_is_short(monkeypatch):
-    lacks = iter(["with them 7.0 GiB would be needed, 5.0 are there", None])
+    lacks = iter([None, "with them 7.0 GiB would be needed, 5.0 are there"])
     asked = []
-    place = "litgpt_moe_ext.training.steps.graphed_loss._lack_of_memory"
+    place = "litgpt_moe_ext.training.steps.graphed_loss.lack_of_memory"
     monkeypatch.setattr(place, lambda device, more=0: asked.append(more) or next(lacks))
     data = batches(8)
 
@@ -137,7 +137,7 @@ def test_casts_are_not_kept_where_memory_is_short(monkeypatch):
         "CUDA graphs: on, from this step; casts of the experts' weights are not kept: with them 7.0 GiB would be "
         "needed, 5.0 are there"
     ]
-    assert asked == [2 * 2 * 8 * (32 * 16 + 16 * 16), 0]  # two layers, two bytes
+    assert asked == [0, 2 * 2 * 8 * (32 * 16 + 16 * 16)]  # two layers, two bytes
     assert not graphed.loss._weights._casts
 
 
@@ -275,7 +275,7 @@ def test_does_without_where_a_replay_differs(other, wrong, said):
 
 @pytest.mark.parametrize(("careful", "tried"), [(True, False), (False, True)])
 def test_leaves_room_unless_asked_for(monkeypatch, careful, tried):
-    place = "litgpt_moe_ext.training.steps.graphed_loss._lack_of_memory"
+    place = "litgpt_moe_ext.training.steps.graphed_loss.lack_of_memory"
     lack = "with them 7.0 GiB would be needed, 5.0 are there"
     monkeypatch.setattr(place, lambda *_: lack)
     graphed = Training(True, GROUPED, torch.bfloat16, careful=careful)
@@ -307,14 +307,40 @@ def test_nothing_runs_first_while_it_is_captured(monkeypatch):
     """Neither in another form, such as sums that a product extends, nor for another shape: Triton would compile."""
     sums, extend = [], operators._sum_outer_products
     monkeypatch.setattr(operators, "_sum_outer_products", lambda call, to: sums.append(to) or extend(call, to))
-    graphed, long, short = Training(True, GROUPED), batches(4), batches(9, length=9)
-    for i in (0, 2):
-        graphed.step(long[i : i + 2])
-    assert any(total is not None for total in sums)
+    extended = []
+
+    def make_capture():
+        extended.append(any(total is not None for total in sums))
+        return Reruns()
+
+    graphed, long, short = Training(True, GROUPED, make_capture=make_capture), batches(2), batches(9, length=9)
+    for batch in long:
+        graphed.step([batch])
     graphed.step(short[:1])
-    assert not graphed.captures
+    assert extended == []
     graphed.step(short[1:2])
-    assert len(graphed.captures) == 1
+    assert extended == [True]
+
+
+def test_no_step_is_the_first_to_meet_what_fails(monkeypatch):
+    """Such as a kernel that adds to gradients, and does not compile on a card."""
+    extend, tried = operators._sum_outer_products, []
+
+    def fails(call, to):
+        if to is not None:
+            tried.append(to)
+            raise OutOfResources("shared memory")
+        return extend(call, to)
+
+    monkeypatch.setattr(operators, "_sum_outer_products", fails)
+    data = batches(8)
+
+    def train(training):
+        return [training.step(data[i : i + 2]) for i in range(0, 8, 2)]
+
+    graphed = assert_trains_alike(train, GROUPED, torch.bfloat16)
+    assert graphed.said == ["CUDA graphs: off (capturing failed: OutOfResources: shared memory)"]
+    assert len(tried) == 1
 
 
 def test_numbers_that_nobody_has_taken_before_the_capture():

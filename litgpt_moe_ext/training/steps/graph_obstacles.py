@@ -1,0 +1,60 @@
+"""What keeps passes from running as CUDA graphs, and only they themselves show: waits, hooks, and their memory."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def noting_waits(places: list[str]) -> Iterator[None]:
+    """Note where the host waits for the device in a scope, as `file:line`."""
+    with warnings.catch_warnings(record=True) as noted:
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.set_sync_debug_mode("default")
+    for warning in noted:
+        if "called a synchronizing" in str(warning.message):
+            places.append(f"{warning.filename}:{warning.lineno}")
+        elif "debug mode is a prototype" not in str(warning.message):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+# Where modules and parameters keep their hooks.
+_HOOKS = (
+    "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks", "_post_accumulate_grad_hooks",
+)  # fmt: skip
+
+
+def hook_of_others(model: nn.Module) -> str | None:
+    """Return which module or parameter has a hook that is not this package's, as words: a replay calls none."""
+    for name, part in (*model.named_modules(), *model.named_parameters()):
+        for hook in (hook for kind in _HOOKS for hook in (getattr(part, kind, None) or {}).values()):
+            if not (getattr(hook, "__module__", None) or "").startswith("litgpt_moe_ext."):
+                return f"a hook on {name.removeprefix('_forward_module.') or 'the model'} would not run in every pass"
+    return None
+
+
+def lack_of_memory(device: torch.device, more: int = 0) -> str | None:
+    """Return how much memory is missing, as words, where graphs and passes without them do not fit side by side.
+
+    Args:
+        device: Where.
+        more: Bytes that graphs need beside the memory of the passes.
+    """
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    room = free + torch.cuda.memory_reserved(device)
+    passes = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+    needed = torch.cuda.max_memory_allocated(device) + passes + more
+    if needed <= room:
+        return None
+    return f"with them {needed / 2**30:.1f} GiB would be needed, {room / 2**30:.1f} are there"
