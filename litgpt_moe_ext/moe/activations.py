@@ -85,8 +85,19 @@ def _clamped_silu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(_ALPHA * x)
 
 
-CLAMPED_SILU = Pointwise(_clamped_silu)
-CLAMPED_PLUS_ONE = Pointwise(lambda x: x.clamp(-_LIMIT, _LIMIT) + 1.0)
+def _clamped_silu_gradient(upstream: Tensor, x: Tensor, out: Tensor) -> None:
+    limited = x.clamp(max=_LIMIT)
+    s = torch.sigmoid(_ALPHA * limited)
+    slope = upstream * s + _aten.sigmoid_backward(upstream * limited, s) * _ALPHA
+    out.copy_(torch.where(x <= _LIMIT, slope, 0.0))
+
+
+CLAMPED_SILU = Pointwise(_clamped_silu, None, _clamped_silu_gradient)
+CLAMPED_PLUS_ONE = Pointwise(
+    lambda x: x.clamp(-_LIMIT, _LIMIT) + 1.0,
+    None,
+    lambda upstream, x, out: out.copy_(torch.where(x.abs() <= _LIMIT, upstream, 0.0)),
+)
 
 
 class Activation:

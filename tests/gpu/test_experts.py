@@ -19,7 +19,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # T, K, E, D, F: code-moe-60m, fine-grained experts, odd widths, few rows, one expert.
 SIZES = [(2048, 2, 4, 512, 768), (2048, 8, 64, 512, 256), (333, 3, 5, 72, 40), (40, 2, 8, 64, 64), (50, 1, 1, 64, 32)]
 ACTIVATIONS = [("swiglu", "none"), ("geglu", "none"), ("geglu", "tanh"), ("gelu", "none"), ("relu", "none"),
-               ("relu2", "none")]  # fmt: skip
+               ("relu2", "none"), ("clamped_swiglu", "none")]  # fmt: skip
 
 
 def make(device, dtype, E, D, F, backend, **settings):

@@ -21,13 +21,14 @@ from litgpt_moe_ext.moe.kernels.backends import ExpertWeights
 from litgpt_moe_ext.moe.kernels.operators import add_gated
 from litgpt_moe_ext.moe.kernels.plan import Outer, Product, plan_of
 from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
+from litgpt_moe_ext.moe.kernels.triton.biases import add_biases
 from litgpt_moe_ext.moe.kernels.triton.rows import multiply_rows
 from litgpt_moe_ext.moe.kernels.triton.weights import sum_outer_products
 from litgpt_moe_ext.moe.router import Routing
 
 EXAMPLES = int(os.environ.get("TRITON_EXAMPLES", "3"))
 # Between them, the first ones have everything.
-SOON = [("swiglu", "none"), ("geglu", "tanh"), ("gelu", "none"), ("relu2", "none")]
+SOON = [("swiglu", "none"), ("clamped_swiglu", "none"), ("geglu", "tanh"), ("gelu", "none"), ("relu2", "none")]
 LATER = [("geglu", "none"), ("gelu", "tanh"), ("relu", "none")]
 ACTIVATIONS = SOON + LATER
 
@@ -125,6 +126,8 @@ def test_activations(activation, known, monkeypatch):
     if not known:
         monkeypatch.setattr(plan, "KINDS", {"identity": "identity"})
     experts, routing = make_experts(E=1, D=5, F=6, activation=activation), make_routing(9, 1, 1)
+    if activation[0] == "clamped_swiglu":
+        experts.gate_up_proj.data *= 20  # some past every limit
     compare(experts, routing, 9)
     x = torch.randn(9, 5)
     with torch.no_grad():
@@ -371,7 +374,21 @@ def test_padding_is_computed_by_no_expert(backend):
         torch.testing.assert_close(experts(x[:4], few)[real_T[:4]], results["y"][: int(real_T[:4].sum())])
 
 
-@given(T=st.integers(0, 40), D=st.integers(1, 600), dtype=st.sampled_from([torch.float32, torch.float16]),
+@given(
+    R=st.integers(0, 40), width=st.integers(1, 600), E=st.integers(1, 9), scatter=st.booleans(), padded=st.booleans()
+)
+@settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+def test_biases_of_rows(R, width, E, scatter, padded):
+    """As torch adds them beside its own products; rows of padding have none."""
+    y, bias, expert = torch.randn(R, width), torch.randn(E, width), torch.randint(0, E + padded, (R,)).sort().values
+    ends, rows = torch.bincount(expert, minlength=E)[:E].cumsum(0, dtype=torch.int32), torch.randperm(R)
+    expected = y + torch.cat([bias, torch.zeros(1, width)])[expert]
+    if scatter:
+        expected = torch.empty_like(y).index_copy_(0, rows, expected)
+    assert torch.equal(add_biases(y, bias, plan_of(rows, ends, R), scatter), expected)
+
+
+@given(T=st.integers(0, 20), D=st.integers(1, 600), dtype=st.sampled_from([torch.float32, torch.float16]),
        padded=st.booleans())  # fmt: skip
 @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
 def test_a_gated_sum(T, D, dtype, padded):

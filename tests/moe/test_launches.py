@@ -20,7 +20,7 @@ FREE = {
     *("alias", "unsqueeze", "squeeze", "as_strided", "empty", "empty_like", "empty_strided", "new_empty"),
     *("promote_types", "split_with_sizes", "device"),
 }
-KERNELS = ("activation", "combining", "decoding", "gating", "projecting", "routing", "rows", "weights")
+KERNELS = ("activation", "biases", "combining", "decoding", "gating", "projecting", "routing", "rows", "weights")
 GROUPS = {"n_expert_groups": 4, "n_topk_groups": 2, "n_topk_scores_per_group": 1}
 
 
@@ -101,7 +101,7 @@ LAYERS = {
     "gated shared, sequences": {**GATED, **SEQUENCES, "norm_topk_prob": True, **GROUPS},
     "jitter, bias of the router, dropout": {"router_jitter_noise": 0.1, "router_bias": True, "expert_dropout": 0.1},
     "gate on input": {"expert_gate_on_input": True},
-    "clamped": {"mlp_activation": "clamped_swiglu"},
+    "biases, clamped (GPT-OSS)": {"bias": True, "router_bias": True, "mlp_activation": "clamped_swiglu"},
 }
 
 

@@ -21,11 +21,12 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from litgpt_moe_ext.moe.kernels import triton as engine  # noqa: E402
-from litgpt_moe_ext.moe.kernels.triton import common, gating, projecting, routing  # noqa: E402
+from litgpt_moe_ext.moe.kernels.triton import biases, common, gating, projecting, routing  # noqa: E402
 from litgpt_moe_ext.moe.kernels.triton.tiles import CARDS, card_for, precision_of  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 CAPABILITIES = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
+KERNELS = ("activation", "biases", "combining", "decoding", "gating", "projecting", "routing", "rows", "weights")
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -56,7 +57,7 @@ class Compiler:
         self.capability, self.kernels = capability, []
         monkeypatch.setattr(triton.runtime.driver, "_active", Driver(capability))
         monkeypatch.setattr(common, "capability_of", lambda device: capability)
-        for name in ("activation", "combining", "decoding", "gating", "projecting", "routing", "rows", "weights"):
+        for name in KERNELS:
             monkeypatch.setattr(f"litgpt_moe_ext.moe.kernels.triton.{name}.launch", self.launch)
 
     def launch(self, kernel, grid, arguments, warps, stages=1):
@@ -117,13 +118,15 @@ def everything_else(dtype):
     """Run what has no table of blocks."""
     h, x, plan = torch.empty(8, 256, dtype=dtype), torch.empty(4, 64, dtype=dtype), outer(dtype, "even", False).plan
     gates = Gates(torch.empty(4, 2), torch.arange(8))
-    for name, approximate in (("swiglu", "none"), ("geglu", "none"), ("geglu", "tanh"), ("relu2", "none")):
+    for name, approximate in (("swiglu", ""), ("clamped_swiglu", ""), ("geglu", ""), ("geglu", "tanh"), ("relu2", "")):
         mask = Mask(torch.empty(8, 128, dtype=torch.bool), 2.0) if name == "swiglu" else Mask()
         engine.activate(h, Activation(name, approximate), mask)
         size = 128 if name != "relu2" else 256
         engine.activate_backward(h, torch.empty(8, size, dtype=dtype), gates, Activation(name, approximate), mask)
     engine.combine(h, gates.gates_TK, 4, torch.float32)
     engine.combine(h, None, 4, dtype)
+    for scatter in (False, True):
+        biases.add_biases(h, torch.empty(2, 256), plan, scatter)
     for real in (None, torch.empty(8, dtype=torch.bool)):
         gating.add_gated(h, h, h[:, :1].contiguous(), real)
         gating.add_gated_backward(h, h, h[:, :1].contiguous(), real)
@@ -191,7 +194,7 @@ def test_every_product(monkeypatch, tmp_path, capability, dtype, precision):
 def test_everything_else(monkeypatch, tmp_path, capability, dtype):
     compiler = Compiler(monkeypatch, capability)
     everything_else(dtype)
-    assert compiler.check(tmp_path) == 18
+    assert compiler.check(tmp_path) == 22
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litgpt_moe_ext.moe.kernels.plan import Gates, Gradients, Mask, Outer, Plan, Product
+from litgpt_moe_ext.triton_launch import triton_installed
 
 
 def multiply_rows(product: Product) -> Tensor:
@@ -24,6 +25,10 @@ def multiply_rows(product: Product) -> Tensor:
     x, weight_EOI, bias_EO, plan, gather, scatter = product
     x_RI = x.index_select(0, _tokens(plan)) if gather else x
     y_RO = F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=plan.ends)
+    if bias_EO is not None and y_RO.is_cuda and triton_installed():
+        from litgpt_moe_ext.moe.kernels.triton.biases import add_biases
+
+        return add_biases(y_RO, bias_EO, plan, scatter)
     if bias_EO is not None:
         row_R = torch.arange(y_RO.size(0), dtype=torch.int32, device=y_RO.device)
         y_RO += bias_EO.to(y_RO.dtype).index_select(0, _expert_of_rows(plan, row_R))

@@ -103,7 +103,10 @@ class Gradients(NamedTuple):
 
 
 # The kernels' name of each activation that they know.
-KINDS = {"swiglu": "silu", "geglu": "gelu", "gelu": "gelu", "relu": "relu", "relu2": "relu2", "identity": "identity"}
+KINDS = {
+    "swiglu": "silu", "clamped_swiglu": "clamped_silu", "geglu": "gelu", "gelu": "gelu", "relu": "relu",
+    "relu2": "relu2", "identity": "identity",
+}  # fmt: skip
 
 
 def kind_of(activation: Any) -> str | None:

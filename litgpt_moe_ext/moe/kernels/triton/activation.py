@@ -74,6 +74,9 @@ def value_of(x, FORM: constexpr):
     """Return the activation function `FORM.kind` of float32 numbers; NaN stays NaN."""
     if FORM.kind == "silu":
         return x * tl.sigmoid(x)
+    elif FORM.kind == "clamped_silu":
+        x = tl.where(x > 7.0, 7.0, x)
+        return x * tl.sigmoid(1.702 * x)
     elif FORM.kind == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif FORM.kind == "gelu_tanh":
@@ -87,10 +90,22 @@ def value_of(x, FORM: constexpr):
 
 
 @triton.jit
+def factor_of(up, FORM: constexpr):
+    """Return what the activation function is multiplied by, from the up projection."""
+    if FORM.kind == "clamped_silu":
+        return tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up)) + 1.0
+    else:
+        return up
+
+
+@triton.jit
 def _slope_of(x, FORM: constexpr):
     if FORM.kind == "silu":
         s = tl.sigmoid(x)
         return s * (1.0 + x * (1.0 - s))
+    elif FORM.kind == "clamped_silu":
+        s = tl.sigmoid(1.702 * x)
+        return tl.where(x > 7.0, 0.0, s * (1.0 + 1.702 * x * (1.0 - s)))
     elif FORM.kind == "gelu":
         return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
     elif FORM.kind == "gelu_tanh":
@@ -133,7 +148,7 @@ def _activate(hidden, a, mask, FORM: constexpr):
     row_M = tl.program_id(0) * FORM.rows + tl.arange(0, FORM.rows)
     f_N = tl.program_id(1) * FORM.block + tl.arange(0, FORM.block)
     at_MN, inside_MN, x_MN, up_MN = _load(hidden, row_M, f_N, FORM.gated)
-    a_MN = value_of(x_MN, FORM) * up_MN * _factor(mask, at_MN, inside_MN)
+    a_MN = value_of(x_MN, FORM) * factor_of(up_MN, FORM) * _factor(mask, at_MN, inside_MN)
     tl.store(a + at_MN, a_MN.to(a.dtype.element_ty), mask=inside_MN)
 
 
@@ -148,17 +163,20 @@ def _activate_backward(hidden, da, gates, mask, gradients, FORM: constexpr):
         f_N = start + tl.arange(0, FORM.block)
         at_MN, inside_MN, x_MN, up_MN = _load(hidden, row_M, f_N, FORM.gated)
         factor_MN = _factor(mask, at_MN, inside_MN)
-        value_MN = value_of(x_MN, FORM)
-        a_MN = value_MN * up_MN * factor_MN
+        value_MN, times_MN = value_of(x_MN, FORM), factor_of(up_MN, FORM)
+        a_MN = value_MN * times_MN * factor_MN
         da_MN = tl.load(da + at_MN, mask=inside_MN, other=0.0).to(tl.float32)
         dot_MN += a_MN * da_MN
         tl.store(gradients.a_RF + at_MN, (a_MN * gate_M1).to(da.dtype.element_ty), mask=inside_MN)
         da_MN = da_MN * gate_M1 * factor_MN
-        dx_MN = (da_MN * up_MN * _slope_of(x_MN, FORM)).to(da.dtype.element_ty)
+        dx_MN = (da_MN * times_MN * _slope_of(x_MN, FORM)).to(da.dtype.element_ty)
         if FORM.gated:
             dgate_MN = gradients.h_RG + row_M.to(tl.int64)[:, None] * 2 * hidden.width + f_N[None, :]
             tl.store(dgate_MN, dx_MN, mask=inside_MN)
-            tl.store(dgate_MN + hidden.width, (da_MN * value_MN).to(da.dtype.element_ty), mask=inside_MN)
+            dup_MN = da_MN * value_MN
+            if FORM.kind == "clamped_silu":
+                dup_MN = tl.where(tl.abs(up_MN) > 7.0, 0.0, dup_MN)
+            tl.store(dgate_MN + hidden.width, dup_MN.to(da.dtype.element_ty), mask=inside_MN)
         else:
             tl.store(gradients.h_RG + at_MN, dx_MN, mask=inside_MN)
     tl.store(gradients.gates_TK + choice_M, tl.sum(dot_MN, 1), mask=live_M)

@@ -18,7 +18,7 @@ from torch import Tensor
 from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.kernels.backends import ExpertWeights
 from litgpt_moe_ext.moe.kernels.plan import kind_of
-from litgpt_moe_ext.moe.kernels.triton.activation import value_of
+from litgpt_moe_ext.moe.kernels.triton.activation import factor_of, value_of
 from litgpt_moe_ext.moe.kernels.triton.common import constexpr, rows_of, stack_of
 from litgpt_moe_ext.triton_launch import ceil_div, launch
 
@@ -99,7 +99,7 @@ def _first(x, weight, bias, choice, out, FORM: constexpr):
         h_N = value_of(h_N, FORM)
     if FORM.gated:
         up_N = _product(token, w, width + f_N, live_N, weight, 128)
-        h_N *= _plus_bias(up_N, bias, expert, width + f_N, live_N, weight.n_out)
+        h_N *= factor_of(_plus_bias(up_N, bias, expert, width + f_N, live_N, weight.n_out), FORM)
     tl.store(out.data + row * width + f_N, h_N, mask=live_N)
 
 
