@@ -99,6 +99,9 @@ _NEEDED = (
     *("n_positions", "n_embd", "n_layer", "n_head"),
     *("layer_types", "decoder_sparse_step", "rope_theta", "partial_rotary_factor"),
 )
+# What is counted through, layer by layer.
+_LAYERS = ("num_hidden_layers", "n_layer", "num_nextn_predict_layers")
+_MOST_LAYERS = 10_000
 
 
 def _require_kinds(raw: _Json, defaults: _Json) -> None:
@@ -112,6 +115,8 @@ def _require_kinds(raw: _Json, defaults: _Json) -> None:
             raise SettingsError(f"hf_dir: {key}: {value!r} must be {words}; copy config.json again")
         if key in _NEEDED and value == 0:
             raise SettingsError(f"hf_dir: {key}: 0 must be more than 0; copy config.json again")
+        if key in _LAYERS and not 0 <= value <= _MOST_LAYERS:
+            raise SettingsError(f"hf_dir: {key}: {value} must be from 0 to {_MOST_LAYERS}; copy config.json again")
 
 
 def _common(hf: _Json) -> _Json:
@@ -322,15 +327,16 @@ def _qwen_pattern(hf: _Json) -> _Json:
     n_layer, step = hf["num_hidden_layers"], hf["decoder_sparse_step"]
     only = set(hf.get("mlp_only_layers") or ())
     dense = [i in only or (i + 1) % step != 0 for i in range(n_layer)]
-    for first in range(n_layer):
-        for every in range(1, n_layer + 1):
-            if dense == [i < first or (i - first + 1) % every != 0 for i in range(n_layer)]:
-                settings = _first_dense(hf, first)
-                if every > 1:
-                    settings |= {"decoder_sparse_step": every, "intermediate_size": hf["intermediate_size"]}
-                return settings
     if all(dense):
         raise SettingsError(f"hf_dir: mlp_only_layers: {sorted(only)} leaves no layer with experts")
+    sparse = dense.index(False)
+    for first in range(sparse + 1):
+        every = sparse - first + 1
+        if all(dense[i] == ((i - first + 1) % every != 0) for i in range(first, n_layer)):
+            settings = _first_dense(hf, first)
+            if every > 1:
+                settings |= {"decoder_sparse_step": every, "intermediate_size": hf["intermediate_size"]}
+            return settings
     return {"mlp_only_layers": [i for i in range(n_layer) if dense[i]], "intermediate_size": hf["intermediate_size"]}
 
 
