@@ -146,16 +146,24 @@ def load_recipe(path: Path) -> Recipe:
     raise SettingsError(f"recipe: {str(path)!r} must have model_config or model_name, like those in configs/")
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, setting: str = "recipe") -> dict[str, Any]:
     """Read a YAML file of settings.
 
+    Args:
+        path: The file.
+        setting: What the user has named it by, for the error.
+
     Raises:
-        SettingsError: If it is not YAML, or something else than keys and values.
+        SettingsError: If it cannot be read, is not YAML, or is something else than keys and values.
     """
+    name = f"{setting}: {str(path)!r}"
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"recipe: {str(path)!r} must be YAML: {one_line(error)}") from error
+    except OSError as error:
+        raise SettingsError(f"{name} cannot be read ({error.strerror}); name a file that you may read") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise SettingsError(f"{name} must be YAML: {one_line(error)}") from error
     if not isinstance(content, dict):
-        raise SettingsError(f"recipe: {str(path)!r} must hold settings, not {type(content).__name__}")
+        holds = "is empty" if content is None else "holds no settings"
+        raise SettingsError(f"{name} {holds}; it must consist of lines KEY: VALUE, as in configs/")
     return content

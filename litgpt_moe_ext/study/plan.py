@@ -128,7 +128,7 @@ def load_study(path: Path, scale: Path | None = None) -> Study:
 def _content(path: Path, what: str, keys: tuple[str, ...]) -> dict[str, Any]:
     if not path.is_file():
         raise SettingsError(f"{what}: {str(path)!r} must be a {what} (YAML file), like those in studies/")
-    content = read_yaml(path)
+    content = read_yaml(path, what)
     if unknown := [key for key in content if key not in keys]:
         raise SettingsError(f"{what}: {path} has the key {unknown[0]}; known are {', '.join(keys)}")
     return content

@@ -58,3 +58,22 @@ def test_what_may_not_be_entered_and_what_is_no_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "stat", refuse)
     with pytest.raises(SettingsError, match=r"file: 'x' cannot be looked up \(Permission denied\); name a path"):
         check_path("file", Path("x"))
+
+
+@pytest.mark.parametrize("arguments", [["doctor"], ["model-card"], ["twin", "out.yaml"], ["study"], ["schedule"]])
+def test_a_recipe_that_cannot_be_read_or_is_empty(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command, *others = arguments
+    name = "study" if command == "study" else "recipe"
+    Path("empty.yaml").touch()
+    assert main([command, "empty.yaml", *others]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {name}: 'empty.yaml' is empty; it must consist of lines KEY: VALUE, as in configs/\n"
+    )
+
+    def refuse(self, *args, **options):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert main([command, "empty.yaml", *others]) == 2
+    assert f"error: {name}: 'empty.yaml' cannot be read (Permission denied); name a" in capsys.readouterr().err
