@@ -39,7 +39,8 @@ def read_arguments(command: type[Arguments], program: str, given: Sequence[str])
         given: The command line after these.
 
     Raises:
-        SettingsError: If an argument is missing, unknown, or not of the type of its field.
+        SettingsError: If an argument is missing, unknown, or not of the type of its field, or if a path cannot be read
+            or written to.
         SystemExit: After printing the help that `--help` asks for.
     """
     parser = build_parser(command, program)
@@ -47,7 +48,12 @@ def read_arguments(command: type[Arguments], program: str, given: Sequence[str])
     if unknown:
         raise SettingsError(_describe_unknown(unknown[0], command))
     types_ = get_type_hints(command)
-    return command(**{name: _convert(name, types_[name], value) for name, value in vars(values).items()})
+    made = command(**{name: _convert(name, types_[name], value) for name, value in vars(values).items()})
+    for name, value in vars(made).items():
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, Path):
+                check_path(name, path)
+    return made
 
 
 def build_parser(command: type, program: str) -> argparse.ArgumentParser:
@@ -150,9 +156,6 @@ def _convert(name: str, annotation: Any, given: str | list[str]) -> Any:
         return None
     words = {"true": True, "false": False} if kind is bool else {word: word for word in get_args(kind)}
     try:
-        value = words[given] if words else without_range(kind)(kind(given))
+        return words[given] if words else without_range(kind)(kind(given))
     except (KeyError, ValueError):
         raise SettingsError(f"{name}: {given} must be {describe(kind)}") from None
-    if isinstance(value, Path):
-        check_path(name, value)
-    return value

@@ -1,7 +1,8 @@
-"""Paths that cannot even be looked up: refused once, where they are given.
+"""Paths that are given: refused before any work if they cannot be looked up, read, or written to.
 
 `pathlib` answers `is_file` for a path that is not there, and raises for one below a folder that may not be entered, or
-with a name that is too long. With this check no command needs to think of that.
+with a name that is too long. With these checks no command needs to think of that, and none finds out after an hour that
+its result has no place.
 """
 
 import os
@@ -11,26 +12,60 @@ from typing import Any
 
 from litgpt_moe_ext.errors import refuse_first
 
+# What commands call the files and folders that they make. Those of a training have checks of their own.
+_FILES, _FOLDERS = ("out", "json", "slurm"), ("out_dir",)
+_OF_TRAINING = ("out_dir", "data_path", "artifacts_dir", "wandb_artifacts_dir")
+
 
 def check_path(name: str, path: Path) -> None:
-    """Raise SettingsError, with the setting's name, if the system cannot say whether there is something at a path."""
-    refuse_first(_problem(name, path))
+    """Raise SettingsError, with the name of the argument, unless a path can be looked up, and read or written to.
+
+    Args:
+        name: Of a command's argument, which says whether the command reads or makes what is there.
+        path: Its value.
+    """
+    if name in _FILES or name in _FOLDERS:
+        refuse_first(_unwritable(name, path))
+    else:
+        refuse_first(_unreadable(name, path))
 
 
 def check_paths(settings: Any) -> None:
-    """Do the same for all paths in settings, which may be nested mappings (also jsonargparse's) and lists."""
-    refuse_first(problem for name, path in _paths("", settings) for problem in _problem(name, path))
+    """Do the same for all paths in the settings of a training: nested mappings (also jsonargparse's) and lists."""
+    for name, path in _paths("", settings):
+        made = name.rpartition(".")[2] in _OF_TRAINING
+        refuse_first((_out_of_sight if made else _unreadable)(name.replace(".init_args", ""), path))
 
 
-def _problem(name: str, path: Path) -> Iterator[str]:
+def _out_of_sight(name: str, path: Path) -> Iterator[str]:
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         reason = getattr(error, "strerror", None) or str(error)
-        setting = name.replace(".init_args", "")
-        yield f"{setting}: {str(path)!r} cannot be looked up ({reason}); name a path that you may read"
+        yield f"{name}: {str(path)!r} cannot be looked up ({reason}); name another path"
+
+
+def _unreadable(name: str, path: Path) -> Iterator[str]:
+    yield from _out_of_sight(name, path)
+    if os.path.exists(path) and not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
+        yield f"{name}: {str(path)!r} cannot be read (Permission denied); name what you may read"
+
+
+def _unwritable(name: str, path: Path) -> Iterator[str]:
+    yield from _out_of_sight(name, path)
+    if name in _FILES and path.is_dir():
+        yield f"{name}: {str(path)!r} is a folder; name a file"
+        return
+    # A folder is made with all that it lies in; a file is written beside its place and renamed.
+    folder = path if name in _FOLDERS else path.parent
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        yield f"{name}: {str(path)!r} cannot be made, because {str(folder)!r} is a file; name another path"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        yield f"{name}: {str(path)!r} cannot be written ({str(folder)!r} is read-only for you); name another path"
 
 
 def _paths(name: str, value: Any) -> Iterator[tuple[str, Path]]:

@@ -199,9 +199,12 @@ def check_writable(out_dir: Path) -> None:
 
 def check_checkpoint_dir(name: str, directory: Path) -> None:
     """Raise SettingsError unless `directory`, the value of setting `name`, holds a LitGPT model."""
-    if not (directory / "lit_model.pth").is_file():
+    file = directory / "lit_model.pth"
+    if not file.is_file():
         where = "does not exist" if not os.path.isdir(directory) else "has no lit_model.pth"
-        raise SettingsError(f"{name}: {str(directory)!r} {where}")
+        raise SettingsError(f"{name}: {str(directory)!r} {where}; name a checkpoint (step-*, best, final)")
+    if not os.access(file, os.R_OK):
+        raise SettingsError(f"{name}: {str(file)!r} cannot be read (Permission denied); name what you may read")
 
 
 def open_tokenizer(tokenizer_dir: Path, padded_vocab_size: int) -> Tokenizer:

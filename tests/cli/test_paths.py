@@ -12,6 +12,7 @@ from litgpt_moe_ext.cli.arguments import build_parser
 from litgpt_moe_ext.cli.main import COMMANDS, load, main
 from litgpt_moe_ext.cli.paths import check_path, check_paths
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.training.checks import check_checkpoint_dir
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TOO_LONG = "a" * 300
@@ -44,7 +45,7 @@ def test_paths_of_a_training(flag, tmp_path, capsys):
 
 
 def test_what_may_not_be_entered_and_what_is_no_name(tmp_path, monkeypatch):
-    def refuse(path):
+    def refuse(path, *args, **options):
         raise PermissionError(13, "Permission denied", str(path))
 
     with pytest.raises(SettingsError, match=r"data.path: 'a\\x00b' cannot be looked up \(embedded null byte\)"):
@@ -56,8 +57,33 @@ def test_what_may_not_be_entered_and_what_is_no_name(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     check_path("file", tmp_path / "file" / "below")
     monkeypatch.setattr(os, "stat", refuse)
-    with pytest.raises(SettingsError, match=r"file: 'x' cannot be looked up \(Permission denied\); name a path"):
+    with pytest.raises(SettingsError, match=r"file: 'x' cannot be looked up \(Permission denied\); name another path"):
         check_path("file", Path("x"))
+
+
+def test_results_have_a_place_before_the_work_begins(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    for name, place, problem in (
+        ("json", tmp_path, "is a folder; name a file"),
+        ("json", tmp_path / "file" / "x", f"cannot be made, because '{tmp_path / 'file'}' is a file"),
+        ("out_dir", tmp_path / "file" / "new" / "x", f"cannot be made, because '{tmp_path / 'file'}' is a file"),
+    ):
+        with pytest.raises(SettingsError, match=f"{name}: '{place}' {problem}"):
+            check_path(name, place)
+    check_path("out_dir", tmp_path)
+    assert main(["perplexity", "nothing", "--text", "nothing", "--json", str(tmp_path)]) == 2
+    assert "error: json: " in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(SettingsError, match=f"out_dir: '.*x/y' cannot be written \\('{tmp_path}' is read-only for you"):
+        check_path("out_dir", tmp_path / "x" / "y")
+    for place in (tmp_path, tmp_path / "file"):
+        with pytest.raises(SettingsError, match=f"text: '{place}' cannot be read \\(Permission denied\\)"):
+            check_path("text", place)
+        with pytest.raises(SettingsError, match=f"data.source_path: '{place}' cannot be read"):
+            check_paths({"out_dir": place, "data": {"init_args": {"data_path": place, "source_path": place}}})
+    (tmp_path / "lit_model.pth").touch()
+    with pytest.raises(SettingsError, match="initial_checkpoint_dir: '.*lit_model.pth' cannot be read"):
+        check_checkpoint_dir("initial_checkpoint_dir", tmp_path)
 
 
 @pytest.mark.parametrize("arguments", [["doctor"], ["model-card"], ["twin", "out.yaml"], ["study"], ["schedule"]])

@@ -486,6 +486,24 @@ def test_find_files(tmp_path):
         find_files("source_path", tmp_path / "nowhere", "*")
 
 
+def test_a_folder_that_may_not_be_entered_is_named(tmp_path, monkeypatch, capsys):
+    for name in ("a.txt", "closed/b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    closed, scandir = str(tmp_path / "closed"), os.scandir
+
+    def enter(path):
+        if str(path) == closed:
+            raise PermissionError(13, "Permission denied", closed)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", enter)
+    assert find_files("source_path", tmp_path, "**/*.txt") == [tmp_path / "a.txt"]
+    assert capsys.readouterr().out == f"Left out {closed}, which cannot be read (Permission denied)\n"
+    assert find_files("source_path", tmp_path, "*.txt") == [tmp_path / "a.txt"]
+    assert not capsys.readouterr().out
+
+
 def test_progress_in_words():
     progress = PreparationProgress(8_000_000, show=False)
     progress.stage("encoding", done=2_000_000)

@@ -47,6 +47,7 @@ class Experts:
         from litgpt import Config
 
         from litgpt_moe_ext.cli.output import progress
+        from litgpt_moe_ext.cli.paths import check_path
         from litgpt_moe_ext.evaluation.loading import check_checkpoint_dir, choose_device, load_model, load_tokenizer
         from litgpt_moe_ext.inspect.experts import analysis as expert_analysis
         from litgpt_moe_ext.inspect.experts.capture import record_routing
@@ -54,6 +55,7 @@ class Experts:
         directories = [self.checkpoint_dir, *([self.compare_with] if self.compare_with else [])]
         for directory in directories:
             check_checkpoint_dir(directory)
+        check_path("out_dir", self._pages())
         tokenizers = [load_tokenizer(directory) for directory in directories]
         expert_analysis.require_same_tokenizer(directories, tokenizers)
         documents, source = self._documents(tokenizers[0])
@@ -88,12 +90,15 @@ class Experts:
             documents = texts.shard_documents(tokens, tokenizer, source)
         return texts.encode(documents, tokenizer, self.max_tokens), source
 
+    def _pages(self) -> Path:
+        return self.out_dir or self.checkpoint_dir / "experts"
+
     def _write(self, analysis: Mapping[str, Any]) -> None:
         from litgpt_moe_ext.cli.output import print_table, write_bytes, write_json, write_text
         from litgpt_moe_ext.inspect.experts import report
         from litgpt_moe_ext.pictures.style import png
 
-        out_dir = self.out_dir or self.checkpoint_dir / "experts"
+        out_dir = self._pages()
         images = {name: png(figure) for name, figure in report.make_figures(analysis).items()}
         for name, image in images.items():
             write_bytes(out_dir / f"{name}.png", image)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from litgpt_moe_ext.data.corpora.documents import EncodedCorpus
-from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source
+from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source, say_left_out
 from litgpt_moe_ext.data.pipeline.store import in_validation
 from litgpt_moe_ext.data.reading.documents import documents
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings
@@ -99,7 +99,7 @@ class PythonStdlib(EncodedCorpus):
 
 
 def _files(folder: Path, skipped: frozenset[str]) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder, onerror=say_left_out):
         folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
         for name in files:
             path = Path(parent, name)

@@ -121,13 +121,28 @@ def find_files(setting: str, path: Path, pattern: str) -> list[Path]:
     _refuse_links_out(setting, path, found)
     # A cache may lie in the folder of the documents: what was prepared from them is none of them.
     found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-    prepared = {file.parent for file in path.glob(f"**/{MANIFEST}") if (file.parent / TOKENIZER_DIR).is_dir()}
+    prepared = _prepared(path, say_left_out if "**" in pattern else None)
     found = [file for file in found if prepared.isdisjoint(file.parents)]
     if not found:
         raise SettingsError(
             f"{setting}: {str(path)!r} has no files like {pattern!r}, it has {_names(path)}; set {setting} to another "
             "folder, or the pattern to one that matches"
         )
+    return found
+
+
+def say_left_out(error: OSError) -> None:
+    """Say of a folder that may not be entered that its files are not read; a search passes over it in silence."""
+    print(f"Left out {error.filename}, which cannot be read ({error.strerror})", flush=True)
+
+
+def _prepared(path: Path, unreadable: Callable[[OSError], None] | None) -> set[Path]:
+    # The prepared corpora below a folder.
+    found = set()
+    for parent, folders, files in os.walk(path, onerror=unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if MANIFEST in files and TOKENIZER_DIR in folders:
+            found.add(Path(parent))
     return found
 
 

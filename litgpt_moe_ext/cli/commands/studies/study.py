@@ -45,12 +45,14 @@ class Study:
     def run(self) -> int:
         """Train what is missing and write the page."""
         from litgpt_moe_ext.cli.output import print_table, write_text
+        from litgpt_moe_ext.cli.paths import check_path
         from litgpt_moe_ext.errors import SettingsError
         from litgpt_moe_ext.study.launch import check, is_finished, slurm_script, train
         from litgpt_moe_ext.study.plan import load_study
 
         study = load_study(self.study, self.scale)
         out_dir = self.out_dir or Path("out/studies") / study.name
+        check_path("out_dir", out_dir)
         runs_dir = out_dir / "runs"
         limits = self._limits()
         options = {"--scale": self.scale, "--out_dir": self.out_dir}
