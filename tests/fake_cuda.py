@@ -35,21 +35,28 @@ def fake_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[FakeTensorMode]:
         yield mode
 
 
-def forward_of_recipe(recipe: Path, tokens: int = 64) -> Tensor:
+def forward_of_recipe(recipe: Path, layers: int | None = None) -> Tensor:
     """Run the whole model of a recipe forward in the recipe's own precision, inside `fake_cuda`.
 
     The model trains: its dropout, balancing and auxiliary losses are on.
 
+    Args:
+        recipe: Its layers are all alike.
+        layers: At most so many of them; None for all.
+
     Returns:
-        Logits, (1, `tokens`, vocabulary), fake.
+        Logits, (1, 64, vocabulary), fake.
     """
     settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     precision = settings.get("precision") or "bf16-mixed"  # what null means on a card that has bfloat16
     kind, _, mode = precision.partition("-")
+    changed = settings["model_config"]
+    if layers is not None:
+        changed = {**changed, "n_layer": min(layers, changed["n_layer"])}
     # Weights stay as they come, as filling them would need the card.
     with Fabric(accelerator="cpu", devices=1).init_module(empty_init=True), torch.device("cuda"):
-        model = GPT(Config(**settings["model_config"]))
-        idx_BT = torch.zeros(1, tokens, dtype=torch.long)
+        model = GPT(Config(**changed))
+        idx_BT = torch.zeros(1, 64, dtype=torch.long)
     if mode == "true":
         model.to(DTYPES[kind])
     with torch.autocast("cuda", DTYPES[kind], enabled=mode == "mixed"):

@@ -8,7 +8,9 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 import jsonargparse._actions as actions
+import jsonargparse._core as core
 import jsonargparse._optionals as docstrings
+from jsonargparse import Namespace
 from jsonargparse._typehints import ActionTypeHint
 
 from litgpt_moe_ext.cli import train
@@ -20,6 +22,8 @@ def build_once() -> None:
     ActionTypeHint.get_class_parser = staticmethod(_class_parsers(ActionTypeHint.get_class_parser))
     train.build_parser = _parsers(train.build_parser)
     actions.filter_default_actions = _filters(actions.filter_default_actions)
+    find = _finder(actions._find_action_and_subcommand)
+    actions._find_action_and_subcommand = core._find_action_and_subcommand = find
 
 
 def _docstrings(parse: Any) -> Any:
@@ -35,16 +39,27 @@ def _docstrings(parse: Any) -> Any:
 
 def _class_parsers(build: Any) -> Any:
     @functools.cache
-    def built(val_class: type, init: Any, options: tuple, attributes: bool) -> Any:
-        return build(val_class, dict(options))
+    def built(val_class: type, init: Any, options: tuple, attributes: bool, has_default: bool) -> Any:
+        parser = build(val_class, dict(options))
+        return parser, [(action, action.default) for action in parser._actions], dict(parser._defaults)
 
     def get_class_parser(val_class: Any, sub_add_kwargs: Any = None, skip_args: Any = None) -> Any:
-        options = tuple((sub_add_kwargs or {}).items())
-        plain = all(isinstance(value, Hashable) for _, value in options)
-        if isinstance(val_class, type) and plain and not skip_args:
-            # A class that got more fields has another constructor.
-            return _fresh(built(val_class, val_class.__init__, options, _attributes()))
-        return build(val_class, sub_add_kwargs, skip_args)
+        options = dict(sub_add_kwargs or {})
+        default = options.pop("default", None)
+        is_plain = all(isinstance(value, Hashable) for value in options.values())
+        has_fields = default is None or (isinstance(default, Namespace) and "class_path" not in default)
+        if not (isinstance(val_class, type) and is_plain and has_fields and not skip_args):
+            return build(val_class, sub_add_kwargs, skip_args)
+        # A class that got more fields has another constructor.
+        key = val_class, val_class.__init__, tuple(options.items()), _attributes(), default is not None
+        parser, own_defaults, own_names = built(*key)
+        if default is not None:
+            # Those of the last command go, whichever it had.
+            for action, own in own_defaults:
+                action.default = own
+            parser._defaults = dict(own_names)
+            parser.set_defaults(default.as_dict())
+        return _fresh(parser)
 
     return get_class_parser
 
@@ -84,6 +99,43 @@ def _filters(keep: Any) -> Any:
         return kept
 
     return filter_default_actions
+
+
+def _finder(find: Any) -> Any:
+    known: dict[int, tuple[list, int, dict[str, list] | None]] = {}
+
+    def find_action_and_subcommand(parser: Any, dest: str, exclude: Any = None) -> Any:
+        # Every key of every section is looked for among the hundred actions, several times.
+        given = parser._actions
+        before, length, by_name = known.get(id(given), (None, 0, None))
+        if before is not given or length != len(given):
+            if len(known) > 20:
+                known.clear()
+            by_name = _by_name(actions.filter_default_actions(given))
+            known[id(given)] = given, len(given), by_name
+        if by_name is None:
+            return find(parser, dest, exclude)
+        fallback = None
+        for action in by_name.get(dest, ()):
+            if exclude is not None and isinstance(action, exclude):
+                continue
+            if not isinstance(action, (actions._ActionConfigLoad, actions.ActionFail)):
+                return action, None
+            fallback = action
+        return fallback, None
+
+    return find_action_and_subcommand
+
+
+def _by_name(given: list) -> dict[str, list] | None:
+    """Return the actions by what they are called; None where they have subcommands."""
+    names: dict[str, list] = {}
+    for action in given:
+        if isinstance(action, actions._ActionSubCommands):
+            return None
+        for name in {action.dest, *(option.removeprefix("--") for option in action.option_strings)}:
+            names.setdefault(name, []).append(action)
+    return names
 
 
 def _attributes() -> bool:

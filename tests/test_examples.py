@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,6 +46,7 @@ RECIPE = {
 }
 
 
+@pytest.mark.slow
 def test_a_router_of_ones_own_trains(tmp_path):
     source = tmp_path / "source"
     source.mkdir()

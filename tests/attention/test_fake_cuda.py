@@ -30,7 +30,7 @@ def _experts_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_experts_skipped")
 def test_forward_of_a_recipe_has_no_data_dependent_operator(recipe: Path) -> None:
     with fake_cuda((9, 0)):
-        logits_BTV = forward_of_recipe(recipe)
+        logits_BTV = forward_of_recipe(recipe, layers=2)
     assert logits_BTV.device.type == "cuda"
     assert logits_BTV.shape[:2] == (1, 64)
 

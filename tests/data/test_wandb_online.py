@@ -72,11 +72,12 @@ def test_logged_and_downloaded(server, corpus, tmp_path, write_sources):
             download(reference, tmp_path / "artifacts")
 
 
-SOON = (("ArtifactMembershipByName", "refused"), ("/storage/tokens-0/train_00000.bin", "404 Client Error"))
-LATER = (("FetchArtifactManifest", "refused"), ("GetArtifactMembershipFileUrls", "refused"))
+ENDS = (("ArtifactMembershipByName", "refused"), ("/storage/tokens-0/train_00000.bin", "404 Client Error"))
+BETWEEN = (("FetchArtifactManifest", "refused"), ("GetArtifactMembershipFileUrls", "refused"))
 
 
-@pytest.mark.parametrize("faults", [SOON, pytest.param(LATER, marks=pytest.mark.slow)], ids=["ends", "between"])
+@pytest.mark.slow
+@pytest.mark.parametrize("faults", [ENDS, BETWEEN], ids=["ends", "between"])
 def test_a_download_that_fails_goes_on_later(server, corpus, tmp_path, faults):
     log_corpus(corpus, "tokens", PROJECT)
     for refused, reason in faults:

@@ -198,10 +198,8 @@ def test_a_rest_that_fails_can_be_asked_again(package):
     assert module.accuracy() is module.Metric
 
 
-@pytest.mark.parametrize(
-    "first",
-    ["from litgpt.config import Config", pytest.param("from litgpt import Config", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["from litgpt.config import Config", "from litgpt import Config"])
 def test_a_submodule_asked_for_first_is_executed_once_and_extended(first):
     """`litgpt.config` imports what extends it before itself, which imports it in turn."""
     code = (

@@ -155,7 +155,7 @@ def costs(config, steps: list[Step]) -> list:
     ]
 
 
-@pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.slow)], ids=["in turns", "all"])
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)], ids=["in turns", "all"])
 @pytest.mark.parametrize("name", DEEP)
 def test_a_short_model_tells_what_the_whole_one_takes(name, every, whole):
     """To the byte, in every part of a step. Models take turns with the steps."""
@@ -177,7 +177,7 @@ def test_short_recipes_tell_what_the_whole_ones_take(path, whole):
     assert costs(recipe.config, steps) == whole(lambda: costs(recipe.config, steps), recipe.config.n_layer)
 
 
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.fixed_dictionaries(
         {

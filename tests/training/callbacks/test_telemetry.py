@@ -111,6 +111,7 @@ def test_a_system_that_does_not_say(monkeypatch):
     assert peak_memory_gb(torch.device("cpu")) is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process inherits the peak of the one that started it")
 def test_memory_is_that_of_this_process():
     """Not what the process that started it once took."""
