@@ -1,12 +1,89 @@
-"""What CUDA graphs do, on a CPU: passes that run again on the same tensors, and add gradients where they did."""
+"""What CUDA graphs do, on a CPU: passes that run again on the same tensors, and add gradients where they did.
+
+`Recordings` are true to them: operators run again, and nothing of Python. A model that waits for the device, as most do
+on a CPU, has none; `Reruns` are for it.
+"""
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from litgpt_moe_ext.moe.kernels import step_weights
-from litgpt_moe_ext.training.steps.capture import Loss, Passes, leaves_of
+from litgpt_moe_ext.training.steps.capture import Loss, Passes, gradients_set_aside, leaves_of
+
+# Their results, or the sizes of these, are known to the host only after the device has answered.
+LOOKS = {"_local_scalar_dense", "item", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}
+
+
+class Recordings:
+    """Makes passes that run the operators of the loss function again, on the tensors that they had."""
+
+    def __init__(self) -> None:
+        self.captured = 0
+
+    def __call__(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor, add: bool) -> Passes:
+        self.captured += 1
+        forward, backward = _Recording(), _Recording()
+        with torch.random.fork_rng(devices=[]):
+            with forward:
+                value = loss(ids_BT, targets_BT)
+            scale, leaves = torch.ones_like(value), leaves_of(value)
+            before = [(leaf.grad, leaf.grad.clone()) for leaf in leaves if add and leaf.grad is not None]
+            with gradients_set_aside(leaves, keep=add):
+                with backward:
+                    value.backward(scale)
+                gradients = {leaf: leaf.grad for leaf in leaves if leaf.grad is not None}
+        static = value.detach()
+        for recording in (forward, backward):
+            recording.forget()
+        for gradient, content in before:
+            gradient.copy_(content)
+        return Passes(forward.replay, backward.replay, static, scale, gradients)
+
+
+class _Recording(TorchDispatchMode):
+    """Notes the operators of a scope."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: list[tuple[Any, tuple, dict[str, Any], list[Tensor | None]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func.overloadpacket.__name__ in LOOKS:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        result = func(*args, **kwargs)
+        given = {_memory(tensor) for tensor in _tensors((args, kwargs))}
+        made = [None if _memory(tensor) in given else tensor for tensor in _tensors(result)]
+        if func._schema.is_mutable or any(tensor is not None for tensor in made):  # and not a view alone
+            self._calls.append((func, args, kwargs, made))
+        return result
+
+    def forget(self) -> None:
+        """Leave nothing that was computed where a replay should write."""
+        for *_, made in self._calls:
+            for tensor in made:
+                if tensor is not None:
+                    tensor.detach().fill_(torch.nan if tensor.is_floating_point() else 0)
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for func, args, kwargs, made in self._calls:
+            for old, new in zip(made, _tensors(func(*args, **kwargs)), strict=True):
+                if old is not None:
+                    old.copy_(new)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 class Reruns:

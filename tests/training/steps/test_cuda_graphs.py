@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.training.callbacks.fused_loss import _HalfProducts
 from litgpt_moe_ext.training.parallel.facts import facts_of
 from litgpt_moe_ext.training.steps import cuda_graphs
 from litgpt_moe_ext.training.steps.cuda_graphs import Conditions, GraphDecision, decide
 from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss
 from tests.models import moe_config
 from tests.runs import logged, train, weights_of
-from tests.training.steps.passes import Reruns
+from tests.training.steps.passes import Recordings, Reruns
 
 
 @pytest.fixture
@@ -67,6 +68,33 @@ def test_with_the_fused_loss(recipe, graphs, monkeypatch, tmp_path):
     monkeypatch.undo()
     assert train("--config", file, "--out_dir", tmp_path / "plain", "--fused_cross_entropy", "true") == 0
     assert logged(tmp_path / "graphed", "loss") == logged(tmp_path / "plain", "loss")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true"])
+def test_a_recorded_run_is_the_same(recipe, graphs, monkeypatch, tmp_path, capsys, precision):
+    """With replays that run no Python: scaler, fused loss as on a GPU, average of the weights, samples, validation."""
+    monkeypatch.setattr(f"{__name__}.Reruns", Recordings)
+    dtype = torch.float16 if precision == "16-mixed" else torch.bfloat16
+
+    def loss(x, targets, head):
+        return _HalfProducts.apply(x.flatten(0, 1), head.weight, head.bias, targets.flatten(), dtype)
+
+    monkeypatch.setattr("litgpt_moe_ext.training.callbacks.fused_loss.linear_loss", loss)
+    model = {"expert_backend": "grouped_mm", "moe_intermediate_size": 16, "router_z_loss_coef": 0.01}
+    extras = {"ema": {"decay": 0.9}, "sample": {"prompts": ["def "], "max_new_tokens": 3}}
+    file = recipe(precision=precision, model_config={**model, "expert_dropout": 0.1}, **extras)
+    graphed, plain = tmp_path / "graphed", tmp_path / "plain"
+    assert train("--config", file, "--out_dir", graphed, "--fused_cross_entropy", "true") == 0
+    assert "CUDA graphs: on, from this step" in capsys.readouterr().out
+    off = GraphDecision("not now", False)
+    monkeypatch.setattr("litgpt_moe_ext.training.equip.decide_graphs", lambda *_: off)
+    assert train("--config", file, "--out_dir", plain, "--fused_cross_entropy", "true") == 0
+    for column in ("loss", "val_loss", "grad_norm", "moe/max_vio"):
+        assert logged(graphed, column) == logged(plain, column)
+    for folder in ("final", "final/ema"):
+        ours, theirs = weights_of(graphed / folder), weights_of(plain / folder)
+        assert all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
 def test_refused_where_there_is_no_card(recipe, capsys):

@@ -4,24 +4,22 @@ import pytest
 import torch
 from torch import nn
 
+from litgpt_moe_ext import padding
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.moe.kernels import operators
 from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
 from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss
 from tests.models import initialized_model, moe_config
-from tests.training.steps.passes import Reruns
+from tests.training.steps.passes import Recordings, Reruns
 
 VOCABULARY = 64
 
 
 def make_model(**changes):
     torch.manual_seed(0)
-    config = moe_config(
-        router_bias_update_rate=0.01, router_z_loss_coef=0.01, expert_dropout=0.1, padded_vocab_size=VOCABULARY,
-        **changes,
-    )  # fmt: skip
-    return initialized_model(config)
+    settings = {"router_bias_update_rate": 0.01, "router_z_loss_coef": 0.01, "expert_dropout": 0.1}
+    return initialized_model(moe_config(padded_vocab_size=VOCABULARY, **(settings | changes)))
 
 
 def batches(number, rows=2, length=16):
@@ -120,6 +118,47 @@ def test_experts_weights_are_shared(monkeypatch, dtype):
     sums.clear()
     assert_trains_alike(train, GROUPED, dtype, share=False)
     assert not any(total is not None for total in sums)
+
+
+SINKS = {"attention_class_name": "SinkAttention", "attention_dropout": 0.1, "residual_dropout": 0.1}
+STILL = {"router_bias_update_rate": None}
+KINDS = {
+    "top k": {
+        **SINKS, "embedding_dropout": 0.1, "router_jitter_noise": 0.1, "router_sequence_balancing_loss_coef": 0.1,
+        "n_shared_expert": 1, "router_bias_update_schedule": {"warmup_steps": 4, "decay_start": 3, "decay_steps": 3},
+    },
+    "groups": {
+        "router_score_function": "sigmoid", "n_expert_groups": 4, "n_topk_groups": 2, "n_topk_scores_per_group": 1,
+        "router_load_balancing_loss_coef": 0.1, "router_orthogonality_loss_coef": 0.1, "mlp_activation": "relu2",
+    },
+    "noisy": {
+        **SINKS, **STILL, "router_type": "noisy_topk", "router_importance_loss_coef": 0.1, "router_load_loss_coef": 0.1,
+        "sliding_window_size": 5, "bias": True,
+    },
+    "hash": {
+        **STILL, "router_type": "hash", "router_z_loss_coef": None, "shared_expert_gate": True, "n_shared_expert": 1,
+    },
+    "uniform": {**STILL, "router_type": "uniform", "router_z_loss_coef": None, "expert_gate_on_input": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("padded", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["padded", "full"])
+@pytest.mark.parametrize("kind", ["top k", *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(KINDS)[1:])])
+def test_nothing_of_python_is_in_a_replay(monkeypatch, kind, padded):
+    """The replays are those of a recording, which knows neither Python's numbers nor its branches."""
+    data = batches(10)
+    if padded:
+        # As on a device, where nobody looks whether there is padding.
+        monkeypatch.setattr(padding, "_accepted", True)
+        monkeypatch.setattr("litgpt_moe_ext.attention.gpt_forward.real_tokens", lambda ids: ids >= 0)
+        for i, batch in enumerate(data):
+            batch[i % 2, 16 - i % 5 :] = padding.PADDING
+
+    def train(training):
+        return [training.step(data[i : i + 2]) for i in range(0, 10, 2)]
+
+    graphed = assert_trains_alike(train, GROUPED | KINDS[kind], torch.bfloat16, make_capture=Recordings)
+    assert graphed.said == ["CUDA graphs: on, from this step"]
 
 
 def test_casts_are_not_kept_where_memory_is_short(monkeypatch):

@@ -19,9 +19,8 @@ from litgpt_moe_ext.training.optim.optimization import Optimization
 from litgpt_moe_ext.training.settings import EmaArgs, ParameterGroupArgs, ScheduleArgs
 from litgpt_moe_ext.training.steps.losses import RunningMean
 from tests.fake_cuda import RECIPES, fake_cuda
+from tests.training.steps.passes import LOOKS
 
-# Their results, or the sizes of these, are known to the host only after the device has answered.
-LOOKS = {"_local_scalar_dense", "item", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}
 # As others of the recipes, but larger, or without experts.
 ALIKE = ("code-moe-800m", "nanogpt-tinystories")
 SOON = ("code-moe-60m", "nanogpt-moe-tinystories")
