@@ -96,7 +96,8 @@ class CudaCapture:
             # A capture that was broken off cannot be ended: torch 2.11 then stays on its stream, frees no cached memory
             # of the device any more, and keeps the memory of the graph.
             torch.cuda.set_stream(stream)
-            with contextlib.suppress(RuntimeError):  # from a torch that has done so itself
+            with contextlib.suppress(RuntimeError):
+                graph.reset()  # which does the rest in torch 2.15, where what follows is an error
                 torch._C._cuda_endAllocateToPool(stream.device_index, self._pool)
                 torch._C._cuda_releasePool(stream.device_index, self._pool)
             # The error that broke it off, not the one that it cannot be ended.
