@@ -181,7 +181,8 @@ class GraphedLoss:
         # compiled, and no step should be the first to meet one that fails.
         reference = Reference(self._loss, ids_BT, targets_BT)
         with generators_kept(ids_BT.device), gradients_set_aside(reference.leaves), self._sharing():
-            for _ in range(2):
+            self._loss(ids_BT, targets_BT).backward()
+            if self._accumulates or self._careful:  # otherwise there may be no room for gradients beside a forward pass
                 self._loss(ids_BT, targets_BT).backward()
         return reference
 
