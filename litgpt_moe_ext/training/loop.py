@@ -154,6 +154,7 @@ class HookedLoop:
                 random_state.settle(loop.fabric, loop._plan.settings.seed)
                 loop._means.weights = batch.weights
                 loop.fabric.call("on_batch", batch=batch.data, waited=batch.waited)
+                graphs.expect_batch()
                 return batch.data
 
         cross_entropy = litgpt.pretrain.chunked_cross_entropy

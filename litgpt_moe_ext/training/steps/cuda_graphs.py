@@ -129,7 +129,12 @@ class CudaGraphs:
     def __init__(self, decision: GraphDecision, say: Callable[[str], None]) -> None:
         self._decision, self._say = decision, say
         self._graphed: GraphedLoss | None = None
+        self._expects = False
         self._cross_entropy: Callable[[Any, Tensor], Tensor]
+
+    def expect_batch(self) -> None:
+        """Take note that the loop has a batch: its next call of the model, and no other, can be left to the loss."""
+        self._expects = True
 
     def wrap(self, cross_entropy: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return a loss function that also computes the logits where they are left to it.
@@ -148,7 +153,9 @@ class CudaGraphs:
 
     @contextlib.contextmanager
     def deferring(self, model: Any, precision: Precision) -> Iterator[None]:
-        """Have a model leave its batches to the loss function while it trains, for the time of the scope.
+        """Have a model leave the loop's batches to the loss function while it trains, for the time of the scope.
+
+        Callbacks that call the model get what it computes.
 
         Args:
             model: Fabric's wrapper.
@@ -168,7 +175,8 @@ class CudaGraphs:
         self._graphed = GraphedLoss(loss, model, careful=not self._decision.asked, say=self._say)
 
         def forward(ids_BT: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if model.training and torch.is_grad_enabled() and not (args or kwargs):
+            expected, self._expects = self._expects, False
+            if expected and model.training and torch.is_grad_enabled() and not (args or kwargs):
                 return _Deferred(ids_BT)
             return compute(ids_BT, *args, **kwargs)
 

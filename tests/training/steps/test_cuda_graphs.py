@@ -1,5 +1,8 @@
 """Runs whose passes are captured and replayed, on a CPU with a stand-in for the graphs, and when they are tried."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -7,7 +10,7 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.callbacks.fused_loss import _HalfProducts
 from litgpt_moe_ext.training.parallel.facts import facts_of
 from litgpt_moe_ext.training.steps import cuda_graphs
-from litgpt_moe_ext.training.steps.cuda_graphs import Conditions, GraphDecision, decide
+from litgpt_moe_ext.training.steps.cuda_graphs import Conditions, CudaGraphs, GraphDecision, decide
 from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss
 from tests.models import moe_config
 from tests.runs import logged, train, weights_of
@@ -68,6 +71,30 @@ def test_with_the_fused_loss(recipe, graphs, monkeypatch, tmp_path):
     monkeypatch.undo()
     assert train("--config", file, "--out_dir", tmp_path / "plain", "--fused_cross_entropy", "true") == 0
     assert logged(tmp_path / "graphed", "loss") == logged(tmp_path / "plain", "loss")
+
+
+def test_only_the_loop_leaves_a_batch_to_the_loss():
+    """A callback that calls the model as it trains gets logits."""
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = torch.nn.Embedding(5, 3)
+
+        def forward(self, ids):
+            return self.module(ids)
+
+    model, ids = Wrapped(), torch.tensor([[1, 2]])
+    graphs = CudaGraphs(GraphDecision(None, False), print)
+    precision = SimpleNamespace(forward_context=contextlib.nullcontext, convert_output=lambda logits: logits)
+    loss = graphs.wrap(lambda logits, targets: logits.sum())
+    with graphs.deferring(model, precision):
+        assert model(ids).shape == (1, 2, 3)
+        graphs.expect_batch()
+        left = model(ids)
+        assert not isinstance(left, torch.Tensor)
+        assert model(ids).shape == (1, 2, 3)
+        assert torch.equal(loss(left, ids), model(ids).sum())
 
 
 @pytest.mark.slow
