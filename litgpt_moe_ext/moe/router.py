@@ -166,7 +166,7 @@ class Router(nn.Module):
         if real_T is not None:
             choice = choice.route_nowhere(~real_T, self.n_expert)
         weights_TK, experts_TK = choice.weights_TK, choice.experts_TK
-        trains = self.training and torch.is_grad_enabled() and not x_TD.is_meta
+        trains = self._trains_on(x_TD) and not x_TD.is_meta
         auxiliary = {}
         if trains and self.loss_coefs:
             for name, coef in self.loss_coefs.items():
@@ -183,10 +183,14 @@ class Router(nn.Module):
             weights_TK = self._count_in_backward(weights_TK, counts_E, choice, auxiliary, real_T)
         return Routing(weights_TK, experts_TK, counts_E, real_T)
 
+    def _trains_on(self, x_TD: Tensor) -> bool:
+        # An empty batch has no losses, which are means, and adds nothing to a tally.
+        return self.training and torch.is_grad_enabled() and x_TD.size(0) > 0
+
     def _decide(self, x_TD: Tensor, rule: Rule, n_sequence: int, real_T: Tensor | None) -> Routing:
         given, leaf_N = self.given(x_TD)._replace(real_T=real_T), None
         rule = rule._replace(scale=self.scaling_factor)
-        if self.training and torch.is_grad_enabled():
+        if self._trains_on(x_TD):
             leaf_N = self.tally.leaf_on(x_TD.device)
             losses = {field: self.loss_coefs.get(name, 0.0) for name, field in _FUSED_LOSSES.items()}
             rule = rule._replace(**losses, global_batch=self.step_shares is not None)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from litgpt_moe_ext.moe.balancing import update_routers
 from litgpt_moe_ext.moe.gradient_injection import forget_scale, inject, remember_scale
 from litgpt_moe_ext.moe.layer import NoisyTopKMoE, SharedExpertMoE
 from litgpt_moe_ext.moe.losses import (
@@ -20,6 +21,7 @@ from litgpt_moe_ext.moe.losses import (
 )
 from litgpt_moe_ext.moe.metrics import load_metrics, routers_of
 from tests.models import initialized_model, moe_config, noisy_config, randomize
+from tests.moe.routers import RULES, make_gate
 
 
 @pytest.fixture(autouse=True)
@@ -309,3 +311,16 @@ def test_a_compiled_layer_follows_the_scale_of_the_loss():
             gradients.append(moe.gate.weight.grad.clone())
             forget_scale()
         torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("name", ["noisy, all losses", "sigmoid, sequences", "sigmoid, global batch"])
+def test_an_empty_batch_has_no_losses(name):
+    """Means over no token: gradients and statistics stay numbers, also beside a batch with tokens."""
+    gate = make_gate(**RULES[name])
+    for tokens in (0, 6):
+        x = torch.randn(tokens, 16, requires_grad=True)
+        gate(x, 2).weights_TK.sum().backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in gate.parameters())
+    update_routers([gate])
+    assert gate.record.isfinite().all()
+    assert gate.record[:8].sum() == 12
