@@ -87,7 +87,7 @@ def load_items(path: Path, limit: int | None = None) -> list[Item]:
         SettingsError: If there is no such file, or a line of it does not hold a question; the message names it.
     """
     if not path.is_file():
-        raise SettingsError(f"file: {str(path)!r} does not exist; give HellaSwag's hellaswag_val.jsonl")
+        raise SettingsError(f"file: {str(path)!r} must be a file; give HellaSwag's hellaswag_val.jsonl")
     items: list[Item] = []
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):

@@ -161,8 +161,13 @@ def read_yaml(path: Path, setting: str = "recipe") -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"{name} cannot be read ({error.strerror}); name a file that you may read") from error
+    except yaml.MarkedYAMLError as error:
+        where = "" if error.problem_mark is None else f" line {error.problem_mark.line + 1}"
+        raise SettingsError(
+            f"{name}{where} is not YAML: {error.problem or error.context}; put text in quotes"
+        ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise SettingsError(f"{name} must be YAML: {one_line(error)}") from error
+        raise SettingsError(f"{name} is not a text file of settings ({one_line(error)}); name a YAML file") from error
     if not isinstance(content, dict):
         holds = "is empty" if content is None else "holds no settings"
         raise SettingsError(f"{name} {holds}; it must consist of lines KEY: VALUE, as in configs/")

@@ -354,7 +354,7 @@ def test_wrong_recipes_are_named(tmp_path):
         ("model_config: {n_head: 0}", "n_head: 0 must be an integer of at least 1"),
         ("model_config: [1]", "model_config: .1. must be settings, NAME: VALUE"),
         ("- a list", "holds no settings; it must consist of"),
-        ("a: [", "must be YAML: "),
+        ("a: [", "line 1 is not YAML: expected"),
     ):
         recipe.write_text(text)
         with pytest.raises(SettingsError, match=message):

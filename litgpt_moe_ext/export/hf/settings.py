@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.export.hf.facts import DEEPSEEK_EPS
 from litgpt_moe_ext.export.hf.quantized import Quantization, quantization_of
 
@@ -46,8 +46,9 @@ def read_published(hf_dir: Path) -> Published:
         raw = json.loads(path.read_text(encoding="utf-8"))
         model_type = raw["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise SettingsError(
-            f"hf_dir: {str(path)!r} cannot be read ({error}); name a Hugging Face checkpoint"
+            f"hf_dir: {str(path)!r} cannot be read ({reason}); name a Hugging Face checkpoint"
         ) from error
     if not isinstance(model_type, str) or model_type not in _READERS:
         raise SettingsError(

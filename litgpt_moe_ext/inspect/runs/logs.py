@@ -122,7 +122,8 @@ def _read(path: Path) -> list[dict[str, float]]:
                 if not math.isnan(tokens):
                     rows.append(row)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise SettingsError(f"run_dirs: {path} cannot be read ({one_line(error)}); copy it again") from error
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise SettingsError(f"run_dirs: {path} cannot be read ({reason}); copy it again") from error
     return sorted(rows, key=lambda row: row[TOKENS])
 
 

@@ -156,7 +156,7 @@ class TestWrongInputs:
     def test_files(self, recipe, tmp_path, capsys):
         error = self.refused(capsys, "--config", recipe(), "--evaluate.hellaswag", tmp_path / "none.jsonl")
         assert "evaluate.hellaswag" in error
-        assert "none.jsonl' does not exist" in error
+        assert "none.jsonl' must be a file" in error
         (tmp_path / "bad.jsonl").write_text('{"ind": 1}')
         error = self.refused(capsys, "--config", recipe(), "--evaluate.hellaswag", tmp_path / "bad.jsonl")
         assert "lacks 'activity_label'" in error
