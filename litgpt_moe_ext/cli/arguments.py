@@ -158,4 +158,6 @@ def _convert(name: str, annotation: Any, given: str | list[str]) -> Any:
     try:
         return words[given] if words else without_range(kind)(kind(given))
     except (KeyError, ValueError):
-        raise SettingsError(f"{name}: {given} must be {describe(kind)}") from None
+        too_large = without_range(kind) is int and given.isdecimal() and len(given) > 18
+        beyond = ", and below 2**63" if too_large else ""
+        raise SettingsError(f"{name}: {given} must be {describe(kind)}{beyond}") from None

@@ -169,8 +169,20 @@ def load_model(checkpoint_dir: Path, device: torch.device, dtype: torch.dtype | 
 
 
 def choose_device(name: str | torch.device | None) -> torch.device:
-    """Return the device of a name; without one a GPU if there is one, otherwise the CPU."""
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """Return the device of a name; without one a GPU if there is one, otherwise the CPU.
+
+    Raises:
+        SettingsError: If torch knows no such device, or it is not there.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise SettingsError(f"device: {name!r} must be a device of torch, such as cpu or cuda:0") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SettingsError(
+            f"device: '{device}' is not there, torch sees {torch.cuda.device_count()} GPUs; leave it out, or name cpu"
+        )
+    return device
 
 
 def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:

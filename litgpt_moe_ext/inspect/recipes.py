@@ -120,8 +120,9 @@ def load_recipe(path: Path) -> Recipe:
             raise SettingsError(f"recipe: {str(path)!r} must have a model_config.yaml; name a checkpoint or a recipe")
         hyperparameters = path / "hyperparameters.yaml"
         settings = read_yaml(hyperparameters) if hyperparameters.is_file() else {}
+        model = read_yaml(file)
         try:
-            check_ranges(read_yaml(file))
+            check_ranges(model)
             return Recipe(cast("Config", LitGPTConfig.from_file(file)), settings)  # which knows the package's mark
         except (TypeError, ValueError, AssertionError) as error:
             raise SettingsError(f"recipe: {str(file)!r} must have a valid model_config: {one_line(error)}") from error

@@ -187,6 +187,11 @@ def check_writable(out_dir: Path) -> None:
     """Raise SettingsError unless `out_dir` can be a directory of the run's own; creates it."""
     if out_dir.resolve() == Path.cwd():
         raise SettingsError(f"out_dir: {str(out_dir)!r} is the working directory; name one for this run alone")
+    if (out_dir / "lit_model.pth").is_file():
+        raise SettingsError(
+            f"out_dir: {str(out_dir)!r} is a checkpoint, which another run may replace as a whole; name a directory "
+            "beside it, or --initial_checkpoint_dir to start from its weights"
+        )
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=out_dir, prefix=WRITE_TEST):

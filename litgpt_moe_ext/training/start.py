@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checkpoint.compatibility import require_same_model, require_same_optimizer
 from litgpt_moe_ext.training.checkpoint.earlier import limit_earlier_runs, set_aside
 from litgpt_moe_ext.training.checkpoint.progress import next_attempt
-from litgpt_moe_ext.training.checkpoint.resume import agree, find_resume_file
+from litgpt_moe_ext.training.checkpoint.resume import agree, damage_of, find_resume_file
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.training.launch import Launched
@@ -39,7 +40,7 @@ def find_start(launched: Launched) -> Start:
     """Decide what to resume from, and check that it is this model.
 
     Raises:
-        SettingsError: If what the settings name is not there, or is another model.
+        SettingsError: If what the settings name is not there, is damaged, or is another model.
     """
     plan, fabric = launched.plan, launched.fabric
     initial = plan.settings.initial_checkpoint_dir
@@ -51,6 +52,11 @@ def find_start(launched: Launched) -> Start:
             require_same_optimizer(found.parent, plan.plain)
         if initial is not None:
             require_same_model("initial_checkpoint_dir", initial, plan.config)
+            if found is None and (damage := damage_of(initial)):
+                raise SettingsError(
+                    f"initial_checkpoint_dir: {str(initial)!r} is not a whole checkpoint: {damage}; copy it again, or "
+                    "name another"
+                )
         return found
 
     start = Start(agree(fabric, decide), initial)

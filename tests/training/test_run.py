@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from litgpt.utils import save_config
 
+from litgpt_moe_ext.cli.train import read_settings
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checkpoint import manifest
@@ -410,6 +412,22 @@ class TestWrongInputs:
         (folder / "lit_model.pth").write_bytes(b"not a checkpoint")
         (folder / "model_config.yaml").write_text("{}")
         assert "found only damaged checkpoints" in self.refused(capsys, "--config", recipe(), "--resume", "auto")
+
+    def test_weights_that_are_damaged(self, recipe, tmp_path, capsys):
+        folder, file = tmp_path / "weights", recipe()
+        folder.mkdir()
+        save_config(read_settings(["--config", str(file)]).model_config, folder)
+        torch.save({"a": torch.zeros(1000)}, folder / "lit_model.pth")
+        content = (folder / "lit_model.pth").read_bytes()
+        for damaged in (content[:2000], content.replace(bytes(100), bytes(99) + b"x", 1)):
+            (folder / "lit_model.pth").write_bytes(damaged)
+            error = self.refused(capsys, "--config", file, "--initial_checkpoint_dir", folder)
+            assert f"initial_checkpoint_dir: '{folder}' is not a whole checkpoint: lit_model.pth is " in error
+
+    def test_a_checkpoint_is_no_place_for_a_run(self, recipe, tmp_path, capsys):
+        (tmp_path / "lit_model.pth").touch()
+        error = self.refused(capsys, "--config", recipe(), "--out_dir", tmp_path)
+        assert f"out_dir: '{tmp_path}' is a checkpoint, which another run may replace" in error
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

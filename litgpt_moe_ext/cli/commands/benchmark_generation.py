@@ -9,6 +9,7 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import AtLeastTwo, PositiveInt
 
 if TYPE_CHECKING:
+    import torch
     from litgpt import GPT
 
     from litgpt_moe_ext.inspect.generation import Timing, Workload
@@ -75,11 +76,25 @@ class BenchmarkGeneration:
                 f"prompt_length: {self.prompt_length} and new_tokens: {self.new_tokens} must be at most the model's "
                 f"block size of {config.block_size} together"
             )
+        self._check_memory(config.n_embd * dtype.itemsize, device)
         if self.model.is_dir():
             check_checkpoint_dir(self.model)
             return load_model(self.model, device, dtype)
         torch.manual_seed(0)
         return initialized(config).to(device=device, dtype=dtype)
+
+    def _check_memory(self, bytes_per_token: int, device: "torch.device") -> None:
+        # What one layer hands to the next has to fit, before minutes are spent on smaller batches.
+        from litgpt_moe_ext.machine import memory_bytes
+
+        largest = max(self.batch_sizes)
+        needed = largest * self.prompt_length * bytes_per_token
+        present = memory_bytes() if device.type == "cpu" else None
+        if present is not None and needed > present:
+            raise SettingsError(
+                f"batch_sizes: {largest} needs {needed / 2**30:,.0f} GiB between two layers, and there are "
+                f"{present / 2**30:,.0f} GiB; take smaller batches, or a shorter prompt_length"
+            )
 
 
 def print_timings(timings: "Sequence[Timing]", title: str, workload: "Workload") -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from litgpt_moe_ext.inspect.recipes import Recipe
     from litgpt_moe_ext.training.settings import Settings
 
+_MOST_MEMORY = 1_000_000
 _WORDS = {"good": ("green", "ok"), "note": ("yellow", "note"), "problem": ("bold red", "PROBLEM")}
 
 
@@ -37,6 +38,8 @@ class Doctor:
         from litgpt_moe_ext.inspect.cost.doctor import examine
         from litgpt_moe_ext.inspect.recipes import load_recipe
 
+        if self.memory is not None and self.memory > _MOST_MEMORY:
+            raise SettingsError(f"memory: {self.memory:g} must be the GiB of a GPU, at most {_MOST_MEMORY}")
         if self.memory is not None and self.recipe is None:
             raise SettingsError(f"memory: {self.memory:g} needs a recipe; give doctor RECIPE --memory {self.memory:g}")
         recipe = None if self.recipe is None else load_recipe(self.recipe)

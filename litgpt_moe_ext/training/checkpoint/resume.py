@@ -25,12 +25,24 @@ def problem_with(checkpoint_dir: Path) -> str | None:
         return manifest.problem_with(checkpoint_dir, required=_NEEDED)
     if (checkpoint_dir / STATE_FILE).exists():  # which only runs write that write checksums as well
         return f"{manifest.FILE_NAME} is missing"
+    return _problem_inside(checkpoint_dir / MODEL_FILE)
+
+
+def damage_of(checkpoint_dir: Path) -> str | None:
+    """Return what is wrong with the weights of a checkpoint directory, or None; its other files may have changed."""
+    if (checkpoint_dir / manifest.FILE_NAME).is_file():
+        return manifest.problem_with(checkpoint_dir, only=MODEL_FILE)
+    return _problem_inside(checkpoint_dir / MODEL_FILE)
+
+
+def _problem_inside(file: Path) -> str | None:
+    # A record of the archive that is not what its checksum says.
     try:
-        with zipfile.ZipFile(checkpoint_dir / MODEL_FILE) as archive:
+        with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
-        return f"{MODEL_FILE} is truncated or damaged ({error})"
-    return None if damaged is None else f"{MODEL_FILE} is damaged in its record {damaged}"
+        return f"{file.name} is truncated or damaged ({error})"
+    return None if damaged is None else f"{file.name} is damaged in its record {damaged}"
 
 
 def find_resume_file(
