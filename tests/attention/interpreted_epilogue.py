@@ -74,7 +74,7 @@ def test_any_shape(B, H, T, d, room, layout, dtype, sink_dtype, seed):
     compare(B, H, T, d, dtype, layout, room, sink_dtype)
 
 
-@pytest.mark.parametrize("d", [64, 80])
+@pytest.mark.parametrize("d", [pytest.param(64, marks=pytest.mark.slow), 80])
 def test_several_blocks(d):
     compare(2, 3, 2 * 2048 // d + 5, d, torch.float32)
 

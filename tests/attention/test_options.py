@@ -50,6 +50,16 @@ def test_sinks_per_layer(make_config: Any) -> None:
     torch.testing.assert_close(model(idx), nowhere(idx))
 
 
+def test_clipping_bounds_queries_keys_and_values(make_config: Any) -> None:
+    free, clipped = (GPT(make_config(**changes)).double() for changes in ({}, {"clip_qkv": 0.6}))
+    randomise(free)
+    clipped.load_state_dict(free.state_dict())
+    for block in free.transformer.h:
+        block.attn.qkv.register_forward_hook(lambda module, inputs, qkv: qkv.clamp(-0.6, 0.6))
+    idx = torch.randint(40, (2, T))
+    torch.testing.assert_close(clipped(idx), free(idx))
+
+
 @pytest.mark.parametrize("has_sinks", [True, False])
 @pytest.mark.parametrize("backend", ["eager", "flash_cpu"])
 def test_a_forced_backend_computes_the_same(make_config: Any, has_sinks: bool, backend: str) -> None:
@@ -236,6 +246,11 @@ DOCUMENTS = {"attention_document_boundary": "eos", "attention_document_token_id"
 STREAMING = {"streaming_cache_first": 4, "streaming_cache_window": 8}
 
 
+def test_a_streaming_cache_may_be_as_long_as_the_context(make_config: Any) -> None:
+    config = make_config(**{**STREAMING, "streaming_cache_window": 28})
+    assert config.streaming_cache_first + config.streaming_cache_window == config.block_size
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -255,7 +270,7 @@ STREAMING = {"streaming_cache_first": 4, "streaming_cache_window": 8}
         ({**DOCUMENTS, "attention_document_token_id": 40}, "attention_document_token_id: 40 must .* from 0 to 39"),
         ({**DOCUMENTS, "attention_document_restart_positions": 1}, "restart_positions: 1 must be true or false"),
         ({"streaming_cache_window": 8}, "streaming_cache_first: None and streaming_cache_window: 8 must both be set"),
-        ({**STREAMING, "streaming_cache_window": 30}, "34 tokens together, .* use at most 28"),
+        ({**STREAMING, "streaming_cache_window": 29}, "33 tokens together, .* use at most 28"),
         ({**STREAMING, **DOCUMENTS}, "streaming_cache_window: 8 does not go with attention_document_boundary: 'eos'"),
         ({**STREAMING, **LEARNED}, "streaming_cache_window: 8 does not go with position_embedding: 'learned'"),
         ({"attention_class_name": None, "attention_dropout": 0.1}, "attention_dropout: 0.1 would be ignored because"),

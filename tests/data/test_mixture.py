@@ -238,7 +238,7 @@ def losses_by_corpus(ranks: int) -> dict[str, float]:
     return metrics
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_validation_by_corpus_is_a_mean_over_the_tokens_of_all_ranks(ranks):
     found = [losses_by_corpus(1)] if ranks == 1 else in_ranks(losses_by_corpus, 2, 2)
     for metrics in found:

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.moe import step_shares
-from litgpt_moe_ext.moe.balancing import update_routers
+from litgpt_moe_ext.moe.balancing import forget_step, update_routers
 from litgpt_moe_ext.moe.gradient_injection import forget_scale, remember_scale
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
 from litgpt_moe_ext.moe.metrics import load_metrics, routers_of
@@ -80,6 +80,18 @@ def test_each_batch_takes_the_shares_of_the_step_so_far():
             layer.gate.step_shares._pending.clear()  # the router was asked once more than it was trained
         torch.testing.assert_close(layer.gate.weight.grad, expected)
         update_routers([layer.gate])
+
+
+def test_a_step_that_is_left_out_has_no_share_of_the_next():
+    *left_out, last = batches(3)
+    model = model_of("global_batch")
+    for ids in left_out:
+        remember_scale(chunked_cross_entropy(model(ids), ids)).backward()
+    forget_step(routers_of(model).values())
+    gradients, metrics = step(model, [last])
+    expected, expected_metrics = step(model_of("global_batch"), [last])
+    torch.testing.assert_close(gradients, expected)
+    assert metrics == pytest.approx(expected_metrics)
 
 
 def test_accumulation_one_and_four():

@@ -109,8 +109,8 @@ def test_runs_of_the_shipped_studies_are_valid(path):
 
 @pytest.mark.parametrize(("scale", "budgets"), [
     ("60m", {2**23, 2**24, 2**25}),
-    ("200m", {2**23, 2**24, 2**25}),
-    ("long", {2880 * 2**11, 2880 * 2**12, 2880 * 2**13}),
+    pytest.param("200m", {2**23, 2**24, 2**25}, marks=pytest.mark.slow),
+    pytest.param("long", {2880 * 2**11, 2880 * 2**12, 2880 * 2**13}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_shipped_scales_make_every_study_but_that_of_shapes_larger(scale, budgets):
     sizes, known = {}, annotations(litgpt_types())

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from litgpt_moe_ext.training.optim.schedules import Schedule
+from litgpt_moe_ext.training.optim.schedules import Schedule, schedule_steps
 from litgpt_moe_ext.training.settings import ScheduleArgs
 
 NAMES = ("cosine", "onecycle", "wsd", "linear", "constant", "inverse_sqrt")
@@ -76,6 +76,12 @@ def test_a_rate_depends_on_its_step_only(name, warmup, total, steps):
 def test_ends_of_training_are_the_lowest_rate_of_the_decay(name):
     values = rates(name, warmup=5, total=50)
     assert all(a >= b - 1e-9 for a, b in itertools.pairwise(values[5:]))
+
+
+def test_iterations_as_steps():
+    """A warm-up that ends within a step lasts to its end; a step that would not be whole is none."""
+    assert [schedule_steps(warmup, 17, 4) for warmup in (0, 1, 4, 5, 8)] == [(0, 4), (1, 4), (1, 4), (2, 4), (2, 4)]
+    assert schedule_steps(3, 9, 1) == (3, 9)
 
 
 def test_a_wrong_fraction():

@@ -60,6 +60,7 @@ def mixed_precision() -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_mixed_precision_keeps_routers_in_float32():
     """Row 1 of the GPU audit: with torch's older FSDP the bias and the gate were bfloat16, silently."""
     for seen in in_ranks(mixed_precision, 2):

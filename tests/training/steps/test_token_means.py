@@ -10,7 +10,8 @@ from litgpt.utils import chunked_cross_entropy
 
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.training.callbacks.fused_loss import linear_loss
-from litgpt_moe_ext.training.steps.losses import RunningMean
+from litgpt_moe_ext.training.steps.batches import StepBatches, counts_for_loss
+from litgpt_moe_ext.training.steps.losses import RunningMean, TokenMeans
 from tests.runs import logged, recipe_writer
 from tests.training.processes import in_ranks
 
@@ -99,6 +100,31 @@ def test_micro_batch_without_targets():
         gradients = torch.autograd.grad(loss, [x, head.weight])
         assert loss == 0
         assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
+
+
+def test_validation_batch_without_targets():
+    """Torch's loss of it is no number, and counts nothing."""
+    logits, targets = torch.randn(3, 4, 7), torch.tensor([[1, 2, -100, -100], [-100] * 4, [3, 4, 5, 6]])
+    means = TokenMeans(ranks=1)
+    cross_entropy = lambda logits, targets: torch.nn.functional.cross_entropy(logits, targets)  # noqa: E731
+    loss = means.wrap_loss(cross_entropy)
+    assert loss(logits[1], targets[1]).isnan()
+    validate = means.wrap_validation(lambda fabric, model, loader: [loss(*batch) for batch in loader])
+    expected = cross_entropy(logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(validate(None, None, list(zip(logits, targets, strict=True))), expected)
+
+
+def test_micro_batches_are_fetched_to_the_end_of_their_step():
+    """Also where the first one is not the first of its step, so that a step is never weighed with the next."""
+    fetched, batches = iter(range(1, 8)), StepBatches(lambda rows: (counts_for_loss(rows),), accumulation=3, ranks=1)
+    batches.counts = True
+
+    def fetch():
+        return torch.arange(6).masked_fill(torch.arange(6) >= next(fetched), -100).unsqueeze(0)
+
+    weights = [float(batches.next(fetch, iteration).weights()) for iteration in range(1, 6)]
+    # Of two that are left of a step of three, with 1 and 2 targets, and of three with 3, 4 and 5.
+    assert weights == pytest.approx([3 * 1 / 3, 3 * 2 / 3, 3 * 3 / 12, 3 * 4 / 12, 3 * 5 / 12])
 
 
 def test_running_mean_is_that_of_torchmetrics():
