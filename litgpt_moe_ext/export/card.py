@@ -43,6 +43,10 @@ from transformers import pipeline
 pipe = pipeline("text-generation", "PATH"{trust})
 print(pipe("Once", max_new_tokens=40)[0]["generated_text"])
 ```
+
+```bash
+{serve}
+```
 """
 _LLAMA_CPP = """```bash
 llama-cli -m model.gguf -p "Once"
@@ -50,7 +54,7 @@ llama-cli -m model.gguf -p "Once"
 """
 
 
-def write_card(folder: Path, source: "Source", class_name: str, format_name: str) -> None:
+def write_card(folder: Path, source: "Source", class_name: str, format_name: str, serve: str = "") -> None:
     """Write `README.md`, and the settings of the training if they are known.
 
     Args:
@@ -58,6 +62,7 @@ def write_card(folder: Path, source: "Source", class_name: str, format_name: str
         source: The checkpoint that was exported.
         class_name: The class, or the graph, that opens the export.
         format_name: `hf` or `gguf`.
+        serve: The command with which vLLM serves it.
     """
     config = source.config
     settings = _read_yaml(source.directory / _SETTINGS)
@@ -72,7 +77,7 @@ def write_card(folder: Path, source: "Source", class_name: str, format_name: str
         format=format_name,
         checkpoint=source.directory.name,
         rows="\n".join(f"| {name} | {value} |" for name, value in facts(source, settings).items()),
-        usage=_TRANSFORMERS.format(trust=trust) if format_name == "hf" else _LLAMA_CPP,
+        usage=_TRANSFORMERS.format(trust=trust, serve=serve) if format_name == "hf" else _LLAMA_CPP,
         training=_TRAINING if settings else "",
     )
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -32,6 +32,7 @@ def export(checkpoint_dir: Path, out_dir: Path, name: str, dtype: str | None = N
 
     done = export_checkpoint(checkpoint_dir, out_dir, dtype)
     lines = [f"not {class_name}: {', '.join(lacking)}" for class_name, lacking in done.rejected.items()]
+    lines.append(f"vLLM: {done.serve}")
     return [*lines, f"Wrote {out_dir} as {done.class_name}, {done.n_bytes / 1e6:,.1f} MB of weights"]
 
 

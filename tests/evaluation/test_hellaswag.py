@@ -12,7 +12,6 @@ from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.hellaswag import Item, as_question, evaluate, load_items
 from litgpt_moe_ext.evaluation.loading import load_model, load_tokenizer
-from litgpt_moe_ext.evaluation.scoring import Continuation, score_continuations
 from litgpt_moe_ext.evaluation.tokenization import encoder
 from tests.evaluation.conftest import VOCABULARY_SIZE, write_checkpoint
 from tests.models import moe_config
@@ -118,20 +117,6 @@ def test_build_nanogpt_by_hand(checkpoint, hellaswag_file):
             expected = sum(logprobs[len(context) - 1 + i, token].item() for i, token in enumerate(continuation))
             assert total == pytest.approx(expected, abs=1e-3)
             assert mean == pytest.approx(expected / len(continuation), abs=1e-3)
-
-
-def test_a_context_that_is_too_long_loses_its_beginning(checkpoint):
-    model = load_model(checkpoint, torch.device("cpu"))
-    size = model.max_seq_length
-    ids = torch.randint(0, model.config.vocab_size, (size + 5,)).tolist()
-    lengths = (size - 2, size + 1, size + 5)
-    requests = [Continuation(ids[: length - 3], ids[length - 3 : length]) for length in lengths]
-    found = score_continuations(model, requests, 2, lambda done: None)
-    for (context, continuation), score in zip(requests, found, strict=True):
-        # As many tokens as the model reads, and the last one, which is only predicted.
-        window = torch.tensor([*context, *continuation][-(size + 1) :])
-        logprobs = model(window[None, :-1])[0, -3:].log_softmax(-1)
-        assert score == pytest.approx(logprobs.gather(-1, window[-3:, None]).sum().item(), abs=1e-4)
 
 
 def test_rules_read_different_texts():

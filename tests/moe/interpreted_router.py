@@ -32,7 +32,7 @@ def test_equals_the_operators(name):
     gate = make_gate(**RULES[name])
     if hasattr(gate, "e_score_correction_bias"):
         gate.e_score_correction_bias.normal_(std=0.3)
-    compare(gate, 70)
+    compare(gate, 130)
     compare(gate, 132, n_sequence=2, padded=True)
     gate.eval()
     compare(gate, 3)

@@ -5,7 +5,7 @@ the weights.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +33,8 @@ class Architecture:
         biases: Biases of a layer that the class always has, by our names: zeros where ours has none.
         rotates_neighbours: Whether rotary positions turn neighbours in a head, and not its halves.
         more: Returns tensors that the class has besides, by their names.
+        vllm: Values of facts with which vLLM's own class of this name computes the same; with others only its
+            Transformers backend does. A fact that is not named is free.
     """
 
     class_name: str
@@ -43,18 +45,22 @@ class Architecture:
     biases: tuple[str, ...] = ()
     rotates_neighbours: bool = False
     more: Callable[["Config"], dict[str, Tensor]] = lambda config: {}
+    vllm: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Find facts that are misspelt."""
-        assert self.can.keys() <= {field.name for field in fields(Facts)}, self.can
+        assert self.can.keys() | self.vllm.keys() <= {fact.name for fact in fields(Facts)}, self
 
     def lacks(self, facts: Facts) -> list[str]:
         """Return what the class cannot express, as `fact: value`; empty if it computes this model."""
-        return [
-            f"{fact}: {_words(value)}"
-            for fact, allowed in self.can.items()
-            if (value := getattr(facts, fact)) not in allowed
-        ]
+        return _differences(facts, self.can)
+
+    def serve(self, facts: Facts, directory: str) -> str:
+        """Return the command with which vLLM serves the export of a model."""
+        options = " --trust-remote-code" if self.model_type == "litgpt_moe" else ""
+        if _differences(facts, self.vllm):
+            options += " --model-impl transformers"
+        return f"vllm serve {directory}{options}"
 
     def rules(self, config: "Config", ours: Iterable[str]) -> dict[str, Stored]:
         """Return what tensors of a model are there, by their names in `ours`."""
@@ -72,12 +78,19 @@ class Architecture:
         return found
 
 
+def _differences(facts: Facts, allowed: Mapping[str, tuple[Any, ...]]) -> list[str]:
+    return [
+        f"{fact}: {_words(value)}" for fact, values in allowed.items() if (value := getattr(facts, fact)) not in values
+    ]
+
+
 def choose(facts: Facts, architectures: tuple[Architecture, ...]) -> tuple[Architecture | None, dict[str, list[str]]]:
     """Return the first class of a table that computes a model, and what each one before it lacks."""
     rejected: dict[str, list[str]] = {}
     for architecture in architectures:
         lacking = architecture.lacks(facts)
         if not lacking:
+            rejected.pop(architecture.class_name, None)
             return architecture, rejected
         rejected[architecture.class_name] = lacking
     return None, rejected
@@ -274,6 +287,8 @@ ARCHITECTURES = (
             }
         ),
         names.LLAMA,
+        # It reads neither entry.
+        vllm={"clipped": (False,), "norm_topk": (False,)},
     ),
     Architecture(
         "Ernie4_5_MoeForCausalLM",
@@ -282,6 +297,8 @@ ARCHITECTURES = (
         config_json.ernie,
         names.ERNIE,
         rotates_neighbours=True,
+        # Which it leaves out on CPUs.
+        vllm={"balancing_bias": (False,)},
     ),
     Architecture(
         "Glm4MoeForCausalLM",
@@ -297,6 +314,7 @@ ARCHITECTURES = (
         config_json.gpt_oss,
         names.GPT_OSS,
         ("mlp.gate.bias",),
+        vllm={"rope": ("yarn",)},
     ),
     Architecture(
         "DeepseekV2ForCausalLM",
@@ -304,7 +322,7 @@ ARCHITECTURES = (
         SOFTMAX
         | LATENT
         | {
-            "rope_layout": ("interleaved",),
+            "rope_layout": ("interleaved", "half"),
             # transformers 4 leaves it out.
             "scaled_by_yarn": (False,),
             "norm_topk": (False,),
@@ -312,6 +330,7 @@ ARCHITECTURES = (
         },
         config_json.deepseek_v2,
         names.LLAMA,
+        rotates_neighbours=True,
     ),
     Architecture(
         "DeepseekV3ForCausalLM",
@@ -327,12 +346,20 @@ ARCHITECTURES = (
         },
         config_json.deepseek_v3,
         names.DEEPSEEK,
+        rotates_neighbours=True,
+    ),
+    Architecture(
+        "LitGPTMoEForCausalLM",
+        "litgpt_moe",
+        {"attention": ("grouped",), "activation": ("swiglu",), "mlp_bias": (False,), "gate_on_input": (False,)},
+        config_json.own,
+        names.OWN,
     ),
     Architecture(
         "LitGPTMoEForCausalLM",
         "litgpt_moe",
         {"attention": ("grouped",)},
         config_json.own,
-        names.OWN,
+        names.OWN_PLAIN,
     ),
 )

@@ -121,13 +121,33 @@ def _latent(facts: Facts) -> _Json:
 
 def deepseek_v2(facts: Facts) -> _Json:
     """Return the entries of DeepSeek-V2."""
-    limited = {"topk_method": "group_limited_greedy"} if facts.groups != "none" else {"topk_method": "greedy"}
-    return glm(facts) | _latent(facts) | limited
+    method = "greedy" if facts.groups == "none" else "group_limited_greedy"
+    return glm(facts) | _latent(facts) | _temperature(facts) | _routing(method, "softmax")
+
+
+def _temperature(facts: Facts) -> _Json:
+    """Return `rope_scaling` with both of DeepSeek's factors or none: readers differ about what one alone means."""
+    scaling = _rope_scaling(facts)
+    if scaling is None or bool(scaling.get("mscale")) == bool(scaling.get("mscale_all_dim")):
+        return {}
+    # Alone, `mscale` counts for nothing in transformers, and the other one not for cosine and sine.
+    scaling.pop("mscale", None)
+    if all_dim := scaling.pop("mscale_all_dim", 0):
+        slope = 0.1 * math.log(max(scaling["factor"], 1))
+        scaling |= {"mscale": 1 + all_dim + slope * all_dim, "mscale_all_dim": all_dim}
+    return {"rope_scaling": scaling}
+
+
+def _routing(method: str, score: str) -> _Json:
+    # transformers knows it by the class; vLLM, SGLang and llama.cpp read it.
+    return {"topk_method": method, "scoring_func": score, "moe_layer_freq": 1}
 
 
 def deepseek_v3(facts: Facts) -> _Json:
     """Return the entries of DeepSeek-V3."""
-    return glm(facts) | _latent(facts) | {"rope_interleave": facts.rope_layout == "interleaved"}
+    # What is not interleaved is stored so: vLLM does not read this entry.
+    routing = _routing("noaux_tc", "sigmoid")
+    return glm(facts) | _latent(facts) | _temperature(facts) | routing | {"rope_interleave": True}
 
 
 def gpt_oss(facts: Facts) -> _Json:

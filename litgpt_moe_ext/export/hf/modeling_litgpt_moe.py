@@ -1,8 +1,9 @@
 """Language models trained with litgpt_moe_ext, for transformers 4.56 and later: plain torch, one file.
 
 A checkpoint's `config.json` names the classes here under `auto_map`, so `AutoModelForCausalLM.from_pretrained(DIR,
-trust_remote_code=True)` finds them. Decoder blocks of attention (grouped queries, rotary or learned positions, sliding
-windows, learned sinks) and feed-forward or Mixture-of-Experts layers.
+trust_remote_code=True)` finds them, and so does `vllm serve DIR --trust-remote-code`, whose Transformers backend puts
+its own attention, experts and linear layers in the place of these. Decoder blocks of attention (grouped queries, rotary
+or learned positions, sliding windows, learned sinks) and feed-forward or Mixture-of-Experts layers.
 
 Shape legend: B batch, T queries, S keys, D model width, H query heads, G key/value heads, d head size, E experts,
 K chosen experts per token, F hidden width of an expert, N = B * T tokens.
@@ -12,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # What the key/value cache is called: transformers 5 renamed it.
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -92,9 +94,10 @@ class LitGPTMoEConfig(PretrainedConfig):
     """Sizes and choices of a model.
 
     Per layer are `attention_windows` (visible keys, or null for all), `attention_sinks` and `moe_layers` (true: an MoE
-    layer, false: a dense one). `qk_norm` is `none`, `head` or `whole` (over all heads together). `rope_inv_freq` holds
-    the angle per position of each pair of rotated elements, so that no scaling rule is needed here; it is empty for
-    models without rotary positions.
+    layer, false: a dense one). `layer_types` and `sliding_window` say the same of windows in transformers' words.
+    `qk_norm` is `none`, `head` or `whole` (over all heads together). `rope_inv_freq` holds the angle per position of
+    each pair of rotated elements, so that no scaling rule is needed here; it is empty for models without rotary
+    positions.
     """
 
     model_type = "litgpt_moe"
@@ -109,6 +112,8 @@ class LitGPTMoEConfig(PretrainedConfig):
         self.attention_windows = self.attention_windows or [None] * layers
         self.attention_sinks = self.attention_sinks or [False] * layers
         self.moe_layers = self.moe_layers or [self.num_experts > 0] * layers
+        self.layer_types = ["full_attention" if w is None else "sliding_attention" for w in self.attention_windows]
+        self.sliding_window = next((w for w in self.attention_windows if w is not None), None)
         super().__init__(tie_word_embeddings=kwargs.pop("tie_word_embeddings", False), **kwargs)
 
 
@@ -149,6 +154,7 @@ class LitGPTMoEAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
+        self.scaling = config.attention_scale
         self.window = config.attention_windows[layer_idx]
         D, d = config.hidden_size, config.head_dim
         H, G = config.num_attention_heads, config.num_key_value_heads
@@ -161,7 +167,7 @@ class LitGPTMoEAttention(nn.Module):
             self.q_norm, self.k_norm = (_norm(config, n * d) for n in heads)
         self.sinks = nn.Parameter(torch.zeros(H)) if config.attention_sinks[layer_idx] else None
 
-    def forward(self, x_BTD: Tensor, rope, visible_BTS: Tensor, cache) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope, visible_BTS: Tensor | None, cache, **kwargs) -> Tensor:
         d, qk_norm = self.config.head_dim, self.config.qk_norm
         q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
         if qk_norm == "whole":
@@ -175,14 +181,19 @@ class LitGPTMoEAttention(nn.Module):
             q, k = (_rotate(x, *rope, self.config.rope_interleave) for x in (q, k))
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
-        visible = visible_BTS if self.window is None else visible_BTS & self._in_window(visible_BTS)
-        scale = self.config.attention_scale
+        if visible_BTS is None:
+            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+            y_BTD, _ = attend(self, q, k, v, None, scaling=self.scaling, s_aux=self.sinks, **kwargs)
+            return self.o_proj(y_BTD.reshape(*x_BTD.shape[:2], -1))
+        visible_BTS = visible_BTS if self.window is None else visible_BTS & self._in_window(visible_BTS)
+        # A cache keeps of a layer with a window what the next token sees.
+        visible_BTS = visible_BTS[..., -k.size(2) :]
         if self.sinks is None:
             y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=visible.unsqueeze(1), scale=scale, enable_gqa=q.size(1) != k.size(1)
+                q, k, v, attn_mask=visible_BTS.unsqueeze(1), scale=self.scaling, enable_gqa=q.size(1) != k.size(1)
             )
         else:
-            y = self._with_sinks(q, k, v, visible, scale)
+            y = self._with_sinks(q, k, v, visible_BTS)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def _in_window(self, visible_BTS: Tensor) -> Tensor:
@@ -190,10 +201,10 @@ class LitGPTMoEAttention(nn.Module):
         key_S = torch.arange(S, device=visible_BTS.device)
         return key_S > key_S[S - T :, None] - self.window
 
-    def _with_sinks(self, q_BHTd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, visible_BTS: Tensor, scale: float) -> Tensor:
+    def _with_sinks(self, q_BHTd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, visible_BTS: Tensor) -> Tensor:
         G = k_BGSd.size(1)
         q_BGhTd = q_BHTd.unflatten(1, (G, -1))
-        scores = (q_BGhTd * scale) @ k_BGSd.unsqueeze(2).mT
+        scores = (q_BGhTd * self.scaling) @ k_BGSd.unsqueeze(2).mT
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         scores = scores.masked_fill(~visible_BTS[:, None, None], -torch.inf)
         sink = self.sinks.to(scores.dtype).view(1, G, -1, 1, 1).expand(*scores.shape[:-1], 1)
@@ -228,9 +239,11 @@ class LitGPTMoERouter(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.num_experts)) if config.router_bias else None
         if config.router == "topk":
             bias_E = torch.zeros(config.num_experts, dtype=torch.float32)
-            self.e_score_correction_bias = nn.Parameter(bias_E, requires_grad=False)
+            # Not by DeepSeek's name: vLLM would take this for DeepSeek's router, and groups for its groups.
+            self.balancing_bias = nn.Parameter(bias_E, requires_grad=False)
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the experts, int64, and their weights, both (N, K)."""
         config, K = self.config, self.config.num_experts_per_tok
         dtype = torch.promote_types(x_ND.dtype, torch.float32)
         with torch.autocast(x_ND.device.type, enabled=False):
@@ -238,9 +251,9 @@ class LitGPTMoERouter(nn.Module):
             logits_NE = F.linear(x_ND.to(dtype), self.weight.to(dtype), bias_E)
         if config.router == "noisy_topk":
             best = logits_NE.topk(K, dim=-1)
-            return best.values.softmax(dim=-1) * config.routed_scaling_factor, best.indices
+            return best.indices, best.values.softmax(dim=-1) * config.routed_scaling_factor
         scores_NE = logits_NE.sigmoid() if config.router_score_function == "sigmoid" else logits_NE.softmax(dim=-1)
-        biased_NE = scores_NE + self.e_score_correction_bias
+        biased_NE = scores_NE + self.balancing_bias
         if config.n_group > 1:
             groups_NGe = biased_NE.unflatten(-1, (config.n_group, -1))
             worth_NG = groups_NGe.topk(config.topk_scores_per_group, dim=-1).values.sum(dim=-1)
@@ -251,7 +264,7 @@ class LitGPTMoERouter(nn.Module):
         weights_NK = scores_NE.gather(1, experts_NK)
         if config.norm_topk_prob:
             weights_NK = weights_NK / (weights_NK.sum(dim=-1, keepdim=True) + 1e-20)
-        return weights_NK * config.routed_scaling_factor, experts_NK
+        return experts_NK, weights_NK * config.routed_scaling_factor
 
 
 class LitGPTMoEExperts(nn.Module):
@@ -268,22 +281,30 @@ class LitGPTMoEExperts(nn.Module):
         self.register_parameter(f"{self.first}_bias", nn.Parameter(torch.zeros(E, G)) if biased else None)
         self.register_parameter("down_bias", nn.Parameter(torch.zeros(E, D)) if biased else None)
 
-    def forward(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
-        up_EGD, up_bias_EG = getattr(self, f"{self.first}_proj"), getattr(self, f"{self.first}_bias")
+    def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
         y_ND = weights_NK.new_zeros(x_ND.shape)
+        if torch.compiler.is_compiling():
+            # Whom a token visits would be known too late: everybody computes all.
+            for e in range(self.num_experts):
+                chosen_NK = experts_NK == e
+                y_ND = y_ND + self._weighted(e, x_ND, (weights_NK * chosen_NK).sum(-1), chosen_NK.any(-1))
+            return y_ND.to(x_ND.dtype)
         for e in experts_NK.unique().tolist():
             token, place = torch.where(experts_NK == e)
-            weight_n1 = weights_NK[token, place, None]
-            x_nD = (x_ND[token] * weight_n1).to(x_ND.dtype) if self.config.gate_on_input else x_ND[token]
-            h = F.linear(x_nD, up_EGD[e], None if up_bias_EG is None else up_bias_EG[e])
-            h = (
-                _gate(self.config, *h.chunk(2, dim=-1))
-                if self.config.gated
-                else _ACTIVATIONS[self.config.hidden_act](h)
-            )
-            h = F.linear(h, self.down_proj[e], None if self.down_bias is None else self.down_bias[e])
-            y_ND.index_add_(0, token, h.to(y_ND.dtype) if self.config.gate_on_input else h * weight_n1)
+            y_ND.index_add_(0, token, self._weighted(e, x_ND[token], weights_NK[token, place], None))
         return y_ND.to(x_ND.dtype)
+
+    def _weighted(self, e: int, x_nD: Tensor, weight_n: Tensor, chosen_n: Tensor | None) -> Tensor:
+        """Return what an expert adds to tokens, in the dtype of the weights: 0 to those that did not choose it."""
+        gate_on_input, gated = self.config.gate_on_input, self.config.gated
+        up_EGD, up_bias_EG = getattr(self, f"{self.first}_proj"), getattr(self, f"{self.first}_bias")
+        weight_n1 = weight_n.unsqueeze(-1)
+        if gate_on_input:
+            x_nD = (x_nD * weight_n1).to(x_nD.dtype)
+            weight_n1 = torch.ones_like(weight_n1) if chosen_n is None else chosen_n.to(weight_n.dtype).unsqueeze(-1)
+        h = F.linear(x_nD, up_EGD[e], None if up_bias_EG is None else up_bias_EG[e])
+        h = _gate(self.config, *h.chunk(2, dim=-1)) if gated else _ACTIVATIONS[self.config.hidden_act](h)
+        return F.linear(h, self.down_proj[e], None if self.down_bias is None else self.down_bias[e]) * weight_n1
 
 
 class LitGPTMoESparseMLP(nn.Module):
@@ -292,7 +313,10 @@ class LitGPTMoESparseMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.gate = LitGPTMoERouter(config)
-        self.experts = LitGPTMoEExperts(config)
+        # vLLM puts its own experts in the place of `experts`, and these are gated by SiLU, without biases.
+        fusible = config.gated and config.hidden_act == "silu" and not (config.mlp_bias or config.gate_on_input)
+        self.experts_name = "experts" if fusible else "plain_experts"
+        self.add_module(self.experts_name, LitGPTMoEExperts(config))
         width = config.shared_expert_intermediate_size
         self.shared_experts = LitGPTMoEMLP(config, width) if width else None
         gated = bool(width) and config.shared_expert_gate
@@ -300,7 +324,7 @@ class LitGPTMoESparseMLP(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.flatten(0, 1)
-        y_BTD = self.experts(x_ND, *self.gate(x_ND)).view_as(x_BTD)
+        y_BTD = getattr(self, self.experts_name)(x_ND, *self.gate(x_ND)).view_as(x_BTD)
         if self.shared_experts is None:
             return y_BTD
         shared_BTD = self.shared_experts(x_BTD)
@@ -320,8 +344,8 @@ class LitGPTMoEDecoderLayer(nn.Module):
         sparse = config.moe_layers[layer_idx]
         self.mlp = LitGPTMoESparseMLP(config) if sparse else LitGPTMoEMLP(config, config.intermediate_size)
 
-    def forward(self, x_BTD: Tensor, rope, visible_BTS: Tensor, cache) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, visible_BTS, cache)
+    def forward(self, x_BTD: Tensor, rope, visible_BTS: Tensor | None, cache, **kwargs) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, visible_BTS, cache, **kwargs)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
@@ -333,12 +357,13 @@ class LitGPTMoEPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = False
     _no_split_modules = ["LitGPTMoEDecoderLayer"]
     _supports_sdpa = True
+    _supports_attention_backend = True
 
     def __init__(self, config):
         super().__init__(config)
         # A balancing bias in bfloat16 would choose other experts.
         if any(config.moe_layers) and config.router == "topk":
-            self._keep_in_fp32_modules = self._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+            self._keep_in_fp32_modules = self._keep_in_fp32_modules_strict = ["balancing_bias"]
 
     def _init_weights(self, module):
         std = self.config.initializer_range
@@ -371,10 +396,38 @@ class LitGPTMoEModel(LitGPTMoEPreTrainedModel):
     def set_input_embeddings(self, value):
         self.embed_tokens = value
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None):
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        cache=None,
+        inputs_embeds=None,
+        return_dict=None,
+        use_cache=None,
+        **kwargs,
+    ):
+        """Return the last hidden states (B, T, D), and the cache if one is used."""
+        cache = past_key_values if cache is None else cache
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        B, T = x_BTD.shape[:2]
         past = 0 if cache is None else cache.get_seq_length()
+        position_ids, visible_BTS = self._positions(x_BTD, past, attention_mask, position_ids)
+        if self.embed_positions is not None:
+            x_BTD = x_BTD + self.embed_positions(position_ids)
+        rope = self._rope(position_ids)
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, rope, visible_BTS, cache, **kwargs)
+        x_BTD = self.norm(x_BTD)
+        if return_dict is False:
+            return x_BTD, cache
+        return BaseModelOutputWithPast(last_hidden_state=x_BTD, **{_CACHE: cache})
+
+    def _positions(self, x_BTD: Tensor, past: int, attention_mask, position_ids) -> tuple[Tensor, Tensor | None]:
+        """Return the positions of tokens, and which keys each one sees, None where a serving engine knows."""
+        B, T = x_BTD.shape[:2]
+        if self.config._attn_implementation == "vllm":
+            return position_ids, None
         slot_S = torch.arange(past + T, device=x_BTD.device)
         visible_BTS = (slot_S <= slot_S[past:, None]).expand(B, -1, -1)
         if attention_mask is not None:
@@ -383,14 +436,7 @@ class LitGPTMoEModel(LitGPTMoEPreTrainedModel):
             visible_BTS = visible_BTS & (real_BS[:, None] | (slot_S == slot_S[past:, None]))
             if position_ids is None:
                 position_ids = (real_BS.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
-        if position_ids is None:
-            position_ids = slot_S[past:].expand(B, -1)
-        if self.embed_positions is not None:
-            x_BTD = x_BTD + self.embed_positions(position_ids)
-        rope = self._rope(position_ids)
-        for layer in self.layers:
-            x_BTD = layer(x_BTD, rope, visible_BTS, cache)
-        return self.norm(x_BTD)
+        return (slot_S[past:].expand(B, -1) if position_ids is None else position_ids), visible_BTS
 
     def _rope(self, position_BT: Tensor) -> tuple[Tensor, Tensor] | None:
         config = self.config
@@ -444,7 +490,8 @@ class LitGPTMoEForCausalLM(LitGPTMoEPreTrainedModel, GenerationMixin):
         cache = past_key_values if cache is None else cache
         if (self.config.use_cache if use_cache is None else use_cache) and cache is None:
             cache = DynamicCache()
-        x_BTD = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds)
+        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
+        x_BTD = self.model(attention_mask=attention_mask, cache=cache, return_dict=False, **inputs)[0]
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(x_BTD[:, kept])
         loss = None

@@ -81,23 +81,17 @@ GPT_OSS: Names = LLAMA | {
     "mlp.experts.down_proj": Stored(("mlp.experts.down_proj",), (TRANSPOSED,)),
     "mlp.experts.down_bias": "mlp.experts.down_proj_bias",
 }
-# Of `modeling_litgpt_moe.py`: Llama's names, and ours for layers with experts.
+# Of `modeling_litgpt_moe.py`: Llama's names, and ours for layers with experts, which it keeps under another name where
+# vLLM's cannot take their place.
+OWN_BALANCING_BIAS = "balancing_bias"
+_EXPERTS = ("gate_up_proj", "gate_up_bias", "up_proj", "up_bias", "down_proj", "down_bias")
 OWN: Names = LLAMA | {
     "transformer.wpe": "model.embed_positions",
-    **{
-        f"mlp.{name}": f"mlp.{name}"
-        for name in (
-            "gate.e_score_correction_bias",
-            "experts.gate_up_proj",
-            "experts.gate_up_bias",
-            "experts.up_proj",
-            "experts.up_bias",
-            "experts.down_proj",
-            "experts.down_bias",
-            "shared_expert_gate",
-        )
-    },
+    "mlp.gate.e_score_correction_bias": f"mlp.gate.{OWN_BALANCING_BIAS}",
+    "mlp.shared_expert_gate": "mlp.shared_expert_gate",
+    **{f"mlp.experts.{name}": f"mlp.experts.{name}" for name in _EXPERTS},
 }
+OWN_PLAIN: Names = OWN | {f"mlp.experts.{name}": f"mlp.plain_experts.{name}" for name in _EXPERTS}
 _CONV1D = {"attn.qkv": "attn.c_attn", "attn.proj": "attn.c_proj", "mlp.fc": "mlp.c_fc", "mlp.proj": "mlp.c_proj"}
 GPT2: Names = {
     "transformer.wte": "transformer.wte",

@@ -1,7 +1,7 @@
 """From a Hugging Face checkpoint to a LitGPT checkpoint with this package's layers."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -61,6 +61,9 @@ def import_checkpoint(hf_dir: Path, out_dir: Path) -> Imported:
             f"hf_dir: its config.json describes no model that this package computes: {one_line(error)}; copy it again"
         ) from error
     (architecture,) = (a for a in ARCHITECTURES if a.model_type == published.model_type)
+    if published.settings.get("rope_interleave") is False:
+        # DeepSeek-V3 may be stored so; no export of ours is.
+        architecture = replace(architecture, rotates_neighbours=False)
     expected = meta_model(config).state_dict()
     rules = architecture.rules(config, expected)
     weights = StoredWeights(hf_dir, published.quantization)

@@ -15,6 +15,7 @@ from litgpt_moe_ext.export.directory import new_directory, require_absent
 from litgpt_moe_ext.export.hf.architectures import Architecture, choose_class
 from litgpt_moe_ext.export.hf.config_json import REMOTE_CODE
 from litgpt_moe_ext.export.hf.facts import Facts, facts_of
+from litgpt_moe_ext.export.hf.names import OWN_BALANCING_BIAS
 from litgpt_moe_ext.export.hf.shards import MAX_SHARD_BYTES, Sketch, write_shards
 from litgpt_moe_ext.export.hf.tensors import BALANCING_BIAS
 from litgpt_moe_ext.export.hf.tokenizer import export_tokenizer
@@ -27,11 +28,13 @@ class Export:
 
     Attributes:
         class_name: The class of transformers, or of the file beside the weights.
+        serve: The command with which vLLM serves it.
         rejected: What each class that was tried before lacks.
         n_bytes: Size of the weights.
     """
 
     class_name: str
+    serve: str
     rejected: dict[str, list[str]]
     n_bytes: int
 
@@ -63,12 +66,12 @@ def export_checkpoint(
         _write_json(partial / "generation_config.json", {"_from_model_config": True, **ids})
         if architecture.model_type == "litgpt_moe":
             shutil.copyfile(Path(__file__).with_name(f"{REMOTE_CODE}.py"), partial / f"{REMOTE_CODE}.py")
-        write_card(partial, source, architecture.class_name, "hf")
-    return Export(architecture.class_name, rejected, n_bytes)
+        write_card(partial, source, architecture.class_name, "hf", architecture.serve(facts, "PATH"))
+    return Export(architecture.class_name, architecture.serve(facts, str(out_dir)), rejected, n_bytes)
 
 
 def _sketch(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Sketch:
-    keeps = dtype is None or BALANCING_BIAS in name
+    keeps = dtype is None or name.endswith((BALANCING_BIAS, OWN_BALANCING_BIAS))
     return Sketch(name, tuple(tensor.shape), tensor.dtype if keeps else dtype)
 
 

@@ -1,7 +1,5 @@
 """Exports open in transformers 5, and what it opens imports."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from litgpt import GPT
@@ -10,7 +8,7 @@ from litgpt_moe_ext.export.hf.read import import_checkpoint
 from litgpt_moe_ext.export.hf.write import export_checkpoint
 from tests.export.hf.models import CASES, make_checkpoint
 from tests.export.hf.quantized import GPT_OSS_FOR_MXFP4, to_fp8, to_mxfp4
-from tests.export.hf.transformers5 import PROMPT, compare, expect
+from tests.export.hf.transformers5 import compare, expect_of
 
 
 @pytest.mark.slow
@@ -34,14 +32,3 @@ def test_logits_and_tokens_in_another_environment(tmp_path):
         model.load_state_dict(torch.load(checkpoint / "back" / "lit_model.pth", weights_only=True))
         expect_of(model, case)
     compare(cases)
-
-
-def expect_of(model: GPT, case: Path) -> None:
-    """Save logits and 64 greedily written tokens for the other environment."""
-    tokens = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(1))
-    text = tokens[:1, :PROMPT]
-    with torch.inference_mode():
-        logits = model(tokens)
-        for _ in range(64):
-            text = torch.cat([text, model(text)[:, -1:].argmax(-1)], dim=1)
-    expect(case, tokens, logits, text)

@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 
 import torch
+from litgpt import GPT
 from torch import Tensor
 
 SCRIPT = Path(__file__).with_name("compare_with_transformers.py")
 PROMPT = 8
 
 
-def expect(case: Path, tokens: Tensor, logits: Tensor, text: Tensor) -> None:
+def expect(case: Path, tokens: Tensor, logits: Tensor, text: Tensor, **more: str) -> None:
     """Save what the other environment must find for the export in `case/out`.
 
     Args:
@@ -20,8 +21,20 @@ def expect(case: Path, tokens: Tensor, logits: Tensor, text: Tensor) -> None:
         tokens: (B, T).
         logits: Of these tokens, (B, T, vocabulary).
         text: A prompt of `PROMPT` tokens and what was greedily written after it, (1, tokens).
+        more: What else it must know.
     """
-    torch.save({"tokens": tokens, "logits": logits, "text": text, "prompt": PROMPT}, case / "expected.pt")
+    torch.save({"tokens": tokens, "logits": logits, "text": text, "prompt": PROMPT, **more}, case / "expected.pt")
+
+
+def expect_of(model: GPT, case: Path, **more: str) -> None:
+    """Save logits, and 64 greedily written tokens, of a model with 97 tokens; see `expect`."""
+    tokens = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(1))
+    text = tokens[:1, :PROMPT]
+    with torch.inference_mode():
+        logits = model(tokens)
+        for _ in range(64):
+            text = torch.cat([text, model(text)[:, -1:].argmax(-1)], dim=1)
+    expect(case, tokens, logits, text, **more)
 
 
 def compare(cases: Path) -> None:
