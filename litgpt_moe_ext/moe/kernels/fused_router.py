@@ -137,8 +137,7 @@ class _Decide(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         decision = Decision(*route_operator(*given, *rule, leaf_N is not None))
         ctx.rule, ctx.shares = rule, shares
-        kept = (decision.experts_TK, decision.counts_E, decision.ends_E, decision.slopes_LE, decision.tally_N)
-        ctx.save_for_backward(*given, *kept)
+        ctx.save_for_backward(*given, *decision[1:])
         ctx.mark_non_differentiable(*decision[1:])
         ctx.set_materialize_grads(False)
         return decision
@@ -146,29 +145,29 @@ class _Decide(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        *given, experts_TK, counts_E, ends_E, slopes_LE, tally_N = ctx.saved_tensors
-        dweights_TK = grads[0]
+        saved, dweights_TK = ctx.saved_tensors, grads[0]
         if dweights_TK is None:
             return (None,) * (3 + _N_GIVEN)
+        given, decision = saved[:_N_GIVEN], Decision(dweights_TK, *saved[_N_GIVEN:])
         if ctx.rule.global_batch:
-            slopes_LE, tally_N = _with_shares(slopes_LE, tally_N, ctx.rule, ctx.shares.shares(counts_E))
+            decision = _with_shares(decision, ctx.rule, ctx.shares.shares(decision.counts_E))
         scale = present_scale(dweights_TK)
-        upstream = (experts_TK, ends_E, slopes_LE, dweights_TK.contiguous(), scale)
+        upstream = (decision.experts_TK, decision.ends_E, decision.slopes_LE, dweights_TK.contiguous(), scale)
         dlogits_TE, dspread_TE = _route_backward(*given, *ctx.rule, *upstream)
         _, _, need_leaf, *need = ctx.needs_input_grad
         gradients = Given(dlogits_TE, spread_TE=dspread_TE, other_loss=scale)
         needed = (gradient if asked else None for gradient, asked in zip(gradients, need, strict=True))
-        return None, None, tally_N if need_leaf else None, *needed
+        return None, None, decision.tally_N if need_leaf else None, *needed
 
 
-def _with_shares(slopes_LE: Tensor, tally_N: Tensor, rule: Rule, shares_E: Tensor) -> tuple[Tensor, Tensor]:
-    # With what the kernels could not know of a load-balancing loss over the global batch.
+def _with_shares(decision: Decision, rule: Rule, shares_E: Tensor) -> Decision:
+    # What the kernels could not know of a load-balancing loss over the global batch.
     n_expert = shares_E.size(0)
     slope_E = rule.balancing * n_expert * shares_E
-    slopes_LE, tally_N = slopes_LE.clone(), tally_N.clone()
+    slopes_LE, tally_N = decision.slopes_LE.clone(), decision.tally_N.clone()
     tally_N[n_expert + 3] = slope_E.dot(slopes_LE[0].to(slope_E.dtype))
     slopes_LE[0] = slope_E
-    return slopes_LE, tally_N
+    return decision._replace(slopes_LE=slopes_LE, tally_N=tally_N)
 
 
 _N_GIVEN, _N_RULE = len(Given._fields), len(Rule._fields)

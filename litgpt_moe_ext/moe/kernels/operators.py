@@ -223,15 +223,14 @@ class Operator:
         # An operator without gradient says so when it is asked for one; a function's result would pass for a constant.
         return self.overload(*args) if self._differentiated is None else self._differentiated.apply(*args)
 
-    def set_gradient(self, backward: Callable[..., Any], keep: Callable[..., None] | None = None) -> None:
-        """Make it differentiable; `backward` takes the context that `keep` has filled, and gradients of results."""
-        keep = keep or _keep
-        torch.library.register_autograd(self._name, backward, setup_context=keep)
+    def set_gradient(self, backward: Callable[..., Any]) -> None:
+        """Make it differentiable; `backward` takes the context that `_keep` has filled, and gradients of results."""
+        torch.library.register_autograd(self._name, backward, setup_context=_keep)
 
         def forward(ctx: Any, *args: Any) -> Any:
             # A function with a context of its own (`setup_context`) has its signature inspected at every call.
             output = self._function(*args)
-            keep(ctx, args, output)
+            _keep(ctx, args, output)
             return output
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
@@ -442,11 +441,6 @@ def _bias_share(dy_TD: Tensor, bias_ED: Tensor, experts_TK: Tensor) -> Tensor:
     return by_expert_TE.gather(1, experts_TK.clamp_max(bias_ED.size(0) - 1))
 
 
-def _keep_for_gate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    # Nobody else keeps the output of the routed experts.
-    _keep(ctx, (None, *inputs[1:]), output)
-
-
 def _gated_backward(ctx: Any, dsum_TD: Tensor) -> tuple[Tensor | None, ...]:
     _, shared_TD, logits_T1, real_T = _kept(ctx)
     drouted_TD, dshared_TD, dlogits_T1 = add_gated_backward(dsum_TD.contiguous(), shared_TD, logits_T1, real_T)
@@ -455,7 +449,7 @@ def _gated_backward(ctx: Any, dsum_TD: Tensor) -> tuple[Tensor | None, ...]:
 
 expert_up.set_gradient(_up_backward)
 expert_down.set_gradient(_down_backward)
-add_gated.set_gradient(_gated_backward, _keep_for_gate)
+add_gated.set_gradient(_gated_backward)
 
 
 def _product_flops(rows: int, weight_shape: torch.Size) -> int:
