@@ -60,8 +60,8 @@ class ExpertBackend:
         name: Its name in configurations.
         function: Takes tokens (T, D), their routing, the weights, and what happens between the projections; returns the
             weighted sum of the experts' outputs, (T, D) in the dtype of the tokens. Where the routing has `real_T`,
-            the other tokens are padding: their expert is E, they are not among the counts, and what is returned for
-            them, and as their gradient, is not read.
+            the other tokens are padding: their numbers may be anything, their expert is E, they are not among the
+            counts, and what is returned for them, and as their gradient, is not read.
         obstacle: Returns what keeps it from working at a place, as the end of a sentence, or None.
     """
 
