@@ -429,3 +429,19 @@ def test_compiled_without_breaks_or_recompiling():
         x = torch.randn(2, tokens, 16)
         torch.testing.assert_close(compiled(x), moe(x), atol=2e-5, rtol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("backend", ["grouped_cpu", "grouped_mm", "loop"])
+def test_padding_may_hold_anything(backend):
+    """In bfloat16 a CPU's segments end in rows of padding."""
+    T, E = 90, 3
+    experts, routing, real_T = make_experts(torch.bfloat16, n_expert=E), make_routing(T, 2, E), torch.rand(T) < 0.6
+    nowhere_TK = routing.experts_TK.masked_fill(~real_T.unsqueeze(1), E)
+    counts_E = torch.bincount(nowhere_TK.flatten(), minlength=E + 1)[:E]
+    padded = Routing(routing.weights_TK * real_T.unsqueeze(1), nowhere_TK, counts_E, real_T)
+    x = torch.randn(T, 16, dtype=torch.bfloat16).masked_fill(~real_T.unsqueeze(1), float("nan")).requires_grad_()
+    experts.forced_backend = backend
+    experts(x, padded)[real_T].sum().backward()
+    assert not x.grad[~real_T].any()
+    for gradient in (x.grad, *(parameter.grad for parameter in experts.parameters())):
+        assert gradient.isfinite().all()
