@@ -63,7 +63,7 @@ def _fields_inside(annotation: Any, value: Any) -> Mapping[str, Any]:
     path = value.get("class_path") if isinstance(value, Mapping) else value
     inside = _inside(annotation)
     if inside.named is not None and isinstance(path, str):
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(ImportError, TypeError, ValueError):
             return _arguments(path)
         return {}
     return {} if inside.section is None else _hints(inside.section)
@@ -109,9 +109,13 @@ class _Search:
             yield f"{name}: has no class_path; it must be {describe(base)}"
             return
         try:
-            arguments = _arguments(path)
+            made, arguments = _named(path), _arguments(path)
+            why = "it is another class" if inspect.isclass(made) and not issubclass(made, base) else ""
         except ImportError as error:
-            why = f"it cannot be imported ({one_line(error)})"
+            arguments, why = {}, f"it cannot be imported ({one_line(error)})"
+        except (TypeError, ValueError):
+            arguments, why = {}, "it is not a class"
+        if why:
             yield f"{name}.class_path: {path!r} must be the import path of a {base.__name__}; {why}"
             return
         given = {} if isinstance(value, str) else value.get("init_args") or {}
@@ -170,17 +174,28 @@ def _inside(annotation: Any) -> _Inside:
     return found
 
 
+def _named(path: str) -> Any:
+    """Return what is at an import path.
+
+    Raises:
+        ImportError: If there is nothing.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(__import__(module, fromlist=[name]), name)
+    except (AttributeError, ValueError) as error:
+        raise ImportError(str(error)) from error
+
+
 def _arguments(path: str) -> Mapping[str, Any]:
     """Return the types of the arguments of a class.
 
     Raises:
-        ImportError: If there is no such class.
+        ImportError: If there is nothing at this path.
+        TypeError: If it cannot be called.
+        ValueError: If it does not say what it takes.
     """
-    module, _, name = path.rpartition(".")
-    try:
-        cls = getattr(__import__(module, fromlist=[name]), name)
-    except (AttributeError, ValueError) as error:
-        raise ImportError(str(error)) from error
+    cls = _named(path)
     hints = _known_hints(cls.__init__)
     return {key: hints.get(key, Any) for key in inspect.signature(cls).parameters}
 

@@ -125,6 +125,13 @@ def test_what_is_printed_is_a_recipe(recipe, tmp_path, capsys):
         (["--model_config.n_embd", "null"], "model_config.n_embd: null must be an integer"),
         (["--model_config.n_exprt", "null"], "did you mean model_config.n_expert?"),
         (["--optimizer", "null"], "optimizer: null must be text or keys and values"),
+        (
+            ["--data", "os.path"],
+            "data.class_path: 'os.path' must be the import path of a DataModule; it is not a class",
+        ),
+        (["--data", "builtins.dict"], "data.class_path: 'builtins.dict' must be the import path of a DataModule"),
+        (["--data", "torch.nn.Linear"], "'torch.nn.Linear' must be the import path of a DataModule; it is another"),
+        (["--callbacks", "[{class_path: os.path}]"], "callbacks.0.class_path: 'os.path' must be the import path of a"),
         (["--callbacks", "[{class_path: a.B}]"], "callbacks.0.class_path: 'a.B' must be the import path of a Callback"),
         (["--trian.max_tokens", "3"], "trian: no setting has this name; did you mean train?"),
         (["--train.lr_warmup_step", "3"], "did you mean train.lr_warmup_steps?"),

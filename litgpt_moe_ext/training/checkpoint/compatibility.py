@@ -13,7 +13,9 @@ from litgpt_moe_ext.training.checkpoint.hyperparameters import FILE_NAME, read
 # What a resumed run takes from its checkpoint although the settings now say something else.
 _EFFECTS = {
     ("seed",): "it has no effect: weights and random generators are those of the checkpoint",
-    ("train", "global_batch_size"): "from here on a step has another number of tokens",
+    ("train", "global_batch_size"): (
+        "from here on a step has another number of tokens; train.max_tokens counts earlier steps as if they had it too"
+    ),
     ("train", "max_tokens"): "the learning rate goes on in the schedule of the new length",
     ("schedule", "name"): "the learning rate goes on in the new schedule, at the step of the checkpoint",
     ("optimizer", "init_args", "weight_decay"): "it has no effect: the optimizer's state of the checkpoint has its own",
