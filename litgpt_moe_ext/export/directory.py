@@ -33,7 +33,7 @@ def new_directory(out_dir: Path, needed_bytes: int = 0) -> Iterator[Path]:
     free = shutil.disk_usage(nearest).free
     if needed_bytes > free:
         raise SettingsError(
-            f"out_dir: {str(out_dir)!r} needs {needed_bytes / 1e9:.1f} GB, but {nearest} has {free / 1e9:.1f} GB left; "
+            f"out_dir: {str(out_dir)!r} needs {needed_bytes / 1e9:.3g} GB, but {nearest} has {free / 1e9:.3g} GB left; "
             "free some space, or name a directory on another disk"
         )
     partial = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.partial")

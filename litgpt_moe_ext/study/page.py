@@ -67,7 +67,8 @@ def study_page(study: Study, results: Sequence[Result], missing: int, command: s
         parts.append(picture("Balance", _BALANCE, png(balance_figure(drawn))))
     text = csv_text(results)
     data = base64.b64encode(text.encode()).decode("ascii")
-    link = f'<a download="{html.escape(study.name)}.csv" href="data:text/csv;base64,{data}">{study.name}.csv</a>'
+    name = html.escape(study.name)
+    link = f'<a download="{name}.csv" href="data:text/csv;base64,{data}">{name}.csv</a>'
     columns, *cells = csv.reader(text.splitlines())
     said = [i for i, name in enumerate(columns) if name not in ("trained_on", "software")]  # elsewhere on the page
     short = [[_shortened(row[i]) for i in said] for row in cells]

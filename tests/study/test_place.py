@@ -90,7 +90,8 @@ def test_the_commit_is_that_of_the_repository_that_tracks_the_package(tmp_path, 
 def test_a_page_says_which_code_trained_its_runs(second, said, tmp_path):
     where = [TrainedOn("CPU", "32-true", 1, f"litgpt_moe_ext {code}") for code in ("0.1.0, commit a", second)]
     results = [result(tmp_path, f"arm {seed}", seed, 2.0, one) for seed, one in enumerate(where)]
-    page = study_page(Study("small", "", [one.run for one in results]), results, 0, "")
+    page = study_page(Study("<small>", "", [one.run for one in results]), results, 0, "")
+    assert "<small>" not in page
     assert f"Trained with litgpt_moe_ext 0.1.0, commit a: {1 if said else 2} run" in page
     assert "commit b: 1 run." in page or not said
     assert ("Not all runs were trained with the same code" in page) == said

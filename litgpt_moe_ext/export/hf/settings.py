@@ -100,9 +100,12 @@ _NEEDED = (
     *("n_positions", "n_embd", "n_layer", "n_head"),
     *("layer_types", "decoder_sparse_step", "rope_theta", "partial_rotary_factor"),
 )
-# What is counted through, layer by layer.
-_LAYERS = ("num_hidden_layers", "n_layer", "num_nextn_predict_layers")
-_MOST_LAYERS = 10_000
+# What is counted through, one layer or expert after the other, and how many of them a model may have.
+_COUNTED = (
+    *("num_hidden_layers", "n_layer", "num_nextn_predict_layers"),
+    *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+)
+_MOST = 10_000
 
 
 def _require_kinds(raw: _Json, defaults: _Json) -> None:
@@ -116,8 +119,8 @@ def _require_kinds(raw: _Json, defaults: _Json) -> None:
             raise SettingsError(f"hf_dir: {key}: {value!r} must be {words}; copy config.json again")
         if key in _NEEDED and value == 0:
             raise SettingsError(f"hf_dir: {key}: 0 must be more than 0; copy config.json again")
-        if key in _LAYERS and not 0 <= value <= _MOST_LAYERS:
-            raise SettingsError(f"hf_dir: {key}: {value} must be from 0 to {_MOST_LAYERS}; copy config.json again")
+        if key in _COUNTED and not 0 <= value <= _MOST:
+            raise SettingsError(f"hf_dir: {key}: {value} must be from 0 to {_MOST}; copy config.json again")
 
 
 def _common(hf: _Json) -> _Json:

@@ -113,12 +113,13 @@ def save_whole(save: Callable[..., None], fabric: Any, state: dict, tokenizer_di
 
 def _try_everywhere(fabric: Any, action: Callable[[], Any]) -> str | None:
     # Only the first process writes files; the others must hear of its failure instead of waiting for it. torch reports
-    # a full disk as a RuntimeError.
+    # a full disk as a RuntimeError of its archive's writer, with offsets for words.
     problem = None
     try:
         action()
     except (OSError, RuntimeError) as error:
         if not fabric.is_global_zero:
             raise
-        problem = str(error) or type(error).__name__
+        cut_off = isinstance(error, RuntimeError) and "inline_container" in str(error)
+        problem = "a file was cut off, as on a full disk" if cut_off else str(error) or type(error).__name__
     return fabric.broadcast(problem)

@@ -53,11 +53,12 @@ class CheckpointWriter:
         try:
             store.save_whole(self._write, fabric, state, tokenizer_dir, checkpoint_file)
         except store.SaveError as error:
-            if self._plan.settings.checkpoint.on_save_error != "continue" or directory.name == FINAL:
+            going_on = self._plan.settings.checkpoint.on_save_error == "continue"
+            if not going_on or directory.name == FINAL:
+                hint = "" if going_on else "; --checkpoint.on_save_error continue trains on without checkpoints"
                 raise TrainingStopped(
                     f"{error}. The checkpoints before it are whole{self._newest(', the newest is ')}. Free some "
-                    "space and continue with --resume auto; --checkpoint.on_save_error continue trains on without "
-                    "checkpoints."
+                    f"space and continue with --resume auto{hint}."
                 ) from error
             fabric.print(f"  {error}. Training goes on without it (checkpoint.on_save_error: continue).")
             return

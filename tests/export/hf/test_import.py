@@ -110,6 +110,7 @@ class TestRefusals:
             ("num_attention_heads", 0, "num_attention_heads: 0 must be more than 0"),
             ("num_hidden_layers", -1, "num_hidden_layers: -1 must be"),
             ("num_hidden_layers", 10**9, "num_hidden_layers: 1000000000 must be from 0 to 10000"),
+            ("num_local_experts", 10**9, "num_local_experts: 1000000000 must be from 0 to 10000"),
             ("num_key_value_heads", 3, "n_query_groups: 3 must divide n_head: 4"),
             ("vocab_size", None, "vocab_size: None must be a whole number"),
             ("rms_norm_eps", True, "rms_norm_eps: True must be a number"),

@@ -183,7 +183,7 @@ def test_disk_full_while_saving(recipe, tmp_path, small_disk, capsys):
     small_disk(resource.RLIM_INFINITY)
     assert status == 1
     error = capsys.readouterr().err
-    assert "step-00000008 could not be saved" in error
+    assert "step-00000008 could not be saved: a file was cut off, as on a full disk. The checkpoints" in error
     assert f"the newest is {tmp_path / 'out' / 'step-00000004'}" in error
     assert directories(tmp_path / "out") == ["best", "step-00000004"]
     assert all(path.read_bytes() == content for path, content in before.items())
@@ -200,6 +200,7 @@ def test_disk_full_and_going_on(recipe, tmp_path, small_disk, capsys):
     assert "step-00000004 could not be saved" in output
     assert "step 12/12" in output
     assert "final could not be saved" in error
+    assert "on_save_error" not in error, "it is set already"
     assert directories(tmp_path / "out") == []
 
 
