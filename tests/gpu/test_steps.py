@@ -24,7 +24,7 @@ PRECISIONS = [torch.bfloat16, torch.float16, None]
 
 def make_config(**changes):
     sizes = {"n_embd": 64, "block_size": 64, "moe_intermediate_size": 32, "n_shared_expert": 1}
-    return moe_config(attention_class_name="SinkAttention", router_bias_update_rate=0.01, **sizes, **changes)
+    return moe_config(attention_class_name="SinkAttention", router_bias_update_rate=0.01, **(sizes | changes))
 
 
 def make_model(device, **changes) -> GPT:
