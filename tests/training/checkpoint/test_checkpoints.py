@@ -138,6 +138,21 @@ def test_best_of_a_run_that_was_killed_before_it_was_linked(recipe, tmp_path, ca
     assert step_of(out_dir / "best") == 16
 
 
+def test_untrained_weights_are_never_the_best(tmp_path):
+    """Nor those without a loss, or with the same one; the first that were trained are."""
+    fabric, saved = SimpleNamespace(step=0, attempt=1), []
+    keeper = retention.Retention(CheckpointArgs(), tmp_path, fabric, saved.append)
+    for fabric.step, loss in ((0, 1.0), (1, float("nan")), (2, 3.0), (3, 3.5)):
+        keeper.on_logged({"val_loss": loss})
+        keeper.on_step_begin({"step_count": fabric.step})
+        assert saved == ["best"] * (fabric.step >= 2)
+        if fabric.step == 2:
+            keeper.load_state_dict({"loss": loss, "attempt": 1, "step": 2})
+    keeper.on_logged({"val_loss": 3.0})
+    keeper.on_step_begin({"step_count": 4})
+    assert saved == ["best"]
+
+
 def test_a_best_that_cannot_be_saved_is_not_saved_later(recipe, tmp_path, monkeypatch, capsys):
     """With on_save_error: continue, later weights never get the name of the best."""
     from litgpt_moe_ext.training.checkpoint import store
