@@ -59,7 +59,7 @@ NUMBERS: dict[type, str] = {}
 """The types of numbers with a range, and what a value of each must be."""
 
 if TYPE_CHECKING:
-    PositiveInt = NonNegativeInt = AtLeastTwo = LayerCount = Seed = int
+    PositiveInt = NonNegativeInt = AtLeastTwo = LayerCount = ExpertCount = Seed = int
     PositiveFloat = NonNegativeFloat = AtLeastOne = AboveOne = Minutes = float
     Fraction = Share = UnitInterval = Inside = float
 else:
@@ -76,6 +76,7 @@ else:
     NonNegativeInt = _type("Count", int, "an integer of at least 0", (">=", 0))
     AtLeastTwo = _type("AtLeastTwo", int, "an integer of at least 2", (">=", 2))
     LayerCount = _type("LayerCount", int, "an integer from 1 to 10000", (">=", 1), ("<=", 10_000))
+    ExpertCount = _type("ExpertCount", int, "an integer from 1 to 100000", (">=", 1), ("<=", 100_000))
     Seed = _type("Seed", int, "an integer from 0 to 4294967295", (">=", 0), ("<=", 2**32 - 1))
     PositiveFloat = _type("PositiveFinite", float, "a number above 0", (">", 0))
     NonNegativeFloat = _type("NonNegativeFinite", float, "a number of at least 0", (">=", 0))

@@ -14,6 +14,7 @@ from litgpt_moe_ext.config.types import check_field
 from litgpt_moe_ext.field_types import (
     AboveOne,
     AtLeastTwo,
+    ExpertCount,
     NonNegativeFloat,
     NonNegativeInt,
     OneOf,
@@ -98,7 +99,7 @@ FEED_FORWARD_FIELDS = {
     "gelu_approximate": _litgpt(
         OneOf(("none", "tanh")), "how GELU is computed", (*_FEED_FORWARD, "gelu"), unset="none"
     ),
-    "n_expert": _litgpt(PositiveInt, "number of routed experts", _MOE, REQUIRED, unset=0),
+    "n_expert": _litgpt(ExpertCount, "number of routed experts", _MOE, REQUIRED, unset=0),
     "n_expert_per_token": _litgpt(
         UpTo(1, "n_expert"), "number of experts that a token visits (top-k)", _MOE, REQUIRED, unset=0
     ),

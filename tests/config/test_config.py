@@ -18,7 +18,8 @@ GROUPS = {"n_expert_groups": 4, "n_topk_groups": 1, "n_topk_scores_per_group": 2
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_expert": 0}, "n_expert: 0 must be an integer of at least 1"),
+        ({"n_expert": 0}, "n_expert: 0 must be an integer from 1 to 100000"),
+        ({"n_expert": 10**9}, "n_expert: 1000000000 must be an integer from 1 to 100000"),
         ({"n_expert": True}, "n_expert: True must be an integer"),
         ({"n_expert_per_token": 0}, "n_expert_per_token: 0 must be an integer from 1 to 8"),
         ({"n_expert_per_token": 9}, "n_expert_per_token: 9 must be an integer from 1 to 8"),
