@@ -147,9 +147,9 @@ KINDS = {
 def test_nothing_of_python_is_in_a_replay(monkeypatch, kind, padded):
     """The replays are those of a recording, which knows neither Python's numbers nor its branches."""
     data = batches(10)
+    monkeypatch.setattr(padding, "_accepted", padded)
     if padded:
         # As on a device, where nobody looks whether there is padding.
-        monkeypatch.setattr(padding, "_accepted", True)
         monkeypatch.setattr("litgpt_moe_ext.attention.gpt_forward.real_tokens", lambda ids: ids >= 0)
         for i, batch in enumerate(data):
             batch[i % 2, 16 - i % 5 :] = padding.PADDING
