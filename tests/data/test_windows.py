@@ -34,6 +34,9 @@ def test_document_lengths():
     assert document_lengths(shards, 0).tolist() == [2, 3, 1, 1]
     assert document_lengths(shards[:2], 0).tolist() == [2, 3]
     assert document_lengths([np.array([4, 5])], 0).tolist() == [2]
+    # One token begins and ends documents, as in GPT-2.
+    assert document_lengths([np.array([0, 5, 0, 0, 0]), np.array([0, 7, 8])], 0, bos_id=0).tolist() == [3, 2, 3]
+    assert document_lengths([np.array([1, 5, 0, 1, 0])], 0, bos_id=1).tolist() == [3, 2]
 
 
 def test_long_documents_share_one_token_between_pieces():
@@ -61,15 +64,16 @@ def test_every_token_is_a_target_once(lengths, block_size, together):
     assert document_lengths([stream], 0).tolist() == lengths
     shards = np.array_split(stream, 3)
     windows = DocumentWindows(shards, pack(np.array(lengths), block_size, together), block_size)
-    pairs, padded = [], 0
+    pairs, targets = [], 0
     for row in windows:
         row = row.tolist()
         pairs += [(a, b) for a, b in zip(row, row[1:], strict=False) if a > 0 and b != PADDING]
         used = [token for token in row if token != PADDING]
         assert row == used + [PADDING] * (len(row) - len(used))
-        padded += len(row) - len(used)
+        targets += len(used) - 1
     expected = [(a, b) for document in documents for a, b in zip(document, document[1:], strict=False)]
     assert sorted(pairs) == sorted(expected)
+    assert windows.targets == targets
     if not together:
         assert len(windows) == sum(-(-(length - 1) // block_size) for length in lengths)
 
