@@ -237,7 +237,7 @@ class TestStartedProcesses:
     @pytest.mark.parametrize("port", ["0", "", "-1", "65536", "http"])
     def test_no_port(self, port):
         """`torchrun --master_port 0` sets 0, where the processes would wait for each other for ever."""
-        with pytest.raises(ValueError, match=f"MASTER_PORT: '{port}' is no port .* --standalone"):
+        with pytest.raises(ValueError, match=f"MASTER_PORT: '{port}' is not a port .* --standalone"):
             started_processes({**self.HAND, "MASTER_PORT": port})
         assert started_processes({**self.HAND, "RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": port})
 
