@@ -397,19 +397,14 @@ class LitGPTMoEModel(LitGPTMoEPreTrainedModel):
         self.embed_tokens = value
 
     def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        cache=None,
-        inputs_embeds=None,
-        return_dict=None,
-        use_cache=None,
-        **kwargs,
+        self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, return_dict=None, **kwargs
     ):
-        """Return the last hidden states (B, T, D), and the cache if one is used."""
-        cache = past_key_values if cache is None else cache
+        """Return the last hidden states (B, T, D), and the cache if one is given.
+
+        What else is given is for the attention of a serving engine.
+        """
+        cache = kwargs.pop(_CACHE, None)
+        kwargs.pop("use_cache", None)
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past = 0 if cache is None else cache.get_seq_length()
         position_ids, visible_BTS = self._positions(x_BTD, past, attention_mask, position_ids)
@@ -491,7 +486,7 @@ class LitGPTMoEForCausalLM(LitGPTMoEPreTrainedModel, GenerationMixin):
         if (self.config.use_cache if use_cache is None else use_cache) and cache is None:
             cache = DynamicCache()
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
-        x_BTD = self.model(attention_mask=attention_mask, cache=cache, return_dict=False, **inputs)[0]
+        x_BTD = self.model(attention_mask=attention_mask, return_dict=False, **inputs, **{_CACHE: cache})[0]
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(x_BTD[:, kept])
         loss = None
