@@ -57,6 +57,7 @@ def test_no_bit_is_lost(dtype):
             assert torch.equal(ours, expected), name
 
 
+@pytest.mark.slow
 def test_rows_apart_and_blocks_of_tokens():
     """Tokens of a wider matrix, and more blocks than one, which add up to the same bits every time."""
     x, weight, upstream = torch.randn(300, 48)[:, 8:40], torch.randn(3, 32), torch.randn(300, 3)

@@ -312,6 +312,7 @@ def assert_same(use, experts, routing):
         torch.testing.assert_close(ours, plain[name])
 
 
+@pytest.mark.slow
 def test_checkpointing_sees_operators():
     experts, routing = make_experts(D=8, F=8, E=3), make_routing(12, 2, 3)
     assert_same(lambda leaf: checkpoint(lambda x: experts(x, routing), leaf, use_reentrant=False), experts, routing)
