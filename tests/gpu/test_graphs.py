@@ -127,16 +127,21 @@ def test_weights_are_cast_once_for_a_step(place, dtype):
         assert torch.equal(weight.to(dtype), cast)
 
 
+def four_steps(model, loss_function, place):
+    """Of which the third captures."""
+    for _ in range(4):
+        batch = torch.randint(0, 64, (4, 65), device=place)
+        loss_function(batch, batch).backward()
+        model.zero_grad()
+
+
 def test_a_model_that_waits_goes_on_without(card):
     model, said = make_model(card), []
     moe = model.transformer.h[0].mlp
     compute = moe.forward
     moe.forward = lambda x, *rest: compute(x * float(x.detach().abs().max() >= 0), *rest)
     loss_function = GraphedLoss(lambda ids, targets: loss_of(model, ids, None), model, careful=True, say=said.append)
-    for _ in range(4):
-        batch = torch.randint(0, 64, (4, 65), device=card)
-        loss_function(batch, batch).backward()
-        model.zero_grad()
+    four_steps(model, loss_function, card)
     assert len(said) == 1
     assert said[0].startswith("CUDA graphs: off (the model waits for the device, at ")
     assert "test_graphs.py" in said[0]
@@ -183,10 +188,7 @@ def test_a_replay_that_differs_is_not_used(place):
         return loss_of(model, ids, None) * (1 + 0.1 * len(passes))
 
     loss_function = GraphedLoss(counted_loss, model, careful=True, say=said.append)
-    for _ in range(4):
-        batch = torch.randint(0, 64, (4, 65), device=place)
-        loss_function(batch, batch).backward()
-        model.zero_grad()
+    four_steps(model, loss_function, place)
     assert len(said) == 1
     assert said[0].startswith("CUDA graphs: off (replayed, the loss is ")
 

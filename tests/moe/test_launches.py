@@ -71,6 +71,12 @@ def launches_of_layer(config, capability, precision="bf16-mixed", padded=False):
     return launches.names
 
 
+def launches_where_most(settings, padded):
+    """Return the same for settings on the card where experts take most, whose products are torch's."""
+    pytest.importorskip("triton")
+    return launches_of_layer(moe_config(n_embd=256, moe_intermediate_size=64, **settings), (10, 0), padded=padded)
+
+
 @pytest.mark.parametrize("capability", [(8, 6), (9, 0)], ids=str)
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if "n_expert:" in r.read_text()], ids=lambda r: r.stem)
 def test_the_layer_of_every_recipe_starts_at_most_25_kernels(recipe, capability):
@@ -85,11 +91,9 @@ def test_the_layer_of_every_recipe_starts_at_most_25_kernels(recipe, capability)
 @pytest.mark.parametrize("padded", [False, True], ids=["text", "padding"])
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_takes_the_fused_router(name, padded):
-    """Every loss, noise and groups, on the card where experts take most: as many as without any of it."""
-    pytest.importorskip("triton")
-    config = moe_config(n_embd=256, moe_intermediate_size=64, **RULES[name])
-    names = launches_of_layer(config, (10, 0), padded=padded)
-    beside = 2 * ("noisy" in name) + (10 + 2 * padded) * bool(config.router_orthogonality_loss_coef)
+    """Every loss, noise and groups: as many as without any of it."""
+    names = launches_where_most(RULES[name], padded)
+    beside = 2 * ("noisy" in name) + (10 + 2 * padded) * ("router_orthogonality_loss_coef" in RULES[name])
     assert len(names) == (16 if padded else 14) + beside, names
     assert {"_project", "_route", "_sum_up", "_place"} <= set(names)
 
@@ -108,10 +112,7 @@ LAYERS = {
 @pytest.mark.parametrize("padded", [False, True], ids=["text", "padding"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_starts_at_most_25_kernels(name, padded):
-    """On the card where experts take most, whose products are torch's."""
-    pytest.importorskip("triton")
-    config = moe_config(n_embd=256, moe_intermediate_size=64, **LAYERS[name])
-    names = launches_of_layer(config, (10, 0), padded=padded)
+    names = launches_where_most(LAYERS[name], padded)
     assert len(names) <= 25, names
 
 
