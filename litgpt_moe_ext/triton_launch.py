@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from litgpt_moe_ext.gpu import amd_chip, triton_knows, vendor_kind
+
 
 @functools.cache
 def triton_installed() -> bool:
@@ -15,8 +17,12 @@ def triton_installed() -> bool:
 
 @functools.cache
 def triton_works_on(device: torch.device) -> bool:
-    """Return whether Triton has kernels for this card: an AMD one, or an NVIDIA one since Turing."""
-    return triton_installed() and (torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (7, 5))
+    """Return whether Triton has kernels for this card: most of AMD's, and NVIDIA's since Turing."""
+    if not triton_installed():
+        return False
+    if vendor_kind(device) == "hip":
+        return triton_knows(amd_chip(device))
+    return torch.cuda.get_device_capability(device) >= (7, 5)
 
 
 def ceil_div(a: int, b: int) -> int:

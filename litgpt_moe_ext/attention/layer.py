@@ -24,6 +24,7 @@ from litgpt_moe_ext.attention.sliding_window import window_mask
 from litgpt_moe_ext.attention.streaming_cache import Stream, StreamingKVCache, streaming_attention
 from litgpt_moe_ext.config.features import has_sinks
 from litgpt_moe_ext.config.rules import check_derived
+from litgpt_moe_ext.gpu import vendor_kind
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
@@ -187,7 +188,7 @@ class SinkAttention(CausalSelfAttention):
         d, capability = derived(self.config.head_size), capability_of(device)
 
         def choice(needs: list[Ability]) -> str:
-            return choose(Workload(device.type, capability, name, d, (*needs, *others)), softmax.backend)
+            return choose(Workload(vendor_kind(device), capability, name, d, (*needs, *others)), softmax.backend)
 
         can_fuse = softmax.backend is None or KERNELS[softmax.backend].abilities.issuperset(patterns)
         if patterns and device.type == "cuda" and can_fuse and (fused := choice(patterns)) != EAGER:

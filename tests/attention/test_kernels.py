@@ -22,6 +22,7 @@ from litgpt_moe_ext.attention.kernels.calls import Call, Inputs
 from litgpt_moe_ext.attention.kernels.choice import choose, choose_kernel
 from litgpt_moe_ext.attention.kernels.registry import KERNELS, Workload, functions_of
 from litgpt_moe_ext.attention.sinks import Softmax
+from litgpt_moe_ext.gpu import vendor_kind
 from tests.attention.attend import sink_attention
 from tests.fake_cuda import CAPABILITIES, fake_cuda
 
@@ -220,7 +221,7 @@ def make_inputs() -> list[torch.Tensor]:
 
 
 CASES = [
-    *((name, None, False) for name in ("flash_attn", "flash", "flash_attn_4", "cudnn", "efficient")),
+    *((name, None, False) for name in ("flash_attn", "flash", "flash_hip", "flash_attn_4", "cudnn", "efficient")),
     *(
         (name, window, documents)
         for name in ("flash_attn", "flash", "flash_attn_4")
@@ -299,6 +300,26 @@ def test_choice_by_card() -> None:
     assert on_card((8, 6), head_size=63) == "eager"
     assert on_card((8, 6), "mask") == "eager"
     assert on_card((7, 5), "window", dtype="float16") == "eager"
+
+
+@pytest.mark.usefixtures("_torch_has_all")
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_choice_on_amd(monkeypatch: pytest.MonkeyPatch, has_kernels: bool) -> None:
+    # To torch such a card is a CUDA device of capability 9.4 with cuDNN, which is MIOpen.
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda parameters: has_kernels)
+    monkeypatch.setattr(torch, "empty", lambda *size, device, **_: torch.zeros(*size, device="meta"))
+    device = torch.device("cuda")
+    assert choice.capability_of(device) == (0, 0)
+
+    def chosen(*needs: str, dtype: str = "bfloat16", forced: str | None = None) -> str:
+        return choose(Workload(vendor_kind(device), (0, 0), dtype, 64, needs), forced)
+
+    assert chosen("gradient", "dropout") == ("flash_hip" if has_kernels else "eager")
+    assert chosen("gradient", "window") == chosen("documents") == chosen(dtype="float32") == "eager"
+    for kernel in ("flash", "cudnn", "efficient"):
+        with pytest.raises(ValueError, match="it works on cuda tensors, these are on hip"):
+            chosen(forced=kernel)
 
 
 @pytest.mark.usefixtures("_torch_has_all")

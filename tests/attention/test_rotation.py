@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 from litgpt_moe_ext.attention.kernels import rotation  # noqa: E402
 from tests.moe.test_launches import Launches  # noqa: E402
-from tests.moe.test_triton_compiles import CAPABILITIES, Compiler  # noqa: E402
+from tests.moe.test_triton_compiles import AMD_CHIPS, CAPABILITIES, Compiler, compiler_for_amd  # noqa: E402
 
 
 def heads(d: int, dtype: torch.dtype = torch.bfloat16, H: int = 4, G: int = 2) -> tuple[Tensor, Tensor]:
@@ -62,6 +62,15 @@ def test_it_compiles_for_every_card(
         compile_both(compiler, monkeypatch, heads(128, torch.float32), 64, interleave=True)
         compile_both(compiler, monkeypatch, heads(24, dtype), 2, interleave=False)
     assert compiler.check(tmp_path) >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", AMD_CHIPS)
+def test_it_compiles_for_amd(monkeypatch: pytest.MonkeyPatch, chip: str) -> None:
+    compiler = compiler_for_amd(monkeypatch, chip)
+    compile_both(compiler, monkeypatch, heads(64), 64, interleave=False)
+    compile_both(compiler, monkeypatch, heads(64), 64, interleave=True)
+    assert compiler.check_shared_memory() == 4
 
 
 def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

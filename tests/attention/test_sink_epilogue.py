@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from litgpt_moe_ext.attention.kernels import sink_epilogue  # noqa: E402
 from tests.moe.test_launches import Launches  # noqa: E402
-from tests.moe.test_triton_compiles import CAPABILITIES, Compiler  # noqa: E402
+from tests.moe.test_triton_compiles import AMD_CHIPS, CAPABILITIES, Compiler, compiler_for_amd  # noqa: E402
 
 FLASH = Call("flash_cpu", 0.4, True, None, 0.0)
 
@@ -53,6 +53,14 @@ def test_they_compile_for_every_card(
     for d, dtype in ((64, torch.float16), (72, torch.bfloat16), (256, torch.bfloat16), (72, torch.float32)):
         compile_both(compiler, monkeypatch, d, dtype)
     assert compiler.check(tmp_path) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", AMD_CHIPS)
+def test_they_compile_for_amd(monkeypatch: pytest.MonkeyPatch, chip: str) -> None:
+    compiler = compiler_for_amd(monkeypatch, chip)
+    compile_both(compiler, monkeypatch, 64, torch.bfloat16)
+    assert compiler.check_shared_memory() == 2
 
 
 def test_launches_beside_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,8 +24,8 @@ def _fresh(monkeypatch):
     choose_backend.cache_clear()
 
 
-def place(device="cuda", capability=(8, 6), dtype=BF16, compiling=False, widths=(16, 24)):
-    return Place(device, capability if device == "cuda" else None, dtype, compiling, widths)
+def place(device="cuda", capability=(8, 6), dtype=BF16, compiling=False, widths=(16, 24), chip=""):
+    return Place(device, capability if device == "cuda" else None, dtype, compiling, widths, chip)
 
 
 @pytest.mark.parametrize("compiling", [False, True])
@@ -61,7 +61,10 @@ def test_other_devices():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose_backend(place("mps", dtype=FP16)) == "loop"
-        assert choose_backend(place("hip")) == "triton"
+        for chip in ("gfx90a", "gfx942", "gfx1100", "gfx1201"):
+            assert choose_backend(place("hip", chip=chip)) == "triton"
+    with pytest.warns(RuntimeWarning, match="triton cannot be used because it has no products for gfx1030"):
+        assert choose_backend(place("hip", chip="gfx1030")) == "loop"
 
 
 def test_without_triton_the_loop_is_announced_once(monkeypatch, recwarn):

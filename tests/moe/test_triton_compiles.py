@@ -25,6 +25,8 @@ from litgpt_moe_ext.moe.kernels.triton import biases, common, gating, projecting
 from litgpt_moe_ext.moe.kernels.triton.tiles import CARDS, card_for, precision_of  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+# MI200, MI300, RX 7900 and RX 9070, and how many threads work in step on them.
+AMD_CHIPS = {"gfx90a": 64, "gfx942": 64, "gfx1100": 32, "gfx1201": 32}
 CAPABILITIES = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 KERNELS = ("activation", "biases", "combining", "decoding", "gating", "projecting", "routing", "rows", "weights")
 HALF = (torch.float16, torch.bfloat16)
@@ -33,8 +35,8 @@ HALF = (torch.float16, torch.bfloat16)
 class Driver:
     """What Triton asks its driver before it compiles. Kernels are remembered per device, so each card is one."""
 
-    def __init__(self, capability):
-        self.target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+    def __init__(self, target):
+        self.target = target
 
     def get_current_target(self):
         return self.target
@@ -46,6 +48,10 @@ class Driver:
         return 0
 
 
+def nvidia(capability):
+    return GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+
+
 class Compiler:
     """Compiles instead of launching.
 
@@ -53,9 +59,9 @@ class Compiler:
         kernels: Name and compiled kernel of everything that would have been launched.
     """
 
-    def __init__(self, monkeypatch, capability):
+    def __init__(self, monkeypatch, capability, target=None):
         self.capability, self.kernels = capability, []
-        monkeypatch.setattr(triton.runtime.driver, "_active", Driver(capability))
+        monkeypatch.setattr(triton.runtime.driver, "_active", Driver(target or nvidia(capability)))
         monkeypatch.setattr(common, "capability_of", lambda device: capability)
         for name in KERNELS:
             monkeypatch.setattr(f"litgpt_moe_ext.moe.kernels.triton.{name}.launch", self.launch)
@@ -65,16 +71,28 @@ class Compiler:
         compiled = kernel.warmup(*arguments, grid=grid, **options)
         self.kernels.append((f"{kernel.fn.__name__} {arguments[-2:]} of {arguments[0][0].dtype}", compiled))
 
-    def check(self, tmp_path):
-        """Hold shared memory against the card's, and registers against the stack; return how many kernels passed."""
+    def check_shared_memory(self):
+        """Hold it against the card's; return how many kernels passed."""
         for name, compiled in self.kernels:
             assert compiled.metadata.shared <= 1024 * card_for(self.capability).shared_kib, name
+        return len(self.kernels)
+
+    def check(self, tmp_path):
+        """Hold registers against the stack as well; return how many kernels passed."""
+        for name, compiled in self.kernels:
             cubin = tmp_path / "kernel.cubin"
             cubin.write_bytes(compiled.asm["cubin"])
             usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
             stack, local = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("STACK", "LOCAL"))
             assert stack == local == 0, f"{name} on {self.capability}: {stack} bytes of stack, {local} spilled"
-        return len(self.kernels)
+        return self.check_shared_memory()
+
+
+def compiler_for_amd(monkeypatch, chip):
+    """Return a compiler for one of `AMD_CHIPS`, in a torch that was built for it."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    # What torch calls the capability of a chip is the beginning of its name.
+    return Compiler(monkeypatch, (9, 4), GPUTarget("hip", chip, AMD_CHIPS[chip]))
 
 
 # Widths that blocks divide, that they do not divide, and that are read element by element.
@@ -204,6 +222,20 @@ def test_every_router(monkeypatch, tmp_path, capability, n_expert):
     compiler = Compiler(monkeypatch, capability)
     every_router(n_expert)
     assert compiler.check(tmp_path) == 23
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", AMD_CHIPS)
+def test_every_kernel_on_amd(monkeypatch, chip):
+    """Whatever the user says of float32 products, of which most of AMD's chips have one kind."""
+    torch.set_float32_matmul_precision("high")
+    compiler = compiler_for_amd(monkeypatch, chip)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        every_product(dtype)
+    everything_else(torch.bfloat16)
+    every_router(8)
+    every_gate(torch.bfloat16, 8)
+    assert compiler.check_shared_memory() == 3 * 18 + 22 + 23 + 2
 
 
 @pytest.mark.slow

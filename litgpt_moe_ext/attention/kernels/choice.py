@@ -13,6 +13,7 @@ from torch import Tensor
 from litgpt_moe_ext.attention.kernels.registry import EAGER, KERNELS, Ability, AttentionKernel, Capability, Workload
 from litgpt_moe_ext.compiled import assume_constant_result
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.gpu import vendor_kind
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def choose_kernel(
         needs = (*needs, "gradient")
     device = q_BHTd.device
     dtype = _DTYPE_NAMES.get(q_BHTd.dtype, "other")
-    workload = Workload(device.type, capability_of(device), dtype, q_BHTd.size(-1), needs)
+    workload = Workload(vendor_kind(device), capability_of(device), dtype, q_BHTd.size(-1), needs)
     irregular = _irregularity(q_BHTd, k_BGSd, v_BGSd)
     if irregular is None:
         chosen = _choose(*workload, forced)
@@ -133,8 +134,8 @@ def obstacle(kernel: AttentionKernel, workload: Workload) -> str | None:
 
 @assume_constant_result
 def capability_of(device: torch.device) -> Capability:
-    """Return the CUDA compute capability of a device, (0, 0) for others."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    """Return the compute capability of one of NVIDIA's GPUs, (0, 0) for everything else."""
+    return torch.cuda.get_device_capability(device) if vendor_kind(device) == "cuda" else (0, 0)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, get_args
 
-# CUDA compute capability, for example (8, 6). CPUs are taken to have (0, 0).
+# CUDA compute capability, for example (8, 6). Everything else is taken to have (0, 0).
 Capability: TypeAlias = tuple[int, int]
 Ability: TypeAlias = Literal["mask", "mask_gradient", "window", "documents", "dropout", "gradient"]
 
@@ -39,8 +39,8 @@ class Workload(NamedTuple):
     """What a kernel would have to compute, as far as the choice between kernels depends on it.
 
     Attributes:
-        device: Type of the device, "cpu" or "cuda".
-        capability: Its CUDA compute capability, (0, 0) for a CPU.
+        device: Type of the device, "cpu", "cuda" (NVIDIA's GPUs) or "hip" (AMD's).
+        capability: Its CUDA compute capability, (0, 0) where it is none of NVIDIA's.
         dtype: Name of the type of q, k and v, such as "bfloat16".
         head_size: Elements of a head, d.
         needs: What is asked for besides causal attention.
@@ -114,6 +114,17 @@ def _lacks_flash() -> str | None:
 
     available = torch.backends.cuda.is_flash_attention_available()
     return None if available else "this PyTorch was built without flash attention"
+
+
+def _lacks_aotriton() -> str | None:
+    import torch
+    from torch.backends.cuda import SDPAParams, can_use_flash_attention
+
+    # Only torch knows for which chips its kernels were made.
+    q_BHTd = torch.empty(1, 1, 8, 64, dtype=torch.float16, device="cuda")
+    if can_use_flash_attention(SDPAParams(q_BHTd, q_BHTd, q_BHTd, None, 0.0, True, False)):
+        return None
+    return "this PyTorch has no flash attention for this GPU (TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1 adds some)"
 
 
 def _lacks_cudnn() -> str | None:
@@ -215,6 +226,17 @@ for _kernel in (
         abilities=frozenset({"window", "documents", "dropout", "gradient"}),
         missing=_lacks_flash,
         refuses=_refuses_wide_heads,
+    ),
+    # Its window is not read by every version, and its log-sum-exp of packed documents is laid out in other ways.
+    AttentionKernel(
+        name="flash_hip",
+        summary="PyTorch's flash attention for AMD GPUs, AOTriton; not tried on one",
+        functions=f"{_HERE}.flash_cuda",
+        device="hip",
+        dtypes=dict.fromkeys(("float16", "bfloat16"), (0, 0)),
+        head_sizes=HeadSizes(multiple_of=8, largest=256),
+        abilities=frozenset({"dropout", "gradient"}),
+        missing=_lacks_aotriton,
     ),
     AttentionKernel(
         name="flash_attn_4",

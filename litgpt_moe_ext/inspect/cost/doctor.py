@@ -142,6 +142,7 @@ def _kernels(recipe: Recipe | None) -> Iterator[Finding]:
 
     from litgpt_moe_ext.attention.kernels.choice import capability_of, choose
     from litgpt_moe_ext.attention.kernels.registry import EAGER, Workload
+    from litgpt_moe_ext.gpu import vendor_kind
     from litgpt_moe_ext.moe.kernels.choice import backend_for
 
     cuda = torch.cuda.is_available()
@@ -153,7 +154,8 @@ def _kernels(recipe: Recipe | None) -> Iterator[Finding]:
     yield Finding("experts", "note" if "loop" in chosen.values() else "good", text)
     head_size, capability = 64 if recipe is None else recipe.config.head_size or 64, capability_of(device)
     chosen = {
-        name: choose(Workload(device.type, capability, name, head_size, ("gradient",))) for name in names.values()
+        name: choose(Workload(vendor_kind(device), capability, name, head_size, ("gradient",)))
+        for name in names.values()
     }
     text = ", ".join(f"kernel {kernel} for {name}" for name, kernel in chosen.items())
     yield Finding("attention", "note" if EAGER in chosen.values() else "good", f"{text}, with sinks")

@@ -26,6 +26,7 @@ from torch import Tensor
 from litgpt_moe_ext import triton_launch
 from litgpt_moe_ext.compiled import assume_constant_result
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.gpu import amd_chip, triton_knows, vendor_kind
 from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden
 from litgpt_moe_ext.moe.kernels.cpu import grouped_cpu_experts
 from litgpt_moe_ext.moe.kernels.grouped import grouped_mm_experts, triton_experts
@@ -43,6 +44,7 @@ class Place(NamedTuple):
         dtype: In which matrices are multiplied.
         compiling: Whether `torch.compile` traces the layer.
         widths: Model width, and hidden width of one expert.
+        chip: AMD's name of its card, such as `gfx942`.
     """
 
     device: str
@@ -50,6 +52,7 @@ class Place(NamedTuple):
     dtype: torch.dtype
     compiling: bool
     widths: tuple[int, int]
+    chip: str = ""
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,8 @@ def _needs_triton(place: Place) -> str | None:
         return "Triton is not installed (on Windows: pip install triton-windows)"
     if place.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it has no {place.dtype}"
+    if not triton_knows(place.chip):
+        return f"it has no products for {place.chip}"
     if place.capability is not None and place.capability < (7, 5):
         return f"it needs compute capability 7.5, this card has {place.capability[0]}.{place.capability[1]}"
     if place.capability is not None and place.capability < (8, 0) and place.dtype == torch.bfloat16:
@@ -177,9 +182,10 @@ def backend_for(
     Raises:
         SettingsError: If the forced backend is unknown or cannot work there; the message says why.
     """
-    kind = "hip" if device.type == "cuda" and torch.version.hip else device.type
+    kind = vendor_kind(device)
     capability = torch.cuda.get_device_capability(device) if kind == "cuda" else None
-    return choose_backend(Place(kind, capability, dtype, compiling, widths), forced)
+    chip = amd_chip(device) if kind == "hip" else ""
+    return choose_backend(Place(kind, capability, dtype, compiling, widths, chip), forced)
 
 
 @functools.cache

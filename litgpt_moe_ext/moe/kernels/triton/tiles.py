@@ -200,7 +200,7 @@ _BLACKWELL = Card(
 )
 # Where nothing is known (AMD), blocks that fit everywhere; on a CPU, ones that small tests have several of.
 _SMALL = Tiles(Tile(16, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2), Tile(32, 64, 64, 4, 2), *_ODD)
-_OTHER = Card("another vendor's", 64, {"half": _SMALL, "tf32": _IEEE, "ieee": _IEEE})
+_OTHER = Card("another vendor's", 64, {"half": _SMALL, "ieee": _IEEE})
 _TINY = Tiles(
     Tile(16, 32, 16, 4, 1), Tile(16, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1), Tile(16, 32, 16, 4, 1),
     Tile(32, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1),
@@ -234,5 +234,6 @@ def precision_of(dtype: torch.dtype, capability: tuple[int, int] | None) -> Prec
     """Return how numbers of `dtype` are multiplied, which for float32 is the user's setting for matrix products."""
     if dtype != torch.float32:
         return "half"
-    fast = torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if fast and (capability is None or capability >= (8, 0)) else "ieee"
+    # Of AMD's chips only some have TF32, and Triton refuses it for the others.
+    has_tf32 = capability is None or (capability >= (8, 0) and torch.version.hip is None)
+    return "tf32" if has_tf32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
