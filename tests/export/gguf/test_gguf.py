@@ -3,18 +3,21 @@
 import json
 import math
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
+from litgpt import Config
 
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.gguf.architectures import GRAPHS
 from litgpt_moe_ext.export.gguf.tokenizer import tokenizer_metadata
 from litgpt_moe_ext.export.gguf.write import export_gguf
-from litgpt_moe_ext.export.hf.architectures import choose
+from litgpt_moe_ext.export.hf.architectures import ARCHITECTURES, choose
 from litgpt_moe_ext.export.hf.facts import facts_of
+from litgpt_moe_ext.meta.models import meta_model
 from tests.export.gguf.models import GRAPH_CASES
 from tests.export.gguf.tokenizers import PRE_TOKENIZERS, train_spm
 from tests.export.gguf.tokenizers import train_bpe as train_bpe_like
@@ -47,6 +50,40 @@ def test_every_tensor_is_in_the_file(tmp_path, name):
             expected = expected - expected.min().clamp(max=0)
         assert torch.equal(tensor, expected), name
     assert not stored
+
+
+# What llama.cpp's converter makes of names before it looks them up.
+RENAMED = {
+    "e_score_correction_bias": ["e_score_correction.bias"],
+    "kv_b_proj.weight": ["k_b_proj.weight", "v_b_proj.weight"],
+    "self_attn.sinks": ["self_attn.sinks.weight"],
+    "experts.gate_up_proj": ["experts.gate_proj.weight", "experts.up_proj.weight"],
+    "experts.gate_up_proj_bias": ["experts.gate_proj.bias", "experts.up_proj.bias"],
+    "experts.down_proj": ["experts.down_proj.weight"],
+    "experts.down_proj_bias": ["experts.down_proj.bias"],
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gpt2", "llama-yarn", "qwen3", "qwen3-moe", "qwen2-moe", "olmoe", "ernie", "glm", "deepseek-v3", "gpt-oss"],
+)
+def test_names_are_those_that_gguf_has_for_hugging_faces(name):
+    graph_name, settings, _ = GRAPH_CASES[name]
+    config = Config(**settings)
+    state = meta_model(config).state_dict()
+    facts = facts_of(config, {name: tensor for name, tensor in state.items() if not name.endswith("correction_bias")})
+    (graph, _), (cls, _) = choose(facts, GRAPHS), choose(facts, ARCHITECTURES)
+    architecture = next(number for number, known in gguf.MODEL_ARCH_NAMES.items() if known == graph_name)
+    table, theirs = gguf.get_tensor_name_map(architecture, config.n_layer), cls.rules(config, state)
+    for ours, stored in graph.rules(config, state).items():
+        if ours not in theirs:  # a balancing bias without a choice to make
+            continue
+        names = [part.replace(".{e}", "") for part in theirs[ours].names]
+        for end, instead in RENAMED.items():
+            if names[0].endswith(end):
+                names = [names[0].removesuffix(end) + other for other in instead]
+        assert list(stored.names) == [table.get_name(part, (".weight", ".bias")) for part in names], ours
 
 
 def test_where_things_are(tmp_path):
