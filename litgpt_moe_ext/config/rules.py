@@ -228,6 +228,17 @@ def _litgpts_rotation(config: "Config") -> Iterator[str]:
         )
 
 
+def _litgpts_pairs(config: "Config") -> Iterator[str]:
+    # LitGPT leaves the one out or stops in the first forward pass where the other is missing.
+    if not uses_plugin(config):
+        return
+    for name, other in (("rope_indices", "rope_local_base_freq"), ("sliding_window_indices", "sliding_window_size")):
+        if getattr(config, name) is not None and getattr(config, other) is None:
+            yield f"{name}: {getattr(config, name)!r} needs {other}; add it, or remove {name}"
+    if config.shared_attention_norm and not config.parallel_residual:
+        yield "shared_attention_norm: True needs parallel_residual: true; set it, or shared_attention_norm: false"
+
+
 def _learned_positions(config: "Config") -> Iterator[str]:
     if config.position_embedding is None:
         return
@@ -285,6 +296,7 @@ _RULES: "tuple[tuple[tuple[str, ...], Rule], ...]" = (
     (("attention",), _streaming_cache),
     ((), _latent_attention),
     ((), _litgpts_rotation),
+    ((), _litgpts_pairs),
 )
 _DERIVED_RULES: "tuple[tuple[tuple[str, ...], Rule], ...]" = (
     (("attention",), _learned_positions),
