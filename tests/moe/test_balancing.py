@@ -223,23 +223,23 @@ def test_scheduled_rate_by_hand():
 
 
 def test_a_schedule_moves_the_bias_less_and_survives_a_checkpoint():
-    def step(moe):
-        optimizer = torch.optim.SGD(moe.parameters(), lr=0.0)
-        moe(torch.randn(2, 7, 16)).sum().backward()
-        before = moe.gate.e_score_correction_bias.clone()
+    def step(layers):
+        optimizer = torch.optim.SGD(layers.parameters(), lr=0.0)
+        sum(moe(torch.randn(2, 7, 16)).sum() for moe in layers).backward()
+        before = [moe.gate.e_score_correction_bias.clone() for moe in layers]
         optimizer.step()
-        change = moe.gate.e_score_correction_bias - before
-        return (change.amax() - change.amin()).item()
+        changes = [moe.gate.e_score_correction_bias - bias for moe, bias in zip(layers, before, strict=True)]
+        return [round((change.amax() - change.amin()).item(), 6) for change in changes]
 
     settings = {"router_bias_update_rate": 0.1, "router_bias_update_schedule": {"warmup_steps": 2, "decay_start": 3}}
-    moe = make_moe(**settings)
-    moe.gate.reset_parameters()
-    torch.nn.init.normal_(moe.gate.weight)
-    assert [round(step(moe), 6) for _ in range(2)] == [0.1, 0.2]
-    resumed = make_moe(**settings)
-    resumed.load_state_dict(moe.state_dict())
-    assert resumed.gate.bias_updates == 2
-    assert [round(step(resumed), 6) for _ in range(2)] == [0.2, 0.0]
+    layers, resumed = (torch.nn.ModuleList(make_moe(**settings) for _ in range(2)) for _ in range(2))
+    for moe in layers:
+        moe.gate.reset_parameters()
+        torch.nn.init.normal_(moe.gate.weight)
+    assert [step(layers) for _ in range(2)] == [[0.1, 0.1], [0.2, 0.2]]
+    resumed.load_state_dict(layers.state_dict())
+    assert [moe.gate.bias_updates.item() for moe in resumed] == [2, 2]
+    assert [step(resumed) for _ in range(2)] == [[0.2, 0.2], [0.0, 0.0]]
 
 
 def test_measures_of_balance_by_hand():

@@ -121,6 +121,9 @@ def test_damage_inside_a_checkpoint_is_noticed(finished, tmp_path):
 
     final = finished(tmp_path / "out") / "final"
     assert problem_with(final) is None
+    listed = {line.split("  ")[1] for line in (final / "SHA256SUMS").read_text().splitlines()}
+    files = {path.relative_to(final).as_posix() for path in final.rglob("*") if path.is_file()}
+    assert listed == files - {"SHA256SUMS"}
     content = bytearray((final / "lit_model.pth").read_bytes())
     content[len(content) // 2] ^= 1
     (final / "lit_model.pth").write_bytes(content)

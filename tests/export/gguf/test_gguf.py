@@ -127,7 +127,7 @@ def test_numbers(tmp_path):
         "attention.value_length": 12,
         "attention.layer_norm_rms_epsilon": 1e-5,
         "rope.dimension_count": 12,
-        "rope.freq_base": 10000.0,
+        "rope.freq_base": 5000.0,
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": 4.0,
         "rope.scaling.original_context_length": 16,

@@ -17,6 +17,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 97,
     "padded_vocab_size": 97,
     "rotary_percentage": 1.0,
+    "rope_base": 5000,
     "norm_class_name": "RMSNorm",
     "parallel_residual": False,
     "bias": False,

@@ -116,7 +116,7 @@ def test_validation_batch_without_targets():
 
 def test_micro_batches_are_fetched_to_the_end_of_their_step():
     """Also where the first one is not the first of its step, so that a step is never weighed with the next."""
-    fetched, batches = iter(range(1, 8)), StepBatches(lambda rows: (counts_for_loss(rows),), accumulation=3, ranks=1)
+    fetched, batches = iter(range(1, 9)), StepBatches(lambda rows: (counts_for_loss(rows),), accumulation=3, ranks=1)
     batches.counts = True
 
     def fetch():
@@ -125,6 +125,10 @@ def test_micro_batches_are_fetched_to_the_end_of_their_step():
     weights = [float(batches.next(fetch, iteration).weights()) for iteration in range(1, 6)]
     # Of two that are left of a step of three, with 1 and 2 targets, and of three with 3, 4 and 5.
     assert weights == pytest.approx([3 * 1 / 3, 3 * 2 / 3, 3 * 3 / 12, 3 * 4 / 12, 3 * 5 / 12])
+    batches.on_log(first := {"loss": 0.0})
+    batches.next(fetch, 6)
+    batches.on_log(second := {"loss": 0.0})
+    assert [first["padding"], second["padding"], batches.padding] == pytest.approx([1 - 15 / 30, 0, 1 - 33 / 48])
 
 
 def test_running_mean_is_that_of_torchmetrics():
