@@ -199,6 +199,7 @@ def test_newest_is_the_last_step_of_the_last_attempt(tmp_path):
     ours = ["step-00000008", "best", "final", "step-00000012", "step-00000004"]
     assert [path.name for path in newest_first(tmp_path)] == [*ours, "step-00000100"]
     assert next_attempt(tmp_path, tmp_path / "step-00000004") == 3
+    assert next_attempt(tmp_path / "elsewhere", tmp_path / "step-00000008") == 3
 
 
 @pytest.mark.parametrize(
