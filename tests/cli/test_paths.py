@@ -48,7 +48,7 @@ def test_what_may_not_be_entered_and_what_is_no_name(tmp_path, monkeypatch):
     def refuse(path, *args, **options):
         raise PermissionError(13, "Permission denied", str(path))
 
-    with pytest.raises(SettingsError, match=r"data.path: 'a\\x00b' cannot be looked up \(embedded null byte\)"):
+    with pytest.raises(SettingsError, match=r"data.path: 'a\\x00b' cannot be looked up \(.*embedded null"):
         check_paths({"data": {"class_path": "C", "init_args": {"path": Path("a\0b")}}})
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(SettingsError, match="too many levels|Too many levels"):
