@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from litgpt_moe_ext.data.packing import best_fit, cut_documents, document_lengths, pack
+from litgpt_moe_ext.data.packing import best_fit, cut_documents, document_lengths, first_documents, pack
 from litgpt_moe_ext.data.windows import DocumentWindows, StreamWindows, TokenStream
 from litgpt_moe_ext.padding import PADDING
 
@@ -37,6 +37,12 @@ def test_document_lengths():
     # One token begins and ends documents, as in GPT-2.
     assert document_lengths([np.array([0, 5, 0, 0, 0]), np.array([0, 7, 8])], 0, bos_id=0).tolist() == [3, 2, 3]
     assert document_lengths([np.array([1, 5, 0, 1, 0])], 0, bos_id=1).tolist() == [3, 2]
+
+
+def test_first_documents_of_several_shards():
+    shards = [np.array([5, 0, 7, 0]), np.array([8, 0, 6, 6, 0]), np.array([9, 0])]
+    assert [shard.tolist() for shard in first_documents(shards, 3, 0)] == [[5, 0, 7, 0], [8, 0]]
+    assert len(first_documents(shards, 9, 0)) == 3
 
 
 def test_long_documents_share_one_token_between_pieces():

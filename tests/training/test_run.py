@@ -181,6 +181,7 @@ def write_progress(directory: Path, attempt: int, step: int, saved_at: float = 0
 
 def test_newest_is_the_last_step_of_the_last_attempt(tmp_path):
     """Whatever the clocks said, and whatever copying did to the files; plain LitGPT's checkpoints come after ours."""
+    from litgpt_moe_ext.training.callbacks.retention import Best
     from litgpt_moe_ext.training.checkpoint.progress import newest_first, next_attempt
 
     # A run went to step 12, was resumed at step 4, and has got to step 8; its clock went back meanwhile.
@@ -199,6 +200,7 @@ def test_newest_is_the_last_step_of_the_last_attempt(tmp_path):
     ours = ["step-00000008", "best", "final", "step-00000012", "step-00000004"]
     assert [path.name for path in newest_first(tmp_path)] == [*ours, "step-00000100"]
     assert next_attempt(tmp_path, tmp_path / "step-00000004") == 3
+    assert [Best(1.0, attempt, 8).is_in(tmp_path / "best") for attempt in (1, 2)] == [False, True]
     assert next_attempt(tmp_path / "elsewhere", tmp_path / "step-00000008") == 3
 
 

@@ -156,7 +156,7 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
         {
             **LATENT,
             "n_topk_scores_per_group": 2,
-            "first_k_dense_replace": 1,
+            "mlp_only_layers": [0],
             "intermediate_size": 40,
             "rope_adjustments": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
         },

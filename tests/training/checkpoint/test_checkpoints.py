@@ -22,6 +22,7 @@ from litgpt_moe_ext.training.checkpoint import store as checkpoints
 from litgpt_moe_ext.training.checkpoint.compatibility import resume_notes
 from litgpt_moe_ext.training.checkpoint.earlier import set_aside
 from litgpt_moe_ext.training.checkpoint.lock import OutDirLock
+from litgpt_moe_ext.training.checkpoint.progress import Progress
 from litgpt_moe_ext.training.checkpoint.resume import problem_with
 from litgpt_moe_ext.training.settings import CheckpointArgs
 from tests.runs import logged, train
@@ -82,6 +83,19 @@ def test_keeps_the_last_and_the_best(recipe, tmp_path):
     assert problem_with(out_dir / "best") is None
     files = {path.name for path in out_dir.rglob("*") if path.name.startswith(".")}
     assert files == set(), "no lock and no half checkpoint is left"
+
+
+def test_checkpoints_of_plain_litgpt_are_not_deleted(tmp_path):
+    keeper = retention.Retention(CheckpointArgs(keep_last=1), tmp_path, SimpleNamespace(is_global_zero=True), print)
+    for step in (1, 2, 3, 4):
+        directory = tmp_path / f"step-{step:08d}"
+        directory.mkdir()
+        if step % 2:
+            (directory / "lit_model.pth").touch()
+        else:
+            Progress(1, step, step, 1, 0.0).write(directory)
+            keeper.on_checkpoint_saved(directory)
+    assert directories(tmp_path) == ["step-00000001", "step-00000003", "step-00000004"]
 
 
 def test_best_between_two_checkpoints(recipe, tmp_path):
