@@ -52,12 +52,12 @@ def test_named_train_and_val(tmp_path, capsys):
 
 
 def test_the_first_tokens(tmp_path, capsys):
-    tokens = write(tmp_path, {"val.bin": 20, "train_1.bin": 20, "train_2.bin": 20})
+    tokens = write(tmp_path, {"val.bin": 20, "train_1.bin": 20, "train_2.bin": 20, "train_3.bin": 20})
     data = TokenShards(tmp_path, train_count=33, val_count=9, shuffle=False)
     train, val = loaders(data)
     assert torch.cat(list(val))[:, :-1].flatten().tolist() == tokens[:8].tolist()
     assert torch.cat(list(train))[:, :-1].flatten().tolist() == tokens[20:52].tolist()
-    assert "train_1.bin .. train_2.bin, 33 tokens" in capsys.readouterr().out
+    assert "train_1.bin .. train_3.bin, 33 tokens" in capsys.readouterr().out
     whole = TokenShards(tmp_path)
     whole.open_shards()
     assert whole.corpus_id != data.corpus_id

@@ -292,6 +292,8 @@ def test_break_even_of_two_lines():
     assert break_even(dense, (seconds, np.array([4.0, 3.0, 3.0]))) == 0.0
     assert break_even(dense, (seconds, np.array([4.0, 3.0, 3.6]))) is None
     assert break_even(dense, (np.array([30.0, 40.0]), np.array([1.0, 1.0]))) is None
+    ahead_behind_ahead = (np.append(seconds, 30.0), np.array([6.0, 3.0, 4.0, 3.0]))
+    assert break_even((ahead_behind_ahead[0], np.array([5.0, 4.0, 3.5, 3.2])), ahead_behind_ahead) == 30.0
 
 
 def test_first_below():

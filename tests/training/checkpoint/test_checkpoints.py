@@ -98,6 +98,15 @@ def test_checkpoints_of_plain_litgpt_are_not_deleted(tmp_path):
     assert directories(tmp_path) == ["step-00000001", "step-00000003", "step-00000004"]
 
 
+def test_the_best_shares_its_weights_and_nothing_that_people_edit(tmp_path):
+    (tmp_path / "step-1" / "ema").mkdir(parents=True)
+    names = ("lit_model.pth", "ema/lit_model.pth", "model_config.yaml")
+    for name in names:
+        (tmp_path / "step-1" / name).write_text(name)
+    retention.link(tmp_path / "step-1", tmp_path / "best")
+    assert [os.path.samefile(*(tmp_path / d / name for d in ("step-1", "best"))) for name in names] == [1, 1, 0]
+
+
 def test_best_between_two_checkpoints(recipe, tmp_path):
     """Validation at steps without a checkpoint saves one; a resumed run knows the best of the first."""
     still = {"model_config": {"router_bias_update_rate": 0.0}}  # which would move without learning
