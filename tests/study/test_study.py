@@ -299,6 +299,7 @@ def test_break_even_of_two_lines():
 def test_first_below():
     assert first_below(np.array([0.3, 0.05, 0.2, 0.1, 0.05]), 0.1) == 3
     assert first_below(np.array([0.05]), 0.1) == 0
+    assert first_below(np.array([0.05, np.nan, 0.05]), 0.1) == 2
     assert first_below(np.array([0.05, 0.2]), 0.1) is None
 
 

@@ -198,6 +198,7 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
         {
             **MOE,
             "mlp_activation": "geglu",
+            "attention_scores_scalar": 7,
             "router_bias": True,
             "expert_gate_on_input": True,
             "clip_qkv": 1.5,

@@ -80,6 +80,19 @@ def test_weight_average(recipe, tmp_path):
     assert isinstance(LLM.load(str(tmp_path / "out" / "final" / "ema")).generate("def ", max_new_tokens=3), str)
 
 
+def test_the_average_of_narrow_weights_is_wide(tmp_path):
+    """In bfloat16 it would stop moving."""
+    module = torch.nn.Linear(1, 1, bias=False).bfloat16()
+    average = ema.WeightAverage(EmaArgs(decay=0.999))
+    average.on_after_setup(SimpleNamespace(is_global_zero=True), module)
+    torch.nn.init.ones_(module.weight)
+    average.on_fit_begin(None)
+    torch.nn.init.constant_(module.weight, 2.0)
+    average.on_after_optimizer_step(None, None)
+    average.on_checkpoint_staged(tmp_path)
+    assert weights_of(tmp_path / "ema")["weight"].item() == pytest.approx(1.001)
+
+
 def test_shards_of_the_average_are_gathered_one_after_the_other(monkeypatch, tmp_path):
     """Together they may be more than a GPU has room for."""
     gathered = []
