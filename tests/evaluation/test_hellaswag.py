@@ -12,6 +12,7 @@ from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.hellaswag import Item, as_question, evaluate, load_items
 from litgpt_moe_ext.evaluation.loading import load_model, load_tokenizer
+from litgpt_moe_ext.evaluation.scoring import Continuation, score_continuations
 from litgpt_moe_ext.evaluation.tokenization import encoder
 from tests.evaluation.conftest import VOCABULARY_SIZE, write_checkpoint
 from tests.models import moe_config
@@ -168,6 +169,27 @@ def test_command_names_the_rule(checkpoint, hellaswag_file, tmp_path, capsys):
     expected = answers(checkpoint, hellaswag_file, "build-nanogpt")
     assert content["acc"] == sum(answer.acc for answer in expected) / 24
     assert content["rule"] == "build-nanogpt"
+
+
+def test_a_context_that_is_too_long_loses_its_beginning():
+    """Sums are in float32, whatever the logits are in."""
+
+    class Bigrams(torch.nn.Module):
+        max_seq_length = 4
+
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Embedding(9, 9, dtype=torch.bfloat16)
+
+        def forward(self, ids):
+            self.read = ids.tolist()
+            return self.table(ids)
+
+    model = Bigrams()
+    (score,) = score_continuations(model, [Continuation([1, 2, 3, 4, 5], [6, 7])], 1, lambda done: None)
+    assert model.read == [[3, 4, 5, 6]]
+    logprobs = model.table.weight.float().log_softmax(-1)
+    assert score == pytest.approx((logprobs[5, 6] + logprobs[6, 7]).item(), rel=1e-6)
 
 
 def test_an_ending_that_the_model_cannot_read_is_an_error_in_one_line(checkpoint, tmp_path, capsys):

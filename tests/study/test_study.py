@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from litgpt_moe_ext.cli.train import annotations, litgpt_types, read_given, read
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.study import launch
 from litgpt_moe_ext.study.analysis import break_even, compute_multiplier, differences, first_below, mean_interval
+from litgpt_moe_ext.study.compare import compared, grouped
 from litgpt_moe_ext.study.launch import Limits
 from litgpt_moe_ext.study.place import code_version
 from litgpt_moe_ext.study.plan import load_study
@@ -283,6 +285,26 @@ def test_compute_multiplier_of_a_known_power_law():
         compute_multiplier(dense[:1], moe)
     with pytest.raises(ValueError, match="falls with compute"):
         compute_multiplier([(1, 1.0), (2, 2.0)], moe)
+
+
+def test_all_intervals_together_are_wider_than_one_alone():
+    """By Bonferroni, of two differences with 2 degrees of freedom; an arm meets the control at its own place."""
+    from scipy.stats import t
+
+    def result(arm, place, seed, loss):
+        run = SimpleNamespace(arm=arm, label=f"{arm} {place}", point={"place": place}, seed=seed)
+        return SimpleNamespace(run=run, val_loss=loss)
+
+    losses = {("control", 0): (3.0, 3.1), ("control", 1): (5.0, 5.2), ("a", 0): (3.2, 3.31), ("a", 1): (5.4, 5.62)}
+    results = [result(*where, seed, loss) for where, pair in losses.items() for seed, loss in enumerate(pair)]
+    found = compared(SimpleNamespace(control="control"), grouped(results))
+    assert [difference.pairs for difference in found.values()] == [
+        pytest.approx([0.2, 0.21]),
+        pytest.approx([0.4, 0.42]),
+    ]
+    for difference in found.values():
+        alone, together = (interval.high - interval.value for interval in (difference.alone, difference.together))
+        assert together / alone == pytest.approx(t.ppf(1 - 0.025 / 2, 2) / t.ppf(0.975, 2))
 
 
 def test_break_even_of_two_lines():

@@ -105,6 +105,15 @@ def test_where_things_are(tmp_path):
     assert np.array_equal(stored["blk.1.attn_v.weight"], qkv[-24:])
 
 
+def test_where_keys_and_values_of_latent_attention_are(tmp_path):
+    """Of each head first the part for keys, which is turned round, then that for values."""
+    model, reader = exported(tmp_path, *GRAPH_CASES["deepseek-v3"][1:])
+    stored = {t.name: np.array(t.data).reshape(t.shape.tolist()[::-1]) for t in reader.tensors}
+    heads_HdR = model.state_dict()["transformer.h.1.attn.kv_b_proj.weight"].view(4, 10 + 14, 16).numpy()
+    assert np.array_equal(stored["blk.1.attn_k_b.weight"], heads_HdR[:, :10].transpose(0, 2, 1))
+    assert np.array_equal(stored["blk.1.attn_v_b.weight"], heads_HdR[:, 10:])
+
+
 def test_numbers(tmp_path):
     _, reader = exported(tmp_path, *CASES["glm"][1:])
     found = keys(reader)

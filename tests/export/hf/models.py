@@ -176,7 +176,8 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
             "n_expert": 6,
             "n_expert_groups": 2,
             "n_topk_groups": 1,
-            "n_topk_scores_per_group": 1,
+            "n_topk_scores_per_group": 2,
+            "routed_scaling_factor": 1.7,
             "rope_adjustments": YARN,
             "sliding_window_size": 9,
             "sliding_window_indices": [1, 0, 1],
@@ -198,6 +199,7 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
         {
             **MOE,
             "mlp_activation": "geglu",
+            "gelu_approximate": "tanh",
             "attention_scores_scalar": 7,
             "router_bias": True,
             "expert_gate_on_input": True,

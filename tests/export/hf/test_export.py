@@ -54,6 +54,8 @@ def test_shards(tmp_path):
     _, settings, biased = CASES["glm"]
     model = make_checkpoint(tmp_path / "checkpoint", settings, biased)
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", dtype="bfloat16", max_shard_bytes=20_000)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = set(index["weight_map"].values())
     assert len(files) > 2
@@ -82,7 +84,8 @@ def test_text_in_text_out(tmp_path, settings):
     assert inputs.input_ids.tolist() == [[3, 1]]
     written = theirs.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert written[0, 2] == model(inputs.input_ids)[0, -1].argmax()
-    assert theirs.generation_config.eos_token_id == (None if settings is None else 0)
+    for config in (theirs.generation_config, theirs.config):
+        assert config.eos_token_id == config.pad_token_id == (None if settings is None else 0)
 
 
 def test_a_share_of_a_head_that_rotates_is_exact(tmp_path):

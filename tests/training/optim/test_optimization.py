@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from litgpt_moe_ext.moe.gradient_injection import present_scale, remember_scale
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
 from litgpt_moe_ext.training.callbacks import ema
 from litgpt_moe_ext.training.callbacks.anomalies import GradientGuard
@@ -182,6 +183,19 @@ class TestGuard:
         guard = self.guard(tmp_path, spike_factor=2.0, window=3)
         norms = (1.0, 9.0, 1.0, 2.1, 1.9, 3.0, 3.0, 5.0)
         assert [self.judge(guard, norm) for norm in norms] == [n in (2.1,) for n in norms]
+        resumed = self.guard(tmp_path, spike_factor=2.0, window=3)
+        resumed.load_state_dict(guard.state_dict())
+        assert self.judge(resumed, 7.0), "the norms of a checkpoint count"
+
+    def test_a_step_in_between_begins_the_row_anew(self, tmp_path):
+        """A resumed run goes on with the row of its checkpoint."""
+        guard, resumed = (self.guard(tmp_path, on_nonfinite="skip", max_consecutive=2) for _ in range(2))
+        for norm in (float("inf"), 1.0, float("inf")):
+            self.judge(guard, norm)
+        resumed.load_state_dict(guard.state_dict())
+        assert resumed.skipped == 2
+        with pytest.raises(TrainingStopped, match="2 steps in a row were skipped"):
+            self.judge(resumed, float("inf"))
 
     def test_a_scaler_has_the_first_word(self, tmp_path):
         assert self.judge(self.guard(tmp_path), float("inf"), scaled=True) is False
@@ -199,6 +213,11 @@ class TestGuard:
         guard.on_gradients_clipped(torch.tensor(norm), layer, torch.optim.SGD(layer.parameters(), lr=0.1), scaled)
         assert not layer.gate.tally.pending
         assert layer.gate.step_shares._counts_E is None
+
+    def test_the_scale_of_a_loss_that_is_left_out_is_forgotten(self, tmp_path):
+        remember_scale(torch.ones((), requires_grad=True)).backward(torch.tensor(float("inf")))
+        self.judge(self.guard(tmp_path, on_nonfinite="skip"), float("inf"))
+        assert present_scale(torch.ones(())) == 1
 
     def test_spikes_can_stop(self, tmp_path):
         guard = self.guard(tmp_path, spike_factor=2.0, window=1, on_spike="stop")
