@@ -146,6 +146,32 @@ def result(tmp_path, arm, seed, loss, trained_on):
     return Result(Run(arm, {}, seed, recipe, {}), RunLog(arm, columns), 5, 30.0, 2.0, trained_on)
 
 
+def test_what_a_run_reached(tmp_path):
+    """Ten lines of a run; its end is the last fifth of them."""
+    start = [np.nan] * 7
+    columns = {
+        "step": np.arange(10.0),
+        TOKENS: 100.0 * np.arange(1, 11),
+        "loss": np.arange(10.0, 0.0, -1.0),
+        "val_loss": np.array([*start, 3.0, 2.5, 2.7]),
+        "tokens_per_second": np.array([np.nan, 10.0, *[20.0] * 8]),
+        "moe/max_vio": np.array([0.5, 0.05, 0.2, 0.1, *[0.05] * 6]),
+        "moe_load_00/expert_00": np.array([*[2.0] * 8, 1.4, 0.8]),
+        "moe_load_00/expert_01": np.array([*[0.0] * 8, 0.6, 1.2]),
+        "moe_load_01/expert_00": np.full(10, 1.2),
+        "moe_load_01/expert_01": np.full(10, 0.8),
+    }
+    (tmp_path / "recipe.yaml").write_text("{}")
+    run = Run("a", {}, 1, tmp_path / "recipe.yaml", {})
+    reached = Result(run, RunLog("a", columns), 5, 30.0, 2.0)
+    assert (reached.val_loss, reached.train_loss, reached.tokens, reached.flops) == (2.7, 1.5, 1000, 30_000)
+    assert reached.bits_per_byte == pytest.approx(2.7 / np.log(2) / 2)
+    assert reached.seconds == pytest.approx(200 / 10 + 800 / 20)
+    assert reached.curve("loss").seconds[0] == pytest.approx(100 / 10)
+    assert (reached.late_max_vio, reached.even_after) == (pytest.approx(0.05), 400)
+    assert reached.late_load_vio == pytest.approx(0.2), "the mean loads of the first layer are 1.1 and 0.9"
+
+
 def page_of(tmp_path, trained_on):
     results = [result(tmp_path, "experts, many", 1, 2.0, trained_on), result(tmp_path, "dense", 1, 2.5, trained_on)]
     study = Study("small", "Which?", [one.run for one in results], {"moe": "experts, many", "dense": "dense"})

@@ -68,24 +68,38 @@ def test_shards(tmp_path):
         assert file.get_tensor(name).min() == 0
 
 
-@pytest.mark.parametrize("settings", [None, {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}])
-def test_text_in_text_out(tmp_path, settings):
-    """An own BPE opens, and what it returns is what the model takes."""
+ENDS = {"eos_token": "<|end|>", "bos_token": "<|begin|>"}
+
+
+@pytest.mark.parametrize(
+    ("file", "settings"),
+    [
+        (None, {}),
+        ("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **ENDS}),
+        ("generation_config.json", {"eos_token_id": 0, "bos_token_id": 4}),
+    ],
+)
+def test_text_in_text_out(tmp_path, file, settings):
+    """An own BPE opens, and what it returns is what the model takes; wherever it says how texts begin and end."""
     model = make_checkpoint(tmp_path / "checkpoint", *CASES["quickstart"][1:])
-    bpe = Tokenizer(BPE({"<|end|>": 0, "a": 1, "b": 2, "ab": 3}, [("a", "b")]))
-    bpe.add_special_tokens(["<|end|>"])
+    bpe = Tokenizer(BPE({"<|end|>": 0, "a": 1, "b": 2, "ab": 3, "<|begin|>": 4}, [("a", "b")]))
+    bpe.add_special_tokens(list(ENDS.values()))
     bpe.save(str(tmp_path / "checkpoint" / "tokenizer.json"))
-    if settings is not None:
-        (tmp_path / "checkpoint" / "tokenizer_config.json").write_text(json.dumps(settings))
+    if file is not None:
+        (tmp_path / "checkpoint" / file).write_text(json.dumps(settings))
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert [tokenizer.special_tokens_map.get(name) for name in ENDS] == [
+        None if file is None else e for e in ENDS.values()
+    ]
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     inputs = tokenizer("aba", return_tensors="pt")
     assert inputs.input_ids.tolist() == [[3, 1]]
     written = theirs.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert written[0, 2] == model(inputs.input_ids)[0, -1].argmax()
     for config in (theirs.generation_config, theirs.config):
-        assert config.eos_token_id == config.pad_token_id == (None if settings is None else 0)
+        found = config.bos_token_id, config.eos_token_id, config.pad_token_id
+        assert found == ((None, None, None) if file is None else (4, 0, 0))
 
 
 def test_a_share_of_a_head_that_rotates_is_exact(tmp_path):

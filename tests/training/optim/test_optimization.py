@@ -186,6 +186,7 @@ class TestGuard:
         resumed = self.guard(tmp_path, spike_factor=2.0, window=3)
         resumed.load_state_dict(guard.state_dict())
         assert self.judge(resumed, 7.0), "the norms of a checkpoint count"
+        assert [self.judge(guard, 20.0) for _ in range(4)] == [True, True, False, False], "what lasts is usual"
 
     def test_a_step_in_between_begins_the_row_anew(self, tmp_path):
         """A resumed run goes on with the row of its checkpoint."""
