@@ -13,14 +13,14 @@ import jsonargparse._optionals as docstrings
 from jsonargparse import Namespace
 from jsonargparse._typehints import ActionTypeHint
 
-from litgpt_moe_ext.cli import train
+from litgpt_moe_ext.cli import settings
 
 
 def build_once() -> None:
     """Let all commands of this process share what is read of the same classes."""
     docstrings.parse_docstring = _docstrings(docstrings.parse_docstring)
     ActionTypeHint.get_class_parser = staticmethod(_class_parsers(ActionTypeHint.get_class_parser))
-    train.build_parser = _parsers(train.build_parser)
+    settings.build_parser = _parsers(settings.build_parser)
     actions.filter_default_actions = _filters(actions.filter_default_actions)
     find = _finder(actions._find_action_and_subcommand)
     actions._find_action_and_subcommand = core._find_action_and_subcommand = find

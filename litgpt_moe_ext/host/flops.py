@@ -43,11 +43,12 @@ def count_llama_moe(model: ModuleType) -> None:
 
 def count_products(flop_counter: ModuleType) -> None:
     """Register formulas for the grouped matrix product and the operators of attention kernels, where there are none."""
-    from litgpt_moe_ext.moe.kernels import operators, router_product
+    # Those modules define operators.
+    from litgpt_moe_ext.moe.kernels import operators, router_product  # noqa: F401
+    from litgpt_moe_ext.torch_operator import register_flops
 
     _register_grouped_mm(flop_counter)
-    operators.register_flops(flop_counter)
-    router_product.register_flops(flop_counter)
+    register_flops(flop_counter)
     for kernel in KERNELS.values():
         if kernel.library is not None:
             # Its operators exist only once the library has been imported.

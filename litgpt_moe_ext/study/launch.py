@@ -55,7 +55,7 @@ def check(runs: Iterable[Run]) -> None:
 
     They are also wrong if the run would leave nothing that can be compared: no line in its log, or no validation loss.
     """
-    from litgpt_moe_ext.cli.train import read_settings
+    from litgpt_moe_ext.cli.settings import read_settings
     from litgpt_moe_ext.training.plan import check_plan
 
     seen: set[str] = set()

@@ -17,8 +17,9 @@ from typing import Any, get_type_hints
 import pytest
 import yaml
 
-from litgpt_moe_ext.cli import train
-from litgpt_moe_ext.cli.train import _make_config, main
+from litgpt_moe_ext.cli import settings, train
+from litgpt_moe_ext.cli.settings import _make_config
+from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.data import corpora as packages
 from litgpt_moe_ext.data.corpora.base import Corpus
 from litgpt_moe_ext.errors import SettingsError
@@ -213,8 +214,8 @@ def test_flags_that_are_no_yaml(recipe, capsys, value):
 @pytest.mark.slow
 def test_every_field_through_the_parser(tmp_path, monkeypatch, capsys):
     """As flags; the training is left out, and the parser is made once, so that many can be tried."""
-    parser, made = train.build_parser(train.litgpt_types()), []
-    monkeypatch.setattr(train, "build_parser", lambda _types: parser)
+    parser, made = settings.build_parser(settings.litgpt_types()), []
+    monkeypatch.setattr(settings, "build_parser", lambda _types: parser)
     monkeypatch.setattr(train, "_train", made.append)
     file = tmp_path / "recipe.yaml"
     file.write_text("seed: 1\n")

@@ -15,7 +15,7 @@ import yaml
 from litgpt_moe_ext.cli.arguments import positional, read_arguments
 from litgpt_moe_ext.cli.main import COMMANDS, load, main
 from litgpt_moe_ext.cli.output import write_text
-from litgpt_moe_ext.cli.train import SHORT_FORMS
+from litgpt_moe_ext.cli.settings import SHORT_FORMS
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import PositiveInt, UnitInterval
 from litgpt_moe_ext.training.settings import Settings, field_table

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from litgpt.utils import CycleIterator
 
-from litgpt_moe_ext.cli.train import main, read_settings
+from litgpt_moe_ext.cli.settings import read_settings
+from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.data import Mixture, PreparedCorpus, PythonStdlib, TextCorpus, TokenShards
 from litgpt_moe_ext.data.loader import Order, Replica, TokenLoader
 from litgpt_moe_ext.data.mixture.loader import MixedWindows, MixtureLoader, MixtureValidation, Part

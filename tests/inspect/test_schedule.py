@@ -8,8 +8,9 @@ import pytest
 import yaml
 from litgpt import Config
 
-from litgpt_moe_ext.cli import train as cli
 from litgpt_moe_ext.cli.main import main
+from litgpt_moe_ext.cli.settings import read_settings
+from litgpt_moe_ext.cli.train import main as train_main
 from litgpt_moe_ext.inspect.runs.schedule import planned_rates, schedule_figure
 from litgpt_moe_ext.training.settings import ScheduleArgs, TrainArgs
 from tests.runs import logged
@@ -18,7 +19,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def settings_of(file: Path):
-    return cli.read_settings(["--config", str(file)])
+    return read_settings(["--config", str(file)])
 
 
 @pytest.mark.parametrize("name", ["cosine", "wsd", "onecycle"])
@@ -26,7 +27,7 @@ def test_rates_are_those_of_the_run(recipe, tmp_path, name):
     """With accumulation, a warm-up and a floor."""
     train = {"lr_warmup_steps": 3, "min_lr": 1e-3, "micro_batch_size": 2, "save_interval": 1000}
     file = recipe(train=train, schedule={"name": name}, eval={"interval": 1000})
-    assert cli.main(["--config", str(file)]) == 0
+    assert train_main(["--config", str(file)]) == 0
     rates = [float(rate) for rate in logged(tmp_path / "out", "learning_rate").values()]
     assert planned_rates(settings_of(file), name) == rates
 

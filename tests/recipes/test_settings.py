@@ -13,7 +13,8 @@ import torch
 import yaml
 from litgpt.pretrain import validate_args
 
-from litgpt_moe_ext.cli.train import main, read_settings
+from litgpt_moe_ext.cli.settings import read_settings
+from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checks import check_batch
 from litgpt_moe_ext.training.optim.schedules import Schedule

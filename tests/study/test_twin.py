@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from litgpt_moe_ext.cli.main import main
-from litgpt_moe_ext.cli.train import read_settings
+from litgpt_moe_ext.cli.settings import read_settings
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.study.recipes import twin_settings
 from litgpt_moe_ext.study.twin import EXPERT_FIELDS, Experts, cost, dense_twin, moe_twin

@@ -10,7 +10,7 @@ import torch
 import yaml
 from litgpt.utils import save_config
 
-from litgpt_moe_ext.cli.train import read_settings
+from litgpt_moe_ext.cli.settings import read_settings
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checkpoint import manifest

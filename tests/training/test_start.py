@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from litgpt_moe_ext.cli.train import read_settings
+from litgpt_moe_ext.cli.settings import read_settings
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training import launch
 from litgpt_moe_ext.training.checkpoint.lock import OutDirLock

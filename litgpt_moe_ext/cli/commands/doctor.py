@@ -59,7 +59,7 @@ class Doctor:
         return 0
 
     def _settings(self) -> "Settings | None":
-        from litgpt_moe_ext.cli.train import read_plain_settings
+        from litgpt_moe_ext.cli.settings import read_plain_settings
 
         known = self.recipe and (self.recipe.is_file() or (self.recipe / "hyperparameters.yaml").is_file())
         return read_plain_settings(self.recipe) if self.recipe and known else None

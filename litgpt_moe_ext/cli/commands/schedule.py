@@ -23,7 +23,7 @@ class Schedule:
     def run(self) -> None:
         """Draw the picture and print its corners."""
         from litgpt_moe_ext.cli.output import print_table, write_bytes
-        from litgpt_moe_ext.cli.train import read_plain_settings
+        from litgpt_moe_ext.cli.settings import read_plain_settings
         from litgpt_moe_ext.inspect.runs.schedule import planned_rates, schedule_figure
         from litgpt_moe_ext.pictures.style import png
 

@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from litgpt_moe_ext.moe.gradient_injection import present_scale
 from litgpt_moe_ext.moe.step_shares import StepShares
-from litgpt_moe_ext.triton_launch import triton_works_on
+from litgpt_moe_ext.torch_operator import define
+from litgpt_moe_ext.triton_launch import ceil_div, power_of_two, triton_works_on
 
-_NAMESPACE = "litgpt_moe_ext"
 # More experts would be more than a block of registers holds.
 MOST_EXPERTS = 1024
 
@@ -171,11 +171,6 @@ def _with_shares(decision: Decision, rule: Rule, shares_E: Tensor) -> Decision:
 
 
 _N_GIVEN, _N_RULE = len(Given._fields), len(Rule._fields)
-_ARGUMENTS = (
-    "Tensor logits_TE, Tensor? bias_E, Tensor? noise_TE, Tensor? spread_TE, Tensor? real_T, Tensor? other_loss, "
-    "str score, SymInt top_k, bool normalize, float scale, SymInt groups, SymInt best_groups, SymInt best_in_group, "
-    "float balancing, float sequence, float z, float importance, float load, bool global_batch, SymInt sequences"
-)
 
 
 def _kernels() -> Any:
@@ -201,10 +196,10 @@ def _run_place(*arguments: Tensor) -> Tensor:
 def _empty_decision(*arguments: Any) -> tuple[Tensor, ...]:
     given, rule, trains = Given(*arguments[:_N_GIVEN]), Rule(*arguments[_N_GIVEN:-1]), arguments[-1]
     n_token, n_expert = given.logits_TE.shape
-    width = max(1 << (n_expert - 1).bit_length(), 4)
+    width = max(power_of_two(n_expert), 4)
     rows = min(max(2048 // width, 1), 64)
     new, n_loss = given.logits_TE.new_empty, sum(coef != 0 for coef in rule.coefs) + (given.other_loss is not None)
-    n_block = (n_token // rule.sequences + rows - 1) // rows
+    n_block = ceil_div(n_token // rule.sequences, rows)
     return (
         new(n_token, rule.top_k),
         new(n_token, rule.top_k, dtype=torch.int64),
@@ -221,26 +216,20 @@ def _empty_gradients(*arguments: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(logits_TE), logits_TE.new_empty(0 if spread_TE is None else logits_TE.shape)
 
 
-def _operator(name: str, schema: str, run: Any, fake: Any) -> Any:
-    torch.library.define(f"{_NAMESPACE}::{name}", schema)
-    torch.library.impl(f"{_NAMESPACE}::{name}", ("cpu", "cuda"), run)
-    torch.library.register_fake(f"{_NAMESPACE}::{name}", fake)
-    return getattr(getattr(torch.ops, _NAMESPACE), name).default
-
-
-_DECISION = ", ".join(["Tensor"] * len(Decision._fields))
+_ARGUMENTS = Given.__annotations__ | Rule.__annotations__
 # Public, because checkpointing keeps its results.
-route_operator = _operator("route", f"({_ARGUMENTS}, bool trains) -> ({_DECISION})", _run_route, _empty_decision)
-_route_backward = _operator(
+route_operator = define("route", _ARGUMENTS | {"trains": bool}, len(Decision._fields), _run_route, _empty_decision)
+_route_backward = define(
     "route_backward",
-    f"({_ARGUMENTS}, Tensor experts_TK, Tensor ends_E, Tensor slopes_LE, Tensor dweights_TK, Tensor scale)"
-    " -> (Tensor, Tensor)",
+    _ARGUMENTS | dict.fromkeys(("experts_TK", "ends_E", "slopes_LE", "dweights_TK", "loss_scale"), Tensor),
+    2,
     _run_backward,
     _empty_gradients,
 )
-_place = _operator(
+_place = define(
     "place_rows",
-    "(Tensor experts_TK, Tensor ends_E, Tensor before_SBE) -> Tensor",
+    dict.fromkeys(("experts_TK", "ends_E", "before_SBE"), Tensor),
+    1,
     _run_place,
     lambda experts_TK, ends_E, before_SBE: experts_TK.new_empty(experts_TK.numel()),
 )

@@ -13,21 +13,17 @@ the first projection (2 * F with a gate), R = T * K routed rows in the order of 
 """
 
 import functools
-import sys
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.kernels import native, step_weights
 from litgpt_moe_ext.moe.kernels.backends import ExpertWeights
 from litgpt_moe_ext.moe.kernels.plan import Gates, Identity, Mask, Outer, Plan, Product, plan_of
+from litgpt_moe_ext.torch_operator import arguments_of, operator
 from litgpt_moe_ext.triton_launch import triton_installed
-
-_NAMESPACE = "litgpt_moe_ext"
 
 
 class Up(NamedTuple):
@@ -177,68 +173,21 @@ class FewTokens(NamedTuple):
     approximate: str
 
 
-_SCHEMA_TYPES = {
-    Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", bool: "bool", float: "float", str: "str",
-    torch.dtype: "ScalarType",
-}  # fmt: skip
+# What calls cost, given shapes in the place of tensors.
 
 
-class Operator:
-    """A torch operator whose arguments are the fields of a named tuple.
-
-    Called with these fields. Where something watches operators (a compiler, the FLOP counter, fake tensors, selective
-    checkpointing) it is the operator that runs; elsewhere the function behind it, because torch takes longer to get
-    from a Python operator to its function, and back through its gradient, than the GPU takes for a small layer.
-
-    Args:
-        name: Name of the operator.
-        call: Class of the named tuple.
-        function: Takes the named tuple.
-        fake: Takes it too; returns empty results of the right shape.
-        n_result: Number of tensors returned.
-
-    Attributes:
-        overload: The operator.
-    """
-
-    def __init__(
-        self, name: str, call: Any, function: Callable[[Any], Any], fake: Callable[[Any], Any], n_result: int
-    ) -> None:
-        arguments = ", ".join(f"{_SCHEMA_TYPES[kind]} {field}" for field, kind in call.__annotations__.items())
-        results = "Tensor" if n_result == 1 else "(" + ", ".join(["Tensor"] * n_result) + ")"
-        self._name = f"{_NAMESPACE}::{name}"
-        self._function = lambda *args: function(call(*args))
-        torch.library.define(self._name, f"({arguments}) -> {results}")
-        torch.library.impl(self._name, ("cpu", "cuda"), self._function)
-        torch.library.register_fake(self._name, lambda *args: fake(call(*args)))
-        self.overload = getattr(getattr(torch.ops, _NAMESPACE), name).default
-        self._differentiated: Any = None
-
-    def __call__(self, *args: Any) -> Any:
-        """Return what the function returns, as a tensor or a tuple of tensors."""
-        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or args[0].is_meta:
-            return self.overload(*args)
-        if not torch.is_grad_enabled():
-            return self._function(*args)
-        # An operator without gradient says so when it is asked for one; a function's result would pass for a constant.
-        return self.overload(*args) if self._differentiated is None else self._differentiated.apply(*args)
-
-    def set_gradient(self, backward: Callable[..., Any]) -> None:
-        """Make it differentiable; `backward` takes the context that `_keep` has filled, and gradients of results."""
-        torch.library.register_autograd(self._name, backward, setup_context=_keep)
-
-        def forward(ctx: Any, *args: Any) -> Any:
-            # A function with a context of its own (`setup_context`) has its signature inspected at every call.
-            output = self._function(*args)
-            _keep(ctx, args, output)
-            return output
-
-        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        self._differentiated = type(self._name, (torch.autograd.Function,), methods)
+def _product_flops(n_row: int, weight_shape: torch.Size) -> int:
+    # Every row meets the weights of one expert; two operations per multiply-add.
+    return 2 * n_row * weight_shape[1] * weight_shape[2]
 
 
-def _operator(name: str, call: type, fake: Callable[[Any], Any], n_result: int = 1) -> Callable[[Callable], Operator]:
-    return lambda function: Operator(name, call, function, fake, n_result)
+def _outer_flops(shapes: Any) -> int:
+    return 2 * shapes.rows_R[0] * shapes.left[1] * shapes.right[1]
+
+
+def _decode_flops(shapes: Any) -> int:
+    n_row = shapes.experts_TK[0] * shapes.experts_TK[1]
+    return _product_flops(n_row, shapes.up_EGD) + _product_flops(n_row, shapes.down_EDF)
 
 
 def _activation(call: Any) -> Any:
@@ -271,14 +220,24 @@ def _beside(call: Any, x: Tensor) -> Any:
     return triton
 
 
-@_operator("expert_up", Up, lambda c: c.x_TD.new_empty(c.rows_R.size(0), c.weight_EGD.size(1), dtype=c.dtype))
+@operator(
+    "expert_up",
+    Up,
+    lambda c: c.x_TD.new_empty(c.rows_R.size(0), c.weight_EGD.size(1), dtype=c.dtype),
+    flops=lambda shapes: _product_flops(shapes.rows_R[0], shapes.weight_EGD),
+)
 def expert_up(call: Up) -> Tensor:
     """Return the output of the first projections, (R, G)."""
     x_TD, weight = call.x_TD.to(call.dtype), step_weights.cast(call.weight_EGD, call.dtype)
     return _engine(call).multiply_rows(Product(x_TD, weight, call.bias_EG, _plan(call, len(x_TD)), gather=True))
 
 
-@_operator("expert_down", Down, lambda c: c.h_RG.new_empty(c.gates_TK.size(0), c.weight_EDF.size(1), dtype=c.dtype))
+@operator(
+    "expert_down",
+    Down,
+    lambda c: c.h_RG.new_empty(c.gates_TK.size(0), c.weight_EDF.size(1), dtype=c.dtype),
+    flops=lambda shapes: _product_flops(shapes.rows_R[0], shapes.weight_EDF),
+)
 def expert_down(call: Down) -> Tensor:
     """Return the weighted sum of the experts' outputs, (T, D), from the output of the first projections."""
     n_token, beside = call.gates_TK.size(0), _beside(call, call.h_RG)
@@ -288,17 +247,23 @@ def expert_down(call: Down) -> Tensor:
     return beside.combine(y_RD, call.gates_TK.contiguous(), n_token, call.dtype)
 
 
-@_operator("multiply_rows", RowProduct, lambda c: c.x.new_empty(c.rows_R.size(0), c.weight_EOI.size(1)))
+@operator(
+    "multiply_rows",
+    RowProduct,
+    lambda c: c.x.new_empty(c.rows_R.size(0), c.weight_EOI.size(1)),
+    flops=lambda shapes: _product_flops(shapes.rows_R[0], shapes.weight_EOI),
+)
 def multiply_rows(call: RowProduct) -> Tensor:
     """Return rows times weights, (R, O)."""
     plan = _plan(call, call.n_token)
     return _engine(call).multiply_rows(Product(call.x, call.weight_EOI, None, plan, call.gather, call.scatter))
 
 
-@_operator(
+@operator(
     "sum_outer_products",
     OuterProduct,
     lambda c: c.left.new_empty(c.ends_E.size(0), c.left.size(1), c.right.size(1), dtype=c.dtype),
+    flops=_outer_flops,
 )
 def sum_outer_products(call: OuterProduct) -> Tensor:
     """Return the gradient of weights, (E, O, I)."""
@@ -312,7 +277,7 @@ def _sum_outer_products(call: OuterProduct, total_EOI: Tensor | None) -> Tensor:
     return engine.sum_outer_products(outer, call.dtype, total_EOI)
 
 
-@_operator("sum_rows", RowSum, lambda c: c.x.new_empty(c.ends_E.size(0), c.x.size(1), dtype=c.dtype))
+@operator("sum_rows", RowSum, lambda c: c.x.new_empty(c.ends_E.size(0), c.x.size(1), dtype=c.dtype))
 def sum_rows(call: RowSum) -> Tensor:
     """Return the gradient of biases, (E, O)."""
     plan = _plan(call, len(call.x))
@@ -324,20 +289,20 @@ def _empty_middle(call: Middle) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(call.h_RG), torch.empty_like(call.da_RF), gates_TK
 
 
-@_operator("activate_backward", Middle, _empty_middle, n_result=3)
+@operator("activate_backward", Middle, _empty_middle, n_result=3)
 def activate_backward(call: Middle) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradient of `h_RG`, the activations times gate values, and the gradient of the gate values."""
     gates, mask = Gates(call.gates_TK.contiguous(), call.rows_R), Mask(call.keep_RF, call.scale)
     return tuple(_beside(call, call.h_RG).activate_backward(call.h_RG, call.da_RF, gates, _activation(call), mask))
 
 
-@_operator("combine", Combination, lambda c: c.y_RD.new_empty(c.n_token, c.y_RD.size(1), dtype=c.dtype))
+@operator("combine", Combination, lambda c: c.y_RD.new_empty(c.n_token, c.y_RD.size(1), dtype=c.dtype))
 def combine(call: Combination) -> Tensor:
     """Return the sum of each token's rows, (T, D)."""
     return _beside(call, call.y_RD).combine(call.y_RD, None, call.n_token, call.dtype)
 
 
-@_operator("add_gated", GatedSum, lambda c: torch.empty_like(c.routed_TD))
+@operator("add_gated", GatedSum, lambda c: torch.empty_like(c.routed_TD))
 def add_gated(call: GatedSum) -> Tensor:
     """Return `routed + shared * sigmoid(logits)`, (T, D), by Triton; 0 for padding."""
     from litgpt_moe_ext.moe.kernels.triton import gating
@@ -350,7 +315,7 @@ def _empty_gated(call: GatedSumBackward) -> tuple[Tensor, Tensor, Tensor]:
     return drouted_TD, torch.empty_like(call.shared_TD), torch.empty_like(call.logits_T1)
 
 
-@_operator("add_gated_backward", GatedSumBackward, _empty_gated, n_result=3)
+@operator("add_gated_backward", GatedSumBackward, _empty_gated, n_result=3)
 def add_gated_backward(call: GatedSumBackward) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of `routed_TD` (empty where it is that of the sum), `shared_TD` and `logits_T1`."""
     from litgpt_moe_ext.moe.kernels.triton import gating
@@ -358,24 +323,13 @@ def add_gated_backward(call: GatedSumBackward) -> tuple[Tensor, Tensor, Tensor]:
     return gating.add_gated_backward(*call)
 
 
-@_operator("decode_experts", FewTokens, lambda c: c.x_TD.new_empty(c.x_TD.shape))
+@operator("decode_experts", FewTokens, lambda c: c.x_TD.new_empty(c.x_TD.shape), flops=_decode_flops)
 def decode_experts(call: FewTokens) -> Tensor:
     """Return the weighted sum of the experts' outputs for a few tokens, (T, D), by Triton."""
     from litgpt_moe_ext.moe.kernels.triton import decode
 
     weights = ExpertWeights(call.up_EGD, call.up_bias_EG, call.down_EDF, call.down_bias_ED)
     return decode(call.x_TD, call.gates_TK, call.experts_TK, weights, _activation(call))
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
-    ctx.call = tuple(None if isinstance(value, Tensor) else value for value in inputs)
-    ctx.is_tensor = tuple(isinstance(value, Tensor) for value in inputs)
-
-
-def _kept(ctx: Any) -> list[Any]:
-    tensors = iter(ctx.saved_tensors)
-    return [next(tensors) if is_tensor else value for is_tensor, value in zip(ctx.is_tensor, ctx.call, strict=True)]
 
 
 def _transposed(weight_EOI: Tensor, dtype: torch.dtype) -> Tensor:
@@ -393,7 +347,7 @@ def _weight_gradient(weight: Tensor, call: OuterProduct) -> Tensor | None:
 
 
 def _up_backward(ctx: Any, dh_RG: Tensor) -> tuple[Tensor | None, ...]:
-    call = Up(*_kept(ctx))
+    call = Up(*arguments_of(ctx))
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
     dx_TD = dweight_EGD = dbias_EG = None
     n_token, plan, engine = call.x_TD.size(0), (call.rows_R, call.ends_E), call.engine
@@ -410,7 +364,7 @@ def _up_backward(ctx: Any, dh_RG: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _down_backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
-    call = Down(*_kept(ctx))
+    call = Down(*arguments_of(ctx))
     need_h, need_gates, need_weight, need_bias = ctx.needs_input_grad[:4]
     dh_RG = dgates_TK = dweight_EDF = dbias_ED = None
     n_token, plan, engine = call.gates_TK.size(0), (call.rows_R, call.ends_E), call.engine
@@ -442,7 +396,7 @@ def _bias_share(dy_TD: Tensor, bias_ED: Tensor, experts_TK: Tensor) -> Tensor:
 
 
 def _gated_backward(ctx: Any, dsum_TD: Tensor) -> tuple[Tensor | None, ...]:
-    _, shared_TD, logits_T1, real_T = _kept(ctx)
+    _, shared_TD, logits_T1, real_T = arguments_of(ctx)
     drouted_TD, dshared_TD, dlogits_T1 = add_gated_backward(dsum_TD.contiguous(), shared_TD, logits_T1, real_T)
     return dsum_TD if real_T is None else drouted_TD, dshared_TD, dlogits_T1, None
 
@@ -450,53 +404,3 @@ def _gated_backward(ctx: Any, dsum_TD: Tensor) -> tuple[Tensor | None, ...]:
 expert_up.set_gradient(_up_backward)
 expert_down.set_gradient(_down_backward)
 add_gated.set_gradient(_gated_backward)
-
-
-def _product_flops(rows: int, weight_shape: torch.Size) -> int:
-    # Every row meets the weights of one expert; two operations per multiply-add.
-    return 2 * rows * weight_shape[1] * weight_shape[2]
-
-
-def _expert_up_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
-    return _product_flops(shapes[3][0], shapes[1])
-
-
-def _expert_down_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
-    return _product_flops(shapes[0][0], shapes[2])
-
-
-def _multiply_rows_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
-    return _product_flops(shapes[2][0], shapes[1])
-
-
-def _sum_outer_products_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
-    return 2 * shapes[2][0] * shapes[0][1] * shapes[1][1]
-
-
-def _decode_experts_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
-    n_row = shapes[2][0] * shapes[2][1]
-    return _product_flops(n_row, shapes[3]) + _product_flops(n_row, shapes[5])
-
-
-def register_flops(flop_counter: Any) -> None:
-    """Tell torch's FLOP counter what the operators cost.
-
-    Args:
-        flop_counter: The module `torch.utils.flop_counter`. It imports Triton, so it is not imported for this.
-    """
-    formulas = {
-        "expert_up": _expert_up_flops,
-        "expert_down": _expert_down_flops,
-        "multiply_rows": _multiply_rows_flops,
-        "sum_outer_products": _sum_outer_products_flops,
-        "decode_experts": _decode_experts_flops,
-    }
-    for name, formula in formulas.items():
-        operator = getattr(torch.ops.litgpt_moe_ext, name)
-        if operator not in flop_counter.flop_registry:
-            flop_counter.register_flop_formula(operator)(formula)
-
-
-# Whoever imports the counter later finds them through `litgpt_moe_ext.host.flops`.
-if (_flop_counter := sys.modules.get("torch.utils.flop_counter")) is not None:
-    register_flops(_flop_counter)

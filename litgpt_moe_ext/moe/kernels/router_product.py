@@ -7,14 +7,13 @@ operators. Compilers, meta tensors, checkpointing and the FLOP counter see an op
 Shape legend: T tokens, D model width, E experts.
 """
 
-import sys
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from litgpt_moe_ext.moe.kernels import fused_router
-from litgpt_moe_ext.moe.kernels.operators import Operator
+from litgpt_moe_ext.torch_operator import arguments_of, operator
 
 # Up to how many experts the product here is used, by the dtype of the tokens; 0 is never (`benchmarks/gpu.py`, table
 # `router_product`). Without bfloat16's Tensor Cores, up to as many as cost no more than 16.
@@ -80,48 +79,38 @@ def _empty_gradients(call: ProjectionBackward) -> tuple[Tensor, Tensor]:
     return dx_TD, call.weight_ED.new_empty(call.weight_ED.shape if call.need_weight else 0)
 
 
-# Returns `x_TD @ weight_ED.T`, (T, E), float32.
-project = Operator(
+def _flops(x_shape: Any, weight_shape: Any) -> int:
+    return 2 * x_shape[0] * weight_shape[0] * weight_shape[1]
+
+
+@operator(
     "project",
     Projection,
-    lambda call: _kernels().project(*call),
     lambda call: call.x_TD.new_empty(call.x_TD.size(0), call.weight_ED.size(0), dtype=torch.float32),
-    n_result=1,
+    flops=lambda shapes: _flops(shapes.x_TD, shapes.weight_ED),
 )
-# Returns the gradients of tokens and weights in their dtypes, empty where they are not needed.
-project_backward = Operator(
+def project(call: Projection) -> Tensor:
+    """Return `x_TD @ weight_ED.T`, (T, E), float32."""
+    return _kernels().project(*call)
+
+
+@operator(
     "project_backward",
     ProjectionBackward,
-    lambda call: _kernels().project_backward(call.dlogits_TE.contiguous(), *call[1:]),
     _empty_gradients,
     n_result=2,
+    flops=lambda shapes: (shapes.need_x + shapes.need_weight) * _flops(shapes.x_TD, shapes.weight_ED),
 )
+def project_backward(call: ProjectionBackward) -> tuple[Tensor, Tensor]:
+    """Return the gradients of tokens and weights in their dtypes, empty where they are not needed."""
+    return _kernels().project_backward(call.dlogits_TE.contiguous(), *call[1:])
 
 
 def _project_backward(ctx: Any, dlogits_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    x_TD, weight_ED = ctx.saved_tensors
+    x_TD, weight_ED = arguments_of(ctx)
     need_x, need_weight = ctx.needs_input_grad
     dx_TD, dweight_ED = project_backward(dlogits_TE, x_TD, weight_ED, need_x, need_weight)
     return dx_TD if need_x else None, dweight_ED if need_weight else None
 
 
 project.set_gradient(_project_backward)
-
-
-def _project_flops(x_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
-    return 2 * x_shape[0] * weight_shape[0] * weight_shape[1]
-
-
-def _project_backward_flops(_: Any, x_shape: Any, weight_shape: Any, *needs: Any, **__: Any) -> int:
-    return sum(needs) * _project_flops(x_shape, weight_shape)
-
-
-def register_flops(flop_counter: Any) -> None:
-    """Tell torch's FLOP counter (the module `torch.utils.flop_counter`) what the operators cost."""
-    for operator, formula in ((project, _project_flops), (project_backward, _project_backward_flops)):
-        if operator.overload.overloadpacket not in flop_counter.flop_registry:
-            flop_counter.register_flop_formula(operator.overload.overloadpacket)(formula)
-
-
-if (_flop_counter := sys.modules.get("torch.utils.flop_counter")) is not None:
-    register_flops(_flop_counter)

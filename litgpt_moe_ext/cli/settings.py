@@ -1,0 +1,238 @@
+"""From a command line or a recipe to typed settings.
+
+Recipes and flags become one tree of plain data (`cli.given`), of which jsonargparse makes settings, checked by type.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+from litgpt_moe_ext.cli.given import Given, read_flags
+from litgpt_moe_ext.cli.mistakes import annotation_at, mistakes, wrong_nulls
+from litgpt_moe_ext.cli.paths import check_paths
+from litgpt_moe_ext.cli.recipe_files import load_value
+from litgpt_moe_ext.config.litgpt_fields import check_ranges
+from litgpt_moe_ext.errors import SettingsError, one_line, refuse_first
+from litgpt_moe_ext.field_types import members
+from litgpt_moe_ext.training.settings import Section, Settings
+from litgpt_moe_ext.training.settings.section import attribute_docs, default_of
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.study.twin import Equality
+
+SHORT_FORMS = {
+    "--micro-batch-size": "--train.micro_batch_size",
+    "--global-batch-size": "--train.global_batch_size",
+    "--max-seq-length": "--train.max_seq_length",
+    "--wandb-dataset": "--wandb_dataset",
+    "--wandb-artifacts-dir": "--wandb_artifacts_dir",
+}
+
+USAGE = "run_train.py [--config FILE] [--resume auto|true|PATH] [--KEY VALUE ...]"
+
+EPILOG = (
+    "Short forms: "
+    + ", ".join(f"{short} for {full}" for short, full in SHORT_FORMS.items())
+    + "; --progress and --no-progress for --progress true and false. Every key may also stand in the YAML file. "
+    "Ctrl-C, SIGTERM and SIGUSR1 finish the step, save, and end with exit status 130, 143 and 138; with SLURM, "
+    "#SBATCH --signal=SIGUSR1@300 does so five minutes before the time limit. Exit status 1: training cannot go on, "
+    "2: a setting is wrong. --print_config shows all settings, --data.help CLASS those of a data module."
+)
+
+
+def normalize(arguments: Sequence[str], default_config: Path) -> list[str]:
+    """Expand short forms and put `--config` first, so that the other arguments override it.
+
+    Args:
+        arguments: As given by the user, without the program's name.
+        default_config: Recipe to use if none is named.
+
+    Raises:
+        SettingsError: If a `--config` lacks its file.
+    """
+    configs: list[str] = []
+    others: list[str] = []
+    waiting = list(arguments)
+    while waiting:
+        name, equals, value = waiting.pop(0).partition("=")
+        if name == "--config":
+            if not equals and not waiting:
+                raise SettingsError("config: needs the path of a YAML file, --config FILE")
+            configs += ["--config", value if equals else waiting.pop(0)]
+        elif name in ("--no-progress", "--progress") and not equals:
+            given = name == "--progress" and waiting and waiting[0] in ("true", "false", "null")
+            others.append(f"--progress={waiting.pop(0) if given else str(name == '--progress').lower()}")
+        else:
+            others.append(SHORT_FORMS.get(name, name) + equals + value)
+    return (configs or ["--config", str(default_config)]) + others
+
+
+def annotations(types: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the type of every setting of the first level.
+
+    Args:
+        types: Of the settings whose types are LitGPT's.
+    """
+    return {field.name: types.get(field.name, field.type) for field in dataclasses.fields(Settings)}
+
+
+def litgpt_types() -> dict[str, Any]:
+    """Return the types that LitGPT defines; imports it."""
+    import litgpt_moe_ext
+
+    litgpt_moe_ext.register()
+    from litgpt.config import Config
+    from litgpt.data import DataModule
+
+    return {"model_config": Config | None, "data": DataModule}
+
+
+def build_parser(types: Mapping[str, Any]) -> Any:
+    """Return a jsonargparse parser of `Settings`.
+
+    Args:
+        types: As from `litgpt_types`. For a help text, which does not look inside them, `dict` will do.
+    """
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog="run_train.py",
+        usage=USAGE,
+        description="Pretrain a model with LitGPT.",
+        epilog=EPILOG,
+        exit_on_error=False,
+    )
+    docs, kinds = attribute_docs(Settings), annotations(types)
+    for field in dataclasses.fields(Settings):
+        kind = kinds[field.name]
+        if isinstance(kind, type) and issubclass(kind, Section):
+            parser.add_class_arguments(kind, field.name, help=docs[field.name])
+        else:
+            parser.add_argument(
+                f"--{field.name}", type=kind, default=default_of(field), metavar="VALUE", help=docs[field.name]
+            )
+    return parser
+
+
+def read_given(arguments: Sequence[str], default_config: Path, known: Mapping[str, Any]) -> Given:
+    """Return recipes and flags, merged.
+
+    Args:
+        arguments: The command line without the program's name.
+        default_config: Recipe to use if none is named.
+        known: As from `annotations`.
+
+    Raises:
+        SettingsError: If a recipe or a flag cannot be read.
+    """
+    given = Given({"optimizer": Settings.optimizer})
+    flags = list(read_flags(normalize(arguments, default_config)))
+    for name, text in flags:
+        if name == "config":
+            given.add_recipe(Path(text))
+        elif name == "dense_twin":
+            continue  # it concerns all the others together
+        else:
+            # What may be text is read as nothing else, except for null: a run may be called 123.
+            kinds = members(annotation_at(name, given.tree, known))
+            textual = text != "null" and (str in kinds or Path in kinds)
+            given.add_flag(name, text if textual else load_value(text, f"{name}: {text!r}"))
+    by = dict(flags).get("dense_twin")
+    if by is not None:
+        _make_dense(given, by, own_out_dir="out_dir" not in dict(flags))
+    return given
+
+
+def _make_dense(given: Given, by: str, own_out_dir: bool) -> None:
+    from litgpt_moe_ext.study.recipes import twin_settings
+
+    if by not in ("flops", "parameters"):
+        raise SettingsError(f"dense_twin: {by} must be flops or parameters, which says what is equal in both models")
+    out_dir = given.tree.get("out_dir")
+    given.tree = twin_settings(given.tree, cast("Equality", by))
+    if not own_out_dir:
+        given.tree["out_dir"] = out_dir
+
+
+def parse(given: Given, types: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return the parser and what it makes of the settings: a namespace of plain data, checked by type.
+
+    Raises:
+        SettingsError: If a name is unknown or a value of a wrong type.
+    """
+    import jsonargparse
+
+    parser, known = build_parser(types), annotations(types)
+    refuse_first(wrong_nulls(given.tree, known))
+    try:
+        # Without a value jsonargparse looks for a class.
+        tree = {key: value for key, value in given.tree.items() if key != "data" or value is not None}
+        parsed = parser.parse_object(tree)
+    except (jsonargparse.ArgumentError, TypeError) as error:
+        refuse_first(mistakes(given.tree, known))
+        raise SettingsError(one_line(error)) from error
+    check_paths(parsed)
+    return parser, parsed
+
+
+def read_plain_settings(recipe: Path) -> Settings:
+    """Return the settings of a recipe without importing LitGPT: model and data are not checked.
+
+    Args:
+        recipe: A YAML file, or a checkpoint that holds its hyperparameters. `model_config` of the result has its fields
+            as attributes.
+
+    Raises:
+        SettingsError: If it is not a recipe, or another section is wrong.
+    """
+    types = {"model_config": dict | None, "data": dict | str | None}
+    inside = recipe / "hyperparameters.yaml"
+    given = Given({"optimizer": Settings.optimizer})
+    given.add_recipe(inside if inside.is_file() else recipe, "recipe")
+    with given.naming_places():
+        parser, parsed = parse(given, types)
+        model = parsed.pop("model_config")
+        values = vars(parser.instantiate_classes(parsed))
+    config: Any = None if model is None else SimpleNamespace(**{"block_size": 4096, **model})
+    return Settings(model_config=config, **values)
+
+
+def make_settings(parser: Any, parsed: Any) -> Settings:
+    """Return the settings of a parsed namespace, with its classes instantiated.
+
+    Raises:
+        SettingsError: If a class refuses its arguments.
+    """
+    model_config = parsed.pop("model_config")
+    values = vars(parser.instantiate_classes(parsed))
+    return Settings(model_config=None if model_config is None else _make_config(model_config.as_dict()), **values)
+
+
+def _make_config(values: dict[str, Any]) -> Any:
+    from litgpt.config import Config
+
+    check_ranges(values, "model_config.")
+    try:
+        return Config(**values)
+    except (ValueError, AssertionError) as error:  # how LitGPT and this package judge the fields of a model
+        name = str(error).partition(":")[0].partition(".")[0]
+        separator = "." if name in Config.__dataclass_fields__ else ": "
+        raise SettingsError(f"model_config{separator}{error or 'LitGPT refuses these fields'}") from error
+
+
+def read_settings(arguments: Sequence[str], default_config: Path = Path("configs/quickstart.yaml")) -> Settings:
+    """Return the settings that a command line means.
+
+    Args:
+        arguments: Without the program's name.
+        default_config: Recipe to use if none is named.
+
+    Raises:
+        SettingsError: If anything in it is wrong.
+    """
+    types = litgpt_types()
+    given = read_given(arguments, default_config, annotations(types))
+    return make_settings(*parse(given, types))
