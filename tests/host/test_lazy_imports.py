@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from litgpt_moe_ext.compiled import assume_constant_result
-from litgpt_moe_ext.host import autoload, lazy_imports
-from litgpt_moe_ext.host.lazy_imports import Package
+from litgpt_moe_ext.host import autoload
+from litgpt_moe_ext.host.lazy_imports import packages
+from litgpt_moe_ext.host.lazy_imports.packages import Package
 from tests.host.test_guest_rule import HERE, run
 
 
@@ -116,11 +117,11 @@ def package(tmp_path, monkeypatch):
     (tmp_path / f"{name}_heavy.py").write_text("import time; time.sleep(0.05)")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(
-        lazy_imports.PACKAGES,
+        packages.PACKAGES,
         name,
         Package(names=frozenset({"Metric"}), submodules=("base", "metric", "curious"), first="base"),
     )
-    autoload.execute_with(name, lazy_imports._execute_split)
+    autoload.execute_with(name, packages.execute_split)
     yield name
     autoload.before_submodules(name, None)
     for module in [module for module in sys.modules if module.startswith(name)]:
@@ -209,7 +210,7 @@ def test_a_submodule_asked_for_first_is_executed_once_and_extended(first):
         "assert hasattr(Config, 'attention_class_name')\n"
         "assert type(litgpt.config.__spec__.loader).__name__ == 'SourceFileLoader'\n"
         "assert not {'lightning', 'litgpt.utils'} & set(sys.modules)\n"
-        "assert litgpt.model.qkv_reassemble.__module__ == 'litgpt_moe_ext.host.lazy_imports'\n"
+        "assert litgpt.model.qkv_reassemble.__module__ == 'litgpt_moe_ext.host.lazy_imports.modules'\n"
         "import litgpt.pretrain\n"
         "assert litgpt.LLM.__module__ == 'litgpt.api'\n"
         "assert litgpt.model.qkv_reassemble.__module__ == 'litgpt.scripts.convert_hf_checkpoint'\n"

@@ -13,7 +13,8 @@ import litgpt.pretrain
 import pytest
 
 import litgpt_moe_ext
-from litgpt_moe_ext.host import lazy_imports, registration
+from litgpt_moe_ext.host import registration
+from litgpt_moe_ext.host.lazy_imports import modules, packages
 from litgpt_moe_ext.host.seams import SEAMS, STATE, Seam, table
 from litgpt_moe_ext.meta import registrations
 from litgpt_moe_ext.training import loop
@@ -52,10 +53,10 @@ def test_names_replaced_for_a_run_are_those_of_the_loop():
 
 def test_modules_executed_from_source_are_those_that_wait():
     assert {seam.module for seam in SEAMS if seam.kind == "source"} == {
-        *lazy_imports.PACKAGES,
-        *lazy_imports.WITHOUT_COMPILER,
-        *lazy_imports.CALLED_RARELY,
-        lazy_imports.PLOTS,
+        *packages.PACKAGES,
+        *modules.WITHOUT_COMPILER,
+        *modules.CALLED_RARELY,
+        modules.PLOTS,
         registrations.MODULE,
     }
 

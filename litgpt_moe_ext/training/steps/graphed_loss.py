@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
 from litgpt_moe_ext.training.steps.capture import Capture, CudaCapture, Loss, Passes, gradients_set_aside
+from litgpt_moe_ext.training.steps.captured_passes import CapturedPasses
 from litgpt_moe_ext.training.steps.graph_check import Reference, ReplayError, generators_kept
 from litgpt_moe_ext.training.steps.graph_obstacles import hook_of_others, lack_of_memory, noting_waits
 
@@ -66,7 +67,7 @@ class GraphedLoss:
         self._steps = 0
         self._turn = 0
         self._used = True
-        self._captured: _Captured | None = None
+        self._captured: CapturedPasses | None = None
         self._accumulates = False
         self._warm: set[torch.Size] = set()
         self._weights = StepWeights()
@@ -146,7 +147,7 @@ class GraphedLoss:
 
         return self._result(loss.detach(), backward)
 
-    def _first_capture(self, ids_BT: Tensor, targets_BT: Tensor) -> "_Captured | None":
+    def _first_capture(self, ids_BT: Tensor, targets_BT: Tensor) -> CapturedPasses | None:
         is_first, self._captured = self._captured is None, None
         reference = lack = None
         if is_first:
@@ -159,7 +160,7 @@ class GraphedLoss:
                 return None
             # Graphs are worth more than casts that are kept.
             lack = lack_of_memory(ids_BT.device, self._weights.size) if self._weights.size else None
-        captured = _Captured(self._capture(), self._loss, self._model, (ids_BT.clone(), targets_BT.clone()))
+        captured = CapturedPasses(self._capture(), self._loss, self._model, (ids_BT.clone(), targets_BT.clone()))
 
         def first_passes() -> Passes:
             if reference is None:
@@ -217,82 +218,6 @@ class GraphedLoss:
         if not self._careful:
             raise SettingsError(f"cuda_graphs: true cannot work here ({reason}); set cuda_graphs: auto") from error
         self._say(f"CUDA graphs: off ({reason})")
-
-
-class _Captured:
-    """The passes for the first micro-batch of a step and for the others, and the tensors that they know."""
-
-    def __init__(self, capture: Capture, loss: Loss, model: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
-        self._capture, self._loss = capture, loss
-        self.ids_BT, self.targets_BT = inputs
-        self._first: Passes | None = None
-        self._other: Passes | None = None
-        # To hold them keeps their memory from being used for anything else.
-        self._read = [
-            (tensors, name, tensor, tensor.data_ptr())
-            for module in model.modules()
-            for tensors in (module._parameters, module._buffers)
-            for name, tensor in tensors.items()
-            if tensor is not None
-        ]
-
-    def fits(self, ids_BT: Tensor, targets_BT: Tensor) -> bool:
-        return ids_BT.shape == self.ids_BT.shape and targets_BT.shape == self.targets_BT.shape
-
-    def is_stale(self) -> bool:
-        """Return whether a parameter or a buffer is no longer where it was."""
-        return any(
-            tensors.get(name) is not tensor or tensor.data_ptr() != address
-            for tensors, name, tensor, address in self._read
-        )
-
-    def passes(self, begins: bool) -> Passes:
-        """Return the passes for the next micro-batch, and have gradients lie where they add to them.
-
-        Args:
-            begins: Whether no leaf has a gradient yet.
-        """
-        if self._first is None:
-            self._first = self._capture(self._loss, self.ids_BT, self.targets_BT, add=False)
-        if begins and all(leaf.grad is None for leaf in self._first.gradients):
-            return self._first
-        for leaf, gradient in self._first.gradients.items():
-            if leaf.grad is None:
-                gradient.zero_()
-            elif leaf.grad is not gradient:
-                gradient.copy_(leaf.grad)
-            leaf.grad = gradient
-        if self._other is None:
-            self._other = self._capture(self._loss, self.ids_BT, self.targets_BT, add=True)
-        return self._other
-
-    def check(self, reference: Reference, accumulates: bool, model: nn.Module) -> Passes:
-        """Compare the passes with those without graphs; gradients are then those that there were.
-
-        Args:
-            reference: Of the micro-batch that the tensors hold.
-            accumulates: Whether there is more than one micro-batch in a step.
-            model: Whose gradients they compute.
-
-        Returns:
-            The passes for the first micro-batch of a step.
-
-        Raises:
-            ReplayError: If they differ.
-        """
-        with gradients_set_aside(reference.leaves):
-            first = self.passes(begins=True)
-            reference.compare(first, 1, model)
-            if accumulates:
-                self.hand_over(first)
-                reference.compare(self.passes(begins=False), 2, model)
-        return first
-
-    def hand_over(self, passes: Passes) -> None:
-        """Give the leaves the gradients that were just computed."""
-        if passes is self._first:
-            for leaf, gradient in passes.gradients.items():
-                leaf.grad = gradient
 
 
 class _Backward(torch.autograd.Function):

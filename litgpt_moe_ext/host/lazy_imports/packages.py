@@ -1,0 +1,156 @@
+"""Packages whose `__init__` runs in two parts: what loads nothing big at once, the rest when it is asked for."""
+
+import ast
+import importlib
+import sys
+import threading
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from litgpt_moe_ext.host import autoload
+from litgpt_moe_ext.host.lazy_imports.source import compiled, parse
+
+
+@dataclass(frozen=True)
+class Package:
+    """What can be had of a package before its `__init__` has run to the end.
+
+    Attributes:
+        names: Attributes that are imported from the submodules the `__init__` takes them from.
+        submodules: Submodules that can be imported, with their own submodules.
+        first: The submodule that is imported before all others, which rely on it.
+    """
+
+    names: frozenset[str]
+    submodules: tuple[str, ...]
+    first: str
+
+
+PACKAGES = {
+    "torchmetrics": Package(
+        names=frozenset({"Metric", "MetricCollection", "RunningMean"}),
+        submodules=("utilities", "metric", "collections", "aggregation", "wrappers"),
+        first="utilities",
+    ),
+    # What describes a model needs neither lightning nor what LitGPT trains and chats with.
+    "litgpt": Package(names=frozenset({"Config", "GPT"}), submodules=("config", "constants", "model"), first="model"),
+}
+
+
+def execute_split(module: ModuleType, loader: Any) -> None:
+    """Execute the first part of the `__init__` of one of `PACKAGES`, and arrange for the rest."""
+    tree = parse(module, loader)
+    if tree is None:
+        loader.exec_module(module)
+        return
+    split = _Split(module, tree, PACKAGES[module.__name__])
+    exec(split.now, module.__dict__)
+    autoload.before_submodules(module.__name__, split.before_submodule)
+
+
+class _Split:
+    """The `__init__` of a package in two parts: what loads nothing new, and the rest."""
+
+    def __init__(self, module: ModuleType, tree: ast.Module, package: Package) -> None:
+        self._module, self._package = module, package
+        later = _postponed(tree.body, module.__name__)
+        self.now = compiled(module, [node for node in tree.body if node not in later])
+        self._later = compiled(module, later)
+        self._homes = {
+            alias.asname or alias.name: (node.module, alias.name)
+            for node in later
+            if isinstance(node, ast.ImportFrom) and node.module
+            for alias in node.names
+        }
+        self._lock = threading.RLock()
+        self._completed_by: int | None = None
+        module.__dict__.update(__getattr__=self._getattr, __dir__=self._dir)
+
+    def before_submodule(self, submodule: str) -> None:
+        """Run what the import of `submodule` may rely on."""
+        # Another thread that completes the package may wait for this submodule, so this must not wait for it.
+        if self._completed_by is not None:
+            return
+        top = submodule.partition(".")[0]
+        if top not in self._package.submodules:
+            self._complete()
+        elif top != self._package.first:
+            self._import(self._package.first)
+
+    def _getattr(self, name: str) -> Any:
+        if self._completed_by is None and name in self._package.names and name in self._homes:
+            home, original_name = self._homes[name]
+            self._import(self._package.first)
+            value = self._module.__dict__[name] = getattr(importlib.import_module(home), original_name)
+            return value
+        # Names like `__wrapped__` are asked for by whoever inspects a module; the package has none of them to offer.
+        if not (name.startswith("__") and name.endswith("__")):
+            self._complete()
+            if name in self._module.__dict__:
+                return self._module.__dict__[name]
+        raise AttributeError(f"module {self._module.__name__!r} has no attribute {name!r}")
+
+    def _dir(self) -> list[str]:
+        self._complete()
+        return sorted(self._module.__dict__)
+
+    def _import(self, submodule: str) -> None:
+        importlib.import_module(f"{self._module.__name__}.{submodule}")
+
+    def _complete(self) -> None:
+        if self._completed_by == threading.get_ident():
+            return
+        # A submodule on its way that asks for more than it should is answered as in any circular import: running the
+        # rest now would meet it half done.
+        if any(self._is_half_done(submodule) for submodule in self._package.submodules):
+            return
+        with self._lock:
+            if "__getattr__" not in self._module.__dict__:
+                return
+            self._completed_by = threading.get_ident()
+            try:
+                exec(self._later, self._module.__dict__)
+            finally:
+                self._completed_by = None
+            del self._module.__dict__["__getattr__"], self._module.__dict__["__dir__"]
+            autoload.before_submodules(self._module.__name__, None)
+
+    def _is_half_done(self, submodule: str) -> bool:
+        """Whether this thread is in the middle of importing `submodule`; wait if another one is."""
+        name = f"{self._module.__name__}.{submodule}"
+        if _is_initializing(name):
+            # The import system waits for another thread, but not for the one that asks.
+            importlib.import_module(name)
+        return _is_initializing(name)
+
+
+def _is_initializing(name: str) -> bool:
+    return bool(getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False))
+
+
+def _postponed(body: list[ast.stmt], package: str) -> list[ast.stmt]:
+    """Return the statements that import what is not loaded yet, and those that use names which such ones bind."""
+    postponed, names = [], set[str]()
+    for statement in body:
+        nodes = list(ast.walk(statement))
+        if not names.intersection(node.id for node in nodes if isinstance(node, ast.Name)) and not any(
+            _loads_something(node, package) for node in nodes
+        ):
+            continue
+        postponed.append(statement)
+        for node in nodes:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names.update(alias.asname or alias.name.partition(".")[0] for alias in node.names)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+    return postponed
+
+
+def _loads_something(node: ast.AST, package: str) -> bool:
+    if isinstance(node, ast.Import):
+        return any(alias.name not in sys.modules for alias in node.names)
+    if not isinstance(node, ast.ImportFrom) or node.names[0].name == "*":
+        # The names behind a star are not known, so they cannot wait.
+        return False
+    return bool(node.level) or node.module == package or node.module not in sys.modules
