@@ -99,6 +99,7 @@ class HookedLoop:
         self._eval: litgpt.args.EvalArgs
         self._validated_step: int | None = None
         self._means = TokenMeans(fabric.world_size)
+        self._graphs = CudaGraphs(equipment.graphs, fabric.print)
         self._batches = StepBatches(self._targets, self._accumulation, fabric.world_size)
         fabric.add_callback(self._batches)
         fabric.add_callback(self._means.corpora)
@@ -118,8 +119,31 @@ class HookedLoop:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Put the hooks into `litgpt.pretrain` for the time of the scope."""
-        original_fit = litgpt.pretrain.fit
+        cross_entropy = litgpt.pretrain.chunked_cross_entropy
+        if self._equipment.fused_loss is not None:
+            cross_entropy = self._equipment.fused_loss.wrap(cross_entropy)
+        hooks: dict[str, Any] = {
+            "fit": self._watched(litgpt.pretrain.fit),
+            "save_checkpoint": self.writer.save_checkpoint,
+            "CycleIterator": self._cycle_iterator(litgpt.pretrain.CycleIterator),
+            "save_hyperparameters": lambda _function, directory: hyperparameters.save(self._plan.plain, directory),
+            "find_resume_path": lambda *_: self._start.resume_file or False,
+            "get_lr": self._learning_rate,
+            "measure_flops": self._measure_flops,
+            "get_dataloaders": self._adaptable(litgpt.pretrain.get_dataloaders),
+            "instantiate_torch_optimizer": self._equipment.optimization.make_optimizer,
+            "chunked_cross_entropy": self._means.wrap_loss(self._graphs.wrap(cross_entropy)),
+            "validate": self._noted(self._means.wrap_validation(litgpt.pretrain.validate)),
+            "RunningMean": RunningMean,
+        }
+        originals = {name: getattr(litgpt.pretrain, name) for name in hooks}
+        vars(litgpt.pretrain).update(hooks)
+        try:
+            yield
+        finally:
+            vars(litgpt.pretrain).update(originals)
 
+    def _watched(self, original: Callable[..., None]) -> Callable[..., None]:
         def fit(*args: Any, **kwargs: Any) -> None:
             self.fabric.state = kwargs["state"]
             self._eval = kwargs["eval"]
@@ -127,10 +151,10 @@ class HookedLoop:
             self._batches.counts = can_pad(kwargs["train_dataloader"])
             first_iteration = self.fabric.state["iter_num"]
             self.fabric.call("on_fit_begin", resume_dir=self._start.resume_dir)
-            deferring = graphs.deferring(self.fabric.state["model"], self.fabric.strategy.precision)
+            deferring = self._graphs.deferring(self.fabric.state["model"], self.fabric.strategy.precision)
             try:
                 with self._stop_requests.listening(), deferring:
-                    original_fit(*args, **kwargs)
+                    original(*args, **kwargs)
             except Exception:
                 if self._limits_reached:
                     # Validation failed after the last step: the training must not be lost with it.
@@ -143,9 +167,12 @@ class HookedLoop:
                 # LitGPT's measurement of FLOPs leaves the scale of a loss without data where no step followed it.
                 forget_scale()
 
+        return fit
+
+    def _cycle_iterator(self, original: type) -> type:
         loop = self
 
-        class CycleIterator(litgpt.pretrain.CycleIterator):
+        class CycleIterator(original):
             def __next__(self) -> Any:
                 loop._between_iterations()
                 batch = loop._batches.next(super().__next__, loop.fabric.state["iter_num"])
@@ -154,33 +181,10 @@ class HookedLoop:
                 random_state.settle(loop.fabric, loop._plan.settings.seed)
                 loop._means.weights = batch.weights
                 loop.fabric.call("on_batch", batch=batch.data, waited=batch.waited)
-                graphs.expect_batch()
+                loop._graphs.expect_batch()
                 return batch.data
 
-        cross_entropy = litgpt.pretrain.chunked_cross_entropy
-        if self._equipment.fused_loss is not None:
-            cross_entropy = self._equipment.fused_loss.wrap(cross_entropy)
-        graphs = CudaGraphs(self._equipment.graphs, self.fabric.print)
-        hooks: dict[str, Any] = {
-            "fit": fit,
-            "save_checkpoint": self.writer.save_checkpoint,
-            "CycleIterator": CycleIterator,
-            "save_hyperparameters": lambda _function, directory: hyperparameters.save(self._plan.plain, directory),
-            "find_resume_path": lambda *_: self._start.resume_file or False,
-            "get_lr": self._learning_rate,
-            "measure_flops": self._measure_flops,
-            "get_dataloaders": self._adaptable(litgpt.pretrain.get_dataloaders),
-            "instantiate_torch_optimizer": self._equipment.optimization.make_optimizer,
-            "chunked_cross_entropy": self._means.wrap_loss(graphs.wrap(cross_entropy)),
-            "validate": self._noted(self._means.wrap_validation(litgpt.pretrain.validate)),
-            "RunningMean": RunningMean,
-        }
-        originals = {name: getattr(litgpt.pretrain, name) for name in hooks}
-        vars(litgpt.pretrain).update(hooks)
-        try:
-            yield
-        finally:
-            vars(litgpt.pretrain).update(originals)
+        return CycleIterator
 
     def _noted(self, validate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def noted_validate(*args: Any, verbose: bool = True, **kwargs: Any) -> Tensor:

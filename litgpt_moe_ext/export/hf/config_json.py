@@ -210,27 +210,9 @@ def own(facts: Facts) -> _Json:
     config = facts.config
     frequencies, factor = facts.rope_tables
     scale = config.attention_scores_scalar or config.head_size
-    moe = {}
-    if facts.moe:
-        moe = {
-            "moe_intermediate_size": config.moe_intermediate_size,
-            "shared_expert_intermediate_size": shared_width(facts) if facts.shared != "none" else 0,
-            "shared_expert_gate": facts.shared == "gated",
-            "num_experts": config.n_expert,
-            "num_experts_per_tok": config.n_expert_per_token,
-            "router": facts.router,
-            "router_score_function": facts.score,
-            "router_bias": facts.router_bias,
-            "gate_on_input": facts.gate_on_input,
-            "n_group": config.n_expert_groups or 1,
-            "topk_group": config.n_topk_groups or 1,
-            "topk_scores_per_group": config.n_topk_scores_per_group or 1,
-            "norm_topk_prob": facts.norm_topk,
-            "routed_scaling_factor": config.routed_scaling_factor,
-        }
     return (
         _sizes(facts)
-        | moe
+        | (_own_moe(facts) if facts.moe else {})
         | {
             "auto_map": {
                 "AutoConfig": f"{REMOTE_CODE}.LitGPTMoEConfig",
@@ -259,6 +241,26 @@ def own(facts: Facts) -> _Json:
             "lm_head_bias": facts.head_bias,
         }
     )
+
+
+def _own_moe(facts: Facts) -> _Json:
+    config = facts.config
+    return {
+        "moe_intermediate_size": config.moe_intermediate_size,
+        "shared_expert_intermediate_size": shared_width(facts) if facts.shared != "none" else 0,
+        "shared_expert_gate": facts.shared == "gated",
+        "num_experts": config.n_expert,
+        "num_experts_per_tok": config.n_expert_per_token,
+        "router": facts.router,
+        "router_score_function": facts.score,
+        "router_bias": facts.router_bias,
+        "gate_on_input": facts.gate_on_input,
+        "n_group": config.n_expert_groups or 1,
+        "topk_group": config.n_topk_groups or 1,
+        "topk_scores_per_group": config.n_topk_scores_per_group or 1,
+        "norm_topk_prob": facts.norm_topk,
+        "routed_scaling_factor": config.routed_scaling_factor,
+    }
 
 
 # What is applied to the gate of gated activations.

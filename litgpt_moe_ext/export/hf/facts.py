@@ -59,7 +59,7 @@ class Facts:
         free_head_size: Whether heads do not split the model width evenly.
         activation: `swiglu`, `clamped_swiglu`, `geglu`, `gelu`, `gelu_tanh`, `relu` or `relu2`.
         mlp_bias: Whether feed-forward layers have biases.
-        router: `none`, `topk`, `noisy_topk`, or a router without learning.
+        router: `none`, `topk` or `noisy_topk`.
         score: `none`, `sigmoid` or `softmax`.
         gate_on_input: Whether gate values multiply what experts get.
         router_bias: Whether the gate has a bias that learns.
@@ -134,27 +134,8 @@ def facts_of(config: "Config", state: "dict[str, Tensor]") -> Facts:
     Raises:
         SettingsError: If the model has something that nothing here can export; the message names the setting.
     """
-    for name, unused in _UNSUPPORTED.items():
-        value = getattr(config, name)
-        if value != unused and not (unused is None and not value):
-            raise SettingsError(f"model_config.{name}: {value!r} must be {unused!r} for an export; train without it")
-    if config.mlp_class_name not in (*MOE_CLASS_NAMES, *_DENSE):
-        raise SettingsError(
-            f"model_config.mlp_class_name: {config.mlp_class_name} must be one of "
-            f"{', '.join((*MOE_CLASS_NAMES, *_DENSE))} for an export"
-        )
-    if config.rope_n_elem % 2:
-        raise SettingsError(f"model_config.rotary_percentage: {config.rope_n_elem} rotated elements must be even")
-    if rope_kind(config.rope_adjustments) == "dynamic":
-        raise SettingsError(
-            "model_config.rope_adjustments.dynamic: true must be left out for an export: classes disagree on which "
-            "length chooses the base"
-        )
+    _require_exportable(config)
     moe, latent = config.mlp_class_name in MOE_CLASS_NAMES, config.latent_attention is not None
-    if moe and config.router_type not in _ROUTERS:
-        raise SettingsError(
-            f"model_config.router_type: {config.router_type} must be one of {', '.join(_ROUTERS)} for an export"
-        )
     return Facts(
         config=config,
         attention="latent" if latent else "grouped",
@@ -187,6 +168,29 @@ def facts_of(config: "Config", state: "dict[str, Tensor]") -> Facts:
         head_bias=config.lm_head_bias,
         scale="head" if config.attention_scores_scalar in (None, _score_size(config)) else "other",
     )
+
+
+def _require_exportable(config: "Config") -> None:
+    for name, unused in _UNSUPPORTED.items():
+        value = getattr(config, name)
+        if value != unused and not (unused is None and not value):
+            raise SettingsError(f"model_config.{name}: {value!r} must be {unused!r} for an export; train without it")
+    if config.mlp_class_name not in (*MOE_CLASS_NAMES, *_DENSE):
+        raise SettingsError(
+            f"model_config.mlp_class_name: {config.mlp_class_name} must be one of "
+            f"{', '.join((*MOE_CLASS_NAMES, *_DENSE))} for an export"
+        )
+    if config.rope_n_elem % 2:
+        raise SettingsError(f"model_config.rotary_percentage: {config.rope_n_elem} rotated elements must be even")
+    if rope_kind(config.rope_adjustments) == "dynamic":
+        raise SettingsError(
+            "model_config.rope_adjustments.dynamic: true must be left out for an export: classes disagree on which "
+            "length chooses the base"
+        )
+    if config.mlp_class_name in MOE_CLASS_NAMES and config.router_type not in _ROUTERS:
+        raise SettingsError(
+            f"model_config.router_type: {config.router_type} must be one of {', '.join(_ROUTERS)} for an export"
+        )
 
 
 def leading_dense_layers(config: "Config") -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from litgpt_moe_ext.field_types import NonNegativeInt, PositiveFloat, PositiveInt
 
 if TYPE_CHECKING:
+    from litgpt_moe_ext.study import plan
     from litgpt_moe_ext.study.launch import Limits
 
 
@@ -44,7 +45,7 @@ class Study:
 
     def run(self) -> int:
         """Train what is missing and write the page."""
-        from litgpt_moe_ext.cli.output import print_table, write_text
+        from litgpt_moe_ext.cli.output import write_text
         from litgpt_moe_ext.cli.paths import check_path
         from litgpt_moe_ext.errors import SettingsError
         from litgpt_moe_ext.study.launch import check, is_finished, slurm_script, train
@@ -78,19 +79,7 @@ class Study:
         finished = [run for run in runs if is_finished(runs_dir, run)]
         missing = len(runs) - len(finished)
         if finished:
-            from litgpt_moe_ext.study.compare import grouped
-            from litgpt_moe_ext.study.page import COLUMNS, rows, study_page, verdicts
-            from litgpt_moe_ext.study.results import csv_text, read_results
-
-            results = read_results(finished, runs_dir)
-            write_text(out_dir / "results.csv", csv_text(results))
-            write_text(out_dir / "report.html", study_page(study, results, missing, command))
-            # The page has the other columns; a terminal would break them within words.
-            shown = [COLUMNS.index(name) for name in ("arm", "seeds", "validation loss", COLUMNS[5])]
-            cells = [[row[i] for i in shown] for row in rows(study, grouped(results))]
-            print_table(study.question or study.name, [COLUMNS[i] for i in shown], cells)
-            print(*verdicts(study, results), sep="\n")
-            print(f"Wrote {out_dir / 'report.html'} and results.csv beside it")
+            _write_page(study, finished, out_dir, command)
         print(f"{len(finished)} of {len(runs)} runs are finished" + (f"; `{command}` goes on" if missing else ""))
         return int(missing > 0)
 
@@ -104,3 +93,20 @@ class Study:
         gpus = torch.cuda.device_count()
         jobs = self.jobs or gpus or count_cores()
         return Limits(Places(jobs, gpus), None if self.device_minutes is None else 60 * self.device_minutes)
+
+
+def _write_page(study: "plan.Study", finished: "list[plan.Run]", out_dir: Path, command: str) -> None:
+    from litgpt_moe_ext.cli.output import print_table, write_text
+    from litgpt_moe_ext.study.compare import grouped
+    from litgpt_moe_ext.study.page import COLUMNS, rows, study_page, verdicts
+    from litgpt_moe_ext.study.results import csv_text, read_results
+
+    results = read_results(finished, out_dir / "runs")
+    write_text(out_dir / "results.csv", csv_text(results))
+    write_text(out_dir / "report.html", study_page(study, results, len(study.runs) - len(finished), command))
+    # The page has the other columns; a terminal would break them within words.
+    shown = [COLUMNS.index(name) for name in ("arm", "seeds", "validation loss", COLUMNS[5])]
+    cells = [[row[i] for i in shown] for row in rows(study, grouped(results))]
+    print_table(study.question or study.name, [COLUMNS[i] for i in shown], cells)
+    print(*verdicts(study, results), sep="\n")
+    print(f"Wrote {out_dir / 'report.html'} and results.csv beside it")
