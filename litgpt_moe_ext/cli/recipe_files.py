@@ -10,8 +10,8 @@ from jsonargparse import get_loader
 
 from litgpt_moe_ext.errors import SettingsError, did_you_mean_recipe, one_line
 
+# How deep the nodes of a recipe may lie in one another, and how many it may have with every alias written out.
 _DEEPEST, _LARGEST = 50, 100_000
-"""How deep the nodes of a recipe may lie in one another, and how many it may have with every alias written out."""
 
 _TEXT_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 

@@ -5,6 +5,7 @@ Here the step is left out or the run ended before the weights change, and what l
 the step, where the data stood, and the random generators.
 """
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Callable
@@ -62,7 +63,7 @@ class GradientGuard(Callback):
         if norm is None:
             return
         value = float(norm)
-        finite = value == value and value != float("inf")
+        finite = math.isfinite(value)
         if not finite and scaled:
             # The gradient scaler tries a smaller scale, and leaves the step out itself.
             forget_step(routers_of(module).values())
