@@ -273,6 +273,7 @@ def test_a_streaming_cache_may_be_as_long_as_the_context(make_config: Any) -> No
         ({**STREAMING, "streaming_cache_window": 29}, "33 tokens together, .* use at most 28"),
         ({**STREAMING, **DOCUMENTS}, "streaming_cache_window: 8 does not go with attention_document_boundary: 'eos'"),
         ({**STREAMING, **LEARNED}, "streaming_cache_window: 8 does not go with position_embedding: 'learned'"),
+        ({"clip_qkv": 1.0, "norm_qk": True}, "clip_qkv: 1.0 does not go with norms of single heads; set norm_qk_type"),
         ({"attention_class_name": None, "attention_dropout": 0.1}, "attention_dropout: 0.1 would be ignored because"),
         ({"rope_adjustments": {"factor": 2.0, "dynamic": True}}, "lacks original_max_seq_len; dynamic NTK needs it"),
         ({"rope_adjustments": {**YARN, "dynamic": True}}, "dynamic: True does not go with beta_fast, beta_slow"),

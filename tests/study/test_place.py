@@ -12,15 +12,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from litgpt.utils import save_config
 
 from litgpt_moe_ext import __version__
 from litgpt_moe_ext.inspect.runs.logs import TOKENS, RunLog
+from litgpt_moe_ext.model_size import count_flops, count_parameters
 from litgpt_moe_ext.study import launch, place
 from litgpt_moe_ext.study.launch import Limits
 from litgpt_moe_ext.study.page import COLUMNS, grouped, rows, study_page, verdicts
 from litgpt_moe_ext.study.place import Places, TrainedOn, code_version
 from litgpt_moe_ext.study.plan import Run, Study, load_study
-from litgpt_moe_ext.study.results import Result, csv_text
+from litgpt_moe_ext.study.results import Result, csv_text, read_results
+from tests.models import moe_config
 
 H100 = "NVIDIA H100"
 
@@ -170,6 +173,20 @@ def test_what_a_run_reached(tmp_path):
     assert reached.curve("loss").seconds[0] == pytest.approx(100 / 10)
     assert (reached.late_max_vio, reached.even_after) == (pytest.approx(0.05), 400)
     assert reached.late_load_vio == pytest.approx(0.2), "the mean loads of the first layer are 1.1 and 0.9"
+
+
+def test_costs_are_those_of_the_checkpoint(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("{}")
+    run, config = Run("a", {}, 1, tmp_path / "recipe.yaml", {}), moe_config()
+    final = tmp_path / run.key / "final"
+    final.mkdir(parents=True)
+    save_config(config, final)
+    (final / "hyperparameters.yaml").write_text("train: {max_seq_length: 16}")
+    (final.parent / "finished.json").write_text("{}")
+    (final.parent / "metrics-wide.csv").write_text("step,total_tokens,loss\n1,100,3.0\n")
+    (reached,) = read_results([run], tmp_path)
+    assert reached.parameters == count_parameters(config).active
+    assert reached.flops_per_token == count_flops(config, 16, training=True) / 16
 
 
 def page_of(tmp_path, trained_on):
