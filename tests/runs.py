@@ -103,6 +103,14 @@ def train(*arguments: str | Path) -> int:
     return main([str(argument) for argument in arguments])
 
 
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """Return how training says that a setting is wrong."""
+    assert train(*arguments) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
 def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Return the weights in a checkpoint of a run."""
     return torch.load(checkpoint / "lit_model.pth", weights_only=True)["model"]

@@ -142,13 +142,12 @@ def read_tokenizer(checkpoint_dir: Path, vocab_size: int) -> "Tokenizer | None":
     Raises:
         SettingsError: If it cannot be opened, or has ids that the model has no embedding for.
     """
-    from litgpt_moe_ext.data.tokenizer.opening import vocabulary_size
+    from litgpt_moe_ext.data.tokenizer.opening import vocabulary_size_of
 
     if not any((checkpoint_dir / name).is_file() for name in VOCABULARY_FILES):
         return None
     tokenizer = load_tokenizer(checkpoint_dir)
-    processor: Any = tokenizer.processor
-    size = vocabulary_size(processor) if tokenizer.backend == "huggingface" else tokenizer.vocab_size
+    size = vocabulary_size_of(tokenizer)
     if size > vocab_size:
         raise SettingsError(
             f"checkpoint_dir: the tokenizer in {str(checkpoint_dir)!r} has ids up to {size - 1}, but the model only "

@@ -103,87 +103,122 @@ def _wrap_main(loop: Any, choose: Callable[[dict[str, Any]], Counted | None]) ->
         if counted is None:
             return original(*args, **kwargs)
         accumulation = given["train"].gradient_accumulation_iters(given["devices"], given["num_nodes"])
-        with _weighed(loop, given["fabric"], counted, accumulation):
+        with _Weighing(loop, given["fabric"], counted, accumulation).installed():
             return original(*args, **kwargs)
 
     loop.main = main
 
 
-@contextlib.contextmanager
-def _weighed(loop: Any, fabric: Any, counted: Counted, accumulation: int) -> Iterator[None]:
-    """Replace names of a loop of LitGPT by those that average over tokens, for the time of the scope."""
-    import torch
+class _Weighing:
+    """Averages over tokens in the place of what a loop of LitGPT averages over micro-batches and ranks.
 
-    from litgpt_moe_ext.moe.gradient_injection import remember_scale
-    from litgpt_moe_ext.training.steps import losses
-    from litgpt_moe_ext.training.steps.batches import StepBatches, unwrapped
+    Args:
+        loop: Its module, whose names are replaced for the time of `installed`.
+        fabric: What it trains with.
+        counted: Returns which tokens of a batch count, one tensor for each kind of loss.
+        accumulation: Micro-batches of a step on each rank.
+    """
 
-    means = losses.TokenMeans(fabric.world_size)
-    batches = StepBatches(lambda fetched: counted(fetched[0]), accumulation, fabric.world_size)
-    batches.counts = True
-    # Without the plugin's mark, which would tell auxiliary losses the weight of the targets.
-    weigh = means.wrap_loss(inspect.unwrap(loop.chunked_cross_entropy))
+    def __init__(self, loop: Any, fabric: Any, counted: Counted, accumulation: int) -> None:
+        from litgpt_moe_ext.training.steps.batches import StepBatches
+        from litgpt_moe_ext.training.steps.losses import TokenMeans
 
-    def chunked_cross_entropy(*args: Any, **kwargs: Any) -> Tensor:
-        loss = weigh(*args, **kwargs)
-        return remember_scale(loss, None if means.weights is None else means.weights()[-1])
+        self._loop, self._fabric, self._first_iteration = loop, fabric, 0
+        self._means = TokenMeans(fabric.world_size)
+        self._batches = StepBatches(lambda fetched: counted(fetched[0]), accumulation, fabric.world_size)
+        self._batches.counts = True
 
-    class CycleIterator:
-        """LitGPT's, a step ahead of the loop."""
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Replace names of the loop for the time of the scope."""
+        loop, fabric = self._loop, self._fabric
+        hooks = {
+            "fit": self._fit(loop.fit),
+            "CycleIterator": self._cycle_iterator(loop.CycleIterator),
+            "RunningMean": self._running_mean(),
+            "chunked_cross_entropy": self._cross_entropy(loop.chunked_cross_entropy),
+            "validate": self._means.wrap_validation(loop.validate),
+        }
+        originals = {name: getattr(loop, name) for name in hooks}
+        vars(loop).update(hooks)
+        fabric.log_dict = self._log_dict(fabric.log_dict)
+        try:
+            yield
+        finally:
+            vars(loop).update(originals)
+            del fabric.log_dict
 
-        def __init__(self, iterable: Any) -> None:
-            self.epoch = 0
-            self._iterations = start
-            self._source = source = originals["CycleIterator"](iterable)
-            self._fetch = lambda: (next(source), source.epoch)
+    def _fit(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        from litgpt_moe_ext.training.steps.batches import unwrapped
 
-        def __iter__(self) -> Iterator[Any]:
-            return self
+        def fit(*args: Any, **kwargs: Any) -> Any:
+            # Pretraining goes on where its data stands; finetuning goes through all of it again.
+            goes_on = hasattr(unwrapped(kwargs["train_dataloader"]), "state_dict")
+            self._first_iteration = kwargs["state"]["iter_num"] if goes_on else 0
+            return original(*args, **kwargs)
 
-        def __next__(self) -> Any:
-            batch = batches.next(self._fetch, self._iterations)
-            self._iterations += 1
-            means.weights = batch.weights
-            data, self.epoch = batch.data
-            return data
+        return fit
 
-    class RunningMean(losses.RunningMean):
-        """The mean over the tokens of the last micro-batches, on all ranks; LitGPT logs the first rank's."""
+    def _cycle_iterator(self, original: type) -> type:
+        weighing = self
 
-        def update(self, loss: Tensor) -> None:
-            assert means.weights is not None
-            super().update(torch.stack([loss, means.weights()[0].to(loss.dtype)]))
+        class CycleIterator:
+            """LitGPT's, a step ahead of the loop."""
 
-        def compute(self) -> Tensor:
-            loss, weight = fabric.all_reduce(super().compute(), reduce_op="mean")
-            return loss / weight.clamp(min=torch.finfo(weight.dtype).tiny)
+            def __init__(self, iterable: Any) -> None:
+                self.epoch = 0
+                self._iterations = weighing._first_iteration
+                source = original(iterable)
+                self._fetch = lambda: (next(source), source.epoch)
 
-    start = 0
+            def __iter__(self) -> Iterator[Any]:
+                return self
 
-    def fit(*args: Any, **kwargs: Any) -> Any:
-        nonlocal start
-        # Pretraining goes on where its data stands; finetuning goes through all of it again.
-        start = kwargs["state"]["iter_num"] if hasattr(unwrapped(kwargs["train_dataloader"]), "state_dict") else 0
-        return originals["fit"](*args, **kwargs)
+            def __next__(self) -> Any:
+                batch = weighing._batches.next(self._fetch, self._iterations)
+                self._iterations += 1
+                weighing._means.weights = batch.weights
+                data, self.epoch = batch.data
+                return data
 
-    def log_dict(metrics: dict[str, Any], step: int | None = None) -> None:
-        metrics = dict(metrics)
-        batches.on_log(metrics)
-        log(metrics, step=step)
+        return CycleIterator
 
-    log = fabric.log_dict
-    hooks = {
-        "fit": fit,
-        "CycleIterator": CycleIterator,
-        "RunningMean": RunningMean,
-        "chunked_cross_entropy": chunked_cross_entropy,
-        "validate": means.wrap_validation(loop.validate),
-    }
-    originals = {name: getattr(loop, name) for name in hooks}
-    vars(loop).update(hooks)
-    fabric.log_dict = log_dict
-    try:
-        yield
-    finally:
-        vars(loop).update(originals)
-        del fabric.log_dict
+    def _running_mean(self) -> type:
+        import torch
+
+        from litgpt_moe_ext.training.steps.losses import RunningMean as PlainMean
+
+        means, fabric = self._means, self._fabric
+
+        class RunningMean(PlainMean):
+            """The mean over the tokens of the last micro-batches, on all ranks; LitGPT logs the first rank's."""
+
+            def update(self, loss: Tensor) -> None:
+                assert means.weights is not None
+                super().update(torch.stack([loss, means.weights()[0].to(loss.dtype)]))
+
+            def compute(self) -> Tensor:
+                loss, weight = fabric.all_reduce(super().compute(), reduce_op="mean")
+                return loss / weight.clamp(min=torch.finfo(weight.dtype).tiny)
+
+        return RunningMean
+
+    def _cross_entropy(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        from litgpt_moe_ext.moe.gradient_injection import remember_scale
+
+        # Without the plugin's mark, which would tell auxiliary losses the weight of the targets.
+        weigh = self._means.wrap_loss(inspect.unwrap(original))
+
+        def chunked_cross_entropy(*args: Any, **kwargs: Any) -> Tensor:
+            loss = weigh(*args, **kwargs)
+            return remember_scale(loss, None if self._means.weights is None else self._means.weights()[-1])
+
+        return chunked_cross_entropy
+
+    def _log_dict(self, original: Callable[..., None]) -> Callable[..., None]:
+        def log_dict(metrics: dict[str, Any], step: int | None = None) -> None:
+            metrics = dict(metrics)
+            self._batches.on_log(metrics)
+            original(metrics, step=step)
+
+        return log_dict

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from litgpt_moe_ext.config.litgpt_fields import RANGES, check_ranges
 from litgpt_moe_ext.durable import WRITE_TEST
@@ -221,7 +221,7 @@ def open_tokenizer(tokenizer_dir: Path, padded_vocab_size: int) -> Tokenizer:
     """
     from litgpt.tokenizer import Tokenizer
 
-    from litgpt_moe_ext.data.tokenizer.opening import vocabulary_size
+    from litgpt_moe_ext.data.tokenizer.opening import vocabulary_size_of
 
     where = f"tokenizer_dir: {str(tokenizer_dir)!r}"
     try:
@@ -235,8 +235,7 @@ def open_tokenizer(tokenizer_dir: Path, padded_vocab_size: int) -> Tokenizer:
             f"{where} has no end-of-text token: documents could not be told apart, and generation would not stop. Add "
             '"eos_token" to its tokenizer_config.json.'
         )
-    processor: Any = tokenizer.processor
-    size = vocabulary_size(processor) if tokenizer.backend == "huggingface" else tokenizer.vocab_size
+    size = vocabulary_size_of(tokenizer)
     if size > padded_vocab_size:
         raise SettingsError(
             f"{where} has ids up to {size - 1}, beyond the model's padded_vocab_size: {padded_vocab_size}; set "

@@ -11,6 +11,7 @@ from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
 from litgpt_moe_ext.moe.router import Routing
 from tests.gpu.card import no_waits, require_bfloat16
 from tests.models import moe_config, randomize
+from tests.moe.gradients import exact, run
 
 pytestmark = pytest.mark.gpu
 
@@ -39,25 +40,6 @@ def make_routing(device, T, K, E):
         scores[:, -1] = -1
     experts = scores.topk(K, dim=1).indices
     return Routing(torch.rand(T, K, device=device), experts, torch.bincount(experts.flatten(), minlength=E))
-
-
-def run(experts, backend, x, routing, upstream):
-    experts.forced_backend = backend
-    experts.zero_grad()
-    x = x.detach().requires_grad_()
-    routing = routing._replace(weights_TK=routing.weights_TK.detach().requires_grad_())
-    y = experts(x, routing)
-    y.backward(upstream)
-    gradients = {name: parameter.grad.clone() for name, parameter in experts.named_parameters()}
-    return {"y": y.detach(), "x": x.grad, "gates": routing.weights_TK.grad, **gradients}
-
-
-def exact(experts, x, routing, upstream):
-    doubled = routing._replace(weights_TK=routing.weights_TK.double())
-    kept = {name: parameter.detach().clone() for name, parameter in experts.named_parameters()}
-    truth = run(experts.double(), "loop", x.double(), doubled, upstream.double())
-    experts.to(x.dtype).load_state_dict(kept)
-    return truth
 
 
 def error(ours, truth):

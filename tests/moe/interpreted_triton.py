@@ -25,6 +25,7 @@ from litgpt_moe_ext.moe.kernels.triton.biases import add_biases
 from litgpt_moe_ext.moe.kernels.triton.rows import multiply_rows
 from litgpt_moe_ext.moe.kernels.triton.weights import sum_outer_products
 from litgpt_moe_ext.moe.router import Routing
+from tests.moe.gradients import exact, run
 
 EXAMPLES = int(os.environ.get("TRITON_EXAMPLES", "3"))
 # Between them and the other tests, whose experts are `swiglu`, the first ones have everything.
@@ -48,26 +49,6 @@ def make_routing(T, K, E, only=None):
     experts = torch.stack([allowed[torch.randperm(len(allowed))[:K]] for _ in range(T)]) if T else torch.empty(0, K)
     experts = experts.long()
     return Routing(torch.rand(T, K), experts, torch.bincount(experts.flatten(), minlength=E))
-
-
-def run(experts, backend, x, routing, upstream):
-    experts.forced_backend = backend
-    experts.zero_grad()
-    x = x.detach().requires_grad_()
-    routing = routing._replace(weights_TK=routing.weights_TK.detach().requires_grad_())
-    y = experts(x, routing)
-    y.backward(upstream)
-    gradients = {name: parameter.grad for name, parameter in experts.named_parameters()}
-    return {"y": y.detach(), "x": x.grad, "gates": routing.weights_TK.grad, **gradients}
-
-
-def exact(experts, x, routing, upstream):
-    """Return what float64 gives for the same numbers."""
-    parameters = {name: parameter.detach().clone() for name, parameter in experts.named_parameters()}
-    double = run(experts.double(), "loop", x.double(), routing._replace(weights_TK=routing.weights_TK.double()),
-                 upstream.double())  # fmt: skip
-    experts.to(x.dtype).load_state_dict(parameters)
-    return double
 
 
 def error(ours, truth):

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from litgpt_moe_ext.moe.balancing import update_routers
 from litgpt_moe_ext.moe.gradient_injection import forget_scale, remember_scale
 from litgpt_moe_ext.moe.kernels import fused_router
 from litgpt_moe_ext.moe.kernels.plan import sort_rows
 from litgpt_moe_ext.moe.layer import MoE
+from litgpt_moe_ext.moe.metrics import load_metrics
 from tests.models import moe_config, randomize
 
 BALANCING = {"router_load_balancing_loss_coef": 0.05}
@@ -101,3 +103,16 @@ def compare_layer(name, backend, size, padded, device):
         y.backward(upstream)
         results.append({"y": y, "x": leaf.grad} | {name: p.grad for name, p in moe.named_parameters()})
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def max_violations(model, lr, steps):
+    """Train a model on random tokens; return MaxVio of the first step, and its mean over the last 20."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    history = []
+    for _ in range(steps):
+        ids = torch.randint(0, 64, (8, 33))
+        F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(load_metrics(model)["moe/max_vio"])
+    return history[0], sum(history[-20:]) / 20

@@ -5,7 +5,6 @@ import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from litgpt_moe_ext.moe.balancing import Tally, scheduled_rate, updated_bias
@@ -18,6 +17,7 @@ from litgpt_moe_ext.moe.metrics import (
     routers_of,
 )
 from tests.models import initialized_model, moe_config, noisy_config, randomize
+from tests.moe.routers import max_violations
 
 
 def make_moe(**settings):
@@ -189,15 +189,7 @@ def train_collapsed(rate: float, steps: int) -> tuple[float, float]:
     model = initialized_model(moe_config(router_bias_update_rate=rate, norm_topk_prob=True))
     for router in routers_of(model).values():
         router.e_score_correction_bias[:2] = 0.5
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    history = []
-    for _ in range(steps):
-        ids = torch.randint(0, 64, (8, 33))
-        F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        history.append(load_metrics(model)["moe/max_vio"])
-    return history[0], sum(history[-20:]) / 20
+    return max_violations(model, 1e-3, steps)
 
 
 def test_a_collapsed_router_recovers():

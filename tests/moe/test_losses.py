@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from litgpt_moe_ext.moe.balancing import update_routers
@@ -21,7 +20,7 @@ from litgpt_moe_ext.moe.losses import (
 )
 from litgpt_moe_ext.moe.metrics import load_metrics, routers_of
 from tests.models import initialized_model, moe_config, noisy_config, randomize
-from tests.moe.routers import RULES, make_gate
+from tests.moe.routers import RULES, make_gate, max_violations
 
 
 @pytest.fixture(autouse=True)
@@ -249,16 +248,9 @@ def train_collapsed(coef: float, steps: int) -> float:
         model.transformer.wte.weight[:, 0] = 1.0
         for router in routers_of(model).values():
             router.weight[:2, 0] = 3.0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3)
-    history = []
-    for _ in range(steps):
-        ids = torch.randint(0, 64, (8, 33))
-        F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        history.append(load_metrics(model)["moe/max_vio"])
-    assert history[0] > 2.5
-    return sum(history[-20:]) / 20
+    first, last = max_violations(model, 6e-3, steps)
+    assert first > 2.5
+    return last
 
 
 def test_the_losses_balance_a_collapsed_router():

@@ -15,7 +15,7 @@ from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checkpoint import manifest
 from litgpt_moe_ext.training.checks import open_tokenizer
-from tests.runs import logged, train, weights_of
+from tests.runs import logged, refused, train, weights_of
 
 
 def test_a_run_from_start_to_generation(recipe, tmp_path, capsys):
@@ -303,22 +303,12 @@ def test_max_time_ends_with_a_final_checkpoint(recipe, tmp_path):
 class TestWrongInputs:
     """One clear message, exit status 2, and nothing lost."""
 
-    def refused(self, capsys, *arguments: str | Path) -> str:
-        try:
-            status = train(*arguments)
-        except SystemExit as error:  # jsonargparse's way
-            status = error.code
-        assert status == 2
-        error = capsys.readouterr().err
-        assert "Traceback" not in error
-        return error
-
     def test_missing_corpus(self, recipe, tmp_path, capsys):
         data = {
             "class_path": "litgpt_moe_ext.data.PythonStdlib",
             "init_args": {"source_path": str(tmp_path / "none"), "data_path": str(tmp_path / "d"), "vocab_size": 300},
         }
-        assert "source_path" in self.refused(capsys, "--config", recipe(data=data))
+        assert "source_path" in refused(capsys, "--config", recipe(data=data))
 
     def test_empty_corpus(self, recipe, tmp_path, capsys):
         (tmp_path / "empty").mkdir()
@@ -326,7 +316,7 @@ class TestWrongInputs:
             "class_path": "litgpt_moe_ext.data.PythonStdlib",
             "init_args": {"source_path": str(tmp_path / "empty"), "data_path": str(tmp_path / "d"), "vocab_size": 300},
         }
-        assert "source_path" in self.refused(capsys, "--config", recipe(data=data))
+        assert "source_path" in refused(capsys, "--config", recipe(data=data))
 
     def test_tokenizer_without_eos(self, recipe, tmp_path, capsys):
         folder = tmp_path / "tokenizer"
@@ -334,7 +324,7 @@ class TestWrongInputs:
         config = json.loads((folder / "tokenizer_config.json").read_text())
         del config["eos_token"]
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
-        error = self.refused(capsys, "--config", recipe(), "--tokenizer_dir", folder)
+        error = refused(capsys, "--config", recipe(), "--tokenizer_dir", folder)
         assert "has no end-of-text token" in error
         assert 'Add "eos_token"' in error
 
@@ -351,65 +341,65 @@ class TestWrongInputs:
 
     def test_tokenizer_larger_than_the_model(self, recipe, capsys):
         file = recipe(model_config={"vocab_size": 280, "padded_vocab_size": 280})
-        assert "300 tokens, more than the model's padded_vocab_size of 280" in self.refused(capsys, "--config", file)
+        assert "300 tokens, more than the model's padded_vocab_size of 280" in refused(capsys, "--config", file)
 
     def test_unknown_key(self, recipe, capsys):
-        assert "n_exprt" in self.refused(capsys, "--config", recipe(model_config={"n_exprt": 4}))
-        assert "trian" in self.refused(capsys, "--config", recipe(), "--trian.max_tokens", "3")
+        assert "n_exprt" in refused(capsys, "--config", recipe(model_config={"n_exprt": 4}))
+        assert "trian" in refused(capsys, "--config", recipe(), "--trian.max_tokens", "3")
 
     def test_unknown_class(self, recipe, capsys):
-        error = self.refused(capsys, "--config", recipe(model_config={"mlp_class_name": "SharedExprtMoE"}))
+        error = refused(capsys, "--config", recipe(model_config={"mlp_class_name": "SharedExprtMoE"}))
         assert "SharedExprtMoE" in error
         assert "SharedExpertMoE" in error
 
     def test_contradictory_model(self, recipe, capsys):
-        error = self.refused(capsys, "--config", recipe(model_config={"n_expert_per_token": 9}))
+        error = refused(capsys, "--config", recipe(model_config={"n_expert_per_token": 9}))
         assert "n_expert_per_token: 9 must be an integer from 1 to 8" in error
 
     def test_unwritable_out_dir(self, recipe, tmp_path, capsys):
         (tmp_path / "file").write_text("in the way")
-        assert "out_dir" in self.refused(capsys, "--config", recipe(), "--out_dir", tmp_path / "file" / "out")
+        assert "out_dir" in refused(capsys, "--config", recipe(), "--out_dir", tmp_path / "file" / "out")
 
     def test_checkpoint_of_another_shape(self, recipe, finished, tmp_path, capsys):
         before = (finished(tmp_path / "out") / "final" / "lit_model.pth").read_bytes()
-        error = self.refused(capsys, "--config", recipe(model_config={"n_embd": 32}), "--resume", "auto")
+        error = refused(capsys, "--config", recipe(model_config={"n_embd": 32}), "--resume", "auto")
         assert "n_embd is 16 in the checkpoint and 32 now" in error
         assert (tmp_path / "out" / "final" / "lit_model.pth").read_bytes() == before
 
     def test_a_run_that_does_not_fit_its_checkpoint(self, recipe, finished, tmp_path, capsys):
         checkpoint = finished(tmp_path / "out", step=4) / "step-00000004"
         resume = ("--config", recipe(), "--resume", "auto")
-        error = self.refused(capsys, *resume, "--optimizer", "SGD")
+        error = refused(capsys, *resume, "--optimizer", "SGD")
         assert "holds the state of the optimizer AdamW, not of SGD" in error
-        error = self.refused(capsys, *resume, "--micro-batch-size", "3", "--global-batch-size", "3")
+        error = refused(capsys, *resume, "--micro-batch-size", "3", "--global-batch-size", "3")
         assert "makes batches of 3; the checkpoint stands after 16 sequences of its epoch" in error
-        error = self.refused(capsys, *resume, "--train.tie_embeddings", "true")
+        error = refused(capsys, *resume, "--train.tie_embeddings", "true")
         assert "does not fit the present settings" in error
         config = checkpoint / "model_config.yaml"
         config.write_text(config.read_text() + "foo: 1\n")
-        assert "found only damaged checkpoints" in self.refused(capsys, *resume)
+        assert "found only damaged checkpoints" in refused(capsys, *resume)
         for name in ("SHA256SUMS", "training_state.json"):  # as in a checkpoint of plain LitGPT
             (checkpoint / name).unlink()
-        assert "model_config.yaml cannot be read" in self.refused(capsys, *resume)
+        assert "model_config.yaml cannot be read" in refused(capsys, *resume)
 
     def test_unreadable_files(self, recipe, tmp_path, capsys):
         (tmp_path / "binary.yaml").write_bytes(b"\x9d\xff" * 100)
-        assert "not a text file" in self.refused(capsys, "--config", tmp_path / "binary.yaml")
+        assert "not a text file" in refused(capsys, "--config", tmp_path / "binary.yaml")
         folder = tmp_path / "tokenizer"
         folder.mkdir()
         (folder / "tokenizer.json").write_text("{")
-        error = self.refused(capsys, "--config", recipe(), "--tokenizer_dir", folder)
+        error = refused(capsys, "--config", recipe(), "--tokenizer_dir", folder)
         assert "cannot be opened" in error
 
     def test_weights_of_another_shape(self, recipe, finished, tmp_path, capsys):
         start = ("--initial_checkpoint_dir", finished(tmp_path / "out") / "final", "--out_dir", tmp_path / "other")
-        error = self.refused(capsys, "--config", recipe(model_config={"n_embd": 32}), *start)
+        error = refused(capsys, "--config", recipe(model_config={"n_embd": 32}), *start)
         assert "initial_checkpoint_dir" in error
         assert "n_embd is 16 in the checkpoint and 32 now" in error
 
     def test_nothing_to_resume(self, recipe, tmp_path, capsys):
-        assert "use --resume auto" in self.refused(capsys, "--config", recipe(), "--resume", "true")
-        error = self.refused(capsys, "--config", recipe(), "--resume", tmp_path / "nowhere")
+        assert "use --resume auto" in refused(capsys, "--config", recipe(), "--resume", "true")
+        error = refused(capsys, "--config", recipe(), "--resume", tmp_path / "nowhere")
         assert "is not a whole checkpoint: lit_model.pth is missing" in error
 
     def test_only_damaged_checkpoints(self, recipe, tmp_path, capsys):
@@ -417,7 +407,7 @@ class TestWrongInputs:
         folder.mkdir(parents=True)
         (folder / "lit_model.pth").write_bytes(b"not a checkpoint")
         (folder / "model_config.yaml").write_text("{}")
-        assert "found only damaged checkpoints" in self.refused(capsys, "--config", recipe(), "--resume", "auto")
+        assert "found only damaged checkpoints" in refused(capsys, "--config", recipe(), "--resume", "auto")
 
     def test_weights_that_are_damaged(self, recipe, tmp_path, capsys):
         folder, file = tmp_path / "weights", recipe()
@@ -427,12 +417,12 @@ class TestWrongInputs:
         content = (folder / "lit_model.pth").read_bytes()
         for damaged in (content[:2000], content.replace(bytes(100), bytes(99) + b"x", 1)):
             (folder / "lit_model.pth").write_bytes(damaged)
-            error = self.refused(capsys, "--config", file, "--initial_checkpoint_dir", folder)
+            error = refused(capsys, "--config", file, "--initial_checkpoint_dir", folder)
             assert f"initial_checkpoint_dir: '{folder}' is not a whole checkpoint: lit_model.pth is " in error
 
     def test_a_checkpoint_is_no_place_for_a_run(self, recipe, tmp_path, capsys):
         (tmp_path / "lit_model.pth").touch()
-        error = self.refused(capsys, "--config", recipe(), "--out_dir", tmp_path)
+        error = refused(capsys, "--config", recipe(), "--out_dir", tmp_path)
         assert f"out_dir: '{tmp_path}' is a checkpoint, which another run may replace" in error
 
     @pytest.mark.parametrize(
@@ -479,7 +469,7 @@ class TestWrongInputs:
         ids=str,
     )
     def test_settings(self, recipe, capsys, arguments, message):
-        assert message in self.refused(capsys, "--config", recipe(), *arguments)
+        assert message in refused(capsys, "--config", recipe(), *arguments)
 
 
 def test_yarn_trains_on_beyond_the_original_length(recipe, tmp_path, capsys):

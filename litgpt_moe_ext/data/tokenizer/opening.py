@@ -4,11 +4,14 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tokenizers import Tokenizer
 
 from litgpt_moe_ext.errors import SettingsError
+
+if TYPE_CHECKING:
+    from litgpt.tokenizer import Tokenizer as LitGPTTokenizer
 
 LARGEST_VOCABULARY = 1 << 24
 # Special tokens in words, and what does not work without one.
@@ -69,6 +72,16 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
             f"an embedding of {size} rows; give it an id below {LARGEST_VOCABULARY} in tokenizer.json"
         )
     return size
+
+
+def vocabulary_size_of(tokenizer: "LitGPTTokenizer") -> int:
+    """Return the same of LitGPT's tokenizer, whichever library it has opened a file with.
+
+    Raises:
+        SettingsError: The highest id is so large that no model has an embedding for it.
+    """
+    processor: Any = tokenizer.processor
+    return vocabulary_size(processor) if tokenizer.backend == "huggingface" else tokenizer.vocab_size
 
 
 def special_token(files: Mapping[str, bytes], kind: Literal["eos", "bos"], directory: Path) -> int:

@@ -17,7 +17,7 @@ from litgpt_moe_ext.training.equip import check_strategy_fits
 from litgpt_moe_ext.training.parallel.strategies import make_strategy
 from litgpt_moe_ext.training.settings import DistributedArgs, EvaluateArgs, Settings
 from tests.models import moe_config
-from tests.runs import logged, train
+from tests.runs import logged, refused, train
 from tests.training.processes import train_in_ranks
 
 ENDINGS = ["return x", "pass", "def f", "import os", "if a", "else", "self", "is not"]
@@ -145,28 +145,20 @@ def test_a_failing_benchmark_is_not_worth_a_run(recipe, tmp_path, hellaswag_file
 
 
 class TestWrongInputs:
-    def refused(self, capsys, *arguments: str | Path) -> str:
-        try:
-            status = train(*arguments)
-        except SystemExit as error:  # jsonargparse's way
-            status = error.code
-        assert status == 2
-        return capsys.readouterr().err
-
     def test_files(self, recipe, tmp_path, capsys):
-        error = self.refused(capsys, "--config", recipe(), "--evaluate.hellaswag", tmp_path / "none.jsonl")
+        error = refused(capsys, "--config", recipe(), "--evaluate.hellaswag", tmp_path / "none.jsonl")
         assert "evaluate.hellaswag" in error
         assert "none.jsonl' must be a file" in error
         (tmp_path / "bad.jsonl").write_text('{"ind": 1}')
-        error = self.refused(capsys, "--config", recipe(), "--evaluate.hellaswag", tmp_path / "bad.jsonl")
+        error = refused(capsys, "--config", recipe(), "--evaluate.hellaswag", tmp_path / "bad.jsonl")
         assert "lacks 'activity_label'" in error
-        error = self.refused(capsys, "--config", recipe(evaluate={"tasks": [str(tmp_path / "none.yaml")]}))
+        error = refused(capsys, "--config", recipe(evaluate={"tasks": [str(tmp_path / "none.yaml")]}))
         assert "evaluate.tasks: the file" in error
         assert not (tmp_path / "out" / "train.log").exists(), "before any work"
 
     def test_endings_that_do_not_fit(self, recipe, hellaswag_file, capsys):
         arguments = ("--evaluate.hellaswag", hellaswag_file, "--max-seq-length", "4")
-        error = self.refused(capsys, "--config", recipe(), *arguments)
+        error = refused(capsys, "--config", recipe(), *arguments)
         assert "evaluate.hellaswag: an ending has" in error
         assert "the model reads 4 at once" in error
 
@@ -177,7 +169,7 @@ class TestWrongInputs:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
         monkeypatch.setattr(benchmarks, "evaluate", broken)
-        error = self.refused(capsys, "--config", recipe(), "--evaluate.hellaswag", hellaswag_file)
+        error = refused(capsys, "--config", recipe(), "--evaluate.hellaswag", hellaswag_file)
         assert "evaluate: HellaSwag does not work: CUDA out of memory" in error
 
     def test_no_tokenizer(self, recipe, tmp_path, hellaswag_file, capsys):
@@ -190,7 +182,7 @@ class TestWrongInputs:
             "init_args": {"data_path": str(tmp_path), "vocab_size": 300},
         }
         file = recipe(data=data, evaluate={"hellaswag": str(hellaswag_file)})
-        assert "evaluate: needs a tokenizer; give tokenizer_dir" in self.refused(capsys, "--config", file)
+        assert "evaluate: needs a tokenizer; give tokenizer_dir" in refused(capsys, "--config", file)
 
     def test_sharded_models(self, hellaswag_file):
         strategy = make_strategy("fsdp2", 2, 1, DistributedArgs(), "cpu")
