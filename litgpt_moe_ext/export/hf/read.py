@@ -15,8 +15,8 @@ from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.evaluation.loading import WEIGHTS_FILE
 from litgpt_moe_ext.export.directory import new_directory, require_absent
 from litgpt_moe_ext.export.hf.architectures import ARCHITECTURES
-from litgpt_moe_ext.export.hf.settings import read_published
-from litgpt_moe_ext.export.hf.stored import StoredWeights
+from litgpt_moe_ext.export.hf.published.config import read_published
+from litgpt_moe_ext.export.hf.published.stored import StoredWeights
 from litgpt_moe_ext.export.hf.tensors import BALANCING_BIAS
 from litgpt_moe_ext.export.hf.tokenizer import TOKENIZER_FILES
 from litgpt_moe_ext.meta.models import meta_model

@@ -7,7 +7,7 @@ import pytest
 
 from litgpt_moe_ext.export.hf.architectures import choose_class
 from litgpt_moe_ext.export.hf.facts import facts_of
-from litgpt_moe_ext.export.hf.settings import read_published
+from litgpt_moe_ext.export.hf.published.config import read_published
 from litgpt_moe_ext.meta.models import meta_model
 from tests.export.hf.published import PUBLISHED
 

@@ -11,7 +11,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.export.hf.quantized import from_mxfp4
+from litgpt_moe_ext.export.hf.published.quantized import from_mxfp4
 from litgpt_moe_ext.export.hf.read import import_checkpoint
 from litgpt_moe_ext.export.hf.write import export_checkpoint
 from tests.export.hf.models import CASES, make_checkpoint

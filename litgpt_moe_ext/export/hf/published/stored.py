@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.export.hf.quantized import Quantization, from_fp8, from_mxfp4
+from litgpt_moe_ext.export.hf.published.quantized import Quantization, from_fp8, from_mxfp4
 from litgpt_moe_ext.export.hf.shards import INDEX_FILE
 
 # What transformers recomputes, or keeps from versions that stored it.

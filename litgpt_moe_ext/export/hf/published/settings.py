@@ -1,126 +1,16 @@
-"""From a Hugging Face `config.json` to the model configuration that computes the same with this package's layers."""
+"""From the entries of a `config.json` to the settings of the model that computes the same with this package's layers.
 
-import json
-import re
+Entries are whole: what a file leaves out has the default of its class, `rope_theta` and `partial_rotary_factor` stand
+by themselves, and `rope` is what the file says of rotary positions besides.
+"""
+
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from litgpt_moe_ext.errors import SettingsError, one_line
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.hf.facts import DEEPSEEK_EPS
-from litgpt_moe_ext.export.hf.quantized import Quantization, quantization_of
 
 _Json = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Published:
-    """What a `config.json` says.
-
-    Attributes:
-        model_type: The architecture.
-        settings: Fields of a `litgpt.Config` that computes the same.
-        quantization: How the weights are stored.
-        left_out: Names of tensors that belong to layers for predicting more than one token, which the architecture in
-            transformers does without as well.
-    """
-
-    model_type: str
-    settings: _Json
-    quantization: Quantization
-    left_out: re.Pattern[str]
-
-
-def read_published(hf_dir: Path) -> Published:
-    """Read the `config.json` of a checkpoint.
-
-    Args:
-        hf_dir: Its directory.
-
-    Raises:
-        SettingsError: If the architecture is unknown, or asks for something that these layers do not compute.
-    """
-    path = hf_dir / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        model_type = raw["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise SettingsError(
-            f"hf_dir: {str(path)!r} cannot be read ({reason}); name a Hugging Face checkpoint"
-        ) from error
-    if not isinstance(model_type, str) or model_type not in _READERS:
-        raise SettingsError(
-            f"hf_dir: {str(path)!r} is a {model_type}; known architectures: {', '.join(sorted(_READERS))}"
-        )
-    quantization = quantization_of(raw)
-    try:
-        settings = _READERS[model_type](_with_defaults(raw))
-    except KeyError as error:
-        raise SettingsError(f"hf_dir: {str(path)!r} does not say {error}; name a whole checkpoint") from error
-    n_layer = raw.get("num_hidden_layers") or 0
-    beyond = "|".join(str(n_layer + i) for i in range(raw.get("num_nextn_predict_layers") or 0))
-    left_out = re.compile(rf"model\.layers\.(?:{beyond})\.|model\.mtp_" if beyond else r"model\.mtp_")
-    return Published(model_type, settings | {"name": hf_dir.resolve().name}, quantization, left_out)
-
-
-def _with_defaults(raw: _Json) -> _Json:
-    # What a config.json leaves out has the default of its class, which transformers knows.
-    from transformers import CONFIG_MAPPING
-
-    defaults = CONFIG_MAPPING[raw["model_type"]]().to_dict() if raw["model_type"] in CONFIG_MAPPING else {}
-    # What the class has no number for, or what only the published one has.
-    _require_kinds(raw, defaults | dict.fromkeys(("n_group", "num_nextn_predict_layers"), 1))
-    hf = defaults | raw
-    # transformers 5 gathers everything about rotary positions under one key.
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise SettingsError(f"hf_dir: rope_scaling: {rope!r} must be settings by name; copy config.json again")
-    rope = dict(rope)
-    hf["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", defaults.get("rope_theta", 10000.0)))
-    hf["partial_rotary_factor"] = rope.pop(
-        "partial_rotary_factor", raw.get("partial_rotary_factor", defaults.get("partial_rotary_factor", 1.0))
-    )
-    _require_kinds({key: hf[key] for key in ("rope_theta", "partial_rotary_factor")}, dict.fromkeys(hf, 1.0))
-    hf["rope"] = rope
-    return hf
-
-
-# Which values may stand for one of a type in a class, and what they are called.
-_KINDS: dict[type, tuple[type | tuple[type, ...], str]] = {
-    int: (int, "a whole number"),
-    float: ((int, float), "a number"),
-    str: (str, "a text"),
-    list: (list, "a list"),
-}
-# What no model is without, and what others are divided by.
-_NEEDED = (
-    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
-    *("n_positions", "n_embd", "n_layer", "n_head"),
-    *("layer_types", "decoder_sparse_step", "rope_theta", "partial_rotary_factor"),
-)
-# What is counted through, one layer or expert after the other, and how many of them a model may have.
-_COUNTED = (
-    *("num_hidden_layers", "n_layer", "num_nextn_predict_layers"),
-    *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
-)
-_MOST = 10_000
-
-
-def _require_kinds(raw: _Json, defaults: _Json) -> None:
-    for key, value in raw.items():
-        default = type(defaults.get(key))
-        # A model may have several tokens that end a text.
-        if default not in _KINDS or key.endswith("_token_id") or (value is None and key not in _NEEDED):
-            continue
-        kind, words = _KINDS[default]
-        if isinstance(value, bool) or not isinstance(value, kind):
-            raise SettingsError(f"hf_dir: {key}: {value!r} must be {words}; copy config.json again")
-        if key in _NEEDED and value == 0:
-            raise SettingsError(f"hf_dir: {key}: 0 must be more than 0; copy config.json again")
-        if key in _COUNTED and not 0 <= value <= _MOST:
-            raise SettingsError(f"hf_dir: {key}: {value} must be from 0 to {_MOST}; copy config.json again")
 
 
 def _common(hf: _Json) -> _Json:
@@ -359,7 +249,8 @@ def _require_alike(hf: _Json, first: str, second: str) -> None:
         raise SettingsError(f"hf_dir: {first}: {hf.get(first)} and {second}: {hf.get(second)} must be alike")
 
 
-_READERS: dict[str, Callable[[_Json], _Json]] = {
+# By architecture.
+READERS: dict[str, Callable[[_Json], _Json]] = {
     "gpt2": _gpt2,
     "llama": _llama,
     "qwen3": _qwen3,
