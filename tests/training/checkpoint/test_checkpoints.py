@@ -144,7 +144,7 @@ def test_a_save_by_time_that_failed_waits_for_its_time(tmp_path, monkeypatch):
 
 def test_best_of_a_run_that_was_killed_before_it_was_linked(recipe, tmp_path, capsys):
     """`best` is made of the checkpoint that had the loss, or reported missing; never an older one."""
-    file = recipe(model_config={"router_bias_update_rate": None})
+    file = recipe(model_config={"router_bias_update_rate": 0.0})
     still = ("--optimizer.lr", "0.0", "--train.min_lr", "0.0")  # nothing gets better
     assert train("--config", file, "--train.max_tokens", str(4 * 128)) == 0
     out_dir = tmp_path / "out"
