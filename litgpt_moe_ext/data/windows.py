@@ -108,6 +108,11 @@ class StreamWindows(Windows):
     very first is a target exactly once, also where one shard ends and the next begins. A remainder too short for a
     window is left out.
 
+    Args:
+        shards: The token stream, as in `TokenStream`.
+        block_size: As in `Windows`.
+        name: As in `Windows`.
+
     Raises:
         ValueError: `block_size` is not positive.
         SettingsError: There are fewer than block_size + 1 tokens.
@@ -161,7 +166,10 @@ class DocumentWindows(Windows):
     Padding is `PADDING`, and batches are `litgpt_moe_ext.padding.PaddedRows`.
 
     Args:
+        shards: The token stream, as in `TokenStream`.
         packing: Which pieces of the stream share a window, as from `litgpt_moe_ext.data.packing.pack`.
+        block_size: As in `Windows`.
+        name: As in `Windows`.
     """
 
     pads = True

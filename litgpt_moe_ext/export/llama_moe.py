@@ -17,7 +17,7 @@ from litgpt_moe_ext.config.fields import added_fields, uses_plugin
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.loading import WEIGHTS_FILE
 from litgpt_moe_ext.export.directory import new_directory, require_absent
-from litgpt_moe_ext.export.source import TRAINING_ONLY, read_source
+from litgpt_moe_ext.export.source import TRAINING_ONLY, read_source, without_negatives
 from litgpt_moe_ext.moe.expert_layouts import unstack_experts
 
 _EXPRESSED = {"router_type", "router_score_function", "mlp_activation", "decoder_sparse_step"}
@@ -91,9 +91,7 @@ def to_llama_moe(config: Any, state: dict[str, Tensor]) -> tuple[Any, dict[str, 
     converted = type(config)(**fields)
     dropped = (*TRAINING_ONLY, *(() if config.n_expert_groups else (_BIAS,)))
     kept = {name: tensor for name, tensor in unstack_experts(state).items() if not name.endswith(dropped)}
-    # LLaMAMoE masks the groups that were not chosen with 0, which would win against negative biased scores. The same
-    # number on all biases changes no choice.
-    return converted, {n: t - t.min().clamp(max=0) if n.endswith(_BIAS) else t for n, t in kept.items()}
+    return converted, {n: without_negatives(t) if n.endswith(_BIAS) else t for n, t in kept.items()}
 
 
 def convert_checkpoint(checkpoint_dir: Path, out_dir: Path) -> None:
@@ -104,9 +102,8 @@ def convert_checkpoint(checkpoint_dir: Path, out_dir: Path) -> None:
         out_dir: The new directory; appears when everything in it is written.
 
     Raises:
-        SettingsError: If `checkpoint_dir` has no whole checkpoint.
-        SettingsError: If `out_dir` exists.
-        SettingsError: If `LLaMAMoE` cannot express the model.
+        SettingsError: If `checkpoint_dir` has no whole checkpoint, if `out_dir` exists, or if `LLaMAMoE` cannot express
+            the model.
     """
     from litgpt.utils import copy_config_files, save_config
 

@@ -70,11 +70,21 @@ class Source:
             if meta:
                 tensor = tensor.to("meta")
             elif name.endswith(BALANCING_BIAS) and self.config.n_expert_groups:
-                # transformers 4 masks the groups that were not chosen with 0, which would win against negative biased
-                # scores. The same number on all biases changes no choice.
-                tensor = tensor - tensor.min().clamp(max=0)
+                tensor = without_negatives(tensor)
             yield from stored.out(tensor)
         yield from architecture.constants(self.config, self.state).items()
+
+
+def without_negatives(bias_E: Tensor) -> Tensor:
+    """Return a balancing bias that makes the same choices and has no entry below 0.
+
+    transformers 4 and LitGPT's `LLaMAMoE` mask the groups that were not chosen with 0, which would win against negative
+    biased scores. The same number on all biases changes no choice.
+
+    Args:
+        bias_E: The bias, one entry for each expert.
+    """
+    return bias_E - bias_E.min().clamp(max=0)
 
 
 def read_source(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> Source:

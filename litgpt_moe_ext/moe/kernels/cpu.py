@@ -1,6 +1,6 @@
 """The routed experts on a CPU, eager: one expert after the other, with a backward pass written by hand.
 
-What it saves over the plain loop of `litgpt_moe_ext.moe.experts`, in the order of what it is worth:
+What it saves over the plain loop (`litgpt_moe_ext.moe.kernels.loop`), in the order of what it is worth:
 - Rows are gathered expert by expert, instead of all at once, into memory that all experts share and that so stays in
   the cache.
 - The backward pass keeps the tokens, the first projection's output and the routing, and nothing else: it computes the
