@@ -115,6 +115,8 @@ def _add_sinks(out, lse, sinks, H, T, FORM: constexpr):
     before_T = tl.load(lse_T, mask=live_T, other=0.0)
     sink = tl.load(sinks + head).to(tl.float32)
     tl.store(out_TN, (x_TN * tl.sigmoid(before_T - sink)[:, None]).to(out.data.dtype.element_ty), mask=inside_TN)
+    # Several warps read the same of these few numbers, and one of them writes: not before all have read.
+    tl.debug_barrier()
     # Of two infinities that are equal, the difference is not a number.
     apart_T = tl.where(before_T == sink, 0.0, tl.abs(before_T - sink))
     tl.store(lse_T, tl.maximum(before_T, sink) + tl.log(1.0 + tl.exp(-apart_T)), mask=live_T)
