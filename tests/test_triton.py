@@ -19,7 +19,8 @@ INTERPRETED = (
 def interpret(examples, *arguments):
     """Run the interpreted tests in a process of their own, in which Triton starts as an interpreter."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "TRITON_EXAMPLES": str(examples)}
-    command = [sys.executable, "-m", "pytest", *INTERPRETED, "-x", "-q", "-p", "no:cacheprovider"]
+    plugins = ("-p", "no:cacheprovider", "-p", "tests.watched_memory")
+    command = [sys.executable, "-m", "pytest", *INTERPRETED, "-x", "-q", *plugins]
     finished = subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout[-6000:] + finished.stderr[-2000:]
 

@@ -108,7 +108,8 @@ def test_what_the_kernels_do_not_know():
     ("gated", True), pytest.param("gated", False, marks=pytest.mark.slow),
     pytest.param("on input", True, marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_a_whole_layer(monkeypatch, name, padded):
+def test_a_whole_layer(monkeypatch, watch, name, padded):
+    watch.reads_unwritten = padded
     monkeypatch.setattr(fused_router, "works_on", lambda x: True)
     compare_layer(name, "triton", (2, 5), padded, torch.device("cpu"))
 
