@@ -21,7 +21,7 @@ from litgpt_moe_ext.meta.models import meta_model
 from tests.export.gguf.models import GRAPH_CASES
 from tests.export.gguf.tokenizers import PRE_TOKENIZERS, train_spm
 from tests.export.gguf.tokenizers import train_bpe as train_bpe_like
-from tests.export.hf.models import CASES, make_checkpoint
+from tests.export.hf.models import CASES, YARN, make_checkpoint
 
 
 def exported(folder, settings, biased, dtype=None):
@@ -115,7 +115,7 @@ def test_where_keys_and_values_of_latent_attention_are(tmp_path):
 
 
 def test_numbers(tmp_path):
-    _, reader = exported(tmp_path, *CASES["glm"][1:])
+    _, reader = exported(tmp_path, *GRAPH_CASES["glm"][1:])
     found = keys(reader)
     expected = {
         "general.architecture": "glm4moe",
@@ -132,10 +132,10 @@ def test_numbers(tmp_path):
         "feed_forward_length": 192,  # of no layer
         "attention.head_count": 4,
         "attention.head_count_kv": 2,
-        "attention.key_length": 12,
-        "attention.value_length": 12,
+        "attention.key_length": 16,
+        "attention.value_length": 16,
         "attention.layer_norm_rms_epsilon": 1e-5,
-        "rope.dimension_count": 12,
+        "rope.dimension_count": 8,
         "rope.freq_base": 5000.0,
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": 4.0,
@@ -157,6 +157,68 @@ def test_numbers(tmp_path):
     expected |= {f"glm4moe.{name}": value for name, value in numbers.items()}
     found["general.name"] = "checkpoint"
     assert found == {k: pytest.approx(v) if isinstance(v, float) else v for k, v in expected.items()}
+
+
+LOG = math.log(4)
+OTHER_NUMBERS = [
+    ("gpt2", {"norm_eps": 1e-3}, {"attention.layer_norm_epsilon": 1e-3}),
+    ("mixtral", {"intermediate_size": 40}, {"feed_forward_length": 20, "expert_feed_forward_length": 20}),
+    ("qwen2-moe", {}, {"expert_shared_feed_forward_length": 28}),
+    (
+        "ernie",
+        {"rope_adjustments": {**YARN, "beta_fast": 16.0, "beta_slow": 2.0}},
+        {
+            "rope.scaling.yarn_beta_fast": 16.0,
+            "rope.scaling.yarn_beta_slow": 2.0,
+            "interleave_moe_layer_step": 1,
+            "leading_dense_block_count": 1,
+            "feed_forward_length": 40,
+            "expert_shared_feed_forward_length": 20,
+        },
+    ),
+    ("gpt-oss", {}, {"attention.sliding_window": 9, "attention.sliding_window_pattern": [True, False, True]}),
+    (
+        "gpt-oss-without-router-bias",
+        {},
+        {"attention.sliding_window": 96, "attention.sliding_window_pattern": [True, False, False]},
+    ),
+    (
+        "deepseek-v3",
+        {},
+        {
+            "attention.head_count_kv": 1,
+            "attention.key_length": 16 + 8,
+            "attention.value_length": 16,
+            "attention.key_length_mla": 10 + 8,
+            "attention.value_length_mla": 14,
+            "attention.q_lora_rank": 20,
+            "attention.kv_lora_rank": 16,
+            "rope.dimension_count": 8,
+            "leading_dense_block_count": 1,
+            "expert_gating_func": 2,
+            # What `mscale` multiplies cosines and sines by; scores have the square of `mscale_all_dim`'s factor.
+            "rope.scaling.attn_factor": (1 + 0.1 * LOG) / (1 + 0.07 * LOG),
+            "rope.scaling.yarn_log_multiplier": ((1 + 0.07 * LOG) ** 2 / (1 + 0.1 * LOG) - 1) / LOG,
+        },
+    ),
+    ("deepseek-softmax", {}, {"expert_gating_func": 1, "expert_weights_norm": False, "expert_shared_count": 2}),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "numbers"), OTHER_NUMBERS, ids=[name for name, *_ in OTHER_NUMBERS])
+def test_numbers_of_other_graphs(name, change, numbers):
+    facts = facts_of(Config(**{**GRAPH_CASES[name][1], **change}), {})
+    found = choose(facts, GRAPHS)[0].config(facts)
+    expected = {key: pytest.approx(value) if isinstance(value, float) else value for key, value in numbers.items()}
+    assert {key: found.get(key) for key in numbers} == expected
+
+
+def test_rotations_of_llama3_are_divided():
+    """The slowest by the whole factor."""
+    config = Config(**GRAPH_CASES["llama-biased-llama3"][1])
+    factor_F = choose(facts_of(config, {}), GRAPHS)[0].constants(config, {"": torch.empty(0)})["rope_freqs.weight"]
+    assert 1 < factor_F.min() < factor_F.max()
+    assert factor_F.max().item() == pytest.approx(8.0)
 
 
 def test_attention_factor_is_what_multiplies_yarns_own(tmp_path):

@@ -1,13 +1,14 @@
 """Learning rates: exact values, ends, and that they depend on the step alone."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from litgpt_moe_ext.training.optim.schedules import Schedule, schedule_steps
+from litgpt_moe_ext.training.optim.schedules import Schedule, count_steps, schedule_steps
 from litgpt_moe_ext.training.settings import ScheduleArgs
 
 NAMES = ("cosine", "onecycle", "wsd", "linear", "constant", "inverse_sqrt")
@@ -35,6 +36,7 @@ def test_shapes():
     assert wsd[90] == pytest.approx(0.55)
     assert rates("inverse_sqrt")[40] == pytest.approx((10 / 40) ** 0.5)
     assert rates("cosine", warmup=0)[50] == pytest.approx(0.55)
+    assert rates("linear", warmup=20, total=10)[::9] == pytest.approx([0.1, 1.0]), "a warm-up is never cut off"
 
 
 def test_cosine_is_that_of_litgpt_one_step_on():
@@ -83,6 +85,11 @@ def test_iterations_as_steps():
     """A warm-up that ends within a step lasts to its end; a step that would not be whole is none."""
     assert [schedule_steps(warmup, 17, 4) for warmup in (0, 1, 4, 5, 8)] == [(0, 4), (1, 4), (1, 4), (2, 4), (2, 4)]
     assert schedule_steps(3, 9, 1) == (3, 9)
+
+
+def test_steps_end_with_the_tokens_or_before():
+    steps = [count_steps(SimpleNamespace(max_tokens=1099, max_steps=most), 100) for most in (None, 5, 50)]
+    assert steps == [10, 5, 10]
 
 
 def test_a_wrong_fraction():
