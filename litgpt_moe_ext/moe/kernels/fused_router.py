@@ -125,6 +125,12 @@ def decide(given: Given, rule: Rule, leaf_N: Tensor | None, shares: StepShares |
     return Decision(*_Decide.apply(rule, shares, leaf_N, *given))
 
 
+def block_shape(n_expert: int) -> tuple[int, int]:
+    """Return how many tokens, and for how many experts, a program of the kernels decides: as many as registers hold."""
+    width = max(power_of_two(n_expert), 4)
+    return min(max(2048 // width, 1), 64), width
+
+
 def sort_rows(decision: Decision) -> Tensor:
     """Return for each row in the order of experts, and of tokens within an expert, which of the choices it is, (R,)."""
     return _place(decision.experts_TK, decision.ends_E, decision.before_SBE)
@@ -196,8 +202,7 @@ def _run_place(*arguments: Tensor) -> Tensor:
 def _empty_decision(*arguments: Any) -> tuple[Tensor, ...]:
     given, rule, trains = Given(*arguments[:_N_GIVEN]), Rule(*arguments[_N_GIVEN:-1]), arguments[-1]
     n_token, n_expert = given.logits_TE.shape
-    width = max(power_of_two(n_expert), 4)
-    rows = min(max(2048 // width, 1), 64)
+    rows, width = block_shape(n_expert)
     new, n_loss = given.logits_TE.new_empty, sum(coef != 0 for coef in rule.coefs) + (given.other_loss is not None)
     n_block = ceil_div(n_token // rule.sequences, rows)
     return (

@@ -21,9 +21,19 @@ import torch
 import triton
 from torch import Tensor
 
-from litgpt_moe_ext.moe.kernels.fused_router import Given, Rule
+from litgpt_moe_ext.moe.kernels.fused_router import Given, Rule, block_shape
 from litgpt_moe_ext.moe.kernels.triton.common import constexpr
-from litgpt_moe_ext.triton_launch import ceil_div, launch, power_of_two
+from litgpt_moe_ext.moe.kernels.triton.routing_blocks import (
+    block,
+    gate_values,
+    margins,
+    rank,
+    rank_of,
+    softmax,
+    text,
+    values,
+)
+from litgpt_moe_ext.triton_launch import ceil_div, launch
 
 if TYPE_CHECKING:
     # Triton's own types take what a reduction returns for several values.
@@ -131,137 +141,12 @@ def route_backward(given: Given, rule: Rule, *upstream: Tensor) -> tuple[Tensor,
 
 
 def _form(rule: Rule, n_expert: int, trains: bool) -> _Form:
-    experts = max(power_of_two(n_expert), 4)
-    return _Form(*rule[:-1], min(max(2048 // experts, 1), 64), experts, trains)
+    return _Form(*rule[:-1], *block_shape(n_expert), trains)
 
 
 def _sizes(n_token: int, n_expert: int, n_sequence: int, form: _Form) -> _Sizes:
     n_token //= n_sequence
     return _Sizes(n_token, n_expert, ceil_div(n_token, form.rows))
-
-
-@triton.jit
-def _block(sizes, FORM: constexpr):
-    # The tokens and experts of the program, which of them exist, and where both are found.
-    sequence = tl.program_id(0) // sizes.n_block
-    token_T = (tl.program_id(0) - sequence * sizes.n_block) * FORM.rows + tl.arange(0, FORM.rows)
-    e_E = tl.arange(0, FORM.experts)
-    live_T, real_E = token_T < sizes.n_token, e_E < sizes.n_expert
-    token_T = sequence.to(tl.int64) * sizes.n_token + token_T
-    at_TE = token_T[:, None] * sizes.n_expert + e_E[None, :]
-    return token_T, e_E, live_T, real_E, at_TE, live_T[:, None] & real_E[None, :]
-
-
-@triton.jit
-def _text(given, token_T, live_T):
-    # Which tokens are not padding.
-    if given.real_T is None:
-        return live_T
-    else:
-        return live_T & (tl.load(given.real_T + token_T, mask=live_T, other=0) != 0)
-
-
-@triton.jit
-def _softplus(x):
-    # log1p by Kahan's formula, which keeps small results exact; linear from where torch's is.
-    y = tl.exp(tl.minimum(x, 20.0))
-    u = 1.0 + y
-    log1p = tl.where(u == 1.0, y, tl.log(u) * (y / tl.where(u == 1.0, 1.0, u - 1.0)))
-    return tl.where(x > 20.0, x, log1p)
-
-
-@triton.jit
-def _values(given, at_TE, inside_TE, real_E):
-    # Logits with minus infinity for experts that do not exist, noise, its standard deviation, and noisy logits.
-    z_TE = tl.load(given.logits_TE + at_TE, mask=inside_TE, other=0.0)
-    z_TE = tl.where(real_E[None, :], z_TE, float("-inf"))
-    if given.noise_TE is None:
-        return z_TE, z_TE, z_TE, z_TE
-    else:
-        noise_TE = tl.load(given.noise_TE + at_TE, mask=inside_TE, other=0.0)
-        std_TE = _softplus(tl.load(given.spread_TE + at_TE, mask=inside_TE, other=0.0))
-        return z_TE, noise_TE, std_TE, z_TE + noise_TE * std_TE
-
-
-@triton.jit
-def _softmax(z_TE):
-    # And the logarithm of the sum that it divides by.
-    top_T = tl.max(z_TE, 1)
-    part_TE = tl.exp(z_TE - top_T[:, None])
-    sum_T = tl.sum(part_TE, 1)
-    return part_TE / sum_T[:, None], top_T + tl.log(sum_T)
-
-
-@triton.jit
-def _gate_values(s_TE, v_TE, picked_TE, FORM: constexpr):
-    # Gate values of the chosen experts before they are scaled, 0 for the others, and what scores were divided by.
-    if FORM.score == "chosen":
-        top_T = tl.max(tl.where(picked_TE, v_TE, float("-inf")), 1)
-        w_TE = tl.where(picked_TE, tl.exp(v_TE - top_T[:, None]), 0.0)
-        total_T = tl.sum(w_TE, 1)
-    else:
-        w_TE = tl.where(picked_TE, s_TE, 0.0)
-        total_T = tl.sum(w_TE, 1) + 1e-20 if FORM.normalize else tl.full((FORM.rows,), 1.0, tl.float32)
-    return w_TE / total_T[:, None], total_T
-
-
-@triton.jit
-def _within_best_groups(key_TE, e_E, sizes, FORM: constexpr):
-    size = sizes.n_expert // FORM.groups
-    group_E = e_E // size
-    worth_TE = tl.full(key_TE.shape, float("-inf"), tl.float32)
-    for group in range(FORM.groups):
-        rest_TE = tl.where((group_E == group)[None, :], key_TE, float("-inf"))
-        worth_T = tl.full((FORM.rows,), 0.0, tl.float32)
-        for _ in range(FORM.best_in_group):
-            worth_T += tl.max(rest_TE, 1)
-            best_T = tl.argmax(rest_TE, 1)
-            rest_TE = tl.where(e_E[None, :] == best_T[:, None], float("-inf"), rest_TE)
-        worth_TE = tl.where((group_E == group)[None, :], worth_T[:, None], worth_TE)
-    allowed_TE = tl.full(key_TE.shape, 0, tl.int32)
-    for _ in range(FORM.best_groups):
-        best_T = tl.argmax(worth_TE, 1) // size
-        hit_TE = group_E[None, :] == best_T[:, None]
-        allowed_TE = tl.where(hit_TE, 1, allowed_TE)
-        worth_TE = tl.where(hit_TE, float("-inf"), worth_TE)
-    # Less than every number that takes part, more than what has been chosen.
-    return tl.where(allowed_TE > 0, key_TE, -3.3e38)
-
-
-@triton.jit
-def _rank(key_TE, e_E, sizes, FORM: constexpr):
-    # Which choice of its token each expert is, K for those that are not chosen. No number may be chosen twice, or past
-    # the last expert, whatever the logits are: not-a-numbers count as large, infinities as finite.
-    key_TE = tl.where(key_TE != key_TE, 3e38, tl.minimum(tl.maximum(key_TE, -3e38), 3e38))
-    key_TE = tl.where((e_E < sizes.n_expert)[None, :], key_TE, float("-inf"))
-    if FORM.groups > 1:
-        key_TE = _within_best_groups(key_TE, e_E, sizes, FORM)
-        key_TE = tl.where((e_E < sizes.n_expert)[None, :], key_TE, float("-inf"))
-    rank_TE = tl.full(key_TE.shape, FORM.top_k, tl.int32)
-    for k in range(FORM.top_k):
-        hit_TE = e_E[None, :] == tl.argmax(key_TE, 1)[:, None]
-        rank_TE = tl.where(hit_TE, k, rank_TE)
-        key_TE = tl.where(hit_TE, float("-inf"), key_TE)
-    return rank_TE
-
-
-@triton.jit
-def _rank_of(experts, token_T, live_T, e_E, real_E, FORM: constexpr):
-    # The same from the decision. The expert of padding is the first that does not exist.
-    rank_TE = tl.full((FORM.rows, FORM.experts), FORM.top_k, tl.int32)
-    for k in range(FORM.top_k):
-        expert_T = tl.load(experts + token_T * FORM.top_k + k, mask=live_T, other=-1)
-        rank_TE = tl.where((e_E[None, :] == expert_T[:, None]) & real_E[None, :], k, rank_TE)
-    return rank_TE
-
-
-@triton.jit
-def _margins(z_TE, std_TE, v_TE, picked_TE, real_E):
-    # How many standard deviations each expert is from being chosen otherwise, and the limits on both sides.
-    last_in_T = tl.min(tl.where(picked_TE, v_TE, float("inf")), 1)
-    first_out_T = tl.max(tl.where(picked_TE, float("-inf"), v_TE), 1)
-    limit_TE = tl.where(picked_TE, first_out_T[:, None], last_in_T[:, None])
-    return tl.where(real_E[None, :], (z_TE - limit_TE) / std_TE, 0.0), last_in_T, first_out_T
 
 
 @triton.jit
@@ -271,20 +156,20 @@ def _sum_tokens(x_TE, inside_TE):
 
 @triton.jit
 def _route(given, chosen, parts, sizes, FORM: constexpr):
-    token_T, e_E, live_T, real_E, at_TE, inside_TE = _block(sizes, FORM)
-    z_TE, _, std_TE, v_TE = _values(given, at_TE, inside_TE, real_E)
-    text_T = _text(given, token_T, live_T)
+    token_T, e_E, live_T, real_E, at_TE, inside_TE = block(sizes, FORM)
+    z_TE, _, std_TE, v_TE = values(given, at_TE, inside_TE, real_E)
+    text_T = text(given, token_T, live_T)
     inside_TE = text_T[:, None] & real_E[None, :]
-    p_TE, lse_T = _softmax(z_TE)
+    p_TE, lse_T = softmax(z_TE)
     s_TE = tl.sigmoid(z_TE) if FORM.score == "sigmoid" else p_TE
     key_TE = v_TE
     if FORM.score != "chosen":
         key_TE = s_TE
         if given.bias_E is not None:
             key_TE += tl.load(given.bias_E + e_E, mask=real_E, other=0.0)[None, :]
-    rank_TE = _rank(key_TE, e_E, sizes, FORM)
+    rank_TE = rank(key_TE, e_E, sizes, FORM)
     picked_TE = rank_TE < FORM.top_k
-    w_TE, _ = _gate_values(s_TE, v_TE, picked_TE, FORM)
+    w_TE, _ = gate_values(s_TE, v_TE, picked_TE, FORM)
     goal_TE = token_T[:, None] * FORM.top_k + rank_TE
     tl.store(chosen.weights + goal_TE, tl.where(inside_TE, w_TE * FORM.scale, 0.0), mask=picked_TE & live_T[:, None])
     e_TE = tl.where(text_T[:, None], e_E.to(tl.int64)[None, :], sizes.n_expert)
@@ -298,7 +183,7 @@ def _route(given, chosen, parts, sizes, FORM: constexpr):
         tl.store(part_E + FORM.experts, _sum_tokens(p_TE, inside_TE))
         tl.store(part_E + 2 * FORM.experts, _sum_tokens(w_TE, inside_TE))
         if FORM.load != 0.0:
-            margin_TE, _, _ = _margins(z_TE, std_TE, v_TE, picked_TE, real_E)
+            margin_TE, _, _ = margins(z_TE, std_TE, v_TE, picked_TE, real_E)
             among_TE = 0.5 * (1.0 + tl.erf(margin_TE * 0.7071067811865476))
             tl.store(part_E + 3 * FORM.experts, _sum_tokens(among_TE, inside_TE))
         squares = tl.sum(_sum_tokens(z_TE * z_TE, inside_TE), 0)
@@ -396,8 +281,8 @@ def _sum_up(parts, sums, other_loss, sizes, n_sequence, FORM: constexpr):
 
 @triton.jit
 def _place(experts, ends, before, rows, sizes, FORM: constexpr):
-    token_T, e_E, live_T, real_E, _, _ = _block(sizes, FORM)
-    rank_TE = _rank_of(experts, token_T, live_T, e_E, real_E, FORM)
+    token_T, e_E, live_T, real_E, _, _ = block(sizes, FORM)
+    rank_TE = rank_of(experts, token_T, live_T, e_E, real_E, FORM)
     picked_TE = rank_TE < FORM.top_k
     first_E = tl.load(ends + e_E - 1, mask=real_E & (e_E > 0), other=0)
     before_E = tl.load(before + tl.program_id(0).to(tl.int64) * FORM.experts + e_E)
@@ -416,20 +301,20 @@ def _place(experts, ends, before, rows, sizes, FORM: constexpr):
 def _route_backward(given, upstream, results, sizes, FORM: constexpr):
     experts, ends, slopes, dweights, scale = upstream
     dlogits, dspread = results
-    token_T, e_E, live_T, real_E, at_TE, inside_TE = _block(sizes, FORM)
-    z_TE, noise_TE, std_TE, v_TE = _values(given, at_TE, inside_TE, real_E)
-    p_TE, lse_T = _softmax(z_TE)
+    token_T, e_E, live_T, real_E, at_TE, inside_TE = block(sizes, FORM)
+    z_TE, noise_TE, std_TE, v_TE = values(given, at_TE, inside_TE, real_E)
+    p_TE, lse_T = softmax(z_TE)
     s_TE = tl.sigmoid(z_TE) if FORM.score == "sigmoid" else p_TE
     scale = tl.load(scale).to(tl.float32)
     n_token = tl.maximum(tl.load(ends + sizes.n_expert - 1).to(tl.float32) / FORM.top_k, 1.0)
-    rank_TE = _rank_of(experts, token_T, live_T, e_E, real_E, FORM)
+    rank_TE = rank_of(experts, token_T, live_T, e_E, real_E, FORM)
     picked_TE = rank_TE < FORM.top_k
     goal_TE = token_T[:, None] * FORM.top_k + rank_TE
     dw_TE = tl.load(dweights + goal_TE, mask=picked_TE, other=0.0).to(tl.float32) * FORM.scale
     if FORM.importance != 0.0:
         slope_E = tl.load(slopes + sizes.n_expert + e_E, mask=real_E, other=0.0) * scale
         dw_TE += tl.where(picked_TE, slope_E[None, :], 0.0)
-    w_TE, total_T = _gate_values(s_TE, v_TE, picked_TE, FORM)
+    w_TE, total_T = gate_values(s_TE, v_TE, picked_TE, FORM)
     slope_E = tl.full((FORM.experts,), 0.0, tl.float32)
     if FORM.balancing != 0.0:
         slope_E += tl.load(slopes + e_E, mask=real_E, other=0.0)
@@ -443,7 +328,7 @@ def _route_backward(given, upstream, results, sizes, FORM: constexpr):
         if given.noise_TE is not None:
             dstd_TE = tl.full(dz_TE.shape, 0.0, tl.float32)
             if FORM.load != 0.0:
-                margin_TE, last_in_T, first_out_T = _margins(z_TE, std_TE, v_TE, picked_TE, real_E)
+                margin_TE, last_in_T, first_out_T = margins(z_TE, std_TE, v_TE, picked_TE, real_E)
                 slope_E = tl.load(slopes + 2 * sizes.n_expert + e_E, mask=real_E, other=0.0) * scale
                 q_TE = slope_E[None, :] * 0.3989422804014327 * tl.exp(-0.5 * margin_TE * margin_TE) / std_TE
                 dz_TE += q_TE
@@ -458,7 +343,7 @@ def _route_backward(given, upstream, results, sizes, FORM: constexpr):
             dstd_TE += dv_TE * noise_TE
             spread_TE = tl.load(given.spread_TE + at_TE, mask=inside_TE, other=0.0)
             slope_TE = tl.where(spread_TE > 20.0, 1.0, tl.sigmoid(spread_TE))
-            dspread_TE = tl.where(_text(given, token_T, live_T)[:, None], dstd_TE * slope_TE, 0.0)
+            dspread_TE = tl.where(text(given, token_T, live_T)[:, None], dstd_TE * slope_TE, 0.0)
             tl.store(dspread + at_TE, dspread_TE, mask=inside_TE)
         dz_TE += dv_TE
     else:
@@ -476,5 +361,5 @@ def _route_backward(given, upstream, results, sizes, FORM: constexpr):
     if FORM.z != 0.0:
         dz_TE += (2.0 * FORM.z * scale / n_token) * lse_T[:, None] * p_TE
     # Numbers of padding may be anything on the way.
-    dz_TE = tl.where(_text(given, token_T, live_T)[:, None], dz_TE, 0.0)
+    dz_TE = tl.where(text(given, token_T, live_T)[:, None], dz_TE, 0.0)
     tl.store(dlogits + at_TE, dz_TE, mask=inside_TE)
