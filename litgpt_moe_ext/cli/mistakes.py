@@ -121,6 +121,7 @@ class _Search:
         given = {} if isinstance(value, str) else value.get("init_args") or {}
         if isinstance(given, Mapping):
             yield from self.keys(f"{name}.", given, arguments)
+            yield from (f"{name}.{key}: must be given for {path}" for key in _required(path) if key not in given)
         else:
             yield refusal(f"{name}.init_args", given, dict)
 
@@ -181,6 +182,8 @@ def _named(path: str) -> Any:
         ImportError: If there is nothing.
     """
     module, _, name = path.rpartition(".")
+    if not module:
+        raise ImportError("it names no module")
     try:
         return getattr(__import__(module, fromlist=[name]), name)
     except (AttributeError, ValueError) as error:
@@ -198,6 +201,16 @@ def _arguments(path: str) -> Mapping[str, Any]:
     cls = _named(path)
     hints = _known_hints(cls.__init__)
     return {key: hints.get(key, Any) for key in inspect.signature(cls).parameters}
+
+
+def _required(path: str) -> Iterator[str]:
+    """Yield the arguments that the class at an import path has no default for."""
+    for key, parameter in inspect.signature(_named(path)).parameters.items():
+        if parameter.default is parameter.empty and parameter.kind not in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        ):
+            yield key
 
 
 @cache

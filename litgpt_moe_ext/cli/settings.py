@@ -131,6 +131,8 @@ def read_given(arguments: Sequence[str], default_config: Path, known: Mapping[st
     given = Given({"optimizer": Settings.optimizer})
     flags = list(read_flags(normalize(arguments, default_config)))
     for name, text in flags:
+        # Flags that follow are read as what the class takes.
+        _complete_data_module(given.tree)
         if name == "config":
             given.add_recipe(Path(text))
         elif name == "dense_twin":
@@ -140,10 +142,21 @@ def read_given(arguments: Sequence[str], default_config: Path, known: Mapping[st
             kinds = members(annotation_at(name, given.tree, known))
             textual = text != "null" and (str in kinds or Path in kinds)
             given.add_flag(name, text if textual else load_value(text, f"{name}: {text!r}"))
+    _complete_data_module(given.tree)
     by = dict(flags).get("dense_twin")
     if by is not None:
         _make_dense(given, by, own_out_dir="out_dir" not in dict(flags))
     return given
+
+
+def _complete_data_module(tree: dict[str, Any]) -> None:
+    from litgpt_moe_ext import data
+
+    match tree.get("data"):
+        case str(name):
+            tree["data"] = data.import_path(name)
+        case {"class_path": str(name)}:
+            tree["data"] = {**tree["data"], "class_path": data.import_path(name)}
 
 
 def _make_dense(given: Given, by: str, own_out_dir: bool) -> None:

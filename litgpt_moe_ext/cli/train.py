@@ -72,7 +72,7 @@ def _run(arguments: list[str], default_config: Path) -> int:
 
 
 def _help_of_class(parser: Any, arguments: list[str]) -> None:
-    # `--data.help CLASS`, of this package's classes without the package.
+    # `--data.help CLASS`, which may be named alone as in `data`.
     import jsonargparse
 
     from litgpt_moe_ext import data
@@ -84,7 +84,7 @@ def _help_of_class(parser: Any, arguments: list[str]) -> None:
     if not given:
         raise SettingsError(f"--data.help: needs a class, --data.help CLASS: {', '.join(data.MODULES)}")
     try:
-        parser.parse_args([f"{name}={given if '.' in given else f'{data.__name__}.{given}'}"])
+        parser.parse_args([f"{name}={data.import_path(given)}"])
     except SystemExit:  # after printing
         return
     except jsonargparse.ArgumentError as error:

@@ -25,6 +25,19 @@ _HOMES = {
 MODULES = tuple(name for name in _HOMES if name not in ("DocumentCorpus", "TokenLoader"))
 
 
+def import_path(name: str) -> str:
+    """Return the import path of a data module of LitGPT's or of this package that is named alone.
+
+    Args:
+        name: Such as `TinyStories`, which is LitGPT's, as in its recipes: where both have a class, theirs. What has a
+            dot, and what neither has, is returned as it is.
+    """
+    import litgpt.data
+
+    homes = {**dict.fromkeys(MODULES, __name__), **dict.fromkeys(litgpt.data.__all__, litgpt.data.__name__)}
+    return f"{homes[name]}.{name}" if name in homes else name
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

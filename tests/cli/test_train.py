@@ -8,7 +8,7 @@ import torch
 
 from litgpt_moe_ext.cli.given import Given, read_flags
 from litgpt_moe_ext.cli.recipe_files import load_value, read_recipe
-from litgpt_moe_ext.cli.settings import normalize, read_settings
+from litgpt_moe_ext.cli.settings import annotations, litgpt_types, normalize, read_given, read_settings
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.errors import SettingsError
@@ -122,7 +122,11 @@ def test_what_is_printed_is_a_recipe(recipe, tmp_path, capsys):
         (["--parameter_groups.no_weight_decay", "norms"], "no_weight_decay: 'norms' must be a list with any of norms"),
         (["--train.global_batch_size", "null"], "train.global_batch_size: null must be an integer of at least 1"),
         (["--data.vocab_size", "x"], "data.vocab_size: 'x' must be an integer"),
-        (["--data", "foo"], "data.class_path: 'foo' must be the import path of a DataModule"),
+        (["--data", "TextCorpus"], "data.source_path: must be given for litgpt_moe_ext.data.TextCorpus"),
+        (
+            ["--data", "foo"],
+            "it cannot be imported (it names no module)",
+        ),
         (["--model_config.n_embd", "null"], "model_config.n_embd: null must be an integer"),
         (["--model_config.n_exprt", "null"], "did you mean model_config.n_expert?"),
         (["--optimizer", "null"], "optimizer: null must be text or keys and values"),
@@ -286,6 +290,20 @@ def test_a_bug_is_not_caught_and_a_wrong_setting_is_one_line(recipe, tmp_path, c
     assert "error" not in capsys.readouterr().err
     assert main(["--config", str(file), "--train.max_norm", "0"]) == 2
     assert capsys.readouterr().err == "error: train.max_norm: 0 must be a number above 0\n"
+
+
+def test_a_data_module_named_alone(recipe):
+    """LitGPT's, as in its recipes, else this package's; flags behind it are read as its arguments are."""
+    known = annotations(litgpt_types())
+
+    def data(*flags):
+        return read_given(["--config", str(recipe(data="TinyStories")), *flags], Path(), known).tree["data"]
+
+    assert data() == "litgpt.data.TinyStories"
+    assert data("--data", "TextCorpus", "--data.source_path", "12") == {
+        "class_path": "litgpt_moe_ext.data.TextCorpus",
+        "init_args": {"source_path": "12"},
+    }
 
 
 def test_a_class_whose_module_lacks_something_says_what(recipe, tmp_path, capsys, monkeypatch):
