@@ -1,11 +1,13 @@
 """The error that every check raises, what its last words may be, and how a command ends with it.
 
-Imports nothing of this package, for any room.
+Imports nothing of this package but `interruption`, for any room.
 """
 
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from litgpt_moe_ext.interruption import comes_of_interruption, interruptible
 
 CANNOT = 1
 """Exit status: everything that was given is right, but the answer is no, or the work cannot go on."""
@@ -40,25 +42,27 @@ def refuse_first(messages: Iterable[str]) -> None:
         raise SettingsError(message)
 
 
-def exit_status(run: Callable[[], int | None], interrupted: str | None = None) -> int:
+def exit_status(run: Callable[[], int | None], interrupted: str = "Stopped by Ctrl-C.") -> int:
     """Run a command and return its exit status, with wrong settings as one line on standard error.
 
     Only `SettingsError` is the user's to mend. Every other exception is a fault of the program or of the machine, and
-    keeps its traceback; Python's exit status for it is 1.
+    keeps its traceback; Python's exit status for it is 1. Whatever comes of Ctrl-C is neither.
 
     Args:
         run: Returns an exit status, or None for success.
         interrupted: What to say after Ctrl-C.
     """
-    try:
-        return run() or 0
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return WRONG_SETTING
-    except KeyboardInterrupt:
-        if interrupted is not None:
-            print(interrupted, file=sys.stderr)
-        return INTERRUPTED
+    with interruptible():
+        try:
+            return run() or 0
+        except (KeyboardInterrupt, Exception) as error:
+            if comes_of_interruption(error):
+                print(interrupted, file=sys.stderr)
+                return INTERRUPTED
+            if isinstance(error, SettingsError):
+                print(f"error: {error}", file=sys.stderr)
+                return WRONG_SETTING
+            raise
 
 
 def one_line(error: object) -> str:
