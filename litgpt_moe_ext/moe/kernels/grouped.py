@@ -68,7 +68,7 @@ def _grouped(x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden: Hid
     activation: Any = hidden.activation
     if kind_of(activation) is None:
         # A registered activation goes by its own operators, which keep what they need for backward.
-        h_RG, activation = activation(h_RG), Identity()
+        h_RG, activation = activation(h_RG).contiguous(), Identity()
     keep_RF = None
     if hidden.dropout:
         shape = (h_RG.size(0), weights.down_EDF.size(2))
