@@ -143,6 +143,8 @@ def test_an_epoch_has_as_many_rows_as_all_corpora_together():
     batches = [list(loader) for _ in range(3)]
     assert [len(epoch) for epoch in batches] == [11, 10, 11]  # of 21 rows, in batches of 2
     assert loader.epoch == 3
+    rank = make(replica=Replica(1, 2))
+    assert [len(list(rank)) for _ in range(3)] == [6, 5, 5]
 
 
 def test_what_changes_the_order_is_refused_and_what_is_still_to_come_is_not():

@@ -166,6 +166,7 @@ def test_cached_generation_equals_whole_forward_passes(tmp_path, monkeypatch, ch
     settings = GenerationSettings(max_gen_toks=10)
     assert generation.supports_padded_cache(model.model)
     cached = generate(model.model, prompts, settings, lambda _: False)
+    assert all(block.attn.kv_cache is None for block in model.model.transformer.h), "its memory is given back"
     monkeypatch.setattr(generation, "supports_padded_cache", lambda _: False)
     assert cached == generate(model.model, prompts, settings, lambda _: False)
     assert all(len(tokens) == 10 for tokens in cached)

@@ -169,3 +169,10 @@ def test_a_norm_is_one_kernel_in_models_of_this_package_only():
         counts[name] = len(launches.names)
     assert counts["SharedExpertMoE"] == 1
     assert counts["LLaMAMoE"] >= 5
+
+
+def test_a_norm_that_adds_one_to_its_weights_is_not_fused():
+    for name, fusible in (("Gemma", False), ("Llama", True)):
+        with torch.device("meta"):
+            model = litgpt.model.GPT(moe_config(name=name, norm_class_name="RMSNorm"))
+        assert model.transformer.ln_f.is_fusible is fusible

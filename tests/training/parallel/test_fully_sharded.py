@@ -1,5 +1,7 @@
 """FSDP2 as the strategies set it up, on gloo ranks: what is sharded how, in which dtype, and what it costs."""
 
+import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -193,9 +195,29 @@ def test_every_rank_draws_its_own_numbers():
     assert torch.equal(in_ranks(drawn, 1, 1)[0][0], expected)
 
 
+def test_every_rank_and_step_has_a_stream_of_its_own():
+    """Of torch and of Python."""
+    streams = []
+    for rank, step in ((0, 0), (1, 0), (0, 5)):
+        torch.manual_seed(7)
+        random.seed(7)
+        random_state.part_ways(7, rank, 2, step)
+        streams.append((torch.rand(()).item(), random.random()))
+    assert [len(set(numbers)) for numbers in zip(*streams, strict=True)] == [3, 3]
+
+
 def test_random_state_is_restored():
-    state = random_state.of_this_rank(torch.device("cpu"))
-    expected = torch.rand(3)
-    assert random_state.restore(state, torch.device("cpu"))
-    assert torch.equal(torch.rand(3), expected)
+    """A rank goes on with its own."""
+    states, expected = [], []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        states.append(random_state.of_this_rank(torch.device("cpu")))
+        expected.append((torch.rand(()).item(), random.random()))
+    fabric = SimpleNamespace(rng_settled=False, resumed_rng=states, world_size=2, device=torch.device("cpu"))
+    for fabric.global_rank in (1, 0):
+        fabric.rng_settled, fabric.resumed_rng = False, states
+        random_state.settle(fabric, seed=0)
+        assert (torch.rand(()).item(), random.random()) == expected[fabric.global_rank]
+    state = states[0]
     assert not random_state.restore({**state, "cuda": state["torch"]}, torch.device("cpu"))
