@@ -351,6 +351,8 @@ def test_what_only_the_length_of_the_run_tells_is_asked_for(texts):
     by_step.setup()
     with pytest.raises(SettingsError, match=r"data.annealing.from_step: 10 needs the length of the run"):
         by_step.train_dataloader()
+    assert opened(by_step, RunLength(400, 4, 10)).train_dataloader().mixture.phases.border == 10 * 4
+    assert Annealing({}, from_fraction=0.9).first_row(RunLength(25, 4, 10), 16) == 22 * 4
     by_tokens = Mixture(corpora, weights, Annealing({"a": 1, "b": 3}, from_tokens=170))
     by_tokens.connect(batch_size=2, max_seq_length=16)
     by_tokens.setup()

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from litgpt_moe_ext.evaluation import generation
 from litgpt_moe_ext.evaluation.generation import GenerationSettings, generate
 from litgpt_moe_ext.evaluation.lm_eval_model import LitGPTModel
+from litgpt_moe_ext.evaluation.sampling import Sampling
 from tests.evaluation.conftest import CORPUS, END_OF_TEXT, VOCABULARY_SIZE, llama_config, write_checkpoint
 from tests.models import moe_config
 
@@ -196,6 +197,12 @@ def test_sampling_is_reproducible_and_differs_from_greedy(llama_dir):
     assert run(sampled) == run(sampled)
     assert run(sampled) != run(greedy)
     assert run(greedy) == run([{"max_gen_toks": 10}])
+
+
+@pytest.mark.parametrize("limit", [{"top_k": 1}, {"top_k": None, "top_p": 0.01}])
+def test_limits_of_sampling(limit):
+    logits = torch.randn(50, 9)
+    assert torch.equal(Sampling(temperature=1.0, **limit).choose(logits), logits.argmax(-1))
 
 
 def test_blank_contexts_become_the_prefix_token(llama_dir):

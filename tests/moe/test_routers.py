@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 
+from litgpt_moe_ext.moe.layer import SharedExpertMoE
 from litgpt_moe_ext.moe.learned_routers import NoisyTopKRouter, TopKRouter
 from tests.models import initialized_model, moe_config, noisy_config, randomize
 
@@ -152,6 +153,17 @@ def test_initialisation_under_pretrain(config):
             assert moe.gate.noise_weight.abs().sum() == 0
     logits = model(torch.randint(0, 64, (2, 32)))
     assert logits.std() < 2
+
+
+def test_biases_start_at_zero():
+    """Whatever is in their memory."""
+    layer = SharedExpertMoE(moe_config(router_bias=True, bias=True))
+    names = ("gate.bias", "gate.e_score_correction_bias", "experts.gate_up_bias", "experts.down_bias")
+    for module, name in (name.split(".") for name in names):
+        torch.nn.init.ones_(getattr(getattr(layer, module), name))
+    layer.gate.reset_parameters()
+    layer.experts.reset_parameters()
+    assert not any(getattr(getattr(layer, module), name).any() for module, name in (name.split(".") for name in names))
 
 
 def test_jitter_changes_the_routers_input_in_training_only():
