@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import importlib.util
 import io
 import os
 import shutil
@@ -9,6 +10,7 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -94,6 +96,14 @@ def recipe_writer(folder: Path, corpus_settings: dict) -> Callable[..., Path]:
         return file
 
     return write
+
+
+def tool(name: str) -> ModuleType:
+    """Return a script of `tools/` as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def train(*arguments: str | Path) -> int:

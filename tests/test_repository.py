@@ -1,12 +1,13 @@
 """The project keeps its promises: no host in the lock file, no unknown key in a recipe, help that answers at once."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+
+from tests.runs import tool
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -62,15 +63,8 @@ source = { registry = "index" }
 """
 
 
-def portable_lock():
-    spec = importlib.util.spec_from_file_location("portable_lock", ROOT / "tools" / "portable_lock.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_portable_lock():
-    portable = portable_lock().portable
+    portable = tool("portable_lock").portable
     assert portable(LOCK) == PORTABLE
     assert portable(PORTABLE) == PORTABLE
 

@@ -67,9 +67,8 @@ def upcycle(dense_dir: Path, out_dir: Path, config: "Config", seed: int = 42) ->
         seed: Seed of the routers' weights.
 
     Raises:
-        SettingsError: If `dense_dir` has no whole checkpoint.
-        SettingsError: If `out_dir` exists.
-        SettingsError: If no MoE model of this configuration computes the same function, with the reason.
+        SettingsError: If `dense_dir` has no whole checkpoint, if `out_dir` exists, or if no MoE model of this
+            configuration computes the same function, with the reason.
     """
     require_absent(out_dir)
     dense = read_source(dense_dir, "dense_dir")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from litgpt_moe_ext.config.features import MOE_CLASS_NAMES
 from litgpt_moe_ext.config.fields import uses_plugin
+from litgpt_moe_ext.host.replaced import replaced
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,13 +140,11 @@ class _Weighing:
             "chunked_cross_entropy": self._cross_entropy(loop.chunked_cross_entropy),
             "validate": self._means.wrap_validation(loop.validate),
         }
-        originals = {name: getattr(loop, name) for name in hooks}
-        vars(loop).update(hooks)
         fabric.log_dict = self._log_dict(fabric.log_dict)
         try:
-            yield
+            with replaced(loop, hooks):
+                yield
         finally:
-            vars(loop).update(originals)
             del fabric.log_dict
 
     def _fit(self, original: Callable[..., Any]) -> Callable[..., Any]:

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import litgpt.pretrain
 from torch import Tensor
 
+from litgpt_moe_ext.host.replaced import replaced
 from litgpt_moe_ext.model_size import count_flops
 from litgpt_moe_ext.moe.gradient_injection import forget_scale
 from litgpt_moe_ext.training.checkpoint import hyperparameters
@@ -136,12 +137,8 @@ class HookedLoop:
             "validate": self._noted(self._means.wrap_validation(litgpt.pretrain.validate)),
             "RunningMean": RunningMean,
         }
-        originals = {name: getattr(litgpt.pretrain, name) for name in hooks}
-        vars(litgpt.pretrain).update(hooks)
-        try:
+        with replaced(litgpt.pretrain, hooks):
             yield
-        finally:
-            vars(litgpt.pretrain).update(originals)
 
     def _watched(self, original: Callable[..., None]) -> Callable[..., None]:
         def fit(*args: Any, **kwargs: Any) -> None:
