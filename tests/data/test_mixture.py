@@ -214,6 +214,14 @@ def test_rows_with_padding_count_by_their_tokens(texts, packing):
     assert totals[1] / totals.sum() == pytest.approx(0.75, abs=0.01)
 
 
+def test_seed_and_weights_are_the_mixtures_and_shuffling_its_corpora(texts):
+    corpora = {"a": text(texts, 0, seed=1), "b": text(texts, 1, shuffle=False)}
+    mixture = opened(Mixture(corpora, {"a": 3.0, "b": 1.0}, seed=7))
+    made_of = mixture.train_dataloader().state_dict()["fingerprint"]
+    assert (made_of["seed"], made_of["shuffle"], made_of["weights"]) == ([7, 7], [True, False], [3, 1])
+    assert mixture.val_dataloader().weights == {"a": 3.0, "b": 1.0}
+
+
 def test_validation_takes_the_corpora_in_turn(texts):
     mixture = opened(Mixture({name: text(texts, i) for i, name in enumerate("abc")}, dict.fromkeys("abc", 1.0)))
     loader = mixture.val_dataloader()

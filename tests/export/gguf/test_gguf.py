@@ -14,7 +14,7 @@ from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.gguf.architectures import GRAPHS
 from litgpt_moe_ext.export.gguf.tokenizer import tokenizer_metadata
-from litgpt_moe_ext.export.gguf.write import export_gguf
+from litgpt_moe_ext.export.gguf.write import choose_graph, export_gguf
 from litgpt_moe_ext.export.hf.architectures import ARCHITECTURES, choose
 from litgpt_moe_ext.export.hf.facts import facts_of
 from litgpt_moe_ext.meta.models import meta_model
@@ -211,6 +211,14 @@ def test_numbers_of_other_graphs(name, change, numbers):
     found = choose(facts, GRAPHS)[0].config(facts)
     expected = {key: pytest.approx(value) if isinstance(value, float) else value for key, value in numbers.items()}
     assert {key: found.get(key) for key in numbers} == expected
+
+
+def test_an_attention_factor_without_a_stretch_is_refused():
+    """The graph takes a factor of 1 for no YaRN at all."""
+    stretch = {**YARN, "factor": 1.0, "attention_factor": 1.3}
+    facts = facts_of(Config(**{**GRAPH_CASES["deepseek-v3"][1], "rope_adjustments": stretch}), {})
+    with pytest.raises(SettingsError, match="rope_adjustments.attention_factor: 1.3 needs a factor above 1"):
+        choose_graph(facts)
 
 
 def test_rotations_of_llama3_are_divided():

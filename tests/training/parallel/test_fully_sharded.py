@@ -1,9 +1,11 @@
 """FSDP2 as the strategies set it up, on gloo ranks: what is sharded how, in which dtype, and what it costs."""
 
+import contextlib
 import random
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -204,6 +206,23 @@ def test_every_rank_and_step_has_a_stream_of_its_own():
         random_state.part_ways(7, rank, 2, step)
         streams.append((torch.rand(()).item(), random.random()))
     assert [len(set(numbers)) for numbers in zip(*streams, strict=True)] == [3, 3]
+
+
+def test_an_evaluation_between_two_steps_disturbs_nothing():
+    def draw():
+        return torch.rand(()).item(), random.random(), np.random.rand()
+
+    fabric, model = SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext), nn.Linear(1, 1)
+    state, numpy_state = random_state.of_this_rank(fabric.device), np.random.get_state()
+    expected = draw()
+    random_state.restore(state, fabric.device)
+    np.random.set_state(numpy_state)
+    for training in (True, False):
+        with random_state.undisturbed(fabric, model.train(training)):
+            assert not model.training
+            draw()
+        assert model.training is training
+    assert draw() == expected
 
 
 def test_random_state_is_restored():
