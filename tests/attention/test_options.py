@@ -272,6 +272,10 @@ def test_a_streaming_cache_may_be_as_long_as_the_context(make_config: Any) -> No
         ({"streaming_cache_window": 8}, "streaming_cache_first: None and streaming_cache_window: 8 must both be set"),
         ({**STREAMING, "streaming_cache_window": 29}, "33 tokens together, .* use at most 28"),
         ({**STREAMING, **DOCUMENTS}, "streaming_cache_window: 8 does not go with attention_document_boundary: 'eos'"),
+        (
+            {**STREAMING, "rope_local_base_freq": 100.0, "rope_indices": [0, 1]},
+            "streaming_cache_window: 8 does not go with rope_local_base_freq: 100.0",
+        ),
         ({**STREAMING, **LEARNED}, "streaming_cache_window: 8 does not go with position_embedding: 'learned'"),
         ({"clip_qkv": 1.0, "norm_qk": True}, "clip_qkv: 1.0 does not go with norms of single heads; set norm_qk_type"),
         ({"attention_class_name": None, "attention_dropout": 0.1}, "attention_dropout: 0.1 would be ignored because"),

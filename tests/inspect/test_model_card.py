@@ -288,8 +288,13 @@ def test_flops_are_those_of_the_active_matrices():
 
 def test_card_takes_the_settings_of_the_recipe():
     settings = {"train": {"micro_batch_size": 3, "max_seq_length": 16}, "optimizer": {"class_path": "torch.optim.SGD"}}
-    card = make_card(Recipe(moe_config(), settings))
+    config = moe_config(block_size=32, vocab_size=60, padded_vocab_size=64)
+    card = make_card(Recipe(config, settings))
     assert (card.micro_batch_size, card.sequence_length, card.optimizer) == (3, 16, "SGD")
+    assert card.parameters_embedding == 64 * config.n_embd
+    assert card.kv_cache_per_token["float32"] * 32 == card.inference["float32"]["kv_cache"]
+    assert card.flops_per_token_forward == count_flops(config, 16, training=False) / 16
+    assert card.flops_per_token_training == count_flops(config, 16, training=True) / 16
     assert card.parameters_active < card.parameters_total
     assert card.processes == {}
     assert card.training["32-true"]["optimizer"] == 0
@@ -303,6 +308,8 @@ def test_tied_tables_count_once():
     assert untied.parameters_total - tied.parameters_total == table
     for part, copies in (("weights", 1), ("gradients", 1), ("optimizer", 2)):
         assert untied.training["32-true"][part] - tied.training["32-true"][part] == 4 * copies * table
+    with_optimizer = untied.checkpoint_weights["float32"] + untied.training["32-true"]["optimizer"]
+    assert untied.checkpoint_training["32-true"] == with_optimizer
     assert untied.checkpoint_weights["float32"] - tied.checkpoint_weights["float32"] == 4 * table
 
 
