@@ -53,6 +53,7 @@ from litgpt_moe_ext.config.fields import added_fields  # noqa: E402
 from litgpt_moe_ext.errors import SettingsError  # noqa: E402
 from litgpt_moe_ext.inspect.cost.layers import shorten  # noqa: E402
 from litgpt_moe_ext.inspect.cost.memory import Step, training_memory  # noqa: E402
+from litgpt_moe_ext.kernels.launch import triton_works_on  # noqa: E402
 from litgpt_moe_ext.model_size import count_flops  # noqa: E402
 from litgpt_moe_ext.moe.kernels import native, router_product  # noqa: E402
 from litgpt_moe_ext.moe.kernels.plan import Outer, plan_of  # noqa: E402
@@ -60,7 +61,6 @@ from litgpt_moe_ext.moe.layer import SharedExpertMoE  # noqa: E402
 from litgpt_moe_ext.rows import Rows  # noqa: E402
 from litgpt_moe_ext.training.callbacks.telemetry import peak_flops  # noqa: E402
 from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss  # noqa: E402
-from litgpt_moe_ext.triton_launch import triton_works_on  # noqa: E402
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # Cycles of the device's clock before what is measured "ahead", 8 to 10 ms.

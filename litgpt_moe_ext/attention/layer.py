@@ -24,7 +24,7 @@ from litgpt_moe_ext.attention.sliding_window import window_mask
 from litgpt_moe_ext.attention.streaming_cache import Stream, StreamingKVCache, streaming_attention
 from litgpt_moe_ext.config.features import has_sinks
 from litgpt_moe_ext.config.rules import check_derived
-from litgpt_moe_ext.gpu import vendor_kind
+from litgpt_moe_ext.kernels.gpu import vendor_kind
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from litgpt_moe_ext.triton_launch import triton_works_on
+from litgpt_moe_ext.kernels.launch import triton_works_on
 
 # Cosines and sines, (1 or B, T, N). Where N is 1 they have two columns, where it is 0 one (see `rope.py`).
 Tables = tuple[Tensor, Tensor]

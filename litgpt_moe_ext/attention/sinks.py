@@ -20,8 +20,8 @@ from litgpt_moe_ext.attention.documents import Documents
 from litgpt_moe_ext.attention.kernels.calls import Call, Inputs, Result
 from litgpt_moe_ext.attention.kernels.choice import choose_kernel
 from litgpt_moe_ext.attention.kernels.registry import EAGER, KERNELS, Ability, functions_of, load_functions
-from litgpt_moe_ext.compiled import assume_constant_result
-from litgpt_moe_ext.triton_launch import triton_works_on
+from litgpt_moe_ext.kernels.compiled import assume_constant_result
+from litgpt_moe_ext.kernels.launch import triton_works_on
 
 load_functions()
 

@@ -22,7 +22,7 @@ from litgpt_moe_ext.attention.kernels.calls import Call, Inputs
 from litgpt_moe_ext.attention.kernels.choice import choose, choose_kernel
 from litgpt_moe_ext.attention.kernels.registry import KERNELS, Workload, functions_of
 from litgpt_moe_ext.attention.sinks import Softmax
-from litgpt_moe_ext.gpu import vendor_kind
+from litgpt_moe_ext.kernels.gpu import vendor_kind
 from tests.attention.attend import sink_attention
 from tests.fake_cuda import CAPABILITIES, fake_cuda
 

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from litgpt_moe_ext.attention import sinks as plain
 from litgpt_moe_ext.attention.kernels.calls import Call
-from litgpt_moe_ext.triton_launch import triton_works_on
+from litgpt_moe_ext.kernels.launch import triton_works_on
 
 pytest.importorskip("triton")
 

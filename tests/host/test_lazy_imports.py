@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from litgpt_moe_ext.compiled import assume_constant_result
 from litgpt_moe_ext.host import autoload
 from litgpt_moe_ext.host.lazy_imports import packages
 from litgpt_moe_ext.host.lazy_imports.packages import Package
+from litgpt_moe_ext.kernels.compiled import assume_constant_result
 from tests.host.test_guest_rule import HERE, run
 
 

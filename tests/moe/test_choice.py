@@ -69,7 +69,7 @@ def test_other_devices():
 
 def test_without_triton_the_loop_is_announced_once(monkeypatch, recwarn):
     """Windows without triton-windows."""
-    monkeypatch.setattr("litgpt_moe_ext.triton_launch.triton_installed", lambda: False)
+    monkeypatch.setattr("litgpt_moe_ext.kernels.launch.triton_installed", lambda: False)
     for _ in range(2):
         assert choose_backend(place()) == "loop"
     assert choose_backend(place(capability=(9, 0))) == "grouped_mm"

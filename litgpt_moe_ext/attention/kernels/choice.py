@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from litgpt_moe_ext.attention.kernels.registry import EAGER, KERNELS, Ability, AttentionKernel, Capability, Workload
-from litgpt_moe_ext.compiled import assume_constant_result
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.gpu import vendor_kind
+from litgpt_moe_ext.kernels.compiled import assume_constant_result
+from litgpt_moe_ext.kernels.gpu import vendor_kind
 
 _log = logging.getLogger(__name__)
 

@@ -142,7 +142,7 @@ def _kernels(recipe: Recipe | None) -> Iterator[Finding]:
 
     from litgpt_moe_ext.attention.kernels.choice import capability_of, choose
     from litgpt_moe_ext.attention.kernels.registry import EAGER, Workload
-    from litgpt_moe_ext.gpu import vendor_kind
+    from litgpt_moe_ext.kernels.gpu import vendor_kind
     from litgpt_moe_ext.moe.kernels.choice import backend_for
 
     cuda = torch.cuda.is_available()

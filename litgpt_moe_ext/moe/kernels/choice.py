@@ -23,10 +23,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext import triton_launch
-from litgpt_moe_ext.compiled import assume_constant_result
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.gpu import amd_chip, triton_knows, vendor_kind
+from litgpt_moe_ext.kernels import launch
+from litgpt_moe_ext.kernels.compiled import assume_constant_result
+from litgpt_moe_ext.kernels.gpu import amd_chip, triton_knows, vendor_kind
 from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden
 from litgpt_moe_ext.moe.kernels.cpu import grouped_cpu_experts
 from litgpt_moe_ext.moe.kernels.grouped import grouped_mm_experts, triton_experts
@@ -117,7 +117,7 @@ def _needs_triton(place: Place) -> str | None:
     interpreted = place.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if place.device not in ("cuda", "hip") and not interpreted:
         return f"it works on cuda tensors (on cpu ones under TRITON_INTERPRET=1), these are on {place.device}"
-    if not triton_launch.triton_installed():
+    if not launch.triton_installed():
         return "Triton is not installed (on Windows: pip install triton-windows)"
     if place.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it has no {place.dtype}"

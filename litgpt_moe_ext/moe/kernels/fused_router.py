@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from litgpt_moe_ext.kernels.launch import ceil_div, power_of_two, triton_works_on
+from litgpt_moe_ext.kernels.operator import define
 from litgpt_moe_ext.moe.gradient_injection import present_scale
 from litgpt_moe_ext.moe.step_shares import StepShares
-from litgpt_moe_ext.torch_operator import define
-from litgpt_moe_ext.triton_launch import ceil_div, power_of_two, triton_works_on
 
 # More experts would be more than a block of registers holds.
 MOST_EXPERTS = 1024

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from litgpt_moe_ext.kernels.launch import triton_installed
 from litgpt_moe_ext.moe.kernels.plan import Gates, Gradients, Mask, Outer, Plan, Product
-from litgpt_moe_ext.triton_launch import triton_installed
 
 
 def multiply_rows(product: Product) -> Tensor:

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from litgpt_moe_ext.kernels.launch import triton_installed
+from litgpt_moe_ext.kernels.operator import arguments_of, operator
 from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.kernels import native, step_weights
 from litgpt_moe_ext.moe.kernels.backends import ExpertWeights
 from litgpt_moe_ext.moe.kernels.plan import Gates, Identity, Mask, Outer, Plan, Product, plan_of
-from litgpt_moe_ext.torch_operator import arguments_of, operator
-from litgpt_moe_ext.triton_launch import triton_installed
 
 
 class Up(NamedTuple):

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from litgpt_moe_ext.kernels.operator import arguments_of, operator
 from litgpt_moe_ext.moe.kernels import fused_router
-from litgpt_moe_ext.torch_operator import arguments_of, operator
 
 # Up to how many experts the product here is used, by the dtype of the tokens; 0 is never (`benchmarks/gpu.py`, table
 # `router_product`). Without bfloat16's Tensor Cores, up to as many as cost no more than 16.

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from litgpt_moe_ext.kernels.launch import ceil_div, launch, power_of_two
 from litgpt_moe_ext.moe.kernels.plan import Plan
 from litgpt_moe_ext.moe.kernels.triton.common import block_of, constexpr
-from litgpt_moe_ext.triton_launch import ceil_div, launch, power_of_two
 
 
 class _Rows(NamedTuple):

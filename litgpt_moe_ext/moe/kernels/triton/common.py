@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from litgpt_moe_ext.kernels.launch import power_of_two
 from litgpt_moe_ext.moe.kernels.triton.tiles import Tiles, card_for, precision_of
-from litgpt_moe_ext.triton_launch import power_of_two
 
 if TYPE_CHECKING:
     # To a type checker a constant of a kernel is whatever it was called with.

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from litgpt_moe_ext.kernels.launch import ceil_div, launch
 from litgpt_moe_ext.moe.kernels.triton.common import block_of, constexpr
-from litgpt_moe_ext.triton_launch import ceil_div, launch
 
 
 class _Shared(NamedTuple):

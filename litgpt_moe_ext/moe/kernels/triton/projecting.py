@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from litgpt_moe_ext.kernels.launch import ceil_div, launch, power_of_two
 from litgpt_moe_ext.moe.kernels.triton import common
 from litgpt_moe_ext.moe.kernels.triton.common import Rows, constexpr, dot, rows_of
-from litgpt_moe_ext.triton_launch import ceil_div, launch, power_of_two
 
 # More blocks of tokens would be more partial sums than are worth reading.
 _MOST_BLOCKS = 128

@@ -21,6 +21,7 @@ import torch
 import triton
 from torch import Tensor
 
+from litgpt_moe_ext.kernels.launch import ceil_div, launch
 from litgpt_moe_ext.moe.kernels.fused_router import Given, Rule, block_shape
 from litgpt_moe_ext.moe.kernels.triton.common import constexpr
 from litgpt_moe_ext.moe.kernels.triton.routing_blocks import (
@@ -33,7 +34,6 @@ from litgpt_moe_ext.moe.kernels.triton.routing_blocks import (
     text,
     values,
 )
-from litgpt_moe_ext.triton_launch import ceil_div, launch
 
 if TYPE_CHECKING:
     # Triton's own types take what a reduction returns for several values.

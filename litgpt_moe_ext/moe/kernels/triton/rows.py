@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from litgpt_moe_ext.kernels.launch import ceil_div, launch, power_of_two
 from litgpt_moe_ext.moe.kernels.plan import Product
 from litgpt_moe_ext.moe.kernels.triton.common import constexpr, dot, find_tile, rows_of, stack_of, tiles_for
-from litgpt_moe_ext.triton_launch import ceil_div, launch, power_of_two
 
 
 class _Result(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from litgpt_moe_ext.gpu import amd_chip, triton_knows, vendor_kind
+from litgpt_moe_ext.kernels.gpu import amd_chip, triton_knows, vendor_kind
 
 
 @functools.cache
