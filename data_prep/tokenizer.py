@@ -7,13 +7,12 @@ is copied and checked.
 """
 
 import sys
-import tempfile
 from pathlib import Path
 
-from litgpt_moe_ext.data.pipeline.store import publish
 from litgpt_moe_ext.data.tokenizer.files import read_tokenizer, write_tokenizer
 from litgpt_moe_ext.data.tokenizer.opening import special_token
 from litgpt_moe_ext.errors import SettingsError, exit_status, one_line
+from litgpt_moe_ext.export.directory import new_directory
 
 
 def make_tokenizer(source_path: Path, out_dir: Path) -> None:
@@ -25,13 +24,8 @@ def make_tokenizer(source_path: Path, out_dir: Path) -> None:
     """
     files = read_tokenizer(source_path)
     eos_id = special_token(files, "eos", source_path)
-    if out_dir.exists():
-        raise SettingsError(f"out_dir: {str(out_dir)!r} exists; move it, or name another")
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=".tokenizer-") as folder:
-        directory = Path(folder) / out_dir.name
+    with new_directory(out_dir) as directory:
         write_tokenizer(files, directory)
-        publish(directory, out_dir)
     print(f"tokenizer_dir for LitGPT: {out_dir} (end of text: {eos_id})", flush=True)
 
 

@@ -3,6 +3,7 @@
 Imports nothing of this package but `interruption`, for any room.
 """
 
+import errno
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -45,8 +46,8 @@ def refuse_first(messages: Iterable[str]) -> None:
 def exit_status(run: Callable[[], int | None], interrupted: str = "Stopped by Ctrl-C.") -> int:
     """Run a command and return its exit status, with wrong settings as one line on standard error.
 
-    Only `SettingsError` is the user's to mend. Every other exception is a fault of the program or of the machine, and
-    keeps its traceback; Python's exit status for it is 1. Whatever comes of Ctrl-C is neither.
+    Only `SettingsError` and a full disk are the user's to mend. Every other exception is a fault of the program or of
+    the machine, and keeps its traceback; Python's exit status for it is 1. Whatever comes of Ctrl-C is neither.
 
     Args:
         run: Returns an exit status, or None for success.
@@ -62,6 +63,10 @@ def exit_status(run: Callable[[], int | None], interrupted: str = "Stopped by Ct
             if isinstance(error, SettingsError):
                 print(f"error: {error}", file=sys.stderr)
                 return WRONG_SETTING
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                where = f"{error.filename}: " if error.filename else ""
+                print(f"error: {where}{error.strerror}; free some space, and run the same again", file=sys.stderr)
+                return CANNOT
             raise
 
 

@@ -6,6 +6,7 @@ finished by a file that is written last, so a study that was killed goes on wher
 
 import contextlib
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 FINISHED = "finished.json"
 _LOOK_EVERY = 0.5  # seconds
+_LAST_BYTES = 4000  # of a run's output, in which its last line is
 _TRAIN = "import sys; from litgpt_moe_ext.cli.main import main; sys.exit(main(['train', *sys.argv[1:]]))"
 
 
@@ -147,11 +149,13 @@ def _train(
         return None
     out_dir = runs_dir / run.key
     out_dir.mkdir(parents=True, exist_ok=True)
+    output = out_dir / "output.txt"
+    earlier = output.stat().st_size if output.exists() else 0
     place = free.get()
     try:
         trained_on = TrainedOn.here(places, place)  # not afterwards: by then the code may be another
         command = [sys.executable, "-c", _TRAIN, *run.flags(out_dir)]
-        status = _process(command, out_dir, places.environment(place), stopped)
+        status = _process(command, output, places.environment(place), stopped)
     finally:
         free.put(place)
     if status == 0:
@@ -161,11 +165,22 @@ def _train(
         return ""
     if why := stopped():
         return f"{run.title}: stopped, {why}; the same command goes on"
-    return f"{run.title}: ended with status {status}; see {out_dir / 'output.txt'}"
+    return f"{run.title}: ended with status {status}, {_last_words(output, earlier)}; see {output}"
 
 
-def _process(command: Sequence[str], out_dir: Path, environment: dict[str, str], stopped: Callable[[], str]) -> int:
-    with (out_dir / "output.txt").open("a", encoding="utf-8") as output:
+def _last_words(output: Path, earlier: int) -> str:
+    with output.open("rb") as file:
+        file.seek(max(earlier, output.stat().st_size - _LAST_BYTES))
+        lines = file.read().decode(errors="replace").split("\n")
+    said = [line.strip() for line in lines if line.strip()]
+    if not said:
+        space = shutil.disk_usage(output.parent).free
+        return f"having said nothing, with {space / 1e6:.3g} MB of disk left"
+    return f"saying {said[-1]!r}"
+
+
+def _process(command: Sequence[str], log: Path, environment: dict[str, str], stopped: Callable[[], str]) -> int:
+    with log.open("a", encoding="utf-8") as output:
         process = subprocess.Popen(
             command,
             env=environment,

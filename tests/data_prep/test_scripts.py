@@ -86,7 +86,7 @@ def test_a_tokenizer_directory_of_gpt2s_files(tmp_path, capsys):
     assert tokenizer.eos_id == last
     assert tokenizer.decode(tokenizer.encode("Once upon a time")) == "Once upon a time"
     assert main_of(FOLDER / "tokenizer.py")(arguments) == 2
-    assert capsys.readouterr().err == f"error: out_dir: '{out_dir}' exists; move it, or name another\n"
+    assert capsys.readouterr().err == f"error: out_dir: '{out_dir}' exists; name a new directory\n"
 
 
 def test_a_tokenizer_without_end_of_text_is_not_kept(tmp_path, capsys):

@@ -197,17 +197,22 @@ def test_slurm_array_has_a_task_for_every_run(tmp_path, capsys):
 def test_no_run_is_repeated_and_a_failed_one_is_tried_again(tmp_path, monkeypatch):
     calls = []
 
-    def process(command, out_dir, environment, stopped):
+    def process(command, log, environment, stopped):
         calls.append(command[-1])
-        return 1 if len(calls) == 2 else 0
+        with log.open("a") as output:
+            output.write(f"step 1\nerror: fault {len(calls)}\n" if len(calls) == 2 else "")
+        return 1 if len(calls) in (2, 4) else 0
 
     monkeypatch.setattr(launch, "_process", process)
     runs = load_study(write(tmp_path / "s.yaml", seeds=[1, 2, 3])).runs
     said = []
-    assert "ended with status 1" in launch.train(runs, tmp_path, Limits(), said.append).problems[0]
+    (problem,) = launch.train(runs, tmp_path, Limits(), said.append).problems
+    assert "ended with status 1, saying 'error: fault 2'; see" in problem
     assert (len(calls), len(said)) == (3, 3)
+    (problem,) = launch.train(runs, tmp_path, Limits(), said.append).problems
+    assert "ended with status 1, having said nothing, with " in problem, "what it says is not the last run's"
     assert launch.train(runs, tmp_path, Limits(), said.append) == ([], 0)
-    assert len(calls) == 4
+    assert len(calls) == 5
     late = launch.train(load_study(STUDIES[0]).runs[:1], tmp_path, Limits(seconds=0), said.append)
     assert "out of time" in late.problems[0]
 

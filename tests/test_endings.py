@@ -1,13 +1,14 @@
-"""Ctrl-C reaches the end of a command, wherever it comes."""
+"""How commands end that Ctrl-C or a full disk stops."""
 
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from litgpt_moe_ext.errors import INTERRUPTED, SettingsError, exit_status
+from litgpt_moe_ext.errors import CANNOT, INTERRUPTED, SettingsError, exit_status
 
 
 class ExtensionFileLoader:
@@ -53,6 +54,12 @@ def test_other_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         exit_status(lambda: 1 // 0)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_one_line(capsys):
+    assert exit_status(lambda: Path("/dev/full").write_text("x")) == CANNOT
+    assert capsys.readouterr().err == "error: No space left on device; free some space, and run the same again\n"
 
 
 @pytest.mark.slow
