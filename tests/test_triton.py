@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 INTERPRETED = (
+    "tests/interpreted_memory.py",
     *(f"tests/moe/interpreted_{name}.py" for name in ("triton", "router", "product")),
     *(f"tests/attention/interpreted_{name}.py" for name in ("epilogue", "rotation")),
 )
