@@ -46,7 +46,7 @@ def _layer_norm_backward(
 
 
 def _attention(query_BHTd: Tensor, *_arguments: Any, **_options: Any) -> tuple[Tensor, Tensor]:
-    B, H, T, _ = query_BHTd.shape  # noqa: N806 as in the legend
+    B, H, T, _ = query_BHTd.shape
     dtype = torch.float64 if query_BHTd.dtype == torch.float64 else torch.float32
     return torch.empty_like(query_BHTd), query_BHTd.new_empty((B, T, H), dtype=dtype).transpose(1, 2)
 

@@ -15,9 +15,9 @@ from tests.fake_cuda import fake_cuda
 
 pytest.importorskip("triton")
 
-from litgpt_moe_ext.attention.kernels import rotation  # noqa: E402
-from tests.moe.test_launches import Launches  # noqa: E402
-from tests.moe.test_triton_compiles import AMD_CHIPS, CAPABILITIES, Compiler, compiler_for_amd  # noqa: E402
+from litgpt_moe_ext.attention.kernels import rotation
+from tests.moe.test_launches import Launches
+from tests.moe.test_triton_compiles import AMD_CHIPS, CAPABILITIES, Compiler, compiler_for_amd
 
 
 def heads(d: int, dtype: torch.dtype = torch.bfloat16, H: int = 4, G: int = 2) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import sys
 import litgpt.pretrain
 
 import litgpt_moe_ext.attention.layer
-import litgpt_moe_ext.moe.layer  # noqa: F401
+import litgpt_moe_ext.moe.layer
 
 BIG = (
     "torchvision", "transformers", "sklearn", "pandas", "scipy", "torch._dynamo", "torch._inductor",

@@ -53,7 +53,7 @@ class TokenModule(DataModule):
     def require_vocabulary(self, padded_vocab_size: int) -> None:
         """Raise SettingsError, with the remedy, if the data may hold ids that a model has no embedding for."""
 
-    def require_documents(self, boundary: str, token_id: int) -> None:  # noqa: B027 a module need not know
+    def require_documents(self, boundary: str, token_id: int) -> None:
         """Raise SettingsError if a model that attends within documents would not find those of the data.
 
         Args:

@@ -164,10 +164,10 @@ class Mixture(TokenModule):
         return MixtureValidation(loaders, self.weights)
 
     def _phases(self, parts: Sequence[Part]) -> Phases:
-        first = Schedule(_row_shares("data.weights", self.weights, parts))
+        first = Schedule(_row_shares(self.weights, parts))
         if self.annealing is None:
             return Phases(first)
-        second = Schedule(_row_shares("data.annealing.weights", self.annealing.weights, parts))
+        second = Schedule(_row_shares(self.annealing.weights, parts))
         return Phases(first, second, self.annealing.first_row(self._length, parts[0].windows.block_size))
 
     def _check_epochs(self, parts: Sequence[Part], phases: Phases) -> None:
@@ -227,7 +227,7 @@ def _check_corpora(corpora: Mapping[str, Any]) -> None:
             )
 
 
-def _row_shares(setting: str, weights: Mapping[str, float], parts: Sequence[Part]) -> list[int]:
+def _row_shares(weights: Mapping[str, float], parts: Sequence[Part]) -> list[int]:
     # Rows with padding hold fewer tokens, so a corpus of short documents needs more of them for the same share.
     shares = [Fraction(str(weights[part.name])) * len(part.windows) / max(part.windows.targets, 1) for part in parts]
     return whole_shares(shares)

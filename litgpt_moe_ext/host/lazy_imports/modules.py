@@ -130,14 +130,14 @@ def execute_without_matplotlib(module: ModuleType, loader: Any) -> None:
 class _WithoutCompiler(ast.NodeTransformer):
     """Puts what does the same without torch's compiler in the place of what loads it."""
 
-    def visit_Import(self, node: ast.Import) -> ast.Import | None:  # noqa: N802
+    def visit_Import(self, node: ast.Import) -> ast.Import | None:
         # torch imports both by itself when somebody asks for the attribute.
         node.names = [
             alias for alias in node.names if alias.name not in ("torch._dynamo.config", "torch._inductor.config")
         ]
         return node if node.names else None
 
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.stmt:  # noqa: N802
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.stmt:
         names = [(node.module, alias.name, alias.asname) for alias in node.names]
         stand_in = names in (
             [("torch._dynamo", "OptimizedModule", None)],
@@ -145,7 +145,7 @@ class _WithoutCompiler(ast.NodeTransformer):
         )
         return ast.copy_location(ast.Pass(), node) if stand_in else node
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:  # noqa: N802
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         # torch's own twin of the decorator, which loads the compiler when the function is called.
         node.decorator_list = [
             _expression("torch._disable_dynamo", decorator) if _is(decorator, "torch.compiler.disable") else decorator
@@ -153,7 +153,7 @@ class _WithoutCompiler(ast.NodeTransformer):
         ]
         return self.generic_visit(node)
 
-    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:  # noqa: N802
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         if node.attr == "is_compiling" and _is(node, "torch._dynamo.is_compiling"):
             return _expression(_IS_COMPILING, node)
         return self.generic_visit(node)

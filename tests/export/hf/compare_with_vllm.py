@@ -17,10 +17,10 @@ os.environ |= {
     "VLLM_NO_USAGE_STATS": "1",
 }
 
-import torch  # noqa: E402
-import vllm  # noqa: E402
-from vllm import LLM, SamplingParams  # noqa: E402
-from vllm.distributed.parallel_state import cleanup_dist_env_and_memory  # noqa: E402
+import torch
+import vllm
+from vllm import LLM, SamplingParams
+from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
 
 def compare(case: Path, compiled: bool) -> None:
