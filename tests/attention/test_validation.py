@@ -139,6 +139,14 @@ LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_h
         ),
         ({"latent_attention": {**LATENT, "qk_rope_head_dim": 3}}, "latent_attention.qk_rope_head_dim: 3 must be even"),
         ({"latent_attention": LATENT, "norm_qk": True}, "norm_qk: True would be ignored because latent_attention"),
+        (
+            {"latent_attention": LATENT, "sliding_window_size": 8},
+            "sliding_window_size: 8 would be ignored because latent",
+        ),
+        (
+            {"latent_attention": LATENT, "rope_local_base_freq": 100.0},
+            "rope_local_base_freq: 100.0 would be ignored because latent",
+        ),
         ({"latent_attention": LATENT, "attention_sinks": True}, "attention_sinks: True would be ignored"),
     ],
 )

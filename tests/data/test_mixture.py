@@ -4,6 +4,7 @@ import os
 import signal
 from fractions import Fraction
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -247,6 +248,12 @@ def losses_by_corpus(ranks: int) -> dict[str, float]:
     metrics = {"val_loss": float(whole)}
     losses.on_log(metrics)
     return metrics
+
+
+def test_validation_of_what_only_the_annealing_reads():
+    """LitGPT's check that validation works sees a few batches; its loss is a number."""
+    mixture = SimpleNamespace(weights={"a": 0.0, "b": 0.0, "c": 1.0}, names=lambda: iter("abc"))
+    assert CorpusLosses(1).mean(mixture, torch.tensor([1.0, 2.0]), torch.tensor([10, 20])) == 1.5
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])

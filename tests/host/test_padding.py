@@ -146,6 +146,12 @@ def test_padding_changes_nothing(router, backend, documents, together, same_nois
     torch.testing.assert_close(step(model, *padded), step(model, *unpadded), **EXACT)
 
 
+def test_padding_changes_nothing_where_gates_are_on_inputs():
+    model = model_with("sigmoid", expert_backend="grouped_cpu", expert_gate_on_input=True)
+    padded, unpadded = padded_and_not(rows_of([[BOS, *range(2, 9)], [BOS], [BOS, 5, 6], [BOS, *range(10, 20)]], 12))
+    torch.testing.assert_close(step(model, *padded), step(model, *unpadded), **EXACT)
+
+
 @pytest.mark.parametrize("router", ["sigmoid", "noisy_topk"])
 def test_grouped_products_compute_no_padding(router, same_noise):
     """In float32, as torch has no others; with biases, and with rows of memory as it was found."""
