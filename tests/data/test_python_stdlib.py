@@ -103,7 +103,7 @@ def test_too_little_data_names_the_split(data, length, name):
         data.train_dataloader() if name == "training data" else data.val_dataloader()
 
 
-def test_named_in_yaml_by_class_path(tmp_path):
+def test_named_in_yaml_by_class_path():
     parser = ArgumentParser()
     parser.add_argument("--data", type=DataModule)
     arguments = {"data_path": "somewhere", "vocab_size": 2048, "val_fraction": 0.1}

@@ -278,7 +278,7 @@ def test_killed_or_interrupted(files, tmp_path, monkeypatch, signal_number):
     assert contents(corpus) == expected
 
 
-def test_the_cache(files, tmp_path, capsys, monkeypatch):
+def test_the_cache(files, tmp_path, capsys):
     first = prepare_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS)
     capsys.readouterr()
     assert prepare_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS) == first
@@ -441,7 +441,7 @@ def read_tokenizer_of(files, tmp_path):
     return read_tokenizer(prepare_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS) / TOKENIZER_DIR)
 
 
-def test_processes_where_they_pay(tmp_path):
+def test_processes_where_they_pay():
     def source(size: int) -> Source:
         return Source("a", "train", size, "a", lambda: iter(()))
 
@@ -451,13 +451,13 @@ def test_processes_where_they_pay(tmp_path):
     assert text_corpus._workers([source(1)], 3) == 3
 
 
-def test_a_dying_worker_is_reported(capfd):
+def test_a_dying_worker_is_reported():
     no_tokenizer = Encoder("{", 0, None, np.dtype("<u2"))
     with pytest.raises(SettingsError, match="died, perhaps for lack of memory; set workers to less than 2"):
         list(encode_in_order(no_tokenizer, [["text"]], lambda batch: (batch,), workers=2))
 
 
-def test_a_tokenizer_learns_from_the_beginning_of_every_source(files, tmp_path):
+def test_a_tokenizer_learns_from_the_beginning_of_every_source(files):
     read = []
 
     def watched(file):

@@ -34,7 +34,7 @@ def clean(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def server(clean, corpus, tmp_path):
+def server(clean, corpus):
     """wandb's public API with `corpus` as its one artifact; calls that the real classes would refuse fail."""
     artifact = create_autospec(wandb.Artifact, instance=True)
     artifact.name, artifact.version = "corpus:latest", "v3"

@@ -99,7 +99,7 @@ def test_a_key_that_the_server_does_not_know(server, corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_from_one_script_to_the_other(server, tmp_path, monkeypatch):
+def test_from_one_script_to_the_other(server, tmp_path):
     """The commands of the recipes: a corpus is prepared and logged, then trained on under --wandb-dataset."""
     tiny_txt(tmp_path)
     script = [sys.executable, ROOT / "data_prep" / "tinystories.py", "--source_path", tmp_path]

@@ -164,7 +164,7 @@ def test_incomplete_checkpoints_are_named(tmp_path, removed, message):
         evaluate_checkpoint(EvaluateSettings(folder, tasks="some.yaml"))
 
 
-def test_data_in_the_working_directory_is_found_too(task_file, tmp_path, elsewhere):
+def test_data_in_the_working_directory_is_found_too(task_file, elsewhere):
     (task_file.parent / "data").rename(elsewhere / "data")
     assert len(load_task_file(task_file).test_docs()) == 4
 

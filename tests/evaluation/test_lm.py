@@ -249,7 +249,7 @@ def test_equal_inputs_go_through_the_model_once(llama_dir, monkeypatch):
     assert len({logprob for logprob, _ in answers}) == 3
 
 
-def test_training_checkpoint_opens_like_bare_weights(llama_dir, tmp_path):
+def test_training_checkpoint_opens_like_bare_weights(tmp_path):
     model = write_checkpoint(tmp_path, llama_config())
     requests = instances("loglikelihood", [("the quick", " fox")])
     bare = LitGPTModel(tmp_path, device="cpu").loglikelihood(requests)
@@ -263,7 +263,7 @@ def test_training_checkpoint_opens_like_bare_weights(llama_dir, tmp_path):
     assert LitGPTModel(tmp_path, device="cpu").loglikelihood(requests) == bare
 
 
-def test_dtype_is_that_of_the_checkpoint_unless_given(random_moe_dir, tmp_path):
+def test_dtype_is_that_of_the_checkpoint_unless_given(random_moe_dir):
     assert LitGPTModel(random_moe_dir, device="cpu").get_model_info()["model_dtype"] == torch.float32
     model = LitGPTModel(random_moe_dir, device="cpu", dtype="bfloat16").model
     assert model.lm_head.weight.dtype == torch.bfloat16
@@ -283,14 +283,14 @@ def test_bfloat16_scores_are_close_to_float32(random_moe_dir):
     assert [a for a, _ in rounded] == pytest.approx([a for a, _ in exact], abs=0.5)
 
 
-def test_weights_of_another_model_are_refused(llama_dir, tmp_path):
+def test_weights_of_another_model_are_refused(tmp_path):
     write_checkpoint(tmp_path, llama_config())
     torch.save({"something": torch.zeros(1)}, tmp_path / "lit_model.pth")
     with pytest.raises(ValueError, match=r"lit_model.pth does not fit model_config.yaml"):
         LitGPTModel(tmp_path, device="cpu")
 
 
-def test_tokenizer_without_end_of_text_needs_a_context(llama_dir, tmp_path):
+def test_tokenizer_without_end_of_text_needs_a_context(tmp_path):
     write_checkpoint(tmp_path, llama_config())
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     model = LitGPTModel(tmp_path, device="cpu")

@@ -186,7 +186,7 @@ def test_shipped_studies_name_no_place_of_one_machine():
         assert not re.search(r"^ .*(python3\.|: /)", file.read_text(encoding="utf-8"), re.M), file
 
 
-def test_slurm_array_has_a_task_for_every_run(tmp_path, capsys):
+def test_slurm_array_has_a_task_for_every_run(tmp_path):
     script, study = tmp_path / "array.sh", ROOT / "studies" / "qk_norm.yaml"
     assert main(["study", str(study), "--slurm", str(script)]) == 0
     assert f"#SBATCH --array=0-{len(load_study(study).runs) - 1}\n" in script.read_text()

@@ -59,7 +59,7 @@ def test_a_refused_run_leaves_no_logger_behind(recipe, tmp_path, monkeypatch, ca
     assert not (tmp_path / "out" / "train.log").exists()
 
 
-def test_the_device_is_decided_once(recipe, tmp_path, monkeypatch, capsys):
+def test_the_device_is_decided_once(recipe, monkeypatch, capsys):
     """On a Mac with MPS, which Lightning would take while everything else here says CPU."""
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     if torch.cuda.is_available():

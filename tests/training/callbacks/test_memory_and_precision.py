@@ -40,7 +40,7 @@ def test_checkpointed_gradients_are_the_same(mode, make_config):
         assert torch.equal(block.mlp.gate.tally.take(), count)
 
 
-def test_selective_keeps_the_choice_of_experts(monkeypatch):
+def test_selective_keeps_the_choice_of_experts():
     """`topk` runs once per router in training although the block runs twice."""
     from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -261,7 +261,7 @@ def test_failing_final_validation_keeps_the_training(recipe, tmp_path, monkeypat
     assert problem_with(tmp_path / "out" / "final") is None
 
 
-def test_failing_sample_costs_nothing(recipe, tmp_path, monkeypatch, capsys):
+def test_failing_sample_costs_nothing(recipe, monkeypatch, capsys):
     from litgpt_moe_ext.training.callbacks import samples as sampling
 
     def broken(*args, **kwargs):
