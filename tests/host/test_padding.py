@@ -20,6 +20,7 @@ from litgpt_moe_ext.data.windows import DocumentWindows
 from litgpt_moe_ext.host.padding import mark_finetuning_padding
 from litgpt_moe_ext.moe.balancing import update_routers
 from litgpt_moe_ext.moe.fixed_routers import FixedRouter, UniformRouter
+from litgpt_moe_ext.moe.layer import SharedExpertMoE
 from litgpt_moe_ext.moe.metrics import load_metrics, routers_of
 from litgpt_moe_ext.moe.registry import LOSSES, Loss
 from litgpt_moe_ext.padding import PADDING, PaddedRows, accept_padding, mark_padding
@@ -144,6 +145,15 @@ def test_padding_changes_nothing(router, backend, documents, together, same_nois
     model = model_with(router, expert_backend=backend)
     padded, unpadded = padded_and_not(packed(documents, together))
     torch.testing.assert_close(step(model, *padded), step(model, *unpadded), **EXACT)
+
+
+def test_a_layer_gives_padding_nothing():
+    """What is no number there would reach text through the values of attention."""
+    layer = randomize(SharedExpertMoE(moe_config(n_shared_expert=1)))
+    real = torch.arange(8) < torch.tensor([[5], [8]])
+    y = layer(torch.randn(2, 8, 16), real)
+    assert not y[~real].any()
+    assert y[real].all()
 
 
 def test_padding_changes_nothing_where_gates_are_on_inputs():

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +28,7 @@ from litgpt_moe_ext.study.compare import compared, grouped
 from litgpt_moe_ext.study.launch import Limits
 from litgpt_moe_ext.study.place import code_version
 from litgpt_moe_ext.study.plan import load_study
+from litgpt_moe_ext.study.search import best_points
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
@@ -310,6 +312,19 @@ def test_all_intervals_together_are_wider_than_one_alone():
     for difference in found.values():
         alone, together = (interval.high - interval.value for interval in (difference.alone, difference.together))
         assert together / alone == pytest.approx(t.ppf(1 - 0.025 / 2, 2) / t.ppf(0.975, 2))
+
+
+def test_a_point_that_came_to_nothing_is_not_the_best():
+    @dataclass(frozen=True)
+    class Point:
+        point: dict[str, float]
+        label: str = "arm"
+
+    groups = {
+        str(rate): [SimpleNamespace(run=Point({"rate": rate}), val_loss=loss)]
+        for rate, loss in ((1, float("nan")), (2, 3.0), (3, 2.5))
+    }
+    assert list(best_points(["rate"], groups)) == ["3"]
 
 
 def test_break_even_of_two_lines():

@@ -272,6 +272,17 @@ class TestTokenizer:
         assert found["token_type"] == [3] + [1] * (len(vocabulary) - 1) + [5] * (320 - len(vocabulary))
         assert (found["bos_token_id"], found["eos_token_id"], found["add_bos_token"]) == (0, 0, False)
 
+    def test_tokens_that_users_type_and_a_template_for_chats(self, tmp_path):
+        train_bpe(["aba abab abb ab " * 20], BPESettings(vocab_size=300), tmp_path)
+        raw = json.loads((tmp_path / "tokenizer.json").read_text())
+        end, typed = raw["added_tokens"][0], len(raw["model"]["vocab"])
+        raw["added_tokens"].append({**end, "id": typed, "content": "<typed>", "special": False})
+        (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+        (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+        found = tokenizer_metadata(tmp_path, 320)
+        assert (found["ggml.token_type"][end["id"]], found["ggml.token_type"][typed]) == (3, 4)
+        assert found["chat_template"] == "{{ messages }}"
+
     @pytest.mark.parametrize(
         ("change", "reason"),
         [

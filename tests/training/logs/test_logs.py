@@ -3,6 +3,7 @@
 import csv
 import errno
 import io
+import math
 import os
 import pty
 import signal
@@ -37,6 +38,9 @@ def test_one_row_per_step_over_a_resume(recipe, tmp_path, capsys):
     assert [row["tokens"] for row in whole] == [str(128 * step) for step in range(1, 8)]
     assert {row["iter_tokens"] for row in whole} == {"128"}
     assert [row["train_loss"] for row in whole] == list(logged(out, "loss").values())
+    for ppl, loss in (("ppl", "loss"), ("val_ppl", "val_loss")):
+        pairs = [(float(row[ppl]), float(row[loss])) for row in wide if row[loss]]
+        assert [math.log(value) for value, _ in pairs] == pytest.approx([value for _, value in pairs]), ppl
     printed = capsys.readouterr().out
     lines = (out / "train.log").read_text()
     assert printed[printed.index("tiny: ") :] in lines
