@@ -242,8 +242,9 @@ def test_measures_of_balance_by_hand():
 
 
 def test_metrics_by_hand():
-    """Two tokens, logits 2, 0, -2, 0 and 0, 0, 0, 0, one expert each."""
-    moe = make_moe(n_embd=4, n_expert=4, n_expert_per_token=1, router_score_function="softmax")
+    """Two tokens, logits 2, 0, -2, 0 and 0, 0, 0, 0, one expert each; the factor of gate values is none of them."""
+    settings = {"router_score_function": "softmax", "routed_scaling_factor": 2.5}
+    moe = make_moe(n_embd=4, n_expert=4, n_expert_per_token=1, **settings)
     model = torch.nn.ModuleDict({"layer": torch.nn.ModuleList([torch.nn.Identity(), moe])})
     assert load_metrics(model) == {}
     with torch.no_grad():

@@ -65,6 +65,18 @@ def test_sequence_balancing_by_hand():
     assert sequence_balancing_loss(probabilities, experts, 2).item() == pytest.approx(1.8)
 
 
+def test_a_layer_tells_its_router_the_sequences():
+    layer = randomize(SharedExpertMoE(moe_config(router_sequence_balancing_loss_coef=1.0)))
+
+    def loss(x):
+        layer(x).sum().backward()
+        update_routers([layer.gate])
+        return load_metrics(layer)["moe/sequence_balancing_loss"]
+
+    x = torch.randn(2, 6, 16)
+    assert loss(x) == pytest.approx((loss(x[:1]) + loss(x[1:])) / 2, rel=1e-5)
+
+
 def test_z_loss_by_hand():
     logits = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0]])
     assert router_z_loss(logits).item() == pytest.approx((math.log(2) ** 2 + math.log(4) ** 2) / 2)
