@@ -279,6 +279,15 @@ def test_metrics_by_hand():
     assert metrics["moe/bias_range"] == pytest.approx(0.002, abs=0.011)
 
 
+def test_entropy_is_that_of_a_token_however_many_experts_it_visits():
+    moe = make_moe(router_score_function="softmax")
+    x = torch.randn(2, 7, 16)
+    moe(x).sum().backward()
+    torch.optim.SGD(moe.parameters(), lr=0.0).step()
+    expected = torch.special.entr(moe.gate.scores(x.flatten(0, 1))).sum(-1).mean().item()
+    assert load_metrics(moe)["moe/router_entropy"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_metrics_of_several_layers():
     model = initialized_model(noisy_config())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -243,9 +243,10 @@ def test_bfloat16(tmp_path):
         "F32"
     }
     (tensor,) = (t for t in reader.tensors if t.name == "blk.0.ffn_down_exps.weight")
-    _, learned = exported(tmp_path / "gpt2", *GRAPH_CASES["gpt2"][1:], dtype="bfloat16")
-    positions = next(t for t in learned.tensors if t.name == "position_embd.weight")
-    assert positions.tensor_type.name == "F32", "they are added"
+    assert keys(reader)["general.file_type"] == 32
+    for name, added in (("gpt2", "position_embd.weight"), ("gpt-oss", "blk.0.ffn_gate_exps.bias")):
+        _, other = exported(tmp_path / name, *GRAPH_CASES[name][1:], dtype="bfloat16")
+        assert next(t for t in other.tensors if t.name == added).tensor_type.name == "F32"
     expected = model.state_dict()["transformer.h.0.mlp.experts.down_proj"].bfloat16().view(torch.int16)
     assert np.array_equal(np.array(tensor.data).view(np.int16).reshape(expected.shape), expected.numpy())
 

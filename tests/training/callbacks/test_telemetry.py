@@ -17,7 +17,7 @@ from tests.runs import logged
 
 def test_utilization_by_hand(monkeypatch):
     """1000 tokens of 3 MFLOP in 2 s on two devices of 1 GFLOP/s each: three quarters."""
-    clock = iter((10.0, 12.0))
+    clock = iter((10.0, 12.0, 13.0))
     monkeypatch.setattr(telemetry.time, "perf_counter", lambda: next(clock))
     meter = Telemetry(torch.device("cpu"), world_size=2, peak_flops=1e9)
     meter.on_flops_counted(3e6)
@@ -31,6 +31,9 @@ def test_utilization_by_hand(monkeypatch):
     assert second["tokens_per_second"] == 500
     assert second["mfu"] == 0.75
     assert second["data_wait"] == 0.25
+    third = {"loss": 1.0, "total_tokens": 1600}
+    meter.on_log(third)
+    assert (third["tokens_per_second"], third["data_wait"]) == (100, 0), "since the line before"
 
 
 def test_none_without_a_peak():
