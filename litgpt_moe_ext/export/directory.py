@@ -45,6 +45,7 @@ def new_directory(out_dir: Path, needed_bytes: int = 0) -> Iterator[Path]:
     try:
         yield partial
         flush_tree(partial)
+        require_absent(out_dir)  # another process may have made it meanwhile
         os.rename(partial, out_dir)
     except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and _TORCH_WRITER not in str(error):

@@ -85,3 +85,12 @@ def test_weights_that_may_not_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.open", denied)
     with pytest.raises(SettingsError, match="checkpoint_dir: .*lit_model.pth cannot be read .Permission denied"):
         read_checkpoint(tmp_path / "source" / "lit_model.pth")
+
+
+def test_what_another_process_made_meanwhile_stays(tmp_path):
+    out_dir = tmp_path / "out"
+    with pytest.raises(SettingsError, match="exists; name a new directory"), new_directory(out_dir) as partial:
+        (partial / "late").touch()
+        out_dir.mkdir()
+        (out_dir / "first").touch()
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["out", "out/first"]
