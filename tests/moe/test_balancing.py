@@ -297,6 +297,7 @@ def test_metrics_of_several_layers():
     assert "moe/bias_range" not in metrics
     layers = [metrics[f"moe_layer_{i:02}/max_vio"] for i in range(2)]
     assert metrics["moe/max_vio"] == max(layers)
+    assert metrics["moe/load_entropy"] == min(metrics[f"moe_layer_{i:02}/load_entropy"] for i in range(2))
     assert metrics["moe/max_vio_avg"] == pytest.approx(sum(layers) / 2)
     assert metrics["moe/dead_experts"] == sum(metrics[f"moe_layer_{i:02}/dead_experts"] for i in range(2))
     for i in range(2):
