@@ -94,6 +94,7 @@ GROUPS = {"n_expert_groups": 4, "n_topk_groups": 1, "n_topk_scores_per_group": 2
             {"n_layer": 3, "mlp_only_layers": [0, 0]},
             "mlp_only_layers: .0, 0. must be a list of different integers from 0 to 2",
         ),
+        ({"mlp_only_layers": [-1]}, "mlp_only_layers: .-1. must be a list of different integers from 0 to 1"),
         ({"mlp_only_layers": [0, 1]}, "not all of them"),
         ({"mlp_only_layers": [0]}, "intermediate_size: null must be set because mlp_only_layers is .0."),
         ({"clip_qkv": 8.0}, "clip_qkv: 8.0 would be ignored because attention_class_name is not set"),
