@@ -59,12 +59,20 @@ def test_specific_tokens():
     assert found[1][0].score == pytest.approx(expected)
 
 
+def test_specific_tokens_are_counted_once_however_many_experts_they_visit():
+    found = statistics.specific_tokens(torch.tensor([7, 7, 5, 5]), torch.tensor([[0, 1], [0, 1], [0, 2], [1, 2]]), 3, 1)
+    table = [(2, 2, 3), (1, 2, 3), (1, 2, 1)]
+    expected = 2 * sum(cell * math.log(cell * 4 / (row * column)) for cell, row, column in table)
+    assert (found[1][0].id, found[1][0].score) == (7, pytest.approx(expected))
+
+
 def test_agreement_up_to_names():
     first = torch.tensor([[0, 1], [1, 2], [2, 0], [0, 1]])
     renamed = torch.tensor([2, 0, 1])[first]
     found = statistics.agreement(first, renamed, 3)
     assert found.matching == [2, 0, 1]
     assert found.matched == 1
+    assert found.chance == (3 * 3 + 3 * 3 + 2 * 2) / 4 / 8, "by the loads of those that go together"
     assert found.same < 1
     assert statistics.agreement(first, first, 3).same == 1
 
