@@ -89,8 +89,13 @@ def test_weights_that_may_not_be_read(tmp_path, monkeypatch):
 
 def test_what_another_process_made_meanwhile_stays(tmp_path):
     out_dir = tmp_path / "out"
-    with pytest.raises(SettingsError, match="exists; name a new directory"), new_directory(out_dir) as partial:
-        (partial / "late").touch()
-        out_dir.mkdir()
-        (out_dir / "first").touch()
+
+    def write():
+        with new_directory(out_dir) as partial:
+            (partial / "late").touch()
+            out_dir.mkdir()
+            (out_dir / "first").touch()
+
+    with pytest.raises(SettingsError, match="exists; name a new directory"):
+        write()
     assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["out", "out/first"]
