@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.inspect.recipes import Recipe, load_recipe
 from litgpt_moe_ext.inspect.runs.logs import TOKENS, RunLog, load_run
 from litgpt_moe_ext.study.analysis import first_below
@@ -142,7 +142,7 @@ def read_results(runs: Sequence[Run], runs_dir: Path) -> list[Result]:
         runs_dir: Where each has its folder.
 
     Raises:
-        SettingsError: If the log or the checkpoint of one was removed.
+        SettingsError: If the log or the checkpoint of one was removed or damaged.
     """
     costs: dict[str, tuple[int, float]] = {}
     lengths: dict[tuple, float] = {}
@@ -159,9 +159,18 @@ def read_results(runs: Sequence[Run], runs_dir: Path) -> list[Result]:
         if text not in lengths:
             lengths[text] = bytes_per_token(recipe, final)
         precision = recipe.settings.get("precision")
-        where = TrainedOn.read(json.loads((folder / FINISHED).read_text(encoding="utf-8")), precision)
+        where = _trained_on(folder / FINISHED, precision)
         results.append(Result(run, load_run(folder, run.title), *costs[model], lengths[text], where))
     return results
+
+
+def _trained_on(file: Path, precision: str | None) -> TrainedOn | None:
+    try:
+        return TrainedOn.read(json.loads(file.read_text(encoding="utf-8")), precision)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise SettingsError(
+            f"study: {file} is damaged ({one_line(error)}); remove it, and the study makes it again without training"
+        ) from error
 
 
 def _cost(recipe: Recipe) -> tuple[int, float]:

@@ -15,6 +15,7 @@ import yaml
 from litgpt.utils import save_config
 
 from litgpt_moe_ext import __version__
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.inspect.runs.logs import TOKENS, RunLog
 from litgpt_moe_ext.model_size import count_flops, count_parameters
 from litgpt_moe_ext.study import launch, place
@@ -187,6 +188,10 @@ def test_costs_are_those_of_the_checkpoint(tmp_path):
     (reached,) = read_results([run], tmp_path)
     assert reached.parameters == count_parameters(config).active
     assert reached.flops_per_token == count_flops(config, 16, training=True) / 16
+    for damaged in ("", '{"seed": ', "[]", '{"trained_on": {"card": 1}}'):
+        (final.parent / "finished.json").write_text(damaged)
+        with pytest.raises(SettingsError, match=r"finished\.json is damaged .*; remove it"):
+            read_results([run], tmp_path)
 
 
 def page_of(tmp_path, trained_on):
