@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -106,7 +107,14 @@ def _run(given: Sequence[str], own_process: bool) -> int | None:
     if command.describes and own_process:
         # A caller from Python goes on with torch after the command, and may need all of it.
         registrations.postpone()
+        _end_with_the_reader()
     return read_arguments(load(command), f"{_PROGRAM} {command.name}", given[1:]).run()
+
+
+def _end_with_the_reader() -> None:
+    # Without a word, as `| head` expects. Who trains or loads a model has other pipes, whose ends must not end it.
+    if hasattr(signal, "SIGPIPE"):  # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 def _find(name: str) -> Command:

@@ -2,7 +2,9 @@
 
 import ast
 import dataclasses
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,6 +36,18 @@ def heavy_modules(*commands: list[str], heavy: set[str] = HEAVY) -> subprocess.C
         "assert not heavy, heavy"
     )
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_seen_enough():
+    """As with `| head`."""
+    read, write = os.pipe()
+    os.close(read)
+    code = "from litgpt_moe_ext.cli.main import main; main()"
+    command = [sys.executable, "-c", code, "model-card", "configs/quickstart.yaml"]
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGPIPE, "")
 
 
 def test_help_names_every_command_and_loads_no_torch():
