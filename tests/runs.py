@@ -135,6 +135,15 @@ def logged(out_dir: Path, column: str) -> dict[int, str]:
         return {int(row["step"]): row[column] for row in csv.DictReader(handle) if row.get(column)}
 
 
+def validation_fell_by(least: float, out_dir: Path) -> bool:
+    """Return whether the loss fell between the first and the last validation, on the same tokens.
+
+    That of training is of other tokens in every step, whose loss differs by more than a short run learns.
+    """
+    first, *_, last = map(float, logged(out_dir, "val_loss").values())
+    return last < first - least
+
+
 @pytest.fixture(scope="session")
 def _whole_run(tmp_path_factory, corpus_settings) -> Path:
     folder = tmp_path_factory.mktemp("whole")
