@@ -56,14 +56,14 @@ def test_other_errors_keep_their_traceback():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
 def test_a_full_disk_is_one_line(capsys):
     assert exit_status(lambda: Path("/dev/full").write_text("x")) == CANNOT
     assert capsys.readouterr().err == "error: No space left on device; free some space, and run the same again\n"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux's /proc says which signals another process blocks")
 def test_processes_that_encode_do_not_hear_ctrl_c():
     code = (
         "from multiprocessing import forkserver; from litgpt_moe_ext.data.pipeline.encoding import _context\n"

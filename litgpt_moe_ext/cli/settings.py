@@ -131,18 +131,15 @@ def read_given(arguments: Sequence[str], default_config: Path, known: Mapping[st
     given = Given({"optimizer": Settings.optimizer})
     flags = list(read_flags(normalize(arguments, default_config)))
     for name, text in flags:
-        # Flags that follow are read as what the class takes.
-        _complete_data_module(given.tree)
         if name == "config":
             given.add_recipe(Path(text))
-        elif name == "dense_twin":
-            continue  # it concerns all the others together
-        else:
+        elif name != "dense_twin":  # which concerns all the others together
             # What may be text is read as nothing else, except for null: a run may be called 123.
             kinds = members(annotation_at(name, given.tree, known))
             textual = text != "null" and (str in kinds or Path in kinds)
             given.add_flag(name, text if textual else load_value(text, f"{name}: {text!r}"))
-    _complete_data_module(given.tree)
+        # Flags that follow are read as what the class takes.
+        _complete_data_module(given.tree)
     by = dict(flags).get("dense_twin")
     if by is not None:
         _make_dense(given, by, own_out_dir="out_dir" not in dict(flags))
