@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from litgpt_moe_ext.cli.recipe_files import read_recipe
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.recipe_files import read_recipe
 
 CLASS_KEYS = {"class_path", "init_args"}
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 from litgpt_moe_ext.cli.given import Given, read_flags
 from litgpt_moe_ext.cli.mistakes import annotation_at, mistakes, wrong_nulls
 from litgpt_moe_ext.cli.paths import check_paths
-from litgpt_moe_ext.cli.recipe_files import load_value
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
 from litgpt_moe_ext.errors import SettingsError, one_line, refuse_first
 from litgpt_moe_ext.field_types import members
+from litgpt_moe_ext.recipe_files import load_value
 from litgpt_moe_ext.training.settings import Section, Settings
 from litgpt_moe_ext.training.settings.section import attribute_docs, default_of
 

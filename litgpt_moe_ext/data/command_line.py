@@ -79,7 +79,7 @@ def _mistakes(words: Sequence[str], types: Mapping[str, Any]) -> Iterator[str]:
     """Return what is wrong with options that a parser has refused."""
     from litgpt_moe_ext.cli.given import Given, read_flags
     from litgpt_moe_ext.cli.mistakes import annotation_at, mistakes
-    from litgpt_moe_ext.cli.recipe_files import load_value
+    from litgpt_moe_ext.recipe_files import load_value
 
     given = Given()
     for name, text in read_flags(words):

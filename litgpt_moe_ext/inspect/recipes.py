@@ -4,10 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
-import yaml
-
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
 from litgpt_moe_ext.errors import SettingsError, did_you_mean, did_you_mean_recipe, one_line
+from litgpt_moe_ext.recipe_files import read_recipe
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
@@ -119,8 +118,8 @@ def load_recipe(path: Path) -> Recipe:
         if not file.is_file():
             raise SettingsError(f"recipe: {str(path)!r} must have a model_config.yaml; name a checkpoint or a recipe")
         hyperparameters = path / "hyperparameters.yaml"
-        settings = read_yaml(hyperparameters) if hyperparameters.is_file() else {}
-        model = read_yaml(file)
+        settings = read_recipe(hyperparameters, "recipe")[0] if hyperparameters.is_file() else {}
+        model, _ = read_recipe(file, "recipe")
         try:
             check_ranges(model)
             return Recipe(cast("Config", LitGPTConfig.from_file(file)), settings)  # which knows the package's mark
@@ -129,7 +128,7 @@ def load_recipe(path: Path) -> Recipe:
     if not path.is_file():
         hint = did_you_mean_recipe(path) or "; `litgpt-moe init` lists recipes and writes one"
         raise SettingsError(f"recipe: {str(path)!r} must be a recipe (YAML file) or a checkpoint directory{hint}")
-    settings = read_yaml(path)
+    settings, _ = read_recipe(path, "recipe")
     known, model = LitGPTConfig.__dataclass_fields__, settings.get("model_config") or {}
     if not isinstance(model, dict):
         raise SettingsError(f"model_config: {model!r} must be settings, NAME: VALUE ({path})")
@@ -145,31 +144,3 @@ def load_recipe(path: Path) -> Recipe:
     except (TypeError, ValueError, AssertionError) as error:  # how LitGPT and this plugin refuse fields of a Config
         raise SettingsError(f"recipe: {str(path)!r} must have a valid model_config: {one_line(error)}") from error
     raise SettingsError(f"recipe: {str(path)!r} must have model_config or model_name, like those in configs/")
-
-
-def read_yaml(path: Path, setting: str = "recipe") -> dict[str, Any]:
-    """Read a YAML file of settings.
-
-    Args:
-        path: The file.
-        setting: What the user has named it by, for the error.
-
-    Raises:
-        SettingsError: If it cannot be read, is not YAML, or is something else than keys and values.
-    """
-    name = f"{setting}: {str(path)!r}"
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingsError(f"{name} cannot be read ({error.strerror}); name a file that you may read") from error
-    except yaml.MarkedYAMLError as error:
-        where = "" if error.problem_mark is None else f" line {error.problem_mark.line + 1}"
-        raise SettingsError(
-            f"{name}{where} is not YAML: {error.problem or error.context}; put text in quotes"
-        ) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise SettingsError(f"{name} is not a text file of settings ({one_line(error)}); name a YAML file") from error
-    if not isinstance(content, dict):
-        holds = "is empty" if content is None else "holds no settings"
-        raise SettingsError(f"{name} {holds}; it must consist of lines KEY: VALUE, as in configs/")
-    return content

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.inspect.recipes import read_yaml
+from litgpt_moe_ext.recipe_files import load_value, read_recipe
 from litgpt_moe_ext.study.twin import Equality, Experts, dense_twin, moe_twin
 
 
@@ -55,7 +55,7 @@ def twin_text(recipe: Path, by: Equality, experts: Experts | None, header: Seque
     Raises:
         SettingsError: If the file is not a recipe or has no such twin.
     """
-    before = read_yaml(recipe)
+    before, _ = read_recipe(recipe, "recipe")
     after = twin_settings(before, by, experts)
     lines = recipe.read_text(encoding="utf-8").splitlines()
     document = yaml.compose("\n".join(lines), yaml.SafeLoader)
@@ -66,7 +66,7 @@ def twin_text(recipe: Path, by: Equality, experts: Experts | None, header: Seque
         elif key.value == "out_dir":
             edited.replace(key, value, f"out_dir: {_plain(after['out_dir'])}")
     body = edited.text()
-    if yaml.safe_load(body) != after:  # flow style, anchors: written anew, without comments
+    if load_value(body) != after:  # flow style, anchors: written anew, without comments
         body = yaml.safe_dump(after, sort_keys=False)
     return "\n".join((*(f"# {line}".rstrip() for line in header), "", body.lstrip("\n")))
 

@@ -56,10 +56,7 @@ def _check(name: str, values: Any) -> None:
     if not isinstance(log, bool):
         raise SettingsError(f"search.{name}.log: {log!r} must be true or false")
     if not all(type(end) in (int, float) for end in (low, high)) or not low < high or (log and low <= 0):
-        raise SettingsError(
-            f"search.{name}: {values} must have numbers low < high, above 0 where log is true; to YAML 1.0e-3 is a "
-            "number, and 1e-3 is not"
-        )
+        raise SettingsError(f"search.{name}: {values} must have numbers low < high, above 0 where log is true")
 
 
 def _value(values: Any, place: float) -> Any:

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from litgpt_moe_ext.cli.given import Given, read_flags
-from litgpt_moe_ext.cli.recipe_files import load_value, read_recipe
 from litgpt_moe_ext.cli.settings import annotations, litgpt_types, normalize, read_given, read_settings
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.recipe_files import load_value, read_recipe
 from litgpt_moe_ext.training.checkpoint.resume import find_resume_file
 
 DEFAULT = Path("default.yaml")

@@ -361,11 +361,14 @@ def test_wrong_recipes_are_named(tmp_path):
         ("model_config: {n_head: 0}", "n_head: 0 must be an integer of at least 1"),
         ("model_config: [1]", "model_config: .1. must be settings, NAME: VALUE"),
         ("- a list", "holds no settings; it must consist of"),
-        ("a: [", "line 1 is not YAML: expected"),
+        ("train:\n  a: [\n", "line 3 is not YAML: expected .*; put text in quotes"),
+        ("model_config: {n_layer: 1}\nmodel_config: {n_layer: 2}", "line 2 gives model_config again"),
     ):
         recipe.write_text(text)
         with pytest.raises(SettingsError, match=message):
             load_recipe(recipe)
+    recipe.write_text("model_config: {norm_eps: 1e-6}")
+    assert load_recipe(recipe).config.norm_eps == 1e-6, "a number, as for training"
     (tmp_path / "model_config.yaml").write_text("n_head: 0")
     with pytest.raises(SettingsError, match="n_head: 0 must be an integer of at least 1"):
         load_recipe(tmp_path)

@@ -81,7 +81,8 @@ def _compose(name: str, text: str) -> yaml.Node | None:
         document = yaml.compose(text, yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         where = "" if error.problem_mark is None or "\n" not in text else f" line {error.problem_mark.line + 1}"
-        raise SettingsError(f"{name}{where} is not YAML: {error.problem}") from error
+        problem = error.problem or error.context
+        raise SettingsError(f"{name}{where} is not YAML: {problem}; put text in quotes") from error
     except yaml.YAMLError as error:
         raise SettingsError(f"{name} is not YAML: {one_line(error)}") from error
     except RecursionError as error:
