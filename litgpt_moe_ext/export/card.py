@@ -1,20 +1,18 @@
 """The model card of an export: what is known of how the model came to be, and how to use it."""
 
 import csv
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from litgpt_moe_ext.model_size import count_flops, count_parameters
+from litgpt_moe_ext.training.checkpoint import hyperparameters
+from litgpt_moe_ext.training.checkpoint.progress import step_of
 from litgpt_moe_ext.training.logs import METRICS_FILE
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.export.source import Source
 
-_SETTINGS = "hyperparameters.yaml"
 _CARD = """---
 library_name: {library}
 pipeline_tag: text-generation
@@ -35,7 +33,7 @@ Trained with [LitGPT](https://github.com/Lightning-AI/litgpt) and `litgpt_moe_ex
 _TRAINING = f"""
 ## Training
 
-`python run_train.py --config {_SETTINGS}` is the command that made it; the file is beside this one.
+`python run_train.py --config {hyperparameters.FILE_NAME}` is the command that made it; the file is beside this one.
 """
 _TRANSFORMERS = """```python
 from transformers import pipeline
@@ -65,9 +63,9 @@ def write_card(folder: Path, source: "Source", class_name: str, format_name: str
         serve: The command with which vLLM serves it.
     """
     config = source.config
-    settings = _read_yaml(source.directory / _SETTINGS)
+    settings = hyperparameters.read(source.directory)
     if settings:
-        shutil.copyfile(source.directory / _SETTINGS, folder / _SETTINGS)
+        shutil.copyfile(*(where / hyperparameters.FILE_NAME for where in (source.directory, folder)))
     trust = ", trust_remote_code=True" if class_name.startswith("LitGPT") else ""
     card = _CARD.format(
         library="transformers" if format_name == "hf" else "gguf",
@@ -98,7 +96,7 @@ def facts(source: "Source", settings: dict[str, Any]) -> dict[str, str]:
         "FLOPs per token, forward": f"{count_flops(config, length, training=False) / length:,.0f}",
         "context": f"{length:,} tokens",
     }
-    step = _step(source.directory)
+    step = step_of(source.directory)
     train = settings.get("train")
     if step is not None:
         found["optimizer steps"] = f"{step:,}"
@@ -119,14 +117,6 @@ def facts(source: "Source", settings: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def _step(checkpoint_dir: Path) -> int | None:
-    try:
-        state = json.loads((checkpoint_dir / "training_state.json").read_text(encoding="utf-8"))
-        return int(state["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # a converted checkpoint has no such file
-
-
 def _losses(out_dir: Path, step: int) -> dict[str, float]:
     # The last of each that was logged until then.
     names = {"train_loss": "training loss", "val_loss": "validation loss"}
@@ -139,11 +129,3 @@ def _losses(out_dir: Path, step: int) -> dict[str, float]:
     except (OSError, ValueError, KeyError, TypeError):
         return {}  # a checkpoint that was moved, or a table of another kind
     return found
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return content if isinstance(content, dict) else {}
