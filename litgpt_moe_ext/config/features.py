@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 # The MoE classes with the router that each has unless `router_type` says otherwise, and the dense class.
 MOE_CLASS_NAMES: dict[str, str] = {"MoE": "topk", "SharedExpertMoE": "topk", "NoisyTopKMoE": "noisy_topk"}
 MLP_CLASS_NAMES = (*MOE_CLASS_NAMES, "FeedForward")
+# LitGPT's own dense classes, and the `mlp_activation` of `FeedForward` that computes the same.
+LITGPT_ACTIVATIONS = {"LLaMAMLP": "swiglu", "GemmaMLP": "geglu", "GptNeoxMLP": "gelu"}
 ATTENTION_CLASS_NAMES = ("SinkAttention",)
 
 # Condition of each feature, and why a field that needs it would be ignored where it is not there.

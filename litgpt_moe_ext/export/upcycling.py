@@ -18,7 +18,7 @@ import torch
 from litgpt.utils import copy_config_files, save_config
 from torch import Tensor, nn
 
-from litgpt_moe_ext.config.features import MOE_CLASS_NAMES, is_dense_layer, router_type_of
+from litgpt_moe_ext.config.features import LITGPT_ACTIVATIONS, MOE_CLASS_NAMES, is_dense_layer, router_type_of
 from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.loading import WEIGHTS_FILE
@@ -32,8 +32,6 @@ from litgpt_moe_ext.moe.router import Router
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
 
-# The activation of each dense class of LitGPT; `FeedForward` states its own.
-_ACTIVATIONS = {"LLaMAMLP": "swiglu", "GemmaMLP": "geglu", "GptNeoxMLP": "gelu"}
 # What else may differ between the two configurations.
 _MAY_DIFFER = {"name", "hf_config", "mlp_class_name", "mlp_activation", "intermediate_size", "residual_dropout"}
 
@@ -93,7 +91,7 @@ def require_same_function(dense: "Config", moe: "Config") -> Slices:
     """
     if moe.mlp_class_name not in MOE_CLASS_NAMES:
         raise SettingsError(f"mlp_class_name: {moe.mlp_class_name!r} must be one of {', '.join(MOE_CLASS_NAMES)}")
-    activation = dense.mlp_activation or _ACTIVATIONS.get(dense.mlp_class_name)
+    activation = dense.mlp_activation or LITGPT_ACTIVATIONS.get(dense.mlp_class_name)
     if dense.mlp_class_name in MOE_CLASS_NAMES or activation is None:
         raise SettingsError(f"dense_dir: its mlp_class_name is {dense.mlp_class_name!r}, which is not a dense MLP")
     if moe.mlp_activation != activation:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from litgpt_moe_ext.config.features import MOE_CLASS_NAMES
+from litgpt_moe_ext.config.features import LITGPT_ACTIVATIONS, MOE_CLASS_NAMES
 from litgpt_moe_ext.config.fields import FEED_FORWARD_FIELDS, FIELDS
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
 from litgpt_moe_ext.errors import SettingsError
@@ -23,8 +23,6 @@ Equality = Literal["flops", "parameters"]
 TOLERANCE = 0.005
 # Widths that hardware likes, the best first.
 _MULTIPLES = (64, 32, 16, 8, 4, 2, 1)
-# LitGPT's own dense classes, and the activation of this package that computes the same.
-_ACTIVATIONS = {"LLaMAMLP": "swiglu", "GemmaMLP": "geglu", "GptNeoxMLP": "gelu"}
 # LitGPT has an MoE class of its own, always with this activation.
 _LITGPT_MOE = "LLaMAMoE"
 # Model settings that mean something only where there are experts.
@@ -94,8 +92,8 @@ def moe_twin(model: dict[str, Any], length: int, experts: Experts, by: Equality 
             contradict one another, or no width comes within 0.5 % of the dense model's cost.
     """
     name = model.get("mlp_class_name")
-    if name != "FeedForward" and name not in _ACTIVATIONS:
-        known = ", ".join(("FeedForward", *_ACTIVATIONS))
+    if name != "FeedForward" and name not in LITGPT_ACTIVATIONS:
+        known = ", ".join(("FeedForward", *LITGPT_ACTIVATIONS))
         raise SettingsError(f"model_config.mlp_class_name: {name} must be one of {known} to have an MoE twin")
     if not 0 < experts.n_expert_per_token <= experts.n_expert:
         raise SettingsError(
@@ -103,8 +101,8 @@ def moe_twin(model: dict[str, Any], length: int, experts: Experts, by: Equality 
             f"that plus n_expert ({experts.n_expert}); a token visits granularity - n_shared_expert routed experts"
         )
     twin = {key: value for key, value in model.items() if key not in ("intermediate_size", *EXPERT_FIELDS)}
-    if name in _ACTIVATIONS:
-        twin["mlp_activation"] = _ACTIVATIONS[name]
+    if name in LITGPT_ACTIVATIONS:
+        twin["mlp_activation"] = LITGPT_ACTIVATIONS[name]
     twin |= {
         "mlp_class_name": "MoE",
         "n_expert": experts.n_expert,
