@@ -119,8 +119,7 @@ class TrainingFabric(L.Fabric):
         if self.strategy.clips_in_step:
             return None
         norm = super().clip_gradients(module, optimizer, *args, **{**kwargs, "error_if_nonfinite": False})
-        scaled = self.strategy.scales_gradients
-        self.call("on_gradients_clipped", norm=norm, module=module, optimizer=optimizer, scaled=scaled)
+        self._report_norm(norm)
         return norm
 
     def _report_norm(self, norm: Tensor) -> None:
