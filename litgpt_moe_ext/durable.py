@@ -8,6 +8,11 @@ WRITE_TEST = ".write-test-"
 """How the names of files begin that only try whether a directory can be written to."""
 
 
+def cut_off(error: Exception) -> bool:
+    """Return whether torch could not write all of a file: a RuntimeError that names this part of it, and no cause."""
+    return isinstance(error, RuntimeError) and "inline_container" in str(error)
+
+
 def flush(path: Path) -> None:
     """Wait until a file, or the list of names in a folder, is on the disk."""
     if path.is_dir() and os.name != "posix":

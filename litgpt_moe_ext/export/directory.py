@@ -6,11 +6,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from litgpt_moe_ext.durable import flush, flush_tree
+from litgpt_moe_ext.durable import cut_off, flush, flush_tree
 from litgpt_moe_ext.errors import SettingsError, one_line
-
-# torch reports a file that it cannot write as a RuntimeError which names this part of it, and no cause.
-_TORCH_WRITER = "inline_container"
 
 
 @contextmanager
@@ -48,7 +45,7 @@ def new_directory(out_dir: Path, needed_bytes: int = 0) -> Iterator[Path]:
         require_absent(out_dir)  # another process may have made it meanwhile
         os.rename(partial, out_dir)
     except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and _TORCH_WRITER not in str(error):
+        if isinstance(error, RuntimeError) and not cut_off(error):
             raise
         reason = one_line(error) if isinstance(error, OSError) else "a file was cut off"
         raise SettingsError(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from litgpt_moe_ext.durable import WRITE_TEST, flush, flush_tree
+from litgpt_moe_ext.durable import WRITE_TEST, cut_off, flush, flush_tree
 from litgpt_moe_ext.training.checkpoint import manifest
 from litgpt_moe_ext.training.checkpoint.earlier import free_name
 from litgpt_moe_ext.training.checkpoint.progress import STATE_FILE, Progress
@@ -112,14 +112,12 @@ def save_whole(save: Callable[..., None], fabric: Any, state: dict, tokenizer_di
 
 
 def _try_everywhere(fabric: Any, action: Callable[[], Any]) -> str | None:
-    # Only the first process writes files; the others must hear of its failure instead of waiting for it. torch reports
-    # a full disk as a RuntimeError of its archive's writer, with offsets for words.
+    # Only the first process writes files; the others must hear of its failure instead of waiting for it.
     problem = None
     try:
         action()
     except (OSError, RuntimeError) as error:
         if not fabric.is_global_zero:
             raise
-        cut_off = isinstance(error, RuntimeError) and "inline_container" in str(error)
-        problem = "a file was cut off, as on a full disk" if cut_off else str(error) or type(error).__name__
+        problem = "a file was cut off, as on a full disk" if cut_off(error) else str(error) or type(error).__name__
     return fabric.broadcast(problem)
