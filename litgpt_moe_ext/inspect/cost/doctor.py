@@ -43,13 +43,12 @@ def examine(recipe: Recipe | None, settings: "Settings | None" = None) -> list[F
         recipe: The recipe; None looks at the installation alone.
         settings: The same as a run reads it, for the checks with which it begins.
     """
-    import torch
+    from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
 
     findings = [*_versions(), *_device(), *_links(), _compile(recipe), *_kernels(recipe), _precision(recipe)]
     if recipe is not None:
         findings += [] if settings is None else [_settings(recipe, settings)]
-        device_type = "cuda" if torch.cuda.is_available() else "cpu"
-        findings += [_strategy(recipe), graphs(recipe, device_type), *_memory(recipe), _data(recipe)]
+        findings += [_strategy(recipe), graphs(recipe, accelerator_here()), *_memory(recipe), _data(recipe)]
         findings += [_tokenizer(recipe), _disk(recipe)]
     return findings
 
@@ -122,11 +121,10 @@ def _links() -> list[Finding]:
 
 
 def _compile(recipe: Recipe | None) -> Finding:
-    import torch
-
     from litgpt_moe_ext.training.compilation import decide, obstacle, probe_platform
+    from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
 
-    found = probe_platform("cuda" if torch.cuda.is_available() else "cpu")
+    found = probe_platform(accelerator_here())
     if recipe is None:
         reason = obstacle(found)
         text = "torch.compile cannot work: " + reason if reason else "torch.compile has the compiler it needs"
@@ -271,9 +269,10 @@ def _memory(recipe: Recipe) -> Iterator[Finding]:
     from litgpt_moe_ext.inspect.cost.layers import shorten
     from litgpt_moe_ext.inspect.cost.memory import PRECISIONS, graph_memory, training_memory
     from litgpt_moe_ext.inspect.cost.sharding import block_sizes, process_memory
+    from litgpt_moe_ext.training.parallel.accelerator import accelerator_here, default_precision
 
     cuda = torch.cuda.is_available()
-    precision = recipe.precision or ("bf16-mixed" if cuda else "32-true")
+    precision = recipe.precision or default_precision(accelerator_here())
     if precision not in PRECISIONS:
         return
     per_node = _processes(recipe)
