@@ -6,6 +6,7 @@ import importlib.util
 import io
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
@@ -96,6 +97,18 @@ def recipe_writer(folder: Path, corpus_settings: dict) -> Callable[..., Path]:
         return file
 
     return write
+
+
+def run_command(
+    *command: str | Path, cwd: Path = ROOT, stdin: str = "", timeout: float | None = 300, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command that must succeed, with `environment` beside the variables of this process."""
+    ended = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env={**os.environ, **environment}, input=stdin, timeout=timeout,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout[-6000:] + ended.stderr[-3000:]
+    return ended
 
 
 def tool(name: str) -> ModuleType:

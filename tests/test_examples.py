@@ -1,14 +1,13 @@
 """The examples run, through the same entry point as a training of one's own."""
 
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.runs import ROOT, run_command
+
 SCRIPT = ROOT / "examples" / "add_a_router.py"
 
 LOAD = """
@@ -56,9 +55,7 @@ def test_a_router_of_ones_own_trains(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     data = {"class_path": "litgpt_moe_ext.data.PythonStdlib", "init_args": data}
     recipe.write_text(yaml.safe_dump({**RECIPE, "out_dir": str(tmp_path / "out"), "data": data}))
-    command = [sys.executable, str(SCRIPT), "--config", str(recipe)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_command(sys.executable, SCRIPT, "--config", recipe, cwd=tmp_path)
     saved = yaml.safe_load((tmp_path / "out" / "final" / "model_config.yaml").read_text())
     assert saved["router_spread_loss_coef"] == 0.01
     log = (tmp_path / "out" / "metrics-wide.csv").read_text().splitlines()
@@ -71,8 +68,4 @@ def test_a_router_of_ones_own_trains(tmp_path):
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: my_package\nVersion: 1\n")
     (installed / "entry_points.txt").write_text("[litgpt_moe_ext.extensions]\nmy_package = add_a_router:register\n")
     path = os.pathsep.join([str(tmp_path), str(SCRIPT.parent)])
-    command = [sys.executable, "-c", LOAD, str(tmp_path / "out" / "final")]
-    result = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=300, check=False
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_command(sys.executable, "-c", LOAD, tmp_path / "out" / "final", PYTHONPATH=path)

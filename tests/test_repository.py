@@ -2,14 +2,12 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.runs import tool
+from tests.runs import ROOT, run_command, tool
 
-ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 
 LOCK = """version = 1
@@ -85,8 +83,7 @@ def test_help_loads_neither_torch_nor_litgpt():
         "status = main(['--help'])\n"
         "assert status == 0 and not {'torch', 'lightning', 'transformers'} & set(sys.modules), 'heavy imports'"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert result.returncode == 0, result.stderr
+    shown = run_command(sys.executable, "-c", code).stdout
     for expected in (
         "--config",
         "--resume",
@@ -95,8 +92,8 @@ def test_help_loads_neither_torch_nor_litgpt():
         "--compile",
         "--micro-batch-size",
     ):
-        assert expected in result.stdout
-    assert "Total number of tokens to train on" in " ".join(result.stdout.split())
+        assert expected in shown
+    assert "Total number of tokens to train on" in " ".join(shown.split())
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

@@ -1,14 +1,10 @@
 """The Triton kernels of all rooms without a card, run by Triton's interpreter."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-
+from tests.runs import run_command
 
 INTERPRETED = (
     "tests/interpreted_memory.py",
@@ -19,11 +15,9 @@ INTERPRETED = (
 
 def interpret(examples, *arguments):
     """Run the interpreted tests in a process of their own, in which Triton starts as an interpreter."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "TRITON_EXAMPLES": str(examples)}
     plugins = ("-p", "no:cacheprovider", "-p", "tests.watched_memory")
-    command = [sys.executable, "-m", "pytest", *INTERPRETED, "-x", "-q", *plugins]
-    finished = subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stdout[-6000:] + finished.stderr[-2000:]
+    command = [sys.executable, "-m", "pytest", *INTERPRETED, "-x", "-q", *plugins, *arguments]
+    run_command(*command, timeout=None, TRITON_INTERPRET="1", TRITON_EXAMPLES=str(examples))
 
 
 def test_interpreted_kernels_equal_the_loop():

@@ -21,13 +21,13 @@ from litgpt_moe_ext.cli.settings import SHORT_FORMS
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import PositiveInt, UnitInterval
 from litgpt_moe_ext.training.settings import Settings, field_table
+from tests.runs import ROOT, run_command
 
-ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "lightning", "transformers", "litgpt", "matplotlib", "lm_eval"}
 
 
-def heavy_modules(*commands: list[str], heavy: set[str] = HEAVY) -> subprocess.CompletedProcess:
-    """Call commands in a fresh process that fails if one of them imports something heavy."""
+def without_heavy_modules(*commands: list[str], heavy: set[str] = HEAVY) -> str:
+    """Return what commands print in a fresh process, which fails if one of them imports something heavy."""
     code = (
         "import sys, contextlib; from litgpt_moe_ext.cli.main import main\n"
         f"for arguments in {list(commands)!r}:\n"
@@ -35,7 +35,7 @@ def heavy_modules(*commands: list[str], heavy: set[str] = HEAVY) -> subprocess.C
         f"heavy = {heavy!r} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    return run_command(sys.executable, "-c", code).stdout
 
 
 @pytest.mark.slow
@@ -51,19 +51,16 @@ def test_a_reader_that_has_seen_enough():
 
 
 def test_help_names_every_command_and_loads_no_torch():
-    result = heavy_modules(["--help"])
-    assert result.returncode == 0, result.stderr
+    shown = without_heavy_modules(["--help"])
     for command in COMMANDS:
-        assert command.name in result.stdout
-        assert command.summary in result.stdout
+        assert command.name in shown
+        assert command.summary in shown
 
 
 def test_help_and_errors_of_commands_load_no_torch():
     calls = [[command.name, "--help"] for command in COMMANDS]
-    result = heavy_modules(*calls, ["chat"], ["chat", "x", "--top_k=0"], ["chatt"], ["init"])
-    assert result.returncode == 0, result.stderr
-    result = heavy_modules(["--help"], heavy=HEAVY | {"jsonargparse"})
-    assert result.returncode == 0, result.stderr
+    without_heavy_modules(*calls, ["chat"], ["chat", "x", "--top_k=0"], ["chatt"], ["init"])
+    without_heavy_modules(["--help"], heavy=HEAVY | {"jsonargparse"})
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)

@@ -18,6 +18,7 @@ from litgpt_moe_ext.data.corpora import python_stdlib as corpora
 from litgpt_moe_ext.data.pipeline.store import open_corpus, read_manifest
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.errors import SettingsError
+from tests.runs import run_command
 
 SCRIPT = Path(__file__).parents[2] / "data_prep" / "python_stdlib.py"
 TRAIN = TrainArgs(micro_batch_size=3, global_batch_size=3, max_tokens=1000)
@@ -139,8 +140,7 @@ def test_importing_the_package_is_lazy():
         "assert 'litgpt_moe_ext.data.modules.corpus' not in sys.modules;"
         "assert 'PythonStdlib' in dir(data)"
     )
-    environment_off = {"LITGPT_MOE_EXT_DISABLE": "1", "PATH": ""}
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment_off, cwd=SCRIPT.parents[1])
+    run_command(sys.executable, "-c", program, LITGPT_MOE_EXT_DISABLE="1")
     with pytest.raises(AttributeError, match="has no attribute 'Unknown'"):
         litgpt_moe_ext.data.Unknown  # noqa: B018
 
@@ -150,7 +150,7 @@ def test_importing_the_package_is_lazy():
 
 def test_script_prepares_what_training_finds(data, tmp_path, sources, capsys):
     options = ["--data_path", tmp_path, "--source_path", sources, "--vocab_size", "300", "--val_fraction", "0.2"]
-    result = subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True, check=True)
+    result = run_command(sys.executable, SCRIPT, *options)
     directory = Path(result.stdout.splitlines()[-1].removeprefix("tokenizer_dir for LitGPT: "))
     assert read_manifest(directory.parent)["sources_count"] == 40
     assert data.prepare_tokenizer() == directory

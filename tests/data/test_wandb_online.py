@@ -1,7 +1,6 @@
 """Corpora as W&B artifacts, online: the real client against a server on this machine."""
 
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,8 +13,8 @@ from litgpt_moe_ext.data.pipeline.wandb_artifacts import download, log_corpus
 from tests.data.test_text import tiny_txt
 from tests.data.test_wandb import clean  # noqa: F401
 from tests.data.wandb_server import ENTITY, KEY, PROJECT, running
+from tests.runs import ROOT, run_command
 
-ROOT = Path(__file__).parents[2]
 REFERENCE = f"{ENTITY}/{PROJECT}/tokens:latest"
 
 
@@ -104,11 +103,5 @@ def test_from_one_script_to_the_other(server, tmp_path):
     tiny_txt(tmp_path)
     script = [sys.executable, ROOT / "data_prep" / "tinystories.py", "--source_path", tmp_path]
     script += ["--data_path", tmp_path / "prepared", "--bpe.vocab_size", "300"]
-    logged = subprocess.run(
-        [str(part) for part in [*script, "--log-to-wandb", "--wandb-artifact", "tokens", "--wandb_project", PROJECT]],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert logged.returncode == 0, logged.stderr
+    logged = run_command(*script, "--log-to-wandb", "--wandb-artifact", "tokens", "--wandb_project", PROJECT)
     assert f"Logged {ENTITY}/{PROJECT}/tokens:v0" in logged.stdout

@@ -1,10 +1,8 @@
 """The scripts of data_prep/: options that are those of the data modules, help at once, errors in a line, W&B."""
 
 import json
-import os
 import re
 import runpy
-import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +15,7 @@ from litgpt_moe_ext.data.command_line import TRAINING_ONLY
 from litgpt_moe_ext.data.pipeline.store import read_manifest
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from tests.data.test_text import gpt2_files, tiny_txt
+from tests.runs import run_command
 
 FOLDER = Path(__file__).parents[2] / "data_prep"
 SCRIPTS = sorted(FOLDER.glob("*.py"))
@@ -51,9 +50,7 @@ def test_help_needs_no_torch(script):
         "except SystemExit as end:\n    assert end.code == 0\n"
         "assert not {'torch', 'litgpt', 'wandb'} & set(sys.modules)"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "_path" in result.stdout
+    assert "_path" in run_command(sys.executable, "-c", program).stdout
 
 
 def test_a_script_prepares_what_training_finds(tmp_path, capsys):
@@ -141,8 +138,6 @@ def test_logged_offline_from_the_command_line(tmp_path):
     }
     arguments = [argument for option in options.items() for argument in option]
     command = [sys.executable, FOLDER / "tinystories.py", *arguments, "--log-to-wandb"]
-    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "HOME": str(tmp_path)}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert result.returncode == 0, result.stderr
+    result = run_command(*command, WANDB_MODE="offline", WANDB_DIR=str(tmp_path), HOME=str(tmp_path))
     line = next(line for line in result.stdout.splitlines() if line.startswith("Logged stories offline."))
     assert list(Path(line.rpartition("wandb sync ")[2]).glob("*.wandb"))

@@ -3,7 +3,6 @@
 import inspect
 import json
 import os
-import subprocess
 import sys
 from functools import wraps
 from pathlib import Path
@@ -17,6 +16,7 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation import lm_eval_tasks
 from litgpt_moe_ext.evaluation.litgpt_evaluate import EvaluateSettings, evaluate_checkpoint, wrap_convert_and_evaluate
 from litgpt_moe_ext.evaluation.lm_eval_tasks import load_task_file, load_tasks
+from tests.runs import run_command
 
 LITGPTS_OWN = inspect.unwrap(litgpt.eval.evaluate.convert_and_evaluate)
 
@@ -75,9 +75,7 @@ def test_command_line(wrapped, moe_dir, task_file, elsewhere, tmp_path):
 @pytest.mark.slow
 def test_litgpt_command(moe_dir, task_file, elsewhere, tmp_path):
     command = [sys.executable, "-m", "litgpt", "evaluate", str(moe_dir), "--tasks", str(task_file)]
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    run = subprocess.run([*command, "--out_dir", "out"], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    run = run_command(*command, "--out_dir", "out", cwd=elsewhere, HF_DATASETS_CACHE=str(tmp_path / "cache"))
     assert "without conversion" in run.stdout
     assert accuracy(elsewhere / "out" / "results.json") == 0.75
 

@@ -1,23 +1,15 @@
 """What is for cards, on a CPU: the tests and the benchmark can be collected, and what does not need a card works."""
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.runs import run_command
 
 
 def run(*command):
-    finished = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=os.environ | {"GPU_TESTS_DEVICE": "cpu"}, capture_output=True,
-        text=True,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stdout[-6000:] + finished.stderr[-2000:]
-    return finished.stdout
+    return run_command(sys.executable, *command, timeout=None, GPU_TESTS_DEVICE="cpu").stdout
 
 
 @pytest.mark.slow

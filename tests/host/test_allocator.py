@@ -1,11 +1,11 @@
 """Freed large blocks serve the next allocation, unless the user chose otherwise."""
 
-import os
 import platform
-import subprocess
 import sys
 
 import pytest
+
+from tests.runs import run_command
 
 PROBE = """
 import ctypes
@@ -29,11 +29,7 @@ print(faults())
 
 def probe(**environment):
     """Return what `keep_large_blocks` says, and the page faults of a second block of 64 MB (16384 pages)."""
-    result = subprocess.run(
-        [sys.executable, "-c", PROBE], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 0, result.stderr
-    answers, faults = result.stdout.splitlines()
+    answers, faults = run_command(sys.executable, "-c", PROBE, **environment).stdout.splitlines()
     return answers, int(faults)
 
 

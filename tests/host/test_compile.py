@@ -1,7 +1,6 @@
 """When models are compiled, on this machine and on others that are only described."""
 
 import re
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -12,6 +11,7 @@ from litgpt_moe_ext.host.compile import compile_where_it_works
 from litgpt_moe_ext.training import compilation
 from litgpt_moe_ext.training.compilation import CompileDecision, Platform, compile_scope, decide, obstacle
 from tests.models import moe_config
+from tests.runs import run_command
 
 LINUX_GPU = Platform("Linux", "cuda", has_triton=True, has_cpp_compiler=True, cuda_capability=(9, 0))
 LINUX_CPU = Platform("Linux", "cpu", has_triton=True, has_cpp_compiler=True)
@@ -126,5 +126,4 @@ def test_no_posix_only_import():
         "        assert f'import {name}' not in text and f'from {name}' not in text, (file, name)\n"
         "import litgpt_moe_ext.cli.train, litgpt_moe_ext.host.config, litgpt_moe_ext.data.pipeline.store\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
+    run_command(sys.executable, "-c", code)

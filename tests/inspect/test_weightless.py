@@ -1,7 +1,6 @@
 """Tensors without memory against torch's fake tensors, and counted operations against torch's counter."""
 
 import contextlib
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from litgpt_moe_ext.inspect.cost.memory import Step, inference_memory, training_
 from litgpt_moe_ext.model_size import count_flops
 from tests.inspect.live_memory import LiveMemory
 from tests.models import moe_config
+from tests.runs import run_command
 
 LENGTH = 32
 MODELS = {
@@ -107,8 +107,7 @@ def test_commands_that_describe_load_nothing_needless(arguments, then, tmp_path)
         "loaded = needless & set(sys.modules)\n"
         "assert not loaded, loaded\n" + then
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr
+    run_command(sys.executable, "-c", code, cwd=tmp_path)
 
 
 @pytest.mark.slow
@@ -124,5 +123,4 @@ def test_all_kinds_of_models_do_without_the_kernels_in_python():
         "    costs(moe_config(padded_vocab_size=512, **settings), STEPS)\n"
         "    assert 'torch._refs' not in sys.modules, settings\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr
+    run_command(sys.executable, "-c", code)

@@ -1,9 +1,10 @@
 """Torch's kernels for its meta device, which wait until they are needed."""
 
-import subprocess
 import sys
 
 import pytest
+
+from tests.runs import run_command
 
 START = """
 import sys
@@ -35,8 +36,7 @@ NEEDS = {
 
 
 def run(code: str) -> None:
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr
+    run_command(sys.executable, "-c", code)
 
 
 @pytest.mark.slow

@@ -1,8 +1,6 @@
 """LitGPT's own finetuning of all weights trains the plugin's checkpoints on, and moves the balancing bias."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import torch
 
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from tests.models import initialized_model, moe_config, noisy_config
+from tests.runs import run_command
 
 
 @pytest.mark.slow
@@ -30,18 +29,14 @@ def test_finetune_full(make, tmp_path):
     data.write_text(json.dumps([{"instruction": f"question {i}", "output": f"answer {i}"} for i in range(16)]))
 
     out_dir = tmp_path / "out"
-    result = subprocess.run(
-        [Path(sys.executable).parent / "litgpt", "finetune_full", checkpoint, "--data", "JSON"]
-        + ["--data.json_path", data, "--data.val_split_fraction", "0.25", "--train.global_batch_size", "4"]
-        + ["--train.micro_batch_size", "2", "--train.max_steps", "3", "--train.epochs", "1", "--out_dir", out_dir]
-        + ["--eval.final_validation", "false", "--eval.initial_validation", "false", "--precision", "32-true"],
+    run_command(
+        *(Path(sys.executable).parent / "litgpt", "finetune_full", checkpoint, "--data", "JSON"),
+        *("--data.json_path", data, "--data.val_split_fraction", "0.25", "--train.global_batch_size", "4"),
+        *("--train.micro_batch_size", "2", "--train.max_steps", "3", "--train.epochs", "1", "--out_dir", out_dir),
+        *("--eval.final_validation", "false", "--eval.initial_validation", "false", "--precision", "32-true"),
         cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
+        OMP_NUM_THREADS="1",
     )
-    assert result.returncode == 0, result.stderr[-3000:]
     before = model.state_dict()
     after = torch.load(out_dir / "final" / "lit_model.pth", weights_only=True)["model"]
     for name in ("mlp.experts.gate_up_proj", "mlp.gate.weight", "attn.sinks", "mlp.shared_experts.proj.weight"):

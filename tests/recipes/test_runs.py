@@ -1,8 +1,6 @@
 """Every recipe from raw data to text, scaled down by other numbers on the command line."""
 
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from tests.export.hf.transformers5 import compare
 from tests.recipes.exports import check_export
 from tests.recipes.files import RECIPES, ROOT, commands, path_of
 from tests.recipes.scaled import BATCH, LENGTH, RAW_DATA, overrides
-from tests.runs import logged
+from tests.runs import logged, run_command
 
 # One of each kind of model. The others differ from them in numbers and in the form of the data.
 FAMILIES = ("code-moe-60m", "gpt-moe-fineweb", "nanogpt-moe-tinystories")
@@ -113,17 +111,7 @@ def test_from_raw_data_to_text_in_this_process(recipe, tmp_path, cases, monkeypa
 
 
 def run(folder: Path, *command: str | Path) -> str:
-    process = subprocess.run(
-        [str(part) for part in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=280,
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert process.returncode == 0, process.stdout
-    return process.stdout
+    return run_command(*command, cwd=folder, OMP_NUM_THREADS="1").stdout
 
 
 @pytest.mark.slow

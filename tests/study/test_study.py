@@ -29,8 +29,8 @@ from litgpt_moe_ext.study.launch import Limits
 from litgpt_moe_ext.study.place import code_version
 from litgpt_moe_ext.study.plan import load_study
 from litgpt_moe_ext.study.search import best_points
+from tests.runs import ROOT, run_command
 
-ROOT = Path(__file__).resolve().parents[2]
 STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
 
 
@@ -380,8 +380,7 @@ def test_a_killed_study_goes_on_and_repeats_nothing(tmp_path):
     first.send_signal(signal.SIGKILL)
     first.wait()
     before = os.stat(finished).st_mtime_ns
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_command(*command)
     assert os.stat(finished).st_mtime_ns == before, "the finished run was trained again"
     rows = list(csv.DictReader((out / "results.csv").open()))
     assert [(row["arm"], int(float(row["tokens"]))) for row in rows] == [

@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from litgpt_moe_ext.cli.train import main
-from tests.runs import logged
+from tests.runs import logged, run_command
 from tests.training.processes import Training
 
 pytestmark = pytest.mark.slow
@@ -31,14 +32,6 @@ def wait_for_step(process: Training, step: int) -> str:
         if line.startswith(f"step {step}/"):
             return output
     raise AssertionError(f"ended before step {step}:\n{output}")
-
-
-def run(*arguments: str | Path, **options) -> str:
-    process = subprocess.run(
-        [str(a) for a in arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240, **options
-    )
-    assert process.returncode == 0, process.stdout
-    return process.stdout
 
 
 @pytest.fixture
@@ -102,8 +95,8 @@ def test_plain_litgpt_commands(recipe, tmp_path):
     content = file.read_text().replace("devices: 1", "devices: 1\nlogger_name: csv")
     file.write_text(content)
     litgpt = Path(sys.executable).parent / "litgpt"
-    environment = {**os.environ, "PYTHONPATH": ""}
-    output = run(litgpt, "pretrain", "tiny", "--config", file, "--precision", "32-true", cwd=tmp_path, env=environment)
+    run = partial(run_command, litgpt, cwd=tmp_path, PYTHONPATH="")
+    output = run("pretrain", "tiny", "--config", file, "--precision", "32-true").stdout
     assert "torch.compile: off (it gains little on cpu" in output
     rate = float(output.rpartition("Tok/sec       : ")[2].split()[0])
     assert rate > 0
@@ -113,17 +106,15 @@ def test_plain_litgpt_commands(recipe, tmp_path):
     assert main(["--config", str(recipe("ours", out_dir=str(tmp_path / "ours")))]) == 0
     final = tmp_path / "ours" / "final"
     arguments = ("--prompt", "def ", "--max_new_tokens", "5", "--temperature", "0")
-    output = run(litgpt, "generate", final, *arguments, cwd=tmp_path, env=environment)
-    assert "def " in output
-    output = run(litgpt, "chat", final, "--max_new_tokens", "5", cwd=tmp_path, env=environment, input="def \n\n")
-    assert "Now chatting with tiny" in output
-    run(litgpt, "convert_pretrained_checkpoint", final, tmp_path / "slim", cwd=tmp_path, env=environment)
+    assert "def " in run("generate", final, *arguments).stdout
+    assert "Now chatting with tiny" in run("chat", final, "--max_new_tokens", "5", stdin="def \n\n").stdout
+    run("convert_pretrained_checkpoint", final, tmp_path / "slim")
     slim = torch.load(tmp_path / "slim" / "lit_model.pth", weights_only=True)
     trained = torch.load(final / "lit_model.pth", weights_only=True)["model"]
     assert all(torch.equal(slim[name], weight) for name, weight in trained.items())
     switched_off = subprocess.run(
         [litgpt, "generate", final, *arguments],
-        env={**environment, "LITGPT_MOE_EXT_DISABLE": "1"},
+        env={**os.environ, "PYTHONPATH": "", "LITGPT_MOE_EXT_DISABLE": "1"},
         capture_output=True,
         text=True,
         timeout=240,

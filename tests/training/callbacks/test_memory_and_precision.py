@@ -1,6 +1,5 @@
 """Activation checkpointing, the fused loss, and number formats."""
 
-import subprocess
 import sys
 
 import pytest
@@ -11,7 +10,7 @@ from litgpt_moe_ext.training.callbacks.activation_checkpointing import Activatio
 from litgpt_moe_ext.training.callbacks.fused_loss import linear_loss
 from litgpt_moe_ext.training.checkpoint import manifest
 from tests.models import initialized_model, moe_config, noisy_config
-from tests.runs import logged, train
+from tests.runs import logged, run_command, train
 
 
 def gradients(model, ids) -> dict[str, torch.Tensor]:
@@ -124,8 +123,7 @@ def test_fused_loss_needs_a_fraction_of_the_memory():
     """2048 tokens, 49,152 words: peak MiB of LitGPT's loss and of the fused one, each in a fresh process."""
     peaks = {}
     for kind in ("plain", "fused"):
-        result = subprocess.run([sys.executable, "-c", PEAK, kind], capture_output=True, text=True, check=True)
-        peaks[kind] = float(result.stdout.split()[-1])
+        peaks[kind] = float(run_command(sys.executable, "-c", PEAK, kind).stdout.split()[-1])
     assert peaks["fused"] < 0.4 * peaks["plain"], peaks
 
 

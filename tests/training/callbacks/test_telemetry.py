@@ -1,6 +1,5 @@
 """Speed and utilization by hand."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from litgpt_moe_ext.model_size import count_flops
 from litgpt_moe_ext.training.callbacks import telemetry
 from litgpt_moe_ext.training.callbacks.telemetry import Telemetry, peak_flops, peak_memory_gb
 from tests.models import moe_config
-from tests.runs import logged
+from tests.runs import logged, run_command
 
 
 def test_utilization_by_hand(monkeypatch):
@@ -123,7 +122,7 @@ def test_memory_is_that_of_this_process():
         "import torch; from litgpt_moe_ext.training.callbacks.telemetry import peak_memory_gb;"
         "print(peak_memory_gb(torch.device('cpu')))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    theirs = float(run_command(sys.executable, "-c", code).stdout)
     ours = peak_memory_gb(torch.device("cpu"))
-    assert 0.05 < float(result.stdout) < ours - 0.1
+    assert 0.05 < theirs < ours - 0.1
     assert ours > len(block) / 1e9

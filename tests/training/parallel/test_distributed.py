@@ -22,24 +22,10 @@ from litgpt_moe_ext.training.parallel.facts import STRATEGIES
 from litgpt_moe_ext.training.parallel.launch import started_processes
 from litgpt_moe_ext.training.parallel.strategies import make_strategy
 from litgpt_moe_ext.training.settings import DistributedArgs, StrategyName
-from tests.runs import ROOT, RUN_TRAIN, logged, weights_of
+from tests.runs import ROOT, RUN_TRAIN, logged, run_command, weights_of
 from tests.training.processes import train_in_ranks
 
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--nnodes=1"]
-
-
-def run(*command: str | Path, **environment: str) -> str:
-    process = subprocess.run(
-        [str(part) for part in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=280,
-        cwd=ROOT,
-        env={**os.environ, **environment},
-    )
-    assert process.returncode == 0, process.stdout
-    return process.stdout
 
 
 def assert_same_training(ours: Path, theirs: Path) -> None:
@@ -101,7 +87,7 @@ def test_launchers(recipe, tmp_path):
 
     torchrun = [*TORCHRUN, "--nproc_per_node=2", "--master_port=29571", RUN_TRAIN[1]]
     for command, given in ((RUN_TRAIN, file("own", 2)), (torchrun, file("torchrun", "auto"))):
-        output = run(*command, "--config", given)
+        output = run_command(*command, "--config", given).stdout
         assert output.count("step 2/2 |") == output.count(f"saved {tmp_path / given.stem / 'final'}") == 1
     train_in_ranks(2, "--config", file("by_hand", "auto"))
     for name in ("torchrun", "by_hand"):

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from litgpt_moe_ext.training.parallel.deepspeed.settings import (
 )
 from litgpt_moe_ext.training.parallel.facts import facts_of
 from litgpt_moe_ext.training.settings import AnomalyArgs, DistributedArgs, EmaArgs, Settings
-from tests.runs import ROOT, logged, recipe_writer
+from tests.runs import logged, recipe_writer, run_command
 
 PARTS = ("weights", "gradients", "optimizer")
 STAGES = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
@@ -205,16 +204,9 @@ class TestTraining:
             "2",
         ]
         plan("too far", STAGES[1], *too_far, processes=1, status=1)
-        process = subprocess.run(
-            [sys.executable, "-m", "tests.training.parallel.deepspeed_on_cpus", json.dumps(plans)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=600,
-            cwd=ROOT,
-        )
-        assert process.returncode == 0, process.stdout
-        return folder, process.stdout
+        module = "tests.training.parallel.deepspeed_on_cpus"
+        ended = run_command(sys.executable, "-m", module, json.dumps(plans), timeout=600)
+        return folder, ended.stdout + ended.stderr
 
     @pytest.mark.parametrize("strategy", STAGES)
     def test_the_training_is_that_of_ddp(self, runs, strategy):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import subprocess
 import sys
 
 import litgpt.args
@@ -21,6 +20,7 @@ from litgpt_moe_ext.training.settings import (
     field_table,
 )
 from tests.models import attention_config
+from tests.runs import run_command
 
 
 def test_every_setting_has_a_row_with_a_docstring():
@@ -96,4 +96,4 @@ def test_importing_the_tree_loads_neither_torch_nor_litgpt():
         "import sys, litgpt_moe_ext.training.settings, litgpt_moe_ext.cli.mistakes;"
         "assert not {'torch', 'litgpt', 'lightning'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_command(sys.executable, "-c", code)
