@@ -27,6 +27,7 @@ from litgpt_moe_ext.padding import PADDING
 from litgpt_moe_ext.training.checkpoint.hyperparameters import to_plain
 from litgpt_moe_ext.training.checkpoint.resharding import convert_position
 from litgpt_moe_ext.training.steps.corpora import CorpusLosses
+from tests.data.test_loader import take
 from tests.data.test_text_corpus import stories
 from tests.runs import ROOT, logged
 from tests.training.processes import Training, in_ranks
@@ -100,11 +101,6 @@ def parts_of(sizes, block_size=4) -> list[Part]:
 def make(batch_size=2, replica=None, border=20, shares=((3, 1, 0), (1, 1, 2)), sizes=(11, 4, 6)) -> MixtureLoader:
     phases = Phases(Schedule(shares[0]), Schedule(shares[1]), border)
     return MixtureLoader(MixedWindows(parts_of(sizes), phases, "mixture"), batch_size, replica)
-
-
-def take(loader, count: int) -> list[list[list[int]]]:
-    iterator = CycleIterator(loader)
-    return [next(iterator).tolist() for _ in range(count)]
 
 
 def test_every_corpus_gives_the_rows_that_it_gives_alone():

@@ -22,7 +22,7 @@ def checkpoint_dir(llama_dir, tmp_path) -> Path:
 
 
 class Payload:
-    """Creates a file when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,6 +1,5 @@
 """Models in LitGPT's own layout compute the same; those it cannot express are refused by name."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.export.llama_moe import obstacles, to_llama_moe
 from litgpt_moe_ext.inspect.recipes import load_recipe
 from tests.evaluation.conftest import write_checkpoint
+from tests.evaluation.test_loading import Payload
 from tests.models import initialized_model, moe_config, noisy_config
 
 GROUPS = {"n_expert_groups": 4, "n_topk_groups": 2, "n_topk_scores_per_group": 1}
@@ -87,16 +87,6 @@ def test_command(tmp_path, capsys):
     assert (tmp_path / "theirs" / "tokenizer.json").is_file()
     assert main(["convert-experts", str(tmp_path / "ours"), str(tmp_path / "theirs")]) == 2
     assert "exists" in capsys.readouterr().err
-
-
-class Payload:
-    """Creates a folder when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, (str(self.path),)
 
 
 def test_a_malicious_checkpoint_runs_nothing(tmp_path, capsys):

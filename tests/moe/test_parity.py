@@ -39,6 +39,24 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, to
     return torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
 
 
+def from_hugging_face(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename the weights of Hugging Face's MoE blocks to LitGPT's per-expert names."""
+    names = {"gate_proj": "fc_1", "up_proj": "fc_2", "down_proj": "proj", "w1": "fc_1", "w3": "fc_2", "w2": "proj"}
+    names["shared_expert"] = "shared_experts"
+    return {".".join(names.get(part, part) for part in name.split(".")): weight for name, weight in weights.items()}
+
+
+def check_parity(ours, theirs, shape, dtype, translate=from_hugging_face):
+    """Compare outputs and all gradients after copying the weights of a Hugging Face block, translated."""
+    ours.load_state_dict({"gate.e_score_correction_bias": torch.zeros(8), **translate(theirs.state_dict())})
+    x, upstream = inputs(shape, dtype)
+    our_output, our_gradients = gradients(ours, x, upstream)
+    their_output, their_gradients = gradients(theirs, x, upstream)
+    torch.testing.assert_close(our_output, their_output, **TOLERANCE)
+    expected = {**translate(their_gradients), "input": their_gradients["input"]}
+    assert_same_gradients(unstack_experts(our_gradients), unstack_experts(expected), **TOLERANCE)
+
+
 # A single token visits 2 of 8 experts: 6 experts receive none.
 @pytest.mark.parametrize("shape", [(2, 17, 16), (1, 1, 16)], ids=["batch", "one token"])
 @pytest.mark.parametrize(
@@ -111,15 +129,7 @@ def test_equals_deepseek_v3(dtype, normalize, groups):
     config = moe_config(
         n_expert_per_token=3, n_shared_expert=2, norm_topk_prob=normalize, routed_scaling_factor=2.5, **settings
     )
-    ours = SharedExpertMoE(config).to(dtype)
-    ours.load_state_dict(from_hugging_face(theirs.state_dict()))
-
-    x, upstream = inputs((2, 19, 16), dtype)
-    our_output, our_gradients = gradients(ours, x, upstream)
-    their_output, their_gradients = gradients(theirs, x, upstream)
-
-    torch.testing.assert_close(our_output, their_output, **TOLERANCE)
-    assert_same_gradients(unstack_experts(our_gradients), from_hugging_face(their_gradients), **TOLERANCE)
+    check_parity(SharedExpertMoE(config).to(dtype), theirs, (2, 19, 16), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -133,26 +143,7 @@ def test_equals_mixtral(dtype):
         ).to(dtype)
     )
     ours = SharedExpertMoE(moe_config(router_score_function="softmax", norm_topk_prob=True)).to(dtype)
-    ours.load_state_dict({**from_hugging_face(theirs.state_dict()), "gate.e_score_correction_bias": torch.zeros(8)})
-
-    x, upstream = inputs((2, 3, 16), dtype)
-    our_output, our_gradients = gradients(ours, x, upstream)
-    their_output, their_gradients = gradients(theirs, x, upstream)
-
-    torch.testing.assert_close(our_output, their_output, **TOLERANCE)
-    assert_same_gradients(unstack_experts(our_gradients), from_hugging_face(their_gradients), **TOLERANCE)
-
-
-def check_parity(ours, theirs, shape, dtype):
-    """Compare outputs and all gradients after copying the weights of a Hugging Face block."""
-    weights = from_hugging_face(theirs.state_dict())
-    weights.setdefault("gate.e_score_correction_bias", torch.zeros(8))
-    ours.load_state_dict(weights)
-    x, upstream = inputs(shape, dtype)
-    our_output, our_gradients = gradients(ours, x, upstream)
-    their_output, their_gradients = gradients(theirs, x, upstream)
-    torch.testing.assert_close(our_output, their_output, **TOLERANCE)
-    assert_same_gradients(unstack_experts(our_gradients), from_hugging_face(their_gradients), **TOLERANCE)
+    check_parity(ours, theirs, (2, 3, 16), dtype)
 
 
 SHAPES = pytest.mark.parametrize("shape", [(2, 7, 16), (1, 1, 16)], ids=["odd", "one token"])
@@ -277,18 +268,7 @@ def test_equals_gpt_oss(shape):
         mlp_activation="clamped_swiglu",
         bias=True,
     )
-    ours = SharedExpertMoE(config).double()
-    ours.load_state_dict({**translate(theirs.state_dict()), "gate.e_score_correction_bias": torch.zeros(8)})
-    forward = theirs.forward
-    theirs.forward = lambda x: forward(x)[0]
-
-    x, upstream = inputs(shape, torch.float64)
-    our_output, our_gradients = gradients(ours, x, upstream)
-    their_output, their_gradients = gradients(theirs, x, upstream)
-    torch.testing.assert_close(our_output, their_output, **TOLERANCE)
-    expected = {**their_gradients, **translate(their_gradients)}
-    for name, gradient in our_gradients.items():
-        torch.testing.assert_close(gradient, expected[name], **TOLERANCE)
+    check_parity(SharedExpertMoE(config).double(), theirs, shape, torch.float64, translate)
 
 
 @SHAPES
@@ -312,16 +292,9 @@ def test_equals_llama4(shape, backend):
     sizes = {"hidden_size": 16, "intermediate_size": 12, "num_local_experts": 8, "num_experts_per_tok": 2}
     theirs = randomize(Llama4TextMoe(Llama4TextConfig(**sizes)))
     config = moe_config(n_expert_per_token=2, n_shared_expert=1, expert_gate_on_input=True, expert_backend=backend)
-    ours = SharedExpertMoE(config)
-    ours.load_state_dict({**translate(theirs.state_dict()), "gate.e_score_correction_bias": torch.zeros(8)})
     forward = theirs.forward
     theirs.forward = lambda x: forward(x)[0].view(x.shape)
-
-    x, upstream = inputs(shape, torch.float32)
-    our_output, our_gradients = gradients(ours, x, upstream)
-    their_output, their_gradients = gradients(theirs, x, upstream)
-    torch.testing.assert_close(our_output, their_output, **TOLERANCE)
-    assert_same_gradients(our_gradients, {**translate(their_gradients), "input": their_gradients["input"]}, **TOLERANCE)
+    check_parity(SharedExpertMoE(config), theirs, shape, torch.float32, translate)
 
 
 def test_equals_litgpts_grouped_moe():
@@ -354,13 +327,6 @@ def test_activations_are_the_usual_ones(activation):
         x, torch.cat([u.weight for u in up]), torch.cat([u.bias for u in up]), shared.proj.weight, shared.proj.bias
     )
     torch.testing.assert_close(moe(x), expected, atol=1e-12, rtol=1e-12)
-
-
-def from_hugging_face(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename the weights of Hugging Face's MoE blocks to LitGPT's per-expert names."""
-    names = {"gate_proj": "fc_1", "up_proj": "fc_2", "down_proj": "proj", "w1": "fc_1", "w3": "fc_2", "w2": "proj"}
-    names["shared_expert"] = "shared_experts"
-    return {".".join(names.get(part, part) for part in name.split(".")): weight for name, weight in weights.items()}
 
 
 @pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])

@@ -303,20 +303,11 @@ def test_max_time_ends_with_a_final_checkpoint(recipe, tmp_path):
 class TestWrongInputs:
     """One clear message, exit status 2, and nothing lost."""
 
-    def test_missing_corpus(self, recipe, tmp_path, capsys):
-        data = {
-            "class_path": "litgpt_moe_ext.data.PythonStdlib",
-            "init_args": {"source_path": str(tmp_path / "none"), "data_path": str(tmp_path / "d"), "vocab_size": 300},
-        }
-        assert "source_path" in refused(capsys, "--config", recipe(data=data))
-
-    def test_empty_corpus(self, recipe, tmp_path, capsys):
+    @pytest.mark.parametrize("name", ["missing", "empty"])
+    def test_no_corpus(self, recipe, tmp_path, capsys, name):
         (tmp_path / "empty").mkdir()
-        data = {
-            "class_path": "litgpt_moe_ext.data.PythonStdlib",
-            "init_args": {"source_path": str(tmp_path / "empty"), "data_path": str(tmp_path / "d"), "vocab_size": 300},
-        }
-        assert "source_path" in refused(capsys, "--config", recipe(data=data))
+        source = ("--data.source_path", tmp_path / name, "--data.data_path", tmp_path / "d")
+        assert "source_path" in refused(capsys, "--config", recipe(), *source)
 
     def test_tokenizer_without_eos(self, recipe, tmp_path, capsys):
         folder = tmp_path / "tokenizer"
