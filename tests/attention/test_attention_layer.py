@@ -12,23 +12,17 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOss
 
 from litgpt_moe_ext.attention.layer import SinkAttention
 from litgpt_moe_ext.attention.rope import build_rope_cache
+from tests.models import attention_config, randomize
 
 YARN = {"factor": 8.0, "beta_fast": 4.0, "beta_slow": 1.0, "original_max_seq_len": 64, "truncate": False}
 T = 12
 
 
-def randomise(module: torch.nn.Module) -> None:
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_()
-
-
-def layer_pair(make_config: Any, window: int | None, dtype: torch.dtype) -> tuple[SinkAttention, GptOssAttention]:
-    config = make_config(
+def layer_pair(window: int | None, dtype: torch.dtype) -> tuple[SinkAttention, GptOssAttention]:
+    config = attention_config(
         bias=True, rope_base=5000, rope_adjustments=YARN, sliding_window_size=window, norm_qk=False, block_size=64
     )
-    ours = SinkAttention(config, 0).to(dtype)
-    randomise(ours)
+    ours = randomize(SinkAttention(config, 0).to(dtype), 1.0)
     scaling = {key: value for key, value in YARN.items() if key != "original_max_seq_len"}
     reference_config = GptOssConfig(
         hidden_size=config.n_embd,
@@ -63,8 +57,8 @@ def causal_mask(window: int | None, dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_equals_hugging_face(make_config: Any, window: int | None, dtype: torch.dtype) -> None:
-    ours, reference = layer_pair(make_config, window, dtype)
+def test_equals_hugging_face(window: int | None, dtype: torch.dtype) -> None:
+    ours, reference = layer_pair(window, dtype)
     x = torch.randn(3, T, ours.config.n_embd, dtype=dtype, requires_grad=True)
     reference_x = x.detach().clone().requires_grad_()
     half_cos, half_sin = GptOssRotaryEmbedding(reference.config)(reference_x, torch.arange(T)[None])
@@ -122,9 +116,9 @@ LITGPT_VARIANTS = [
 
 
 @pytest.mark.parametrize("changes", LITGPT_VARIANTS, ids=str)
-def test_without_sinks_equals_litgpt(make_config: Any, changes: dict[str, Any]) -> None:
-    ours = GPT(make_config(attention_sinks=False, **changes))
-    reference = GPT(make_config(attention_class_name=None, **changes))
+def test_without_sinks_equals_litgpt(changes: dict[str, Any]) -> None:
+    ours = GPT(attention_config(attention_sinks=False, **changes))
+    reference = GPT(attention_config(attention_class_name=None, **changes))
     assert type(ours.transformer.h[0].attn) is SinkAttention
     assert type(reference.transformer.h[0].attn) is CausalSelfAttention
     reference.load_state_dict(ours.state_dict(), strict=True)
@@ -154,9 +148,9 @@ CACHE_VARIANTS = [
 @pytest.mark.parametrize("prompt", [1, 3, 9])
 @pytest.mark.parametrize("changes", CACHE_VARIANTS, ids=str)
 @torch.inference_mode()
-def test_cache_equals_full_forward(make_config: Any, changes: dict[str, Any], prompt: int, batch_size: int) -> None:
-    model = GPT(make_config(**changes))
-    randomise_sinks(model)
+def test_cache_equals_full_forward(changes: dict[str, Any], prompt: int, batch_size: int) -> None:
+    model = GPT(attention_config(**changes))
+    randomize_sinks(model)
     idx = torch.randint(40, (batch_size, T))
     expected = model(idx)
     for known_end in (True, False):
@@ -172,9 +166,9 @@ def test_cache_equals_full_forward(make_config: Any, changes: dict[str, Any], pr
 
 @pytest.mark.parametrize("window", [None, 4])
 @torch.inference_mode()
-def test_cache_with_a_position_per_sequence(make_config: Any, window: int | None) -> None:
-    model = GPT(make_config(sliding_window_size=window))
-    randomise_sinks(model)
+def test_cache_with_a_position_per_sequence(window: int | None) -> None:
+    model = GPT(attention_config(sliding_window_size=window))
+    randomize_sinks(model)
     idx = torch.randint(40, (2, T))
     expected = model(idx)
     model.set_kv_cache(2, max_seq_length=T)
@@ -186,14 +180,14 @@ def test_cache_with_a_position_per_sequence(make_config: Any, window: int | None
         torch.testing.assert_close(out[:, 0], expected[torch.arange(2), position[:, 0]], rtol=1e-4, atol=1e-5)
 
 
-def randomise_sinks(model: GPT) -> None:
+def randomize_sinks(model: GPT) -> None:
     for block in model.transformer.h:
         if block.attn.sinks is not None:
             block.attn.sinks.normal_()
 
 
-def test_a_long_prompt_stays_causal_in_the_window(make_config: Any) -> None:
-    model = GPT(make_config(n_layer=1, sliding_window_size=4))
+def test_a_long_prompt_stays_causal_in_the_window() -> None:
+    model = GPT(attention_config(n_layer=1, sliding_window_size=4))
     idx = torch.randint(40, (1, T))
     with torch.inference_mode():
         model.set_kv_cache(1, max_seq_length=T)
@@ -206,9 +200,8 @@ def test_a_long_prompt_stays_causal_in_the_window(make_config: Any) -> None:
             assert touched == list(range(changed, min(changed + 4, T)))
 
 
-def test_masks_compose_with_the_window(make_config: Any) -> None:
-    layer = SinkAttention(make_config(sliding_window_size=4), 0).double()
-    randomise(layer)
+def test_masks_compose_with_the_window() -> None:
+    layer = randomize(SinkAttention(attention_config(sliding_window_size=4), 0).double(), 1.0)
     x = torch.randn(2, T, 24, dtype=torch.float64)
     cos, sin = (table[None] for table in build_rope_cache(layer.config, T))
     visible = torch.ones(T, T, dtype=torch.bool).tril()
@@ -225,9 +218,12 @@ def test_masks_compose_with_the_window(make_config: Any) -> None:
         layer(x, cos, sin, input_pos=torch.arange(T))
 
 
-def test_parameters_and_reset(make_config: Any) -> None:
-    with_sinks, without = SinkAttention(make_config(), 0), SinkAttention(make_config(attention_sinks=False), 0)
-    parent_names = set(CausalSelfAttention(make_config(attention_class_name=None), 0).state_dict())
+def test_parameters_and_reset() -> None:
+    with_sinks, without = (
+        SinkAttention(attention_config(), 0),
+        SinkAttention(attention_config(attention_sinks=False), 0),
+    )
+    parent_names = set(CausalSelfAttention(attention_config(attention_class_name=None), 0).state_dict())
     assert set(without.state_dict()) == parent_names
     assert set(with_sinks.state_dict()) == parent_names | {"sinks"}
     assert with_sinks.sinks.shape == (4,)
@@ -240,17 +236,17 @@ def test_parameters_and_reset(make_config: Any) -> None:
     assert torch.equal(with_sinks.qkv.weight, weight)
 
 
-def test_the_softmax_scale_does_not_repeat_the_attention_factor(make_config: Any) -> None:
+def test_the_softmax_scale_does_not_repeat_the_attention_factor() -> None:
     adjustments = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}
-    assert SinkAttention(make_config(rope_adjustments=adjustments), 0).mscale == 1.0
+    assert SinkAttention(attention_config(rope_adjustments=adjustments), 0).mscale == 1.0
 
 
 @pytest.mark.parametrize("norm_class_name", ["RMSNorm", "LayerNorm"])
-def test_bfloat16_true_and_mixed(make_config: Any, norm_class_name: str) -> None:
+def test_bfloat16_true_and_mixed(norm_class_name: str) -> None:
     changes = {"sliding_window_size": 4, "sliding_window_indices": [0, 1]}
-    model = GPT(make_config(norm_qk=True, norm_class_name=norm_class_name, **changes))
+    model = GPT(attention_config(norm_qk=True, norm_class_name=norm_class_name, **changes))
     with torch.no_grad():
-        randomise_sinks(model)
+        randomize_sinks(model)
     idx = torch.randint(40, (2, T))
     expected = model(idx)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -263,9 +259,9 @@ def test_bfloat16_true_and_mixed(make_config: Any, norm_class_name: str) -> None
         torch.testing.assert_close(out.float(), expected, rtol=0.1, atol=0.05)
 
 
-def test_meta_device(make_config: Any) -> None:
+def test_meta_device() -> None:
     with torch.device("meta"):
-        model = GPT(make_config(sliding_window_size=4, sliding_window_indices=[0, 1], rope_adjustments=YARN))
+        model = GPT(attention_config(sliding_window_size=4, sliding_window_indices=[0, 1], rope_adjustments=YARN))
         out = model(torch.zeros(2, T, dtype=torch.long))
     out.sum().backward()
     assert out.shape == (2, T, 40)
@@ -273,9 +269,8 @@ def test_meta_device(make_config: Any) -> None:
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing(make_config: Any, use_reentrant: bool) -> None:
-    layer = SinkAttention(make_config(sliding_window_size=4), 0).double()
-    randomise(layer)
+def test_activation_checkpointing(use_reentrant: bool) -> None:
+    layer = randomize(SinkAttention(attention_config(sliding_window_size=4), 0).double(), 1.0)
     x = torch.randn(2, T, 24, dtype=torch.float64, requires_grad=True)
     cos, sin = (table[None] for table in build_rope_cache(layer.config, T))
     expected = torch.autograd.grad(layer(x, cos, sin).square().sum(), [x, *layer.parameters()])

@@ -9,6 +9,7 @@ from litgpt.model import GPT
 
 from litgpt_moe_ext.attention import layer as layer_module
 from litgpt_moe_ext.attention.cache_positions import position_range
+from tests.models import attention_config, randomize
 
 VARIANTS = [
     {},
@@ -18,12 +19,8 @@ VARIANTS = [
 ]
 
 
-def make_model(make_config: Any, **changes: Any) -> GPT:
-    model = GPT(make_config(**changes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)
-    return model
+def make_model(**changes: Any) -> GPT:
+    return randomize(GPT(attention_config(**changes)).eval(), 0.3)
 
 
 @torch.inference_mode()
@@ -35,8 +32,8 @@ def continue_without_cache(model: GPT, prompt: torch.Tensor, length: int) -> tor
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_generate(make_config: Any, changes: dict[str, Any]) -> None:
-    model = make_model(make_config, **changes)
+def test_generate(changes: dict[str, Any]) -> None:
+    model = make_model(**changes)
     prompt = torch.randint(40, (9,))  # longer than the window
     expected = continue_without_cache(model, prompt, 24)
     model.set_kv_cache(1)
@@ -45,8 +42,8 @@ def test_generate(make_config: Any, changes: dict[str, Any]) -> None:
 
 
 @torch.inference_mode()
-def test_batched_generate(make_config: Any) -> None:
-    model = make_model(make_config, sliding_window_size=4)
+def test_batched_generate() -> None:
+    model = make_model(sliding_window_size=4)
     prompts = torch.randint(40, (8, 9))
     expected = torch.stack([continue_without_cache(model, prompt, 16) for prompt in prompts])
     model.set_kv_cache(8)
@@ -58,9 +55,9 @@ def test_batched_generate(make_config: Any) -> None:
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_speculative_decoding(make_config: Any, changes: dict[str, Any]) -> None:
+def test_speculative_decoding(changes: dict[str, Any]) -> None:
     # The draft model guesses wrong most of the time, so that the target model goes back over its cache.
-    target, draft = make_model(make_config, **changes), make_model(make_config, **changes)
+    target, draft = make_model(**changes), make_model(**changes)
     prompt = torch.randint(40, (9,))
     expected = continue_without_cache(target, prompt, 22)
     for model in (target, draft):
@@ -73,7 +70,7 @@ def test_speculative_decoding(make_config: Any, changes: dict[str, Any]) -> None
     assert torch.equal(tokens[:n], expected[:n])
 
 
-def test_only_the_visible_part_of_the_cache_is_read(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_visible_part_of_the_cache_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     original = layer_module.sink_attention
 
@@ -82,7 +79,7 @@ def test_only_the_visible_part_of_the_cache_is_read(make_config: Any, monkeypatc
         return original(q, k, v, softmax, mask, causal)
 
     monkeypatch.setattr(layer_module, "sink_attention", record)
-    model = make_model(make_config, sliding_window_size=4, sliding_window_indices=[0, 1])
+    model = make_model(sliding_window_size=4, sliding_window_indices=[0, 1])
     with torch.inference_mode():
         model.set_kv_cache(1, max_seq_length=30)
         model(torch.randint(40, (1, 9)), input_pos=torch.arange(9))
@@ -105,10 +102,10 @@ def test_position_range() -> None:
 
 
 @torch.inference_mode()
-def test_without_known_positions(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_known_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     # As on a device that must not be waited for.
     monkeypatch.setattr(layer_module, "position_range", lambda input_pos, end: (None, end))
-    model = make_model(make_config, sliding_window_size=4, sliding_window_indices=[0, 1])
+    model = make_model(sliding_window_size=4, sliding_window_indices=[0, 1])
     idx = torch.randint(40, (2, 12))
     model.set_kv_cache(2, max_seq_length=20)
     outs = [model(idx[:, chunk], input_pos=chunk) for chunk in (torch.arange(9), *torch.arange(9, 12).split(1))]

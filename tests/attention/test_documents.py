@@ -29,6 +29,7 @@ from litgpt_moe_ext.attention.documents import (
 from litgpt_moe_ext.attention.sinks import Softmax
 from litgpt_moe_ext.padding import PADDING, PaddedRows
 from litgpt_moe_ext.rows import Rows
+from tests.models import attention_config, randomize
 
 MARK = 39
 T = 20
@@ -45,16 +46,9 @@ VARIANTS = [
 ]
 
 
-@pytest.fixture
-def make_model(make_config: Any) -> Any:
-    def build(**changes: Any) -> GPT:
-        documents = {"attention_document_boundary": "eos", "attention_document_token_id": MARK, **changes}
-        model = GPT(make_config(**documents)).double()
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.5)
-        return model
-
-    return build
+def make_model(**changes: Any) -> GPT:
+    documents = {"attention_document_boundary": "eos", "attention_document_token_id": MARK, **changes}
+    return randomize(GPT(attention_config(**documents)).double())
 
 
 def tokens(marks: dict[int, list[int]], boundary: str = "eos") -> torch.Tensor:
@@ -153,9 +147,9 @@ def test_room_without_a_host_copy_is_the_largest() -> None:
     assert needed_extent(idx, "eos", MARK) == largest_extent(2, 256)
 
 
-def test_overflow_goes_through_the_model(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overflow_goes_through_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where documents do not fit, the logits are NaN rather than wrong."""
-    model = GPT(make_config(attention_document_boundary="eos", attention_document_token_id=MARK))
+    model = GPT(attention_config(attention_document_boundary="eos", attention_document_token_id=MARK))
     idx = torch.randint(40, (1, 8))
     assert model(idx).isfinite().all()
     original = gpt_forward.find_documents
@@ -200,7 +194,7 @@ def test_mask() -> None:
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_every_document_is_as_if_alone(make_model: Any, changes: dict[str, Any]) -> None:
+def test_every_document_is_as_if_alone(changes: dict[str, Any]) -> None:
     boundary = changes.get("attention_document_boundary", "eos")
     model, idx = make_model(**changes), tokens(ENDS, boundary)
     out = model(idx)
@@ -214,7 +208,7 @@ def test_every_document_is_as_if_alone(make_model: Any, changes: dict[str, Any])
 
 
 @pytest.mark.parametrize("changes", VARIANTS[:6], ids=str)
-def test_nothing_leaks(make_model: Any, changes: dict[str, Any]) -> None:
+def test_nothing_leaks(changes: dict[str, Any]) -> None:
     model, idx = make_model(**changes), tokens({0: [7, 12]}, changes.get("attention_document_boundary", "eos"))
     captured = []
     model.transformer.wte.register_forward_hook(lambda module, args, out: captured.append(out.requires_grad_()))
@@ -231,9 +225,7 @@ def test_nothing_leaks(make_model: Any, changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("impl", [CheckpointImpl.REENTRANT, CheckpointImpl.NO_REENTRANT])
 @pytest.mark.parametrize("restart", [False, True])
-def test_activation_checkpointing_recomputes_each_batch_with_its_own(
-    make_model: Any, impl: CheckpointImpl, restart: bool
-) -> None:
+def test_activation_checkpointing_recomputes_each_batch_with_its_own(impl: CheckpointImpl, restart: bool) -> None:
     model = make_model(attention_document_restart_positions=restart, sliding_window_size=5)
     first, second = tokens(ENDS), tokens({0: [10], 1: [2, 5], 2: [1]})
     parameters = list(model.parameters())
@@ -253,7 +245,7 @@ def test_activation_checkpointing_recomputes_each_batch_with_its_own(
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 @pytest.mark.parametrize("prompt", [1, 9, 14])
 @torch.inference_mode()
-def test_cache_equals_full_forward(make_model: Any, changes: dict[str, Any], prompt: int) -> None:
+def test_cache_equals_full_forward(changes: dict[str, Any], prompt: int) -> None:
     model = make_model(**changes)
     idx = tokens(ENDS, changes.get("attention_document_boundary", "eos"))
     expected = model(idx)
@@ -275,7 +267,7 @@ def test_cache_equals_full_forward(make_model: Any, changes: dict[str, Any], pro
 
 
 @pytest.mark.slow
-def test_compiles_without_graph_breaks(make_model: Any) -> None:
+def test_compiles_without_graph_breaks() -> None:
     changes = {"attention_document_restart_positions": True, "sliding_window_size": 5, "embedding_dropout": 0.1}
     model = make_model(n_layer=1, **changes).eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -289,9 +281,9 @@ def test_compiles_without_graph_breaks(make_model: Any) -> None:
         )
 
 
-def test_meta_device(make_config: Any) -> None:
+def test_meta_device() -> None:
     with torch.device("meta"):
-        model = GPT(make_config(attention_document_boundary="eos", attention_document_token_id=MARK))
+        model = GPT(attention_config(attention_document_boundary="eos", attention_document_token_id=MARK))
         out = model(torch.zeros(2, T, dtype=torch.long))
     out.sum().backward()
     assert out.shape == (2, T, 40)

@@ -1,6 +1,5 @@
 """Attention on cards that are not there: no operator of a forward pass may wait for the device."""
 
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from lightning import Fabric
-from litgpt import GPT, Config
+from litgpt import GPT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.fake_cuda import CAPABILITIES, RECIPES, fake_cuda, forward_of_recipe
+from tests.models import attention_config
 
 
 @pytest.fixture
@@ -42,9 +42,7 @@ SOON = (CAPABILITIES[0], (8, 0), CAPABILITIES[-1])
 @pytest.mark.parametrize(
     "capability", [c if c in SOON else pytest.param(c, marks=pytest.mark.slow) for c in CAPABILITIES], ids=str
 )
-def test_windows_documents_and_a_cache_wait_for_nothing(
-    make_config: Callable[..., Config], capability: tuple[int, int]
-) -> None:
+def test_windows_documents_and_a_cache_wait_for_nothing(capability: tuple[int, int]) -> None:
     """On every card, in training and in generation, with sinks and without."""
     documents = {"attention_document_boundary": "eos", "attention_document_token_id": 3}
     settings = {"head_size": 16, "sliding_window_size": 8, "sliding_window_indices": [0, 1], **documents}
@@ -52,7 +50,7 @@ def test_windows_documents_and_a_cache_wait_for_nothing(
     with fake_cuda(capability), torch.autocast("cuda", dtype):
         for sinks in (True, False):
             with Fabric(accelerator="cpu", devices=1).init_module(empty_init=True), torch.device("cuda"):
-                model = GPT(make_config(attention_sinks=sinks, **settings))
+                model = GPT(attention_config(attention_sinks=sinks, **settings))
             idx_BT = torch.zeros(2, 24, dtype=torch.long, device="cuda")
             assert model(idx_BT).shape == (2, 24, 40)
             with torch.inference_mode():
@@ -78,9 +76,7 @@ class Calls(TorchDispatchMode):
 
 @pytest.mark.parametrize("sinks", [True, False])
 @pytest.mark.parametrize("boundary", ["eos", "bos"])
-def test_the_kernel_starts_blocks_for_the_documents_that_there_are(
-    make_config: Callable[..., Config], sinks: bool, boundary: str
-) -> None:
+def test_the_kernel_starts_blocks_for_the_documents_that_there_are(sinks: bool, boundary: str) -> None:
     """With the ids in host memory as many as there are, as long as they are; without them the most that may come."""
     B, T = 2, 512
     host_BT = np.zeros((B, T), dtype=np.int64)
@@ -88,7 +84,7 @@ def test_the_kernel_starts_blocks_for_the_documents_that_there_are(
     settings = {"attention_document_boundary": boundary, "attention_document_token_id": 3, "head_size": 16}
     with fake_cuda((9, 0)), torch.autocast("cuda", torch.bfloat16), torch.no_grad():
         with Fabric(accelerator="cpu", devices=1).init_module(empty_init=True), torch.device("cuda"):
-            model = GPT(make_config(attention_sinks=sinks, block_size=T, **settings))
+            model = GPT(attention_config(attention_sinks=sinks, block_size=T, **settings))
         ids_BT = torch.zeros(B, T, dtype=torch.long, device="cuda")
         for copy, expected in ((None, (2 * (32 + 64), T, T)), (SimpleNamespace(numpy=lambda: host_BT), (6, 384, 384))):
             ids_BT._host_copy = copy, ids_BT._version

@@ -11,6 +11,7 @@ from litgpt_moe_ext.attention.kernels.choice import capability_of, obstacle
 from litgpt_moe_ext.attention.kernels.registry import EAGER, KERNELS, Workload
 from litgpt_moe_ext.attention.sinks import Softmax
 from litgpt_moe_ext.rows import Rows
+from tests.models import attention_config
 
 pytestmark = pytest.mark.gpu
 
@@ -66,9 +67,9 @@ def test_a_kernel_equals_the_definition(
 
 
 @pytest.mark.parametrize("has_sinks", [True, False])
-def test_a_step_waits_for_nothing(make_config, has_sinks: bool) -> None:
+def test_a_step_waits_for_nothing(has_sinks: bool) -> None:
     documents = {"attention_document_boundary": "eos", "attention_document_token_id": MARK}
-    config = make_config(
+    config = attention_config(
         head_size=64, attention_sinks=has_sinks, sliding_window_size=9, sliding_window_indices=[0, 1], **documents
     )
     model = GPT(config).to(CUDA)
@@ -87,8 +88,8 @@ def test_a_step_waits_for_nothing(make_config, has_sinks: bool) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_short_texts_with_many_documents_do_not_end_the_context(make_config) -> None:
-    config = make_config(attention_document_boundary="eos", attention_document_token_id=MARK, block_size=2048)
+def test_short_texts_with_many_documents_do_not_end_the_context() -> None:
+    config = attention_config(attention_document_boundary="eos", attention_document_token_id=MARK, block_size=2048)
     model = GPT(config).to(CUDA).eval()
     few, many = (torch.full((1, length), MARK, device=CUDA) for length in (31, 2000))
     with torch.inference_mode(), torch.autocast("cuda", torch.float16):

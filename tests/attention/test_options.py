@@ -12,7 +12,6 @@ import yaml
 from litgpt import Config
 from litgpt.generate import base
 from litgpt.model import GPT
-from litgpt.pretrain import initialize_weights
 from litgpt.utils import save_config
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -24,23 +23,19 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from litgpt_moe_ext.attention.rope import build_rope_cache, rope_frequencies
 from tests.attention.attend import sink_attention
+from tests.models import attention_config, initialized_model, randomize
 
 LEARNED = {"position_embedding": "learned", "rotary_percentage": 0.0}
 T = 12
 
 
-def randomise(model: torch.nn.Module, std: float = 0.4) -> None:
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=std)
-
-
-def test_sinks_per_layer(make_config: Any) -> None:
-    model = GPT(make_config(attention_sinks=[True, False], attention_sink_init=-1.5))
+def test_sinks_per_layer() -> None:
+    model = GPT(attention_config(attention_sinks=[True, False], attention_sink_init=-1.5))
     first, second = (block.attn for block in model.transformer.h)
     first.reset_parameters()
     assert (first.sinks == -1.5).all()
     assert second.sinks is None
-    everywhere, nowhere = GPT(make_config()), GPT(make_config(attention_sinks=False))
+    everywhere, nowhere = GPT(attention_config()), GPT(attention_config(attention_sinks=False))
     everywhere.load_state_dict(model.state_dict(), strict=False)
     nowhere.load_state_dict(model.state_dict(), strict=False)
     everywhere.transformer.h[1].attn.sinks.data.fill_(-float("inf"))  # no sink
@@ -50,9 +45,9 @@ def test_sinks_per_layer(make_config: Any) -> None:
     torch.testing.assert_close(model(idx), nowhere(idx))
 
 
-def test_clipping_bounds_queries_keys_and_values(make_config: Any) -> None:
-    free, clipped = (GPT(make_config(**changes)).double() for changes in ({}, {"clip_qkv": 0.6}))
-    randomise(free)
+def test_clipping_bounds_queries_keys_and_values() -> None:
+    free, clipped = (GPT(attention_config(**changes)).double() for changes in ({}, {"clip_qkv": 0.6}))
+    randomize(free, 0.4)
     clipped.load_state_dict(free.state_dict())
     for block in free.transformer.h:
         block.attn.qkv.register_forward_hook(lambda module, inputs, qkv: qkv.clamp(-0.6, 0.6))
@@ -62,10 +57,10 @@ def test_clipping_bounds_queries_keys_and_values(make_config: Any) -> None:
 
 @pytest.mark.parametrize("has_sinks", [True, False])
 @pytest.mark.parametrize("backend", ["eager", "flash_cpu"])
-def test_a_forced_backend_computes_the_same(make_config: Any, has_sinks: bool, backend: str) -> None:
+def test_a_forced_backend_computes_the_same(has_sinks: bool, backend: str) -> None:
     window = {"sliding_window_size": 4, "sliding_window_indices": [0, 1]}
-    model = GPT(make_config(attention_sinks=has_sinks, **window)).double()
-    randomise(model)
+    model = GPT(attention_config(attention_sinks=has_sinks, **window)).double()
+    randomize(model, 0.4)
     idx = torch.randint(40, (2, T))
     expected = model(idx)
     model.config.attention_backend = backend
@@ -73,11 +68,11 @@ def test_a_forced_backend_computes_the_same(make_config: Any, has_sinks: bool, b
 
 
 @pytest.mark.parametrize("has_sinks", [True, False])
-def test_attention_dropout(make_config: Any, has_sinks: bool) -> None:
-    model = GPT(make_config(attention_dropout=0.5, attention_sinks=has_sinks, n_layer=1)).double()
-    randomise(model)
+def test_attention_dropout(has_sinks: bool) -> None:
+    model = GPT(attention_config(attention_dropout=0.5, attention_sinks=has_sinks, n_layer=1)).double()
+    randomize(model, 0.4)
     idx = torch.randint(40, (1, T))
-    plain = GPT(make_config(attention_sinks=has_sinks, n_layer=1)).double()
+    plain = GPT(attention_config(attention_sinks=has_sinks, n_layer=1)).double()
     plain.load_state_dict(model.state_dict())
     assert torch.equal(model.eval()(idx), plain(idx))
     model.train()
@@ -102,9 +97,9 @@ def test_attention_dropout_survives_recomputation() -> None:
     torch.testing.assert_close(torch.autograd.grad(out.square().sum(), (q, k, v, sinks)), expected)
 
 
-def test_embedding_dropout(make_config: Any) -> None:
-    model = GPT(make_config(embedding_dropout=0.5, **LEARNED))
-    randomise(model)
+def test_embedding_dropout() -> None:
+    model = GPT(attention_config(embedding_dropout=0.5, **LEARNED))
+    randomize(model, 0.4)
     seen = []
     model.transformer.h[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     idx = torch.randint(40, (2, T))
@@ -118,17 +113,12 @@ def test_embedding_dropout(make_config: Any) -> None:
 
 
 @pytest.mark.parametrize("has_sinks", [True, False])
-def test_learned_positions(make_config: Any, has_sinks: bool, tmp_path: Path) -> None:
-    import lightning as L
-
-    config = make_config(attention_sinks=has_sinks, **LEARNED)
-    fabric = L.Fabric(devices=1, accelerator="cpu")
-    with fabric.init_module(empty_init=True):
-        model = GPT(config)
-    initialize_weights(fabric, model, n_layer=2, n_embd=24)
+def test_learned_positions(has_sinks: bool, tmp_path: Path) -> None:
+    config = attention_config(attention_sinks=has_sinks, **LEARNED)
+    model = initialized_model(config)
     assert model.transformer.wpe.weight.shape == (32, 24)
     assert 0.05 < model.transformer.wpe.weight.std() < 0.3  # as the token embedding
-    randomise(model)
+    randomize(model, 0.4)
     idx = torch.randint(40, (1, T)).expand(2, T)
     out = model(idx)
     model(torch.zeros(1, T, dtype=torch.long)).sum().backward()
@@ -153,7 +143,7 @@ def test_learned_positions(make_config: Any, has_sinks: bool, tmp_path: Path) ->
 
 @pytest.mark.parametrize("seq_len", [10, 16, 40])
 @pytest.mark.parametrize("factor", [1.0, 3.0])
-def test_dynamic_ntk_equals_hugging_face(make_config: Any, seq_len: int, factor: float) -> None:
+def test_dynamic_ntk_equals_hugging_face(seq_len: int, factor: float) -> None:
     adjustments = {"factor": factor, "original_max_seq_len": 16, "dynamic": True}
     hf = LlamaConfig(
         hidden_size=32, num_attention_heads=4, head_dim=8, rope_theta=5000.0, max_position_embeddings=16,
@@ -163,7 +153,7 @@ def test_dynamic_ntk_equals_hugging_face(make_config: Any, seq_len: int, factor:
     frequencies, attention_factor = rope_frequencies(8, 5000.0, adjustments, seq_len=seq_len)
     torch.testing.assert_close(frequencies, expected)
     assert attention_factor == expected_factor == 1.0
-    config = make_config(rope_adjustments=adjustments, rope_base=5000, block_size=64)
+    config = attention_config(rope_adjustments=adjustments, rope_base=5000, block_size=64)
     cos, _ = build_rope_cache(config, seq_len)
     torch.testing.assert_close(cos[7, :4], (7 * expected).cos())
 
@@ -173,9 +163,9 @@ YARN = {"factor": 4.0, "original_max_seq_len": 8, "beta_fast": 32, "beta_slow": 
 
 
 @pytest.mark.parametrize("adjustments", [YARN, DYNAMIC], ids=str)
-def test_generation_past_the_original_context(make_config: Any, adjustments: dict[str, Any]) -> None:
-    model = GPT(make_config(rope_adjustments=adjustments)).eval()
-    randomise(model)
+def test_generation_past_the_original_context(adjustments: dict[str, Any]) -> None:
+    model = GPT(attention_config(rope_adjustments=adjustments)).eval()
+    randomize(model, 0.4)
     model.max_seq_length = 30
     assert model.cos.shape == (30, 8)
     prompt = tokens = torch.randint(40, (5,))
@@ -186,9 +176,12 @@ def test_generation_past_the_original_context(make_config: Any, adjustments: dic
     assert torch.equal(base.generate(model, prompt, 30, temperature=0.0), tokens)
 
 
-def test_a_checkpoint_says_which_yarn_it_used(make_config: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_says_which_yarn_it_used(tmp_path: Path) -> None:
     # The class name does: `SinkAttention` stands for Hugging Face's formula, no name for LitGPT's own.
-    ours, litgpts = make_config(rope_adjustments=YARN), make_config(rope_adjustments=YARN, attention_class_name=None)
+    ours, litgpts = (
+        attention_config(rope_adjustments=YARN),
+        attention_config(rope_adjustments=YARN, attention_class_name=None),
+    )
     for name, config in (("ours", ours), ("litgpts", litgpts)):
         (tmp_path / name).mkdir()
         save_config(config, tmp_path / name)
@@ -225,8 +218,8 @@ def test_selective_activation_checkpointing(op_name: str) -> None:
 
 
 @pytest.mark.slow
-def test_compiles_once_for_all_lengths(make_config: Any, caplog: pytest.LogCaptureFixture) -> None:
-    model = GPT(make_config(sliding_window_size=5, sliding_window_indices=[0, 1]))
+def test_compiles_once_for_all_lengths(caplog: pytest.LogCaptureFixture) -> None:
+    model = GPT(attention_config(sliding_window_size=5, sliding_window_indices=[0, 1]))
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
@@ -246,8 +239,8 @@ DOCUMENTS = {"attention_document_boundary": "eos", "attention_document_token_id"
 STREAMING = {"streaming_cache_first": 4, "streaming_cache_window": 8}
 
 
-def test_a_streaming_cache_may_be_as_long_as_the_context(make_config: Any) -> None:
-    config = make_config(**{**STREAMING, "streaming_cache_window": 28})
+def test_a_streaming_cache_may_be_as_long_as_the_context() -> None:
+    config = attention_config(**{**STREAMING, "streaming_cache_window": 28})
     assert config.streaming_cache_first + config.streaming_cache_window == config.block_size
 
 
@@ -288,6 +281,6 @@ def test_a_streaming_cache_may_be_as_long_as_the_context(make_config: Any) -> No
     ],
     ids=str,
 )
-def test_what_does_not_fit_is_refused(make_config: Any, changes: dict[str, Any], message: str) -> None:
+def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make_config(**changes)
+        attention_config(**changes)

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from litgpt_moe_ext.attention.rope import build_rope_cache, rope_frequencies
+from tests.models import attention_config
 
 
 def hugging_face(kind: str, n_elem: int, base: float, keys: dict[str, Any]) -> tuple[torch.Tensor, float]:
@@ -103,8 +104,8 @@ def test_yarn_slows_low_frequencies_and_leaves_high_ones() -> None:
         {"rope_local_base_freq": 50.0, "rope_adjustments": {"factor": 3.0}},
     ],
 )
-def test_tables_have_litgpt_layout(make_config: Any, rotary_percentage: float, changes: dict[str, Any]) -> None:
-    config = make_config(rotary_percentage=rotary_percentage, **changes)
+def test_tables_have_litgpt_layout(rotary_percentage: float, changes: dict[str, Any]) -> None:
+    config = attention_config(rotary_percentage=rotary_percentage, **changes)
     cos, sin = build_rope_cache(config, 20)
     expected_cos, expected_sin = litgpt.model.build_rope_cache(
         seq_len=20,
@@ -119,11 +120,11 @@ def test_tables_have_litgpt_layout(make_config: Any, rotary_percentage: float, c
     torch.testing.assert_close(sin, expected_sin, rtol=1e-6, atol=1e-6)
 
 
-def test_attention_factor_multiplies_the_stretched_tables_only(make_config: Any) -> None:
+def test_attention_factor_multiplies_the_stretched_tables_only() -> None:
     yarn = {"factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_seq_len": 64}
-    single = build_rope_cache(make_config(rope_adjustments=yarn), 20)
-    both = build_rope_cache(make_config(rope_adjustments=yarn, rope_local_base_freq=10000.0), 20)
-    plain = build_rope_cache(make_config(), 20)
+    single = build_rope_cache(attention_config(rope_adjustments=yarn), 20)
+    both = build_rope_cache(attention_config(rope_adjustments=yarn, rope_local_base_freq=10000.0), 20)
+    plain = build_rope_cache(attention_config(), 20)
     for single_table, both_tables, plain_table in zip(single, both, plain, strict=True):
         torch.testing.assert_close(both_tables[..., 0], single_table)
         torch.testing.assert_close(both_tables[..., 1], plain_table)
@@ -131,9 +132,9 @@ def test_attention_factor_multiplies_the_stretched_tables_only(make_config: Any)
     torch.testing.assert_close(norm, torch.full_like(norm, (0.1 * math.log(4) + 1) ** 2))
 
 
-def test_gpt_uses_the_tables(make_config: Any) -> None:
+def test_gpt_uses_the_tables() -> None:
     yarn = {"factor": 4.0, "original_max_seq_len": 8, "truncate": False, "attention_factor": 1.5}
-    config = make_config(rope_adjustments=yarn)
+    config = attention_config(rope_adjustments=yarn)
     model = litgpt.model.GPT(config)
     expected_cos, expected_sin = build_rope_cache(config, 32)
     assert torch.equal(model.cos, expected_cos)

@@ -1,17 +1,17 @@
 """The Triton kernel for the rotary embedding without a card: compiled, counted, and where it is used."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from lightning import Fabric
-from litgpt import GPT, Config
+from litgpt import GPT
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from litgpt_moe_ext.attention import rotation as plain
 from tests.fake_cuda import fake_cuda
+from tests.models import attention_config
 
 pytest.importorskip("triton")
 
@@ -110,11 +110,11 @@ def use_kernel(monkeypatch: pytest.MonkeyPatch, launches: Launches) -> None:
     monkeypatch.setattr(rotation, "launch", lambda kernel, *_, **__: launches.names.append(kernel.fn.__name__))
 
 
-def test_launches_of_a_layer_on_a_card(monkeypatch: pytest.MonkeyPatch, make_config: Callable[..., Config]) -> None:
+def test_launches_of_a_layer_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """Casts of the input and of two weights, two projections, attention, and one for the rotation."""
     with fake_cuda():
         with Fabric(accelerator="cpu", devices=1).init_module(empty_init=True), torch.device("cuda"):
-            model = GPT(make_config(head_size=64, bias=False, attention_sinks=False, attention_backend="flash"))
+            model = GPT(attention_config(head_size=64, bias=False, attention_sinks=False, attention_backend="flash"))
             x = torch.empty(2, 32, 24, requires_grad=True)
         layer, tables = model.transformer.h[0].attn, (model.cos[:32][None], model.sin[:32][None])
 

@@ -9,21 +9,15 @@ from litgpt.generate import base, speculative_decoding
 from litgpt.model import GPT
 
 from litgpt_moe_ext.attention import streaming_cache
+from tests.models import attention_config, randomize
 
 FIRST, WINDOW = 3, 9
 LENGTH = 70  # more than block_size, which is 32
 
 
-@pytest.fixture
-def make_model(make_config: Any) -> Any:
-    def build(**changes: Any) -> GPT:
-        settings = {"streaming_cache_first": FIRST, "streaming_cache_window": WINDOW, **changes}
-        model = GPT(make_config(**settings)).double().eval()
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.4)
-        return model
-
-    return build
+def make_model(**changes: Any) -> GPT:
+    settings = {"streaming_cache_first": FIRST, "streaming_cache_window": WINDOW, **changes}
+    return randomize(GPT(attention_config(**settings)).double().eval(), 0.4)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -53,7 +47,7 @@ def attention_token_by_token(layer: Any, x: torch.Tensor, cos: torch.Tensor, sin
 @pytest.mark.parametrize("chunk_size", [256, 7])
 @torch.inference_mode()
 def test_equals_token_by_token(
-    make_model: Any, has_sinks: bool, chunks: list[int], chunk_size: int, monkeypatch: pytest.MonkeyPatch
+    has_sinks: bool, chunks: list[int], chunk_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streaming_cache, "CHUNK", chunk_size)
     model = make_model(attention_sinks=has_sinks, n_layer=1)
@@ -74,7 +68,7 @@ def test_equals_token_by_token(
 
 @pytest.mark.parametrize("changes", [{}, {"rotary_percentage": 0.5}, {"rope_adjustments": {"factor": 2.0}}], ids=str)
 @torch.inference_mode()
-def test_equals_the_full_forward_while_the_text_fits(make_model: Any, changes: dict[str, Any]) -> None:
+def test_equals_the_full_forward_while_the_text_fits(changes: dict[str, Any]) -> None:
     model = make_model(**changes)
     idx = torch.randint(40, (2, FIRST + WINDOW))
     model.set_kv_cache(2, dtype=torch.float64)
@@ -84,7 +78,7 @@ def test_equals_the_full_forward_while_the_text_fits(make_model: Any, changes: d
 
 
 @torch.inference_mode()
-def test_layers_with_a_sliding_window_stay_exact(make_model: Any) -> None:
+def test_layers_with_a_sliding_window_stay_exact() -> None:
     model = make_model(sliding_window_size=4)
     idx = torch.randint(40, (1, 30))
     expected = model(idx)
@@ -93,7 +87,7 @@ def test_layers_with_a_sliding_window_stay_exact(make_model: Any) -> None:
     torch.testing.assert_close(torch.cat(outs, dim=1), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_generation_beyond_the_context(make_model: Any) -> None:
+def test_generation_beyond_the_context() -> None:
     model = make_model()
     model.max_seq_length = 200
     model.set_kv_cache(1, dtype=torch.float64)
@@ -113,7 +107,7 @@ def test_generation_beyond_the_context(make_model: Any) -> None:
     assert not torch.equal(base.generate(model, other, 200, temperature=0.0)[50:], tokens[50:])
 
 
-def test_the_cache_does_not_go_back(make_model: Any) -> None:
+def test_the_cache_does_not_go_back() -> None:
     target, draft = make_model(), make_model()
     for model in (target, draft):
         model.set_kv_cache(1, dtype=torch.float64)
@@ -125,9 +119,9 @@ def test_the_cache_does_not_go_back(make_model: Any) -> None:
         target(torch.zeros(1, 1, dtype=torch.long), input_pos=torch.zeros(1, 1, dtype=torch.long))
 
 
-def test_training_is_untouched(make_model: Any, make_config: Any) -> None:
+def test_training_is_untouched() -> None:
     model = make_model()
-    plain = GPT(make_config()).double()
+    plain = GPT(attention_config()).double()
     plain.load_state_dict(model.state_dict())
     idx = torch.randint(40, (2, 32))
     assert torch.equal(model(idx), plain(idx))

@@ -100,9 +100,7 @@ def measured(config, precision: str, batch: int, **savers) -> tuple[int, int]:
 )
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_training_memory_is_that_of_a_real_step(settings, precision):
-    if settings.get("mlp_class_name") == "LLaMAMLP":
-        settings = {**settings, "moe_intermediate_size": None}
-    config = moe_config(n_embd=64, moe_intermediate_size=48, padded_vocab_size=256, **_without(settings))
+    config = moe_config(n_embd=64, moe_intermediate_size=48, padded_vocab_size=256, **settings)
     estimate = training_memory(layers.shorten(config), Step(precision, 8, LENGTH))
     gradients, activations = measured(config, precision, 8)
     assert estimate.gradients == gradients
@@ -240,10 +238,6 @@ def test_blocks_and_the_rest_are_all_parameters():
     block, outside = block_sizes(layers.shorten(config), 4)
     assert block == 4 * sum(p.numel() for p in model.transformer.h[1].parameters())
     assert outside == 4 * (2 * 64 * 16 + 16)  # two tables and a norm
-
-
-def _without(settings: dict) -> dict:
-    return {name: value for name, value in settings.items() if name != "moe_intermediate_size"}
 
 
 def test_weights_and_optimizer_are_exact():

@@ -66,7 +66,7 @@ def mixed_precision() -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_mixed_precision_keeps_routers_in_float32():
-    """Row 1 of the GPU audit: with torch's older FSDP the bias and the gate were bfloat16, silently."""
+    """With torch's older FSDP the bias and the gate would be bfloat16, silently."""
     for seen in in_ranks(mixed_precision, 2):
         assert seen["bias"] == seen["gate"] == seen["stream"] == "torch.float32"
         assert seen["block"] == "torch.bfloat16"
@@ -93,7 +93,7 @@ def test_every_name_gives_the_same_gradients(name, nodes):
 
 class TestPlacement:
     def test_experts(self):
-        """Row 9: fewer experts than ranks are cut inside, where the size allows it."""
+        """Fewer experts than ranks are cut inside, where the size allows it."""
         placement = placement_among(8)
         assert placement(nn.Parameter(torch.empty(8, 6, 4))) is None
         assert placement(nn.Parameter(torch.empty(4, 16, 6))) == Shard(1)
@@ -128,7 +128,7 @@ def loaded_weights() -> bool:
 
 @pytest.mark.slow
 def test_initial_weights():
-    """Row 26: initial_checkpoint_dir with fsdp2."""
+    """As initial_checkpoint_dir gives them to fsdp2."""
     assert in_ranks(loaded_weights, 2) == [True, True]
 
 
@@ -148,7 +148,7 @@ def muon_step(experts: int) -> tuple[Tensor, int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("experts", [4, 1])
 def test_muon_needs_no_communication_for_whole_experts(experts):
-    """Row 19; with one expert for two ranks, one of them has nothing to do."""
+    """With one expert for two ranks, one of them has nothing to do."""
     generator = torch.Generator().manual_seed(0)
     weight, gradient = (torch.randn(experts, 8, 4, generator=generator) for _ in range(2))
     alone = nn.Parameter(weight.clone())
@@ -189,7 +189,7 @@ def drawn(world_size: int) -> list[Tensor]:
 
 @pytest.mark.slow
 def test_every_rank_draws_its_own_numbers():
-    """Row 8: dropout and the noise of routers; one process keeps what it drew before."""
+    """For dropout and the noise of routers; one process keeps what it drew before."""
     (first, _), (second, _) = in_ranks(drawn, 2, 2)
     assert not torch.equal(first, second)
     torch.manual_seed(7)
