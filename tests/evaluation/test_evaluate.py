@@ -176,25 +176,24 @@ def test_task_file_may_include_another(task_file, elsewhere):
 
 
 @pytest.mark.parametrize(
-    ("content", "error", "message"),
+    ("content", "message"),
     [
-        ("dataset_path: json\n", SettingsError, "lacks the key `task`"),
-        ("task: [a, b]\ngroup: g\n", SettingsError, "lacks the key `task`"),
-        ("- task\n", SettingsError, "lacks the key `task`"),
-        ("task: [a\n", SettingsError, "is not valid YAML"),
-        ("task: a\nclass: b\n", SettingsError, "Python class"),
-        ("task: a\nmisspelt: 1\n", SettingsError, "does not accept: .*misspelt"),
+        ("dataset_path: json\n", "lacks the key `task`"),
+        ("task: [a, b]\ngroup: g\n", "lacks the key `task`"),
+        ("- task\n", "lacks the key `task`"),
+        ("task: [a\n", "is not valid YAML"),
+        ("task: a\nclass: b\n", "Python class"),
+        ("task: a\nmisspelt: 1\n", "does not accept: .*misspelt"),
         (
             "task: a\ndataset_path: json\ndataset_kwargs:\n  data_files: none.json\n",
-            SettingsError,
             "names the data 'none.json'",
         ),
     ],
 )
-def test_malformed_task_files_are_named(tmp_path, content, error, message):
+def test_malformed_task_files_are_named(tmp_path, content, message):
     path = tmp_path / "bad.yaml"
     path.write_text(content)
-    with pytest.raises(error, match=f"tasks: .*bad.yaml.*{message}"):
+    with pytest.raises(SettingsError, match=f"tasks: .*bad.yaml.*{message}"):
         load_tasks(str(path))
 
 
