@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -124,6 +124,19 @@ def train(*arguments: str | Path) -> int:
     from litgpt_moe_ext.cli.train import main
 
     return main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Callable[..., None]]:
+    """Let no file be larger than `small_disk(size)` says: writing fails half-way, as on a full disk; or lift that."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size: int = before[0]) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    yield limit
+    limit()
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:

@@ -1,7 +1,5 @@
 """Whatever writes a checkpoint leaves a whole directory, or none and a line that says why."""
 
-import resource
-
 import pytest
 from litgpt import Config
 
@@ -26,14 +24,6 @@ WRITERS = {
 }
 
 
-@pytest.fixture
-def small_disk():
-    """Limit the size of files to less than a checkpoint: writing fails half-way, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("name", WRITERS)
 def test_full_disk(tmp_path, small_disk, name):
     settings, write = WRITERS[name]
@@ -43,7 +33,7 @@ def test_full_disk(tmp_path, small_disk, name):
         export(source, tmp_path / "hf", "hf")
         source = tmp_path / "hf"
     there = set(tmp_path.rglob("*"))
-    small_disk()
+    small_disk(20_000)
     with pytest.raises(SettingsError, match="out_dir: .* could not be written .*, and nothing is left of it; free"):
         write(source, tmp_path / "some" / "folder" / "out")
     assert set(tmp_path.rglob("*")) == there

@@ -3,16 +3,15 @@
 import pytest
 import torch
 
-from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.training.report import farther
 from litgpt_moe_ext.training.settings import TrainArgs
-from tests.runs import logged
+from tests.runs import logged, train
 
 
 def test_validation_before_the_first_step_is_kept(recipe, tmp_path, capsys):
     """It is logged under step 0, and untrained weights are nobody's best."""
     file = recipe(train={"max_tokens": 2 * 128}, eval={"interval": 99, "initial_validation": True})
-    assert main(["--config", str(file)]) == 0
+    assert train("--config", file) == 0
     assert list(logged(tmp_path / "out", "val_loss")) == [0, 2]
     output = capsys.readouterr().out
     assert "after step 2" in output
@@ -21,7 +20,7 @@ def test_validation_before_the_first_step_is_kept(recipe, tmp_path, capsys):
 
 def test_last_step_on_the_interval_validates_once(recipe, tmp_path, capsys):
     file = recipe(train={"max_tokens": 4 * 128, "save_interval": None}, eval={"interval": 2})
-    assert main(["--config", str(file)]) == 0
+    assert train("--config", file) == 0
     assert capsys.readouterr().out.count("  validation loss") == 2
     assert list(logged(tmp_path / "out", "val_loss")) == [2, 4]
     assert (tmp_path / "out" / "best").is_dir()
@@ -45,9 +44,9 @@ def test_the_way_on(max_tokens, max_steps, step, flags):
 
 def test_the_way_on_leads_on(recipe, capsys):
     file = str(recipe(train={"max_tokens": 12 * 128, "max_steps": 2}))
-    assert main(["--config", file]) == 0
+    assert train("--config", file) == 0
     flags = capsys.readouterr().out.splitlines()[-1].removeprefix("Go on: ").split()
-    assert main(["--config", file, *flags]) == 0
+    assert train("--config", file, *flags) == 0
     assert "step 3/4 |" in capsys.readouterr().out
 
 
@@ -56,14 +55,14 @@ def test_what_is_saved_before_the_first_batch_has_the_generators_of_the_checkpoi
     file = str(recipe(train={"max_tokens": 2 * 128}, model_config={"router_jitter_noise": 0.1}))
     saved = []
     for _ in range(2):
-        assert main(["--config", file, "--resume", "auto"]) == 0
+        assert train("--config", file, "--resume", "auto") == 0
         saved.append(torch.load(tmp_path / "out" / "final" / "lit_model.pth", weights_only=True)["rng"][0]["torch"])
     assert torch.equal(*saved)
 
 
 def test_what_cannot_be_given_is_said(recipe, capsys):
     """Tokens beyond the last whole step, and a warm-up longer than the run."""
-    assert main(["--config", str(recipe(train={"max_tokens": 2 * 128 + 7, "lr_warmup_steps": 5}))]) == 0
+    assert train("--config", recipe(train={"max_tokens": 2 * 128 + 7, "lr_warmup_steps": 5})) == 0
     output = capsys.readouterr().out
     assert "train.max_tokens: 263 ends within a step: the last 7 tokens are not trained on" in output
     assert "train.lr_warmup_steps: 5 of 2 steps: the learning rate rises to the end" in output
@@ -73,6 +72,6 @@ def test_weights_that_are_not_finite_are_not_final(recipe, tmp_path, capsys):
     """The run says so, fails, and leaves neither `final` nor `best`."""
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e39}}
     file = recipe(train={"max_tokens": 128, "lr_warmup_steps": None, "save_interval": None}, optimizer=optimizer)
-    assert main(["--config", str(file)]) == 1
+    assert train("--config", file) == 1
     assert "the weights after step 1 are not finite, so they are not saved as final" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir() if path.name in ("final", "best")] == []

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from litgpt_moe_ext.cli.train import main
-from tests.runs import logged, run_command
+from tests.runs import logged, run_command, train
 from tests.training.processes import Training
 
 pytestmark = pytest.mark.slow
@@ -37,7 +36,7 @@ def wait_for_step(process: Training, step: int) -> str:
 @pytest.fixture
 def uninterrupted(recipe, tmp_path) -> dict[int, str]:
     whole = recipe("whole", out_dir=str(tmp_path / "whole"), train={"max_tokens": 40 * 128})
-    assert main(["--config", str(whole)]) == 0
+    assert train("--config", whole) == 0
     return logged(tmp_path / "whole", "loss")
 
 
@@ -103,7 +102,7 @@ def test_plain_litgpt_commands(recipe, tmp_path):
     weights = torch.load(tmp_path / "out" / "final" / "lit_model.pth", weights_only=True)["model"]
     assert weights["transformer.h.0.mlp.gate.e_score_correction_bias"].abs().max() > 0.005
 
-    assert main(["--config", str(recipe("ours", out_dir=str(tmp_path / "ours")))]) == 0
+    assert train("--config", recipe("ours", out_dir=str(tmp_path / "ours"))) == 0
     final = tmp_path / "ours" / "final"
     arguments = ("--prompt", "def ", "--max_new_tokens", "5", "--temperature", "0")
     assert "def " in run("generate", final, *arguments).stdout

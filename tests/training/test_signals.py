@@ -6,9 +6,9 @@ import signal
 import litgpt.pretrain
 import pytest
 
-from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.training import control
 from litgpt_moe_ext.training.parallel import lost_processes
+from tests.runs import train
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_in_a_step(recipe, tmp_path, capsys, signal_at, name):
     # Two validation batches and the measurement of FLOPs come first; two batches make a step.
     signal_at(number, "chunked_cross_entropy", 3 + 5)
     handler = signal.getsignal(number)
-    assert main(["--config", str(recipe(train={"save_interval": 1000}))]) == 128 + number
+    assert train("--config", recipe(train={"save_interval": 1000})) == 128 + number
     saved = tmp_path / "out" / "step-00000003"
     assert (saved / "lit_model.pth").is_file()
     output = capsys.readouterr()
@@ -49,7 +49,7 @@ def test_in_a_step(recipe, tmp_path, capsys, signal_at, name):
 def test_twice_within_a_moment(recipe, tmp_path, capsys, signal_at):
     """`timeout -s INT` and `uv run` in a terminal deliver one Ctrl-C twice: the step is saved all the same."""
     signal_at(signal.SIGINT, "chunked_cross_entropy", 3 + 5, times=2)
-    assert main(["--config", str(recipe(train={"save_interval": 1000}))]) == 130
+    assert train("--config", recipe(train={"save_interval": 1000})) == 130
     saved = tmp_path / "out" / "step-00000003"
     assert (saved / "lit_model.pth").is_file()
     output = capsys.readouterr()
@@ -61,7 +61,7 @@ def test_twice_on_purpose(recipe, tmp_path, capsys, monkeypatch, signal_at):
     """A second Ctrl-C after that moment ends the run in the middle of the step."""
     monkeypatch.setattr(control, "MOMENT", 0.0)
     signal_at(signal.SIGINT, "chunked_cross_entropy", 3 + 5, times=2)
-    assert main(["--config", str(recipe(train={"save_interval": 1000}))]) == 130
+    assert train("--config", recipe(train={"save_interval": 1000})) == 130
     assert "Stopped at once" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("step-*"))
 
@@ -69,7 +69,7 @@ def test_twice_on_purpose(recipe, tmp_path, capsys, monkeypatch, signal_at):
 def test_before_the_first_step(recipe, tmp_path, capsys, signal_at):
     """Nothing is saved, and nothing promised."""
     signal_at(signal.SIGINT, "validate", 1)
-    assert main(["--config", str(recipe())]) == 130
+    assert train("--config", recipe()) == 130
     error = capsys.readouterr().err
     assert "Stopped by SIGINT before the first step was finished: there is nothing to continue from." in error
     assert "--resume" not in error
@@ -80,5 +80,5 @@ def test_only_the_first_process_reports(recipe, capsys, signal_at, monkeypatch):
     """One that Fabric started ends without an error, which would make Fabric kill the first."""
     monkeypatch.setattr(lost_processes, "started_by_fabric", lambda: True)
     signal_at(signal.SIGTERM, "chunked_cross_entropy", 4)
-    assert main(["--config", str(recipe())]) == 0
+    assert train("--config", recipe()) == 0
     assert "Stopped" not in capsys.readouterr().err

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.training.callbacks.fused_loss import require_torch
 from litgpt_moe_ext.training.callbacks.kernel_report import attention_line, experts_line
 from litgpt_moe_ext.training.checks import single_process_note
 from litgpt_moe_ext.training.settings import DistributedArgs
 from tests.models import initialized_model, moe_config
+from tests.runs import train
 
 CPU = torch.device("cpu")
 
@@ -52,7 +52,7 @@ def test_litgpts_own_layers_say_nothing():
 
 def test_a_run_says_it_once(recipe, capsys):
     file = recipe(train={"max_tokens": 2 * 128}, strategy="fsdp2", distributed={"cpu_offload": True})
-    assert main(["--config", str(file)]) == 0
+    assert train("--config", file) == 0
     output = capsys.readouterr().out
     for line in ("experts: grouped_cpu for torch.float32 on cpu", "attention: flash_cpu for torch.float32 on cpu"):
         assert output.count(line) == 1
@@ -69,5 +69,5 @@ def test_single_process_note():
 def test_fused_loss_without_its_operator(recipe, monkeypatch, capsys):
     require_torch()
     monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy")
-    assert main(["--config", str(recipe()), "--fused_cross_entropy", "true"]) == 2
+    assert train("--config", recipe(), "--fused_cross_entropy", "true") == 2
     assert "fused_cross_entropy: true needs a torch that has" in capsys.readouterr().err

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.training.callbacks.expert_images import NAME, LoadHistory
+from tests.runs import train
 
 
 def test_history_keeps_everything_in_few_columns():
@@ -23,7 +23,7 @@ def test_history_keeps_everything_in_few_columns():
 def test_tensorboard(recipe, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert main(["--config", str(recipe()), "--logger_name", "tensorboard"]) == 0
+    assert train("--config", recipe(), "--logger_name", "tensorboard") == 0
     events = EventAccumulator(str(tmp_path / "out" / "logs" / "tensorboard" / "version_0"))
     events.Reload()
     pictures = events.Images(NAME)
@@ -40,7 +40,7 @@ def test_dense_models_have_none(recipe, tmp_path):
     moe = ("n_expert", "n_expert_per_token", "n_shared_expert", "moe_intermediate_size", "norm_topk_prob")
     dense = {"mlp_class_name": "LLaMAMLP", "intermediate_size": 24, **dict.fromkeys((*moe, "router_bias_update_rate"))}
     file = recipe(model_config=dense, train={"max_tokens": 4 * 128})
-    assert main(["--config", str(file), "--logger_name", "tensorboard"]) == 0
+    assert train("--config", file, "--logger_name", "tensorboard") == 0
     events = EventAccumulator(str(tmp_path / "out" / "logs" / "tensorboard" / "version_0"))
     events.Reload()
     assert NAME not in events.Tags()["images"]
@@ -51,6 +51,6 @@ def test_wandb(recipe, tmp_path, monkeypatch):
     """Without a connection the pictures wait on the disk."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert main(["--config", str(recipe(train={"max_tokens": 8 * 128})), "--logger_name", "wandb"]) == 0
+    assert train("--config", recipe(train={"max_tokens": 8 * 128}), "--logger_name", "wandb") == 0
     pictures = list(tmp_path.glob("wandb/offline-run-*/files/media/images/moe/*.png"))
     assert len(pictures) == 2

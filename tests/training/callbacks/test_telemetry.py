@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.model_size import count_flops
 from litgpt_moe_ext.training.callbacks import telemetry
 from litgpt_moe_ext.training.callbacks.telemetry import Telemetry, peak_flops, peak_memory_gb
 from tests.models import moe_config
-from tests.runs import logged, run_command
+from tests.runs import logged, run_command, train
 
 
 def test_utilization_by_hand(monkeypatch):
@@ -57,9 +56,9 @@ def test_training_costs_three_times_the_active_products():
 def test_in_a_run(recipe, tmp_path, capsys):
     """For the sequences that are trained on, not for the longest; without a peak nothing is logged on a CPU."""
     file = recipe(train={"max_seq_length": 16})
-    assert train_with(file, "--out_dir", tmp_path / "unknown", "--train.max_steps", "2") == 0
+    assert train("--config", file, "--out_dir", tmp_path / "unknown", "--train.max_steps", "2") == 0
     assert logged(tmp_path / "unknown", "mfu") == {}
-    assert train_with(file, "--peak_tflops", "0.5") == 0
+    assert train("--config", file, "--peak_tflops", "0.5") == 0
     assert "MFU" in capsys.readouterr().out
     speeds = {step: float(speed) for step, speed in logged(tmp_path / "out", "tokens_per_second").items()}
     utilization = {step: float(mfu) for step, mfu in logged(tmp_path / "out", "mfu").items()}
@@ -70,10 +69,6 @@ def test_in_a_run(recipe, tmp_path, capsys):
     assert utilization == {step: pytest.approx(per_token * speed / 0.5e12) for step, speed in speeds.items()}
     measured = {float(flops) for flops in logged(tmp_path / "out", "device/flops_per_sec").values()}
     assert measured
-
-
-def train_with(file, *arguments) -> int:
-    return main(["--config", str(file), *(str(argument) for argument in arguments)])
 
 
 @pytest.mark.parametrize(

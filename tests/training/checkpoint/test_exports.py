@@ -9,20 +9,19 @@ import yaml
 from transformers import AutoTokenizer
 
 from litgpt_moe_ext.cli.main import main as console
-from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.export.formats import export
-from tests.runs import logged
+from tests.runs import logged, train
 
 NO_SINKS = {"attention_sinks": False, "norm_qk": True}
 
 
-def train(file: Path, *arguments: str) -> int:
-    return main(["--config", str(file), "--train.max_steps", "4", *arguments])
+def train_four_steps(file: Path, *arguments: str) -> int:
+    return train("--config", file, "--train.max_steps", "4", *arguments)
 
 
 def test_best_and_final_in_both_formats(recipe, tmp_path, capsys):
     settings = yaml_of(recipe(), NO_SINKS)
-    assert train(recipe(model_config=settings, checkpoint={"export": ["hf", "gguf"]})) == 0
+    assert train_four_steps(recipe(model_config=settings, checkpoint={"export": ["hf", "gguf"]})) == 0
     exported = tmp_path / "out" / "exported"
     assert {path.name for path in exported.iterdir()} == {"best-hf", "final-hf", "best-gguf", "final-gguf"}
     assert json.loads((exported / "final-hf" / "config.json").read_text())["model_type"] == "glm4_moe"
@@ -38,7 +37,7 @@ def test_a_fault_is_one_line(recipe, tmp_path, capsys, monkeypatch):
         return export(checkpoint, out_dir, name)
 
     monkeypatch.setattr("litgpt_moe_ext.export.formats.export", fails)
-    assert train(recipe(), "--checkpoint.export", "hf") == 0
+    assert train_four_steps(recipe(), "--checkpoint.export", "hf") == 0
     out_dir = tmp_path / "out"
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "Warning" in line)
     best = out_dir / "best"
@@ -65,7 +64,7 @@ def test_what_cannot_be_exported_is_refused_before_the_training(recipe, tmp_path
     if "hash" in arguments:
         kept = yaml_of(file, {"router_bias_update_rate": None, "norm_topk_prob": None, "router_type": "hash"})
         file, arguments = recipe(model_config=kept), arguments[:2]
-    assert train(file, *arguments) == 2
+    assert train_four_steps(file, *arguments) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out" / "final").exists()
 
@@ -78,7 +77,7 @@ def yaml_of(file: Path, changes: dict) -> dict:
 def test_what_was_imported_trains_on(recipe, tmp_path):
     """With the loss that it had; `litgpt-moe experts` looks inside."""
     settings = yaml_of(recipe(), NO_SINKS)
-    assert train(recipe(model_config=settings)) == 0
+    assert train_four_steps(recipe(model_config=settings)) == 0
     exported, imported = str(tmp_path / "hf"), str(tmp_path / "imported")
     assert console(["export", str(tmp_path / "out" / "final"), exported]) == 0
     assert console(["import", exported, imported]) == 0
@@ -90,7 +89,7 @@ def test_what_was_imported_trains_on(recipe, tmp_path):
     start = ["--initial_checkpoint_dir", imported, "--out_dir", str(tmp_path / "on")]
     still = ["--optimizer.lr", "0.0", "--train.min_lr", "0.0"]
     changes = {name: theirs.get(name) for name in {*settings, *theirs}}
-    assert train(recipe(model_config=changes), *start, *still) == 0
+    assert train_four_steps(recipe(model_config=changes), *start, *still) == 0
     before, after = (logged(tmp_path / name, "val_loss") for name in ("out", "on"))
     assert float(after[4]) == pytest.approx(float(before[4]), abs=1e-5)
     text = tmp_path / "text.py"

@@ -6,18 +6,16 @@ import io
 import math
 import os
 import pty
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.training.logs.metrics import COLUMNS, grouped
 from litgpt_moe_ext.training.logs.table import StepTable
 from litgpt_moe_ext.training.logs.transcript import Transcript
-from tests.runs import ROOT, logged
+from tests.runs import ROOT, logged, train
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -29,7 +27,7 @@ def test_one_row_per_step_over_a_resume(recipe, tmp_path, capsys):
     """The tables have every step once and in order, whatever was trained after the checkpoint that is resumed."""
     out = tmp_path / "out"
     file = recipe(train={"max_tokens": 7 * 128, "save_interval": 3}, eval={"interval": 3})
-    assert main(["--config", str(file)]) == 0
+    assert train("--config", file) == 0
     whole, wide = rows_of(out / "metrics.csv"), rows_of(out / "metrics-wide.csv")
     columns = "step,epoch,tokens,iter_tokens,train_loss,val_loss,learning_rate,grad_norm,max_vio,tokens_per_second,time"
     assert (out / "metrics.csv").read_text().splitlines()[0] == columns
@@ -52,7 +50,7 @@ def test_one_row_per_step_over_a_resume(recipe, tmp_path, capsys):
     (out / "final").rename(tmp_path / "elsewhere")
     for name in ("step-00000006", "best"):
         (out / name).rename(tmp_path / name)
-    assert main(["--config", str(file), "--resume", "auto"]) == 0
+    assert train("--config", file, "--resume", "auto") == 0
     for name in ("metrics.csv", "metrics-wide.csv"):
         again = rows_of(out / name)
         assert [int(row["step"]) for row in again] == [1, 2, 3, 4, 5, 6, 7]
@@ -89,20 +87,8 @@ def test_a_terminal_with_a_bar_keeps_the_lines(recipe, tmp_path):
 
 
 def test_progress_into_a_file_keeps_the_lines(recipe, capsys):
-    assert main(["--config", str(recipe(train={"max_tokens": 2 * 128})), "--progress", "true"]) == 0
+    assert train("--config", recipe(train={"max_tokens": 2 * 128}), "--progress", "true") == 0
     assert "step 2/2 | loss " in capsys.readouterr().out
-
-
-@pytest.fixture
-def small_files():
-    """No file of this process may become larger than this test says."""
-    import resource
-
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_row_that_a_kill_cut_off_is_dropped(tmp_path):
@@ -114,18 +100,18 @@ def test_a_row_that_a_kill_cut_off_is_dropped(tmp_path):
     assert file.read_text() == "step,loss\n1,2.5\n2,2.25\n3,2.125\n"
 
 
-def test_rows_wait_until_there_is_room(tmp_path, small_files):
+def test_rows_wait_until_there_is_room(tmp_path, small_disk):
     """A full disk is said once and ends nothing; when there is room again, no row is missing and none is cut."""
     said = []
     table = StepTable(tmp_path / "table.csv", lambda present, new: [*present, *new], said.append)
     table.start(None)
     table.put(1, {"loss": "a"})
-    small_files(20)
+    small_disk(20)
     for step in range(2, 9):
         table.put(step, {"loss": "x" * 9})
     assert len(said) == 1
     assert "table.csv cannot be written: File too large" in said[0]
-    small_files(1000)
+    small_disk(1000)
     table.put(8, {"val_loss": "z"})
     rows = rows_of(tmp_path / "table.csv")
     assert [row["step"] for row in rows] == list("12345678")
@@ -144,7 +130,7 @@ def test_logs_that_cannot_be_written_end_nothing(recipe, tmp_path, capsys, monke
 
     for module in ("table", "transcript"):
         monkeypatch.setattr(f"litgpt_moe_ext.training.logs.{module}.open", full, raising=False)
-    assert main(["--config", str(recipe(train={"max_tokens": 2 * 128}))]) == 0
+    assert train("--config", recipe(train={"max_tokens": 2 * 128})) == 0
     output = capsys.readouterr().out
     for name in ("metrics.csv", "metrics-wide.csv", "train.log"):
         assert output.count(f"{name} cannot be written: No space left on device") == 1

@@ -11,7 +11,6 @@ from litgpt import GPT, Config
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.loading import load_model
 from litgpt_moe_ext.export.formats import export
@@ -22,7 +21,7 @@ from litgpt_moe_ext.training.parallel.deepspeed.settings import (
 )
 from litgpt_moe_ext.training.parallel.facts import facts_of
 from litgpt_moe_ext.training.settings import AnomalyArgs, DistributedArgs, EmaArgs, Settings
-from tests.runs import logged, recipe_writer, run_command
+from tests.runs import logged, recipe_writer, run_command, train
 
 PARTS = ("weights", "gradients", "optimizer")
 STAGES = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
@@ -152,7 +151,7 @@ class TestSettings:
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
     def test_a_run_without_gpus_ends_at_once(self, recipe, tmp_path, capsys):
-        assert main(["--config", str(recipe()), "--strategy", "deepspeed_stage_3"]) == 2
+        assert train("--config", recipe(), "--strategy", "deepspeed_stage_3") == 2
         assert "error: strategy: 'deepspeed_stage_3' needs CUDA devices" in capsys.readouterr().err
         assert not (tmp_path / "out" / "train.log").exists()
 

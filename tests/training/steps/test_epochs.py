@@ -4,7 +4,7 @@ import csv
 
 import yaml
 
-from litgpt_moe_ext.cli.train import main
+from tests.runs import train
 
 
 def test_two_epochs_with_a_checkpoint_each(recipe, tmp_path, corpus_settings, capsys):
@@ -17,8 +17,8 @@ def test_two_epochs_with_a_checkpoint_each(recipe, tmp_path, corpus_settings, ca
     small = {**corpus_settings, "data_path": str(tmp_path / "data"), "source_path": str(source)}
     data = {"class_path": "litgpt_moe_ext.data.PythonStdlib", "init_args": small}
     file = recipe(data=data, train={"save_interval": None}, eval={"interval": 1000})
-    flags = ["--config", str(file), "--train.epochs", "2", "--checkpoint.every_epoch", "true"]
-    assert main(flags) == 0
+    flags = ["--config", file, "--train.epochs", "2", "--checkpoint.every_epoch", "true"]
+    assert train(*flags) == 0
     output = capsys.readouterr().out
     rows = list(csv.DictReader((out / "metrics.csv").open()))
     epochs = [int(row["epoch"]) for row in rows]
@@ -34,7 +34,7 @@ def test_two_epochs_with_a_checkpoint_each(recipe, tmp_path, corpus_settings, ca
 
     (out / "final").rename(tmp_path / "away")
     (out / "best").rename(tmp_path / "best")
-    assert main([*flags, "--resume", "auto"]) == 0
+    assert train(*flags, "--resume", "auto") == 0
     assert [int(row["epoch"]) for row in csv.DictReader((out / "metrics.csv").open())] == epochs
 
 
@@ -42,5 +42,5 @@ def test_epochs_of_a_mixture(recipe, corpus_settings, capsys):
     part = {"class_path": "litgpt_moe_ext.data.PythonStdlib", "init_args": corpus_settings}
     mixture = {"corpora": {"a": part, "b": part}, "weights": {"a": 1, "b": 1}}
     file = recipe(data={"class_path": "litgpt_moe_ext.data.Mixture", "init_args": mixture}, train={"epochs": 1})
-    assert main(["--config", str(file)]) == 2
+    assert train("--config", file) == 2
     assert "train.epochs: 1 must be null for a mixture" in capsys.readouterr().err

@@ -8,11 +8,10 @@ import pytest
 import torch
 from litgpt.utils import chunked_cross_entropy
 
-from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.training.callbacks.fused_loss import linear_loss
 from litgpt_moe_ext.training.steps.batches import StepBatches, counts_for_loss
 from litgpt_moe_ext.training.steps.losses import RunningMean, TokenMeans
-from tests.runs import logged, recipe_writer
+from tests.runs import logged, recipe_writer, train
 from tests.training.processes import in_ranks
 
 STEPS, ROWS, LENGTH = 3, 8, 16
@@ -37,7 +36,7 @@ def train_in_float64(recipe: str) -> int:
         os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT="29999")
     torch.set_default_dtype(torch.float64)
     try:
-        return main(["--config", recipe])
+        return train("--config", recipe)
     finally:
         torch.set_default_dtype(torch.float32)
 
