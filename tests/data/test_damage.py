@@ -7,7 +7,6 @@ import json
 import lzma
 import os
 import random
-import tarfile
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +22,7 @@ from litgpt_moe_ext.data.tokenizer.files import read_tokenizer
 from litgpt_moe_ext.data.tokenizer.opening import open_for_documents, special_token
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.hellaswag import load_items
+from tests.data.test_readers import tar
 from tests.data.test_text_corpus import stories
 
 ROUNDS = int(os.environ.get("MOE_TEST_DAMAGES", "40"))
@@ -45,12 +45,7 @@ def parquet() -> bytes:
 
 
 def archive(mode: str) -> bytes:
-    with tarfile.open(fileobj=(buffer := io.BytesIO()), mode=mode) as tar:
-        for number in range(3):
-            info = tarfile.TarInfo(f"{number}.jsonl")
-            info.size = len(LINES)
-            tar.addfile(info, io.BytesIO(LINES))
-    return buffer.getvalue()
+    return tar({f"{number}.jsonl": LINES for number in range(3)}, mode)
 
 
 def shard(tmp_path, name: str) -> bytes:

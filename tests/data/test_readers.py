@@ -32,9 +32,9 @@ def parquet(column) -> bytes:
     return sink.getvalue()
 
 
-def tar(members: dict[str, bytes]) -> bytes:
+def tar(members: dict[str, bytes], mode: str = "w:gz") -> bytes:
     sink = io.BytesIO()
-    with tarfile.open(fileobj=sink, mode="w:gz") as archive:
+    with tarfile.open(fileobj=sink, mode=mode) as archive:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)

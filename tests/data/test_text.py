@@ -1,10 +1,8 @@
 """Data modules over text: every corpus in its published form, made small; settings; tokenizers; LitGPT's calls."""
 
 import gzip
-import io
 import json
 import re
-import tarfile
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR, read_manifest
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.padding import PADDING, PaddedRows
+from tests.data.test_readers import tar
 from tests.data.test_text_corpus import stories, texts_in
 
 BPE = BPESettings(300, ("</s>",))
@@ -65,13 +64,10 @@ def tiny_lists(folder):
 
 
 def tiny_archive(folder):
-    with tarfile.open(folder / "TinyStories_all_data.tar.gz", "w:gz") as archive:
-        for number, texts in enumerate((VAL, stories(40, 1), stories(40, 2))):
-            content = lists(texts, "story")
-            info = tarfile.TarInfo(f"./data{number:02}.json")
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return TinyStories(source_path=folder / "TinyStories_all_data.tar.gz", data_path=folder / "cache", bpe=BPE)
+    parts = enumerate((VAL, stories(40, 1), stories(40, 2)))
+    archive = folder / "TinyStories_all_data.tar.gz"
+    archive.write_bytes(tar({f"./data{number:02}.json": lists(texts, "story") for number, texts in parts}))
+    return TinyStories(source_path=archive, data_path=folder / "cache", bpe=BPE)
 
 
 def tiny_txt(folder):
