@@ -18,6 +18,7 @@ from litgpt.utils import CycleIterator, save_config
 from litgpt_moe_ext.data import TextCorpus
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from tests.models import initialized_model, moe_config, randomize
+from tests.runs import weights_of
 from tests.training.processes import in_ranks
 
 ROWS = 16
@@ -72,7 +73,7 @@ def finetune(folder: Path, micro_batch_size: int, world: int = 1, **changes):
     accumulation = train.gradient_accumulation_iters(world)
     steps = [line["loss"] for line in fabric.logged if "loss" in line and line["iter"] % accumulation == 0]
     validations = [line["val_loss"] for line in fabric.logged if "val_loss" in line]
-    weights = torch.load(out_dir / "final" / "lit_model.pth", weights_only=True)["model"] if world == 1 else {}
+    weights = weights_of(out_dir / "final") if world == 1 else {}
     return steps, validations, weights
 
 
@@ -121,7 +122,7 @@ def test_pretraining_with_padded_data(tmp_path, monkeypatch):
             eval=EvalArgs(interval=2, max_iters=100, initial_validation=False),
             optimizer={"class_path": "torch.optim.SGD", "init_args": {"lr": 0.3}},
         )  # fmt: skip
-        model = torch.load(out_dir / "final" / "lit_model.pth", weights_only=True)["model"]
+        model = weights_of(out_dir / "final")
         names = ("loss", "padding", "val_loss")
         results.append(([line[name] for line in fabric.logged for name in names if name in line], model))
     torch.testing.assert_close(*results, **EXACT)

@@ -9,7 +9,7 @@ import torch
 
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from tests.models import initialized_model, moe_config, noisy_config
-from tests.runs import run_command
+from tests.runs import run_command, weights_of
 
 
 @pytest.mark.slow
@@ -38,7 +38,7 @@ def test_finetune_full(make, tmp_path):
         OMP_NUM_THREADS="1",
     )
     before = model.state_dict()
-    after = torch.load(out_dir / "final" / "lit_model.pth", weights_only=True)["model"]
+    after = weights_of(out_dir / "final")
     for name in ("mlp.experts.gate_up_proj", "mlp.gate.weight", "attn.sinks", "mlp.shared_experts.proj.weight"):
         key = f"transformer.h.1.{name}"
         assert not torch.equal(after[key], before[key]), key

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runs import logged, run_command, train
+from tests.runs import logged, run_command, train, weights_of
 from tests.training.processes import Training
 
 pytestmark = pytest.mark.slow
@@ -99,7 +99,7 @@ def test_plain_litgpt_commands(recipe, tmp_path):
     assert "torch.compile: off (it gains little on cpu" in output
     rate = float(output.rpartition("Tok/sec       : ")[2].split()[0])
     assert rate > 0
-    weights = torch.load(tmp_path / "out" / "final" / "lit_model.pth", weights_only=True)["model"]
+    weights = weights_of(tmp_path / "out" / "final")
     assert weights["transformer.h.0.mlp.gate.e_score_correction_bias"].abs().max() > 0.005
 
     assert train("--config", recipe("ours", out_dir=str(tmp_path / "ours"))) == 0
@@ -109,8 +109,7 @@ def test_plain_litgpt_commands(recipe, tmp_path):
     assert "Now chatting with tiny" in run("chat", final, "--max_new_tokens", "5", stdin="def \n\n").stdout
     run("convert_pretrained_checkpoint", final, tmp_path / "slim")
     slim = torch.load(tmp_path / "slim" / "lit_model.pth", weights_only=True)
-    trained = torch.load(final / "lit_model.pth", weights_only=True)["model"]
-    assert all(torch.equal(slim[name], weight) for name, weight in trained.items())
+    assert all(torch.equal(slim[name], weight) for name, weight in weights_of(final).items())
     switched_off = subprocess.run(
         [litgpt, "generate", final, *arguments],
         env={**os.environ, "PYTHONPATH": "", "LITGPT_MOE_EXT_DISABLE": "1"},

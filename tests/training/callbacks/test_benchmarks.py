@@ -17,7 +17,7 @@ from litgpt_moe_ext.training.equip import check_strategy_fits
 from litgpt_moe_ext.training.parallel.strategies import make_strategy
 from litgpt_moe_ext.training.settings import DistributedArgs, EvaluateArgs, Settings
 from tests.models import moe_config
-from tests.runs import logged, refused, train
+from tests.runs import logged, refused, train, weights_of
 from tests.training.processes import train_in_ranks
 
 ENDINGS = ["return x", "pass", "def f", "import os", "if a", "else", "self", "is not"]
@@ -93,10 +93,7 @@ def test_the_training_does_not_notice(recipe, finished, tmp_path, hellaswag_file
     output = capsys.readouterr()
     for column in ("loss", "val_loss", "grad_norm", "learning_rate"):
         assert logged(tmp_path / "evaluated", column) == logged(tmp_path / "plain", column)
-    ours, theirs = (
-        torch.load(tmp_path / name / "final" / "lit_model.pth", weights_only=True)["model"]
-        for name in ("evaluated", "plain")
-    )
+    ours, theirs = (weights_of(tmp_path / name / "final") for name in ("evaluated", "plain"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
     scores = logged(tmp_path / "evaluated", "hellaswag/lm-eval/acc_norm")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runs import ROOT, RUN_TRAIN, logged
+from tests.runs import ROOT, RUN_TRAIN, logged, weights_of
 
 KILLS = int(os.environ.get("MOE_TEST_KILLS", "1"))
 
@@ -70,8 +70,5 @@ def test_killed_many_times(recipe, tmp_path):
     for column in ("loss", "val_loss", "grad_norm", "learning_rate"):
         assert logged(tmp_path / "killed", column) == logged(tmp_path / "whole", column)
     for folder in ("final", "final/ema"):
-        ours, theirs = (
-            torch.load(tmp_path / name / folder / "lit_model.pth", weights_only=True)["model"]
-            for name in ("killed", "whole")
-        )
+        ours, theirs = (weights_of(tmp_path / name / folder) for name in ("killed", "whole"))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -21,7 +21,7 @@ from litgpt_moe_ext.training.parallel.deepspeed.settings import (
 )
 from litgpt_moe_ext.training.parallel.facts import facts_of
 from litgpt_moe_ext.training.settings import AnomalyArgs, DistributedArgs, EmaArgs, Settings
-from tests.runs import logged, recipe_writer, run_command, train
+from tests.runs import logged, recipe_writer, run_command, train, weights_of
 
 PARTS = ("weights", "gradients", "optimizer")
 STAGES = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
@@ -223,11 +223,11 @@ class TestTraining:
         ours, theirs = (self.numbers(folder / f"bf16 {name}", "loss") for name in (strategy, "ddp"))
         assert ours == pytest.approx(theirs, abs=0.03)
         assert ours != theirs
-        state = torch.load(folder / f"bf16 {strategy}" / "final" / "lit_model.pth", weights_only=True)
-        rounded = {n: w for n, w in state["model"].items() if torch.equal(w, w.bfloat16().float())}
-        assert {w.dtype for w in state["model"].values()} == {torch.float32}
+        weights = weights_of(folder / f"bf16 {strategy}" / "final")
+        rounded = {n: w for n, w in weights.items() if torch.equal(w, w.bfloat16().float())}
+        assert {w.dtype for w in weights.values()} == {torch.float32}
         assert not any(name.endswith("proj") for name in rounded)
-        biases = (w for name, w in state["model"].items() if name.endswith("e_score_correction_bias"))
+        biases = (w for name, w in weights.items() if name.endswith("e_score_correction_bias"))
         assert all(bias.abs().max() > 0.005 for bias in biases)
 
     def test_steps_that_are_not_finite_are_left_out(self, runs):
@@ -239,12 +239,12 @@ class TestTraining:
     def test_litgpt_opens_the_checkpoint(self, runs):
         final = runs[0] / STAGES[2] / "final"
         model = GPT(Config.from_file(final / "model_config.yaml"))
-        model.load_state_dict(torch.load(final / "lit_model.pth", weights_only=True)["model"], strict=True)
+        model.load_state_dict(weights_of(final), strict=True)
 
     def test_it_is_exported_like_any_other(self, runs, tmp_path):
         final = runs[0] / STAGES[2] / "final"
         export(final, tmp_path / "hf", "hf")
-        saved = torch.load(final / "lit_model.pth", weights_only=True)["model"]["lm_head.weight"]
+        saved = weights_of(final)["lm_head.weight"]
         assert torch.equal(load_file(tmp_path / "hf" / "model.safetensors")["lm_head.weight"], saved)
         opened = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True, dtype=torch.float32)
         ours, tokens = load_model(final, torch.device("cpu"), torch.float32), torch.arange(32)[None]
