@@ -34,6 +34,12 @@ def noisy_config(**changes: Any) -> Config:
     return moe_config(mlp_class_name="NoisyTopKMoE", **changes)
 
 
+def dense_config(**changes: Any) -> Config:
+    """Return the same with LitGPT's dense layers, without any of the plugin's classes."""
+    dense = {"mlp_class_name": "LLaMAMLP", "n_expert": 0, "n_expert_per_token": 0, "moe_intermediate_size": None}
+    return moe_config(**{**dense, "intermediate_size": 24, **changes})
+
+
 def attention_config(**changes: Any) -> Config:
     """Return the configuration of a two-layer model with grouped queries and `SinkAttention`."""
     settings = {

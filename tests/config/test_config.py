@@ -10,7 +10,7 @@ from litgpt.model import GPT, LLaMAMLP
 
 from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.moe.layer import FeedForward, NoisyTopKMoE, SharedExpertMoE
-from tests.models import initialized_model, moe_config, noisy_config
+from tests.models import dense_config, initialized_model, moe_config, noisy_config
 
 GROUPS = {"n_expert_groups": 4, "n_topk_groups": 1, "n_topk_scores_per_group": 2}
 
@@ -231,8 +231,7 @@ def test_dense_layers_are_initialised_like_the_others():
 
 
 def test_a_dense_twin_of_any_activation():
-    settings = {"n_expert": 0, "n_expert_per_token": 0, "moe_intermediate_size": None, "intermediate_size": 24}
-    model = initialized_model(moe_config(mlp_class_name="FeedForward", mlp_activation="relu", **settings))
+    model = initialized_model(dense_config(mlp_class_name="FeedForward", mlp_activation="relu"))
     ids = torch.randint(0, 64, (2, 9))
     mlp = model.transformer.h[0].mlp
     x = torch.randn(3, 16)

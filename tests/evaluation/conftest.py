@@ -10,7 +10,7 @@ from litgpt import GPT, Config
 from litgpt.utils import save_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tests.models import moe_config, randomize
+from tests.models import dense_config, moe_config, randomize
 
 END_OF_TEXT = "<|endoftext|>"
 CORPUS = ["the quick brown fox jumps over the lazy dog", "is it so? yes or no: yes", "is it so? yes or no: no"]
@@ -61,18 +61,7 @@ def write_checkpoint(folder: Path, config: Config, model: GPT | None = None) -> 
 
 def llama_config(**changes) -> Config:
     """Return a configuration without any of the plugin's classes."""
-    return moe_config(
-        **{
-            "mlp_class_name": "LLaMAMLP",
-            "n_expert": 0,
-            "n_expert_per_token": 0,
-            "moe_intermediate_size": None,
-            "intermediate_size": 24,
-            "vocab_size": VOCABULARY_SIZE,
-            "padded_vocab_size": VOCABULARY_SIZE,
-            **changes,
-        }
-    )
+    return dense_config(**{"vocab_size": VOCABULARY_SIZE, "padded_vocab_size": VOCABULARY_SIZE, **changes})
 
 
 def yes_saying_model(config: Config, tokenizer: Tokenizer) -> GPT:

@@ -8,7 +8,7 @@ from litgpt_moe_ext.attention import rotation
 from litgpt_moe_ext.attention import sinks as sinks_module
 from litgpt_moe_ext.attention.kernels.registry import KERNELS
 from tests.gpu.card import no_waits
-from tests.models import moe_config, randomize
+from tests.models import dense_config, randomize
 
 pytestmark = pytest.mark.gpu
 
@@ -34,10 +34,7 @@ def loss_and_gradients(model, idx):
 @pytest.mark.parametrize("sinks", [True, False], ids=["sinks", "no sinks"])
 def test_parity(device, backend, pattern, sinks, dtype):
     changes = {"n_embd": 128, "n_head": 2, "n_query_groups": 1, "block_size": 128, **PATTERNS[pattern]}
-    dense = {"mlp_class_name": "LLaMAMLP", "n_expert": 0, "n_expert_per_token": 0, "moe_intermediate_size": None}
-    config = moe_config(
-        attention_class_name="SinkAttention", attention_sinks=sinks, intermediate_size=64, **changes, **dense
-    )
+    config = dense_config(attention_class_name="SinkAttention", attention_sinks=sinks, intermediate_size=64, **changes)
     torch.manual_seed(1)
     model = randomize(GPT(config), std=0.08).to(device)
     idx = torch.randint(0, 64, (2, 128), device=device)

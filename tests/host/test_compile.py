@@ -10,7 +10,7 @@ import torch
 from litgpt_moe_ext.host.compile import compile_where_it_works
 from litgpt_moe_ext.training import compilation
 from litgpt_moe_ext.training.compilation import CompileDecision, Platform, compile_scope, decide, obstacle
-from tests.models import moe_config
+from tests.models import dense_config, moe_config
 from tests.runs import run_command
 
 LINUX_GPU = Platform("Linux", "cuda", has_triton=True, has_cpp_compiler=True, cuda_capability=(9, 0))
@@ -20,7 +20,7 @@ WINDOWS_GPU = Platform("Windows", "cuda", has_triton=False, has_cpp_compiler=Tru
 WINDOWS_CPU = Platform("Windows", "cpu", has_triton=False, has_cpp_compiler=False)
 OLD_GPU = Platform("Linux", "cuda", has_triton=True, has_cpp_compiler=True, cuda_capability=(6, 1))
 
-DENSE = moe_config(mlp_class_name="LLaMAMLP", intermediate_size=8)
+DENSE = dense_config()
 
 
 @pytest.mark.parametrize(

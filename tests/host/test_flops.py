@@ -14,7 +14,7 @@ from litgpt_moe_ext.attention.kernels import flash_attn2
 from litgpt_moe_ext.attention.kernels.calls import Call, Inputs
 from litgpt_moe_ext.host import flops
 from litgpt_moe_ext.moe.layer import NoisyTopKMoE, SharedExpertMoE
-from tests.models import moe_config, noisy_config, randomize
+from tests.models import dense_config, moe_config, noisy_config, randomize
 
 B, T, D, F_, K, E = 3, 10, 16, 12, 2, 8
 EXPERT = 3 * 2 * D * F_  # three matrices, two operations per multiply-add, for one token
@@ -74,7 +74,7 @@ def test_litgpt_layer_on_real_tensors_is_untouched():
 def test_an_moe_counts_as_its_dense_twin_of_equal_active_size():
     """A whole model with attention: equal up to the router."""
     moe = GPT_flops(moe_config(n_shared_expert=1, attention_class_name="SinkAttention"))
-    dense = GPT_flops(moe_config(mlp_class_name="LLaMAMLP", intermediate_size=3 * F_))
+    dense = GPT_flops(dense_config(intermediate_size=3 * F_))
     assert moe == dense + 3 * 2 * 32 * 2 * ROUTER
 
 

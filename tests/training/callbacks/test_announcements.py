@@ -7,7 +7,7 @@ from litgpt_moe_ext.training.callbacks.fused_loss import require_torch
 from litgpt_moe_ext.training.callbacks.kernel_report import attention_line, experts_line
 from litgpt_moe_ext.training.checks import single_process_note
 from litgpt_moe_ext.training.settings import DistributedArgs
-from tests.models import initialized_model, moe_config
+from tests.models import dense_config, initialized_model, moe_config
 from tests.runs import train
 
 CPU = torch.device("cpu")
@@ -42,10 +42,7 @@ def test_attention():
 
 
 def test_litgpts_own_layers_say_nothing():
-    config = moe_config(
-        mlp_class_name="LLaMAMLP", n_expert=0, n_expert_per_token=0, moe_intermediate_size=None, intermediate_size=24
-    )
-    model = initialized_model(config)
+    model = initialized_model(dense_config())
     assert experts_line(model, CPU, compiled=False) is None
     assert attention_line(model, CPU) is None
 
