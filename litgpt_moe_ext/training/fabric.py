@@ -150,10 +150,10 @@ class TrainingFabric(L.Fabric):
         self.call("on_log", metrics=metrics)
         try:
             super().log_dict(metrics, self.step)
-        except OSError as error:
+        except Exception as error:  # every service has errors of its own
             if not self._logging_failed:
                 self._logging_failed = True
-                self.print(f"  the logger failed: {error}. Training goes on.")
+                self.print(f"  the logger failed: {one_line(error).rstrip('.')}. Training goes on.")
         self.call("on_logged", metrics=metrics)
 
     def save(self, path: str | Path, state: dict[str, Any], filter: dict[str, Any] | None = None) -> None:

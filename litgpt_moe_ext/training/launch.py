@@ -7,17 +7,18 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from litgpt.utils import check_nvlink_connectivity, choose_logger, parse_devices
 
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.training.callbacks.progress import Reporter
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
 from litgpt_moe_ext.training.checkpoint.lock import OutDirLock
 from litgpt_moe_ext.training.checks import check_batch, single_process_note
 from litgpt_moe_ext.training.fabric import TrainingFabric
+from litgpt_moe_ext.training.logs import TRANSCRIPT_FILE
 from litgpt_moe_ext.training.logs.metrics import MetricsTable, WideTable
 from litgpt_moe_ext.training.parallel import topology
 from litgpt_moe_ext.training.parallel.accelerator import accelerator_here, default_precision
@@ -78,10 +79,8 @@ def launched(plan: Plan) -> Iterator[Launched]:
         stack.callback(lock.release)
         _take(lock, launched)
         logger = _make_logger(plan, launched.fabric.print)
-        stack.push(lambda kind, *_: logger.finalize("success" if kind is None else "failed"))
+        stack.push(lambda kind, *_: _finish(logger, plan, "success" if kind is None else "failed"))
         launched.fabric.add_logger(logger)
-        if settings.logger_name in ("tensorboard", "wandb", "mlflow"):
-            logger.log_hyperparams(plan.plain)
         if launched.fabric.is_global_zero:
             wide = logger if isinstance(logger, WideTable) else None
             launched.fabric.add_callback(MetricsTable(plan.out_dir, plan.tokens_per_step, wide, launched.fabric.print))
@@ -155,20 +154,37 @@ def _take(lock: OutDirLock, launched: Launched) -> None:
 
 
 def _make_logger(plan: Plan, say: Callable[[str], None]) -> Logger:
-    settings = plan.settings
-    if settings.logger_name == "csv":
+    settings, name = plan.settings, plan.settings.logger_name
+    if name == "csv":
         return WideTable(plan.out_dir, say)
+    # To see what the terminal shows, litlogger would start the command a second time, in the middle of the first.
+    log_args = asdict(settings.log) | {"save_logs": False}
     try:
-        return choose_logger(
-            settings.logger_name,
+        logger = choose_logger(
+            name,
             plan.out_dir,
             name=f"pretrain-{plan.config.name}",
             resume=bool(settings.resume),
             log_interval=plan.train.log_interval,
-            log_args=asdict(settings.log),
+            log_args=log_args,
         )
+        # Also opens the run, so that what the service refuses is known now. litlogger shows log.metadata instead.
+        logger.log_hyperparams({} if name == "litlogger" else plan.plain)
     except ImportError as error:
-        raise SettingsError(f"logger_name: {settings.logger_name!r} needs a package: {error}") from error
+        raise SettingsError(f"logger_name: {name!r} needs a package: {error}") from error
+    except Exception as error:  # every service has errors of its own
+        reason = one_line(error).rstrip(".")
+        raise SettingsError(f"logger_name: {name!r} cannot start: {reason}; mend that, or set csv") from error
+    return logger
+
+
+def _finish(logger: Logger, plan: Plan, status: str) -> None:
+    try:
+        if plan.settings.logger_name == "litlogger" and plan.settings.log.save_logs:
+            cast(Any, logger).log_file(str(plan.out_dir / TRANSCRIPT_FILE))
+        logger.finalize(status)
+    except Exception as error:  # every service has errors of its own, and the training has ended
+        print(f"  the logger failed: {one_line(error)}")
 
 
 def _report_topology(fabric: TrainingFabric) -> None:

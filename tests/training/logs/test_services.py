@@ -1,0 +1,83 @@
+"""Loggers that send a run to a service: litlogger's own, before a stand-in of what talks to the service."""
+
+import litlogger
+import pytest
+
+from litgpt_moe_ext.cli.train import main
+
+
+class Service:
+    """What `litlogger.Experiment` does, without a network.
+
+    Attributes:
+        fails: When it does not work: at the start, while metrics are sent, at the end, or never.
+    """
+
+    fails = ""
+    runs: list = []
+
+    def __init__(self, save_logs, **_):
+        self.save_logs, self.files, self.metrics, self.status = save_logs, {}, [], None
+        self.runs.append(self)
+        self._work("start")
+
+    def _work(self, now):
+        if now == self.fails:
+            raise RuntimeError("Not logged\nin.")
+
+    def print_url(self):
+        pass
+
+    def __setitem__(self, key, file):
+        self.files[key] = open(file.path).read()  # noqa: SIM115
+
+    def __getitem__(self, key):
+        return self
+
+    def append(self, value, step):
+        self._work("training")
+        self.metrics.append((step, value))
+
+    def finalize(self, status):
+        self._work("end")
+        self.status = status
+
+
+@pytest.fixture
+def service(monkeypatch):
+    monkeypatch.setattr(Service, "runs", [])
+    monkeypatch.setattr(litlogger, "Experiment", Service)
+    return Service
+
+
+def test_the_transcript_is_what_the_terminal_showed(recipe, service):
+    """litlogger itself would start the command again to see it, and two runs want one `out_dir`."""
+    assert main(["--config", str(recipe(train={"max_tokens": 2 * 128})), "--logger_name", "litlogger"]) == 0
+    (run,) = service.runs
+    assert not run.save_logs
+    assert {step for step, _ in run.metrics} == {1, 2}
+    (lines,) = run.files.values()
+    assert "Trained 256 tokens" in lines
+    assert run.status == "success"
+
+
+def test_not_where_nobody_wants_it(recipe, service):
+    flags = ["--logger_name", "litlogger", "--log.save_logs", "false"]
+    assert main(["--config", str(recipe(train={"max_tokens": 128})), *flags]) == 0
+    assert not service.runs[0].files
+
+
+def test_a_service_that_refuses_is_one_line_before_anything_else(recipe, service, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(service, "fails", "start")
+    assert main(["--config", str(recipe()), "--logger_name", "litlogger"]) == 2
+    error = "error: logger_name: 'litlogger' cannot start: Not logged in; mend that, or set csv\n"
+    assert capsys.readouterr().err == error
+    assert not (tmp_path / "out" / "train.log").exists()
+
+
+@pytest.mark.parametrize(("when", "said"), [("training", " Training goes on."), ("end", "")])
+def test_a_service_that_fails_later_ends_no_run(recipe, service, tmp_path, capsys, monkeypatch, when, said):
+    monkeypatch.setattr(service, "fails", when)
+    assert main(["--config", str(recipe(train={"max_tokens": 2 * 128})), "--logger_name", "litlogger"]) == 0
+    assert capsys.readouterr().out.count(f"  the logger failed: Not logged in.{said}\n") == 1
+    assert (tmp_path / "out" / "final" / "lit_model.pth").is_file()
