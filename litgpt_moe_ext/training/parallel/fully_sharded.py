@@ -17,7 +17,7 @@ import torch
 from lightning.fabric.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from litgpt_moe_ext.moe.metrics import routers_of
@@ -87,6 +87,10 @@ class FullyShardedStrategy(Behaviour, ModelParallelStrategy):
             warnings.filterwarnings("ignore", r"FSDP2-wrapped module \([^)]*Router[^)]*\) returned a view")
             fully_shard(gates, reshard_after_forward=False, **options)
         in_blocks = self._block_policy()
+        norms: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+        if norms and in_blocks.param_dtype is not None and mesh.device_type == "cpu":
+            # On a CPU torch's LayerNorm wants weights in the dtype of the stream; on a GPU autocast converts them.
+            fully_shard(norms, reshard_after_forward=False, **options)
         blocks = list(model.transformer.h)
         for block in blocks:
             keep = self.facts.communication == "model"
@@ -100,6 +104,15 @@ class FullyShardedStrategy(Behaviour, ModelParallelStrategy):
         dtype = _BLOCK_DTYPES.get(self.precision.precision)
         # Autocast decides about the inputs, as it does in a single process.
         return MixedPrecisionPolicy(dtype, torch.float32 if dtype is not None else None, cast_forward_inputs=False)
+
+    def save_checkpoint(self, path: Any, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Save as Lightning does, which looks for shards among the parameters of the models in `state`."""
+        # What stays gathered until a backward pass is whole after a validation, which has none.
+        for value in state.values():
+            for module in value.modules() if isinstance(value, nn.Module) else ():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+        super().save_checkpoint(path, state, *args, **kwargs)
 
     def clip_gradients_norm(self, *args: Any, **kwargs: Any) -> Tensor:
         """Clip as Lightning does; return the norm over all shards as a plain tensor."""

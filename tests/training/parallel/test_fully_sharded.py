@@ -132,6 +132,39 @@ def test_initial_weights():
     assert in_ranks(loaded_weights, 2) == [True, True]
 
 
+def saved_after_a_validation(path: str) -> bool:
+    """Return whether a checkpoint after a forward pass without a backward one has the weights."""
+    strategy, model = sharded("fsdp_shard_grad_op", "32-true")
+    expected = {name: value.full_tensor() for name, value in model.named_parameters()}
+    with torch.no_grad():
+        model(tokens())
+    strategy.cluster_environment = SimpleNamespace(global_rank=dist.get_rank)
+    strategy.save_checkpoint(path, {"model": model})
+    dist.barrier()
+    found = torch.load(path)["model"]
+    return all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.slow
+def test_a_checkpoint_after_a_validation(tmp_path):
+    assert in_ranks(saved_after_a_validation, 2, str(tmp_path / "checkpoint")) == [True, True]
+
+
+def layer_norms(precision: str) -> float:
+    """Return the loss of a model with LayerNorm, after a backward pass."""
+    _, model = sharded("fsdp2", precision, norm_class_name="LayerNorm", bias=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision != "32-true"):
+        loss = model(tokens()).float().logsumexp(-1).mean()
+    loss.backward()
+    return loss.item()
+
+
+@pytest.mark.slow
+def test_layer_norms_in_mixed_precision():
+    """On a CPU torch's kernel refuses weights in the low precision beside a float32 stream."""
+    assert in_ranks(layer_norms, 2, "bf16-mixed") == pytest.approx(in_ranks(layer_norms, 2, "32-true"), abs=2e-2)
+
+
 def muon_step(experts: int) -> tuple[Tensor, int]:
     """Return stacked experts after a step of Muon, and how many collectives it took."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
