@@ -59,13 +59,22 @@ class Given:
 
     @contextmanager
     def naming_places(self) -> Iterator[None]:
-        """Add to the errors of the scope in which line of which file their setting stands."""
+        """Give settings their whole names in the errors of the scope, and say in which line of a file they stand."""
         try:
             yield
         except SettingsError as error:
-            if place := self.place_of(error.setting):
-                raise SettingsError(f"{error} ({place})") from error
-            raise
+            name = self.whole_name(error.setting)
+            place = self.place_of(name)
+            raise SettingsError(f"{name}{str(error)[len(error.setting) :]}{place and f' ({place})'}") from error
+
+    def whole_name(self, setting: str) -> str:
+        """Return the name by which the user has given a setting of the data, which names its own in errors.
+
+        Args:
+            setting: Its name, or the end of it.
+        """
+        of_data = [name for name in _names(self.tree) if name.startswith("data.") and name.endswith(f".{setting}")]
+        return of_data[0] if setting not in self.tree and len(of_data) == 1 else setting
 
     def place_of(self, setting: str) -> str:
         """Return where a setting, or what it is part of, stands as `FILE:LINE`; empty if no file says so.
@@ -76,9 +85,10 @@ class Given:
         setting = _short(setting)
         if any(f".{setting}." in f".{flag}." or f".{flag}." in f".{setting}." for flag in self._flags):
             return ""
+        there = set(_names(self.tree))
         for name in (setting, *_parents(setting)):
             for key, place in self._places.items():
-                if f".{key}".endswith(f".{name}"):
+                if key in there and f".{key}".endswith(f".{name}"):
                     return place
         return ""
 
@@ -129,6 +139,13 @@ def _inside(node: dict[str, Any], key: str) -> dict[str, Any]:
 
 def _short(name: str) -> str:
     return name.replace(".init_args", "")
+
+
+def _names(tree: Any, parent: str = "") -> Iterator[str]:
+    for key, value in tree.items() if isinstance(tree, Mapping) else ():
+        name = _short(f"{parent}.{key}".removeprefix("."))
+        yield name
+        yield from _names(value, name)
 
 
 def _parents(name: str) -> Iterator[str]:

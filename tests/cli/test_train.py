@@ -251,6 +251,28 @@ class TestGiven:
         with pytest.raises(SettingsError, match=re.escape(f"must be 2 ({file}:4)")), given.naming_places():
             raise SettingsError("data.corpora.my-code.vocab_size: 1 must be 2")
 
+    @pytest.mark.parametrize(
+        ("raised", "named"),
+        [
+            ("val_fraction: 0 is little", "data.val_fraction: 0 is little"),
+            ("bpe.vocab_size: 1 is little", "data.bpe.vocab_size: 1 is little"),
+            ("tokenizer_dir: x is both", "tokenizer_dir: x is both"),
+            ("pattern: x is not given", "pattern: x is not given"),
+            ("no name at all", "no name at all"),
+        ],
+    )
+    def test_data_that_names_its_own_settings(self, tmp_path, raised, named):
+        """Flags need the whole name; what the user has given in two places stays as it was raised."""
+        given = Given()
+        (tmp_path / "old").write_text("data: {class_path: A, init_args: {pattern: x}}")
+        given.add_recipe(tmp_path / "old")
+        settings = {"val_fraction": 0, "bpe": {"vocab_size": 1}, "tokenizer_dir": "x"}
+        for name, value in (("data", "B"), *((f"data.{key}", value) for key, value in settings.items())):
+            given.add_flag(name, value)
+        given.add_flag("tokenizer_dir", "x")
+        with pytest.raises(SettingsError, match=f"^{re.escape(named)}$"), given.naming_places():
+            raise SettingsError(raised)
+
     def test_another_class_has_other_arguments(self, tmp_path):
         given = Given()
         for name, text in (("a", "data: {class_path: A, init_args: {x: 1}}"), ("b", "data: {class_path: B}")):
