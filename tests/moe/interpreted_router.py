@@ -49,6 +49,14 @@ def test_any_shape(T, E, k, name, seed, n_sequence, padded):
     compare(make_gate(**RULES[name], **changes), T * n_sequence, n_sequence, padded)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sigmoid, groups", "noisy, everything"])
+def test_hundreds_of_experts(name):
+    """So many that a block holds a few tokens, and blocks are added up fewer at a time."""
+    torch.manual_seed(0)
+    compare(make_gate(**RULES[name], n_expert=1000, n_expert_per_token=8), 44, n_sequence=2, padded=True)
+
+
 def test_one_expert():
     compare(make_gate(n_expert=1, n_expert_per_token=1), 5)
 

@@ -44,7 +44,6 @@ else:
 # Numbers of a block are kept in rows of E: tokens, probabilities, gate values and expected tokens of each expert, and
 # one row of sums that are not by expert.
 _ROWS = tl.constexpr(5)
-_BLOCKS = tl.constexpr(32)
 
 
 class _Sizes(NamedTuple):
@@ -76,6 +75,7 @@ class _Form(NamedTuple):
     global_batch: bool
     rows: int
     experts: int
+    blocks: int
     trains: bool
 
 
@@ -102,8 +102,8 @@ def route(given: Given, rule: Rule, trains: bool) -> tuple[Tensor, ...]:
         slopes=new(3 + (S if rule.sequence else 0), n_expert),
         tally=new(n_expert + 3 + n_loss if trains else 0, dtype=torch.float64),
     )
-    launch(_route, (S * sizes.n_block,), (given, chosen, parts, sizes, form), warps=4)
-    launch(_sum_up, (1,), (parts, sums, given.other_loss, sizes, S, form), warps=4)
+    launch(_route, (S * sizes.n_block,), (given, chosen, parts, sizes, form), warps=_warps(form, 16))
+    launch(_sum_up, (1,), (parts, sums, given.other_loss, sizes, S, form), warps=_warps(form))
     return *chosen, *sums
 
 
@@ -117,7 +117,7 @@ def place(experts_TK: Tensor, ends_E: Tensor, before_SBE: Tensor) -> Tensor:
     rows_R = torch.empty_like(experts_TK.view(-1))
     n_sequence, n_block, _ = before_SBE.shape
     sizes = _Sizes(n_token // n_sequence, ends_E.size(0), n_block)
-    launch(_place, (n_sequence * n_block,), (experts_TK, ends_E, before_SBE, rows_R, sizes, form), warps=4)
+    launch(_place, (n_sequence * n_block,), (experts_TK, ends_E, before_SBE, rows_R, sizes, form), warps=_warps(form))
     return rows_R
 
 
@@ -136,12 +136,19 @@ def route_backward(given: Given, rule: Rule, *upstream: Tensor) -> tuple[Tensor,
     form = _form(rule, n_expert, True)
     sizes = _sizes(n_token, n_expert, rule.sequences, form)
     arguments = (given, upstream, (dlogits_TE, dspread_TE), sizes, form)
-    launch(_route_backward, (rule.sequences * sizes.n_block,), arguments, warps=4)
+    launch(_route_backward, (rule.sequences * sizes.n_block,), arguments, warps=_warps(form))
     return dlogits_TE, dspread_TE
 
 
 def _form(rule: Rule, n_expert: int, trains: bool) -> _Form:
-    return _Form(*rule[:-1], *block_shape(n_expert), trains)
+    rows, width = block_shape(n_expert)
+    # How many blocks are added up at a time: as many as registers hold.
+    return _Form(*rule[:-1], rows, width, min(32, 16384 // width), trains)
+
+
+def _warps(form: _Form, most: int = 8) -> int:
+    # So many that no kernel spills registers. More where there are few experts would be another order of additions.
+    return 4 if form.experts <= 256 else most
 
 
 def _sizes(n_token: int, n_expert: int, n_sequence: int, form: _Form) -> _Sizes:
@@ -218,8 +225,8 @@ def _sum_up(parts, sums, other_loss, sizes, n_sequence, FORM: constexpr):
     n_expert = tl.sum(real_E.to(tl.float64), 0)
     for sequence in range(0, n_sequence):
         earlier_E, earlier_p_E = count_E, p_E
-        for start in range(0, sizes.n_block, _BLOCKS):
-            block_B = start + tl.arange(0, _BLOCKS)
+        for start in range(0, sizes.n_block, FORM.blocks):
+            block_B = start + tl.arange(0, FORM.blocks)
             live_B = block_B < sizes.n_block
             block_B = sequence * sizes.n_block + block_B.to(tl.int64)
             live_BE = live_B[:, None] & real_E[None, :]
