@@ -12,8 +12,36 @@ from litgpt_moe_ext.moe.router import Choice, Router
 _MIX = (-49064778989728563, -4265267296055464877)
 
 
+class Hashes:
+    """Hashes of the token ids of a batch, which all layers of a model share.
+
+    Args:
+        ids_T: The ids, int64.
+
+    Attributes:
+        ids_T: The same.
+    """
+
+    def __init__(self, ids_T: Tensor) -> None:
+        self.ids_T = ids_T
+        self._hashes: dict[int, Tensor] = {}
+
+    def of(self, n_expert: int) -> Tensor:
+        """Return a pseudo-random number for each token and expert, int64 (T, E); computed by the first who asks."""
+        if n_expert not in self._hashes:
+            experts_E = torch.arange(n_expert, device=self.ids_T.device)
+            self._hashes[n_expert] = _mixed(self.ids_T.unsqueeze(1) * n_expert + experts_E)
+        return self._hashes[n_expert]
+
+
 class FixedRouter(Router):
-    """A router whose gate values are 1 / K whatever expert is chosen."""
+    """A router whose gate values are 1 / K whatever expert is chosen.
+
+    Attributes:
+        hashes: Those of the present batch, where layers share them.
+    """
+
+    hashes: Hashes | None = None
 
     def choose(self, x_TD: Tensor) -> Choice:
         """Choose the experts that `rank` puts first."""
@@ -34,8 +62,9 @@ class FixedRouter(Router):
                 f"router_type: {type(self).__name__} needs the ids of the {len(x_TD)} tokens; call the whole "
                 "model, not one of its layers"
             )
-        experts_E = torch.arange(self.n_expert, device=x_TD.device)
-        return _mixed(self.token_ids_T.unsqueeze(1) * self.n_expert + experts_E)
+        if self.hashes is None or self.hashes.ids_T is not self.token_ids_T:
+            self.hashes = Hashes(self.token_ids_T)
+        return self.hashes.of(self.n_expert)
 
 
 class HashRouter(FixedRouter):
@@ -60,13 +89,16 @@ class UniformRouter(FixedRouter):
 
 
 def share_token_ids(model: torch.nn.Module) -> None:
-    """Set `Router.token_ids_T` of all routers of a `litgpt.GPT` in every forward pass."""
+    """Set `Router.token_ids_T` of all routers of a `litgpt.GPT`, and `FixedRouter.hashes`, in every forward pass."""
     routers = [module for module in model.modules() if isinstance(module, Router)]
 
     def remember(_model: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         ids_T = (args[0] if args else kwargs["idx"]).flatten()
+        hashes = Hashes(ids_T)
         for router in routers:
             router.token_ids_T = ids_T
+            if isinstance(router, FixedRouter):
+                router.hashes = hashes
 
     if routers:
         model.register_forward_pre_hook(remember, with_kwargs=True)

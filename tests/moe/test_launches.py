@@ -9,6 +9,7 @@ from litgpt import Config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from litgpt_moe_ext import padding
+from litgpt_moe_ext.moe.fixed_routers import FixedRouter, Hashes
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
 from tests.fake_cuda import DTYPES, RECIPES, fake_cuda
 from tests.models import initialized_model, moe_config, randomize
@@ -17,7 +18,7 @@ from tests.moe.routers import RULES
 # These only describe memory in another way, or reserve it.
 FREE = {
     *("view", "_unsafe_view", "t", "transpose", "expand", "slice", "select", "split", "chunk", "unbind", "detach"),
-    *("alias", "unsqueeze", "squeeze", "as_strided", "empty", "empty_like", "empty_strided", "new_empty"),
+    *("alias", "permute", "unsqueeze", "squeeze", "as_strided", "empty", "empty_like", "empty_strided", "new_empty"),
     *("promote_types", "split_with_sizes", "device"),
 }
 KERNELS = ("activation", "biases", "combining", "decoding", "gating", "projecting", "routing", "rows", "weights")
@@ -66,6 +67,10 @@ def launches_of_layer(config, capability, precision="bf16-mixed", padded=False):
             x = torch.empty(8, 2048, config.n_embd, requires_grad=True)
             real = torch.empty(8, 2048, dtype=torch.bool) if padded else None
         moe.gate.tally.leaf_on(x.device)  # made once
+        if isinstance(moe.gate, FixedRouter):
+            moe.gate.token_ids_T = torch.empty(8 * 2048, dtype=torch.int64, device=x.device)
+            moe.gate.hashes = Hashes(moe.gate.token_ids_T)
+            moe.gate.hashes.of(config.n_expert)  # by the first layer
         with torch.autocast("cuda", DTYPES[kind]), Launches(inside=True) as launches:
             moe(x, real)
     return launches.names
@@ -93,7 +98,7 @@ def test_the_layer_of_every_recipe_starts_at_most_25_kernels(recipe, capability)
 def test_every_rule_takes_the_fused_router(name, padded):
     """Every loss, noise and groups: as many as without any of it."""
     names = launches_where_most(RULES[name], padded)
-    beside = 2 * ("noisy" in name) + (10 + 2 * padded) * ("router_orthogonality_loss_coef" in RULES[name])
+    beside = 2 * ("noisy" in name) + (9 + 2 * padded) * ("router_orthogonality_loss_coef" in RULES[name])
     assert len(names) == (16 if padded else 14) + beside, names
     assert {"_project", "_route", "_sum_up", "_place"} <= set(names)
 
@@ -105,6 +110,8 @@ LAYERS = {
     "gated shared, sequences": {**GATED, **SEQUENCES, "norm_topk_prob": True, **GROUPS},
     "jitter, bias of the router, dropout": {"router_jitter_noise": 0.1, "router_bias": True, "expert_dropout": 0.1},
     "gate on input": {"expert_gate_on_input": True},
+    "hash": {"router_type": "hash"},
+    "uniform": {"router_type": "uniform"},
     "biases, clamped (GPT-OSS)": {"bias": True, "router_bias": True, "mlp_activation": "clamped_swiglu"},
 }
 
@@ -143,6 +150,15 @@ def test_a_layer_starts_few_kernels():
         moe(x)
     assert len(launches.names) <= 18, launches.names
     assert [name for name in launches.names if name.startswith("expert_")] == ["expert_up", "expert_down"]
+
+
+def test_the_layers_of_a_model_share_the_hashes_of_its_tokens():
+    model, ids = initialized_model(moe_config(router_type="hash", n_layer=3)), torch.randint(0, 64, (2, 6))
+    for _ in range(2):
+        with Launches() as launches:
+            model(ids)
+        assert launches.names.count("__rshift__") == 3
+        assert launches.names.count("topk") == 3
 
 
 def test_a_batch_without_padding_starts_none_for_it(monkeypatch):
