@@ -696,7 +696,7 @@ def measured_steps(bench: Bench, names: tuple[str, ...]) -> Iterator[dict[str, A
             tokens = accumulation * micro_batch * length
             flops = accumulation * micro_batch * count_flops(trainee.config, length, training=True)
             precision = "16-mixed" if bench.dtype == torch.float16 else "bf16-mixed"
-            peak = peak_flops(torch.cuda.get_device_name(), precision, "highest") if bench.is_cuda else None
+            peak = peak_flops(torch.cuda.get_device_name(), precision, "ieee") if bench.is_cuda else None
             yield row | {
                 "ms per step": time_ms,
                 "time / dense twin": time_ms / reference if time_ms and reference else None,

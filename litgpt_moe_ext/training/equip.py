@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.kernels.precision import float32_precision
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
 from litgpt_moe_ext.training.callbacks.anomalies import GradientGuard
 from litgpt_moe_ext.training.callbacks.ema import WeightAverage
@@ -137,7 +138,7 @@ def _peak(launched: Launched) -> float | None:
     if fabric.device.type != "cuda":
         return None
     name, precision = torch.cuda.get_device_name(fabric.device), fabric.strategy.precision.precision
-    peak = peak_flops(name, precision, torch.get_float32_matmul_precision())
+    peak = peak_flops(name, precision, float32_precision("cuda"))
     if peak is None:
         fabric.print(f"peak_tflops: unknown for {name} in {precision}: no utilization (mfu) is logged")
     return peak

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from litgpt_moe_ext.kernels.precision import float32_precision
 from litgpt_moe_ext.moe.kernels.allocator import keep_large_blocks
 from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden, has_gradient, matmul_dtype
 from litgpt_moe_ext.moe.kernels.few_rows import linear, one_token
@@ -125,7 +126,7 @@ def _padding(dtype: torch.dtype, mean_count: int) -> int:
     Any fixed number would either be a waste for small segments or leave too many different sizes of large ones: oneDNN
     remembers 1024 pieces of code, of which a layer needs six for each size.
     """
-    if dtype == torch.float64 or (dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"):
+    if dtype == torch.float64 or (dtype == torch.float32 and float32_precision("cpu") == "ieee"):
         return 1  # Multiplied by the BLAS library, which compiles nothing.
     if mean_count < 16:
         return 1  # So few that there are few different numbers of them.

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from litgpt_moe_ext.kernels.precision import float32_precision
 from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden
 from litgpt_moe_ext.moe.router import Routing
@@ -53,7 +54,7 @@ def linear(x_NI: Tensor, weight_OI: Tensor, bias_EO: Tensor | None, expert: int)
     weight_OI = weight_OI.to(x_NI.dtype)
     bias_O = None if bias_EO is None else bias_EO[expert].to(x_NI.dtype)
     n = len(x_NI)
-    if n > _FEW_ROWS or x_NI.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest":
+    if n > _FEW_ROWS or x_NI.dtype != torch.float32 or float32_precision("cpu") != "ieee":
         return F.linear(x_NI, weight_OI, bias_O)
     # A product with one column would be handed to a matrix-vector routine that is slower than one with two.
     x_IN = (x_NI if n > 1 else x_NI.expand(2, -1).contiguous()).t()

@@ -161,13 +161,13 @@ _PEAKS = {
 _FLOAT16_ONLY = ("T4", *_TURING)
 
 
-def peak_flops(device: str, precision: str, matmul_precision: str) -> float | None:
+def peak_flops(device: str, precision: str, float32: str) -> float | None:
     """Return the floating point operations per second of a GPU in dense matrix products, or None if they are unknown.
 
     Args:
         device: Its name, as from `torch.cuda.get_device_name`.
         precision: Of the training, as Fabric names it: 32-true, bf16-mixed, ...
-        matmul_precision: As from `torch.get_float32_matmul_precision`; anything but highest lets float32 be TF32.
+        float32: In what float32 is multiplied, `ieee` or `tf32`.
     """
     words = set(re.split(r"[^A-Za-z0-9]+", device))
     name = next((name for name in _PEAKS if set(name.split()) <= words), None)
@@ -177,4 +177,4 @@ def peak_flops(device: str, precision: str, matmul_precision: str) -> float | No
     peak = _PEAKS[name]
     if precision.startswith(("bf16", "16")):
         return 1e12 * peak.half
-    return 1e12 * (peak.single if matmul_precision == "highest" else peak.tf32)
+    return 1e12 * (peak.single if float32 == "ieee" else peak.tf32)

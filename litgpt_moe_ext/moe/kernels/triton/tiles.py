@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from litgpt_moe_ext.kernels.precision import float32_precision
+
 Precision = Literal["half", "tf32", "ieee"]
 
 
@@ -236,4 +238,4 @@ def precision_of(dtype: torch.dtype, capability: tuple[int, int] | None) -> Prec
         return "half"
     # Of AMD's chips only some have TF32, and Triton refuses it for the others.
     has_tf32 = capability is None or (capability >= (8, 0) and torch.version.hip is None)
-    return "tf32" if has_tf32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    return "tf32" if has_tf32 and float32_precision("cuda") != "ieee" else "ieee"

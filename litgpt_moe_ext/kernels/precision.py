@@ -1,0 +1,20 @@
+"""How torch multiplies float32 matrices, by whichever of its settings was used."""
+
+import torch
+
+from litgpt_moe_ext.kernels.compiled import assume_constant_result
+
+
+@assume_constant_result
+def float32_precision(device_type: str) -> str:
+    """Return in what float32 matrices are multiplied: `ieee` (float32 itself), `tf32`, or on a CPU `bf16`.
+
+    `torch.get_float32_matmul_precision` raises an error once a program has used the newer setting,
+    `torch.backends.cuda.matmul.fp32_precision`; that one shows what the older ones have set as well.
+
+    Args:
+        device_type: `cpu` or `cuda`.
+    """
+    backend = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
+    precision = backend.matmul.fp32_precision
+    return "ieee" if precision == "none" else precision
