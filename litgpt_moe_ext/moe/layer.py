@@ -99,7 +99,7 @@ class MoE(nn.Module):
             shared_BTD = self.shared_experts(x_BTD)
             if self.shared_expert_gate is not None:
                 logits_BT1 = self.shared_expert_gate(x_BTD)
-                if self._own_sum and fused_router.works_on(y_BTD) and y_BTD.dtype != torch.float64:
+                if self._own_sum and fused_router.works_on(y_BTD):
                     flat = (x.reshape(-1, x.size(-1)).contiguous() for x in (y_BTD, shared_BTD, logits_BT1))
                     return add_gated(*flat, real_T).view(x_BTD.shape)
                 shared_BTD = shared_BTD * logits_BT1.sigmoid()

@@ -78,3 +78,12 @@ def test_the_operators_are_counted_on_fake_tensors():
         with FlopCounterMode(display=False) as counter:
             experts(torch.randn(40, 16), Routing(*routing))
     assert counter.get_total_flops() == 40 * 2 * 3 * 2 * 16 * 24
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_float64_tokens_are_not_for_the_fused_router(dtype):
+    """Neither are the logits that a float32 gate makes of them."""
+    pytest.importorskip("triton")
+    with fake_cuda((8, 6)), torch.device("cuda"):
+        routing = SharedExpertMoE(moe_config()).gate(torch.randn(64, 16, dtype=dtype))
+    assert (routing.decision is None) == (dtype == torch.float64)

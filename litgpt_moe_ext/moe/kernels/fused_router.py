@@ -109,8 +109,9 @@ class Decision(NamedTuple):
 
 
 def works_on(x: Tensor) -> bool:
-    """Return whether a router's decision for `x` can be made here."""
-    return x.is_cuda and not torch.compiler.is_compiling() and triton_works_on(x.device)
+    """Return whether a router's decision for `x` can be made here: on a GPU, in float32."""
+    # Logits of float64 tokens are float64, whatever the gate's weights are.
+    return x.is_cuda and x.dtype != torch.float64 and not torch.compiler.is_compiling() and triton_works_on(x.device)
 
 
 def decide(given: Given, rule: Rule, leaf_N: Tensor | None, shares: StepShares | None) -> Decision:
