@@ -5,7 +5,6 @@ Shape legend: B batch, T tokens (of one sequence, or all of a batch once flatten
 
 from typing import TYPE_CHECKING
 
-import torch
 import torch.nn as nn
 from litgpt.model import LLaMAMLP
 from torch import Tensor

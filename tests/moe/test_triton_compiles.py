@@ -262,6 +262,25 @@ def test_every_gate_on_hopper(monkeypatch, tmp_path):
     assert compiler.check(tmp_path) == 8
 
 
+@pytest.mark.parametrize("columns_first", [False, True], ids=["rows", "columns"])
+def test_operands_of_more_than_2_31_elements_are_counted_in_64_bits(monkeypatch, columns_first):
+    """However they lie in memory before they are copied."""
+    wide = []
+    for module in ("rows", "weights"):
+        monkeypatch.setattr(
+            f"litgpt_moe_ext.moe.kernels.triton.{module}.launch", lambda *launch: wide.append(launch[2][-2].wide)
+        )
+    for n_token in (2**20, 2**21):
+        x = torch.empty((1024, n_token) if columns_first else (n_token, 1024), device="meta", dtype=torch.bfloat16)
+        x = x.t() if columns_first else x
+        with torch.device("meta"):
+            plan = plan_of(torch.empty(n_token, dtype=torch.int64), torch.empty(2, dtype=torch.int32), n_token)
+            narrow = torch.empty(n_token, 16, dtype=torch.bfloat16)
+            engine.multiply_rows(Product(x, torch.empty(2, 16, 1024, dtype=torch.bfloat16), None, plan, gather=True))
+        engine.sum_outer_products(Outer(narrow, x, plan, False, True), torch.float32)
+    assert wide == [False, False, True, True]
+
+
 def test_every_card_has_blocks():
     """A card that is not in the table takes the entry below it; no bfloat16 or TF32 before Ampere."""
     assert set(CAPABILITIES) <= set(CARDS)

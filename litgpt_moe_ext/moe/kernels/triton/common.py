@@ -34,6 +34,11 @@ class Rows(NamedTuple):
     data: Any
     stride: Any
 
+    @property
+    def reach(self) -> int:
+        """Within how many elements all rows lie; kernels count up to 2^31 in 32 bits."""
+        return self.data.size(0) * self.stride
+
 
 class Stack(NamedTuple):
     """A stack of matrices, one for each expert.

@@ -39,6 +39,7 @@ def multiply_rows(product: Product) -> Tensor:
         return y_RO
     tiles, precision = tiles_for(x.device, x.dtype)
     tile = tiles.for_rows(n_row // plan.n_expert, aligned=n_out % 16 == n_in % 16 == 0)
+    rows = rows_of(x)
     form = _Form(
         gather,
         scatter,
@@ -46,10 +47,10 @@ def multiply_rows(product: Product) -> Tensor:
         n_in % tile.inner == 0,
         precision,
         max(power_of_two(plan.n_expert), 16),
-        max(x.size(0) * max(x.stride(0), 1), weight[0].numel()) >= 2**31,
+        max(rows.reach, weight[0].numel()) >= 2**31,
     )
     grid = ((ceil_div(n_row, tile.rows) + plan.n_expert) * ceil_div(n_out, tile.out),)
-    arguments = (rows_of(x), stack_of(weight), _Result(y_RO, bias), plan, form, tile)
+    arguments = (rows, stack_of(weight), _Result(y_RO, bias), plan, form, tile)
     launch(_multiply_rows, grid, arguments, tile.warps, tile.stages)
     return y_RO
 

@@ -34,10 +34,11 @@ def sum_outer_products(outer: Outer, dtype: torch.dtype, total_EOI: Tensor | Non
     sum_EOI = total_EOI if add else left.new_empty(plan.n_expert, left.size(1), right.size(1), dtype=dtype)
     tiles, precision = tiles_for(left.device, left.dtype)
     tile = tiles.for_weights(left.size(1) % 16 == right.size(1) % 16 == 0, add)
-    wide = max(x.size(0) * max(x.stride(0), 1) for x in (left, right)) >= 2**31
+    left_rows, right_rows = rows_of(left), rows_of(right)
+    wide = max(left_rows.reach, right_rows.reach) >= 2**31
     form = _Form(gather_left, gather_right, precision, wide, add)
     grid = (ceil_div(left.size(1), tile.out) * ceil_div(right.size(1), tile.inner), plan.n_expert)
-    arguments = (rows_of(left), rows_of(right), stack_of(sum_EOI), plan, form, tile)
+    arguments = (left_rows, right_rows, stack_of(sum_EOI), plan, form, tile)
     launch(_sum_outer_products, grid, arguments, tile.warps, tile.stages)
     return sum_EOI
 
