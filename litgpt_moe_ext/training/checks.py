@@ -202,9 +202,9 @@ def check_writable(out_dir: Path) -> None:
         ) from error
 
 
-def check_checkpoint_dir(name: str, directory: Path) -> None:
-    """Raise SettingsError unless `directory`, the value of setting `name`, holds a LitGPT model."""
-    file = directory / "lit_model.pth"
+def check_initial_checkpoint(directory: Path) -> None:
+    """Raise SettingsError unless `initial_checkpoint_dir` holds a LitGPT model."""
+    name, file = "initial_checkpoint_dir", directory / "lit_model.pth"
     if not file.is_file():
         where = "does not exist" if not os.path.isdir(directory) else "has no lit_model.pth"
         raise SettingsError(f"{name}: {str(directory)!r} {where}; name a checkpoint (step-*, best, final)")

@@ -13,7 +13,7 @@ from litgpt.utils import extend_checkpoint_dir
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checkpoint.exports import check_exports
 from litgpt_moe_ext.training.checkpoint.hyperparameters import to_plain
-from litgpt_moe_ext.training.checks import check_checkpoint_dir, check_settings, check_writable
+from litgpt_moe_ext.training.checks import check_initial_checkpoint, check_settings, check_writable
 from litgpt_moe_ext.training.optim.schedules import count_steps
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def check_plan(settings: Settings) -> Plan:
     plan = Plan(settings, _model(settings), settings.train.for_litgpt(), plain_settings(settings))
     check_settings(settings, plan.config)
     if settings.initial_checkpoint_dir is not None:
-        check_checkpoint_dir("initial_checkpoint_dir", settings.initial_checkpoint_dir)
+        check_initial_checkpoint(settings.initial_checkpoint_dir)
     if settings.tokenizer_dir is not None and not settings.tokenizer_dir.is_dir():
         raise SettingsError(
             f"tokenizer_dir: {str(settings.tokenizer_dir)!r} must be a directory with a tokenizer; it does not exist"

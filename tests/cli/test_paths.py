@@ -12,7 +12,7 @@ from litgpt_moe_ext.cli.arguments import build_parser
 from litgpt_moe_ext.cli.main import COMMANDS, load, main
 from litgpt_moe_ext.cli.paths import check_path, check_paths
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.training.checks import check_checkpoint_dir
+from litgpt_moe_ext.training.checks import check_initial_checkpoint
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TOO_LONG = "a" * 300
@@ -83,7 +83,7 @@ def test_results_have_a_place_before_the_work_begins(tmp_path, monkeypatch, caps
             check_paths({"out_dir": place, "data": {"init_args": {"data_path": place, "source_path": place}}})
     (tmp_path / "lit_model.pth").touch()
     with pytest.raises(SettingsError, match="initial_checkpoint_dir: '.*lit_model.pth' cannot be read"):
-        check_checkpoint_dir("initial_checkpoint_dir", tmp_path)
+        check_initial_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("arguments", [["doctor"], ["model-card"], ["twin", "out.yaml"], ["study"], ["schedule"]])

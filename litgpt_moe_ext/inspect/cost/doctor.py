@@ -184,16 +184,14 @@ def _precision(recipe: Recipe | None) -> Finding:
 
 
 def _settings(recipe: Recipe, settings: "Settings") -> Finding:
-    from litgpt_moe_ext.training.checks import check_batch, check_checkpoint_dir, check_settings
+    from litgpt_moe_ext.training.checks import check_batch, check_initial_checkpoint, check_settings
 
     try:
         check_settings(settings, recipe.config)
         check_batch(recipe.global_batch_size, recipe.micro_batch_size, _processes(recipe) * recipe.num_nodes)
         if (initial := settings.initial_checkpoint_dir) is not None:
             # LitGPT keeps what it downloads in checkpoints/, which its commands let one leave out.
-            check_checkpoint_dir(
-                "initial_checkpoint_dir", initial if initial.is_dir() else Path("checkpoints", initial)
-            )
+            check_initial_checkpoint(initial if initial.is_dir() else Path("checkpoints", initial))
     except SettingsError as error:
         return Finding("settings", "problem", str(error))
     return Finding("settings", "good", "they go together")
