@@ -142,7 +142,8 @@ def _short(name: str) -> str:
 
 
 def _names(tree: Any, parent: str = "") -> Iterator[str]:
-    for key, value in tree.items() if isinstance(tree, Mapping) else ():
+    entries = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in entries:
         name = _short(f"{parent}.{key}".removeprefix("."))
         yield name
         yield from _names(value, name)

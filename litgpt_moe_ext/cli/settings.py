@@ -5,6 +5,7 @@ Recipes and flags become one tree of plain data (`cli.given`), of which jsonargp
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -178,8 +179,8 @@ def parse(given: Given, types: Mapping[str, Any]) -> tuple[Any, Any]:
     parser, known = build_parser(types), annotations(types)
     refuse_first(wrong_nulls(given.tree, known))
     try:
-        # Without a value jsonargparse looks for a class.
-        tree = {key: value for key, value in given.tree.items() if key != "data" or value is not None}
+        # Without a value jsonargparse looks for a class; and it puts what it makes of dictionaries in their place.
+        tree = {key: deepcopy(value) for key, value in given.tree.items() if key != "data" or value is not None}
         parsed = parser.parse_object(tree)
     except (jsonargparse.ArgumentError, TypeError) as error:
         refuse_first(mistakes(given.tree, known))

@@ -245,9 +245,10 @@ class TestGiven:
 
     def test_names_of_users_have_a_line_too(self, tmp_path):
         file = tmp_path / "recipe.yaml"
-        file.write_text("data:\n  corpora:\n    my-code:\n      vocab_size: 1\n")
+        file.write_text("data:\n  corpora:\n    my-code:\n      vocab_size: 1\ncallbacks:\n- class_path: X\n")
         given = Given()
         given.add_recipe(file)
+        assert given.place_of("callbacks.0.class_path") == f"{file}:6"
         with pytest.raises(SettingsError, match=re.escape(f"must be 2 ({file}:4)")), given.naming_places():
             raise SettingsError("data.corpora.my-code.vocab_size: 1 must be 2")
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from litgpt.utils import CycleIterator
 
-from litgpt_moe_ext.cli.settings import read_settings
+from litgpt_moe_ext.cli.settings import annotations, litgpt_types, parse, read_given, read_settings
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.data import Mixture, PreparedCorpus, PythonStdlib, TextCorpus, TokenShards
 from litgpt_moe_ext.data.loader import Order, Replica, TokenLoader
@@ -341,9 +341,15 @@ def test_corpora_that_do_not_fit_together_are_refused(texts, tmp_path):
         opened(Mixture({"a": text(texts, 0), "b": text(texts, 0)}, ones))
     with pytest.raises(SettingsError, match=r"data.corpora.b: has beginning of text 0 where a has None; set prepend"):
         opened(Mixture({"a": text(texts, 0), "b": text(texts, 1, prepend_bos=True)}, ones))
+    first = text(texts, 0, data_path=tmp_path / "none")
     own = text(texts, 1, tokenizer_dir=None, bpe=BPESettings(280), data_path=tmp_path / "none")
     with pytest.raises(SettingsError, match=r"data.corpora.b: TextCorpus trains a tokenizer of its own here"):
-        opened(Mixture({"a": text(texts, 0), "b": own}, ones))
+        opened(Mixture({"a": first, "b": own}, ones))
+    with pytest.raises(SettingsError, match=r"data.corpora.b: PythonStdlib trains a tokenizer of its own here"):
+        opened(Mixture({"a": first, "b": PythonStdlib(data_path=tmp_path / "none")}, ones))
+    with pytest.raises(SettingsError, match=r"data.corpora.b.source_path: '.*nowhere' does not exist; set it to"):
+        opened(Mixture({"a": first, "b": text(texts, "nowhere")}, ones))
+    assert not (tmp_path / "none").exists()  # nothing was encoded
     train_bpe(stories(9), BPESettings(270), tmp_path / "other")
     other = text(texts, 1, tokenizer_dir=tmp_path / "other", data_path=tmp_path / "none")
     with pytest.raises(SettingsError, match=r"data.corpora.b.tokenizer_dir: is not the tokenizer of a, so"):
@@ -438,3 +444,11 @@ def test_the_example_is_a_recipe():
 def test_mistakes_inside_a_corpus_are_named(capsys, flag, value, message):
     assert main([*EXAMPLE, f"--{flag}", value]) == 2
     assert f"error: {flag}: {message}" in capsys.readouterr().err
+
+
+def test_a_corpus_that_names_its_own_setting():
+    """The parser leaves what was given as it was, so that the whole name of a setting can be found later."""
+    types = litgpt_types()
+    recipe = read_given(EXAMPLE, ROOT / "configs" / "quickstart.yaml", annotations(types))
+    parse(recipe, types)
+    assert recipe.whole_name("source_path") == "data.corpora.prose.source_path"

@@ -42,6 +42,7 @@ class SharedTokenizer:
         """
         if self._is_done:
             return
+        self._look_ahead(tokenizer)
         for name, module in self._corpora.items():
             if isinstance(module, CorpusModule):
                 module.tokenizer = tokenizer
@@ -58,16 +59,34 @@ class SharedTokenizer:
         self._compare_facts()
         self._is_done = True
 
+    def _look_ahead(self, tokenizer: Tokenizer | None) -> None:
+        """Refuse what settings alone show to be wrong, before the first corpus is encoded, which may take hours."""
+        first = ""
+        for name, module in self._corpora.items():
+            if not isinstance(module, CorpusModule):
+                continue
+            first = first or name
+            if module.corpus_path is not None or not hasattr(module, "choose_tokenizer"):
+                continue
+            for setting in ("source_path", "val_path"):
+                path = getattr(module, setting, None)
+                if path is not None and not path.exists():
+                    raise SettingsError(
+                        f"data.corpora.{name}.{setting}: {str(path)!r} does not exist; set it to a file or a folder"
+                    )
+            trains = getattr(module, "tokenizer_dir", None) is None and getattr(module, "bpe", True) is not None
+            if name != first and trains and isinstance(module.choose_tokenizer(tokenizer), BPESettings):
+                raise SettingsError(
+                    f"data.corpora.{name}: {type(module).__name__} trains a tokenizer of its own here, and a mixture "
+                    f"has one, that of {first}; leave bpe out to use that one, or put {name} first"
+                )
+
     def _refuse_others(self, name: str, module: CorpusModule, tokenizer: Tokenizer | None) -> None:
         """Look at a corpus' settings before its documents are encoded, which may take hours."""
         if self.directory is None or module.corpus_path is not None or not hasattr(module, "choose_tokenizer"):
             return
         chosen = module.choose_tokenizer(tokenizer)
-        if isinstance(chosen, BPESettings):
-            raise SettingsError(
-                f"data.corpora.{name}: {type(module).__name__} trains a tokenizer of its own here, and a mixture has "
-                f"one, that of {self._owner}; leave bpe out to use that one, or put {name} first"
-            )
+        assert not isinstance(chosen, BPESettings)
         self._compare(f"data.corpora.{name}.tokenizer_dir", chosen["tokenizer.json"])
 
     def _compare(self, setting: str, content: bytes) -> None:
