@@ -7,9 +7,8 @@ import sys
 from functools import partial
 
 from litgpt_moe_ext.data.command_line import prepare_from_command_line
-from litgpt_moe_ext.data.corpora.code_parrot import CodeParrot
 
-main = partial(prepare_from_command_line, CodeParrot)
+main = partial(prepare_from_command_line, "CodeParrot")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,9 +7,8 @@ import sys
 from functools import partial
 
 from litgpt_moe_ext.data.command_line import prepare_from_command_line
-from litgpt_moe_ext.data.corpora.fineweb import FineWeb
 
-main = partial(prepare_from_command_line, FineWeb)
+main = partial(prepare_from_command_line, "FineWeb")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,9 +8,8 @@ import sys
 from functools import partial
 
 from litgpt_moe_ext.data.command_line import prepare_from_command_line
-from litgpt_moe_ext.data.corpora.text_corpus import TextCorpus
 
-main = partial(prepare_from_command_line, TextCorpus)
+main = partial(prepare_from_command_line, "TextCorpus")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,10 +9,7 @@ is copied and checked.
 import sys
 from pathlib import Path
 
-from litgpt_moe_ext.data.tokenizer.files import read_tokenizer, write_tokenizer
-from litgpt_moe_ext.data.tokenizer.opening import special_token
 from litgpt_moe_ext.errors import SettingsError, exit_status, one_line
-from litgpt_moe_ext.export.directory import new_directory
 
 
 def make_tokenizer(source_path: Path, out_dir: Path) -> None:
@@ -22,6 +19,10 @@ def make_tokenizer(source_path: Path, out_dir: Path) -> None:
         source_path: Folder with vocab.json and merges.txt (or encoder.json and vocab.bpe), or with a tokenizer.json.
         out_dir: The directory to make; must not exist.
     """
+    from litgpt_moe_ext.data.tokenizer.files import read_tokenizer, write_tokenizer
+    from litgpt_moe_ext.data.tokenizer.opening import special_token
+    from litgpt_moe_ext.export.directory import new_directory
+
     files = read_tokenizer(source_path)
     eos_id = special_token(files, "eos", source_path)
     with new_directory(out_dir) as directory:
@@ -31,9 +32,10 @@ def make_tokenizer(source_path: Path, out_dir: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the script with a command line, None takes it from `sys.argv`, and return its exit status."""
-    from jsonargparse import ArgumentError, auto_cli
 
     def run() -> None:
+        from jsonargparse import ArgumentError, auto_cli
+
         try:
             auto_cli(make_tokenizer, as_positional=False, args=arguments, exit_on_error=False)
         except ArgumentError as error:

@@ -4,18 +4,17 @@ Imports nothing of this package but `interruption`, for any room.
 """
 
 import errno
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from litgpt_moe_ext.interruption import comes_of_interruption, interruptible
+from litgpt_moe_ext.interruption import Terminated, interruptible, interruption_behind
 
 CANNOT = 1
 """Exit status: everything that was given is right, but the answer is no, or the work cannot go on."""
 WRONG_SETTING = 2
 """Exit status: a setting or an input is wrong."""
-INTERRUPTED = 130
-"""Exit status after Ctrl-C."""
 
 
 class SettingsError(ValueError):
@@ -43,23 +42,25 @@ def refuse_first(messages: Iterable[str]) -> None:
         raise SettingsError(message)
 
 
-def exit_status(run: Callable[[], int | None], interrupted: str = "Stopped by Ctrl-C.") -> int:
+def exit_status(run: Callable[[], int | None], interrupted: str = "") -> int:
     """Run a command and return its exit status, with wrong settings as one line on standard error.
 
     Only `SettingsError` and a full disk are the user's to mend. Every other exception is a fault of the program or of
-    the machine, and keeps its traceback; Python's exit status for it is 1. Whatever comes of Ctrl-C is neither.
+    the machine, and keeps its traceback; Python's exit status for it is 1. Whatever comes of Ctrl-C or SIGTERM is
+    neither: the status is 130 or 143.
 
     Args:
         run: Returns an exit status, or None for success.
-        interrupted: What to say after Ctrl-C.
+        interrupted: What to say after Ctrl-C or SIGTERM, instead of their name.
     """
     with interruptible():
         try:
             return run() or 0
-        except (KeyboardInterrupt, Exception) as error:
-            if comes_of_interruption(error):
-                print(interrupted, file=sys.stderr)
-                return INTERRUPTED
+        except (KeyboardInterrupt, Terminated, Exception) as error:
+            if number := interruption_behind(error):
+                name = "Ctrl-C" if number == signal.SIGINT else number.name
+                print(interrupted or f"Stopped by {name}.", file=sys.stderr)
+                return 128 + number
             if isinstance(error, SettingsError):
                 print(f"error: {error}", file=sys.stderr)
                 return WRONG_SETTING

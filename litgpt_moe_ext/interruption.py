@@ -1,4 +1,4 @@
-"""Ctrl-C that is not lost.
+"""Ctrl-C and SIGTERM that are not lost, and leave nothing half-written.
 
 Some extension modules drop whatever their imports raise: torch's drops a KeyboardInterrupt while it loads NumPy. The
 program would go on with half a NumPy, and fail at the first use of the rest, after hours.
@@ -7,6 +7,7 @@ Imports nothing of this package.
 """
 
 import _thread
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -14,36 +15,66 @@ from contextlib import contextmanager
 from types import FrameType
 
 _LOOK_EVERY = 0.05  # seconds
+_USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+_process = 0  # whose handlers are in place; what it forks inherits them
+
+
+class Terminated(BaseException):
+    """SIGTERM asks the program to end.
+
+    Not a KeyboardInterrupt, after which a conversation goes on.
+    """
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise KeyboardInterrupt on Ctrl-C in the scope, but not while an extension module loads: then after it.
+    """In the scope, raise KeyboardInterrupt on Ctrl-C and Terminated on SIGTERM.
 
-    Where another handler than Python's is in place, and outside the main thread, nothing changes.
+    Not while an extension module loads: then after it. Where another handler than Python's is in place, and outside
+    the main thread, nothing changes.
     """
+    global _process
     in_main = threading.current_thread() is threading.main_thread()
-    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    signal.signal(signal.SIGINT, _interrupt)
+    taken = [number for number, usual in _USUAL.items() if in_main and signal.getsignal(number) is usual]
+    if taken:
+        _process = os.getpid()
+    for number in taken:
+        signal.signal(number, _interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in taken:
+            signal.signal(number, _USUAL[number])
 
 
-def comes_of_interruption(error: BaseException | None) -> bool:
-    """Return whether an error is a KeyboardInterrupt, or was raised on the way out of one."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
+def end_at_once_on_termination() -> None:
+    """Let SIGTERM end this process at once until the scope of `interruptible` ends.
+
+    For what waits for other processes: no Python code runs meanwhile, so nothing could be raised.
+    """
+    if signal.getsignal(signal.SIGTERM) is _interrupt and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def interruption_behind(error: BaseException | None) -> signal.Signals | None:
+    """Return the signal that raised an error, or made something else raise it on the way out; None if none did."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return signal.SIGINT
+        if isinstance(error, Terminated):
+            return signal.SIGTERM
         error = error.__cause__ or error.__context__
-    return error is not None
+    return None
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    if number == signal.SIGTERM and os.getpid() != _process:
+        # A forked worker ends as it would have without this.
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
     if not _loads_extension(frame):
-        raise KeyboardInterrupt
-    timer = threading.Timer(_LOOK_EVERY, _thread.interrupt_main)
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+    timer = threading.Timer(_LOOK_EVERY, _thread.interrupt_main, (number,))
     timer.daemon = True
     timer.start()
 

@@ -1,5 +1,6 @@
-"""How commands end that Ctrl-C or a full disk stops."""
+"""How commands end that Ctrl-C, SIGTERM or a full disk stops."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -8,7 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from litgpt_moe_ext.errors import CANNOT, INTERRUPTED, SettingsError, exit_status
+from litgpt_moe_ext import interruption
+from litgpt_moe_ext.errors import CANNOT, SettingsError, exit_status
+from litgpt_moe_ext.interruption import end_at_once_on_termination
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted((ROOT / "data_prep").glob("*.py"))
 
 
 class ExtensionFileLoader:
@@ -16,38 +22,74 @@ class ExtensionFileLoader:
 
     loaded = False
 
-    def create_module(self):
+    def create_module(self, number):
         try:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
             self.loaded = True
-        except KeyboardInterrupt:
+        except BaseException:
             pass
 
 
-def test_an_extension_module_is_loaded_before_ctrl_c_counts(capsys):
+BOTH = pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+
+
+@BOTH
+def test_an_extension_module_is_loaded_before_a_signal_counts(number, name, capsys):
     loader, went_on = ExtensionFileLoader(), []
 
     def run():
-        loader.create_module()
+        loader.create_module(number)
         time.sleep(5)
         went_on.append(True)
 
-    assert exit_status(run) == INTERRUPTED
+    assert exit_status(run) == 128 + number
     assert loader.loaded
     assert not went_on
-    assert capsys.readouterr().err == "Stopped by Ctrl-C.\n"
+    assert capsys.readouterr().err == f"Stopped by {name}.\n"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@BOTH
 @pytest.mark.parametrize("error", [RuntimeError("a worker is gone"), SettingsError("x: 1 must be 2")])
-def test_what_comes_of_ctrl_c_is_no_error(error, capsys):
+def test_what_comes_of_a_signal_is_no_error(number, name, error, capsys):
     def run():
         try:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         finally:
             raise error
 
-    assert exit_status(run, interrupted="Stopped.") == INTERRUPTED
+    assert exit_status(run, interrupted="Stopped.") == 128 + number
     assert capsys.readouterr().err == "Stopped.\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is forked on Windows")
+@pytest.mark.parametrize("prepare", [None, end_at_once_on_termination])
+def test_what_sigterm_ends_at_once(prepare, capfd):
+    """A worker that was forked, and a process that waits for others in code that is not Python's."""
+
+    def run():
+        if not (pid := os.fork()):
+            try:
+                if prepare:
+                    interruption._process = os.getpid()
+                    prepare()
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
+
+    assert exit_status(run) == 0
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("program", ["run_train.py", *(f"data_prep/{script.name}" for script in SCRIPTS)])
+def test_what_a_program_imports_before_ctrl_c_is_one_line(program):
+    code = (
+        "import runpy, sys; runpy.run_path(sys.argv[1])\n"
+        "assert not {'jsonargparse', 'numpy', 'tokenizers', 'torch', 'yaml'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code, ROOT / program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_other_errors_keep_their_traceback():

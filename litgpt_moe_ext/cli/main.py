@@ -72,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line without the program's name; None takes it from `sys.argv`.
 
     Returns:
-        The exit status: 0 success, 1 the answer is no, 2 a setting or an input is wrong, 130 after Ctrl-C.
+        The exit status: 0 success, 1 the answer is no, 2 a setting or an input is wrong, 130 after Ctrl-C,
+        143 after SIGTERM.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     with collect_rarely():

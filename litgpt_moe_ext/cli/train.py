@@ -1,21 +1,27 @@
-"""The command line of `run_train.py`: LitGPT's `pretrain` settings, YAML files, and a few short forms."""
+"""The command line of `run_train.py`: LitGPT's `pretrain` settings, YAML files, and a few short forms.
+
+Nothing heavy is imported before Ctrl-C is answered in one line.
+"""
 
 import os
 import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from litgpt_moe_ext.cli.settings import annotations, build_parser, litgpt_types, make_settings, parse, read_given
-from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.errors import CANNOT, SettingsError, exit_status
 from litgpt_moe_ext.garbage import collect_rarely
-from litgpt_moe_ext.training.settings import Settings
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.training.settings import Settings
 
 
 def print_help() -> None:
     """Print the help of `run_train.py` without loading torch or LitGPT."""
+    from litgpt_moe_ext.cli.settings import build_parser
+    from litgpt_moe_ext.config.fields import FIELDS
+
     parser = build_parser({"model_config": dict, "data": dict})
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings.")
     parser.add_argument(
@@ -56,6 +62,8 @@ def main(arguments: Sequence[str] | None = None, default_config: Path = Path("co
 
 
 def _run(arguments: list[str], default_config: Path) -> int:
+    from litgpt_moe_ext.cli.settings import annotations, build_parser, litgpt_types, make_settings, parse, read_given
+
     types = litgpt_types()
     if helps := [index for index, name in enumerate(arguments) if name.partition("=")[0].endswith(".help")]:
         _help_of_class(build_parser(types), arguments[helps[0] : helps[0] + 2])
@@ -108,7 +116,7 @@ def _prepare_environment() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 
-def _train(settings: Settings) -> int:
+def _train(settings: "Settings") -> int:
     from litgpt_moe_ext.training.control import TrainingInterrupted, TrainingStopped
     from litgpt_moe_ext.training.run import run
 

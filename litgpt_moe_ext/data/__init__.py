@@ -38,10 +38,15 @@ def import_path(name: str) -> str:
     return f"{homes[name]}.{name}" if name in homes else name
 
 
+def corpus_named(name: str) -> Any:
+    """Return the class of a corpus, which is no data module and needs neither LitGPT nor torch."""
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = corpus_named(name)
     if _HOMES[name].startswith("corpora."):
         from litgpt_moe_ext.data.modules.corpus import as_data_module
 

@@ -1,19 +1,20 @@
 """The command line of the scripts in `data_prep/`: options out of a corpus' fields, errors in one line, W&B.
 
-Options may be written with `-` or `_`; `--log-to-wandb` needs no value. Nothing here imports torch.
+Options may be written with `-` or `_`; `--log-to-wandb` needs no value. Nothing here imports torch, and nothing heavy
+before Ctrl-C is answered in one line.
 """
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from litgpt_moe_ext.data.corpora.base import Corpus, full_docstring
-from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR
-from litgpt_moe_ext.data.pipeline.wandb_artifacts import check_artifact_name, log_corpus
+from litgpt_moe_ext.data import corpus_named
 from litgpt_moe_ext.errors import SettingsError, exit_status, one_line, refuse_first
-from litgpt_moe_ext.field_types import members
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.data.corpora.base import Corpus
 
 TRAINING_ONLY = frozenset({"packing", "shuffle"})
 
@@ -33,14 +34,14 @@ class Upload:
     wandb_project: str | None = None
 
 
-def prepare_from_command_line(corpus: type[Corpus], arguments: Sequence[str] | None = None) -> int:
+def prepare_from_command_line(name: str, arguments: Sequence[str] | None = None) -> int:
     """Prepare a corpus, say where its tokenizer is, and log it if asked to.
 
     A training run with the data module of the same name and the same settings finds the result; without this script
     it prepares it itself.
 
     Args:
-        corpus: Its fields are the options.
+        name: Of the corpus, whose fields are the options.
         arguments: The command line without the program's name; None takes it from `sys.argv`.
 
     Returns:
@@ -49,6 +50,7 @@ def prepare_from_command_line(corpus: type[Corpus], arguments: Sequence[str] | N
     words = [_normalized(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
 
     def run() -> None:
+        corpus = corpus_named(name)
         given = _parse(corpus, words)
         upload = Upload(**{field.name: given.pop(field.name) for field in fields(Upload)})
         _prepare(corpus(**given), upload)
@@ -56,8 +58,10 @@ def prepare_from_command_line(corpus: type[Corpus], arguments: Sequence[str] | N
     return exit_status(run, interrupted="Stopped; the same command continues.")
 
 
-def _parse(corpus: type[Corpus], words: Sequence[str]) -> dict[str, Any]:
+def _parse(corpus: "type[Corpus]", words: Sequence[str]) -> dict[str, Any]:
     from jsonargparse import ArgumentError, ArgumentParser
+
+    from litgpt_moe_ext.data.corpora.base import full_docstring
 
     # A name of its own: jsonargparse would look the other one up in `litgpt_moe_ext.data`, which imports torch.
     described = dataclass(type(f"{corpus.__name__}Options", (corpus,), {"__doc__": full_docstring(corpus)}))
@@ -79,6 +83,7 @@ def _mistakes(words: Sequence[str], types: Mapping[str, Any]) -> Iterator[str]:
     """Return what is wrong with options that a parser has refused."""
     from litgpt_moe_ext.cli.given import Given, read_flags
     from litgpt_moe_ext.cli.mistakes import annotation_at, mistakes
+    from litgpt_moe_ext.field_types import members
     from litgpt_moe_ext.recipe_files import load_value
 
     given = Given()
@@ -91,7 +96,10 @@ def _mistakes(words: Sequence[str], types: Mapping[str, Any]) -> Iterator[str]:
     return mistakes(given.tree, types)
 
 
-def _prepare(corpus: Corpus, upload: Upload) -> None:
+def _prepare(corpus: "Corpus", upload: Upload) -> None:
+    from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR
+    from litgpt_moe_ext.data.pipeline.wandb_artifacts import check_artifact_name, log_corpus
+
     if upload.log_to_wandb:
         check_artifact_name(upload.wandb_artifact)
     elif upload.wandb_artifact is not None:

@@ -13,6 +13,7 @@ import torch
 from litgpt.utils import check_nvlink_connectivity, choose_logger, parse_devices
 
 from litgpt_moe_ext.errors import SettingsError, one_line
+from litgpt_moe_ext.interruption import end_at_once_on_termination
 from litgpt_moe_ext.training.callbacks.progress import Reporter
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
 from litgpt_moe_ext.training.checkpoint.lock import OutDirLock
@@ -111,6 +112,8 @@ def _connect(plan: Plan, reporter: Reporter) -> Launched:
         _report_topology(fabric)
     if started is None and devices > 1:
         end_together()
+    if devices * num_nodes > 1:
+        end_at_once_on_termination()
     with _connection_errors(knobs.timeout_minutes):
         fabric.launch()
     if fabric.is_global_zero:  # which process is the first is certain only now

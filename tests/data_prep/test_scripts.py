@@ -31,7 +31,7 @@ def main_of(script: Path):
 def test_options_are_the_settings_of_the_class(script, capsys):
     """Each field but those of training, with the documentation and the default of the field."""
     main = main_of(script)
-    (corpus,) = main.args
+    corpus = litgpt_moe_ext.data.corpus_named(*main.args)
     assert issubclass(getattr(litgpt_moe_ext.data, corpus.__name__), corpus)
     with pytest.raises(SystemExit):
         main(["--help"])

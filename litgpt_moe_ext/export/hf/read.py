@@ -75,7 +75,7 @@ def import_checkpoint(hf_dir: Path, out_dir: Path) -> Imported:
             state = {}
             for ours, stored in rules.items():
                 state[ours] = saver.store_early(_owned(stored.back(weights.get, config.n_expert)))
-            for name in expected.keys() - state.keys():
+            for name in sorted(expected.keys() - state.keys()):
                 # Routers here have it, whether the class has one or not.
                 assert name.endswith(BALANCING_BIAS), name
                 state[name] = saver.store_early(torch.zeros_like(expected[name], device="cpu"))

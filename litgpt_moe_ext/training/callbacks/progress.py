@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.interruption import Terminated
 from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.control import TrainingInterrupted, TrainingStopped
 from litgpt_moe_ext.training.logs.transcript import Transcript
@@ -157,7 +158,7 @@ class Reporter(Callback):
             self._progress.stop()
             self._progress = None
         if error is not None:
-            if isinstance(error, (SettingsError, TrainingStopped, TrainingInterrupted, KeyboardInterrupt)):
+            if isinstance(error, (SettingsError, TrainingStopped, TrainingInterrupted, KeyboardInterrupt, Terminated)):
                 self.transcript.line(f"{type(error).__name__}: {error}")
             else:
                 self.transcript.line("".join(traceback.format_exception(error)).rstrip())
