@@ -8,11 +8,14 @@ from pathlib import Path
 
 from litgpt_moe_ext.durable import cut_off, flush, flush_tree
 from litgpt_moe_ext.errors import SettingsError, one_line
+from litgpt_moe_ext.lock import ProcessLock
 
 
 @contextmanager
 def new_directory(out_dir: Path, needed_bytes: int = 0) -> Iterator[Path]:
     """Give a temporary directory that becomes `out_dir` at the end of the block, or vanishes if the block fails.
+
+    What a killed process has left of it vanishes at the beginning.
 
     Args:
         out_dir: The final name, which must be free.
@@ -22,28 +25,67 @@ def new_directory(out_dir: Path, needed_bytes: int = 0) -> Iterator[Path]:
         The directory to write to.
 
     Raises:
-        SettingsError: If `out_dir` exists, cannot be made or cannot be written, or if its disk has too little space.
+        SettingsError: If `out_dir` exists, is being made by another process, cannot be made or cannot be written, or if
+            its disk has too little space.
     """
     require_absent(out_dir)
+    partial = out_dir.with_name(f".{out_dir.name}.partial")
+    with _alone(out_dir):
+        shutil.rmtree(partial, ignore_errors=True)
+        _require_space(out_dir, needed_bytes)
+        try:
+            with _cannot_be_made(out_dir):
+                partial.mkdir()
+            with _cannot_be_written(out_dir):
+                yield partial
+                flush_tree(partial)
+                require_absent(out_dir)  # somebody may have made it meanwhile
+                os.rename(partial, out_dir)
+            flush(out_dir.absolute().parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _alone(out_dir: Path) -> Iterator[None]:
+    # Make the folders that `out_dir` lies in, and be the only process that makes it.
     missing = [parent for parent in out_dir.absolute().parents if not os.path.exists(parent)]
-    nearest = next(parent for parent in out_dir.absolute().parents if parent not in missing)
-    free = shutil.disk_usage(nearest).free
+    lock = ProcessLock(out_dir.with_name(f".{out_dir.name}.lock"))
+    try:
+        with _cannot_be_made(out_dir):
+            out_dir.parent.mkdir(parents=True, exist_ok=True)
+            owner = lock.take()
+        if owner is not None:
+            raise SettingsError(
+                f"out_dir: {str(out_dir)!r} is being made by {owner}; wait until it ends, or name another directory"
+            )
+        yield
+    finally:
+        lock.release()
+        _remove_empty(missing)
+
+
+def _require_space(out_dir: Path, needed_bytes: int) -> None:
+    free = shutil.disk_usage(out_dir.parent).free
     if needed_bytes > free:
         raise SettingsError(
-            f"out_dir: {str(out_dir)!r} needs {needed_bytes / 1e9:.3g} GB, but {nearest} has {free / 1e9:.3g} GB left; "
+            f"out_dir: {str(out_dir)!r} needs {needed_bytes / 1e9:.3g} GB, but its disk has {free / 1e9:.3g} GB left; "
             "free some space, or name a directory on another disk"
         )
-    partial = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.partial")
+
+
+@contextmanager
+def _cannot_be_made(out_dir: Path) -> Iterator[None]:
     try:
-        partial.mkdir(parents=True)
+        yield
     except OSError as error:
-        _remove_empty(missing)
         raise SettingsError(f"out_dir: {str(out_dir)!r} cannot be made ({error}); name another directory") from error
+
+
+@contextmanager
+def _cannot_be_written(out_dir: Path) -> Iterator[None]:
     try:
-        yield partial
-        flush_tree(partial)
-        require_absent(out_dir)  # another process may have made it meanwhile
-        os.rename(partial, out_dir)
+        yield
     except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not cut_off(error):
             raise
@@ -52,11 +94,6 @@ def new_directory(out_dir: Path, needed_bytes: int = 0) -> Iterator[Path]:
             f"out_dir: {str(out_dir)!r} could not be written ({reason}), and nothing is left of it; free some space, "
             "or name a directory on another disk"
         ) from error
-    else:
-        flush(out_dir.absolute().parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        _remove_empty(missing)
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:

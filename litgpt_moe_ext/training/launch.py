@@ -14,9 +14,9 @@ from litgpt.utils import check_nvlink_connectivity, choose_logger, parse_devices
 
 from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.interruption import end_at_once_on_termination
+from litgpt_moe_ext.lock import ProcessLock
 from litgpt_moe_ext.training.callbacks.progress import Reporter
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
-from litgpt_moe_ext.training.checkpoint.lock import OutDirLock
 from litgpt_moe_ext.training.checks import check_batch, single_process_note
 from litgpt_moe_ext.training.fabric import TrainingFabric
 from litgpt_moe_ext.training.logs import TRANSCRIPT_FILE
@@ -71,7 +71,7 @@ def launched(plan: Plan) -> Iterator[Launched]:
         torch.set_float32_matmul_precision(settings.float32_matmul_precision)
     # A file keeps its lines, whatever is asked for.
     reporter = Reporter(plan.total_steps, bar=settings.progress is not False and sys.stdout.isatty())
-    lock = OutDirLock(plan.out_dir)
+    lock = ProcessLock(plan.out_dir / ".lock")
     with contextlib.ExitStack() as stack:
         stack.enter_context(reporter.transcript.recording())
         stack.callback(reporter.transcript.close)
@@ -142,7 +142,7 @@ def _make_fabric(
     )
 
 
-def _take(lock: OutDirLock, launched: Launched) -> None:
+def _take(lock: ProcessLock, launched: Launched) -> None:
     # Make sure that no other run works in the directory, and tidy up what a killed one left there.
     fabric, out_dir = launched.fabric, launched.plan.out_dir
     owner = fabric.broadcast(lock.take() if fabric.is_global_zero else None)

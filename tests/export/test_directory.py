@@ -1,5 +1,8 @@
 """Whatever writes a checkpoint leaves a whole directory, or none and a line that says why."""
 
+import os
+from types import SimpleNamespace
+
 import pytest
 from litgpt import Config
 
@@ -89,3 +92,43 @@ def test_what_another_process_made_meanwhile_stays(tmp_path):
     with pytest.raises(SettingsError, match="exists; name a new directory"):
         write()
     assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["out", "out/first"]
+
+
+def test_two_at_once(tmp_path):
+    """The second is refused before it works, and neither takes anything from the first."""
+    out_dir = tmp_path / "some" / "out"
+    with new_directory(out_dir) as partial:
+        (partial / "file").touch()
+        message = f"out_dir: '{out_dir}' is being made by process {os.getpid()} on .*; wait until it ends"
+        with pytest.raises(SettingsError, match=message), new_directory(out_dir):
+            raise AssertionError("nothing should be written")
+        with new_directory(out_dir.with_name("other")):
+            pass
+    assert names(tmp_path) == ["some", "some/other", "some/out", "some/out/file"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is forked on Windows")
+def test_what_a_killed_process_left(tmp_path, monkeypatch):
+    """It vanishes before the space is counted, which it takes."""
+    out_dir = tmp_path / "out"
+    if not (pid := os.fork()):
+        try:
+            with new_directory(out_dir) as partial:
+                (partial / "half").touch()
+                os._exit(9)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert names(tmp_path) == [".out.lock", ".out.lock.owner", ".out.partial", ".out.partial/half"]
+
+    def free(_folder):
+        return SimpleNamespace(free=0 if (tmp_path / ".out.partial").exists() else 1)
+
+    monkeypatch.setattr("shutil.disk_usage", free)
+    with new_directory(out_dir, 1) as partial:
+        (partial / "whole").touch()
+    assert names(tmp_path) == ["out", "out/whole"]
+
+
+def names(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))

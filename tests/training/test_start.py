@@ -8,8 +8,8 @@ import yaml
 
 from litgpt_moe_ext.cli.settings import read_settings
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.lock import ProcessLock
 from litgpt_moe_ext.training import launch
-from litgpt_moe_ext.training.checkpoint.lock import OutDirLock
 from litgpt_moe_ext.training.plan import make_plan
 from tests.runs import logged, train
 
@@ -46,7 +46,7 @@ def test_bare_names_of_checkpoints_are_those_of_litgpt(recipe, tmp_path, monkeyp
 
 def test_a_refused_run_leaves_no_logger_behind(recipe, tmp_path, monkeypatch, capsys):
     (tmp_path / "out").mkdir()
-    lock = OutDirLock(tmp_path / "out")
+    lock = ProcessLock(tmp_path / "out" / ".lock")
     lock.take()
     made = []
     monkeypatch.setattr(launch, "_make_logger", lambda plan: made.append(plan))

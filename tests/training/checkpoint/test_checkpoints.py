@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from litgpt_moe_ext.durable import flush, flush_tree
+from litgpt_moe_ext.lock import ProcessLock
 from litgpt_moe_ext.training.callbacks import retention
 from litgpt_moe_ext.training.checkpoint import manifest
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
 from litgpt_moe_ext.training.checkpoint.compatibility import resume_notes
 from litgpt_moe_ext.training.checkpoint.earlier import set_aside
-from litgpt_moe_ext.training.checkpoint.lock import OutDirLock
 from litgpt_moe_ext.training.checkpoint.progress import Progress
 from litgpt_moe_ext.training.checkpoint.resume import problem_with
 from litgpt_moe_ext.training.settings import CheckpointArgs
@@ -275,8 +275,8 @@ class TestLock:
         (tmp_path / "out").mkdir()
         script = (
             "import sys, time; from pathlib import Path\n"
-            "from litgpt_moe_ext.training.checkpoint.lock import OutDirLock\n"
-            "lock = OutDirLock(Path(sys.argv[1])); print(lock.take(), flush=True); time.sleep(600)"
+            "from litgpt_moe_ext.lock import ProcessLock\n"
+            "lock = ProcessLock(Path(sys.argv[1]) / '.lock'); print(lock.take(), flush=True); time.sleep(600)"
         )
         holder = subprocess.Popen([sys.executable, "-c", script, tmp_path / "out"], stdout=subprocess.PIPE, text=True)
         try:
@@ -289,17 +289,17 @@ class TestLock:
         assert train("--config", recipe(train={"max_tokens": 128})) == 0, "the lock died with its process"
 
     def test_release(self, tmp_path):
-        first, second = OutDirLock(tmp_path), OutDirLock(tmp_path)
+        first, second = ProcessLock(tmp_path / ".lock"), ProcessLock(tmp_path / ".lock")
         assert first.take() is None
         assert second.take() is not None
         second.release()
-        assert OutDirLock(tmp_path).take() is not None, "only its owner can give it back"
+        assert ProcessLock(tmp_path / ".lock").take() is not None, "only its owner can give it back"
         first.release()
         assert list(tmp_path.iterdir()) == []
 
     def test_one_owner_whatever_the_moment(self, tmp_path):
         """A second process takes the lock the moment it is released; a third finds it taken."""
-        first, second = OutDirLock(tmp_path), OutDirLock(tmp_path)
+        first, second = ProcessLock(tmp_path / ".lock"), ProcessLock(tmp_path / ".lock")
         assert first.take() is None
         release, taken = first._lock.release, []
 
@@ -310,7 +310,7 @@ class TestLock:
         first._lock.release = release_and_be_overtaken
         first.release()
         assert taken == [None]
-        assert OutDirLock(tmp_path).take() is not None
+        assert ProcessLock(tmp_path / ".lock").take() is not None
 
 
 class TestManifest:

@@ -1,4 +1,4 @@
-"""One run per output directory: two that write the same checkpoints would destroy each other's."""
+"""One process per place: two that write the same files would destroy each other's."""
 
 import contextlib
 import os
@@ -7,19 +7,17 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-FILE_NAME = ".lock"
 
-
-class OutDirLock:
+class ProcessLock:
     """A lock of the operating system, which ends with its process however that ends.
 
     Args:
-        out_dir: The run's directory.
+        file: The lock, in an existing folder; there is another file beside it while it is taken.
     """
 
-    def __init__(self, out_dir: Path) -> None:
-        self._owner_file = out_dir / f"{FILE_NAME}.owner"
-        self._lock = FileLock(out_dir / FILE_NAME)
+    def __init__(self, file: Path) -> None:
+        self._owner_file = file.with_name(f"{file.name}.owner")
+        self._lock = FileLock(file)
 
     def take(self) -> str | None:
         """Take the lock; return None, or who has it."""
@@ -30,7 +28,8 @@ class OutDirLock:
                 return self._owner_file.read_text(encoding="utf-8")
             except OSError:
                 return "another process"
-        self._owner_file.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        with contextlib.suppress(OSError):  # nothing but a message depends on it
+            self._owner_file.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         return None
 
     def release(self) -> None:
