@@ -10,10 +10,10 @@ import torch
 import yaml
 from litgpt.utils import save_config
 
+from litgpt_moe_ext import checksums
 from litgpt_moe_ext.cli.settings import read_settings
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.training.checkpoint import manifest
 from litgpt_moe_ext.training.checks import open_tokenizer
 from tests.runs import logged, refused, train, validation_fell_by, weights_of
 
@@ -217,7 +217,7 @@ def test_a_damaged_state_file_is_passed_over(tmp_path, content, capsys):
         write_progress(tmp_path / name, attempt, 4)
         torch.save({}, tmp_path / name / "lit_model.pth")
         (tmp_path / name / "model_config.yaml").write_text("")
-        manifest.write(tmp_path / name)
+        checksums.write(tmp_path / name)
     (tmp_path / "final" / "training_state.json").write_bytes(content)
     assert find_resume_file("auto", tmp_path) == tmp_path / "step-00000004" / "lit_model.pth"
     (tmp_path / "step-00000004" / "training_state.json").unlink()

@@ -6,6 +6,7 @@ from typing import Any
 
 from litgpt_moe_ext.data.corpora.base import Corpus
 from litgpt_moe_ext.data.pipeline.store import MANIFEST, read_manifest
+from litgpt_moe_ext.data.pipeline.verification import verify
 from litgpt_moe_ext.data.pipeline.wandb_artifacts import check_reference, download
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import PositiveInt
@@ -34,12 +35,13 @@ class PreparedCorpus(FinishedCorpus):
     """The folder with the `manifest.json`."""
 
     def prepare(self, verbose: bool = True, tokenizer: Any = None) -> Path:
-        """See `Corpus.prepare`; only checks that the corpus is whole."""
+        """See `Corpus.prepare`; only checks that the corpus is whole, and as it was prepared."""
         if read_manifest(self.corpus_dir) is None:
             raise SettingsError(
                 f"corpus_dir: {str(self.corpus_dir)!r} has no {MANIFEST}, so it is not a prepared corpus; set "
                 "corpus_dir to a folder that a script of data_prep/ made"
             )
+        verify(self.corpus_dir, verbose)
         return self.corpus_dir
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from litgpt_moe_ext import checksums
 from litgpt_moe_ext.data.pipeline.batches import Intake
 from litgpt_moe_ext.data.pipeline.encoding import Encoder, encode_in_order
 from litgpt_moe_ext.data.pipeline.progress import PreparationProgress
@@ -24,6 +25,7 @@ from litgpt_moe_ext.data.pipeline.shards import token_dtype, write_shard
 from litgpt_moe_ext.data.pipeline.sources import SIDES, Source
 from litgpt_moe_ext.data.pipeline.store import (
     MANIFEST,
+    STATE,
     TOKENIZER_DIR,
     cache_key,
     check_root,
@@ -34,6 +36,7 @@ from litgpt_moe_ext.data.pipeline.store import (
     write_manifest,
 )
 from litgpt_moe_ext.data.pipeline.unfinished import DAYS, UNFINISHED, State, only_one, remove_leftovers, writing
+from litgpt_moe_ext.data.pipeline.verification import verify
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.data.tokenizer.files import read_tokenizer, write_tokenizer
 from litgpt_moe_ext.data.tokenizer.opening import open_for_documents, special_token, vocabulary_size
@@ -74,6 +77,7 @@ def prepare_corpus(
     corpus = hashlib.sha256(json.dumps([[source.split, source.identity] for source in sources]).encode()).hexdigest()
     directory = data_path / cache_key(corpus, settings.to_json())
     if (manifest := read_manifest(directory)) is not None:
+        verify(directory, verbose)
         if verbose:
             print(f"Reusing the corpus in {directory} ({_summary(manifest)})", flush=True)
         return directory
@@ -209,6 +213,7 @@ class _Preparation:
                     "python_version": platform.python_version(),
                 },
             )
+            checksums.write(self.directory, leave_out=(STATE,))
             publish(self.directory, self.final)
         return manifest
 

@@ -49,7 +49,9 @@ class Source:
 
 
 class FileHashes:
-    """SHA-256 of files, remembered by path, size and time of change.
+    """SHA-256 of files, remembered by path, size and times of change.
+
+    The time of the last change of content can be set, as copying with all times does; that of any change cannot.
 
     Args:
         folder: Where the memory is kept, in a file `HASHES`. It is only a memory: without it, files are read again.
@@ -75,17 +77,24 @@ class FileHashes:
             raise SettingsError(f"{path} cannot be read ({error.strerror or error}); check the file") from error
 
     def _hash(self, path: Path) -> str:
-        key, stat = str(path.absolute()), path.stat()
-        known = self._known.get(key)
-        if known is not None and known[:2] == [stat.st_size, stat.st_mtime_ns]:
-            return known[2]
+        stat = path.stat()
+        if (known := self._remembered(path, stat)) is not None:
+            return known
         started = time.time()
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if stat.st_mtime < started - _SETTLED_SECONDS:
-            self._known[key] = [stat.st_size, stat.st_mtime_ns, digest]
+            self._known[str(path.absolute())] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, digest]
             self._changed = True
         return digest
+
+    def _remembered(self, path: Path, stat: os.stat_result) -> str | None:
+        *of_file, digest = self._known.get(str(path.absolute()), [None])
+        return digest if of_file == [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] else None
+
+    def remembers(self, path: Path) -> bool:
+        """Return whether a file was hashed before and has not changed since."""
+        return self._remembered(path, path.stat()) is not None
 
     def save(self) -> None:
         """Write what was learned. A failure is only reported: the corpus does not need it."""

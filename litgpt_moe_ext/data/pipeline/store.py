@@ -1,9 +1,9 @@
 """Finished corpora on disk: their key, manifest and shards, and how one is published.
 
-A prepared corpus is a folder `<root>/<key>/` with `tokenizer/`, `train_*.bin`, `val_*.bin` and `manifest.json`. The key
-covers the documents and every setting, so a change of either leads to another folder and never to stale tokens. The
-folder appears by one rename after everything in it is on disk, so whatever is found under its final name is complete.
-A finished folder is never deleted here.
+A prepared corpus is a folder `<root>/<key>/` with `tokenizer/`, `train_*.bin`, `val_*.bin`, `manifest.json` and
+checksums of them all. The key covers the documents and every setting, so a change of either leads to another folder and
+never to stale tokens. The folder appears by one rename after everything in it is on disk, so whatever is found under
+its final name is complete. A finished folder is never deleted here.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from litgpt_moe_ext import checksums
 from litgpt_moe_ext.data.pipeline.shards import open_shard
 from litgpt_moe_ext.durable import flush, flush_tree
 from litgpt_moe_ext.errors import SettingsError
@@ -69,7 +70,7 @@ def write_manifest(directory: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     sizes = {
         path.relative_to(directory).as_posix(): path.stat().st_size
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name not in (MANIFEST, STATE)
+        if path.is_file() and path.name not in (MANIFEST, STATE, checksums.FILE_NAME)
     }
     manifest = {**facts, "format_version": FORMAT_VERSION, "file_sizes": sizes}
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

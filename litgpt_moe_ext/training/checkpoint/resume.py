@@ -1,12 +1,11 @@
 """Which checkpoint a run resumes from: the newest whole one, or the one that was named."""
 
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from litgpt_moe_ext import checksums
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.training.checkpoint import manifest
 from litgpt_moe_ext.training.checkpoint.progress import MODEL_FILE, STATE_FILE, newest_first
 
 _NEEDED = (MODEL_FILE, "model_config.yaml")
@@ -21,28 +20,18 @@ def problem_with(checkpoint_dir: Path) -> str | None:
     for name in _NEEDED:
         if not (checkpoint_dir / name).is_file():
             return f"{name} is missing"
-    if (checkpoint_dir / manifest.FILE_NAME).is_file():
-        return manifest.problem_with(checkpoint_dir, required=_NEEDED)
+    if (checkpoint_dir / checksums.FILE_NAME).is_file():
+        return checksums.problem_with(checkpoint_dir, required=_NEEDED)
     if (checkpoint_dir / STATE_FILE).exists():  # which only runs write that write checksums as well
-        return f"{manifest.FILE_NAME} is missing"
-    return _problem_inside(checkpoint_dir / MODEL_FILE)
+        return f"{checksums.FILE_NAME} is missing"
+    return checksums.problem_inside(checkpoint_dir / MODEL_FILE)
 
 
 def damage_of(checkpoint_dir: Path) -> str | None:
     """Return what is wrong with the weights of a checkpoint directory, or None; its other files may have changed."""
-    if (checkpoint_dir / manifest.FILE_NAME).is_file():
-        return manifest.problem_with(checkpoint_dir, only=MODEL_FILE)
-    return _problem_inside(checkpoint_dir / MODEL_FILE)
-
-
-def _problem_inside(file: Path) -> str | None:
-    # A record of the archive that is not what its checksum says.
-    try:
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
-        return f"{file.name} is truncated or damaged ({error})"
-    return None if damaged is None else f"{file.name} is damaged in its record {damaged}"
+    if (checkpoint_dir / checksums.FILE_NAME).is_file():
+        return checksums.problem_with(checkpoint_dir, only=MODEL_FILE)
+    return checksums.problem_inside(checkpoint_dir / MODEL_FILE)
 
 
 def find_resume_file(
@@ -90,8 +79,8 @@ def find_resume_file(
 
 def _says_when(checkpoint_dir: Path) -> bool:
     """Return whether a checkpoint's own word about when it was saved can be trusted; plain LitGPT's has its name."""
-    if (checkpoint_dir / manifest.FILE_NAME).exists():
-        return manifest.problem_with(checkpoint_dir, required=(STATE_FILE,), only=STATE_FILE) is None
+    if (checkpoint_dir / checksums.FILE_NAME).exists():
+        return checksums.problem_with(checkpoint_dir, required=(STATE_FILE,), only=STATE_FILE) is None
     return not (checkpoint_dir / STATE_FILE).exists()
 
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from litgpt_moe_ext import checksums
 from litgpt_moe_ext.durable import WRITE_TEST, cut_off, flush, flush_tree
-from litgpt_moe_ext.training.checkpoint import manifest
 from litgpt_moe_ext.training.checkpoint.earlier import free_name
 from litgpt_moe_ext.training.checkpoint.progress import STATE_FILE, Progress
 from litgpt_moe_ext.training.parallel import random_state
@@ -94,7 +94,7 @@ def save_whole(save: Callable[..., None], fabric: Any, state: dict, tokenizer_di
         if fabric.is_global_zero:
             counters = fabric.attempt, state["step_count"], state["iter_num"]
             Progress(*counters, fabric.world_size, time.time()).write(staging)
-            manifest.write(staging)
+            checksums.write(staging)
             publish(staging, target)
 
     if fabric.is_global_zero:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from litgpt.utils import chunked_cross_entropy
 
+from litgpt_moe_ext import checksums
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
 from litgpt_moe_ext.training.callbacks.fused_loss import linear_loss
-from litgpt_moe_ext.training.checkpoint import manifest
 from tests.models import initialized_model, moe_config, noisy_config
 from tests.runs import logged, run_command, train
 
@@ -143,7 +143,7 @@ def test_half_precision_with_a_scaler(recipe, tmp_path):
     saved["callbacks"]["ScalerState"]["scale"] = 1024.0
     changed = tmp_path / "parts" / "step-00000004"
     torch.save(saved, changed / "lit_model.pth")
-    manifest.write(changed)
+    checksums.write(changed)
     further = ("--train.max_steps", "5", "--out_dir", tmp_path / "other")
     assert train("--config", file, "--resume", changed, *further) == 0
     final = torch.load(tmp_path / "other" / "final" / "lit_model.pth", weights_only=True)

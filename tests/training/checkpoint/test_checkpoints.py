@@ -14,10 +14,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from litgpt_moe_ext import checksums
 from litgpt_moe_ext.durable import flush, flush_tree
 from litgpt_moe_ext.lock import ProcessLock
 from litgpt_moe_ext.training.callbacks import retention
-from litgpt_moe_ext.training.checkpoint import manifest
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
 from litgpt_moe_ext.training.checkpoint.compatibility import resume_notes
 from litgpt_moe_ext.training.checkpoint.earlier import set_aside
@@ -327,8 +327,8 @@ class TestManifest:
     def test_damage_of_its_own_is_named(self, tmp_path, damage, message):
         torch.save({}, tmp_path / "lit_model.pth")
         (tmp_path / "model_config.yaml").write_text("")
-        manifest.write(tmp_path)
-        file = tmp_path / manifest.FILE_NAME
+        checksums.write(tmp_path)
+        file = tmp_path / checksums.FILE_NAME
         file.write_bytes(damage(file.read_bytes()))
         assert message in problem_with(tmp_path)
 
@@ -336,14 +336,14 @@ class TestManifest:
         (tmp_path / "a").mkdir()
         (tmp_path / "a" / "b.bin").write_bytes(b"content")
         (tmp_path / "c.txt").write_text("text")
-        manifest.write(tmp_path)
-        assert manifest.problem_with(tmp_path) is None
+        checksums.write(tmp_path)
+        assert checksums.problem_with(tmp_path) is None
         if sums := shutil.which("sha256sum"):
-            subprocess.run([sums, "--quiet", "-c", manifest.FILE_NAME], cwd=tmp_path, check=True)
+            subprocess.run([sums, "--quiet", "-c", checksums.FILE_NAME], cwd=tmp_path, check=True)
         (tmp_path / "a" / "b.bin").write_bytes(b"cOntent")
-        assert manifest.problem_with(tmp_path) == "a/b.bin differs from its checksum in SHA256SUMS"
+        assert checksums.problem_with(tmp_path) == "a/b.bin differs from its checksum in SHA256SUMS"
         (tmp_path / "a" / "b.bin").unlink()
-        assert "a/b.bin cannot be read" in manifest.problem_with(tmp_path)
+        assert "a/b.bin cannot be read" in checksums.problem_with(tmp_path)
 
 
 def test_resume_notes(recipe, finished, tmp_path, capsys):

@@ -1,0 +1,83 @@
+"""Checksums of the files of checkpoints and corpora, as `sha256sum` writes them: `sha256sum -c SHA256SUMS` checks them.
+
+The archive that `torch.save` writes has a CRC of every record, but the files beside it (configurations, tokenizer, an
+averaged model) and shards of tokens have none, and reading them wrong would train something else without a word.
+"""
+
+import hashlib
+import re
+import zipfile
+from collections.abc import Collection
+from pathlib import Path
+
+FILE_NAME = "SHA256SUMS"
+_LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
+
+
+def write(directory: Path, leave_out: Collection[str] = ()) -> None:
+    """Write the checksums of all files in `directory`, at any depth, but for those with one of some names."""
+    lines = [f"{_digest(directory / name)}  {name}\n" for name in _names(directory, leave_out)]
+    (directory / FILE_NAME).write_text("".join(lines), encoding="utf-8")
+
+
+def read(directory: Path) -> dict[str, str]:
+    """Return the checksums in `directory` by the names of files.
+
+    Raises:
+        ValueError: If they cannot be read; the message says why.
+    """
+    try:
+        lines = (directory / FILE_NAME).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{FILE_NAME} cannot be read ({error})") from error
+    listed = {}
+    for number, line in enumerate(lines, start=1):
+        if (match := _LINE.fullmatch(line)) is None:
+            raise ValueError(f"{FILE_NAME} is damaged in line {number}")
+        listed[match[2]] = match[1]
+    return listed
+
+
+def problem_with(directory: Path, required: tuple[str, ...] = (), only: str | None = None) -> str | None:
+    """Return which file is missing or differs from its checksum, or None if all are as they were written.
+
+    Args:
+        directory: A directory with checksums.
+        required: Files that must have one.
+        only: The one file to look at; by default all of them.
+    """
+    try:
+        listed = read(directory)
+    except ValueError as error:
+        return str(error)
+    if missing := [name for name in required if name not in listed]:
+        return f"{FILE_NAME} does not list {', '.join(missing)}"
+    for name, digest in listed.items():
+        if only not in (None, name):
+            continue
+        try:
+            if _digest(directory / name) != digest:
+                return f"{name} differs from its checksum in {FILE_NAME}"
+        except (OSError, ValueError) as error:  # ValueError: a damaged name that no file can have
+            return f"{name} cannot be read ({getattr(error, 'strerror', None) or error})"
+    return None
+
+
+def problem_inside(file: Path) -> str | None:
+    """Return which record of an archive of `torch.save` is not what its CRC says, or None if all are."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
+        return f"{file.name} is truncated or damaged ({error})"
+    return None if damaged is None else f"{file.name} is damaged in its record {damaged}"
+
+
+def _names(directory: Path, leave_out: Collection[str]) -> list[str]:
+    found = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    return sorted(name for name in found if name != FILE_NAME and name not in leave_out)
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
