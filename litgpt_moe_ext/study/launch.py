@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from litgpt_moe_ext.cli.output import write_json
 from litgpt_moe_ext.errors import SettingsError, refuse_first
+from litgpt_moe_ext.lock import ProcessLock
 from litgpt_moe_ext.study.place import Places, TrainedOn
 from litgpt_moe_ext.study.plan import Run
 from litgpt_moe_ext.training.control import StopRequests
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from litgpt_moe_ext.training.plan import Plan
 
 FINISHED = "finished.json"
+_LOCK = ".study.lock"  # the run itself has another
 _LOOK_EVERY = 0.5  # seconds
 _LAST_BYTES = 4000  # of a run's output, in which its last line is
 _TRAIN = "import sys; from litgpt_moe_ext.cli.main import main; sys.exit(main(['train', *sys.argv[1:]]))"
@@ -149,15 +151,29 @@ def _train(
         return None
     out_dir = runs_dir / run.key
     out_dir.mkdir(parents=True, exist_ok=True)
-    output = out_dir / "output.txt"
-    earlier = output.stat().st_size if output.exists() else 0
+    lock = ProcessLock(out_dir / _LOCK)
     place = free.get()
     try:
-        trained_on = TrainedOn.here(places, place)  # not afterwards: by then the code may be another
-        command = [sys.executable, "-c", _TRAIN, *run.flags(out_dir)]
-        status = _process(command, output, places.environment(place), stopped)
+        if (owner := lock.take()) is not None:
+            return f"{run.title}: is trained by another study, {owner}"
+        if is_finished(runs_dir, run):  # by another study, meanwhile
+            return ""
+        return _train_here(run, out_dir, (places, place), stopped, say)
     finally:
+        lock.release()
         free.put(place)
+
+
+def _train_here(
+    run: Run, out_dir: Path, where: tuple[Places, int], stopped: Callable[[], str], say: Callable[[str], None]
+) -> str:
+    # What went wrong, or nothing.
+    output = out_dir / "output.txt"
+    earlier = output.stat().st_size if output.exists() else 0
+    places, place = where
+    trained_on = TrainedOn.here(places, place)  # not afterwards: by then the code may be another
+    command = [sys.executable, "-c", _TRAIN, *run.flags(out_dir)]
+    status = _process(command, output, places.environment(place), stopped)
     if status == 0:
         what = {"arm": run.arm, "point": run.point, "seed": run.seed, "settings": run.settings}
         write_json(out_dir / FINISHED, what | {"trained_on": asdict(trained_on)})

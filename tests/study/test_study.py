@@ -22,6 +22,7 @@ from litgpt import Config
 from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.cli.settings import annotations, litgpt_types, read_given, read_settings
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.lock import ProcessLock
 from litgpt_moe_ext.study import launch
 from litgpt_moe_ext.study.analysis import break_even, compute_multiplier, differences, first_below, mean_interval
 from litgpt_moe_ext.study.compare import compared, grouped
@@ -217,6 +218,29 @@ def test_no_run_is_repeated_and_a_failed_one_is_tried_again(tmp_path, monkeypatc
     assert len(calls) == 5
     late = launch.train(load_study(STUDIES[0]).runs[:1], tmp_path, Limits(seconds=0), said.append)
     assert "out of time" in late.problems[0]
+
+
+def test_two_studies_share_the_runs(tmp_path, monkeypatch):
+    """What the other trains is left to it, and what it has finished meanwhile is not trained again."""
+    runs, trained = load_study(write(tmp_path / "s.yaml", seeds=[1, 2, 3])).runs, []
+
+    def process(command, log, environment, stopped):
+        trained.append(log.parent.name)
+        (tmp_path / runs[2].key).mkdir(exist_ok=True)
+        (tmp_path / runs[2].key / launch.FINISHED).touch()
+        return 0
+
+    monkeypatch.setattr(launch, "_process", process)
+    (tmp_path / runs[0].key).mkdir()
+    other = ProcessLock(tmp_path / runs[0].key / ".study.lock")
+    assert other.take() is None
+    (problem,) = launch.train(runs, tmp_path, Limits(), lambda line: None).problems
+    assert problem.startswith(f"{runs[0].title}: is trained by another study, process {os.getpid()} on ")
+    assert trained == [runs[1].key]
+    other.release()
+    assert launch.train(runs, tmp_path, Limits(), lambda line: None) == ([], 0)
+    assert trained == [runs[1].key, runs[0].key]
+    assert not list(tmp_path.rglob(".study.lock*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
