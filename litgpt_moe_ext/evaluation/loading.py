@@ -19,7 +19,7 @@ from litgpt_moe_ext.errors import SettingsError, one_line
 WEIGHTS_FILE = "lit_model.pth"
 CONFIG_FILE = "model_config.yaml"
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")
-_FROM_ANEW = "copy it again, or name another checkpoint"
+FROM_ANEW = "copy it again, or name another checkpoint"
 _LONGEST_CAUSE = 400
 
 
@@ -87,21 +87,21 @@ def read_checkpoint(path: Path, setting: str = "checkpoint_dir") -> dict[str, An
         with path.open("rb") as file:
             is_whole = zipfile.is_zipfile(file)
     except OSError as error:
-        raise SettingsError(f"{setting}: {path} cannot be read ({error.strerror}); {_FROM_ANEW}") from error
+        raise SettingsError(f"{setting}: {path} cannot be read ({error.strerror}); {FROM_ANEW}") from error
     if not is_whole:
-        raise SettingsError(f"{setting}: {path} is damaged or cut off; {_FROM_ANEW}")
+        raise SettingsError(f"{setting}: {path} is damaged or cut off; {FROM_ANEW}")
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         objects = _foreign_objects(path)
         if not objects:
-            raise SettingsError(f"{setting}: {path} is damaged; {_FROM_ANEW}") from error
+            raise SettingsError(f"{setting}: {path} is damaged; {FROM_ANEW}") from error
         raise SettingsError(
             f"{setting}: {path} holds {', '.join(objects)}, which could run code; it must hold tensors and plain data "
             "only; open it with what wrote it, and save its weights alone"
         ) from None
     except (EOFError, RuntimeError) as error:
-        raise SettingsError(f"{setting}: {path} is damaged ({_shortened(error)}); {_FROM_ANEW}") from error
+        raise SettingsError(f"{setting}: {path} is damaged ({_shortened(error)}); {FROM_ANEW}") from error
     if not isinstance(content, dict):
         raise SettingsError(f"{setting}: {path} holds a {type(content).__name__}; it must hold weights by name")
     return content
@@ -121,16 +121,16 @@ def read_config(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> Config
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise SettingsError(f"{setting}: {file} cannot be read ({_shortened(error)}); {_FROM_ANEW}") from error
+        raise SettingsError(f"{setting}: {file} cannot be read ({_shortened(error)}); {FROM_ANEW}") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise SettingsError(f"{setting}: {file} holds no model configuration; {_FROM_ANEW}")
+        raise SettingsError(f"{setting}: {file} holds no model configuration; {FROM_ANEW}")
     try:
         check_ranges(values)
         return Config.from_file(file)  # which knows the mark of this package
     except (TypeError, ValueError, AssertionError) as error:  # how LitGPT and this package judge fields and values
         raise SettingsError(
             f"{setting}: {file} describes no model that this version knows: {_shortened(error)}; upgrade it, or "
-            f"{_FROM_ANEW}"
+            f"{FROM_ANEW}"
         ) from error
 
 
@@ -195,7 +195,7 @@ def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
         return Tokenizer(checkpoint_dir)
     except Exception as error:  # the tokenizers library raises nothing more precise
         raise SettingsError(
-            f"checkpoint_dir: the tokenizer in {checkpoint_dir} cannot be opened ({_shortened(error)}); {_FROM_ANEW}"
+            f"checkpoint_dir: the tokenizer in {checkpoint_dir} cannot be opened ({_shortened(error)}); {FROM_ANEW}"
         ) from error
 
 

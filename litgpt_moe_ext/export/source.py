@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from litgpt_moe_ext.checksums import problem_inside
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.loading import (
     CONFIG_FILE,
+    FROM_ANEW,
     VOCABULARY_FILES,
     WEIGHTS_FILE,
     load_tokenizer,
@@ -95,8 +97,8 @@ def read_source(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> Source
         setting: Which setting named it, for errors.
 
     Raises:
-        SettingsError: If it is not whole, was written by a newer version, or has other weights than its configuration
-            says.
+        SettingsError: If it is not whole, is damaged, was written by a newer version, or has other weights than its
+            configuration says.
     """
     folder = checkpoint_dir.resolve()
     if (folder.parent if folder.name == "ema" else folder).name.startswith("."):
@@ -107,6 +109,9 @@ def read_source(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> Source
             raise SettingsError(f"{setting}: {str(checkpoint_dir)!r} has no {name}; name a whole checkpoint")
     config = cast("Config", read_config(checkpoint_dir, setting))
     content = read_checkpoint(checkpoint_dir / WEIGHTS_FILE, setting)
+    # What is made of it goes elsewhere, where no checksum tells any more.
+    if damage := problem_inside(checkpoint_dir / WEIGHTS_FILE):
+        raise SettingsError(f"{setting}: in {str(checkpoint_dir)!r} {damage}; {FROM_ANEW}")
     run = {key: content[key] for key in ("train_dataloader", "callbacks") if "model" in content and key in content}
     state = content.get("model", content)
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):

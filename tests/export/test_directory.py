@@ -42,6 +42,19 @@ def test_full_disk(tmp_path, small_disk, name):
     assert set(tmp_path.rglob("*")) == there
 
 
+@pytest.mark.parametrize("name", [name for name in WRITERS if name != "import"])
+def test_weights_with_a_flipped_bit(tmp_path, name):
+    """Whatever is made of them has no checksums that could tell."""
+    settings, write = WRITERS[name]
+    make_checkpoint(tmp_path / "source", settings, False)
+    weights = bytearray((tmp_path / "source" / "lit_model.pth").read_bytes())
+    weights[len(weights) // 2] ^= 1
+    (tmp_path / "source" / "lit_model.pth").write_bytes(weights)
+    with pytest.raises(SettingsError, match=r"_dir: in '.*source' lit_model.pth is damaged in its record .*; copy it"):
+        write(tmp_path / "source", tmp_path / "out")
+    assert names(tmp_path) == ["source", "source/lit_model.pth", "source/model_config.yaml"]
+
+
 def test_names_that_cannot_be(tmp_path):
     (tmp_path / "link").symlink_to("nowhere")
     too_long = "cannot be made .*File name too long"
