@@ -1,7 +1,8 @@
 """Ctrl-C and SIGTERM that are not lost, and leave nothing half-written.
 
 Some extension modules drop whatever their imports raise: torch's drops a KeyboardInterrupt while it loads NumPy. The
-program would go on with half a NumPy, and fail at the first use of the rest, after hours.
+program would go on with half a NumPy, and fail at the first use of the rest, after hours. Python itself drops what
+finalizers raise.
 
 Imports nothing of this package.
 """
@@ -9,10 +10,13 @@ Imports nothing of this package.
 import _thread
 import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
+from typing import Any
 
 _LOOK_EVERY = 0.05  # seconds
 _USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
@@ -30,14 +34,18 @@ class Terminated(BaseException):
 def interruptible() -> Iterator[None]:
     """In the scope, raise KeyboardInterrupt on Ctrl-C and Terminated on SIGTERM.
 
-    Not while an extension module loads: then after it. Where another handler than Python's is in place, and outside
-    the main thread, nothing changes.
+    Not while an extension module loads: then after it; and once more where Python had to drop it. Where another handler
+    than Python's is in place, and outside the main thread, nothing changes.
     """
     global _process
     in_main = threading.current_thread() is threading.main_thread()
     taken = [number for number, usual in _USUAL.items() if in_main and signal.getsignal(number) is usual]
-    if taken:
-        _process = os.getpid()
+    if not taken:
+        yield
+        return
+    _process = os.getpid()
+    dropped = sys.unraisablehook
+    sys.unraisablehook = partial(_again_if_dropped, dropped)
     for number in taken:
         signal.signal(number, _interrupt)
     try:
@@ -45,6 +53,7 @@ def interruptible() -> Iterator[None]:
     finally:
         for number in taken:
             signal.signal(number, _USUAL[number])
+        sys.unraisablehook = dropped
 
 
 def end_at_once_on_termination() -> None:
@@ -74,6 +83,17 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
         os.kill(os.getpid(), number)
     if not _loads_extension(frame):
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+    _interrupt_again(number)
+
+
+def _again_if_dropped(otherwise: Callable[[Any], object], dropped: Any) -> None:
+    if number := interruption_behind(dropped.exc_value):
+        _interrupt_again(number)
+    else:
+        otherwise(dropped)
+
+
+def _interrupt_again(number: int) -> None:
     timer = threading.Timer(_LOOK_EVERY, _thread.interrupt_main, (number,))
     timer.daemon = True
     timer.start()

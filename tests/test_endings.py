@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,35 @@ def test_an_extension_module_is_loaded_before_a_signal_counts(number, name, caps
     assert not went_on
     assert capsys.readouterr().err == f"Stopped by {name}.\n"
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+class Finalized:
+    """Is interrupted in its finalizer, or in the callback of a reference to it."""
+
+    def __init__(self, number, by_callback):
+        self.number = None if by_callback else number
+        self.reference = by_callback and weakref.ref(self, lambda _: signal.raise_signal(number))
+
+    def __del__(self):
+        if self.number:
+            signal.raise_signal(self.number)
+
+
+@BOTH
+@pytest.mark.parametrize("by_callback", [False, True])
+def test_a_signal_in_a_finalizer_is_not_dropped(number, name, by_callback, capsys):
+    def run():
+        finalized = Finalized(number, by_callback)
+        reference = finalized.reference  # noqa: F841  (a reference that is gone calls nothing)
+        del finalized
+        time.sleep(5)
+        went_on.append(True)
+
+    went_on, hook = [], sys.unraisablehook
+    assert exit_status(run) == 128 + number
+    assert not went_on
+    assert capsys.readouterr().err == f"Stopped by {name}.\n"
+    assert sys.unraisablehook is hook
 
 
 @BOTH
