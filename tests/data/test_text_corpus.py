@@ -166,6 +166,28 @@ def test_a_full_disk_and_a_second_attempt(files, tmp_path, monkeypatch, capsys, 
     assert names(root) == [corpus.name]
 
 
+@pytest.mark.parametrize("name", ["train_00000.bin", "state.json", "counts"])
+def test_an_unfinished_corpus_that_was_damaged_is_named(files, tmp_path, monkeypatch, name):
+    settings = CorpusSettings(BPE, val_fraction=0.2, shard_tokens=1500)
+    monkeypatch.setattr(batches, "_BATCH_BYTES", 1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(text_corpus._Preparation, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare_corpus(tmp_path, sources_of(files, tmp_path), settings)
+    (unfinished,) = tmp_path.glob(".*.unfinished")
+    if name == "counts":
+        state = json.loads((unfinished / "state.json").read_text())
+        del state["counts"]["tokens_val"]
+        (unfinished / "state.json").write_text(json.dumps(state))
+    elif name == "state.json":
+        os.truncate(unfinished / name, 40)
+    else:
+        (unfinished / name).unlink()
+    with pytest.raises(SettingsError, match=rf"data_path: .*{unfinished.name}.*; delete .* to prepare the corpus anew"):
+        prepare_corpus(tmp_path, sources_of(files, tmp_path), settings)
+    assert unfinished.is_dir()
+
+
 def test_unfinished_corpora_that_nobody_goes_on_with(files, tmp_path, capsys):
     """They are deleted after a while; not those of late, and never one that a process works on."""
     days = {"abandoned": 15, "recent": 13, "locked": 15}

@@ -21,7 +21,7 @@ from litgpt_moe_ext.data.pipeline.batches import Intake
 from litgpt_moe_ext.data.pipeline.encoding import Encoder, encode_in_order
 from litgpt_moe_ext.data.pipeline.progress import PreparationProgress
 from litgpt_moe_ext.data.pipeline.settings import VAL_REMEDY, CorpusSettings
-from litgpt_moe_ext.data.pipeline.shards import token_dtype, write_shard
+from litgpt_moe_ext.data.pipeline.shards import open_shard, token_dtype, write_shard
 from litgpt_moe_ext.data.pipeline.sources import SIDES, Source
 from litgpt_moe_ext.data.pipeline.store import (
     MANIFEST,
@@ -158,6 +158,15 @@ class _Preparation:
             late = sorted(self.directory.glob(f"{split}_*.bin"))[self.state.shards[split] :]
             for path in (*late, *self.directory.glob(f".{split}_*.partial")):
                 path.unlink()
+            self._require_tokens(split)
+
+    def _require_tokens(self, split: str) -> None:
+        found = sum(len(open_shard(path)) for path in self.directory.glob(f"{split}_*.bin"))
+        if found != (expected := self.state.counts[f"tokens_{split}"]):
+            raise SettingsError(
+                f"data_path: the {split} shards in {self.directory} have {found:,} tokens where its {STATE} counts "
+                f"{expected:,}; delete it to prepare the corpus anew"
+            )
 
     def _start(self, progress: PreparationProgress) -> None:
         with writing(self.final.parent):

@@ -21,7 +21,7 @@ from litgpt_moe_ext.data.pipeline.batches import Batch
 from litgpt_moe_ext.data.pipeline.sources import HASHES, SIDES
 from litgpt_moe_ext.data.pipeline.store import STATE
 from litgpt_moe_ext.durable import flush
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import SettingsError, one_line
 
 DAYS = 14
 UNFINISHED, LOCK = ".unfinished", ".lock"
@@ -54,11 +54,23 @@ class State:
 
     @classmethod
     def load(cls, directory: Path) -> "State | None":
-        """Return what an unfinished corpus says, or None if it does not."""
+        """Return what an unfinished corpus says, or None if it does not.
+
+        Raises:
+            SettingsError: It is damaged.
+        """
         try:
-            return cls(**json.loads((directory / STATE).read_text(encoding="utf-8")))
+            state = cls(**json.loads((directory / STATE).read_text(encoding="utf-8")))
+            if not (state.shards.keys() == cls().shards.keys() and state.counts.keys() == cls().counts.keys()):
+                raise ValueError("it lacks counts")
         except FileNotFoundError:
             return None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise SettingsError(
+                f"data_path: {directory / STATE} is damaged ({one_line(error)}); delete {directory} to prepare the "
+                "corpus anew"
+            ) from error
+        return state
 
     def save(self, directory: Path) -> None:
         """Have an unfinished corpus say this, once everything that it says of the shards is true."""
