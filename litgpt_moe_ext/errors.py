@@ -53,14 +53,18 @@ def exit_status(run: Callable[[], int | None], interrupted: str = "") -> int:
         run: Returns an exit status, or None for success.
         interrupted: What to say after Ctrl-C or SIGTERM, instead of their name.
     """
-    with interruptible():
+
+    def end(number: signal.Signals) -> int:
+        name = "Ctrl-C" if number == signal.SIGINT else number.name
+        print(interrupted or f"Stopped by {name}.", file=sys.stderr, flush=True)
+        return 128 + number
+
+    with interruptible(end):
         try:
             return run() or 0
         except (KeyboardInterrupt, Terminated, Exception) as error:
             if number := interruption_behind(error):
-                name = "Ctrl-C" if number == signal.SIGINT else number.name
-                print(interrupted or f"Stopped by {name}.", file=sys.stderr)
-                return 128 + number
+                return end(number)
             if isinstance(error, SettingsError):
                 print(f"error: {error}", file=sys.stderr)
                 return WRONG_SETTING

@@ -10,6 +10,7 @@ Imports nothing of this package.
 import _thread
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from typing import Any
 _LOOK_EVERY = 0.05  # seconds
 _USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 _process = 0  # whose handlers are in place; what it forks inherits them
+_end: Callable[[signal.Signals], int]
 
 
 class Terminated(BaseException):
@@ -31,19 +33,22 @@ class Terminated(BaseException):
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
+def interruptible(end: Callable[[signal.Signals], int]) -> Iterator[None]:
     """In the scope, raise KeyboardInterrupt on Ctrl-C and Terminated on SIGTERM.
 
     Not while an extension module loads: then after it; and once more where Python had to drop it. Where another handler
     than Python's is in place, and outside the main thread, nothing changes.
+
+    Args:
+        end: Says that a signal ends the program, and returns its exit status; for `ending_at_once`.
     """
-    global _process
+    global _process, _end
     in_main = threading.current_thread() is threading.main_thread()
     taken = [number for number, usual in _USUAL.items() if in_main and signal.getsignal(number) is usual]
     if not taken:
         yield
         return
-    _process = os.getpid()
+    _process, _end = os.getpid(), end
     dropped = sys.unraisablehook
     sys.unraisablehook = partial(_again_if_dropped, dropped)
     for number in taken:
@@ -63,6 +68,36 @@ def end_at_once_on_termination() -> None:
     """
     if signal.getsignal(signal.SIGTERM) is _interrupt and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """In the scope, which runs long in code that is not Python's and leaves nothing half-written, end on a signal.
+
+    Python would raise nothing before that code returns. A thread hears of the signal at once.
+    """
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is _interrupt
+    if not ours:
+        yield
+        return
+    heard, told = socket.socketpair()
+    told.setblocking(False)
+    before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+    listener = threading.Thread(target=_end_when_told, args=(heard,), daemon=True)
+    listener.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        told.close()
+        listener.join()
+
+
+def _end_when_told(heard: socket.socket) -> None:
+    with heard:
+        while number := heard.recv(1):
+            if number[0] in _USUAL:
+                os._exit(_end(signal.Signals(number[0])))
 
 
 def interruption_behind(error: BaseException | None) -> signal.Signals | None:

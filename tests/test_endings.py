@@ -112,6 +112,24 @@ def test_what_sigterm_ends_at_once(prepare, capfd):
     assert capfd.readouterr().err == ""
 
 
+@BOTH
+def test_code_that_hears_no_signals_is_not_waited_for(number, name):
+    """As the training of a tokenizer: Python's handlers do not run before it returns."""
+    code = (
+        "import hashlib, os, threading; from litgpt_moe_ext.errors import exit_status\n"
+        "from litgpt_moe_ext.interruption import ending_at_once\n"
+        "def run():\n"
+        "    with ending_at_once():\n"
+        "        pass\n"
+        "    with ending_at_once():\n"
+        f"        threading.Timer(0.2, os.kill, (os.getpid(), {int(number)})).start()\n"
+        "        hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\n"
+        "exit_status(run)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert (result.returncode, result.stderr) == (128 + number, f"Stopped by {name}.\n")
+
+
 @pytest.mark.parametrize("program", ["run_train.py", *(f"data_prep/{script.name}" for script in SCRIPTS)])
 def test_what_a_program_imports_before_ctrl_c_is_one_line(program):
     code = (

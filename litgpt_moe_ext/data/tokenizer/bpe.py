@@ -11,6 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from litgpt_moe_ext.data.tokenizer.threads import threads_for_tokenizers
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.interruption import ending_at_once
 
 EOS_TOKEN = "<|endoftext|>"
 _BYTES = 256
@@ -79,7 +80,7 @@ def train_bpe(texts: Iterable[str], settings: BPESettings, directory: str | os.P
         SettingsError: The settings cannot work.
     """
     settings.check()
-    with threads_for_tokenizers():
+    with threads_for_tokenizers(), ending_at_once():
         train = _train_on_bytes if settings.byte_mode == "level" else _train_on_characters
         tokenizer = train(texts, settings)
     directory = Path(directory)
