@@ -14,6 +14,7 @@ import yaml
 from lightning import Fabric
 from litgpt import GPT, Config
 from torch import Tensor
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -28,6 +29,9 @@ def fake_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[FakeTensorMode]:
     # In this order: torch puts a guard in place of the driver as long as it knows that there is none.
     with FakeTensorMode() as mode, pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
+        # Of a card that it believes in, torch 2.10 makes a real tensor, for backward passes, and its optimizers ask.
+        patch.setattr(fake_tensor, "init_gpu_context", lambda device: None)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: capability >= (8, 0))
         patch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)

@@ -2,8 +2,12 @@
 
 from typing import Any
 
+import pytest
 import torch
 from litgpt import GPT, Config
+
+HAS_FUSED_LOSS = hasattr(torch.nn.functional, "linear_cross_entropy")
+needs_fused_loss = pytest.mark.skipif(not HAS_FUSED_LOSS, reason="fused_cross_entropy needs a newer torch")
 
 
 def moe_config(**changes: Any) -> Config:

@@ -119,7 +119,7 @@ def _finder(find: Any) -> Any:
         for action in by_name.get(dest, ()):
             if exclude is not None and isinstance(action, exclude):
                 continue
-            if not isinstance(action, (actions._ActionConfigLoad, actions.ActionFail)):
+            if not isinstance(action, (actions._ActionConfigLoad, getattr(actions, "ActionFail", ()))):
                 return action, None
             fallback = action
         return fallback, None

@@ -308,7 +308,8 @@ def test_choice_on_amd(monkeypatch: pytest.MonkeyPatch, has_kernels: bool) -> No
     # To torch such a card is a CUDA device of capability 9.4 with cuDNN, which is MIOpen.
     monkeypatch.setattr(torch.version, "hip", "7.0")
     monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda parameters: has_kernels)
-    monkeypatch.setattr(torch, "empty", lambda *size, device, **_: torch.zeros(*size, device="meta"))
+    probe = torch.empty(1, 1, 8, 64, device="meta")
+    monkeypatch.setattr(torch, "empty", lambda *size, **_: probe)
     device = torch.device("cuda")
     assert choice.capability_of(device) == (0, 0)
 

@@ -23,6 +23,8 @@ class Hub(BaseHTTPRequestHandler):
         if self.path == "/api/whoami-v2":
             known = self.headers.get("authorization") == "Bearer right"
             return self._answer({"name": "me"} if known else {"error": "Invalid credentials"}, 200 if known else 401)
+        if self.path.startswith(("/api/models/me/model/", "/api/models/me/full/")):
+            return self._answer({"id": "me/model", "siblings": [], "xetEnabled": False})
         return self._answer({"error": "Repository not found"}, 404)
 
     def do_POST(self):

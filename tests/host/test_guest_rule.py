@@ -60,7 +60,8 @@ def test_bit_identical_with_and_without(reports, label):
 def test_what_takes_long_to_import_is_postponed(reports):
     with_plugin, without_plugin = reports
     assert with_plugin["loaded"] == []
-    assert without_plugin["loaded"] == ["scipy", "torch._dynamo", "torchvision", "transformers"]
+    # torchvision as well, with most versions of torchmetrics
+    assert set(without_plugin["loaded"]) >= {"scipy", "torch._dynamo", "transformers"}
 
 
 def test_plain_python_is_left_alone():

@@ -11,7 +11,7 @@ from litgpt_moe_ext.inspect.cost.fit import RUNTIME, best_fit, find_fits
 from litgpt_moe_ext.inspect.cost.layers import shorten
 from litgpt_moe_ext.inspect.cost.memory import graph_memory, training_memory
 from litgpt_moe_ext.inspect.recipes import Recipe
-from tests.models import moe_config
+from tests.models import moe_config, needs_fused_loss
 
 MODEL = {"n_layer": 1, "n_embd": 16, "n_head": 2, "block_size": 16, "padded_vocab_size": 64, "vocab_size": 64}
 
@@ -69,6 +69,7 @@ def test_problems_are_found(settings, topic):
     assert verdicts({})[topic] != "problem"
 
 
+@needs_fused_loss
 def test_memory_takes_the_whole_recipe_into_account(monkeypatch):
     """What does not fit fits with one of the remedies that are named."""
     config = moe_config(padded_vocab_size=4096, n_layer=6)

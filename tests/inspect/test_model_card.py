@@ -31,7 +31,7 @@ from litgpt_moe_ext.model_size import count_flops
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
 from litgpt_moe_ext.training.callbacks.fused_loss import FusedLoss
 from tests.inspect.live_memory import LiveMemory
-from tests.models import initialized_model, moe_config
+from tests.models import HAS_FUSED_LOSS, initialized_model, moe_config, needs_fused_loss
 
 LENGTH = 32
 RECIPE = {
@@ -108,7 +108,7 @@ def test_training_memory_is_that_of_a_real_step(settings, precision):
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=needs_fused_loss)])
 def test_memory_savers_save_what_they_save_in_a_real_step(mode, fused):
     config = moe_config(
         n_layer=4, n_embd=64, moe_intermediate_size=48, padded_vocab_size=1024, attention_class_name="SinkAttention"
@@ -160,7 +160,7 @@ def test_a_short_model_tells_what_the_whole_one_takes(name, every, whole):
     config = moe_config(padded_vocab_size=512, **DEEP[name])
     steps = [
         Step("bf16-mixed", 2, LENGTH, activation_checkpointing="full"),
-        Step("bf16-mixed", 2, LENGTH, activation_checkpointing="selective", fused_cross_entropy=True),
+        Step("bf16-mixed", 2, LENGTH, activation_checkpointing="selective", fused_cross_entropy=HAS_FUSED_LOSS),
         Step("32-true", 2, LENGTH),
     ][list(DEEP).index(name) % every :: every]
     assert layers.shorten(config).left_out
@@ -194,7 +194,7 @@ def test_short_recipes_tell_what_the_whole_ones_take(path, whole):
         partial(Step, micro_batch_size=2, sequence_length=LENGTH),
         precision=st.sampled_from([name for name in PRECISIONS if name != "16-mixed"]),
         activation_checkpointing=st.sampled_from(["none", "full", "selective"]),
-        fused_cross_entropy=st.booleans(),
+        fused_cross_entropy=st.sampled_from(sorted({False, HAS_FUSED_LOSS})),
         tie_embeddings=st.booleans(),
     ),
 )
@@ -307,6 +307,7 @@ def test_tied_tables_count_once():
     assert untied.checkpoint_weights["float32"] - tied.checkpoint_weights["float32"] == 4 * table
 
 
+@needs_fused_loss
 def test_card_knows_savers_and_strategies(tmp_path, capsys):
     settings = {
         "model_config": {**RECIPE, "mlp_class_name": "SharedExpertMoE"},

@@ -16,7 +16,7 @@ from litgpt_moe_ext.inspect.cost.layers import shorten
 from litgpt_moe_ext.inspect.cost.memory import Step, inference_memory, training_memory
 from litgpt_moe_ext.model_size import count_flops
 from tests.inspect.live_memory import LiveMemory
-from tests.models import moe_config
+from tests.models import HAS_FUSED_LOSS, moe_config
 from tests.runs import run_command
 
 LENGTH = 32
@@ -31,7 +31,7 @@ MODELS = {
 STEPS = (
     Step("32-true", 2, LENGTH, activation_checkpointing="full"),
     Step("bf16-mixed", 2, LENGTH),
-    Step("bf16-mixed", 2, LENGTH, activation_checkpointing="selective", fused_cross_entropy=True),
+    Step("bf16-mixed", 2, LENGTH, activation_checkpointing="selective", fused_cross_entropy=HAS_FUSED_LOSS),
     Step("bf16-true", 2, LENGTH, activation_checkpointing="selective"),
 )
 

@@ -9,7 +9,7 @@ from litgpt.utils import chunked_cross_entropy
 from litgpt_moe_ext import checksums
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
 from litgpt_moe_ext.training.callbacks.fused_loss import linear_loss
-from tests.models import initialized_model, moe_config, noisy_config
+from tests.models import initialized_model, moe_config, needs_fused_loss, noisy_config
 from tests.runs import logged, run_command, train
 
 
@@ -60,6 +60,7 @@ def test_selective_keeps_the_choice_of_experts():
     assert counted == {"full": 4, "selective": 2}
 
 
+@needs_fused_loss
 def test_fused_loss_has_the_gradients_of_litgpt():
     torch.manual_seed(0)
     head = torch.nn.Linear(16, 1000)
@@ -75,6 +76,7 @@ def test_fused_loss_has_the_gradients_of_litgpt():
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
 
 
+@needs_fused_loss
 def test_all_savers_train_alike(recipe, finished, tmp_path):
     """With accumulation, balancing bias and validation: the losses of a plain run."""
     finished(tmp_path / "plain")
@@ -93,6 +95,7 @@ def test_all_savers_train_alike(recipe, finished, tmp_path):
         assert full == plain
 
 
+@needs_fused_loss
 def test_fused_loss_scales_the_auxiliary_losses(recipe, tmp_path):
     model = {"mlp_class_name": "NoisyTopKMoE", "norm_topk_prob": None, "router_bias_update_rate": None}
     for name, fused in (("plain", False), ("fused", True)):
@@ -117,6 +120,7 @@ print((peak_memory_gb(x.device) - before) * 1e9 / 2**20)
 """
 
 
+@needs_fused_loss
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process inherits the peak of the one that started it")
 def test_fused_loss_needs_a_fraction_of_the_memory():

@@ -12,7 +12,7 @@ from litgpt_moe_ext.training.parallel.facts import facts_of
 from litgpt_moe_ext.training.steps import cuda_graphs
 from litgpt_moe_ext.training.steps.cuda_graphs import Conditions, CudaGraphs, GraphDecision, decide
 from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss
-from tests.models import moe_config
+from tests.models import moe_config, needs_fused_loss
 from tests.runs import logged, train, weights_of
 from tests.training.steps.passes import Recordings, Reruns
 
@@ -64,6 +64,7 @@ def test_the_run_is_the_same(recipe, graphs, monkeypatch, tmp_path, capsys, pack
         assert all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
+@needs_fused_loss
 def test_with_the_fused_loss(recipe, graphs, monkeypatch, tmp_path):
     file = recipe()
     assert train("--config", file, "--out_dir", tmp_path / "graphed", "--fused_cross_entropy", "true") == 0
@@ -97,6 +98,7 @@ def test_only_the_loop_leaves_a_batch_to_the_loss():
         assert torch.equal(loss(left, ids), model(ids).sum())
 
 
+@needs_fused_loss
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true"])
 def test_a_recorded_run_is_the_same(recipe, graphs, monkeypatch, tmp_path, capsys, precision):

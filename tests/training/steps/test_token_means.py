@@ -11,6 +11,7 @@ from litgpt.utils import chunked_cross_entropy
 from litgpt_moe_ext.training.callbacks.fused_loss import linear_loss
 from litgpt_moe_ext.training.steps.batches import StepBatches, counts_for_loss
 from litgpt_moe_ext.training.steps.losses import RunningMean, TokenMeans
+from tests.models import needs_fused_loss
 from tests.runs import logged, recipe_writer, train
 from tests.training.processes import in_ranks
 
@@ -90,6 +91,7 @@ def test_one_and_two_processes_accumulation_one_and_four(padded, tmp_path):
     assert_same(tmp_path / "two", tmp_path / "one", rel=1e-7)  # routers keep some sums in float32
 
 
+@needs_fused_loss
 def test_micro_batch_without_targets():
     """It adds no loss and no gradient, with and without the output head fused into the loss."""
     head = torch.nn.Linear(4, 7, bias=False)
