@@ -6,6 +6,7 @@ Shape legend: T tokens, E experts, K chosen experts per token.
 import torch
 from torch import Tensor
 
+from litgpt_moe_ext.moe.kernels.fused_router import Given, Rule
 from litgpt_moe_ext.moe.router import Choice, Router
 
 # Odd 64-bit constants of the finaliser of MurmurHash3, as signed integers.
@@ -42,6 +43,14 @@ class FixedRouter(Router):
     """
 
     hashes: Hashes | None = None
+
+    def rule(self) -> Rule | None:
+        """Return the rule of `choose`, None for subclasses with another one."""
+        return Rule("even", self.top_k) if type(self).choose is FixedRouter.choose else None
+
+    def given(self, x_TD: Tensor) -> Given:
+        """Return what `rank` returns."""
+        return Given(self.rank(x_TD).contiguous())
 
     def choose(self, x_TD: Tensor) -> Choice:
         """Choose the experts that `rank` puts first."""

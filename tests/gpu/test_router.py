@@ -6,7 +6,7 @@ import torch
 from litgpt_moe_ext.moe.kernels import fused_router, router_product
 from tests.gpu.card import no_waits, require_bfloat16
 from tests.moe.products import compare_product, every_bit, gradients_of
-from tests.moe.routers import LAYERS, RULES, compare, compare_layer, make_gate, run
+from tests.moe.routers import LAYERS, RULES, compare, compare_fixed, compare_layer, make_gate, run
 
 pytestmark = pytest.mark.gpu
 
@@ -17,7 +17,7 @@ def _needs_triton(device):
         pytest.skip("the kernels need a card; tests/moe interprets them")
 
 
-@pytest.mark.parametrize(("E", "K", "T"), [(8, 2, 130), (8, 2, 20000), (160, 6, 3000)], ids=str)
+@pytest.mark.parametrize(("E", "K", "T"), [(8, 2, 130), (8, 2, 20000), (160, 6, 3000), (384, 8, 3000)], ids=str)
 @pytest.mark.parametrize("name", RULES)
 def test_equals_the_operators(device, name, E, K, T):
     gate = make_gate(**RULES[name], n_expert=E, n_expert_per_token=K).to(device)
@@ -27,6 +27,12 @@ def test_equals_the_operators(device, name, E, K, T):
     compare(gate, T, n_sequence=10, padded=True)
     gate.eval()
     compare(gate, 3)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["text", "padding"])
+@pytest.mark.parametrize("kind", ["hash", "uniform"])
+def test_routers_that_do_not_learn(device, kind, padded):
+    compare_fixed(kind, padded, device)
 
 
 @pytest.mark.parametrize("name", ["noisy, all losses", "noisy, everything"])

@@ -9,11 +9,23 @@ from hypothesis import HealthCheck, Phase, given, settings
 from torch.utils.checkpoint import checkpoint
 
 from litgpt_moe_ext.moe.balancing import update_routers
+from litgpt_moe_ext.moe.fixed_routers import HashRouter
 from litgpt_moe_ext.moe.kernels import fused_router, router_product
 from litgpt_moe_ext.moe.kernels.triton import routing
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import _keep_choices
+from tests.models import moe_config
 from tests.moe.interpreted_triton import EXAMPLES
-from tests.moe.routers import BALANCING, NOISY, RULES, SEQUENCES, compare, compare_layer, make_gate, run
+from tests.moe.routers import (
+    BALANCING,
+    NOISY,
+    RULES,
+    SEQUENCES,
+    compare,
+    compare_fixed,
+    compare_layer,
+    make_gate,
+    run,
+)
 
 # Between them, these have everything.
 SOON = ("sigmoid, groups", "sigmoid, sequences", "softmax, balancing", "noisy, everything")
@@ -55,6 +67,11 @@ def test_hundreds_of_experts(name):
     """So many that a block holds a few tokens, and blocks are added up fewer at a time."""
     torch.manual_seed(0)
     compare(make_gate(**RULES[name], n_expert=1000, n_expert_per_token=8), 44, n_sequence=2, padded=True)
+
+
+@pytest.mark.parametrize(("kind", "padded"), [("hash", True), ("uniform", False)])
+def test_routers_that_do_not_learn(kind, padded):
+    compare_fixed(kind, padded, torch.device("cpu"))
 
 
 def test_one_expert():
@@ -99,17 +116,18 @@ def test_two_runs_give_the_same_bits():
 
 
 def test_what_the_kernels_do_not_know():
-    """Routers that do not learn, and those who ask for ordinary operators."""
-    x = torch.randn(12, 16)
-    for changes in (
-        {"expert_backend": "loop"},
-        {"router_type": "hash", "n_expert_groups": None},
-    ):
-        gate = make_gate(**changes)
+    """Other rules, and those who ask for ordinary operators."""
+
+    class Other(HashRouter):
+        def choose(self, x_TD):
+            return super().choose(x_TD)
+
+    other = Other(moe_config(router_type="hash"))
+    other.token_ids_T = torch.arange(12)
+    for gate in (make_gate(expert_backend="loop"), other):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(fused_router, "works_on", lambda x: True)
-            gate.token_ids_T = torch.arange(12)
-            assert gate(x).decision is None
+            assert gate(torch.randn(12, 16)).decision is None
 
 
 @pytest.mark.parametrize(("name", "padded"), [

@@ -79,6 +79,29 @@ def compare(gate, T, n_sequence=1, padded=False):
     assert torch.equal(routing.decision.ends_E, ends_E)
 
 
+def compare_fixed(kind, padded, device):
+    """Hold the fused kernels against torch's operators for a router that does not learn."""
+    gate = MoE(moe_config(mlp_class_name="MoE", router_type=kind, n_expert_per_token=3)).to(device).gate
+    gate.token_ids_T = torch.arange(130, device=device) * 7919
+    x, upstream = torch.randn(130, 16, device=device), torch.rand(130, 1, device=device)
+    real = torch.rand(130, device=device) < 0.5 if padded else None
+    results = []
+    for fused in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fused_router, "works_on", lambda x, fused=fused: fused)
+            torch.manual_seed(3)
+            routing = gate(x, 1, real)
+        (routing.weights_TK * upstream).sum().backward()
+        update_routers([gate])
+        experts_TK = routing.experts_TK.sort(1).values
+        results.append((routing.weights_TK, experts_TK, routing.counts_E, gate.record))
+        if fused:
+            rows_R, ends_E = sort_rows(routing.experts_TK, routing.counts_E, padded)
+            assert torch.equal(fused_router.sort_rows(routing.decision), rows_R)
+            assert torch.equal(routing.decision.ends_E, ends_E)
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+
+
 LAYERS = {
     "gated": {"n_shared_expert": 1, "shared_expert_gate": True, "bias": True, **SEQUENCES},
     "on input": {"expert_gate_on_input": True, **BALANCING},

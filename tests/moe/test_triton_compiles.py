@@ -175,6 +175,8 @@ def every_router(n_expert):
             routing.route_backward(given, rule, experts, ends, slopes, torch.empty(40, rule.top_k), torch.empty(()))
             routing.route(Given(logits, real_T=real), Rule(*rule[:7]), False)
         routing.place(experts, ends, before)
+    hashes = torch.empty(40, n_expert, dtype=torch.int64)
+    routing.route(Given(hashes, real_T=torch.empty(40, dtype=torch.bool)), Rule("even", 2), True)
 
 
 def every_gate(dtype, n_expert, width=768):
@@ -224,7 +226,7 @@ def test_every_router(monkeypatch, tmp_path, capability, n_expert):
     """Kimi K2 has 384 experts; Qwen3-Next's 512 are the same kernels."""
     compiler = Compiler(monkeypatch, capability)
     every_router(n_expert)
-    assert compiler.check(tmp_path) == 23
+    assert compiler.check(tmp_path) == 25
 
 
 @pytest.mark.slow
@@ -239,7 +241,7 @@ def test_every_kernel_on_amd(monkeypatch, chip):
     every_router(8)
     every_router(384)
     every_gate(torch.bfloat16, 8)
-    assert compiler.check_shared_memory() == 3 * 18 + 22 + 2 * 23 + 2
+    assert compiler.check_shared_memory() == 3 * 18 + 22 + 2 * 25 + 2
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ Shape legend: T tokens, E experts, K chosen experts per token, R = T * K routed 
 one sequence, N numbers of a tally, L = 3 rows of slopes, S more of them with a loss per sequence.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,8 @@ class Rule(NamedTuple):
     """How experts are chosen, and the weights of the losses.
 
     Attributes:
-        score: `sigmoid` or `softmax` of the logits, or `chosen`: the softmax of the chosen logits, with noise.
+        score: `sigmoid` or `softmax` of the logits; `chosen`: the softmax of the chosen logits, with noise; `even`: the
+            same gate value for all that are chosen.
         top_k: K.
         normalize: Whether gate values are divided by their sum.
         scale: Factor of the gate values.
@@ -68,7 +70,7 @@ class Given(NamedTuple):
     """What a decision is made of.
 
     Attributes:
-        logits_TE: Logits, float32, contiguous.
+        logits_TE: Logits, float32, contiguous; to choose evenly any numbers, hashes for example.
         bias_E: Balancing bias, float32, or None.
         noise_TE: Standard normal noise, or None.
         spread_TE: Its standard deviation before the softplus, contiguous, or None.
@@ -158,13 +160,16 @@ class _Decide(torch.autograd.Function):
         given, decision = saved[:_N_GIVEN], Decision(dweights_TK, *saved[_N_GIVEN:])
         if ctx.rule.global_batch:
             decision = _with_shares(decision, ctx.rule, ctx.shares.shares(decision.counts_E))
+        _, _, need_leaf, *need = ctx.needs_input_grad
+        tally_N = decision.tally_N if need_leaf else None
+        if not any(need):
+            return None, None, tally_N, *(None,) * _N_GIVEN
         scale = present_scale(dweights_TK)
         upstream = (decision.experts_TK, decision.ends_E, decision.slopes_LE, dweights_TK.contiguous(), scale)
         dlogits_TE, dspread_TE = _route_backward(*given, *ctx.rule, *upstream)
-        _, _, need_leaf, *need = ctx.needs_input_grad
         gradients = Given(dlogits_TE, spread_TE=dspread_TE, other_loss=scale)
         needed = (gradient if asked else None for gradient, asked in zip(gradients, need, strict=True))
-        return None, None, decision.tally_N if need_leaf else None, *needed
+        return None, None, tally_N, *needed
 
 
 def _with_shares(decision: Decision, rule: Rule, shares_E: Tensor) -> Decision:
@@ -204,7 +209,8 @@ def _empty_decision(*arguments: Any) -> tuple[Tensor, ...]:
     given, rule, trains = Given(*arguments[:_N_GIVEN]), Rule(*arguments[_N_GIVEN:-1]), arguments[-1]
     n_token, n_expert = given.logits_TE.shape
     rows, width = block_shape(n_expert)
-    new, n_loss = given.logits_TE.new_empty, sum(coef != 0 for coef in rule.coefs) + (given.other_loss is not None)
+    new = functools.partial(given.logits_TE.new_empty, dtype=torch.float32)
+    n_loss = sum(coef != 0 for coef in rule.coefs) + (given.other_loss is not None)
     n_block = ceil_div(n_token // rule.sequences, rows)
     return (
         new(n_token, rule.top_k),

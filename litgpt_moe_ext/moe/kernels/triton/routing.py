@@ -15,6 +15,7 @@ Shape legend: T tokens (in a kernel: of a block), E experts, K chosen experts pe
 S sequences, B blocks of a sequence, N numbers of a tally, L rows of slopes.
 """
 
+import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -90,7 +91,8 @@ class _Sums(NamedTuple):
 def route(given: Given, rule: Rule, trains: bool) -> tuple[Tensor, ...]:
     """Decide for all tokens; returns what `litgpt_moe_ext.moe.kernels.fused_router.Decision` holds, in its order."""
     n_token, n_expert = given.logits_TE.shape
-    new, form = given.logits_TE.new_empty, _form(rule, n_expert, trains)
+    new = functools.partial(given.logits_TE.new_empty, dtype=torch.float32)
+    form = _form(rule, n_expert, trains)
     sizes, S = _sizes(n_token, n_expert, rule.sequences, form), rule.sequences
     chosen = _Chosen(new(n_token, rule.top_k), new(n_token, rule.top_k, dtype=torch.int64))
     parts = new(S * sizes.n_block, 5, form.experts)
@@ -102,7 +104,8 @@ def route(given: Given, rule: Rule, trains: bool) -> tuple[Tensor, ...]:
         slopes=new(3 + (S if rule.sequence else 0), n_expert),
         tally=new(n_expert + 3 + n_loss if trains else 0, dtype=torch.float64),
     )
-    launch(_route, (S * sizes.n_block,), (given, chosen, parts, sizes, form), warps=_warps(form, 16))
+    kernel = _route_evenly if rule.score == "even" else _route
+    launch(kernel, (S * sizes.n_block,), (given, chosen, parts, sizes, form), warps=_warps(form, 16))
     launch(_sum_up, (1,), (parts, sums, given.other_loss, sizes, S, form), warps=_warps(form))
     return *chosen, *sums
 
@@ -162,6 +165,36 @@ def _sum_tokens(x_TE, inside_TE):
 
 
 @triton.jit
+def _store_choice(chosen, w_TE, rank_TE, where, sizes, FORM: constexpr):
+    token_T, e_E, live_T, text_T, inside_TE = where
+    goal_TE = token_T[:, None] * FORM.top_k + rank_TE
+    stored_TE = (rank_TE < FORM.top_k) & live_T[:, None]
+    tl.store(chosen.weights + goal_TE, tl.where(inside_TE, w_TE * FORM.scale, 0.0), mask=stored_TE)
+    e_TE = tl.where(text_T[:, None], e_E.to(tl.int64)[None, :], sizes.n_expert)
+    tl.store(chosen.experts + goal_TE, e_TE, mask=stored_TE)
+
+
+@triton.jit
+def _route_evenly(given, chosen, parts, sizes, FORM: constexpr):
+    # For routers that do not learn: no scores, and so no statistics of them. float64 tells hashes apart.
+    token_T, e_E, live_T, real_E, at_TE, inside_TE = block(sizes, FORM)
+    text_T = text(given, token_T, live_T)
+    key_TE = tl.load(given.logits_TE + at_TE, mask=inside_TE, other=0).to(tl.float64)
+    inside_TE = text_T[:, None] & real_E[None, :]
+    rank_TE = rank(key_TE, e_E, sizes, FORM)
+    w_TE = tl.full((FORM.rows, FORM.experts), 1.0 / FORM.top_k, tl.float32)
+    _store_choice(chosen, w_TE, rank_TE, (token_T, e_E, live_T, text_T, inside_TE), sizes, FORM)
+
+    part_E = parts + tl.program_id(0).to(tl.int64) * (_ROWS * FORM.experts) + e_E
+    tl.store(part_E, _sum_tokens((rank_TE < FORM.top_k).to(tl.float32), inside_TE))
+    if FORM.trains:
+        gate = tl.sum(text_T.to(tl.float32), 0) * FORM.scale
+        tl.store(part_E + FORM.experts, tl.full((FORM.experts,), 0.0, tl.float32))
+        tl.store(part_E + 2 * FORM.experts, tl.full((FORM.experts,), 0.0, tl.float32))
+        tl.store(part_E + 4 * FORM.experts, tl.where(e_E == 0, gate, 0.0))
+
+
+@triton.jit
 def _route(given, chosen, parts, sizes, FORM: constexpr):
     token_T, e_E, live_T, real_E, at_TE, inside_TE = block(sizes, FORM)
     z_TE, _, std_TE, v_TE = values(given, at_TE, inside_TE, real_E)
@@ -177,10 +210,7 @@ def _route(given, chosen, parts, sizes, FORM: constexpr):
     rank_TE = rank(key_TE, e_E, sizes, FORM)
     picked_TE = rank_TE < FORM.top_k
     w_TE, _ = gate_values(s_TE, v_TE, picked_TE, FORM)
-    goal_TE = token_T[:, None] * FORM.top_k + rank_TE
-    tl.store(chosen.weights + goal_TE, tl.where(inside_TE, w_TE * FORM.scale, 0.0), mask=picked_TE & live_T[:, None])
-    e_TE = tl.where(text_T[:, None], e_E.to(tl.int64)[None, :], sizes.n_expert)
-    tl.store(chosen.experts + goal_TE, e_TE, mask=picked_TE & live_T[:, None])
+    _store_choice(chosen, w_TE, rank_TE, (token_T, e_E, live_T, text_T, inside_TE), sizes, FORM)
 
     part_E = parts + tl.program_id(0).to(tl.int64) * (_ROWS * FORM.experts) + e_E
     tl.store(part_E, _sum_tokens(picked_TE.to(tl.float32), inside_TE))
