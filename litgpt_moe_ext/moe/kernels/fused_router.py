@@ -146,7 +146,9 @@ class _Decide(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         decision = Decision(*route_operator(*given, *rule, leaf_N is not None))
         ctx.rule, ctx.shares = rule, shares
-        ctx.save_for_backward(*given, *decision[1:])
+        # Random numbers of a router that does not learn are not kept.
+        kept = given if any(ctx.needs_input_grad[3:]) else (None,) * _N_GIVEN
+        ctx.save_for_backward(*kept, *decision[1:])
         ctx.mark_non_differentiable(*decision[1:])
         ctx.set_materialize_grads(False)
         return decision
