@@ -1,5 +1,7 @@
 """How torch multiplies float32 matrices, by whichever of its settings was used."""
 
+from typing import Any
+
 import torch
 
 from litgpt_moe_ext.kernels.compiled import assume_constant_result
@@ -15,6 +17,7 @@ def float32_precision(device_type: str) -> str:
     Args:
         device_type: `cpu` or `cuda`.
     """
-    backend = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
+    # Modules that torch puts others in place of, which type checkers do not see.
+    backend: Any = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
     precision = backend.matmul.fp32_precision
     return "ieee" if precision == "none" else precision
