@@ -21,6 +21,7 @@ from litgpt_moe_ext.moe.layer import SharedExpertMoE
 from litgpt_moe_ext.moe.router import Routing
 from tests.models import moe_config, randomize
 
+grouped_mm = torch.nn.functional.grouped_mm
 EXACT = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.03, torch.float16: 0.005}
 
 
@@ -378,6 +379,21 @@ def test_flops_are_those_of_the_active_rows():
 def test_grouped_mm_equals_the_loop(dtype, bias):
     for T, only in ((33, None), (1, None), (20, [0, 4])):
         compare(make_experts(dtype, bias=bias), make_routing(T, 2, 5, only=only), dtype, backend="grouped_mm")
+
+
+def blackwells_grouped_mm(x, y, offs):
+    """Sums over no rows are anything, and operands without columns are refused."""
+    if not x.size(-1):
+        raise RuntimeError("strides should be multiple of 16 bytes")
+    product = grouped_mm(x, y, offs=offs)
+    return product if y.dim() == 3 else product.where((offs.diff(prepend=offs.new_zeros(1)) > 0).view(-1, 1, 1), 1e30)
+
+
+@pytest.mark.parametrize(("T", "only"), [(20, [0, 3]), (0, None)], ids=["empty groups", "no token"])
+def test_grouped_mm_of_blackwell(monkeypatch, T, only):
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", blackwells_grouped_mm)
+    monkeypatch.setattr(native, "leaves_empty_groups", lambda device: True)
+    compare(make_experts(torch.float32), make_routing(T, 2, 5, only=only), torch.float32, "grouped_mm")
 
 
 @pytest.mark.parametrize("bias", [False, True])

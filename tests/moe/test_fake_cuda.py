@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils.flop_counter import FlopCounterMode
 
 from litgpt_moe_ext.moe.experts import Experts
+from litgpt_moe_ext.moe.kernels import native
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
 from tests.fake_cuda import CAPABILITIES, RECIPES, fake_cuda, forward_of_recipe
 from tests.models import moe_config
@@ -78,6 +79,12 @@ def test_the_operators_are_counted_on_fake_tensors():
         with FlopCounterMode(display=False) as counter:
             experts(torch.randn(40, 16), Routing(*routing))
     assert counter.get_total_flops() == 40 * 2 * 3 * 2 * 16 * 24
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0), (10, 3)], ids=str)
+def test_only_hoppers_empty_groups_are_zero(capability):
+    with fake_cuda(capability):
+        assert native.leaves_empty_groups(torch.device("cuda")) == (capability[0] != 9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -23,6 +23,8 @@ from litgpt_moe_ext.moe.kernels.plan import Gates, Gradients, Mask, Outer, Plan,
 def multiply_rows(product: Product) -> Tensor:
     """Return each row times the weights of its expert, plus its bias, (R, O) in the dtype of the rows."""
     x, weight_EOI, bias_EO, plan, gather, scatter = product
+    if not plan.rows.size(0):
+        return x.new_empty(0, weight_EOI.size(1))
     x_RI = x.index_select(0, _tokens(plan)) if gather else x
     y_RO = F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=plan.ends)
     if bias_EO is not None and y_RO.is_cuda and triton_installed():
@@ -41,8 +43,25 @@ def sum_outer_products(outer: Outer, dtype: torch.dtype, total_EOI: Tensor | Non
     left, right, plan, gather_left, gather_right = outer
     left = left.index_select(0, _tokens(plan)) if gather_left else left
     right = right.index_select(0, _tokens(plan)) if gather_right else right
-    sum_EOI = F.grouped_mm(left.t(), right, offs=plan.ends)
+    if not plan.rows.size(0):
+        # Its strides are refused (pytorch/pytorch#192497).
+        sum_EOI = left.new_zeros(plan.n_expert, left.size(1), right.size(1))
+    else:
+        sum_EOI = F.grouped_mm(left.t(), right, offs=plan.ends)
+        if leaves_empty_groups(left.device):
+            empty_E = plan.ends.diff(prepend=plan.ends.new_zeros(1)) == 0
+            sum_EOI.masked_fill_(empty_E.view(-1, 1, 1), 0.0)
     return sum_EOI.to(dtype) if total_EOI is None else total_EOI.add_(sum_EOI)
+
+
+def leaves_empty_groups(device: torch.device) -> bool:
+    """Return whether torch's sum over no rows may be anything: on Blackwell and AMD, where it is what registers held.
+
+    Reported for the B200 (pytorch/pytorch#172439, NVIDIA/cutlass#2674); Hopper's sums are zero.
+    """
+    if device.type != "cuda":
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 9
 
 
 def sums_fast(outer: Outer) -> bool:
