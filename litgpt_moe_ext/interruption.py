@@ -23,6 +23,7 @@ _LOOK_EVERY = 0.05  # seconds
 _USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 _process = 0  # whose handlers are in place; what it forks inherits them
 _end: Callable[[signal.Signals], int]
+_postponed = False
 
 
 class Terminated(BaseException):
@@ -71,6 +72,20 @@ def end_at_once_on_termination() -> None:
 
 
 @contextmanager
+def uninterrupted() -> Iterator[None]:
+    """In the scope, which is short, raise nothing on a signal, but soon after it.
+
+    To block signals is not enough: the threads of extension modules receive them, too.
+    """
+    global _postponed
+    _postponed = True
+    try:
+        yield
+    finally:
+        _postponed = False
+
+
+@contextmanager
 def ending_at_once() -> Iterator[None]:
     """In the scope, which runs long in code that is not Python's and leaves nothing half-written, end on a signal.
 
@@ -116,7 +131,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
         # A forked worker ends as it would have without this.
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
-    if not _loads_extension(frame):
+    if not (_postponed or _loads_extension(frame)):
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated
     _interrupt_again(number)
 

@@ -7,10 +7,12 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from litgpt_moe_ext import interruption
+from litgpt_moe_ext.data.pipeline import encoding
 from litgpt_moe_ext.errors import CANNOT, SettingsError, exit_status
 from litgpt_moe_ext.interruption import end_at_once_on_termination
 
@@ -150,6 +152,35 @@ def test_other_errors_keep_their_traceback():
 def test_a_full_disk_is_one_line(capsys):
     assert exit_status(lambda: Path("/dev/full").write_text("x")) == CANNOT
     assert capsys.readouterr().err == "error: No space left on device; free some space, and run the same again\n"
+
+
+@BOTH
+def test_no_signal_comes_between_a_pool_and_the_process_that_it_starts(number, name, monkeypatch, capsys):
+    """That process would say what it lacks when its parent is gone."""
+    started = []
+
+    class Pool:
+        def __init__(self, *_):
+            pass
+
+        def submit(self, _function, lists):
+            signal.raise_signal(number)
+            started.append(lists)
+            return SimpleNamespace(result=lambda: lists)
+
+        def shutdown(self, cancel_futures):
+            pass
+
+    def run():
+        for _ in encoding.encode_in_order(None, ["a"], lambda batch: ([batch],), 2):
+            time.sleep(5)
+            started.append("went on")
+
+    monkeypatch.setattr(encoding, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(encoding, "_context", lambda: None)
+    assert exit_status(run) == 128 + number
+    assert started == [(["a"],)]
+    assert capsys.readouterr().err == f"Stopped by {name}.\n"
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from litgpt_moe_ext.data.tokenizer.threads import threads_for_tokenizers
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.interruption import uninterrupted
 
 _Batch = TypeVar("_Batch")
 _WAITING_PER_WORKER = 3  # enough that no worker waits for the reader, few enough that memory stays small
@@ -93,7 +94,8 @@ def encode_in_order(
     waiting: deque = deque()
     try:
         for batch in batches:
-            waiting.append((batch, pool.submit(_encode, texts_of(batch))))
+            with uninterrupted():  # a process that is being started when this one ends would say what it lacks
+                waiting.append((batch, pool.submit(_encode, texts_of(batch))))
             if len(waiting) >= _WAITING_PER_WORKER * workers:
                 first, future = waiting.popleft()
                 yield first, future.result()
