@@ -9,7 +9,7 @@ is copied and checked.
 import sys
 from pathlib import Path
 
-from litgpt_moe_ext.errors import SettingsError, exit_status, one_line
+from litgpt_moe_ext.errors import SettingsError, exit_status
 
 
 def make_tokenizer(source_path: Path, out_dir: Path) -> None:
@@ -23,7 +23,7 @@ def make_tokenizer(source_path: Path, out_dir: Path) -> None:
     from litgpt_moe_ext.data.tokenizer.opening import special_token
     from litgpt_moe_ext.export.directory import new_directory
 
-    files = read_tokenizer(source_path)
+    files = read_tokenizer(source_path, "source_path")
     eos_id = special_token(files, "eos", source_path)
     with new_directory(out_dir) as directory:
         write_tokenizer(files, directory)
@@ -36,10 +36,12 @@ def main(arguments: list[str] | None = None) -> int:
     def run() -> None:
         from jsonargparse import ArgumentError, auto_cli
 
+        from litgpt_moe_ext.data.command_line import refusal
+
         try:
             auto_cli(make_tokenizer, as_positional=False, args=arguments, exit_on_error=False)
         except ArgumentError as error:
-            raise SettingsError(f"{one_line(error)}; --help explains the options") from error
+            raise SettingsError(refusal(error)) from error
 
     return exit_status(run)
 

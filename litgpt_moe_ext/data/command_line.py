@@ -4,6 +4,7 @@ Options may be written with `-` or `_`; `--log-to-wandb` needs no value. Nothing
 before Ctrl-C is answered in one line.
 """
 
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -53,7 +54,12 @@ def prepare_from_command_line(name: str, arguments: Sequence[str] | None = None)
         corpus = corpus_named(name)
         given = _parse(corpus, words)
         upload = Upload(**{field.name: given.pop(field.name) for field in fields(Upload)})
-        _prepare(corpus(**given), upload)
+        try:
+            _prepare(corpus(**given), upload)
+        except SettingsError as error:
+            # Here the options have no section around them, as they have in a recipe.
+            options = "|".join(field.name for field in fields(corpus))
+            raise SettingsError(re.sub(rf"(?<![\w./'])data\.(?=(?:{options})\b)", "", str(error))) from error
 
     return exit_status(run, interrupted="Stopped; the same command continues.")
 
@@ -74,9 +80,15 @@ def _parse(corpus: "type[Corpus]", words: Sequence[str]) -> dict[str, Any]:
     except ArgumentError as error:
         types = {field.name: field.type for options in (corpus, Upload) for field in fields(options)}
         refuse_first(_mistakes(words, {name: kind for name, kind in types.items() if name not in TRAINING_ONLY}))
-        raise SettingsError(f"{one_line(error)}; --help explains the options") from error
+        raise SettingsError(refusal(error)) from error
     given.pop("config")
     return given.as_dict()
+
+
+def refusal(error: Exception) -> str:
+    """Return in one line, with the option's name, what jsonargparse has against a command line."""
+    missing = re.search(r'Key "(\S+)" is required', str(error))
+    return f"{missing[1]}: must be given" if missing else f"{one_line(error)}; --help explains the options"
 
 
 def _mistakes(words: Sequence[str], types: Mapping[str, Any]) -> Iterator[str]:

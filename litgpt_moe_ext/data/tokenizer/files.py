@@ -17,8 +17,12 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "
 _GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
 
-def read_tokenizer(directory: str | os.PathLike) -> dict[str, bytes]:
+def read_tokenizer(directory: str | os.PathLike, setting: str = "tokenizer_dir") -> dict[str, bytes]:
     """Read the files of a tokenizer directory in Hugging Face format, or of a GPT-2 vocabulary with its merges.
+
+    Args:
+        directory: The folder.
+        setting: What the user has named it by, for the error.
 
     Returns:
         Contents by file name, among them `tokenizer.json`.
@@ -34,8 +38,8 @@ def read_tokenizer(directory: str | os.PathLike) -> dict[str, bytes]:
             return _gpt2(directory / vocabulary, directory / merges)
     pairs = " or ".join(f"{vocabulary} with {merges}" for vocabulary, merges in _GPT2_FILES)
     raise SettingsError(
-        f"tokenizer_dir: {str(directory)!r} has no tokenizer.json (nor {pairs}); set tokenizer_dir to a folder with a "
-        "tokenizer in Hugging Face format, or set bpe.vocab_size to train one"
+        f"{setting}: {str(directory)!r} has no tokenizer.json (nor {pairs}); set {setting} to a folder with a "
+        f"tokenizer in Hugging Face format{', or set bpe.vocab_size to train one' * (setting == 'tokenizer_dir')}"
     )
 
 
