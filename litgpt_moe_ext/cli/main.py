@@ -62,7 +62,7 @@ COMMANDS = (
 
 _PROGRAM = "litgpt-moe"
 # Has a parser of its own, because its settings are those of a recipe.
-_TRAIN = ("train", "Train a recipe: `train --config FILE`, with every flag of run_train.py.")
+_TRAIN = ("train", "Train a recipe: `train --config FILE`, with the settings of recipes as flags.")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -31,7 +31,7 @@ SHORT_FORMS = {
     "--wandb-artifacts-dir": "--wandb_artifacts_dir",
 }
 
-USAGE = "run_train.py [--config FILE] [--resume auto|true|PATH] [--KEY VALUE ...]"
+USAGE = "litgpt-moe train [--config FILE] [--resume auto|true|PATH] [--KEY VALUE ...]"
 
 EPILOG = (
     "Short forms: "
@@ -100,7 +100,7 @@ def build_parser(types: Mapping[str, Any]) -> Any:
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
-        prog="run_train.py",
+        prog="litgpt-moe train",
         usage=USAGE,
         description="Pretrain a model with LitGPT.",
         epilog=EPILOG,

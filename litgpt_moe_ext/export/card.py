@@ -33,7 +33,7 @@ Trained with [LitGPT](https://github.com/Lightning-AI/litgpt) and `litgpt_moe_ex
 _TRAINING = f"""
 ## Training
 
-`python run_train.py --config {hyperparameters.FILE_NAME}` is the command that made it; the file is beside this one.
+`litgpt-moe train --config {hyperparameters.FILE_NAME}` is the command that made it; the file is beside this one.
 """
 _TRANSFORMERS = """```python
 from transformers import pipeline

@@ -55,8 +55,8 @@ class Slices(NamedTuple):
 def upcycle(dense_dir: Path, out_dir: Path, config: "Config", seed: int = 42) -> None:
     """Write a checkpoint of an MoE model that computes what a dense model computes.
 
-    `run_train.py --initial_checkpoint_dir OUT_DIR` starts a training from it. A model of Hugging Face becomes a dense
-    checkpoint by `litgpt convert_to_litgpt`.
+    `litgpt-moe train --initial_checkpoint_dir OUT_DIR` starts a training from it. A model of Hugging Face becomes a
+    dense checkpoint by `litgpt convert_to_litgpt`.
 
     Args:
         dense_dir: A LitGPT checkpoint directory of a dense model.

@@ -23,6 +23,7 @@ def test_the_wheel_needs_no_repository(tmp_path):
     assert Path(where.strip()).is_relative_to(target)
     command = target / "bin" / "litgpt-moe"
     assert "init" in python(command, "--help").stdout
+    assert "init" in python("-m", "litgpt_moe_ext", "--help").stdout
     recipes = sorted((ROOT / "configs").glob("*.yaml"))
     assert [line.split()[0] for line in python(command, "init").stdout.splitlines()] == [r.stem for r in recipes]
     for recipe in recipes:

@@ -36,7 +36,7 @@ def check_export(checkpoint: Path, folder: Path) -> str:
     card = (folder / "out" / "README.md").read_text(encoding="utf-8")
     for fact in ("training loss", "validation loss", "FLOPs of the training", "hash of the data"):
         assert f"| {fact} | " in card, card
-    assert "run_train.py --config hyperparameters.yaml" in card
+    assert "litgpt-moe train --config hyperparameters.yaml" in card
     assert yaml.safe_load((folder / "out" / "hyperparameters.yaml").read_text())["train"]
     if not export.class_name.startswith("LitGPT"):
         import_checkpoint(folder / "out", folder / "back")

@@ -11,7 +11,7 @@ class Import:
 
     Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, ERNIE-4.5-MoE, GLM-4-MoE, GPT-OSS, DeepSeek-V2 and -V3,
     GPT-2, Llama and Qwen3. Weights in MXFP4 (GPT-OSS) and FP8 by blocks (DeepSeek-V3) are
-    dequantized. The result trains on with `run_train.py --initial_checkpoint_dir`, and
+    dequantized. The result trains on with `litgpt-moe train --initial_checkpoint_dir`, and
     `litgpt generate` and `litgpt-moe experts` open it.
 
     Attributes:

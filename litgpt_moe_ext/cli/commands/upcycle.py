@@ -31,4 +31,4 @@ class Upcycle:
         upcycle(self.dense_dir, self.out_dir, load_recipe(self.recipe).config, self.seed)
         print(f"Wrote {self.out_dir}; train it with")
         places = ["--config", str(self.recipe), "--initial_checkpoint_dir", str(self.out_dir)]
-        print(f"  {shlex.join(['run_train.py', *places])}")
+        print(f"  {shlex.join(['litgpt-moe', 'train', *places])}")

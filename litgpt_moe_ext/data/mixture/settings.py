@@ -73,7 +73,7 @@ class Annealing:
             )
             raise SettingsError(
                 f"data.annealing.{name}: {value} needs the length of the run, which this command does not tell; train "
-                "with run_train.py, or set from_tokens instead"
+                "with `litgpt-moe train`, or set from_tokens instead"
             )
         if self.from_step is not None:
             return self.from_step * length.rows_per_step
