@@ -13,6 +13,7 @@ import torch
 import yaml
 from litgpt.pretrain import validate_args
 
+from litgpt_moe_ext import data as data_modules
 from litgpt_moe_ext.cli.settings import read_settings
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.errors import SettingsError
@@ -270,8 +271,8 @@ def flat(settings: dict, prefix: str = "") -> dict:
 
 
 def defaults_of(script: str) -> dict:
-    (corpus,) = runpy.run_path(str(ROOT / script))["main"].args
-    return {field.name: plain(field.default) for field in fields(corpus)}
+    (name,) = runpy.run_path(str(ROOT / script))["main"].args
+    return {field.name: plain(field.default) for field in fields(getattr(data_modules, name))}
 
 
 @pytest.mark.slow
