@@ -119,7 +119,8 @@ class TrainingFabric(L.Fabric):
         if self.strategy.clips_in_step:
             return None
         norm = super().clip_gradients(module, optimizer, *args, **{**kwargs, "error_if_nonfinite": False})
-        self._report_norm(norm)
+        if norm is not None:
+            self._report_norm(norm)
         return norm
 
     def _report_norm(self, norm: Tensor) -> None:
