@@ -130,7 +130,7 @@ class _EndAtPadding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad_TD,), (real_T,) = grads, ctx.saved_tensors
-        return grad_TD.masked_fill(~real_T.unsqueeze(1), 0.0), None
+        return torch.where(real_T.unsqueeze(1), grad_TD, 0.0), None
 
 
 def _one_choice_per_row(routing: Routing) -> Routing:

@@ -5,6 +5,7 @@ Shape legend: B batch, T tokens (of one sequence, or all of a batch once flatten
 
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn as nn
 from litgpt.model import LLaMAMLP
 from torch import Tensor
@@ -103,7 +104,7 @@ class MoE(nn.Module):
                     return add_gated(*flat, real_T).view(x_BTD.shape)
                 shared_BTD = shared_BTD * logits_BT1.sigmoid()
             y_BTD = y_BTD + shared_BTD
-        return y_BTD if real_BT is None else y_BTD.masked_fill(~real_BT.unsqueeze(-1), 0.0)
+        return y_BTD if real_BT is None else torch.where(real_BT.unsqueeze(-1), y_BTD, 0.0)
 
 
 def narrowed(x: Tensor) -> Tensor:
