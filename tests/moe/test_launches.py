@@ -57,20 +57,27 @@ class Launches(TorchDispatchMode):
             return func._op_dk(torch._C.DispatchKey.CUDA, *args, **kwargs)
 
 
+def make_layer(config, padded):
+    """Return a layer on the GPU that is there or faked, and what it is called with, of which numbers do not matter."""
+    with torch.device("cuda"):
+        moe = getattr(litgpt.model, config.mlp_class_name)(config)
+        x = torch.empty(8, 2048, config.n_embd, requires_grad=True)
+        real = torch.ones(8, 2048, dtype=torch.bool) if padded else None
+        if isinstance(moe.gate, FixedRouter):
+            moe.gate.token_ids_T = torch.zeros(8 * 2048, dtype=torch.int64)
+            moe.gate.hashes = Hashes(moe.gate.token_ids_T)
+            moe.gate.hashes.of(config.n_expert)  # by the first layer
+    return moe, x, real
+
+
 def launches_of_layer(config, capability, precision="bf16-mixed", padded=False):
     """Return what an MoE layer starts on a card, in training."""
     kind, _, mode = precision.partition("-")
     assert mode == "mixed"
     with fake_cuda(capability):
-        with Fabric(accelerator="cpu", devices=1).init_module(empty_init=True), torch.device("cuda"):
-            moe = getattr(litgpt.model, config.mlp_class_name)(config)
-            x = torch.empty(8, 2048, config.n_embd, requires_grad=True)
-            real = torch.empty(8, 2048, dtype=torch.bool) if padded else None
+        with Fabric(accelerator="cpu", devices=1).init_module(empty_init=True):
+            moe, x, real = make_layer(config, padded)
         moe.gate.tally.leaf_on(x.device)  # made once
-        if isinstance(moe.gate, FixedRouter):
-            moe.gate.token_ids_T = torch.empty(8 * 2048, dtype=torch.int64, device=x.device)
-            moe.gate.hashes = Hashes(moe.gate.token_ids_T)
-            moe.gate.hashes.of(config.n_expert)  # by the first layer
         with torch.autocast("cuda", DTYPES[kind]), Launches(inside=True) as launches:
             moe(x, real)
     return launches.names

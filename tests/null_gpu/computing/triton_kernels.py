@@ -1,0 +1,35 @@
+"""Triton's kernels by its interpreter, on the memory of the GPU and in blocks of the card's sizes."""
+
+import numpy as np
+import triton.language as tl
+from torch import Tensor
+from triton.runtime import interpreter
+
+from tests.null_gpu.computing import capture
+from tests.null_gpu.computing.memory import each, flat, on_cpu
+
+
+def install() -> None:
+    """Let the interpreter take tensors of the GPU as they are, and multiply bfloat16."""
+    run = interpreter.GridExecutor.__call__
+
+    def call(self, *args, **kwargs):
+        if not any(isinstance(value, Tensor) and value.is_cuda for value in flat(list(args))):
+            return run(self, *args, **kwargs)
+        given = each(lambda value: on_cpu(value) if isinstance(value, Tensor) else value, args)
+        return capture.compute(lambda: run(self, *given, **kwargs))
+
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, *rest):
+        return multiply(self, _wide(a), _wide(b), *rest)
+
+    interpreter.GridExecutor.__call__ = call
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def _wide(handle):
+    # The interpreter keeps bfloat16 as integers, which are the upper halves of float32.
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)

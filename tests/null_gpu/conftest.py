@@ -1,0 +1,13 @@
+"""The null GPU, compiled once for the tests that want one."""
+
+import pytest
+
+from tests import null_gpu
+
+
+@pytest.fixture(scope="session")
+def gpu(tmp_path_factory):
+    """The library that is one."""
+    if (lack := null_gpu.missing()) is not None:
+        pytest.skip(lack)
+    return null_gpu.build(tmp_path_factory.mktemp("null_gpu"))

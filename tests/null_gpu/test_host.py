@@ -1,0 +1,38 @@
+"""What the host of a GPU does, seen on one that is not there: what it starts, and what it waits for."""
+
+import json
+import sys
+
+import pytest
+import yaml
+
+from tests import null_gpu
+from tests.fake_cuda import RECIPES
+from tests.models import moe_config
+from tests.moe.test_launches import LAYERS, launches_of_layer
+from tests.runs import run_command
+
+pytestmark = pytest.mark.slow
+
+
+def counted(gpu, capability, layers):
+    """Return what `tests/null_gpu/count.py` counts of layers, each given as settings and whether there is padding."""
+    environment = null_gpu.environment(gpu, capability)
+    ended = run_command(sys.executable, "-m", "tests.null_gpu.count", stdin=json.dumps(layers), **environment)
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("capability", [86, 90, 100])
+def test_layers_start_what_the_operators_say(gpu, capability):
+    """Kernels that are started, against operators that are counted without a device; and nothing waits."""
+    recipes = [yaml.safe_load(file.read_text(encoding="utf-8"))["model_config"] for file in RECIPES]
+    layers = [(settings, False) for settings in recipes if settings.get("n_expert")]
+    small = {"n_embd": 256, "moe_intermediate_size": 64}
+    layers += [({**small, **settings}, padded) for settings in LAYERS.values() for padded in (False, True)]
+    found = counted(gpu, capability, layers)
+    for (settings, padded), layer in zip(layers, found, strict=True):
+        operators = launches_of_layer(moe_config(**settings), divmod(capability, 10), padded=padded)
+        # One of torch's kernels prepares its product, which is another.
+        expected = len(operators) + operators.count("_grouped_mm")
+        assert len(layer["forward"]) == expected, (settings, padded, layer["forward"], operators)
+        assert layer["waited"] == 0
