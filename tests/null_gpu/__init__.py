@@ -18,8 +18,8 @@ _LIBRARY = Path(__file__).with_name("library")
 
 def missing() -> str | None:
     """Return what is missing to build it, if anything."""
-    if torch.version.cuda is None:
-        return "PyTorch is built without CUDA"
+    if (torch.version.cuda or "").split(".")[0] != "13":
+        return "it answers for CUDA 13"
     if shutil.which("gcc") is None:
         return "there is no C compiler"
     if not _headers():

@@ -19,7 +19,7 @@ def test_on_the_gpu_that_is_not_there(gpu, tests):
     """In a process of its own: kernels go through Triton's interpreter, operators through their CPU kernels."""
     environment = null_gpu.environment(gpu, 89) | {"TRITON_INTERPRET": "1"}
     plugins = ("-p", "no:cacheprovider", "-p", "no:xdist", "-p", "tests.null_gpu.computing")
-    command = [sys.executable, "-m", "pytest", tests, "-x", "-q", "-m", "gpu or not gpu", *plugins]
+    command = [sys.executable, "-m", "pytest", tests, "-x", "-m", "gpu or not gpu", *plugins]
     ended = run_command(*command, timeout=None, **environment)
     assert "passed" in ended.stdout
     assert "skipped" not in ended.stdout
