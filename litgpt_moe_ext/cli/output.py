@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from litgpt_moe_ext.durable import flush
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.files.durable import flush
 
 
 def write_json(path: Path, content: Any) -> None:

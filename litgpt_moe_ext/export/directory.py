@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from litgpt_moe_ext.durable import cut_off, flush, flush_tree
 from litgpt_moe_ext.errors import SettingsError, one_line
-from litgpt_moe_ext.lock import ProcessLock
+from litgpt_moe_ext.files.durable import cut_off, flush, flush_tree
+from litgpt_moe_ext.files.lock import ProcessLock
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext.checksums import problem_inside
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.loading import (
     CONFIG_FILE,
@@ -21,6 +20,7 @@ from litgpt_moe_ext.evaluation.loading import (
     read_config,
 )
 from litgpt_moe_ext.export.hf.tensors import BALANCING_BIAS
+from litgpt_moe_ext.files.checksums import problem_inside
 from litgpt_moe_ext.meta.models import meta_model
 from litgpt_moe_ext.moe.expert_layouts import stack_experts
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from litgpt_moe_ext.cli.output import write_json
 from litgpt_moe_ext.errors import SettingsError, refuse_first
-from litgpt_moe_ext.lock import ProcessLock
+from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.study.place import Places, TrainedOn
 from litgpt_moe_ext.study.plan import Run
 from litgpt_moe_ext.training.control import StopRequests

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from litgpt_moe_ext.config.litgpt_fields import RANGES, check_ranges
-from litgpt_moe_ext.durable import WRITE_TEST
 from litgpt_moe_ext.errors import SettingsError, refuse_first
+from litgpt_moe_ext.files.durable import WRITE_TEST
 from litgpt_moe_ext.training.optim.arguments import learning_rate_of
 from litgpt_moe_ext.training.parallel.facts import facts_of
 

@@ -13,8 +13,8 @@ import torch
 from litgpt.utils import check_nvlink_connectivity, choose_logger, parse_devices
 
 from litgpt_moe_ext.errors import SettingsError, one_line
+from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.interruption import end_at_once_on_termination
-from litgpt_moe_ext.lock import ProcessLock
 from litgpt_moe_ext.training.callbacks.progress import Reporter
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
 from litgpt_moe_ext.training.checks import check_batch, single_process_note

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from litgpt_moe_ext.checksums import FILE_NAME
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.loading import check_checkpoint_dir, load_model, load_tokenizer
+from litgpt_moe_ext.files.checksums import FILE_NAME
 from litgpt_moe_ext.training.checkpoint.progress import newest_first
 from litgpt_moe_ext.training.checkpoint.resume import find_resume_file
 

@@ -5,14 +5,14 @@ import shutil
 
 import pytest
 
-from litgpt_moe_ext import checksums
-from litgpt_moe_ext.checksums import FILE_NAME
 from litgpt_moe_ext.data.corpora.prepared import PreparedCorpus
 from litgpt_moe_ext.data.corpora.python_stdlib import PythonStdlib
 from litgpt_moe_ext.data.pipeline import sources as pipeline
 from litgpt_moe_ext.data.pipeline import verification
 from litgpt_moe_ext.data.pipeline.verification import verify
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.files import checksums
+from litgpt_moe_ext.files.checksums import FILE_NAME
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from litgpt import Config
 from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.cli.settings import annotations, litgpt_types, read_given, read_settings
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.lock import ProcessLock
+from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.study import launch
 from litgpt_moe_ext.study.analysis import break_even, compute_multiplier, differences, first_below, mean_interval
 from litgpt_moe_ext.study.compare import compared, grouped

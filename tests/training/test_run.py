@@ -10,10 +10,10 @@ import torch
 import yaml
 from litgpt.utils import save_config
 
-from litgpt_moe_ext import checksums
 from litgpt_moe_ext.cli.settings import read_settings
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.files import checksums
 from litgpt_moe_ext.training.checks import open_tokenizer
 from tests.runs import logged, refused, train, validation_fell_by, weights_of
 

@@ -8,7 +8,7 @@ import yaml
 
 from litgpt_moe_ext.cli.settings import read_settings
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.lock import ProcessLock
+from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.training import launch
 from litgpt_moe_ext.training.plan import make_plan
 from tests.runs import logged, train

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from litgpt_moe_ext import checksums
 from litgpt_moe_ext.data.pipeline.batches import Intake
 from litgpt_moe_ext.data.pipeline.encoding import Encoder, encode_in_order
 from litgpt_moe_ext.data.pipeline.progress import PreparationProgress
@@ -40,8 +39,9 @@ from litgpt_moe_ext.data.pipeline.verification import verify
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.data.tokenizer.files import read_tokenizer, write_tokenizer
 from litgpt_moe_ext.data.tokenizer.opening import open_for_documents, special_token, vocabulary_size
-from litgpt_moe_ext.durable import flush_tree
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.files import checksums
+from litgpt_moe_ext.files.durable import flush_tree
 from litgpt_moe_ext.machine import count_cores
 
 # Below this the threads of the tokenizers library are as fast: encoding is 97% of the work, and starting a process

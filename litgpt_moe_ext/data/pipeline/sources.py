@@ -18,8 +18,8 @@ from litgpt_moe_ext.data.pipeline.store import MANIFEST, TOKENIZER_DIR
 from litgpt_moe_ext.data.reading.documents import documents
 from litgpt_moe_ext.data.reading.record import Record, TextFormat
 from litgpt_moe_ext.data.reading.remote import name_of, remote_facts
-from litgpt_moe_ext.durable import flush
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.files.durable import flush
 
 Side = Literal["train", "val"]
 SIDES: tuple[Side, ...] = ("train", "val")

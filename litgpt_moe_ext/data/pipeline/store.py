@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from litgpt_moe_ext import checksums
 from litgpt_moe_ext.data.pipeline.shards import open_shard
-from litgpt_moe_ext.durable import flush, flush_tree
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.files import checksums
+from litgpt_moe_ext.files.durable import flush, flush_tree
 
 FORMAT_VERSION = 2  # part of every key; raise it when the same input would lead to other files
 TOKENIZER_DIR = "tokenizer"

@@ -20,8 +20,8 @@ from filelock import FileLock, Timeout
 from litgpt_moe_ext.data.pipeline.batches import Batch
 from litgpt_moe_ext.data.pipeline.sources import HASHES, SIDES
 from litgpt_moe_ext.data.pipeline.store import STATE
-from litgpt_moe_ext.durable import flush
 from litgpt_moe_ext.errors import SettingsError, one_line
+from litgpt_moe_ext.files.durable import flush
 
 DAYS = 14
 UNFINISHED, LOCK = ".unfinished", ".lock"

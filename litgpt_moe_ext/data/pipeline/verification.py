@@ -7,9 +7,9 @@ import os
 import shlex
 from pathlib import Path
 
-from litgpt_moe_ext import checksums
 from litgpt_moe_ext.data.pipeline.sources import FileHashes
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.files import checksums
 
 _LARGE_BYTES = 4_000_000_000  # read in some seconds
 

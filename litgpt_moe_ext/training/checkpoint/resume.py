@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from litgpt_moe_ext import checksums
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.files import checksums
 from litgpt_moe_ext.training.checkpoint.progress import MODEL_FILE, STATE_FILE, newest_first
 
 _NEEDED = (MODEL_FILE, "model_config.yaml")

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from litgpt_moe_ext import checksums
-from litgpt_moe_ext.durable import WRITE_TEST, cut_off, flush, flush_tree
+from litgpt_moe_ext.files import checksums
+from litgpt_moe_ext.files.durable import WRITE_TEST, cut_off, flush, flush_tree
 from litgpt_moe_ext.training.checkpoint.earlier import free_name
 from litgpt_moe_ext.training.checkpoint.progress import STATE_FILE, Progress
 from litgpt_moe_ext.training.parallel import random_state

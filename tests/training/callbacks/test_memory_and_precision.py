@@ -6,7 +6,7 @@ import pytest
 import torch
 from litgpt.utils import chunked_cross_entropy
 
-from litgpt_moe_ext import checksums
+from litgpt_moe_ext.files import checksums
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
 from litgpt_moe_ext.training.callbacks.fused_loss import linear_loss
 from tests.models import initialized_model, moe_config, needs_fused_loss, noisy_config

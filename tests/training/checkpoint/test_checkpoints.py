@@ -14,9 +14,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from litgpt_moe_ext import checksums
-from litgpt_moe_ext.durable import flush, flush_tree
-from litgpt_moe_ext.lock import ProcessLock
+from litgpt_moe_ext.files import checksums
+from litgpt_moe_ext.files.durable import flush, flush_tree
+from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.training.callbacks import retention
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
 from litgpt_moe_ext.training.checkpoint.compatibility import resume_notes
@@ -275,7 +275,7 @@ class TestLock:
         (tmp_path / "out").mkdir()
         script = (
             "import sys, time; from pathlib import Path\n"
-            "from litgpt_moe_ext.lock import ProcessLock\n"
+            "from litgpt_moe_ext.files.lock import ProcessLock\n"
             "lock = ProcessLock(Path(sys.argv[1]) / '.lock'); print(lock.take(), flush=True); time.sleep(600)"
         )
         holder = subprocess.Popen([sys.executable, "-c", script, tmp_path / "out"], stdout=subprocess.PIPE, text=True)
