@@ -94,6 +94,7 @@ def test_what_comes_of_a_signal_is_no_error(number, name, error, capsys):
     assert capsys.readouterr().err == "Stopped.\n"
 
 
+# What is tested is that a forked process does not end as the one that it is forked from.
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is forked on Windows")
 @pytest.mark.parametrize("prepare", [None, end_at_once_on_termination])
 def test_what_sigterm_ends_at_once(prepare, capfd):

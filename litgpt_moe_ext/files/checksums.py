@@ -68,6 +68,7 @@ def problem_inside(file: Path) -> str | None:
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
+    # The last is what a damaged header leads to that names another compression.
     except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
         return f"{file.name} is truncated or damaged ({error})"
     return None if damaged is None else f"{file.name} is damaged in its record {damaged}"

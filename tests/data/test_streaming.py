@@ -169,7 +169,8 @@ def test_what_cannot_work(server, tmp_path, change, message):
         streamed(server, tmp_path, **change).prepare_data()
 
 
-@pytest.mark.skipif(Version(fsspec.__version__) < Version("2024.12"), reason="which reads such a file rightly")
+# Before, fsspec reads a whole file from such a server itself, so there is nothing to refuse.
+@pytest.mark.skipif(Version(fsspec.__version__) < Version("2024.12"), reason="fsspec reads such a file rightly")
 def test_a_server_that_sends_no_parts(server, monkeypatch):
     monkeypatch.setattr(remote, "_BLOCK_BYTES", 1000)
     (server.folder / "a.jsonl").write_bytes(lines(TRAIN, "text"))

@@ -120,6 +120,7 @@ def test_two_at_once(tmp_path):
     assert names(tmp_path) == ["some", "some/other", "some/out", "some/out/file"]
 
 
+# A forked process can end in the middle without cleaning up, as a killed one does.
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is forked on Windows")
 def test_what_a_killed_process_left(tmp_path, monkeypatch):
     """It vanishes before the space is counted, which it takes."""

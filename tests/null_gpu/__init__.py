@@ -29,8 +29,8 @@ def missing() -> str | None:
 
 def _headers() -> list[Path]:
     """Return where CUDA's headers are: in its own wheel, and in Triton's the few that are missing there."""
-    roots = [Path(root) for root in importlib.util.find_spec("nvidia").submodule_search_locations]
-    roots += [Path(root) / "backends" for root in importlib.util.find_spec("triton").submodule_search_locations]
+    specs = [spec for name in ("nvidia", "triton") if (spec := importlib.util.find_spec(name)) is not None]
+    roots = [Path(root) for spec in specs for root in spec.submodule_search_locations or ()]
     return [file.parent for root in roots for file in root.glob("**/include/cuda_runtime_api.h")]
 
 

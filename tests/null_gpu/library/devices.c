@@ -10,7 +10,6 @@ long null_setting(const char *name, long otherwise) {
     return value && *value ? atol(value) : otherwise;
 }
 
-int null_device_count(void) { return (int)null_setting("NULL_GPU_COUNT", 1); }
 int null_capability(void) { return (int)null_setting("NULL_GPU_CAPABILITY", 89); }
 size_t null_memory_size(void) { return (size_t)null_setting("NULL_GPU_MIB", 8 * 1024) << 20; }
 
@@ -44,15 +43,15 @@ EXPORT const char *cudaGetErrorString(cudaError_t error) {
 }
 
 EXPORT cudaError_t cudaGetDeviceCount(int *count) {
-    *count = null_device_count();
-    return *count ? cudaSuccess : null_fail(cudaErrorNoDevice);
+    *count = DEVICES;
+    return cudaSuccess;
 }
 EXPORT cudaError_t cudaGetDevice(int *device) {
     *device = null_device;
     return cudaSuccess;
 }
 EXPORT cudaError_t cudaSetDevice(int device) {
-    if (device < 0 || device >= null_device_count()) return null_fail(cudaErrorInvalidDevice);
+    if (device < 0 || device >= DEVICES) return null_fail(cudaErrorInvalidDevice);
     null_device = device;
     return cudaSuccess;
 }

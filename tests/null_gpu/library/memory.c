@@ -11,7 +11,7 @@ struct Block {
     struct Block *next;
 };
 static struct Block *blocks, *pinned;
-static size_t used[MOST_DEVICES];
+static size_t used[DEVICES];
 
 static size_t whole_pages(size_t size) { return size ? (size + PAGE - 1) / PAGE * PAGE : PAGE; }
 

@@ -13,7 +13,7 @@
 #include <cuda_runtime_api.h>
 
 #define EXPORT __attribute__((visibility("default")))
-#define MOST_DEVICES 16
+#define DEVICES 1
 #define MOST_STREAMS 4096
 
 struct Graph {
@@ -38,7 +38,6 @@ long null_setting(const char *name, long otherwise);
 int null_capability(void);
 size_t null_memory_size(void);
 size_t null_shared_memory(void);
-int null_device_count(void);
 cudaError_t null_fail(cudaError_t error);
 
 int null_is_device_memory(const void *memory);

@@ -2,7 +2,7 @@
 #include "null_gpu.h"
 #include <time.h>
 
-static struct Stream legacy[MOST_DEVICES], *streams[MOST_STREAMS];
+static struct Stream legacy[DEVICES], *streams[MOST_STREAMS];
 static int n_stream, captures;
 static unsigned long long last_id;
 static __thread enum cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
