@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from litgpt_moe_ext.data.windows import Windows
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.wording import counted
 
 
 class Order(NamedTuple):
@@ -164,7 +165,8 @@ class TokenLoader(DataLoader):
             needed = world
         if batches == 0:
             raise SettingsError(
-                f"train.micro_batch_size: {self._rows} on {world} process(es) needs {needed} windows of "
+                f"train.micro_batch_size: {self._rows} on {counted(world, 'process')} needs "
+                f"{counted(needed, 'window')} of "
                 f"max_seq_length {self.windows.block_size}, but the {self.windows.name} has {count} "
                 f"({len(self.windows.tokens)} tokens); use a smaller micro_batch_size, a shorter max_seq_length, fewer "
                 "processes, or more data"

@@ -15,6 +15,7 @@ from litgpt import GPT, Config, Tokenizer
 
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
 from litgpt_moe_ext.errors import SettingsError, one_line
+from litgpt_moe_ext.wording import counted
 
 WEIGHTS_FILE = "lit_model.pth"
 CONFIG_FILE = "model_config.yaml"
@@ -180,7 +181,8 @@ def choose_device(name: str | torch.device | None) -> torch.device:
         raise SettingsError(f"device: {name!r} must be a device of torch, such as cpu or cuda:0") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SettingsError(
-            f"device: '{device}' is not there, torch sees {torch.cuda.device_count()} GPUs; leave it out, or name cpu"
+            f"device: '{device}' is not there, torch sees {counted(torch.cuda.device_count(), 'GPU')}; leave it out, "
+            "or name cpu"
         )
     return device
 

@@ -22,6 +22,7 @@ from litgpt_moe_ext.evaluation.hellaswag import Item, Rule, as_question, evaluat
 from litgpt_moe_ext.evaluation.lm_eval_model import GPTModel
 from litgpt_moe_ext.evaluation.lm_eval_tasks import load_task_file
 from litgpt_moe_ext.evaluation.tokenization import encoder
+from litgpt_moe_ext.wording import counted
 
 # lm-eval's own.
 _FEWSHOT_SEED = 1234
@@ -109,7 +110,8 @@ class TaskFile:
         documents = min(len(self._task.eval_docs), limit or len(self._task.eval_docs))
         if documents < fabric.world_size:
             raise SettingsError(
-                f"evaluate.tasks: {file} has {documents} documents to ask about, fewer than the {fabric.world_size} "
+                f"evaluate.tasks: {file} has {counted(documents, 'document')} to ask about, fewer than the "
+                f"{fabric.world_size} "
                 "processes that share them; raise evaluate.max_items, or leave the task out"
             )
 

@@ -25,6 +25,7 @@ from litgpt_moe_ext.study.place import Places, TrainedOn
 from litgpt_moe_ext.study.plan import Run
 from litgpt_moe_ext.training.control import StopRequests
 from litgpt_moe_ext.training.parallel.lost_processes import die_with_parent
+from litgpt_moe_ext.wording import counted
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.training.plan import Plan
@@ -81,13 +82,14 @@ def _nothing_to_compare(plan: "Plan") -> Iterator[str]:
         return  # only the data says how many steps that is
     if plan.total_steps < train.log_interval:
         yield (
-            f"train.log_interval: {train.log_interval} must be at most the {plan.total_steps} steps of the run, or it "
+            f"train.log_interval: {train.log_interval} must be at most the {counted(plan.total_steps, 'step')} of the "
+            "run, or it "
             f"logs nothing; set it lower, or train.max_tokens to at least {train.log_interval * plan.tokens_per_step}"
         )
     if not judge.final_validation and plan.total_steps < judge.interval:
         yield (
             "eval.final_validation: false must be true in a study, which compares validation losses; or set "
-            f"eval.interval to at most the {plan.total_steps} steps of the run"
+            f"eval.interval to at most the {counted(plan.total_steps, 'step')} of the run"
         )
 
 
@@ -129,12 +131,12 @@ def train(runs: Iterable[Run], runs_dir: Path, limits: Limits, say: Callable[[st
 
     work = partial(_train, runs_dir=runs_dir, places=places, free=free, stopped=stopped, say=say)
     if waiting:
-        say(f"Training {len(waiting)} runs, {places.jobs} at a time, in {runs_dir}")
+        say(f"Training {counted(len(waiting), 'run')}, {places.jobs} at a time, in {runs_dir}")
     with requests.listening(), ThreadPoolExecutor(places.jobs) as pool:
         ends = list(pool.map(work, waiting))
     problems = [problem for problem in ends if problem]
     if late := ends.count(None):
-        problems.append(f"{late} runs were not begun, {stopped()}; the same command goes on")
+        problems.append(f"Not begun, {stopped()}: {counted(late, 'run')}; the same command goes on")
     return Outcome(problems, requests.received)
 
 

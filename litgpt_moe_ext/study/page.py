@@ -18,6 +18,7 @@ from litgpt_moe_ext.study.figures import balance_figure, difference_figure, loss
 from litgpt_moe_ext.study.plan import BUDGET, Study
 from litgpt_moe_ext.study.results import MAX_VIO, Result, csv_text
 from litgpt_moe_ext.study.search import best_in_words, best_points
+from litgpt_moe_ext.wording import counted
 
 COLUMNS = (
     "arm", "seeds", "validation loss", "range", "95 % interval", "minus control (95 % interval)", "training loss, end",
@@ -52,7 +53,7 @@ def study_page(study: Study, results: Sequence[Result], missing: int, command: s
     """
     notes = [study.question, f"Repeat it: {command}"]
     if missing:
-        notes.append(f"{missing} of {len(study.runs)} runs are not finished; the same command goes on.")
+        notes.append(f"Not finished: {missing} of {counted(len(study.runs), 'run')}; the same command goes on.")
     groups = grouped(results)
     notes += trained_on(results)
     parts = [*(f"<p>{html.escape(note)}</p>" for note in notes if note), table(*_shown(rows(study, groups)))]
@@ -80,7 +81,10 @@ def study_page(study: Study, results: Sequence[Result], missing: int, command: s
 def trained_on(results: Sequence[Result]) -> list[str]:
     """Return a line for each kind of place where runs were trained, and one if their seconds say nothing."""
     kinds = Counter(str(result.trained_on) for result in results if result.trained_on is not None)
-    lines = [f"Trained on: {kind}{f' ({number} runs)' if len(kinds) > 1 else ''}." for kind, number in kinds.items()]
+    lines = []
+    for kind, number in kinds.items():
+        share = f" ({counted(number, 'run')})" if len(kinds) > 1 else ""
+        lines.append(f"Trained on: {kind}{share}.")
     if not all(result.timed for result in results):
         lines.append("Runs that shared a device slowed each other down, so no seconds are shown for them.")
     if len(trained_with(results)) > 1:
@@ -92,7 +96,7 @@ def trained_with(results: Sequence[Result]) -> list[str]:
     """Return a line for each version of the code that trained a run."""
     kinds = Counter(result.trained_on.software if result.trained_on else "" for result in results)
     return [
-        f"Trained with {kind or 'a version that was not recorded'}: {number} run{'s'[: number > 1]}."
+        f"Trained with {kind or 'a version that was not recorded'}: {counted(number, 'run')}."
         for kind, number in kinds.items()
     ]
 

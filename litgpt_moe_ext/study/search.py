@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.wording import counted
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.study.results import Result
@@ -96,7 +97,7 @@ def best_in_words(searched: Sequence[str], groups: Mapping[str, list["Result"]])
     """Return a line for each of `best_points`."""
     best, places = best_points(searched, groups).items(), by_place(searched, groups).values()
     lines = [
-        f"Lowest of {len(points)} points: {label}, {mean_val_loss(group):.3f}."
+        f"Lowest of {counted(len(points), 'point')}: {label}, {mean_val_loss(group):.3f}."
         for (label, group), points in zip(best, places, strict=True)
     ]
     return [

@@ -26,6 +26,7 @@ from litgpt_moe_ext.training.parallel.accelerator import accelerator_here, defau
 from litgpt_moe_ext.training.parallel.launch import Processes, cluster_plugin, started_processes
 from litgpt_moe_ext.training.parallel.lost_processes import end_together
 from litgpt_moe_ext.training.parallel.strategies import make_strategy
+from litgpt_moe_ext.wording import counted
 
 if TYPE_CHECKING:
     from lightning.fabric.loggers import Logger
@@ -96,8 +97,9 @@ def _connect(plan: Plan, reporter: Reporter) -> Launched:
     if started is not None:
         if devices not in ("auto", -1, started.per_node) or num_nodes not in (1, started.nodes):
             raise SettingsError(
-                f"devices: {devices}, num_nodes: {num_nodes}: {started.started_by} has started {started.per_node} "
-                f"processes on each of {started.nodes} nodes; set devices: auto, or these numbers"
+                f"devices: {devices}, num_nodes: {num_nodes}: {started.started_by} has started "
+                f"{counted(started.per_node, 'process')} on each of {counted(started.nodes, 'node')}; set devices: "
+                "auto, or these numbers"
             )
         devices, num_nodes = started.per_node, started.nodes
     devices = parse_devices(devices)

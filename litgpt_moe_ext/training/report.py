@@ -12,6 +12,7 @@ from litgpt_moe_ext.training.callbacks.progress import format_count
 from litgpt_moe_ext.training.checkpoint.compatibility import resume_notes
 from litgpt_moe_ext.training.checkpoint.progress import BEST, FINAL, step_of
 from litgpt_moe_ext.training.logs import METRICS_FILE, TRANSCRIPT_FILE
+from litgpt_moe_ext.wording import counted
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.training.equip import Equipment
@@ -35,7 +36,10 @@ def announce(launched: Launched, start: Start, equipment: Equipment) -> None:
     if fabric.device.type == "cuda":
         say(str(equipment.graphs))
     padding = " with padding" if getattr(plan.settings.data, "pads", False) else ""
-    say(f"{plan.total_steps} steps of {plan.tokens_per_step:,} tokens{padding}, checkpoints in {plan.out_dir}")
+    say(
+        f"{counted(plan.total_steps, 'step')} of {counted(plan.tokens_per_step, 'token')}{padding}, checkpoints in "
+        f"{plan.out_dir}"
+    )
     for line in _cut(plan):
         say(line)
     if start.resume_dir is not None:
@@ -53,7 +57,10 @@ def conclude(launched: Launched, prepared: Prepared, outcome: Outcome) -> None:
     if tokens:
         duration = timedelta(seconds=round(outcome.seconds))
         padding = f", {outcome.padding:.0%} of them padding," if outcome.padding else ""
-        say(f"Trained {tokens:,} tokens{padding} in {duration} ({format_count(tokens / outcome.seconds)} tok/s)")
+        say(
+            f"Trained {counted(tokens, 'token')}{padding} in {duration} ({format_count(tokens / outcome.seconds)} "
+            "tok/s)"
+        )
     if launched.reporter.val_loss is not None:
         unigram = getattr(prepared.data, "unigram_loss", None)
         baseline = "" if unigram is None else f"; a model of token frequencies alone has {unigram:.3f}"
@@ -75,12 +82,14 @@ def _cut(plan: Plan) -> Iterator[str]:
     rest = train.max_tokens % plan.tokens_per_step
     if rest and plan.total_steps == train.max_tokens // plan.tokens_per_step:
         yield (
-            f"  train.max_tokens: {train.max_tokens:,} ends within a step: the last {rest:,} tokens are not trained on"
+            f"  train.max_tokens: {train.max_tokens:,} ends within a step: nothing is trained on the last "
+            f"{counted(rest, 'token')}"
         )
     planned = train.max_tokens // plan.tokens_per_step
     if train.lr_warmup_steps and train.lr_warmup_steps >= planned:
         yield (
-            f"  train.lr_warmup_steps: {train.lr_warmup_steps} of {planned} steps: the learning rate rises to the end "
+            f"  train.lr_warmup_steps: {train.lr_warmup_steps} of {counted(planned, 'step')}: the learning rate rises "
+            "to the end "
             "and never falls"
         )
 

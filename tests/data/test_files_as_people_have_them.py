@@ -319,7 +319,7 @@ def test_the_same_content_may_not_train_and_validate(tmp_path, capsys):
     settings = {"source_path": tmp_path / "train", "val_path": tmp_path / "val", "data_path": tmp_path / "cache"}
     corpus = TextCorpus(**settings, separator="\n", bpe=BPESettings(270))
     corpus.prepare()
-    assert "1 source(s) have the content of another one and count twice" in capsys.readouterr().out
+    assert "1 source with the content of another one, which counts twice" in capsys.readouterr().out
     shutil.copy(tmp_path / "train" / "a.txt", tmp_path / "val" / "c.txt")
     with pytest.raises(
         SettingsError, match=r"val_path: .*val/c.txt has the content of .*train/b.txt, which would train"

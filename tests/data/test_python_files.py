@@ -97,7 +97,7 @@ def test_which_files_are_read(tmp_path, capsys):
     assert [source.identity for source in read] == [hashlib.sha256(content).hexdigest() for content in kept.values()]
     texts = [record.text.encode() for source in read for record in source.records()]
     assert texts == [content.replace(b"\r\n", b"\n") for content in kept.values()]
-    assert f"Left out 1 file(s) of {tmp_path} that are not UTF-8" in capsys.readouterr().out
+    assert f"Left out 1 file of {tmp_path}: not UTF-8" in capsys.readouterr().out
 
 
 def test_no_content_in_both_splits(tmp_path, write_sources):

@@ -434,7 +434,7 @@ def test_empty_documents_are_left_out_and_reported(tmp_path, capsys):
     corpus = prepare_corpus(tmp_path / "c", file_sources([path], None, TextFormat(), FileHashes(tmp_path)), SETTINGS)
     manifest = read_manifest(corpus)
     assert (manifest["documents_empty"], manifest["first_empty"]) == (2, f"{path}, byte 0")
-    assert f"Left out 2 empty document(s), the first at {path}, byte 0" in capsys.readouterr().out
+    assert f"Left out 2 empty documents, the first at {path}, byte 0" in capsys.readouterr().out
 
 
 def test_no_validation_split(files, tmp_path):

@@ -47,8 +47,8 @@ def test_named_train_and_val(tmp_path, capsys):
     # 143 tokens in three files are 17 windows of 8, of which 16 fill batches of 2; none is cut at a border.
     assert torch.cat(list(train))[:, :-1].flatten().tolist() == tokens[40 : 40 + 128].tolist()
     output = capsys.readouterr().out
-    assert "To train on: 3 shard(s), edu_train_000001.npy .. edu_train_10_raw.bin, 143 tokens (ids not" in output
-    assert "To validate on: 1 shard(s), edu_val_000000.npy, 40 tokens" in output
+    assert "To train on: 3 shards, edu_train_000001.npy .. edu_train_10_raw.bin, 143 tokens (ids not" in output
+    assert "To validate on: 1 shard, edu_val_000000.npy, 40 tokens" in output
 
 
 def test_the_first_tokens(tmp_path, capsys):

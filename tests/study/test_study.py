@@ -263,7 +263,7 @@ time.sleep(30)
     assert received == number
     assert (tmp_path / "saved").is_file()
     assert f"stopped, {number.name}; the same command goes on" in problems[0]
-    assert f"1 runs were not begun, {number.name}" in problems[1]
+    assert f"Not begun, {number.name}: 1 run; " in problems[1]
 
 
 def test_interval_is_students():

@@ -64,7 +64,7 @@ def test_what_cannot_be_given_is_said(recipe, capsys):
     """Tokens beyond the last whole step, and a warm-up longer than the run."""
     assert train("--config", recipe(train={"max_tokens": 2 * 128 + 7, "lr_warmup_steps": 5})) == 0
     output = capsys.readouterr().out
-    assert "train.max_tokens: 263 ends within a step: the last 7 tokens are not trained on" in output
+    assert "train.max_tokens: 263 ends within a step: nothing is trained on the last 7 tokens" in output
     assert "train.lr_warmup_steps: 5 of 2 steps: the learning rate rises to the end" in output
 
 

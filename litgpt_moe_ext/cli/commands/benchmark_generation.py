@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import AtLeastTwo, PositiveInt
+from litgpt_moe_ext.wording import counted
 
 if TYPE_CHECKING:
     import torch
@@ -107,5 +108,7 @@ def print_timings(timings: "Sequence[Timing]", title: str, workload: "Workload")
          f"{t.weights / 2**20:.1f}", f"{t.kv_cache / 2**20:.1f}")
         for t in timings
     ]  # fmt: skip
-    shape = f"prompt {workload.prompt_length}, {workload.new_tokens} new tokens, medians of {workload.rounds} rounds"
+    shape = (
+        f"prompt {workload.prompt_length}, {workload.new_tokens} new, medians of {counted(workload.rounds, 'round')}"
+    )
     print_table(f"{title}; {shape}; speeds in tokens per second", columns, rows)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from litgpt_moe_ext.cli.arguments import positional
 from litgpt_moe_ext.errors import CANNOT, SettingsError
 from litgpt_moe_ext.field_types import PositiveFloat
+from litgpt_moe_ext.wording import counted
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.inspect.recipes import Recipe
@@ -53,7 +54,7 @@ class Doctor:
         if recipe is None:
             return 0
         if problems := sum(finding.verdict == "problem" for finding in findings):
-            print(f"{self.recipe} cannot run here: {problems} problem{'s' * (problems > 1)}")
+            print(f"{self.recipe} cannot run here: {counted(problems, 'problem')}")
             return CANNOT
         print(f"{self.recipe} can run here")
         return 0

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from litgpt_moe_ext.field_types import PositiveInt
+from litgpt_moe_ext.wording import counted
 
 if TYPE_CHECKING:
     from litgpt import Tokenizer
@@ -111,7 +112,9 @@ class Experts:
              *(_number(layer[name]) for name in numbers))
             for layer in analysis["layers"]
         ]  # fmt: skip
-        print_table(f"{analysis['tokens']:,} tokens of {analysis['source']}, as {analysis['language']}", columns, rows)
+        print_table(
+            f"{counted(analysis['tokens'], 'token')} of {analysis['source']}, as {analysis['language']}", columns, rows
+        )
         if analysis["warning"]:
             print(f"note: {analysis['warning']}")
         print(f"Report: {out_dir / 'report.html'}; pictures and experts.json beside it")

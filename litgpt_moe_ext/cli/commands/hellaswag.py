@@ -6,6 +6,7 @@ from typing import Literal
 
 from litgpt_moe_ext.cli.arguments import required_option
 from litgpt_moe_ext.field_types import PositiveInt
+from litgpt_moe_ext.wording import counted
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class HellaSwag:
         scores = {name: sum(getattr(answer, name) for answer in answers) / n for name in ("acc", "acc_norm")}
         errors = {name: (score * (1 - score) / max(n - 1, 1)) ** 0.5 for name, score in scores.items()}
         print(
-            f"HellaSwag, rule {self.rule}, {n:,} questions: "
+            f"HellaSwag, rule {self.rule}, {counted(n, 'question')}: "
             + ", ".join(f"{name} {score:.4f} ± {errors[name]:.4f}" for name, score in scores.items())
         )
         if self.json is not None:

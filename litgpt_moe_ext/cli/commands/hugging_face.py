@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from litgpt_moe_ext.wording import counted
+
 
 @dataclass(frozen=True)
 class Import:
@@ -32,8 +34,9 @@ class Import:
         if done.dequantized != "none":
             print(f"Dequantized {done.dequantized} weights")
         if done.left_out:
-            print(f"Left out {len(done.left_out)} tensors for predicting more than one token ({done.left_out[0]}, ...)")
-        print(f"Wrote {self.out_dir}: {config.n_layer} layers of {config.n_embd}, {config.mlp_class_name}")
+            left_out = counted(len(done.left_out), "tensor")
+            print(f"Left out {left_out} for predicting more than one token ({done.left_out[0]}, ...)")
+        print(f"Wrote {self.out_dir}: {counted(config.n_layer, 'layer')} of {config.n_embd}, {config.mlp_class_name}")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from litgpt_moe_ext.field_types import PositiveInt
+from litgpt_moe_ext.wording import counted
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.inspect.cost.model_card import ModelCard as Card
@@ -78,7 +79,7 @@ def _print_processes(card: "Card") -> None:
     columns = ("strategy", "weights", "grads", "optim.", "comm.", "activations", "total")
     keys = ("weights", "gradients", "optimizer", "communication", "activations", "total")
     rows = {name: {key: memory[key] for key in keys} for name, memory in card.processes.items()}
-    _print_memory(f"Each of {card.devices} processes{nodes}, {card.precision}", columns, rows)
+    _print_memory(f"Each of {counted(card.devices, 'process')}{nodes}, {card.precision}", columns, rows)
 
 
 def _print_activations(card: "Card") -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import AtLeastTwo, PositiveInt
+from litgpt_moe_ext.wording import counted
 
 if TYPE_CHECKING:
     from litgpt import Tokenizer
@@ -102,6 +103,6 @@ def _print_result(result) -> None:
     ]  # fmt: skip
     print_table("Loss by position", ("predicted from", "tokens", "loss", "perplexity"), rows)
     print(
-        f"{result.tokens:,} tokens, {result.bytes:,} bytes: loss {result.loss:.4f}, "
+        f"{counted(result.tokens, 'token')}, {counted(result.bytes, 'byte')}: loss {result.loss:.4f}, "
         f"perplexity {result.perplexity:.3f}, {result.bits_per_byte:.4f} bits per byte"
     )

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from litgpt_moe_ext.training.settings import ScheduleName
+from litgpt_moe_ext.wording import counted
 
 
 @dataclass(frozen=True)
@@ -41,5 +42,5 @@ class Schedule:
             for name, values in rates.items()
         ]
         columns = ("schedule", "first", "highest", "half-way", "last")
-        print_table(f"Learning rates of {self.recipe}, {len(rates[own]):,} steps", columns, rows)
+        print_table(f"Learning rates of {self.recipe}, {counted(len(rates[own]), 'step')}", columns, rows)
         print(f"Wrote {self.out}")

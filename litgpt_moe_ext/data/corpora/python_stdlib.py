@@ -16,6 +16,7 @@ from litgpt_moe_ext.data.reading.documents import documents
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import PositiveInt, Share
+from litgpt_moe_ext.wording import counted
 
 # Tests are repetitive and hold binary-like literals; packages are not part of the standard library.
 SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
@@ -81,7 +82,7 @@ class PythonStdlib(EncodedCorpus):
                 "leading dot"
             )
         if unreadable:
-            print(f"Left out {unreadable} file(s) of {folder} that are not UTF-8", flush=True)
+            print(f"Left out {counted(unreadable, 'file')} of {folder}: not UTF-8", flush=True)
         return list(found.values())
 
     def _folder(self) -> tuple[Path, frozenset[str]]:

@@ -15,6 +15,7 @@ from litgpt_moe_ext.data.pipeline.shards import check_token_ids, open_shard
 from litgpt_moe_ext.data.pipeline.sources import matches
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import NonNegativeInt, PositiveInt, check_fields
+from litgpt_moe_ext.wording import counted
 
 SUFFIXES = (".bin", ".npy")
 _SAMPLE = 1024  # tokens at either end of a shard that go into the identity of the data
@@ -125,7 +126,10 @@ class TokenShards(ShardModule):
             for split, paths, parts in zip(("train on", "validate on"), files, shards, strict=True):
                 names = paths[0].name if len(paths) == 1 else f"{paths[0].name} .. {paths[-1].name}"
                 tokens = sum(map(len, parts))
-                print(f"To {split}: {len(paths)} shard(s), {names}, {tokens:,} tokens ({checked})", flush=True)
+                print(
+                    f"To {split}: {counted(len(paths), 'shard')}, {names}, {counted(tokens, 'token')} ({checked})",
+                    flush=True,
+                )
         return shards[0], shards[1]
 
     @property

@@ -43,6 +43,7 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files import checksums
 from litgpt_moe_ext.files.durable import flush_tree
 from litgpt_moe_ext.machine import count_cores
+from litgpt_moe_ext.wording import counted
 
 # Below this the threads of the tokenizers library are as fast: encoding is 97% of the work, and starting a process
 # takes as long as encoding a megabyte.
@@ -140,9 +141,11 @@ class _Preparation:
         seconds = time.perf_counter() - started
         print(f"Prepared a corpus in {self.final} ({_summary(manifest)}, {seconds:.1f} s)", flush=True)
         if manifest["documents_empty"]:
-            print(f"Left out {manifest['documents_empty']} empty document(s), the first at {manifest['first_empty']}")
+            empty = counted(manifest["documents_empty"], "empty document")
+            print(f"Left out {empty}, the first at {manifest['first_empty']}")
         if repeated := len(self.sources) - len({source.identity for source in self.sources}):
-            print(f"{repeated} source(s) have the content of another one and count twice; remove them to read it once")
+            copies = counted(repeated, "source")
+            print(f"{copies} with the content of another one, which counts twice; remove copies to read it once")
         share = manifest["documents_val"] / (manifest["documents_train"] + manifest["documents_val"])
         if share > _LARGE_SHARE:
             print(f"{share:.0%} of the documents validate; set val_count, or name other files, to validate on fewer")
@@ -153,7 +156,7 @@ class _Preparation:
             self._start(progress)
         else:
             self.state, tokens = state, state.counts["tokens_train"]
-            print(f"Continuing in {self.directory}: {tokens:,} training tokens are there", flush=True)
+            print(f"Continuing in {self.directory}: {counted(tokens, 'training token')} so far", flush=True)
         for split in SIDES:  # what was written after the state: its documents come again
             late = sorted(self.directory.glob(f"{split}_*.bin"))[self.state.shards[split] :]
             for path in (*late, *self.directory.glob(f".{split}_*.partial")):
@@ -197,7 +200,7 @@ class _Preparation:
             if not counts[f"documents_{side}"]:
                 raise SettingsError(
                     f"val_fraction: {self.settings.val_fraction} with seed {self.settings.seed} leaves no document to "
-                    f"{name}, of {len(self.sources)} source(s), the first {self.sources[0].name}; {remedy}"
+                    f"{name}, of {counted(len(self.sources), 'source')}, the first {self.sources[0].name}; {remedy}"
                 )
         histograms = [
             sum((np.bincount(shard, minlength=vocab_size) for shard in shards), np.zeros(vocab_size, np.int64))
@@ -237,6 +240,6 @@ def _workers(sources: Sequence[Source], workers: int | None) -> int:
 def _summary(manifest: Mapping[str, Any]) -> str:
     documents, size = (sum(manifest[f"{what}_{split}"] for split in SIDES) for what in ("documents", "bytes"))
     return (
-        f"{documents:,} documents, {size / 1e6:.2f} MB, {manifest['tokens_train']:,} training and "
+        f"{counted(documents, 'document')}, {size / 1e6:.2f} MB, {manifest['tokens_train']:,} training and "
         f"{manifest['tokens_val']:,} validation tokens"
     )

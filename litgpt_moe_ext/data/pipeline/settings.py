@@ -9,6 +9,7 @@ from litgpt_moe_ext.data.pipeline.store import in_validation
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings
 from litgpt_moe_ext.data.tokenizer.files import tokenizer_hash
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.wording import counted
 
 VAL_REMEDY = "name files to validate on, raise val_fraction, or try another seed"
 
@@ -59,11 +60,12 @@ class CorpusSettings:
         splits = {source.split for source in sources}
         if not splits & {"train", None}:
             raise SettingsError(
-                f"val_fraction: {self.val_fraction} leaves no document to train on, of {len(sources)} source(s); give "
+                f"val_fraction: {self.val_fraction} leaves no document to train on, of "
+                f"{counted(len(sources), 'source')}; give "
                 "more of them, or lower val_fraction"
             )
         if "val" not in splits and not (None in splits and self.val_fraction):
             raise SettingsError(
-                f"val_fraction: {self.val_fraction} leaves no document to validate on, as none of {len(sources)} "
-                f"source(s) validates by name; {VAL_REMEDY}"
+                f"val_fraction: {self.val_fraction} leaves no document to validate on, as none of "
+                f"{counted(len(sources), 'source')} validates by name; {VAL_REMEDY}"
             )

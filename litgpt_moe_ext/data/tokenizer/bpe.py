@@ -12,6 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from litgpt_moe_ext.data.tokenizer.threads import threads_for_tokenizers
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.interruption import ending_at_once
+from litgpt_moe_ext.wording import counted
 
 EOS_TOKEN = "<|endoftext|>"
 _BYTES = 256
@@ -60,7 +61,8 @@ class BPESettings:
         if self.vocab_size < smallest:
             raise SettingsError(
                 f"vocab_size: {self.vocab_size} is too small for a byte-level tokenizer, where {_BYTES} bytes and "
-                f"{len(self.special_tokens)} special token(s) take {smallest} entries; set vocab_size to {smallest} or "
+                f"{counted(len(self.special_tokens), 'special token')} take {smallest} entries; set vocab_size to "
+                f"{smallest} or "
                 "more"
             )
 

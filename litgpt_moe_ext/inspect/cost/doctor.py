@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.inspect.recipes import Recipe
+from litgpt_moe_ext.wording import counted
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.training.settings import Settings, StrategyName
@@ -227,12 +228,12 @@ def _strategy(recipe: Recipe) -> Finding:
         text = f"fused_cross_entropy: true needs the whole output head on every process; strategy: {recipe.strategy}"
         return Finding("strategy", "problem", f"{text} shares it out: use ddp, or leave fused_cross_entropy out")
     if torch.cuda.is_available() and per_node > torch.cuda.device_count():
-        text = f"devices: {per_node}, but torch can use {torch.cuda.device_count()} GPUs here"
+        text = f"devices: {per_node}, but torch can use {counted(torch.cuda.device_count(), 'GPU')} here"
         return Finding("strategy", "problem", f"{text}; set devices: auto")
     if note := single_process_note(cast("StrategyName", recipe.strategy), per_node * nodes, args):
         return Finding("strategy", "note", note)
     name = "ddp" if recipe.strategy == "auto" and per_node * nodes > 1 else recipe.strategy
-    count = f"{per_node} process{'es' * (per_node > 1)}" + (f" on each of {nodes} nodes" if nodes > 1 else "")
+    count = counted(per_node, "process") + (f" on each of {nodes} nodes" if nodes > 1 else "")
     return Finding("strategy", "good", f"{name}, {count}")
 
 

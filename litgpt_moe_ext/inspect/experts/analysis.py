@@ -16,6 +16,7 @@ from litgpt_moe_ext.inspect.experts.capture import LayerRouting
 from litgpt_moe_ext.inspect.experts.token_classes import PYTHON_CLASSES, TEXT_CLASSES, python_classes, text_classes
 from litgpt_moe_ext.inspect.texts import EncodedDocument, processor_of
 from litgpt_moe_ext.moe.metrics import load_entropy, max_violation
+from litgpt_moe_ext.wording import counted
 
 if TYPE_CHECKING:
     from litgpt import Tokenizer
@@ -98,7 +99,7 @@ def _warning(n_token: int, layer: LayerRouting) -> str | None:
         return None
     needed = math.ceil(ENOUGH_VISITS * layer.n_expert / layer.experts_NK.size(1))
     return (
-        f"{n_token:,} tokens are {visits:.0f} visits per expert: differences of up to "
+        f"with {counted(n_token, 'token')} an expert has about {counted(round(visits), 'visit')}: differences of up to "
         f"{200 / math.sqrt(max(visits, 1)):.0f} % are chance; read at least {needed:,} tokens"
     )
 

@@ -8,6 +8,7 @@ expressed in batches of any other size, as long as it is a whole number of them.
 from typing import Any
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.wording import counted
 
 
 def convert_position(state: dict[str, Any], batch_size: int, world_size: int) -> dict[str, Any]:
@@ -28,9 +29,9 @@ def convert_position(state: dict[str, Any], batch_size: int, world_size: int) ->
     batch = batch_size * world_size
     if windows % batch:
         raise SettingsError(
-            f"train.micro_batch_size: {batch_size} on {world_size} process(es) makes batches of {batch}; the "
+            f"train.micro_batch_size: {batch_size} on {counted(world_size, 'process')} makes batches of {batch}; the "
             f"checkpoint stands after {windows} sequences of its epoch, which is not a multiple. Use "
-            f"{saved['batch_size']} on {saved['world_size']} process(es), as it did, or another divisor"
+            f"{saved['batch_size']} on {counted(saved['world_size'], 'process')}, as it did, or another divisor"
         )
     fingerprint = {**saved, "batch_size": batch_size, "world_size": world_size}
     return {**state, "position": windows // batch, "fingerprint": fingerprint}

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.wording import counted
 
 
 class Processes(NamedTuple):
@@ -52,7 +53,9 @@ def started_processes(environment: Mapping[str, str]) -> Processes | None:
 
 def _even(launcher: str, world: int, per_node: int) -> Processes:
     if per_node < 1 or world % per_node:
-        raise SettingsError(f"environment: {launcher} says {world} processes, {per_node} on each node; that is uneven")
+        raise SettingsError(
+            f"environment: {launcher} says {counted(world, 'process')}, {per_node} on each node; that is uneven"
+        )
     return Processes(launcher, per_node, world // per_node)
 
 

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from litgpt_moe_ext.wording import counted
+
 
 def of_this_rank(device: torch.device) -> dict[str, Any]:
     """Return the state of what training draws from: torch on the CPU and on the device of the rank, and Python.
@@ -86,8 +88,8 @@ def settle(fabric: Any, seed: int) -> None:
         return
     if saved is not None:
         fabric.print(
-            f"The checkpoint has the random generators of {len(saved)} processes and there are "
-            f"{fabric.world_size} now: they start anew, which matters only where training draws from them."
+            f"The checkpoint has the random generators of {counted(len(saved), 'process')} and there "
+            f"are {fabric.world_size} now: they start anew, which matters only where training draws from them."
         )
     part_ways(seed, fabric.global_rank, fabric.world_size, fabric.step)
 

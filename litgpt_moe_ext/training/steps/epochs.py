@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.steps.batches import unwrapped
+from litgpt_moe_ext.wording import counted
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.training.launch import Launched
@@ -45,13 +46,13 @@ def with_epochs(launched: Launched, prepared: Prepared) -> Launched:
     steps = epochs * micro_batches // launched.accumulation
     if not steps:
         raise SettingsError(
-            f"train.epochs: {epochs} of this data are less than one step of {plan.train.global_batch_size} sequences; "
+            f"train.epochs: {epochs} of this data is less than one step of {plan.train.global_batch_size} sequences; "
             "set more epochs, or a smaller train.global_batch_size"
         )
     planned = with_tokens(plan, steps * plan.tokens_per_step)
     launched.reporter.total_steps = planned.total_steps
     launched.fabric.print(
-        f"train.epochs: {epochs} are {steps} steps, train.max_tokens: {planned.settings.train.max_tokens}"
+        f"train.epochs: {epochs} means {counted(steps, 'step')}, train.max_tokens: {planned.settings.train.max_tokens}"
     )
     return dataclasses.replace(launched, plan=planned)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from litgpt_moe_ext.field_types import NonNegativeInt, PositiveFloat, PositiveInt
+from litgpt_moe_ext.wording import counted
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.study import plan
@@ -63,7 +64,10 @@ class Study:
             check(run for run in study.runs if not is_finished(runs_dir, run))
         if self.slurm is not None:
             write_text(self.slurm, slurm_script(command, len(study.runs), min(limits.places.gpus, 1)))
-            print(f"Wrote {self.slurm}, {len(study.runs)} runs; afterwards `{command} --report` writes the page")
+            print(
+                f"Wrote {self.slurm}, {counted(len(study.runs), 'run')}; afterwards `{command} --report` writes the "
+                "page"
+            )
             return 0
         runs = study.runs
         if self.only is not None:
@@ -80,7 +84,9 @@ class Study:
         missing = len(runs) - len(finished)
         if finished:
             _write_page(study, finished, out_dir, command)
-        print(f"{len(finished)} of {len(runs)} runs are finished" + (f"; `{command}` goes on" if missing else ""))
+        print(
+            f"{len(finished)} of {counted(len(runs), 'run')} finished" + (f"; `{command}` goes on" if missing else "")
+        )
         return int(missing > 0)
 
     def _limits(self) -> "Limits":
