@@ -61,6 +61,12 @@ source = { registry = "index" }
 """
 
 
+@pytest.mark.parametrize("module", ["litgpt_moe_ext.cli.main", "litgpt_moe_ext.cli.train", "litgpt_moe_ext"])
+def test_what_has_a_main_answers_to_python_m(module):
+    answer = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
+    assert "usage: litgpt-moe" in answer.stdout
+
+
 def test_portable_lock():
     portable = tool("portable_lock").portable
     assert portable(LOCK) == PORTABLE

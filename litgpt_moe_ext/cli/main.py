@@ -98,10 +98,9 @@ def _run(given: Sequence[str], own_process: bool) -> int | None:
     # litdata, which LitGPT imports, otherwise asks the package index for its newest version and waits if it is offline.
     os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
     if given[0] == _TRAIN[0]:
-        from litgpt_moe_ext.cli.recipes import recipes_dir
         from litgpt_moe_ext.cli.train import main as train
 
-        return train(given[1:], recipes_dir() / "quickstart.yaml")
+        return train(given[1:])
     from litgpt_moe_ext.cli.arguments import read_arguments
 
     command = _find(given[0])
@@ -143,3 +142,7 @@ def _overview() -> str:
             "is wrong.",
         )
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

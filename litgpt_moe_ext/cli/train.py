@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from litgpt_moe_ext.cli.recipes import recipes_dir
 from litgpt_moe_ext.errors import CANNOT, SettingsError, exit_status
 from litgpt_moe_ext.garbage import collect_rarely
 
@@ -37,12 +38,12 @@ def print_help() -> None:
         print(f"  --model_config.{name}\n{textwrap.indent(doc, ' ' * 6)}")
 
 
-def main(arguments: Sequence[str] | None = None, default_config: Path = Path("configs/quickstart.yaml")) -> int:
+def main(arguments: Sequence[str] | None = None, default_config: Path | None = None) -> int:
     """Run training from the command line.
 
     Args:
         arguments: The command line without the program's name; None takes it from `sys.argv`.
-        default_config: Recipe to use if none is named.
+        default_config: Recipe to use if none is named; None takes the packaged quickstart.
 
     Returns:
         The exit status: 0 after training, 1 if it cannot go on, 2 for a wrong setting, 128 plus the number of the
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None, default_config: Path = Path("co
     _prepare_environment()
     with collect_rarely():
         return exit_status(
-            lambda: _run(arguments, default_config),
+            lambda: _run(arguments, default_config or recipes_dir() / "quickstart.yaml"),
             interrupted="Stopped at once; --resume auto continues from the last checkpoint, if there is one.",
         )
 
@@ -142,3 +143,7 @@ def _stopped(message: str, status: int) -> int:
         return 0
     print(message, file=sys.stderr)
     return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
