@@ -15,6 +15,7 @@ from litgpt import GPT, Config, Tokenizer
 
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
 from litgpt_moe_ext.errors import SettingsError, one_line
+from litgpt_moe_ext.files.checksums import problem_with_content
 from litgpt_moe_ext.wording import counted
 
 WEIGHTS_FILE = "lit_model.pth"
@@ -82,7 +83,8 @@ def read_checkpoint(path: Path, setting: str = "checkpoint_dir") -> dict[str, An
         The content, with tensors on the CPU that stay on disk until they are used.
 
     Raises:
-        SettingsError: If the file is damaged, or holds other Python objects than tensors and plain data.
+        SettingsError: If the file or a weight in it is damaged, or it holds other Python objects than tensors and
+            plain data.
     """
     try:
         with path.open("rb") as file:
@@ -91,6 +93,8 @@ def read_checkpoint(path: Path, setting: str = "checkpoint_dir") -> dict[str, An
         raise SettingsError(f"{setting}: {path} cannot be read ({error.strerror}); {FROM_ANEW}") from error
     if not is_whole:
         raise SettingsError(f"{setting}: {path} is damaged or cut off; {FROM_ANEW}")
+    if damage := problem_with_content(path, {}):  # names and shapes, before they are believed
+        raise SettingsError(f"{setting}: in {str(path.parent)!r} {damage}; {FROM_ANEW}")
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -105,6 +109,8 @@ def read_checkpoint(path: Path, setting: str = "checkpoint_dir") -> dict[str, An
         raise SettingsError(f"{setting}: {path} is damaged ({_shortened(error)}); {FROM_ANEW}") from error
     if not isinstance(content, dict):
         raise SettingsError(f"{setting}: {path} holds a {type(content).__name__}; it must hold weights by name")
+    if damage := problem_with_content(path, _bytes_of_weights(content.get("model", content))):
+        raise SettingsError(f"{setting}: in {str(path.parent)!r} {damage}; {FROM_ANEW}")
     return content
 
 
@@ -199,6 +205,17 @@ def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
         raise SettingsError(
             f"checkpoint_dir: the tokenizer in {checkpoint_dir} cannot be opened ({_shortened(error)}); {FROM_ANEW}"
         ) from error
+
+
+def _bytes_of_weights(state: Any) -> dict[str, memoryview]:
+    # Of each storage once, under the name of a weight in it.
+    found: dict[int, tuple[str, memoryview]] = {}
+    for name, tensor in state.items() if isinstance(state, dict) else ():
+        if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+            storage = tensor.untyped_storage()
+            bytes_of = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+            found.setdefault(storage.data_ptr(), (str(name), bytes_of.data))
+    return dict(found.values())
 
 
 def _foreign_objects(path: Path) -> list[str]:

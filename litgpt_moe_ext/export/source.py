@@ -12,7 +12,6 @@ from torch import Tensor
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.loading import (
     CONFIG_FILE,
-    FROM_ANEW,
     VOCABULARY_FILES,
     WEIGHTS_FILE,
     load_tokenizer,
@@ -20,7 +19,6 @@ from litgpt_moe_ext.evaluation.loading import (
     read_config,
 )
 from litgpt_moe_ext.export.hf.tensors import BALANCING_BIAS
-from litgpt_moe_ext.files.checksums import problem_inside
 from litgpt_moe_ext.meta.models import meta_model
 from litgpt_moe_ext.moe.expert_layouts import stack_experts
 
@@ -109,9 +107,6 @@ def read_source(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> Source
             raise SettingsError(f"{setting}: {str(checkpoint_dir)!r} has no {name}; name a whole checkpoint")
     config = cast("Config", read_config(checkpoint_dir, setting))
     content = read_checkpoint(checkpoint_dir / WEIGHTS_FILE, setting)
-    # What is made of it goes elsewhere, where no checksum tells any more.
-    if damage := problem_inside(checkpoint_dir / WEIGHTS_FILE):
-        raise SettingsError(f"{setting}: in {str(checkpoint_dir)!r} {damage}; {FROM_ANEW}")
     run = {key: content[key] for key in ("train_dataloader", "callbacks") if "model" in content and key in content}
     state = content.get("model", content)
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):

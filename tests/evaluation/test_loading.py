@@ -65,6 +65,22 @@ def test_damage_within_is_one_line(checkpoint_dir):
     assert_refused(checkpoint_dir, "damaged")
 
 
+def test_a_weight_with_another_bit_is_one_line(checkpoint_dir):
+    """Also of a training checkpoint, whose optimizer may be what it likes: nobody reads it here."""
+    path = checkpoint_dir / "lit_model.pth"
+    model = torch.load(path, weights_only=True)
+    marked = torch.arange(64.0).numpy().tobytes()
+    model["lm_head.weight"].view(-1)[:64] = torch.arange(64.0)
+    moment = torch.full((64,), 7.0)
+    torch.save({"model": model, "optimizer": {"state": {0: {"exp_avg": moment}}}}, path)
+    content = path.read_bytes()
+    assert content.count(marked) == content.count(moment.numpy().tobytes()) == 1
+    path.write_bytes(content.replace(moment.numpy().tobytes(), bytes(256)))
+    load_model(checkpoint_dir, CPU)
+    path.write_bytes(content.replace(marked, b"\x01" + marked[1:]))
+    assert_refused(checkpoint_dir, "is damaged in lm_head.weight; copy it again")
+
+
 def test_other_weights_are_one_line(checkpoint_dir):
     torch.save({"model": {"a": torch.zeros(2)}}, checkpoint_dir / "lit_model.pth")
     assert_refused(checkpoint_dir, "does not fit model_config.yaml")
