@@ -113,11 +113,16 @@ def _rates(settings: Settings) -> Iterator[str]:
 
 
 def _ddp(settings: Settings) -> Iterator[str]:
-    if settings.fused_cross_entropy and settings.distributed.find_unused_parameters:
+    if not settings.distributed.find_unused_parameters:
+        return
+    conflict = "distributed.find_unused_parameters: true cannot be combined with"
+    if settings.fused_cross_entropy:
         yield (
-            "distributed.find_unused_parameters: true cannot be combined with fused_cross_entropy: true, whose output "
-            "head works outside the forward pass, where ddp takes it for unused; set one of them to false"
+            f"{conflict} fused_cross_entropy: true, whose output head works outside the forward pass, where ddp takes "
+            "it for unused; set one of them to false"
         )
+    if settings.cuda_graphs is True:
+        yield f"{conflict} cuda_graphs: true, where ddp takes all weights for unused; set one of them to false"
 
 
 def _zero(settings: Settings, stage: int) -> Iterator[str]:

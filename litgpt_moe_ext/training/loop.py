@@ -148,7 +148,7 @@ class HookedLoop:
             self._batches.counts = can_pad(kwargs["train_dataloader"])
             first_iteration = self.fabric.state["iter_num"]
             self.fabric.call("on_fit_begin", resume_dir=self._start.resume_dir)
-            deferring = self._graphs.deferring(self.fabric.state["model"], self.fabric.strategy.precision)
+            deferring = self._graphs.deferring(self.fabric.state["model"], self.fabric.strategy)
             try:
                 with self._stop_requests.listening(), deferring:
                     original(*args, **kwargs)

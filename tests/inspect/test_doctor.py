@@ -99,8 +99,13 @@ def test_memory_takes_the_whole_recipe_into_account(monkeypatch):
         ({"compile": False}, "good", "tried in the third step"),
         ({"compile": False, "cuda_graphs": False}, "good", "off (as asked)"),
         ({"compile": False, "activation_checkpointing": "full"}, "good", "off (activation_checkpointing runs"),
-        ({"compile": False, "devices": 2}, "good", "off (several processes"),
-        ({"compile": False, "devices": 2, "cuda_graphs": True}, "problem", "cannot work here (several processes"),
+        ({"compile": False, "devices": 2}, "good", "off (gradients would be exchanged after"),
+        ({"compile": False, "devices": 2, "cuda_graphs": True}, "good", "tried in the third step"),
+        (
+            {"compile": False, "devices": 2, "cuda_graphs": True, "strategy": "fsdp2"},
+            "problem",
+            "cannot work here (processes that share weights",
+        ),
     ],
 )
 def test_cuda_graphs_are_foretold(monkeypatch, settings, verdict, text):

@@ -99,11 +99,16 @@ def in_ranks(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[
         ]
         for process in processes:
             process.start()
-        found = dict(results.get() for _ in processes)
+        found = {}
+        for _ in processes:
+            rank, result = results.get()
+            if isinstance(result, str):  # the others may wait for it
+                for process in processes:
+                    process.kill()
+                raise AssertionError(result)
+            found[rank] = result
         for process in processes:
             process.join()
-    errors = [result for result in found.values() if isinstance(result, str)]
-    assert not errors, errors[0]
     # As bytes, because a tensor in a queue needs the process that made it.
     return [torch.load(io.BytesIO(found[rank]), weights_only=True) for rank in range(ranks)]
 

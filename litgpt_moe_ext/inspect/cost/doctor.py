@@ -251,9 +251,9 @@ def graphs(recipe: Recipe, device_type: str) -> Finding:
 
     compiled = decide_compile(recipe.settings.get("compile", "auto"), recipe.config, probe_platform(device_type))
     strategy = STRATEGIES.get(recipe.strategy, STRATEGIES["auto"])  # an unknown one is a problem of its own
-    obstacle = strategy.graph_obstacle(_processes(recipe) * recipe.num_nodes)
+    processes = _processes(recipe) * recipe.num_nodes
     checkpointing = recipe.memory_savers["activation_checkpointing"]
-    conditions = Conditions(device_type, obstacle, compiled.enabled, checkpointing, recipe.config)
+    conditions = Conditions(device_type, strategy, processes, compiled.enabled, checkpointing, recipe.config)
     try:
         decision = decide(recipe.settings.get("cuda_graphs", "auto"), conditions)
     except SettingsError as error:

@@ -80,6 +80,19 @@ class Behaviour(_Base):
         """
         model.load_state_dict(weights, strict=strict)
 
+    def in_place_of_forward(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Return what a function returns that runs the model's passes, so that its gradients are exchanged.
+
+        Args:
+            function: Returns the loss of the inputs, a scalar. Where its backward pass is not autograd's of the model,
+                it ends with `exchange_gradients`.
+            *inputs: Of the function.
+        """
+        return function(*inputs)
+
+    def exchange_gradients(self) -> None:
+        """Exchange the gradients that parameters have, which no node of autograd has added up, if their step ends."""
+
     def loss_scale_state(self) -> Callback:
         """Return what keeps the loss scale in the checkpoints; only where `scales_gradients`."""
         return ScalerState(self.precision)

@@ -49,9 +49,9 @@ class StrategyFacts:
         """Return why passes of one of `processes` ranks cannot be captured as CUDA graphs, or None."""
         if self.zero_stage is not None:
             return "DeepSpeed collects gradients while the backward pass goes on"
-        if processes == 1:
-            return None
-        return "several processes exchange gradients while the backward pass goes on"
+        if "weights" in self.shards and processes > 1:
+            return "processes that share weights exchange them while the passes go on"
+        return None
 
 
 _DDP = StrategyFacts(knobs=("bucket_mb", "gradient_as_bucket_view", "find_unused_parameters"))

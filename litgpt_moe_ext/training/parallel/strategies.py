@@ -1,15 +1,15 @@
 """How several processes share the work: a strategy of Fabric's for each name that recipes use."""
 
-from datetime import timedelta
 from typing import Any
 
 import torch
-from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.fabric.strategies import SingleDeviceStrategy
 
 from litgpt_moe_ext.training.checkpoint.io import checkpoint_io
 from litgpt_moe_ext.training.checks import check_strategy
 from litgpt_moe_ext.training.parallel.behaviour import Behaviour
 from litgpt_moe_ext.training.parallel.facts import STRATEGIES, facts_of
+from litgpt_moe_ext.training.parallel.replicated import ReplicatedStrategy
 from litgpt_moe_ext.training.settings import DistributedArgs, StrategyName
 
 
@@ -53,26 +53,3 @@ class SingleProcessStrategy(Behaviour, SingleDeviceStrategy):
     def __init__(self, accelerator: str) -> None:
         device = torch.device("cpu") if accelerator == "cpu" else torch.device(accelerator, 0)
         super().__init__(device, checkpoint_io=checkpoint_io(accelerator))
-
-
-class ReplicatedStrategy(Behaviour, DDPStrategy):
-    """torch's DDP: every rank has all weights, and gradients are averaged while the backward pass goes on.
-
-    Args:
-        accelerator: Device type.
-        args: The knobs.
-    """
-
-    facts = STRATEGIES["ddp"]
-
-    def __init__(self, accelerator: str, args: DistributedArgs) -> None:
-        knobs: dict[str, Any] = {
-            "bucket_cap_mb": args.bucket_mb,
-            "gradient_as_bucket_view": args.gradient_as_bucket_view,
-            "find_unused_parameters": args.find_unused_parameters,
-        }
-        super().__init__(
-            checkpoint_io=checkpoint_io(accelerator),
-            timeout=timedelta(minutes=args.timeout_minutes),
-            **{name: value for name, value in knobs.items() if value is not None},
-        )

@@ -67,7 +67,7 @@ class Settings(Section):
     """Whether to use torch.compile; auto: where it works and pays, and says so."""
     cuda_graphs: bool | Literal["auto"] = "auto"
     """Whether the passes of a micro-batch run as CUDA graphs, which spare the host the launches; auto: on one GPU where
-    they work and leave room."""
+    they work and leave room; true: under ddp too, whose exchange of gradients then follows the backward pass."""
     float32_matmul_precision: Literal["highest", "high", "medium"] | None = None
     """As torch.set_float32_matmul_precision: high and medium let GPUs use TF32 or bf16 for float32 products, medium
     lets CPUs use oneDNN; null: torch's default."""

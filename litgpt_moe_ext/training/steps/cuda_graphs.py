@@ -9,20 +9,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.training.parallel.facts import StrategyFacts
 from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss
 
 if TYPE_CHECKING:
-    from lightning.fabric.plugins.precision import Precision
-
     from litgpt_moe_ext.config.types import Config
     from litgpt_moe_ext.training.compilation import CompileDecision
     from litgpt_moe_ext.training.launch import Launched
+    from litgpt_moe_ext.training.parallel.behaviour import Behaviour
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,16 @@ class Conditions(NamedTuple):
 
     Attributes:
         device_type: Type of the device, such as `cuda`.
-        strategy_obstacle: As `StrategyFacts.graph_obstacle` returns it.
+        strategy: What the strategy shards.
+        processes: Number of processes on all nodes.
         compiled: Whether the model is compiled.
         activation_checkpointing: As in a recipe.
         config: The model's configuration.
     """
 
     device_type: str
-    strategy_obstacle: str | None
+    strategy: StrategyFacts
+    processes: int
     compiled: bool
     activation_checkpointing: str
     config: Config
@@ -64,9 +67,9 @@ class Conditions(NamedTuple):
     def of(cls, launched: Launched, compiled: CompileDecision) -> Conditions:
         """Return those of a run."""
         fabric, plan = launched.fabric, launched.plan
-        obstacle = fabric.strategy.facts.graph_obstacle(fabric.world_size)
-        checkpointing = plan.settings.activation_checkpointing
-        return cls(fabric.device.type, obstacle, compiled.enabled, checkpointing, cast("Config", plan.config))
+        checkpointing, config = plan.settings.activation_checkpointing, cast("Config", plan.config)
+        facts = fabric.strategy.facts
+        return cls(fabric.device.type, facts, fabric.world_size, compiled.enabled, checkpointing, config)
 
     def obstacle(self) -> str | None:
         """Return what keeps passes from being captured, or None."""
@@ -75,7 +78,8 @@ class Conditions(NamedTuple):
         if torch.version.hip is not None:
             return "they are for NVIDIA GPUs, this is AMD's; nobody has tried them there"
         # What a setting removes comes last: its advice must help.
-        if (lasting := self.strategy_obstacle or _obstacle_of(self.config)) is not None:
+        lasting = self.strategy.graph_obstacle(self.processes) or _obstacle_of(self.config)
+        if lasting is not None:
             return lasting
         if self.compiled:
             return "torch.compile is on; --compile false makes room for them"
@@ -99,6 +103,9 @@ def decide(asked: bool | Literal["auto"], conditions: Conditions) -> GraphDecisi
     obstacle = conditions.obstacle()
     if asked is True and obstacle is not None:
         raise SettingsError(f"cuda_graphs: true cannot work here ({obstacle}); set cuda_graphs: auto")
+    if asked == "auto" and obstacle is None and conditions.processes > 1:
+        # Whether that costs more than launches do depends on the model and what connects the cards; not measured yet.
+        obstacle = "gradients would be exchanged after the backward pass, not while it runs; --cuda_graphs true does so"
     return GraphDecision(obstacle, asked is True)
 
 
@@ -128,7 +135,7 @@ class CudaGraphs:
 
     def __init__(self, decision: GraphDecision, say: Callable[[str], None]) -> None:
         self._decision, self._say = decision, say
-        self._graphed: GraphedLoss | None = None
+        self._graphed: Callable[[Tensor, Tensor], Tensor] | None = None
         self._expects = False
         self._cross_entropy: Callable[[Any, Tensor], Tensor]
 
@@ -152,18 +159,20 @@ class CudaGraphs:
         return loss
 
     @contextlib.contextmanager
-    def deferring(self, model: Any, precision: Precision) -> Iterator[None]:
+    def deferring(self, model: Any, strategy: Behaviour) -> Iterator[None]:
         """Have a model leave the loop's batches to the loss function while it trains, for the time of the scope.
 
         Callbacks that call the model get what it computes.
 
         Args:
             model: Fabric's wrapper.
-            precision: Fabric's, under which the model computes.
+            strategy: Fabric's, under whose precision the model computes.
         """
         if self._decision.obstacle is not None:
             yield
             return
+
+        precision = strategy.precision
 
         def loss(ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
             # As Fabric's wrapper does it, but for the hook that wants `fabric.backward` to have been called.
@@ -172,7 +181,9 @@ class CudaGraphs:
             return self._cross_entropy(precision.convert_output(logits), targets_BT)
 
         compute = model.forward
-        self._graphed = GraphedLoss(loss, model, careful=not self._decision.asked, say=self._say)
+        careful, exchange = not self._decision.asked, strategy.exchange_gradients
+        graphed = GraphedLoss(loss, model, careful=careful, say=self._say, exchange=exchange)
+        self._graphed = partial(strategy.in_place_of_forward, graphed)
 
         def forward(ids_BT: Tensor, *args: Any, **kwargs: Any) -> Any:
             expected, self._expects = self._expects, False

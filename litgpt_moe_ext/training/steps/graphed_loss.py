@@ -13,7 +13,6 @@ Passes of a step share what they can of the experts' weights (`litgpt_moe_ext.mo
 Shape legend: B batch, T tokens.
 """
 
-import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -48,8 +47,8 @@ class GraphedLoss:
         careful: Whether to go on without graphs where they fail, or where their memory and that of the same passes
             without them, such as those of a validation, do not fit side by side.
         say: Told once whether graphs are used.
+        exchange: Called when gradients have been written that autograd knows nothing of.
         make_capture: Returns what makes the passes.
-        share: Whether passes share casts of weights and sums of their gradients.
     """
 
     def __init__(
@@ -58,11 +57,11 @@ class GraphedLoss:
         model: nn.Module,
         careful: bool,
         say: Callable[[str], None],
+        exchange: Callable[[], None] = lambda: None,
         make_capture: Callable[[], Capture] = CudaCapture,
-        share: bool = True,
     ) -> None:
         self._loss, self._model, self._careful, self._say = loss, model, careful, say
-        self._make_capture = make_capture
+        self._exchange, self._make_capture = exchange, make_capture
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._steps = 0
         self._turn = 0
@@ -71,7 +70,7 @@ class GraphedLoss:
         self._accumulates = False
         self._warm: set[torch.Size] = set()
         self._weights = StepWeights()
-        self._sharing = self._weights.shared if share else contextlib.nullcontext
+        self._sharing = self._weights.shared
         self._anchor = torch.zeros((), requires_grad=True)
 
     def __call__(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
@@ -111,6 +110,7 @@ class GraphedLoss:
             passes.scale.copy_(grad)
             passes.backward()
             captured.hand_over(passes)
+            self._exchange()
 
         return self._result(passes.loss, backward)
 

@@ -248,9 +248,9 @@ class TestMakeStrategy:
         assert knobs == {knob.name for knob in fields(DistributedArgs)} - {"timeout_minutes"}
 
     def test_knobs_reach_fabric(self):
-        assert self.make("ddp", bucket_mb=5)._ddp_kwargs == {"bucket_cap_mb": 5}
+        assert self.make("ddp", bucket_mb=5)._knobs == {"bucket_cap_mb": 5}
         flags = {"gradient_as_bucket_view": True, "find_unused_parameters": False}
-        assert self.make("auto", **flags)._ddp_kwargs == flags
+        assert self.make("auto", **flags)._knobs == flags
         assert self.make("auto", processes=1, accelerator="cpu").root_device == torch.device("cpu")
         assert self.make("fsdp2", processes=1).root_device == torch.device("cuda", 0)
         assert self.make("fsdp2", timeout_minutes=2)._timeout.total_seconds() == 120

@@ -114,11 +114,12 @@ class TestSettings:
     def check(self, strategy: str = "deepspeed_stage_3", **changes):
         check_combination(Settings(strategy=strategy, **changes))
 
-    def test_the_head_is_not_unused(self):
-        """The loss does the head's work outside the forward pass of ddp, which would wait for its gradient twice."""
+    @pytest.mark.parametrize("setting", ["fused_cross_entropy", "cuda_graphs"])
+    def test_used_weights_are_not_unused(self, setting):
+        """These work outside the forward pass that ddp sees, which would wait for gradients twice, or for none."""
         unused = DistributedArgs(find_unused_parameters=True)
-        with pytest.raises(SettingsError, match="find_unused_parameters: true cannot be combined with fused_cross_ent"):
-            self.check("ddp", fused_cross_entropy=True, distributed=unused)
+        with pytest.raises(SettingsError, match=f"find_unused_parameters: true cannot be combined with {setting}"):
+            self.check("ddp", distributed=unused, **{setting: True})
         self.check("ddp", distributed=unused)
 
     @pytest.mark.parametrize(

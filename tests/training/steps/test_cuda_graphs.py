@@ -9,6 +9,7 @@ import torch
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.callbacks.fused_loss import _HalfProducts
 from litgpt_moe_ext.training.parallel.facts import facts_of
+from litgpt_moe_ext.training.parallel.strategies import SingleProcessStrategy
 from litgpt_moe_ext.training.steps import cuda_graphs
 from litgpt_moe_ext.training.steps.cuda_graphs import Conditions, CudaGraphs, GraphDecision, decide
 from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss
@@ -88,8 +89,10 @@ def test_only_the_loop_leaves_a_batch_to_the_loss():
     model, ids = Wrapped(), torch.tensor([[1, 2]])
     graphs = CudaGraphs(GraphDecision(None, False), print)
     precision = SimpleNamespace(forward_context=contextlib.nullcontext, convert_output=lambda logits: logits)
+    strategy = SingleProcessStrategy("cpu")
+    strategy._precision = precision
     loss = graphs.wrap(lambda logits, targets: logits.sum())
-    with graphs.deferring(model, precision):
+    with graphs.deferring(model, strategy):
         assert model(ids).shape == (1, 2, 3)
         graphs.expect_batch()
         left = model(ids)
@@ -134,17 +137,22 @@ def test_refused_where_there_is_no_card(recipe, capsys):
     assert message in capsys.readouterr().err
 
 
-def on_a_card(compiled=False, processes=1, checkpointing="none", **config):
+def on_a_card(compiled=False, processes=1, checkpointing="none", strategy="auto", **config):
     """Return the conditions of a run on a card."""
-    obstacle = facts_of("auto").graph_obstacle(processes)
-    return Conditions("cuda", obstacle, compiled, checkpointing, moe_config(**config))
+    return Conditions("cuda", facts_of(strategy), processes, compiled, checkpointing, moe_config(**config))
 
 
 def test_tried_on_one_card():
     assert decide("auto", on_a_card()) == GraphDecision(None, False)
     assert decide(True, on_a_card()) == GraphDecision(None, True)
     assert str(decide(False, on_a_card())) == "CUDA graphs: off (as asked)"
-    assert "DeepSpeed" in facts_of("deepspeed_stage_1").graph_obstacle(1)  # also where there is one process
+    # Also where there is one process.
+    assert "DeepSpeed" in decide("auto", on_a_card(strategy="deepspeed_stage_1")).obstacle
+
+
+def test_tried_under_ddp_where_asked():
+    assert decide(True, on_a_card(processes=2)) == GraphDecision(None, True)
+    assert "exchanged after the backward pass" in decide("auto", on_a_card(processes=2)).obstacle
 
 
 def test_not_tried_on_amd(monkeypatch):
@@ -161,8 +169,9 @@ GLOBAL = {"router_load_balancing_loss_coef": 0.1, "router_load_balancing_loss_sc
 @pytest.mark.parametrize(
     ("conditions", "reason"),
     [
-        ({"processes": 2}, "several processes"),
-        ({"processes": 2, "compiled": True}, "several processes"),
+        ({"processes": 2, "strategy": "fsdp2"}, "processes that share weights"),
+        ({"processes": 2, "strategy": "fsdp", "compiled": True}, "processes that share weights"),
+        ({"processes": 2, "compiled": True}, "torch.compile is on"),
         ({"compiled": True}, "torch.compile is on"),
         ({"checkpointing": "full"}, "activation_checkpointing runs layers again"),
         ({"mlp_class_name": "LLaMAMoE"}, "LLaMAMoE waits"),

@@ -1,0 +1,101 @@
+"""torch's DDP, also for passes that it does not see.
+
+DDP exchanges gradients as autograd's nodes that add them up come to run. A CUDA graph writes gradients without these
+nodes, so they are made to run after it, with nothing to add: DDP then exchanges what parameters have. Its buckets,
+their order and its knobs stay those of an ordinary pass, and so ranks may differ in how they compute theirs.
+"""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.fabric.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from litgpt_moe_ext.training.checkpoint.io import checkpoint_io
+from litgpt_moe_ext.training.parallel.behaviour import Behaviour
+from litgpt_moe_ext.training.parallel.facts import STRATEGIES
+from litgpt_moe_ext.training.settings import DistributedArgs
+
+
+class ReplicatedStrategy(Behaviour, DDPStrategy):
+    """torch's DDP: every rank has all weights, and gradients are averaged while the backward pass goes on.
+
+    Args:
+        accelerator: Device type.
+        args: The knobs.
+    """
+
+    facts = STRATEGIES["ddp"]
+
+    def __init__(self, accelerator: str, args: DistributedArgs) -> None:
+        super().__init__(
+            checkpoint_io=checkpoint_io(accelerator),
+            timeout=timedelta(minutes=args.timeout_minutes),
+        )
+        knobs: dict[str, Any] = {
+            "bucket_cap_mb": args.bucket_mb,
+            "gradient_as_bucket_view": args.gradient_as_bucket_view,
+            "find_unused_parameters": args.find_unused_parameters,
+        }
+        self._knobs = {name: value for name, value in knobs.items() if value is not None}
+        self._replica: DistributedDataParallel
+        self._stream: torch.cuda.Stream | None = None
+
+    def setup_module(self, module: nn.Module) -> DistributedDataParallel:
+        """Return the module in DDP."""
+        # On a stream beside the usual one, as Lightning does it, so that passes can be captured. Nodes that add up
+        # gradients run there, and DDP's hooks with them, so what they read must have been written: it has to be known.
+        device = self.root_device
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)
+            torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+        with torch.cuda.stream(self._stream):
+            ids = None if device.type == "cpu" else [device.index]
+            self._replica = DistributedDataParallel(module, device_ids=ids, **self._knobs)
+        return self._replica
+
+    def in_place_of_forward(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Return what a function returns; see `Behaviour`."""
+        module = self._replica.module
+        before = vars(module).get("forward")
+
+        def once(*given: Tensor) -> Tensor:
+            restore()
+            return function(*given)
+
+        def restore() -> None:
+            vars(module).pop("forward", None)
+            if before is not None:
+                module.forward = before
+
+        module.forward = once
+        try:
+            return self._replica(*inputs)
+        finally:
+            restore()
+
+    def exchange_gradients(self) -> None:
+        """Exchange gradients that are there; see `Behaviour`."""
+        if not self._replica.require_backward_grad_sync:
+            return
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        parameters = [parameter for parameter in self._replica.module.parameters() if parameter.requires_grad]
+        with torch.enable_grad():
+            _NothingToAdd.apply(torch.zeros((), requires_grad=True), *parameters).backward()
+
+
+class _NothingToAdd(torch.autograd.Function):
+    """Has no gradient for any of its inputs, whose nodes run all the same."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.inputs = 1 + len(parameters)
+        return anchor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        return (None,) * ctx.inputs
