@@ -42,6 +42,7 @@ class ReplicatedStrategy(Behaviour, DDPStrategy):
         }
         self._knobs = {name: value for name, value in knobs.items() if value is not None}
         self._replica: DistributedDataParallel
+        self._exchanged: list[nn.Parameter]
         self._stream: torch.cuda.Stream | None = None
 
     def setup_module(self, module: nn.Module) -> DistributedDataParallel:
@@ -55,6 +56,7 @@ class ReplicatedStrategy(Behaviour, DDPStrategy):
         with torch.cuda.stream(self._stream):
             ids = None if device.type == "cpu" else [device.index]
             self._replica = DistributedDataParallel(module, device_ids=ids, **self._knobs)
+        self._exchanged = [parameter for parameter in module.parameters() if parameter.requires_grad]
         return self._replica
 
     def in_place_of_forward(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -83,9 +85,8 @@ class ReplicatedStrategy(Behaviour, DDPStrategy):
             return
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        parameters = [parameter for parameter in self._replica.module.parameters() if parameter.requires_grad]
         with torch.enable_grad():
-            _NothingToAdd.apply(torch.zeros((), requires_grad=True), *parameters).backward()
+            _NothingToAdd.apply(torch.zeros((), requires_grad=True), *self._exchanged).backward()
 
 
 class _NothingToAdd(torch.autograd.Function):
