@@ -86,7 +86,7 @@ def launched(plan: Plan) -> Iterator[Launched]:
         if launched.fabric.is_global_zero:
             wide = logger if isinstance(logger, WideTable) else None
             launched.fabric.add_callback(MetricsTable(plan.out_dir, plan.tokens_per_step, wide, launched.fabric.print))
-        stack.push(lambda _kind, error, _trace: reporter.close(error))
+        stack.push(lambda _kind, error, _trace: reporter.close(launched.fabric.step, error))
         yield launched
 
 

@@ -94,5 +94,5 @@ def train(launched: Launched, start: Start, prepared: Prepared, equipment: Equip
             eval=settings.eval.for_litgpt(),
             optimizer=settings.optimizer,
         )
-    launched.reporter.close()
+    launched.reporter.close(fabric.step)
     return loop.outcome(retention.best_loss)

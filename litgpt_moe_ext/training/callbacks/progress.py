@@ -28,6 +28,7 @@ _REPLACED = (
     "Validating ...",
     "iter ",
     "Final evaluation",
+    "Measured TFLOPs",
     "Resuming training from",
     "|",
     "----",
@@ -148,13 +149,15 @@ class Reporter(Callback):
             self._task = self._progress.add_task("", total=self.total_steps, completed=step)
         self._progress.update(self._task, completed=step, description=text)
 
-    def close(self, error: BaseException | None = None) -> None:
-        """Leave the bar as it is and go on below it.
+    def close(self, step: int, error: BaseException | None = None) -> None:
+        """Leave the bar where the training ends, which need not be a step that was logged, and go on below it.
 
         Args:
+            step: Optimizer steps that are finished.
             error: What ends the run; the command prints it when the transcript is closed.
         """
         if self._progress is not None:
+            self._progress.update(self._task, completed=step)
             self._progress.stop()
             self._progress = None
         if error is not None:

@@ -17,12 +17,12 @@ METRICS = {
 }
 
 
-def rendered(capsys, monkeypatch, width: int, steps: int = 12000) -> str:
+def rendered(capsys, monkeypatch, width: int, steps: int = 12000, since: int = 0) -> str:
     monkeypatch.setenv("COLUMNS", str(width))
     reporter = Reporter(steps, bar=True)
     reporter.val_loss = 5.678
     reporter.on_logged({**METRICS, "step": steps // 2})
-    reporter.close()
+    reporter.close(steps // 2 + since)
     (line,) = [line.rstrip() for line in capsys.readouterr().out.splitlines() if line.strip()]
     return re.sub("\x1b\\[[0-9;?]*[A-Za-z]", "", line)
 
@@ -36,6 +36,11 @@ def test_bar_shows_what_matters_most_first(capsys, monkeypatch, width, last):
     assert "loss 5.123 · val 5.678" in line
     assert last in line
     assert line.endswith("…")
+
+
+def test_bar_stands_where_the_training_ended(capsys, monkeypatch):
+    """Some steps after the last line of numbers."""
+    assert "6007/12000" in rendered(capsys, monkeypatch, 80, since=7)
 
 
 def test_bar_shows_everything_where_there_is_room(capsys, monkeypatch):
