@@ -15,6 +15,8 @@ CANNOT = 1
 """Exit status: everything that was given is right, but the answer is no, or the work cannot go on."""
 WRONG_SETTING = 2
 """Exit status: a setting or an input is wrong."""
+PERHAPS_OF_AN_EXTENSION = "; if an extension adds it, install the extension's package (docs/how-to/extend.md)"
+"""The last words about a field of the model that nothing here has."""
 
 
 class SettingsError(ValueError):
@@ -101,5 +103,5 @@ def did_you_mean_recipe(path: Path) -> str:
 def _nearest(name: str, known: Iterable[str]) -> str | None:
     import difflib
 
-    near = difflib.get_close_matches(name, list(known), n=1)
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
     return near[0] if near else None

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 import jsonargparse
 
 from litgpt_moe_ext.cli.given import CLASS_KEYS
-from litgpt_moe_ext.errors import one_line
+from litgpt_moe_ext.errors import PERHAPS_OF_AN_EXTENSION, one_line
 from litgpt_moe_ext.field_types import NUMBERS, describe, members, refusal
 
 
@@ -133,8 +133,9 @@ def _suggestion(prefix: str, key: str, known: Iterable[str]) -> str:
         return f"; did you mean {prefix}{close[0]}?"
     # As where `max_tokens` is given and `train.max_tokens` is meant.
     names = {} if prefix or not isinstance(known, Mapping) else _nested_names(known)
-    close = difflib.get_close_matches(key, names, n=1, cutoff=0.75)
-    return f"; did you mean {names[close[0]]}?" if close else ""
+    if close := difflib.get_close_matches(key, names, n=1, cutoff=0.75):
+        return f"; did you mean {names[close[0]]}?"
+    return PERHAPS_OF_AN_EXTENSION if prefix == "model_config." else ""
 
 
 def _nested_names(known: Mapping[str, Any]) -> dict[str, str]:

@@ -14,8 +14,9 @@ from lightning import Fabric
 from litgpt import GPT, Config, Tokenizer
 
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
-from litgpt_moe_ext.errors import SettingsError, one_line
+from litgpt_moe_ext.errors import PERHAPS_OF_AN_EXTENSION, SettingsError, one_line
 from litgpt_moe_ext.files.checksums import problem_with_content
+from litgpt_moe_ext.host.checkpoints import REQUIRES_MARK
 from litgpt_moe_ext.wording import counted
 
 WEIGHTS_FILE = "lit_model.pth"
@@ -131,6 +132,12 @@ def read_config(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> Config
         raise SettingsError(f"{setting}: {file} cannot be read ({_shortened(error)}); {FROM_ANEW}") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise SettingsError(f"{setting}: {file} holds no model configuration; {FROM_ANEW}")
+    unknown = next((name for name in values if name not in (*Config.__dataclass_fields__, REQUIRES_MARK)), None)
+    if unknown is not None:
+        raise SettingsError(
+            f"{setting}: {file} has the field {unknown}, which this version does not know"
+            f"{PERHAPS_OF_AN_EXTENSION}, or else upgrade"
+        )
     try:
         check_ranges(values)
         return Config.from_file(file)  # which knows the mark of this package

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
-from litgpt_moe_ext.errors import SettingsError, did_you_mean, did_you_mean_recipe, one_line
+from litgpt_moe_ext.errors import PERHAPS_OF_AN_EXTENSION, SettingsError, did_you_mean, did_you_mean_recipe, one_line
 from litgpt_moe_ext.recipe_files import read_recipe
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ def load_recipe(path: Path) -> Recipe:
         hyperparameters = path / "hyperparameters.yaml"
         settings = read_recipe(hyperparameters, "recipe")[0] if hyperparameters.is_file() else {}
         model, _ = read_recipe(file, "recipe")
+        _refuse_unknown(model, file, typed=False)
         try:
             check_ranges(model)
             return Recipe(cast("Config", LitGPTConfig.from_file(file)), settings)  # which knows the package's mark
@@ -129,12 +130,10 @@ def load_recipe(path: Path) -> Recipe:
         hint = did_you_mean_recipe(path) or "; `litgpt-moe init` lists recipes and writes one"
         raise SettingsError(f"recipe: {str(path)!r} must be a recipe (YAML file) or a checkpoint directory{hint}")
     settings, _ = read_recipe(path, "recipe")
-    known, model = LitGPTConfig.__dataclass_fields__, settings.get("model_config") or {}
+    model = settings.get("model_config") or {}
     if not isinstance(model, dict):
         raise SettingsError(f"model_config: {model!r} must be settings, NAME: VALUE ({path})")
-    for name in model:
-        if name not in known:
-            raise SettingsError(f"model_config.{name}: no setting has this name{did_you_mean(name, known)} ({path})")
+    _refuse_unknown(model, path, typed=True)
     try:
         if model:
             check_ranges(model)
@@ -144,3 +143,16 @@ def load_recipe(path: Path) -> Recipe:
     except (TypeError, ValueError, AssertionError) as error:  # how LitGPT and this plugin refuse fields of a Config
         raise SettingsError(f"recipe: {str(path)!r} must have a valid model_config: {one_line(error)}") from error
     raise SettingsError(f"recipe: {str(path)!r} must have model_config or model_name, like those in configs/")
+
+
+def _refuse_unknown(model: dict[str, Any], file: Path, typed: bool) -> None:
+    from litgpt import Config as LitGPTConfig
+
+    from litgpt_moe_ext.host.checkpoints import REQUIRES_MARK
+
+    known = LitGPTConfig.__dataclass_fields__
+    for name in model:
+        if name not in known and name != REQUIRES_MARK:
+            # What a run has written is not misspelt.
+            hint = (did_you_mean(name, known) if typed else "") or PERHAPS_OF_AN_EXTENSION
+            raise SettingsError(f"model_config.{name}: no setting has this name{hint} ({file})")

@@ -96,6 +96,9 @@ def test_every_setting_of_a_command_is_explained(command, capsys):
         (["init", "quickstart", "--out", "x"], "--out is unknown; OUT is given by its place, without a name"),
         (["model-card", "quikstart.yaml"], "did you mean quickstart.yaml?"),
         (["doctor", "typo.yaml"], "model_config.n_embed: no setting has this name; did you mean n_embd? (typo.yaml)"),
+        (["doctor", "extended.yaml"], "model_config.own_sharpness: no setting has this name; if an extension adds it"),
+        (["train", "--config", "extended.yaml"], "no setting has this name; if an extension adds it, install the"),
+        (["doctor", "extended"], "model_config.own_sharpness: no setting has this name; if an extension adds it"),
         (["train", "--config", "quikstart"], "(No such file or directory); did you mean quickstart.yaml?"),
         (["train", "--data.help", "TextCorpu"], "--data.help: TextCorpu must be the import path of a class, or one of"),
         (["train", "--data.help"], "--data.help: needs a class"),
@@ -110,6 +113,9 @@ def test_wrong_settings_are_one_line_and_status_2(arguments, message, capsys, tm
     monkeypatch.chdir(tmp_path)
     (tmp_path / "quickstart.yaml").write_text("model_name: pythia-14m\n")
     (tmp_path / "typo.yaml").write_text("model_config: {n_embed: 8}\n")
+    (tmp_path / "extended.yaml").write_text("model_config: {own_sharpness: 8}\n")
+    (tmp_path / "extended").mkdir()
+    (tmp_path / "extended" / "model_config.yaml").write_text("own_sharpness: 8\n")
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ")

@@ -107,3 +107,10 @@ def test_the_mark_of_this_package_is_known(tmp_path):
     save_config(config, tmp_path)
     assert "_requires_litgpt_moe_ext" in (tmp_path / "model_config.yaml").read_text(encoding="utf-8")
     assert read_config(tmp_path) == config
+
+
+def test_a_field_of_an_extension_is_named(checkpoint_dir):
+    with open(checkpoint_dir / "model_config.yaml", "a", encoding="utf-8") as file:
+        file.write("own_sharpness: 2.0\n")
+    with pytest.raises(SettingsError, match="has the field own_sharpness, .*; if an extension adds it, install"):
+        read_config(checkpoint_dir)
