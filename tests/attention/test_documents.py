@@ -198,8 +198,9 @@ def test_every_document_is_as_if_alone(changes: dict[str, Any]) -> None:
     boundary = changes.get("attention_document_boundary", "eos")
     model, idx = make_model(**changes), tokens(ENDS, boundary)
     out = model(idx)
-    if not changes.get("attention_document_restart_positions"):
-        model.config.attention_document_restart_positions = True  # rotary attention sees distances only
+    if changes.get("position_embedding") is None:
+        # Rotary attention sees distances only.
+        model.config.attention_document_restart_positions = not changes.get("attention_document_restart_positions")
         torch.testing.assert_close(model(idx), out, rtol=1e-5, atol=1e-5)
     for row, ends in ENDS.items():
         for begin, end in zip([0, *ends], [*ends, T], strict=True):

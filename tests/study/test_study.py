@@ -51,6 +51,15 @@ def test_runs_are_arms_times_grid_times_seeds(tmp_path):
     assert again.runs[0].key == study.runs[1].key, "equal settings are the same run, whatever the arm is called"
 
 
+def test_another_recipe_of_the_same_name_makes_another_run(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text((ROOT / "configs" / "quickstart.yaml").read_text())
+    study = write(tmp_path / "s.yaml", recipe="recipe.yaml", arms={"a": {}})
+    before = load_study(study).runs[0].key
+    recipe.write_text(f"{recipe.read_text()}\nseed: 7\n")
+    assert load_study(study).runs[0].key != before
+
+
 def test_a_value_of_the_grid_may_be_settings_under_a_name(tmp_path):
     sizes = {"small": {}, "large": {"model_config.n_embd": 256, "model_config.n_layer": 6}}
     runs = load_study(

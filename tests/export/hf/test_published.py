@@ -5,6 +5,7 @@ import json
 import litgpt
 import pytest
 
+from litgpt_moe_ext.config.rope import rope_kind
 from litgpt_moe_ext.export.hf.architectures import choose_class
 from litgpt_moe_ext.export.hf.facts import facts_of
 from litgpt_moe_ext.export.hf.published.config import read_published
@@ -31,3 +32,12 @@ def test_it_goes_back_to_the_class_that_it_came_from(tmp_path, name):
     assert {key: written[key] for key in content if key in written} == {
         k: v for k, v in content.items() if k in written
     }
+
+
+def test_yarn_by_its_factor_alone(tmp_path):
+    """As Qwen's model cards have it for long texts."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    content = PUBLISHED["Qwen3-30B-A3B-FP8"][1] | {"rope_scaling": scaling}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    config = litgpt.Config(**read_published(tmp_path).settings)
+    assert rope_kind(config.rope_adjustments) == "yarn"
