@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -101,7 +102,8 @@ def test_saved_configuration_round_trip(tmp_path):
     assert content["_requires_litgpt_moe_ext"] == litgpt_moe_ext.__version__
     # Class defaults are written down, so that a later change of default cannot change a trained model.
     assert content["router_score_function"] == "sigmoid"
-    assert Config.from_file(tmp_path / "model_config.yaml") == config
+    with warnings.catch_warnings(action="error"):  # of a newer plugin
+        assert Config.from_file(tmp_path / "model_config.yaml") == config
     assert Config.from_checkpoint(tmp_path, router_bias_update_rate=0.5).router_bias_update_rate == 0.5
 
 

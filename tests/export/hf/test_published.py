@@ -5,6 +5,7 @@ import json
 import litgpt
 import pytest
 
+from litgpt_moe_ext.config.features import is_dense_layer
 from litgpt_moe_ext.config.rope import rope_kind
 from litgpt_moe_ext.export.hf.architectures import choose_class
 from litgpt_moe_ext.export.hf.facts import facts_of
@@ -32,6 +33,14 @@ def test_it_goes_back_to_the_class_that_it_came_from(tmp_path, name):
     assert {key: written[key] for key in content if key in written} == {
         k: v for k, v in content.items() if k in written
     }
+
+
+@pytest.mark.parametrize(("step", "only"), [(2, []), (3, [5]), (1, [0, 1]), (1, [2, 0]), (2, [3])])
+def test_layers_without_experts_are_qwens(tmp_path, step, only):
+    layers = {"num_hidden_layers": 7, "decoder_sparse_step": step, "mlp_only_layers": only}
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["Qwen3-30B-A3B-FP8"][1] | layers))
+    config = litgpt.Config(**read_published(tmp_path).settings)
+    assert [is_dense_layer(config, i) for i in range(7)] == [i in only or (i + 1) % step > 0 for i in range(7)]
 
 
 def test_yarn_by_its_factor_alone(tmp_path):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from litgpt_moe_ext.training.callbacks import fused_loss
-from litgpt_moe_ext.training.callbacks.fused_loss import _HalfProducts, linear_loss
+from litgpt_moe_ext.training.callbacks.fused_loss import FusedLoss, _HalfProducts, linear_loss
 from tests.fake_cuda import fake_cuda
 
 
@@ -33,6 +33,16 @@ def test_nothing_to_predict():
     loss = _HalfProducts.apply(x, weight, None, torch.full((3,), -100), torch.bfloat16)
     assert loss == 0
     assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in torch.autograd.grad(loss, [x, weight]))
+
+
+def test_who_learns_nothing_sees_logits():
+    model = torch.nn.ModuleDict({"lm_head": torch.nn.Linear(4, 7)})
+    FusedLoss().on_before_setup(model)
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        assert model["lm_head"](x).shape == (3, 7)
+    assert model["lm_head"](x) is x
+    assert model.eval()["lm_head"](x).shape == (3, 7)
 
 
 @pytest.mark.parametrize("mode", ["mixed", "true"])

@@ -67,8 +67,9 @@ def test_in_a_run(recipe, tmp_path, capsys):
     config = Config.from_file(tmp_path / "out" / "final" / "model_config.yaml")
     per_token = count_flops(config, 16, training=True) / 16
     assert utilization == {step: pytest.approx(per_token * speed / 0.5e12) for step, speed in speeds.items()}
-    measured = {float(flops) for flops in logged(tmp_path / "out", "device/flops_per_sec").values()}
-    assert measured
+    device = [logged(tmp_path / "out", f"device/{what}_per_sec").values() for what in ("flops", "batches")]
+    for flops, batches in zip(*device, strict=True):
+        assert float(flops) / float(batches) == pytest.approx(2 * 16 * per_token)  # of LitGPT, for a micro-batch
 
 
 @pytest.mark.parametrize(
