@@ -34,6 +34,8 @@ def test_hashing_is_even(n_expert):
     assert (routing.counts_E - mean).abs().max() < 5 * mean**0.5
     pairs = routing.experts_TK.sort(1).values
     assert len(pairs.unique(dim=0)) == n_expert * (n_expert - 1) // 2
+    hashes = make(HashRouter, ids[:999], n_expert=n_expert).rank(torch.empty(999, 16))
+    assert hashes.unique().numel() == 999 * n_expert, "no id repeats those of its neighbour"
 
 
 def test_uniform_in_training_and_fixed_in_evaluation():

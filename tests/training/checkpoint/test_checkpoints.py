@@ -259,6 +259,23 @@ def test_failing_sample_costs_nothing(recipe, monkeypatch, capsys):
     assert "sample | (failed: RuntimeError: no sample today)" in capsys.readouterr().out
 
 
+def test_a_replacement_is_on_the_disk_first_and_deletes_nothing_of_others(tmp_path, monkeypatch):
+    """What plain LitGPT has saved under the same name is set aside; an earlier checkpoint of this package goes."""
+    final, staging = tmp_path / "final", tmp_path / ".final.incomplete"
+    flushed = []
+    monkeypatch.setattr(checkpoints, "flush_tree", lambda path: flushed.append(path.is_dir()))
+    final.mkdir()
+    (final / "lit_model.pth").touch()
+    for step in (1, 2):
+        staging.mkdir()
+        Progress(1, step, step, 1, 0.0).write(staging)
+        checkpoints.publish(staging, final)
+        assert step_of(final) == step
+    assert flushed == [True, True]
+    assert directories(tmp_path) == ["final", "final-earlier-1"]
+    assert (tmp_path / "final-earlier-1" / "lit_model.pth").is_file()
+
+
 def test_leftovers_of_a_killed_run(tmp_path):
     """Killed between the two renames of a replacement, the old checkpoint gets its name back; the rest goes."""
     for name in (".final.replaced", ".final.incomplete", ".best.replaced", "best", ".step-00000001.removed"):

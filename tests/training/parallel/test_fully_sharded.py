@@ -64,6 +64,15 @@ def mixed_precision() -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize("low", [None, torch.bfloat16, torch.float16])
+def test_gradients_of_narrow_blocks_are_added_up_in_float32(low):
+    strategy = FullyShardedStrategy(facts_of("fsdp2"), 2, 1, DistributedArgs())
+    names = {torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}
+    strategy._precision = Precision() if low is None else MixedPrecision(names[low], "cpu")
+    policy = strategy._block_policy()
+    assert (policy.param_dtype, policy.reduce_dtype) == (low, low and torch.float32)
+
+
 @pytest.mark.slow
 def test_mixed_precision_keeps_routers_in_float32():
     """With torch's older FSDP the bias and the gate would be bfloat16, silently."""
