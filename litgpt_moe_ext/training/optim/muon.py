@@ -8,41 +8,16 @@ projections that lie above one another in one tensor.
 Shape legend: N matrices, A rows, B columns of one matrix.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from litgpt_moe_ext.training.optim.orthogonal import MatrixUpdate, alike_together, orthogonalized
 from litgpt_moe_ext.training.optim.parameter_groups import MATRIX_PARTS
-from litgpt_moe_ext.training.optim.shards import is_shard
-
-# Quintic Newton-Schulz coefficients of the reference, chosen for the steepest slope at zero.
-_A, _B, _C = 3.4445, -4.7750, 2.0315
-# Elements of parameters that are updated together: many launches become one, and the copies stay small (128 MB).
-_TOGETHER = 1 << 25
-
-
-def orthogonalize(x_NAB: Tensor, steps: int = 5) -> Tensor:
-    """Return approximately `U V^T` of the singular value decomposition of each matrix.
-
-    Singular values end between about 0.7 and 1.2, which serves training as well as exactly 1. The products are in
-    bfloat16, on CPUs in float32: few of them multiply bfloat16 in hardware, and the others take several times as long.
-
-    Args:
-        x_NAB: Any floating dtype.
-        steps: Newton-Schulz iterations.
-    """
-    wide = x_NAB.size(-2) <= x_NAB.size(-1)
-    x = (x_NAB if wide else x_NAB.mT).to(torch.float32 if x_NAB.device.type == "cpu" else torch.bfloat16)
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
-        x = torch.baddbmm(x, polynomial, x, beta=_A)
-    return x if wide else x.mT
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -89,34 +64,44 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        matrices: list[MatrixUpdate] = []
         for group in self.param_groups:
-            updates = [(parameter, parameter.grad) for parameter in group["params"] if parameter.grad is not None]
-            if updates:
-                (self._muon if group[MATRIX_PARTS] else self._adamw)(group, updates)
+            updates = [
+                MatrixUpdate(parameter, gradient, group)
+                for parameter in group["params"]
+                if (gradient := parameter.grad) is not None
+            ]
+            if group[MATRIX_PARTS]:
+                matrices += updates
+            elif updates:
+                self._adamw(group, updates)
+        for alike in alike_together(matrices):
+            self._muon(alike)
         return loss
 
-    def _muon(self, group: dict[str, Any], updates: list[tuple[Tensor, Tensor]]) -> None:
-        for parameters, gradients in _alike(updates):
-            states = [self.state[parameter] for parameter in parameters]
-            for state, gradient in zip(states, gradients, strict=True):
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(gradient)
-            averages = [state["momentum_buffer"] for state in states]
+    def _muon(self, updates: list[MatrixUpdate]) -> None:
+        ahead: list[Tensor] = []
+        for group, members in _by_group(updates):
+            gradients = [update.gradient for update in members]
+            averages = [self._average(update) for update in members]
             torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
-            ahead = torch._foreach_lerp(gradients, averages, group["momentum"])
-            first = parameters[0]
-            rows = first.size(-2) // group[MATRIX_PARTS]
-            step_size = group["lr"] * 0.2 * max(rows, first.size(-1)) ** 0.5
-
-            def change(x_NAB: Tensor, steps: int = group["ns_steps"], dtype: torch.dtype = first.dtype) -> Tensor:
-                return orthogonalize(x_NAB, steps).to(dtype)
-
-            changes = _each_matrix(list(ahead), rows, change)
+            ahead += torch._foreach_lerp(gradients, averages, group["momentum"])
+        changes = iter(orthogonalized(updates, ahead))
+        for group, members in _by_group(updates):
+            parameters = [update.parameter for update in members]
+            step_size = group["lr"] * 0.2 * max(members[0].sides) ** 0.5
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(parameters, changes, alpha=-step_size)
+            torch._foreach_add_(parameters, list(islice(changes, len(members))), alpha=-step_size)
 
-    def _adamw(self, group: dict[str, Any], updates: list[tuple[Tensor, Tensor]]) -> None:
-        parameters, gradients = (list(tensors) for tensors in zip(*updates, strict=True))
+    def _average(self, update: MatrixUpdate) -> Tensor:
+        state = self.state[update.parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(update.gradient)
+        return state["momentum_buffer"]
+
+    def _adamw(self, group: dict[str, Any], updates: list[MatrixUpdate]) -> None:
+        parameters = [update.parameter for update in updates]
+        gradients = [update.gradient for update in updates]
         states = [self.state[parameter] for parameter in parameters]
         for parameter, state in zip(parameters, states, strict=True):
             if not state:
@@ -141,47 +126,8 @@ class MuonAdamW(torch.optim.Optimizer):
         )
 
 
-def _alike(updates: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Yield parameters and their gradients in groups of one shape, which share their products."""
-    groups = defaultdict(list)
-    for parameter, gradient in updates:
-        # The redistribution of a shard concerns one parameter.
-        alone = id(parameter) if is_shard(gradient) else 0
-        groups[parameter.shape, parameter.dtype, gradient.dtype, parameter.device, alone].append((parameter, gradient))
-    for alike in groups.values():
-        number = _number_together(alike[0][0])
-        for start in range(0, len(alike), number):
-            parameters, gradients = zip(*alike[start : start + number], strict=True)
-            yield list(parameters), list(gradients)
-
-
-def _number_together(parameter: Tensor) -> int:
-    # A CPU has no launches to save, and would have copies to make.
-    return 1 if parameter.device.type == "cpu" else max(1, _TOGETHER // max(parameter.numel(), 1))
-
-
-def _each_matrix(updates: list[Tensor], rows: int, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    update = updates[0]
-    if not is_shard(update):
-        return _in_batches(updates, rows, function)
-    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
-
-    mesh, placements = update.device_mesh, update.placements
-    if update.dim() == 3 and all(placement.is_replicate() or placement.is_shard(0) for placement in placements):
-        # Stacked experts that are cut between experts: every rank has whole matrices.
-        (result,) = _in_batches([update.to_local()], rows, function)
-        shape, stride = update.shape, update.stride()
-        return [DTensor.from_local(result, mesh, placements, run_check=False, shape=shape, stride=stride)]
-    # A shard of a matrix is not a matrix: every rank works on the whole and keeps its part.
-    whole = update.redistribute(placements=[Replicate()] * mesh.ndim).to_local()
-    (result,) = _in_batches([whole], rows, function)
-    return [distribute_tensor(result, mesh, placements, src_data_rank=None)]
-
-
-def _in_batches(updates: list[Tensor], rows: int, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    first = updates[0]
-    if not first.numel():  # a rank without an expert
-        return updates
-    matrices = [update.reshape(-1, rows, first.size(-1)) for update in updates]
-    results = function(matrices[0] if len(matrices) == 1 else torch.cat(matrices))
-    return [result.reshape(first.shape) for result in results.split(len(matrices[0]))]
+def _by_group(updates: list[MatrixUpdate]) -> Iterator[tuple[dict[str, Any], list[MatrixUpdate]]]:
+    """Yield groups with their updates that follow one another."""
+    for _, members in groupby(updates, key=lambda update: id(update.group)):
+        listed = list(members)
+        yield listed[0].group, listed

@@ -5,7 +5,8 @@ import torch
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.optim.arguments import learning_rate_of
-from litgpt_moe_ext.training.optim.muon import MuonAdamW, orthogonalize
+from litgpt_moe_ext.training.optim.muon import MuonAdamW
+from litgpt_moe_ext.training.optim.orthogonal import orthogonalize
 from litgpt_moe_ext.training.optim.parameter_groups import group_parameters, scale_rates
 from litgpt_moe_ext.training.settings import ParameterGroupArgs
 from tests.models import initialized_model, moe_config
@@ -150,20 +151,30 @@ def test_wrong_settings(setting):
 
 
 def test_muon_updates_what_is_alike_together(monkeypatch):
-    """As on a GPU: several matrices, also stacked ones of two parts, in one product; none takes another's place."""
-    shapes = [(4, 6)] * 5 + [(3, 8, 4)] * 3 + [(4, 6)]
+    """As on a GPU: matrices of the same two sides in one product, also stacked, in parts, standing, of other groups."""
+    shapes = [(4, 6)] * 5 + [(3, 8, 4)] * 3 + [(6, 2), (4, 6)], [(3, 6, 2), (2, 6), (6, 2), (2, 4, 4)]
 
     def trained():
         torch.manual_seed(0)
-        parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
-        optimizer = MuonAdamW([{"params": parameters, "matrix_parts": 2}], lr=0.1)
+        first, second = ([torch.nn.Parameter(torch.randn(shape)) for shape in some] for some in shapes)
+        groups = [
+            {"params": first, "matrix_parts": 2},
+            {"params": second, "matrix_parts": 1, "lr": 0.3, "weight_decay": 0.0, "momentum": 0.5},
+        ]
+        optimizer = MuonAdamW(groups, lr=0.1)
         for _ in range(3):
-            for parameter in parameters:
+            for parameter in (*first, *second):
                 parameter.grad = torch.randn_like(parameter)
             optimizer.step()
-        return parameters
+        return [*first, *second]
 
-    alone = trained()
-    monkeypatch.setattr("litgpt_moe_ext.training.optim.muon._number_together", lambda parameter: 4)
+    alone, batches = trained(), []
+    monkeypatch.setattr("litgpt_moe_ext.training.optim.orthogonal._most_together", lambda device: 200)
+    monkeypatch.setattr(
+        "litgpt_moe_ext.training.optim.orthogonal.orthogonalize",
+        lambda x_NAB, steps: batches.append(tuple(x_NAB.shape)) or orthogonalize(x_NAB, steps),
+    )
     for together, expected in zip(trained(), alone, strict=True):
         torch.testing.assert_close(together, expected)
+    # (N, A, B): of lists with at most 200 elements; what is left over is turned where it is multiplied.
+    assert batches == 3 * [(16, 2, 6), (1, 6, 2), (12, 4, 4), (8, 4, 4), (2, 3, 2)]

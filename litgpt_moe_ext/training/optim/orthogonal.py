@@ -1,0 +1,147 @@
+"""The nearest semi-orthogonal matrices of what Muon would add to parameters, in few launches.
+
+Matrices of the same two sides share their products, whether they lie or stand, are stacked as experts are, or lie above
+one another in one tensor as gate and up projections do, and whatever group they belong to.
+
+Shape legend: N matrices, A rows, B columns of one matrix.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from litgpt_moe_ext.training.optim.parameter_groups import MATRIX_PARTS
+from litgpt_moe_ext.training.optim.shards import is_shard
+
+# Quintic Newton-Schulz coefficients of the reference, chosen for the steepest slope at zero.
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+# Elements of parameters that are updated together: many launches become one, and the copies stay small (128 MB).
+_TOGETHER = 1 << 25
+
+
+def orthogonalize(x_NAB: Tensor, steps: int = 5) -> Tensor:
+    """Return approximately `U V^T` of the singular value decomposition of each matrix.
+
+    Singular values end between about 0.7 and 1.2, which serves training as well as exactly 1. The products are in
+    bfloat16, on CPUs in float32: few of them multiply bfloat16 in hardware, and the others take several times as long.
+
+    Args:
+        x_NAB: Any floating dtype.
+        steps: Newton-Schulz iterations.
+    """
+    wide = x_NAB.size(-2) <= x_NAB.size(-1)
+    x = (x_NAB if wide else x_NAB.mT).to(torch.float32 if x_NAB.device.type == "cpu" else torch.bfloat16)
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
+        x = torch.baddbmm(x, polynomial, x, beta=_A)
+    return x if wide else x.mT
+
+
+class MatrixUpdate(NamedTuple):
+    """A parameter that will be changed.
+
+    Attributes:
+        parameter: The parameter.
+        gradient: Its gradient.
+        group: The group that it belongs to.
+    """
+
+    parameter: Tensor
+    gradient: Tensor
+    group: dict[str, Any]
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Rows and columns of its matrices."""
+        return self.parameter.size(-2) // self.group[MATRIX_PARTS], self.parameter.size(-1)
+
+    @property
+    def stands(self) -> bool:
+        """Whether its matrices have more rows than columns."""
+        rows, columns = self.sides
+        return rows > columns
+
+
+def alike_together(updates: list[MatrixUpdate]) -> Iterator[list[MatrixUpdate]]:
+    """Yield updates whose matrices have the same two sides, first those that lie, then those that stand."""
+    kinds = defaultdict(list)
+    for update in updates:
+        parameter, gradient = update.parameter, update.gradient
+        # A shard's redistribution concerns one parameter.
+        alone = id(parameter) if is_shard(gradient) else 0
+        sides, steps = (min(update.sides), max(update.sides)), update.group["ns_steps"]
+        kinds[sides, steps, parameter.dtype, gradient.dtype, parameter.device, alone].append(update)
+    for alike in kinds.values():
+        alike.sort(key=lambda update: update.stands)
+        some, elements = [], 0
+        for update in alike:
+            elements += update.parameter.numel()
+            if some and elements > _most_together(update.parameter.device):
+                yield some
+                some, elements = [], update.parameter.numel()
+            some.append(update)
+        yield some
+
+
+def _most_together(device: torch.device) -> int:
+    """Return how many elements are updated together at most."""
+    # A CPU has no launches to save, and would have copies to make.
+    return 0 if device.type == "cpu" else _TOGETHER
+
+
+def orthogonalized(updates: list[MatrixUpdate], ahead: list[Tensor]) -> list[Tensor]:
+    """Return `ahead`, orthogonalised matrix by matrix, in the parameters' shapes and dtype.
+
+    Args:
+        updates: As `alike_together` yields them.
+        ahead: One tensor for each.
+    """
+    first = updates[0]
+
+    def change(x_NAB: Tensor) -> Tensor:
+        return orthogonalize(x_NAB, first.group["ns_steps"]).to(first.parameter.dtype)
+
+    if len(updates) == 1:
+        return [_alone(ahead[0], first.sides[0], change)]
+    matrices = [x.reshape(-1, *update.sides) for update, x in zip(updates, ahead, strict=True)]
+    changes = change(torch.cat([x.mT if update.stands else x for update, x in zip(updates, matrices, strict=True)]))
+    sizes = [len(x) for x in matrices]
+    lying = sum(not update.stands for update in updates)
+    at = sum(sizes[:lying])
+    # The others are turned at once, or each would be added by launches of its own.
+    parts = [*changes[:at].split(sizes[:lying]), *changes[at:].mT.contiguous().split(sizes[lying:])]
+    return [part.reshape(x.shape) for part, x in zip(parts, ahead, strict=True)]
+
+
+def _alone(update: Tensor, rows: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return what a function makes of the matrices of one tensor, which may be a shard.
+
+    Args:
+        update: Matrices above one another, or stacks of them.
+        rows: Of a matrix.
+        function: Takes matrices, (N, A, B), and returns as many of that shape.
+    """
+    if not is_shard(update):
+        return _of_matrices(update, rows, function)
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+    mesh, placements = update.device_mesh, update.placements
+    if update.dim() == 3 and all(placement.is_replicate() or placement.is_shard(0) for placement in placements):
+        # Stacked experts that are cut between experts: every rank has whole matrices.
+        result = _of_matrices(update.to_local(), rows, function)
+        shape, stride = update.shape, update.stride()
+        return DTensor.from_local(result, mesh, placements, run_check=False, shape=shape, stride=stride)
+    # A shard of a matrix is not a matrix: every rank works on the whole and keeps its part.
+    whole = update.redistribute(placements=[Replicate()] * mesh.ndim).to_local()
+    return distribute_tensor(_of_matrices(whole, rows, function), mesh, placements, src_data_rank=None)
+
+
+def _of_matrices(update: Tensor, rows: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+    if not update.numel():  # a rank without an expert
+        return update
+    return function(update.reshape(-1, rows, update.size(-1))).reshape(update.shape)
