@@ -36,3 +36,13 @@ def test_layers_start_what_the_operators_say(gpu, capability):
         expected = len(operators) + operators.count("_grouped_mm")
         assert len(layer["forward"]) == expected, (settings, padded, layer["forward"], operators)
         assert layer["waited"] == 0
+
+
+def test_a_step_of_muon_starts_few(gpu):
+    """For the quickstart, whose 28 matrices and stacks of them have three pairs of sides."""
+    recipe = next(file for file in RECIPES if file.name == "quickstart.yaml")
+    environment = null_gpu.environment(gpu, 86)
+    ended = run_command(sys.executable, "-m", "tests.null_gpu.optimizer", str(recipe), **environment)
+    found = json.loads(ended.stdout.splitlines()[-1])
+    assert len(found["started"]) == 123, found["started"]
+    assert found["waited"] == 0
