@@ -585,8 +585,9 @@ class Trainee:
         self.loss = self.plain_loss
         graphs = how.startswith("graphs") and bench.is_cuda
         if graphs:
-            options = {"careful": True, "say": partial(note_if_off, bench), "share": how == "graphs"}
-            self.loss = GraphedLoss(self.plain_loss, model, **options)
+            self.loss = GraphedLoss(self.plain_loss, model, careful=True, say=partial(note_if_off, bench))
+            if how == "graphs, unshared":
+                self.loss.sharing = contextlib.nullcontext
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
         # The first steps run as they are, then passes are captured.

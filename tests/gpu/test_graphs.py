@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from litgpt_moe_ext.moe.experts import Experts
-from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
 from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss
 from tests.gpu.card import no_waits, require_bfloat16
@@ -47,10 +46,9 @@ def trained(card, dtype, accumulation, graphs, share=True, **changes):
 
     loss_function = plain_loss
     if graphs:
-        with pytest.MonkeyPatch.context() as patch:
-            if not share:
-                patch.setattr(StepWeights, "shared", lambda self: contextlib.nullcontext())
-            loss_function = GraphedLoss(plain_loss, model, careful=False, say=said.append)
+        loss_function = GraphedLoss(plain_loss, model, careful=False, say=said.append)
+        if not share:
+            loss_function.sharing = contextlib.nullcontext
     torch.manual_seed(1)
     numbers = []
 

@@ -14,6 +14,7 @@ Shape legend: B batch, T tokens.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -49,6 +50,9 @@ class GraphedLoss:
         say: Told once whether graphs are used.
         exchange: Called when gradients have been written that autograd knows nothing of.
         make_capture: Returns what makes the passes.
+
+    Attributes:
+        sharing: Returns the scope in which the passes of a step share casts of weights and sums of their gradients.
     """
 
     def __init__(
@@ -70,7 +74,7 @@ class GraphedLoss:
         self._accumulates = False
         self._warm: set[torch.Size] = set()
         self._weights = StepWeights()
-        self._sharing = self._weights.shared
+        self.sharing: Callable[[], AbstractContextManager[None]] = self._weights.shared
         self._anchor = torch.zeros((), requires_grad=True)
 
     def __call__(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
@@ -181,7 +185,7 @@ class GraphedLoss:
         # What is shared is tried on gradients that nobody uses, before it is captured: a capture allows no kernel to be
         # compiled, and no step should be the first to meet one that fails.
         reference = Reference(self._loss, ids_BT, targets_BT)
-        with generators_kept(ids_BT.device), gradients_set_aside(reference.leaves), self._sharing():
+        with generators_kept(ids_BT.device), gradients_set_aside(reference.leaves), self.sharing():
             self._loss(ids_BT, targets_BT).backward()
             if self._accumulates or self._careful:  # otherwise there may be no room for gradients beside a forward pass
                 self._loss(ids_BT, targets_BT).backward()
@@ -197,7 +201,7 @@ class GraphedLoss:
 
     def _capture(self) -> Capture:
         # Graphs should go when the run does, not when a cycle is found: so nothing here knows this object.
-        capture, sharing = self._make_capture(), self._sharing
+        capture, sharing = self._make_capture(), self.sharing
 
         def sharing_capture(loss: Loss, ids_BT: Tensor, targets_BT: Tensor, add: bool) -> Passes:
             with sharing():

@@ -30,7 +30,7 @@ def batches(number, rows=2, length=16):
 
 
 class Training:
-    def __init__(self, graphs: bool, shape=None, dtype=None, **options):
+    def __init__(self, graphs: bool, shape=None, dtype=None, share=True, **options):
         self.model, self.said, self.dtype = make_model(**shape or {}), [], dtype
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         self.captures = []
@@ -38,6 +38,8 @@ class Training:
         if graphs:
             arguments = {"careful": True, "say": self.said.append, "make_capture": self._make} | options
             self.loss = GraphedLoss(self.plain_loss, self.model, **arguments)
+            if not share:
+                self.loss.sharing = contextlib.nullcontext
         torch.manual_seed(1)
 
     def _make(self):
@@ -118,8 +120,7 @@ def test_experts_weights_are_shared(monkeypatch, dtype):
     kept = graphed.loss._weights._casts
     assert len(kept) == (4 if dtype else 0)
     sums.clear()
-    monkeypatch.setattr(StepWeights, "shared", lambda self: contextlib.nullcontext())
-    assert_trains_alike(train, GROUPED, dtype)
+    assert_trains_alike(train, GROUPED, dtype, share=False)
     assert not any(total is not None for total in sums)
 
 
