@@ -46,3 +46,19 @@ def test_a_step_of_muon_starts_few(gpu):
     found = json.loads(ended.stdout.splitlines()[-1])
     assert len(found["started"]) == 123, found["started"]
     assert found["waited"] == 0
+
+
+def test_the_benchmark_measures_steps_as_graphs(gpu, tmp_path):
+    """Which a CPU does not have; what fails is only noted there."""
+    command = (
+        sys.executable,
+        "benchmarks/gpu.py",
+        "--tiny",
+        "--only",
+        "steps",
+        "--out",
+        str(tmp_path / "figures.json"),
+    )
+    ended = run_command(*command, timeout=None, **null_gpu.environment(gpu, 89))
+    for model in ("dense twin, graphs", "ours, graphs", "ours, graphs, unshared"):
+        assert f"| quickstart | 1 x 1 x 64 | {model} |" in ended.stdout
