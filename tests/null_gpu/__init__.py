@@ -1,4 +1,4 @@
-"""A GPU that is not there: CUDA's runtime, driver and cuBLAS, of which only what concerns the host is real.
+"""GPUs that are not there: CUDA's runtime, driver, cuBLAS and NCCL, of which only what concerns the host is real.
 
 Its memory is the host's, copies are made, streams, events, captures and their errors are as CUDA documents them. A
 kernel that is started is counted and does nothing. So PyTorch, Triton and this package do all that the host of a GPU
@@ -28,10 +28,11 @@ def missing() -> str | None:
 
 
 def _headers() -> list[Path]:
-    """Return where CUDA's headers are: in its own wheel, and in Triton's the few that are missing there."""
+    """Return where the headers of CUDA and NCCL are: in their wheels, and in Triton's the few that lack there."""
     specs = [spec for name in ("nvidia", "triton") if (spec := importlib.util.find_spec(name)) is not None]
     roots = [Path(root) for spec in specs for root in spec.submodule_search_locations or ()]
-    return [file.parent for root in roots for file in root.glob("**/include/cuda_runtime_api.h")]
+    headers = ("cuda_runtime_api.h", "nccl.h")
+    return [file.parent for root in roots for header in headers for file in root.glob(f"**/include/{header}")]
 
 
 def build(folder: Path) -> Path:
@@ -42,18 +43,20 @@ def build(folder: Path) -> Path:
     """
     library = folder / "libcuda.so.1"
     includes = [f"-I{path}" for path in _headers()]
+    libraries = ["-ldl", "-lm", "-lpthread", "-lrt"]
     flags = ["-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-Wl,-soname,libcuda.so.1"]
-    subprocess.run(["gcc", *flags, *includes, "-o", library, *_LIBRARY.glob("*.c"), "-ldl", "-lpthread"], check=True)
+    subprocess.run(["gcc", *flags, *includes, "-o", library, *_LIBRARY.glob("*.c"), *libraries], check=True)
     return library
 
 
-def environment(library: Path, capability: int, mib: int = 8 * 1024) -> dict[str, str]:
+def environment(library: Path, capability: int, mib: int = 8 * 1024, devices: int = 1) -> dict[str, str]:
     """Return the variables with which a process finds the GPU.
 
     Args:
         library: What `build` returned.
         capability: Compute capability, 89 for 8.9.
         mib: Size of its memory, MiB.
+        devices: How many of them there are.
     """
     return {
         "LD_PRELOAD": str(library),
@@ -61,6 +64,7 @@ def environment(library: Path, capability: int, mib: int = 8 * 1024) -> dict[str
         "TRITON_LIBCUDA_PATH": str(library.parent),
         "NULL_GPU_CAPABILITY": str(capability),
         "NULL_GPU_MIB": str(mib),
+        "NULL_GPU_DEVICES": str(devices),
         # Triton keeps what it compiled, and the module with which it reaches the driver.
         "TRITON_CACHE_DIR": str(library.parent / "triton"),
     }

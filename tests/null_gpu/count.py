@@ -45,4 +45,6 @@ def count(settings: dict, padded: bool) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps([count(settings, padded) for settings, padded in json.load(sys.stdin)]))
+    print(json.dumps([count(settings, padded) for settings, padded in json.load(sys.stdin)]), flush=True)
+    # Autograd's thread may still let go of Python's objects, which does not go together with Python's own end.
+    os._exit(0)

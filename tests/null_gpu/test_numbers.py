@@ -12,8 +12,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize(
     "tests",
-    ["tests/null_gpu/computed_graphs.py", "tests/gpu/test_graphs.py::test_runs[stream-bf16-mixed]"],
-    ids=["graphs", "a run"],
+    [
+        "tests/null_gpu/computed_operators.py",
+        "tests/null_gpu/computed_graphs.py",
+        "tests/gpu/test_graphs.py::test_runs[stream-bf16-mixed]",
+    ],
+    ids=["operators", "graphs", "a run"],
 )
 def test_on_the_gpu_that_is_not_there(gpu, tests):
     """In a process of its own: kernels go through Triton's interpreter, operators through their CPU kernels."""

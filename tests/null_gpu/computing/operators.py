@@ -1,6 +1,7 @@
 """PyTorch's operators on the null GPU: its own kernel reserves memory, waits and refuses; the CPU's computes."""
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -17,6 +18,8 @@ _LEFT = {"_fused_sdp_choice", "empty", "empty_strided", "is_pinned", "is_set_to"
 # Beside those that have a kernel of their own for GPUs.
 _ALSO = ("aten::copy_",)
 _NUMBERS = ("Scalar", "number", "bool", "int", "float")
+# Whether this thread is in a kernel, which may start other operators: what they come to is computed with it.
+_inside = threading.local()
 # Held, because the kernels go when it does.
 _library: torch.library.Library | None = None
 
@@ -33,7 +36,7 @@ def install() -> None:
         if namespace != "aten" or operator is None or _is_left(base, operator):
             continue
         kernel = torch.library.get_kernel(name, "CUDA")
-        how = _from_values if _depends_on_values(operator) else _computed
+        how = _sized_by_values if _is_sized_by_values(operator) else _number if _is_number(operator) else _computed
         function = _without_context(how(operator, kernel))
         _library.impl(short, function, "CUDA", with_keyset=True, allow_override=True)
 
@@ -44,9 +47,13 @@ def _is_left(base: str, operator: Any) -> bool:
     return is_view or base in _LEFT or base.startswith("_scaled_dot_product")
 
 
-def _depends_on_values(operator: Any) -> bool:
+def _is_sized_by_values(operator: Any) -> bool:
+    return torch.Tag.dynamic_output_shape in operator.tags
+
+
+def _is_number(operator: Any) -> bool:
     results = [str(result.type) for result in operator._schema.returns]
-    return torch.Tag.dynamic_output_shape in operator.tags or (bool(results) and set(results) <= set(_NUMBERS))
+    return bool(results) and set(results) <= set(_NUMBERS)
 
 
 def _without_context(function: Callable) -> Callable:
@@ -60,16 +67,32 @@ def _without_context(function: Callable) -> Callable:
     return inner
 
 
-def _from_values(operator: Any, kernel: Any) -> Callable:
-    """The kernel waits, or refuses to; numbers, and tensors of a size that depends on them, come from the CPU."""
+def _number(operator: Any, kernel: Any) -> Callable:
+    """The kernel waits, or refuses to; the number comes from the CPU."""
 
     def run(keys: Any, *args: Any, **kwargs: Any) -> Any:
         args = _numbers_as_tensors(operator, args)
-        kernel.call_boxed(keys, *args, **kwargs)
-        results = operator(*each(_given, args), **{name: each(_given, value) for name, value in kwargs.items()})
-        return each(lambda result: result.cuda() if isinstance(result, Tensor) else result, results)
+        _call(kernel, keys, args, kwargs)
+        return _by_the_cpu(operator, args, kwargs)
 
     return run
+
+
+def _sized_by_values(operator: Any, kernel: Any) -> Callable:
+    """The kernel would wait for a size that was not computed, and reserve so much memory: here it only waits."""
+
+    def run(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        args = _numbers_as_tensors(operator, args)
+        device = torch.device("cuda", _device_of(args))
+        torch.cuda.current_stream(device).synchronize()
+        results = _by_the_cpu(operator, args, kwargs)
+        return each(lambda result: result.to(device) if isinstance(result, Tensor) else result, results)
+
+    return run
+
+
+def _by_the_cpu(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    return operator(*each(_given, list(args)), **{name: each(_given, value) for name, value in kwargs.items()})
 
 
 def _computed(operator: Any, kernel: Any) -> Callable:
@@ -82,7 +105,9 @@ def _computed(operator: Any, kernel: Any) -> Callable:
         if name == "pow" and not isinstance(args[0], Tensor):
             results = _like(operator, args)
         else:
-            results = kernel.call_boxed(keys, *args, **kwargs)
+            results = _call(kernel, keys, args, kwargs)
+        if getattr(_inside, "kernel", False):
+            return results
         if seed is not None:
             seed.drawn((name, *(value.shape for value in flat(args) if isinstance(value, Tensor))))
         given = each(_given, list(args)), {key: each(_given, value) for key, value in kwargs.items()}
@@ -104,6 +129,14 @@ def _computed(operator: Any, kernel: Any) -> Callable:
         return results
 
     return run
+
+
+def _call(kernel: Any, keys: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    before, _inside.kernel = getattr(_inside, "kernel", False), True
+    try:
+        return kernel.call_boxed(keys, *args, **kwargs)
+    finally:
+        _inside.kernel = before
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -132,7 +165,7 @@ class _Seed:
 
     def __init__(self, arguments: Sequence[Any]) -> None:
         generators = [value for value in arguments if isinstance(value, torch.Generator)]
-        self._generator = (generators or [torch.cuda.default_generators[torch.cuda.current_device()]])[0]
+        self._generator = (generators or [torch.cuda.default_generators[_device_of(arguments)]])[0]
         self._before = 0 if capture.is_capturing() else self._generator.get_offset()
         self._drawn_before: Callable[[], int] = lambda: self._before
         self._seed = self._generator.initial_seed()
@@ -147,6 +180,13 @@ class _Seed:
     def value(self) -> int:
         """Return the seed for the CPU."""
         return (self._seed * 1_000_003 + self._drawn_before()) % 2**63
+
+
+def _device_of(arguments: Sequence[Any]) -> int:
+    """Return the number of the GPU that a call with these arguments is about."""
+    places = [value.device if isinstance(value, Tensor) else value for value in flat(list(arguments))]
+    numbers = [place.index for place in places if isinstance(place, torch.device) and place.type == "cuda"]
+    return next((number for number in numbers if number is not None), torch.cuda.current_device())
 
 
 def _numbers_as_tensors(operator: Any, args: Sequence[Any]) -> list[Any]:
@@ -171,4 +211,5 @@ def _numbers_as_tensors(operator: Any, args: Sequence[Any]) -> list[Any]:
 def _like(operator: Any, args: Sequence[Any]) -> Tensor:
     """Return memory for the result, where the kernel hands a number on the GPU to another: Python cannot take it."""
     result = operator(*(value.to("meta") if isinstance(value, Tensor) else value for value in args))
-    return torch.empty_strided(result.size(), result.stride(), dtype=result.dtype, device="cuda")
+    device = torch.device("cuda", _device_of(args))
+    return torch.empty_strided(result.size(), result.stride(), dtype=result.dtype, device=device)

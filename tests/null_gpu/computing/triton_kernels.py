@@ -1,6 +1,7 @@
 """Triton's kernels by its interpreter, on the memory of the GPU and in blocks of the card's sizes."""
 
 import numpy as np
+import torch
 import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
@@ -14,8 +15,12 @@ def install() -> None:
     run = interpreter.GridExecutor.__call__
 
     def call(self, *args, **kwargs):
-        if not any(isinstance(value, Tensor) and value.is_cuda for value in flat(list(args))):
+        on_gpus = [value for value in flat(list(args)) if isinstance(value, Tensor) and value.is_cuda]
+        if not on_gpus:
             return run(self, *args, **kwargs)
+        # As Triton's launcher says it, which starts kernels on the present device.
+        if any(value.device.index != torch.cuda.current_device() for value in on_gpus):
+            raise ValueError("Pointer argument cannot be accessed from Triton (it is in the memory of another GPU)")
         given = each(lambda value: on_cpu(value) if isinstance(value, Tensor) else value, args)
         return capture.compute(lambda: run(self, *given, **kwargs))
 

@@ -22,7 +22,7 @@ EXPORT int cublasSetWorkspace_v2(cudaStream_t *handle, void *memory, size_t size
 
 #define FAILED 14
 #define PRODUCT(name) \
-    EXPORT int name(cudaStream_t *handle) { return null_start(null_stream(*handle), #name) ? FAILED : 0; }
+    EXPORT int name(cudaStream_t *handle) { return null_launch(null_stream(*handle), #name) ? FAILED : 0; }
 PRODUCT(cublasSgemm_v2)
 PRODUCT(cublasDgemm_v2)
 PRODUCT(cublasGemmEx)
@@ -72,5 +72,5 @@ EXPORT int cublasLtMatmulAlgoGetHeuristic(void *handle, void *operation, void *a
 EXPORT int cublasLtMatmul(void *handle, void *operation, const void *alpha, const void *a, void *a_layout, const void *b,
                           void *b_layout, const void *beta, const void *c, void *c_layout, void *d, void *d_layout,
                           const void *algorithm, void *workspace, size_t size, cudaStream_t stream) {
-    return null_start(null_stream(stream), "cublasLtMatmul") ? FAILED : 0;
+    return null_launch(null_stream(stream), "cublasLtMatmul") ? FAILED : 0;
 }

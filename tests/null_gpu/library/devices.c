@@ -11,6 +11,10 @@ long null_setting(const char *name, long otherwise) {
 }
 
 int null_capability(void) { return (int)null_setting("NULL_GPU_CAPABILITY", 89); }
+int null_devices(void) {
+    long count = null_setting("NULL_GPU_DEVICES", 1);
+    return count < 1 ? 1 : count > MOST_DEVICES ? MOST_DEVICES : (int)count;
+}
 size_t null_memory_size(void) { return (size_t)null_setting("NULL_GPU_MIB", 8 * 1024) << 20; }
 
 size_t null_shared_memory(void) {
@@ -32,6 +36,9 @@ EXPORT const char *cudaGetErrorString(cudaError_t error) {
     switch (error) {
     case cudaSuccess: return "no error";
     case cudaErrorMemoryAllocation: return "out of memory";
+    case cudaErrorInvalidDevice: return "invalid device ordinal";
+    case cudaErrorInvalidResourceHandle: return "invalid resource handle";
+    case cudaErrorNotSupported: return "operation not supported";
     case cudaErrorInvalidConfiguration: return "invalid configuration argument";
     case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
     case cudaErrorStreamCaptureInvalidated: return "operation failed due to a previous error during capture";
@@ -42,8 +49,10 @@ EXPORT const char *cudaGetErrorString(cudaError_t error) {
     }
 }
 
+static int exists(int device) { return device >= 0 && device < null_devices(); }
+
 EXPORT cudaError_t cudaGetDeviceCount(int *count) {
-    *count = DEVICES;
+    *count = null_devices();
     return cudaSuccess;
 }
 EXPORT cudaError_t cudaGetDevice(int *device) {
@@ -51,13 +60,14 @@ EXPORT cudaError_t cudaGetDevice(int *device) {
     return cudaSuccess;
 }
 EXPORT cudaError_t cudaSetDevice(int device) {
-    if (device < 0 || device >= DEVICES) return null_fail(cudaErrorInvalidDevice);
+    if (!exists(device)) return null_fail(cudaErrorInvalidDevice);
     null_device = device;
     return cudaSuccess;
 }
 
 EXPORT cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
     memset(p, 0, sizeof *p);
+    if (!exists(device)) return null_fail(cudaErrorInvalidDevice);
     snprintf(p->name, sizeof p->name, "null GPU");
     p->uuid.bytes[0] = (char)(device + 1);
     p->major = null_capability() / 10;
@@ -89,7 +99,8 @@ EXPORT cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device)
 
 EXPORT cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, int device) {
     struct cudaDeviceProp p;
-    cudaGetDeviceProperties(&p, device);
+    cudaError_t error = cudaGetDeviceProperties(&p, device);
+    if (error) return error;
     switch (attribute) {
     case cudaDevAttrMaxThreadsPerBlock: *value = p.maxThreadsPerBlock; break;
     case cudaDevAttrMaxBlockDimX: *value = p.maxThreadsDim[0]; break;
@@ -112,6 +123,7 @@ EXPORT cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attrib
     case cudaDevAttrComputeCapabilityMinor: *value = p.minor; break;
     case cudaDevAttrL2CacheSize: *value = p.l2CacheSize; break;
     case cudaDevAttrGlobalMemoryBusWidth: *value = p.memoryBusWidth; break;
+    case cudaDevAttrPciBusId: *value = p.pciBusID; break;
     case cudaDevAttrClockRate: case cudaDevAttrMemoryClockRate: *value = 1800000; break;
     case cudaDevAttrUnifiedAddressing: case cudaDevAttrConcurrentKernels: case cudaDevAttrCooperativeLaunch:
     case cudaDevAttrMemoryPoolsSupported: case cudaDevAttrStreamPrioritiesSupported: *value = 1; break;
@@ -121,6 +133,7 @@ EXPORT cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attrib
 }
 
 EXPORT cudaError_t cudaDeviceGetPCIBusId(char *id, int size, int device) {
+    if (!exists(device)) return null_fail(cudaErrorInvalidDevice);
     snprintf(id, size, "0000:%02x:00.0", device + 1);
     return cudaSuccess;
 }
@@ -130,7 +143,7 @@ EXPORT cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
     return cudaSuccess;
 }
 EXPORT cudaError_t cudaDeviceCanAccessPeer(int *can, int device, int other) {
-    *can = device != other;
+    *can = exists(device) && exists(other) && device != other;
     return cudaSuccess;
 }
 EXPORT cudaError_t cudaDeviceEnablePeerAccess(int device, unsigned flags) { return cudaSuccess; }

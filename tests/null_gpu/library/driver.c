@@ -9,6 +9,7 @@
 #undef cuModuleGetGlobal
 
 struct Function {
+    int device;
     char name[256];
 };
 
@@ -22,6 +23,7 @@ EXPORT CUresult cuGetErrorString(CUresult error, const char **text) {
 }
 EXPORT CUresult cuDeviceGetCount(int *count) { return (CUresult)cudaGetDeviceCount(count); }
 EXPORT CUresult cuDeviceGet(CUdevice *device, int number) {
+    if (number < 0 || number >= null_devices()) return CUDA_ERROR_INVALID_DEVICE;
     *device = number;
     return CUDA_SUCCESS;
 }
@@ -76,6 +78,7 @@ EXPORT CUresult cuModuleGetGlobal_v2(CUdeviceptr *memory, size_t *size, CUmodule
 }
 EXPORT CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
     struct Function *f = calloc(1, sizeof *f);
+    f->device = null_device;
     snprintf(f->name, sizeof f->name, "%s", name);
     *function = (CUfunction)f;
     return CUDA_SUCCESS;
@@ -116,7 +119,10 @@ EXPORT CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *count, CUfuncti
 EXPORT CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned x, unsigned y,
                                unsigned z, unsigned shared, CUstream stream, void **args, void **extra) {
     if (!grid_x || !grid_y || !grid_z || grid_y > 65535 || grid_z > 65535 || x * y * z > 1024) return CUDA_ERROR_INVALID_VALUE;
-    return (CUresult)null_start(null_stream((cudaStream_t)stream), ((struct Function *)function)->name);
+    struct Function *f = (struct Function *)function;
+    /* A module is loaded into the context of one device. */
+    if (f->device != null_device) return CUDA_ERROR_INVALID_HANDLE;
+    return (CUresult)null_launch(null_stream((cudaStream_t)stream), f->name);
 }
 EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction function, void **args, void **extra) {
     return cuLaunchKernel(function, c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX, c->blockDimY, c->blockDimZ,
@@ -127,8 +133,8 @@ EXPORT CUresult cuLaunchCooperativeKernel(CUfunction function, unsigned grid_x, 
     return cuLaunchKernel(function, grid_x, grid_y, grid_z, x, y, z, shared, stream, args, NULL);
 }
 EXPORT CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr memory) {
-    /* As on a GPU, for which the host's memory is no argument of a kernel. */
-    if (!null_is_device_memory((void *)memory)) return CUDA_ERROR_INVALID_VALUE;
+    /* As on a GPU, for whose kernels the memory of the host, or of another GPU, is no argument. */
+    if (null_device_of((void *)memory) != null_device) return CUDA_ERROR_INVALID_VALUE;
     *(CUdeviceptr *)data = memory;
     return CUDA_SUCCESS;
 }

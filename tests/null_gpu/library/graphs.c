@@ -6,6 +6,10 @@ EXPORT cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, 
     return cudaSuccess;
 }
 EXPORT cudaError_t cudaGraphInstantiate(cudaGraphExec_t *copy, cudaGraph_t graph, unsigned long long flags) {
+    if (((struct Graph *)graph)->collectives) {
+        fprintf(stderr, "null GPU: a graph with collective operations of NCCL cannot be replayed here\n");
+        return null_fail(cudaErrorNotSupported);
+    }
     *copy = malloc(sizeof(struct Graph));
     memcpy(*copy, graph, sizeof(struct Graph));
     return cudaSuccess;

@@ -38,7 +38,7 @@ static cudaError_t run(const void *function, dim3 grid, dim3 block, cudaStream_t
     size_t threads = (size_t)block.x * block.y * block.z;
     if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 || !threads || threads > 1024)
         return null_fail(cudaErrorInvalidConfiguration);
-    return null_start(null_stream(stream), name_of(function));
+    return null_launch(null_stream(stream), name_of(function));
 }
 EXPORT cudaError_t cudaLaunchKernel(const void *function, dim3 grid, dim3 block, void **args, size_t shared, cudaStream_t stream) {
     return run(function, grid, block, stream);

@@ -11,7 +11,7 @@ struct Block {
     struct Block *next;
 };
 static struct Block *blocks, *pinned;
-static size_t used[DEVICES];
+static size_t used[MOST_DEVICES];
 
 static size_t whole_pages(size_t size) { return size ? (size + PAGE - 1) / PAGE * PAGE : PAGE; }
 
@@ -32,11 +32,12 @@ static struct Block *take(struct Block **list, void *memory) {
     return block;
 }
 
-int null_is_device_memory(const void *memory) {
+int null_device_of(const void *memory) {
     pthread_mutex_lock(&null_lock);
-    int found = find(blocks, memory) != NULL;
+    struct Block *block = find(blocks, memory);
+    int device = block ? block->device : -1;
     pthread_mutex_unlock(&null_lock);
-    return found;
+    return device;
 }
 size_t null_memory_used(void) { return used[null_device]; }
 

@@ -2,7 +2,7 @@
 #include "null_gpu.h"
 #include <time.h>
 
-static struct Stream legacy[DEVICES], *streams[MOST_STREAMS];
+static struct Stream legacy[MOST_DEVICES], *streams[MOST_STREAMS];
 static int n_stream, captures;
 static unsigned long long last_id;
 static __thread enum cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
@@ -23,8 +23,11 @@ EXPORT const char *null_gpu_names(void) { return names_used ? names : ""; }
 int null_traces(void) { return tracing; }
 
 struct Stream *null_stream(cudaStream_t stream) {
-    return (uintptr_t)stream <= 2 ? &legacy[null_device] : (struct Stream *)stream;
+    if ((uintptr_t)stream > 2) return (struct Stream *)stream;
+    legacy[null_device].device = null_device;
+    return &legacy[null_device];
 }
+static int is_legacy(struct Stream *stream) { return stream >= legacy && stream < legacy + MOST_DEVICES; }
 
 static cudaError_t spoil(struct Stream *stream, cudaError_t error) {
     stream->broken = 1;
@@ -32,9 +35,11 @@ static cudaError_t spoil(struct Stream *stream, cudaError_t error) {
 }
 /* A capturing stream for which the legacy stream would have to wait, or NULL. */
 static struct Stream *blocked_by(struct Stream *stream) {
-    if (stream == &legacy[null_device] && captures)
-        for (int i = 0; i < n_stream; i++)
-            if (streams[i]->capturing && !(streams[i]->flags & cudaStreamNonBlocking)) return streams[i];
+    if (!captures || !is_legacy(stream)) return NULL;
+    for (int i = 0; i < n_stream; i++) {
+        struct Stream *s = streams[i];
+        if (s->capturing && s->device == stream->device && !(s->flags & cudaStreamNonBlocking)) return s;
+    }
     return NULL;
 }
 cudaError_t null_may_wait(void) {
@@ -67,8 +72,13 @@ cudaError_t null_start(struct Stream *stream, const char *name) {
     return cudaSuccess;
 }
 
+cudaError_t null_launch(struct Stream *stream, const char *name) {
+    return stream->device == null_device ? null_start(stream, name) : null_fail(cudaErrorInvalidResourceHandle);
+}
+
 EXPORT cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int priority) {
     struct Stream *s = calloc(1, sizeof *s);
+    s->device = null_device;
     s->flags = flags;
     s->priority = priority;
     pthread_mutex_lock(&null_lock);
@@ -92,6 +102,7 @@ EXPORT cudaError_t cudaStreamQuery(cudaStream_t stream) {
 }
 
 struct Event {
+    int device;
     struct timespec at;
     int recorded;
     /* The capture in which it was recorded, if any. */
@@ -101,7 +112,9 @@ struct Event {
 static int captured(struct Event *e) { return e->stream && e->stream->capturing && e->stream->id == e->id; }
 
 EXPORT cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
-    *event = calloc(1, sizeof(struct Event));
+    struct Event *e = calloc(1, sizeof *e);
+    e->device = null_device;
+    *event = (cudaEvent_t)e;
     return cudaSuccess;
 }
 EXPORT cudaError_t cudaEventCreate(cudaEvent_t *event) { return cudaEventCreateWithFlags(event, 0); }
@@ -112,6 +125,7 @@ EXPORT cudaError_t cudaEventDestroy(cudaEvent_t event) {
 EXPORT cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) {
     struct Event *e = (struct Event *)event;
     struct Stream *s = null_stream(stream);
+    if (e->device != s->device) return null_fail(cudaErrorInvalidResourceHandle);
     clock_gettime(CLOCK_MONOTONIC, &e->at);
     e->recorded = 1;
     e->stream = s->capturing ? s : NULL;
@@ -127,7 +141,7 @@ EXPORT cudaError_t cudaEventSynchronize(cudaEvent_t event) {
 }
 EXPORT cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to) {
     struct Event *a = (struct Event *)from, *b = (struct Event *)to;
-    if (!a->recorded || !b->recorded) return null_fail(cudaErrorInvalidResourceHandle);
+    if (!a->recorded || !b->recorded || a->device != b->device) return null_fail(cudaErrorInvalidResourceHandle);
     *ms = 1e3f * (b->at.tv_sec - a->at.tv_sec) + 1e-6f * (b->at.tv_nsec - a->at.tv_nsec);
     return cudaSuccess;
 }
@@ -147,7 +161,7 @@ EXPORT cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, u
 
 EXPORT cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode) {
     struct Stream *s = null_stream(stream);
-    if (s == &legacy[null_device]) return null_fail(cudaErrorStreamCaptureUnsupported);
+    if (is_legacy(s)) return null_fail(cudaErrorStreamCaptureUnsupported);
     if (s->capturing) return null_fail(cudaErrorIllegalState);
     s->mode = mode, s->id = ++last_id, s->thread = pthread_self(), s->broken = 0;
     s->graph = calloc(1, sizeof(struct Graph));
