@@ -15,6 +15,9 @@ from functools import partial
 import numpy as np
 import pytest
 from filelock import FileLock
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from litgpt_moe_ext.data.corpora.text_corpus import TextCorpus
 from litgpt_moe_ext.data.pipeline import batches
@@ -118,6 +121,17 @@ def test_bos_before_each_document(files, tmp_path):
     assert tokens[0] == 0
     assert (tokens[np.flatnonzero(tokens == 1)[:-1] + 1] == 0).all()
     assert tokens[tokens != 0].tolist() == open_corpus(plain)[0][0].tolist()
+
+
+def test_ids_beyond_16_bits(tmp_path):
+    words = ["</s>", *(f"w{number}" for number in range(1, 70_000))]
+    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, "</s>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    made = {"tokenizer.json": tokenizer.to_str().encode(), "tokenizer_config.json": b'{"eos_token": "</s>"}'}
+    sources = sources_of([write_lines(tmp_path / f"{i}.json", ["w1 w65536 w69999"]) for i in (0, 1)], tmp_path)
+    splits = [replace(source, split=split) for source, split in zip(sources, ("train", "val"), strict=True)]
+    (train,), _ = open_corpus(prepare_corpus(tmp_path / "c", splits, CorpusSettings(made)))
+    assert train.tolist() == [1, 65536, 69999, 0]
 
 
 def test_neither_processes_nor_shards_change_the_tokens(files, tmp_path, monkeypatch):
@@ -429,7 +443,8 @@ def test_an_id_that_no_embedding_has_is_refused_before_anything_is_encoded(files
     assert not list((tmp_path / "cache").glob("*/*.bin"))
 
 
-def test_empty_documents_are_left_out_and_reported(tmp_path, capsys):
+def test_empty_documents_are_left_out_and_reported(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(batches, "_BATCH_BYTES", 1000)
     path = write_lines(tmp_path / "a.jsonl", ["", *stories(30), " \n", *stories(30, 1)])
     corpus = prepare_corpus(tmp_path / "c", file_sources([path], None, TextFormat(), FileHashes(tmp_path)), SETTINGS)
     manifest = read_manifest(corpus)

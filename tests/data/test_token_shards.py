@@ -65,6 +65,19 @@ def test_the_first_tokens(tmp_path, capsys):
         TokenShards(tmp_path, train_count=0)
 
 
+def test_other_tokens_under_the_same_names_are_other_data(tmp_path):
+    found = set()
+    for changed in (0, -1, slice(0, 0)):
+        tokens = np.arange(5000)
+        tokens[changed] = 7
+        for name in ("train.bin", "val.bin"):
+            write_shard(tmp_path / name, tokens, 65536)
+        data = TokenShards(tmp_path)
+        data.open_shards()
+        found.add(data.corpus_id)
+    assert len(found) == 3
+
+
 def test_the_first_validates_where_no_name_says_so(tmp_path):
     write(tmp_path, {"shard_2.bin": 20, "shard_10.bin": 20, "shard_1.bin": 20})
     (tmp_path / "readme.txt").write_text("x")

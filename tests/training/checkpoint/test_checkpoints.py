@@ -13,17 +13,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from litgpt.utils import save_config
 
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files import checksums
 from litgpt_moe_ext.files.durable import flush, flush_tree
 from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.training.callbacks import retention
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
-from litgpt_moe_ext.training.checkpoint.compatibility import resume_notes
+from litgpt_moe_ext.training.checkpoint.compatibility import require_same_model, resume_notes
 from litgpt_moe_ext.training.checkpoint.earlier import set_aside
 from litgpt_moe_ext.training.checkpoint.progress import Progress
 from litgpt_moe_ext.training.checkpoint.resume import problem_with
 from litgpt_moe_ext.training.settings import CheckpointArgs
+from tests.models import moe_config
 from tests.runs import logged, train
 
 
@@ -361,6 +364,15 @@ class TestManifest:
         assert checksums.problem_with(tmp_path) == "a/b.bin differs from its checksum in SHA256SUMS"
         (tmp_path / "a" / "b.bin").unlink()
         assert "a/b.bin cannot be read" in checksums.problem_with(tmp_path)
+
+
+def test_the_name_of_a_model_is_no_part_of_it(tmp_path):
+    save_config(moe_config(), tmp_path)
+    config = moe_config(name="another", hf_config={"org": "someone", "name": "another"})
+    require_same_model("resume", tmp_path, config)
+    config.n_layer = 3
+    with pytest.raises(SettingsError, match=r"holds another model: n_layer is 2 in the checkpoint and 3 now\. Use"):
+        require_same_model("resume", tmp_path, config)
 
 
 def test_resume_notes(recipe, finished, tmp_path, capsys):

@@ -132,6 +132,12 @@ def test_micro_batches_are_fetched_to_the_end_of_their_step():
     assert [first["padding"], second["padding"], batches.padding] == pytest.approx([1 - 15 / 30, 0, 1 - 33 / 48])
 
 
+def test_a_step_without_targets_has_no_weight():
+    batches = StepBatches(lambda rows: (counts_for_loss(rows),), accumulation=1, ranks=1)
+    batches.counts = True
+    assert batches.next(lambda: torch.full((1, 6), -100), 0).weights() == 0
+
+
 def test_running_mean_is_that_of_torchmetrics():
     """Bit for bit, while it fills and when it goes around."""
     from torchmetrics.aggregation import RunningMean as Reference
