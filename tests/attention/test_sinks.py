@@ -84,7 +84,7 @@ def test_flash_equals_eager(B: int, G: int, n: int, T: int, more_keys: int, d: i
     mask = {
         "causal": None,
         "bool": visible,
-        "additive": torch.randn(T, S, dtype=torch.float64).masked_fill(~visible[0, 0], -math.inf),
+        "additive": torch.randn(T, S).masked_fill(~visible[0, 0], -math.inf),  # of another type than the queries
     }[mask_kind]
     out = sink_attention(*inputs, scale=0.4, mask=mask, backend="flash_cpu")
     expected = sink_attention(*inputs, scale=0.4, mask=mask, backend="eager")

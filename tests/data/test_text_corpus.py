@@ -502,11 +502,17 @@ def test_a_tokenizer_learns_from_the_beginning_of_every_source(files):
             read.append((file.name, number))
             yield record
 
-    sources = [Source(file.name, None, 100, file.name, partial(watched, file)) for file in files]
-    settings = CorpusSettings(BPE, val_fraction=0.2, tokenizer_bytes=600)
+    sizes = (100, 400, 100)
+    sources = [
+        Source(file.name, None, size, file.name, partial(watched, file))
+        for file, size in zip(files, sizes, strict=True)
+    ]
+    settings = CorpusSettings(BPE, val_fraction=0.2, tokenizer_bytes=3000)
     texts = list(batches.Intake(sources, settings).texts_to_learn_from(lambda read: None))
     assert {name for name, _ in read} == {file.name for file in files}
-    assert max(number for _, number in read) < 10
+    assert max(number for _, number in read) < 40
+    for i, size in enumerate(sizes):
+        assert 5 * size <= sum(len(text) for text in texts if text.startswith(f"{i}.")) < 5 * size + 400
     assert not any(in_validation(text, 0.2, 42) for text in texts)
 
 

@@ -99,6 +99,15 @@ def test_same_function(changes):
     assert_same_function(dense, moe)
 
 
+def test_the_seed_decides_about_routers():
+    dense, gate = dense_model(dense_config()), "transformer.h.0.mlp.gate.weight"
+    first, again, other = (
+        upcycled_weights(dense.state_dict(), dense.config, moe_config(), seed=seed)[gate] for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
 @pytest.mark.parametrize(
     ("dense_class", "activation"), [("GptNeoxMLP", "gelu"), ("GemmaMLP", "geglu"), ("FeedForward", "relu2")]
 )

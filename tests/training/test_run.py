@@ -206,7 +206,11 @@ def test_newest_is_the_last_step_of_the_last_attempt(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"[]", b"{}", b"null", b"\xff\xfe", b'{"step": 9}', b'{"attempt": "1", "step": [], "iteration": 1, "x": 2}'],
+    [
+        *(b"", b"[]", b"{}", b"null", b"\xff\xfe", b'{"step": 9}'),
+        b'{"attempt": "1", "step": [], "iteration": 1, "x": 2}',
+        b'{"attempt": "2", "step": 4, "iteration": 4, "processes": 1, "saved_at": 0.0}',
+    ],
     ids=repr,
 )
 def test_a_damaged_state_file_is_passed_over(tmp_path, content, capsys):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,6 +16,7 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.formats import export
 from litgpt_moe_ext.export.hf.read import import_checkpoint
 from litgpt_moe_ext.export.hf.write import export_checkpoint
+from litgpt_moe_ext.export.source import read_source
 from tests.export.hf.models import CASES, make_checkpoint
 
 
@@ -59,7 +61,9 @@ def test_shards(tmp_path):
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = set(index["weight_map"].values())
     assert len(files) > 2
-    assert all((tmp_path / "out" / file).stat().st_size < 30_000 for file in files)
+    sizes = [sum(tensor.nbytes for tensor in load_file(tmp_path / "out" / file).values()) for file in files]
+    assert max(sizes) <= 20_000
+    assert sum(sizes) == index["metadata"]["total_size"]
     with safe_open(tmp_path / "out" / index["weight_map"]["lm_head.weight"], "pt") as file:
         assert torch.equal(file.get_tensor("lm_head.weight"), model.lm_head.weight.bfloat16())
     name = "model.layers.0.mlp.gate.e_score_correction_bias"
@@ -191,6 +195,8 @@ class TestRefusals:
         with pytest.raises(SettingsError, match=r"out_dir: .* needs \S+ GB, but .* has 1e-06 GB left; free some space"):
             export_checkpoint(tmp_path / "checkpoint", tmp_path / "new" / "out")
         assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+        source = read_source(tmp_path / "checkpoint")
+        assert source.nbytes(None) == 2 * source.nbytes(torch.bfloat16)
 
     def test_a_file_where_the_directory_should_be(self, tmp_path):
         make_checkpoint(tmp_path / "checkpoint", *CASES["llama"][1:])

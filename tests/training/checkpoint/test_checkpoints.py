@@ -19,13 +19,15 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files import checksums
 from litgpt_moe_ext.files.durable import flush, flush_tree
 from litgpt_moe_ext.files.lock import ProcessLock
+from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.training.callbacks import retention
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
 from litgpt_moe_ext.training.checkpoint.compatibility import require_same_model, resume_notes
 from litgpt_moe_ext.training.checkpoint.earlier import set_aside
 from litgpt_moe_ext.training.checkpoint.progress import Progress
 from litgpt_moe_ext.training.checkpoint.resume import problem_with
-from litgpt_moe_ext.training.settings import CheckpointArgs
+from litgpt_moe_ext.training.parallel import memory
+from litgpt_moe_ext.training.settings import CheckpointArgs, DistributedArgs
 from tests.models import moe_config
 from tests.runs import logged, train
 
@@ -41,14 +43,15 @@ def step_of(checkpoint: Path) -> int:
 def test_a_new_run_starts_without_what_an_earlier_one_left(tmp_path):
     """What it exported, and the batches of its anomalies, would be taken for the new run's."""
     out_dir = tmp_path / "out"
-    left = ["metrics.csv", "exported/best-hf/config.json", "anomalies/step-00000003-rank-0.pt"]
+    left = ["metrics.csv", "metrics-wide.csv", "train.log", "logs/csv/version_0/metrics.csv"]
+    left += ["exported/best-hf/config.json", "anomalies/step-00000003-rank-0.pt"]
     for name in left:
         (out_dir / name).parent.mkdir(parents=True, exist_ok=True)
         (out_dir / name).touch()
     aside = set_aside(out_dir)
     assert aside == tmp_path / "out-earlier-1"
     assert all((aside / name).is_file() for name in left)
-    assert list(out_dir.iterdir()) == []
+    assert [path for path in out_dir.rglob("*") if path.is_file()] == []
 
 
 def test_a_file_system_that_flushes_no_folders(tmp_path, monkeypatch):
@@ -362,6 +365,7 @@ class TestManifest:
             subprocess.run([sums, "--quiet", "-c", checksums.FILE_NAME], cwd=tmp_path, check=True)
         (tmp_path / "a" / "b.bin").write_bytes(b"cOntent")
         assert checksums.problem_with(tmp_path) == "a/b.bin differs from its checksum in SHA256SUMS"
+        assert checksums.problem_with(tmp_path, only="c.txt") is None
         (tmp_path / "a" / "b.bin").unlink()
         assert "a/b.bin cannot be read" in checksums.problem_with(tmp_path)
 
@@ -500,6 +504,30 @@ class TestMemory:
         assert error.startswith("error: model_config: ")
         assert "million parameters need at least, on each process: weights " in error
         assert error.count("\n") == 1
+
+    @pytest.mark.parametrize(
+        ("precision", "shares", "width"),
+        [("32-true", 1, 4), ("bf16-mixed", 1, 4), ("bf16-true", 1, 2), ("32-true", 4, 4)],
+    )
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    def test_the_least_are_weights_and_gradients(self, monkeypatch, device, precision, shares, width):
+        """Of a device that is its own; three processes share the memory of a CPU."""
+        plan = SimpleNamespace(config=moe_config(), train=SimpleNamespace(tie_embeddings=False))
+        plan.settings = SimpleNamespace(distributed=DistributedArgs())
+        strategy = SimpleNamespace(precision=SimpleNamespace(precision=precision), holds_whole_model=shares == 1)
+        fabric = SimpleNamespace(device=torch.device(device), world_size=4, strategy=strategy)
+        launched = SimpleNamespace(plan=plan, fabric=fabric, devices=3)
+        least = count_parameters(plan.config, False).total * 2 * width // shares
+        present = SimpleNamespace(total_memory=least)
+        monkeypatch.setattr(memory, "memory_bytes", lambda: 3 * present.total_memory)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: present)
+        memory.check_memory(launched)
+        present.total_memory -= 1
+        with pytest.raises(SettingsError, match=r"model_config: .* need at least"):
+            memory.check_memory(launched)
+        for knob in ("cpu_offload", "offload_optimizer", "offload_parameters") if device == "cuda" else ():
+            plan.settings.distributed = SimpleNamespace(**{**vars(DistributedArgs()), knob: True})
+            memory.check_memory(launched)
 
     @pytest.mark.parametrize(
         "error",

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -10,6 +11,8 @@ from transformers import AutoTokenizer
 
 from litgpt_moe_ext.cli.main import main as console
 from litgpt_moe_ext.export.formats import export
+from litgpt_moe_ext.training.checkpoint.exports import export_checkpoints
+from litgpt_moe_ext.training.settings import CheckpointArgs
 from tests.runs import logged, train
 
 NO_SINKS = {"attention_sinks": False, "norm_qk": True}
@@ -28,6 +31,14 @@ def test_best_and_final_in_both_formats(recipe, tmp_path, capsys):
     assert AutoTokenizer.from_pretrained(exported / "best-hf")("def f").input_ids
     assert (exported / "final-gguf" / "model.gguf").read_bytes()[:4] == b"GGUF"
     assert capsys.readouterr().out.count("Wrote ") == 4
+
+
+def test_the_other_processes_export_nothing(tmp_path):
+    said = []
+    (tmp_path / "best").mkdir()
+    plan = SimpleNamespace(out_dir=tmp_path, settings=SimpleNamespace(checkpoint=CheckpointArgs(export="hf")))
+    export_checkpoints(SimpleNamespace(plan=plan, fabric=SimpleNamespace(is_global_zero=False, print=said.append)))
+    assert said == []
 
 
 def test_a_fault_is_one_line(recipe, tmp_path, capsys, monkeypatch):

@@ -34,6 +34,7 @@ def test_shapes():
     wsd = rates("wsd", decay_fraction=0.2)
     assert wsd[10:81] == [1.0] * 71
     assert wsd[90] == pytest.approx(0.55)
+    assert rates("wsd", warmup=8, total=10, decay_fraction=1.0)[7:] == pytest.approx([1.0, 1.0, 0.55])
     assert rates("inverse_sqrt")[40] == pytest.approx((10 / 40) ** 0.5)
     assert rates("cosine", warmup=0)[50] == pytest.approx(0.55)
     assert rates("linear", warmup=20, total=10)[::9] == pytest.approx([0.1, 1.0]), "a warm-up is never cut off"

@@ -1,9 +1,12 @@
 """Epochs instead of tokens."""
 
 import csv
+from pathlib import Path
+from types import SimpleNamespace
 
 import yaml
 
+from litgpt_moe_ext.training.steps.epochs import Epochs
 from tests.runs import train
 
 
@@ -36,6 +39,17 @@ def test_two_epochs_with_a_checkpoint_each(recipe, tmp_path, corpus_settings, ca
     (out / "best").rename(tmp_path / "best")
     assert train(*flags, "--resume", "auto") == 0
     assert [int(row["epoch"]) for row in csv.DictReader((out / "metrics.csv").open())] == epochs
+
+
+def test_a_step_that_has_a_checkpoint_is_not_saved_again():
+    saved = []
+    epochs, state = Epochs(saved.append), {"train_dataloader": SimpleNamespace(epoch=0), "step_count": 0}
+    for step in (0, 4, 9):
+        state["step_count"] = step
+        epochs.on_step_begin(state)
+        state["train_dataloader"].epoch += 1
+        epochs.on_checkpoint_saved(Path("step-00000004"))
+    assert saved == ["step-00000009"]
 
 
 def test_epochs_of_a_mixture(recipe, corpus_settings, capsys):

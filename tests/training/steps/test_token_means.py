@@ -138,6 +138,13 @@ def test_a_step_without_targets_has_no_weight():
     assert batches.next(lambda: torch.full((1, 6), -100), 0).weights() == 0
 
 
+def test_weights_are_not_rounded_to_16_bits():
+    means = TokenMeans(ranks=1)
+    means.weights = lambda: torch.tensor([1.001], dtype=torch.float64)
+    loss = means.wrap_loss(lambda logits, targets: logits.mean())(torch.ones(3, dtype=torch.bfloat16), torch.ones(3))
+    assert loss.item() == pytest.approx(1.001)
+
+
 def test_running_mean_is_that_of_torchmetrics():
     """Bit for bit, while it fills and when it goes around."""
     from torchmetrics.aggregation import RunningMean as Reference
