@@ -65,6 +65,11 @@ def test_query_and_key_gradients_account_for_the_sink(sink: float) -> None:
     torch.testing.assert_close(dk, dk_ref, rtol=1e-10, atol=1e-12)
 
 
+def test_a_mask_that_learns_gets_its_gradient() -> None:
+    inputs, mask = make_inputs(), torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda mask: sink_attention(*inputs, scale=0.7, mask=mask), mask)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     B=st.integers(1, 3),

@@ -173,7 +173,11 @@ def test_a_full_disk_and_a_second_attempt(files, tmp_path, monkeypatch, capsys, 
     (root / unfinished / "train_00099.bin").write_bytes(b"written after the last state")
     (root / unfinished / ".train_00099.bin.0123abcd.partial").write_bytes(b"killed while it was written")
     capsys.readouterr()
+    state, stages = State.load(root / unfinished), []
+    monkeypatch.setattr(PreparationProgress, "stage", lambda _, name, done=0: stages.append((name, done)))
     corpus = prepare_corpus(root, sources_of(files, tmp_path), small)
+    done = sum(file.stat().st_size for file in files[: 0 if state is None else state.source])
+    assert stages[-1] == ("encoding", done)
     assert unfinished == f".{corpus.name}.unfinished"
     assert ("Continuing in" in capsys.readouterr().out) == (failing > 1 or step == "write_shard")
     assert contents(corpus) == expected

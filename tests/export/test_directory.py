@@ -139,6 +139,11 @@ def test_what_a_killed_process_left(tmp_path, monkeypatch):
         return SimpleNamespace(free=0 if (tmp_path / ".out.partial").exists() else 1)
 
     monkeypatch.setattr("shutil.disk_usage", free)
+    with (
+        pytest.raises(SettingsError, match="needs 2e-09 GB, but its disk has 1e-09 GB left"),
+        new_directory(out_dir, 2),
+    ):
+        pass
     with new_directory(out_dir, 1) as partial:
         (partial / "whole").touch()
     assert names(tmp_path) == ["out", "out/whole"]

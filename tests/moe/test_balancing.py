@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -141,6 +142,16 @@ def test_two_optimizers_on_one_model_move_the_bias_once():
     assert not moe.gate.e_score_correction_bias.any()
     optimizers[1].step()
     assert moe.gate.e_score_correction_bias.abs().max() > 0
+    assert moe.gate.record.dtype == torch.float64
+
+
+def test_a_router_that_was_updated_once_has_an_owner():
+    moe = make_moe(router_bias_update_rate=0.01)
+    moe(torch.randn(2, 7, 16)).sum().backward()
+    torch.optim.SGD(moe.gate.parameters(), lr=1e-3).step()
+    moe(torch.randn(2, 7, 16)).sum().backward()
+    with warnings.catch_warnings(action="error"):
+        torch.optim.SGD(moe.experts.parameters(), lr=1e-3).step()
 
 
 def test_two_models_do_not_disturb_each_other():

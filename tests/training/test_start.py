@@ -11,6 +11,7 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.training import launch
 from litgpt_moe_ext.training.plan import make_plan
+from litgpt_moe_ext.training.settings import LogArgs
 from tests.runs import logged, train
 
 SHORT = {"max_tokens": 2 * 128}
@@ -111,5 +112,6 @@ def test_arguments_that_a_callback_does_not_keep(recipe):
             pass
 
     assert to_plain(Keeps(2.0))["init_args"] == {"loss": 2.0}
+    assert to_plain(LogArgs(run="a")) == {"run": "a", "log_model": False, "save_logs": True}
     with pytest.raises(TypeError, match="it must keep its argument loss as an attribute"):
         to_plain(Forgets(2.0))

@@ -325,11 +325,12 @@ class TestSentencePiece:
         export_gguf(folder / "checkpoint", folder / "out")
         return processor, keys(GGUFReader(folder / "out" / "model.gguf"))
 
-    def test_llamas(self, tmp_path):
-        processor, found = self.export(tmp_path)
+    @pytest.mark.parametrize("prefix", [True, False])
+    def test_llamas(self, tmp_path, prefix):
+        processor, found = self.export(tmp_path, add_dummy_prefix=prefix)
         found = {name.removeprefix("tokenizer.ggml."): value for name, value in found.items() if "ggml" in name}
         size = processor.vocab_size()
-        assert (found["model"], found["add_space_prefix"], found["add_bos_token"]) == ("llama", True, False)
+        assert (found["model"], found["add_space_prefix"], found["add_bos_token"]) == ("llama", prefix, False)
         assert (found["unknown_token_id"], found["bos_token_id"], found["eos_token_id"]) == (0, 1, 2)
         assert found["tokens"][:size] == [processor.id_to_piece(i) for i in range(size)]
         assert found["scores"] == pytest.approx([processor.get_score(i) for i in range(size)] + [0] * (400 - size))
@@ -340,6 +341,7 @@ class TestSentencePiece:
         [
             ({"model_type": "unigram", "hard_vocab_limit": False}, "not BPE"),
             ({"normalization_rule_name": "nfkc"}, "normalization nfkc"),
+            ({"treat_whitespace_as_suffix": True}, "spaces as suffixes"),
             (
                 {"remove_extra_whitespaces": True, "byte_fallback": False, "vocab_size": 200},
                 "without byte_fallback, remove_extra_white",

@@ -58,6 +58,7 @@ def test_shards(tmp_path):
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", dtype="bfloat16", max_shard_bytes=20_000)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == "bfloat16"
+    assert config["num_nextn_predict_layers"] == 0, "llama.cpp would count one"
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = set(index["weight_map"].values())
     assert len(files) > 2

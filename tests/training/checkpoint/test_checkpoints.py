@@ -22,7 +22,7 @@ from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.training.callbacks import retention
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
-from litgpt_moe_ext.training.checkpoint.compatibility import require_same_model, resume_notes
+from litgpt_moe_ext.training.checkpoint.compatibility import require_same_model, require_same_optimizer, resume_notes
 from litgpt_moe_ext.training.checkpoint.earlier import set_aside
 from litgpt_moe_ext.training.checkpoint.progress import Progress
 from litgpt_moe_ext.training.checkpoint.resume import problem_with
@@ -377,6 +377,7 @@ def test_the_name_of_a_model_is_no_part_of_it(tmp_path):
     config.n_layer = 3
     with pytest.raises(SettingsError, match=r"holds another model: n_layer is 2 in the checkpoint and 3 now\. Use"):
         require_same_model("resume", tmp_path, config)
+    require_same_optimizer(tmp_path, {"optimizer": "AdamW"})  # which no file here says
 
 
 def test_resume_notes(recipe, finished, tmp_path, capsys):

@@ -52,6 +52,15 @@ def test_groups(model):
     assert sum(len(m) for m in members) == len(list(model.parameters()))
 
 
+def test_the_bias_of_the_output_head_is_a_bias():
+    head = initialized_model(moe_config(lm_head_bias=True)).lm_head
+    groups = group_parameters(torch.nn.ModuleDict({"lm_head": head}), ParameterGroupArgs(no_weight_decay=["biases"]))
+    assert [(group["params"], group.get("weight_decay")) for group in groups] == [
+        ([head.weight], None),
+        ([head.bias], 0),
+    ]
+
+
 def test_tied_embeddings_count_once():
     model = initialized_model(moe_config())
     model.transformer.wte.weight = model.lm_head.weight

@@ -247,13 +247,19 @@ class TestMakeStrategy:
         knobs = {knob for row in STRATEGIES.values() for knob in row.knobs}
         assert knobs == {knob.name for knob in fields(DistributedArgs)} - {"timeout_minutes"}
 
+    def test_who_holds_the_whole_model(self):
+        assert [name for name, facts in STRATEGIES.items() if not facts.holds_whole_model(1)] == ["deepspeed_stage_3"]
+        shards = ["fsdp", "fsdp_shard_grad_op", "fsdp2", "deepspeed_stage_3"]
+        assert [name for name, facts in STRATEGIES.items() if not facts.holds_whole_model(2)] == shards
+
     def test_knobs_reach_fabric(self):
         assert self.make("ddp", bucket_mb=5)._knobs == {"bucket_cap_mb": 5}
         flags = {"gradient_as_bucket_view": True, "find_unused_parameters": False}
         assert self.make("auto", **flags)._knobs == flags
         assert self.make("auto", processes=1, accelerator="cpu").root_device == torch.device("cpu")
         assert self.make("fsdp2", processes=1).root_device == torch.device("cuda", 0)
-        assert self.make("fsdp2", timeout_minutes=2)._timeout.total_seconds() == 120
+        for name in ("ddp", "fsdp2"):
+            assert self.make(name, timeout_minutes=2)._timeout.total_seconds() == 120
 
     @pytest.mark.parametrize("processes", [1, 2])
     def test_ranks_on_gpus_map_the_checkpoint_that_they_resume(self, processes):

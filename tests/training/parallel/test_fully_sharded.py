@@ -17,7 +17,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.training.optim.muon import MuonAdamW
-from litgpt_moe_ext.training.parallel import random_state
+from litgpt_moe_ext.training.parallel import fully_sharded, random_state
 from litgpt_moe_ext.training.parallel.facts import facts_of
 from litgpt_moe_ext.training.parallel.fully_sharded import FullyShardedStrategy, placement_among
 from litgpt_moe_ext.training.settings import DistributedArgs
@@ -98,6 +98,29 @@ def test_every_name_gives_the_same_gradients(name, nodes):
     expected = in_ranks(gradients_under, 4, "fsdp2", 1)[0]
     for found in in_ranks(gradients_under, 4, name, nodes):
         assert all(torch.allclose(ours, theirs, atol=1e-6) for ours, theirs in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["fsdp", "fsdp_shard_grad_op", "fsdp2"])
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_what_is_gathered_when(monkeypatch, name, prefetch):
+    """Blocks are given up after their forward pass, but for one strategy; each may gather the next one's."""
+    kept, following = [], []
+    block = type(initialized_model(moe_config()).transformer.h[0])
+
+    def shard(module, reshard_after_forward=None, **_options):
+        if isinstance(module, block):
+            kept.append(not reshard_after_forward)
+        return module
+
+    monkeypatch.setattr(fully_sharded, "fully_shard", shard)
+    monkeypatch.setattr(block, "set_modules_to_forward_prefetch", lambda _, them: following.extend(them), raising=False)
+    strategy = FullyShardedStrategy(facts_of(name), 2, 1, DistributedArgs(forward_prefetch=prefetch or None))
+    strategy._precision = Precision()
+    model = initialized_model(moe_config())
+    ranks = SimpleNamespace(size=lambda _dim: 2)
+    strategy._shard(model, {"data_parallel": ranks})
+    assert kept == [name == "fsdp_shard_grad_op"] * 2
+    assert following == (list(model.transformer.h[1:]) if prefetch else [])
 
 
 class TestPlacement:
