@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from litgpt_moe_ext.training.callback import Callback
-from litgpt_moe_ext.training.checkpoint.progress import MODEL_FILE, STATE_FILE
+from litgpt_moe_ext.training.checkpoint.progress import MODEL_FILE
 from litgpt_moe_ext.training.optim.shards import is_shard, like
 from litgpt_moe_ext.training.settings import EmaArgs
 
@@ -73,7 +73,7 @@ class WeightAverage(Callback):
         target.mkdir()
         torch.save({"model": whole}, target / MODEL_FILE)
         for file in directory.iterdir():
-            if file.is_file() and file.name not in (MODEL_FILE, STATE_FILE):
+            if file.is_file() and file.name != MODEL_FILE:
                 shutil.copy(file, target)
 
     def _gathered(self, average: Tensor) -> Tensor | None:
