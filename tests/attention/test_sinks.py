@@ -1,13 +1,14 @@
 """Sink attention: the flash backend against the written-out reference, and how it gets on with the rest of torch."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 from litgpt_moe_ext.attention.kernels import choice
@@ -205,6 +206,17 @@ def test_activation_checkpointing(use_reentrant: bool) -> None:
     inputs = make_inputs()
     dout = torch.randn_like(inputs[0])
     out = checkpoint(lambda *x: sink_attention(*x, scale=0.4), *inputs, use_reentrant=use_reentrant)
+    out.backward(dout)
+    torch.testing.assert_close(tuple(x.grad for x in inputs), gradients(inputs, dout))
+
+
+def test_a_checkpoint_may_keep_what_the_kernel_returns() -> None:
+    """As selective activation checkpointing does; the sinks then change a copy of it."""
+    inputs = make_inputs()
+    kept = [torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default]
+    contexts = partial(create_selective_checkpoint_contexts, kept)
+    out = checkpoint(lambda *x: sink_attention(*x, scale=0.4), *inputs, use_reentrant=False, context_fn=contexts)
+    dout = torch.randn_like(out)
     out.backward(dout)
     torch.testing.assert_close(tuple(x.grad for x in inputs), gradients(inputs, dout))
 

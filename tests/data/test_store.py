@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 
+from litgpt_moe_ext.data.pipeline import store
 from litgpt_moe_ext.data.pipeline.store import (
     MANIFEST,
     TOKENIZER_DIR,
@@ -30,9 +31,12 @@ def test_share_of_validation_files():
     assert share == pytest.approx(0.05, abs=0.006)
 
 
-def test_keys_tell_settings_apart():
+def test_keys_tell_settings_apart(monkeypatch):
     assert cache_key("x", {"a": 1, "b": 2}) == cache_key("x", {"b": 2, "a": 1}) != cache_key("x", {"a": 1, "b": 3})
     assert cache_key("x", {}) != cache_key("y", {})
+    before = cache_key("x", {})
+    monkeypatch.setattr(store, "FORMAT_VERSION", store.FORMAT_VERSION + 1)
+    assert cache_key("x", {}) != before
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove", "manifest"])

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,10 +217,15 @@ def test_unfinished_corpora_that_nobody_goes_on_with(files, tmp_path, capsys):
             path.touch()
             os.utime(path, (time.time() - age * 24 * 60 * 60,) * 2)
     (tmp_path / ".abandoned.lock").touch()
+    shutil.copytree(tmp_path / ".abandoned.unfinished", tmp_path / ".written.unfinished", copy_function=shutil.copy2)
+    (tmp_path / ".written.unfinished" / "state.json").touch()
+    os.utime(tmp_path / ".written.unfinished", (0, 0))
     with FileLock(tmp_path / ".locked.lock"):
         corpus = prepare_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS)
     assert f"Deleted {tmp_path / '.abandoned.unfinished'}, an unfinished corpus" in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.glob(".*.unfinished")) == [".locked.unfinished", ".recent.unfinished"]
+    assert sorted(path.name for path in tmp_path.glob(".*.unfinished")) == [
+        *(".locked.unfinished", ".recent.unfinished", ".written.unfinished")
+    ]
     assert not (tmp_path / ".abandoned.lock").exists()
     assert read_manifest(corpus)
 
@@ -511,6 +517,7 @@ def test_a_tokenizer_learns_from_the_beginning_of_every_source(files):
         Source(file.name, None, size, file.name, partial(watched, file))
         for file, size in zip(files, sizes, strict=True)
     ]
+    sources.append(Source("val", "val", 10**6, "val", lambda: iter([])))
     settings = CorpusSettings(BPE, val_fraction=0.2, tokenizer_bytes=3000)
     texts = list(batches.Intake(sources, settings).texts_to_learn_from(lambda read: None))
     assert {name for name, _ in read} == {file.name for file in files}

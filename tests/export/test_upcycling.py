@@ -27,6 +27,9 @@ SHAPE = {
 }
 
 
+SHARED = {"moe_intermediate_size": F // 3, "n_shared_expert": 1}
+
+
 def dense_config(**changes) -> Config:
     return Config(**{**SHAPE, "mlp_class_name": "LLaMAMLP", "intermediate_size": F, **changes})
 
@@ -111,7 +114,7 @@ def test_the_seed_decides_about_routers():
 @pytest.mark.parametrize(
     ("dense_class", "activation"), [("GptNeoxMLP", "gelu"), ("GemmaMLP", "geglu"), ("FeedForward", "relu2")]
 )
-@pytest.mark.parametrize("shared", [{}, {"moe_intermediate_size": F // 3, "n_shared_expert": 1}], ids=["", "shared"])
+@pytest.mark.parametrize("shared", [{}, SHARED, {**SHARED, "shared_expert_gate": True}], ids=["", "shared", "gated"])
 def test_activations_and_biases(dense_class, activation, shared):
     extra = {"mlp_activation": activation} if dense_class == "FeedForward" else {}
     dense = dense_model(dense_config(mlp_class_name=dense_class, bias=True, gelu_approximate="none", **extra))

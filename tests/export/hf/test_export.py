@@ -2,6 +2,7 @@
 
 import json
 import re
+import struct
 from types import SimpleNamespace
 
 import pytest
@@ -65,6 +66,9 @@ def test_shards(tmp_path):
     sizes = [sum(tensor.nbytes for tensor in load_file(tmp_path / "out" / file).values()) for file in files]
     assert max(sizes) <= 20_000
     assert sum(sizes) == index["metadata"]["total_size"]
+    for file in files:
+        (header,) = struct.unpack("<Q", (tmp_path / "out" / file).read_bytes()[:8])
+        assert header % 8 == 0, "where tensors begin"
     with safe_open(tmp_path / "out" / index["weight_map"]["lm_head.weight"], "pt") as file:
         assert torch.equal(file.get_tensor("lm_head.weight"), model.lm_head.weight.bfloat16())
     name = "model.layers.0.mlp.gate.e_score_correction_bias"

@@ -62,6 +62,7 @@ def test_rotated_halves(exported):
 def test_round_trip(exported):
     folder, original = exported
     model = imported(folder)
+    assert (folder / "back" / "generation_config.json").is_file()
     state, expected = model.state_dict(), original.state_dict()
     for name, tensor in expected.items():
         if name.endswith("correction_bias") and model.config.n_expert_groups:

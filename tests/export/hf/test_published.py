@@ -43,6 +43,24 @@ def test_layers_without_experts_are_qwens(tmp_path, step, only):
     assert [is_dense_layer(config, i) for i in range(7)] == [i in only or (i + 1) % step > 0 for i in range(7)]
 
 
+@pytest.mark.parametrize(
+    ("name", "left_out", "said", "found"),
+    [
+        ("GLM-4.5-Air", "partial_rotary_factor", {}, {"rotary_percentage": 0.5}),
+        ("Mixtral-8x7B", "rope_theta", {"sliding_window": 4096}, {"rope_base": 1000000, "sliding_window_size": 4096}),
+        ("Qwen1.5-MoE-A2.7B", "", {"qkv_bias": False}, {"attn_bias": False}),
+        ("gpt-oss-20b", "", {"layer_types": ["full_attention"] * 24}, {"sliding_window_size": None}),
+        ("DeepSeek-V3", "", {"rope_interleave": False}, {"rope_interleave": False}),
+    ],
+)
+def test_what_an_entry_means(tmp_path, name, left_out, said, found):
+    """Also where a file leaves it out, and the class of transformers has a default of its own."""
+    content = {key: value for key, value in PUBLISHED[name][1].items() if key != left_out}
+    (tmp_path / "config.json").write_text(json.dumps(content | said))
+    config = litgpt.Config(**read_published(tmp_path).settings)
+    assert {key: getattr(config, key) for key in found} == found
+
+
 def test_yarn_by_its_factor_alone(tmp_path):
     """As Qwen's model cards have it for long texts."""
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}

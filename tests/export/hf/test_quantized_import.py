@@ -11,7 +11,8 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.export.hf.published.quantized import from_mxfp4
+from litgpt_moe_ext.export.hf.published.quantized import Quantization, from_mxfp4
+from litgpt_moe_ext.export.hf.published.stored import StoredWeights
 from litgpt_moe_ext.export.hf.read import import_checkpoint
 from litgpt_moe_ext.export.hf.write import export_checkpoint
 from tests.export.hf.models import CASES, make_checkpoint
@@ -56,6 +57,8 @@ def test_gpt_oss_in_mxfp4(tmp_path):
     down = convert_moe_packed_tensors(*quantized["model.layers.1.mlp.experts.down_proj"])
     assert stored[f"{layer}down_proj"].dtype == torch.bfloat16
     assert torch.equal(stored[f"{layer}down_proj"], down.mT)
+    needed = sum(tensor.nbytes for tensor in stored.values())
+    assert needed <= StoredWeights(hf_dir, Quantization("mxfp4")).nbytes() < 1.1 * needed
     state = load_file(hf_dir / "model.safetensors")
     for name, parts in quantized.items():
         del state[f"{name}_blocks"], state[f"{name}_scales"]

@@ -24,7 +24,7 @@ from litgpt_moe_ext.training.callbacks import retention
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
 from litgpt_moe_ext.training.checkpoint.compatibility import require_same_model, require_same_optimizer, resume_notes
 from litgpt_moe_ext.training.checkpoint.earlier import set_aside
-from litgpt_moe_ext.training.checkpoint.progress import Progress
+from litgpt_moe_ext.training.checkpoint.progress import Progress, newest_first
 from litgpt_moe_ext.training.checkpoint.resume import problem_with
 from litgpt_moe_ext.training.parallel import memory
 from litgpt_moe_ext.training.settings import CheckpointArgs, DistributedArgs
@@ -282,6 +282,13 @@ def test_a_replacement_is_on_the_disk_first_and_deletes_nothing_of_others(tmp_pa
     assert (tmp_path / "final-earlier-1" / "lit_model.pth").is_file()
 
 
+def test_what_is_being_written_or_deleted_is_no_checkpoint(tmp_path):
+    for name in (".final.incomplete", ".step-00000002.removed", "step-00000001"):
+        (tmp_path / name).mkdir()
+        Progress(1, 1, 1, 1, 0.0).write(tmp_path / name)
+    assert newest_first(tmp_path) == [tmp_path / "step-00000001"]
+
+
 def test_leftovers_of_a_killed_run(tmp_path):
     """Killed between the two renames of a replacement, the old checkpoint gets its name back; the rest goes."""
     for name in (".final.replaced", ".final.incomplete", ".best.replaced", "best", ".step-00000001.removed"):
@@ -453,13 +460,19 @@ class TestSetAside:
         out_dir = tmp_path / "out"
         file = first_run(out_dir)
 
-        def refuse(_self: Path, _target: Path) -> None:
-            raise PermissionError(errno.EACCES, "Permission denied")
+        rename = Path.rename
 
-        monkeypatch.setattr(Path, "rename", refuse)
+        def refuse_the_last(self: Path, target: Path) -> Path:
+            if self.name == "train.log":
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", refuse_the_last)
         assert train("--config", file, "--out_dir", out_dir) == 2
         assert "error: out_dir: " in capsys.readouterr().err
         assert problem_with(out_dir / "final") is None
+        assert (out_dir / "metrics.csv").is_file()
+        assert [path.name for path in tmp_path.glob("out*")] == ["out"]
 
     @pytest.fixture
     def earlier(self, tmp_path):

@@ -1,14 +1,17 @@
 """Parameter groups and Muon."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.optim.arguments import learning_rate_of
 from litgpt_moe_ext.training.optim.muon import MuonAdamW
+from litgpt_moe_ext.training.optim.optimization import Optimization
 from litgpt_moe_ext.training.optim.orthogonal import orthogonalize
 from litgpt_moe_ext.training.optim.parameter_groups import group_parameters, scale_rates
-from litgpt_moe_ext.training.settings import ParameterGroupArgs
+from litgpt_moe_ext.training.settings import ParameterGroupArgs, ScheduleArgs
 from tests.models import initialized_model, moe_config
 
 
@@ -50,6 +53,17 @@ def test_groups(model):
     assert {f"transformer.h.0.{n}" for n in ("attn.qkv.weight", "mlp.experts.down_proj")} <= decayed
     assert all("weight" in name or "proj" in name for name in decayed)
     assert sum(len(m) for m in members) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("given", "fused"), [({}, True), ({"fused": False}, False), ({"foreach": False}, None), ({"lr": 0.5}, True)]
+)
+def test_a_fused_optimizer_is_a_default(model, given, fused):
+    optimization = Optimization(ScheduleArgs(), ParameterGroupArgs(), scaled=False)
+    optimization.on_after_setup(SimpleNamespace(device=torch.device("cpu")), model)
+    made = optimization.make_optimizer({"class_path": "torch.optim.AdamW", "init_args": given}, None)
+    assert made.defaults["fused"] is fused
+    assert made.defaults["lr"] == given.get("lr", 1e-3)
 
 
 def test_the_bias_of_the_output_head_is_a_bias():

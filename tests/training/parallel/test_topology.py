@@ -70,3 +70,8 @@ def test_words_that_are_not_known():
         assert report(WORKSTATION.replace("PHB", word)) == []
     links = parse_matrix(SERVER.replace("PHB", "N/A"))
     assert {link.kind for link in links} == {"PIX", "SYS"}
+
+
+def test_the_fewest_links_count():
+    lines = report(SWITCHED.replace("NV6     NV6     NV6", "NV6     NV2     NV6"))
+    assert lines[-1] == "At least 2 NVLinks between any two GPUs: any strategy will do."

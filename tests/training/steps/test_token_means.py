@@ -3,6 +3,7 @@
 import os
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from litgpt.utils import chunked_cross_entropy
 
 from litgpt_moe_ext.training.callbacks.fused_loss import linear_loss
 from litgpt_moe_ext.training.steps.batches import StepBatches, counts_for_loss
+from litgpt_moe_ext.training.steps.corpora import CorpusLosses
 from litgpt_moe_ext.training.steps.losses import RunningMean, TokenMeans
 from tests.models import needs_fused_loss
 from tests.runs import logged, recipe_writer, train
@@ -130,6 +132,17 @@ def test_micro_batches_are_fetched_to_the_end_of_their_step():
     batches.next(fetch, 6)
     batches.on_log(second := {"loss": 0.0})
     assert [first["padding"], second["padding"], batches.padding] == pytest.approx([1 - 15 / 30, 0, 1 - 33 / 48])
+
+
+def test_the_loss_of_a_corpus_is_that_of_all_ranks(monkeypatch):
+    """Tokens count the same wherever they are; corpora count by their weights."""
+    of_another = torch.tensor([[30.0, 0.0], [10.0, 0.0]])
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums_2C: sums_2C.add_(of_another))
+    mixture = SimpleNamespace(names=lambda: iter(["a", "b"]), weights={"a": 3, "b": 1})
+    losses = CorpusLosses(ranks=2)
+    assert losses.mean(mixture, torch.tensor([1.0, 3.0]), torch.tensor([10, 10])) == (3 * 2 + 3) / 4
+    losses.on_log(metrics := {"val_loss": 2.25})
+    assert metrics == {"val_loss": 2.25, "val_loss/a": 2.0, "val_loss/b": 3.0}
 
 
 def test_a_step_without_targets_has_no_weight():
