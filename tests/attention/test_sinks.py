@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from litgpt_moe_ext.attention.kernels import choice
 from litgpt_moe_ext.attention.kernels.choice import choose_kernel
+from litgpt_moe_ext.attention.sinks import Softmax, fused_sink_attention
 from tests.attention.attend import sink_attention
 
 
@@ -208,6 +209,20 @@ def test_activation_checkpointing(use_reentrant: bool) -> None:
     out = checkpoint(lambda *x: sink_attention(*x, scale=0.4), *inputs, use_reentrant=use_reentrant)
     out.backward(dout)
     torch.testing.assert_close(tuple(x.grad for x in inputs), gradients(inputs, dout))
+
+
+def test_a_kernel_that_knows_no_windows_is_not_asked_for_one() -> None:
+    q, k, v, sinks = make_inputs()
+    softmax = Softmax(sinks, 0.4, backend="flash_cpu")
+    assert fused_sink_attention(q, k, v, softmax, 3, None) is None
+    assert fused_sink_attention(q, k, v, softmax, None, None) is not None
+
+
+def test_how_many_weights_are_dropped() -> None:
+    zeros, v = torch.zeros(1, 4, 64, 64), torch.eye(64).expand(1, 4, 64, 64)
+    settings = {"scale": 1.0, "dropout": 0.2, "causal": False, "backend": "eager"}
+    weights = sink_attention(zeros, zeros, v, torch.zeros(4), **settings)
+    assert (weights == 0).float().mean().item() == pytest.approx(0.2, abs=0.02)
 
 
 def test_a_checkpoint_may_keep_what_the_kernel_returns() -> None:

@@ -9,6 +9,7 @@ from litgpt_moe_ext.config.rope import rope_kind, validate_rope_adjustments
 from tests.models import attention_config
 from tests.runs import run_command
 
+DYNAMIC = {"factor": 2.0, "original_max_seq_len": 64, "dynamic": True}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 8192}
 YARN = {"factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_seq_len": 64}
 
@@ -38,6 +39,8 @@ def test_accepted_adjustments(keys: dict[str, Any] | None, kind: str) -> None:
         ({"facotr": 4.0}, r"rope_adjustments\.facotr: 4\.0 is an unknown key; known keys are factor"),
         ({"factor": 4.0, "rope_type": "yarn"}, r"rope_type: 'yarn' is an unknown key; remove it"),
         ({"factor": 4.0, "original_max_position_embeddings": 8}, "LitGPT calls it original_max_seq_len"),
+        ({**LLAMA3, "dynamic": True}, r"\.dynamic: True does not go with low_freq_factor, high_freq_factor; remove"),
+        ({**DYNAMIC, "beta_fast": 32}, r"\.dynamic: True does not go with beta_fast; remove either"),
         ({**LLAMA3, "beta_fast": 32}, r"mixes Llama-3 keys .* with YaRN keys \(beta_fast\); keep one set"),
         ({"factor": 4.0, "original_max_seq_len": 8}, "original_max_seq_len: 8 does not say how to rescale"),
         ({"factor": 4.0, "low_freq_factor": 1.0}, "lacks high_freq_factor, original_max_seq_len; Llama-3"),

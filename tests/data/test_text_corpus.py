@@ -38,7 +38,7 @@ from litgpt_moe_ext.data.pipeline.store import (
 )
 from litgpt_moe_ext.data.pipeline.unfinished import State
 from litgpt_moe_ext.data.reading.documents import documents
-from litgpt_moe_ext.data.reading.record import TextFormat
+from litgpt_moe_ext.data.reading.record import Record, TextFormat
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.data.tokenizer.files import read_tokenizer
 from litgpt_moe_ext.data.tokenizer.opening import open_for_documents
@@ -525,6 +525,13 @@ def test_a_tokenizer_learns_from_the_beginning_of_every_source(files):
     for i, size in enumerate(sizes):
         assert 5 * size <= sum(len(text) for text in texts if text.startswith(f"{i}.")) < 5 * size + 400
     assert not any(in_validation(text, 0.2, 42) for text in texts)
+
+
+def test_a_tokenizer_learns_nothing_from_empty_documents():
+    records = [Record(text, "", 0) for text in (" \n", "", "a", "b")]
+    settings = CorpusSettings(BPE, counts={"train": 1})
+    intake = batches.Intake([Source("x", "train", 1, "x", lambda: iter(records))], settings)
+    assert list(intake.texts_to_learn_from(lambda read: None)) == ["a"]
 
 
 def test_find_files(tmp_path):

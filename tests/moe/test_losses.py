@@ -87,6 +87,10 @@ def test_orthogonality_by_hand():
     assert orthogonality_loss(torch.diag(torch.tensor([1.0, 2.0, 3.0]))).item() == pytest.approx(0)
     assert orthogonality_loss(torch.tensor([[2.0, 0.0], [1.0, 3**0.5]])).item() == pytest.approx(2 * 0.25)
     assert orthogonality_loss(torch.ones(4, 3)).item() == pytest.approx(4 * 3)
+    weight = torch.randn(4, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = orthogonality_loss(weight)
+    assert torch.equal(rounded, orthogonality_loss(weight)), "cosines in 16 bits are off by more than they differ"
 
 
 def test_importance_by_hand():

@@ -107,7 +107,9 @@ def test_where_things_are(tmp_path):
 
 def test_where_keys_and_values_of_latent_attention_are(tmp_path):
     """Of each head first the part for keys, which is turned round, then that for values."""
-    model, reader = exported(tmp_path, *GRAPH_CASES["deepseek-v3"][1:])
+    _, settings, biased = GRAPH_CASES["deepseek-v3"]
+    model, reader = exported(tmp_path, {**settings, "name": "my-model"}, biased)
+    assert keys(reader)["general.name"] == "my-model"
     stored = {t.name: np.array(t.data).reshape(t.shape.tolist()[::-1]) for t in reader.tensors}
     heads_HdR = model.state_dict()["transformer.h.1.attn.kv_b_proj.weight"].view(4, 10 + 14, 16).numpy()
     assert np.array_equal(stored["blk.1.attn_k_b.weight"], heads_HdR[:, :10].transpose(0, 2, 1))

@@ -163,6 +163,14 @@ class TestRefusals:
         with pytest.raises(SettingsError, match="has neither model.safetensors nor model.safetensors.index.json"):
             import_checkpoint(folder / "hf", folder / "back")
 
+    def test_files_elsewhere(self, exported):
+        folder, _ = exported
+        (folder / "hf" / "model.safetensors").rename(folder / "model.safetensors")
+        index = {"weight_map": {"lm_head.weight": "../model.safetensors"}}
+        (folder / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(SettingsError, match=r"names '../model.safetensors', which is outside the directory"):
+            import_checkpoint(folder / "hf", folder / "back")
+
     def test_cut_off_file(self, exported):
         folder, _ = exported
         file = folder / "hf" / "model.safetensors"

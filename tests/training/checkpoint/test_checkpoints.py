@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import stat
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from litgpt.utils import save_config
 
 from litgpt_moe_ext.errors import SettingsError
@@ -23,9 +25,12 @@ from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.training.callbacks import retention
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
 from litgpt_moe_ext.training.checkpoint.compatibility import require_same_model, require_same_optimizer, resume_notes
-from litgpt_moe_ext.training.checkpoint.earlier import set_aside
+from litgpt_moe_ext.training.checkpoint.earlier import limit_earlier_runs, set_aside
+from litgpt_moe_ext.training.checkpoint.hyperparameters import read
 from litgpt_moe_ext.training.checkpoint.progress import Progress, newest_first
 from litgpt_moe_ext.training.checkpoint.resume import problem_with
+from litgpt_moe_ext.training.checkpoint.writer import CheckpointWriter
+from litgpt_moe_ext.training.control import TrainingStopped
 from litgpt_moe_ext.training.parallel import memory
 from litgpt_moe_ext.training.settings import CheckpointArgs, DistributedArgs
 from tests.models import moe_config
@@ -282,6 +287,25 @@ def test_a_replacement_is_on_the_disk_first_and_deletes_nothing_of_others(tmp_pa
     assert (tmp_path / "final-earlier-1" / "lit_model.pth").is_file()
 
 
+@pytest.mark.parametrize("name", ["best", "final"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_that_are_not_finite_on_some_rank(tmp_path, monkeypatch, name, ranks):
+    """Of two, this one has others."""
+    model = torch.nn.Linear(2, 2)
+    model.weight.data[0, 0] = math.nan if ranks == 1 else 1
+    other = {torch.distributed.ReduceOp.MIN: 0, torch.distributed.ReduceOp.MAX: 1, torch.distributed.ReduceOp.SUM: 1}
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda finite, op: finite.fill_(other[op]))
+    plan, fabric = SimpleNamespace(out_dir=tmp_path), SimpleNamespace(world_size=ranks)
+    writer = CheckpointWriter(SimpleNamespace(plan=plan, fabric=fabric), None, print)
+    with pytest.raises(TrainingStopped, match=f"after step 3 are not finite, so they are not saved as {name}"):
+        writer.save_checkpoint(fabric, {"model": model, "step_count": 3}, None, tmp_path / name / "lit_model.pth")
+
+
+def test_settings_nested_too_deep_are_none(tmp_path):
+    (tmp_path / "hyperparameters.yaml").write_text("[" * 5000)
+    assert read(tmp_path) == {}
+
+
 def test_what_is_being_written_or_deleted_is_no_checkpoint(tmp_path):
     for name in (".final.incomplete", ".step-00000002.removed", "step-00000001"):
         (tmp_path / name).mkdir()
@@ -391,9 +415,19 @@ def test_resume_notes(recipe, finished, tmp_path, capsys):
     file = recipe()
     checkpoint = finished(tmp_path / "out", step=8) / "step-00000008"
     assert resume_notes(checkpoint, {"seed": 42, "train": {"global_batch_size": 4}}) == []
-    assert train("--config", file, "--resume", "auto", "--seed", "1", "--optimizer.weight_decay", "0.5") == 0
+    assert train("--config", file, "--resume", "auto", "--seed", "1") == 0
     output = capsys.readouterr().out
     assert "seed was 42 in the checkpoint and is 1 now: it has no effect" in output
+    for name in ("weight_decay", "betas", "eps"):
+        arguments = {"lr": 1e-2, name: 0.5}
+        before = {"lr": 1e-2, name: 0.25}
+        changed = tmp_path / name
+        changed.mkdir()
+        (changed / "hyperparameters.yaml").write_text(yaml.safe_dump({"optimizer": {"init_args": before}}))
+        (note,) = resume_notes(changed, {"optimizer": {"init_args": arguments}})
+        assert note.startswith(
+            f"optimizer.init_args.{name} was 0.25 in the checkpoint and is 0.5 now: it has no effect"
+        )
     assert train("--config", file, "--resume", "auto") == 0
     assert "This run is finished" in capsys.readouterr().out
 
@@ -483,6 +517,11 @@ class TestSetAside:
         (tmp_path / "out-earlier-1").mkdir()
         os.utime(tmp_path / "out-earlier-2", (2**33, 2**33))
         return tmp_path
+
+    def test_from_how_many_on_they_are_told(self, earlier):
+        assert "There are 3 earlier runs now." in limit_earlier_runs(earlier / "out", None, ())
+        shutil.rmtree(earlier / "out-earlier-3")
+        assert limit_earlier_runs(earlier / "out", None, ()) is None
 
     def test_many_are_told_with_the_command_that_deletes_them(self, first_run, earlier, capsys):
         file = first_run(earlier / "out")

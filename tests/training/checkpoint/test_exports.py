@@ -33,12 +33,15 @@ def test_best_and_final_in_both_formats(recipe, tmp_path, capsys):
     assert capsys.readouterr().out.count("Wrote ") == 4
 
 
-def test_the_other_processes_export_nothing(tmp_path):
+@pytest.mark.parametrize("first", [True, False])
+def test_the_first_process_exports_in_the_place_of_an_earlier_end(tmp_path, monkeypatch, first):
     said = []
-    (tmp_path / "best").mkdir()
+    monkeypatch.setattr("litgpt_moe_ext.export.formats.export", lambda _, out_dir, name: [name, out_dir.exists()])
+    for name in ("best", "final", "exported/final-hf"):
+        (tmp_path / name).mkdir(parents=True)
     plan = SimpleNamespace(out_dir=tmp_path, settings=SimpleNamespace(checkpoint=CheckpointArgs(export="hf")))
-    export_checkpoints(SimpleNamespace(plan=plan, fabric=SimpleNamespace(is_global_zero=False, print=said.append)))
-    assert said == []
+    export_checkpoints(SimpleNamespace(plan=plan, fabric=SimpleNamespace(is_global_zero=first, print=said.append)))
+    assert said == [False, False] * first
 
 
 def test_a_fault_is_one_line(recipe, tmp_path, capsys, monkeypatch):

@@ -21,6 +21,19 @@ def test_what_is_no_optimizer_is_refused(name):
         learning_rate_of(name)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"betas": [0.9]}, r"betas: \[0.9\] must be 2 numbers, such as \[0.9, 0.999\]"),
+        ({"fused": "yes"}, "fused: 'yes' must be true or false"),
+        ({"amsgrad": 1}, "amsgrad: 1 must be true or false"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(arguments, message):
+    with pytest.raises(SettingsError, match=rf"^optimizer.init_args.{message}"):
+        learning_rate_of({"class_path": "AdamW", "init_args": arguments})
+
+
 @pytest.fixture(scope="module")
 def model():
     return initialized_model(moe_config(bias=True, attention_class_name="SinkAttention", n_shared_expert=1))
@@ -64,6 +77,17 @@ def test_a_fused_optimizer_is_a_default(model, given, fused):
     made = optimization.make_optimizer({"class_path": "torch.optim.AdamW", "init_args": given}, None)
     assert made.defaults["fused"] is fused
     assert made.defaults["lr"] == given.get("lr", 1e-3)
+
+
+@pytest.mark.parametrize(("in_pieces", "rate"), [(False, 0.25), (True, 0.5)])
+def test_who_scales_the_rates(model, in_pieces, rate):
+    """Where a step calls the optimizer several times, its owner: a hook would do so at each call."""
+    groups = ParameterGroupArgs(router_lr_factor=0.5)
+    optimization = Optimization(ScheduleArgs(), groups, scaled=False, in_pieces=in_pieces)
+    optimization.on_after_setup(SimpleNamespace(device=torch.device("cpu")), model)
+    made = optimization.make_optimizer({"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}}, None)
+    made.step()
+    assert {group["lr"] for group in made.param_groups} == {rate, 0.5}
 
 
 def test_the_bias_of_the_output_head_is_a_bias():
@@ -147,7 +171,9 @@ def test_the_rest_is_adamw_and_state_survives(model):
     groups = group_parameters(model, ParameterGroupArgs(), split_matrices=True)
     members = names_by_group(model, groups)
     muon = set().union(*(m for m, g in zip(members, groups, strict=True) if "matrix_parts" in g))
-    assert "transformer.h.0.mlp.experts.gate_up_proj" in muon
+    parts = {name: group.get("matrix_parts") for names, group in zip(members, groups, strict=True) for name in names}
+    assert parts["transformer.h.0.mlp.experts.gate_up_proj"] == 2
+    assert parts["transformer.h.0.mlp.experts.down_proj"] == 1
     assert "transformer.h.0.attn.qkv.weight" in muon
     assert not any(name in muon for name in ("transformer.wte.weight", "lm_head.weight"))
     assert not any(".gate." in name or "norm" in name or "bias" in name for name in muon)

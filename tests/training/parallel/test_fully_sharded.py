@@ -123,11 +123,26 @@ def test_what_is_gathered_when(monkeypatch, name, prefetch):
     assert following == (list(model.transformer.h[1:]) if prefetch else [])
 
 
+def test_every_node_has_the_model_once(monkeypatch):
+    made, mesh = [], SimpleNamespace(device_type="cpu", size=lambda _dim=0: 8)
+
+    def make(_device_type, shape, mesh_dim_names):
+        made.append((shape, mesh_dim_names))
+        return mesh
+
+    monkeypatch.setattr(fully_sharded, "init_device_mesh", make)
+    monkeypatch.setattr(fully_sharded, "fully_shard", lambda module, **_: module)
+    strategy = FullyShardedStrategy(facts_of("fsdp"), 8, 2, DistributedArgs())
+    strategy._precision = Precision()
+    strategy._shard(initialized_model(moe_config()), mesh)
+    assert made == [((2, 4), ("replicate", "shard"))]
+
+
 class TestPlacement:
     def test_experts(self):
         """Fewer experts than ranks are cut inside, where the size allows it."""
         placement = placement_among(8)
-        assert placement(nn.Parameter(torch.empty(8, 6, 4))) is None
+        assert placement(nn.Parameter(torch.empty(8, 16, 16))) is None
         assert placement(nn.Parameter(torch.empty(4, 16, 6))) == Shard(1)
         assert placement(nn.Parameter(torch.empty(4, 6, 16))) == Shard(2)
         assert placement(nn.Parameter(torch.empty(4, 6, 6))) is None

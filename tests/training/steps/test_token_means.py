@@ -151,6 +151,15 @@ def test_a_step_without_targets_has_no_weight():
     assert batches.next(lambda: torch.full((1, 6), -100), 0).weights() == 0
 
 
+def test_padding_is_what_is_no_text():
+    """However many targets the loss leaves out besides, such as those of a prompt."""
+    batches = StepBatches(lambda rows: (rows > 5, rows >= 0), accumulation=1, ranks=1)
+    batches.counts = True
+    batches.next(lambda: torch.tensor([[1, 2, 6, -100]]), 0)
+    batches.on_log(metrics := {"loss": 0.0})
+    assert metrics["padding"] == 0.25
+
+
 def test_weights_are_not_rounded_to_16_bits():
     means = TokenMeans(ranks=1)
     means.weights = lambda: torch.tensor([1.001], dtype=torch.float64)
@@ -167,3 +176,10 @@ def test_running_mean_is_that_of_torchmetrics():
         ours.update(loss)
         theirs.update(loss)
         assert torch.equal(ours.compute(), theirs.compute())
+
+
+def test_running_mean_of_narrow_losses_is_not_rounded():
+    mean = RunningMean(2)
+    for loss in (1.0, 1.0078125):
+        mean.update(torch.tensor(loss, dtype=torch.bfloat16))
+    assert mean.compute().item() == 1.00390625
