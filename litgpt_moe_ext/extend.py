@@ -10,11 +10,13 @@ my_package = "my_package.routers:register"
 """
 
 import sys
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 
 from litgpt_moe_ext.attention.kernels.registry import AttentionKernel, register_kernel
 from litgpt_moe_ext.config.fields import FIELDS, Field, loss_weight
+from litgpt_moe_ext.errors import one_line
 from litgpt_moe_ext.moe.registry import (
     ACTIVATIONS,
     LOSSES,
@@ -76,13 +78,25 @@ def register_activation(name: str, activation: ActivationType) -> None:
 
 
 def load_extensions() -> None:
-    """Call the functions that installed packages name as entry points `litgpt_moe_ext.extensions`."""
+    """Call the functions that installed packages name as entry points `litgpt_moe_ext.extensions`.
+
+    One that fails is a warning: every command of the environment calls it, most of which need nothing of it.
+    """
     for entry_point in entry_points(group="litgpt_moe_ext.extensions"):
-        entry_point.load()()
+        try:
+            entry_point.load()()
+        except Exception as error:  # whatever somebody else's code raises
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            warnings.warn(
+                f"the extension {entry_point.name} ({entry_point.value}) is left out: {reason}",
+                RuntimeWarning,
+                stacklevel=1,
+            )
 
 
 def _add(registry: dict, name: str, entry: object) -> None:
-    if name in registry:
+    # The same twice is no conflict: a script may call what its installed package has as an entry point.
+    if registry.get(name, entry) != entry:
         raise ValueError(f"{name!r} is registered already; choose another name")
     registry[name] = entry
 

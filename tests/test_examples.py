@@ -2,10 +2,15 @@
 
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch.nn.functional as F
 import yaml
 
+from litgpt_moe_ext import extend
+from litgpt_moe_ext.moe.activations import Pointwise
+from litgpt_moe_ext.moe.registry import ActivationType
 from tests.runs import ROOT, run_command
 
 SCRIPT = ROOT / "examples" / "add_a_router.py"
@@ -69,3 +74,26 @@ def test_a_router_of_ones_own_trains(tmp_path):
     (installed / "entry_points.txt").write_text("[litgpt_moe_ext.extensions]\nmy_package = add_a_router:register\n")
     path = os.pathsep.join([str(tmp_path), str(SCRIPT.parent)])
     run_command(sys.executable, "-c", LOAD, tmp_path / "out" / "final", PYTHONPATH=path)
+
+
+def test_the_same_may_be_registered_twice(monkeypatch):
+    """As by a script and by the entry point of the package that it is part of."""
+    monkeypatch.setattr(extend, "ACTIVATIONS", {})
+    for _ in range(2):
+        extend.register_activation("mine", ActivationType(Pointwise(F.mish), gated=True))
+    with pytest.raises(ValueError, match="'mine' is registered already"):
+        extend.register_activation("mine", ActivationType(Pointwise(F.gelu), gated=True))
+
+
+def test_an_extension_that_fails_is_left_out_with_a_warning(monkeypatch):
+    called = []
+    broken, whole = (
+        SimpleNamespace(name=name, value=f"{name}:register", load=lambda call=call: call)
+        for name, call in (("broken", lambda: {}["nothing"]), ("whole", lambda: called.append(1)))
+    )
+    monkeypatch.setattr(extend, "entry_points", lambda group: [broken, whole])
+    with pytest.warns(
+        RuntimeWarning, match=r"the extension broken \(broken:register\) is left out: KeyError: 'nothing'"
+    ):
+        extend.load_extensions()
+    assert called

@@ -33,7 +33,9 @@ def test_registering() -> None:
     names = list(KERNELS)
     assert names.index("mine") == names.index("cudnn") - 1
     assert names[-1] == "eager"
+    register_kernel(kernel)
+    assert list(KERNELS) == names, "the same again is no conflict"
     with pytest.raises(ValueError, match="'mine': a kernel of this name is registered"):
-        register_kernel(kernel)
+        register_kernel(AttentionKernel(name="mine", summary="", functions="elsewhere", dtypes={}))
     with pytest.raises(ValueError, match="before: 'nothing' must be one of flash_cpu, "):
         register_kernel(AttentionKernel(name="other", summary="", functions="nowhere", dtypes={}), before="nothing")

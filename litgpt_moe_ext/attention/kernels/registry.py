@@ -163,8 +163,10 @@ def register_kernel(kernel: AttentionKernel, before: str = EAGER) -> None:
         before: The kernel that it takes precedence over: `flash_cpu`, the first, for one that is better than all.
 
     Raises:
-        ValueError: If there is a kernel of this name, or none to precede.
+        ValueError: If there is another kernel of this name, or none to precede.
     """
+    if KERNELS.get(kernel.name) == kernel:
+        return  # a script and the entry point of its package may both call this
     if kernel.name in KERNELS:
         raise ValueError(f"attention kernel {kernel.name!r}: a kernel of this name is registered; choose another name")
     if before not in KERNELS:
