@@ -2,6 +2,7 @@
 
 import base64
 import html
+import re
 from collections.abc import Iterable
 
 _CSS = """
@@ -12,8 +13,9 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .2rem .7rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; min-width: 9rem; } td.tokens { text-align: left; }
 code { background: #f2f2f2; border-radius: 3px; padding: 0 .25em; white-space: pre; margin-right: .3em; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; } .whole { white-space: nowrap; }
 """
+_BREAKS = re.compile(r"\S*[/-]\S*")
 
 
 def page(title: str, parts: Iterable[str]) -> str:
@@ -30,17 +32,22 @@ def page(title: str, parts: Iterable[str]) -> str:
     )
 
 
+def words(plain: str) -> str:
+    """Return plain text in HTML that is broken between words only: not within a path, a command or a name."""
+    return _BREAKS.sub(r'<span class="whole">\g<0></span>', html.escape(plain))
+
+
 def picture(heading: str, caption: str, image: bytes) -> str:
     """Return a section with a PNG inside it; heading and caption are plain text."""
     heading, data = html.escape(heading), base64.b64encode(image).decode("ascii")
     return (
         f'<h2>{heading}</h2><figure><img alt="{heading}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        f"<figcaption>{words(caption)}</figcaption></figure>"
     )
 
 
 def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """Return a table of plain texts that scrolls where it is too wide."""
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    head = "".join(f"<th>{words(column)}</th>" for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{words(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'

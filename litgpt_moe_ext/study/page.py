@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from litgpt_moe_ext.inspect.pages import page, picture, table
+from litgpt_moe_ext.inspect.pages import page, picture, table, words
 from litgpt_moe_ext.pictures.style import png
 from litgpt_moe_ext.study.analysis import Interval, break_even, compute_multiplier, mean_interval
 from litgpt_moe_ext.study.compare import compared, comparison, grouped, signed_interval
@@ -56,8 +56,8 @@ def study_page(study: Study, results: Sequence[Result], missing: int, command: s
         notes.append(f"Not finished: {missing} of {counted(len(study.runs), 'run')}; the same command goes on.")
     groups = grouped(results)
     notes += trained_on(results)
-    parts = [*(f"<p>{html.escape(note)}</p>" for note in notes if note), table(*_shown(rows(study, groups)))]
-    parts += [f"<p>{html.escape(line)}</p>" for line in verdicts(study, results)]
+    parts = [*(f"<p>{words(note)}</p>" for note in notes if note), table(*_shown(rows(study, groups)))]
+    parts += [f"<p>{words(line)}</p>" for line in verdicts(study, results)]
     if found := compared(study, groups):
         parts.append(picture("Differences", _DIFFERENCES, png(difference_figure(found))))
     if study.searched:
@@ -74,7 +74,7 @@ def study_page(study: Study, results: Sequence[Result], missing: int, command: s
     said = [i for i, name in enumerate(columns) if name not in ("trained_on", "software")]  # elsewhere on the page
     short = [[_shortened(row[i]) for i in said] for row in cells]
     parts += [f"<h2>Runs</h2><p>{link}</p>", table([columns[i] for i in said], short)]
-    parts += [f"<p>{html.escape(line)}</p>" for line in trained_with(results)]
+    parts += [f"<p>{words(line)}</p>" for line in trained_with(results)]
     return page(f"Study: {study.name}", parts)
 
 
@@ -134,8 +134,8 @@ def verdicts(study: Study, results: Sequence[Result]) -> list[str]:
         sides = [_mean_over_seconds([r for r in side if r.tokens == largest]) for side in (dense, moe)]
         if all(len(seconds) for seconds, _ in sides):
             even = break_even(*sides)
-            words = "never within the run" if even is None else f"from {even:,.0f} s on"
-            lines.append(f"In seconds, the MoE is ahead {words} (training loss, on the machine that trained both).")
+            words = "is never ahead within the run" if even is None else f"is ahead from {even:,.0f} s on"
+            lines.append(f"In seconds, the MoE {words} (training loss, on the machine that trained both).")
     return lines
 
 

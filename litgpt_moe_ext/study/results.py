@@ -82,9 +82,11 @@ class Result:
 
     @property
     def seconds(self) -> float:
-        """Seconds of the whole run, validations included; nan where no speed was logged."""
-        seconds = self.curve("loss").seconds
-        return float(seconds[-1]) if len(seconds) else float("nan")
+        """Seconds of the whole run; validations included, but for those after the last line of training.
+
+        nan where no speed was logged.
+        """
+        return float(self._seconds_after(np.array([self.tokens]))[0])
 
     @property
     def timed(self) -> bool:
@@ -117,12 +119,16 @@ class Result:
     def curve(self, metric: str) -> Curve:
         """Return a metric over tokens and seconds; the time of a stop between two parts of a run does not count."""
         tokens, values = self.log.series(metric)
+        return Curve(tokens, self._seconds_after(tokens), values)
+
+    def _seconds_after(self, tokens: np.ndarray) -> np.ndarray:
         at, speed = self.log.tokens_per_second()
         if not len(at):
-            return Curve(tokens, np.full(len(tokens), np.nan), values)
-        # The first lines have no speed yet: that of the first measurement stands in for them.
+            return np.full(len(tokens), np.nan)
+        # The first lines have no speed yet, and the last steps no line of training: the nearest measurement stands in.
+        at, speed = np.append(at, self.tokens), np.append(speed, speed[-1])
         seconds = np.cumsum(np.diff(at, prepend=0) / speed)
-        return Curve(tokens, np.interp(tokens, np.append(0, at), np.append(0, seconds)), values)
+        return np.interp(tokens, np.append(0, at), np.append(0, seconds))
 
 
 def _late(values: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from litgpt_moe_ext.training.callbacks.ema import WeightAverage
 from litgpt_moe_ext.training.callbacks.expert_images import ExpertImages, shows_pictures
 from litgpt_moe_ext.training.callbacks.fused_loss import FusedLoss, require_torch
 from litgpt_moe_ext.training.callbacks.kernel_report import KernelReport
-from litgpt_moe_ext.training.callbacks.step_metrics import ExpertLoad, GradientNorm
+from litgpt_moe_ext.training.callbacks.step_metrics import ExpertLoad, GradientNorm, TokensValidatedAfter
 from litgpt_moe_ext.training.callbacks.telemetry import Telemetry, peak_flops
 from litgpt_moe_ext.training.compilation import CompileDecision, decide, probe_platform
 from litgpt_moe_ext.training.optim.optimization import Optimization
@@ -100,6 +100,7 @@ def _callbacks(launched: Launched, prepared: Prepared, equipment: Equipment) -> 
     plan, settings, fabric = launched.plan, launched.plan.settings, launched.fabric
     yield GradientNorm()
     yield ExpertLoad()
+    yield TokensValidatedAfter(plan.tokens_per_step // launched.accumulation)
     yield Telemetry(fabric.device, fabric.world_size, _peak(launched))
     if shows_pictures(fabric.logger):
         yield ExpertImages(plan.config.name)

@@ -395,7 +395,7 @@ def test_a_killed_study_goes_on_and_repeats_nothing(tmp_path):
         "data": {"class_path": "litgpt_moe_ext.data.PythonStdlib", "init_args": {
             "source_path": str(source), "data_path": str(tmp_path / "data"), "vocab_size": 300, "val_fraction": 0.3,
         }},
-        "train": {"global_batch_size": 2, "micro_batch_size": 2, "save_interval": 5, "log_interval": 2},
+        "train": {"global_batch_size": 2, "micro_batch_size": 2, "save_interval": 5, "log_interval": 3},
         "eval": {"interval": 1000, "max_iters": 2, "final_validation": True},
     }))  # fmt: skip
     arms = {"MoE": {}, "dense": {"dense_twin": "flops"}}

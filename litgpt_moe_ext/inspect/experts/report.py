@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from litgpt_moe_ext.inspect import figures
 from litgpt_moe_ext.inspect.experts.analysis import LEAST_EXPECTED
-from litgpt_moe_ext.inspect.pages import page, picture, table
+from litgpt_moe_ext.inspect.pages import page, picture, table, words
 from litgpt_moe_ext.wording import counted
 
 
@@ -81,8 +81,8 @@ def _introduction(analysis: Mapping[str, Any]) -> str:
         f"<p>{html.escape(analysis['mlp_class_name'])}, {layer['n_expert']} experts of which a token visits "
         f"{layer['top_k']}, in {counted(len(analysis['layers']), 'layer')}. Read: "
         f"{counted(analysis['tokens'], 'token')} of "
-        f"{html.escape(analysis['source'])}, as {analysis['language']} ({html.escape(classes)})."
-        f"{html.escape(compared)}</p>" + (f"<p><b>{html.escape(warning)}.</b></p>" if warning else "")
+        f"{words(analysis['source'])}, as {analysis['language']} ({html.escape(classes)})."
+        f"{words(compared)}</p>" + (f"<p><b>{html.escape(warning)}.</b></p>" if warning else "")
     )
 
 

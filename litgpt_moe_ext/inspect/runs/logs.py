@@ -111,7 +111,7 @@ def distinct_names(directories: Sequence[Path]) -> list[str]:
 
 
 def _read(path: Path) -> list[dict[str, float]]:
-    # A validation's line has no count of tokens: they are those of the training line before it.
+    # LitGPT's own lines of validation have no count of tokens: they are those of the training line before.
     rows: list[dict[str, float]] = []
     tokens = math.nan
     try:

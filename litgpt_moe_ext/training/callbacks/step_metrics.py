@@ -1,4 +1,4 @@
-"""What a log line of training says beside LitGPT's own: gradient norm and load of the experts."""
+"""What log lines say beside LitGPT's own: gradient norm, load of the experts, and tokens also at validations."""
 
 from typing import Any
 
@@ -39,3 +39,24 @@ class ExpertLoad(Callback):
         """Add the metrics of `litgpt_moe_ext.moe.metrics` to a line of training."""
         if self._model is not None and "loss" in metrics:
             metrics.update(load_metrics(self._model))
+
+
+class TokensValidatedAfter(Callback):
+    """Log `total_tokens` in lines of validation as LitGPT does in those of training, which may be of another step.
+
+    Args:
+        per_iteration: Tokens of a micro-batch, over all processes.
+    """
+
+    def __init__(self, per_iteration: int) -> None:
+        self._per_iteration = per_iteration
+        self._fabric: Any = None
+
+    def on_after_setup(self, fabric: Any, module: torch.nn.Module) -> None:
+        """Keep the fabric, which knows the iteration."""
+        self._fabric = fabric
+
+    def on_log(self, metrics: dict[str, Any]) -> None:
+        """Add the tokens to a line of validation."""
+        if "val_loss" in metrics:
+            metrics["total_tokens"] = self._fabric.state["iter_num"] * self._per_iteration

@@ -124,6 +124,8 @@ def test_after_every_validation(recipe, tmp_path, hellaswag_file):
     assert train("--config", file, "--train.max_steps", "6") == 0
     assert train("--config", file, "--resume", "auto") == 0
     assert list(logged(tmp_path / "out", "val_loss")) == [4, 6, 8, 12]
+    tokens = logged(tmp_path / "out", "total_tokens")
+    assert {step: float(count) for step, count in tokens.items()} == {step: 128 * step for step in (3, 4, 6, 8, 9, 12)}
     scores = logged(tmp_path / "out", "hellaswag/build-nanogpt/acc")
     assert list(scores) == [4, 6, 8, 12]
     assert all(3 * float(score) == pytest.approx(round(3 * float(score))) for score in scores.values())
