@@ -28,7 +28,7 @@ def page(title: str, parts: Iterable[str]) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width"><title>{html.escape(title)}</title><style>{_CSS}</style></head>'
-        f"<body><h1>{html.escape(title)}</h1>{''.join(parts)}</body></html>\n"
+        f"<body><h1>{words(title)}</h1>{''.join(parts)}</body></html>\n"
     )
 
 
