@@ -113,6 +113,8 @@ class _Search:
             why = "it is another class" if inspect.isclass(made) and not issubclass(made, base) else ""
         except ImportError as error:
             arguments, why = {}, f"it cannot be imported ({one_line(error)})"
+            if isinstance(error, ModuleNotFoundError) and error.name and path.startswith(error.name):
+                why += "; Python finds what is installed, or in a folder that PYTHONPATH names"
         except (TypeError, ValueError):
             arguments, why = {}, "it is not a class"
         if why:

@@ -124,6 +124,10 @@ def test_what_is_printed_is_a_recipe(recipe, tmp_path, capsys):
         (["--data.vocab_size", "x"], "data.vocab_size: 'x' must be an integer"),
         (["--data", "TextCorpus"], "data.source_path: must be given for litgpt_moe_ext.data.TextCorpus"),
         (
+            ["--data", "mine.Data"],
+            "(No module named 'mine'); Python finds what is installed, or in a folder that PYTHON",
+        ),
+        (
             ["--data", "foo"],
             "it cannot be imported (it names no module)",
         ),
