@@ -103,7 +103,7 @@ def test_frames_one_after_the_other(tmp_path):
 def test_compressed_members_of_an_archive(tmp_path):
     packed = tar({"a.txt.gz": gzip.compress(b"one"), "b.csv.xz": lzma.compress(b"text\ntwo\n")})
     assert texts(tmp_path, "a.tar.gz", packed) == ["one", "two"]
-    with pytest.raises(ValueError, match=r"a.tar.gz: b.parquet is parquet, not text; unpack the archive"):
+    with pytest.raises(ValueError, match=r"a.tar.gz: b.parquet is parquet, not UTF-8 text; unpack the archive"):
         read(tmp_path, "a.tar.gz", tar({"b.parquet": b"PAR1"}))
 
 
@@ -159,12 +159,15 @@ def test_compressions(tmp_path, name, suffix):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(b"text"), "is gzip, not text; let its name end in .gz"),
-        (lzma.compress(b"text"), "is xz, not text; let its name end in .xz"),
-        (b"PK\x03\x04\x00", "is a zip archive, not text; unpack it"),
-        (b"%PDF-1.7 ...", "is PDF, not text; extract its text"),
-        ("text".encode("utf-32"), "is UTF-32 text, not text; convert it to UTF-8, for example with iconv -f UTF-32"),
-        ("text".encode("utf-16"), "is UTF-16 text, not text; convert it to UTF-8, for example with iconv"),
+        (gzip.compress(b"text"), "is gzip, not UTF-8 text; let its name end in .gz"),
+        (lzma.compress(b"text"), "is xz, not UTF-8 text; let its name end in .xz"),
+        (b"PK\x03\x04\x00", "is a zip archive, not UTF-8 text; unpack it"),
+        (b"%PDF-1.7 ...", "is PDF, not UTF-8 text; extract its text"),
+        (
+            "text".encode("utf-32"),
+            "is UTF-32, not UTF-8 text; convert it to UTF-8, for example with iconv -f UTF-32",
+        ),
+        ("text".encode("utf-16"), "is UTF-16, not UTF-8 text; convert it to UTF-8, for example with iconv"),
         (b"\x7fELF\x02\x01\x01\x00", "is not text: byte 7 is zero"),
     ],
 )

@@ -462,6 +462,20 @@ def test_empty_documents_are_left_out_and_reported(tmp_path, capsys, monkeypatch
     assert f"Left out 2 empty documents, the first at {path}, byte 0" in capsys.readouterr().out
 
 
+def test_files_that_nobody_chose_are_named(tmp_path, capsys):
+    """Where the pattern is the default; a cache in the folder, and what is hidden, are no files of the user's."""
+    for number, name in enumerate(("a.txt", "deep/b.txt", "NOTES.TXT", "deep/c.md", "d.md", ".hidden.md")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("\n".join(stories(9, number)))
+    settings = {"source_path": tmp_path, "data_path": tmp_path / "cache", "bpe": BPESettings(300), "val_fraction": 0.5}
+    for _ in range(2):
+        TextCorpus(**settings, seed=3).prepare()
+    said = f"Left out in {tmp_path}, as not like **/*.txt: 2 .md, 1 .TXT; pattern names others\n"
+    assert capsys.readouterr().out.count(said) == 2
+    TextCorpus(**settings, seed=3, pattern="**/*.md").prepare()
+    assert "Left out in" not in capsys.readouterr().out
+
+
 def test_no_validation_split(files, tmp_path):
     with pytest.raises(ValueError, match="val_fraction: 0.0 leaves no document to validate on, as none of 3"):
         prepare_corpus(tmp_path / "c", sources_of(files, tmp_path), CorpusSettings(BPE))

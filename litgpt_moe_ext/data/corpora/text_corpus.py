@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from litgpt_moe_ext.data.corpora.documents import DocumentCorpus
-from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source, file_sources, find_files, split_sources
+from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source, file_sources, find_files, say_others, split_sources
 from litgpt_moe_ext.data.reading.record import TextFormat
 from litgpt_moe_ext.errors import SettingsError
 
@@ -38,6 +38,8 @@ class TextCorpus(DocumentCorpus):
     def sources(self, hashes: FileHashes) -> list[Source]:
         """See `EncodedCorpus.sources`."""
         train = find_files("source_path", self.source_path, self.pattern)
+        if self.pattern == type(self).pattern:
+            say_others(self.source_path, self.pattern)
         if self.val_path is None:
             return file_sources(train, None, self.text_format, hashes)
         val = find_files("val_path", self.val_path, self.pattern)

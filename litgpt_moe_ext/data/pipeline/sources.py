@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ HASHES = ".file_hashes.json"
 # A file that was written so shortly before it was hashed may be written again without another time of change.
 _SETTLED_SECONDS = 2.0
 _QUESTIONS_AT_ONCE = 16
+_KINDS = 5  # that a line about other files names
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,7 @@ def find_files(setting: str, path: Path, pattern: str) -> list[Path]:
     found = [file for file in sorted(matches("pattern", path, pattern)) if file.is_file()]
     _refuse_links_out(setting, path, found)
     # A cache may lie in the folder of the documents: what was prepared from them is none of them.
-    found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    found = [file for file in found if not _is_hidden(file, path)]
     prepared = _prepared(path, say_left_out if "**" in pattern else None)
     found = [file for file in found if prepared.isdisjoint(file.parents)]
     if not found:
@@ -138,6 +140,19 @@ def find_files(setting: str, path: Path, pattern: str) -> list[Path]:
             "folder, or the pattern to one that matches"
         )
     return found
+
+
+def say_others(path: Path, pattern: str) -> None:
+    """Say which kinds of files in a folder a pattern leaves out that the user did not choose."""
+    if not path.is_dir():
+        return
+    files = [file for file in path.rglob("*") if file.is_file() and not _is_hidden(file, path)]
+    prepared, matching = _prepared(path, None), set(path.glob(pattern))
+    left_out = (file for file in files if file not in matching and prepared.isdisjoint(file.parents))
+    others = Counter(file.suffix or file.name for file in left_out)
+    if others:
+        kinds = ", ".join(f"{number:,} {kind}" for kind, number in others.most_common(_KINDS))
+        print(f"Left out in {path}, as not like {pattern}: {kinds}; pattern names others", flush=True)
 
 
 def say_left_out(error: OSError) -> None:
@@ -153,6 +168,10 @@ def _prepared(path: Path, unreadable: Callable[[OSError], None] | None) -> set[P
         if MANIFEST in files and TOKENIZER_DIR in folders:
             found.add(Path(parent))
     return found
+
+
+def _is_hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def matches(setting: str, folder: Path, pattern: str) -> list[Path]:

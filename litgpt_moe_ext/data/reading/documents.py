@@ -30,10 +30,10 @@ _NOT_TEXT = (
     (b"PK\x03\x04", "a zip archive", "unpack it"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it"),
     (b"%PDF-", "PDF", "extract its text"),
-    (b"\xff\xfe\x00\x00", "UTF-32 text", "convert it to UTF-8, for example with iconv -f UTF-32 -t UTF-8"),
-    (b"\x00\x00\xfe\xff", "UTF-32 text", "convert it to UTF-8, for example with iconv -f UTF-32 -t UTF-8"),
-    (b"\xff\xfe", "UTF-16 text", "convert it to UTF-8, for example with iconv -f UTF-16 -t UTF-8"),
-    (b"\xfe\xff", "UTF-16 text", "convert it to UTF-8, for example with iconv -f UTF-16 -t UTF-8"),
+    (b"\xff\xfe\x00\x00", "UTF-32", "convert it to UTF-8, for example with iconv -f UTF-32 -t UTF-8"),
+    (b"\x00\x00\xfe\xff", "UTF-32", "convert it to UTF-8, for example with iconv -f UTF-32 -t UTF-8"),
+    (b"\xff\xfe", "UTF-16", "convert it to UTF-8, for example with iconv -f UTF-16 -t UTF-8"),
+    (b"\xfe\xff", "UTF-16", "convert it to UTF-8, for example with iconv -f UTF-16 -t UTF-8"),
 )
 _SAMPLE_BYTES = 4096
 _TAR_BLOCK = 512
@@ -132,7 +132,9 @@ def _read_text(file: OpenFile, text_format: TextFormat) -> Iterator[Record]:
     for start, kind, remedy in _NOT_TEXT:
         if sample.startswith(start):
             is_named = remedy.endswith(file.name.rpartition(".")[2])  # in an archive, which cannot be opened in there
-            raise SettingsError(f"{file.where} is {kind}, not text; {'unpack the archive' if is_named else remedy}")
+            raise SettingsError(
+                f"{file.where} is {kind}, not UTF-8 text; {'unpack the archive' if is_named else remedy}"
+            )
     file.refuse_zeros(sample, 0)
     if sample.startswith(BYTE_ORDER_MARK):
         file = replace(file, start=len(file.stream.read(len(BYTE_ORDER_MARK))))

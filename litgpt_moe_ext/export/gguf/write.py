@@ -88,7 +88,8 @@ def choose_graph(facts: Facts) -> Architecture:
     graph, rejected = choose(facts, GRAPHS)
     if graph is None:
         raise SettingsError(
-            f"format: gguf: no graph of llama.cpp computes this model ({nearest(rejected)}); export with --format hf"
+            f"format: gguf: no graph of llama.cpp computes this model ({nearest(rejected)}); export with "
+            "--format hf, or train one that has a graph (docs/how-to/export.md)"
         )
     graph.config(facts)  # which refuses numbers that the graph takes for something else
     return graph

@@ -4,6 +4,7 @@ The first class that can express every fact of a model is the one; where none ca
 the weights.
 """
 
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,7 @@ class Architecture:
         options = " --trust-remote-code" if self.model_type == "litgpt_moe" else ""
         if _differences(facts, self.vllm):
             options += " --model-impl transformers"
-        return f"vllm serve {directory}{options}"
+        return f"vllm serve {shlex.quote(directory)}{options}"
 
     def rules(self, config: "Config", ours: Iterable[str]) -> dict[str, Stored]:
         """Return what tensors of a model are there, by their names in `ours`."""
