@@ -188,6 +188,67 @@ def single_process_note(name: str, processes: int, args: DistributedArgs) -> str
     return f"strategy: {name} has nothing to shard in a single process: it becomes auto{offload}"
 
 
+def check_whole_model(settings: Settings, whole: bool, compiled: bool) -> None:
+    """Raise SettingsError if a setting needs a whole model where there is none, or one that is not compiled.
+
+    Args:
+        settings: All of them.
+        whole: Whether every process has all weights.
+        compiled: Whether the model is compiled.
+    """
+    refuse_first(_whole_model(settings, whole, compiled))
+
+
+def _whole_model(settings: Settings, whole: bool, compiled: bool) -> Iterator[str]:
+    if settings.evaluate.wanted and not whole:
+        yield (
+            f"evaluate: no process holds a whole model under strategy: {settings.strategy}; use ddp, or evaluate the "
+            "checkpoints with `litgpt-moe hellaswag` and `litgpt evaluate`"
+        )
+    if settings.fused_cross_entropy and not whole:
+        yield (
+            "fused_cross_entropy: true needs the whole output head on every process, and strategy: "
+            f"{settings.strategy} shares it out; use ddp, or set it to false"
+        )
+    if settings.fused_cross_entropy and compiled:
+        yield "fused_cross_entropy: true cannot be compiled; set compile: false"
+
+
+def check_data(settings: Settings, config: Config) -> None:
+    """Raise SettingsError if the data that the settings name cannot suit the model; looks at no document.
+
+    Tells the data what the model asks of them, for what only the prepared data know.
+    """
+    data = settings.data
+    if data is None:
+        refuse_first(_tiny_llama())
+    if hasattr(data, "require_vocabulary"):
+        data.require_vocabulary(config.padded_vocab_size or 0)  # LitGPT sets it when it makes a Config
+    boundary = getattr(config, "attention_document_boundary", None)
+    if hasattr(data, "require_documents") and boundary is not None:
+        data.require_documents(boundary, config.attention_document_token_id)
+    if settings.tokenizer_dir is None and not hasattr(data, "prepare_tokenizer"):
+        check_without_tokenizer(settings)
+
+
+def check_without_tokenizer(settings: Settings) -> None:
+    """Raise SettingsError if a setting needs a tokenizer; call it where there is none."""
+    for name, wanted in (("sample.prompts", settings.sample.prompts), ("evaluate", settings.evaluate.wanted)):
+        if wanted:
+            raise SettingsError(f"{name}: needs a tokenizer; give tokenizer_dir, or leave it out")
+
+
+def _tiny_llama() -> Iterator[str]:
+    from litgpt.data import TinyLlama
+
+    for path in map(Path, TinyLlama().required_paths):
+        if not path.is_dir():
+            yield (
+                f"data: null means litgpt.data.TinyLlama, whose folder {str(path)!r} does not exist; name a data "
+                "module by class_path, as the recipes in configs/ do"
+            )
+
+
 def check_writable(out_dir: Path) -> None:
     """Raise SettingsError unless `out_dir` can be a directory of the run's own; creates it."""
     if out_dir.resolve() == Path.cwd():

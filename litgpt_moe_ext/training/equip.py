@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.kernels.precision import float32_precision
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
 from litgpt_moe_ext.training.callbacks.anomalies import GradientGuard
@@ -18,6 +17,7 @@ from litgpt_moe_ext.training.callbacks.fused_loss import FusedLoss, require_torc
 from litgpt_moe_ext.training.callbacks.kernel_report import KernelReport
 from litgpt_moe_ext.training.callbacks.step_metrics import ExpertLoad, GradientNorm, TokensValidatedAfter
 from litgpt_moe_ext.training.callbacks.telemetry import Telemetry, peak_flops
+from litgpt_moe_ext.training.checks import check_whole_model
 from litgpt_moe_ext.training.compilation import CompileDecision, decide, probe_platform
 from litgpt_moe_ext.training.optim.optimization import Optimization
 from litgpt_moe_ext.training.steps.cuda_graphs import Conditions, GraphDecision
@@ -52,17 +52,9 @@ def check_strategy_fits(launched: Launched) -> None:
     Raises:
         SettingsError: If there is one.
     """
-    settings, strategy = launched.plan.settings, launched.fabric.strategy
-    if settings.evaluate.wanted and not strategy.holds_whole_model:
-        raise SettingsError(
-            "evaluate: under this strategy no process holds a whole model; use strategy: ddp, or evaluate the "
-            "checkpoints with `litgpt-moe hellaswag` and `litgpt evaluate`"
-        )
-    if settings.fused_cross_entropy and not strategy.holds_whole_model:
-        raise SettingsError("fused_cross_entropy: true needs the whole output head on every process; use ddp")
-    if settings.fused_cross_entropy and _compile(launched).enabled:
-        raise SettingsError("fused_cross_entropy: true cannot be compiled; set compile: false")
-    decide_graphs(settings.cuda_graphs, Conditions.of(launched, _compile(launched)))
+    settings, compiled = launched.plan.settings, _compile(launched)
+    check_whole_model(settings, launched.fabric.strategy.holds_whole_model, compiled.enabled)
+    decide_graphs(settings.cuda_graphs, Conditions.of(launched, compiled))
     if settings.fused_cross_entropy:
         require_torch()
 

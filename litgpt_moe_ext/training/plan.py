@@ -11,6 +11,7 @@ from litgpt.config import Config
 from litgpt.utils import extend_checkpoint_dir
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.training.checkpoint.compatibility import require_same_model
 from litgpt_moe_ext.training.checkpoint.exports import check_exports
 from litgpt_moe_ext.training.checkpoint.hyperparameters import to_plain
 from litgpt_moe_ext.training.checks import check_initial_checkpoint, check_settings, check_writable
@@ -71,12 +72,17 @@ def make_plan(settings: Settings) -> Plan:
 
 
 def check_plan(settings: Settings) -> Plan:
-    """Do the same and write nothing."""
+    """Make the checks that need neither processes nor data, and write nothing: for runs, studies and `doctor`.
+
+    Raises:
+        SettingsError: If a setting or an input is wrong.
+    """
     settings = _resolved(settings)
     plan = Plan(settings, _model(settings), settings.train.for_litgpt(), plain_settings(settings))
     check_settings(settings, plan.config)
     if settings.initial_checkpoint_dir is not None:
         check_initial_checkpoint(settings.initial_checkpoint_dir)
+        require_same_model("initial_checkpoint_dir", settings.initial_checkpoint_dir, plan.config)
     if settings.tokenizer_dir is not None and not settings.tokenizer_dir.is_dir():
         raise SettingsError(
             f"tokenizer_dir: {str(settings.tokenizer_dir)!r} must be a directory with a tokenizer; it does not exist"

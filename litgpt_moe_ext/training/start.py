@@ -50,13 +50,11 @@ def find_start(launched: Launched) -> Start:
         if found is not None:
             require_same_model("resume", found.parent, plan.config)
             require_same_optimizer(found.parent, plan.plain)
-        if initial is not None:
-            require_same_model("initial_checkpoint_dir", initial, plan.config)
-            if found is None and (damage := damage_of(initial)):
-                raise SettingsError(
-                    f"initial_checkpoint_dir: {str(initial)!r} is not a whole checkpoint: {damage}; copy it again, or "
-                    "name another"
-                )
+        if initial is not None and found is None and (damage := damage_of(initial)):
+            raise SettingsError(
+                f"initial_checkpoint_dir: {str(initial)!r} is not a whole checkpoint: {damage}; copy it again, or "
+                "name another"
+            )
         return found
 
     start = Start(agree(fabric, decide), initial)

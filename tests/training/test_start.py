@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from litgpt.utils import save_config
 
 from litgpt_moe_ext.cli.settings import read_settings
 from litgpt_moe_ext.errors import SettingsError
@@ -37,6 +38,7 @@ def test_bare_names_of_checkpoints_are_those_of_litgpt(recipe, tmp_path, monkeyp
     (tmp_path / "checkpoints" / "some" / "model").mkdir(parents=True)
     (tmp_path / "checkpoints" / "some" / "model" / "lit_model.pth").write_bytes(b"")
     file = recipe()
+    save_config(make_plan(read_settings(["--config", str(file)])).config, tmp_path / "checkpoints" / "some" / "model")
     plan = make_plan(read_settings(["--config", str(file), "--initial_checkpoint_dir", "some/model"]))
     assert plan.settings.initial_checkpoint_dir == Path("checkpoints/some/model")
     plan = make_plan(read_settings(["--config", str(file), "--tokenizer_dir", "some/model"]))

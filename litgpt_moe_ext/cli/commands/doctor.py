@@ -1,5 +1,6 @@
 """`litgpt-moe doctor`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +47,7 @@ class Doctor:
         recipe = None if self.recipe is None else load_recipe(self.recipe)
         if recipe is not None and self.memory is not None:
             return _print_fits(recipe, self.memory)
-        findings = examine(recipe, self._settings())
+        findings = examine(recipe, self._reader())
         console = Console(highlight=False, soft_wrap=True)
         for finding in findings:
             style, word = _WORDS[finding.verdict]
@@ -59,11 +60,17 @@ class Doctor:
         print(f"{self.recipe} can run here")
         return 0
 
-    def _settings(self) -> "Settings | None":
-        from litgpt_moe_ext.cli.settings import read_plain_settings
+    def _reader(self) -> "Callable[[], Settings] | None":
+        from litgpt_moe_ext.cli.settings import read_plain_settings, read_settings
 
-        known = self.recipe and (self.recipe.is_file() or (self.recipe / "hyperparameters.yaml").is_file())
-        return read_plain_settings(self.recipe) if self.recipe and known else None
+        if self.recipe is None:
+            return None
+        inside = self.recipe / "hyperparameters.yaml"
+        file = self.recipe if self.recipe.is_file() else inside
+        if not file.is_file():
+            return None
+        read_plain_settings(self.recipe)  # what is no recipe at all is refused, what cannot run here is a finding
+        return lambda: read_settings(["--config", str(file)])
 
 
 def _print_fits(recipe: "Recipe", gib: float) -> int:

@@ -7,10 +7,10 @@ import importlib.metadata
 import importlib.util
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.inspect.recipes import Recipe
@@ -37,21 +37,24 @@ class Finding:
     text: str
 
 
-def examine(recipe: Recipe | None, settings: "Settings | None" = None) -> list[Finding]:
+def examine(recipe: Recipe | None, read: "Callable[[], Settings] | None" = None) -> list[Finding]:
     """Look at the installation, and at what a recipe asks of it.
 
     Args:
         recipe: The recipe; None looks at the installation alone.
-        settings: The same as a run reads it, for the checks with which it begins.
+        read: Returns the same as a run reads it, for the checks with which it begins.
     """
     from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
 
     findings = [*_versions(), *_device(), *_links(), _compile(recipe), *_kernels(recipe), _precision(recipe)]
     if recipe is not None:
-        findings += [] if settings is None else [_settings(recipe, settings)]
+        findings += [] if read is None else [_settings(recipe, read)]
         findings += [_strategy(recipe), graphs(recipe, accelerator_here()), *_memory(recipe), _data(recipe)]
-        findings += [_tokenizer(recipe), _disk(recipe)]
-    return findings
+        findings += [*_tokenizer(recipe), _disk(recipe)]
+    once: dict[str, Finding] = {}
+    for finding in findings:  # a kernel that is not there is in the way of counting memory as well
+        once.setdefault(finding.text, finding)
+    return list(once.values())
 
 
 def _versions() -> Iterator[Finding]:
@@ -184,18 +187,42 @@ def _precision(recipe: Recipe | None) -> Finding:
     return Finding("precision", "good", f"{wanted or 'chosen by the device'}; usable: {', '.join(usable)}")
 
 
-def _settings(recipe: Recipe, settings: "Settings") -> Finding:
-    from litgpt_moe_ext.training.checks import check_batch, check_initial_checkpoint, check_settings
+def _settings(recipe: Recipe, read: "Callable[[], Settings]") -> Finding:
+    from litgpt_moe_ext.training.checks import check_batch, check_data, check_whole_model
+    from litgpt_moe_ext.training.plan import check_plan
 
     try:
-        check_settings(settings, recipe.config)
+        plan = check_plan(read())
         check_batch(recipe.global_batch_size, recipe.micro_batch_size, _processes(recipe) * recipe.num_nodes)
-        if (initial := settings.initial_checkpoint_dir) is not None:
-            # LitGPT keeps what it downloads in checkpoints/, which its commands let one leave out.
-            check_initial_checkpoint(initial if initial.is_dir() else Path("checkpoints", initial))
+        check_whole_model(plan.settings, _whole(recipe), _compiles(recipe))
+        _check_kernels(recipe)
+        check_data(plan.settings, plan.config)
+        data: Any = plan.settings.data
+        if hasattr(data, "find_shards") and data.data_path.is_dir():
+            data.prepare_data()  # which prepares nothing: it opens what is there
     except SettingsError as error:
         return Finding("settings", "problem", str(error))
     return Finding("settings", "good", "they go together")
+
+
+def _compiles(recipe: Recipe) -> bool:
+    from litgpt_moe_ext.training.compilation import decide, probe_platform
+    from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
+
+    return decide(recipe.settings.get("compile", "auto"), recipe.config, probe_platform(accelerator_here())).enabled
+
+
+def _check_kernels(recipe: Recipe) -> None:
+    import torch
+
+    from litgpt_moe_ext.inspect.cost.memory import PRECISIONS
+    from litgpt_moe_ext.training.callbacks.kernel_report import check_named_kernels
+    from litgpt_moe_ext.training.parallel.accelerator import accelerator_here, default_precision
+
+    accelerator = accelerator_here()
+    dtype, autocast = PRECISIONS[recipe.precision or default_precision(accelerator)]
+    with torch.autocast(accelerator, autocast, enabled=autocast is not None):
+        check_named_kernels(recipe.config, torch.device(accelerator), dtype)
 
 
 def _processes(recipe: Recipe) -> int:
@@ -224,9 +251,6 @@ def _strategy(recipe: Recipe) -> Finding:
         check_strategy(recipe.strategy, args, accelerator_here())
     except (TypeError, ValueError, ImportError) as error:
         return Finding("strategy", "problem", str(error))
-    if recipe.memory_savers["fused_cross_entropy"] and not _whole(recipe):
-        text = f"fused_cross_entropy: true needs the whole output head on every process; strategy: {recipe.strategy}"
-        return Finding("strategy", "problem", f"{text} shares it out: use ddp, or leave fused_cross_entropy out")
     if torch.cuda.is_available() and per_node > torch.cuda.device_count():
         text = f"devices: {per_node}, but torch can use {counted(torch.cuda.device_count(), 'GPU')} here"
         return Finding("strategy", "problem", f"{text}; set devices: auto")
@@ -272,8 +296,8 @@ def _memory(recipe: Recipe) -> Iterator[Finding]:
 
     cuda = torch.cuda.is_available()
     precision = recipe.precision or default_precision(accelerator_here())
-    if precision not in PRECISIONS:
-        return
+    if precision not in PRECISIONS or recipe.sequence_length > recipe.config.block_size:
+        return  # problems of their own
     per_node = _processes(recipe)
     knobs = recipe.settings.get("distributed") or {}
     offload = bool(knobs.get("cpu_offload") or knobs.get("offload_optimizer"))
@@ -316,14 +340,11 @@ def _remedies(recipe: Recipe, cuda: bool) -> Iterator[str]:
 def _data(recipe: Recipe) -> Finding:
     data = recipe.settings.get("data")
     if not data:
-        return Finding("data", "note", "the recipe names no data; LitGPT's default, TinyLlama, is a large download")
+        return Finding("data", "note", "the recipe names none; LitGPT's default is TinyLlama, which must be there")
     class_path = data if isinstance(data, str) else data.get("class_path", "")
     module, _, name = class_path.rpartition(".")
     try:
-        owner = importlib.import_module(module or "litgpt.data")
-        # Asking this package's own room for a class would import LitGPT's data modules.
-        if name not in dir(owner):
-            getattr(owner, name)
+        made = getattr(importlib.import_module(module or "litgpt.data"), name)
     except (ImportError, AttributeError) as error:
         return Finding("data", "problem", f"data.class_path: {class_path!r} cannot be imported: {error}")
     arguments = {} if isinstance(data, str) else data.get("init_args") or {}
@@ -332,21 +353,25 @@ def _data(recipe: Recipe) -> Finding:
             return Finding("data", "problem", f"data.init_args.{name}: {source!r} must exist")
     path = arguments.get("data_path")
     if path is not None and not (Path(path).is_dir() and any(Path(path).iterdir())):
+        if hasattr(made, "find_shards"):
+            return Finding("data", "problem", f"data.init_args.data_path: {path!r} must be a folder of token shards")
         return Finding("data", "note", f"{class_path}; nothing in {path!r} yet, the run will prepare it")
     return Finding("data", "good", class_path + (f" in {path!r}" if path is not None else ""))
 
 
-def _tokenizer(recipe: Recipe) -> Finding:
+def _tokenizer(recipe: Recipe) -> Iterator[Finding]:
     from litgpt_moe_ext.training.checks import open_tokenizer
 
     directory = recipe.settings.get("tokenizer_dir")
     if directory is None:
-        return Finding("tokenizer", "good", "the recipe names none; data modules of this plugin make their own")
-    try:
-        open_tokenizer(Path(directory), recipe.config.padded_vocab_size or 0)
-    except (OSError, ValueError) as error:
-        return Finding("tokenizer", "problem", str(error))
-    return Finding("tokenizer", "good", f"{directory} opens and fits the vocabulary")
+        yield Finding("tokenizer", "good", "the recipe names none; data modules of this plugin make their own")
+    elif Path(directory).is_dir():  # or else the settings have a problem
+        try:
+            open_tokenizer(Path(directory), recipe.config.padded_vocab_size or 0)
+        except (OSError, ValueError) as error:
+            yield Finding("tokenizer", "problem", str(error))
+        else:
+            yield Finding("tokenizer", "good", f"{directory} opens and fits the vocabulary")
 
 
 def _disk(recipe: Recipe) -> Finding:

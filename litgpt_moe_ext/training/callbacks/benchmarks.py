@@ -26,7 +26,8 @@ def check_benchmarks(args: EvaluateArgs) -> None:
         try:
             load_items(args.hellaswag, limit=1)
         except (OSError, ValueError) as error:
-            raise SettingsError(f"evaluate.hellaswag: {error}") from error
+            # Whose own setting is called `file`.
+            raise SettingsError(f"evaluate.hellaswag: {str(error).removeprefix('file: ')}") from error
     if args.tasks:
         from litgpt_moe_ext.evaluation.lm_eval_tasks import load_task_file
 

@@ -1,6 +1,6 @@
 """What a run says about the kernels it will use, before the first step."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
@@ -36,21 +36,37 @@ class KernelReport(Callback):
                     fabric.print(line)
 
 
-def check_kernels(launched: "Launched") -> None:
+def check_named_kernels(config: Any, device: torch.device, dtype: torch.dtype) -> None:
     """Refuse a kernel that the configuration names and this device lacks, before anything is prepared or moved.
+
+    Call it under the autocast of the training.
+
+    Args:
+        config: The model, a `litgpt.Config`.
+        device: Where it is trained.
+        dtype: Of its weights.
 
     Raises:
         SettingsError: If `expert_backend` or `attention_backend` cannot work here.
     """
-    config, fabric = launched.plan.config, launched.fabric
     if all(getattr(config, name, None) is None for name in ("expert_backend", "attention_backend")):
         return
+    model = meta_model(config).to(dtype)
+    experts_line(model, device, compiled=False)
+    attention_line(model, device)
+
+
+def check_kernels(launched: "Launched") -> None:
+    """Make the same check of a run, on its device and in its precision.
+
+    Raises:
+        SettingsError: If `expert_backend` or `attention_backend` cannot work here.
+    """
+    fabric = launched.fabric
     with fabric.init_tensor():
         dtype = torch.empty(0).dtype
-    model = meta_model(config).to(dtype)
     with fabric.autocast():
-        experts_line(model, fabric.device, compiled=False)
-        attention_line(model, fabric.device)
+        check_named_kernels(launched.plan.config, fabric.device, dtype)
 
 
 def experts_line(model: nn.Module, device: torch.device, compiled: bool) -> str | None:
