@@ -218,11 +218,11 @@ def test_a_foreign_or_damaged_state_is_refused():
     [
         (
             {"windows": 1, "block_size": 4, "batch_size": 2},
-            "micro_batch_size: 2 on 1 process.es. needs 2 windows .*has 1 .5",
+            "micro_batch_size: 2 on 1 process needs 2 windows .*has 1 .5",
         ),
         ({"batch_size": 0}, "batch_size: 0 must be at least 1"),
         ({"replica": Replica(2, 2)}, "rank=2, world_size=2"),
-        ({"windows": 2, "train": False, "replica": Replica(0, 3)}, "on 3 process.es. needs 3"),
+        ({"windows": 2, "train": False, "replica": Replica(0, 3)}, "on 3 processes needs 3"),
     ],
 )
 def test_impossible_settings(options, message):
