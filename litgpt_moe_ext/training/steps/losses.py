@@ -47,7 +47,7 @@ class TokenMeans:
             mean = cross_entropy(logits, targets, *args, **kwargs)
             if self._validated is not None:
                 self._validated.append((mean, counts_for_loss(targets).sum()))
-            elif self.weights is not None and not mean.is_meta:
+            elif self.weights is not None:
                 # A weight in 16 bits would be off by up to 0.4 %.
                 dtype = torch.promote_types(mean.dtype, torch.float32)
                 return mean.to(dtype) * self.weights()[0].to(dtype)

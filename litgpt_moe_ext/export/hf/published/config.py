@@ -60,7 +60,7 @@ def read_published(hf_dir: Path) -> Published:
         raise SettingsError(f"hf_dir: {str(path)!r} does not say {error}; name a whole checkpoint") from error
     n_layer = raw.get("num_hidden_layers") or 0
     beyond = "|".join(str(n_layer + i) for i in range(raw.get("num_nextn_predict_layers") or 0))
-    left_out = re.compile(rf"model\.layers\.(?:{beyond})\.|model\.mtp_" if beyond else r"model\.mtp_")
+    left_out = re.compile(rf"model\.(?:mtp_|layers\.(?:{beyond})\.)")
     return Published(model_type, settings | {"name": hf_dir.resolve().name}, quantization, left_out)
 
 
