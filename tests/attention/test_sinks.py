@@ -200,6 +200,10 @@ def test_autocast(backend: str) -> None:
     grads = torch.autograd.grad(out, inputs, torch.ones_like(out))
     assert all(grad.dtype == torch.float32 for grad in grads)
     torch.testing.assert_close(grads, expected, rtol=0.05, atol=0.05)
+    exact = make_inputs(T=12)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = sink_attention(*exact, scale=0.4, backend=backend)
+    assert torch.equal(out, sink_attention(*exact, scale=0.4, backend=backend)), "as torch's, which leaves float64"
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -144,14 +144,15 @@ def test_bad_files_of_other_forms_are_named(tmp_path, content, message):
     assert str(path) in str(error.value)
 
 
-def test_a_bad_id_is_found_in_later_parts(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("vocab_size", "byte"), [(65536, 1098), (65537, 1172)])
+def test_a_bad_id_is_found_in_later_parts(tmp_path, monkeypatch, vocab_size, byte):
     monkeypatch.setattr(shards, "_SCAN_TOKENS", 16)
     path = tmp_path / "a.bin"
     tokens = np.arange(50)
     tokens[[37, 41]] = 60000, 60001
-    write_shard(path, tokens, 65536)
+    write_shard(path, tokens, vocab_size)
     with pytest.raises(
-        ValueError, match=r"a.bin has token id 60000 at token 37 .byte 1098., outside a vocabulary of 50"
+        ValueError, match=rf"a.bin has token id 60000 at token 37 .byte {byte}., outside a vocabulary of 50"
     ):
         check_token_ids(open_shard(path), 50257)
 
@@ -175,6 +176,11 @@ def test_bad_tokens_are_refused(tmp_path, tokens, message):
     with pytest.raises(ValueError, match=message):
         write_shard(tmp_path / "a.bin", tokens, 300)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_more_tokens_than_the_header_can_count(tmp_path):
+    with pytest.raises(ValueError, match="2147483648 tokens exceed the header's int32 count"):
+        write_shard(tmp_path / "a.bin", np.broadcast_to(np.uint16(9), 2**31), 5)
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])

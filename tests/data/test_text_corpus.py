@@ -548,6 +548,15 @@ def test_a_tokenizer_learns_nothing_from_empty_documents():
     assert list(intake.texts_to_learn_from(lambda read: None)) == ["a"]
 
 
+def test_the_name_of_a_file_says_how_it_is_read(tmp_path):
+    content = [tmp_path / name for name in ("a.txt", "b.txt", "a.json", "a.json.gz")]
+    for file in content:
+        file.write_bytes(b'"text"')
+    first, same, *others = (source.identity for source in sources_of(content, tmp_path, (None,) * 4))
+    assert first == same
+    assert len({first, *others}) == 3
+
+
 def test_find_files(tmp_path):
     for name in ("b.txt", "sub/a.txt", "sub/deep/c.txt", ".hidden.txt", "d.md"):
         path = tmp_path / name

@@ -94,6 +94,16 @@ def test_a_step_that_is_left_out_has_no_share_of_the_next():
     assert metrics == pytest.approx(expected_metrics)
 
 
+def test_batches_that_go_backward_together():
+    """All that went forward before is counted, as where one loss is made of several."""
+    first, second = batches(2)
+    model = model_of("global_batch")
+    sum(remember_scale(chunked_cross_entropy(model(ids), ids)) / 2 for ids in (first, second)).backward()
+    expected, _ = step(model_of("global_batch"), [torch.cat([first, second])])
+    gate = "transformer.h.1.mlp.gate.weight"
+    torch.testing.assert_close(dict(model.named_parameters())[gate].grad, expected[gate])
+
+
 def test_accumulation_one_and_four():
     """Where every micro-batch has the load of the step, what is not known yet changes nothing."""
     (batch,) = batches(1)

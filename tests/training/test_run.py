@@ -224,6 +224,7 @@ def test_a_damaged_state_file_is_passed_over(tmp_path, content, capsys):
         checksums.write(tmp_path / name)
     (tmp_path / "final" / "training_state.json").write_bytes(content)
     assert find_resume_file("auto", tmp_path) == tmp_path / "step-00000004" / "lit_model.pth"
+    assert "training_state.json" in capsys.readouterr().out
     (tmp_path / "step-00000004" / "training_state.json").unlink()
     with pytest.raises(SettingsError, match="only damaged checkpoints"):
         find_resume_file("auto", tmp_path)

@@ -12,6 +12,7 @@ from litgpt import Config
 
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.export.gguf import spm
 from litgpt_moe_ext.export.gguf.architectures import GRAPHS
 from litgpt_moe_ext.export.gguf.tokenizer import tokenizer_metadata
 from litgpt_moe_ext.export.gguf.write import choose_graph, export_gguf
@@ -337,6 +338,16 @@ class TestSentencePiece:
         assert found["tokens"][:size] == [processor.id_to_piece(i) for i in range(size)]
         assert found["scores"] == pytest.approx([processor.get_score(i) for i in range(size)] + [0] * (400 - size))
         assert found["token_type"] == [2, 3, 3] + [6] * 256 + [1] * (size - 259) + [5] * (400 - size)
+
+    def test_spaces_that_stay_spaces_are_refused(self, tmp_path):
+        from sentencepiece import sentencepiece_model_pb2
+
+        train_spm(tmp_path)
+        model = sentencepiece_model_pb2.ModelProto.FromString((tmp_path / "tokenizer.model").read_bytes())
+        model.normalizer_spec.escape_whitespaces = False
+        (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+        with pytest.raises(SettingsError, match="without escape_whitespaces"):
+            spm.read(tmp_path, 400)
 
     @pytest.mark.parametrize(
         ("options", "reason"),

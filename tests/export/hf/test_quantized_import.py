@@ -143,6 +143,18 @@ def test_layers_for_more_than_one_token_are_left_out(tmp_path, capsys, name):
     assert "Left out 2 tensors for predicting more than one token (model.layers.3." in capsys.readouterr().out
 
 
+def test_ernies_are_left_out_and_no_others(tmp_path):
+    hf_dir = exported(tmp_path, "ernie")
+    state = load_file(hf_dir / "model.safetensors")
+    unused = {"model.mtp_emb_norm.0.weight": torch.ones(2), "model.layers.1.mlp.unused.bias": torch.zeros(2)}
+    save_file(state | unused, hf_dir / "model.safetensors")
+    assert import_checkpoint(hf_dir, tmp_path / "back").left_out == ["model.mtp_emb_norm.0.weight"]
+    unused["model.layers.1.mlp.unused.bias"][1] = 1
+    save_file(state | unused, hf_dir / "model.safetensors")
+    with pytest.raises(SettingsError, match=re.escape("surplus ['model.layers.1.mlp.unused.bias']")):
+        import_checkpoint(hf_dir, tmp_path / "again")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

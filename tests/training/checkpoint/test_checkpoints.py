@@ -301,6 +301,22 @@ def test_weights_that_are_not_finite_on_some_rank(tmp_path, monkeypatch, name, r
         writer.save_checkpoint(fabric, {"model": model, "step_count": 3}, None, tmp_path / name / "lit_model.pth")
 
 
+def test_who_saves_remembers_where(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "save_whole", lambda *_: None)
+    plan, fabric = SimpleNamespace(out_dir=tmp_path), SimpleNamespace(call=lambda *_, **__: None)
+    writer = CheckpointWriter(SimpleNamespace(plan=plan, fabric=fabric), None, print)
+    writer.save_checkpoint(fabric, {}, None, tmp_path / "step-00000004" / "lit_model.pth")
+    assert writer.last_saved == tmp_path / "step-00000004"
+
+
+def test_half_of_a_deleted_checkpoint_is_never_found(tmp_path, monkeypatch):
+    """Killed while its files go, it has its name no more."""
+    (tmp_path / "final").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: None)
+    checkpoints.remove(tmp_path / "final")
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [".final.removed"]
+
+
 def test_settings_nested_too_deep_are_none(tmp_path):
     (tmp_path / "hyperparameters.yaml").write_text("[" * 5000)
     assert read(tmp_path) == {}

@@ -11,7 +11,7 @@ from typing import get_args
 
 import pytest
 import torch
-from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from safetensors.torch import load_file
 
 from litgpt_moe_ext.cli.train import main
@@ -19,7 +19,7 @@ from litgpt_moe_ext.export.formats import export
 from litgpt_moe_ext.training.checkpoint.io import MappedCheckpointIO
 from litgpt_moe_ext.training.checkpoint.resharding import convert_iterations, convert_position
 from litgpt_moe_ext.training.parallel.facts import STRATEGIES
-from litgpt_moe_ext.training.parallel.launch import started_processes
+from litgpt_moe_ext.training.parallel.launch import cluster_plugin, started_processes
 from litgpt_moe_ext.training.parallel.strategies import make_strategy
 from litgpt_moe_ext.training.settings import DistributedArgs, StrategyName
 from tests.runs import ROOT, RUN_TRAIN, logged, run_command, weights_of
@@ -226,6 +226,12 @@ class TestStartedProcesses:
         with pytest.raises(ValueError, match=f"MASTER_PORT: '{port}' is not a port .* --standalone"):
             started_processes({**self.HAND, "MASTER_PORT": port})
         assert started_processes({**self.HAND, "RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": port})
+
+    def test_who_tells_fabric_of_the_processes(self):
+        """It finds torchrun's and SLURM's by itself, and would start its own beside those of variables set by hand."""
+        assert isinstance(cluster_plugin(started_processes(self.HAND)), TorchElasticEnvironment)
+        assert cluster_plugin(started_processes({**self.HAND, "TORCHELASTIC_RUN_ID": "1"})) is None
+        assert cluster_plugin(None) is None
 
     def test_contradictions(self):
         with pytest.raises(ValueError, match="MASTER_PORT"):

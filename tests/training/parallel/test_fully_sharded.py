@@ -123,6 +123,13 @@ def test_what_is_gathered_when(monkeypatch, name, prefetch):
     assert following == (list(model.transformer.h[1:]) if prefetch else [])
 
 
+@pytest.mark.parametrize(("offload", "backend"), [(None, "nccl"), (True, "cpu:gloo,cuda:nccl")])
+def test_shards_on_the_cpu_are_exchanged_there(offload, backend):
+    strategy = FullyShardedStrategy(facts_of("fsdp2"), 2, 1, DistributedArgs(cpu_offload=offload))
+    strategy._process_group_backend = "nccl"
+    assert strategy._get_process_group_backend() == backend
+
+
 def test_every_node_has_the_model_once(monkeypatch):
     made, mesh = [], SimpleNamespace(device_type="cpu", size=lambda _dim=0: 8)
 

@@ -11,6 +11,8 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.moe.kernels import operators
 from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
 from litgpt_moe_ext.moe.metrics import routers_of
+from litgpt_moe_ext.training.steps.capture import Passes
+from litgpt_moe_ext.training.steps.graph_check import Reference
 from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss
 from tests.models import initialized_model, moe_config
 from tests.training.steps.passes import Recordings, Reruns
@@ -385,6 +387,14 @@ def test_no_step_is_the_first_to_meet_what_fails(monkeypatch):
     graphed = assert_trains_alike(train, GROUPED, torch.bfloat16)
     assert graphed.said == ["CUDA graphs: off (capturing failed: OutOfResources: shared memory)"]
     assert len(tried) == 1
+
+
+def test_a_loss_that_is_no_number_says_nothing_of_a_replay():
+    """It differs from everything, itself included."""
+    weight, ids = nn.Parameter(torch.ones(3)), torch.zeros(1, 3)
+    reference = Reference(lambda ids, _: (weight * ids / ids).sum(), ids, ids)
+    nothing = Passes(lambda: None, lambda: None, torch.zeros(()), torch.ones(()), {})
+    reference.compare(nothing, 1, nn.Module())
 
 
 def test_numbers_that_nobody_has_taken_before_the_capture():

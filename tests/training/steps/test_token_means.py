@@ -10,7 +10,7 @@ import torch
 from litgpt.utils import chunked_cross_entropy
 
 from litgpt_moe_ext.training.callbacks.fused_loss import linear_loss
-from litgpt_moe_ext.training.steps.batches import StepBatches, counts_for_loss
+from litgpt_moe_ext.training.steps.batches import StepBatches, can_pad, counts_for_loss
 from litgpt_moe_ext.training.steps.corpora import CorpusLosses
 from litgpt_moe_ext.training.steps.losses import RunningMean, TokenMeans
 from tests.models import needs_fused_loss
@@ -149,6 +149,11 @@ def test_a_step_without_targets_has_no_weight():
     batches = StepBatches(lambda rows: (counts_for_loss(rows),), accumulation=1, ranks=1)
     batches.counts = True
     assert batches.next(lambda: torch.full((1, 6), -100), 0).weights() == 0
+
+
+def test_data_that_does_not_say_may_have_padding():
+    assert can_pad(object())
+    assert not can_pad(SimpleNamespace(windows=SimpleNamespace(pads=False)))
 
 
 def test_padding_is_what_is_no_text():
