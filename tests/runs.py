@@ -149,7 +149,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 
 def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Return the weights in a checkpoint of a run."""
-    return torch.load(checkpoint / "lit_model.pth", weights_only=True)["model"]
+    return torch.load(checkpoint / "lit_model.pth", map_location="cpu", weights_only=True)["model"]
 
 
 def logged(out_dir: Path, column: str) -> dict[int, str]:
