@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+import torch.distributed as dist
 
 DEVICE = os.environ.get("GPU_TESTS_DEVICE", "cuda")
 
@@ -22,3 +23,12 @@ def device() -> torch.device:
 def tiny(device) -> bool:
     """Whether sizes must be small."""
     return device.type == "cpu"
+
+
+@pytest.fixture
+def one_process(device):
+    """A process group of this process alone."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

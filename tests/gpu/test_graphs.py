@@ -6,9 +6,12 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.metrics import routers_of
+from litgpt_moe_ext.training.parallel.strategies import ReplicatedStrategy
+from litgpt_moe_ext.training.settings import DistributedArgs
 from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss
 from tests.gpu.card import no_waits, require_bfloat16
 from tests.gpu.test_steps import loss_of, make_config, make_model
@@ -216,3 +219,22 @@ def test_runs(card, recipe, tmp_path, capsys, precision, packing):
         assert logged(other, "loss") == logged(without, "loss")
         ours = weights_of(other / "final")
         assert all(torch.equal(ours[name], value) for name, value in weights.items())
+
+
+def test_ddp_exchanges_where_graphs_were_awaited(card, one_process):
+    """DDP's hooks read gradients on the stream that waits for the graphs before."""
+    strategy, streams = ReplicatedStrategy("cuda", DistributedArgs()), []
+    strategy.parallel_devices = [card]
+    model = make_model(card)
+    ddp = strategy.setup_module(model)
+
+    def noting(state, bucket):
+        streams.append(torch.cuda.current_stream())
+        return allreduce_hook(state, bucket)
+
+    ddp.register_comm_hook(None, noting)
+    options = {"careful": False, "say": print, "exchange": strategy.exchange_gradients}
+    loss_function = GraphedLoss(lambda ids, targets: loss_of(model, ids, None), ddp, **options)
+    four_steps(model, lambda *batch: strategy.in_place_of_forward(loss_function, *batch), card)
+    assert len(streams) >= 4
+    assert set(streams) == {strategy._stream}

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
 from litgpt import GPT
 from litgpt.utils import chunked_cross_entropy
 
@@ -132,14 +131,6 @@ def test_the_layer_is_one_graph(device):
     x = torch.randn(2, 32, 64, device=device)
     compiled = torch.compile(layer, fullgraph=True, backend="inductor" if device.type == "cuda" else "aot_eager")
     torch.testing.assert_close(compiled(x), layer(x), atol=1e-3, rtol=1e-3)
-
-
-@pytest.fixture
-def one_process(device):
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("version", [1, 2])
