@@ -46,8 +46,9 @@ def announce(launched: Launched, start: Start, equipment: Equipment) -> None:
         say(f"Resuming from {start.resume_dir}")
         for note in resume_notes(start.resume_dir, plan.plain):
             say(f"  {note}")
-        if (step_of(start.resume_dir) or 0) >= plan.total_steps:
-            say("  This run is finished: nothing is left to train. --train.max_tokens with more tokens goes on.")
+        if (step := step_of(start.resume_dir) or 0) >= plan.total_steps:
+            flags = farther(plan.settings.train, plan.tokens_per_step, step)
+            say(f"  This run is finished: nothing is left to train. Go on with{flags}")
 
 
 def conclude(launched: Launched, prepared: Prepared, outcome: Outcome) -> None:
@@ -103,13 +104,17 @@ def farther(train: TrainArgs, tokens_per_step: int, step: int) -> str:
         step: Optimizer steps that it has.
     """
     planned = train.max_tokens // tokens_per_step
+    # As when the settings of a finished run have become shorter.
+    times = 2 * max(1, -(-step // max(planned, 1)))
     more = (
-        f" --train.max_tokens {2 * train.max_tokens}" if train.epochs is None else f" --train.epochs {2 * train.epochs}"
+        f" --train.max_tokens {times * train.max_tokens}"
+        if train.epochs is None
+        else f" --train.epochs {times * train.epochs}"
     )
     if train.max_steps is None:
         return more if step >= planned else ""
     if step >= planned:
         return f"{more} --train.max_steps null"
     if step >= train.max_steps:
-        return f" --train.max_steps {min(2 * train.max_steps, planned)}"
+        return f" --train.max_steps {min(2 * step, planned)}"
     return ""

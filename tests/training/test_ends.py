@@ -33,6 +33,8 @@ def test_last_step_on_the_interval_validates_once(recipe, tmp_path, capsys):
         (30, 2, 2, "--train.max_steps 3"),
         (20, 2, 2, "--train.max_tokens 40 --train.max_steps null"),
         (25, None, 2, "--train.max_tokens 50"),
+        (30, None, 8, "--train.max_tokens 180"),  # which was longer before
+        (120, 5, 8, "--train.max_steps 12"),
         (120, 5, 3, ""),  # ended by train.max_time
         (120, None, 3, ""),
     ],

@@ -23,6 +23,8 @@ _EFFECTS = {
     ("optimizer", "init_args", "eps"): "it has no effect: the optimizer's state of the checkpoint has its own",
     ("initial_checkpoint_dir",): "it has no effect: the weights are those of the checkpoint",
 }
+# Of each start anew.
+_OF_THE_START = {"resume", "out_dir", "progress"}
 
 
 def require_same_model(setting: str, checkpoint_dir: Path, config: Any) -> None:
@@ -82,7 +84,38 @@ def resume_notes(checkpoint_dir: Path, settings: dict[str, Any]) -> list[str]:
         before, now = _look_up(saved, keys), _look_up(settings, keys)
         if before != now and before is not None and now is not None:
             notes.append(f"{'.'.join(keys)} was {before} in the checkpoint and is {now} now: {effect}")
+    if changes := _changes(saved, settings):
+        notes.append(f"changed since the checkpoint: {', '.join(changes)}")
     return notes
+
+
+def _changes(saved: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    # What simply holds from now on.
+    before, now = _flat(saved), _flat(settings)
+    told = {_flag(".".join(keys)) for keys in _EFFECTS} | _OF_THE_START
+    changes = []
+    for name in dict.fromkeys([*before, *now]):
+        # Another version may have had other settings in a section; null ones at the first level are not written down.
+        comparable = (name in before and name in now) or "." not in name
+        if comparable and name not in told and before.get(name) != now.get(name):
+            changes.append(f"{name} {_shown(before.get(name))} -> {_shown(now.get(name))}")
+    return changes
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {_flag(name): value}
+    return flat
+
+
+def _flag(name: str) -> str:
+    return name.replace(".init_args.", ".")
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)
 
 
 def _look_up(settings: Any, keys: tuple[str, ...]) -> Any:

@@ -430,7 +430,16 @@ def test_the_name_of_a_model_is_no_part_of_it(tmp_path):
 def test_resume_notes(recipe, finished, tmp_path, capsys):
     file = recipe()
     checkpoint = finished(tmp_path / "out", step=8) / "step-00000008"
-    assert resume_notes(checkpoint, {"seed": 42, "train": {"global_batch_size": 4}}) == []
+    saved = yaml.safe_load((checkpoint / "hyperparameters.yaml").read_text())
+    assert resume_notes(checkpoint, saved) == []
+    assert resume_notes(checkpoint, {**saved, "resume": "auto", "out_dir": "other"}) == []
+    optimizer = {**saved["optimizer"], "init_args": {**saved["optimizer"]["init_args"], "lr": 0.5}}
+    changed = {**saved, "precision": "bf16-mixed", "optimizer": optimizer}
+    rate = saved["optimizer"]["init_args"]["lr"]
+    assert set(resume_notes(checkpoint, changed)[0].removeprefix("changed since the checkpoint: ").split(", ")) == {
+        f"precision {saved.get('precision', 'null')} -> bf16-mixed",
+        f"optimizer.lr {rate} -> 0.5",
+    }
     assert train("--config", file, "--resume", "auto", "--seed", "1") == 0
     output = capsys.readouterr().out
     assert "seed was 42 in the checkpoint and is 1 now: it has no effect" in output
