@@ -219,13 +219,13 @@ def test_layer_norms_in_mixed_precision():
     assert in_ranks(layer_norms, 2, "bf16-mixed") == pytest.approx(in_ranks(layer_norms, 2, "32-true"), abs=2e-2)
 
 
-def muon_step(experts: int) -> tuple[Tensor, int]:
+def muon_step(experts: int, dim: int) -> tuple[Tensor, int]:
     """Return stacked experts after a step of Muon, and how many collectives it took."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     generator = torch.Generator().manual_seed(0)
     weight, gradient = (torch.randn(experts, 8, 4, generator=generator) for _ in range(2))
-    parameter = nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)], src_data_rank=None))
-    parameter.grad = distribute_tensor(gradient, mesh, [Shard(0)], src_data_rank=None)
+    parameter = nn.Parameter(distribute_tensor(weight, mesh, [Shard(dim)], src_data_rank=None))
+    parameter.grad = distribute_tensor(gradient, mesh, [Shard(dim)], src_data_rank=None)
     optimizer = MuonAdamW([{"params": [parameter], "matrix_parts": 2}], lr=0.1)
     with CommDebugMode() as counted:
         optimizer.step()
@@ -233,17 +233,17 @@ def muon_step(experts: int) -> tuple[Tensor, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experts", [4, 1])
-def test_muon_needs_no_communication_for_whole_experts(experts):
-    """With one expert for two ranks, one of them has nothing to do."""
+@pytest.mark.parametrize(("experts", "dim"), [(4, 0), (1, 0), (1, 1), (1, 2)])
+def test_muon_needs_no_communication_for_whole_experts(experts, dim):
+    """With one expert for two ranks, one of them has nothing to do, or both have a part of it."""
     generator = torch.Generator().manual_seed(0)
     weight, gradient = (torch.randn(experts, 8, 4, generator=generator) for _ in range(2))
     alone = nn.Parameter(weight.clone())
     alone.grad = gradient.clone()
     MuonAdamW([{"params": [alone], "matrix_parts": 2}], lr=0.1).step()
-    for found, collectives in in_ranks(muon_step, 2, experts):
+    for found, collectives in in_ranks(muon_step, 2, experts, dim):
         assert torch.equal(found, alone.detach())
-        assert collectives == 0
+        assert (collectives == 0) == (dim == 0)
 
 
 def scaled_step(overflow: bool) -> tuple[bool, float]:
