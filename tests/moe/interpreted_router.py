@@ -12,6 +12,7 @@ from litgpt_moe_ext.moe.balancing import update_routers
 from litgpt_moe_ext.moe.fixed_routers import HashRouter
 from litgpt_moe_ext.moe.kernels import fused_router, router_product
 from litgpt_moe_ext.moe.kernels.triton import routing
+from litgpt_moe_ext.moe.kernels.triton.common import constexpr
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import _keep_choices
 from tests.models import moe_config
 from tests.moe.interpreted_triton import EXAMPLES
@@ -59,6 +60,17 @@ def test_any_shape(T, E, k, name, seed, n_sequence, padded):
     torch.manual_seed(seed)
     changes = {} if "groups" in name else {"n_expert": E, "n_expert_per_token": min(k, E - 1)}
     compare(make_gate(**RULES[name], **changes), T * n_sequence, n_sequence, padded)
+
+
+@pytest.mark.parametrize("name", ["sigmoid, sequences", pytest.param("noisy, everything", marks=pytest.mark.slow)])
+def test_blocks_that_several_programs_add_up(monkeypatch, name):
+    """Two blocks at a time, sixteen of forty experts in each program."""
+    monkeypatch.setattr(routing, "_MOST_FOR_ONE", 0)
+    monkeypatch.setattr(routing, "_BLOCKS", constexpr(2))
+    torch.manual_seed(0)
+    gate = make_gate(**RULES[name], n_expert=40)
+    compare(gate, 196, n_sequence=2, padded=True)
+    compare(gate.eval(), 99)
 
 
 @pytest.mark.slow

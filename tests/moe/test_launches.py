@@ -123,6 +123,14 @@ LAYERS = {
 }
 
 
+def test_many_experts_and_tokens_take_one_more():
+    """Several programs add up what one would read for long."""
+    few, many = (launches_where_most({"n_expert": n_expert, "n_shared_expert": 1}, False) for n_expert in (64, 128))
+    assert "_sum_blocks" not in few
+    assert many[many.index("_route") :] == ["_route", "_sum_blocks", *few[few.index("_sum_up") :]]
+    assert len(many) <= 25
+
+
 @pytest.mark.parametrize("padded", [False, True], ids=["text", "padding"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_starts_at_most_25_kernels(name, padded):

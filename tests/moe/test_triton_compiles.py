@@ -220,13 +220,27 @@ def test_everything_else(monkeypatch, tmp_path, capability, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("capability", "n_expert"), [((7, 5), 8), ((8, 6), 160), ((9, 0), 1), *((c, 384) for c in CAPABILITIES)], ids=str
+    ("capability", "n_expert"),
+    [((7, 5), 8), ((8, 6), 160), ((9, 0), 1), *((c, n_expert) for c in CAPABILITIES for n_expert in (384, 1024))],
+    ids=str,
 )
 def test_every_router(monkeypatch, tmp_path, capability, n_expert):
-    """Kimi K2 has 384 experts; Qwen3-Next's 512 are the same kernels."""
+    """Kimi K2 has 384 experts; Qwen3-Next's 512 are the same kernels; 1024 is the most."""
     compiler = Compiler(monkeypatch, capability)
     every_router(n_expert)
-    assert compiler.check(tmp_path) == 25
+    assert compiler.check(tmp_path) == 25 + 9 * (n_expert > 512)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
+def test_routers_of_many_tokens(monkeypatch, tmp_path, capability):
+    """So many that several programs add them up."""
+    compiler = Compiler(monkeypatch, capability)
+    for n_expert in (128, 384):
+        logits = torch.empty(2**15, n_expert)
+        routing.route(Given(logits, torch.empty(n_expert)), RULES[0], True)
+        routing.route(Given(logits, None, logits, logits), RULES[2], True)
+    assert compiler.check(tmp_path) == 12
 
 
 @pytest.mark.slow
@@ -238,10 +252,10 @@ def test_every_kernel_on_amd(monkeypatch, chip):
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         every_product(dtype)
     everything_else(torch.bfloat16)
-    every_router(8)
-    every_router(384)
+    for n_expert in (8, 384, 1024):
+        every_router(n_expert)
     every_gate(torch.bfloat16, 8)
-    assert compiler.check_shared_memory() == 3 * 18 + 22 + 2 * 25 + 2
+    assert compiler.check_shared_memory() == 3 * 18 + 22 + 3 * 25 + 9 + 2
 
 
 @pytest.mark.slow

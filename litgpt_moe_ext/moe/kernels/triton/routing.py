@@ -1,12 +1,13 @@
-"""A router's decision, its losses and its statistics in three launches, and their backward pass in one.
+"""A router's decision, its losses and its statistics in three or four launches, and their backward pass in one.
 
 Written out with torch's operators (`litgpt_moe_ext.moe.router`, which stays the reference) this is twenty to forty
 launches per layer, of a few microseconds each, for arithmetic that takes less. Everything between loading and storing
 is float32, sums over all tokens are float64; blocks are added in a fixed order, so two runs give the same bits.
 
 1. `_route` decides for a block of tokens and sums up the block.
-2. `_sum_up` adds up the blocks: tokens per expert, losses, their slopes, and how many rows of an expert precede a
-   block.
+2. `_sum_up`, a single program, adds up the blocks: tokens per expert, losses, their slopes, and how many rows of an
+   expert precede a block. Where it would have much to read (many experts and tokens), `_sum_blocks` adds them up
+   before, a few experts and one kind of numbers in each program, and leaves it one block of each sequence.
 3. `_place` sorts the rows by expert, by counting.
 
 A block has tokens of one sequence only where a loss is per sequence; elsewhere all tokens count as one sequence.
@@ -45,6 +46,10 @@ else:
 # Numbers of a block are kept in rows of E: tokens, probabilities, gate values and expected tokens of each expert, and
 # one row of sums that are not by expert.
 _ROWS = tl.constexpr(5)
+# More numbers than this are added up by several programs: 2 MiB, which one would read for longer than a launch takes.
+_MOST_FOR_ONE = 2**19
+# Experts of each of them, 64 bytes in a row, and blocks that it adds up at a time.
+_COLUMNS, _BLOCKS = tl.constexpr(16), tl.constexpr(128)
 
 
 class _Sizes(NamedTuple):
@@ -81,6 +86,7 @@ class _Form(NamedTuple):
 
 
 class _Sums(NamedTuple):
+    # `before` is None where it has been written.
     counts: Any
     ends: Any
     before: Any
@@ -105,9 +111,22 @@ def route(given: Given, rule: Rule, trains: bool) -> tuple[Tensor, ...]:
         tally=new(n_expert + 3 + n_loss if trains else 0, dtype=torch.float64),
     )
     kernel = _route_evenly if rule.score == "even" else _route
-    launch(kernel, (S * sizes.n_block,), (given, chosen, parts, sizes, form), warps=_warps(form, 16))
-    launch(_sum_up, (1,), (parts, sums, given.other_loss, sizes, S, form), warps=_warps(form))
+    # A program has at most 1024 threads, a warp of AMD's up to 64, each with more registers.
+    warps = _warps(form, 32 if torch.version.hip is None else 16)
+    launch(kernel, (S * sizes.n_block,), (given, chosen, parts, sizes, form), warps)
+    _add_up(parts, sums, given.other_loss, sizes, S, form)
     return *chosen, *sums
+
+
+def _add_up(parts: Tensor, sums: _Sums, other_loss: Tensor | None, sizes: _Sizes, S: int, form: _Form) -> None:
+    warps = _warps(form)
+    # With more experts `_sum_up` spills registers unless it adds up one block at a time.
+    if parts.numel() > _MOST_FOR_ONE or form.experts > 512:
+        blocks, parts = parts, parts.new_empty(S, 5, form.experts, dtype=torch.float64)
+        grid = (ceil_div(form.experts, _COLUMNS.value), (5 if form.load else 4) if form.trains else 1)
+        launch(_sum_blocks, grid, (blocks, parts, sums.before, sizes, S, form), warps=4)
+        sums, sizes, form, warps = sums._replace(before=None), sizes._replace(n_block=1), form._replace(blocks=1), 4
+    launch(_sum_up, (1,), (parts, sums, other_loss, sizes, S, form), warps)
 
 
 def place(experts_TK: Tensor, ends_E: Tensor, before_SBE: Tensor) -> Tensor:
@@ -151,7 +170,7 @@ def _form(rule: Rule, n_expert: int, trains: bool) -> _Form:
 
 def _warps(form: _Form, most: int = 8) -> int:
     # So many that no kernel spills registers. More where there are few experts would be another order of additions.
-    return 4 if form.experts <= 256 else most
+    return 4 if form.experts <= 256 else min(most, form.experts // 32)
 
 
 def _sizes(n_token: int, n_expert: int, n_sequence: int, form: _Form) -> _Sizes:
@@ -245,6 +264,32 @@ def _variation(x_E, real_E, n_expert):
 
 
 @triton.jit
+def _sum_blocks(blocks, parts, before, sizes, n_sequence, FORM: constexpr):
+    e_C = tl.program_id(0) * _COLUMNS + tl.arange(0, _COLUMNS)
+    row = tl.program_id(1)
+    if FORM.load == 0.0:
+        row += row // 3  # nothing has written the fourth
+    inside_C = e_C < FORM.experts
+    wanted_C = e_C < (FORM.experts if row < 4 else 4)  # four numbers are not by expert
+    count_C = tl.full((_COLUMNS,), 0, tl.int32)
+    for sequence in range(0, n_sequence):
+        sum_BC = tl.full((_BLOCKS, _COLUMNS), 0.0, tl.float64)
+        for start in range(0, sizes.n_block, _BLOCKS):
+            block_B = start + tl.arange(0, _BLOCKS)
+            wanted_BC = (block_B < sizes.n_block)[:, None] & wanted_C[None, :]
+            block_B = sequence * sizes.n_block + block_B.to(tl.int64)
+            part_BC = blocks + (block_B * _ROWS + row)[:, None] * FORM.experts + e_C[None, :]
+            part_BC = tl.load(part_BC, mask=wanted_BC, other=0.0)
+            sum_BC += part_BC.to(tl.float64)
+            if row == 0:
+                count_BC = part_BC.to(tl.int32)
+                before_BC = count_C[None, :] + tl.cumsum(count_BC, 0) - count_BC
+                tl.store(before + block_B[:, None] * FORM.experts + e_C[None, :], before_BC, mask=wanted_BC)
+                count_C += tl.sum(count_BC, 0)
+        tl.store(parts + (sequence * _ROWS + row) * FORM.experts + e_C, tl.sum(sum_BC, 0), mask=inside_C)
+
+
+@triton.jit
 def _sum_up(parts, sums, other_loss, sizes, n_sequence, FORM: constexpr):
     e_E = tl.arange(0, FORM.experts)
     real_E = e_E < sizes.n_expert
@@ -260,11 +305,12 @@ def _sum_up(parts, sums, other_loss, sizes, n_sequence, FORM: constexpr):
             live_B = block_B < sizes.n_block
             block_B = sequence * sizes.n_block + block_B.to(tl.int64)
             live_BE = live_B[:, None] & real_E[None, :]
-            some_BE = live_B[:, None] & (e_E < FORM.experts)[None, :]
             part_BE = parts + block_B[:, None] * (_ROWS * FORM.experts) + e_E[None, :]
             count_BE = tl.load(part_BE, mask=live_BE, other=0.0).to(tl.int32)
-            before_BE = count_E[None, :] + tl.cumsum(count_BE, 0) - count_BE
-            tl.store(sums.before + block_B[:, None] * FORM.experts + e_E[None, :], before_BE, mask=some_BE)
+            some_BE = live_B[:, None] & (e_E < FORM.experts)[None, :]
+            if sums.before is not None:
+                before_BE = count_E[None, :] + tl.cumsum(count_BE, 0) - count_BE
+                tl.store(sums.before + block_B[:, None] * FORM.experts + e_E[None, :], before_BE, mask=some_BE)
             count_E += tl.sum(count_BE, 0)
             if FORM.trains:
                 # A few blocks in float32, all of them in float64, in which cards for desktops are slow.
