@@ -14,7 +14,8 @@ from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.kernels import fused_router
 from litgpt_moe_ext.moe.kernels.backends import matmul_dtype
-from litgpt_moe_ext.moe.kernels.operators import add_gated
+from litgpt_moe_ext.moe.kernels.operators import add_gated, glu
+from litgpt_moe_ext.moe.kernels.plan import kind_of
 from litgpt_moe_ext.moe.registry import ROUTERS, load
 from litgpt_moe_ext.moe.router import Router
 
@@ -30,7 +31,7 @@ class FeedForward(LLaMAMLP):
     the output projections of that class by the depth of the model.
 
     Args:
-        config: A `litgpt.Config`; uses `n_embd`, `bias`, `mlp_activation` and `gelu_approximate`.
+        config: A `litgpt.Config`; uses `n_embd`, `bias`, `mlp_activation`, `gelu_approximate` and `expert_backend`.
         intermediate_size: Hidden width; `config.intermediate_size` by default.
     """
 
@@ -45,14 +46,20 @@ class FeedForward(LLaMAMLP):
         for name in names:
             self.add_module(name, nn.Linear(config.n_embd, self.intermediate_size, bias=config.bias))
         self.proj = nn.Linear(self.intermediate_size, config.n_embd, bias=config.bias)
+        # Those who force the loop ask for ordinary operators.
+        self._own_kernel = self.activation.gated and config.expert_backend != "loop"
         self.config = config
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output, of the shape of `x`, in the dtype of `x` or that of autocast."""
         x = narrowed(x)
-        if self.activation.gated:
-            return self.proj(self.activation.gate(self.fc_1(x), self.fc_2(x)))
-        return self.proj(self.activation(self.fc(x)))
+        if not self.activation.gated:
+            return self.proj(self.activation(self.fc(x)))
+        gate, up = self.fc_1(x), self.fc_2(x)
+        if self._own_kernel and fused_router.works_on(gate) and kind_of(self.activation) is not None:
+            flat = (h.reshape(-1, h.size(-1)).contiguous() for h in (gate, up))
+            return self.proj(glu(*flat, self.activation.name, self.activation.gelu_approximate).view(gate.shape))
+        return self.proj(self.activation.gate(gate, up))
 
 
 class MoE(nn.Module):

@@ -18,7 +18,7 @@ from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.kernels import plan
 from litgpt_moe_ext.moe.kernels.backends import ExpertWeights
-from litgpt_moe_ext.moe.kernels.operators import add_gated
+from litgpt_moe_ext.moe.kernels.operators import add_gated, glu
 from litgpt_moe_ext.moe.kernels.plan import Outer, Product, plan_of
 from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
 from litgpt_moe_ext.moe.kernels.triton.biases import add_biases
@@ -119,6 +119,29 @@ def test_activations(activation, known, monkeypatch):
         for experts.forced_backend in ("triton", "loop"):
             outputs.append(experts(x, routing))
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if "glu" in a[0]], ids="-".join)
+def test_projections_that_are_apart(activation, dtype):
+    """As shared experts have them: as good as float64, rounded once."""
+    for shape in ((3, 700), (5, 33), (0, 8)):
+        inputs = [(3 * torch.randn(shape)).to(dtype).requires_grad_() for _ in range(2)]
+        exactly = [x.detach().double().requires_grad_() for x in inputs]
+        upstream = torch.randn(shape).to(dtype)
+        ours, truth = glu(*inputs, *activation), Activation(*activation).gate(*exactly)
+        gradients = torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(truth, exactly, upstream.double())
+        inside = (exactly[0] != 7.0) & (exactly[1].abs() != 7.0)  # on a limit itself both slopes are right
+        tolerance = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2}[dtype]
+        for a, b in zip((ours, *gradients[0]), (truth, *gradients[1]), strict=True):
+            assert a.dtype == dtype
+            torch.testing.assert_close(a[inside].double(), b[inside], atol=1e-5, rtol=tolerance)
+
+
+@pytest.mark.slow
+def test_torch_takes_the_operator_of_shared_experts():
+    inputs = [torch.randn(5, 8, requires_grad=True) for _ in range(2)]
+    torch.library.opcheck(torch.ops.litgpt_moe_ext.glu.default, (*inputs, "swiglu", "none"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])

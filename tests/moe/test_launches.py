@@ -19,7 +19,7 @@ from tests.moe.routers import RULES
 FREE = {
     *("view", "_unsafe_view", "t", "transpose", "expand", "slice", "select", "split", "chunk", "unbind", "detach"),
     *("alias", "permute", "unsqueeze", "squeeze", "as_strided", "empty", "empty_like", "empty_strided", "new_empty"),
-    *("promote_types", "split_with_sizes", "device"),
+    *("promote_types", "split_with_sizes", "device", "narrow"),
 }
 KERNELS = ("activation", "biases", "combining", "decoding", "gating", "projecting", "routing", "rows", "weights")
 GROUPS = {"n_expert_groups": 4, "n_topk_groups": 2, "n_topk_scores_per_group": 1}
@@ -98,6 +98,7 @@ def test_the_layer_of_every_recipe_starts_at_most_25_kernels(recipe, capability)
     names = launches_of_layer(Config(**settings["model_config"]), capability, settings.get("precision") or "bf16-mixed")
     assert len(names) <= 25, names
     assert {"_project", "_route", "_sum_up", "_place"} <= set(names)
+    assert "silu" not in names
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["text", "padding"])

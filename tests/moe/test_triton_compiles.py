@@ -21,7 +21,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from litgpt_moe_ext.moe.kernels import triton as engine  # noqa: E402
-from litgpt_moe_ext.moe.kernels.triton import biases, common, gating, projecting, routing  # noqa: E402
+from litgpt_moe_ext.moe.kernels.triton import activation, biases, common, gating, projecting, routing  # noqa: E402
 from litgpt_moe_ext.moe.kernels.triton.tiles import CARDS, card_for, precision_of  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -141,6 +141,10 @@ def everything_else(dtype):
         engine.activate(h, Activation(name, approximate), mask)
         size = 128 if name != "relu2" else 256
         engine.activate_backward(h, torch.empty(8, size, dtype=dtype), gates, Activation(name, approximate), mask)
+        if size == 128:
+            gate, up = torch.empty(2, 8, 128, dtype=dtype)
+            activation.glu(gate, up, Activation(name, approximate))
+            activation.glu_backward(gate, gate, up, Activation(name, approximate))
     engine.combine(h, gates.gates_TK, 4, torch.float32)
     engine.combine(h, None, 4, dtype)
     for scatter in (False, True):
@@ -215,7 +219,7 @@ def test_every_product(monkeypatch, tmp_path, capability, dtype, precision):
 def test_everything_else(monkeypatch, tmp_path, capability, dtype):
     compiler = Compiler(monkeypatch, capability)
     everything_else(dtype)
-    assert compiler.check(tmp_path) == 22
+    assert compiler.check(tmp_path) == 30
 
 
 @pytest.mark.slow
@@ -255,7 +259,7 @@ def test_every_kernel_on_amd(monkeypatch, chip):
     for n_expert in (8, 384, 1024):
         every_router(n_expert)
     every_gate(torch.bfloat16, 8)
-    assert compiler.check_shared_memory() == 3 * 18 + 22 + 3 * 25 + 9 + 2
+    assert compiler.check_shared_memory() == 3 * 18 + 30 + 3 * 25 + 9 + 2
 
 
 @pytest.mark.slow

@@ -159,6 +159,25 @@ class GatedSumBackward(NamedTuple):
     real_T: Tensor | None
 
 
+class Glu(NamedTuple):
+    """Arguments of `glu`: outputs of gate and up projection, contiguous, and the activation as in `Down`."""
+
+    gate_TF: Tensor
+    up_TF: Tensor
+    activation: str
+    approximate: str
+
+
+class GluBackward(NamedTuple):
+    """Arguments of `glu_backward`: the gradient of the hidden activations, and those of `Glu`."""
+
+    da_TF: Tensor
+    gate_TF: Tensor
+    up_TF: Tensor
+    activation: str
+    approximate: str
+
+
 class FewTokens(NamedTuple):
     """Arguments of `decode_experts`."""
 
@@ -323,6 +342,22 @@ def add_gated_backward(call: GatedSumBackward) -> tuple[Tensor, Tensor, Tensor]:
     return gating.add_gated_backward(*call)
 
 
+@operator("glu", Glu, lambda c: torch.empty_like(c.gate_TF))
+def glu(call: Glu) -> Tensor:
+    """Return the hidden activations of a gated activation, (T, F), by Triton."""
+    from litgpt_moe_ext.moe.kernels.triton import activation
+
+    return activation.glu(call.gate_TF, call.up_TF, _activation(call))
+
+
+@operator("glu_backward", GluBackward, lambda c: (torch.empty_like(c.gate_TF), torch.empty_like(c.up_TF)), n_result=2)
+def glu_backward(call: GluBackward) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `gate_TF` and `up_TF`."""
+    from litgpt_moe_ext.moe.kernels.triton import activation
+
+    return activation.glu_backward(call.da_TF, call.gate_TF, call.up_TF, _activation(call))
+
+
 @operator("decode_experts", FewTokens, lambda c: c.x_TD.new_empty(c.x_TD.shape), flops=_decode_flops)
 def decode_experts(call: FewTokens) -> Tensor:
     """Return the weighted sum of the experts' outputs for a few tokens, (T, D), by Triton."""
@@ -401,6 +436,11 @@ def _gated_backward(ctx: Any, dsum_TD: Tensor) -> tuple[Tensor | None, ...]:
     return dsum_TD if real_T is None else drouted_TD, dshared_TD, dlogits_T1, None
 
 
+def _glu_backward(ctx: Any, da_TF: Tensor) -> tuple[Tensor | None, ...]:
+    return *glu_backward(da_TF.contiguous(), *arguments_of(ctx)), None, None
+
+
 expert_up.set_gradient(_up_backward)
 expert_down.set_gradient(_down_backward)
 add_gated.set_gradient(_gated_backward)
+glu.set_gradient(_glu_backward)

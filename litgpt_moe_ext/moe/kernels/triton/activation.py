@@ -1,9 +1,10 @@
 """Activations of experts in Triton, forward and backward, with dropout and gate values; one launch each.
 
-Everything between loading and storing is float32.
+Everything between loading and storing is float32. Routed experts have gate and up projection in one matrix, shared ones
+in two, and neither dropout nor gate values.
 
 Shape legend: T tokens, K chosen experts per token, R = T * K routed rows in the order of experts, F hidden width
-of one expert, G width of the first projection (2 * F with a gate), M a block of R, N a block of F.
+of one expert, G width of the first projection (2 * F with a gate), M a block of R or T, N a block of F.
 """
 
 from typing import Any, NamedTuple
@@ -19,7 +20,10 @@ from litgpt_moe_ext.moe.kernels.triton.common import block_of, constexpr
 
 
 class _Hidden(NamedTuple):
-    h: Any
+    # What the function is applied to and what that is multiplied by, or gradients of both; without a gate the same.
+    x: Any
+    up: Any
+    stride: Any
     rows: Any
     width: Any
 
@@ -39,11 +43,12 @@ def activate(h_RG: Tensor, activation: Any, mask: Mask) -> Tensor:
         activation: The activation function.
         mask: Which activations are kept.
     """
-    a_RF = h_RG.new_empty(h_RG.size(0), h_RG.size(1) // (2 if activation.gated else 1))
-    form = _form(activation, a_RF)
-    grid = (ceil_div(a_RF.size(0), form.rows), ceil_div(a_RF.size(1), form.block))
-    launch(_activate, grid, (_Hidden(h_RG, *a_RF.shape), a_RF, mask, form), warps=4)
-    return a_RF
+    return _apply(_parts(h_RG, activation), activation, mask)
+
+
+def glu(gate_TF: Tensor, up_TF: Tensor, activation: Any) -> Tensor:
+    """Return the hidden activations, (T, F), of a gated activation whose projections are apart, both contiguous."""
+    return _apply(_apart(gate_TF, up_TF), activation, Mask())
 
 
 def activate_backward(h_RG: Tensor, da_RF: Tensor, gates: Gates, activation: Any, mask: Mask) -> Gradients:
@@ -59,14 +64,52 @@ def activate_backward(h_RG: Tensor, da_RF: Tensor, gates: Gates, activation: Any
     gradients = Gradients(
         torch.empty_like(h_RG), torch.empty_like(da_RF), torch.empty_like(gates.gates_TK, dtype=torch.float32)
     )
-    form = _form(activation, da_RF)
-    arguments = (_Hidden(h_RG, *da_RF.shape), da_RF, gates, mask, gradients, form)
-    launch(_activate_backward, (ceil_div(da_RF.size(0), form.rows),), arguments, warps=4)
+    hidden, slopes = _parts(h_RG, activation), _parts(gradients.h_RG, activation)
+    _go_back((hidden, da_RF, gates, mask, slopes, gradients.a_RF, gradients.gates_TK), activation)
     return gradients
 
 
-def _form(activation: Any, a_RF: Tensor) -> _Form:
-    return _Form(str(kind_of(activation)), activation.gated, *block_of(a_RF.size(1)))
+def glu_backward(da_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, activation: Any) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `gate_TF` and `up_TF`.
+
+    Args:
+        da_TF: Gradient of the hidden activations, contiguous.
+        gate_TF: As above.
+        up_TF: As above.
+        activation: As above.
+    """
+    slopes = _apart(torch.empty_like(gate_TF), torch.empty_like(up_TF))
+    _go_back((_apart(gate_TF, up_TF), da_TF, Gates(None, None), Mask(), slopes, None, None), activation)
+    return slopes.x, slopes.up
+
+
+def _parts(h_RG: Tensor, activation: Any) -> _Hidden:
+    n_row, width = h_RG.shape
+    if not activation.gated:
+        return _Hidden(h_RG, h_RG, width, n_row, width)
+    return _Hidden(h_RG, h_RG.narrow(1, width // 2, width // 2), width, n_row, width // 2)
+
+
+def _apart(gate_TF: Tensor, up_TF: Tensor) -> _Hidden:
+    n_token, width = gate_TF.shape
+    return _Hidden(gate_TF, up_TF, width, n_token, width)
+
+
+def _apply(hidden: _Hidden, activation: Any, mask: Mask) -> Tensor:
+    a, form = hidden.x.new_empty(hidden.rows, hidden.width), _form(activation, hidden.width)
+    grid = (ceil_div(hidden.rows, form.rows), ceil_div(hidden.width, form.block))
+    launch(_activate, grid, (hidden, a, mask, form), warps=4)
+    return a
+
+
+def _go_back(arguments: tuple[Any, ...], activation: Any) -> None:
+    hidden = arguments[0]
+    form = _form(activation, hidden.width)
+    launch(_activate_backward, (ceil_div(hidden.rows, form.rows),), (*arguments, form), warps=4)
+
+
+def _form(activation: Any, width: int) -> _Form:
+    return _Form(str(kind_of(activation)), activation.gated, *block_of(width))
 
 
 @triton.jit
@@ -121,18 +164,18 @@ def _slope_of(x, FORM: constexpr):
 
 @triton.jit
 def _load(hidden, row_M, f_N, GATED: constexpr):
-    # Where to find the block, which of it exists, what the function is applied to, and what it is multiplied by.
+    # Where the block is among activations and where among projections, which of it exists, what the function is applied
+    # to, and what it is multiplied by.
     inside_MN = (row_M < hidden.rows)[:, None] & (f_N < hidden.width)[None, :]
     row_M = row_M.to(tl.int64)
     at_MN = row_M[:, None] * hidden.width + f_N[None, :]
+    of_MN = row_M[:, None] * hidden.stride + f_N[None, :]
+    x_MN = tl.load(hidden.x + of_MN, mask=inside_MN, other=0.0).to(tl.float32)
     if GATED:
-        gate_MN = hidden.h + row_M[:, None] * 2 * hidden.width + f_N[None, :]
-        x_MN = tl.load(gate_MN, mask=inside_MN, other=0.0).to(tl.float32)
-        up_MN = tl.load(gate_MN + hidden.width, mask=inside_MN, other=0.0).to(tl.float32)
+        up_MN = tl.load(hidden.up + of_MN, mask=inside_MN, other=0.0).to(tl.float32)
     else:
-        x_MN = tl.load(hidden.h + at_MN, mask=inside_MN, other=0.0).to(tl.float32)
         up_MN = tl.full(x_MN.shape, 1.0, tl.float32)
-    return at_MN, inside_MN, x_MN, up_MN
+    return at_MN, of_MN, inside_MN, x_MN, up_MN
 
 
 @triton.jit
@@ -147,36 +190,37 @@ def _factor(mask, at_MN, inside_MN):
 def _activate(hidden, a, mask, FORM: constexpr):
     row_M = tl.program_id(0) * FORM.rows + tl.arange(0, FORM.rows)
     f_N = tl.program_id(1) * FORM.block + tl.arange(0, FORM.block)
-    at_MN, inside_MN, x_MN, up_MN = _load(hidden, row_M, f_N, FORM.gated)
+    at_MN, _, inside_MN, x_MN, up_MN = _load(hidden, row_M, f_N, FORM.gated)
     a_MN = value_of(x_MN, FORM) * factor_of(up_MN, FORM) * _factor(mask, at_MN, inside_MN)
     tl.store(a + at_MN, a_MN.to(a.dtype.element_ty), mask=inside_MN)
 
 
 @triton.jit
-def _activate_backward(hidden, da, gates, mask, gradients, FORM: constexpr):
+def _activate_backward(hidden, da, gates, mask, slopes, a, dgates, FORM: constexpr):
     row_M = tl.program_id(0) * FORM.rows + tl.arange(0, FORM.rows)
     live_M = row_M < hidden.rows
-    choice_M = tl.load(gates.rows_R + row_M, mask=live_M, other=0)
-    gate_M1 = tl.load(gates.gates_TK + choice_M, mask=live_M, other=0.0).to(tl.float32)[:, None]
+    gate_M1 = tl.full((FORM.rows, 1), 1.0, tl.float32)
+    if gates.rows_R is not None:
+        choice_M = tl.load(gates.rows_R + row_M, mask=live_M, other=0)
+        gate_M1 = tl.load(gates.gates_TK + choice_M, mask=live_M, other=0.0).to(tl.float32)[:, None]
     dot_MN = tl.full((FORM.rows, FORM.block), 0.0, tl.float32)
     for start in range(0, hidden.width, FORM.block):
         f_N = start + tl.arange(0, FORM.block)
-        at_MN, inside_MN, x_MN, up_MN = _load(hidden, row_M, f_N, FORM.gated)
+        at_MN, of_MN, inside_MN, x_MN, up_MN = _load(hidden, row_M, f_N, FORM.gated)
         factor_MN = _factor(mask, at_MN, inside_MN)
         value_MN, times_MN = value_of(x_MN, FORM), factor_of(up_MN, FORM)
-        a_MN = value_MN * times_MN * factor_MN
         da_MN = tl.load(da + at_MN, mask=inside_MN, other=0.0).to(tl.float32)
-        dot_MN += a_MN * da_MN
-        tl.store(gradients.a_RF + at_MN, (a_MN * gate_M1).to(da.dtype.element_ty), mask=inside_MN)
+        if a is not None:
+            a_MN = value_MN * times_MN * factor_MN
+            dot_MN += a_MN * da_MN
+            tl.store(a + at_MN, (a_MN * gate_M1).to(da.dtype.element_ty), mask=inside_MN)
         da_MN = da_MN * gate_M1 * factor_MN
-        dx_MN = (da_MN * times_MN * _slope_of(x_MN, FORM)).to(da.dtype.element_ty)
+        dx_MN = da_MN * times_MN * _slope_of(x_MN, FORM)
+        tl.store(slopes.x + of_MN, dx_MN.to(da.dtype.element_ty), mask=inside_MN)
         if FORM.gated:
-            dgate_MN = gradients.h_RG + row_M.to(tl.int64)[:, None] * 2 * hidden.width + f_N[None, :]
-            tl.store(dgate_MN, dx_MN, mask=inside_MN)
             dup_MN = da_MN * value_MN
             if FORM.kind == "clamped_silu":
                 dup_MN = tl.where(tl.abs(up_MN) > 7.0, 0.0, dup_MN)
-            tl.store(dgate_MN + hidden.width, dup_MN.to(da.dtype.element_ty), mask=inside_MN)
-        else:
-            tl.store(gradients.h_RG + at_MN, dx_MN, mask=inside_MN)
-    tl.store(gradients.gates_TK + choice_M, tl.sum(dot_MN, 1), mask=live_M)
+            tl.store(slopes.up + of_MN, dup_MN.to(da.dtype.element_ty), mask=inside_MN)
+    if gates.rows_R is not None:
+        tl.store(dgates + choice_M, tl.sum(dot_MN, 1), mask=live_M)
