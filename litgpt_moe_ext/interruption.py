@@ -155,3 +155,12 @@ def _loads_extension(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def end_with_the_reader() -> None:
+    """End this process without a word when nobody reads its output any more, as `| head` expects.
+
+    Who trains or loads a model has other pipes, whose ends must not end it.
+    """
+    if hasattr(signal, "SIGPIPE"):  # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)

@@ -2,13 +2,13 @@
 
 import importlib
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from litgpt_moe_ext.errors import SettingsError, did_you_mean, exit_status
 from litgpt_moe_ext.garbage import collect_rarely
+from litgpt_moe_ext.interruption import end_with_the_reader
 from litgpt_moe_ext.meta import registrations
 
 
@@ -100,6 +100,8 @@ def _run(given: Sequence[str], own_process: bool) -> int | None:
     if given[0] == _TRAIN[0]:
         from litgpt_moe_ext.cli.train import main as train
 
+        if own_process and {"-h", "--help"} & set(given):
+            end_with_the_reader()
         return train(given[1:])
     from litgpt_moe_ext.cli.arguments import read_arguments
 
@@ -107,14 +109,8 @@ def _run(given: Sequence[str], own_process: bool) -> int | None:
     if command.describes and own_process:
         # A caller from Python goes on with torch after the command, and may need all of it.
         registrations.postpone()
-        _end_with_the_reader()
+        end_with_the_reader()
     return read_arguments(load(command), f"{_PROGRAM} {command.name}", given[1:]).run()
-
-
-def _end_with_the_reader() -> None:
-    # Without a word, as `| head` expects. Who trains or loads a model has other pipes, whose ends must not end it.
-    if hasattr(signal, "SIGPIPE"):  # not on Windows
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 def _find(name: str) -> Command:

@@ -19,6 +19,25 @@ from litgpt_moe_ext.cli.given import CLASS_KEYS
 from litgpt_moe_ext.errors import PERHAPS_OF_AN_EXTENSION, one_line
 from litgpt_moe_ext.field_types import NUMBERS, describe, members, refusal
 
+# What other trainers call what is meant, by any section.
+_ELSEWHERE = {
+    **dict.fromkeys(("lr", "learning_rate"), "optimizer.lr"),
+    "weight_decay": "optimizer.weight_decay",
+    **dict.fromkeys(("warmup_steps", "warmup_iters"), "train.lr_warmup_steps"),
+    **dict.fromkeys(("grad_clip", "max_grad_norm", "gradient_clipping"), "train.max_norm"),
+    **dict.fromkeys(("batch_size", "per_device_train_batch_size"), "train.micro_batch_size"),
+    "train_batch_size": "train.global_batch_size",
+    **dict.fromkeys(
+        ("gradient_accumulation_steps", "grad_accum_steps"), "train.global_batch_size, of which that follows"
+    ),
+    **dict.fromkeys(("max_iters", "num_steps"), "train.max_steps"),
+    "num_train_epochs": "train.epochs",
+    **dict.fromkeys(("dtype", "bf16", "fp16"), "precision"),
+    "deepspeed": "strategy, such as deepspeed_stage_2",
+    "output_dir": "out_dir",
+    "eval_interval": "eval.interval",
+}
+
 
 def mistakes(tree: Mapping[str, Any], annotations: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is wrong with settings that a parser has refused; nothing if every value is right by itself.
@@ -131,6 +150,8 @@ class _Search:
 def _suggestion(prefix: str, key: str, known: Iterable[str]) -> str:
     if not isinstance(key, str):
         return ", which is not text; put it in quotes if it is a name"
+    if key in _ELSEWHERE and prefix in ("", "train.", "optimizer."):
+        return f"; did you mean {_ELSEWHERE[key]}?"
     if close := difflib.get_close_matches(key, known, n=1, cutoff=0.7):
         return f"; did you mean {prefix}{close[0]}?"
     # As where `max_tokens` is given and `train.max_tokens` is meant.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from litgpt_moe_ext.cli.recipes import recipes_dir
 from litgpt_moe_ext.errors import CANNOT, SettingsError, exit_status
 from litgpt_moe_ext.garbage import collect_rarely
+from litgpt_moe_ext.interruption import end_with_the_reader
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.training.settings import Settings
@@ -50,8 +51,11 @@ def main(arguments: Sequence[str] | None = None, default_config: Path | None = N
         signal that ended the run: 130 SIGINT, 143 SIGTERM, 138 SIGUSR1 (Linux). Anything else that goes wrong is a
         bug, of this package or of code that a recipe names, and keeps its traceback.
     """
+    own_process = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if "--help" in arguments or "-h" in arguments:
+        if own_process:
+            end_with_the_reader()
         print_help()
         return 0
     _prepare_environment()
