@@ -41,6 +41,8 @@ def _out_of_sight(name: str, path: Path) -> Iterator[str]:
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
+        if path.parts and path.parts[0].startswith("~"):
+            yield f"{name}: {str(path)!r} begins with ~, which only shells replace by a home directory; write that out"
         return
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         reason = getattr(error, "strerror", None) or str(error)

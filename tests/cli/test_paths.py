@@ -44,6 +44,14 @@ def test_paths_of_a_training(flag, tmp_path, capsys):
     assert "(File name too long)" in error
 
 
+@pytest.mark.parametrize("flag", ["out_dir", "data.source_path", "data.data_path", "resume"])
+def test_no_folder_is_called_like_a_home(flag, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--config", str(CONFIGS / "quickstart.yaml"), f"--{flag}", "~/mine"]) == 2
+    assert f"error: {flag}: '~/mine' begins with ~, which only shells replace" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_may_not_be_entered_and_what_is_no_name(tmp_path, monkeypatch):
     def refuse(path, *args, **options):
         raise PermissionError(13, "Permission denied", str(path))
