@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 
 class TrainingInterrupted(BaseException):
     """A signal ended the run between two steps, after its state was saved.
@@ -88,14 +86,6 @@ class StopRequests:
         """The signal that this process received, or 0."""
         return self._received
 
-    def agreed(self, fabric: Any) -> int:
-        """Return the signal that any process received, or 0. Every process must call at the same point."""
-        if fabric.world_size == 1:
-            return self._received
-        received = torch.tensor(self._received, device=fabric.device)
-        torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
-        return int(received)
-
 
 class StepLimits:
     """Where training ends: after its last whole step, or by LitGPT's `train.max_steps` and `train.max_time`.
@@ -113,13 +103,15 @@ class StepLimits:
         self._max_time = max_time
         self._deadline: float | None = None
 
-    def reached(self, step: int, fabric: Any) -> bool:
-        """Whether training shall end after `step` optimizer steps. Every process must call at the same point."""
-        if step >= self._total_steps:
-            return True
+    def is_last(self, step: int) -> bool:
+        """Whether no step is to follow `step` optimizer steps."""
+        return step >= self._total_steps
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the time of this process is over; other processes have clocks of their own."""
         if self._max_time is None:
             return False
         # The clock starts with the first step: what LitGPT does before it may take long, and trains nothing.
         self._deadline = self._deadline or time.monotonic() + self._max_time
-        # The clocks of several processes never agree; the first one's counts.
-        return fabric.broadcast(time.monotonic() >= self._deadline)
+        return time.monotonic() >= self._deadline

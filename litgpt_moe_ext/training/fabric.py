@@ -65,9 +65,9 @@ class TrainingFabric(L.Fabric):
         """Number of finished optimizer steps."""
         return self.state["step_count"]
 
-    def add_callback(self, callback: Callback) -> None:
-        """Add a callback after construction."""
-        self._callbacks.append(callback)
+    def add_callback(self, callback: Callback, first: bool = False) -> None:
+        """Add a callback after construction, `first` before those that are there."""
+        self._callbacks.insert(0 if first else len(self._callbacks), callback)
 
     def add_logger(self, logger: Logger) -> None:
         """Add a logger after construction."""

@@ -41,6 +41,7 @@ from litgpt_moe_ext.training.checkpoint.writer import CheckpointWriter
 from litgpt_moe_ext.training.control import StepLimits, StopRequests, TrainingInterrupted
 from litgpt_moe_ext.training.optim.schedules import schedule_steps
 from litgpt_moe_ext.training.parallel import random_state
+from litgpt_moe_ext.training.parallel.agreement import Agreement
 from litgpt_moe_ext.training.steps.batches import StepBatches, can_pad, counts_for_loss
 from litgpt_moe_ext.training.steps.cuda_graphs import CudaGraphs
 from litgpt_moe_ext.training.steps.losses import RunningMean, TokenMeans
@@ -93,6 +94,7 @@ class HookedLoop:
         self._accumulation = launched.accumulation
         self._limits = StepLimits(launched.plan.total_steps, self.train.max_time)
         self._stop_requests = StopRequests(fabric.print)
+        self._agreement = Agreement(fabric, lambda: (self._stop_requests.received, int(self._limits.is_late)))
         self._iterations = 0
         self._started: float | None = None
         self._seconds = 0.0
@@ -102,6 +104,7 @@ class HookedLoop:
         self._means = TokenMeans(fabric.world_size)
         self._graphs = CudaGraphs(equipment.graphs, fabric.print)
         self._batches = StepBatches(self._targets, self._accumulation, fabric.world_size)
+        fabric.add_callback(self._agreement, first=True)
         fabric.add_callback(self._batches)
         fabric.add_callback(self._means.corpora)
 
@@ -224,12 +227,13 @@ class HookedLoop:
             # Gradients that wait for the rest of their step are not part of a checkpoint.
             return
         step = self.fabric.state["step_count"]
-        if signal_number := self._stop_requests.agreed(self.fabric):
+        signal_number, late = self._agreement.reached()
+        if signal_number:
             directory = self._plan.out_dir / f"step-{step:08d}"
             if step and directory != self.writer.last_saved:
                 self.writer.save(directory.name)
             raise TrainingInterrupted(signal_number, directory if step else None)
-        if self._limits.reached(step, self.fabric):
+        if late or self._limits.is_last(step):
             # Ends LitGPT's `for` loop; the final validation and checkpoint follow.
             self._limits_reached = True
             if self._validated_step == step:

@@ -24,6 +24,8 @@ struct Graph {
 
 struct Stream {
     int device;
+    /* What was started in it up to this moment is done, as someone has waited for it. */
+    long settled;
     unsigned flags;
     int priority;
     /* Of the capture that the stream is in, if any. */

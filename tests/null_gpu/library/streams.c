@@ -7,7 +7,7 @@ static int n_stream, captures;
 static unsigned long long last_id;
 static __thread enum cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
 
-static long launched, waited;
+static long launched, waited, moments;
 static int tracing;
 static char *names;
 static size_t names_size, names_used;
@@ -51,11 +51,14 @@ cudaError_t null_may_wait(void) {
     }
     return cudaSuccess;
 }
+static long now(void) { return __atomic_add_fetch(&moments, 1, __ATOMIC_RELAXED); }
 cudaError_t null_wait(struct Stream *stream) {
     if (stream && stream->capturing) return spoil(stream, cudaErrorStreamCaptureUnsupported);
     cudaError_t error = null_may_wait();
-    if (!error) __atomic_add_fetch(&waited, 1, __ATOMIC_RELAXED);
-    return error;
+    if (error) return error;
+    __atomic_add_fetch(&waited, 1, __ATOMIC_RELAXED);
+    if (stream) stream->settled = now();
+    return cudaSuccess;
 }
 cudaError_t null_start(struct Stream *stream, const char *name) {
     struct Stream *other = blocked_by(stream);
@@ -105,6 +108,9 @@ struct Event {
     int device;
     struct timespec at;
     int recorded;
+    /* Where and when it was. */
+    struct Stream *in;
+    long moment;
     /* The capture in which it was recorded, if any. */
     struct Stream *stream;
     unsigned long long id;
@@ -128,6 +134,7 @@ EXPORT cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stre
     if (e->device != s->device) return null_fail(cudaErrorInvalidResourceHandle);
     clock_gettime(CLOCK_MONOTONIC, &e->at);
     e->recorded = 1;
+    e->in = s, e->moment = now();
     e->stream = s->capturing ? s : NULL;
     e->id = s->id;
     return cudaSuccess;
@@ -137,7 +144,11 @@ EXPORT cudaError_t cudaEventQuery(cudaEvent_t event) {
     return captured((struct Event *)event) ? null_fail(cudaErrorCapturedEvent) : null_may_wait();
 }
 EXPORT cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-    return captured((struct Event *)event) ? null_fail(cudaErrorCapturedEvent) : null_wait(NULL);
+    struct Event *e = (struct Event *)event;
+    if (captured(e)) return null_fail(cudaErrorCapturedEvent);
+    /* What comes before something that was waited for holds nobody up. */
+    int is_over = !e->recorded || e->moment < e->in->settled;
+    return is_over ? null_may_wait() : null_wait(NULL);
 }
 EXPORT cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to) {
     struct Event *a = (struct Event *)from, *b = (struct Event *)to;

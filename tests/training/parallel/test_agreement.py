@@ -1,0 +1,38 @@
+"""What ranks agree on between two steps."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from litgpt_moe_ext.training.parallel.agreement import Agreement
+from tests.training.processes import in_ranks
+
+
+def answers() -> list[list[int]]:
+    """Return what the agreement says after three steps, the second of which has no gradients."""
+    fabric = SimpleNamespace(world_size=dist.get_world_size(), device=torch.device("cpu"))
+    seen = [0, 0]
+    agreement = Agreement(fabric, lambda: tuple(seen))
+    found = [list(agreement.reached())]
+    seen[dist.get_rank()] = 5 + dist.get_rank()
+    found.append(list(agreement.reached()))
+    agreement.on_gradients_clipped(None, None, None, False)
+    seen[:] = [9, 9]
+    found.append(list(agreement.reached()))
+    return found
+
+
+@pytest.mark.slow
+def test_all_learn_what_one_has_seen():
+    """Up to the gradients of the step; what comes later is for the next."""
+    assert in_ranks(answers, 2) == [[[0, 0], [5, 6], [5, 6]]] * 2
+
+
+def test_one_process_asks_nobody():
+    seen = [0]
+    agreement = Agreement(SimpleNamespace(world_size=1), lambda: (seen[0],))
+    agreement.on_gradients_clipped(None, None, None, False)
+    seen[0] = 15
+    assert agreement.reached() == (15,)
