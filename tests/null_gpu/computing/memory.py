@@ -15,10 +15,10 @@ def on_cpu(tensor: Tensor) -> Tensor:
     storage = tensor.untyped_storage()
     shape = (tensor.size(), tensor.stride())
     if storage.nbytes() == 0:
-        return torch.empty_strided(*shape, dtype=tensor.dtype)
+        return torch.empty_strided(*shape, dtype=tensor.dtype, device="cpu")
     memory = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
     flat = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
-    return torch.empty(0, dtype=tensor.dtype).set_(flat, tensor.storage_offset(), *shape)
+    return torch.empty(0, dtype=tensor.dtype, device="cpu").set_(flat, tensor.storage_offset(), *shape)
 
 
 def each(function: Callable[[Any], Any], values: Any) -> Any:

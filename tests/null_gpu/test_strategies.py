@@ -1,0 +1,71 @@
+"""Two ranks on null GPUs over NCCL: the training of one process under every strategy, and no more waits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.null_gpu.ranks import outputs
+from tests.runs import logged, weights_of
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = {
+    # Experts by operators, because Triton's interpreter takes its time.
+    "model_config": {
+        "n_layer": 1,
+        "expert_backend": "loop",
+        "router_load_balancing_loss_coef": 0.01,
+        "router_load_balancing_loss_scope": "global_batch",
+    },
+    "optimizer": {"class_path": "litgpt_moe_ext.training.optim.muon.MuonAdamW", "init_args": {"lr": 1e-3}},
+    "activation_checkpointing": "full",
+    "ema": {"decay": 0.5},
+    "sample": {"prompts": ["def "], "max_new_tokens": 2},
+    "eval": {"interval": 5, "max_iters": 2},
+    "devices": "auto",
+    "cuda_graphs": False,
+}
+
+
+def waits(output: str) -> list[int]:
+    """Return how often the host waited in the steps of a rank."""
+    (line,) = (line for line in output.splitlines() if line.startswith("waits: "))
+    return [int(number) for number in line.split()[1:]]
+
+
+def numbers(out_dir: Path, column: str) -> dict[int, float]:
+    """Return a column of a run's metrics by step."""
+    return {step: float(value) for step, value in logged(out_dir, column).items()}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "precision"),
+    [("ddp", "bf16-mixed"), ("fsdp", "16-mixed"), ("fsdp_shard_grad_op", "32-true"), ("fsdp2", "32-true")],
+)
+def test_two_ranks_train_as_one(gpu, recipe, tmp_path, strategy, precision):
+    """A checkpoint of the two is gone on with by one; the host waits as often as that of one process."""
+
+    def train(name: str, ranks: int, *flags: str) -> list[str]:
+        # DDP looks at its own times in the first ten steps.
+        batches = {"max_tokens": 15 * 128, "micro_batch_size": 4 // ranks, "log_interval": 4, "save_interval": 5}
+        changes = {"train": batches, "strategy": strategy, "precision": precision, "out_dir": str(tmp_path / name)}
+        file = recipe(name, **SETTINGS, **changes)
+        return outputs(gpu, ranks, "-m", "tests.null_gpu.computed_training", "--config", file, *flags)
+
+    (one,), two = train("one", 1), train("two", 2)
+    for column, tolerance in (("loss", 5e-4), ("val_loss", 5e-4), ("grad_norm", 2e-2)):
+        ours, theirs = (numbers(tmp_path / name, column) for name in ("two", "one"))
+        assert ours == pytest.approx(theirs, rel=tolerance), column
+    expected = weights_of(tmp_path / "one" / "final")
+    for name, weight in weights_of(tmp_path / "two" / "final").items():
+        # In 16 bits tokens between two experts may go to the other one, by which a bias turns around.
+        if precision != "32-true" and name.endswith("e_score_correction_bias"):
+            continue
+        torch.testing.assert_close(weight, expected[name], atol=5e-3, rtol=1e-2)
+    assert "failed" not in two[0]
+    for output in two:
+        assert waits(output)[-2:] == waits(one)[-2:]
+    train("gone on", 1, "--resume", str(tmp_path / "two" / "step-00000010"))
+    theirs = numbers(tmp_path / "one", "loss")
+    assert numbers(tmp_path / "gone on", "loss") == pytest.approx({12: theirs[12]}, rel=5e-4)
