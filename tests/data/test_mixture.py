@@ -370,6 +370,7 @@ def test_what_only_the_length_of_the_run_tells_is_asked_for(texts):
         by_step.train_dataloader()
     assert opened(by_step, RunLength(400, 4, 10)).train_dataloader().mixture.phases.border == 10 * 4
     assert Annealing({}, from_fraction=0.9).first_row(RunLength(25, 4, 10), 16) == 22 * 4
+    assert Annealing({}, from_fraction=0.29).first_row(RunLength(100, 4, 10), 16) == 29 * 4  # 28.999999999999996 steps
     by_tokens = Mixture(corpora, weights, Annealing({"a": 1, "b": 3}, from_tokens=170))
     by_tokens.connect(batch_size=2, max_seq_length=16)
     by_tokens.setup()

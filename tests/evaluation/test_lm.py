@@ -2,6 +2,7 @@
 
 import copy
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -213,6 +214,17 @@ def test_blank_contexts_become_the_prefix_token(llama_dir):
     settings = {"max_gen_toks": 4}
     empty, end_of_text = model.generate_until(instances("generate_until", [("", settings), (END_OF_TEXT, settings)]))
     assert empty == end_of_text
+
+
+def test_what_is_generated_where_a_task_does_not_say(llama_dir):
+    """lm-eval's 256 tokens, or half of a context that has no room for them; and the tokenizer's own beginning."""
+    model = LitGPTModel(llama_dir, device="cpu")
+    assert (model.max_length, model.max_gen_toks) == (32, 16)
+    model.model = SimpleNamespace(max_seq_length=257)
+    assert model.max_gen_toks == 256
+    assert model.prefix_token_id == model.eot_token_id == 0
+    model._tokenizer = SimpleNamespace(eos_id=0, bos_id=7)
+    assert model.prefix_token_id == 7
 
 
 def test_text_ends_before_stop_string_and_end_of_text(llama_dir):

@@ -45,18 +45,18 @@ def test_every_token_is_predicted_once(llama_dir):
 
 def test_command_on_a_shard_and_on_text(llama_dir, tmp_path, capsys):
     tokenizer = load_tokenizer(llama_dir)
-    text = "the quick brown fox jumps over the lazy dog"
+    text = "the quick brown fox jumps over the läzy dög"
     ids = tokenizer.processor.encode(text).ids
     for i, part in enumerate(np.array_split([tokenizer.eos_id, *ids], 2)):  # as a preparation names them
         write_shard(tmp_path / f"val_{i:05d}.bin", part, VOCABULARY_SIZE)
-    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     results = []
     for source in (f"--data={tmp_path}", f"--text={tmp_path / 'a.txt'}"):
         path = tmp_path / "result.json"
         assert main(["perplexity", str(llama_dir), source, f"--json={path}"]) == 0
         results.append(json.loads(path.read_text()))
     assert results[0] == results[1]
-    assert (results[0]["tokens"], results[0]["bytes"]) == (len(ids), len(text))
+    assert (results[0]["tokens"], results[0]["bytes"]) == (len(ids), len(text) + 2)
     assert "bits per byte" in capsys.readouterr().out
     write_shard(tmp_path / "one.bin", np.array([5]), VOCABULARY_SIZE)
     assert main(["perplexity", str(llama_dir), f"--data={tmp_path / 'one.bin'}"]) == 2

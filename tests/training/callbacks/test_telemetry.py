@@ -23,7 +23,8 @@ def test_utilization_by_hand(monkeypatch):
     meter.on_log(first)
     assert "mfu" not in first
     assert "device/mfu" not in first
-    meter.on_batch(torch.empty(0), waited=0.5)
+    for waited in (0.4, 0.1):
+        meter.on_batch(torch.empty(0), waited=waited)
     second = {"loss": 1.0, "total_tokens": 1500}
     meter.on_log(second)
     assert second["tokens_per_second"] == 500
