@@ -226,7 +226,7 @@ def check_data(settings: Settings, config: Config) -> None:
         data.require_vocabulary(config.padded_vocab_size or 0)  # LitGPT sets it when it makes a Config
     boundary = getattr(config, "attention_document_boundary", None)
     if hasattr(data, "require_documents") and boundary is not None:
-        data.require_documents(boundary, config.attention_document_token_id)
+        data.require_documents(boundary, getattr(config, "attention_document_token_id", None))
     if settings.tokenizer_dir is None and not hasattr(data, "prepare_tokenizer"):
         check_without_tokenizer(settings)
 

@@ -20,12 +20,21 @@ from litgpt_moe_ext.moe.kernels.triton.common import block_of, constexpr
 
 
 class _Hidden(NamedTuple):
-    # What the function is applied to and what that is multiplied by, or gradients of both; without a gate the same.
+    # What the function is applied to and what that is multiplied by; without a gate the same.
     x: Any
     up: Any
     stride: Any
     rows: Any
     width: Any
+
+
+class _Found(NamedTuple):
+    # Gradients of what the function is applied to, of what that is multiplied by, and of gate values; `a` as in
+    # `Gradients`. The last two are None without gate values.
+    x: Any
+    up: Any
+    a: Any
+    gates: Any
 
 
 class _Form(NamedTuple):
@@ -64,8 +73,9 @@ def activate_backward(h_RG: Tensor, da_RF: Tensor, gates: Gates, activation: Any
     gradients = Gradients(
         torch.empty_like(h_RG), torch.empty_like(da_RF), torch.empty_like(gates.gates_TK, dtype=torch.float32)
     )
-    hidden, slopes = _parts(h_RG, activation), _parts(gradients.h_RG, activation)
-    _go_back((hidden, da_RF, gates, mask, slopes, gradients.a_RF, gradients.gates_TK), activation)
+    x, up, *_ = _parts(gradients.h_RG, activation)
+    found = _Found(x, up, gradients.a_RF, gradients.gates_TK)
+    _go_back((_parts(h_RG, activation), da_RF, gates, mask, found), activation)
     return gradients
 
 
@@ -78,9 +88,9 @@ def glu_backward(da_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, activation: Any)
         up_TF: As above.
         activation: As above.
     """
-    slopes = _apart(torch.empty_like(gate_TF), torch.empty_like(up_TF))
-    _go_back((_apart(gate_TF, up_TF), da_TF, Gates(None, None), Mask(), slopes, None, None), activation)
-    return slopes.x, slopes.up
+    found = _Found(torch.empty_like(gate_TF), torch.empty_like(up_TF), None, None)
+    _go_back((_apart(gate_TF, up_TF), da_TF, Gates(None, None), Mask(), found), activation)
+    return found.x, found.up
 
 
 def _parts(h_RG: Tensor, activation: Any) -> _Hidden:
@@ -196,10 +206,10 @@ def _activate(hidden, a, mask, FORM: constexpr):
 
 
 @triton.jit
-def _activate_backward(hidden, da, gates, mask, slopes, a, dgates, FORM: constexpr):
+def _activate_backward(hidden, da, gates, mask, found, FORM: constexpr):
     row_M = tl.program_id(0) * FORM.rows + tl.arange(0, FORM.rows)
     live_M = row_M < hidden.rows
-    gate_M1 = tl.full((FORM.rows, 1), 1.0, tl.float32)
+    choice_M, gate_M1 = row_M, tl.full((FORM.rows, 1), 1.0, tl.float32)
     if gates.rows_R is not None:
         choice_M = tl.load(gates.rows_R + row_M, mask=live_M, other=0)
         gate_M1 = tl.load(gates.gates_TK + choice_M, mask=live_M, other=0.0).to(tl.float32)[:, None]
@@ -210,17 +220,17 @@ def _activate_backward(hidden, da, gates, mask, slopes, a, dgates, FORM: constex
         factor_MN = _factor(mask, at_MN, inside_MN)
         value_MN, times_MN = value_of(x_MN, FORM), factor_of(up_MN, FORM)
         da_MN = tl.load(da + at_MN, mask=inside_MN, other=0.0).to(tl.float32)
-        if a is not None:
+        if found.a is not None:
             a_MN = value_MN * times_MN * factor_MN
             dot_MN += a_MN * da_MN
-            tl.store(a + at_MN, (a_MN * gate_M1).to(da.dtype.element_ty), mask=inside_MN)
+            tl.store(found.a + at_MN, (a_MN * gate_M1).to(da.dtype.element_ty), mask=inside_MN)
         da_MN = da_MN * gate_M1 * factor_MN
         dx_MN = da_MN * times_MN * _slope_of(x_MN, FORM)
-        tl.store(slopes.x + of_MN, dx_MN.to(da.dtype.element_ty), mask=inside_MN)
+        tl.store(found.x + of_MN, dx_MN.to(da.dtype.element_ty), mask=inside_MN)
         if FORM.gated:
             dup_MN = da_MN * value_MN
             if FORM.kind == "clamped_silu":
                 dup_MN = tl.where(tl.abs(up_MN) > 7.0, 0.0, dup_MN)
-            tl.store(slopes.up + of_MN, dup_MN.to(da.dtype.element_ty), mask=inside_MN)
+            tl.store(found.up + of_MN, dup_MN.to(da.dtype.element_ty), mask=inside_MN)
     if gates.rows_R is not None:
-        tl.store(dgates + choice_M, tl.sum(dot_MN, 1), mask=live_M)
+        tl.store(found.gates + choice_M, tl.sum(dot_MN, 1), mask=live_M)
