@@ -71,7 +71,7 @@ def test_equals_token_by_token(
 def test_equals_the_full_forward_while_the_text_fits(changes: dict[str, Any]) -> None:
     model = make_model(**changes)
     idx = torch.randint(40, (2, FIRST + WINDOW))
-    model.set_kv_cache(2, dtype=torch.float64)
+    model.set_kv_cache(2)  # in single precision, which is not that of the keys
     chunks = torch.arange(FIRST + WINDOW).split([5, *[1] * 7])
     outs = [model(idx[:, chunk], input_pos=chunk) for chunk in chunks]
     torch.testing.assert_close(torch.cat(outs, dim=1), model(idx), rtol=1e-5, atol=1e-6)
@@ -95,6 +95,11 @@ def test_generation_beyond_the_context() -> None:
     assert cache.k.shape == (1, 2, FIRST + WINDOW, 8)
     assert model.mask_cache.numel() == (FIRST + WINDOW) ** 2
     prompt = torch.randint(40, (50,))
+    model(prompt[None, :7], input_pos=torch.arange(7))
+    cache.reset_parameters()
+    assert not cache.k.any()
+    with pytest.raises(ValueError, match="has seen 0 tokens and cannot go on at position 7"):
+        model(prompt[None, 7:8], input_pos=torch.tensor([7]))
     tokens = base.generate(model, prompt, 200, temperature=0.0)
     assert tokens.shape == (200,)
     assert cache.n_seen == 199

@@ -30,6 +30,7 @@ DEFAULT = Path("default.yaml")
         (["--progress"], ["--config", "default.yaml", "--progress=true"]),
         (["--no-progress", "--seed", "1"], ["--config", "default.yaml", "--progress=false", "--seed", "1"]),
         (["--progress", "false"], ["--config", "default.yaml", "--progress=false"]),
+        (["--progress", "null"], ["--config", "default.yaml", "--progress=null"]),
         (["--resume", "auto"], ["--config", "default.yaml", "--resume", "auto"]),
     ],
     ids=str,

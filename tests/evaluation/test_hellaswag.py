@@ -12,7 +12,7 @@ from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.hellaswag import Item, as_question, evaluate, load_items
 from litgpt_moe_ext.evaluation.loading import load_model, load_tokenizer
-from litgpt_moe_ext.evaluation.scoring import Continuation, score_continuations
+from litgpt_moe_ext.evaluation.scoring import Continuation, score_continuations, token_losses
 from litgpt_moe_ext.evaluation.tokenization import encoder
 from tests.evaluation.conftest import VOCABULARY_SIZE, write_checkpoint
 from tests.models import moe_config
@@ -82,7 +82,10 @@ def answers(checkpoint, file, rule, batch_size=16):
     encode = encoder(load_tokenizer(checkpoint))
     model = load_model(checkpoint, torch.device("cpu"))
     asked = [as_question(item, rule, encode) for item in load_items(file)]
-    return evaluate(model, asked, batch_size, lambda done: None)
+    done: list[int] = []
+    found = evaluate(model, asked, batch_size, done.append)
+    assert sum(done) == 4 * len(asked)
+    return found
 
 
 def test_lm_eval_gives_the_same_item_by_item(checkpoint, hellaswag_file, tmp_path, monkeypatch):
@@ -190,6 +193,8 @@ def test_a_context_that_is_too_long_loses_its_beginning():
     assert model.read == [[3, 4, 5, 6]]
     logprobs = model.table.weight.float().log_softmax(-1)
     assert score == pytest.approx((logprobs[5, 6] + logprobs[6, 7]).item(), rel=1e-6)
+    losses, _ = token_losses(model, torch.tensor([5, 6, 7]), 1, lambda done: None)
+    assert losses.tolist() == pytest.approx([-logprobs[5, 6].item(), -logprobs[6, 7].item()], rel=1e-6)
 
 
 def test_an_ending_that_the_model_cannot_read_is_an_error_in_one_line(checkpoint, tmp_path, capsys):

@@ -11,7 +11,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from litgpt_moe_ext.evaluation import generation
+from litgpt_moe_ext.evaluation import generation, lm_eval_model
 from litgpt_moe_ext.evaluation.generation import GenerationSettings, generate
 from litgpt_moe_ext.evaluation.lm_eval_model import LitGPTModel
 from litgpt_moe_ext.evaluation.sampling import Sampling
@@ -225,6 +225,25 @@ def test_what_is_generated_where_a_task_does_not_say(llama_dir):
     assert model.prefix_token_id == model.eot_token_id == 0
     model._tokenizer = SimpleNamespace(eos_id=0, bos_id=7)
     assert model.prefix_token_id == 7
+
+
+def test_a_stop_string_counts_in_whatever_tokens_it_comes(llama_dir, monkeypatch):
+    """In more than its own encoding has; and a special token, which is not the end of the text, as any other string."""
+    model = LitGPTModel(llama_dir, device="cpu")
+    spelled = [token for letter in "dog" for token in model.tok_encode(letter)]
+    assert len(spelled) > len(model.tok_encode("dog"))
+    special = model.tok_encode(END_OF_TEXT)
+    monkeypatch.setattr(LitGPTModel, "eot_token_id", None)
+    ends = []
+
+    def generate(_model, prompts, settings, is_finished):
+        ends.extend(map(is_finished, ([*spelled[:2]], spelled, [*spelled, *spelled[:2]], [5, *special])))
+        return [spelled]
+
+    monkeypatch.setattr(lm_eval_model, "generate", generate)
+    settings = {"until": ["dog", END_OF_TEXT], "max_gen_toks": 4}
+    assert model.generate_until(instances("generate_until", [("the", settings)])) == [""]
+    assert ends == [False, True, False, True]
 
 
 def test_text_ends_before_stop_string_and_end_of_text(llama_dir):

@@ -17,12 +17,16 @@ def make(cls, ids, **settings):
 
 def test_a_token_id_always_visits_the_same_experts():
     ids = torch.tensor([5, 9, 5, 5, 9])
-    routing = make(HashRouter, ids)(torch.randn(5, 16))
+    router, x = make(HashRouter, ids.flip(0) + 1), torch.randn(5, 16)
+    router(x)
+    router.token_ids_T = ids  # of the next batch
+    routing = router(x)
     rows = [set(row.tolist()) for row in routing.experts_TK]
     assert rows[0] == rows[2] == rows[3]
     assert rows[1] == rows[4]
     assert all(len(row) == 2 for row in rows)
     assert (routing.weights_TK == 0.5).all()
+    assert torch.equal(routing.experts_TK, make(HashRouter, ids)(x).experts_TK)
 
 
 @pytest.mark.parametrize("n_expert", [3, 8, 64])

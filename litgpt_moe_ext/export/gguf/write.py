@@ -22,7 +22,7 @@ MODEL_FILE = "model.gguf"
 # Numbers of llama.cpp's `LLAMA_FTYPE_*`, for tools that show what a file holds.
 _FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
 # Operands of additions and products in llama.cpp's graphs, and what chooses experts, are float32.
-_ALWAYS_FLOAT32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "position_embd.weight")
+_ALWAYS_FLOAT32 = ("ffn_gate_inp.weight", "position_embd.weight")
 
 
 @dataclass(frozen=True)

@@ -247,7 +247,12 @@ def test_bfloat16(tmp_path):
     }
     (tensor,) = (t for t in reader.tensors if t.name == "blk.0.ffn_down_exps.weight")
     assert keys(reader)["general.file_type"] == 32
-    for name, added in (("gpt2", "position_embd.weight"), ("gpt-oss", "blk.0.ffn_gate_exps.bias")):
+    others = {
+        "gpt2": "position_embd.weight",
+        "gpt-oss": "blk.0.ffn_gate_exps.bias",
+        "qwen2-moe": "blk.0.ffn_gate_inp_shexp.weight",
+    }
+    for name, added in others.items():
         _, other = exported(tmp_path / name, *GRAPH_CASES[name][1:], dtype="bfloat16")
         assert next(t for t in other.tensors if t.name == added).tensor_type.name == "F32"
     expected = model.state_dict()["transformer.h.0.mlp.experts.down_proj"].bfloat16().view(torch.int16)

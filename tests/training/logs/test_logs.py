@@ -101,6 +101,8 @@ def test_a_row_that_a_kill_cut_off_is_dropped(tmp_path):
     assert table.start(9) == {"step": "2", "loss": "2.25"}
     table.put(3, {"loss": 2.125})
     assert file.read_text() == "step,loss\n1,2.5\n2,2.25\n3,2.125\n"
+    table.put(3, {"loss": 2.0})
+    assert file.read_text() == "step,loss\n1,2.5\n2,2.25\n3,2.0\n"
 
 
 def test_rows_wait_until_there_is_room(tmp_path, small_disk):
@@ -120,6 +122,16 @@ def test_rows_wait_until_there_is_room(tmp_path, small_disk):
     assert [row["step"] for row in rows] == list("12345678")
     assert rows[0]["loss"] == "a"
     assert rows[-1] == {"step": "8", "loss": "x" * 9, "val_loss": "z"}
+
+
+def test_no_more_rows_wait_than_there_is_memory_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(StepTable, "KEPT", 3)
+    table = StepTable(tmp_path / "none" / "table.csv", lambda present, new: [*present, *new], lambda line: None)
+    for step in range(1, 6):
+        table.put(step, {"loss": step})
+    (tmp_path / "none").mkdir()
+    table.put(5, {"val_loss": 7})
+    assert (tmp_path / "none" / "table.csv").read_text() == "step,loss,val_loss\n3,3,\n4,4,\n5,5,7\n"
 
 
 def test_logs_that_cannot_be_written_end_nothing(recipe, tmp_path, capsys, monkeypatch):
