@@ -77,9 +77,9 @@ def test_a_text_file_is_one_document(tmp_path):
 
 
 def test_archive_members_in_order(tmp_path):
-    content = tar({"a/data00.json": as_list(), "a/data01.json": lines()})
+    content = tar({"a/data00.json": as_list(), "a/data01.json": lines(), "a/B.TXT.GZ": gzip.compress(b"Loud.")})
     found = read(tmp_path, "a.tar.gz", content)
-    assert [record.text for record in found] == STORIES * 2
+    assert [record.text for record in found] == [*STORIES * 2, "Loud."]
     assert found[1].place == "item 1 of a/data00.json"
     assert found[4].place.startswith("byte ")
     assert [record.member for record in found[2:4]] == ["data00.json", "data01.json"]

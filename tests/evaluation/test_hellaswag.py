@@ -1,6 +1,7 @@
 """HellaSwag by both rules: against lm-eval itself, and against sums by hand."""
 
 import json
+import math
 import random
 import re
 
@@ -10,6 +11,7 @@ import torch
 
 from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.evaluation import hellaswag
 from litgpt_moe_ext.evaluation.hellaswag import Item, as_question, evaluate, load_items
 from litgpt_moe_ext.evaluation.loading import load_model, load_tokenizer
 from litgpt_moe_ext.evaluation.scoring import Continuation, score_continuations, token_losses
@@ -123,7 +125,7 @@ def test_build_nanogpt_by_hand(checkpoint, hellaswag_file):
             assert mean == pytest.approx(expected / len(continuation), abs=1e-3)
 
 
-def test_rules_read_different_texts():
+def test_rules_read_different_texts(monkeypatch):
     fields = {
         **questions(1)[0],
         "activity_label": "Ice",
@@ -131,14 +133,18 @@ def test_rules_read_different_texts():
         "ctx_b": "then he",
         "ctx": "raw",
     }
-    fields["endings"] = ["falls [title] down", "sits", "a", "b"]
+    fields["endings"] = ["falls [title] down", "sits", "[step]", "b"]
     read = {}
     for rule in ("build-nanogpt", "lm-eval"):
         texts: list[str] = []
         asked = as_question(Item(fields, 1), rule, lambda text, texts=texts: texts.append(text) or [1] * len(text))
         read[rule] = texts[:2], asked.lengths
-    assert read["build-nanogpt"] == (["raw", " falls [title] down"], [19, 5, 2, 2])
-    assert read["lm-eval"] == (["Ice: He runs. Then he", "Ice: He runs. Then he falls. down"], [11, 4, 1, 1])
+    assert read["build-nanogpt"] == (["raw", " falls [title] down"], [19, 5, 7, 2])
+    assert read["lm-eval"] == (["Ice: He runs. Then he", "Ice: He runs. Then he falls. down"], [11, 4, 0, 1])
+    monkeypatch.setattr(hellaswag, "score_continuations", lambda *_: [-22.0, -4.0, -0.5, -3.0])
+    (answer,) = evaluate(None, [asked], 4, lambda done: None)
+    assert answer.means == (-2, -1, -math.inf, -3)
+    assert (answer.acc, answer.acc_norm) == (False, True), "an ending of which cleaning leaves nothing loses"
 
 
 def test_batches_do_not_matter(checkpoint, hellaswag_file):

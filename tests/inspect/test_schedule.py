@@ -59,6 +59,12 @@ def test_a_checkpoint_and_what_is_neither(tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith(f"error: recipe: '{tmp_path / 'quickstart.yaml'}' cannot be read")
     assert "did you mean" in error
+    recipe = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
+    del recipe["model_config"]["block_size"]
+    recipe["train"] |= {"max_tokens": 4096 * recipe["train"]["global_batch_size"] * 3, "lr_warmup_steps": 1}
+    (tmp_path / "long.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["schedule", str(tmp_path / "long.yaml"), f"--out={tmp_path / 'plot.png'}"]) == 0
+    assert "3 steps" in capsys.readouterr().out, "LitGPT's models read 4096 tokens where nothing else is said"
     copy(CONFIGS / "quickstart.yaml", checkpoint / "hyperparameters.yaml")
     assert main(["schedule", str(checkpoint), f"--out={tmp_path / 'plot.png'}"]) == 0
 

@@ -140,6 +140,21 @@ def test_padding_has_no_share(monkeypatch):
     torch.testing.assert_close(*gradients)
 
 
+def test_validation_has_no_share():
+    layer = randomize(SharedExpertMoE(config_of("global_batch"))).double()
+    x, gradients = torch.randn(1, 7, 16, dtype=torch.float64), []
+    for validates in (False, True):
+        if validates:
+            with torch.no_grad():
+                layer.eval()(torch.randn(1, 50, 16, dtype=torch.float64))
+            layer.train()
+        layer.zero_grad()
+        layer(x).square().sum().backward()
+        gradients.append(layer.gate.weight.grad.clone())
+        update_routers([layer.gate])
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpoints", [False, True])
 def test_compiled(checkpoints):

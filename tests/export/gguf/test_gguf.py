@@ -204,6 +204,7 @@ OTHER_NUMBERS = [
             "rope.scaling.yarn_log_multiplier": ((1 + 0.07 * LOG) ** 2 / (1 + 0.1 * LOG) - 1) / LOG,
         },
     ),
+    ("glm", {"n_topk_groups": 3}, {"expert_group_count": 4, "expert_group_used_count": 3}),
     ("deepseek-softmax", {}, {"expert_gating_func": 1, "expert_weights_norm": False, "expert_shared_count": 2}),
 ]
 

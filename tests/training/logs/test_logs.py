@@ -95,8 +95,9 @@ def test_progress_into_a_file_keeps_the_lines(recipe, capsys):
 
 
 def test_a_row_that_a_kill_cut_off_is_dropped(tmp_path):
+    """As are those with fewer or more cells than there are columns."""
     file = tmp_path / "table.csv"
-    file.write_text("step,loss\n1,2.5\n2,2.25\n3,2.1")
+    file.write_text("step,loss\n1,2.5\n2\n2,2.25,7\n2,2.25\n3,2.1")
     table = StepTable(file, lambda present, new: [*present, *new], print)
     assert table.start(9) == {"step": "2", "loss": "2.25"}
     table.put(3, {"loss": 2.125})
