@@ -250,7 +250,7 @@ def test_a_streaming_cache_may_be_as_long_as_the_context() -> None:
         ({"attention_sinks": [True]}, r"attention_sinks: \[True\] must be true or false, or a list of 2 \(n_layer\)"),
         (
             {"attention_sinks": [True] * 3},
-            r"attention_sinks: \[True, True, True\] must be true or false, or a list of 2",
+            r"attention_sinks: \[True, True, True\] must be .* a list of 2",
         ),
         ({"attention_sinks": "yes"}, "attention_sinks: 'yes' must be true or false, or a list"),
         ({"attention_sink_init": float("nan")}, "attention_sink_init: nan must be a number"),

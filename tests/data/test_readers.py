@@ -57,6 +57,7 @@ def read(tmp_path, name, content, **options):
         ("file-000000000001.json.gz", gzip.compress(lines("content")), {"field": "content"}),
         ("a.json.gz", gzip.compress(as_list()), {}),
         ("a.parquet", parquet(STORIES), {}),
+        ("a.parquet", parquet(pa.array(STORIES, pa.large_string())), {}),
         ("a.parquet", parquet(["Once upon a time.", None, STORIES[2]]), {}),
         ("all.tar.gz", tar({"./data00.json": as_list("story"), "./._data00.json": b"x"}), {"field": "story"}),
         ("a.txt", "Once upon a time.\n<|end|><|end|>\nZwölf Bären ✓\nsecond line".encode(), {"separator": "<|end|>"}),

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from litgpt_moe_ext.inspect.experts import statistics
+from litgpt_moe_ext.inspect.experts.analysis import _warning
+from litgpt_moe_ext.inspect.experts.capture import LayerRouting
 
 
 def test_load_mass_and_pairs():
@@ -15,6 +17,14 @@ def test_load_mass_and_pairs():
     assert statistics.gate_mass(weights, experts, 4).tolist() == pytest.approx([2.15 / 3, 0.75 / 3, 0.1 / 3, 0])
     pairs = statistics.coactivation(experts, 4)
     assert pairs.tolist() == [[3, 2, 1, 0], [2, 2, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
+
+
+def test_a_text_is_long_enough_by_the_visits_of_an_expert():
+    """Of 8 experts that 2 of each token's visits go to, each has a quarter of the tokens: 100 of 400."""
+    layer = LayerRouting(0, 8, torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.int64), None)
+    assert _warning(400, layer) is None
+    assert "399 tokens an expert has about 100 visits" in _warning(399, layer)
+    assert "read at least 400 tokens" in _warning(399, layer)
 
 
 def test_even_pairs_have_lift_one():

@@ -160,8 +160,15 @@ def test_initialisation_under_pretrain(config):
 
 def test_biases_start_at_zero():
     """Whatever is in their memory."""
-    layer = SharedExpertMoE(moe_config(router_bias=True, bias=True))
-    names = ("gate.bias", "gate.e_score_correction_bias", "experts.gate_up_bias", "experts.down_bias")
+    schedule = {"warmup_steps": 3}
+    layer = SharedExpertMoE(moe_config(router_bias=True, bias=True, router_bias_update_schedule=schedule))
+    names = (
+        "gate.bias",
+        "gate.e_score_correction_bias",
+        "gate.bias_updates",
+        "experts.gate_up_bias",
+        "experts.down_bias",
+    )
     for module, name in (name.split(".") for name in names):
         torch.nn.init.ones_(getattr(getattr(layer, module), name))
     layer.gate.reset_parameters()

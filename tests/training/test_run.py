@@ -417,6 +417,7 @@ class TestWrongInputs:
         ("arguments", "message"),
         [
             (["--global-batch-size", "7"], "train.global_batch_size: 7 is not a multiple"),
+            (["--train", "3"], "train: 3 must be keys and values"),
             (["--micro-batch-size", "0"], "train.micro_batch_size: 0 must be an integer of at least 1"),
             (["--max-seq-length", "33"], "train.max_seq_length: 33 must be from 1 to the model's block_size: 32"),
             (["--train.max_tokens", "100"], "train.max_tokens: 100 must be at least one step of 128 tokens"),

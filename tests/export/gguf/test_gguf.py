@@ -225,6 +225,13 @@ def test_an_attention_factor_without_a_stretch_is_refused():
         choose_graph(facts)
 
 
+def test_a_depth_that_means_another_model_is_refused():
+    """llama.cpp takes latent attention in so many layers for that of a model without compressed queries."""
+    config = Config(**{**GRAPH_CASES["deepseek-v3"][1], "n_layer": 27})
+    with pytest.raises(SettingsError, match="format: gguf: n_layer: 27 with latent attention is a model without"):
+        choose_graph(facts_of(config, {}))
+
+
 def test_rotations_of_llama3_are_divided():
     """The slowest by the whole factor."""
     config = Config(**GRAPH_CASES["llama-biased-llama3"][1])
