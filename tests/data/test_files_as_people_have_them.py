@@ -178,14 +178,6 @@ def test_what_is_not_text_is_refused(tmp_path, name, content, message, invalid_u
         read(tmp_path, name, content, invalid_utf8=invalid_utf8)
 
 
-def test_a_table_that_is_not_utf8(tmp_path):
-    content = b"text\nf\xfcr\n"
-    with pytest.raises(ValueError, match="a.csv is not UTF-8 after line 0 .*; convert the file, or set invalid_utf8"):
-        read(tmp_path, "a.csv", content)
-    (record,) = read(tmp_path, "a.csv", content, invalid_utf8="replace")
-    assert record.text == "f\N{REPLACEMENT CHARACTER}r"
-
-
 @pytest.mark.parametrize(
     ("name", "start", "message"),
     [("a.txt", b"", "byte 9000 is zero"), ("a.csv", b"text\n", r"a character of row 0 .line 2. is zero")],

@@ -200,6 +200,7 @@ def test_the_shares_of_a_module_are_those_of_tokens(texts, capsys):
 def test_rows_with_padding_count_by_their_tokens(texts, packing):
     corpora = {name: text(texts, i, packing=packing) for i, name in enumerate("ab")}
     mixture = opened(Mixture(corpora, {"a": 0.25, "b": 0.75}), block_size=48)
+    assert mixture.pads, "which lets LitGPT weigh tokens"
     loader = mixture.train_dataloader()
     totals, rows = np.zeros(2), 0
     corpus_of = loader.mixture.phases.first
@@ -278,6 +279,10 @@ def test_ready_made_shards_and_prepared_corpora(texts, corpus, tmp_path):
     mixture = Mixture({"shards": TokenShards(**shards), "code": PreparedCorpus(corpus)}, {"shards": 1, "code": 1})
     mixture.require_vocabulary(300)
     assert len(next(iter(opened(mixture).train_dataloader()))) == 2
+    narrow = Mixture({"code": PreparedCorpus(corpus), "shards": TokenShards(**shards)}, {"shards": 1, "code": 1})
+    narrow.require_vocabulary(299)
+    with pytest.raises(SettingsError, match=r"has a vocabulary of 300 tokens, more than the model's .* of 299"):
+        opened(narrow)
     mixture = Mixture(
         {"code": PreparedCorpus(corpus), "shards": TokenShards(**shards, vocab_size=400)}, {"shards": 1, "code": 1}
     )

@@ -49,6 +49,8 @@ def test_runs_are_arms_times_grid_times_seeds(tmp_path):
     assert {"--train.max_norm=2.0", "--train.max_tokens=10", "--seed=1", "--out_dir=x", "--resume=auto"} < set(flags)
     again = load_study(write(tmp_path / "t.yaml", arms={"c": arms["b"]}, grid={"train.max_tokens": [10]}))
     assert again.runs[0].key == study.runs[1].key, "equal settings are the same run, whatever the arm is called"
+    (tmp_path / "plain.yaml").write_text("question: How good is the quickstart?")
+    assert [run.title for run in load_study(tmp_path / "plain.yaml").runs] == [f"recipe, seed {i}" for i in (1, 2, 3)]
 
 
 def test_another_recipe_of_the_same_name_makes_another_run(tmp_path):
@@ -337,6 +339,7 @@ def test_all_intervals_together_are_wider_than_one_alone():
 
     losses = {("control", 0): (3.0, 3.1), ("control", 1): (5.0, 5.2), ("a", 0): (3.2, 3.31), ("a", 1): (5.4, 5.62)}
     results = [result(*where, seed, loss) for where, pair in losses.items() for seed, loss in enumerate(pair)]
+    results += [result("a", 0, 2, float("nan")), result("control", 0, 2, 3.2)]  # one of which came to nothing
     found = compared(SimpleNamespace(control="control"), grouped(results))
     assert [difference.pairs for difference in found.values()] == [
         pytest.approx([0.2, 0.21]),

@@ -297,17 +297,27 @@ class TestTokenizer:
         raw = json.loads((tmp_path / "tokenizer.json").read_text())
         end, typed = raw["added_tokens"][0], len(raw["model"]["vocab"])
         raw["added_tokens"].append({**end, "id": typed, "content": "<typed>", "special": False})
+        del raw["pre_tokenizer"]["use_regex"]  # as in older files
         (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
         (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
         found = tokenizer_metadata(tmp_path, 320)
         assert (found["ggml.token_type"][end["id"]], found["ggml.token_type"][typed]) == (3, 4)
-        assert found["chat_template"] == "{{ messages }}"
+        assert (found["ggml.pre"], found["chat_template"]) == ("gpt-2", "{{ messages }}")
 
     @pytest.mark.parametrize(
         ("change", "reason"),
         [
             (lambda raw: raw["model"].update(byte_fallback=True), "BPE with byte_fallback"),
             (lambda raw: raw["pre_tokenizer"].update(add_prefix_space=True), "pre_tokenizer"),
+            (
+                lambda raw: raw.update(
+                    pre_tokenizer={
+                        "type": "Sequence",
+                        "pretokenizers": [{"type": "Digits", "individual_digits": False}, raw["pre_tokenizer"]],
+                    }
+                ),
+                "pre_tokenizer",
+            ),
             (lambda raw: raw.update(normalizer={"type": "Lowercase"}), "normalizer Lowercase"),
             (lambda raw: raw["model"].update(end_of_word_suffix="</w>"), "BPE with end_of_word_suffix"),
             (lambda raw: raw["added_tokens"][0].update(lstrip=True), "takes space or words beside it into account"),

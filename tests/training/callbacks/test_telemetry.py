@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from litgpt_moe_ext.model_size import count_flops
+from litgpt_moe_ext.model_size import count_flops, count_parameters
 from litgpt_moe_ext.training.callbacks import telemetry
 from litgpt_moe_ext.training.callbacks.telemetry import Telemetry, peak_flops, peak_memory_gb
 from tests.models import moe_config
@@ -52,6 +52,8 @@ def test_training_costs_three_times_the_active_products():
     weights = layers * (D * (16 + 2 * 8) + D * D + D * E + K * 3 * D * F) + D * V
     attention = layers * 2 * 2 * T * D
     assert count_flops(config, T, training=True) == T * 3 * (2 * weights + attention)
+    size = count_parameters(config)
+    assert size.total - size.active == layers * (E - K) * 3 * D * F
 
 
 def test_in_a_run(recipe, tmp_path, capsys):
