@@ -46,6 +46,7 @@ def test_order_is_fixed_by_seed_and_epoch():
     first, second = take(make(seed=3), 15), take(make(seed=3), 15)
     assert first == second
     assert take(make(seed=4), 15) != first
+    assert take(make(seed=4), 5) != first[5:10], "no seed repeats the epochs of another"
     assert first[:5] != first[5:10] != first[10:]
 
 

@@ -1,5 +1,6 @@
 """Which experts the routers choose, in what precision, and how they start."""
 
+import copy
 import math
 
 import hypothesis.strategies as st
@@ -105,6 +106,7 @@ def test_noise_only_in_training():
     router = randomize(NoisyTopKRouter(noisy_config()))
     x = torch.randn(64, 16)
     assert not torch.equal(router(x).weights_TK, router(x).weights_TK)
+    assert copy.deepcopy(router).bfloat16().choose(x.bfloat16()).std_TE.dtype == torch.float32
     router.eval()
     assert torch.equal(router(x).weights_TK, router(x).weights_TK)
 

@@ -22,7 +22,7 @@ from litgpt_moe_ext.study import launch, place
 from litgpt_moe_ext.study.launch import Limits
 from litgpt_moe_ext.study.page import COLUMNS, grouped, rows, study_page, verdicts
 from litgpt_moe_ext.study.place import Places, TrainedOn, code_version
-from litgpt_moe_ext.study.plan import Run, Study, load_study
+from litgpt_moe_ext.study.plan import BUDGET, Run, Study, load_study
 from litgpt_moe_ext.study.results import Result, csv_text, read_results
 from tests.models import moe_config
 
@@ -160,8 +160,8 @@ def test_what_a_run_reached(tmp_path):
         "val_loss": np.array([*start, 3.0, 2.5, 2.7]),
         "tokens_per_second": np.array([np.nan, 10.0, *[20.0] * 8]),
         "moe/max_vio": np.array([0.5, 0.05, 0.2, 0.1, *[0.05] * 6]),
-        "moe_load_00/expert_00": np.array([*[2.0] * 8, 1.4, 0.8]),
-        "moe_load_00/expert_01": np.array([*[0.0] * 8, 0.6, 1.2]),
+        "moe_load_00/expert_00": np.array([*[2.0] * 8, 1.5, 0.7]),
+        "moe_load_00/expert_01": np.array([*[0.0] * 8, 0.5, 1.3]),
         "moe_load_01/expert_00": np.full(10, 1.2),
         "moe_load_01/expert_01": np.full(10, 0.8),
     }
@@ -192,6 +192,19 @@ def test_costs_are_those_of_the_checkpoint(tmp_path):
         (final.parent / "finished.json").write_text(damaged)
         with pytest.raises(SettingsError, match=r"finished\.json is damaged .*; remove it"):
             read_results([run], tmp_path)
+
+
+def test_a_family_of_budgets_gives_a_multiplier(tmp_path):
+    """The MoE reaches the loss of 1.3 times its compute; time counts for the largest runs alone."""
+    results = []
+    for (arm, gain, *ends), size in itertools.product((("moe", 1.3, 0.1, 2.5), ("dense", 1.0, 9.0, 2.0)), (1, 2)):
+        one = result(tmp_path, arm, 1, ends[size - 1], None)
+        one.log.columns[TOKENS] *= size
+        one.log.columns["val_loss"][-1] = 10 * (gain * one.flops) ** -0.1
+        results.append(replace(one, run=replace(one.run, point={BUDGET: size})))
+    said = verdicts(Study("s", "", [one.run for one in results], {"moe": "moe", "dense": "dense"}), results)
+    assert said[0].startswith("Compute multiplier 1.30 (1.30 to 1.30): the dense family needs")
+    assert said[1].startswith("In seconds, the MoE is never ahead within the run")
 
 
 def page_of(tmp_path, trained_on):

@@ -41,12 +41,13 @@ def write(path: Path, **content) -> Path:
 
 
 def test_runs_are_arms_times_grid_times_seeds(tmp_path):
-    arms = {"a": {}, "b": {"train.max_norm": 2.0}}
+    arms = {"a": {}, "b": {"train.max_norm": 2.0, "progress": False, "sample.prompts": ["a b"]}}
     study = load_study(write(tmp_path / "s.yaml", arms=arms, grid={"train.max_tokens": [10, 20]}))
     assert len(study.runs) == len({run.key for run in study.runs}) == 8
     assert study.runs[0].title == "a, max_tokens 10, seed 1"
     flags = study.runs[1].flags(Path("x"))
     assert {"--train.max_norm=2.0", "--train.max_tokens=10", "--seed=1", "--out_dir=x", "--resume=auto"} < set(flags)
+    assert {"--progress=false", '--sample.prompts=["a b"]'} < set(flags)
     again = load_study(write(tmp_path / "t.yaml", arms={"c": arms["b"]}, grid={"train.max_tokens": [10]}))
     assert again.runs[0].key == study.runs[1].key, "equal settings are the same run, whatever the arm is called"
     (tmp_path / "plain.yaml").write_text("question: How good is the quickstart?")

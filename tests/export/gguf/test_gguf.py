@@ -303,6 +303,9 @@ class TestTokenizer:
         found = tokenizer_metadata(tmp_path, 320)
         assert (found["ggml.token_type"][end["id"]], found["ggml.token_type"][typed]) == (3, 4)
         assert (found["ggml.pre"], found["chat_template"]) == ("gpt-2", "{{ messages }}")
+        (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+        with pytest.raises(SettingsError, match="names no end of a text, and llama.cpp would take token 11 for it"):
+            tokenizer_metadata(tmp_path, 320)
 
     @pytest.mark.parametrize(
         ("change", "reason"),
