@@ -53,6 +53,7 @@ def test_specialists_and_generalists():
     assert math.isnan(statistics.normalized_information(torch.tensor([[3, 4]])))
     assert statistics.lift(specialists).tolist() == [[2, 0], [0, 2]]
     assert statistics.lift(generalists).tolist() == [[1, 1], [1, 1]]
+    assert statistics.lift(generalists, generalists.sum().item() / 4).tolist() == [[1, 1], [1, 1]], "just enough"
 
 
 def test_specific_tokens():

@@ -110,6 +110,8 @@ def test_a_system_that_does_not_say(monkeypatch):
     """gVisor has no VmHWM: no figure, and no error at the first log line."""
     monkeypatch.setattr(Path, "read_text", lambda path, *_: "Name:\tpython\nVmRSS:\t  100 kB\n")
     assert peak_memory_gb(torch.device("cpu")) is None
+    monkeypatch.setattr(Path, "read_text", lambda path, *_: "VmPeak:\t 9 kB\nVmHWM:\t  2000000 kB\n")
+    assert peak_memory_gb(torch.device("cpu")) == 2.048
 
 
 @pytest.mark.slow

@@ -9,10 +9,11 @@ import pty
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from litgpt_moe_ext.training.logs.metrics import COLUMNS, grouped
+from litgpt_moe_ext.training.logs.metrics import COLUMNS, MetricsTable, grouped
 from litgpt_moe_ext.training.logs.table import StepTable
 from litgpt_moe_ext.training.logs.transcript import Transcript
 from tests.runs import ROOT, train
@@ -151,6 +152,16 @@ def test_logs_that_cannot_be_written_end_nothing(recipe, tmp_path, capsys, monke
     for name in ("metrics.csv", "metrics-wide.csv", "train.log"):
         assert output.count(f"{name} cannot be written: No space left on device") == 1
     assert (tmp_path / "out" / "final" / "lit_model.pth").is_file()
+
+
+def test_tokens_are_those_of_all_processes(tmp_path):
+    """What LitGPT calls tokens are those of one."""
+    table = MetricsTable(tmp_path, 128, None, print)
+    table.on_after_setup(SimpleNamespace(step=3), None)
+    table.on_fit_begin(None)
+    table.on_logged({"loss": 2.0, "tokens": 192, "total_tokens": 384})
+    (row,) = rows_of(tmp_path / "metrics.csv")
+    assert (row["step"], row["tokens"], row["iter_tokens"]) == ("3", "384", "128")
 
 
 def test_columns_come_in_groups():
