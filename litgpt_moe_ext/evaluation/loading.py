@@ -15,7 +15,7 @@ from litgpt import GPT, Config, Tokenizer
 
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
 from litgpt_moe_ext.errors import PERHAPS_OF_AN_EXTENSION, SettingsError, one_line
-from litgpt_moe_ext.files.checksums import problem_with_content
+from litgpt_moe_ext.files.checksums import problem_with_names, problem_with_storages
 from litgpt_moe_ext.host.checkpoints import REQUIRES_MARK
 from litgpt_moe_ext.wording import counted
 
@@ -94,7 +94,7 @@ def read_checkpoint(path: Path, setting: str = "checkpoint_dir") -> dict[str, An
         raise SettingsError(f"{setting}: {path} cannot be read ({error.strerror}); {FROM_ANEW}") from error
     if not is_whole:
         raise SettingsError(f"{setting}: {path} is damaged or cut off; {FROM_ANEW}")
-    if damage := problem_with_content(path, {}):  # names and shapes, before they are believed
+    if damage := problem_with_names(path):  # before they are believed
         raise SettingsError(f"{setting}: in {str(path.parent)!r} {damage}; {FROM_ANEW}")
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -110,7 +110,7 @@ def read_checkpoint(path: Path, setting: str = "checkpoint_dir") -> dict[str, An
         raise SettingsError(f"{setting}: {path} is damaged ({_shortened(error)}); {FROM_ANEW}") from error
     if not isinstance(content, dict):
         raise SettingsError(f"{setting}: {path} holds a {type(content).__name__}; it must hold weights by name")
-    if damage := problem_with_content(path, _bytes_of_weights(content.get("model", content))):
+    if damage := problem_with_storages(path, _bytes_of_weights(content.get("model", content))):
         raise SettingsError(f"{setting}: in {str(path.parent)!r} {damage}; {FROM_ANEW}")
     return content
 

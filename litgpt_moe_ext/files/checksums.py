@@ -14,6 +14,8 @@ from pathlib import Path
 FILE_NAME = "SHA256SUMS"
 _STORAGES = "data"  # the folder of the archive in which storages are
 _LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
+# Of an archive that is cut off or cannot be read, and one whose damaged header names an unknown compression.
+_UNREADABLE = (zipfile.BadZipFile, EOFError, OSError, NotImplementedError)
 
 
 def write(directory: Path, leave_out: Collection[str] = ()) -> None:
@@ -70,31 +72,35 @@ def problem_inside(file: Path) -> str | None:
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
-    # The last is what a damaged header leads to that names another compression.
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
+    except _UNREADABLE as error:
         return f"{file.name} is truncated or damaged ({error})"
     return None if damaged is None else f"{file.name} is damaged in its record {damaged}"
 
 
-def problem_with_content(file: Path, content: Mapping[str, memoryview]) -> str | None:
-    """Return what of the content of an archive of `torch.save` is not what its CRCs say, or None if all is.
+def problem_with_names(file: Path) -> str | None:
+    """Return why the names and shapes in an archive of `torch.save` are not what their CRCs say, or None if they are.
 
-    Reads nothing of the archive but its small records, such as the pickled names and shapes: other content, such as an
-    optimizer that nobody asked for, stays on the disk.
+    Storages stay on the disk: an optimizer may be among them that nobody asked for.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for name in archive.namelist():
+                if Path(name).parent.name != _STORAGES:
+                    archive.read(name)
+    except _UNREADABLE as error:
+        return f"{file.name} is truncated or damaged ({error})"
+    return None
+
+
+def problem_with_storages(file: Path, content: Mapping[str, memoryview]) -> str | None:
+    """Return which storage of an archive of `torch.save` is not what its CRC says, or None if all that were read are.
 
     Args:
         file: The archive.
         content: Bytes of whole storages, as they were read, by the names to give them in an answer.
     """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            records = {(record.file_size, record.CRC) for record in archive.infolist()}
-            for name in archive.namelist():
-                if Path(name).parent.name != _STORAGES:
-                    archive.read(name)
-    # The last is what a damaged header leads to that names another compression.
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
-        return f"{file.name} is truncated or damaged ({error})"
+    with zipfile.ZipFile(file) as archive:
+        records = {(record.file_size, record.CRC) for record in archive.infolist()}
     damaged = (name for name, stored in content.items() if (stored.nbytes, zlib.crc32(stored)) not in records)
     name = next(damaged, None)
     return None if name is None else f"{file.name} is damaged in {name}"

@@ -47,7 +47,8 @@ class FeedForward(LLaMAMLP):
             self.add_module(name, nn.Linear(config.n_embd, self.intermediate_size, bias=config.bias))
         self.proj = nn.Linear(self.intermediate_size, config.n_embd, bias=config.bias)
         # Those who force the loop ask for ordinary operators.
-        self._own_kernel = self.activation.gated and config.expert_backend != "loop"
+        known = self.activation.gated and kind_of(self.activation) is not None
+        self._has_kernel = known and config.expert_backend != "loop"
         self.config = config
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ class FeedForward(LLaMAMLP):
         if not self.activation.gated:
             return self.proj(self.activation(self.fc(x)))
         gate, up = self.fc_1(x), self.fc_2(x)
-        if self._own_kernel and fused_router.works_on(gate) and kind_of(self.activation) is not None:
+        if self._has_kernel and fused_router.works_on(gate):
             flat = (h.reshape(-1, h.size(-1)).contiguous() for h in (gate, up))
             return self.proj(glu(*flat, self.activation.name, self.activation.gelu_approximate).view(gate.shape))
         return self.proj(self.activation.gate(gate, up))

@@ -134,8 +134,8 @@ def verdicts(study: Study, results: Sequence[Result]) -> list[str]:
         sides = [_mean_over_seconds([r for r in side if r.tokens == largest]) for side in (dense, moe)]
         if all(len(seconds) for seconds, _ in sides):
             even = break_even(*sides)
-            words = "is never ahead within the run" if even is None else f"is ahead from {even:,.0f} s on"
-            lines.append(f"In seconds, the MoE {words} (training loss, on the machine that trained both).")
+            when = "is never ahead within the run" if even is None else f"is ahead from {even:,.0f} s on"
+            lines.append(f"In seconds, the MoE {when} (training loss, on the machine that trained both).")
     return lines
 
 

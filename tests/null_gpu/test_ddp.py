@@ -18,7 +18,16 @@ def test_graphs_under_ddp(gpu, recipe, tmp_path):
     graphs, plain = tmp_path / "graphs", tmp_path / "plain"
     said = {}
     for out_dir, flag in ((graphs, "true"), (plain, "false")):
-        command = ("-m", "tests.null_gpu.train", "--config", file, "--out_dir", out_dir, "--cuda_graphs", flag)
+        command = (
+            "-m",
+            "tests.null_gpu.computed_training",
+            "--config",
+            file,
+            "--out_dir",
+            out_dir,
+            "--cuda_graphs",
+            flag,
+        )
         said[flag], _ = outputs(gpu, 2, *command)
     assert "CUDA graphs: on, from this step" in said["true"]
     assert "CUDA graphs: on" not in said["false"]

@@ -189,12 +189,13 @@ def _precision(recipe: Recipe | None) -> Finding:
 
 def _settings(recipe: Recipe, read: "Callable[[], Settings]") -> Finding:
     from litgpt_moe_ext.training.checks import check_batch, check_data, check_whole_model
+    from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
     from litgpt_moe_ext.training.plan import check_plan
 
     try:
         plan = check_plan(read())
         check_batch(recipe.global_batch_size, recipe.micro_batch_size, _processes(recipe) * recipe.num_nodes)
-        check_whole_model(plan.settings, _whole(recipe), _compiles(recipe))
+        check_whole_model(plan.settings, _whole(recipe), _compiles(recipe, accelerator_here()))
         _check_kernels(recipe)
         check_data(plan.settings, plan.config)
         data: Any = plan.settings.data
@@ -205,11 +206,10 @@ def _settings(recipe: Recipe, read: "Callable[[], Settings]") -> Finding:
     return Finding("settings", "good", "they go together")
 
 
-def _compiles(recipe: Recipe) -> bool:
+def _compiles(recipe: Recipe, device_type: str) -> bool:
     from litgpt_moe_ext.training.compilation import decide, probe_platform
-    from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
 
-    return decide(recipe.settings.get("compile", "auto"), recipe.config, probe_platform(accelerator_here())).enabled
+    return decide(recipe.settings.get("compile", "auto"), recipe.config, probe_platform(device_type)).enabled
 
 
 def _check_kernels(recipe: Recipe) -> None:
@@ -268,16 +268,14 @@ def graphs(recipe: Recipe, device_type: str) -> Finding:
         recipe: The recipe.
         device_type: Where it runs.
     """
-    from litgpt_moe_ext.training.compilation import decide as decide_compile
-    from litgpt_moe_ext.training.compilation import probe_platform
     from litgpt_moe_ext.training.parallel.facts import STRATEGIES
     from litgpt_moe_ext.training.steps.cuda_graphs import Conditions, decide
 
-    compiled = decide_compile(recipe.settings.get("compile", "auto"), recipe.config, probe_platform(device_type))
     strategy = STRATEGIES.get(recipe.strategy, STRATEGIES["auto"])  # an unknown one is a problem of its own
     processes = _processes(recipe) * recipe.num_nodes
     checkpointing = recipe.memory_savers["activation_checkpointing"]
-    conditions = Conditions(device_type, strategy, processes, compiled.enabled, checkpointing, recipe.config)
+    compiled = _compiles(recipe, device_type)
+    conditions = Conditions(device_type, strategy, processes, compiled, checkpointing, recipe.config)
     try:
         decision = decide(recipe.settings.get("cuda_graphs", "auto"), conditions)
     except SettingsError as error:
