@@ -32,6 +32,8 @@ def import_path(name: str) -> str:
         name: Such as `TinyStories`, which is LitGPT's, as in its recipes: where both have a class, theirs. What has a
             dot, and what neither has, is returned as it is.
     """
+    if "." in name:
+        return name
     import litgpt.data
 
     homes = {**dict.fromkeys(MODULES, __name__), **dict.fromkeys(litgpt.data.__all__, litgpt.data.__name__)}

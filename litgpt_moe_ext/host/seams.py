@@ -188,6 +188,12 @@ SEAMS = (
     Seam("torchmetrics.utilities.plot", "style_change", "source", "Does not load matplotlib.", _LAZY),
     Seam("litgpt", "__init__", "source", "Waits with what describing a model does not need.", _LAZY),
     Seam("litgpt.model", "qkv_reassemble", "source", "Imports the converter of old checkpoints on demand.", _LAZY),
+    Seam("litgpt.tokenizer", "fix_and_load_json", "source", "Imports the mender of damaged files on demand.", _LAZY),
+    Seam(
+        "litgpt.data.base", "LightningDataModule", "source",
+        "Waits with lightning for a data module that needs it, where a command only describes a run.",
+        "LitGPT's data modules are none of lightning's",
+    ),
     Seam(
         "torch._meta_registrations", "activate_meta", "source",
         "Waits with torch's shape functions in Python, where a command only describes a model.",

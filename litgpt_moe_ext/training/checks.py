@@ -21,6 +21,7 @@ from litgpt_moe_ext.training.parallel.facts import facts_of
 
 if TYPE_CHECKING:
     from litgpt.config import Config
+    from litgpt.data import DataModule
     from litgpt.tokenizer import Tokenizer
 
     from litgpt_moe_ext.training.settings import DistributedArgs, Settings
@@ -91,7 +92,7 @@ def _model(settings: Settings, config: Config) -> Iterator[str]:
             f"train.max_tokens: {train.max_tokens} must be at least one step of {step} tokens "
             "(train.global_batch_size times the sequence length)"
         )
-    if train.epochs is not None and hasattr(settings.data, "plan_run"):
+    if train.epochs is not None and offers(settings.data, "plan_run"):
         yield (
             f"train.epochs: {train.epochs} must be null for a mixture, whose corpora have epochs of their own; give "
             "train.max_tokens"
@@ -222,13 +223,18 @@ def check_data(settings: Settings, config: Config) -> None:
     data = settings.data
     if data is None:
         refuse_first(_tiny_llama())
-    if hasattr(data, "require_vocabulary"):
+    if offers(data, "require_vocabulary"):
         data.require_vocabulary(config.padded_vocab_size or 0)  # LitGPT sets it when it makes a Config
     boundary = getattr(config, "attention_document_boundary", None)
-    if hasattr(data, "require_documents") and boundary is not None:
+    if offers(data, "require_documents") and boundary is not None:
         data.require_documents(boundary, getattr(config, "attention_document_token_id", None))
-    if settings.tokenizer_dir is None and not hasattr(data, "prepare_tokenizer"):
+    if settings.tokenizer_dir is None and not offers(data, "prepare_tokenizer"):
         check_without_tokenizer(settings)
+
+
+def offers(data: DataModule | None, method: str) -> bool:
+    """Return whether a data module has a method that LitGPT's do not have."""
+    return hasattr(type(data), method)  # the class knows; asked for what it lacks, a data module may load lightning
 
 
 def check_without_tokenizer(settings: Settings) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litgpt.config import Config
-from litgpt.utils import extend_checkpoint_dir
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checkpoint.compatibility import require_same_model
@@ -119,7 +118,11 @@ def _resolved(settings: Settings) -> Settings:
 
 def _checkpoint_dir(directory: Path | None) -> Path | None:
     # LitGPT keeps what it downloads in checkpoints/, which its commands let one leave out.
-    return None if directory is None else extend_checkpoint_dir(Path(directory))
+    if directory is None or Path(directory).is_dir():
+        return None if directory is None else Path(directory)
+    from litgpt.utils import extend_checkpoint_dir
+
+    return extend_checkpoint_dir(Path(directory))
 
 
 def _full_class_path(optimizer: str | dict) -> str | dict:

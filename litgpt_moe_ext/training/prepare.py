@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from litgpt_moe_ext.data.mixture.settings import RunLength
-from litgpt_moe_ext.training.checks import check_data, check_without_tokenizer, open_tokenizer
+from litgpt_moe_ext.training.checks import check_data, check_without_tokenizer, offers, open_tokenizer
 
 if TYPE_CHECKING:
     from litgpt.data import DataModule
@@ -44,10 +44,10 @@ def prepare_data(launched: Launched) -> Prepared:
         from litgpt.data import TinyLlama
 
         data = TinyLlama()
-    if hasattr(data, "plan_run"):
+    if offers(data, "plan_run"):
         train = launched.plan.train
         data.plan_run(RunLength(launched.plan.total_steps, train.global_batch_size, settings.eval.max_iters))
-    if hasattr(data, "prepare_tokenizer") and tokenizer_dir is None:
+    if offers(data, "prepare_tokenizer") and tokenizer_dir is None:
         with launched.fabric.rank_zero_first(local=True):
             tokenizer_dir = data.prepare_tokenizer()
     if tokenizer_dir is not None:

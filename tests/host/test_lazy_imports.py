@@ -109,7 +109,12 @@ def package(tmp_path, monkeypatch):
         """,
         "base": f"from {name} import log\nfrom {name}.metric import Metric",
         "metric": f"from {name}.base import log\nclass Metric: log = log\ndef helper(): pass",
-        "functional": f"import {name}.base\nfrom {name}.metric import Metric\ndef accuracy(): return Metric",
+        "functional": f"""
+            import {name}.aside, {name}.base
+            from {name}.metric import Metric
+            def accuracy(): return Metric
+        """,
+        "aside": "",
         "curious": f"from {name} import accuracy",
     }
     for file, text in files.items():
@@ -166,6 +171,14 @@ def test_a_split_package_completes_once_in_its_own_order(package, use):
         module.nothing  # noqa: B018
 
 
+def test_a_name_that_nobody_offers_completes_nothing(package):
+    module = importlib.import_module(package)
+    assert not hasattr(module, "Accuracy")
+    assert module.calls == ["start"]
+    assert module.aside, "the rest imports it, so it is there as well"
+    assert module.accuracy() is module.Metric
+
+
 def test_a_light_submodule_that_asks_for_more_meets_a_circular_import(package):
     """The rest must not run while a submodule that it needs is half done."""
     with pytest.raises(ImportError, match="accuracy"):
@@ -215,6 +228,62 @@ def test_a_submodule_asked_for_first_is_executed_once_and_extended(first):
         "assert litgpt.LLM.__module__ == 'litgpt.api'\n"
         "assert litgpt.model.qkv_reassemble.__module__ == 'litgpt.scripts.convert_hf_checkpoint'\n"
         "assert '__getattr__' not in vars(litgpt)\n"
+    )
+    result = run(["-c", code])
+    assert result.returncode == 0, result.stderr
+
+
+DATA_MODULES = """
+import sys
+from dataclasses import dataclass
+from litgpt_moe_ext.host.lazy_imports import data_modules
+data_modules.postpone()
+from litgpt.data import Alpaca, DataModule
+from litgpt_moe_ext.data import TokenShards
+assert not {"lightning", "litgpt.utils"} & set(sys.modules)
+
+@dataclass
+class Plain(DataModule):
+    size: int = 1
+
+    def __post_init__(self):
+        super().__init__()
+
+class Saving(DataModule):
+    def __init__(self, size):
+        super().__init__()
+        self.save_hyperparameters()
+
+shards, plain = TokenShards("data"), Plain(2)
+assert issubclass(Saving, DataModule) and isinstance(shards, DataModule) and isinstance(Alpaca(), DataModule)
+assert not hasattr(type(shards), "prepare_tokenizer")
+assert "lightning" not in sys.modules
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "need",
+    [
+        "import lightning",
+        "assert shards.trainer is None",
+        "assert Saving(3).hparams.size == 3",
+        "assert not hasattr(plain, 'plan_run')",
+    ],
+)
+def test_data_modules_wait_for_lightning(need):
+    """Whatever needs it makes them lightning's, those as well that are made already."""
+    code = (
+        f"{DATA_MODULES}\n{need}\n"
+        "from lightning import LightningDataModule\n"
+        "import copy, litgpt.data.base\n"
+        "assert litgpt.data.base.LightningDataModule is LightningDataModule\n"
+        "assert DataModule.__mro__[1] is LightningDataModule in type(shards).__mro__\n"
+        "for data in (shards, plain, Plain(5), Saving(3), copy.deepcopy(shards)):\n"
+        "    assert isinstance(data, LightningDataModule)\n"
+        "    assert (data.trainer, data.prepare_data_per_node) == (None, True)\n"
+        "assert Saving(3).hparams.size == 3\n"
+        "assert not hasattr(plain, 'nothing')\n"
     )
     result = run(["-c", code])
     assert result.returncode == 0, result.stderr

@@ -14,7 +14,7 @@ import pytest
 
 import litgpt_moe_ext
 from litgpt_moe_ext.host import registration
-from litgpt_moe_ext.host.lazy_imports import modules, packages
+from litgpt_moe_ext.host.lazy_imports import data_modules, modules, packages
 from litgpt_moe_ext.host.seams import SEAMS, STATE, Seam, table
 from litgpt_moe_ext.meta import registrations
 from litgpt_moe_ext.training import loop
@@ -57,6 +57,7 @@ def test_modules_executed_from_source_are_those_that_wait():
         *modules.WITHOUT_COMPILER,
         *modules.CALLED_RARELY,
         modules.PLOTS,
+        data_modules.MODULE,
         registrations.MODULE,
     }
 

@@ -1,6 +1,5 @@
 """`litgpt-moe doctor`."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,7 +46,7 @@ class Doctor:
         recipe = None if self.recipe is None else load_recipe(self.recipe)
         if recipe is not None and self.memory is not None:
             return _print_fits(recipe, self.memory)
-        findings = examine(recipe, self._reader())
+        findings = examine(recipe, None if recipe is None else self._settings())
         console = Console(highlight=False, soft_wrap=True)
         for finding in findings:
             style, word = _WORDS[finding.verdict]
@@ -60,17 +59,20 @@ class Doctor:
         print(f"{self.recipe} can run here")
         return 0
 
-    def _reader(self) -> "Callable[[], Settings] | None":
+    def _settings(self) -> "Settings | SettingsError | None":
+        # As a run reads them, or what it would say; None for a checkpoint that does not hold its own.
         from litgpt_moe_ext.cli.settings import read_plain_settings, read_settings
 
-        if self.recipe is None:
-            return None
+        assert self.recipe is not None
         inside = self.recipe / "hyperparameters.yaml"
         file = self.recipe if self.recipe.is_file() else inside
         if not file.is_file():
             return None
-        read_plain_settings(self.recipe)  # what is no recipe at all is refused, what cannot run here is a finding
-        return lambda: read_settings(["--config", str(file)])
+        try:
+            return read_settings(["--config", str(file)])
+        except SettingsError as error:
+            read_plain_settings(self.recipe)  # what is no recipe at all is refused, what cannot run here is a finding
+            return error
 
 
 def _print_fits(recipe: "Recipe", gib: float) -> int:

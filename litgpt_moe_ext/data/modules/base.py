@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from litgpt.data import DataModule
 from litgpt.tokenizer import Tokenizer
 from torch.utils.data import DataLoader
@@ -16,6 +15,8 @@ from litgpt_moe_ext.data.windows import StreamWindows, Windows
 
 def is_first_rank() -> bool:
     """Return whether this is the process that prints; before the ranks are connected, every process is."""
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
     return getattr(rank_zero_only, "rank", 0) == 0
 
 

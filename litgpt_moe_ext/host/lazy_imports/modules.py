@@ -23,7 +23,10 @@ WITHOUT_COMPILER = (
 )
 
 # Functions that a module takes from a big one and hardly ever calls: module, name, and where it comes from.
-CALLED_RARELY = {"litgpt.model": ("qkv_reassemble", "litgpt.scripts.convert_hf_checkpoint")}
+CALLED_RARELY = {
+    "litgpt.model": ("qkv_reassemble", "litgpt.scripts.convert_hf_checkpoint"),
+    "litgpt.tokenizer": ("fix_and_load_json", "litgpt.utils"),
+}
 
 # Loads matplotlib when it is imported.
 PLOTS = "torchmetrics.utilities.plot"

@@ -7,7 +7,7 @@ import importlib.metadata
 import importlib.util
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -37,18 +37,18 @@ class Finding:
     text: str
 
 
-def examine(recipe: Recipe | None, read: "Callable[[], Settings] | None" = None) -> list[Finding]:
+def examine(recipe: Recipe | None, settings: "Settings | SettingsError | None" = None) -> list[Finding]:
     """Look at the installation, and at what a recipe asks of it.
 
     Args:
         recipe: The recipe; None looks at the installation alone.
-        read: Returns the same as a run reads it, for the checks with which it begins.
+        settings: The same as a run reads it, for the checks with which it begins, or what the run would say.
     """
     from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
 
     findings = [*_versions(), *_device(), *_links(), _compile(recipe), *_kernels(recipe), _precision(recipe)]
     if recipe is not None:
-        findings += [] if read is None else [_settings(recipe, read)]
+        findings += [] if settings is None else [_settings(recipe, settings)]
         findings += [_strategy(recipe), graphs(recipe, accelerator_here()), *_memory(recipe), _data(recipe)]
         findings += [*_tokenizer(recipe), _disk(recipe)]
     once: dict[str, Finding] = {}
@@ -187,19 +187,21 @@ def _precision(recipe: Recipe | None) -> Finding:
     return Finding("precision", "good", f"{wanted or 'chosen by the device'}; usable: {', '.join(usable)}")
 
 
-def _settings(recipe: Recipe, read: "Callable[[], Settings]") -> Finding:
-    from litgpt_moe_ext.training.checks import check_batch, check_data, check_whole_model
+def _settings(recipe: Recipe, settings: "Settings | SettingsError") -> Finding:
+    from litgpt_moe_ext.training.checks import check_batch, check_data, check_whole_model, offers
     from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
     from litgpt_moe_ext.training.plan import check_plan
 
+    if isinstance(settings, SettingsError):
+        return Finding("settings", "problem", str(settings))
     try:
-        plan = check_plan(read())
+        plan = check_plan(settings)
         check_batch(recipe.global_batch_size, recipe.micro_batch_size, _processes(recipe) * recipe.num_nodes)
         check_whole_model(plan.settings, _whole(recipe), _compiles(recipe, accelerator_here()))
         _check_kernels(recipe)
         check_data(plan.settings, plan.config)
         data: Any = plan.settings.data
-        if hasattr(data, "find_shards") and data.data_path.is_dir():
+        if offers(data, "find_shards") and data.data_path.is_dir():
             data.prepare_data()  # which prepares nothing: it opens what is there
     except SettingsError as error:
         return Finding("settings", "problem", str(error))

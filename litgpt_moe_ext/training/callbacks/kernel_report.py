@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-import lightning as L
 import torch
 from torch import nn
 
@@ -15,6 +14,8 @@ from litgpt_moe_ext.moe.kernels.backends import matmul_dtype
 from litgpt_moe_ext.training.callback import Callback
 
 if TYPE_CHECKING:
+    import lightning as L
+
     from litgpt_moe_ext.training.launch import Launched
 
 
@@ -28,7 +29,7 @@ class KernelReport(Callback):
     def __init__(self, compiled: bool) -> None:
         self._compiled = compiled
 
-    def on_after_setup(self, fabric: L.Fabric, module: nn.Module) -> None:
+    def on_after_setup(self, fabric: "L.Fabric", module: nn.Module) -> None:
         """Ask the layers of the model as it will train: on its device, in its precision."""
         with fabric.autocast():
             for line in (experts_line(module, fabric.device, self._compiled), attention_line(module, fabric.device)):
