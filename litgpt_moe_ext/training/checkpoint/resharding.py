@@ -33,8 +33,11 @@ def convert_position(state: dict[str, Any], batch_size: int, world_size: int) ->
             f"checkpoint stands after {windows} sequences of its epoch, which is not a multiple. Use "
             f"{saved['batch_size']} on {counted(saved['world_size'], 'process')}, as it did, or another divisor"
         )
-    fingerprint = {**saved, "batch_size": batch_size, "world_size": world_size}
-    return {**state, "position": windows // batch, "fingerprint": fingerprint}
+    converted = {**state, "fingerprint": {**saved, "batch_size": batch_size, "world_size": world_size}}
+    if "windows" in saved and windows // batch == saved["windows"] // batch:
+        # What is left fills no batch of the present run, whose epoch ends here.
+        return {**converted, "epoch": state["epoch"] + 1, "position": 0}
+    return {**converted, "position": windows // batch}
 
 
 def convert_iterations(iterations: int, saved_batch: int, batch: int, accumulation: int) -> int:

@@ -9,12 +9,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from safetensors.torch import load_file
 
 from litgpt_moe_ext.cli.train import main
+from litgpt_moe_ext.data.loader import Replica, TokenLoader
+from litgpt_moe_ext.data.windows import StreamWindows
 from litgpt_moe_ext.export.formats import export
 from litgpt_moe_ext.training.checkpoint.io import MappedCheckpointIO
 from litgpt_moe_ext.training.checkpoint.resharding import convert_iterations, convert_position
@@ -304,6 +307,16 @@ class TestResharding:
         assert convert_position({"other": 1}, 2, 1) == {"other": 1}
         with pytest.raises(ValueError, match="makes batches of 8; the checkpoint stands after 12 sequences"):
             convert_position(self.state(6, 2, 1), 8, 1)
+
+    def test_position_at_the_end_of_an_epoch(self):
+        """What a smaller batch has left of an epoch may be less than a larger one, which then begins the next."""
+        windows = StreamWindows([np.arange(11 * 4 + 1)], 4)
+        one, five = (TokenLoader(windows, size, True, replica=Replica(0, 1)) for size in (1, 5))
+        batches = iter(one)
+        for _ in range(10):
+            next(batches)
+        five.load_state_dict(convert_position(one.state_dict(), 5, 1))
+        assert (five.epoch, five.state_dict()["position"]) == (1, 0)
 
     def test_iterations(self):
         assert convert_iterations(6, 4, 2, 2) == 12
