@@ -67,11 +67,13 @@ class StepTable:
             kept = [row for row in csv.DictReader(io.StringIO(whole)) if _is_kept(row, last_step)]
         self._columns = list(kept[0]) if kept else []
         self._end = 0
-        if kept:
-            self._replace(kept)
-        else:
+        if not kept:
             self._path.unlink(missing_ok=True)
-        return kept[-1] if kept else {}
+            return {}
+        self._replace(kept)
+        self._end -= len(self._lines(kept[-1:]))
+        self._rows = [{**kept[-1], STEP: int(kept[-1][STEP])}]
+        return kept[-1]
 
     def _write(self) -> None:
         new = list(dict.fromkeys(name for row in self._rows for name in row if name not in self._columns))

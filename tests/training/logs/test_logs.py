@@ -101,10 +101,12 @@ def test_a_row_that_a_kill_cut_off_is_dropped(tmp_path):
     file.write_text("step,loss\n1,2.5\n2\n2,2.25,7\n2,2.25\n3,2.1")
     table = StepTable(file, lambda present, new: [*present, *new], print)
     assert table.start(9) == {"step": "2", "loss": "2.25"}
+    table.put(2, {"val_loss": 2.5})
+    assert file.read_text() == "step,loss,val_loss\n1,2.5,\n2,2.25,2.5\n", "a validation before the next step"
     table.put(3, {"loss": 2.125})
-    assert file.read_text() == "step,loss\n1,2.5\n2,2.25\n3,2.125\n"
+    assert file.read_text() == "step,loss,val_loss\n1,2.5,\n2,2.25,2.5\n3,2.125,\n"
     table.put(3, {"loss": 2.0})
-    assert file.read_text() == "step,loss\n1,2.5\n2,2.25\n3,2.0\n"
+    assert file.read_text() == "step,loss,val_loss\n1,2.5,\n2,2.25,2.5\n3,2.0,\n"
 
 
 def test_rows_wait_until_there_is_room(tmp_path, small_disk):
