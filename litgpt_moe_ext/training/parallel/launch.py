@@ -26,7 +26,8 @@ def started_processes(environment: Mapping[str, str]) -> Processes | None:
     Raises:
         SettingsError: If the variables contradict each other or are incomplete.
     """
-    if "SLURM_NTASKS" in environment and "RANK" not in environment and environment.get("SLURM_JOB_NAME") != "bash":
+    shell = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")  # as Lightning sees it
+    if "SLURM_NTASKS" in environment and "RANK" not in environment and not shell:
         tasks, nodes = int(environment["SLURM_NTASKS"]), int(environment.get("SLURM_NNODES", 1))
         return _even("SLURM", tasks, int(environment.get("SLURM_NTASKS_PER_NODE", tasks // nodes)))
     given = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in environment]

@@ -221,7 +221,8 @@ class TestStartedProcesses:
     def test_slurm(self):
         job = {"SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "train"}
         assert started_processes(job) == ("SLURM", 4, 2)
-        assert started_processes({**job, "SLURM_JOB_NAME": "bash"}) is None, "an interactive shell starts nothing"
+        for name in ("bash", "interactive"):  # srun --pty, salloc
+            assert started_processes({**job, "SLURM_JOB_NAME": name}) is None, "an interactive shell starts nothing"
 
     @pytest.mark.parametrize("port", ["0", "", "-1", "65536", "http"])
     def test_no_port(self, port):
