@@ -79,11 +79,11 @@ def test_other_tokens_under_the_same_names_are_other_data(tmp_path):
 
 
 def test_the_first_validates_where_no_name_says_so(tmp_path):
-    write(tmp_path, {"shard_2.bin": 20, "shard_10.bin": 20, "shard_1.bin": 20})
+    write(tmp_path, {"shard_2.bin": 20, "shard_10.bin": 20, "shard_1.bin": 20, "shard_10²3.bin": 20})
     (tmp_path / "readme.txt").write_text("x")
     train, val = TokenShards(tmp_path).find_shards()
     assert [path.name for path in val] == ["shard_1.bin"]
-    assert [path.name for path in train] == ["shard_2.bin", "shard_10.bin"]
+    assert [path.name for path in train] == ["shard_2.bin", "shard_10.bin", "shard_10²3.bin"]
 
 
 def test_patterns(tmp_path):

@@ -140,6 +140,6 @@ class TokenShards(ShardModule):
 
 def _natural_order(paths: Iterable[Path]) -> list[Path]:
     def key(path: Path) -> list:
-        return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", path.name)]
+        return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name)]
 
     return sorted((path for path in paths if path.is_file()), key=key)
