@@ -48,7 +48,7 @@ def prepare_from_command_line(name: str, arguments: Sequence[str] | None = None)
     Returns:
         The exit status.
     """
-    words = [_normalized(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
+    words = _normalized(sys.argv[1:] if arguments is None else arguments)
 
     def run() -> None:
         corpus = corpus_named(name)
@@ -122,8 +122,7 @@ def _prepare(corpus: "Corpus", upload: Upload) -> None:
     print(f"tokenizer_dir for LitGPT: {directory / TOKENIZER_DIR}", flush=True)
 
 
-def _normalized(argument: str) -> str:
-    if argument == "--log-to-wandb":
-        return "--log_to_wandb=true"
-    name, equals, value = argument.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
+def _normalized(arguments: Sequence[str]) -> list[str]:
+    words = [re.sub(r"(?<=^--)[^=]+", lambda name: name[0].replace("-", "_"), argument) for argument in arguments]
+    pairs = zip(words, [*words[1:], "--"], strict=True)
+    return [f"{word}=true" if word == "--log_to_wandb" and after.startswith("-") else word for word, after in pairs]

@@ -112,6 +112,7 @@ def test_a_tokenizer_without_end_of_text_is_not_kept(tmp_path, capsys):
         (["--bpe.vocab_size", "x"], "error: bpe.vocab_size: 'x' must be an integer"),
         (["--val-fraction", "2"], "error: val_fraction: 2 must be a number of at least 0 and below 1"),
         (["--source_path", ".", "--log-to-wandb"], "error: wandb_artifact: None must be a name of an artifact"),
+        (["--log_to_wandb", "--source-path", "."], "error: wandb_artifact: None must be a name of an artifact"),
         (["--source_path", ".", "--wandb-artifact", "a"], "error: wandb_artifact: 'a' has no effect; add --log-to"),
     ],
 )
