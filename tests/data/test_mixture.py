@@ -1,6 +1,7 @@
 """Mixtures: the schedule of their rows, loaders that resume exactly, and what a mixture refuses."""
 
 import os
+import shutil
 import signal
 from fractions import Fraction
 from itertools import islice
@@ -181,6 +182,16 @@ def opened(mixture: Mixture, length=RunLength(50, 4, 10), block_size=16) -> Mixt
     mixture.prepare_data()
     mixture.setup()
     return mixture
+
+
+def test_prepared_corpora_in_folders_of_one_name(texts, tmp_path):
+    """What tells two corpora apart is what they are made of."""
+    for name, number in {"a": 0, "b": 1, "c": 0}.items():
+        shutil.copytree(text(texts, number).prepare(verbose=False), tmp_path / name / "corpus")
+    a, b, c = (PreparedCorpus(corpus_dir=tmp_path / name / "corpus") for name in "abc")
+    assert opened(Mixture({"a": a, "b": b}, {"a": 1, "b": 1})).train_dataloader()
+    with pytest.raises(SettingsError, match=r"data.corpora.c: is the same corpus as a; "):
+        opened(Mixture({"a": a, "c": c}, {"a": 1, "c": 1}))
 
 
 def test_the_shares_of_a_module_are_those_of_tokens(texts, capsys):

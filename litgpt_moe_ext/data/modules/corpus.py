@@ -125,6 +125,11 @@ class CorpusModule(Corpus, ShardModule):
         return ":".join(parts if self.packing == "stream" else [*parts, self.packing])
 
     @property
+    def documents_hash(self) -> str:
+        """SHA-256 of what the corpus was made of."""
+        return self._manifest()["corpus_sha256"]
+
+    @property
     def unigram_loss(self) -> float | None:
         """Validation loss, in nats per token, of a model that knows only how frequent each token is.
 
