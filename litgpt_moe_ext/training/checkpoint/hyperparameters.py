@@ -93,6 +93,6 @@ def read(checkpoint_dir: Path) -> dict[str, Any]:
     """Return the settings in a checkpoint as plain data; empty if there are none that can be read."""
     try:
         settings = yaml.safe_load((checkpoint_dir / FILE_NAME).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):  # ValueError: no UTF-8, or an impossible date
         return {}
     return settings if isinstance(settings, dict) else {}

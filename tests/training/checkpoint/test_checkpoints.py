@@ -453,6 +453,10 @@ def test_resume_notes(recipe, finished, tmp_path, capsys):
         assert note.startswith(
             f"optimizer.init_args.{name} was 0.25 in the checkpoint and is 0.5 now: it has no effect"
         )
+    (changed / "hyperparameters.yaml").write_text("seed: 2026-13-45")  # which YAML takes for a date
+    assert resume_notes(changed, saved) == [
+        f"{changed} has no readable hyperparameters.yaml: changed settings go unnoticed"
+    ]
     assert train("--config", file, "--resume", "auto") == 0
     assert "This run is finished" in capsys.readouterr().out
 
