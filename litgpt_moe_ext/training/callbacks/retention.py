@@ -112,7 +112,10 @@ class Retention(Callback):
             steps = [path for path in newest_first(self._out_dir) if path.name.startswith("step-")]
             for old in steps[self._args.keep_last :]:
                 if (old / STATE_FILE).is_file() and old != directory:
-                    remove(old)
+                    try:
+                        remove(old)
+                    except OSError as error:  # an old checkpoint too many is not worth a run
+                        self._fabric.print(f"  {old} could not be deleted: {error}")
 
     def _link_best(self, directory: Path) -> str | None:
         if directory == self._out_dir / BEST:

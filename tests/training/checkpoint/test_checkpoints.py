@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -106,6 +107,19 @@ def test_checkpoints_of_plain_litgpt_are_not_deleted(tmp_path):
             Progress(1, step, step, 1, 0.0).write(directory)
             keeper.on_checkpoint_saved(directory)
     assert directories(tmp_path) == ["step-00000001", "step-00000003", "step-00000004"]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_ends_nothing(tmp_path, monkeypatch):
+    said = []
+    fabric = SimpleNamespace(is_global_zero=True, print=said.append)
+    keeper = retention.Retention(CheckpointArgs(keep_last=1), tmp_path, fabric, print)
+    monkeypatch.setattr(retention, "remove", Mock(side_effect=PermissionError(13, "Permission denied")))
+    for step in (1, 2):
+        directory = tmp_path / f"step-{step:08d}"
+        directory.mkdir()
+        Progress(1, step, step, 1, 0.0).write(directory)
+        keeper.on_checkpoint_saved(directory)
+    assert said == [f"  {tmp_path / 'step-00000001'} could not be deleted: [Errno 13] Permission denied"]
 
 
 def test_the_best_shares_its_weights_and_nothing_that_people_edit(tmp_path):
