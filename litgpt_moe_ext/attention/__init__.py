@@ -6,7 +6,6 @@
 | `causal_attention.py` | attention of a whole sequence: all of it, in sliding windows, within documents       |
 | `sinks.py`            | softmax attention with a sink logit per head, as a pure function                     |
 | `kernels/`            | what computes it: a registry of kernels, the choice between them, one file for each  |
-| `sliding_window.py`   | sliding windows: blocks and masks                                                    |
 | `documents.py`        | documents in a packed sequence                                                       |
 | `streaming_cache.py`  | a cache of the first and the last tokens, for generation without end                 |
 | `cache_positions.py`  | the range of positions in a call with a cache, without waiting for a device          |

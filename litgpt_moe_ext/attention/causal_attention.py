@@ -1,14 +1,15 @@
 """Causal self-attention of a whole sequence: all of it, in a sliding window, and within documents.
 
-Shape legend: B batch, H query heads, G key/value heads, T tokens, d head size.
+Shape legend: B batch, H query heads, G key/value heads, T tokens, S keys, d head size. In comments W is a window and N
+the number of blocks of W tokens.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from litgpt_moe_ext.attention.documents import Documents, document_mask
 from litgpt_moe_ext.attention.sinks import Softmax, fused_sink_attention, sink_attention
-from litgpt_moe_ext.attention.sliding_window import sliding_window_attention, window_mask
 
 
 def causal_attention(
@@ -54,11 +55,48 @@ def causal_attention(
         return sink_attention(q_BHTd, k_BGTd, v_BGTd, softmax, visible_B1TT)
     if window is None:
         return sink_attention(q_BHTd, k_BGTd, v_BGTd, softmax)
+    return _attend_block_by_block(q_BHTd, k_BGTd, v_BGTd, softmax, window)
 
-    def attend(q_BHTd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, mask: Tensor | None) -> Tensor:
-        return sink_attention(q_BHTd, k_BGSd, v_BGSd, softmax, mask)
 
-    return sliding_window_attention(attend, q_BHTd, k_BGTd, v_BGTd, window)
+def window_mask(position: Tensor, n_keys: int, window: int) -> Tensor:
+    """Tell which of the first `n_keys` positions lie in the causal window of each query.
+
+    Args:
+        position: Positions of the queries, (T,) or (B, T), integer.
+        n_keys: Number of keys, S; key j has position j.
+        window: Number of visible positions, the query's own included.
+
+    Returns:
+        True where a query may look, bool, (T, S) or (B, 1, T, S).
+    """
+    distance = position.unsqueeze(-1) - torch.arange(n_keys, device=position.device)
+    visible = (distance >= 0) & (distance < window)
+    return visible if position.dim() == 1 else visible.unsqueeze(1)
+
+
+def _attend_block_by_block(q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, softmax: Softmax, window: int) -> Tensor:
+    # The cost grows with T * W instead of T * T. The first block of W tokens needs nothing but itself. Every other one
+    # sees itself and its predecessor through one mask, (W, 2W), that all of them share, so they run as one batch.
+    B, _, T, _ = q_BHTd.shape
+    first = sink_attention(q_BHTd[:, :, :window], k_BGTd[:, :, :window], v_BGTd[:, :, :window], softmax)
+    q_blocks, k_blocks, v_blocks = (_blocks(x, window) for x in (q_BHTd, k_BGTd, v_BGTd))
+    # Query i of a block is key W + i of the two blocks that it sees.
+    position_W = torch.arange(window, 2 * window, device=q_BHTd.device)
+    rest = sink_attention(
+        q_blocks[:, 1:].flatten(0, 1),
+        torch.cat((k_blocks[:, :-1], k_blocks[:, 1:]), dim=3).flatten(0, 1),
+        torch.cat((v_blocks[:, :-1], v_blocks[:, 1:]), dim=3).flatten(0, 1),
+        softmax,
+        window_mask(position_W, 2 * window, window),
+    )
+    rest = rest.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)
+    return torch.cat((first, rest[:, :, : T - window]), dim=2)
+
+
+def _blocks(x_BHTd: Tensor, window: int) -> Tensor:
+    # (B, N, H, W, d). Padding goes to the end, where only queries that are padding themselves can see it.
+    padding = -x_BHTd.size(2) % window
+    return F.pad(x_BHTd, (0, 0, 0, padding)).unflatten(2, (-1, window)).transpose(1, 2)
 
 
 def _attend_document_by_document(

@@ -1,14 +1,15 @@
 """Sliding windows by blocks against one mask over everything."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
-import torch.nn.functional as F
 
-from litgpt_moe_ext.attention.sliding_window import sliding_window_attention, window_mask
+from litgpt_moe_ext.attention import causal_attention as module
+from litgpt_moe_ext.attention.causal_attention import causal_attention, window_mask
+from litgpt_moe_ext.attention.sinks import Softmax, sink_attention
 
-
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+SOFTMAX = Softmax(None, 0.4)
 
 
 def full_mask(T: int, window: int) -> torch.Tensor:
@@ -21,8 +22,8 @@ def full_mask(T: int, window: int) -> torch.Tensor:
 def test_blocks_equal_one_mask(B: int, T: int, window: int) -> None:
     q = torch.randn(B, 4, T, 6, dtype=torch.float64, requires_grad=True)
     k, v = (torch.randn(B, 2, T, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    out = sliding_window_attention(attend, q, k, v, window)
-    expected = attend(q, k, v, full_mask(T, window))
+    out = causal_attention(q, k, v, SOFTMAX, window)
+    expected = sink_attention(q, k, v, SOFTMAX, full_mask(T, window))
     torch.testing.assert_close(out, expected)
     dout = torch.randn_like(out)
     torch.testing.assert_close(
@@ -30,16 +31,13 @@ def test_blocks_equal_one_mask(B: int, T: int, window: int) -> None:
     )
 
 
-def test_no_mask_over_everything_is_built() -> None:
-    sizes = []
-
-    def record(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        sizes.append(None if mask is None else tuple(mask.shape))
-        return attend(q, k, v, mask)
-
+def test_no_mask_over_everything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = Mock(side_effect=sink_attention)
+    monkeypatch.setattr(module, "sink_attention", attend)
     x = torch.randn(1, 2, 30, 4)
-    sliding_window_attention(record, x, x, x, 8)
-    assert sizes == [None, (8, 16)]
+    causal_attention(x, x, x, SOFTMAX, 8)
+    first, rest = (call.args[4:] for call in attend.call_args_list)
+    assert (first, rest[0].shape) == ((), (8, 16))
 
 
 def test_window_mask() -> None:
