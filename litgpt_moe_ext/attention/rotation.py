@@ -10,9 +10,8 @@ import torch
 from litgpt.model import apply_rope, apply_rope_interleave
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from litgpt_moe_ext.kernels.launch import triton_works_on
+from litgpt_moe_ext.kernels.launch import operators_are_unwatched
 
 # Cosines and sines, (1 or B, T, N). Where N is 1 they have two columns, where it is 0 one (see `rope.py`).
 Tables = tuple[Tensor, Tensor]
@@ -81,12 +80,9 @@ def rotate_projection(
 
 
 def _has_kernel(tensors: tuple[Tensor, ...], n_token: int, tables: Tables, n_elem: int) -> bool:
-    # A compiler fuses the operators itself. A mode that watches operators (selective activation checkpointing, the FLOP
-    # counter, fake tensors) does not see a Triton kernel, and a subclass of tensors may have no memory to give it.
     x, (cos, sin) = tensors[0], tables
     return (
-        not torch.compiler.is_compiling()
-        and x.is_cuda
+        operators_are_unwatched(x)
         and x.dtype in _DTYPES
         and all(type(other) is Tensor and other.dtype == x.dtype for other in tensors)
         and _are_readable(cos, sin)
@@ -94,8 +90,6 @@ def _has_kernel(tensors: tuple[Tensor, ...], n_token: int, tables: Tables, n_ele
         and n_elem > 0
         and n_elem % 2 == 0
         and cos.shape in ((1, n_token, n_elem), (x.size(0), n_token, n_elem))
-        and not is_in_torch_dispatch_mode()
-        and triton_works_on(x.device)
     )
 
 

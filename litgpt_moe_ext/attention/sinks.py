@@ -21,7 +21,7 @@ from litgpt_moe_ext.attention.kernels.calls import Call, Inputs, Result
 from litgpt_moe_ext.attention.kernels.choice import choose_kernel
 from litgpt_moe_ext.attention.kernels.registry import EAGER, KERNELS, Ability, functions_of, load_functions
 from litgpt_moe_ext.kernels.compiled import assume_constant_result
-from litgpt_moe_ext.kernels.launch import triton_works_on
+from litgpt_moe_ext.kernels.launch import operators_are_unwatched
 
 load_functions()
 
@@ -280,17 +280,7 @@ def _sink_gradients(dout_BHTd: Tensor, out_BHTd: Tensor, lse_BHT: Tensor, sinks_
 
 
 def _has_epilogue(out_BHTd: Tensor, lse_BHT: Tensor) -> bool:
-    # A compiler fuses the operators itself. A mode that watches operators (selective activation checkpointing, the FLOP
-    # counter, fake tensors) does not see a Triton kernel, and a subclass of tensors may have no memory to give it.
-    return (
-        not torch.compiler.is_compiling()
-        and out_BHTd.is_cuda
-        and type(out_BHTd) is Tensor
-        and out_BHTd.stride(-1) == 1
-        and lse_BHT.dtype == torch.float32
-        and not is_in_torch_dispatch_mode()
-        and triton_works_on(out_BHTd.device)
-    )
+    return operators_are_unwatched(out_BHTd) and out_BHTd.stride(-1) == 1 and lse_BHT.dtype == torch.float32
 
 
 def _epilogue() -> Any:

@@ -5,6 +5,8 @@ import importlib.util
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from litgpt_moe_ext.kernels.gpu import amd_chip, triton_knows, vendor_kind
 
@@ -23,6 +25,19 @@ def triton_works_on(device: torch.device) -> bool:
     if vendor_kind(device) == "hip":
         return triton_knows(amd_chip(device))
     return torch.cuda.get_device_capability(device) >= (7, 5)
+
+
+def operators_are_unwatched(x: Tensor) -> bool:
+    """Return whether a Triton kernel may take the place of torch's operators on `x`: on a GPU, with nobody watching."""
+    # A compiler fuses the operators itself. A mode that watches operators (selective activation checkpointing, the FLOP
+    # counter, fake tensors) does not see a Triton kernel, and a subclass of tensors may have no memory to give it.
+    return (
+        not torch.compiler.is_compiling()
+        and x.is_cuda
+        and type(x) is Tensor
+        and not is_in_torch_dispatch_mode()
+        and triton_works_on(x.device)
+    )
 
 
 def ceil_div(a: int, b: int) -> int:

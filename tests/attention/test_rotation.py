@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from litgpt_moe_ext.attention import rotation as plain
+from litgpt_moe_ext.kernels import launch
 from tests.fake_cuda import fake_cuda
 from tests.models import attention_config
 
@@ -83,7 +84,7 @@ def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert not used()
     monkeypatch.setattr(Tensor, "is_cuda", True)
-    monkeypatch.setattr(plain, "triton_works_on", lambda device: True)
+    monkeypatch.setattr(launch, "triton_works_on", lambda device: True)
     assert used()
     assert used(cos.expand(2, 48, 64), sin.expand(2, 48, 64))
     assert used(cos[..., :2], sin[..., :2], 2)
@@ -101,7 +102,7 @@ def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         assert not used()
-    monkeypatch.setattr(plain, "triton_works_on", lambda device: False)
+    monkeypatch.setattr(launch, "triton_works_on", lambda device: False)
     assert not used()
 
 

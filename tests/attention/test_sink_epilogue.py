@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from litgpt_moe_ext.attention import sinks as plain
 from litgpt_moe_ext.attention.kernels.calls import Call
+from litgpt_moe_ext.kernels import launch
 from litgpt_moe_ext.kernels.launch import triton_works_on
 
 pytest.importorskip("triton")
@@ -82,7 +83,7 @@ def test_where_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     _, out, lse, _ = tensors(64, torch.bfloat16)
     assert not plain._has_epilogue(out, lse)
     monkeypatch.setattr(Tensor, "is_cuda", True)
-    monkeypatch.setattr(plain, "triton_works_on", lambda device: True)
+    monkeypatch.setattr(launch, "triton_works_on", lambda device: True)
     assert plain._has_epilogue(out, lse)
     assert not plain._has_epilogue(out.mT, lse)
     assert not plain._has_epilogue(torch.nn.Parameter(out), lse)
@@ -92,7 +93,7 @@ def test_where_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         assert not plain._has_epilogue(out, lse)
-    monkeypatch.setattr(plain, "triton_works_on", lambda device: False)
+    monkeypatch.setattr(launch, "triton_works_on", lambda device: False)
     assert not plain._has_epilogue(out, lse)
 
 
