@@ -56,7 +56,7 @@ class Windows(IterableDataset):
         name: What to call the data in error messages.
 
     Attributes:
-        pads: Whether rows may hold `PADDING`.
+        pads: Whether rows may hold `PADDING`; batches are then `litgpt_moe_ext.padding.PaddedRows`.
 
     Raises:
         ValueError: `block_size` is not positive.
@@ -93,6 +93,8 @@ class Windows(IterableDataset):
         """
         out = torch.empty((len(indices), self.block_size + 1), dtype=torch.int64, pin_memory=pin_memory)
         self.fill(out.numpy(), indices)
+        if self.pads:
+            return out.as_subclass(PaddedRows)
         return out.as_subclass(Rows) if pin_memory else out
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -163,8 +165,6 @@ class StreamWindows(Windows):
 class DocumentWindows(Windows):
     """Windows of whole documents (or of pieces of a document that is longer than a window), filled up with padding.
 
-    Padding is `PADDING`, and batches are `litgpt_moe_ext.padding.PaddedRows`.
-
     Args:
         shards: The token stream, as in `TokenStream`.
         packing: Which pieces of the stream share a window, as from `litgpt_moe_ext.data.packing.pack`.
@@ -180,10 +180,6 @@ class DocumentWindows(Windows):
 
     def __len__(self) -> int:
         return len(self.packing.window_starts) - 1
-
-    def gather(self, indices: np.ndarray, pin_memory: bool = False) -> PaddedRows:
-        """See `Windows.gather`."""
-        return super().gather(indices, pin_memory).as_subclass(PaddedRows)
 
     @property
     def targets(self) -> int:

@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader
 from litgpt_moe_ext.data.loader import Order, Replica, TokenLoader
 from litgpt_moe_ext.data.mixture.schedule import Phases
 from litgpt_moe_ext.data.windows import TokenStream, Windows
-from litgpt_moe_ext.padding import PaddedRows
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,6 @@ class MixedWindows(Windows):
     def targets(self) -> int:
         """See `Windows.targets`."""
         return sum(part.windows.targets for part in self.parts)
-
-    def gather(self, indices: np.ndarray, pin_memory: bool = False) -> Tensor:
-        """See `Windows.gather`."""
-        rows = super().gather(indices, pin_memory)
-        return rows.as_subclass(PaddedRows) if self.pads else rows
 
     def fill(self, out: np.ndarray, indices: np.ndarray) -> None:
         """See `Windows.fill`; `indices` are rows of the training, from 0 without end."""
@@ -111,12 +105,7 @@ class MixtureLoader(TokenLoader):
         replica: See `TokenLoader`.
     """
 
-    def __init__(
-        self,
-        windows: MixedWindows,
-        batch_size: int,
-        replica: Replica | None = None,
-    ) -> None:
+    def __init__(self, windows: MixedWindows, batch_size: int, replica: Replica | None = None) -> None:
         super().__init__(windows, batch_size, True, replica=replica)
         self.mixture = windows
 
