@@ -139,7 +139,7 @@ def _train(settings: "Settings") -> int:
 
 
 def _stopped(message: str, status: int) -> int:
-    from litgpt_moe_ext.training.parallel.lost_processes import started_by_fabric
+    from litgpt_moe_ext.training.parallel.processes import started_by_fabric
 
     # All processes stop for the same reason. The first one reports it, and is to end by itself: Fabric kills it as soon
     # as one that it started ends with an error.

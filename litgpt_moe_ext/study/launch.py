@@ -24,7 +24,7 @@ from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.study.place import Places, TrainedOn
 from litgpt_moe_ext.study.plan import Run
 from litgpt_moe_ext.training.control import StopRequests
-from litgpt_moe_ext.training.parallel.lost_processes import die_with_parent
+from litgpt_moe_ext.training.parallel.processes import die_with_parent
 from litgpt_moe_ext.wording import counted
 
 if TYPE_CHECKING:

@@ -23,8 +23,7 @@ from litgpt_moe_ext.training.logs import TRANSCRIPT_FILE
 from litgpt_moe_ext.training.logs.metrics import MetricsTable, WideTable
 from litgpt_moe_ext.training.parallel import topology
 from litgpt_moe_ext.training.parallel.accelerator import accelerator_here, default_precision
-from litgpt_moe_ext.training.parallel.launch import Processes, cluster_plugin, started_processes
-from litgpt_moe_ext.training.parallel.lost_processes import end_together
+from litgpt_moe_ext.training.parallel.processes import Processes, cluster_plugins, end_together, started_processes
 from litgpt_moe_ext.training.parallel.strategies import make_strategy
 from litgpt_moe_ext.wording import counted
 
@@ -130,9 +129,6 @@ def _make_fabric(
     made = make_strategy(settings.strategy, devices * num_nodes, num_nodes, settings.distributed, accelerator)
     precision: Any = settings.precision or default_precision(accelerator)
     made.use_precision(precision, accelerator)
-    plugins: list[Any] = []
-    if (environment := cluster_plugin(started)) is not None:
-        plugins.append(environment)
     return TrainingFabric(
         show=reporter.show,
         accelerator=accelerator,
@@ -140,7 +136,7 @@ def _make_fabric(
         num_nodes=num_nodes,
         strategy=made,
         precision=precision,
-        plugins=plugins,
+        plugins=cluster_plugins(started),
     )
 
 

@@ -7,7 +7,7 @@ import litgpt.pretrain
 import pytest
 
 from litgpt_moe_ext.training import control
-from litgpt_moe_ext.training.parallel import lost_processes
+from litgpt_moe_ext.training.parallel import processes
 from tests.runs import train
 
 
@@ -78,7 +78,7 @@ def test_before_the_first_step(recipe, tmp_path, capsys, signal_at):
 
 def test_only_the_first_process_reports(recipe, capsys, signal_at, monkeypatch):
     """One that Fabric started ends without an error, which would make Fabric kill the first."""
-    monkeypatch.setattr(lost_processes, "started_by_fabric", lambda: True)
+    monkeypatch.setattr(processes, "started_by_fabric", lambda: True)
     signal_at(signal.SIGTERM, "chunked_cross_entropy", 4)
     assert train("--config", recipe()) == 0
     assert "Stopped" not in capsys.readouterr().err

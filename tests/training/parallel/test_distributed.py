@@ -22,7 +22,7 @@ from litgpt_moe_ext.export.formats import export
 from litgpt_moe_ext.training.checkpoint.io import MappedCheckpointIO
 from litgpt_moe_ext.training.checkpoint.resharding import convert_iterations, convert_position
 from litgpt_moe_ext.training.parallel.facts import STRATEGIES
-from litgpt_moe_ext.training.parallel.launch import cluster_plugin, started_processes
+from litgpt_moe_ext.training.parallel.processes import cluster_plugins, started_processes
 from litgpt_moe_ext.training.parallel.strategies import make_strategy
 from litgpt_moe_ext.training.settings import DistributedArgs, StrategyName
 from tests.runs import ROOT, RUN_TRAIN, logged, run_command, weights_of
@@ -233,9 +233,9 @@ class TestStartedProcesses:
 
     def test_who_tells_fabric_of_the_processes(self):
         """It finds torchrun's and SLURM's by itself, and would start its own beside those of variables set by hand."""
-        assert isinstance(cluster_plugin(started_processes(self.HAND)), TorchElasticEnvironment)
-        assert cluster_plugin(started_processes({**self.HAND, "TORCHELASTIC_RUN_ID": "1"})) is None
-        assert cluster_plugin(None) is None
+        assert [type(plugin) for plugin in cluster_plugins(started_processes(self.HAND))] == [TorchElasticEnvironment]
+        assert cluster_plugins(started_processes({**self.HAND, "TORCHELASTIC_RUN_ID": "1"})) == []
+        assert cluster_plugins(None) == []
 
     def test_contradictions(self):
         with pytest.raises(ValueError, match="MASTER_PORT"):
