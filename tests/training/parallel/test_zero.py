@@ -37,14 +37,18 @@ class TestSettings:
         assert facts_of("fsdp2").zero_stage is None
 
     def test_knobs(self):
-        assert engine_options(2, DistributedArgs()) == {"stage": 2, "pin_memory": False}
+        assert engine_options(facts_of("deepspeed_stage_2"), DistributedArgs()) == {"stage": 2, "pin_memory": False}
         knobs = {
             "overlap_comm": False,
             "reduce_bucket_size": 1000,
             "allgather_bucket_size": 2000,
             "offload_optimizer": True,
         }
-        assert engine_options(1, DistributedArgs(**knobs)) == {"stage": 1, "pin_memory": True, **knobs}
+        assert engine_options(facts_of("deepspeed_stage_1"), DistributedArgs(**knobs)) == {
+            "stage": 1,
+            "pin_memory": True,
+            **knobs,
+        }
 
     def test_every_knob_is_one_of_fabrics(self):
         """A name that Fabric does not know would fail on a machine with GPUs only."""
@@ -52,14 +56,12 @@ class TestSettings:
 
         from lightning.fabric.strategies import DeepSpeedStrategy
 
-        args = DistributedArgs(
-            overlap_comm=True,
-            reduce_bucket_size=2,
-            allgather_bucket_size=2,
-            offload_optimizer=True,
-            offload_parameters=True,
-        )
-        assert set(engine_options(3, args)) <= set(inspect.signature(DeepSpeedStrategy.__init__).parameters)
+        parameters = set(inspect.signature(DeepSpeedStrategy.__init__).parameters)
+        for name in STAGES:
+            args = DistributedArgs(**{knob: 2 if knob.endswith("size") else True for knob in facts_of(name).knobs})
+            assert (
+                {*engine_options(facts_of(name), args)} == {"stage", "pin_memory", *facts_of(name).knobs} <= parameters
+            )
 
     def test_a_step(self):
         """DeepSpeed accumulates and clips as LitGPT's loop means it."""

@@ -2,30 +2,21 @@
 
 from typing import Any
 
+from litgpt_moe_ext.training.parallel.facts import StrategyFacts
 from litgpt_moe_ext.training.settings import DistributedArgs
 
 
-def engine_options(stage: int, args: DistributedArgs) -> dict[str, Any]:
+def engine_options(facts: StrategyFacts, args: DistributedArgs) -> dict[str, Any]:
     """Return the arguments of Fabric's `DeepSpeedStrategy`; what is not set keeps Fabric's default.
 
     Args:
-        stage: ZeRO stage, 1 to 3.
-        args: The knobs.
+        facts: The strategy's row of the table.
+        args: The knobs, which have the names of these arguments.
     """
-    chosen = {
-        "overlap_comm": args.overlap_comm,
-        "reduce_bucket_size": args.reduce_bucket_size,
-        "allgather_bucket_size": args.allgather_bucket_size,
-        "offload_optimizer": args.offload_optimizer,
-        "offload_parameters": args.offload_parameters,
-    }
+    chosen = {name: value for name in facts.knobs if (value := getattr(args, name)) is not None}
     # Copies to and from the GPU overlap with computation from page-locked memory only.
     pinned = bool(args.offload_optimizer or args.offload_parameters)
-    return {
-        "stage": stage,
-        "pin_memory": pinned,
-        **{name: value for name, value in chosen.items() if value is not None},
-    }
+    return {"stage": facts.zero_stage, "pin_memory": pinned, **chosen}
 
 
 def step_options(micro_batch_size: int, accumulation: int, max_norm: float | None, precision: str) -> dict[str, Any]:

@@ -43,9 +43,7 @@ class ZeroStrategy(Behaviour, DeepSpeedStrategy):
     compile_obstacle = "DeepSpeed works on the model as it is"
 
     def __init__(self, facts: StrategyFacts, args: DistributedArgs) -> None:
-        if facts.zero_stage is None:
-            raise ValueError(f"{facts} is not a strategy of DeepSpeed")
-        super().__init__(**engine_options(facts.zero_stage, args), timeout=timedelta(minutes=args.timeout_minutes))
+        super().__init__(**engine_options(facts, args), timeout=timedelta(minutes=args.timeout_minutes))
         self.facts = facts
         self._checkpoint_io = MappedCheckpointIO()
         self._backward_sync_control = _StepBoundary()
