@@ -1,6 +1,6 @@
 """Checks before any long work starts: settings that do not go together, and what they name on the disk.
 
-A rule yields what is wrong: the setting, its value and what would be right. None needs lightning.
+None needs lightning.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ _KNOBS_OF_ALL = ("timeout_minutes",)
 def check_settings(settings: Settings, config: Config) -> None:
     """Raise SettingsError unless the settings of a run go together, as far as that needs neither processes nor data."""
     check_model(config)
-    refuse_first(_model(settings, config))
-    refuse_first(_rates(settings))
+    refuse_first(_training(settings, config))
     check_combination(settings)
 
 
@@ -66,7 +65,23 @@ def check_strategy(name: str, args: DistributedArgs, accelerator: str) -> None:
         args: The knobs.
         accelerator: Device type.
     """
-    refuse_first(_strategy(name, args, accelerator))
+    facts = facts_of(name)
+    for knob, value in dataclasses.asdict(args).items():
+        if value is not None and knob not in (*_KNOBS_OF_ALL, *facts.knobs):
+            own = ", ".join(f"distributed.{knob}" for knob in facts.knobs)
+            raise SettingsError(
+                f"distributed.{knob}: {value} would be ignored because strategy: {name} has no such setting; it has "
+                f"{own}"
+            )
+    if facts.cuda_only and accelerator != "cuda":
+        raise SettingsError(
+            f"strategy: {name!r} needs CUDA devices, and there is none; ddp and fsdp2 also work on CPUs"
+        )
+    if facts.package is not None and find_spec(facts.package) is None:
+        raise SettingsError(
+            f"strategy: {name!r} needs the package {facts.package}, which is not installed; `uv sync --extra "
+            f"{facts.package}` installs it"
+        )
 
 
 def check_batch(global_batch_size: int, micro_batch_size: int, processes: int) -> None:
@@ -81,7 +96,7 @@ def check_batch(global_batch_size: int, micro_batch_size: int, processes: int) -
         )
 
 
-def _model(settings: Settings, config: Config) -> Iterator[str]:
+def _training(settings: Settings, config: Config) -> Iterator[str]:
     train, block_size = settings.train, config.block_size
     length = train.max_seq_length or block_size
     if length > block_size:
@@ -102,10 +117,7 @@ def _model(settings: Settings, config: Config) -> Iterator[str]:
             "fused_cross_entropy: true cannot be combined with model_config.final_logit_softcapping: "
             f"{config.final_logit_softcapping}; set it to false"
         )
-
-
-def _rates(settings: Settings) -> Iterator[str]:
-    peak, floor = learning_rate_of(settings.optimizer), settings.train.min_lr
+    peak, floor = learning_rate_of(settings.optimizer), train.min_lr
     if settings.schedule.name != "constant" and floor > peak:
         yield (
             f"train.min_lr: {floor} must be at most the optimizer's learning rate, {peak}, from which it falls to "
@@ -162,24 +174,6 @@ def _full_path(optimizer: str) -> str:
     return f"torch.optim.{name}" if module in ("", f"torch.optim.{name.lower()}") else optimizer
 
 
-def _strategy(name: str, args: DistributedArgs, accelerator: str) -> Iterator[str]:
-    facts = facts_of(name)
-    for knob, value in dataclasses.asdict(args).items():
-        if value is not None and knob not in (*_KNOBS_OF_ALL, *facts.knobs):
-            own = ", ".join(f"distributed.{knob}" for knob in facts.knobs)
-            yield (
-                f"distributed.{knob}: {value} would be ignored because strategy: {name} has no such setting; it has "
-                f"{own}"
-            )
-    if facts.cuda_only and accelerator != "cuda":
-        yield f"strategy: {name!r} needs CUDA devices, and there is none; ddp and fsdp2 also work on CPUs"
-    if facts.package is not None and find_spec(facts.package) is None:
-        yield (
-            f"strategy: {name!r} needs the package {facts.package}, which is not installed; `uv sync --extra "
-            f"{facts.package}` installs it"
-        )
-
-
 def single_process_note(name: str, processes: int, args: DistributedArgs) -> str | None:
     """Return what to tell a user who asked for a sharded strategy with one process, or None."""
     facts = facts_of(name)
@@ -197,22 +191,18 @@ def check_whole_model(settings: Settings, whole: bool, compiled: bool) -> None:
         whole: Whether every process has all weights.
         compiled: Whether the model is compiled.
     """
-    refuse_first(_whole_model(settings, whole, compiled))
-
-
-def _whole_model(settings: Settings, whole: bool, compiled: bool) -> Iterator[str]:
     if settings.evaluate.wanted and not whole:
-        yield (
+        raise SettingsError(
             f"evaluate: no process holds a whole model under strategy: {settings.strategy}; use ddp, or evaluate the "
             "checkpoints with `litgpt-moe hellaswag` and `litgpt evaluate`"
         )
     if settings.fused_cross_entropy and not whole:
-        yield (
+        raise SettingsError(
             "fused_cross_entropy: true needs the whole output head on every process, and strategy: "
             f"{settings.strategy} shares it out; use ddp, or set it to false"
         )
     if settings.fused_cross_entropy and compiled:
-        yield "fused_cross_entropy: true cannot be compiled; set compile: false"
+        raise SettingsError("fused_cross_entropy: true cannot be compiled; set compile: false")
 
 
 def check_data(settings: Settings, config: Config) -> None:
@@ -222,7 +212,7 @@ def check_data(settings: Settings, config: Config) -> None:
     """
     data = settings.data
     if data is None:
-        refuse_first(_tiny_llama())
+        _check_tiny_llama()
     if offers(data, "require_vocabulary"):
         data.require_vocabulary(config.padded_vocab_size or 0)  # LitGPT sets it when it makes a Config
     boundary = getattr(config, "attention_document_boundary", None)
@@ -244,12 +234,12 @@ def check_without_tokenizer(settings: Settings) -> None:
             raise SettingsError(f"{name}: needs a tokenizer; give tokenizer_dir, or leave it out")
 
 
-def _tiny_llama() -> Iterator[str]:
+def _check_tiny_llama() -> None:
     from litgpt.data import TinyLlama
 
     for path in map(Path, TinyLlama().required_paths):
         if not path.is_dir():
-            yield (
+            raise SettingsError(
                 f"data: null means litgpt.data.TinyLlama, whose folder {str(path)!r} does not exist; name a data "
                 "module by class_path, as the recipes in configs/ do"
             )
