@@ -91,11 +91,18 @@ class Card(NamedTuple):
     tiles: dict[Precision, Tiles]
 
 
-_ODD = (Tile(32, 64, 32, 4, 2), Tile(32, 64, 64, 4, 2))
+_ODD = ((32, 64, 32, 4, 2), (32, 64, 64, 4, 2))
+
+
+def _tiles(*blocks: tuple[int, int, int, int, int], odd: tuple = _ODD) -> Tiles:
+    # The fields of `Tile`, block by block in the order of `Tiles`.
+    return Tiles(*(Tile(*block) for block in (*blocks, *odd)))
+
+
 # Products on the ordinary cores: registers are the limit, so small blocks for all.
-_IEEE = Tiles(
-    Tile(16, 64, 32, 4, 2), Tile(64, 64, 16, 4, 2), Tile(64, 64, 16, 4, 2), Tile(16, 64, 64, 4, 2),
-    Tile(32, 64, 16, 4, 2), Tile(16, 64, 32, 4, 2),
+_IEEE = _tiles(
+    (16, 64, 32, 4, 2), (64, 64, 16, 4, 2), (64, 64, 16, 4, 2), (16, 64, 64, 4, 2),
+    odd=((32, 64, 16, 4, 2), (16, 64, 32, 4, 2)),
 )  # fmt: skip
 
 _TURING = Card(
@@ -105,35 +112,19 @@ _TURING = Card(
         # Triton has given up Turing's Tensor Cores (triton-lang/triton#5066): a product becomes multiply-adds of the
         # ordinary cores in every block size. torch's `bmm` over padded groups, which would have them, does E / K times
         # the work without asking how many rows an expert has; the loop has them, and waits.
-        "half": Tiles(
-            Tile(16, 32, 32, 4, 2),
-            Tile(32, 64, 16, 4, 2),
-            Tile(64, 64, 16, 4, 2),
-            Tile(16, 64, 64, 4, 2),
-            Tile(32, 32, 16, 4, 2),
-            Tile(16, 32, 64, 4, 2),
-        ),  # fmt: skip
+        "half": _tiles(
+            (16, 32, 32, 4, 2), (32, 64, 16, 4, 2), (64, 64, 16, 4, 2), (16, 64, 64, 4, 2),
+            odd=((32, 32, 16, 4, 2), (16, 32, 64, 4, 2)),
+        ),
         "ieee": _IEEE,
     },
-)
+)  # fmt: skip
 _AMPERE = Card(
     "Ampere (A100)",
     163,
     {
-        "half": Tiles(
-            Tile(16, 128, 64, 4, 4),
-            Tile(64, 128, 64, 4, 3),
-            Tile(128, 128, 32, 4, 4),
-            Tile(32, 128, 128, 4, 4),
-            *_ODD,
-        ),
-        "tf32": Tiles(
-            Tile(16, 64, 64, 4, 3),
-            Tile(64, 64, 32, 4, 3),
-            Tile(128, 128, 32, 8, 3),
-            Tile(32, 128, 128, 8, 3),
-            *_ODD,
-        ),
+        "half": _tiles((16, 128, 64, 4, 4), (64, 128, 64, 4, 3), (128, 128, 32, 4, 4), (32, 128, 128, 4, 4)),
+        "tf32": _tiles((16, 64, 64, 4, 3), (64, 64, 32, 4, 3), (128, 128, 32, 8, 3), (32, 128, 128, 8, 3)),
         "ieee": _IEEE,
     },
 )
@@ -141,20 +132,8 @@ _GEFORCE = Card(
     "Ampere, Ada or Blackwell for desktops",
     99,
     {
-        "half": Tiles(
-            Tile(16, 128, 64, 4, 3),
-            Tile(64, 128, 32, 4, 4),
-            Tile(128, 128, 32, 4, 3),
-            Tile(32, 128, 128, 4, 3),
-            *_ODD,
-        ),
-        "tf32": Tiles(
-            Tile(16, 64, 64, 4, 3),
-            Tile(64, 64, 32, 4, 3),
-            Tile(128, 64, 32, 4, 3),
-            Tile(32, 128, 64, 4, 3),
-            *_ODD,
-        ),
+        "half": _tiles((16, 128, 64, 4, 3), (64, 128, 32, 4, 4), (128, 128, 32, 4, 3), (32, 128, 128, 4, 3)),
+        "tf32": _tiles((16, 64, 64, 4, 3), (64, 64, 32, 4, 3), (128, 64, 32, 4, 3), (32, 128, 64, 4, 3)),
         "ieee": _IEEE,
     },
 )
@@ -162,20 +141,8 @@ _HOPPER = Card(
     "Hopper",
     227,
     {
-        "half": Tiles(
-            Tile(16, 128, 64, 4, 4),
-            Tile(64, 128, 64, 4, 4),
-            Tile(128, 256, 64, 8, 3),
-            Tile(64, 128, 128, 8, 3),
-            *_ODD,
-        ),
-        "tf32": Tiles(
-            Tile(16, 64, 64, 4, 3),
-            Tile(64, 128, 32, 4, 3),
-            Tile(128, 128, 32, 8, 4),
-            Tile(32, 128, 128, 8, 4),
-            *_ODD,
-        ),
+        "half": _tiles((16, 128, 64, 4, 4), (64, 128, 64, 4, 4), (128, 256, 64, 8, 3), (64, 128, 128, 8, 3)),
+        "tf32": _tiles((16, 64, 64, 4, 3), (64, 128, 32, 4, 3), (128, 128, 32, 8, 4), (32, 128, 128, 8, 4)),
         "ieee": _IEEE,
     },
 )
@@ -183,29 +150,17 @@ _BLACKWELL = Card(
     "Blackwell for data centres",
     227,
     {
-        "half": Tiles(
-            Tile(16, 128, 64, 4, 4),
-            Tile(64, 128, 64, 4, 4),
-            Tile(128, 128, 64, 4, 4),
-            Tile(64, 128, 128, 8, 4),
-            *_ODD,
-        ),
-        "tf32": Tiles(
-            Tile(16, 64, 64, 4, 3),
-            Tile(64, 128, 32, 4, 3),
-            Tile(128, 128, 32, 8, 4),
-            Tile(32, 128, 128, 8, 4),
-            *_ODD,
-        ),
+        "half": _tiles((16, 128, 64, 4, 4), (64, 128, 64, 4, 4), (128, 128, 64, 4, 4), (64, 128, 128, 8, 4)),
+        "tf32": _HOPPER.tiles["tf32"],
         "ieee": _IEEE,
     },
 )
 # Where nothing is known (AMD), blocks that fit everywhere; on a CPU, ones that small tests have several of.
-_SMALL = Tiles(Tile(16, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2), Tile(32, 64, 64, 4, 2), *_ODD)
+_SMALL = _tiles((16, 64, 32, 4, 2), (64, 64, 32, 4, 2), (64, 64, 32, 4, 2), (32, 64, 64, 4, 2))
 _OTHER = Card("another vendor's", 64, {"half": _SMALL, "ieee": _IEEE})
-_TINY = Tiles(
-    Tile(16, 32, 16, 4, 1), Tile(16, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1), Tile(16, 32, 16, 4, 1),
-    Tile(32, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1),
+_TINY = _tiles(
+    (16, 32, 16, 4, 1), (16, 32, 32, 4, 1), (32, 32, 32, 4, 1), (16, 32, 16, 4, 1),
+    odd=((32, 32, 32, 4, 1), (32, 32, 32, 4, 1)),
 )  # fmt: skip
 _INTERPRETER = Card("interpreter", 64, {"half": _TINY, "tf32": _TINY, "ieee": _TINY})
 
