@@ -5,33 +5,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext.attention.kernels.calls import (
-    Call,
-    Inputs,
-    Result,
-    longest_document,
-    pack,
-    pack_lse,
-    unpack_gradients,
-    unpack_result,
-    window_sides,
-)
+from litgpt_moe_ext.attention.kernels import calls
+from litgpt_moe_ext.attention.kernels.calls import Call, Inputs, Result
 
 
 def forward(inputs: Inputs, call: Call) -> Result:
     """Compute causal attention, within windows and documents if there are any."""
     q, k, v, _, offsets = inputs
     settings = {**_settings(call), "return_softmax": False}
-    packed = [pack(x, offsets) for x in (q, k, v)]
+    packed = [calls.pack(x, offsets) for x in (q, k, v)]
     package = _package()
     if offsets is None:
         out, lse, _, rng_state = package._flash_attn_forward(*packed, **settings)
     else:
-        longest = longest_document(inputs, call)
+        longest = calls.longest_document(inputs, call)
         out, lse, _, rng_state = package._flash_attn_varlen_forward(
             *packed, offsets, offsets, longest, longest, **settings
         )
-    return unpack_result(out, lse, inputs, (rng_state,))
+    return calls.unpack_result(out, lse, inputs, (rng_state,))
 
 
 def backward(dout: Tensor, inputs: Inputs, result: Result, call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,19 +33,19 @@ def backward(dout: Tensor, inputs: Inputs, result: Result, call: Call) -> tuple[
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "rng_state": result.rest[0],
     }
-    packed = [pack(x, offsets).contiguous() for x in (dout, q, k, v, result.out_BHTd)]
+    packed = [calls.pack(x, offsets).contiguous() for x in (dout, q, k, v, result.out_BHTd)]
     # The package writes the gradients into tensors that it is given.
     gradients = [torch.empty_like(x) for x in packed[1:4]]
-    lse = pack_lse(result.lse_BHT, offsets).contiguous()
+    lse = calls.pack_lse(result.lse_BHT, offsets).contiguous()
     package = _package()
     if offsets is None:
         package._flash_attn_backward(*packed, lse, *gradients, **settings)
     else:
-        longest = longest_document(inputs, call)
+        longest = calls.longest_document(inputs, call)
         lengths = (offsets, offsets, longest, longest)
         package._flash_attn_varlen_backward(*packed, lse, *gradients, *lengths, **settings)
     dq, dk, dv = gradients
-    return unpack_gradients(dq, dk, dv, inputs)
+    return calls.unpack_gradients(dq, dk, dv, inputs)
 
 
 def register_flop_formulas(flop_counter: Any) -> None:
@@ -127,7 +118,7 @@ def _lengths(q: Tensor, offsets: tuple[Any, ...]) -> list[tuple[int, int]]:
 
 
 def _settings(call: Call) -> dict[str, Any]:
-    left, right = (-1 if side is None else side for side in window_sides(call))
+    left, right = (-1 if side is None else side for side in calls.window_sides(call))
     return {
         "dropout_p": call.dropout,
         "softmax_scale": call.scale,

@@ -8,42 +8,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext.attention.kernels.calls import (
-    Call,
-    Inputs,
-    Result,
-    longest_document,
-    pack,
-    pack_lse,
-    unpack_gradients,
-    unpack_result,
-    window_sides,
-)
+from litgpt_moe_ext.attention.kernels import calls
+from litgpt_moe_ext.attention.kernels.calls import Call, Inputs, Result
 
 
 def forward(inputs: Inputs, call: Call) -> Result:
     """Compute causal attention, within windows and documents if there are any."""
     q, k, v, _, offsets = inputs
     out, lse, *_ = _package()._flash_attn_fwd(
-        *(pack(x, offsets) for x in (q, k, v)), **_settings(inputs, call), return_lse=True
+        *(calls.pack(x, offsets) for x in (q, k, v)), **_settings(inputs, call), return_lse=True
     )
-    return unpack_result(out, lse, inputs)
+    return calls.unpack_result(out, lse, inputs)
 
 
 def backward(dout: Tensor, inputs: Inputs, result: Result, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of queries, keys and values."""
     q, k, v, _, offsets = inputs
     dq, dk, dv = _package()._flash_attn_bwd(
-        *(pack(x, offsets) for x in (q, k, v, result.out_BHTd, dout)),
-        pack_lse(result.lse_BHT, offsets),
+        *(calls.pack(x, offsets) for x in (q, k, v, result.out_BHTd, dout)),
+        calls.pack_lse(result.lse_BHT, offsets),
         **_settings(inputs, call),
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
-    return unpack_gradients(dq, dk, dv, inputs)
+    return calls.unpack_gradients(dq, dk, dv, inputs)
 
 
 def _settings(inputs: Inputs, call: Call) -> dict[str, Any]:
-    left, right = window_sides(call)
+    left, right = calls.window_sides(call)
     settings = {
         "softmax_scale": call.scale,
         "causal": call.causal,
@@ -52,7 +43,7 @@ def _settings(inputs: Inputs, call: Call) -> dict[str, Any]:
     }
     if inputs.offsets is None:
         return settings
-    longest = longest_document(inputs, call)
+    longest = calls.longest_document(inputs, call)
     lengths = {"max_seqlen_q": longest, "max_seqlen_k": longest}
     return {**settings, **lengths, "cu_seqlens_q": inputs.offsets, "cu_seqlens_k": inputs.offsets}
 

@@ -3,17 +3,8 @@
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext.attention.kernels.calls import (
-    Call,
-    Inputs,
-    Result,
-    longest_document,
-    pack,
-    pack_lse,
-    unpack_gradients,
-    unpack_result,
-    window_sides,
-)
+from litgpt_moe_ext.attention.kernels import calls
+from litgpt_moe_ext.attention.kernels.calls import Call, Inputs, Result
 
 aten = torch.ops.aten
 
@@ -27,13 +18,13 @@ def forward(inputs: Inputs, call: Call) -> Result:
             q, k, v, call.dropout, call.causal, False, scale=call.scale
         )
         return Result(out, lse, (rng_state, unused))
-    left, right = window_sides(call)
-    longest = longest_document(inputs, call)
+    left, right = calls.window_sides(call)
+    longest = calls.longest_document(inputs, call)
     out, lse, rng_state, unused, _ = aten._flash_attention_forward(
-        *(pack(x, offsets) for x in (q, k, v)), offsets, offsets, longest, longest, call.dropout, call.causal, False,
-        scale=call.scale, window_size_left=left, window_size_right=right,
+        *(calls.pack(x, offsets) for x in (q, k, v)), offsets, offsets, longest, longest, call.dropout, call.causal,
+        False, scale=call.scale, window_size_left=left, window_size_right=right,
     )  # fmt: skip
-    return unpack_result(out, lse, inputs, (rng_state, unused))
+    return calls.unpack_result(out, lse, inputs, (rng_state, unused))
 
 
 def backward(dout: Tensor, inputs: Inputs, result: Result, call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,10 +36,11 @@ def backward(dout: Tensor, inputs: Inputs, result: Result, call: Call) -> tuple[
             dout, q, k, v, out, lse, None, None, q.size(2), k.size(2), call.dropout, call.causal, *rest,
             scale=call.scale,
         )  # fmt: skip
-    left, right = window_sides(call)
-    longest = longest_document(inputs, call)
+    left, right = calls.window_sides(call)
+    longest = calls.longest_document(inputs, call)
     dq, dk, dv = aten._flash_attention_backward(
-        *(pack(x, offsets) for x in (dout, q, k, v, out)), pack_lse(lse, offsets), offsets, offsets, longest,
-        longest, call.dropout, call.causal, *rest, scale=call.scale, window_size_left=left, window_size_right=right,
+        *(calls.pack(x, offsets) for x in (dout, q, k, v, out)), calls.pack_lse(lse, offsets), offsets, offsets,
+        longest, longest, call.dropout, call.causal, *rest, scale=call.scale, window_size_left=left,
+        window_size_right=right,
     )  # fmt: skip
-    return unpack_gradients(dq, dk, dv, inputs)
+    return calls.unpack_gradients(dq, dk, dv, inputs)
