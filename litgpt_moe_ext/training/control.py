@@ -1,4 +1,4 @@
-"""When to stop: Ctrl-C, SIGTERM and SIGUSR1, a number of steps, a time limit.
+"""When to stop: Ctrl-C, SIGTERM and SIGUSR1, a time limit.
 
 Clusters announce the end of a job by SIGTERM, or by a signal of choice some time before: SLURM with
 `#SBATCH --signal=SIGUSR1@300` five minutes before.
@@ -87,31 +87,22 @@ class StopRequests:
         return self._received
 
 
-class StepLimits:
-    """Where training ends: after its last whole step, or by LitGPT's `train.max_steps` and `train.max_time`.
-
-    LitGPT's own `pretrain` ignores the two settings, and at the end of `train.max_tokens` it fetches a batch that it
-    does not train on, which the data position in the final checkpoint then has passed.
+class Deadline:
+    """LitGPT's `train.max_time`, which its own `pretrain` ignores.
 
     Args:
-        total_steps: Optimizer steps of the whole training.
         max_time: Seconds of this run, or None.
     """
 
-    def __init__(self, total_steps: int, max_time: float | None) -> None:
-        self._total_steps = total_steps
+    def __init__(self, max_time: float | None) -> None:
         self._max_time = max_time
-        self._deadline: float | None = None
-
-    def is_last(self, step: int) -> bool:
-        """Whether no step is to follow `step` optimizer steps."""
-        return step >= self._total_steps
+        self._end: float | None = None
 
     @property
-    def is_late(self) -> bool:
+    def is_over(self) -> bool:
         """Whether the time of this process is over; other processes have clocks of their own."""
         if self._max_time is None:
             return False
         # The clock starts with the first step: what LitGPT does before it may take long, and trains nothing.
-        self._deadline = self._deadline or time.monotonic() + self._max_time
-        return time.monotonic() >= self._deadline
+        self._end = self._end or time.monotonic() + self._max_time
+        return time.monotonic() >= self._end

@@ -38,7 +38,7 @@ from litgpt_moe_ext.training.checkpoint import hyperparameters
 from litgpt_moe_ext.training.checkpoint.progress import FINAL, batch_of
 from litgpt_moe_ext.training.checkpoint.resharding import convert_iterations, convert_position
 from litgpt_moe_ext.training.checkpoint.writer import CheckpointWriter
-from litgpt_moe_ext.training.control import StepLimits, StopRequests, TrainingInterrupted
+from litgpt_moe_ext.training.control import Deadline, StopRequests, TrainingInterrupted
 from litgpt_moe_ext.training.optim.schedules import schedule_steps
 from litgpt_moe_ext.training.parallel import random_state
 from litgpt_moe_ext.training.parallel.agreement import Agreement
@@ -92,9 +92,9 @@ class HookedLoop:
         self.fabric = fabric = launched.fabric
         self.train = launched.plan.train
         self._accumulation = launched.accumulation
-        self._limits = StepLimits(launched.plan.total_steps, self.train.max_time)
+        self._deadline = Deadline(self.train.max_time)
         self._stop_requests = StopRequests(fabric.print)
-        self._agreement = Agreement(fabric, lambda: (self._stop_requests.received, int(self._limits.is_late)))
+        self._agreement = Agreement(fabric, lambda: (self._stop_requests.received, int(self._deadline.is_over)))
         self._iterations = 0
         self._started: float | None = None
         self._seconds = 0.0
@@ -233,8 +233,9 @@ class HookedLoop:
             if step and directory != self.writer.last_saved:
                 self.writer.save(directory.name)
             raise TrainingInterrupted(signal_number, directory if step else None)
-        if late or self._limits.is_last(step):
-            # Ends LitGPT's `for` loop; the final validation and checkpoint follow.
+        if late or step >= self._plan.total_steps:
+            # Ends LitGPT's `for` loop; the final validation and checkpoint follow. By itself it would end after another
+            # batch, which it does not train on, and which the data position in the final checkpoint then has passed.
             self._limits_reached = True
             if self._validated_step == step:
                 self._eval.final_validation = False  # these very weights have been validated
