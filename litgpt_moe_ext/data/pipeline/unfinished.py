@@ -159,7 +159,7 @@ def _remove(folder: Path, before: float) -> bool:
         return False
     try:
         shutil.rmtree(folder, ignore_errors=True)
-        # While it is held, as `training.checkpoint.lock` does.
+        # While it is held, as `files.lock` does.
         with suppress(OSError):
             lock_file.unlink(missing_ok=True)
     finally:
