@@ -58,7 +58,7 @@ class Launched:
 
 
 @contextlib.contextmanager
-def launched(plan: Plan) -> Iterator[Launched]:
+def launch(plan: Plan) -> Iterator[Launched]:
     """Connect the processes and take `out_dir`; give everything back when the scope ends, however it ends.
 
     The logger starts when the directory is taken, so that a run that is refused leaves none behind.

@@ -34,7 +34,7 @@ def run(settings: Settings) -> None:
     from litgpt_moe_ext.training.callbacks.kernel_report import check_kernels
     from litgpt_moe_ext.training.checkpoint.exports import export_checkpoints
     from litgpt_moe_ext.training.equip import check_strategy_fits, equip
-    from litgpt_moe_ext.training.launch import launched
+    from litgpt_moe_ext.training.launch import launch
     from litgpt_moe_ext.training.logs import TRANSCRIPT_FILE
     from litgpt_moe_ext.training.parallel.memory import check_memory
     from litgpt_moe_ext.training.plan import make_plan
@@ -44,22 +44,22 @@ def run(settings: Settings) -> None:
     from litgpt_moe_ext.training.steps.epochs import with_epochs
 
     plan = make_plan(settings)
-    with launched(plan) as processes:
-        check_strategy_fits(processes)
-        check_memory(processes)
-        check_kernels(processes)
-        start = find_start(processes)
-        prepared = prepare_data(processes)
-        processes = with_epochs(processes, prepared)
-        equipment = equip(processes, prepared)
+    with launch(plan) as launched:
+        check_strategy_fits(launched)
+        check_memory(launched)
+        check_kernels(launched)
+        start = find_start(launched)
+        prepared = prepare_data(launched)
+        launched = with_epochs(launched, prepared)
+        equipment = equip(launched, prepared)
         # Whatever can be refused has been: from here on files move and change.
-        start, prepared = make_room(processes, start, prepared)
-        if processes.fabric.is_global_zero:
-            processes.reporter.transcript.open(plan.out_dir / TRANSCRIPT_FILE)
-        announce(processes, start, equipment)
-        outcome = train(processes, start, prepared, equipment)
-        conclude(processes, prepared, outcome)
-        export_checkpoints(processes)
+        start, prepared = make_room(launched, start, prepared)
+        if launched.fabric.is_global_zero:
+            launched.reporter.transcript.open(plan.out_dir / TRANSCRIPT_FILE)
+        announce(launched, start, equipment)
+        outcome = train(launched, start, prepared, equipment)
+        conclude(launched, prepared, outcome)
+        export_checkpoints(launched)
 
 
 def train(launched: Launched, start: Start, prepared: Prepared, equipment: Equipment) -> Outcome:
