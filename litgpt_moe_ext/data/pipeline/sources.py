@@ -1,7 +1,4 @@
-"""Where documents come from: files, or a data set of the Hugging Face library.
-
-What is needed to find, tell and read them is the same for every kind.
-"""
+"""Where documents come from: files, URLs, or a data set of the Hugging Face library; one class stands for each."""
 
 import hashlib
 import json
@@ -74,17 +71,14 @@ class FileHashes:
             SettingsError: It cannot be read.
         """
         try:
-            return self._hash(path)
+            stat = path.stat()
+            if (known := self._remembered(path, stat)) is not None:
+                return known
+            started = time.time()
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise SettingsError(f"{path} cannot be read ({error.strerror or error}); check the file") from error
-
-    def _hash(self, path: Path) -> str:
-        stat = path.stat()
-        if (known := self._remembered(path, stat)) is not None:
-            return known
-        started = time.time()
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         if stat.st_mtime < started - _SETTLED_SECONDS:
             self._known[str(path.absolute())] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, digest]
             self._changed = True
@@ -143,7 +137,7 @@ def find_files(setting: str, path: Path, pattern: str) -> list[Path]:
 
 
 def say_others(path: Path, pattern: str) -> None:
-    """Say which kinds of files in a folder a pattern leaves out that the user did not choose."""
+    """Say which kinds of files in a folder are left out by the default pattern, which the user did not choose."""
     if not path.is_dir():
         return
     files = [file for file in path.rglob("*") if file.is_file() and not _is_hidden(file, path)]
@@ -156,7 +150,7 @@ def say_others(path: Path, pattern: str) -> None:
 
 
 def say_left_out(error: OSError) -> None:
-    """Say of a folder that may not be entered that its files are not read; a search passes over it in silence."""
+    """Say which folder cannot be read, where `os.walk` would leave it out without a word."""
     print(f"Left out {error.filename}, which cannot be read ({error.strerror})", flush=True)
 
 
