@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -59,7 +60,9 @@ class MetricsTable(Callback):
         """Go on with the tables of the run that is resumed, or begin new ones."""
         step = None if resume_dir is None else self._fabric.step
         last = self._table.start(step)
-        self._began = time.monotonic() - float(last.get("time") or 0.0)
+        self._began = time.monotonic()
+        with contextlib.suppress(ValueError):  # of a table that somebody has edited
+            self._began -= float(last.get("time") or 0.0)
         if self._wide is not None:
             self._wide.start(step)
 

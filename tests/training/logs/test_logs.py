@@ -156,6 +156,17 @@ def test_logs_that_cannot_be_written_end_nothing(recipe, tmp_path, capsys, monke
     assert (tmp_path / "out" / "final" / "lit_model.pth").is_file()
 
 
+@pytest.mark.parametrize(("time", "passed"), [("2.5", 2.5), ("2,5 s", 0.0)])
+def test_a_time_that_is_no_number_counts_for_nothing(tmp_path, time, passed):
+    (tmp_path / "metrics.csv").write_text(f'step,time\n1,"{time}"\n')
+    table = MetricsTable(tmp_path, 8, None, print)
+    table.on_after_setup(SimpleNamespace(step=1), None)
+    table.on_fit_begin(tmp_path)
+    table.on_logged({"loss": 1.0})
+    (row,) = rows_of(tmp_path / "metrics.csv")
+    assert passed <= float(row["time"]) < passed + 1
+
+
 def test_tokens_are_those_of_all_processes(tmp_path):
     """What LitGPT calls tokens are those of one."""
     table = MetricsTable(tmp_path, 128, None, print)
