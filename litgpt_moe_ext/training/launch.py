@@ -69,7 +69,7 @@ def launch(plan: Plan) -> Iterator[Launched]:
     settings = plan.settings
     if settings.float32_matmul_precision is not None:
         torch.set_float32_matmul_precision(settings.float32_matmul_precision)
-    # A file keeps its lines, whatever is asked for.
+    # Output that goes to a file has lines and no bar, whatever is asked for.
     reporter = Reporter(plan.total_steps, bar=settings.progress is not False and sys.stdout.isatty())
     lock = ProcessLock(plan.out_dir / ".lock")
     with contextlib.ExitStack() as stack:

@@ -1,7 +1,7 @@
 """What sinks add to a flash kernel, in Triton: one launch forward; one launch and a sum of its blocks backward.
 
-Torch's operators take several launches forward and more backward, some of them over tensors as large
-as the output. All arithmetic is float32; blocks are added in a fixed order, so two runs give the same bits.
+Torch's operators take several launches forward and more backward, some of them over tensors as large as the output. All
+arithmetic is float32; blocks are added in a fixed order, so two runs give the same bits.
 
 Shape legend: B batch, H heads, T queries, d head size, N a block of the head size, P blocks of a head.
 """

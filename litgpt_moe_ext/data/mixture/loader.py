@@ -75,7 +75,7 @@ class MixedWindows(Windows):
                 out[rows] = filled
 
     def _windows_of(self, number: int, turns: np.ndarray) -> np.ndarray:
-        """Return which windows of a corpus its rows are, which it is asked for in ascending order."""
+        """Return the windows that are the rows `turns` of a corpus, which ascend."""
         size = len(self.parts[number].windows)
         first = int(turns[0]) // size
         if int(turns[-1]) < (first + 1) * size:

@@ -49,7 +49,7 @@ from litgpt_moe_ext.wording import counted
 # takes as long as encoding a megabyte.
 _SMALL_BYTES = 32_000_000
 _NAMED_SOURCES = 100  # in a manifest
-_LARGE_SHARE = 0.3  # of documents that validate: more is hardly meant
+_LARGE_SHARE = 0.3  # of documents that validate; more is seldom intended
 
 
 def prepare_corpus(
@@ -184,7 +184,7 @@ class _Preparation:
             self.state.save(self.directory)
 
     def _commit(self, vocab_size: int) -> None:
-        """Write what is buffered, and then that it is there."""
+        """Write the buffered tokens, then the state that counts them."""
         with writing(self.final.parent):
             for side, buffer in self.buffers.items():
                 if buffer:

@@ -54,7 +54,7 @@ class State:
 
     @classmethod
     def load(cls, directory: Path) -> "State | None":
-        """Return what an unfinished corpus says, or None if it does not.
+        """Return the state of an unfinished corpus, or None if it has none.
 
         Raises:
             SettingsError: It is damaged.
@@ -73,7 +73,7 @@ class State:
         return state
 
     def save(self, directory: Path) -> None:
-        """Have an unfinished corpus say this, once everything that it says of the shards is true."""
+        """Write this into an unfinished corpus; call it once the shards hold what it says."""
         partial = directory / f".{STATE}.partial"
         partial.write_text(json.dumps(asdict(self)), encoding="utf-8")
         flush(partial)
@@ -119,7 +119,7 @@ def only_one(directory: Path, verbose: bool) -> Iterator[None]:
 
 @contextmanager
 def writing(data_path: Path) -> Iterator[None]:
-    """Say what to do about a write that failed."""
+    """Turn an error of the disk into one that says what to do."""
     try:
         yield
     except OSError as error:

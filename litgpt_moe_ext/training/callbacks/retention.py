@@ -69,7 +69,7 @@ class Retention(Callback):
         return None if self._best is None else self._best.loss
 
     def on_fit_begin(self, resume_dir: Path | None) -> None:
-        """See to it that `best` is what the checkpoint says, which was saved a moment before it was made."""
+        """Make `best` again what it was when the checkpoint was saved that the run resumes from."""
         if resume_dir is None or self._best is None:
             return
         best = self._best

@@ -83,9 +83,8 @@ class Peak(NamedTuple):
     single: float
 
 
-# Lightning 2.6's table, which LitGPT's `device/mfu` comes from, has figures with sparsity for H200 and H100 NVL, twice
-# the dense ones, and those without Tensor Cores for some others.
-# By words of the name that CUDA gives the device, from NVIDIA's data sheets.
+# By words of the name that CUDA gives the device, from NVIDIA's data sheets. (Lightning 2.6's table, which LitGPT's
+# `device/mfu` comes from, has figures with sparsity for H200 and H100 NVL, and those without Tensor Cores for others.)
 _DATA_CENTRE = {
     "GB300": Peak(2500.0, 1250.0, 80.0),
     "GB200": Peak(2500.0, 1250.0, 80.0),

@@ -23,7 +23,7 @@ _EFFECTS = {
     ("optimizer", "init_args", "eps"): "it has no effect: the optimizer's state of the checkpoint has its own",
     ("initial_checkpoint_dir",): "it has no effect: the weights are those of the checkpoint",
 }
-# Of each start anew.
+# What belongs to one start of a run, and may differ in the next.
 _OF_THE_START = {"resume", "out_dir", "progress"}
 
 
@@ -90,7 +90,7 @@ def resume_notes(checkpoint_dir: Path, settings: dict[str, Any]) -> list[str]:
 
 
 def _changes(saved: dict[str, Any], settings: dict[str, Any]) -> list[str]:
-    # What simply holds from now on.
+    # The other settings that differ: what they say now holds from here on.
     before, now = _flat(saved), _flat(settings)
     told = {_flag(".".join(keys)) for keys in _EFFECTS} | _OF_THE_START
     changes = []

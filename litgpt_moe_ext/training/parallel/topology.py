@@ -8,8 +8,7 @@ import re
 import subprocess
 from typing import NamedTuple
 
-# From the fastest to the slowest, with what each means in the legend of nvidia-smi. There are others, such as N/A on
-# virtual GPUs, about which nothing is known.
+# From the fastest to the slowest, with what nvidia-smi's legend says. Others, such as N/A on virtual GPUs, say nothing.
 _KINDS = {
     "NV": "NVLink",
     "PIX": "one PCIe switch",
