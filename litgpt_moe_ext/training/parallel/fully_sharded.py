@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.strategies import ModelParallelStrategy, Strategy
+from litgpt.model import RMSNorm
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -33,8 +34,8 @@ class FullyShardedStrategy(Behaviour, ModelParallelStrategy):
     """FSDP2 behind the calls of LitGPT's loop.
 
     In mixed precision blocks are gathered in the low precision, half the traffic, and their gradients are reduced in
-    float32. Embeddings, the output head and the routers are gathered in float32, so that the residual stream and the
-    choice of experts are those of a single process.
+    float32. Embeddings, norms, the output head and the routers are gathered in float32, so that the residual stream and
+    the choice of experts are those of a single process. Sinks are not: they share a module with the projections.
 
     Args:
         facts: The strategy's row of the table.
@@ -86,12 +87,12 @@ class FullyShardedStrategy(Behaviour, ModelParallelStrategy):
             # One all-gather for the gates of all layers, which are small. Nothing changes gate values in place.
             warnings.filterwarnings("ignore", r"FSDP2-wrapped module \([^)]*Router[^)]*\) returned a view")
             fully_shard(gates, reshard_after_forward=False, **options)
-        in_blocks = self._block_policy()
-        norms: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
-        if norms and in_blocks.param_dtype is not None and mesh.device_type == "cpu":
-            # On a CPU torch's LayerNorm wants weights in the dtype of the stream; on a GPU autocast converts them.
-            fully_shard(norms, reshard_after_forward=False, **options)
         blocks = list(model.transformer.h)
+        in_blocks = self._block_policy()
+        norms = _norms_of(blocks) if in_blocks.param_dtype is not None else []
+        if norms:
+            # Torch's fused kernels want weights in the dtype of the stream, and its LayerNorm on a CPU has no other.
+            fully_shard(norms, reshard_after_forward=False, **options)
         for block in blocks:
             keep = self.facts.communication == "model"
             fully_shard(block, mp_policy=in_blocks, reshard_after_forward=not keep, **options)
@@ -126,6 +127,12 @@ class FullyShardedStrategy(Behaviour, ModelParallelStrategy):
         with torch.no_grad():
             for name, value in network.state_dict().items():
                 value.copy_(like(loaded[name], value))
+
+
+def _norms_of(blocks: list[nn.Module]) -> list[nn.Module]:
+    kinds = (RMSNorm, nn.LayerNorm)
+    found = [module for block in blocks for module in block.modules() if isinstance(module, kinds)]
+    return [norm for norm in found if any(True for _ in norm.parameters())]
 
 
 def placement_among(ranks: int) -> Callable[[nn.Parameter], Shard | None]:

@@ -47,6 +47,8 @@ def mixed_precision() -> dict[str, Any]:
     inside = model.transformer.h[0].attn.qkv
     inside.register_forward_hook(lambda module, args, output: seen.update(block=str(module.weight.dtype)))
     router.register_forward_hook(lambda module, args, output: seen.update(gate=str(module.weight.dtype)))
+    norm = model.transformer.h[0].norm_1
+    norm.register_forward_hook(lambda module, args, output: seen.update(norm=str(module.weight.dtype)))
     model.lm_head.register_forward_pre_hook(lambda module, args: seen.update(stream=str(args[0].dtype)))
     with CommDebugMode() as counted, torch.autocast("cpu", torch.bfloat16):
         model(tokens()).float().sum().backward()
@@ -74,14 +76,14 @@ def test_gradients_of_narrow_blocks_are_added_up_in_float32(low):
 
 
 @pytest.mark.slow
-def test_mixed_precision_keeps_routers_in_float32():
+def test_mixed_precision_keeps_routers_and_norms_in_float32():
     """With torch's older FSDP the bias and the gate would be bfloat16, silently."""
     for seen in in_ranks(mixed_precision, 2):
-        assert seen["bias"] == seen["gate"] == seen["stream"] == "torch.float32"
+        assert seen["bias"] == seen["gate"] == seen["norm"] == seen["stream"] == "torch.float32"
         assert seen["block"] == "torch.bfloat16"
         assert seen["master"] == seen["gradients"] == ["torch.float32"]
-        # Each block in forward and backward (the last one is kept or prefetched), the root, and all routers at once.
-        assert seen["gathers"] <= 2 * seen["layers"] + 2
+        # Each block in forward and backward (the last one is kept or prefetched), the root, all routers, all norms.
+        assert seen["gathers"] <= 2 * seen["layers"] + 3
 
 
 def gradients_under(name: str, nodes: int) -> list[Tensor]:
@@ -121,6 +123,22 @@ def test_what_is_gathered_when(monkeypatch, name, prefetch):
     strategy._shard(model, {"data_parallel": ranks})
     assert kept == [name == "fsdp_shard_grad_op"] * 2
     assert following == (list(model.transformer.h[1:]) if prefetch else [])
+
+
+@pytest.mark.parametrize("kind", ["RMSNorm", "LayerNorm"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_norms_are_gathered_in_float32(monkeypatch, kind, precision):
+    """For the stream is; in one precision they need no exchange of their own."""
+    groups = []
+    monkeypatch.setattr(fully_sharded, "fully_shard", lambda module, **options: groups.append((module, options)))
+    strategy = FullyShardedStrategy(facts_of("fsdp2"), 2, 1, DistributedArgs())
+    strategy._precision = Precision() if precision == "32-true" else MixedPrecision(precision, "cuda")
+    model = initialized_model(moe_config(norm_class_name=kind))
+    strategy._shard(model, {"data_parallel": SimpleNamespace(size=lambda _dim: 2)})
+    norms = [norm for block in model.transformer.h for norm in (block.norm_1, block.norm_2)]
+    assert ([options.get("mp_policy") for modules, options in groups if modules == norms] == [None]) == (
+        precision == "bf16-mixed"
+    )
 
 
 @pytest.mark.parametrize(("offload", "backend"), [(None, "nccl"), (True, "cpu:gloo,cuda:nccl")])
