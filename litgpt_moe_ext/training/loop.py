@@ -94,7 +94,9 @@ class HookedLoop:
         self._accumulation = launched.accumulation
         self._deadline = Deadline(self.train.max_time)
         self._stop_requests = StopRequests(fabric.print)
-        self._agreement = Agreement(fabric, lambda: (self._stop_requests.received, int(self._deadline.is_over)))
+        self._agreement = Agreement(
+            fabric, lambda: (self._stop_requests.received, self._deadline.is_over, self.writer.is_due)
+        )
         self._iterations = 0
         self._started: float | None = None
         self._seconds = 0.0
@@ -227,13 +229,14 @@ class HookedLoop:
             # Gradients that wait for the rest of their step are not part of a checkpoint.
             return
         step = self.fabric.state["step_count"]
-        signal_number, late = self._agreement.reached()
+        signal_number, late, due = self._agreement.reached()
+        is_last = late or step >= self._plan.total_steps
+        directory = self._plan.out_dir / f"step-{step:08d}"
+        if (signal_number or (due and not is_last)) and step and directory != self.writer.last_saved:
+            self.writer.save(directory.name)
         if signal_number:
-            directory = self._plan.out_dir / f"step-{step:08d}"
-            if step and directory != self.writer.last_saved:
-                self.writer.save(directory.name)
             raise TrainingInterrupted(signal_number, directory if step else None)
-        if late or step >= self._plan.total_steps:
+        if is_last:
             # Ends LitGPT's `for` loop; the final validation and checkpoint follow. By itself it would end after another
             # batch, which it does not train on, and which the data position in the final checkpoint then has passed.
             self._limits_reached = True

@@ -1,11 +1,10 @@
-"""Checkpoints beside those of LitGPT's `train.save_interval`: by time, the best, and only the last few."""
+"""Which checkpoints are kept: the best, and only the last few."""
 
 from __future__ import annotations
 
 import math
 import os
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,7 +41,7 @@ class Best:
 
 
 class Retention(Callback):
-    """Save by time, keep the best, delete the old.
+    """Keep the best, delete the old.
 
     `best` always holds the weights that had the lowest loss. Where they could not be saved, or a killed run had no time
     to, it falls back to the best that is there, and says so.
@@ -58,7 +57,6 @@ class Retention(Callback):
         self, args: CheckpointArgs, out_dir: Path, fabric: TrainingFabric, save: Callable[[str], None]
     ) -> None:
         self._args, self._out_dir, self._fabric, self._save = args, out_dir, fabric, save
-        self._last_saved = time.monotonic()
         self._best: Best | None = None
         # A new best that no checkpoint holds yet; nothing is trained until one does or cannot.
         self._candidate: Best | None = None
@@ -99,7 +97,6 @@ class Retention(Callback):
 
     def on_checkpoint_saved(self, directory: Path) -> None:
         """Make a new best out of the checkpoint, and delete what is too old."""
-        self._last_saved = time.monotonic()
         if (candidate := self._candidate) is not None:
             # Nothing was trained since the validation, so the checkpoint holds the weights that had this loss.
             self._candidate = None
@@ -127,16 +124,11 @@ class Retention(Callback):
         return None
 
     def on_step_begin(self, state: dict[str, Any]) -> None:
-        """Save what the last step made the best, and by time."""
+        """Save what the last step made the best."""
         if self._candidate is not None:
             self._save(BEST)
             # If that failed, later weights are not those of this loss: the best before it stays.
             self._candidate = None
-        if self._args.every_minutes is not None:
-            due = time.monotonic() - self._last_saved >= 60 * self._args.every_minutes
-            if self._fabric.broadcast(due):
-                self._last_saved = time.monotonic()  # also if it fails: not again before every step
-                self._save(f"step-{state['step_count']:08d}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best validation loss so far, and where it was."""

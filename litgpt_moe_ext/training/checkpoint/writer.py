@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,13 @@ class CheckpointWriter:
         self._plan, self._fabric = launched.plan, launched.fabric
         self._tokenizer_dir, self._write = tokenizer_dir, write
         self.last_saved: Path | None = None
+        self._tried_at = time.monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether so much time has passed since the last checkpoint, or since one failed, that there is to be one."""
+        minutes = self._plan.settings.checkpoint.every_minutes
+        return minutes is not None and time.monotonic() - self._tried_at >= 60 * minutes
 
     def save(self, name: str) -> None:
         """Save the present state under a name in the run's directory; every process must call."""
@@ -62,6 +70,8 @@ class CheckpointWriter:
                 ) from error
             fabric.print(f"  {error}. Training goes on without it (checkpoint.on_save_error: continue).")
             return
+        finally:
+            self._tried_at = time.monotonic()
         self.last_saved = directory
         fabric.call("on_checkpoint_saved", directory=directory)
 

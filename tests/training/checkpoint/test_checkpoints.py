@@ -25,6 +25,7 @@ from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.training.callbacks import retention
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
+from litgpt_moe_ext.training.checkpoint import writer as writing
 from litgpt_moe_ext.training.checkpoint.compatibility import require_same_model, require_same_optimizer, resume_notes
 from litgpt_moe_ext.training.checkpoint.earlier import limit_earlier_runs, set_aside
 from litgpt_moe_ext.training.checkpoint.hyperparameters import read
@@ -148,22 +149,27 @@ def test_by_time(recipe, tmp_path):
     file = recipe(train={"save_interval": 1000, "max_tokens": 4 * 128}, eval={"interval": 1000})
     assert train("--config", file, "--checkpoint.every_minutes", "1e-6", "--checkpoint.best", "false") == 0
     names = directories(tmp_path / "out")
-    assert {"step-00000001", "step-00000002", "step-00000003"} <= set(names)
-    assert "best" not in names
+    assert names == ["final", "step-00000001", "step-00000002", "step-00000003"], "the last step's is final"
 
 
 def test_a_save_by_time_that_failed_waits_for_its_time(tmp_path, monkeypatch):
     """It is not tried again before every step."""
-    now, saved = [0.0], []
-    monkeypatch.setattr(retention.time, "monotonic", lambda: now[0])
-    fabric = SimpleNamespace(broadcast=lambda value: value)
-    callback = retention.Retention(
-        CheckpointArgs(every_minutes=1), tmp_path, fabric, saved.append
-    )  # which never succeeds
-    for step, seconds in enumerate((59, 61, 62, 120, 122)):
+    now = [0.0]
+    monkeypatch.setattr(writing.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(checkpoints, "save_whole", Mock(side_effect=checkpoints.SaveError("no space")))
+    settings = SimpleNamespace(checkpoint=CheckpointArgs(every_minutes=1, on_save_error="continue"))
+    plan, fabric = SimpleNamespace(out_dir=tmp_path, settings=settings), SimpleNamespace(state={}, print=print)
+    writer = CheckpointWriter(SimpleNamespace(plan=plan, fabric=fabric), None, print)
+    tried = []
+    for seconds in (59, 61, 62, 120, 122):
         now[0] = seconds
-        callback.on_step_begin({"step_count": step})
-    assert saved == ["step-00000001", "step-00000004"]
+        if writer.is_due:
+            tried.append(seconds)
+            writer.save("step-00000001")
+    assert tried == [61, 122]
+    settings.checkpoint.every_minutes = None
+    now[0] = 1e9
+    assert not writer.is_due
 
 
 def test_best_of_a_run_that_was_killed_before_it_was_linked(recipe, tmp_path, capsys):
