@@ -100,6 +100,21 @@ def test_which_files_are_read(tmp_path, capsys):
     assert f"Left out 1 file of {tmp_path}: not UTF-8" in capsys.readouterr().out
 
 
+def test_a_file_that_cannot_be_read_is_left_out(tmp_path, monkeypatch, capsys):
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text(f"# {name}")
+    read_bytes = Path.read_bytes
+
+    def read(path: Path) -> bytes:
+        if path.name == "a.py":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    assert list(found(stdlib(tmp_path))) == ["b.py"]
+    assert capsys.readouterr().out == f"Left out {tmp_path / 'a.py'}, which cannot be read (Permission denied)\n"
+
+
 def test_no_content_in_both_splits(tmp_path, write_sources):
     source = write_sources(tmp_path / "source", count=20)
     for path in sorted(source.rglob("*.py")):

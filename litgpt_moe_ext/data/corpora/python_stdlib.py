@@ -33,8 +33,8 @@ class PythonStdlib(EncodedCorpus):
     run. The files differ between Python versions, so losses compare only between runs on the same corpus; its hash is
     in `manifest.json`, together with the validation loss of a unigram model that training should beat.
 
-    Left out are folders of tests, files that are blank or not UTF-8, and all but the first (by path) of several files
-    with the same content. Line ends become LF, as Python itself reads them.
+    Left out are folders of tests, files that cannot be read, are blank or not UTF-8, and all but the first (by path) of
+    several files with the same content. Line ends become LF, as Python itself reads them.
     """
 
     data_path: Path = Path("data/python_stdlib")
@@ -67,7 +67,11 @@ class PythonStdlib(EncodedCorpus):
         found: dict[bytes, Source] = {}
         unreadable = 0
         for name, path in sorted((path.relative_to(folder).as_posix(), path) for path in _files(folder, skipped)):
-            content = path.read_bytes()
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                say_left_out(error)
+                continue
             if not _is_utf8(content):
                 unreadable += 1
             elif content.strip():
