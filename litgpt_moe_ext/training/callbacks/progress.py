@@ -1,5 +1,6 @@
 """What a run says: a progress bar in a terminal, one line per log interval anywhere else."""
 
+import re
 import sys
 import time
 import traceback
@@ -20,18 +21,10 @@ from litgpt_moe_ext.training.logs.transcript import Transcript
 from litgpt_moe_ext.training.steps.corpora import PREFIX
 
 # LitGPT's own lines that say what the lines below say better, or say wrong.
-_REPLACED = (
-    "Epoch ",
-    "Time to instantiate model",
-    "Total parameters",
-    "Saving checkpoint to",
-    "Validating ...",
-    "iter ",
-    "Final evaluation",
-    "Measured TFLOPs",
-    "Resuming training from",
-    "|",
-    "----",
+_REPLACED = re.compile(
+    r"Epoch \d+ \| iter |iter \d+: val loss |Final evaluation \| |Validating \.\.\.$|Saving checkpoint to '"
+    r"|Resuming training from |Time to instantiate model: |Total parameters: |Measured TFLOPs: "
+    r"|-{40}$|\| (-{40}$|Performance$|Memory Usage$|- (Total tokens|Training Time|Tok/sec|Memory Used) )"
 )
 
 
@@ -67,7 +60,7 @@ class Reporter(Callback):
 
     def show(self, message: str) -> None:
         """Print a message (above the bar, if there is one), unless it is one of LitGPT's that we replace."""
-        if not message.startswith(_REPLACED):
+        if _REPLACED.match(message) is None:
             self.say(message)
 
     def say(self, message: str) -> None:

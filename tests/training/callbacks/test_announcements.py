@@ -1,5 +1,7 @@
 """What a run says before its first step: kernels, strategies that do not apply, a torch that is too old."""
 
+import re
+
 import pytest
 import torch
 
@@ -52,6 +54,8 @@ def test_a_run_says_it_once(recipe, capsys):
     output = capsys.readouterr().out
     for line in ("experts: grouped_cpu for torch.float32 on cpu", "attention: flash_cpu for torch.float32 on cpu"):
         assert output.count(line) == 1
+    of_litgpt = r"^(Epoch|iter|Final|Validating|Saving|Resuming|Time to|Total|Measured|-|\|).*"
+    assert re.search(of_litgpt, output, re.MULTILINE) is None, "lines that ours replace"
     note = "strategy: fsdp2 has nothing to shard in a single process: it becomes auto, and distributed.cpu_offload"
     assert output.count(note) == 1
 

@@ -49,6 +49,15 @@ def test_bar_shows_everything_where_there_is_room(capsys, monkeypatch):
     assert line.endswith(" · ".join([*parts, "data wait 3%"]))
 
 
+def test_nothing_is_taken_for_one_of_litgpts_lines(capsys):
+    """A callback may say what begins like one of them."""
+    said = ["Epoch 3 begins", "iter is a word", "| a | table |", "--------", "Validating ... the tokenizer"]
+    reporter = Reporter(100, bar=False)
+    for line in said:
+        reporter.show(line)
+    assert capsys.readouterr().out.splitlines() == said
+
+
 def test_a_line_per_step_in_a_pipe(capsys):
     reporter = Reporter(100, bar=False)
     reporter.on_logged({**METRICS, "step": 1})
