@@ -13,6 +13,7 @@ import pytest
 
 from litgpt_moe_ext import interruption
 from litgpt_moe_ext.data.pipeline import encoding
+from litgpt_moe_ext.data.pipeline.batches import Batch
 from litgpt_moe_ext.errors import CANNOT, SettingsError, exit_status
 from litgpt_moe_ext.interruption import end_at_once_on_termination
 
@@ -173,14 +174,14 @@ def test_no_signal_comes_between_a_pool_and_the_process_that_it_starts(number, n
             pass
 
     def run():
-        for _ in encoding.encode_in_order(None, ["a"], lambda batch: ([batch],), 2):
+        for _ in encoding.encode_in_order(None, [Batch()], 2):
             time.sleep(5)
             started.append("went on")
 
     monkeypatch.setattr(encoding, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(encoding, "_context", lambda: None)
     assert exit_status(run) == 128 + number
-    assert started == [(["a"],)]
+    assert started == [([], [])]
     assert capsys.readouterr().err == f"Stopped by {name}.\n"
 
 

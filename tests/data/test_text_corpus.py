@@ -515,7 +515,7 @@ def test_processes_where_they_pay():
 def test_a_dying_worker_is_reported():
     no_tokenizer = Encoder("{", 0, None, np.dtype("<u2"))
     with pytest.raises(SettingsError, match="died, perhaps for lack of memory; set workers to less than 2"):
-        list(encode_in_order(no_tokenizer, [["text"]], lambda batch: (batch,), workers=2))
+        list(encode_in_order(no_tokenizer, [batches.Batch()], workers=2))
 
 
 def test_a_tokenizer_learns_from_the_beginning_of_every_source(files):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
-from typing import TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -21,7 +21,9 @@ from litgpt_moe_ext.data.tokenizer.threads import threads_for_tokenizers
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.interruption import uninterrupted
 
-_Batch = TypeVar("_Batch")
+if TYPE_CHECKING:
+    from litgpt_moe_ext.data.pipeline.batches import Batch
+
 _WAITING_PER_WORKER = 3  # enough that no worker waits for the reader, few enough that memory stays small
 
 
@@ -72,14 +74,13 @@ class Encoder:
 
 
 def encode_in_order(
-    encoder: Encoder, batches: Iterable[_Batch], texts_of: Callable[[_Batch], tuple[list[str], ...]], workers: int
-) -> Iterator[tuple[_Batch, tuple[np.ndarray, ...]]]:
-    """Yield each batch with its encoded texts, in order.
+    encoder: Encoder, batches: "Iterable[Batch]", workers: int
+) -> "Iterator[tuple[Batch, tuple[np.ndarray, ...]]]":
+    """Yield each batch with its encoded texts, an array for each side, in order.
 
     Args:
         encoder: What to encode with.
         batches: Read ahead as far as keeps the workers busy.
-        texts_of: Gives the lists of documents of a batch; each becomes an array.
         workers: Number of processes; with 1 this process does the work, with the threads of the tokenizers library.
 
     Raises:
@@ -88,14 +89,14 @@ def encode_in_order(
     if workers == 1:
         encode = encoder.open()
         for batch in batches:
-            yield batch, tuple(encode(texts) for texts in texts_of(batch))
+            yield batch, tuple(encode(texts) for texts in batch.texts.values())
         return
     pool = ProcessPoolExecutor(workers, _context(), _start_worker, (encoder,))
     waiting: deque = deque()
     try:
         for batch in batches:
             with uninterrupted():  # a process that is being started when this one ends would say what it lacks
-                waiting.append((batch, pool.submit(_encode, texts_of(batch))))
+                waiting.append((batch, pool.submit(_encode, tuple(batch.texts.values()))))
             if len(waiting) >= _WAITING_PER_WORKER * workers:
                 first, future = waiting.popleft()
                 yield first, future.result()

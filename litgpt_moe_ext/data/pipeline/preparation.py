@@ -129,7 +129,7 @@ class _Preparation:
             progress.stage("encoding", self.intake.offsets[self.state.source])
             taken: dict[str, int] = {side: self.state.counts[f"documents_{side}"] for side in SIDES}
             batches = self.intake.batches(self.state.source, self.state.record, taken)
-            for batch, arrays in encode_in_order(encoder, batches, lambda one: tuple(one.texts.values()), workers):
+            for batch, arrays in encode_in_order(encoder, batches, workers):
                 self.state.add(batch, arrays)
                 for side, array in zip(SIDES, arrays, strict=True):
                     self.buffers[side].extend([array] if len(array) else [])
