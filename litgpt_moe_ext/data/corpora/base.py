@@ -40,8 +40,8 @@ class Corpus:
         raise NotImplementedError
 
     @property
-    def reading(self) -> tuple[int | None, int | None]:
-        """Documents of a prepared corpus to train on and to validate on, the first ones; None for all."""
+    def document_limits(self) -> tuple[int | None, int | None]:
+        """How many documents of the prepared corpus to train on and to validate on, the first; None: all."""
         return None, None
 
     def planned_vocabulary(self) -> tuple[str, int] | None:

@@ -22,8 +22,8 @@ class FinishedCorpus(Corpus):
     """Validate on this many documents, the first. Default: all."""
 
     @property
-    def reading(self) -> tuple[int | None, int | None]:
-        """See `Corpus.reading`."""
+    def document_limits(self) -> tuple[int | None, int | None]:
+        """See `Corpus.document_limits`."""
         return self.train_count, self.val_count
 
 

@@ -77,7 +77,7 @@ class CorpusModule(Corpus, ShardModule):
         manifest = self._manifest()
         train, val = (
             shards if count is None else first_documents(shards, count, manifest["eos_id"], manifest["bos_id"])
-            for shards, count in zip(open_corpus(self._prepared()), self.reading, strict=True)
+            for shards, count in zip(open_corpus(self._prepared()), self.document_limits, strict=True)
         )
         return train, val
 
@@ -120,7 +120,7 @@ class CorpusModule(Corpus, ShardModule):
     @property
     def corpus_id(self) -> str:
         """The key of the corpus, how much of it is read, and how it is packed."""
-        name, (documents, _) = self._prepared().name, self.reading
+        name, (documents, _) = self._prepared().name, self.document_limits
         parts = [name, *([] if documents is None else [f"{documents} documents"])]
         return ":".join(parts if self.packing == "stream" else [*parts, self.packing])
 
@@ -135,7 +135,7 @@ class CorpusModule(Corpus, ShardModule):
 
         None where only a part of the corpus is read.
         """
-        return None if any(self.reading) else self._manifest()["unigram_val_loss"]
+        return None if any(self.document_limits) else self._manifest()["unigram_val_loss"]
 
     def _prepared(self) -> Path:
         if self.corpus_path is None:
