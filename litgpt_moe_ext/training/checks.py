@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from litgpt_moe_ext.config.litgpt_fields import RANGES, check_ranges
 from litgpt_moe_ext.errors import SettingsError, refuse_first
@@ -210,7 +210,7 @@ def check_data(settings: Settings, config: Config) -> None:
 
     Tells the data what the model asks of them, for what only the prepared data know.
     """
-    data = settings.data
+    data: Any = settings.data
     if data is None:
         _check_tiny_llama()
     if offers(data, "require_vocabulary"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from litgpt_moe_ext.data.mixture.settings import RunLength
 from litgpt_moe_ext.training.checks import check_data, check_without_tokenizer, offers, open_tokenizer
@@ -39,7 +39,8 @@ def prepare_data(launched: Launched) -> Prepared:
     """
     settings = launched.plan.settings
     check_data(settings, launched.plan.config)
-    data, tokenizer_dir, tokenizer = settings.data, settings.tokenizer_dir, None
+    data: Any = settings.data
+    tokenizer_dir, tokenizer = settings.tokenizer_dir, None
     if data is None:
         from litgpt.data import TinyLlama
 
