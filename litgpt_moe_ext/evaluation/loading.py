@@ -3,8 +3,6 @@
 A checkpoint is data from elsewhere: reading one never runs code that is in it.
 """
 
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +12,15 @@ from lightning import Fabric
 from litgpt import GPT, Config, Tokenizer
 
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
-from litgpt_moe_ext.errors import PERHAPS_OF_AN_EXTENSION, SettingsError, one_line
-from litgpt_moe_ext.files.checksums import problem_with_names, problem_with_storages
+from litgpt_moe_ext.errors import PERHAPS_OF_AN_EXTENSION, SettingsError
+from litgpt_moe_ext.files.archives import FROM_ANEW, open_archive, shortened
+from litgpt_moe_ext.files.checksums import problem_with_storages
 from litgpt_moe_ext.host.checkpoints import REQUIRES_MARK
 from litgpt_moe_ext.wording import counted
 
 WEIGHTS_FILE = "lit_model.pth"
 CONFIG_FILE = "model_config.yaml"
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")
-FROM_ANEW = "copy it again, or name another checkpoint"
-_LONGEST_CAUSE = 400
 
 
 def check_checkpoint_dir(checkpoint_dir: Path) -> None:
@@ -87,29 +84,7 @@ def read_checkpoint(path: Path, setting: str = "checkpoint_dir") -> dict[str, An
         SettingsError: If the file or a weight in it is damaged, or it holds other Python objects than tensors and
             plain data.
     """
-    try:
-        with path.open("rb") as file:
-            is_whole = zipfile.is_zipfile(file)
-    except OSError as error:
-        raise SettingsError(f"{setting}: {path} cannot be read ({error.strerror}); {FROM_ANEW}") from error
-    if not is_whole:
-        raise SettingsError(f"{setting}: {path} is damaged or cut off; {FROM_ANEW}")
-    if damage := problem_with_names(path):  # before they are believed
-        raise SettingsError(f"{setting}: in {str(path.parent)!r} {damage}; {FROM_ANEW}")
-    try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        objects = _foreign_objects(path)
-        if not objects:
-            raise SettingsError(f"{setting}: {path} is damaged; {FROM_ANEW}") from error
-        raise SettingsError(
-            f"{setting}: {path} holds {', '.join(objects)}, which could run code; it must hold tensors and plain data "
-            "only; open it with what wrote it, and save its weights alone"
-        ) from None
-    except (EOFError, RuntimeError) as error:
-        raise SettingsError(f"{setting}: {path} is damaged ({_shortened(error)}); {FROM_ANEW}") from error
-    if not isinstance(content, dict):
-        raise SettingsError(f"{setting}: {path} holds a {type(content).__name__}; it must hold weights by name")
+    content = open_archive(path, setting)
     if damage := problem_with_storages(path, _bytes_of_weights(content.get("model", content))):
         raise SettingsError(f"{setting}: in {str(path.parent)!r} {damage}; {FROM_ANEW}")
     return content
@@ -129,7 +104,7 @@ def read_config(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> Config
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise SettingsError(f"{setting}: {file} cannot be read ({_shortened(error)}); {FROM_ANEW}") from error
+        raise SettingsError(f"{setting}: {file} cannot be read ({shortened(error)}); {FROM_ANEW}") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise SettingsError(f"{setting}: {file} holds no model configuration; {FROM_ANEW}")
     unknown = next((name for name in values if name not in (*Config.__dataclass_fields__, REQUIRES_MARK)), None)
@@ -143,7 +118,7 @@ def read_config(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> Config
         return Config.from_file(file)  # which knows the mark of this package
     except (TypeError, ValueError, AssertionError) as error:  # how LitGPT and this package judge fields and values
         raise SettingsError(
-            f"{setting}: {file} describes no model that this version knows: {_shortened(error)}; upgrade it, or "
+            f"{setting}: {file} describes no model that this version knows: {shortened(error)}; upgrade it, or "
             f"{FROM_ANEW}"
         ) from error
 
@@ -173,7 +148,7 @@ def load_model(checkpoint_dir: Path, device: torch.device, dtype: torch.dtype | 
         model.load_state_dict(checkpoint.get("model", checkpoint), assign=True)
     except RuntimeError as error:
         raise SettingsError(
-            f"checkpoint_dir: {weights_path} does not fit {CONFIG_FILE} beside it: {_shortened(error)}"
+            f"checkpoint_dir: {weights_path} does not fit {CONFIG_FILE} beside it: {shortened(error)}"
         ) from error
     rotary_tables = model.rope_cache(device=device)
     model.cos, model.sin = rotary_tables
@@ -210,7 +185,7 @@ def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
         return Tokenizer(checkpoint_dir)
     except Exception as error:  # the tokenizers library raises nothing more precise
         raise SettingsError(
-            f"checkpoint_dir: the tokenizer in {checkpoint_dir} cannot be opened ({_shortened(error)}); {FROM_ANEW}"
+            f"checkpoint_dir: the tokenizer in {checkpoint_dir} cannot be opened ({shortened(error)}); {FROM_ANEW}"
         ) from error
 
 
@@ -223,15 +198,3 @@ def _bytes_of_weights(state: Any) -> dict[str, memoryview]:
             bytes_of = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
             found.setdefault(storage.data_ptr(), (str(name), bytes_of.data))
     return dict(found.values())
-
-
-def _foreign_objects(path: Path) -> list[str]:
-    try:
-        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (EOFError, RuntimeError, ValueError, pickle.UnpicklingError):
-        return []  # what cannot be read at all names nothing
-
-
-def _shortened(error: Exception) -> str:
-    text = one_line(error)
-    return text if len(text) <= _LONGEST_CAUSE else text[:_LONGEST_CAUSE] + " ..."

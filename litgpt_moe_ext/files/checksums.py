@@ -42,13 +42,17 @@ def read(directory: Path) -> dict[str, str]:
     return listed
 
 
-def problem_with(directory: Path, required: tuple[str, ...] = (), only: str | None = None) -> str | None:
+def problem_with(
+    directory: Path, required: tuple[str, ...] = (), only: str | None = None, archive: str | None = None
+) -> str | None:
     """Return which file is missing or differs from its checksum, or None if all are as they were written.
 
     Args:
         directory: A directory with checksums.
         required: Files that must have one.
         only: The one file to look at; by default all of them.
+        archive: Name, in any folder, of archives of `torch.save` too large to be read: `problem_with_names` looks at
+            them instead.
     """
     try:
         listed = read(directory)
@@ -60,7 +64,10 @@ def problem_with(directory: Path, required: tuple[str, ...] = (), only: str | No
         if only not in (None, name):
             continue
         try:
-            if _digest(directory / name) != digest:
+            if Path(name).name == archive and (directory / name).is_file():
+                if problem := problem_with_names(directory / name):
+                    return f"in {name}: {problem}"
+            elif _digest(directory / name) != digest:
                 return f"{name} differs from its checksum in {FILE_NAME}"
         except (OSError, ValueError) as error:  # ValueError: a damaged name that no file can have
             return f"{name} cannot be read ({getattr(error, 'strerror', None) or error})"

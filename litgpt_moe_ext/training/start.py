@@ -8,13 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.training.checkpoint.compatibility import require_same_model, require_same_optimizer
+from litgpt_moe_ext.training.checkpoint.compatibility import (
+    require_same_model,
+    require_same_optimizer,
+    require_same_weights,
+)
 from litgpt_moe_ext.training.checkpoint.earlier import limit_earlier_runs, set_aside
 from litgpt_moe_ext.training.checkpoint.progress import next_attempt
 from litgpt_moe_ext.training.checkpoint.resume import agree, damage_of, find_resume_file
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from litgpt_moe_ext.training.launch import Launched
+    from litgpt_moe_ext.training.plan import Plan
     from litgpt_moe_ext.training.prepare import Prepared
 
 
@@ -43,24 +50,38 @@ def find_start(launched: Launched) -> Start:
         SettingsError: If what the settings name is not there, is damaged, or is another model.
     """
     plan, fabric = launched.plan, launched.fabric
-    initial = plan.settings.initial_checkpoint_dir
+    found = agree(fabric, lambda: choose_checkpoint(plan, fabric.print))
+    start = Start(found, plan.settings.initial_checkpoint_dir)
+    if (resume_dir := start.resume_dir) is not None:
+        fabric.attempt = agree(fabric, lambda: next_attempt(plan.out_dir, resume_dir))
+    return start
 
-    def decide() -> Path | None:
-        found = find_resume_file(plan.settings.resume, plan.out_dir, fabric.print)
-        if found is not None:
-            require_same_model("resume", found.parent, plan.config)
-            require_same_optimizer(found.parent, plan.plain)
-        if initial is not None and found is None and (damage := damage_of(initial)):
+
+def choose_checkpoint(plan: Plan, say: Callable[[str], None], read_all: bool = True) -> Path | None:
+    """Return the model file that a run resumes from, or None if there is none; check it, or what it starts from.
+
+    Args:
+        plan: The run.
+        say: Told about every checkpoint that is passed over.
+        read_all: Whether the numbers in the file are read as well, which takes long.
+
+    Raises:
+        SettingsError: If what the settings name is not there, is damaged, or is another model.
+    """
+    found = find_resume_file(plan.settings.resume, plan.out_dir, say, read_all)
+    initial = plan.settings.initial_checkpoint_dir
+    if found is not None:
+        require_same_model("resume", found.parent, plan.config)
+        require_same_weights("resume", found.parent, plan.config)
+        require_same_optimizer(found.parent, plan.plain)
+    elif initial is not None:
+        if damage := damage_of(initial, read_all):
             raise SettingsError(
                 f"initial_checkpoint_dir: {str(initial)!r} is not a whole checkpoint: {damage}; copy it again, or "
                 "name another"
             )
-        return found
-
-    start = Start(agree(fabric, decide), initial)
-    if (resume_dir := start.resume_dir) is not None:
-        fabric.attempt = agree(fabric, lambda: next_attempt(plan.out_dir, resume_dir))
-    return start
+        require_same_weights("initial_checkpoint_dir", initial, plan.config)
+    return found
 
 
 def make_room(launched: Launched, start: Start, prepared: Prepared) -> tuple[Start, Prepared]:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 import yaml
 
 from litgpt_moe_ext.cli.main import main
@@ -226,6 +227,60 @@ def test_what_a_run_refuses_at_its_start_is_a_problem(changes, message, tmp_path
     problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("PROBLEM")]
     assert len(problems) == 1
     assert message in problems[0]
+
+
+class TestStart:
+    """The doctor finds what the start of a run would say of the checkpoint that it is to go on from."""
+
+    @pytest.mark.parametrize("setting", ["initial_checkpoint_dir", "resume"])
+    def test_a_checkpoint_in_its_different_states(self, setting, recipe, finished, tmp_path, capsys):
+        folder = finished(tmp_path / "out") / "final"
+        assert main(["doctor", str(recipe(**{setting: str(folder)}))]) == 0
+        assert f"{folder}: nothing of it is missing, and the start compares" in self._line(capsys)
+        (folder / "lit_model.pth").write_bytes((folder / "lit_model.pth").read_bytes()[:2000])
+        self._is_problem(recipe(**{setting: str(folder)}), "is not a whole checkpoint: ", capsys)
+        for name in ("SHA256SUMS", "training_state.json"):
+            (folder / name).unlink()
+        self._is_problem(recipe(**{setting: str(folder)}), "lit_model.pth is truncated or damaged", capsys)
+        torch.save({"model": {}}, folder / "lit_model.pth")
+        self._is_problem(recipe(**{setting: str(folder)}), "lit_model.pth' holds other weights than the model", capsys)
+
+    def test_all_but_the_numbers_is_compared(self, recipe, finished, tmp_path, capsys):
+        out = finished(tmp_path / "out")
+        (out / "final" / "tokenizer.json").write_text("{}")
+        message = "tokenizer.json differs from its checksum in SHA256SUMS"
+        self._is_problem(recipe(resume=str(out / "final")), f"is not a whole checkpoint: {message}", capsys)
+        file = out / "step-00000012" / "lit_model.pth"
+        weight = torch.load(file, weights_only=True)["model"]["lm_head.weight"].numpy().tobytes()
+        file.write_bytes(file.read_bytes().replace(weight, weight[::-1]))
+        assert main(["doctor", str(recipe(initial_checkpoint_dir=str(file.parent)))]) == 0
+        assert f"with the weights of {file.parent}: " in self._line(capsys)
+        assert main(["doctor", str(recipe(resume=str(out)))]) == 0
+        passed_over, found = self._lines(capsys)
+        assert f"Passing over checkpoint {out / 'final'}: {message}" in passed_over
+        assert f"goes on from {file.parent}: " in found
+
+    def test_the_newest_of_a_run(self, recipe, finished, tmp_path, capsys):
+        self._is_problem(recipe(resume=True), "resume: true, but there is no checkpoint", capsys)
+        assert main(["doctor", str(recipe(resume="auto"))]) == 0
+        assert "anew: there is nothing to resume" in self._line(capsys)
+        finished(tmp_path / "out", step=4)
+        assert main(["doctor", str(recipe(resume="auto"))]) == 0
+        assert f"goes on from {tmp_path / 'out' / 'step-00000004'}" in self._line(capsys)
+        self._is_problem(recipe(resume="auto", optimizer={"class_path": "torch.optim.SGD"}), "not of SGD", capsys)
+
+    def _is_problem(self, file, message, capsys):
+        assert main(["doctor", str(file)]) == 1
+        line = self._line(capsys)
+        assert line.startswith("PROBLEM")
+        assert message in line
+
+    def _line(self, capsys):
+        (line,) = self._lines(capsys)
+        return line
+
+    def _lines(self, capsys):
+        return [line for line in capsys.readouterr().out.splitlines() if line[9:].startswith("start ")]
 
 
 def test_connections_of_gpus_are_explained():

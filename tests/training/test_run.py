@@ -408,6 +408,26 @@ class TestWrongInputs:
             error = refused(capsys, "--config", file, "--initial_checkpoint_dir", folder)
             assert f"initial_checkpoint_dir: '{folder}' is not a whole checkpoint: lit_model.pth is " in error
 
+    @pytest.mark.parametrize("start", ["--initial_checkpoint_dir", "--resume"])
+    def test_weights_of_another_model(self, start, recipe, finished, tmp_path, capsys):
+        """Beside a configuration that is this one's: before documents are prepared and earlier runs moved."""
+        folder = tmp_path / "folder"
+        finished(tmp_path / "out")
+        shutil.copytree(tmp_path / "out" / "final", folder)
+        for name in ("SHA256SUMS", "training_state.json"):
+            (folder / name).unlink()
+        content = torch.load(folder / "lit_model.pth", weights_only=True)
+        sinks = content["model"].pop("transformer.h.0.attn.sinks")
+        for others, message in (
+            ({}, 'Missing key(s) in state_dict: "transformer.h.0.attn.sinks"'),
+            ({"transformer.h.0.attn.sinks": sinks[:1].clone()}, "size mismatch for transformer.h.0.attn.sinks"),
+        ):
+            torch.save({**content, "model": content["model"] | others}, folder / "lit_model.pth")
+            error = refused(capsys, "--config", recipe(), start, folder)
+            assert f"{start[2:]}: '{folder / 'lit_model.pth'}' holds other weights than the model beside it: " in error
+            assert message in error
+            assert not (tmp_path / "out-earlier-1").exists()
+
     def test_a_checkpoint_is_no_place_for_a_run(self, recipe, tmp_path, capsys):
         (tmp_path / "lit_model.pth").touch()
         error = refused(capsys, "--config", recipe(), "--out_dir", tmp_path)

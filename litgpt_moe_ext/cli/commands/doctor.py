@@ -21,7 +21,8 @@ _WORDS = {"good": ("green", "ok"), "note": ("yellow", "note"), "problem": ("bold
 class Doctor:
     """Describe this installation on one page, and say whether a recipe can run on it.
 
-    Exits with status 1 if the recipe cannot run here, or fits into no GPU of the memory given.
+    Exits with status 1 if the recipe cannot run here, or fits into no GPU of the memory given. Of a checkpoint that it
+    goes on or starts from, all is looked at but the numbers in its model file, which the start compares.
 
     Attributes:
         recipe: A recipe (YAML file), or a checkpoint directory. Without one only the installation is described.

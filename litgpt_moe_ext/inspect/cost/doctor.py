@@ -17,6 +17,7 @@ from litgpt_moe_ext.inspect.recipes import Recipe
 from litgpt_moe_ext.wording import counted
 
 if TYPE_CHECKING:
+    from litgpt_moe_ext.training.plan import Plan
     from litgpt_moe_ext.training.settings import Settings, StrategyName
 
 Verdict = Literal["good", "note", "problem"]
@@ -48,7 +49,7 @@ def examine(recipe: Recipe | None, settings: "Settings | SettingsError | None" =
 
     findings = [*_versions(), *_device(), *_links(), _compile(recipe), *_kernels(recipe), _precision(recipe)]
     if recipe is not None:
-        findings += [] if settings is None else [_settings(recipe, settings)]
+        findings += [] if settings is None else _settings(recipe, settings)
         findings += [_strategy(recipe), graphs(recipe, accelerator_here()), *_memory(recipe), _data(recipe)]
         findings += [*_tokenizer(recipe), _disk(recipe)]
     once: dict[str, Finding] = {}
@@ -187,13 +188,14 @@ def _precision(recipe: Recipe | None) -> Finding:
     return Finding("precision", "good", f"{wanted or 'chosen by the device'}; usable: {', '.join(usable)}")
 
 
-def _settings(recipe: Recipe, settings: "Settings | SettingsError") -> Finding:
+def _settings(recipe: Recipe, settings: "Settings | SettingsError") -> Iterator[Finding]:
     from litgpt_moe_ext.training.checks import check_batch, check_data, check_whole_model, offers
     from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
     from litgpt_moe_ext.training.plan import check_plan
 
     if isinstance(settings, SettingsError):
-        return Finding("settings", "problem", str(settings))
+        yield Finding("settings", "problem", str(settings))
+        return
     try:
         plan = check_plan(settings)
         check_batch(recipe.global_batch_size, recipe.micro_batch_size, _processes(recipe) * recipe.num_nodes)
@@ -204,8 +206,32 @@ def _settings(recipe: Recipe, settings: "Settings | SettingsError") -> Finding:
         if offers(data, "find_shards") and data.data_path.is_dir():
             data.prepare_data()  # which prepares nothing: it opens what is there
     except SettingsError as error:
-        return Finding("settings", "problem", str(error))
-    return Finding("settings", "good", "they go together")
+        yield Finding("settings", "problem", str(error))
+        return
+    yield Finding("settings", "good", "they go together")
+    yield from _start(plan)
+
+
+def _start(plan: "Plan") -> Iterator[Finding]:
+    from litgpt_moe_ext.training.start import choose_checkpoint
+
+    initial = plan.settings.initial_checkpoint_dir
+    if plan.settings.resume is False and initial is None:
+        return
+    passed_over: list[str] = []
+    try:
+        found = choose_checkpoint(plan, passed_over.append, read_all=False)
+    except (OSError, SettingsError) as error:
+        yield Finding("start", "problem", str(error))
+        return
+    yield from (Finding("start", "note", line) for line in passed_over)
+    unread = "nothing of it is missing, and the start compares its numbers with their checksums"
+    if found is not None:
+        yield Finding("start", "good", f"goes on from {found.parent}: {unread}")
+    elif initial is not None:
+        yield Finding("start", "good", f"with the weights of {initial}: {unread}")
+    else:
+        yield Finding("start", "good", f"anew: there is nothing to resume in {plan.out_dir}")
 
 
 def _compiles(recipe: Recipe, device_type: str) -> bool:

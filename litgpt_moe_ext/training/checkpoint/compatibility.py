@@ -9,6 +9,7 @@ import yaml
 from litgpt_moe_ext.config.features import MOE_CLASS_NAMES
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checkpoint.hyperparameters import FILE_NAME, read
+from litgpt_moe_ext.training.checkpoint.progress import MODEL_FILE
 
 # What a resumed run takes from its checkpoint although the settings now say something else.
 _EFFECTS = {
@@ -52,6 +53,35 @@ def require_same_model(setting: str, checkpoint_dir: Path, config: Any) -> None:
         raise SettingsError(
             f"{setting}: {str(checkpoint_dir)!r} holds another model: {'; '.join(differences)}. {remedy}"
         )
+
+
+def require_same_weights(setting: str, checkpoint_dir: Path, config: Any) -> None:
+    """Raise SettingsError, naming some that differ, if a model would not take the weights in a checkpoint.
+
+    Only names and shapes are looked at.
+
+    Args:
+        setting: Name of the setting that names the checkpoint.
+        checkpoint_dir: A checkpoint directory.
+        config: The `litgpt.Config` of the run.
+    """
+    from torch import Tensor
+
+    from litgpt_moe_ext.files.archives import FROM_ANEW, open_archive, shortened
+    from litgpt_moe_ext.meta.models import meta_model
+
+    file = checkpoint_dir / MODEL_FILE
+    content = open_archive(file, setting)
+    weights = content.get("model", content)
+    if isinstance(weights, dict):
+        weights = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in weights.items()}
+    try:
+        meta_model(config).load_state_dict(weights)
+    except (RuntimeError, TypeError) as error:  # how torch says that names or shapes differ, or that it is no dict
+        difference = shortened(error).removeprefix("Error(s) in loading state_dict for GPT: ").rstrip(".")
+        raise SettingsError(
+            f"{setting}: {str(file)!r} holds other weights than the model beside it: {difference}; {FROM_ANEW}"
+        ) from error
 
 
 def require_same_optimizer(checkpoint_dir: Path, settings: dict[str, Any]) -> None:

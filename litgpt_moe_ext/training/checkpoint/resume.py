@@ -11,31 +11,48 @@ from litgpt_moe_ext.training.checkpoint.progress import MODEL_FILE, STATE_FILE, 
 _NEEDED = (MODEL_FILE, "model_config.yaml")
 
 
-def problem_with(checkpoint_dir: Path) -> str | None:
+def problem_with(checkpoint_dir: Path, read_all: bool = True) -> str | None:
     """Return why a checkpoint directory cannot be resumed from, or None if it is whole.
 
     Reads every file once and compares it with its checksum. A checkpoint of plain LitGPT has none; there, those inside
     the model file are used.
+
+    Args:
+        checkpoint_dir: The directory.
+        read_all: Whether the numbers in the model file are read as well.
     """
     for name in _NEEDED:
         if not (checkpoint_dir / name).is_file():
             return f"{name} is missing"
     if (checkpoint_dir / checksums.FILE_NAME).is_file():
-        return checksums.problem_with(checkpoint_dir, required=_NEEDED)
+        return checksums.problem_with(checkpoint_dir, required=_NEEDED, archive=None if read_all else MODEL_FILE)
     if (checkpoint_dir / STATE_FILE).exists():  # which only runs write that write checksums as well
         return f"{checksums.FILE_NAME} is missing"
-    return checksums.problem_inside(checkpoint_dir / MODEL_FILE)
+    return _problem_inside(checkpoint_dir, read_all)
 
 
-def damage_of(checkpoint_dir: Path) -> str | None:
-    """Return what is wrong with the weights of a checkpoint directory, or None; its other files may have changed."""
-    if (checkpoint_dir / checksums.FILE_NAME).is_file():
+def damage_of(checkpoint_dir: Path, read_all: bool = True) -> str | None:
+    """Return what is wrong with the weights of a checkpoint directory, or None; its other files may have changed.
+
+    Args:
+        checkpoint_dir: The directory.
+        read_all: Whether the numbers in the model file are read as well.
+    """
+    if read_all and (checkpoint_dir / checksums.FILE_NAME).is_file():
         return checksums.problem_with(checkpoint_dir, only=MODEL_FILE)
-    return checksums.problem_inside(checkpoint_dir / MODEL_FILE)
+    return _problem_inside(checkpoint_dir, read_all)
+
+
+def _problem_inside(checkpoint_dir: Path, read_all: bool) -> str | None:
+    look = checksums.problem_inside if read_all else checksums.problem_with_names
+    return look(checkpoint_dir / MODEL_FILE)
 
 
 def find_resume_file(
-    resume: bool | Literal["auto"] | Path, out_dir: Path, say: Callable[[str], None] = print
+    resume: bool | Literal["auto"] | Path,
+    out_dir: Path,
+    say: Callable[[str], None] = print,
+    read_all: bool = True,
 ) -> Path | None:
     """Return the model file to resume from, or None to start anew.
 
@@ -44,6 +61,7 @@ def find_resume_file(
             the path of a checkpoint directory, of its model file, or of a run's directory, whose newest is taken.
         out_dir: The run's directory.
         say: Told about every checkpoint that is passed over.
+        read_all: As `problem_with`.
 
     Raises:
         SettingsError: If a checkpoint was asked for and there is no whole one.
@@ -53,15 +71,15 @@ def find_resume_file(
     if not isinstance(resume, bool) and resume != "auto":
         directory = Path(resume).parent if Path(resume).suffix == ".pth" else Path(resume)
         if not (directory / MODEL_FILE).is_file() and newest_first(directory):
-            return find_resume_file(True, directory, say)
-        if problem := problem_with(directory):
+            return find_resume_file(True, directory, say, read_all)
+        if problem := problem_with(directory, read_all):
             raise SettingsError(f"resume: {str(resume)!r} is not a whole checkpoint: {problem}")
         return directory / MODEL_FILE
     damaged = []
     found = newest_first(out_dir)
     # Where a damaged one stands in the order, its file no longer says; it is to be named all the same.
     for directory in sorted(found, key=_says_when):
-        problem = problem_with(directory)
+        problem = problem_with(directory, read_all)
         if problem is None:
             return directory / MODEL_FILE
         damaged.append(str(directory))

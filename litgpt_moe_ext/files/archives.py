@@ -1,0 +1,64 @@
+"""Archives of `torch.save`, such as a `lit_model.pth`, opened without running code that is in them."""
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from litgpt_moe_ext.errors import SettingsError, one_line
+from litgpt_moe_ext.files.checksums import problem_with_names
+
+FROM_ANEW = "copy it again, or name another checkpoint"
+_LONGEST_CAUSE = 400
+
+
+def open_archive(path: Path, setting: str) -> dict[str, Any]:
+    """Return what a `lit_model.pth` holds, with tensors on the CPU that stay on the disk until they are used.
+
+    Args:
+        path: The file.
+        setting: Which setting named it, for errors.
+
+    Raises:
+        SettingsError: If the file is damaged, but for the numbers in its tensors, or it holds other Python objects than
+            tensors and plain data.
+    """
+    try:
+        with path.open("rb") as file:
+            is_whole = zipfile.is_zipfile(file)
+    except OSError as error:
+        raise SettingsError(f"{setting}: {path} cannot be read ({error.strerror}); {FROM_ANEW}") from error
+    if not is_whole:
+        raise SettingsError(f"{setting}: {path} is damaged or cut off; {FROM_ANEW}")
+    if damage := problem_with_names(path):  # before they are believed
+        raise SettingsError(f"{setting}: in {str(path.parent)!r} {damage}; {FROM_ANEW}")
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        objects = _foreign_objects(path)
+        if not objects:
+            raise SettingsError(f"{setting}: {path} is damaged; {FROM_ANEW}") from error
+        raise SettingsError(
+            f"{setting}: {path} holds {', '.join(objects)}, which could run code; it must hold tensors and plain data "
+            "only; open it with what wrote it, and save its weights alone"
+        ) from None
+    except (EOFError, RuntimeError) as error:
+        raise SettingsError(f"{setting}: {path} is damaged ({shortened(error)}); {FROM_ANEW}") from error
+    if not isinstance(content, dict):
+        raise SettingsError(f"{setting}: {path} holds a {type(content).__name__}; it must hold weights by name")
+    return content
+
+
+def shortened(error: Exception) -> str:
+    """Return the message of an error in one line of bearable length."""
+    text = one_line(error)
+    return text if len(text) <= _LONGEST_CAUSE else text[:_LONGEST_CAUSE] + " ..."
+
+
+def _foreign_objects(path: Path) -> list[str]:
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (EOFError, RuntimeError, ValueError, pickle.UnpicklingError):
+        return []  # what cannot be read at all names nothing
