@@ -13,7 +13,7 @@ from pathlib import Path
 
 FILE_NAME = "SHA256SUMS"
 _STORAGES = "data"  # the folder of the archive in which storages are
-_LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
+_LINE = re.compile(r"([0-9a-f]{64}) [ *](\S.*)")  # an asterisk marks what was read as binary
 # Of an archive that is cut off or cannot be read, and one whose damaged header names an unknown compression.
 _UNREADABLE = (zipfile.BadZipFile, EOFError, OSError, NotImplementedError)
 

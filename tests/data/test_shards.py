@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from litgpt_moe_ext.data.pipeline import shards
-from litgpt_moe_ext.data.pipeline.shards import check_token_ids, open_shard, write_shard
+from litgpt_moe_ext.data.pipeline.shards import open_shard, scan_shard, write_shard
 
 
 def raw_shard(path, magic=20240520, version=1, count=3, body=b"\1\0\2\0\3\0"):
@@ -102,9 +102,9 @@ def test_every_form_by_its_bytes(tmp_path, name, write):
     assert isinstance(tokens, np.memmap)
     assert tokens.dtype == (np.uint32 if name in ("wide.npy", "llama.bin") else np.uint16)
     assert tokens.tolist() == TOKENS.tolist()
-    check_token_ids(tokens, 50257)
+    scan_shard(tokens, 50257)
     with pytest.raises(ValueError, match=rf"{name} has token id 50256 at token 0 .byte {tokens.offset}., outside"):
-        check_token_ids(tokens, 50256)
+        scan_shard(tokens, 50256)
 
 
 def test_short_headerless_files_are_read(tmp_path):
@@ -154,7 +154,7 @@ def test_a_bad_id_is_found_in_later_parts(tmp_path, monkeypatch, vocab_size, byt
     with pytest.raises(
         ValueError, match=rf"a.bin has token id 60000 at token 37 .byte {byte}., outside a vocabulary of 50"
     ):
-        check_token_ids(open_shard(path), 50257)
+        scan_shard(open_shard(path), 50257)
 
 
 def test_missing_file(tmp_path):

@@ -1,3 +1,5 @@
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from litgpt.data import DataModule
 from litgpt.pretrain import get_dataloaders
 
 from litgpt_moe_ext.data import TokenShards
+from litgpt_moe_ext.data.pipeline import shards, sources
 from litgpt_moe_ext.data.pipeline.shards import write_shard
 from litgpt_moe_ext.errors import SettingsError
 
@@ -65,17 +68,65 @@ def test_the_first_tokens(tmp_path, capsys):
         TokenShards(tmp_path, train_count=0)
 
 
-def test_other_tokens_under_the_same_names_are_other_data(tmp_path):
-    found = set()
-    for changed in (0, -1, slice(0, 0)):
-        tokens = np.arange(5000)
-        tokens[changed] = 7
+@pytest.mark.parametrize("vocab_size", [65536, 65537])
+def test_other_tokens_under_the_same_names_are_other_data(tmp_path, monkeypatch, vocab_size):
+    """Wherever in a shard: at its ends, in one of the parts that it is read in, in what is left over."""
+    monkeypatch.setattr(shards, "_SCAN_TOKENS", 1 << 16)
+    tokens, found = np.arange(300_001) % 65536, set()
+
+    def identity(**settings) -> str:
         for name in ("train.bin", "val.bin"):
-            write_shard(tmp_path / name, tokens, 65536)
-        data = TokenShards(tmp_path)
+            write_shard(tmp_path / name, tokens, vocab_size)
+        data = TokenShards(tmp_path, **settings)
         data.open_shards()
-        found.add(data.corpus_id)
-    assert len(found) == 3
+        return data.corpus_id
+
+    found.add(identity())
+    assert identity(vocab_size=vocab_size) in found
+    for changed in (0, -1, 150_000, 290_000):
+        tokens[changed] ^= 1
+        found.add(identity())
+    for first, second in ((0, 40_000), (70_000, 200_000), (299_998, 299_999)):
+        tokens[[first, second]] = tokens[[second, first]]
+        found.add(identity())
+    assert len(found) == 8
+
+
+class TestChecksums:
+    """Those of files that were downloaded, as `sha256sum` or `find` writes them."""
+
+    @pytest.fixture
+    def folder(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(sources, "_SETTLED_SECONDS", -60.0)
+        folder = tmp_path / "shards"
+        folder.mkdir()
+        write(folder, {"val.bin": 40, "train_1.bin": 40, "train_2.npy": 40})
+        digest = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+        lines = [f"{digest['val.bin']}  val.bin", f"{digest['train_1.bin']} *./train_1.bin", f"{64 * '0'}  train_9.bin"]
+        (folder / "SHA256SUMS").write_text("\n".join(lines) + "\n")
+        return folder
+
+    def test_a_shard_that_differs_is_named(self, folder, capsys):
+        TokenShards(folder).prepare_data()
+        assert "SHA256SUMS does not list train_2.npy, so it is not compared" in capsys.readouterr().out
+        for name in ("train_1.bin", "val.bin"):
+            content = (folder / name).read_bytes()
+            (folder / name).write_bytes(content[:-1] + b"x")
+            with pytest.raises(SettingsError, match=rf"{name} differs from its checksum in SHA256SUMS; download it"):
+                loaders(TokenShards(folder))
+            (folder / name).write_bytes(content)
+        (folder / "SHA256SUMS").write_text("damaged")
+        with pytest.raises(SettingsError, match="shards: SHA256SUMS is damaged in line 1; download it again"):
+            TokenShards(folder).prepare_data()
+
+    def test_they_are_compared_once(self, folder, monkeypatch):
+        TokenShards(folder).prepare_data()
+        monkeypatch.setattr(sources.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+        TokenShards(folder).prepare_data()
+
+    def test_only_those_that_are_read(self, folder):
+        (folder / "train_1.bin").write_bytes((folder / "train_1.bin").read_bytes()[:-1] + b"x")
+        TokenShards(folder, train_pattern="train_2*").prepare_data()
 
 
 def test_the_first_validates_where_no_name_says_so(tmp_path):

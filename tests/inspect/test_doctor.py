@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from litgpt_moe_ext.cli.main import main
+from litgpt_moe_ext.data.pipeline.shards import write_shard
 from litgpt_moe_ext.inspect.cost import doctor
 from litgpt_moe_ext.inspect.cost.fit import RUNTIME, best_fit, find_fits
 from litgpt_moe_ext.inspect.cost.layers import shorten
@@ -281,6 +283,19 @@ class TestStart:
 
     def _lines(self, capsys):
         return [line for line in capsys.readouterr().out.splitlines() if line[9:].startswith("start ")]
+
+
+def test_shards_are_opened_and_not_read(tmp_path, capsys):
+    for name in ("train.bin", "val.bin"):
+        write_shard(tmp_path / name, np.arange(300), 320)
+    (tmp_path / "SHA256SUMS").write_text(f"{64 * '0'}  train.bin\n")
+    recipe = tmp_path / "recipe.yaml"
+    data = {"class_path": "litgpt_moe_ext.data.TokenShards", "init_args": {"data_path": str(tmp_path)}}
+    recipe.write_text(yaml.safe_dump({"model_config": MODEL, "data": data, "out_dir": str(tmp_path / "out")}))
+    assert main(["doctor", str(recipe)]) == 0
+    (tmp_path / "train.bin").write_bytes((tmp_path / "train.bin").read_bytes()[:-2])
+    assert main(["doctor", str(recipe)]) == 1
+    assert "train.bin is truncated" in capsys.readouterr().out
 
 
 def test_connections_of_gpus_are_explained():

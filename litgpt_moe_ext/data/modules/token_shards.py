@@ -11,14 +11,14 @@ import numpy as np
 
 from litgpt_moe_ext.data.modules.base import ShardModule, is_first_rank
 from litgpt_moe_ext.data.packing import first_tokens
-from litgpt_moe_ext.data.pipeline.shards import check_token_ids, open_shard
+from litgpt_moe_ext.data.pipeline.shards import open_shard, scan_shard
 from litgpt_moe_ext.data.pipeline.sources import matches
+from litgpt_moe_ext.data.pipeline.verification import verify_shards
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import NonNegativeInt, PositiveInt, check_fields
 from litgpt_moe_ext.wording import counted
 
 SUFFIXES = (".bin", ".npy")
-_SAMPLE = 1024  # tokens at either end of a shard that go into the identity of the data
 
 
 @dataclass
@@ -26,7 +26,8 @@ class TokenShards(ShardModule):
     """Token shards as they are found, in any form that `litgpt_moe_ext.data.pipeline.shards.open_shard` reads.
 
     The shards are one stream in the natural order of their names (2 before 10): windows run across the borders of
-    files, so no token is lost there.
+    files, so no token is lost there. Where a `SHA256SUMS` lies beside them they are compared with it, once in a place
+    and again when a file has changed.
     """
 
     data_path: Path
@@ -62,13 +63,23 @@ class TokenShards(ShardModule):
         self._model_vocab_size = padded_vocab_size
 
     def prepare_data(self) -> None:
-        """Check that the shards can be read.
+        """Check that the shards can be read, and are what their checksums say.
+
+        Raises:
+            SettingsError: See `check_shards`; or a file differs from its checksum.
+        """
+        verify_shards(self.data_path, self.check_shards(), is_first_rank())
+
+    def check_shards(self) -> list[Path]:
+        """Return all shards; reads no more of them than how they begin.
 
         Raises:
             SettingsError: A file cannot be read or is not a shard, there are none, or there is none to validate on.
         """
-        for path in (path for paths in self.find_shards() for path in paths):
+        train, val = self.find_shards()
+        for path in train + val:
             open_shard(path)
+        return train + val
 
     def find_shards(self) -> tuple[list[Path], list[Path]]:
         """Return the files to train on and those to validate on, in natural order.
@@ -113,13 +124,10 @@ class TokenShards(ShardModule):
             if count is not None:
                 shards[i] = list(first_tokens(shards[i], count))
         vocab_size = self.vocab_size or self._model_vocab_size
-        if vocab_size is not None:
-            for shard in shards[0] + shards[1]:
-                check_token_ids(shard, vocab_size)
+        found = [[scan_shard(shard, vocab_size) for shard in side] for side in shards]
         digest = hashlib.sha256()
-        for shard in shards[0]:
-            digest.update(f"{Path(str(shard.filename)).name}:{len(shard)}:{shard.dtype}:".encode())
-            digest.update(shard[:_SAMPLE].tobytes() + shard[-_SAMPLE:].tobytes())
+        for shard, fingerprint in zip(shards[0], found[0], strict=True):
+            digest.update(f"{Path(str(shard.filename)).name}:{len(shard)}:".encode() + fingerprint)
         self._corpus_id = digest.hexdigest()[:16]
         if is_first_rank():
             checked = "ids not checked: set vocab_size" if vocab_size is None else f"ids below {vocab_size}"
@@ -134,7 +142,7 @@ class TokenShards(ShardModule):
 
     @property
     def corpus_id(self) -> str:
-        """A hash of the names, lengths and ends of the training shards."""
+        """A hash of the names, lengths and tokens of the training shards."""
         return self._corpus_id
 
 

@@ -14,6 +14,7 @@ The bytes of a file tell what it is, not its name:
 | anything else             | none    | uint16         | nanoGPT (`ndarray.tofile`)       |
 """
 
+import hashlib
 import os
 import uuid
 from pathlib import Path
@@ -41,6 +42,7 @@ _FOREIGN = {
 _WIDE_SAMPLE = 1 << 20
 _WIDE_MINIMUM = 32
 _SCAN_TOKENS = 1 << 24
+_SUM_TOKENS = 1 << 11
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -140,14 +142,23 @@ def open_shard(path: str | os.PathLike) -> np.memmap:
     return tokens
 
 
-def check_token_ids(tokens: np.memmap, vocab_size: int) -> None:
-    """Raise SettingsError, with file, position and byte, if a shard holds an id outside the vocabulary.
+def scan_shard(tokens: np.memmap, vocab_size: int | None) -> bytes:
+    """Read a shard once, refuse ids outside the vocabulary, and return a fingerprint of all of them.
 
-    Reads the whole shard once: about 0.03 s per 100 million tokens if it is in memory.
+    It costs little beside the reading, since not the tokens are hashed but sums of 2,048 at a time. So it tells what
+    happens to files by accident, but not what somebody makes up.
+
+    Args:
+        tokens: As from `open_shard`, shape (N,).
+        vocab_size: Entries of the vocabulary; None checks no id.
+
+    Raises:
+        SettingsError: It holds an id outside the vocabulary; the message has file, position and byte.
     """
+    digest = hashlib.sha256(tokens.dtype.str.encode())
     for start in range(0, len(tokens), _SCAN_TOKENS):
         part = tokens[start : start + _SCAN_TOKENS]
-        if part.max() >= vocab_size:
+        if vocab_size is not None and part.max() >= vocab_size:
             index = start + int(np.argmax(part >= vocab_size))
             raise SettingsError(
                 f"{tokens.filename} has token id {tokens[index]} at token {index} (byte "
@@ -155,6 +166,10 @@ def check_token_ids(tokens: np.memmap, vocab_size: int) -> None:
                 "was made with another tokenizer, or holds integers of another width: use the tokenizer and the "
                 "vocabulary it was made with"
             )
+        whole = len(part) // _SUM_TOKENS * _SUM_TOKENS
+        digest.update(part[:whole].view("<u8").reshape(-1, _SUM_TOKENS * part.itemsize // 8).sum(1).tobytes())
+        digest.update(part[whole:].tobytes())
+    return digest.digest()
 
 
 def _llmc_header(path: Path, start: bytes, magic: int) -> tuple[np.dtype, int, int]:

@@ -5,6 +5,7 @@ Each file is compared with its checksum when a corpus is first used in a place, 
 
 import os
 import shlex
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from litgpt_moe_ext.data.pipeline.sources import FileHashes
@@ -27,14 +28,43 @@ def verify(directory: Path, verbose: bool = True) -> None:
     Raises:
         SettingsError: A file differs from its checksum.
     """
-    if not (directory / checksums.FILE_NAME).is_file():  # prepared by an earlier version
-        return
+    remedy = f"copy it again, or delete {directory} to prepare the corpus again"
+    _compare(directory, _listed(directory, remedy), remedy, verbose)
+
+
+def verify_shards(directory: Path, shards: Collection[Path], verbose: bool = True) -> None:
+    """Do the same for token shards from elsewhere, if their checksums lie beside them.
+
+    Args:
+        directory: The folder of the shards.
+        shards: Those that are to be read; others may be missing.
+        verbose: Whether to print what takes long, or is not done.
+
+    Raises:
+        SettingsError: One of them differs from its checksum.
+    """
+    remedy = "download it again, or copy it again from where it is whole"
+    listed = _listed(directory, remedy)
+    unlisted = [shard.name for shard in shards if shard not in listed]
+    if verbose and listed and unlisted:
+        names, it_is = unlisted[0], "it is"
+        if len(unlisted) > 1:
+            names, it_is = f"{names} and {len(unlisted) - 1} more", "they are"
+        print(f"{directory / checksums.FILE_NAME} does not list {names}, so {it_is} not compared", flush=True)
+    _compare(directory, {shard: listed[shard] for shard in shards if shard in listed}, remedy, verbose)
+
+
+def _listed(directory: Path, remedy: str) -> dict[Path, str]:
+    if not (directory / checksums.FILE_NAME).is_file():  # as in a corpus that an earlier version has prepared
+        return {}
     try:
-        listed = checksums.read(directory)
+        return {directory / name: digest for name, digest in checksums.read(directory).items()}
     except ValueError as error:
-        raise SettingsError(f"{directory}: {error}; {_remedy(directory)}") from error
+        raise SettingsError(f"{directory}: {error}; {remedy}") from error
+
+
+def _compare(directory: Path, files: Mapping[Path, str], remedy: str, verbose: bool) -> None:
     hashes = FileHashes(directory.parent)
-    files = {directory / name: digest for name, digest in listed.items()}
     new = [file for file in files if not (file.is_file() and hashes.remembers(file))]
     if new and not os.access(directory.parent, os.W_OK):
         if verbose:
@@ -46,9 +76,5 @@ def verify(directory: Path, verbose: bool = True) -> None:
         print(f"Comparing {size / 1e9:.1f} GB of {directory} with their checksums, this once", flush=True)
     for file, digest in files.items():
         if hashes.hash(file) != digest:
-            raise SettingsError(f"{file} differs from its checksum in {checksums.FILE_NAME}; {_remedy(directory)}")
+            raise SettingsError(f"{file} differs from its checksum in {checksums.FILE_NAME}; {remedy}")
     hashes.save()
-
-
-def _remedy(directory: Path) -> str:
-    return f"copy it again, or delete {directory} to prepare the corpus again"

@@ -203,8 +203,8 @@ def _settings(recipe: Recipe, settings: "Settings | SettingsError") -> Iterator[
         _check_kernels(recipe)
         check_data(plan.settings, plan.config)
         data: Any = plan.settings.data
-        if offers(data, "find_shards") and data.data_path.is_dir():
-            data.prepare_data()  # which prepares nothing: it opens what is there
+        if offers(data, "check_shards") and data.data_path.is_dir():
+            data.check_shards()
     except SettingsError as error:
         yield Finding("settings", "problem", str(error))
         return
