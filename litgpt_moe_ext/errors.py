@@ -16,7 +16,7 @@ CANNOT = 1
 WRONG_SETTING = 2
 """Exit status: a setting or an input is wrong."""
 PERHAPS_OF_AN_EXTENSION = "; if an extension adds it, install the extension's package (docs/how-to/extend.md)"
-"""The last words about a field of the model that nothing here has."""
+"""The last words about a field of the model, or a name in one, that nothing here has."""
 
 
 class SettingsError(ValueError):

@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import PERHAPS_OF_AN_EXTENSION, SettingsError
 
 _LARGEST = 2**63 - 1
 _LONGEST = 200  # characters of a value in an error
@@ -24,7 +24,7 @@ _WRONG = object()
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OneOf:
-    """The type of one of the names of a registry, which may still grow."""
+    """The type of one of some names: of a tuple, or of a registry, to which extensions may add."""
 
     names: Collection[str]
 
@@ -191,7 +191,8 @@ def refusal(name: str, value: Any, annotation: Any) -> str:
     if len(shown) > _LONGEST:
         shown = f"{shown[:_LONGEST]} ..."
     if isinstance(annotation, OneOf):
-        return f"{name}: {shown} is unknown; choose from {describe(annotation)}"
+        perhaps = "" if isinstance(annotation.names, tuple) else PERHAPS_OF_AN_EXTENSION
+        return f"{name}: {shown} is unknown; choose from {describe(annotation)}{perhaps}"
     return f"{name}: {shown} must be {describe(annotation)}{_addition(value, annotation)}"
 
 

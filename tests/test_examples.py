@@ -1,7 +1,9 @@
 """The examples run, through the same entry point as a training of one's own."""
 
 import os
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -74,6 +76,16 @@ def test_a_router_of_ones_own_trains(tmp_path):
     (installed / "entry_points.txt").write_text("[litgpt_moe_ext.extensions]\nmy_package = add_a_router:register\n")
     path = os.pathsep.join([str(tmp_path), str(SCRIPT.parent)])
     run_command(sys.executable, "-c", LOAD, tmp_path / "out" / "final", PYTHONPATH=path)
+
+    # Where it is not, LitGPT's own commands say what is missing.
+    litgpt = [Path(sys.executable).with_name("litgpt"), "generate", tmp_path / "out" / "final", "--max_new_tokens", "2"]
+    run_command(*litgpt, PYTHONPATH=path)
+    ended = subprocess.run(litgpt, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    file = tmp_path / "out" / "final" / "model_config.yaml"
+    message = f"error: {file} has the field router_initial_temperature, which this version does not know; if an extens"
+    assert ended.stderr.splitlines()[-1].startswith(message)
+    assert "Traceback" not in ended.stderr
 
 
 def test_the_same_may_be_registered_twice(monkeypatch):

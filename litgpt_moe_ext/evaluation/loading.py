@@ -12,10 +12,10 @@ from lightning import Fabric
 from litgpt import GPT, Config, Tokenizer
 
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
-from litgpt_moe_ext.errors import PERHAPS_OF_AN_EXTENSION, SettingsError
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files.archives import FROM_ANEW, open_archive, shortened
 from litgpt_moe_ext.files.checksums import problem_with_storages
-from litgpt_moe_ext.host.checkpoints import REQUIRES_MARK
+from litgpt_moe_ext.host.checkpoints import refuse_unknown_fields
 from litgpt_moe_ext.wording import counted
 
 WEIGHTS_FILE = "lit_model.pth"
@@ -107,12 +107,7 @@ def read_config(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> Config
         raise SettingsError(f"{setting}: {file} cannot be read ({shortened(error)}); {FROM_ANEW}") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise SettingsError(f"{setting}: {file} holds no model configuration; {FROM_ANEW}")
-    unknown = next((name for name in values if name not in (*Config.__dataclass_fields__, REQUIRES_MARK)), None)
-    if unknown is not None:
-        raise SettingsError(
-            f"{setting}: {file} has the field {unknown}, which this version does not know"
-            f"{PERHAPS_OF_AN_EXTENSION}, or else upgrade"
-        )
+    refuse_unknown_fields(values, f"{setting}: {file}")
     try:
         check_ranges(values)
         return Config.from_file(file)  # which knows the mark of this package

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from litgpt_moe_ext import __version__
 from litgpt_moe_ext.config.fields import uses_plugin
+from litgpt_moe_ext.errors import PERHAPS_OF_AN_EXTENSION, SettingsError
 from litgpt_moe_ext.host.config import extend_config, without_unused_fields
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def add_fields(config: ModuleType) -> None:
 
 
 def understand_mark(config: ModuleType) -> None:
-    """Let `Config.from_file` read configurations with the mark, and warn where a newer plugin wrote them."""
+    """Let `Config.from_file` read configurations with the mark, and say what another plugin or an extension added."""
     original = config.Config.from_file.__func__
 
     @classmethod
@@ -41,9 +42,27 @@ def understand_mark(config: ModuleType) -> None:
         if not isinstance(content, dict) or REQUIRES_MARK not in content:
             return original(cls, path, **kwargs)
         _check_written_by(content.pop(REQUIRES_MARK), path)
+        refuse_unknown_fields(content, str(path))
         return cls(**{**content, **kwargs})
 
     config.Config.from_file = from_file
+
+
+def refuse_unknown_fields(content: dict[str, Any], where: str) -> None:
+    """Raise SettingsError, with the remedy, if a saved configuration has a field that a model has not.
+
+    Args:
+        content: The configuration; it may have the mark.
+        where: The file, and what the user has named it by, for the error.
+    """
+    from litgpt.config import Config
+
+    for name in content:
+        if name not in Config.__dataclass_fields__ and name != REQUIRES_MARK:
+            raise SettingsError(
+                f"{where} has the field {name}, which this version does not know{PERHAPS_OF_AN_EXTENSION}, or else "
+                "upgrade"
+            )
 
 
 def write_mark(utils: Any) -> None:

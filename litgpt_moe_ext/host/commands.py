@@ -1,5 +1,6 @@
 """LitGPT's commands that meet a checkpoint of the plugin: one does its work, the others say why they cannot."""
 
+import sys
 from functools import wraps
 from pathlib import Path
 from types import ModuleType
@@ -7,6 +8,7 @@ from typing import Any
 
 from litgpt_moe_ext.config.features import MLP_CLASS_NAMES
 from litgpt_moe_ext.config.fields import uses_plugin
+from litgpt_moe_ext.errors import WRONG_SETTING, SettingsError
 
 
 def refuse_mlp_classes(module: ModuleType) -> None:
@@ -14,7 +16,7 @@ def refuse_mlp_classes(module: ModuleType) -> None:
 
     def __getattr__(name: str) -> type:
         if name in MLP_CLASS_NAMES:
-            raise ValueError(
+            raise SettingsError(
                 f"mlp_class_name: {name} cannot be finetuned with {module.__name__}, which knows LitGPT's own layers "
                 "only. Finetune all weights instead (litgpt finetune_full)."
             )
@@ -34,7 +36,7 @@ def refuse_conversion(module: Any) -> None:
         config_file = Path(checkpoint_dir) / "model_config.yaml"
         config: Any = Config.from_file(config_file) if config_file.is_file() else None
         if config is not None and uses_plugin(config):
-            raise ValueError(
+            raise SettingsError(
                 f"checkpoint_dir: {str(checkpoint_dir)!r} holds a model with layers of litgpt_moe_ext "
                 f"(mlp_class_name: {config.mlp_class_name}, attention_class_name: {config.attention_class_name}), "
                 "which this conversion does not know. `litgpt-moe export` writes it for transformers; "
@@ -43,6 +45,21 @@ def refuse_conversion(module: Any) -> None:
         original(checkpoint_dir, output_dir)
 
     module.convert_lit_checkpoint = convert_lit_checkpoint
+
+
+def refuse_in_one_line(module: Any) -> None:
+    """Let `litgpt` end with one line where this package refuses a setting or a checkpoint; all else is as it was."""
+    original = module.main
+
+    @wraps(original)
+    def main() -> None:
+        try:
+            original()
+        except SettingsError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(WRONG_SETTING)
+
+    module.main = main
 
 
 def evaluate_directly(module: Any) -> None:

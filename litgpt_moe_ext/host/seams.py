@@ -170,6 +170,10 @@ SEAMS = (
         "Evaluates checkpoints with the plugin's layers directly, without conversion.", "LitGPT does",
         commands.evaluate_directly,
     ),
+    Seam(
+        "litgpt.__main__", "main", "wrap", "Ends with one line where this package refuses something.",
+        "LitGPT's command prints errors of settings as one line", commands.refuse_in_one_line,
+    ),
     Seam("litgpt.pretrain", "fit", "run", "Keeps the training state; listens for signals.", _LOOP),
     Seam("litgpt.pretrain", "CycleIterator", "run", "Acts between two iterations: signals, limits, events.", _LOOP),
     Seam("litgpt.pretrain", "save_checkpoint", "run", "Writes under a temporary name, then renames.", _LOOP),

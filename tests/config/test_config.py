@@ -37,7 +37,10 @@ GROUPS = {"n_expert_groups": 4, "n_topk_groups": 1, "n_topk_scores_per_group": 2
             "n_expert_per_token: 3 is more than the 1 chosen groups of 2 experts hold; use at most 2",
         ),
         ({"n_topk_groups": 2}, "n_topk_groups: 2 would be ignored because n_expert_groups is not set"),
-        ({"router_score_function": "relu"}, "router_score_function: 'relu' is unknown; choose from sigmoid, softmax"),
+        (
+            {"router_score_function": "relu"},
+            "router_score_function: 'relu' is unknown; choose from sigmoid, softmax; leave",
+        ),
         ({"router_bias_update_rate": -0.1}, "router_bias_update_rate: -0.1 must be a number of at least 0"),
         ({"router_bias_update_rate": float("nan")}, "router_bias_update_rate: nan must be"),
         (
@@ -68,7 +71,10 @@ GROUPS = {"n_expert_groups": 4, "n_topk_groups": 1, "n_topk_scores_per_group": 2
             {"n_shared_expert": 1, "shared_expert_intermediate_size": 0},
             "shared_expert_intermediate_size: 0 must be an integer of at least 1",
         ),
-        ({"router_type": "random"}, "router_type: 'random' is unknown; choose from topk, noisy_topk, hash, uniform"),
+        (
+            {"router_type": "random"},
+            "router_type: 'random' is unknown; choose from topk, noisy_topk, hash, uniform; if an extension adds it, ",
+        ),
         (
             {"router_type": "hash", "router_z_loss_coef": 0.1},
             "router_z_loss_coef: 0.1 would be ignored because router_type",

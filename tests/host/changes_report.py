@@ -19,6 +19,7 @@ for module in (
     "litgpt.adapter_v2",
     "litgpt.scripts.convert_lit_checkpoint",
     "litgpt.eval.evaluate",
+    "litgpt.__main__",
     "torch.utils.flop_counter",
 ):
     importlib.import_module(module)

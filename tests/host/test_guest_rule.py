@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,8 @@ import yaml
 from litgpt import Config
 
 import litgpt_moe_ext
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.host import commands
 from tests.host.guest_report import CONFIGS
 from tests.models import moe_config
 
@@ -105,6 +108,41 @@ def test_saved_configuration_round_trip(tmp_path):
     with warnings.catch_warnings(action="error"):  # of a newer plugin
         assert Config.from_file(tmp_path / "model_config.yaml") == config
     assert Config.from_checkpoint(tmp_path, router_bias_update_rate=0.5).router_bias_update_rate == 0.5
+
+
+def test_a_field_that_no_extension_here_adds_is_named(tmp_path):
+    """In a configuration of the plugin; an unknown field of another stays LitGPT's affair."""
+    from litgpt.utils import save_config
+
+    file = tmp_path / "model_config.yaml"
+    for config, error, message in (
+        (
+            moe_config(),
+            SettingsError,
+            f"{file} has the field own_sharpness, which .*; if an extension adds it, install",
+        ),
+        (Config.from_name("pythia-14m"), TypeError, "unexpected keyword argument 'own_sharpness'"),
+    ):
+        save_config(config, tmp_path)
+        file.write_text(file.read_text() + "own_sharpness: 2.0\n")
+        with pytest.raises(error, match=message):
+            Config.from_file(file)
+
+
+@pytest.mark.parametrize("error", [SettingsError("router_type: 'own' is unknown"), ValueError("not ours")])
+def test_only_what_the_plugin_refuses_ends_litgpt_in_one_line(error, capsys):
+    module = types.ModuleType("litgpt.__main__")
+
+    def main():
+        raise error
+
+    module.main = main
+    commands.refuse_in_one_line(module)
+    with pytest.raises(SystemExit if isinstance(error, SettingsError) else ValueError) as ended:
+        module.main()
+    refused = ended.type is SystemExit
+    assert not refused or ended.value.code == 2
+    assert capsys.readouterr().err == ("error: router_type: 'own' is unknown\n" if refused else "")
 
 
 def test_a_checkpoint_of_a_newer_plugin_is_announced(tmp_path):
