@@ -7,7 +7,7 @@ static int n_stream, captures;
 static unsigned long long last_id;
 static __thread enum cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
 
-static long launched, waited, moments;
+static long launched, waited, moments, last_wait;
 static int tracing;
 static char *names;
 static size_t names_size, names_used;
@@ -57,7 +57,8 @@ cudaError_t null_wait(struct Stream *stream) {
     cudaError_t error = null_may_wait();
     if (error) return error;
     __atomic_add_fetch(&waited, 1, __ATOMIC_RELAXED);
-    if (stream) stream->settled = now();
+    last_wait = now();
+    if (stream) stream->settled = last_wait;
     return cudaSuccess;
 }
 cudaError_t null_start(struct Stream *stream, const char *name) {
@@ -141,7 +142,15 @@ EXPORT cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stre
 }
 EXPORT cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) { return cudaEventRecordWithFlags(event, stream, 0); }
 EXPORT cudaError_t cudaEventQuery(cudaEvent_t event) {
-    return captured((struct Event *)event) ? null_fail(cudaErrorCapturedEvent) : null_may_wait();
+    struct Event *e = (struct Event *)event;
+    if (captured(e)) return null_fail(cudaErrorCapturedEvent);
+    cudaError_t error = null_may_wait();
+    /* A GPU that lags is behind the host by so many seconds, unless that waits for it. */
+    long lag = null_setting("NULL_GPU_LAG", 0);
+    if (error || !lag || !e->recorded || e->moment < last_wait) return error;
+    struct timespec at;
+    clock_gettime(CLOCK_MONOTONIC, &at);
+    return at.tv_sec - e->at.tv_sec > lag ? cudaSuccess : cudaErrorNotReady;
 }
 EXPORT cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     struct Event *e = (struct Event *)event;
