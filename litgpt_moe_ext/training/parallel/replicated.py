@@ -50,16 +50,15 @@ class ReplicatedStrategy(Behaviour, DDPStrategy):
         # On a stream beside the usual one, as Lightning does it, so that passes can be captured. Nodes that add up
         # gradients run there, and DDP's hooks with them, so what they read must have been written: it has to be known.
         device = self.root_device
-        usual = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        if usual is not None:
-            self._stream = torch.cuda.Stream(device)
+        if device.type != "cuda":
+            self._replica = DistributedDataParallel(module, **self._knobs)
+        else:
+            usual, self._stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+            torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
             # It sends the weights of the first process to the others, which may still be being drawn.
             self._stream.wait_stream(usual)
-            torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
-        with torch.cuda.stream(self._stream):
-            ids = None if device.type == "cpu" else [device.index]
-            self._replica = DistributedDataParallel(module, device_ids=ids, **self._knobs)
-        if usual is not None:
+            with torch.cuda.stream(self._stream):
+                self._replica = DistributedDataParallel(module, device_ids=[device.index], **self._knobs)
             usual.wait_stream(self._stream)
         self._exchanged = [parameter for parameter in module.parameters() if parameter.requires_grad]
         return self._replica
