@@ -75,11 +75,13 @@ def search_figure(searched: Sequence[str], groups: dict[str, list[Result]]) -> F
         figure = Figure(figsize=(max(5.0, min(10.0, 3.4 * len(searched))), 3.2), layout="constrained")
         panels = figure.subplots(1, len(searched), sharey=True, squeeze=False)[0]
         for axes, name in zip(panels, searched, strict=True):
+            numbers = [group[0].run.point[name] for group in groups.values()]
+            numeric = all(isinstance(number, int | float) for number in numbers)
             for i, points in enumerate(places.values()):
                 values = [group[0].run.point[name] for group in points.values()]
-                axes.plot(values, [mean_val_loss(group) for group in points.values()], f"oC{i % 10}", markersize=4)
-            numbers = [group[0].run.point[name] for group in groups.values()]
-            if all(isinstance(number, int | float) for number in numbers) and 0 < min(numbers) * 9 < max(numbers):
+                losses = [mean_val_loss(group) for group in points.values()]
+                axes.plot(values if numeric else list(map(str, values)), losses, f"oC{i % 10}", markersize=4)
+            if numeric and 0 < min(numbers) * 9 < max(numbers):
                 axes.set_xscale("log")
                 axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axes.xaxis.set_major_formatter("{x:g}")
@@ -137,7 +139,9 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def mean(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean of curves over their places, as far as the shortest one goes."""
-    length = min((len(values) for _, values in curves), default=0)
+    """Return the mean of curves over their places, as far as the shortest one goes; nothing where there is none."""
+    if not curves:
+        return np.empty(0), np.empty(0)
+    length = min(len(values) for _, values in curves)
     places, values = (np.mean([line[k][:length] for line in curves], axis=0) for k in (0, 1))
     return places, values

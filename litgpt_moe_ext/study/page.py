@@ -3,6 +3,7 @@
 import base64
 import csv
 import html
+import io
 import math
 import re
 from collections import Counter
@@ -70,7 +71,7 @@ def study_page(study: Study, results: Sequence[Result], missing: int, command: s
     data = base64.b64encode(text.encode()).decode("ascii")
     name = html.escape(study.name)
     link = f'<a download="{name}.csv" href="data:text/csv;base64,{data}">{name}.csv</a>'
-    columns, *cells = csv.reader(text.splitlines())
+    columns, *cells = csv.reader(io.StringIO(text))
     said = [i for i, name in enumerate(columns) if name not in ("trained_on", "software")]  # elsewhere on the page
     short = [[_shortened(row[i]) for i in said] for row in cells]
     parts += [f"<h2>Runs</h2><p>{link}</p>", table([columns[i] for i in said], short)]
@@ -118,8 +119,9 @@ def verdicts(study: Study, results: Sequence[Result]) -> list[str]:
     if not study.compare:
         return lines
     moe, dense = ([result for result in results if result.run.arm == study.compare[side]] for side in ("moe", "dense"))
-    if len({result.run.point.get(BUDGET) for result in dense}) >= 2 and moe:
-        costs, reached = ([(result.flops, result.val_loss) for result in side] for side in (dense, moe))
+    # A run that came to nothing has no loss.
+    costs, reached = ([(r.flops, r.val_loss) for r in side if math.isfinite(r.val_loss)] for side in (dense, moe))
+    if len({result.run.point.get(BUDGET) for result in dense}) >= 2 and costs and reached:
         try:
             found = compute_multiplier(costs, reached)
         except ValueError as error:
@@ -132,7 +134,7 @@ def verdicts(study: Study, results: Sequence[Result]) -> list[str]:
     if moe and dense and all(result.timed for result in (*moe, *dense)):
         largest = max(result.tokens for result in moe)
         sides = [_mean_over_seconds([r for r in side if r.tokens == largest]) for side in (dense, moe)]
-        if all(len(seconds) for seconds, _ in sides):
+        if all(np.isfinite(seconds[-1:]).any() for seconds, _ in sides):
             even = break_even(*sides)
             when = "is never ahead within the run" if even is None else f"is ahead from {even:,.0f} s on"
             lines.append(f"In seconds, the MoE {when} (training loss, on the machine that trained both).")

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,9 @@ def load_study(path: Path, scale: Path | None = None) -> Study:
             settings = {**common, **here, **(own or {})}
             recipe = _recipe(str(settings.pop("recipe", content.get("recipe", "quickstart"))), path)
             runs.append(Run(arm, point, seed, recipe, settings))
+    times = Counter(run.title for run in runs)
+    if repeated := [title for title in times if times[title] > 1]:  # which would pass for two runs that agree
+        raise SettingsError(f"seeds, grid: {repeated[0]!r} must be one run; leave out what is there twice")
     return Study(name, str(content.get("question", "")), runs, compare, control, tuple(searched[0]))
 
 

@@ -21,7 +21,7 @@ _MOST = 6
 
 
 def searched_points(search: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the values of the searched settings at each point.
+    """Return the values of the searched settings at each point, each point once.
 
     Args:
         search: What a study file says: `points`, how many, and by setting `{low: 1, high: 9}`, with `log: true` for a
@@ -42,10 +42,11 @@ def searched_points(search: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     sequence = Halton(len(ranges), scramble=False)
     sequence.fast_forward(1)  # the first point is the lower end of every range
-    return [
+    points = [
         {name: _value(values, float(place)) for (name, values), place in zip(ranges.items(), point, strict=True)}
         for point in sequence.random(count)
     ]
+    return list({str(point): point for point in points}.values())  # a short range has fewer
 
 
 def _check(name: str, values: Any) -> None:

@@ -23,12 +23,16 @@ from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.cli.settings import annotations, litgpt_types, read_given, read_settings
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files.lock import ProcessLock
+from litgpt_moe_ext.inspect.runs.logs import RunLog
 from litgpt_moe_ext.study import launch
 from litgpt_moe_ext.study.analysis import break_even, compute_multiplier, differences, first_below, mean_interval
 from litgpt_moe_ext.study.compare import compared, grouped
+from litgpt_moe_ext.study.figures import search_figure
 from litgpt_moe_ext.study.launch import Limits
+from litgpt_moe_ext.study.page import study_page, verdicts
 from litgpt_moe_ext.study.place import code_version
-from litgpt_moe_ext.study.plan import load_study
+from litgpt_moe_ext.study.plan import BUDGET, load_study
+from litgpt_moe_ext.study.results import Result
 from litgpt_moe_ext.study.search import best_points
 from tests.runs import ROOT, run_command
 
@@ -92,6 +96,14 @@ def test_a_search_spreads_its_points_and_more_of_them_repeat_none(tmp_path):
     assert few.runs[0].title == "recipe, lr 0.0316, n_layer 4, router_score_function sigmoid, seed 1"
 
 
+def test_a_search_of_few_values_trains_each_once(tmp_path):
+    search = {"points": 9, "model_config.n_layer": {"low": 1, "high": 2}}
+    runs = load_study(write(tmp_path / "s.yaml", search=search)).runs
+    assert [run.title for run in runs] == [
+        f"recipe, n_layer {layers}, seed {seed}" for layers in (2, 1) for seed in (1, 2)
+    ]
+
+
 @pytest.mark.parametrize(("content", "message"), [
     ({"arm": {}}, "has the key arm"),
     ({"seeds": 3}, "seeds: 3 must be a list"),
@@ -109,6 +121,8 @@ def test_a_search_spreads_its_points_and_more_of_them_repeat_none(tmp_path):
     ({"arms": {"a": {}}, "control": ["a"]}, "control: .* must be one of the arms: a"),
     ({"arms": {"a": {}}, "compare": {"moe": ["a"], "dense": "a"}}, "must name two arms"),
     ({"recipe": "nothing"}, "recipe: 'nothing' must be"),
+    ({"seeds": [1, 2, 1]}, "seeds, grid: 'recipe, seed 1' must be one run"),
+    ({"grid": {"optimizer.lr": [0.001, 0.002, 0.001]}}, "'recipe, lr 0.001, seed 1' must be one run"),
 ])  # fmt: skip
 def test_a_wrong_study_is_refused(content, message, tmp_path):
     with pytest.raises(SettingsError, match=message):
@@ -362,6 +376,57 @@ def test_a_point_that_came_to_nothing_is_not_the_best():
         for rate, loss in ((1, float("nan")), (2, 3.0), (3, 2.5))
     }
     assert list(best_points(["rate"], groups)) == ["3"]
+
+
+def result_of(run, loss: float, speed: float = 100.0, val_loss: float | None = None) -> Result:
+    """What a run reached whose training loss ended where its validation loss is."""
+    end = float(run.settings.get("train.max_tokens", 1000))
+    log = {
+        "total_tokens": np.array([end / 2, end]),
+        "loss": np.array([2 * loss, loss]),
+        "val_loss": np.array([np.nan, loss if val_loss is None else val_loss]),
+        "tokens_per_second": np.array([np.nan, speed]),
+    }
+    return Result(run, RunLog(run.title, log), 1, 1.0, 4.0)
+
+
+@pytest.fixture
+def pays(tmp_path):
+    """A study of two arms at two budgets."""
+    arms = {"moe": {}, "dense": {"train.max_norm": 2.0}}
+    grid = {"train.max_tokens": [1000, 2000]}
+    return load_study(
+        write(tmp_path / "s.yaml", seeds=[1], arms=arms, grid=grid, compare={"moe": "moe", "dense": "dense"})
+    )
+
+
+def test_a_page_of_runs_that_are_not_finished_yet(pays):
+    results = [result_of(run, 4.0) for run in pays.runs if (run.arm, run.point[BUDGET]) != ("dense", 2000)]
+    assert "Not finished: 1 of 4 runs" in study_page(pays, results, 1, "again")
+    assert not any("In seconds" in line for line in verdicts(pays, results)), "no dense run is as long as the MoE's"
+
+
+def test_runs_whose_speed_is_unknown_say_nothing_about_seconds(pays):
+    lines = [verdicts(pays, [result_of(run, 4.0, speed) for run in pays.runs]) for speed in (100.0, np.nan)]
+    assert [sum(line.startswith("In seconds") for line in some) for some in lines] == [1, 0]
+
+
+def test_a_run_that_came_to_nothing_has_no_part_in_the_multiplier(pays):
+    losses = {("dense", 1000): 4.0, ("dense", 2000): 2.0, ("moe", 1000): 2.0, ("moe", 2000): np.inf}
+    lines = verdicts(pays, [result_of(run, 3.0, val_loss=losses[run.arm, run.point[BUDGET]]) for run in pays.runs])
+    assert any(line.startswith("Compute multiplier 2.00") for line in lines), lines
+
+
+def test_values_of_a_grid_and_of_a_search_may_be_lists(tmp_path):
+    betas = [[0.9, 0.95], [0.9, 0.99]]
+    grid = load_study(
+        write(tmp_path / "grid.yaml", arms={"a": {}, "b": {"train.max_norm": 2.0}}, grid={"optimizer.betas": betas})
+    )
+    results = [result_of(run, 4.0 + run.seed * (run.arm == "b")) for run in grid.runs]
+    assert [d.alone.value for d in compared(grid, grouped(results)).values()] == pytest.approx([1.5, 1.5])
+    search = load_study(write(tmp_path / "search.yaml", search={"points": 2, "optimizer.betas": betas}))
+    figure = search_figure(search.searched, grouped([result_of(run, 4.0) for run in search.runs]))
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["[0.9, 0.99]", "[0.9, 0.95]"]
 
 
 def test_break_even_of_two_lines():
