@@ -21,12 +21,15 @@ from litgpt_moe_ext.pictures.style import (
     color_bar,
     ratio_bar,
     ratio_image,
+    shortened,
     whole_numbers,
 )
 
 # Panels of this many columns, and at most so many cells for numbers to be legible in them.
 _COLUMNS = 4
 _WRITABLE = 16
+# Characters of a checkpoint's name beside an axis.
+_NAME = 16
 # In inches.
 _SMALLEST_PANEL, _LARGEST_PANEL = 1.6, 4.0
 
@@ -139,19 +142,15 @@ def agreement_figure(comparison: Sequence[Mapping[str, Any]], names: tuple[str, 
             ticks = _tick_places(n_expert)
             axes.set_xticks(ticks, [entry["matching"][i] for i in ticks])
             axes.set_yticks(ticks)
-            axes.set_xlabel(f"expert of {_shortened(names[1])}")
+            axes.set_xlabel(f"expert of {shortened(names[1], _NAME)}")
             if i == 1 or i % _COLUMNS == 0:
-                axes.set_ylabel(f"expert of {_shortened(names[0])}")
+                axes.set_ylabel(f"expert of {shortened(names[0], _NAME)}")
         color_bar(figure, images[-1], panels[1:], "share of the row")
     return figure
 
 
 def _side(n_expert: int) -> float:
     return min(max(0.6 + 0.17 * n_expert, _SMALLEST_PANEL), _LARGEST_PANEL)
-
-
-def _shortened(name: str, length: int = 16) -> str:
-    return name if len(name) <= length else f"…{name[1 - length :]}"
 
 
 def _panels(count: int, size: tuple[float, float], left: float = 0.3) -> tuple[Figure, list[Axes]]:

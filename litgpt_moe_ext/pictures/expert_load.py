@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 _METRIC = re.compile(r"moe_load_(\d+)/expert_(\d+)")
 # More columns than a panel has pixels would leave to chance which of them are seen.
 _MOST_COLUMNS = 400
+_NAME = 60  # characters in the title
 
 Value = TypeVar("Value")
 
@@ -38,7 +39,7 @@ def load_over_steps_figure(name: str, steps: Sequence[float], layers: Mapping[in
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    from litgpt_moe_ext.pictures.style import STYLE, ratio_bar, ratio_image
+    from litgpt_moe_ext.pictures.style import STYLE, ratio_bar, ratio_image, shortened, title_above
 
     with matplotlib.rc_context(STYLE):
         n_expert = max(len(load) for load in layers.values())
@@ -59,7 +60,7 @@ def load_over_steps_figure(name: str, steps: Sequence[float], layers: Mapping[in
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             axes.xaxis.get_major_locator().set_params(integer=True, nbins=4)
             axes.yaxis.get_major_locator().set_params(integer=True, nbins=8)
-        figure.suptitle(f"Load of the experts of {name} over an even share", fontsize=9)
+        title_above(figure, f"Load of the experts of {shortened(name, _NAME)} over an even share")
         ratio_bar(figure, image)
     return figure
 

@@ -1,6 +1,7 @@
 """How pictures look: sizes for a paper, and one scale of colours for ratios around 1."""
 
 import io
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 FONT_SIZE = 8
@@ -21,11 +23,14 @@ STYLE = {
     "legend.frameon": False,
     "figure.dpi": 150,
     "savefig.dpi": 200,
+    "text.parse_math": False,  # names of runs and arms may have dollar signs
 }
 # The colours reach from a quarter to four times an even share.
 LARGEST_LOG2 = 2.0
 # In inches.
 _BAR_THICKNESS, _LONGEST_BAR = 0.13, 4.0
+# Characters of the text in an inch, and those that the line of a legend's entry is as long as.
+_IN_AN_INCH, _LINE = 11, 6
 
 
 def ratio_image(axes: Axes, values: np.ndarray, **options: Any) -> AxesImage:
@@ -70,6 +75,29 @@ def color_bar(figure: Figure, image: AxesImage, axes: Sequence[Axes], label: str
     length = min(0.8 * height, _LONGEST_BAR)
     shape = {"shrink": length / height, "aspect": length / _BAR_THICKNESS, "pad": 0.01}
     return figure.colorbar(image, ax=list(axes), label=label, **shape, **options)
+
+
+def legend_below(figure: Figure, colors: Sequence[tuple[str, str]]) -> None:
+    """Add a legend below a figure, of lines, in as many columns as there is room for.
+
+    Args:
+        figure: The figure.
+        colors: Name and colour of each line; a name that there is no room for is cut off at its beginning.
+    """
+    room = int(_IN_AN_INCH * figure.get_figwidth())
+    handles = [Line2D([], [], color=color, label=shortened(name, room - _LINE)) for name, color in colors]
+    longest = max((len(str(handle.get_label())) for handle in handles), default=1)
+    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, min(4, room // (longest + _LINE))))
+
+
+def title_above(figure: Figure, title: str) -> None:
+    """Add a title above a figure, in as many lines as it takes."""
+    figure.suptitle(textwrap.fill(title, int(_IN_AN_INCH * figure.get_figwidth())), fontsize=FONT_SIZE + 1)
+
+
+def shortened(name: str, length: int) -> str:
+    """Return a name, or the end of it with a mark where it is longer."""
+    return name if len(name) <= length else f"…{name[1 - length :]}"
 
 
 def whole_numbers(axes: Axes) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator
 
-from litgpt_moe_ext.pictures.style import STYLE
+from litgpt_moe_ext.pictures.style import STYLE, legend_below
 from litgpt_moe_ext.study.compare import Difference
 from litgpt_moe_ext.study.results import EVEN, MAX_VIO, Curve, Result
 from litgpt_moe_ext.study.search import by_place, mean_val_loss
@@ -120,13 +120,8 @@ def balance_figure(groups: dict[str, list[Result]]) -> Figure:
 
 def _legend(figure: Figure, groups: Mapping[str, Any], shown: Sequence[str] | None = None) -> None:
     # An arm has the same colour in every picture.
-    handles = [
-        matplotlib.lines.Line2D([], [], color=f"C{i % 10}", label=label)
-        for i, label in enumerate(groups)
-        if shown is None or label in shown
-    ]
-    longest = max(map(len, groups), default=1)
-    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, min(4, 110 // (longest + 6))))
+    named = enumerate(groups)
+    legend_below(figure, [(label, f"C{i % 10}") for i, label in named if shown is None or label in shown])
 
 
 def smooth(values: np.ndarray) -> np.ndarray:

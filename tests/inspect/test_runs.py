@@ -6,8 +6,9 @@ from matplotlib.figure import Figure
 
 from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.inspect.runs.figures import curves_figure
-from litgpt_moe_ext.inspect.runs.logs import distinct_names, load_run
+from litgpt_moe_ext.inspect.runs.logs import RunLog, distinct_names, load_run
 from litgpt_moe_ext.pictures.expert_load import load_over_steps_figure, thinned
+from litgpt_moe_ext.pictures.style import png
 from litgpt_moe_ext.training.checkpoint.earlier import set_aside
 
 HEADER = (
@@ -109,3 +110,15 @@ def test_logs_that_others_have_changed(tmp_path, resumed, capsys):
     file.write_bytes(bytes(range(256)))
     assert main(["compare-runs", str(tmp_path), f"--out_dir={tmp_path / 'out'}"]) == 2
     assert "metrics-wide.csv cannot be read ('utf-8' codec can't decode" in capsys.readouterr().err
+
+
+def test_names_of_any_kind_are_seen_whole(tmp_path):
+    """Dollar signs begin no formula, four long names have a line each, and a title has as many lines as it takes."""
+    values = {"total_tokens": np.array([1.0, 2.0]), "loss": np.array([3.0, 2.0])}
+    names = [f"an-experiment-with-many-settings-in-its-name-$_$-{number}" for number in range(4)] + ["x" * 300]
+    curves = curves_figure([RunLog(name, values) for name in names])
+    load = load_over_steps_figure(names[0], [1, 2], {0: np.ones((4, 2))})
+    for figure, texts in ((curves, curves.legends[0].get_texts()), (load, load.texts)):
+        png(figure)
+        assert all(0 <= end <= figure.bbox.width for text in texts for end in text.get_window_extent().intervalx)
+    assert [text.get_text() for text in curves.legends[0].get_texts()[:4]] == names[:4]

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from litgpt_moe_ext.inspect.runs.logs import RunLog
-from litgpt_moe_ext.pictures.style import STYLE
+from litgpt_moe_ext.pictures.style import STYLE, legend_below
 
 _TITLES = ("Loss (dots: validation)", "Tokens per second", "MaxVio of the worst layer (0 is even)", "Gradient norm")
 
@@ -38,8 +38,7 @@ def curves_figure(runs: Sequence[RunLog]) -> Figure:
         panels[0, 1].set_ylim(bottom=0)
         panels[0, 1].yaxis.set_major_formatter(EngFormatter(sep=""))
         _mark_empty(panels.flat)
-        handles = [matplotlib.lines.Line2D([], [], color=f"C{i % 10}", label=run.name) for i, run in enumerate(runs)]
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(runs), 4))
+        legend_below(figure, [(run.name, f"C{i % 10}") for i, run in enumerate(runs)])
     return figure
 
 
