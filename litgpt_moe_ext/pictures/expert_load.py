@@ -31,7 +31,7 @@ def load_over_steps_figure(name: str, steps: Sequence[float], layers: Mapping[in
 
     Args:
         name: Name of the run, for the title.
-        steps: Optimizer steps of the columns, in rising order and at even distances.
+        steps: Optimizer steps of the columns, in rising order.
         layers: Load over an even share by number of the layer, (experts, columns).
     """
     # Here, because training imports this module and draws in few runs.
@@ -53,7 +53,7 @@ def load_over_steps_figure(name: str, steps: Sequence[float], layers: Mapping[in
         half = (steps[-1] - steps[0]) / max(len(steps) - 1, 1) / 2 or 0.5
         for axes, (layer, load) in zip(panels, layers.items(), strict=False):
             extent = (steps[0] - half, steps[-1] + half, len(load) - 0.5, -0.5)
-            image = ratio_image(axes, thinned(load, _MOST_COLUMNS), extent=extent)
+            image = ratio_image(axes, thinned(spread(steps, load, half), _MOST_COLUMNS), extent=extent)
             axes.set_title(f"layer {layer}")
             axes.set_xlabel("step")
             axes.set_ylabel("expert")
@@ -63,6 +63,24 @@ def load_over_steps_figure(name: str, steps: Sequence[float], layers: Mapping[in
         title_above(figure, f"Load of the experts of {shortened(name, _NAME)} over an even share")
         ratio_bar(figure, image)
     return figure
+
+
+def spread(steps: Sequence[float], values: np.ndarray, margin: float) -> np.ndarray:
+    """Return columns at even distances: as they are, or the nearest ones where they are uneven.
+
+    They are uneven where a run was resumed with another `train.log_interval`.
+
+    Args:
+        steps: Of the columns, in rising order.
+        values: Numbers, (rows, columns).
+        margin: Steps before the first and after the last.
+    """
+    places = np.linspace(steps[0], steps[-1], len(steps))
+    if np.abs(places - steps).max() <= (steps[-1] - steps[0]) / max(len(steps) - 1, 1):
+        return values
+    places = np.linspace(steps[0] - margin, steps[-1] + margin, _MOST_COLUMNS)
+    middles = (np.asarray(steps[1:]) + steps[:-1]) / 2
+    return values[:, np.searchsorted(middles, places)]
 
 
 def thinned(values: np.ndarray, most: int) -> np.ndarray:

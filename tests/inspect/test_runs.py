@@ -88,6 +88,17 @@ def test_figures_show_the_numbers(resumed):
     assert image.get_extent() == [0.5, 3.5, 1.5, -0.5]
 
 
+def test_columns_stand_at_their_steps():
+    """Also where a resume has changed how often a line is logged."""
+    steps = [10, 20, 30, 40, 140, 240]
+    image = load_over_steps_figure("run", steps, {0: np.array([[1.0, 1.0, 1.0, 1.0, 4.0, 4.0]])}).axes[0].images[0]
+    row, (left, right, *_) = np.asarray(image.get_array())[0], image.get_extent()
+    first = left + (right - left) * np.argmax(row > 1) / len(row)
+    assert first == pytest.approx(90, abs=1), "half-way from 40 to 140"
+    even = load_over_steps_figure("run", [10, 20, 30, 35], {0: np.ones((1, 4))}).axes[0].images[0]
+    assert even.get_array().shape == (1, 4), "half a column at the end moves nothing"
+
+
 def test_columns_are_thinned_by_their_means():
     values = np.arange(14.0).reshape(2, 7)
     assert thinned(values, 7) is not values
