@@ -39,7 +39,9 @@ def compared(study: Study, groups: dict[str, list[Result]]) -> dict[str, Differe
     for label, group in groups.items():
         # A block is a seed at a place of the grid, so the control of all places is one arm.
         name = _CONTROL if group[0].run.arm == study.control else label
-        losses = {(*map(str, result.run.point.values()), result.run.seed): result.val_loss for result in group}
+        losses: dict[Hashable, float] = {
+            (*map(str, result.run.point.values()), result.run.seed): result.val_loss for result in group
+        }
         arms.setdefault(name, {}).update({block: loss for block, loss in losses.items() if math.isfinite(loss)})
     alone = differences(arms, _CONTROL, _LEVEL)
     # Bonferroni: the chances that an interval misses add up to at most 5 %.
