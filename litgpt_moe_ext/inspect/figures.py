@@ -60,7 +60,10 @@ def balance_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
         "MaxVio\n0 is even": [layer["max_vio"] for layer in layers],
         "Entropy of the load\n1 is even": [layer["load_entropy"] for layer in layers],
         "Router entropy / ln E\n0 is certain": [
-            math.nan if layer["router_entropy"] is None else layer["router_entropy"] / layer["router_entropy_of_even"]
+            # One expert has no entropy to be a part of.
+            layer["router_entropy"] / layer["router_entropy_of_even"]
+            if layer["router_entropy"] is not None and layer["n_expert"] > 1
+            else math.nan
             for layer in layers
         ],
         "Information about the class\n1 is specialists": [

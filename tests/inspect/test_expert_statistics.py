@@ -8,6 +8,8 @@ import torch
 from litgpt_moe_ext.inspect.experts import statistics
 from litgpt_moe_ext.inspect.experts.analysis import _warning
 from litgpt_moe_ext.inspect.experts.capture import LayerRouting
+from litgpt_moe_ext.inspect.experts.report import _token
+from litgpt_moe_ext.inspect.figures import balance_figure
 
 
 def test_load_mass_and_pairs():
@@ -94,3 +96,14 @@ def test_agreement_of_strangers_is_chance():
     found = statistics.agreement(first, second, 8)
     assert found.chance == pytest.approx(2 / 8, abs=0.01)
     assert found.matched == pytest.approx(found.chance, abs=0.02)
+
+
+def test_a_tooltip_counts_the_occurrences_of_its_token():
+    shown = _token({"text": "a b", "count": 5, "share": 0.5})
+    assert shown == '<code title="5 of 10 occurrences (50%)">a·b</code>'
+
+
+def test_a_single_expert_has_a_picture():
+    layer = {"layer": 0, "n_expert": 1, "max_vio": 0.0, "load_entropy": 1.0, "class_information": None}
+    figure = balance_figure([{**layer, "router_entropy": 0.0, "router_entropy_of_even": 0.0}])
+    assert [len(axes.lines) for axes in figure.axes] == [1, 1, 1, 1]

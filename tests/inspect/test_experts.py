@@ -104,6 +104,7 @@ def test_shards_are_read_by_document(moe_dir, tmp_path):
         ("def f(x):\n    return x\n", "python"),
         ("import os\ndef f(x):\n    return (x,\n", "python"),
         ("a fox jumps", "text"),
+        ("-" * 10_000, "text"),
     ],
 )
 def test_language_is_found(moe_dir, text, language):

@@ -71,7 +71,12 @@ def _looks_like_python(document: EncodedDocument) -> bool:
 def _parses(text: str) -> bool:
     try:
         ast.parse(text)
-    except (SyntaxError, ValueError):
+    except (
+        SyntaxError,
+        ValueError,
+        MemoryError,
+        RecursionError,
+    ):  # the last two: a long rule of dashes is nested signs
         return False
     return True
 

@@ -125,4 +125,5 @@ def _tokens_section(layers: Sequence[Mapping[str, Any]]) -> str:
 
 def _token(token: Mapping[str, Any]) -> str:
     visible = token["text"].replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·")
-    return f'<code title="{token["share"]:.0%} of {token["count"]} visits">{html.escape(visible)}</code>'
+    occurrences = counted(round(token["count"] / token["share"]), "occurrence")
+    return f'<code title="{token["count"]:,} of {occurrences} ({token["share"]:.0%})">{html.escape(visible)}</code>'
