@@ -103,7 +103,7 @@ def _print_memory(title: str, columns: tuple[str, ...], rows: Mapping[str, Mappi
 
 def _count(number: float) -> str:
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
+        if number >= 0.9995 * size:  # what three digits round to it
             return f"{number / size:.3g} {unit}FLOP"
     return f"{number:.0f} FLOP"
 

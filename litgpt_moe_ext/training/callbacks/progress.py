@@ -29,9 +29,9 @@ _REPLACED = re.compile(
 
 
 def format_count(number: float) -> str:
-    """Write a large number with three digits: 950, 12.3k, 4.56M, 1.2B."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
+    """Write a large number with three digits: 950, 12.3k, 4.56M, 1.2B, 15T."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= 0.9995 * size:  # what three digits round to it
             return f"{number / size:.3g}{unit}"
     return f"{number:.0f}"
 

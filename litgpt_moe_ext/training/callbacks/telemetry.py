@@ -68,7 +68,7 @@ def peak_memory_gb(device: torch.device) -> float | None:
         return None
     if sys.platform == "linux":
         # Not `ru_maxrss`: a process inherits that of the one that started it.
-        found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        found = re.search(rb"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_bytes(), re.MULTILINE)
         return None if found is None else int(found[1]) * 1024 / 1e9  # some sandboxes leave it out
     import resource
 
@@ -140,8 +140,11 @@ _GEFORCE = {
 }
 _TURING = {
     "RTX 2080 Ti": (68, 1.545),
+    "RTX 2080 SUPER": (48, 1.815),
     "RTX 2080": (46, 1.710),
+    "RTX 2070 SUPER": (40, 1.770),
     "RTX 2070": (36, 1.620),
+    "RTX 2060 SUPER": (34, 1.650),
     "RTX 2060": (30, 1.680),
 }
 
@@ -170,8 +173,8 @@ def peak_flops(device: str, precision: str, float32: str) -> float | None:
     """
     words = set(re.split(r"[^A-Za-z0-9]+", device))
     name = next((name for name in _PEAKS if set(name.split()) <= words), None)
-    # Chips of laptops have the names of others and clocks that depend on the laptop.
-    if name is None or "Laptop" in words or (precision.startswith("bf16") and name in _FLOAT16_ONLY):
+    # Chips of laptops have the names of others and clocks that depend on the laptop, and MIG gives a part of a chip.
+    if name is None or words & {"Laptop", "Max", "MIG"} or (precision.startswith("bf16") and name in _FLOAT16_ONLY):
         return None
     peak = _PEAKS[name]
     if precision.startswith(("bf16", "16")):

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from litgpt_moe_ext.training.callbacks.progress import Reporter
+from litgpt_moe_ext.cli.commands.model_card import _count
+from litgpt_moe_ext.training.callbacks.progress import Reporter, format_count
 
 METRICS = {
     "loss": 5.12345,
@@ -66,3 +67,12 @@ def test_a_line_per_step_in_a_pipe(capsys):
     assert first.startswith("step 1/100 | loss 5.123 | MaxVio 0.35 | grad 1.23 | lr 4.0e-04")
     assert second.startswith("step 2/100")
     assert second.endswith("left")
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (999.4, "999"), (999.5, "1k"), (12_345, "12.3k"), (999_600, "1M"), (999.96e6, "1B"), (15e12, "15T")],
+)
+def test_large_numbers_have_three_digits(number, text):
+    assert format_count(number) == text
+    assert _count(number) == f"{text.rstrip('kMBT')} {text.lstrip('0123456789.').replace('B', 'G')}FLOP"

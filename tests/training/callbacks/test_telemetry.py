@@ -97,6 +97,9 @@ def test_in_a_run(recipe, tmp_path, capsys):
         ("NVIDIA GeForce RTX 2080 Ti", "bf16-mixed", "ieee", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16-mixed", "ieee", None),
         ("NVIDIA GH200 480GB", "bf16-mixed", "ieee", 989.4),
+        ("NVIDIA GeForce RTX 2070 SUPER", "16-mixed", "ieee", 36.2),
+        ("NVIDIA GeForce RTX 2080 with Max-Q Design", "16-mixed", "ieee", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16-mixed", "ieee", None),
         ("Tesla V100-SXM2-16GB", "16-mixed", "ieee", None),
         ("NVIDIA GeForce GTX 1080", "32-true", "ieee", None),
     ],
@@ -108,9 +111,11 @@ def test_peaks(device, precision, matmul, tflops):
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /proc/self/status")
 def test_a_system_that_does_not_say(monkeypatch):
     """gVisor has no VmHWM: no figure, and no error at the first log line."""
-    monkeypatch.setattr(Path, "read_text", lambda path, *_: "Name:\tpython\nVmRSS:\t  100 kB\n")
+    monkeypatch.setattr(Path, "read_bytes", lambda path: b"Name:\tpython\nVmRSS:\t  100 kB\n")
     assert peak_memory_gb(torch.device("cpu")) is None
-    monkeypatch.setattr(Path, "read_text", lambda path, *_: "VmPeak:\t 9 kB\nVmHWM:\t  2000000 kB\n")
+    name = "ä" * 8  # of which Linux keeps 15 bytes, with half of a letter
+    status = b"Name:\t" + name.encode()[:15] + b"\nVmPeak:\t 9 kB\nVmHWM:\t  2000000 kB\n"
+    monkeypatch.setattr(Path, "read_bytes", lambda path: status)
     assert peak_memory_gb(torch.device("cpu")) == 2.048
 
 
