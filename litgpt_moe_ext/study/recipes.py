@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.field_types import PositiveInt, checked
 from litgpt_moe_ext.recipe_files import load_value, read_recipe
 from litgpt_moe_ext.study.twin import Equality, Experts, dense_twin, moe_twin
 
@@ -28,8 +29,11 @@ def twin_settings(settings: dict[str, Any], by: Equality, experts: Experts | Non
     model = settings.get("model_config")
     if not isinstance(model, dict):
         raise SettingsError("model_config: the recipe must have one for its model to have a twin; write out the model")
+    train = checked("train", settings.get("train") or {}, dict)
     twin = copy.deepcopy(settings)
-    length = (settings.get("train") or {}).get("max_seq_length") or model.get("block_size") or 4096
+    length = checked(
+        "train.max_seq_length", train.get("max_seq_length") or model.get("block_size") or 4096, PositiveInt
+    )
     made = dense_twin(model, length, by) if experts is None else moe_twin(model, length, experts, by)
     suffix = "-dense" if experts is None else "-moe"
     if made.get("name"):
@@ -57,7 +61,7 @@ def twin_text(recipe: Path, by: Equality, experts: Experts | None, header: Seque
     """
     before, _ = read_recipe(recipe, "recipe")
     after = twin_settings(before, by, experts)
-    lines = recipe.read_text(encoding="utf-8").splitlines()
+    lines = recipe.read_text(encoding="utf-8-sig").splitlines()
     document = yaml.compose("\n".join(lines), yaml.SafeLoader)
     edited = _Lines(lines)
     for key, value in _pairs(document):

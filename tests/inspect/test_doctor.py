@@ -217,6 +217,10 @@ def test_memory_by_command(tmp_path, capsys):
             "attention_backend: ",
         ),
         ({"optimizer": {"class_path": "AdamW", "init_args": {"rate": 1}}}, "optimizer.init_args.rate: AdamW has no"),
+        ({"optimizer": "Adamw"}, "optimizer: 'Adamw' must be the name of a class in torch.optim"),
+        ({"optimizer": {"init_args": {"lr": 1}}}, "optimizer: {'init_args': {'lr': 1}} must be a name"),
+        ({"data": {"class_path": "TextCorpus", "init_args": {"source_path": 5}}}, "data.source_path: 5 must be"),
+        ({"data": "TextCorpus"}, "data.source_path: must be given for litgpt_moe_ext.data.TextCorpus"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value.partition(":")[0],
 )
@@ -304,6 +308,23 @@ def test_connections_of_gpus_are_explained():
     assert any("talk through the interconnect between two CPUs" in finding.text for finding in found)
     assert any("NCCL_P2P_LEVEL=PHB" in finding.text for finding in found)
     assert doctor.links(None) == []
+
+
+@pytest.mark.parametrize("command", ["doctor", "model-card"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": 5}, "train: 5 must be"),
+        ({"train": {"micro_batch_size": "four"}}, "train.micro_batch_size: 'four' must be"),
+        ({"devices": "two"}, "devices: 'two' must be"),
+        ({"activation_checkpointing": "fulll"}, "activation_checkpointing: 'fulll' must be one of"),
+    ],
+)
+def test_no_figure_is_made_of_a_wrong_setting(command, changes, message, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"model_config": MODEL, **changes}))
+    assert main([command, str(recipe)]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_setting_that_cannot_be_read_is_one_line(tmp_path, capsys):

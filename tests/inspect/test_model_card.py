@@ -258,6 +258,12 @@ def test_state_of_optimizers(optimizer, numbers):
     assert state_ratio(optimizer, torch.float32) == measure_state_ratio(optimizer, torch.float32) == numbers
 
 
+def test_what_is_no_optimizer_is_refused():
+    for optimizer in ("Nothing", "no.such.Thing", {"init_args": {}}, {"class_path": "AdamW", "init_args": [1]}):
+        with pytest.raises(SettingsError, match="^optimizer: .* must be"):
+            state_ratio(optimizer, torch.float32)
+
+
 def test_amsgrad_remembers_more():
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"amsgrad": True}}
     assert state_ratio(optimizer, torch.float32) == 3

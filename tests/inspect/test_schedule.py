@@ -88,7 +88,11 @@ def test_wrong_inputs(tmp_path, capsys):
     assert main(["schedule", str(CONFIGS / "quickstart.yaml"), "--compare", "wsdd"]) == 2
     assert "wsdd" in capsys.readouterr().err
     recipe = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
-    for train, message in (({"epochs": 2}, "train.epochs: 2 depend on"), ({"max_tokens": 99}, "train.max_tokens: 99 ")):
+    for train, message in (
+        ({"epochs": 2}, "train.epochs: 2 depend on"),
+        ({"max_tokens": 99}, "train.max_tokens: 99 "),
+        ({"global_batch_size": 2, "micro_batch_size": 4}, "train.global_batch_size: 2 is not a multiple"),
+    ):
         file = tmp_path / "recipe.yaml"
         file.write_text(yaml.safe_dump(recipe | {"train": recipe["train"] | train}))
         assert main(["schedule", str(file)]) == 2

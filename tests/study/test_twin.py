@@ -66,6 +66,18 @@ def test_what_has_no_twin_is_refused():
         twin_settings({"model_name": "pythia-14m"}, "flops")
     with pytest.raises(SettingsError, match="^model_config.n_head: 0 must be an integer of at least 1"):
         dense_twin(MOE | {"n_head": 0}, 32)
+    with pytest.raises(SettingsError, match="^train: 5 must be"):
+        twin_settings({"model_config": MOE, "train": 5}, "flops")
+    with pytest.raises(SettingsError, match="^train.max_seq_length: 'long' must be an integer"):
+        twin_settings({"model_config": MOE, "train": {"max_seq_length": "long"}}, "flops")
+    assert main(["train", "--config", str(QUICKSTART), "--dense_twin", "flops", "--train.max_seq_length=long"]) == 2
+
+
+def test_a_mark_of_the_byte_order_stays_out_of_the_middle(tmp_path):
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "twin.yaml"
+    recipe.write_text(QUICKSTART.read_text(), encoding="utf-8-sig")
+    assert main(["twin", str(recipe), str(out)]) == 0
+    assert "\ufeff" not in out.read_text(encoding="utf-8")
 
 
 # Between them, these have everything: experts and none, with comments of a user's and without.

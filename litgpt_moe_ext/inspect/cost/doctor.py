@@ -364,16 +364,20 @@ def _remedies(recipe: Recipe, cuda: bool) -> Iterator[str]:
 
 
 def _data(recipe: Recipe) -> Finding:
+    from litgpt_moe_ext.data import import_path
+
     data = recipe.settings.get("data")
     if not data:
         return Finding("data", "note", "the recipe names none; LitGPT's default is TinyLlama, which must be there")
-    class_path = data if isinstance(data, str) else data.get("class_path", "")
+    class_path = import_path(data if isinstance(data, str) else data.get("class_path", ""))
     module, _, name = class_path.rpartition(".")
     try:
         made = getattr(importlib.import_module(module or "litgpt.data"), name)
     except (ImportError, AttributeError) as error:
         return Finding("data", "problem", f"data.class_path: {class_path!r} cannot be imported: {error}")
     arguments = {} if isinstance(data, str) else data.get("init_args") or {}
+    # Whatever is no text is a problem of the settings.
+    arguments = {name: value for name, value in arguments.items() if isinstance(value, str)}
     for name in ("source_path", "tokenizer_dir"):
         if (source := arguments.get(name)) is not None and not Path(source).exists():
             return Finding("data", "problem", f"data.init_args.{name}: {source!r} must exist")

@@ -205,10 +205,13 @@ def state_ratio(optimizer: str | dict[str, Any], dtype: torch.dtype) -> int:
     Args:
         optimizer: Name of the optimizer, or its `class_path` and `init_args`.
         dtype: Type of the parameters.
+
+    Raises:
+        SettingsError: If there is no such optimizer.
     """
-    path, arguments = (optimizer, {}) if isinstance(optimizer, str) else (optimizer["class_path"], optimizer)
-    name = path.removeprefix("torch.optim.")
-    if name in _STATE and not (arguments.get("init_args") or {}).get("amsgrad"):
+    given = {"class_path": optimizer} if isinstance(optimizer, str) else optimizer
+    name, arguments = str(given.get("class_path")).removeprefix("torch.optim."), given.get("init_args") or {}
+    if name in _STATE and isinstance(arguments, dict) and not arguments.get("amsgrad"):
         return _STATE[name]
     return measure_state_ratio(optimizer, dtype)
 
@@ -219,6 +222,9 @@ def measure_state_ratio(optimizer: str | dict[str, Any], dtype: torch.dtype) -> 
 
     from litgpt.utils import instantiate_torch_optimizer
 
+    from litgpt_moe_ext.training.optim.arguments import learning_rate_of
+
+    learning_rate_of(optimizer)  # refuses what is none
     parameter = nn.Parameter(torch.zeros(8, 16, dtype=dtype))
     parameter.grad = torch.ones_like(parameter)
     if isinstance(optimizer, dict):

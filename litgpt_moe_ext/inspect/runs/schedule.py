@@ -10,6 +10,7 @@ from matplotlib.ticker import EngFormatter
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.host.without_compiler import without_compiler
 from litgpt_moe_ext.pictures.style import STYLE
+from litgpt_moe_ext.training.checks import check_batch
 from litgpt_moe_ext.training.optim.schedules import Schedule, count_steps, schedule_steps
 from litgpt_moe_ext.training.settings import Settings
 from litgpt_moe_ext.training.settings.loop import ScheduleName
@@ -28,6 +29,7 @@ def planned_rates(settings: Settings, name: ScheduleName) -> list[float]:
         SettingsError: If the training has no step, or needs its data to know the length of the warm-up.
     """
     train = settings.train
+    check_batch(train.global_batch_size, train.micro_batch_size, processes=1)
     if train.epochs is not None:
         raise SettingsError(
             f"train.epochs: {train.epochs} depend on the data's length, which is not known here; set it to null and "
