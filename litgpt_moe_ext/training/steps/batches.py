@@ -48,10 +48,10 @@ class MicroBatch(NamedTuple):
 
     data: Any
     waited: float
-    weights: "StepWeights | None" = None
+    weights: "MicroBatchWeights | None" = None
 
 
-class StepWeights:
+class MicroBatchWeights:
     """The weights of one micro-batch, which are computed when they are asked for.
 
     Args:
@@ -117,7 +117,7 @@ class StepBatches(Callback):
         step = _Counts(counts_AC, self._accumulation * self._ranks, self._ranks)
         step.positions = sum(text.numel() for *_, text in counted) * self._ranks
         self._steps.append(step)
-        return [batch._replace(weights=StepWeights(step, index)) for index, batch in enumerate(batches)]
+        return [batch._replace(weights=MicroBatchWeights(step, index)) for index, batch in enumerate(batches)]
 
     def on_log(self, metrics: dict[str, Any]) -> None:
         """Add the share of padding to a line of training."""
