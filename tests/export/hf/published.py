@@ -75,6 +75,15 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
             "use_bias": False, "vocab_size": 103424,
         },
     ),
+    # As the first models of Llama, it says nothing of how wide heads are, nor of heads for keys and values.
+    "llama-68m": (
+        "LlamaForCausalLM",
+        {
+            "model_type": "llama", "hidden_act": "silu", "hidden_size": 768, "intermediate_size": 3072,
+            "max_position_embeddings": 2048, "num_attention_heads": 12, "num_hidden_layers": 2, "rms_norm_eps": 1e-06,
+            "tie_word_embeddings": False, "vocab_size": 32000,
+        },
+    ),
     "Mixtral-8x7B": (
         "MixtralForCausalLM",
         {

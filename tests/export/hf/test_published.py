@@ -43,6 +43,11 @@ def test_layers_without_experts_are_qwens(tmp_path, step, only):
     assert [is_dense_layer(config, i) for i in range(7)] == [i in only or (i + 1) % step > 0 for i in range(7)]
 
 
+YARN_OF_GPT_OSS = {
+    "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False, "original_max_seq_len": 4096
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("name", "left_out", "said", "found"),
     [
@@ -51,6 +56,10 @@ def test_layers_without_experts_are_qwens(tmp_path, step, only):
         ("Qwen1.5-MoE-A2.7B", "", {"qkv_bias": False}, {"attn_bias": False}),
         ("gpt-oss-20b", "", {"layer_types": ["full_attention"] * 24}, {"sliding_window_size": None}),
         ("DeepSeek-V3", "", {"rope_interleave": False}, {"rope_interleave": False}),
+        ("llama-68m", "", {}, {"head_size": 64, "n_query_groups": 12}),
+        ("OLMoE-1B-7B", "num_key_value_heads", {"num_attention_heads": 8}, {"head_size": 256, "n_query_groups": 8}),
+        ("gpt-oss-20b", "rope_scaling", {}, {"rope_adjustments": YARN_OF_GPT_OSS}),
+        ("gpt-oss-20b", "", {"rope_scaling": None}, {"rope_adjustments": None}),
     ],
 )
 def test_what_an_entry_means(tmp_path, name, left_out, said, found):

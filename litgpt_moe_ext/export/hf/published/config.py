@@ -71,9 +71,13 @@ def _with_defaults(raw: _Json) -> _Json:
     defaults = CONFIG_MAPPING[raw["model_type"]]().to_dict() if raw["model_type"] in CONFIG_MAPPING else {}
     # What the class has no number for, or what only the published one has.
     _require_kinds(raw, defaults | dict.fromkeys(("n_group", "num_nextn_predict_layers"), 1))
+    if defaults:
+        # Some of them follow from sizes, as does that of a head in Llama.
+        sizes = {key: raw[key] for key in _SIZES if key in raw}
+        defaults = CONFIG_MAPPING[raw["model_type"]](**sizes).to_dict()
     hf = defaults | raw
     # transformers 5 gathers everything about rotary positions under one key.
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = raw.get("rope_parameters") or hf.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise SettingsError(f"hf_dir: rope_scaling: {rope!r} must be settings by name; copy config.json again")
     rope = dict(rope)
@@ -99,6 +103,7 @@ _NEEDED = (
     *("n_positions", "n_embd", "n_layer", "n_head"),
     *("layer_types", "decoder_sparse_step", "rope_theta", "partial_rotary_factor"),
 )
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 # What is counted through, one layer or expert after the other, and how many of them a model may have.
 _COUNTED = (
     *("num_hidden_layers", "n_layer", "num_nextn_predict_layers"),
