@@ -110,6 +110,19 @@ def has_sinks(config: "Config", block_idx: int) -> bool:
     return sinks[block_idx] if isinstance(sinks, list) else sinks is not False
 
 
+def family_of_norms(norm_class_name: str, name: str) -> str:
+    """Return the word in a model's name by which LitGPT makes other norms of a class, empty where there is none.
+
+    Gemma's add 1 to their weights, OLMo's have no weights.
+
+    Args:
+        norm_class_name: The class.
+        name: Of the model.
+    """
+    word = {"RMSNorm": "Gemma", "LayerNorm": "OLMo"}.get(norm_class_name, "")
+    return word if word in name else ""
+
+
 def changes_model(config: "Config") -> bool:
     """Return whether a configuration has settings that concern more of a model than its attention layers."""
     return config.attention_class_name is not None and (

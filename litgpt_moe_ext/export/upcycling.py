@@ -18,7 +18,13 @@ import torch
 from litgpt.utils import copy_config_files, save_config
 from torch import Tensor, nn
 
-from litgpt_moe_ext.config.features import LITGPT_ACTIVATIONS, MOE_CLASS_NAMES, is_dense_layer, router_type_of
+from litgpt_moe_ext.config.features import (
+    LITGPT_ACTIVATIONS,
+    MOE_CLASS_NAMES,
+    family_of_norms,
+    is_dense_layer,
+    router_type_of,
+)
 from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.loading import WEIGHTS_FILE
@@ -96,6 +102,12 @@ def require_same_function(dense: "Config", moe: "Config") -> Slices:
         raise SettingsError(f"dense_dir: its mlp_class_name is {dense.mlp_class_name!r}, which is not a dense MLP")
     if moe.mlp_activation != activation:
         raise SettingsError(f"mlp_activation: {moe.mlp_activation!r} must be {activation!r} as in the dense model")
+    family, wanted = (family_of_norms(config.norm_class_name, config.name) for config in (moe, dense))
+    if family != wanted:
+        raise SettingsError(
+            f"name: {moe.name!r} must be {'with' if wanted else 'without'} {wanted or family!r} as in the dense model, "
+            f"{dense.name!r}: LitGPT makes norms of that family because of it"
+        )
     theirs = asdict(dense)
     for name, value in asdict(moe).items():
         may_differ = name in _MAY_DIFFER or (name in FIELDS and "moe" in FIELDS[name].owner)

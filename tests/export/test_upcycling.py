@@ -167,6 +167,16 @@ def test_refusals(changes, message):
         require_same_function(dense_config(), moe_config(**changes))
 
 
+def test_a_name_that_makes_other_norms():
+    """LitGPT's norms add 1 to their weights in a model called Gemma."""
+    dense = dense_model(dense_config(name="Gemma-tiny"))
+    assert_same_function(dense, upcycled_model(dense, moe_config(name="a Gemma of experts")))
+    with pytest.raises(ValueError, match="name: 'tiny' must be with 'Gemma' as in the dense model, 'Gemma-tiny'"):
+        upcycled_model(dense, moe_config())
+    with pytest.raises(ValueError, match="name: 'Gemma' must be without 'Gemma' as in the dense model, 'tiny'"):
+        upcycled_model(dense_model(dense_config()), moe_config(name="Gemma"))
+
+
 def test_not_dense():
     with pytest.raises(ValueError, match="its mlp_class_name is 'SharedExpertMoE', which is not a dense MLP"):
         require_same_function(moe_config(), moe_config())

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from litgpt_moe_ext.attention.rope import rope_frequencies
-from litgpt_moe_ext.config.features import MOE_CLASS_NAMES, has_sinks, is_dense_layer
+from litgpt_moe_ext.config.features import MOE_CLASS_NAMES, family_of_norms, has_sinks, is_dense_layer
 from litgpt_moe_ext.config.rope import present_adjustments, rope_kind
 from litgpt_moe_ext.errors import SettingsError
 
@@ -179,6 +179,11 @@ def _require_exportable(config: "Config") -> None:
         raise SettingsError(
             f"model_config.mlp_class_name: {config.mlp_class_name} must be one of "
             f"{', '.join((*MOE_CLASS_NAMES, *_DENSE))} for an export"
+        )
+    if family := family_of_norms(config.norm_class_name, config.name):
+        raise SettingsError(
+            f"model_config.name: {config.name!r} must be without {family!r} for an export: LitGPT makes norms of that "
+            "family because of it; train under another name"
         )
     if config.rope_n_elem % 2:
         raise SettingsError(f"model_config.rotary_percentage: {config.rope_n_elem} rotated elements must be even")

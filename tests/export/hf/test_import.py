@@ -77,6 +77,19 @@ def test_round_trip(exported):
         assert replace(ours, config=None) == replace(theirs, config=None)
 
 
+@pytest.mark.parametrize(("exported", "family"), [("llama", "Gemma"), ("gpt2", "OLMo")], indirect=["exported"])
+def test_a_name_that_makes_other_norms(exported, family):
+    """LitGPT's norms add 1 to their weights in a model called Gemma, and have none in one called OLMo."""
+    folder, original = exported
+    (folder / "hf").rename(folder / f"{family}-like")
+    (folder / "hf").symlink_to(folder / f"{family}-like")
+    tokens, model = torch.randint(97, (2, 20)), imported(folder)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(tokens), original(tokens))
+    with pytest.raises(SettingsError, match=f"model_config.name: .* must be without '{family}' for an export"):
+        facts_of(replace(model.config, name=f"{family}-like"), {})
+
+
 @pytest.mark.parametrize("exported", ["qwen3-moe"], indirect=True)
 def test_stacked_experts(exported):
     """As transformers 5 has them in memory."""

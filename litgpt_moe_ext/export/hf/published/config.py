@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from litgpt_moe_ext.config.features import family_of_norms
 from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.export.hf.published.quantized import Quantization, quantization_of
 from litgpt_moe_ext.export.hf.published.settings import READERS
@@ -61,7 +62,11 @@ def read_published(hf_dir: Path) -> Published:
     n_layer = raw.get("num_hidden_layers") or 0
     beyond = "|".join(str(n_layer + i) for i in range(raw.get("num_nextn_predict_layers") or 0))
     left_out = re.compile(rf"model\.(?:mtp_|layers\.(?:{beyond})\.)")
-    return Published(model_type, settings | {"name": hf_dir.resolve().name}, quantization, left_out)
+    name = hf_dir.resolve().name
+    if family := family_of_norms(settings["norm_class_name"], name):
+        # Whose norms LitGPT would make of these because of the name.
+        name = name.replace(family, family.lower())
+    return Published(model_type, settings | {"name": name}, quantization, left_out)
 
 
 def _with_defaults(raw: _Json) -> _Json:
