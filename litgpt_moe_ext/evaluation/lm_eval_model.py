@@ -70,12 +70,12 @@ class GPTModel(TemplateLM):
     @property
     def eot_token_id(self) -> int | None:  # pyrefly: ignore[bad-override]  (lm-eval copes with None)
         """Number of the end-of-text token, None if the tokenizer names none."""
-        return _valid(self._tokenizer.eos_id)
+        return self._tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:  # pyrefly: ignore[bad-override]
         """Number of the token that stands in for an empty context: beginning of sequence, else end of text."""
-        bos_id = _valid(self._tokenizer.bos_id)
+        bos_id = self._tokenizer.bos_id
         prefix = self.eot_token_id if bos_id is None else bos_id
         if prefix is None:
             raise SettingsError(
@@ -281,8 +281,3 @@ class LitGPTModel(GPTModel):
         size = BatchSize.parse(batch_size, device)
         tokenizer = load_tokenizer(checkpoint_dir)
         super().__init__(load_model(checkpoint_dir, device, dtype), tokenizer, checkpoint_dir, size)
-
-
-def _valid(token_id: int | None) -> int | None:
-    # SentencePiece says -1 where a vocabulary lacks the token.
-    return None if token_id is None or token_id < 0 else token_id

@@ -176,8 +176,10 @@ def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
     Raises:
         SettingsError: If it cannot be opened.
     """
+    from litgpt_moe_ext.data.tokenizer.opening import open_as_litgpt
+
     try:
-        return Tokenizer(checkpoint_dir)
+        return open_as_litgpt(checkpoint_dir)
     except Exception as error:  # the tokenizers library raises nothing more precise
         raise SettingsError(
             f"checkpoint_dir: the tokenizer in {checkpoint_dir} cannot be opened ({shortened(error)}); {FROM_ANEW}"

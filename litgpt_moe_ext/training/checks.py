@@ -281,13 +281,11 @@ def open_tokenizer(tokenizer_dir: Path, padded_vocab_size: int) -> Tokenizer:
         SettingsError: If there is none, it cannot be opened, does not separate documents, or has more tokens than the
             model's vocabulary.
     """
-    from litgpt.tokenizer import Tokenizer
-
-    from litgpt_moe_ext.data.tokenizer.opening import vocabulary_size_of
+    from litgpt_moe_ext.data.tokenizer.opening import open_as_litgpt, vocabulary_size_of
 
     where = f"tokenizer_dir: {str(tokenizer_dir)!r}"
     try:
-        tokenizer = Tokenizer(tokenizer_dir)
+        tokenizer = open_as_litgpt(tokenizer_dir)
     except NotImplementedError as error:  # how LitGPT says that it found neither file
         raise SettingsError(f"{where} has neither tokenizer.json nor tokenizer.model") from error
     except Exception as error:  # the tokenizers library raises nothing more precise

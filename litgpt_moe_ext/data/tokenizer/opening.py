@@ -57,6 +57,27 @@ def parse_tokenizer(content: bytes, name: str) -> Tokenizer:
         raise SettingsError(f"{name} is not a tokenizer ({error}); download or make it again") from error
 
 
+def open_as_litgpt(directory: Path) -> "LitGPTTokenizer":
+    """Open a tokenizer as LitGPT does, with one id or none for what begins and what ends a text.
+
+    LitGPT takes over -1, by which SentencePiece means none, and the list of all that may end a text in a
+    `generation_config.json`, of which the first counts.
+
+    Raises:
+        Exception: Whatever LitGPT and its libraries raise.
+    """
+    from litgpt.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(directory)
+    for name in ("bos_id", "eos_id"):
+        ids = getattr(tokenizer, name)
+        first = next(iter(ids), None) if isinstance(ids, list) else ids
+        setattr(tokenizer, name, None if first == -1 else first)
+    # Which LitGPT's tokenizer would raise an error about.
+    tokenizer.use_bos = tokenizer.use_bos and tokenizer.bos_id is not None
+    return tokenizer
+
+
 def vocabulary_size(tokenizer: Tokenizer) -> int:
     """Return one more than the highest id, which with gaps between the ids is more than the number of tokens.
 

@@ -18,7 +18,9 @@ from litgpt_moe_ext.export.gguf.tokenizer import tokenizer_metadata
 from litgpt_moe_ext.export.gguf.write import choose_graph, export_gguf
 from litgpt_moe_ext.export.hf.architectures import ARCHITECTURES, choose
 from litgpt_moe_ext.export.hf.facts import facts_of
+from litgpt_moe_ext.export.hf.tokenizer import export_tokenizer
 from litgpt_moe_ext.meta.models import meta_model
+from litgpt_moe_ext.training.checks import open_tokenizer
 from tests.export.gguf.models import GRAPH_CASES
 from tests.export.gguf.tokenizers import PRE_TOKENIZERS, train_spm
 from tests.export.gguf.tokenizers import train_bpe as train_bpe_like
@@ -306,6 +308,10 @@ class TestTokenizer:
         (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
         with pytest.raises(SettingsError, match="names no end of a text, and llama.cpp would take token 11 for it"):
             tokenizer_metadata(tmp_path, 320)
+        (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 5]}')
+        assert tokenizer_metadata(tmp_path, 320)["ggml.eos_token_id"] == 7
+        (tmp_path / "out").mkdir()
+        assert export_tokenizer(tmp_path, tmp_path / "out", 320) == {"eos_token_id": 7, "pad_token_id": 7}
 
     @pytest.mark.parametrize(
         ("change", "reason"),
@@ -364,6 +370,18 @@ class TestSentencePiece:
         assert found["tokens"][:size] == [processor.id_to_piece(i) for i in range(size)]
         assert found["scores"] == pytest.approx([processor.get_score(i) for i in range(size)] + [0] * (400 - size))
         assert found["token_type"] == [2, 3, 3] + [6] * 256 + [1] * (size - 259) + [5] * (400 - size)
+
+    def test_a_model_without_a_token_for_the_end_or_the_beginning(self, tmp_path):
+        """SentencePiece says -1 for it."""
+        _, found = self.export(tmp_path, bos_id=-1)
+        ends = [found[f"tokenizer.ggml.{name}"] for name in ("bos_token_id", "eos_token_id", "add_bos_token")]
+        assert ends == [2, 2, False]
+        train_spm(tmp_path / "checkpoint", eos_id=-1)
+        with pytest.raises(SettingsError, match="names no end of a text"):
+            tokenizer_metadata(tmp_path / "checkpoint", 400)
+        with pytest.raises(SettingsError, match="has no end-of-text token"):
+            open_tokenizer(tmp_path / "checkpoint", 400)
+        assert export_tokenizer(tmp_path / "checkpoint", tmp_path, 400) == {"bos_token_id": 1}
 
     def test_spaces_that_stay_spaces_are_refused(self, tmp_path):
         from sentencepiece import sentencepiece_model_pb2
