@@ -63,10 +63,20 @@ def tokenizer_metadata(checkpoint_dir: Path, vocab_size: int) -> dict[str, Any]:
     for i, token, kind in pieces:
         tokens[i], kinds[i] = token, kind
     metadata |= {"ggml.tokens": tokens, "ggml.token_type": kinds} | _ends(tokenizer)
-    template = checkpoint_dir / "chat_template.jinja"
-    if template.is_file():
-        metadata["chat_template"] = template.read_text(encoding="utf-8")
-    return metadata
+    template = _chat_template(checkpoint_dir)
+    return metadata if template is None else metadata | {"chat_template": template}
+
+
+def _chat_template(checkpoint_dir: Path) -> str | None:
+    # In a file of its own, or as most published models have it, by itself or as the one of several that is the default.
+    if (file := checkpoint_dir / "chat_template.jinja").is_file():
+        return file.read_text(encoding="utf-8")
+    if not (file := checkpoint_dir / "tokenizer_config.json").is_file():
+        return None
+    found = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
+    if isinstance(found, list):
+        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+    return found
 
 
 def _ends(tokenizer: "Tokenizer") -> dict[str, Any]:

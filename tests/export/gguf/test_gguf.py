@@ -305,6 +305,12 @@ class TestTokenizer:
         found = tokenizer_metadata(tmp_path, 320)
         assert (found["ggml.token_type"][end["id"]], found["ggml.token_type"][typed]) == (3, 4)
         assert (found["ggml.pre"], found["chat_template"]) == ("gpt-2", "{{ messages }}")
+        (tmp_path / "chat_template.jinja").unlink()
+        settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        several = [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": "{{ messages }}"}]
+        for template in ("{{ messages }}", several):
+            (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+            assert tokenizer_metadata(tmp_path, 320)["chat_template"] == "{{ messages }}"
         (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
         with pytest.raises(SettingsError, match="names no end of a text, and llama.cpp would take token 11 for it"):
             tokenizer_metadata(tmp_path, 320)
