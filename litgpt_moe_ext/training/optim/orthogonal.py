@@ -130,15 +130,17 @@ def _alone(update: Tensor, rows: int, function: Callable[[Tensor], Tensor]) -> T
         return _of_matrices(update, rows, function)
     from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
-    mesh, placements = update.device_mesh, update.placements
+    mesh, placements, device = update.device_mesh, update.placements, update.device
+    # Shards that wait in the memory of the CPU are exchanged and computed with by the GPU, as gradients are.
+    update = update.to(mesh.device_type)
     if update.dim() == 3 and all(placement.is_replicate() or placement.is_shard(0) for placement in placements):
         # Stacked experts that are cut between experts: every rank has whole matrices.
         result = _of_matrices(update.to_local(), rows, function)
         shape, stride = update.shape, update.stride()
-        return DTensor.from_local(result, mesh, placements, run_check=False, shape=shape, stride=stride)
+        return DTensor.from_local(result, mesh, placements, run_check=False, shape=shape, stride=stride).to(device)
     # A shard of a matrix is not a matrix: every rank works on the whole and keeps its part.
     whole = update.redistribute(placements=[Replicate()] * mesh.ndim).to_local()
-    return distribute_tensor(_of_matrices(whole, rows, function), mesh, placements, src_data_rank=None)
+    return distribute_tensor(_of_matrices(whole, rows, function), mesh, placements, src_data_rank=None).to(device)
 
 
 def _of_matrices(update: Tensor, rows: int, function: Callable[[Tensor], Tensor]) -> Tensor:
