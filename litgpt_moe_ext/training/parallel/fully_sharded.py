@@ -11,17 +11,21 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from itertools import chain
 from typing import Any
 
 import torch
 from lightning.fabric.strategies import ModelParallelStrategy, Strategy
 from litgpt.model import RMSNorm
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
+from torch.optim import Optimizer
 
 from litgpt_moe_ext.moe.metrics import routers_of
+from litgpt_moe_ext.training.checkpoint.io import MappedCheckpointIO
 from litgpt_moe_ext.training.optim.shards import is_shard, like
 from litgpt_moe_ext.training.parallel.behaviour import Behaviour, as_the_model_names_them
 from litgpt_moe_ext.training.parallel.facts import StrategyFacts
@@ -115,6 +119,31 @@ class FullyShardedStrategy(Behaviour, ModelParallelStrategy):
                     module.reshard()
         super().save_checkpoint(path, state, *args, **kwargs)
 
+    @property
+    def checkpoint_io(self) -> MappedCheckpointIO:
+        """How checkpoints are read; Lightning writes those of shards by itself."""
+        return MappedCheckpointIO()
+
+    def load_checkpoint(
+        self, path: Any, state: dict[str, Any], strict: bool = True, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load whole tensors from one file, of this strategy or another one; every rank must call."""
+        # Lightning's own takes the states of an optimizer without names to be in the order of the model's parameters,
+        # not in that of the optimizer's groups, and refuses a model whose shards and buffers lie on different devices.
+        optimizers = {name: value for name, value in state.items() if isinstance(value, Optimizer)}
+        others = {name: value for name, value in state.items() if name not in optimizers}
+        (model,) = (value for value in others.values() if isinstance(value, nn.Module))
+        rest = Strategy.load_checkpoint(self, path, others, strict, weights_only)
+        state.update(others)
+        whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=strict)
+        for name, optimizer in optimizers.items():
+            set_optimizer_state_dict(model, optimizer, _by_name(rest.pop(name), model, optimizer), options=whole)
+        return rest
+
+    def load_module_state_dict(self, module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+        """Give a sharded model other weights, whole ones, that every rank has."""
+        self.load_weights(module, state_dict, strict)
+
     def clip_gradients_norm(self, *args: Any, **kwargs: Any) -> Tensor:
         """Clip as Lightning does; return the norm over all shards as a plain tensor."""
         norm = super().clip_gradients_norm(*args, **kwargs)
@@ -127,6 +156,18 @@ class FullyShardedStrategy(Behaviour, ModelParallelStrategy):
         with torch.no_grad():
             for name, value in network.state_dict().items():
                 value.copy_(like(loaded[name], value))
+
+
+def _by_name(saved: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Return a saved state of an optimizer over the same groups, with the names of the parameters."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    now = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+    before = [group["params"] for group in saved["param_groups"]]
+    if (sizes := [len(group) for group in before]) != [len(group) for group in now]:
+        raise ValueError(f"the optimizer's groups have {sizes} weights in the checkpoint and {list(map(len, now))} now")
+    name_of = dict(zip(chain(*before), chain(*now), strict=True))
+    groups = [{**group, "params": params} for group, params in zip(saved["param_groups"], now, strict=True)]
+    return {"state": {name_of[key]: state for key, state in saved["state"].items()}, "param_groups": groups}
 
 
 def _norms_of(blocks: list[nn.Module]) -> list[nn.Module]:

@@ -17,10 +17,11 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.training.optim.muon import MuonAdamW
+from litgpt_moe_ext.training.optim.parameter_groups import group_parameters
 from litgpt_moe_ext.training.parallel import fully_sharded, random_state
 from litgpt_moe_ext.training.parallel.facts import facts_of
 from litgpt_moe_ext.training.parallel.fully_sharded import FullyShardedStrategy, placement_among
-from litgpt_moe_ext.training.settings import DistributedArgs
+from litgpt_moe_ext.training.settings import DistributedArgs, ParameterGroupArgs
 from tests.models import initialized_model, moe_config
 from tests.training.processes import in_ranks
 
@@ -235,6 +236,24 @@ def layer_norms(precision: str) -> float:
 def test_layer_norms_in_mixed_precision():
     """On a CPU torch's kernel refuses weights in the low precision beside a float32 stream."""
     assert in_ranks(layer_norms, 2, "bf16-mixed") == pytest.approx(in_ranks(layer_norms, 2, "32-true"), abs=2e-2)
+
+
+def test_states_go_to_their_parameters_whatever_the_order_of_groups():
+    """A checkpoint of ddp numbers them by groups, whose order is not that of the model."""
+    model = initialized_model(moe_config())
+    optimizer = MuonAdamW(group_parameters(model, ParameterGroupArgs(), split_matrices=True))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    named = fully_sharded._by_name(optimizer.state_dict(), model, optimizer)
+    for name, parameter in model.named_parameters():
+        assert named["state"][name].keys() == optimizer.state[parameter].keys()
+        assert all(named["state"][name][key] is value for key, value in optimizer.state[parameter].items())
+    assert [len(group["params"]) for group in named["param_groups"]] == [
+        len(group["params"]) for group in optimizer.param_groups
+    ]
+    with pytest.raises(ValueError, match=r"groups have \[\d+, .*\] weights in the checkpoint and \[17\] now"):
+        fully_sharded._by_name(optimizer.state_dict(), model, torch.optim.AdamW(model.parameters()))
 
 
 def muon_step(experts: int, dim: int) -> tuple[Tensor, int]:
