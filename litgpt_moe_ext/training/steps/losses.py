@@ -119,6 +119,7 @@ class RunningMean:
 
 
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """Return whether every number is finite, an int64 scalar on the device of the tensors: 1 or 0."""
-    found = [tensor.isfinite().all() for tensor in tensors]
+    """Return whether every number is finite, an int64 scalar on the device of the first tensor: 1 or 0."""
+    # Of shards that wait on the CPU some are gathered on the GPU after a validation.
+    found = [tensor.isfinite().all().to(tensors[0].device) for tensor in tensors]
     return torch.stack(found).all().long()
