@@ -83,6 +83,8 @@ static ncclResult_t take_seat(struct ncclComm *comm) {
         return null_nccl_fail(ncclInvalidArgument, "rank %d says %d ranks, another says %d", comm->rank, comm->size, size);
     struct Seat *mine = &comm->room->seats[comm->rank];
     mine->device = comm->device;
+    const char *host = getenv("NCCL_HOSTID");
+    snprintf(mine->host, sizeof mine->host, "%s", host ? host : "");
     if (!atomic_compare_exchange_strong(&mine->pid, &nobody, getpid()))
         return null_nccl_fail(ncclInvalidUsage, "two processes (%d, %d) are rank %d", nobody, getpid(), comm->rank);
     null_nccl_ring(comm);
@@ -90,7 +92,7 @@ static ncclResult_t take_seat(struct ncclComm *comm) {
     if (result) return result;
     for (int a = 0; a < comm->size; a++)
         for (int b = 0; b < a; b++)
-            if (comm->room->seats[a].device == comm->room->seats[b].device)
+            if (comm->room->seats[a].device == comm->room->seats[b].device && !strcmp(comm->room->seats[a].host, comm->room->seats[b].host))
                 return null_nccl_fail(ncclInvalidUsage, "Duplicate GPU detected : rank %d and rank %d both on CUDA device %d", b, a,
                                       comm->room->seats[a].device);
     return ncclSuccess;

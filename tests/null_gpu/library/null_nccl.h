@@ -30,6 +30,8 @@ struct Seat {
     _Atomic int pid;
     _Atomic int gone;
     int device;
+    /* On which machine: as in NCCL what NCCL_HOSTID says, so that one machine can be several. */
+    char host[64];
     /* In which operation it waits. */
     _Atomic enum Kind waits_in;
     _Atomic unsigned step;

@@ -12,5 +12,6 @@ of processes, or with ddp.
 | `optimizer.py` | what LitGPT's loop sees as the optimizer                                                        |
 | `shards.py`    | whole tensors from the pieces that every process has, and back                                  |
 
-Run on CPUs (two processes over gloo, DeepSpeed's CPU accelerator, float32 and bfloat16); not run on GPUs yet.
+Run on CPUs (two processes over gloo, DeepSpeed's CPU accelerator, float32 and bfloat16) and on the GPUs and the NCCL of
+`tests/null_gpu` (two and four processes, all stages, every precision); not run on real GPUs yet.
 """
