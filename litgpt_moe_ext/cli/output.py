@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,8 +13,17 @@ from litgpt_moe_ext.files.durable import flush
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON to `path`, whole or not at all; creates missing folders."""
-    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    """Write JSON to `path`, whole or not at all; numbers that are not finite become null; creates missing folders."""
+    write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(content: Any) -> Any:
+    # JSON has no others.
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def write_text(path: Path, text: str) -> None:

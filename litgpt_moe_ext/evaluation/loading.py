@@ -131,7 +131,7 @@ def load_model(checkpoint_dir: Path, device: torch.device, dtype: torch.dtype | 
         The model, in evaluation mode and without gradients.
 
     Raises:
-        SettingsError: If the weights cannot be read, or do not belong to the configuration.
+        SettingsError: If the weights cannot be read, do not belong to the configuration, or are not finite.
     """
     config = read_config(checkpoint_dir)
     weights_path = checkpoint_dir / WEIGHTS_FILE
@@ -149,6 +149,12 @@ def load_model(checkpoint_dir: Path, device: torch.device, dtype: torch.dtype | 
     model.cos, model.sin = rotary_tables
     model.to(device=device, dtype=dtype or model.lm_head.weight.dtype)
     model.cos, model.sin = rotary_tables
+    for name, weight in model.state_dict().items():
+        if not weight.isfinite().all():  # of which every answer would be chance
+            raise SettingsError(
+                f"checkpoint_dir: {weights_path} has weights that are not finite in {weight.dtype} ({name}); name an "
+                "earlier checkpoint, or a dtype of a larger range"
+            )
     return model.requires_grad_(False).eval()
 
 

@@ -5,6 +5,7 @@ byte of the text can.
 """
 
 import math
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,12 +37,17 @@ class Perplexity:
     @property
     def perplexity(self) -> float:
         """Exp of the loss."""
-        return math.exp(self.loss)
+        return exp(self.loss)
 
     @property
     def bits_per_byte(self) -> float:
         """Bits that the model needs for a byte of text."""
         return self.loss * self.tokens / math.log(2) / self.bytes
+
+
+def exp(loss: float) -> float:
+    """Return the perplexity of a loss in nats; infinite where no float is as large."""
+    return math.exp(loss) if loss < math.log(sys.float_info.max) else loss * math.inf
 
 
 def summarize(losses_N: Tensor, contexts_N: Tensor, n_byte: int) -> Perplexity:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -28,6 +29,23 @@ def test_summary_by_hand():
     ]
     with pytest.raises(ValueError, match="0 bytes"):
         summarize(losses, torch.ones(5), n_byte=0)
+
+
+def test_a_loss_beyond_all_floats(llama_dir, tmp_path, capsys):
+    """Of weights that are right; of those that are not finite every figure would be chance."""
+    checkpoint = shutil.copytree(llama_dir, tmp_path / "checkpoint")
+    weights = torch.load(checkpoint / "lit_model.pth")
+    (tmp_path / "a.txt").write_text("the quick brown fox")
+    command = ["perplexity", str(checkpoint), f"--text={tmp_path / 'a.txt'}", f"--json={tmp_path / 'result.json'}"]
+    torch.save({**weights, "lm_head.weight": 1e6 * weights["lm_head.weight"]}, checkpoint / "lit_model.pth")
+    assert main(command) == 0
+    assert "perplexity inf" in capsys.readouterr().out
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["perplexity"] is None
+    assert result["loss"] > 1000
+    torch.save({**weights, "lm_head.weight": torch.nan * weights["lm_head.weight"]}, checkpoint / "lit_model.pth")
+    assert main(command) == 2
+    assert "has weights that are not finite in torch.float32 (lm_head.weight)" in capsys.readouterr().err
 
 
 def test_every_token_is_predicted_once(llama_dir):

@@ -92,9 +92,8 @@ class Perplexity:
 
 
 def _print_result(result) -> None:
-    from math import exp
-
     from litgpt_moe_ext.cli.output import print_table
+    from litgpt_moe_ext.evaluation.perplexity import exp
 
     rows = [
         (f"{row['first']} to {row['last']} tokens", f"{row['tokens']:,}", f"{row['loss']:.4f}",
