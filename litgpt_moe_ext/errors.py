@@ -4,9 +4,11 @@ Imports nothing of this package but `interruption`, for any room.
 """
 
 import errno
+import io
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from litgpt_moe_ext.interruption import Terminated, interruptible, interruption_behind
@@ -61,7 +63,7 @@ def exit_status(run: Callable[[], int | None], interrupted: str = "") -> int:
         print(interrupted or f"Stopped by {name}.", file=sys.stderr, flush=True)
         return 128 + number
 
-    with interruptible(end):
+    with interruptible(end), _any_text():
         try:
             return run() or 0
         except (KeyboardInterrupt, Terminated, Exception) as error:
@@ -75,6 +77,23 @@ def exit_status(run: Callable[[], int | None], interrupted: str = "") -> int:
                 print(f"error: {where}{error.strerror}; free some space, and run the same again", file=sys.stderr)
                 return CANNOT
             raise
+
+
+@contextmanager
+def _any_text() -> Iterator[None]:
+    """In the scope, show question marks for what an encoding lacks: a letter in Latin-1, a byte of a file's name."""
+    streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper) and s.errors == "strict"]
+    _set_errors(streams, "replace")
+    try:
+        yield
+    finally:
+        _set_errors(streams, "strict")
+
+
+def _set_errors(streams: Iterable[io.TextIOWrapper], errors: str) -> None:
+    for stream in streams:
+        with suppress(OSError, ValueError):  # it is flushed first, and may be closed or have no room
+            stream.reconfigure(errors=errors)
 
 
 def one_line(error: object) -> str:

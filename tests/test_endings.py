@@ -1,5 +1,6 @@
 """How commands end that Ctrl-C, SIGTERM or a full disk stops."""
 
+import io
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from litgpt_moe_ext import interruption
+from litgpt_moe_ext.cli.output import write_text
 from litgpt_moe_ext.data.pipeline import encoding
 from litgpt_moe_ext.data.pipeline.batches import Batch
 from litgpt_moe_ext.errors import CANNOT, SettingsError, exit_status
@@ -142,6 +144,17 @@ def test_what_a_program_imports_before_ctrl_c_is_one_line(program):
     )
     result = subprocess.run([sys.executable, "-c", code, ROOT / program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_what_an_encoding_lacks_is_a_question_mark(monkeypatch, tmp_path):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="latin-1"))
+    name = os.fsdecode(b"\xff")
+    assert exit_status(lambda: print("größer \N{GREATER-THAN OR EQUAL TO}", name)) == 0
+    assert shown.getvalue() == "größer ? ?\n".encode("latin-1")
+    assert sys.stdout.errors == "strict", "as it was"
+    write_text(tmp_path / "report.html", name)
+    assert (tmp_path / "report.html").read_text() == "?"
 
 
 def test_other_errors_keep_their_traceback():

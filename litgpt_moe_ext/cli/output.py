@@ -28,7 +28,7 @@ def _finite(content: Any) -> Any:
 
 def write_text(path: Path, text: str) -> None:
     """Write text to `path`, whole or not at all; creates missing folders."""
-    write_bytes(path, text.encode("utf-8"))
+    write_bytes(path, text.encode("utf-8", "replace"))  # names of files may have bytes that are no text
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -96,7 +96,8 @@ def title_above(figure: Figure, title: str) -> None:
 
 
 def shortened(name: str, length: int) -> str:
-    """Return a name, or the end of it with a mark where it is longer."""
+    """Return a name as it can be drawn: the end of it with a mark where it is longer, and no bytes that are no text."""
+    name = name.encode("utf-8", "replace").decode("utf-8")
     return name if len(name) <= length else f"…{name[1 - length :]}"
 
 
