@@ -41,7 +41,8 @@ class Optimization(Callback):
         Args:
             optimizer: Name, or class path and arguments.
         """
-        given = optimizer.get("init_args", {}) if isinstance(optimizer, dict) else {}
+        optimizer = _in_full(optimizer)
+        given = optimizer["init_args"] if isinstance(optimizer, dict) else {}
         probe = _instantiate(optimizer, [torch.nn.Parameter(torch.zeros(1, device=self._device))])
         groups = group_parameters(self._model, self._group_args, split_matrices=isinstance(probe, MuonAdamW))
         extra = {}
@@ -65,6 +66,14 @@ class Optimization(Callback):
         if self._schedule is None:
             self._schedule = Schedule(self._schedule_args, peak, floor, warmup_steps, total_steps)
         return self._schedule.rate(step)
+
+
+def _in_full(optimizer: str | dict) -> str | dict:
+    # LitGPT's function needs what a recipe may leave out: the module of torch's own, and arguments.
+    if isinstance(optimizer, str):
+        return optimizer
+    path, arguments = optimizer["class_path"], optimizer.get("init_args") or {}
+    return {"class_path": path if "." in path else f"torch.optim.{path}", "init_args": arguments}
 
 
 def _instantiate(optimizer: str | dict, parameters: Any, **kwargs: Any) -> torch.optim.Optimizer:

@@ -34,6 +34,17 @@ def test_arguments_of_another_kind_are_refused(arguments, message):
         learning_rate_of({"class_path": "AdamW", "init_args": arguments})
 
 
+@pytest.mark.parametrize("path", ["AdamW", "torch.optim.AdamW"])
+@pytest.mark.parametrize("rest", [{}, {"init_args": None}, {"init_args": {"lr": 0.001}}], ids=str)
+def test_what_a_recipe_may_leave_out(model, path, rest):
+    """It has passed the checks, so it must make an optimizer."""
+    given = {"class_path": path, **rest}
+    assert learning_rate_of(given) == 0.001
+    optimization = Optimization(ScheduleArgs(), ParameterGroupArgs(), scaled=False)
+    optimization.on_after_setup(SimpleNamespace(device=torch.device("cpu")), model)
+    assert optimization.make_optimizer(given, None).defaults["lr"] == 0.001
+
+
 @pytest.fixture(scope="module")
 def model():
     return initialized_model(moe_config(bias=True, attention_class_name="SinkAttention", n_shared_expert=1))
