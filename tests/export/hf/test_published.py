@@ -52,6 +52,7 @@ YARN_OF_GPT_OSS = {
     ("name", "left_out", "said", "found"),
     [
         ("GLM-4.5-Air", "partial_rotary_factor", {}, {"rotary_percentage": 0.5}),
+        ("GLM-4.5-Air", "", {"partial_rotary_factor": 0.0}, {"rotary_percentage": 0.0, "rope_n_elem": 0}),
         ("Mixtral-8x7B", "rope_theta", {"sliding_window": 4096}, {"rope_base": 1000000, "sliding_window_size": 4096}),
         ("Qwen1.5-MoE-A2.7B", "", {"qkv_bias": False}, {"attn_bias": False}),
         ("gpt-oss-20b", "", {"layer_types": ["full_attention"] * 24}, {"sliding_window_size": None}),

@@ -126,7 +126,8 @@ def _require_kinds(raw: _Json, defaults: _Json) -> None:
         kind, words = _KINDS[default]
         if isinstance(value, bool) or not isinstance(value, kind):
             raise SettingsError(f"hf_dir: {key}: {value!r} must be {words}; copy config.json again")
-        if key in _NEEDED and value == 0:
+        # A GLM may rotate nothing, as one may be trained and exported here.
+        if key in _NEEDED and value == 0 and key != "partial_rotary_factor":
             raise SettingsError(f"hf_dir: {key}: 0 must be more than 0; copy config.json again")
         if key in _COUNTED and not 0 <= value <= _MOST:
             raise SettingsError(f"hf_dir: {key}: {value} must be from 0 to {_MOST}; copy config.json again")
