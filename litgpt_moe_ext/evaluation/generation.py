@@ -15,6 +15,7 @@ from torch import Tensor
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.batching import pad_right
 from litgpt_moe_ext.evaluation.sampling import GREEDY, Sampling
+from litgpt_moe_ext.field_types import PositiveInt, checked
 
 # Settings of Hugging Face's `generate` that some tasks spell out, with the values that change nothing.
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "use_cache": True, "min_p": 0.0}
@@ -47,24 +48,34 @@ class GenerationSettings:
         """
         settings = dict(generation_kwargs)
         until = settings.pop("until", None) or []
-        max_gen_toks = settings.pop("max_gen_toks", default_max_gen_toks)
-        do_sample = settings.pop("do_sample", False)
-        temperature = float(settings.pop("temperature", None) or 0.0) if "temperature" in settings else 1.0
-        top_k, top_p = settings.pop("top_k", None) or None, settings.pop("top_p", None)
-        sampling = Sampling(temperature, top_k, 1.0 if top_p is None else top_p)
+        max_gen_toks = settings.pop("max_gen_toks", None)
+        samples, temperature = settings.pop("do_sample", False), settings.pop("temperature", 1.0)
+        top_k, top_p = settings.pop("top_k", None), settings.pop("top_p", None)
+        sampling = GREEDY
+        if samples:
+            # Elsewhere nothing reads them, and tasks have values there that would be out of range.
+            sampling = Sampling(
+                _checked("temperature", temperature or 0.0, float),
+                _checked("top_k", top_k or None, int | None),
+                _checked("top_p", 1.0 if top_p is None else top_p, float),
+            )
         for name, value in settings.items():
             if value is not None and (name not in _NEUTRAL or value != _NEUTRAL[name]):
                 raise SettingsError(
                     f"generation_kwargs: {name}: {value!r} is not supported; remove it from the task (supported are "
                     "until, max_gen_toks, do_sample, temperature, top_k, top_p)"
                 )
-        if max_gen_toks < 1:
-            raise SettingsError(f"generation_kwargs: max_gen_toks: {max_gen_toks} must be at least 1")
         return cls(
             until=tuple([until] if isinstance(until, str) else until),
-            max_gen_toks=max_gen_toks,
-            sampling=sampling if do_sample else GREEDY,
+            max_gen_toks=_checked(
+                "max_gen_toks", default_max_gen_toks if max_gen_toks is None else max_gen_toks, PositiveInt
+            ),
+            sampling=sampling,
         )
+
+
+def _checked(name: str, value: Any, kind: Any) -> Any:
+    return checked(f"generation_kwargs: {name}", value, kind)
 
 
 @torch.inference_mode()

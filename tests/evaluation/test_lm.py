@@ -11,6 +11,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation import generation, lm_eval_model
 from litgpt_moe_ext.evaluation.generation import GenerationSettings, generate
 from litgpt_moe_ext.evaluation.lm_eval_model import LitGPTModel
@@ -198,6 +199,25 @@ def test_sampling_is_reproducible_and_differs_from_greedy(llama_dir):
     assert run(sampled) == run(sampled)
     assert run(sampled) != run(greedy)
     assert run(greedy) == run([{"max_gen_toks": 10}])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_gen_toks": "four"}, "max_gen_toks: 'four' must be an integer of at least 1"),
+        ({"max_gen_toks": 0}, "max_gen_toks: 0 must be an integer of at least 1"),
+        ({"do_sample": True, "temperature": "hot"}, "temperature: 'hot' must be a number"),
+        ({"do_sample": True, "top_k": 1.5}, "top_k: 1.5 must be an integer, or null"),
+    ],
+)
+def test_generation_settings_of_another_kind_are_refused(settings, message):
+    with pytest.raises(SettingsError, match=f"^generation_kwargs: {message}"):
+        GenerationSettings.parse(settings, 8)
+
+
+def test_settings_of_sampling_mean_nothing_without_it():
+    settings = {"do_sample": False, "temperature": -1, "top_p": 0.0, "top_k": -1, "max_gen_toks": None}
+    assert GenerationSettings.parse(settings, 8) == GenerationSettings(max_gen_toks=8)
 
 
 @pytest.mark.parametrize("limit", [{"top_k": 1}, {"top_k": None, "top_p": 0.01}])
