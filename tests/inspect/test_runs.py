@@ -1,5 +1,7 @@
 """Runs as they are read from csv logs."""
 
+import os
+
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -127,7 +129,7 @@ def test_names_of_any_kind_are_seen_whole(tmp_path):
     """Dollar signs begin no formula, four long names have a line each, and a title has as many lines as it takes."""
     values = {"total_tokens": np.array([1.0, 2.0]), "loss": np.array([3.0, 2.0])}
     names = [f"an-experiment-with-many-settings-in-its-name-$_$-{number}" for number in range(4)] + ["x" * 300]
-    curves = curves_figure([RunLog(name, values) for name in names])
+    curves = curves_figure([RunLog(name, values) for name in (*names, os.fsdecode(b"\xff"))])
     load = load_over_steps_figure(names[0], [1, 2], {0: np.ones((4, 2))})
     for figure, texts in ((curves, curves.legends[0].get_texts()), (load, load.texts)):
         png(figure)
