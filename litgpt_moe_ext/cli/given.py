@@ -107,7 +107,7 @@ def read_flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
                 f"{argument!r} must be a flag, --NAME VALUE; a recipe is given as --config {argument or 'FILE'}"
             )
         name, equals, value = argument[2:].partition("=")
-        if not equals and not waiting:
+        if not equals and (not waiting or waiting[0].startswith("--")):
             raise SettingsError(f"{name}: needs a value, --{name} VALUE")
         yield name, value if equals else waiting.pop(0)
 

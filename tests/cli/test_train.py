@@ -299,6 +299,11 @@ class TestGiven:
         assert load_value("[1e-3, 2]") == [1e-3, 2]
         assert list(read_flags(["--a", "-1", "--b=--c"])) == [("a", "-1"), ("b", "--c")]
 
+    @pytest.mark.parametrize("words", [["--seed"], ["--seed", "--resume", "auto"], ["--b", "1", "--seed", "--c=2"]])
+    def test_a_flag_without_a_value_is_the_one_that_is_named(self, words):
+        with pytest.raises(SettingsError, match="^seed: needs a value, --seed VALUE"):
+            list(read_flags(words))
+
 
 CORPUS = """
 from litgpt.data import TextFiles
