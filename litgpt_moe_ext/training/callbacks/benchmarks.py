@@ -67,7 +67,7 @@ class TrainingBenchmarks(Callback):
 
     def __init__(self, benchmarks: Sequence[Any], every_steps: int | None) -> None:
         self._benchmarks, self._every_steps = benchmarks, every_steps
-        self._evaluated_step = 0
+        self._evaluated_step: int | None = None
 
     def on_after_setup(self, fabric: TrainingFabric, module: Any) -> None:
         """Keep the model; not compiled, because the lengths of the texts differ from batch to batch."""

@@ -118,16 +118,18 @@ def test_two_processes_share_the_items(recipe, tmp_path, hellaswag_file, task_fi
 
 
 def test_after_every_validation(recipe, tmp_path, hellaswag_file):
-    """Once where the last step is validated twice; and a resumed run goes on."""
+    """Also that before the first step; once where the last step is validated twice; and a resumed run goes on."""
     wanted = {"hellaswag": str(hellaswag_file), "hellaswag_rule": "build-nanogpt", "max_items": 3}
-    file = recipe(evaluate=wanted, train={"log_interval": 3})
+    file = recipe(evaluate=wanted, train={"log_interval": 3}, eval={"initial_validation": True})
     assert train("--config", file, "--train.max_steps", "6") == 0
     assert train("--config", file, "--resume", "auto") == 0
-    assert list(logged(tmp_path / "out", "val_loss")) == [4, 6, 8, 12]
+    assert list(logged(tmp_path / "out", "val_loss")) == [0, 4, 6, 8, 12]
     tokens = logged(tmp_path / "out", "total_tokens")
-    assert {step: float(count) for step, count in tokens.items()} == {step: 128 * step for step in (3, 4, 6, 8, 9, 12)}
+    assert {step: float(count) for step, count in tokens.items()} == {
+        step: 128 * step for step in (0, 3, 4, 6, 8, 9, 12)
+    }
     scores = logged(tmp_path / "out", "hellaswag/build-nanogpt/acc")
-    assert list(scores) == [4, 6, 8, 12]
+    assert list(scores) == [0, 4, 6, 8, 12]
     assert all(3 * float(score) == pytest.approx(round(3 * float(score))) for score in scores.values())
 
 
