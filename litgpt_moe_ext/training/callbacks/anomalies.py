@@ -5,6 +5,7 @@ Here the step is left out or the run ended before the weights change, and what l
 the step, where the data stood, and the random generators.
 """
 
+import contextlib
 import math
 import statistics
 from collections import deque
@@ -117,7 +118,8 @@ class GradientGuard(Callback):
             self._folder.mkdir(parents=True, exist_ok=True)
             torch.save({**self._before, "problem": problem, "batches": batches, "rng": rng}, file)
         except (OSError, RuntimeError) as error:  # torch's, where it cannot write
-            file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # nor delete
+                file.unlink()
             self._say(f"  {file} could not be written: {error}")
         return file
 

@@ -47,7 +47,8 @@ class MetricsTable(Callback):
     """
 
     def __init__(self, out_dir: Path, tokens_per_step: int, wide: WideTable | None, say: Callable[[str], None]) -> None:
-        self._table = StepTable(out_dir / METRICS_FILE, lambda *_: list(COLUMNS), say)
+        # A column that somebody has added to the table of a run stays.
+        self._table = StepTable(out_dir / METRICS_FILE, lambda there, _: list(dict.fromkeys([*COLUMNS, *there])), say)
         self._wide, self._tokens_per_step = wide, tokens_per_step
         self._fabric: Any = None
         self._began = 0.0

@@ -167,6 +167,18 @@ def test_a_time_that_is_no_number_counts_for_nothing(tmp_path, time, passed):
     assert passed <= float(row["time"]) < passed + 1
 
 
+def test_columns_that_somebody_has_changed(tmp_path):
+    """One was added and one deleted: the rows keep the first, and get the second again."""
+    (tmp_path / "metrics.csv").write_text("step,train_loss,note\n1,2.5,good\n")
+    table = MetricsTable(tmp_path, 8, None, print)
+    table.on_after_setup(SimpleNamespace(step=1), None)
+    table.on_fit_begin(tmp_path)
+    table._fabric.step = 2
+    table.on_logged({"loss": 1.0})
+    first, second = rows_of(tmp_path / "metrics.csv")
+    assert (first["train_loss"], first["note"], second["train_loss"], second["note"]) == ("2.5", "good", "1.0", "")
+
+
 def test_tokens_are_those_of_all_processes(tmp_path):
     """What LitGPT calls tokens are those of one."""
     table = MetricsTable(tmp_path, 128, None, print)

@@ -187,6 +187,11 @@ class TestGuard:
         assert self.judge(resumed, 7.0), "the norms of a checkpoint count"
         assert [self.judge(guard, 20.0) for _ in range(4)] == [True, True, False, False], "what lasts is usual"
 
+    def test_a_batch_that_cannot_be_saved_ends_nothing(self, tmp_path, capsys):
+        (tmp_path / "anomalies").touch()
+        assert self.judge(self.guard(tmp_path, on_nonfinite="skip"), float("inf"))
+        assert "could not be written" in capsys.readouterr().out
+
     def test_a_step_in_between_begins_the_row_anew(self, tmp_path):
         """A resumed run goes on with the row of its checkpoint."""
         guard, resumed = (self.guard(tmp_path, on_nonfinite="skip", max_consecutive=2) for _ in range(2))
