@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from litgpt.data import DataModule
     from litgpt.tokenizer import Tokenizer
 
-    from litgpt_moe_ext.training.settings import DistributedArgs, Settings
+    from litgpt_moe_ext.training.settings import DistributedArgs, ScheduleName, Settings
 
 # DeepSpeed hands the optimizer flat shards of several weights. These optimizers treat every number by itself; one that
 # looks at rows, matrices or whole weights would silently compute something else.
@@ -117,12 +117,22 @@ def _training(settings: Settings, config: Config) -> Iterator[str]:
             "fused_cross_entropy: true cannot be combined with model_config.final_logit_softcapping: "
             f"{config.final_logit_softcapping}; set it to false"
         )
-    peak, floor = learning_rate_of(settings.optimizer), train.min_lr
-    if settings.schedule.name != "constant" and floor > peak:
-        yield (
+    peak_rate(settings, settings.schedule.name)
+
+
+def peak_rate(settings: Settings, schedule: ScheduleName) -> float:
+    """Return the optimizer's learning rate, from which a schedule falls to `train.min_lr`.
+
+    Raises:
+        SettingsError: If the optimizer cannot be made, or its rate is below the other.
+    """
+    peak, floor = learning_rate_of(settings.optimizer), settings.train.min_lr
+    if schedule != "constant" and floor > peak:
+        raise SettingsError(
             f"train.min_lr: {floor} must be at most the optimizer's learning rate, {peak}, from which it falls to "
             "there; set --optimizer.lr or --train.min_lr"
         )
+    return peak
 
 
 def _ddp(settings: Settings) -> Iterator[str]:

@@ -77,7 +77,7 @@ def check_plan(settings: Settings) -> Plan:
         SettingsError: If a setting or an input is wrong.
     """
     settings = _resolved(settings)
-    plan = Plan(settings, _model(settings), settings.train.for_litgpt(), plain_settings(settings))
+    plan = Plan(settings, model_of(settings), settings.train.for_litgpt(), plain_settings(settings))
     check_settings(settings, plan.config)
     if settings.initial_checkpoint_dir is not None:
         check_initial_checkpoint(settings.initial_checkpoint_dir)
@@ -132,7 +132,12 @@ def _full_class_path(optimizer: str | dict) -> str | dict:
     return optimizer
 
 
-def _model(settings: Settings) -> Config:
+def model_of(settings: Settings) -> Config:
+    """Return the model of a run.
+
+    Raises:
+        SettingsError: If none is given, or LitGPT has none of the name.
+    """
     if settings.model_config is not None:
         return settings.model_config
     if not settings.model_name:

@@ -92,8 +92,18 @@ def test_wrong_inputs(tmp_path, capsys):
         ({"epochs": 2}, "train.epochs: 2 depend on"),
         ({"max_tokens": 99}, "train.max_tokens: 99 "),
         ({"global_batch_size": 2, "micro_batch_size": 4}, "train.global_batch_size: 2 is not a multiple"),
+        ({"min_lr": 0.5}, "train.min_lr: 0.5 must be at most the optimizer's learning rate"),
     ):
         file = tmp_path / "recipe.yaml"
         file.write_text(yaml.safe_dump(recipe | {"train": recipe["train"] | train}))
+        assert main(["schedule", str(file)]) == 2
+        assert message in capsys.readouterr().err
+    for changes, message in (
+        ({"optimizer": {"class_path": "AdamW", "init_args": {"lr": "fast"}}}, "optimizer.init_args.lr: 'fast' must be"),
+        ({"optimizer": {"class_path": "Nothing", "init_args": {"lr": 0.1}}}, "optimizer: 'Nothing' must be the name"),
+        ({"model_config": {"block_size": "long"}}, "model_config.block_size: 'long' must be"),
+        ({"model_config": None, "model_name": "nothing"}, "model_name: 'nothing' must be one of LitGPT's models"),
+    ):
+        file.write_text(yaml.safe_dump(recipe | changes))
         assert main(["schedule", str(file)]) == 2
         assert message in capsys.readouterr().err

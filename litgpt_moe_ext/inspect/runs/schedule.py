@@ -8,9 +8,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.field_types import PositiveInt, checked
 from litgpt_moe_ext.host.without_compiler import without_compiler
 from litgpt_moe_ext.pictures.style import STYLE
-from litgpt_moe_ext.training.checks import check_batch
+from litgpt_moe_ext.training.checks import check_batch, peak_rate
 from litgpt_moe_ext.training.optim.schedules import Schedule, count_steps, schedule_steps
 from litgpt_moe_ext.training.settings import Settings
 from litgpt_moe_ext.training.settings.loop import ScheduleName
@@ -52,18 +53,9 @@ def planned_rates(settings: Settings, name: ScheduleName) -> list[float]:
     warmup_iters = min(max_iters, (train.lr_warmup_steps or 0) * accumulation)
     args = dataclasses.replace(settings.schedule, name=name)
     with without_compiler():
-        peak = _peak(settings.optimizer)
+        peak = peak_rate(settings, name)
         schedule = Schedule(args, peak, train.min_lr, *schedule_steps(warmup_iters, max_iters, accumulation))
         return [schedule.rate(step) for step in range(steps)]
-
-
-def _peak(optimizer: str | dict) -> float:
-    given = optimizer.get("init_args") or {} if isinstance(optimizer, dict) else {}
-    if "lr" in given:
-        return given["lr"]
-    from litgpt_moe_ext.training.optim.arguments import learning_rate_of
-
-    return learning_rate_of(optimizer)
 
 
 def schedule_figure(rates: Mapping[str, Sequence[float]]) -> Figure:
@@ -86,9 +78,7 @@ def schedule_figure(rates: Mapping[str, Sequence[float]]) -> Figure:
 
 def _block_size(settings: Settings) -> int:
     if settings.model_config is not None:
-        return settings.model_config.block_size
-    from litgpt import Config
+        return checked("model_config.block_size", settings.model_config.block_size, PositiveInt)
+    from litgpt_moe_ext.training.plan import model_of
 
-    config = Config.from_name(settings.model_name)
-    assert config is not None, "from_name raises for a name that it does not know"
-    return config.block_size
+    return model_of(settings).block_size
