@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from litgpt_moe_ext.config.fields import added_fields, uses_plugin
+from litgpt_moe_ext.errors import SettingsError
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -65,7 +66,8 @@ def evaluate_checkpoint(settings: EvaluateSettings) -> None:
         settings: What to evaluate, and how.
 
     Raises:
-        SettingsError: If a setting is malformed, a task unknown, or the checkpoint, a task file or its data is missing.
+        SettingsError: If a setting is malformed, a task unknown, the checkpoint, a task file or its data is missing, or
+            there can be no directory for the results.
     """
     if settings.tasks is None:
         _print_task_names()
@@ -86,7 +88,13 @@ def evaluate_checkpoint(settings: EvaluateSettings) -> None:
     loaded_tasks, task_manager = load_tasks(settings.tasks)
     out_dir = Path(settings.out_dir or checkpoint_dir / "evaluate")
     save_filepath = Path(settings.save_filepath or out_dir / "results.json")
-    save_filepath.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        save_filepath.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        setting = "out_dir" if settings.save_filepath is None else "save_filepath"
+        raise SettingsError(
+            f"{setting}: {str(save_filepath.parent)!r} cannot be made ({error.strerror}); name another directory"
+        ) from error
     model = LitGPTModel(checkpoint_dir, device=settings.device, dtype=settings.dtype, batch_size=settings.batch_size)
     info = model.get_model_info()
     print(

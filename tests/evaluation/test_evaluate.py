@@ -143,6 +143,14 @@ def test_failed_write_leaves_the_old_results(moe_dir, task_file, tmp_path, monke
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_a_directory_that_cannot_be_made_is_named(moe_dir, task_file, tmp_path):
+    (tmp_path / "file").touch()
+    for setting, path in (("out_dir", "file"), ("save_filepath", "file/results.json")):
+        settings = EvaluateSettings(moe_dir, tasks=str(task_file), device="cpu", **{setting: tmp_path / path})
+        with pytest.raises(SettingsError, match=f"^{setting}: .* cannot be made .File exists.; name another"):
+            evaluate_checkpoint(settings)
+
+
 @pytest.mark.parametrize(
     ("removed", "message"),
     [
