@@ -19,8 +19,10 @@ from litgpt_moe_ext.evaluation.loading import WEIGHTS_FILE
 from litgpt_moe_ext.export.directory import new_directory, require_absent
 from litgpt_moe_ext.export.source import TRAINING_ONLY, read_source, without_negatives
 from litgpt_moe_ext.moe.expert_layouts import unstack_experts
+from litgpt_moe_ext.moe.registry import LOSSES, loss_field
 
-_EXPRESSED = {"router_type", "router_score_function", "mlp_activation", "decoder_sparse_step"}
+# Fields that are looked at one by one, and what only says how to compute the same.
+_EXPRESSED = {"router_type", "router_score_function", "mlp_activation", "decoder_sparse_step", "expert_backend"}
 
 
 def obstacles(config: Any, state: dict[str, Tensor]) -> list[str]:
@@ -45,7 +47,8 @@ def obstacles(config: Any, state: dict[str, Tensor]) -> list[str]:
 
 def _is_for_training(name: str) -> bool:
     # The converted model computes the same without these.
-    return name.startswith("router_bias_update") or name.endswith(("_loss_coef", "dropout", "jitter_noise"))
+    losses = {loss_field(loss) for loss in LOSSES} | {"router_load_balancing_loss_scope"}
+    return name in losses or name.startswith("router_bias_update") or name.endswith(("dropout", "jitter_noise"))
 
 
 def _router_obstacles(config: Any, state: dict[str, Tensor]) -> list[str]:

@@ -28,8 +28,9 @@ SOFTMAX = {"router_score_function": "softmax", "norm_topk_prob": True}
         moe_config(**GROUPS, norm_topk_prob=True),
         moe_config(**GROUPS, norm_topk_prob=False),
         noisy_config(router_z_loss_coef=0.1),
+        moe_config(**SOFTMAX, router_load_balancing_loss_coef=0.1, expert_backend="loop"),
     ],
-    ids=["softmax", "shared_dense_scaled", "groups", "groups_plain", "noisy"],
+    ids=["softmax", "shared_dense_scaled", "groups", "groups_plain", "noisy", "loss_and_backend"],
 )
 def test_the_converted_model_computes_the_same(config):
     model = initialized_model(config).eval()
