@@ -90,6 +90,20 @@ def test_a_name_that_makes_other_norms(exported, family):
         facts_of(replace(model.config, name=f"{family}-like"), {})
 
 
+@pytest.mark.parametrize(("exported", "prefix"), [("gpt2", "transformer."), ("llama", "model.")], indirect=["exported"])
+def test_weights_that_were_saved_without_an_output_head(exported, prefix):
+    """As OpenAI's GPT-2 is published: names begin where those of the model without a head do, and the head is tied."""
+    folder, original = exported
+    file = folder / "hf" / "model.safetensors"
+    weights = load_file(file)
+    del weights["lm_head.weight"]
+    save_file({name.removeprefix(prefix): tensor for name, tensor in weights.items()}, file)
+    original.lm_head.weight = original.transformer.wte.weight
+    tokens = torch.randint(97, (2, 20))
+    with torch.inference_mode():
+        torch.testing.assert_close(imported(folder)(tokens), original(tokens))
+
+
 @pytest.mark.parametrize("exported", ["qwen3-moe"], indirect=True)
 def test_stacked_experts(exported):
     """As transformers 5 has them in memory."""

@@ -19,7 +19,8 @@ from litgpt_moe_ext.export.hf.shards import INDEX_FILE
 _IGNORED = re.compile(r"(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _GATE, _UP = ("gate_proj", "w1"), ("up_proj", "w3")
-# The embedding is stored once if it is also the output head.
+# The embedding is stored once if it is also the output head. Saved without that, as GPT-2 was by OpenAI, names lack
+# what stands before them here.
 _EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight")
 _FLOATING = ("F64", "F32", "F16", "BF16")
 
@@ -43,15 +44,20 @@ class StoredWeights:
             SettingsError: If a file is missing or damaged.
         """
         self._quantization = quantization
-        self._file_of: dict[str, Any] = {}
+        # By the name with an output head, and what it is called there.
+        self._stored: dict[str, tuple[Any, str]] = {}
         for path in _files(hf_dir):
             try:
                 file = safe_open(path, "pt")
             except (OSError, SafetensorError) as error:
                 raise SettingsError(f"hf_dir: {str(path)!r} cannot be read ({error}); copy it again") from error
-            self._file_of |= dict.fromkeys(file.keys(), file)
-        tables = [name for name in _EMBEDDINGS if name in self._file_of]
-        self._alias = {"lm_head.weight": tables[0]} if tables and "lm_head.weight" not in self._file_of else {}
+            names = file.keys()
+            self._stored |= {name: (file, name) for name in names}
+        for prefix, table in (name.split(".", 1) for name in _EMBEDDINGS):
+            if table in self._stored:
+                self._stored = {f"{prefix}.{name}": place for name, place in self._stored.items()}
+        tables = [name for name in _EMBEDDINGS if name in self._stored]
+        self._alias = {"lm_head.weight": tables[0]} if tables and "lm_head.weight" not in self._stored else {}
 
     def require(self, wanted: Mapping[str, tuple[int, ...]], optional: re.Pattern[str]) -> list[str]:
         """Check that all the wanted tensors are stored and nothing else; return which optional ones are left out.
@@ -66,7 +72,7 @@ class StoredWeights:
         parts_of = {name: self._parts(name) for name in wanted}
         used = {part for parts in parts_of.values() for part in parts}
         missing = [name for name, parts in parts_of.items() if not parts]
-        unused = [name for name in self._file_of if name not in used and not _IGNORED.search(name)]
+        unused = [name for name in self._stored if name not in used and not _IGNORED.search(name)]
         left_out = [name for name in unused if optional.match(name)]
         # Biases that a class has and the model does not use are zeros.
         surplus = [name for name in unused if name not in left_out and not self._is_zero(name)]
@@ -86,29 +92,27 @@ class StoredWeights:
         blocks_to_bfloat16 = 4
         return sum(
             math.prod(self._shape(name)) * {"F64": 8, "F32": 4, "U8": blocks_to_bfloat16}.get(self._type(name), 2)
-            for name in self._file_of
+            for name in self._stored
         )
 
     def get(self, name: str) -> Tensor:
         """Return a tensor that is stored, as floating-point numbers."""
         first, *scales = self._parts(name)
-        file = self._file_of[first]
         if len(scales) == 0 and first in (name, self._alias.get(name)):
-            return file.get_tensor(first)
+            return self._tensor(first)
         if len(scales) == 0:
             expert, part = _expert_of(name)
-            stacked = file.get_slice(first)[expert]
+            stacked = self._slice(first)[expert]
             return stacked.chunk(2)[int(part in _UP)] if part in _GATE + _UP else stacked
         (scale,) = scales
         if self._quantization.method == "mxfp4":
             return self._from_mxfp4(first, scale)
-        scales_2d = self._file_of[scale].get_tensor(scale)
-        return from_fp8(first, file.get_tensor(first), scales_2d, self._quantization)
+        return from_fp8(first, self._tensor(first), self._tensor(scale), self._quantization)
 
     def _from_mxfp4(self, blocks: str, scales: str) -> Tensor:
         # Expert by expert, since looking codes up takes many times the memory of what they stand for.
         n_expert, rows, groups, size = self._shape(blocks)
-        codes, exponents = self._file_of[blocks].get_slice(blocks), self._file_of[scales].get_slice(scales)
+        codes, exponents = self._slice(blocks), self._slice(scales)
         weights = torch.empty(n_expert, rows, groups * size * 2, dtype=torch.bfloat16)
         for expert in range(n_expert):
             weights[expert] = from_mxfp4(codes[expert], exponents[expert])
@@ -117,10 +121,10 @@ class StoredWeights:
     def _parts(self, name: str) -> list[str]:
         name = self._alias.get(name, name)
         method = self._quantization.method
-        if name in self._file_of:
+        if name in self._stored:
             scale = f"{name}_scale_inv"
-            return [name, scale] if method == "fp8" and scale in self._file_of else [name]
-        if method == "mxfp4" and f"{name}_blocks" in self._file_of:
+            return [name, scale] if method == "fp8" and scale in self._stored else [name]
+        if method == "mxfp4" and f"{name}_blocks" in self._stored:
             return [f"{name}_blocks", f"{name}_scales"]
         if not _EXPERT.search(name):
             return []
@@ -128,7 +132,7 @@ class StoredWeights:
         _, part = _expert_of(name)
         stacked = "gate_up_proj" if part in _GATE + _UP else "down_proj"
         candidates = [prefix + stacked, prefix.replace("block_sparse_moe", "mlp") + stacked]
-        return [c for c in candidates if c in self._file_of][:1]
+        return [c for c in candidates if c in self._stored][:1]
 
     def _shape_of(self, name: str, parts: list[str]) -> tuple[int, ...]:
         shape = tuple(self._shape(parts[0]))
@@ -141,13 +145,21 @@ class StoredWeights:
         return (rows // 2 if _expert_of(name)[1] in _GATE + _UP else rows, *rest)
 
     def _is_zero(self, name: str) -> bool:
-        return not self._file_of[name].get_tensor(name).float().any()
+        return not self._tensor(name).float().any()
+
+    def _tensor(self, name: str) -> Tensor:
+        file, theirs = self._stored[name]
+        return file.get_tensor(theirs)
+
+    def _slice(self, name: str) -> Any:
+        file, theirs = self._stored[name]
+        return file.get_slice(theirs)
 
     def _type(self, name: str) -> str:
-        return self._file_of[name].get_slice(name).get_dtype()
+        return self._slice(name).get_dtype()
 
     def _shape(self, name: str) -> list[int]:
-        return self._file_of[name].get_slice(name).get_shape()
+        return self._slice(name).get_shape()
 
 
 def _files(hf_dir: Path) -> list[Path]:
