@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.inspect.recipes import Recipe
 
 
@@ -24,7 +25,7 @@ def bytes_per_token(recipe: Recipe, tokenizer_dir: Path) -> float:
         tokenizer_dir: The checkpoint.
 
     Returns:
-        Bytes of UTF-8; nan if the checkpoint has no tokenizer, or the corpus is not where it was.
+        Bytes of UTF-8; nan if the checkpoint has no tokenizer, or the corpus or its sources are not where they were.
     """
     from litgpt import Tokenizer
 
@@ -56,9 +57,12 @@ def _validation(recipe: Recipe) -> list[torch.Tensor] | None:
     if path is None or not Path(path).is_dir():
         return None  # to prepare a corpus for this page alone would be a surprise
     data.connect(tokenizer=None, batch_size=recipe.micro_batch_size, max_seq_length=length)
-    with contextlib.redirect_stdout(io.StringIO()):
-        data.prepare_data()
-    data.setup()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            data.prepare_data()
+        data.setup()
+    except (OSError, SettingsError):  # as where what it was made of is gone; a page of finished runs is worth more
+        return None
     count = validated_on(recipe)[-1]
     rows: list[torch.Tensor] = []
     for i, batch in enumerate(data.val_dataloader()):

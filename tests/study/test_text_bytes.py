@@ -1,6 +1,7 @@
 """Bytes per token, against the text of each token by itself."""
 
 import math
+import shutil
 
 import pytest
 from litgpt import Tokenizer
@@ -60,5 +61,7 @@ def test_a_corpus_that_came_prepared_has_bytes_too(recipe):
 def test_without_the_corpus_or_a_tokenizer_the_length_is_unknown(recipe, tmp_path):
     assert math.isnan(bytes_per_token(recipe, tmp_path))
     assert not (tmp_path / "data").exists()
-    PythonStdlib(**recipe.settings["data"]["init_args"]).prepare()
+    corpus = PythonStdlib(**recipe.settings["data"]["init_args"]).prepare()
     assert math.isnan(bytes_per_token(recipe, tmp_path))
+    shutil.rmtree(tmp_path / "text")
+    assert math.isnan(bytes_per_token(recipe, corpus / "tokenizer"))
