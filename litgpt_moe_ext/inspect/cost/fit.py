@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, get_args
 
 from litgpt_moe_ext.inspect.cost.layers import ShortModel, shorten
-from litgpt_moe_ext.inspect.cost.memory import Step, TrainingMemory, fusing_choices, training_memory
+from litgpt_moe_ext.inspect.cost.memory import PRECISIONS, Step, TrainingMemory, fusing_choices, training_memory
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import Mode
 
 if TYPE_CHECKING:
@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
 RUNTIME = 3 * 2**28
 """Bytes that CUDA's context and the workspaces of libraries take beside the tensors."""
-# Numbers of 16 bits take the same room in both formats.
-_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,10 @@ def best_fit(fits: list[Fit]) -> Fit | None:
 
 
 def _steps(recipe: "Recipe") -> Iterator[Step]:
-    # Mixed precision is the fastest on GPUs that have it; all of bfloat16 trains less exactly.
-    precisions = dict.fromkeys((*([recipe.precision] if recipe.precision in _PRECISIONS else []), *_PRECISIONS[1:]))
+    # The recipe's may be the only one that a GPU has. Otherwise mixed precision is the fastest, and all of bfloat16
+    # trains less exactly.
+    own = [recipe.precision] if recipe.precision in PRECISIONS else []
+    precisions = dict.fromkeys((*own, "bf16-mixed", "bf16-true"))
     for precision in precisions:
         step = replace(recipe.step(precision), activation_checkpointing="none", fused_cross_entropy=False)
         for mode in get_args(Mode):
