@@ -7,6 +7,7 @@ import pytest
 
 from litgpt_moe_ext.config.features import is_dense_layer
 from litgpt_moe_ext.config.rope import rope_kind
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.hf.architectures import choose_class
 from litgpt_moe_ext.export.hf.facts import facts_of
 from litgpt_moe_ext.export.hf.published.config import read_published
@@ -69,6 +70,16 @@ def test_what_an_entry_means(tmp_path, name, left_out, said, found):
     (tmp_path / "config.json").write_text(json.dumps(content | said))
     config = litgpt.Config(**read_published(tmp_path).settings)
     assert {key: getattr(config, key) for key in found} == found
+
+
+@pytest.mark.parametrize(("key", "value"), [("scale_attn_by_inverse_layer_idx", True), ("scale_attn_weights", False)])
+def test_a_gpt2_with_another_attention_is_refused(tmp_path, key, value):
+    """Those of Stanford's Mistral divide scores by the number of the layer as well."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "vocab_size": 100}))
+    assert read_published(tmp_path).settings["n_layer"] == 12
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "vocab_size": 100, key: value}))
+    with pytest.raises(SettingsError, match=f"hf_dir: {key}: {value} must be"):
+        read_published(tmp_path)
 
 
 def test_yarn_by_its_factor_alone(tmp_path):

@@ -191,6 +191,9 @@ def _deepseek_v3(hf: _Json) -> _Json:
 
 
 def _gpt2(hf: _Json) -> _Json:
+    _refuse(hf, "scale_attn_by_inverse_layer_idx", "add_cross_attention")
+    if not hf["scale_attn_weights"]:
+        raise SettingsError("hf_dir: scale_attn_weights: False must be True; this package has no other attention")
     activation = {"gelu_new": "gelu", "gelu": "gelu", "relu": "relu"}.get(hf["activation_function"])
     if activation is None:
         raise SettingsError(f"hf_dir: activation_function: {hf['activation_function']} must be gelu_new, gelu or relu")
