@@ -58,6 +58,11 @@ class Recipe:
         return bool(self.train.get("tie_embeddings"))
 
     @property
+    def averages(self) -> bool:
+        """Whether there is a moving average of the weights."""
+        return (self.settings.get("ema") or {}).get("decay") is not None
+
+    @property
     def optimizer(self) -> str | dict[str, Any]:
         """Name of the optimizer, or its `class_path` and `init_args`."""
         return self.settings.get("optimizer") or "AdamW"
@@ -101,6 +106,7 @@ class Recipe:
             sequence_length=self.sequence_length,
             optimizer=self.optimizer,
             tie_embeddings=self.tie_embeddings,
+            averages=self.averages,
             **self.memory_savers,
         )
 

@@ -148,6 +148,9 @@ def test_a_full_disk_is_a_problem(monkeypatch):
     usage = doctor.shutil.disk_usage("/")
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     assert verdicts({})["disk"] == "problem"
+    with_average, without = (doctor._disk(Recipe(moe_config(n_embd=512), {"ema": {"decay": d}})) for d in (0.9, None))
+    sizes = [float(finding.text.split(" GiB")[0].split()[-1]) for finding in (with_average, without)]
+    assert sizes[0] / sizes[1] == pytest.approx(4 / 3, rel=0.2)
 
 
 def test_the_exit_status_tells(tmp_path, capsys):

@@ -302,6 +302,19 @@ def test_card_takes_the_settings_of_the_recipe():
     assert make_card(Recipe(moe_config(), settings), micro_batch_size=1).micro_batch_size == 1
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_moving_average_takes_room(tied):
+    """Once in memory and once in a checkpoint, in float32; a table with two names has two averages."""
+    train = {"tie_embeddings": tied, "max_seq_length": 8}
+    config = moe_config(n_layer=4)
+    numbers = sum(tensor.numel() for tensor in GPT(config).state_dict().values() if tensor.is_floating_point())
+    cards = [make_card(Recipe(config, {"train": train, "ema": {"decay": decay}}), 1) for decay in (None, 0.0)]
+    for figures in ("training", "checkpoint_training"):
+        without, there = (getattr(card, figures)["bf16-true"] for card in cards)
+        grown = there - without if figures != "training" else there["total"] - without["total"]
+        assert grown == 4 * numbers
+
+
 def test_tied_tables_count_once():
     tied, untied = (make_card(Recipe(moe_config(), {"train": {"tie_embeddings": tie}})) for tie in (True, False))
     table = 64 * 16

@@ -410,8 +410,9 @@ def _disk(recipe: Recipe) -> Finding:
     out_dir = Path(recipe.settings.get("out_dir") or "out/pretrain")
     existing = next(path for path in (out_dir.absolute(), *out_dir.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    # Parameters and two moments of AdamW in float32.
-    checkpoint = 12 * count_parameters(recipe.config, recipe.tie_embeddings).total
+    # Parameters and two moments of AdamW in float32, and an average of the weights.
+    numbers = 4 if recipe.averages else 3
+    checkpoint = 4 * numbers * count_parameters(recipe.config, recipe.tie_embeddings).total
     text = (
         f"a training checkpoint takes about {checkpoint / 2**30:.2f} GiB, {free / 2**30:.1f} GiB are free in {existing}"
     )

@@ -43,7 +43,7 @@ class TrainingMemory(NamedTuple):
     """Bytes during a training step.
 
     Attributes:
-        weights: Parameters and buffers.
+        weights: Parameters and buffers, and their moving average where there is one.
         gradients: Gradients of all parameters.
         optimizer: State of the optimizer.
         activations: What a micro-batch adds to these at the worst moment of forward and backward pass.
@@ -91,6 +91,7 @@ class Step:
         activation_checkpointing: As in a recipe.
         fused_cross_entropy: As in a recipe.
         tie_embeddings: As `train.tie_embeddings`.
+        averages: Whether there is a moving average of the weights (`ema.decay`).
     """
 
     precision: str
@@ -100,6 +101,7 @@ class Step:
     activation_checkpointing: Mode = "none"
     fused_cross_entropy: bool = False
     tie_embeddings: bool = False
+    averages: bool = False
 
 
 def fusing_choices(config: "Config") -> tuple[bool, ...]:
@@ -146,7 +148,7 @@ def training_memory(short: ShortModel, step: Step) -> TrainingMemory:
         peak = activations.peak()
         parameters = short.total(model, parameter_bytes)
         return TrainingMemory(
-            weights=short.total(model, module_bytes),
+            weights=short.total(model, module_bytes) + step.averages * short.total(model, average_bytes),
             gradients=parameters,
             optimizer=parameters * ratio,
             activations=peak,
@@ -243,6 +245,11 @@ def parameter_bytes(module: nn.Module) -> int:
 def module_bytes(module: nn.Module) -> int:
     """Return the bytes of the parameters and buffers of a module."""
     return parameter_bytes(module) + sum(map(_bytes, module.buffers()))
+
+
+def average_bytes(module: nn.Module) -> int:
+    """Return the bytes of a moving average of a module's weights, in float32 and each name by itself."""
+    return sum(4 * tensor.numel() for tensor in module.state_dict().values() if tensor.is_floating_point())
 
 
 def _cache_bytes(module: nn.Module) -> int:

@@ -15,6 +15,7 @@ from litgpt_moe_ext.inspect.cost.memory import (
     PRECISIONS,
     Step,
     TrainingMemory,
+    average_bytes,
     fusing_choices,
     inference_memory,
     training_memory,
@@ -62,7 +63,8 @@ class ModelCard:
         inference: Memory by dtype: weights, kv_cache, activations, total.
         kv_cache_per_token: Memory of the cache for a token, by dtype.
         checkpoint_weights: Size of a file with the weights alone, by dtype.
-        checkpoint_training: Size of a training checkpoint, which has the optimizer's state, by precision setting.
+        checkpoint_training: Size of a training checkpoint, which has the optimizer's state and a moving average of the
+            weights where there is one, by precision setting.
     """
 
     name: str
@@ -120,6 +122,7 @@ def make_card(
     sizes = block_sizes(short, PRECISIONS[precision][0].itemsize)
     processes = {name: process_memory(training[precision], sizes, name, devices, num_nodes) for name in STRATEGIES}
     state_bytes = functools.cache(partial(_state_bytes, short, tie_embeddings=recipe.tie_embeddings))
+    averages = short.total(meta_model(short.config), average_bytes) if recipe.averages else 0
     forward, both = short.extrapolate_each(partial(count_flops_of_passes, length=length))
     return ModelCard(
         name=config.name or "model",
@@ -150,7 +153,7 @@ def make_card(
         kv_cache_per_token={name: memory.kv_cache / config.block_size for name, memory in inference.items()},
         checkpoint_weights={name: state_bytes(dtype) for name, dtype in INFERENCE_DTYPES.items()},
         checkpoint_training={
-            name: state_bytes(PRECISIONS[name][0]) + memory.optimizer for name, memory in training.items()
+            name: state_bytes(PRECISIONS[name][0]) + memory.optimizer + averages for name, memory in training.items()
         },
     )
 
