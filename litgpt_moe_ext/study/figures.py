@@ -60,6 +60,7 @@ def loss_figure(groups: dict[str, list[Result]]) -> Figure:
             axes.grid(alpha=0.25, linewidth=0.5)
         # All arms fall alike at first; that would leave no room for where they part.
         drawn = [np.asarray(line.get_ydata()) for line in figure.axes[0].lines]
+        drawn = [loss[np.isfinite(loss)] for loss in drawn]
         figure.axes[0].set_ylim(
             top=max((float(loss[len(loss) // 4 :].max()) for loss in drawn if len(loss)), default=None)
         )

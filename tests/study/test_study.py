@@ -413,8 +413,10 @@ def test_runs_whose_speed_is_unknown_say_nothing_about_seconds(pays):
 
 def test_a_run_that_came_to_nothing_has_no_part_in_the_multiplier(pays):
     losses = {("dense", 1000): 4.0, ("dense", 2000): 2.0, ("moe", 1000): 2.0, ("moe", 2000): np.inf}
-    lines = verdicts(pays, [result_of(run, 3.0, val_loss=losses[run.arm, run.point[BUDGET]]) for run in pays.runs])
+    results = [result_of(run, 3.0, val_loss=losses[run.arm, run.point[BUDGET]]) for run in pays.runs]
+    lines = verdicts(pays, results)
     assert any(line.startswith("Compute multiplier 2.00") for line in lines), lines
+    assert "Compute multiplier 2.00" in study_page(pays, results, 0, "again"), "nor in the pictures"
 
 
 def test_values_of_a_grid_and_of_a_search_may_be_lists(tmp_path):
