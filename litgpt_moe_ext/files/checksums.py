@@ -13,7 +13,7 @@ from pathlib import Path
 
 FILE_NAME = "SHA256SUMS"
 _STORAGES = "data"  # the folder of the archive in which storages are
-_LINE = re.compile(r"([0-9a-f]{64}) [ *](\S.*)")  # an asterisk marks what was read as binary
+_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")  # an asterisk marks what was read as binary
 # Of an archive that is cut off or cannot be read, and one whose damaged header names an unknown compression.
 _UNREADABLE = (zipfile.BadZipFile, EOFError, OSError, NotImplementedError)
 
@@ -31,11 +31,12 @@ def read(directory: Path) -> dict[str, str]:
         ValueError: If they cannot be read; the message says why.
     """
     try:
-        lines = (directory / FILE_NAME).read_text(encoding="utf-8").splitlines()
+        text = (directory / FILE_NAME).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{FILE_NAME} cannot be read ({error})") from error
     listed = {}
-    for number, line in enumerate(lines, start=1):
+    # Names of files may have what else Python takes for the end of a line.
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else (), start=1):
         if (match := _LINE.fullmatch(line)) is None:
             raise ValueError(f"{FILE_NAME} is damaged in line {number}")
         listed[match[2]] = match[1]

@@ -422,6 +422,14 @@ class TestManifest:
         file.write_bytes(damage(file.read_bytes()))
         assert message in problem_with(tmp_path)
 
+    @pytest.mark.parametrize("name", [" blank first", "line\u2028separator", "next\x85line", "größe"])
+    def test_files_of_any_name_are_listed(self, tmp_path, name):
+        (tmp_path / name).write_text("whole")
+        checksums.write(tmp_path)
+        assert checksums.problem_with(tmp_path) is None
+        (tmp_path / name).write_text("other")
+        assert checksums.problem_with(tmp_path) == f"{name} differs from its checksum in SHA256SUMS"
+
     def test_any_change_is_noticed(self, tmp_path):
         (tmp_path / "a").mkdir()
         (tmp_path / "a" / "b.bin").write_bytes(b"content")
