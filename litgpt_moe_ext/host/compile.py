@@ -3,6 +3,7 @@
 For models of LitGPT's own the choice is left to LitGPT wherever a compiler can work at all.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -19,10 +20,11 @@ def compile_where_it_works(pretrain: Any, probe: Callable[[str], Platform] = pro
         probe: Returns what decides on this machine.
     """
     original = pretrain.main
+    signature = inspect.signature(original)
 
     @wraps(original)
     def main(fabric: Any, *args: Any, **kwargs: Any) -> Any:
-        config = kwargs["config"]
+        config = signature.bind(fabric, *args, **kwargs).arguments["config"]
         here = probe(fabric.device.type)
         if decided() or (obstacle(here) is None and not uses_plugin(config)):
             return original(fabric, *args, **kwargs)

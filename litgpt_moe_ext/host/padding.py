@@ -46,18 +46,20 @@ class _MarkPadding:
 def mark_finetuning_padding(loop: Any) -> None:
     """Have the batches of a finetuning loop of LitGPT say what is padding, where the model has MoE layers."""
     original = loop.fit
+    signature = inspect.signature(original)
 
     @wraps(original)
-    def fit(*, state: dict[str, Any], train_dataloader: Any, val_dataloader: Any, **kwargs: Any) -> Any:
+    def fit(*args: Any, **kwargs: Any) -> Any:
         from litgpt_moe_ext.padding import accept_padding
 
-        if state["model"].config.mlp_class_name in MOE_CLASS_NAMES:
+        given = signature.bind(*args, **kwargs).arguments
+        if given["state"]["model"].config.mlp_class_name in MOE_CLASS_NAMES:
             accept_padding()
-            for loader in (train_dataloader, val_dataloader):
+            for loader in (given["train_dataloader"], given["val_dataloader"]):
                 # Fabric's loader hands on the batches of the one that it wraps.
                 loader = getattr(loader, "_dataloader", loader)
                 loader.collate_fn = _MarkPadding(loader.collate_fn)
-        return original(state=state, train_dataloader=train_dataloader, val_dataloader=val_dataloader, **kwargs)
+        return original(*args, **kwargs)
 
     loop.fit = fit
 

@@ -6,6 +6,7 @@ second where 6000 were trained. It also counts the tokens that earlier runs of a
 and the time of this run's training loop are measured and the printed line is corrected.
 """
 
+import inspect
 import time
 from functools import wraps
 from typing import Any
@@ -16,10 +17,12 @@ _LINE = "| - Tok/sec"
 def measure_rate(pretrain: Any) -> None:
     """Let `fit` of the module `litgpt.pretrain` leave its rate, in tokens per second, on the fabric."""
     original = pretrain.fit
+    signature = inspect.signature(original)
 
     @wraps(original)
     def fit(*args: Any, **kwargs: Any) -> Any:
-        fabric, state, train = kwargs["fabric"], kwargs["state"], kwargs["train"]
+        given = signature.bind(*args, **kwargs).arguments
+        fabric, state, train = given["fabric"], given["state"], given["train"]
         first_iter, started = state["iter_num"], time.perf_counter()
         result = original(*args, **kwargs)
         iterations = state["iter_num"] - first_iter

@@ -107,7 +107,7 @@ def test_plain_litgpt_pretrain(config, platform, message):
 
     pretrain = Pretrain(main=main)
     compile_where_it_works(pretrain, probe=lambda device_type: platform)
-    pretrain.main(SimpleNamespace(device=torch.device("cpu"), print=lambda text: said.append(str(text))), config=config)
+    pretrain.main(SimpleNamespace(device=torch.device("cpu"), print=lambda text: said.append(str(text))), config)
     assert said == ([] if message is None else [message])
     assert stances == ["default" if message is None else "force_eager"]
 

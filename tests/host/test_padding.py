@@ -213,14 +213,11 @@ def test_finetuning_marks_padding_and_prompts_are_text(same_noise):
         for ids, prompt in (([BOS, 5, 6, 0, 7], 3), ([BOS, 9], 1), ([BOS, 3, 0, 0, 0, 2, 8], 2))
     ]
     loop = ModuleType("loop")
-    loop.fit = lambda *, train_dataloader, **_: next(iter(train_dataloader))
+    loop.fit = lambda state, train_dataloader, val_dataloader: next(iter(train_dataloader))
     mark_finetuning_padding(loop)
     loaders = [DataLoader(samples, batch_size=3, collate_fn=get_sft_collate_fn(max_seq_length=6)) for _ in range(2)]
     model = model_with("sigmoid")
-    batch = loop.fit(
-        fabric=None, state={"model": model}, train_dataloader=Fabric().setup_dataloaders(loaders[0]),
-        val_dataloader=loaders[1],
-    )  # fmt: skip
+    batch = loop.fit({"model": model}, Fabric().setup_dataloaders(loaders[0]), val_dataloader=loaders[1])
     p = PADDING
     assert batch["input_ids"].tolist() == [[BOS, 5, 6, 0, 7, p], [BOS, 9, p, p, p, p], [BOS, 3, 0, 0, 0, 2]]
     real, targets = batch["input_ids"] >= 0, torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)

@@ -19,7 +19,7 @@ def test_rate_is_tokens_by_seconds_of_this_run(monkeypatch):
     pretrain = SimpleNamespace(fit=fit)
 
     def main(fabric, train):
-        pretrain.fit(fabric=fabric, state=state, train=train)
+        pretrain.fit(fabric, state, train=train)  # names are optional
         fabric.print("| - Training Time : 1 s")
         fabric.print("| - Tok/sec       : 0.05 tok/s")
 
