@@ -1,5 +1,6 @@
 """From a Hugging Face checkpoint to a LitGPT checkpoint with this package's layers."""
 
+import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,7 +85,19 @@ def import_checkpoint(hf_dir: Path, out_dir: Path) -> Imported:
         for name in (*TOKENIZER_FILES, "generation_config.json"):
             if (hf_dir / name).is_file():
                 shutil.copyfile(hf_dir / name, partial / name)
+        _name_class(partial / "tokenizer_config.json")
     return Imported(config, published.quantization.method, left_out)
+
+
+def _name_class(file: Path) -> None:
+    # LitGPT opens no tokenizer whose file names none, as GPT-2's does not.
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none, or one that whoever opens it will refuse
+        return
+    if isinstance(settings, dict) and "tokenizer_class" not in settings:
+        named = settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        file.write_text(json.dumps(named, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _owned(tensor: Tensor) -> Tensor:

@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.evaluation.loading import load_tokenizer
 from litgpt_moe_ext.export.hf.facts import facts_of
 from litgpt_moe_ext.export.hf.read import import_checkpoint
 from litgpt_moe_ext.export.hf.write import export_checkpoint
+from tests.export.gguf.tokenizers import train_bpe
 from tests.export.hf.models import CASES, make_checkpoint
 
 KNOWN = [name for name, (class_name, _, _) in CASES.items() if not class_name.startswith("LitGPT")]
@@ -102,6 +104,18 @@ def test_weights_that_were_saved_without_an_output_head(exported, prefix):
     tokens = torch.randint(97, (2, 20))
     with torch.inference_mode():
         torch.testing.assert_close(imported(folder)(tokens), original(tokens))
+
+
+@pytest.mark.parametrize("exported", ["gpt2"], indirect=True)
+def test_a_tokenizer_whose_file_names_no_class(exported):
+    """As GPT-2's, whose end of a text is in another file; LitGPT would not open it."""
+    folder, _ = exported
+    train_bpe(folder / "hf", "gpt-2", 320)
+    (folder / "hf" / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
+    (folder / "hf" / "generation_config.json").write_text('{"bos_token_id": 7, "eos_token_id": 7}')
+    imported(folder)
+    assert load_tokenizer(folder / "back").eos_id == 7
+    assert json.loads((folder / "back" / "tokenizer_config.json").read_text())["model_max_length"] == 1024
 
 
 @pytest.mark.parametrize("exported", ["qwen3-moe"], indirect=True)
