@@ -135,3 +135,8 @@ def test_names_of_any_kind_are_seen_whole(tmp_path):
         png(figure)
         assert all(0 <= end <= figure.bbox.width for text in texts for end in text.get_window_extent().intervalx)
     assert [text.get_text() for text in curves.legends[0].get_texts()[:4]] == names[:4]
+
+
+def test_a_log_without_steps_has_no_load_over_them(tmp_path):
+    (tmp_path / "metrics-wide.csv").write_text("total_tokens,loss,moe_load_00/expert_00\n10,3.0,1.0\n")
+    assert load_run(tmp_path).expert_load()[1] == {}

@@ -50,9 +50,12 @@ class RunLog:
         return tokens[there], speed[there]
 
     def expert_load(self) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-        """Return the optimizer steps, and by layer the load of each expert over the mean, (experts, lines)."""
+        """Return the optimizer steps, and by layer the load of each expert over the mean, (experts, lines).
+
+        Empty where the log does not say them.
+        """
         found = loads_by_layer(self.columns)
-        if not found:
+        if not found or "step" not in self.columns:
             return np.array([]), {}
         there = ~np.isnan(next(iter(found.values()))[0])
         return self.columns["step"][there], {layer: np.stack(loads)[:, there] for layer, loads in found.items()}
