@@ -68,7 +68,14 @@ def open_as_litgpt(directory: Path) -> "LitGPTTokenizer":
     """
     from litgpt.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer(directory)
+    try:
+        tokenizer = Tokenizer(directory)
+    except KeyError as error:
+        if error.args != ("tokenizer_class",):
+            raise
+        raise ValueError(
+            'its tokenizer_config.json names no class; add "tokenizer_class": "PreTrainedTokenizerFast" to it'
+        ) from error
     for name in ("bos_id", "eos_id"):
         ids = getattr(tokenizer, name)
         first = next(iter(ids), None) if isinstance(ids, list) else ids

@@ -15,6 +15,7 @@ from litgpt_moe_ext.evaluation.loading import load_tokenizer
 from litgpt_moe_ext.export.hf.facts import facts_of
 from litgpt_moe_ext.export.hf.read import import_checkpoint
 from litgpt_moe_ext.export.hf.write import export_checkpoint
+from litgpt_moe_ext.training.checks import open_tokenizer
 from tests.export.gguf.tokenizers import train_bpe
 from tests.export.hf.models import CASES, make_checkpoint
 
@@ -113,6 +114,9 @@ def test_a_tokenizer_whose_file_names_no_class(exported):
     train_bpe(folder / "hf", "gpt-2", 320)
     (folder / "hf" / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
     (folder / "hf" / "generation_config.json").write_text('{"bos_token_id": 7, "eos_token_id": 7}')
+    for open_there in (load_tokenizer, lambda there: open_tokenizer(there, 320)):
+        with pytest.raises(SettingsError, match='cannot be opened.* add "tokenizer_class": "PreTrained'):
+            open_there(folder / "hf")
     imported(folder)
     assert load_tokenizer(folder / "back").eos_id == 7
     assert json.loads((folder / "back" / "tokenizer_config.json").read_text())["model_max_length"] == 1024
