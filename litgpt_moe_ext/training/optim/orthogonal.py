@@ -8,13 +8,16 @@ Shape legend: N matrices, A rows, B columns of one matrix.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from litgpt_moe_ext.training.optim.parameter_groups import MATRIX_PARTS
 from litgpt_moe_ext.training.optim.shards import is_shard
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 # Quintic Newton-Schulz coefficients of the reference, chosen for the steepest slope at zero.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -132,14 +135,14 @@ def _alone(update: Tensor, rows: int, function: Callable[[Tensor], Tensor]) -> T
 
     mesh, placements, device = update.device_mesh, update.placements, update.device
     # Shards that wait in the memory of the CPU are exchanged and computed with by the GPU, as gradients are.
-    update = update.to(mesh.device_type)
+    here = cast("DTensor", update.to(mesh.device_type))
     if update.dim() == 3 and all(placement.is_replicate() or placement.is_shard(0) for placement in placements):
         # Stacked experts that are cut between experts: every rank has whole matrices.
-        result = _of_matrices(update.to_local(), rows, function)
+        result = _of_matrices(here.to_local(), rows, function)
         shape, stride = update.shape, update.stride()
         return DTensor.from_local(result, mesh, placements, run_check=False, shape=shape, stride=stride).to(device)
     # A shard of a matrix is not a matrix: every rank works on the whole and keeps its part.
-    whole = update.redistribute(placements=[Replicate()] * mesh.ndim).to_local()
+    whole = here.redistribute(placements=[Replicate()] * mesh.ndim).to_local()
     return distribute_tensor(_of_matrices(whole, rows, function), mesh, placements, src_data_rank=None).to(device)
 
 

@@ -120,11 +120,11 @@ class FullyShardedStrategy(Behaviour, ModelParallelStrategy):
         super().save_checkpoint(path, state, *args, **kwargs)
 
     @property
-    def checkpoint_io(self) -> MappedCheckpointIO:
+    def checkpoint_io(self) -> MappedCheckpointIO:  # pyrefly: ignore[bad-override]: nobody exchanges it
         """How checkpoints are read; Lightning writes those of shards by itself."""
         return MappedCheckpointIO()
 
-    def load_checkpoint(
+    def load_checkpoint(  # pyrefly: ignore[bad-override]: Lightning's needs a `state` with a model as well
         self, path: Any, state: dict[str, Any], strict: bool = True, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Load whole tensors from one file, of this strategy or another one; every rank must call."""
