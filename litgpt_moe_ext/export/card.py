@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from litgpt_moe_ext.model_size import count_flops, count_parameters
 from litgpt_moe_ext.training.checkpoint import hyperparameters
-from litgpt_moe_ext.training.checkpoint.progress import step_of
+from litgpt_moe_ext.training.checkpoint.progress import sequences_of, step_of
 from litgpt_moe_ext.training.logs import METRICS_FILE
 
 if TYPE_CHECKING:
@@ -100,9 +100,9 @@ def facts(source: "Source", settings: dict[str, Any]) -> dict[str, str]:
     train = settings.get("train")
     if step is not None:
         found["optimizer steps"] = f"{step:,}"
-        if isinstance(train, dict) and isinstance(train.get("global_batch_size"), int):
+        if isinstance(train, dict) and (sequences := sequences_of(source.directory)) is not None:
             length = train.get("max_seq_length") or length
-            tokens = step * train["global_batch_size"] * length
+            tokens = sequences * length
             flops = count_flops(config, length, training=True) / length * tokens
             found |= {"training tokens": f"{tokens:,}", "FLOPs of the training": f"{flops:.2e}"}
         found |= {name: f"{value:.4f}" for name, value in _losses(source.directory.parent, step).items()}

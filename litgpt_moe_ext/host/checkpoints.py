@@ -1,5 +1,6 @@
 """How LitGPT reads and writes the configuration of a model that needs the plugin."""
 
+import re
 import warnings
 from functools import wraps
 from pathlib import Path
@@ -83,11 +84,16 @@ def write_mark(utils: Any) -> None:
 
 
 def _check_written_by(version: str, path: str | Path) -> None:
-    written_by = tuple(int(part) for part in str(version).split(".")[:2])
-    if written_by > tuple(int(part) for part in __version__.split(".")[:2]):
+    if _minor_version(version) > _minor_version(__version__):
         warnings.warn(
             f"{path} was written by litgpt_moe_ext {version}, newer than the installed {__version__}; upgrade if it "
             "fails to load.",
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+def _minor_version(version: str) -> tuple[int, ...]:
+    # Also of 0.2rc1; of what is no version at all nothing follows.
+    found = re.match(r"(\d+)\.(\d+)", str(version))
+    return () if found is None else tuple(map(int, found.groups()))

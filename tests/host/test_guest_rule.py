@@ -145,15 +145,13 @@ def test_only_what_the_plugin_refuses_ends_litgpt_in_one_line(error, capsys):
     assert capsys.readouterr().err == ("error: router_type: 'own' is unknown\n" if refused else "")
 
 
-def test_a_checkpoint_of_a_newer_plugin_is_announced(tmp_path):
+@pytest.mark.parametrize("version", ["99.0.1", "99.0rc1"])
+def test_a_checkpoint_of_a_newer_plugin_is_announced(tmp_path, version):
     from litgpt.utils import save_config
 
     save_config(moe_config(), tmp_path)
     file = tmp_path / "model_config.yaml"
-    file.write_text(
-        file.read_text().replace(
-            f"_requires_litgpt_moe_ext: {litgpt_moe_ext.__version__}", "_requires_litgpt_moe_ext: 99.0.1"
-        )
-    )
-    with pytest.warns(RuntimeWarning, match=r"written by litgpt_moe_ext 99\.0\.1"):
+    ours = f"_requires_litgpt_moe_ext: {litgpt_moe_ext.__version__}"
+    file.write_text(file.read_text().replace(ours, f"_requires_litgpt_moe_ext: {version}"))
+    with pytest.warns(RuntimeWarning, match=rf"written by litgpt_moe_ext {version}"):
         Config.from_file(file)

@@ -64,6 +64,13 @@ def batch_of(checkpoint_dir: Path) -> int | None:
     return progress.processes * micro_batch if isinstance(micro_batch, int) else None
 
 
+def sequences_of(checkpoint_dir: Path) -> int | None:
+    """Return how many sequences a checkpoint was trained on, whatever its batches were, or None if unknown."""
+    progress, batch = read_progress(checkpoint_dir), batch_of(checkpoint_dir)
+    # A run that goes on with other batches counts its iterations as if it had always had them.
+    return None if progress is None or batch is None else progress.iteration * batch
+
+
 def newest_first(out_dir: Path) -> list[Path]:
     """Return the checkpoint directories of a run, whole or not, the last saved first.
 
