@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import torch
+import torch.distributed
 from torch.cuda import _gpu_trace as gpu_trace
 from torch.cuda import _sanitizer
 
@@ -31,6 +32,7 @@ def install() -> None:
     graph.capture_begin = _beginning(graph.capture_begin)
     graph.capture_end = _ending(graph.capture_end)
     graph.replay = _replaying(graph.replay)
+    torch.distributed.destroy_process_group = _after_all(torch.distributed.destroy_process_group)
 
 
 def _launched(handler, stream, read, written, outputs, operator, names) -> list[Any]:
@@ -51,6 +53,14 @@ def _launched(handler, stream, read, written, outputs, operator, names) -> list[
     _waiting.clear()
     _recorded.clear()
     return errors
+
+
+def _after_all(destroy):
+    def destroy_process_group(*args, **kwargs):
+        torch.cuda.synchronize()  # it waits until collectives are over, which a GPU that lags would be much later
+        destroy(*args, **kwargs)
+
+    return destroy_process_group
 
 
 def _beginning(begin):
