@@ -3,9 +3,10 @@
 Run by `test_races.py` with the name of a way, and `wait` for the right one. Its last line is what was read.
 """
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -15,40 +16,42 @@ import tests.null_gpu.computing  # noqa: F401  # before anything is computed
 CARD = torch.device("cuda", int(os.environ["RANK"]))
 
 
+@contextlib.contextmanager
+def beside(wait: bool) -> Iterator[None]:
+    """Let another stream do what is in the scope, and the usual one wait until that is done, or not."""
+    usual, other = torch.cuda.current_stream(), torch.cuda.Stream()
+    other.wait_stream(usual)
+    with torch.cuda.stream(other):
+        yield
+    if wait:
+        usual.wait_stream(other)
+
+
 def by_a_stream(wait: bool) -> float:
     """Another stream adds one."""
-    ones, other = torch.ones(3, device=CARD), torch.cuda.Stream()
-    other.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(other):
+    ones = torch.ones(3, device=CARD)
+    with beside(wait):
         ones.add_(1)
-    if wait:
-        torch.cuda.current_stream().wait_stream(other)
     return float(ones.sum())
 
 
 def by_a_graph(wait: bool) -> float:
     """A graph that is replayed on another stream adds one."""
-    ones, other, graph = torch.ones(3, device=CARD), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    ones, graph = torch.ones(3, device=CARD), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         ones.add_(1)
-    other.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(other):
+    with beside(wait):
         graph.replay()
-    if wait:
-        torch.cuda.current_stream().wait_stream(other)
     return float(ones.sum())
 
 
 def for_a_graph(wait: bool) -> float:
     """A graph adds up what another stream has written."""
-    ones, other, graph = torch.ones(3, device=CARD), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    ones, graph = torch.ones(3, device=CARD), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         total = ones.sum()
-    other.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(other):
+    with beside(wait):
         ones.add_(1)
-    if wait:
-        torch.cuda.current_stream().wait_stream(other)
     graph.replay()
     return float(total)
 

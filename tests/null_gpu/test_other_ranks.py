@@ -33,6 +33,7 @@ SETTINGS = {
 )
 def test_others_go_on(gpu, recipe, tmp_path, before, after, machines, optimizer, knobs):
     """With everything that an optimizer knows, wherever it is kept."""
+    # The environment of the tests is without it: `uv sync --extra deepspeed` installs it.
     if "deepspeed" in before and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is an extra")
 
