@@ -2,7 +2,7 @@
 
 `torch.cuda._sanitizer` follows every operator, event and wait on the host, so it needs no GPU. It would take what a
 capture records for done on the capture's stream, not see a replay, and have a collective work on the caller's stream,
-not on NCCL's.
+not on NCCL's. Where it looks on, the Triton kernels of rotation and sinks give way to operators.
 """
 
 import sys
