@@ -77,9 +77,11 @@ class StopRequests:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
         self._received, self._first_at = number, now
-        self._say(
-            f"{signal.Signals(number).name} received: finishing the step, then saving. Ctrl-C again quits at once."
-        )
+        # Python lets nobody write to a stream whose flush the signal found waiting for a reader.
+        with contextlib.suppress(RuntimeError):
+            self._say(
+                f"{signal.Signals(number).name} received: finishing the step, then saving. Ctrl-C again quits at once."
+            )
 
     @property
     def received(self) -> int:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import threading
+import time
 
 import litgpt.pretrain
 import pytest
@@ -64,6 +66,27 @@ def test_twice_on_purpose(recipe, tmp_path, capsys, monkeypatch, signal_at):
     assert train("--config", recipe(train={"save_interval": 1000})) == 130
     assert "Stopped at once" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("step-*"))
+
+
+def test_while_the_output_waits_for_its_reader():
+    """As in a terminal after Ctrl-S: nothing more can be written, and the signal counts all the same."""
+    reader, writer = os.pipe()
+
+    def signal_then_read() -> None:
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while os.read(reader, 1 << 16):
+            pass
+
+    with open(writer, "w") as output:
+        requests = control.StopRequests(lambda text: print(text, file=output, flush=True))
+        thread = threading.Thread(target=signal_then_read)
+        with requests.listening():
+            thread.start()
+            print("x" * (1 << 20), file=output, flush=True)
+    thread.join()
+    os.close(reader)
+    assert requests.received == signal.SIGTERM
 
 
 def test_before_the_first_step(recipe, tmp_path, capsys, signal_at):
