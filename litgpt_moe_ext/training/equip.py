@@ -120,7 +120,6 @@ def _callbacks(launched: Launched, prepared: Prepared, equipment: Equipment) -> 
     if settings.ema.decay is not None:
         yield WeightAverage(settings.ema)
     yield KernelReport(equipment.compile.enabled)
-    yield from settings.callbacks
 
 
 def _peak(launched: Launched) -> float | None:

@@ -75,8 +75,10 @@ def train(launched: Launched, start: Start, prepared: Prepared, equipment: Equip
     plan, settings, fabric = launched.plan, launched.plan.settings, launched.fabric
     loop = HookedLoop(launched, start, prepared.tokenizer_dir, equipment)
     retention = Retention(settings.checkpoint, plan.out_dir, fabric, loop.writer.save)
-    fabric.add_callback(Epochs(loop.writer.save if settings.checkpoint.every_epoch else None))
-    fabric.add_callback(retention)
+    epochs = Epochs(loop.writer.save if settings.checkpoint.every_epoch else None)
+    # The recipe's own come last: where one ends the run, what the last step has to leave is saved.
+    for callback in (epochs, retention, *settings.callbacks):
+        fabric.add_callback(callback)
     with explained(launched), loop.installed(), compile_scope(equipment.compile), settled():
         litgpt.pretrain.main(
             fabric=fabric,

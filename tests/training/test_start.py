@@ -91,11 +91,11 @@ def test_everybody_waits_until_the_directory_is_free(recipe, tmp_path, monkeypat
 
 def test_a_callback_of_ones_own(recipe, tmp_path, capsys):
     """The example: named by a recipe, called by the run, and written down with the other settings."""
-    file = recipe(callbacks=[{"class_path": "examples.add_a_callback.StopWhenGood", "init_args": {"loss": 100}}])
-    assert train("--config", file) == 1
+    mine = [{"class_path": "examples.add_a_callback.StopWhenGood", "init_args": {"loss": 100}}]
+    assert train("--config", recipe(callbacks=mine, train={"save_interval": None})) == 1
     assert "Stopped: the validation loss is" in capsys.readouterr().err
     assert len(logged(tmp_path / "out", "loss")) == 4, "the first validation is good enough"
-    saved = tmp_path / "out" / "step-00000004" / "hyperparameters.yaml"
+    saved = tmp_path / "out" / "best" / "hyperparameters.yaml"  # of the step for which it has stopped
     assert yaml.safe_load(saved.read_text())["callbacks"] == [
         {"class_path": "examples.add_a_callback.StopWhenGood", "init_args": {"loss": 100.0}}
     ]
