@@ -5,7 +5,7 @@ names point to functions of ours, which do their part and, where there is one, c
 
 | name in `litgpt.pretrain` | what ours does                                                                     |
 | ------------------------- | ---------------------------------------------------------------------------------- |
-| `fit`                     | keeps hold of the training state; listens for signals while it runs                |
+| `fit`                     | keeps hold of the training state; begins to listen for signals                     |
 | `CycleIterator`           | acts between two iterations: interruptions, limits, restored random generators      |
 | `save_checkpoint`         | writes under a temporary name, adds the random generators, renames                 |
 | `save_hyperparameters`    | writes the values that the run uses                                                |
@@ -94,6 +94,7 @@ class HookedLoop:
         self._accumulation = launched.accumulation
         self._deadline = Deadline(self.train.max_time)
         self._stop_requests = StopRequests(fabric.print)
+        self._listening = contextlib.ExitStack()
         self._agreement = Agreement(
             fabric, lambda: (self._stop_requests.received, self._deadline.is_over, self.writer.is_due)
         )
@@ -124,7 +125,11 @@ class HookedLoop:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Put the hooks into `litgpt.pretrain` for the time of the scope."""
+        """Put the hooks into `litgpt.pretrain` for the time of the scope.
+
+        Raises:
+            TrainingInterrupted: At its end, if a signal came after the last step.
+        """
         cross_entropy = litgpt.pretrain.chunked_cross_entropy
         if self._equipment.fused_loss is not None:
             cross_entropy = self._equipment.fused_loss.wrap(cross_entropy)
@@ -142,8 +147,11 @@ class HookedLoop:
             "validate": self._noted(self._means.wrap_validation(litgpt.pretrain.validate)),
             "RunningMean": RunningMean,
         }
-        with replaced(litgpt.pretrain, hooks):
+        with replaced(litgpt.pretrain, hooks), self._listening:
             yield
+            signal_number, *_ = self._agreement.reached()
+            if signal_number:
+                raise TrainingInterrupted(signal_number, self.writer.last_saved)
 
     def _watched(self, original: Callable[..., None]) -> Callable[..., None]:
         def fit(*args: Any, **kwargs: Any) -> None:
@@ -154,8 +162,10 @@ class HookedLoop:
             first_iteration = self.fabric.state["iter_num"]
             self.fabric.call("on_fit_begin", resume_dir=self._start.resume_dir)
             deferring = self._graphs.deferring(self.fabric.state["model"], self.fabric.strategy)
+            # Until `final` is saved, after this function.
+            self._listening.enter_context(self._stop_requests.listening())
             try:
-                with self._stop_requests.listening(), deferring:
+                with deferring:
                     original(*args, **kwargs)
             except Exception:
                 if self._limits_reached:
@@ -233,7 +243,7 @@ class HookedLoop:
         is_last = late or step >= self._plan.total_steps
         directory = self._plan.out_dir / f"step-{step:08d}"
         if (signal_number or (due and not is_last)) and step and directory != self.writer.last_saved:
-            self.writer.save(directory.name)
+            self.writer.save(directory.name, last=bool(signal_number))
         if signal_number:
             raise TrainingInterrupted(signal_number, directory if step else None)
         if is_last:

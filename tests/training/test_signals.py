@@ -99,6 +99,27 @@ def test_before_the_first_step(recipe, tmp_path, capsys, signal_at):
     assert not list((tmp_path / "out").glob("step-*"))
 
 
+@pytest.mark.parametrize(("function", "call"), [("validate", 2), ("save_config", 1)])
+def test_after_the_last_step(recipe, tmp_path, capsys, signal_at, function, call):
+    """In the final validation, or while `final` is written: it is saved all the same, and the status tells."""
+    signal_at(signal.SIGTERM, function, call)
+    file = recipe(train={"max_tokens": 128, "save_interval": None})
+    assert train("--config", file) == 143
+    assert (tmp_path / "out" / "final" / "lit_model.pth").is_file()
+    assert f"Stopped by SIGTERM, saved as {tmp_path / 'out' / 'final'}; --resume auto" in capsys.readouterr().err
+
+
+def test_nothing_is_called_saved_that_is_not(recipe, capsys, signal_at, small_disk):
+    """A run that may go on without a checkpoint does not go on after a signal."""
+    signal_at(signal.SIGTERM, "chunked_cross_entropy", 3 + 1)
+    small_disk(100_000)
+    assert train("--config", recipe(), "--checkpoint.on_save_error", "continue") == 1
+    small_disk()
+    error = capsys.readouterr().err
+    assert "step-00000001 could not be saved" in error
+    assert "saved as" not in error
+
+
 def test_only_the_first_process_reports(recipe, capsys, signal_at, monkeypatch):
     """One that Fabric started ends without an error, which would make Fabric kill the first."""
     monkeypatch.setattr(processes, "started_by_fabric", lambda: True)

@@ -43,17 +43,24 @@ class CheckpointWriter:
         minutes = self._plan.settings.checkpoint.every_minutes
         return minutes is not None and time.monotonic() - self._tried_at >= 60 * minutes
 
-    def save(self, name: str) -> None:
-        """Save the present state under a name in the run's directory; every process must call."""
-        file = self._plan.out_dir / name / MODEL_FILE
-        self.save_checkpoint(self._fabric, self._fabric.state, self._tokenizer_dir, file)
+    def save(self, name: str, last: bool = False) -> None:
+        """Save the present state under a name in the run's directory; every process must call.
 
-    def save_checkpoint(self, fabric: Any, state: dict, tokenizer_dir: Path | None, checkpoint_file: Path) -> None:
+        Args:
+            name: The name.
+            last: Whether the run ends with it, whatever it is called.
+        """
+        file = self._plan.out_dir / name / MODEL_FILE
+        self.save_checkpoint(self._fabric, self._fabric.state, self._tokenizer_dir, file, last)
+
+    def save_checkpoint(
+        self, fabric: Any, state: dict, tokenizer_dir: Path | None, checkpoint_file: Path, last: bool = False
+    ) -> None:
         """Save a checkpoint and tell the callbacks; called as LitGPT's `save_checkpoint`.
 
         Raises:
-            TrainingStopped: If it cannot be written, and the settings do not say to go on; or if it is `best` or
-                `final`, and weights are not finite.
+            TrainingStopped: If it cannot be written, and the run ends with it or the settings do not say to go on; or
+                if it is `best` or `final`, and weights are not finite.
         """
         directory = checkpoint_file.parent
         if directory.name in (FINAL, BEST):
@@ -62,7 +69,7 @@ class CheckpointWriter:
             store.save_whole(self._write, fabric, state, tokenizer_dir, checkpoint_file)
         except store.SaveError as error:
             going_on = self._plan.settings.checkpoint.on_save_error == "continue"
-            if not going_on or directory.name == FINAL:
+            if not going_on or last or directory.name == FINAL:
                 hint = "" if going_on else "; --checkpoint.on_save_error continue trains on without checkpoints"
                 raise TrainingStopped(
                     f"{error}. The checkpoints before it are whole{self._newest(', the newest is ')}. Free some "
