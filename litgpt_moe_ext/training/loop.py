@@ -35,8 +35,8 @@ from litgpt_moe_ext.host.replaced import replaced
 from litgpt_moe_ext.model_size import count_flops
 from litgpt_moe_ext.moe.gradient_injection import forget_scale
 from litgpt_moe_ext.training.checkpoint import hyperparameters
-from litgpt_moe_ext.training.checkpoint.progress import FINAL, batch_of
-from litgpt_moe_ext.training.checkpoint.resharding import convert_iterations, convert_position
+from litgpt_moe_ext.training.checkpoint.progress import FINAL
+from litgpt_moe_ext.training.checkpoint.resharding import convert_position
 from litgpt_moe_ext.training.checkpoint.writer import CheckpointWriter
 from litgpt_moe_ext.training.control import Deadline, StopRequests, TrainingInterrupted
 from litgpt_moe_ext.training.optim.schedules import schedule_steps
@@ -157,7 +157,9 @@ class HookedLoop:
         def fit(*args: Any, **kwargs: Any) -> None:
             self.fabric.state = kwargs["state"]
             self._eval = kwargs["eval"]
-            self._adapt_iterations()
+            if self._start.sequences is not None:  # LitGPT counts micro-batches, whose size may have changed
+                batch = self.train.micro_batch_size * self.fabric.world_size
+                self.fabric.state["iter_num"] = self._start.sequences // batch
             self._batches.counts = can_pad(kwargs["train_dataloader"])
             first_iteration = self.fabric.state["iter_num"]
             self.fabric.call("on_fit_begin", resume_dir=self._start.resume_dir)
@@ -224,15 +226,6 @@ class HookedLoop:
 
         return get_adaptable_dataloaders
 
-    def _adapt_iterations(self) -> None:
-        if self._start.resume_dir is None:
-            return
-        saved = batch_of(self._start.resume_dir)
-        if saved is None:
-            return
-        state, batch = self.fabric.state, self.train.micro_batch_size * self.fabric.world_size
-        state["iter_num"] = convert_iterations(state["iter_num"], saved, batch, self._accumulation)
-
     def _between_iterations(self) -> None:
         self._started = self._started or time.perf_counter()
         if self.fabric.state["iter_num"] % self._accumulation:
@@ -265,5 +258,5 @@ class HookedLoop:
     def _learning_rate(self, peak: float, _iteration: int, warmup_iters: int, max_iters: int, floor: float) -> float:
         warmup_steps, total_steps = schedule_steps(warmup_iters, max_iters, self._accumulation)
         return self._equipment.optimization.learning_rate(
-            self.fabric.state["step_count"], peak, floor, warmup_steps, total_steps
+            self.fabric.step - self._plan.steps_ahead, peak, floor, warmup_steps, total_steps
         )

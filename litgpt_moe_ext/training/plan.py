@@ -31,12 +31,15 @@ class Plan:
         config: The model.
         train: `settings.train` as LitGPT's own class.
         plain: The settings as plain data, for checkpoints and loggers.
+        steps_ahead: Optimizer steps that a resumed training has made beyond those of the present batch that its tokens
+            would be; negative where the batch was larger.
     """
 
     settings: Settings
     config: Config
     train: litgpt.args.TrainArgs
     plain: dict[str, Any]
+    steps_ahead: int = 0
 
     @property
     def out_dir(self) -> Path:
@@ -56,7 +59,7 @@ class Plan:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole training."""
-        return count_steps(self.train, self.tokens_per_step)
+        return count_steps(self.train, self.tokens_per_step, self.steps_ahead)
 
 
 def make_plan(settings: Settings) -> Plan:

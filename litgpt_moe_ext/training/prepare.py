@@ -47,7 +47,8 @@ def prepare_data(launched: Launched) -> Prepared:
         data = TinyLlama()
     if offers(data, "plan_run"):
         train = launched.plan.train
-        data.plan_run(RunLength(launched.plan.total_steps, train.global_batch_size, settings.eval.max_iters))
+        steps = launched.plan.total_steps - launched.plan.steps_ahead
+        data.plan_run(RunLength(steps, train.global_batch_size, settings.eval.max_iters))
     if offers(data, "prepare_tokenizer") and tokenizer_dir is None:
         with launched.fabric.rank_zero_first(local=True):
             tokenizer_dir = data.prepare_tokenizer()

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from litgpt_moe_ext.training.loop import Outcome
     from litgpt_moe_ext.training.plan import Plan
     from litgpt_moe_ext.training.prepare import Prepared
-    from litgpt_moe_ext.training.settings import TrainArgs
     from litgpt_moe_ext.training.start import Start
 
 
@@ -47,8 +46,7 @@ def announce(launched: Launched, start: Start, equipment: Equipment) -> None:
         for note in resume_notes(start.resume_dir, plan.plain):
             say(f"  {note}")
         if (step := step_of(start.resume_dir) or 0) >= plan.total_steps:
-            flags = farther(plan.settings.train, plan.tokens_per_step, step)
-            say(f"  This run is finished: nothing is left to train. Go on with{flags}")
+            say(f"  This run is finished: nothing is left to train. Go on with{farther(plan, step)}")
 
 
 def conclude(launched: Launched, prepared: Prepared, outcome: Outcome) -> None:
@@ -74,19 +72,18 @@ def conclude(launched: Launched, prepared: Prepared, outcome: Outcome) -> None:
         say(f'Try it: litgpt generate {final} --prompt "..."')
         say(f"        litgpt chat {final}")
     say(f"Numbers: {plan.out_dir / METRICS_FILE}, lines: {plan.out_dir / TRANSCRIPT_FILE}")
-    say(f"Go on: --resume auto{farther(plan.settings.train, plan.tokens_per_step, outcome.step)}")
+    say(f"Go on: --resume auto{farther(plan, outcome.step)}")
 
 
 def _cut(plan: Plan) -> Iterator[str]:
     """Say what the settings ask for that whole steps, or this many of them, cannot give."""
     train = plan.settings.train
-    rest = train.max_tokens % plan.tokens_per_step
-    if rest and plan.total_steps == train.max_tokens // plan.tokens_per_step:
+    planned, rest = divmod(train.max_tokens, plan.tokens_per_step)
+    if rest and plan.total_steps == planned + plan.steps_ahead:
         yield (
             f"  train.max_tokens: {train.max_tokens:,} ends within a step: nothing is trained on the last "
             f"{counted(rest, 'token')}"
         )
-    planned = train.max_tokens // plan.tokens_per_step
     if train.lr_warmup_steps and train.lr_warmup_steps >= planned:
         yield (
             f"  train.lr_warmup_steps: {train.lr_warmup_steps} of {counted(planned, 'step')}: the learning rate rises "
@@ -95,17 +92,13 @@ def _cut(plan: Plan) -> Iterator[str]:
         )
 
 
-def farther(train: TrainArgs, tokens_per_step: int, step: int) -> str:
-    """Return the flags, each after a space, that let a training go on.
-
-    Args:
-        train: Its settings, with the tokens of its epochs.
-        tokens_per_step: Tokens per optimizer step, over all ranks.
-        step: Optimizer steps that it has.
-    """
-    planned = train.max_tokens // tokens_per_step
+def farther(plan: Plan, step: int) -> str:
+    """Return the flags, each after a space, that let a training go on which has made some optimizer steps."""
+    train, ahead = plan.settings.train, plan.steps_ahead
+    planned = train.max_tokens // plan.tokens_per_step
     # As when the settings of a finished run have become shorter.
-    times = 2 * max(1, -(-step // max(planned, 1)))
+    times = 2 * max(1, -(-(step - ahead) // max(planned, 1)))
+    planned += ahead
     more = (
         f" --train.max_tokens {times * train.max_tokens}"
         if train.epochs is None

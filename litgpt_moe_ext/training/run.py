@@ -48,7 +48,7 @@ def run(settings: Settings) -> None:
         check_strategy_fits(launched)
         check_memory(launched)
         check_kernels(launched)
-        start = find_start(launched)
+        launched, start = find_start(launched)
         prepared = prepare_data(launched)
         launched = with_epochs(launched, prepared)
         equipment = equip(launched, prepared)

@@ -14,7 +14,7 @@ from litgpt_moe_ext.training.checkpoint.compatibility import (
     require_same_weights,
 )
 from litgpt_moe_ext.training.checkpoint.earlier import limit_earlier_runs, set_aside
-from litgpt_moe_ext.training.checkpoint.progress import next_attempt
+from litgpt_moe_ext.training.checkpoint.progress import next_attempt, sequences_of, step_of
 from litgpt_moe_ext.training.checkpoint.resume import agree, damage_of, find_resume_file
 
 if TYPE_CHECKING:
@@ -32,10 +32,12 @@ class Start:
     Attributes:
         resume_file: Model file of the checkpoint that it continues.
         initial_checkpoint_dir: Directory of the weights that it starts from.
+        sequences: What that checkpoint was trained on, if known.
     """
 
     resume_file: Path | None
     initial_checkpoint_dir: Path | None
+    sequences: int | None = None
 
     @property
     def resume_dir(self) -> Path | None:
@@ -43,18 +45,24 @@ class Start:
         return None if self.resume_file is None else self.resume_file.parent
 
 
-def find_start(launched: Launched) -> Start:
+def find_start(launched: Launched) -> tuple[Launched, Start]:
     """Decide what to resume from, and check that it is this model.
+
+    Returns:
+        The run, with the steps that it is ahead, and its start.
 
     Raises:
         SettingsError: If what the settings name is not there, is damaged, or is another model.
     """
     plan, fabric = launched.plan, launched.fabric
     found = agree(fabric, lambda: choose_checkpoint(plan, fabric.print))
-    start = Start(found, plan.settings.initial_checkpoint_dir)
-    if (resume_dir := start.resume_dir) is not None:
-        fabric.attempt = agree(fabric, lambda: next_attempt(plan.out_dir, resume_dir))
-    return start
+    if found is None:
+        return launched, Start(None, plan.settings.initial_checkpoint_dir)
+    fabric.attempt = agree(fabric, lambda: next_attempt(plan.out_dir, found.parent))
+    sequences, ahead = agree(fabric, lambda: sequences_and_steps_ahead(found.parent, plan.train.global_batch_size))
+    plan = dataclasses.replace(plan, steps_ahead=ahead)
+    launched.reporter.total_steps = plan.total_steps
+    return dataclasses.replace(launched, plan=plan), Start(found, None, sequences)
 
 
 def choose_checkpoint(plan: Plan, say: Callable[[str], None], read_all: bool = True) -> Path | None:
@@ -84,6 +92,23 @@ def choose_checkpoint(plan: Plan, say: Callable[[str], None], read_all: bool = T
     return found
 
 
+def sequences_and_steps_ahead(checkpoint_dir: Path, global_batch_size: int) -> tuple[int | None, int]:
+    """Return what a checkpoint was trained on, if known, and `Plan.steps_ahead` of a run that goes on with it.
+
+    Raises:
+        SettingsError: If it is not the end of a step of the present run.
+    """
+    sequences, step = sequences_of(checkpoint_dir), step_of(checkpoint_dir)
+    if sequences is None or step is None:
+        return None, 0
+    if sequences % global_batch_size:
+        raise SettingsError(
+            f"train.global_batch_size: {global_batch_size} does not divide the {sequences} sequences that the "
+            "checkpoint was trained on; resume with the batch it had, or one that does"
+        )
+    return sequences, step - sequences // global_batch_size
+
+
 def make_room(launched: Launched, start: Start, prepared: Prepared) -> tuple[Start, Prepared]:
     """Move the checkpoints of an earlier run out of the way, unless this run continues there.
 
@@ -108,7 +133,7 @@ def make_room(launched: Launched, start: Start, prepared: Prepared) -> tuple[Sta
         launched.plan.plain["initial_checkpoint_dir"] = str(initial)
     if tokenizer_dir is not None and "tokenizer_dir" in launched.plan.plain:
         launched.plan.plain["tokenizer_dir"] = str(tokenizer_dir)
-    start = Start(moved(start.resume_file), initial)
+    start = dataclasses.replace(start, resume_file=moved(start.resume_file), initial_checkpoint_dir=initial)
     if fabric.is_global_zero:
         needed = [path for path in (start.resume_file, initial, tokenizer_dir) if path is not None]
         if line := limit_earlier_runs(out_dir, launched.plan.settings.checkpoint.keep_earlier, needed):

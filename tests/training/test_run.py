@@ -15,6 +15,8 @@ from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files import checksums
 from litgpt_moe_ext.training.checks import open_tokenizer
+from litgpt_moe_ext.training.optim.schedules import Schedule
+from litgpt_moe_ext.training.settings import ScheduleArgs, TrainArgs
 from tests.runs import logged, refused, train, validation_fell_by, weights_of
 
 
@@ -258,6 +260,21 @@ def test_resume_with_other_micro_batches(recipe, finished, tmp_path, micro):
     assert (state["step"], state["iteration"]) == (12, 12 * 4 // micro)
 
 
+@pytest.mark.parametrize(("rows", "last"), [(8, 8), (2, 20)])
+def test_resume_with_other_batches(recipe, finished, tmp_path, capsys, rows, last):
+    """It ends after as many tokens, at the end of the schedule, and a resume of the resume finds nothing to train."""
+    finished(tmp_path / "out", step=4)
+    arguments = ("--config", recipe(), "--resume", "auto", "--global-batch-size", str(rows))
+    assert train(*arguments) == 0
+    assert f"step {last}/{last} |" in capsys.readouterr().out
+    tokens, rates = (logged(tmp_path / "out", column) for column in ("total_tokens", "learning_rate"))
+    assert (list(tokens)[-1], float(tokens[last])) == (last, 12 * 128)
+    planned = 12 * 4 // rows
+    assert float(rates[last]) == Schedule(ScheduleArgs(), 1e-2, TrainArgs().min_lr, 2, planned).rate(planned - 1)
+    assert train(*arguments) == 0
+    assert "nothing is left to train. Go on with --train.max_tokens 3072\n" in capsys.readouterr().out
+
+
 def test_hyperparameters_repeat_the_run(recipe, tmp_path):
     assert train("--config", recipe(train={"max_tokens": 2 * 128}), "--seed", "7", "--micro-batch-size", "4") == 0
     saved = tmp_path / "out" / "final" / "hyperparameters.yaml"
@@ -272,7 +289,7 @@ def test_a_run_from_python(recipe, tmp_path, corpus_settings):
 
     from litgpt_moe_ext.data import PythonStdlib
     from litgpt_moe_ext.training.run import run
-    from litgpt_moe_ext.training.settings import EvalArgs, Settings, TrainArgs
+    from litgpt_moe_ext.training.settings import EvalArgs, Settings
 
     content = yaml.safe_load(recipe().read_text())
     run(
@@ -360,7 +377,7 @@ class TestWrongInputs:
         error = refused(capsys, *resume, "--optimizer", "SGD")
         assert "holds the state of the optimizer AdamW, not of SGD" in error
         error = refused(capsys, *resume, "--micro-batch-size", "3", "--global-batch-size", "3")
-        assert "makes batches of 3; the checkpoint stands after 16 sequences of its epoch" in error
+        assert "train.global_batch_size: 3 does not divide the 16 sequences that the checkpoint was" in error
         error = refused(capsys, *resume, "--train.tie_embeddings", "true")
         assert "does not fit the present settings" in error
         config = checkpoint / "model_config.yaml"

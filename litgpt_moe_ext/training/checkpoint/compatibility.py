@@ -15,7 +15,7 @@ from litgpt_moe_ext.training.checkpoint.progress import MODEL_FILE
 _EFFECTS = {
     ("seed",): "it has no effect: weights and random generators are those of the checkpoint",
     ("train", "global_batch_size"): (
-        "from here on a step has another number of tokens; train.max_tokens counts earlier steps as if they had it too"
+        "from here on a step has another number of tokens; the learning rate goes on after as many tokens as before"
     ),
     ("train", "max_tokens"): "the learning rate goes on in the schedule of the new length",
     ("schedule", "name"): "the learning rate goes on in the new schedule, at the step of the checkpoint",

@@ -38,24 +38,3 @@ def convert_position(state: dict[str, Any], batch_size: int, world_size: int) ->
         # What is left fills no batch of the present run, whose epoch ends here.
         return {**converted, "epoch": state["epoch"] + 1, "position": 0}
     return {**converted, "position": windows // batch}
-
-
-def convert_iterations(iterations: int, saved_batch: int, batch: int, accumulation: int) -> int:
-    """Return LitGPT's iteration counter, which counts micro batches of one process, for other batches.
-
-    Args:
-        iterations: Of the checkpoint.
-        saved_batch: Sequences of an iteration over all processes when it was written.
-        batch: The same for the present run.
-        accumulation: Iterations of an optimizer step in the present run.
-
-    Raises:
-        SettingsError: If the result is not the end of an optimizer step.
-    """
-    sequences = iterations * saved_batch
-    if sequences % (batch * accumulation):
-        raise SettingsError(
-            f"train.global_batch_size: {batch * accumulation} does not divide the {sequences} sequences that the "
-            "checkpoint was trained on; resume with the batch it had, or one that does"
-        )
-    return sequences // batch

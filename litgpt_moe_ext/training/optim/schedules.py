@@ -112,9 +112,9 @@ def _ratio(floor: float, peak: float) -> float:
     return floor / peak if peak else 1.0
 
 
-def count_steps(train: "litgpt.args.TrainArgs | TrainArgs", tokens_per_step: int) -> int:
-    """Return the number of optimizer steps of a whole training."""
-    steps = (train.max_tokens or 0) // tokens_per_step
+def count_steps(train: "litgpt.args.TrainArgs | TrainArgs", tokens_per_step: int, ahead: int = 0) -> int:
+    """Return the number of optimizer steps of a whole training, `ahead` as `Plan.steps_ahead`."""
+    steps = (train.max_tokens or 0) // tokens_per_step + ahead
     return steps if train.max_steps is None else min(steps, train.max_steps)
 
 

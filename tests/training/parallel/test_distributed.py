@@ -20,11 +20,12 @@ from litgpt_moe_ext.data.loader import Replica, TokenLoader
 from litgpt_moe_ext.data.windows import StreamWindows
 from litgpt_moe_ext.export.formats import export
 from litgpt_moe_ext.training.checkpoint.io import MappedCheckpointIO
-from litgpt_moe_ext.training.checkpoint.resharding import convert_iterations, convert_position
+from litgpt_moe_ext.training.checkpoint.resharding import convert_position
 from litgpt_moe_ext.training.parallel.facts import STRATEGIES
 from litgpt_moe_ext.training.parallel.processes import cluster_plugins, started_processes
 from litgpt_moe_ext.training.parallel.strategies import make_strategy
 from litgpt_moe_ext.training.settings import DistributedArgs, StrategyName
+from litgpt_moe_ext.training.start import sequences_and_steps_ahead
 from tests.runs import ROOT, RUN_TRAIN, logged, run_command, weights_of
 from tests.training.processes import train_in_ranks
 
@@ -319,7 +320,8 @@ class TestResharding:
         five.load_state_dict(convert_position(one.state_dict(), 5, 1))
         assert (five.epoch, five.state_dict()["position"]) == (1, 0)
 
-    def test_iterations(self):
-        assert convert_iterations(6, 4, 2, 2) == 12
-        with pytest.raises(ValueError, match="train.global_batch_size: 16 does not divide the 24 sequences"):
-            convert_iterations(6, 4, 4, 4)
+    def test_steps(self, finished, tmp_path):
+        checkpoint = finished(tmp_path / "out") / "final"
+        assert sequences_and_steps_ahead(checkpoint, 16) == (48, 12 - 3)
+        with pytest.raises(ValueError, match="train.global_batch_size: 5 does not divide the 48 sequences"):
+            sequences_and_steps_ahead(checkpoint, 5)
