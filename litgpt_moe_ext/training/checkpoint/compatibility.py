@@ -19,13 +19,9 @@ _EFFECTS = {
     ),
     ("train", "max_tokens"): "the learning rate goes on in the schedule of the new length",
     ("schedule", "name"): "the learning rate goes on in the new schedule, at the step of the checkpoint",
-    ("optimizer", "init_args", "weight_decay"): "it has no effect: the optimizer's state of the checkpoint has its own",
-    ("optimizer", "init_args", "betas"): "it has no effect: the optimizer's state of the checkpoint has its own",
-    ("optimizer", "init_args", "eps"): "it has no effect: the optimizer's state of the checkpoint has its own",
-    ("initial_checkpoint_dir",): "it has no effect: the weights are those of the checkpoint",
 }
 # What belongs to one start of a run, and may differ in the next.
-_OF_THE_START = {"resume", "out_dir", "progress"}
+_OF_THE_START = {"resume", "out_dir", "progress", "initial_checkpoint_dir"}
 
 
 def require_same_model(setting: str, checkpoint_dir: Path, config: Any) -> None:
@@ -114,34 +110,39 @@ def resume_notes(checkpoint_dir: Path, settings: dict[str, Any]) -> list[str]:
         before, now = _look_up(saved, keys), _look_up(settings, keys)
         if before != now and before is not None and now is not None:
             notes.append(f"{'.'.join(keys)} was {before} in the checkpoint and is {now} now: {effect}")
-    if changes := _changes(saved, settings):
+    flat_before, flat_now = _flat(saved), _flat(settings)
+    told = {".".join(keys) for keys in _EFFECTS} | _OF_THE_START
+    changes = []
+    for name in dict.fromkeys([*flat_before, *flat_now]):
+        before, now = (_shown(flat.get(name)) for flat in (flat_before, flat_now))
+        # Another version may have had other settings in a section; null ones at the first level are not written down.
+        comparable = (name in flat_before and name in flat_now) or "." not in name
+        if before == now or name in told:
+            continue
+        if _is_kept_by_the_optimizer(name):
+            notes.append(
+                f"{name} was {before} in the checkpoint and is {now} now: it has no effect: the optimizer's state of "
+                "the checkpoint has its own"
+            )
+        elif comparable:
+            changes.append(f"{name} {before} -> {now}")
+    if changes:  # what they say now holds from here on
         notes.append(f"changed since the checkpoint: {', '.join(changes)}")
     return notes
 
 
-def _changes(saved: dict[str, Any], settings: dict[str, Any]) -> list[str]:
-    # The other settings that differ: what they say now holds from here on.
-    before, now = _flat(saved), _flat(settings)
-    told = {_flag(".".join(keys)) for keys in _EFFECTS} | _OF_THE_START
-    changes = []
-    for name in dict.fromkeys([*before, *now]):
-        # Another version may have had other settings in a section; null ones at the first level are not written down.
-        comparable = (name in before and name in now) or "." not in name
-        if comparable and name not in told and before.get(name) != now.get(name):
-            changes.append(f"{name} {_shown(before.get(name))} -> {_shown(now.get(name))}")
-    return changes
+def _is_kept_by_the_optimizer(name: str) -> bool:
+    # All of its arguments, given or not, but for the rate, which the schedule sets anew.
+    argument = name.startswith("optimizer.") and name not in ("optimizer.class_path", "optimizer.lr")
+    return argument or name == "parameter_groups.router_lr_factor"
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {_flag(name): value}
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name.replace(".init_args.", "."): value}
     return flat
-
-
-def _flag(name: str) -> str:
-    return name.replace(".init_args.", ".")
 
 
 def _shown(value: Any) -> str:

@@ -471,22 +471,32 @@ def test_resume_notes(recipe, finished, tmp_path, capsys):
     assert train("--config", file, "--resume", "auto", "--seed", "1") == 0
     output = capsys.readouterr().out
     assert "seed was 42 in the checkpoint and is 1 now: it has no effect" in output
-    for name in ("weight_decay", "betas", "eps"):
-        arguments = {"lr": 1e-2, name: 0.5}
-        before = {"lr": 1e-2, name: 0.25}
-        changed = tmp_path / name
-        changed.mkdir()
-        (changed / "hyperparameters.yaml").write_text(yaml.safe_dump({"optimizer": {"init_args": before}}))
-        (note,) = resume_notes(changed, {"optimizer": {"init_args": arguments}})
-        assert note.startswith(
-            f"optimizer.init_args.{name} was 0.25 in the checkpoint and is 0.5 now: it has no effect"
-        )
-    (changed / "hyperparameters.yaml").write_text("seed: 2026-13-45")  # which YAML takes for a date
-    assert resume_notes(changed, saved) == [
-        f"{changed} has no readable hyperparameters.yaml: changed settings go unnoticed"
+    (checkpoint / "hyperparameters.yaml").write_text("seed: 2026-13-45")  # which YAML takes for a date
+    assert resume_notes(checkpoint, saved) == [
+        f"{checkpoint} has no readable hyperparameters.yaml: changed settings go unnoticed"
     ]
     assert train("--config", file, "--resume", "auto") == 0
     assert "This run is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "name", "words"),
+    [
+        (*({"optimizer": {"init_args": {"eps": eps}}} for eps in (0.1, 0.5)), "eps", "optimizer.eps was 0.1"),
+        (*({"optimizer": {"init_args": args}} for args in ({}, {"eps": 0.5})), "eps", "optimizer.eps was null"),
+        (*({"parameter_groups": {"router_lr_factor": factor}} for factor in (0.1, 0.5)), "lr_factor", "was 0.1"),
+    ],
+)
+def test_what_the_state_of_the_optimizer_keeps(tmp_path, before, now, name, words):
+    """As every optimizer of torch does when it loads a state; only the learning rate is set anew."""
+    (tmp_path / "hyperparameters.yaml").write_text(yaml.safe_dump(before))
+    (note,) = resume_notes(tmp_path, now)
+    assert words in note
+    assert "it has no effect" in note
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    made = [torch.optim.AdamW([{"params": [parameter], name: value}]) for value in (0.1, 0.5)]
+    made[1].load_state_dict(made[0].state_dict())
+    assert made[1].param_groups[0][name] == 0.1
 
 
 @pytest.mark.parametrize(("name", "value"), [("every_minutes", 0), ("keep_last", 0)])
