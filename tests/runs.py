@@ -173,10 +173,8 @@ def validation_fell_by(least: float, out_dir: Path) -> bool:
 @pytest.fixture(scope="session")
 def _whole_run(tmp_path_factory, corpus_settings) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    precision = torch.get_float32_matmul_precision()
     with contextlib.redirect_stdout(io.StringIO()):
         assert train("--config", recipe_writer(folder, corpus_settings)()) == 0
-    torch.set_float32_matmul_precision(precision)
     return folder / "out"
 
 

@@ -67,12 +67,14 @@ def launch(plan: Plan) -> Iterator[Launched]:
         SettingsError: If the processes cannot work together, or another run works in `out_dir`.
     """
     settings = plan.settings
-    if settings.float32_matmul_precision is not None:
-        torch.set_float32_matmul_precision(settings.float32_matmul_precision)
     # Output that goes to a file has lines and no bar, whatever is asked for.
     reporter = Reporter(plan.total_steps, bar=settings.progress is not False and sys.stdout.isatty())
     lock = ProcessLock(plan.out_dir / ".lock")
     with contextlib.ExitStack() as stack:
+        if settings.float32_matmul_precision is not None:
+            with contextlib.suppress(RuntimeError):  # of a program that has used torch's newer settings as well
+                stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision(settings.float32_matmul_precision)
         stack.enter_context(reporter.transcript.recording())
         stack.callback(reporter.transcript.close)
         stack.callback(_disconnect)

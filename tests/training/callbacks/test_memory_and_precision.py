@@ -154,13 +154,13 @@ def test_half_precision_with_a_scaler(recipe, tmp_path):
     assert final["callbacks"]["ScalerState"]["scale"] == 1024.0
 
 
-def test_matmul_precision(recipe):
-    before = torch.get_float32_matmul_precision()
-    try:
-        assert train("--config", recipe(train={"max_tokens": 128}), "--float32_matmul_precision", "medium") == 0
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)
+def test_matmul_precision(recipe, monkeypatch):
+    """It holds for the run, not for the next one of the process."""
+    before, set_precision, chosen = torch.get_float32_matmul_precision(), torch.set_float32_matmul_precision, []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda to: (chosen.append(to), set_precision(to)))
+    assert train("--config", recipe(train={"max_tokens": 128}), "--float32_matmul_precision", "medium") == 0
+    assert chosen == ["medium", before]
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_turing_trains_in_float16(monkeypatch):
