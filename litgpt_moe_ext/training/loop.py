@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import litgpt.pretrain
 from torch import Tensor
 
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.host.replaced import replaced
 from litgpt_moe_ext.model_size import count_flops
 from litgpt_moe_ext.moe.gradient_injection import forget_scale
@@ -189,7 +190,13 @@ class HookedLoop:
         class CycleIterator(original):
             def __next__(self) -> Any:
                 loop._between_iterations()
-                batch = loop._batches.next(super().__next__, loop.fabric.state["iter_num"])
+                try:
+                    batch = loop._batches.next(super().__next__, loop.fabric.state["iter_num"])
+                except StopIteration as nothing:  # which would end the loop as if it had trained
+                    raise SettingsError(
+                        f"data: has no batch of train.micro_batch_size: {loop.train.micro_batch_size} sequences on "
+                        "each process; set a smaller one, or give more data"
+                    ) from nothing
                 # Not earlier: building the data iterator and the sanity check of the validation draw random numbers
                 # that an uninterrupted run did not draw here.
                 random_state.settle(loop.fabric, loop._plan.settings.seed)

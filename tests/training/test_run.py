@@ -3,12 +3,15 @@
 import json
 import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from litgpt.data import DataModule
 from litgpt.utils import save_config
+from torch.utils.data import DataLoader
 
 from litgpt_moe_ext.cli.settings import read_settings
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
@@ -322,8 +325,27 @@ def test_max_time_ends_with_a_final_checkpoint(recipe, tmp_path):
     assert 1 <= steps < 100_000
 
 
+@dataclass
+class OneRow(DataModule):
+    """Less than a micro-batch to train on, which torch's loader leaves out without a word."""
+
+    def connect(self, tokenizer=None, batch_size=1, max_seq_length=0):
+        self._row, self._batch_size = torch.zeros(max_seq_length + 1, dtype=torch.int64), batch_size
+
+    def train_dataloader(self):
+        return DataLoader([self._row], self._batch_size, drop_last=True)
+
+    def val_dataloader(self):
+        return DataLoader([self._row])
+
+
 class TestWrongInputs:
     """One clear message, exit status 2, and nothing lost."""
+
+    def test_no_batch(self, recipe, tmp_path, capsys):
+        file = recipe(data={"class_path": f"{__name__}.OneRow", "init_args": None})
+        assert "data: has no batch of train.micro_batch_size: 2" in refused(capsys, "--config", file)
+        assert not (tmp_path / "out" / "final").exists()
 
     @pytest.mark.parametrize("name", ["missing", "empty"])
     def test_no_corpus(self, recipe, tmp_path, capsys, name):
