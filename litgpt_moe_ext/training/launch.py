@@ -81,8 +81,9 @@ def launch(plan: Plan) -> Iterator[Launched]:
         launched = _connect(plan, reporter)
         stack.callback(lock.release)
         _take(lock, launched)
+        earlier = _run_of_wandb()
         logger = _make_logger(plan, launched.fabric.print)
-        stack.push(lambda kind, *_: _finish(logger, plan, "success" if kind is None else "failed"))
+        stack.push(lambda kind, *_: _finish(logger, plan, "success" if kind is None else "failed", earlier))
         launched.fabric.add_logger(logger)
         if launched.fabric.is_global_zero:
             wide = logger if isinstance(logger, WideTable) else None
@@ -181,11 +182,19 @@ def _make_logger(plan: Plan, say: Callable[[str], None]) -> Logger:
     return logger
 
 
-def _finish(logger: Logger, plan: Plan, status: str) -> None:
+def _run_of_wandb() -> Any:
+    """Return the run of W&B that is open in this process, or None."""
+    return getattr(sys.modules.get("wandb"), "run", None)
+
+
+def _finish(logger: Logger, plan: Plan, status: str, earlier: Any) -> None:
     try:
         if plan.settings.logger_name == "litlogger" and plan.settings.log.save_logs:
             cast(Any, logger).log_file(str(plan.out_dir / TRANSCRIPT_FILE))
         logger.finalize(status)
+        if plan.settings.logger_name == "wandb" and (run := _run_of_wandb()) is not earlier:
+            # Lightning leaves it open, and would log the next training of this process there.
+            run.finish(exit_code=int(status != "success"))
     except Exception as error:  # every service has errors of its own, and the training has ended
         print(f"  the logger failed: {one_line(error)}")
 

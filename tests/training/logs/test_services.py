@@ -1,4 +1,4 @@
-"""Loggers that send a run to a service: litlogger's own, before a stand-in of what talks to the service."""
+"""Loggers that send a run to a service: litlogger's own, before a stand-in of what talks to the service, and W&B's."""
 
 import litlogger
 import pytest
@@ -81,3 +81,16 @@ def test_a_service_that_fails_later_ends_no_run(recipe, service, tmp_path, capsy
     assert main(["--config", str(recipe(train={"max_tokens": 2 * 128})), "--logger_name", "litlogger"]) == 0
     assert capsys.readouterr().out.count(f"  the logger failed: Not logged in.{said}\n") == 1
     assert (tmp_path / "out" / "final" / "lit_model.pth").is_file()
+
+
+def test_a_run_of_wandb_ends_with_its_training(recipe, monkeypatch):
+    """The next training of the process has another one; but what was open before is somebody else's to end."""
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    arguments = ["--config", str(recipe(train={"max_tokens": 128})), "--logger_name", "wandb"]
+    assert main(arguments) == 0
+    assert wandb.run is None
+    with wandb.init() as mine:
+        assert main(arguments) == 0
+        assert wandb.run is mine
