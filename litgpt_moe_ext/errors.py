@@ -103,23 +103,37 @@ def one_line(error: object) -> str:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean NAME?" with the known name that is most like another, or nothing where none is like it."""
-    near = _nearest(name, known)
+    near = nearest(name, known)
     return "" if near is None else f"; did you mean {near}?"
 
 
-def did_you_mean_recipe(path: Path) -> str:
-    """Return the same for a YAML file that is not there: one beside it, or in `configs/`, with a name like it."""
+def did_you_mean_recipe(path: Path, usual: str = "configs") -> str:
+    """Return the same for a YAML file that is not there: one beside it, or in its usual folder, with a name like it."""
     by_name = {
         file.stem: str(file)
-        for folder in (Path("configs"), path.parent)
+        for folder in (Path(usual), path.parent)
         if folder.is_dir()
         for file in sorted(folder.glob("*.yaml"))
     }
-    near = _nearest(path.stem, by_name)
+    near = nearest(path.stem, by_name)
     return "" if near is None else f"; did you mean {by_name[near]}?"
 
 
-def _nearest(name: str, known: Iterable[str]) -> str | None:
+def did_you_mean_inside(folder: Path, pattern: str) -> str:
+    """Return the same for a folder that lacks a file which folders in it have: a run's, for a checkpoint of it.
+
+    Args:
+        folder: What was named; it need not be there.
+        pattern: The file, as a glob.
+    """
+    inside = sorted({file.parent for file in folder.glob(f"*/{pattern}") if not file.parent.name.startswith(".")})
+    if not inside:
+        return ""
+    return f"; did you mean {next((found for found in inside if found.name == 'final'), inside[-1])}?"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that is most like another, or None where none is like it."""
     import difflib
 
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)

@@ -4,6 +4,7 @@ A page has a table between `<!-- table: NAME -->` and `<!-- end of table -->`. I
 the same in a repository browser and on the site; with `--check`, a page that would change is an error.
 """
 
+import argparse
 import dataclasses
 import re
 import sys
@@ -42,17 +43,24 @@ def commands() -> str:
     """Return the commands of `litgpt-moe` with their arguments."""
     from docstring_parser import parse
 
+    from litgpt_moe_ext.cli.arguments import build_parser
     from litgpt_moe_ext.cli.main import COMMANDS, load
 
     parts = []
     for command in COMMANDS:
         cls = load(command)
         doc = parse(cls.__doc__ or "")
-        meanings = {parameter.arg_name: " ".join((parameter.description or "").split()) for parameter in doc.params}
         text = " ".join(part for part in (doc.short_description, doc.long_description) if part)
-        rows = ((f"`{field.name}`", _escape(meanings[field.name])) for field in dataclasses.fields(cls))
+        actions = build_parser(cls, f"litgpt-moe {command.name}")._actions[1:]  # the first is --help
+        rows = ((f"`{_usage(action)}`", _escape((action.help or "").replace("%%", "%"))) for action in actions)
         parts.append(f"### `litgpt-moe {command.name}`\n\n{_unwrap(text)}\n\n{_table(('argument', 'meaning'), rows)}")
     return "\n".join(parts)
+
+
+def _usage(action: argparse.Action) -> str:
+    if not action.option_strings:
+        return str(action.metavar)
+    return action.option_strings[0] if action.const else f"{action.option_strings[0]} {action.metavar}"
 
 
 def seams() -> str:

@@ -120,7 +120,7 @@ def _is_required(field: dataclasses.Field) -> bool:
 
 def _help(text: str, field: dataclasses.Field) -> str:
     text = text.replace("%", "%%")
-    if field.default in (dataclasses.MISSING, None, False):
+    if any(field.default is nothing for nothing in (dataclasses.MISSING, None, False)):  # 0 is something
         if field.default_factory is dataclasses.MISSING:
             return text
         return f"{text} [{' '.join(map(str, field.default_factory()))}]"

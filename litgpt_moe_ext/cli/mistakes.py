@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 import jsonargparse
 
 from litgpt_moe_ext.cli.given import CLASS_KEYS
-from litgpt_moe_ext.errors import PERHAPS_OF_AN_EXTENSION, one_line
+from litgpt_moe_ext.errors import PERHAPS_OF_AN_EXTENSION, nearest, one_line
 from litgpt_moe_ext.field_types import NUMBERS, describe, members, refusal
 
 # What other trainers call what is meant, by any section.
@@ -137,7 +137,7 @@ class _Search:
         except (TypeError, ValueError):
             arguments, why = {}, "it is not a class"
         if why:
-            yield f"{name}.class_path: {path!r} must be the import path of a {base.__name__}; {why}"
+            yield f"{name}.class_path: {path!r} must be the import path of a {base.__name__}; {why}{_meant(path, base)}"
             return
         given = {} if isinstance(value, str) else value.get("init_args") or {}
         if isinstance(given, Mapping):
@@ -145,6 +145,14 @@ class _Search:
             yield from (f"{name}.{key}: must be given for {path}" for key in _required(path) if key not in given)
         else:
             yield refusal(f"{name}.init_args", given, dict)
+
+
+def _meant(path: str, base: type) -> str:
+    from litgpt_moe_ext import data
+
+    # The other modules of LitGPT are known by their names alone at `data` itself, and have no place in a mixture.
+    near = nearest(path, data.MODULES) if base.__name__ == "DataModule" and "." not in path else None
+    return f"; did you mean {data.__name__}.{near}?" if near else ""
 
 
 def _suggestion(prefix: str, key: str, known: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 In a checkout of the repository, which has no packed copy, they are read from `configs/` itself.
 """
 
+import re
 from functools import cache
 from pathlib import Path
 
@@ -36,6 +37,6 @@ def recipe_text(name: str) -> str:
 
 def recipe_summary(name: str) -> str:
     """Return the first sentence of the comment that a recipe begins with."""
-    lines = recipe_text(name).splitlines()
-    comment = " ".join(line.lstrip("# ") for line in lines[: next(i for i, t in enumerate(lines) if t[:1] != "#")])
-    return comment.partition(". ")[0].rstrip(".") + "."
+    paragraph = recipe_text(name).partition("\n#\n")[0]
+    comment = " ".join(line.lstrip("# ") for line in paragraph.splitlines())
+    return re.split(r"(?<=\.) (?=[A-Z])", comment)[0]

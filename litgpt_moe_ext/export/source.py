@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import SettingsError, did_you_mean_inside
 from litgpt_moe_ext.evaluation.loading import (
     CONFIG_FILE,
     VOCABULARY_FILES,
@@ -104,7 +104,8 @@ def read_source(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> Source
         raise SettingsError(f"{setting}: {str(checkpoint_dir)!r} is being written; name a finished checkpoint")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not os.path.isfile(checkpoint_dir / name):  # which `Path.is_file` raises for, where it may not look
-            raise SettingsError(f"{setting}: {str(checkpoint_dir)!r} has no {name}; name a whole checkpoint")
+            hint = did_you_mean_inside(checkpoint_dir, WEIGHTS_FILE) or "; name a whole checkpoint"
+            raise SettingsError(f"{setting}: {str(checkpoint_dir)!r} has no {name}{hint}")
     config = cast("Config", read_config(checkpoint_dir, setting))
     content = read_checkpoint(checkpoint_dir / WEIGHTS_FILE, setting)
     run = {key: content[key] for key in ("train_dataloader", "callbacks") if "model" in content and key in content}

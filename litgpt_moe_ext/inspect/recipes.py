@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
-from litgpt_moe_ext.errors import PERHAPS_OF_AN_EXTENSION, SettingsError, did_you_mean, did_you_mean_recipe, one_line
+from litgpt_moe_ext.errors import (
+    PERHAPS_OF_AN_EXTENSION,
+    SettingsError,
+    did_you_mean,
+    did_you_mean_inside,
+    did_you_mean_recipe,
+    one_line,
+)
 from litgpt_moe_ext.recipe_files import read_recipe
 
 if TYPE_CHECKING:
@@ -122,7 +129,8 @@ def load_recipe(path: Path) -> Recipe:
     if path.is_dir():
         file = path / "model_config.yaml"
         if not file.is_file():
-            raise SettingsError(f"recipe: {str(path)!r} must have a model_config.yaml; name a checkpoint or a recipe")
+            hint = did_you_mean_inside(path, file.name) or "; name a checkpoint or a recipe"
+            raise SettingsError(f"recipe: {str(path)!r} must have a {file.name}{hint}")
         hyperparameters = path / "hyperparameters.yaml"
         settings = read_recipe(hyperparameters, "recipe")[0] if hyperparameters.is_file() else {}
         model, _ = read_recipe(file, "recipe")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from litgpt_moe_ext.data.pipeline.shards import open_shard
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import SettingsError, did_you_mean_inside
 
 if TYPE_CHECKING:
     from litgpt import Tokenizer
@@ -76,9 +76,8 @@ def open_tokens(data: Path) -> np.ndarray:
     """
     paths = sorted(data.glob(VALIDATION_SHARDS)) if data.is_dir() else [data]
     if not (paths and paths[0].is_file()):
-        raise SettingsError(
-            f"data: {str(data)!r} must be a token shard, or a folder with {VALIDATION_SHARDS}, as of a prepared corpus"
-        )
+        hint = did_you_mean_inside(data, VALIDATION_SHARDS) or ", as of a prepared corpus"
+        raise SettingsError(f"data: {str(data)!r} must be a token shard, or a folder with {VALIDATION_SHARDS}{hint}")
     shards = [open_shard(path) for path in paths]
     return shards[0] if len(shards) == 1 else np.concatenate(shards)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from litgpt_moe_ext.cli.recipes import recipe_names, recipes_dir
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import SettingsError, did_you_mean_recipe
 from litgpt_moe_ext.recipe_files import read_recipe
 from litgpt_moe_ext.study.search import searched_points
 
@@ -131,7 +131,9 @@ def load_study(path: Path, scale: Path | None = None) -> Study:
 
 def _content(path: Path, what: str, keys: tuple[str, ...]) -> dict[str, Any]:
     if not path.is_file():
-        raise SettingsError(f"{what}: {str(path)!r} must be a {what} (YAML file), like those in studies/")
+        usual = "studies/scale" if what == "scale" else "studies"
+        hint = did_you_mean_recipe(path, usual) or f", like those in {usual}/"
+        raise SettingsError(f"{what}: {str(path)!r} must be a {what} (YAML file){hint}")
     content, _ = read_recipe(path, what)
     if unknown := [key for key in content if key not in keys]:
         raise SettingsError(f"{what}: {path} has the key {unknown[0]}; known are {', '.join(keys)}")

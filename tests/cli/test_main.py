@@ -102,6 +102,16 @@ def test_every_setting_of_a_command_is_explained(command, capsys):
         (["train", "--config", "quikstart"], "(No such file or directory); did you mean quickstart.yaml?"),
         (["train", "--data.help", "TextCorpu"], "--data.help: TextCorpu must be the import path of a class, or one of"),
         (["train", "--data.help"], "--data.help: needs a class"),
+        (["train", "--data", "TextCorpu"], "did you mean litgpt_moe_ext.data.TextCorpus?"),
+        (
+            ["train", "--resume", "nowhere"],
+            "resume: 'nowhere' is not a whole checkpoint: there is no such directory; name",
+        ),
+        (["train", "--initial_checkpoint_dir", "run"], "has no lit_model.pth; did you mean run/final?"),
+        (["doctor", "run"], "must have a model_config.yaml; did you mean run/final?"),
+        (["export", "run", "new"], "has no model_config.yaml; did you mean run/final?"),
+        (["chat", "run"], "has no lit_model.pth and no model_config.yaml; did you mean run/final?"),
+        (["compare-runs", "run/final"], "with metrics-wide.csv; did you mean run?"),
         (["train", "--optimizer.help", "AdamW"], "--optimizer.help: no class has settings here"),
         (
             ["init", "quickstart", "/proc/x/y.yaml"],
@@ -114,7 +124,10 @@ def test_wrong_settings_are_one_line_and_status_2(arguments, message, capsys, tm
     (tmp_path / "quickstart.yaml").write_text("model_name: pythia-14m\n")
     (tmp_path / "typo.yaml").write_text("model_config: {n_embed: 8}\n")
     (tmp_path / "extended.yaml").write_text("model_config: {own_sharpness: 8}\n")
-    (tmp_path / "extended").mkdir()
+    for folder in ("extended", "run/final", "run/step-00000002"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("run/metrics-wide.csv", "run/final/lit_model.pth", "run/final/model_config.yaml"):
+        (tmp_path / file).touch()
     (tmp_path / "extended" / "model_config.yaml").write_text("own_sharpness: 8\n")
     assert main(arguments) == 2
     captured = capsys.readouterr()
@@ -204,7 +217,9 @@ def test_version(capsys):
 def test_init_lists_and_writes_recipes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["init"]) == 0
-    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    lines = capsys.readouterr().out.splitlines()
+    listed = [line.split()[0] for line in lines]
+    assert all(line.endswith(".") and not line.endswith("al.") for line in lines), "each with a whole sentence"
     recipes = sorted((ROOT / "configs").glob("*.yaml"))
     assert listed == [recipe.stem for recipe in recipes]
     assert main(["init", "quickstart"]) == 0

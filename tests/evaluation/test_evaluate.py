@@ -155,7 +155,7 @@ def test_a_directory_that_cannot_be_made_is_named(moe_dir, task_file, tmp_path):
     ("removed", "message"),
     [
         (None, "is not a directory"),
-        ("lit_model.pth", "lacks lit_model.pth"),
+        ("lit_model.pth", "has no lit_model.pth"),
         ("model_config.yaml", "lacks model_config.yaml"),
         ("tokenizer.json", "has no tokenizer"),
     ],

@@ -129,6 +129,14 @@ def test_a_wrong_study_is_refused(content, message, tmp_path):
         load_study(write(tmp_path / "s.yaml", **content))
 
 
+def test_a_study_or_scale_that_is_named_alone_is_refused_with_its_path(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SettingsError, match=r"study: 'pays' .* did you mean studies/pays.yaml"):
+        load_study(Path("pays"))
+    with pytest.raises(SettingsError, match=r"scale: '60m' .* did you mean studies/scale/60m.yaml"):
+        load_study(STUDIES[0], Path("60m"))
+
+
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_runs_of_the_shipped_studies_are_valid(path):
     study = load_study(path)

@@ -78,10 +78,9 @@ def load_run(directory: Path, name: str | None = None) -> RunLog:
         found = {path.parent.name.partition("_")[2]: path for path in directory.glob("logs/csv/version_*/metrics.csv")}
         paths = [found[number] for number in sorted(filter(str.isdecimal, found), key=int)]
     if not paths:
-        raise SettingsError(
-            f"run_dirs: {str(directory)!r} must have {WIDE_FILE}; name the out_dir of a run trained with "
-            "logger_name: csv"
-        )
+        run = directory.parent
+        hint = f"did you mean {run}?" if (run / WIDE_FILE).is_file() else "name a run trained with logger_name: csv"
+        raise SettingsError(f"run_dirs: {str(directory)!r} must be the out_dir of a run, with {WIDE_FILE}; {hint}")
     rows: list[dict[str, float]] = []
     for path in paths:
         part = _read(path)

@@ -21,6 +21,8 @@ def problem_with(checkpoint_dir: Path, read_all: bool = True) -> str | None:
         checkpoint_dir: The directory.
         read_all: Whether the numbers in the model file are read as well.
     """
+    if not checkpoint_dir.is_dir():
+        return "there is no such directory"
     for name in _NEEDED:
         if not (checkpoint_dir / name).is_file():
             return f"{name} is missing"
@@ -73,7 +75,9 @@ def find_resume_file(
         if not (directory / MODEL_FILE).is_file() and newest_first(directory):
             return find_resume_file(True, directory, say, read_all)
         if problem := problem_with(directory, read_all):
-            raise SettingsError(f"resume: {str(resume)!r} is not a whole checkpoint: {problem}")
+            raise SettingsError(
+                f"resume: {str(resume)!r} is not a whole checkpoint: {problem}; name another, or use --resume auto"
+            )
         return directory / MODEL_FILE
     damaged = []
     found = newest_first(out_dir)
