@@ -136,5 +136,6 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that is most like another, or None where none is like it."""
     import difflib
 
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
-    return near[0] if near else None
+    by_lower = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.7)
+    return by_lower[near[0]] if near else None

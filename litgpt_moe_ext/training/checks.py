@@ -90,9 +90,14 @@ def check_batch(global_batch_size: int, micro_batch_size: int, processes: int) -
     if global_batch_size % unit:
         below, above = global_batch_size // unit * unit, -(-global_batch_size // unit) * unit
         nearest = f"{below} or {above}" if below else str(above)
+        share, rest = divmod(global_batch_size, processes)
+        # A smaller micro-batch is the same training.
+        fitting = 0 if rest else next(size for size in range(min(share, micro_batch_size), 0, -1) if share % size == 0)
+        smaller = f", or set train.micro_batch_size to {fitting}" if fitting else ""
         raise SettingsError(
             f"train.global_batch_size: {global_batch_size} is not a multiple of train.micro_batch_size "
             f"({micro_batch_size}) times the number of processes ({processes}); the nearest that are: {nearest}"
+            f"{smaller}"
         )
 
 

@@ -134,6 +134,7 @@ def test_what_is_printed_is_a_recipe(recipe, tmp_path, capsys):
         ),
         (["--model_config.n_embd", "null"], "model_config.n_embd: null must be an integer"),
         (["--model_config.n_exprt", "null"], "did you mean model_config.n_expert?"),
+        (["--optimizer", "Adamw"], "did you mean AdamW?"),
         (["--optimizer", "null"], "optimizer: null must be text or keys and values"),
         (
             ["--data", "os.path"],

@@ -156,7 +156,7 @@ def test_a_directory_that_cannot_be_made_is_named(moe_dir, task_file, tmp_path):
     [
         (None, "is not a directory"),
         ("lit_model.pth", "has no lit_model.pth"),
-        ("model_config.yaml", "lacks model_config.yaml"),
+        ("model_config.yaml", "has no model_config.yaml"),
         ("tokenizer.json", "has no tokenizer"),
     ],
 )

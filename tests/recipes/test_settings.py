@@ -228,8 +228,12 @@ def test_only_accumulation_follows_from_the_number_of_processes(devices, num_nod
 
 def test_a_number_of_processes_that_leaves_a_rest_is_refused():
     train = values_of("gpt-moe-fineweb")["train"]
-    with pytest.raises(ValueError, match=r"global_batch_size: 512 is not a multiple .* \(16\) .* processes \(6\)"):
+    with pytest.raises(
+        ValueError, match=r"global_batch_size: 512 is not a multiple .* \(16\) .* \(6\); .* 480 or 576$"
+    ):
         check_batch(train.global_batch_size, train.micro_batch_size, processes=6)
+    with pytest.raises(ValueError, match=r"nearest that are: 16, or set train.micro_batch_size to 6$"):
+        check_batch(12, 8, processes=2)
 
 
 def test_learning_rate_of_fineweb():

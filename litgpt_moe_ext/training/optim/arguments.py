@@ -59,7 +59,8 @@ def _optimizer_class(optimizer: str | dict) -> tuple[type, dict[str, Any]]:
     try:
         found = getattr(importlib.import_module(module or "torch.optim"), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise SettingsError(f"{wrong} ({error})") from error
+        hint = "" if module else did_you_mean(path, torch.optim.__all__)
+        raise SettingsError(f"{wrong} ({error}){hint}") from error
     if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
         raise SettingsError(f"{wrong} (it is not an optimizer)")
     return found, arguments
