@@ -70,6 +70,10 @@ class Chat:
         from litgpt_moe_ext.evaluation.sampling import Sampling
         from litgpt_moe_ext.evaluation.tokenization import encoder
 
+        if self.layer is not None and not self.show_experts:
+            raise SettingsError(
+                f"layer: {self.layer} is for --show_experts, which is not given; add it, or leave this out"
+            )
         sampling = Sampling(self.temperature, self.top_k, self.top_p)
         check_checkpoint_dir(self.checkpoint_dir)
         tokenizer = load_tokenizer(self.checkpoint_dir)

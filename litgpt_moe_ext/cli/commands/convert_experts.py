@@ -10,8 +10,8 @@ class ConvertExperts:
     """Write a checkpoint with LitGPT's own LLaMAMoE layers, which opens without this plugin.
 
     LLaMAMoE has SwiGLU experts and one of two routers, so only recipes with such layers and LitGPT's own attention can
-    be converted. Of the recipes in `configs/` none can as it stands: their attention sinks, learned positions or ReLU
-    experts have no equivalent in LitGPT. The error names every setting that is in the way.
+    be converted. Of the recipes in `configs/` none can as it stands: all name `SinkAttention`, which LitGPT lacks. The
+    error names every setting that is in the way.
 
     Attributes:
         checkpoint_dir: A checkpoint with SharedExpertMoE or NoisyTopKMoE layers.

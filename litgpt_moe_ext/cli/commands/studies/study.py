@@ -52,6 +52,10 @@ class Study:
         from litgpt_moe_ext.study.launch import check, is_finished, slurm_script, train
         from litgpt_moe_ext.study.plan import load_study
 
+        instead = {"only": self.only is not None, "report": self.report, "slurm": self.slurm is not None}
+        if sum(instead.values()) > 1:
+            names = [name for name, given in instead.items() if given]
+            raise SettingsError(f"{names[0]}: must not be given beside {names[1]}; leave one of them out")
         study = load_study(self.study, self.scale)
         out_dir = self.out_dir or Path("out/studies") / study.name
         check_path("out_dir", out_dir)

@@ -63,6 +63,10 @@ class Twin:
 
         if self.n_expert is not None and self.sparsity is not None:
             raise SettingsError(f"sparsity: {self.sparsity} must not be given beside n_expert; leave one of them out")
+        if self.n_expert is None and self.sparsity is None:
+            for name in ("granularity", "n_shared_expert"):
+                if (value := getattr(self, name)) != getattr(Twin, name):
+                    raise SettingsError(f"{name}: {value} is for an MoE twin; give --n_expert or --sparsity as well")
         n_expert = self.n_expert
         if self.sparsity is not None:
             n_expert = self.sparsity * max(1, self.granularity - self.n_shared_expert)
