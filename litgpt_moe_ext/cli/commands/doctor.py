@@ -21,8 +21,9 @@ _WORDS = {"good": ("green", "ok"), "note": ("yellow", "note"), "problem": ("bold
 class Doctor:
     """Describe this installation on one page, and say whether a recipe can run on it.
 
-    Exits with status 1 if the recipe cannot run here, or fits into no GPU of the memory given. Of a checkpoint that it
-    goes on or starts from, all is looked at but the numbers in its model file, which the start compares.
+    Exits with status 1 if the recipe cannot run here, or fits into no GPU of the memory given. A checkpoint
+    that it resumes or starts from is checked as well, but for the numbers in its model file, which a run compares when
+    it starts.
 
     Attributes:
         recipe: A recipe (YAML file), or a checkpoint directory. Without one only the installation is described.
