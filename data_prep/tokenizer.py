@@ -20,11 +20,11 @@ def make_tokenizer(source_path: Path, out_dir: Path) -> None:
         out_dir: The directory to make; must not exist.
     """
     from litgpt_moe_ext.data.tokenizer.files import read_tokenizer, write_tokenizer
-    from litgpt_moe_ext.data.tokenizer.opening import special_token
+    from litgpt_moe_ext.data.tokenizer.opening import check_tokenizer
     from litgpt_moe_ext.export.directory import new_directory
 
     files = read_tokenizer(source_path, "source_path")
-    eos_id = special_token(files, "eos", source_path)
+    eos_id = check_tokenizer(files, source_path)
     with new_directory(out_dir) as directory:
         write_tokenizer(files, directory)
     print(f"tokenizer_dir for LitGPT: {out_dir} (end of text: {eos_id})", flush=True)

@@ -27,14 +27,13 @@ def bytes_per_token(recipe: Recipe, tokenizer_dir: Path) -> float:
     Returns:
         Bytes of UTF-8; nan if the checkpoint has no tokenizer, or the corpus or its sources are not where they were.
     """
-    from litgpt import Tokenizer
-
+    from litgpt_moe_ext.data.tokenizer.opening import open_as_litgpt
     from litgpt_moe_ext.evaluation.perplexity import bytes_of
 
     batches = _validation(recipe)
     if batches is None or not any(tokenizer_dir.glob("tokenizer.*")):
         return float("nan")
-    tokenizer, tokens, n_byte = Tokenizer(tokenizer_dir), 0, 0
+    tokenizer, tokens, n_byte = open_as_litgpt(tokenizer_dir), 0, 0
     for row in batches:
         targets = row[row >= 0].tolist()
         tokens += len(targets)

@@ -283,6 +283,16 @@ def test_the_first_tokenizer_encodes_the_others(texts, sources):
     assert (mixture.parts["text"].corpus_path / "tokenizer" / "tokenizer.json").read_text() == known
 
 
+def test_a_tokenizer_with_several_ends_of_text_encodes_the_others(texts, tmp_path):
+    """The first one counts, as everywhere."""
+    directory = shutil.copytree(texts / "tokenizer", tmp_path / "tokenizer")
+    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (directory / "generation_config.json").write_text('{"eos_token_id": [0, 1]}')
+    first, second = text(texts, 0, tokenizer_dir=directory), text(texts, 1, tokenizer_dir=None)
+    opened(Mixture({"a": first, "b": second}, {"a": 1, "b": 1}))
+    assert first._manifest()["eos_id"] == second._manifest()["eos_id"] == 0
+
+
 def test_ready_made_shards_and_prepared_corpora(texts, corpus, tmp_path):
     for name in ("train.npy", "val.npy"):
         np.save(tmp_path / name, np.arange(500, dtype="<u2") % 300)

@@ -263,6 +263,13 @@ def test_a_missing_eos_is_refused_with_the_fix(tmp_path):
     data.bpe, data.tokenizer_dir = None, tmp_path / "t"
     with pytest.raises(ValueError, match='has no end-of-sequence token, .* add "eos_token"'):
         data.prepare_data()
+    for content, message in (
+        ('{"eos_token": "</s>"}', 'names no class, .* add "tokenizer_class"'),
+        ('{"tokenizer_class": "X", "eos_token": "</s>", "bos_token": "<s>"}', "names bos_token '<s>', which is not in"),
+    ):  # which LitGPT could not open
+        config.write_text(content)
+        with pytest.raises(SettingsError, match=message):
+            data.prepare_data()
     config.write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}')
     data.prepare_data()
 
@@ -295,12 +302,17 @@ def test_hub_without_network(tmp_path):
 
 def test_a_prepared_corpus_elsewhere(tmp_path):
     data = tiny_txt(tmp_path)
-    data.prepare_data()
+    data.connect(batch_size=2, max_seq_length=16)
+    data.setup()
+    loader = data.train_dataloader()
+    assert next(iter(loader)).shape == (2, 17)
     moved = data.corpus_path.rename(tmp_path / "moved")
-    prepared = PreparedCorpus(moved, shuffle=False)
+    prepared = PreparedCorpus(moved)
     prepared.connect(batch_size=2, max_seq_length=16)
     prepared.setup()
-    assert next(iter(prepared.train_dataloader())).shape == (2, 17)
+    going_on = prepared.train_dataloader()
+    going_on.load_state_dict(loader.state_dict())  # it is the same corpus
+    assert next(iter(going_on)).equal(next(iter(loader)))
     whole, validating = (np.concatenate(shards) for shards in prepared.open_shards())
     ends = np.flatnonzero(whole == prepared._manifest()["eos_id"]) + 1
     part = PreparedCorpus(moved, train_count=3)

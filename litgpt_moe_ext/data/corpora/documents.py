@@ -11,7 +11,7 @@ from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source
 from litgpt_moe_ext.data.reading.record import TextFormat
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings
 from litgpt_moe_ext.data.tokenizer.files import litgpt_tokenizer, read_tokenizer
-from litgpt_moe_ext.data.tokenizer.opening import parse_tokenizer, special_token, vocabulary_size
+from litgpt_moe_ext.data.tokenizer.opening import check_tokenizer, parse_tokenizer, vocabulary_size
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import PositiveFloat, PositiveInt, Share
 
@@ -119,9 +119,7 @@ class DocumentCorpus(EncodedCorpus):
             )
         if self.tokenizer_dir is not None:
             files = read_tokenizer(self.tokenizer_dir)
-            special_token(files, "eos", self.tokenizer_dir)
-            if self.prepend_bos:
-                special_token(files, "bos", self.tokenizer_dir)
+            check_tokenizer(files, self.tokenizer_dir, needs_bos=self.prepend_bos)
             return files
         if self.bpe is not None:
             return self.bpe

@@ -10,7 +10,7 @@ from litgpt_moe_ext.data.modules.base import is_first_rank
 from litgpt_moe_ext.data.modules.corpus import CorpusModule
 from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR, read_manifest
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings
-from litgpt_moe_ext.data.tokenizer.opening import parse_tokenizer
+from litgpt_moe_ext.data.tokenizer.opening import open_as_litgpt, parse_tokenizer
 from litgpt_moe_ext.errors import SettingsError
 
 
@@ -52,7 +52,7 @@ class SharedTokenizer:
                 directory = module.corpus_path / TOKENIZER_DIR
                 if self.directory is None:
                     self.directory, self._owner = directory, name
-                    tokenizer = tokenizer or Tokenizer(directory)
+                    tokenizer = tokenizer or open_as_litgpt(directory)
                 else:
                     self._compare(f"data.corpora.{name}", (directory / "tokenizer.json").read_bytes())
             module.prepare_data()

@@ -157,6 +157,29 @@ def special_token(files: Mapping[str, bytes], kind: Literal["eos", "bos"], direc
     return token_id
 
 
+def check_tokenizer(files: Mapping[str, bytes], directory: Path, needs_bos: bool = False) -> int:
+    """Return the id of the token that ends documents, if LitGPT can open the tokenizer, and it has what is needed.
+
+    Args:
+        files: Those of the tokenizer.
+        directory: Where they are from, for error messages.
+        needs_bos: Whether a token that begins documents is needed.
+
+    Raises:
+        SettingsError: It has no such token, or LitGPT could not open it.
+    """
+    path = directory / "tokenizer_config.json"
+    config, eos_id = _json(files, path), special_token(files, "eos", directory)
+    if needs_bos or config.get("bos_token") is not None:
+        special_token(files, "bos", directory)
+    if path.name in files and not isinstance(config.get("tokenizer_class"), str):
+        raise SettingsError(
+            f'tokenizer_dir: {path} names no class, and LitGPT opens none without; add "tokenizer_class": '
+            '"PreTrainedTokenizerFast" to it'
+        )
+    return eos_id
+
+
 def _is_unicode(text: str) -> bool:
     try:
         text.encode("utf-8")
