@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from litgpt_moe_ext.data.corpora.base import Corpus, full_docstring
 from litgpt_moe_ext.data.modules.base import ShardModule, is_first_rank
 from litgpt_moe_ext.data.packing import document_lengths, first_documents, pack
-from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR, open_corpus, read_manifest
+from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR, key_of, open_corpus, read_manifest
 from litgpt_moe_ext.data.windows import DocumentWindows, StreamWindows, Windows
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.padding import accept_padding
@@ -120,14 +120,9 @@ class CorpusModule(Corpus, ShardModule):
     @property
     def corpus_id(self) -> str:
         """The key of the corpus, how much of it is read, and how it is packed."""
-        name, (documents, _) = self._prepared().name, self.document_limits
-        parts = [name, *([] if documents is None else [f"{documents} documents"])]
+        documents, _ = self.document_limits
+        parts = [key_of(self._manifest()), *([] if documents is None else [f"{documents} documents"])]
         return ":".join(parts if self.packing == "stream" else [*parts, self.packing])
-
-    @property
-    def documents_hash(self) -> str:
-        """SHA-256 of what the corpus was made of."""
-        return self._manifest()["corpus_sha256"]
 
     @property
     def unigram_loss(self) -> float | None:

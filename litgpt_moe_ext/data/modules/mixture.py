@@ -125,12 +125,10 @@ class Mixture(TokenModule):
             SettingsError: Two corpora are the same.
         """
         self.prepare_data()
-        names: dict[tuple[str, str], str] = {}
+        names: dict[str, str] = {}
         for name, module in self.parts.items():
             module.setup(stage)
-            # Prepared corpora may lie in folders of the same name.
-            content = module.corpus_id, getattr(module, "documents_hash", "")
-            if (other := names.setdefault(content, name)) != name:
+            if (other := names.setdefault(module.corpus_id, name)) != name:
                 raise SettingsError(
                     f"data.corpora.{name}: is the same corpus as {other}; leave one of them out and give the other "
                     "both weights"

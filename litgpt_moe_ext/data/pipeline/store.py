@@ -28,7 +28,13 @@ STATE = "state.json"  # how far the preparation of an unfinished corpus is
 
 def cache_key(corpus: str, settings: Mapping[str, Any]) -> str:
     """Return 16 hex digits for a hash of the documents and the settings (JSON values) that shape the result."""
-    text = json.dumps({"format": FORMAT_VERSION, "corpus": corpus, "settings": settings}, sort_keys=True)
+    return key_of({"format_version": FORMAT_VERSION, "corpus_sha256": corpus, "settings": settings})
+
+
+def key_of(manifest: Mapping[str, Any]) -> str:
+    """Return the key of a finished corpus, whatever its folder is called by now."""
+    version, corpus, settings = (manifest[name] for name in ("format_version", "corpus_sha256", "settings"))
+    text = json.dumps({"format": version, "corpus": corpus, "settings": settings}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
