@@ -80,6 +80,7 @@ def test_places_count_the_byte_order_mark(tmp_path):
     [
         ("a.txt", b"\xef\xbb\xbfone<|>\n\xef\xbb\xbftwo"),
         ("a.jsonl", b'\xef\xbb\xbf{"text": "one"}\n\xef\xbb\xbf{"text": "two"}\n'),
+        ("a.jsonl", b'{"text": "one"}\n\xef\xbb\xbf\n{"text": "two"}\n\xef\xbb\xbf'),
     ],
 )
 def test_joined_files_with_a_byte_order_mark_each(tmp_path, name, content):
@@ -137,6 +138,14 @@ def zstd_bytes(content: bytes, path) -> bytes:
     with pa.OSFile(str(path), "wb") as file, pa.CompressedOutputStream(file, "zstd") as stream:
         stream.write(content)
     return path.read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_compressed_file_has_a_beginning_at_least(tmp_path, suffix):
+    """A file without a byte is a download that failed."""
+    for name, content in ((f"a.jsonl{suffix}", b""), ("a.tar", tar({f"a.txt{suffix}": b""}, "w:"))):
+        with pytest.raises(ValueError, match=f"{name} is damaged or truncated: "):
+            read(tmp_path, name, content)
 
 
 @pytest.mark.parametrize("suffix", [".bz2", ".xz", ".zst"])

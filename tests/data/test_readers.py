@@ -58,6 +58,8 @@ def read(tmp_path, name, content, **options):
         ("a.json.gz", gzip.compress(as_list()), {}),
         ("a.parquet", parquet(STORIES), {}),
         ("a.parquet", parquet(pa.array(STORIES, pa.large_string())), {}),
+        ("a.parquet", parquet(pa.array(STORIES, pa.string_view())), {}),
+        ("a.parquet", parquet(pa.array(STORIES).dictionary_encode()), {}),
         ("a.parquet", parquet(["Once upon a time.", None, STORIES[2]]), {}),
         ("all.tar.gz", tar({"./data00.json": as_list("story"), "./._data00.json": b"x"}), {"field": "story"}),
         ("a.txt", "Once upon a time.\n<|end|><|end|>\nZwölf Bären ✓\nsecond line".encode(), {"separator": "<|end|>"}),
@@ -117,6 +119,7 @@ def test_separators_at_any_border(tmp_path_factory, texts, chunk):
         ("a.parquet", b"nothing", "is a damaged parquet file"),
         ("a.jsonl", lines() + b'{"text": "x"', "is not valid JSON at byte 1.."),
         ("a.jsonl", b'{"text": "\xc3\xa4"} x\n', "is not valid JSON at byte 15: Extra data"),
+        ("a.jsonl", lines() + b'{"id": ' + b"9" * 5000 + b"}", "cannot be read at byte 1.. .Exceeds the limit"),
         ("a.json", b"[1]", "has int at item 0 where an object"),
         ("a.jsonl", lines() + b'{"body": "x"}\n', r"has no field 'text' at byte 1.., only \['body'\]; set"),
         ("a.jsonl", b'{"text": 5}\n', "has int in field 'text' at byte 0 where text belongs"),
@@ -131,6 +134,12 @@ def test_bad_files_are_named_with_the_place(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message) as error:
         read(tmp_path, name, content)
     assert str(tmp_path / name) in str(error.value)
+
+
+def test_a_column_that_is_called_as_a_part_of_another(tmp_path):
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"a": [{"b": "not this"}], "a.b": ["this"]}), sink)
+    assert [record.text for record in read(tmp_path, "a.parquet", sink.getvalue(), field="a.b")] == ["this"]
 
 
 def test_wrong_column(tmp_path):

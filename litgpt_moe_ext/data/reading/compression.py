@@ -69,6 +69,8 @@ class _Limited(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         data = self._stream.read(len(buffer))
+        if not (data or self._consumed()):  # which some of the libraries read as nothing
+            raise EOFError("it is empty")
         buffer[: len(data)] = data
         self._given += len(data)
         if self._given > max(_FREE_BYTES, self._max_expansion * self._consumed()):

@@ -19,8 +19,10 @@ def read_json_lines(file: OpenFile, text_format: TextFormat) -> Iterator[Record]
         if len(line) > longest:
             raise file.too_long(offset, longest)
         place = f"byte {offset}"
-        if not line.isspace():
-            item = _parse(line.removeprefix(BYTE_ORDER_MARK), file.where, offset, text_format)
+        # Files that were joined may have brought a byte-order mark each, perhaps before an empty line.
+        content = line.removeprefix(BYTE_ORDER_MARK)
+        if content.strip():
+            item = _parse(content, file.where, offset, text_format)
             yield Record(_field(item, file.where, place, text_format), place, file.position())
         offset += len(line)
 
@@ -44,6 +46,8 @@ def _parse(content: bytes, where: str, start: int, text_format: TextFormat) -> A
         ) from error
     except RecursionError as error:
         raise SettingsError(f"{where} is nested too deep at byte {start}; write flat objects with a text") from error
+    except ValueError as error:  # Python refuses to read an integer of thousands of digits
+        raise SettingsError(f"{where} cannot be read at byte {start} ({error}); write such a number as text") from error
 
 
 def _field(item: object, where: str, place: str, text_format: TextFormat) -> str:

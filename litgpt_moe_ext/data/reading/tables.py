@@ -60,7 +60,9 @@ def read_parquet(file: OpenFile, size: int, text_format: TextFormat) -> Iterator
     try:
         with pq.ParquetFile(file.stream if is_url(file.where) else file.where) as table:
             kind = table.schema_arrow.field(_find_column(file, table.schema_arrow.names, text_format)).type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            if pa.types.is_dictionary(kind):  # as of a pandas column of categories
+                kind = kind.value_type
+            if kind not in (pa.string(), pa.large_string(), pa.string_view()):
                 raise SettingsError(
                     f"{file.where} has {kind} in column {text_format.field!r} where text belongs; set field to a text "
                     "column"
@@ -68,7 +70,9 @@ def read_parquet(file: OpenFile, size: int, text_format: TextFormat) -> Iterator
             rows = max(table.metadata.num_rows, 1)
             for batch in table.iter_batches(_PARQUET_ROWS, columns=[text_format.field]):
                 done = size * (row + len(batch)) // rows
-                for text in _texts(batch.column(0), f"{file.where}: row", row, text_format):
+                # With a dot in its name, a part of a nested column may be called the same.
+                column = batch.column(_find_column(file, batch.schema.names, text_format))
+                for text in _texts(column, f"{file.where}: row", row, text_format):
                     yield Record(text or "", f"row {row}", done)
                     row += 1
     except (pa.ArrowException, OSError) as error:
