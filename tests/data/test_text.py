@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from transformers import AutoTokenizer, GPT2TokenizerFast
 
 from litgpt_moe_ext import padding
 from litgpt_moe_ext.data import CodeParrot, HubDataset, Mixture, PreparedCorpus, TextCorpus, TinyStories, TokenShards
+from litgpt_moe_ext.data.pipeline import preparation, sources
+from litgpt_moe_ext.data.pipeline.sources import FileHashes
 from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR, read_manifest
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.errors import SettingsError
@@ -125,6 +128,17 @@ def test_every_corpus_in_its_own_form(tmp_path, form, capsys):
     again = replace(data)  # its settings, nothing it has found out
     assert again.prepare(verbose=True) == data.corpus_path
     assert "Reusing" in capsys.readouterr().out
+
+
+def test_what_is_known_of_files_outlives_a_preparation_that_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_SETTLED_SECONDS", -60.0)
+    data = json_lines(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "train_bpe", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            data.prepare_data()
+    monkeypatch.setattr("hashlib.file_digest", None)  # no file is read once more
+    assert data.sources(FileHashes(data.data_path))
 
 
 def test_a_share_of_the_documents_validates_where_no_files_do(tmp_path):
@@ -298,6 +312,23 @@ def test_hub_without_network(tmp_path):
     data.field, data.val_split = "text", "test"
     with pytest.raises(ValueError, match="cannot be loaded with .*test"):
         data.prepare_data()
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "both"),
+    [
+        ("train", "train", True),
+        ("train", "train[:1%]", True),
+        ("test+train[1%:]", "train", True),
+        ("train[:9%]", "train[:9%]", True),
+        ("train", "all", True),
+        ("train[1%:]", "train[:1%]", False),
+        ("train", "train_small", False),
+    ],
+)
+def test_rows_that_would_train_and_validate(train, val, both):
+    with pytest.raises(SettingsError, match=r"data.val_split: .* has rows of train") if both else nullcontext():
+        HubDataset(dataset="anything", train_split=train, val_split=val)
 
 
 def test_a_prepared_corpus_elsewhere(tmp_path):

@@ -75,9 +75,8 @@ class EncodedCorpus(Corpus):
             counts={"train": self.train_count, "val": self.val_count},
             reading=asdict(self.text_format),
         )
-        directory = prepare_corpus(self.data_path, sources, settings, self.workers, verbose)
-        hashes.save()
-        return directory
+        hashes.save()  # before hours in which the process may be killed
+        return prepare_corpus(self.data_path, sources, settings, self.workers, verbose)
 
 
 @dataclass(kw_only=True)

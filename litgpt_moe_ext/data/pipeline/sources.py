@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -98,6 +99,7 @@ class FileHashes:
             return
         partial_path = self._path.with_name(f"{HASHES}.{os.getpid()}.partial")
         try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             partial_path.write_text(json.dumps(self._known), encoding="utf-8")
             flush(partial_path)
             os.replace(partial_path, self._path)
@@ -106,7 +108,8 @@ class FileHashes:
                 f"The hashes of the files could not be kept ({error}), so the next run reads the files again",
                 flush=True,
             )
-            partial_path.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial_path.unlink(missing_ok=True)
         self._changed = False
 
 
