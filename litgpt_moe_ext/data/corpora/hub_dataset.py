@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from litgpt_moe_ext.data.corpora.documents import DocumentCorpus
 from litgpt_moe_ext.data.pipeline.hub import HubSplit
 from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source
+from litgpt_moe_ext.errors import SettingsError
 
 
 @dataclass(kw_only=True)
@@ -30,6 +31,14 @@ class HubDataset(DocumentCorpus):
     streaming: bool = False
     """Read parquet or JSON files over the network as they are encoded, instead of downloading them first."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.val_split is not None and _overlap(self.train_split, self.val_split):
+            raise SettingsError(
+                f"data.val_split: {self.val_split!r} has rows of train_split {self.train_split!r}, which would train "
+                "and validate; name rows of their own, such as train[:99%] and train[99%:]"
+            )
+
     def sources(self, hashes: FileHashes) -> list[Source]:
         """See `EncodedCorpus.sources`."""
         which = {"name": self.config, "revision": self.revision, "data_files": self.data_files}
@@ -41,3 +50,11 @@ class HubDataset(DocumentCorpus):
                 HubSplit(self.dataset, self.val_split, "val", which),
             ]
         return [source for split in splits for source in split.sources(self.text_format, hashes, self.streaming)]
+
+
+def _overlap(first: str, second: str) -> bool:
+    # Whether two splits have rows in common, as far as that is seen without counting any.
+    ours, theirs = ([part.strip() for part in split.split("+")] for split in (first, second))
+    return any(
+        "all" in (a, b) or b in (a, a.partition("[")[0]) or a == b.partition("[")[0] for a in ours for b in theirs
+    )
