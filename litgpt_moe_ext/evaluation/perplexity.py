@@ -77,13 +77,14 @@ def summarize(losses_N: Tensor, contexts_N: Tensor, n_byte: int) -> Perplexity:
 
 
 def bytes_of(ids: list[int], tokenizer: Tokenizer) -> int:
-    """Return how many bytes of UTF-8 tokens stand for; special tokens stand for none.
+    """Return how many bytes of UTF-8 tokens stand for; special ones, and what begins and ends documents, for none.
 
     Args:
         ids: Token ids.
         tokenizer: The tokenizer that made them.
     """
-    return len(decode(tokenizer, ids).encode("utf-8"))
+    borders = (tokenizer.eos_id, tokenizer.bos_id)  # which not every tokenizer marks as special
+    return len(decode(tokenizer, [token for token in ids if token not in borders]).encode("utf-8"))
 
 
 def as_tensor(tokens: np.ndarray) -> Tensor:

@@ -33,12 +33,9 @@ def bytes_per_token(recipe: Recipe, tokenizer_dir: Path) -> float:
     batches = _validation(recipe)
     if batches is None or not any(tokenizer_dir.glob("tokenizer.*")):
         return float("nan")
-    tokenizer, tokens, n_byte = open_as_litgpt(tokenizer_dir), 0, 0
-    for row in batches:
-        targets = row[row >= 0].tolist()
-        tokens += len(targets)
-        n_byte += bytes_of(targets, tokenizer)
-    return n_byte / tokens if tokens else float("nan")
+    # All at once: where one row ends and the next begins, a character may be cut.
+    targets = [token for row in batches for token in row[row >= 0].tolist()]
+    return bytes_of(targets, open_as_litgpt(tokenizer_dir)) / len(targets) if targets else float("nan")
 
 
 def _validation(recipe: Recipe) -> list[torch.Tensor] | None:

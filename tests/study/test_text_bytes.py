@@ -1,12 +1,15 @@
 """Bytes per token, against the text of each token by itself."""
 
+import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 from litgpt import Tokenizer
 
 from litgpt_moe_ext.data import PythonStdlib
+from litgpt_moe_ext.data.pipeline.store import open_corpus
 from litgpt_moe_ext.inspect.recipes import Recipe
 from litgpt_moe_ext.study.text_bytes import bytes_per_token
 from tests.models import moe_config
@@ -48,6 +51,22 @@ def test_bytes_per_token(recipe, capsys):
     n_byte = sum(len(tokenizer.processor.decode([int(id_)])) for id_ in targets)
     assert bytes_per_token(recipe, tokenizer_dir) == n_byte / len(targets) > 1
     assert capsys.readouterr().out == ""
+
+
+def test_characters_of_several_tokens_and_an_end_of_text_that_is_not_marked_as_special(recipe, tmp_path):
+    """As if the text were read from its first token to its last."""
+    for path in (tmp_path / "text").iterdir():
+        path.write_text("".join(chr(0x4E00 + ord(path.stem) * i) for i in range(60)))
+    data = PythonStdlib(**recipe.settings["data"]["init_args"])
+    tokenizer_dir = data.prepare() / "tokenizer"
+    tokens = np.concatenate(open_corpus(tokenizer_dir.parent)[1])[1 : 1 + 3 * 2 * LENGTH]
+    content = json.loads((tokenizer_dir / "tokenizer.json").read_text())
+    text = Tokenizer(tokenizer_dir).processor.decode(tokens.tolist())
+    content["added_tokens"][0]["special"] = False
+    changed = shutil.copytree(tokenizer_dir, tmp_path / "changed")
+    (changed / "tokenizer.json").write_text(json.dumps(content))
+    assert 0 in tokens
+    assert bytes_per_token(recipe, changed) == len(text.encode()) / len(tokens)
 
 
 def test_a_corpus_that_came_prepared_has_bytes_too(recipe):
