@@ -55,8 +55,9 @@ def test_bytes_per_token(recipe, capsys):
 
 def test_characters_of_several_tokens_and_an_end_of_text_that_is_not_marked_as_special(recipe, tmp_path):
     """As if the text were read from its first token to its last."""
-    for path in (tmp_path / "text").iterdir():
-        path.write_text("".join(chr(0x4E00 + ord(path.stem) * i) for i in range(60)))
+    for name in "abcdefgh":
+        text = "".join(chr(0x4E00 + ord(name) * i) for i in range(30))
+        (tmp_path / "text" / f"{name}.py").write_text(text)
     data = PythonStdlib(**recipe.settings["data"]["init_args"])
     tokenizer_dir = data.prepare() / "tokenizer"
     tokens = np.concatenate(open_corpus(tokenizer_dir.parent)[1])[1 : 1 + 3 * 2 * LENGTH]
