@@ -89,6 +89,8 @@ def load(command: Command) -> type:
 
 def _run(given: Sequence[str], own_process: bool) -> int | None:
     if not given or given[0] in ("-h", "--help", "help"):
+        if own_process:
+            end_with_the_reader()
         print(_overview())
         return 0
     if given[0] == "--version":

@@ -74,12 +74,14 @@ def _run(arguments: list[str], default_config: Path) -> int:
         _help_of_class(build_parser(types), arguments[helps[0] : helps[0] + 2])
         return 0
     printed = [a.partition("=")[2] for a in arguments if a.partition("=")[0] == "--print_config"]
+    if unknown := set(printed) - {"", "skip_null"}:
+        raise SettingsError(f"--print_config: {min(unknown)!r} must be skip_null, or nothing")
     arguments = [a for a in arguments if a.partition("=")[0] != "--print_config"]
     given = read_given(arguments, default_config, annotations(types))
     with given.naming_places():
         parser, parsed = parse(given, types)
         if printed:
-            print(_dump(parser, parsed, printed[-1].split(",")), end="")
+            print(parser.dump(parsed, skip_none="skip_null" in printed), end="")
             return 0
         return _train(make_settings(parser, parsed))
 
@@ -104,11 +106,6 @@ def _help_of_class(parser: Any, arguments: list[str]) -> None:
         raise SettingsError(
             f"--data.help: {given} must be the import path of a class, or one of {', '.join(data.MODULES)}"
         ) from error
-
-
-def _dump(parser: Any, parsed: Any, flags: Sequence[str]) -> str:
-    comments = {"yaml_comments": True} if "comments" in flags else {}
-    return parser.dump(parsed, skip_none="skip_null" in flags, skip_default="skip_default" in flags, **comments)
 
 
 def _prepare_environment() -> None:

@@ -39,12 +39,13 @@ def without_heavy_modules(*commands: list[str], heavy: set[str] = HEAVY) -> str:
 
 
 @pytest.mark.slow
-def test_a_reader_that_has_seen_enough():
+@pytest.mark.parametrize("arguments", [["model-card", "configs/quickstart.yaml"], ["--help"]])
+def test_a_reader_that_has_seen_enough(arguments):
     """As with `| head`."""
     read, write = os.pipe()
     os.close(read)
     code = "from litgpt_moe_ext.cli.main import main; main()"
-    command = [sys.executable, "-c", code, "model-card", "configs/quickstart.yaml"]
+    command = [sys.executable, "-c", code, *arguments]
     ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     os.close(write)
     assert (ended.returncode, ended.stderr) == (-signal.SIGPIPE, "")

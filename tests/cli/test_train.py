@@ -102,6 +102,13 @@ def test_print_config(recipe, capsys):
         assert line in output
 
 
+def test_print_config_leaves_out_nulls(recipe, capsys):
+    assert main(["--config", str(recipe()), "--train.max_steps", "null", "--print_config=skip_null"]) == 0
+    output = capsys.readouterr().out
+    assert "n_expert: 8" in output
+    assert "max_steps" not in output
+
+
 def test_what_is_printed_is_a_recipe(recipe, tmp_path, capsys):
     assert main(["--config", str(recipe()), "--print_config"]) == 0
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
@@ -119,6 +126,7 @@ def test_what_is_printed_is_a_recipe(recipe, tmp_path, capsys):
         (["--model_config.norm_class_name", "x"], "norm_class_name: 'x' must be one of LayerNorm or RMSNorm"),
         (["--precision", "16-true"], "precision: '16-true' must be one of bf16-true, bf16-mixed, 16-mixed or 32-true"),
         (["--compile", "maybe"], "compile: 'maybe' must be true or false or auto"),
+        (["--print_config=comments"], "--print_config: 'comments' must be skip_null, or nothing"),
         (["--evaluate.tasks", "a.yaml"], "evaluate.tasks: 'a.yaml' must be a list such as [a, b]"),
         (["--parameter_groups.no_weight_decay", "norms"], "no_weight_decay: 'norms' must be a list with any of norms"),
         (["--train.global_batch_size", "null"], "train.global_batch_size: null must be an integer of at least 1"),
