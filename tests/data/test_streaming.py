@@ -179,6 +179,7 @@ def test_a_server_that_sends_no_parts(server, monkeypatch):
         list(documents(f"{server.url}/a.jsonl", TextFormat()))
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_no_server(tmp_path):
     with pytest.raises(SettingsError, match="http://127.0.0.1:9/a.jsonl cannot be reached .* check the address"):
         remote_sources(["http://127.0.0.1:9/a.jsonl"], None, TextFormat())

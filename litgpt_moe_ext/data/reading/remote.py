@@ -41,9 +41,9 @@ class RemoteFile(io.RawIOBase):
     """
 
     def __init__(self, url: str) -> None:
+        self._file: Any = None  # first, as `close` is called even after an error here
         self.url = url
         system, path = _system_of(url)
-        self._file: Any = None
         try:
             self._file = system.open(path, "rb", block_size=_BLOCK_BYTES)
         except Exception as error:  # each kind of server has errors of its own
