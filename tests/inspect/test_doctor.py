@@ -214,7 +214,11 @@ def test_memory_by_command(tmp_path, capsys):
         ({"train": {"max_seq_length": 17}}, "train.max_seq_length: 17 must be from 1 to the model's block_size: 16"),
         ({"initial_checkpoint_dir": "nothing"}, "initial_checkpoint_dir: 'nothing' does not exist"),
         ({"tokenizer_dir": "nothing"}, "tokenizer_dir: 'nothing' must be a directory with a tokenizer"),
-        ({"strategy": "fsdp2", "devices": 2, "fused_cross_entropy": True}, "fused_cross_entropy: true needs the whole"),
+        pytest.param(
+            {"strategy": "fsdp2", "devices": 2, "fused_cross_entropy": True},
+            "fused_cross_entropy: true needs the whole",
+            marks=needs_fused_loss,
+        ),
         ({"evaluate": {"hellaswag": "nothing"}}, "evaluate.hellaswag: 'nothing' must be a file"),
         ({"checkpoint": {"export": "gguf"}}, "checkpoint.export: gguf: "),
         ({"data": None}, "data: null means litgpt.data.TinyLlama"),
