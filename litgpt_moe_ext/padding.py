@@ -54,18 +54,18 @@ def mark_padding(ids_BT: Tensor, real_BT: Tensor) -> Tensor:
 _accepted = False
 
 
-def accept_padding() -> None:
-    """Let models of LitGPT's class take ids below zero from now on; elsewhere they are an error.
+def accept_padding(accepted: bool = True) -> None:
+    """Let models of LitGPT's class take ids below zero from now on, or no more; elsewhere they are an error.
 
     Their outputs at padding are meaningless. MoE layers of this package leave padding out of everything. It must stand
     behind the text of its row, where causal attention keeps it from the tokens that count.
     """
     global _accepted
-    _accepted = True
+    _accepted = accepted
 
 
 def accepts_padding() -> bool:
-    """Return whether `accept_padding` was called."""
+    """Return what `accept_padding` said last."""
     return _accepted
 
 

@@ -15,6 +15,7 @@ from litgpt.utils import check_nvlink_connectivity, choose_logger, parse_devices
 from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.interruption import end_at_once_on_termination
+from litgpt_moe_ext.padding import accept_padding, accepts_padding
 from litgpt_moe_ext.training.callbacks.progress import Reporter
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
 from litgpt_moe_ext.training.checks import check_batch, single_process_note
@@ -75,6 +76,8 @@ def launch(plan: Plan) -> Iterator[Launched]:
             with contextlib.suppress(RuntimeError):  # of a program that has used torch's newer settings as well
                 stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
             torch.set_float32_matmul_precision(settings.float32_matmul_precision)
+        # Where rows may be padded, models look for it, and a GPU gets masks for whatever it finds.
+        stack.callback(accept_padding, accepts_padding())
         stack.enter_context(reporter.transcript.recording())
         stack.callback(reporter.transcript.close)
         stack.callback(_disconnect)
