@@ -150,7 +150,7 @@ def read_results(runs: Sequence[Run], runs_dir: Path) -> list[Result]:
     Raises:
         SettingsError: If the log or the checkpoint of one was removed or damaged.
     """
-    costs: dict[str, tuple[int, float]] = {}
+    costs: dict[tuple[str, int], tuple[int, float]] = {}
     lengths: dict[tuple, float] = {}
     results = []
     for run in runs:
@@ -159,7 +159,9 @@ def read_results(runs: Sequence[Run], runs_dir: Path) -> list[Result]:
         if not final.is_dir():
             raise SettingsError(f"study: {final} must exist for a finished run; remove {folder} to train it again")
         recipe = load_recipe(final)
-        model, text = (final / "model_config.yaml").read_text(encoding="utf-8"), validated_on(recipe)
+        # Attention costs the more, the longer the sequences are.
+        model = (final / "model_config.yaml").read_text(encoding="utf-8"), recipe.sequence_length
+        text = validated_on(recipe)
         if model not in costs:
             costs[model] = _cost(recipe)
         if text not in lengths:

@@ -178,16 +178,18 @@ def test_what_a_run_reached(tmp_path):
 
 def test_costs_are_those_of_the_checkpoint(tmp_path):
     (tmp_path / "recipe.yaml").write_text("{}")
-    run, config = Run("a", {}, 1, tmp_path / "recipe.yaml", {}), moe_config()
-    final = tmp_path / run.key / "final"
-    final.mkdir(parents=True)
-    save_config(config, final)
-    (final / "hyperparameters.yaml").write_text("train: {max_seq_length: 16}")
-    (final.parent / "finished.json").write_text("{}")
-    (final.parent / "metrics-wide.csv").write_text("step,total_tokens,loss\n1,100,3.0\n")
-    (reached,) = read_results([run], tmp_path)
-    assert reached.parameters == count_parameters(config).active
-    assert reached.flops_per_token == count_flops(config, 16, training=True) / 16
+    config, lengths = moe_config(), (16, 8)
+    runs = [Run("a", {}, 1, tmp_path / "recipe.yaml", {"train.max_seq_length": length}) for length in lengths]
+    for run, length in zip(runs, lengths, strict=True):
+        final = tmp_path / run.key / "final"
+        final.mkdir(parents=True)
+        save_config(config, final)
+        (final / "hyperparameters.yaml").write_text(f"train: {{max_seq_length: {length}}}")
+        (final.parent / "finished.json").write_text("{}")
+        (final.parent / "metrics-wide.csv").write_text("step,total_tokens,loss\n1,100,3.0\n")
+    for reached, length in zip(read_results(runs, tmp_path), lengths, strict=True):
+        assert reached.parameters == count_parameters(config).active
+        assert reached.flops_per_token == count_flops(config, length, training=True) / length
     for damaged in ("", '{"seed": ', "[]", '{"trained_on": {"card": 1}}'):
         (final.parent / "finished.json").write_text(damaged)
         with pytest.raises(SettingsError, match=r"finished\.json is damaged .*; remove it"):
