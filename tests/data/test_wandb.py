@@ -48,7 +48,10 @@ def server(clean, corpus):
 
 def test_logged_offline_for_real(clean, corpus, tmp_path):
     clean.setenv("WANDB_MODE", "offline")
-    message = log_corpus(corpus, "stdlib-tokens", project="corpora")
+    with wandb.init(project="another") as mine:  # as in a notebook
+        message = log_corpus(corpus, "stdlib-tokens", project="corpora")
+        assert wandb.run is mine
+        mine.log({"loss": 1.0})
     folder = Path(message.removeprefix("Logged stdlib-tokens offline. To upload it: wandb sync "))
     (log,) = folder.glob("*.wandb")
     content, deadline = log.read_bytes(), time.monotonic() + 60

@@ -87,7 +87,8 @@ def log_corpus(directory: Path, name: str, project: str | None = None) -> str:
     check_artifact_name(name)
     manifest = read_manifest(directory)
     try:
-        with wandb.init(project=project, job_type="data_prep") as run:
+        # Otherwise it would be the run that the process has already, and end it.
+        with wandb.init(project=project, job_type="data_prep", reinit="create_new") as run:
             artifact = wandb.Artifact(name, type=ARTIFACT_TYPE, metadata=manifest)
             artifact.add_dir(str(directory))
             run.log_artifact(artifact)
