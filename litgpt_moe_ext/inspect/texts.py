@@ -57,7 +57,7 @@ def read_files(paths: Sequence[Path]) -> Iterator[Document]:
         if not path.is_file():
             raise SettingsError(f"text: {str(path)!r} must be a file")
         try:
-            yield Document(str(path), path.read_text(encoding="utf-8"))
+            yield Document(str(path), path.read_text(encoding="utf-8-sig"))
         except UnicodeDecodeError as error:
             raise SettingsError(f"text: {str(path)!r} must be UTF-8: {error}") from error
 

@@ -84,6 +84,7 @@ def test_which_files_are_read(tmp_path, capsys):
         ".venv/v.py": b"v",
         "notes.txt": b"n",
         "latin.py": b"s = '\xe9'",
+        "zero.py": b"s = '\x00'",
         "empty.py": b"",
         "blank.py": b" \n",
         "z_copy.py": b"a = 1\n",
@@ -97,7 +98,7 @@ def test_which_files_are_read(tmp_path, capsys):
     assert [source.identity for source in read] == [hashlib.sha256(content).hexdigest() for content in kept.values()]
     texts = [record.text.encode() for source in read for record in source.records()]
     assert texts == [content.replace(b"\r\n", b"\n") for content in kept.values()]
-    assert f"Left out 1 file of {tmp_path}: not UTF-8" in capsys.readouterr().out
+    assert f"Left out 2 files of {tmp_path}: not UTF-8 text" in capsys.readouterr().out
 
 
 def test_a_file_that_cannot_be_read_is_left_out(tmp_path, monkeypatch, capsys):
@@ -225,7 +226,9 @@ def test_source_without_text(tmp_path, content):
     source.mkdir()
     if content is not None:
         (source / "a.py").write_bytes(content)
-    with pytest.raises(SettingsError, match=r"source_path: '.*source' has no usable .py files .0 are not UTF-8.; set"):
+    with pytest.raises(
+        SettingsError, match=r"source_path: '.*source' has no usable .py files .0 are not UTF-8 text.; set"
+    ):
         stdlib(source, tmp_path / "cache").prepare()
     assert names(tmp_path) == ["source"]
 

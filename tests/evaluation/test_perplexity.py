@@ -67,7 +67,7 @@ def test_command_on_a_shard_and_on_text(llama_dir, tmp_path, capsys):
     ids = tokenizer.processor.encode(text).ids
     for i, part in enumerate(np.array_split([tokenizer.eos_id, *ids], 2)):  # as a preparation names them
         write_shard(tmp_path / f"val_{i:05d}.bin", part, VOCABULARY_SIZE)
-    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8-sig")  # the mark is not text
     results = []
     for source in (f"--data={tmp_path}", f"--text={tmp_path / 'a.txt'}"):
         path = tmp_path / "result.json"

@@ -33,8 +33,8 @@ class PythonStdlib(EncodedCorpus):
     run. The files differ between Python versions, so losses compare only between runs on the same corpus; its hash is
     in `manifest.json`, together with the validation loss of a unigram model that training should beat.
 
-    Left out are folders of tests, files that cannot be read, are blank or not UTF-8, and all but the first (by path) of
-    several files with the same content. Line ends become LF, as Python itself reads them.
+    Left out are folders of tests, files that cannot be read, are blank or not UTF-8 text, and all but the first (by
+    path) of several files with the same content. Line ends become LF, as Python itself reads them.
     """
 
     data_path: Path = Path("data/python_stdlib")
@@ -72,7 +72,7 @@ class PythonStdlib(EncodedCorpus):
             except OSError as error:
                 say_left_out(error)
                 continue
-            if not _is_utf8(content):
+            if not _is_text(content):
                 unreadable += 1
             elif content.strip():
                 digest = hashlib.sha256(content)
@@ -81,12 +81,12 @@ class PythonStdlib(EncodedCorpus):
                 found.setdefault(digest.digest(), Source(name, side, len(content), digest.hexdigest(), records))
         if not found:
             raise SettingsError(
-                f"source_path: {str(folder)!r} has no usable .py files ({unreadable} are not UTF-8); set it to a "
+                f"source_path: {str(folder)!r} has no usable .py files ({unreadable} are not UTF-8 text); set it to a "
                 f"folder with Python sources. Not searched are folders named {', '.join(sorted(skipped))} or with a "
                 "leading dot"
             )
         if unreadable:
-            print(f"Left out {counted(unreadable, 'file')} of {folder}: not UTF-8", flush=True)
+            print(f"Left out {counted(unreadable, 'file')} of {folder}: not UTF-8 text", flush=True)
         return list(found.values())
 
     def _folder(self) -> tuple[Path, frozenset[str]]:
@@ -112,9 +112,8 @@ def _files(folder: Path, skipped: frozenset[str]) -> Iterator[Path]:
                 yield path
 
 
-def _is_utf8(content: bytes) -> bool:
+def _is_text(content: bytes) -> bool:
     try:
-        content.decode("utf-8")
+        return "\x00" not in content.decode("utf-8")
     except UnicodeDecodeError:
         return False
-    return True
