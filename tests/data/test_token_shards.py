@@ -143,14 +143,16 @@ def test_patterns(tmp_path):
     assert ([path.name for path in train], [path.name for path in val]) == (["a0.bin", "a1.bin"], ["b.bin"])
     with pytest.raises(ValueError, match="val_pattern .* both match .*a1.bin, which would train"):
         TokenShards(tmp_path, train_pattern="a*", val_pattern="a1*").find_shards()
-    with pytest.raises(ValueError, match="has no validation shards .val_pattern: 'c.', it has 3 files"):
+    with pytest.raises(
+        ValueError, match="has no validation shards: it has 3 files.* none like val_pattern: 'c.'; set it"
+    ):
         TokenShards(tmp_path, val_pattern="c*").prepare_data()
 
 
 def test_no_validation_split(tmp_path):
     write(tmp_path, {"only.bin": 20})
     with pytest.raises(
-        ValueError, match="has no validation shards .val_pattern: None, it has 1 files.* set val_pattern"
+        ValueError, match="has no validation shards: it has 1 file ending.* needs two or more, of which"
     ):
         TokenShards(tmp_path).prepare_data()
     with pytest.raises(ValueError, match="data_path: '.*nowhere' is not a folder"):

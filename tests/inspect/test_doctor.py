@@ -14,6 +14,7 @@ from litgpt_moe_ext.inspect.cost.fit import RUNTIME, best_fit, find_fits
 from litgpt_moe_ext.inspect.cost.layers import shorten
 from litgpt_moe_ext.inspect.cost.memory import graph_memory, training_memory
 from litgpt_moe_ext.inspect.recipes import Recipe
+from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
 from tests.models import moe_config, needs_fused_loss
 
 MODEL = {"n_layer": 1, "n_embd": 16, "n_head": 2, "block_size": 16, "padded_vocab_size": 320, "vocab_size": 320}
@@ -48,6 +49,14 @@ def test_a_recipe_that_can_run(tmp_path, capsys):
         assert topic in page
     assert "can run here" in page
     assert not (tmp_path / "out").exists(), "looking changes nothing"
+
+
+def test_kernels_are_those_that_a_run_announces():
+    config = moe_config(attention_class_name="SinkAttention", attention_sinks=False)
+    texts = {finding.topic: finding.text for finding in doctor.examine(Recipe(config, {"precision": "bf16-mixed"}))}
+    device = accelerator_here()
+    assert texts["experts"].endswith(f" for torch.bfloat16 on {device} (chosen)")
+    assert texts["attention"] == f"scaled_dot_product_attention for torch.bfloat16 on {device} (chosen)"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from litgpt_moe_ext.data.packing import first_tokens
 from litgpt_moe_ext.data.pipeline.shards import open_shard, scan_shard
 from litgpt_moe_ext.data.pipeline.sources import matches
 from litgpt_moe_ext.data.pipeline.verification import verify_shards
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import SettingsError, did_you_mean_inside
 from litgpt_moe_ext.field_types import NonNegativeInt, PositiveInt, check_fields
 from litgpt_moe_ext.wording import counted
 
@@ -104,11 +104,15 @@ class TokenShards(ShardModule):
         for split, paths, pattern in (("train", train, self.train_pattern), ("validation", val, self.val_pattern)):
             if not paths:
                 setting = "train_pattern" if split == "train" else "val_pattern"
-                raise SettingsError(
-                    f"data_path: {str(folder)!r} has no {split} shards ({setting}: {pattern!r}, it has {len(shards)} "
-                    f"files ending in {' or '.join(SUFFIXES)}); set {setting} to a glob that names them, or leave "
-                    "both patterns out, where with two or more files the first validates"
-                )
+                there = f"{counted(len(shards), 'file')} ending in {' or '.join(SUFFIXES)}"
+                if pattern is not None:
+                    remedy = f", none like {setting}: {pattern!r}; set it to a glob that names them"
+                else:
+                    remedy = (
+                        did_you_mean_inside(folder, f"{split[:3]}*.bin")
+                        or "; it needs two or more, of which the first validates"
+                    )
+                raise SettingsError(f"data_path: {str(folder)!r} has no {split} shards: it has {there}{remedy}")
         if both := set(train) & set(val):
             raise SettingsError(
                 f"train_pattern: {self.train_pattern!r} and val_pattern {self.val_pattern!r} both match "

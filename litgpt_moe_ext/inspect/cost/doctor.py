@@ -17,6 +17,8 @@ from litgpt_moe_ext.inspect.recipes import Recipe
 from litgpt_moe_ext.wording import counted
 
 if TYPE_CHECKING:
+    import torch
+
     from litgpt_moe_ext.training.plan import Plan
     from litgpt_moe_ext.training.settings import Settings, StrategyName
 
@@ -47,7 +49,8 @@ def examine(recipe: Recipe | None, settings: "Settings | SettingsError | None" =
     """
     from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
 
-    findings = [*_versions(), *_device(), *_links(), _compile(recipe), *_kernels(recipe), _precision(recipe)]
+    findings = [*_versions(), *_device(), *_links(), _compile(recipe)]
+    findings += [*(_kernels_here() if recipe is None else _kernels(recipe)), _precision(recipe)]
     if recipe is not None:
         findings += [] if settings is None else _settings(recipe, settings)
         findings += [_strategy(recipe), graphs(recipe, accelerator_here()), *_memory(recipe), _data(recipe)]
@@ -140,7 +143,8 @@ def _compile(recipe: Recipe | None) -> Finding:
     return Finding("compile", "good", str(decide(setting, recipe.config, found)))
 
 
-def _kernels(recipe: Recipe | None) -> Iterator[Finding]:
+def _kernels_here() -> Iterator[Finding]:
+    """Yield which kernels models of usual sizes would get."""
     import torch
 
     from litgpt_moe_ext.attention.kernels.choice import capability_of, choose
@@ -155,13 +159,35 @@ def _kernels(recipe: Recipe | None) -> Iterator[Finding]:
     chosen = {name: backend_for(device, dtype, (64, 64)) for dtype, name in names.items()}
     text = ", ".join(f"backend {backend} for {name}" for name, backend in chosen.items())
     yield Finding("experts", "note" if "loop" in chosen.values() else "good", text)
-    head_size, capability = 64 if recipe is None else recipe.config.head_size or 64, capability_of(device)
+    capability = capability_of(device)
     chosen = {
-        name: choose(Workload(vendor_kind(device), capability, name, head_size, ("gradient",)))
-        for name in names.values()
+        name: choose(Workload(vendor_kind(device), capability, name, 64, ("gradient",))) for name in names.values()
     }
     text = ", ".join(f"kernel {kernel} for {name}" for name, kernel in chosen.items())
     yield Finding("attention", "note" if EAGER in chosen.values() else "good", f"{text}, with sinks")
+
+
+def _kernels(recipe: Recipe) -> Iterator[Finding]:
+    """Yield what a run of the recipe would say about its kernels, or what it would refuse."""
+    from litgpt_moe_ext.attention.kernels.registry import EAGER
+    from litgpt_moe_ext.meta.models import meta_model
+    from litgpt_moe_ext.training.callbacks.kernel_report import attention_line, experts_line
+
+    device, dtype, autocast = _computing(recipe)
+    model, compiled = meta_model(recipe.config).to(dtype), _compiles(recipe, device.type)
+    lines = {
+        "experts": (lambda: experts_line(model, device, compiled), "loop", "LitGPT's own layers"),
+        "attention": (lambda: attention_line(model, device), EAGER, "LitGPT's own"),
+    }
+    for topic, (line_of, slowest, none) in lines.items():
+        try:
+            with autocast:
+                line = line_of()
+        except SettingsError as error:
+            yield Finding(topic, "problem", str(error))
+            continue
+        text = none if line is None else line.removeprefix(f"{topic}: ")
+        yield Finding(topic, "note" if text.startswith(slowest) else "good", text)
 
 
 def _precision(recipe: Recipe | None) -> Finding:
@@ -200,7 +226,6 @@ def _settings(recipe: Recipe, settings: "Settings | SettingsError") -> Iterator[
         plan = check_plan(settings)
         check_batch(recipe.global_batch_size, recipe.micro_batch_size, _processes(recipe) * recipe.num_nodes)
         check_whole_model(plan.settings, _whole(recipe), _compiles(recipe, accelerator_here()))
-        _check_kernels(recipe)
         check_data(plan.settings, plan.config)
         data: Any = plan.settings.data
         if offers(data, "check_shards") and data.data_path.is_dir():
@@ -240,17 +265,18 @@ def _compiles(recipe: Recipe, device_type: str) -> bool:
     return decide(recipe.settings.get("compile", "auto"), recipe.config, probe_platform(device_type)).enabled
 
 
-def _check_kernels(recipe: Recipe) -> None:
+def _computing(recipe: Recipe) -> "tuple[torch.device, torch.dtype, torch.autocast]":
+    """Return where a run of the recipe computes, the type of its weights, and its autocast."""
     import torch
 
     from litgpt_moe_ext.inspect.cost.memory import PRECISIONS
-    from litgpt_moe_ext.training.callbacks.kernel_report import check_named_kernels
     from litgpt_moe_ext.training.parallel.accelerator import accelerator_here, default_precision
 
     accelerator = accelerator_here()
-    dtype, autocast = PRECISIONS[recipe.precision or default_precision(accelerator)]
-    with torch.autocast(accelerator, autocast, enabled=autocast is not None):
-        check_named_kernels(recipe.config, torch.device(accelerator), dtype)
+    usual = default_precision(accelerator)
+    # What is no precision is a problem of the settings.
+    dtype, autocast = PRECISIONS.get(recipe.precision or usual, PRECISIONS[usual])
+    return torch.device(accelerator), dtype, torch.autocast(accelerator, autocast, enabled=autocast is not None)
 
 
 def _processes(recipe: Recipe) -> int:
