@@ -48,6 +48,34 @@ def read_recipe(file: Path, setting: str = "--config") -> tuple[dict[str, Any], 
     return _load(name, text), lines
 
 
+def is_trusted(class_path: str) -> bool:
+    """Return whether a class that a checkpoint names may be imported: one of LitGPT's, of torch's optimizers, or ours.
+
+    A checkpoint may come from anybody, and its settings are data: importing what they name would run it.
+    """
+    return "." not in class_path or class_path.startswith(("litgpt.", "litgpt_moe_ext.", "torch.optim."))
+
+
+def as_data(settings: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Return the settings that lie in a checkpoint without its callbacks, which are code and not needed to judge it.
+
+    Args:
+        settings: What its `hyperparameters.yaml` holds.
+        file: That file.
+
+    Raises:
+        SettingsError: If the optimizer is of a class that is not trusted.
+    """
+    optimizer = settings.get("optimizer")
+    path = optimizer.get("class_path") if isinstance(optimizer, dict) else optimizer
+    if isinstance(path, str) and not is_trusted(path):
+        raise SettingsError(
+            f"optimizer.class_path: {path!r} is not imported for a checkpoint, which may come from anybody; if you "
+            f"trust it, name {file} as the recipe"
+        )
+    return {name: value for name, value in settings.items() if name != "callbacks"}
+
+
 def load_value(text: str, name: str = "value") -> Any:
     """Return what a text means in YAML, numbers such as 3e-4 included.
 

@@ -16,7 +16,7 @@ from litgpt_moe_ext.cli.paths import check_paths
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
 from litgpt_moe_ext.errors import SettingsError, one_line, refuse_first
 from litgpt_moe_ext.field_types import members
-from litgpt_moe_ext.recipe_files import load_value
+from litgpt_moe_ext.recipe_files import as_data, load_value
 from litgpt_moe_ext.training.settings import Section, Settings
 from litgpt_moe_ext.training.settings.section import attribute_docs, default_of
 
@@ -203,6 +203,8 @@ def read_plain_settings(recipe: Path) -> Settings:
     inside = recipe / "hyperparameters.yaml"
     given = Given({"optimizer": Settings.optimizer})
     given.add_recipe(inside if inside.is_file() else recipe, "recipe")
+    if inside.is_file():
+        given.tree = as_data(given.tree, inside)
     with given.naming_places():
         parser, parsed = parse(given, types)
         model = parsed.pop("model_config")

@@ -13,7 +13,7 @@ from litgpt_moe_ext.errors import (
     did_you_mean_recipe,
     one_line,
 )
-from litgpt_moe_ext.recipe_files import read_recipe
+from litgpt_moe_ext.recipe_files import as_data, read_recipe
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
@@ -34,10 +34,12 @@ class Recipe:
     Attributes:
         config: The model.
         settings: The other settings of the recipe as plain data; empty for a checkpoint without hyperparameters.
+        checkpoint: The checkpoint directory that they are of, whose classes are not imported; None for a recipe.
     """
 
     config: "Config"
     settings: dict[str, Any] = field(default_factory=dict)
+    checkpoint: Path | None = None
 
     @property
     def train(self) -> dict[str, Any]:
@@ -133,13 +135,15 @@ def load_recipe(path: Path) -> Recipe:
             raise SettingsError(f"recipe: {str(path)!r} must have a {file.name}{hint}")
         hyperparameters = path / "hyperparameters.yaml"
         settings = read_recipe(hyperparameters, "recipe")[0] if hyperparameters.is_file() else {}
+        settings = as_data(settings, hyperparameters)
         model, _ = read_recipe(file, "recipe")
         _refuse_unknown(model, file, typed=False)
         try:
             check_ranges(model)
-            return Recipe(cast("Config", LitGPTConfig.from_file(file)), settings)  # which knows the package's mark
+            config = cast("Config", LitGPTConfig.from_file(file))  # which knows the package's mark
         except (TypeError, ValueError, AssertionError) as error:
             raise SettingsError(f"recipe: {str(file)!r} must have a valid model_config: {one_line(error)}") from error
+        return Recipe(config, settings, checkpoint=path)
     if not path.is_file():
         hint = did_you_mean_recipe(path) or "; `litgpt-moe init` lists recipes and writes one"
         raise SettingsError(f"recipe: {str(path)!r} must be a recipe (YAML file) or a checkpoint directory{hint}")

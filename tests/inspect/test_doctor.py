@@ -355,3 +355,22 @@ def test_a_setting_that_cannot_be_read_is_one_line(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "train.max_token" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["doctor", "model-card", "schedule"])
+@pytest.mark.parametrize("setting", ["data", "callbacks", "optimizer"])
+def test_nothing_that_a_checkpoint_names_is_imported(setting, command, finished, tmp_path, monkeypatch, capsys):
+    """As a recipe, which the user has named, the same file is a program."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "stranger.py").write_text("raise SystemExit('it runs')")
+    folder = finished(tmp_path / "out") / "final"
+    file = folder / "hyperparameters.yaml"
+    named = {"class_path": "stranger.Anything"}
+    settings = yaml.safe_load(file.read_text()) | {setting: [named] if setting == "callbacks" else named}
+    file.write_text(yaml.safe_dump(settings))
+    assert main([command, str(folder)]) == (2 if setting == "optimizer" else 0)
+    refused = "optimizer.class_path: 'stranger.Anything' is not imported for a checkpoint"
+    assert (refused in capsys.readouterr().err) == (setting == "optimizer")
+    with pytest.raises(SystemExit, match="it runs"):
+        main(["doctor", str(file)])

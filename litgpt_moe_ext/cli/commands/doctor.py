@@ -48,7 +48,7 @@ class Doctor:
         recipe = None if self.recipe is None else load_recipe(self.recipe)
         if recipe is not None and self.memory is not None:
             return _print_fits(recipe, self.memory)
-        findings = examine(recipe, None if recipe is None else self._settings())
+        findings = examine(recipe, None if recipe is None or recipe.checkpoint else self._settings())
         console = Console(highlight=False, soft_wrap=True)
         for finding in findings:
             style, word = _WORDS[finding.verdict]
@@ -61,17 +61,13 @@ class Doctor:
         print(f"{self.recipe} can run here")
         return 0
 
-    def _settings(self) -> "Settings | SettingsError | None":
-        # As a run reads them, or what it would say; None for a checkpoint that does not hold its own.
+    def _settings(self) -> "Settings | SettingsError":
+        # As a run reads them, or what it would say.
         from litgpt_moe_ext.cli.settings import read_plain_settings, read_settings
 
         assert self.recipe is not None
-        inside = self.recipe / "hyperparameters.yaml"
-        file = self.recipe if self.recipe.is_file() else inside
-        if not file.is_file():
-            return None
         try:
-            return read_settings(["--config", str(file)])
+            return read_settings(["--config", str(self.recipe)])
         except SettingsError as error:
             read_plain_settings(self.recipe)  # what is no recipe at all is refused, what cannot run here is a finding
             return error

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.inspect.recipes import Recipe
+from litgpt_moe_ext.recipe_files import is_trusted
 from litgpt_moe_ext.wording import counted
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def examine(recipe: Recipe | None, settings: "Settings | SettingsError | None" =
     findings = [*_versions(), *_device(), *_links(), _compile(recipe)]
     findings += [*(_kernels_here() if recipe is None else _kernels(recipe)), _precision(recipe)]
     if recipe is not None:
+        findings += [_unread(recipe.checkpoint)] if recipe.checkpoint else []
         findings += [] if settings is None else _settings(recipe, settings)
         findings += [_strategy(recipe), graphs(recipe, accelerator_here()), *_memory(recipe), _data(recipe)]
         findings += [*_tokenizer(recipe), _disk(recipe)]
@@ -212,6 +214,13 @@ def _precision(recipe: Recipe | None) -> Finding:
     if slow and wanted is not None and wanted.startswith("bf16"):
         return Finding("precision", "note", f"precision: {wanted} is slow on a CPU without AVX-512; 32-true is faster")
     return Finding("precision", "good", f"{wanted or 'chosen by the device'}; usable: {', '.join(usable)}")
+
+
+def _unread(checkpoint: Path) -> Finding:
+    file = checkpoint / "hyperparameters.yaml"
+    return Finding(
+        "settings", "note", f"a checkpoint's are data, and nothing is made of them; `doctor {file}` does that"
+    )
 
 
 def _settings(recipe: Recipe, settings: "Settings | SettingsError") -> Iterator[Finding]:
@@ -396,6 +405,8 @@ def _data(recipe: Recipe) -> Finding:
     if not data:
         return Finding("data", "note", "the recipe names none; LitGPT's default is TinyLlama, which must be there")
     class_path = import_path(data if isinstance(data, str) else data.get("class_path", ""))
+    if recipe.checkpoint and not is_trusted(class_path):
+        return Finding("data", "note", f"{class_path}, which is not imported for a checkpoint")
     module, _, name = class_path.rpartition(".")
     try:
         made = getattr(importlib.import_module(module or "litgpt.data"), name)
