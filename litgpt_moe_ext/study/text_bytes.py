@@ -14,7 +14,8 @@ from litgpt_moe_ext.inspect.recipes import Recipe
 def validated_on(recipe: Recipe) -> tuple[Any, ...]:
     """Return what decides the text of a validation, as plain data that can be compared."""
     batches = (recipe.settings.get("eval") or {}).get("max_iters", 100)
-    return str(recipe.settings.get("data")), recipe.sequence_length, recipe.micro_batch_size, batches
+    text = tuple(str(recipe.settings.get(name)) for name in ("data", "tokenizer_dir"))
+    return *text, recipe.sequence_length, recipe.micro_batch_size, batches
 
 
 def bytes_per_token(recipe: Recipe, tokenizer_dir: Path) -> float:
@@ -30,35 +31,35 @@ def bytes_per_token(recipe: Recipe, tokenizer_dir: Path) -> float:
     from litgpt_moe_ext.data.tokenizer.opening import open_as_litgpt
     from litgpt_moe_ext.evaluation.perplexity import bytes_of
 
-    batches = _validation(recipe)
-    if batches is None or not any(tokenizer_dir.glob("tokenizer.*")):
+    if not any(tokenizer_dir.glob("tokenizer.*")):
         return float("nan")
+    tokenizer = open_as_litgpt(tokenizer_dir)
     # All at once: where one row ends and the next begins, a character may be cut.
-    targets = [token for row in batches for token in row[row >= 0].tolist()]
-    return bytes_of(targets, open_as_litgpt(tokenizer_dir)) / len(targets) if targets else float("nan")
+    targets = [token for row in _validation(recipe, tokenizer) for token in row[row >= 0].tolist()]
+    return bytes_of(targets, tokenizer) / len(targets) if targets else float("nan")
 
 
-def _validation(recipe: Recipe) -> list[torch.Tensor] | None:
-    """The targets of each row of a validation, as LitGPT's loop sees them."""
+def _validation(recipe: Recipe, tokenizer: Any) -> list[torch.Tensor]:
+    """The targets of each row of a validation, as LitGPT's loop sees them; none if the text is not where it was."""
     from jsonargparse import ArgumentParser
     from litgpt.data import DataModule
 
     section, length = recipe.settings.get("data"), recipe.sequence_length
     if section is None:
-        return None
+        return []
     parser = ArgumentParser()
     parser.add_subclass_arguments(DataModule, "data")
     data = parser.instantiate_classes(parser.parse_object({"data": section})).data
     path = getattr(data, "data_path", None) or getattr(data, "corpus_dir", None)
     if path is None or not Path(path).is_dir():
-        return None  # to prepare a corpus for this page alone would be a surprise
-    data.connect(tokenizer=None, batch_size=recipe.micro_batch_size, max_seq_length=length)
+        return []  # to prepare a corpus for this page alone would be a surprise
+    data.connect(tokenizer=tokenizer, batch_size=recipe.micro_batch_size, max_seq_length=length)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             data.prepare_data()
         data.setup()
     except (OSError, SettingsError):  # as where what it was made of is gone; a page of finished runs is worth more
-        return None
+        return []
     count = validated_on(recipe)[-1]
     rows: list[torch.Tensor] = []
     for i, batch in enumerate(data.val_dataloader()):

@@ -3,12 +3,13 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from litgpt import Tokenizer
 
-from litgpt_moe_ext.data import PythonStdlib
+from litgpt_moe_ext.data import PythonStdlib, TextCorpus
 from litgpt_moe_ext.data.pipeline.store import open_corpus
 from litgpt_moe_ext.inspect.recipes import Recipe
 from litgpt_moe_ext.study.text_bytes import bytes_per_token
@@ -53,21 +54,37 @@ def test_bytes_per_token(recipe, capsys):
     assert capsys.readouterr().out == ""
 
 
+def text_corpus(recipe: Recipe, folder: Path, **more) -> TextCorpus:
+    """Have a recipe read the files as text of any kind."""
+    arguments = {"source_path": folder / "text", "data_path": folder / "data", "pattern": "*.py", "val_fraction": 0.5}
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in (arguments | more).items()}
+    recipe.settings["data"] = {"class_path": "litgpt_moe_ext.data.TextCorpus", "init_args": plain}
+    return TextCorpus(**arguments, **more)
+
+
 def test_characters_of_several_tokens_and_an_end_of_text_that_is_not_marked_as_special(recipe, tmp_path):
     """As if the text were read from its first token to its last."""
     for name in "abcdefgh":
         text = "".join(chr(0x4E00 + ord(name) * i) for i in range(30))
         (tmp_path / "text" / f"{name}.py").write_text(text)
-    data = PythonStdlib(**recipe.settings["data"]["init_args"])
-    tokenizer_dir = data.prepare() / "tokenizer"
-    tokens = np.concatenate(open_corpus(tokenizer_dir.parent)[1])[1 : 1 + 3 * 2 * LENGTH]
+    tokenizer_dir = shutil.copytree(
+        PythonStdlib(**recipe.settings["data"]["init_args"]).prepare() / "tokenizer", tmp_path / "tokenizer"
+    )
     content = json.loads((tokenizer_dir / "tokenizer.json").read_text())
-    text = Tokenizer(tokenizer_dir).processor.decode(tokens.tolist())
     content["added_tokens"][0]["special"] = False
-    changed = shutil.copytree(tokenizer_dir, tmp_path / "changed")
-    (changed / "tokenizer.json").write_text(json.dumps(content))
-    assert 0 in tokens
-    assert bytes_per_token(recipe, changed) == len(text.encode()) / len(tokens)
+    (tokenizer_dir / "tokenizer.json").write_text(json.dumps(content))
+    corpus = text_corpus(recipe, tmp_path, tokenizer_dir=tokenizer_dir).prepare()
+    tokens = np.concatenate(open_corpus(corpus)[1])[1 : 1 + 3 * 2 * LENGTH].tolist()
+    assert tokens.count(0) > 0
+    text = Tokenizer(tokenizer_dir).processor.decode([token for token in tokens if token])
+    assert bytes_per_token(recipe, tokenizer_dir) == len(text.encode()) / len(tokens)
+
+
+def test_the_tokenizer_of_the_run_has_encoded_the_corpus(recipe, tmp_path):
+    tokenizer_dir = PythonStdlib(**recipe.settings["data"]["init_args"]).prepare() / "tokenizer"
+    text_corpus(recipe, tmp_path)
+    recipe.settings["tokenizer_dir"] = str(tokenizer_dir)
+    assert bytes_per_token(recipe, tokenizer_dir) > 1
 
 
 def test_a_corpus_that_came_prepared_has_bytes_too(recipe):
