@@ -24,9 +24,11 @@ from litgpt_moe_ext import padding
 from litgpt_moe_ext.data import CodeParrot, HubDataset, Mixture, PreparedCorpus, TextCorpus, TinyStories, TokenShards
 from litgpt_moe_ext.data.pipeline import preparation, sources
 from litgpt_moe_ext.data.pipeline.sources import FileHashes
-from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR, read_manifest
+from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR, open_corpus, read_manifest
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
+from litgpt_moe_ext.data.tokenizer.opening import open_as_litgpt
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.evaluation.tokenization import encoder
 from litgpt_moe_ext.padding import PADDING, PaddedRows
 from tests.data.test_readers import tar
 from tests.data.test_text_corpus import stories, texts_in
@@ -249,6 +251,21 @@ def test_the_tokenizer_that_litgpt_was_given(tmp_path):
     prepared = Tokenizer(data.corpus_path / TOKENIZER_DIR)
     assert prepared.encode(VAL[0]).tolist() == given.encode(VAL[0]).tolist()
     assert (prepared.eos_id, prepared.bos_id) == (0, 0)
+
+
+def test_a_tokenizer_that_was_saved_to_cut_and_pad_texts(tmp_path):
+    """Whoever opens it reads texts of any length as they are."""
+    tokenizer = train_bpe(TRAIN, BPE, tmp_path / "t")
+    expected = tokenizer.encode(TRAIN[0]).ids
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=16)
+    tokenizer.save(str(tmp_path / "t" / "tokenizer.json"))
+    data = tiny_txt(tmp_path)
+    data.bpe, data.tokenizer_dir = None, tmp_path / "t"
+    for opened in (open_as_litgpt(data.prepare_tokenizer()), Tokenizer(tmp_path / "t")):  # ours and LitGPT's
+        data.connect(opened)
+    assert np.concatenate(open_corpus(data.corpus_path)[0])[: len(expected)].tolist() == expected
+    assert encoder(open_as_litgpt(tmp_path / "t"))(TRAIN[0]) == expected
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from litgpt_moe_ext.data.corpora.base import Corpus, full_docstring
 from litgpt_moe_ext.data.modules.base import ShardModule, is_first_rank
 from litgpt_moe_ext.data.packing import document_lengths, first_documents, pack
 from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR, key_of, open_corpus, read_manifest
+from litgpt_moe_ext.data.tokenizer.opening import parse_tokenizer
 from litgpt_moe_ext.data.windows import DocumentWindows, StreamWindows, Windows
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.padding import accept_padding
@@ -173,11 +174,11 @@ class CorpusModule(Corpus, ShardModule):
     def _check_tokenizer(self) -> None:
         if self.tokenizer is None:
             return
-        directory = self._prepared() / TOKENIZER_DIR
-        prepared = HFTokenizer.from_file(str(directory / "tokenizer.json")).to_str()
+        directory, processor = self._prepared() / TOKENIZER_DIR, self.tokenizer.processor
         # LitGPT's Tokenizer does not keep its path, and the same tokenizer may well come from a copy.
-        given = self.tokenizer.processor.to_str() if isinstance(self.tokenizer.processor, HFTokenizer) else None
-        if given != prepared:
+        given = processor.to_str().encode() if isinstance(processor, HFTokenizer) else b""
+        contents = given, (directory / "tokenizer.json").read_bytes()
+        if not given or len({parse_tokenizer(content, "tokenizer.json").to_str() for content in contents}) > 1:
             raise SettingsError(
                 f"tokenizer_dir: {self.tokenizer.model_name!r} is not the tokenizer that encoded this corpus, so its "
                 f"ids would mean other text; set tokenizer_dir to {str(directory)!r}, or leave it out"

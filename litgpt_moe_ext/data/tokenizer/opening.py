@@ -25,8 +25,7 @@ def open_for_documents(directory: str | os.PathLike) -> Tokenizer:
     """Open a tokenizer for encoding documents rather than prompts.
 
     Text such as `<|endoftext|>` inside a document stays ordinary text instead of becoming the special id, which would
-    end the document in its middle. Truncation and padding settings of the file are switched off. Encode with
-    `add_special_tokens=False`.
+    end the document in its middle. Encode with `add_special_tokens=False`.
 
     Raises:
         SettingsError: The directory has no `tokenizer.json`, or it is damaged.
@@ -36,13 +35,11 @@ def open_for_documents(directory: str | os.PathLike) -> Tokenizer:
         raise SettingsError(f"{path} does not exist; a tokenizer directory needs a tokenizer.json")
     tokenizer = parse_tokenizer(path.read_bytes(), str(path))
     tokenizer.encode_special_tokens = True
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     return tokenizer
 
 
 def parse_tokenizer(content: bytes, name: str) -> Tokenizer:
-    """Return the tokenizer in the content of a `tokenizer.json`.
+    """Return the tokenizer in the content of a `tokenizer.json`, for texts of any length.
 
     Args:
         content: The file.
@@ -52,13 +49,20 @@ def parse_tokenizer(content: bytes, name: str) -> Tokenizer:
         SettingsError: It is damaged.
     """
     try:
-        return Tokenizer.from_buffer(content)
+        return _for_any_length(Tokenizer.from_buffer(content))
     except Exception as error:  # the tokenizers library raises nothing more precise
         raise SettingsError(f"{name} is not a tokenizer ({error}); download or make it again") from error
 
 
+def _for_any_length(tokenizer: Tokenizer) -> Tokenizer:
+    # Whoever saved it last may have cut or padded texts.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
 def open_as_litgpt(directory: Path) -> "LitGPTTokenizer":
-    """Open a tokenizer as LitGPT does, with one id or none for what begins and what ends a text.
+    """Open a tokenizer as LitGPT does, for texts of any length, with one id or none for what begins and what ends them.
 
     LitGPT takes over -1, by which SentencePiece means none, and the list of all that may end a text in a
     `generation_config.json`, of which the first counts.
@@ -66,16 +70,18 @@ def open_as_litgpt(directory: Path) -> "LitGPTTokenizer":
     Raises:
         Exception: Whatever LitGPT and its libraries raise.
     """
-    from litgpt.tokenizer import Tokenizer
+    from litgpt.tokenizer import Tokenizer as LitGPTTokenizer
 
     try:
-        tokenizer = Tokenizer(directory)
+        tokenizer = LitGPTTokenizer(directory)
     except KeyError as error:
         if error.args != ("tokenizer_class",):
             raise
         raise ValueError(
             'its tokenizer_config.json names no class; add "tokenizer_class": "PreTrainedTokenizerFast" to it'
         ) from error
+    if isinstance(tokenizer.processor, Tokenizer):
+        _for_any_length(tokenizer.processor)
     for name in ("bos_id", "eos_id"):
         ids = getattr(tokenizer, name)
         first = next(iter(ids), None) if isinstance(ids, list) else ids
