@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.interruption import uninterrupted
 from litgpt_moe_ext.training.checkpoint.progress import newest_first
 from litgpt_moe_ext.training.logs import ANOMALIES_FOLDER, EXPORTS_FOLDER, METRICS_FILE, TRANSCRIPT_FILE, WIDE_FILE
 
@@ -39,7 +40,8 @@ def set_aside(out_dir: Path) -> Path | None:
     problem: OSError | None = None
     for aside in (free_name(out_dir), free_name(out_dir / "run")):
         try:
-            _move(out_dir, aside, found)
+            with uninterrupted():  # half of a run here and half there is neither
+                _move(out_dir, aside, found)
         except OSError as error:
             problem = error
         else:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -534,6 +535,20 @@ class TestSetAside:
             assert problem_with(out_dir / f"run-earlier-{number}" / "final") is None
         assert problem_with(out_dir / "final") is None
         assert sorted(path.name for path in tmp_path.glob("out*")) == ["out"], "no empty folder is left"
+
+    def test_a_signal_does_not_divide_it(self, first_run, tmp_path, monkeypatch):
+        """All of it has moved when the signal counts."""
+        out_dir, rename = tmp_path / "out", Path.rename
+        file = first_run(out_dir)
+        found = {path.name for path in out_dir.iterdir()}
+
+        def interrupted(self: Path, target: Path) -> Path:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", interrupted)
+        assert train("--config", file, "--out_dir", out_dir) == 143
+        assert {path.name for path in (tmp_path / "out-earlier-1").iterdir()} == found
 
     def test_through_a_link_to_another_disk(self, first_run, tmp_path):
         with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as disk:
