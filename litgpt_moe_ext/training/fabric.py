@@ -3,7 +3,6 @@
 The events, and what the callbacks may do about them, stand in `training.callback`.
 """
 
-import math
 import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +16,7 @@ from lightning.fabric.wrappers import _FabricOptimizer
 from torch import Tensor
 
 from litgpt_moe_ext.errors import SettingsError, one_line
+from litgpt_moe_ext.evaluation.perplexity import exp
 from litgpt_moe_ext.training.callback import Callback
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class TrainingFabric(L.Fabric):
                 metrics[name] = float(mean)
         for name, loss in (("ppl", "loss"), ("val_ppl", "val_loss")):
             if loss in metrics:
-                metrics[name] = math.exp(min(float(metrics[loss]), 700.0))
+                metrics[name] = exp(float(metrics[loss]))
         self.call("on_log", metrics=metrics)
         try:
             super().log_dict(metrics, self.step)

@@ -13,6 +13,7 @@ names point to functions of ours, which do their part and, where there is one, c
 | `chunked_cross_entropy`   | makes a step a mean over its tokens; does the head's, or all of the model's, work   |
 | `validate`                | makes the validation loss a mean over tokens; logs the one before the first step   |
 | `RunningMean`             | averages losses without waiting for the device                                     |
+| `math`                    | has an `exp` for the perplexity of any loss; Python's ends the run above 709       |
 | `get_dataloaders`         | lets a data position be read with another number of processes                     |
 | `get_lr`                  | follows the run's schedule                                                         |
 | `measure_flops`           | counts for the length of the training's sequences, not the model's longest         |
@@ -22,16 +23,19 @@ names point to functions of ours, which do their part and, where there is one, c
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import litgpt.pretrain
 from torch import Tensor
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.evaluation.perplexity import exp
 from litgpt_moe_ext.host.replaced import replaced
 from litgpt_moe_ext.model_size import count_flops
 from litgpt_moe_ext.moe.gradient_injection import forget_scale
@@ -147,6 +151,7 @@ class HookedLoop:
             "chunked_cross_entropy": self._means.wrap_loss(self._graphs.wrap(cross_entropy)),
             "validate": self._noted(self._means.wrap_validation(litgpt.pretrain.validate)),
             "RunningMean": RunningMean,
+            "math": SimpleNamespace(**{**vars(math), "exp": exp}),
         }
         with replaced(litgpt.pretrain, hooks), self._listening:
             yield

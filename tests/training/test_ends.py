@@ -74,6 +74,14 @@ def test_what_cannot_be_given_is_said(recipe, capsys):
     assert "train.lr_warmup_steps: 5 of 2 steps: the learning rate rises to the end" in output
 
 
+def test_a_loss_without_a_perplexity(recipe, tmp_path):
+    """Of a run that has gone astray: no float is so large, and the run goes on to its end."""
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e3}}
+    file = recipe(train={"max_steps": 4, "lr_warmup_steps": 12}, eval={"interval": 3}, optimizer=optimizer)
+    assert train("--config", file) == 0
+    assert list(logged(tmp_path / "out", "val_ppl").values()) == ["inf", "inf"]
+
+
 def test_weights_that_are_not_finite_are_not_final(recipe, tmp_path, capsys):
     """The run says so, fails, and leaves neither `final` nor `best`."""
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e39}}
