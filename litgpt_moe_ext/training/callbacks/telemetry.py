@@ -33,6 +33,8 @@ class Telemetry(Callback):
         self._flops_per_token: float | None = None
         self._waited = 0.0
         self._previous: tuple[float, int] | None = None
+        if device.type == "cuda":  # the highest of an earlier run of this process may be higher
+            torch.cuda.reset_peak_memory_stats(device)
 
     def on_flops_counted(self, flops_per_token: float) -> None:
         """Note the arithmetic of a token."""

@@ -45,6 +45,16 @@ def test_none_without_a_peak():
     assert "mfu" not in metrics
 
 
+def test_memory_of_this_run_alone(monkeypatch):
+    """Of several in a process, each begins with what there is: a notebook may have trained a larger model before."""
+    peak = {"cuda": 5e9}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak[device.type])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak.update({device.type: 1e9}))
+    metrics = {"loss": 1.0, "total_tokens": 1}
+    Telemetry(torch.device("cuda"), 1, None).on_log(metrics)
+    assert metrics["memory_gb"] == 1.0
+
+
 def test_training_costs_three_times_the_active_products():
     """Forward once, backward twice (towards inputs and weights): 6 per active weight and token, plus attention."""
     config = moe_config()
