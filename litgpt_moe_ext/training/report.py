@@ -103,7 +103,7 @@ def farther(plan: Plan, step: int) -> str:
         f" --train.max_tokens {times * train.max_tokens}"
         if train.epochs is None
         else f" --train.epochs {times * train.epochs}"
-    )
+    ) + getattr(plan.settings.data, "flags_to_go_on", "")
     if train.max_steps is None:
         return more if step >= planned else ""
     if step >= planned:

@@ -30,7 +30,7 @@ from litgpt_moe_ext.training.checkpoint.resharding import convert_position
 from litgpt_moe_ext.training.steps.corpora import CorpusLosses
 from tests.data.test_loader import take
 from tests.data.test_text_corpus import stories
-from tests.runs import ROOT, logged
+from tests.runs import ROOT, logged, train
 from tests.training.processes import Training, in_ranks
 
 EXAMPLE = [f"--config={ROOT / name}" for name in ("configs/quickstart.yaml", "examples/mixture.yaml")]
@@ -151,9 +151,11 @@ def test_what_changes_the_order_is_refused_and_what_is_still_to_come_is_not():
     take(late, 11)
     other = {"shares": ((3, 1, 0), (1, 0, 3))}
     make(**other).load_state_dict(early.state_dict())
-    for loader in (make(**other), make(border=18)):
-        with pytest.raises(SettingsError, match=r"resume: .*annealing: \[20, 1, 1, 2\] in the checkpoint"):
-            loader.load_state_dict(late.state_dict())
+    with pytest.raises(SettingsError, match=r"resume: .*annealing: \[20, 1, 1, 2\] in the checkpoint"):
+        make(**other).load_state_dict(late.state_dict())
+    length = make().windows.block_size
+    with pytest.raises(SettingsError, match=rf"began after {20 * length} .*from_tokens {20 * length}, and from_frac"):
+        make(border=18).load_state_dict(late.state_dict())
     for loader, key in ((make(shares=((2, 1, 0), (1, 1, 2))), "weights"), (make(sizes=(11, 4, 7)), "corpora")):
         with pytest.raises(SettingsError, match=f"resume: .*{key}: "):
             loader.load_state_dict(early.state_dict())
@@ -402,6 +404,9 @@ def test_what_only_the_length_of_the_run_tells_is_asked_for(texts):
     by_tokens.setup()
     assert by_tokens.train_dataloader().mixture.phases.border == 11
     assert opened(by_tokens).train_dataloader().mixture.phases.border == 12  # the next whole step
+    by_part = opened(Mixture(corpora, weights, Annealing({"a": 1, "b": 3}, from_fraction=0.8)), RunLength(400, 4, 10))
+    assert by_part.flags_to_go_on == " --data.annealing.from_fraction null --data.annealing.from_step 320"
+    assert not by_tokens.flags_to_go_on
     limited = Mixture(corpora, weights, max_epochs=2)
     with pytest.raises(SettingsError, match=r"data.max_epochs: 2 must be at least [\d.]+, as often as this run"):
         opened(limited, RunLength(400, 4, 10)).train_dataloader()
@@ -424,6 +429,19 @@ def mixed(settings, texts) -> dict:
         "annealing": {"from_fraction": 0.5, "weights": {"code": 0.2, "text": 0.8}},
     }
     return {"class_path": "litgpt_moe_ext.data.Mixture", "init_args": init_args}
+
+
+@pytest.mark.slow
+def test_a_finished_run_says_how_to_go_on(recipe, corpus_settings, texts, capsys):
+    """A part of a longer run is another step, at which the rows that were read would not be those that are to be."""
+    changes = {"data": mixed(corpus_settings, texts), "train": {"max_tokens": 2 * 128}, "eval": {"max_iters": 2}}
+    file = str(recipe(**changes))
+    assert train("--config", file) == 0
+    flags = capsys.readouterr().out.splitlines()[-1].removeprefix("Go on: ").split()
+    assert train("--config", file, *flags) == 0
+    assert "after step 1 code 20%, text 80%" in capsys.readouterr().out
+    assert train("--config", file, "--resume=auto", "--train.max_tokens=1024") == 2
+    assert "began after 128 tokens in the checkpoint, and would begin after 512 now" in capsys.readouterr().err
 
 
 @pytest.mark.slow

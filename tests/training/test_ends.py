@@ -44,7 +44,7 @@ def test_last_step_on_the_interval_validates_once(recipe, tmp_path, capsys):
 def test_the_way_on(max_tokens, max_steps, step, flags):
     """Flags that train further, instead of ending where the run ended."""
     train_args = TrainArgs(max_tokens=max_tokens, max_steps=max_steps)
-    plan = SimpleNamespace(settings=SimpleNamespace(train=train_args), tokens_per_step=10, steps_ahead=0)
+    plan = SimpleNamespace(settings=SimpleNamespace(train=train_args, data=None), tokens_per_step=10, steps_ahead=0)
     assert farther(plan, step).strip() == flags
 
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from litgpt_moe_ext.data.loader import Order, Replica, TokenLoader
 from litgpt_moe_ext.data.mixture.schedule import Phases
 from litgpt_moe_ext.data.windows import TokenStream, Windows
+from litgpt_moe_ext.errors import SettingsError
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,19 @@ class MixtureLoader(TokenLoader):
             batch = self.windows.gather(np.arange(start, start + self._rows), pin)
             self._position += 1
             yield batch
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `TokenLoader.load_state_dict`; another beginning of the annealing is refused with what keeps it."""
+        phases, block_size = self.mixture.phases, self.windows.block_size
+        began = state.get("fingerprint", {}).get("annealing")
+        if began is not None and phases.second is not None and began[0] != phases.border:
+            then, now = began[0] * block_size, phases.border * block_size
+            raise SettingsError(
+                f"resume: the annealing of the mixture began after {then:,} tokens in the checkpoint, and would begin "
+                f"after {now:,} now; keep it there with --data.annealing.from_tokens {then}, and from_fraction and "
+                "from_step null"
+            )
+        super().load_state_dict(state)
 
     def _is_in_range(self, state: dict[str, Any]) -> bool:
         return state["epoch"] == 0 and state["position"] >= 0

@@ -97,6 +97,15 @@ class Mixture(TokenModule):
                 "corpus of the mixture; the batches are shared out evenly"
             )
 
+    @property
+    def flags_to_go_on(self) -> str:
+        """Flags, each after a space, that keep the shares of this run in a longer one; empty if none is needed."""
+        if self.annealing is None or self.annealing.from_fraction is None or self._length is None:
+            return ""
+        # The part of a longer run would be another step.
+        step = self.annealing.first_row(self._length, 1) // self._length.rows_per_step
+        return f" --data.annealing.from_fraction null --data.annealing.from_step {step}"
+
     def prepare_tokenizer(self) -> Path | None:
         """Prepare everything if needed and return the directory of the tokenizer; None if no corpus has one."""
         self.prepare_data()
