@@ -20,7 +20,7 @@ _UNREADABLE = (zipfile.BadZipFile, EOFError, OSError, NotImplementedError)
 
 def write(directory: Path, leave_out: Collection[str] = ()) -> None:
     """Write the checksums of all files in `directory`, at any depth, but for those with one of some names."""
-    lines = [f"{_digest(directory / name)}  {name}\n" for name in _names(directory, leave_out)]
+    lines = [f"{sha256_of(directory / name)}  {name}\n" for name in _names(directory, leave_out)]
     (directory / FILE_NAME).write_text("".join(lines), encoding="utf-8")
 
 
@@ -68,7 +68,7 @@ def problem_with(
             if Path(name).name == archive and (directory / name).is_file():
                 if problem := problem_with_names(directory / name):
                     return f"in {name}: {problem}"
-            elif _digest(directory / name) != digest:
+            elif sha256_of(directory / name) != digest:
                 return f"{name} differs from its checksum in {FILE_NAME}"
         except (OSError, ValueError) as error:  # ValueError: a damaged name that no file can have
             return f"{name} cannot be read ({getattr(error, 'strerror', None) or error})"
@@ -119,6 +119,7 @@ def _names(directory: Path, leave_out: Collection[str]) -> list[str]:
     return sorted(name for name in found if name != FILE_NAME and name not in leave_out)
 
 
-def _digest(file: Path) -> str:
+def sha256_of(file: Path) -> str:
+    """Return the SHA-256 (hex) of a file's content."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

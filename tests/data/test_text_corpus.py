@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -362,6 +363,19 @@ def test_a_changed_file_is_noticed(tmp_path):
     assert FileHashes(tmp_path).hash(path) != first
     (tmp_path / ".file_hashes.json").write_text("{")
     assert FileHashes(tmp_path)._known == {}
+
+
+def test_a_file_that_is_written_to_while_it_is_read(tmp_path):
+    """Its hash, by which the corpus is found again, would be that of another text."""
+    path = write_lines(tmp_path / "a.jsonl", ["one", "two"])
+    (source,) = file_sources([path], None, TextFormat(), FileHashes(tmp_path))
+    for content, refused in ((path.read_bytes(), False), (path.read_bytes() + b'{"text": "three"}\n', True)):
+        records = source.records()
+        next(records)
+        path.write_bytes(content)
+        os.utime(path, (1, 1))
+        with pytest.raises(SettingsError, match="a.jsonl has changed since") if refused else nullcontext():
+            assert len(list(records)) == 1
 
 
 def test_a_file_that_was_just_written_is_read_again(tmp_path):

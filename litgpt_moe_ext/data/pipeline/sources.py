@@ -1,6 +1,5 @@
 """Where documents come from: files, URLs, or a data set of the Hugging Face library; one class stands for each."""
 
-import hashlib
 import json
 import os
 import time
@@ -18,6 +17,7 @@ from litgpt_moe_ext.data.reading.documents import documents
 from litgpt_moe_ext.data.reading.record import Record, TextFormat
 from litgpt_moe_ext.data.reading.remote import name_of, remote_facts
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.files.checksums import sha256_of
 from litgpt_moe_ext.files.durable import flush
 
 Side = Literal["train", "val"]
@@ -76,8 +76,7 @@ class FileHashes:
             if (known := self._remembered(path, stat)) is not None:
                 return known
             started = time.time()
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = sha256_of(path)
         except OSError as error:
             raise SettingsError(f"{path} cannot be read ({error.strerror or error}); check the file") from error
         if stat.st_mtime < started - _SETTLED_SECONDS:
@@ -193,16 +192,22 @@ def file_sources(
     Raises:
         SettingsError: A file cannot be read.
     """
-    return [
-        Source(
-            str(file),
-            split,
-            file.stat().st_size,
-            _identity(file, hashes.hash(file)),
-            partial(documents, file, text_format),
-        )
-        for file in files
-    ]
+    sources = []
+    for file in files:
+        stat, content = file.stat(), hashes.hash(file)
+        records = partial(_as_hashed, file, text_format, (stat.st_size, stat.st_mtime_ns), content)
+        sources.append(Source(str(file), split, stat.st_size, _identity(file, content), records))
+    return sources
+
+
+def _as_hashed(file: Path, text_format: TextFormat, before: tuple[int, int], content: str) -> Iterator[Record]:
+    # The documents of a file. Hours may lie between its hash, by which the corpus is found again, and its end.
+    yield from documents(file, text_format)
+    if not file.exists():
+        return
+    stat = file.stat()
+    if (stat.st_size, stat.st_mtime_ns) != before and sha256_of(file) != content:
+        raise SettingsError(f"{file} has changed since the preparation began; run again when nothing writes to it")
 
 
 def split_sources(
