@@ -121,7 +121,7 @@ class TestChecksums:
 
     def test_they_are_compared_once(self, folder, monkeypatch):
         TokenShards(folder).prepare_data()
-        monkeypatch.setattr(sources.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+        monkeypatch.setattr("hashlib.file_digest", lambda *_: pytest.fail("read again"))
         TokenShards(folder).prepare_data()
 
     def test_only_those_that_are_read(self, folder):

@@ -63,7 +63,7 @@ def test_damage_is_named(copied, damage, checked_before):
 
 def test_a_corpus_is_read_once(copied, monkeypatch):
     verify(copied)
-    monkeypatch.setattr(pipeline.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("hashlib.file_digest", lambda *_: pytest.fail("read again"))
     verify(copied)
     PreparedCorpus(corpus_dir=copied).prepare()
 
