@@ -33,7 +33,7 @@ class DistributedArgs(Section, key="distributed"):
     cpu_offload: bool | None = None
     """fsdp, fsdp_shard_grad_op, fsdp2: keep weights and optimizer in the memory of the CPU; null: false."""
     forward_prefetch: bool | None = None
-    """The same: all-gather the weights of the next block before the present one is computed; null: false."""
+    """fsdp, fsdp_shard_grad_op, fsdp2: gather the next block's weights before this one is computed; null: false."""
     overlap_comm: bool | None = None
     """deepspeed: reduce gradients during the backward pass; null: true."""
     reduce_bucket_size: PositiveInt | None = None

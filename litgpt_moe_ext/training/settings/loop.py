@@ -41,7 +41,7 @@ class TrainArgs(Section, key="train"):
     lr_warmup_steps: NonNegativeInt | None = 2000
     """Optimizer steps in which the learning rate rises to its peak."""
     lr_warmup_fraction: Fraction | None = None
-    """The same as a part of an epoch, instead of lr_warmup_steps."""
+    """Part of an epoch in which the learning rate rises to its peak, instead of lr_warmup_steps."""
     epochs: PositiveInt | None = None
     """Train this often on all of the data, instead of max_tokens; null: max_tokens counts."""
     max_tokens: PositiveInt = int(3e12)
@@ -157,7 +157,7 @@ class AnomalyArgs(Section, key="anomaly"):
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A gradient norm that is NaN or infinite: end the run before the weights change, or skip the step."""
     on_spike: Literal["stop", "skip"] = "skip"
-    """The same for a gradient norm above spike_factor times the median."""
+    """A gradient norm above spike_factor times the median: end the run before the weights change, or skip the step."""
     spike_factor: AboveOne | None = None
     """Multiple of the median gradient norm of the last steps that counts as a spike; null: none does."""
     window: PositiveInt = 64

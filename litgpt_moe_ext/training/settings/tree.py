@@ -40,9 +40,10 @@ class Settings(Section):
     initial_checkpoint_dir: Path | None = None
     """Checkpoint directory whose weights to start from; excludes resume."""
     resume: bool | Literal["auto"] | Path = False
-    """auto: continue from the newest whole checkpoint in out_dir if there is one; true: insist on one; a path: that."""
+    """auto: continue from the newest whole checkpoint in out_dir if there is one; true: insist on one; a path: that,
+    or the newest of that run."""
     data: "DataModule | None" = None
-    """The data module, by class_path and init_args; null: litgpt.data.TinyLlama."""
+    """The data module, by name, or class_path and init_args; null: litgpt.data.TinyLlama."""
     train: TrainArgs = field(default_factory=TrainArgs)
     """Batches, length and limits of the training."""
     eval: EvalArgs = field(default_factory=EvalArgs)
@@ -87,7 +88,7 @@ class Settings(Section):
     wandb_dataset: str | None = None
     """Train on a prepared corpus from W&B, entity/project/name:alias, instead of the one of data."""
     wandb_artifacts_dir: Path | None = None
-    """Where to keep it; null: data/wandb."""
+    """Where to keep the corpus of wandb_dataset; null: data/wandb."""
     schedule: ScheduleArgs = field(default_factory=ScheduleArgs)
     """Shape of the learning rate."""
     parameter_groups: ParameterGroupArgs = field(default_factory=ParameterGroupArgs)
