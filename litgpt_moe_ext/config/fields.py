@@ -235,7 +235,7 @@ ATTENTION_FIELDS = {
     "streaming_cache_window": Field(PositiveInt, "number of last tokens that the cache keeps", _ATTENTION),
     "sliding_window_size": _litgpt(
         PositiveInt,
-        "number of tokens that a token sees, with itself, where `sliding_window_indices` has a 1",
+        "number of tokens that a token sees, with itself, where `sliding_window_indices` has a 1 (all by default)",
         _ATTENTION,
     ),
     "norm_qk_type": _litgpt(

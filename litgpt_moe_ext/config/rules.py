@@ -4,6 +4,7 @@ A rule yields what is wrong: the field as the user writes it, its value, and the
 LitGPT.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -68,7 +69,8 @@ def _resolve_field(config: "Config", name: str, field: Field) -> None:
         is_foreign = field.of_litgpt and feature == field.owner[0]
         if value != field.unset and not is_foreign:
             raise SettingsError(
-                f"{name}: {value!r} would be ignored because {reason}; remove it from the model configuration"
+                f"{name}: {value!r} would be ignored because {reason}; remove it from the model configuration, or set "
+                f"it to {json.dumps(field.unset)}"
             )
         return
     default = _default(config, name, field)
@@ -176,8 +178,8 @@ def _streaming_cache(config: "Config") -> Iterator[str]:
     first, window = config.streaming_cache_first, config.streaming_cache_window
     if (first is None) != (window is None):
         yield (
-            f"streaming_cache_first: {first!r} and streaming_cache_window: {window!r} must both be set (usual are 4 "
-            "and the rest of block_size)"
+            f"streaming_cache_first: {json.dumps(first)} and streaming_cache_window: {json.dumps(window)} must both be "
+            "set (usual are 4 and the rest of block_size)"
         )
     if first is None or window is None:
         return
