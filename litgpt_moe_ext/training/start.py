@@ -12,6 +12,7 @@ from litgpt_moe_ext.training.checkpoint.compatibility import (
     require_same_model,
     require_same_optimizer,
     require_same_weights,
+    require_whole_steps,
 )
 from litgpt_moe_ext.training.checkpoint.earlier import limit_earlier_runs, set_aside
 from litgpt_moe_ext.training.checkpoint.progress import next_attempt, sequences_of, step_of
@@ -82,6 +83,7 @@ def choose_checkpoint(plan: Plan, say: Callable[[str], None], read_all: bool = T
         require_same_model("resume", found.parent, plan.config)
         require_same_weights("resume", found.parent, plan.config)
         require_same_optimizer(found.parent, plan.plain)
+        require_whole_steps(found.parent, plan.train.global_batch_size)
     elif initial is not None:
         if damage := damage_of(initial, read_all):
             raise SettingsError(
@@ -93,19 +95,10 @@ def choose_checkpoint(plan: Plan, say: Callable[[str], None], read_all: bool = T
 
 
 def sequences_and_steps_ahead(checkpoint_dir: Path, global_batch_size: int) -> tuple[int | None, int]:
-    """Return what a checkpoint was trained on, if known, and `Plan.steps_ahead` of a run that goes on with it.
-
-    Raises:
-        SettingsError: If it is not the end of a step of the present run.
-    """
+    """Return what a checkpoint was trained on, if known, and `Plan.steps_ahead` of a run that goes on with it."""
     sequences, step = sequences_of(checkpoint_dir), step_of(checkpoint_dir)
     if sequences is None or step is None:
         return None, 0
-    if sequences % global_batch_size:
-        raise SettingsError(
-            f"train.global_batch_size: {global_batch_size} does not divide the {sequences} sequences that the "
-            "checkpoint was trained on; resume with the batch it had, or one that does"
-        )
     return sequences, step - sequences // global_batch_size
 
 

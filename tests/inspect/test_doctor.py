@@ -292,6 +292,8 @@ class TestStart:
         assert main(["doctor", str(recipe(resume="auto"))]) == 0
         assert "anew: there is nothing to resume" in self._line(capsys)
         finished(tmp_path / "out", step=4)
+        other = recipe(resume="auto", train={"global_batch_size": 6})
+        self._is_problem(other, "train.global_batch_size: 6 does not divide the 16 sequences", capsys)
         assert main(["doctor", str(recipe(resume="auto"))]) == 0
         assert f"goes on from {tmp_path / 'out' / 'step-00000004'}" in self._line(capsys)
         self._is_problem(recipe(resume="auto", optimizer={"class_path": "torch.optim.SGD"}), "not of SGD", capsys)

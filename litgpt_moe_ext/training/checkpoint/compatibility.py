@@ -9,7 +9,7 @@ import yaml
 from litgpt_moe_ext.config.features import MOE_CLASS_NAMES
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checkpoint.hyperparameters import FILE_NAME, read
-from litgpt_moe_ext.training.checkpoint.progress import MODEL_FILE
+from litgpt_moe_ext.training.checkpoint.progress import MODEL_FILE, sequences_of
 
 # What a resumed run takes from its checkpoint although the settings now say something else.
 _EFFECTS = {
@@ -87,6 +87,16 @@ def require_same_optimizer(checkpoint_dir: Path, settings: dict[str, Any]) -> No
         raise SettingsError(
             f"resume: {str(checkpoint_dir)!r} holds the state of the optimizer {before}, not of {now}. Resume with "
             f"{before}, or start anew from its weights with initial_checkpoint_dir."
+        )
+
+
+def require_whole_steps(checkpoint_dir: Path, global_batch_size: int) -> None:
+    """Raise SettingsError if what a checkpoint was trained on are no whole steps of a run with this batch."""
+    sequences = sequences_of(checkpoint_dir)
+    if sequences is not None and sequences % global_batch_size:
+        raise SettingsError(
+            f"train.global_batch_size: {global_batch_size} does not divide the {sequences} sequences that the "
+            "checkpoint was trained on; resume with the batch it had, or one that does"
         )
 
 
