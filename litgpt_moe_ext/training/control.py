@@ -7,6 +7,7 @@ Everything is decided between two iterations, when the step is finished and the 
 saved then is exactly what an uninterrupted run would have had.
 """
 
+import _thread
 import contextlib
 import signal
 import threading
@@ -77,11 +78,10 @@ class StopRequests:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
         self._received, self._first_at = number, now
-        # Python lets nobody write to a stream whose flush the signal found waiting for a reader.
-        with contextlib.suppress(RuntimeError):
-            self._say(
-                f"{signal.Signals(number).name} received: finishing the step, then saving. Ctrl-C again quits at once."
-            )
+        name = signal.Signals(number).name
+        message = f"{name} received: finishing the step, then saving. Ctrl-C again quits at once."
+        # Where the signal found this thread writing to the same place, Python does not let it write there.
+        _thread.start_new_thread(self._say, (message,))
 
     @property
     def received(self) -> int:

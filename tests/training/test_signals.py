@@ -1,6 +1,7 @@
 """Signals at chosen moments of a run in this process; `test_processes.py` and `test_distributed.py` have real ones."""
 
 import os
+import queue
 import signal
 import threading
 import time
@@ -79,11 +80,13 @@ def test_while_the_output_waits_for_its_reader():
             pass
 
     with open(writer, "w") as output:
-        requests = control.StopRequests(lambda text: print(text, file=output, flush=True))
+        said = queue.Queue()
+        requests = control.StopRequests(lambda text: said.put(print(text, file=output, flush=True)))
         thread = threading.Thread(target=signal_then_read)
         with requests.listening():
             thread.start()
             print("x" * (1 << 20), file=output, flush=True)
+            said.get(timeout=10)
     thread.join()
     os.close(reader)
     assert requests.received == signal.SIGTERM
