@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from litgpt_moe_ext.data.pipeline.shards import open_shard
-from litgpt_moe_ext.errors import SettingsError, did_you_mean_inside
+from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR
+from litgpt_moe_ext.errors import SettingsError, did_you_mean_inside, one_line
 
 if TYPE_CHECKING:
     from litgpt import Tokenizer
@@ -62,24 +63,45 @@ def read_files(paths: Sequence[Path]) -> Iterator[Document]:
             raise SettingsError(f"text: {str(path)!r} must be UTF-8: {error}") from error
 
 
-def open_tokens(data: Path) -> np.ndarray:
+def open_tokens(data: Path, tokenizer: "Tokenizer") -> np.ndarray:
     """Open a token shard, or the validation shards of a folder, such as a prepared corpus.
 
     Args:
         data: A shard file, or a folder with `val*.bin`.
+        tokenizer: That of the model, in which a prepared corpus must be; other shards do not say in which they are.
 
     Returns:
         (N,) token ids, memory-mapped where they are in one file.
 
     Raises:
-        SettingsError: If there is no such file, none in the folder, or it is not a shard.
+        SettingsError: If there is no such file, none in the folder, it is not a shard, or has other tokens.
     """
     paths = sorted(data.glob(VALIDATION_SHARDS)) if data.is_dir() else [data]
     if not (paths and paths[0].is_file()):
         hint = did_you_mean_inside(data, VALIDATION_SHARDS) or ", as of a prepared corpus"
         raise SettingsError(f"data: {str(data)!r} must be a token shard, or a folder with {VALIDATION_SHARDS}{hint}")
+    _require_tokenizer(paths[0].parent / TOKENIZER_DIR / "tokenizer.json", tokenizer)
     shards = [open_shard(path) for path in paths]
     return shards[0] if len(shards) == 1 else np.concatenate(shards)
+
+
+def _require_tokenizer(file: Path, tokenizer: "Tokenizer") -> None:
+    from tokenizers import Tokenizer as HuggingFaceTokenizer
+
+    own = tokenizer.processor
+    if not (file.is_file() and isinstance(own, HuggingFaceTokenizer)):
+        return
+    try:
+        theirs = HuggingFaceTokenizer.from_file(str(file))
+    except Exception as error:  # the tokenizers library raises nothing more precise
+        raise SettingsError(
+            f"data: {str(file)!r} cannot be opened ({one_line(error)}); copy the corpus again"
+        ) from error
+    if theirs.get_vocab() != own.get_vocab():
+        raise SettingsError(
+            f"data: {str(file.parent.parent)!r} was prepared with another tokenizer than the checkpoint's, so its ids "
+            "are other text; name the corpus that it was trained on, or give --text FILE ..."
+        )
 
 
 def processor_of(tokenizer: "Tokenizer") -> "HuggingFaceTokenizer":

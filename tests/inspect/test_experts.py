@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from litgpt import GPT
+from tokenizers import Tokenizer
 
 from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.data.pipeline.shards import write_shard
@@ -90,12 +91,24 @@ def test_shards_are_read_by_document(moe_dir, tmp_path):
     ids = [tokenizer.processor.encode(text).ids for text in texts]
     tokens = np.array([*ids[0], tokenizer.eos_id, *ids[1], tokenizer.eos_id])
     write_shard(tmp_path / "val.bin", tokens, VOCABULARY_SIZE)
-    documents = list(shard_documents(open_tokens(tmp_path), tokenizer, "val"))
+    documents = list(shard_documents(open_tokens(tmp_path, tokenizer), tokenizer, "val"))
     assert documents == [Document("val:0", texts[0]), Document("val:1", texts[1])]
     encoded = encode(documents, tokenizer, max_tokens=len(ids[0]) + 1)
     assert [document.ids for document in encoded] == [ids[0], ids[1][:1]]
     with pytest.raises(SettingsError, match="token shard"):
-        open_tokens(tmp_path / "nothing")
+        open_tokens(tmp_path / "nothing", tokenizer)
+    (tmp_path / "tokenizer").mkdir()
+    file = tmp_path / "tokenizer" / "tokenizer.json"
+    tokenizer.processor.save(str(file))
+    assert (open_tokens(tmp_path, tokenizer) == tokens).all()
+    other = Tokenizer.from_file(str(file))
+    other.add_tokens(["slow"])
+    other.save(str(file))
+    with pytest.raises(SettingsError, match="was prepared with another tokenizer than the checkpoint's"):
+        open_tokens(tmp_path / "val.bin", tokenizer)
+    file.write_text("{")
+    with pytest.raises(SettingsError, match="tokenizer.json' cannot be opened"):
+        open_tokens(tmp_path, tokenizer)
 
 
 @pytest.mark.parametrize(

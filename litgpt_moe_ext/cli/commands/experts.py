@@ -87,7 +87,7 @@ class Experts:
             documents, source = texts.read_files(paths), ", ".join(map(str, paths))
         else:
             # A few tokens more than are read, because texts are encoded anew.
-            tokens, source = texts.open_tokens(self.data)[: 2 * self.max_tokens], str(self.data)
+            tokens, source = texts.open_tokens(self.data, tokenizer)[: 2 * self.max_tokens], str(self.data)
             documents = texts.shard_documents(tokens, tokenizer, source)
         return texts.encode(documents, tokenizer, self.max_tokens), source
 

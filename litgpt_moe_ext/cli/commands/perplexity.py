@@ -81,7 +81,7 @@ class Perplexity:
         from litgpt_moe_ext.inspect import texts
 
         if self.data is not None:
-            return [as_tensor(texts.open_tokens(self.data)[: self.max_tokens])]
+            return [as_tensor(texts.open_tokens(self.data, tokenizer)[: self.max_tokens])]
         if tokenizer.eos_id is None:
             raise SettingsError(
                 f"checkpoint_dir: the tokenizer of {str(self.checkpoint_dir)!r} has no end-of-text token to begin with"
