@@ -3,6 +3,8 @@
 Shape legend: T tokens, E experts, K chosen experts per token.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -99,18 +101,19 @@ class UniformRouter(FixedRouter):
 
 def share_token_ids(model: torch.nn.Module) -> None:
     """Set `Router.token_ids_T` of all routers of a `litgpt.GPT`, and `FixedRouter.hashes`, in every forward pass."""
-    routers = [module for module in model.modules() if isinstance(module, Router)]
+    # With the model, so that a copy of it has its own.
+    model.routers = [module for module in model.modules() if isinstance(module, Router)]
+    if model.routers:
+        model.register_forward_pre_hook(_remember, with_kwargs=True)
 
-    def remember(_model: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        ids_T = (args[0] if args else kwargs["idx"]).flatten()
-        hashes = Hashes(ids_T)
-        for router in routers:
-            router.token_ids_T = ids_T
-            if isinstance(router, FixedRouter):
-                router.hashes = hashes
 
-    if routers:
-        model.register_forward_pre_hook(remember, with_kwargs=True)
+def _remember(model: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    ids_T = (args[0] if args else kwargs["idx"]).flatten()
+    hashes = Hashes(ids_T)
+    for router in cast("list[Router]", model.routers):
+        router.token_ids_T = ids_T
+        if isinstance(router, FixedRouter):
+            router.hashes = hashes
 
 
 def _mixed(x: Tensor) -> Tensor:

@@ -1,7 +1,11 @@
 """The hash and the uniform router: deterministic where they must be, and even."""
 
+import copy
+import pickle
+
 import pytest
 import torch
+from litgpt import GPT
 
 from litgpt_moe_ext.moe.fixed_routers import HashRouter, UniformRouter
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
@@ -67,6 +71,19 @@ def test_a_model_shows_its_routers_the_token_ids(router_type):
     model.set_kv_cache(batch_size=1)
     steps = [model(ids[:, i : i + 1], torch.tensor([i])) for i in range(9)]
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+def test_a_copy_of_a_model_shows_its_own_routers_the_token_ids(duplicate):
+    config = moe_config(router_type="hash")
+    model = GPT(config).eval()
+    model.load_state_dict(initialized_model(config).state_dict())
+    before, ids = torch.randint(0, 64, (2, 2, 32))
+    model(before)
+    other = duplicate(model)
+    assert torch.equal(other(ids), model(ids))
 
 
 def test_a_layer_alone_says_what_is_missing():
