@@ -1,4 +1,4 @@
-"""A callback of your own: end the training as soon as the validation loss is low enough.
+"""A callback of your own: end the training as soon as the validation loss is low enough, with the weights in `best`.
 
 A recipe names it by its class path; its arguments are settings like any other:
 
@@ -42,6 +42,6 @@ class StopWhenGood(Callback):
             self._reached = float(metrics["val_loss"])
 
     def on_step_begin(self, state: dict[str, Any]) -> None:
-        """Stop between two steps, where everything of the last one has been saved."""
+        """Stop between two steps, with exit status 1: `best` has the weights that reached it; no `final` is saved."""
         if self._reached is not None:
             raise TrainingStopped(f"the validation loss is {self._reached:.3f}, at most {self.loss}")
