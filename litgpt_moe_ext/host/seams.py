@@ -182,6 +182,7 @@ SEAMS = (
     Seam("litgpt.pretrain", "chunked_cross_entropy", "run", "A mean over a step's tokens; the head's work.", _LOOP),
     Seam("litgpt.pretrain", "validate", "run", "A validation's mean over tokens.", _LOOP),
     Seam("litgpt.pretrain", "RunningMean", "run", "Averages losses without waiting for the device.", _LOOP),
+    Seam("litgpt.pretrain", "math", "run", "Has a perplexity for a loss above 709.", _LOOP),
     Seam("litgpt.pretrain", "get_dataloaders", "run", "Resumes with another number of processes.", _LOOP),
     Seam("litgpt.pretrain", "get_lr", "run", "Follows the run's schedule.", _LOOP),
     Seam("litgpt.pretrain", "measure_flops", "run", "Counts for the training's sequence length.", _LOOP),
