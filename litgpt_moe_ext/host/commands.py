@@ -32,8 +32,10 @@ def refuse_conversion(module: Any) -> None:
     @wraps(original)
     def convert_lit_checkpoint(checkpoint_dir: Path, output_dir: Path) -> None:
         from litgpt.config import Config
+        from litgpt.utils import extend_checkpoint_dir
 
-        config_file = Path(checkpoint_dir) / "model_config.yaml"
+        # LitGPT lets users leave out the leading `checkpoints/`.
+        config_file = extend_checkpoint_dir(Path(checkpoint_dir)) / "model_config.yaml"
         config: Any = Config.from_file(config_file) if config_file.is_file() else None
         if config is not None and uses_plugin(config):
             raise SettingsError(

@@ -3,6 +3,7 @@
 import json
 import re
 import struct
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -119,12 +120,14 @@ def test_a_share_of_a_head_that_rotates_is_exact(tmp_path):
     assert import_checkpoint(tmp_path / "out", tmp_path / "back").config.rope_n_elem == 30
 
 
-def test_the_conversion_of_litgpt_names_this_one(tmp_path):
+@pytest.mark.parametrize("name", ["checkpoints/run", "run"])
+def test_the_conversion_of_litgpt_names_this_one(tmp_path, monkeypatch, name):
     from litgpt.scripts.convert_lit_checkpoint import convert_lit_checkpoint
 
-    make_checkpoint(tmp_path / "checkpoint", *CASES["llama"][1:])
+    make_checkpoint(tmp_path / "checkpoints" / "run", *CASES["llama"][1:])
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="does not know. `litgpt-moe export` writes it for transformers"):
-        convert_lit_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
+        convert_lit_checkpoint(Path(name), Path("out"))
 
 
 class TestRefusals:
