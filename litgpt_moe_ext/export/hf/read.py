@@ -67,7 +67,7 @@ def import_checkpoint(hf_dir: Path, out_dir: Path) -> Imported:
         architecture = replace(architecture, rotates_neighbours=False)
     expected = meta_model(config).state_dict()
     rules = architecture.rules(config, expected)
-    weights = StoredWeights(hf_dir, published.quantization)
+    weights = StoredWeights(hf_dir, published.quantization, published.tied)
     wanted = {name: tuple(part.shape) for ours, stored in rules.items() for name, part in stored.out(expected[ours])}
     left_out = weights.require(wanted, published.left_out)
 

@@ -97,10 +97,13 @@ def test_a_name_that_makes_other_norms(exported, family):
 def test_weights_that_were_saved_without_an_output_head(exported, prefix):
     """As OpenAI's GPT-2 is published: names begin where those of the model without a head do, and the head is tied."""
     folder, original = exported
-    file = folder / "hf" / "model.safetensors"
+    file, config = folder / "hf" / "model.safetensors", folder / "hf" / "config.json"
     weights = load_file(file)
     del weights["lm_head.weight"]
     save_file({name.removeprefix(prefix): tensor for name, tensor in weights.items()}, file)
+    with pytest.raises(SettingsError, match=r"missing \['lm_head.weight'\]"):
+        imported(folder)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
     original.lm_head.weight = original.transformer.wte.weight
     tokens = torch.randint(97, (2, 20))
     with torch.inference_mode():
@@ -169,6 +172,8 @@ class TestRefusals:
             ),
             ("rope_scaling", "yarn", "rope_scaling: 'yarn' must be settings by name"),
             ("rope_scaling", {"rope_type": "linear", "factor": "x"}, "describes no model .*factor"),
+            ("rope_scaling", {"rope_type": "linear"}, "rope_scaling: .* has no factor"),
+            ("rope_scaling", {"factor": 2.0}, "rope_type: None must be one of default, linear"),
         ],
     )
     def test_nonsense_in_the_configuration(self, exported, key, value, message):
@@ -222,6 +227,15 @@ class TestRefusals:
         file.write_bytes(file.read_bytes()[:-100])
         with pytest.raises(SettingsError, match="model.safetensors' cannot be read"):
             import_checkpoint(folder / "hf", folder / "back")
+
+
+@pytest.mark.parametrize("exported", ["mixtral"], indirect=True)
+def test_an_index_from_before(exported):
+    """transformers does not look at one beside a file with all weights."""
+    folder, original = exported
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert torch.equal(imported(folder).lm_head.weight, original.lm_head.weight)
 
 
 def test_tied_embeddings_are_stored_once(tmp_path):

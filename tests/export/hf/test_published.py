@@ -4,7 +4,9 @@ import json
 
 import litgpt
 import pytest
+import torch
 
+from litgpt_moe_ext.attention.rope import rope_frequencies
 from litgpt_moe_ext.config.features import is_dense_layer
 from litgpt_moe_ext.config.rope import rope_kind
 from litgpt_moe_ext.errors import SettingsError
@@ -49,12 +51,41 @@ YARN_OF_GPT_OSS = {
 }  # fmt: skip
 
 
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+# Where transformers 4 keeps them.
+YARN = {"rope_type": "yarn", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "found"),
+    [
+        (LINEAR | {"beta_fast": 32.0, "original_max_position_embeddings": 512}, "linear", {"factor": 2.0}),
+        (YARN | {"finetuned": True, "low_freq_factor": 1.0}, "yarn", {"original_max_seq_len": 2048}),
+        (YARN | {"original_max_position_embeddings": 512, "truncate": None}, "yarn", {"truncate": False}),
+    ],
+)
+def test_positions_are_those_of_transformers(tmp_path, said, kind, found):
+    """They read what a kind of scaling has, take the context for the original one, and null for false."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    content = PUBLISHED["llama-68m"][1] | {"rope_scaling": said}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    config = litgpt.Config(**read_published(tmp_path).settings)
+    assert found.items() <= config.rope_adjustments.items()
+    theirs, factor = ROPE_INIT_FUNCTIONS[kind](LlamaConfig.from_pretrained(tmp_path), "cpu")
+    ours, our_factor = rope_frequencies(config.rope_n_elem, config.rope_base, config.rope_adjustments)
+    torch.testing.assert_close(ours, theirs)
+    assert our_factor == factor
+
+
 @pytest.mark.parametrize(
     ("name", "left_out", "said", "found"),
     [
         ("GLM-4.5-Air", "partial_rotary_factor", {}, {"rotary_percentage": 0.5}),
         ("GLM-4.5-Air", "", {"partial_rotary_factor": 0.0}, {"rotary_percentage": 0.0, "rope_n_elem": 0}),
         ("Mixtral-8x7B", "rope_theta", {"sliding_window": 4096}, {"rope_base": 1000000, "sliding_window_size": 4096}),
+        ("Mixtral-8x7B", "", {"norm_topk_prob": False}, {"norm_topk_prob": True}),
         ("Qwen1.5-MoE-A2.7B", "", {"qkv_bias": False}, {"attn_bias": False}),
         ("gpt-oss-20b", "", {"layer_types": ["full_attention"] * 24}, {"sliding_window_size": None}),
         ("DeepSeek-V3", "", {"rope_interleave": False}, {"rope_interleave": False}),

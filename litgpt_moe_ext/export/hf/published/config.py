@@ -22,6 +22,7 @@ class Published:
         model_type: The architecture.
         settings: Fields of a `litgpt.Config` that computes the same.
         quantization: How the weights are stored.
+        tied: Whether the output head is the embedding.
         left_out: Names of tensors that belong to layers for predicting more than one token, which the architecture in
             transformers does without as well.
     """
@@ -29,6 +30,7 @@ class Published:
     model_type: str
     settings: _Json
     quantization: Quantization
+    tied: bool
     left_out: re.Pattern[str]
 
 
@@ -56,7 +58,8 @@ def read_published(hf_dir: Path) -> Published:
         )
     quantization = quantization_of(raw)
     try:
-        settings = READERS[model_type](_with_defaults(raw))
+        whole = _with_defaults(raw)
+        settings = READERS[model_type](whole)
     except KeyError as error:
         raise SettingsError(f"hf_dir: {str(path)!r} does not say {error}; name a whole checkpoint") from error
     n_layer = raw.get("num_hidden_layers") or 0
@@ -66,7 +69,8 @@ def read_published(hf_dir: Path) -> Published:
     if family := family_of_norms(settings["norm_class_name"], name):
         # Whose norms LitGPT would make of these because of the name.
         name = name.replace(family, family.lower())
-    return Published(model_type, settings | {"name": name}, quantization, left_out)
+    tied = bool(whole.get("tie_word_embeddings", True))
+    return Published(model_type, settings | {"name": name}, quantization, tied, left_out)
 
 
 def _with_defaults(raw: _Json) -> _Json:

@@ -29,7 +29,7 @@ def _common(hf: _Json) -> _Json:
         "head_size": head_size,
         "rope_base": int(base) if base.is_integer() else base,
         "rotary_percentage": 1.0,
-        "rope_adjustments": _rope_adjustments(hf["rope"]),
+        "rope_adjustments": _rope_adjustments(hf["rope"], hf["max_position_embeddings"]),
         "norm_class_name": "RMSNorm",
         "norm_eps": hf["rms_norm_eps"],
         "parallel_residual": False,
@@ -40,21 +40,35 @@ def _common(hf: _Json) -> _Json:
     }
 
 
-def _rope_adjustments(rope: _Json) -> _Json | None:
-    keys = {key: value for key, value in rope.items() if value is not None}
-    kind = keys.pop("rope_type", keys.pop("type", "default"))
-    keys.pop("type", None)
-    if kind == "default":
-        return None
-    if kind not in ("linear", "llama3", "yarn"):
-        raise SettingsError(f"hf_dir: rope_type: {kind} must be default, linear, llama3 or yarn")
-    original = keys.pop("original_max_position_embeddings", None)
-    if original is not None:
-        keys["original_max_seq_len"] = original
+# What is read of a kind of `rope_scaling`; whatever else is there counts for nothing in transformers.
+_ORIGINAL = "original_max_position_embeddings"
+_ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL),
+    "yarn": (
+        *("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
+        *("truncate", _ORIGINAL),
+    ),
+}
+
+
+def _rope_adjustments(rope: _Json, length: int) -> _Json | None:
+    said = {key: value for key, value in rope.items() if value is not None}
+    kind = said.get("rope_type", said.get("type", None if said else "default"))
+    if kind not in _ROPE_KEYS:
+        raise SettingsError(f"hf_dir: rope_type: {kind} must be one of {', '.join(_ROPE_KEYS)}")
+    keys = {key: said[key] for key in _ROPE_KEYS[kind] if key in said}
+    if kind != "default" and "factor" not in keys:
+        raise SettingsError(f"hf_dir: rope_scaling: {rope} has no factor; copy config.json again")
     if kind == "yarn":
         # Says which rule this is also where all of YaRN's keys have their defaults.
-        keys.setdefault("beta_fast", 32.0)
-    return keys
+        keys = {"beta_fast": 32.0, _ORIGINAL: length} | keys
+        if rope.get("truncate", True) is None:
+            keys["truncate"] = False
+    if _ORIGINAL in keys:
+        keys["original_max_seq_len"] = keys.pop(_ORIGINAL)
+    return keys or None
 
 
 def _dense(hf: _Json) -> _Json:
@@ -84,7 +98,8 @@ def _moe(hf: _Json, n_expert: str = "num_experts", width: str = "moe_intermediat
 
 
 def _mixtral(hf: _Json) -> _Json:
-    return _moe(hf, "num_local_experts", "intermediate_size") | {"sliding_window_size": hf.get("sliding_window")}
+    settings = _moe(hf, "num_local_experts", "intermediate_size")
+    return settings | {"norm_topk_prob": True, "sliding_window_size": hf.get("sliding_window")}
 
 
 def _qwen3_moe(hf: _Json) -> _Json:

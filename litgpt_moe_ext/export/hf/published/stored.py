@@ -33,12 +33,13 @@ class StoredWeights:
     `W_scale_inv` beside W in FP8.
     """
 
-    def __init__(self, hf_dir: Path, quantization: Quantization) -> None:
+    def __init__(self, hf_dir: Path, quantization: Quantization, tied: bool) -> None:
         """Open the files.
 
         Args:
             hf_dir: The directory.
             quantization: How weights are stored.
+            tied: Whether the output head is the embedding, where it is not stored.
 
         Raises:
             SettingsError: If a file is missing or damaged.
@@ -56,7 +57,7 @@ class StoredWeights:
         for prefix, table in (name.split(".", 1) for name in _EMBEDDINGS):
             if table in self._stored:
                 self._stored = {f"{prefix}.{name}": place for name, place in self._stored.items()}
-        tables = [name for name in _EMBEDDINGS if name in self._stored]
+        tables = [name for name in _EMBEDDINGS if tied and name in self._stored]
         self._alias = {"lm_head.weight": tables[0]} if tables and "lm_head.weight" not in self._stored else {}
 
     def require(self, wanted: Mapping[str, tuple[int, ...]], optional: re.Pattern[str]) -> list[str]:
@@ -163,14 +164,14 @@ class StoredWeights:
 
 
 def _files(hf_dir: Path) -> list[Path]:
-    index = hf_dir / INDEX_FILE
+    index, whole = hf_dir / INDEX_FILE, hf_dir / "model.safetensors"
+    if whole.is_file():  # which counts, whatever an index says that was left from before
+        return [whole]
     if not index.is_file():
-        if not (hf_dir / "model.safetensors").is_file():
-            raise SettingsError(
-                f"hf_dir: {str(hf_dir)!r} has neither model.safetensors nor {INDEX_FILE}; open it with "
-                "transformers and save_pretrained() it"
-            )
-        return [hf_dir / "model.safetensors"]
+        raise SettingsError(
+            f"hf_dir: {str(hf_dir)!r} has neither {whole.name} nor {INDEX_FILE}; open it with transformers and "
+            "save_pretrained() it"
+        )
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
