@@ -32,6 +32,7 @@ class CorpusModule(Corpus, ShardModule):
         super().__post_init__()
         ShardModule.__post_init__(self)
         self.corpus_path: Path | None = None
+        self._facts: dict[str, Any] | None = None
         self._model_documents: tuple[str, int] | None = None
 
     def prepare_tokenizer(self) -> Path:
@@ -139,9 +140,10 @@ class CorpusModule(Corpus, ShardModule):
         return self.corpus_path
 
     def _manifest(self) -> dict[str, Any]:
-        manifest = read_manifest(self._prepared())
-        assert manifest is not None
-        return manifest
+        # Read once: a corpus that is deleted while it trains is still there for those that have opened it.
+        self._facts = self._facts or read_manifest(self._prepared())
+        assert self._facts is not None
+        return self._facts
 
     def _check_vocabulary(self) -> None:
         vocab_size = self._manifest()["vocab_size"]

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from litgpt_moe_ext.training.launch import Launched
 
 
+# What LitGPT opens a tokenizer with.
+_TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json")
+
+
 class CheckpointWriter:
     """Writes checkpoints of the state that the fabric of a run has.
 
@@ -33,7 +37,8 @@ class CheckpointWriter:
 
     def __init__(self, launched: Launched, tokenizer_dir: Path | None, write: Callable[..., None]) -> None:
         self._plan, self._fabric = launched.plan, launched.fabric
-        self._tokenizer_dir, self._write = tokenizer_dir, write
+        self._tokenizer_dir = tokenizer_dir
+        self._write = write if tokenizer_dir is None else _with_tokenizer(write, tokenizer_dir)
         self.last_saved: Path | None = None
         self._tried_at = time.monotonic()
 
@@ -96,3 +101,16 @@ class CheckpointWriter:
 
     def _newest(self, words: str) -> str:
         return "".join(f"{words}{path}" for path in newest_first(self._plan.out_dir)[:1])
+
+
+def _with_tokenizer(write: Callable[..., None], tokenizer_dir: Path) -> Callable[..., None]:
+    # LitGPT copies what it finds each time: nothing, once somebody has deleted or moved the corpus of a long run.
+    files = {name: (tokenizer_dir / name).read_bytes() for name in _TOKENIZER if (tokenizer_dir / name).is_file()}
+
+    def write_with_tokenizer(fabric: Any, state: dict, directory: Path | None, checkpoint_file: Path) -> None:
+        write(fabric, state, directory, checkpoint_file)
+        if fabric.is_global_zero:
+            for name, content in files.items():
+                checkpoint_file.with_name(name).write_bytes(content)
+
+    return write_with_tokenizer

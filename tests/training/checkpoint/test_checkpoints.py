@@ -19,6 +19,7 @@ import torch
 import yaml
 from litgpt.utils import save_config
 
+from litgpt_moe_ext.data.tokenizer.opening import open_as_litgpt
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files import checksums
 from litgpt_moe_ext.files.durable import flush, flush_tree
@@ -144,6 +145,26 @@ def test_best_between_two_checkpoints(recipe, tmp_path):
     assert saved["callbacks"]["Retention"]["loss"] == min(map(float, logged(tmp_path / "out", "val_loss").values()))
     assert train("--config", file, "--resume", "auto", "--optimizer.lr", "0.0", "--train.min_lr", "0.0") == 0
     assert step_of(best) == 6, "nothing got better without learning"
+
+
+def test_a_corpus_that_is_deleted_while_it_trains(recipe, corpus_settings, tmp_path, monkeypatch, capsys):
+    """Its tokens stay in memory maps, and what else is needed of it is known."""
+    save = writing.store.save_whole
+    prepared = tmp_path / "prepared"
+
+    def delete_and_save(*arguments):
+        shutil.rmtree(prepared, ignore_errors=True)
+        save(*arguments)
+
+    monkeypatch.setattr(writing.store, "save_whole", delete_and_save)
+    settings = corpus_settings | {"data_path": str(prepared)}
+    data = {"class_path": "litgpt_moe_ext.data.PythonStdlib", "init_args": settings}
+    assert train("--config", recipe(data=data)) == 0
+    assert "a model of token frequencies alone" in capsys.readouterr().out
+    final = tmp_path / "out" / "final"
+    assert open_as_litgpt(final).eos_id == 0
+    assert yaml.safe_load((final / "model_config.yaml").read_text())["name"] == "tiny"
+    assert problem_with(final) is None
 
 
 def test_by_time(recipe, tmp_path):
