@@ -427,7 +427,7 @@ class TestWrongInputs:
     def test_nothing_to_resume(self, recipe, tmp_path, capsys):
         assert "use --resume auto" in refused(capsys, "--config", recipe(), "--resume", "true")
         error = refused(capsys, "--config", recipe(), "--resume", tmp_path / "nowhere")
-        assert "is not a whole checkpoint: lit_model.pth is missing" in error
+        assert "is not a whole checkpoint: there is no such directory" in error
 
     def test_only_damaged_checkpoints(self, recipe, tmp_path, capsys):
         folder = tmp_path / "out" / "step-00000004"
