@@ -1,5 +1,6 @@
 """The checkpoint that is exported: its configuration, its weights, and what they say together."""
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -165,3 +166,23 @@ def read_tokenizer(checkpoint_dir: Path, vocab_size: int) -> "Tokenizer | None":
             f"{vocab_size} embeddings; copy the tokenizer that it was trained with there"
         )
     return tokenizer
+
+
+def ends_of_texts(checkpoint_dir: Path, tokenizer: "Tokenizer", vocab_size: int) -> list[int]:
+    """Return the ids of all tokens that end a text, that of the tokenizer first; empty if there is none.
+
+    Models for chats have several, which only a `generation_config.json` says.
+
+    Args:
+        checkpoint_dir: Where the tokenizer is from.
+        tokenizer: The tokenizer.
+        vocab_size: Rows of the model's embedding table.
+    """
+    if tokenizer.eos_id is None:
+        return []
+    try:
+        said = json.loads((checkpoint_dir / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or one that LitGPT mends for itself
+        said = None
+    others = [i for i in said if type(i) is int and 0 <= i < vocab_size] if isinstance(said, list) else []
+    return list(dict.fromkeys([tokenizer.eos_id, *others]))

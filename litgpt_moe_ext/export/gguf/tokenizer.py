@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.gguf import spm
-from litgpt_moe_ext.export.source import read_tokenizer
+from litgpt_moe_ext.export.source import ends_of_texts, read_tokenizer
 
 if TYPE_CHECKING:
     from litgpt import Tokenizer
@@ -63,6 +63,9 @@ def tokenizer_metadata(checkpoint_dir: Path, vocab_size: int) -> dict[str, Any]:
     for i, token, kind in pieces:
         tokens[i], kinds[i] = token, kind
     metadata |= {"ggml.tokens": tokens, "ggml.token_type": kinds} | _ends(tokenizer)
+    # llama.cpp stops at each of these, and knows others by their texts only.
+    others = ends_of_texts(checkpoint_dir, tokenizer, vocab_size)[1:]
+    metadata |= dict(zip(("ggml.eot_token_id", "ggml.eom_token_id"), others, strict=False))
     template = _chat_template(checkpoint_dir)
     return metadata if template is None else metadata | {"chat_template": template}
 

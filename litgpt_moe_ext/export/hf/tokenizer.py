@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from litgpt_moe_ext.export.source import read_tokenizer
+from litgpt_moe_ext.export.source import ends_of_texts, read_tokenizer
 
 if TYPE_CHECKING:
     from litgpt import Tokenizer
@@ -22,7 +22,7 @@ TOKENIZER_FILES = (
 )
 
 
-def export_tokenizer(checkpoint_dir: Path, out_dir: Path, vocab_size: int) -> dict[str, int]:
+def export_tokenizer(checkpoint_dir: Path, out_dir: Path, vocab_size: int) -> dict[str, int | list[int]]:
     """Copy a tokenizer's files, and name a class in `tokenizer_config.json` if it names none.
 
     Args:
@@ -31,7 +31,8 @@ def export_tokenizer(checkpoint_dir: Path, out_dir: Path, vocab_size: int) -> di
         vocab_size: Rows of the model's embedding table.
 
     Returns:
-        `eos_token_id`, `bos_token_id` and `pad_token_id`, those that are known; empty if there is no tokenizer.
+        `eos_token_id`, `bos_token_id` and `pad_token_id`, those that are known; empty if there is no tokenizer. Where
+        several tokens end a text, the first is a list.
 
     Raises:
         SettingsError: If the tokenizer has ids that the model has no embedding for.
@@ -43,7 +44,9 @@ def export_tokenizer(checkpoint_dir: Path, out_dir: Path, vocab_size: int) -> di
         if (checkpoint_dir / name).is_file():
             shutil.copyfile(checkpoint_dir / name, out_dir / name)
     _name_class(out_dir / "tokenizer_config.json", tokenizer)
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
+    ends = ends_of_texts(checkpoint_dir, tokenizer, vocab_size)
+    eos = ends if len(ends) > 1 else tokenizer.eos_id
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos, "pad_token_id": tokenizer.eos_id}
     return {name: value for name, value in ids.items() if value is not None}
 
 

@@ -75,7 +75,7 @@ def _sketch(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Sketch:
     return Sketch(name, tuple(tensor.shape), tensor.dtype if keeps else dtype)
 
 
-def _config_json(architecture: Architecture, facts: Facts, ids: dict[str, int], dtype: torch.dtype) -> dict[str, Any]:
+def _config_json(architecture: Architecture, facts: Facts, ids: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return {
         "architectures": [architecture.class_name],
         "model_type": architecture.model_type,

@@ -314,10 +314,14 @@ class TestTokenizer:
         (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
         with pytest.raises(SettingsError, match="names no end of a text, and llama.cpp would take token 11 for it"):
             tokenizer_metadata(tmp_path, 320)
-        (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 5]}')
-        assert tokenizer_metadata(tmp_path, 320)["ggml.eos_token_id"] == 7
         (tmp_path / "out").mkdir()
-        assert export_tokenizer(tmp_path, tmp_path / "out", 320) == {"eos_token_id": 7, "pad_token_id": 7}
+        for ends in ([7, 5, 9], [7, 320], [7], 7):
+            (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+            metadata = tokenizer_metadata(tmp_path, 320)
+            found = [metadata.get(f"ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+            known = [7, 5, 9] if ends == [7, 5, 9] else 7
+            assert found == (known if known != 7 else [7, None, None])
+            assert export_tokenizer(tmp_path, tmp_path / "out", 320) == {"eos_token_id": known, "pad_token_id": 7}
 
     @pytest.mark.parametrize(
         ("change", "reason"),

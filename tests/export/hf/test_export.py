@@ -87,6 +87,7 @@ ENDS = {"eos_token": "<|end|>", "bos_token": "<|begin|>"}
         (None, {}),
         ("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **ENDS}),
         ("generation_config.json", {"eos_token_id": 0, "bos_token_id": 4}),
+        ("generation_config.json", {"eos_token_id": [0, 2], "bos_token_id": 4}),
     ],
 )
 def test_text_in_text_out(tmp_path, file, settings):
@@ -109,7 +110,7 @@ def test_text_in_text_out(tmp_path, file, settings):
     assert written[0, 2] == model(inputs.input_ids)[0, -1].argmax()
     for config in (theirs.generation_config, theirs.config):
         found = config.bos_token_id, config.eos_token_id, config.pad_token_id
-        assert found == ((None, None, None) if file is None else (4, 0, 0))
+        assert found == ((None, None, None) if file is None else (4, settings.get("eos_token_id", 0), 0))
 
 
 def test_a_share_of_a_head_that_rotates_is_exact(tmp_path):
