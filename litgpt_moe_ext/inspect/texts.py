@@ -9,7 +9,8 @@ import numpy as np
 
 from litgpt_moe_ext.data.pipeline.shards import open_shard
 from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR
-from litgpt_moe_ext.errors import SettingsError, did_you_mean_inside, one_line
+from litgpt_moe_ext.data.tokenizer.opening import parse_tokenizer
+from litgpt_moe_ext.errors import SettingsError, did_you_mean_inside
 
 if TYPE_CHECKING:
     from litgpt import Tokenizer
@@ -91,13 +92,7 @@ def _require_tokenizer(file: Path, tokenizer: "Tokenizer") -> None:
     own = tokenizer.processor
     if not (file.is_file() and isinstance(own, HuggingFaceTokenizer)):
         return
-    try:
-        theirs = HuggingFaceTokenizer.from_file(str(file))
-    except Exception as error:  # the tokenizers library raises nothing more precise
-        raise SettingsError(
-            f"data: {str(file)!r} cannot be opened ({one_line(error)}); copy the corpus again"
-        ) from error
-    if theirs.get_vocab() != own.get_vocab():
+    if parse_tokenizer(file.read_bytes(), f"data: {str(file)!r}").get_vocab() != own.get_vocab():
         raise SettingsError(
             f"data: {str(file.parent.parent)!r} was prepared with another tokenizer than the checkpoint's, so its ids "
             "are other text; name the corpus that it was trained on, or give --text FILE ..."

@@ -107,7 +107,7 @@ def test_shards_are_read_by_document(moe_dir, tmp_path):
     with pytest.raises(SettingsError, match="was prepared with another tokenizer than the checkpoint's"):
         open_tokens(tmp_path / "val.bin", tokenizer)
     file.write_text("{")
-    with pytest.raises(SettingsError, match="tokenizer.json' cannot be opened"):
+    with pytest.raises(SettingsError, match="tokenizer.json' is not a tokenizer"):
         open_tokens(tmp_path, tokenizer)
 
 
