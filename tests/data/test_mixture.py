@@ -196,6 +196,18 @@ def test_prepared_corpora_in_folders_of_one_name(texts, tmp_path):
         opened(Mixture({"a": a, "c": c}, {"a": 1, "c": 1}))
 
 
+def test_another_corpus_in_the_folder_of_one_that_was_read(texts, tmp_path):
+    """As in a notebook, where a module has been set up before."""
+    folder = tmp_path / "corpus"
+    module, ids = PreparedCorpus(corpus_dir=folder), []
+    for number in (0, 1):
+        shutil.copytree(text(texts, number).prepare(verbose=False), folder)
+        module.setup()
+        ids.append(module.corpus_id)
+        shutil.rmtree(folder)
+    assert ids == [text(texts, number).prepare(verbose=False).name for number in (0, 1)]
+
+
 def test_the_shares_of_a_module_are_those_of_tokens(texts, capsys):
     weights = {"a": 0.6, "b": 0.3, "c": 0.1}
     annealing = Annealing({"a": 1, "b": 1, "c": 2}, from_fraction=0.8)

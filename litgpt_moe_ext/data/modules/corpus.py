@@ -75,6 +75,7 @@ class CorpusModule(Corpus, ShardModule):
 
     def open_shards(self) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
         """See `ShardModule.open_shards`."""
+        self._facts = None  # of an earlier run of the process
         self.prepare_data()  # reuses; where only rank 0 was asked to prepare, this finds its result
         manifest = self._manifest()
         train, val = (
