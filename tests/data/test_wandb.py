@@ -31,7 +31,8 @@ def clean(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
     monkeypatch.setenv("WANDB_SILENT", "true")
     wandb.teardown()  # a process keeps the settings that it began with
-    return monkeypatch
+    yield monkeypatch
+    wandb.teardown()
 
 
 @pytest.fixture
