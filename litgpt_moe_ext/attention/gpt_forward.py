@@ -196,6 +196,8 @@ def _starts_in_cache(model: GPT, idx: Tensor) -> Tensor:
     if cache is None:
         raise TypeError("input_pos needs a cache: call `gpt.set_kv_cache()` first")
     if not hasattr(cache, "document_starts"):
-        starts_BS = torch.zeros(cache.k.size(0), cache.k.size(2) + 1, dtype=torch.long, device=idx.device)
+        # Made in inference mode, they could not be written to outside.
+        with torch.inference_mode(False):
+            starts_BS = torch.zeros(cache.k.size(0), cache.k.size(2) + 1, dtype=torch.long, device=idx.device)
         cache.register_buffer("document_starts", starts_BS, persistent=False)
     return cache.document_starts[: idx.size(0)]

@@ -267,6 +267,15 @@ def test_cache_equals_full_forward(changes: dict[str, Any], prompt: int) -> None
     torch.testing.assert_close(outs[:, 0], expected[torch.arange(3), position[:, 0]], rtol=1e-5, atol=1e-5)
 
 
+def test_a_cache_that_was_first_used_in_inference_mode() -> None:
+    model, idx, position = make_model().eval(), tokens(ENDS), torch.arange(T)
+    model.set_kv_cache(3, max_seq_length=T, dtype=torch.float64)
+    with torch.inference_mode():
+        expected = model(idx, position)
+    with torch.no_grad():
+        assert torch.equal(model(idx, position), expected)
+
+
 @pytest.mark.slow
 def test_compiles_without_graph_breaks() -> None:
     changes = {"attention_document_restart_positions": True, "sliding_window_size": 5, "embedding_dropout": 0.1}
