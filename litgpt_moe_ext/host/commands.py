@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from litgpt_moe_ext.config.features import MLP_CLASS_NAMES
+from litgpt_moe_ext.config.features import MLP_CLASS_NAMES, MOE_CLASS_NAMES
 from litgpt_moe_ext.config.fields import uses_plugin
 from litgpt_moe_ext.errors import WRONG_SETTING, SettingsError
 
@@ -23,6 +23,28 @@ def refuse_mlp_classes(module: ModuleType) -> None:
         raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
 
     vars(module)["__getattr__"] = __getattr__
+
+
+def refuse_division(module: Any) -> None:
+    """Say which of a model's layers `litgpt generate_tp` cannot divide; it knows LitGPT's own only."""
+    original = module.tensor_parallel
+
+    @wraps(original)
+    def tensor_parallel(fabric: Any, model: Any) -> Any:
+        config, block = model.config, model.transformer.h[0]
+        whole = {
+            "mlp_class_name": config.mlp_class_name in MOE_CLASS_NAMES,
+            "mlp_activation": config.mlp_class_name == "FeedForward" and not hasattr(block.mlp, "fc_1"),
+            "attention_sinks": any(name.endswith("attn.sinks") for name, _ in model.named_parameters()),
+        }
+        for name in (name for name, is_whole in whole.items() if is_whole):
+            raise SettingsError(
+                f"{name}: {getattr(config, name)} cannot be divided among GPUs by litgpt generate_tp, which knows "
+                "LitGPT's own layers only. Generate with litgpt generate, or litgpt generate_sequentially."
+            )
+        return original(fabric, model)
+
+    module.tensor_parallel = tensor_parallel
 
 
 def refuse_conversion(module: Any) -> None:

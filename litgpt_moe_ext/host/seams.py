@@ -161,6 +161,10 @@ SEAMS = (
         for module in ("litgpt.lora", "litgpt.adapter_v2")
     ),
     Seam(
+        "litgpt.generate.tp", "tensor_parallel", "wrap", "Says which layers it cannot divide among GPUs.",
+        "LitGPT divides them", commands.refuse_division,
+    ),
+    Seam(
         "litgpt.scripts.convert_lit_checkpoint", "convert_lit_checkpoint", "wrap",
         "Names `litgpt-moe export`, which knows the plugin's layers.", "LitGPT's conversion knows them",
         commands.refuse_conversion,

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from litgpt.model import GPT, LLaMAMLP
 
 from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.moe.layer import FeedForward, NoisyTopKMoE, SharedExpertMoE
-from tests.models import dense_config, initialized_model, moe_config, noisy_config
+from tests.models import attention_config, dense_config, initialized_model, moe_config, noisy_config
 
 GROUPS = {"n_expert_groups": 4, "n_topk_groups": 1, "n_topk_scores_per_group": 2}
 
@@ -275,6 +276,28 @@ def test_other_finetuning_methods_say_that_they_cannot(make, module):
     name = make().mlp_class_name
     with pytest.raises(ValueError, match=f"{name} cannot be finetuned with litgpt.{module}.*litgpt finetune_full"):
         finetuning.GPT(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        (moe_config(), "mlp_class_name: SharedExpertMoE"),
+        (attention_config(mlp_class_name="FeedForward", mlp_activation="relu"), "mlp_activation: relu"),
+        (attention_config(), "attention_sinks: True"),
+        (attention_config(attention_sinks=False), None),
+        (attention_config(attention_sinks=False, mlp_class_name="GptNeoxMLP"), None),
+        (attention_config(attention_sinks=False, mlp_class_name="FeedForward"), None),
+    ],
+)
+def test_tensor_parallelism_says_what_it_cannot_divide(config, what):
+    from litgpt.generate.tp import tensor_parallel
+
+    fabric = SimpleNamespace(world_size=2, global_rank=1)
+    if what is not None:
+        with pytest.raises(ValueError, match=f"{what} cannot be divided .* litgpt generate"):
+            tensor_parallel(fabric, GPT(config))
+    else:
+        assert tensor_parallel(fabric, GPT(config)).config.n_head == config.n_head
 
 
 def test_conversion_says_that_it_cannot(tmp_path):
