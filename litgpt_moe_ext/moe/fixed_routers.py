@@ -3,7 +3,7 @@
 Shape legend: T tokens, E experts, K chosen experts per token.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -102,8 +102,9 @@ class UniformRouter(FixedRouter):
 def share_token_ids(model: torch.nn.Module) -> None:
     """Set `Router.token_ids_T` of all routers of a `litgpt.GPT`, and `FixedRouter.hashes`, in every forward pass."""
     # With the model, so that a copy of it has its own.
-    model.routers = [module for module in model.modules() if isinstance(module, Router)]
-    if model.routers:
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    cast("Any", model).routers = routers
+    if routers:
         model.register_forward_pre_hook(_remember, with_kwargs=True)
 
 
