@@ -113,6 +113,14 @@ def test_a_gpt2_with_another_attention_is_refused(tmp_path, key, value):
         read_published(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["linear", "default"])
+def test_a_temperature_without_yarn_is_refused(tmp_path, kind):
+    scaling = {"rope_type": kind, "factor": 2.0, "mscale_all_dim": 1.0}
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["DeepSeek-V3"][1] | {"rope_scaling": scaling}))
+    with pytest.raises(SettingsError, match="rope_scaling.mscale_all_dim: 1.0 needs rope_type: yarn"):
+        read_published(tmp_path)
+
+
 def test_yarn_by_its_factor_alone(tmp_path):
     """As Qwen's model cards have it for long texts."""
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}

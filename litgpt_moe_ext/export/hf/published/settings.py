@@ -180,6 +180,11 @@ def _deepseek(hf: _Json) -> _Json:
         raise SettingsError(f"hf_dir: moe_layer_freq: {hf['moe_layer_freq']} must be 1")
     names = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
     settings = _glm(hf | {"use_qk_norm": False, "partial_rotary_factor": 1.0})
+    # By which transformers multiplies the scores whatever the kind of scaling.
+    if (all_dim := hf["rope"].get("mscale_all_dim")) and "mscale_all_dim" not in (settings["rope_adjustments"] or {}):
+        raise SettingsError(
+            f"hf_dir: rope_scaling.mscale_all_dim: {all_dim} needs rope_type: yarn; this package has no other"
+        )
     # The attention is LitGPT's.
     for name in ("attention_class_name", "attention_sinks", "norm_qk", "attn_bias"):
         del settings[name]
