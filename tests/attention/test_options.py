@@ -266,7 +266,7 @@ def test_a_streaming_cache_may_be_as_long_as_the_context() -> None:
         ({"attention_document_boundary": "bos"}, "attention_document_token_id: null must be an integer of at least 0"),
         ({**DOCUMENTS, "attention_document_token_id": 40}, "attention_document_token_id: 40 must .* from 0 to 39"),
         ({**DOCUMENTS, "attention_document_restart_positions": 1}, "restart_positions: 1 must be true or false"),
-        ({"streaming_cache_window": 8}, "streaming_cache_first: None and streaming_cache_window: 8 must both be set"),
+        ({"streaming_cache_window": 8}, "streaming_cache_first: null and streaming_cache_window: 8 must both be set"),
         ({**STREAMING, "streaming_cache_window": 29}, "33 tokens together, .* use at most 28"),
         ({**STREAMING, **DOCUMENTS}, "streaming_cache_window: 8 does not go with attention_document_boundary: 'eos'"),
         (
