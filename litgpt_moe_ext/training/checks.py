@@ -290,6 +290,18 @@ def check_initial_checkpoint(directory: Path) -> None:
         raise SettingsError(f"{name}: {str(file)!r} cannot be read (Permission denied); name what you may read")
 
 
+def check_same_tokens(initial_checkpoint_dir: Path, tokenizer_dir: Path) -> None:
+    """Raise SettingsError if ids mean other text to the weights that a run starts from than in its data."""
+    from litgpt_moe_ext.data.tokenizer.opening import same_ids
+
+    if not same_ids(initial_checkpoint_dir, tokenizer_dir):
+        raise SettingsError(
+            f"initial_checkpoint_dir: {str(initial_checkpoint_dir)!r} has another tokenizer than the data, whose ids "
+            "would mean other text to it; prepare the data with its tokenizer (data.tokenizer_dir), or remove its "
+            "tokenizer.json to let it learn other ids"
+        )
+
+
 def open_tokenizer(tokenizer_dir: Path, padded_vocab_size: int) -> Tokenizer:
     """Return the `litgpt.Tokenizer` of a directory.
 

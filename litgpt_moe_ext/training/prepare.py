@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litgpt_moe_ext.data.mixture.settings import RunLength
-from litgpt_moe_ext.training.checks import check_data, check_without_tokenizer, offers, open_tokenizer
+from litgpt_moe_ext.training.checks import (
+    check_data,
+    check_same_tokens,
+    check_without_tokenizer,
+    offers,
+    open_tokenizer,
+)
 
 if TYPE_CHECKING:
     from litgpt.data import DataModule
@@ -35,7 +41,7 @@ def prepare_data(launched: Launched) -> Prepared:
     """Prepare the corpus, on the first process of each node before the others, and open the tokenizer.
 
     Raises:
-        SettingsError: If the tokenizer does not suit the model, or something that needs one has none.
+        SettingsError: If the tokenizer does not suit the model or its weights, or something that needs one has none.
     """
     settings = launched.plan.settings
     check_data(settings, launched.plan.config)
@@ -54,6 +60,8 @@ def prepare_data(launched: Launched) -> Prepared:
             tokenizer_dir = data.prepare_tokenizer()
     if tokenizer_dir is not None:
         tokenizer = open_tokenizer(tokenizer_dir, launched.plan.config.padded_vocab_size or 0)
+        if settings.initial_checkpoint_dir is not None:
+            check_same_tokens(settings.initial_checkpoint_dir, tokenizer_dir)
     else:
         check_without_tokenizer(settings)
     return Prepared(data, tokenizer, tokenizer_dir)

@@ -378,6 +378,20 @@ class TestWrongInputs:
         file = recipe(model_config={"vocab_size": 280, "padded_vocab_size": 280})
         assert "300 tokens, more than the model's padded_vocab_size of 280" in refused(capsys, "--config", file)
 
+    def test_weights_that_know_other_tokens(self, recipe, finished, tmp_path, capsys):
+        """Another tokenizer of the same size, which every shape suits."""
+        other = tmp_path / "other"
+        other.mkdir()
+        for name in range(10):
+            (other / f"module_{name}.py").write_text("".join(f"zebra_{n} = 'quagga {n * name}'\n" for n in range(300)))
+        final = finished(tmp_path / "out") / "final"
+        start = ("--initial_checkpoint_dir", final, "--out_dir", tmp_path / "next")
+        data = ("--data.source_path", other, "--data.val_fraction", "0.5")
+        error = refused(capsys, "--config", recipe(), *start, *data)
+        assert f"initial_checkpoint_dir: '{final}' has another tokenizer than the data" in error
+        (final / "tokenizer.json").unlink()
+        assert train("--config", recipe(train={"max_tokens": 128}), *start, *data) == 0
+
     def test_unknown_class(self, recipe, capsys):
         error = refused(capsys, "--config", recipe(model_config={"mlp_class_name": "SharedExprtMoE"}))
         assert "SharedExprtMoE" in error

@@ -108,6 +108,22 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
     return size
 
 
+def same_ids(directory: Path, other: Path) -> bool:
+    """Return whether an id that two tokenizers have is the same token in both; True where one has no tokenizer.json.
+
+    Raises:
+        SettingsError: A tokenizer is damaged.
+    """
+    files = [folder / "tokenizer.json" for folder in (directory, other)]
+    if not all(file.is_file() for file in files):
+        return True
+    ours, theirs = (
+        {token_id: token for token, token_id in parse_tokenizer(file.read_bytes(), str(file)).get_vocab().items()}
+        for file in files
+    )
+    return all(theirs.get(token_id, token) == token for token_id, token in ours.items())
+
+
 def vocabulary_size_of(tokenizer: "LitGPTTokenizer") -> int:
     """Return the same of LitGPT's tokenizer, whichever library it has opened a file with.
 
