@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import yaml
@@ -128,3 +129,10 @@ def test_quickstart_is_the_size_the_readme_says():
     size = count_parameters(Config(**content["model_config"]))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"{size.total / 1e6:.1f}M / {size.active / 1e6:.1f}M" in readme
+
+
+def test_the_lowest_torch_that_is_tested_is_the_lowest_that_is_allowed():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "bounds.yml").read_text())
+    lowest, _ = workflow["jobs"]["test"]["strategy"]["matrix"]["include"]
+    allowed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert lowest["torch"].replace("==", ">=").removesuffix(".*") in allowed
