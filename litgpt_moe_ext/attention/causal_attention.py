@@ -107,7 +107,7 @@ def _attend_document_by_document(
     window: int | None,
     lengths: tuple[int, ...],
 ) -> Tensor:
-    B, H, T, d = q_BHTd.shape
+    B, H, T, _ = q_BHTd.shape
     # One sequence after the other, (1, heads, B * T, d). Splitting once keeps the gradient one concatenation; slices
     # would each add a tensor of full size.
     pieces = (
@@ -116,4 +116,4 @@ def _attend_document_by_document(
     )
     outs = [causal_attention(q, k, v, softmax, window) for q, k, v in zip(*pieces, strict=True)]
     out_1HNd = torch.cat(outs, dim=2)
-    return out_1HNd if B == 1 else out_1HNd.view(H, B, T, d).transpose(0, 1)
+    return out_1HNd if B == 1 else out_1HNd.view(H, B, T, -1).transpose(0, 1)

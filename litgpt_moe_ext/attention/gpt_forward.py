@@ -91,9 +91,11 @@ def forward(
             for i, block in enumerate(stand_in.transformer.h)
         ]
     if documents is not None:
+        # Looked up once: all layers keep the same tables for their backward passes.
+        tables = (model.cos[position], model.sin[position]) if restart else None
         stand_in.transformer.h = [
-            _within_documents(block, documents, _tables(model, i, position) if restart else None)
-            for i, block in enumerate(stand_in.transformer.h)
+            _within_documents(block, documents, tables and _tables_of(block_idx, tables, config.rope_indices))
+            for block_idx, block in enumerate(stand_in.transformer.h)
         ]
     elif config.streaming_cache_window is not None and input_pos is not None:
         stand_in.transformer.h = [_streaming(block, model, input_pos) for block in _transformer(model).h]
@@ -171,9 +173,7 @@ def _streaming(block: _Block, model: GPT, input_pos: Tensor) -> _Block:
     return lambda x, _cos, _sin, _mask, _pos, input_pos_maxp1: block(x, *tables, None, input_pos, input_pos_maxp1)
 
 
-def _tables(model: GPT, block_idx: int, position_BT: Tensor) -> tuple[Tensor, ...]:
-    tables = model.cos[position_BT], model.sin[position_BT]
-    indices = model.config.rope_indices
+def _tables_of(block_idx: int, tables: tuple[Tensor, ...], indices: list[int] | None) -> tuple[Tensor, ...]:
     return tables if indices is None else tuple(table[..., indices[block_idx]] for table in tables)
 
 
