@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litgpt_moe_ext.rows import host_copy
+from litgpt_moe_ext.rows import Rows, host_copy
 
 # Without the ids in host memory the offsets of a CUDA batch get a fixed size, because reading the true one would make
 # the host wait. Every sequence has room for documents of this mean length and for this many more. For unused room the
@@ -74,6 +74,7 @@ def find_documents(idx_BT: Tensor, boundary: Boundary, token_id: int) -> Documen
     Returns:
         The documents. On a CPU their lengths are read from the ids, except under `torch.compile`; on a CUDA device the
         host waits for nothing, and reads from a host copy of the ids, if there is one, how much room they need.
+        Tensors without data, with which memory is counted, stand for one document per sequence.
     """
     begins_BT = idx_BT == token_id
     if boundary == "eos":
@@ -86,6 +87,8 @@ def find_documents(idx_BT: Tensor, boundary: Boundary, token_id: int) -> Documen
         return Documents(start_BT, offsets=offsets, longest=extent.longest, overflow=overflow)
     if idx_BT.device.type != "cpu" or torch.compiler.is_compiling():
         return Documents(start_BT)
+    if type(idx_BT) not in (Tensor, Rows):
+        return Documents(start_BT, lengths=(idx_BT.size(1),) * idx_BT.size(0))
     return Documents(start_BT, lengths=tuple(_lengths(idx_BT, boundary, token_id).tolist()))
 
 

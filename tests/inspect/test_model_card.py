@@ -38,6 +38,9 @@ RECIPE = {
     "block_size": LENGTH, "n_layer": 2, "n_embd": 16, "n_head": 4, "vocab_size": 64, "padded_vocab_size": 64,
     "n_expert": 8, "n_expert_per_token": 2, "moe_intermediate_size": 12, "bias": False, "parallel_residual": False,
 }  # fmt: skip
+DOCUMENTS = {
+    "attention_class_name": "SinkAttention", "attention_document_boundary": "eos", "attention_document_token_id": 64,
+}  # fmt: skip
 NO_SAVERS = {"activation_checkpointing": "none", "fused_cross_entropy": False}
 
 
@@ -95,8 +98,9 @@ def measured(config, precision: str, batch: int, **savers) -> tuple[int, int]:
         {"n_shared_expert": 1, "attention_class_name": "SinkAttention"},
         {"mlp_class_name": "NoisyTopKMoE", "mlp_activation": "relu"},
         {"mlp_class_name": "LLaMAMLP", "n_expert": 0, "n_expert_per_token": 0, "intermediate_size": 48},
+        {**DOCUMENTS, "attention_document_restart_positions": True},
     ],
-    ids=["plain", "shared_sinks", "noisy_relu", "dense"],
+    ids=["plain", "shared_sinks", "noisy_relu", "dense", "documents"],
 )
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_training_memory_is_that_of_a_real_step(settings, precision):
@@ -269,12 +273,24 @@ def test_amsgrad_remembers_more():
     assert state_ratio(optimizer, torch.float32) == 3
 
 
-@pytest.mark.parametrize("attention", [None, "SinkAttention"])
-def test_cache_is_keys_and_values(attention):
-    config = moe_config(attention_class_name=attention)
-    memory = inference_memory(layers.shorten(config), torch.float32)
-    # Two layers, keys and values, two groups of four elements of four bytes for each of the positions.
-    assert memory.kv_cache == 2 * 2 * 2 * 4 * 4 * config.block_size
+@pytest.mark.parametrize(
+    "settings", [{}, {"attention_class_name": "SinkAttention"}, DOCUMENTS], ids=["plain", "sinks", "documents"]
+)
+def test_inference_memory_is_that_of_a_real_prompt(settings):
+    # Long enough for LitGPT's mask to matter.
+    dense = {"mlp_class_name": "LLaMAMLP", "n_expert": 0, "n_expert_per_token": 0, "intermediate_size": 48}
+    config = moe_config(n_layer=6, block_size=512, padded_vocab_size=128, **dense, **settings)
+    estimate = inference_memory(layers.shorten(config), torch.float32)
+    # Keys and values, two groups of four elements of four bytes for each of the positions.
+    assert estimate.kv_cache == 6 * 2 * 2 * 4 * 4 * 512
+    model, ids = initialized_model(config).eval(), torch.randint(64, (1, 512))
+    with LiveMemory() as memory, torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.view(-1)  # makes it known
+        before = memory.live
+        model.set_kv_cache(1, dtype=torch.float32)
+        model(ids, torch.arange(512), input_pos_maxp1=512)
+        assert estimate.kv_cache + estimate.activations == pytest.approx(memory.peak - before, rel=0.02)
 
 
 def test_flops_are_those_of_the_active_matrices():

@@ -66,7 +66,8 @@ class InferenceMemory(NamedTuple):
     Attributes:
         weights: Parameters and buffers.
         kv_cache: Keys and values of a sequence of full length.
-        activations: What reading a prompt of full length adds at the worst moment.
+        activations: What reading a prompt of full length adds at the worst moment, with LitGPT's mask of as many rows
+            as columns.
     """
 
     weights: int
@@ -184,14 +185,16 @@ def inference_memory(short: ShortModel, dtype: torch.dtype) -> InferenceMemory:
     with _weightless_model(short, dtype) as (model, memory), torch.no_grad():
         model.eval()
         weights = short.total(model, module_bytes)
-        model.set_kv_cache(batch_size=1, dtype=dtype)
         activations = PeakOverLayers(memory, model, short)
+        model.set_kv_cache(batch_size=1, dtype=dtype)
+        # Now, because documents are remembered in a cache as well, of the first layer only.
+        cache, held = short.total(model, _cache_bytes), _cache_bytes(model)
         ids = torch.zeros(1, config.block_size, dtype=torch.int64)
         if config.attention_class_name is None and config.sliding_window_size is not None:
             model(ids)  # the cache of LitGPT's windows asks for values
         else:
             model(ids, torch.arange(config.block_size), input_pos_maxp1=config.block_size)
-        return InferenceMemory(weights, short.total(model, _cache_bytes), activations.peak())
+        return InferenceMemory(weights, cache, activations.peak() - held)
 
 
 # Numbers that optimizers remember for each parameter, by their name without torch's prefix. Muon remembers one for
