@@ -210,11 +210,18 @@ def allow_any_length(model: ModuleType) -> None:
 
 
 def size_kv_cache(model: ModuleType) -> None:
-    """Give a model with a streaming cache a cache as long as what it keeps, not as the text."""
+    """Make a streaming cache as long as what it keeps, not as the text, and no mask for layers that do not read it."""
     original = model.GPT.set_kv_cache
 
     @wraps(original)
-    def set_kv_cache(self: Any, batch_size: int, max_seq_length: int | None = None, *args: Any, **kwargs: Any) -> None:
+    def set_kv_cache(
+        self: Any,
+        batch_size: int,
+        max_seq_length: int | None = None,
+        rope_cache_length: int | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
         if getattr(self.config, "streaming_cache_window", None) is not None:
             from litgpt_moe_ext.attention.gpt_forward import cache_length
 
@@ -222,7 +229,13 @@ def size_kv_cache(model: ModuleType) -> None:
             if max_seq_length is not None and max_seq_length > self.max_seq_length:
                 self.max_seq_length = max_seq_length
             max_seq_length = cache_length(self, max_seq_length)
-        original(self, batch_size, max_seq_length, *args, **kwargs)
+        if getattr(self.config, "attention_class_name", None) is not None:
+            import torch
+
+            # LitGPT makes one unless there is one of this size: of as many rows as columns, here of a single element.
+            size = self.max_seq_length if max_seq_length is None else max_seq_length
+            self.mask_cache = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device).expand(1, 1, size, size)
+        original(self, batch_size, max_seq_length, rope_cache_length, device, dtype)
 
     model.GPT.set_kv_cache = set_kv_cache
 

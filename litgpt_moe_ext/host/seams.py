@@ -106,7 +106,7 @@ SEAMS = (
         _NEVER, model.allow_any_length,
     ),
     Seam(
-        "litgpt.model", "GPT.set_kv_cache", "wrap", "A cache as long as what a streaming cache keeps.",
+        "litgpt.model", "GPT.set_kv_cache", "wrap", "A streaming cache as long as what it keeps, no unread mask.",
         _NEVER, model.size_kv_cache,
     ),
     Seam(

@@ -70,6 +70,14 @@ def test_speculative_decoding(changes: dict[str, Any]) -> None:
     assert torch.equal(tokens[:n], expected[:n])
 
 
+def test_no_mask_is_made_that_nothing_reads() -> None:
+    for changes, size in (({}, 32), ({"streaming_cache_first": 1, "streaming_cache_window": 9}, 10)):
+        model = make_model(**changes)
+        model.set_kv_cache(1)
+        assert model.mask_cache.shape == (1, 1, size, size)
+        assert model.mask_cache.untyped_storage().nbytes() == 1
+
+
 def test_only_the_visible_part_of_the_cache_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     original = layer_module.sink_attention
