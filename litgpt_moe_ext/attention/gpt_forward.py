@@ -38,9 +38,9 @@ def rope_length(model: GPT) -> int:
     config, length = _config(model), model.max_seq_length
     if config.streaming_cache_window is None:
         return length
-    # Positions of an endless text are counted within the cache.
-    needed = positions_needed(config.streaming_cache_first, config.streaming_cache_window)
-    return max(min(length, config.block_size), needed)
+    # Positions of an endless text are counted within the cache, whose window is the layer's own where it slides.
+    window = max(config.streaming_cache_window, config.sliding_window_size or 0)
+    return max(min(length, config.block_size), positions_needed(config.streaming_cache_first, window))
 
 
 def cache_length(model: GPT, max_seq_length: int | None) -> int:

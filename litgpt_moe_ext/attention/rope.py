@@ -69,9 +69,9 @@ def build_rope_cache(config: "Config", seq_len: int, device: torch.device | None
 
     Args:
         config: The model configuration. Read are `rope_n_elem`, `rope_base`, `rope_condense_ratio`, `rope_adjustments`
-            and `rope_local_base_freq`.
-        seq_len: Number of positions, T. With dynamic NTK it is also what the base is chosen for, once for all
-            positions: keys in a cache keep their rotation, so it must not change while a sequence grows.
+            and `rope_local_base_freq`; with dynamic NTK also `block_size`, for which the base is chosen, whatever the
+            length of a text: a model generates with the base that it was trained with, and keys in a cache keep it.
+        seq_len: Number of positions, T.
         device: Where to put the tables.
 
     Returns:
@@ -85,7 +85,9 @@ def build_rope_cache(config: "Config", seq_len: int, device: torch.device | None
     """
     n_elem = derived(config.rope_n_elem)
     position_T = torch.arange(seq_len, device=device).float() / config.rope_condense_ratio
-    frequency_F, attention_factor = rope_frequencies(n_elem, config.rope_base, config.rope_adjustments, device, seq_len)
+    frequency_F, attention_factor = rope_frequencies(
+        n_elem, config.rope_base, config.rope_adjustments, device, config.block_size
+    )
     cos_TN, sin_TN = _tables(position_T, frequency_F, n_elem)
     if attention_factor != 1.0:
         cos_TN, sin_TN = cos_TN * attention_factor, sin_TN * attention_factor

@@ -153,8 +153,8 @@ def test_dynamic_ntk_equals_hugging_face(seq_len: int, factor: float) -> None:
     frequencies, attention_factor = rope_frequencies(8, 5000.0, adjustments, seq_len=seq_len)
     torch.testing.assert_close(frequencies, expected)
     assert attention_factor == expected_factor == 1.0
-    config = attention_config(rope_adjustments=adjustments, rope_base=5000, block_size=64)
-    cos, _ = build_rope_cache(config, seq_len)
+    config = attention_config(rope_adjustments=adjustments, rope_base=5000, block_size=seq_len)
+    cos, _ = build_rope_cache(config, 8)
     torch.testing.assert_close(cos[7, :4], (7 * expected).cos())
 
 

@@ -132,15 +132,18 @@ def test_attention_factor_multiplies_the_stretched_tables_only() -> None:
     torch.testing.assert_close(norm, torch.full_like(norm, (0.1 * math.log(4) + 1) ** 2))
 
 
-def test_gpt_uses_the_tables() -> None:
-    yarn = {"factor": 4.0, "original_max_seq_len": 8, "truncate": False, "attention_factor": 1.5}
-    config = attention_config(rope_adjustments=yarn)
+@pytest.mark.parametrize("kind", [{"truncate": False, "attention_factor": 1.5}, {"dynamic": True}], ids=str)
+@pytest.mark.parametrize("streaming", [{}, {"streaming_cache_first": 1, "streaming_cache_window": 9}], ids=str)
+def test_gpt_uses_the_tables(kind: dict[str, Any], streaming: dict[str, int]) -> None:
+    """And goes on using them when it is told of shorter or longer texts."""
+    config = attention_config(rope_adjustments={"factor": 4.0, "original_max_seq_len": 8, **kind}, **streaming)
     model = litgpt.model.GPT(config)
     expected_cos, expected_sin = build_rope_cache(config, 32)
-    assert torch.equal(model.cos, expected_cos)
-    assert torch.equal(model.sin, expected_sin)
+    assert torch.equal(model.cos[:32], expected_cos)
+    assert torch.equal(model.sin[:32], expected_sin)
     model.max_seq_length = 10
-    assert torch.equal(model.cos, expected_cos[:10])
+    assert torch.equal(model.cos[:10], expected_cos[:10])
+    assert streaming or len(model.cos) == 10
 
 
 @pytest.mark.parametrize("n_elem", [0, 1, 2])

@@ -87,6 +87,21 @@ def test_layers_with_a_sliding_window_stay_exact() -> None:
     torch.testing.assert_close(torch.cat(outs, dim=1), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("window", [4, 40])
+@torch.inference_mode()
+def test_a_sliding_window_of_any_length_stays_exact_in_a_long_text(
+    window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming_cache, "CHUNK", 7)
+    model, longer = (make_model(sliding_window_size=window, block_size=size) for size in (32, 128))
+    longer.load_state_dict(model.state_dict())
+    idx = torch.randint(40, (1, 100))
+    model.max_seq_length = 100
+    model.set_kv_cache(1, dtype=torch.float64)
+    outs = [model(idx[:, chunk], input_pos=chunk) for chunk in torch.arange(100).split([50, *[1] * 50])]
+    torch.testing.assert_close(torch.cat(outs, dim=1), longer(idx), rtol=1e-5, atol=1e-6)
+
+
 def test_generation_beyond_the_context() -> None:
     model = make_model()
     model.max_seq_length = 200
