@@ -17,6 +17,7 @@ from litgpt_moe_ext.config.fields import added_fields, uses_plugin
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.loading import WEIGHTS_FILE
 from litgpt_moe_ext.export.directory import new_directory, require_absent
+from litgpt_moe_ext.export.hf.tokenizer import copy_tokenizer
 from litgpt_moe_ext.export.source import TRAINING_ONLY, read_source, without_negatives
 from litgpt_moe_ext.moe.expert_layouts import unstack_experts
 from litgpt_moe_ext.moe.registry import LOSSES, loss_field
@@ -108,14 +109,14 @@ def convert_checkpoint(checkpoint_dir: Path, out_dir: Path) -> None:
         SettingsError: If `checkpoint_dir` has no whole checkpoint, if `out_dir` exists, or if `LLaMAMoE` cannot express
             the model.
     """
-    from litgpt.utils import copy_config_files, save_config
+    from litgpt.utils import save_config
 
     require_absent(out_dir)
     source = read_source(checkpoint_dir)
     converted, state = to_llama_moe(source.config, source.state)
     assert not uses_plugin(converted)
     with new_directory(out_dir, source.nbytes(None)) as partial:
-        copy_config_files(checkpoint_dir, partial)
+        copy_tokenizer(checkpoint_dir, partial)
         save_config(converted, partial)
         # Views of stacked weights would each write the whole stack.
         torch.save({name: tensor.clone() for name, tensor in state.items()}, partial / WEIGHTS_FILE)

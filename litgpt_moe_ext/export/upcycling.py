@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from litgpt.utils import copy_config_files, save_config
+from litgpt.utils import save_config
 from torch import Tensor, nn
 
 from litgpt_moe_ext.config.features import (
@@ -29,6 +29,7 @@ from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.loading import WEIGHTS_FILE
 from litgpt_moe_ext.export.directory import new_directory, require_absent
+from litgpt_moe_ext.export.hf.tokenizer import copy_tokenizer
 from litgpt_moe_ext.export.source import read_source
 from litgpt_moe_ext.meta.models import meta_model
 from litgpt_moe_ext.moe.layer import MoE
@@ -79,8 +80,7 @@ def upcycle(dense_dir: Path, out_dir: Path, config: "Config", seed: int = 42) ->
     weights = upcycled_weights(dense.state, dense.config, config, seed)
 
     with new_directory(out_dir, sum(tensor.nbytes for tensor in weights.values())) as partial:
-        copy_config_files(dense_dir, partial)
-        (partial / "config.json").unlink(missing_ok=True)  # Hugging Face's, of the dense model
+        copy_tokenizer(dense_dir, partial)
         save_config(config, partial)
         torch.save(weights, partial / WEIGHTS_FILE)
 

@@ -76,6 +76,7 @@ def test_a_bias_without_groups_is_named():
 def test_command(tmp_path, capsys):
     config = moe_config(**SOFTMAX)
     model = write_checkpoint(tmp_path / "ours", config)
+    (tmp_path / "ours" / "chat_template.jinja").write_text("{{ messages }}")
     assert main(["convert-experts", str(tmp_path / "ours"), str(tmp_path / "theirs")]) == 0
     content = yaml.safe_load((tmp_path / "theirs" / "model_config.yaml").read_text())
     assert not any(name.startswith(("_requires", "router_", "mlp_activation")) for name in content)
@@ -85,7 +86,7 @@ def test_command(tmp_path, capsys):
     ids = torch.randint(0, 64, (1, 9))
     assert torch.allclose(model(ids), converted(ids), atol=1e-4)
     assert weights.stat().st_size < 1.2 * (tmp_path / "ours" / "lit_model.pth").stat().st_size + 20_000
-    assert (tmp_path / "theirs" / "tokenizer.json").is_file()
+    assert {"tokenizer.json", "chat_template.jinja"} <= {file.name for file in (tmp_path / "theirs").iterdir()}
     assert main(["convert-experts", str(tmp_path / "ours"), str(tmp_path / "theirs")]) == 2
     assert "exists" in capsys.readouterr().err
 

@@ -191,6 +191,7 @@ def dense_dir(tmp_path):
     save_config(model.config, directory)
     (directory / "tokenizer.json").write_text("{}")
     (directory / "config.json").write_text("{}")
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
     return directory
 
 
@@ -202,7 +203,8 @@ def test_command(dense_dir, tmp_path, capsys):
     recipe.write_text(yaml.safe_dump({"model_config": model_config}))
     out_dir = tmp_path / "moe"
     assert main(["upcycle", str(dense_dir), str(recipe), str(out_dir)]) == 0
-    assert sorted(path.name for path in out_dir.iterdir()) == ["lit_model.pth", "model_config.yaml", "tokenizer.json"]
+    names = ["chat_template.jinja", "lit_model.pth", "model_config.yaml", "tokenizer.json"]
+    assert sorted(path.name for path in out_dir.iterdir()) == names
     config = Config.from_file(out_dir / "model_config.yaml")
     models = []
     for directory, its_config in ((dense_dir, dense_config()), (out_dir, config)):

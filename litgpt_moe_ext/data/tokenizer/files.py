@@ -11,8 +11,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from litgpt_moe_ext.data.tokenizer.bpe import EOS_TOKEN
 from litgpt_moe_ext.errors import SettingsError
 
-# What LitGPT and transformers read to encode text; models' own files beside them stay where they are.
-_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
+# What LitGPT and transformers read to encode texts and chats; models' own files beside them stay where they are.
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 # Vocabulary and merges under the names of Hugging Face's slow tokenizers and of OpenAI's release of GPT-2.
 _GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 

@@ -1,7 +1,6 @@
 """From a Hugging Face checkpoint to a LitGPT checkpoint with this package's layers."""
 
 import json
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -19,7 +18,7 @@ from litgpt_moe_ext.export.hf.architectures import ARCHITECTURES
 from litgpt_moe_ext.export.hf.published.config import read_published
 from litgpt_moe_ext.export.hf.published.stored import StoredWeights
 from litgpt_moe_ext.export.hf.tensors import BALANCING_BIAS
-from litgpt_moe_ext.export.hf.tokenizer import TOKENIZER_FILES
+from litgpt_moe_ext.export.hf.tokenizer import copy_tokenizer
 from litgpt_moe_ext.meta.models import meta_model
 
 if TYPE_CHECKING:
@@ -82,9 +81,7 @@ def import_checkpoint(hf_dir: Path, out_dir: Path) -> Imported:
                 state[name] = saver.store_early(torch.zeros_like(expected[name], device="cpu"))
             saver.save(state)
         save_config(config, partial)
-        for name in (*TOKENIZER_FILES, "generation_config.json"):
-            if (hf_dir / name).is_file():
-                shutil.copyfile(hf_dir / name, partial / name)
+        copy_tokenizer(hf_dir, partial)
         _name_class(partial / "tokenizer_config.json")
     return Imported(config, published.quantization.method, left_out)
 

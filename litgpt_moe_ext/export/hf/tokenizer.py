@@ -22,6 +22,13 @@ TOKENIZER_FILES = (
 )
 
 
+def copy_tokenizer(from_dir: Path, to_dir: Path) -> None:
+    """Copy a tokenizer's files, those that there are, with what ends and begins a text and how a chat is written."""
+    for name in (*TOKENIZER_FILES, "generation_config.json"):
+        if (from_dir / name).is_file():
+            shutil.copyfile(from_dir / name, to_dir / name)
+
+
 def export_tokenizer(checkpoint_dir: Path, out_dir: Path, vocab_size: int) -> dict[str, int | list[int]]:
     """Copy a tokenizer's files, and name a class in `tokenizer_config.json` if it names none.
 

@@ -19,8 +19,14 @@ if TYPE_CHECKING:
     from litgpt_moe_ext.training.launch import Launched
 
 
-# What LitGPT opens a tokenizer with.
-_TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json")
+# What LitGPT opens a tokenizer with, and how an export writes chats.
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
 
 
 class CheckpointWriter:

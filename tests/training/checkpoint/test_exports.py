@@ -33,6 +33,18 @@ def test_best_and_final_in_both_formats(recipe, tmp_path, capsys):
     assert capsys.readouterr().out.count("Wrote ") == 4
 
 
+def test_chats_are_written_as_the_tokenizer_of_the_data_says(recipe, corpus_settings, finished, tmp_path):
+    theirs = finished(tmp_path / "theirs") / "final"
+    (theirs / "chat_template.jinja").write_text("{{ messages }}")
+    settings = {"source_path": corpus_settings["source_path"], "pattern": "*.py", "tokenizer_dir": str(theirs)}
+    settings |= {"val_fraction": 0.3, "data_path": str(tmp_path / "cache")}
+    data = {"class_path": "litgpt_moe_ext.data.TextCorpus", "init_args": settings}
+    file = recipe(data=data, checkpoint={"best": False})
+    assert train("--config", file, "--train.max_steps", "1", "--checkpoint.export", "hf") == 0
+    exported = tmp_path / "out" / "exported" / "final-hf"
+    assert AutoTokenizer.from_pretrained(exported).chat_template == "{{ messages }}"
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_the_first_process_exports_in_the_place_of_an_earlier_end(tmp_path, monkeypatch, first):
     said = []
