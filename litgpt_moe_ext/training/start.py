@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checkpoint.compatibility import (
+    require_one_table,
     require_same_model,
     require_same_optimizer,
     require_same_weights,
@@ -91,6 +92,8 @@ def choose_checkpoint(plan: Plan, say: Callable[[str], None], read_all: bool = T
                 "name another"
             )
         require_same_weights("initial_checkpoint_dir", initial, plan.config)
+        if plan.train.tie_embeddings:
+            require_one_table(initial)
     return found
 
 

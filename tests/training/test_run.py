@@ -423,6 +423,14 @@ class TestWrongInputs:
             (checkpoint / name).unlink()
         assert "model_config.yaml cannot be read" in refused(capsys, *resume)
 
+    def test_weights_with_two_tables_that_are_to_be_one(self, recipe, finished, tmp_path, capsys):
+        """A tied model that starts from them would keep one of the two; from those of a tied run it starts as usual."""
+        train_to = ("--config", recipe(train={"max_tokens": 128, "tie_embeddings": True}), "--out_dir")
+        start = ("--initial_checkpoint_dir", finished(tmp_path / "out") / "final")
+        assert "train.tie_embeddings: true would lose a table" in refused(capsys, *train_to, tmp_path / "next", *start)
+        assert train(*train_to, tmp_path / "tied") == 0
+        assert train(*train_to, tmp_path / "next", "--initial_checkpoint_dir", tmp_path / "tied" / "final") == 0
+
     def test_unreadable_files(self, recipe, tmp_path, capsys):
         (tmp_path / "binary.yaml").write_bytes(b"\x9d\xff" * 100)
         assert "not a text file" in refused(capsys, "--config", tmp_path / "binary.yaml")

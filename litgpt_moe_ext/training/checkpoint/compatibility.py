@@ -80,6 +80,25 @@ def require_same_weights(setting: str, checkpoint_dir: Path, config: Any) -> Non
         ) from error
 
 
+def require_one_table(checkpoint_dir: Path) -> None:
+    """Raise SettingsError if a run with `train.tie_embeddings` would lose one of two tables.
+
+    Args:
+        checkpoint_dir: Where its weights come from, those of its model.
+    """
+    import torch
+
+    from litgpt_moe_ext.files.archives import open_archive
+
+    content = open_archive(checkpoint_dir / MODEL_FILE, "initial_checkpoint_dir")
+    weights = content.get("model", content)
+    if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
+        raise SettingsError(
+            f"train.tie_embeddings: true would lose a table: output head and token embeddings differ in "
+            f"initial_checkpoint_dir {str(checkpoint_dir)!r}; set it to false"
+        )
+
+
 def require_same_optimizer(checkpoint_dir: Path, settings: dict[str, Any]) -> None:
     """Raise SettingsError if a checkpoint holds the state of an optimizer of another class than the settings name."""
     before, now = _class_name(read(checkpoint_dir).get("optimizer")), _class_name(settings["optimizer"])
