@@ -45,7 +45,17 @@ def read_recipe(file: Path, setting: str = "--config") -> tuple[dict[str, Any], 
         raise SettingsError(f"{name} {holds}; it must consist of lines KEY: VALUE, as in configs/")
     lines: dict[str, int] = {}
     _note_lines(document, name, "", lines)
-    return _load(name, text), lines
+    settings = _load(name, text)
+    if isinstance(settings.get("model_config"), dict):
+        settings["model_config"] = without_mark(settings["model_config"])
+    return settings, lines
+
+
+def without_mark(model: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a model without the mark of a `model_config.yaml`, which may be copied into a recipe."""
+    from litgpt_moe_ext.host.checkpoints import REQUIRES_MARK
+
+    return {name: value for name, value in model.items() if name != REQUIRES_MARK}
 
 
 def is_trusted(class_path: str) -> bool:

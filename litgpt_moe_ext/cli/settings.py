@@ -16,7 +16,7 @@ from litgpt_moe_ext.cli.paths import check_paths
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
 from litgpt_moe_ext.errors import SettingsError, one_line, refuse_first
 from litgpt_moe_ext.field_types import members
-from litgpt_moe_ext.recipe_files import as_data, load_value
+from litgpt_moe_ext.recipe_files import as_data, load_value, read_recipe, without_mark
 from litgpt_moe_ext.training.settings import Section, Settings
 from litgpt_moe_ext.training.settings.section import attribute_docs, default_of
 
@@ -39,7 +39,8 @@ EPILOG = (
     + "; --progress and --no-progress for --progress true and false. Every key may also stand in the YAML file. "
     "Ctrl-C, SIGTERM and SIGUSR1 finish the step, save, and end with exit status 130, 143 and 138; with SLURM, "
     "#SBATCH --signal=SIGUSR1@300 does so five minutes before the time limit. Exit status 1: training cannot go on, "
-    "2: a setting is wrong. --print_config shows all settings, --data.help CLASS those of a data module."
+    "2: a setting is wrong. --model_config DIR takes the model of a checkpoint. --print_config shows all settings, "
+    "--data.help CLASS those of a data module."
 )
 
 
@@ -134,6 +135,8 @@ def read_given(arguments: Sequence[str], default_config: Path, known: Mapping[st
     for name, text in flags:
         if name == "config":
             given.add_recipe(Path(text))
+        elif name == "model_config":
+            given.add_flag(name, _read_model(text))
         elif name != "dense_twin":  # which concerns all the others together
             # What may be text is read as nothing else, except for null: a run may be called 123.
             kinds = members(annotation_at(name, given.tree, known))
@@ -145,6 +148,15 @@ def read_given(arguments: Sequence[str], default_config: Path, known: Mapping[st
     if by is not None:
         _make_dense(given, by, own_out_dir="out_dir" not in dict(flags))
     return given
+
+
+def _read_model(text: str) -> Any:
+    # A model as YAML, or where one is: a checkpoint directory, or the file in it.
+    value = load_value(text, f"model_config: {text!r}")
+    if not isinstance(value, str):
+        return value
+    path = Path(value)
+    return without_mark(read_recipe(path / "model_config.yaml" if path.is_dir() else path, "model_config")[0])
 
 
 def _complete_data_module(tree: dict[str, Any]) -> None:

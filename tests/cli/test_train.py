@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from litgpt_moe_ext.cli.given import Given, read_flags
 from litgpt_moe_ext.cli.settings import annotations, litgpt_types, normalize, read_given, read_settings
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.inspect.recipes import load_recipe
 from litgpt_moe_ext.recipe_files import load_value, read_recipe
 from litgpt_moe_ext.training.checkpoint.resume import find_resume_file
 
@@ -100,6 +102,22 @@ def test_print_config(recipe, capsys):
     output = capsys.readouterr().out
     for line in ("mlp_class_name: SharedExpertMoE", "lr: 0.5", "n_shared_expert: null", "n_expert: 8", "seed: 42"):
         assert line in output
+
+
+def test_the_model_of_a_checkpoint(recipe, finished, tmp_path, capsys):
+    """By its directory or its file, in place of that of the recipe; and its lines in a recipe."""
+    final = finished(tmp_path / "out") / "final"
+    file = final / "model_config.yaml"
+    trained = read_settings(["--config", str(recipe())]).model_config
+    other = ["--config", str(recipe("other", model_config={"n_embd": 32, "first_k_dense_replace": 1}))]
+    for path in (final, file):
+        assert read_settings([*other, "--model_config", str(path)]).model_config == trained
+    assert read_settings([*other, f"--model_config={final}", "--model_config.n_layer", "1"]).model_config.n_layer == 1
+    copied = recipe("copied", model_config=yaml.safe_load(file.read_text()))
+    assert "_requires_litgpt_moe_ext" in copied.read_text()
+    assert read_settings(["--config", str(copied)]).model_config == trained == load_recipe(copied).config
+    assert main([*other, "--model_config", str(tmp_path)]) == 2
+    assert f"model_config: '{tmp_path}/model_config.yaml' cannot be read (No such file" in capsys.readouterr().err
 
 
 def test_print_config_leaves_out_nulls(recipe, capsys):

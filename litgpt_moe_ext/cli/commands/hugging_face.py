@@ -37,6 +37,9 @@ class Import:
             left_out = counted(len(done.left_out), "tensor")
             print(f"Left out {left_out} for predicting more than one token ({done.left_out[0]}, ...)")
         print(f"Wrote {self.out_dir}: {counted(config.n_layer, 'layer')} of {config.n_embd}, {config.mlp_class_name}")
+        start = f"--model_config {self.out_dir} --initial_checkpoint_dir {self.out_dir}"
+        tied = " --train.tie_embeddings true" if done.tied else ""
+        print(f"Train it on: litgpt-moe train --config RECIPE {start}{tied}")
 
 
 @dataclass(frozen=True)

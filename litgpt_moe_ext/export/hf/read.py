@@ -31,11 +31,13 @@ class Imported:
 
     Attributes:
         config: The model's configuration.
+        tied: Whether the output head is the token embedding there; here each has a table of its own.
         dequantized: `mxfp4` or `fp8` if weights were stored so, else `none`.
         left_out: Names of tensors for predicting more than one token, which no model here has.
     """
 
     config: "Config"
+    tied: bool
     dequantized: str
     left_out: list[str]
 
@@ -83,7 +85,7 @@ def import_checkpoint(hf_dir: Path, out_dir: Path) -> Imported:
         save_config(config, partial)
         copy_tokenizer(hf_dir, partial)
         _name_class(partial / "tokenizer_config.json")
-    return Imported(config, published.quantization.method, left_out)
+    return Imported(config, published.tied, published.quantization.method, left_out)
 
 
 def _name_class(file: Path) -> None:

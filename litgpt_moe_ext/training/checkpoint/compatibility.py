@@ -43,7 +43,8 @@ def require_same_model(setting: str, checkpoint_dir: Path, config: Any) -> None:
         if saved.get(name) != value and name not in ("name", "hf_config")
     ]
     if differences:
-        remedy = "Use its model configuration, or start anew with another --out_dir."
+        remedy = f"--model_config {checkpoint_dir} takes its model"
+        remedy += "." if setting == "initial_checkpoint_dir" else "; start anew with another --out_dir."
         if setting == "initial_checkpoint_dir" and config.mlp_class_name in MOE_CLASS_NAMES and not saved["n_expert"]:
             remedy = f"`litgpt-moe upcycle {checkpoint_dir} RECIPE NEW_DIRECTORY` makes an MoE model of this dense one."
         raise SettingsError(

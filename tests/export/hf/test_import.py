@@ -10,6 +10,7 @@ from litgpt import GPT, Config
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.loading import load_tokenizer
 from litgpt_moe_ext.export.hf.facts import facts_of
@@ -99,6 +100,11 @@ def test_weights_that_were_saved_without_an_output_head(exported, prefix):
     folder, original = exported
     file, config = folder / "hf" / "model.safetensors", folder / "hf" / "config.json"
     weights = load_file(file)
+    written = config.read_text()
+    config.write_text(json.dumps(json.loads(written) | {"tie_word_embeddings": True}))
+    with pytest.raises(SettingsError, match=f"lm_head.weight and {prefix}[a-z_]*.weight differ; say false"):
+        imported(folder)
+    config.write_text(written)
     del weights["lm_head.weight"]
     save_file({name.removeprefix(prefix): tensor for name, tensor in weights.items()}, file)
     with pytest.raises(SettingsError, match=r"missing \['lm_head.weight'\]"):
@@ -108,6 +114,22 @@ def test_weights_that_were_saved_without_an_output_head(exported, prefix):
     tokens = torch.randint(97, (2, 20))
     with torch.inference_mode():
         torch.testing.assert_close(imported(folder)(tokens), original(tokens))
+
+
+@pytest.mark.parametrize("exported", ["mixtral"], indirect=True)
+def test_the_command_says_how_to_train_on(exported, capsys):
+    folder, _ = exported
+    file, config = folder / "hf" / "model.safetensors", folder / "hf" / "config.json"
+    ends = {}
+    for tied in (False, True):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": tied}))
+        weights = load_file(file)
+        save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, file)
+        assert main(["import", str(folder / "hf"), str(folder / f"{tied}")]) == 0
+        ends[tied] = capsys.readouterr().out.split(f"--model_config {folder / f'{tied}'} ")[1]
+    start = "--initial_checkpoint_dir {}"
+    assert ends[False].strip() == start.format(folder / "False")
+    assert ends[True].strip() == start.format(folder / "True") + " --train.tie_embeddings true"
 
 
 @pytest.mark.parametrize("exported", ["gpt2"], indirect=True)

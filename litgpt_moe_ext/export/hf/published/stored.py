@@ -39,7 +39,7 @@ class StoredWeights:
         Args:
             hf_dir: The directory.
             quantization: How weights are stored.
-            tied: Whether the output head is the embedding, where it is not stored.
+            tied: Whether the output head is the embedding.
 
         Raises:
             SettingsError: If a file is missing or damaged.
@@ -59,6 +59,8 @@ class StoredWeights:
                 self._stored = {f"{prefix}.{name}": place for name, place in self._stored.items()}
         tables = [name for name in _EMBEDDINGS if tied and name in self._stored]
         self._alias = {"lm_head.weight": tables[0]} if tables and "lm_head.weight" not in self._stored else {}
+        # Of a tied model, two tables of which transformers would read one.
+        self._same = ["lm_head.weight", *tables] if tables and not self._alias else []
 
     def require(self, wanted: Mapping[str, tuple[int, ...]], optional: re.Pattern[str]) -> list[str]:
         """Check that all the wanted tensors are stored and nothing else; return which optional ones are left out.
@@ -86,6 +88,11 @@ class StoredWeights:
                 raise SettingsError(f"hf_dir: {parts[0]} is stored as {kind}, and its config.json does not say how")
             if (shape := self._shape_of(name, parts)) != wanted[name]:
                 raise SettingsError(f"hf_dir: {name} is {shape}; must be {wanted[name]} for the sizes in config.json")
+        if self._same and not torch.equal(*map(self._tensor, self._same)):
+            raise SettingsError(
+                f"hf_dir: its config.json says tie_word_embeddings: true, and {' and '.join(self._same)} differ; say "
+                "false there if both belong to the model, or else remove the first"
+            )
         return left_out
 
     def nbytes(self) -> int:
