@@ -3,7 +3,8 @@
 Shape legend: B batch, T tokens (of one sequence, or all of a batch once flattened), D model width.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
@@ -14,6 +15,7 @@ from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.kernels import fused_router
 from litgpt_moe_ext.moe.kernels.backends import matmul_dtype
+from litgpt_moe_ext.moe.kernels.casts import can_cast, cast_together
 from litgpt_moe_ext.moe.kernels.operators import add_gated, glu
 from litgpt_moe_ext.moe.kernels.plan import kind_of
 from litgpt_moe_ext.moe.registry import ROUTERS, load
@@ -46,21 +48,29 @@ class FeedForward(LLaMAMLP):
         for name in names:
             self.add_module(name, nn.Linear(config.n_embd, self.intermediate_size, bias=config.bias))
         self.proj = nn.Linear(self.intermediate_size, config.n_embd, bias=config.bias)
+        self._names = (*names, "proj")
         # Those who force the loop ask for ordinary operators.
-        known = self.activation.gated and kind_of(self.activation) is not None
-        self._has_kernel = known and config.expert_backend != "loop"
+        self._fusible = config.expert_backend != "loop"
+        self._has_kernel = self._fusible and self.activation.gated and kind_of(self.activation) is not None
         self.config = config
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output, of the shape of `x`, in the dtype of `x` or that of autocast."""
         x = narrowed(x)
+        *into, out = self._projections(x)
         if not self.activation.gated:
-            return self.proj(self.activation(self.fc(x)))
-        gate, up = self.fc_1(x), self.fc_2(x)
+            return out(self.activation(into[0](x)))
+        gate, up = (project(x) for project in into)
         if self._has_kernel and fused_router.works_on(gate):
             flat = (h.reshape(-1, h.size(-1)).contiguous() for h in (gate, up))
-            return self.proj(glu(*flat, self.activation.name, self.activation.gelu_approximate).view(gate.shape))
-        return self.proj(self.activation.gate(gate, up))
+            return out(glu(*flat, self.activation.name, self.activation.gelu_approximate).view(gate.shape))
+        return out(self.activation.gate(gate, up))
+
+    def _projections(self, x: Tensor) -> list[Callable[[Tensor], Tensor]]:
+        linears: list[Any] = [getattr(self, name) for name in self._names]
+        if self._fusible and fused_router.works_on(x) and can_cast(linears, x.dtype):
+            return cast_together(linears, x.dtype)
+        return linears
 
 
 class MoE(nn.Module):

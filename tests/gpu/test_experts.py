@@ -8,6 +8,7 @@ import torch
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
+from litgpt_moe_ext.moe.layer import FeedForward
 from litgpt_moe_ext.moe.router import Routing
 from tests.gpu.card import no_waits, require_bfloat16
 from tests.models import moe_config, randomize
@@ -180,3 +181,22 @@ def test_more_than_two_billion_elements(device, tiny):
     y = multiply_rows(Product(torch.ones(3, I, device=device).half(), weight, None, plan_of(rows, ends, 3)))
     assert y[2, -1] == 3.0
     assert y.sum() == 3.0
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_weights_of_shared_experts_are_cast_as_autocast_does(device, bias):
+    """In one launch instead of one for each: the same bits, forward and backward."""
+    config = {"n_embd": 64, "mlp_activation": "relu2", "bias": bias}
+    layers = [FeedForward(moe_config(expert_backend=backend, **config), 96).to(device) for backend in (None, "loop")]
+    layers[1].load_state_dict(randomize(layers[0]).state_dict())
+    x, upstream = torch.randn(2, 50, 64, device=device)
+    results = []
+    for layer in layers:
+        leaf = x.clone().requires_grad_()
+        with torch.autocast(device.type, torch.float16 if device.type == "cuda" else torch.bfloat16):
+            y = layer(leaf)
+        y.backward(upstream.to(y.dtype))
+        results.append([y, leaf.grad, *(p.grad for p in layer.parameters())])
+    for ours, expected in zip(*results, strict=True):
+        assert ours.dtype == expected.dtype
+        assert torch.equal(ours, expected)

@@ -1,0 +1,100 @@
+"""Weights of shared experts and dense layers cast in one launch, held against autocast."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize, prune
+
+from litgpt_moe_ext.moe.kernels import fused_router
+from litgpt_moe_ext.moe.kernels.casts import can_cast, cast_together
+from litgpt_moe_ext.moe.layer import FeedForward
+from tests.models import moe_config, randomize
+from tests.moe.test_launches import Launches
+
+
+def passes(layer, together):
+    """Return the output and all gradients under autocast, and what the forward pass started."""
+    layer.zero_grad()
+    x = torch.linspace(-2, 2, 5 * 16).view(5, 16).requires_grad_()
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+        patch.setattr(fused_router, "works_on", lambda x: together)
+        with Launches() as launches:
+            y = layer(x)
+    y.backward(torch.linspace(-1, 1, 5 * 16).view(5, 16).bfloat16())
+    return {"y": y, "x": x.grad, **{name: p.grad for name, p in layer.named_parameters()}}, launches.names
+
+
+def make_layer(**changes):
+    torch.manual_seed(0)
+    return randomize(FeedForward(moe_config(mlp_activation="relu2", **changes), 24))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_every_bit_is_autocasts_and_casts_are_one(bias):
+    layer = make_layer(bias=bias)
+    (ours, names), (expected, before) = (passes(layer, together) for together in (True, False))
+    for name, value in expected.items():
+        assert ours[name].dtype == value.dtype, name
+        assert torch.equal(ours[name], value), name
+    assert names.count("_foreach_copy_") == 1
+    assert len(before) - len(names) == (3 if bias else 1)
+
+
+def test_frozen_weights_have_no_gradient():
+    layer = make_layer(bias=True)
+    layer.fc.requires_grad_(False)
+    layer.proj.bias.requires_grad_(False)
+    (ours, _), (expected, _) = (passes(layer, together) for together in (True, False))
+    assert [name for name, value in ours.items() if value is None] == ["fc.weight", "fc.bias", "proj.bias"]
+    assert torch.equal(ours["proj.weight"], expected["proj.weight"])
+    assert torch.equal(ours["x"], expected["x"])
+
+
+def test_can_be_differentiated_twice():
+    """As ordinary operators can, for penalties on gradients."""
+    linear, x = nn.Linear(4, 3).double(), torch.randn(5, 4)
+
+    def penalty(project):
+        (slope,) = torch.autograd.grad(project(x).pow(3).sum(), linear.weight, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), linear.weight)
+
+    ours = penalty(cast_together([linear], torch.float32)[0])
+    expected = penalty(lambda x: nn.functional.linear(x, linear.weight.float(), linear.bias.float()))
+    assert torch.equal(*ours, *expected)
+
+
+def test_who_asks_for_ordinary_operators_gets_them():
+    assert "_foreach_copy_" not in passes(make_layer(expert_backend="loop"), together=True)[1]
+
+
+class Other(nn.Linear):
+    """A layer with a `forward` of its own, as LoRA and quantised ones have."""
+
+
+def _replaced(layer):
+    layer.fc = Other(16, 24)
+
+
+def _patched(layer):
+    layer.fc.forward = lambda x: nn.functional.linear(x, layer.fc.weight)
+
+
+def _parametrized(layer):
+    parametrize.register_parametrization(layer.fc, "weight", nn.Identity())
+
+
+@pytest.mark.parametrize("change", [
+    _replaced,
+    _patched,
+    _parametrized,
+    lambda layer: prune.l1_unstructured(layer.fc, "weight", 0.5),
+    lambda layer: layer.proj.register_forward_hook(lambda *_: None),
+    lambda layer: layer.proj.register_full_backward_hook(lambda *_: None),
+    lambda layer: layer.to(torch.bfloat16),
+])  # fmt: skip
+def test_layers_that_somebody_changed_or_watches_are_called(change):
+    layer = make_layer()
+    assert can_cast([layer.fc, layer.proj], torch.bfloat16)
+    change(layer)
+    assert not can_cast([layer.fc, layer.proj], torch.bfloat16)
+    passes(layer, together=True)
