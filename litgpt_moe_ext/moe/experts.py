@@ -88,7 +88,7 @@ class Experts(nn.Module):
             # Every choice is a row of its own that goes to one expert, at full weight.
             x_TKD = x_TD.unsqueeze(1) * routing.weights_TK.unsqueeze(2)
             y_RD = self._compute(x_TKD.flatten(0, 1).to(x_TD.dtype), _one_choice_per_row(routing))
-            return y_RD.view(x_TKD.shape).sum(1)
+            return y_RD if x_TKD.size(1) == 1 else y_RD.view(x_TKD.shape).sum(1)
         return self._compute(x_TD, routing)
 
     def _compute(self, x_TD: Tensor, routing: Routing) -> Tensor:
@@ -135,7 +135,9 @@ class _EndAtPadding(torch.autograd.Function):
 
 def _one_choice_per_row(routing: Routing) -> Routing:
     experts_R1 = routing.experts_TK.reshape(-1, 1)
-    real_R = None if routing.real_T is None else routing.real_T.repeat_interleave(routing.experts_TK.size(1))
+    real_R, top_k = routing.real_T, routing.experts_TK.size(1)
+    if real_R is not None and top_k > 1:
+        real_R = real_R.repeat_interleave(top_k)
     ones_R1 = torch.ones_like(experts_R1, dtype=routing.weights_TK.dtype)
     # The order of rows, which is all that the decision is asked for, is the same.
     return Routing(ones_R1, experts_R1, routing.counts_E, real_R, routing.decision)

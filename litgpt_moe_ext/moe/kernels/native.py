@@ -125,7 +125,7 @@ def _expert_of_rows(plan: Plan, row_R: Tensor) -> Tensor:
 
 
 def _tokens(plan: Plan) -> Tensor:
-    return plan.rows.div(plan.top_k, rounding_mode="floor")
+    return plan.rows if plan.top_k == 1 else plan.rows.div(plan.top_k, rounding_mode="floor")
 
 
 def _times(a_RF: Tensor, mask: Mask) -> Tensor:
