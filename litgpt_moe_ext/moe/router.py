@@ -15,6 +15,7 @@ from litgpt_moe_ext.moe.balancing import Tally, watch
 from litgpt_moe_ext.moe.gradient_injection import inject, present_scale
 from litgpt_moe_ext.moe.kernels import fused_router
 from litgpt_moe_ext.moe.kernels.fused_router import Decision, Given, Rule
+from litgpt_moe_ext.moe.kernels.orthogonality import weighted_orthogonality
 from litgpt_moe_ext.moe.losses import mean_probabilities
 from litgpt_moe_ext.moe.registry import LOSSES, load, loss_field
 from litgpt_moe_ext.moe.step_shares import StepShares
@@ -37,7 +38,7 @@ _FUSED_LOSSES = {
     "importance_loss": "importance",
     "load_loss": "load",
 }
-# The last of a record, which looks at no token, so that the kernels need not know it.
+# The last of a record, which looks at no token and has a kernel of its own.
 _WEIGHT_LOSS = "orthogonality_loss"
 _LOSSES = "litgpt_moe_ext.moe.losses"
 
@@ -197,7 +198,7 @@ class Router(nn.Module):
             if rule.sequence:
                 rule = rule._replace(sequences=n_sequence)
             if coef := self.loss_coefs.get(_WEIGHT_LOSS):
-                given = given._replace(other_loss=coef * self._loss_functions[_WEIGHT_LOSS](self.weight, real_T))
+                given = given._replace(other_loss=weighted_orthogonality(self.weight, coef))
         decision = fused_router.decide(given, rule, leaf_N, self.step_shares)
         if self.step_shares is not None and self.training:
             self.step_shares.count(decision.counts_E)

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from litgpt_moe_ext.moe.kernels import fused_router, router_product
+from litgpt_moe_ext.moe.kernels.orthogonality import weighted_orthogonality
 from tests.gpu.card import no_waits, require_bfloat16
+from tests.moe import directions
 from tests.moe.products import compare_product, every_bit, gradients_of
 from tests.moe.routers import LAYERS, RULES, compare, compare_fixed, compare_layer, make_gate, run
 
@@ -95,3 +97,17 @@ def test_the_product_has_the_same_bits_every_time_and_in_a_graph(device):
         assert torch.equal(value, first[name]), name
     with no_waits(device):
         gradients_of(router_product.project, x, weight, upstream)
+
+
+@pytest.mark.parametrize(("E", "D"), [(1, 16), (8, 768), (70, 128), (384, 7168), (1024, 256)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_orthogonality_loss_equals_float64(device, E, D, dtype):
+    if dtype == torch.bfloat16:
+        require_bfloat16(device)
+    weight = torch.randn(E, D, device=device).to(dtype)
+    directions.compare_orthogonality(weight)
+    first, second = (directions.gradients_of(weighted_orthogonality, weight, 0.1) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    with no_waits(device):
+        directions.gradients_of(weighted_orthogonality, weight, 0.1)

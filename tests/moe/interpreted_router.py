@@ -19,6 +19,7 @@ from tests.moe.interpreted_triton import EXAMPLES
 from tests.moe.routers import (
     BALANCING,
     NOISY,
+    ORTHOGONALITY,
     RULES,
     SEQUENCES,
     compare,
@@ -112,7 +113,7 @@ def test_no_token():
 
 
 def test_nothing_but_padding():
-    gate = make_gate(**SEQUENCES, **BALANCING)
+    gate = make_gate(**SEQUENCES, **BALANCING, **ORTHOGONALITY)
     results, _ = run(gate, torch.randn(6, 16), torch.rand(6, 2), True, 2, torch.zeros(6, dtype=torch.bool))
     assert (results.pop("experts") == 8).all()
     for name, value in results.items():

@@ -21,7 +21,10 @@ FREE = {
     *("alias", "permute", "unsqueeze", "squeeze", "as_strided", "empty", "empty_like", "empty_strided", "new_empty"),
     *("promote_types", "split_with_sizes", "device", "narrow"),
 }
-KERNELS = ("activation", "biases", "combining", "decoding", "gating", "projecting", "routing", "rows", "weights")
+KERNELS = (
+    *("activation", "biases", "combining", "decoding", "gating", "orthogonality", "projecting", "routing", "rows"),
+    "weights",
+)
 GROUPS = {"n_expert_groups": 4, "n_topk_groups": 2, "n_topk_scores_per_group": 1}
 
 
@@ -106,15 +109,17 @@ def test_the_layer_of_every_recipe_starts_at_most_25_kernels(recipe, capability)
 def test_every_rule_takes_the_fused_router(name, padded):
     """Every loss, noise and groups: as many as without any of it."""
     names = launches_where_most(RULES[name], padded)
-    beside = 2 * ("noisy" in name) + (9 + 2 * padded) * ("router_orthogonality_loss_coef" in RULES[name])
+    beside = 2 * ("noisy" in name) + 2 * ("router_orthogonality_loss_coef" in RULES[name])
     assert len(names) == (16 if padded else 14) + beside, names
     assert {"_project", "_route", "_sum_up", "_place"} <= set(names)
 
 
 GATED = {"n_shared_expert": 1, "shared_expert_gate": True}
 SEQUENCES = {"router_sequence_balancing_loss_coef": 1e-4}
+ORTHOGONALITY = {"router_orthogonality_loss_coef": 0.01}
 LAYERS = {
     "shared": {"n_shared_expert": 2},
+    "gated shared, biases, orthogonality": {**GATED, **ORTHOGONALITY, "bias": True},
     "gated shared, sequences": {**GATED, **SEQUENCES, "norm_topk_prob": True, **GROUPS},
     "jitter, bias of the router, dropout": {"router_jitter_noise": 0.1, "router_bias": True, "expert_dropout": 0.1},
     "gate on input": {"expert_gate_on_input": True},

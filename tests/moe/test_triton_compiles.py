@@ -21,14 +21,25 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from litgpt_moe_ext.moe.kernels import triton as engine  # noqa: E402
-from litgpt_moe_ext.moe.kernels.triton import activation, biases, common, gating, projecting, routing  # noqa: E402
+from litgpt_moe_ext.moe.kernels.triton import (  # noqa: E402
+    activation,
+    biases,
+    common,
+    gating,
+    orthogonality,
+    projecting,
+    routing,
+)
 from litgpt_moe_ext.moe.kernels.triton.tiles import CARDS, card_for, precision_of  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # MI200, MI300, RX 7900 and RX 9070, and how many threads work in step on them.
 AMD_CHIPS = {"gfx90a": 64, "gfx942": 64, "gfx1100": 32, "gfx1201": 32}
 CAPABILITIES = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
-KERNELS = ("activation", "biases", "combining", "decoding", "gating", "projecting", "routing", "rows", "weights")
+KERNELS = (
+    *("activation", "biases", "combining", "decoding", "gating", "orthogonality", "projecting", "routing", "rows"),
+    "weights",
+)
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -179,6 +190,9 @@ def every_router(n_expert):
             routing.route_backward(given, rule, experts, ends, slopes, torch.empty(40, rule.top_k), torch.empty(()))
             routing.route(Given(logits, real_T=real), Rule(*rule[:7]), False)
         routing.place(experts, ends, before)
+    products = torch.empty(n_expert, n_expert)
+    orthogonality.loss(products, 0.01)
+    orthogonality.slopes(products, torch.empty(()), 0.01)
     hashes = torch.empty(40, n_expert, dtype=torch.int64)
     routing.route(Given(hashes, real_T=torch.empty(40, dtype=torch.bool)), Rule("even", 2), True)
 
@@ -232,7 +246,7 @@ def test_every_router(monkeypatch, tmp_path, capability, n_expert):
     """Kimi K2 has 384 experts; Qwen3-Next's 512 are the same kernels; 1024 is the most."""
     compiler = Compiler(monkeypatch, capability)
     every_router(n_expert)
-    assert compiler.check(tmp_path) == 25 + 9 * (n_expert > 512)
+    assert compiler.check(tmp_path) == 27 + 9 * (n_expert > 512)
 
 
 @pytest.mark.slow
@@ -259,7 +273,7 @@ def test_every_kernel_on_amd(monkeypatch, chip):
     for n_expert in (8, 384, 1024):
         every_router(n_expert)
     every_gate(torch.bfloat16, 8)
-    assert compiler.check_shared_memory() == 3 * 18 + 30 + 3 * 25 + 9 + 2
+    assert compiler.check_shared_memory() == 3 * 18 + 30 + 3 * 27 + 9 + 2
 
 
 @pytest.mark.slow

@@ -169,6 +169,8 @@ class _Decide(torch.autograd.Function):
         scale = present_scale(dweights_TK)
         upstream = (decision.experts_TK, decision.ends_E, decision.slopes_LE, dweights_TK.contiguous(), scale)
         dlogits_TE, dspread_TE = _route_backward(*given, *ctx.rule, *upstream)
+        if need[-1] and saved[_REAL] is not None:
+            scale = scale * decision.ends_E[-1].clamp(max=1)  # padding alone has no loss
         gradients = Given(dlogits_TE, spread_TE=dspread_TE, other_loss=scale)
         needed = (gradient if asked else None for gradient, asked in zip(gradients, need, strict=True))
         return None, None, tally_N, *needed
@@ -185,6 +187,7 @@ def _with_shares(decision: Decision, rule: Rule, shares_E: Tensor) -> Decision:
 
 
 _N_GIVEN, _N_RULE = len(Given._fields), len(Rule._fields)
+_REAL = Given._fields.index("real_T")
 
 
 def _kernels() -> Any:

@@ -359,6 +359,8 @@ def _sum_up(parts, sums, other_loss, sizes, n_sequence, FORM: constexpr):
             tl.store(loss, FORM.load * value * n_token)
             loss += 1
         if other_loss is not None:
+            # Padding alone has none. Another division would take a stack on some cards.
+            n_token *= tl.minimum(tl.sum(count_E, 0), 1).to(tl.float64)
             tl.store(loss, tl.load(other_loss).to(tl.float64) * n_token)
 
 

@@ -1,0 +1,89 @@
+"""The orthogonality loss of a router's weights on a GPU: a product and a kernel, and two products and one backward.
+
+Written out with torch's operators (`litgpt_moe_ext.moe.losses.orthogonality_loss`, which stays the reference and what
+everything else goes by) it is eight launches, and more than twenty backward. Compilers, meta tensors, checkpointing and
+the FLOP counter see an operator, as with the experts' products.
+
+Both passes start from the products of all rows, W W^T, whose diagonal has the squares of their lengths. With s_i one
+over the length of row i, and A the cosines minus the identity, the gradient is a product as well: H W with
+`H_ij = 4 s_i s_j (A_ij - [i = j] sum_k A_ik (A_ik + [i = k]))`.
+
+Shape legend: D model width, E experts.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from litgpt_moe_ext.kernels.operator import arguments_of, operator
+
+
+class Directions(NamedTuple):
+    """Arguments of `weighted_orthogonality`.
+
+    Attributes:
+        weight_ED: The router's weights, float32 or 16-bit.
+        coef: Weight of the loss.
+    """
+
+    weight_ED: Tensor
+    coef: float
+
+
+class DirectionsBackward(NamedTuple):
+    """Arguments of `weighted_orthogonality_backward`: the gradient of the loss, a scalar, and those of the loss."""
+
+    dloss: Tensor
+    weight_ED: Tensor
+    coef: float
+
+
+def _kernels() -> Any:
+    from litgpt_moe_ext.moe.kernels.triton import orthogonality
+
+    return orthogonality
+
+
+def _products(weight_ED: Tensor) -> tuple[Tensor, Tensor]:
+    # The weights in float32, and the products of their rows, in the precision that torch is set to.
+    weight_ED = weight_ED.float()
+    return weight_ED, weight_ED @ weight_ED.t()
+
+
+def _flops(weight_shape: Any) -> int:
+    return 2 * weight_shape[0] ** 2 * weight_shape[1]
+
+
+@operator(
+    "weighted_orthogonality",
+    Directions,
+    lambda call: call.weight_ED.new_empty((), dtype=torch.float32),
+    flops=lambda shapes: _flops(shapes.weight_ED),
+)
+def weighted_orthogonality(call: Directions) -> Tensor:
+    """Return `coef * orthogonality_loss(weight_ED)`, a scalar, float32."""
+    with torch.autocast(call.weight_ED.device.type, enabled=False):
+        _, products_EE = _products(call.weight_ED)
+    return _kernels().loss(products_EE, call.coef)
+
+
+@operator(
+    "weighted_orthogonality_backward",
+    DirectionsBackward,
+    lambda call: torch.empty_like(call.weight_ED),
+    flops=lambda shapes: 2 * _flops(shapes.weight_ED),
+)
+def weighted_orthogonality_backward(call: DirectionsBackward) -> Tensor:
+    """Return the gradient of the weights in their dtype."""
+    with torch.autocast(call.weight_ED.device.type, enabled=False):
+        weight_ED, products_EE = _products(call.weight_ED)
+        return (_kernels().slopes(products_EE, call.dloss, call.coef) @ weight_ED).to(call.weight_ED.dtype)
+
+
+def _backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None]:
+    weight_ED, coef = arguments_of(ctx)
+    return weighted_orthogonality_backward(dloss, weight_ED, coef), None
+
+
+weighted_orthogonality.set_gradient(_backward)
