@@ -62,7 +62,7 @@ class FeedForward(LLaMAMLP):
             return out(self.activation(into[0](x)))
         gate, up = (project(x) for project in into)
         if self._has_kernel and fused_router.works_on(gate):
-            flat = (h.reshape(-1, h.size(-1)).contiguous() for h in (gate, up))
+            flat = (_flat(h) for h in (gate, up))
             return out(glu(*flat, self.activation.name, self.activation.gelu_approximate).view(gate.shape))
         return out(self.activation.gate(gate, up))
 
@@ -115,14 +115,18 @@ class MoE(nn.Module):
         y_BTD = self.experts(narrow_TD, routing).view(x_BTD.shape)
         if self.shared_experts is not None:
             shared_BTD = self.shared_experts(x_BTD)
-            if self.shared_expert_gate is not None:
-                logits_BT1 = self.shared_expert_gate(x_BTD)
-                if self._own_sum and fused_router.works_on(y_BTD):
-                    flat = (x.reshape(-1, x.size(-1)).contiguous() for x in (y_BTD, shared_BTD, logits_BT1))
-                    return add_gated(*flat, real_T).view(x_BTD.shape)
+            logits_BT1 = None if self.shared_expert_gate is None else self.shared_expert_gate(x_BTD)
+            if self._own_sum and fused_router.works_on(y_BTD) and not (logits_BT1 is None and real_T is None):
+                flat = (_flat(x) for x in (y_BTD, shared_BTD, logits_BT1))
+                return add_gated(*flat, real_T).view(x_BTD.shape)
+            if logits_BT1 is not None:
                 shared_BTD = shared_BTD * logits_BT1.sigmoid()
             y_BTD = y_BTD + shared_BTD
         return y_BTD if real_BT is None else torch.where(real_BT.unsqueeze(-1), y_BTD, 0.0)
+
+
+def _flat(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.reshape(-1, x.size(-1)).contiguous()
 
 
 def narrowed(x: Tensor) -> Tensor:

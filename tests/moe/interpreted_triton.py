@@ -398,19 +398,21 @@ def test_biases_of_rows(R, width, E, scatter, padded):
     assert torch.equal(add_biases(y, bias, plan_of(rows, ends, R), scatter), expected)
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @given(T=st.integers(0, 20), D=st.integers(1, 600), dtype=st.sampled_from([torch.float32, torch.float16]),
        padded=st.booleans())  # fmt: skip
 @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
-def test_a_gated_sum(T, D, dtype, padded):
+def test_a_sum_with_shared_experts(gated, T, D, dtype, padded):
     """Against float64, with gradients; padding, whose numbers are none, gives 0 and gets 0."""
     real = torch.rand(T) < 0.5 if padded else None
-    inputs = [torch.randn(T, width).to(dtype) for width in (D, D, 1)]
+    inputs = [torch.randn(T, width).to(dtype) for width in ((D, D, 1) if gated else (D, D))]
     upstream, nowhere = torch.randn(T, D).to(dtype), ~real if padded else torch.zeros(T, dtype=torch.bool)
     exact = [x.double().requires_grad_() for x in inputs]
-    expected = (exact[0] + exact[1] * exact[2].sigmoid()).masked_fill(nowhere.unsqueeze(1), 0.0)
+    expected = exact[0] + (exact[1] * exact[2].sigmoid() if gated else exact[1])
+    expected = expected.masked_fill(nowhere.unsqueeze(1), 0.0)
     expected.backward(upstream.double())
     ours = [x.masked_fill(nowhere.unsqueeze(1), float("nan")).requires_grad_() for x in inputs]
-    result = add_gated(*ours, real)
+    result = add_gated(*ours, real) if gated else add_gated(*ours, None, real)
     result.backward(upstream)
     for value, truth in ((result, expected), *((x.grad, y.grad) for x, y in zip(ours, exact, strict=True))):
         assert value.dtype == dtype

@@ -119,10 +119,17 @@ SEQUENCES = {"router_sequence_balancing_loss_coef": 1e-4}
 ORTHOGONALITY = {"router_orthogonality_loss_coef": 0.01}
 LAYERS = {
     "shared": {"n_shared_expert": 2},
+    "shared, biases, router's bias": {"n_shared_expert": 1, "bias": True, "router_bias": True},
     "gated shared, biases, orthogonality": {**GATED, **ORTHOGONALITY, "bias": True},
     "gated shared, sequences": {**GATED, **SEQUENCES, "norm_topk_prob": True, **GROUPS},
     "jitter, bias of the router, dropout": {"router_jitter_noise": 0.1, "router_bias": True, "expert_dropout": 0.1},
     "gate on input": {"expert_gate_on_input": True},
+    "gate on input, shared": {"expert_gate_on_input": True, "n_shared_expert": 1},
+    "gate on input of one, shared (Llama 4)": {
+        "expert_gate_on_input": True,
+        "n_expert_per_token": 1,
+        "n_shared_expert": 1,
+    },
     "hash": {"router_type": "hash"},
     "uniform": {"router_type": "uniform"},
     "biases, clamped (GPT-OSS)": {"bias": True, "router_bias": True, "mlp_activation": "clamped_swiglu"},

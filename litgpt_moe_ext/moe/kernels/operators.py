@@ -142,11 +142,11 @@ class Combination(NamedTuple):
 
 
 class GatedSum(NamedTuple):
-    """Arguments of `add_gated`: outputs of routed and shared experts, logits of the gate of the latter, and padding."""
+    """Arguments of `add_gated`: outputs of routed and shared experts, logits of a gate of the latter, and padding."""
 
     routed_TD: Tensor
     shared_TD: Tensor
-    logits_T1: Tensor
+    logits_T1: Tensor | None
     real_T: Tensor | None
 
 
@@ -155,7 +155,7 @@ class GatedSumBackward(NamedTuple):
 
     dsum_TD: Tensor
     shared_TD: Tensor
-    logits_T1: Tensor
+    logits_T1: Tensor | None
     real_T: Tensor | None
 
 
@@ -323,20 +323,23 @@ def combine(call: Combination) -> Tensor:
 
 @operator("add_gated", GatedSum, lambda c: torch.empty_like(c.routed_TD))
 def add_gated(call: GatedSum) -> Tensor:
-    """Return `routed + shared * sigmoid(logits)`, (T, D), by Triton; 0 for padding."""
+    """Return `routed + shared * sigmoid(logits)`, (T, D), by Triton, or their sum without logits; 0 for padding."""
     from litgpt_moe_ext.moe.kernels.triton import gating
 
     return gating.add_gated(*call)
 
 
 def _empty_gated(call: GatedSumBackward) -> tuple[Tensor, Tensor, Tensor]:
-    drouted_TD = call.dsum_TD.new_empty(0) if call.real_T is None else torch.empty_like(call.dsum_TD)
-    return drouted_TD, torch.empty_like(call.shared_TD), torch.empty_like(call.logits_T1)
+    drouted_TD = dlogits_T1 = call.dsum_TD.new_empty(0)
+    if call.logits_T1 is not None:
+        dlogits_T1 = torch.empty_like(call.logits_T1)
+        drouted_TD = drouted_TD if call.real_T is None else torch.empty_like(call.dsum_TD)
+    return drouted_TD, torch.empty_like(call.shared_TD), dlogits_T1
 
 
 @operator("add_gated_backward", GatedSumBackward, _empty_gated, n_result=3)
 def add_gated_backward(call: GatedSumBackward) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of `routed_TD` (empty where it is that of the sum), `shared_TD` and `logits_T1`."""
+    """Return the gradients of `routed_TD` (empty where it is another's), `shared_TD` and `logits_T1`."""
     from litgpt_moe_ext.moe.kernels.triton import gating
 
     return gating.add_gated_backward(*call)
@@ -433,6 +436,8 @@ def _bias_share(dy_TD: Tensor, bias_ED: Tensor, experts_TK: Tensor) -> Tensor:
 def _gated_backward(ctx: Any, dsum_TD: Tensor) -> tuple[Tensor | None, ...]:
     _, shared_TD, logits_T1, real_T = arguments_of(ctx)
     drouted_TD, dshared_TD, dlogits_T1 = add_gated_backward(dsum_TD.contiguous(), shared_TD, logits_T1, real_T)
+    if logits_T1 is None:
+        return dshared_TD, dshared_TD, None, None
     return dsum_TD if real_T is None else drouted_TD, dshared_TD, dlogits_T1, None
 
 

@@ -1,4 +1,4 @@
-"""The sum of routed and of gated shared experts, forward and backward, in one launch each; arithmetic is float32.
+"""The sum of routed and of shared experts, which may have a gate, in one launch each way; arithmetic is float32.
 
 Shape legend: T tokens, D model width, M a block of T, N a block of D.
 """
@@ -28,13 +28,13 @@ class _Gradients(NamedTuple):
     logits: Any
 
 
-def add_gated(routed_TD: Tensor, shared_TD: Tensor, logits_T1: Tensor, real_T: Tensor | None) -> Tensor:
+def add_gated(routed_TD: Tensor, shared_TD: Tensor, logits_T1: Tensor | None, real_T: Tensor | None) -> Tensor:
     """Return `routed + shared * sigmoid(logits)`, (T, D) in the dtype of `routed_TD`; 0 for padding.
 
     Args:
         routed_TD: Output of the routed experts, contiguous.
         shared_TD: Output of the shared experts, contiguous.
-        logits_T1: Logits of their gate, contiguous.
+        logits_T1: Logits of their gate, contiguous; None without.
         real_T: Which tokens are not padding, bool, contiguous; None if all.
     """
     sum_TD, block = torch.empty_like(routed_TD), block_of(routed_TD.size(1))
@@ -45,9 +45,11 @@ def add_gated(routed_TD: Tensor, shared_TD: Tensor, logits_T1: Tensor, real_T: T
 
 
 def add_gated_backward(
-    dsum_TD: Tensor, shared_TD: Tensor, logits_T1: Tensor, real_T: Tensor | None
+    dsum_TD: Tensor, shared_TD: Tensor, logits_T1: Tensor | None, real_T: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of `routed_TD` (empty without padding, where it is `dsum_TD`), `shared_TD` and `logits_T1`.
+    """Return the gradients of `routed_TD`, `shared_TD` and `logits_T1`.
+
+    Without padding that of `routed_TD` is `dsum_TD`, without a gate that of `shared_TD`, and empty here.
 
     Args:
         dsum_TD: Gradient of the sum, contiguous.
@@ -55,8 +57,9 @@ def add_gated_backward(
         logits_T1: As above.
         real_T: As above.
     """
-    drouted_TD = dsum_TD.new_empty(0) if real_T is None else torch.empty_like(dsum_TD)
-    gradients = _Gradients(drouted_TD, torch.empty_like(shared_TD), torch.empty_like(logits_T1))
+    drouted_TD = dsum_TD.new_empty(0) if real_T is None or logits_T1 is None else torch.empty_like(dsum_TD)
+    dlogits_T1 = dsum_TD.new_empty(0) if logits_T1 is None else torch.empty_like(logits_T1)
+    gradients = _Gradients(drouted_TD, torch.empty_like(shared_TD), dlogits_T1)
     block, shared = block_of(dsum_TD.size(1)), _Shared(shared_TD, logits_T1, real_T, *dsum_TD.shape)
     launch(_add_gated_backward, (ceil_div(shared.n_token, block[0]),), (shared, dsum_TD, gradients, block), warps=4)
     return gradients
@@ -67,7 +70,10 @@ def _tokens(shared, BLOCK: constexpr):
     # The tokens of the program, which of them exist, which are not padding, and their gate.
     token_M = (tl.program_id(0) * BLOCK[0] + tl.arange(0, BLOCK[0])).to(tl.int64)
     live_M = token_M < shared.n_token
-    gate_M = tl.sigmoid(tl.load(shared.logits + token_M, mask=live_M, other=0.0).to(tl.float32))
+    if shared.logits is None:
+        gate_M = tl.full((BLOCK[0],), 1.0, tl.float32)
+    else:
+        gate_M = tl.sigmoid(tl.load(shared.logits + token_M, mask=live_M, other=0.0).to(tl.float32))
     if shared.real is None:
         return token_M, live_M, live_M, gate_M
     else:
@@ -97,10 +103,12 @@ def _add_gated_backward(shared, dsum, gradients, BLOCK: constexpr):
         width_N = (d_N < shared.width)[None, :]
         text_MN, live_MN = text_M[:, None] & width_N, live_M[:, None] & width_N
         dsum_MN = tl.load(dsum + at_MN, mask=text_MN, other=0.0).to(tl.float32)
-        dot_MN += dsum_MN * tl.load(shared.y + at_MN, mask=text_MN, other=0.0).to(tl.float32)
+        if shared.logits is not None:
+            dot_MN += dsum_MN * tl.load(shared.y + at_MN, mask=text_MN, other=0.0).to(tl.float32)
         dshared_MN = tl.where(text_MN, dsum_MN * gate_M[:, None], 0.0)
         tl.store(gradients.shared + at_MN, dshared_MN.to(gradients.shared.dtype.element_ty), mask=live_MN)
-        if shared.real is not None:
+        if shared.real is not None and shared.logits is not None:
             tl.store(gradients.routed + at_MN, dsum_MN.to(gradients.routed.dtype.element_ty), mask=live_MN)
-    dlogits_M = tl.where(text_M, tl.sum(dot_MN, 1) * gate_M * (1.0 - gate_M), 0.0)
-    tl.store(gradients.logits + token_M, dlogits_M.to(gradients.logits.dtype.element_ty), mask=live_M)
+    if shared.logits is not None:
+        dlogits_M = tl.where(text_M, tl.sum(dot_MN, 1) * gate_M * (1.0 - gate_M), 0.0)
+        tl.store(gradients.logits + token_M, dlogits_M.to(gradients.logits.dtype.element_ty), mask=live_M)
