@@ -274,6 +274,16 @@ def test_autocast(dtype):
     assert not torch.equal(exact["y"], ours["y"])
 
 
+@pytest.mark.parametrize("backend", [None, "loop", "grouped_cpu"])
+def test_autocast_leaves_float64_alone(backend):
+    """As torch's own layers, which would refuse float64 weights beside what has been cast."""
+    layer = randomize(SharedExpertMoE(moe_config(n_shared_expert=1, expert_backend=backend))).double()
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert torch.equal(y, layer(x))
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_nothing_is_saved(mode):
     experts, routing = make_experts(), make_routing(9, 2, 5, torch.float64)
