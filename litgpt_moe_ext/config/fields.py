@@ -44,6 +44,8 @@ class Field:
         default: What leaving it out means, filled in where the owner is there; `REQUIRED` if it must be set.
         of_litgpt: Whether LitGPT has the field.
         unset: What it holds if nobody set it: None for the fields of this package.
+        of_training: Whether it is about how a model is trained, or about what computes it, and not about what that is:
+            a run may go on from a checkpoint with another value.
     """
 
     type: Any
@@ -52,6 +54,7 @@ class Field:
     default: Any = None
     of_litgpt: bool = False
     unset: Any = None
+    of_training: bool = False
 
     def check(self, config: "Config", name: str, remedy: str = "") -> None:
         """Raise SettingsError, with a remedy, unless a configuration has a value of this type under a name."""
@@ -74,7 +77,7 @@ def _litgpt(type: Any, doc: str, owner: tuple[str, ...], default: Any = None, un
 def loss_weight(loss: Loss) -> Field:
     """Return the field that holds the weight of an auxiliary loss."""
     doc = f"weight of {loss.doc} (0 by default)"
-    return Field(NonNegativeFloat, doc, ("feed_forward", "moe", *loss.needs))
+    return Field(NonNegativeFloat, doc, ("feed_forward", "moe", *loss.needs), of_training=True)
 
 
 _FEED_FORWARD, _MOE = ("feed_forward",), ("feed_forward", "moe")
@@ -105,7 +108,10 @@ FEED_FORWARD_FIELDS = {
     ),
     "moe_intermediate_size": _litgpt(PositiveInt, "hidden width of one expert (`intermediate_size` by default)", _MOE),
     "expert_dropout": Field(
-        Share, "probability of dropping a hidden activation of an expert in training (0 by default)", _MOE
+        Share,
+        "probability of dropping a hidden activation of an expert in training (0 by default)",
+        _MOE,
+        of_training=True,
     ),
     "expert_gate_on_input": Field(
         bool, "whether the gate value multiplies an expert's input, as in Llama 4 (false: its output)", _MOE
@@ -115,6 +121,7 @@ FEED_FORWARD_FIELDS = {
         "the only implementation of the experts allowed (the fastest that works by default); `loop` also keeps the "
         "router to torch's operators",
         _MOE,
+        of_training=True,
     ),
     "n_shared_expert": _litgpt(NonNegativeInt, "number of experts that every token visits (0 by default)", _MOE),
     "shared_expert_intermediate_size": Field(
@@ -137,7 +144,9 @@ FEED_FORWARD_FIELDS = {
         _MOE,
     ),
     "residual_dropout": Field(
-        Share, "probability of dropping an element of what a layer adds to the residual stream (0 by default)"
+        Share,
+        "probability of dropping an element of what a layer adds to the residual stream (0 by default)",
+        of_training=True,
     ),
 }
 
@@ -169,19 +178,24 @@ ROUTING_FIELDS = {
         bool, "whether the gate has a bias that learns, as in GPT-OSS (false by default)", (*_MOE, "logits")
     ),
     "router_jitter_noise": Field(
-        Share, "largest relative noise on the router's input in training (0 by default)", (*_MOE, "logits")
+        Share,
+        "largest relative noise on the router's input in training (0 by default)",
+        (*_MOE, "logits"),
+        of_training=True,
     ),
     "router_bias_update_rate": Field(
         NonNegativeFloat,
         "how far the balancing bias moves after every optimizer step; 0 switches it off",
         (*_MOE, "bias"),
         0.001,
+        of_training=True,
     ),
     "router_bias_update_schedule": Field(
         BiasSchedule,
         "how that rate changes, in optimizer steps: rises over `warmup_steps`, falls to 0 over `decay_steps` from "
         "`decay_start`",
         (*_MOE, "bias", "moving_bias"),
+        of_training=True,
     ),
     **{loss_field(name): loss_weight(loss) for name, loss in LOSSES.items()},
     "router_load_balancing_loss_scope": Field(
@@ -190,6 +204,7 @@ ROUTING_FIELDS = {
         "on all processes",
         (*_MOE, "logits", "load_balancing_loss"),
         "micro_batch",
+        of_training=True,
     ),
 }
 
@@ -207,15 +222,19 @@ ATTENTION_FIELDS = {
         float,
         "initial value of the sink logits (0 by default, the weight of one token of score 0)",
         (*_ATTENTION, "sinks"),
+        of_training=True,
     ),
     "attention_backend": Field(
-        OneOf(KERNELS), "the only kernel allowed (the fastest that works by default)", _ATTENTION
+        OneOf(KERNELS), "the only kernel allowed (the fastest that works by default)", _ATTENTION, of_training=True
     ),
     "attention_dropout": Field(
-        Share, "probability of dropping an attention weight in training (0 by default)", _ATTENTION
+        Share, "probability of dropping an attention weight in training (0 by default)", _ATTENTION, of_training=True
     ),
     "embedding_dropout": Field(
-        Share, "probability of dropping an element of the embeddings in training (0 by default)", _ATTENTION
+        Share,
+        "probability of dropping an element of the embeddings in training (0 by default)",
+        _ATTENTION,
+        of_training=True,
     ),
     "position_embedding": Field(
         OneOf(("learned",)), "adds an embedding of the absolute position; needs `rotary_percentage: 0`", _ATTENTION

@@ -186,6 +186,13 @@ def _warn_unowned(routers: "list[Router]", optimizer: torch.optim.Optimizer) -> 
         )
 
 
+def begin_schedules(routers: "Iterable[Router]") -> None:
+    """Have the rates of balancing biases begin anew, where a training starts from the weights of another."""
+    for router in routers:
+        if router.bias_update_schedule is not None:
+            router.bias_updates.zero_()
+
+
 def forget_step(routers: "Iterable[Router]") -> None:
     """Have the tokens since the last optimizer step count for nothing, where the step is left out."""
     for router in routers:

@@ -135,6 +135,15 @@ class TopKRouter(LearnedRouter):
         if self.bias_update_schedule is not None:
             nn.init.zeros_(self.bias_updates)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # A schedule is no part of a model: it begins with the training that has one.
+        name = f"{prefix}bias_updates"
+        if self.bias_update_schedule is None:
+            state_dict.pop(name, None)
+        else:
+            state_dict.setdefault(name, torch.zeros_like(self.bias_updates, device="cpu"))  # a model's own may be meta
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def rule(self) -> Rule | None:
         """Return the rule of `choose`, None for subclasses with another one."""
         if type(self).choose is not TopKRouter.choose or self.weight.dtype == torch.float64:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.evaluation.perplexity import exp
+from litgpt_moe_ext.moe.balancing import begin_schedules
+from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.training.callback import Callback
 
 if TYPE_CHECKING:
@@ -197,6 +199,7 @@ class TrainingFabric(L.Fabric):
         return remainder
 
     def load_raw(self, path: str | Path, obj: Any, strict: bool = True, **kwargs: Any) -> None:
-        """As Fabric's, but also takes the model out of a training checkpoint."""
+        """As Fabric's, but also takes the model out of a training checkpoint, whose steps are none of this run's."""
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         self.strategy.load_weights(obj, checkpoint.get("model", checkpoint), strict)
+        begin_schedules(routers_of(obj).values())

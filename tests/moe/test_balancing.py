@@ -245,6 +245,19 @@ def test_a_schedule_moves_the_bias_less_and_survives_a_checkpoint():
     assert [step(resumed) for _ in range(2)] == [[0.2, 0.2], [0.0, 0.0]]
 
 
+def test_weights_fit_with_and_without_a_schedule():
+    """Which begins with the training that has one."""
+    plain, scheduled = (
+        SharedExpertMoE(moe_config(router_bias_update_schedule=schedule)) for schedule in (None, {"warmup_steps": 9})
+    )
+    scheduled.gate.bias_updates.fill_(5)
+    plain.load_state_dict(scheduled.state_dict())
+    for assign in (False, True):
+        scheduled.load_state_dict(plain.state_dict(), assign=assign)
+        assert scheduled.gate.bias_updates == 0
+        scheduled.to("meta")
+
+
 def test_measures_of_balance_by_hand():
     loads = torch.tensor([[4.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [2.0, 2.0, 0.0, 0.0]])
     assert max_violation(loads).tolist() == [3.0, 0.0, 1.0]

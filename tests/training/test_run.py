@@ -311,11 +311,22 @@ def test_a_run_from_python(recipe, tmp_path, corpus_settings):
 
 
 def test_starting_from_the_weights_of_a_run(recipe, finished, tmp_path):
-    """`initial_checkpoint_dir` takes a training checkpoint: the first loss is that of the trained model."""
-    start = ("--initial_checkpoint_dir", finished(tmp_path / "out") / "final", "--out_dir", tmp_path / "next")
-    assert train("--config", recipe(train={"max_tokens": 128}), *start) == 0
+    """The first loss is that of the trained model; what is counted in steps begins anew, and training may differ."""
+    weights, model = tmp_path / "weights", {"router_bias_update_schedule": {"warmup_steps": 2000}}
+    weights.mkdir()
+    trained = finished(tmp_path / "out") / "final"
+    content = torch.load(trained / "lit_model.pth", weights_only=True)
+    counts = {f"transformer.h.{layer}.mlp.gate.bias_updates": torch.tensor(1000) for layer in range(2)}
+    torch.save({**content, "model": content["model"] | counts}, weights / "lit_model.pth")
+    config = yaml.safe_load((trained / "model_config.yaml").read_text())
+    (weights / "model_config.yaml").write_text(yaml.safe_dump(config | model))
+    model |= {"router_z_loss_coef": 1e-3}
+    start = ("--initial_checkpoint_dir", weights, "--out_dir", tmp_path / "next")
+    assert train("--config", recipe(train={"max_tokens": 128}, model_config=model), *start) == 0
     first_of_old, first_of_new = (float(logged(tmp_path / d, "loss")[1]) for d in ("out", "next"))
     assert first_of_new < first_of_old - 0.1
+    after = torch.load(tmp_path / "next" / "final" / "lit_model.pth", weights_only=True)["model"]
+    assert [int(after[name]) for name in counts] == [1, 1]
 
 
 def test_max_time_ends_with_a_final_checkpoint(recipe, tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from litgpt_moe_ext.config.features import MOE_CLASS_NAMES
+from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checkpoint.hyperparameters import FILE_NAME, read
 from litgpt_moe_ext.training.checkpoint.progress import MODEL_FILE, sequences_of
@@ -40,7 +41,7 @@ def require_same_model(setting: str, checkpoint_dir: Path, config: Any) -> None:
     differences = [
         f"{name} is {saved.get(name)!r} in the checkpoint and {value!r} now"
         for name, value in asdict(config).items()
-        if saved.get(name) != value and name not in ("name", "hf_config")
+        if saved.get(name) != value and not _may_differ(setting, name, saved.get(name), value)
     ]
     if differences:
         remedy = f"--model_config {checkpoint_dir} takes its model"
@@ -50,6 +51,12 @@ def require_same_model(setting: str, checkpoint_dir: Path, config: Any) -> None:
         raise SettingsError(
             f"{setting}: {str(checkpoint_dir)!r} holds another model: {'; '.join(differences)}. {remedy}"
         )
+
+
+def _may_differ(setting: str, name: str, before: Any, now: Any) -> bool:
+    if name == "router_bias_update_schedule" and setting == "resume" and None in (before, now):
+        return False  # only with a schedule the steps are counted that it goes by
+    return name in ("name", "hf_config") or (name in FIELDS and FIELDS[name].of_training)
 
 
 def require_same_weights(setting: str, checkpoint_dir: Path, config: Any) -> None:
@@ -145,8 +152,10 @@ def resume_notes(checkpoint_dir: Path, settings: dict[str, Any]) -> list[str]:
     changes = []
     for name in dict.fromkeys([*flat_before, *flat_now]):
         before, now = (_shown(flat.get(name)) for flat in (flat_before, flat_now))
-        # Another version may have had other settings in a section; null ones at the first level are not written down.
-        comparable = (name in flat_before and name in flat_now) or "." not in name
+        # Another version may have had other settings in a section; null ones at the first level, and of a model, are not
+        # written down.
+        in_both = name in flat_before and name in flat_now
+        comparable = in_both or "." not in name or name.startswith("model_config.")
         if before == now or name in told:
             continue
         if _is_kept_by_the_optimizer(name):

@@ -477,6 +477,22 @@ def test_the_name_of_a_model_is_no_part_of_it(tmp_path):
     require_same_optimizer(tmp_path, {"optimizer": "AdamW"})  # which no file here says
 
 
+@pytest.mark.parametrize("setting", ["resume", "initial_checkpoint_dir"])
+def test_how_a_model_is_trained_and_computed_is_no_part_of_it(tmp_path, setting):
+    """An error about a kernel that cannot work says to leave it out."""
+    before = {"expert_backend": "loop", "router_z_loss_coef": 0.1, "expert_dropout": 0.1}
+    save_config(moe_config(**before, router_bias_update_rate=0.01), tmp_path)
+    require_same_model(setting, tmp_path, moe_config(router_importance_loss_coef=0.1))
+    scheduled = moe_config(router_bias_update_schedule={"warmup_steps": 9})
+    if setting == "resume":
+        with pytest.raises(SettingsError, match="router_bias_update_schedule is None in the checkpoint and "):
+            require_same_model(setting, tmp_path, scheduled)
+    else:
+        require_same_model(setting, tmp_path, scheduled)
+    with pytest.raises(SettingsError, match="norm_topk_prob is "):
+        require_same_model(setting, tmp_path, moe_config(norm_topk_prob=True))
+
+
 def test_resume_notes(recipe, finished, tmp_path, capsys):
     file = recipe()
     checkpoint = finished(tmp_path / "out", step=8) / "step-00000008"
@@ -490,9 +506,11 @@ def test_resume_notes(recipe, finished, tmp_path, capsys):
         f"precision {saved.get('precision', 'null')} -> bf16-mixed",
         f"optimizer.lr {rate} -> 0.5",
     }
-    assert train("--config", file, "--resume", "auto", "--seed", "1") == 0
+    again = ("--resume", "auto", "--seed", "1", "--model_config.router_z_loss_coef", "0.01")
+    assert train("--config", file, *again) == 0
     output = capsys.readouterr().out
     assert "seed was 42 in the checkpoint and is 1 now: it has no effect" in output
+    assert "changed since the checkpoint: model_config.router_z_loss_coef null -> 0.01" in output
     (checkpoint / "hyperparameters.yaml").write_text("seed: 2026-13-45")  # which YAML takes for a date
     assert resume_notes(checkpoint, saved) == [
         f"{checkpoint} has no readable hyperparameters.yaml: changed settings go unnoticed"
