@@ -222,7 +222,7 @@ class Router(nn.Module):
         return None if choice.logits_TE is None else choice.probabilities()
 
     def auxiliary_loss(self, name: str, choice: Choice, n_sequence: int, real_T: Tensor | None = None) -> Tensor:
-        """Return the auxiliary loss `name` without its weight, a scalar.
+        """Return the auxiliary loss `name` without its weight, a scalar; 0 for padding alone.
 
         Args:
             name: A name in `litgpt_moe_ext.moe.registry.LOSSES`, which says what the loss is given.
@@ -238,6 +238,8 @@ class Router(nn.Module):
             if "n_sequence" in loss.inputs:
                 raise ValueError(f"{loss_field(name)}: a loss per sequence must have real_T among its inputs; add it")
             choice, real_T = choice.rows(real_T), None
+            if not len(choice.weights_TK):
+                return choice.weights_TK.new_zeros(())  # means over no token are no numbers
 
         def value_of(name: str) -> Any:
             if name == "probabilities_TE":

@@ -188,6 +188,8 @@ def test_losses_that_know_no_padding_see_none(monkeypatch):
     model = model_with("sigmoid")
     padded, unpadded = padded_and_not(rows_of([[BOS, *range(2, 9)], [BOS, 5, 6]], 8))
     torch.testing.assert_close(step(model, *padded), step(model, *unpadded), **EXACT)
+    _, _, records, _, _ = step(model, torch.full((2, 5), PADDING), torch.full((2, 5), PADDING))
+    assert not any(record.any() for record in records)
     loss = Loss(lambda logits, n: logits.mean(), ("logits_TE", "n_sequence"), "")
     monkeypatch.setitem(LOSSES, "z_loss", loss)
     model = model_with("sigmoid")
