@@ -5,8 +5,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+from litgpt_moe_ext.config.features import unlearned_routers
 from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.training.callbacks.progress import format_count
 from litgpt_moe_ext.training.checkpoint.compatibility import resume_notes
@@ -15,6 +16,7 @@ from litgpt_moe_ext.training.logs import METRICS_FILE, TRANSCRIPT_FILE
 from litgpt_moe_ext.wording import counted
 
 if TYPE_CHECKING:
+    from litgpt_moe_ext.config.types import Config
     from litgpt_moe_ext.training.equip import Equipment
     from litgpt_moe_ext.training.launch import Launched
     from litgpt_moe_ext.training.loop import Outcome
@@ -41,6 +43,8 @@ def announce(launched: Launched, start: Start, equipment: Equipment) -> None:
     )
     for line in _cut(plan):
         say(line)
+    if note := unlearned_routers(cast("Config", plan.config)):
+        say(f"  {note}")
     if start.resume_dir is not None:
         say(f"Resuming from {start.resume_dir}")
         for note in resume_notes(start.resume_dir, plan.plain):

@@ -9,11 +9,13 @@ import torch
 from litgpt import Config
 from litgpt.model import GPT, LLaMAMLP
 
+from litgpt_moe_ext.config.features import unlearned_routers
 from litgpt_moe_ext.model_size import count_parameters
-from litgpt_moe_ext.moe.layer import FeedForward, NoisyTopKMoE, SharedExpertMoE
-from tests.models import attention_config, dense_config, initialized_model, moe_config, noisy_config
+from litgpt_moe_ext.moe.layer import FeedForward, MoE, NoisyTopKMoE, SharedExpertMoE
+from tests.models import attention_config, dense_config, initialized_model, moe_config, noisy_config, randomize
 
 GROUPS = {"n_expert_groups": 4, "n_topk_groups": 1, "n_topk_scores_per_group": 2}
+NO_LOSSES = {"router_importance_loss_coef": 0.0, "router_load_loss_coef": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -155,6 +157,25 @@ def test_defaults_of_the_classes():
     assert (config.router_score_function, config.router_bias_update_rate) == (None, None)
     assert (config.router_importance_loss_coef, config.router_load_loss_coef) == (0.1, 0.1)
     assert moe_config(moe_intermediate_size=None, intermediate_size=20).moe_intermediate_size == 20
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting"),
+    [
+        ({"norm_topk_prob": True}, "norm_topk_prob: true"),
+        ({"router_type": "noisy_topk", **NO_LOSSES}, "router_type: noisy_topk"),
+        ({}, None),
+        ({"norm_topk_prob": True, "n_expert_per_token": 2}, None),
+    ],
+)
+def test_routers_that_the_loss_does_not_teach(changes, setting):
+    """A model's settings tell whether its gate gets a gradient."""
+    config = moe_config(mlp_class_name="MoE", **{"n_expert_per_token": 1, **changes})
+    layer = randomize(MoE(config)).double()
+    layer(torch.randn(1, 5, 16, dtype=torch.float64)).square().sum().backward()
+    assert (layer.gate.weight.grad.abs().max() < 1e-9) == (setting is not None)
+    note = unlearned_routers(config)
+    assert note is None if setting is None else f"n_expert_per_token: 1 with {setting} makes every gate" in note
 
 
 def test_classes_are_found_by_name():

@@ -31,9 +31,12 @@ def test_a_recipe_that_can_run(tmp_path, capsys):
         "class_path": "litgpt_moe_ext.data.PythonStdlib",
         "init_args": {"data_path": str(tmp_path / "data"), "vocab_size": 300},
     }
-    recipe.write_text(yaml.safe_dump({"model_config": MODEL, "out_dir": str(tmp_path / "out"), "data": data}))
+    experts = {"mlp_class_name": "MoE", "n_expert": 2, "n_expert_per_token": 1, "moe_intermediate_size": 8}
+    model = {**MODEL, **experts, "norm_topk_prob": True}
+    recipe.write_text(yaml.safe_dump({"model_config": model, "out_dir": str(tmp_path / "out"), "data": data}))
     assert main(["doctor", str(recipe)]) == 0
     page = capsys.readouterr().out
+    assert "n_expert_per_token: 1 with norm_topk_prob: true makes every gate value 1" in " ".join(page.split())
     for topic in (
         "versions",
         "CPU",

@@ -20,6 +20,7 @@ from litgpt_moe_ext.wording import counted
 if TYPE_CHECKING:
     import torch
 
+    from litgpt_moe_ext.config.types import Config
     from litgpt_moe_ext.training.plan import Plan
     from litgpt_moe_ext.training.settings import Settings, StrategyName
 
@@ -224,6 +225,7 @@ def _unread(checkpoint: Path) -> Finding:
 
 
 def _settings(recipe: Recipe, settings: "Settings | SettingsError") -> Iterator[Finding]:
+    from litgpt_moe_ext.config.features import unlearned_routers
     from litgpt_moe_ext.training.checks import check_batch, check_data, check_whole_model, offers
     from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
     from litgpt_moe_ext.training.plan import check_plan
@@ -243,6 +245,8 @@ def _settings(recipe: Recipe, settings: "Settings | SettingsError") -> Iterator[
         yield Finding("settings", "problem", str(error))
         return
     yield Finding("settings", "good", "they go together")
+    if note := unlearned_routers(cast("Config", plan.config)):
+        yield Finding("routers", "note", note)
     yield from _start(plan)
 
 

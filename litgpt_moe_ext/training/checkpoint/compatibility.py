@@ -152,7 +152,7 @@ def resume_notes(checkpoint_dir: Path, settings: dict[str, Any]) -> list[str]:
     changes = []
     for name in dict.fromkeys([*flat_before, *flat_now]):
         before, now = (_shown(flat.get(name)) for flat in (flat_before, flat_now))
-        # Another version may have had other settings in a section; null ones at the first level, and of a model, are not
+        # Another version may have had other settings in a section; null ones at the first level and of a model are not
         # written down.
         in_both = name in flat_before and name in flat_now
         comparable = in_both or "." not in name or name.startswith("model_config.")

@@ -49,7 +49,8 @@ def test_litgpts_own_layers_say_nothing():
 
 
 def test_a_run_says_it_once(recipe, capsys):
-    file = recipe(train={"max_tokens": 2 * 128}, strategy="fsdp2", distributed={"cpu_offload": True})
+    strategy = {"strategy": "fsdp2", "distributed": {"cpu_offload": True}}
+    file = recipe(train={"max_tokens": 2 * 128}, model_config={"n_expert_per_token": 1}, **strategy)
     assert train("--config", file) == 0
     output = capsys.readouterr().out
     for line in ("experts: grouped_cpu for torch.float32 on cpu", "attention: flash_cpu for torch.float32 on cpu"):
@@ -58,6 +59,7 @@ def test_a_run_says_it_once(recipe, capsys):
     assert re.search(of_litgpt, output, re.MULTILINE) is None, "lines that ours replace"
     note = "strategy: fsdp2 has nothing to shard in a single process: it becomes auto, and distributed.cpu_offload"
     assert output.count(note) == 1
+    assert output.count("n_expert_per_token: 1 with norm_topk_prob: true makes every gate value 1") == 1
 
 
 def test_single_process_note():
