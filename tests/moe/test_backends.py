@@ -212,6 +212,19 @@ def test_padding_rows_leave_no_trace():
         torch.testing.assert_close(both["x"][rows], alone["x"])
 
 
+def test_what_would_overflow_in_another_expert():
+    """Tokens of the second expert are too large for the first, whose rows end in padding."""
+    experts, first = make_experts(torch.float16, n_expert=2), torch.arange(41) < 21
+    x, upstream = torch.randn(2, 41, 16).half()
+    with torch.no_grad():
+        x[~first] *= 200
+        experts.gate_up_proj[0] *= 30
+        experts.gate_up_proj[1] *= 0.05
+    routing = Routing(torch.rand(41, 1), (~first).long().unsqueeze(1), torch.tensor([21, 20]))
+    for name, value in run(experts, "grouped_cpu", x, routing, upstream).items():
+        assert value.isfinite().all(), name
+
+
 def test_dispatch_by_hand():
     experts = torch.tensor([[2, 0], [0, 2], [2, 3]])
     plan = dispatch(experts, torch.tensor([2, 0, 3, 1]), padding=4)

@@ -12,8 +12,8 @@ What it saves over the plain loop (`litgpt_moe_ext.moe.kernels.loop`), in the or
 
 Rows of one expert are padded to a multiple of `_padding`. oneDNN, which multiplies bfloat16 matrices, compiles code
 for each new number of rows (half a millisecond), and under changing routing numbers without a common divisor never
-repeat. The padding rows of an expert are simply the rows of the next: the next expert overwrites what was computed from
-them, and in the backward pass their upstream gradients are set to zero.
+repeat. The padding rows of an expert are zeros, and what is computed from them lies where the rows of the next expert
+begin, which overwrites it.
 
 Shape legend: T tokens, K chosen experts per token, E experts, D model width, F hidden width of one expert, G width of
 the first projection (2 * F with a gate), R = T * K routed rows in the order of experts, those of padding tokens last,
@@ -102,9 +102,6 @@ def grouped_cpu_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, 
         hidden: What happens between the two projections.
     """
     dtype = matmul_dtype(x_TD)
-    if routing.real_T is not None:
-        # Segments end in rows of padding, which are multiplied, by zero, when gradients are summed.
-        x_TD = x_TD.masked_fill(~routing.real_T.unsqueeze(1), 0.0)
     differentiable = (x_TD, routing.weights_TK, *weights)
     with torch.autocast("cpu", enabled=False):
         if has_gradient(*differentiable):
@@ -166,8 +163,9 @@ def _forward(x_TD: Tensor, weights_TK: Tensor, weights: ExpertWeights, job: _Job
     y_PD = x_TD.new_empty(plan.tokens_P.numel(), x_TD.size(1))
     x_space_ND = _workspace(plan.segments, x_cast_TD, x_TD.size(1))
     a_space_NF = _workspace(plan.segments, x_cast_TD, weights.down_EDF.size(2))
-    for expert, start, stop, end in plan.segments:
-        x_ND = torch.index_select(x_cast_TD, 0, plan.tokens_P[start:end], out=x_space_ND[: end - start])
+    for segment in plan.segments:
+        expert, start, stop, end = segment
+        x_ND = _gather(x_cast_TD, plan.tokens_P, segment, x_space_ND)
         h_NG = linear(x_ND, weights.up_EGD[expert], weights.up_bias_EG, expert)
         a_NF = a_space_NF[: end - start]
         hidden.activation.forward_into(h_NG, a_NF)
@@ -216,13 +214,13 @@ def _backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
     da_space_NF, a_space_NF = (_workspace(ctx.segments, x_TD, weights.down_EDF.size(2)) for _ in range(2))
     dh_space_NG = _workspace(ctx.segments, x_TD, weights.up_EGD.size(1))
 
-    for i, (expert, start, stop, end) in enumerate(ctx.segments):
+    for i, segment in enumerate(ctx.segments):
+        expert, start, stop, end = segment
         h_NG, keep_NF = saved[2 * i : 2 * i + 2]
         weights_N1 = weights_P1[start:end]
         dots_N = None if dweights_P is None else dweights_P[start:end]
         n = end - start
-        dy_ND = torch.index_select(dy_TD, 0, tokens_P[start:end], out=rows_space_ND[:n])
-        dy_ND[stop - start :].zero_()
+        dy_ND = _gather(dy_TD, tokens_P, segment, rows_space_ND)
         da_NF = torch.mm(dy_ND, weights.down_EDF[expert].to(dtype), out=da_space_NF[:n])
         if keep_NF is not None:
             da_NF[: stop - start].mul_(keep_NF)
@@ -243,7 +241,7 @@ def _backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         if dh_NG is None:
             continue
         if dup_EGD is not None:
-            x_ND = torch.index_select(x_TD, 0, tokens_P[start:end], out=rows_space_ND[:n]).mul_(weights_N1)
+            x_ND = _gather(x_TD, tokens_P, segment, rows_space_ND).mul_(weights_N1)
             _matmul_into(dup_EGD[expert], dh_NG.t(), x_ND)
         if dup_bias_EG is not None:
             dup_bias_EG[expert] = torch.mv(dh_NG.t(), weights_N1.squeeze(1))
@@ -258,6 +256,18 @@ def _backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
 def _workspace(segments: Sequence[Segment], like: Tensor, width: int) -> Tensor:
     """Return memory for the rows of the longest segment: used again for each, it stays in the cache."""
     return like.new_empty(max((end - start for _, start, _, end in segments), default=0), width)
+
+
+def _gather(x_TD: Tensor, tokens_P: Tensor, segment: Segment, space_ND: Tensor) -> Tensor:
+    """Return the rows of one expert in the given memory, and zeros for its padding.
+
+    Rows of other experts would do, but for numbers that overflow in this one.
+    """
+    _, start, stop, end = segment
+    n = stop - start
+    torch.index_select(x_TD, 0, tokens_P[start:stop], out=space_ND[:n])
+    space_ND[n : end - start].zero_()
+    return space_ND[: end - start]
 
 
 def _zero_idle_experts(gradients: _Gradients, segments: Sequence[Segment], n_expert: int) -> None:
