@@ -88,16 +88,17 @@ def facts(source: "Source", settings: dict[str, Any]) -> dict[str, str]:
         source: The checkpoint.
         settings: Of the training, as plain data; empty if unknown.
     """
-    config = source.config
-    size = count_parameters(config)
+    config, train = source.config, settings.get("train")
+    tied = isinstance(train, dict) and bool(train.get("tie_embeddings"))
+    size = count_parameters(config, tied)  # as all lines and pages of the run count them
     length = config.block_size
+    twice = "; the output head, one table with the embeddings in training, is written twice" if tied else ""
     found = {
-        "parameters": f"{size.total:,}, of which {size.active:,} are active per token",
+        "parameters": f"{size.total:,}, of which {size.active:,} are active per token{twice}",
         "FLOPs per token, forward": f"{count_flops(config, length, training=False) / length:,.0f}",
         "context": f"{length:,} tokens",
     }
     step = step_of(source.directory)
-    train = settings.get("train")
     if step is not None:
         found["optimizer steps"] = f"{step:,}"
         if isinstance(train, dict) and (sequences := sequences_of(source.directory)) is not None:

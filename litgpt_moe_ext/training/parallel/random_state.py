@@ -88,8 +88,8 @@ def settle(fabric: Any, seed: int) -> None:
         return
     if saved is not None:
         fabric.print(
-            f"The checkpoint has the random generators of {counted(len(saved), 'process')} and there "
-            f"are {fabric.world_size} now: they start anew, which matters only where training draws from them."
+            f"The checkpoint has the random generators of {counted(len(saved), 'process')} and this "
+            f"run has {fabric.world_size}: they start anew, which matters only where training draws from them."
         )
     part_ways(seed, fabric.global_rank, fabric.world_size, fabric.step)
 
