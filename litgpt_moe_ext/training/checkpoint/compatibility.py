@@ -1,6 +1,6 @@
 """Whether a checkpoint belongs to the model and optimizer of a run, and which of its settings differ."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -152,10 +152,10 @@ def resume_notes(checkpoint_dir: Path, settings: dict[str, Any]) -> list[str]:
     changes = []
     for name in dict.fromkeys([*flat_before, *flat_now]):
         before, now = (_shown(flat.get(name)) for flat in (flat_before, flat_now))
-        # Another version may have had other settings in a section; null ones at the first level and of a model are not
-        # written down.
+        # Another version may have had other settings in a section; those that are null by default are not written down
+        # while they are.
         in_both = name in flat_before and name in flat_now
-        comparable = in_both or "." not in name or name.startswith("model_config.")
+        comparable = in_both or name.startswith("model_config.") or _is_null_by_default(name)
         if before == now or name in told:
             continue
         if _is_kept_by_the_optimizer(name):
@@ -168,6 +168,17 @@ def resume_notes(checkpoint_dir: Path, settings: dict[str, Any]) -> list[str]:
     if changes:  # what they say now holds from here on
         notes.append(f"changed since the checkpoint: {', '.join(changes)}")
     return notes
+
+
+def _is_null_by_default(name: str) -> bool:
+    from litgpt_moe_ext.training.settings import Settings
+
+    section, _, setting = name.partition(".")
+    kinds = {field.name: field.type for field in fields(Settings)}
+    if not setting:
+        return True
+    kind = kinds.get(section)
+    return is_dataclass(kind) and any(field.name == setting and field.default is None for field in fields(kind))
 
 
 def _is_kept_by_the_optimizer(name: str) -> bool:

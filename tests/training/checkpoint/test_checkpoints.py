@@ -500,12 +500,17 @@ def test_resume_notes(recipe, finished, tmp_path, capsys):
     assert resume_notes(checkpoint, saved) == []
     assert resume_notes(checkpoint, {**saved, "resume": "auto", "out_dir": "other"}) == []
     optimizer = {**saved["optimizer"], "init_args": {**saved["optimizer"]["init_args"], "lr": 0.5}}
-    changed = {**saved, "precision": "bf16-mixed", "optimizer": optimizer}
+    averaging = {"ema": {"decay": 0.9}, "evaluate": {**saved["evaluate"], "hellaswag": "questions.jsonl"}}
+    changed = {**saved, "precision": "bf16-mixed", "optimizer": optimizer, **averaging}
     rate = saved["optimizer"]["init_args"]["lr"]
     assert set(resume_notes(checkpoint, changed)[0].removeprefix("changed since the checkpoint: ").split(", ")) == {
         f"precision {saved.get('precision', 'null')} -> bf16-mixed",
         f"optimizer.lr {rate} -> 0.5",
+        "ema.decay null -> 0.9",
+        "evaluate.hellaswag null -> questions.jsonl",
     }
+    of_another_version = {**saved, "ema": {"telepathy": 0.9}}
+    assert resume_notes(checkpoint, of_another_version) == []
     again = ("--resume", "auto", "--seed", "1", "--model_config.router_z_loss_coef", "0.01")
     assert train("--config", file, *again) == 0
     output = capsys.readouterr().out
