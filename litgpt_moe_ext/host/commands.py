@@ -8,7 +8,13 @@ from typing import Any
 
 from litgpt_moe_ext.config.features import MLP_CLASS_NAMES, MOE_CLASS_NAMES
 from litgpt_moe_ext.config.fields import uses_plugin
-from litgpt_moe_ext.errors import WRONG_SETTING, SettingsError
+from litgpt_moe_ext.errors import WRONG_SETTING, SettingsError, did_you_mean_inside, one_line
+
+_WEIGHTS = "lit_model.pth"
+
+
+class NoCheckpointError(SettingsError, FileNotFoundError):
+    """There is no checkpoint in a directory; LitGPT's own callers expect a FileNotFoundError."""
 
 
 def refuse_mlp_classes(module: ModuleType) -> None:
@@ -47,6 +53,52 @@ def refuse_division(module: Any) -> None:
     module.tensor_parallel = tensor_parallel
 
 
+def name_checkpoints(utils: Any) -> None:
+    """Name the checkpoint that the folder of a run stands for, and refuse in a line what is no checkpoint."""
+    original = utils.check_valid_checkpoint_dir
+
+    @wraps(original)
+    def check_valid_checkpoint_dir(
+        checkpoint_dir: Path, model_filename: str = _WEIGHTS, *args: Any, **kwargs: Any
+    ) -> None:
+        _refuse_neighbours(checkpoint_dir, model_filename)
+        try:
+            original(checkpoint_dir, model_filename, *args, **kwargs)
+        except FileNotFoundError as error:
+            raise NoCheckpointError(one_line(error).replace("checkpoint_dir", "checkpoint_dir:", 1)) from error
+
+    utils.check_valid_checkpoint_dir = check_valid_checkpoint_dir
+
+
+def download_only_models(utils: Any) -> None:
+    """Refuse in a line what is neither a checkpoint nor a model to download.
+
+    LitGPT says that it knows no such model, goes on, and fails where it opens what it has not downloaded.
+    """
+    original = utils.auto_download_checkpoint
+
+    @wraps(original)
+    def auto_download_checkpoint(model_name: Path | str, *args: Any, **kwargs: Any) -> Path:
+        _refuse_neighbours(utils.extend_checkpoint_dir(Path(model_name)), _WEIGHTS)
+        checkpoint_dir = original(model_name, *args, **kwargs)
+        if not (checkpoint_dir / _WEIGHTS).is_file():
+            raise NoCheckpointError(
+                f"checkpoint_dir: {str(model_name)!r} is neither a folder with {_WEIGHTS} nor a model that `litgpt "
+                "download list` names"
+            )
+        return checkpoint_dir
+
+    utils.auto_download_checkpoint = auto_download_checkpoint
+
+
+def _refuse_neighbours(checkpoint_dir: Path, weights: str) -> None:
+    path = Path(checkpoint_dir)
+    if path.is_file():
+        raise NoCheckpointError(f"checkpoint_dir: {str(path)!r} is a file; name its folder, {str(path.parent)!r}")
+    if not (path / weights).is_file() and (hint := did_you_mean_inside(path, weights)):
+        raise NoCheckpointError(f"checkpoint_dir: {str(path)!r} has no {weights}{hint}")
+
+
 def refuse_conversion(module: Any) -> None:
     """Say which command converts checkpoints with the plugin's layers; LitGPT's does not know them."""
     original = module.convert_lit_checkpoint
@@ -54,12 +106,10 @@ def refuse_conversion(module: Any) -> None:
     @wraps(original)
     def convert_lit_checkpoint(checkpoint_dir: Path, output_dir: Path) -> None:
         from litgpt.config import Config
-        from litgpt.utils import extend_checkpoint_dir
 
-        # LitGPT lets users leave out the leading `checkpoints/`.
-        config_file = extend_checkpoint_dir(Path(checkpoint_dir)) / "model_config.yaml"
-        config: Any = Config.from_file(config_file) if config_file.is_file() else None
-        if config is not None and uses_plugin(config):
+        found = _existing(checkpoint_dir)
+        config: Any = Config.from_file(found / "model_config.yaml")
+        if uses_plugin(config):
             raise SettingsError(
                 f"checkpoint_dir: {str(checkpoint_dir)!r} holds a model with layers of litgpt_moe_ext "
                 f"(mlp_class_name: {config.mlp_class_name}, attention_class_name: {config.attention_class_name}), "
@@ -69,6 +119,27 @@ def refuse_conversion(module: Any) -> None:
         original(checkpoint_dir, output_dir)
 
     module.convert_lit_checkpoint = convert_lit_checkpoint
+
+
+def require_pretrained(module: Any) -> None:
+    """Refuse in a line to convert a pretraining checkpoint that is not there."""
+    original = module.convert_pretrained_checkpoint
+
+    @wraps(original)
+    def convert_pretrained_checkpoint(checkpoint_dir: Path, output_dir: Path) -> None:
+        _existing(checkpoint_dir)
+        original(checkpoint_dir, output_dir)
+
+    module.convert_pretrained_checkpoint = convert_pretrained_checkpoint
+
+
+def _existing(checkpoint_dir: Path) -> Path:
+    from litgpt.utils import check_valid_checkpoint_dir, extend_checkpoint_dir
+
+    # LitGPT lets users leave out the leading `checkpoints/`.
+    found = extend_checkpoint_dir(Path(checkpoint_dir))
+    check_valid_checkpoint_dir(found, verbose=False, raise_error=True, ignore_tokenizer_files=True)
+    return found
 
 
 def refuse_in_one_line(module: Any) -> None:

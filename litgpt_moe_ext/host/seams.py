@@ -67,6 +67,14 @@ SEAMS = (
         _NEVER, checkpoints.write_mark,
     ),
     Seam(
+        "litgpt.utils", "check_valid_checkpoint_dir", "wrap", "Names the checkpoint that a run's folder stands for.",
+        "LitGPT does", commands.name_checkpoints,
+    ),
+    Seam(
+        "litgpt.utils", "auto_download_checkpoint", "wrap", "Ends with one line where there is nothing to download.",
+        "LitGPT does", commands.download_only_models,
+    ),
+    Seam(
         "litgpt.model", "__getattr__", "add", "Offers the MLP classes, which LitGPT looks up there by name.",
         "LitGPT has a registry of layers", model.offer_mlp_classes,
     ),
@@ -168,6 +176,10 @@ SEAMS = (
         "litgpt.scripts.convert_lit_checkpoint", "convert_lit_checkpoint", "wrap",
         "Names `litgpt-moe export`, which knows the plugin's layers.", "LitGPT's conversion knows them",
         commands.refuse_conversion,
+    ),
+    Seam(
+        "litgpt.scripts.convert_pretrained_checkpoint", "convert_pretrained_checkpoint", "wrap",
+        "Ends with one line where there is no checkpoint.", "LitGPT does", commands.require_pretrained,
     ),
     Seam(
         "litgpt.eval.evaluate", "convert_and_evaluate", "wrap",

@@ -18,6 +18,7 @@ for module in (
     "litgpt.lora",
     "litgpt.adapter_v2",
     "litgpt.scripts.convert_lit_checkpoint",
+    "litgpt.scripts.convert_pretrained_checkpoint",
     "litgpt.eval.evaluate",
     "litgpt.__main__",
     "torch.utils.flop_counter",

@@ -1,0 +1,63 @@
+"""What LitGPT's own commands say about a path that is no checkpoint: one line, with the checkpoint that is meant."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import litgpt.chat.base
+import litgpt.eval.evaluate
+import litgpt.generate.base
+import litgpt.scripts.convert_lit_checkpoint
+import litgpt.scripts.convert_pretrained_checkpoint
+import pytest
+from litgpt import LLM
+
+from litgpt_moe_ext.errors import SettingsError
+
+COMMANDS = {
+    "generate": litgpt.generate.base.main,
+    "chat": litgpt.chat.base.main,
+    "evaluate": partial(litgpt.eval.evaluate.convert_and_evaluate, tasks="piqa"),
+    "convert_from_litgpt": partial(
+        litgpt.scripts.convert_lit_checkpoint.convert_lit_checkpoint, output_dir=Path("out")
+    ),
+    "convert_pretrained": partial(
+        litgpt.scripts.convert_pretrained_checkpoint.convert_pretrained_checkpoint, output_dir=Path("out")
+    ),
+    "LLM": LLM.load,
+}
+
+
+@pytest.fixture(autouse=True)
+def runs(tmp_path, monkeypatch) -> None:
+    """The folder of a run with two checkpoints, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("step-00000010", "final"):
+        (tmp_path / "runs/mine" / name).mkdir(parents=True)
+        (tmp_path / "runs/mine" / name / "lit_model.pth").touch()
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_the_checkpoint_of_a_runs_folder_is_named(command: Callable):
+    with pytest.raises(SettingsError) as refused:
+        command(Path("runs/mine"))
+    assert str(refused.value) == "checkpoint_dir: 'runs/mine' has no lit_model.pth; did you mean runs/mine/final?"
+    assert sorted(path.name for path in Path().iterdir()) == ["runs"]
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_the_folder_of_a_file_is_named(command: Callable):
+    with pytest.raises(SettingsError, match=r"^checkpoint_dir: .* is a file; name its folder, 'runs/mine/final'$"):
+        command(Path("runs/mine/final/lit_model.pth"))
+
+
+@pytest.mark.parametrize("path", ["/nowhere/mine", "runs/nowhere", "runs/nowhere/final", "checkpoints/mine"])
+@pytest.mark.parametrize("name", ["chat", "evaluate", "convert_from_litgpt", "convert_pretrained", "LLM"])
+def test_a_path_to_nothing_is_refused_in_a_line(name: str, path: str):
+    with pytest.raises(SettingsError, match=r"^checkpoint_dir: \S+ is (not a checkpoint directory|neither)") as refused:
+        COMMANDS[name](Path(path))
+    assert Path(path).name in str(refused.value)
+    assert "\n" not in str(refused.value)
+    # Callers of LitGPT from Python expect one.
+    assert isinstance(refused.value, FileNotFoundError)
+    assert sorted(found.name for found in Path().iterdir()) == ["runs"]
