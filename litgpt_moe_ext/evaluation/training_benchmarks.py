@@ -3,29 +3,61 @@
 A benchmark has `scores(model)`, which every process calls and which returns the scores by name, on rank 0 at least; and
 `rehearse(model)`, which does a little of the same with the largest batch, so that what fails does so before training
 begins. The model is whole on every process and in evaluation mode.
+
+When the run has been told to stop, a benchmark asks nothing more, but meets the other processes as if it had: then its
+scores mean nothing.
 """
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import lightning as L
 import torch
 from litgpt import GPT, Tokenizer
 from torch import Tensor
 
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.evaluation.batching import BatchSize
-from litgpt_moe_ext.evaluation.hellaswag import Item, Rule, as_question, evaluate
+from litgpt_moe_ext.evaluation.batching import BatchSize, Result
+from litgpt_moe_ext.evaluation.batching import Item as Input
+from litgpt_moe_ext.evaluation.hellaswag import Answer, Item, Rule, as_question, evaluate
 from litgpt_moe_ext.evaluation.lm_eval_model import GPTModel
 from litgpt_moe_ext.evaluation.lm_eval_tasks import load_task_file
 from litgpt_moe_ext.evaluation.tokenization import encoder
 from litgpt_moe_ext.wording import counted
 
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+    from litgpt_moe_ext.training.fabric import TrainingFabric
+
 # lm-eval's own.
 _FEWSHOT_SEED = 1234
+
+
+class _ToldToStop(Exception):  # noqa: N818  (no error)
+    pass
+
+
+def _go_on(fabric: "TrainingFabric") -> None:
+    if fabric.stop_requests.received:
+        raise _ToldToStop
+
+
+@dataclass(frozen=True)
+class _Interruptible(BatchSize):
+    """A batch size after each of whose batches `go_on` may end the work."""
+
+    go_on: Callable[[], None] = lambda: None
+
+    def run(self, items: Sequence[Input], function: Callable[[Sequence[Input]], Result]) -> Iterator[Result]:
+        """See `BatchSize.run`."""
+        for result in super().run(items, function):
+            yield result
+            self.go_on()
 
 
 class HellaSwag:
@@ -50,7 +82,7 @@ class HellaSwag:
         rule: Rule,
         batch_size: int,
         block_size: int,
-        fabric: L.Fabric,
+        fabric: "TrainingFabric",
     ) -> None:
         self._rule, self._batch_size, self._fabric = rule, batch_size, fabric
         encode = encoder(tokenizer)
@@ -73,10 +105,13 @@ class HellaSwag:
 
     def scores(self, model: GPT) -> dict[str, float]:
         """Answer this process's share of the questions; return the scores of all shares."""
-        answers = evaluate(model, self._questions, self._batch_size, lambda done: None)
+        answers: list[Answer] = []
+        with contextlib.suppress(_ToldToStop):
+            answers = evaluate(model, self._questions, self._batch_size, lambda done: _go_on(self._fabric))
         counts = [sum(answer.acc for answer in answers), sum(answer.acc_norm for answer in answers), len(answers)]
         local = torch.tensor(counts, dtype=torch.int64, device=self._fabric.device)
         acc, acc_norm, asked = cast(Tensor, self._fabric.all_reduce(local, reduce_op="sum")).tolist()
+        asked = max(1, asked)
         return {f"hellaswag/{self._rule}/acc": acc / asked, f"hellaswag/{self._rule}/acc_norm": acc_norm / asked}
 
 
@@ -103,7 +138,7 @@ class TaskFile:
         tokenizer_dir: Path,
         limit: int | None,
         batch_size: int,
-        fabric: L.Fabric,
+        fabric: "TrainingFabric",
     ) -> None:
         self._task, self._fabric, self._limit = load_task_file(file), fabric, limit
         self._tokenizer, self._tokenizer_dir, self._batch_size = tokenizer, tokenizer_dir, BatchSize(batch_size)
@@ -152,10 +187,22 @@ class _SharedModel(GPTModel):
     """
 
     def __init__(
-        self, model: GPT, tokenizer: Tokenizer, tokenizer_dir: Path, batch_size: BatchSize, fabric: L.Fabric
+        self, model: GPT, tokenizer: Tokenizer, tokenizer_dir: Path, batch_size: BatchSize, fabric: "TrainingFabric"
     ) -> None:
-        super().__init__(model, tokenizer, tokenizer_dir, batch_size)
+        stoppable = _Interruptible(**asdict(batch_size), go_on=partial(_go_on, fabric))
+        super().__init__(model, tokenizer, tokenizer_dir, stoppable)
         self._rank, self._world_size, self._fabric = fabric.global_rank, fabric.world_size, fabric
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        with contextlib.suppress(_ToldToStop):
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+        return [(0.0, False)] * len(requests)
+
+    def generate_until(self, requests: "list[Instance]", disable_tqdm: bool = False) -> list[str]:
+        """See `GPTModel.generate_until`."""
+        with contextlib.suppress(_ToldToStop):
+            return super().generate_until(requests, disable_tqdm)
+        return [""] * len(requests)
 
     @property
     def accelerator(self) -> "_SharedModel":

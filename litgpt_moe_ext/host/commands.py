@@ -106,16 +106,19 @@ def refuse_conversion(module: Any) -> None:
     @wraps(original)
     def convert_lit_checkpoint(checkpoint_dir: Path, output_dir: Path) -> None:
         from litgpt.config import Config
+        from litgpt.utils import extend_checkpoint_dir
 
-        found = _existing(checkpoint_dir)
-        config: Any = Config.from_file(found / "model_config.yaml")
-        if uses_plugin(config):
+        # LitGPT lets users leave out the leading `checkpoints/`.
+        config_file = extend_checkpoint_dir(Path(checkpoint_dir)) / "model_config.yaml"
+        config: Any = Config.from_file(config_file) if config_file.is_file() else None
+        if config is not None and uses_plugin(config):
             raise SettingsError(
                 f"checkpoint_dir: {str(checkpoint_dir)!r} holds a model with layers of litgpt_moe_ext "
                 f"(mlp_class_name: {config.mlp_class_name}, attention_class_name: {config.attention_class_name}), "
                 "which this conversion does not know. `litgpt-moe export` writes it for transformers; "
                 "`litgpt evaluate` and `litgpt generate` need no conversion."
             )
+        _require_checkpoint(checkpoint_dir)
         original(checkpoint_dir, output_dir)
 
     module.convert_lit_checkpoint = convert_lit_checkpoint
@@ -127,19 +130,17 @@ def require_pretrained(module: Any) -> None:
 
     @wraps(original)
     def convert_pretrained_checkpoint(checkpoint_dir: Path, output_dir: Path) -> None:
-        _existing(checkpoint_dir)
+        _require_checkpoint(checkpoint_dir)
         original(checkpoint_dir, output_dir)
 
     module.convert_pretrained_checkpoint = convert_pretrained_checkpoint
 
 
-def _existing(checkpoint_dir: Path) -> Path:
+def _require_checkpoint(checkpoint_dir: Path) -> None:
     from litgpt.utils import check_valid_checkpoint_dir, extend_checkpoint_dir
 
-    # LitGPT lets users leave out the leading `checkpoints/`.
     found = extend_checkpoint_dir(Path(checkpoint_dir))
     check_valid_checkpoint_dir(found, verbose=False, raise_error=True, ignore_tokenizer_files=True)
-    return found
 
 
 def refuse_in_one_line(module: Any) -> None:

@@ -9,6 +9,7 @@ saved then is exactly what an uninterrupted run would have had.
 
 import _thread
 import contextlib
+import math
 import signal
 import threading
 import time
@@ -108,3 +109,10 @@ class Deadline:
         # The clock starts with the first step: what LitGPT does before it may take long, and trains nothing.
         self._end = self._end or time.monotonic() + self._max_time
         return time.monotonic() >= self._end
+
+    @property
+    def seconds_left(self) -> float:
+        """Until then; infinite where nothing ends the run."""
+        if self._max_time is None:
+            return math.inf
+        return self._max_time if self._end is None else max(0.0, self._end - time.monotonic())

@@ -20,6 +20,7 @@ from litgpt_moe_ext.evaluation.perplexity import exp
 from litgpt_moe_ext.moe.balancing import begin_schedules
 from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.training.callback import Callback
+from litgpt_moe_ext.training.control import StopRequests
 
 if TYPE_CHECKING:
     from lightning.fabric.strategies import Strategy
@@ -42,6 +43,8 @@ class TrainingFabric(L.Fabric):
         rng_settled: Whether the generators are those of the training, which they are from the first batch on.
         attempt: How often the run has been started: 1, and one more whenever it is resumed.
         state: LitGPT's training state, once there is one.
+        stop_requests: Signals that this process has received.
+        interrupted_by: A signal that all processes have agreed about, before the next step; 0 as long as there is none.
     """
 
     if TYPE_CHECKING:
@@ -61,6 +64,8 @@ class TrainingFabric(L.Fabric):
         self._optimizer: Any = None
         self._logging_failed = False
         self.state: dict[str, Any] = {"step_count": 0}
+        self.stop_requests = StopRequests(self.print)
+        self.interrupted_by = 0
 
     @property
     def step(self) -> int:

@@ -19,6 +19,7 @@ from litgpt_moe_ext.padding import accept_padding, accepts_padding
 from litgpt_moe_ext.training.callbacks.progress import Reporter
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
 from litgpt_moe_ext.training.checks import check_batch, single_process_note
+from litgpt_moe_ext.training.control import Deadline
 from litgpt_moe_ext.training.fabric import TrainingFabric
 from litgpt_moe_ext.training.logs import TRANSCRIPT_FILE
 from litgpt_moe_ext.training.logs.metrics import MetricsTable, WideTable
@@ -69,7 +70,8 @@ def launch(plan: Plan) -> Iterator[Launched]:
     """
     settings = plan.settings
     # Output that goes to a file has lines and no bar, whatever is asked for.
-    reporter = Reporter(plan.total_steps, bar=settings.progress is not False and sys.stdout.isatty())
+    bar = settings.progress is not False and sys.stdout.isatty()
+    reporter = Reporter(plan.total_steps, bar, Deadline(plan.train.max_time))
     lock = ProcessLock(plan.out_dir / ".lock")
     with contextlib.ExitStack() as stack:
         if settings.float32_matmul_precision is not None:

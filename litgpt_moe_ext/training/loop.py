@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import litgpt.pretrain
 from torch import Tensor
@@ -43,7 +43,7 @@ from litgpt_moe_ext.training.checkpoint import hyperparameters
 from litgpt_moe_ext.training.checkpoint.progress import FINAL
 from litgpt_moe_ext.training.checkpoint.resharding import convert_position
 from litgpt_moe_ext.training.checkpoint.writer import CheckpointWriter
-from litgpt_moe_ext.training.control import Deadline, StopRequests, TrainingInterrupted
+from litgpt_moe_ext.training.control import TrainingInterrupted
 from litgpt_moe_ext.training.optim.schedules import schedule_steps
 from litgpt_moe_ext.training.parallel import random_state
 from litgpt_moe_ext.training.parallel.agreement import Agreement
@@ -97,11 +97,9 @@ class HookedLoop:
         self.fabric = fabric = launched.fabric
         self.train = launched.plan.train
         self._accumulation = launched.accumulation
-        self._deadline = Deadline(self.train.max_time)
-        self._stop_requests = StopRequests(fabric.print)
         self._listening = contextlib.ExitStack()
         self._agreement = Agreement(
-            fabric, lambda: (self._stop_requests.received, self._deadline.is_over, self.writer.is_due)
+            fabric, lambda: (fabric.stop_requests.received, launched.reporter.deadline.is_over, self.writer.is_due)
         )
         self._iterations = 0
         self._started: float | None = None
@@ -171,7 +169,7 @@ class HookedLoop:
             self.fabric.call("on_fit_begin", resume_dir=self._start.resume_dir)
             deferring = self._graphs.deferring(self.fabric.state["model"], self.fabric.strategy)
             # Until `final` is saved, after this function.
-            self._listening.enter_context(self._stop_requests.listening())
+            self._listening.enter_context(self.fabric.stop_requests.listening())
             try:
                 with deferring:
                     original(*args, **kwargs)
@@ -245,12 +243,12 @@ class HookedLoop:
             return
         step = self.fabric.state["step_count"]
         signal_number, late, due = self._agreement.reached()
+        signal_number = signal_number or self.fabric.interrupted_by
         is_last = late or step >= self._plan.total_steps
-        directory = self._plan.out_dir / f"step-{step:08d}"
-        if (signal_number or (due and not is_last)) and step and directory != self.writer.last_saved:
-            self.writer.save(directory.name, last=bool(signal_number))
         if signal_number:
-            raise TrainingInterrupted(signal_number, directory if step else None)
+            self._interrupt(signal_number)
+        if due and not is_last:
+            self._save_step()
         if is_last:
             # Ends LitGPT's `for` loop; the final validation and checkpoint follow. By itself it would end after another
             # batch, which it does not train on, and which the data position in the final checkpoint then has passed.
@@ -260,6 +258,20 @@ class HookedLoop:
             self.fabric.call("on_last_step", state=self.fabric.state)
             raise StopIteration
         self.fabric.call("on_step_begin", state=self.fabric.state)
+        if self.fabric.interrupted_by:  # while that took its time
+            self._interrupt(self.fabric.interrupted_by)
+
+    def _interrupt(self, signal_number: int) -> NoReturn:
+        raise TrainingInterrupted(signal_number, self._save_step(last=True))
+
+    def _save_step(self, last: bool = False) -> Path | None:
+        """Save the state after the last step, unless it is saved; return where, or None before the first step."""
+        if not (step := self.fabric.state["step_count"]):
+            return None
+        directory = self._plan.out_dir / f"step-{step:08d}"
+        if directory != self.writer.last_saved:
+            self.writer.save(directory.name, last=last)
+        return directory
 
     def _measure_flops(self, model: Any, _forward: Any, _loss: Any) -> int:
         length = self._plan.sequence_length

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from litgpt import Tokenizer
 
 from litgpt_moe_ext.errors import SettingsError
@@ -60,6 +61,8 @@ def make_benchmarks(
 class TrainingBenchmarks(Callback):
     """Evaluate after every validation or every so many steps, and after the last step.
 
+    A signal that ends the run does not wait for an evaluation, which the run makes again when it is resumed.
+
     Args:
         benchmarks: As those of `litgpt_moe_ext.evaluation.training_benchmarks`.
         every_steps: Optimizer steps between evaluations; None evaluates after every validation.
@@ -68,6 +71,7 @@ class TrainingBenchmarks(Callback):
     def __init__(self, benchmarks: Sequence[Any], every_steps: int | None) -> None:
         self._benchmarks, self._every_steps = benchmarks, every_steps
         self._evaluated_step: int | None = None
+        self._interrupted = False
 
     def on_after_setup(self, fabric: TrainingFabric, module: Any) -> None:
         """Keep the model; not compiled, because the lengths of the texts differ from batch to batch."""
@@ -85,7 +89,7 @@ class TrainingBenchmarks(Callback):
     def on_step_begin(self, state: dict[str, Any]) -> None:
         """Evaluate if the last step was one of those."""
         step = state["step_count"]
-        if self._every_steps is not None and step and step % self._every_steps == 0:
+        if self._interrupted or (self._every_steps is not None and step and step % self._every_steps == 0):
             self._evaluate(step)
 
     def on_last_step(self, state: dict[str, Any]) -> None:
@@ -102,6 +106,7 @@ class TrainingBenchmarks(Callback):
         if step == self._evaluated_step:
             return  # as where the last step has a validation of its own
         self._evaluated_step, started = step, time.perf_counter()
+        self._interrupted = False
         scores: dict[str, float] = {}
         with undisturbed(self._fabric, self._model) as model:
             for benchmark in self._benchmarks:
@@ -113,8 +118,26 @@ class TrainingBenchmarks(Callback):
                     # A benchmark is not worth a run.
                     name = type(benchmark).__name__
                     self._fabric.print(f"  {name} failed after step {step}: {type(error).__name__}: {error}")
+                if self._is_interrupted():
+                    self._evaluated_step, self._interrupted = None, True
+                    self._fabric.print(f"  benchmarks stopped after step {step}; --resume auto runs them again")
+                    return
         seconds = time.perf_counter() - started
         if scores:
             shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
             self._fabric.print(f"  {shown} ({seconds:.1f} s)")
         self._fabric.log_dict(scores)
+
+    def _is_interrupted(self) -> bool:
+        # Some processes may have heard of it, and others not.
+        received = torch.tensor(self._fabric.stop_requests.received, device=self._fabric.device)
+        self._fabric.interrupted_by = int(cast(torch.Tensor, self._fabric.all_reduce(received, reduce_op="max")))
+        return bool(self._fabric.interrupted_by)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return whether an evaluation was interrupted."""
+        return {"interrupted": True} if self._interrupted else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Evaluate before the next step if that was interrupted."""
+        self._interrupted = bool(state["interrupted"])

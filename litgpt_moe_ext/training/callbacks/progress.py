@@ -10,13 +10,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.interruption import Terminated
 from litgpt_moe_ext.training.callback import Callback
-from litgpt_moe_ext.training.control import TrainingInterrupted, TrainingStopped
+from litgpt_moe_ext.training.control import Deadline, TrainingInterrupted, TrainingStopped
 from litgpt_moe_ext.training.logs.transcript import Transcript
 from litgpt_moe_ext.training.steps.corpora import PREFIX
 
@@ -42,15 +42,18 @@ class Reporter(Callback):
     Args:
         total_steps: Optimizer steps of the whole training.
         bar: Whether to draw a progress bar.
+        deadline: May end the training before its last step. Default: nothing does.
 
     Attributes:
         total_steps: As given.
+        deadline: As given.
         transcript: Has every line, also those that a bar takes the place of.
         val_loss: Of the last validation.
     """
 
-    def __init__(self, total_steps: int, bar: bool) -> None:
+    def __init__(self, total_steps: int, bar: bool, deadline: Deadline | None = None) -> None:
         self.total_steps = total_steps
+        self.deadline = deadline or Deadline(None)
         self._draw = bar
         self.transcript = Transcript()
         self._progress: Progress | None = None
@@ -107,9 +110,10 @@ class Reporter(Callback):
             parts.append(f"{metrics['memory_gb']:.2f} GB")
         if metrics.get("data_wait", 0.0) >= 0.01:
             parts.append(f"data wait {metrics['data_wait']:.0%}")
+        left = self._time_left(now, metrics["step"])
         if self._draw:
-            self._update_bar(metrics["step"], " · ".join(parts))
-        if left := self._time_left(now, metrics["step"]):
+            self._update_bar(metrics["step"], left or "-:--:--", " · ".join(parts))
+        if left:
             parts.append(f"{left} left")
         line = " | ".join([f"step {metrics['step']}/{self.total_steps}", *parts])
         if self._draw:
@@ -122,14 +126,15 @@ class Reporter(Callback):
         started, first_step = self._first
         if step == first_step:
             return ""
-        return str(timedelta(seconds=round((now - started) / (step - first_step) * (self.total_steps - step))))
+        seconds = (now - started) / (step - first_step) * (self.total_steps - step)
+        return str(timedelta(seconds=round(min(seconds, self.deadline.seconds_left))))
 
-    def _update_bar(self, step: int, text: str) -> None:
+    def _update_bar(self, step: int, left: str, text: str) -> None:
         if self._progress is None:
             self._progress = Progress(
                 MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(self.total_steps)) + 1)),
                 BarColumn(bar_width=10),
-                TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True, min_width=5)),
+                TextColumn("[progress.remaining]{task.fields[left]}", table_column=Column(no_wrap=True, min_width=7)),
                 # What does not fit into the terminal is cut off at the end of the text, where the least important is.
                 TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
                 console=Console(
@@ -139,8 +144,8 @@ class Reporter(Callback):
             )
             self._progress.start()
             self.transcript.record()
-            self._task = self._progress.add_task("", total=self.total_steps, completed=step)
-        self._progress.update(self._task, completed=step, description=text)
+            self._task = self._progress.add_task("", total=self.total_steps, completed=step, left=left)
+        self._progress.update(self._task, completed=step, description=text, left=left)
 
     def close(self, step: int, error: BaseException | None = None) -> None:
         """Leave the bar where the training ends, which need not be a step that was logged, and go on below it.

@@ -1,6 +1,8 @@
 """Benchmarks while training: the right scores at the right steps, and a training that does not notice."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -131,6 +133,43 @@ def test_after_every_validation(recipe, tmp_path, hellaswag_file):
     scores = logged(tmp_path / "out", "hellaswag/build-nanogpt/acc")
     assert list(scores) == [0, 4, 6, 8, 12]
     assert all(3 * float(score) == pytest.approx(round(3 * float(score))) for score in scores.values())
+
+
+@pytest.mark.parametrize(
+    ("place", "every_steps", "last"),
+    [("evaluate", 3, 6), pytest.param("generate", None, 8, marks=pytest.mark.slow)],
+    ids=["hellaswag", "task"],
+)
+def test_a_signal_waits_for_no_benchmark(
+    recipe, finished, tmp_path, hellaswag_file, task_file, monkeypatch, capsys, place, every_steps, last
+):
+    """The run saves after the step that was to be judged, and judges it when it goes on."""
+    from litgpt_moe_ext.evaluation import lm_eval_model, training_benchmarks
+
+    module = training_benchmarks if place == "evaluate" else lm_eval_model
+    original, passes = getattr(module, place), []
+
+    def interrupting(model, *arguments):
+        if len(logged(tmp_path / "out", "loss")) == last and not passes:
+            model.register_forward_hook(lambda *_: passes.append(None))
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(model, *arguments)
+
+    wanted = {"hellaswag": str(hellaswag_file), "tasks": [str(task_file)], "every_steps": every_steps, "batch_size": 1}
+    if place == "evaluate":
+        wanted["batch_size"] = 8
+    file = recipe(evaluate=wanted)
+    monkeypatch.setattr(module, place, interrupting)
+    assert train("--config", file) == 128 + signal.SIGTERM
+    assert 1 <= len(passes) <= 4, "those of a single batch"
+    assert f"benchmarks stopped after step {last}" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "out").glob("step-*"))[-1] == f"step-{last:08d}"
+    assert train("--config", file, "--resume", "auto") == 0
+    steps = list(range(every_steps or 4, 13, every_steps or 4))
+    assert list(logged(tmp_path / "out", "hellaswag/lm-eval/acc")) == steps
+    assert list(logged(tmp_path / "out", "lm_eval/continuation/exact_match")) == steps
+    finished(tmp_path / "plain")
+    assert logged(tmp_path / "out", "loss") == logged(tmp_path / "plain", "loss")
 
 
 def test_a_failing_benchmark_is_not_worth_a_run(recipe, tmp_path, hellaswag_file, monkeypatch, capsys):

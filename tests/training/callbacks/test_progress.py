@@ -5,7 +5,9 @@ import re
 import pytest
 
 from litgpt_moe_ext.cli.commands.model_card import _count
+from litgpt_moe_ext.training.callbacks import progress
 from litgpt_moe_ext.training.callbacks.progress import Reporter, format_count
+from litgpt_moe_ext.training.control import Deadline
 
 METRICS = {
     "loss": 5.12345,
@@ -76,3 +78,23 @@ def test_a_line_per_step_in_a_pipe(capsys):
 def test_large_numbers_have_three_digits(number, text):
     assert format_count(number) == text
     assert _count(number) == f"{text.rstrip('kMBT')} {text.lstrip('0123456789.').replace('B', 'G')}FLOP"
+
+
+def test_the_time_left_is_that_of_the_time_limit(capsys, monkeypatch):
+    """Where it ends the training before its last step; also in the bar."""
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: float(next(clock)))
+    deadline = Deadline(90.0)
+    reporter = Reporter(100, bar=False, deadline=deadline)
+    for step in (1, 2):
+        reporter.on_logged({**METRICS, "step": step})
+    assert capsys.readouterr().out.endswith("| 0:01:30 left\n")
+    reporter.on_logged({**METRICS, "step": 98})
+    assert capsys.readouterr().out.endswith("| 0:00:00 left\n")
+
+    monkeypatch.setenv("COLUMNS", "120")
+    reporter = Reporter(100, bar=True, deadline=deadline)
+    for step in (1, 2):
+        reporter.on_logged({**METRICS, "step": step})
+    reporter.close(2)
+    assert " 0:01:30 " in capsys.readouterr().out
