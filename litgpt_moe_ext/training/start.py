@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checkpoint.compatibility import (
     require_one_table,
+    require_same_groups,
     require_same_model,
     require_same_optimizer,
     require_same_weights,
@@ -84,6 +85,7 @@ def choose_checkpoint(plan: Plan, say: Callable[[str], None], read_all: bool = T
         require_same_model("resume", found.parent, plan.config)
         require_same_weights("resume", found.parent, plan.config)
         require_same_optimizer(found.parent, plan.plain)
+        require_same_groups(found.parent, plan.plain, plan.config)
         require_whole_steps(found.parent, plan.train.global_batch_size)
     elif initial is not None:
         if damage := damage_of(initial, read_all):

@@ -1,7 +1,9 @@
 """Files behind URLs, read while they are encoded: from a real HTTP server, and in the protocol of the hub."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import shutil
 import subprocess
@@ -76,6 +78,22 @@ def test_only_the_column_of_a_parquet_file_is_transferred(server, monkeypatch):
     found = list(documents(f"{server.url}/a.parquet", TextFormat()))
     assert [record.text for record in found] == TRAIN
     assert server.sent["a.parquet"] < 0.2 * (server.folder / "a.parquet").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"), [(".bz2", bz2.compress), (".xz", lzma.compress), (".zst", lambda text: zstd(text))]
+)
+def test_whatever_prepared_data_may_be_compressed_with(server, tmp_path, suffix, compress):
+    for name, texts in (("a", TRAIN), ("b", VAL)):
+        (server.folder / f"{name}.jsonl{suffix}").write_bytes(compress(lines(texts, "content")))
+    files = {side: [f"{server.url}/{name}.jsonl{suffix}"] for side, name in (("train", "a"), ("validation", "b"))}
+    data = streamed(server, tmp_path, data_files=files)
+    data.prepare_data()
+    assert (texts_in(data.corpus_path, "train"), texts_in(data.corpus_path, "val")) == (TRAIN, VAL)
+
+
+def zstd(content: bytes) -> bytes:
+    return pa.compress(content, "zstd", asbytes=True)
 
 
 def test_the_corpus_is_that_of_local_files(server, tmp_path, capsys):

@@ -341,6 +341,15 @@ def test_hub_without_network(tmp_path):
         ("train", "all", True),
         ("train[1%:]", "train[:1%]", False),
         ("train", "train_small", False),
+        ("train[:90%]", "train[50%:]", True),
+        ("train[:90%]", "train[90%:]", False),
+        ("train[:-10%]", "train[89%:]", True),
+        ("train[:90]", "train[-5%:]", False),  # which only the number of rows says
+        ("train[:1_000]", "train[:5%]", True),
+        ("train[:-100]", "train[-100:]", False),
+        ("train[:-99]", "train[-100:]", True),
+        ("test+train[:50%]", "train[50%:60%] + train[10%:20%]", True),
+        ("test[:9%]", "train[:9%]", False),
     ],
 )
 def test_rows_that_would_train_and_validate(train, val, both):

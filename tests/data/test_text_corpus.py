@@ -555,6 +555,14 @@ def test_a_tokenizer_learns_from_the_beginning_of_every_source(files):
     assert not any(in_validation(text, 0.2, 42) for text in texts)
 
 
+def test_a_tokenizer_learns_from_so_many_bytes():
+    """Of which a letter may have several."""
+    records = [Record("ä" * 50, "", 0) for _ in range(9)]
+    settings = CorpusSettings(BPE, tokenizer_bytes=300)
+    intake = batches.Intake([Source("x", "train", 1, "x", lambda: iter(records))], settings)
+    assert len(list(intake.texts_to_learn_from(lambda read: None))) == 3
+
+
 def test_a_tokenizer_learns_nothing_from_empty_documents():
     records = [Record(text, "", 0) for text in (" \n", "", "a", "b")]
     settings = CorpusSettings(BPE, counts={"train": 1})

@@ -1,6 +1,9 @@
 """Any data set of the Hugging Face hub."""
 
+import math
+import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from litgpt_moe_ext.data.corpora.documents import DocumentCorpus
 from litgpt_moe_ext.data.pipeline.hub import HubSplit
@@ -52,9 +55,46 @@ class HubDataset(DocumentCorpus):
         return [source for split in splits for source in split.sources(self.text_format, hashes, self.streaming)]
 
 
+# A split, or rows of it: `train`, `train[:1%]`, `train[100:-100]`.
+_ROWS = re.compile(r"\s*([\w.]+)\s*(?:\[(-?\d[\d_]*%?)?:(-?\d[\d_]*%?)?\])?(?:\(\w+\))?\s*")
+
+
+class _Place(NamedTuple):
+    """A place in a split: percent or a number of rows, of the beginning, or before the end if it is below 0."""
+
+    number: float
+    unit: str
+
+    def is_at_most(self, other: "_Place") -> bool:
+        # As far as that is seen without counting rows; the beginning and the end are places in any unit.
+        ends = {0.0: -math.inf, math.inf: math.inf}
+        ours, theirs = (ends.get(place.number, place.number) for place in (self, other))
+        if math.isinf(ours) or math.isinf(theirs):
+            return ours <= theirs
+        return self.unit != other.unit or (ours < 0) != (theirs < 0) or ours <= theirs
+
+
+def _rows(part: str) -> tuple[str, _Place, _Place] | None:
+    if (found := _ROWS.fullmatch(part)) is None:
+        return None
+    name, first, last = found.groups()
+    unit = "%" if "%" in part else "rows"  # both are what one of them is
+    return name, _place(first or "0", unit), _place(last, unit)
+
+
+def _place(text: str | None, unit: str) -> _Place:
+    number = math.inf if text is None else float(text.rstrip("%"))
+    if unit == "%":
+        number = number + 100 if number < 0 else number if number < 100 else math.inf
+    return _Place(number, unit)
+
+
 def _overlap(first: str, second: str) -> bool:
     # Whether two splits have rows in common, as far as that is seen without counting any.
-    ours, theirs = ([part.strip() for part in split.split("+")] for split in (first, second))
+    ours, theirs = ([_rows(part) for part in split.split("+")] for split in (first, second))
     return any(
-        "all" in (a, b) or b in (a, a.partition("[")[0]) or a == b.partition("[")[0] for a in ours for b in theirs
+        "all" in (a[0], b[0]) or (a[0] == b[0] and not (a[2].is_at_most(b[1]) or b[2].is_at_most(a[1])))
+        for a in ours
+        for b in theirs
+        if a is not None and b is not None
     )

@@ -70,7 +70,7 @@ class Intake:
                 room.take("train")
                 yield record.text
                 advance(self.offsets[index] + record.position)
-                left -= len(record.text)
+                left -= len(record.text.encode("utf-8"))
                 if left <= 0 or room.is_full("train"):
                     break
 

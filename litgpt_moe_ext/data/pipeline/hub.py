@@ -12,11 +12,13 @@ from litgpt_moe_ext.data.pipeline.sources import (
     file_sources,
     remote_sources,
 )
+from litgpt_moe_ext.data.reading.compression import COMPRESSIONS
 from litgpt_moe_ext.data.reading.record import TextFormat
 from litgpt_moe_ext.data.reading.remote import is_url, name_of
 from litgpt_moe_ext.errors import SettingsError
 
-_STREAMED = (".parquet", *(f"{suffix}{gz}" for suffix in (".json", ".jsonl", ".ndjson") for gz in ("", ".gz")))
+_JSON = tuple(f"{form}{suffix}" for form in (".json", ".jsonl", ".ndjson") for suffix in ("", *COMPRESSIONS))
+_STREAMED = (".parquet", *_JSON)
 _OFFLINE_REMEDY = (
     "without a network, load it once where there is one and copy the cache (HF_HOME), or set dataset to a local folder"
 )

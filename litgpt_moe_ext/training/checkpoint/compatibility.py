@@ -11,6 +11,7 @@ from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checkpoint.hyperparameters import FILE_NAME, read
 from litgpt_moe_ext.training.checkpoint.progress import MODEL_FILE, sequences_of
+from litgpt_moe_ext.training.settings import ParameterGroupArgs
 
 # What a resumed run takes from its checkpoint although the settings now say something else.
 _EFFECTS = {
@@ -115,6 +116,36 @@ def require_same_optimizer(checkpoint_dir: Path, settings: dict[str, Any]) -> No
             f"resume: {str(checkpoint_dir)!r} holds the state of the optimizer {before}, not of {now}. Resume with "
             f"{before}, or start anew from its weights with initial_checkpoint_dir."
         )
+
+
+def require_same_groups(checkpoint_dir: Path, settings: dict[str, Any], config: Any) -> None:
+    """Raise SettingsError if the parameters are sorted otherwise than the state of a checkpoint's optimizer.
+
+    Args:
+        checkpoint_dir: A checkpoint directory.
+        settings: Of the present run, as plain data.
+        config: The `litgpt.Config` of the run.
+    """
+    before, now = (plain.get(ParameterGroupArgs.key) for plain in (read(checkpoint_dir), settings))
+    if not isinstance(before, dict) or not isinstance(now, dict) or before == now:
+        return
+    from litgpt_moe_ext.meta.models import meta_model
+    from litgpt_moe_ext.training.optim.parameter_groups import group_parameters
+
+    model = meta_model(config)
+    for name, value in now.items():
+        if name not in before or before[name] == value:
+            continue
+        ours, theirs = (
+            [[id(parameter) for parameter in group["params"]] for group in group_parameters(model, args)]
+            for args in (ParameterGroupArgs(**now), ParameterGroupArgs(**{**now, name: before[name]}))
+        )
+        if ours != theirs:
+            raise SettingsError(
+                f"{ParameterGroupArgs.key}.{name}: {value} must be {before[name]}, as in the checkpoint, whose "
+                "optimizer's state is sorted by it; resume with that, or start anew from its weights with "
+                "initial_checkpoint_dir"
+            )
 
 
 def require_whole_steps(checkpoint_dir: Path, global_batch_size: int) -> None:

@@ -10,6 +10,8 @@ import stat
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -28,7 +30,12 @@ from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.training.callbacks import retention
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
 from litgpt_moe_ext.training.checkpoint import writer as writing
-from litgpt_moe_ext.training.checkpoint.compatibility import require_same_model, require_same_optimizer, resume_notes
+from litgpt_moe_ext.training.checkpoint.compatibility import (
+    require_same_groups,
+    require_same_model,
+    require_same_optimizer,
+    resume_notes,
+)
 from litgpt_moe_ext.training.checkpoint.earlier import limit_earlier_runs, set_aside
 from litgpt_moe_ext.training.checkpoint.hyperparameters import read
 from litgpt_moe_ext.training.checkpoint.progress import Progress, newest_first
@@ -36,7 +43,7 @@ from litgpt_moe_ext.training.checkpoint.resume import problem_with
 from litgpt_moe_ext.training.checkpoint.writer import CheckpointWriter
 from litgpt_moe_ext.training.control import TrainingStopped
 from litgpt_moe_ext.training.parallel import memory
-from litgpt_moe_ext.training.settings import CheckpointArgs, DistributedArgs
+from litgpt_moe_ext.training.settings import CheckpointArgs, DistributedArgs, ParameterGroupArgs
 from tests.models import moe_config
 from tests.runs import logged, train
 
@@ -542,6 +549,25 @@ def test_what_the_state_of_the_optimizer_keeps(tmp_path, before, now, name, word
     made = [torch.optim.AdamW([{"params": [parameter], name: value}]) for value in (0.1, 0.5)]
     made[1].load_state_dict(made[0].state_dict())
     assert made[1].param_groups[0][name] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "name"),
+    [
+        ({}, {"router_lr_factor": 0.5}, "router_lr_factor: 0.5 must be 1.0"),
+        ({"router_lr_factor": 0.5}, {}, "router_lr_factor: 1.0 must be 0.5"),
+        ({"router_lr_factor": 0.5}, {"router_lr_factor": 0.1}, None),
+        ({}, {"no_weight_decay": ["norms"]}, r"no_weight_decay: \['norms'\] must be \[\]"),
+        ({}, {"no_weight_decay": ["biases"]}, None),  # of which the model has none
+    ],
+)
+def test_parameters_in_other_groups_than_those_of_the_checkpoint(tmp_path, before, now, name):
+    """Whose state the optimizer could not load, or would give to others."""
+    saved, settings = ({"parameter_groups": asdict(ParameterGroupArgs(**args))} for args in (before, now))
+    (tmp_path / "hyperparameters.yaml").write_text(yaml.safe_dump(saved))
+    refused = pytest.raises(SettingsError, match=rf"^parameter_groups\.{name}, as") if name else nullcontext()
+    with refused:
+        require_same_groups(tmp_path, settings, moe_config())
 
 
 @pytest.mark.parametrize(("name", "value"), [("every_minutes", 0), ("keep_last", 0)])
