@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
 
 
+_GENERATION = "generation_config.json"
+
+
 @dataclass(frozen=True)
 class Imported:
     """What was written.
@@ -84,6 +87,8 @@ def import_checkpoint(hf_dir: Path, out_dir: Path) -> Imported:
             saver.save(state)
         save_config(config, partial)
         copy_tokenizer(hf_dir, partial)
+        if not (partial / _GENERATION).is_file():
+            _say_ends(hf_dir / "config.json", partial / _GENERATION, config.padded_vocab_size)
         _name_class(partial / "tokenizer_config.json")
     return Imported(config, published.tied, published.quantization.method, left_out)
 
@@ -97,6 +102,19 @@ def _name_class(file: Path) -> None:
     if isinstance(settings, dict) and "tokenizer_class" not in settings:
         named = settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
         file.write_text(json.dumps(named, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _say_ends(described: Path, file: Path, vocab_size: int) -> None:
+    # As transformers does, for which the model's description says what its generation's does not.
+    settings = json.loads(described.read_text(encoding="utf-8"))
+    ids = {}
+    for name in ("bos_token_id", "eos_token_id"):
+        value = settings.get(name)
+        several = value if isinstance(value, list) else [value]
+        if several and all(type(token) is int and 0 <= token < vocab_size for token in several):
+            ids[name] = value
+    if ids:
+        file.write_text(json.dumps({"_from_model_config": True, **ids}, indent=2) + "\n", encoding="utf-8")
 
 
 def _owned(tensor: Tensor) -> Tensor:

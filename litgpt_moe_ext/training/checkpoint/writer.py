@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from litgpt_moe_ext.training.launch import Launched
 
 
-# What LitGPT opens a tokenizer with, and how an export writes chats.
+# What LitGPT opens a tokenizer with, how an export writes chats, and what LitGPT converts a checkpoint by.
 _TOKENIZER = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
     "generation_config.json",
     "chat_template.jinja",
+    "config.json",
 )
 
 
@@ -114,7 +115,7 @@ def _with_tokenizer(write: Callable[..., None], tokenizer_dir: Path) -> Callable
     files = {name: (tokenizer_dir / name).read_bytes() for name in _TOKENIZER if (tokenizer_dir / name).is_file()}
 
     def write_with_tokenizer(fabric: Any, state: dict, directory: Path | None, checkpoint_file: Path) -> None:
-        write(fabric, state, directory, checkpoint_file)
+        write(fabric, state, None, checkpoint_file)
         if fabric.is_global_zero:
             for name, content in files.items():
                 checkpoint_file.with_name(name).write_bytes(content)

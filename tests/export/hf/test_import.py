@@ -16,6 +16,7 @@ from litgpt_moe_ext.evaluation.loading import load_tokenizer
 from litgpt_moe_ext.export.hf.facts import facts_of
 from litgpt_moe_ext.export.hf.read import import_checkpoint
 from litgpt_moe_ext.export.hf.write import export_checkpoint
+from litgpt_moe_ext.export.source import ends_of_texts
 from litgpt_moe_ext.training.checks import open_tokenizer
 from tests.export.gguf.tokenizers import train_bpe
 from tests.export.hf.models import CASES, make_checkpoint
@@ -145,6 +146,21 @@ def test_a_tokenizer_whose_file_names_no_class(exported):
     imported(folder)
     assert load_tokenizer(folder / "back").eos_id == 7
     assert json.loads((folder / "back" / "tokenizer_config.json").read_text())["model_max_length"] == 1024
+
+
+@pytest.mark.parametrize("exported", ["gpt2"], indirect=True)
+def test_ends_of_texts_that_only_the_description_of_the_model_names(exported):
+    """Where there is no `generation_config.json`, transformers takes them from `config.json`."""
+    folder, original = exported
+    train_bpe(folder / "hf", "gpt-2", 320)
+    (folder / "hf" / "tokenizer_config.json").write_text("{}")
+    (folder / "hf" / "generation_config.json").unlink()
+    config = folder / "hf" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"bos_token_id": 10**9, "eos_token_id": [7, 9]}))
+    imported(folder)
+    tokenizer = load_tokenizer(folder / "back")
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 7), "no model has the other"
+    assert ends_of_texts(folder / "back", tokenizer, original.config.padded_vocab_size) == [7, 9]
 
 
 @pytest.mark.parametrize("exported", ["qwen3-moe"], indirect=True)

@@ -174,6 +174,22 @@ def test_a_corpus_that_is_deleted_while_it_trains(recipe, corpus_settings, tmp_p
     assert problem_with(final) is None
 
 
+def test_a_tokenizer_is_written_once(tmp_path):
+    """By us: LitGPT's copy keeps the mode, and no file that is read-only there could be written again."""
+    tokenizer_dir = tmp_path / "tokenizer"
+    tokenizer_dir.mkdir()
+    for name in ("tokenizer.json", "config.json", "merges.txt"):
+        (tokenizer_dir / name).write_text(name)
+
+    def write(_fabric, _state, directory, file):
+        assert directory is None
+        file.parent.mkdir()
+
+    save = writing._with_tokenizer(write, tokenizer_dir)
+    save(SimpleNamespace(is_global_zero=True), {}, tokenizer_dir, tmp_path / "final" / "lit_model.pth")
+    assert sorted(path.name for path in (tmp_path / "final").iterdir()) == ["config.json", "tokenizer.json"]
+
+
 def test_by_time(recipe, tmp_path):
     file = recipe(train={"save_interval": 1000, "max_tokens": 4 * 128}, eval={"interval": 1000})
     assert train("--config", file, "--checkpoint.every_minutes", "1e-6", "--checkpoint.best", "false") == 0
