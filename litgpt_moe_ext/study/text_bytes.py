@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from litgpt_moe_ext.data.pipeline.preparation import only_finished
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.inspect.recipes import Recipe
 
@@ -26,7 +27,7 @@ def bytes_per_token(recipe: Recipe, tokenizer_dir: Path) -> float:
         tokenizer_dir: The checkpoint.
 
     Returns:
-        Bytes of UTF-8; nan if the checkpoint has no tokenizer, or the corpus or its sources are not where they were.
+        Bytes of UTF-8; nan if the checkpoint has no tokenizer, or the corpus or its sources are not what they were.
     """
     from litgpt_moe_ext.data.tokenizer.opening import open_as_litgpt
     from litgpt_moe_ext.evaluation.perplexity import bytes_of
@@ -52,12 +53,13 @@ def _validation(recipe: Recipe, tokenizer: Any) -> list[torch.Tensor]:
     data = parser.instantiate_classes(parser.parse_object({"data": section})).data
     path = getattr(data, "data_path", None) or getattr(data, "corpus_dir", None)
     if path is None or not Path(path).is_dir():
-        return []  # to prepare a corpus for this page alone would be a surprise
+        return []
     data.connect(tokenizer=tokenizer, batch_size=recipe.micro_batch_size, max_seq_length=length)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        # To prepare a corpus for this page alone would be a surprise.
+        with contextlib.redirect_stdout(io.StringIO()), only_finished():
             data.prepare_data()
-        data.setup()
+            data.setup()
     except (OSError, SettingsError):  # as where what it was made of is gone; a page of finished runs is worth more
         return []
     count = validated_on(recipe)[-1]

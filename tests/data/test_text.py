@@ -59,12 +59,14 @@ def tiny_parquet(folder):
     write_parquet(folder / "train-00000-of-00002.parquet", stories(40, 1))
     write_parquet(folder / "train-00001-of-00002.parquet", stories(40, 2))
     write_parquet(folder / "validation-00000-of-00001.parquet", VAL)
+    write_parquet(folder / "prompts.parquet", ["No story."])
     return TinyStories(source_path=folder, data_path=folder / "cache", bpe=BPE)
 
 
 def tiny_lists(folder):
     for number, texts in enumerate((VAL, stories(40, 1), stories(40, 2))):
         (folder / f"data{number:02}.json").write_bytes(lists(texts, "story"))
+    (folder / "info.json").write_bytes(lists(["No story."], "story"))
     return TinyStories(source_path=folder, data_path=folder / "cache", bpe=BPE)
 
 
@@ -79,6 +81,7 @@ def tiny_txt(folder):
     for name, texts in (("train", TRAIN), ("valid", VAL)):
         content = "".join(f"{text}\n<|endoftext|>\n" for text in texts)
         (folder / f"TinyStoriesV2-GPT4-{name}.txt").write_text(content, encoding="utf-8")
+    (folder / "LICENSE.txt").write_text("No story.")
     return TinyStories(source_path=folder, data_path=folder / "cache", bpe=BPE)
 
 

@@ -14,6 +14,7 @@ from litgpt_moe_ext.inspect.cost.fit import RUNTIME, best_fit, find_fits
 from litgpt_moe_ext.inspect.cost.layers import shorten
 from litgpt_moe_ext.inspect.cost.memory import graph_memory, training_memory
 from litgpt_moe_ext.inspect.recipes import Recipe
+from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
 from tests.models import moe_config, needs_fused_loss
 
@@ -163,6 +164,25 @@ def test_a_full_disk_is_a_problem(monkeypatch):
     with_average, without = (doctor._disk(Recipe(moe_config(n_embd=512), {"ema": {"decay": d}})) for d in (0.9, None))
     sizes = [float(finding.text.split(" GiB")[0].split()[-1]) for finding in (with_average, without)]
     assert sizes[0] / sizes[1] == pytest.approx(4 / 3, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "bytes_each"),
+    [
+        ({}, 12),
+        ({"precision": "bf16-true"}, 6),
+        ({"precision": "bf16-true", "ema": {"decay": 0.9}}, 10),
+        ({"precision": "bf16-mixed", "optimizer": "SGD"}, 4),
+        ({"optimizer": "nonsense"}, 12),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_has_the_type_of_its_weights(monkeypatch, settings, bytes_each):
+    """The parameters, what the optimizer keeps of them, and their average in float32."""
+    config = moe_config(n_embd=512)
+    text = doctor._disk(Recipe(config, {"precision": "32-true"} | settings)).text
+    expected = bytes_each * count_parameters(config).total / 2**30
+    assert f"takes about {expected:.2f} GiB" in text
 
 
 def test_the_exit_status_tells(tmp_path, capsys):

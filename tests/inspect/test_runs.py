@@ -79,6 +79,10 @@ def test_command_draws(resumed, tmp_path, capsys, monkeypatch):
     assert page.count("data:image/png;base64,") == 2
     assert "http" not in page
     assert len(drawn) == 2, "each picture is drawn once, for its file and for the page"
+    for name in ("load-1.png", "load-mine.png"):  # of an earlier call with more runs, and of somebody else
+        (out / name).touch()
+    assert main(["compare-runs", str(resumed), f"--out_dir={out}"]) == 0
+    assert sorted(path.name for path in out.glob("load*")) == ["load-0.png", "load-mine.png"]
 
 
 def test_figures_show_the_numbers(resumed):

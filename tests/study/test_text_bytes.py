@@ -82,8 +82,11 @@ def test_characters_of_several_tokens_and_an_end_of_text_that_is_not_marked_as_s
 
 def test_the_tokenizer_of_the_run_has_encoded_the_corpus(recipe, tmp_path):
     tokenizer_dir = PythonStdlib(**recipe.settings["data"]["init_args"]).prepare() / "tokenizer"
-    text_corpus(recipe, tmp_path)
+    corpus = text_corpus(recipe, tmp_path)
     recipe.settings["tokenizer_dir"] = str(tokenizer_dir)
+    assert math.isnan(bytes_per_token(recipe, tokenizer_dir)), "a page prepares no corpus"
+    assert len(list((tmp_path / "data").glob("[!.]*"))) == 1
+    corpus.prepare(tokenizer=Tokenizer(tokenizer_dir))
     assert bytes_per_token(recipe, tokenizer_dir) > 1
 
 

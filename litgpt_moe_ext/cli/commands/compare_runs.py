@@ -39,6 +39,9 @@ class CompareRuns:
                 pictures[f"load-{number}"] = (f"Experts of {log.name}", _LOAD, png(figure))
         for name, (_, _, image) in pictures.items():
             write_bytes(self.out_dir / f"{name}.png", image)
+        for file in self.out_dir.glob("load-*.png"):  # those of an earlier call, with more runs
+            if file.stem not in pictures and file.stem.removeprefix("load-").isdecimal():
+                file.unlink()
         rows = [last_values(log) for log in logs]
         parts = [f"<p>{_TABLE}.</p>", table(COLUMNS, rows), *(picture(*content) for content in pictures.values())]
         write_text(self.out_dir / "report.html", page(f"Training of {', '.join(names)}", parts))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
@@ -20,9 +21,11 @@ class TinyStories(DocumentCorpus):
 
     | what is at `source_path`                             | validates                |
     | ---------------------------------------------------- | ------------------------ |
-    | `train-*.parquet`, `validation-*.parquet`            | `validation-*`           |
+    | `train*.parquet`, `validation*.parquet`              | `validation*`            |
     | `TinyStories_all_data.tar.gz`, or its `data*.json`   | the first, `data00.json` |
     | `*train*.txt`, `*valid*.txt` with `<|endoftext|>`    | `*valid*.txt`            |
+
+    Other files are left out.
     """
 
     source_path: Path
@@ -50,14 +53,13 @@ class TinyStories(DocumentCorpus):
             return [_part_of(archive, "train"), _part_of(archive, "val")]
         found = find_files("source_path", self.source_path, "**/*")
         forms = (
-            (".parquet", lambda name: name.startswith("validation"), replace(stories, field=self.field or "text")),
-            (".json", lambda name: name == _FIRST_STORIES, stories),
-            (".txt", lambda name: "valid" in name.lower(), replace(stories, separator="<|endoftext|>")),
+            ("train*.parquet", "validation*.parquet", replace(stories, field=self.field or "text")),
+            ("data*.json", _FIRST_STORIES, stories),
+            ("*train*.txt", "*valid*.txt", replace(stories, separator="<|endoftext|>")),
         )
-        for suffix, validates, text_format in forms:
-            files = [file for file in found if file.suffix == suffix]
-            val = [file for file in files if validates(file.name)]
-            train = [file for file in files if file not in val]
+        for trains, validates, text_format in forms:
+            val = [file for file in found if fnmatchcase(file.name.lower(), validates)]
+            train = [file for file in found if fnmatchcase(file.name.lower(), trains) and file not in val]
             if train and val:
                 return split_sources(train, val, text_format, hashes)
         raise SettingsError(

@@ -10,7 +10,9 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,18 @@ _SMALL_BYTES = 32_000_000
 _NAMED_SOURCES = 100  # in a manifest
 _LARGE_SHARE = 0.3  # of documents that validate; more is seldom intended
 
+_only_finished = ContextVar("only_finished", default=False)
+
+
+@contextmanager
+def only_finished() -> Iterator[None]:
+    """In the scope, refuse to prepare a corpus that is not there already, which may take hours."""
+    token = _only_finished.set(True)
+    try:
+        yield
+    finally:
+        _only_finished.reset(token)
+
 
 def prepare_corpus(
     data_path: Path,
@@ -72,7 +86,7 @@ def prepare_corpus(
 
     Raises:
         SettingsError: A setting cannot work, a source is damaged, a finished corpus was, or the disk is full. What is
-            done is kept.
+            done is kept. Or the corpus is not there, in the scope of `only_finished`.
     """
     settings.check(sources)
     corpus = hashlib.sha256(json.dumps([[source.split, source.identity] for source in sources]).encode()).hexdigest()
@@ -82,6 +96,10 @@ def prepare_corpus(
         if verbose:
             print(f"Reusing the corpus in {directory} ({_summary(manifest)})", flush=True)
         return directory
+    if _only_finished.get():
+        raise SettingsError(
+            f"data_path: {str(data_path)!r} has no corpus {directory.name}; train with it to prepare it"
+        )
     check_root(directory.parent)
     with only_one(directory, verbose):
         if read_manifest(directory) is None:  # another process may have finished meanwhile

@@ -446,14 +446,20 @@ def _tokenizer(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _disk(recipe: Recipe) -> Finding:
+    from litgpt_moe_ext.inspect.cost.memory import state_ratio
     from litgpt_moe_ext.model_size import count_parameters
 
     out_dir = Path(recipe.settings.get("out_dir") or "out/pretrain")
     existing = next(path for path in (out_dir.absolute(), *out_dir.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    # Parameters and two moments of AdamW in float32, and an average of the weights.
-    numbers = 4 if recipe.averages else 3
-    checkpoint = 4 * numbers * count_parameters(recipe.config, recipe.tie_embeddings).total
+    _, dtype, _ = _computing(recipe)
+    try:
+        remembered = state_ratio(recipe.optimizer, dtype)
+    except SettingsError:  # a problem of its own
+        remembered = 2
+    # Parameters and what the optimizer remembers of each, and an average of the weights in float32.
+    size = dtype.itemsize * (1 + remembered) + (4 if recipe.averages else 0)
+    checkpoint = size * count_parameters(recipe.config, recipe.tie_embeddings).total
     text = (
         f"a training checkpoint takes about {checkpoint / 2**30:.2f} GiB, {free / 2**30:.1f} GiB are free in {existing}"
     )
