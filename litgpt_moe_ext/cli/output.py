@@ -4,12 +4,13 @@ import contextlib
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.files.durable import flush
+from litgpt_moe_ext.files.durable import flush, is_stream
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -34,11 +35,19 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `path` under a temporary name and rename it; creates missing folders.
 
+    What is no file, such as /dev/stdout, is written to as it is; of a link the file that it stands for is replaced.
+
     Raises:
         SettingsError: If it cannot be written, as on a full disk.
     """
+    given, path = path, path.resolve() if path.is_symlink() and not is_stream(path) else path
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        if is_stream(path):
+            sys.stdout.flush()
+            with open(path, "ab") as stream:
+                stream.write(content)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             partial.write_bytes(content)
@@ -48,7 +57,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             partial.unlink(missing_ok=True)
     except OSError as error:
         reason = error.strerror or error
-        raise SettingsError(f"{path} cannot be written ({reason}); free some space, or name another place") from error
+        raise SettingsError(f"{given} cannot be written ({reason}); free some space, or name another place") from error
 
 
 def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from litgpt_moe_ext.errors import refuse_first
+from litgpt_moe_ext.files.durable import is_stream
 
 # What commands call the files and folders that they make. Those of a training have checks of their own.
 _FILES, _FOLDERS = ("out", "json", "slurm"), ("out_dir",)
@@ -59,6 +60,10 @@ def _unwritable(name: str, path: Path) -> Iterator[str]:
     yield from _out_of_sight(name, path)
     if name in _FILES and path.is_dir():
         yield f"{name}: {str(path)!r} is a folder; name a file"
+        return
+    if is_stream(path):
+        if not os.access(path, os.W_OK):
+            yield f"{name}: {str(path)!r} cannot be written (Permission denied); name another path"
         return
     # A folder is made with all that it lies in; a file is written beside its place and renamed.
     folder = path if name in _FOLDERS else path.parent

@@ -18,6 +18,7 @@ import yaml
 
 from litgpt_moe_ext.config.fields import added_fields, uses_plugin
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.files.durable import is_stream
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -148,6 +149,9 @@ def _report(results: dict[str, Any], save_filepath: Path) -> None:
     from litgpt.eval.evaluate import prepare_results
 
     # LitGPT's own function prints and writes, so that the content is the same. Renaming makes it all or nothing.
+    if is_stream(save_filepath):
+        prepare_results(results, save_filepath)
+        return
     partial = save_filepath.with_name(f"{save_filepath.name}.{os.getpid()}.partial")
     try:
         prepare_results(results, partial)

@@ -13,6 +13,11 @@ def cut_off(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "inline_container" in str(error)
 
 
+def is_stream(path: Path) -> bool:
+    """Return whether a path is a device, a pipe or an open file such as /dev/stdout, to be written to, not replaced."""
+    return path.exists() and not path.is_dir() and (not path.is_file() or path.absolute().parts[1] in ("dev", "proc"))
+
+
 def flush(path: Path) -> None:
     """Wait until a file, or the list of names in a folder, is on the disk."""
     if path.is_dir() and os.name != "posix":

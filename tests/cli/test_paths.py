@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import get_type_hints
 
@@ -10,6 +12,7 @@ import pytest
 from litgpt_moe_ext.cli import train
 from litgpt_moe_ext.cli.arguments import build_parser
 from litgpt_moe_ext.cli.main import COMMANDS, load, main
+from litgpt_moe_ext.cli.output import write_text
 from litgpt_moe_ext.cli.paths import check_path, check_paths
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checks import check_initial_checkpoint
@@ -111,3 +114,36 @@ def test_a_recipe_that_cannot_be_read_or_is_empty(arguments, tmp_path, monkeypat
     monkeypatch.setattr(Path, "read_text", refuse)
     assert main([command, "empty.yaml", *others]) == 2
     assert f"error: {name}: 'empty.yaml' cannot be read (Permission denied); name a" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")
+def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path):
+    """As /dev/stdout and /dev/null, which root could replace by a file."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    check_path("json", pipe)
+    write_text(pipe, "content")
+    assert os.read(reader, 100) == b"content"
+    assert pipe.is_fifo()
+    os.close(reader)
+
+
+def test_standard_output_that_goes_to_a_file(tmp_path):
+    """Has what is printed before and after; where the output is a terminal or a pipe it is no file at all."""
+    code = (
+        "from pathlib import Path; from litgpt_moe_ext.cli.output import write_text; print('a'); "
+        "write_text(Path('/dev/stdout'), 'b\\n'); print('c')"
+    )
+    with open(tmp_path / "out", "ab") as output:
+        subprocess.run([sys.executable, "-c", code], stdout=output, check=True)
+    assert (tmp_path / "out").read_text() == "a\nb\nc\n"
+
+
+def test_a_link_stays_one(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "file")
+    for content in ("first", "second"):
+        write_text(tmp_path / "link", content)
+        assert (tmp_path / "there" / "file").read_text() == content
+    assert (tmp_path / "link").is_symlink()
