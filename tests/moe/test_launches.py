@@ -1,5 +1,7 @@
 """How many operations a forward pass starts: on a GPU, small models wait for launches more than for arithmetic."""
 
+import itertools
+
 import litgpt.model
 import pytest
 import torch
@@ -149,6 +151,28 @@ def test_many_experts_and_tokens_take_one_more():
 def test_a_layer_starts_at_most_25_kernels(name, padded):
     names = launches_where_most(LAYERS[name], padded)
     assert len(names) <= 25, names
+
+
+# What each adds to a layer, by its own operators.
+SETTINGS = {
+    "n_shared_expert": 1, "shared_expert_gate": True, "bias": True, "router_bias": True, "router_jitter_noise": 0.1,
+    "router_type": "noisy_topk", "router_orthogonality_loss_coef": 0.1, "expert_dropout": 0.1,
+    "expert_gate_on_input": True, "padding": True,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "n_setting"), [((8, 6), 4), ((10, 0), 3)], ids=str)
+def test_so_many_settings_at_once_start_at_most_25_kernels(capability, n_setting):
+    pytest.importorskip("triton")
+    for names in itertools.combinations(SETTINGS, n_setting):
+        settings = {name: SETTINGS[name] for name in names}
+        if "shared_expert_gate" in settings and "n_shared_expert" not in settings:
+            continue
+        padded = settings.pop("padding", False)
+        config = moe_config(n_embd=256, moe_intermediate_size=64, **settings)
+        started = launches_of_layer(config, capability, padded=padded)
+        assert len(started) <= 25, (names, started)
 
 
 @pytest.mark.parametrize(
