@@ -79,6 +79,8 @@ def build_parser(command: type, program: str) -> argparse.ArgumentParser:
             options["required"] = True
         if _is_list(hints[field.name]):
             options["nargs"] = "+"
+            if not is_positional:
+                options["action"] = "extend"  # given twice, it has the values of both
         elif is_positional and not _is_required(field):
             options["nargs"] = "?"
         elif hints[field.name] is bool:
@@ -160,4 +162,5 @@ def _convert(name: str, annotation: Any, given: str | list[str]) -> Any:
     except (KeyError, ValueError):
         too_large = without_range(kind) is int and given.isdecimal() and len(given) > 18
         beyond = ", and below 2**63" if too_large else ""
-        raise SettingsError(f"{name}: {given} must be {describe(kind)}{beyond}") from None
+        shown = given or "''"
+        raise SettingsError(f"{name}: {shown} must be {describe(kind)}{beyond}") from None

@@ -4,13 +4,13 @@ Flags beat recipes, a later recipe beats an earlier one, and both beat the defau
 command line. A name such as `data.vocab_size` reaches into a class's `init_args`, which may also be written out.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.recipe_files import read_recipe
+from litgpt_moe_ext.recipe_files import is_trusted, read_recipe
 
 CLASS_KEYS = {"class_path", "init_args"}
 
@@ -74,7 +74,20 @@ class Given:
             setting: Its name, or the end of it.
         """
         of_data = [name for name in _names(self.tree) if name.startswith("data.") and name.endswith(f".{setting}")]
-        return of_data[0] if setting not in self.tree and len(of_data) == 1 else setting
+        if setting in self.tree or len(of_data) > 1:
+            return setting
+        return of_data[0] if of_data else f"data.{setting}" if setting in self._arguments_of_data() else setting
+
+    def _arguments_of_data(self) -> Collection[str]:
+        # Those that are not given, and that are no settings of the run as well.
+        from litgpt_moe_ext.cli.mistakes import arguments_of
+        from litgpt_moe_ext.training.settings import Settings
+
+        data = self.tree.get("data")
+        path = data.get("class_path") if isinstance(data, Mapping) else data
+        if not isinstance(path, str) or not is_trusted(path):
+            return ()
+        return set(arguments_of(path)) - set(Settings.__dataclass_fields__)
 
     def place_of(self, setting: str) -> str:
         """Return where a setting, or what it is part of, stands as `FILE:LINE`; empty if no file says so.
@@ -102,7 +115,7 @@ def read_flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     waiting = list(arguments)
     while waiting:
         argument = waiting.pop(0)
-        if not argument.startswith("--"):
+        if not argument.startswith("--") or not all(argument[2:].partition("=")[0].split(".")):
             raise SettingsError(
                 f"{argument!r} must be a flag, --NAME VALUE; a recipe is given as --config {argument or 'FILE'}"
             )

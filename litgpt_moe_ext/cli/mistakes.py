@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 import jsonargparse
 
 from litgpt_moe_ext.cli.given import CLASS_KEYS
-from litgpt_moe_ext.errors import PERHAPS_OF_AN_EXTENSION, nearest, one_line
+from litgpt_moe_ext.errors import PERHAPS_OF_AN_EXTENSION, did_you_mean, nearest, one_line
 from litgpt_moe_ext.field_types import NUMBERS, describe, members, refusal
 
 # What other trainers call what is meant, by any section.
@@ -37,6 +37,10 @@ _ELSEWHERE = {
     "output_dir": "out_dir",
     "eval_interval": "eval.interval",
 }
+
+
+# What is given as a flag alone.
+_ONLY_FLAGS = ("config", "dense_twin", "print_config")
 
 
 def mistakes(tree: Mapping[str, Any], annotations: Mapping[str, Any]) -> Iterator[str]:
@@ -78,13 +82,18 @@ def annotation_at(name: str, tree: Mapping[str, Any], annotations: Mapping[str, 
     return known.get(last)
 
 
+def arguments_of(path: str) -> Mapping[str, Any]:
+    """Return the types of the arguments of the class at an import path; nothing where there is no class."""
+    with contextlib.suppress(ImportError, TypeError, ValueError):
+        return _arguments(path)
+    return {}
+
+
 def _fields_inside(annotation: Any, value: Any) -> Mapping[str, Any]:
     path = value.get("class_path") if isinstance(value, Mapping) else value
     inside = _inside(annotation)
     if inside.named is not None and isinstance(path, str):
-        with contextlib.suppress(ImportError, TypeError, ValueError):
-            return _arguments(path)
-        return {}
+        return arguments_of(path)
     return {} if inside.section is None else _hints(inside.section)
 
 
@@ -163,10 +172,14 @@ def _suggestion(prefix: str, key: str, known: Iterable[str]) -> str:
     if close := difflib.get_close_matches(key, known, n=1, cutoff=0.7):
         return f"; did you mean {prefix}{close[0]}?"
     # As where `max_tokens` is given and `train.max_tokens` is meant.
-    names = {} if prefix or not isinstance(known, Mapping) else _nested_names(known)
+    names = _nested_names(known) if isinstance(known, Mapping) else {}
     if close := difflib.get_close_matches(key, names, n=1, cutoff=0.75):
-        return f"; did you mean {names[close[0]]}?"
-    return PERHAPS_OF_AN_EXTENSION if prefix == "model_config." else ""
+        return f"; did you mean {prefix}{names[close[0]]}?"
+    if not prefix and (hint := did_you_mean(key, _ONLY_FLAGS)):
+        return hint
+    if prefix == "model_config.":
+        return PERHAPS_OF_AN_EXTENSION
+    return f"; known are {', '.join(known)}" if prefix and known else ""
 
 
 def _nested_names(known: Mapping[str, Any]) -> dict[str, str]:

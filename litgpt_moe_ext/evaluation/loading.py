@@ -23,27 +23,28 @@ CONFIG_FILE = "model_config.yaml"
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")
 
 
-def check_checkpoint_dir(checkpoint_dir: Path) -> None:
+def check_checkpoint_dir(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> None:
     """Check that a directory holds what `litgpt pretrain` writes: weights, model configuration and tokenizer.
 
     Args:
         checkpoint_dir: The directory.
+        setting: Which setting named it, for errors.
 
     Raises:
         SettingsError: If the directory or one of its files is missing; the message names them and a remedy.
     """
     if not checkpoint_dir.is_dir():
         raise SettingsError(
-            f"checkpoint_dir: {str(checkpoint_dir)!r} is not a directory. Name the folder that holds {WEIGHTS_FILE}, "
+            f"{setting}: {str(checkpoint_dir)!r} is not a directory. Name the folder that holds {WEIGHTS_FILE}, "
             "or get a published model with `litgpt download` first."
         )
     missing = [name for name in (WEIGHTS_FILE, CONFIG_FILE) if not (checkpoint_dir / name).is_file()]
     if missing:
         hint = did_you_mean_inside(checkpoint_dir, WEIGHTS_FILE) or "; name a checkpoint (step-*, best, final)"
-        raise SettingsError(f"checkpoint_dir: {str(checkpoint_dir)!r} has no {' and no '.join(missing)}{hint}")
+        raise SettingsError(f"{setting}: {str(checkpoint_dir)!r} has no {' and no '.join(missing)}{hint}")
     if not any((checkpoint_dir / name).is_file() for name in VOCABULARY_FILES):
         raise SettingsError(
-            f"checkpoint_dir: {str(checkpoint_dir)!r} has no tokenizer ({' or '.join(VOCABULARY_FILES)}). Copy the "
+            f"{setting}: {str(checkpoint_dir)!r} has no tokenizer ({' or '.join(VOCABULARY_FILES)}). Copy the "
             "tokenizer's files of the training data there; `litgpt pretrain --tokenizer_dir ...` does so by itself."
         )
 
@@ -171,6 +172,10 @@ def choose_device(name: str | torch.device | None) -> torch.device:
             f"device: '{device}' is not there, torch sees {counted(torch.cuda.device_count(), 'GPU')}; leave it out, "
             "or name cpu"
         )
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, NotImplementedError, AssertionError, ImportError) as error:  # as of meta, or where none is
+        raise SettingsError(f"device: '{device}' does not compute here; leave it out, or name cpu") from error
     return device
 
 

@@ -109,6 +109,11 @@ def _resolved(settings: Settings) -> Settings:
         from litgpt_moe_ext.data import WandbCorpus
 
         data = WandbCorpus.instead_of(data, settings.wandb_dataset, settings.wandb_artifacts_dir)
+    elif settings.wandb_artifacts_dir is not None:
+        raise SettingsError(
+            f"wandb_artifacts_dir: {str(settings.wandb_artifacts_dir)!r} has no effect without wandb_dataset; leave it "
+            "out, or name the artifact"
+        )
     return dataclasses.replace(
         settings,
         out_dir=Path(settings.out_dir),
@@ -142,6 +147,11 @@ def model_of(settings: Settings) -> Config:
         SettingsError: If none is given, or LitGPT has none of the name.
     """
     if settings.model_config is not None:
+        if settings.model_name not in ("", settings.model_config.name):
+            raise SettingsError(
+                f"model_name: {settings.model_name!r} has no effect beside model_config; leave it out, or set "
+                "model_config to null"
+            )
         return settings.model_config
     if not settings.model_name:
         raise SettingsError(

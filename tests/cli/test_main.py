@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from litgpt_moe_ext.cli.arguments import positional, read_arguments
-from litgpt_moe_ext.cli.main import COMMANDS, load, main
+from litgpt_moe_ext.cli.main import COMMANDS, _find, load, main
 from litgpt_moe_ext.cli.output import write_text
 from litgpt_moe_ext.cli.settings import SHORT_FORMS
 from litgpt_moe_ext.errors import SettingsError
@@ -96,6 +96,9 @@ def test_every_setting_of_a_command_is_explained(command, capsys):
         (["benchmark-generation", "quickstart.yaml", "--batch_sizes", "999999999"], "batch_sizes: 999999999 needs"),
         (["benchmark-generation", "quickstart.yaml", "--device", "abacus"], "device: 'abacus' must be a device"),
         (["benchmark-generation", "quickstart.yaml", "--device", "cuda:99"], "device: 'cuda:99' is not there"),
+        (["benchmark-generation", "quickstart.yaml", "--device", "meta"], "device: 'meta' does not compute here"),
+        (["schedule", "x", "--compare", "wsdd", "--compare", "wsd"], "compare: wsdd must be one of cosine"),
+        (["model-card", "quickstart.yaml", "--devices", ""], "devices: '' must be an integer of at least 1"),
         (["init", "nothing"], "recipe: nothing must be one of code-moe-60m"),
         (["init", "quickstart", "--out", "x"], "--out is unknown; OUT is given by its place, without a name"),
         (["model-card", "quikstart.yaml"], "did you mean quickstart.yaml?"),
@@ -292,3 +295,9 @@ def strings_of(file: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.value
+
+
+def test_an_option_that_is_given_twice_has_the_values_of_both():
+    given = ["x", "--text", "a", "b", "--text", "c", "--json", "1", "--json", "2"]
+    read = read_arguments(load(_find("perplexity")), "perplexity", given)
+    assert (read.text, read.json) == ([Path("a"), Path("b"), Path("c")], Path("2"))

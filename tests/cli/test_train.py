@@ -177,6 +177,14 @@ def test_what_is_printed_is_a_recipe(recipe, tmp_path, capsys):
         (["--train.learning_rate", "3e-4"], "no setting has this name; did you mean optimizer.lr?"),
         (["--batch_size", "3"], "batch_size: no setting has this name; did you mean train.micro_batch_size?"),
         (["--zzzz", "3"], "zzzz: no setting has this name ("),
+        (["--confg", "x"], "confg: no setting has this name; did you mean config?"),
+        (["--ema.zzz", "3"], "ema.zzz: no setting has this name; known are decay"),
+        (["--data", "TextCorpus", "--data.size", "3"], "data.size: no setting has this name; known are packing, sh"),
+        (["--data", "TextCorpus", "--data.vocab_size", "3"], "did you mean data.bpe.vocab_size?"),
+        (["--=3"], "'--=3' must be a flag, --NAME VALUE"),
+        (["--train.=3"], "'--train.=3' must be a flag, --NAME VALUE"),
+        (["--model_name", "pythia-14m"], "model_name: 'pythia-14m' has no effect beside model_config"),
+        (["--wandb-artifacts-dir", "x"], "wandb_artifacts_dir: 'x' has no effect without wandb_dataset"),
         (["recipe.yaml"], "a recipe is given as --config recipe.yaml"),
         (["--optimizer.lr"], "optimizer.lr: needs a value"),
         (["--config"], "config: needs the path of a YAML file"),
@@ -418,3 +426,14 @@ def test_commands_of_one_process_know_nothing_of_one_another():
     assert read_settings(other, recipe).data.bpe.special_tokens == ["<a>"]
     after = read_settings([], recipe)
     assert (after.data.bpe, after.model_config, after.train) == (before.data.bpe, before.model_config, before.train)
+
+
+def test_a_setting_of_the_data_that_is_not_given_has_its_whole_name(tmp_path):
+    """By which it can be given; one that the run has as well is the run's."""
+    (tmp_path / "recipe.yaml").write_text("data: litgpt_moe_ext.data.PythonStdlib\n")
+    given = Given()
+    given.add_recipe(tmp_path / "recipe.yaml")
+    assert given.whole_name("val_fraction") == "data.val_fraction"
+    assert given.whole_name("seed") == "seed"
+    given.add_flag("data", "nobody.knows.this")
+    assert given.whole_name("val_fraction") == "val_fraction"

@@ -134,6 +134,10 @@ def npy(array):
         (npy(TOKENS[:0]), "is empty: its header counts 0 tokens"),
         (b"\x1f\x8b\x08\x00" + bytes(range(50)), "is gzip, not a token shard"),
         (b"PAR1" + bytes(range(50)), "is parquet, not a token shard"),
+        (
+            "Text, ä letter of which is cut.\n".encode() * 40,
+            "is text, not a token shard; prepare a corpus from it with",
+        ),
     ],
 )
 def test_bad_files_of_other_forms_are_named(tmp_path, content, message):

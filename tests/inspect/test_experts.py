@@ -135,6 +135,8 @@ def test_report_needs_nothing_else(moe_dir, tmp_path, capsys):
     text.write_text("the quick brown fox jumps over the lazy dog <b> & is it so? " * 5)
     out = tmp_path / "report"
     arguments = ["experts", str(moe_dir), f"--text={text}", f"--out_dir={out}", f"--compare_with={other}"]
+    assert main([*arguments[:-1], f"--compare_with={out}"]) == 2
+    assert f"error: compare_with: '{out}' is not a directory" in capsys.readouterr().err
     assert main(arguments) == 0
     assert {path.name for path in out.glob("*.png")} == {
         f"{name}.png" for name in ("load", "balance", "classes", "coactivation", "agreement")

@@ -14,6 +14,7 @@ The bytes of a file tell what it is, not its name:
 | anything else             | none    | uint16         | nanoGPT (`ndarray.tofile`)       |
 """
 
+import codecs
 import hashlib
 import os
 import uuid
@@ -39,10 +40,22 @@ _FOREIGN = {
     b"\x28\xb5\x2f\xfd": "zstandard",
 }
 # So many tokens in a row with every second one zero are 4-byte integers: text does not look like that.
+_TEXT_SAMPLE = 64
 _WIDE_SAMPLE = 1 << 20
 _WIDE_MINIMUM = 32
 _SCAN_TOKENS = 1 << 24
 _SUM_TOKENS = 1 << 11
+
+
+def _is_text(start: bytes) -> bool:
+    # Ids in a row that are all characters would be chance.
+    if len(start) < _TEXT_SAMPLE or any(byte < 32 and byte not in b"\t\n\f\r" for byte in start):
+        return False
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(start)  # whose last character may be cut
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -127,6 +140,8 @@ def open_shard(path: str | os.PathLike) -> np.memmap:
     if len(start) == HEADER_BYTES and not any(start[12:]):
         known = ", ".join(str(known_magic) for known_magic in _FORMATS)
         raise SettingsError(f"{path} has a header with the wrong magic number {magic} at byte 0; known are {known}")
+    if _is_text(start):
+        raise SettingsError(f"{path} is text, not a token shard; prepare a corpus from it with TextCorpus")
     if size % 2:
         raise SettingsError(
             f"{path} has {size} bytes, an odd number, and no header: no whole number of uint16 tokens. The file is "
