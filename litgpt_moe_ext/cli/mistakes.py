@@ -39,6 +39,7 @@ _ELSEWHERE = {
 }
 
 
+_FEW = 20
 # What is given as a flag alone.
 _ONLY_FLAGS = ("config", "dense_twin", "print_config")
 
@@ -179,7 +180,8 @@ def _suggestion(prefix: str, key: str, known: Iterable[str]) -> str:
         return hint
     if prefix == "model_config.":
         return PERHAPS_OF_AN_EXTENSION
-    return f"; known are {', '.join(known)}" if prefix and known else ""
+    every = list(known)
+    return f"; known are {', '.join(every)}" if every and (prefix or len(every) <= _FEW) else ""
 
 
 def _nested_names(known: Mapping[str, Any]) -> dict[str, str]:

@@ -124,5 +124,5 @@ def _prepare(corpus: "Corpus", upload: Upload) -> None:
 
 def _normalized(arguments: Sequence[str]) -> list[str]:
     words = [re.sub(r"(?<=^--)[^=]+", lambda name: name[0].replace("-", "_"), argument) for argument in arguments]
-    pairs = zip(words, [*words[1:], "--"], strict=True)
+    pairs = zip(words, [*words, "--"][1:], strict=True)
     return [f"{word}=true" if word == "--log_to_wandb" and after.startswith("-") else word for word, after in pairs]
