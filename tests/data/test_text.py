@@ -308,6 +308,17 @@ def test_a_missing_eos_is_refused_with_the_fix(tmp_path):
     data.prepare_data()
 
 
+def test_files_of_another_kind(tmp_path):
+    """Where no setting says which, another module reads them."""
+    write_parquet(tmp_path / "train.parquet", TRAIN)
+    with pytest.raises(
+        ValueError, match="no files like 'file-.*json.gz', it has train.parquet; .* with TextCorpus, its"
+    ):
+        CodeParrot(source_path=tmp_path, bpe=BPE).prepare_data()
+    with pytest.raises(ValueError, match=r"no files like '\*\*/\*.txt', .* or the pattern to one that matches"):
+        TextCorpus(source_path=tmp_path, bpe=BPE).prepare_data()
+
+
 def test_missing_parts(tmp_path):
     (tmp_path / "file-000000000001.json.gz").write_bytes(gzip.compress(lines(TRAIN, "content")))
     with pytest.raises(ValueError, match="has a single shard, file-000000000001.json.gz, which would validate"):

@@ -348,6 +348,26 @@ def test_shards_are_opened_and_not_read(tmp_path, capsys):
     assert "train.bin is truncated" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_files_of_documents_are_found_and_not_read(tmp_path, capsys, mixed):
+    source, recipe = tmp_path / "web", tmp_path / "recipe.yaml"
+    source.mkdir()
+    (source / "pages.parquet").write_text("no parquet")
+    settings = {"source_path": str(source), "data_path": str(source), "bpe": {"vocab_size": 300}}
+    data = {"class_path": "litgpt_moe_ext.data.FineWeb", "init_args": settings}
+    if mixed:
+        corpora = {"corpora": {"web": data}, "weights": {"web": 1}}
+        data = {"class_path": "litgpt_moe_ext.data.Mixture", "init_args": corpora}
+    recipe.write_text(yaml.safe_dump({"model_config": MODEL, "data": data, "out_dir": str(tmp_path / "out")}))
+    assert main(["doctor", str(recipe)]) == 0
+    (source / "pages.parquet").rename(source / "pages.json")
+    assert main(["doctor", str(recipe)]) == 1
+    assert "no files like '**/*.parquet', it has pages.json" in capsys.readouterr().out
+    source.rename(tmp_path / "elsewhere")
+    assert main(["doctor", str(recipe)]) == 1
+    assert capsys.readouterr().out.count("PROBLEM") == 1
+
+
 def test_connections_of_gpus_are_explained():
     found = doctor.links("\tGPU0\tGPU1\nGPU0\t X \tSYS\nGPU1\tSYS\t X \n")
     assert [finding.topic for finding in found] == ["links"] * len(found)

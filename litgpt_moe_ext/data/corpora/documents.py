@@ -7,7 +7,7 @@ from typing import Any, Literal
 from litgpt_moe_ext.data.corpora.base import Corpus
 from litgpt_moe_ext.data.pipeline.preparation import prepare_corpus
 from litgpt_moe_ext.data.pipeline.settings import CorpusSettings
-from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source
+from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source, UnreadFiles
 from litgpt_moe_ext.data.reading.record import TextFormat
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings
 from litgpt_moe_ext.data.tokenizer.files import litgpt_tokenizer, read_tokenizer
@@ -43,6 +43,15 @@ class EncodedCorpus(Corpus):
             SettingsError: Files are missing, cannot be read, or are of another kind.
         """
         raise NotImplementedError
+
+    def check_sources(self) -> None:
+        """Look for the files that `source_path` names, without reading them.
+
+        Raises:
+            SettingsError: Files are missing, or of another kind.
+        """
+        if getattr(self, "source_path", None) is not None:  # or else the hub is asked
+            self.sources(UnreadFiles())
 
     def choose_tokenizer(self, given: Any) -> dict[str, bytes] | BPESettings:
         """Return the files of the tokenizer, or how to train one.

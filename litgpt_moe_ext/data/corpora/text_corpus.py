@@ -8,6 +8,8 @@ from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source, file_source
 from litgpt_moe_ext.data.reading.record import TextFormat
 from litgpt_moe_ext.errors import SettingsError
 
+_OTHERWISE = "the pattern to one that matches"
+
 
 @dataclass(kw_only=True)
 class TextCorpus(DocumentCorpus):
@@ -37,10 +39,10 @@ class TextCorpus(DocumentCorpus):
 
     def sources(self, hashes: FileHashes) -> list[Source]:
         """See `EncodedCorpus.sources`."""
-        train = find_files("source_path", self.source_path, self.pattern)
+        train = find_files("source_path", self.source_path, self.pattern, _OTHERWISE)
         if self.pattern == type(self).pattern:
             say_others(self.source_path, self.pattern)
         if self.val_path is None:
             return file_sources(train, None, self.text_format, hashes)
-        val = find_files("val_path", self.val_path, self.pattern)
+        val = find_files("val_path", self.val_path, self.pattern, _OTHERWISE)
         return split_sources(train, val, self.text_format, hashes)

@@ -11,6 +11,7 @@ from typing import Any
 from litgpt.data import DataModule
 from litgpt.tokenizer import Tokenizer
 
+from litgpt_moe_ext.data.corpora.documents import EncodedCorpus
 from litgpt_moe_ext.data.loader import Order, TokenLoader
 from litgpt_moe_ext.data.mixture.loader import MixedWindows, MixtureLoader, MixtureValidation, Part
 from litgpt_moe_ext.data.mixture.schedule import Phases, Schedule, whole_shares
@@ -105,6 +106,16 @@ class Mixture(TokenModule):
         # The part of a longer run would be another step.
         step = self.annealing.first_row(self._length, 1) // self._length.rows_per_step
         return f" --data.annealing.from_fraction null --data.annealing.from_step {step}"
+
+    def check_sources(self) -> None:
+        """Look for the files of every corpus that can do so.
+
+        Raises:
+            SettingsError: See `EncodedCorpus.check_sources`.
+        """
+        for corpus in self.corpora.values():
+            if isinstance(corpus, EncodedCorpus):
+                corpus.check_sources()
 
     def prepare_tokenizer(self) -> Path | None:
         """Prepare everything if needed and return the directory of the tokenizer; None if no corpus has one."""

@@ -112,10 +112,30 @@ class FileHashes:
         self._changed = False
 
 
-def find_files(setting: str, path: Path, pattern: str) -> list[Path]:
+class UnreadFiles(FileHashes):
+    """In place of hashes: no file is read, and each counts as different from all others."""
+
+    def __init__(self) -> None:
+        pass
+
+    def hash(self, path: Path) -> str:
+        """Return the path of a file."""
+        return str(path)
+
+
+_OTHER_FILES = "read other files with TextCorpus, its pattern and field"
+
+
+def find_files(setting: str, path: Path, pattern: str, otherwise: str = _OTHER_FILES) -> list[Path]:
     """Return the files that a setting names: `path` itself, or those below the folder that match a glob, sorted.
 
     Left out is what has a leading dot or lies in such a folder, and what lies in a prepared corpus.
+
+    Args:
+        setting: Its name.
+        path: Its value.
+        pattern: The glob.
+        otherwise: What else to do about a folder that has none of them, but to set the setting to another.
 
     Raises:
         SettingsError: There is nothing at `path`, no file matches, or one is a link to a file outside of the folder.
@@ -133,7 +153,7 @@ def find_files(setting: str, path: Path, pattern: str) -> list[Path]:
     if not found:
         raise SettingsError(
             f"{setting}: {str(path)!r} has no files like {pattern!r}, it has {_names(path)}; set {setting} to another "
-            "folder, or the pattern to one that matches"
+            f"folder, or {otherwise}"
         )
     return found
 

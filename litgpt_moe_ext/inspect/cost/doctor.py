@@ -241,6 +241,9 @@ def _settings(recipe: Recipe, settings: "Settings | SettingsError") -> Iterator[
         data: Any = plan.settings.data
         if offers(data, "check_shards") and data.data_path.is_dir():
             data.check_shards()
+        source = getattr(data, "source_path", None)
+        if offers(data, "check_sources") and (source is None or source.exists()):  # or else the data have a problem
+            data.check_sources()
     except SettingsError as error:
         yield Finding("settings", "problem", str(error))
         return
