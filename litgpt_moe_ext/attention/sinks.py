@@ -74,7 +74,11 @@ def sink_attention(
         SettingsError: If a forced kernel cannot compute this.
     """
     causal = causal and mask is None
+    if mask is not None:
+        mask = mask[(None,) * (4 - mask.dim())]  # kernels take two or four dimensions
     if softmax.sinks_H is None and softmax.backend is None:
+        if mask is not None and mask.dtype == torch.float32 and q_BHTd.dtype == torch.float64:
+            mask = mask.double()  # torch's CPU kernel would read its memory as that of float64
         return F.scaled_dot_product_attention(
             q_BHTd, k_BGSd, v_BGSd, attn_mask=mask, dropout_p=softmax.dropout, is_causal=causal, scale=softmax.scale,
             enable_gqa=True,
