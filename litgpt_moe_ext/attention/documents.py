@@ -87,7 +87,7 @@ def find_documents(idx_BT: Tensor, boundary: Boundary, token_id: int) -> Documen
         return Documents(start_BT, offsets=offsets, longest=extent.longest, overflow=overflow)
     if idx_BT.device.type != "cpu" or torch.compiler.is_compiling():
         return Documents(start_BT)
-    if type(idx_BT) not in (Tensor, Rows):
+    if not (type(idx_BT) is Tensor or isinstance(idx_BT, Rows)):
         return Documents(start_BT, lengths=(idx_BT.size(1),) * idx_BT.size(0))
     return Documents(start_BT, lengths=tuple(_lengths(idx_BT, boundary, token_id).tolist()))
 

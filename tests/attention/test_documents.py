@@ -71,6 +71,7 @@ def test_conventions() -> None:
     documents = find_documents(eos, "bos", MARK)
     assert documents.start_BT.tolist() == [[0, 1, 1, 3, 4, 4], [0, 0, 0, 0, 0, 5]]
     assert documents.lengths == (1, 2, 1, 2, 5, 1)
+    assert find_documents(eos.as_subclass(PaddedRows), "bos", MARK).lengths == documents.lengths
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=64, max_size=64), min_size=1, max_size=3), st.integers(1, 64))
