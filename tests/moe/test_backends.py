@@ -229,7 +229,8 @@ def test_dispatch_by_hand():
     experts = torch.tensor([[2, 0], [0, 2], [2, 3]])
     plan = dispatch(experts, torch.tensor([2, 0, 3, 1]), padding=4)
     assert [tuple(segment) for segment in plan.segments] == [(0, 0, 2, 4), (2, 2, 5, 6), (3, 5, 6, 9)]
-    assert plan.tokens_P.tolist() == [0, 1, 0, 1, 2, 2, 0, 0, 0]
+    assert plan.tokens_R.tolist() == [0, 1, 0, 1, 2, 2]
+    assert plan.n_row == 9
     assert plan.positions_TK.tolist() == [[2, 0], [1, 3], [4, 5]]
 
 

@@ -49,13 +49,15 @@ class Dispatch(NamedTuple):
 
     Attributes:
         segments: One for each expert that has tokens, in order.
-        tokens_P: Token of each row.
+        tokens_R: Token of each row.
         positions_TK: Row of each token and chosen expert.
+        n_row: P.
     """
 
     segments: list[Segment]
-    tokens_P: Tensor
+    tokens_R: Tensor
     positions_TK: Tensor
+    n_row: int
 
 
 class _Job(NamedTuple):
@@ -80,13 +82,13 @@ def dispatch(experts_TK: Tensor, counts_E: Tensor, padding: int) -> Dispatch:
         .scatter_(0, rows_R, torch.arange(rows_R.numel(), device=rows_R.device))
         .view(experts_TK.shape)
     )
-    tokens_P = F.pad(rows_R.div_(experts_TK.size(1), rounding_mode="floor"), (0, padding - 1))
+    tokens_R = rows_R.div_(experts_TK.size(1), rounding_mode="floor")
     segments, start = [], 0
     for expert, count in enumerate(counts_E.tolist()):
         if count:
             segments.append(Segment(expert, start, start + count, start + count + -count % padding))
             start += count
-    return Dispatch(segments, tokens_P, positions_TK)
+    return Dispatch(segments, tokens_R, positions_TK, len(tokens_R) + padding - 1)
 
 
 def grouped_cpu_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden: Hidden) -> Tensor:
@@ -143,9 +145,9 @@ class _GroupedExperts(torch.autograd.Function):
         plan, weights = job.plan, ExpertWeights(*parameters)
         saved: list[_Saved] = []
         y_TD = _forward(x_TD, weights_TK, weights, job, saved)
-        ctx.segments, ctx.hidden, ctx.x_dtype = plan.segments, job.hidden, x_TD.dtype
+        ctx.segments, ctx.n_row, ctx.hidden, ctx.x_dtype = plan.segments, plan.n_row, job.hidden, x_TD.dtype
         ctx.save_for_backward(
-            x_TD.to(job.dtype), weights_TK, *weights, plan.tokens_P, plan.positions_TK, *(t for s in saved for t in s)
+            x_TD.to(job.dtype), weights_TK, *weights, plan.tokens_R, plan.positions_TK, *(t for s in saved for t in s)
         )
         return y_TD
 
@@ -160,12 +162,12 @@ def _forward(x_TD: Tensor, weights_TK: Tensor, weights: ExpertWeights, job: _Job
     """Compute the output; append to `saved` what the backward pass needs of each segment unless it is None."""
     plan, hidden, dtype = job
     x_cast_TD = x_TD.to(dtype)
-    y_PD = x_TD.new_empty(plan.tokens_P.numel(), x_TD.size(1))
+    y_PD = x_TD.new_empty(plan.n_row, x_TD.size(1))
     x_space_ND = _workspace(plan.segments, x_cast_TD, x_TD.size(1))
     a_space_NF = _workspace(plan.segments, x_cast_TD, weights.down_EDF.size(2))
     for segment in plan.segments:
         expert, start, stop, end = segment
-        x_ND = _gather(x_cast_TD, plan.tokens_P, segment, x_space_ND)
+        x_ND = _gather(x_cast_TD, plan.tokens_R, segment, x_space_ND)
         h_NG = linear(x_ND, weights.up_EGD[expert], weights.up_bias_EG, expert)
         a_NF = a_space_NF[: end - start]
         hidden.activation.forward_into(h_NG, a_NF)
@@ -193,14 +195,14 @@ class _Gradients(NamedTuple):
 def _backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of the six tensor arguments, None where none is asked for."""
     x_TD, weights_TK, *tensors = ctx.saved_tensors
-    weights, (tokens_P, positions_TK), saved = ExpertWeights(*tensors[:4]), tensors[4:6], tensors[6:]
+    weights, (tokens_R, positions_TK), saved = ExpertWeights(*tensors[:4]), tensors[4:6], tensors[6:]
     _, need_x, need_weights, *need_parameters = ctx.needs_input_grad
     activation = ctx.hidden.activation
     dtype = x_TD.dtype
     dy_TD = dy_TD.to(dtype)
-    weights_P1 = _by_row(weights_TK.to(dtype), positions_TK, tokens_P.numel())
-    dx_PD = x_TD.new_empty(tokens_P.numel(), x_TD.size(1), dtype=ctx.x_dtype) if need_x else None
-    dweights_P = weights_TK.new_empty(tokens_P.numel()) if need_weights else None
+    weights_P1 = _by_row(weights_TK.to(dtype), positions_TK, ctx.n_row)
+    dx_PD = x_TD.new_empty(ctx.n_row, x_TD.size(1), dtype=ctx.x_dtype) if need_x else None
+    dweights_P = weights_TK.new_empty(ctx.n_row) if need_weights else None
     gradients = _Gradients(
         *(
             torch.empty_like(t) if need and t is not None else None
@@ -220,7 +222,7 @@ def _backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         weights_N1 = weights_P1[start:end]
         dots_N = None if dweights_P is None else dweights_P[start:end]
         n = end - start
-        dy_ND = _gather(dy_TD, tokens_P, segment, rows_space_ND)
+        dy_ND = _gather(dy_TD, tokens_R, segment, rows_space_ND)
         da_NF = torch.mm(dy_ND, weights.down_EDF[expert].to(dtype), out=da_space_NF[:n])
         if keep_NF is not None:
             da_NF[: stop - start].mul_(keep_NF)
@@ -241,7 +243,7 @@ def _backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         if dh_NG is None:
             continue
         if dup_EGD is not None:
-            x_ND = _gather(x_TD, tokens_P, segment, rows_space_ND).mul_(weights_N1)
+            x_ND = _gather(x_TD, tokens_R, segment, rows_space_ND).mul_(weights_N1)
             _matmul_into(dup_EGD[expert], dh_NG.t(), x_ND)
         if dup_bias_EG is not None:
             dup_bias_EG[expert] = torch.mv(dh_NG.t(), weights_N1.squeeze(1))
@@ -258,14 +260,14 @@ def _workspace(segments: Sequence[Segment], like: Tensor, width: int) -> Tensor:
     return like.new_empty(max((end - start for _, start, _, end in segments), default=0), width)
 
 
-def _gather(x_TD: Tensor, tokens_P: Tensor, segment: Segment, space_ND: Tensor) -> Tensor:
+def _gather(x_TD: Tensor, tokens_R: Tensor, segment: Segment, space_ND: Tensor) -> Tensor:
     """Return the rows of one expert in the given memory, and zeros for its padding.
 
     Rows of other experts would do, but for numbers that overflow in this one.
     """
     _, start, stop, end = segment
     n = stop - start
-    torch.index_select(x_TD, 0, tokens_P[start:stop], out=space_ND[:n])
+    torch.index_select(x_TD, 0, tokens_R[start:stop], out=space_ND[:n])
     space_ND[n : end - start].zero_()
     return space_ND[: end - start]
 
