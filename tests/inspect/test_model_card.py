@@ -268,6 +268,14 @@ def test_what_is_no_optimizer_is_refused():
             state_ratio(optimizer, torch.float32)
 
 
+def test_optimizers_are_written_as_a_run_takes_them():
+    with_momentum = {"class_path": "SGD", "init_args": {"momentum": 0.9}}
+    assert state_ratio(with_momentum, torch.float32) == 1
+    assert state_ratio({"class_path": "RMSprop", "init_args": None}, torch.float32) == 1
+    with pytest.raises(SettingsError, match="^optimizer: 'LBFGS' cannot make a step: .*closure"):
+        state_ratio("LBFGS", torch.float32)
+
+
 def test_amsgrad_remembers_more():
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"amsgrad": True}}
     assert state_ratio(optimizer, torch.float32) == 3

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.inspect.cost.experts import without_values
 from litgpt_moe_ext.inspect.cost.layers import ShortModel
 from litgpt_moe_ext.inspect.cost.peak import PeakOverLayers
@@ -227,15 +228,16 @@ def measure_state_ratio(optimizer: str | dict[str, Any], dtype: torch.dtype) -> 
 
     from litgpt.utils import instantiate_torch_optimizer
 
-    from litgpt_moe_ext.training.optim.arguments import learning_rate_of
+    from litgpt_moe_ext.training.optim.arguments import in_full, learning_rate_of
 
     learning_rate_of(optimizer)  # refuses what is none
     parameter = nn.Parameter(torch.zeros(8, 16, dtype=dtype))
     parameter.grad = torch.ones_like(parameter)
-    if isinstance(optimizer, dict):
-        optimizer = {"init_args": {}, **copy.deepcopy(optimizer)}
-    made = instantiate_torch_optimizer(optimizer, [parameter])
-    made.step()
+    made = instantiate_torch_optimizer(copy.deepcopy(in_full(optimizer)), [parameter])
+    try:
+        made.step()
+    except (TypeError, RuntimeError) as error:
+        raise SettingsError(f"optimizer: {optimizer!r} cannot make a step: {one_line(error)}") from error
     state = made.state[parameter].values()
     return sum(value.numel() for value in state if isinstance(value, Tensor)) // parameter.numel()
 

@@ -34,6 +34,14 @@ def learning_rate_of(optimizer: str | dict) -> float:
     return made.defaults["lr"]
 
 
+def in_full(optimizer: str | dict) -> str | dict:
+    """Return an optimizer with what LitGPT's function needs and a recipe may leave out: a module, and arguments."""
+    if isinstance(optimizer, str):
+        return optimizer
+    path, arguments = optimizer["class_path"], optimizer.get("init_args") or {}
+    return {"class_path": path if "." in path else f"torch.optim.{path}", "init_args": arguments}
+
+
 def _check_argument(name: str, value: Any, parameter: inspect.Parameter) -> None:
     """Raise SettingsError unless a value is of the kind of a parameter's default; the range is the class's to judge."""
     default = parameter.default

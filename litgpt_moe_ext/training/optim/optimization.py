@@ -8,6 +8,7 @@ from litgpt.utils import instantiate_torch_optimizer
 
 from litgpt_moe_ext.host.without_compiler import step_without_compiler
 from litgpt_moe_ext.training.callback import Callback
+from litgpt_moe_ext.training.optim.arguments import in_full
 from litgpt_moe_ext.training.optim.muon import MuonAdamW
 from litgpt_moe_ext.training.optim.parameter_groups import group_parameters, scale_rates
 from litgpt_moe_ext.training.optim.schedules import Schedule
@@ -41,7 +42,7 @@ class Optimization(Callback):
         Args:
             optimizer: Name, or class path and arguments.
         """
-        optimizer = _in_full(optimizer)
+        optimizer = in_full(optimizer)
         given = optimizer["init_args"] if isinstance(optimizer, dict) else {}
         probe = _instantiate(optimizer, [torch.nn.Parameter(torch.zeros(1, device=self._device))])
         groups = group_parameters(self._model, self._group_args, split_matrices=isinstance(probe, MuonAdamW))
@@ -66,14 +67,6 @@ class Optimization(Callback):
         if self._schedule is None:
             self._schedule = Schedule(self._schedule_args, peak, floor, warmup_steps, total_steps)
         return self._schedule.rate(step)
-
-
-def _in_full(optimizer: str | dict) -> str | dict:
-    # LitGPT's function needs what a recipe may leave out: the module of torch's own, and arguments.
-    if isinstance(optimizer, str):
-        return optimizer
-    path, arguments = optimizer["class_path"], optimizer.get("init_args") or {}
-    return {"class_path": path if "." in path else f"torch.optim.{path}", "init_args": arguments}
 
 
 def _instantiate(optimizer: str | dict, parameters: Any, **kwargs: Any) -> torch.optim.Optimizer:
