@@ -229,6 +229,9 @@ def test_processes_share():
     assert of("deepspeed_stage_2", 4, 1) == (1000, 250, 750, 1000, 500, 0)
     assert of("deepspeed_stage_3", 2, 2) == (250, 250, 750, 300 + 200 + 300, 500, 0)
     assert of("deepspeed_stage_2", 1, 1, cpu_offload=True).host == 3000
+    # Of parameters in 16 bits, too, and without a moving average, which counts with the weights.
+    averaged = memory._replace(weights=3000)
+    assert process_memory(averaged, BlockSizes(100, 300, itemsize=2), "deepspeed_stage_2", 4, 1).optimizer == 1500
     offloaded = of("fsdp2", 4, 1, cpu_offload=True)
     assert offloaded.host == 1000
     assert offloaded.total == of("fsdp2", 4, 1).total
@@ -239,7 +242,7 @@ def test_processes_share():
 def test_blocks_and_the_rest_are_all_parameters():
     config = moe_config(n_layer=3, first_k_dense_replace=1, intermediate_size=24)
     model = GPT(config)
-    block, outside = block_sizes(layers.shorten(config), 4)
+    block, outside, _ = block_sizes(layers.shorten(config), 4)
     assert block == 4 * sum(p.numel() for p in model.transformer.h[1].parameters())
     assert outside == 4 * (2 * 64 * 16 + 16)  # two tables and a norm
 

@@ -12,8 +12,8 @@ The rules are those of torch's DDP and FSDP, and DeepSpeed's ZeRO, with the sett
 | `deepspeed_stage_2`  | and gradients: a share        | the same                                                     |
 | `deepspeed_stage_3`  | a share                       | as `fsdp`                                                    |
 
-ZeRO optimizes a float32 copy of the weights, which counts as part of the optimizer here; that the other copy is half as
-wide in mixed precision is left out.
+ZeRO optimizes a float32 copy of the weights, whatever their own type, with a state in float32: both count as the
+optimizer here. That the other copy is half as wide in mixed precision is left out.
 
 With several nodes `fsdp` shares the work within a node, each of which has all of it; the others share among all.
 """
@@ -64,10 +64,12 @@ class BlockSizes(NamedTuple):
     Attributes:
         largest: Of the largest block.
         outside: Outside the blocks: embeddings, last norm, output head.
+        itemsize: Of one parameter.
     """
 
     largest: int
     outside: int
+    itemsize: int = 4
 
 
 def process_memory(
@@ -96,7 +98,8 @@ def process_memory(
     if per_node * nodes == 1 and not facts.alone:
         return ProcessMemory(**whole, communication=0, activations=memory.activations)
     if facts.zero_stage is not None:
-        whole["optimizer"] += memory.weights
+        # Gradients are as large as the parameters alone; a number in float32 takes 4 bytes.
+        whole["optimizer"] = (memory.optimizer + memory.gradients) * 4 // sizes.itemsize
     shares = per_node if facts.within_node else per_node * nodes
     held = {part: -(-size // shares) if part in facts.shards else size for part, size in whole.items()}
     return ProcessMemory(
@@ -109,7 +112,7 @@ def process_memory(
 
 def _communication(facts: StrategyFacts, memory: TrainingMemory, sizes: BlockSizes) -> int:
     # The gradient of a block is whole until it is sent.
-    gradient = max(sizes)
+    gradient = max(sizes.largest, sizes.outside)
     match facts.communication:
         case "gradients":
             return memory.gradients
@@ -134,4 +137,4 @@ def block_sizes(short: "ShortModel", itemsize: int) -> BlockSizes:
     model = meta_model(short.config)
     blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks_of(model)]
     total = sum(parameter.numel() for parameter in model.parameters())
-    return BlockSizes(itemsize * max(blocks), itemsize * (total - sum(blocks)))
+    return BlockSizes(itemsize * max(blocks), itemsize * (total - sum(blocks)), itemsize)
