@@ -5,11 +5,14 @@ Imports nothing of this package but `interruption`, for any room.
 
 import errno
 import io
+import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from litgpt_moe_ext.interruption import Terminated, interruptible, interruption_behind
 
@@ -49,9 +52,9 @@ def refuse_first(messages: Iterable[str]) -> None:
 def exit_status(run: Callable[[], int | None], interrupted: str = "") -> int:
     """Run a command and return its exit status, with wrong settings as one line on standard error.
 
-    Only `SettingsError` and a full disk are the user's to mend. Every other exception is a fault of the program or of
-    the machine, and keeps its traceback; Python's exit status for it is 1. Whatever comes of Ctrl-C or SIGTERM is
-    neither: the status is 130 or 143.
+    Only `SettingsError` and a full disk are the user's to mend, and who stops reading the output has seen enough. Every
+    other exception is a fault of the program or of the machine, and keeps its traceback; Python's exit status for it is
+    1. Whatever comes of Ctrl-C or SIGTERM is neither: the status is 130 or 143.
 
     Args:
         run: Returns an exit status, or None for success.
@@ -65,18 +68,36 @@ def exit_status(run: Callable[[], int | None], interrupted: str = "") -> int:
 
     with interruptible(end), _any_text():
         try:
-            return run() or 0
+            status = run() or 0
+            if sys.stdout is not None:
+                sys.stdout.flush()  # while an error has one line
+            return status
         except (KeyboardInterrupt, Terminated, Exception) as error:
             if number := interruption_behind(error):
                 return end(number)
             if isinstance(error, SettingsError):
                 print(f"error: {error}", file=sys.stderr)
                 return WRONG_SETTING
+            if isinstance(error, BrokenPipeError) and _is_unread(sys.stdout):
+                return CANNOT
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 where = f"{error.filename}: " if error.filename else ""
                 print(f"error: {where}{error.strerror}; free some space, and run the same again", file=sys.stderr)
                 return CANNOT
             raise
+
+
+def _is_unread(stream: TextIO) -> bool:
+    """Return whether nobody reads an output any more; nothing is said about it then when the process ends."""
+    try:
+        pipe = select.poll()
+        pipe.register(stream.fileno(), 0)
+        if not any(event & select.POLLERR for _, event in pipe.poll(0)):
+            return False
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except (AttributeError, OSError, ValueError):  # Windows has no poll; what stands in for a stream has no descriptor
+        return False
+    return True
 
 
 @contextmanager

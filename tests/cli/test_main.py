@@ -51,6 +51,25 @@ def test_a_reader_that_has_seen_enough(arguments):
     assert (ended.returncode, ended.stderr) == (-signal.SIGPIPE, "")
 
 
+@pytest.mark.parametrize("buffering", [[], ["-u"]], ids=["buffered", "unbuffered"])
+def test_a_reader_that_is_gone_before_the_end(buffering):
+    """Of a command that could be in the middle of its work, which ends by itself and without a word."""
+    read, write = os.pipe()
+    os.close(read)
+    code = "import sys; from litgpt_moe_ext.cli.main import main; sys.exit(main())"
+    command = [sys.executable, *buffering, "-c", code, "init"]
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (1, "")
+
+
+def test_a_chat_without_standard_input(monkeypatch, capsys):
+    """As under a scheduler that closes it."""
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["chat", "x"]) == 2
+    assert "error: prompt: must be given, --prompt TEXT" in capsys.readouterr().err
+
+
 def test_help_names_every_command_and_loads_no_torch():
     shown = without_heavy_modules(["--help"])
     for command in COMMANDS:

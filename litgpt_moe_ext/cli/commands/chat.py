@@ -74,6 +74,8 @@ class Chat:
             raise SettingsError(
                 f"layer: {self.layer} is for --show_experts, which is not given; add it, or leave this out"
             )
+        if self.prompt is None and sys.stdin is None:
+            raise SettingsError("prompt: must be given, --prompt TEXT, where no standard input has texts")
         sampling = Sampling(self.temperature, self.top_k, self.top_p)
         check_checkpoint_dir(self.checkpoint_dir)
         tokenizer = load_tokenizer(self.checkpoint_dir)
