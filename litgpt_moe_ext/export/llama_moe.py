@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext.config.features import MOE_CLASS_NAMES, router_type_of
+from litgpt_moe_ext.config.features import MOE_CLASS_NAMES, has_sinks, router_type_of
 from litgpt_moe_ext.config.fields import added_fields, uses_plugin
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.loading import WEIGHTS_FILE
@@ -40,10 +40,17 @@ def obstacles(config: Any, state: dict[str, Tensor]) -> list[str]:
         found.append(f"mlp_activation: {config.mlp_activation}; LLaMAMoE has swiglu only")
     if config.decoder_sparse_step not in (None, 1):
         found.append(f"decoder_sparse_step: {config.decoder_sparse_step}; LLaMAMoE has dense layers at the start only")
+    expressed = _EXPRESSED | ({"attention_class_name"} if _attends_as_litgpt(config) else set())
     for name in added_fields():
-        if name not in _EXPRESSED and not _is_for_training(name) and getattr(config, name):
+        if name not in expressed and not _is_for_training(name) and getattr(config, name):
             found.append(f"{name}: {getattr(config, name)!r}; LitGPT has no such setting")
     return found + _router_obstacles(config, state)
+
+
+def _attends_as_litgpt(config: Any) -> bool:
+    # `SinkAttention` computes YaRN otherwise, and goes on where LitGPT's windows end in an error.
+    plain = config.rope_adjustments is None and config.sliding_window_size is None
+    return plain and not any(has_sinks(config, block) for block in range(config.n_layer))
 
 
 def _is_for_training(name: str) -> bool:

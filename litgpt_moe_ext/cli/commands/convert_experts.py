@@ -9,9 +9,10 @@ from typing import Literal
 class ConvertExperts:
     """Write a checkpoint with LitGPT's own LLaMAMoE layers, which opens without this plugin.
 
-    LLaMAMoE has SwiGLU experts and one of two routers, so only recipes with such layers and LitGPT's own attention can
-    be converted. Of the recipes in `configs/` none can as it stands: all name `SinkAttention`, which LitGPT lacks. The
-    error names every setting that is in the way.
+    LLaMAMoE has SwiGLU experts and one of two routers, and LitGPT's attention neither sinks nor Hugging Face's YaRN, so
+    only models without these can be converted, such as an imported Mixtral. Of the recipes in `configs/` none can when
+    it is trained: they have sinks, other activations, or a bias that balances. The error names every setting that is in
+    the way.
 
     Attributes:
         checkpoint_dir: A checkpoint with SharedExpertMoE or NoisyTopKMoE layers.
