@@ -140,6 +140,20 @@ def did_you_mean_recipe(path: Path, usual: str = "configs") -> str:
     return "" if near is None else f"; did you mean {by_name[near]}?"
 
 
+def which_checkpoint(folder: Path, file: str) -> str:
+    """Return what to name in place of a folder that lacks a file of LitGPT's checkpoints, or how to make one of it.
+
+    Args:
+        folder: What was named; it need not be there.
+        file: Which file.
+    """
+    if found := did_you_mean_inside(folder, file):
+        return found
+    if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+        return f"; `litgpt-moe import {folder} NEW_DIR` makes a checkpoint of Hugging Face's"
+    return "; name a checkpoint (step-*, best, final)"
+
+
 def did_you_mean_inside(folder: Path, pattern: str) -> str:
     """Return the same for a folder that lacks a file which folders in it have: a run's, for a checkpoint of it.
 

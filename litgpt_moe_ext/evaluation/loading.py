@@ -12,7 +12,7 @@ from lightning import Fabric
 from litgpt import GPT, Config, Tokenizer
 
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
-from litgpt_moe_ext.errors import SettingsError, did_you_mean_inside
+from litgpt_moe_ext.errors import SettingsError, which_checkpoint
 from litgpt_moe_ext.files.archives import FROM_ANEW, open_archive, shortened
 from litgpt_moe_ext.files.checksums import problem_with_storages
 from litgpt_moe_ext.host.checkpoints import refuse_unknown_fields
@@ -40,7 +40,7 @@ def check_checkpoint_dir(checkpoint_dir: Path, setting: str = "checkpoint_dir") 
         )
     missing = [name for name in (WEIGHTS_FILE, CONFIG_FILE) if not (checkpoint_dir / name).is_file()]
     if missing:
-        hint = did_you_mean_inside(checkpoint_dir, WEIGHTS_FILE) or "; name a checkpoint (step-*, best, final)"
+        hint = which_checkpoint(checkpoint_dir, WEIGHTS_FILE)
         raise SettingsError(f"{setting}: {str(checkpoint_dir)!r} has no {' and no '.join(missing)}{hint}")
     if not any((checkpoint_dir / name).is_file() for name in VOCABULARY_FILES):
         raise SettingsError(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext.errors import SettingsError, did_you_mean_inside
+from litgpt_moe_ext.errors import SettingsError, which_checkpoint
 from litgpt_moe_ext.evaluation.loading import (
     CONFIG_FILE,
     VOCABULARY_FILES,
@@ -105,7 +105,7 @@ def read_source(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> Source
         raise SettingsError(f"{setting}: {str(checkpoint_dir)!r} is being written; name a finished checkpoint")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not os.path.isfile(checkpoint_dir / name):  # which `Path.is_file` raises for, where it may not look
-            hint = did_you_mean_inside(checkpoint_dir, WEIGHTS_FILE) or "; name a whole checkpoint"
+            hint = which_checkpoint(checkpoint_dir, WEIGHTS_FILE)
             raise SettingsError(f"{setting}: {str(checkpoint_dir)!r} has no {name}{hint}")
     config = cast("Config", read_config(checkpoint_dir, setting))
     content = read_checkpoint(checkpoint_dir / WEIGHTS_FILE, setting)

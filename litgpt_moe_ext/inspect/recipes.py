@@ -9,9 +9,9 @@ from litgpt_moe_ext.errors import (
     PERHAPS_OF_AN_EXTENSION,
     SettingsError,
     did_you_mean,
-    did_you_mean_inside,
     did_you_mean_recipe,
     one_line,
+    which_checkpoint,
 )
 from litgpt_moe_ext.recipe_files import as_data, read_recipe
 
@@ -131,7 +131,7 @@ def load_recipe(path: Path) -> Recipe:
     if path.is_dir():
         file = path / "model_config.yaml"
         if not file.is_file():
-            hint = did_you_mean_inside(path, file.name) or "; name a checkpoint or a recipe"
+            hint = which_checkpoint(path, file.name)
             raise SettingsError(f"recipe: {str(path)!r} must have a {file.name}{hint}")
         hyperparameters = path / "hyperparameters.yaml"
         settings = read_recipe(hyperparameters, "recipe")[0] if hyperparameters.is_file() else {}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litgpt_moe_ext.config.litgpt_fields import RANGES, check_ranges
-from litgpt_moe_ext.errors import SettingsError, did_you_mean_inside, refuse_first
+from litgpt_moe_ext.errors import SettingsError, refuse_first, which_checkpoint
 from litgpt_moe_ext.files.durable import WRITE_TEST
 from litgpt_moe_ext.training.optim.arguments import learning_rate_of
 from litgpt_moe_ext.training.parallel.facts import facts_of
@@ -284,7 +284,7 @@ def check_initial_checkpoint(directory: Path) -> None:
     name, file = "initial_checkpoint_dir", directory / "lit_model.pth"
     if not file.is_file():
         where = "does not exist" if not os.path.isdir(directory) else "has no lit_model.pth"
-        hint = did_you_mean_inside(directory, file.name) or "; name a checkpoint (step-*, best, final)"
+        hint = which_checkpoint(directory, file.name)
         raise SettingsError(f"{name}: {str(directory)!r} {where}{hint}")
     if not os.access(file, os.R_OK):
         raise SettingsError(f"{name}: {str(file)!r} cannot be read (Permission denied); name what you may read")

@@ -134,6 +134,12 @@ def test_every_setting_of_a_command_is_explained(command, capsys):
             "resume: 'nowhere' is not a whole checkpoint: there is no such directory; name",
         ),
         (["train", "--initial_checkpoint_dir", "run"], "has no lit_model.pth; did you mean run/final?"),
+        (
+            ["train", "--initial_checkpoint_dir", "theirs"],
+            "has no lit_model.pth; `litgpt-moe import theirs NEW_DIR` makes",
+        ),
+        (["chat", "theirs"], "and no model_config.yaml; `litgpt-moe import theirs NEW_DIR` makes a checkpoint of"),
+        (["model-card", "theirs"], "must have a model_config.yaml; `litgpt-moe import theirs NEW_DIR` makes"),
         (["doctor", "run"], "must have a model_config.yaml; did you mean run/final?"),
         (["export", "run", "new"], "has no model_config.yaml; did you mean run/final?"),
         (["chat", "run"], "has no lit_model.pth and no model_config.yaml; did you mean run/final?"),
@@ -152,6 +158,9 @@ def test_wrong_settings_are_one_line_and_status_2(arguments, message, capsys, tm
     (tmp_path / "extended.yaml").write_text("model_config: {own_sharpness: 8}\n")
     for folder in ("extended", "run/final", "run/step-00000002"):
         (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "theirs").mkdir()
+    for file in ("theirs/config.json", "theirs/model-00001-of-00002.safetensors"):
+        (tmp_path / file).touch()
     for file in ("run/metrics-wide.csv", "run/final/lit_model.pth", "run/final/model_config.yaml"):
         (tmp_path / file).touch()
     (tmp_path / "extended" / "model_config.yaml").write_text("own_sharpness: 8\n")
