@@ -8,11 +8,13 @@ Imports nothing of this package.
 """
 
 import _thread
+import math
 import os
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,10 +22,14 @@ from types import FrameType
 from typing import Any
 
 _LOOK_EVERY = 0.05  # seconds
+# What passes a signal on to its whole process group and to its child (`timeout`, a terminal and `uv run`) delivers it
+# twice, milliseconds apart; nobody presses Ctrl-C twice within this time in seconds.
+_MOMENT = 0.3
 _USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 _process = 0  # whose handlers are in place; what it forks inherits them
 _end: Callable[[signal.Signals], int]
 _postponed = False
+_raised_at = -math.inf
 
 
 class Terminated(BaseException):
@@ -37,19 +43,20 @@ class Terminated(BaseException):
 def interruptible(end: Callable[[signal.Signals], int]) -> Iterator[None]:
     """In the scope, raise KeyboardInterrupt on Ctrl-C and Terminated on SIGTERM.
 
-    Not while an extension module loads: then after it; and once more where Python had to drop it. Where another handler
+    Not while an extension module loads: then after it; and once more where Python had to drop it. One that comes twice
+    counts once, also when it has ended the scope. Where another handler
     than Python's is in place, and outside the main thread, nothing changes.
 
     Args:
         end: Says that a signal ends the program, and returns its exit status; for `ending_at_once`.
     """
-    global _process, _end
+    global _process, _end, _raised_at
     in_main = threading.current_thread() is threading.main_thread()
-    taken = [number for number, usual in _USUAL.items() if in_main and signal.getsignal(number) is usual]
+    taken = [number for number, usual in _USUAL.items() if in_main and signal.getsignal(number) in (usual, _after)]
     if not taken:
         yield
         return
-    _process, _end = os.getpid(), end
+    _process, _end, _raised_at = os.getpid(), end, -math.inf
     dropped = sys.unraisablehook
     sys.unraisablehook = partial(_again_if_dropped, dropped)
     for number in taken:
@@ -58,7 +65,7 @@ def interruptible(end: Callable[[signal.Signals], int]) -> Iterator[None]:
         yield
     finally:
         for number in taken:
-            signal.signal(number, _USUAL[number])
+            signal.signal(number, _after if number == signal.SIGINT and _comes_twice() else _USUAL[number])
         sys.unraisablehook = dropped
 
 
@@ -126,18 +133,35 @@ def interruption_behind(error: BaseException | None) -> signal.Signals | None:
     return None
 
 
+def _comes_twice() -> bool:
+    return time.monotonic() - _raised_at < _MOMENT
+
+
+def _after(number: int, frame: FrameType | None) -> None:
+    # Stands in for Python's handler behind a scope that a signal has ended: while the program ends, that would raise
+    # in the middle of somebody's clearing up.
+    if not _comes_twice():
+        signal.default_int_handler(number, frame)
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    global _raised_at
     if number == signal.SIGTERM and os.getpid() != _process:
         # A forked worker ends as it would have without this.
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
     if not (_postponed or _loads_extension(frame)):
+        if _comes_twice():
+            return
+        _raised_at = time.monotonic()
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated
     _interrupt_again(number)
 
 
 def _again_if_dropped(otherwise: Callable[[Any], object], dropped: Any) -> None:
+    global _raised_at
     if number := interruption_behind(dropped.exc_value):
+        _raised_at = -math.inf
         _interrupt_again(number)
     else:
         otherwise(dropped)

@@ -55,6 +55,28 @@ def test_an_extension_module_is_loaded_before_a_signal_counts(number, name, caps
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@BOTH
+def test_a_signal_that_comes_twice_counts_once(number, name, monkeypatch, capsys):
+    """As from `timeout`, in the midst of clearing up, and of Python's own after it; a later one counts."""
+    cleared = []
+
+    def run():
+        try:
+            signal.raise_signal(number)
+        finally:
+            signal.raise_signal(number)
+            cleared.append(True)
+
+    assert exit_status(run) == 128 + number
+    assert cleared
+    assert capsys.readouterr().err == f"Stopped by {name}.\n"
+    if number == signal.SIGINT:
+        signal.raise_signal(number)
+        monkeypatch.setattr(interruption, "_MOMENT", 0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+
+
 class Finalized:
     """Is interrupted in its finalizer, or in the callback of a reference to it."""
 
