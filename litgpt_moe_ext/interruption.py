@@ -69,6 +69,12 @@ def interruptible(end: Callable[[signal.Signals], int]) -> Iterator[None]:
         sys.unraisablehook = dropped
 
 
+def count_again() -> None:
+    """Let the next signal count however soon it comes: the user has done something else since the last one."""
+    global _raised_at
+    _raised_at = -math.inf
+
+
 def end_at_once_on_termination() -> None:
     """Let SIGTERM end this process at once until the scope of `interruptible` ends.
 

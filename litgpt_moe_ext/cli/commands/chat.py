@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import NonNegativeFloat, NonNegativeInt, PositiveInt, UnitInterval
+from litgpt_moe_ext.interruption import count_again
 
 if TYPE_CHECKING:
     from litgpt import GPT, Tokenizer
@@ -104,6 +105,7 @@ def _converse(console: "Console", answer: Callable[[str], None]) -> None:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     while text := _ask():
+        count_again()
         try:
             answer(text)
         except KeyboardInterrupt:
