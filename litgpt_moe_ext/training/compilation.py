@@ -154,11 +154,12 @@ def _uncompiled() -> Iterator[None]:
     # it is told to compile nothing.
     import torch
 
-    original = torch.compile
+    original, ended = torch.compile, False
     with without_compiler(), contextlib.ExitStack() as stack:
 
         def force_eager(_module: object) -> None:
-            if torch.compile is _leave_alone:
+            # Nobody would take back what a scope that has ended asks for.
+            if not ended:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
 
         torch.compile = _leave_alone
@@ -167,7 +168,7 @@ def _uncompiled() -> Iterator[None]:
             when_imported("torch._dynamo", force_eager)
             yield
         finally:
-            torch.compile = original
+            torch.compile, ended = original, True
 
 
 def _leave_alone(model: Any = None, **_options: Any) -> Any:

@@ -86,6 +86,18 @@ def test_a_failing_compiler_costs_a_warning_not_the_run():
         assert compiled(torch.ones(1)).item() == 2
 
 
+def test_a_compiler_that_is_loaded_in_the_second_of_two_runs_compiles_after_it(monkeypatch):
+    waiting = []
+    monkeypatch.setattr(compilation, "when_imported", lambda _name, callback: waiting.append(callback))
+    with compile_scope(CompileDecision(False, "test")):
+        pass
+    with compile_scope(CompileDecision(False, "test")):
+        for callback in waiting:
+            callback(torch._dynamo)
+        assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
 class Pretrain(SimpleNamespace):
     """Stands for the module `litgpt.pretrain`."""
 
