@@ -16,9 +16,11 @@ def learning_rate_of(optimizer: str | dict) -> float:
     """Return the learning rate of an optimizer, made for a parameter that is thrown away.
 
     Raises:
-        SettingsError: If it cannot be made.
+        SettingsError: If it cannot be made, or cannot step as LitGPT's loop lets it.
     """
     cls, arguments = _optimizer_class(optimizer)
+    if reason := _obstacle(cls):
+        raise SettingsError(f"optimizer: {cls.__name__} {reason}")
     known = inspect.signature(cls).parameters
     for name, value in arguments.items():
         if name not in known:
@@ -40,6 +42,19 @@ def in_full(optimizer: str | dict) -> str | dict:
         return optimizer
     path, arguments = optimizer["class_path"], optimizer.get("init_args") or {}
     return {"class_path": path if "." in path else f"torch.optim.{path}", "init_args": arguments}
+
+
+def _obstacle(optimizer: type) -> str | None:
+    if optimizer is torch.optim.Muon:
+        from litgpt_moe_ext.training.optim.muon import MuonAdamW
+
+        return f"takes matrices only; {MuonAdamW.__module__}.{MuonAdamW.__name__} has AdamW for the rest"
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        return "computes the loss several times in a step, which LitGPT's loop does once; use another, such as AdamW"
+    if optimizer is torch.optim.SparseAdam:
+        return "takes sparse gradients only, and these are dense; use another, such as AdamW"
+    return None
 
 
 def _check_argument(name: str, value: Any, parameter: inspect.Parameter) -> None:

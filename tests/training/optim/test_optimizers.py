@@ -34,6 +34,20 @@ def test_arguments_of_another_kind_are_refused(arguments, message):
         learning_rate_of({"class_path": "AdamW", "init_args": arguments})
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("LBFGS", "computes the loss several times .* use another, such as AdamW"),
+        ("SparseAdam", "takes sparse gradients only.* use another, such as AdamW"),
+        ("Muon", "takes matrices only; litgpt_moe_ext.training.optim.muon.MuonAdamW"),
+    ],
+)
+def test_what_cannot_step_in_the_loop_is_refused(name, reason):
+    for optimizer in (name, {"class_path": f"torch.optim.{name}"}):
+        with pytest.raises(SettingsError, match=f"^optimizer: {name} {reason}"):
+            learning_rate_of(optimizer)
+
+
 @pytest.mark.parametrize("path", ["AdamW", "torch.optim.AdamW"])
 @pytest.mark.parametrize("rest", [{}, {"init_args": None}, {"init_args": {"lr": 0.001}}], ids=str)
 def test_what_a_recipe_may_leave_out(model, path, rest):
