@@ -15,7 +15,15 @@ def cut_off(error: Exception) -> bool:
 
 def is_stream(path: Path) -> bool:
     """Return whether a path is a device, a pipe or an open file such as /dev/stdout, to be written to, not replaced."""
-    return path.exists() and not path.is_dir() and (not path.is_file() or path.absolute().parts[1] in ("dev", "proc"))
+    return path.exists() and not path.is_dir() and (not path.is_file() or _is_open_file(path))
+
+
+def _is_open_file(path: Path) -> bool:
+    # Links that an open file is named by end in its file as well; not so in what lies in /dev/shm.
+    path = path.parent.resolve() / path.name
+    if path.parts[1] == "proc" or path.parts[1:3] == ("dev", "fd"):
+        return True
+    return path.is_symlink() and _is_open_file(path.parent / path.readlink())
 
 
 def flush(path: Path) -> None:

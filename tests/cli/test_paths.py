@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import get_type_hints
 
@@ -130,15 +131,27 @@ def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="Linux")
-def test_standard_output_that_goes_to_a_file(tmp_path):
-    """As /dev/stdout, which is a link to it: it has what is printed before and after."""
+@pytest.mark.parametrize("name", ["/proc/self/fd/1", "/dev/fd/1", "link"])
+def test_standard_output_that_goes_to_a_file(name, tmp_path):
+    """As /dev/stdout, which is such a link: it has what is printed before and after."""
+    path = tmp_path / name
+    if name == "link":
+        path.symlink_to("/proc/self/fd/1")
     code = (
         "from pathlib import Path; from litgpt_moe_ext.cli.output import write_text; print('a'); "
-        "write_text(Path('/proc/self/fd/1'), 'b\\n'); print('c')"
+        f"write_text(Path('{path}'), 'b\\n'); print('c')"
     )
     with open(tmp_path / "out", "ab") as output:
         subprocess.run([sys.executable, "-c", code], stdout=output, check=True)
     assert (tmp_path / "out").read_text() == "a\nb\nc\n"
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="Linux")
+def test_a_file_in_memory_is_replaced():
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        for content in ("first", "second"):
+            write_text(Path(folder) / "file", content)
+            assert (Path(folder) / "file").read_text() == content
 
 
 def test_a_link_stays_one(tmp_path):
