@@ -93,8 +93,8 @@ class TrainingBenchmarks(Callback):
             self._evaluate(step)
 
     def on_last_step(self, state: dict[str, Any]) -> None:
-        """Evaluate the finished model."""
-        if self._every_steps is not None:
+        """Evaluate the finished model, if not after its last validation."""
+        if self._interrupted or self._every_steps is not None:
             self._evaluate(state["step_count"])
 
     def on_logged(self, metrics: dict[str, Any]) -> None:

@@ -137,8 +137,12 @@ def test_after_every_validation(recipe, tmp_path, hellaswag_file):
 
 @pytest.mark.parametrize(
     ("place", "every_steps", "last"),
-    [("evaluate", 3, 6), pytest.param("generate", None, 8, marks=pytest.mark.slow)],
-    ids=["hellaswag", "task"],
+    [
+        ("evaluate", 3, 6),
+        pytest.param("generate", None, 8, marks=pytest.mark.slow),
+        pytest.param("evaluate", None, 12, marks=pytest.mark.slow),
+    ],
+    ids=["hellaswag", "task", "last"],
 )
 def test_a_signal_waits_for_no_benchmark(
     recipe, finished, tmp_path, hellaswag_file, task_file, monkeypatch, capsys, place, every_steps, last
@@ -158,7 +162,7 @@ def test_a_signal_waits_for_no_benchmark(
     wanted = {"hellaswag": str(hellaswag_file), "tasks": [str(task_file)], "every_steps": every_steps, "batch_size": 1}
     if place == "evaluate":
         wanted["batch_size"] = 8
-    file = recipe(evaluate=wanted)
+    file = recipe(evaluate=wanted, eval={"final_validation": False})
     monkeypatch.setattr(module, place, interrupting)
     assert train("--config", file) == 128 + signal.SIGTERM
     assert 1 <= len(passes) <= 4, "those of a single batch"
