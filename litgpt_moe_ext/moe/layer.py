@@ -68,7 +68,9 @@ class FeedForward(LLaMAMLP):
 
     def _projections(self, x: Tensor) -> list[Callable[[Tensor], Tensor]]:
         linears: list[Any] = [getattr(self, name) for name in self._names]
-        if self._fusible and fused_router.works_on(x) and can_cast(linears, x.dtype):
+        # Without gradients a scope of autocast may have many passes, for all of which it keeps what it has cast.
+        learns = torch.is_grad_enabled()
+        if self._fusible and learns and fused_router.works_on(x) and can_cast(linears, x.dtype):
             return cast_together(linears, x.dtype)
         return linears
 

@@ -63,6 +63,17 @@ def test_can_be_differentiated_twice():
     assert torch.equal(*ours, *expected)
 
 
+def test_casts_are_kept_where_nothing_is_learned():
+    """As autocast keeps them over all passes in its scope: a generated token is a pass."""
+    layer, x = make_layer(), torch.randn(1, 16, dtype=torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        patch.setattr(fused_router, "works_on", lambda x: True)
+        layer(x)
+        with Launches() as launches:
+            layer(x)
+    assert not any("copy" in name for name in launches.names)
+
+
 def test_who_asks_for_ordinary_operators_gets_them():
     assert "_foreach_copy_" not in passes(make_layer(expert_backend="loop"), together=True)[1]
 
