@@ -14,7 +14,7 @@ from litgpt_moe_ext.cli.given import Given, read_flags
 from litgpt_moe_ext.cli.mistakes import annotation_at, mistakes, wrong_nulls
 from litgpt_moe_ext.cli.paths import check_paths
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
-from litgpt_moe_ext.errors import SettingsError, one_line, refuse_first
+from litgpt_moe_ext.errors import SettingsError, one_line, refuse_first, which_checkpoint
 from litgpt_moe_ext.field_types import members
 from litgpt_moe_ext.recipe_files import as_data, load_value, read_recipe, without_mark
 from litgpt_moe_ext.training.settings import Section, Settings
@@ -156,7 +156,10 @@ def _read_model(text: str) -> Any:
     if not isinstance(value, str):
         return value
     path = Path(value)
-    return without_mark(read_recipe(path / "model_config.yaml" if path.is_dir() else path, "model_config")[0])
+    file = path / "model_config.yaml" if path.is_dir() else path
+    if file != path and not file.is_file():
+        raise SettingsError(f"model_config: {value!r} has no {file.name}{which_checkpoint(path, file.name)}")
+    return without_mark(read_recipe(file, "model_config")[0])
 
 
 def _complete_data_module(tree: dict[str, Any]) -> None:

@@ -116,8 +116,10 @@ def test_the_model_of_a_checkpoint(recipe, finished, tmp_path, capsys):
     copied = recipe("copied", model_config=yaml.safe_load(file.read_text()))
     assert "_requires_litgpt_moe_ext" in copied.read_text()
     assert read_settings(["--config", str(copied)]).model_config == trained == load_recipe(copied).config
-    assert main([*other, "--model_config", str(tmp_path)]) == 2
-    assert f"model_config: '{tmp_path}/model_config.yaml' cannot be read (No such file" in capsys.readouterr().err
+    for path, hint in ((final.parent, f"did you mean {final}?"), (tmp_path / "data", "name a checkpoint")):
+        path.mkdir(exist_ok=True)
+        assert main([*other, "--model_config", str(path)]) == 2
+        assert f"model_config: '{path}' has no model_config.yaml; {hint}" in capsys.readouterr().err
 
 
 def test_print_config_leaves_out_nulls(recipe, capsys):
