@@ -126,17 +126,16 @@ def train(*arguments: str | Path) -> int:
     return main([str(argument) for argument in arguments])
 
 
-@pytest.fixture
-def small_disk() -> Iterator[Callable[..., None]]:
-    """Let no file be larger than `small_disk(size)` says: writing fails half-way, as on a full disk; or lift that."""
+@contextlib.contextmanager
+def small_disk(size: int) -> Iterator[None]:
+    """Let no file be larger than so many bytes: writing fails half-way, as on a full disk."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def limit(size: int = before[0]) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-
-    yield limit
-    limit()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:

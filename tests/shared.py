@@ -5,7 +5,7 @@ import torch
 from hypothesis import settings
 
 from tests import parsers
-from tests.runs import _whole_run, corpus_settings, finished, recipe, small_disk  # noqa: F401
+from tests.runs import _whole_run, corpus_settings, finished, recipe  # noqa: F401
 
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")

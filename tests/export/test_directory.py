@@ -15,6 +15,7 @@ from litgpt_moe_ext.export.hf.read import import_checkpoint
 from litgpt_moe_ext.export.llama_moe import convert_checkpoint
 from litgpt_moe_ext.export.upcycling import upcycle
 from tests.export.hf.models import DENSE, MOE_OF_LITGPT, SOFTMAX, make_checkpoint
+from tests.runs import small_disk
 
 _OF_LITGPT = {**MOE_OF_LITGPT, "router_score_function": "softmax"}
 _OF_DENSE = {**SOFTMAX, "moe_intermediate_size": DENSE["intermediate_size"]}
@@ -28,7 +29,7 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_full_disk(tmp_path, small_disk, name):
+def test_full_disk(tmp_path, name):
     settings, write = WRITERS[name]
     source = tmp_path / "source"
     make_checkpoint(source, settings, False)
@@ -36,8 +37,8 @@ def test_full_disk(tmp_path, small_disk, name):
         export(source, tmp_path / "hf", "hf")
         source = tmp_path / "hf"
     there = set(tmp_path.rglob("*"))
-    small_disk(20_000)
-    with pytest.raises(SettingsError, match="out_dir: .* could not be written .*, and nothing is left of it; free"):
+    nothing_left = "out_dir: .* could not be written .*, and nothing is left of it; free"
+    with small_disk(20_000), pytest.raises(SettingsError, match=nothing_left):
         write(source, tmp_path / "some" / "folder" / "out")
     assert set(tmp_path.rglob("*")) == there
 

@@ -11,7 +11,7 @@ import pytest
 
 from litgpt_moe_ext.training import control
 from litgpt_moe_ext.training.parallel import processes
-from tests.runs import train
+from tests.runs import small_disk, train
 
 
 @pytest.fixture
@@ -112,12 +112,12 @@ def test_after_the_last_step(recipe, tmp_path, capsys, signal_at, function, call
     assert f"Stopped by SIGTERM, saved as {tmp_path / 'out' / 'final'}; --resume auto" in capsys.readouterr().err
 
 
-def test_nothing_is_called_saved_that_is_not(recipe, capsys, signal_at, small_disk):
+def test_nothing_is_called_saved_that_is_not(recipe, capsys, signal_at):
     """A run that may go on without a checkpoint does not go on after a signal."""
     signal_at(signal.SIGTERM, "chunked_cross_entropy", 3 + 1)
-    small_disk(100_000)
-    assert train("--config", recipe(), "--checkpoint.on_save_error", "continue") == 1
-    small_disk()
+    file = recipe()
+    with small_disk(100_000):
+        assert train("--config", file, "--checkpoint.on_save_error", "continue") == 1
     error = capsys.readouterr().err
     assert "step-00000001 could not be saved" in error
     assert "saved as" not in error

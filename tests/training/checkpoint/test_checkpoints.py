@@ -45,7 +45,7 @@ from litgpt_moe_ext.training.control import TrainingStopped
 from litgpt_moe_ext.training.parallel import memory
 from litgpt_moe_ext.training.settings import CheckpointArgs, DistributedArgs, ParameterGroupArgs
 from tests.models import moe_config
-from tests.runs import logged, train
+from tests.runs import logged, small_disk, train
 
 
 def directories(out_dir: Path) -> list[str]:
@@ -274,14 +274,13 @@ def test_a_best_that_cannot_be_saved_is_not_saved_later(recipe, tmp_path, monkey
     assert step_of(tmp_path / "out" / "best") == min(losses, key=losses.get)
 
 
-def test_disk_full_while_saving(recipe, tmp_path, small_disk, capsys):
+def test_disk_full_while_saving(recipe, tmp_path, capsys):
     file = recipe()
     assert train("--config", file, "--train.max_steps", "4") == 0
     shutil.rmtree(tmp_path / "out" / "final")
     before = {path: path.read_bytes() for path in (tmp_path / "out" / "step-00000004").rglob("*") if path.is_file()}
-    small_disk(100_000)
-    status = train("--config", file, "--resume", "auto")
-    small_disk()
+    with small_disk(100_000):
+        status = train("--config", file, "--resume", "auto")
     assert status == 1
     error = capsys.readouterr().err
     assert "step-00000008 could not be saved: a file was cut off, as on a full disk. The checkpoints" in error
@@ -292,10 +291,10 @@ def test_disk_full_while_saving(recipe, tmp_path, small_disk, capsys):
     assert step_of(tmp_path / "out" / "final") == 12
 
 
-def test_disk_full_and_going_on(recipe, tmp_path, small_disk, capsys):
-    small_disk(100_000)
-    status = train("--config", recipe(), "--checkpoint.on_save_error", "continue")
-    small_disk()
+def test_disk_full_and_going_on(recipe, tmp_path, capsys):
+    file = recipe()
+    with small_disk(100_000):
+        status = train("--config", file, "--checkpoint.on_save_error", "continue")
     output, error = capsys.readouterr()
     assert status == 1, "the final checkpoint is missing"
     assert "step-00000004 could not be saved" in output

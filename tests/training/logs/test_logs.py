@@ -16,7 +16,7 @@ import pytest
 from litgpt_moe_ext.training.logs.metrics import COLUMNS, MetricsTable, grouped
 from litgpt_moe_ext.training.logs.table import StepTable
 from litgpt_moe_ext.training.logs.transcript import Transcript
-from tests.runs import ROOT, train
+from tests.runs import ROOT, small_disk, train
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -109,18 +109,17 @@ def test_a_row_that_a_kill_cut_off_is_dropped(tmp_path):
     assert file.read_text() == "step,loss,val_loss\n1,2.5,\n2,2.25,2.5\n3,2.0,\n"
 
 
-def test_rows_wait_until_there_is_room(tmp_path, small_disk):
+def test_rows_wait_until_there_is_room(tmp_path):
     """A full disk is said once and ends nothing; when there is room again, no row is missing and none is cut."""
     said = []
     table = StepTable(tmp_path / "table.csv", lambda present, new: [*present, *new], said.append)
     table.start(None)
     table.put(1, {"loss": "a"})
-    small_disk(20)
-    for step in range(2, 9):
-        table.put(step, {"loss": "x" * 9})
+    with small_disk(20):
+        for step in range(2, 9):
+            table.put(step, {"loss": "x" * 9})
     assert len(said) == 1
     assert "table.csv cannot be written: File too large" in said[0]
-    small_disk(1000)
     table.put(8, {"val_loss": "z"})
     rows = rows_of(tmp_path / "table.csv")
     assert [row["step"] for row in rows] == list("12345678")
