@@ -112,6 +112,7 @@ def test_after_the_last_step(recipe, tmp_path, capsys, signal_at, function, call
     assert f"Stopped by SIGTERM, saved as {tmp_path / 'out' / 'final'}; --resume auto" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("finished")  # has prepared the corpus, for which there would be no room
 def test_nothing_is_called_saved_that_is_not(recipe, capsys, signal_at):
     """A run that may go on without a checkpoint does not go on after a signal."""
     signal_at(signal.SIGTERM, "chunked_cross_entropy", 3 + 1)

@@ -291,6 +291,7 @@ def test_disk_full_while_saving(recipe, tmp_path, capsys):
     assert step_of(tmp_path / "out" / "final") == 12
 
 
+@pytest.mark.usefixtures("finished")  # has prepared the corpus, for which there would be no room
 def test_disk_full_and_going_on(recipe, tmp_path, capsys):
     file = recipe()
     with small_disk(100_000):
