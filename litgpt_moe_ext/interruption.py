@@ -29,7 +29,7 @@ _USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_
 _process = 0  # whose handlers are in place; what it forks inherits them
 _end: Callable[[signal.Signals], int]
 _postponed = False
-_raised_at = -math.inf
+_raised = _NOTHING = (0, -math.inf)  # which signal raised last, and when
 
 
 class Terminated(BaseException):
@@ -43,20 +43,20 @@ class Terminated(BaseException):
 def interruptible(end: Callable[[signal.Signals], int]) -> Iterator[None]:
     """In the scope, raise KeyboardInterrupt on Ctrl-C and Terminated on SIGTERM.
 
-    Not while an extension module loads: then after it; and once more where Python had to drop it. One that comes twice
-    counts once, also when it has ended the scope. Where another handler
-    than Python's is in place, and outside the main thread, nothing changes.
+    Not while an extension module loads: then after it; and once more where Python had to drop it. A signal that comes
+    twice counts once, and a Ctrl-C also where the first has ended the scope. Where another handler than Python's is in
+    place, and outside the main thread, nothing changes.
 
     Args:
         end: Says that a signal ends the program, and returns its exit status; for `ending_at_once`.
     """
-    global _process, _end, _raised_at
+    global _process, _end, _raised
     in_main = threading.current_thread() is threading.main_thread()
     taken = [number for number, usual in _USUAL.items() if in_main and signal.getsignal(number) in (usual, _after)]
     if not taken:
         yield
         return
-    _process, _end, _raised_at = os.getpid(), end, -math.inf
+    _process, _end, _raised = os.getpid(), end, _NOTHING
     dropped = sys.unraisablehook
     sys.unraisablehook = partial(_again_if_dropped, dropped)
     for number in taken:
@@ -65,14 +65,14 @@ def interruptible(end: Callable[[signal.Signals], int]) -> Iterator[None]:
         yield
     finally:
         for number in taken:
-            signal.signal(number, _after if number == signal.SIGINT and _comes_twice() else _USUAL[number])
+            signal.signal(number, _after if number == signal.SIGINT and _comes_twice(number) else _USUAL[number])
         sys.unraisablehook = dropped
 
 
 def count_again() -> None:
     """Let the next signal count however soon it comes: the user has done something else since the last one."""
-    global _raised_at
-    _raised_at = -math.inf
+    global _raised
+    _raised = _NOTHING
 
 
 def end_at_once_on_termination() -> None:
@@ -139,35 +139,36 @@ def interruption_behind(error: BaseException | None) -> signal.Signals | None:
     return None
 
 
-def _comes_twice() -> bool:
-    return time.monotonic() - _raised_at < _MOMENT
+def _comes_twice(number: int) -> bool:
+    raised, when = _raised
+    return number == raised and time.monotonic() - when < _MOMENT
 
 
 def _after(number: int, frame: FrameType | None) -> None:
     # Stands in for Python's handler behind a scope that a signal has ended: while the program ends, that would raise
     # in the middle of somebody's clearing up.
-    if not _comes_twice():
+    if not _comes_twice(number):
         signal.default_int_handler(number, frame)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    global _raised_at
+    global _raised
     if number == signal.SIGTERM and os.getpid() != _process:
         # A forked worker ends as it would have without this.
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
     if not (_postponed or _loads_extension(frame)):
-        if _comes_twice():
+        if _comes_twice(number):
             return
-        _raised_at = time.monotonic()
+        _raised = number, time.monotonic()
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated
     _interrupt_again(number)
 
 
 def _again_if_dropped(otherwise: Callable[[Any], object], dropped: Any) -> None:
-    global _raised_at
+    global _raised
     if number := interruption_behind(dropped.exc_value):
-        _raised_at = -math.inf
+        _raised = _NOTHING
         _interrupt_again(number)
     else:
         otherwise(dropped)

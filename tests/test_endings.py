@@ -77,6 +77,19 @@ def test_a_signal_that_comes_twice_counts_once(number, name, monkeypatch, capsys
             signal.raise_signal(number)
 
 
+def test_a_signal_right_after_another_counts(capsys):
+    """As where a chat ends an answer on Ctrl-C, and a supervisor wants it gone."""
+
+    def run():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            signal.raise_signal(signal.SIGTERM)
+
+    assert exit_status(run) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "Stopped by SIGTERM.\n"
+
+
 class Finalized:
     """Is interrupted in its finalizer, or in the callback of a reference to it."""
 
