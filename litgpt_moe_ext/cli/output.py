@@ -44,7 +44,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         if is_stream(path):
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()  # what was printed before comes before
             with open(path, "ab") as stream:
                 stream.write(content)
             return

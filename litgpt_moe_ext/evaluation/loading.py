@@ -12,7 +12,7 @@ from lightning import Fabric
 from litgpt import GPT, Config, Tokenizer
 
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
-from litgpt_moe_ext.errors import SettingsError, which_checkpoint
+from litgpt_moe_ext.errors import SettingsError, one_line, which_checkpoint
 from litgpt_moe_ext.files.archives import FROM_ANEW, open_archive, shortened
 from litgpt_moe_ext.files.checksums import problem_with_storages
 from litgpt_moe_ext.host.checkpoints import refuse_unknown_fields
@@ -172,10 +172,14 @@ def choose_device(name: str | torch.device | None) -> torch.device:
             f"device: '{device}' is not there, torch sees {counted(torch.cuda.device_count(), 'GPU')}; leave it out, "
             "or name cpu"
         )
+    # torch raises RuntimeError on meta, which keeps no numbers, and on a device that is full or lacks its driver;
+    # AssertionError or ImportError where it is built without a kind of device, or misses its package.
     try:
         torch.zeros(1, device=device).item()
-    except (RuntimeError, NotImplementedError, AssertionError, ImportError) as error:  # as of meta, or where none is
-        raise SettingsError(f"device: '{device}' does not compute here; leave it out, or name cpu") from error
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise SettingsError(
+            f"device: '{device}' does not compute here ({one_line(error)}); leave it out, or name cpu"
+        ) from error
     return device
 
 

@@ -117,7 +117,7 @@ def test_a_recipe_that_cannot_be_read_or_is_empty(arguments, tmp_path, monkeypat
     assert f"error: {name}: 'empty.yaml' cannot be read (Permission denied); name a" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a named pipe has no path in a folder on Windows")
 def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path):
     """As /dev/stdout and /dev/null, which root could replace by a file."""
     pipe = tmp_path / "pipe"
@@ -130,7 +130,7 @@ def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path):
     os.close(reader)
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="Linux")
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="open files have paths in /proc on Linux only")
 @pytest.mark.parametrize("name", ["/proc/self/fd/1", "/dev/fd/1", "link"])
 def test_standard_output_that_goes_to_a_file(name, tmp_path):
     """As /dev/stdout, which is such a link: it has what is printed before and after."""
@@ -146,7 +146,7 @@ def test_standard_output_that_goes_to_a_file(name, tmp_path):
     assert (tmp_path / "out").read_text() == "a\nb\nc\n"
 
 
-@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="Linux")
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="only Linux keeps files in /dev/shm")
 def test_a_file_in_memory_is_replaced():
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         for content in ("first", "second"):

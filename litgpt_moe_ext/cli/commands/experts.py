@@ -53,10 +53,11 @@ class Experts:
         from litgpt_moe_ext.inspect.experts import analysis as expert_analysis
         from litgpt_moe_ext.inspect.experts.capture import record_routing
 
-        named = {"checkpoint_dir": self.checkpoint_dir, "compare_with": self.compare_with}
-        directories = [directory for directory in named.values() if directory is not None]
-        for setting, directory in zip(named, directories, strict=False):
-            check_checkpoint_dir(directory, setting)
+        directories = [self.checkpoint_dir]
+        check_checkpoint_dir(self.checkpoint_dir)
+        if self.compare_with is not None:
+            check_checkpoint_dir(self.compare_with, "compare_with")
+            directories.append(self.compare_with)
         check_path("out_dir", self._pages())
         tokenizers = [load_tokenizer(directory) for directory in directories]
         expert_analysis.require_same_tokenizer(directories, tokenizers)
