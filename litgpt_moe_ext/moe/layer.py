@@ -58,20 +58,20 @@ class FeedForward(LLaMAMLP):
         """Return the output, of the shape of `x`, in the dtype of `x` or that of autocast."""
         x = narrowed(x)
         *into, out = self._projections(x)
-        if not self.activation.gated:
-            return out(self.activation(into[0](x)))
-        gate, up = (project(x) for project in into)
+        hidden = [project(x) for project in into]
+        # Of a gated activation both projections may be side by side in one tensor.
+        gate, up = hidden if len(hidden) == 2 else (hidden[0], None)
         if self._has_kernel and fused_router.works_on(gate):
-            flat = (_flat(h) for h in (gate, up))
-            return out(glu(*flat, self.activation.name, self.activation.gelu_approximate).view(gate.shape))
-        return out(self.activation.gate(gate, up))
+            a = glu(_flat(gate), _flat(up), self.activation.name, self.activation.gelu_approximate)
+            return out(a.view(*x.shape[:-1], a.size(-1)))
+        return out(self.activation(gate) if up is None else self.activation.gate(gate, up))
 
     def _projections(self, x: Tensor) -> list[Callable[[Tensor], Tensor]]:
         linears: list[Any] = [getattr(self, name) for name in self._names]
         # Without gradients a scope of autocast may have many passes, for all of which it keeps what it has cast.
         learns = torch.is_grad_enabled()
         if self._fusible and learns and fused_router.works_on(x) and can_cast(linears, x.dtype):
-            return cast_together(linears, x.dtype)
+            return cast_together([linears[:-1], linears[-1:]], x.dtype)
         return linears
 
 

@@ -12,6 +12,7 @@ from litgpt_moe_ext.moe.layer import FeedForward
 from litgpt_moe_ext.moe.router import Routing
 from tests.gpu.card import no_waits, require_bfloat16
 from tests.models import moe_config, randomize
+from tests.moe.feed_forward import compare_feed_forward
 from tests.moe.gradients import exact, run
 
 pytestmark = pytest.mark.gpu
@@ -200,3 +201,16 @@ def test_weights_of_shared_experts_are_cast_as_autocast_does(device, bias):
     for ours, expected in zip(*results, strict=True):
         assert ours.dtype == expected.dtype
         assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16, None], ids=str)
+@pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if "glu" in a[0]], ids="-".join)
+def test_gated_networks_equal_float64(device, tiny, activation, autocast, bias):
+    """Shared experts and dense layers, of which autocast makes both projections one product; odd widths too."""
+    if autocast == torch.bfloat16:
+        require_bfloat16(device)
+    torch.set_float32_matmul_precision("highest")
+    names = {"mlp_activation": activation[0], "gelu_approximate": activation[1], "bias": bias}
+    for T, D, F in [(25, 64, 96), (25, 72, 35)] if tiny else [(25, 64, 96), (25, 72, 35), (1024, 768, 2048)]:
+        compare_feed_forward((T, D, F), autocast, device, **names)

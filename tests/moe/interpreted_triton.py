@@ -124,7 +124,7 @@ def test_activations(activation, known, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if "glu" in a[0]], ids="-".join)
 def test_projections_that_are_apart(activation, dtype):
-    """As shared experts have them: as good as float64, rounded once."""
+    """As shared experts have them: as good as float64, rounded once. Side by side in one tensor they are the same."""
     for shape in ((3, 700), (5, 33), (0, 8)):
         inputs = [(3 * torch.randn(shape)).to(dtype).requires_grad_() for _ in range(2)]
         exactly = [x.detach().double().requires_grad_() for x in inputs]
@@ -136,12 +136,17 @@ def test_projections_that_are_apart(activation, dtype):
         for a, b in zip((ours, *gradients[0]), (truth, *gradients[1]), strict=True):
             assert a.dtype == dtype
             torch.testing.assert_close(a[inside].double(), b[inside], atol=1e-5, rtol=tolerance)
+        joined = torch.cat(inputs, 1).detach().requires_grad_()
+        together = glu(joined, None, *activation)
+        assert torch.equal(together, ours)
+        assert torch.equal(torch.autograd.grad(together, joined, upstream)[0], torch.cat(gradients[0], 1))
 
 
 @pytest.mark.slow
 def test_torch_takes_the_operator_of_shared_experts():
     inputs = [torch.randn(5, 8, requires_grad=True) for _ in range(2)]
-    torch.library.opcheck(torch.ops.litgpt_moe_ext.glu.default, (*inputs, "swiglu", "none"))
+    for up in (inputs[1], None):
+        torch.library.opcheck(torch.ops.litgpt_moe_ext.glu.default, (inputs[0], up, "swiglu", "none"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])

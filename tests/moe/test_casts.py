@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from litgpt_moe_ext.moe.kernels import fused_router
+from litgpt_moe_ext.moe.kernels import fused_router, plan
 from litgpt_moe_ext.moe.kernels.casts import can_cast, cast_together
 from litgpt_moe_ext.moe.layer import FeedForward
 from tests.models import moe_config, randomize
@@ -13,26 +13,35 @@ from tests.moe.test_launches import Launches
 
 
 def passes(layer, together):
-    """Return the output and all gradients under autocast, and what the forward pass started."""
+    """Return the output and all gradients under autocast, and what each pass started."""
     layer.zero_grad()
     x = torch.linspace(-2, 2, 5 * 16).view(5, 16).requires_grad_()
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
         patch.setattr(fused_router, "works_on", lambda x: together)
         with Launches() as launches:
             y = layer(x)
-    y.backward(torch.linspace(-1, 1, 5 * 16).view(5, 16).bfloat16())
-    return {"y": y, "x": x.grad, **{name: p.grad for name, p in layer.named_parameters()}}, launches.names
+    with Launches() as backward:
+        y.backward(torch.linspace(-1, 1, 5 * 16).view(5, 16).bfloat16())
+    gradients = {name: p.grad for name, p in layer.named_parameters()}
+    return {"y": y, "x": x.grad, **gradients}, launches.names, backward.names
 
 
 def make_layer(**changes):
     torch.manual_seed(0)
-    return randomize(FeedForward(moe_config(mlp_activation="relu2", **changes), 24))
+    return randomize(FeedForward(moe_config(**{"mlp_activation": "relu2", **changes}), 24))
+
+
+def make_gated(**changes):
+    """Return a layer whose activation no kernel knows, as this test has no card."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "KINDS", {})
+        return make_layer(mlp_activation="swiglu", **changes)
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_every_bit_is_autocasts_and_casts_are_one(bias):
     layer = make_layer(bias=bias)
-    (ours, names), (expected, before) = (passes(layer, together) for together in (True, False))
+    (ours, names, _), (expected, before, _) = (passes(layer, together) for together in (True, False))
     for name, value in expected.items():
         assert ours[name].dtype == value.dtype, name
         assert torch.equal(ours[name], value), name
@@ -40,27 +49,61 @@ def test_every_bit_is_autocasts_and_casts_are_one(bias):
     assert len(before) - len(names) == (3 if bias else 1)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_gate_and_up_projection_are_one_product(bias):
+    """Each way, and nothing adds up what two would give for their input; that is rounded once less."""
+    layer = make_gated(bias=bias)
+    (ours, *names), (expected, *before) = (passes(layer, together) for together in (True, False))
+    for name, value in expected.items():
+        assert ours[name].dtype == value.dtype, name
+        assert ours[name].shape == value.shape, name
+        torch.testing.assert_close(ours[name], value, rtol=0.02, atol=0.02 * value.abs().max().item())
+    products = [[sum("mm" in name for name in started) for started in found] for found in (names, before)]
+    assert products == [[2, 4], [3, 6]]
+    assert [found[1].count("add_") + found[1].count("add") for found in (names, before)] == [0, 1]
+    assert names[1].count("_foreach_copy_") == 1
+
+
+def test_a_layer_of_which_some_have_biases_is_called():
+    layer = make_gated(bias=True)
+    layer.fc_2.bias = None
+    (ours, names, _), (expected, before, _) = (passes(layer, together) for together in (True, False))
+    assert names == before
+    assert torch.equal(ours["y"], expected["y"])
+
+
 def test_frozen_weights_have_no_gradient():
     layer = make_layer(bias=True)
     layer.fc.requires_grad_(False)
     layer.proj.bias.requires_grad_(False)
-    (ours, _), (expected, _) = (passes(layer, together) for together in (True, False))
+    (ours, *_), (expected, *_) = (passes(layer, together) for together in (True, False))
     assert [name for name, value in ours.items() if value is None] == ["fc.weight", "fc.bias", "proj.bias"]
     assert torch.equal(ours["proj.weight"], expected["proj.weight"])
     assert torch.equal(ours["x"], expected["x"])
 
 
+def test_one_projection_of_two_may_be_frozen():
+    layer = make_gated()
+    layer.fc_1.requires_grad_(False)
+    (ours, *_), (expected, *_) = (passes(layer, together) for together in (True, False))
+    assert [name for name, value in ours.items() if value is None] == ["fc_1.weight"]
+    torch.testing.assert_close(ours["fc_2.weight"], expected["fc_2.weight"], rtol=0.02, atol=0.02)
+
+
 def test_can_be_differentiated_twice():
     """As ordinary operators can, for penalties on gradients."""
-    linear, x = nn.Linear(4, 3).double(), torch.randn(5, 4)
+    linears, x = [nn.Linear(4, 3).double() for _ in range(2)], torch.randn(5, 4)
+    weights = [linear.weight for linear in linears]
 
     def penalty(project):
-        (slope,) = torch.autograd.grad(project(x).pow(3).sum(), linear.weight, create_graph=True)
-        return torch.autograd.grad(slope.square().sum(), linear.weight)
+        slopes = torch.autograd.grad(project(x).pow(3).sum(), weights, create_graph=True)
+        return torch.autograd.grad(sum(slope.square().sum() for slope in slopes), weights)
 
-    ours = penalty(cast_together([linear], torch.float32)[0])
-    expected = penalty(lambda x: nn.functional.linear(x, linear.weight.float(), linear.bias.float()))
-    assert torch.equal(*ours, *expected)
+    def apart(x):
+        return torch.cat([nn.functional.linear(x, one.weight.float(), one.bias.float()) for one in linears], 1)
+
+    for ours, expected in zip(penalty(cast_together([linears], torch.float32)[0]), penalty(apart), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_casts_are_kept_where_nothing_is_learned():

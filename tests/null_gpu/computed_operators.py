@@ -3,10 +3,12 @@
 Experts in a loop go through operators whose kernels start others, in place and with sums.
 """
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.models import initialized_model, moe_config
+from tests.moe.feed_forward import compare_feed_forward
 
 
 def passed(model: nn.Module, device: str) -> list[Tensor]:
@@ -24,3 +26,9 @@ def test_gradients_are_those_of_the_cpu():
     theirs = passed(model, "cpu")
     for a, b in zip(passed(model, "cuda"), theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("autocast", "bias"), [(torch.bfloat16, False), (torch.float16, True), (None, True)], ids=str)
+def test_gated_networks_equal_float64(autocast, bias):
+    """With casts of weights that make two projections one, in odd widths."""
+    compare_feed_forward((9, 24, 35), autocast, torch.device("cuda"), mlp_activation="swiglu", bias=bias)

@@ -1,4 +1,7 @@
-"""Weights of several linear layers cast in one launch, where autocast takes one for each weight and bias."""
+"""Weights of several linear layers cast in one launch, where autocast takes one for each weight and bias.
+
+Layers that read the same are cast into one matrix, so that each pass has one product for all of them.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,48 +17,70 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 class _CastTogether(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, dtype: torch.dtype, n_each: Sequence[int], *weights: Tensor) -> tuple[Tensor, ...]:
+        # Each result is `n_each` of the weights, in order, one above the other.
         ctx.dtypes = [weight.dtype for weight in weights]
         ctx.set_materialize_grads(False)
-        casts = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+        ctx.n_rows, stacks, casts = [], [], []
+        for n in n_each:
+            stacked = weights[len(casts) : len(casts) + n]
+            n_rows = [len(weight) for weight in stacked]
+            stack = stacked[0].new_empty(sum(n_rows), *stacked[0].shape[1:], dtype=dtype)
+            casts += stack.split(n_rows)
+            stacks.append(stack)
+            ctx.n_rows.append(n_rows)
         torch._foreach_copy_(casts, list(weights))
-        return tuple(casts)
+        return tuple(stacks)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *stacks: Tensor | None) -> tuple[Tensor | None, ...]:
+        grads: list[Tensor | None] = []
+        for stack, n_rows in zip(stacks, ctx.n_rows, strict=True):
+            grads += [None] * len(n_rows) if stack is None else stack.split(n_rows)
         if torch.is_grad_enabled():  # to be differentiated again
-            return None, *(None if grad is None else grad.to(d) for grad, d in zip(grads, ctx.dtypes, strict=True))
+            again = (None if grad is None else grad.to(d) for grad, d in zip(grads, ctx.dtypes, strict=True))
+            return None, None, *again
         results: list[Tensor | None] = [None] * len(grads)
         narrow, wide = [], []
-        for i, (grad, dtype, needed) in enumerate(zip(grads, ctx.dtypes, ctx.needs_input_grad[1:], strict=True)):
+        for i, (grad, dtype, needed) in enumerate(zip(grads, ctx.dtypes, ctx.needs_input_grad[2:], strict=True)):
             if grad is not None and needed:
                 results[i] = result = torch.empty_like(grad, dtype=dtype)
                 narrow.append(grad)
                 wide.append(result)
         if wide:
             torch._foreach_copy_(wide, narrow)
-        return None, *results
+        return None, None, *results
 
 
-def cast_together(linears: Sequence[Any], dtype: torch.dtype) -> list[Callable[[Tensor], Tensor]]:
-    """Return what linear layers compute, with their weights and biases in `dtype`; gradients are the layers'.
+def cast_together(groups: Sequence[Sequence[Any]], dtype: torch.dtype) -> list[Callable[[Tensor], Tensor]]:
+    """Return, for each group of linear layers, what computes their outputs side by side, (..., sum of their widths).
+
+    Weights and biases are in `dtype`; gradients are the layers'.
 
     Args:
-        linears: Layers for which `can_cast` is true.
+        groups: Layers for which, all of them together, `can_cast` is true; those of a group read the same.
         dtype: That of their inputs.
     """
-    given = [tensor for linear in linears for tensor in (linear.weight, linear.bias) if tensor is not None]
-    casts = iter(_CastTogether.apply(dtype, *given))
-    made: list[Callable[[Tensor], Tensor]] = []
-    for linear in linears:
-        weight, bias = next(casts), None if linear.bias is None else next(casts)
-        made.append(partial(F.linear, weight=weight, bias=bias))
-    return made
+    given: list[Tensor] = []
+    n_each: list[int] = []
+    for group in groups:
+        for name in _names(group[0]):
+            given += [getattr(linear, name) for linear in group]
+            n_each.append(len(group))
+    stacks = iter(_CastTogether.apply(dtype, n_each, *given))
+    return [partial(F.linear, **{name: next(stacks) for name in _names(group[0])}) for group in groups]
+
+
+def _names(linear: Any) -> tuple[str, ...]:
+    return ("weight",) if linear.bias is None else ("weight", "bias")
 
 
 def can_cast(linears: Sequence[Any], dtype: torch.dtype) -> bool:
-    """Return whether these are plain linear layers with weights in another dtype, which nobody wants to see called."""
-    return all(
+    """Return whether these are plain linear layers with weights in another dtype, which nobody wants to see called.
+
+    And whether all of them have a bias, or none.
+    """
+    return len({linear.bias is None for linear in linears}) == 1 and all(
         type(linear) is nn.Linear
         and linear.weight.dtype != dtype
         and not is_traceable_wrapper_subclass(linear.weight)

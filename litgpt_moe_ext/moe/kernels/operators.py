@@ -160,10 +160,17 @@ class GatedSumBackward(NamedTuple):
 
 
 class Glu(NamedTuple):
-    """Arguments of `glu`: outputs of gate and up projection, contiguous, and the activation as in `Down`."""
+    """Arguments of `glu`.
 
-    gate_TF: Tensor
-    up_TF: Tensor
+    Attributes:
+        gate: Output of the gate projection, (T, F), or without `up_TF` that of both side by side, (T, 2F); contiguous.
+        up_TF: Output of the up projection, contiguous, or None.
+        activation: As in `Down`.
+        approximate: As in `Down`.
+    """
+
+    gate: Tensor
+    up_TF: Tensor | None
     activation: str
     approximate: str
 
@@ -172,8 +179,8 @@ class GluBackward(NamedTuple):
     """Arguments of `glu_backward`: the gradient of the hidden activations, and those of `Glu`."""
 
     da_TF: Tensor
-    gate_TF: Tensor
-    up_TF: Tensor
+    gate: Tensor
+    up_TF: Tensor | None
     activation: str
     approximate: str
 
@@ -345,20 +352,29 @@ def add_gated_backward(call: GatedSumBackward) -> tuple[Tensor, Tensor, Tensor]:
     return gating.add_gated_backward(*call)
 
 
-@operator("glu", Glu, lambda c: torch.empty_like(c.gate_TF))
+def _empty_activations(call: Glu) -> Tensor:
+    n_token, width = call.gate.shape
+    return call.gate.new_empty(n_token, width // 2 if call.up_TF is None else width)
+
+
+@operator("glu", Glu, _empty_activations)
 def glu(call: Glu) -> Tensor:
     """Return the hidden activations of a gated activation, (T, F), by Triton."""
     from litgpt_moe_ext.moe.kernels.triton import activation
 
-    return activation.glu(call.gate_TF, call.up_TF, _activation(call))
+    return activation.glu(call.gate, call.up_TF, _activation(call))
 
 
-@operator("glu_backward", GluBackward, lambda c: (torch.empty_like(c.gate_TF), torch.empty_like(c.up_TF)), n_result=2)
+def _empty_glu(call: GluBackward) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(call.gate), call.gate.new_empty(0) if call.up_TF is None else torch.empty_like(call.up_TF)
+
+
+@operator("glu_backward", GluBackward, _empty_glu, n_result=2)
 def glu_backward(call: GluBackward) -> tuple[Tensor, Tensor]:
-    """Return the gradients of `gate_TF` and `up_TF`."""
+    """Return the gradients of `gate` and `up_TF`; that of None is empty."""
     from litgpt_moe_ext.moe.kernels.triton import activation
 
-    return activation.glu_backward(call.da_TF, call.gate_TF, call.up_TF, _activation(call))
+    return activation.glu_backward(call.da_TF, call.gate, call.up_TF, _activation(call))
 
 
 @operator("decode_experts", FewTokens, lambda c: c.x_TD.new_empty(c.x_TD.shape), flops=_decode_flops)
@@ -442,7 +458,9 @@ def _gated_backward(ctx: Any, dsum_TD: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _glu_backward(ctx: Any, da_TF: Tensor) -> tuple[Tensor | None, ...]:
-    return *glu_backward(da_TF.contiguous(), *arguments_of(ctx)), None, None
+    call = Glu(*arguments_of(ctx))
+    dgate, dup_TF = glu_backward(da_TF.contiguous(), *call)
+    return dgate, None if call.up_TF is None else dup_TF, None, None
 
 
 expert_up.set_gradient(_up_backward)

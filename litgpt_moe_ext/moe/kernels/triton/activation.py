@@ -1,7 +1,7 @@
 """Activations of experts in Triton, forward and backward, with dropout and gate values; one launch each.
 
-Everything between loading and storing is float32. Routed experts have gate and up projection in one matrix, shared ones
-in two, and neither dropout nor gate values.
+Everything between loading and storing is float32. Routed experts have gate and up projection side by side in one
+matrix, shared ones there or in two, and neither dropout nor gate values.
 
 Shape legend: T tokens, K chosen experts per token, R = T * K routed rows in the order of experts, F hidden width
 of one expert, G width of the first projection (2 * F with a gate), M a block of R or T, N a block of F.
@@ -55,9 +55,15 @@ def activate(h_RG: Tensor, activation: Any, mask: Mask) -> Tensor:
     return _apply(_parts(h_RG, activation), activation, mask)
 
 
-def glu(gate_TF: Tensor, up_TF: Tensor, activation: Any) -> Tensor:
-    """Return the hidden activations, (T, F), of a gated activation whose projections are apart, both contiguous."""
-    return _apply(_apart(gate_TF, up_TF), activation, Mask())
+def glu(gate: Tensor, up_TF: Tensor | None, activation: Any) -> Tensor:
+    """Return the hidden activations, (T, F), of a gated activation.
+
+    Args:
+        gate: Output of the gate projection, (T, F), or without `up_TF` that of both side by side, (T, 2F); contiguous.
+        up_TF: Output of the up projection, contiguous, or None.
+        activation: The activation function.
+    """
+    return _apply(_gate_and_up(gate, up_TF, activation), activation, Mask())
 
 
 def activate_backward(h_RG: Tensor, da_RF: Tensor, gates: Gates, activation: Any, mask: Mask) -> Gradients:
@@ -79,18 +85,20 @@ def activate_backward(h_RG: Tensor, da_RF: Tensor, gates: Gates, activation: Any
     return gradients
 
 
-def glu_backward(da_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, activation: Any) -> tuple[Tensor, Tensor]:
-    """Return the gradients of `gate_TF` and `up_TF`.
+def glu_backward(da_TF: Tensor, gate: Tensor, up_TF: Tensor | None, activation: Any) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `gate` and `up_TF`; that of None is empty.
 
     Args:
         da_TF: Gradient of the hidden activations, contiguous.
-        gate_TF: As above.
+        gate: As above.
         up_TF: As above.
         activation: As above.
     """
-    found = _Found(torch.empty_like(gate_TF), torch.empty_like(up_TF), None, None)
-    _go_back((_apart(gate_TF, up_TF), da_TF, Gates(None, None), Mask(), found), activation)
-    return found.x, found.up
+    dgate, dup_TF = torch.empty_like(gate), None if up_TF is None else torch.empty_like(up_TF)
+    x, up, *_ = _gate_and_up(dgate, dup_TF, activation)
+    hidden = _gate_and_up(gate, up_TF, activation)
+    _go_back((hidden, da_TF, Gates(None, None), Mask(), _Found(x, up, None, None)), activation)
+    return dgate, gate.new_empty(0) if dup_TF is None else dup_TF
 
 
 def _parts(h_RG: Tensor, activation: Any) -> _Hidden:
@@ -100,9 +108,11 @@ def _parts(h_RG: Tensor, activation: Any) -> _Hidden:
     return _Hidden(h_RG, h_RG.narrow(1, width // 2, width // 2), width, n_row, width // 2)
 
 
-def _apart(gate_TF: Tensor, up_TF: Tensor) -> _Hidden:
-    n_token, width = gate_TF.shape
-    return _Hidden(gate_TF, up_TF, width, n_token, width)
+def _gate_and_up(gate: Tensor, up_TF: Tensor | None, activation: Any) -> _Hidden:
+    if up_TF is None:
+        return _parts(gate, activation)
+    n_token, width = gate.shape
+    return _Hidden(gate, up_TF, width, n_token, width)
 
 
 def _apply(hidden: _Hidden, activation: Any, mask: Mask) -> Tensor:
