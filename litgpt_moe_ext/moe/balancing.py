@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from litgpt_moe_ext.moe.gradient_injection import forget_scale
+from litgpt_moe_ext.moe.kernels import balancing as kernels
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.moe.router import Router
@@ -230,10 +231,15 @@ def update_routers(routers: "Iterable[Router]") -> None:
 def _move_biases(routers: "list[Router]") -> None:
     """Move the biases of routers with the same settings."""
     rate, schedule = routers[0].bias_update_rate, routers[0].bias_update_schedule
+    biases = [router.e_score_correction_bias for router in routers]
+    records = [router.record for router in routers if router.record is not None]
+    updates = [] if schedule is None else [router.bias_updates for router in routers]
+    moved = kernels.Moved(biases, records, updates, rate, schedule)
+    if all(router.own_kernels for router in routers) and kernels.works_on(moved):
+        kernels.move_biases(moved)
+        return
     if schedule is not None:
-        updates = [router.bias_updates for router in routers]
         rate = scheduled_rate(rate, schedule, torch.stack(updates)).unsqueeze(1)
         torch._foreach_add_(updates, 1)
-    biases = [router.e_score_correction_bias for router in routers]
-    loads_LE = torch.stack([load_E for router in routers if (load_E := router.load_E) is not None])
+    loads_LE = torch.stack([record[: routers[0].n_expert] for record in records])
     torch._foreach_copy_(biases, list(updated_bias(torch.stack(biases), loads_LE, rate)))

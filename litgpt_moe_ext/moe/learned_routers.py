@@ -41,7 +41,6 @@ class LearnedRouter(Router):
         super().__init__(config)
         self.init_std = math.sqrt(2.0 / 5 / config.n_embd)
         self.jitter = config.router_jitter_noise or 0.0
-        self._own_product = getattr(config, "expert_backend", None) != "loop"
         self.weight = nn.Parameter(torch.empty(config.n_expert, config.n_embd))
         self.register_parameter("bias", nn.Parameter(torch.empty(config.n_expert)) if config.router_bias else None)
 
@@ -61,7 +60,7 @@ class LearnedRouter(Router):
 
     def project(self, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         """Return `x_TD @ weight_ED.T`, (T, E), in at least float32 even under autocast."""
-        if self._own_product and router_product.works_on(x_TD, weight_ED):
+        if self.own_kernels and router_product.works_on(x_TD, weight_ED):
             return router_product.project(x_TD, weight_ED)
         dtype = _router_dtype(x_TD)
         with _without_autocast(x_TD.device.type):

@@ -117,6 +117,7 @@ class Router(nn.Module):
         bias_updates: How often the bias has moved, int64; only where there is a `bias_update_schedule`.
         bias_update_rate: Step size of the balancing bias; 0 for routers that have none.
         bias_update_schedule: How the step size changes (`litgpt_moe_ext.moe.balancing.scheduled_rate`).
+        own_kernels: Whether the package's kernels may do a router's work, and not only torch's operators.
         step_shares: The shares of tokens by which a load-balancing loss over the global batch goes; None without one.
         token_ids_T: Ids of the tokens of the present batch, int64, for a router that needs them.
     """
@@ -143,9 +144,11 @@ class Router(nn.Module):
         self.tally = Tally(self.n_expert + len(SUMS) + len(self.loss_names))
         self.record: Tensor | None = None
         self.token_ids_T: Tensor | None = None
-        # The kernels know the package's own losses, and are not for those who ask for ordinary operators.
+        # This backend is for those who ask for ordinary operators.
+        self.own_kernels = getattr(config, "expert_backend", None) != "loop"
+        # The kernels know the package's own losses.
         self._fusible = (
-            getattr(config, "expert_backend", None) != "loop"
+            self.own_kernels
             and set(self.loss_names) <= {*_FUSED_LOSSES, _WEIGHT_LOSS}
             and all(function.__module__ == _LOSSES for function in self._loss_functions.values())
             and type(self).auxiliary_loss is Router.auxiliary_loss

@@ -13,6 +13,7 @@ import torch
 
 from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.kernels.backends import ExpertWeights
+from litgpt_moe_ext.moe.kernels.balancing import Moved
 from litgpt_moe_ext.moe.kernels.fused_router import Given, Rule
 from litgpt_moe_ext.moe.kernels.plan import Gates, Mask, Outer, Product, plan_of
 
@@ -23,6 +24,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from litgpt_moe_ext.moe.kernels import triton as engine  # noqa: E402
 from litgpt_moe_ext.moe.kernels.triton import (  # noqa: E402
     activation,
+    balancing,
     biases,
     common,
     gating,
@@ -37,8 +39,8 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 AMD_CHIPS = {"gfx90a": 64, "gfx942": 64, "gfx1100": 32, "gfx1201": 32}
 CAPABILITIES = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 KERNELS = (
-    *("activation", "biases", "combining", "decoding", "gating", "orthogonality", "projecting", "routing", "rows"),
-    "weights",
+    *("activation", "balancing", "biases", "combining", "decoding", "gating", "orthogonality", "projecting", "routing"),
+    *("rows", "weights"),
 )
 HALF = (torch.float16, torch.bfloat16)
 
@@ -178,7 +180,7 @@ RULES = (
 
 
 def every_router(n_expert):
-    """Run the kernels of the fused router, in training and in evaluation."""
+    """Run the kernels of the fused router, in training and in evaluation, and what moves the biases of its layers."""
     for rule in RULES:
         logits = torch.empty(40, n_expert)
         noisy = rule.score == "chosen"
@@ -194,6 +196,10 @@ def every_router(n_expert):
     products = torch.empty(n_expert, n_expert)
     orthogonality.loss(products, 0.01)
     orthogonality.slopes(products, torch.empty(()), 0.01)
+    for n_layer, schedule in ((3, None), (129, {"warmup_steps": 9, "decay_start": 99})):
+        moved = torch.empty(n_layer, n_expert), torch.empty(n_layer, n_expert + 3, dtype=torch.float64)
+        updates = () if schedule is None else torch.zeros(n_layer, dtype=torch.int64)
+        balancing.move_biases(Moved(*map(tuple, moved), tuple(updates), 0.001, schedule))
     hashes = torch.empty(40, n_expert, dtype=torch.int64)
     routing.route(Given(hashes, real_T=torch.empty(40, dtype=torch.bool)), Rule("even", 2), True)
 
@@ -247,7 +253,7 @@ def test_every_router(monkeypatch, tmp_path, capability, n_expert):
     """Kimi K2 has 384 experts; Qwen3-Next's 512 are the same kernels; 1024 is the most."""
     compiler = Compiler(monkeypatch, capability)
     every_router(n_expert)
-    assert compiler.check(tmp_path) == 27 + 9 * (n_expert > 512)
+    assert compiler.check(tmp_path) == 30 + 9 * (n_expert > 512)
 
 
 @pytest.mark.slow
@@ -274,7 +280,7 @@ def test_every_kernel_on_amd(monkeypatch, chip):
     for n_expert in (8, 384, 1024):
         every_router(n_expert)
     every_gate(torch.bfloat16, 8)
-    assert compiler.check_shared_memory() == 3 * 18 + 32 + 3 * 27 + 9 + 2
+    assert compiler.check_shared_memory() == 3 * 18 + 32 + 3 * 30 + 9 + 2
 
 
 @pytest.mark.slow

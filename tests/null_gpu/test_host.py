@@ -48,6 +48,20 @@ def test_a_step_of_muon_starts_few(gpu):
     assert found["waited"] == 0
 
 
+@pytest.mark.parametrize("schedule", [None, {"warmup_steps": 9, "decay_start": 99}], ids=["rate", "schedule"])
+def test_the_biases_of_all_layers_move_in_two(gpu, schedule):
+    """Those of the quickstart, which has four: the counts of all are put together, and one kernel does the rest."""
+    recipe = next(file for file in RECIPES if file.name == "quickstart.yaml")
+    settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))["model_config"]
+    settings["router_bias_update_schedule"] = schedule
+    command = (sys.executable, "-m", "tests.null_gpu.balancing")
+    ended = run_command(*command, stdin=json.dumps(settings), **null_gpu.environment(gpu, 86))
+    found = json.loads(ended.stdout.splitlines()[-1])
+    assert len(found["started"]) == 2, found["started"]
+    assert found["started"][1] == "_move"
+    assert found["waited"] == 0
+
+
 def test_the_benchmark_measures_steps_as_graphs(gpu, tmp_path):
     """Which a CPU does not have; what fails is only noted there."""
     command = (

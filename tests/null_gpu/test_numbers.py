@@ -16,8 +16,9 @@ pytestmark = pytest.mark.slow
         "tests/null_gpu/computed_operators.py",
         "tests/null_gpu/computed_graphs.py",
         "tests/gpu/test_graphs.py::test_runs[stream-bf16-mixed]",
+        "tests/gpu/test_balancing.py",
     ],
-    ids=["operators", "graphs", "a run"],
+    ids=["operators", "graphs", "a run", "balancing"],
 )
 def test_on_the_gpu_that_is_not_there(gpu, tests):
     """In a process of its own: kernels go through Triton's interpreter, operators through their CPU kernels."""

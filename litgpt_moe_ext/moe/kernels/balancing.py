@@ -1,0 +1,65 @@
+"""The balancing biases of all layers on a GPU: one launch after a step, where torch's operators are a dozen.
+
+`litgpt_moe_ext.moe.balancing` has the rule and writes it out with torch's operators, which stay the reference and what
+everything else goes by. Nothing here is differentiated or compiled, so there is no operator.
+
+Shape legend: E experts, N numbers of a record.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from litgpt_moe_ext.kernels.launch import operators_are_unwatched
+
+# More would be more than a block of registers holds.
+_MOST_EXPERTS = 1024
+
+
+class Moved(NamedTuple):
+    """Biases of layers with the same settings, and what moves them.
+
+    Attributes:
+        biases: Of each layer, (E,).
+        records: The sums of the step of each layer, (N,), of which the first E are tokens per expert.
+        updates: How often each bias has moved, scalars; none without a schedule.
+        rate: Step size.
+        schedule: How it changes (`litgpt_moe_ext.moe.balancing.scheduled_rate`); None for not at all.
+    """
+
+    biases: Sequence[Tensor]
+    records: Sequence[Tensor]
+    updates: Sequence[Tensor]
+    rate: float
+    schedule: Mapping[str, int] | None
+
+
+def works_on(moved: Moved) -> bool:
+    """Return whether `move_biases` does it: plain tensors on one GPU, float32 biases of up to 1024 experts."""
+    record, n_expert = moved.records[0], moved.biases[0].numel()
+    return (
+        n_expert <= _MOST_EXPERTS
+        and record.dtype == torch.float64
+        and operators_are_unwatched(record)
+        and all(_is_plain(bias, torch.float32, record.device) and bias.shape == (n_expert,) for bias in moved.biases)
+        and all(_is_plain(update, torch.int64, record.device) for update in moved.updates)
+    )
+
+
+def _is_plain(x: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
+    return type(x) is Tensor and x.dtype == dtype and x.device == device and x.is_contiguous()
+
+
+def move_biases(moved: Moved) -> None:
+    """Move all biases, in place, and add one to `updates`.
+
+    The results are those of `litgpt_moe_ext.moe.balancing.updated_bias` on a CPU, but for the last bit of a bias' mean.
+
+    Args:
+        moved: For which `works_on` is true.
+    """
+    from litgpt_moe_ext.moe.kernels.triton import balancing
+
+    balancing.move_biases(moved)

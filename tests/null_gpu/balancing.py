@@ -1,0 +1,31 @@
+"""Print, as JSON, what moves the balancing biases of a model on the null GPU: run by a test, on that GPU."""
+
+import ctypes
+import json
+import os
+import sys
+
+import litgpt
+import torch
+
+import litgpt_moe_ext  # noqa: F401  # registers the layers
+from litgpt_moe_ext.moe.balancing import update_routers
+from litgpt_moe_ext.moe.metrics import routers_of
+
+if __name__ == "__main__":
+    gpu = ctypes.CDLL(os.environ["LD_PRELOAD"])
+    gpu.null_gpu_names.restype = ctypes.c_char_p
+    gpu.null_gpu_waited.restype = ctypes.c_long
+    with torch.device("cuda"):
+        model = litgpt.GPT(litgpt.Config(**json.load(sys.stdin)))
+    routers = routers_of(model).values()
+    for _ in range(2):  # the kernel is compiled for the first
+        for router in routers:
+            leaf = router.tally.leaf_on(torch.device("cuda"))
+            leaf.grad = torch.zeros_like(leaf)
+        waited = gpu.null_gpu_waited()
+        gpu.null_gpu_trace(1)
+        update_routers(routers)
+        started = gpu.null_gpu_names().decode().split("\n")[:-1]
+        gpu.null_gpu_trace(0)
+    print(json.dumps({"started": started, "waited": gpu.null_gpu_waited() - waited}))
