@@ -32,7 +32,7 @@ from litgpt_moe_ext.moe.kernels.triton import (  # noqa: E402
     projecting,
     routing,
 )
-from litgpt_moe_ext.moe.kernels.triton.tiles import CARDS, card_for, precision_of  # noqa: E402
+from litgpt_moe_ext.moe.kernels.triton.tiles import CARDS, Work, card_for, precision_of  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # MI200, MI300, RX 7900 and RX 9070, and how many threads work in step on them.
@@ -70,14 +70,19 @@ class Compiler:
 
     Attributes:
         kernels: Name and compiled kernel of everything that would have been launched.
+        processors: How many multiprocessors the card has; none is too few for blocks of small products.
     """
 
     def __init__(self, monkeypatch, capability, target=None):
-        self.capability, self.kernels = capability, []
+        self.capability, self.kernels, self.processors = capability, [], 0
         monkeypatch.setattr(triton.runtime.driver, "_active", Driver(target or nvidia(capability)))
         monkeypatch.setattr(common, "capability_of", lambda device: capability)
         for name in KERNELS:
             monkeypatch.setattr(f"litgpt_moe_ext.moe.kernels.triton.{name}.launch", self.launch)
+        for name in ("rows", "weights"):
+            monkeypatch.setattr(
+                f"litgpt_moe_ext.moe.kernels.triton.{name}.processors_of", lambda device: self.processors
+            )
 
     def launch(self, kernel, grid, arguments, warps, stages=1):
         options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
@@ -135,7 +140,7 @@ def sum_outer_products(dtype, widths, gather_left, add):
     engine.sum_outer_products(outer(dtype, widths, gather_left), torch.float32, total)
 
 
-def every_product(dtype):
+def every_product(compiler, dtype):
     """Run every block of the tables, both ways round."""
     for widths in WIDTHS:
         for mean_rows in (16, 64, 200) if widths != "odd" else (64,):
@@ -143,6 +148,9 @@ def every_product(dtype):
                 engine.multiply_rows(product(dtype, mean_rows, widths, forward))
         sum_outer_products(dtype, widths, gather_left=widths == "even", add=widths != "even")
     sum_outer_products(dtype, "even", gather_left=False, add=True)
+    compiler.processors = 10**6
+    for widths, add in (("even", False), ("even", True), ("uneven", True)):
+        sum_outer_products(dtype, widths, gather_left=not add, add=add)
 
 
 def everything_else(dtype):
@@ -230,8 +238,8 @@ def test_every_product(monkeypatch, tmp_path, capability, dtype, precision):
         pytest.skip("the same, or refused")
     torch.set_float32_matmul_precision(precision)
     compiler = Compiler(monkeypatch, capability)
-    every_product(dtype)
-    assert compiler.check(tmp_path) == 18
+    every_product(compiler, dtype)
+    assert compiler.check(tmp_path) == 21
 
 
 @pytest.mark.slow
@@ -275,12 +283,12 @@ def test_every_kernel_on_amd(monkeypatch, chip):
     torch.set_float32_matmul_precision("high")
     compiler = compiler_for_amd(monkeypatch, chip)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        every_product(dtype)
+        every_product(compiler, dtype)
     everything_else(torch.bfloat16)
     for n_expert in (8, 384, 1024):
         every_router(n_expert)
     every_gate(torch.bfloat16, 8)
-    assert compiler.check_shared_memory() == 3 * 18 + 32 + 3 * 30 + 9 + 2
+    assert compiler.check_shared_memory() == 3 * 21 + 32 + 3 * 30 + 9 + 2
 
 
 @pytest.mark.slow
@@ -320,6 +328,17 @@ def test_operands_of_more_than_2_31_elements_are_counted_in_64_bits(monkeypatch,
             engine.multiply_rows(Product(x, torch.empty(2, 16, 1024, dtype=torch.bfloat16), None, plan, gather=True))
         engine.sum_outer_products(Outer(narrow, x, plan, False, True), torch.float32)
     assert wide == [False, False, True, True]
+
+
+def test_small_products_have_small_blocks():
+    """So that most multiprocessors have one, and narrow weights no block of which half lies beyond them."""
+    tiles = card_for((9, 0)).tiles["half"]
+    rows = {n_row: tiles.for_rows(Work(8, n_row, 256, 1024, 132)) for n_row in (128, 512, 4096, 2**15)}
+    assert list(rows.values()) == [tiles.few, tiles.some, tiles.some, tiles.many]
+    assert tiles.for_rows(Work(8, 2**20, 128, 1024, 132)) == tiles.some
+    assert tiles.for_rows(Work(8, 4096, 100, 1024, 132)) == tiles.odd
+    weights = {n_out: tiles.for_weights(Work(8, 4096, n_out, 1024, 132), False) for n_out in (256, 512, 100)}
+    assert list(weights.values()) == [tiles.few_weights, tiles.weights, tiles.odd_weights]
 
 
 def test_every_card_has_blocks():

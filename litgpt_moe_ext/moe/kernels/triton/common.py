@@ -77,6 +77,11 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
+def processors_of(device: torch.device) -> int:
+    """Return how many multiprocessors a card has; for the interpreter few, so that small tests have all blocks."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
 def tiles_for(device: torch.device, dtype: torch.dtype) -> tuple[Tiles, str]:
     """Return the blocks for products of `dtype` on `device`, and the precision that `dot` is to be told."""
     capability = capability_of(device)

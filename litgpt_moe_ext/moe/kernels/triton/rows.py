@@ -12,7 +12,16 @@ from torch import Tensor
 
 from litgpt_moe_ext.kernels.launch import ceil_div, launch, power_of_two
 from litgpt_moe_ext.moe.kernels.plan import Product
-from litgpt_moe_ext.moe.kernels.triton.common import constexpr, dot, find_tile, rows_of, stack_of, tiles_for
+from litgpt_moe_ext.moe.kernels.triton.common import (
+    constexpr,
+    dot,
+    find_tile,
+    processors_of,
+    rows_of,
+    stack_of,
+    tiles_for,
+)
+from litgpt_moe_ext.moe.kernels.triton.tiles import Work
 
 
 class _Result(NamedTuple):
@@ -38,7 +47,7 @@ def multiply_rows(product: Product) -> Tensor:
     if not n_row:
         return y_RO
     tiles, precision = tiles_for(x.device, x.dtype)
-    tile = tiles.for_rows(n_row // plan.n_expert, aligned=n_out % 16 == n_in % 16 == 0)
+    tile = tiles.for_rows(Work(plan.n_expert, n_row, n_out, n_in, processors_of(x.device)))
     rows = rows_of(x)
     form = _Form(
         gather,

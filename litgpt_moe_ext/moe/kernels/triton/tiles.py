@@ -2,8 +2,12 @@
 
 Plain data: tables, no autotuning, because another block size is another order of additions, and two runs should give
 the same bits. Every entry must fit into the shared memory of its cards without spilling registers; the tests compile
-all of them. Hopper's `many` and `weights` for 16-bit numbers are among the fastest of a dozen on an H200; no other
-entry was timed on a card.
+all of them. Hopper's `some`, `many`, `weights` and `few_weights` for 16-bit numbers are among the fastest of a dozen on
+an H200; no other entry was timed on a card.
+
+A large block reads its operands less often, but a small product has too few of them for all multiprocessors of a card.
+Where that counts was seen on the H200, whose times cross between 50 and 75 % of its multiprocessors for products of
+rows, and between 145 and 195 % for gradients, two of whose blocks share one.
 """
 
 import functools
@@ -11,6 +15,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from litgpt_moe_ext.kernels.launch import ceil_div
 from litgpt_moe_ext.kernels.precision import float32_precision
 
 Precision = Literal["half", "tf32", "ieee"]
@@ -34,14 +39,38 @@ class Tile(NamedTuple):
     stages: int
 
 
+class Work(NamedTuple):
+    """A grouped product, as far as its blocks depend on it.
+
+    Attributes:
+        n_expert: Number of experts.
+        n_row: Routed rows.
+        n_out: Outputs of the weights.
+        n_in: Inputs of the weights.
+        processors: Multiprocessors of the card.
+    """
+
+    n_expert: int
+    n_row: int
+    n_out: int
+    n_in: int
+    processors: int
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the widths are multiples of 16."""
+        return self.n_out % 16 == self.n_in % 16 == 0
+
+
 class Tiles(NamedTuple):
     """The blocks of one kind of card for one kind of number.
 
     Attributes:
         few: For experts with about 16 rows each.
-        some: For experts with about 64 rows each.
+        some: For experts with about 64 rows each, and small products.
         many: For experts with more.
         weights: For the gradient of weights; `rows` is what one step of the sum reads.
+        few_weights: The same where there are few weights.
         odd: For widths that are not multiples of 16, which are read element by element and need many registers.
         odd_weights: The same for the gradient of weights.
     """
@@ -50,29 +79,33 @@ class Tiles(NamedTuple):
     some: Tile
     many: Tile
     weights: Tile
+    few_weights: Tile
     odd: Tile
     odd_weights: Tile
 
-    def for_rows(self, mean_rows: int, aligned: bool) -> Tile:
-        """Return the block of a product of rows.
-
-        Args:
-            mean_rows: How many rows an expert has on average.
-            aligned: Whether all widths are multiples of 16.
-        """
-        if not aligned:
+    def for_rows(self, work: Work) -> Tile:
+        """Return the block of a product of rows."""
+        if not work.aligned:
             return self.odd
-        return self.few if mean_rows <= 24 else self.some if mean_rows <= 96 else self.many
+        mean_rows = work.n_row // work.n_expert
+        if mean_rows <= 24:
+            return self.few
+        # Of the last block of an expert half is empty on average.
+        blocks = (work.n_row / self.many.rows + work.n_expert / 2) * ceil_div(work.n_out, self.many.out)
+        small = work.n_out < self.many.out or blocks < 0.65 * work.processors
+        return self.some if small or mean_rows <= 96 else self.many
 
-    def for_weights(self, aligned: bool, add: bool) -> Tile:
+    def for_weights(self, work: Work, add: bool) -> Tile:
         """Return the block of a gradient of weights.
 
         Args:
-            aligned: As above.
+            work: The product.
             add: Whether it is added to another, of which a thread then holds as many numbers again. More threads share
                 the sum among themselves, not its rows, so it has the same bits.
         """
-        tile = self.weights if aligned else self.odd_weights
+        blocks = work.n_expert * ceil_div(work.n_out, self.weights.out) * ceil_div(work.n_in, self.weights.inner)
+        tile = self.few_weights if blocks < 1.5 * work.processors else self.weights
+        tile = tile if work.aligned else self.odd_weights
         crowded = tile.out * tile.inner > 64 * 32 * tile.warps
         return tile._replace(warps=2 * tile.warps) if add and crowded else tile
 
@@ -101,7 +134,7 @@ def _tiles(*blocks: tuple[int, int, int, int, int], odd: tuple = _ODD) -> Tiles:
 
 # Products on the ordinary cores: registers are the limit, so small blocks for all.
 _IEEE = _tiles(
-    (16, 64, 32, 4, 2), (64, 64, 16, 4, 2), (64, 64, 16, 4, 2), (16, 64, 64, 4, 2),
+    (16, 64, 32, 4, 2), (64, 64, 16, 4, 2), (64, 64, 16, 4, 2), (16, 64, 64, 4, 2), (16, 64, 64, 4, 2),
     odd=((32, 64, 16, 4, 2), (16, 64, 32, 4, 2)),
 )  # fmt: skip
 
@@ -113,7 +146,7 @@ _TURING = Card(
         # ordinary cores in every block size. torch's `bmm` over padded groups, which would have them, does E / K times
         # the work without asking how many rows an expert has; the loop has them, and waits.
         "half": _tiles(
-            (16, 32, 32, 4, 2), (32, 64, 16, 4, 2), (64, 64, 16, 4, 2), (16, 64, 64, 4, 2),
+            (16, 32, 32, 4, 2), (32, 64, 16, 4, 2), (64, 64, 16, 4, 2), (16, 64, 64, 4, 2), (16, 64, 64, 4, 2),
             odd=((32, 32, 16, 4, 2), (16, 32, 64, 4, 2)),
         ),
         "ieee": _IEEE,
@@ -123,8 +156,12 @@ _AMPERE = Card(
     "Ampere (A100)",
     163,
     {
-        "half": _tiles((16, 128, 64, 4, 4), (64, 128, 64, 4, 3), (128, 128, 32, 4, 4), (32, 128, 128, 4, 4)),
-        "tf32": _tiles((16, 64, 64, 4, 3), (64, 64, 32, 4, 3), (128, 128, 32, 8, 3), (32, 128, 128, 8, 3)),
+        "half": _tiles(
+            (16, 128, 64, 4, 4), (64, 128, 64, 4, 3), (128, 128, 32, 4, 4), (32, 128, 128, 4, 4), (64, 64, 64, 4, 4)
+        ),
+        "tf32": _tiles(
+            (16, 64, 64, 4, 3), (64, 64, 32, 4, 3), (128, 128, 32, 8, 3), (32, 128, 128, 8, 3), (32, 64, 64, 4, 4)
+        ),
         "ieee": _IEEE,
     },
 )
@@ -132,8 +169,12 @@ _GEFORCE = Card(
     "Ampere, Ada or Blackwell for desktops",
     99,
     {
-        "half": _tiles((16, 128, 64, 4, 3), (64, 128, 32, 4, 4), (128, 128, 32, 4, 3), (32, 128, 128, 4, 3)),
-        "tf32": _tiles((16, 64, 64, 4, 3), (64, 64, 32, 4, 3), (128, 64, 32, 4, 3), (32, 128, 64, 4, 3)),
+        "half": _tiles(
+            (16, 128, 64, 4, 3), (64, 128, 32, 4, 4), (128, 128, 32, 4, 3), (32, 128, 128, 4, 3), (64, 64, 64, 4, 3)
+        ),
+        "tf32": _tiles(
+            (16, 64, 64, 4, 3), (64, 64, 32, 4, 3), (128, 64, 32, 4, 3), (32, 128, 64, 4, 3), (32, 64, 64, 4, 3)
+        ),
         "ieee": _IEEE,
     },
 )
@@ -141,8 +182,12 @@ _HOPPER = Card(
     "Hopper",
     227,
     {
-        "half": _tiles((16, 128, 64, 4, 4), (64, 128, 64, 4, 4), (128, 256, 64, 8, 3), (64, 128, 128, 8, 3)),
-        "tf32": _tiles((16, 64, 64, 4, 3), (64, 128, 32, 4, 3), (128, 128, 32, 8, 4), (32, 128, 128, 8, 4)),
+        "half": _tiles(
+            (16, 128, 64, 4, 4), (64, 128, 64, 4, 4), (128, 256, 64, 8, 3), (64, 128, 128, 8, 3), (128, 64, 64, 4, 3)
+        ),
+        "tf32": _tiles(
+            (16, 64, 64, 4, 3), (64, 128, 32, 4, 3), (128, 128, 32, 8, 4), (32, 128, 128, 8, 4), (64, 64, 64, 4, 3)
+        ),
         "ieee": _IEEE,
     },
 )
@@ -150,16 +195,18 @@ _BLACKWELL = Card(
     "Blackwell for data centres",
     227,
     {
-        "half": _tiles((16, 128, 64, 4, 4), (64, 128, 64, 4, 4), (128, 128, 64, 4, 4), (64, 128, 128, 8, 4)),
+        "half": _tiles(
+            (16, 128, 64, 4, 4), (64, 128, 64, 4, 4), (128, 128, 64, 4, 4), (64, 128, 128, 8, 4), (128, 64, 64, 4, 3)
+        ),
         "tf32": _HOPPER.tiles["tf32"],
         "ieee": _IEEE,
     },
 )
 # Where nothing is known (AMD), blocks that fit everywhere; on a CPU, ones that small tests have several of.
-_SMALL = _tiles((16, 64, 32, 4, 2), (64, 64, 32, 4, 2), (64, 64, 32, 4, 2), (32, 64, 64, 4, 2))
+_SMALL = _tiles((16, 64, 32, 4, 2), (64, 64, 32, 4, 2), (64, 64, 32, 4, 2), (32, 64, 64, 4, 2), (32, 64, 32, 4, 2))
 _OTHER = Card("another vendor's", 64, {"half": _SMALL, "ieee": _IEEE})
 _TINY = _tiles(
-    (16, 32, 16, 4, 1), (16, 32, 32, 4, 1), (32, 32, 32, 4, 1), (16, 32, 16, 4, 1),
+    (16, 32, 16, 4, 1), (16, 32, 32, 4, 1), (32, 32, 32, 4, 1), (16, 32, 16, 4, 1), (32, 16, 16, 4, 1),
     odd=((32, 32, 32, 4, 1), (32, 32, 32, 4, 1)),
 )  # fmt: skip
 _INTERPRETER = Card("interpreter", 64, {"half": _TINY, "tf32": _TINY, "ieee": _TINY})

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from litgpt_moe_ext.kernels.launch import ceil_div, launch
 from litgpt_moe_ext.moe.kernels.plan import Outer, Plan
-from litgpt_moe_ext.moe.kernels.triton.common import constexpr, dot, rows_of, stack_of, tiles_for
+from litgpt_moe_ext.moe.kernels.triton.common import constexpr, dot, processors_of, rows_of, stack_of, tiles_for
+from litgpt_moe_ext.moe.kernels.triton.tiles import Work
 
 
 class _Form(NamedTuple):
@@ -31,13 +32,14 @@ def sum_outer_products(outer: Outer, dtype: torch.dtype, total_EOI: Tensor | Non
     """Return the sum of `left^T right` over the rows of each expert, (E, O, I) in `dtype`, added to a `total_EOI`."""
     left, right, plan, gather_left, gather_right = outer
     add = total_EOI is not None
-    sum_EOI = total_EOI if add else left.new_empty(plan.n_expert, left.size(1), right.size(1), dtype=dtype)
+    n_out, n_in = left.size(1), right.size(1)
+    sum_EOI = total_EOI if add else left.new_empty(plan.n_expert, n_out, n_in, dtype=dtype)
     tiles, precision = tiles_for(left.device, left.dtype)
-    tile = tiles.for_weights(left.size(1) % 16 == right.size(1) % 16 == 0, add)
+    tile = tiles.for_weights(Work(plan.n_expert, plan.rows.size(0), n_out, n_in, processors_of(left.device)), add)
     left_rows, right_rows = rows_of(left), rows_of(right)
     wide = max(left_rows.reach, right_rows.reach) >= 2**31
     form = _Form(gather_left, gather_right, precision, wide, add)
-    grid = (ceil_div(left.size(1), tile.out) * ceil_div(right.size(1), tile.inner), plan.n_expert)
+    grid = (ceil_div(n_out, tile.out) * ceil_div(n_in, tile.inner), plan.n_expert)
     arguments = (left_rows, right_rows, stack_of(sum_EOI), plan, form, tile)
     launch(_sum_outer_products, grid, arguments, tile.warps, tile.stages)
     return sum_EOI
