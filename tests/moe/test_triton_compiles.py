@@ -337,8 +337,9 @@ def test_small_products_have_small_blocks():
     assert list(rows.values()) == [tiles.few, tiles.some, tiles.some, tiles.many]
     assert tiles.for_rows(Work(8, 2**20, 128, 1024, 132)) == tiles.some
     assert tiles.for_rows(Work(8, 4096, 100, 1024, 132)) == tiles.odd
-    weights = {n_out: tiles.for_weights(Work(8, 4096, n_out, 1024, 132), False) for n_out in (256, 512, 100)}
+    weights = {n_out: tiles.for_weights(Work(8, 4096, n_out, 1024, 132), add=False) for n_out in (256, 512, 100)}
     assert list(weights.values()) == [tiles.few_weights, tiles.weights, tiles.odd_weights]
+    assert tiles.for_weights(Work(8, 4096, 512, 1024, 132), add=True) == tiles.added_weights
 
 
 def test_every_card_has_blocks():
