@@ -6,11 +6,12 @@
 
 Tables: experts (forward and backward against LitGPT's `LLaMAMoE`, Hugging Face, Liger where installed, a dense MLP of
 equal active work, and bare matrix products), sums of their weights' gradients, their memory, decoding, attention
-against `F.scaled_dot_product_attention`, whole training steps against their dense twins (with MFU, peak memory,
-waiting and `torch.compile`), routers, and the memory that a step is promised to take. Contenders take turns on the
-same data; a cell is a median. What fails, or does not fit into memory or time, is left out, and says so; each table has
-its share of the time, and an error ends no more than its table, in a new process if the card is lost to this one. The
-file, which is written anew after every row, holds card, versions and clocks; send it along with what you report.
+against `F.scaled_dot_product_attention`, whole training steps against their dense twins (with the device's share, MFU,
+peak memory, waiting and `torch.compile`), routers, and the memory that a step is promised to take. Contenders take
+turns on the same data; a cell is a median. What fails, or does not fit into memory or time, is left out, and says so;
+each table has its share of the time, and an error ends no more than its table, in a new process if the card is lost to
+this one. The file, which is written anew after every row, holds card, versions and clocks; send it along with what you
+report.
 
 Shape legend: T tokens, D model width, F hidden width of one expert, E experts, K chosen experts per token.
 """
@@ -676,7 +677,7 @@ def measured_steps(bench: Bench, names: tuple[str, ...]) -> Iterator[dict[str, A
         length = settings["block_size"]
         size = (accumulation, micro_batch, length + 1)
         batches = torch.randint(0, settings["vocab_size"], size, device=bench.device)
-        reference = None
+        reference = device_reference = None
         for name in names:
             if bench.late:
                 return
@@ -691,11 +692,17 @@ def measured_steps(bench: Bench, names: tuple[str, ...]) -> Iterator[dict[str, A
             model, _, how = name.partition(", ")
             try:
                 trainee = Trainee(contenders(settings)[model], bench, batches, how or "eager")
-                time_ms = bench.medians({f"{recipe_name}, {name}": trainee.step})[f"{recipe_name}, {name}"]
+                call = {f"{recipe_name}, {name}": trainee.step}
+                (time_ms,) = bench.medians(call).values()
+                # Of a small model's step the host takes longer than the device.
+                device_ms = None
+                if how.startswith("graphs") and time_ms:
+                    (device_ms,) = bench.medians(call, ahead=True).values()
             except Exception as error:
                 bench.note(f"{recipe_name}, {name} is left out: {described(error)}")
                 continue
-            reference = time_ms if model == "dense twin" else reference
+            if model == "dense twin":
+                reference, device_reference = time_ms, device_ms
             tokens = accumulation * micro_batch * length
             flops = accumulation * micro_batch * count_flops(trainee.config, length, training=True)
             precision = "16-mixed" if bench.dtype == torch.float16 else "bf16-mixed"
@@ -703,6 +710,8 @@ def measured_steps(bench: Bench, names: tuple[str, ...]) -> Iterator[dict[str, A
             yield row | {
                 "ms per step": time_ms,
                 "time / dense twin": time_ms / reference if time_ms and reference else None,
+                "device, ms": device_ms,
+                "device / dense twin": device_ms / device_reference if device_ms and device_reference else None,
                 "tokens per second": tokens / time_ms * 1e3 if time_ms else None,
                 "MFU": flops / time_ms * 1e3 / peak if time_ms and peak else None,
                 "TFLOP/s": flops / time_ms * 1e-9 if time_ms else None,
