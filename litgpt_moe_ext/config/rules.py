@@ -109,6 +109,8 @@ def _dense_layers(config: "Config") -> Iterator[str]:
     layers, n_layer = config.mlp_only_layers, config.n_layer
     if layers is None:
         return
+    if n_layer == 1:
+        yield f"mlp_only_layers: {layers!r} leaves no MoE layer, since n_layer is 1; remove it"
     some_of_them = 0 < len(set(layers)) == len(layers) < n_layer
     if not (some_of_them and all(type(index) is int and 0 <= index < n_layer for index in layers)):
         yield (
@@ -135,7 +137,8 @@ def _groups(config: "Config") -> Iterator[str]:
     n_group, n_expert = config.n_expert_groups, config.n_expert
     if n_expert % n_group:
         divisors = [g for g in range(2, n_expert + 1) if n_expert % g == 0]
-        yield f"n_expert_groups: {n_group} must divide n_expert: {n_expert}; choose one of {divisors}"
+        remedy = f"choose one of {divisors}" if divisors else "remove it, or raise n_expert"
+        yield f"n_expert_groups: {n_group} must divide n_expert: {n_expert}; {remedy}"
     group_size = n_expert // n_group
     if config.n_topk_scores_per_group > group_size:
         yield (
@@ -183,6 +186,11 @@ def _streaming_cache(config: "Config") -> Iterator[str]:
         )
     if first is None or window is None:
         return
+    if first >= config.block_size:
+        yield (
+            f"streaming_cache_first: {first} leaves no room for streaming_cache_window in the model's context "
+            f"(block_size: {config.block_size}); use less"
+        )
     if first + window > config.block_size:
         yield (
             f"streaming_cache_window: {window} and streaming_cache_first: {first} are {first + window} tokens "

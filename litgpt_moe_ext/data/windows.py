@@ -124,9 +124,12 @@ class StreamWindows(Windows):
         super().__init__(TokenStream(shards), block_size, name)
         count = len(self.tokens)
         if count < block_size + 1:
+            remedy = (
+                f"use a shorter max_seq_length (at most {count - 1}) or more data" if count > 1 else "give more data"
+            )
             raise SettingsError(
                 f"train.max_seq_length: {block_size} needs windows of {block_size + 1} tokens, but the {name} has "
-                f"{count}; use a shorter max_seq_length (at most {max(count - 1, 0)}) or more data"
+                f"{count}; {remedy}"
             )
         self._count = (count - 1) // block_size
         starts = self.tokens.starts

@@ -268,6 +268,7 @@ def test_a_streaming_cache_may_be_as_long_as_the_context() -> None:
         ({**DOCUMENTS, "attention_document_restart_positions": 1}, "restart_positions: 1 must be true or false"),
         ({"streaming_cache_window": 8}, "streaming_cache_first: null and streaming_cache_window: 8 must both be set"),
         ({**STREAMING, "streaming_cache_window": 29}, "33 tokens together, .* use at most 28"),
+        ({**STREAMING, "streaming_cache_first": 32}, "streaming_cache_first: 32 leaves no room for .*32.; use less"),
         ({**STREAMING, **DOCUMENTS}, "streaming_cache_window: 8 does not go with attention_document_boundary: 'eos'"),
         (
             {**STREAMING, "rope_local_base_freq": 100.0, "rope_indices": [0, 1]},

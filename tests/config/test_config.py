@@ -30,6 +30,10 @@ NO_LOSSES = {"router_importance_loss_coef": 0.0, "router_load_loss_coef": 0.0}
         ({"moe_intermediate_size": None}, "moe_intermediate_size: null must be set"),
         ({"moe_intermediate_size": 0}, "moe_intermediate_size: 0 must be an integer of at least 1"),
         ({**GROUPS, "n_expert_groups": 3}, r"n_expert_groups: 3 must divide n_expert: 8; choose one of \[2, 4, 8\]"),
+        (
+            {**GROUPS, "n_expert": 1, "n_expert_per_token": 1, "n_expert_groups": 2},
+            "n_expert_groups: 2 must divide n_expert: 1; remove it, or raise n_expert",
+        ),
         ({**GROUPS, "n_expert_groups": 1}, "n_expert_groups: 1 must be an integer of at least 2"),
         ({**GROUPS, "n_topk_groups": None}, "n_topk_groups: null must be an integer from 1 to 4"),
         ({**GROUPS, "n_topk_groups": 5}, "n_topk_groups: 5 must be an integer from 1 to 4"),
@@ -105,6 +109,10 @@ NO_LOSSES = {"router_importance_loss_coef": 0.0, "router_load_loss_coef": 0.0}
         ),
         ({"mlp_only_layers": [-1]}, "mlp_only_layers: .-1. must be a list of different integers from 0 to 1"),
         ({"mlp_only_layers": [0, 1]}, "not all of them"),
+        (
+            {"n_layer": 1, "mlp_only_layers": [0]},
+            "mlp_only_layers: .0. leaves no MoE layer, since n_layer is 1; remove",
+        ),
         ({"mlp_only_layers": [0]}, "intermediate_size: null must be set because mlp_only_layers is .0."),
         ({"clip_qkv": 8.0}, "clip_qkv: 8.0 would be ignored because attention_class_name is not set"),
         ({"router_type": "hash", "router_bias": True}, "router_bias: True would be ignored because router_type: hash"),

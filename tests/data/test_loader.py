@@ -234,5 +234,7 @@ def test_impossible_settings(options, message):
 def test_data_shorter_than_a_window():
     with pytest.raises(ValueError, match=r"max_seq_length: 4 needs .* 5 tokens, but the validation data has 4;"):
         StreamWindows([np.arange(4, dtype=np.uint16)], 4, "validation data")
+    with pytest.raises(ValueError, match="but the data has 1; give more data$"):  # no length would do
+        StreamWindows([np.arange(1, dtype=np.uint16)], 4)
     with pytest.raises(ValueError, match="max_seq_length: 0 must be at least 1"):
         StreamWindows([np.arange(4, dtype=np.uint16)], 0)
