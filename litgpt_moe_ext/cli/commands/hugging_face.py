@@ -37,9 +37,23 @@ class Import:
             left_out = counted(len(done.left_out), "tensor")
             print(f"Left out {left_out} for predicting more than one token ({done.left_out[0]}, ...)")
         print(f"Wrote {self.out_dir}: {counted(config.n_layer, 'layer')} of {config.n_embd}, {config.mlp_class_name}")
+        if problem := _problem_with_tokenizer(self.hf_dir, self.out_dir, config.padded_vocab_size):
+            print(f"{problem}. `litgpt generate` needs one in {self.out_dir}")
         start = f"--model_config {self.out_dir} --initial_checkpoint_dir {self.out_dir}"
         tied = " --train.tie_embeddings true" if done.tied else ""
         print(f"Train it on: litgpt-moe train --config RECIPE {start}{tied}")
+
+
+def _problem_with_tokenizer(hf_dir: Path, out_dir: Path, vocab_size: int) -> str | None:
+    from litgpt_moe_ext.errors import SettingsError
+    from litgpt_moe_ext.evaluation.loading import VOCABULARY_FILES
+    from litgpt_moe_ext.export.source import read_tokenizer
+
+    try:
+        tokenizer = read_tokenizer(out_dir, vocab_size)
+    except SettingsError as error:
+        return str(error).removeprefix("checkpoint_dir: ")
+    return f"{hf_dir} has no tokenizer ({' or '.join(VOCABULARY_FILES)})" if tokenizer is None else None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Imported models compute what transformers computes, and are what was exported."""
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 from litgpt import GPT, Config
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from litgpt_moe_ext.cli.main import main
@@ -146,6 +149,30 @@ def test_a_tokenizer_whose_file_names_no_class(exported):
     imported(folder)
     assert load_tokenizer(folder / "back").eos_id == 7
     assert json.loads((folder / "back" / "tokenizer_config.json").read_text())["model_max_length"] == 1024
+
+
+@pytest.mark.parametrize("exported", ["gpt2"], indirect=True)
+@pytest.mark.parametrize(
+    ("size", "left", "problem"),
+    [
+        (97, None, None),
+        (98, None, r"the tokenizer in '.*back' has ids up to 97, but the model only 97 embeddings; .*"),
+        (97, 99, r"the tokenizer in .*back cannot be opened \(.*"),
+        (97, 0, r".*hf has no tokenizer \(tokenizer.json or tokenizer.model\)"),
+    ],
+    ids=["whole", "large", "cut", "none"],
+)
+def test_what_is_wrong_with_the_tokenizer_is_said_at_once(exported, capsys, size, left, problem):
+    """Not only by `litgpt generate`; the weights are imported all the same."""
+    folder, _ = exported
+    content = Tokenizer(WordLevel({str(i): i for i in range(size)}, unk_token="0")).to_str()[:left]
+    if content:
+        (folder / "hf" / "tokenizer.json").write_text(content)
+        (folder / "hf" / "tokenizer_config.json").write_text("{}")
+    assert main(["import", str(folder / "hf"), str(folder / "back")]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "litgpt generate" in line]
+    expected = rf"{problem}\. `litgpt generate` needs one in {folder / 'back'}"
+    assert (len(said) == 1 and re.fullmatch(expected, said[0])) if problem else not said, said
 
 
 @pytest.mark.parametrize("exported", ["gpt2"], indirect=True)
