@@ -66,8 +66,10 @@ def load_metrics(model: nn.Module) -> dict[str, float]:
         return {}
     records = [router.record for router in routers.values() if router.record is not None]
     biases = [router.e_score_correction_bias for router in routers.values() if router.bias_update_rate]
-    # All layers in one transfer: each would have to wait for the device.
-    tensors = iter(torch.cat(records + biases).cpu().split([len(tensor) for tensor in records + biases]))
+    # All layers in one transfer: each would have to wait for the device. Put together by type first: a GPU copies
+    # tensors of different types one by one.
+    together = torch.cat([torch.cat(alike).to(records[0].dtype) for alike in (records, biases) if alike])
+    tensors = iter(together.cpu().split([len(tensor) for tensor in records + biases]))
     records, biases = list(itertools.islice(tensors, len(records))), tensors
     metrics, layers = {}, []
     for position, ((name, router), record) in enumerate(zip(routers.items(), records, strict=True)):

@@ -1,4 +1,7 @@
-"""Print, as JSON, what moves the balancing biases of a model on the null GPU: run by a test, on that GPU."""
+"""Print, as JSON, what moves the balancing biases of a model on the null GPU, and what a line of a log then takes.
+
+Run by a test, on that GPU.
+"""
 
 import ctypes
 import json
@@ -10,7 +13,7 @@ import torch
 
 import litgpt_moe_ext  # noqa: F401  # registers the layers
 from litgpt_moe_ext.moe.balancing import update_routers
-from litgpt_moe_ext.moe.metrics import routers_of
+from litgpt_moe_ext.moe.metrics import load_metrics, routers_of
 
 if __name__ == "__main__":
     gpu = ctypes.CDLL(os.environ["LD_PRELOAD"])
@@ -19,13 +22,16 @@ if __name__ == "__main__":
     with torch.device("cuda"):
         model = litgpt.GPT(litgpt.Config(**json.load(sys.stdin)))
     routers = routers_of(model).values()
+    found = {}
     for _ in range(2):  # the kernel is compiled for the first
         for router in routers:
             leaf = router.tally.leaf_on(torch.device("cuda"))
             leaf.grad = torch.zeros_like(leaf)
-        waited = gpu.null_gpu_waited()
-        gpu.null_gpu_trace(1)
-        update_routers(routers)
-        started = gpu.null_gpu_names().decode().split("\n")[:-1]
-        gpu.null_gpu_trace(0)
-    print(json.dumps({"started": started, "waited": gpu.null_gpu_waited() - waited}))
+        for name, act in (("moving", lambda: update_routers(routers)), ("logging", lambda: load_metrics(model))):
+            waited = gpu.null_gpu_waited()
+            gpu.null_gpu_trace(1)
+            act()
+            started = gpu.null_gpu_names().decode().split("\n")[:-1]
+            gpu.null_gpu_trace(0)
+            found[name] = {"started": started, "waited": gpu.null_gpu_waited() - waited}
+    print(json.dumps(found))

@@ -56,10 +56,13 @@ def test_the_biases_of_all_layers_move_in_two(gpu, schedule):
     settings["router_bias_update_schedule"] = schedule
     command = (sys.executable, "-m", "tests.null_gpu.balancing")
     ended = run_command(*command, stdin=json.dumps(settings), **null_gpu.environment(gpu, 86))
-    found = json.loads(ended.stdout.splitlines()[-1])
-    assert len(found["started"]) == 2, found["started"]
-    assert found["started"][1] == "_move"
-    assert found["waited"] == 0
+    moving, logging = json.loads(ended.stdout.splitlines()[-1]).values()
+    assert len(moving["started"]) == 2, moving["started"]
+    assert moving["started"][1] == "_move"
+    assert moving["waited"] == 0
+    # However many layers there are: the records, the biases, their cast, both, and one transfer.
+    assert len(logging["started"]) == 5, logging["started"]
+    assert logging["waited"] == 1
 
 
 def test_the_benchmark_measures_steps_as_graphs(gpu, tmp_path):
