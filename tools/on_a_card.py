@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,9 +29,10 @@ TESTS_SHARE = 0.5
 PATIENCE = 10
 
 
-def run(name: str, command: list[str], seconds: float, folder: Path) -> dict[str, object]:
-    """Run a part with its output on the screen and in a file, at most for `seconds`; say how it ended."""
-    start = time.monotonic()
+def run(part: dict[str, object], command: list[str], seconds: float, folder: Path) -> None:
+    """Run a part with its output on the screen and in a file, at most for `seconds`, and write into it how it ended."""
+    start, name = time.monotonic(), part["part"]
+    part |= {"ended": "interrupted", "command": command}
     log = folder / f"{name}.txt"
     # The package need not be installed.
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -40,16 +42,15 @@ def run(name: str, command: list[str], seconds: float, folder: Path) -> dict[str
             [sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
             env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": paths},
         )  # fmt: skip
-        ended = "ok"
         try:
             code = process.wait(seconds)
-            ended = "ok" if code == 0 else f"exit code {code}"
+            part["ended"] = "ok" if code == 0 else f"exit code {code}"
         except subprocess.TimeoutExpired:
-            ended = "out of time"
+            part["ended"] = "out of time"
         finally:
             _end(process)
+            part["seconds"] = round(time.monotonic() - start)
     print(log.read_text(encoding="utf-8", errors="replace")[-4000:], flush=True)
-    return {"part": name, "seconds": round(time.monotonic() - start), "ended": ended, "command": command}
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -83,8 +84,8 @@ def report(parts: list[dict[str, object]], figures: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Run both parts."""
+def main() -> int:
+    """Run both parts, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--minutes", type=float, default=13.0, help="for all of it")
     parser.add_argument("--out", type=Path, default=Path("card"), help="folder for what is found")
@@ -92,37 +93,58 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="cpu tries the code at toy sizes")
     parser.add_argument("--only", choices=["tests", "benchmark"], help="one of the parts")
     arguments = parser.parse_args()
-    folder = arguments.out.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ["GPU_TESTS_DEVICE"] = arguments.device
-    end = time.monotonic() + 60 * arguments.minutes
-    parts: list[dict[str, object]] = []
+    folder = arguments.out = arguments.out.resolve()
     figures_file = folder / "benchmark.json"
+    if earlier := [file.name for file in (folder / "report.json", figures_file) if file.exists()]:
+        parser.error(f"--out: {folder} has the {earlier[0]} of an earlier call; name another folder")
+    parts: list[dict[str, object]] = []
 
     def save() -> None:
         figures = json.loads(figures_file.read_text(encoding="utf-8")) if figures_file.is_file() else {}
         (folder / "report.md").write_text(report(parts, figures), encoding="utf-8")
         (folder / "report.json").write_text(json.dumps({"parts": parts, **figures}, indent=1), encoding="utf-8")
 
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save()
+    except OSError as error:
+        parser.error(f"--out: {folder} cannot be written to ({error.strerror}); name another folder")
+    # As the end of a job sends it. The parts, which are in sessions of their own, would go on.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        run_parts(arguments, parts, save)
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        save()
+        print(f"\nWritten to {folder}: report.md and report.json")
+    return 0
+
+
+def run_parts(arguments: argparse.Namespace, parts: list[dict[str, object]], save: Callable[[], None]) -> None:
+    """Run what is asked for, and add each part to `parts` when it begins."""
+    end = time.monotonic() + 60 * arguments.minutes
+    os.environ["GPU_TESTS_DEVICE"] = arguments.device
     if arguments.only != "benchmark":
         command = ["-m", "pytest", "tests/gpu", "-m", "gpu", "-p", "no:cacheprovider", "--durations=15", "-rfE"]
         # Compiling kernels is most of the work, and for a CPU. Kernels before steps, so that time runs out for these.
-        command += [f"--junitxml={folder / 'tests.xml'}"]
+        command += [f"--junitxml={arguments.out / 'tests.xml'}"]
         if importlib.util.find_spec("xdist") is not None:
             command += ["-n", str(arguments.processes), "--dist", "load"]
         share = 1.0 if arguments.only else TESTS_SHARE
-        part = run("tests", command, share * (end - time.monotonic()), folder)
-        last = (folder / "tests.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        parts.append(part | {"summary": "".join(last)})
+        parts.append({"part": "tests"})
+        run(parts[-1], command, share * (end - time.monotonic()), arguments.out)
+        last = (arguments.out / "tests.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        parts[-1]["summary"] = "".join(last)
         save()
     if arguments.only != "tests":
         left = end - time.monotonic()
+        figures_file = arguments.out / "benchmark.json"
         command = ["benchmarks/gpu.py", "--out", str(figures_file), "--minutes", f"{(left - 45) / 60:.2f}"]
         command += ["--device", "cpu", "--tiny"] if arguments.device == "cpu" else []
-        parts.append(run("benchmark", command, left, folder))
-    save()
-    print(f"\nWritten to {folder}: report.md and report.json")
+        parts.append({"part": "benchmark"})
+        run(parts[-1], command, left, arguments.out)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
