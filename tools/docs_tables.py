@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 _PLACE = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<table>.*?)(<!-- end of table -->)", re.S)
+_MARK = re.compile(r"<!-- (?:table: |end of table)")
 
 
 def model_config() -> str:
@@ -101,20 +102,28 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def filled(text: str) -> str:
     """Return a page with its tables made anew."""
+    for place in _PLACE.finditer(text):
+        if _MARK.search(place["table"]):
+            raise ValueError(f"the table {place['name']} does not end before the next")
+    if _MARK.search(_PLACE.sub("", text)):
+        raise ValueError("a table has only one of the two marks around it")
     return _PLACE.sub(lambda place: f"{place[1]}\n{TABLES[place['name']]()}\n{place[4]}", text)
 
 
-def main(arguments: list[str]) -> int:
+def main() -> int:
     """Write all pages, or with `--check` say which would change."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a page would change")
+    check = parser.parse_args().check
     stale = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         new = filled(text)
         if new != text:
             stale.append(str(page.relative_to(ROOT)))
-            if "--check" not in arguments:
+            if not check:
                 page.write_text(new, encoding="utf-8")
-    if stale and "--check" in arguments:
+    if stale and check:
         print(f"run `uv run python tools/docs_tables.py`: {', '.join(stale)}", file=sys.stderr)
         return 1
     return 0
@@ -143,4 +152,4 @@ def _unwrap(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
