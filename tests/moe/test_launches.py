@@ -16,6 +16,7 @@ from litgpt_moe_ext.moe.layer import SharedExpertMoE
 from tests.fake_cuda import DTYPES, RECIPES, fake_cuda
 from tests.models import initialized_model, moe_config, randomize
 from tests.moe.routers import RULES
+from tests.runs import ROOT
 
 # These only describe memory in another way, or reserve it.
 FREE = {
@@ -173,6 +174,17 @@ def test_so_many_settings_at_once_start_at_most_25_kernels(capability, n_setting
         config = moe_config(n_embd=256, moe_intermediate_size=64, **settings)
         started = launches_of_layer(config, capability, padded=padded)
         assert len(started) <= 25, (names, started)
+
+
+def test_all_of_these_settings_start_what_the_pages_say():
+    pytest.importorskip("triton")
+    settings = {name: value for name, value in SETTINGS.items() if name != "padding"}
+    config = moe_config(n_embd=256, moe_intermediate_size=64, **settings)
+    on_8, on_10 = (len(launches_of_layer(config, capability, padded=True)) for capability in ((8, 6), (10, 0)))
+    page = (ROOT / "docs" / "how-to" / "one-gpu.md").read_text(encoding="utf-8")
+    assert f"All at once are {on_8}, on 10.x {on_10}." in page
+    results = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    assert f"All ten start {on_8} and {on_10}," in results
 
 
 @pytest.mark.parametrize(
