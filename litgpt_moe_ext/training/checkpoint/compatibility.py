@@ -130,14 +130,15 @@ def require_same_groups(checkpoint_dir: Path, settings: dict[str, Any], config: 
     if not isinstance(before, dict) or not isinstance(now, dict) or before == now:
         return
     from litgpt_moe_ext.meta.models import meta_model
+    from litgpt_moe_ext.training.optim.arguments import is_muon
     from litgpt_moe_ext.training.optim.parameter_groups import group_parameters
 
-    model = meta_model(config)
+    model, split = meta_model(config), is_muon(settings["optimizer"])
     for name, value in now.items():
         if name not in before or before[name] == value:
             continue
         ours, theirs = (
-            [[id(parameter) for parameter in group["params"]] for group in group_parameters(model, args)]
+            [[id(parameter) for parameter in group["params"]] for group in group_parameters(model, args, split)]
             for args in (ParameterGroupArgs(**now), ParameterGroupArgs(**{**now, name: before[name]}))
         )
         if ours != theirs:
@@ -215,7 +216,7 @@ def _is_null_by_default(name: str) -> bool:
 def _is_kept_by_the_optimizer(name: str) -> bool:
     # All of its arguments, given or not, but for the rate, which the schedule sets anew.
     argument = name.startswith("optimizer.") and name not in ("optimizer.class_path", "optimizer.lr")
-    return argument or name == "parameter_groups.router_lr_factor"
+    return argument or name.startswith(f"{ParameterGroupArgs.key}.")
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -44,6 +44,13 @@ def in_full(optimizer: str | dict) -> str | dict:
     return {"class_path": path if "." in path else f"torch.optim.{path}", "init_args": arguments}
 
 
+def is_muon(optimizer: str | dict) -> bool:
+    """Return whether an optimizer updates matrices by Muon, which it has to be given in groups of their own."""
+    from litgpt_moe_ext.training.optim.muon import MuonAdamW
+
+    return issubclass(_optimizer_class(optimizer)[0], MuonAdamW)
+
+
 def _obstacle(optimizer: type) -> str | None:
     if optimizer is torch.optim.Muon:
         from litgpt_moe_ext.training.optim.muon import MuonAdamW

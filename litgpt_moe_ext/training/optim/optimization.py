@@ -8,8 +8,7 @@ from litgpt.utils import instantiate_torch_optimizer
 
 from litgpt_moe_ext.host.without_compiler import step_without_compiler
 from litgpt_moe_ext.training.callback import Callback
-from litgpt_moe_ext.training.optim.arguments import in_full
-from litgpt_moe_ext.training.optim.muon import MuonAdamW
+from litgpt_moe_ext.training.optim.arguments import in_full, is_muon
 from litgpt_moe_ext.training.optim.parameter_groups import group_parameters, scale_rates
 from litgpt_moe_ext.training.optim.schedules import Schedule
 from litgpt_moe_ext.training.settings import ParameterGroupArgs, ScheduleArgs
@@ -34,7 +33,7 @@ class Optimization(Callback):
 
     def on_after_setup(self, fabric: Any, module: torch.nn.Module) -> None:
         """Keep the model whose parameters will be optimized."""
-        self._model, self._device = module, fabric.device
+        self._model = module
 
     def make_optimizer(self, optimizer: str | dict, _parameters: Any, **_kwargs: Any) -> torch.optim.Optimizer:
         """Return the optimizer for the model that was set up; called as LitGPT's `instantiate_torch_optimizer`.
@@ -44,8 +43,7 @@ class Optimization(Callback):
         """
         optimizer = in_full(optimizer)
         given = optimizer["init_args"] if isinstance(optimizer, dict) else {}
-        probe = _instantiate(optimizer, [torch.nn.Parameter(torch.zeros(1, device=self._device))])
-        groups = group_parameters(self._model, self._group_args, split_matrices=isinstance(probe, MuonAdamW))
+        groups = group_parameters(self._model, self._group_args, split_matrices=is_muon(optimizer))
         extra = {}
         if "fused" not in given and "foreach" not in given and not self._scaled and self._can_fuse(optimizer):
             extra["fused"] = True

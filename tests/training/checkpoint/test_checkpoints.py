@@ -44,8 +44,10 @@ from litgpt_moe_ext.training.checkpoint.writer import CheckpointWriter
 from litgpt_moe_ext.training.control import TrainingStopped
 from litgpt_moe_ext.training.parallel import memory
 from litgpt_moe_ext.training.settings import CheckpointArgs, DistributedArgs, ParameterGroupArgs
-from tests.models import moe_config
+from tests.models import dense_config, moe_config
 from tests.runs import logged, small_disk, train
+
+MUON = "litgpt_moe_ext.training.optim.muon.MuonAdamW"
 
 
 def directories(out_dir: Path) -> list[str]:
@@ -553,6 +555,7 @@ def test_resume_notes(recipe, finished, tmp_path, capsys):
         (*({"optimizer": {"init_args": {"eps": eps}}} for eps in (0.1, 0.5)), "eps", "optimizer.eps was 0.1"),
         (*({"optimizer": {"init_args": args}} for args in ({}, {"eps": 0.5})), "eps", "optimizer.eps was null"),
         (*({"parameter_groups": {"router_lr_factor": factor}} for factor in (0.1, 0.5)), "lr_factor", "was 0.1"),
+        (*({"parameter_groups": {"no_weight_decay": kinds}} for kinds in ([], ["norms"])), "weight_decay", "was []"),
     ],
 )
 def test_what_the_state_of_the_optimizer_keeps(tmp_path, before, now, name, words):
@@ -577,13 +580,28 @@ def test_what_the_state_of_the_optimizer_keeps(tmp_path, before, now, name, word
         ({}, {"no_weight_decay": ["biases"]}, None),  # of which the model has none
     ],
 )
-def test_parameters_in_other_groups_than_those_of_the_checkpoint(tmp_path, before, now, name):
+@pytest.mark.parametrize("optimizer", ["AdamW", MUON])
+def test_parameters_in_other_groups_than_those_of_the_checkpoint(tmp_path, before, now, name, optimizer):
     """Whose state the optimizer could not load, or would give to others."""
-    saved, settings = ({"parameter_groups": asdict(ParameterGroupArgs(**args))} for args in (before, now))
+    saved, settings = (
+        {"parameter_groups": asdict(ParameterGroupArgs(**args)), "optimizer": optimizer} for args in (before, now)
+    )
     (tmp_path / "hyperparameters.yaml").write_text(yaml.safe_dump(saved))
     refused = pytest.raises(SettingsError, match=rf"^parameter_groups\.{name}, as") if name else nullcontext()
     with refused:
         require_same_groups(tmp_path, settings, moe_config())
+
+
+def test_matrices_are_a_group_for_muon_anyway(tmp_path):
+    """So that of a dense model one group is left, with weight decay or without."""
+    saved, settings = (
+        {"parameter_groups": asdict(ParameterGroupArgs(no_weight_decay=kinds))}
+        for kinds in ([], ["norms", "biases", "embeddings"])
+    )
+    (tmp_path / "hyperparameters.yaml").write_text(yaml.safe_dump(saved))
+    require_same_groups(tmp_path, settings | {"optimizer": MUON}, dense_config())
+    with pytest.raises(SettingsError, match="^parameter_groups.no_weight_decay"):
+        require_same_groups(tmp_path, settings | {"optimizer": "AdamW"}, dense_config())
 
 
 @pytest.mark.parametrize(("name", "value"), [("every_minutes", 0), ("keep_last", 0)])
