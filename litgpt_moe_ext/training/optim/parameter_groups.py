@@ -21,7 +21,7 @@ def group_parameters(model: nn.Module, args: ParameterGroupArgs, split_matrices:
         args: What to distinguish.
         split_matrices: Give the matrices and stacks of matrices that Muon is meant for groups of their own, with the
             key `matrix_parts`: how many matrices lie above one another in each. Embeddings, the output head, the
-            routers' gates and vectors stay without it.
+            routers' gates and vectors, also those of one row such as the gate of shared experts, stay without it.
 
     Returns:
         Groups with `params`, and where they differ from the optimizer's defaults `weight_decay` and `lr_factor`.
@@ -30,7 +30,7 @@ def group_parameters(model: nn.Module, args: ParameterGroupArgs, split_matrices:
     for name, parameter, owner in _trainable_parameters(model):
         kind = _kind(name, parameter, owner)
         factor = args.router_lr_factor if kind == "router" else 1.0
-        parts = _matrix_parts(name) if split_matrices and kind == "matrix" else 0
+        parts = _matrix_parts(name, parameter) if split_matrices and kind == "matrix" else 0
         members[kind in args.no_weight_decay, factor, parts].append(parameter)
     groups = []
     for (without_decay, factor, parts), parameters in members.items():
@@ -77,6 +77,9 @@ def _kind(name: str, parameter: nn.Parameter, owner: nn.Module) -> str:
     return "matrix" if parameter.ndim >= 2 else "other"
 
 
-def _matrix_parts(name: str) -> int:
+def _matrix_parts(name: str, parameter: nn.Parameter) -> int:
     # Experts keep their gate projection above their up projection.
-    return 2 if name.endswith("gate_up_proj") else 1
+    parts = 2 if name.endswith("gate_up_proj") else 1
+    # A vector has no singular vectors to make even: Muon would do no more than give its gradient a length.
+    is_vector = 1 in (parameter.size(-2) // parts, parameter.size(-1))
+    return 0 if is_vector else parts
