@@ -80,6 +80,8 @@ def download_only_models(utils: Any) -> None:
     @wraps(original)
     def auto_download_checkpoint(model_name: Path | str, *args: Any, **kwargs: Any) -> Path:
         _refuse_neighbours(utils.extend_checkpoint_dir(Path(model_name)), _WEIGHTS)
+        if not Path(model_name).parts:  # the working directory, in whose parts LitGPT would look
+            model_name = Path(model_name).absolute()
         checkpoint_dir = original(model_name, *args, **kwargs)
         if not (checkpoint_dir / _WEIGHTS).is_file():
             raise NoCheckpointError(

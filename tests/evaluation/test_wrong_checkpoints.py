@@ -51,6 +51,14 @@ def test_the_folder_of_a_file_is_named(command: Callable):
         command(Path("runs/mine/final/lit_model.pth"))
 
 
+@pytest.mark.parametrize("name", ["chat", "evaluate", "convert_from_litgpt", "convert_pretrained", "LLM"])
+def test_a_working_directory_without_weights_is_named(name: str, monkeypatch):
+    Path("empty").mkdir()
+    monkeypatch.chdir("empty")
+    with pytest.raises(SettingsError, match=rf"^checkpoint_dir: '{Path.cwd()}' is missing the files: .'lit_model.pth'"):
+        COMMANDS[name](Path("."))
+
+
 @pytest.mark.parametrize("path", ["/nowhere/mine", "runs/nowhere", "runs/nowhere/final", "checkpoints/mine"])
 @pytest.mark.parametrize("name", ["chat", "evaluate", "convert_from_litgpt", "convert_pretrained", "LLM"])
 def test_a_path_to_nothing_is_refused_in_a_line(name: str, path: str):
