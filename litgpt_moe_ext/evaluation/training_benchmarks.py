@@ -5,7 +5,7 @@ A benchmark has `scores(model)`, which every process calls and which returns the
 begins. The model is whole on every process and in evaluation mode.
 
 When the run has been told to stop, a benchmark asks nothing more, but meets the other processes as if it had: then its
-scores mean nothing.
+scores mean nothing, or there are none.
 """
 
 import contextlib
@@ -176,14 +176,15 @@ class TaskFile:
         shared = _SharedModel(model, self._tokenizer, self._tokenizer_dir, self._batch_size, self._fabric)
         tasks = {self._task.config.task: self._task}
         # lm-eval draws a bar while it builds the requests, on every process and whether there is a terminal or not.
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(_ToldToStop):
             return evaluate(lm=shared, task_dict=tasks, limit=limit, log_samples=False, bootstrap_iters=0)
 
 
 class _SharedModel(GPTModel):
     """A model with a copy on every rank.
 
-    lm-eval divides the documents among the ranks, and gathers through `accelerator`.
+    lm-eval divides the documents among the ranks, and gathers through `accelerator`. Told to stop, all leave it at the
+    same place, before a metric judges answers that were not given.
     """
 
     def __init__(
@@ -194,15 +195,23 @@ class _SharedModel(GPTModel):
         self._rank, self._world_size, self._fabric = fabric.global_rank, fabric.world_size, fabric
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
-        with contextlib.suppress(_ToldToStop):
+        with self._until_all_know():
             return super()._loglikelihood_tokens(requests, *args, **kwargs)
         return [(0.0, False)] * len(requests)
 
     def generate_until(self, requests: "list[Instance]", disable_tqdm: bool = False) -> list[str]:
         """See `GPTModel.generate_until`."""
-        with contextlib.suppress(_ToldToStop):
+        with self._until_all_know():
             return super().generate_until(requests, disable_tqdm)
         return [""] * len(requests)
+
+    @contextlib.contextmanager
+    def _until_all_know(self) -> Iterator[None]:
+        try:
+            yield
+        except _ToldToStop:
+            if self._world_size == 1:
+                raise
 
     @property
     def accelerator(self) -> "_SharedModel":
@@ -214,5 +223,6 @@ class _SharedModel(GPTModel):
         return cast(Tensor, self._fabric.all_gather(number)).view(-1)
 
     def wait_for_everyone(self) -> None:
-        """Return when every process has called."""
-        self._fabric.barrier()
+        """Return when every process has called, with the answers to its requests, unless one is told to stop."""
+        if self._fabric.agree_on_interruption():
+            raise _ToldToStop

@@ -7,7 +7,7 @@ import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import torch
@@ -71,6 +71,12 @@ class TrainingFabric(L.Fabric):
     def step(self) -> int:
         """Number of finished optimizer steps."""
         return self.state["step_count"]
+
+    def agree_on_interruption(self) -> bool:
+        """Return whether a process has received a signal, which others may not have heard of; all must call."""
+        received = torch.tensor(self.stop_requests.received, device=self.device)
+        self.interrupted_by = int(cast(Tensor, self.all_reduce(received, reduce_op="max")))
+        return bool(self.interrupted_by)
 
     def add_callback(self, callback: Callback, first: bool = False) -> None:
         """Add a callback after construction, `first` before those that are there."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import torch
 from litgpt import Tokenizer
 
 from litgpt_moe_ext.errors import SettingsError
@@ -118,7 +117,7 @@ class TrainingBenchmarks(Callback):
                     # A benchmark is not worth a run.
                     name = type(benchmark).__name__
                     self._fabric.print(f"  {name} failed after step {step}: {type(error).__name__}: {error}")
-                if self._is_interrupted():
+                if self._fabric.agree_on_interruption():
                     self._evaluated_step, self._interrupted = None, True
                     self._fabric.print(f"  benchmarks stopped after step {step}; --resume auto runs them again")
                     return
@@ -127,12 +126,6 @@ class TrainingBenchmarks(Callback):
             shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
             self._fabric.print(f"  {shown} ({seconds:.1f} s)")
         self._fabric.log_dict(scores)
-
-    def _is_interrupted(self) -> bool:
-        # Some processes may have heard of it, and others not.
-        received = torch.tensor(self._fabric.stop_requests.received, device=self._fabric.device)
-        self._fabric.interrupted_by = int(cast(torch.Tensor, self._fabric.all_reduce(received, reduce_op="max")))
-        return bool(self._fabric.interrupted_by)
 
     def state_dict(self) -> dict[str, Any]:
         """Return whether an evaluation was interrupted."""

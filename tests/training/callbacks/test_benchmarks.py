@@ -20,7 +20,7 @@ from litgpt_moe_ext.training.parallel.strategies import make_strategy
 from litgpt_moe_ext.training.settings import DistributedArgs, EvaluateArgs, Settings
 from tests.models import moe_config
 from tests.runs import logged, refused, train, weights_of
-from tests.training.processes import train_in_ranks
+from tests.training.processes import Training, free_port, train_in_ranks
 
 ENDINGS = ["return x", "pass", "def f", "import os", "if a", "else", "self", "is not"]
 # Draws tokens, whose generators are those of the training.
@@ -174,6 +174,44 @@ def test_a_signal_waits_for_no_benchmark(
     assert list(logged(tmp_path / "out", "lm_eval/continuation/exact_match")) == steps
     finished(tmp_path / "plain")
     assert logged(tmp_path / "out", "loss") == logged(tmp_path / "plain", "loss")
+
+
+# Sends the signal while an evaluation of a trained model builds its requests, and judges texts only.
+JUDGE = """
+import os, signal
+from pathlib import Path
+
+def ask(doc):
+    table = Path(__file__).parent / "out" / "metrics.csv"
+    if os.environ["RANK"] == os.environ["SIGNALLED"] and table.exists() and len(table.read_text().splitlines()) > 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return doc["text"]
+
+def judge(doc, texts):
+    return {"length": len(texts[0]) / len(texts[0])}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_no_metric_sees_what_was_not_asked(recipe, tmp_path, task_file, ranks):
+    """Where it fails on an empty text, a process that ends would leave the others waiting, and the run unsaved."""
+    (tmp_path / "judge.py").write_text(JUDGE)
+    task = TASK.replace('"{{text}}"', "!function judge.ask", 1).split("metric_list")[0]
+    metric = "{metric: length, aggregation: mean, higher_is_better: true}"
+    task_file.write_text(f"{task}process_results: !function judge.judge\nmetric_list: [{metric}]\n")
+    (tmp_path / "documents.json").write_text("\n".join(json.dumps({"text": f"x = {i}"}) for i in range(4)))
+    file = recipe(devices=ranks, evaluate={"tasks": [str(task_file)], "every_steps": 3, "batch_size": 1})
+    where = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    where |= {"SIGNALLED": str(ranks - 1), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    processes = [
+        Training("--config", file, "--devices=auto", environment={**where, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(ranks)
+    ]
+    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [143] * ranks, outputs
+    assert "benchmarks stopped after step 3" in outputs[0]
+    assert "failed after" not in outputs[0]
 
 
 def test_a_failing_benchmark_is_not_worth_a_run(recipe, tmp_path, hellaswag_file, monkeypatch, capsys):
