@@ -2,7 +2,7 @@
 
 This one makes a document of every chapter of Markdown books. What it inherits: a tokenizer of your choice, the
 preparation (in several processes, continued after an interruption, kept under a key of content and settings), a share
-that validates, packing, exact resume. Name it in a recipe,
+that validates, packing, exact resume. Name it in a recipe, here on top of the quickstart, and say where it is:
 
     data:
       class_path: add_a_data_module.Chapters
@@ -10,7 +10,7 @@ that validates, packing, exact resume. Name it in a recipe,
         source_path: books/
         bpe: {vocab_size: 2048}
 
-and say where it is: `PYTHONPATH=examples uv run python run_train.py --config recipe.yaml`.
+    PYTHONPATH=examples uv run python run_train.py --config configs/quickstart.yaml --config my_recipe.yaml
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,8 @@ from pathlib import Path
 
 from litgpt_moe_ext.data import DocumentCorpus
 from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source, find_files
-from litgpt_moe_ext.data.reading.record import Record
+from litgpt_moe_ext.data.reading.documents import documents
+from litgpt_moe_ext.data.reading.record import Record, TextFormat
 
 
 @dataclass(kw_only=True)
@@ -44,12 +45,14 @@ class Chapters(DocumentCorpus):
 
 def chapters(book: Path) -> Iterator[Record]:
     """Yield the chapters of a book: the text, where it is, and how many bytes are read up to its end."""
-    read, start, lines = 0, 0, []
-    for line in book.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.startswith("# ") and lines:
-            yield Record("".join(lines), f"byte {start}", read)
-            start, lines = read, []
+    # The package's reader refuses what is not UTF-8 text, with its place, and makes line ends of any style LF.
+    (whole,) = documents(book, TextFormat())
+    read, start, lines, in_code = 0, 1, [], False
+    for number, line in enumerate(whole.text.split("\n"), start=1):
+        if line.startswith("# ") and lines and not in_code:
+            yield Record("\n".join([*lines, ""]), f"line {start}", read)
+            start, lines = number, []
+        in_code ^= line.startswith("```")
         lines.append(line)
-        read += len(line.encode())
-    if lines:
-        yield Record("".join(lines), f"byte {start}", read)
+        read += len(line.encode()) + 1
+    yield Record("\n".join(lines), f"line {start}", whole.position)

@@ -1,11 +1,17 @@
 """Add a router, an auxiliary loss and an activation to litgpt_moe_ext, and train with them.
 
-A recipe for it says `mlp_class_name: MoE`, `router_type: temperature` and `mlp_activation: mishglu`, and sets no field
-that another router reads (`router_bias_update_rate`, `norm_topk_prob`, ...):
+A recipe says so, here on top of the quickstart:
 
-```
-uv run python examples/add_a_router.py --config my_recipe.yaml
-```
+    model_config:
+      mlp_class_name: MoE
+      router_type: temperature
+      mlp_activation: mishglu
+      # What the quickstart's router reads and this one would ignore.
+      router_score_function: null
+      norm_topk_prob: false
+      router_bias_update_rate: null
+
+    uv run python examples/add_a_router.py --config configs/quickstart.yaml --config my_recipe.yaml
 
 This takes every flag of `run_train.py`. Nothing in the package has to be edited: a class or function each, and an entry
 in the registry that says what it has or needs. Which settings go together, their checks, and their metrics follow from

@@ -13,6 +13,7 @@ import yaml
 from litgpt_moe_ext import extend
 from litgpt_moe_ext.moe.activations import Pointwise
 from litgpt_moe_ext.moe.registry import ActivationType
+from tests.docs.pages import recipe_of
 from tests.runs import ROOT, run_command
 
 SCRIPT = ROOT / "examples" / "add_a_router.py"
@@ -37,9 +38,9 @@ RECIPE = {
         "norm_class_name": "RMSNorm",
         "bias": False,
         "mlp_class_name": "MoE",
-        "router_type": "temperature",
-        "router_initial_temperature": 2.0,
-        "mlp_activation": "mishglu",
+        "router_score_function": "sigmoid",
+        "router_bias_update_rate": 0.01,
+        "norm_topk_prob": True,
         "n_expert": 4,
         "n_expert_per_token": 2,
         "moe_intermediate_size": 8,
@@ -62,7 +63,10 @@ def test_a_router_of_ones_own_trains(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     data = {"class_path": "litgpt_moe_ext.data.PythonStdlib", "init_args": data}
     recipe.write_text(yaml.safe_dump({**RECIPE, "out_dir": str(tmp_path / "out"), "data": data}))
-    run_command(sys.executable, SCRIPT, "--config", recipe, cwd=tmp_path)
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(recipe_of("add_a_router"))
+    changes = ["--config", mine, "--model_config.router_initial_temperature", "2.0"]
+    run_command(sys.executable, SCRIPT, "--config", recipe, *changes, cwd=tmp_path)
     saved = yaml.safe_load((tmp_path / "out" / "final" / "model_config.yaml").read_text())
     assert saved["router_spread_loss_coef"] == 0.01
     log = (tmp_path / "out" / "metrics-wide.csv").read_text().splitlines()

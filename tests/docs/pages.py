@@ -1,6 +1,8 @@
-"""The commands that README and docs show, with what their pages say about running them."""
+"""The commands that README and docs show, with what their pages say about running them, and recipes of examples."""
 
+import ast
 import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,3 +44,9 @@ def blocks(page: Path) -> list[Block]:
         page_name = str(page.relative_to(ROOT))
         found.append(Block(page_name, commands, kind == "run", status, rest if kind == "not run" else ""))
     return found
+
+
+def recipe_of(example: str) -> str:
+    """Return the recipe that the docstring of an example shows: the first indented block with keys."""
+    text = ast.get_docstring(ast.parse((ROOT / "examples" / f"{example}.py").read_text(encoding="utf-8")))
+    return textwrap.dedent(re.search(r"^    \w+:\n(?:    .*\n)+", text, re.M)[0])
