@@ -55,7 +55,8 @@ class Blockwise:
         dqs, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
         for begin in range(0, q.size(2), BLOCK):
             block = slice(begin, begin + BLOCK)
-            share_BHTS = (scores_of(q[:, :, block], k, begin, inputs, call) - result.lse_BHT[:, :, block, None]).exp()
+            scores_BHTS = scores_of(q[:, :, block], k, begin, inputs, call)
+            share_BHTS = (scores_BHTS - result.lse_BHT[:, :, block, None]).exp().nan_to_num()
             row_BHT1 = (dout[:, :, block] * result.out_BHTd[:, :, block]).sum(-1, keepdim=True)
             dscores_BHTS = share_BHTS * (dout[:, :, block] @ v.mT - row_BHT1) * call.scale
             dqs.append(dscores_BHTS @ k)

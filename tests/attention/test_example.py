@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from litgpt_moe_ext.attention.kernels.registry import KERNELS, AttentionKernel, register_kernel
+from litgpt_moe_ext.attention.sinks import Softmax, sink_attention
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "add_an_attention_kernel.py"
 
@@ -39,3 +41,15 @@ def test_registering() -> None:
         register_kernel(AttentionKernel(name="mine", summary="", functions="elsewhere", dtypes={}))
     with pytest.raises(ValueError, match="before: 'nothing' must be one of flash_cpu, "):
         register_kernel(AttentionKernel(name="other", summary="", functions="nowhere", dtypes={}), before="nothing")
+
+
+def test_a_query_that_sees_nothing_has_gradients_of_zero() -> None:
+    runpy.run_path(str(EXAMPLE))["register"]()
+    query, key, value = (torch.randn(1, heads, 20, 4, requires_grad=True) for heads in (4, 2, 2))
+    mask = torch.ones(20, 20, dtype=torch.bool).tril()
+    mask[17] = False
+    output = sink_attention(query, key, value, Softmax(None, 0.5, backend="blockwise"), mask=mask)
+    output.square().sum().backward()
+    assert not output[:, :, 17].any()
+    assert not query.grad[:, :, 17].any()
+    assert all(x.grad.isfinite().all() for x in (query, key, value))
