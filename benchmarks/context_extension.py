@@ -213,6 +213,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="models trained at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("context_extension"))
     args = parser.parse_args()
+    if not args.out.parent.is_dir():
+        parser.error(f"--out: {args.out.parent} must be a folder")
 
     begin = time.perf_counter()
     cases = list(product((False, True), range(args.seeds)))
@@ -227,9 +229,9 @@ def main() -> None:
         f"{time.perf_counter() - begin:.0f} s. Loss in nats per byte by position.\n"
     )
     print_table(results, args.seeds)
-    plot(results, args.seeds, args.out.with_suffix(".png"))
     named = {f"sinks={sinks} seed={seed}": readings for (sinks, seed), readings in results.items()}
-    args.out.with_suffix(".json").write_text(json.dumps(named))
+    args.out.with_name(args.out.name + ".json").write_text(json.dumps(named))
+    plot(results, args.seeds, args.out.with_name(args.out.name + ".png"))
 
 
 if __name__ == "__main__":

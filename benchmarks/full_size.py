@@ -113,8 +113,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2, help="sequences of the recipe's length per step")
     parser.add_argument("--out-dir", type=Path, default=ROOT / "out" / "full_size", help="must not exist yet")
     arguments = parser.parse_args()
-    for recipe in arguments.recipes:
-        folder = arguments.out_dir / recipe
+    folders = {recipe: arguments.out_dir / recipe for recipe in arguments.recipes}
+    if there := [str(folder) for folder in folders.values() if folder.exists()]:
+        parser.error(f"--out-dir: {', '.join(there)} must not exist yet; name another folder")
+    for recipe, folder in folders.items():
         CORPORA[recipe](folder)
         losses = train(recipe, folder, arguments.steps, arguments.batch)
         shown = [losses[0], *(pair for pair in losses if pair[0] % 10 == 0)]

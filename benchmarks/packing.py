@@ -56,11 +56,13 @@ def measured_in(checkout: Path) -> dict[str, float]:
 
 def main() -> None:
     """Measure in turns, and print the table."""
+    from startup import checkout_at
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--before", type=Path, help="another checkout to compare with")
+    parser.add_argument("--before", type=checkout_at, help="another checkout to compare with")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    checkouts = [REPOSITORY, *([arguments.before.resolve()] if arguments.before else [])]
+    checkouts = [REPOSITORY, *([arguments.before] if arguments.before else [])]
     rounds = [
         dict(zip(order, map(measured_in, order), strict=True))
         for turn in range(arguments.rounds)

@@ -139,6 +139,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000, help=f"optimizer steps of each run, at least {OBSERVED}")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each way")
     arguments = parser.parse_args()
+    if arguments.steps < OBSERVED:
+        parser.error(f"--steps: {arguments.steps} must be at least {OBSERVED}, which are observed")
     torch.set_num_threads(1)
     accept_padding()
     print(

@@ -22,6 +22,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repetitions", type=int, default=20)
     repetitions = parser.parse_args().repetitions
+    if not torch.cuda.is_available():
+        parser.error("torch finds no card")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     cases = {
         f"{k.name.lower()}, {b} x {t} tokens": attention(k, b, t) for b, t in ((8, 256), (4, 2048)) for k in KERNELS

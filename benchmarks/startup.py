@@ -60,6 +60,14 @@ TRAINING = {
 }  # fmt: skip
 
 
+def checkout_at(name: str) -> Path:
+    """Return a checkout of the repository with an environment of its own."""
+    path = Path(name).resolve()
+    if not (path / ".venv" / "bin" / "python").exists():
+        raise argparse.ArgumentTypeError(f"{path} has no .venv/bin/python; run `uv sync` there")
+    return path
+
+
 def prepare(checkout: Path) -> None:
     """Write the recipe that the header of `code-moe-800m.yaml` describes with flags."""
     recipe = (checkout / "configs" / "code-moe-800m.yaml").read_text(encoding="utf-8")
@@ -90,7 +98,7 @@ def processor_seconds(checkout: Path, arguments: list[str]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--before", type=Path, help="another checkout, measured in turns with this one")
+    parser.add_argument("--before", type=checkout_at, help="another checkout, measured in turns with this one")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", default=[], help="parts of the names of commands")
     parser.add_argument("--training", action="store_true", help="measure commands that train or load a model as well")

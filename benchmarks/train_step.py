@@ -333,8 +333,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3, help="pairs of runs of the part hooks")
     parser.add_argument("--precision", choices=["highest", "high", "medium"], default="highest")
     arguments = parser.parse_args()
-    torch.set_float32_matmul_precision(arguments.precision)
     recipes = [Recipe(path) for path in arguments.recipes or [CONFIGS / f"{name}.yaml" for name in BATCHES]]
+    if dense := [str(recipe.path) for recipe in recipes if not recipe.model.get("n_expert")]:
+        parser.error(f"--recipes: {', '.join(dense)} has no experts to compare with")
+    torch.set_float32_matmul_precision(arguments.precision)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, float32 products:", end=" ")
     print(arguments.precision, flush=True)
