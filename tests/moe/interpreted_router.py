@@ -13,6 +13,7 @@ from litgpt_moe_ext.moe.fixed_routers import HashRouter
 from litgpt_moe_ext.moe.kernels import fused_router, router_product
 from litgpt_moe_ext.moe.kernels.triton import routing
 from litgpt_moe_ext.moe.kernels.triton.common import constexpr
+from litgpt_moe_ext.moe.layer import MoE
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import _keep_choices
 from tests.models import moe_config
 from tests.moe.interpreted_triton import EXAMPLES
@@ -74,6 +75,18 @@ def test_blocks_that_several_programs_add_up(monkeypatch, name):
     compare(gate.eval(), 99)
 
 
+@pytest.mark.parametrize("name", ["sigmoid, groups", "noisy"])
+def test_a_few_tokens_are_counted_where_they_are_routed(monkeypatch, name):
+    """As many as a program has, when nothing is learned."""
+    torch.manual_seed(0)
+    gate = make_gate(**RULES[name]).eval()
+    compare(gate, 65, padded=True)
+    monkeypatch.setattr(routing, "_add_up", None)
+    for n_token in (1, 64):
+        compare(gate, n_token)
+        compare(gate, n_token, padded=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sigmoid, groups", "noisy, everything"])
 def test_hundreds_of_experts(name):
@@ -85,6 +98,18 @@ def test_hundreds_of_experts(name):
 @pytest.mark.parametrize(("kind", "padded"), [("hash", True), ("uniform", False)])
 def test_routers_that_do_not_learn(kind, padded):
     compare_fixed(kind, padded, torch.device("cpu"))
+
+
+def test_a_few_hashed_tokens(monkeypatch):
+    gate = MoE(moe_config(mlp_class_name="MoE", router_type="hash", n_expert_per_token=3)).gate.eval()
+    gate.token_ids_T = torch.arange(9) * 7919
+    results = []
+    for fused in (False, True):
+        monkeypatch.setattr(fused_router, "works_on", lambda x, fused=fused: fused)
+        routed = gate(torch.randn(9, 16), 1, torch.arange(9) < 7)
+        results.append((routed.experts_TK.sort(1).values, routed.counts_E))
+    torch.testing.assert_close(*results)
+    assert torch.equal(routed.decision.ends_E, routed.counts_E.cumsum(0).int())
 
 
 def test_one_expert():

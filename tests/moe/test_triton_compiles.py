@@ -190,16 +190,17 @@ RULES = (
 def every_router(n_expert):
     """Run the kernels of the fused router, in training and in evaluation, and what moves the biases of its layers."""
     for rule in RULES:
-        logits = torch.empty(40, n_expert)
+        logits = torch.empty(72, n_expert)
         noisy = rule.score == "chosen"
         beside = (None, logits, logits) if noisy else (torch.empty(n_expert), None, None)
         # With padding, and a loss that does not look at tokens, which take more registers; one without them too.
-        padded = (torch.empty(40, dtype=torch.bool), torch.empty(()))
+        padded = (torch.empty(72, dtype=torch.bool), torch.empty(()))
         for real, other in ((None, None), padded) if rule.score == "softmax" else (padded,):
             given = Given(logits, *beside, real, other)
             _, experts, _, ends, before, slopes, _ = routing.route(given, rule, True)
-            routing.route_backward(given, rule, experts, ends, slopes, torch.empty(40, rule.top_k), torch.empty(()))
+            routing.route_backward(given, rule, experts, ends, slopes, torch.empty(72, rule.top_k), torch.empty(()))
             routing.route(Given(logits, real_T=real), Rule(*rule[:7]), False)
+        routing.route(Given(logits[:1], None if noisy else beside[0], real_T=padded[0][:1]), Rule(*rule[:7]), False)
         routing.place(experts, ends, before)
     products = torch.empty(n_expert, n_expert)
     orthogonality.loss(products, 0.01)
@@ -208,8 +209,8 @@ def every_router(n_expert):
         moved = torch.empty(n_layer, n_expert), torch.empty(n_layer, n_expert + 3, dtype=torch.float64)
         updates = () if schedule is None else torch.zeros(n_layer, dtype=torch.int64)
         balancing.move_biases(Moved(*map(tuple, moved), tuple(updates), 0.001, schedule))
-    hashes = torch.empty(40, n_expert, dtype=torch.int64)
-    routing.route(Given(hashes, real_T=torch.empty(40, dtype=torch.bool)), Rule("even", 2), True)
+    hashes = torch.empty(72, n_expert, dtype=torch.int64)
+    routing.route(Given(hashes, real_T=torch.empty(72, dtype=torch.bool)), Rule("even", 2), True)
 
 
 def every_gate(dtype, n_expert, width=768):
@@ -261,7 +262,7 @@ def test_every_router(monkeypatch, tmp_path, capability, n_expert):
     """Kimi K2 has 384 experts; Qwen3-Next's 512 are the same kernels; 1024 is the most."""
     compiler = Compiler(monkeypatch, capability)
     every_router(n_expert)
-    assert compiler.check(tmp_path) == 30 + 9 * (n_expert > 512)
+    assert compiler.check(tmp_path) == 33 + 9 * (n_expert > 512)
 
 
 @pytest.mark.slow
@@ -288,7 +289,7 @@ def test_every_kernel_on_amd(monkeypatch, chip):
     for n_expert in (8, 384, 1024):
         every_router(n_expert)
     every_gate(torch.bfloat16, 8)
-    assert compiler.check_shared_memory() == 3 * 21 + 32 + 3 * 30 + 9 + 2
+    assert compiler.check_shared_memory() == 3 * 21 + 32 + 3 * 33 + 9 + 2
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ Written out with torch's operators (`litgpt_moe_ext.moe.router`, which stays the
 launches per layer, of a few microseconds each, for arithmetic that takes less. Everything between loading and storing
 is float32, sums over all tokens are float64; blocks are added in a fixed order, so two runs give the same bits.
 
-1. `_route` decides for a block of tokens and sums up the block.
+1. `_route` decides for a block of tokens and sums up the block. One that is alone, and does not train, is all there is.
 2. `_sum_up`, a single program, adds up the blocks: tokens per expert, losses, their slopes, and how many rows of an
    expert precede a block. Where it would have much to read (many experts and tokens), `_sum_blocks` adds them up
    before, a few experts and one kind of numbers in each program, and leaves it one block of each sequence.
@@ -101,7 +101,7 @@ def route(given: Given, rule: Rule, trains: bool) -> tuple[Tensor, ...]:
     form = _form(rule, n_expert, trains)
     sizes, S = _sizes(n_token, n_expert, rule.sequences, form), rule.sequences
     chosen = _Chosen(new(n_token, rule.top_k), new(n_token, rule.top_k, dtype=torch.int64))
-    parts = new(S * sizes.n_block, 5, form.experts)
+    parts = new(S * sizes.n_block, _ROWS.value, form.experts)
     n_loss = sum(coef != 0 for coef in rule.coefs) + (given.other_loss is not None)
     sums = _Sums(
         counts=new(n_expert, dtype=torch.int64),
@@ -113,8 +113,11 @@ def route(given: Given, rule: Rule, trains: bool) -> tuple[Tensor, ...]:
     kernel = _route_evenly if rule.score == "even" else _route
     # A program has at most 1024 threads, a warp of AMD's up to 64, each with more registers.
     warps = _warps(form, 32 if torch.version.hip is None else 16)
-    launch(kernel, (S * sizes.n_block,), (given, chosen, parts, sizes, form), warps)
-    _add_up(parts, sums, given.other_loss, sizes, S, form)
+    # A few tokens without statistics, as when text is generated, are a single program's.
+    alone = not trains and S * sizes.n_block == 1
+    launch(kernel, (S * sizes.n_block,), (given, chosen, sums if alone else None, parts, sizes, form), warps)
+    if not alone:
+        _add_up(parts, sums, given.other_loss, sizes, S, form)
     return *chosen, *sums
 
 
@@ -194,7 +197,19 @@ def _store_choice(chosen, w_TE, rank_TE, where, sizes, FORM: constexpr):
 
 
 @triton.jit
-def _route_evenly(given, chosen, parts, sizes, FORM: constexpr):
+def _store_counts(picked_TE, inside_TE, e_E, real_E, sums, part_E):
+    count_E = _sum_tokens(picked_TE.to(tl.float32), inside_TE)
+    if sums is None:
+        tl.store(part_E, count_E)
+    else:
+        count_E = count_E.to(tl.int32)
+        tl.store(sums.counts + e_E, count_E.to(tl.int64), mask=real_E)
+        tl.store(sums.ends + e_E, tl.cumsum(count_E, 0), mask=real_E)
+        tl.store(sums.before + e_E, count_E * 0)
+
+
+@triton.jit
+def _route_evenly(given, chosen, sums, parts, sizes, FORM: constexpr):
     # For routers that do not learn: no scores, and so no statistics of them. float64 tells hashes apart.
     token_T, e_E, live_T, real_E, at_TE, inside_TE = block(sizes, FORM)
     text_T = text(given, token_T, live_T)
@@ -205,7 +220,7 @@ def _route_evenly(given, chosen, parts, sizes, FORM: constexpr):
     _store_choice(chosen, w_TE, rank_TE, (token_T, e_E, live_T, text_T, inside_TE), sizes, FORM)
 
     part_E = parts + tl.program_id(0).to(tl.int64) * (_ROWS * FORM.experts) + e_E
-    tl.store(part_E, _sum_tokens((rank_TE < FORM.top_k).to(tl.float32), inside_TE))
+    _store_counts(rank_TE < FORM.top_k, inside_TE, e_E, real_E, sums, part_E)
     if FORM.trains:
         gate = tl.sum(text_T.to(tl.float32), 0) * FORM.scale
         tl.store(part_E + FORM.experts, tl.full((FORM.experts,), 0.0, tl.float32))
@@ -214,7 +229,7 @@ def _route_evenly(given, chosen, parts, sizes, FORM: constexpr):
 
 
 @triton.jit
-def _route(given, chosen, parts, sizes, FORM: constexpr):
+def _route(given, chosen, sums, parts, sizes, FORM: constexpr):
     token_T, e_E, live_T, real_E, at_TE, inside_TE = block(sizes, FORM)
     z_TE, _, std_TE, v_TE = values(given, at_TE, inside_TE, real_E)
     text_T = text(given, token_T, live_T)
@@ -232,7 +247,7 @@ def _route(given, chosen, parts, sizes, FORM: constexpr):
     _store_choice(chosen, w_TE, rank_TE, (token_T, e_E, live_T, text_T, inside_TE), sizes, FORM)
 
     part_E = parts + tl.program_id(0).to(tl.int64) * (_ROWS * FORM.experts) + e_E
-    tl.store(part_E, _sum_tokens(picked_TE.to(tl.float32), inside_TE))
+    _store_counts(picked_TE, inside_TE, e_E, real_E, sums, part_E)
     if FORM.trains:
         if FORM.score == "sigmoid":
             p_TE = s_TE / (tl.sum(s_TE, 1) + 1e-20)[:, None]
