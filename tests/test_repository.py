@@ -84,6 +84,26 @@ def test_portable_lock_check(tmp_path, content, status):
     assert filtered.stdout.decode() == PORTABLE
 
 
+def test_what_the_check_says_mends_the_lock(tmp_path):
+    """In a repository whose lock was added without the filter."""
+
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    script = ROOT / "tools" / "portable_lock.py"
+    (tmp_path / "uv.lock").write_text(LOCK)
+    git("init", "--quiet")
+    git("add", "uv.lock")
+    checked = [sys.executable, script, "--check", "/dev/stdin"]
+    refused = subprocess.run(checked, input=git("show", ":uv.lock"), capture_output=True, text=True)
+    assert refused.returncode == 1
+    command = refused.stderr.split("`")[1]
+    (tmp_path / ".gitattributes").write_text("uv.lock filter=portable-lock\n")
+    git("config", "filter.portable-lock.clean", f"{sys.executable} '{script}'")
+    git(*command.split()[1:])
+    assert git("show", ":uv.lock") == PORTABLE
+
+
 def test_help_loads_neither_torch_nor_litgpt():
     code = (
         "import sys; from litgpt_moe_ext.cli.train import main\n"

@@ -6,11 +6,11 @@ addresses; uv resolves again on the reader's own index and takes the locked vers
 
 Used as a git clean filter (see CONTRIBUTING.md), so that `git add` always stores the portable form:
 
-    git config filter.portable-lock.clean "python tools/portable_lock.py"
+    git config filter.portable-lock.clean "python3 tools/portable_lock.py"
 
 and as a check, which CI runs on the committed file:
 
-    python tools/portable_lock.py --check uv.lock
+    git show HEAD:uv.lock | python3 tools/portable_lock.py --check /dev/stdin
 """
 
 import argparse
@@ -39,11 +39,16 @@ def main() -> int:
         sys.stdout.reconfigure(encoding="utf-8", newline="")
         sys.stdout.write(portable(sys.stdin.read()))
         return 0
-    with open(args.check, encoding="utf-8", newline="") as file:
-        lock = file.read()
+    try:
+        with open(args.check, encoding="utf-8", newline="") as file:
+            lock = file.read()
+    except OSError as error:
+        parser.error(f"--check: {args.check} cannot be read ({error.strerror})")
     if lock != portable(lock) or "://" in lock:
         print(
-            f"{args.check} names download hosts: store it with `python tools/portable_lock.py < FILE`", file=sys.stderr
+            "the lock file names download hosts: set the filter up as CONTRIBUTING.md says, then run "
+            "`git add --renormalize uv.lock`",
+            file=sys.stderr,
         )
         return 1
     return 0
