@@ -46,6 +46,11 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
+def code(page: Path, language: str) -> list[str]:
+    """Return the blocks of a page in a language that is not the shell's."""
+    return re.findall(rf"^```{language}[^\n]*\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
 def recipe_of(example: str) -> str:
     """Return the recipe that the docstring of an example shows: the first indented block with keys."""
     text = ast.get_docstring(ast.parse((ROOT / "examples" / f"{example}.py").read_text(encoding="utf-8")))

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.docs.pages import PAGES, ROOT, blocks
+from litgpt_moe_ext.cli.settings import read_settings
+from litgpt_moe_ext.study.plan import load_study
+from tests.docs.pages import PAGES, ROOT, blocks, code
+from tests.runs import run_command
 
 # The order in which a reader meets them: training comes before what looks at its result.
 READING_ORDER = [ROOT / "docs" / "tutorial.md", *(page for page in PAGES if page.name != "tutorial.md")]
@@ -19,6 +22,21 @@ READING_ORDER = [ROOT / "docs" / "tutorial.md", *(page for page in PAGES if page
 def test_every_command_is_run_or_says_why_not(page):
     for block in blocks(page):
         assert block.run or block.reason, f"mark {block.commands} as <!-- run: NAME --> or <!-- not run: REASON -->"
+
+
+YAML = [pytest.param(text, id=page.stem) for page in PAGES for text in code(page, "yaml")]
+
+
+@pytest.mark.parametrize("text", YAML)
+def test_recipes_and_studies_have_keys_that_exist(tmp_path, text):
+    """A part of one is taken on top of the quickstart."""
+    content, file = yaml.safe_load(text), tmp_path / "shown.yaml"
+    if {"arms", "search"} & set(content):
+        file.write_text(yaml.safe_dump({"question": "?", "recipe": "quickstart", "arms": {"it": {}}, **content}))
+        assert load_study(file).runs
+    else:
+        file.write_text(text)
+        read_settings(["--config", str(ROOT / "configs" / "quickstart.yaml"), "--config", str(file)])
 
 
 @pytest.fixture(scope="module")
@@ -58,4 +76,8 @@ def test_the_pages_commands_work(workspace):
                 )
                 assert result.returncode == block.status, f"{block.page}: {command}\n{result.stdout}{result.stderr}"
                 done.add(command)
+        for program in code(page, "python"):
+            run_command(sys.executable, "-c", program, cwd=workspace, **environment)
+            done.add(program)
+    assert any("AutoModelForCausalLM" in program for program in done)
     assert any("run_train.py" in command for command in done)
