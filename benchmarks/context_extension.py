@@ -200,7 +200,7 @@ def plot(results: dict[tuple[bool, int], dict[str, list[float]]], seeds: int, pa
         axis.set_xlabel("position (trained to the dotted line)")
         axis.set_title("tables replaced only" if not suffix else "after a few steps at 512 bytes")
     axes[0].set_ylabel("loss, nats per byte")
-    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="upper right")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
