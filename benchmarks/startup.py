@@ -45,7 +45,7 @@ COMMANDS = {
         "schedule",
         "configs/quickstart.yaml",
         "--out",
-        "/tmp/startup-schedule.png",
+        "out/startup-schedule.png",
     ],
     "`litgpt-moe doctor`": [".venv/bin/litgpt-moe", "doctor", "configs/quickstart.yaml"],
 }
