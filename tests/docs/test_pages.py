@@ -75,6 +75,9 @@ def test_the_pages_commands_work(workspace):
                     command, shell=True, cwd=workspace, env=environment, capture_output=True, text=True, timeout=1200
                 )
                 assert result.returncode == block.status, f"{block.page}: {command}\n{result.stdout}{result.stderr}"
+                printed = " ".join((result.stdout + result.stderr).split())
+                for part in block.shown.split("..."):
+                    assert " ".join(part.split()) in printed, f"{block.page}: {command}\n{printed}"
                 done.add(command)
         for program in code(page, "python"):
             run_command(sys.executable, "-c", program, cwd=workspace, **environment)
