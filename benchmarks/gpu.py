@@ -692,12 +692,7 @@ def measured_steps(bench: Bench, names: tuple[str, ...]) -> Iterator[dict[str, A
             model, _, how = name.partition(", ")
             try:
                 trainee = Trainee(contenders(settings)[model], bench, batches, how or "eager")
-                call = {f"{recipe_name}, {name}": trainee.step}
-                (time_ms,) = bench.medians(call).values()
-                # Of a small model's step the host takes longer than the device.
-                device_ms = None
-                if how.startswith("graphs") and time_ms:
-                    (device_ms,) = bench.medians(call, ahead=True).values()
+                time_ms, device_ms = step_times(bench, f"{recipe_name}, {name}", trainee, how.startswith("graphs"))
             except Exception as error:
                 bench.note(f"{recipe_name}, {name} is left out: {described(error)}")
                 continue
@@ -719,6 +714,17 @@ def measured_steps(bench: Bench, names: tuple[str, ...]) -> Iterator[dict[str, A
                 "waits": waits(trainee.step, bench) if time_ms else None,
             }
             del trainee
+
+
+def step_times(bench: Bench, name: str, trainee: Trainee, graphs: bool) -> tuple[float | None, float | None]:
+    """Return the milliseconds of a step and, with CUDA graphs, of the device's part; None for what fails."""
+    call = {name: trainee.step}
+    (time_ms,) = bench.medians(call).values()
+    if time_ms is None or not graphs:
+        return time_ms, None
+    # Of a small model's step the host takes longer than the device.
+    (device_ms,) = bench.medians(call, ahead=True).values()
+    return time_ms, device_ms
 
 
 def promise_rows(bench: Bench) -> Iterator[dict[str, Any]]:

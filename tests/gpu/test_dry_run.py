@@ -7,6 +7,25 @@ import pytest
 
 from tests.runs import run_command
 
+# Says of how many earlier models in training there is something left where the next is made.
+WATCH = """
+import gc, sys, weakref
+sys.path.insert(0, "benchmarks")
+import gpu
+
+made = []
+
+class Watched(gpu.Trainee):
+    def __init__(self, *args):
+        gc.collect()
+        print("kept:", sum(trainee() is not None for trainee in made))
+        super().__init__(*args)
+        made.append(weakref.ref(self))
+
+gpu.Trainee = Watched
+gpu.main()
+"""
+
 
 def run(*command):
     return run_command(sys.executable, *command, timeout=None, GPU_TESTS_DEVICE="cpu").stdout
@@ -26,3 +45,10 @@ def test_the_benchmark(tmp_path):
     assert len(tables) == 10
     assert all(table["rows"] for name, table in tables.items() if name != "compiled")
     assert not any(table["notes"] for table in tables.values())
+
+
+@pytest.mark.slow
+def test_no_model_takes_room_beside_the_next(tmp_path):
+    """Whose peak of memory is measured."""
+    shown = run("-c", WATCH, "--device", "cpu", "--tiny", "--only", "steps", "--out", str(tmp_path / "figures.json"))
+    assert [line for line in shown.splitlines() if line.startswith("kept")] == 6 * ["kept: 0"]
