@@ -11,7 +11,7 @@ names point to functions of ours, which do their part and, where there is one, c
 | `save_hyperparameters`    | writes the values that the run uses                                                |
 | `find_resume_path`        | chooses the newest whole checkpoint                                                |
 | `chunked_cross_entropy`   | makes a step a mean over its tokens; does the head's, or all of the model's, work   |
-| `validate`                | makes the validation loss a mean over tokens; logs the one before the first step   |
+| `validate`                | makes the loss a mean over tokens; logs that before the first step; heeds signals   |
 | `RunningMean`             | averages losses without waiting for the device                                     |
 | `math`                    | has an `exp` for the perplexity of any loss; Python's ends the run above 709       |
 | `get_dataloaders`         | lets a data position be read with another number of processes                     |
@@ -50,6 +50,7 @@ from litgpt_moe_ext.training.parallel.agreement import Agreement
 from litgpt_moe_ext.training.steps.batches import StepBatches, can_pad, counts_for_loss
 from litgpt_moe_ext.training.steps.cuda_graphs import CudaGraphs
 from litgpt_moe_ext.training.steps.losses import RunningMean, TokenMeans
+from litgpt_moe_ext.training.steps.validation import StoppableValidation
 
 if TYPE_CHECKING:
     import litgpt.args
@@ -106,6 +107,8 @@ class HookedLoop:
         self._seconds = 0.0
         self._limits_reached = False
         self._eval: litgpt.args.EvalArgs
+        self._val_dataloader: Any = None
+        self._validation = StoppableValidation(fabric, self._heed)
         self._validated_step: int | None = None
         self._means = TokenMeans(fabric.world_size)
         self._graphs = CudaGraphs(equipment.graphs, fabric.print)
@@ -113,6 +116,7 @@ class HookedLoop:
         fabric.add_callback(self._agreement, first=True)
         fabric.add_callback(self._batches)
         fabric.add_callback(self._means.corpora)
+        fabric.add_callback(self._validation)
 
     def _targets(self, rows_BT: Tensor) -> tuple[Tensor]:
         """Return which targets of a micro-batch the loss counts, bool, (B, T)."""
@@ -147,7 +151,7 @@ class HookedLoop:
             "get_dataloaders": self._adaptable(litgpt.pretrain.get_dataloaders),
             "instantiate_torch_optimizer": self._equipment.optimization.make_optimizer,
             "chunked_cross_entropy": self._means.wrap_loss(self._graphs.wrap(cross_entropy)),
-            "validate": self._noted(self._means.wrap_validation(litgpt.pretrain.validate)),
+            "validate": self._noted(self._means.wrap_validation(self._validation.wrap(litgpt.pretrain.validate))),
             "RunningMean": RunningMean,
             "math": SimpleNamespace(**{**vars(math), "exp": exp}),
         }
@@ -160,7 +164,7 @@ class HookedLoop:
     def _watched(self, original: Callable[..., None]) -> Callable[..., None]:
         def fit(*args: Any, **kwargs: Any) -> None:
             self.fabric.state = kwargs["state"]
-            self._eval = kwargs["eval"]
+            self._eval, self._val_dataloader = kwargs["eval"], kwargs["val_dataloader"]
             if self._start.sequences is not None:  # LitGPT counts micro-batches, whose size may have changed
                 batch = self.train.micro_batch_size * self.fabric.world_size
                 self.fabric.state["iter_num"] = self._start.sequences // batch
@@ -241,6 +245,11 @@ class HookedLoop:
         if self.fabric.state["iter_num"] % self._accumulation:
             # Gradients that wait for the rest of their step are not part of a checkpoint.
             return
+        if self._validation.is_due:
+            loss = litgpt.pretrain.validate(
+                self.fabric, self.fabric.state["model"], self._val_dataloader, max_iters=self._eval.max_iters
+            )
+            self.fabric.log_dict({"val_loss": loss.item()})
         step = self.fabric.state["step_count"]
         signal_number, late, due = self._agreement.reached()
         signal_number = signal_number or self.fabric.interrupted_by
@@ -260,6 +269,13 @@ class HookedLoop:
         self.fabric.call("on_step_begin", state=self.fabric.state)
         if self.fabric.interrupted_by:  # while that took its time
             self._interrupt(self.fabric.interrupted_by)
+
+    def _heed(self, signal_number: int) -> None:
+        """Act on a signal in a validation."""
+        if not self._limits_reached:
+            self._interrupt(signal_number)
+        # There is nothing else to wait for than the validation, and nothing to lose.
+        self._save_step()
 
     def _interrupt(self, signal_number: int) -> NoReturn:
         raise TrainingInterrupted(signal_number, self._save_step(last=True))

@@ -62,8 +62,8 @@ class Training:
         return output, None
 
 
-def train_in_ranks(ranks: int, *arguments: str | Path, **environment: str) -> str:
-    """Train in processes whose variables are set as by a launcher, and return what the first one says.
+def trained_in_ranks(ranks: int, *arguments: str | Path, **environment: str) -> tuple[list[str], list[int | None]]:
+    """Train in processes whose variables are set as by a launcher, and return what they say and how they end.
 
     Args:
         ranks: Their number.
@@ -76,7 +76,13 @@ def train_in_ranks(ranks: int, *arguments: str | Path, **environment: str) -> st
         for rank in range(ranks)
     ]
     outputs = [process.communicate(timeout=280)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * ranks, "\n".join(outputs)
+    return outputs, [process.returncode for process in processes]
+
+
+def train_in_ranks(ranks: int, *arguments: str | Path, **environment: str) -> str:
+    """Train in ranks to the end, and return what the first one says; the arguments are those of `trained_in_ranks`."""
+    outputs, statuses = trained_in_ranks(ranks, *arguments, **environment)
+    assert statuses == [0] * ranks, "\n".join(outputs)
     return outputs[0]
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from litgpt_moe_ext.training import control
 from litgpt_moe_ext.training.parallel import processes
-from tests.runs import small_disk, train
+from tests.runs import logged, small_disk, train
+from tests.training.processes import train_in_ranks, trained_in_ranks
 
 
 @pytest.fixture
@@ -110,6 +111,44 @@ def test_after_the_last_step(recipe, tmp_path, capsys, signal_at, function, call
     assert train("--config", file) == 143
     assert (tmp_path / "out" / "final" / "lit_model.pth").is_file()
     assert f"Stopped by SIGTERM, saved as {tmp_path / 'out' / 'final'}; --resume auto" in capsys.readouterr().err
+
+
+def test_in_a_validation(recipe, finished, tmp_path, capsys, signal_at):
+    """It is left, no loss of a part of it is logged, and the run that goes on validates those weights first."""
+    file = recipe()
+    signal_at(signal.SIGTERM, "chunked_cross_entropy", 2 + 4 * 2 + 1)  # in the first of its two batches
+    assert train("--config", file) == 143
+    assert f"saved as {tmp_path / 'out' / 'step-00000004'}" in capsys.readouterr().err
+    assert not logged(tmp_path / "out", "val_loss")
+    assert train("--config", file, "--resume", "auto") == 0
+    finished(tmp_path / "plain")
+    for column in ("loss", "val_loss", "grad_norm"):
+        assert logged(tmp_path / "out", column) == logged(tmp_path / "plain", column)
+    tables = [(tmp_path / run / "metrics.csv").read_text().splitlines() for run in ("out", "plain")]
+    assert [line.split(",")[:4] for line in tables[0]] == [line.split(",")[:4] for line in tables[1]]
+    assert capsys.readouterr().out.count("  validation loss") == 3
+
+
+def test_in_the_last_validation(recipe, tmp_path, signal_at):
+    """Which is the end of the run anyway: it goes on, with the state saved first."""
+    signal_at(signal.SIGTERM, "chunked_cross_entropy", 2 + 2 + 1)
+    assert train("--config", recipe(train={"max_tokens": 128, "save_interval": None})) == 143
+    assert list(logged(tmp_path / "out", "val_loss")) == [1]
+    assert (tmp_path / "out" / "final" / "lit_model.pth").is_file()
+    assert (tmp_path / "out" / "step-00000001" / "lit_model.pth").is_file()
+
+
+@pytest.mark.slow
+def test_in_a_validation_of_two(recipe, tmp_path):
+    """Both leave it before the same batch, whichever has received the signal."""
+    callback = {"class_path": "tests.training.signalling.SignalInValidation", "init_args": {"rank": 1, "step": 4}}
+    file = recipe(devices=2, train={"micro_batch_size": 1}, eval={"max_iters": 8}, callbacks=[callback])
+    outputs, statuses = trained_in_ranks(2, "--config", file)
+    assert statuses == [143, 143], outputs
+    assert (tmp_path / "out" / "step-00000004" / "lit_model.pth").is_file()
+    assert not logged(tmp_path / "out", "val_loss")
+    train_in_ranks(2, "--config", file, "--resume", "auto")
+    assert list(logged(tmp_path / "out", "val_loss")) == [4, 8, 12]
 
 
 @pytest.mark.usefixtures("finished")  # has prepared the corpus, for which there would be no room

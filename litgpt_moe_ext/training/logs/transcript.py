@@ -49,15 +49,18 @@ class Transcript:
     def add(self, text: str) -> None:
         """Add text as it was written to a terminal: of a line that was drawn again and again, the last state counts."""
         text = _CONTROL.sub("", text)
-        if self._file is None:
+        file = self._file
+        if file is None:
             if not self._failed:
                 self._waiting.append(text)
             return
         try:
-            self._file.write(text)
-            self._file.flush()
+            file.write(text)
+            file.flush()
         except OSError as error:
             self._fail(error)
+        except ValueError:  # the end of the run has closed it, while a thread said that a signal has come
+            return
 
     def _fail(self, error: OSError) -> None:
         self.close()

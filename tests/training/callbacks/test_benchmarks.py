@@ -20,7 +20,7 @@ from litgpt_moe_ext.training.parallel.strategies import make_strategy
 from litgpt_moe_ext.training.settings import DistributedArgs, EvaluateArgs, Settings
 from tests.models import moe_config
 from tests.runs import logged, refused, train, weights_of
-from tests.training.processes import Training, free_port, train_in_ranks
+from tests.training.processes import train_in_ranks, trained_in_ranks
 
 ENDINGS = ["return x", "pass", "def f", "import os", "if a", "else", "self", "is not"]
 # Draws tokens, whose generators are those of the training.
@@ -202,14 +202,9 @@ def test_no_metric_sees_what_was_not_asked(recipe, tmp_path, task_file, ranks):
     task_file.write_text(f"{task}process_results: !function judge.judge\nmetric_list: [{metric}]\n")
     (tmp_path / "documents.json").write_text("\n".join(json.dumps({"text": f"x = {i}"}) for i in range(4)))
     file = recipe(devices=ranks, evaluate={"tasks": [str(task_file)], "every_steps": 3, "batch_size": 1})
-    where = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    where |= {"SIGNALLED": str(ranks - 1), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    processes = [
-        Training("--config", file, "--devices=auto", environment={**where, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(ranks)
-    ]
-    outputs = [process.communicate(timeout=200)[0] for process in processes]
-    assert [process.returncode for process in processes] == [143] * ranks, outputs
+    environment = {"SIGNALLED": str(ranks - 1), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    outputs, statuses = trained_in_ranks(ranks, "--config", file, **environment)
+    assert statuses == [143] * ranks, outputs
     assert "benchmarks stopped after step 3" in outputs[0]
     assert "failed after" not in outputs[0]
 

@@ -205,6 +205,15 @@ def test_columns_come_in_groups():
     assert list(COLUMNS)[0] == "step"
 
 
+def test_a_thread_may_write_to_a_transcript_that_ends(tmp_path):
+    """As what says that a signal has come: the file may be closed while it writes."""
+    transcript = Transcript()
+    transcript.open(tmp_path / "train.log")
+    transcript._file.close()
+    transcript.line("SIGTERM received")
+    assert (tmp_path / "train.log").read_text() == ""
+
+
 def test_transcript_keeps_the_last_state_of_a_line(tmp_path, monkeypatch):
     """What was printed before there was a file comes first; a line that was drawn over has its last state."""
     monkeypatch.setattr(sys, "stdout", io.StringIO())

@@ -1,0 +1,79 @@
+"""LitGPT's validation, which a signal leaves early: what cluster or user grant may be shorter than it.
+
+No loss of a part is logged; the run validates when it goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from litgpt_moe_ext.training.callback import Callback
+from litgpt_moe_ext.training.parallel.agreement import Agreement
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.training.fabric import TrainingFabric
+
+
+class StoppableValidation(Callback):
+    """Looks for signals between the batches of a validation, and remembers one that was left.
+
+    Args:
+        fabric: The running Fabric.
+        stop: Told of a signal, by all processes before the same batch; the validation goes on if it returns.
+
+    Attributes:
+        is_due: Whether there is a validation to make that was left, or that is under way.
+    """
+
+    def __init__(self, fabric: TrainingFabric, stop: Callable[[int], None]) -> None:
+        self._fabric, self._stop = fabric, stop
+        self._agreement = Agreement(fabric, lambda: (fabric.stop_requests.received,))
+        self._shared: int | None = None
+        self.is_due = False
+
+    def wrap(self, validate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return LitGPT's validation with batches that a signal ends."""
+
+        def stoppable(fabric: Any, model: Any, loader: Any, max_iters: int, verbose: bool = True) -> Tensor:
+            # LitGPT's check that validation works at all is none.
+            was_due, self.is_due = self.is_due, self.is_due or verbose
+            loss = validate(fabric, model, self._batches(loader, max_iters), max_iters=max_iters, verbose=verbose)
+            self.is_due = was_due and not verbose
+            return loss
+
+        return stoppable
+
+    def _batches(self, loader: Iterable[Tensor], max_iters: int) -> Iterator[Tensor]:
+        looked_at = min(max_iters, self._in_common(loader))
+        for number, batch in enumerate(loader):
+            if number < looked_at:
+                (signal_number,) = self._agreement.reached_earlier()
+                if signal_number:
+                    looked_at = 0
+                    self._stop(signal_number)
+            yield batch
+
+    def _in_common(self, loader: Any) -> int:
+        """Return how many batches every process has; 0 where that is not known."""
+        if self._shared is None:
+            try:
+                self._shared = len(loader)
+            except TypeError:
+                self._shared = 0
+            if self._fabric.world_size > 1:
+                own = torch.tensor(self._shared, device=self._fabric.device)
+                torch.distributed.all_reduce(own, op=torch.distributed.ReduceOp.MIN)
+                self._shared = int(own)
+        return self._shared
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return whether a validation was left."""
+        return {"is_due": True} if self.is_due else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Validate before the next step if the last one's validation was left."""
+        self.is_due = bool(state["is_due"])
