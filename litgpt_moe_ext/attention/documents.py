@@ -74,7 +74,7 @@ def find_documents(idx_BT: Tensor, boundary: Boundary, token_id: int) -> Documen
     Returns:
         The documents. On a CPU their lengths are read from the ids, except under `torch.compile`; on a CUDA device the
         host waits for nothing, and reads from a host copy of the ids, if there is one, how much room they need.
-        Tensors without data, with which memory is counted, stand for one document per sequence.
+        Tensors without data, with which memory and FLOPs are counted, stand for one document per sequence.
     """
     begins_BT = idx_BT == token_id
     if boundary == "eos":
@@ -85,9 +85,9 @@ def find_documents(idx_BT: Tensor, boundary: Boundary, token_id: int) -> Documen
         extent = needed_extent(idx_BT, boundary, token_id)
         offsets, overflow = document_offsets(start_BT == position_T, extent)
         return Documents(start_BT, offsets=offsets, longest=extent.longest, overflow=overflow)
-    if idx_BT.device.type != "cpu" or torch.compiler.is_compiling():
+    if idx_BT.device.type not in ("cpu", "meta") or torch.compiler.is_compiling():
         return Documents(start_BT)
-    if not (type(idx_BT) is Tensor or isinstance(idx_BT, Rows)):
+    if idx_BT.is_meta or not (type(idx_BT) is Tensor or isinstance(idx_BT, Rows)):
         return Documents(start_BT, lengths=(idx_BT.size(1),) * idx_BT.size(0))
     return Documents(start_BT, lengths=tuple(_lengths(idx_BT, boundary, token_id).tolist()))
 

@@ -14,7 +14,7 @@ from litgpt_moe_ext.attention.kernels import flash_attn2
 from litgpt_moe_ext.attention.kernels.calls import Call, Inputs
 from litgpt_moe_ext.host import flops
 from litgpt_moe_ext.moe.layer import NoisyTopKMoE, SharedExpertMoE
-from tests.models import dense_config, moe_config, noisy_config, randomize
+from tests.models import attention_config, dense_config, moe_config, noisy_config, randomize
 
 B, T, D, F_, K, E = 3, 10, 16, 12, 2, 8
 EXPERT = 3 * 2 * D * F_  # three matrices, two operations per multiply-add, for one token
@@ -76,6 +76,17 @@ def test_an_moe_counts_as_its_dense_twin_of_equal_active_size():
     moe = GPT_flops(moe_config(n_shared_expert=1, attention_class_name="SinkAttention"))
     dense = GPT_flops(dense_config(intermediate_size=3 * F_))
     assert moe == dense + 3 * 2 * 32 * 2 * ROUTER
+
+
+@pytest.mark.parametrize(
+    "window", [{}, {"sliding_window_size": 4, "sliding_window_indices": [1, 1]}], ids=["", "window"]
+)
+def test_documents_count_as_one_in_its_window(window):
+    """Where they end depends on the data; what a window hides is not computed in them either."""
+    documents = {"attention_document_boundary": "eos", "attention_document_token_id": 3}
+    whole = GPT_flops(attention_config(**window))
+    assert GPT_flops(attention_config(**window, **documents)) == whole
+    assert (whole < GPT_flops(attention_config())) == bool(window)
 
 
 def GPT_flops(config) -> int:
