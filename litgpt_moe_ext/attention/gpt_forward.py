@@ -58,7 +58,7 @@ def forward(
     input_pos_maxp1: int | None = None,
     lm_head_chunk_size: int = 0,
 ) -> Any:
-    """Run a model whose configuration `changes_model`, or whose batches may have padding.
+    """Run a model whose configuration `changes_model`, whose batches may have padding, or that reads no mask.
 
     Args:
         original: LitGPT's `GPT.forward`.
@@ -78,13 +78,14 @@ def forward(
         # Any token will do: causal attention keeps it from those before it, and experts do not see it.
         idx = idx.clamp_min(0)
     if not (changes_model(config) or (real_BT is not None and config.mlp_class_name in MOE_CLASS_NAMES)):
-        return original(model, idx, input_pos, input_pos_maxp1, lm_head_chunk_size)
+        stand_in = _StandIn(model, _transformer(model))
+        return original(stand_in, idx, input_pos, input_pos_maxp1, lm_head_chunk_size)
     position = torch.arange(idx.size(1), device=idx.device) if input_pos is None else input_pos
     restart = documents is not None and config.attention_document_restart_positions
     if restart:
         position = position - documents.start_BT
 
-    stand_in = _StandIn(model, position, documents)
+    stand_in = _StandIn(model, _StandInTransformer(model, position, documents))
     if real_BT is not None:
         stand_in.transformer.h = [
             _with_padding(block, real_BT) if has_experts(config, i) else block
@@ -118,14 +119,17 @@ def _transformer(model: GPT) -> Any:
 class _StandIn:
     # What LitGPT's forward reads of a model.
 
-    def __init__(self, model: GPT, position: Tensor, documents: Documents | None) -> None:
+    def __init__(self, model: GPT, transformer: Any) -> None:
         self.config = model.config
         self.max_seq_length = model.max_seq_length
         self.cos = model.cos
         self.sin = model.sin
         self.mask_cache = model.mask_cache
+        if self.mask_cache is not None and _config(model).attention_class_name is not None:
+            # Of the mask, which nothing reads, LitGPT copies a row as long as the cache for every token.
+            self.mask_cache = self.mask_cache[..., :1]
         self.lm_head = model.lm_head
-        self.transformer = _StandInTransformer(model, position, documents)
+        self.transformer = transformer
 
 
 class _StandInTransformer:

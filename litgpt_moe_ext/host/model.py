@@ -180,7 +180,7 @@ def extend_model_init(model: ModuleType) -> None:
 
 
 def extend_model_forward(model: ModuleType) -> None:
-    """Pass learned positions, documents, padding and embedding dropout through the model."""
+    """Pass learned positions, documents, padding and embedding dropout through the model, and no unread mask."""
     from litgpt_moe_ext.config.features import changes_model
     from litgpt_moe_ext.padding import accepts_padding
 
@@ -188,7 +188,8 @@ def extend_model_forward(model: ModuleType) -> None:
 
     @wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not (changes_model(self.config) or accepts_padding()):
+        has_mask = self.mask_cache is not None and getattr(self.config, "attention_class_name", None) is not None
+        if not (changes_model(self.config) or accepts_padding() or has_mask):
             return original(self, *args, **kwargs)
         from litgpt_moe_ext.attention.gpt_forward import forward
 

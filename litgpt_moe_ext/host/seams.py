@@ -106,7 +106,7 @@ SEAMS = (
         _NEVER, model.extend_model_init,
     ),
     Seam(
-        "litgpt.model", "GPT.forward", "wrap", "Learned positions, documents, padding, embedding dropout.",
+        "litgpt.model", "GPT.forward", "wrap", "Learned positions, documents, padding, dropout; no unread mask.",
         _NEVER, model.extend_model_forward,
     ),
     Seam(

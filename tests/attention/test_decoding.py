@@ -6,6 +6,7 @@ import pytest
 import torch
 from litgpt.generate import base, speculative_decoding
 from litgpt.model import GPT
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from litgpt_moe_ext.attention import layer as layer_module
 from litgpt_moe_ext.attention.cache_positions import position_range
@@ -76,6 +77,30 @@ def test_no_mask_is_made_that_nothing_reads() -> None:
         model.set_kv_cache(1)
         assert model.mask_cache.shape == (1, 1, size, size)
         assert model.mask_cache.untyped_storage().nbytes() == 1
+
+
+class LargestMask(TorchDispatchMode):
+    """Notes the bytes of the largest bool tensor that has memory."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.bool:
+            self.bytes = max(self.bytes, result.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("changes", [{}, {"position_embedding": "learned", "rotary_percentage": 0.0}], ids=str)
+@torch.inference_mode()
+def test_a_prompt_takes_no_mask_of_the_cache(changes: dict[str, Any]) -> None:
+    model = make_model(**changes)
+    model.set_kv_cache(2)
+    for input_pos in (torch.arange(24), torch.arange(24).expand(2, -1)):
+        with LargestMask() as largest:
+            model(torch.randint(40, (2, 24)), input_pos=input_pos)
+        per_sequence = input_pos.dim() > 1  # whose layers need a mask of their own
+        assert largest.bytes <= (2 * 24 * 24 if per_sequence else 24)
 
 
 def test_only_the_visible_part_of_the_cache_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,8 +67,8 @@ class InferenceMemory(NamedTuple):
     Attributes:
         weights: Parameters and buffers.
         kv_cache: Keys and values of a sequence of full length.
-        activations: What reading a prompt of full length adds at the worst moment, with LitGPT's mask of as many rows
-            as columns.
+        activations: What reading a prompt of full length adds at the worst moment; in LitGPT's own attention with a
+            mask of as many rows as columns.
     """
 
     weights: int
