@@ -10,12 +10,29 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 FONT_SIZE = 8
+# Fonts of Linux, Windows and macOS with Chinese, Japanese or Korean characters, of which matplotlib's own has none.
+_CJK_FONTS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "Source Han Sans CN", "WenQuanYi Micro Hei"),
+    *("WenQuanYi Zen Hei", "Droid Sans Fallback", "IPAexGothic", "IPAGothic", "NanumGothic", "Unifont"),
+    *("Microsoft YaHei", "SimHei", "Yu Gothic", "Meiryo", "Malgun Gothic"),
+    *("PingFang SC", "Hiragino Sans GB", "Hiragino Sans", "Apple SD Gothic Neo", "Arial Unicode MS"),
+)
+
+
+def font_families() -> list[str]:
+    """Return matplotlib's families, and for characters that they lack the fonts of this machine that may have them."""
+    installed = set(fontManager.get_font_names())
+    return [*matplotlib.rcParams["font.family"], *(name for name in _CJK_FONTS if name in installed)]
+
+
 STYLE = {
+    "font.family": font_families(),
     "font.size": FONT_SIZE,
     "axes.titlesize": FONT_SIZE + 1,
     "axes.spines.top": False,

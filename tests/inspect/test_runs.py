@@ -1,14 +1,19 @@
 """Runs as they are read from csv logs."""
 
 import os
+import warnings
 
 import numpy as np
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 
 from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.inspect.runs.figures import curves_figure
 from litgpt_moe_ext.inspect.runs.logs import RunLog, distinct_names, load_run
+from litgpt_moe_ext.pictures import style
 from litgpt_moe_ext.pictures.expert_load import load_over_steps_figure, thinned
 from litgpt_moe_ext.pictures.style import png
 from litgpt_moe_ext.training.checkpoint.earlier import set_aside
@@ -139,6 +144,38 @@ def test_names_of_any_kind_are_seen_whole(tmp_path):
         png(figure)
         assert all(0 <= end <= figure.bbox.width for text in texts for end in text.get_window_extent().intervalx)
     assert [text.get_text() for text in curves.legends[0].get_texts()[:4]] == names[:4]
+
+
+def make_font(path, family, characters):
+    """Write a font in which every character is a square."""
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for corner in ((0, 500), (500, 500), (500, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    names = [".notdef", *(f"uni{ord(character):04X}" for character in characters)]
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder(names)
+    builder.setupCharacterMap(dict(zip(map(ord, characters), names[1:], strict=True)))
+    builder.setupGlyf(dict.fromkeys(names, pen.glyph()))
+    builder.setupHorizontalMetrics(dict.fromkeys(names, (600, 0)))
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": family, "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(path)
+
+
+def test_names_are_drawn_in_any_font_that_is_installed(tmp_path, monkeypatch):
+    """Chinese, Japanese and Korean ones too, of which matplotlib's own font has no character."""
+    monkeypatch.setattr(fontManager, "ttflist", list(fontManager.ttflist))
+    make_font(tmp_path / "font.ttf", "Noto Sans CJK SC", "漢字")
+    fontManager.addfont(tmp_path / "font.ttf")
+    monkeypatch.setitem(style.STYLE, "font.family", style.font_families())
+    figure = curves_figure([RunLog("漢字 run", {"total_tokens": np.array([1.0]), "loss": np.array([3.0])})])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a character that no font has
+        png(figure)
 
 
 def test_a_log_without_steps_has_no_load_over_them(tmp_path):
