@@ -196,7 +196,7 @@ SEAMS = (
     Seam("litgpt.pretrain", "save_hyperparameters", "run", "Writes the run's values, not the command line's.", _LOOP),
     Seam("litgpt.pretrain", "find_resume_path", "run", "Chooses the newest whole checkpoint.", _LOOP),
     Seam("litgpt.pretrain", "chunked_cross_entropy", "run", "A mean over a step's tokens; the head's work.", _LOOP),
-    Seam("litgpt.pretrain", "validate", "run", "A validation's mean over tokens.", _LOOP),
+    Seam("litgpt.pretrain", "validate", "run", "A validation's mean over tokens; heeds signals.", _LOOP),
     Seam("litgpt.pretrain", "RunningMean", "run", "Averages losses without waiting for the device.", _LOOP),
     Seam("litgpt.pretrain", "math", "run", "Has a perplexity for a loss above 709.", _LOOP),
     Seam("litgpt.pretrain", "get_dataloaders", "run", "Resumes with another number of processes.", _LOOP),
