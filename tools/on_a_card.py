@@ -27,12 +27,14 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS_SHARE = 0.5
 # Between asking a part to end and killing it, seconds.
 PATIENCE = 10
+# Of a part, until it ends in another way.
+BEGUN = {"seconds": 0, "ended": "interrupted"}
 
 
 def run(part: dict[str, object], command: list[str], seconds: float, folder: Path) -> None:
     """Run a part with its output on the screen and in a file, at most for `seconds`, and write into it how it ended."""
     start, name = time.monotonic(), part["part"]
-    part |= {"ended": "interrupted", "command": command}
+    part["command"] = command
     log = folder / f"{name}.txt"
     # The package need not be installed.
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -132,7 +134,7 @@ def run_parts(arguments: argparse.Namespace, parts: list[dict[str, object]], sav
         if importlib.util.find_spec("xdist") is not None:
             command += ["-n", str(arguments.processes), "--dist", "load"]
         share = 1.0 if arguments.only else TESTS_SHARE
-        parts.append({"part": "tests"})
+        parts.append({"part": "tests", **BEGUN})
         run(parts[-1], command, share * (end - time.monotonic()), arguments.out)
         last = (arguments.out / "tests.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
         parts[-1]["summary"] = "".join(last)
@@ -142,7 +144,7 @@ def run_parts(arguments: argparse.Namespace, parts: list[dict[str, object]], sav
         figures_file = arguments.out / "benchmark.json"
         command = ["benchmarks/gpu.py", "--out", str(figures_file), "--minutes", f"{(left - 45) / 60:.2f}"]
         command += ["--device", "cpu", "--tiny"] if arguments.device == "cpu" else []
-        parts.append({"part": "benchmark"})
+        parts.append({"part": "benchmark", **BEGUN})
         run(parts[-1], command, left, arguments.out)
 
 
