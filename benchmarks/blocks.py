@@ -182,8 +182,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--out", type=Path, default=Path("blocks.json"))
     arguments = parser.parse_args()
+    if not arguments.out.absolute().parent.is_dir():
+        parser.error(f"--out: {arguments.out.parent} must be a folder")
     if not torch.cuda.is_available():
-        raise SystemExit("a CUDA card must be there, torch finds none")
+        parser.error("torch finds no card")
     dtype = getattr(torch, arguments.dtype)
     kinds = [arguments.only] if arguments.only else list(TRIED)
     jobs = [(layer, 256, dtype, kind, tile) for kind in kinds for tile in TRIED[kind] for layer in arguments.layers]
