@@ -3,8 +3,8 @@
 Clusters announce the end of a job by SIGTERM, or by a signal of choice some time before: SLURM with
 `#SBATCH --signal=SIGUSR1@300` five minutes before.
 
-Everything is decided between two iterations, when the step is finished and the next batch is not fetched yet: what is
-saved then is exactly what an uninterrupted run would have had.
+Everything is decided between two iterations, or in a validation or benchmark there, when the step is finished and the
+next batch is not fetched yet: what is saved then is exactly what an uninterrupted run would have had.
 """
 
 import _thread
