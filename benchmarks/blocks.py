@@ -12,35 +12,26 @@ Shape legend: T tokens, D model width, F hidden width of one expert, E experts, 
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import json
 import multiprocessing
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu import SIZES, Size
 from torch import Tensor
 
-import litgpt_moe_ext
+from litgpt_moe_ext.moe.kernels.plan import Outer, Plan, Product, plan_of, sort_rows
+from litgpt_moe_ext.moe.kernels.triton import rows, weights
+from litgpt_moe_ext.moe.kernels.triton.tiles import Tile
 
-litgpt_moe_ext.register()
-
-from litgpt_moe_ext.moe.kernels.plan import Outer, Plan, Product, plan_of, sort_rows  # noqa: E402
-from litgpt_moe_ext.moe.kernels.triton import rows, weights  # noqa: E402
-from litgpt_moe_ext.moe.kernels.triton.tiles import Tile  # noqa: E402
-
-# D, F, E, K.
-LAYERS = {
-    "quickstart": (128, 64, 16, 4),
-    "60M": (512, 768, 4, 2),
-    "200M": (768, 2048, 8, 2),
-    "TinyStories": (256, 1024, 8, 2),
-    "fine-grained": (512, 256, 64, 8),
-}
+LAYERS = {size.name.partition(":")[0]: size for size in (Size("quickstart", 128, 64, 16, 4), *SIZES)}
 _STAGES = (2, 3, 4)
 TRIED = {
     "rows": [
@@ -80,7 +71,7 @@ class Fixed:
 
 
 @contextlib.contextmanager
-def blocks(module: Any, tile: Tile | None) -> Any:
+def blocks(module: Any, tile: Tile | None) -> Iterator[list[Fixed]]:
     """Let a module's launches take one block, in this scope; yields what was taken."""
     original, taken = module.tiles_for, []
 
@@ -107,7 +98,7 @@ def make_plan(T: int, E: int, K: int, device: str) -> Plan:
 
 def products(layer: str, T: int, device: str, dtype: torch.dtype) -> dict[str, tuple[str, Callable[[], Tensor]]]:
     """Return the products of a layer, forward and backward: the kind of their blocks, and what computes them."""
-    D, F, E, K = LAYERS[layer]
+    _, D, F, E, K = dataclasses.astuple(LAYERS[layer])
     plan = make_plan(T, E, K, device)
     make = partial(torch.randn, device=device, dtype=dtype)
     x_TD, y_TD, h_RG, a_RF = make(T, D), make(T, D), make(T * K, 2 * F), make(T * K, F)

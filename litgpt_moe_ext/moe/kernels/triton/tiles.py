@@ -123,17 +123,25 @@ class Card(NamedTuple):
     tiles: dict[Precision, Tiles]
 
 
+_Block = tuple[int, int, int, int, int]
 _ODD = ((32, 64, 32, 4, 2), (32, 64, 64, 4, 2))
 
 
-def _tiles(*blocks: tuple[int, int, int, int, int], odd: tuple = _ODD) -> Tiles:
-    # The fields of `Tile`, block by block in the order of `Tiles`.
-    return Tiles(*(Tile(*block) for block in (*blocks, *odd)))
+def _tiles(
+    rows: tuple[_Block, _Block, _Block],
+    weights: _Block,
+    few: _Block | None = None,
+    added: _Block | None = None,
+    odd: tuple[_Block, _Block] = _ODD,
+) -> Tiles:
+    # The fields of `Tile`, block by block in the order of `Tiles`; gradients of few weights, and those that are added,
+    # have the block of the others unless one is given.
+    return Tiles(*(Tile(*block) for block in (*rows, weights, few or weights, added or weights, *odd)))
 
 
 # Products on the ordinary cores: registers are the limit, so small blocks for all.
 _IEEE = _tiles(
-    (16, 64, 32, 4, 2), (64, 64, 16, 4, 2), (64, 64, 16, 4, 2), *[(16, 64, 64, 4, 2)] * 3,
+    ((16, 64, 32, 4, 2), (64, 64, 16, 4, 2), (64, 64, 16, 4, 2)), (16, 64, 64, 4, 2),
     odd=((32, 64, 16, 4, 2), (16, 64, 32, 4, 2)),
 )  # fmt: skip
 
@@ -145,7 +153,7 @@ _TURING = Card(
         # ordinary cores in every block size. torch's `bmm` over padded groups, which would have them, does E / K times
         # the work without asking how many rows an expert has; the loop has them, and waits.
         "half": _tiles(
-            (16, 32, 32, 4, 2), (32, 64, 16, 4, 2), (64, 64, 16, 4, 2), *[(16, 64, 64, 4, 2)] * 3,
+            ((16, 32, 32, 4, 2), (32, 64, 16, 4, 2), (64, 64, 16, 4, 2)), (16, 64, 64, 4, 2),
             odd=((32, 32, 16, 4, 2), (16, 32, 64, 4, 2)),
         ),
         "ieee": _IEEE,
@@ -156,96 +164,66 @@ _AMPERE = Card(
     163,
     {
         "half": _tiles(
-            (16, 128, 64, 4, 4),
-            (64, 128, 64, 4, 3),
-            (128, 128, 32, 4, 4),
-            (32, 128, 128, 4, 4),
-            (64, 64, 64, 4, 4),
-            (32, 128, 128, 8, 4),
+            ((16, 128, 64, 4, 4), (64, 128, 64, 4, 3), (128, 128, 32, 4, 4)), (32, 128, 128, 4, 4),
+            few=(64, 64, 64, 4, 4), added=(32, 128, 128, 8, 4),
         ),
         "tf32": _tiles(
-            (16, 64, 64, 4, 3),
-            (64, 64, 32, 4, 3),
-            (128, 128, 32, 8, 3),
-            (32, 128, 128, 8, 3),
-            (32, 64, 64, 4, 4),
-            (32, 128, 128, 8, 3),
+            ((16, 64, 64, 4, 3), (64, 64, 32, 4, 3), (128, 128, 32, 8, 3)), (32, 128, 128, 8, 3),
+            few=(32, 64, 64, 4, 4),
         ),
         "ieee": _IEEE,
     },
-)
+)  # fmt: skip
 _GEFORCE = Card(
     "Ampere, Ada or Blackwell for desktops",
     99,
     {
         "half": _tiles(
-            (16, 128, 64, 4, 3),
-            (64, 128, 32, 4, 4),
-            (128, 128, 32, 4, 3),
-            (32, 128, 128, 4, 3),
-            (64, 64, 64, 4, 3),
-            (32, 128, 128, 8, 3),
+            ((16, 128, 64, 4, 3), (64, 128, 32, 4, 4), (128, 128, 32, 4, 3)), (32, 128, 128, 4, 3),
+            few=(64, 64, 64, 4, 3), added=(32, 128, 128, 8, 3),
         ),
         "tf32": _tiles(
-            (16, 64, 64, 4, 3),
-            (64, 64, 32, 4, 3),
-            (128, 64, 32, 4, 3),
-            (32, 128, 64, 4, 3),
-            (32, 64, 64, 4, 3),
-            (32, 128, 64, 4, 3),
+            ((16, 64, 64, 4, 3), (64, 64, 32, 4, 3), (128, 64, 32, 4, 3)), (32, 128, 64, 4, 3),
+            few=(32, 64, 64, 4, 3),
         ),
         "ieee": _IEEE,
     },
-)
+)  # fmt: skip
 _HOPPER = Card(
     "Hopper",
     227,
     {
         "half": _tiles(
-            (16, 128, 64, 4, 4),
-            (64, 128, 64, 4, 4),
-            (128, 256, 64, 8, 3),
-            (64, 128, 128, 8, 3),
-            (128, 64, 64, 4, 3),
-            (128, 64, 64, 4, 3),
+            ((16, 128, 64, 4, 4), (64, 128, 64, 4, 4), (128, 256, 64, 8, 3)), (64, 128, 128, 8, 3),
+            few=(128, 64, 64, 4, 3), added=(128, 64, 64, 4, 3),
         ),
         "tf32": _tiles(
-            (16, 64, 64, 4, 3),
-            (64, 128, 32, 4, 3),
-            (128, 128, 32, 8, 4),
-            (32, 128, 128, 8, 4),
-            (64, 64, 64, 4, 3),
-            (32, 128, 128, 8, 4),
+            ((16, 64, 64, 4, 3), (64, 128, 32, 4, 3), (128, 128, 32, 8, 4)), (32, 128, 128, 8, 4),
+            few=(64, 64, 64, 4, 3),
         ),
         "ieee": _IEEE,
     },
-)
+)  # fmt: skip
 _BLACKWELL = Card(
     "Blackwell for data centres",
     227,
     {
         "half": _tiles(
-            (16, 128, 64, 4, 4),
-            (64, 128, 64, 4, 4),
-            (128, 128, 64, 4, 4),
-            (64, 128, 128, 8, 4),
-            (128, 64, 64, 4, 3),
-            (64, 128, 128, 8, 4),
+            ((16, 128, 64, 4, 4), (64, 128, 64, 4, 4), (128, 128, 64, 4, 4)), (64, 128, 128, 8, 4),
+            few=(128, 64, 64, 4, 3),
         ),
         "tf32": _HOPPER.tiles["tf32"],
         "ieee": _IEEE,
     },
-)
+)  # fmt: skip
 # Where nothing is known (AMD), blocks that fit everywhere; on a CPU, ones that small tests have several of.
 _SMALL = _tiles(
-    (16, 64, 32, 4, 2), (64, 64, 32, 4, 2), (64, 64, 32, 4, 2), (32, 64, 64, 4, 2), (32, 64, 32, 4, 2),
-    (32, 64, 64, 4, 2),
-)  # fmt: skip
+    ((16, 64, 32, 4, 2), (64, 64, 32, 4, 2), (64, 64, 32, 4, 2)), (32, 64, 64, 4, 2), few=(32, 64, 32, 4, 2)
+)
 _OTHER = Card("another vendor's", 64, {"half": _SMALL, "ieee": _IEEE})
 _TINY = _tiles(
-    (16, 32, 16, 4, 1), (16, 32, 32, 4, 1), (32, 32, 32, 4, 1), (16, 32, 16, 4, 1), (32, 16, 16, 4, 1),
-    (16, 16, 32, 4, 1),
-    odd=((32, 32, 32, 4, 1), (32, 32, 32, 4, 1)),
+    ((16, 32, 16, 4, 1), (16, 32, 32, 4, 1), (32, 32, 32, 4, 1)), (16, 32, 16, 4, 1),
+    few=(32, 16, 16, 4, 1), added=(16, 16, 32, 4, 1), odd=((32, 32, 32, 4, 1), (32, 32, 32, 4, 1)),
 )  # fmt: skip
 _INTERPRETER = Card("interpreter", 64, {"half": _TINY, "tf32": _TINY, "ieee": _TINY})
 
