@@ -7,9 +7,6 @@ last token of a text is a target and has none itself, so as an input it is paddi
 Shape legend: B batch, T tokens.
 """
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -26,19 +23,6 @@ class PaddedRows(Rows):
         """Return the inputs of some rows."""
         ids = self.as_subclass(Tensor)[rows]
         return ids[:, :end].masked_fill(ids[:, 1 : end + 1] < 0, PADDING)
-
-
-@dataclass(frozen=True, slots=True)
-class Padded:
-    """What a block gets as its attention mask when some of its tokens are padding.
-
-    Attributes:
-        real_BT: True for text, bool.
-        mask: The mask itself.
-    """
-
-    real_BT: Tensor
-    mask: Any
 
 
 def mark_padding(ids_BT: Tensor, real_BT: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What settings change in a whole model: embeddings, positions, documents, padding, endless generation.
+"""What settings change in a whole model: embeddings, positions, documents, padding, token ids, endless generation.
 
 LitGPT's `GPT.forward` runs as it is, on a stand-in that has the parts of the model, some of them wrapped. What layers
 need to know about a batch reaches them as arguments of their blocks, so that activation checkpointing recomputes every
@@ -19,8 +19,9 @@ from torch import Tensor
 from litgpt_moe_ext.attention.cache_positions import position_range
 from litgpt_moe_ext.attention.documents import Documents, find_documents, remember_documents
 from litgpt_moe_ext.attention.streaming_cache import positions_needed
-from litgpt_moe_ext.config.features import MOE_CLASS_NAMES, changes_model, has_experts
-from litgpt_moe_ext.padding import Padded, real_tokens
+from litgpt_moe_ext.config.features import MOE_CLASS_NAMES, changes_model, has_experts, routers_need
+from litgpt_moe_ext.moe.told import TokenIds, Told
+from litgpt_moe_ext.padding import real_tokens
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
@@ -58,7 +59,7 @@ def forward(
     input_pos_maxp1: int | None = None,
     lm_head_chunk_size: int = 0,
 ) -> Any:
-    """Run a model whose configuration `changes_model`, whose batches may have padding, or that reads no mask.
+    """Run a model whose configuration `changes_model`, or that reads ids in its layers, or no mask, or padding.
 
     Args:
         original: LitGPT's `GPT.forward`.
@@ -74,21 +75,24 @@ def forward(
     config = _config(model)
     real_BT = real_tokens(idx) if input_pos is None else None
     documents = _find_documents(model, idx, input_pos, input_pos_maxp1)
+    ids = TokenIds(idx.flatten()) if routers_need(config, "token_ids") else None
     if real_BT is not None:
         # Any token will do: causal attention keeps it from those before it, and experts do not see it.
         idx = idx.clamp_min(0)
-    if not (changes_model(config) or (real_BT is not None and config.mlp_class_name in MOE_CLASS_NAMES)):
+    tells = ids is not None or (real_BT is not None and config.mlp_class_name in MOE_CLASS_NAMES)
+    if not (changes_model(config) or tells):
         stand_in = _StandIn(model, _transformer(model))
         return original(stand_in, idx, input_pos, input_pos_maxp1, lm_head_chunk_size)
-    position = torch.arange(idx.size(1), device=idx.device) if input_pos is None else input_pos
     restart = documents is not None and config.attention_document_restart_positions
-    if restart:
-        position = position - documents.start_BT
+    position = None
+    if restart or config.position_embedding == "learned":
+        position = torch.arange(idx.size(1), device=idx.device) if input_pos is None else input_pos
+        position = position - documents.start_BT if restart else position
 
     stand_in = _StandIn(model, _StandInTransformer(model, position, documents))
-    if real_BT is not None:
+    if tells:
         stand_in.transformer.h = [
-            _with_padding(block, real_BT) if has_experts(config, i) else block
+            _told(block, real_BT, ids) if has_experts(config, i) else block
             for i, block in enumerate(stand_in.transformer.h)
         ]
     if documents is not None:
@@ -99,7 +103,7 @@ def forward(
             for block_idx, block in enumerate(stand_in.transformer.h)
         ]
     elif config.streaming_cache_window is not None and input_pos is not None:
-        stand_in.transformer.h = [_streaming(block, model, input_pos) for block in _transformer(model).h]
+        stand_in.transformer.h = [_streaming(block, model, input_pos) for block in stand_in.transformer.h]
         # What LitGPT looks up at the positions must exist, and is not used.
         stand_in.max_seq_length = max(model.max_seq_length, idx.size(1))
         stand_in.mask_cache = model.cos.new_zeros(1, 1, 1, 1).expand(1, 1, model.cos.size(0), 1)
@@ -133,7 +137,7 @@ class _StandIn:
 
 
 class _StandInTransformer:
-    def __init__(self, model: GPT, position: Tensor, documents: Documents | None) -> None:
+    def __init__(self, model: GPT, position: Tensor | None, documents: Documents | None) -> None:
         self.wte = _Embedding(model, position, documents)
         self.h: Any = _transformer(model).h
         self.ln_f = _transformer(model).ln_f
@@ -142,7 +146,7 @@ class _StandInTransformer:
 class _Embedding:
     # The token embedding, the embedding of the position, and dropout (Radford et al. 2019, as in nanoGPT).
 
-    def __init__(self, model: GPT, position: Tensor, documents: Documents | None) -> None:
+    def __init__(self, model: GPT, position: Tensor | None, documents: Documents | None) -> None:
         self.model = model
         self.position = position
         self.overflow = None if documents is None else documents.overflow
@@ -161,9 +165,9 @@ class _Embedding:
 _Block = Callable[..., Tensor]
 
 
-def _with_padding(block: _Block, real_BT: Tensor) -> _Block:
-    """Tell a block which tokens are padding, beside its mask."""
-    return lambda x, cos, sin, mask, *positions: block(x, cos, sin, Padded(real_BT, mask), *positions)
+def _told(block: _Block, real_BT: Tensor | None, ids: TokenIds | None) -> _Block:
+    """Tell a block which tokens are padding, or their ids, beside its mask."""
+    return lambda x, cos, sin, mask, *positions: block(x, cos, sin, Told(mask, real_BT, ids), *positions)
 
 
 def _within_documents(block: _Block, documents: Documents, tables: tuple[Tensor, ...] | None) -> _Block:

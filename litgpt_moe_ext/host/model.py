@@ -50,12 +50,12 @@ def extend_blocks(model: ModuleType) -> None:
     model.Block.__init__ = __init__
 
 
-def tell_blocks_of_padding(model: ModuleType) -> None:
-    """Let a block that is told of padding pass this on to its MoE layer, as an argument.
+def tell_layers_of_tokens(model: ModuleType) -> None:
+    """Let a block that is told of padding or token ids pass this on to its MoE layer, as an argument.
 
-    Activation checkpointing then recomputes each batch with its own padding, whatever ran in between.
+    Activation checkpointing then recomputes each batch with its own, whatever ran in between.
     """
-    from litgpt_moe_ext.padding import Padded
+    from litgpt_moe_ext.moe.told import Told
 
     original = model.Block.forward
 
@@ -69,24 +69,24 @@ def tell_blocks_of_padding(model: ModuleType) -> None:
         input_pos: Any = None,
         input_pos_maxp1: int | None = None,
     ) -> Any:
-        if not isinstance(mask, Padded):
+        if not isinstance(mask, Told):
             return original(self, x, cos, sin, mask, input_pos, input_pos_maxp1)
-        return original(_WithPadding(self, mask.real_BT), x, cos, sin, mask.mask, input_pos, input_pos_maxp1)
+        return original(_Telling(self, mask), x, cos, sin, mask.mask, input_pos, input_pos_maxp1)
 
     model.Block.forward = forward
 
 
-class _WithPadding:
+class _Telling:
     # What LitGPT's block reads of itself.
 
-    def __init__(self, block: Any, real_BT: Any) -> None:
+    def __init__(self, block: Any, told: Any) -> None:
         self.config = block.config
         self.norm_1, self.attn, self.post_attention_norm = block.norm_1, block.attn, block.post_attention_norm
         self.norm_2, self.post_mlp_norm = block.norm_2, block.post_mlp_norm
-        self._mlp, self._real_BT = block.mlp, real_BT
+        self._mlp, self._told = block.mlp, (told.real_BT, told.ids)
 
     def mlp(self, x: Any) -> Any:
-        return self._mlp(x, self._real_BT)
+        return self._mlp(x, *self._told)
 
 
 def choose_attention(model: ModuleType) -> None:
@@ -155,8 +155,8 @@ def fuse_norms(model: ModuleType) -> None:
 
 
 def extend_model_init(model: ModuleType) -> None:
-    """Add learned positions, let routers that choose by token id see the ids, and norms be fused."""
-    from litgpt_moe_ext.config.features import changes_model, routers_need
+    """Add learned positions, and let norms be fused."""
+    from litgpt_moe_ext.config.features import changes_model
 
     original = model.GPT.__init__
 
@@ -167,10 +167,6 @@ def extend_model_init(model: ModuleType) -> None:
             from litgpt_moe_ext.attention.gpt_forward import add_position_embedding
 
             add_position_embedding(self)
-        if routers_need(config, "token_ids"):
-            from litgpt_moe_ext.moe.fixed_routers import share_token_ids
-
-            share_token_ids(self)
         if uses_plugin(config):
             for module in self.modules():
                 if isinstance(module, model.RMSNorm):
@@ -180,8 +176,8 @@ def extend_model_init(model: ModuleType) -> None:
 
 
 def extend_model_forward(model: ModuleType) -> None:
-    """Pass learned positions, documents, padding and embedding dropout through the model, and no unread mask."""
-    from litgpt_moe_ext.config.features import changes_model
+    """Pass learned positions, documents, padding, ids and embedding dropout through the model, and no unread mask."""
+    from litgpt_moe_ext.config.features import changes_model, routers_need
     from litgpt_moe_ext.padding import accepts_padding
 
     original = model.GPT.forward
@@ -189,7 +185,8 @@ def extend_model_forward(model: ModuleType) -> None:
     @wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         has_mask = self.mask_cache is not None and getattr(self.config, "attention_class_name", None) is not None
-        if not (changes_model(self.config) or accepts_padding() or has_mask):
+        special = changes_model(self.config) or routers_need(self.config, "token_ids")
+        if not (special or accepts_padding() or has_mask):
             return original(self, *args, **kwargs)
         from litgpt_moe_ext.attention.gpt_forward import forward
 

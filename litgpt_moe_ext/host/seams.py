@@ -85,8 +85,8 @@ SEAMS = (
         _NEVER, model.extend_blocks,
     ),
     Seam(
-        "litgpt.model", "Block.forward", "wrap", "Tells the MoE layer of a block which tokens are padding.",
-        "LitGPT's blocks take a padding mask", model.tell_blocks_of_padding,
+        "litgpt.model", "Block.forward", "wrap", "Tells the MoE layer of a block which tokens are padding, and ids.",
+        "LitGPT's blocks pass arguments on", model.tell_layers_of_tokens,
     ),
     Seam(
         "litgpt.model", "CausalSelfAttention.__new__", "add", "Builds the attention class a configuration names.",
@@ -102,11 +102,11 @@ SEAMS = (
     ),
     Seam(
         "litgpt.model", "GPT.__init__", "wrap",
-        "Adds learned positions; routers by token id see the ids; norms may be fused.",
+        "Adds learned positions; norms may be fused.",
         _NEVER, model.extend_model_init,
     ),
     Seam(
-        "litgpt.model", "GPT.forward", "wrap", "Learned positions, documents, padding, dropout; no unread mask.",
+        "litgpt.model", "GPT.forward", "wrap", "Learned positions, documents, padding, ids, dropout; no unread mask.",
         _NEVER, model.extend_model_forward,
     ),
     Seam(

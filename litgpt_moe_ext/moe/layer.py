@@ -20,6 +20,7 @@ from litgpt_moe_ext.moe.kernels.operators import add_gated, glu
 from litgpt_moe_ext.moe.kernels.plan import kind_of
 from litgpt_moe_ext.moe.registry import ROUTERS, load
 from litgpt_moe_ext.moe.router import Router
+from litgpt_moe_ext.moe.told import TokenIds
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
@@ -100,17 +101,18 @@ class MoE(nn.Module):
             if config.shared_expert_gate:
                 self.shared_expert_gate = nn.Linear(config.n_embd, 1, bias=False)
 
-    def forward(self, x_BTD: Tensor, real_BT: Tensor | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, real_BT: Tensor | None = None, ids: TokenIds | None = None) -> Tensor:
         """Return the layer's output, (B, T, D) in the dtype of `x_BTD` or that of autocast.
 
         Args:
             x_BTD: Tokens.
             real_BT: Which of them are not padding, bool; None if all. Padding takes part in nothing and becomes 0.
+            ids: Their ids, for routers that need them.
         """
         x_TD = x_BTD.reshape(-1, x_BTD.size(-1))
         n_sequence = x_BTD.size(0) if x_BTD.dim() == 3 else 1
         real_T = None if real_BT is None else real_BT.reshape(-1).contiguous()
-        routing = self.gate(x_TD, n_sequence, real_T)
+        routing = self.gate(x_TD, n_sequence, real_T, ids)
         narrow_TD = narrowed(x_TD)
         if narrow_TD is not x_TD:
             x_BTD = narrow_TD.view(x_BTD.shape)

@@ -19,6 +19,7 @@ from litgpt_moe_ext.moe.kernels.orthogonality import weighted_orthogonality
 from litgpt_moe_ext.moe.losses import mean_probabilities
 from litgpt_moe_ext.moe.registry import LOSSES, load, loss_field
 from litgpt_moe_ext.moe.step_shares import StepShares
+from litgpt_moe_ext.moe.told import TokenIds
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
@@ -119,7 +120,6 @@ class Router(nn.Module):
         bias_update_schedule: How the step size changes (`litgpt_moe_ext.moe.balancing.scheduled_rate`).
         own_kernels: Whether the package's kernels may do a router's work, and not only torch's operators.
         step_shares: The shares of tokens by which a load-balancing loss over the global batch goes; None without one.
-        token_ids_T: Ids of the tokens of the present batch, int64, for a router that needs them.
     """
 
     weight: Tensor | None
@@ -143,7 +143,6 @@ class Router(nn.Module):
             self.step_shares = StepShares()
         self.tally = Tally(self.n_expert + len(SUMS) + len(self.loss_names))
         self.record: Tensor | None = None
-        self.token_ids_T: Tensor | None = None
         # This backend is for those who ask for ordinary operators.
         self.own_kernels = getattr(config, "expert_backend", None) != "loop"
         # The kernels know the package's own losses.
@@ -156,17 +155,21 @@ class Router(nn.Module):
         )
         watch(self)
 
-    def forward(self, x_TD: Tensor, n_sequence: int = 1, real_T: Tensor | None = None) -> Routing:
+    def forward(
+        self, x_TD: Tensor, n_sequence: int = 1, real_T: Tensor | None = None, ids: TokenIds | None = None
+    ) -> Routing:
         """Choose K experts for each token.
 
         Args:
             x_TD: Tokens, any floating dtype.
             n_sequence: Number of sequences of equal length that they are from.
             real_T: Which tokens are not padding, bool; None if all.
+            ids: The ids of the tokens, for a router that needs them; `choose` and `given` are then given them as well.
         """
+        tokens = _tokens(x_TD, ids)
         if self._fusible and fused_router.works_on(x_TD) and (rule := self.rule()) is not None:
-            return self._decide(x_TD, rule, n_sequence, real_T)
-        choice = self.choose(x_TD)
+            return self._decide(tokens, rule, n_sequence, real_T)
+        choice = self.choose(*tokens)
         if real_T is not None:
             choice = choice.route_nowhere(~real_T, self.n_expert)
         weights_TK, experts_TK = choice.weights_TK, choice.experts_TK
@@ -191,8 +194,8 @@ class Router(nn.Module):
         # An empty batch has no losses, which are means, and adds nothing to a tally.
         return self.training and torch.is_grad_enabled() and x_TD.size(0) > 0
 
-    def _decide(self, x_TD: Tensor, rule: Rule, n_sequence: int, real_T: Tensor | None) -> Routing:
-        given, leaf_N = self.given(x_TD)._replace(real_T=real_T), None
+    def _decide(self, tokens: tuple[Any, ...], rule: Rule, n_sequence: int, real_T: Tensor | None) -> Routing:
+        x_TD, given, leaf_N = tokens[0], self.given(*tokens)._replace(real_T=real_T), None
         rule = rule._replace(scale=self.scaling_factor)
         if self._trains_on(x_TD):
             leaf_N = self.tally.leaf_on(x_TD.device)
@@ -219,9 +222,9 @@ class Router(nn.Module):
         """Decide for each token."""
         raise NotImplementedError(f"{type(self).__name__} must say how it chooses experts")
 
-    def scores(self, x_TD: Tensor) -> Tensor | None:
+    def scores(self, x_TD: Tensor, ids: TokenIds | None = None) -> Tensor | None:
         """Return the scores of all experts, (T, E), with rows that sum to 1; None for a router without scores."""
-        choice = self.choose(x_TD)
+        choice = self.choose(*_tokens(x_TD, ids))
         return None if choice.logits_TE is None else choice.probabilities()
 
     def auxiliary_loss(self, name: str, choice: Choice, n_sequence: int, real_T: Tensor | None = None) -> Tensor:
@@ -294,6 +297,11 @@ class Router(nn.Module):
         # Copies and unpickled routers do not pass through `__init__`; their balance must be looked after as well.
         super().__setstate__(state)
         watch(self)
+
+
+def _tokens(x_TD: Tensor, ids: TokenIds | None) -> tuple[Any, ...]:
+    # Routers that need no ids take none.
+    return (x_TD,) if ids is None else (x_TD, ids)
 
 
 class _StepLoss(NamedTuple):

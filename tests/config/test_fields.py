@@ -14,6 +14,7 @@ from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.layer import MoE, NoisyTopKMoE
 from litgpt_moe_ext.moe.registry import ACTIVATIONS, LOSSES, ROUTERS, load
 from litgpt_moe_ext.moe.router import Router
+from litgpt_moe_ext.moe.told import TokenIds
 from tests.models import moe_config, noisy_config, randomize
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,9 +54,9 @@ def test_a_router_has_what_its_entry_says(name):
         randomize(router)(torch.randn(6, 16)).weights_TK.sum().backward()
         assert router.tally.take()[router.n_expert :].isfinite().all()
     router = randomize(load(ROUTERS[name].router)(moe_config(router_type=name)))
-    router.token_ids_T = torch.arange(6) if "token_ids" in features else None
     assert isinstance(router, Router)
-    choice = router.choose(torch.randn(6, 16))
+    ids = [TokenIds(torch.arange(6))] if "token_ids" in features else []
+    choice = router.choose(torch.randn(6, 16), *ids)
     assert (choice.logits_TE is not None) == ("logits" in features)
     assert (choice.noisy_TE is not None) == ("noise" in features)
     if "sums_to_one" in features:

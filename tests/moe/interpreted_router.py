@@ -14,6 +14,7 @@ from litgpt_moe_ext.moe.kernels import fused_router, router_product
 from litgpt_moe_ext.moe.kernels.triton import routing
 from litgpt_moe_ext.moe.kernels.triton.common import constexpr
 from litgpt_moe_ext.moe.layer import MoE
+from litgpt_moe_ext.moe.told import TokenIds
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import _keep_choices
 from tests.models import moe_config
 from tests.moe.interpreted_triton import EXAMPLES
@@ -102,11 +103,11 @@ def test_routers_that_do_not_learn(kind, padded):
 
 def test_a_few_hashed_tokens(monkeypatch):
     gate = MoE(moe_config(mlp_class_name="MoE", router_type="hash", n_expert_per_token=3)).gate.eval()
-    gate.token_ids_T = torch.arange(9) * 7919
+    ids = TokenIds(torch.arange(9) * 7919)
     results = []
     for fused in (False, True):
         monkeypatch.setattr(fused_router, "works_on", lambda x, fused=fused: fused)
-        routed = gate(torch.randn(9, 16), 1, torch.arange(9) < 7)
+        routed = gate(torch.randn(9, 16), 1, torch.arange(9) < 7, ids)
         results.append((routed.experts_TK.sort(1).values, routed.counts_E))
     torch.testing.assert_close(*results)
     assert torch.equal(routed.decision.ends_E, routed.counts_E.cumsum(0).int())
@@ -157,15 +158,14 @@ def test_what_the_kernels_do_not_know():
     """Other rules, and those who ask for ordinary operators."""
 
     class Other(HashRouter):
-        def choose(self, x_TD):
-            return super().choose(x_TD)
+        def choose(self, x_TD, ids):
+            return super().choose(x_TD, ids)
 
-    other = Other(moe_config(router_type="hash"))
-    other.token_ids_T = torch.arange(12)
-    for gate in (make_gate(expert_backend="loop"), other):
+    other = Other(moe_config(router_type="hash")), TokenIds(torch.arange(12))
+    for gate, ids in ((make_gate(expert_backend="loop"), None), other):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(fused_router, "works_on", lambda x: True)
-            assert gate(torch.randn(12, 16)).decision is None
+            assert gate(torch.randn(12, 16), ids=ids).decision is None
 
 
 @pytest.mark.parametrize(("name", "padded"), [

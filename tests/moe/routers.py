@@ -10,6 +10,7 @@ from litgpt_moe_ext.moe.kernels import fused_router
 from litgpt_moe_ext.moe.kernels.plan import sort_rows
 from litgpt_moe_ext.moe.layer import MoE
 from litgpt_moe_ext.moe.metrics import load_metrics
+from litgpt_moe_ext.moe.told import TokenIds
 from tests.models import moe_config, randomize
 
 BALANCING = {"router_load_balancing_loss_coef": 0.05}
@@ -82,7 +83,7 @@ def compare(gate, T, n_sequence=1, padded=False):
 def compare_fixed(kind, padded, device):
     """Hold the fused kernels against torch's operators for a router that does not learn."""
     gate = MoE(moe_config(mlp_class_name="MoE", router_type=kind, n_expert_per_token=3)).to(device).gate
-    gate.token_ids_T = torch.arange(130, device=device) * 7919
+    ids = TokenIds(torch.arange(130, device=device) * 7919)
     x, upstream = torch.randn(130, 16, device=device), torch.rand(130, 1, device=device)
     real = torch.rand(130, device=device) < 0.5 if padded else None
     results = []
@@ -90,7 +91,7 @@ def compare_fixed(kind, padded, device):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(fused_router, "works_on", lambda x, fused=fused: fused)
             torch.manual_seed(3)
-            routing = gate(x, 1, real)
+            routing = gate(x, 1, real, ids)
         (routing.weights_TK * upstream).sum().backward()
         update_routers([gate])
         experts_TK = routing.experts_TK.sort(1).values

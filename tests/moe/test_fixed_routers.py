@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,50 +12,49 @@ from litgpt import GPT
 from litgpt_moe_ext.moe.fixed_routers import HashRouter, UniformRouter
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
 from litgpt_moe_ext.moe.metrics import load_metrics
-from tests.models import initialized_model, moe_config
+from litgpt_moe_ext.moe.told import TokenIds
+from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
+from tests.models import initialized_model, moe_config, randomize
 
 
-def make(cls, ids, **settings):
-    router = cls(moe_config(router_type="hash" if cls is HashRouter else "uniform", **settings))
-    router.token_ids_T = ids
-    return router
+def make(cls, **settings):
+    return cls(moe_config(router_type="hash" if cls is HashRouter else "uniform", **settings))
 
 
 def test_a_token_id_always_visits_the_same_experts():
     ids = torch.tensor([5, 9, 5, 5, 9])
-    router, x = make(HashRouter, ids.flip(0) + 1), torch.randn(5, 16)
-    router(x)
-    router.token_ids_T = ids  # of the next batch
-    routing = router(x)
+    router, x = make(HashRouter), torch.randn(5, 16)
+    router(x, ids=TokenIds(ids.flip(0) + 1))
+    routing = router(x, ids=TokenIds(ids))
     rows = [set(row.tolist()) for row in routing.experts_TK]
     assert rows[0] == rows[2] == rows[3]
     assert rows[1] == rows[4]
     assert all(len(row) == 2 for row in rows)
     assert (routing.weights_TK == 0.5).all()
-    assert torch.equal(routing.experts_TK, make(HashRouter, ids)(x).experts_TK)
+    assert torch.equal(routing.experts_TK, make(HashRouter)(x, ids=TokenIds(ids)).experts_TK)
 
 
 @pytest.mark.parametrize("n_expert", [3, 8, 64])
 def test_hashing_is_even(n_expert):
     """50257 ids over E experts: every count within five standard deviations of the mean."""
-    ids = torch.arange(50257)
-    routing = make(HashRouter, ids, n_expert=n_expert)(torch.randn(50257, 16))
+    ids = TokenIds(torch.arange(50257))
+    routing = make(HashRouter, n_expert=n_expert)(torch.randn(50257, 16), ids=ids)
     mean = 50257 * 2 / n_expert
     assert (routing.counts_E - mean).abs().max() < 5 * mean**0.5
     pairs = routing.experts_TK.sort(1).values
     assert len(pairs.unique(dim=0)) == n_expert * (n_expert - 1) // 2
-    hashes = make(HashRouter, ids[:999], n_expert=n_expert).rank(torch.empty(999, 16))
+    hashes = ids.hashes(n_expert)[:999]
     assert hashes.unique().numel() == 999 * n_expert, "no id repeats those of its neighbour"
 
 
 def test_uniform_in_training_and_fixed_in_evaluation():
-    ids, x = torch.arange(4000), torch.randn(4000, 16)
-    router = make(UniformRouter, ids)
+    ids, x = TokenIds(torch.arange(4000)), torch.randn(4000, 16)
+    router = make(UniformRouter)
     first, second = router(x), router(x)
     assert not torch.equal(first.experts_TK, second.experts_TK)
     assert (first.counts_E - 1000).abs().max() < 5 * 1000**0.5
     router.eval()
-    assert torch.equal(router(x).experts_TK, router(x).experts_TK)
+    assert torch.equal(router(x, ids=ids).experts_TK, router(x, ids=ids).experts_TK)
 
 
 @pytest.mark.parametrize("router_type", ["hash", "uniform"])
@@ -84,6 +85,47 @@ def test_a_copy_of_a_model_shows_its_own_routers_the_token_ids(duplicate):
     model(before)
     other = duplicate(model)
     assert torch.equal(other(ids), model(ids))
+
+
+def gradients(model, forward, *batches):
+    """Return those of a loss of several batches, which go backward together."""
+    model.zero_grad()
+    sum(forward(ids).square().sum() for ids in batches).backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def test_recomputation_takes_the_ids_of_its_own_forward_pass():
+    model = randomize(initialized_model(moe_config(router_type="hash")), 0.3).double()
+    batches = torch.randint(0, 64, (2, 2, 9))
+    expected = gradients(model, model, *batches)
+    ActivationCheckpointing("full").on_before_setup(model)
+    torch.testing.assert_close(gradients(model, model, *batches), expected)
+
+
+def test_two_threads_use_one_model():
+    model = randomize(initialized_model(moe_config(router_type="hash")), 0.3).eval()
+    batches = torch.randint(0, 64, (2, 2, 9))
+    expected = [model(ids) for ids in batches]
+    both_are_inside = threading.Barrier(2, timeout=60)
+
+    def wait(*_):
+        both_are_inside.wait()
+
+    model.transformer.h[0].register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(2) as threads:
+        torch.testing.assert_close(list(threads.map(model, batches)), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_compiled(checkpoints):
+    model = randomize(initialized_model(moe_config(router_type="hash")), 0.3)
+    batches = torch.randint(0, 64, (2, 2, 9))
+    expected = gradients(model, model, *batches)
+    if checkpoints:
+        ActivationCheckpointing("full").on_before_setup(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(gradients(model, compiled, *batches), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_layer_alone_says_what_is_missing():

@@ -11,8 +11,9 @@ from litgpt import Config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from litgpt_moe_ext import padding
-from litgpt_moe_ext.moe.fixed_routers import FixedRouter, Hashes
+from litgpt_moe_ext.moe.fixed_routers import FixedRouter
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
+from litgpt_moe_ext.moe.told import TokenIds
 from tests.fake_cuda import DTYPES, RECIPES, fake_cuda
 from tests.models import initialized_model, moe_config, randomize
 from tests.moe.routers import RULES
@@ -69,11 +70,11 @@ def make_layer(config, padded):
         moe = getattr(litgpt.model, config.mlp_class_name)(config)
         x = torch.empty(8, 2048, config.n_embd, requires_grad=True)
         real = torch.ones(8, 2048, dtype=torch.bool) if padded else None
+        ids = None
         if isinstance(moe.gate, FixedRouter):
-            moe.gate.token_ids_T = torch.zeros(8 * 2048, dtype=torch.int64)
-            moe.gate.hashes = Hashes(moe.gate.token_ids_T)
-            moe.gate.hashes.of(config.n_expert)  # by the first layer
-    return moe, x, real
+            ids = TokenIds(torch.zeros(8 * 2048, dtype=torch.int64))
+            ids.hashes(config.n_expert)  # by the first layer
+    return moe, (x, real, ids)
 
 
 def launches_of_layer(config, capability, precision="bf16-mixed", padded=False):
@@ -82,10 +83,10 @@ def launches_of_layer(config, capability, precision="bf16-mixed", padded=False):
     assert mode == "mixed"
     with fake_cuda(capability):
         with Fabric(accelerator="cpu", devices=1).init_module(empty_init=True):
-            moe, x, real = make_layer(config, padded)
-        moe.gate.tally.leaf_on(x.device)  # made once
+            moe, inputs = make_layer(config, padded)
+        moe.gate.tally.leaf_on(inputs[0].device)  # made once
         with torch.autocast("cuda", DTYPES[kind]), Launches(inside=True) as launches:
-            moe(x, real)
+            moe(*inputs)
     return launches.names
 
 

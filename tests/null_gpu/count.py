@@ -29,13 +29,13 @@ def count(settings: dict, padded: bool) -> dict:
         settings: Of the model.
         padded: Whether there may be padding.
     """
-    moe, x, real = make_layer(moe_config(**settings), padded)
-    upstream = torch.zeros_like(x, dtype=torch.bfloat16)
+    moe, inputs = make_layer(moe_config(**settings), padded)
+    upstream = torch.zeros_like(inputs[0], dtype=torch.bfloat16)
     for _ in range(2):  # what is made once is made in the first
         waited = _gpu.null_gpu_waited()
         _gpu.null_gpu_trace(1)
         with torch.autocast("cuda", torch.bfloat16):
-            y = moe(x, real)
+            y = moe(*inputs)
         forward = _started()
         y.backward(upstream)
         backward = _started()

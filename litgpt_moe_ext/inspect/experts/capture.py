@@ -80,7 +80,7 @@ class RoutingRecorder:
 
     def _hook(self, recording: _Recording, reader: Callable) -> Callable:
         def hook(_gate: nn.Module, arguments: tuple, output: Any) -> None:
-            routing, scores_TE = reader(arguments[0], output)
+            routing, scores_TE = reader(output, *arguments)
             keep_T = slice(None) if self._keep_BT is None else self._keep_BT.flatten()
             recording.weights.append(routing.weights_TK[keep_T].float().cpu())
             recording.experts.append(routing.experts_TK[keep_T].cpu())
@@ -144,18 +144,18 @@ def record_routing(
     return recorder.take()
 
 
-def _reader_of(mlp: nn.Module) -> Callable[[Tensor, Any], tuple[Routing, Tensor | None]] | None:
-    """Return what turns input and output of a layer's gate into its routing and scores, or None for a dense layer."""
+def _reader_of(mlp: nn.Module) -> Callable[..., tuple[Routing, Tensor | None]] | None:
+    """Return what turns output and inputs of a layer's gate into its routing and scores, or None for a dense layer."""
     gate = getattr(mlp, "gate", None)
     if isinstance(gate, Router):
-        return lambda x_TD, routing: (routing, gate.scores(x_TD))
+        return lambda routing, x_TD, _n_sequence, _real_T, ids: (routing, gate.scores(x_TD, ids))
     if isinstance(mlp, LLaMAMoE):
         return _read_grouped(mlp) if mlp.config.n_expert_groups else _read_linear(mlp)
     return None
 
 
 def _read_linear(mlp: LLaMAMoE) -> Callable:
-    def read(_x_TD: Tensor, logits_TE: Tensor) -> tuple[Routing, Tensor]:
+    def read(logits_TE: Tensor, _x_TD: Tensor) -> tuple[Routing, Tensor]:
         best = logits_TE.float().topk(mlp.config.n_expert_per_token, dim=-1)
         weights_TK = best.values.softmax(dim=-1) * mlp.config.routed_scaling_factor
         return Routing(weights_TK, best.indices, best.indices), logits_TE.float().softmax(dim=-1)
@@ -164,7 +164,7 @@ def _read_linear(mlp: LLaMAMoE) -> Callable:
 
 
 def _read_grouped(mlp: LLaMAMoE) -> Callable:
-    def read(x_TD: Tensor, output: tuple[Tensor, Tensor]) -> tuple[Routing, Tensor]:
+    def read(output: tuple[Tensor, Tensor], x_TD: Tensor) -> tuple[Routing, Tensor]:
         weights_TK, experts_TK = output
         scores_TE = torch.nn.functional.linear(x_TD.float(), mlp.gate.get_parameter("weight").float()).sigmoid()
         scores_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
