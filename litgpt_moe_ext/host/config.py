@@ -6,6 +6,7 @@ configuration states what it was trained with. The fields and rules themselves a
 """
 
 import dataclasses
+import linecache
 import re
 import sys
 import traceback
@@ -69,7 +70,7 @@ def _add_rules(config_class: type) -> None:
         try:
             original_post_init(self)
         except AssertionError as error:
-            # LitGPT's assertions have no text.
+            # LitGPT's assertions name no values, and most have no text.
             raise SettingsError(_explain_assertion(self, error)) from error
         finally:
             self.first_k_dense_replace = first_k_dense_replace
@@ -79,12 +80,15 @@ def _add_rules(config_class: type) -> None:
 
 
 def _explain_assertion(config: Any, error: AssertionError) -> str:
-    if error.args:
-        return str(error)
-    condition = (traceback.extract_tb(error.__traceback__)[-1].line or "").removeprefix("assert ").replace("self.", "")
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    first, last = where.lineno or 1, where.end_lineno or where.lineno or 0
+    source = " ".join(line.strip() for line in linecache.getlines(where.filename)[first - 1 : last])
+    condition = source.removeprefix("assert ").replace("self.", "")
     names = dict.fromkeys(name for name in re.findall(r"\w+", condition) if hasattr(config, name))
     values = ", ".join(f"{name}: {getattr(config, name)!r}" for name in names)
-    return f"{values} must fulfil {condition}" if names else f"model configuration {config.name!r} is contradictory"
+    if not names:
+        return str(error) or f"model configuration {config.name!r} is contradictory"
+    return f"{values} must fulfil {condition}"
 
 
 def _subclasses(cls: type) -> list[type]:

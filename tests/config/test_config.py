@@ -15,6 +15,7 @@ from litgpt_moe_ext.moe.layer import FeedForward, MoE, NoisyTopKMoE, SharedExper
 from tests.models import attention_config, dense_config, initialized_model, moe_config, noisy_config, randomize
 
 GROUPS = {"n_expert_groups": 4, "n_topk_groups": 1, "n_topk_scores_per_group": 2}
+LATENT = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
 NO_LOSSES = {"router_importance_loss_coef": 0.0, "router_load_loss_coef": 0.0}
 
 
@@ -144,6 +145,25 @@ def test_refused(changes, message):
 def test_refused_by_the_noisy_router(changes, field):
     with pytest.raises(ValueError, match=re.escape(field)):
         noisy_config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n_embd": 30, "n_head": 4}, "n_embd: 30, n_head: 4 must fulfil n_embd % n_head == 0"),
+        ({"n_expert": 8, "n_expert_groups": 3}, "n_expert: 8, n_expert_groups: 3 must fulfil n_expert % n_expert_g"),
+        ({"latent_attention": {"q_lora_rank": 4}}, "q_lora_rank: 4, kv_lora_rank: None, qk_rope_head_dim: None"),
+        (
+            {"latent_attention": dict.fromkeys(LATENT, 4), "n_head": 4, "n_query_groups": 2},
+            "n_head: 4, n_query_groups: 2 must fulfil n_head == n_query_groups",
+        ),
+    ],
+    ids=str,
+)
+def test_what_litgpt_asserts_of_its_own_models_is_named(fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        Config(**fields)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["LLaMAMLP", "LLaMAMoE", "GptNeoxMLP"])
