@@ -26,13 +26,13 @@ from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.inspect.runs.logs import RunLog
 from litgpt_moe_ext.study import launch
 from litgpt_moe_ext.study.analysis import break_even, compute_multiplier, differences, first_below, mean_interval
-from litgpt_moe_ext.study.compare import compared, grouped
-from litgpt_moe_ext.study.figures import search_figure
+from litgpt_moe_ext.study.compare import compared, comparison, grouped
+from litgpt_moe_ext.study.figures import balance_figure, search_figure
 from litgpt_moe_ext.study.launch import Limits
 from litgpt_moe_ext.study.page import study_page, verdicts
 from litgpt_moe_ext.study.place import code_version
 from litgpt_moe_ext.study.plan import BUDGET, load_study
-from litgpt_moe_ext.study.results import Result
+from litgpt_moe_ext.study.results import MAX_VIO, Result
 from litgpt_moe_ext.study.search import best_points
 from tests.runs import ROOT, run_command
 
@@ -353,17 +353,19 @@ def test_compute_multiplier_of_a_known_power_law():
         compute_multiplier([(1, 1.0), (2, 2.0)], moe)
 
 
+def reached(arm: str, place: int, seed: int, loss: float) -> SimpleNamespace:
+    """What a run reached, as far as the comparison with the control looks at it."""
+    run = SimpleNamespace(arm=arm, label=f"{arm} {place}", point={"place": place}, seed=seed)
+    return SimpleNamespace(run=run, val_loss=loss)
+
+
 def test_all_intervals_together_are_wider_than_one_alone():
     """By Bonferroni, of two differences with 2 degrees of freedom; an arm meets the control at its own place."""
     from scipy.stats import t
 
-    def result(arm, place, seed, loss):
-        run = SimpleNamespace(arm=arm, label=f"{arm} {place}", point={"place": place}, seed=seed)
-        return SimpleNamespace(run=run, val_loss=loss)
-
     losses = {("control", 0): (3.0, 3.1), ("control", 1): (5.0, 5.2), ("a", 0): (3.2, 3.31), ("a", 1): (5.4, 5.62)}
-    results = [result(*where, seed, loss) for where, pair in losses.items() for seed, loss in enumerate(pair)]
-    results += [result("a", 0, 2, float("nan")), result("control", 0, 2, 3.2)]  # one of which came to nothing
+    results = [reached(*where, seed, loss) for where, pair in losses.items() for seed, loss in enumerate(pair)]
+    results += [reached("a", 0, 2, float("nan")), reached("control", 0, 2, 3.2)]  # one of which came to nothing
     found = compared(SimpleNamespace(control="control"), grouped(results))
     assert [difference.pairs for difference in found.values()] == [
         pytest.approx([0.2, 0.21]),
@@ -372,6 +374,40 @@ def test_all_intervals_together_are_wider_than_one_alone():
     for difference in found.values():
         alone, together = (interval.high - interval.value for interval in (difference.alone, difference.together))
         assert together / alone == pytest.approx(t.ppf(1 - 0.025 / 2, 2) / t.ppf(0.975, 2))
+
+
+def test_words_say_which_arms_differ_beyond_chance():
+    losses = {
+        "control": (3.0, 3.1, 3.2),
+        "better": (2.5, 2.7, 2.7),
+        "weak": (2.87, 2.95, 3.11),  # by 0.12, where an interval is 0.11 wide to each side alone, 0.15 with the others
+        "worse": (3.6, 3.6, 3.8),
+        "alike": (3.05, 3.1, 3.1),
+    }
+
+    def said(*arms):
+        results = [reached(arm, 0, seed, loss) for arm in arms for seed, loss in enumerate(losses[arm])]
+        return " ".join(comparison(SimpleNamespace(control="control"), grouped(results)))
+
+    words = said(*losses)
+    assert "Beyond chance, all 4 comparisons taken together: better 0; worse 0." in words
+    assert words.endswith("Beyond chance if it were the only comparison: weak 0.")
+    assert said("control", "alike").endswith("Beyond chance: no.")
+    assert said("control", "worse").endswith("Beyond chance: worse 0.")
+    assert not said("control"), "there is nothing to compare"
+
+
+def test_balance_is_drawn_as_far_as_all_seeds_of_an_arm_went():
+    def run(tokens, values):
+        log = {"total_tokens": np.array(tokens, float), MAX_VIO: np.array(values, float)}
+        return SimpleNamespace(log=RunLog("run", log))
+
+    dense = SimpleNamespace(log=RunLog("dense", {"total_tokens": np.array([1.0])}))
+    moe = [run([1, 2, 3], [0.4, np.nan, 0.2]), run([1, 3, 5], [0.6, 0.4, 0.1])]
+    axes = balance_figure({"dense": [dense], "moe": moe}).axes[0]
+    drawn = [line for line in axes.lines if len(line.get_xdata()) and line.get_linestyle() == "-"]
+    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in drawn] == [([1, 3], [0.5, pytest.approx(0.3)])]
+    assert drawn[0].get_color() == "C1", "an arm has the same colour in every picture"
 
 
 def test_a_point_that_came_to_nothing_is_not_the_best():
