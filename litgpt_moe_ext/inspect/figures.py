@@ -177,7 +177,7 @@ def _ratios(axes: Axes, values: np.ndarray, write: bool = True) -> Any:
 
 
 def _tick_places(n_expert: int) -> list[int]:
-    step = max(1, 1 << max(0, math.ceil(math.log2(n_expert / 16))))
+    step = 1 << max(0, math.ceil(math.log2(n_expert / 16)))
     return list(range(0, n_expert, step))
 
 

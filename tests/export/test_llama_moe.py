@@ -9,7 +9,9 @@ from litgpt import GPT, Config
 
 from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.export.llama_moe import obstacles, to_llama_moe
+from litgpt_moe_ext.export.source import read_source
 from litgpt_moe_ext.inspect.recipes import load_recipe
+from litgpt_moe_ext.moe.expert_layouts import unstack_experts
 from tests.evaluation.conftest import write_checkpoint
 from tests.evaluation.test_loading import Payload
 from tests.models import initialized_model, moe_config, noisy_config
@@ -94,6 +96,15 @@ def test_command(tmp_path, capsys):
     assert {"tokenizer.json", "chat_template.jinja"} <= {file.name for file in (tmp_path / "theirs").iterdir()}
     assert main(["convert-experts", str(tmp_path / "ours"), str(tmp_path / "theirs")]) == 2
     assert "exists" in capsys.readouterr().err
+
+
+def test_weights_that_lie_expert_by_expert_are_read_as_the_stacked_ones(tmp_path):
+    """As LitGPT's converters write them."""
+    stacked = write_checkpoint(tmp_path, moe_config(**SOFTMAX)).state_dict()
+    torch.save({name: tensor.clone() for name, tensor in unstack_experts(stacked).items()}, tmp_path / "lit_model.pth")
+    found = read_source(tmp_path).state
+    assert found.keys() == stacked.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in stacked.items())
 
 
 def test_a_malicious_checkpoint_runs_nothing(tmp_path, capsys):
