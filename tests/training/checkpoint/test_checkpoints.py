@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import stat
@@ -253,11 +254,10 @@ def test_untrained_weights_are_never_the_best(tmp_path):
     assert saved == ["best"]
 
 
-def test_a_best_that_cannot_be_saved_is_not_saved_later(recipe, tmp_path, monkeypatch, capsys):
-    """With on_save_error: continue, later weights never get the name of the best."""
-    from litgpt_moe_ext.training.checkpoint import store
-
-    original, failures = store.publish, []
+@pytest.mark.parametrize(("module", "save_interval"), [(checkpoints, 1000), (retention, 2)], ids=["saved", "linked"])
+def test_a_best_that_cannot_be_made_is_not_made_later(module, save_interval, recipe, tmp_path, monkeypatch, capsys):
+    """Later weights never get the name of the best; nor does half of it stay."""
+    original, failures = module.publish, []
 
     def publish(staging: Path, target: Path) -> None:
         if target.name == "best" and not failures:
@@ -265,15 +265,25 @@ def test_a_best_that_cannot_be_saved_is_not_saved_later(recipe, tmp_path, monkey
             raise OSError("no space left")
         original(staging, target)
 
-    monkeypatch.setattr(store, "publish", publish)
-    file = recipe(train={"save_interval": 1000}, eval={"interval": 2}, optimizer={"init_args": {"lr": 3.0}})
+    monkeypatch.setattr(module, "publish", publish)
+    optimizer, intervals = (
+        {"init_args": {"lr": 3.0}},
+        {"train": {"save_interval": save_interval}, "eval": {"interval": 2}},
+    )
+    file = recipe(**intervals, optimizer=optimizer)
     stop = ("--train.max_steps", "6")
     assert train("--config", file, "--checkpoint.on_save_error", "continue", *stop) == 0
     losses = {step: float(loss) for step, loss in logged(tmp_path / "out", "val_loss").items()}
     assert len(failures) == 1
-    assert capsys.readouterr().out.count("best could not be saved") == 1
+    assert len(re.findall(r"best could not be (saved|made)", capsys.readouterr().out)) == 1
     del losses[2]
-    assert step_of(tmp_path / "out" / "best") == min(losses, key=losses.get)
+    best = min(losses, key=losses.get)
+    assert step_of(tmp_path / "out" / "best") == best
+    monkeypatch.setattr(retention, "publish", Mock(side_effect=OSError("no space left")))
+    with pytest.raises(OSError, match="no space"):
+        retention.link(tmp_path / "out" / "final", tmp_path / "out" / "best")
+    assert step_of(tmp_path / "out" / "best") == best
+    assert not list((tmp_path / "out").glob(".*.incomplete"))
 
 
 def test_disk_full_while_saving(recipe, tmp_path, capsys):
