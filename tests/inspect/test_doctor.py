@@ -1,5 +1,6 @@
 """The doctor sees what would keep a recipe from running."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -8,12 +9,13 @@ import torch
 import yaml
 
 from litgpt_moe_ext.cli.main import main
+from litgpt_moe_ext.cli.settings import read_settings
 from litgpt_moe_ext.data.pipeline.shards import write_shard
 from litgpt_moe_ext.inspect.cost import doctor
-from litgpt_moe_ext.inspect.cost.fit import RUNTIME, best_fit, find_fits
+from litgpt_moe_ext.inspect.cost.fit import RUNTIME, Fit, best_fit, find_fits
 from litgpt_moe_ext.inspect.cost.layers import shorten
 from litgpt_moe_ext.inspect.cost.memory import graph_memory, training_memory
-from litgpt_moe_ext.inspect.recipes import Recipe
+from litgpt_moe_ext.inspect.recipes import Recipe, load_recipe
 from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
 from tests.models import moe_config, needs_fused_loss
@@ -219,7 +221,20 @@ def test_settings_that_fit_fit():
     plain = next(fit for fit in fits if fit.step == recipe.step("bf16-mixed"))
     assert plain.micro_batch_size == 6
     assert best_fit(fits) == plain, "it holds the recipe's micro-batch of 4 as it is"
-    assert plain.flags() == "--precision bf16-mixed --train.micro_batch_size 6"
+    assert plain.flags(recipe) == "--precision bf16-mixed --train.micro_batch_size 6"
+
+
+@pytest.mark.parametrize("own", [{}, {"activation_checkpointing": "full", "fused_cross_entropy": True}], ids=str)
+def test_flags_of_settings_that_fit_make_the_recipe_these(own, tmp_path):
+    """Also where the recipe has settings that save more memory than is needed."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"model_config": MODEL, **own}))
+    recipe = load_recipe(file)
+    for checkpointing, fuses in itertools.product(("none", "selective", "full"), (False, True)):
+        step = replace(recipe.step("bf16-mixed"), activation_checkpointing=checkpointing, fused_cross_entropy=fuses)
+        given = read_settings(["--config", str(file), *Fit(step, 2, 0).flags(recipe).split()])
+        assert (given.precision, given.train.micro_batch_size) == ("bf16-mixed", 2)
+        assert (given.activation_checkpointing, given.fused_cross_entropy) == (checkpointing, fuses)
 
 
 def test_memory_by_command(tmp_path, capsys):

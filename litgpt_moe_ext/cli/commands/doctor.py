@@ -95,5 +95,5 @@ def _print_fits(recipe: "Recipe", gib: float) -> int:
         print(f"Nothing fits ({reserve}): take a smaller model, or shard it over several GPUs with strategy: fsdp2")
         return CANNOT
     print(f"Try ({reserve}):")
-    print(f"  {best.flags()}")
+    print(f"  {best.flags(recipe)}")
     return 0

@@ -29,13 +29,14 @@ class Fit:
     micro_batch_size: int
     bytes: int
 
-    def flags(self) -> str:
-        """Return the settings as flags of `run_train.py`."""
+    def flags(self, recipe: "Recipe") -> str:
+        """Return what changes a recipe to these settings, as flags of `run_train.py`."""
+        own = recipe.step(self.step.precision)
         flags = [f"--precision {self.step.precision}", f"--train.micro_batch_size {self.micro_batch_size}"]
-        if self.step.activation_checkpointing != "none":
+        if self.step.activation_checkpointing != own.activation_checkpointing:
             flags.append(f"--activation_checkpointing {self.step.activation_checkpointing}")
-        if self.step.fused_cross_entropy:
-            flags.append("--fused_cross_entropy true")
+        if self.step.fused_cross_entropy != own.fused_cross_entropy:
+            flags.append(f"--fused_cross_entropy {str(self.step.fused_cross_entropy).lower()}")
         return " ".join(flags)
 
 
