@@ -113,6 +113,14 @@ def test_short_headerless_files_are_read(tmp_path):
     assert open_shard(path).tolist() == [1, 0, 2, 0]
 
 
+@pytest.mark.parametrize("vocab_size", [65, 256, 50257, 65536])
+def test_headerless_files_of_any_vocabulary_are_read(tmp_path, vocab_size):
+    """Ids of characters are bytes of text, with a zero after each."""
+    ids = (np.arange(1000) * 1237 % vocab_size).astype("<u2")
+    ids.tofile(tmp_path / "a.bin")
+    assert open_shard(tmp_path / "a.bin").tolist() == ids.tolist()
+
+
 def npy(array):
     file = io.BytesIO()
     np.save(file, array)
