@@ -24,7 +24,11 @@ class LiveMemory(TorchDispatchMode):
         self._seen = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        if func.namespace == "litgpt_moe_ext":
+            with self:  # what an operator of the package allocates within, too
+                result = func._op_dk(torch._C.DispatchKey.CPU, *args, **(kwargs or {}))
+        else:
+            result = func(*args, **(kwargs or {}))
         for leaf in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(leaf, Tensor):
                 self._see(leaf.untyped_storage())

@@ -292,6 +292,18 @@ def test_amsgrad_remembers_more():
     assert state_ratio(optimizer, torch.float32) == 3
 
 
+def memory_of_a_prompt(config):
+    """Return the bytes that cache and activations of a real prompt take at the worst moment."""
+    model, ids = initialized_model(config).eval(), torch.randint(64, (1, 512))
+    with LiveMemory() as memory, torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.view(-1)  # makes it known
+        before = memory.live
+        model.set_kv_cache(1, dtype=torch.float32)
+        model(ids, torch.arange(512), input_pos_maxp1=512)
+        return memory.peak - before
+
+
 @pytest.mark.parametrize(
     "settings", [{}, {"attention_class_name": "SinkAttention"}, DOCUMENTS], ids=["plain", "sinks", "documents"]
 )
@@ -302,14 +314,20 @@ def test_inference_memory_is_that_of_a_real_prompt(settings):
     estimate = inference_memory(layers.shorten(config), torch.float32)
     # Keys and values, two groups of four elements of four bytes for each of the positions.
     assert estimate.kv_cache == 6 * 2 * 2 * 4 * 4 * 512
-    model, ids = initialized_model(config).eval(), torch.randint(64, (1, 512))
-    with LiveMemory() as memory, torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.view(-1)  # makes it known
-        before = memory.live
-        model.set_kv_cache(1, dtype=torch.float32)
-        model(ids, torch.arange(512), input_pos_maxp1=512)
-        assert estimate.kv_cache + estimate.activations == pytest.approx(memory.peak - before, rel=0.02)
+    assert estimate.kv_cache + estimate.activations == pytest.approx(memory_of_a_prompt(config), rel=0.02)
+
+
+@pytest.mark.parametrize("changes", [{}, {"expert_gate_on_input": True}, {"mlp_activation": "relu"}], ids=str)
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_inference_memory_of_experts(on_gpu, changes):
+    """Those of a CPU are computed one after the other, those of a GPU together, by torch's grouped products at most."""
+    # All of them for each token, so that all have equally many; wide enough for the peak to be theirs.
+    config = moe_config(
+        attention_class_name="SinkAttention", block_size=512, n_expert=4, n_expert_per_token=4,
+        moe_intermediate_size=64, expert_backend="grouped_mm" if on_gpu else None, **changes,
+    )  # fmt: skip
+    estimate = inference_memory(layers.shorten(config), torch.float32, on_gpu)
+    assert estimate.kv_cache + estimate.activations == pytest.approx(memory_of_a_prompt(config), rel=0.02)
 
 
 def test_flops_are_those_of_the_active_matrices():
@@ -327,7 +345,7 @@ def test_card_takes_the_settings_of_the_recipe():
     card = make_card(Recipe(config, settings))
     assert (card.micro_batch_size, card.sequence_length, card.optimizer) == (3, 16, "SGD")
     assert card.parameters_embedding == 64 * config.n_embd
-    assert card.kv_cache_per_token["float32"] * 32 == card.inference["float32"]["kv_cache"]
+    assert card.kv_cache_per_token["float32"] * 32 == card.inference["float32"]["GPU"]["kv_cache"]
     assert card.flops_per_token_forward == count_flops(config, 16, training=False) / 16
     assert card.flops_per_token_training == count_flops(config, 16, training=True) / 16
     assert card.parameters_active < card.parameters_total

@@ -93,7 +93,11 @@ def _print_activations(card: "Card") -> None:
 
 def _print_inference(card: "Card") -> None:
     columns = ("dtype", "weights", "KV cache", "activations", "total", "weights file")
-    rows = {name: {**memory, "file": card.checkpoint_weights[name]} for name, memory in card.inference.items()}
+    rows = {
+        f"{name} on a {device}": {**memory, "file": card.checkpoint_weights[name]}
+        for name, memories in card.inference.items()
+        for device, memory in memories.items()
+    }
     _print_memory(f"Inference, one sequence of {card.block_size} tokens", columns, rows)
 
 

@@ -7,6 +7,7 @@ Shape legend: T tokens, K chosen experts per token, R = T * K routed rows, E exp
 an expert, G width of its first projection.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,22 +18,56 @@ from litgpt_moe_ext.moe.kernels.backends import matmul_dtype
 from litgpt_moe_ext.moe.router import Routing
 
 
-def without_values(model: nn.Module) -> None:
-    """Replace the forward pass of all routed experts of a model."""
+def without_values(model: nn.Module, on_gpu: bool) -> None:
+    """Replace what computes all routed experts of a model.
+
+    Args:
+        model: The model.
+        on_gpu: Whether inference takes what a GPU's backends take at most; otherwise what the CPU's takes, as training.
+    """
     from litgpt.model import LLaMAMoE
 
     from litgpt_moe_ext.host.flops import dense_equivalent
 
     for module in model.modules():
         if isinstance(module, Experts):
-            module.forward = _forward.__get__(module)
+            module._compute = partial(_compute, module, on_gpu)
         elif isinstance(module, LLaMAMoE):
             module.forward = dense_equivalent.__get__(module)
 
 
-def _forward(experts: Experts, x_TD: Tensor, routing: Routing) -> Tensor:
-    weights = [weight for weight in experts.weights if weight is not None]
-    return _StandIn.apply(x_TD, routing.weights_TK, matmul_dtype(x_TD), *weights)
+def _compute(experts: Experts, on_gpu: bool, x_TD: Tensor, routing: Routing) -> Tensor:
+    if torch.is_grad_enabled():
+        weights = [weight for weight in experts.weights if weight is not None]
+        return _StandIn.apply(x_TD, routing.weights_TK, matmul_dtype(x_TD), *weights)
+    infer = _infer_on_gpu if on_gpu else _infer_on_cpu
+    return infer(x_TD, routing.weights_TK.numel(), experts.weights.up_EGD, experts.weights.down_EDF)
+
+
+def _infer_on_cpu(x_TD: Tensor, n_row: int, up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
+    """Allocate what `litgpt_moe_ext.moe.kernels.cpu` allocates without gradients, for even routing."""
+    n_expert, width, n_hidden = down_EDF.shape
+    _rows_2R = x_TD.new_empty(2 * n_row, dtype=torch.int64)
+    _y_RD = x_TD.new_empty(n_row, width)
+    # One expert at a time: its rows and its activations, and the output of its first projection between them.
+    n_row_of_one = -(-n_row // n_expert)
+    _scratch_NW = x_TD.new_empty(n_row_of_one, width + n_hidden)
+    h_NG = x_TD.new_empty(n_row_of_one, up_EGD.size(1))
+    del h_NG
+    return torch.empty_like(x_TD)
+
+
+def _infer_on_gpu(x_TD: Tensor, n_row: int, up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
+    """Allocate what `litgpt_moe_ext.moe.kernels.grouped` allocates without gradients, by torch's grouped products.
+
+    Those by Triton write rows at once into the order of tokens, and need one copy of the outputs less.
+    """
+    width, n_hidden = down_EDF.shape[1:]
+    _rows_R = x_TD.new_empty(n_row, dtype=torch.int64)
+    _h_RG = x_TD.new_empty(n_row, up_EGD.size(1))
+    _a_RF = x_TD.new_empty(n_row, n_hidden)
+    _y_2RD = x_TD.new_empty(2 * n_row, width)
+    return torch.empty_like(x_TD)
 
 
 class _StandIn(torch.autograd.Function):

@@ -67,8 +67,8 @@ class InferenceMemory(NamedTuple):
     Attributes:
         weights: Parameters and buffers.
         kv_cache: Keys and values of a sequence of full length.
-        activations: What reading a prompt of full length adds at the worst moment; in LitGPT's own attention with a
-            mask of as many rows as columns.
+        activations: What reading a prompt of full length adds at the worst moment: on a CPU with experts that have
+            equally many tokens, on a GPU at most; in LitGPT's own attention with a mask of as many rows as columns.
     """
 
     weights: int
@@ -175,15 +175,16 @@ def _numbers_in_experts(module: nn.Module) -> int:
     return sum(weights.up_EGD.numel() + weights.down_EDF.numel() for weights in experts)
 
 
-def inference_memory(short: ShortModel, dtype: torch.dtype) -> InferenceMemory:
+def inference_memory(short: ShortModel, dtype: torch.dtype, on_gpu: bool = False) -> InferenceMemory:
     """Return what it takes to read and continue one sequence of full length, without taking it.
 
     Args:
         short: The model, as `shorten` returns it.
         dtype: Type of weights and cache.
+        on_gpu: Whether a GPU computes the experts, all at once; a CPU takes one after the other, and less memory.
     """
     config = cast("Config", short.config)
-    with _weightless_model(short, dtype) as (model, memory), torch.no_grad():
+    with _weightless_model(short, dtype, on_gpu) as (model, memory), torch.no_grad():
         model.eval()
         weights = short.total(model, module_bytes)
         activations = PeakOverLayers(memory, model, short)
@@ -262,13 +263,15 @@ def _cache_bytes(module: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def _weightless_model(short: ShortModel, dtype: torch.dtype) -> "Iterator[tuple[GPT, WeightlessMemory]]":
+def _weightless_model(
+    short: ShortModel, dtype: torch.dtype, on_gpu: bool = False
+) -> "Iterator[tuple[GPT, WeightlessMemory]]":
     from litgpt.model import GPT
 
     with weightless() as memory:
         with _default_dtype(dtype), uninitialized():
             model = GPT(short.config)
-        without_values(model)
+        without_values(model, on_gpu)
         yield model, memory
 
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
 
 INFERENCE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Whether it is a GPU, which computes all experts at once.
+INFERENCE_DEVICES = {"CPU": False, "GPU": True}
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class ModelCard:
             Empty for a single process.
         devices: Processes on each node.
         num_nodes: Number of nodes.
-        inference: Memory by dtype: weights, kv_cache, activations, total.
+        inference: Memory by dtype and device (`INFERENCE_DEVICES`): weights, kv_cache, activations, total.
         kv_cache_per_token: Memory of the cache for a token, by dtype.
         checkpoint_weights: Size of a file with the weights alone, by dtype.
         checkpoint_training: Size of a training checkpoint, which has the optimizer's state and a moving average of the
@@ -86,7 +88,7 @@ class ModelCard:
     processes: dict[str, dict[str, int]]
     devices: int
     num_nodes: int
-    inference: dict[str, dict[str, int]]
+    inference: dict[str, dict[str, dict[str, int]]]
     kv_cache_per_token: dict[str, float]
     checkpoint_weights: dict[str, int]
     checkpoint_training: dict[str, int]
@@ -118,7 +120,10 @@ def make_card(
     memory_of = _training_memory(short)
     size = count_parameters(config, recipe.tie_embeddings)
     training = {name: memory_of(replace(step, precision=name)) for name in PRECISIONS}
-    inference = {name: inference_memory(short, dtype) for name, dtype in INFERENCE_DTYPES.items()}
+    inference = {
+        name: {device: inference_memory(short, dtype, on_gpu) for device, on_gpu in INFERENCE_DEVICES.items()}
+        for name, dtype in INFERENCE_DTYPES.items()
+    }
     sizes = block_sizes(short, PRECISIONS[precision][0].itemsize)
     processes = {name: process_memory(training[precision], sizes, name, devices, num_nodes) for name in STRATEGIES}
     state_bytes = functools.cache(partial(_state_bytes, short, tie_embeddings=recipe.tie_embeddings))
@@ -149,8 +154,11 @@ def make_card(
         },
         devices=devices,
         num_nodes=num_nodes,
-        inference={name: {**memory._asdict(), "total": memory.total} for name, memory in inference.items()},
-        kv_cache_per_token={name: memory.kv_cache / config.block_size for name, memory in inference.items()},
+        inference={
+            name: {device: {**memory._asdict(), "total": memory.total} for device, memory in memories.items()}
+            for name, memories in inference.items()
+        },
+        kv_cache_per_token={name: memories["CPU"].kv_cache / config.block_size for name, memories in inference.items()},
         checkpoint_weights={name: state_bytes(dtype) for name, dtype in INFERENCE_DTYPES.items()},
         checkpoint_training={
             name: state_bytes(PRECISIONS[name][0]) + memory.optimizer + averages for name, memory in training.items()

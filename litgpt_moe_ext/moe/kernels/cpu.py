@@ -180,6 +180,7 @@ def _forward(x_TD: Tensor, weights_TK: Tensor, weights: ExpertWeights, job: _Job
             torch.mm(a_NF, weights.down_EDF[expert].to(dtype).t(), out=y_PD[start:end])
         else:
             y_PD[start:end] = linear(a_NF, weights.down_EDF[expert], weights.down_bias_ED, expert)
+        del h_NG  # before the next is made
     return _combine(plan.positions_TK, y_PD, weights_TK)
 
 
