@@ -13,6 +13,7 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checkpoint.compatibility import require_same_model
 from litgpt_moe_ext.training.checkpoint.exports import check_exports
 from litgpt_moe_ext.training.checkpoint.hyperparameters import to_plain
+from litgpt_moe_ext.training.checkpoint.progress import newest_first
 from litgpt_moe_ext.training.checks import check_initial_checkpoint, check_settings, check_writable
 from litgpt_moe_ext.training.optim.schedules import count_steps
 
@@ -82,7 +83,8 @@ def check_plan(settings: Settings) -> Plan:
     settings = _resolved(settings)
     plan = Plan(settings, model_of(settings), settings.train.for_litgpt(), plain_settings(settings))
     check_settings(settings, plan.config)
-    if settings.initial_checkpoint_dir is not None:
+    goes_on = settings.resume == "auto" and newest_first(plan.out_dir)
+    if settings.initial_checkpoint_dir is not None and not goes_on:
         check_initial_checkpoint(settings.initial_checkpoint_dir)
         require_same_model("initial_checkpoint_dir", settings.initial_checkpoint_dir, plan.config)
     if settings.tokenizer_dir is not None and not settings.tokenizer_dir.is_dir():

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from litgpt.tokenizer import Tokenizer
 
     from litgpt_moe_ext.training.launch import Launched
+    from litgpt_moe_ext.training.start import Start
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Prepared:
     tokenizer_dir: Path | None
 
 
-def prepare_data(launched: Launched) -> Prepared:
+def prepare_data(launched: Launched, start: Start) -> Prepared:
     """Prepare the corpus, on the first process of each node before the others, and open the tokenizer.
 
     Raises:
@@ -60,8 +61,8 @@ def prepare_data(launched: Launched) -> Prepared:
             tokenizer_dir = data.prepare_tokenizer()
     if tokenizer_dir is not None:
         tokenizer = open_tokenizer(tokenizer_dir, launched.plan.config.padded_vocab_size or 0)
-        if settings.initial_checkpoint_dir is not None:
-            check_same_tokens(settings.initial_checkpoint_dir, tokenizer_dir)
+        if start.initial_checkpoint_dir is not None:
+            check_same_tokens(start.initial_checkpoint_dir, tokenizer_dir)
     else:
         check_without_tokenizer(settings)
     return Prepared(data, tokenizer, tokenizer_dir)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 from litgpt_moe_ext.config.features import unlearned_routers
 from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.training.callbacks.progress import format_count
-from litgpt_moe_ext.training.checkpoint.compatibility import resume_notes
+from litgpt_moe_ext.training.checkpoint.compatibility import resume_notes, start_notes
 from litgpt_moe_ext.training.checkpoint.progress import BEST, FINAL, step_of
 from litgpt_moe_ext.training.logs import METRICS_FILE, TRANSCRIPT_FILE
 from litgpt_moe_ext.wording import counted
@@ -45,8 +45,14 @@ def announce(launched: Launched, start: Start, equipment: Equipment) -> None:
         say(line)
     if note := unlearned_routers(cast("Config", plan.config)):
         say(f"  {note}")
+    if start.initial_checkpoint_dir is not None:
+        say(f"Starting from the weights in {start.initial_checkpoint_dir}")
+        for note in start_notes(start.initial_checkpoint_dir, plan.config):
+            say(f"  {note}")
     if start.resume_dir is not None:
         say(f"Resuming from {start.resume_dir}")
+        if plan.settings.initial_checkpoint_dir is not None:
+            say("  initial_checkpoint_dir has no effect: the run goes on with its own weights")
         for note in resume_notes(start.resume_dir, plan.plain):
             say(f"  {note}")
         if (step := step_of(start.resume_dir) or 0) >= plan.total_steps:

@@ -49,7 +49,7 @@ def run(settings: Settings) -> None:
         check_memory(launched)
         check_kernels(launched)
         launched, start = find_start(launched)
-        prepared = prepare_data(launched)
+        prepared = prepare_data(launched, start)
         launched = with_epochs(launched, prepared)
         equipment = equip(launched, prepared)
         # Whatever can be refused has been: from here on files move and change.

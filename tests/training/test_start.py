@@ -11,6 +11,7 @@ from litgpt_moe_ext.cli.settings import read_settings
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.training import launch
+from litgpt_moe_ext.training.checkpoint.compatibility import require_same_model
 from litgpt_moe_ext.training.plan import make_plan
 from litgpt_moe_ext.training.settings import LogArgs
 from tests.runs import logged, train
@@ -117,3 +118,65 @@ def test_arguments_that_a_callback_does_not_keep(recipe):
     assert to_plain(LogArgs(run="a")) == {"run": "a", "log_model": False, "save_logs": True}
     with pytest.raises(TypeError, match="it must keep its argument loss as an attribute"):
         to_plain(Forgets(2.0))
+
+
+def test_one_command_starts_from_weights_and_goes_on_afterwards(recipe, finished, tmp_path, capsys):
+    """As a job that is put back into its queue, and the last line of a run, have it."""
+    weights = (finished(tmp_path / "first") / "final").rename(tmp_path / "weights")
+    arguments = ("--config", recipe(train=SHORT), "--initial_checkpoint_dir", weights, "--resume", "auto")
+    assert train(*arguments) == 0, capsys.readouterr().err
+    assert f"Starting from the weights in {weights}" in capsys.readouterr().out
+    (weights / "lit_model.pth").unlink()  # nobody needs them any more
+    assert train(*arguments, "--train.max_tokens", 3 * 128) == 0, capsys.readouterr().err
+    output = capsys.readouterr().out
+    assert f"Resuming from {tmp_path / 'out' / 'final'}" in output
+    assert "initial_checkpoint_dir has no effect: the run goes on with its own weights" in output
+    assert len(logged(tmp_path / "out", "loss")) == 3
+    assert train(*arguments[:-1], "true") == 2
+    assert "resume: 'True' must be auto or false beside initial_checkpoint_dir" in capsys.readouterr().err
+
+
+class TestContext:
+    """Weights go on with rows that are read otherwise; any other difference is a model that they were not made for."""
+
+    YARN = '{"factor": 2.0, "original_max_seq_len": 32, "beta_fast": 32.0, "beta_slow": 1.0}'
+
+    def test_longer_with_yarn(self, recipe, finished, tmp_path, capsys):
+        weights = finished(tmp_path / "first") / "final"
+        longer = ("--model_config.block_size", 64, "--model_config.rope_adjustments", self.YARN)
+        documents = {"attention_document_boundary": "eos", "attention_document_token_id": 0}
+        flags = [flag for name, value in documents.items() for flag in (f"--model_config.{name}", value)]
+        arguments = ("--config", recipe(train=SHORT), "--initial_checkpoint_dir", weights)
+        assert train(*arguments, *longer, *flags, "--train.max_tokens", 2 * 256) == 0, capsys.readouterr().err
+        output = capsys.readouterr().out
+        for line in (
+            "model_config.block_size was 32 for these weights and is 64 now",
+            "model_config.rope_adjustments was null for these weights and is {'factor': 2.0,",
+            "model_config.attention_document_boundary was null for these weights and is eos now",
+        ):
+            assert line in output
+
+    @pytest.mark.parametrize(
+        ("before", "now", "message"),
+        [
+            ({"block_size": 64, "rope_adjustments": YARN}, {"block_size": 128}, "rope_adjustments is"),
+            ({}, {"rope_adjustments": YARN}, "rope_adjustments is None in the checkpoint"),
+            ({"rope_base": 50000}, {"block_size": 64}, "rope_base is 50000 in the checkpoint and 10000 now"),
+            ({}, {"rope_base": 50000}, "rope_base is 10000 in the checkpoint and 50000 now"),
+            (
+                {"position_embedding": "learned", "rotary_percentage": 0},
+                {"position_embedding": "learned", "rotary_percentage": 0, "block_size": 64},
+                "block_size is 32 in the checkpoint and 64 now",
+            ),
+        ],
+        ids=["forgotten", "without-length", "lower-base", "base-without-length", "learned"],
+    )
+    def test_what_was_forgotten(self, before, now, message, recipe, tmp_path):
+        def config(settings):
+            flags = [f"--model_config.{name}={value}" for name, value in settings.items()]
+            return make_plan(read_settings(["--config", str(recipe()), *flags])).config
+
+        save_config(config(before), tmp_path)
+        with pytest.raises(SettingsError, match="holds another model: ") as raised:
+            require_same_model("initial_checkpoint_dir", tmp_path, config(now))
+        assert message in str(raised.value)

@@ -22,6 +22,15 @@ _EFFECTS = {
     ("train", "max_tokens"): "the learning rate goes on in the schedule of the new length",
     ("schedule", "name"): "the learning rate goes on in the new schedule, at the step of the checkpoint",
 }
+# What a run that starts from weights may say otherwise: how rows are read, and with a longer context the rotations.
+_OF_ROWS = {
+    "block_size",
+    "attention_document_boundary",
+    "attention_document_token_id",
+    "attention_document_restart_positions",
+    "streaming_cache_first",
+    "streaming_cache_window",
+}
 # What belongs to one start of a run, and may differ in the next.
 _OF_THE_START = {"resume", "out_dir", "progress", "initial_checkpoint_dir"}
 
@@ -34,15 +43,13 @@ def require_same_model(setting: str, checkpoint_dir: Path, config: Any) -> None:
         checkpoint_dir: A checkpoint directory.
         config: The `litgpt.Config` of the run.
     """
-    file = checkpoint_dir / "model_config.yaml"
-    try:
-        saved = asdict(type(config).from_file(file))
-    except (TypeError, ValueError, AssertionError, yaml.YAMLError, OSError) as error:
-        raise SettingsError(f"{setting}: {file} cannot be read: {error}") from error
+    saved, now = _model_in(setting, checkpoint_dir, config), asdict(config)
     differences = [
         f"{name} is {saved.get(name)!r} in the checkpoint and {value!r} now"
-        for name, value in asdict(config).items()
-        if saved.get(name) != value and not _may_differ(setting, name, saved.get(name), value)
+        for name, value in now.items()
+        if saved.get(name) != value
+        and not _may_differ(setting, name, saved.get(name), value)
+        and not (setting == "initial_checkpoint_dir" and name in _context_of(saved, now))
     ]
     if differences:
         remedy = f"--model_config {checkpoint_dir} takes its model"
@@ -52,6 +59,44 @@ def require_same_model(setting: str, checkpoint_dir: Path, config: Any) -> None:
         raise SettingsError(
             f"{setting}: {str(checkpoint_dir)!r} holds another model: {'; '.join(differences)}. {remedy}"
         )
+
+
+def start_notes(checkpoint_dir: Path, config: Any) -> list[str]:
+    """Return a line for every field by which a model reads its rows otherwise than the one whose weights it has.
+
+    Args:
+        checkpoint_dir: Where its weights come from.
+        config: The `litgpt.Config` of the run.
+    """
+    saved, now = _model_in("initial_checkpoint_dir", checkpoint_dir, config), asdict(config)
+    return [
+        f"model_config.{name} was {_shown(saved.get(name))} for these weights and is {_shown(now[name])} now"
+        for name in sorted(_context_of(saved, now))
+        if saved.get(name) != now[name]
+    ]
+
+
+def _model_in(setting: str, checkpoint_dir: Path, config: Any) -> dict[str, Any]:
+    file = checkpoint_dir / "model_config.yaml"
+    try:
+        return asdict(type(config).from_file(file))
+    except (TypeError, ValueError, AssertionError, yaml.YAMLError, OSError) as error:
+        raise SettingsError(f"{setting}: {file} cannot be read: {error}") from error
+
+
+def _context_of(saved: dict[str, Any], now: dict[str, Any]) -> set[str]:
+    """Return the fields in which a model may differ from the one whose weights it starts from."""
+    if now.get("position_embedding") == "learned":  # a row of weights for every position
+        return _OF_ROWS - {"block_size"}
+    if now["block_size"] <= saved["block_size"]:
+        return _OF_ROWS
+    # Ways to extend a context. One that was extended before, and is not any more, is a setting that was forgotten.
+    context = set(_OF_ROWS)
+    if now["rope_adjustments"] is not None:
+        context.add("rope_adjustments")
+    if now["rope_base"] > saved["rope_base"]:
+        context.add("rope_base")
+    return context
 
 
 def _may_differ(setting: str, name: str, before: Any, now: Any) -> bool:

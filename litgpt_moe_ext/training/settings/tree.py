@@ -38,7 +38,7 @@ class Settings(Section):
     precision: Literal["bf16-true", "bf16-mixed", "16-mixed", "32-true"] | None = None
     """Number format; null: bf16-mixed on a GPU that has it, 16-mixed on another GPU, 32-true on a CPU."""
     initial_checkpoint_dir: Path | None = None
-    """Checkpoint directory whose weights to start from; excludes resume."""
+    """Checkpoint directory whose weights to start from; with resume: auto, where there is nothing to go on from."""
     resume: bool | Literal["auto"] | Path = False
     """auto: continue from the newest whole checkpoint in out_dir if there is one; true: insist on one; a path: that,
     or the newest of that run."""
@@ -108,8 +108,8 @@ class Settings(Section):
         """See `Section.problems`."""
         if self.devices != "auto" and self.devices < 1 and self.devices != -1:
             yield f"devices: {self.devices} must be auto, -1 or an integer of at least 1"
-        if self.initial_checkpoint_dir is not None and self.resume:
+        if self.initial_checkpoint_dir is not None and self.resume not in (False, "auto"):
             yield (
-                f"resume: {str(self.resume)!r} must be false beside initial_checkpoint_dir: "
-                f"{str(self.initial_checkpoint_dir)!r}; choose one of them"
+                f"resume: {str(self.resume)!r} must be auto or false beside initial_checkpoint_dir: "
+                f"{str(self.initial_checkpoint_dir)!r}"
             )
