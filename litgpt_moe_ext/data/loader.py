@@ -56,6 +56,19 @@ class Replica(NamedTuple):
     world_size: int
 
 
+def corpora_of(state: Any) -> set[str]:
+    """Return the keys of the corpora that a saved position of `TokenLoader` is about; none if it is another loader's.
+
+    Args:
+        state: As `TokenLoader.state_dict` returns it, or what else a checkpoint may hold.
+    """
+    saved = state.get("fingerprint") if isinstance(state, dict) else None
+    if not isinstance(saved, dict):
+        return set()
+    found = [saved.get("corpus"), *(part[1] for part in saved.get("corpora", []))]
+    return {corpus.partition(":")[0] for corpus in found if corpus}
+
+
 class TokenLoader(DataLoader):
     """Batches of token windows, split over the ranks.
 

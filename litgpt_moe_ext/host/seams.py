@@ -268,7 +268,7 @@ STATE = (
     State("host.autoload", "_finder", "Python has one list of finders."),
     State("padding", "_accepted", "LitGPT's loop passes nothing from the data to the model."),
     State("data.tokenizer.threads", "_parallelism_is_ours", "The tokenizers library reads an environment variable."),
-    State("data.pipeline.preparation", "_only_finished", "LitGPT's data modules take nothing along to a preparation."),
+    State("data.pipeline.preparation", "_check", "LitGPT's data modules take nothing along to a preparation."),
     State("host.registration", "_registered", "LitGPT's modules exist once."),
     State("moe.gradient_injection", "_scale", "Autograd passes nothing from the loss's backward to a router's."),
     State("moe.balancing", "_routers", "torch's optimizer hook is called without the model."),

@@ -14,6 +14,7 @@ from litgpt_moe_ext.training.checks import (
     offers,
     open_tokenizer,
 )
+from litgpt_moe_ext.training.start import same_corpora
 
 if TYPE_CHECKING:
     from litgpt.data import DataModule
@@ -57,7 +58,7 @@ def prepare_data(launched: Launched, start: Start) -> Prepared:
         steps = launched.plan.total_steps - launched.plan.steps_ahead
         data.plan_run(RunLength(steps, train.global_batch_size, settings.eval.max_iters))
     if offers(data, "prepare_tokenizer") and tokenizer_dir is None:
-        with launched.fabric.rank_zero_first(local=True):
+        with same_corpora(start, launched.plan.plain), launched.fabric.rank_zero_first(local=True):
             tokenizer_dir = data.prepare_tokenizer()
     if tokenizer_dir is not None:
         tokenizer = open_tokenizer(tokenizer_dir, launched.plan.config.padded_vocab_size or 0)

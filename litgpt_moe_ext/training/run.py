@@ -70,6 +70,7 @@ def train(launched: Launched, start: Start, prepared: Prepared, equipment: Equip
     from litgpt_moe_ext.training.compilation import compile_scope
     from litgpt_moe_ext.training.loop import HookedLoop
     from litgpt_moe_ext.training.parallel.memory import explained
+    from litgpt_moe_ext.training.start import same_corpora
     from litgpt_moe_ext.training.steps.epochs import Epochs
 
     plan, settings, fabric = launched.plan, launched.plan.settings, launched.fabric
@@ -79,7 +80,8 @@ def train(launched: Launched, start: Start, prepared: Prepared, equipment: Equip
     # The recipe's own come last: where one ends the run, what the last step has to leave is saved.
     for callback in (epochs, retention, *settings.callbacks):
         fabric.add_callback(callback)
-    with explained(launched), loop.installed(), compile_scope(equipment.compile), settled():
+    same = same_corpora(start, plan.plain)
+    with explained(launched), same, loop.installed(), compile_scope(equipment.compile), settled():
         litgpt.pretrain.main(
             fabric=fabric,
             devices=launched.devices,

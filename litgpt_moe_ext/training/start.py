@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from litgpt_moe_ext.data.loader import corpora_of
+from litgpt_moe_ext.data.pipeline.preparation import checked_first
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checkpoint.compatibility import (
+    changed_settings,
     require_one_table,
     require_same_groups,
     require_same_model,
     require_same_optimizer,
+    require_same_tables,
     require_same_weights,
     require_whole_steps,
 )
@@ -21,7 +26,7 @@ from litgpt_moe_ext.training.checkpoint.progress import next_attempt, sequences_
 from litgpt_moe_ext.training.checkpoint.resume import agree, damage_of, find_resume_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from litgpt_moe_ext.training.launch import Launched
     from litgpt_moe_ext.training.plan import Plan
@@ -36,11 +41,13 @@ class Start:
         resume_file: Model file of the checkpoint that it continues.
         initial_checkpoint_dir: Directory of the weights that it starts from.
         sequences: What that checkpoint was trained on, if known.
+        corpora: Keys of the corpora that its position in the data is about; empty where it does not say so.
     """
 
     resume_file: Path | None
     initial_checkpoint_dir: Path | None
     sequences: int | None = None
+    corpora: frozenset[str] = frozenset()
 
     @property
     def resume_dir(self) -> Path | None:
@@ -65,7 +72,8 @@ def find_start(launched: Launched) -> tuple[Launched, Start]:
     sequences, ahead = agree(fabric, lambda: sequences_and_steps_ahead(found.parent, plan.train.global_batch_size))
     plan = dataclasses.replace(plan, steps_ahead=ahead)
     launched.reporter.total_steps = plan.total_steps
-    return dataclasses.replace(launched, plan=plan), Start(found, None, sequences)
+    corpora = agree(fabric, lambda: saved_corpora(found))
+    return dataclasses.replace(launched, plan=plan), Start(found, None, sequences, corpora)
 
 
 def choose_checkpoint(plan: Plan, say: Callable[[str], None], read_all: bool = True) -> Path | None:
@@ -86,6 +94,7 @@ def choose_checkpoint(plan: Plan, say: Callable[[str], None], read_all: bool = T
         require_same_weights("resume", found.parent, plan.config)
         require_same_optimizer(found.parent, plan.plain)
         require_same_groups(found.parent, plan.plain, plan.config)
+        require_same_tables(found.parent, bool(plan.train.tie_embeddings))
         require_whole_steps(found.parent, plan.train.global_batch_size)
     elif initial is not None:
         if damage := damage_of(initial, read_all):
@@ -97,6 +106,40 @@ def choose_checkpoint(plan: Plan, say: Callable[[str], None], read_all: bool = T
         if plan.train.tie_embeddings:
             require_one_table(initial)
     return found
+
+
+def saved_corpora(model_file: Path) -> frozenset[str]:
+    """Return the keys of the corpora that the position in a checkpoint's model file is about."""
+    from litgpt_moe_ext.files.archives import open_archive
+
+    return frozenset(corpora_of(open_archive(model_file, "resume").get("train_dataloader")))
+
+
+@contextlib.contextmanager
+def same_corpora(start: Start, settings: dict[str, Any]) -> Iterator[None]:
+    """In the scope, refuse to prepare, and to train on, another corpus than the run was trained on.
+
+    Args:
+        start: What the run starts from.
+        settings: Of the present run, as plain data.
+    """
+    if start.resume_dir is None or not start.corpora:
+        yield
+        return
+    of_data = [change for change in changed_settings(start.resume_dir, settings) if change.startswith("data.")]
+    changed = [change for change in of_data if not change.startswith("data.data_path ")]
+    cause = ", ".join(changed) or "the files of its sources or of its tokenizer are others"
+
+    def check(directory: Path, _finished: bool) -> None:
+        if directory.name not in start.corpora:
+            raise SettingsError(
+                f"resume: {str(start.resume_dir)!r} was trained on the corpus {' and '.join(sorted(start.corpora))}, "
+                f"and these data are {directory.name} ({cause}); resume with those that it had, or start anew from its "
+                "weights with initial_checkpoint_dir"
+            )
+
+    with checked_first(check):
+        yield
 
 
 def sequences_and_steps_ahead(checkpoint_dir: Path, global_batch_size: int) -> tuple[int | None, int]:

@@ -1,5 +1,6 @@
 """What a run starts from, whose directory it takes, and on what device: faults that once were there."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,14 @@ import yaml
 from litgpt.utils import save_config
 
 from litgpt_moe_ext.cli.settings import read_settings
+from litgpt_moe_ext.data.loader import corpora_of
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.training import launch
 from litgpt_moe_ext.training.checkpoint.compatibility import require_same_model
 from litgpt_moe_ext.training.plan import make_plan
 from litgpt_moe_ext.training.settings import LogArgs
-from tests.runs import logged, train
+from tests.runs import logged, recipe_writer, train
 
 SHORT = {"max_tokens": 2 * 128}
 
@@ -180,3 +182,45 @@ class TestContext:
         with pytest.raises(SettingsError, match="holds another model: ") as raised:
             require_same_model("initial_checkpoint_dir", tmp_path, config(now))
         assert message in str(raised.value)
+
+
+class TestOtherData:
+    """A resume on other data is refused before they are prepared, which may take hours."""
+
+    def test_refused(self, corpus_settings, tmp_path, capsys):
+        own = {**corpus_settings, "source_path": str(tmp_path / "source"), "data_path": str(tmp_path / "prepared")}
+        for name in ("source_path", "data_path"):
+            shutil.copytree(corpus_settings[name], own[name])
+        file, prepared = recipe_writer(tmp_path, own)(train={"max_tokens": 128}), tmp_path / "prepared"
+        assert train("--config", file) == 0, capsys.readouterr().err
+        (corpus,) = (path.name for path in prepared.iterdir() if path.is_dir())
+        shutil.copytree(tmp_path / "out" / "final", tmp_path / "copy")
+        arguments = ("--config", file, "--resume", "auto", "--train.max_tokens", 256)
+
+        def refused(*flags):
+            for tokenizer in ((), ("--tokenizer_dir", tmp_path / "copy")):
+                assert train(*arguments, *tokenizer, *flags) == 2
+                error = capsys.readouterr().err
+                assert f"resume: '{tmp_path / 'out' / 'final'}' was trained on the corpus {corpus}, and these" in error
+                assert not [path for path in prepared.iterdir() if path.is_dir() and path.name != corpus]
+                yield error
+
+        for error in refused("--data.vocab_size", 280):
+            assert " (data.vocab_size 300 -> 280); resume with those that it had" in error
+        for error in refused("--data.val_fraction", "0.3", "--data.data_path", prepared / "." / ""):
+            assert " (data.val_fraction 0.2 -> 0.3); resume with" in error
+        (tmp_path / "source" / "new.py").write_text("new = 1")
+        for error in refused():
+            assert " (the files of its sources or of its tokenizer are others); resume with" in error
+
+    def test_a_mixture(self):
+        state = {"fingerprint": {"corpora": [["stories", "a1:pad", 3], ["code", "b2", 4]]}}
+        assert corpora_of(state) == {"a1", "b2"}
+        assert corpora_of({"fingerprint": {"corpus": "a1:10 documents"}}) == {"a1"}
+        assert corpora_of({"current_epoch": 0}) == corpora_of(None) == set()
+
+
+def test_tables_that_are_tied_otherwise(recipe, finished, tmp_path, capsys):
+    finished(tmp_path / "out")
+    assert train("--config", recipe(), "--resume", "auto", "--train.tie_embeddings", "true") == 2
+    assert "error: train.tie_embeddings: True must be False, as in the checkpoint" in capsys.readouterr().err

@@ -10,8 +10,8 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -53,17 +53,33 @@ _SMALL_BYTES = 32_000_000
 _NAMED_SOURCES = 100  # in a manifest
 _LARGE_SHARE = 0.3  # of documents that validate; more is seldom intended
 
-_only_finished = ContextVar("only_finished", default=False)
+_check: ContextVar[Callable[[Path, bool], None] | None] = ContextVar("check", default=None)
 
 
 @contextmanager
-def only_finished() -> Iterator[None]:
-    """In the scope, refuse to prepare a corpus that is not there already, which may take hours."""
-    token = _only_finished.set(True)
+def checked_first(check: Callable[[Path, bool], None]) -> Iterator[None]:
+    """In the scope, call a function before a corpus is prepared, which may take hours.
+
+    Args:
+        check: Given the folder of the corpus, and whether it is there already, raises SettingsError to refuse it.
+    """
+    token = _check.set(check)
     try:
         yield
     finally:
-        _only_finished.reset(token)
+        _check.reset(token)
+
+
+def only_finished() -> AbstractContextManager[None]:
+    """In the scope, refuse to prepare a corpus that is not there already."""
+
+    def check(directory: Path, finished: bool) -> None:
+        if not finished:
+            raise SettingsError(
+                f"data_path: {str(directory.parent)!r} has no corpus {directory.name}; train with it to prepare it"
+            )
+
+    return checked_first(check)
 
 
 def prepare_corpus(
@@ -86,20 +102,19 @@ def prepare_corpus(
 
     Raises:
         SettingsError: A setting cannot work, a source is damaged, a finished corpus was, or the disk is full. What is
-            done is kept. Or the corpus is not there, in the scope of `only_finished`.
+            done is kept. Or the check of `checked_first` refuses the corpus.
     """
     settings.check(sources)
     corpus = hashlib.sha256(json.dumps([[source.split, source.identity] for source in sources]).encode()).hexdigest()
     directory = data_path / cache_key(corpus, settings.to_json())
-    if (manifest := read_manifest(directory)) is not None:
+    manifest = read_manifest(directory)
+    if (check := _check.get()) is not None:
+        check(directory, manifest is not None)
+    if manifest is not None:
         verify(directory, verbose)
         if verbose:
             print(f"Reusing the corpus in {directory} ({_summary(manifest)})", flush=True)
         return directory
-    if _only_finished.get():
-        raise SettingsError(
-            f"data_path: {str(data_path)!r} has no corpus {directory.name}; train with it to prepare it"
-        )
     check_root(directory.parent)
     with only_one(directory, verbose):
         if read_manifest(directory) is None:  # another process may have finished meanwhile

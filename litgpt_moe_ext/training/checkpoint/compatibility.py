@@ -1,5 +1,6 @@
 """Whether a checkpoint belongs to the model and optimizer of a run, and which of its settings differ."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,21 @@ def require_same_groups(checkpoint_dir: Path, settings: dict[str, Any], config: 
             )
 
 
+def require_same_tables(checkpoint_dir: Path, tied: bool) -> None:
+    """Raise SettingsError if a checkpoint's output head and token embeddings are one table and a run's two, or not so.
+
+    Args:
+        checkpoint_dir: A checkpoint directory.
+        tied: The run's `train.tie_embeddings`.
+    """
+    train = read(checkpoint_dir).get("train")
+    if isinstance(train, dict) and bool(train.get("tie_embeddings")) != tied:
+        raise SettingsError(
+            f"train.tie_embeddings: {tied} must be {not tied}, as in the checkpoint, whose optimizer's state is for "
+            "that; resume with that, or start anew from its weights with initial_checkpoint_dir"
+        )
+
+
 def require_whole_steps(checkpoint_dir: Path, global_batch_size: int) -> None:
     """Raise SettingsError if what a checkpoint was trained on are no whole steps of a run with this batch."""
     sequences = sequences_of(checkpoint_dir)
@@ -224,27 +240,45 @@ def resume_notes(checkpoint_dir: Path, settings: dict[str, Any]) -> list[str]:
         before, now = _look_up(saved, keys), _look_up(settings, keys)
         if before != now and before is not None and now is not None:
             notes.append(f"{'.'.join(keys)} was {before} in the checkpoint and is {now} now: {effect}")
-    flat_before, flat_now = _flat(saved), _flat(settings)
-    told = {".".join(keys) for keys in _EFFECTS} | _OF_THE_START
-    changes = []
-    for name in dict.fromkeys([*flat_before, *flat_now]):
-        before, now = (_shown(flat.get(name)) for flat in (flat_before, flat_now))
-        # Another version may have had other settings in a section; those that are null by default are not written down
-        # while they are.
-        in_both = name in flat_before and name in flat_now
-        comparable = in_both or name.startswith("model_config.") or _is_null_by_default(name)
-        if before == now or name in told:
-            continue
+    for name, before, now in _differences(saved, settings):
         if _is_kept_by_the_optimizer(name):
             notes.append(
                 f"{name} was {before} in the checkpoint and is {now} now: it has no effect: the optimizer's state of "
                 "the checkpoint has its own"
             )
-        elif comparable:
-            changes.append(f"{name} {before} -> {now}")
-    if changes:  # what they say now holds from here on
+    if changes := changed_settings(checkpoint_dir, settings):  # what they say now holds from here on
         notes.append(f"changed since the checkpoint: {', '.join(changes)}")
     return notes
+
+
+def changed_settings(checkpoint_dir: Path, settings: dict[str, Any]) -> list[str]:
+    """Return `NAME BEFORE -> NOW` for every setting that is another one than in a checkpoint, and has an effect.
+
+    Args:
+        checkpoint_dir: The checkpoint to resume from.
+        settings: Of the present run, as plain data.
+    """
+    saved = read(checkpoint_dir)
+    flat_before, flat_now = _flat(saved), _flat(settings)
+    changes = []
+    for name, before, now in _differences(saved, settings):
+        # Another version may have had other settings in a section; those that are null by default are not written down
+        # while they are.
+        in_both = name in flat_before and name in flat_now
+        comparable = in_both or name.startswith(("model_config.", "data.")) or _is_null_by_default(name)
+        if comparable and not _is_kept_by_the_optimizer(name):
+            changes.append(f"{name} {before} -> {now}")
+    return changes
+
+
+def _differences(saved: dict[str, Any], settings: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield every setting that differs, with its values as text, but for those that have a line of their own."""
+    flat_before, flat_now = _flat(saved), _flat(settings)
+    told = {".".join(keys) for keys in _EFFECTS} | _OF_THE_START
+    for name in dict.fromkeys([*flat_before, *flat_now]):
+        before, now = (_shown(flat.get(name)) for flat in (flat_before, flat_now))
+        if before != now and name not in told:
+            yield name, before, now
 
 
 def _is_null_by_default(name: str) -> bool:
