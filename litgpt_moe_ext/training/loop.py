@@ -94,7 +94,7 @@ class HookedLoop:
 
     def __init__(self, launched: Launched, start: Start, tokenizer_dir: Path | None, equipment: Equipment) -> None:
         self._plan, self._start, self._equipment = launched.plan, start, equipment
-        self.writer = CheckpointWriter(launched, tokenizer_dir, litgpt.pretrain.save_checkpoint)
+        self.writer = CheckpointWriter(launched, tokenizer_dir, litgpt.pretrain.save_checkpoint, start.resume_dir)
         self.fabric = fabric = launched.fabric
         self.train = launched.plan.train
         self._accumulation = launched.accumulation

@@ -110,6 +110,15 @@ def test_resuming_a_finished_run_trains_on_with_more_tokens(recipe, tmp_path):
     assert json.loads((tmp_path / "out" / "final" / "training_state.json").read_text())["step"] == 7
 
 
+def test_resuming_a_finished_run_leaves_its_weights_alone(recipe, finished, tmp_path, capsys):
+    """With settings by which they would lose something."""
+    final = finished(tmp_path / "out") / "final"
+    before = {path.name: path.read_bytes() for path in final.iterdir() if path.is_file()}
+    assert train("--config", recipe(), "--resume", "auto", "--precision", "bf16-true") == 0
+    assert "nothing is left to train" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in final.iterdir() if path.is_file()} == before
+
+
 def test_a_truncated_checkpoint_is_passed_over(recipe, finished, tmp_path, capsys):
     shutil.rmtree(finished(tmp_path / "out") / "final")
     newest = tmp_path / "out" / "step-00000012" / "lit_model.pth"
@@ -426,7 +435,7 @@ class TestWrongInputs:
         error = refused(capsys, *resume, "--micro-batch-size", "3", "--global-batch-size", "3")
         assert "train.global_batch_size: 3 does not divide the 16 sequences that the checkpoint was" in error
         error = refused(capsys, *resume, "--train.tie_embeddings", "true")
-        assert "does not fit the present settings" in error
+        assert "train.tie_embeddings: True must be False, as in the checkpoint" in error
         config = checkpoint / "model_config.yaml"
         config.write_text(config.read_text() + "foo: 1\n")
         assert "found only damaged checkpoints" in refused(capsys, *resume)

@@ -218,9 +218,3 @@ class TestOtherData:
         assert corpora_of(state) == {"a1", "b2"}
         assert corpora_of({"fingerprint": {"corpus": "a1:10 documents"}}) == {"a1"}
         assert corpora_of({"current_epoch": 0}) == corpora_of(None) == set()
-
-
-def test_tables_that_are_tied_otherwise(recipe, finished, tmp_path, capsys):
-    finished(tmp_path / "out")
-    assert train("--config", recipe(), "--resume", "auto", "--train.tie_embeddings", "true") == 2
-    assert "error: train.tie_embeddings: True must be False, as in the checkpoint" in capsys.readouterr().err

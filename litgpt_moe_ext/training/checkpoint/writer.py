@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from litgpt_moe_ext.training.checkpoint import store
-from litgpt_moe_ext.training.checkpoint.progress import BEST, FINAL, MODEL_FILE, newest_first
+from litgpt_moe_ext.training.checkpoint.progress import BEST, FINAL, MODEL_FILE, newest_first, step_of
 from litgpt_moe_ext.training.control import TrainingStopped
 from litgpt_moe_ext.training.optim.shards import is_shard
 from litgpt_moe_ext.training.steps.losses import all_finite
@@ -37,17 +37,22 @@ class CheckpointWriter:
         launched: The connected processes.
         tokenizer_dir: Tokenizer to copy into checkpoints, or None.
         write: LitGPT's `save_checkpoint`, or one with its arguments.
+        resume_dir: The checkpoint that the run goes on from, or None.
 
     Attributes:
         last_saved: Directory of the checkpoint that was written last, by this run.
     """
 
-    def __init__(self, launched: Launched, tokenizer_dir: Path | None, write: Callable[..., None]) -> None:
+    def __init__(
+        self, launched: Launched, tokenizer_dir: Path | None, write: Callable[..., None], resume_dir: Path | None = None
+    ) -> None:
         self._plan, self._fabric = launched.plan, launched.fabric
         self._tokenizer_dir = tokenizer_dir
         self._write = write if tokenizer_dir is None else _with_tokenizer(write, tokenizer_dir)
         self.last_saved: Path | None = None
         self._tried_at = time.monotonic()
+        # Read now: a run may replace it.
+        self._from = None if resume_dir is None else (resume_dir.resolve(), step_of(resume_dir))
 
     @property
     def is_due(self) -> bool:
@@ -75,6 +80,10 @@ class CheckpointWriter:
                 if it is `best` or `final`, and weights are not finite.
         """
         directory = checkpoint_file.parent
+        if directory.name == FINAL and self._from == (directory.resolve(), state["step_count"]):
+            # Nothing was trained. What is there may hold more than the present state: another precision, an average.
+            self.last_saved = directory
+            return
         if directory.name in (FINAL, BEST):
             self._require_finite(state, directory.name)
         try:
