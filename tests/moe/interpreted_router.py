@@ -9,14 +9,15 @@ from hypothesis import HealthCheck, Phase, given, settings
 from torch.utils.checkpoint import checkpoint
 
 from litgpt_moe_ext.moe.balancing import update_routers
-from litgpt_moe_ext.moe.fixed_routers import HashRouter
+from litgpt_moe_ext.moe.fixed_routers import FixedRouter
 from litgpt_moe_ext.moe.kernels import fused_router, router_product
 from litgpt_moe_ext.moe.kernels.triton import routing
 from litgpt_moe_ext.moe.kernels.triton.common import constexpr
 from litgpt_moe_ext.moe.layer import MoE
+from litgpt_moe_ext.moe.registry import ROUTERS, load
 from litgpt_moe_ext.moe.told import TokenIds
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import _keep_choices
-from tests.models import moe_config
+from tests.models import moe_config, randomize
 from tests.moe.interpreted_triton import EXAMPLES
 from tests.moe.routers import (
     BALANCING,
@@ -154,18 +155,24 @@ def test_two_runs_give_the_same_bits():
         assert torch.equal(value, second[name]), name
 
 
-def test_what_the_kernels_do_not_know():
-    """Other rules, and those who ask for ordinary operators."""
+def other(kind, method):
+    """A router whose class says something else than its base class, though only by calling it."""
+    base = load(ROUTERS[kind].router)
+    router = type("Other", (base,), {method: lambda self, *args: getattr(base, method)(self, *args)})
+    return randomize(router(moe_config(mlp_class_name="MoE", router_type=kind)))
 
-    class Other(HashRouter):
-        def choose(self, x_TD, ids):
-            return super().choose(x_TD, ids)
 
-    other = Other(moe_config(router_type="hash")), TokenIds(torch.arange(12))
-    for gate, ids in ((make_gate(expert_backend="loop"), None), other):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fused_router, "works_on", lambda x: True)
-            assert gate(torch.randn(12, 16), ids=ids).decision is None
+@pytest.mark.parametrize("make", [
+    *(partial(other, kind, "choose") for kind in ("topk", "noisy_topk", "hash", "uniform")),
+    partial(other, "topk", "auxiliary_loss"),
+    lambda: make_gate().double(), lambda: make_gate(**NOISY).double(), lambda: make_gate(expert_backend="loop"),
+])  # fmt: skip
+def test_what_the_kernels_do_not_know(make, monkeypatch):
+    """Other rules and losses, wider weights, and those who ask for ordinary operators."""
+    monkeypatch.setattr(fused_router, "works_on", lambda x: True)
+    gate = make()
+    ids = TokenIds(torch.arange(12)) if isinstance(gate, FixedRouter) else None
+    assert gate(torch.randn(12, 16), ids=ids).decision is None
 
 
 @pytest.mark.parametrize(("name", "padded"), [

@@ -303,8 +303,9 @@ def test_metrics_by_hand():
     assert metrics["moe/bias_range"] == pytest.approx(0.002, abs=0.011)
 
 
-def test_entropy_is_that_of_a_token_however_many_experts_it_visits():
-    moe = make_moe(router_score_function="softmax")
+@pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
+def test_entropy_is_that_of_a_token_however_many_experts_it_visits(score_function):
+    moe = make_moe(router_score_function=score_function)
     x = torch.randn(2, 7, 16)
     moe(x).sum().backward()
     torch.optim.SGD(moe.parameters(), lr=0.0).step()

@@ -34,6 +34,24 @@ def test_a_token_id_always_visits_the_same_experts():
     assert torch.equal(routing.experts_TK, make(HashRouter)(x, ids=TokenIds(ids)).experts_TK)
 
 
+def murmur_hash_3(key):
+    """Its finaliser in Python's integers, as a signed number of 64 bits."""
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        key = (key ^ key >> 33) * factor % 2**64
+    key ^= key >> 33
+    return key - 2**64 if key >> 63 else key
+
+
+@pytest.mark.parametrize("n_expert", [3, 8])
+def test_a_trained_model_finds_its_experts_in_every_version(n_expert):
+    ids = [0, 1, 7, 4095, 50256, 151935]
+    hashes = [[murmur_hash_3(token * n_expert + expert) for expert in range(n_expert)] for token in ids]
+    chosen = make(HashRouter, n_expert=n_expert)(torch.randn(6, 16), ids=TokenIds(torch.tensor(ids))).experts_TK
+    best = [sorted(range(n_expert), key=row.__getitem__)[-2:] for row in hashes]
+    assert [sorted(row) for row in chosen.tolist()] == [sorted(row) for row in best]
+    assert TokenIds(torch.tensor(ids)).hashes(n_expert).tolist() == hashes
+
+
 @pytest.mark.parametrize("n_expert", [3, 8, 64])
 def test_hashing_is_even(n_expert):
     """50257 ids over E experts: every count within five standard deviations of the mean."""

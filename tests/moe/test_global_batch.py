@@ -132,7 +132,8 @@ def test_padding_has_no_share(monkeypatch):
     monkeypatch.setattr("litgpt_moe_ext.padding._accepted", True)
     layer = randomize(SharedExpertMoE(config_of("global_batch"))).double()
     x, gradients = torch.randn(1, 7, 16, dtype=torch.float64), []
-    for inputs, real in ((x, None), (torch.cat([x, x], dim=1), torch.arange(14).unsqueeze(0) < 7)):
+    padded = torch.cat([x, torch.randn(1, 7, 16, dtype=torch.float64)], dim=1)
+    for inputs, real in ((x, None), (padded, torch.arange(14).unsqueeze(0) < 7)):
         layer.zero_grad()
         layer(inputs, real).square().sum().backward()
         gradients.append(layer.gate.weight.grad.clone())

@@ -46,7 +46,9 @@ def test_a_routing_is_consistent(groups, top_k, tokens, score_function, bias):
     router.e_score_correction_bias.fill_(bias)
     x = torch.randn(tokens, 16)
     routing = router(x)
-    torch.testing.assert_close(router.scores(x).sum(-1), torch.ones(tokens))
+    logits = x @ router.weight.T
+    positive = logits.sigmoid() if score_function == "sigmoid" else logits.softmax(-1)
+    torch.testing.assert_close(router.scores(x), positive / positive.sum(-1, keepdim=True))
     assert routing.experts_TK.shape == routing.weights_TK.shape == (tokens, top_k)
     assert all(len(set(row.tolist())) == top_k for row in routing.experts_TK), "an expert twice for one token"
     torch.testing.assert_close(routing.weights_TK.sum(-1), torch.ones(tokens))
@@ -144,7 +146,7 @@ def test_initialisation_under_pretrain(config):
     std_in, std_out = math.sqrt(2 / 5 / 64), 1 / 8 / 4
     for block in model.transformer.h:
         moe = block.mlp
-        assert moe.gate.weight.std().item() == pytest.approx(std_in, rel=0.2)
+        assert moe.gate.weight.std().item() == pytest.approx(std_in, rel=0.1)
         assert moe.experts.gate_up_proj.std().item() == pytest.approx(std_in, rel=0.05)
         assert moe.experts.down_proj.std().item() == pytest.approx(std_out, rel=0.05)
         for parameter in (moe.gate.weight, moe.experts.gate_up_proj, moe.experts.down_proj):
