@@ -16,7 +16,7 @@ from tests.evaluation.conftest import write_checkpoint
 from tests.evaluation.test_loading import Payload
 from tests.models import initialized_model, moe_config, noisy_config
 
-GROUPS = {"n_expert_groups": 4, "n_topk_groups": 2, "n_topk_scores_per_group": 1}
+GROUPS = {"n_expert_groups": 4, "n_topk_groups": 2, "n_topk_scores_per_group": 2}
 NO_SINKS = {"attention_class_name": "SinkAttention", "attention_sinks": False}
 YARN = {"factor": 4.0, "original_max_seq_len": 16, "beta_fast": 32.0, "beta_slow": 1.0}
 SOFTMAX = {"router_score_function": "softmax", "norm_topk_prob": True}

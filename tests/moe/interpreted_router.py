@@ -21,6 +21,7 @@ from tests.models import moe_config, randomize
 from tests.moe.interpreted_triton import EXAMPLES
 from tests.moe.routers import (
     BALANCING,
+    GLOBAL,
     NOISY,
     ORTHOGONALITY,
     RULES,
@@ -145,6 +146,20 @@ def test_nothing_but_padding():
     assert (results.pop("experts") == 8).all()
     for name, value in results.items():
         assert not value.any(), name
+
+
+def test_accumulated_batches_have_the_shares_of_their_step(monkeypatch):
+    """As with torch's operators: a loss over the global batch goes by the tokens of all batches so far."""
+    gate, batches, results = make_gate(**GLOBAL), torch.randn(2, 12, 16), []
+    for fused in (True, False):
+        monkeypatch.setattr(fused_router, "works_on", lambda x, fused=fused: fused)
+        gate.zero_grad()
+        gate.e_score_correction_bias.zero_()
+        for x in batches:
+            gate(x).weights_TK.sum().backward()
+        update_routers([gate])
+        results.append((gate.weight.grad, gate.record))
+    torch.testing.assert_close(*results, rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.slow

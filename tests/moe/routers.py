@@ -15,7 +15,7 @@ from tests.models import moe_config, randomize
 
 BALANCING = {"router_load_balancing_loss_coef": 0.05}
 Z = {"router_z_loss_coef": 0.02}
-GROUPS = {"n_expert_groups": 4, "n_topk_groups": 2, "n_topk_scores_per_group": 1}
+GROUPS = {"n_expert_groups": 4, "n_topk_groups": 2, "n_topk_scores_per_group": 2}
 NOISY = {"router_type": "noisy_topk"}
 SEQUENCES = {"router_sequence_balancing_loss_coef": 0.03}
 GLOBAL = {**BALANCING, "router_load_balancing_loss_scope": "global_batch"}

@@ -139,19 +139,21 @@ def test_activations(settings, backend):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_dropout_of_hidden_activations(bias):
+@pytest.mark.parametrize(("dtype", "T"), [(torch.float64, 40), (torch.bfloat16, 200)], ids=["exact", "padded segments"])
+def test_dropout_of_hidden_activations(dtype, T, bias):
     """Both draw their masks from the same generator in the same order."""
-    experts, routing = make_experts(bias=bias, expert_dropout=0.4), make_routing(40, 2, 5, torch.float64)
-    x, upstream = torch.randn(40, 16, dtype=torch.float64), torch.randn(40, 16, dtype=torch.float64)
+    weights_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    experts, routing = make_experts(dtype, bias=bias, expert_dropout=0.4), make_routing(T, 2, 5, weights_dtype)
+    x, upstream = torch.randn(T, 16, dtype=dtype), torch.randn(T, 16, dtype=dtype)
     results = []
     for backend in ("grouped_cpu", "loop"):
         torch.manual_seed(7)
         results.append(run(experts, backend, x, routing, upstream))
-    assert_same(*results, EXACT[torch.float64])
+    assert_same(*results, EXACT[dtype])
     torch.manual_seed(8)
     assert not torch.equal(run(experts, "loop", x, routing, upstream)["y"], results[1]["y"])
     experts.eval()
-    assert_same(*(run(experts, b, x, routing, upstream) for b in ("grouped_cpu", "loop")), EXACT[torch.float64])
+    assert_same(*(run(experts, b, x, routing, upstream) for b in ("grouped_cpu", "loop")), EXACT[dtype])
 
 
 @pytest.mark.parametrize("backend", ["loop", "grouped_cpu", "grouped_mm"])
@@ -485,3 +487,14 @@ def test_padding_may_hold_anything(backend):
     assert not x.grad[~real_T].any()
     for gradient in (x.grad, *(parameter.grad for parameter in experts.parameters())):
         assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["grouped_cpu", "grouped_mm", "loop"])
+def test_a_single_token_of_padding_visits_no_expert(backend):
+    """The number that it has for an expert is none."""
+    experts = make_experts(torch.float32)
+    experts.forced_backend = backend
+    counts_E, real_T = torch.zeros(5, dtype=torch.int64), torch.zeros(1, dtype=torch.bool)
+    nowhere = Routing(torch.zeros(1, 2), torch.full((1, 2), 5), counts_E, real_T)
+    with torch.no_grad():
+        assert experts(torch.full((1, 16), float("nan")), nowhere).shape == (1, 16)

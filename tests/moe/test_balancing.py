@@ -139,6 +139,8 @@ def test_two_optimizers_on_one_model_move_the_bias_once():
     moe(torch.randn(2, 7, 16)).sum().backward()
     with pytest.warns(RuntimeWarning, match="does not hold their weights"):
         optimizers[0].step()
+    with warnings.catch_warnings(action="error"):
+        optimizers[0].step()  # which has been told
     assert not moe.gate.e_score_correction_bias.any()
     optimizers[1].step()
     assert moe.gate.e_score_correction_bias.abs().max() > 0
@@ -263,6 +265,7 @@ def test_measures_of_balance_by_hand():
     assert max_violation(loads).tolist() == [3.0, 0.0, 1.0]
     torch.testing.assert_close(coefficient_of_variation(loads), torch.tensor([3**0.5, 0.0, 1.0]))
     torch.testing.assert_close(load_entropy(loads), torch.tensor([0.0, 1.0, 0.5]))
+    assert load_entropy(torch.tensor([[7.0]])) == 1, "of one expert there is one way to share"
 
 
 def test_metrics_by_hand():
@@ -292,7 +295,7 @@ def test_metrics_by_hand():
         "mean_gate": (probabilities[0].item() + 0.25) / 2,
         "router_entropy": entropy,
         "router_logit_rms": 1.0,
-        "bias_range": metrics["moe/bias_range"],
+        "bias_range": 0.01,  # the two experts that have the tokens fall together
     }
     assert {
         n.removeprefix("moe_layer_01/"): v for n, v in metrics.items() if n.startswith("moe_layer")
@@ -300,7 +303,6 @@ def test_metrics_by_hand():
     assert [metrics[f"moe_load_01/expert_{e:02}"] for e in range(4)] == [2.0, 0.0, 2.0, 0.0]
     for name, value in expected.items():
         assert metrics[f"moe/{name}"] == pytest.approx(value, rel=1e-5)
-    assert metrics["moe/bias_range"] == pytest.approx(0.002, abs=0.011)
 
 
 @pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
