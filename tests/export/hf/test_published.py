@@ -16,6 +16,9 @@ from litgpt_moe_ext.export.hf.published.config import read_published
 from litgpt_moe_ext.meta.models import meta_model
 from tests.export.hf.published import PUBLISHED
 
+V2 = {"model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], "topk_method": "noaux_tc"}
+GPT2 = {"model_type": "gpt2", "vocab_size": 100}
+
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_it_goes_back_to_the_class_that_it_came_from(tmp_path, name):
@@ -103,13 +106,42 @@ def test_what_an_entry_means(tmp_path, name, left_out, said, found):
     assert {key: getattr(config, key) for key in found} == found
 
 
-@pytest.mark.parametrize(("key", "value"), [("scale_attn_by_inverse_layer_idx", True), ("scale_attn_weights", False)])
-def test_a_gpt2_with_another_attention_is_refused(tmp_path, key, value):
-    """Those of Stanford's Mistral divide scores by the number of the layer as well."""
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "vocab_size": 100}))
-    assert read_published(tmp_path).settings["n_layer"] == 12
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "vocab_size": 100, key: value}))
-    with pytest.raises(SettingsError, match=f"hf_dir: {key}: {value} must be"):
+@pytest.mark.parametrize(
+    ("name", "said", "message"),
+    [
+        ("llama-68m", {"hidden_act": "gelu"}, "hidden_act: gelu must be silu"),
+        ("llama-68m", {"attention_bias": True}, "attention_bias: True and mlp_bias: False must be alike"),
+        ("Mixtral-8x7B", {"rope_scaling": {"rope_type": "dynamic", "factor": 2}}, "rope_type: dynamic must be one of"),
+        ("Mixtral-8x7B", {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling: .* has no factor"),
+        ("Qwen1.5-MoE-A2.7B", {"use_sliding_window": True}, "use_sliding_window: True must be off"),
+        ("Qwen3-30B-A3B-FP8", {"attention_bias": True}, "attention_bias: True must be off"),
+        (
+            "Qwen3-30B-A3B-FP8",
+            {"mlp_only_layers": list(range(48))},
+            r"mlp_only_layers: \[0, .* leaves no layer with exp",
+        ),
+        ("OLMoE-1B-7B", {"attention_bias": True}, "attention_bias: True must be off"),
+        ("ERNIE-4.5-21B-A3B", {"use_bias": True}, "use_bias: True must be off"),
+        ("ERNIE-4.5-21B-A3B", {"moe_layer_interval": 2}, "moe_layer_interval and moe_layer_end_index must make all"),
+        ("ERNIE-4.5-21B-A3B", {"moe_layer_end_index": 5}, "moe_layer_interval and moe_layer_end_index must make all"),
+        ("gpt-oss-20b", {"swiglu_limit": 5.0}, "swiglu_limit: 5.0 must be 7.0"),
+        ("gpt-oss-20b", {"attention_bias": False}, "attention_bias: False must be True"),
+        ("DeepSeek-V3", {"q_lora_rank": None}, "q_lora_rank: null must be a number"),
+        ("DeepSeek-V3", {"rms_norm_eps": 1e-5}, "rms_norm_eps: 1e-05 must be 1e-06"),
+        ("DeepSeek-V3", {"moe_layer_freq": 2}, "moe_layer_freq: 2 must be 1"),
+        ("DeepSeek-V3", V2, "topk_method: noaux_tc must be greedy or group_limited_greedy"),
+        ("gpt2", {"activation_function": "silu"}, "activation_function: silu must be gelu_new, gelu or relu"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: True must be off"),
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights: False must be True"),
+    ],
+)
+def test_what_this_package_computes_otherwise_is_refused(tmp_path, name, said, message):
+    """Though the class of transformers has it: GPT-2s of Stanford's Mistral divide scores by the layer's number."""
+    content = GPT2 if name == "gpt2" else PUBLISHED[name][1]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    read_published(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(content | said))
+    with pytest.raises(SettingsError, match=f"hf_dir: {message}"):
         read_published(tmp_path)
 
 
