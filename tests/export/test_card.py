@@ -4,9 +4,12 @@ import yaml
 
 from litgpt_moe_ext.export.card import facts
 from litgpt_moe_ext.export.source import Source
-from litgpt_moe_ext.model_size import count_parameters
+from litgpt_moe_ext.model_size import count_flops, count_parameters
+from litgpt_moe_ext.training.callbacks.retention import Retention
 from litgpt_moe_ext.training.checkpoint import hyperparameters
 from litgpt_moe_ext.training.checkpoint.progress import Progress
+from litgpt_moe_ext.training.logs import METRICS_FILE
+from litgpt_moe_ext.training.settings import CheckpointArgs
 from tests.models import moe_config
 
 
@@ -21,10 +24,35 @@ def test_parameters_are_those_of_the_run(tmp_path):
     assert counts[1] == facts(source, {})["parameters"]
 
 
-def test_tokens_are_those_of_all_batch_sizes(tmp_path):
+def test_what_is_known_of_a_training(tmp_path):
     """Eight steps of four sequences, then two of eight after a resume, in micro-batches of two on two processes."""
-    settings = {"train": {"global_batch_size": 8, "micro_batch_size": 2, "max_seq_length": 16}}
-    (tmp_path / hyperparameters.FILE_NAME).write_text(yaml.safe_dump(settings))
-    Progress(attempt=2, step=10, iteration=12, processes=2, saved_at=0.0).write(tmp_path)
-    found = facts(Source(tmp_path, moe_config(), {}), settings)
-    assert (found["optimizer steps"], found["training tokens"]) == ("10", "768")
+    settings = {
+        "train": {"global_batch_size": 8, "micro_batch_size": 2, "max_seq_length": 16},
+        "data": {"class_path": "litgpt_moe_ext.data.TextCorpus", "init_args": {}},
+    }
+    checkpoint = tmp_path / "step-00000010"
+    checkpoint.mkdir()
+    (checkpoint / hyperparameters.FILE_NAME).write_text(yaml.safe_dump(settings))
+    Progress(attempt=2, step=10, iteration=12, processes=2, saved_at=0.0).write(checkpoint)
+    rows = ("step,train_loss,val_loss", "8,3.5,", "8,,3.25", "10,3.125,", "12,2.5,2.25")
+    (tmp_path / METRICS_FILE).write_text("\n".join(rows))
+    run = {
+        "callbacks": {"Retention": Retention(CheckpointArgs(), tmp_path, None, None).state_dict()},
+        "train_dataloader": {"fingerprint": {"corpus": "0123abcd"}},
+    }
+    source = Source(checkpoint, moe_config(), {}, run)
+    found = facts(source, settings)
+    flops = count_flops(source.config, 16, training=True) / 16 * 768
+    assert dict(list(found.items())[3:]) == {
+        "optimizer steps": "10",
+        "training tokens": "768",
+        "FLOPs of the training": f"{flops:.2e}",
+        "training loss": "3.1250",
+        "validation loss": "3.2500",
+        "data": "`litgpt_moe_ext.data.TextCorpus`",
+        "hash of the data": "`0123abcd`",
+    }
+    keeper = Retention(CheckpointArgs(), tmp_path, None, None)
+    keeper.load_state_dict({"loss": 3.1875, "attempt": 1, "step": 6})
+    run["callbacks"]["Retention"] = keeper.state_dict()
+    assert facts(source, settings) == {**found, "best validation loss": "3.1875"}

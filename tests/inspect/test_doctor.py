@@ -224,6 +224,14 @@ def test_settings_that_fit_fit():
     assert plain.flags(recipe) == "--precision bf16-mixed --train.micro_batch_size 6"
 
 
+def test_the_fastest_settings_that_hold_the_recipes_micro_batch_are_advised():
+    step = Recipe(moe_config(), {"train": {"micro_batch_size": 4}}).step("bf16-mixed")
+    nothing, few, enough, more = (Fit(step, size, 0) for size in (0, 2, 4, 8))
+    assert best_fit([nothing, few, enough, more]) is enough
+    assert best_fit([nothing, Fit(step, 1, 0), few]) is few, "the largest there is"
+    assert best_fit([nothing]) is None
+
+
 @pytest.mark.parametrize("own", [{}, {"activation_checkpointing": "full", "fused_cross_entropy": True}], ids=str)
 def test_flags_of_settings_that_fit_make_the_recipe_these(own, tmp_path):
     """Also where the recipe has settings that save more memory than is needed."""
