@@ -617,7 +617,7 @@ def test_progress_in_words():
     progress = PreparationProgress(8_000_000, show=False)
     progress.stage("encoding", done=2_000_000)
     progress._started = (100.0, 2_000_000)
-    assert progress.describe(101.0, 4_000_000) == "encoding: 4 MB of 8 MB (50%), 2.0 MB/s, 0:00:02 left"
+    assert progress.describe(104.0, 4_000_000) == "encoding: 4 MB of 8 MB (50%), 0.5 MB/s, 0:00:08 left"
     assert PreparationProgress(0, show=False).describe(1.0, 0) == ": 0 MB, 0.0 MB/s"
 
 

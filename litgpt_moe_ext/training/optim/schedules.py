@@ -84,8 +84,7 @@ class Schedule:
             case "onecycle":
                 first = peak / 25
                 # torch divides by zero where a phase has one step only.
-                rising = min(self._warmup_steps, length - 1)
-                rising = rising if rising >= 2 else 0
+                rising = self._warmup_steps if self._warmup_steps >= 2 else 0
                 return lr_scheduler.OneCycleLR(
                     optimizer,
                     max_lr=peak,
