@@ -60,3 +60,21 @@ def test_tensors_without_one() -> None:
     with torch.inference_mode():
         # torch does not count changes of tensors that are made here.
         assert host_copy(as_fabric_moves(loaded(Rows))[:, :-1].contiguous()) is None
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda ids: ids.sum(dim=1, keepdim=True),
+        lambda ids: ids.sort(dim=0, descending=True).values,
+        lambda ids: torch.stack([ids, ids], dim=1),
+        lambda ids: ids.to(dtype=torch.int32),
+        lambda ids: ids.clone(memory_format=torch.contiguous_format),
+        lambda ids: ids[:, 2:],
+    ],
+)
+def test_operations_are_those_of_ordinary_tensors(operation) -> None:
+    rows = loaded(Rows)
+    found, expected = operation(rows), operation(rows.as_subclass(Tensor))
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)

@@ -45,7 +45,7 @@ def write(path: Path, **content) -> Path:
 
 
 def test_runs_are_arms_times_grid_times_seeds(tmp_path):
-    arms = {"a": {}, "b": {"train.max_norm": 2.0, "progress": False, "sample.prompts": ["a b"]}}
+    arms = {"a": None, "b": {"train.max_norm": 2.0, "progress": False, "sample.prompts": ["a b"]}}
     study = load_study(write(tmp_path / "s.yaml", arms=arms, grid={"train.max_tokens": [10, 20]}))
     assert len(study.runs) == len({run.key for run in study.runs}) == 8
     assert study.runs[0].title == "a, max_tokens 10, seed 1"
