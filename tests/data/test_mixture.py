@@ -426,6 +426,34 @@ def test_what_only_the_length_of_the_run_tells_is_asked_for(texts):
         limited.plan_run(RunLength(400, 4, 1))
 
 
+def test_a_mixture_says_what_it_reads(texts, capsys):
+    corpora = {"a": text(texts, 0), "b": text(texts, 1)}
+
+    def said(length, **annealing):
+        mixture = Mixture(corpora, {"a": 3, "b": 1}, Annealing({"a": 1, "b": 3}, **annealing))
+        if length is not None:
+            mixture.plan_run(length)
+        mixture.connect(batch_size=2, max_seq_length=16)
+        mixture.setup()
+        capsys.readouterr()
+        loader = mixture.train_dataloader()
+        return loader.mixture, capsys.readouterr().out
+
+    rows, words = said(RunLength(400, 4, 10), from_fraction=0.8)
+    read = [f"{rows.phases.counts(1600)[i] / len(part.windows):.2f}" for i, part in enumerate(rows.parts)]
+    tokens = [f"{part.windows.targets:,}" for part in rows.parts]
+    assert words == (
+        f"Mixture: a 75% of {tokens[0]} tokens ({read[0]} epochs), b 25% of {tokens[1]} tokens ({read[1]} epochs); "
+        "after step 320 a 25%, b 75%\n"
+    )
+    assert (
+        "; the annealing would begin after the last step of this run" in said(RunLength(400, 4, 10), from_step=400)[1]
+    )
+    assert said(None, from_tokens=170)[1] == (
+        f"Mixture: a 75% of {tokens[0]} tokens, b 25% of {tokens[1]} tokens; from sequence 11 on a 25%, b 75%\n"
+    )
+
+
 def mixed(settings, texts) -> dict:
     """A `data` section: a few Python files and some stories, with an annealing phase in the second half."""
     corpora = {

@@ -112,6 +112,8 @@ def test_a_search_of_few_values_trains_each_once(tmp_path):
     ({"search": {"optimizer.lr": [1]}}, "must have points"),
     ({"search": {"points": 2}}, "must have points"),
     ({"search": {"points": 2, "a.b": 3}}, "search.a.b: 3 must be"),
+    ({"search": {"points": 2, "a.b": {"low": 1, "hi": 2}}}, "search.a.b: .* must be {low: 1, high: 9"),
+    ({"search": {"points": 2, "a.b": {"low": 1, "high": 2, "step": 1}}}, "search.a.b: .* must be {low: 1, high: 9"),
     ({"search": {"points": 2, "a.b": {"low": "little", "high": 1}}}, "must have numbers low < high"),
     ({"search": {"points": 2, "a.b": {"low": 0, "high": 1, "log": True}}}, "above 0 where log is true"),
     ({"search": {"points": 2, "a.b": {"low": 1, "high": 2, "log": "no"}}}, "a.b.log: 'no' must be true or false"),

@@ -145,6 +145,7 @@ def on_a_card(compiled=False, processes=1, checkpointing="none", strategy="auto"
 def test_tried_on_one_card():
     assert decide("auto", on_a_card()) == GraphDecision(None, False)
     assert decide(True, on_a_card()) == GraphDecision(None, True)
+    assert decide("auto", on_a_card(router_load_balancing_loss_coef=0.1)) == GraphDecision(None, False)
     assert str(decide(False, on_a_card())) == "CUDA graphs: off (as asked)"
     # Also where there is one process.
     assert "DeepSpeed" in decide("auto", on_a_card(strategy="deepspeed_stage_1")).obstacle
