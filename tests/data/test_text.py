@@ -371,6 +371,27 @@ def test_rows_that_would_train_and_validate(train, val, both):
         HubDataset(dataset="anything", train_split=train, val_split=val)
 
 
+@pytest.mark.parametrize(
+    ("train", "val", "common"),
+    [
+        ("train[:50%]", "train[10:]", "10 to 14 of 30 in train"),
+        ("train[:50%]", "train[15:]", None),
+        ("train[:-5]", "train[20:]", "20 to 24 of 30 in train"),
+        ("validation+train[5:9]", "train[30%:]", None),
+        ("train[:5]", "validation+train[10%:-80%]", "3 to 4 of 30 in train"),
+    ],
+)
+def test_rows_in_different_units_are_counted(tmp_path, train, val, common):
+    source = tmp_path / "source"
+    source.mkdir()
+    write_parquet(source / "train.parquet", (TRAIN * 30)[:30])
+    write_parquet(source / "validation.parquet", VAL)
+    data = HubDataset(dataset=str(source), train_split=train, val_split=val, data_path=tmp_path / "cache", bpe=BPE)
+    refused = pytest.raises(SettingsError, match=f"^data.val_split: .* of train_split .*, {common}, which would train")
+    with refused if common else nullcontext():
+        data.prepare_data()
+
+
 def test_a_prepared_corpus_elsewhere(tmp_path):
     data = tiny_txt(tmp_path)
     data.connect(batch_size=2, max_seq_length=16)

@@ -50,7 +50,7 @@ class HubDataset(DocumentCorpus):
         else:
             splits = [
                 HubSplit(self.dataset, self.train_split, "train", which),
-                HubSplit(self.dataset, self.val_split, "val", which),
+                HubSplit(self.dataset, self.val_split, "val", which, trained=self.train_split),
             ]
         return [source for split in splits for source in split.sources(self.text_format, hashes, self.streaming)]
 

@@ -1,5 +1,6 @@
 """Data sets of the Hugging Face hub, or what its library finds elsewhere: cached by it, or as files to stream."""
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,14 @@ class HubSplit:
         split: The split, or, without streaming, a slice of it such as `train[:1%]`.
         side: Which side its documents belong to; None: each by itself.
         arguments: More for `datasets.load_dataset`.
+        trained: Those of the data set to train on, if this one is to validate on.
     """
 
     dataset: str
     split: str
     side: Side | None
     arguments: dict[str, Any] = field(default_factory=dict)
+    trained: str | None = None
 
     def sources(self, text_format: TextFormat, hashes: FileHashes, streaming: bool) -> list[Source]:
         """Return what to read.
@@ -53,7 +56,8 @@ class HubSplit:
             streaming: Whether to read over the network while encoding.
 
         Raises:
-            SettingsError: The data set cannot be found or loaded, has no such split or column, or cannot be streamed.
+            SettingsError: The data set cannot be found or loaded, has no such split or column, or cannot be streamed;
+                or rows would train and validate.
         """
         return self._streamed(text_format, hashes) if streaming else [self._cached(text_format)]
 
@@ -61,12 +65,15 @@ class HubSplit:
         import datasets
 
         try:
-            rows = datasets.load_dataset(self.dataset, split=self.split, **self.arguments)
+            rows: Any = datasets.load_dataset(self.dataset, split=self.split, **self.arguments)
         except Exception as error:  # the library's errors have many bases
             raise SettingsError(
                 f"dataset: {self.dataset!r} cannot be loaded with {_told(self.arguments, split=self.split)} ({error}); "
                 f"{_OFFLINE_REMEDY}"
             ) from error
+        if self.trained is not None and rows.info.splits:
+            lengths = {name: info.num_examples for name, info in rows.info.splits.items()}
+            _refuse_common_rows(self.trained, self.split, lengths)
         return dataset_source(rows, f"{self.dataset}:{self.split}", self.side, text_format)
 
     def _streamed(self, text_format: TextFormat, hashes: FileHashes) -> list[Source]:
@@ -104,6 +111,20 @@ def refuse_streaming(streaming: bool, source_path: Path) -> None:
         raise SettingsError(
             f"streaming: true has no effect on the files in source_path {str(source_path)!r}; leave out one of the two"
         )
+
+
+def _refuse_common_rows(trained: str, validated: str, lengths: dict[str, int]) -> None:
+    from datasets import ReadInstruction
+
+    ours, theirs = (ReadInstruction.from_spec(split).to_absolute(lengths) for split in (trained, validated))
+    for train, val in itertools.product(ours, theirs):
+        first, end = max(train.from_, val.from_), min(train.to, val.to)
+        if train.splitname == val.splitname and first < end:
+            raise SettingsError(
+                f"data.val_split: {validated!r} has rows of train_split {trained!r}, {first:,} to {end - 1:,} of "
+                f"{lengths[val.splitname]:,} in {val.splitname}, which would train and validate; name rows of their "
+                f"own, such as {val.splitname}[:99%] and {val.splitname}[99%:]"
+            )
 
 
 def _told(arguments: dict[str, Any], **more: Any) -> dict[str, Any]:
