@@ -392,6 +392,15 @@ def test_rows_in_different_units_are_counted(tmp_path, train, val, common):
         data.prepare_data()
 
 
+def test_a_slice_has_its_share_of_the_bytes(tmp_path):
+    """By them progress is shown, and processes are chosen."""
+    data = hub(tmp_path)
+    whole = data.sources(None)
+    assert sum(source.size for source in whole) == pytest.approx(sum(len(text) + 4 for text in TRAIN + VAL), rel=0.05)
+    half = replace(data, train_split="train[:50%]").sources(None)
+    assert half[0].size == pytest.approx(whole[0].size / 2, rel=0.05)
+
+
 def test_a_prepared_corpus_elsewhere(tmp_path):
     data = tiny_txt(tmp_path)
     data.connect(batch_size=2, max_seq_length=16)

@@ -277,7 +277,9 @@ def dataset_source(dataset: Any, name: str, split: Side | None, text_format: Tex
             f"field: {text_format.field!r} is not a column of {name}; set field to one of {dataset.column_names}"
         )
     texts = dataset.select_columns([text_format.field])
-    size = dataset.info.dataset_size or 0
+    # The library knows the bytes of the whole data set, of which this may be a slice.
+    rows = sum(split.num_examples for split in (dataset.info.splits or {}).values())
+    size = (dataset.info.dataset_size or 0) * len(dataset) // max(rows, 1)
     return Source(name, split, size, dataset._fingerprint, partial(_rows, texts, name, text_format.field, size))
 
 
