@@ -31,7 +31,7 @@ def decompress(raw: BinaryIO, suffix: str, where: str, max_expansion: float) -> 
         raw: The compressed file, at its beginning.
         suffix: One of `COMPRESSIONS`.
         where: What to call the file in error messages.
-        max_expansion: How many times its own size may come out of it; the first 100 MB are free.
+        max_expansion: How many times its own size may come out of it; the first 100 MiB are free.
     """
     stream = _OPENERS[suffix](raw)
     return io.BufferedReader(_Limited(stream, raw.tell, where, max_expansion), _CHUNK_BYTES)

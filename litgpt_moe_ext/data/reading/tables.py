@@ -15,7 +15,7 @@ _PARQUET_ROWS = 1024
 
 def read_csv(file: OpenFile, text_format: TextFormat) -> Iterator[Record]:
     """Yield a document for every row of a table whose first row has the names of the columns."""
-    csv.field_size_limit(largest_document())  # instead of the csv module's 128 KB
+    csv.field_size_limit(largest_document())  # instead of the csv module's 128 KiB
     text = io.TextIOWrapper(file.stream, "utf-8", text_format.errors, newline="")
     rows = csv.reader(text, delimiter="\t" if file.name.endswith(".tsv") else ",", strict=True)
     try:

@@ -1,6 +1,6 @@
 """Large tensors on a CPU without asking the kernel for fresh memory each time.
 
-glibc's `malloc` maps blocks of more than 32 MB anew for every allocation and hands them back when they are freed. The
+glibc's `malloc` maps blocks of more than 32 MiB anew for every allocation and hands them back when they are freed. The
 kernel clears every page again: 44 ms for 100 MB where 4 ms suffice. Stacked expert weights are such blocks, and a
 training step allocates their gradients anew. Telling glibc to keep freed memory (`mallopt`, malloc.h) makes the second
 step find the memory of the first.

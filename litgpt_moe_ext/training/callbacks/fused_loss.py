@@ -102,7 +102,7 @@ def linear_loss(x_BTD: Tensor, targets_BT: Tensor, head: nn.Linear) -> Tensor:
     return mean * some
 
 
-# Logits that exist at once, in float32: 128 MB.
+# Logits that exist at once, in float32: 128 MiB.
 _LOGITS = 1 << 25
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Quintic Newton-Schulz coefficients of the reference, chosen for the steepest slope at zero.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
-# Elements of parameters that are updated together: many launches become one, and the copies stay small (128 MB).
+# Elements of parameters that are updated together: many launches become one, and the copies stay small (128 MiB).
 _TOGETHER = 1 << 25
 
 

@@ -25,7 +25,7 @@ class DistributedArgs(Section, key="distributed"):
     """Knobs of the strategy; one that the chosen strategy does not have is refused."""
 
     bucket_mb: PositiveFloat | None = None
-    """ddp: size of the buckets in which gradients are reduced during the backward pass, in MB; null: 25."""
+    """ddp: size of the buckets in which gradients are reduced during the backward pass, in MiB; null: 25."""
     gradient_as_bucket_view: bool | None = None
     """ddp: gradients share the memory of the buckets, which saves a copy of all of them; null: false."""
     find_unused_parameters: bool | None = None
