@@ -77,8 +77,10 @@ def sink_attention(
     if mask is not None:
         mask = mask[(None,) * (4 - mask.dim())]  # kernels take two or four dimensions
     if softmax.sinks_H is None and softmax.backend is None:
-        if mask is not None and mask.dtype == torch.float32 and q_BHTd.dtype == torch.float64:
-            mask = mask.double()  # torch's CPU kernel would read its memory as that of float64
+        if mask is not None and mask.is_floating_point() and mask.dtype != q_BHTd.dtype:
+            # Torch takes float32 beside narrower queries, and no other type but theirs. Beside float64 its CPU kernel
+            # takes float32 as well, and reads its memory as that of float64.
+            mask = mask.to(torch.promote_types(q_BHTd.dtype, torch.float32))
         return F.scaled_dot_product_attention(
             q_BHTd, k_BGSd, v_BGSd, attn_mask=mask, dropout_p=softmax.dropout, is_causal=causal, scale=softmax.scale,
             enable_gqa=True,

@@ -200,8 +200,9 @@ def test_a_long_prompt_stays_causal_in_the_window() -> None:
             assert touched == list(range(changed, min(changed + 4, T)))
 
 
-def test_masks_compose_with_the_window() -> None:
-    layer = randomize(SinkAttention(attention_config(sliding_window_size=4), 0).double(), 1.0)
+@pytest.mark.parametrize("window", [4, None])
+def test_masks_compose_with_the_window(window: int | None) -> None:
+    layer = randomize(SinkAttention(attention_config(sliding_window_size=window), 0).double(), 1.0)
     x = torch.randn(2, T, 24, dtype=torch.float64)
     cos, sin = (table[None] for table in build_rope_cache(layer.config, T))
     visible = torch.ones(T, T, dtype=torch.bool).tril()

@@ -127,16 +127,17 @@ def test_float32_sinks_with_bfloat16_activations() -> None:
 
 
 @pytest.mark.parametrize("shape", [(20,), (20, 20), (4, 20, 20), (2, 1, 1, 20), (2, 4, 20, 20)], ids=str)
-@pytest.mark.parametrize("kind", [torch.bool, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", [torch.bool, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("has_sinks", [True, False])
 def test_masks_of_any_shape_and_type(shape: tuple[int, ...], kind: torch.dtype, has_sinks: bool) -> None:
-    q, k, v, sinks = make_inputs(T=20)
     visible = torch.rand(shape) < 0.6
     visible[..., 0] = True
     mask = visible if kind == torch.bool else torch.randn(shape, dtype=kind)
-    inputs = q, k, v, sinks if has_sinks else None
-    expected = sink_attention(*inputs, scale=0.7, mask=mask, backend="eager")
-    torch.testing.assert_close(sink_attention(*inputs, scale=0.7, mask=mask), expected)
+    for dtype in (torch.float32, torch.float64):
+        q, k, v, sinks = make_inputs(T=20, dtype=dtype)
+        inputs = q, k, v, sinks if has_sinks else None
+        expected = sink_attention(*inputs, scale=0.7, mask=mask, backend="eager")
+        torch.testing.assert_close(sink_attention(*inputs, scale=0.7, mask=mask), expected)
 
 
 def test_the_fully_masked_row_is_zero() -> None:

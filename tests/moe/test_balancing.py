@@ -327,6 +327,9 @@ def test_metrics_of_several_layers():
     assert metrics["moe/load_entropy"] == min(metrics[f"moe_layer_{i:02}/load_entropy"] for i in range(2))
     assert metrics["moe/max_vio_avg"] == pytest.approx(sum(layers) / 2)
     assert metrics["moe/dead_experts"] == sum(metrics[f"moe_layer_{i:02}/dead_experts"] for i in range(2))
+    worst, mean = {"load_cv": max, "router_logit_rms": max}, ("mean_gate", "router_entropy")
+    for name, of in {**worst, **dict.fromkeys(mean, lambda values: sum(values) / 2)}.items():
+        assert metrics[f"moe/{name}"] == of([metrics[f"moe_layer_{i:02}/{name}"] for i in range(2)])
     for i in range(2):
         assert sum(metrics[f"moe_load_{i:02}/expert_{e:02}"] for e in range(8)) == pytest.approx(8.0)
     assert metrics["moe/load_loss"] == sum(metrics[f"moe_layer_{i:02}/load_loss"] for i in range(2)) > 0

@@ -141,6 +141,15 @@ def test_padding_has_no_share(monkeypatch):
     torch.testing.assert_close(*gradients)
 
 
+def test_a_batch_of_padding_alone_has_no_loss():
+    """Shares of no token are no numbers."""
+    layer = randomize(SharedExpertMoE(config_of("global_batch")))
+    layer(torch.randn(1, 7, 16), torch.zeros(1, 7, dtype=torch.bool)).sum().backward()
+    update_routers([layer.gate])
+    assert not layer.gate.weight.grad.any()
+    assert load_metrics(layer)["moe/load_balancing_loss"] == 0
+
+
 def test_validation_has_no_share():
     layer = randomize(SharedExpertMoE(config_of("global_batch"))).double()
     x, gradients = torch.randn(1, 7, 16, dtype=torch.float64), []

@@ -91,6 +91,8 @@ def test_orthogonality_by_hand():
     with torch.autocast("cpu", torch.bfloat16):
         rounded = orthogonality_loss(weight)
     assert torch.equal(rounded, orthogonality_loss(weight)), "cosines in 16 bits are off by more than they differ"
+    weight = weight.bfloat16()
+    assert torch.equal(orthogonality_loss(weight), orthogonality_loss(weight.float()))
 
 
 def test_importance_by_hand():

@@ -85,12 +85,16 @@ def test_arithmetic_is_float32_whatever_the_model(make):
 
 @pytest.mark.parametrize("convert", [lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.double()])
 def test_bias_stays_float32(convert):
-    router = grouped()
+    router = grouped(router_bias_update_schedule={"warmup_steps": 9})
     router.e_score_correction_bias.copy_(torch.arange(8) * 1e-3 + 0.5)
+    router.bias_updates.fill_(4097)
     before = router.e_score_correction_bias.clone()
     convert(router)
     assert router.e_score_correction_bias.dtype == torch.float32
     assert torch.equal(router.e_score_correction_bias, before)
+    assert router.bias_updates.item() == 4097, "which 16 bits do not hold"
+    router.to("meta", torch.bfloat16)
+    assert router.e_score_correction_bias.is_meta
 
 
 def test_bias_follows_the_device():
