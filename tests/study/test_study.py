@@ -96,6 +96,13 @@ def test_a_search_spreads_its_points_and_more_of_them_repeat_none(tmp_path):
     assert few.runs[0].title == "recipe, lr 0.0316, n_layer 4, router_score_function sigmoid, seed 1"
 
 
+def test_a_range_is_of_whole_numbers_where_both_ends_are(tmp_path):
+    for low, high, values in ((1, 3, [2, 1, 3]), (1, 3.0, [2.0, 1.5, 2.5]), (1.0, 3, [2.0, 1.5, 2.5])):
+        search = {"points": 3, "train.max_norm": {"low": low, "high": high}}
+        runs = load_study(write(tmp_path / "s.yaml", seeds=[1], search=search)).runs
+        assert [run.settings["train.max_norm"] for run in runs] == values
+
+
 def test_a_search_of_few_values_trains_each_once(tmp_path):
     search = {"points": 9, "model_config.n_layer": {"low": 1, "high": 2}}
     runs = load_study(write(tmp_path / "s.yaml", search=search)).runs

@@ -298,6 +298,7 @@ def test_disk_full_while_saving(recipe, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "step-00000008 could not be saved: a file was cut off, as on a full disk. The checkpoints" in error
     assert f"the newest is {tmp_path / 'out' / 'step-00000004'}" in error
+    assert "--checkpoint.on_save_error continue trains on without checkpoints" in error
     assert directories(tmp_path / "out") == ["best", "step-00000004"]
     assert all(path.read_bytes() == content for path, content in before.items())
     assert train("--config", file, "--resume", "auto") == 0
@@ -601,6 +602,9 @@ def test_parameters_in_other_groups_than_those_of_the_checkpoint(tmp_path, befor
     refused = pytest.raises(SettingsError, match=rf"^parameter_groups\.{name}, as") if name else nullcontext()
     with refused:
         require_same_groups(tmp_path, settings, moe_config())
+    # As another version might have it, which knew none of these settings.
+    (tmp_path / "hyperparameters.yaml").write_text(yaml.safe_dump({**saved, "parameter_groups": {}}))
+    require_same_groups(tmp_path, settings, moe_config())
 
 
 def test_matrices_are_a_group_for_muon_anyway(tmp_path):

@@ -148,10 +148,12 @@ def test_the_loss_of_a_corpus_is_that_of_all_ranks(monkeypatch):
     assert metrics == {"val_loss": 2.25, "val_loss/a": 2.0, "val_loss/b": 3.0}
 
 
-def test_a_step_without_targets_has_no_weight():
+@pytest.mark.parametrize("targets", [0, 1, 6])
+def test_a_micro_batch_that_is_the_step_has_a_weight_of_one_or_none(targets):
     batches = StepBatches(lambda rows: (counts_for_loss(rows),), accumulation=1, ranks=1)
     batches.counts = True
-    assert batches.next(lambda: torch.full((1, 6), -100), 0).weights() == 0
+    rows = torch.arange(6).masked_fill(torch.arange(6) >= targets, -100).unsqueeze(0)
+    assert batches.next(lambda: rows, 0).weights() == min(targets, 1)
 
 
 def test_data_that_does_not_say_may_have_padding():
