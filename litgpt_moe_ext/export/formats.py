@@ -42,7 +42,7 @@ def check_exportable(config: "Config", name: str) -> None:
 
     # A balancing bias that moves will distinguish experts.
     facts = facts_of(config, {})
-    facts = dataclasses.replace(facts, balancing_bias=facts.moe and bool(config.router_bias_update_rate))
+    facts = dataclasses.replace(facts, balancing_bias=bool(config.router_bias_update_rate))
     if name == "gguf":
         from litgpt_moe_ext.export.gguf.write import choose_graph, require_package
 

@@ -25,15 +25,22 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.inspect.runs.logs import RunLog
 from litgpt_moe_ext.study import launch
-from litgpt_moe_ext.study.analysis import break_even, compute_multiplier, differences, first_below, mean_interval
-from litgpt_moe_ext.study.compare import compared, comparison, grouped
+from litgpt_moe_ext.study.analysis import (
+    Interval,
+    break_even,
+    compute_multiplier,
+    differences,
+    first_below,
+    mean_interval,
+)
+from litgpt_moe_ext.study.compare import compared, comparison, grouped, signed_interval
 from litgpt_moe_ext.study.figures import balance_figure, search_figure
 from litgpt_moe_ext.study.launch import Limits
 from litgpt_moe_ext.study.page import study_page, verdicts
 from litgpt_moe_ext.study.place import code_version
 from litgpt_moe_ext.study.plan import BUDGET, load_study
 from litgpt_moe_ext.study.results import MAX_VIO, Result
-from litgpt_moe_ext.study.search import best_points
+from litgpt_moe_ext.study.search import best_in_words, best_points
 from tests.runs import ROOT, run_command
 
 STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
@@ -233,12 +240,17 @@ def test_shipped_studies_name_no_place_of_one_machine():
         assert not re.search(r"^ .*(python3\.|: /)", file.read_text(encoding="utf-8"), re.M), file
 
 
-def test_slurm_array_has_a_task_for_every_run(tmp_path):
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_slurm_array_has_a_task_for_every_run(gpus, tmp_path, monkeypatch, capsys):
+    """Each with a GPU; how to ask for one is said where the script is written on a machine without."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     script, study = tmp_path / "array.sh", ROOT / "studies" / "qk_norm.yaml"
     assert main(["study", str(study), "--slurm", str(script)]) == 0
     assert f"#SBATCH --array=0-{len(load_study(study).runs) - 1}\n" in script.read_text()
     assert "\nsrun litgpt-moe study" in script.read_text(), "SLURM signals what srun started, and nothing beside it"
     assert '--only "$SLURM_ARRAY_TASK_ID"' in script.read_text()
+    assert re.findall(r"#SBATCH --gres=(.*)", script.read_text()) == (["gpu:1"] if gpus else [])
+    assert (f"`sbatch --gres=gpu:1 {script}`" in capsys.readouterr().out) == (not gpus)
 
 
 def test_no_run_is_repeated_and_a_failed_one_is_tried_again(tmp_path, monkeypatch):
@@ -346,6 +358,8 @@ def test_differences_need_a_seed_in_common_and_one_to_spare():
     assert value == pytest.approx(-1)
     assert np.isnan(low)
     assert np.isnan(high)
+    assert signed_interval(Interval(value, low, high), 2) == "-1.00"
+    assert signed_interval(Interval(value, -1.5, 0.5), 2) == "-1.00 (-1.50 to +0.50)"
 
 
 def test_compute_multiplier_of_a_known_power_law():
@@ -426,10 +440,11 @@ def test_a_point_that_came_to_nothing_is_not_the_best():
         label: str = "arm"
 
     groups = {
-        str(rate): [SimpleNamespace(run=Point({"rate": rate}), val_loss=loss)]
-        for rate, loss in ((1, float("nan")), (2, 3.0), (3, 2.5))
+        str(rate): [SimpleNamespace(run=Point({"rate": rate}), val_loss=loss) for loss in losses]
+        for rate, losses in ((1, (2.0, float("nan"))), (2, (3.0,)), (3, (2.0, 3.0)))
     }
     assert list(best_points(["rate"], groups)) == ["3"]
+    assert best_in_words(["rate"], groups)[0] == "Lowest of 3 points: 3, 2.500."
 
 
 def result_of(run, loss: float, speed: float = 100.0, val_loss: float | None = None) -> Result:

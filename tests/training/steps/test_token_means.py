@@ -146,6 +146,7 @@ def test_the_loss_of_a_corpus_is_that_of_all_ranks(monkeypatch):
     assert losses.mean(mixture, torch.tensor([1.0, 3.0]), torch.tensor([10, 10])) == (3 * 2 + 3) / 4
     losses.on_log(metrics := {"val_loss": 2.25})
     assert metrics == {"val_loss": 2.25, "val_loss/a": 2.0, "val_loss/b": 3.0}
+    assert CorpusLosses(ranks=1).mean(mixture, torch.tensor([2.0, 4.0]), torch.tensor([1, 1])) == (3 * 2 + 4) / 4
 
 
 @pytest.mark.parametrize("targets", [0, 1, 6])

@@ -72,6 +72,8 @@ class Study:
                 f"Wrote {self.slurm}, {counted(len(study.runs), 'run')}; afterwards `{command} --report` writes the "
                 "page"
             )
+            if not limits.places.gpus:
+                print(f"This machine has no GPU, so its tasks ask for none; `sbatch --gres=gpu:1 {self.slurm}` does")
             return 0
         runs = study.runs
         if self.only is not None:
