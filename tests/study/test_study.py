@@ -104,8 +104,12 @@ def test_a_search_spreads_its_points_and_more_of_them_repeat_none(tmp_path):
 
 
 def test_a_range_is_of_whole_numbers_where_both_ends_are(tmp_path):
-    for low, high, values in ((1, 3, [2, 1, 3]), (1, 3.0, [2.0, 1.5, 2.5]), (1.0, 3, [2.0, 1.5, 2.5])):
-        search = {"points": 3, "train.max_norm": {"low": low, "high": high}}
+    fractions = [2.0, 1.5, 2.5]
+    for low, high, log, values in (
+        *((1, 3, False, [2, 1, 3]), (1, 3.0, False, fractions), (1.0, 3, False, fractions)),
+        *((1, 100, True, [10, 3, 32]), (1, 100.0, True, [10.0, 3.16, 31.6])),
+    ):
+        search = {"points": 3, "train.max_norm": {"low": low, "high": high, "log": log}}
         runs = load_study(write(tmp_path / "s.yaml", seeds=[1], search=search)).runs
         assert [run.settings["train.max_norm"] for run in runs] == values
 
@@ -508,6 +512,9 @@ def test_break_even_of_two_lines():
     assert break_even(dense, (seconds, np.array([4.0, 3.0, 3.6]))) is None
     assert break_even(dense, (np.array([30.0, 40.0]), np.array([1.0, 1.0]))) is None
     ahead_behind_ahead = (np.append(seconds, 30.0), np.array([6.0, 3.0, 4.0, 3.0]))
+    often, seldom = np.array([0.0, 4.0, 8.0, 12.0]), np.array([0.0, 12.0])
+    assert break_even((seldom, np.array([5.0, 3.5])), (often, np.array([6.0, 4.0, 3.0, 3.0]))) == 4.0
+    assert break_even((often, np.array([5.0, 4.5, 4.0, 3.5])), (seldom, np.array([6.0, 3.0]))) == 8.0
     assert break_even((ahead_behind_ahead[0], np.array([5.0, 4.0, 3.5, 3.2])), ahead_behind_ahead) == 30.0
 
 

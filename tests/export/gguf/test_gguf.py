@@ -381,6 +381,14 @@ class TestSentencePiece:
         assert found["scores"] == pytest.approx([processor.get_score(i) for i in range(size)] + [0] * (400 - size))
         assert found["token_type"] == [2, 3, 3] + [6] * 256 + [1] * (size - 259) + [5] * (400 - size)
 
+    @pytest.mark.parametrize("asks", [True, False])
+    def test_llama_cpp_puts_before_a_text_what_litgpt_does(self, tmp_path, asks):
+        train_spm(tmp_path)
+        settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": asks}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        begins = open_tokenizer(tmp_path, 400).encode("a").tolist()[0] == 1
+        assert tokenizer_metadata(tmp_path, 400)["ggml.add_bos_token"] == begins == asks
+
     def test_a_model_without_a_token_for_the_end_or_the_beginning(self, tmp_path):
         """SentencePiece says -1 for it."""
         _, found = self.export(tmp_path, bos_id=-1)

@@ -104,6 +104,8 @@ def test_in_a_run(recipe, tmp_path, capsys):
         ("NVIDIA GeForce RTX 5090", "bf16-mixed", "ieee", 209.5),
         ("NVIDIA GeForce RTX 4070 Ti SUPER", "16-mixed", "ieee", 88.2),
         ("NVIDIA GeForce RTX 2080 Ti", "16-mixed", "ieee", 53.8),
+        ("NVIDIA GeForce RTX 2080 Ti", "32-true", "tf32", 13.45),
+        ("NVIDIA GeForce RTX 2080 Ti", "32-true", "ieee", 13.45),
         ("NVIDIA GeForce RTX 2080 Ti", "bf16-mixed", "ieee", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16-mixed", "ieee", None),
         ("NVIDIA GH200 480GB", "bf16-mixed", "ieee", 989.4),

@@ -43,6 +43,7 @@ def test_desktop():
     links = parse_matrix(DESKTOP)
     assert links == [Link(0, 1, "NODE", 0)]
     assert report(DESKTOP)[-1] == "Worth a try: NCCL_P2P_LEVEL=PHB"
+    assert "NCCL_P2P_LEVEL" not in report(DESKTOP.replace("NODE", "PHB "))[-1], "as it is by itself"
 
 
 def test_server_with_two_cpus():
