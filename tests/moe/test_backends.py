@@ -138,6 +138,14 @@ def test_activations(settings, backend):
         compare(experts, make_routing(33, 2, 5, dtype), dtype, backend)
 
 
+@pytest.mark.parametrize("dtype", list(EXACT))
+def test_gates_on_inputs(dtype):
+    """Float32 gate values make no wider rows of narrow ones."""
+    weights_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    experts = make_experts(dtype, expert_gate_on_input=True)
+    compare(experts, make_routing(33, 2, 5, weights_dtype), dtype)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("dtype", "T"), [(torch.float64, 40), (torch.bfloat16, 200)], ids=["exact", "padded segments"])
 def test_dropout_of_hidden_activations(dtype, T, bias):
