@@ -164,6 +164,21 @@ def test_dropout_of_hidden_activations(dtype, T, bias):
     assert_same(*(run(experts, b, x, routing, upstream) for b in ("grouped_cpu", "loop")), EXACT[dtype])
 
 
+@pytest.mark.parametrize("experts_TK", [[[3, 0]], [[3, 0], [0, 1]]], ids=["one token", "two tokens"])
+def test_dropout_drops_the_same_without_gradients(experts_TK):
+    """Reentrant checkpointing runs a layer first without gradients, and takes those of a second run."""
+    experts, outputs = make_experts(expert_dropout=0.4), []
+    experts.forced_backend = "grouped_cpu"
+    chosen = torch.tensor(experts_TK)
+    routing = Routing(torch.rand(chosen.shape).double(), chosen, torch.bincount(chosen.flatten(), minlength=5))
+    x = torch.randn(len(chosen), 16, dtype=torch.float64)
+    for learns in (False, True):
+        torch.manual_seed(7)
+        with torch.set_grad_enabled(learns):
+            outputs.append(experts(x, routing).detach())
+    torch.testing.assert_close(*outputs)
+
+
 @pytest.mark.parametrize("backend", ["loop", "grouped_cpu", "grouped_mm"])
 def test_dropout_keeps_the_mean(backend):
     """A hidden activation is dropped with the given probability, and the others make up for it."""

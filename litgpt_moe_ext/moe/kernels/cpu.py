@@ -109,8 +109,8 @@ def grouped_cpu_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, 
         if has_gradient(*differentiable):
             keep_large_blocks()
             return _GroupedExperts.apply(_Job(_plan(routing, dtype), hidden, dtype), *differentiable)
-        if len(x_TD) == 1 and routing.real_T is None:
-            return one_token(x_TD, routing, weights, hidden, dtype)
+        if len(x_TD) == 1 and routing.real_T is None and not hidden.dropout:
+            return one_token(x_TD, routing, weights, hidden.activation, dtype)
         return _forward(x_TD, routing.weights_TK, weights, _Job(_plan(routing, dtype), hidden, dtype), None)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from litgpt_moe_ext.kernels.precision import float32_precision
 from litgpt_moe_ext.moe.activations import Activation
-from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden
+from litgpt_moe_ext.moe.kernels.backends import ExpertWeights
 from litgpt_moe_ext.moe.router import Routing
 
 # Up to this many rows the BLAS library is faster with the weight as the left factor (benchmarks/moe_layer.py).
@@ -19,23 +19,22 @@ _FEW_ROWS = 4
 MOST_GATHERED = 16
 
 
-def one_token(x_1D: Tensor, routing: Routing, weights: ExpertWeights, hidden: Hidden, dtype: torch.dtype) -> Tensor:
+def one_token(
+    x_1D: Tensor, routing: Routing, weights: ExpertWeights, activation: Activation, dtype: torch.dtype
+) -> Tensor:
     """Return the weighted sum of the chosen experts' outputs for a single token, (1, D); reads their weights only.
 
     Args:
         x_1D: The token.
         routing: The router's decision for it.
         weights: Stacked weights of the experts.
-        hidden: What happens between the two projections.
+        activation: The activation function.
         dtype: In which matrices are multiplied.
     """
     x_cast_1D = x_1D.to(dtype)
     outputs_KD = []
     for expert in routing.experts_TK[0].tolist():
-        a_1F = hidden.activation(linear(x_cast_1D, weights.up_EGD[expert], weights.up_bias_EG, expert))
-        keep_1F = hidden.dropout_mask(1, a_1F)
-        if keep_1F is not None:
-            a_1F = a_1F * keep_1F
+        a_1F = activation(linear(x_cast_1D, weights.up_EGD[expert], weights.up_bias_EG, expert))
         outputs_KD.append(linear(a_1F, weights.down_EDF[expert], weights.down_bias_ED, expert))
     y_KD = torch.cat(outputs_KD)
     # In the gate's precision, as over many tokens.
