@@ -175,6 +175,9 @@ def test_dropout():
     torch.manual_seed(5)
     ours = run(experts, "triton", x, routing, upstream)
     torch.manual_seed(5)
+    with torch.no_grad():
+        assert torch.equal(experts(x, routing), ours["y"])
+    torch.manual_seed(5)
     keep_RF = torch.empty(T * K, F, dtype=torch.bool).bernoulli_(1 - p)
     assert 0.6 < keep_RF.float().mean() < 0.9
     rows = routing.experts_TK.flatten().argsort(stable=True)
