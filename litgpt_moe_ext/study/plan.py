@@ -17,6 +17,12 @@ from litgpt_moe_ext.study.search import searched_points
 BUDGET = "train.max_tokens"
 _KEYS = ("question", "recipe", "seeds", "settings", "arms", "grid", "search", "compare", "control")
 _SCALE_KEYS = ("settings", "grid")
+# What a study gives each of its runs.
+_OF_THE_STUDY = {
+    "seed": "seeds has those of all runs",
+    "out_dir": "each run has a folder of its own in that of the study",
+    "resume": "each run goes on by itself where it was",
+}
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,11 @@ def load_study(path: Path, scale: Path | None = None) -> Study:
     if control not in list(arms):
         raise SettingsError(f"control: {control} must be one of the arms: {', '.join(arms)}")
     common = _mapping(content, "settings")
+    named = [(f"arms.{arm}", own or {}) for arm, own in arms.items()]
+    named += [(f"grid.{name}", some) for name, values in zip(grid, choices, strict=True) for _, some in values]
+    for where, some in (("settings", common), *named, ("search", searched[0])):
+        for name in _OF_THE_STUDY.keys() & some.keys():
+            raise SettingsError(f"{where}: {name} would have no effect: {_OF_THE_STUDY[name]}; leave it out")
     runs = []
     for chosen, found in itertools.product(itertools.product(*choices), searched):
         point = dict(zip(grid, (shown for shown, _ in chosen), strict=True)) | found
