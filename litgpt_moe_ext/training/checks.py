@@ -233,8 +233,12 @@ def check_data(settings: Settings, config: Config) -> None:
     boundary = getattr(config, "attention_document_boundary", None)
     if offers(data, "require_documents") and boundary is not None:
         data.require_documents(boundary, getattr(config, "attention_document_token_id", None))
-    if settings.tokenizer_dir is None and not offers(data, "prepare_tokenizer"):
+    if settings.tokenizer_dir is not None:
+        return
+    if not offers(data, "prepare_tokenizer"):
         check_without_tokenizer(settings)
+    elif offers(data, "choose_tokenizer"):
+        data.choose_tokenizer(None)
 
 
 def offers(data: DataModule | None, method: str) -> bool:

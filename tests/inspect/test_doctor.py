@@ -1,6 +1,7 @@
 """The doctor sees what would keep a recipe from running."""
 
 import itertools
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -287,6 +288,7 @@ def test_memory_by_command(tmp_path, capsys):
         ({"optimizer": "Adamw"}, "optimizer: 'Adamw' must be the name of a class in torch.optim"),
         ({"optimizer": {"init_args": {"lr": 1}}}, "optimizer: {'init_args': {'lr': 1}} must be a name"),
         ({"data": {"class_path": "TextCorpus", "init_args": {"source_path": 5}}}, "data.source_path: 5 must be"),
+        ({"data": {"class_path": "TextCorpus", "init_args": {"source_path": "."}}}, "data.tokenizer_dir: there is no"),
         ({"data": "TextCorpus"}, "data.source_path: must be given for litgpt_moe_ext.data.TextCorpus"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value.partition(":")[0],
@@ -300,6 +302,25 @@ def test_what_a_run_refuses_at_its_start_is_a_problem(changes, message, tmp_path
     problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("PROBLEM")]
     assert len(problems) == 1
     assert message in problems[0]
+
+
+def test_a_tokenizer_of_the_data_that_ends_no_document(tmp_path, capsys):
+    model = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
+    (tmp_path / "text.txt").write_text("a")
+    files = {"source_path": str(tmp_path / "text.txt"), "tokenizer_dir": str(tmp_path)}
+    text = {"class_path": "litgpt_moe_ext.data.TextCorpus", "init_args": files}
+    mixture = {
+        "class_path": "litgpt_moe_ext.data.Mixture",
+        "init_args": {"corpora": {"a": text, "b": STDLIB}, "weights": {"a": 1, "b": 1}},
+    }
+    recipe = tmp_path / "recipe.yaml"
+    for data in (text, mixture):
+        recipe.write_text(yaml.safe_dump({"model_config": MODEL, "data": data, "out_dir": str(tmp_path / "out")}))
+        assert main(["doctor", str(recipe)]) == 1
+        problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("PROBLEM")]
+        assert len(problems) == 1
+        assert f"tokenizer_dir: '{tmp_path}' has no end-of-sequence token" in problems[0]
 
 
 class TestStart:

@@ -113,10 +113,15 @@ class DocumentCorpus(EncodedCorpus):
         if self.bpe is not None:
             return f"data.bpe.vocab_size: {self.bpe.vocab_size}", self.bpe.vocab_size
         if self.tokenizer_dir is not None:
-            content = read_tokenizer(self.tokenizer_dir)["tokenizer.json"]
+            content = self._read_tokenizer(self.tokenizer_dir)["tokenizer.json"]
             tokenizer = parse_tokenizer(content, f"tokenizer.json of {self.tokenizer_dir}")
             return f"data.tokenizer_dir: {str(self.tokenizer_dir)!r}", vocabulary_size(tokenizer)
         return None
+
+    def _read_tokenizer(self, directory: Path) -> dict[str, bytes]:
+        files = read_tokenizer(directory)
+        check_tokenizer(files, directory, needs_bos=self.prepend_bos)
+        return files
 
     def choose_tokenizer(self, given: Any) -> dict[str, bytes] | BPESettings:
         """See `EncodedCorpus.choose_tokenizer`."""
@@ -126,9 +131,7 @@ class DocumentCorpus(EncodedCorpus):
                 "that tokenizer, or bpe to train one"
             )
         if self.tokenizer_dir is not None:
-            files = read_tokenizer(self.tokenizer_dir)
-            check_tokenizer(files, self.tokenizer_dir, needs_bos=self.prepend_bos)
-            return files
+            return self._read_tokenizer(self.tokenizer_dir)
         if self.bpe is not None:
             return self.bpe
         if given is not None:

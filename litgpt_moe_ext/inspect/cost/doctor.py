@@ -438,7 +438,7 @@ def _tokenizer(recipe: Recipe) -> Iterator[Finding]:
 
     directory = recipe.settings.get("tokenizer_dir")
     if directory is None:
-        yield Finding("tokenizer", "good", "the recipe names none; data modules of this plugin make their own")
+        yield Finding("tokenizer", "good", "that of the data, if they have one")
     elif Path(directory).is_dir():  # or else the settings have a problem
         try:
             open_tokenizer(Path(directory), recipe.config.padded_vocab_size or 0)
