@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import select
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -150,7 +151,7 @@ def which_checkpoint(folder: Path, file: str) -> str:
     if found := did_you_mean_inside(folder, file):
         return found
     if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
-        return f"; `litgpt-moe import {folder} NEW_DIR` makes a checkpoint of Hugging Face's"
+        return f"; `litgpt-moe import {shlex.quote(str(folder))} NEW_DIR` makes a checkpoint of Hugging Face's"
     return "; name a checkpoint (step-*, best, final)"
 
 

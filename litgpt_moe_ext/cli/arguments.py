@@ -44,9 +44,10 @@ def read_arguments(command: type[Arguments], program: str, given: Sequence[str])
         SystemExit: After printing the help that `--help` asks for.
     """
     parser = build_parser(command, program)
-    values, unknown = parser.parse_known_args([_with_underscores(argument) for argument in given])
+    arguments = [_with_underscores(argument) for argument in given]
+    values, unknown = parser.parse_known_args(arguments)
     if unknown:
-        raise SettingsError(_describe_unknown(unknown[0], command))
+        raise SettingsError(_describe_unknown(unknown[0], arguments, command))
     types_ = get_type_hints(command)
     made = command(**{name: _convert(name, types_[name], value) for name, value in vars(values).items()})
     for name, value in vars(made).items():
@@ -100,8 +101,12 @@ def _with_underscores(argument: str) -> str:
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else argument
 
 
-def _describe_unknown(argument: str, command: type) -> str:
+def _describe_unknown(argument: str, arguments: list[str], command: type) -> str:
     if not argument.startswith("--"):
+        # As when the shell makes several values of an asterisk.
+        *_, option, value = ["", "", *arguments[: arguments.index(argument)]]
+        if option in [f"--{field.name}" for field in dataclasses.fields(command)]:
+            return f"{option} takes one value: {value!r} or {argument!r}"
         return f"{argument!r} is one argument too many"
     name = argument[2:].partition("=")[0]
     fields = dataclasses.fields(command)

@@ -12,6 +12,7 @@ from typing import Any
 
 from litgpt_moe_ext.config.features import MLP_CLASS_NAMES
 from litgpt_moe_ext.config.fields import uses_plugin
+from litgpt_moe_ext.errors import SettingsError
 
 
 def offer_mlp_classes(model: ModuleType) -> None:
@@ -108,9 +109,9 @@ def choose_attention(model: ModuleType) -> None:
             return object.__new__(cls)
         if cls is attention_class:
             return object.__new__(SinkAttention)
-        raise ValueError(
+        raise SettingsError(
             f"attention_class_name: {name!r} cannot be combined with {cls.__module__}.{cls.__name__}, which would "
-            "leave its sinks out. Finetune all weights instead (litgpt finetune_full)."
+            "compute something else. Finetune all weights instead (litgpt finetune_full)."
         )
 
     attention_class.__new__ = __new__

@@ -183,7 +183,8 @@ def _make_logger(plan: Plan, say: Callable[[str], None]) -> Logger:
         raise SettingsError(f"logger_name: {name!r} needs a package: {error}") from error
     except Exception as error:  # every service has errors of its own
         reason = one_line(error).rstrip(".")
-        raise SettingsError(f"logger_name: {name!r} cannot start: {reason}; mend that, or set csv") from error
+        offline = ", set WANDB_MODE=offline" if name == "wandb" else ""
+        raise SettingsError(f"logger_name: {name!r} cannot start: {reason}; mend that{offline}, or set csv") from error
     return logger
 
 

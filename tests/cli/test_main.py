@@ -103,6 +103,7 @@ def test_every_setting_of_a_command_is_explained(command, capsys):
         (["chat", "x", "--topk", "1"], "--topk is unknown; did you mean --top_k?"),
         (["chat"], "required: CHECKPOINT_DIR"),
         (["chat", "a", "b"], "'b' is one argument too many"),
+        (["experts", "x", "--data", "a", "b", "c"], "--data takes one value: 'a' or 'b'"),
         (["chat", "x", "--layer", "1"], "layer: 1 is for --show_experts, which is not given"),
         (["twin", "quickstart.yaml", "new.yaml", "--granularity", "4"], "granularity: 4 is for an MoE twin; give --n_"),
         (["study", "x", "--report", "--only", "1"], "only: must not be given beside report; leave one of them out"),

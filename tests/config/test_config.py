@@ -10,6 +10,7 @@ from litgpt import Config
 from litgpt.model import GPT, LLaMAMLP
 
 from litgpt_moe_ext.config.features import unlearned_routers
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.moe.layer import FeedForward, MoE, NoisyTopKMoE, SharedExpertMoE
 from tests.models import attention_config, dense_config, initialized_model, moe_config, noisy_config, randomize
@@ -231,15 +232,13 @@ def vars_of(config: Config) -> dict:
     return {field.name: getattr(config, field.name) for field in fields(config)}
 
 
-def test_lora_says_that_it_cannot():
-    from litgpt.lora import GPT as LoraGPT
-    from litgpt.lora import Config as LoraConfig
-
-    config = LoraConfig(
-        **vars_of(moe_config(mlp_class_name="LLaMAMLP", intermediate_size=8, attention_class_name="SinkAttention"))
-    )
-    with pytest.raises(ValueError, match="attention_class_name: 'SinkAttention' cannot be combined with litgpt.lora"):
-        LoraGPT(config)
+@pytest.mark.parametrize("module", ["lora", "adapter", "adapter_v2"])
+def test_other_finetuning_methods_cannot_take_the_attention_either(module):
+    """The command line makes one line of it."""
+    finetuning = importlib.import_module(f"litgpt.{module}")
+    dense = moe_config(mlp_class_name="LLaMAMLP", intermediate_size=8, attention_class_name="SinkAttention")
+    with pytest.raises(SettingsError, match=f"'SinkAttention' cannot be combined with litgpt.{module}.*finetune_full"):
+        finetuning.GPT(finetuning.Config(**vars_of(dense)))
 
 
 @pytest.mark.parametrize("make", [moe_config, noisy_config])

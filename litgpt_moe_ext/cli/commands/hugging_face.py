@@ -1,5 +1,6 @@
 """`litgpt-moe import` and `litgpt-moe export`: checkpoints of other libraries, to and fro."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -39,9 +40,9 @@ class Import:
         print(f"Wrote {self.out_dir}: {counted(config.n_layer, 'layer')} of {config.n_embd}, {config.mlp_class_name}")
         if problem := _problem_with_tokenizer(self.hf_dir, self.out_dir, config.padded_vocab_size):
             print(f"{problem}. `litgpt generate` needs one in {self.out_dir}")
-        start = f"--model_config {self.out_dir} --initial_checkpoint_dir {self.out_dir}"
-        tied = " --train.tie_embeddings true" if done.tied else ""
-        print(f"Train it on: litgpt-moe train --config RECIPE {start}{tied}")
+        flags = ["--model_config", str(self.out_dir), "--initial_checkpoint_dir", str(self.out_dir)]
+        flags += ["--train.tie_embeddings", "true"] if done.tied else []
+        print(f"Train it on: {shlex.join(['litgpt-moe', 'train', '--config', 'RECIPE', *flags])}")
 
 
 def _problem_with_tokenizer(hf_dir: Path, out_dir: Path, vocab_size: int) -> str | None:

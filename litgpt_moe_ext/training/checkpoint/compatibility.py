@@ -1,5 +1,6 @@
 """Whether a checkpoint belongs to the model and optimizer of a run, and which of its settings differ."""
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -53,10 +54,11 @@ def require_same_model(setting: str, checkpoint_dir: Path, config: Any) -> None:
         and not (setting == "initial_checkpoint_dir" and name in _context_of(saved, now))
     ]
     if differences:
-        remedy = f"--model_config {checkpoint_dir} takes its model"
+        remedy = f"--model_config {shlex.quote(str(checkpoint_dir))} takes its model"
         remedy += "." if setting == "initial_checkpoint_dir" else "; start anew with another --out_dir."
         if setting == "initial_checkpoint_dir" and config.mlp_class_name in MOE_CLASS_NAMES and not saved["n_expert"]:
-            remedy = f"`litgpt-moe upcycle {checkpoint_dir} RECIPE NEW_DIRECTORY` makes an MoE model of this dense one."
+            command = shlex.join(["litgpt-moe", "upcycle", str(checkpoint_dir), "RECIPE", "NEW_DIRECTORY"])
+            remedy = f"`{command}` makes an MoE model of this dense one."
         raise SettingsError(
             f"{setting}: {str(checkpoint_dir)!r} holds another model: {'; '.join(differences)}. {remedy}"
         )
