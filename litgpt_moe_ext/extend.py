@@ -16,7 +16,7 @@ from importlib.metadata import entry_points
 
 from litgpt_moe_ext.attention.kernels.registry import AttentionKernel, register_kernel
 from litgpt_moe_ext.config.fields import FIELDS, Field, loss_weight
-from litgpt_moe_ext.errors import one_line
+from litgpt_moe_ext.errors import did_you_mean, one_line
 from litgpt_moe_ext.moe.registry import (
     ACTIVATIONS,
     LOSSES,
@@ -49,10 +49,24 @@ def register_router(name: str, router: RouterType, fields: Mapping[str, Field] |
         fields: Fields of `litgpt.Config` that the router adds, by name.
 
     Raises:
-        ValueError: If something else has one of the names already.
+        ValueError: If something else has one of the names already, or what is given is none of that kind.
     """
+    fields = fields or {}
+    _require(name, router, RouterType)
+    for field_name, field in fields.items():
+        _require(field_name, field, Field)
+    if isinstance(router.router, type):  # or else the path of one, which is imported when it is used
+        from litgpt_moe_ext.moe.router import Router
+
+        if not issubclass(router.router, Router):
+            raise ValueError(
+                f"{name!r}: {router.router.__name__} must be a subclass of litgpt_moe_ext.moe.router.Router"
+            )
+    if unknown := [field for field in router.defaults if field not in FIELDS and field not in fields]:
+        hint = did_you_mean(unknown[0], [*FIELDS, *fields])
+        raise ValueError(f"{name!r}: defaults has {unknown[0]!r}, which is no field of a configuration{hint}")
     _add(ROUTERS, name, router)
-    for field_name, field in (fields or {}).items():
+    for field_name, field in fields.items():
         _add(FIELDS, field_name, field)
     _tell_litgpt()
 
@@ -61,8 +75,13 @@ def register_loss(name: str, loss: Loss) -> None:
     """Make the auxiliary loss NAME known, whose weight is the field `router_NAME_coef`.
 
     Raises:
-        ValueError: If something else has the name already.
+        ValueError: If something else has the name already, or what is given is no `Loss`.
     """
+    _require(name, loss, Loss)
+    if not isinstance(loss.function, str) and not callable(loss.function):
+        raise ValueError(f"{name!r}: function is a {type(loss.function).__name__}; it must be a function or its path")
+    if isinstance(loss.inputs, str):  # which would be letters
+        raise ValueError(f"{name!r}: inputs is {loss.inputs!r}; it must be a tuple of names, ({loss.inputs!r},)")
     _add(LOSSES, name, loss)
     _add(FIELDS, loss_field(name), loss_weight(loss))
     _tell_litgpt()
@@ -72,8 +91,16 @@ def register_activation(name: str, activation: ActivationType) -> None:
     """Make `mlp_activation: NAME` known.
 
     Raises:
-        ValueError: If something else has the name already.
+        ValueError: If something else has the name already, or what is given is no `ActivationType`.
     """
+    _require(name, activation, ActivationType)
+    for field_name in ("function", "tanh", "up"):
+        function = getattr(activation, field_name)
+        if callable(function) and not hasattr(function, "forward_into"):
+            raise ValueError(
+                f"{name!r}: {field_name} is a bare function; it must be a Pointwise of it, which is in "
+                "litgpt_moe_ext.moe.activations"
+            )
     _add(ACTIVATIONS, name, activation)
 
 
@@ -92,6 +119,14 @@ def load_extensions() -> None:
                 RuntimeWarning,
                 stacklevel=1,
             )
+
+
+def _require(name: str, entry: object, kind: type) -> None:
+    if not isinstance(name, str) or not name.isidentifier():  # part of the names of fields and of flags
+        raise ValueError(f"{name!r} must be a name of letters, digits and underscores that begins with no digit")
+    if not isinstance(entry, kind):
+        given = entry.__name__ if isinstance(entry, type) else f"a {type(entry).__name__}"
+        raise ValueError(f"{name!r}: {given} must be a {kind.__name__}")
 
 
 def _add(registry: dict, name: str, entry: object) -> None:

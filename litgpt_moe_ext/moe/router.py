@@ -153,6 +153,8 @@ class Router(nn.Module):
             and type(self).auxiliary_loss is Router.auxiliary_loss
             and self.n_expert <= fused_router.MOST_EXPERTS
         )
+        # What somebody else's rule decides is looked at: kernels would read beyond their memory for less.
+        self._is_ours = type(self).__module__.startswith("litgpt_moe_ext.")
         watch(self)
 
     def forward(
@@ -170,6 +172,8 @@ class Router(nn.Module):
         if self._fusible and fused_router.works_on(x_TD) and (rule := self.rule()) is not None:
             return self._decide(tokens, rule, n_sequence, real_T)
         choice = self.choose(*tokens)
+        if not self._is_ours:
+            self._check(choice, x_TD)
         if real_T is not None:
             choice = choice.route_nowhere(~real_T, self.n_expert)
         weights_TK, experts_TK = choice.weights_TK, choice.experts_TK
@@ -189,6 +193,22 @@ class Router(nn.Module):
         if trains:
             weights_TK = self._count_in_backward(weights_TK, counts_E, choice, auxiliary, real_T)
         return Routing(weights_TK, experts_TK, counts_E, real_T)
+
+    def _check(self, choice: Any, x_TD: Tensor) -> None:
+        """Raise if a choice is not what `choose` is to return; the ids are not read, which on a GPU is a wait."""
+        where = f"{type(self).__name__}.choose"
+        if not isinstance(choice, Choice):
+            raise TypeError(f"{where} returns a {type(choice).__name__}; it must return a Choice")
+        chosen, all_scores = (x_TD.size(0), self.top_k), (x_TD.size(0), self.n_expert)
+        for name, values in choice._asdict().items():
+            shape, letters = (chosen, "(T, K)") if name.endswith("_TK") else (all_scores, "(T, E)")
+            if values is not None and tuple(values.shape) != shape:
+                raise ValueError(f"{where} returns {name} of shape {tuple(values.shape)}; {letters} is {shape}")
+        if choice.experts_TK.dtype != torch.int64 or not choice.weights_TK.is_floating_point():
+            raise ValueError(
+                f"{where} returns experts_TK of {choice.experts_TK.dtype} and weights_TK of {choice.weights_TK.dtype}; "
+                "they must be torch.int64 and a floating type"
+            )
 
     def _trains_on(self, x_TD: Tensor) -> bool:
         # An empty batch has no losses, which are means, and adds nothing to a tally.

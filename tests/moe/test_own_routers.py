@@ -1,0 +1,74 @@
+"""Routers, losses and activations of other packages that are none: said where they are registered, or first used."""
+
+import pytest
+import torch
+from torch import nn
+
+from litgpt_moe_ext import extend
+from litgpt_moe_ext.config.fields import FIELDS
+from litgpt_moe_ext.extend import ActivationType, Field, Loss, RouterType
+from litgpt_moe_ext.field_types import PositiveFloat
+from litgpt_moe_ext.moe.learned_routers import LearnedRouter
+from litgpt_moe_ext.moe.registry import ACTIVATIONS, LOSSES, ROUTERS
+from litgpt_moe_ext.moe.router import Choice
+from tests.models import moe_config
+
+
+class Own(LearnedRouter):
+    """Chooses the highest logits, and returns what `returned` makes of the choice."""
+
+    returned = staticmethod(lambda choice: choice)
+
+    def choose(self, x_TD):
+        logits_TE = self.logits(x_TD)
+        best = logits_TE.softmax(dim=-1).topk(self.top_k, dim=-1)
+        return type(self).returned(Choice(best.values, best.indices, logits_TE))
+
+
+OWN = RouterType(Own, doc="highest logits")
+MISSPELT = RouterType(Own, doc="highest logits", defaults={"router_z_los_coef": 1})
+HEAT = Field(PositiveFloat, "heat")
+
+
+@pytest.mark.parametrize(
+    ("register", "message"),
+    [
+        (lambda: extend.register_router("own router", OWN), "'own router' must be a name of letters, digits"),
+        (lambda: extend.register_router("own", Own), "'own': Own must be a RouterType"),
+        (lambda: extend.register_router("own", RouterType(nn.Linear, doc="")), "'own': Linear must be a subclass of"),
+        (lambda: extend.register_router("own", MISSPELT), "'router_z_los_coef', .*; did you mean router_z_loss_coef"),
+        (lambda: extend.register_router("own", OWN, {"heat": 1.0}), "'heat': a float must be a Field"),
+        (lambda: extend.register_router("own", OWN, {"my-heat": HEAT}), "'my-heat' must be a name of letters"),
+        (lambda: extend.register_loss("own", torch.sum), "'own': a .* must be a Loss"),
+        (lambda: extend.register_loss("own", Loss(3, ("logits_TE",), "")), "'own': function is a int; it must be"),
+        (lambda: extend.register_loss("own", Loss(torch.sum, "logits_TE", "")), r"tuple of names, \('logits_TE',\)"),
+        (lambda: extend.register_activation("own", torch.relu), "'own': a .* must be a ActivationType"),
+        (lambda: extend.register_activation("own", ActivationType(torch.relu)), "function is a bare function; it must"),
+    ],
+)
+def test_what_is_none_is_not_registered(register, message):
+    registries = (ROUTERS, LOSSES, ACTIVATIONS, FIELDS)
+    before = [dict(registry) for registry in registries]
+    with pytest.raises(ValueError, match=message):
+        register()
+    assert [dict(registry) for registry in registries] == before
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda c: tuple(c)[:2], "Own.choose returns a tuple; it must return a Choice"),
+        (lambda c: c._replace(experts_TK=c.experts_TK[:1]), r"experts_TK of shape \(1, 2\); \(T, K\) is \(5, 2\)"),
+        (lambda c: c._replace(weights_TK=c.weights_TK[:, :1]), r"weights_TK of shape \(5, 1\); \(T, K\) is \(5, 2\)"),
+        (lambda c: c._replace(logits_TE=c.logits_TE.T), r"logits_TE of shape \(8, 5\); \(T, E\) is \(5, 8\)"),
+        (lambda c: c._replace(experts_TK=c.experts_TK.int()), "experts_TK of torch.int32 and weights_TK of"),
+        (lambda c: c._replace(weights_TK=c.weights_TK > 0), "weights_TK of torch.bool; they must be"),
+    ],
+)
+def test_what_is_no_choice(returned, message, monkeypatch):
+    router, x_TD = Own(moe_config()), torch.randn(5, 16)
+    router.reset_parameters()
+    assert router(x_TD).experts_TK.shape == (5, 2)
+    monkeypatch.setattr(Own, "returned", staticmethod(returned))
+    with pytest.raises((TypeError, ValueError), match=message):
+        router(x_TD)
