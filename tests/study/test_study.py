@@ -36,7 +36,7 @@ from litgpt_moe_ext.study.analysis import (
 from litgpt_moe_ext.study.compare import compared, comparison, grouped, signed_interval
 from litgpt_moe_ext.study.figures import balance_figure, search_figure
 from litgpt_moe_ext.study.launch import Limits
-from litgpt_moe_ext.study.page import study_page, verdicts
+from litgpt_moe_ext.study.page import COLUMNS, rows, study_page, verdicts
 from litgpt_moe_ext.study.place import code_version
 from litgpt_moe_ext.study.plan import BUDGET, load_study
 from litgpt_moe_ext.study.results import MAX_VIO, Result
@@ -482,6 +482,17 @@ def test_a_page_of_runs_that_are_not_finished_yet(pays):
     results = [result_of(run, 4.0) for run in pays.runs if (run.arm, run.point[BUDGET]) != ("dense", 2000)]
     assert "Not finished: 1 of 4 runs" in study_page(pays, results, 1, "again")
     assert not any("In seconds" in line for line in verdicts(pays, results)), "no dense run is as long as the MoE's"
+
+
+def test_the_table_says_what_each_arm_reached(tmp_path):
+    study = load_study(write(tmp_path / "s.yaml", arms={"a": {}, "b": {"train.max_norm": 2.0}}, control="b"))
+    results = [result_of(run, {"a": 3.0, "b": 3.5}[run.arm] + 0.25 * (run.seed == 2)) for run in study.runs]
+    table = [dict(zip(COLUMNS, row, strict=True)) for row in rows(study, grouped(results))]
+    assert [(row["arm"], row["seeds"], row["validation loss"], row["range"]) for row in table] == [
+        ("a", "2", "3.125", "3.000 to 3.250"),
+        ("b", "2", "3.625", "3.500 to 3.750"),
+    ]
+    assert [row["minus control (95 % interval)"] for row in table] == ["-0.500 (-0.500 to -0.500)", "control"]
 
 
 def test_runs_whose_speed_is_unknown_say_nothing_about_seconds(pays):

@@ -387,7 +387,9 @@ class TestSentencePiece:
         settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": asks}
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
         begins = open_tokenizer(tmp_path, 400).encode("a").tolist()[0] == 1
-        assert tokenizer_metadata(tmp_path, 400)["ggml.add_bos_token"] == begins == asks
+        found = tokenizer_metadata(tmp_path, 400)
+        assert found["ggml.add_bos_token"] == begins == asks
+        assert not found["ggml.add_eos_token"]
 
     def test_a_model_without_a_token_for_the_end_or_the_beginning(self, tmp_path):
         """SentencePiece says -1 for it."""
