@@ -279,7 +279,7 @@ def test_no_run_is_repeated_and_a_failed_one_is_tried_again(tmp_path, monkeypatc
     assert (len(calls), len(said)) == (3, 3)
     (problem,) = launch.train(runs, tmp_path, Limits(), said.append).problems
     assert "ended with status 1, having said nothing, with " in problem, "what it says is not the last run's"
-    assert launch.train(runs, tmp_path, Limits(), said.append) == ([], 0)
+    assert launch.train(runs, tmp_path, Limits(seconds=3600), said.append) == ([], 0)
     assert len(calls) == 5
     late = launch.train(load_study(STUDIES[0]).runs[:1], tmp_path, Limits(seconds=0), said.append)
     assert "out of time" in late.problems[0]

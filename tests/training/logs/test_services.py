@@ -1,9 +1,13 @@
 """Loggers that send a run to a service: litlogger's own, before a stand-in of what talks to the service, and W&B's."""
 
+from unittest.mock import Mock
+
 import litlogger
 import pytest
 
 from litgpt_moe_ext.cli.train import main
+from litgpt_moe_ext.training.checkpoint.writer import CheckpointWriter
+from litgpt_moe_ext.training.control import TrainingStopped
 
 
 class Service:
@@ -94,3 +98,19 @@ def test_a_run_of_wandb_ends_with_its_training(recipe, monkeypatch):
     with wandb.init() as mine:
         assert main(arguments) == 0
         assert wandb.run is mine
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_wandb_is_told_whether_a_run_failed(recipe, monkeypatch, ends):
+    import wandb
+
+    codes = []
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with wandb.init() as some:
+        pass
+    monkeypatch.setattr(type(some), "finish", lambda run, exit_code=0: codes.append(exit_code))
+    monkeypatch.setattr(wandb, "run", None)  # and what is not finished here is forgotten at the end
+    if not ends:
+        monkeypatch.setattr(CheckpointWriter, "save_checkpoint", Mock(side_effect=TrainingStopped("no")))
+    assert main(["--config", str(recipe(train={"max_tokens": 128})), "--logger_name", "wandb"]) == int(not ends)
+    assert codes == [int(not ends)]

@@ -118,6 +118,8 @@ def test_validation_batch_without_targets():
     validate = means.wrap_validation(lambda fabric, model, loader: [loss(*batch) for batch in loader])
     expected = cross_entropy(logits.flatten(0, 1), targets.flatten())
     torch.testing.assert_close(validate(None, None, list(zip(logits, targets, strict=True))), expected)
+    one = torch.tensor([3, -100, -100, -100])
+    torch.testing.assert_close(validate(None, None, [(logits[0], one)]), cross_entropy(logits[0], one))
 
 
 def test_micro_batches_are_fetched_to_the_end_of_their_step():
