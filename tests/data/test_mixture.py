@@ -420,6 +420,10 @@ def test_what_only_the_length_of_the_run_tells_is_asked_for(texts):
     assert by_part.flags_to_go_on == " --data.annealing.from_fraction null --data.annealing.from_step 320"
     assert not by_tokens.flags_to_go_on
     limited = Mixture(corpora, weights, max_epochs=2)
+    limited.connect(batch_size=2, max_seq_length=16)
+    limited.setup()
+    with pytest.raises(SettingsError, match=r"data.max_epochs: 2 needs the length of the run"):
+        limited.train_dataloader()
     with pytest.raises(SettingsError, match=r"data.max_epochs: 2 must be at least [\d.]+, as often as this run"):
         opened(limited, RunLength(400, 4, 10)).train_dataloader()
     with pytest.raises(SettingsError, match=r"eval.max_iters: 1 must be at least 2, a batch for each corpus"):

@@ -25,6 +25,7 @@ from litgpt_moe_ext.data import CodeParrot, HubDataset, Mixture, PreparedCorpus,
 from litgpt_moe_ext.data.pipeline import preparation, sources
 from litgpt_moe_ext.data.pipeline.sources import FileHashes
 from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR, open_corpus, read_manifest
+from litgpt_moe_ext.data.reading.record import TextFormat
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.data.tokenizer.opening import open_as_litgpt
 from litgpt_moe_ext.errors import SettingsError
@@ -331,6 +332,18 @@ def test_missing_parts(tmp_path):
         TinyStories(source_path=story, bpe=BPE).prepare_data()
     with pytest.raises(ValueError, match="would train and validate; set val_path"):
         TextCorpus(source_path=tmp_path, val_path=tmp_path, pattern="*.gz", bpe=BPE, data_path=tmp_path).prepare_data()
+
+
+def test_rows_without_a_text_are_empty_documents():
+    import datasets
+
+    def texts(*rows):
+        dataset = datasets.Dataset.from_dict({"text": rows})
+        return [record.text for record in sources.dataset_source(dataset, "x", None, TextFormat()).records()]
+
+    assert texts("a", None, "", "b") == ["a", "", "", "b"]
+    with pytest.raises(SettingsError, match="field: 'text' of x holds int at row 1; set field to a column of text"):
+        texts(None, 7)
 
 
 def test_hub_without_network(tmp_path):

@@ -506,6 +506,11 @@ def test_a_run_that_came_to_nothing_has_no_part_in_the_multiplier(pays):
     lines = verdicts(pays, results)
     assert any(line.startswith("Compute multiplier 2.00") for line in lines), lines
     assert "Compute multiplier 2.00" in study_page(pays, results, 0, "again"), "nor in the pictures"
+    none = [
+        result_of(run, 3.0, val_loss=np.inf if run.arm == "moe" else losses["dense", run.point[BUDGET]])
+        for run in pays.runs
+    ]
+    assert not any("multiplier" in line for line in verdicts(pays, none)), "nor have all of one side"
 
 
 def test_values_of_a_grid_and_of_a_search_may_be_lists(tmp_path):

@@ -84,12 +84,14 @@ def test_a_mark_of_the_byte_order_stays_out_of_the_middle(tmp_path):
 def test_comments_go_with_what_they_are_about(tmp_path):
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "twin.yaml"
     text = QUICKSTART.read_text(encoding="utf-8")
-    for name in ("n_layer", "n_expert"):
+    text = text.replace("\n  n_expert:", "\n  mlp_only_layers:\n    - 0\n  intermediate_size: 64\n  n_expert:")
+    for name in ("n_layer", "n_expert", "mlp_only_layers"):
         text = text.replace(f"\n  {name}:", f"\n  # Of {name},\n  # in two lines.\n  {name}:")
     recipe.write_text(text, encoding="utf-8")
     assert main(["twin", str(recipe), str(out)]) == 0
     assert "\n  # Of n_layer,\n  # in two lines.\n  n_layer:" in out.read_text(encoding="utf-8")
     assert "Of n_expert" not in out.read_text(encoding="utf-8")
+    assert "mlp_only_layers" not in out.read_text(encoding="utf-8")
     assert out.read_text(encoding="utf-8").count("in two lines.") == 1
 
 

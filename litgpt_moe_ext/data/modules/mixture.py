@@ -195,7 +195,7 @@ class Mixture(TokenModule):
             return
         if self._length is None:
             raise SettingsError(
-                f"data.max_epochs: {self.max_epochs} needs the length of the run, which this command does not tell; "
+                f"data.max_epochs: {self.max_epochs:g} needs the length of the run, which this command does not tell; "
                 "train with `litgpt-moe train`, or leave it out"
             )
         for part, epochs in zip(parts, _epochs(parts, phases, self._length), strict=True):

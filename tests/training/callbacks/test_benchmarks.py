@@ -249,7 +249,9 @@ class TestWrongInputs:
         error = refused(capsys, "--config", recipe(), "--evaluate.hellaswag", hellaswag_file)
         assert "evaluate: HellaSwag does not work: CUDA out of memory" in error
 
-    def test_no_tokenizer(self, recipe, tmp_path, hellaswag_file, capsys):
+    @pytest.mark.parametrize("mixed", [False, True])
+    def test_no_tokenizer(self, recipe, tmp_path, hellaswag_file, capsys, mixed):
+        """Also where only the prepared data know that there is none."""
         import numpy as np
 
         np.save(tmp_path / "train.npy", np.arange(3000, dtype=np.uint16) % 300)
@@ -258,6 +260,9 @@ class TestWrongInputs:
             "class_path": "litgpt_moe_ext.data.TokenShards",
             "init_args": {"data_path": str(tmp_path), "vocab_size": 300},
         }
+        if mixed:
+            mixture = {"corpora": {"a": data}, "weights": {"a": 1}}
+            data = {"class_path": "litgpt_moe_ext.data.Mixture", "init_args": mixture}
         file = recipe(data=data, evaluate={"hellaswag": str(hellaswag_file)})
         assert "evaluate: needs a tokenizer; give tokenizer_dir" in refused(capsys, "--config", file)
 
