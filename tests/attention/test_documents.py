@@ -43,6 +43,7 @@ VARIANTS = [
     {"attention_document_boundary": "bos", "attention_document_restart_positions": True},
     {"attention_document_restart_positions": True, "rope_local_base_freq": 100.0, "rope_indices": [0, 1]},
     {"attention_document_restart_positions": True, "position_embedding": "learned", "rotary_percentage": 0.0},
+    {"position_embedding": "learned", "rotary_percentage": 0.0},
 ]
 
 
@@ -196,6 +197,7 @@ def test_mask() -> None:
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_every_document_is_as_if_alone(changes: dict[str, Any]) -> None:
+    """Where it begins in the sequence, if learned positions do not begin anew."""
     boundary = changes.get("attention_document_boundary", "eos")
     model, idx = make_model(**changes), tokens(ENDS, boundary)
     out = model(idx)
@@ -203,8 +205,12 @@ def test_every_document_is_as_if_alone(changes: dict[str, Any]) -> None:
         # Rotary attention sees distances only.
         model.config.attention_document_restart_positions = not changes.get("attention_document_restart_positions")
         torch.testing.assert_close(model(idx), out, rtol=1e-5, atol=1e-5)
+    counts_on = "position_embedding" in changes and "attention_document_restart_positions" not in changes
+    positions = model.transformer.wpe.weight if counts_on else None
     for row, ends in ENDS.items():
         for begin, end in zip([0, *ends], [*ends, T], strict=True):
+            if positions is not None:
+                model.transformer.wpe.weight = torch.nn.Parameter(positions[begin:])
             alone = model(idx[row : row + 1, begin:end])
             torch.testing.assert_close(out[row : row + 1, begin:end], alone, rtol=1e-5, atol=1e-5)
 
