@@ -113,20 +113,6 @@ class SinkAttention(CausalSelfAttention):
             y_BHTd = sink_attention(q_BHTd, k_BGTd, v_BGTd, self._softmax(), mask)
         return self.proj(y_BHTd.transpose(1, 2).flatten(2))
 
-    def scaled_dot_product_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attend with grouped queries, with sinks if there are any.
-
-        Args:
-            q: Queries, (B, H, T, d).
-            k: Keys, (B, G, S, d).
-            v: Values, (B, G, S, d).
-            mask: Bool or additive mask that broadcasts to (B, H, T, S); `None` means causal.
-
-        Returns:
-            (B, T, H, d), as in the parent class.
-        """
-        return sink_attention(q, k, v, self._softmax(), mask).transpose(1, 2)
-
     def build_kv_cache(  # pyrefly: ignore[bad-override]
         self,
         batch_size: int,
