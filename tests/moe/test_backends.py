@@ -6,11 +6,12 @@ import itertools
 import hypothesis.strategies as st
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from litgpt_moe_ext.moe.activations import Activation
+from litgpt_moe_ext.moe.activations import Activation, Pointwise
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.kernels import native
 from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden
@@ -18,6 +19,7 @@ from litgpt_moe_ext.moe.kernels.cpu import dispatch, grouped_cpu_experts
 from litgpt_moe_ext.moe.kernels.few_rows import gather_experts
 from litgpt_moe_ext.moe.kernels.grouped import grouped_mm_experts
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
+from litgpt_moe_ext.moe.registry import ACTIVATIONS, ActivationType
 from litgpt_moe_ext.moe.router import Routing
 from tests.models import moe_config, randomize
 
@@ -136,6 +138,15 @@ def test_activations(settings, backend):
     compare(experts, make_routing(33, 2, 5, dtype), dtype, backend)
     with FlopCounterMode(display=False):  # with which operators run where autograd records nothing
         compare(experts, make_routing(33, 2, 5, dtype), dtype, backend)
+
+
+@pytest.mark.parametrize("backend", ["grouped_cpu", "grouped_mm"])
+@pytest.mark.parametrize("form", [{}, {"gated": True}, {"gated": True, "up": Pointwise(torch.tanh)}], ids="+".join)
+def test_registered_activations(monkeypatch, form, backend):
+    """Of which nothing is known but the function: autograd gives its slope."""
+    monkeypatch.setitem(ACTIVATIONS, "own", ActivationType(Pointwise(F.mish), **form))
+    dtype = torch.float64 if backend == "grouped_cpu" else torch.float32
+    compare(make_experts(dtype, mlp_activation="own"), make_routing(33, 2, 5, dtype), dtype, backend)
 
 
 @pytest.mark.parametrize("dtype", list(EXACT))
