@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -145,6 +146,8 @@ def test_own_special_tokens_and_byte_modes(tmp_path, byte_mode):
         assert litgpts.decode(ids) == text
         assert theirs(text)["input_ids"] == ids.tolist()
         assert not set(ids.tolist()) & {0, 1, 2}, "nothing is unknown"
+    learned = [litgpts.decode(torch.tensor([i])) for i in range(3, ours.get_vocab_size())]
+    assert not [text for text in learned if re.search(r"\w\s", text)], "no token goes on behind a word"
     documents = open_for_documents(tmp_path)
     text = "".join(CHAT)
     assert documents.decode(documents.encode(text, add_special_tokens=False).ids) == text

@@ -134,6 +134,8 @@ def test_routers_differ():
     ("changes", "message"),
     [
         ({"norm_topk_prob": False}, "norm_topk_prob: False lets the gate values"),
+        ({"norm_topk_prob": False, "n_expert_per_token": 8}, "norm_topk_prob: False lets the gate values"),
+        ({"norm_topk_prob": False, "router_score_function": "softmax"}, "norm_topk_prob: False lets the gate values"),
         ({"moe_intermediate_size": 10}, "moe_intermediate_size: 10 must divide the 24 hidden units"),
         ({"n_shared_expert": 1}, "must divide the 0 hidden units that are left"),
         ({"moe_intermediate_size": F // 2, "n_expert_per_token": 3}, "n_expert_per_token: 3 must be a multiple of 2"),
