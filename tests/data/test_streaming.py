@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from packaging.version import Version
 
-from litgpt_moe_ext.data import CodeParrot, HubDataset
+from litgpt_moe_ext.data import CodeParrot, FineWeb, HubDataset
 from litgpt_moe_ext.data.pipeline.settings import CorpusSettings
 from litgpt_moe_ext.data.pipeline.sources import remote_sources
 from litgpt_moe_ext.data.reading import remote
@@ -203,8 +203,9 @@ def test_no_server(tmp_path):
         remote_sources(["http://127.0.0.1:9/a.jsonl"], None, TextFormat())
     with pytest.raises(ValueError, match="other://a.jsonl cannot be read .Protocol not known: other"):
         list(documents("other://a.jsonl", TextFormat()))
-    with pytest.raises(ValueError, match="streaming: true has no effect on the files in source_path"):
-        CodeParrot(source_path=tmp_path, streaming=True, bpe=BPE, data_path=tmp_path).prepare_data()
+    for corpus in (CodeParrot, FineWeb):
+        with pytest.raises(ValueError, match="streaming: true has no effect on the files in source_path"):
+            corpus(source_path=tmp_path, streaming=True, bpe=BPE, data_path=tmp_path).prepare_data()
 
 
 @pytest.mark.slow

@@ -294,6 +294,15 @@ class TestTokenizer:
         assert found["token_type"] == [3] + [1] * (len(vocabulary) - 1) + [5] * (320 - len(vocabulary))
         assert (found["bos_token_id"], found["eos_token_id"], found["add_bos_token"]) == (0, 0, False)
 
+    def test_merges_as_older_files_have_them(self, tmp_path):
+        """A text with a space, not two texts."""
+
+        def older(raw):
+            raw["model"]["merges"] = [" ".join(pair) for pair in raw["model"]["merges"]]
+
+        raw, found = self.export(tmp_path, older)
+        assert found["tokenizer.ggml.merges"] == raw["model"]["merges"]
+
     def test_tokens_that_users_type_and_a_template_for_chats(self, tmp_path):
         train_bpe(["aba abab abb ab " * 20], BPESettings(vocab_size=300), tmp_path)
         raw = json.loads((tmp_path / "tokenizer.json").read_text())
