@@ -84,10 +84,16 @@ def save_npy_under_another_name(path):
         np.save(file, TOKENS)
 
 
+def save_with_a_later_header(path):
+    with open(path, "wb") as file:
+        np.lib.format.write_array(file, TOKENS, version=(2, 0))
+
+
 @pytest.mark.parametrize(
     ("name", "write"),
     [
         ("a.npy", lambda path: np.save(path, TOKENS)),
+        ("later.npy", save_with_a_later_header),
         ("wide.npy", lambda path: np.save(path, TOKENS.astype("<u4"))),
         ("npy_inside.bin", save_npy_under_another_name),
         ("llmc.bin", lambda path: write_shard(path, TOKENS, 50257)),
