@@ -18,9 +18,9 @@ class FixedRouter(Router):
         """Return the rule of `choose`, None for subclasses with another one."""
         return Rule("even", self.top_k) if type(self).choose is FixedRouter.choose else None
 
-    def given(self, x_TD: Tensor, ids: TokenIds | None = None) -> Given:
+    def given(self, x_TD: Tensor, ids: TokenIds | None = None) -> tuple[Given, None]:
         """Return what `rank` returns."""
-        return Given(self.rank(x_TD, ids).contiguous())
+        return Given(self.rank(x_TD, ids).contiguous()), None
 
     def choose(self, x_TD: Tensor, ids: TokenIds | None = None) -> Choice:
         """Choose the experts that `rank` puts first."""

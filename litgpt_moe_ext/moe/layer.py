@@ -113,10 +113,13 @@ class MoE(nn.Module):
         n_sequence = x_BTD.size(0) if x_BTD.dim() == 3 else 1
         real_T = None if real_BT is None else real_BT.reshape(-1).contiguous()
         routing = self.gate(x_TD, n_sequence, real_T, ids)
-        narrow_TD = narrowed(x_TD)
-        if narrow_TD is not x_TD:
-            x_BTD = narrow_TD.view(x_BTD.shape)
-        y_BTD = self.experts(narrow_TD, routing).view(x_BTD.shape)
+        if routing.passed is None:
+            routed_TD = narrowed(x_TD)
+            x_BTD = x_BTD if routed_TD is x_TD else routed_TD.view(x_BTD.shape)
+        else:
+            routed_TD, shared_TD = routing.passed
+            x_BTD = shared_TD.view(x_BTD.shape)
+        y_BTD = self.experts(routed_TD, routing).view(x_BTD.shape)
         if self.shared_experts is not None:
             shared_BTD = self.shared_experts(x_BTD)
             logits_BT1 = None if self.shared_expert_gate is None else self.shared_expert_gate(x_BTD)

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litgpt_moe_ext.moe.kernels import router_product
+from litgpt_moe_ext.moe.kernels.backends import matmul_dtype
 from litgpt_moe_ext.moe.kernels.fused_router import Given, Rule
-from litgpt_moe_ext.moe.router import Choice, Router
+from litgpt_moe_ext.moe.router import Choice, Passed, Router
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
@@ -55,12 +56,24 @@ class LearnedRouter(Router):
         if self.jitter and self.training:
             x_TD = x_TD.to(_router_dtype(x_TD))
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.jitter, 1 + self.jitter)
-        logits_TE = self.project(x_TD, self.weight)
+        return self._biased(self.project(x_TD, self.weight))
+
+    def read(self, x_TD: Tensor) -> tuple[Tensor, Passed | None]:
+        """Return the logits, and the tokens for experts where they are a by-product."""
+        if self.jitter and self.training or not self._has_own_product(x_TD, self.weight):
+            return self.logits(x_TD), None
+        logits_TE, *passed = router_product.project_and_pass(x_TD, self.weight, matmul_dtype(x_TD))
+        return self._biased(logits_TE), Passed(*passed)
+
+    def _biased(self, logits_TE: Tensor) -> Tensor:
         return logits_TE if self.bias is None else logits_TE + self.bias.to(logits_TE.dtype)
+
+    def _has_own_product(self, x_TD: Tensor, weight_ED: Tensor) -> bool:
+        return self.own_kernels and router_product.works_on(x_TD, weight_ED)
 
     def project(self, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         """Return `x_TD @ weight_ED.T`, (T, E), in at least float32 even under autocast."""
-        if self.own_kernels and router_product.works_on(x_TD, weight_ED):
+        if self._has_own_product(x_TD, weight_ED):
             return router_product.project(x_TD, weight_ED)
         dtype = _router_dtype(x_TD)
         with _without_autocast(x_TD.device.type):
@@ -150,9 +163,10 @@ class TopKRouter(LearnedRouter):
         groups = (self.n_group, self.n_topk_group, self.n_score_per_group) if self.n_group is not None else (1, 1, 1)
         return Rule(self.score_function, self.top_k, bool(self.normalize), 1.0, *groups)
 
-    def given(self, x_TD: Tensor) -> Given:
+    def given(self, x_TD: Tensor) -> tuple[Given, Passed | None]:
         """Return logits and the balancing bias."""
-        return Given(self.logits(x_TD).contiguous(), self.e_score_correction_bias)
+        logits_TE, passed = self.read(x_TD)
+        return Given(logits_TE.contiguous(), self.e_score_correction_bias), passed
 
     def choose(self, x_TD: Tensor) -> Choice:
         """Choose the K highest biased scores, within the best groups if there are groups."""
@@ -215,13 +229,14 @@ class NoisyTopKRouter(LearnedRouter):
             return None
         return Rule("chosen", self.top_k)
 
-    def given(self, x_TD: Tensor) -> Given:
+    def given(self, x_TD: Tensor) -> tuple[Given, Passed | None]:
         """Return logits, and in training noise and what its standard deviation is made of."""
-        logits_TE = self.logits(x_TD).contiguous()
+        logits_TE, passed = self.read(x_TD)
+        logits_TE = logits_TE.contiguous()
         if not self.training:
-            return Given(logits_TE)
+            return Given(logits_TE), passed
         spread_TE = self.project(x_TD, self.noise_weight).contiguous()
-        return Given(logits_TE, None, torch.randn_like(logits_TE), spread_TE)
+        return Given(logits_TE, None, torch.randn_like(logits_TE), spread_TE), passed
 
     def choose(self, x_TD: Tensor) -> Choice:
         """Choose the K highest logits, with noise in training."""

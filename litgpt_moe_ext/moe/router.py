@@ -44,6 +44,18 @@ _WEIGHT_LOSS = "orthogonality_loss"
 _LOSSES = "litgpt_moe_ext.moe.losses"
 
 
+class Passed(NamedTuple):
+    """The tokens that a router has read, in the dtype in which they meet weights.
+
+    Attributes:
+        routed_TD: For routed experts.
+        shared_TD: For shared experts: the same numbers, whose gradient is added up elsewhere than by autograd.
+    """
+
+    routed_TD: Tensor
+    shared_TD: Tensor
+
+
 class Routing(NamedTuple):
     """The decision of a router for a batch of tokens.
 
@@ -54,6 +66,7 @@ class Routing(NamedTuple):
         counts_E: Tokens per expert, int64; padding is not counted.
         real_T: Which tokens are not padding, bool; None if all.
         decision: The same with what the fused kernels know besides, where they made it.
+        passed: What was routed, for the experts, where that is a by-product of the decision.
     """
 
     weights_TK: Tensor
@@ -61,6 +74,7 @@ class Routing(NamedTuple):
     counts_E: Tensor
     real_T: Tensor | None = None
     decision: Decision | None = None
+    passed: Passed | None = None
 
 
 class Choice(NamedTuple):
@@ -215,7 +229,8 @@ class Router(nn.Module):
         return self.training and torch.is_grad_enabled() and x_TD.size(0) > 0
 
     def _decide(self, tokens: tuple[Any, ...], rule: Rule, n_sequence: int, real_T: Tensor | None) -> Routing:
-        x_TD, given, leaf_N = tokens[0], self.given(*tokens)._replace(real_T=real_T), None
+        (given, passed), leaf_N = self.given(*tokens), None
+        x_TD, given = tokens[0], given._replace(real_T=real_T)
         rule = rule._replace(scale=self.scaling_factor)
         if self._trains_on(x_TD):
             leaf_N = self.tally.leaf_on(x_TD.device)
@@ -228,14 +243,14 @@ class Router(nn.Module):
         decision = fused_router.decide(given, rule, leaf_N, self.step_shares)
         if self.step_shares is not None and self.training:
             self.step_shares.count(decision.counts_E)
-        return Routing(decision.weights_TK, decision.experts_TK, decision.counts_E, real_T, decision)
+        return Routing(decision.weights_TK, decision.experts_TK, decision.counts_E, real_T, decision, passed)
 
     def rule(self) -> Rule | None:
         """Return the rule by which `choose` decides, if the fused kernels know it; then `given` says for what."""
         return None
 
-    def given(self, x_TD: Tensor) -> Given:
-        """Return what the fused kernels decide by."""
+    def given(self, x_TD: Tensor) -> tuple[Given, Passed | None]:
+        """Return what the fused kernels decide by, and `Routing.passed`."""
         raise NotImplementedError(f"{type(self).__name__} has a rule and must say what it decides by")
 
     def choose(self, x_TD: Tensor) -> Choice:

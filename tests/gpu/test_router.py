@@ -7,7 +7,7 @@ from litgpt_moe_ext.moe.kernels import fused_router, router_product
 from litgpt_moe_ext.moe.kernels.orthogonality import weighted_orthogonality
 from tests.gpu.card import no_waits, require_bfloat16
 from tests.moe import directions
-from tests.moe.products import compare_product, every_bit, gradients_of
+from tests.moe.products import PASSED, compare_passed, compare_product, every_bit, gradients_of
 from tests.moe.routers import LAYERS, RULES, compare, compare_fixed, compare_layer, make_gate, run
 
 pytestmark = pytest.mark.gpu
@@ -91,12 +91,26 @@ def test_the_product_has_the_same_bits_every_time_and_in_a_graph(device):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         logits = router_product.project(x, weight)
-        gradients = router_product.project_backward(upstream, x, weight, True, True)
+        gradients = router_product.project_backward(upstream, x, weight, None, None, True, True)
     graph.replay()
     for name, value in zip(first, (logits, *gradients), strict=True):
         assert torch.equal(value, first[name]), name
     with no_waits(device):
         gradients_of(router_product.project, x, weight, upstream)
+
+
+@pytest.mark.parametrize("dtypes", PASSED, ids=str)
+@pytest.mark.parametrize(("T", "D", "E"), [(100, 72, 3), (2048, 128, 16), (16384, 768, 8)], ids=str)
+def test_tokens_are_passed_on_and_their_gradients_added(device, T, D, E, dtypes):
+    if torch.bfloat16 in dtypes:
+        require_bfloat16(device)
+    compare_passed(T, D, E, dtypes, device)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_in_half_precision_equals_the_operators(monkeypatch, device, name):
+    monkeypatch.setattr(router_product, "FEWEST_NUMBERS", 4)
+    compare_layer(name, None, (8, 300), False, device, torch.float16)
 
 
 @pytest.mark.parametrize(("E", "D"), [(1, 16), (8, 768), (70, 128), (384, 7168), (1024, 256)], ids=str)

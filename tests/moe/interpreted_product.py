@@ -10,11 +10,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from litgpt_moe_ext.moe.kernels import fused_router, router_product
-from litgpt_moe_ext.moe.kernels.router_product import project, project_backward
+from litgpt_moe_ext.moe.kernels.router_product import project, project_and_pass, project_backward
 from litgpt_moe_ext.moe.kernels.triton import projecting
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import _keep_choices
 from tests.moe.interpreted_triton import EXAMPLES
-from tests.moe.products import compare_product, every_bit, gradients_of
+from tests.moe.products import PASSED, compare_passed, compare_product, every_bit, gradients_of
 from tests.moe.routers import make_gate
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -75,12 +75,34 @@ def test_no_token():
 
 def test_only_what_is_needed():
     x, weight, upstream = torch.randn(20, 16), torch.randn(3, 16), torch.randn(20, 3)
-    dx, nothing = project_backward(upstream, x, weight, True, False)
+    dx, nothing = project_backward(upstream, x, weight, None, None, True, False)
     assert nothing.numel() == 0
     torch.testing.assert_close(dx, upstream @ weight)
-    nothing, dweight = project_backward(upstream, x, weight, False, True)
+    nothing, dweight = project_backward(upstream, x, weight, None, None, False, True)
     assert nothing.numel() == 0
     torch.testing.assert_close(dweight, upstream.t() @ x)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [*PASSED[:3], *(pytest.param(d, marks=pytest.mark.slow) for d in PASSED[3:])], ids=str
+)
+@pytest.mark.parametrize(
+    ("T", "D", "E"), [(70, 40, 5), *(pytest.param(*size, marks=pytest.mark.slow) for size in LARGER)], ids=str
+)  # fmt: skip
+def test_tokens_are_passed_on_and_their_gradients_added(T, D, E, dtypes):
+    compare_passed(T, D, E, dtypes)
+
+
+def test_tokens_without_gradient_are_passed_on_without():
+    """And a gate without a gradient passes on that of the experts."""
+    x, weight = torch.randn(9, 16), torch.randn(3, 16, requires_grad=True)
+    passed = project_and_pass(x, weight, torch.float16)
+    assert [result.requires_grad for result in passed] == [True, False, False]
+    passed = project_and_pass(x.requires_grad_(), weight, torch.float16)
+    upstream = torch.randn(9, 16).half()
+    passed.routed_TD.backward(upstream)
+    assert torch.equal(x.grad, upstream.float())
+    assert weight.grad is None
 
 
 @pytest.mark.parametrize("changes", [{"router_bias": True, "router_jitter_noise": 0.1}, {"router_type": "noisy_topk"}])

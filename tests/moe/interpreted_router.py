@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from litgpt_moe_ext.moe.balancing import update_routers
 from litgpt_moe_ext.moe.fixed_routers import FixedRouter
 from litgpt_moe_ext.moe.kernels import fused_router, router_product
-from litgpt_moe_ext.moe.kernels.triton import routing
+from litgpt_moe_ext.moe.kernels.triton import projecting, routing
 from litgpt_moe_ext.moe.kernels.triton.common import constexpr
 from litgpt_moe_ext.moe.layer import MoE
 from litgpt_moe_ext.moe.registry import ROUTERS, load
@@ -198,6 +198,17 @@ def test_a_whole_layer(monkeypatch, watch, name, padded):
     watch.reads_unwritten = padded
     monkeypatch.setattr(fused_router, "works_on", lambda x: True)
     compare_layer(name, "triton", (2, 5), padded, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["gated", pytest.param("on input", marks=pytest.mark.slow)])
+def test_a_layer_in_half_precision(monkeypatch, name):
+    """Its router passes the tokens on to routed and shared experts, whose gradients it adds up."""
+    monkeypatch.setattr(router_product, "FEWEST_NUMBERS", 4)
+    monkeypatch.setattr(fused_router, "works_on", lambda x: True)
+    calls, original = [], projecting.project
+    monkeypatch.setattr(projecting, "project", lambda *args: calls.append(args[-1]) or original(*args))
+    compare_layer(name, "triton", (2, 5), False, torch.device("cpu"), torch.float16)
+    assert calls == [torch.float16]
 
 
 def test_checkpointing_keeps_the_decision(monkeypatch):

@@ -2,7 +2,7 @@
 
 import torch
 
-from litgpt_moe_ext.moe.kernels.router_product import project
+from litgpt_moe_ext.moe.kernels.router_product import project, project_and_pass
 
 # Half of the last digit of what results are rounded to, relative to the largest, times two for the interpreter, which
 # cuts off bfloat16.
@@ -31,6 +31,33 @@ def compare_product(T, D, E, dtypes=(torch.bfloat16, torch.float32), device="cpu
         error, theirs_error = ((y[name].double() - exact).abs().max().item() / largest for y in (ours, theirs))
         # Tensor Cores cut off where the ordinary cores round.
         assert error <= max(4 * theirs_error, 4e-6, ROUNDING.get(types[name], 0.0)), (name, error, theirs_error)
+
+
+# Dtypes of tokens, and in which they are passed on.
+PASSED = [
+    (torch.float32, torch.bfloat16), (torch.float32, torch.float32), (torch.float16, torch.float16),
+    (torch.float32, torch.float16), (torch.bfloat16, torch.bfloat16),
+]  # fmt: skip
+
+
+def compare_passed(T, D, E, dtypes, device="cpu"):
+    """Hold tokens that are passed on against the tokens, and the sum of three gradients against float64."""
+    x = torch.randn(T, D, device=device).to(dtypes[0]).requires_grad_()
+    weight, dlogits = torch.randn(E, D, device=device).requires_grad_(), torch.randn(T, E, device=device)
+    routed, shared = torch.randn(2, T, D, device=device).to(dtypes[1])
+    logits, *tokens = project_and_pass(x, weight, dtypes[1])
+    rounding = max(ROUNDING.get(dtype, 4e-6) for dtype in dtypes)
+    for passed in tokens:
+        assert passed.dtype == dtypes[1]
+        torch.testing.assert_close(passed.to(x.dtype), x.detach(), rtol=rounding, atol=1e-7)
+    torch.autograd.backward([logits, *tokens], [dlogits, routed, shared])
+    exact = dlogits.double() @ weight.detach().double() + routed.double() + shared.double()
+    assert x.grad.dtype == dtypes[0]
+    error = (x.grad.double() - exact).abs().max() / exact.abs().max()
+    assert error <= ROUNDING.get(dtypes[0], 4e-6), error
+    alone = gradients_of(project, x, weight, dlogits)
+    assert torch.equal(logits, alone["logits"])
+    assert torch.equal(weight.grad, alone["weight"])
 
 
 def every_bit(dtype, device="cpu"):

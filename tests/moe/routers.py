@@ -1,5 +1,7 @@
 """Routers by the fused kernels and by torch's operators, for tests in the interpreter and on a card."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -113,10 +115,11 @@ def _columns_first(x):
     return x.flatten(0, -2).t().contiguous().t().view(x.shape)
 
 
-def compare_layer(name, backend, size, padded, device):
+def compare_layer(name, backend, size, padded, device, dtype=None):
     """Hold a whole layer against one of ordinary operators, with a part of the (B, T) tokens padding if `padded`.
 
     Experts go by the fused router's order of rows, shared experts are added by a kernel, and neither sees padding.
+    With a `dtype`, under autocast.
     """
     torch.manual_seed(0)
     changes = {"mlp_class_name": "MoE", **LAYERS[name]}
@@ -130,10 +133,12 @@ def compare_layer(name, backend, size, padded, device):
             # A hook's results may lie in memory in any order.
             moe.shared_experts.register_forward_hook(lambda _module, _inputs, y: _columns_first(y))
         leaf = x.clone().requires_grad_()
-        y = moe(leaf, real)
-        y.backward(upstream)
+        with torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext():
+            y = moe(leaf, real)
+        y.backward(upstream.to(y.dtype))
         results.append({"y": y, "x": leaf.grad} | {name: p.grad for name, p in moe.named_parameters()})
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    tolerance = 2e-2 if dtype else 1e-4
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 
 def max_violations(model, lr, steps):

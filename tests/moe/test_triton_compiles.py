@@ -16,6 +16,7 @@ from litgpt_moe_ext.moe.kernels.backends import ExpertWeights
 from litgpt_moe_ext.moe.kernels.balancing import Moved
 from litgpt_moe_ext.moe.kernels.fused_router import Given, Rule
 from litgpt_moe_ext.moe.kernels.plan import Gates, Mask, Outer, Product, plan_of
+from litgpt_moe_ext.moe.kernels.router_product import ProjectionBackward
 
 triton = pytest.importorskip("triton")
 
@@ -213,11 +214,14 @@ def every_router(n_expert):
     routing.route(Given(hashes, real_T=torch.empty(72, dtype=torch.bool)), Rule("even", 2), True)
 
 
-def every_gate(dtype, n_expert, width=768):
-    """Run a router's product forward and backward."""
+def every_gate(dtype, n_expert, width=768, narrow=None):
+    """Run a router's product forward and backward, with the tokens for experts in two dtypes and without."""
     x, weight = torch.empty(2048, width, dtype=dtype), torch.empty(n_expert, width)
-    projecting.project(x, weight)
-    projecting.project_backward(torch.empty(2048, n_expert), x, weight, True, True)
+    call = ProjectionBackward(torch.empty(2048, n_expert), x, weight, None, None, True, True)
+    projecting.project_backward(call)
+    for passed in dict.fromkeys((dtype, narrow or dtype)):
+        projecting.project(x, weight, passed)
+        projecting.project_backward(call._replace(routed_TD=x.to(passed), shared_TD=x.to(passed)))
 
 
 def test_a_sample(monkeypatch, tmp_path):
@@ -227,7 +231,7 @@ def test_a_sample(monkeypatch, tmp_path):
     sum_outer_products(torch.bfloat16, "even", gather_left=False, add=True)
     routing.route(Given(torch.empty(40, 8), torch.empty(8)), Rule("sigmoid", 2, True, balancing=0.01), True)
     every_gate(torch.bfloat16, 8)
-    assert compiler.check(tmp_path) == 6
+    assert compiler.check(tmp_path) == 7
 
 
 @pytest.mark.slow
@@ -289,27 +293,28 @@ def test_every_kernel_on_amd(monkeypatch, chip):
     for n_expert in (8, 384, 1024):
         every_router(n_expert)
     every_gate(torch.bfloat16, 8)
-    assert compiler.check_shared_memory() == 3 * 21 + 32 + 3 * 33 + 9 + 2
+    assert compiler.check_shared_memory() == 3 * 21 + 32 + 3 * 33 + 9 + 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
 def test_every_gate(monkeypatch, tmp_path, capability):
     compiler = Compiler(monkeypatch, capability)
-    every_gate(torch.float16 if capability == (7, 5) else torch.bfloat16, 8)
-    every_gate(torch.float32, 64)
-    assert compiler.check(tmp_path) == 4
+    half = torch.float16 if capability == (7, 5) else torch.bfloat16
+    every_gate(half, 8)
+    every_gate(torch.float32, 64, narrow=half)
+    assert compiler.check(tmp_path) == 8
 
 
 @pytest.mark.slow
 def test_every_gate_on_hopper(monkeypatch, tmp_path):
     """The others: where blocks differ, other widths, and one expert, a constant to Triton."""
     compiler = Compiler(monkeypatch, (9, 0))
-    every_gate(torch.float32, 8)
+    every_gate(torch.float32, 8, narrow=torch.bfloat16)
     every_gate(torch.bfloat16, 64)
     every_gate(torch.bfloat16, 8, width=72)
     every_gate(torch.bfloat16, 1)
-    assert compiler.check(tmp_path) == 8
+    assert compiler.check(tmp_path) == 14
 
 
 @pytest.mark.parametrize("columns_first", [False, True], ids=["rows", "columns"])

@@ -57,7 +57,7 @@ def grouped_mm_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, h
 
 
 def _grouped(x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden: Hidden, engine: str) -> Tensor:
-    gates_TK, experts_TK, counts_E, real_T, decision = routing
+    gates_TK, experts_TK, counts_E, real_T, decision, _ = routing
     if decision is None:
         rows_R, ends_E = sort_rows(experts_TK, counts_E, padded=real_T is not None)
     else:

@@ -4,15 +4,21 @@ Torch's product, which stays the reference, wants a float32 copy of 16-bit token
 ten times as long as reading them. Not for compilers, float64, or `expert_backend: loop`, which is for ordinary
 operators. Compilers, meta tensors, checkpointing and the FLOP counter see an operator, as with the experts' products.
 
+A layer's tokens are read three times: by the router, by routed and by shared experts, the latter in 16 bits. The router
+is the first, so it passes them on in that dtype; and its backward pass, which is the last, adds up the gradients of all
+three. By themselves these are four launches, whose traffic is up to three times that of the products here.
+
 Shape legend: T tokens, D model width, E experts.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from litgpt_moe_ext.kernels.operator import arguments_of, operator
+from litgpt_moe_ext.kernels.operator import operator
 from litgpt_moe_ext.moe.kernels import fused_router
 
 # Up to how many experts the product here is used, by the dtype of the tokens; 0 is never (`benchmarks/gpu.py`, table
@@ -25,16 +31,32 @@ MOST_WITHOUT_TENSOR_CORES = 16
 FEWEST_NUMBERS, FEWEST_WIDE_NUMBERS, WIDE = 2**18, 2**21, 256
 
 
+class Projected(NamedTuple):
+    """Logits, and the tokens that were read for them, for those who read them next.
+
+    Attributes:
+        logits_TE: `x_TD @ weight_ED.T`, float32.
+        routed_TD: Tokens for routed experts.
+        shared_TD: The same tokens for shared experts, whose gradient arrives by another way.
+    """
+
+    logits_TE: Tensor
+    routed_TD: Tensor
+    shared_TD: Tensor
+
+
 class Projection(NamedTuple):
-    """Arguments of `project`.
+    """Arguments of `project_tokens`.
 
     Attributes:
         x_TD: Tokens, float32 or 16-bit.
         weight_ED: Weights, float32 or 16-bit.
+        dtype: In which tokens are passed on.
     """
 
     x_TD: Tensor
     weight_ED: Tensor
+    dtype: torch.dtype
 
 
 class ProjectionBackward(NamedTuple):
@@ -44,6 +66,8 @@ class ProjectionBackward(NamedTuple):
         dlogits_TE: Gradient of the logits, float32.
         x_TD: Tokens.
         weight_ED: Weights.
+        routed_TD: Gradient of the tokens for routed experts, or None.
+        shared_TD: That of the tokens for shared experts, or None.
         need_x: Whether the gradient of tokens is needed.
         need_weight: Whether the gradient of weights is needed.
     """
@@ -51,6 +75,8 @@ class ProjectionBackward(NamedTuple):
     dlogits_TE: Tensor
     x_TD: Tensor
     weight_ED: Tensor
+    routed_TD: Tensor | None
+    shared_TD: Tensor | None
     need_x: bool
     need_weight: bool
 
@@ -71,10 +97,55 @@ def _has_tensor_cores(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def project(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """Return `x_TD @ weight_ED.T`, (T, E), float32.
+
+    Args:
+        x_TD: Tokens, float32 or 16-bit.
+        weight_ED: Weights, float32 or 16-bit.
+    """
+    return project_and_pass(x_TD, weight_ED, x_TD.dtype).logits_TE
+
+
+def project_and_pass(x_TD: Tensor, weight_ED: Tensor, dtype: torch.dtype) -> Projected:
+    """Return the same, and the tokens in `dtype` for those who read them next."""
+    return Projected(*_Project.apply(x_TD, weight_ED, dtype))
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        logits_TE, narrow_TD = project_tokens(x_TD, weight_ED, dtype)
+        ctx.save_for_backward(x_TD, weight_ED)
+        ctx.set_materialize_grads(False)
+        tokens_TD = x_TD if dtype == x_TD.dtype else narrow_TD
+        passed = tokens_TD.detach(), tokens_TD.detach()
+        if not ctx.needs_input_grad[0]:
+            ctx.mark_non_differentiable(*passed)
+        return logits_TE, *passed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        x_TD, weight_ED = ctx.saved_tensors
+        need_x, need_weight, _ = ctx.needs_input_grad
+        dlogits_TE, *passed = grads
+        if dlogits_TE is None:
+            parts = [grad.to(x_TD.dtype) for grad in passed if grad is not None] if need_x else []
+            return functools.reduce(torch.add, parts) if parts else None, None, None
+        dx_TD, dweight_ED = project_backward(dlogits_TE, x_TD, weight_ED, *passed, need_x, need_weight)
+        return dx_TD if need_x else None, dweight_ED if need_weight else None, None
+
+
 def _kernels() -> Any:
     from litgpt_moe_ext.moe.kernels.triton import projecting
 
     return projecting
+
+
+def _empty_results(call: Projection) -> tuple[Tensor, Tensor]:
+    logits_TE = call.x_TD.new_empty(call.x_TD.size(0), call.weight_ED.size(0), dtype=torch.float32)
+    return logits_TE, call.x_TD.new_empty(0 if call.dtype == call.x_TD.dtype else call.x_TD.shape, dtype=call.dtype)
 
 
 def _empty_gradients(call: ProjectionBackward) -> tuple[Tensor, Tensor]:
@@ -87,13 +158,14 @@ def _flops(x_shape: Any, weight_shape: Any) -> int:
 
 
 @operator(
-    "project",
+    "project_tokens",
     Projection,
-    lambda call: call.x_TD.new_empty(call.x_TD.size(0), call.weight_ED.size(0), dtype=torch.float32),
+    _empty_results,
+    n_result=2,
     flops=lambda shapes: _flops(shapes.x_TD, shapes.weight_ED),
 )
-def project(call: Projection) -> Tensor:
-    """Return `x_TD @ weight_ED.T`, (T, E), float32."""
+def project_tokens(call: Projection) -> tuple[Tensor, Tensor]:
+    """Return logits, (T, E), float32, and the tokens in another dtype, (T, D), empty if it is their own."""
     return _kernels().project(*call)
 
 
@@ -106,14 +178,4 @@ def project(call: Projection) -> Tensor:
 )
 def project_backward(call: ProjectionBackward) -> tuple[Tensor, Tensor]:
     """Return the gradients of tokens and weights in their dtypes, empty where they are not needed."""
-    return _kernels().project_backward(call.dlogits_TE.contiguous(), *call[1:])
-
-
-def _project_backward(ctx: Any, dlogits_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    x_TD, weight_ED = arguments_of(ctx)
-    need_x, need_weight = ctx.needs_input_grad
-    dx_TD, dweight_ED = project_backward(dlogits_TE, x_TD, weight_ED, need_x, need_weight)
-    return dx_TD if need_x else None, dweight_ED if need_weight else None
-
-
-project.set_gradient(_project_backward)
+    return _kernels().project_backward(call)

@@ -6,8 +6,9 @@ added up in float32, are float32's product (those of parts that are less than it
 ordinary cores float32 products of 16k tokens of width 768 would take an H100 5 us at full speed with 8 experts, half as
 long as reading, but 40 us with 64. Cards without bfloat16, and AMD's, do that.
 
-`_project_backward` makes the tokens' gradient and the weights' gradient of a block of tokens from one reading; torch
-adds up the blocks. No atomics, and blocks that depend on shapes alone: two runs give the same bits.
+`_project` writes the tokens in 16 bits besides, for the experts. `_project_backward` makes of a block of tokens, from
+one reading, the weights' gradient and the tokens' own, to which it adds those of the experts; torch adds up the blocks
+of the former. No atomics, and blocks that depend on shapes alone: two runs give the same bits.
 
 Shape legend: T tokens, D model width, E experts, B blocks of tokens, M some tokens of a block, N a block of D, K a step
 of the sum over D.
@@ -21,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from litgpt_moe_ext.kernels.launch import ceil_div, launch, power_of_two
+from litgpt_moe_ext.moe.kernels.router_product import ProjectionBackward
 from litgpt_moe_ext.moe.kernels.triton import common
 from litgpt_moe_ext.moe.kernels.triton.common import Rows, constexpr, dot, rows_of
 
@@ -62,32 +64,36 @@ class _Form(NamedTuple):
     need_weight: bool = False
 
 
-def project(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """Return `x_TD @ weight_ED.T`, (T, E), float32.
+class _Gradients(NamedTuple):
+    # Of logits; of the tokens that experts read, None where there is none; and what becomes of them.
+    logits: Any
+    routed: Any
+    shared: Any
+    x: Any
+    weight_sums: Any
+
+
+def project(x_TD: Tensor, weight_ED: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return `x_TD @ weight_ED.T`, (T, E), float32, and `x_TD` in another `dtype`, empty if it is its own.
 
     Args:
         x_TD: Tokens, float32 or 16-bit.
         weight_ED: Weights, float32 or 16-bit.
+        dtype: Of the second result.
     """
     logits_TE = x_TD.new_empty(x_TD.size(0), weight_ED.size(0), dtype=torch.float32)
+    narrows = dtype != x_TD.dtype
+    narrow_TD = x_TD.new_empty(x_TD.shape if narrows else 0, dtype=dtype)
     form = _form(x_TD, weight_ED, _FORWARD, _FORWARD_SHARED)
     grid = (ceil_div(x_TD.size(0), form.rows),)
-    launch(_project, grid, (rows_of(x_TD), _gate(x_TD, weight_ED), logits_TE, form), warps=4, stages=3)
-    return logits_TE
+    arguments = (rows_of(x_TD), _gate(x_TD, weight_ED), logits_TE, narrow_TD if narrows else None, form)
+    launch(_project, grid, arguments, warps=4, stages=3)
+    return logits_TE, narrow_TD
 
 
-def project_backward(
-    dlogits_TE: Tensor, x_TD: Tensor, weight_ED: Tensor, need_x: bool, need_weight: bool
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of tokens and weights in the dtypes that these have; empty where they are not needed.
-
-    Args:
-        dlogits_TE: Gradient of the logits, float32, contiguous.
-        x_TD: Tokens.
-        weight_ED: Weights.
-        need_x: Whether the gradient of tokens is needed.
-        need_weight: Whether the gradient of weights is needed.
-    """
+def project_backward(call: ProjectionBackward) -> tuple[Tensor, Tensor]:
+    """Return the gradients of tokens and weights in the dtypes that these have; empty where they are not needed."""
+    x_TD, weight_ED, need_x, need_weight = call.x_TD, call.weight_ED, call.need_x, call.need_weight
     (n_token, width), n_expert = x_TD.shape, weight_ED.size(0)
     form = _form(x_TD, weight_ED, _BACKWARD, _BACKWARD_SHARED)._replace(need_x=need_x, need_weight=need_weight)
     longest = 256 if form.experts <= 32 else 512
@@ -95,8 +101,10 @@ def project_backward(
     per_block = form.rows * max(ceil_div(per_block, form.rows), 1)
     n_block = ceil_div(n_token, per_block)
     dx_TD = x_TD.new_empty(x_TD.shape if need_x else 0)
-    sums_BED = dlogits_TE.new_empty((n_block, n_expert, width) if need_weight else 0)
-    arguments = (rows_of(x_TD), _gate(x_TD, weight_ED), dlogits_TE, dx_TD, sums_BED, per_block, form)
+    sums_BED = call.dlogits_TE.new_empty((n_block, n_expert, width) if need_weight else 0)
+    routed_TD, shared_TD = (None if grad is None else grad.contiguous() for grad in (call.routed_TD, call.shared_TD))
+    gradients = _Gradients(call.dlogits_TE.contiguous(), routed_TD, shared_TD, dx_TD, sums_BED)
+    arguments = (rows_of(x_TD), _gate(x_TD, weight_ED), gradients, per_block, form)
     launch(_project_backward, (ceil_div(width, form.inner), n_block), arguments, warps=4, stages=3)
     return dx_TD, (sums_BED.sum(0) if need_weight else sums_BED).to(weight_ED.dtype)
 
@@ -153,12 +161,13 @@ def _add_product(a, b, total, A: constexpr, B: constexpr, BITS: constexpr, FORM:
 
 
 @triton.jit
-def _project(x, gate, out, FORM: constexpr):
+def _project(x, gate, out, narrow, FORM: constexpr):
     first = tl.program_id(0) * FORM.rows
     token_M, e_E, d_K = tl.arange(0, FORM.rows), tl.arange(0, FORM.experts), tl.arange(0, FORM.inner)
     # Tokens past the last are computed from the last and not stored.
     near_M = tl.minimum(token_M, gate.n_token - 1 - first)
     real_E = e_E < gate.n_expert
+    live_M = token_M < gate.n_token - first
     x_start = x.data + first.to(tl.int64) * x.stride
     weight_start = gate.weight.data
     x_MK = near_M[:, None] * x.stride + d_K[None, :]
@@ -168,10 +177,15 @@ def _project(x, gate, out, FORM: constexpr):
         if FORM.even:
             a = tl.load(x_start + x_MK)
             b = tl.load(weight_start + weight_KE, mask=real_E[None, :], other=0.0)
+            inside_MK = live_M[:, None]
         else:
             rest_K = d_K < gate.width - d
+            inside_MK = live_M[:, None] & rest_K[None, :]
             a = tl.load(x_start + x_MK, mask=rest_K[None, :], other=0.0)
             b = tl.load(weight_start + weight_KE, mask=rest_K[:, None] & real_E[None, :], other=0.0)
+        if narrow is not None:
+            narrow_MK = narrow + first.to(tl.int64) * gate.width + token_M[:, None] * gate.width + (d + d_K)[None, :]
+            tl.store(narrow_MK, a.to(narrow.dtype.element_ty), mask=inside_MK)
         # Tensor Cores cut off what does not fit to a sum, 20 times float32's error after 768 terms: not to this one.
         product_ME = tl.full((FORM.rows, FORM.experts), 0.0, tl.float32)
         a_parts, b_parts = _parts(a, FORM), _parts(b, FORM)
@@ -179,12 +193,20 @@ def _project(x, gate, out, FORM: constexpr):
         x_start += FORM.inner
         weight_start += FORM.inner
     out_start = out + first.to(tl.int64) * gate.n_expert
-    inside_ME = (token_M < gate.n_token - first)[:, None] & real_E[None, :]
+    inside_ME = live_M[:, None] & real_E[None, :]
     tl.store(out_start + token_M[:, None] * gate.n_expert + e_E[None, :], sum_ME, mask=inside_ME)
 
 
 @triton.jit
-def _project_backward(x, gate, dlogits, dx, sums, per_block, FORM: constexpr):
+def _added(total_MN, grad, first, at_MN, inside_MN):
+    if grad is None:
+        return total_MN
+    else:
+        return total_MN + tl.load(grad + first + at_MN, mask=inside_MN, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _project_backward(x, gate, gradients, per_block, FORM: constexpr):
     block = tl.program_id(1)
     first = block * per_block
     n_token = tl.minimum(per_block, gate.n_token - first)
@@ -192,10 +214,9 @@ def _project_backward(x, gate, dlogits, dx, sums, per_block, FORM: constexpr):
     real_E, real_N = e_E < gate.n_expert, d_N < gate.width
     first = first.to(tl.int64)
     x_start = x.data + first * x.stride
-    dlogits_start = dlogits + first * gate.n_expert
+    dlogits_start = gradients.logits + first * gate.n_expert
     inside_EN = real_E[:, None] & real_N[None, :]
     weight_EN = gate.weight.data + e_E[:, None] * gate.weight.stride + d_N[None, :]
-    dx_start = dx + first * gate.width
     weight = _parts(tl.load(weight_EN, mask=inside_EN, other=0.0), FORM)
     sum_EN = tl.full((FORM.experts, FORM.inner), 0.0, tl.float32)
     for start in range(0, n_token, FORM.rows):
@@ -215,9 +236,18 @@ def _project_backward(x, gate, dlogits, dx, sums, per_block, FORM: constexpr):
             # A gradient that is rounded to 16 bits has no use for more.
             BITS: tl.constexpr = 24 if FORM.x_parts == 3 else 16  # pyrefly: ignore[bad-assignment]  # kernels have no types
             dx_MN = tl.full((FORM.rows, FORM.inner), 0.0, tl.float32)
+            at_MN, inside_MN = token_M[:, None] * gate.width + d_N[None, :], live_M[:, None] & real_N[None, :]
+            # Before the product, which needs registers. What Tensor Cores cut off is less than their 16 bits' last.
+            dx_MN = _added(dx_MN, gradients.routed, first * gate.width, at_MN, inside_MN)
+            dx_MN = _added(dx_MN, gradients.shared, first * gate.width, at_MN, inside_MN)
             dx_MN = _add_product(dy, weight, dx_MN, 3, FORM.weight_parts, BITS, FORM)
-            goal_MN = dx_start + token_M[:, None] * gate.width + d_N[None, :]
-            tl.store(goal_MN, dx_MN.to(dx.dtype.element_ty), mask=live_M[:, None] & real_N[None, :])
+            goal_MN = gradients.x + first * gate.width + at_MN
+            tl.store(goal_MN, dx_MN.to(gradients.x.dtype.element_ty), mask=inside_MN)
     if FORM.need_weight:
-        sums_EN = sums + block.to(tl.int64) * gate.n_expert * gate.width + e_E[:, None] * gate.width + d_N[None, :]
+        sums_EN = (
+            gradients.weight_sums
+            + block.to(tl.int64) * gate.n_expert * gate.width
+            + e_E[:, None] * gate.width
+            + d_N[None, :]
+        )
         tl.store(sums_EN, sum_EN, mask=inside_EN)
