@@ -8,7 +8,10 @@ from tests.runs import run_command
 
 INTERPRETED = (
     "tests/interpreted_memory.py",
-    *(f"tests/moe/interpreted_{name}.py" for name in ("triton", "router", "product", "orthogonality", "balancing")),
+    *(
+        f"tests/moe/interpreted_{name}.py"
+        for name in ("triton", "router", "product", "orthogonality", "balancing", "copying")
+    ),
     *(f"tests/attention/interpreted_{name}.py" for name in ("epilogue", "rotation")),
 )
 

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from litgpt_moe_ext.moe.kernels.copying import copy_each
+
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -29,7 +31,7 @@ class _CastTogether(torch.autograd.Function):
             casts += stack.split(n_rows)
             stacks.append(stack)
             ctx.n_rows.append(n_rows)
-        torch._foreach_copy_(casts, list(weights))
+        copy_each(casts, weights)
         return tuple(stacks)
 
     @staticmethod
@@ -48,7 +50,7 @@ class _CastTogether(torch.autograd.Function):
                 narrow.append(grad)
                 wide.append(result)
         if wide:
-            torch._foreach_copy_(wide, narrow)
+            copy_each(wide, narrow)
         return None, None, *results
 
 
