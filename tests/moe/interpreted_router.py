@@ -70,6 +70,7 @@ def test_any_shape(T, E, k, name, seed, n_sequence, padded):
 @pytest.mark.parametrize("name", ["sigmoid, sequences", pytest.param("noisy, everything", marks=pytest.mark.slow)])
 def test_blocks_that_several_programs_add_up(monkeypatch, name):
     """Two of three blocks at a time, sixteen of twenty experts in the first program."""
+    monkeypatch.setattr(routing, "_FEW_BLOCKS", 0)
     monkeypatch.setattr(routing, "_MOST_FOR_ONE", 0)
     monkeypatch.setattr(routing, "_BLOCKS", constexpr(2))
     torch.manual_seed(0)
@@ -78,13 +79,20 @@ def test_blocks_that_several_programs_add_up(monkeypatch, name):
     compare(gate.eval(), 99)
 
 
+@pytest.mark.parametrize("name", ["sigmoid, sequences", pytest.param("noisy, everything", marks=pytest.mark.slow)])
+def test_more_blocks_than_each_looks_at(monkeypatch, name):
+    monkeypatch.setattr(routing, "_FEW_BLOCKS", 2)
+    monkeypatch.setattr(routing, "_sum_up_and_place", None)
+    compare(make_gate(**RULES[name]), 134, n_sequence=2, padded=True)
+
+
 @pytest.mark.parametrize("name", ["sigmoid, groups", "noisy"])
 def test_a_few_tokens_are_counted_where_they_are_routed(monkeypatch, name):
     """As many as a program has, when nothing is learned."""
     torch.manual_seed(0)
     gate = make_gate(**RULES[name]).eval()
     compare(gate, 65, padded=True)
-    monkeypatch.setattr(routing, "_add_up", None)
+    monkeypatch.setattr(routing, "_sum_up_and_place", None)
     for n_token in (1, 64):
         compare(gate, n_token)
         compare(gate, n_token, padded=True)

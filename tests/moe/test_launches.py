@@ -64,12 +64,12 @@ class Launches(TorchDispatchMode):
             return func._op_dk(torch._C.DispatchKey.CUDA, *args, **kwargs)
 
 
-def make_layer(config, padded):
+def make_layer(config, padded, size=(8, 2048)):
     """Return a layer on the GPU that is there or faked, and what it is called with, of which numbers do not matter."""
     with torch.device("cuda"):
         moe = getattr(litgpt.model, config.mlp_class_name)(config)
-        x = torch.empty(8, 2048, config.n_embd, requires_grad=True)
-        real = torch.ones(8, 2048, dtype=torch.bool) if padded else None
+        x = torch.empty(*size, config.n_embd, requires_grad=True)
+        real = torch.ones(size, dtype=torch.bool) if padded else None
         ids = None
         if isinstance(moe.gate, FixedRouter):
             ids = TokenIds(torch.zeros(8 * 2048, dtype=torch.int64))
@@ -77,13 +77,13 @@ def make_layer(config, padded):
     return moe, (x, real, ids)
 
 
-def launches_of_layer(config, capability, precision="bf16-mixed", padded=False):
+def launches_of_layer(config, capability, precision="bf16-mixed", padded=False, size=(8, 2048)):
     """Return what an MoE layer starts on a card, in training."""
     kind, _, mode = precision.partition("-")
     assert mode == "mixed"
     with fake_cuda(capability):
         with Fabric(accelerator="cpu", devices=1).init_module(empty_init=True):
-            moe, inputs = make_layer(config, padded)
+            moe, inputs = make_layer(config, padded, size)
         moe.gate.tally.leaf_on(inputs[0].device)  # made once
         with torch.autocast("cuda", DTYPES[kind]), Launches(inside=True) as launches:
             moe(*inputs)
@@ -117,6 +117,15 @@ def test_every_rule_takes_the_fused_router(name, padded):
     assert len(names) == (15 if padded else 13) + beside, names
     assert {"_project", "_route", "_sum_up", "_place"} <= set(names)
     assert names.count("to") == 2  # weights of the experts; the router passes tokens on in 16 bits
+
+
+def test_few_tokens_are_added_up_and_sorted_in_one():
+    """As many as a step of the quickstart has."""
+    config = moe_config(n_embd=256, moe_intermediate_size=64)
+    few, many = (launches_of_layer(config, (9, 0), size=(n, 256)) for n in (8, 64))
+    at = many.index("_sum_up")
+    assert many[at : at + 2] == ["_sum_up", "_place"]
+    assert few == [*many[:at], "_sum_up_and_place", *many[at + 2 :]]
 
 
 GATED = {"n_shared_expert": 1, "shared_expert_gate": True}

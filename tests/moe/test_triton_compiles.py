@@ -192,8 +192,8 @@ RULES = (
 )
 
 
-def every_router(n_expert):
-    """Run the kernels of the fused router, in training and in evaluation, and what moves the biases of its layers."""
+def every_rule(n_expert):
+    """Run the kernels of the fused router, in training and in evaluation."""
     for rule in RULES:
         logits = torch.empty(72, n_expert)
         noisy = rule.score == "chosen"
@@ -202,11 +202,19 @@ def every_router(n_expert):
         padded = (torch.empty(72, dtype=torch.bool), torch.empty(()))
         for real, other in ((None, None), padded) if rule.score == "softmax" else (padded,):
             given = Given(logits, *beside, real, other)
-            _, experts, _, ends, before, slopes, _ = routing.route(given, rule, True)
+            _, experts, _, ends, _, slopes, _ = routing.route(given, rule, True)
             routing.route_backward(given, rule, experts, ends, slopes, torch.empty(72, rule.top_k), torch.empty(()))
             routing.route(Given(logits, real_T=real), Rule(*rule[:7]), False)
         routing.route(Given(logits[:1], None if noisy else beside[0], real_T=padded[0][:1]), Rule(*rule[:7]), False)
-        routing.place(experts, ends, before)
+
+
+def every_router(n_expert):
+    """Do that with few blocks, and with many where they have kernels of their own; and all else that routers have."""
+    every_rule(n_expert)
+    if n_expert <= routing._FEW_EXPERTS:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(routing, "_FEW_BLOCKS", 0)
+            every_rule(n_expert)
     products = torch.empty(n_expert, n_expert)
     orthogonality.loss(products, 0.01)
     orthogonality.slopes(products, torch.empty(()), 0.01)
@@ -270,7 +278,7 @@ def test_every_router(monkeypatch, tmp_path, capability, n_expert):
     """Kimi K2 has 384 experts; Qwen3-Next's 512 are the same kernels; 1024 is the most."""
     compiler = Compiler(monkeypatch, capability)
     every_router(n_expert)
-    assert compiler.check(tmp_path) == 33 + 9 * (n_expert > 512)
+    assert compiler.check(tmp_path) == (61 if n_expert <= 128 else 39 + 9 * (n_expert > 512))
 
 
 @pytest.mark.slow
@@ -282,7 +290,7 @@ def test_routers_of_many_tokens(monkeypatch, tmp_path, capability):
         logits = torch.empty(2**15, n_expert)
         routing.route(Given(logits, torch.empty(n_expert)), RULES[0], True)
         routing.route(Given(logits, None, logits, logits), RULES[2], True)
-    assert compiler.check(tmp_path) == 12
+    assert compiler.check(tmp_path) == 16
 
 
 @pytest.mark.slow
@@ -297,7 +305,7 @@ def test_every_kernel_on_amd(monkeypatch, chip):
     for n_expert in (8, 384, 1024):
         every_router(n_expert)
     every_gate(torch.bfloat16, 8)
-    assert compiler.check_shared_memory() == 3 * 21 + 34 + 3 * 33 + 9 + 3
+    assert compiler.check_shared_memory() == 3 * 21 + 34 + (61 + 39 + 48) + 3
 
 
 @pytest.mark.slow

@@ -4,8 +4,8 @@ What `litgpt_moe_ext.moe.router` and its subclasses write out with torch's opera
 everything else goes by: CPUs, compilers, and routers and losses of other packages. Also `expert_backend: loop`, which
 is for ordinary operators.
 
-Shape legend: T tokens, E experts, K chosen experts per token, R = T * K routed rows, S sequences, B blocks of tokens of
-one sequence, N numbers of a tally, L = 3 rows of slopes, S more of them with a loss per sequence.
+Shape legend: T tokens, E experts, K chosen experts per token, R = T * K routed rows, S sequences, N numbers of a tally,
+L = 3 rows of slopes, S more of them with a loss per sequence.
 """
 
 import functools
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from litgpt_moe_ext.kernels.launch import ceil_div, power_of_two, triton_works_on
+from litgpt_moe_ext.kernels.launch import power_of_two, triton_works_on
 from litgpt_moe_ext.kernels.operator import define
 from litgpt_moe_ext.moe.gradient_injection import present_scale
 from litgpt_moe_ext.moe.step_shares import StepShares
@@ -94,7 +94,8 @@ class Decision(NamedTuple):
         experts_TK: Chosen experts, int64; E for padding.
         counts_E: Tokens per expert, int64.
         ends_E: Where the rows of each expert end, int32.
-        before_SBE: Rows of each expert before each block of tokens, int32, with room for a power of two of experts.
+        rows_R: For each row in the order of experts, and of tokens within an expert, which of the T * K choices it is,
+            int64; padding comes last.
         slopes_LE: Gradients of the load-balancing loss by the mean of each expert's probabilities (over the global
             batch: the sum of the probabilities itself), of the importance loss by the sum of its gate values, and of
             the load loss by that of its expected tokens; and with a loss per sequence, as the first for each of them.
@@ -105,7 +106,7 @@ class Decision(NamedTuple):
     experts_TK: Tensor
     counts_E: Tensor
     ends_E: Tensor
-    before_SBE: Tensor
+    rows_R: Tensor
     slopes_LE: Tensor
     tally_N: Tensor
 
@@ -132,11 +133,6 @@ def block_shape(n_expert: int) -> tuple[int, int]:
     """Return how many tokens, and for how many experts, a program of the kernels decides: as many as registers hold."""
     width = max(power_of_two(n_expert), 4)
     return min(max(2048 // width, 1), 64), width
-
-
-def sort_rows(decision: Decision) -> Tensor:
-    """Return for each row in the order of experts, and of tokens within an expert, which of the choices it is, (R,)."""
-    return _place(decision.experts_TK, decision.ends_E, decision.before_SBE)
 
 
 class _Decide(torch.autograd.Function):
@@ -206,23 +202,17 @@ def _run_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return _kernels().route_backward(given, rule, *arguments[_N_GIVEN + _N_RULE :])
 
 
-def _run_place(*arguments: Tensor) -> Tensor:
-    return _kernels().place(*arguments)
-
-
 def _empty_decision(*arguments: Any) -> tuple[Tensor, ...]:
     given, rule, trains = Given(*arguments[:_N_GIVEN]), Rule(*arguments[_N_GIVEN:-1]), arguments[-1]
     n_token, n_expert = given.logits_TE.shape
-    rows, width = block_shape(n_expert)
     new = functools.partial(given.logits_TE.new_empty, dtype=torch.float32)
     n_loss = sum(coef != 0 for coef in rule.coefs) + (given.other_loss is not None)
-    n_block = ceil_div(n_token // rule.sequences, rows)
     return (
         new(n_token, rule.top_k),
         new(n_token, rule.top_k, dtype=torch.int64),
         new(n_expert, dtype=torch.int64),
         new(n_expert, dtype=torch.int32),
-        new(rule.sequences, n_block, width, dtype=torch.int32),
+        new(n_token * rule.top_k, dtype=torch.int64),
         new(3 + (rule.sequences if rule.sequence else 0), n_expert),
         new(n_expert + 3 + n_loss if trains else 0, dtype=torch.float64),
     )
@@ -242,11 +232,4 @@ _route_backward = define(
     2,
     _run_backward,
     _empty_gradients,
-)
-_place = define(
-    "place_rows",
-    dict.fromkeys(("experts_TK", "ends_E", "before_SBE"), Tensor),
-    1,
-    _run_place,
-    lambda experts_TK, ends_E, before_SBE: experts_TK.new_empty(experts_TK.numel()),
 )

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext.moe.kernels import fused_router
 from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden, has_gradient, matmul_dtype
 from litgpt_moe_ext.moe.kernels.few_rows import MOST_GATHERED, gather_experts
 from litgpt_moe_ext.moe.kernels.operators import decode_experts, expert_down, expert_up
@@ -61,7 +60,7 @@ def _grouped(x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden: Hid
     if decision is None:
         rows_R, ends_E = sort_rows(experts_TK, counts_E, padded=real_T is not None)
     else:
-        rows_R, ends_E = fused_router.sort_rows(decision), decision.ends_E
+        rows_R, ends_E = decision.rows_R, decision.ends_E
     # Autocast does not reach the operators.
     dtype = matmul_dtype(x_TD)
     h_RG = expert_up(x_TD, weights.up_EGD, weights.up_bias_EG, rows_R, ends_E, dtype, engine)

@@ -1,4 +1,4 @@
-"""A router's decision, its losses and its statistics in three or four launches, and their backward pass in one.
+"""A router's decision, its losses and its statistics in two to four launches, and their backward pass in one.
 
 Written out with torch's operators (`litgpt_moe_ext.moe.router`, which stays the reference) this is twenty to forty
 launches per layer, of a few microseconds each, for arithmetic that takes less. Everything between loading and storing
@@ -8,7 +8,7 @@ is float32, sums over all tokens are float64; blocks are added in a fixed order,
 2. `_sum_up`, a single program, adds up the blocks: tokens per expert, losses, their slopes, and how many rows of an
    expert precede a block. Where it would have much to read (many experts and tokens), `_sum_blocks` adds them up
    before, a few experts and one kind of numbers in each program, and leaves it one block of each sequence.
-3. `_place` sorts the rows by expert, by counting.
+3. `_place` sorts the rows by expert, by counting. Of few blocks each looks at the others itself, in one launch with 2.
 
 A block has tokens of one sequence only where a loss is per sequence; elsewhere all tokens count as one sequence.
 
@@ -48,6 +48,8 @@ else:
 _ROWS = tl.constexpr(5)
 # More numbers than this are added up by several programs: 2 MiB, which one would read for longer than a launch takes.
 _MOST_FOR_ONE = 2**19
+# Up to so many blocks, of up to so many experts, are looked at by each.
+_FEW_BLOCKS, _FEW_EXPERTS = 64, 128
 # Experts of each of them, 64 bytes in a row, and blocks that it adds up at a time.
 _COLUMNS, _BLOCKS = tl.constexpr(16), tl.constexpr(128)
 
@@ -57,6 +59,7 @@ class _Sizes(NamedTuple):
     n_token: Any
     n_expert: Any
     n_block: Any
+    n_sequence: Any
 
 
 class _Chosen(NamedTuple):
@@ -86,10 +89,11 @@ class _Form(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    # `before` is None where it has been written.
+    # Rows of each expert before each block are None where they have been written, or nobody asks.
     counts: Any
     ends: Any
     before: Any
+    rows: Any
     slopes: Any
     tally: Any
 
@@ -106,44 +110,37 @@ def route(given: Given, rule: Rule, trains: bool) -> tuple[Tensor, ...]:
     sums = _Sums(
         counts=new(n_expert, dtype=torch.int64),
         ends=new(n_expert, dtype=torch.int32),
-        before=new(S, sizes.n_block, form.experts, dtype=torch.int32),
+        before=None,
+        rows=new(n_token * rule.top_k, dtype=torch.int64),
         slopes=new(3 + (S if rule.sequence else 0), n_expert),
         tally=new(n_expert + 3 + n_loss if trains else 0, dtype=torch.float64),
     )
     kernel = _route_evenly if rule.score == "even" else _route
+    n_block = S * sizes.n_block
     # A program has at most 1024 threads, a warp of AMD's up to 64, each with more registers.
     warps = _warps(form, 32 if torch.version.hip is None else 16)
     # A few tokens without statistics, as when text is generated, are a single program's.
-    alone = not trains and S * sizes.n_block == 1
-    launch(kernel, (S * sizes.n_block,), (given, chosen, sums if alone else None, parts, sizes, form), warps)
-    if not alone:
-        _add_up(parts, sums, given.other_loss, sizes, S, form)
-    return *chosen, *sums
+    alone = not trains and n_block == 1
+    launch(kernel, (n_block,), (given, chosen, sums if alone else None, parts, sizes, form), warps)
+    if not alone and n_block <= _FEW_BLOCKS and form.experts <= _FEW_EXPERTS:
+        arguments = (parts, chosen.experts, sums, given.other_loss, sizes, form)
+        launch(_sum_up_and_place, (n_block + 1,), arguments, _warps(form))
+    elif not alone:
+        before_SBE = sums.ends.new_empty(n_block * form.experts)
+        _add_up(parts, sums._replace(before=before_SBE), given.other_loss, sizes, form)
+        launch(_place, (n_block,), (chosen.experts, sums.ends, before_SBE, sums.rows, sizes, form), _warps(form))
+    return *chosen, sums.counts, sums.ends, sums.rows, sums.slopes, sums.tally
 
 
-def _add_up(parts: Tensor, sums: _Sums, other_loss: Tensor | None, sizes: _Sizes, S: int, form: _Form) -> None:
+def _add_up(parts: Tensor, sums: _Sums, other_loss: Tensor | None, sizes: _Sizes, form: _Form) -> None:
     warps = _warps(form)
     # With more experts `_sum_up` spills registers unless it adds up one block at a time.
     if parts.numel() > _MOST_FOR_ONE or form.experts > 512:
-        blocks, parts = parts, parts.new_empty(S, 5, form.experts, dtype=torch.float64)
+        blocks, parts = parts, parts.new_empty(sizes.n_sequence, 5, form.experts, dtype=torch.float64)
         grid = (ceil_div(form.experts, _COLUMNS.value), (5 if form.load else 4) if form.trains else 1)
-        launch(_sum_blocks, grid, (blocks, parts, sums.before, sizes, S, form), warps=4)
+        launch(_sum_blocks, grid, (blocks, parts, sums.before, sizes, form), warps=4)
         sums, sizes, form, warps = sums._replace(before=None), sizes._replace(n_block=1), form._replace(blocks=1), 4
-    launch(_sum_up, (1,), (parts, sums, other_loss, sizes, S, form), warps)
-
-
-def place(experts_TK: Tensor, ends_E: Tensor, before_SBE: Tensor) -> Tensor:
-    """Return for each row in the order of experts, and of tokens within an expert, which of the choices it is, (R,).
-
-    Padding comes last.
-    """
-    n_token, top_k = experts_TK.shape
-    form = _form(Rule("", top_k), ends_E.size(0), False)
-    rows_R = torch.empty_like(experts_TK.view(-1))
-    n_sequence, n_block, _ = before_SBE.shape
-    sizes = _Sizes(n_token // n_sequence, ends_E.size(0), n_block)
-    launch(_place, (n_sequence * n_block,), (experts_TK, ends_E, before_SBE, rows_R, sizes, form), warps=_warps(form))
-    return rows_R
+    launch(_sum_up, (1,), (parts, sums, other_loss, sizes, form), warps)
 
 
 def route_backward(given: Given, rule: Rule, *upstream: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,7 +175,7 @@ def _warps(form: _Form, most: int = 8) -> int:
 
 def _sizes(n_token: int, n_expert: int, n_sequence: int, form: _Form) -> _Sizes:
     n_token //= n_sequence
-    return _Sizes(n_token, n_expert, ceil_div(n_token, form.rows))
+    return _Sizes(n_token, n_expert, ceil_div(n_token, form.rows), n_sequence)
 
 
 @triton.jit
@@ -188,7 +185,7 @@ def _sum_tokens(x_TE, inside_TE):
 
 @triton.jit
 def _store_choice(chosen, w_TE, rank_TE, where, sizes, FORM: constexpr):
-    token_T, e_E, live_T, text_T, inside_TE = where
+    token_T, e_E, live_T, text_T, _, inside_TE = where
     goal_TE = token_T[:, None] * FORM.top_k + rank_TE
     stored_TE = (rank_TE < FORM.top_k) & live_T[:, None]
     tl.store(chosen.weights + goal_TE, tl.where(inside_TE, w_TE * FORM.scale, 0.0), mask=stored_TE)
@@ -197,15 +194,34 @@ def _store_choice(chosen, w_TE, rank_TE, where, sizes, FORM: constexpr):
 
 
 @triton.jit
-def _store_counts(picked_TE, inside_TE, e_E, real_E, sums, part_E):
-    count_E = _sum_tokens(picked_TE.to(tl.float32), inside_TE)
+def _store_rows(rows, rank_TE, picked_TE, before_E, count_E, where, FORM: constexpr):
+    # Of a block, given how many rows of each expert precede it and how many there are.
+    token_T, _, live_T, _, _, _ = where
+    first_E = tl.cumsum(count_E, 0) - count_E
+    row_TE = (first_E + before_E)[None, :] + tl.cumsum(picked_TE.to(tl.int32), 0) - picked_TE.to(tl.int32)
+    tl.store(rows + row_TE, token_T[:, None] * FORM.top_k + rank_TE, mask=picked_TE)
+    # Padding, of which there are as many choices before this block as are of no expert.
+    choice_T = token_T * FORM.top_k
+    padding_T = (live_T & (tl.sum(picked_TE.to(tl.int32), 1) == 0)).to(tl.int32)
+    row_T = tl.sum(count_E, 0) + tl.min(choice_T, 0) - tl.sum(before_E, 0)
+    row_T += (tl.cumsum(padding_T, 0) - padding_T) * FORM.top_k
+    for k in range(FORM.top_k):
+        tl.store(rows + row_T + k, choice_T + k, mask=padding_T > 0)
+
+
+@triton.jit
+def _store_counts(rank_TE, where, sums, part_E, FORM: constexpr):
+    # Into the block's part; or, of a block that is alone, all that `_sum_up` and `_place` make of it.
+    _, e_E, _, _, real_E, inside_TE = where
+    count_E = _sum_tokens((rank_TE < FORM.top_k).to(tl.float32), inside_TE)
     if sums is None:
         tl.store(part_E, count_E)
     else:
         count_E = count_E.to(tl.int32)
         tl.store(sums.counts + e_E, count_E.to(tl.int64), mask=real_E)
         tl.store(sums.ends + e_E, tl.cumsum(count_E, 0), mask=real_E)
-        tl.store(sums.before + e_E, count_E * 0)
+        picked_TE = (rank_TE < FORM.top_k) & inside_TE
+        _store_rows(sums.rows, rank_TE, picked_TE, count_E * 0, count_E, where, FORM)
 
 
 @triton.jit
@@ -217,10 +233,11 @@ def _route_evenly(given, chosen, sums, parts, sizes, FORM: constexpr):
     inside_TE = text_T[:, None] & real_E[None, :]
     rank_TE = rank(key_TE, e_E, sizes, FORM)
     w_TE = tl.full((FORM.rows, FORM.experts), 1.0 / FORM.top_k, tl.float32)
-    _store_choice(chosen, w_TE, rank_TE, (token_T, e_E, live_T, text_T, inside_TE), sizes, FORM)
+    where = (token_T, e_E, live_T, text_T, real_E, inside_TE)
+    _store_choice(chosen, w_TE, rank_TE, where, sizes, FORM)
 
     part_E = parts + tl.program_id(0).to(tl.int64) * (_ROWS * FORM.experts) + e_E
-    _store_counts(rank_TE < FORM.top_k, inside_TE, e_E, real_E, sums, part_E)
+    _store_counts(rank_TE, where, sums, part_E, FORM)
     if FORM.trains:
         gate = tl.sum(text_T.to(tl.float32), 0) * FORM.scale
         tl.store(part_E + FORM.experts, tl.full((FORM.experts,), 0.0, tl.float32))
@@ -244,10 +261,11 @@ def _route(given, chosen, sums, parts, sizes, FORM: constexpr):
     rank_TE = rank(key_TE, e_E, sizes, FORM)
     picked_TE = rank_TE < FORM.top_k
     w_TE, _ = gate_values(s_TE, v_TE, picked_TE, FORM)
-    _store_choice(chosen, w_TE, rank_TE, (token_T, e_E, live_T, text_T, inside_TE), sizes, FORM)
+    where = (token_T, e_E, live_T, text_T, real_E, inside_TE)
+    _store_choice(chosen, w_TE, rank_TE, where, sizes, FORM)
 
     part_E = parts + tl.program_id(0).to(tl.int64) * (_ROWS * FORM.experts) + e_E
-    _store_counts(picked_TE, inside_TE, e_E, real_E, sums, part_E)
+    _store_counts(rank_TE, where, sums, part_E, FORM)
     if FORM.trains:
         if FORM.score == "sigmoid":
             p_TE = s_TE / (tl.sum(s_TE, 1) + 1e-20)[:, None]
@@ -279,7 +297,7 @@ def _variation(x_E, real_E, n_expert):
 
 
 @triton.jit
-def _sum_blocks(blocks, parts, before, sizes, n_sequence, FORM: constexpr):
+def _sum_blocks(blocks, parts, before, sizes, FORM: constexpr):
     e_C = tl.program_id(0) * _COLUMNS + tl.arange(0, _COLUMNS)
     row = tl.program_id(1)
     if FORM.load == 0.0:
@@ -287,7 +305,7 @@ def _sum_blocks(blocks, parts, before, sizes, n_sequence, FORM: constexpr):
     inside_C = e_C < FORM.experts
     wanted_C = e_C < (FORM.experts if row < 4 else 4)  # four numbers are not by expert
     count_C = tl.full((_COLUMNS,), 0, tl.int32)
-    for sequence in range(0, n_sequence):
+    for sequence in range(0, sizes.n_sequence):
         sum_BC = tl.full((_BLOCKS, _COLUMNS), 0.0, tl.float64)
         for start in range(0, sizes.n_block, _BLOCKS):
             block_B = start + tl.arange(0, _BLOCKS)
@@ -305,7 +323,7 @@ def _sum_blocks(blocks, parts, before, sizes, n_sequence, FORM: constexpr):
 
 
 @triton.jit
-def _sum_up(parts, sums, other_loss, sizes, n_sequence, FORM: constexpr):
+def _sum_up(parts, sums, other_loss, sizes, FORM: constexpr):
     e_E = tl.arange(0, FORM.experts)
     real_E = e_E < sizes.n_expert
     count_E = tl.full((FORM.experts,), 0, tl.int32)
@@ -313,7 +331,7 @@ def _sum_up(parts, sums, other_loss, sizes, n_sequence, FORM: constexpr):
     gate_E, load_E, several_E, sequence_loss = p_E, p_E, p_E, tl.sum(p_E, 0)
     # Whole numbers that happen to be 1 are constants to Triton, without a type.
     n_expert = tl.sum(real_E.to(tl.float64), 0)
-    for sequence in range(0, n_sequence):
+    for sequence in range(0, sizes.n_sequence):
         earlier_E, earlier_p_E = count_E, p_E
         for start in range(0, sizes.n_block, FORM.blocks):
             block_B = start + tl.arange(0, FORM.blocks)
@@ -381,20 +399,35 @@ def _sum_up(parts, sums, other_loss, sizes, n_sequence, FORM: constexpr):
 
 @triton.jit
 def _place(experts, ends, before, rows, sizes, FORM: constexpr):
-    token_T, e_E, live_T, real_E, _, _ = block(sizes, FORM)
+    token_T, e_E, live_T, real_E, _, inside_TE = block(sizes, FORM)
     rank_TE = rank_of(experts, token_T, live_T, e_E, real_E, FORM)
-    picked_TE = rank_TE < FORM.top_k
+    end_E = tl.load(ends + e_E, mask=real_E, other=0)
     first_E = tl.load(ends + e_E - 1, mask=real_E & (e_E > 0), other=0)
     before_E = tl.load(before + tl.program_id(0).to(tl.int64) * FORM.experts + e_E)
-    row_TE = (first_E + before_E)[None, :] + tl.cumsum(picked_TE.to(tl.int32), 0) - picked_TE.to(tl.int32)
-    tl.store(rows + row_TE, token_T[:, None] * FORM.top_k + rank_TE, mask=picked_TE)
-    # Padding, of which there are as many choices before this block as are of no expert.
-    choice_T = token_T * FORM.top_k
-    padding_T = (live_T & (tl.sum(picked_TE.to(tl.int32), 1) == 0)).to(tl.int32)
-    row_T = tl.load(ends + sizes.n_expert - 1) + tl.min(choice_T, 0) - tl.sum(before_E, 0)
-    row_T += (tl.cumsum(padding_T, 0) - padding_T) * FORM.top_k
-    for k in range(FORM.top_k):
-        tl.store(rows + row_T + k, choice_T + k, mask=padding_T > 0)
+    where = (token_T, e_E, live_T, live_T, real_E, inside_TE)
+    _store_rows(rows, rank_TE, rank_TE < FORM.top_k, before_E, end_E - first_E, where, FORM)
+
+
+@triton.jit
+def _sum_up_and_place(parts, experts, sums, other_loss, sizes, FORM: constexpr):
+    # The last program is the first of these, the others are the second, which add up the blocks' counts themselves.
+    n_block = sizes.n_sequence * sizes.n_block
+    if tl.program_id(0) == n_block:
+        _sum_up(parts, sums, other_loss, sizes, FORM)
+    else:
+        token_T, e_E, live_T, real_E, _, inside_TE = block(sizes, FORM)
+        rank_TE = rank_of(experts, token_T, live_T, e_E, real_E, FORM)
+        count_E = tl.full((FORM.experts,), 0, tl.int32)
+        before_E = count_E
+        for start in range(0, n_block, FORM.blocks):
+            block_B = start + tl.arange(0, FORM.blocks)
+            count_BE = parts + block_B[:, None] * (_ROWS * FORM.experts) + e_E[None, :]
+            live_BE = (block_B < n_block)[:, None] & real_E[None, :]
+            count_BE = tl.load(count_BE, mask=live_BE, other=0.0).to(tl.int32)
+            count_E += tl.sum(count_BE, 0)
+            before_E += tl.sum(tl.where((block_B < tl.program_id(0))[:, None], count_BE, 0), 0)
+        where = (token_T, e_E, live_T, live_T, real_E, inside_TE)
+        _store_rows(sums.rows, rank_TE, rank_TE < FORM.top_k, before_E, count_E, where, FORM)
 
 
 @triton.jit
