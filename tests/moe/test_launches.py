@@ -1,6 +1,7 @@
 """How many operations a forward pass starts: on a GPU, small models wait for launches more than for arithmetic."""
 
 import itertools
+import math
 
 import litgpt.model
 import pytest
@@ -72,7 +73,7 @@ def make_layer(config, padded, size=(8, 2048)):
         real = torch.ones(size, dtype=torch.bool) if padded else None
         ids = None
         if isinstance(moe.gate, FixedRouter):
-            ids = TokenIds(torch.zeros(8 * 2048, dtype=torch.int64))
+            ids = TokenIds(torch.zeros(math.prod(size), dtype=torch.int64))
             ids.hashes(config.n_expert)  # by the first layer
     return moe, (x, real, ids)
 
