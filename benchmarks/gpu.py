@@ -57,6 +57,7 @@ from litgpt_moe_ext.inspect.cost.layers import shorten  # noqa: E402
 from litgpt_moe_ext.inspect.cost.memory import Step, training_memory  # noqa: E402
 from litgpt_moe_ext.kernels.launch import triton_works_on  # noqa: E402
 from litgpt_moe_ext.model_size import count_flops  # noqa: E402
+from litgpt_moe_ext.moe.gradient_injection import remember_scale  # noqa: E402
 from litgpt_moe_ext.moe.kernels import native, router_product  # noqa: E402
 from litgpt_moe_ext.moe.kernels.plan import Outer, plan_of  # noqa: E402
 from litgpt_moe_ext.moe.layer import SharedExpertMoE  # noqa: E402
@@ -599,7 +600,8 @@ class Trainee:
 
     def plain_loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         with self.autocast():
-            return chunked_cross_entropy(self.model(ids), targets, chunk_size=0)
+            # Marked, as training marks its loss: routers need not ask what a loss nobody scales is scaled by.
+            return remember_scale(chunked_cross_entropy(self.model(ids), targets, chunk_size=0))
 
     def step(self) -> None:
         for batch in self.batches:
