@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from litgpt_moe_ext.config.litgpt_fields import RANGES, check_ranges
 from litgpt_moe_ext.errors import SettingsError, refuse_first, which_checkpoint
 from litgpt_moe_ext.files.durable import WRITE_TEST
+from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.training.optim.arguments import learning_rate_of
 from litgpt_moe_ext.training.parallel.facts import facts_of
 
@@ -275,11 +276,14 @@ def check_writable(out_dir: Path) -> None:
         )
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=out_dir, prefix=WRITE_TEST):
-            pass
+        with tempfile.TemporaryDirectory(dir=out_dir, prefix=WRITE_TEST, ignore_cleanup_errors=True) as folder:
+            lock = ProcessLock(Path(folder, "lock"))
+            lock.take()
+            lock.release()
     except OSError as error:
         raise SettingsError(
-            f"out_dir: {str(out_dir)!r} cannot be written to ({error.strerror or error}); choose another --out_dir"
+            f"out_dir: {str(out_dir)!r} must be a directory in which directories and files can be made and locked "
+            f"({error.strerror or error}); choose another --out_dir"
         ) from error
 
 

@@ -148,7 +148,7 @@ def test_every_setting_of_a_command_is_explained(command, capsys):
         (["train", "--optimizer.help", "AdamW"], "--optimizer.help: no class has settings here"),
         (
             ["init", "quickstart", "/proc/x/y.yaml"],
-            "/proc/x/y.yaml cannot be written (No such file or directory)",
+            "out: '/proc/x/y.yaml' cannot be made: '/proc' takes no new files",
         ),
     ],
 )

@@ -1,6 +1,7 @@
 """Paths that cannot be looked up: a name that is too long, a folder that may not be entered, a link to itself."""
 
 import dataclasses
+import errno
 import os
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from litgpt_moe_ext.cli.arguments import build_parser
 from litgpt_moe_ext.cli.main import COMMANDS, load, main
 from litgpt_moe_ext.cli.output import write_text
 from litgpt_moe_ext.cli.paths import check_path, check_paths
+from litgpt_moe_ext.data.pipeline.store import check_root
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.training.checks import check_initial_checkpoint
+from litgpt_moe_ext.training.checks import check_initial_checkpoint, check_writable
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TOO_LONG = "a" * 300
@@ -96,6 +98,37 @@ def test_results_have_a_place_before_the_work_begins(tmp_path, monkeypatch, caps
     (tmp_path / "lit_model.pth").touch()
     with pytest.raises(SettingsError, match="initial_checkpoint_dir: '.*lit_model.pth' cannot be read"):
         check_initial_checkpoint(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no /proc")
+@pytest.mark.parametrize("place", ["/proc/nothing/x", "/proc"])
+def test_a_file_system_that_takes_no_files_is_no_place(place):
+    """Not even from root, whom `os.access` would let write there."""
+    for name in ("out_dir", "json"):
+        path = place if name == "out_dir" else f"{place}/y"
+        with pytest.raises(
+            SettingsError, match=f"^{name}: '{path}' cannot be (made: '/proc' takes|written \\('/proc')"
+        ):
+            check_path(name, Path(path))
+    with pytest.raises(SettingsError, match=f"^out_dir: '{place}' must be a directory in which directories and files"):
+        check_writable(Path(place))
+    with pytest.raises(SettingsError, match=f"^data_path: '{place}' cannot be used as a cache folder"):
+        check_root(Path(place))
+
+
+def test_a_file_system_without_locks_is_no_place(tmp_path, monkeypatch):
+    """As NFS without its daemon; a run would end after its processes have met, or take it for one in use."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(SettingsError, match=r"^out_dir: '.*' must be .* and locked \(No locks available\); choose"):
+        check_writable(tmp_path / "run")
+    with pytest.raises(SettingsError, match=r"^data_path: '.*' .*\(No locks available\); set data_path to .* lock"):
+        check_root(tmp_path / "data")
+    assert not [*(tmp_path / "run").iterdir()]
 
 
 @pytest.mark.parametrize("arguments", [["doctor"], ["model-card"], ["twin", "out.yaml"], ["study"], ["schedule"]])

@@ -19,6 +19,7 @@ from litgpt_moe_ext.data.pipeline.shards import open_shard
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files import checksums
 from litgpt_moe_ext.files.durable import flush, flush_tree
+from litgpt_moe_ext.files.lock import ProcessLock
 
 FORMAT_VERSION = 2  # part of every key; raise it when the same input would lead to other files
 TOKENIZER_DIR = "tokenizer"
@@ -129,15 +130,17 @@ def publish(partial: Path, final: Path) -> None:
 
 
 def check_root(root: Path) -> None:
-    """Raise SettingsError, with the remedy, unless `root` is a folder that can be created and written to."""
+    """Raise SettingsError, with the remedy, unless `root` is a folder with files that can be made, and be locked."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         # One name for all, so that those that are killed here leave one file.
         probe = root / ".probe"
-        probe.touch()
-        probe.unlink(missing_ok=True)
+        probe.touch()  # what cannot be made is to filelock as if another process had it
+        lock = ProcessLock(probe)
+        lock.take()
+        lock.release()
     except OSError as error:
         raise SettingsError(
             f"data_path: {str(root)!r} cannot be used as a cache folder ({error.strerror or error}); set data_path to "
-            "a folder that you can write to"
+            "a folder in which you can make files and lock them"
         ) from error
