@@ -11,6 +11,7 @@ from litgpt_moe_ext.training.checkpoint.progress import sequences_of, step_of
 from litgpt_moe_ext.training.logs import METRICS_FILE
 
 if TYPE_CHECKING:
+    from litgpt_moe_ext.export.hf.architectures import Architecture
     from litgpt_moe_ext.export.source import Source
 
 _CARD = """---
@@ -52,13 +53,13 @@ llama-cli -m model.gguf -p "Once"
 """
 
 
-def write_card(folder: Path, source: "Source", class_name: str, format_name: str, serve: str = "") -> None:
+def write_card(folder: Path, source: "Source", architecture: "Architecture", format_name: str, serve: str = "") -> None:
     """Write `README.md`, and the settings of the training if they are known.
 
     Args:
         folder: Of the export.
         source: The checkpoint that was exported.
-        class_name: The class, or the graph, that opens the export.
+        architecture: The class, or the graph, that opens the export.
         format_name: `hf` or `gguf`.
         serve: The command with which vLLM serves it.
     """
@@ -66,6 +67,8 @@ def write_card(folder: Path, source: "Source", class_name: str, format_name: str
     settings = hyperparameters.read(source.directory)
     if settings:
         shutil.copyfile(*(where / hyperparameters.FILE_NAME for where in (source.directory, folder)))
+    known = facts(source, settings, source.writes_once(architecture))
+    class_name = architecture.class_name
     trust = ", trust_remote_code=True" if class_name.startswith("LitGPT") else ""
     card = _CARD.format(
         library="transformers" if format_name == "hf" else "gguf",
@@ -74,27 +77,32 @@ def write_card(folder: Path, source: "Source", class_name: str, format_name: str
         class_name=class_name,
         format=format_name,
         checkpoint=source.directory.name,
-        rows="\n".join(f"| {name} | {value} |" for name, value in facts(source, settings).items()),
+        rows="\n".join(f"| {name} | {value} |" for name, value in known.items()),
         usage=_TRANSFORMERS.format(trust=trust, serve=serve) if format_name == "hf" else _LLAMA_CPP,
         training=_TRAINING if settings else "",
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def facts(source: "Source", settings: dict[str, Any]) -> dict[str, str]:
+def facts(source: "Source", settings: dict[str, Any], once: bool = False) -> dict[str, str]:
     """Return what is known of a model and its training, in words by name.
 
     Args:
         source: The checkpoint.
         settings: Of the training, as plain data; empty if unknown.
+        once: Whether output head and token embeddings are written as one table.
     """
     config, train = source.config, settings.get("train")
-    tied = isinstance(train, dict) and bool(train.get("tie_embeddings"))
+    tied = once or (isinstance(train, dict) and bool(train.get("tie_embeddings")))
     size = count_parameters(config, tied)  # as all lines and pages of the run count them
     length = config.block_size
-    twice = "; the output head, one table with the embeddings in training, is written twice" if tied else ""
+    head = (
+        "the output head is the table of embeddings"
+        if once
+        else ("the output head, one table with the embeddings in training, is written twice")
+    )
     found = {
-        "parameters": f"{size.total:,}, of which {size.active:,} are active per token{twice}",
+        "parameters": f"{size.total:,}, of which {size.active:,} are active per token{f'; {head}' if tied else ''}",
         "FLOPs per token, forward": f"{count_flops(config, length, training=False) / length:,.0f}",
         "context": f"{length:,} tokens",
     }

@@ -1,5 +1,6 @@
 """The checkpoint that is exported: its configuration, its weights, and what they say together."""
 
+import functools
 import json
 import os
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 # Only training uses these; the exported model computes the same without them.
 TRAINING_ONLY = ("gate.noise_weight", "gate.bias_updates")
+_HEAD, _EMBEDDINGS = "lm_head.weight", "transformer.wte.weight"
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -53,11 +55,21 @@ class Source:
     @property
     def dtype(self) -> torch.dtype:
         """The floating type of most weights."""
-        return self.state["lm_head.weight"].dtype
+        return self.state[_HEAD].dtype
 
-    def nbytes(self, dtype: torch.dtype | None) -> int:
-        """Return about how many bytes the weights take, in their own type or another one."""
-        return sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in self.state.values())
+    @functools.cached_property
+    def tied(self) -> bool:
+        """Whether output head and token embeddings are the same numbers, as after `train.tie_embeddings`."""
+        return torch.equal(self.state[_HEAD], self.state[_EMBEDDINGS])
+
+    def writes_once(self, architecture: "Architecture") -> bool:
+        """Return whether one table is enough for output head and token embeddings in a class."""
+        return architecture.ties and self.tied
+
+    def nbytes(self, dtype: torch.dtype | None, architecture: "Architecture | None" = None) -> int:
+        """Return about how many bytes the weights take, in their own type or another one, in a class or all of them."""
+        stored = self._stored(architecture) if architecture else self.state
+        return sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in stored.values())
 
     def tensors(self, architecture: "Architecture", meta: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Yield the names and tensors of a class, one at a time.
@@ -66,7 +78,7 @@ class Source:
             architecture: The class.
             meta: Whether only shapes and types are asked for.
         """
-        for name, stored in architecture.rules(self.config, self.state).items():
+        for name, stored in architecture.rules(self.config, self._stored(architecture)).items():
             tensor = self.state[name]
             if meta:
                 tensor = tensor.to("meta")
@@ -74,6 +86,10 @@ class Source:
                 tensor = without_negatives(tensor)
             yield from stored.out(tensor)
         yield from architecture.constants(self.config, self.state).items()
+
+    def _stored(self, architecture: "Architecture") -> dict[str, Tensor]:
+        left_out = {_HEAD} if self.writes_once(architecture) else set()
+        return {name: tensor for name, tensor in self.state.items() if name not in left_out}
 
 
 def without_negatives(bias_E: Tensor) -> Tensor:

@@ -239,6 +239,7 @@ GRAPHS = (
         },
         lambda facts: _moe(facts) | {"expert_shared_feed_forward_length": shared_width(facts)},
         names.DECODER,
+        ties=False,
     ),
     _graph(
         "olmoe",
@@ -252,6 +253,7 @@ GRAPHS = (
         },
         _one_width,
         names.DECODER,
+        ties=False,
     ),
     _graph(
         "ernie4_5-moe",
@@ -293,5 +295,6 @@ GRAPHS = (
         _gpt_oss,
         names.GPT_OSS,
         biases=("mlp.gate.bias",),
+        ties=False,
     ),
 )

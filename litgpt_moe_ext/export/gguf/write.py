@@ -67,9 +67,9 @@ def export_gguf(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None) -
         **{f"{graph.model_type}.{key}": value for key, value in graph.config(facts).items()},
         **{f"tokenizer.{key}": value for key, value in tokenizer.items()},
     }
-    with new_directory(out_dir, source.nbytes(chosen)) as partial:
+    with new_directory(out_dir, source.nbytes(chosen, graph)) as partial:
         n_bytes = _write(partial / MODEL_FILE, source, graph, metadata, chosen)
-        write_card(partial, source, graph.class_name, "gguf")
+        write_card(partial, source, graph, "gguf")
     return GGUFExport(graph.class_name, n_bytes)
 
 

@@ -34,6 +34,7 @@ class Architecture:
         biases: Biases of a layer that the class always has, by our names: zeros where ours has none.
         rotates_neighbours: Whether rotary positions turn neighbours in a head, and not its halves.
         more: Returns tensors that the class has besides, by their names.
+        ties: Whether one table may be both token embeddings and output head, also for vLLM's own class of this name.
         vllm: Values of facts with which vLLM's own class of this name computes the same; with others only its
             Transformers backend does. A fact that is not named is free.
     """
@@ -46,6 +47,7 @@ class Architecture:
     biases: tuple[str, ...] = ()
     rotates_neighbours: bool = False
     more: Callable[["Config"], dict[str, Tensor]] = lambda config: {}
+    ties: bool = True
     vllm: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -288,6 +290,7 @@ ARCHITECTURES = (
             }
         ),
         names.LLAMA,
+        ties=False,
         # It reads neither entry.
         vllm={"clipped": (False,), "norm_topk": (False,)},
     ),
@@ -307,6 +310,7 @@ ARCHITECTURES = (
         SOFTMAX | GLM,
         config_json.glm,
         names.DEEPSEEK,
+        ties=False,
     ),
     Architecture(
         "GptOssForCausalLM",
@@ -315,6 +319,7 @@ ARCHITECTURES = (
         config_json.gpt_oss,
         names.GPT_OSS,
         ("mlp.gate.bias",),
+        ties=False,
         vllm={"rope": ("yarn",)},
     ),
     Architecture(
@@ -332,6 +337,7 @@ ARCHITECTURES = (
         config_json.deepseek_v2,
         names.LLAMA,
         rotates_neighbours=True,
+        ties=False,
     ),
     Architecture(
         "DeepseekV3ForCausalLM",
@@ -348,6 +354,7 @@ ARCHITECTURES = (
         config_json.deepseek_v3,
         names.DEEPSEEK,
         rotates_neighbours=True,
+        ties=False,
     ),
     Architecture(
         "LitGPTMoEForCausalLM",

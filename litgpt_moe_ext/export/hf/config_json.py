@@ -21,7 +21,6 @@ def _sizes(facts: Facts) -> _Json:
         "num_key_value_heads": config.n_query_groups,
         "head_dim": config.head_size,
         "max_position_embeddings": config.block_size,
-        "tie_word_embeddings": False,
     }
 
 
@@ -201,7 +200,6 @@ def gpt2(facts: Facts) -> _Json:
         "resid_pdrop": 0.0,
         "embd_pdrop": 0.0,
         "attn_pdrop": 0.0,
-        "tie_word_embeddings": False,
     }
 
 

@@ -447,6 +447,8 @@ class LitGPTMoEModel(LitGPTMoEPreTrainedModel):
 class LitGPTMoEForCausalLM(LitGPTMoEPreTrainedModel, GenerationMixin):
     """The model with its output head."""
 
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
     def __init__(self, config):
         super().__init__(config)
         self.model = LitGPTMoEModel(config)

@@ -58,15 +58,16 @@ def export_checkpoint(
     facts = facts_of(source.config, source.state)
     architecture, rejected = choose_class(facts)
     chosen = parse_dtype(dtype)
-    with new_directory(out_dir, source.nbytes(chosen)) as partial:
+    with new_directory(out_dir, source.nbytes(chosen, architecture)) as partial:
         ids = export_tokenizer(checkpoint_dir, partial, source.config.padded_vocab_size)
         sketches = [_sketch(name, tensor, chosen) for name, tensor in source.tensors(architecture, meta=True)]
         n_bytes = write_shards(sketches, source.tensors(architecture), partial, max_shard_bytes)
-        _write_json(partial / "config.json", _config_json(architecture, facts, ids, chosen or source.dtype))
+        config = _config_json(architecture, facts, ids, chosen or source.dtype)
+        _write_json(partial / "config.json", config | {"tie_word_embeddings": source.writes_once(architecture)})
         _write_json(partial / "generation_config.json", {"_from_model_config": True, **ids})
         if architecture.model_type == "litgpt_moe":
             shutil.copyfile(Path(__file__).with_name(f"{REMOTE_CODE}.py"), partial / f"{REMOTE_CODE}.py")
-        write_card(partial, source, architecture.class_name, "hf", architecture.serve(facts, "PATH"))
+        write_card(partial, source, architecture, "hf", architecture.serve(facts, "PATH"))
     return Export(architecture.class_name, architecture.serve(facts, str(out_dir)), rejected, n_bytes)
 
 

@@ -27,8 +27,8 @@ from tests.export.gguf.tokenizers import train_bpe as train_bpe_like
 from tests.export.hf.models import CASES, YARN, make_checkpoint
 
 
-def exported(folder, settings, biased, dtype=None):
-    model = make_checkpoint(folder / "checkpoint", settings, biased)
+def exported(folder, settings, biased, dtype=None, tied=False):
+    model = make_checkpoint(folder / "checkpoint", settings, biased, tied)
     export_gguf(folder / "checkpoint", folder / "out", dtype)
     return model, GGUFReader(folder / "out" / "model.gguf")
 
@@ -53,6 +53,16 @@ def test_every_tensor_is_in_the_file(tmp_path, name):
             expected = expected - expected.min().clamp(max=0)
         assert torch.equal(tensor, expected), name
     assert not stored
+
+
+@pytest.mark.parametrize(("name", "once"), [("llama-yarn", True), ("deepseek-v3", True), ("gpt-oss", False)])
+def test_one_table_is_written_once_where_the_graph_takes_it(tmp_path, name, once):
+    """Without `output.weight` the graphs read the embeddings, or refuse the file."""
+    model, reader = exported(tmp_path, *GRAPH_CASES[name][1:], tied=True)
+    stored = {t.name: np.array(t.data) for t in reader.tensors}
+    table = model.lm_head.weight.detach().numpy()
+    assert np.array_equal(stored["token_embd.weight"], table)
+    assert ("output.weight" not in stored) if once else np.array_equal(stored["output.weight"], table)
 
 
 # What llama.cpp's converter makes of names before it looks them up.

@@ -39,11 +39,12 @@ def greedy(llama, prompt: list[int], n: int) -> list[int]:
     return text
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", GRAPH_CASES)
-def test_logits_and_tokens(tmp_path, name):
+def test_logits_and_tokens(tmp_path, name, tied):
     graph, settings, biased = GRAPH_CASES[name]
     settings = {**settings, "vocab_size": 320, "padded_vocab_size": 320}
-    model = make_checkpoint(tmp_path / "checkpoint", settings, biased)
+    model = make_checkpoint(tmp_path / "checkpoint", settings, biased, tied)
     tokenizer = train_bpe([TEXT] * 20, BPESettings(vocab_size=320), tmp_path / "checkpoint")
     export_gguf(tmp_path / "checkpoint", tmp_path / "out")
     llama = open_file(tmp_path / "out")

@@ -212,12 +212,24 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     ),
 }
 
+# Those whose output head is tried as one table with the embeddings besides: a class of each kind, and one without.
+TIED = ("gpt2", "llama", "qwen3", "mixtral", "qwen3-moe", "qwen2-moe", "ernie", "quickstart", "glm")
 
-def make_checkpoint(folder: Path, settings: dict[str, Any], biased: bool) -> GPT:
-    """Write a checkpoint with random weights, every bias and sink nonzero, and return its model in float32."""
+
+def make_checkpoint(folder: Path, settings: dict[str, Any], biased: bool, tied: bool = False) -> GPT:
+    """Write a checkpoint with random weights, every bias and sink nonzero, and return its model in float32.
+
+    Args:
+        folder: The new directory.
+        settings: Of the model.
+        biased: Whether balancing biases distinguish experts.
+        tied: Whether output head and token embeddings are one table.
+    """
     torch.manual_seed(0)
     config = Config(**settings)
     model = GPT(config)
+    if tied:
+        model.lm_head.weight = model.transformer.wte.weight
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.3)

@@ -41,6 +41,31 @@ def test_logits_and_tokens_equal_the_originals(tmp_path, name):
     assert written.tolist() == text.tolist()
 
 
+@pytest.mark.parametrize(("name", "once"), [("gpt2", True), ("mixtral", True), ("quickstart", True), ("glm", False)])
+def test_one_table_is_written_once_where_the_class_takes_it(tmp_path, name, once):
+    _, settings, biased = CASES[name]
+    model = make_checkpoint(tmp_path / "checkpoint", settings, biased, tied=True)
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
+    assert ("lm_head.weight" in load_file(tmp_path / "out" / "model.safetensors")) == (not once)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] == once
+    assert ("is the table of embeddings |" in (tmp_path / "out" / "README.md").read_text()) == once
+    theirs, facts = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", trust_remote_code=True, output_loading_info=True
+    )
+    assert not any(facts.values()), facts
+    assert (theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight) == once
+    tokens = torch.randint(97, (2, 48), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = model(tokens)
+        actual = theirs.eval()(tokens).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    if name != "quickstart":
+        import_checkpoint(tmp_path / "out", tmp_path / "back")
+        back = torch.load(tmp_path / "back" / "lit_model.pth", weights_only=True)
+        for table in ("lm_head.weight", "transformer.wte.weight"):
+            assert torch.equal(back[table], model.lm_head.weight)
+
+
 def test_padding_on_the_left_changes_nothing(tmp_path):
     _, settings, biased = CASES["code-moe"]
     make_checkpoint(tmp_path / "checkpoint", settings, biased)

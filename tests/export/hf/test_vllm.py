@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from litgpt_moe_ext.export.hf.write import export_checkpoint
-from tests.export.hf.models import CASES, MOE, make_checkpoint
+from tests.export.hf.models import CASES, MOE, TIED, make_checkpoint
 from tests.export.hf.transformers5 import expect_of
 
 SCRIPT = Path(__file__).with_name("compare_with_vllm.py")
@@ -50,12 +50,14 @@ def test_log_probabilities_and_tokens(tmp_path, compiled):
     if python is None:
         pytest.skip("set VLLM_PYTHON to a Python with vLLM, whose torch is another one than LitGPT's")
     cases = tmp_path / "cases"
-    names = ("quickstart", "code-moe", "gpt-moe") if compiled else CASES
-    for name in names:
+    plain = ("quickstart", "code-moe", "gpt-moe") if compiled else CASES
+    names = [*((name, False) for name in plain), *((name, True) for name in TIED)]
+    for name, tied in names:
         _, settings, biased = CASES[name]
-        model = make_checkpoint(tmp_path / "checkpoints" / name, sized(settings), biased)
-        done = export_checkpoint(tmp_path / "checkpoints" / name, cases / name / "out")
-        expect_of(model, cases / name, options=done.serve.partition(str(cases / name / "out"))[2])
+        case = f"{name}-tied" if tied else name
+        model = make_checkpoint(tmp_path / "checkpoints" / case, sized(settings), biased, tied)
+        done = export_checkpoint(tmp_path / "checkpoints" / case, cases / case / "out")
+        expect_of(model, cases / case, options=done.serve.partition(str(cases / case / "out"))[2])
     command = [python, str(SCRIPT), str(cases), *(["--compiled"] if compiled else [])]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     print(result.stdout)
