@@ -217,7 +217,7 @@ class TokenLoader(DataLoader):
             raise SettingsError(
                 f"resume: the checkpoint's data position lacks {sorted(missing)}, so another kind of data loader saved "
                 "it; resume with the data module of the original run, or start a new run from its weights with "
-                "initial_checkpoint_dir"
+                "initial_checkpoint_dir and another out_dir"
             )
         saved, current = state["fingerprint"], self._fingerprint(state["position"])
         changed = [
@@ -229,7 +229,7 @@ class TokenLoader(DataLoader):
             raise SettingsError(
                 f"resume: the {self.windows.name} cannot be resumed exactly, as the saved position belongs to another "
                 f"order of windows ({', '.join(changed)}); resume with the original values, or start a new run "
-                "from the weights with initial_checkpoint_dir"
+                "from the weights with initial_checkpoint_dir and another out_dir"
             )
         if not self._is_in_range(state):
             raise SettingsError(

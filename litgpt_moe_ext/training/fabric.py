@@ -199,8 +199,9 @@ class TrainingFabric(L.Fabric):
             ) from error
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
             raise SettingsError(
-                f"resume: {str(path)!r} does not fit the present settings: {one_line(error)}. Resume with those in "
-                "hyperparameters.yaml beside it, or start anew from its weights with initial_checkpoint_dir."
+                f"resume: {str(path)!r} does not fit the present settings, or this version of the package: "
+                f"{one_line(error)}. Resume with those in hyperparameters.yaml beside it, or start anew from its "
+                "weights with initial_checkpoint_dir and another out_dir."
             ) from error
         self.resumed_rng = remainder.pop("rng", None)
         saved = remainder.pop("callbacks", {})

@@ -135,7 +135,7 @@ def same_corpora(start: Start, settings: dict[str, Any]) -> Iterator[None]:
             raise SettingsError(
                 f"resume: {str(start.resume_dir)!r} was trained on the corpus {' and '.join(sorted(start.corpora))}, "
                 f"and these data are {directory.name} ({cause}); resume with those that it had, or start anew from its "
-                "weights with initial_checkpoint_dir"
+                "weights with initial_checkpoint_dir and another out_dir"
             )
 
     with checked_first(check):

@@ -162,7 +162,7 @@ def require_same_optimizer(checkpoint_dir: Path, settings: dict[str, Any]) -> No
     if before is not None and before != now:
         raise SettingsError(
             f"resume: {str(checkpoint_dir)!r} holds the state of the optimizer {before}, not of {now}. Resume with "
-            f"{before}, or start anew from its weights with initial_checkpoint_dir."
+            f"{before}, or start anew from its weights with initial_checkpoint_dir and another out_dir."
         )
 
 
@@ -193,7 +193,7 @@ def require_same_groups(checkpoint_dir: Path, settings: dict[str, Any], config: 
             raise SettingsError(
                 f"{ParameterGroupArgs.key}.{name}: {value} must be {before[name]}, as in the checkpoint, whose "
                 "optimizer's state is sorted by it; resume with that, or start anew from its weights with "
-                "initial_checkpoint_dir"
+                "initial_checkpoint_dir and another out_dir"
             )
 
 
@@ -208,7 +208,7 @@ def require_same_tables(checkpoint_dir: Path, tied: bool) -> None:
     if isinstance(train, dict) and bool(train.get("tie_embeddings")) != tied:
         raise SettingsError(
             f"train.tie_embeddings: {tied} must be {not tied}, as in the checkpoint, whose optimizer's state is for "
-            "that; resume with that, or start anew from its weights with initial_checkpoint_dir"
+            "that; resume with that, or start anew from its weights with initial_checkpoint_dir and another out_dir"
         )
 
 

@@ -43,6 +43,7 @@ from litgpt_moe_ext.training.checkpoint.progress import Progress, newest_first
 from litgpt_moe_ext.training.checkpoint.resume import problem_with
 from litgpt_moe_ext.training.checkpoint.writer import CheckpointWriter
 from litgpt_moe_ext.training.control import TrainingStopped
+from litgpt_moe_ext.training.optim import parameter_groups
 from litgpt_moe_ext.training.parallel import memory
 from litgpt_moe_ext.training.settings import CheckpointArgs, DistributedArgs, ParameterGroupArgs
 from tests.models import dense_config, moe_config
@@ -605,6 +606,22 @@ def test_parameters_in_other_groups_than_those_of_the_checkpoint(tmp_path, befor
     # As another version might have it, which knew none of these settings.
     (tmp_path / "hyperparameters.yaml").write_text(yaml.safe_dump({**saved, "parameter_groups": {}}))
     require_same_groups(tmp_path, settings, moe_config())
+
+
+@pytest.mark.slow
+def test_a_checkpoint_with_the_groups_of_another_version(recipe, tmp_path, monkeypatch, capsys):
+    """As Muon's were when matrices of one row were among them: the remedy that is named works."""
+    made = recipe(optimizer=MUON, model_config={"n_shared_expert": 1, "shared_expert_gate": True})
+    with monkeypatch.context() as earlier:
+        earlier.setattr(parameter_groups, "_matrix_parts", lambda name, _: 1 + name.endswith("gate_up_proj"))
+        assert train("--config", made, "--train.max_steps", 2) == 0
+    final = tmp_path / "out" / "final"
+    capsys.readouterr()
+    assert train("--config", made, "--resume", final) == 2
+    error = capsys.readouterr().err
+    assert "does not fit the present settings, or this version of the package: " in error
+    assert error.endswith("start anew from its weights with initial_checkpoint_dir and another out_dir.\n")
+    assert train("--config", made, "--initial_checkpoint_dir", final, "--out_dir", tmp_path / "other") == 0
 
 
 def test_matrices_are_a_group_for_muon_anyway(tmp_path):
