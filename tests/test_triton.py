@@ -1,6 +1,7 @@
 """The Triton kernels of all rooms without a card, run by Triton's interpreter."""
 
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -20,7 +21,14 @@ def interpret(examples, *arguments):
     """Run the interpreted tests in a process of their own, in which Triton starts as an interpreter."""
     plugins = ("-p", "no:cacheprovider", "-p", "tests.watched_memory")
     command = [sys.executable, "-m", "pytest", *INTERPRETED, "-x", "-q", *plugins, *arguments]
-    run_command(*command, timeout=None, TRITON_INTERPRET="1", TRITON_EXAMPLES=str(examples))
+    try:
+        run_command(*command, timeout=None, TRITON_INTERPRET="1", TRITON_EXAMPLES=str(examples))
+    except AssertionError as error:
+        if "only 0-dimensional arrays can be converted" not in str(error):
+            raise
+        # That of torch 2.10 and 2.11; the package itself does not care.
+        versions = f"Triton {version('triton')} reads no number under NumPy {version('numpy')}"
+        pytest.fail(f"the interpreter of {versions}: install 'numpy<2.5' or a newer torch", pytrace=False)
 
 
 def test_interpreted_kernels_equal_the_loop():
