@@ -1,12 +1,15 @@
 """The command line: short forms, precedence, one line for what is wrong."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from litgpt.config import Config
 
+from litgpt_moe_ext.cli import mistakes
 from litgpt_moe_ext.cli.given import Given, read_flags
 from litgpt_moe_ext.cli.settings import annotations, litgpt_types, normalize, read_given, read_settings
 from litgpt_moe_ext.cli.train import main
@@ -15,6 +18,7 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.inspect.recipes import load_recipe
 from litgpt_moe_ext.recipe_files import load_value, read_recipe
 from litgpt_moe_ext.training.checkpoint.resume import find_resume_file
+from litgpt_moe_ext.training.settings import Settings
 
 DEFAULT = Path("default.yaml")
 
@@ -177,6 +181,9 @@ def test_what_is_printed_is_a_recipe(recipe, tmp_path, capsys):
         (["--max_tokens", "3"], "max_tokens: no setting has this name; did you mean train.max_tokens?"),
         (["--lr", "3e-4"], "lr: no setting has this name; did you mean optimizer.lr?"),
         (["--train.learning_rate", "3e-4"], "no setting has this name; did you mean optimizer.lr?"),
+        (["--save_steps", "3"], "save_steps: no setting has this name; did you mean train.save_interval?"),
+        (["--model_config.hidden_size", "3"], "no setting has this name; did you mean model_config.n_embd?"),
+        (["--model_config.tie_word_embeddings", "true"], "did you mean train.tie_embeddings?"),
         (["--batch_size", "3"], "batch_size: no setting has this name; did you mean train.micro_batch_size?"),
         (["--zzzz", "3"], "zzzz: no setting has this name ("),
         (["--confg", "x"], "confg: no setting has this name; did you mean config?"),
@@ -439,3 +446,13 @@ def test_a_setting_of_the_data_that_is_not_given_has_its_whole_name(tmp_path):
     assert given.whole_name("seed") == "seed"
     given.add_flag("data", "nobody.knows.this")
     assert given.whole_name("val_fraction") == "val_fraction"
+
+
+def test_names_of_other_trainers_lead_to_settings_that_there_are():
+    known = {field.name: field.type for field in dataclasses.fields(Settings)}
+    for name in mistakes._ELSEWHERE.values():
+        section, _, setting = name.partition(",")[0].partition(".")
+        assert section in known
+        if setting and section != "optimizer":
+            assert setting in {field.name for field in dataclasses.fields(known[section])}
+    assert set(mistakes._MODELS_ELSEWHERE.values()) <= {field.name for field in dataclasses.fields(Config)}
