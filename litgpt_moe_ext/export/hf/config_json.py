@@ -44,7 +44,9 @@ def _rope_scaling(facts: Facts) -> _Json | None:
     keys = present_adjustments(facts.config.rope_adjustments)
     original = keys.pop("original_max_seq_len", None)
     keys.pop("dynamic", None)
-    scaling: _Json = {"rope_type": facts.rope, **keys}
+    # transformers warns of whole numbers here, as recipes may have them.
+    numbers = {name: float(value) for name, value in keys.items() if type(value) is int}
+    scaling: _Json = {"rope_type": facts.rope, **keys, **numbers}
     if original is not None:
         scaling["original_max_position_embeddings"] = original
     return scaling

@@ -1,6 +1,7 @@
 """Exported models compute what the originals compute."""
 
 import json
+import logging
 import re
 import struct
 from pathlib import Path
@@ -77,6 +78,17 @@ def test_padding_on_the_left_changes_nothing(tmp_path):
     with torch.inference_mode():
         expected = theirs(tokens).logits
         torch.testing.assert_close(theirs(padded, attention_mask=mask).logits[:, 5:], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_whole_numbers_of_an_extended_context(tmp_path, caplog, monkeypatch):
+    """As people write them in recipes; transformers warns of numbers that are no floats."""
+    _, settings, biased = CASES["llama"]
+    yarn = {"factor": 2, "original_max_seq_len": 16, "beta_fast": 16, "beta_slow": 1}
+    make_checkpoint(tmp_path / "checkpoint", settings | {"rope_adjustments": yarn}, biased)
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert not [record.message for record in caplog.records if "must be a float" in record.message]
 
 
 def test_shards(tmp_path):
