@@ -3,6 +3,7 @@
 The events, and what the callbacks may do about them, stand in `training.callback`.
 """
 
+import contextlib
 import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -100,6 +101,22 @@ class TrainingFabric(L.Fabric):
         """Show a message on the first process."""
         if self.is_global_zero:
             self._show(" ".join(str(value) for value in values))
+
+    @contextlib.contextmanager
+    def rank_zero_first(self, local: bool = False) -> Iterator[None]:
+        """As Fabric's, but an error is raised when the others have had their turn; they would wait for who is gone.
+
+        Args:
+            local: Whether the first process of each node goes first.
+        """
+        problem = None
+        with super().rank_zero_first(local):
+            try:
+                yield
+            except Exception as error:  # whatever it is, the others are to have their turn
+                problem = error
+        if problem is not None:
+            raise problem
 
     def setup(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Tell the callbacks of LitGPT's model, then set it up."""

@@ -1,5 +1,6 @@
 """Two and four real processes over gloo: the same training as one, under every strategy that runs on CPUs."""
 
+import json
 import os
 import signal
 import subprocess
@@ -156,6 +157,26 @@ def test_first_dies_before_the_processes_connect(recipe):
         for pid in second:
             if Path(f"/proc/{pid}").exists():
                 os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_data_that_are_refused_are_a_line_and_no_traceback(recipe, tmp_path):
+    """The second process prepares them after the first, and once waited for it when that had gone."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "text.jsonl").write_text('{"content": "text"}')
+    files = {"source_path": str(source), "pattern": "*.jsonl", "bpe": {"vocab_size": 300}, "data_path": str(tmp_path)}
+    data = {"class_path": "litgpt_moe_ext.data.TextCorpus", "init_args": files}
+    process = subprocess.run(
+        [*RUN_TRAIN, "--config", str(recipe(data=None, devices=2)), f"--data={json.dumps(data)}"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=ROOT,
+    )
+    assert process.returncode == 2, process.stderr
+    assert "text.jsonl has no field 'text'" in process.stderr
+    assert "Traceback" not in process.stderr
 
 
 @pytest.mark.slow
