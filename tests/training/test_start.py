@@ -189,8 +189,7 @@ class TestOtherData:
 
     def test_refused(self, corpus_settings, tmp_path, capsys):
         own = {**corpus_settings, "source_path": str(tmp_path / "source"), "data_path": str(tmp_path / "prepared")}
-        for name in ("source_path", "data_path"):
-            shutil.copytree(corpus_settings[name], own[name])
+        shutil.copytree(corpus_settings["source_path"], own["source_path"])
         file, prepared = recipe_writer(tmp_path, own)(train={"max_tokens": 128}), tmp_path / "prepared"
         assert train("--config", file) == 0, capsys.readouterr().err
         (corpus,) = (path.name for path in prepared.iterdir() if path.is_dir())
@@ -198,20 +197,18 @@ class TestOtherData:
         arguments = ("--config", file, "--resume", "auto", "--train.max_tokens", 256)
 
         def refused(*flags):
-            for tokenizer in ((), ("--tokenizer_dir", tmp_path / "copy")):
-                assert train(*arguments, *tokenizer, *flags) == 2
-                error = capsys.readouterr().err
-                assert f"resume: '{tmp_path / 'out' / 'final'}' was trained on the corpus {corpus}, and these" in error
-                assert not [path for path in prepared.iterdir() if path.is_dir() and path.name != corpus]
-                yield error
+            assert train(*arguments, *flags) == 2
+            error = capsys.readouterr().err
+            assert f"resume: '{tmp_path / 'out' / 'final'}' was trained on the corpus {corpus}, and these" in error
+            assert not [path for path in prepared.iterdir() if path.is_dir() and path.name != corpus]
+            return error
 
-        for error in refused("--data.vocab_size", 280):
+        for tokenizer in ((), ("--tokenizer_dir", tmp_path / "copy")):
+            error = refused("--data.vocab_size", 280, *tokenizer)
             assert " (data.vocab_size 300 -> 280); resume with those that it had" in error
-        for error in refused("--data.val_fraction", "0.3", "--data.data_path", prepared / "." / ""):
-            assert " (data.val_fraction 0.2 -> 0.3); resume with" in error
+        assert " (data.val_count null -> 2); resume with" in refused("--data.val_count", 2)
         (tmp_path / "source" / "new.py").write_text("new = 1")
-        for error in refused():
-            assert " (the files of its sources or of its tokenizer are others); resume with" in error
+        assert " (the files of its sources or of its tokenizer are others); resume with" in refused()
 
     def test_a_mixture(self):
         state = {"fingerprint": {"corpora": [["stories", "a1:pad", 3], ["code", "b2", 4]]}}
