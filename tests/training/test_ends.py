@@ -1,5 +1,6 @@
 """The first and the last moments of a run."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -57,12 +58,14 @@ def test_the_way_on_leads_on(recipe, capsys):
 
 
 def test_what_is_saved_before_the_first_batch_has_the_generators_of_the_checkpoint(recipe, tmp_path):
-    """A finished run that is resumed saves `final` again; a signal, or `every_minutes`, may save as early."""
-    file = str(recipe(train={"max_tokens": 2 * 128}, model_config={"router_jitter_noise": 0.1}))
-    saved = []
+    """As when a run has lost its `final`, and saves it from the last step; a signal may save as early."""
+    train_settings = {"max_tokens": 2 * 128, "save_interval": 2}
+    file = str(recipe(train=train_settings, model_config={"router_jitter_noise": 0.1}))
+    saved, final = [], tmp_path / "out" / "final"
     for _ in range(2):
         assert train("--config", file, "--resume", "auto") == 0
-        saved.append(torch.load(tmp_path / "out" / "final" / "lit_model.pth", weights_only=True)["rng"][0]["torch"])
+        saved.append(torch.load(final / "lit_model.pth", weights_only=True)["rng"][0]["torch"])
+        shutil.rmtree(final)
     assert torch.equal(*saved)
 
 
