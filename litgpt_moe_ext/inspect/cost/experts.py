@@ -36,12 +36,16 @@ def without_values(model: nn.Module, on_gpu: bool) -> None:
             module.forward = dense_equivalent.__get__(module)
 
 
-def _compute(experts: Experts, on_gpu: bool, x_TD: Tensor, routing: Routing) -> Tensor:
+def _compute(experts: Experts, on_gpu: bool, x_TD: Tensor, routing: Routing, added_TD: Tensor | None = None) -> Tensor:
+    sizes = (routing.weights_TK.numel(), experts.weights.up_EGD, experts.weights.down_EDF)
     if torch.is_grad_enabled():
         weights = [weight for weight in experts.weights if weight is not None]
-        return _StandIn.apply(x_TD, routing.weights_TK, matmul_dtype(x_TD), *weights)
-    infer = _infer_on_gpu if on_gpu else _infer_on_cpu
-    return infer(x_TD, routing.weights_TK.numel(), experts.weights.up_EGD, experts.weights.down_EDF)
+        y_TD = _StandIn.apply(x_TD, routing.weights_TK, matmul_dtype(x_TD), *weights)
+    elif on_gpu:
+        return _infer_on_gpu(x_TD, *sizes)  # whose sum over a token's rows takes in what is added
+    else:
+        y_TD = _infer_on_cpu(x_TD, *sizes)
+    return y_TD if added_TD is None else y_TD + added_TD
 
 
 def _infer_on_cpu(x_TD: Tensor, n_row: int, up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
