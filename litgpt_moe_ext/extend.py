@@ -16,7 +16,7 @@ from importlib.metadata import entry_points
 
 from litgpt_moe_ext.attention.kernels.registry import AttentionKernel, register_kernel
 from litgpt_moe_ext.config.fields import FIELDS, Field, loss_weight
-from litgpt_moe_ext.errors import did_you_mean, one_line
+from litgpt_moe_ext.errors import one_line
 from litgpt_moe_ext.moe.registry import (
     ACTIVATIONS,
     LOSSES,
@@ -62,9 +62,6 @@ def register_router(name: str, router: RouterType, fields: Mapping[str, Field] |
             raise ValueError(
                 f"{name!r}: {router.router.__name__} must be a subclass of litgpt_moe_ext.moe.router.Router"
             )
-    if unknown := [field for field in router.defaults if field not in FIELDS and field not in fields]:
-        hint = did_you_mean(unknown[0], [*FIELDS, *fields])
-        raise ValueError(f"{name!r}: defaults has {unknown[0]!r}, which is no field of a configuration{hint}")
     _add(ROUTERS, name, router)
     for field_name, field in fields.items():
         _add(FIELDS, field_name, field)

@@ -26,7 +26,6 @@ class Own(LearnedRouter):
 
 
 OWN = RouterType(Own, doc="highest logits")
-MISSPELT = RouterType(Own, doc="highest logits", defaults={"router_z_los_coef": 1})
 HEAT = Field(PositiveFloat, "heat")
 
 
@@ -36,7 +35,6 @@ HEAT = Field(PositiveFloat, "heat")
         (lambda: extend.register_router("own router", OWN), "'own router' must be a name of letters, digits"),
         (lambda: extend.register_router("own", Own), "'own': Own must be a RouterType"),
         (lambda: extend.register_router("own", RouterType(nn.Linear, doc="")), "'own': Linear must be a subclass of"),
-        (lambda: extend.register_router("own", MISSPELT), "'router_z_los_coef', .*; did you mean router_z_loss_coef"),
         (lambda: extend.register_router("own", OWN, {"heat": 1.0}), "'heat': a float must be a Field"),
         (lambda: extend.register_router("own", OWN, {"my-heat": HEAT}), "'my-heat' must be a name of letters"),
         (lambda: extend.register_loss("own", torch.sum), "'own': a .* must be a Loss"),
