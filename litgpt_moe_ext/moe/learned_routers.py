@@ -60,7 +60,9 @@ class LearnedRouter(Router):
 
     def read(self, x_TD: Tensor) -> tuple[Tensor, Passed | None]:
         """Return the logits, and the tokens for experts where they are a by-product."""
-        if self.jitter and self.training or not self._has_own_product(x_TD, self.weight):
+        # A subclass may have logits of its own.
+        others = type(self).logits is not LearnedRouter.logits or type(self).project is not LearnedRouter.project
+        if others or (self.jitter and self.training) or not self._has_own_product(x_TD, self.weight):
             return self.logits(x_TD), None
         logits_TE, *passed = router_product.project_and_pass(x_TD, self.weight, matmul_dtype(x_TD))
         return self._biased(logits_TE), Passed(*passed)

@@ -148,6 +148,20 @@ def test_no_token():
     assert not result.counts_E.any()
 
 
+@pytest.mark.parametrize("method", ["logits", "project"])
+@pytest.mark.parametrize("kind", ["topk", "noisy_topk"])
+def test_logits_of_a_subclass_are_decided_by(monkeypatch, kind, method):
+    """And not those of the kernel, which knows the gate's product alone."""
+    monkeypatch.setattr(router_product, "FEWEST_NUMBERS", 4)
+    monkeypatch.setattr(fused_router, "works_on", lambda x: True)
+    base = load(ROUTERS[kind].router)
+    halved = type("Halved", (base,), {method: lambda self, *args: getattr(base, method)(self, *args) / 2})
+    gate = randomize(halved(moe_config(mlp_class_name="MoE", router_type=kind)))
+    x_TD = torch.randn(12, 16)
+    assert gate(x_TD).decision is not None
+    torch.testing.assert_close(gate.given(x_TD)[0].logits_TE, x_TD @ gate.weight.T / 2)
+
+
 def test_nothing_but_padding():
     gate = make_gate(**SEQUENCES, **BALANCING, **ORTHOGONALITY)
     results, _ = run(gate, torch.randn(6, 16), torch.rand(6, 2), True, 2, torch.zeros(6, dtype=torch.bool))
