@@ -9,10 +9,7 @@ from tests.runs import run_command
 
 INTERPRETED = (
     "tests/interpreted_memory.py",
-    *(
-        f"tests/moe/interpreted_{name}.py"
-        for name in ("triton", "router", "product", "orthogonality", "balancing", "copying")
-    ),
+    *(f"tests/moe/interpreted_{name}.py" for name in ("triton", "router", "product", "orthogonality", "balancing")),
     *(f"tests/attention/interpreted_{name}.py" for name in ("epilogue", "rotation")),
 )
 

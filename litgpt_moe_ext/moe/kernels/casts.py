@@ -12,8 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from litgpt_moe_ext.moe.kernels.copying import copy_each
-
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -31,7 +29,7 @@ class _CastTogether(torch.autograd.Function):
             casts += stack.split(n_rows)
             stacks.append(stack)
             ctx.n_rows.append(n_rows)
-        copy_each(casts, weights)
+        torch._foreach_copy_(casts, list(weights))
         return tuple(stacks)
 
     @staticmethod
@@ -50,7 +48,7 @@ class _CastTogether(torch.autograd.Function):
                 narrow.append(grad)
                 wide.append(result)
         if wide:
-            copy_each(wide, narrow)
+            torch._foreach_copy_(wide, narrow)
         return None, None, *results
 
 

@@ -17,8 +17,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from litgpt_moe_ext.moe.kernels.copying import copy_each
-
 _sharing: "StepWeights | None" = None
 
 
@@ -54,7 +52,7 @@ class StepWeights:
         stale = not self._fresh or any(weight.requires_grad and weight.grad is None for weight in weights)
         if weights and stale:
             with torch.no_grad():
-                copy_each(list(self._casts.values()), weights)
+                torch._foreach_copy_(list(self._casts.values()), weights)
         self._fresh = True
 
     @property

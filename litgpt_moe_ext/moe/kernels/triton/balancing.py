@@ -15,7 +15,7 @@ import triton.language as tl
 
 from litgpt_moe_ext.kernels.launch import launch, power_of_two
 from litgpt_moe_ext.moe.kernels.balancing import Moved
-from litgpt_moe_ext.moe.kernels.triton.common import constexpr, of_program
+from litgpt_moe_ext.moe.kernels.triton.common import constexpr
 
 # Layers of a launch. Each has three addresses, and the arguments of a kernel may be 4 KiB in all.
 _MOST_LAYERS = 128
@@ -48,6 +48,15 @@ def move_biases(moved: Moved) -> None:
 
 
 @triton.jit
+def _of_layer(addresses):
+    # Addresses that are arguments need no table on the device, which would have to follow every tensor.
+    address = addresses[0]
+    for layer in tl.static_range(1, len(addresses)):
+        address = tl.where(tl.program_id(0) == layer, addresses[layer], address)
+    return address
+
+
+@triton.jit
 def _quotient(n, D: constexpr):
     return tl.div_rn(n.to(tl.float32), tl.full((), D, tl.float32))
 
@@ -55,7 +64,7 @@ def _quotient(n, D: constexpr):
 @triton.jit
 def _next_rate(updates, rate, FORM: constexpr):
     # `litgpt_moe_ext.moe.balancing.scheduled_rate`, rounded as torch does on a CPU.
-    update = of_program(updates)
+    update = _of_layer(updates)
     n = tl.load(update)
     factor = tl.full((), 1.0, tl.float32)
     if FORM.warmup_steps != 0:
@@ -71,7 +80,7 @@ def _next_rate(updates, rate, FORM: constexpr):
 
 @triton.jit
 def _move(biases, records, updates, n_expert, rate, FORM: constexpr):
-    bias, record = of_program(biases), of_program(records)
+    bias, record = _of_layer(biases), _of_layer(records)
     e_E = tl.arange(0, FORM.experts)
     real_E = e_E < n_expert
     if updates is not None:

@@ -97,18 +97,6 @@ def block_of(width: int) -> tuple[int, int]:
 
 
 @triton.jit
-def of_program(arguments):
-    """Return that of several arguments, addresses for example, which is this program's, by the grid's first number.
-
-    Arguments need no table on the device, which would have to follow every tensor.
-    """
-    argument = arguments[0]
-    for i in tl.static_range(1, len(arguments)):
-        argument = tl.where(tl.program_id(0) == i, arguments[i], argument)
-    return argument
-
-
-@triton.jit
 def dot(a, b, total, FORM: constexpr):
     """Return `total + a @ b`, summed in float32.
 
