@@ -1,7 +1,7 @@
 """Operators of torch whose arguments are named tuples, with their gradients and the FLOPs they cost."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ class Operator:
         n_result: int = 1,
         flops: Callable[[Any], int] | None = None,
     ) -> None:
-        self._name = name
+        self._name, self._fields = name, call._fields
         self._function = lambda *args: function(call(*args))
         self._overload = define(name, call.__annotations__, n_result, self._function, lambda *args: fake(call(*args)))
         self._differentiated: Any = None
@@ -81,19 +81,26 @@ class Operator:
         # An operator without gradient says so when it is asked for one; a function's result would pass for a constant.
         return self._overload(*args) if self._differentiated is None else self._differentiated.apply(*args)
 
-    def set_gradient(self, backward: Callable[..., Any]) -> None:
+    def set_gradient(self, backward: Callable[..., Any], unread: Collection[str] = ()) -> None:
         """Make it differentiable.
 
         Args:
             backward: Takes the context of an autograd function, whose arguments are `arguments_of(context)`, and
                 gradients of the results; returns those of the arguments.
+            unread: Arguments that it does not read, which are not kept and None to it.
         """
-        torch.library.register_autograd(f"{_NAMESPACE}::{self._name}", backward, setup_context=_keep)
+        is_read = tuple(name not in unread for name in self._fields)
+
+        def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            del output
+            _keep(ctx, tuple(value if read else None for value, read in zip(inputs, is_read, strict=True)))
+
+        torch.library.register_autograd(f"{_NAMESPACE}::{self._name}", backward, setup_context=keep)
 
         def forward(ctx: Any, *args: Any) -> Any:
             # A function with a context of its own (`setup_context`) has its signature inspected at every call.
             output = self._function(*args)
-            _keep(ctx, args, output)
+            keep(ctx, args, output)
             return output
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
@@ -105,7 +112,7 @@ def operator(name: str, call: type, fake: Callable[[Any], Any], **options: Any) 
     return lambda function: Operator(name, call, function, fake, **options)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...]) -> None:
     ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
     ctx.call = tuple(None if isinstance(value, Tensor) else value for value in inputs)
     ctx.is_tensor = tuple(isinstance(value, Tensor) for value in inputs)

@@ -72,12 +72,13 @@ class Experts(nn.Module):
             if bias is not None:
                 nn.init.zeros_(bias)
 
-    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+    def forward(self, x_TD: Tensor, routing: Routing, added_TD: Tensor | None = None) -> Tensor:
         """Return, for each token, the weighted sum of its experts' outputs, (T, D) in the dtype of `x_TD`.
 
         Args:
             x_TD: Tokens.
             routing: The router's decision for them.
+            added_TD: What is added to the sum, such as the output of shared experts.
 
         Returns:
             Anything, NaN included, for padding.
@@ -87,15 +88,20 @@ class Experts(nn.Module):
         if self.gate_on_input:
             # Every choice is a row of its own that goes to one expert, at full weight.
             x_TKD = x_TD.unsqueeze(1) * routing.weights_TK.unsqueeze(2)
-            y_RD = self._compute(x_TKD.flatten(0, 1).to(x_TD.dtype), _one_choice_per_row(routing))
-            return y_RD if x_TKD.size(1) == 1 else y_RD.view(x_TKD.shape).sum(1)
-        return self._compute(x_TD, routing)
+            y_RD = self._compute(x_TKD.flatten(0, 1).to(x_TD.dtype), _one_choice_per_row(routing), None)
+            y_TD = y_RD if x_TKD.size(1) == 1 else y_RD.view(x_TKD.shape).sum(1)
+            return y_TD if added_TD is None else y_TD + added_TD
+        return self._compute(x_TD, routing, added_TD)
 
-    def _compute(self, x_TD: Tensor, routing: Routing) -> Tensor:
+    def _compute(self, x_TD: Tensor, routing: Routing, added_TD: Tensor | None) -> Tensor:
         hidden = Hidden(self.activation, self.dropout if self.training else 0.0)
         # On the meta device the loop does the work of the active experts, whatever computes them elsewhere.
-        backend = "loop" if x_TD.is_meta else self.backend_for(x_TD, torch.compiler.is_compiling())
-        return BACKENDS[backend].function(x_TD, routing, self.weights, hidden)
+        name = "loop" if x_TD.is_meta else self.backend_for(x_TD, torch.compiler.is_compiling())
+        backend, arguments = BACKENDS[name], (x_TD, routing, self.weights, hidden)
+        if backend.adds:
+            return backend.function(*arguments, added_TD)
+        y_TD = backend.function(*arguments)
+        return y_TD if added_TD is None else y_TD + added_TD
 
     def backend_for(self, x_TD: Tensor, compiling: bool = False) -> str:
         """Return the name of the backend that computes `x_TD` under the present autocast.

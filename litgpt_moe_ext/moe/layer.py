@@ -63,7 +63,8 @@ class FeedForward(LLaMAMLP):
         # Of a gated activation both projections may be side by side in one tensor.
         gate, up = hidden if len(hidden) == 2 else (hidden[0], None)
         if self._has_kernel and fused_router.works_on(gate):
-            a = glu(_flat(gate), _flat(up), self.activation.name, self.activation.gelu_approximate)
+            flat = _flat(gate), None if up is None else _flat(up)
+            a = glu(*flat, self.activation.name, self.activation.gelu_approximate)
             return out(a.view(*x.shape[:-1], a.size(-1)))
         return out(self.activation(gate) if up is None else self.activation.gate(gate, up))
 
@@ -119,21 +120,25 @@ class MoE(nn.Module):
         else:
             routed_TD, shared_TD = routing.passed
             x_BTD = shared_TD.view(x_BTD.shape)
-        y_BTD = self.experts(routed_TD, routing).view(x_BTD.shape)
-        if self.shared_experts is not None:
-            shared_BTD = self.shared_experts(x_BTD)
-            logits_BT1 = None if self.shared_expert_gate is None else self.shared_expert_gate(x_BTD)
-            if self._own_sum and fused_router.works_on(y_BTD) and not (logits_BT1 is None and real_T is None):
-                flat = (_flat(x) for x in (y_BTD, shared_BTD, logits_BT1))
-                return add_gated(*flat, real_T).view(x_BTD.shape)
-            if logits_BT1 is not None:
-                shared_BTD = shared_BTD * logits_BT1.sigmoid()
-            y_BTD = y_BTD + shared_BTD
-        return y_BTD if real_BT is None else torch.where(real_BT.unsqueeze(-1), y_BTD, 0.0)
+        if self.shared_experts is None:
+            y_TD = self.experts(routed_TD, routing)
+        else:
+            shared_TD = _flat(self.shared_experts(x_BTD))
+            logits_T1 = None if self.shared_expert_gate is None else _flat(self.shared_expert_gate(x_BTD))
+            special = logits_T1 is not None or real_T is not None
+            if special and self._own_sum and fused_router.works_on(routed_TD):
+                y_TD = self.experts(routed_TD, routing).contiguous()
+                return add_gated(y_TD, shared_TD, logits_T1, real_T).view(x_BTD.shape)
+            if logits_T1 is not None:
+                shared_TD = shared_TD * logits_T1.sigmoid()
+            y_TD = self.experts(routed_TD, routing, shared_TD)
+        if real_T is not None:
+            y_TD = torch.where(real_T.unsqueeze(-1), y_TD, 0.0)
+        return y_TD.view(x_BTD.shape)
 
 
-def _flat(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.reshape(-1, x.size(-1)).contiguous()
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.size(-1)).contiguous()
 
 
 def narrowed(x: Tensor) -> Tensor:

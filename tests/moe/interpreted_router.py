@@ -213,7 +213,7 @@ def test_what_the_kernels_do_not_know(make, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "padded"), [
-    ("gated", True), pytest.param("gated", False, marks=pytest.mark.slow),
+    ("gated", True), ("shared", False), pytest.param("gated", False, marks=pytest.mark.slow),
     pytest.param("on input", True, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_whole_layer(monkeypatch, watch, name, padded):
@@ -222,7 +222,7 @@ def test_a_whole_layer(monkeypatch, watch, name, padded):
     compare_layer(name, "triton", (2, 5), padded, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name", ["gated", pytest.param("on input", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["shared", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gated", "on input"))])
 def test_a_layer_in_half_precision(monkeypatch, name):
     """Its router passes the tokens on to routed and shared experts, whose gradients it adds up."""
     monkeypatch.setattr(router_product, "FEWEST_NUMBERS", 4)

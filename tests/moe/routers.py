@@ -106,6 +106,7 @@ def compare_fixed(kind, padded, device):
 
 
 LAYERS = {
+    "shared": {"n_shared_expert": 2, **Z},
     "gated": {"n_shared_expert": 1, "shared_expert_gate": True, "bias": True, **SEQUENCES},
     "on input": {"expert_gate_on_input": True, "n_shared_expert": 1, **BALANCING},
 }

@@ -532,3 +532,24 @@ def test_a_single_token_of_padding_visits_no_expert(backend):
     nowhere = Routing(torch.zeros(1, 2), torch.full((1, 2), 5), counts_E, real_T)
     with torch.no_grad():
         assert experts(torch.full((1, 16), float("nan")), nowhere).shape == (1, 16)
+
+
+@pytest.mark.parametrize("backend", ["grouped_cpu", "grouped_mm", "loop"])
+@pytest.mark.parametrize("gate_on_input", [False, True])
+def test_what_is_added_is_added_and_not_kept(backend, gate_on_input):
+    experts, routing = make_experts(torch.float32, expert_gate_on_input=gate_on_input), make_routing(40, 2, 5)
+    experts.forced_backend = backend
+    x, upstream = torch.randn(2, 40, 16)
+    added = torch.randn(40, 16, requires_grad=True)
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = experts(x, routing, added)
+    torch.testing.assert_close(y, experts(x, routing) + added)
+    y.backward(upstream)
+    assert torch.equal(added.grad, upstream)
+    assert added.data_ptr() not in kept

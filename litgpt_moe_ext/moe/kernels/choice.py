@@ -27,12 +27,10 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.kernels import launch
 from litgpt_moe_ext.kernels.compiled import assume_constant_result
 from litgpt_moe_ext.kernels.gpu import amd_chip, triton_knows, vendor_kind
-from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden
 from litgpt_moe_ext.moe.kernels.cpu import grouped_cpu_experts
 from litgpt_moe_ext.moe.kernels.grouped import grouped_mm_experts, triton_experts
 from litgpt_moe_ext.moe.kernels.loop import loop_experts
 from litgpt_moe_ext.moe.registry import EXPERT_BACKENDS
-from litgpt_moe_ext.moe.router import Routing
 
 
 class Place(NamedTuple):
@@ -66,11 +64,13 @@ class ExpertBackend:
             the other tokens are padding: their numbers may be anything, their expert is E, they are not among the
             counts, and what is returned for them, and as their gradient, is not read.
         obstacle: Returns what keeps it from working at a place, as the end of a sentence, or None.
+        adds: Whether `function` takes one argument more, (T, D) in the dtype of the tokens: what is added to the sum.
     """
 
     name: str
-    function: Callable[[Tensor, Routing, ExpertWeights, Hidden], Tensor]
+    function: Callable[..., Tensor]
     obstacle: Callable[[Place], str | None]
+    adds: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ BACKENDS: dict[str, ExpertBackend] = {
     for backend in (
         ExpertBackend("loop", loop_experts, lambda place: None),
         ExpertBackend("grouped_cpu", grouped_cpu_experts, _needs_cpu),
-        ExpertBackend("grouped_mm", grouped_mm_experts, _needs_strides),
-        ExpertBackend("triton", triton_experts, _needs_triton),
+        ExpertBackend("grouped_mm", grouped_mm_experts, _needs_strides, adds=True),
+        ExpertBackend("triton", triton_experts, _needs_triton, adds=True),
     )
 }
 

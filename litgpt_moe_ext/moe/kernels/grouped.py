@@ -19,7 +19,9 @@ from litgpt_moe_ext.moe.router import Routing
 _FEW_ROWS = 32
 
 
-def triton_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden: Hidden) -> Tensor:
+def triton_experts(
+    x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden: Hidden, added_TD: Tensor | None = None
+) -> Tensor:
     """Return, for each token, the weighted sum of its experts' outputs, (T, D) in the dtype of `x_TD`.
 
     Matrices are multiplied in the dtype of `x_TD`, or in autocast's, with float32 sums; float32 is multiplied as
@@ -30,17 +32,21 @@ def triton_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidde
         routing: The router's decision for them.
         weights: Stacked weights of the experts.
         hidden: What happens between the two projections.
+        added_TD: What is added to the sum, (T, D) in the dtype of `x_TD`, or None.
     """
     gates_TK, experts_TK = routing.weights_TK, routing.experts_TK
     activation = hidden.activation
     few = experts_TK.numel() <= _FEW_ROWS and routing.real_T is None
     if few and not hidden.dropout and not has_gradient(x_TD, gates_TK, *weights):
         how = (activation.name, activation.gelu_approximate)
-        return decode_experts(x_TD, gates_TK, experts_TK, *weights, *how)
-    return _grouped(x_TD, routing, weights, hidden, engine="triton")
+        y_TD = decode_experts(x_TD, gates_TK, experts_TK, *weights, *how)
+        return y_TD if added_TD is None else y_TD + added_TD
+    return _grouped(x_TD, routing, weights, hidden, added_TD, "triton")
 
 
-def grouped_mm_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden: Hidden) -> Tensor:
+def grouped_mm_experts(
+    x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden: Hidden, added_TD: Tensor | None = None
+) -> Tensor:
     """Do the same with torch's grouped products.
 
     Args:
@@ -48,14 +54,18 @@ def grouped_mm_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, h
         routing: As above.
         weights: As above.
         hidden: As above.
+        added_TD: As above.
     """
     few = routing.experts_TK.numel() <= MOST_GATHERED and routing.real_T is None and x_TD.device.type == "cuda"
     if few and not hidden.dropout and not has_gradient(x_TD, routing.weights_TK, *weights):
-        return gather_experts(x_TD, routing, weights, hidden.activation, matmul_dtype(x_TD))
-    return _grouped(x_TD, routing, weights, hidden, engine="torch")
+        y_TD = gather_experts(x_TD, routing, weights, hidden.activation, matmul_dtype(x_TD))
+        return y_TD if added_TD is None else y_TD + added_TD
+    return _grouped(x_TD, routing, weights, hidden, added_TD, "torch")
 
 
-def _grouped(x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden: Hidden, engine: str) -> Tensor:
+def _grouped(
+    x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden: Hidden, added_TD: Tensor | None, engine: str
+) -> Tensor:
     gates_TK, experts_TK, counts_E, real_T, decision, _ = routing
     if decision is None:
         rows_R, ends_E = sort_rows(experts_TK, counts_E, padded=real_T is not None)
@@ -72,6 +82,6 @@ def _grouped(x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden: Hid
     if hidden.dropout:
         shape = (h_RG.size(0), weights.down_EDF.size(2))
         keep_RF = h_RG.new_empty(shape, dtype=torch.bool).bernoulli_(1 - hidden.dropout)
-    routed = (h_RG, gates_TK, weights.down_EDF, weights.down_bias_ED, keep_RF, experts_TK, rows_R, ends_E)
+    routed = (h_RG, gates_TK, weights.down_EDF, weights.down_bias_ED, keep_RF, experts_TK, rows_R, ends_E, added_TD)
     how = (activation.name, activation.gelu_approximate, 1 / (1 - hidden.dropout))
     return expert_down(*routed, *how, x_TD.dtype, engine)

@@ -111,12 +111,16 @@ def activate_backward(h_RG: Tensor, da_RF: Tensor, gates: Gates, activation: Any
     return Gradients(dh_RG, a_RF, dgates_R.view(gates.gates_TK.shape))
 
 
-def combine(y_RD: Tensor, gates_TK: Tensor | None, n_token: int, dtype: torch.dtype) -> Tensor:
-    """Return the sum of each token's rows, (T, D) in `dtype`; rows are in the order of tokens."""
+def combine(
+    y_RD: Tensor, gates_TK: Tensor | None, n_token: int, dtype: torch.dtype, added_TD: Tensor | None = None
+) -> Tensor:
+    """Return the sum of each token's rows, and of what is added, (T, D) in `dtype`; rows are in the order of tokens."""
     y_TKD = y_RD.view(n_token, y_RD.size(0) // max(n_token, 1), -1) if n_token else y_RD.view(0, 1, y_RD.size(1))
     if gates_TK is not None:
-        return (y_TKD * gates_TK.unsqueeze(2)).sum(1).to(dtype)
-    return y_TKD.sum(1, dtype=torch.promote_types(y_RD.dtype, torch.float32)).to(dtype)
+        y_TD = (y_TKD * gates_TK.unsqueeze(2)).sum(1)
+    else:
+        y_TD = y_TKD.sum(1, dtype=torch.promote_types(y_RD.dtype, torch.float32))
+    return (y_TD if added_TD is None else y_TD + added_TD).to(dtype)
 
 
 def _expert_of_rows(plan: Plan, row_R: Tensor) -> Tensor:

@@ -60,6 +60,7 @@ class Down(NamedTuple):
         experts_TK: Chosen experts.
         rows_R: As in `Up`.
         ends_E: As in `Up`.
+        added_TD: Outputs that are added, those of shared experts, or None.
         activation: Name of the activation; `identity` if `h_RG` has been activated already.
         approximate: `gelu_approximate` of the activation.
         scale: Factor of the hidden activations that are kept.
@@ -75,6 +76,7 @@ class Down(NamedTuple):
     experts_TK: Tensor
     rows_R: Tensor
     ends_E: Tensor
+    added_TD: Tensor | None
     activation: str
     approximate: str
     scale: float
@@ -265,12 +267,12 @@ def expert_up(call: Up) -> Tensor:
     flops=lambda shapes: _product_flops(shapes.rows_R[0], shapes.weight_EDF),
 )
 def expert_down(call: Down) -> Tensor:
-    """Return the weighted sum of the experts' outputs, (T, D), from the output of the first projections."""
+    """Return the weighted sum of the experts' outputs and of what is added, (T, D)."""
     n_token, beside = call.gates_TK.size(0), _beside(call, call.h_RG)
     a_RF = beside.activate(call.h_RG, _activation(call), Mask(call.keep_RF, call.scale))
     weight = step_weights.cast(call.weight_EDF, a_RF.dtype)
     y_RD = _engine(call).multiply_rows(Product(a_RF, weight, call.bias_ED, _plan(call, n_token), scatter=True))
-    return beside.combine(y_RD, call.gates_TK.contiguous(), n_token, call.dtype)
+    return beside.combine(y_RD, call.gates_TK.contiguous(), n_token, call.dtype, call.added_TD)
 
 
 @operator(
@@ -422,6 +424,8 @@ def _down_backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
     need_h, need_gates, need_weight, need_bias = ctx.needs_input_grad[:4]
     dh_RG = dgates_TK = dweight_EDF = dbias_ED = None
     n_token, plan, engine = call.gates_TK.size(0), (call.rows_R, call.ends_E), call.engine
+    # What was added had the dtype of the sum.
+    dadded_TD = dy_TD if ctx.needs_input_grad[_ADDED] else None
     dy_TD = dy_TD.to(call.h_RG.dtype).contiguous()
     if need_h or need_gates or need_weight:
         da_RF = multiply_rows(dy_TD, _transposed(call.weight_EDF, dy_TD.dtype), *plan, n_token, True, False, engine)
@@ -438,8 +442,13 @@ def _down_backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         dgates_TK = dgates_TK.to(call.gates_TK.dtype)
     if need_bias and call.bias_ED is not None:
         dbias_ED = sum_rows(dy_TD, call.gates_TK, *plan, call.bias_ED.dtype, engine)
-    gradients = (dh_RG if need_h else None, dgates_TK if need_gates else None, dweight_EDF, dbias_ED)
-    return *gradients, *(None for _ in Down._fields[4:])
+    gradients = [dh_RG if need_h else None, dgates_TK if need_gates else None, dweight_EDF, dbias_ED]
+    gradients += [None] * (len(Down._fields) - len(gradients))
+    gradients[_ADDED] = dadded_TD
+    return tuple(gradients)
+
+
+_ADDED = Down._fields.index("added_TD")
 
 
 def _bias_share(dy_TD: Tensor, bias_ED: Tensor, experts_TK: Tensor) -> Tensor:
@@ -464,6 +473,6 @@ def _glu_backward(ctx: Any, da_TF: Tensor) -> tuple[Tensor | None, ...]:
 
 
 expert_up.set_gradient(_up_backward)
-expert_down.set_gradient(_down_backward)
+expert_down.set_gradient(_down_backward, unread=("added_TD",))
 add_gated.set_gradient(_gated_backward)
 glu.set_gradient(_glu_backward)

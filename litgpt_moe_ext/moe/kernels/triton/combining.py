@@ -23,26 +23,30 @@ class _Sizes(NamedTuple):
     width: Any
 
 
-def combine(y_RD: Tensor, gates_TK: Tensor | None, n_token: int, dtype: torch.dtype) -> Tensor:
-    """Return the sum of each token's rows, (T, D) in `dtype`.
+def combine(
+    y_RD: Tensor, gates_TK: Tensor | None, n_token: int, dtype: torch.dtype, added_TD: Tensor | None = None
+) -> Tensor:
+    """Return the sum of each token's rows, and of what is added, (T, D) in `dtype`.
 
     Args:
         y_RD: Rows in the order of tokens and their K choices, contiguous.
         gates_TK: Factors of the rows, contiguous, or None.
         n_token: T.
         dtype: Of the result.
+        added_TD: What is added, or None.
     """
     n_row, width = y_RD.shape
     y_TD = y_RD.new_empty(n_token, width, dtype=dtype)
     block = block_of(width)
     sizes = _Sizes(n_token, n_row // max(n_token, 1), width)
     grid = (ceil_div(n_token, block[0]), ceil_div(width, block[1]))
-    launch(_combine, grid, (y_RD, gates_TK, y_TD, sizes, block), warps=4)
+    added_TD = None if added_TD is None else added_TD.contiguous()
+    launch(_combine, grid, (y_RD, gates_TK, added_TD, y_TD, sizes, block), warps=4)
     return y_TD
 
 
 @triton.jit
-def _combine(y, gates, out, sizes, BLOCK: constexpr):
+def _combine(y, gates, added, out, sizes, BLOCK: constexpr):
     token_M = (tl.program_id(0) * BLOCK[0] + tl.arange(0, BLOCK[0])).to(tl.int64)
     d_N = tl.program_id(1) * BLOCK[1] + tl.arange(0, BLOCK[1])
     live_M = token_M < sizes.n_token
@@ -55,5 +59,7 @@ def _combine(y, gates, out, sizes, BLOCK: constexpr):
         if gates is not None:
             part_MN *= tl.load(gates + choice_M, mask=live_M, other=0.0).to(tl.float32)[:, None]
         sum_MN += part_MN
-    out_MN = out + token_M[:, None] * sizes.width + d_N[None, :]
-    tl.store(out_MN, sum_MN.to(out.dtype.element_ty), mask=inside_MN)
+    at_MN = token_M[:, None] * sizes.width + d_N[None, :]
+    if added is not None:
+        sum_MN += tl.load(added + at_MN, mask=inside_MN, other=0.0).to(tl.float32)
+    tl.store(out + at_MN, sum_MN.to(out.dtype.element_ty), mask=inside_MN)
