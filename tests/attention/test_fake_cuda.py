@@ -18,7 +18,7 @@ from tests.models import attention_config
 @pytest.fixture
 def _experts_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     # Their loop waits for the device by design; tests/moe hold the experts to the rule.
-    monkeypatch.setattr("litgpt_moe_ext.moe.experts.Experts.forward", lambda self, x_TD, routing: x_TD)
+    monkeypatch.setattr("litgpt_moe_ext.moe.experts.Experts.forward", lambda self, x_TD, routing, added_TD=None: x_TD)
 
 
 # Every second one soon; tests/moe runs the whole models of all recipes with experts.
