@@ -36,7 +36,7 @@ def without_values(model: nn.Module, on_gpu: bool) -> None:
             module.forward = dense_equivalent.__get__(module)
 
 
-def _compute(experts: Experts, on_gpu: bool, x_TD: Tensor, routing: Routing, added_TD: Tensor | None = None) -> Tensor:
+def _compute(experts: Experts, on_gpu: bool, x_TD: Tensor, routing: Routing, added_TD: Tensor | None) -> Tensor:
     sizes = (routing.weights_TK.numel(), experts.weights.up_EGD, experts.weights.down_EDF)
     if torch.is_grad_enabled():
         weights = [weight for weight in experts.weights if weight is not None]
