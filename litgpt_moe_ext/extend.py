@@ -76,7 +76,7 @@ def register_loss(name: str, loss: Loss) -> None:
     """
     _require(name, loss, Loss)
     if not isinstance(loss.function, str) and not callable(loss.function):
-        raise ValueError(f"{name!r}: function is a {type(loss.function).__name__}; it must be a function or its path")
+        raise ValueError(f"{name!r}: function is {loss.function!r}; it must be a function or its path")
     if isinstance(loss.inputs, str):  # which would be letters
         raise ValueError(f"{name!r}: inputs is {loss.inputs!r}; it must be a tuple of names, ({loss.inputs!r},)")
     _add(LOSSES, name, loss)
@@ -122,8 +122,8 @@ def _require(name: str, entry: object, kind: type) -> None:
     if not isinstance(name, str) or not name.isidentifier():  # part of the names of fields and of flags
         raise ValueError(f"{name!r} must be a name of letters, digits and underscores that begins with no digit")
     if not isinstance(entry, kind):
-        given = entry.__name__ if isinstance(entry, type) else f"a {type(entry).__name__}"
-        raise ValueError(f"{name!r}: {given} must be a {kind.__name__}")
+        given = entry.__name__ if isinstance(entry, type) else repr(entry)
+        raise ValueError(f"{name!r}: {given} must be an instance of {kind.__name__}")
 
 
 def _add(registry: dict, name: str, entry: object) -> None:

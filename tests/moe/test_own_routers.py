@@ -33,14 +33,17 @@ HEAT = Field(PositiveFloat, "heat")
     ("register", "message"),
     [
         (lambda: extend.register_router("own router", OWN), "'own router' must be a name of letters, digits"),
-        (lambda: extend.register_router("own", Own), "'own': Own must be a RouterType"),
+        (lambda: extend.register_router("own", Own), "'own': Own must be an instance of RouterType"),
         (lambda: extend.register_router("own", RouterType(nn.Linear, doc="")), "'own': Linear must be a subclass of"),
-        (lambda: extend.register_router("own", OWN, {"heat": 1.0}), "'heat': a float must be a Field"),
+        (lambda: extend.register_router("own", OWN, {"heat": 1.0}), "'heat': 1.0 must be an instance of Field"),
         (lambda: extend.register_router("own", OWN, {"my-heat": HEAT}), "'my-heat' must be a name of letters"),
-        (lambda: extend.register_loss("own", torch.sum), "'own': a .* must be a Loss"),
-        (lambda: extend.register_loss("own", Loss(3, ("logits_TE",), "")), "'own': function is a int; it must be"),
+        (lambda: extend.register_loss("own", torch.sum), "'own': <built-in method sum .* must be an instance of Loss"),
+        (
+            lambda: extend.register_loss("own", Loss(3, ("logits_TE",), "")),
+            "'own': function is 3; it must be a function",
+        ),
         (lambda: extend.register_loss("own", Loss(torch.sum, "logits_TE", "")), r"tuple of names, \('logits_TE',\)"),
-        (lambda: extend.register_activation("own", torch.relu), "'own': a .* must be a ActivationType"),
+        (lambda: extend.register_activation("own", torch.relu), "'own': <built-in .* must be an instance of Act"),
         (lambda: extend.register_activation("own", ActivationType(torch.relu)), "function is a bare function; it must"),
     ],
 )
