@@ -20,7 +20,7 @@ from litgpt_moe_ext.attention.cache_positions import position_range
 from litgpt_moe_ext.attention.documents import Documents, find_documents, remember_documents
 from litgpt_moe_ext.attention.streaming_cache import positions_needed
 from litgpt_moe_ext.config.features import MOE_CLASS_NAMES, changes_model, has_experts, routers_need
-from litgpt_moe_ext.moe.told import TokenIds, Told
+from litgpt_moe_ext.moe.batch_metadata import BatchMetadata, TokenIds
 from litgpt_moe_ext.padding import real_tokens
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ def forward(
     if real_BT is not None:
         # Any token will do: causal attention keeps it from those before it, and experts do not see it.
         idx = idx.clamp_min(0)
-    tells = ids is not None or (real_BT is not None and config.mlp_class_name in MOE_CLASS_NAMES)
-    if not (changes_model(config) or tells):
+    has_metadata = ids is not None or (real_BT is not None and config.mlp_class_name in MOE_CLASS_NAMES)
+    if not (changes_model(config) or has_metadata):
         stand_in = _StandIn(model, _transformer(model))
         return original(stand_in, idx, input_pos, input_pos_maxp1, lm_head_chunk_size)
     restart = documents is not None and config.attention_document_restart_positions
@@ -90,9 +90,9 @@ def forward(
         position = position - documents.start_BT if restart else position
 
     stand_in = _StandIn(model, _StandInTransformer(model, position, documents))
-    if tells:
+    if has_metadata:
         stand_in.transformer.h = [
-            _told(block, real_BT, ids) if has_experts(config, i) else block
+            _with_metadata(block, real_BT, ids) if has_experts(config, i) else block
             for i, block in enumerate(stand_in.transformer.h)
         ]
     if documents is not None:
@@ -165,9 +165,9 @@ class _Embedding:
 _Block = Callable[..., Tensor]
 
 
-def _told(block: _Block, real_BT: Tensor | None, ids: TokenIds | None) -> _Block:
-    """Tell a block which tokens are padding, or their ids, beside its mask."""
-    return lambda x, cos, sin, mask, *positions: block(x, cos, sin, Told(mask, real_BT, ids), *positions)
+def _with_metadata(block: _Block, real_BT: Tensor | None, ids: TokenIds | None) -> _Block:
+    """Give a block which tokens are padding, or their ids, beside its mask."""
+    return lambda x, cos, sin, mask, *positions: block(x, cos, sin, BatchMetadata(mask, real_BT, ids), *positions)
 
 
 def _within_documents(block: _Block, documents: Documents, tables: tuple[Tensor, ...] | None) -> _Block:

@@ -51,12 +51,12 @@ def extend_blocks(model: ModuleType) -> None:
     model.Block.__init__ = __init__
 
 
-def tell_layers_of_tokens(model: ModuleType) -> None:
-    """Let a block that is told of padding or token ids pass this on to its MoE layer, as an argument.
+def pass_batch_metadata(model: ModuleType) -> None:
+    """Let a block that is given padding or token ids pass this on to its MoE layer, as an argument.
 
     Activation checkpointing then recomputes each batch with its own, whatever ran in between.
     """
-    from litgpt_moe_ext.moe.told import Told
+    from litgpt_moe_ext.moe.batch_metadata import BatchMetadata
 
     original = model.Block.forward
 
@@ -70,24 +70,24 @@ def tell_layers_of_tokens(model: ModuleType) -> None:
         input_pos: Any = None,
         input_pos_maxp1: int | None = None,
     ) -> Any:
-        if not isinstance(mask, Told):
+        if not isinstance(mask, BatchMetadata):
             return original(self, x, cos, sin, mask, input_pos, input_pos_maxp1)
-        return original(_Telling(self, mask), x, cos, sin, mask.mask, input_pos, input_pos_maxp1)
+        return original(_WithMetadata(self, mask), x, cos, sin, mask.mask, input_pos, input_pos_maxp1)
 
     model.Block.forward = forward
 
 
-class _Telling:
+class _WithMetadata:
     # What LitGPT's block reads of itself.
 
-    def __init__(self, block: Any, told: Any) -> None:
+    def __init__(self, block: Any, metadata: Any) -> None:
         self.config = block.config
         self.norm_1, self.attn, self.post_attention_norm = block.norm_1, block.attn, block.post_attention_norm
         self.norm_2, self.post_mlp_norm = block.norm_2, block.post_mlp_norm
-        self._mlp, self._told = block.mlp, (told.real_BT, told.ids)
+        self._mlp, self._inputs = block.mlp, (metadata.real_BT, metadata.ids)
 
     def mlp(self, x: Any) -> Any:
-        return self._mlp(x, *self._told)
+        return self._mlp(x, *self._inputs)
 
 
 def choose_attention(model: ModuleType) -> None:

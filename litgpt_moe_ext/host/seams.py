@@ -85,8 +85,8 @@ SEAMS = (
         _NEVER, model.extend_blocks,
     ),
     Seam(
-        "litgpt.model", "Block.forward", "wrap", "Tells the MoE layer of a block which tokens are padding, and ids.",
-        "LitGPT's blocks pass arguments on", model.tell_layers_of_tokens,
+        "litgpt.model", "Block.forward", "wrap", "Gives the MoE layer of a block which tokens are padding, and ids.",
+        "LitGPT's blocks pass arguments on", model.pass_batch_metadata,
     ),
     Seam(
         "litgpt.model", "CausalSelfAttention.__new__", "add", "Builds the attention class a configuration names.",

@@ -1,8 +1,8 @@
 """Mixture-of-Experts layers: a router chooses experts for each token, the experts compute, the results are combined.
 
 - `layer`: the layers that configurations name: dense, or made of a router, routed experts and shared experts.
-- `router`: what all routers share; `learned_routers` and `fixed_routers` say how each chooses; `told` is what blocks
-  tell them of a batch.
+- `router`: what all routers share; `learned_routers` and `fixed_routers` say how each chooses; `batch_metadata` is
+  what blocks are given of a batch beside hidden states.
 - `balancing`: counts the tokens of each expert and moves the balancing bias; `losses` are the alternative, whose
   gradients `gradient_injection` adds in any training loop, one of them by the `step_shares` of the global batch;
   `metrics` tells how even the load is.

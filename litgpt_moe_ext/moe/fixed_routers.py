@@ -6,9 +6,9 @@ Shape legend: T tokens, E experts, K chosen experts per token.
 import torch
 from torch import Tensor
 
+from litgpt_moe_ext.moe.batch_metadata import TokenIds
 from litgpt_moe_ext.moe.kernels.fused_router import Given, Rule
 from litgpt_moe_ext.moe.router import Choice, Router
-from litgpt_moe_ext.moe.told import TokenIds
 
 
 class FixedRouter(Router):

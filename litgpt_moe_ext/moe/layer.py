@@ -12,6 +12,7 @@ from litgpt.model import LLaMAMLP
 from torch import Tensor
 
 from litgpt_moe_ext.moe.activations import Activation
+from litgpt_moe_ext.moe.batch_metadata import TokenIds
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.kernels import fused_router
 from litgpt_moe_ext.moe.kernels.backends import matmul_dtype
@@ -20,7 +21,6 @@ from litgpt_moe_ext.moe.kernels.operators import add_gated, glu
 from litgpt_moe_ext.moe.kernels.plan import kind_of
 from litgpt_moe_ext.moe.registry import ROUTERS, load
 from litgpt_moe_ext.moe.router import Router
-from litgpt_moe_ext.moe.told import TokenIds
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config

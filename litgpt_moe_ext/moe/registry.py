@@ -26,7 +26,7 @@ class RouterType:
             - `sums_to_one`: the gate values of a token always sum to 1.
             - `copies`: chooses experts whose rows in the gate are equal together.
             - `softmax_of_chosen`: in evaluation, gate values are the softmax of the highest logits.
-            - `token_ids`: `choose` and `given` take `litgpt_moe_ext.moe.told.TokenIds` after the hidden states.
+            - `token_ids`: `choose` and `given` take `litgpt_moe_ext.moe.batch_metadata.TokenIds` after hidden states.
         defaults: Defaults of fields that differ from those in the table of fields.
     """
 

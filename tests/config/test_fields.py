@@ -11,10 +11,10 @@ from litgpt_moe_ext.config.litgpt_fields import check_ranges
 from litgpt_moe_ext.config.tables import markdown
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.moe.activations import Activation
+from litgpt_moe_ext.moe.batch_metadata import TokenIds
 from litgpt_moe_ext.moe.layer import MoE, NoisyTopKMoE
 from litgpt_moe_ext.moe.registry import ACTIVATIONS, LOSSES, ROUTERS, load
 from litgpt_moe_ext.moe.router import Router
-from litgpt_moe_ext.moe.told import TokenIds
 from tests.models import moe_config, noisy_config, randomize
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,4 +1,4 @@
-"""What MoE layers are told of a batch beside its hidden states, as arguments of their blocks.
+"""What MoE layers are given of a batch beside its hidden states, as arguments of their blocks.
 
 Neither two threads that use one model nor activation checkpointing, which computes a batch again after others, can
 thereby mix batches up.
@@ -48,8 +48,8 @@ class TokenIds:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """What a block gets as its attention mask when its MoE layer is told something.
+class BatchMetadata:
+    """What a block is given in the place of its attention mask where its MoE layer needs more than hidden states.
 
     Attributes:
         mask: The mask itself.
