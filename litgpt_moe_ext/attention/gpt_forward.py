@@ -59,7 +59,7 @@ def forward(
     input_pos_maxp1: int | None = None,
     lm_head_chunk_size: int = 0,
 ) -> Any:
-    """Run a model whose configuration `changes_model`, or that reads ids in its layers, or no mask, or padding.
+    """Run a model whose configuration `changes_model`, or whose layers read token ids or padding, or no mask.
 
     Args:
         original: LitGPT's `GPT.forward`.

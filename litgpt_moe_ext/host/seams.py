@@ -85,7 +85,7 @@ SEAMS = (
         _NEVER, model.extend_blocks,
     ),
     Seam(
-        "litgpt.model", "Block.forward", "wrap", "Gives the MoE layer of a block which tokens are padding, and ids.",
+        "litgpt.model", "Block.forward", "wrap", "Passes padding and token ids on to the MoE layer of a block.",
         "LitGPT's blocks pass arguments on", model.pass_batch_metadata,
     ),
     Seam(
