@@ -1,6 +1,7 @@
 """What each class's `config.json` says of a model; what transformers' own defaults would get wrong is written out."""
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 from litgpt_moe_ext.config.features import is_dense_layer
@@ -8,6 +9,8 @@ from litgpt_moe_ext.config.rope import present_adjustments
 from litgpt_moe_ext.export.hf.facts import Facts, layer_has_sinks, leading_dense_layers, window_of
 
 REMOTE_CODE = "modeling_litgpt_moe"
+# The entry of its `config.json` that holds the fields of `litgpt.Config`.
+OWN_SETTINGS = "litgpt_config"
 _Json = dict[str, Any]
 
 
@@ -239,6 +242,8 @@ def own(facts: Facts) -> _Json:
             "intermediate_size": config.intermediate_size or 0,
             "moe_layers": [facts.moe and not is_dense_layer(config, i) for i in range(config.n_layer)],
             "lm_head_bias": facts.head_bias,
+            # By which it can be imported again; the entries above have lost some of it.
+            OWN_SETTINGS: {name: value for name, value in asdict(config).items() if name not in ("name", "hf_config")},
         }
     )
 

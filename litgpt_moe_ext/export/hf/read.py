@@ -14,11 +14,14 @@ from litgpt_moe_ext.config.litgpt_fields import check_ranges
 from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.evaluation.loading import WEIGHTS_FILE
 from litgpt_moe_ext.export.directory import new_directory, require_absent
-from litgpt_moe_ext.export.hf.architectures import ARCHITECTURES
-from litgpt_moe_ext.export.hf.published.config import read_published
+from litgpt_moe_ext.export.hf.architectures import ARCHITECTURES, Architecture
+from litgpt_moe_ext.export.hf.config_json import OWN_SETTINGS
+from litgpt_moe_ext.export.hf.facts import facts_of
+from litgpt_moe_ext.export.hf.published.config import Published, read_published
 from litgpt_moe_ext.export.hf.published.stored import StoredWeights
 from litgpt_moe_ext.export.hf.tensors import BALANCING_BIAS
 from litgpt_moe_ext.export.hf.tokenizer import copy_tokenizer
+from litgpt_moe_ext.export.source import TRAINING_ONLY
 from litgpt_moe_ext.meta.models import meta_model
 
 if TYPE_CHECKING:
@@ -65,12 +68,12 @@ def import_checkpoint(hf_dir: Path, out_dir: Path) -> Imported:
         raise SettingsError(
             f"hf_dir: its config.json describes no model that this package computes: {one_line(error)}; copy it again"
         ) from error
-    (architecture,) = (a for a in ARCHITECTURES if a.model_type == published.model_type)
+    architecture = _architecture(published, config)
     if published.settings.get("rope_interleave") is False:
         # DeepSeek-V3 may be stored so; no export of ours is.
         architecture = replace(architecture, rotates_neighbours=False)
     expected = meta_model(config).state_dict()
-    rules = architecture.rules(config, expected)
+    rules = architecture.rules(config, [name for name in expected if not name.endswith(TRAINING_ONLY)])
     weights = StoredWeights(hf_dir, published.quantization, published.tied)
     wanted = {name: tuple(part.shape) for ours, stored in rules.items() for name, part in stored.out(expected[ours])}
     left_out = weights.require(wanted, published.left_out)
@@ -81,8 +84,8 @@ def import_checkpoint(hf_dir: Path, out_dir: Path) -> Imported:
             for ours, stored in rules.items():
                 state[ours] = saver.store_early(_owned(stored.back(weights.get, config.n_expert)))
             for name in sorted(expected.keys() - state.keys()):
-                # Routers here have it, whether the class has one or not.
-                assert name.endswith(BALANCING_BIAS), name
+                # Routers here have it, whether the class has one or not, or training begins with it.
+                assert name.endswith((BALANCING_BIAS, *TRAINING_ONLY)), name
                 state[name] = saver.store_early(torch.zeros_like(expected[name], device="cpu"))
             saver.save(state)
         save_config(config, partial)
@@ -91,6 +94,23 @@ def import_checkpoint(hf_dir: Path, out_dir: Path) -> Imported:
             _say_ends(hf_dir / "config.json", partial / _GENERATION, config.padded_vocab_size)
         _name_class(partial / "tokenizer_config.json")
     return Imported(config, published.tied, published.quantization.method, left_out)
+
+
+def _architecture(published: Published, config: "Config") -> Architecture:
+    several = [architecture for architecture in ARCHITECTURES if architecture.model_type == published.model_type]
+    if published.model_type != "litgpt_moe":
+        (architecture,) = several
+        return architecture
+    # Ours, whose entries are another description of the same model.
+    facts = facts_of(config, {})
+    architecture = next(architecture for architecture in several if not architecture.lacks(facts))
+    for name, value in json.loads(json.dumps(architecture.config(facts))).items():
+        if name != "auto_map" and name in published.entries and published.entries[name] != value:
+            raise SettingsError(
+                f"hf_dir: {name}: {published.entries[name]!r} must be {value!r}, as {OWN_SETTINGS} has it; copy "
+                "config.json again"
+            )
+    return architecture
 
 
 def _name_class(file: Path) -> None:

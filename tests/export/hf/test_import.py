@@ -20,12 +20,12 @@ from litgpt_moe_ext.evaluation.loading import load_tokenizer
 from litgpt_moe_ext.export.hf.facts import facts_of
 from litgpt_moe_ext.export.hf.read import import_checkpoint
 from litgpt_moe_ext.export.hf.write import export_checkpoint
-from litgpt_moe_ext.export.source import ends_of_texts
+from litgpt_moe_ext.export.source import TRAINING_ONLY, ends_of_texts
 from litgpt_moe_ext.training.checks import open_tokenizer
 from tests.export.gguf.tokenizers import train_bpe
 from tests.export.hf.models import CASES, make_checkpoint
 
-KNOWN = [name for name, (class_name, _, _) in CASES.items() if not class_name.startswith("LitGPT")]
+OWN = [name for name, (class_name, _, _) in CASES.items() if class_name.startswith("LitGPT")]
 
 
 @pytest.fixture
@@ -67,14 +67,16 @@ def test_rotated_halves(exported):
         torch.testing.assert_close(imported(folder / "halves")(tokens), theirs(tokens).logits)
 
 
-@pytest.mark.parametrize("exported", [name for name in KNOWN if name != HALVES], indirect=True)
+@pytest.mark.parametrize("exported", [name for name in CASES if name != HALVES], indirect=True)
 def test_round_trip(exported):
     folder, original = exported
     model = imported(folder)
     assert (folder / "back" / "generation_config.json").is_file()
     state, expected = model.state_dict(), original.state_dict()
     for name, tensor in expected.items():
-        if name.endswith("correction_bias") and model.config.n_expert_groups:
+        if name.endswith(TRAINING_ONLY):
+            assert not state[name].any()  # exports have none
+        elif name.endswith("correction_bias") and model.config.n_expert_groups:
             # Exported with the smallest at 0: the same choice.
             torch.testing.assert_close(state[name] - state[name].mean(), tensor - tensor.mean(), rtol=0, atol=1e-6)
         else:
@@ -84,6 +86,34 @@ def test_round_trip(exported):
     if not surplus:
         ours, theirs = facts_of(original.config, expected), facts_of(model.config, state)
         assert replace(ours, config=None) == replace(theirs, config=None)
+
+
+@pytest.mark.parametrize("exported", OWN, indirect=True)
+def test_a_model_of_our_own_code_comes_back_after_training_in_transformers(exported):
+    folder, _ = exported
+    theirs = AutoModelForCausalLM.from_pretrained(folder / "hf", trust_remote_code=True)
+    tokens = torch.randint(97, (2, 20))
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1)
+    theirs(tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    theirs.eval().save_pretrained(folder / "trained" / "hf")
+    model = imported(folder / "trained")
+    with torch.inference_mode():
+        torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("exported", OWN[:1], indirect=True)
+@pytest.mark.parametrize(("name", "value", "message"), [
+    ("litgpt_config", None, "litgpt_config: None must be the fields of the model that was exported; export it again"),
+    ("num_attention_heads", 2, "num_attention_heads: 2 must be 4, as litgpt_config has it; copy config.json again"),
+])  # fmt: skip
+def test_entries_of_our_own_code_that_contradict_each_other(exported, name, value, message):
+    folder, _ = exported
+    config = folder / "hf" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {name: value}))
+    with pytest.raises(SettingsError, match=f"hf_dir: {message}"):
+        imported(folder)
+    assert not (folder / "back").exists()
 
 
 @pytest.mark.parametrize(("exported", "family"), [("llama", "Gemma"), ("gpt2", "OLMo")], indirect=["exported"])

@@ -23,6 +23,7 @@ class Published:
         settings: Fields of a `litgpt.Config` that computes the same.
         quantization: How the weights are stored.
         tied: Whether the output head is the embedding.
+        entries: Everything, as it stands there.
         left_out: Names of tensors that belong to layers for predicting more than one token, which the architecture in
             transformers does without as well.
     """
@@ -31,6 +32,7 @@ class Published:
     settings: _Json
     quantization: Quantization
     tied: bool
+    entries: _Json
     left_out: re.Pattern[str]
 
 
@@ -66,11 +68,11 @@ def read_published(hf_dir: Path) -> Published:
     beyond = "|".join(str(n_layer + i) for i in range(raw.get("num_nextn_predict_layers") or 0))
     left_out = re.compile(rf"model\.(?:mtp_|layers\.(?:{beyond})\.)")
     name = hf_dir.resolve().name
-    if family := family_of_norms(settings["norm_class_name"], name):
+    if family := family_of_norms(settings.get("norm_class_name", ""), name):
         # Whose norms LitGPT would make of these because of the name.
         name = name.replace(family, family.lower())
     tied = bool(whole.get("tie_word_embeddings", True))
-    return Published(model_type, settings | {"name": name}, quantization, tied, left_out)
+    return Published(model_type, settings | {"name": name}, quantization, tied, raw, left_out)
 
 
 def _with_defaults(raw: _Json) -> _Json:

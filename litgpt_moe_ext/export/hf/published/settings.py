@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.export.hf.config_json import OWN_SETTINGS
 from litgpt_moe_ext.export.hf.facts import DEEPSEEK_EPS
 
 _Json = dict[str, Any]
@@ -273,6 +274,15 @@ def _require_alike(hf: _Json, first: str, second: str) -> None:
 
 
 # By architecture.
+def _own(hf: _Json) -> _Json:
+    settings = hf.get(OWN_SETTINGS)
+    if not isinstance(settings, dict):
+        raise SettingsError(
+            f"hf_dir: {OWN_SETTINGS}: {settings!r} must be the fields of the model that was exported; export it again"
+        )
+    return dict(settings)
+
+
 READERS: dict[str, Callable[[_Json], _Json]] = {
     "gpt2": _gpt2,
     "llama": _llama,
@@ -286,4 +296,5 @@ READERS: dict[str, Callable[[_Json], _Json]] = {
     "gpt_oss": _gpt_oss,
     "deepseek_v2": _deepseek_v2,
     "deepseek_v3": _deepseek_v3,
+    "litgpt_moe": _own,
 }
