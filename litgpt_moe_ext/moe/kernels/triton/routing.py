@@ -98,6 +98,14 @@ class _Sums(NamedTuple):
     tally: Any
 
 
+class _Alone(NamedTuple):
+    # What there is to sum up of a block that is alone. Triton before 3.7 does not ask whether a group is None that has
+    # a None in it.
+    counts: Any
+    ends: Any
+    rows: Any
+
+
 def route(given: Given, rule: Rule, trains: bool) -> tuple[Tensor, ...]:
     """Decide for all tokens; returns what `litgpt_moe_ext.moe.kernels.fused_router.Decision` holds, in its order."""
     n_token, n_expert = given.logits_TE.shape
@@ -121,7 +129,8 @@ def route(given: Given, rule: Rule, trains: bool) -> tuple[Tensor, ...]:
     warps = _warps(form, 32 if torch.version.hip is None else 16)
     # A few tokens without statistics, as when text is generated, are a single program's.
     alone = not trains and n_block == 1
-    launch(kernel, (n_block,), (given, chosen, sums if alone else None, parts, sizes, form), warps)
+    whole = _Alone(sums.counts, sums.ends, sums.rows) if alone else None
+    launch(kernel, (n_block,), (given, chosen, whole, parts, sizes, form), warps)
     if not alone and n_block <= _FEW_BLOCKS and form.experts <= _FEW_EXPERTS:
         arguments = (parts, chosen.experts, sums, given.other_loss, sizes, form)
         launch(_sum_up_and_place, (n_block + 1,), arguments, _warps(form))
@@ -210,22 +219,22 @@ def _store_rows(rows, rank_TE, picked_TE, before_E, count_E, where, FORM: conste
 
 
 @triton.jit
-def _store_counts(rank_TE, where, sums, part_E, FORM: constexpr):
+def _store_counts(rank_TE, where, whole, part_E, FORM: constexpr):
     # Into the block's part; or, of a block that is alone, all that `_sum_up` and `_place` make of it.
     _, e_E, _, _, real_E, inside_TE = where
     count_E = _sum_tokens((rank_TE < FORM.top_k).to(tl.float32), inside_TE)
-    if sums is None:
+    if whole is None:
         tl.store(part_E, count_E)
     else:
         count_E = count_E.to(tl.int32)
-        tl.store(sums.counts + e_E, count_E.to(tl.int64), mask=real_E)
-        tl.store(sums.ends + e_E, tl.cumsum(count_E, 0), mask=real_E)
+        tl.store(whole.counts + e_E, count_E.to(tl.int64), mask=real_E)
+        tl.store(whole.ends + e_E, tl.cumsum(count_E, 0), mask=real_E)
         picked_TE = (rank_TE < FORM.top_k) & inside_TE
-        _store_rows(sums.rows, rank_TE, picked_TE, count_E * 0, count_E, where, FORM)
+        _store_rows(whole.rows, rank_TE, picked_TE, count_E * 0, count_E, where, FORM)
 
 
 @triton.jit
-def _route_evenly(given, chosen, sums, parts, sizes, FORM: constexpr):
+def _route_evenly(given, chosen, whole, parts, sizes, FORM: constexpr):
     # For routers that do not learn: no scores, and so no statistics of them. float64 tells hashes apart.
     token_T, e_E, live_T, real_E, at_TE, inside_TE = block(sizes, FORM)
     text_T = text(given, token_T, live_T)
@@ -237,7 +246,7 @@ def _route_evenly(given, chosen, sums, parts, sizes, FORM: constexpr):
     _store_choice(chosen, w_TE, rank_TE, where, sizes, FORM)
 
     part_E = parts + tl.program_id(0).to(tl.int64) * (_ROWS * FORM.experts) + e_E
-    _store_counts(rank_TE, where, sums, part_E, FORM)
+    _store_counts(rank_TE, where, whole, part_E, FORM)
     if FORM.trains:
         gate = tl.sum(text_T.to(tl.float32), 0) * FORM.scale
         tl.store(part_E + FORM.experts, tl.full((FORM.experts,), 0.0, tl.float32))
@@ -246,7 +255,7 @@ def _route_evenly(given, chosen, sums, parts, sizes, FORM: constexpr):
 
 
 @triton.jit
-def _route(given, chosen, sums, parts, sizes, FORM: constexpr):
+def _route(given, chosen, whole, parts, sizes, FORM: constexpr):
     token_T, e_E, live_T, real_E, at_TE, inside_TE = block(sizes, FORM)
     z_TE, _, std_TE, v_TE = values(given, at_TE, inside_TE, real_E)
     text_T = text(given, token_T, live_T)
@@ -265,7 +274,7 @@ def _route(given, chosen, sums, parts, sizes, FORM: constexpr):
     _store_choice(chosen, w_TE, rank_TE, where, sizes, FORM)
 
     part_E = parts + tl.program_id(0).to(tl.int64) * (_ROWS * FORM.experts) + e_E
-    _store_counts(rank_TE, where, sums, part_E, FORM)
+    _store_counts(rank_TE, where, whole, part_E, FORM)
     if FORM.trains:
         if FORM.score == "sigmoid":
             p_TE = s_TE / (tl.sum(s_TE, 1) + 1e-20)[:, None]
