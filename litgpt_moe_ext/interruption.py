@@ -30,6 +30,7 @@ _process = 0  # whose handlers are in place; what it forks inherits them
 _end: Callable[[signal.Signals], int]
 _postponed = False
 _raised = _NOTHING = (0, -math.inf)  # which signal raised last, and when
+_again: dict[signal.Signals, threading.Timer] = {}  # what raises signals that came when nothing could be raised
 
 
 class Terminated(BaseException):
@@ -67,6 +68,8 @@ def interruptible(end: Callable[[signal.Signals], int]) -> Iterator[None]:
         for number in taken:
             signal.signal(number, _after if number == signal.SIGINT and _comes_twice(number) else _USUAL[number])
         sys.unraisablehook = dropped
+        while _again:
+            _again.popitem()[1].cancel()
 
 
 def count_again() -> None:
@@ -175,9 +178,18 @@ def _again_if_dropped(otherwise: Callable[[Any], object], dropped: Any) -> None:
 
 
 def _interrupt_again(number: int) -> None:
-    timer = threading.Timer(_LOOK_EVERY, _thread.interrupt_main, (number,))
+    signum = signal.Signals(number)
+    waiting = _again.get(signum)
+    if waiting is not None and waiting.is_alive():  # which no thread of another process is behind a fork
+        return
+    _again[signum] = timer = threading.Timer(_LOOK_EVERY, _look_again, (signum,))
     timer.daemon = True
     timer.start()
+
+
+def _look_again(signum: signal.Signals) -> None:
+    _again.pop(signum, None)
+    _thread.interrupt_main(signum)
 
 
 def _loads_extension(frame: FrameType | None) -> bool:

@@ -77,6 +77,27 @@ def test_a_signal_that_comes_twice_counts_once(number, name, monkeypatch, capsys
             signal.raise_signal(number)
 
 
+@BOTH
+def test_postponed_signals_are_not_left_to_the_next_scope(number, name, capsys):
+    """When more than one came before the first could count."""
+
+    def run():
+        with interruption.uninterrupted():
+            signal.raise_signal(number)
+            time.sleep(0.8 * interruption._LOOK_EVERY)
+            signal.raise_signal(number)
+        wait(5)
+
+    def wait(seconds=2 * interruption._LOOK_EVERY):
+        # What is raised by another thread does not end a sleep.
+        for _ in range(int(seconds * 100)):
+            time.sleep(0.01)
+
+    assert exit_status(run) == 128 + number
+    assert capsys.readouterr().err == f"Stopped by {name}.\n"
+    assert exit_status(wait) == 0
+
+
 def test_a_signal_right_after_another_counts(capsys):
     """As where a chat ends an answer on Ctrl-C, and a supervisor wants it gone."""
 
