@@ -126,6 +126,7 @@ def _rank(results: Any, where: str, rank: int, ranks: int, function: Callable[..
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", init_method=where, rank=rank, world_size=ranks)
+        dist.barrier()  # a rank that ends before another one knows that they are connected has closed its connection
         buffer = io.BytesIO()
         torch.save(function(*arguments), buffer)
         results.put((rank, buffer.getvalue()))
