@@ -12,6 +12,7 @@ from typing import Any
 from litgpt_moe_ext.cli.recipes import recipe_names, recipes_dir
 from litgpt_moe_ext.errors import SettingsError, did_you_mean_recipe
 from litgpt_moe_ext.recipe_files import read_recipe
+from litgpt_moe_ext.study.names import by_name, refuse_two_values
 from litgpt_moe_ext.study.search import searched_points
 
 BUDGET = "train.max_tokens"
@@ -102,7 +103,7 @@ def load_study(path: Path, scale: Path | None = None) -> Study:
     name = path.stem
     if scale is not None:
         larger = _content(scale, "scale", _SCALE_KEYS)
-        content["settings"] = _mapping(content, "settings") | _mapping(larger, "settings")
+        content["settings"] = by_name(_mapping(content, "settings")) | by_name(_mapping(larger, "settings"))
         grid = _mapping(content, "grid")
         content["grid"] = {name: _mapping(larger, "grid").get(name, values) for name, values in grid.items()}
         name = f"{name}-{scale.stem}"
@@ -115,29 +116,41 @@ def load_study(path: Path, scale: Path | None = None) -> Study:
     if wrong := [name for name, settings in arms.items() if settings is not None and not isinstance(settings, dict)]:
         raise SettingsError(f"arms.{wrong[0]}: {arms[wrong[0]]} must hold settings, NAME: VALUE")
     compare = _mapping(content, "compare")
-    if compare and (set(compare) != {"moe", "dense"} or not all(arm in list(arms) for arm in compare.values())):
+    two = set(compare) == {"moe", "dense"} and compare["moe"] != compare["dense"]
+    if compare and not (two and all(arm in list(arms) for arm in compare.values())):
         raise SettingsError(f"compare: {compare} must name two arms, as {{moe: ARM, dense: ARM}}")
     control = content.get("control", next(iter(arms)))
     if control not in list(arms):
         raise SettingsError(f"control: {control} must be one of the arms: {', '.join(arms)}")
-    common = _mapping(content, "settings")
-    named = [(f"arms.{arm}", own or {}) for arm, own in arms.items()]
-    named += [(f"grid.{name}", some) for name, values in zip(grid, choices, strict=True) for _, some in values]
-    for where, some in (("settings", common), *named, ("search", searched[0])):
+    common = by_name(_mapping(content, "settings"))
+    arms = {arm: by_name(own or {}) for arm, own in arms.items()}
+    of_arms = [(f"arms.{arm}", own) for arm, own in arms.items()]
+    of_grid = [(f"grid.{name}", some) for name, values in zip(grid, choices, strict=True) for _, some in values]
+    of_grid.append(("search", searched[0]))
+    for where, some in (("settings", common), *of_arms, *of_grid):
         for name in _OF_THE_STUDY.keys() & some.keys():
             raise SettingsError(f"{where}: {name} would have no effect: {_OF_THE_STUDY[name]}; leave it out")
+    refuse_two_values(of_grid, of_arms)
     runs = []
     for chosen, found in itertools.product(itertools.product(*choices), searched):
         point = dict(zip(grid, (shown for shown, _ in chosen), strict=True)) | found
         here = {name: value for _, some in chosen for name, value in some.items()} | found
         for seed, (arm, own) in itertools.product(seeds, arms.items()):
-            settings = {**common, **here, **(own or {})}
+            settings = {**common, **here, **own}
             recipe = _recipe(str(settings.pop("recipe", content.get("recipe", "quickstart"))), path)
             runs.append(Run(arm, point, seed, recipe, settings))
+    _refuse_repeated(runs)
+    return Study(name, str(content.get("question", "")), runs, compare, control, tuple(searched[0]))
+
+
+def _refuse_repeated(runs: list[Run]) -> None:
     times = Counter(run.title for run in runs)
     if repeated := [title for title in times if times[title] > 1]:  # which would pass for two runs that agree
         raise SettingsError(f"seeds, grid: {repeated[0]!r} must be one run; leave out what is there twice")
-    return Study(name, str(content.get("question", "")), runs, compare, control, tuple(searched[0]))
+    trained: dict[str, Run] = {}
+    for run in runs:
+        if (same := trained.setdefault(run.key, run)) is not run:
+            raise SettingsError(f"arms, grid: {same.title!r} and {run.title!r} have the same settings; leave out one")
 
 
 def _content(path: Path, what: str, keys: tuple[str, ...]) -> dict[str, Any]:
@@ -156,7 +169,7 @@ def _choices(name: str, values: Any) -> list[tuple[Any, dict[str, Any]]]:
     if isinstance(values, list) and values:
         return [(value, {name: value}) for value in values]
     if isinstance(values, dict) and values and all(isinstance(value, dict) for value in values.values()):
-        return list(values.items())
+        return [(called, by_name(some)) for called, some in values.items()]
     raise SettingsError(
         f"grid.{name}: {values} must be a list of values, or settings by name, NAME: {{SETTING: VALUE}}"
     )

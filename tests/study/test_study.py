@@ -148,10 +148,33 @@ def test_a_search_of_few_values_trains_each_once(tmp_path):
     ({"recipe": "nothing"}, "recipe: 'nothing' must be"),
     ({"seeds": [1, 2, 1]}, "seeds, grid: 'recipe, seed 1' must be one run"),
     ({"grid": {"optimizer.lr": [0.001, 0.002, 0.001]}}, "'recipe, lr 0.001, seed 1' must be one run"),
+    ({"arms": {"a": {}, "b": {}}}, "'a, seed 1' and 'b, seed 1' have the same settings; leave out one"),
+    ({"arms": {"a": {}}, "compare": {"moe": "a", "dense": "a"}}, "must name two arms"),
+    (
+        {"arms": {"a": {}, "b": {"train.max_tokens": 30}}, "grid": {"train.max_tokens": [10, 20]}},
+        "arms.b: train.max_tokens would replace that of grid.train.max_tokens; leave it out of one of them",
+    ),
+    (
+        {"arms": {"a": {"optimizer": {"lr": 0.1}}}, "search": {"points": 2, "optimizer.init_args.lr": [1, 2]}},
+        "arms.a: optimizer.lr would replace that of search",
+    ),
+    (
+        {"grid": {"size": {"s": {}, "l": {"train.max_tokens": 20}}, "train.max_tokens": [10, 20]}},
+        "grid.train.max_tokens: train.max_tokens would replace that of grid.size",
+    ),
 ])  # fmt: skip
 def test_a_wrong_study_is_refused(content, message, tmp_path):
     with pytest.raises(SettingsError, match=message):
         load_study(write(tmp_path / "s.yaml", **content))
+
+
+def test_settings_may_be_nested_as_in_a_recipe(tmp_path):
+    data = {"class_path": "litgpt_moe_ext.data.TextCorpus", "init_args": {"data_path": "x"}}
+    nested = {"train": {"max_tokens": 10}, "model_config": {"rope_adjustments": {"factor": 4.0}}, "data": data}
+    named = {"train.max_tokens": 10, "model_config.rope_adjustments.factor": 4.0, "data": data}
+    sizes = {"grid": {"size": {"s": {"train": {"max_norm": 1.0}}}}, "settings": {"eval": {"interval": 3}}}
+    run = load_study(write(tmp_path / "s.yaml", seeds=[1], arms={"a": nested}, **sizes)).runs[0]
+    assert run.settings == named | {"train.max_norm": 1.0, "eval.interval": 3}
 
 
 def test_a_study_or_scale_that_is_named_alone_is_refused_with_its_path(monkeypatch):
@@ -210,7 +233,7 @@ def test_a_scale_changes_settings_and_the_values_of_the_grid(tmp_path):
         grid={"train.max_tokens": [10, 20]},
     )
     scale = tmp_path / "big.yaml"
-    scale.write_text("settings: {a.b: 2, c: 4}\ngrid: {train.max_tokens: [30], unknown: [1]}\n")
+    scale.write_text("settings: {a: {b: 2}, c: 4}\ngrid: {train.max_tokens: [30], unknown: [1]}\n")
     runs = load_study(study, scale).runs
     assert [(run.arm, run.point, run.settings["a.b"], run.settings["c"]) for run in runs] == [
         ("arm", {"train.max_tokens": 30}, 3, 4),
