@@ -28,6 +28,14 @@ def test_products_in_16_bits(monkeypatch, dtype, tolerance, bias):
         assert (ours - theirs).norm() <= tolerance * theirs.norm()
 
 
+def test_the_scale_of_the_loss_is_not_rounded_to_16_bits():
+    x, weight = torch.randn(8, 4, requires_grad=True), torch.randn(7, 4)
+    loss = _HalfProducts.apply(x, weight, None, torch.arange(7).repeat(2)[:8], torch.bfloat16)
+    (whole,) = torch.autograd.grad(loss, x, retain_graph=True)  # of 8 targets: exact in 16 bits
+    (third,) = torch.autograd.grad(loss, x, torch.tensor(1 / 3))
+    torch.testing.assert_close(third, whole / 3, rtol=1e-6, atol=0)
+
+
 def test_nothing_to_predict():
     x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
     loss = _HalfProducts.apply(x, weight, None, torch.full((3,), -100), torch.bfloat16)
