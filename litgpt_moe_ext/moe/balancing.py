@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class Tally:
-    """Adds up numbers of all batches since it was last taken, such as the tokens of each expert.
+    """Sums of numbers, such as the tokens of each expert, over all batches since the last `take`.
 
     Args:
         size: How many numbers.
@@ -49,7 +49,7 @@ class Tally:
         self._leaf_N = _new_leaf(size, torch.device("cpu"))
 
     def leaf_on(self, device: torch.device) -> Tensor:
-        """Return the leaf, (N,) on `device`. What a backward pass gives as its gradient is added to the tally."""
+        """Return the leaf, (N,) on `device`. What a backward pass returns as its gradient is added to the tally."""
         if self._leaf_N.device != device:
             sums_N = self._leaf_N.grad
             self._leaf_N = _new_leaf(self._leaf_N.numel(), device)
@@ -58,15 +58,15 @@ class Tally:
         return self._leaf_N
 
     def follow(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Go to the device to which `change`, given by `nn.Module._apply`, brings a router's tensors.
+        """Move to the device to which `change`, as `nn.Module._apply` gives it, moves a router's tensors.
 
-        At the next batch would do, but for compilers, which cannot trace how a leaf is made.
+        Eager code could do so at the next batch, but compilers cannot trace how a leaf is made.
         """
         self.leaf_on(change(torch.empty(0, device=self._leaf_N.device)).device)
 
     @property
     def pending(self) -> bool:
-        """Whether a backward pass has added something that was not taken yet. Does not synchronise."""
+        """Whether a backward pass has added something since the last `take`. Does not synchronise."""
         return self._leaf_N.grad is not None
 
     def take(self) -> Tensor:
@@ -152,7 +152,7 @@ def install_optimizer_hook() -> None:
 def leave_to_caller(optimizer: torch.optim.Optimizer) -> None:
     """Let the steps of `optimizer` move no bias: its owner calls `update_routers`, once a step.
 
-    For owners such as DeepSpeed, which give it flat copies of the weights, and step it several times with some of them.
+    For owners such as DeepSpeed, which step it several times, each time with flat copies of some of the weights.
     """
     _left_to_caller.add(optimizer)
 
@@ -188,14 +188,14 @@ def _warn_unowned(routers: "list[Router]", optimizer: torch.optim.Optimizer) -> 
 
 
 def begin_schedules(routers: "Iterable[Router]") -> None:
-    """Have the rates of balancing biases begin anew, where a training starts from the weights of another."""
+    """Restart the schedules of the bias update rates, for a training that starts from another one's weights."""
     for router in routers:
         if router.bias_update_schedule is not None:
             router.bias_updates.zero_()
 
 
 def forget_step(routers: "Iterable[Router]") -> None:
-    """Have the tokens since the last optimizer step count for nothing, where the step is left out."""
+    """Discard the tokens counted since the last optimizer step, because this step is skipped."""
     for router in routers:
         router.tally.take()
         if router.step_shares is not None:

@@ -1,7 +1,7 @@
-"""What MoE layers are given of a batch beside its hidden states, as arguments of their blocks.
+"""What MoE layers need to know about a batch besides its hidden states. It is passed as arguments of their blocks.
 
-Neither two threads that use one model nor activation checkpointing, which computes a batch again after others, can
-thereby mix batches up.
+So batches cannot be mixed up, neither by two threads that share a model nor by activation checkpointing, which computes
+a batch again after others.
 
 Shape legend: B batch, T tokens (of one sequence, or all of a batch once flattened), E experts.
 """
@@ -34,9 +34,9 @@ class TokenIds:
         return len(self.ids_T)
 
     def hashes(self, n_expert: int) -> Tensor:
-        """Return a pseudo-random number for each token and expert, int64 (T, E); computed by the first who asks."""
+        """Return a pseudo-random number for each token and expert, int64 (T, E); computed once for all layers."""
         if torch.compiler.is_compiling():
-            # What a compiler meets twice it computes once, and within what is recomputed it lets nothing be remembered.
+            # A compiler merges equal computations itself, and allows no caching within what is recomputed.
             return self._hash(n_expert)
         if n_expert not in self._hashes:
             self._hashes[n_expert] = self._hash(n_expert)
@@ -49,7 +49,7 @@ class TokenIds:
 
 @dataclass(frozen=True, slots=True)
 class BatchMetadata:
-    """What a block is given in the place of its attention mask where its MoE layer needs more than hidden states.
+    """What takes the place of a block's attention mask if its MoE layer needs more than hidden states.
 
     Attributes:
         mask: The mask itself.

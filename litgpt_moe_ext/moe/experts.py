@@ -81,12 +81,12 @@ class Experts(nn.Module):
             added_TD: What is added to the sum, such as the output of shared experts.
 
         Returns:
-            Anything, NaN included, for padding.
+            The sums; at padding the values are arbitrary, and may be NaN.
         """
         if routing.real_T is not None:
             x_TD = _EndAtPadding.apply(x_TD, routing.real_T)
         if self.gate_on_input:
-            # Every choice is a row of its own that goes to one expert, at full weight.
+            # Every choice becomes a row of its own, which goes to one expert at weight 1.
             x_TKD = x_TD.unsqueeze(1) * routing.weights_TK.unsqueeze(2)
             y_RD = self._compute(x_TKD.flatten(0, 1).to(x_TD.dtype), _one_choice_per_row(routing), None)
             y_TD = y_RD if x_TKD.size(1) == 1 else y_RD.view(x_TKD.shape).sum(1)
@@ -95,7 +95,7 @@ class Experts(nn.Module):
 
     def _compute(self, x_TD: Tensor, routing: Routing, added_TD: Tensor | None) -> Tensor:
         hidden = Hidden(self.activation, self.dropout if self.training else 0.0)
-        # On the meta device the loop does the work of the active experts, whatever computes them elsewhere.
+        # On the meta device the loop stands for all backends: it does the work of the active experts.
         name = "loop" if x_TD.is_meta else self.backend_for(x_TD, torch.compiler.is_compiling())
         backend, arguments = BACKENDS[name], (x_TD, routing, self.weights, hidden)
         if backend.adds:
@@ -126,7 +126,7 @@ class Experts(nn.Module):
 
 
 class _EndAtPadding(torch.autograd.Function):
-    """The identity, whose backward pass ends at padding: rows that no expert computes are memory as it was found."""
+    """The identity, whose gradient is 0 at padding: no expert writes these rows, so their memory is uninitialised."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, real_T: Tensor) -> Tensor:
@@ -145,5 +145,5 @@ def _one_choice_per_row(routing: Routing) -> Routing:
     if real_R is not None and top_k > 1:
         real_R = real_R.repeat_interleave(top_k)
     ones_R1 = torch.ones_like(experts_R1, dtype=routing.weights_TK.dtype)
-    # The order of rows, which is all that the decision is asked for, is the same.
+    # Only the row order of the decision is used, and that is the same.
     return Routing(ones_R1, experts_R1, routing.counts_E, real_R, routing.decision)

@@ -4,10 +4,10 @@
 the auxiliary loss. It works in any loop, and under activation checkpointing whichever forward pass the gradient
 takes.
 
-A loop that divides its loss by the number of accumulated batches, or multiplies it by the scale of a gradient scaler,
-means the auxiliary loss to be scaled as well. The loss itself knows: the gradient that arrives at it is exactly that
-factor. `remember_scale` marks the loss (LitGPT's own loops are marked by the plugin) and keeps the factor for
-`inject`; in an unmarked loop the factor is 1.
+If a loop divides its loss by the number of accumulated batches, or multiplies it by the scale of a gradient scaler, the
+auxiliary loss must be scaled as well. The gradient that arrives at the loss is exactly that factor. `remember_scale`
+marks the loss (the plugin marks those of LitGPT's own loops) and keeps the factor for `inject`; in an unmarked loop the
+factor is 1.
 """
 
 from typing import Any
@@ -45,12 +45,12 @@ class _RememberScale(torch.autograd.Function):
 
 
 def present_scale(grad: Tensor) -> Tensor:
-    """Return the factor of the training loss in the backward pass that runs, a scalar, 1 where nobody told.
+    """Return the scale of the training loss in the current backward pass, a scalar; 1 if the loss is not marked.
 
     Args:
         grad: A gradient that has just arrived.
     """
-    # To a compiler the variable would be a constant.
+    # A compiler would take the variable for a constant.
     return torch.ops.litgpt_moe_ext.loss_scale(grad) if torch.compiler.is_compiling() else _read_scale(grad)
 
 
@@ -74,17 +74,17 @@ def inject(carrier: Tensor, loss: Tensor) -> Tensor:
 
 
 def remember_scale(loss: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Return `loss` unchanged; its backward pass tells `inject` by what the training loop scales it.
+    """Return `loss` unchanged; its backward pass keeps the factor that the training loop scales it by, for `inject`.
 
     Args:
         loss: The training loss of a micro-batch, a scalar.
-        weight: What auxiliary losses of the micro-batch are multiplied by besides, a scalar; None stands for 1.
+        weight: Another factor of the micro-batch's auxiliary losses, a scalar; None means 1.
     """
-    # A meta loss (FLOPs are counted with one) has no factor to tell.
+    # A meta loss, with which FLOPs are counted, has no factor.
     return _RememberScale.apply(loss, weight) if loss.requires_grad and not loss.is_meta else loss
 
 
 def forget_scale() -> None:
-    """Go back to a factor of 1. Called after every optimizer step, since the next loop may be another."""
+    """Reset the scale to 1. Called after every optimizer step, since the next one may be another loop's."""
     global _scale
     _scale = None

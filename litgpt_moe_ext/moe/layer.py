@@ -50,7 +50,7 @@ class FeedForward(LLaMAMLP):
             self.add_module(name, nn.Linear(config.n_embd, self.intermediate_size, bias=config.bias))
         self.proj = nn.Linear(self.intermediate_size, config.n_embd, bias=config.bias)
         self._names = (*names, "proj")
-        # Those who force the loop ask for ordinary operators.
+        # `expert_backend: loop` asks for torch's operators only.
         self._fusible = config.expert_backend != "loop"
         self._has_kernel = self._fusible and self.activation.gated and kind_of(self.activation) is not None
         self.config = config
@@ -60,7 +60,7 @@ class FeedForward(LLaMAMLP):
         x = narrowed(x)
         *into, out = self._projections(x)
         hidden = [project(x) for project in into]
-        # Of a gated activation both projections may be side by side in one tensor.
+        # With a gated activation, both projections may come side by side in one tensor.
         gate, up = hidden if len(hidden) == 2 else (hidden[0], None)
         if self._has_kernel and fused_router.works_on(gate):
             flat = _flat(gate), None if up is None else _flat(up)
@@ -70,7 +70,7 @@ class FeedForward(LLaMAMLP):
 
     def _projections(self, x: Tensor) -> list[Callable[[Tensor], Tensor]]:
         linears: list[Any] = [getattr(self, name) for name in self._names]
-        # Without gradients a scope of autocast may have many passes, for all of which it keeps what it has cast.
+        # Without gradients, autocast's cache serves all passes in its scope.
         learns = torch.is_grad_enabled()
         if self._fusible and learns and fused_router.works_on(x) and can_cast(linears, x.dtype):
             return cast_together([linears[:-1], linears[-1:]], x.dtype)
@@ -94,7 +94,7 @@ class MoE(nn.Module):
         self.gate: Router = load(ROUTERS[config.router_type].router)(config)
         self.experts = Experts(config)
         self.shared_experts = self.shared_expert_gate = None
-        # Those who force the loop ask for ordinary operators.
+        # `expert_backend: loop` asks for torch's operators only.
         self._own_sum = config.expert_backend != "loop"
         if config.n_shared_expert:
             width = config.shared_expert_intermediate_size or config.moe_intermediate_size * config.n_shared_expert
@@ -142,9 +142,9 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def narrowed(x: Tensor) -> Tensor:
-    """Return `x` in the dtype in which it meets weights.
+    """Return `x` in the dtype of the matrix products.
 
-    Autocast would cast it anew for every projection, and so its gradients.
+    Autocast would cast it, and its gradient, once for every projection.
     """
     return x.to(matmul_dtype(x))
 

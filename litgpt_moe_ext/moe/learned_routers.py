@@ -59,8 +59,8 @@ class LearnedRouter(Router):
         return self._biased(self.project(x_TD, self.weight))
 
     def read(self, x_TD: Tensor) -> tuple[Tensor, Passed | None]:
-        """Return the logits, and the tokens for experts where they are a by-product."""
-        # A subclass may have logits of its own.
+        """Return the logits, and the experts' input where it is a by-product."""
+        # A subclass may compute its logits in another way.
         others = type(self).logits is not LearnedRouter.logits or type(self).project is not LearnedRouter.project
         if others or (self.jitter and self.training) or not self._has_own_product(x_TD, self.weight):
             return self.logits(x_TD), None
@@ -150,7 +150,7 @@ class TopKRouter(LearnedRouter):
             nn.init.zeros_(self.bias_updates)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # A schedule is no part of a model: it begins with the training that has one.
+        # A schedule is not part of a model: it begins with the training that sets it.
         name = f"{prefix}bias_updates"
         if self.bias_update_schedule is None:
             state_dict.pop(name, None)
@@ -192,8 +192,8 @@ class TopKRouter(LearnedRouter):
         return (grouped_TGe + masked_TG.unsqueeze(-1)).flatten(1)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "TopKRouter":
-        # A bias kept in bfloat16 stops moving as soon as its rate is less than its last bit, so conversions to another
-        # precision pass it by; moves to another device do not.
+        # In bfloat16 a bias stops moving as soon as its rate is less than its last bit. So it keeps its dtype when the
+        # model is converted, and only follows it to another device.
         before_E = self.e_score_correction_bias
         super()._apply(fn, recurse)
         after_E = self.e_score_correction_bias
@@ -232,7 +232,7 @@ class NoisyTopKRouter(LearnedRouter):
         return Rule("chosen", self.top_k)
 
     def given(self, x_TD: Tensor) -> tuple[Given, Passed | None]:
-        """Return logits, and in training noise and what its standard deviation is made of."""
+        """Return the logits, and in training the noise and its standard deviation before the softplus."""
         logits_TE, passed = self.read(x_TD)
         logits_TE = logits_TE.contiguous()
         if not self.training:
@@ -257,7 +257,7 @@ def _router_dtype(x_TD: Tensor) -> torch.dtype:
 
 
 def _without_autocast(device_type: str) -> Any:
-    # torch knows no autocast for meta tensors, not even one to switch off.
+    # torch has no autocast for meta tensors, and refuses to switch it off.
     if device_type == "meta":
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)

@@ -1,6 +1,6 @@
 """Auxiliary losses of routers, as pure functions without their weights.
 
-Each says what it is for perfectly even load, so that weights can be compared between them.
+Each docstring gives the value at perfectly even load, so that the weights of different losses can be compared.
 
 Where some tokens are padding, `real_T` (bool) is true for the others, and padding has "chosen" the expert E, which does
 not exist. All means are then over real tokens.

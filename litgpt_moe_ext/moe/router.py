@@ -24,14 +24,14 @@ from litgpt_moe_ext.moe.step_shares import StepShares
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
 
-# Sums that a router keeps of every training step after the tokens per expert: gate values, squared logits, and the
-# entropy of each token's scores. The losses follow, with their weights, each times the number of tokens in its batch.
+# What a record holds after the tokens per expert, summed over the tokens of a step: gate values, squared logits, and
+# the entropy of the scores. Then come the weighted losses, each times the number of tokens in its batch.
 SUMS = ("gate", "squared_logit", "entropy")
 
 
-# The loss that can be over the global batch.
+# The loss that can be computed over the global batch.
 _STEP_LOSS = "load_balancing_loss"
-# Those that the fused kernels know, by the fields of `Rule`, in the order of a record.
+# The losses that the fused kernels compute, with their fields in `Rule`, in the order of the record.
 _FUSED_LOSSES = {
     "load_balancing_loss": "balancing",
     "sequence_balancing_loss": "sequence",
@@ -39,17 +39,18 @@ _FUSED_LOSSES = {
     "importance_loss": "importance",
     "load_loss": "load",
 }
-# The last of a record, which looks at no token and has a kernel of its own.
+# The last one in the record. It depends on the weights only, and has a kernel of its own.
 _WEIGHT_LOSS = "orthogonality_loss"
 _LOSSES = "litgpt_moe_ext.moe.losses"
 
 
 class Passed(NamedTuple):
-    """The tokens that a router has read, in the dtype in which they meet weights.
+    """A router's input tokens, cast to the dtype of the experts' products.
 
     Attributes:
-        routed_TD: For routed experts.
-        shared_TD: For shared experts: the same numbers, whose gradient is added up elsewhere than by autograd.
+        routed_TD: For the routed experts.
+        shared_TD: For the shared experts. It has the same values, but is a tensor of its own: the router's backward
+            pass adds up the gradients of both, instead of autograd.
     """
 
     routed_TD: Tensor
@@ -65,8 +66,8 @@ class Routing(NamedTuple):
             no expert has, for padding.
         counts_E: Tokens per expert, int64; padding is not counted.
         real_T: Which tokens are not padding, bool; None if all.
-        decision: The same with what the fused kernels know besides, where they made it.
-        passed: What was routed, for the experts, where that is a by-product of the decision.
+        decision: The full result of the fused kernels, if they made the decision.
+        passed: The experts' input, if the router produces it as a by-product.
     """
 
     weights_TK: Tensor
@@ -78,7 +79,7 @@ class Routing(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What a kind of router decides, and what it decided by.
+    """What a router's rule has chosen, and the numbers that the choice is based on.
 
     Attributes:
         weights_TK: Gate values before `routed_scaling_factor`.
@@ -104,7 +105,7 @@ class Choice(NamedTuple):
         return self.scores_TE / (self.scores_TE.sum(dim=-1, keepdim=True) + 1e-20)
 
     def route_nowhere(self, padding_T: Tensor, n_expert: int) -> "Choice":
-        """Return the same for all tokens but those of `padding_T` (bool), whose expert is `n_expert`, with weight 0."""
+        """Return the choice with the tokens of `padding_T` (bool) sent to expert `n_expert`, at weight 0."""
         padding_T1 = padding_T.unsqueeze(1)
         weights_TK = self.weights_TK.masked_fill(padding_T1, 0.0)
         return self._replace(weights_TK=weights_TK, experts_TK=self.experts_TK.masked_fill(padding_T1, n_expert))
@@ -132,8 +133,8 @@ class Router(nn.Module):
         bias_updates: How often the bias has moved, int64; only where there is a `bias_update_schedule`.
         bias_update_rate: Step size of the balancing bias; 0 for routers that have none.
         bias_update_schedule: How the step size changes (`litgpt_moe_ext.moe.balancing.scheduled_rate`).
-        own_kernels: Whether the package's kernels may do a router's work, and not only torch's operators.
-        step_shares: The shares of tokens by which a load-balancing loss over the global batch goes; None without one.
+        own_kernels: Whether the package's own kernels may be used, and not only torch's operators.
+        step_shares: Each expert's share of the global batch, for a load-balancing loss over it; None without one.
     """
 
     weight: Tensor | None
@@ -157,7 +158,7 @@ class Router(nn.Module):
             self.step_shares = StepShares()
         self.tally = Tally(self.n_expert + len(SUMS) + len(self.loss_names))
         self.record: Tensor | None = None
-        # This backend is for those who ask for ordinary operators.
+        # `expert_backend: loop` asks for torch's operators only.
         self.own_kernels = getattr(config, "expert_backend", None) != "loop"
         # The kernels know the package's own losses.
         self._fusible = (
@@ -167,7 +168,7 @@ class Router(nn.Module):
             and type(self).auxiliary_loss is Router.auxiliary_loss
             and self.n_expert <= fused_router.MOST_EXPERTS
         )
-        # What somebody else's rule decides is looked at: kernels would read beyond their memory for less.
+        # The choices of routers from other packages are checked: with wrong shapes, kernels would read out of bounds.
         self._is_ours = type(self).__module__.startswith("litgpt_moe_ext.")
         watch(self)
 
@@ -246,12 +247,12 @@ class Router(nn.Module):
         return Routing(decision.weights_TK, decision.experts_TK, decision.counts_E, real_T, decision, passed)
 
     def rule(self) -> Rule | None:
-        """Return the rule by which `choose` decides, if the fused kernels know it; then `given` says for what."""
+        """Return the rule that `choose` follows, if the fused kernels have it; `given` returns their inputs."""
         return None
 
     def given(self, x_TD: Tensor) -> tuple[Given, Passed | None]:
-        """Return what the fused kernels decide by, and `Routing.passed`."""
-        raise NotImplementedError(f"{type(self).__name__} has a rule and must say what it decides by")
+        """Return the inputs of the fused kernels, and `Routing.passed`."""
+        raise NotImplementedError(f"{type(self).__name__} has a rule and must return its inputs from `given`")
 
     def choose(self, x_TD: Tensor) -> Choice:
         """Decide for each token."""
@@ -340,7 +341,7 @@ def _tokens(x_TD: Tensor, ids: TokenIds | None) -> tuple[Any, ...]:
 
 
 class _StepLoss(NamedTuple):
-    """The loss that knows its value in the backward pass only: its shares, its weight, its place among all losses."""
+    """A loss over the global batch, known in the backward pass only: its shares, its weight, its index among losses."""
 
     shares: StepShares
     coef: float
@@ -350,7 +351,8 @@ class _StepLoss(NamedTuple):
 class _CountInBackward(torch.autograd.Function):
     """The identity on gate values, whose backward pass adds the batch to a tally as the "gradient" of its leaf.
 
-    A load-balancing loss over the global batch has its gradient here too: that of `mean_E`, the mean probabilities.
+    It also returns the gradient of a load-balancing loss over the global batch, that of `mean_E`, the mean
+    probabilities.
     """
 
     @staticmethod
@@ -391,8 +393,8 @@ class _CountInBackward(torch.autograd.Function):
 
 
 def _counts(experts_TK: Tensor, n_expert: int, real_T: Tensor | None) -> Tensor:
-    # One row per token instead of one address per expert, at which a GPU's atomic additions would queue. A column more
-    # for padding.
+    # One row per token, because a GPU's atomic additions would queue at one address per expert. Padding has the last
+    # column.
     columns = n_expert if real_T is None else n_expert + 1
     chosen_TE = experts_TK.new_zeros(len(experts_TK), columns, dtype=torch.bool).scatter_(1, experts_TK, True)
     return chosen_TE.sum(dim=0)[:n_expert]

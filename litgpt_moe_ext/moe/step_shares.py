@@ -14,14 +14,15 @@ from litgpt_moe_ext.moe.balancing import counting_dtype
 
 
 class StepShares:
-    """The share of each expert in the tokens of an optimizer step, over all ranks, as far as the step has gone.
+    """Each expert's share of the tokens of an optimizer step so far, over all ranks.
 
-    The load-balancing loss is linear in these shares, and no gradient passes through them, so they are needed in the
-    backward pass only. By then every layer has counted in its forward pass: the first layer to go backward sums the
-    counts of all layers over the ranks, in one all-reduce. Over gradient accumulation steps the counts add up, and each
-    uses those of the step up to itself, as in arXiv:2501.11873 (section 3.1, "buffer"): later ones are not known yet.
+    The load-balancing loss is linear in these shares and no gradient passes through them, so they are needed in the
+    backward pass only. By then every layer has counted its tokens in the forward pass: the first layer to go backward
+    sums the counts of all layers over the ranks, in one all-reduce. Over accumulated micro-batches the counts add up,
+    and each micro-batch uses those up to its own, as in arXiv:2501.11873 (section 3.1, "buffer"), because later ones
+    are not known yet.
 
-    Only the first forward pass counts. Those of activation checkpointing run within a backward pass.
+    Forward passes that activation checkpointing repeats do not count; they run within a backward pass.
     """
 
     def __init__(self) -> None:
@@ -31,7 +32,7 @@ class StepShares:
         _step_shares[self.handle] = self
 
     def count(self, counts_E: Tensor) -> Tensor:
-        """Count the tokens of a forward pass and return `counts_E`, by which a compiler must go on."""
+        """Count the tokens of a forward pass. Return `counts_E`, which compiled code must use from there on."""
         if torch.compiler.is_compiling():
             return torch.ops.litgpt_moe_ext.count_for_step(counts_E, self.handle)
         self._count(counts_E)
@@ -78,7 +79,7 @@ def _collect(members: list[StepShares]) -> None:
         member._pending.clear()
 
 
-# To a compiler these are two operators that it knows nothing about, tied to the right place by their inputs.
+# To a compiler these are two opaque operators, which their inputs keep in the right order.
 _handles = itertools.count()
 _step_shares: "weakref.WeakValueDictionary[int, StepShares]" = weakref.WeakValueDictionary()
 

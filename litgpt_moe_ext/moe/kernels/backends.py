@@ -40,9 +40,9 @@ class Hidden(NamedTuple):
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which `x` meets weights: autocast's where that is on, otherwise its own."""
+    """Return the dtype in which `x` is multiplied with weights: autocast's where that is on, otherwise its own."""
     device_type = x.device.type
-    # torch knows no autocast for meta tensors, and autocast leaves float64 alone.
+    # torch has no autocast for meta tensors, and autocast leaves float64 alone.
     if x.dtype != torch.float64 and device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return x.dtype

@@ -1,7 +1,7 @@
 """The balancing biases of all layers on a GPU: one launch after a step, where torch's operators are a dozen.
 
-`litgpt_moe_ext.moe.balancing` has the rule and writes it out with torch's operators, which stay the reference and what
-everything else goes by. Nothing here is differentiated or compiled, so there is no operator.
+`litgpt_moe_ext.moe.balancing` has the rule, written with torch's operators: the reference, and what runs everywhere
+else. Nothing here is differentiated or compiled, so it needs no torch operator.
 
 Shape legend: E experts, N numbers of a record.
 """
@@ -37,7 +37,7 @@ class Moved(NamedTuple):
 
 
 def works_on(moved: Moved) -> bool:
-    """Return whether `move_biases` does it: plain tensors on one GPU, float32 biases of up to 1024 experts."""
+    """Return whether `move_biases` can be used: plain tensors on one GPU, float32 biases of up to 1024 experts."""
     record, n_expert = moved.records[0], moved.biases[0].numel()
     return (
         n_expert <= _MOST_EXPERTS

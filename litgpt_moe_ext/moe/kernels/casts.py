@@ -1,6 +1,6 @@
-"""Weights of several linear layers cast in one launch, where autocast takes one for each weight and bias.
+"""Casting the weights of several linear layers in one launch, where autocast takes one for each weight and bias.
 
-Layers that read the same are cast into one matrix, so that each pass has one product for all of them.
+The weights of layers with the same input are cast into one matrix, so that each pass has one product for all of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -58,8 +58,8 @@ def cast_together(groups: Sequence[Sequence[Any]], dtype: torch.dtype) -> list[C
     Weights and biases are in `dtype`; gradients are the layers'.
 
     Args:
-        groups: Layers for which, all of them together, `can_cast` is true; those of a group read the same.
-        dtype: That of their inputs.
+        groups: Layers for which, taken together, `can_cast` is true; those of a group have the same input.
+        dtype: Of their inputs.
     """
     given: list[Tensor] = []
     n_each: list[int] = []
@@ -76,9 +76,9 @@ def _names(linear: Any) -> tuple[str, ...]:
 
 
 def can_cast(linears: Sequence[Any], dtype: torch.dtype) -> bool:
-    """Return whether these are plain linear layers with weights in another dtype, which nobody wants to see called.
+    """Return whether layers can be cast together.
 
-    And whether all of them have a bias, or none.
+    They must be plain linear layers without hooks, with weights in another dtype, and all or none of them with a bias.
     """
     return len({linear.bias is None for linear in linears}) == 1 and all(
         type(linear) is nn.Linear

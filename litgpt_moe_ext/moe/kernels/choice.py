@@ -8,9 +8,9 @@
 | `grouped_cpu` | one expert after the other on a CPU, with a backward pass written by hand |                     |
 | `loop`        | one expert after the other with ordinary operators, everywhere            | in every layer      |
 
-`BACKENDS` says what each can do, `PREFERENCES` what is preferred where; the first that can do it is chosen. An entry
-added to both by `register_backend` is chosen, announced and forced (`expert_backend` in the model configuration) as the
-package's own are.
+`BACKENDS` says what each can do, `PREFERENCES` what is preferred where; the first that can do it is chosen. A backend
+that `register_backend` adds is chosen, announced and forced (`expert_backend` in the model configuration) like the
+package's own.
 """
 
 import functools
@@ -64,7 +64,7 @@ class ExpertBackend:
             the other tokens are padding: their numbers may be anything, their expert is E, they are not among the
             counts, and what is returned for them, and as their gradient, is not read.
         obstacle: Returns what keeps it from working at a place, as the end of a sentence, or None.
-        adds: Whether `function` takes one argument more, (T, D) in the dtype of the tokens: what is added to the sum.
+        adds: Whether `function` takes one more argument, (T, D) in the dtype of the tokens, which it adds to the sum.
     """
 
     name: str
@@ -75,7 +75,7 @@ class ExpertBackend:
 
 @dataclass(frozen=True)
 class Preference:
-    """Which backends are preferred where; what is None does not matter.
+    """Which backends are preferred where; conditions that are None always hold.
 
     Attributes:
         backends: Names, best first.
@@ -92,7 +92,7 @@ class Preference:
     compiling: bool | None = None
 
     def covers(self, place: Place) -> bool:
-        """Return whether `place` is meant."""
+        """Return whether the conditions hold at `place`."""
         return (
             self.device in (None, place.device)
             and (self.majors is None or (place.capability is not None and place.capability[0] in self.majors))
@@ -140,7 +140,7 @@ BACKENDS: dict[str, ExpertBackend] = {
     )
 }
 
-# The first row that covers a place decides. A compiler cannot see how many rows an expert has, which the loops ask.
+# The first row that covers a place decides. The loops ask how many rows each expert has, which no compiler can see.
 PREFERENCES: list[Preference] = [
     # Measured on an H200, where Triton saves the copies of rows; nobody has measured the data centre's Blackwell yet.
     Preference(("triton", "grouped_mm", "loop"), device="cuda", majors=(9,), dtypes=(torch.bfloat16,)),

@@ -1,8 +1,8 @@
 """The routed experts on a CPU, eager: one expert after the other, with a backward pass written by hand.
 
-What it saves over the plain loop (`litgpt_moe_ext.moe.kernels.loop`), in the order of what it is worth:
-- Rows are gathered expert by expert, instead of all at once, into memory that all experts share and that so stays in
-  the cache.
+What it saves over the plain loop (`litgpt_moe_ext.moe.kernels.loop`), the most valuable first:
+- Rows are gathered expert by expert, instead of all at once, into memory that all experts share, so it stays in the
+  cache.
 - The backward pass keeps the tokens, the first projection's output and the routing, and nothing else: it computes the
   activations again. No expert's output is kept, because the gradient of a gate value is the dot product of activations
   and their gradient.
@@ -11,9 +11,8 @@ What it saves over the plain loop (`litgpt_moe_ext.moe.kernels.loop`), in the or
 - Gradients of weights are written where they belong in the stacked gradient.
 
 Rows of one expert are padded to a multiple of `_padding`. oneDNN, which multiplies bfloat16 matrices, compiles code
-for each new number of rows (half a millisecond), and under changing routing numbers without a common divisor never
-repeat. The padding rows of an expert are zeros, and what is computed from them lies where the rows of the next expert
-begin, which overwrites it.
+for each new number of rows (half a millisecond), and the routing would give new numbers again and again. The padding
+rows of an expert are zeros. Their results lie where the rows of the next expert begin, which overwrites them.
 
 Shape legend: T tokens, K chosen experts per token, E experts, D model width, F hidden width of one expert, G width of
 the first projection (2 * F with a gate), R = T * K routed rows in the order of experts, those of padding tokens last,
@@ -120,9 +119,9 @@ def _plan(routing: Routing, dtype: torch.dtype) -> Dispatch:
 
 
 def _padding(dtype: torch.dtype, mean_count: int) -> int:
-    """Return the number of which segments have a multiple of rows: for oneDNN about a sixteenth of the mean segment.
+    """Return the number whose multiples segments are padded to: for oneDNN about a sixteenth of the mean segment.
 
-    Any fixed number would either be a waste for small segments or leave too many different sizes of large ones: oneDNN
+    Any fixed number would either waste work on small segments or leave too many different sizes of large ones: oneDNN
     remembers 1024 pieces of code, of which a layer needs six for each size.
     """
     if dtype == torch.float64 or (dtype == torch.float32 and float32_precision("cpu") == "ieee"):
@@ -264,7 +263,7 @@ def _workspace(segments: Sequence[Segment], like: Tensor, width: int) -> Tensor:
 def _gather(x_TD: Tensor, tokens_R: Tensor, segment: Segment, space_ND: Tensor) -> Tensor:
     """Return the rows of one expert in the given memory, and zeros for its padding.
 
-    Rows of other experts would do, but for numbers that overflow in this one.
+    Rows of other experts would do as padding, if they could not overflow in this one.
     """
     _, start, stop, end = segment
     n = stop - start

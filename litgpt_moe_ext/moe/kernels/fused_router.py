@@ -1,8 +1,7 @@
-"""Routers on a GPU with few launches: the decision, the losses and the statistics of the package's own routers at once.
+"""Routers on a GPU in few launches: the decision, the losses and the statistics of the package's own routers at once.
 
-What `litgpt_moe_ext.moe.router` and its subclasses write out with torch's operators, which stay the reference and what
-everything else goes by: CPUs, compilers, and routers and losses of other packages. Also `expert_backend: loop`, which
-is for ordinary operators.
+The reference is `litgpt_moe_ext.moe.router` and its subclasses, which use torch's operators. It also runs on CPUs,
+under compilers, for routers and losses of other packages, and with `expert_backend: loop`.
 
 Shape legend: T tokens, E experts, K chosen experts per token, R = T * K routed rows, S sequences, N numbers of a tally,
 L = 3 rows of slopes, S more of them with a loss per sequence.
@@ -67,7 +66,7 @@ class Rule(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What a decision is made of.
+    """Inputs of a decision.
 
     Attributes:
         logits_TE: Logits, float32, contiguous; to choose evenly any numbers, hashes for example.
@@ -121,10 +120,10 @@ def decide(given: Given, rule: Rule, leaf_N: Tensor | None, shares: StepShares |
     """Choose experts for each token.
 
     Args:
-        given: What the decision is made of.
-        rule: By what rule.
+        given: Inputs of the decision.
+        rule: The rule to follow.
         leaf_N: The leaf of a router's tally, whose "gradient" becomes the tally; None unless training.
-        shares: Those of the global batch, for a load-balancing loss over it.
+        shares: Shares of the global batch, for a load-balancing loss over it.
     """
     return Decision(*_Decide.apply(rule, shares, leaf_N, *given))
 
@@ -173,7 +172,7 @@ class _Decide(torch.autograd.Function):
 
 
 def _with_shares(decision: Decision, rule: Rule, shares_E: Tensor) -> Decision:
-    # What the kernels could not know of a load-balancing loss over the global batch.
+    # Adds the load-balancing loss over the global batch, whose shares the kernels did not know.
     n_expert = shares_E.size(0)
     slope_E = rule.balancing * n_expert * shares_E
     slopes_LE, tally_N = decision.slopes_LE.clone(), decision.tally_N.clone()

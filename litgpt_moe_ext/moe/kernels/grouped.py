@@ -15,7 +15,7 @@ from litgpt_moe_ext.moe.kernels.operators import decode_experts, expert_down, ex
 from litgpt_moe_ext.moe.kernels.plan import Identity, kind_of, sort_rows
 from litgpt_moe_ext.moe.router import Routing
 
-# With at most so many routed rows each is worth reading its expert's weights anew, without sorting.
+# Up to this many routed rows are not sorted: each reads its expert's weights by itself.
 _FEW_ROWS = 32
 
 
@@ -76,7 +76,7 @@ def _grouped(
     h_RG = expert_up(x_TD, weights.up_EGD, weights.up_bias_EG, rows_R, ends_E, dtype, engine)
     activation: Any = hidden.activation
     if kind_of(activation) is None:
-        # A registered activation goes by its own operators, which keep what they need for backward.
+        # A registered activation runs as its own operators, which keep what they need for backward.
         h_RG, activation = activation(h_RG).contiguous(), Identity()
     keep_RF = None
     if hidden.dropout:

@@ -24,7 +24,7 @@ def loop_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden:
     """
     few = routing.experts_TK.numel() <= MOST_GATHERED and x_TD.device.type not in ("cpu", "meta")
     if few and routing.real_T is None and not hidden.dropout and not has_gradient(x_TD, routing.weights_TK, *weights):
-        # On a GPU the loop would wait for the device, and touch every expert.
+        # On a GPU the loop would wait for the device, and read the weights of every expert.
         return gather_experts(x_TD, routing, weights, hidden.activation, matmul_dtype(x_TD))
     rows_R = routing.experts_TK.flatten().argsort(stable=True)
     if routing.real_T is not None and not x_TD.is_meta:
@@ -33,8 +33,8 @@ def loop_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden:
     tokens_R = rows_R.div(routing.experts_TK.size(1), rounding_mode="floor")
     x_RD = x_TD.index_select(0, tokens_R)
     if x_RD.is_meta:
-        # On meta tensors nobody knows which rows go where, but the work is known: every row passes through one expert
-        # of the same size. FLOP counters then see the active experts and no others.
+        # Meta tensors do not tell which rows go where, but the work is known: every row passes through one expert of
+        # the same size. FLOP counters then see the active experts and no others.
         y_RD = _expert(x_RD, _each(weights)[0], hidden)
     else:
         y_RD = _one_by_one(x_RD, routing.counts_E, weights, hidden)

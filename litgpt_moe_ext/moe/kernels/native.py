@@ -1,4 +1,4 @@
-"""The grouped products by `torch.nn.functional.grouped_mm`, with what goes around them by ordinary operators.
+"""The grouped products by `torch.nn.functional.grouped_mm`, and everything around them by ordinary operators.
 
 torch has native grouped products for bfloat16 on compute capabilities 9.x and 10.x; elsewhere it computes group by
 group and waits for the device. Rows of D and of F elements must be multiples of 16 bytes long. Everything is added in a
@@ -55,7 +55,7 @@ def sum_outer_products(outer: Outer, dtype: torch.dtype, total_EOI: Tensor | Non
 
 
 def leaves_empty_groups(device: torch.device) -> bool:
-    """Return whether torch's sum over no rows may be anything: on Blackwell and AMD, where it is what registers held.
+    """Return whether torch's sum over no rows is arbitrary: on Blackwell and AMD, it is what registers happen to hold.
 
     Reported for the B200 (pytorch/pytorch#172439, NVIDIA/cutlass#2674); Hopper's sums are zero.
     """
@@ -67,9 +67,9 @@ def leaves_empty_groups(device: torch.device) -> bool:
 def sums_fast(outer: Outer) -> bool:
     """Return whether torch makes gradients of weights faster than Triton's kernel: on Hopper, but for narrow weights.
 
-    Hopper's tensor cores read both operands of this product across their rows, which Triton does at half their speed.
-    What torch loses is a copy of the tokens in the order of experts, which counts the more the fewer outputs each of
-    them meets. On an H200 the times were equal at 512 of them.
+    Hopper's tensor cores can read both operands of this product across their rows, which Triton does at half their
+    speed. Torch needs a copy of the tokens in the order of experts instead, which weighs the more, the narrower the
+    weights are. On an H200 both took the same time at a width of 512.
     """
     left, right, _, gather_left, _ = outer
     met = right.size(1) if gather_left else left.size(1)
@@ -87,7 +87,7 @@ def sum_rows(x: Tensor, gates_TK: Tensor | None, plan: Plan, gather: bool, dtype
     """Return the sum of the rows of each expert, (E, O) in `dtype`, as a product with a column of their factors."""
     n_row = plan.rows.size(0)
     factors_R = x.new_ones(n_row) if gates_TK is None else gates_TK.flatten().index_select(0, plan.rows).to(x.dtype)
-    # Several equal columns, because a row must be a multiple of 16 bytes long.
+    # Several equal columns, because the length of a row must be a multiple of 16 bytes.
     columns = factors_R.unsqueeze(1).expand(-1, 16 // x.element_size()).contiguous()
     return sum_outer_products(Outer(columns, x, plan, False, gather), dtype)[:, 0].contiguous()
 

@@ -201,7 +201,7 @@ class FewTokens(NamedTuple):
     approximate: str
 
 
-# What calls cost, given shapes in the place of tensors.
+# FLOPs of calls, given shapes in place of tensors.
 
 
 def _product_flops(n_row: int, weight_shape: torch.Size) -> int:
@@ -240,7 +240,7 @@ def _engine(call: Any) -> Any:
 
 
 def _beside(call: Any, x: Tensor) -> Any:
-    # What is not a product: by Triton's kernels, which take one launch for each, also beside torch's products.
+    # Everything but the products. Triton's kernels take one launch for each, so they also go with torch's products.
     if call.engine == "torch" and not (x.is_cuda and triton_installed()):
         return native
     from litgpt_moe_ext.moe.kernels import triton
@@ -389,12 +389,12 @@ def decode_experts(call: FewTokens) -> Tensor:
 
 
 def _transposed(weight_EOI: Tensor, dtype: torch.dtype) -> Tensor:
-    # Callers give it no name: a cast that is not kept should be gone before the gradient of the weights is made.
+    # Callers must not hold on to it: a temporary cast should be freed before the weights' gradient is allocated.
     return step_weights.cast(weight_EOI, dtype).transpose(1, 2)
 
 
 def _weight_gradient(weight: Tensor, call: OuterProduct) -> Tensor | None:
-    # None where it has been added to the gradient that the weights have.
+    # None if it has been added to the gradient that the weights already have.
     total = step_weights.gradient_to_extend(weight)
     if total is None:
         return sum_outer_products(*call)
@@ -424,7 +424,7 @@ def _down_backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
     need_h, need_gates, need_weight, need_bias = ctx.needs_input_grad[:4]
     dh_RG = dgates_TK = dweight_EDF = dbias_ED = None
     n_token, plan, engine = call.gates_TK.size(0), (call.rows_R, call.ends_E), call.engine
-    # What was added had the dtype of the sum.
+    # The addend has the dtype of the sum.
     dadded_TD = dy_TD if ctx.needs_input_grad[_ADDED] else None
     dy_TD = dy_TD.to(call.h_RG.dtype).contiguous()
     if need_h or need_gates or need_weight:
@@ -452,9 +452,9 @@ _ADDED = Down._fields.index("added_TD")
 
 
 def _bias_share(dy_TD: Tensor, bias_ED: Tensor, experts_TK: Tensor) -> Tensor:
-    # What the biases contribute to the gradient of the gate values, (T, K).
+    # The biases' part of the gradient of the gate values, (T, K).
     by_expert_TE = dy_TD.float() @ bias_ED.float().t()
-    # Padding needs an expert that exists.
+    # Padding has an expert that does not exist.
     return by_expert_TE.gather(1, experts_TK.clamp_max(bias_ED.size(0) - 1))
 
 

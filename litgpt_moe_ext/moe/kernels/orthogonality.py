@@ -1,8 +1,8 @@
 """The orthogonality loss of a router's weights on a GPU: a product and a kernel, and two products and one backward.
 
-Written out with torch's operators (`litgpt_moe_ext.moe.losses.orthogonality_loss`, which stays the reference and what
-everything else goes by) it is eight launches, and more than twenty backward. Compilers, meta tensors, checkpointing and
-the FLOP counter see an operator, as with the experts' products.
+With torch's operators (`litgpt_moe_ext.moe.losses.orthogonality_loss`, the reference, and what runs everywhere else) it
+takes eight launches, and more than twenty backward. Compilers, meta tensors, checkpointing and the FLOP counter see an
+operator, as with the experts' products.
 
 Both passes start from the products of all rows, W W^T, whose diagonal has the squares of their lengths. With s_i one
 over the length of row i, and A the cosines minus the identity, the gradient is a product as well: H W with

@@ -1,4 +1,4 @@
-"""What the grouped products are given, whoever computes them.
+"""Arguments of the grouped products, the same for all implementations.
 
 Shape legend: T tokens, K chosen experts per token, E experts, R = T * K routed rows in the order of experts, D model
 width, F hidden width of one expert, G width of the first projection, O and I widths of output and input.
@@ -102,7 +102,7 @@ class Gradients(NamedTuple):
     gates_TK: Any
 
 
-# The kernels' name of each activation that they know.
+# The kernels' names of the activations that they implement.
 KINDS = {
     "swiglu": "silu", "clamped_swiglu": "clamped_silu", "geglu": "gelu", "gelu": "gelu", "relu": "relu",
     "relu2": "relu2", "identity": "identity",
@@ -110,7 +110,7 @@ KINDS = {
 
 
 def kind_of(activation: Any) -> str | None:
-    """Return the kernels' name of an activation, or None if they do not know it."""
+    """Return the kernels' name of an activation, or None if they do not implement it."""
     kind = KINDS.get(activation.name)
     return "gelu_tanh" if kind == "gelu" and activation.gelu_approximate == "tanh" else kind
 

@@ -1,12 +1,12 @@
 """A router's product on a GPU at nearly the accuracy of float32, reading tokens in their own dtype.
 
-Torch's product, which stays the reference, wants a float32 copy of 16-bit tokens, and for so few outputs takes about
-ten times as long as reading them. Not for compilers, float64, or `expert_backend: loop`, which is for ordinary
-operators. Compilers, meta tensors, checkpointing and the FLOP counter see an operator, as with the experts' products.
+Torch's product, which stays the reference, needs a float32 copy of 16-bit tokens, and for so few outputs takes about
+ten times as long as reading them. It is still used under compilers, for float64, and with `expert_backend: loop`.
+Compilers, meta tensors, checkpointing and the FLOP counter see an operator, as with the experts' products.
 
-A layer's tokens are read three times: by the router, by routed and by shared experts, the latter in 16 bits. The router
-is the first, so it passes them on in that dtype; and its backward pass, which is the last, adds up the gradients of all
-three. By themselves these are four launches, whose traffic is up to three times that of the products here.
+A layer's tokens are read three times: by the router, and in 16 bits by routed and by shared experts. The router comes
+first, so it passes them on in that dtype; its backward pass comes last, so it adds up the gradients of all three. Done
+separately, this takes four launches with up to three times the memory traffic of the products here.
 
 Shape legend: T tokens, D model width, E experts.
 """
@@ -32,12 +32,12 @@ FEWEST_NUMBERS, FEWEST_WIDE_NUMBERS, WIDE = 2**18, 2**21, 256
 
 
 class Projected(NamedTuple):
-    """Logits, and the tokens that were read for them, for those who read them next.
+    """Logits, and the tokens for the experts.
 
     Attributes:
         logits_TE: `x_TD @ weight_ED.T`, float32.
-        routed_TD: Tokens for routed experts.
-        shared_TD: The same tokens for shared experts, whose gradient arrives by another way.
+        routed_TD: Tokens for the routed experts.
+        shared_TD: The same tokens for the shared experts, as a tensor with a gradient of its own.
     """
 
     logits_TE: Tensor
@@ -82,8 +82,8 @@ class ProjectionBackward(NamedTuple):
 
 
 def works_on(x_TD: Tensor, weight_ED: Tensor) -> bool:
-    """Return whether the product of `x_TD` and `weight_ED` is to be computed here."""
-    # First what a compiler sees, which must not look at sizes.
+    """Return whether the product of `x_TD` and `weight_ED` should be computed here."""
+    # This comes first, because compilers must not look at sizes.
     if not fused_router.works_on(x_TD) or weight_ED.dtype not in MOST_EXPERTS:
         return False
     n_expert = weight_ED.size(0)
@@ -108,7 +108,7 @@ def project(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
 
 
 def project_and_pass(x_TD: Tensor, weight_ED: Tensor, dtype: torch.dtype) -> Projected:
-    """Return the same, and the tokens in `dtype` for those who read them next."""
+    """Return the same, and the tokens in `dtype` for the experts."""
     return Projected(*_Project.apply(x_TD, weight_ED, dtype))
 
 

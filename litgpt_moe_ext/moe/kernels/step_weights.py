@@ -1,14 +1,14 @@
-"""What the micro-batches of an optimizer step share of the experts' weights.
+"""Sharing casts and gradients of the experts' weights among the micro-batches of an optimizer step.
 
 A token visits few experts, but a pass touches the weights of all. In mixed precision they are cast before the forward
-and again before the backward pass, 6 bytes of traffic for each number and cast; their gradient is written by itself,
-and autograd reads it with the sum of the earlier ones and writes that sum, 16 bytes from the product on. Within
-`StepWeights.shared` they are cast once for an optimizer step, and a product adds its gradient to the sum itself, 8
-bytes. Every number is the same to the last bit, but for weights that several layers use, whose gradients are added up
-in another order.
+and again before the backward pass, 6 bytes of traffic for each number and cast. Their gradient is first written by
+itself; then autograd reads it and the sum of the earlier ones, and writes the new sum: 16 bytes in all. Within
+`StepWeights.shared`, weights are cast once per optimizer step, and a product adds its gradient to the sum itself, 8
+bytes. Every number is the same to the last bit, except for weights that several layers use: their gradients are added
+up in another order.
 
-Whoever shares must know when an optimizer step begins, and that nobody wants to see the gradient of a single
-micro-batch. Passes that run as CUDA graphs know both.
+The caller must know when an optimizer step begins, and that nobody needs the gradient of a single micro-batch. Passes
+that run as CUDA graphs know both.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ _sharing: "StepWeights | None" = None
 class StepWeights:
     """Keeps weights in the dtype of the products, at the same address from step to step.
 
-    A first pass in the scope of `shared` shows which there are; from `keep` on passes find them.
+    A first pass in the scope of `shared` records which casts are needed; after `keep`, passes find them here.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class StepWeights:
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
-        """Have the passes in this scope share, the backward pass in autograd's own thread too."""
+        """Share among the passes in this scope, also in backward passes, which run in a thread of autograd's."""
         global _sharing
         before, _sharing = _sharing, self
         try:
@@ -42,13 +42,13 @@ class StepWeights:
             _sharing = before
 
     def expire(self) -> None:
-        """Take note that an optimizer step begins. Versions of tensors do not tell: fused optimizers leave them."""
+        """Mark the casts as old: an optimizer step begins. Fused optimizers do not change the versions of tensors."""
         self._fresh = False
 
     def refresh(self) -> None:
-        """Cast again, once in a step; call it before every micro-batch that finds its casts here."""
+        """Cast again if that is due; call it before every micro-batch that uses the casts."""
         weights: list[Tensor] = [weight for weight, _ in self._casts]
-        # Weights without a gradient may have changed as well: a step does not begin for all where one has kept its own.
+        # A weight without a gradient may have changed too, even where another one keeps its gradient over the step.
         stale = not self._fresh or any(weight.requires_grad and weight.grad is None for weight in weights)
         if weights and stale:
             with torch.no_grad():
@@ -57,11 +57,11 @@ class StepWeights:
 
     @property
     def size(self) -> int:
-        """Bytes of what `keep` keeps."""
+        """Bytes that `keep` allocates."""
         return sum(weight.numel() * dtype.itemsize for weight, dtype in self._seen)
 
     def keep(self) -> None:
-        """Make room for the casts that passes have made; `refresh` fills it."""
+        """Allocate memory for the casts that passes have made; `refresh` fills it."""
         self._casts = {(weight, dtype): torch.empty_like(weight, dtype=dtype) for weight, dtype in self._seen}
         self._fresh = False
 
@@ -70,7 +70,7 @@ class StepWeights:
         self._casts.clear()
 
     def cast(self, weight: nn.Parameter, dtype: torch.dtype) -> Tensor:
-        """Return a weight in `dtype`: the cast that is kept, if there is one."""
+        """Return a weight in `dtype`, from the casts that are kept if it is among them."""
         if (weight, dtype) in self._casts:
             return self._casts[weight, dtype]
         self._seen[weight, dtype] = None
@@ -78,14 +78,14 @@ class StepWeights:
 
 
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return weights in `dtype`, those that are kept where passes share them."""
+    """Return a weight in `dtype`, from the casts that passes share if there are any."""
     if _sharing is None or weight.dtype == dtype or not isinstance(weight, nn.Parameter):
         return weight.to(dtype)
     return _sharing.cast(weight, dtype)
 
 
 def gradient_to_extend(weight: Tensor) -> Tensor | None:
-    """Return the gradient that a product may add to in autograd's place, or None if autograd must do it."""
+    """Return the gradient that a product may add its own to, or None if autograd must do that."""
     if _sharing is None or not isinstance(weight, nn.Parameter) or weight.grad is None:
         return None
     if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
