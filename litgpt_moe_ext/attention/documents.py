@@ -17,19 +17,19 @@ from torch import Tensor
 
 from litgpt_moe_ext.rows import Rows, host_copy
 
-# Without the ids in host memory the offsets of a CUDA batch get a fixed size, because reading the true one would make
-# the host wait. Every sequence has room for documents of this mean length and for this many more. For unused room the
-# kernel starts empty blocks.
+# If the ids are not in host memory, the offsets of a CUDA batch get a fixed size, because reading the true one would
+# make the host wait. Every sequence has room for documents of this mean length, and for this many more. The kernel
+# starts empty blocks for unused room.
 _MEAN_LENGTH = 16
 _MORE = 64
-# A kernel starts blocks of up to so many tokens, so that rounding lengths up to it costs none.
+# Kernels start blocks of up to this many tokens, so rounding lengths up to a multiple of it adds no block.
 _BLOCK = 128
 
 Boundary = Literal["eos", "bos"]
 
 
 class Extent(NamedTuple):
-    """What a kernel must have room for.
+    """How many documents, and how long ones, a kernel must have room for.
 
     Attributes:
         documents: Number of documents in the batch, at most.

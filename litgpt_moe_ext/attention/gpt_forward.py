@@ -77,7 +77,7 @@ def forward(
     documents = _find_documents(model, idx, input_pos, input_pos_maxp1)
     ids = TokenIds(idx.flatten()) if routers_need(config, "token_ids") else None
     if real_BT is not None:
-        # Any token will do: causal attention keeps it from those before it, and experts do not see it.
+        # Any id will do: causal attention hides it from the tokens before it, and experts do not see it.
         idx = idx.clamp_min(0)
     has_metadata = ids is not None or (real_BT is not None and config.mlp_class_name in MOE_CLASS_NAMES)
     if not (changes_model(config) or has_metadata):
@@ -104,7 +104,7 @@ def forward(
         ]
     elif config.streaming_cache_window is not None and input_pos is not None:
         stand_in.transformer.h = [_streaming(block, model, input_pos) for block in stand_in.transformer.h]
-        # What LitGPT looks up at the positions must exist, and is not used.
+        # LitGPT looks up rows at these positions. They must exist, but are not used.
         stand_in.max_seq_length = max(model.max_seq_length, idx.size(1))
         stand_in.mask_cache = model.cos.new_zeros(1, 1, 1, 1).expand(1, 1, model.cos.size(0), 1)
         input_pos = input_pos.clamp(max=model.cos.size(0) - 1)
@@ -130,7 +130,7 @@ class _StandIn:
         self.sin = model.sin
         self.mask_cache = model.mask_cache
         if self.mask_cache is not None and _config(model).attention_class_name is not None:
-            # Of the mask, which nothing reads, LitGPT copies a row as long as the cache for every token.
+            # LitGPT copies a row of the mask for every token, as long as the cache. Nothing reads it.
             self.mask_cache = self.mask_cache[..., :1]
         self.lm_head = model.lm_head
         self.transformer = transformer
@@ -176,7 +176,7 @@ def _within_documents(block: _Block, documents: Documents, tables: tuple[Tensor,
 
 
 def _streaming(block: _Block, model: GPT, input_pos: Tensor) -> _Block:
-    """Give a block that counts positions itself whole rotary tables, and positions beyond their end."""
+    """Give a block, which counts positions itself, the whole rotary tables and the positions in the text."""
     tables = model.cos.unsqueeze(0), model.sin.unsqueeze(0)
     return lambda x, _cos, _sin, _mask, _pos, input_pos_maxp1: block(x, *tables, None, input_pos, input_pos_maxp1)
 

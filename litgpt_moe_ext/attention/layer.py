@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SinkAttention"]
 
-# Up to this many queries to a cache are limited by reading it once, which the written-out softmax does.
+# A call with a cache and up to this many queries takes as long as reading the cache, which the written-out softmax does
+# only once.
 _FEW_QUERIES = 16
 
 
@@ -42,8 +43,9 @@ class SinkAttention(CausalSelfAttention):
     never repeated. The reference is Hugging Face's `GptOssAttention`.
 
     Three things differ from the parent class. YaRN is computed as Hugging Face does (see `rope.py`), and its attention
-    factor sits in the rotary tables alone. A layer with a sliding window keeps a cache of full length, so that prompts
-    longer than the window work. And with a cache, only positions count: LitGPT's mask says the same in more bytes.
+    factor is in the rotary tables only. A layer with a sliding window keeps a cache of full length, so that prompts
+    longer than the window work. And with a cache, positions alone decide what a token sees: LitGPT's mask says the same
+    in more bytes.
 
     Args:
         config: The model configuration.
@@ -151,7 +153,7 @@ class SinkAttention(CausalSelfAttention):
         return KVCache((*shape, k_size), (*shape, d), device=device, dtype=dtype)
 
     def kernel(self, device: torch.device, dtype: torch.dtype) -> str:
-        """Return what computes this layer in a step of training, for the announcement before the first one.
+        """Return the name of the kernel that computes this layer in training, for the announcement before it starts.
 
         Args:
             device: Where the layer runs.
@@ -227,7 +229,7 @@ class SinkAttention(CausalSelfAttention):
 
         low = 0 if begin is None or window is None else max(0, begin - window + 1)
         k_BGSd, v_BGSd = k_BGSd[:, :, low:end], v_BGSd[:, :, low:end]
-        # A single query sees all that is left.
+        # A single query sees everything that is left.
         mask = None
         if begin is None or per_sequence or T > 1:
             mask = window_mask(input_pos - low, end - low, end if window is None else window)

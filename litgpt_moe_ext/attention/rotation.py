@@ -122,7 +122,7 @@ class _Rotation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         """Return the gradients of the arguments of `forward`."""
-        # As queries and keys lay in memory: what they were computed by reads its gradients without a copy.
+        # In the memory layout of queries and keys, so that what has computed them reads the gradients without a copy.
         pairs = zip(gradients, ctx.are_contiguous, strict=True)
         turned = tuple(dx.new_empty(dx.shape) if is_contiguous else _empty(dx) for dx, is_contiguous in pairs)
         _kernels().rotate(gradients, turned, ctx.saved_tensors, ctx.interleave, backward=True)

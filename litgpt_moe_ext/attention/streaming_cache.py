@@ -16,7 +16,7 @@ from torch import Tensor
 
 from litgpt_moe_ext.attention.sinks import Softmax, grouped_matmul, sink_softmax
 
-# Queries are worked off in pieces of this many, which bounds the memory and the number of positions that are needed.
+# Queries are processed in chunks of this many, which bounds the memory and the number of positions that are needed.
 CHUNK = 256
 
 # Rotates (B, heads, T, d) to the given positions, (T,).
@@ -131,7 +131,7 @@ def streaming_attention(q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, softmax:
         q_BHTd: Queries, not rotated.
         k_BGTd: Keys, not rotated.
         v_BGTd: Values.
-        softmax: How scores become weights; dropout and kernel do not count.
+        softmax: How scores become weights; its dropout and kernel are ignored.
         stream: Where the text goes on.
 
     Returns:
@@ -162,7 +162,7 @@ def _scores(
     # Only distances count, and small positions keep the tables short.
     origin = max(0, cache.n_seen - query_T.numel() - cache.window)
 
-    # To the first tokens, queries stand at the end of the cache at most; to the others at their true distance.
+    # For the first tokens, a query is at the end of the cache at most; for the others, at its true distance.
     far_q = rotate(q_BHTd, query_T.clamp(max=cache.first + cache.window - 1))
     near_q = rotate(q_BHTd, query_T - origin)
     far_BHTF = grouped_matmul(far_q, rotate(k_BGSd[:, :, :n_first], first_F).mT)

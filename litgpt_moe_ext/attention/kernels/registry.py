@@ -190,7 +190,7 @@ def functions_of(name: str) -> KernelFunctions:
 
 
 def load_functions() -> None:
-    """Import the modules of all kernels, which a compiler that traces attention cannot do on the way."""
+    """Import the modules of all kernels, because a compiler that traces attention cannot do so."""
     for name, kernel in KERNELS.items():
         if kernel.functions is not None:
             functions_of(name)

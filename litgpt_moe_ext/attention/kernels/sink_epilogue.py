@@ -1,4 +1,4 @@
-"""What sinks add to a flash kernel, in Triton: one launch forward; one launch and a sum of its blocks backward.
+"""What sinks change in the result of a flash kernel, in Triton: one launch each way, and a sum over blocks backward.
 
 Torch's operators take several launches forward and more backward, some of them over tensors as large as the output. All
 arithmetic is float32; blocks are added in a fixed order, so two runs give the same bits.
