@@ -1,9 +1,9 @@
 """`torch.compile` only where it works and pays.
 
-LitGPT 0.5.13 compiles every model it pretrains. Where no compiler is at hand (Windows without MSVC or Triton, a slim
-container without a C++ compiler) the first training step dies; on a CPU it costs minutes and gives nothing, measured;
-and an expert loop whose row counts depend on the data breaks the graph in every layer. Here the choice is made before
-the first step, said in one line, and a failure of the compiler falls back to eager execution.
+LitGPT 0.5.13 compiles every model it pretrains. Without a compiler (Windows without MSVC or Triton, a slim container
+without a C++ compiler) the first training step fails. On a CPU compilation takes minutes and was measured to gain
+nothing, and an expert loop whose row counts depend on the data breaks the graph in every layer. Here the choice is made
+before the first step and printed in one line, and if the compiler fails, the model runs eagerly.
 """
 
 import contextlib

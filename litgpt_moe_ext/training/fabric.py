@@ -41,7 +41,7 @@ class TrainingFabric(L.Fabric):
 
     Attributes:
         resumed_rng: State of the random generators of every process from the loaded checkpoint, until it is restored.
-        rng_settled: Whether the generators are those of the training, which they are from the first batch on.
+        rng_settled: Whether the generators are those of the training, as they are from the first batch on.
         attempt: How often the run has been started: 1, and one more whenever it is resumed.
         state: LitGPT's training state, once there is one.
         stop_requests: Signals that this process has received.
@@ -74,7 +74,7 @@ class TrainingFabric(L.Fabric):
         return self.state["step_count"]
 
     def agree_on_interruption(self) -> bool:
-        """Return whether a process has received a signal, which others may not have heard of; all must call."""
+        """Return whether any process has received a signal; every process must call."""
         received = torch.tensor(self.stop_requests.received, device=self.device)
         self.interrupted_by = int(cast(Tensor, self.all_reduce(received, reduce_op="max")))
         return bool(self.interrupted_by)
@@ -145,7 +145,7 @@ class TrainingFabric(L.Fabric):
             yield (name if seen[name] == 1 else f"{name}-{seen[name]}"), callback
 
     def clip_gradients(self, module: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor | None:
-        """Clip, and tell the callbacks the norm; whether one that is not finite ends the run is theirs to say."""
+        """Clip, and tell the callbacks the norm; they decide whether a norm that is not finite ends the run."""
         if self.strategy.clips_in_step:
             return None
         norm = super().clip_gradients(module, optimizer, *args, **{**kwargs, "error_if_nonfinite": False})
@@ -228,7 +228,7 @@ class TrainingFabric(L.Fabric):
         return remainder
 
     def load_raw(self, path: str | Path, obj: Any, strict: bool = True, **kwargs: Any) -> None:
-        """As Fabric's, but also takes the model out of a training checkpoint, whose steps are none of this run's."""
+        """As Fabric's, but also takes the model out of a training checkpoint; its steps do not count in this run."""
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         self.strategy.load_weights(obj, checkpoint.get("model", checkpoint), strict)
         begin_schedules(routers_of(obj).values())

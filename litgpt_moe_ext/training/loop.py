@@ -10,8 +10,8 @@ names point to functions of ours, which do their part and, where there is one, c
 | `save_checkpoint`         | writes under a temporary name, adds the random generators, renames                 |
 | `save_hyperparameters`    | writes the values that the run uses                                                |
 | `find_resume_path`        | chooses the newest whole checkpoint                                                |
-| `chunked_cross_entropy`   | makes a step a mean over its tokens; does the head's, or all of the model's, work   |
-| `validate`                | makes the loss a mean over tokens; logs that before the first step; heeds signals   |
+| `chunked_cross_entropy`   | makes a step a mean over its tokens; may compute the head, or the whole model       |
+| `validate`                | makes the loss a mean over tokens; logs the initial validation; reacts to signals   |
 | `RunningMean`             | averages losses without waiting for the device                                     |
 | `math`                    | has an `exp` for the perplexity of any loss; Python's ends the run above 709       |
 | `get_dataloaders`         | lets a data position be read with another number of processes                     |
@@ -86,7 +86,7 @@ class HookedLoop:
         launched: The connected processes.
         start: What the run starts from.
         tokenizer_dir: Tokenizer to copy into checkpoints, or None.
-        equipment: The optimizer side, and who does the output head's work.
+        equipment: The optimizer, and what computes the output head.
 
     Attributes:
         writer: Saves checkpoints.
@@ -217,7 +217,7 @@ class HookedLoop:
     def _noted(self, validate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def noted_validate(*args: Any, verbose: bool = True, **kwargs: Any) -> Tensor:
             loss = validate(*args, verbose=verbose, **kwargs)
-            if verbose:  # LitGPT's check that validation works at all is not
+            if verbose:  # not LitGPT's sanity check
                 self._validated_step = self.fabric.state["step_count"]
                 if self._started is None:
                     # LitGPT prints the validation before the first step and forgets it.
@@ -243,7 +243,7 @@ class HookedLoop:
     def _between_iterations(self) -> None:
         self._started = self._started or time.perf_counter()
         if self.fabric.state["iter_num"] % self._accumulation:
-            # Gradients that wait for the rest of their step are not part of a checkpoint.
+            # Checkpoints do not hold the gradients of an unfinished step.
             return
         if self._validation.is_due:
             loss = litgpt.pretrain.validate(
@@ -259,8 +259,8 @@ class HookedLoop:
         if due and not is_last:
             self._save_step()
         if is_last:
-            # Ends LitGPT's `for` loop; the final validation and checkpoint follow. By itself it would end after another
-            # batch, which it does not train on, and which the data position in the final checkpoint then has passed.
+            # Ends LitGPT's `for` loop; the final validation and checkpoint follow. Otherwise the loop would fetch one
+            # more batch without training on it, and the data position in the final checkpoint would be past that batch.
             self._limits_reached = True
             if self._validated_step == step:
                 self._eval.final_validation = False  # these very weights have been validated
@@ -274,7 +274,7 @@ class HookedLoop:
         """Act on a signal in a validation."""
         if not self._limits_reached:
             self._interrupt(signal_number)
-        # There is nothing else to wait for than the validation, and nothing to lose.
+        # Only the final validation is left to do, and the state is saved here before it goes on.
         self._save_step()
 
     def _interrupt(self, signal_number: int) -> NoReturn:

@@ -32,8 +32,8 @@ class Plan:
         config: The model.
         train: `settings.train` as LitGPT's own class.
         plain: The settings as plain data, for checkpoints and loggers.
-        steps_ahead: Optimizer steps that a resumed training has made beyond those of the present batch that its tokens
-            would be; negative where the batch was larger.
+        steps_ahead: How many optimizer steps more a resumed training has made than its tokens would be with the present
+            batch size; negative if the batch was larger before.
     """
 
     settings: Settings

@@ -75,7 +75,7 @@ class GradientGuard(Callback):
             problem = f"the gradient norm is {value:.3g}, the median of the last {self._args.window} is {median:.3g}"
             setting = "on_spike"
         if finite and factor is not None:
-            # Spikes as well: one does not move a median, and a lasting change of level must become the usual.
+            # Spikes as well: one does not move the median, and a lasting change must become the new normal.
             self._norms.append(value)
         if problem is None:
             self._skipped_in_a_row = 0
@@ -88,7 +88,7 @@ class GradientGuard(Callback):
         return statistics.median(self._norms)
 
     def _act(self, problem: str, setting: str, module: torch.nn.Module, optimizer: Any) -> None:
-        # The scale of this step's loss, which is not finite either, must not reach another training of this process.
+        # This step's loss scale, which is not finite either, must not reach another training in the same process.
         forget_scale()
         file = self._save(problem)
         step = self._before["step"]

@@ -6,8 +6,8 @@ output head and the loss together, a few rows at a time, and keeps only the grad
 
 Shape legend: B batch, T tokens (of all sequences where there is no B), D model width, V vocabulary.
 
-LitGPT's loop asks the model for logits and another function for the loss. In training the head therefore hands on its
-input, and the loss function does the head's work.
+LitGPT's loop calls the model for logits and then another function for the loss. In training the head therefore returns
+its input, and the loss function computes the head.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def require_torch() -> None:
 
 
 class FusedLoss(Callback):
-    """Replace the output head's `forward` and the loss function; evaluation and generation still see logits.
+    """Replace the output head's `forward` and the loss function; evaluation and generation still get logits.
 
     On a CPU the product is done in float32, also under autocast. On a GPU it is done as the head would do it, in
     autocast's type or that of its input, with sums and softmax in float32.
@@ -44,7 +44,7 @@ class FusedLoss(Callback):
         self._waiting = False
 
     def on_before_setup(self, model: nn.Module) -> None:
-        """Have the head of the model hand on its input while it trains."""
+        """Have the head of the model return its input while it trains."""
         head: Any = model.get_submodule("lm_head")
         self._head = head
         project = head.forward
@@ -58,7 +58,7 @@ class FusedLoss(Callback):
         head.forward = forward
 
     def wrap(self, cross_entropy: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return a loss function that does the head's work where the head has left it.
+        """Return a loss function that computes the output head if the head has left that to it.
 
         Args:
             cross_entropy: LitGPT's function, for everything else.
@@ -87,7 +87,7 @@ def linear_loss(x_BTD: Tensor, targets_BT: Tensor, head: nn.Linear) -> Tensor:
     if device != "cpu" and dtype in (torch.bfloat16, torch.float16):
         return _HalfProducts.apply(x_TD, head.weight, head.bias, targets_T, dtype)
     some = (targets_T != PADDING).any()
-    # The mean of nothing, and its gradients, would be NaN: 0 times the loss of one token is not.
+    # The mean over no token, and its gradients, would be NaN. 0 times the loss of one token is not.
     targets_T = torch.where(some, targets_T, targets_T.clamp_min(0))
     bias = None if head.bias is None else head.bias.float()
     with torch.autocast(device, enabled=False):

@@ -58,7 +58,7 @@ class Retention(Callback):
     ) -> None:
         self._args, self._out_dir, self._fabric, self._save = args, out_dir, fabric, save
         self._best: Best | None = None
-        # A new best that no checkpoint holds yet; nothing is trained until one does or cannot.
+        # A new best that no checkpoint holds yet. Nothing is trained before it is saved, or saving has failed.
         self._candidate: Best | None = None
 
     @property
@@ -88,7 +88,7 @@ class Retention(Callback):
         )
 
     def on_logged(self, metrics: dict[str, Any]) -> None:
-        """Note a validation loss that is lower than all before; that of untrained weights is none."""
+        """Note a validation loss that is lower than all before; untrained weights do not count."""
         loss = metrics.get("val_loss")
         if not self._args.best or loss is None or not math.isfinite(loss) or not self._fabric.step:
             return

@@ -24,7 +24,7 @@ _EFFECTS = {
     ("train", "max_tokens"): "the learning rate goes on in the schedule of the new length",
     ("schedule", "name"): "the learning rate goes on in the new schedule, at the step of the checkpoint",
 }
-# What a run that starts from weights may say otherwise: how rows are read, and with a longer context the rotations.
+# Fields that a run which starts from weights may change: how rows are read. With a longer context, rotations as well.
 _OF_ROWS = {
     "block_size",
     "attention_document_boundary",

@@ -81,7 +81,7 @@ class CheckpointWriter:
         """
         directory = checkpoint_file.parent
         if directory.name == FINAL and self._from == (directory.resolve(), state["step_count"]):
-            # Nothing was trained. What is there may hold more than the present state: another precision, an average.
+            # Nothing was trained, and the checkpoint may hold more than the present state: other precision, an average.
             self.last_saved = directory
             return
         if directory.name in (FINAL, BEST):

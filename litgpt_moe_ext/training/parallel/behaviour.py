@@ -120,8 +120,8 @@ class ScalerState(Callback):
 def as_the_model_names_them(model: nn.Module, weights: Mapping[str, Tensor], strict: bool) -> dict[str, Tensor]:
     """Return whole weights under the names and in the layout that the model saves.
 
-    A module may convert what it loads. A model without storage does so here, because no rank of a sharded one has room
-    for the result.
+    A module may convert what it loads. Here a model without storage does that, because no rank of a sharded model has
+    room for the result.
 
     Args:
         model: LitGPT's model, possibly sharded.

@@ -2,9 +2,9 @@
 
 A run starts its processes itself (through Fabric), or torchrun, SLURM or somebody by hand does. Fabric's first process
 starts the others of its node. When one of those ends with an error, Fabric kills the first, within seconds. Nothing
-does so the other way round: others would wait for a first process that was killed until `distributed.timeout_minutes`
-are over, and one that is still importing would start waiting then. Here each of them looks after its parent. (torchrun
-and SLURM look after the processes that they start.)
+happens the other way round: if the first process is killed, the others wait until `distributed.timeout_minutes` are
+over, and one that is still importing starts to wait only then. So each of them here watches its parent. (torchrun and
+SLURM watch the processes that they start.)
 """
 
 import ctypes
@@ -105,7 +105,7 @@ def end_together() -> None:
 def die_with_parent() -> None:
     """Have Linux end this process when the thread that started it ends; without effect elsewhere.
 
-    A process that was stopped (SIGSTOP, a debugger) looks after nobody.
+    A process that is stopped (SIGSTOP, a debugger) cannot watch its parent.
     """
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>

@@ -72,7 +72,7 @@ def to_save(fabric: Any) -> list[dict[str, Any]] | None:
 
 
 def settle(fabric: Any, seed: int) -> None:
-    """Let the streams of the ranks go on as the checkpoint says that a run resumes from, or part; only the first time.
+    """Continue the random streams of the ranks from the checkpoint, or give each its own; only the first call does.
 
     Args:
         fabric: The running `TrainingFabric`.
@@ -95,10 +95,10 @@ def settle(fabric: Any, seed: int) -> None:
 
 
 def part_ways(seed: int, rank: int, world_size: int, step: int = 0) -> None:
-    """Give every rank a stream of its own, where all of them have drawn the same numbers so far.
+    """Give every rank a random stream of its own; up to now all of them have drawn the same numbers.
 
-    LitGPT seeds all ranks alike, which the initial weights need. After that dropout, jitter and the noise of routers
-    would be the same for different tokens. A single process keeps its stream.
+    LitGPT seeds all ranks alike, which the initial weights need. Afterwards, dropout, jitter and router noise would be
+    the same for the different tokens of the ranks. A single process keeps its stream.
 
     Args:
         seed: Of the run.

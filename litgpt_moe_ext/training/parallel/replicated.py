@@ -1,8 +1,8 @@
 """torch's DDP, also for passes that it does not see.
 
-DDP exchanges gradients as autograd's nodes that add them up come to run. A CUDA graph writes gradients without these
-nodes, so they are made to run after it, with nothing to add: DDP then exchanges what parameters have. Its buckets,
-their order and its knobs stay those of an ordinary pass, and so ranks may differ in how they compute theirs.
+DDP exchanges gradients when the autograd nodes that accumulate them run. A CUDA graph writes gradients without these
+nodes, so they are run after it with nothing to add: DDP then exchanges the gradients that the parameters have. Buckets,
+their order and all knobs are those of an ordinary pass, so ranks may even differ in how they compute theirs.
 """
 
 from collections.abc import Callable
@@ -47,8 +47,8 @@ class ReplicatedStrategy(Behaviour, DDPStrategy):
 
     def setup_module(self, module: nn.Module) -> DistributedDataParallel:
         """Return the module in DDP."""
-        # On a stream beside the usual one, as Lightning does it, so that passes can be captured. Nodes that add up
-        # gradients run there, and DDP's hooks with them, so what they read must have been written: it has to be known.
+        # On a side stream, as Lightning does it, so that passes can be captured. The nodes that accumulate gradients,
+        # and DDP's hooks with them, run there. It is kept because it has to wait for gradients that graphs write.
         device = self.root_device
         if device.type != "cuda":
             self._replica = DistributedDataParallel(module, **self._knobs)

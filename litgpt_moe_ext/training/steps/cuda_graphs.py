@@ -1,7 +1,7 @@
 """Whether the passes of a micro-batch run as CUDA graphs, and how LitGPT's loop comes to use them.
 
-The loop asks its model for logits, and another function for the loss of them. Graphs hold both, so the model only
-notes its input, and the loss function does all the work.
+The loop calls the model for logits, and then another function for their loss. Graphs hold both, so the model only
+passes its input on, and the loss function does all the work.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Conditions(NamedTuple):
             return f"they are for NVIDIA GPUs, this is {self.device_type}"
         if torch.version.hip is not None:
             return "they are for NVIDIA GPUs, this is AMD's; nobody has tried them there"
-        # What a setting removes comes last: its advice must help.
+        # Obstacles that a setting removes come last, so that following the advice helps.
         lasting = self.strategy.graph_obstacle(self.processes) or _obstacle_of(self.config)
         if lasting is not None:
             return lasting
@@ -140,7 +140,7 @@ class CudaGraphs:
         self._cross_entropy: Callable[[Any, Tensor], Tensor]
 
     def expect_batch(self) -> None:
-        """Take note that the loop has a batch: its next call of the model, and no other, can be left to the loss."""
+        """Note that the loop has a batch: its next call of the model, and no other, can be left to the loss."""
         self._expects = True
 
     def wrap(self, cross_entropy: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -1,8 +1,8 @@
 """Whether passes that are replayed compute what they compute without graphs.
 
-A run checks this once, with its first captured micro-batch: graphs are where a fault of a driver, of torch or of this
-package would train on wrong numbers without a word. It costs three more passes, a few replays and waits. The norm of
-each gradient is compared, not the gradient, of which there would have to be room for a second.
+A run checks this once, with its first captured micro-batch, because with graphs a fault of a driver, of torch or of
+this package would go unnoticed while wrong numbers are trained on. It costs three more passes, a few replays and waits.
+The norms of the gradients are compared, because there may be no room for a second copy of the gradients themselves.
 
 Shape legend: B batch, T tokens, N numbers: the loss, and the norm of each leaf's gradient.
 """
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from litgpt_moe_ext.training.steps.capture import Loss, Passes, leaves_of
 
-# As a part of each number, and as a part of the whole gradient's norm: sums in another order do not come to a tenth of
-# it, and a gradient that is left out, counted twice, or made of other memory is far beyond.
+# Tolerances: as a part of each number, and as a part of the whole gradient's norm. Sums in another order differ by less
+# than a tenth of them; a gradient that is left out, counted twice, or computed from the wrong memory by far more.
 _PART, _PART_OF_WHOLE = 0.01, 0.001
 
 
@@ -61,7 +61,7 @@ class Reference:
         found_N = _numbers(passes.loss, [passes.gradients.get(leaf) for leaf in self.leaves])
         expected_N = torch.cat([self._numbers_N[:1], times * self._numbers_N[1:]])
         if not expected_N.isfinite().all():
-            return  # and tells nothing
+            return  # nothing can be compared
         learns_N = [False, *(isinstance(leaf, nn.Parameter) for leaf in self.leaves)]
         whole = expected_N[torch.tensor(learns_N)].norm()
         is_close_N = (found_N - expected_N).abs() <= _PART * expected_N.abs() + _PART_OF_WHOLE * whole

@@ -1,4 +1,4 @@
-"""What keeps passes from running as CUDA graphs, and only they themselves show: waits, hooks, and their memory."""
+"""What keeps passes from running as CUDA graphs and shows only while they run: waits, hooks, and lack of memory."""
 
 import contextlib
 import warnings

@@ -126,8 +126,8 @@ class GraphedLoss:
         return self._result(loss.detach(), loss.backward)
 
     def _result(self, loss: Tensor, backward: Callable[[Tensor], None]) -> Tensor:
-        # The caller keeps its last loss. Were what autograd noted for an eager pass to live on with it, the nodes that
-        # add up gradients would do so on the stream of that pass, where nothing may happen during a capture.
+        # The caller keeps its last loss. If the autograd graph of an eager pass lived on with it, its nodes that add up
+        # gradients would run on the stream of that pass, where nothing may happen during a capture.
         self._turn = turn = self._turn + 1
 
         def once(grad: Tensor) -> None:

@@ -1,6 +1,6 @@
-"""LitGPT's validation, which a signal leaves early: what cluster or user grant may be shorter than it.
+"""LitGPT's validation, which a signal ends early: a cluster or a user may not wait until it is over.
 
-No loss of a part is logged; the run validates when it goes on.
+The loss of a part is not logged. A run that goes on later makes up for the validation.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 class StoppableValidation(Callback):
-    """Looks for signals between the batches of a validation, and remembers one that was left.
+    """Looks for signals between the batches of a validation, and remembers a validation that was cut short.
 
     Args:
         fabric: The running Fabric.
         stop: Told of a signal, by all processes before the same batch; the validation goes on if it returns.
 
     Attributes:
-        is_due: Whether there is a validation to make that was left, or that is under way.
+        is_due: Whether a validation is under way, or was cut short and must be repeated.
     """
 
     def __init__(self, fabric: TrainingFabric, stop: Callable[[int], None]) -> None:
@@ -39,7 +39,7 @@ class StoppableValidation(Callback):
         """Return LitGPT's validation with batches that a signal ends."""
 
         def stoppable(fabric: Any, model: Any, loader: Any, max_iters: int, verbose: bool = True) -> Tensor:
-            # LitGPT's check that validation works at all is none.
+            # LitGPT's sanity check does not count as one.
             was_due, self.is_due = self.is_due, self.is_due or verbose
             loss = validate(fabric, model, self._batches(loader, max_iters), max_iters=max_iters, verbose=verbose)
             self.is_due = was_due and not verbose
@@ -71,9 +71,9 @@ class StoppableValidation(Callback):
         return self._shared
 
     def state_dict(self) -> dict[str, Any]:
-        """Return whether a validation was left."""
+        """Return whether a validation was cut short."""
         return {"is_due": True} if self.is_due else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Validate before the next step if the last one's validation was left."""
+        """Validate before the next step if the last validation was cut short."""
         self.is_due = bool(state["is_due"])
