@@ -23,6 +23,8 @@ WRONG_SETTING = 2
 """Exit status: a setting or an input is wrong."""
 PERHAPS_OF_AN_EXTENSION = "; if an extension adds it, install the extension's package (docs/how-to/extend.md)"
 """The last words about a field of the model, or a name in one, that nothing here has."""
+FROM_ITS_WEIGHTS = "start a new run from its weights with initial_checkpoint_dir and another out_dir"
+"""What to do with a checkpoint that a run cannot resume from."""
 
 
 class SettingsError(ValueError):

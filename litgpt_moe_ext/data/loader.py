@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from litgpt_moe_ext.data.windows import Windows
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import FROM_ITS_WEIGHTS, SettingsError
 from litgpt_moe_ext.wording import counted
 
 
@@ -216,8 +216,7 @@ class TokenLoader(DataLoader):
         if missing:
             raise SettingsError(
                 f"resume: the checkpoint's data position lacks {sorted(missing)}, so another kind of data loader saved "
-                "it; resume with the data module of the original run, or start a new run from its weights with "
-                "initial_checkpoint_dir and another out_dir"
+                f"it; resume with the data module of the original run, or {FROM_ITS_WEIGHTS}"
             )
         saved, current = state["fingerprint"], self._fingerprint(state["position"])
         changed = [
@@ -228,8 +227,7 @@ class TokenLoader(DataLoader):
         if changed:
             raise SettingsError(
                 f"resume: the {self.windows.name} cannot be resumed exactly, as the saved position belongs to another "
-                f"order of windows ({', '.join(changed)}); resume with the original values, or start a new run "
-                "from the weights with initial_checkpoint_dir and another out_dir"
+                f"order of windows ({', '.join(changed)}); resume with the original values, or {FROM_ITS_WEIGHTS}"
             )
         if not self._is_in_range(state):
             raise SettingsError(

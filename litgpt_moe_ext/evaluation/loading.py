@@ -13,7 +13,7 @@ from litgpt import GPT, Config, Tokenizer
 
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
 from litgpt_moe_ext.errors import SettingsError, one_line, which_checkpoint
-from litgpt_moe_ext.files.archives import FROM_ANEW, open_archive, shortened
+from litgpt_moe_ext.files.archives import COPY_AGAIN, open_archive, shortened
 from litgpt_moe_ext.files.checksums import problem_with_storages
 from litgpt_moe_ext.host.checkpoints import refuse_unknown_fields
 from litgpt_moe_ext.wording import counted
@@ -85,7 +85,7 @@ def read_checkpoint(path: Path, setting: str = "checkpoint_dir") -> dict[str, An
     """
     content = open_archive(path, setting)
     if damage := problem_with_storages(path, _bytes_of_weights(content.get("model", content))):
-        raise SettingsError(f"{setting}: in {str(path.parent)!r} {damage}; {FROM_ANEW}")
+        raise SettingsError(f"{setting}: in {str(path.parent)!r} {damage}; {COPY_AGAIN}")
     return content
 
 
@@ -103,9 +103,9 @@ def read_config(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> Config
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise SettingsError(f"{setting}: {file} cannot be read ({shortened(error)}); {FROM_ANEW}") from error
+        raise SettingsError(f"{setting}: {file} cannot be read ({shortened(error)}); {COPY_AGAIN}") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise SettingsError(f"{setting}: {file} holds no model configuration; {FROM_ANEW}")
+        raise SettingsError(f"{setting}: {file} holds no model configuration; {COPY_AGAIN}")
     refuse_unknown_fields(values, f"{setting}: {file}")
     try:
         check_ranges(values)
@@ -113,7 +113,7 @@ def read_config(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> Config
     except (TypeError, ValueError, AssertionError) as error:  # how LitGPT and this package judge fields and values
         raise SettingsError(
             f"{setting}: {file} describes no model that this version knows: {shortened(error)}; upgrade it, or "
-            f"{FROM_ANEW}"
+            f"{COPY_AGAIN}"
         ) from error
 
 
@@ -195,7 +195,7 @@ def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
         return open_as_litgpt(checkpoint_dir)
     except Exception as error:  # the tokenizers library raises nothing more precise
         raise SettingsError(
-            f"checkpoint_dir: the tokenizer in {checkpoint_dir} cannot be opened ({shortened(error)}); {FROM_ANEW}"
+            f"checkpoint_dir: the tokenizer in {checkpoint_dir} cannot be opened ({shortened(error)}); {COPY_AGAIN}"
         ) from error
 
 

@@ -10,7 +10,7 @@ import torch
 from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.files.checksums import problem_with_names
 
-FROM_ANEW = "copy it again, or name another checkpoint"
+COPY_AGAIN = "copy it again, or name another checkpoint"
 _LONGEST_CAUSE = 400
 
 
@@ -29,23 +29,23 @@ def open_archive(path: Path, setting: str) -> dict[str, Any]:
         with path.open("rb") as file:
             is_whole = zipfile.is_zipfile(file)
     except OSError as error:
-        raise SettingsError(f"{setting}: {path} cannot be read ({error.strerror}); {FROM_ANEW}") from error
+        raise SettingsError(f"{setting}: {path} cannot be read ({error.strerror}); {COPY_AGAIN}") from error
     if not is_whole:
-        raise SettingsError(f"{setting}: {path} is damaged or cut off; {FROM_ANEW}")
+        raise SettingsError(f"{setting}: {path} is damaged or cut off; {COPY_AGAIN}")
     if damage := problem_with_names(path):  # before they are believed
-        raise SettingsError(f"{setting}: in {str(path.parent)!r} {damage}; {FROM_ANEW}")
+        raise SettingsError(f"{setting}: in {str(path.parent)!r} {damage}; {COPY_AGAIN}")
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         objects = _foreign_objects(path)
         if not objects:
-            raise SettingsError(f"{setting}: {path} is damaged; {FROM_ANEW}") from error
+            raise SettingsError(f"{setting}: {path} is damaged; {COPY_AGAIN}") from error
         raise SettingsError(
             f"{setting}: {path} holds {', '.join(objects)}, which could run code; it must hold tensors and plain data "
             "only; open it with what wrote it, and save its weights alone"
         ) from None
     except (EOFError, RuntimeError) as error:
-        raise SettingsError(f"{setting}: {path} is damaged ({shortened(error)}); {FROM_ANEW}") from error
+        raise SettingsError(f"{setting}: {path} is damaged ({shortened(error)}); {COPY_AGAIN}") from error
     if not isinstance(content, dict):
         raise SettingsError(f"{setting}: {path} holds a {type(content).__name__}; it must hold weights by name")
     return content

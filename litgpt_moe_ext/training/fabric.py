@@ -16,7 +16,7 @@ from lightning.fabric.loggers import Logger
 from lightning.fabric.wrappers import _FabricOptimizer
 from torch import Tensor
 
-from litgpt_moe_ext.errors import SettingsError, one_line
+from litgpt_moe_ext.errors import FROM_ITS_WEIGHTS, SettingsError, one_line
 from litgpt_moe_ext.evaluation.perplexity import exp
 from litgpt_moe_ext.moe.balancing import begin_schedules
 from litgpt_moe_ext.moe.metrics import routers_of
@@ -217,8 +217,7 @@ class TrainingFabric(L.Fabric):
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
             raise SettingsError(
                 f"resume: {str(path)!r} does not fit the present settings, or this version of the package: "
-                f"{one_line(error)}. Resume with those in hyperparameters.yaml beside it, or start anew from its "
-                "weights with initial_checkpoint_dir and another out_dir."
+                f"{one_line(error)}. Resume with those in hyperparameters.yaml beside it, or {FROM_ITS_WEIGHTS}."
             ) from error
         self.resumed_rng = remainder.pop("rng", None)
         saved = remainder.pop("callbacks", {})

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from litgpt_moe_ext.data.loader import corpora_of
 from litgpt_moe_ext.data.pipeline.preparation import checked_first
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import FROM_ITS_WEIGHTS, SettingsError
 from litgpt_moe_ext.training.checkpoint.compatibility import (
     changed_settings,
     require_one_table,
@@ -134,8 +134,7 @@ def same_corpora(start: Start, settings: dict[str, Any]) -> Iterator[None]:
         if directory.name not in start.corpora:
             raise SettingsError(
                 f"resume: {str(start.resume_dir)!r} was trained on the corpus {' and '.join(sorted(start.corpora))}, "
-                f"and these data are {directory.name} ({cause}); resume with those that it had, or start anew from its "
-                "weights with initial_checkpoint_dir and another out_dir"
+                f"and these data are {directory.name} ({cause}); resume with those that it had, or {FROM_ITS_WEIGHTS}"
             )
 
     with checked_first(check):

@@ -10,7 +10,7 @@ import yaml
 
 from litgpt_moe_ext.config.features import MOE_CLASS_NAMES
 from litgpt_moe_ext.config.fields import FIELDS
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import FROM_ITS_WEIGHTS, SettingsError
 from litgpt_moe_ext.training.checkpoint.hyperparameters import FILE_NAME, read
 from litgpt_moe_ext.training.checkpoint.progress import MODEL_FILE, sequences_of
 from litgpt_moe_ext.training.settings import ParameterGroupArgs
@@ -55,7 +55,7 @@ def require_same_model(setting: str, checkpoint_dir: Path, config: Any) -> None:
     ]
     if differences:
         remedy = f"--model_config {shlex.quote(str(checkpoint_dir))} takes its model"
-        remedy += "." if setting == "initial_checkpoint_dir" else "; start anew with another --out_dir."
+        remedy += "." if setting == "initial_checkpoint_dir" else "; start a new run with another --out_dir."
         if setting == "initial_checkpoint_dir" and config.mlp_class_name in MOE_CLASS_NAMES and not saved["n_expert"]:
             command = shlex.join(["litgpt-moe", "upcycle", str(checkpoint_dir), "RECIPE", "NEW_DIRECTORY"])
             remedy = f"`{command}` makes an MoE model of this dense one."
@@ -120,7 +120,7 @@ def require_same_weights(setting: str, checkpoint_dir: Path, config: Any) -> Non
     """
     from torch import Tensor
 
-    from litgpt_moe_ext.files.archives import FROM_ANEW, open_archive, shortened
+    from litgpt_moe_ext.files.archives import COPY_AGAIN, open_archive, shortened
     from litgpt_moe_ext.meta.models import meta_model
 
     file = checkpoint_dir / MODEL_FILE
@@ -133,7 +133,7 @@ def require_same_weights(setting: str, checkpoint_dir: Path, config: Any) -> Non
     except (RuntimeError, TypeError) as error:  # how torch says that names or shapes differ, or that it is no dict
         difference = shortened(error).removeprefix("Error(s) in loading state_dict for GPT: ").rstrip(".")
         raise SettingsError(
-            f"{setting}: {str(file)!r} holds other weights than the model beside it: {difference}; {FROM_ANEW}"
+            f"{setting}: {str(file)!r} holds other weights than the model beside it: {difference}; {COPY_AGAIN}"
         ) from error
 
 
@@ -162,7 +162,7 @@ def require_same_optimizer(checkpoint_dir: Path, settings: dict[str, Any]) -> No
     if before is not None and before != now:
         raise SettingsError(
             f"resume: {str(checkpoint_dir)!r} holds the state of the optimizer {before}, not of {now}. Resume with "
-            f"{before}, or start anew from its weights with initial_checkpoint_dir and another out_dir."
+            f"{before}, or {FROM_ITS_WEIGHTS}."
         )
 
 
@@ -192,8 +192,7 @@ def require_same_groups(checkpoint_dir: Path, settings: dict[str, Any], config: 
         if ours != theirs:
             raise SettingsError(
                 f"{ParameterGroupArgs.key}.{name}: {value} must be {before[name]}, as in the checkpoint, whose "
-                "optimizer's state is sorted by it; resume with that, or start anew from its weights with "
-                "initial_checkpoint_dir and another out_dir"
+                f"optimizer's state is sorted by it; resume with that, or {FROM_ITS_WEIGHTS}"
             )
 
 
@@ -208,12 +207,12 @@ def require_same_tables(checkpoint_dir: Path, tied: bool) -> None:
     if isinstance(train, dict) and bool(train.get("tie_embeddings")) != tied:
         raise SettingsError(
             f"train.tie_embeddings: {tied} must be {not tied}, as in the checkpoint, whose optimizer's state is for "
-            "that; resume with that, or start anew from its weights with initial_checkpoint_dir and another out_dir"
+            f"that; resume with that, or {FROM_ITS_WEIGHTS}"
         )
 
 
 def require_whole_steps(checkpoint_dir: Path, global_batch_size: int) -> None:
-    """Raise SettingsError if what a checkpoint was trained on are no whole steps of a run with this batch."""
+    """Raise SettingsError unless the sequences that a checkpoint was trained on are whole steps of this batch size."""
     sequences = sequences_of(checkpoint_dir)
     if sequences is not None and sequences % global_batch_size:
         raise SettingsError(

@@ -620,7 +620,7 @@ def test_a_checkpoint_with_the_groups_of_another_version(recipe, tmp_path, monke
     assert train("--config", made, "--resume", final) == 2
     error = capsys.readouterr().err
     assert "does not fit the present settings, or this version of the package: " in error
-    assert error.endswith("start anew from its weights with initial_checkpoint_dir and another out_dir.\n")
+    assert error.endswith("start a new run from its weights with initial_checkpoint_dir and another out_dir.\n")
     assert train("--config", made, "--initial_checkpoint_dir", final, "--out_dir", tmp_path / "other") == 0
 
 
