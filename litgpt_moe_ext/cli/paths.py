@@ -6,13 +6,12 @@ its result has no place.
 """
 
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from litgpt_moe_ext.errors import refuse_first
-from litgpt_moe_ext.files.durable import WRITE_TEST, is_stream
+from litgpt_moe_ext.files.durable import is_stream, refusal
 
 # What commands call the files and folders that they make. Those of a training have checks of their own.
 _FILES, _FOLDERS = ("out", "json", "slurm"), ("out_dir",)
@@ -74,17 +73,8 @@ def _unwritable(name: str, path: Path) -> Iterator[str]:
         yield f"{name}: {str(path)!r} cannot be made, because {str(folder)!r} is a file; name another path"
     elif not os.access(folder, os.W_OK | os.X_OK):
         yield f"{name}: {str(path)!r} cannot be written ({str(folder)!r} is read-only for you); name another path"
-    elif (problem := _refusal(folder)) is not None:
+    elif (problem := refusal(folder)) is not None:
         yield f"{name}: {str(path)!r} cannot be made: {str(folder)!r} takes no new files ({problem}); name another path"
-
-
-def _refusal(folder: Path) -> str | None:
-    # Whoever may do everything is refused by file systems such as /proc all the same.
-    try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=WRITE_TEST, ignore_cleanup_errors=True):
-            return None
-    except OSError as error:
-        return error.strerror or str(error)
 
 
 def _paths(name: str, value: Any) -> Iterator[tuple[str, Path]]:

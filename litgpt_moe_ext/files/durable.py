@@ -2,10 +2,21 @@
 
 import errno
 import os
+import tempfile
 from pathlib import Path
 
 WRITE_TEST = ".write-test-"
 """How the names of files begin that only try whether a directory can be written to."""
+
+
+def refusal(folder: Path) -> str | None:
+    """Return why no folder can be made in a folder, or None: leaves nothing behind."""
+    # Asks for no permission, which whoever may do everything has where file systems such as /proc refuse all the same.
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=WRITE_TEST, ignore_cleanup_errors=True):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def cut_off(error: Exception) -> bool:

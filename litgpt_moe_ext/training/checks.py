@@ -265,8 +265,8 @@ def _check_tiny_llama() -> None:
             )
 
 
-def check_writable(out_dir: Path) -> None:
-    """Raise SettingsError unless `out_dir` can be a directory of the run's own; creates it."""
+def check_own(out_dir: Path) -> None:
+    """Raise SettingsError if `out_dir` is something else than a directory of a run."""
     if out_dir.resolve() == Path.cwd():
         raise SettingsError(f"out_dir: {str(out_dir)!r} is the working directory; name one for this run alone")
     if (out_dir / "lit_model.pth").is_file():
@@ -274,6 +274,11 @@ def check_writable(out_dir: Path) -> None:
             f"out_dir: {str(out_dir)!r} is a checkpoint, which another run may replace as a whole; name a directory "
             "beside it, or --initial_checkpoint_dir to start from its weights"
         )
+
+
+def check_writable(out_dir: Path) -> None:
+    """Raise SettingsError unless `out_dir` can be a directory of the run's own; creates it."""
+    check_own(out_dir)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out_dir, prefix=WRITE_TEST, ignore_cleanup_errors=True) as folder:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -194,6 +195,27 @@ def test_the_exit_status_tells(tmp_path, capsys):
     assert main(["doctor", str(recipe)]) == 1
     assert "PROBLEM" in capsys.readouterr().out
     assert main(["doctor"]) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's, and takes no files from root either")
+def test_places_that_take_no_files_are_problems(tmp_path):
+    data = {"class_path": "litgpt_moe_ext.data.TextCorpus", "init_args": {"data_path": "/proc/data"}}
+    settings = {"out_dir": "/proc/out", "data": data}
+    found = {finding.topic: finding for finding in doctor.examine(Recipe(moe_config(), settings))}
+    assert "data_path: '/proc/data' must be a folder in which the data can be prepared" in found["data"].text
+    assert "out_dir: '/proc/out' must be a directory in which directories can be made" in found["out_dir"].text
+    assert found["data"].verdict == found["out_dir"].verdict == "problem"
+    of_a_run = doctor.examine(Recipe(moe_config(), settings, checkpoint=tmp_path))  # which may be another machine's
+    assert {"out_dir", "data"} & {finding.topic for finding in of_a_run if finding.verdict == "problem"} == set()
+
+
+def test_a_directory_that_is_not_a_runs_own_is_a_problem(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert verdicts({"out_dir": "."})["out_dir"] == "problem"
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "lit_model.pth").touch()
+    assert verdicts({"out_dir": "final"})["out_dir"] == "problem"
+    assert "out_dir" not in verdicts({"out_dir": "out"})
 
 
 def test_a_broken_tokenizer_is_a_finding(tmp_path):

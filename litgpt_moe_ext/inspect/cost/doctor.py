@@ -5,6 +5,7 @@ Each check is a function of what it looks at; none of them trains, downloads or 
 
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import shutil
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.files.durable import refusal
 from litgpt_moe_ext.inspect.recipes import Recipe
 from litgpt_moe_ext.recipe_files import is_trusted
 from litgpt_moe_ext.wording import counted
@@ -57,7 +59,7 @@ def examine(recipe: Recipe | None, settings: "Settings | SettingsError | None" =
         findings += [_unread(recipe.checkpoint)] if recipe.checkpoint else []
         findings += [] if settings is None else _settings(recipe, settings)
         findings += [_strategy(recipe), graphs(recipe, accelerator_here()), *_memory(recipe), _data(recipe)]
-        findings += [*_tokenizer(recipe), _disk(recipe)]
+        findings += [*_tokenizer(recipe), *([] if recipe.checkpoint else _out_dir(recipe)), _disk(recipe)]
     once: dict[str, Finding] = {}
     for finding in findings:  # a kernel that is not there is in the way of counting memory as well
         once.setdefault(finding.text, finding)
@@ -429,6 +431,9 @@ def _data(recipe: Recipe) -> Finding:
     if path is not None and not (Path(path).is_dir() and any(Path(path).iterdir())):
         if hasattr(made, "find_shards"):
             return Finding("data", "problem", f"data.init_args.data_path: {path!r} must be a folder of token shards")
+        if not recipe.checkpoint and (reason := refusal(_existing(Path(path)))) is not None:
+            text = f"data.init_args.data_path: {path!r} must be a folder in which the data can be prepared ({reason})"
+            return Finding("data", "problem", text)
         return Finding("data", "note", f"{class_path}; nothing in {path!r} yet, the run will prepare it")
     return Finding("data", "good", class_path + (f" in {path!r}" if path is not None else ""))
 
@@ -448,12 +453,33 @@ def _tokenizer(recipe: Recipe) -> Iterator[Finding]:
             yield Finding("tokenizer", "good", f"{directory} opens and fits the vocabulary")
 
 
+def _existing(path: Path) -> Path:
+    # The path, or if nothing is there the innermost folder on the way to it.
+    return next(place for place in (path.absolute(), *path.absolute().parents) if os.path.exists(place))
+
+
+def _out_dir_of(recipe: Recipe) -> Path:
+    return Path(recipe.settings.get("out_dir") or "out/pretrain")
+
+
+def _out_dir(recipe: Recipe) -> Iterator[Finding]:
+    from litgpt_moe_ext.training.checks import check_own
+
+    out_dir = _out_dir_of(recipe)
+    try:
+        check_own(out_dir)
+    except SettingsError as error:
+        yield Finding("out_dir", "problem", str(error))
+    if (reason := refusal(_existing(out_dir))) is not None:
+        text = f"out_dir: {str(out_dir)!r} must be a directory in which directories can be made ({reason})"
+        yield Finding("out_dir", "problem", f"{text}; choose another --out_dir")
+
+
 def _disk(recipe: Recipe) -> Finding:
     from litgpt_moe_ext.inspect.cost.memory import state_ratio
     from litgpt_moe_ext.model_size import count_parameters
 
-    out_dir = Path(recipe.settings.get("out_dir") or "out/pretrain")
-    existing = next(path for path in (out_dir.absolute(), *out_dir.absolute().parents) if path.exists())
+    existing = _existing(_out_dir_of(recipe))
     free = shutil.disk_usage(existing).free
     _, dtype, _ = _computing(recipe)
     try:
