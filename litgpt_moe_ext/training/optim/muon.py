@@ -103,9 +103,14 @@ class MuonAdamW(torch.optim.Optimizer):
         parameters = [update.parameter for update in updates]
         gradients = [update.gradient for update in updates]
         states = [self.state[parameter] for parameter in parameters]
+        fused = all(parameter.is_cuda for parameter in parameters)
         for parameter, state in zip(parameters, states, strict=True):
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
+            # The fused kernel counts where the weights are; torch leaves a count that it loads where it was.
+            counts_on = parameter.device if fused else "cpu"
+            if state:
+                state["step"] = state["step"].to(counts_on)
+            else:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=counts_on)
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
         beta1, beta2 = group["betas"]
@@ -116,6 +121,7 @@ class MuonAdamW(torch.optim.Optimizer):
             [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
+            fused=fused or None,  # elsewhere what torch takes by itself
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,

@@ -76,6 +76,33 @@ def test_one_group_unless_asked(model):
     assert len(groups[0]["params"]) == len(list(model.parameters()))
 
 
+def test_the_largest_come_first(model):
+    """So that a launch of many small ones is a short one; those of one size stay in the order of the model."""
+    (group,) = group_parameters(model, ParameterGroupArgs())
+    order = {id(parameter): index for index, parameter in enumerate(model.parameters())}
+    found = [(-parameter.numel(), order[id(parameter)]) for parameter in group["params"]]
+    assert found == sorted(found)
+    assert found != sorted(found, key=lambda pair: pair[1])
+
+
+@pytest.mark.parametrize("path", ["torch.optim.AdamW", "torch.optim.Adafactor", "torch.optim.SGD"])
+def test_states_in_another_order_are_refused(model, path):
+    """The number of weights is the same; those whose states are smaller than they are, or as large, load."""
+    settings = {"class_path": path, "init_args": {"lr": 0.1, **({"momentum": 0.9} if path.endswith("SGD") else {})}}
+    optimization = Optimization(ScheduleArgs(), ParameterGroupArgs(), scaled=False)
+    optimization.on_after_setup(SimpleNamespace(device=torch.device("cpu")), model)
+    earlier = torch.optim.AdamW(model.parameters())
+    optimizer, another = (optimization.make_optimizer(settings, None) for _ in range(2))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for each in (earlier, optimizer):
+        each.step()
+    model.zero_grad()
+    another.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"exp_avg of the optimizer has \d+ numbers for a weight of \d+"):
+        another.load_state_dict(earlier.state_dict())
+
+
 def test_groups(model):
     kinds = ["norms", "biases", "embeddings"]
     args = ParameterGroupArgs(no_weight_decay=kinds, router_lr_factor=0.5)
