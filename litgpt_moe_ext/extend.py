@@ -16,6 +16,7 @@ from importlib.metadata import entry_points
 
 from litgpt_moe_ext.attention.kernels.registry import AttentionKernel, register_kernel
 from litgpt_moe_ext.config.fields import FIELDS, Field, loss_weight
+from litgpt_moe_ext.entries import require
 from litgpt_moe_ext.errors import one_line
 from litgpt_moe_ext.moe.registry import (
     ACTIVATIONS,
@@ -52,9 +53,9 @@ def register_router(name: str, router: RouterType, fields: Mapping[str, Field] |
         ValueError: If something else has one of the names already, or what is given is none of that kind.
     """
     fields = fields or {}
-    _require(name, router, RouterType)
+    require(name, router, RouterType)
     for field_name, field in fields.items():
-        _require(field_name, field, Field)
+        require(field_name, field, Field)
     if isinstance(router.router, type):  # or else the path of one, which is imported when it is used
         from litgpt_moe_ext.moe.router import Router
 
@@ -74,7 +75,7 @@ def register_loss(name: str, loss: Loss) -> None:
     Raises:
         ValueError: If something else has the name already, or what is given is no `Loss`.
     """
-    _require(name, loss, Loss)
+    require(name, loss, Loss)
     if not isinstance(loss.function, str) and not callable(loss.function):
         raise ValueError(f"{name!r}: function is {loss.function!r}; it must be a function or its path")
     if isinstance(loss.inputs, str):  # which would be letters
@@ -90,7 +91,7 @@ def register_activation(name: str, activation: ActivationType) -> None:
     Raises:
         ValueError: If something else has the name already, or what is given is no `ActivationType`.
     """
-    _require(name, activation, ActivationType)
+    require(name, activation, ActivationType)
     for field_name in ("function", "tanh", "up"):
         function = getattr(activation, field_name)
         if callable(function) and not hasattr(function, "forward_into"):
@@ -116,14 +117,6 @@ def load_extensions() -> None:
                 RuntimeWarning,
                 stacklevel=1,
             )
-
-
-def _require(name: str, entry: object, kind: type) -> None:
-    if not isinstance(name, str) or not name.isidentifier():  # part of the names of fields and of flags
-        raise ValueError(f"{name!r} must be a name of letters, digits and underscores that begins with no digit")
-    if not isinstance(entry, kind):
-        given = entry.__name__ if isinstance(entry, type) else repr(entry)
-        raise ValueError(f"{name!r}: {given} must be an instance of {kind.__name__}")
 
 
 def _add(registry: dict, name: str, entry: object) -> None:

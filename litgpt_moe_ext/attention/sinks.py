@@ -17,9 +17,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from litgpt_moe_ext.attention.documents import Documents
-from litgpt_moe_ext.attention.kernels.calls import Call, Inputs, Result
+from litgpt_moe_ext.attention.kernels.calls import Call, Inputs, Result, check_gradients, check_result
 from litgpt_moe_ext.attention.kernels.choice import choose_kernel
-from litgpt_moe_ext.attention.kernels.registry import EAGER, KERNELS, Ability, functions_of, load_functions
+from litgpt_moe_ext.attention.kernels.registry import EAGER, KERNELS, OWN, Ability, functions_of, load_functions
 from litgpt_moe_ext.kernels.compiled import assume_constant_result
 from litgpt_moe_ext.kernels.launch import operators_are_unwatched
 
@@ -248,7 +248,11 @@ class _Flash(torch.autograd.Function):
         Returns:
             (B, H, T, d).
         """
-        out_BHTd, lse_BHT, rest = functions_of(call.kernel).forward(Inputs(*tensors), call)
+        inputs = Inputs(*tensors)
+        result = functions_of(call.kernel).forward(inputs, call)
+        if call.kernel not in OWN:
+            check_result(call.kernel, result, inputs)
+        out_BHTd, lse_BHT, rest = result
         if sinks_H is not None:
             out_BHTd, lse_BHT = _add_sinks(out_BHTd, lse_BHT, sinks_H)
         ctx.save_for_backward(sinks_H, *tensors, out_BHTd, lse_BHT, *rest)
@@ -261,7 +265,10 @@ class _Flash(torch.autograd.Function):
         """Return the gradients of the arguments of `forward`."""
         sinks_H, q_BHTd, k_BGSd, v_BGSd, mask, offsets, out_BHTd, lse_BHT, *rest = ctx.saved_tensors
         inputs, result = Inputs(q_BHTd, k_BGSd, v_BGSd, mask, offsets), Result(out_BHTd, lse_BHT, tuple(rest))
-        dq_BHTd, dk_BGSd, dv_BGSd = functions_of(ctx.call.kernel).backward(dout_BHTd, inputs, result, ctx.call)
+        gradients = functions_of(ctx.call.kernel).backward(dout_BHTd, inputs, result, ctx.call)
+        if ctx.call.kernel not in OWN:
+            check_gradients(ctx.call.kernel, gradients)
+        dq_BHTd, dk_BGSd, dv_BGSd = gradients
         dsinks_H = None
         if sinks_H is not None and ctx.needs_input_grad[1]:
             dsinks_H = _sink_gradients(dout_BHTd, out_BHTd, lse_BHT, sinks_H)

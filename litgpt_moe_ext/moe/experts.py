@@ -14,7 +14,7 @@ from torch import Tensor
 from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.expert_layouts import stack_experts
 from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden, matmul_dtype
-from litgpt_moe_ext.moe.kernels.choice import BACKENDS, backend_for
+from litgpt_moe_ext.moe.kernels.choice import BACKENDS, OWN, backend_for, check_sums
 from litgpt_moe_ext.moe.router import Routing
 
 
@@ -98,10 +98,11 @@ class Experts(nn.Module):
         # On the meta device the loop stands for all backends: it does the work of the active experts.
         name = "loop" if x_TD.is_meta else self.backend_for(x_TD, torch.compiler.is_compiling())
         backend, arguments = BACKENDS[name], (x_TD, routing, self.weights, hidden)
-        if backend.adds:
-            return backend.function(*arguments, added_TD)
-        y_TD = backend.function(*arguments)
-        return y_TD if added_TD is None else y_TD + added_TD
+        y_TD = backend.function(*arguments, *([added_TD] if backend.adds else ()))
+        if name not in OWN:
+            learns = torch.is_grad_enabled() and (x_TD.requires_grad or self.down_proj.requires_grad)
+            check_sums(name, y_TD, x_TD, learns)
+        return y_TD if added_TD is None or backend.adds else y_TD + added_TD
 
     def backend_for(self, x_TD: Tensor, compiling: bool = False) -> str:
         """Return the name of the backend that computes `x_TD` under the present autocast.

@@ -140,3 +140,83 @@ def test_a_backend_of_a_third_party(monkeypatch):
             choose_backend(place("cpu", dtype=BF16), "mine")
     finally:
         EXPERT_BACKENDS.remove("mine")
+
+
+@pytest.fixture
+def registries(monkeypatch):
+    """Undo what a test registers."""
+    monkeypatch.setattr(choice, "BACKENDS", BACKENDS.copy())
+    monkeypatch.setattr(choice, "PREFERENCES", choice.PREFERENCES.copy())
+    monkeypatch.setattr(choice, "EXPERT_BACKENDS", EXPERT_BACKENDS.copy())
+    monkeypatch.setattr("litgpt_moe_ext.moe.experts.BACKENDS", choice.BACKENDS)
+    yield choice
+    choose_backend.cache_clear()
+
+
+def works(place):
+    return None
+
+
+MINE = ExpertBackend("mine", loop_experts, works)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((ExpertBackend("loop", print, works),), "'loop' is registered already; choose another name"),
+        ((loop_experts,), "'backend': <function loop_experts .* must be an instance of ExpertBackend"),
+        ((ExpertBackend("my backend", loop_experts, works),), "'my backend' must be a name of letters"),
+        ((ExpertBackend("mine", "loop_experts", works),), "'mine': function is 'loop_experts'; it must be a function"),
+        ((ExpertBackend("mine", loop_experts, None),), "'mine': obstacle is None; it must be a function"),
+        ((MINE, Preference("mine")), "'mine': backends is 'mine'; it must be a tuple of names of loop,"),
+        ((MINE, Preference(("mine", "lop"))), "it must be a tuple of names of loop, .*, mine"),
+        ((MINE, ("mine",)), "'mine': .* must be an instance of Preference"),
+    ],
+)
+def test_what_is_no_backend_is_not_registered(given, message, registries):
+    before = [list(each) for each in (registries.BACKENDS, registries.PREFERENCES, registries.EXPERT_BACKENDS)]
+    with pytest.raises(ValueError, match=message):
+        registries.register_backend(*given)
+    after = [list(each) for each in (registries.BACKENDS, registries.PREFERENCES, registries.EXPERT_BACKENDS)]
+    assert after == before
+
+
+def test_a_backend_may_be_registered_twice(registries):
+    """As a script and the entry point of its package do."""
+    registries.register_backend(MINE, Preference(("mine",)))
+    after = list(registries.PREFERENCES)
+    registries.register_backend(MINE, Preference(("mine",)))
+    assert after == registries.PREFERENCES
+    assert registries.EXPERT_BACKENDS.count("mine") == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            lambda y_TD: y_TD[:1],
+            r"'mine' returns \(1, 16\) in torch.float32; \(T, D\) is \(9, 16\), in the torch.float32",
+        ),
+        (lambda y_TD: y_TD.double(), r"'mine' returns \(9, 16\) in torch.float64"),
+        (lambda y_TD: (y_TD,), "'mine' returns a tuple; it must return a tensor"),
+        (lambda y_TD: y_TD.detach(), "'mine' returns sums without a gradient"),
+    ],
+)
+def test_what_a_backend_returns_is_checked(changed, message, registries):
+    """One row would be added to all tokens, and experts without a gradient would never learn."""
+    from litgpt_moe_ext.moe.layer import SharedExpertMoE
+
+    backend = ExpertBackend("mine", lambda *arguments: changed(loop_experts(*arguments)), works)
+    registries.register_backend(backend, Preference(("mine",)))
+    moe = randomize(SharedExpertMoE(moe_config()))
+    with pytest.raises((TypeError, ValueError), match=message):
+        moe(torch.randn(1, 9, 16))
+
+
+def test_a_backend_may_return_no_gradient_where_none_is_asked_for(registries):
+    from litgpt_moe_ext.moe.layer import SharedExpertMoE
+
+    backend = ExpertBackend("mine", lambda *arguments: loop_experts(*arguments).detach(), works)
+    registries.register_backend(backend, Preference(("mine",)))
+    with torch.no_grad():
+        assert randomize(SharedExpertMoE(moe_config()))(torch.randn(1, 9, 16)).shape == (1, 9, 16)

@@ -5,6 +5,7 @@ Shape legend: B batch, T queries, S keys, H query heads, G key/value heads, d he
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -58,6 +59,31 @@ class Result(NamedTuple):
     out_BHTd: Tensor
     lse_BHT: Tensor
     rest: tuple[Tensor | None, ...] = ()
+
+
+def check_result(kernel: str, result: object, inputs: Inputs) -> None:
+    """Raise if the forward of another package's kernel returns something else than a `Result` for its inputs.
+
+    What adds sinks takes it as it is, and would read out of bounds.
+    """
+    if not isinstance(result, Result):
+        raise TypeError(f"attention kernel {kernel!r}: forward returns a {type(result).__name__}, not a Result")
+    q_BHTd = inputs.q_BHTd
+    summed = torch.float64 if q_BHTd.dtype == torch.float64 else torch.float32
+    expected = {"out_BHTd": (q_BHTd.shape, q_BHTd.dtype), "lse_BHT": (q_BHTd.shape[:-1], summed)}
+    for name, (shape, dtype) in expected.items():
+        values = getattr(result, name)
+        if values.shape != shape or values.dtype != dtype:
+            raise ValueError(
+                f"attention kernel {kernel!r}: forward returns {name} of shape {tuple(values.shape)} in "
+                f"{values.dtype}, not {tuple(shape)} in {dtype}"
+            )
+
+
+def check_gradients(kernel: str, gradients: object) -> None:
+    """Raise if the backward of another package's kernel returns something else than three gradients."""
+    if not isinstance(gradients, tuple) or [isinstance(each, Tensor) for each in gradients] != [True] * 3:
+        raise TypeError(f"attention kernel {kernel!r}: backward must return a tuple of dq, dk and dv")
 
 
 def window_sides(call: Call) -> tuple[int | None, int | None]:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, get_args
 
+from litgpt_moe_ext.entries import require
+
 # CUDA compute capability, for example (8, 6). Everything else is taken to have (0, 0).
 Capability: TypeAlias = tuple[int, int]
 Ability: TypeAlias = Literal["mask", "mask_gradient", "window", "documents", "dropout", "gradient"]
@@ -163,20 +165,36 @@ def register_kernel(kernel: AttentionKernel, before: str = EAGER) -> None:
         before: The kernel that it takes precedence over: `flash_cpu`, the first, for one that is better than all.
 
     Raises:
-        ValueError: If there is another kernel of this name, or none to precede.
+        ValueError: If there is another kernel of this name, none to precede, or what is given is no kernel.
     """
+    require(kernel.name if isinstance(kernel, AttentionKernel) else "kernel", kernel, AttentionKernel)
     if KERNELS.get(kernel.name) == kernel:
         return  # a script and the entry point of its package may both call this
     if kernel.name in KERNELS:
         raise ValueError(f"attention kernel {kernel.name!r}: a kernel of this name is registered; choose another name")
     if before not in KERNELS:
         raise ValueError(f"before: {before!r} must be one of {', '.join(KERNELS)}")
+    _refuse_unusable(kernel)
     others = dict(KERNELS)
     KERNELS.clear()
     for name, other in others.items():
         if name == before:
             KERNELS[kernel.name] = kernel
         KERNELS[name] = other
+
+
+def _refuse_unusable(kernel: AttentionKernel) -> None:
+    # What is misspelt would be a kernel that is never chosen.
+    known = {"dtypes": _DTYPES, "abilities": _EVERYTHING}
+    for field, names in known.items():
+        if unknown := [name for name in getattr(kernel, field) if name not in names]:
+            raise ValueError(f"{kernel.name!r}: {field} has {unknown[0]!r}; known are {', '.join(sorted(names))}")
+    if not isinstance(kernel.dtypes, Mapping) or not isinstance(kernel.abilities, frozenset):
+        raise ValueError(f"{kernel.name!r}: dtypes must be a mapping to the lowest capability, abilities a frozenset")
+    functions = ("forward", "backward") if "gradient" in kernel.abilities else ("forward",)
+    for function in () if isinstance(kernel.functions, str) else functions:
+        if not callable(getattr(kernel.functions, function, None)):
+            raise ValueError(f"{kernel.name!r}: functions is {kernel.functions!r}, which has no {function}")
 
 
 def functions_of(name: str) -> KernelFunctions:
@@ -198,6 +216,7 @@ def load_functions() -> None:
 
 _HERE = __name__.rpartition(".")[0]
 _EVERYTHING: frozenset[Ability] = frozenset(get_args(Ability))
+_DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 for _kernel in (
     AttentionKernel(
@@ -205,7 +224,7 @@ for _kernel in (
         summary="PyTorch's flash attention for CPUs",
         functions=f"{_HERE}.flash_cpu",
         device="cpu",
-        dtypes=dict.fromkeys(("float64", "float32", "float16", "bfloat16"), (0, 0)),
+        dtypes=dict.fromkeys(_DTYPES, (0, 0)),
         abilities=frozenset({"mask", "gradient"}),
     ),
     AttentionKernel(
@@ -279,3 +298,6 @@ for _kernel in (
     ),
 ):
     KERNELS[_kernel.name] = _kernel
+
+OWN = frozenset(KERNELS)
+"""The names of this package's; what others return is checked."""

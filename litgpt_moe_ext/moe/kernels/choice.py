@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from litgpt_moe_ext.entries import require
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.kernels import launch
 from litgpt_moe_ext.kernels.compiled import assume_constant_result
@@ -140,6 +141,9 @@ BACKENDS: dict[str, ExpertBackend] = {
     )
 }
 
+OWN = frozenset(BACKENDS)
+"""The names of this package's; what others return is checked."""
+
 # The first row that covers a place decides. The loops ask how many rows each expert has, which no compiler can see.
 PREFERENCES: list[Preference] = [
     # Measured on an H200, where Triton saves the copies of rows; nobody has measured the data centre's Blackwell yet.
@@ -154,12 +158,52 @@ PREFERENCES: list[Preference] = [
 
 
 def register_backend(backend: ExpertBackend, *preferences: Preference) -> None:
-    """Make a backend known under its name, and preferred where `preferences` say, before all others."""
-    if backend.name not in BACKENDS:
-        EXPERT_BACKENDS.append(backend.name)
-    BACKENDS[backend.name] = backend
-    PREFERENCES[:0] = preferences
+    """Make a backend known under its name, and preferred where `preferences` say, before all others.
+
+    Raises:
+        ValueError: If another one has the name, or what is given is no backend and no preference of known ones.
+    """
+    require(backend.name if isinstance(backend, ExpertBackend) else "backend", backend, ExpertBackend)
+    name = backend.name
+    if BACKENDS.get(name, backend) != backend:
+        raise ValueError(f"{name!r} is registered already; choose another name")
+    for field in ("function", "obstacle"):
+        if not callable(getattr(backend, field)):
+            raise ValueError(f"{name!r}: {field} is {getattr(backend, field)!r}; it must be a function")
+    for preference in preferences:
+        require(name, preference, Preference)
+        known = [*BACKENDS, name]
+        if isinstance(preference.backends, str) or not set(preference.backends) <= set(known):
+            given = preference.backends
+            raise ValueError(f"{name!r}: backends is {given!r}; it must be a tuple of names of {', '.join(known)}")
+    if name not in BACKENDS:
+        EXPERT_BACKENDS.append(name)
+    BACKENDS[name] = backend
+    # A script and the entry point of its package may both call this.
+    PREFERENCES[:0] = [preference for preference in preferences if preference not in PREFERENCES]
     choose_backend.cache_clear()
+
+
+def check_sums(name: str, y_TD: object, x_TD: Tensor, learns: bool) -> None:
+    """Raise if what a backend of another package returns is not what it is to return, as numbers cannot tell.
+
+    Args:
+        name: Its name.
+        y_TD: What it returns.
+        x_TD: The tokens that it was given.
+        learns: Whether the tokens or the weights need a gradient.
+    """
+    if not isinstance(y_TD, Tensor):
+        raise TypeError(f"expert backend {name!r} returns a {type(y_TD).__name__}; it must return a tensor")
+    if y_TD.shape != x_TD.shape or y_TD.dtype != x_TD.dtype:
+        raise ValueError(
+            f"expert backend {name!r} returns {tuple(y_TD.shape)} in {y_TD.dtype}; (T, D) is {tuple(x_TD.shape)}, in "
+            f"the {x_TD.dtype} of the tokens"
+        )
+    if learns and not y_TD.requires_grad:
+        raise ValueError(
+            f"expert backend {name!r} returns sums without a gradient; tokens and experts need one to learn"
+        )
 
 
 @assume_constant_result
