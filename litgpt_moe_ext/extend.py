@@ -50,7 +50,7 @@ def register_router(name: str, router: RouterType, fields: Mapping[str, Field] |
         fields: Fields of `litgpt.Config` that the router adds, by name.
 
     Raises:
-        ValueError: If something else has one of the names already, or what is given is none of that kind.
+        ValueError: If something else has one of the names already, or a router or field is not of its class.
     """
     fields = fields or {}
     require(name, router, RouterType)
@@ -120,7 +120,7 @@ def load_extensions() -> None:
 
 
 def _add(registry: dict, name: str, entry: object) -> None:
-    # The same twice is no conflict: a script may call what its installed package has as an entry point.
+    # Adding the same twice is not a conflict: a script may call the entry point of its own installed package.
     if registry.get(name, entry) != entry:
         raise ValueError(f"{name!r} is registered already; choose another name")
     registry[name] = entry

@@ -102,7 +102,7 @@ _PLAIN: dict[Any, str] = {
 
 
 def members(annotation: Any) -> tuple[Any, ...]:
-    """Return the types that a union allows; a type that is not a union by itself. Null comes last."""
+    """Return the types in a union, null last; of any other type, only itself."""
     if get_origin(annotation) in (Union, types.UnionType):
         return tuple(sorted(get_args(annotation), key=lambda kind: kind is type(None)))
     return (annotation,)

@@ -79,7 +79,7 @@ class Given:
         return of_data[0] if of_data else f"data.{setting}" if setting in self._arguments_of_data() else setting
 
     def _arguments_of_data(self) -> Collection[str]:
-        # Those that are not given, and that are no settings of the run as well.
+        # Also those that are not given, except names that are settings of the run too.
         from litgpt_moe_ext.cli.mistakes import arguments_of
         from litgpt_moe_ext.training.settings import Settings
 

@@ -90,7 +90,7 @@ def mistakes(tree: Mapping[str, Any], annotations: Mapping[str, Any]) -> Iterato
 
 
 def wrong_nulls(tree: Mapping[str, Any], annotations: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the settings that are null and have no such value, and the sections that are none; a parser lets both pass.
+    """Yield settings that are null but may not be, and sections that are not mappings; a parser lets both pass.
 
     Args:
         tree: All settings that are given, as plain data.

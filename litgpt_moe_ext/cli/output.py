@@ -29,13 +29,13 @@ def _finite(content: Any) -> Any:
 
 def write_text(path: Path, text: str) -> None:
     """Write text to `path`, whole or not at all; creates missing folders."""
-    write_bytes(path, text.encode("utf-8", "replace"))  # names of files may have bytes that are no text
+    write_bytes(path, text.encode("utf-8", "replace"))  # file names may have bytes that are not text
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `path` under a temporary name and rename it; creates missing folders.
 
-    What is no file, such as /dev/stdout, is written to as it is; of a link the file that it stands for is replaced.
+    Something that is not a file, such as /dev/stdout, is written to directly; of a link, the target is replaced.
 
     Raises:
         SettingsError: If it cannot be written, as on a full disk.

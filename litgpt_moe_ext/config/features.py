@@ -125,7 +125,7 @@ def has_sinks(config: "Config", block_idx: int) -> bool:
 
 
 def family_of_norms(norm_class_name: str, name: str) -> str:
-    """Return the word in a model's name by which LitGPT makes other norms of a class, empty where there is none.
+    """Return the word in a model's name that makes LitGPT change the norms of a class; empty if there is none.
 
     Gemma's add 1 to their weights, OLMo's have no weights.
 

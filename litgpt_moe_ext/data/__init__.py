@@ -41,7 +41,7 @@ def import_path(name: str) -> str:
 
 
 def corpus_named(name: str) -> Any:
-    """Return the class of a corpus, which is no data module and needs neither LitGPT nor torch."""
+    """Return the class of a corpus, which is not a data module and needs neither LitGPT nor torch."""
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 

@@ -146,8 +146,7 @@ class TaskFile:
         if documents < fabric.world_size:
             raise SettingsError(
                 f"evaluate.tasks: {file} has {counted(documents, 'document')} to ask about, fewer than the "
-                f"{fabric.world_size} "
-                "processes that share them; raise evaluate.max_items, or leave the task out"
+                f"{fabric.world_size} processes that share them; raise evaluate.max_items, or leave the task out"
             )
 
     def rehearse(self, model: GPT) -> None:

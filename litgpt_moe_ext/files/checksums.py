@@ -1,7 +1,7 @@
 """Checksums of the files of checkpoints and corpora, as `sha256sum` writes them: `sha256sum -c SHA256SUMS` checks them.
 
 The archive that `torch.save` writes has a CRC of every record, but the files beside it (configurations, tokenizer, an
-averaged model) and shards of tokens have none, and reading them wrong would train something else without a word.
+averaged model) and shards of tokens have none. If they were damaged, a run would silently train something else.
 """
 
 import hashlib

@@ -33,7 +33,7 @@ def load() -> bool:
     if module is None or execute is None:
         return False
     del module.__dict__["__getattr__"]
-    # Modes and default devices of whoever asks are not meant for what a module does when it is loaded.
+    # The caller's modes and default device must not affect what the module does when it is loaded.
     with importlib.import_module("torch._C").DisableTorchFunction():
         execute(module)
     return True

@@ -97,8 +97,7 @@ def _cut(plan: Plan) -> Iterator[str]:
     if train.lr_warmup_steps and train.lr_warmup_steps >= planned:
         yield (
             f"  train.lr_warmup_steps: {train.lr_warmup_steps} of {counted(planned, 'step')}: the learning rate rises "
-            "to the end "
-            "and never falls"
+            "to the end and never falls"
         )
 
 

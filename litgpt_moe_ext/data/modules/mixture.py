@@ -158,8 +158,8 @@ class Mixture(TokenModule):
         """Return the resumable training loader.
 
         Raises:
-            SettingsError: A corpus would come more often than `max_epochs`, or the annealing begins at a point that
-                needs the length of the run, which nobody has told.
+            SettingsError: A corpus would come more often than `max_epochs`, or where the annealing begins depends on
+                the length of the run, which is not known.
         """
         parts = [
             Part(

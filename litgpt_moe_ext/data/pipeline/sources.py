@@ -146,7 +146,7 @@ def find_files(setting: str, path: Path, pattern: str, otherwise: str = _OTHER_F
         raise SettingsError(f"{setting}: {str(path)!r} does not exist; set {setting} to a file or a folder")
     found = [file for file in sorted(matches("pattern", path, pattern)) if file.is_file()]
     _refuse_links_out(setting, path, found)
-    # A cache may lie in the folder of the documents: what was prepared from them is none of them.
+    # A cache may lie in the folder of the documents. The corpora in it are not documents.
     found = [file for file in found if not _is_hidden(file, path)]
     prepared = _prepared(path, say_left_out if "**" in pattern else None)
     found = [file for file in found if prepared.isdisjoint(file.parents)]
@@ -172,7 +172,7 @@ def say_others(path: Path, pattern: str) -> None:
 
 
 def say_left_out(error: OSError) -> None:
-    """Say which folder cannot be read, where `os.walk` would leave it out without a word."""
+    """Say which folder cannot be read; `os.walk` would leave it out silently."""
     print(f"Left out {error.filename}, which cannot be read ({error.strerror})", flush=True)
 
 

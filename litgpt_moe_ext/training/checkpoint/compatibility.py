@@ -104,7 +104,7 @@ def _context_of(saved: dict[str, Any], now: dict[str, Any]) -> set[str]:
 
 def _may_differ(setting: str, name: str, before: Any, now: Any) -> bool:
     if name == "router_bias_update_schedule" and setting == "resume" and None in (before, now):
-        return False  # only with a schedule the steps are counted that it goes by
+        return False  # a checkpoint without a schedule has no count of the steps that one goes by
     return name in ("name", "hf_config") or (name in FIELDS and FIELDS[name].of_training)
 
 

@@ -30,7 +30,7 @@ def check_exports(plan: Plan) -> None:
 
 
 def export_checkpoints(launched: Launched) -> None:
-    """Export `best` and `final`; a fault is a line of output, and the run has succeeded all the same."""
+    """Export `best` and `final`. A failure is printed, and the run still counts as a success."""
     plan, fabric = launched.plan, launched.fabric
     if not fabric.is_global_zero:
         return

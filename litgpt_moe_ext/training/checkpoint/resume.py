@@ -81,7 +81,7 @@ def find_resume_file(
         return directory / MODEL_FILE
     damaged = []
     found = newest_first(out_dir)
-    # Where a damaged one stands in the order, its file no longer says; it is to be named all the same.
+    # A damaged checkpoint may no longer say where it stands in the order. These come first, so that all are named.
     for directory in sorted(found, key=_says_when):
         problem = problem_with(directory, read_all)
         if problem is None:

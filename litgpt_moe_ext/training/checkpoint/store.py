@@ -28,7 +28,7 @@ def publish(staging: Path, target: Path) -> None:
     flush_tree(staging)
     replaced = target.with_name(f".{target.name}.replaced")
     if target.exists() and not (target / STATE_FILE).is_file():
-        # Not written by a run like this one: it may hold what nobody can make again.
+        # Not written by a run like this one, so it may hold something that cannot be replaced.
         target.rename(free_name(target))
     elif target.exists():
         shutil.rmtree(replaced, ignore_errors=True)

@@ -120,7 +120,7 @@ class CheckpointWriter:
 
 
 def _with_tokenizer(write: Callable[..., None], tokenizer_dir: Path) -> Callable[..., None]:
-    # LitGPT copies what it finds each time: nothing, once somebody has deleted or moved the corpus of a long run.
+    # Read once: LitGPT copies the files at every save, and in a long run the corpus may be deleted or moved meanwhile.
     files = {name: (tokenizer_dir / name).read_bytes() for name in _TOKENIZER if (tokenizer_dir / name).is_file()}
 
     def write_with_tokenizer(fabric: Any, state: dict, directory: Path | None, checkpoint_file: Path) -> None:

@@ -62,7 +62,7 @@ class Schedule:
 
     def _rewind(self) -> None:
         self._optimizer = _Still([torch.zeros(1)], lr=self._peak)
-        leave_to_caller(self._optimizer)  # which is none that routers would wait for
+        leave_to_caller(self._optimizer)  # whose steps are not those of a training
         self._scheduler = self._make_scheduler()
         self._optimizer.step()  # torch warns of schedulers whose optimizer never stepped
         self._position = 0

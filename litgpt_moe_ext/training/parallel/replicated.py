@@ -94,7 +94,7 @@ class ReplicatedStrategy(Behaviour, DDPStrategy):
 
 
 class _NothingToAdd(torch.autograd.Function):
-    """Has no gradient for any of its inputs, whose nodes run all the same."""
+    """Has no gradient for its inputs, but lets their nodes run."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, *parameters: Tensor) -> Tensor:
