@@ -65,4 +65,6 @@ class UniformRouter(FixedRouter):
         """Return random numbers."""
         if not self.training:
             return self.by_token_id(x_TD, ids)
-        return torch.rand(len(x_TD), self.n_expert, device=x_TD.device)
+        # Not in torch's default dtype. With `bf16-true` that is bfloat16 in a forward pass, in which many numbers would
+        # be equal, but not when activation checkpointing repeats the pass, which would then choose other experts.
+        return torch.rand(len(x_TD), self.n_expert, dtype=torch.float32, device=x_TD.device)

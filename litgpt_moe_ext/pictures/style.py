@@ -113,7 +113,7 @@ def title_above(figure: Figure, title: str) -> None:
 
 
 def shortened(name: str, length: int) -> str:
-    """Return a name as it can be drawn: without bytes that are not text, and only its end, with a mark, if it is long."""
+    """Return a name as it can be drawn: no bytes that are not text, and only its end, with a mark, if it is long."""
     name = name.encode("utf-8", "replace").decode("utf-8")
     return name if len(name) <= length else f"…{name[1 - length :]}"
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from lightning.fabric.plugins import HalfPrecision
 from litgpt import GPT
 
 from litgpt_moe_ext.moe.batch_metadata import TokenIds
@@ -118,6 +119,24 @@ def test_recomputation_takes_the_ids_of_its_own_forward_pass():
     expected = gradients(model, model, *batches)
     ActivationCheckpointing("full").on_before_setup(model)
     torch.testing.assert_close(gradients(model, model, *batches), expected)
+
+
+def test_draws_do_not_depend_on_the_precision_of_the_model():
+    """With `bf16-true`, torch's default dtype is bfloat16 in a forward pass, but not in its recomputation."""
+    model = randomize(initialized_model(moe_config(router_type="uniform")), 0.3).bfloat16()
+    precision, ids = HalfPrecision("bf16-true"), torch.randint(0, 64, (2, 32))
+
+    def forward(ids):
+        torch.manual_seed(0)
+        with precision.forward_context():
+            return model(ids)
+
+    expected = gradients(model, forward, ids)
+    ActivationCheckpointing("full").on_before_setup(model)
+    torch.testing.assert_close(gradients(model, forward, ids), expected)
+    router = make(UniformRouter)
+    with precision.forward_context():
+        assert len(router.rank(torch.randn(1000, 16), None).unique()) > 7900
 
 
 def test_two_threads_use_one_model():

@@ -115,7 +115,7 @@ class _HalfProducts(torch.autograd.Function):
     ) -> Tensor:
         with torch.autocast(x_TD.device.type, enabled=False):
             half_x_TD, half_weight_VD = x_TD.to(dtype), weight_VD.to(dtype)
-            total = torch.zeros((), device=x_TD.device)
+            total = torch.zeros((), dtype=torch.float32, device=x_TD.device)
             grad_x_TD = torch.empty_like(half_x_TD)
             grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
             grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
