@@ -19,6 +19,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN_TRAIN = [sys.executable, str(ROOT / "run_train.py")]
+PATIENCE = 900
+"""Seconds for what takes some on an idle machine: only what hangs takes as long, however busy the machine is."""
 
 FILES = ("argparse", "ast", "calendar", "cmd", "code", "copy", "csv", "enum", "heapq", "shlex", "string", "textwrap")
 
@@ -100,7 +102,7 @@ def recipe_writer(folder: Path, corpus_settings: dict) -> Callable[..., Path]:
 
 
 def run_command(
-    *command: str | Path, cwd: Path = ROOT, stdin: str = "", timeout: float | None = 300, **environment: str
+    *command: str | Path, cwd: Path = ROOT, stdin: str = "", timeout: float | None = PATIENCE, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a command that must succeed, with `environment` beside the variables of this process."""
     ended = subprocess.run(

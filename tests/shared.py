@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests import parsers
 from tests.runs import _whole_run, corpus_settings, finished, recipe  # noqa: F401
 
-settings.register_profile("default", deadline=None, derandomize=True)
+settings.register_profile("default", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("default")
 parsers.build_once()
 

@@ -6,12 +6,12 @@ import sys
 import pytest
 import torch
 
-from tests.runs import ROOT, run_command
+from tests.runs import PATIENCE, ROOT, run_command
 
 
 def refusal(script, *arguments):
     command = [sys.executable, ROOT / "benchmarks" / f"{script}.py", *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert ended.returncode == 2, ended.stderr
     assert not ended.stdout
     return ended.stderr.splitlines()[-1]

@@ -18,6 +18,7 @@ from litgpt_moe_ext.data.pipeline import encoding
 from litgpt_moe_ext.data.pipeline.batches import Batch
 from litgpt_moe_ext.errors import CANNOT, SettingsError, exit_status
 from litgpt_moe_ext.interruption import end_at_once_on_termination
+from tests.runs import PATIENCE
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "data_prep").glob("*.py"))
@@ -59,6 +60,7 @@ def test_an_extension_module_is_loaded_before_a_signal_counts(number, name, caps
 def test_a_signal_that_comes_twice_counts_once(number, name, monkeypatch, capsys):
     """As from `timeout`, in the midst of clearing up, and of Python's own after it; a later one counts."""
     cleared = []
+    monkeypatch.setattr(interruption, "_MOMENT", 600)
 
     def run():
         try:
@@ -188,7 +190,7 @@ def test_code_that_hears_no_signals_is_not_waited_for(number, name):
         "        hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\n"
         "exit_status(run)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert (result.returncode, result.stderr) == (128 + number, f"Stopped by {name}.\n")
 
 
@@ -263,6 +265,6 @@ def test_processes_that_encode_do_not_hear_ctrl_c():
         "    _context(); print(open(f'/proc/{forkserver._forkserver._forkserver_pid}/status').read())\n"
         "    print(open('/proc/self/status').read())"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     masks = [int(line.split()[1], 16) for line in result.stdout.splitlines() if line.startswith("SigBlk")]
     assert [bool(mask & 1 << signal.SIGINT - 1) for mask in masks] == [True, False], result.stderr

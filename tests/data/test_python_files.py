@@ -18,6 +18,7 @@ from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR, in_validation, ope
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.errors import SettingsError
 from tests.data.test_text_corpus import names
+from tests.runs import PATIENCE
 
 
 def stdlib(source_path, data_path="unused", **settings) -> PythonStdlib:
@@ -203,7 +204,7 @@ def test_two_processes_at_once(tmp_path, sources):
     for process in processes:
         process.stdin.write("\n")
         process.stdin.flush()
-    results = [process.communicate(timeout=120) for process in processes]
+    results = [process.communicate(timeout=PATIENCE) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], results
     paths = {out.splitlines()[-1] for out, _ in results}
     assert len(paths) == 1

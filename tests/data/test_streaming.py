@@ -27,6 +27,7 @@ from tests.data.file_server import serving
 from tests.data.test_readers import tar
 from tests.data.test_text import BPE, TRAIN, VAL, lines, lists
 from tests.data.test_text_corpus import contents, stories, texts_in
+from tests.runs import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 
@@ -224,7 +225,7 @@ def test_code_parrot_from_the_hub(server, tmp_path):
 
     def run(*arguments: object, **more: str) -> subprocess.CompletedProcess:
         command = [str(part) for part in (*script, *arguments)]
-        return subprocess.run(command, env={**environment, **more}, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, env={**environment, **more}, capture_output=True, text=True, timeout=PATIENCE)
 
     result = run("--streaming", "true")
     assert result.returncode == 0, result.stderr

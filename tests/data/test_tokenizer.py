@@ -20,6 +20,7 @@ from litgpt_moe_ext.data.tokenizer.files import read_tokenizer
 from litgpt_moe_ext.data.tokenizer.opening import open_for_documents, special_token
 from litgpt_moe_ext.data.tokenizer.threads import threads_for_tokenizers
 from litgpt_moe_ext.errors import SettingsError
+from tests.runs import PATIENCE
 
 TEXTS = ["def read(self, value):\n    return self.value\n" * 3, "for key, value in items.items():\n\tprint(key)\n" * 3]
 
@@ -244,6 +245,6 @@ raise SystemExit(os.waitpid(child, 0)[1] != 0)
         capture_output=True,
         text=True,
         env=environment,
-        timeout=60,
+        timeout=PATIENCE,
     )
     assert (result.returncode, result.stderr) == (0, "")

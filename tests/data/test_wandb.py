@@ -13,6 +13,7 @@ from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.data import PreparedCorpus, PythonStdlib, WandbCorpus
 from litgpt_moe_ext.data.pipeline.store import open_corpus, read_manifest
 from litgpt_moe_ext.data.pipeline.wandb_artifacts import download, log_corpus
+from tests.runs import PATIENCE
 
 REFERENCE = "team/project/corpus:latest"
 
@@ -55,7 +56,7 @@ def test_logged_offline_for_real(clean, corpus, tmp_path):
         mine.log({"loss": 1.0})
     folder = Path(message.removeprefix("Logged stdlib-tokens offline. To upload it: wandb sync "))
     (log,) = folder.glob("*.wandb")
-    content, deadline = log.read_bytes(), time.monotonic() + 60
+    content, deadline = log.read_bytes(), time.monotonic() + PATIENCE
     while b"stdlib-tokens" not in content and time.monotonic() < deadline:
         time.sleep(0.1)  # wandb's own process may still be writing
         content = log.read_bytes()

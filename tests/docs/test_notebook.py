@@ -9,6 +9,7 @@ import pytest
 from nbclient import NotebookClient
 
 from tests.docs.pages import ROOT
+from tests.runs import PATIENCE
 
 NOTEBOOK = ROOT / "examples" / "first_model.ipynb"
 
@@ -19,7 +20,7 @@ def cells():
 
 def run_first_cells(count, folder):
     code = "\n".join(cell.source for cell in cells()[:count])
-    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_outputs_are_not_committed():
@@ -44,7 +45,8 @@ def test_the_notebook_runs(tmp_path):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, root / name)
     (root / "examples").mkdir()
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(root / "examples")}}).execute()
+    limits = {"timeout": PATIENCE, "startup_timeout": PATIENCE}
+    NotebookClient(notebook, resources={"metadata": {"path": str(root / "examples")}}, **limits).execute()
     text = str(notebook.cells)
     assert "image/png" in text
     assert "MaxVio" in text

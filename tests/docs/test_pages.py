@@ -12,7 +12,7 @@ import yaml
 from litgpt_moe_ext.cli.settings import read_settings
 from litgpt_moe_ext.study.plan import load_study
 from tests.docs.pages import PAGES, ROOT, blocks, code
-from tests.runs import run_command
+from tests.runs import PATIENCE, run_command
 
 # The order in which a reader meets them: training comes before what looks at its result.
 READING_ORDER = [ROOT / "docs" / "tutorial.md", *(page for page in PAGES if page.name != "tutorial.md")]
@@ -72,7 +72,13 @@ def test_the_pages_commands_work(workspace):
                 if command in done:
                     continue
                 result = subprocess.run(
-                    command, shell=True, cwd=workspace, env=environment, capture_output=True, text=True, timeout=1200
+                    command,
+                    shell=True,
+                    cwd=workspace,
+                    env=environment,
+                    capture_output=True,
+                    text=True,
+                    timeout=PATIENCE,
                 )
                 assert result.returncode == block.status, f"{block.page}: {command}\n{result.stdout}{result.stderr}"
                 printed = " ".join((result.stdout + result.stderr).split())

@@ -27,6 +27,7 @@ from litgpt_moe_ext.evaluation.litgpt_evaluate import EvaluateSettings, evaluate
 from litgpt_moe_ext.evaluation.loading import load_model, load_tokenizer
 from tests.evaluation.conftest import VOCABULARY_SIZE, write_checkpoint, write_tokenizer
 from tests.models import moe_config, randomize
+from tests.runs import PATIENCE
 from tests.training.processes import free_port
 
 PROMPT = "is it so? the quick brown fox"
@@ -185,13 +186,13 @@ def start(*arguments: str | Path, **options) -> subprocess.Popen:
 
 def ask_server(port: int, process: subprocess.Popen, request: dict) -> dict:
     """Post to a server that may still be starting."""
-    give_up = time.monotonic() + 180
+    give_up = time.monotonic() + PATIENCE
     post = urllib.request.Request(
         f"http://127.0.0.1:{port}/predict", json.dumps(request).encode(), {"Content-Type": "application/json"}
     )
     while True:
         try:
-            with urllib.request.urlopen(post, timeout=60) as response:
+            with urllib.request.urlopen(post, timeout=PATIENCE) as response:
                 return json.loads(response.read())
         except OSError:
             assert process.poll() is None, process.communicate()
@@ -215,7 +216,7 @@ class Terminal:
 
     def expect(self, text: str) -> str:
         """Wait until `text` appears on the screen, and return what did since the last call."""
-        begin, give_up = len(self.screen), time.monotonic() + 120
+        begin, give_up = len(self.screen), time.monotonic() + PATIENCE
         while text not in self.screen[begin:]:
             assert time.monotonic() < give_up, self.screen
             self.screen += os.read(self._terminal, 4096).decode(errors="replace")
@@ -264,8 +265,8 @@ def test_real_processes(endless_dir):
     try:
         others.append(start("generate", endless_dir, f"--prompt={PROMPT}", *greedy))
         others.append(start("chat", endless_dir, *greedy, stdin=subprocess.PIPE))
-        generated, _ = others[0].communicate(timeout=180)
-        chatted, _ = others[1].communicate(f"the\n{PROMPT}\n\n", timeout=180)
+        generated, _ = others[0].communicate(timeout=PATIENCE)
+        chatted, _ = others[1].communicate(f"the\n{PROMPT}\n\n", timeout=PATIENCE)
         assert [process.returncode for process in others] == [0, 0]
         assert PROMPT + expected in generated
         assert f">> Reply: {expected}\n" in chatted

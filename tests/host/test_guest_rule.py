@@ -18,6 +18,7 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.host import commands
 from tests.host.guest_report import CONFIGS
 from tests.models import moe_config
+from tests.runs import PATIENCE
 
 HERE = Path(__file__).parents[1]
 
@@ -30,7 +31,7 @@ def run(arguments: list[str], disabled: bool = False, **options) -> subprocess.C
         capture_output=True,
         text=True,
         cwd=HERE.parent,
-        timeout=300,
+        timeout=PATIENCE,
         **options,
     )
 

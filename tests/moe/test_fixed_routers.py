@@ -16,6 +16,7 @@ from litgpt_moe_ext.moe.layer import SharedExpertMoE
 from litgpt_moe_ext.moe.metrics import load_metrics
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
 from tests.models import initialized_model, moe_config, randomize
+from tests.runs import PATIENCE
 
 
 def make(cls, **settings):
@@ -143,7 +144,7 @@ def test_two_threads_use_one_model():
     model = randomize(initialized_model(moe_config(router_type="hash")), 0.3).eval()
     batches = torch.randint(0, 64, (2, 2, 9))
     expected = [model(ids) for ids in batches]
-    both_are_inside = threading.Barrier(2, timeout=60)
+    both_are_inside = threading.Barrier(2, timeout=PATIENCE)
 
     def wait(*_):
         both_are_inside.wait()

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from tests import null_gpu
-from tests.runs import ROOT
+from tests.runs import PATIENCE, ROOT
 from tests.training.processes import free_port
 
 
@@ -30,7 +30,7 @@ def start(
         "LOCAL_WORLD_SIZE": str(local),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
-        "NULL_GPU_SECONDS": "60",
+        "NULL_GPU_SECONDS": str(PATIENCE // 2),
     }
     places = [
         {"RANK": rank, "LOCAL_RANK": rank % local, "GROUP_RANK": rank // local, "NCCL_HOSTID": rank // local}
@@ -52,6 +52,6 @@ def outputs(gpu: Path, ranks: int, *command: str | Path, machines: int = 1, **en
 
 def finished(ranks: list[subprocess.Popen[str]], status: int = 0) -> list[str]:
     """Return what the ranks of a command print, which must end with a status."""
-    found = [rank.communicate(timeout=280)[0] for rank in ranks]
+    found = [rank.communicate(timeout=PATIENCE)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [status] * len(ranks), "\n".join(found)[-8000:]
     return found

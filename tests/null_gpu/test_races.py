@@ -3,6 +3,7 @@
 import pytest
 
 from tests.null_gpu.ranks import outputs, start
+from tests.runs import PATIENCE
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +26,7 @@ def test_races_are_seen(gpu, way, ranks):
     waiting = outputs(gpu, ranks, "-m", "tests.null_gpu.racing", way, "wait", **SANITIZER)
     assert [output.splitlines()[-1] for output in waiting] == ["6.0"] * ranks
     racing = start(gpu, ranks, "-m", "tests.null_gpu.racing", way, "race", **SANITIZER)
-    for output in [process.communicate(timeout=100)[0] for process in racing]:
+    for output in [process.communicate(timeout=PATIENCE)[0] for process in racing]:
         assert "CUDASanitizerErrors: detected 1 errors" in output
 
 

@@ -25,6 +25,7 @@ from litgpt_moe_ext.study.place import Places, TrainedOn, code_version
 from litgpt_moe_ext.study.plan import BUDGET, Run, Study, load_study
 from litgpt_moe_ext.study.results import Result, csv_text, read_results
 from tests.models import moe_config
+from tests.runs import PATIENCE
 
 H100 = "NVIDIA H100"
 
@@ -130,7 +131,7 @@ def test_runs_begin_together_and_one_has_all_cores(tmp_path, monkeypatch):
 
     def process(command, out_dir, environment, stopped):
         threads.append(environment["OMP_NUM_THREADS"])
-        barrier.wait(timeout=20)
+        barrier.wait(timeout=PATIENCE)
         return 0
 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

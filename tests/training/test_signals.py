@@ -11,7 +11,7 @@ import pytest
 
 from litgpt_moe_ext.training import control
 from litgpt_moe_ext.training.parallel import processes
-from tests.runs import logged, small_disk, train
+from tests.runs import PATIENCE, logged, small_disk, train
 from tests.training.processes import train_in_ranks, trained_in_ranks
 
 
@@ -50,8 +50,9 @@ def test_in_a_step(recipe, tmp_path, capsys, signal_at, name):
     assert signal.getsignal(number) is handler
 
 
-def test_twice_within_a_moment(recipe, tmp_path, capsys, signal_at):
+def test_twice_within_a_moment(recipe, tmp_path, capsys, monkeypatch, signal_at):
     """`timeout -s INT` and `uv run` in a terminal deliver one Ctrl-C twice: the step is saved all the same."""
+    monkeypatch.setattr(control, "MOMENT", 600.0)
     signal_at(signal.SIGINT, "chunked_cross_entropy", 3 + 5, times=2)
     assert train("--config", recipe(train={"save_interval": 1000})) == 130
     saved = tmp_path / "out" / "step-00000003"
@@ -87,7 +88,7 @@ def test_while_the_output_waits_for_its_reader():
         with requests.listening():
             thread.start()
             print("x" * (1 << 20), file=output, flush=True)
-            said.get(timeout=10)
+            said.get(timeout=PATIENCE)
     thread.join()
     os.close(reader)
     assert requests.received == signal.SIGTERM

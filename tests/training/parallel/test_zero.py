@@ -207,7 +207,7 @@ class TestTraining:
         ]
         plan("too far", STAGES[1], *too_far, processes=1, status=1)
         module = "tests.training.parallel.deepspeed_on_cpus"
-        ended = run_command(sys.executable, "-m", module, json.dumps(plans), timeout=600)
+        ended = run_command(sys.executable, "-m", module, json.dumps(plans))
         return folder, ended.stdout + ended.stderr
 
     @pytest.mark.parametrize("strategy", STAGES)
