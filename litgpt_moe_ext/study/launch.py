@@ -5,6 +5,7 @@ finished by a file that is written last, so a study that was killed goes on wher
 """
 
 import contextlib
+import os
 import queue
 import shutil
 import signal
@@ -207,7 +208,7 @@ def _process(command: Sequence[str], log: Path, environment: dict[str, str], sto
             stdin=subprocess.DEVNULL,
             # A study that is killed must not leave runs behind that the next one would meet in their folders. The
             # pool's threads, which start the runs, outlive them.
-            preexec_fn=die_with_parent if sys.platform == "linux" else None,
+            preexec_fn=partial(die_with_parent, os.getpid()) if sys.platform == "linux" else None,
         )
         while not stopped():
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -96,20 +96,25 @@ def end_together() -> None:
     """
     if started_by_fabric():
         parent = int(os.environ[_LAUNCHER_PID])
-        die_with_parent()
+        die_with_parent(parent)
         threading.Thread(target=_watch, args=(parent,), daemon=True, name="launcher-watch").start()
     else:
         os.environ[_LAUNCHER_PID] = str(os.getpid())
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int) -> None:
     """Have Linux end this process when the thread that started it ends; without effect elsewhere.
 
     A process that is stopped (SIGSTOP, a debugger) cannot watch its parent.
+
+    Args:
+        parent: The process that started this one; if it has ended already, this one ends now.
     """
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _watch(parent: int) -> None:
