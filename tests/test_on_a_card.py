@@ -7,9 +7,10 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
-from tests.runs import ROOT
+from tests.runs import PATIENCE, ROOT
 
 COMMAND = [sys.executable, ROOT / "tools" / "on_a_card.py", "--device", "cpu", "--only", "tests", "--out"]
 
@@ -18,12 +19,12 @@ COMMAND = [sys.executable, ROOT / "tools" / "on_a_card.py", "--device", "cpu", "
 def test_interrupted(tmp_path, kind, status):
     """The part is ended, and the report is there, without a traceback."""
     process = subprocess.Popen([*COMMAND, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while not (tmp_path / "tests.txt").exists():
+    tool = psutil.Process(process.pid)
+    while not any("pytest" in part.cmdline() for part in tool.children()):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.02)
-    time.sleep(0.2)
     process.send_signal(kind)
-    shown, _ = process.communicate(timeout=60)
+    shown, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == status
     assert "Traceback" not in shown
     (part,) = json.loads((tmp_path / "report.json").read_text())["parts"]

@@ -32,6 +32,7 @@ from tests.data.test_loader import take
 from tests.data.test_text_corpus import stories
 from tests.runs import ROOT, logged, train
 from tests.training.processes import Training, in_ranks
+from tests.training.signalling import wait_for_signal
 
 EXAMPLE = [f"--config={ROOT / name}" for name in ("configs/quickstart.yaml", "examples/mixture.yaml")]
 SHARES = st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(any)
@@ -496,16 +497,17 @@ def test_a_run_killed_in_both_phases_goes_on_bit_for_bit(recipe, corpus_settings
         "eval": {"interval": 5, "max_iters": 4},
     }
     whole = Training("--config", recipe("whole", out_dir=str(tmp_path / "whole"), **changes))
-    output, _ = whole.communicate(timeout=120)
+    output, _ = whole.communicate()
     assert whole.returncode == 0, output
-    file = recipe("killed", out_dir=str(tmp_path / "killed"), **changes)
-    for stop in ("step 5/", "step 13/", None):
+    for stop in (5, 13, None):
+        callbacks = [] if stop is None else wait_for_signal(stop)
+        file = recipe("killed", out_dir=str(tmp_path / "killed"), callbacks=callbacks, **changes)
         training = Training("--config", file, "--resume", "auto")
         for line in training.stdout:
-            if stop is not None and line.startswith(stop):
+            if line.startswith(f"step {stop}/"):
                 os.killpg(training.pid, signal.SIGKILL)
                 break
-        training.communicate(timeout=120)
+        training.communicate()
         assert training.returncode == (0 if stop is None else -signal.SIGKILL)
     for column in ("loss", "val_loss", "val_loss/code", "val_loss/text", "grad_norm"):
         assert logged(tmp_path / "killed", column) == logged(tmp_path / "whole", column) != {}

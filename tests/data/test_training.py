@@ -1,7 +1,7 @@
 """Whole runs through `run_train.py` on each kind of data: LitGPT's loop, our hooks, padding, W&B, resume."""
 
+import os
 import signal
-import socket
 import subprocess
 import sys
 
@@ -16,7 +16,7 @@ from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from tests.data.test_text import TRAIN, VAL, tiny_txt
 from tests.data.test_wandb import clean  # noqa: F401
 from tests.data.test_wandb_online import PROJECT, REFERENCE, server  # noqa: F401
-from tests.runs import ROOT, logged
+from tests.runs import PATIENCE, ROOT, logged
 
 pytestmark = pytest.mark.slow
 
@@ -60,8 +60,8 @@ def test_resume_in_the_middle_of_an_epoch(recipe, tmp_path):
 
 
 RANK = """
+import signal
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -72,12 +72,12 @@ from litgpt_moe_ext.data.packing import document_lengths, pack
 from litgpt_moe_ext.data.pipeline.store import open_corpus, read_manifest
 from litgpt_moe_ext.data.windows import DocumentWindows
 
-corpus, folder, rank, meeting = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+corpus, folder, meeting = map(Path, sys.argv[1:4])
+rank, batches, stop = map(int, sys.argv[4:])
 shards, _ = open_corpus(corpus)
 packing = pack(document_lengths(shards, read_manifest(corpus)["eos_id"]), 32, together=True)
 loader = TokenLoader(DocumentWindows(shards, packing, 32), 2, train=True)  # before the process group, as LitGPT does
-store = dist.TCPStore("127.0.0.1", int(meeting), 2, rank == 0, timeout=timedelta(seconds=60))
-dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
 state = folder / "state.pt"  # the same for all ranks
 seen = folder / f"seen_{rank}.txt"
 if state.is_file():
@@ -87,7 +87,7 @@ if state.is_file():
     seen.write_text("".join(lines[: saved["batches"]]))  # what came after the checkpoint did not happen
 count = len(seen.read_text().splitlines()) if seen.is_file() else 0
 with open(seen, "a") as file:
-    while count < int(sys.argv[5]):
+    while count < batches:
         for batch in loader:
             print(*batch.flatten().tolist(), file=file, flush=True)
             dist.barrier()
@@ -95,25 +95,25 @@ with open(seen, "a") as file:
             if count % 4 == 0 and rank == 0:
                 torch.save({"loader": loader.state_dict(), "batches": count}, folder / "partial.pt")
                 (folder / "partial.pt").rename(state)
-            print(count, flush=True)
-            if count == int(sys.argv[5]):
+            if count == stop and rank == 0:
+                print(count, flush=True)
+                signal.pause()
+            if count == batches:
                 break
 """
 
 
-def start_ranks(corpus, folder, batches: int) -> list[subprocess.Popen]:
+def start_ranks(corpus, folder, batches: int, stop: int) -> list[subprocess.Popen]:
+    """Start two ranks in a process group of their own; the first says when it has seen `stop` batches, and waits."""
     folder.mkdir(exist_ok=True)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, corpus, folder, str(rank), str(port), str(batches)],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
+    command, processes = [sys.executable, "-c", RANK, corpus, folder, folder / f"meeting_{stop}"], []
+    for rank in range(2):
+        numbers = [str(rank), str(batches), str(stop)]
+        group = processes[0].pid if processes else 0
+        processes.append(
+            subprocess.Popen([*command, *numbers], stdout=subprocess.PIPE, text=True, cwd=ROOT, process_group=group)
         )
-        for rank in range(2)
-    ]
+    return processes
 
 
 def test_two_killed_processes_go_on_with_the_same_tokens(tmp_path):
@@ -127,17 +127,14 @@ def test_two_killed_processes_go_on_with_the_same_tokens(tmp_path):
     epoch = len(loader)
     batches = epoch + epoch // 2
     expected = [batch.view(2, -1).tolist() for batch in (*loader, *loader)][:batches]
-    for stop in (epoch // 3, None):  # killed within the first epoch; then on, into the second
-        processes = start_ranks(data.corpus_path, tmp_path / "ranks", batches)
-        for line in processes[0].stdout:
-            if stop is not None and int(line) >= stop:
-                for process in processes:
-                    process.kill()
-                break
-        codes = [process.wait(timeout=60) for process in processes]
-        for process in processes:
-            process.stdout.close()
-        assert codes == ([0, 0] if stop is None else [-signal.SIGKILL] * 2)
+    for stop in (epoch // 3, 0):  # killed within the first epoch; then on, into the second
+        processes = start_ranks(data.corpus_path, tmp_path / "ranks", batches, stop)
+        if stop:
+            assert processes[0].stdout.readline() == f"{stop}\n"
+            os.killpg(processes[0].pid, signal.SIGKILL)  # at once: one that has lost the other ends by itself
+        outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
+        assert outputs == ["", ""]
+        assert [process.returncode for process in processes] == [-signal.SIGKILL if stop else 0] * 2
     for rank in range(2):
         seen = (tmp_path / "ranks" / f"seen_{rank}.txt").read_text().splitlines()
         assert [[int(token) for token in line.split()] for line in seen] == [both[rank] for both in expected]

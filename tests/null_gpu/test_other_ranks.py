@@ -7,6 +7,7 @@ import pytest
 
 from tests.null_gpu.ranks import finished, outputs, start
 from tests.runs import logged
+from tests.training.signalling import wait_for_signal
 
 pytestmark = pytest.mark.slow
 
@@ -37,14 +38,14 @@ def test_others_go_on(gpu, recipe, tmp_path, before, after, machines, optimizer,
     if "deepspeed" in before and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is an extra")
 
-    def command(out_dir: str, ranks: int, strategy: str, knobs: dict, *flags: str) -> list[str]:
+    def command(out_dir: str, ranks: int, strategy: str, knobs: dict, *flags: str, **more) -> list[str]:
         batches = {"max_tokens": 12 * 128, "micro_batch_size": 4 // ranks, "save_interval": None}
-        changes = {"train": batches, "strategy": strategy, "optimizer": optimizer, "distributed": knobs}
+        changes = {"train": batches, "strategy": strategy, "optimizer": optimizer, "distributed": knobs, **more}
         file = recipe(f"{strategy}-{ranks}", out_dir=str(tmp_path / out_dir), **SETTINGS, **changes)
         return ["-m", "tests.null_gpu.computed_training", "--config", str(file), *flags]
 
     outputs(gpu, 1, *command("one", 1, "auto", {}))
-    two = start(gpu, 2, *command("several", 2, before, knobs))
+    two = start(gpu, 2, *command("several", 2, before, knobs, callbacks=wait_for_signal(3, rank=1)))
     next(line for line in two[0].stdout if line.startswith("step 3/"))
     two[1].send_signal(signal.SIGTERM)
     finished(two, 128 + signal.SIGTERM)

@@ -7,6 +7,7 @@ import socket
 import sys
 import tempfile
 import traceback
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,18 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.training.preloaded"])
 
 
+# Whoever listens with SO_REUSEADDR, as servers do, may have a port to which a socket is bound that does not listen;
+# nobody who asks for any port, or connects from any, gets it. The last of them are kept.
+_held: deque[socket.socket] = deque(maxlen=32)
+
+
 def free_port() -> int:
-    """Return a TCP port of this machine that nothing listens to."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """Return a TCP port of this machine that nothing listens to, and that the machine gives nobody else."""
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    _held.append(holder)
+    return holder.getsockname()[1]
 
 
 class Training:
@@ -54,11 +62,11 @@ class Training:
         """Send a signal to the process."""
         os.kill(self.pid, number)
 
-    def communicate(self, timeout: float) -> tuple[str, None]:
+    def communicate(self) -> tuple[str, None]:
         """Read the rest of the output, and wait for the end."""
         with self.stdout:
             output = self.stdout.read()
-        self._process.join(timeout)
+        self._process.join()
         return output, None
 
 
@@ -75,7 +83,7 @@ def trained_in_ranks(ranks: int, *arguments: str | Path, **environment: str) -> 
         Training(*arguments, "--devices=auto", environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(ranks)
     ]
-    outputs = [process.communicate(timeout=280)[0] for process in processes]
+    outputs = [process.communicate()[0] for process in processes]
     return outputs, [process.returncode for process in processes]
 
 
@@ -126,9 +134,11 @@ def _rank(results: Any, where: str, rank: int, ranks: int, function: Callable[..
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", init_method=where, rank=rank, world_size=ranks)
-        dist.barrier()  # a rank that ends before another one knows that they are connected has closed its connection
         buffer = io.BytesIO()
         torch.save(function(*arguments), buffer)
+        # A rank that ends closes its connections, also those of which another one does not know yet that they are made.
+        if dist.is_initialized():  # training ends the group itself
+            dist.barrier()
         results.put((rank, buffer.getvalue()))
     except BaseException:
         results.put((rank, traceback.format_exc()))

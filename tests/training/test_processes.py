@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runs import logged, run_command, train, weights_of
+from tests.runs import PATIENCE, logged, run_command, train, weights_of
 from tests.training.processes import Training
+from tests.training.signalling import wait_for_signal
 
 pytestmark = pytest.mark.slow
 
 
 def finish(process: Training, status: int = 0) -> str:
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate()
     assert process.returncode == status, output
     return output
 
@@ -42,7 +43,8 @@ def uninterrupted(recipe, tmp_path) -> dict[int, str]:
 
 def test_interrupted_terminated_and_killed_the_losses_stay(recipe, tmp_path, uninterrupted):
     """Ctrl-C after step 5, SIGTERM after step 15, kill -9 after step 25: the losses are those of an undisturbed run."""
-    file = recipe(train={"max_tokens": 40 * 128, "save_interval": 8})
+    changes = {"train": {"max_tokens": 40 * 128, "save_interval": 8}}
+    file = recipe(**changes, callbacks=wait_for_signal(5, 15, 25))
     out_dir = tmp_path / "out"
 
     process = Training("--config", file)
@@ -67,7 +69,7 @@ def test_interrupted_terminated_and_killed_the_losses_stay(recipe, tmp_path, uni
     process.send_signal(signal.SIGKILL)
     finish(process, -9)
 
-    finish(Training("--config", file, "--resume", "auto"))
+    finish(Training("--config", recipe(**changes), "--resume", "auto"))
     assert logged(out_dir, "loss") == uninterrupted
     leftovers = [p.name for p in out_dir.iterdir() if p.name.startswith(".")]
     assert leftovers == []
@@ -77,7 +79,7 @@ def test_killed_while_saving(recipe, tmp_path):
     """Whatever moment the kill hits, what is found under a checkpoint's name is whole."""
     from litgpt_moe_ext.training.checkpoint.resume import problem_with
 
-    file = recipe(train={"max_tokens": 400 * 128, "save_interval": 1}, eval={"interval": 1000})
+    file = recipe(train={"max_tokens": 100_000 * 128, "save_interval": 1}, eval={"interval": 100_000})
     process = Training("--config", file)
     wait_for_step(process, 3)
     time.sleep(0.137)
@@ -115,7 +117,7 @@ def test_plain_litgpt_commands(recipe, tmp_path):
         env={**os.environ, "PYTHONPATH": "", "LITGPT_MOE_EXT_DISABLE": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE,
     )
     assert switched_off.returncode != 0
     assert "_requires_litgpt_moe_ext" in switched_off.stderr

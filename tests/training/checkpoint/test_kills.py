@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runs import ROOT, RUN_TRAIN, logged, weights_of
+from tests.runs import PATIENCE, ROOT, RUN_TRAIN, logged, weights_of
+from tests.training.signalling import wait_for_signal
 
 KILLS = int(os.environ.get("MOE_TEST_KILLS", "1"))
 
@@ -30,8 +31,8 @@ def start(file: Path, *arguments: str) -> subprocess.Popen:
     )
 
 
-def kill_at_a_random_moment(process: subprocess.Popen, generator: random.Random) -> bool:
-    """Kill the process and its children a little after a random line of its output; False if it ended before."""
+def kill_at_a_random_moment(process: subprocess.Popen, generator: random.Random) -> None:
+    """Kill the process and its children a little after a random line of its output, before its end."""
     lines = generator.randrange(2, 12)
     for line in process.stdout:
         if line.startswith(("step ", "  saved", "  validation")):
@@ -39,11 +40,9 @@ def kill_at_a_random_moment(process: subprocess.Popen, generator: random.Random)
         if not lines:
             time.sleep(generator.uniform(0.0, 0.1))
             break
-    ended = process.poll() is not None
-    if not ended:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=120)
-    return not ended
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=PATIENCE)
 
 
 @pytest.mark.slow
@@ -56,15 +55,16 @@ def test_killed_many_times(recipe, tmp_path):
         "checkpoint": {"keep_last": 3},
     }
     whole = start(recipe("whole", out_dir=str(tmp_path / "whole"), **changes))
-    output, _ = whole.communicate(timeout=280)
+    output, _ = whole.communicate(timeout=PATIENCE)
     assert whole.returncode == 0, output
 
     generator = random.Random(2)
-    file = recipe("killed", out_dir=str(tmp_path / "killed"), **changes)
-    killed = sum(kill_at_a_random_moment(start(file, "--resume", "auto"), generator) for _ in range(KILLS))
-    assert killed >= max(1, KILLS - 1)
-    last = start(file, "--resume", "auto")
-    output, _ = last.communicate(timeout=280)
+    out_dir = str(tmp_path / "killed")
+    file = recipe("killed", out_dir=out_dir, callbacks=wait_for_signal(8 * KILLS), **changes)
+    for _ in range(KILLS):
+        kill_at_a_random_moment(start(file, "--resume", "auto"), generator)
+    last = start(recipe("last", out_dir=out_dir, **changes), "--resume", "auto")
+    output, _ = last.communicate(timeout=PATIENCE)
     assert last.returncode == 0, output
 
     for column in ("loss", "val_loss", "grad_norm", "learning_rate"):

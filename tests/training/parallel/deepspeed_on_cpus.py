@@ -12,10 +12,11 @@ import dataclasses
 import importlib
 import json
 import os
-import socket
 import sys
 import traceback
 from typing import Any
+
+from tests.training.processes import free_port
 
 
 def allow_cpus() -> None:
@@ -50,10 +51,7 @@ def allow_cpus() -> None:
 
 def run(processes: int, status: int, arguments: list[str]) -> None:
     """Train in forked processes; raises RuntimeError unless all of them end with `status`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = []
+    port, children = free_port(), []
     for rank in range(processes):
         if not (pid := os.fork()):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
