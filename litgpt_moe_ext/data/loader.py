@@ -179,10 +179,9 @@ class TokenLoader(DataLoader):
         if batches == 0:
             raise SettingsError(
                 f"train.micro_batch_size: {self._rows} on {counted(world, 'process')} needs "
-                f"{counted(needed, 'window')} of "
-                f"max_seq_length {self.windows.block_size}, but the {self.windows.name} has {count} "
-                f"({len(self.windows.tokens)} tokens); use a smaller micro_batch_size, a shorter max_seq_length, fewer "
-                "processes, or more data"
+                f"{counted(needed, 'window')} of max_seq_length {self.windows.block_size}, but the {self.windows.name} "
+                f"has {count} ({len(self.windows.tokens)} tokens); use a smaller micro_batch_size, a shorter "
+                "max_seq_length, fewer processes, or more data"
             )
         return batches
 

@@ -84,8 +84,8 @@ def _nothing_to_compare(plan: "Plan") -> Iterator[str]:
     if plan.total_steps < train.log_interval:
         yield (
             f"train.log_interval: {train.log_interval} must be at most the {counted(plan.total_steps, 'step')} of the "
-            "run, or it "
-            f"logs nothing; set it lower, or train.max_tokens to at least {train.log_interval * plan.tokens_per_step}"
+            "run, or it logs nothing; set it lower, or train.max_tokens to at least "
+            f"{train.log_interval * plan.tokens_per_step}"
         )
     if not judge.final_validation and plan.total_steps < judge.interval:
         yield (

@@ -61,8 +61,7 @@ class CorpusSettings:
         if not splits & {"train", None}:
             raise SettingsError(
                 f"val_fraction: {self.val_fraction} leaves no document to train on, of "
-                f"{counted(len(sources), 'source')}; give "
-                "more of them, or lower val_fraction"
+                f"{counted(len(sources), 'source')}; give more of them, or lower val_fraction"
             )
         if "val" not in splits and not (None in splits and self.val_fraction):
             raise SettingsError(

@@ -62,8 +62,7 @@ class BPESettings:
             raise SettingsError(
                 f"vocab_size: {self.vocab_size} is too small for a byte-level tokenizer, where {_BYTES} bytes and "
                 f"{counted(len(self.special_tokens), 'special token')} take {smallest} entries; set vocab_size to "
-                f"{smallest} or "
-                "more"
+                f"{smallest} or more"
             )
 
 

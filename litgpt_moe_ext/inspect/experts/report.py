@@ -80,8 +80,8 @@ def _introduction(analysis: Mapping[str, Any]) -> str:
     return (
         f"<p>{html.escape(analysis['mlp_class_name'])}, {layer['n_expert']} experts of which a token visits "
         f"{layer['top_k']}, in {counted(len(analysis['layers']), 'layer')}. Read: "
-        f"{counted(analysis['tokens'], 'token')} of "
-        f"{words(analysis['source'])}, as {analysis['language']} ({html.escape(classes)})."
+        f"{counted(analysis['tokens'], 'token')} of {words(analysis['source'])}, as {analysis['language']} "
+        f"({html.escape(classes)})."
         f"{words(compared)}</p>" + (f"<p><b>{html.escape(warning)}.</b></p>" if warning else "")
     )
 
