@@ -41,6 +41,7 @@ class TrainingStopped(RuntimeError):  # noqa: N818  (not every reason is an erro
 # What passes a signal on to its whole process group and to its child (`timeout`, `uv run` in a terminal) delivers one
 # Ctrl-C twice, milliseconds apart; nobody presses it twice within this time in seconds.
 MOMENT = 1.0
+_MESSAGE_SECONDS = 1.0  # for a message that a signal has come; nobody may read it
 
 # Windows has no SIGUSR1.
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
@@ -57,6 +58,7 @@ class StopRequests:
         self._say = say
         self._received = 0
         self._first_at = 0.0
+        self._saying: list[Any] = []  # a lock for each message, held until it is said
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -70,6 +72,8 @@ class StopRequests:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+            while self._saying:  # before the program says more, or ends
+                self._saying.pop().acquire(timeout=_MESSAGE_SECONDS)
 
     def _on_signal(self, number: int, _frame: Any) -> None:
         now = time.monotonic()
@@ -82,7 +86,16 @@ class StopRequests:
         name = signal.Signals(number).name
         message = f"{name} received: finishing the step, then saving. Ctrl-C again quits at once."
         # Where the signal found this thread writing to the same place, Python does not let it write there.
-        _thread.start_new_thread(self._say, (message,))
+        lock = _thread.allocate_lock()
+        lock.acquire()
+        self._saying.append(lock)
+        _thread.start_new_thread(self._say_beside, (message, lock))
+
+    def _say_beside(self, message: str, lock: Any) -> None:
+        try:
+            self._say(message)
+        finally:
+            lock.release()
 
     @property
     def received(self) -> int:

@@ -94,6 +94,16 @@ def test_while_the_output_waits_for_its_reader():
     assert requests.received == signal.SIGTERM
 
 
+def test_what_is_said_of_a_signal_comes_before_what_follows(monkeypatch):
+    """However late the thread begins that says it."""
+    monkeypatch.setattr(control, "_MESSAGE_SECONDS", PATIENCE)
+    said = []
+    requests = control.StopRequests(lambda text: said.append((time.sleep(0.2), text)))
+    with requests.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert len(said) == 1
+
+
 def test_before_the_first_step(recipe, tmp_path, capsys, signal_at):
     """Nothing is saved, and nothing promised."""
     signal_at(signal.SIGINT, "validate", 1)
