@@ -17,7 +17,7 @@ from litgpt_moe_ext.config.litgpt_fields import RANGES, check_ranges
 from litgpt_moe_ext.errors import SettingsError, refuse_first, which_checkpoint
 from litgpt_moe_ext.files.durable import WRITE_TEST
 from litgpt_moe_ext.files.lock import ProcessLock
-from litgpt_moe_ext.training.optim.arguments import learning_rate_of
+from litgpt_moe_ext.training.optim.arguments import learning_rate_of, obstacle_on_shards
 from litgpt_moe_ext.training.parallel.facts import facts_of
 
 if TYPE_CHECKING:
@@ -219,6 +219,11 @@ def check_whole_model(settings: Settings, whole: bool, compiled: bool) -> None:
         )
     if settings.fused_cross_entropy and compiled:
         raise SettingsError("fused_cross_entropy: true cannot be compiled; set compile: false")
+    in_flat_shards = facts_of(settings.strategy).zero_stage is not None
+    if not (whole or in_flat_shards) and (reason := obstacle_on_shards(settings.optimizer)) is not None:
+        raise SettingsError(
+            f"optimizer: {settings.optimizer!r} cannot be combined with strategy: {settings.strategy}: it {reason}"
+        )
 
 
 def check_data(settings: Settings, config: Config) -> None:

@@ -36,6 +36,21 @@ def learning_rate_of(optimizer: str | dict) -> float:
     return made.defaults["lr"]
 
 
+def obstacle_on_shards(optimizer: str | dict) -> str | None:
+    """Return why an optimizer cannot step with shards of weights, as FSDP2 gives it, in words; None if it can."""
+    cls, arguments = _optimizer_class(optimizer)
+    if issubclass(cls, torch.optim.Adafactor):
+        return "changes its states in ways that torch does not support for shards; use another, such as AdamW"
+    if arguments.get("fused") and not fuses_on_shards(cls):
+        return "has no fused kernel for shards; leave fused out"
+    return None
+
+
+def fuses_on_shards(optimizer: type) -> bool:
+    """Return whether the fused kernel of an optimizer works on shards too: of torch's, those of Adam and AdamW do."""
+    return issubclass(optimizer, (torch.optim.Adam, torch.optim.AdamW))
+
+
 def in_full(optimizer: str | dict) -> str | dict:
     """Return an optimizer with what LitGPT's function needs and a recipe may leave out: a module, and arguments."""
     if isinstance(optimizer, str):

@@ -8,9 +8,10 @@ from litgpt.utils import instantiate_torch_optimizer
 
 from litgpt_moe_ext.host.without_compiler import step_without_compiler
 from litgpt_moe_ext.training.callback import Callback
-from litgpt_moe_ext.training.optim.arguments import in_full, is_muon
+from litgpt_moe_ext.training.optim.arguments import fuses_on_shards, in_full, is_muon
 from litgpt_moe_ext.training.optim.parameter_groups import group_parameters, require_own_states, scale_rates
 from litgpt_moe_ext.training.optim.schedules import Schedule
+from litgpt_moe_ext.training.optim.shards import is_shard
 from litgpt_moe_ext.training.settings import ParameterGroupArgs, ScheduleArgs
 
 
@@ -57,9 +58,10 @@ class Optimization(Callback):
     def _can_fuse(self, optimizer: str | dict) -> bool:
         parameters = list(self._model.parameters())
         try:
-            return "fused" in _instantiate(optimizer, parameters, fused=True).defaults
+            made = _instantiate(optimizer, parameters, fused=True)
         except RuntimeError:  # torch's answer for devices and dtypes without a fused kernel
             return False
+        return "fused" in made.defaults and (fuses_on_shards(type(made)) or not any(map(is_shard, parameters)))
 
     def learning_rate(self, step: int, peak: float, floor: float, warmup_steps: int, total_steps: int) -> float:
         """Return the rate of the step after `step` finished ones; the other arguments are those of `Schedule`."""

@@ -15,13 +15,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.moe.metrics import routers_of
+from litgpt_moe_ext.training.checks import check_whole_model
 from litgpt_moe_ext.training.optim.muon import MuonAdamW
+from litgpt_moe_ext.training.optim.optimization import Optimization
 from litgpt_moe_ext.training.optim.parameter_groups import group_parameters
 from litgpt_moe_ext.training.parallel import fully_sharded, random_state
 from litgpt_moe_ext.training.parallel.facts import facts_of
 from litgpt_moe_ext.training.parallel.fully_sharded import FullyShardedStrategy, placement_among
-from litgpt_moe_ext.training.settings import DistributedArgs, ParameterGroupArgs
+from litgpt_moe_ext.training.settings import DistributedArgs, ParameterGroupArgs, ScheduleArgs, Settings
 from tests.models import initialized_model, moe_config
 from tests.training.processes import in_ranks
 
@@ -281,6 +284,42 @@ def test_muon_needs_no_communication_for_whole_experts(experts, dim):
     for found, collectives in in_ranks(muon_step, 2, experts, dim):
         assert torch.equal(found, alone.detach())
         assert (collectives == 0) == (dim == 0)
+
+
+def fused_steps() -> dict[str, bool]:
+    """Return whether the kernels of optimizers that have fused ones are fused, after a step on shards."""
+    _, model = sharded("fsdp2", "32-true")
+    optimization, fused = Optimization(ScheduleArgs(), ParameterGroupArgs(), scaled=False), {}
+    optimization.on_after_setup(None, model)
+    for name in ("Adam", "AdamW", "SGD", "Adagrad"):
+        optimizer = optimization.make_optimizer({"class_path": name, "init_args": {"lr": 0.1}}, None)
+        model(tokens()).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        fused[name] = bool(optimizer.defaults["fused"])
+    return fused
+
+
+@pytest.mark.slow
+def test_optimizers_are_fused_where_their_kernels_take_shards():
+    assert in_ranks(fused_steps, 2) == [{"Adam": True, "AdamW": True, "SGD": False, "Adagrad": False}] * 2
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "reason"),
+    [
+        ("Adafactor", "changes its states in ways that torch does not support for shards; use another, such as AdamW"),
+        ({"class_path": "torch.optim.SGD", "init_args": {"fused": True}}, "has no fused kernel for shards"),
+        ("SGD", None),
+        ({"class_path": "torch.optim.AdamW", "init_args": {"fused": True}}, None),
+    ],
+)
+def test_optimizers_that_cannot_step_with_shards_are_refused(optimizer, reason):
+    settings = Settings(strategy="fsdp2", optimizer=optimizer)
+    check_whole_model(settings, whole=True, compiled=False)
+    refused = contextlib.nullcontext() if reason is None else pytest.raises(SettingsError, match=f"fsdp2: it {reason}")
+    with refused:
+        check_whole_model(settings, whole=False, compiled=False)
 
 
 def scaled_step(overflow: bool) -> tuple[bool, float]:
