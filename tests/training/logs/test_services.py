@@ -92,6 +92,7 @@ def test_a_run_of_wandb_ends_with_its_training(recipe, monkeypatch):
     import wandb
 
     monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setattr(wandb, "run", None)  # a disabled one stays after its end
     arguments = ["--config", str(recipe(train={"max_tokens": 128})), "--logger_name", "wandb"]
     assert main(arguments) == 0
     assert wandb.run is None
@@ -106,10 +107,11 @@ def test_wandb_is_told_whether_a_run_failed(recipe, monkeypatch, ends):
 
     codes = []
     monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setattr(wandb, "run", None)  # what is not finished here is forgotten at the end
     with wandb.init() as some:
         pass
     monkeypatch.setattr(type(some), "finish", lambda run, exit_code=0: codes.append(exit_code))
-    monkeypatch.setattr(wandb, "run", None)  # and what is not finished here is forgotten at the end
+    wandb.run = None
     if not ends:
         monkeypatch.setattr(CheckpointWriter, "save_checkpoint", Mock(side_effect=TrainingStopped("no")))
     assert main(["--config", str(recipe(train={"max_tokens": 128})), "--logger_name", "wandb"]) == int(not ends)
