@@ -195,6 +195,16 @@ class Clocked(IterableDataset):
             yield torch.randint(0, self._vocabulary, (rows, length + 1), generator=generator)
 
 
+class Unordered(DataLoader):
+    """A loader of random tokens, of which a resumed run may begin with any."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
 @dataclass
 class RandomTokens(DataModule):
     """A data module around `Clocked`."""
@@ -210,7 +220,7 @@ class RandomTokens(DataModule):
         pass
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.dataset, batch_size=None)
+        return Unordered(self.dataset, batch_size=None)
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(Clocked(self.batch, self.vocabulary), batch_size=None)

@@ -229,13 +229,19 @@ class HookedLoop:
     def _adaptable(self, get_dataloaders: Callable[..., tuple]) -> Callable[..., tuple]:
         def get_adaptable_dataloaders(*args: Any, **kwargs: Any) -> tuple:
             train, val = get_dataloaders(*args, **kwargs)
-            if hasattr(train, "load_state_dict"):
-                load = train.load_state_dict
+            if not (hasattr(train, "state_dict") and hasattr(train, "load_state_dict")):
+                # A checkpoint would hold the loader itself with all of its data, which nothing could open.
+                raise SettingsError(
+                    f"data: train_dataloader returns a {type(train).__name__} without state_dict and load_state_dict, "
+                    "by which a resumed run repeats no data; return one that has them, such as litdata's "
+                    "StreamingDataLoader"
+                )
+            load = train.load_state_dict
 
-                def load_state_dict(state: dict[str, Any]) -> None:
-                    load(convert_position(state, self.train.micro_batch_size, self.fabric.world_size))
+            def load_state_dict(state: dict[str, Any]) -> None:
+                load(convert_position(state, self.train.micro_batch_size, self.fabric.world_size))
 
-                train.load_state_dict = load_state_dict
+            train.load_state_dict = load_state_dict
             return train, val
 
         return get_adaptable_dataloaders

@@ -345,18 +345,61 @@ def test_max_time_ends_with_a_final_checkpoint(recipe, tmp_path):
     assert 1 <= steps < 100_000
 
 
+class Resumable(DataLoader):
+    """A loader that says how far it has been read: here always not at all."""
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
 @dataclass
 class OneRow(DataModule):
     """Less than a micro-batch to train on, which torch's loader leaves out without a word."""
+
+    loader = Resumable
 
     def connect(self, tokenizer=None, batch_size=1, max_seq_length=0):
         self._row, self._batch_size = torch.zeros(max_seq_length + 1, dtype=torch.int64), batch_size
 
     def train_dataloader(self):
-        return DataLoader([self._row], self._batch_size, drop_last=True)
+        return self.loader([self._row], self._batch_size, drop_last=True)
 
     def val_dataloader(self):
         return DataLoader([self._row])
+
+
+class Unresumable(OneRow):
+    """Data whose loader does not say how far it has been read."""
+
+    loader = DataLoader
+
+
+class Plain(DataModule):
+    """Rows of one token, in a class that is no dataclass."""
+
+    def __init__(self, token: int = 0):
+        super().__init__()
+        self.token = token
+
+    def connect(self, tokenizer=None, batch_size=1, max_seq_length=0):
+        self._rows, self._batch_size = torch.full((8, max_seq_length + 1), self.token), batch_size
+
+    def train_dataloader(self):
+        return Resumable(self._rows, self._batch_size)
+
+    def val_dataloader(self):
+        return DataLoader(self._rows, self._batch_size)
+
+
+def test_data_need_no_dataclass(recipe, tmp_path):
+    data = {"class_path": f"{__name__}.Plain", "init_args": {"token": 3}}
+    assert train("--config", recipe(data=data, train={"max_tokens": 256})) == 0
+    kept = yaml.safe_load((tmp_path / "out" / "final" / "hyperparameters.yaml").read_text())
+    assert kept["data"] == data
+    assert train("--config", recipe(data=data, train={"max_tokens": 512}), "--resume", "auto") == 0
 
 
 class TestWrongInputs:
@@ -365,6 +408,12 @@ class TestWrongInputs:
     def test_no_batch(self, recipe, tmp_path, capsys):
         file = recipe(data={"class_path": f"{__name__}.OneRow", "init_args": None})
         assert "data: has no batch of train.micro_batch_size: 2" in refused(capsys, "--config", file)
+        assert not (tmp_path / "out" / "final").exists()
+
+    def test_data_that_could_not_be_resumed(self, recipe, tmp_path, capsys):
+        file = recipe(data={"class_path": f"{__name__}.Unresumable", "init_args": None})
+        error = refused(capsys, "--config", file)
+        assert "data: train_dataloader returns a DataLoader without state_dict" in error
         assert not (tmp_path / "out" / "final").exists()
 
     @pytest.mark.parametrize("name", ["missing", "empty"])

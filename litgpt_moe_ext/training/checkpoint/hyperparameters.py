@@ -22,8 +22,8 @@ FILE_NAME = "hyperparameters.yaml"
 def to_plain(value: Any, name: str = "value") -> Any:
     """Turn a setting into plain data that YAML holds and jsonargparse reads back.
 
-    Dataclasses become dictionaries, without fields that are None and have None as default; data modules become a class
-    path with their arguments.
+    Dataclasses become dictionaries, without fields that are None and have None as default; data modules and callbacks
+    become a class path with their arguments, which those that are no dataclasses keep as attributes.
 
     Args:
         value: The setting.
@@ -42,7 +42,7 @@ def to_plain(value: Any, name: str = "value") -> Any:
         return {key: to_plain(item, f"{name}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_plain(item, f"{name}.{index}") for index, item in enumerate(value)]
-    if isinstance(value, Callback):
+    if isinstance(value, Callback) or (_is_data_module(value) and not dataclasses.is_dataclass(value)):
         return _named(value, _arguments_of(value))
     if dataclasses.is_dataclass(value):
         fields = {
