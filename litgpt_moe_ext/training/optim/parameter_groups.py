@@ -49,10 +49,15 @@ def group_parameters(model: nn.Module, args: ParameterGroupArgs, split_matrices:
 
 
 def require_own_states(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError if an optimizer has loaded states that are sorted by other groups; a hook of its loading."""
+    """Raise ValueError if an optimizer has loaded states that are sorted by other groups; a hook of its loading.
+
+    Optimizers of other packages may keep more than a weight has, such as Shampoo's factors, and are not judged.
+    """
+    if type(optimizer).__module__.partition(".")[0] not in ("torch", "litgpt_moe_ext"):
+        return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            require_own_state(parameter.numel(), optimizer.state[parameter])
+            require_own_state(parameter.numel(), optimizer.state.get(parameter, {}))
 
 
 def require_own_state(size: int, state: Mapping[str, Any]) -> None:

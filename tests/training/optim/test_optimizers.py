@@ -10,7 +10,7 @@ from litgpt_moe_ext.training.optim.arguments import learning_rate_of
 from litgpt_moe_ext.training.optim.muon import MuonAdamW
 from litgpt_moe_ext.training.optim.optimization import Optimization
 from litgpt_moe_ext.training.optim.orthogonal import orthogonalize
-from litgpt_moe_ext.training.optim.parameter_groups import group_parameters, scale_rates
+from litgpt_moe_ext.training.optim.parameter_groups import group_parameters, require_own_states, scale_rates
 from litgpt_moe_ext.training.settings import ParameterGroupArgs, ScheduleArgs
 from tests.models import initialized_model, moe_config
 
@@ -101,6 +101,34 @@ def test_states_in_another_order_are_refused(model, path):
     another.load_state_dict(optimizer.state_dict())
     with pytest.raises(ValueError, match=r"exp_avg of the optimizer has \d+ numbers for a weight of \d+"):
         another.load_state_dict(earlier.state_dict())
+
+
+class Factors(torch.optim.Optimizer):
+    """As Shampoo does, it keeps more numbers than a vector has."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["factor"] = torch.eye(parameter.size(0))
+
+
+def test_states_of_other_packages_may_be_larger(model):
+    (group,) = group_parameters(model, ParameterGroupArgs())
+    optimizer, another = (Factors(group["params"]) for _ in range(2))
+    another.register_load_state_dict_post_hook(require_own_states)
+    optimizer.step()
+    another.load_state_dict(optimizer.state_dict())
+    assert len(another.state) == len(group["params"])
+
+
+def test_weights_without_a_state_are_left_without_one(model):
+    """An optimizer may ask whether a weight has one."""
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.register_load_state_dict_post_hook(require_own_states)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert not optimizer.state
 
 
 def test_groups(model):
