@@ -33,16 +33,26 @@ def refuse_two_values(grid: Iterable[Group], arms: Iterable[Group]) -> None:
     """
     varied: dict[str, str] = {}
     for where, settings in grid:
-        for name in settings:
-            _refuse_second(where, name, varied.setdefault(_short(name), where))
+        for name, value in settings.items():
+            _refuse_second(where, name, value, varied)
+            varied.update({each: varied.get(each, where) for each in _all_names(name, value)})
     for where, settings in arms:
-        for name in settings:
-            _refuse_second(where, name, varied.get(_short(name), where))
+        for name, value in settings.items():
+            _refuse_second(where, name, value, varied)
 
 
-def _refuse_second(where: str, name: str, first: str) -> None:
-    if first != where:
-        raise SettingsError(f"{where}: {name} would replace that of {first}; leave it out of one of them")
+def _refuse_second(where: str, name: str, value: Any, varied: dict[str, str]) -> None:
+    # A class, or another value of several settings, also takes the place of what was given for one of them before.
+    names = set(_all_names(name, value))
+    for other, first in varied.items():
+        if first != where and (other in names or other.startswith(f"{_short(name)}.")):
+            raise SettingsError(f"{where}: {name} would replace that of {first}; leave it out of one of them")
+
+
+def _all_names(name: str, value: Any) -> Iterator[str]:
+    yield _short(name)
+    for key, part in value.items() if isinstance(value, dict) else ():
+        yield from _all_names(f"{name}.{key}", part)
 
 
 def _short(name: str) -> str:

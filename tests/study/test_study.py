@@ -162,6 +162,17 @@ def test_a_search_of_few_values_trains_each_once(tmp_path):
         {"grid": {"size": {"s": {}, "l": {"train.max_tokens": 20}}, "train.max_tokens": [10, 20]}},
         "grid.train.max_tokens: train.max_tokens would replace that of grid.size",
     ),
+    (
+        {"arms": {"a": {}, "b": {"optimizer": {"class_path": "SGD"}}}, "grid": {"optimizer.lr": [0.1, 0.2]}},
+        "arms.b: optimizer would replace that of grid.optimizer.lr",
+    ),
+    (
+        {
+            "arms": {"a": {}, "b": {"optimizer.lr": 0.3}},
+            "grid": {"optimizer": [{"class_path": "SGD", "init_args": {"lr": lr}} for lr in (0.1, 0.2)]},
+        },
+        "arms.b: optimizer.lr would replace that of grid.optimizer",
+    ),
 ])  # fmt: skip
 def test_a_wrong_study_is_refused(content, message, tmp_path):
     with pytest.raises(SettingsError, match=message):
@@ -175,6 +186,12 @@ def test_settings_may_be_nested_as_in_a_recipe(tmp_path):
     sizes = {"grid": {"size": {"s": {"train": {"max_norm": 1.0}}}}, "settings": {"eval": {"interval": 3}}}
     run = load_study(write(tmp_path / "s.yaml", seeds=[1], arms={"a": nested}, **sizes)).runs[0]
     assert run.settings == named | {"train.max_norm": 1.0, "eval.interval": 3}
+
+
+def test_arms_may_set_what_a_class_of_the_grid_leaves_open(tmp_path):
+    grid = {"optimizer": [{"class_path": "SGD"}, {"class_path": "AdamW"}]}
+    runs = load_study(write(tmp_path / "s.yaml", seeds=[1], arms={"a": {"optimizer.lr": 0.1}}, grid=grid)).runs
+    assert [run.settings["optimizer.lr"] for run in runs] == [0.1, 0.1]
 
 
 def test_a_study_or_scale_that_is_named_alone_is_refused_with_its_path(monkeypatch):
