@@ -49,6 +49,7 @@ from litgpt_moe_ext.training.parallel import random_state
 from litgpt_moe_ext.training.parallel.agreement import Agreement
 from litgpt_moe_ext.training.steps.batches import StepBatches, can_pad, counts_for_loss
 from litgpt_moe_ext.training.steps.cuda_graphs import CudaGraphs
+from litgpt_moe_ext.training.steps.first_batches import FirstBatches
 from litgpt_moe_ext.training.steps.losses import RunningMean, TokenMeans
 from litgpt_moe_ext.training.steps.validation import StoppableValidation
 
@@ -108,7 +109,8 @@ class HookedLoop:
         self._limits_reached = False
         self._eval: litgpt.args.EvalArgs
         self._val_dataloader: Any = None
-        self._validation = StoppableValidation(fabric, self._heed)
+        self._first_batches = FirstBatches(self._plan.sequence_length, self._plan.config.padded_vocab_size or 0)
+        self._validation = StoppableValidation(fabric, self._heed, self._first_batches)
         self._validated_step: int | None = None
         self._means = TokenMeans(fabric.world_size)
         self._graphs = CudaGraphs(equipment.graphs, fabric.print)
@@ -198,7 +200,7 @@ class HookedLoop:
             def __next__(self) -> Any:
                 loop._between_iterations()
                 try:
-                    batch = loop._batches.next(super().__next__, loop.fabric.state["iter_num"])
+                    batch = loop._batches.next(self._fetch, loop.fabric.state["iter_num"])
                 except StopIteration as nothing:  # which would end the loop as if it had trained
                     raise SettingsError(
                         f"data: has no batch of train.micro_batch_size: {loop.train.micro_batch_size} sequences on "
@@ -211,6 +213,11 @@ class HookedLoop:
                 loop.fabric.call("on_batch", batch=batch.data, waited=batch.waited)
                 loop._graphs.expect_batch()
                 return batch.data
+
+            def _fetch(self) -> Any:
+                batch = super().__next__()
+                loop._first_batches.check("train_dataloader", batch)
+                return batch
 
         return CycleIterator
 

@@ -17,6 +17,7 @@ from litgpt_moe_ext.cli.settings import read_settings
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files import checksums
+from litgpt_moe_ext.padding import PADDING, accept_padding
 from litgpt_moe_ext.training.checks import open_tokenizer
 from litgpt_moe_ext.training.optim.schedules import Schedule
 from litgpt_moe_ext.training.settings import ScheduleArgs, TrainArgs
@@ -394,6 +395,51 @@ class Plain(DataModule):
         return DataLoader(self._rows, self._batch_size)
 
 
+BATCHES = {
+    "float32": lambda rows: rows.float(),
+    "bool": lambda rows: rows.bool(),
+    "long": lambda rows: rows.repeat(1, 2),
+    "short": lambda rows: rows[:, 1:],
+    "flat": lambda rows: rows.flatten(),
+    "empty": lambda rows: rows[:0],
+    "dict": lambda rows: {"input_ids": rows, "labels": rows},
+    "pair": lambda rows: (rows[:, :-1], rows[:, 1:]),
+    "unknown": lambda rows: rows.index_fill(1, torch.tensor(1), 304),
+    "int32": lambda rows: rows.to(torch.int32),
+    "uint16": lambda rows: rows.to(torch.uint16),
+    "negative": lambda rows: rows.index_fill(1, torch.tensor(3), -1),
+    "padded": lambda rows: rows.index_fill(1, torch.tensor([31, 32]), PADDING),
+}
+
+
+@dataclass
+class Odd(DataModule):
+    """Batches in forms that data modules of other packages may have."""
+
+    train: str = "int32"
+    val: str = "int32"
+    pads: bool = False
+
+    def connect(self, tokenizer=None, batch_size=1, max_seq_length=0):
+        accept_padding(self.pads)
+        self._batch = torch.zeros(batch_size, max_seq_length + 1, dtype=torch.int64)
+
+    def _loader(self, form):
+        return Resumable([BATCHES[form](self._batch)] * 8, batch_size=None)
+
+    def train_dataloader(self):
+        return self._loader(self.train)
+
+    def val_dataloader(self):
+        return self._loader(self.val)
+
+
+@pytest.mark.parametrize("form", ["int32", "uint16", "padded"])
+def test_batches_of_any_integers(recipe, form):
+    data = {"class_path": f"{__name__}.Odd", "init_args": {"train": form, "val": form, "pads": form == "padded"}}
+    assert train("--config", recipe(data=data, train={"max_tokens": 256})) == 0
+
+
 def test_data_need_no_dataclass(recipe, tmp_path):
     data = {"class_path": f"{__name__}.Plain", "init_args": {"token": 3}}
     assert train("--config", recipe(data=data, train={"max_tokens": 256})) == 0
@@ -414,6 +460,32 @@ class TestWrongInputs:
         file = recipe(data={"class_path": f"{__name__}.Unresumable", "init_args": None})
         error = refused(capsys, "--config", file)
         assert "data: train_dataloader returns a DataLoader without state_dict" in error
+        assert not (tmp_path / "out" / "final").exists()
+
+    @pytest.mark.parametrize("side", ["train", "val"])
+    @pytest.mark.parametrize(
+        ("form", "came"),
+        [
+            ("float32", "is of the type float32 and the shape (2, 33); it must be one tensor of token ids"),
+            ("bool", "is of the type bool and the shape (2, 33)"),
+            (
+                "long",
+                "is of the type int64 and the shape (2, 66); it must be one tensor of token ids, integers of the shape "
+                "(train.micro_batch_size, 33)",
+            ),
+            ("short", "is of the type int64 and the shape (2, 32)"),
+            ("flat", "is of the type int64 and the shape (66,)"),
+            ("empty", "is of the type int64 and the shape (0, 33)"),
+            ("dict", "is a dict of input_ids, labels"),
+            ("pair", "is a list of 2"),
+            ("negative", "has the token id -1; ids must not be below zero, except -100 for padding, where"),
+            ("padded", "has the token id -100; ids must not be below zero"),
+            ("unknown", "has the token id 304, beyond the model's padded_vocab_size: 304"),
+        ],
+    )
+    def test_batches_of_another_form(self, recipe, tmp_path, capsys, form, came, side):
+        file = recipe(data={"class_path": f"{__name__}.Odd", "init_args": {side: form}})
+        assert f"data: a batch of {side}_dataloader {came}" in refused(capsys, "--config", file)
         assert not (tmp_path / "out" / "final").exists()
 
     @pytest.mark.parametrize("name", ["missing", "empty"])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.parallel.agreement import Agreement
+from litgpt_moe_ext.training.steps.first_batches import FirstBatches
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.training.fabric import TrainingFabric
@@ -24,13 +25,14 @@ class StoppableValidation(Callback):
     Args:
         fabric: The running Fabric.
         stop: Told of a signal, by all processes before the same batch; the validation goes on if it returns.
+        first_batches: Checks what the data return first.
 
     Attributes:
         is_due: Whether a validation is under way, or was cut short and must be repeated.
     """
 
-    def __init__(self, fabric: TrainingFabric, stop: Callable[[int], None]) -> None:
-        self._fabric, self._stop = fabric, stop
+    def __init__(self, fabric: TrainingFabric, stop: Callable[[int], None], first_batches: FirstBatches) -> None:
+        self._fabric, self._stop, self._first_batches = fabric, stop, first_batches
         self._agreement = Agreement(fabric, lambda: (fabric.stop_requests.received,))
         self._shared: int | None = None
         self.is_due = False
@@ -50,6 +52,7 @@ class StoppableValidation(Callback):
     def _batches(self, loader: Iterable[Tensor], max_iters: int) -> Iterator[Tensor]:
         looked_at = min(max_iters, self._in_common(loader))
         for number, batch in enumerate(loader):
+            self._first_batches.check("val_dataloader", batch)
             if number < looked_at:
                 (signal_number,) = self._agreement.reached_earlier()
                 if signal_number:
