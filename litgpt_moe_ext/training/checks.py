@@ -272,7 +272,7 @@ def _check_tiny_llama() -> None:
 
 def check_own(out_dir: Path) -> None:
     """Raise SettingsError if `out_dir` is something else than a directory of a run."""
-    if out_dir.resolve() == Path.cwd():
+    if os.path.realpath(out_dir) == os.getcwd():  # `resolve` fails at links in a circle
         raise SettingsError(f"out_dir: {str(out_dir)!r} is the working directory; name one for this run alone")
     if (out_dir / "lit_model.pth").is_file():
         raise SettingsError(

@@ -4,6 +4,7 @@ import itertools
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +14,14 @@ import yaml
 from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.cli.settings import read_settings
 from litgpt_moe_ext.data.pipeline.shards import write_shard
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.inspect.cost import doctor
 from litgpt_moe_ext.inspect.cost.fit import RUNTIME, Fit, best_fit, find_fits
 from litgpt_moe_ext.inspect.cost.layers import shorten
 from litgpt_moe_ext.inspect.cost.memory import graph_memory, training_memory
 from litgpt_moe_ext.inspect.recipes import Recipe, load_recipe
 from litgpt_moe_ext.model_size import count_parameters
+from litgpt_moe_ext.training.checks import check_writable
 from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
 from tests.models import moe_config, needs_fused_loss
 
@@ -216,6 +219,27 @@ def test_a_directory_that_is_not_a_runs_own_is_a_problem(tmp_path, monkeypatch):
     (tmp_path / "final" / "lit_model.pth").touch()
     assert verdicts({"out_dir": "final"})["out_dir"] == "problem"
     assert "out_dir" not in verdicts({"out_dir": "out"})
+
+
+@pytest.mark.parametrize("target", ["nothing", "link"])
+def test_a_link_to_nothing_is_no_place_for_files(target, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(target)
+    data = {"class_path": "litgpt_moe_ext.data.TextCorpus", "init_args": {"data_path": "link/data"}}
+    settings = {"out_dir": "link", "data": data}
+    found = {finding.topic: finding for finding in doctor.examine(Recipe(moe_config(), settings))}
+    assert "out_dir: 'link' must be a directory in which directories can be made" in found["out_dir"].text
+    assert found["data"].verdict == found["out_dir"].verdict == "problem"
+    with pytest.raises(SettingsError, match="out_dir: 'link' must be a directory"):  # as a run says
+        check_writable(Path("link"))
+
+
+def test_a_missing_tokenizer_of_the_data_is_not_ok():
+    of_data = {"class_path": "litgpt_moe_ext.data.TextCorpus", "init_args": {"tokenizer_dir": "/no/such"}}
+    found = verdicts({"data": of_data})
+    assert found["data"] == "problem"
+    assert "tokenizer" not in found
+    assert verdicts({"data": STDLIB})["tokenizer"] == "good"
 
 
 def test_a_broken_tokenizer_is_a_finding(tmp_path):

@@ -8,7 +8,7 @@ import importlib.util
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -59,7 +59,7 @@ def examine(recipe: Recipe | None, settings: "Settings | SettingsError | None" =
         findings += [_unread(recipe.checkpoint)] if recipe.checkpoint else []
         findings += [] if settings is None else _settings(recipe, settings)
         findings += [_strategy(recipe), graphs(recipe, accelerator_here()), *_memory(recipe), _data(recipe)]
-        findings += [*_tokenizer(recipe), *([] if recipe.checkpoint else _out_dir(recipe)), _disk(recipe)]
+        findings += [*_tokenizer(recipe, findings), *([] if recipe.checkpoint else _out_dir(recipe)), _disk(recipe)]
     once: dict[str, Finding] = {}
     for finding in findings:  # a kernel that is not there is in the way of counting memory as well
         once.setdefault(finding.text, finding)
@@ -438,12 +438,14 @@ def _data(recipe: Recipe) -> Finding:
     return Finding("data", "good", class_path + (f" in {path!r}" if path is not None else ""))
 
 
-def _tokenizer(recipe: Recipe) -> Iterator[Finding]:
+def _tokenizer(recipe: Recipe, found: list[Finding]) -> Iterator[Finding]:
     from litgpt_moe_ext.training.checks import open_tokenizer
 
     directory = recipe.settings.get("tokenizer_dir")
     if directory is None:
-        yield Finding("tokenizer", "good", "that of the data, if they have one")
+        # Theirs may be what the settings or the data have a problem with.
+        if not any(finding.verdict == "problem" and finding.topic in ("settings", "data") for finding in found):
+            yield Finding("tokenizer", "good", "that of the data, if they have one")
     elif Path(directory).is_dir():  # or else the settings have a problem
         try:
             open_tokenizer(Path(directory), recipe.config.padded_vocab_size or 0)
@@ -453,9 +455,9 @@ def _tokenizer(recipe: Recipe) -> Iterator[Finding]:
             yield Finding("tokenizer", "good", f"{directory} opens and fits the vocabulary")
 
 
-def _existing(path: Path) -> Path:
-    # The path, or if nothing is there the innermost folder on the way to it.
-    return next(place for place in (path.absolute(), *path.absolute().parents) if os.path.exists(place))
+def _existing(path: Path, is_there: Callable[[Path], bool] = os.path.lexists) -> Path:
+    # The path, or if nothing is there, not even a link to nothing, the innermost folder on the way to it.
+    return next(place for place in (path.absolute(), *path.absolute().parents) if is_there(place))
 
 
 def _out_dir_of(recipe: Recipe) -> Path:
@@ -479,7 +481,7 @@ def _disk(recipe: Recipe) -> Finding:
     from litgpt_moe_ext.inspect.cost.memory import state_ratio
     from litgpt_moe_ext.model_size import count_parameters
 
-    existing = _existing(_out_dir_of(recipe))
+    existing = _existing(_out_dir_of(recipe), os.path.exists)
     free = shutil.disk_usage(existing).free
     _, dtype, _ = _computing(recipe)
     try:
