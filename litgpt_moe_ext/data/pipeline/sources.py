@@ -47,6 +47,15 @@ class Source:
     identity: str
     records: Callable[[], Iterator[Record]]
 
+    def __post_init__(self) -> None:
+        """Raise SettingsError if the split is no side."""
+        if self.split not in (*SIDES, None):
+            sides = ", ".join(map(repr, SIDES))
+            raise SettingsError(
+                f"data: the source {self.name!r} has the split {self.split!r}, which must be one of {sides}, or None "
+                "where each document goes by a hash of its text"
+            )
+
 
 class FileHashes:
     """SHA-256 of files, remembered by path, size and times of change.
