@@ -11,6 +11,8 @@ from litgpt_moe_ext.training.settings import ParameterGroupArgs
 
 LR_FACTOR = "lr_factor"
 MATRIX_PARTS = "matrix_parts"
+OF_KERNELS = ("fused", "foreach")
+"""Options of a group that say by which kernels it is stepped."""
 
 
 def group_parameters(model: nn.Module, args: ParameterGroupArgs, split_matrices: bool = False) -> list[dict[str, Any]]:
@@ -46,6 +48,20 @@ def group_parameters(model: nn.Module, args: ParameterGroupArgs, split_matrices:
             group[MATRIX_PARTS] = parts
         groups.append(group)
     return groups
+
+
+def with_own_kernels(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state to load with the kernels that the optimizer has; a hook of its loading.
+
+    Which ones work depends on the strategy, the device and the precision, which may be others than in the checkpoint.
+    """
+    if len(state["param_groups"]) != len(optimizer.param_groups):
+        return state  # which torch refuses
+    groups = [
+        {**loaded, **{name: own[name] for name in OF_KERNELS if name in own}}
+        for own, loaded in zip(optimizer.param_groups, state["param_groups"], strict=True)
+    ]
+    return {**state, "param_groups": groups}
 
 
 def require_own_states(optimizer: torch.optim.Optimizer) -> None:

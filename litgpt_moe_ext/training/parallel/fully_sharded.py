@@ -137,7 +137,15 @@ class FullyShardedStrategy(Behaviour, ModelParallelStrategy):
         state.update(others)
         whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=strict)
         for name, optimizer in optimizers.items():
-            set_optimizer_state_dict(model, optimizer, _by_name(rest.pop(name), model, optimizer), options=whole)
+            saved = _by_name(rest.pop(name), model, optimizer)
+            if any(saved["state"].values()):
+                set_optimizer_state_dict(model, optimizer, saved, options=whole)
+            else:
+                # Torch looks for the device among the states, of which SGD without momentum has none.
+                own = optimizer.state_dict()["param_groups"]
+                pairs = zip(saved["param_groups"], own, strict=True)
+                groups = [{**group, "params": now["params"]} for group, now in pairs]
+                optimizer.load_state_dict({"state": {}, "param_groups": groups})
         return rest
 
     def load_module_state_dict(self, module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:

@@ -103,6 +103,20 @@ def test_states_in_another_order_are_refused(model, path):
         another.load_state_dict(earlier.state_dict())
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_kernels_stay_those_of_the_run(model, fused):
+    """A checkpoint of another device, strategy or precision does not bring its own."""
+    optimization = Optimization(ScheduleArgs(), ParameterGroupArgs(), scaled=not fused)
+    optimization.on_after_setup(SimpleNamespace(device=torch.device("cpu")), model)
+    optimizer = optimization.make_optimizer("AdamW", None)
+    state = optimizer.state_dict()
+    state["param_groups"][0].update(fused=not fused, foreach=True, eps=0.5)
+    optimizer.load_state_dict(state)
+    assert [(group["fused"], group["foreach"], group["eps"]) for group in optimizer.param_groups] == [
+        (fused or None, None, 0.5)
+    ]
+
+
 class Factors(torch.optim.Optimizer):
     """As Shampoo does, it keeps more numbers than a vector has."""
 

@@ -83,6 +83,27 @@ def test_two_processes_train_as_one_and_hand_over(recipe, tmp_path, capsys, stra
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_shards_go_on_from_a_checkpoint_of_a_fused_optimizer(recipe, tmp_path, momentum):
+    """One process steps by torch's fused SGD, which shards cannot; without momentum there is no state."""
+    sgd = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": momentum}}
+    tokens = {"max_tokens": 9 * 128, "global_batch_size": 4, "save_interval": 3}
+
+    def file(name: str, processes: int) -> Path:
+        train, strategy = {**tokens, "micro_batch_size": 4 // processes}, "fsdp2" if processes > 1 else "auto"
+        out_dir = str(tmp_path / name)
+        return recipe(name, out_dir=out_dir, train=train, devices=processes, strategy=strategy, optimizer=sgd)
+
+    assert main(["--config", str(file("one", 1))]) == 0
+    train_in_ranks(2, "--config", file("two", 2), "--resume", tmp_path / "one" / "step-00000003")
+    assert main(["--config", str(file("back", 1)), "--resume", str(tmp_path / "two" / "step-00000006")]) == 0
+    expected = weights_of(tmp_path / "one" / "final")
+    for name in ("two", "back"):
+        weights = weights_of(tmp_path / name / "final")
+        assert all(torch.allclose(weights[key], expected[key], atol=1e-5) for key in expected), name
+
+
+@pytest.mark.slow
 def test_launchers(recipe, tmp_path):
     """torchrun, and processes with the variables set by hand, give the run of `devices: 2`. One of them speaks."""
     train = {"max_tokens": 2 * 128, "micro_batch_size": 2}

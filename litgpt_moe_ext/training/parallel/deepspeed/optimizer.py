@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from litgpt_moe_ext.moe.balancing import leave_to_caller, update_routers
 from litgpt_moe_ext.moe.metrics import routers_of
-from litgpt_moe_ext.training.optim.parameter_groups import require_own_state, scale_rates
+from litgpt_moe_ext.training.optim.parameter_groups import OF_KERNELS, require_own_state, scale_rates
 from litgpt_moe_ext.training.parallel.deepspeed.shards import FlatShards, SplitShards
 
 
@@ -91,7 +91,7 @@ class ZeroOptimizer:
         if before != now:
             raise ValueError(f"the optimizer's groups have {before} weights in the checkpoint and {now} now")
         for group, loaded in zip(self.param_groups, saved["param_groups"], strict=True):
-            group.update({name: value for name, value in loaded.items() if name != "params"})
+            group.update({name: value for name, value in loaded.items() if name not in ("params", *OF_KERNELS)})
         if not saved["state"]:
             return
         indices = [index for group in saved["param_groups"] for index in group["params"]]
