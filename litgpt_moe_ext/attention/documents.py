@@ -101,15 +101,23 @@ def needed_extent(idx_BT: Tensor, boundary: Boundary, token_id: int) -> Extent:
         token_id: Id of the EOS or BOS token.
 
     Returns:
-        The number of documents and the length of the longest, rounded up to a whole block, from the host copy of the
-        ids. Without one, and under `torch.compile`, whose code is for sizes that depend on B and T only,
-        `largest_extent`.
+        What `reserve_extent` was given for these ids. Otherwise the number of documents and the length of the longest,
+        rounded up to a whole block, from the host copy of the ids. Without one, and under `torch.compile`, whose code
+        is for sizes that depend on B and T only, `largest_extent`.
     """
-    host_BT = None if torch.compiler.is_compiling() else host_copy(idx_BT)
-    if host_BT is None:
+    if torch.compiler.is_compiling():
+        return largest_extent(*idx_BT.shape)
+    if (reserved := getattr(idx_BT, "_reserved_extent", None)) is not None:
+        return reserved
+    if (host_BT := host_copy(idx_BT)) is None:
         return largest_extent(*idx_BT.shape)
     lengths = _lengths(host_BT, boundary, token_id)
     return Extent(lengths.size, min(-(-int(lengths.max()) // _BLOCK) * _BLOCK, idx_BT.size(1)))
+
+
+def reserve_extent(idx_BT: Tensor, extent: Extent) -> None:
+    """Have `needed_extent` return `extent` for ids whose values will change; it hangs on this very tensor."""
+    idx_BT._reserved_extent = extent  # pyrefly: ignore[missing-attribute]: as `host_copy` does
 
 
 def _lengths(idx_BT: Tensor, boundary: Boundary, token_id: int) -> np.ndarray:

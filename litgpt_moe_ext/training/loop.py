@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import litgpt.pretrain
 from torch import Tensor
 
+from litgpt_moe_ext.attention.document_room import document_room
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.perplexity import exp
 from litgpt_moe_ext.host.replaced import replaced
@@ -113,7 +114,7 @@ class HookedLoop:
         self._validation = StoppableValidation(fabric, self._heed, self._first_batches)
         self._validated_step: int | None = None
         self._means = TokenMeans(fabric.world_size)
-        self._graphs = CudaGraphs(equipment.graphs, fabric.print)
+        self._graphs = CudaGraphs(equipment.graphs, fabric.print, document_room(launched.plan.config))
         self._batches = StepBatches(self._targets, self._accumulation, fabric.world_size)
         fabric.add_callback(self._agreement, first=True)
         fabric.add_callback(self._batches)

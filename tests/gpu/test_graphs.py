@@ -5,16 +5,19 @@ from functools import partial
 
 import pytest
 import torch
+from litgpt.utils import chunked_cross_entropy
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+from litgpt_moe_ext.attention.document_room import document_room
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.metrics import routers_of
+from litgpt_moe_ext.rows import Rows
 from litgpt_moe_ext.training.parallel.strategies import ReplicatedStrategy
 from litgpt_moe_ext.training.settings import DistributedArgs
 from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss
 from tests.gpu.card import no_waits, require_bfloat16
-from tests.gpu.test_steps import loss_of, make_config, make_model
+from tests.gpu.test_steps import autocast, loss_of, make_config, make_model
 from tests.runs import logged, train, weights_of
 from tests.training.steps.passes import Recordings
 
@@ -38,32 +41,41 @@ def place(device, monkeypatch):
     return device
 
 
+DOCUMENTS = {"attention_document_boundary": "eos", "attention_document_token_id": 1}
+
+
 def trained(card, dtype, accumulation, graphs, share=True, **changes):
     """Return what some steps come to: losses, norms, weights, biases and loads."""
     model, said = make_model(card, **changes), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
-    generator = torch.Generator(card).manual_seed(3)
+    generator = torch.Generator().manual_seed(3)
 
     def plain_loss(ids, targets):
-        return loss_of(model, torch.cat([ids, targets[:, -1:]], dim=1), dtype)
+        with autocast(card, dtype):
+            return chunked_cross_entropy(model(ids), targets.contiguous(), chunk_size=0)
 
     loss_function = plain_loss
     if graphs:
         loss_function = GraphedLoss(plain_loss, model, careful=False, say=said.append)
+        loss_function.room = document_room(model.config) or loss_function.room
         if not share:
             loss_function.sharing = contextlib.nullcontext
     torch.manual_seed(1)
-    numbers = []
+    numbers, rooms = [], set()
 
     def step():
         for i in range(accumulation):
-            batch = torch.randint(0, 64, (4, 65), device=card, generator=generator)
+            # The end of a document is among fewer ids at last, so that there are more documents than were captured.
+            ids = torch.randint(0, 64 if len(numbers) < 4 * (accumulation + 1) else 8, (4, 65), generator=generator)
+            batch = (ids.pin_memory() if card.type == "cuda" else ids).as_subclass(Rows).to(card, non_blocking=True)
             loss = loss_function(batch[:, :-1], batch[:, 1:])
             (loss * (i + 1)).backward()
             numbers.append(loss.detach())
         numbers.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         optimizer.step()
         optimizer.zero_grad()
+        if graphs and loss_function._captured is not None:
+            rooms.add(loss_function._captured._sizes)
 
     for _ in range(5 if card.type == "cuda" else 3):
         step()
@@ -71,6 +83,7 @@ def trained(card, dtype, accumulation, graphs, share=True, **changes):
         for _ in range(2 if card.type == "cuda" else 1):
             step()
     assert said == (["CUDA graphs: on, from this step"] if graphs else [])
+    assert not (graphs and changes.keys() >= DOCUMENTS.keys() and card.type == "cuda") or len(rooms) == 2
     loads = [router.record for router in routers_of(model).values()]
     return [*numbers, *model.state_dict().values(), *loads]
 
@@ -83,8 +96,9 @@ def trained(card, dtype, accumulation, graphs, share=True, **changes):
         (3, {"router_z_loss_coef": 0.01, "router_load_balancing_loss_coef": 0.01}),
         (2, {"expert_dropout": 0.1, "residual_dropout": 0.1, "embedding_dropout": 0.1}),
         (3, {"moe_intermediate_size": 544}),
+        (2, DOCUMENTS),
     ],
-    ids=["plain", "losses", "dropout", "wide"],
+    ids=["plain", "losses", "dropout", "wide", "documents"],
 )
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "apart"])
 def test_equals_the_loss_itself(place, dtype, accumulation, changes, share):
@@ -200,13 +214,15 @@ def test_a_replay_that_differs_is_not_used(place):
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true"])
-@pytest.mark.parametrize("packing", ["stream", "pad"])
+@pytest.mark.parametrize("packing", ["stream", "pad", "documents"])
 def test_runs(card, recipe, tmp_path, capsys, precision, packing):
     """A run of the command line, straight and interrupted, is the one without graphs."""
     if "bf16" in precision:
         require_bfloat16(card)
-    file = recipe(precision=precision, sample={"prompts": ["def "], "max_new_tokens": 3})
-    flags = ["--config", file, "--data.init_args.packing", packing]
+    documents = packing == "documents"
+    model = {"attention_document_boundary": "eos", "attention_document_token_id": 0} if documents else {}
+    file = recipe(precision=precision, model_config=model, sample={"prompts": ["def "], "max_new_tokens": 3})
+    flags = ["--config", file, "--data.init_args.packing", "stream" if documents else packing]
     straight, twice, without = (tmp_path / name for name in ("straight", "twice", "without"))
     assert train(*flags, "--out_dir", straight, "--cuda_graphs", "true") == 0
     assert "CUDA graphs: on, from this step" in capsys.readouterr().out

@@ -3,10 +3,27 @@
 Shape legend: B batch, T tokens.
 """
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor, nn
 
 from litgpt_moe_ext.training.steps.capture import Capture, Loss, Passes, gradients_set_aside
 from litgpt_moe_ext.training.steps.graph_check import Reference
+
+
+class Inputs(NamedTuple):
+    """A micro-batch in tensors that others are copied into.
+
+    Attributes:
+        ids_BT: Token ids, int64.
+        targets_BT: Targets, int64.
+        sizes: What passes over them have room for (`litgpt_moe_ext.training.steps.room`).
+    """
+
+    ids_BT: Tensor
+    targets_BT: Tensor
+    sizes: tuple[int, ...]
 
 
 class CapturedPasses:
@@ -16,12 +33,12 @@ class CapturedPasses:
         capture: What makes them.
         loss: Takes the inputs and returns a scalar.
         model: Whose parameters and buffers it reads.
-        inputs: Ids and targets, int64, (B, T), which the passes read from now on.
+        inputs: What the passes read from now on.
     """
 
-    def __init__(self, capture: Capture, loss: Loss, model: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, capture: Capture, loss: Loss, model: nn.Module, inputs: Inputs) -> None:
         self._capture, self._loss = capture, loss
-        self.ids_BT, self.targets_BT = inputs
+        self.ids_BT, self.targets_BT, self._sizes = inputs
         self._first: Passes | None = None
         self._other: Passes | None = None
         # To hold them keeps their memory from being used for anything else.
@@ -33,9 +50,15 @@ class CapturedPasses:
             if tensor is not None
         ]
 
-    def fits(self, ids_BT: Tensor, targets_BT: Tensor) -> bool:
-        """Return whether a batch has the shapes of the inputs."""
-        return ids_BT.shape == self.ids_BT.shape and targets_BT.shape == self.targets_BT.shape
+    def fits(self, ids_BT: Tensor, targets_BT: Tensor, sizes: tuple[int, ...]) -> bool:
+        """Return whether a batch has the shapes of the inputs, and needs no larger sizes."""
+        is_alike = ids_BT.shape == self.ids_BT.shape and targets_BT.shape == self.targets_BT.shape
+        return is_alike and not self.is_outgrown(ids_BT.shape, sizes)
+
+    def is_outgrown(self, shape: torch.Size, sizes: tuple[int, ...]) -> bool:
+        """Return whether a batch has the shape of the inputs, but needs larger sizes."""
+        is_larger = any(size > reserved for size, reserved in zip(sizes, self._sizes, strict=True))
+        return is_larger and shape == self.ids_BT.shape
 
     def is_stale(self) -> bool:
         """Return whether a parameter or a buffer is no longer where it was."""

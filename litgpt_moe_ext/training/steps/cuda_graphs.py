@@ -18,6 +18,7 @@ from torch import Tensor
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.parallel.facts import StrategyFacts
 from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss
+from litgpt_moe_ext.training.steps.room import NoRoom, Room
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
@@ -112,8 +113,6 @@ def decide(asked: bool | Literal["auto"], conditions: Conditions) -> GraphDecisi
 def _obstacle_of(config: Config) -> str | None:
     if config.mlp_class_name == "LLaMAMoE":
         return "LLaMAMoE waits for the device in every layer"
-    if config.attention_document_boundary is not None:
-        return "attention_document_boundary: documents are counted anew for every batch"
     if config.router_load_balancing_loss_coef and config.router_load_balancing_loss_scope == "global_batch":
         return "router_load_balancing_loss_scope: global_batch counts tokens of earlier micro-batches on the host"
     return None
@@ -131,10 +130,11 @@ class CudaGraphs:
     Args:
         decision: Whether to try.
         say: Told about it.
+        room: What passes must have room for.
     """
 
-    def __init__(self, decision: GraphDecision, say: Callable[[str], None]) -> None:
-        self._decision, self._say = decision, say
+    def __init__(self, decision: GraphDecision, say: Callable[[str], None], room: Room | None = None) -> None:
+        self._decision, self._say, self._room = decision, say, room or NoRoom()
         self._graphed: Callable[[Tensor, Tensor], Tensor] | None = None
         self._expects = False
         self._cross_entropy: Callable[[Any, Tensor], Tensor]
@@ -183,6 +183,7 @@ class CudaGraphs:
         compute = model.forward
         careful, exchange = not self._decision.asked, strategy.exchange_gradients
         graphed = GraphedLoss(loss, model, careful=careful, say=self._say, exchange=exchange)
+        graphed.room = self._room
         self._graphed = partial(strategy.in_place_of_forward, graphed)
 
         def forward(ids_BT: Tensor, *args: Any, **kwargs: Any) -> Any:

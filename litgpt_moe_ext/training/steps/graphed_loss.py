@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
 from litgpt_moe_ext.training.steps.capture import Capture, CudaCapture, Loss, Passes, gradients_set_aside
-from litgpt_moe_ext.training.steps.captured_passes import CapturedPasses
+from litgpt_moe_ext.training.steps.captured_passes import CapturedPasses, Inputs
 from litgpt_moe_ext.training.steps.graph_check import Reference, ReplayError, generators_kept
 from litgpt_moe_ext.training.steps.graph_obstacles import hook_of_others, lack_of_memory, noting_waits
+from litgpt_moe_ext.training.steps.room import NoRoom, Room
 
 _Result = TypeVar("_Result")
 
@@ -38,9 +39,10 @@ class GraphedLoss:
     states. In the second, a wait for the device is noticed, which no graph can hold. A step begins where no leaf has a
     gradient.
 
-    Batches of another shape than the captured run as they are. Where capturing fails, or a replay has other numbers
-    (`litgpt_moe_ext.training.steps.graph_check`), gradients and random numbers are those of before, and the micro-batch
-    runs as it is.
+    Batches of another shape than the captured run as they are. So do micro-batches that need more room than was
+    captured (`litgpt_moe_ext.training.steps.room`), until the next step captures anew. Where capturing fails, or a
+    replay has other numbers (`litgpt_moe_ext.training.steps.graph_check`), gradients and random numbers are those of
+    before, and the micro-batch runs as it is.
 
     Args:
         loss: Takes ids and targets, both int64, (B, T), and returns a scalar.
@@ -53,6 +55,7 @@ class GraphedLoss:
 
     Attributes:
         sharing: Returns the scope in which the passes of a step share casts of weights and sums of their gradients.
+        room: What passes must have room for.
     """
 
     def __init__(
@@ -72,9 +75,10 @@ class GraphedLoss:
         self._used = True
         self._captured: CapturedPasses | None = None
         self._accumulates = False
-        self._warm: set[torch.Size] = set()
+        self._warm: dict[torch.Size, tuple[int, ...]] = {}  # shapes that have run, and the room that they needed
         self._weights = StepWeights()
         self.sharing: Callable[[], AbstractContextManager[None]] = self._weights.shared
+        self.room: Room = NoRoom()
         self._anchor = torch.zeros((), requires_grad=True)
 
     def __call__(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
@@ -94,12 +98,12 @@ class GraphedLoss:
         self._accumulates |= not begins
         if begins:
             self._weights.expire()
+        is_warm, sizes = ids_BT.shape in self._warm, self._noted(ids_BT)
         if self._steps == 2:
             return self._watched(ids_BT, targets_BT)
-        may_capture = self._steps > 2 and begins and ids_BT.shape in self._warm
-        if may_capture and (self._captured is None or self._captured.is_stale()):
-            self._captured = self._first_capture(ids_BT, targets_BT)
-        if self._captured is None or not self._captured.fits(ids_BT, targets_BT):
+        if self._steps > 2 and begins and is_warm and self._lacks_passes(ids_BT.shape, sizes):
+            self._captured = self._new_capture(ids_BT, targets_BT, sizes)
+        if self._captured is None or not self._captured.fits(ids_BT, targets_BT, sizes):
             return self._eager(ids_BT, targets_BT)
         self._weights.refresh()
         passes = self._tried(partial(self._captured.passes, begins))
@@ -118,10 +122,19 @@ class GraphedLoss:
 
         return self._result(passes.loss, backward)
 
+    def _noted(self, ids_BT: Tensor) -> tuple[int, ...]:
+        """Return the room that batches of this shape have needed so far."""
+        needed = self.room.needed(ids_BT)
+        self._warm[ids_BT.shape] = sizes = tuple(map(max, needed, self._warm.get(ids_BT.shape, needed)))
+        return sizes
+
+    def _lacks_passes(self, shape: torch.Size, sizes: tuple[int, ...]) -> bool:
+        captured = self._captured
+        return captured is None or captured.is_stale() or captured.is_outgrown(shape, sizes)
+
     def _eager(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
         if not self._used:
             return self._loss(ids_BT, targets_BT)
-        self._warm.add(ids_BT.shape)
         loss = self._loss(ids_BT, targets_BT)
         return self._result(loss.detach(), loss.backward)
 
@@ -138,7 +151,6 @@ class GraphedLoss:
         return _Backward.apply(self._anchor, loss, once)
 
     def _watched(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        self._warm.add(ids_BT.shape)
         waits: list[str] = []
         with noting_waits(waits):
             loss = self._loss(ids_BT, targets_BT)
@@ -151,25 +163,31 @@ class GraphedLoss:
 
         return self._result(loss.detach(), backward)
 
-    def _first_capture(self, ids_BT: Tensor, targets_BT: Tensor) -> CapturedPasses | None:
-        is_first, self._captured = self._captured is None, None
-        reference = lack = None
+    def _new_capture(self, ids_BT: Tensor, targets_BT: Tensor, sizes: tuple[int, ...]) -> CapturedPasses | None:
+        is_first = self._captured is None
+        is_outgrown = self._captured is not None and self._captured.is_outgrown(ids_BT.shape, sizes)
+        self._captured = reference = lack = None
+        inputs = Inputs(ids_BT.clone(), targets_BT.clone(), sizes)
+        self.room.reserve(inputs.ids_BT, sizes)
         if is_first:
             obstacle = hook_of_others(self._model) or lack_of_memory(ids_BT.device)
             if self._careful and obstacle is not None:
                 self._stop(f"{obstacle}; --cuda_graphs true tries them anyway")
                 return None
-            reference = self._tried(partial(self._rehearse, ids_BT, targets_BT))
+        if is_first or is_outgrown:
+            self._weights.refresh()
+            reference = self._tried(partial(self._rehearse, (ids_BT, targets_BT), inputs))
             if reference is None:
                 return None
+        if is_first:
             # Graphs are worth more than casts that are kept.
             lack = lack_of_memory(ids_BT.device, self._weights.size) if self._weights.size else None
-        captured = CapturedPasses(self._capture(), self._loss, self._model, (ids_BT.clone(), targets_BT.clone()))
+        captured = CapturedPasses(self._capture(), self._loss, self._model, inputs)
 
         def first_passes() -> Passes:
             if reference is None:
                 return captured.passes(begins=True)
-            if lack is None:
+            if is_first and lack is None:
                 self._weights.keep()
                 self._weights.refresh()
             return captured.check(reference, self._accumulates, self._model)
@@ -181,10 +199,11 @@ class GraphedLoss:
             self._say(f"CUDA graphs: on, from this step{casts}")
         return captured
 
-    def _rehearse(self, ids_BT: Tensor, targets_BT: Tensor) -> Reference:
-        # What is shared is tried on gradients that nobody uses, before it is captured: a capture allows no kernel to be
-        # compiled, and no step should be the first to meet one that fails.
-        reference = Reference(self._loss, ids_BT, targets_BT)
+    def _rehearse(self, batch: tuple[Tensor, Tensor], inputs: Inputs) -> Reference:
+        # What is shared, and the room, are tried on gradients that nobody uses, before they are captured: a capture
+        # allows no kernel to be compiled, and no step should be the first to meet one that fails.
+        reference = Reference(self._loss, *batch)
+        ids_BT, targets_BT, _ = inputs
         with generators_kept(ids_BT.device), gradients_set_aside(reference.leaves), self.sharing():
             self._loss(ids_BT, targets_BT).backward()
             if self._accumulates or self._careful:  # otherwise there may be no room for gradients beside a forward pass

@@ -142,10 +142,16 @@ def on_a_card(compiled=False, processes=1, checkpointing="none", strategy="auto"
     return Conditions("cuda", facts_of(strategy), processes, compiled, checkpointing, moe_config(**config))
 
 
+DOCUMENTS = {
+    "attention_class_name": "SinkAttention", "attention_document_boundary": "bos", "attention_document_token_id": 0,
+}  # fmt: skip
+
+
 def test_tried_on_one_card():
     assert decide("auto", on_a_card()) == GraphDecision(None, False)
     assert decide(True, on_a_card()) == GraphDecision(None, True)
-    assert decide("auto", on_a_card(router_load_balancing_loss_coef=0.1)) == GraphDecision(None, False)
+    for settings in ({"router_load_balancing_loss_coef": 0.1}, DOCUMENTS):
+        assert decide("auto", on_a_card(**settings)) == GraphDecision(None, False)
     assert str(decide(False, on_a_card())) == "CUDA graphs: off (as asked)"
     # Also where there is one process.
     assert "DeepSpeed" in decide("auto", on_a_card(strategy="deepspeed_stage_1")).obstacle
@@ -161,9 +167,6 @@ def test_not_tried_on_amd(monkeypatch):
     assert decide("auto", on_a_card()).obstacle.startswith("they are for NVIDIA GPUs, this is AMD's")
 
 
-DOCUMENTS = {
-    "attention_class_name": "SinkAttention", "attention_document_boundary": "bos", "attention_document_token_id": 0,
-}  # fmt: skip
 GLOBAL = {"router_load_balancing_loss_coef": 0.1, "router_load_balancing_loss_scope": "global_batch"}
 
 
@@ -176,7 +179,6 @@ GLOBAL = {"router_load_balancing_loss_coef": 0.1, "router_load_balancing_loss_sc
         ({"compiled": True}, "torch.compile is on"),
         ({"checkpointing": "full"}, "activation_checkpointing runs layers again"),
         ({"mlp_class_name": "LLaMAMoE"}, "LLaMAMoE waits"),
-        (DOCUMENTS, "attention_document_boundary"),
         (GLOBAL, "global_batch"),
     ],
 )

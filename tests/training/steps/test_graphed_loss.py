@@ -236,6 +236,56 @@ def test_captures_again_when_a_tensor_has_moved():
     assert len(graphed.said) == 1
 
 
+class RoomForIds:
+    """As if passes had to know how large an id may be."""
+
+    def __init__(self):
+        self.reserved = []
+
+    def needed(self, ids):
+        return (int(ids.max()) // 16,)
+
+    def reserve(self, ids, sizes):
+        self.reserved.append((ids, sizes))
+
+    def require(self, ids):
+        for static, sizes in self.reserved:
+            if static is ids:
+                assert self.needed(ids) <= sizes
+
+
+def test_captures_again_for_what_needs_more_room():
+    """At the next step; what does not fit before it runs as it is, and room does not shrink."""
+    low, high = ([batch % limit for batch in batches(10)] for limit in (32, VOCABULARY))
+    low, high = [batch.clamp_(min=16) for batch in low], high
+    assert {int(batch[:, :-1].max()) // 16 for batch in low} == {1}
+    assert {int(batch[:, :-1].max()) // 16 for batch in high} == {3}
+    room, counts = RoomForIds(), []
+
+    def train(training):
+        if training.loss is not training.plain_loss and isinstance(training.loss, GraphedLoss):
+            training.loss.room = room
+            loss = training.loss._loss
+            training.loss._loss = lambda ids, targets: room.require(ids) or loss(ids, targets)
+        found = []
+        for micro_batches in (
+            *([batch, batch] for batch in low[:4]),
+            [low[4], high[0]],  # too large within a step
+            [low[5], low[6]],  # captures for it all the same
+            [high[1], high[2]],
+            [batches(1, rows=1, length=9)[0] % 16, low[7]],  # of another shape, which needs less
+            [low[8], low[9]],
+        ):
+            found.append(training.step(micro_batches))
+            counts.append(len(training.captures))
+        return found
+
+    graphed = assert_trains_alike(train)
+    assert counts[: len(counts) // 2] == [0, 0, 1, 1, 1, 2, 2, 2, 2]
+    assert [sizes for _, sizes in room.reserved] == [(1,), (3,)]
+    assert graphed.said == ["CUDA graphs: on, from this step"]
+
+
 class OutOfResources(Exception):
     """As Triton's, which is no RuntimeError."""
 
