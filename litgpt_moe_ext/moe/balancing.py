@@ -1,21 +1,12 @@
-"""Counting tokens per expert, and the auxiliary-loss-free bias that balances them.
+"""The auxiliary-loss-free bias that balances experts.
 
 The balancing rule is from Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts"
 (arXiv:2408.15664, algorithm 1), as used by DeepSeek-V3 (arXiv:2412.19437, section 2.1.2): after every optimizer step
 the bias of an expert that received more tokens than the mean falls by a fixed rate, and the bias of an expert that
 received fewer rises. The bias enters the choice of experts only, never the gate values, so no gradient is disturbed.
 
-Counting is done by the backward pass. Each router owns a leaf tensor that takes part in no computation; an autograd
-function returns the token counts of the batch, and what else is to be summed over a step, as the "gradient" of that
-leaf. Autograd then does what a counter in the forward pass would have to be taught: a batch counts once however often
-activation checkpointing runs the forward pass again, evaluation does not count, gradient accumulation adds up, and
-`torch.compile` sees a pure function. The leaf is neither a parameter nor a buffer, so no optimizer, gradient clipping,
-precision conversion or distributed wrapper touches it.
-
-The bias moves in torch's global optimizer-step hook, which works in any training loop.
-
-A load-balancing loss over the global batch needs counts of all ranks while the step still runs; see
-`litgpt_moe_ext.moe.step_shares`.
+The tokens of a step are counted by `litgpt_moe_ext.moe.tally`. The bias moves in torch's global optimizer-step hook,
+which works in any training loop.
 
 Shape legend: N numbers, E experts, L layers.
 """
@@ -23,7 +14,7 @@ Shape legend: N numbers, E experts, L layers.
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,57 +24,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from litgpt_moe_ext.moe.gradient_injection import forget_scale
 from litgpt_moe_ext.moe.kernels import balancing as kernels
+from litgpt_moe_ext.moe.step_shares import begin_step
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.moe.router import Router
-
-
-class Tally:
-    """Sums of numbers, such as the tokens of each expert, over all batches since the last `take`.
-
-    Args:
-        size: How many numbers.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._leaf_N = _new_leaf(size, torch.device("cpu"))
-
-    def leaf_on(self, device: torch.device) -> Tensor:
-        """Return the leaf, (N,) on `device`. What a backward pass returns as its gradient is added to the tally."""
-        if self._leaf_N.device != device:
-            sums_N = self._leaf_N.grad
-            self._leaf_N = _new_leaf(self._leaf_N.numel(), device)
-            if sums_N is not None:
-                self._leaf_N.grad = sums_N.to(device, self._leaf_N.dtype)
-        return self._leaf_N
-
-    def follow(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Move to the device to which `change`, as `nn.Module._apply` gives it, moves a router's tensors.
-
-        Eager code could do so at the next batch, but compilers cannot trace how a leaf is made.
-        """
-        self.leaf_on(change(torch.empty(0, device=self._leaf_N.device)).device)
-
-    @property
-    def pending(self) -> bool:
-        """Whether a backward pass has added something since the last `take`. Does not synchronise."""
-        return self._leaf_N.grad is not None
-
-    def take(self) -> Tensor:
-        """Return the sums, (N,) in float64 (float32 on devices without it), and start again from zero."""
-        sums_N = self._leaf_N.grad
-        self._leaf_N.grad = None
-        return torch.zeros_like(self._leaf_N.detach()) if sums_N is None else sums_N
-
-
-def counting_dtype(device: torch.device) -> torch.dtype:
-    """Return the type that counts: float64, or float32 on devices without it."""
-    # float64 holds every integer up to 2**53; float32 only up to 2**24, which a large batch can exceed.
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _new_leaf(size: int, device: torch.device) -> Tensor:
-    return torch.zeros(size, dtype=counting_dtype(device), device=device, requires_grad=True)
 
 
 def updated_bias(bias_LE: Tensor, counts_LE: Tensor, rate: float | Tensor) -> Tensor:
@@ -196,10 +140,10 @@ def begin_schedules(routers: "Iterable[Router]") -> None:
 
 def forget_step(routers: "Iterable[Router]") -> None:
     """Discard the tokens counted since the last optimizer step, because this step is skipped."""
+    routers = list(routers)
     for router in routers:
         router.tally.take()
-        if router.step_shares is not None:
-            router.step_shares.forget()
+    begin_step(shares for router in routers if (shares := router.step_shares) is not None)
 
 
 @torch.no_grad()
@@ -220,12 +164,11 @@ def update_routers(routers: "Iterable[Router]") -> None:
     by_settings = defaultdict(list)
     for router, record in zip(routers, sums.split([len(tally) for tally in tallies]), strict=True):
         router.record = record
-        if router.step_shares is not None:
-            router.step_shares.forget()
         if router.bias_update_rate:
             by_settings[router.n_expert, router.bias_update_rate, str(router.bias_update_schedule)].append(router)
     for group in by_settings.values():
         _move_biases(group)
+    begin_step(shares for router in routers if (shares := router.step_shares) is not None)
 
 
 def _move_biases(routers: "list[Router]") -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from litgpt_moe_ext.moe.balancing import Tally, watch
+from litgpt_moe_ext.moe.balancing import watch
 from litgpt_moe_ext.moe.batch_metadata import TokenIds
 from litgpt_moe_ext.moe.gradient_injection import inject, present_scale
 from litgpt_moe_ext.moe.kernels import fused_router
@@ -20,6 +20,7 @@ from litgpt_moe_ext.moe.kernels.orthogonality import weighted_orthogonality
 from litgpt_moe_ext.moe.losses import mean_probabilities
 from litgpt_moe_ext.moe.registry import LOSSES, load, loss_field
 from litgpt_moe_ext.moe.step_shares import StepShares
+from litgpt_moe_ext.moe.tally import Tally
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config

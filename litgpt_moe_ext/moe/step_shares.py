@@ -3,14 +3,16 @@
 Shape legend: E experts.
 """
 
+import contextlib
 import itertools
 import weakref
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from litgpt_moe_ext.moe.balancing import counting_dtype
+from litgpt_moe_ext.moe.tally import counting_dtype
 
 
 class StepShares:
@@ -23,11 +25,14 @@ class StepShares:
     are not known yet.
 
     Forward passes that activation checkpointing repeats do not count; they run within a backward pass.
+
+    The counts of a step are added up in place, so that passes which were captured as CUDA graphs go on adding to them.
     """
 
     def __init__(self) -> None:
         self._pending: list[Tensor] = []
-        self._counts_E: Tensor | None = None
+        self._sums_E: Tensor | None = None
+        self._has_counted = False
         self.handle = next(_handles)
         _step_shares[self.handle] = self
 
@@ -55,13 +60,15 @@ class StepShares:
     def _shares(self, counts_E: Tensor) -> Tensor:
         if self._pending:
             _collect([shares for shares in _step_shares.values() if shares._pending])
-        sums_E = counts_E if self._counts_E is None else self._counts_E
+        sums_E = self._sums_E if self._sums_E is not None and self._has_counted else counts_E
         return sums_E / sums_E.sum().clamp(min=1)
 
-    def forget(self) -> None:
-        """Begin a new step."""
+    def _add(self, sums_E: Tensor) -> None:
+        if self._sums_E is None or self._sums_E.device != sums_E.device:
+            self._sums_E = torch.zeros_like(sums_E)
+        self._sums_E += sums_E
         self._pending.clear()
-        self._counts_E = None
+        self._has_counted = True
 
     def __reduce__(self) -> tuple:
         # A copy has a handle of its own, and has not counted.
@@ -75,8 +82,37 @@ def _collect(members: list[StepShares]) -> None:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(sums)
     for member, sums_E in zip(members, sums.split([len(counts_E) for counts_E in counts]), strict=True):
-        member._counts_E = sums_E if member._counts_E is None else member._counts_E + sums_E
+        member._add(sums_E)
+
+
+def begin_step(members: Iterable[StepShares]) -> None:
+    """Forget the counts of the step before."""
+    sums = []
+    for member in members:
         member._pending.clear()
+        member._has_counted = False
+        if member._sums_E is not None:  # a graph that was replayed may have counted, of which nothing here knows
+            sums.append(member._sums_E)
+    if sums:
+        torch._foreach_zero_(sums)
+
+
+@contextlib.contextmanager
+def nothing_counted() -> Iterator[None]:
+    """Put the counts of all routers back at the end of the scope, whose passes are only tried."""
+    before = [
+        (shares, list(shares._pending), shares._has_counted, None if shares._sums_E is None else shares._sums_E.clone())
+        for shares in _step_shares.values()
+    ]
+    try:
+        yield
+    finally:
+        for shares, pending, has_counted, sums_E in before:
+            shares._pending[:], shares._has_counted = pending, has_counted
+            if sums_E is not None and shares._sums_E is not None:
+                shares._sums_E.copy_(sums_E)
+            elif shares._sums_E is not None:
+                shares._sums_E.zero_()
 
 
 # To a compiler these are two opaque operators, which their inputs keep in the right order.

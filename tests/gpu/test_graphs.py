@@ -41,6 +41,7 @@ def place(device, monkeypatch):
     return device
 
 
+GLOBAL = {"router_load_balancing_loss_coef": 1.0, "router_load_balancing_loss_scope": "global_batch"}
 DOCUMENTS = {"attention_document_boundary": "eos", "attention_document_token_id": 1}
 
 
@@ -97,8 +98,9 @@ def trained(card, dtype, accumulation, graphs, share=True, **changes):
         (2, {"expert_dropout": 0.1, "residual_dropout": 0.1, "embedding_dropout": 0.1}),
         (3, {"moe_intermediate_size": 544}),
         (2, DOCUMENTS),
+        (3, GLOBAL),
     ],
-    ids=["plain", "losses", "dropout", "wide", "documents"],
+    ids=["plain", "losses", "dropout", "wide", "documents", "global batch"],
 )
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "apart"])
 def test_equals_the_loss_itself(place, dtype, accumulation, changes, share):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from litgpt_moe_ext.moe.balancing import Tally, scheduled_rate, updated_bias
+from litgpt_moe_ext.moe.balancing import scheduled_rate, updated_bias
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
 from litgpt_moe_ext.moe.metrics import (
     coefficient_of_variation,
@@ -17,6 +17,7 @@ from litgpt_moe_ext.moe.metrics import (
     max_violation,
     routers_of,
 )
+from litgpt_moe_ext.moe.tally import Tally
 from tests.models import initialized_model, moe_config, noisy_config, randomize
 from tests.moe.routers import max_violations
 

@@ -6,7 +6,7 @@ The tests of `tests/gpu/test_graphs.py` at a size for which Triton's interpreter
 import pytest
 import torch
 
-from tests.gpu.test_graphs import DOCUMENTS, trained
+from tests.gpu.test_graphs import DOCUMENTS, GLOBAL, trained
 
 SMALL = {"n_layer": 1, "n_embd": 32, "n_head": 2, "n_query_groups": 1, "n_expert": 4, "router_z_loss_coef": 0.01}
 DROPOUT = {"expert_dropout": 0.1, "residual_dropout": 0.1, "embedding_dropout": 0.1}
@@ -19,8 +19,9 @@ DROPOUT = {"expert_dropout": 0.1, "residual_dropout": 0.1, "embedding_dropout": 
         (torch.float16, False, {"router_load_balancing_loss_coef": 0.01}),
         (None, True, DROPOUT),
         (torch.bfloat16, True, DOCUMENTS),
+        (torch.bfloat16, True, GLOBAL),
     ],
-    ids=["bfloat16", "float16 apart", "float32 with dropout", "documents"],
+    ids=["bfloat16", "float16 apart", "float32 with dropout", "documents", "global batch"],
 )
 def test_replays_equal_the_passes_themselves(dtype, share, changes):
     """Losses, norms, weights, loads: in the memory of graphs, with casts and sums that micro-batches share."""

@@ -79,7 +79,7 @@ class Conditions(NamedTuple):
         if torch.version.hip is not None:
             return "they are for NVIDIA GPUs, this is AMD's; nobody has tried them there"
         # Obstacles that a setting removes come last, so that following the advice helps.
-        lasting = self.strategy.graph_obstacle(self.processes) or _obstacle_of(self.config)
+        lasting = self.strategy.graph_obstacle(self.processes) or _obstacle_of(self.config, self.processes)
         if lasting is not None:
             return lasting
         if self.compiled:
@@ -110,11 +110,12 @@ def decide(asked: bool | Literal["auto"], conditions: Conditions) -> GraphDecisi
     return GraphDecision(obstacle, asked is True)
 
 
-def _obstacle_of(config: Config) -> str | None:
+def _obstacle_of(config: Config, processes: int) -> str | None:
     if config.mlp_class_name == "LLaMAMoE":
         return "LLaMAMoE waits for the device in every layer"
-    if config.router_load_balancing_loss_coef and config.router_load_balancing_loss_scope == "global_batch":
-        return "router_load_balancing_loss_scope: global_batch counts tokens of earlier micro-batches on the host"
+    is_global = config.router_load_balancing_loss_scope == "global_batch"
+    if processes > 1 and is_global and config.router_load_balancing_loss_coef:
+        return "router_load_balancing_loss_scope: global_batch sums over the processes in every backward pass"
     return None
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from litgpt_moe_ext.moe.step_shares import nothing_counted
 from litgpt_moe_ext.training.steps.capture import Loss, Passes, leaves_of
 
 # Tolerances: as a part of each number, and as a part of the whole gradient's norm. Sums in another order differ by less
@@ -25,7 +26,7 @@ class ReplayError(RuntimeError):
 
 
 class Reference:
-    """A micro-batch's loss and the norms of its gradients without graphs; changes no gradient and no random generator.
+    """A micro-batch's loss and the norms of its gradients without graphs; nothing has another value after it.
 
     Args:
         loss: The loss function.
@@ -37,7 +38,7 @@ class Reference:
     """
 
     def __init__(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor) -> None:
-        with generators_kept(ids_BT.device):
+        with side_effects_undone(ids_BT.device):
             value = loss(ids_BT, targets_BT)
             self.leaves = leaves_of(value)
             gradients = torch.autograd.grad(value, self.leaves, allow_unused=True)
@@ -54,7 +55,7 @@ class Reference:
         Raises:
             ReplayError: If they compute something else.
         """
-        with generators_kept(passes.loss.device):
+        with side_effects_undone(passes.loss.device):
             passes.forward()
             passes.scale.fill_(1)
             passes.backward()
@@ -89,11 +90,11 @@ def _numbers(loss: Tensor, gradients: Sequence[Tensor | None]) -> Tensor:
 
 
 @contextlib.contextmanager
-def generators_kept(device: torch.device) -> Iterator[None]:
-    """Put torch's random generators back at the end of the scope.
+def side_effects_undone(device: torch.device) -> Iterator[None]:
+    """Undo at the end of the scope what passes change beside gradients: random generators, and the counts of a step.
 
     Args:
         device: On which numbers are drawn, beside the CPU.
     """
-    with torch.random.fork_rng([device.index] if device.type == "cuda" else []):
+    with torch.random.fork_rng([device.index] if device.type == "cuda" else []), nothing_counted():
         yield

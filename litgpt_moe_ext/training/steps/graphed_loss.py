@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
+from litgpt_moe_ext.moe.step_shares import nothing_counted
 from litgpt_moe_ext.training.steps.capture import Capture, CudaCapture, Loss, Passes, gradients_set_aside
 from litgpt_moe_ext.training.steps.captured_passes import CapturedPasses, Inputs
-from litgpt_moe_ext.training.steps.graph_check import Reference, ReplayError, generators_kept
+from litgpt_moe_ext.training.steps.graph_check import Reference, ReplayError, side_effects_undone
 from litgpt_moe_ext.training.steps.graph_obstacles import hook_of_others, lack_of_memory, noting_waits
 from litgpt_moe_ext.training.steps.room import NoRoom, Room
 
@@ -204,7 +205,7 @@ class GraphedLoss:
         # allows no kernel to be compiled, and no step should be the first to meet one that fails.
         reference = Reference(self._loss, *batch)
         ids_BT, targets_BT, _ = inputs
-        with generators_kept(ids_BT.device), gradients_set_aside(reference.leaves), self.sharing():
+        with side_effects_undone(ids_BT.device), gradients_set_aside(reference.leaves), self.sharing():
             self._loss(ids_BT, targets_BT).backward()
             if self._accumulates or self._careful:  # otherwise there may be no room for gradients beside a forward pass
                 self._loss(ids_BT, targets_BT).backward()
@@ -223,7 +224,7 @@ class GraphedLoss:
         capture, sharing = self._make_capture(), self.sharing
 
         def sharing_capture(loss: Loss, ids_BT: Tensor, targets_BT: Tensor, add: bool) -> Passes:
-            with sharing():
+            with sharing(), nothing_counted():
                 return capture(loss, ids_BT, targets_BT, add)
 
         return sharing_capture

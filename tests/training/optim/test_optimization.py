@@ -217,7 +217,8 @@ class TestGuard:
         guard = self.guard(tmp_path, on_nonfinite="skip")
         guard.on_gradients_clipped(torch.tensor(norm), layer, torch.optim.SGD(layer.parameters(), lr=0.1), scaled)
         assert not layer.gate.tally.pending
-        assert layer.gate.step_shares._counts_E is None
+        assert not layer.gate.step_shares._has_counted
+        assert not layer.gate.step_shares._sums_E.any()
 
     def test_the_scale_of_a_loss_that_is_left_out_is_forgotten(self, tmp_path):
         remember_scale(torch.ones((), requires_grad=True)).backward(torch.tensor(float("inf")))

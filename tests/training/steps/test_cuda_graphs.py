@@ -145,12 +145,13 @@ def on_a_card(compiled=False, processes=1, checkpointing="none", strategy="auto"
 DOCUMENTS = {
     "attention_class_name": "SinkAttention", "attention_document_boundary": "bos", "attention_document_token_id": 0,
 }  # fmt: skip
+GLOBAL = {"router_load_balancing_loss_coef": 0.1, "router_load_balancing_loss_scope": "global_batch"}
 
 
 def test_tried_on_one_card():
     assert decide("auto", on_a_card()) == GraphDecision(None, False)
     assert decide(True, on_a_card()) == GraphDecision(None, True)
-    for settings in ({"router_load_balancing_loss_coef": 0.1}, DOCUMENTS):
+    for settings in ({"router_load_balancing_loss_coef": 0.1}, GLOBAL, DOCUMENTS):
         assert decide("auto", on_a_card(**settings)) == GraphDecision(None, False)
     assert str(decide(False, on_a_card())) == "CUDA graphs: off (as asked)"
     # Also where there is one process.
@@ -167,9 +168,6 @@ def test_not_tried_on_amd(monkeypatch):
     assert decide("auto", on_a_card()).obstacle.startswith("they are for NVIDIA GPUs, this is AMD's")
 
 
-GLOBAL = {"router_load_balancing_loss_coef": 0.1, "router_load_balancing_loss_scope": "global_batch"}
-
-
 @pytest.mark.parametrize(
     ("conditions", "reason"),
     [
@@ -179,7 +177,7 @@ GLOBAL = {"router_load_balancing_loss_coef": 0.1, "router_load_balancing_loss_sc
         ({"compiled": True}, "torch.compile is on"),
         ({"checkpointing": "full"}, "activation_checkpointing runs layers again"),
         ({"mlp_class_name": "LLaMAMoE"}, "LLaMAMoE waits"),
-        (GLOBAL, "global_batch"),
+        ({"processes": 2, **GLOBAL}, "global_batch"),
     ],
 )
 def test_not_tried(conditions, reason):

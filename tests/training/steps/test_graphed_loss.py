@@ -95,6 +95,7 @@ def test_equals_the_loss_itself(accumulation):
     assert [capture.captured for capture in graphed.captures] == [min(accumulation, 2)]
 
 
+GLOBAL = {"router_load_balancing_loss_coef": 1.0, "router_load_balancing_loss_scope": "global_batch"}
 GROUPED = {"expert_backend": "grouped_mm", "moe_intermediate_size": 16}
 
 
@@ -133,6 +134,7 @@ KINDS = {
         **SINKS, "embedding_dropout": 0.1, "router_jitter_noise": 0.1, "router_sequence_balancing_loss_coef": 0.1,
         "n_shared_expert": 1, "router_bias_update_schedule": {"warmup_steps": 4, "decay_start": 3, "decay_steps": 3},
     },
+    "global batch": GLOBAL,
     "groups": {
         "router_score_function": "sigmoid", "n_expert_groups": 4, "n_topk_groups": 2, "n_topk_scores_per_group": 1,
         "router_load_balancing_loss_coef": 0.1, "router_orthogonality_loss_coef": 0.1, "mlp_activation": "relu2",
@@ -149,7 +151,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("padded", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["padded", "full"])
-@pytest.mark.parametrize("kind", ["top k", *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(KINDS)[1:])])
+@pytest.mark.parametrize("kind", [*KINDS][:2] + [pytest.param(kind, marks=pytest.mark.slow) for kind in [*KINDS][2:]])
 def test_nothing_of_python_is_in_a_replay(monkeypatch, kind, padded):
     """The replays are those of a recording, which knows neither Python's numbers nor its branches."""
     data = batches(10)
@@ -186,7 +188,8 @@ def test_casts_are_not_kept_where_memory_is_short(monkeypatch):
     assert not graphed.loss._weights._casts
 
 
-def test_batches_of_another_shape_and_gradients_of_others():
+@pytest.mark.parametrize("shape", [{}, GLOBAL], ids=["plain", "global batch"])
+def test_batches_of_another_shape_and_gradients_of_others(shape):
     small, other = batches(12), batches(2, rows=1, length=9)
 
     def train(training):
@@ -201,7 +204,7 @@ def test_batches_of_another_shape_and_gradients_of_others():
         training.model.lm_head.weight.grad = None
         return training.step(small[9:10])
 
-    assert len(assert_trains_alike(train).captures) == 1
+    assert len(assert_trains_alike(train, shape).captures) == 1
 
 
 def test_a_step_that_is_left_out():

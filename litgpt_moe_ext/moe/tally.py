@@ -1,0 +1,67 @@
+"""Counting the tokens of each expert, and what else is to be summed over an optimizer step.
+
+Counting is done by the backward pass. Each router owns a leaf tensor that takes part in no computation; an autograd
+function returns the token counts of the batch, and what else is to be summed over a step, as the "gradient" of that
+leaf. Autograd then does what a counter in the forward pass would have to be taught: a batch counts once however often
+activation checkpointing runs the forward pass again, evaluation does not count, gradient accumulation adds up, and
+`torch.compile` sees a pure function. The leaf is neither a parameter nor a buffer, so no optimizer, gradient clipping,
+precision conversion or distributed wrapper touches it.
+
+A load-balancing loss over the global batch needs counts of all ranks while the step still runs; see
+`litgpt_moe_ext.moe.step_shares`.
+
+Shape legend: N numbers.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class Tally:
+    """Sums of numbers, such as the tokens of each expert, over all batches since the last `take`.
+
+    Args:
+        size: How many numbers.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._leaf_N = _new_leaf(size, torch.device("cpu"))
+
+    def leaf_on(self, device: torch.device) -> Tensor:
+        """Return the leaf, (N,) on `device`. What a backward pass returns as its gradient is added to the tally."""
+        if self._leaf_N.device != device:
+            sums_N = self._leaf_N.grad
+            self._leaf_N = _new_leaf(self._leaf_N.numel(), device)
+            if sums_N is not None:
+                self._leaf_N.grad = sums_N.to(device, self._leaf_N.dtype)
+        return self._leaf_N
+
+    def follow(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Move to the device to which `change`, as `nn.Module._apply` gives it, moves a router's tensors.
+
+        Eager code could do so at the next batch, but compilers cannot trace how a leaf is made.
+        """
+        self.leaf_on(change(torch.empty(0, device=self._leaf_N.device)).device)
+
+    @property
+    def pending(self) -> bool:
+        """Whether a backward pass has added something since the last `take`. Does not synchronise."""
+        return self._leaf_N.grad is not None
+
+    def take(self) -> Tensor:
+        """Return the sums, (N,) in float64 (float32 on devices without it), and start again from zero."""
+        sums_N = self._leaf_N.grad
+        self._leaf_N.grad = None
+        return torch.zeros_like(self._leaf_N.detach()) if sums_N is None else sums_N
+
+
+def counting_dtype(device: torch.device) -> torch.dtype:
+    """Return the type that counts: float64, or float32 on devices without it."""
+    # float64 holds every integer up to 2**53; float32 only up to 2**24, which a large batch can exceed.
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _new_leaf(size: int, device: torch.device) -> Tensor:
+    return torch.zeros(size, dtype=counting_dtype(device), device=device, requires_grad=True)
