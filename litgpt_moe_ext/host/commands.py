@@ -1,6 +1,7 @@
 """LitGPT's commands that meet a checkpoint of the plugin: one does its work, the others say why they cannot."""
 
 import sys
+from collections.abc import Iterator
 from functools import wraps
 from pathlib import Path
 from types import ModuleType
@@ -8,7 +9,7 @@ from typing import Any
 
 from litgpt_moe_ext.config.features import MLP_CLASS_NAMES, MOE_CLASS_NAMES
 from litgpt_moe_ext.config.fields import uses_plugin
-from litgpt_moe_ext.errors import WRONG_SETTING, SettingsError, did_you_mean_inside, one_line
+from litgpt_moe_ext.errors import WRONG_SETTING, SettingsError, did_you_mean_inside, one_line, refuse_first
 
 _WEIGHTS = "lit_model.pth"
 
@@ -37,20 +38,62 @@ def refuse_division(module: Any) -> None:
 
     @wraps(original)
     def tensor_parallel(fabric: Any, model: Any) -> Any:
-        config, block = model.config, model.transformer.h[0]
-        whole = {
-            "mlp_class_name": config.mlp_class_name in MOE_CLASS_NAMES,
-            "mlp_activation": config.mlp_class_name == "FeedForward" and not hasattr(block.mlp, "fc_1"),
-            "attention_sinks": any(name.endswith("attn.sinks") for name, _ in model.named_parameters()),
-        }
-        for name in (name for name, is_whole in whole.items() if is_whole):
-            raise SettingsError(
-                f"{name}: {getattr(config, name)} cannot be divided among GPUs by litgpt generate_tp, which knows "
-                "LitGPT's own layers only. Generate with litgpt generate, or litgpt generate_sequentially."
-            )
+        refuse_first(_undivided(model))
         return original(fabric, model)
 
     module.tensor_parallel = tensor_parallel
+
+
+def refuse_division_first(module: Any) -> None:
+    """Say the same before `litgpt generate_tp` starts processes and loads weights."""
+    original = module.main
+
+    @wraps(original)
+    def main(checkpoint_dir: Path, *args: Any, **kwargs: Any) -> None:
+        config = _config_in(checkpoint_dir)
+        if config is not None and uses_plugin(config):
+            from litgpt_moe_ext.meta.models import meta_model
+
+            refuse_first(_undivided(meta_model(config)))
+        original(checkpoint_dir, *args, **kwargs)
+
+    module.main = main
+
+
+def _undivided(model: Any) -> Iterator[str]:
+    config, block = model.config, model.transformer.h[0]
+    whole = {
+        "mlp_class_name": config.mlp_class_name in MOE_CLASS_NAMES,
+        "mlp_activation": config.mlp_class_name == "FeedForward" and not hasattr(block.mlp, "fc_1"),
+        "attention_sinks": any(name.endswith("attn.sinks") for name, _ in model.named_parameters()),
+    }
+    for name in (name for name, is_whole in whole.items() if is_whole):
+        yield (
+            f"{name}: {getattr(config, name)} cannot be divided among GPUs by litgpt generate_tp, which knows "
+            "LitGPT's own layers only. Generate with litgpt generate, or litgpt generate_sequentially."
+        )
+
+
+def require_weights_alone(module: Any) -> None:
+    """Refuse in a line a training checkpoint where LitGPT looks for the weights at its top."""
+    original = module.main
+
+    @wraps(original)
+    def main(checkpoint_dir: Path, *args: Any, **kwargs: Any) -> None:
+        from litgpt.utils import extend_checkpoint_dir
+
+        from litgpt_moe_ext.files.archives import open_archive
+
+        file = extend_checkpoint_dir(Path(checkpoint_dir)) / _WEIGHTS
+        if file.is_file() and "model" in open_archive(file, "checkpoint_dir"):
+            raise SettingsError(
+                f"checkpoint_dir: {str(checkpoint_dir)!r} is a training checkpoint, of which this command takes the "
+                f"weights alone; write them with `litgpt convert_pretrained_checkpoint {checkpoint_dir} OUTPUT_DIR`, "
+                "or use litgpt generate, which takes both"
+            )
+        original(checkpoint_dir, *args, **kwargs)
+
+    module.main = main
 
 
 def name_checkpoints(utils: Any) -> None:
@@ -107,12 +150,7 @@ def refuse_conversion(module: Any) -> None:
 
     @wraps(original)
     def convert_lit_checkpoint(checkpoint_dir: Path, output_dir: Path) -> None:
-        from litgpt.config import Config
-        from litgpt.utils import extend_checkpoint_dir
-
-        # LitGPT lets users leave out the leading `checkpoints/`.
-        config_file = extend_checkpoint_dir(Path(checkpoint_dir)) / "model_config.yaml"
-        config: Any = Config.from_file(config_file) if config_file.is_file() else None
+        config = _config_in(checkpoint_dir)
         if config is not None and uses_plugin(config):
             raise SettingsError(
                 f"checkpoint_dir: {str(checkpoint_dir)!r} holds a model with layers of litgpt_moe_ext "
@@ -124,6 +162,16 @@ def refuse_conversion(module: Any) -> None:
         original(checkpoint_dir, output_dir)
 
     module.convert_lit_checkpoint = convert_lit_checkpoint
+
+
+def _config_in(checkpoint_dir: Path) -> Any:
+    # The model's, or None where there is none.
+    from litgpt.config import Config
+    from litgpt.utils import extend_checkpoint_dir
+
+    # LitGPT lets users leave out the leading `checkpoints/`.
+    config_file = extend_checkpoint_dir(Path(checkpoint_dir)) / "model_config.yaml"
+    return Config.from_file(config_file) if config_file.is_file() else None
 
 
 def require_pretrained(module: Any) -> None:

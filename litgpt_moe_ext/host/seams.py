@@ -172,6 +172,17 @@ SEAMS = (
         "litgpt.generate.tp", "tensor_parallel", "wrap", "Says which layers it cannot divide among GPUs.",
         "LitGPT divides them", commands.refuse_division,
     ),
+    *(
+        Seam(
+            module, "main", "wrap", "Ends with one line at a training checkpoint.",
+            "LitGPT finds the weights in one", commands.require_weights_alone,
+        )
+        for module in ("litgpt.generate.tp", "litgpt.generate.sequentially")
+    ),
+    Seam(
+        "litgpt.generate.tp", "main", "wrap", "Says which layers it cannot divide, before it loads them.",
+        "LitGPT divides them", commands.refuse_division_first,
+    ),
     Seam(
         "litgpt.scripts.convert_lit_checkpoint", "convert_lit_checkpoint", "wrap",
         "Names `litgpt-moe export`, which knows the plugin's layers.", "LitGPT's conversion knows them",

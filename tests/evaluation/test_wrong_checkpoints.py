@@ -7,12 +7,17 @@ from pathlib import Path
 import litgpt.chat.base
 import litgpt.eval.evaluate
 import litgpt.generate.base
+import litgpt.generate.sequentially
+import litgpt.generate.tp
 import litgpt.scripts.convert_lit_checkpoint
 import litgpt.scripts.convert_pretrained_checkpoint
 import pytest
+import torch
 from litgpt import LLM
+from litgpt.utils import save_config
 
 from litgpt_moe_ext.errors import SettingsError
+from tests.models import moe_config
 
 COMMANDS = {
     "generate": litgpt.generate.base.main,
@@ -69,3 +74,24 @@ def test_a_path_to_nothing_is_refused_in_a_line(name: str, path: str):
     # Callers of LitGPT from Python expect one.
     assert isinstance(refused.value, FileNotFoundError)
     assert sorted(found.name for found in Path().iterdir()) == ["runs"]
+
+
+@pytest.mark.parametrize("command", [litgpt.generate.tp.main, litgpt.generate.sequentially.main])
+def test_a_training_checkpoint_is_no_weights_alone(command: Callable):
+    Path("final").mkdir()
+    torch.save({"model": {}, "iter_num": 1}, "final/lit_model.pth")
+    with pytest.raises(SettingsError) as refused:
+        command(Path("final"))
+    assert str(refused.value) == (
+        "checkpoint_dir: 'final' is a training checkpoint, of which this command takes the weights alone; write them "
+        "with `litgpt convert_pretrained_checkpoint final OUTPUT_DIR`, or use litgpt generate, which takes both"
+    )
+
+
+def test_layers_that_cannot_be_divided_are_named_before_they_are_loaded():
+    """Of a training checkpoint as well, whose conversion would be for nothing."""
+    Path("final").mkdir()
+    torch.save({"model": {}, "iter_num": 1}, "final/lit_model.pth")
+    save_config(moe_config(), Path("final"))
+    with pytest.raises(SettingsError, match="^mlp_class_name: SharedExpertMoE cannot be divided .* litgpt generate"):
+        litgpt.generate.tp.main(Path("final"))
