@@ -59,7 +59,7 @@ class StepShares:
 
     def _shares(self, counts_E: Tensor) -> Tensor:
         if self._pending:
-            _collect([shares for shares in _step_shares.values() if shares._pending])
+            add_up()
         sums_E = self._sums_E if self._sums_E is not None and self._has_counted else counts_E
         return sums_E / sums_E.sum().clamp(min=1)
 
@@ -83,6 +83,15 @@ def _collect(members: list[StepShares]) -> None:
         dist.all_reduce(sums)
     for member, sums_E in zip(members, sums.split([len(counts_E) for counts_E in counts]), strict=True):
         member._add(sums_E)
+
+
+def add_up() -> None:
+    """Add up what forward passes have counted since the last backward pass, as the next one would.
+
+    Passes that are captured add up all that waits for it, and would do so again in every replay.
+    """
+    if members := [shares for shares in _step_shares.values() if shares._pending]:
+        _collect(members)
 
 
 def begin_step(members: Iterable[StepShares]) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
-from litgpt_moe_ext.moe.step_shares import nothing_counted
+from litgpt_moe_ext.moe.step_shares import add_up, nothing_counted
 from litgpt_moe_ext.training.steps.capture import Capture, CudaCapture, Loss, Passes, gradients_set_aside
 from litgpt_moe_ext.training.steps.captured_passes import CapturedPasses, Inputs
 from litgpt_moe_ext.training.steps.graph_check import Reference, ReplayError, side_effects_undone
@@ -99,6 +99,7 @@ class GraphedLoss:
         self._accumulates |= not begins
         if begins:
             self._weights.expire()
+        add_up()  # as a callback may have called the model; no graph would know
         is_warm, sizes = ids_BT.shape in self._warm, self._noted(ids_BT)
         if self._steps == 2:
             return self._watched(ids_BT, targets_BT)

@@ -207,6 +207,23 @@ def test_batches_of_another_shape_and_gradients_of_others(shape):
     assert len(assert_trains_alike(train, shape).captures) == 1
 
 
+def test_forward_passes_of_others_count_once():
+    """As without graphs: in the step that follows, not in every step after a capture."""
+    data = batches(14)
+
+    def train(training):
+        numbers = []
+        for i in range(0, 14, 2):
+            if i in (4, 8):
+                with torch.no_grad():
+                    training.model(data[0][:, :-1])
+            numbers.append(training.step(data[i : i + 2]))
+        return numbers
+
+    graphed = assert_trains_alike(train, GROUPED | GLOBAL, torch.bfloat16, make_capture=Recordings)
+    assert graphed.said == ["CUDA graphs: on, from this step"]
+
+
 def test_a_step_that_is_left_out():
     data = batches(8)
 
