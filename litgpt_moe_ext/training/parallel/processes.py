@@ -85,7 +85,9 @@ def cluster_plugins(processes: Processes | None) -> list[Any]:
 
 def started_by_fabric() -> bool:
     """Whether this process was started by the first process of its run."""
-    return _LAUNCHER_PID in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
+    # The processes of a launcher have a RANK, and may have been started in the environment of an earlier run.
+    by_fabric = _LAUNCHER_PID in os.environ and "RANK" not in os.environ
+    return by_fabric and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def end_together() -> None:

@@ -23,7 +23,7 @@ from litgpt_moe_ext.export.formats import export
 from litgpt_moe_ext.training.checkpoint.io import MappedCheckpointIO
 from litgpt_moe_ext.training.checkpoint.resharding import convert_position
 from litgpt_moe_ext.training.parallel.facts import STRATEGIES
-from litgpt_moe_ext.training.parallel.processes import cluster_plugins, started_processes
+from litgpt_moe_ext.training.parallel.processes import cluster_plugins, started_by_fabric, started_processes
 from litgpt_moe_ext.training.parallel.strategies import make_strategy
 from litgpt_moe_ext.training.settings import DistributedArgs, StrategyName
 from litgpt_moe_ext.training.start import sequences_and_steps_ahead
@@ -289,6 +289,15 @@ class TestStartedProcesses:
         assert [type(plugin) for plugin in cluster_plugins(started_processes(self.HAND))] == [TorchElasticEnvironment]
         assert cluster_plugins(started_processes({**self.HAND, "TORCHELASTIC_RUN_ID": "1"})) == []
         assert cluster_plugins(None) == []
+
+    def test_who_looks_after_a_process(self, monkeypatch):
+        """Torchrun after its own ones, also where a run before has left its number in the environment."""
+        monkeypatch.setenv("LITGPT_MOE_EXT_LAUNCHER_PID", "1")
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        monkeypatch.delenv("RANK", raising=False)
+        assert started_by_fabric()
+        monkeypatch.setenv("RANK", "1")
+        assert not started_by_fabric()
 
     def test_contradictions(self):
         with pytest.raises(ValueError, match="MASTER_PORT"):
