@@ -197,11 +197,16 @@ def extend_model_forward(model: ModuleType) -> None:
 
 
 def allow_any_length(model: ModuleType) -> None:
-    """Let a model with a streaming cache be told of a text longer than its context."""
+    """Let a model with a streaming cache be told of a text longer than its context, and say that others cannot."""
     original = model.GPT.max_seq_length
 
     def set_max_seq_length(self: Any, value: int) -> None:
         streams = getattr(self.config, "streaming_cache_window", None) is not None
+        if not streams and value > self.config.block_size and uses_plugin(self.config):
+            raise SettingsError(
+                f"max_seq_length: {value} tokens are more than the model's block_size: {self.config.block_size}; give "
+                "a shorter prompt or fewer --max_new_tokens, in a training a smaller --train.max_seq_length"
+            )
         original.fset(self, min(value, self.config.block_size) if streams else value)
         self._max_seq_length = value
 

@@ -110,7 +110,8 @@ SEAMS = (
         _NEVER, model.extend_model_forward,
     ),
     Seam(
-        "litgpt.model", "GPT.max_seq_length", "wrap", "Any length for models with a streaming cache.",
+        "litgpt.model", "GPT.max_seq_length", "wrap",
+        "Any length for models with a streaming cache, one line at others.",
         _NEVER, model.allow_any_length,
     ),
     Seam(

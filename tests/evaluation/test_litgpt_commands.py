@@ -23,6 +23,7 @@ import torch
 from litgpt import GPT, LLM
 
 from litgpt_moe_ext.cli.main import main
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.litgpt_evaluate import EvaluateSettings, evaluate_checkpoint
 from litgpt_moe_ext.evaluation.loading import load_model, load_tokenizer
 from tests.evaluation.conftest import VOCABULARY_SIZE, write_checkpoint, write_tokenizer
@@ -117,6 +118,18 @@ def test_generate(name, request, capsys):
     folder = request.getfixturevalue(name)
     litgpt.generate.base.main(folder, PROMPT, num_samples=2, **GREEDY)
     assert capsys.readouterr().out.count(PROMPT + expected_text(folder)) == 2
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_text_beyond_the_context_is_refused_in_a_line(command, documents_dir, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda _: PROMPT)
+    generate = (
+        functools.partial(litgpt.generate.base.main, prompt=PROMPT) if command == "generate" else litgpt.chat.base.main
+    )
+    with pytest.raises(
+        SettingsError, match=r"^max_seq_length: 2\d\d tokens are more than the model's block_size: 128; "
+    ):
+        generate(documents_dir, **{**GREEDY, "max_new_tokens": 200})
 
 
 @pytest.mark.parametrize("name", FOLDERS)
