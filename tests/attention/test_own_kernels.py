@@ -40,11 +40,13 @@ def kernel(**changes) -> AttentionKernel:
             "dtypes has torch.float32; known are bfloat16, float16, float32, float64",
         ),
         (kernel(dtypes={"float32"}), "dtypes must be a mapping to the lowest capability"),
+        (kernel(dtypes=None), "dtypes must be a mapping to the lowest capability"),
         (
             kernel(abilities=frozenset({"gradients"})),
             "abilities has 'gradients'; known are documents, dropout, gradient",
         ),
         (kernel(abilities=["gradient"]), "abilities a frozenset"),
+        (kernel(abilities=None), "abilities a frozenset"),
         (kernel(functions=None), "functions is None, which has no forward"),
         (kernel(functions=SimpleNamespace(forward=print)), "which has no backward"),
     ],
@@ -81,6 +83,7 @@ def test_what_is_a_result_is_taken():
     ("changed", "message"),
     [
         (lambda r: tuple(r), "'mine': forward returns a tuple, not a Result"),
+        (lambda r: r._replace(lse_BHT=None), "forward returns lse_BHT None, which is no tensor"),
         (lambda r: r._replace(out_BHTd=r.out_BHTd.mT), r"out_BHTd of shape \(1, 4, 4, 20\) .* not \(1, 4, 20, 4\)"),
         (lambda r: r._replace(out_BHTd=r.out_BHTd.half()), r"out_BHTd .* in torch.float16, not .* in torch.float32"),
         (lambda r: r._replace(lse_BHT=r.lse_BHT[..., None]), r"lse_BHT of shape \(1, 4, 20, 1\)"),

@@ -169,6 +169,8 @@ MINE = ExpertBackend("mine", loop_experts, works)
         ((ExpertBackend("mine", "loop_experts", works),), "'mine': function is 'loop_experts'; it must be a function"),
         ((ExpertBackend("mine", loop_experts, None),), "'mine': obstacle is None; it must be a function"),
         ((MINE, Preference("mine")), "'mine': backends is 'mine'; it must be a tuple of names of loop,"),
+        ((MINE, Preference(5)), "'mine': backends is 5; it must be a tuple of names of loop,"),
+        ((MINE, Preference((["mine"],))), r"backends is \(\['mine'\],\); it must be a tuple of names of loop,"),
         ((MINE, Preference(("mine", "lop"))), "it must be a tuple of names of loop, .*, mine"),
         ((MINE, ("mine",)), "'mine': .* must be an instance of Preference"),
     ],

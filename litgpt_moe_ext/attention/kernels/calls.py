@@ -73,6 +73,8 @@ def check_result(kernel: str, result: object, inputs: Inputs) -> None:
     expected = {"out_BHTd": (q_BHTd.shape, q_BHTd.dtype), "lse_BHT": (q_BHTd.shape[:-1], summed)}
     for name, (shape, dtype) in expected.items():
         values = getattr(result, name)
+        if not isinstance(values, Tensor):
+            raise TypeError(f"attention kernel {kernel!r}: forward returns {name} {values!r}, which is no tensor")
         if values.shape != shape or values.dtype != dtype:
             raise ValueError(
                 f"attention kernel {kernel!r}: forward returns {name} of shape {tuple(values.shape)} in "

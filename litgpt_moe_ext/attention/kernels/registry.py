@@ -185,12 +185,12 @@ def register_kernel(kernel: AttentionKernel, before: str = EAGER) -> None:
 
 def _refuse_unusable(kernel: AttentionKernel) -> None:
     # What is misspelt would be a kernel that is never chosen.
+    if not isinstance(kernel.dtypes, Mapping) or not isinstance(kernel.abilities, frozenset):
+        raise ValueError(f"{kernel.name!r}: dtypes must be a mapping to the lowest capability, abilities a frozenset")
     known = {"dtypes": _DTYPES, "abilities": _EVERYTHING}
     for field, names in known.items():
         if unknown := [name for name in getattr(kernel, field) if name not in names]:
             raise ValueError(f"{kernel.name!r}: {field} has {unknown[0]!r}; known are {', '.join(sorted(names))}")
-    if not isinstance(kernel.dtypes, Mapping) or not isinstance(kernel.abilities, frozenset):
-        raise ValueError(f"{kernel.name!r}: dtypes must be a mapping to the lowest capability, abilities a frozenset")
     functions = ("forward", "backward") if "gradient" in kernel.abilities else ("forward",)
     for function in () if isinstance(kernel.functions, str) else functions:
         if not callable(getattr(kernel.functions, function, None)):

@@ -173,8 +173,8 @@ def register_backend(backend: ExpertBackend, *preferences: Preference) -> None:
     for preference in preferences:
         require(name, preference, Preference)
         known = [*BACKENDS, name]
-        if isinstance(preference.backends, str) or not set(preference.backends) <= set(known):
-            given = preference.backends
+        given = preference.backends
+        if not isinstance(given, (tuple, list)) or any(each not in known for each in given):
             raise ValueError(f"{name!r}: backends is {given!r}; it must be a tuple of names of {', '.join(known)}")
     if name not in BACKENDS:
         EXPERT_BACKENDS.append(name)
