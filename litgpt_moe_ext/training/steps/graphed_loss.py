@@ -137,6 +137,8 @@ class GraphedLoss:
     def _eager(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
         if not self._used:
             return self._loss(ids_BT, targets_BT)
+        # It may be the first of a step that does not look like one, because a leaf has kept its gradient.
+        self._weights.expire()
         loss = self._loss(ids_BT, targets_BT)
         return self._result(loss.detach(), loss.backward)
 

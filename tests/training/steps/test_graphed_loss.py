@@ -207,6 +207,18 @@ def test_batches_of_another_shape_and_gradients_of_others(shape):
     assert len(assert_trains_alike(train, shape).captures) == 1
 
 
+def test_casts_are_new_in_a_step_that_begins_with_a_gradient_and_another_shape():
+    small, other = batches(6), batches(1, rows=1, length=9)
+
+    def train(training):
+        for batch in small[:5]:
+            training.step([batch])
+        training.model.lm_head.weight.grad = torch.ones_like(training.model.lm_head.weight)
+        return training.step([other[0], small[5]])
+
+    assert_trains_alike(train, GROUPED, torch.bfloat16)
+
+
 def test_forward_passes_of_others_count_once():
     """As without graphs: in the step that follows, not in every step after a capture."""
     data = batches(14)
