@@ -63,8 +63,7 @@ from litgpt_moe_ext.moe.kernels.plan import Outer, plan_of  # noqa: E402
 from litgpt_moe_ext.moe.layer import SharedExpertMoE  # noqa: E402
 from litgpt_moe_ext.rows import Rows  # noqa: E402
 from litgpt_moe_ext.training.callbacks.telemetry import peak_flops  # noqa: E402
-from litgpt_moe_ext.training.optim.parameter_groups import group_parameters  # noqa: E402
-from litgpt_moe_ext.training.settings import ParameterGroupArgs  # noqa: E402
+from litgpt_moe_ext.training.optim.largest_first import step_largest_first  # noqa: E402
 from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss  # noqa: E402
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -594,9 +593,8 @@ class Trainee:
             self.loss = GraphedLoss(self.plain_loss, model, careful=True, say=partial(note_if_off, bench))
             if how == "graphs, unshared":
                 self.loss.sharing = contextlib.nullcontext
-        # In the order of training's groups, which decides what a launch has to do.
-        groups = group_parameters(model, ParameterGroupArgs())
-        self.optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        step_largest_first(self.optimizer)
 
         # The first steps run as they are, then passes are captured.
         for _ in range(3 if graphs else 0):

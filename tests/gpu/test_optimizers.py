@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from litgpt_moe_ext.training.optim.muon import MuonAdamW
+from litgpt_moe_ext.training.optim.optimization import Optimization
+from litgpt_moe_ext.training.settings import ParameterGroupArgs, ScheduleArgs
 from tests.gpu.card import no_waits
 
 pytestmark = pytest.mark.gpu
@@ -47,3 +49,19 @@ def test_a_step_waits_for_nothing(device):
     optimizer.step()  # makes the states
     with no_waits(device):
         optimizer.step()
+
+
+@pytest.mark.parametrize("path", ["torch.optim.AdamW", "litgpt_moe_ext.training.optim.muon.MuonAdamW"])
+def test_the_largest_are_stepped_first_on_a_card(device, path):
+    """Where a launch of small ones is a short one; on a CPU nothing is gained."""
+    model, seen = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 9)).to(device), []
+    optimization = Optimization(ScheduleArgs(), ParameterGroupArgs(no_weight_decay=[]), scaled=False)
+    optimization.on_after_setup(None, model)
+    optimizer = optimization.make_optimizer({"class_path": path, "init_args": {"lr": 0.1}}, None)
+    own = [list(group["params"]) for group in optimizer.param_groups]
+    optimizer.register_step_post_hook(lambda *_: seen.extend(list(group["params"]) for group in optimizer.param_groups))
+    optimizer.step()
+    sizes = [[parameter.numel() for parameter in parameters] for parameters in own]
+    expected = [sorted(group, reverse=True) if device.type == "cuda" else group for group in sizes]
+    assert [[parameter.numel() for parameter in parameters] for parameters in seen] == expected
+    assert [group["params"] for group in optimizer.param_groups] == own

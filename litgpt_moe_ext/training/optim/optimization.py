@@ -9,12 +9,8 @@ from litgpt.utils import instantiate_torch_optimizer
 from litgpt_moe_ext.host.without_compiler import step_without_compiler
 from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.optim.arguments import fuses_on_shards, in_full, is_muon
-from litgpt_moe_ext.training.optim.parameter_groups import (
-    group_parameters,
-    require_own_states,
-    scale_rates,
-    with_own_kernels,
-)
+from litgpt_moe_ext.training.optim.largest_first import step_largest_first
+from litgpt_moe_ext.training.optim.parameter_groups import group_parameters, scale_rates, with_own_kernels
 from litgpt_moe_ext.training.optim.schedules import Schedule
 from litgpt_moe_ext.training.optim.shards import is_shard
 from litgpt_moe_ext.training.settings import ParameterGroupArgs, ScheduleArgs
@@ -56,9 +52,10 @@ class Optimization(Callback):
         made = _instantiate(optimizer, groups, **extra)
         step_without_compiler(made)
         made.register_load_state_dict_pre_hook(with_own_kernels)
-        made.register_load_state_dict_post_hook(require_own_states)
         if not self._in_pieces:
             made.register_step_pre_hook(scale_rates)
+            if any(parameter.is_cuda for parameter in self._model.parameters()):
+                step_largest_first(made)
         return made
 
     def _can_fuse(self, optimizer: str | dict) -> bool:

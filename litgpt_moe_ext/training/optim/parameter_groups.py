@@ -1,11 +1,11 @@
 """Sorting a model's parameters into the groups that an optimizer treats alike."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from litgpt_moe_ext.training.settings import ParameterGroupArgs
 
@@ -17,9 +17,6 @@ OF_KERNELS = ("fused", "foreach")
 
 def group_parameters(model: nn.Module, args: ParameterGroupArgs, split_matrices: bool = False) -> list[dict[str, Any]]:
     """Return the parameters of a LitGPT model as an optimizer's `param_groups`, in a reproducible order.
-
-    The largest of a group come first. One launch of a fused optimizer takes 36 tensors and lasts as long as its largest
-    block, of up to 65,536 numbers: a launch of norms and biases alone is a short one.
 
     Args:
         model: The model; wrappers of `torch.compile` and of distributed strategies do not matter.
@@ -39,7 +36,7 @@ def group_parameters(model: nn.Module, args: ParameterGroupArgs, split_matrices:
         members[kind in args.no_weight_decay, factor, parts].append(parameter)
     groups = []
     for (without_decay, factor, parts), parameters in members.items():
-        group: dict[str, Any] = {"params": sorted(parameters, key=torch.numel, reverse=True)}
+        group: dict[str, Any] = {"params": parameters}
         if without_decay:
             group["weight_decay"] = 0.0
         if factor != 1.0:
@@ -62,32 +59,6 @@ def with_own_kernels(optimizer: torch.optim.Optimizer, state: dict[str, Any]) ->
         for own, loaded in zip(optimizer.param_groups, state["param_groups"], strict=True)
     ]
     return {**state, "param_groups": groups}
-
-
-def require_own_states(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError if an optimizer has loaded states that are sorted by other groups; a hook of its loading.
-
-    Optimizers of other packages may keep more than a weight has, such as Shampoo's factors, and are not judged.
-    """
-    if type(optimizer).__module__.partition(".")[0] not in ("torch", "litgpt_moe_ext"):
-        return
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            require_own_state(parameter.numel(), optimizer.state.get(parameter, {}))
-
-
-def require_own_state(size: int, state: Mapping[str, Any]) -> None:
-    """Raise ValueError if a state holds more numbers of some kind than its parameter has.
-
-    Averages have as many, factored ones less. Of states in another order at least one is of a larger parameter.
-
-    Args:
-        size: Number of elements of the parameter.
-        state: What the optimizer keeps for it.
-    """
-    for name, value in state.items():
-        if isinstance(value, Tensor) and value.ndim and value.numel() > size:
-            raise ValueError(f"{name} of the optimizer has {value.numel()} numbers for a weight of {size}")
 
 
 def scale_rates(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:

@@ -1,16 +1,19 @@
 """Parameter groups and Muon."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
 import torch
+from litgpt.utils import instantiate_torch_optimizer
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.optim.arguments import learning_rate_of
+from litgpt_moe_ext.training.optim.largest_first import step_largest_first
 from litgpt_moe_ext.training.optim.muon import MuonAdamW
 from litgpt_moe_ext.training.optim.optimization import Optimization
 from litgpt_moe_ext.training.optim.orthogonal import orthogonalize
-from litgpt_moe_ext.training.optim.parameter_groups import group_parameters, require_own_states, scale_rates
+from litgpt_moe_ext.training.optim.parameter_groups import group_parameters, scale_rates
 from litgpt_moe_ext.training.settings import ParameterGroupArgs, ScheduleArgs
 from tests.models import initialized_model, moe_config
 
@@ -76,31 +79,42 @@ def test_one_group_unless_asked(model):
     assert len(groups[0]["params"]) == len(list(model.parameters()))
 
 
-def test_the_largest_come_first(model):
-    """So that a launch of many small ones is a short one; those of one size stay in the order of the model."""
-    (group,) = group_parameters(model, ParameterGroupArgs())
-    order = {id(parameter): index for index, parameter in enumerate(model.parameters())}
-    found = [(-parameter.numel(), order[id(parameter)]) for parameter in group["params"]]
-    assert found == sorted(found)
-    assert found != sorted(found, key=lambda pair: pair[1])
+@pytest.mark.parametrize("path", ["torch.optim.AdamW", "litgpt_moe_ext.training.optim.muon.MuonAdamW"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_step_can_take_the_largest_first(path, fails):
+    """Outside of it, also if it fails, everything is in the order of the model; and the step is the same."""
+    shapes, steps = [(3,), (4, 5), (2,), (4, 5), (7, 3)], []
+    settings = {"class_path": path, "init_args": {"lr": 0.1}}
+    ordinary, sorted_ = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    optimizers = [instantiate_torch_optimizer(dict(settings), parameters) for parameters in (ordinary, sorted_)]
+    step_largest_first(optimizers[1])
+
+    def note(optimizer, args, kwargs):
+        steps.append([id(parameter) for parameter in optimizer.param_groups[0]["params"]])
+        if fails:
+            raise RuntimeError("out of memory")
+
+    optimizers[1].register_step_post_hook(note)
+    optimizers[1].load_state_dict(optimizers[0].state_dict())  # which replaces the groups
+    for parameters in (ordinary, sorted_):
+        for i, parameter in enumerate(parameters):
+            parameter.grad = torch.full_like(parameter, i - 2.5)
+    optimizers[0].step()
+    with pytest.raises(RuntimeError, match="out of memory") if fails else contextlib.nullcontext():
+        optimizers[1].step()
+    assert steps == [[id(sorted_[i]) for i in (4, 1, 3, 0, 2)]]
+    assert all(one is other for one, other in zip(optimizers[1].param_groups[0]["params"], sorted_, strict=True))
+    torch.testing.assert_close(sorted_, ordinary, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("path", ["torch.optim.AdamW", "torch.optim.Adafactor", "torch.optim.SGD"])
-def test_states_in_another_order_are_refused(model, path):
-    """The number of weights is the same; those whose states are smaller than they are, or as large, load."""
-    settings = {"class_path": path, "init_args": {"lr": 0.1, **({"momentum": 0.9} if path.endswith("SGD") else {})}}
-    optimization = Optimization(ScheduleArgs(), ParameterGroupArgs(), scaled=False)
+def test_on_a_cpu_a_step_takes_the_order_of_the_model(model):
+    """As its gradients are clipped: numbers are those of LitGPT's own optimizer."""
+    optimization, seen = Optimization(ScheduleArgs(), ParameterGroupArgs(), scaled=False), []
     optimization.on_after_setup(SimpleNamespace(device=torch.device("cpu")), model)
-    earlier = torch.optim.AdamW(model.parameters())
-    optimizer, another = (optimization.make_optimizer(settings, None) for _ in range(2))
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    for each in (earlier, optimizer):
-        each.step()
-    model.zero_grad()
-    another.load_state_dict(optimizer.state_dict())
-    with pytest.raises(ValueError, match=r"exp_avg of the optimizer has \d+ numbers for a weight of \d+"):
-        another.load_state_dict(earlier.state_dict())
+    optimizer = optimization.make_optimizer("AdamW", None)
+    optimizer.register_step_post_hook(lambda *_: seen.extend(optimizer.param_groups[0]["params"]))
+    optimizer.step()
+    assert all(one is other for one, other in zip(seen, model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -115,34 +129,6 @@ def test_kernels_stay_those_of_the_run(model, fused):
     assert [(group["fused"], group["foreach"], group["eps"]) for group in optimizer.param_groups] == [
         (fused or None, None, 0.5)
     ]
-
-
-class Factors(torch.optim.Optimizer):
-    """As Shampoo does, it keeps more numbers than a vector has."""
-
-    def __init__(self, params, lr=0.1):
-        super().__init__(params, {"lr": lr})
-
-    def step(self, closure=None):
-        for parameter in self.param_groups[0]["params"]:
-            self.state[parameter]["factor"] = torch.eye(parameter.size(0))
-
-
-def test_states_of_other_packages_may_be_larger(model):
-    (group,) = group_parameters(model, ParameterGroupArgs())
-    optimizer, another = (Factors(group["params"]) for _ in range(2))
-    another.register_load_state_dict_post_hook(require_own_states)
-    optimizer.step()
-    another.load_state_dict(optimizer.state_dict())
-    assert len(another.state) == len(group["params"])
-
-
-def test_weights_without_a_state_are_left_without_one(model):
-    """An optimizer may ask whether a weight has one."""
-    optimizer = torch.optim.AdamW(model.parameters())
-    optimizer.register_load_state_dict_post_hook(require_own_states)
-    optimizer.load_state_dict(optimizer.state_dict())
-    assert not optimizer.state
 
 
 def test_groups(model):

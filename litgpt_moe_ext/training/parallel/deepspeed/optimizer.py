@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from litgpt_moe_ext.moe.balancing import leave_to_caller, update_routers
 from litgpt_moe_ext.moe.metrics import routers_of
-from litgpt_moe_ext.training.optim.parameter_groups import OF_KERNELS, require_own_state, scale_rates
+from litgpt_moe_ext.training.optim.parameter_groups import OF_KERNELS, scale_rates
 from litgpt_moe_ext.training.parallel.deepspeed.shards import FlatShards, SplitShards
 
 
@@ -103,8 +103,6 @@ class ZeroOptimizer:
             }
         parameters = [parameter for members in self._members for parameter in members]
         for parameter, index in zip(parameters, indices, strict=True):
-            # Stage 3 leaves a weight without numbers of its own.
-            require_own_state(getattr(parameter, "ds_numel", parameter.numel()), saved["state"][index])
             for key, value in saved["state"][index].items():
                 if _per_weight(value):
                     self.shards.scatter(parameter, value, key)
