@@ -15,10 +15,13 @@ from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.cli.settings import read_settings
 from litgpt_moe_ext.data.pipeline.shards import write_shard
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.inspect.cost import doctor
 from litgpt_moe_ext.inspect.cost.fit import RUNTIME, Fit, best_fit, find_fits
 from litgpt_moe_ext.inspect.cost.layers import shorten
 from litgpt_moe_ext.inspect.cost.memory import graph_memory, training_memory
+from litgpt_moe_ext.inspect.doctor import room
+from litgpt_moe_ext.inspect.doctor.computing import graphs
+from litgpt_moe_ext.inspect.doctor.examination import examine
+from litgpt_moe_ext.inspect.doctor.installation import links
 from litgpt_moe_ext.inspect.recipes import Recipe, load_recipe
 from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.training.checks import check_writable
@@ -30,7 +33,7 @@ STDLIB = {"class_path": "litgpt_moe_ext.data.PythonStdlib", "init_args": {"vocab
 
 
 def verdicts(settings: dict) -> dict[str, str]:
-    return {finding.topic: finding.verdict for finding in doctor.examine(Recipe(moe_config(), settings))}
+    return {finding.topic: finding.verdict for finding in examine(Recipe(moe_config(), settings))}
 
 
 def test_a_recipe_that_can_run(tmp_path, capsys):
@@ -64,7 +67,7 @@ def test_a_recipe_that_can_run(tmp_path, capsys):
 
 def test_kernels_are_those_that_a_run_announces():
     config = moe_config(attention_class_name="SinkAttention", attention_sinks=False)
-    texts = {finding.topic: finding.text for finding in doctor.examine(Recipe(config, {"precision": "bf16-mixed"}))}
+    texts = {finding.topic: finding.text for finding in examine(Recipe(config, {"precision": "bf16-mixed"}))}
     device = accelerator_here()
     assert texts["experts"].endswith(f" for torch.bfloat16 on {device} (chosen)")
     assert texts["attention"] == f"scaled_dot_product_attention for torch.bfloat16 on {device} (chosen)"
@@ -100,7 +103,7 @@ def test_memory_takes_the_whole_recipe_into_account(monkeypatch):
     config = moe_config(padded_vocab_size=4096, n_layer=6)
 
     def memory(config=config, **settings):
-        findings = doctor.examine(Recipe(config, settings))
+        findings = examine(Recipe(config, settings))
         return next(finding for finding in findings if finding.topic == "memory")
 
     import psutil
@@ -135,10 +138,10 @@ def test_memory_takes_the_whole_recipe_into_account(monkeypatch):
 )
 def test_cuda_graphs_are_foretold(monkeypatch, settings, verdict, text):
     monkeypatch.setattr("litgpt_moe_ext.training.compilation.probe_platform", lambda device_type: None)
-    found = doctor.graphs(Recipe(moe_config(), settings), "cuda")
+    found = graphs(Recipe(moe_config(), settings), "cuda")
     assert found.verdict == verdict
     assert text in found.text
-    assert "this is cpu" in doctor.graphs(Recipe(moe_config(), {"compile": False}), "cpu").text
+    assert "this is cpu" in graphs(Recipe(moe_config(), {"compile": False}), "cpu").text
 
 
 def test_memory_of_cuda_graphs_has_the_weights_in_16_bits():
@@ -158,17 +161,17 @@ def test_memory_of_cuda_graphs_has_the_weights_in_16_bits():
     ],
 )
 def test_strategies_are_named(settings, verdict, text):
-    findings = doctor.examine(Recipe(moe_config(), settings))
+    findings = examine(Recipe(moe_config(), settings))
     found = next(finding for finding in findings if finding.topic == "strategy")
     assert found.verdict == verdict
     assert text in found.text
 
 
 def test_a_full_disk_is_a_problem(monkeypatch):
-    usage = doctor.shutil.disk_usage("/")
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    usage = room.shutil.disk_usage("/")
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     assert verdicts({})["disk"] == "problem"
-    with_average, without = (doctor._disk(Recipe(moe_config(n_embd=512), {"ema": {"decay": d}})) for d in (0.9, None))
+    with_average, without = (room.disk(Recipe(moe_config(n_embd=512), {"ema": {"decay": d}})) for d in (0.9, None))
     sizes = [float(finding.text.split(" GiB")[0].split()[-1]) for finding in (with_average, without)]
     assert sizes[0] / sizes[1] == pytest.approx(4 / 3, rel=0.2)
 
@@ -187,7 +190,7 @@ def test_a_full_disk_is_a_problem(monkeypatch):
 def test_a_checkpoint_has_the_type_of_its_weights(monkeypatch, settings, bytes_each):
     """The parameters, what the optimizer keeps of them, and their average in float32."""
     config = moe_config(n_embd=512)
-    text = doctor._disk(Recipe(config, {"precision": "32-true"} | settings)).text
+    text = room.disk(Recipe(config, {"precision": "32-true"} | settings)).text
     expected = bytes_each * count_parameters(config).total / 2**30
     assert f"takes about {expected:.2f} GiB" in text
 
@@ -204,11 +207,11 @@ def test_the_exit_status_tells(tmp_path, capsys):
 def test_places_that_take_no_files_are_problems(tmp_path):
     data = {"class_path": "litgpt_moe_ext.data.TextCorpus", "init_args": {"data_path": "/proc/data"}}
     settings = {"out_dir": "/proc/out", "data": data}
-    found = {finding.topic: finding for finding in doctor.examine(Recipe(moe_config(), settings))}
+    found = {finding.topic: finding for finding in examine(Recipe(moe_config(), settings))}
     assert "data_path: '/proc/data' must be a folder in which the data can be prepared" in found["data"].text
     assert "out_dir: '/proc/out' must be a directory in which directories can be made" in found["out_dir"].text
     assert found["data"].verdict == found["out_dir"].verdict == "problem"
-    of_a_run = doctor.examine(Recipe(moe_config(), settings, checkpoint=tmp_path))  # which may be another machine's
+    of_a_run = examine(Recipe(moe_config(), settings, checkpoint=tmp_path))  # which may be another machine's
     assert {"out_dir", "data"} & {finding.topic for finding in of_a_run if finding.verdict == "problem"} == set()
 
 
@@ -227,7 +230,7 @@ def test_a_link_to_nothing_is_no_place_for_files(target, tmp_path, monkeypatch, 
     (tmp_path / "link").symlink_to(target)
     data = {"class_path": "litgpt_moe_ext.data.TextCorpus", "init_args": {"data_path": "link/data"}}
     settings = {"out_dir": "link", "data": data}
-    found = {finding.topic: finding for finding in doctor.examine(Recipe(moe_config(), settings))}
+    found = {finding.topic: finding for finding in examine(Recipe(moe_config(), settings))}
     assert "out_dir: 'link' must be a directory in which directories can be made" in found["out_dir"].text
     assert found["data"].verdict == found["out_dir"].verdict == "problem"
     with pytest.raises(SettingsError, match="out_dir: 'link' must be a directory"):  # as a run says
@@ -244,9 +247,7 @@ def test_a_missing_tokenizer_of_the_data_is_not_ok():
 
 def test_a_broken_tokenizer_is_a_finding(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
-    found = next(
-        f for f in doctor.examine(Recipe(moe_config(), {"tokenizer_dir": str(tmp_path)})) if f.topic == "tokenizer"
-    )
+    found = next(f for f in examine(Recipe(moe_config(), {"tokenizer_dir": str(tmp_path)})) if f.topic == "tokenizer")
     assert found.verdict == "problem"
     assert "cannot be opened" in found.text
 
@@ -459,11 +460,11 @@ def test_files_of_documents_are_found_and_not_read(tmp_path, capsys, mixed):
 
 
 def test_connections_of_gpus_are_explained():
-    found = doctor.links("\tGPU0\tGPU1\nGPU0\t X \tSYS\nGPU1\tSYS\t X \n")
+    found = links("\tGPU0\tGPU1\nGPU0\t X \tSYS\nGPU1\tSYS\t X \n")
     assert [finding.topic for finding in found] == ["links"] * len(found)
     assert any("talk through the interconnect between two CPUs" in finding.text for finding in found)
     assert any("NCCL_P2P_LEVEL=PHB" in finding.text for finding in found)
-    assert doctor.links(None) == []
+    assert links(None) == []
 
 
 @pytest.mark.parametrize("command", ["doctor", "model-card"])

@@ -38,7 +38,7 @@ class Doctor:
         from rich.console import Console
         from rich.markup import escape
 
-        from litgpt_moe_ext.inspect.cost.doctor import examine
+        from litgpt_moe_ext.inspect.doctor.examination import examine
         from litgpt_moe_ext.inspect.recipes import load_recipe
 
         if self.memory is not None and self.memory > _MOST_MEMORY:

@@ -1,0 +1,117 @@
+"""How a recipe would be computed: compiler, kernels, number format, processes."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, cast
+
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.inspect.doctor.finding import Finding
+from litgpt_moe_ext.inspect.doctor.run_here import compiles, computing, processes
+from litgpt_moe_ext.inspect.recipes import Recipe
+from litgpt_moe_ext.wording import counted
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.training.settings import StrategyName
+
+
+def compiling(recipe: Recipe) -> Finding:
+    """Return whether a run would be compiled."""
+    from litgpt_moe_ext.training.compilation import decide, obstacle, probe_platform
+    from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
+
+    found, setting = probe_platform(accelerator_here()), recipe.settings.get("compile", "auto")
+    if setting is True and (reason := obstacle(found)):
+        return Finding("compile", "problem", f"compile: true cannot work here: {reason}; set compile: auto")
+    return Finding("compile", "good", str(decide(setting, recipe.config, found)))
+
+
+def kernels(recipe: Recipe) -> Iterator[Finding]:
+    """Yield what a run of the recipe would say about its kernels, or what it would refuse."""
+    from litgpt_moe_ext.attention.kernels.registry import EAGER
+    from litgpt_moe_ext.meta.models import meta_model
+    from litgpt_moe_ext.training.callbacks.kernel_report import attention_line, experts_line
+
+    device, dtype, autocast = computing(recipe)
+    model, compiled = meta_model(recipe.config).to(dtype), compiles(recipe, device.type)
+    lines = {
+        "experts": (lambda: experts_line(model, device, compiled), "loop", "LitGPT's own layers"),
+        "attention": (lambda: attention_line(model, device), EAGER, "LitGPT's own"),
+    }
+    for topic, (line_of, slowest, none) in lines.items():
+        try:
+            with autocast:
+                line = line_of()
+        except SettingsError as error:
+            yield Finding(topic, "problem", str(error))
+            continue
+        text = none if line is None else line.removeprefix(f"{topic}: ")
+        yield Finding(topic, "note" if text.startswith(slowest) else "good", text)
+
+
+def precision(wanted: str | None) -> Finding:
+    """Return whether this device has the number format of a recipe.
+
+    Args:
+        wanted: Its `precision`.
+    """
+    import torch
+
+    from litgpt_moe_ext.training.parallel.accelerator import default_precision
+
+    cuda = torch.cuda.is_available()
+    usable = ["32-true", "16-mixed"]
+    if not cuda or default_precision("cuda") == "bf16-mixed":
+        usable += ["bf16-mixed", "bf16-true"]
+    if wanted is not None and wanted not in usable:
+        return Finding(
+            "precision", "problem", f"precision: {wanted} does not work on this device; use one of {', '.join(usable)}"
+        )
+    slow = not cuda and not torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX"))
+    if slow and wanted is not None and wanted.startswith("bf16"):
+        return Finding("precision", "note", f"precision: {wanted} is slow on a CPU without AVX-512; 32-true is faster")
+    return Finding("precision", "good", f"{wanted or 'chosen by the device'}; usable: {', '.join(usable)}")
+
+
+def strategy(recipe: Recipe) -> Finding:
+    """Return how processes would share the work, or why they cannot here."""
+    import torch
+
+    from litgpt_moe_ext.training.checks import check_strategy, single_process_note
+    from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
+    from litgpt_moe_ext.training.settings import DistributedArgs
+
+    per_node, nodes = processes(recipe), recipe.num_nodes
+    try:
+        args = DistributedArgs(**(recipe.settings.get("distributed") or {}))
+        check_strategy(recipe.strategy, args, accelerator_here())
+    except (TypeError, ValueError, ImportError) as error:
+        return Finding("strategy", "problem", str(error))
+    if torch.cuda.is_available() and per_node > torch.cuda.device_count():
+        text = f"devices: {per_node}, but torch can use {counted(torch.cuda.device_count(), 'GPU')} here"
+        return Finding("strategy", "problem", f"{text}; set devices: auto")
+    if note := single_process_note(cast("StrategyName", recipe.strategy), per_node * nodes, args):
+        return Finding("strategy", "note", note)
+    name = "ddp" if recipe.strategy == "auto" and per_node * nodes > 1 else recipe.strategy
+    count = counted(per_node, "process") + (f" on each of {nodes} nodes" if nodes > 1 else "")
+    return Finding("strategy", "good", f"{name}, {count}")
+
+
+def graphs(recipe: Recipe, device_type: str) -> Finding:
+    """Return whether passes will run as CUDA graphs.
+
+    Args:
+        recipe: The recipe.
+        device_type: Where it runs.
+    """
+    from litgpt_moe_ext.training.parallel.facts import STRATEGIES
+    from litgpt_moe_ext.training.steps.cuda_graphs import Conditions, decide
+
+    facts = STRATEGIES.get(recipe.strategy, STRATEGIES["auto"])  # an unknown one is a problem of its own
+    world_size = processes(recipe) * recipe.num_nodes
+    checkpointing = recipe.memory_savers["activation_checkpointing"]
+    compiled = compiles(recipe, device_type)
+    conditions = Conditions(device_type, facts, world_size, compiled, checkpointing, recipe.config)
+    try:
+        decision = decide(recipe.settings.get("cuda_graphs", "auto"), conditions)
+    except SettingsError as error:
+        return Finding("CUDA graphs", "problem", str(error))
+    return Finding("CUDA graphs", "good", str(decision).removeprefix("CUDA graphs: "))

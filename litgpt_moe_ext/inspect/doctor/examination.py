@@ -1,0 +1,51 @@
+"""All that the doctor looks at, in the order of its page."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.inspect.doctor import computing, installation, places, room
+from litgpt_moe_ext.inspect.doctor.finding import Finding
+from litgpt_moe_ext.inspect.doctor.settings import settings_together, unread
+from litgpt_moe_ext.inspect.recipes import Recipe
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.training.settings import Settings
+
+
+def examine(recipe: Recipe | None, settings: "Settings | SettingsError | None" = None) -> list[Finding]:
+    """Look at the installation, and at what a recipe asks of it.
+
+    Args:
+        recipe: The recipe; None looks at the installation alone.
+        settings: The same as a run reads it, for the checks with which it begins, or what the run would say.
+    """
+    findings = [*installation.versions(), *installation.devices(), *installation.links_here()]
+    if recipe is None:
+        return [*findings, installation.compiler(), *installation.kernels(), computing.precision(None)]
+    of_recipe: dict[str, Finding] = {}
+    for finding in _of_recipe(recipe, settings):
+        # A kernel that is not there is in the way of counting memory as well.
+        of_recipe.setdefault(finding.text, finding)
+    return [*findings, *of_recipe.values()]
+
+
+def _of_recipe(recipe: Recipe, settings: "Settings | SettingsError | None") -> Iterator[Finding]:
+    from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
+
+    yield computing.compiling(recipe)
+    yield from computing.kernels(recipe)
+    yield computing.precision(recipe.precision)
+    if recipe.checkpoint:
+        yield unread(recipe.checkpoint)
+    of_settings = [] if settings is None else list(settings_together(recipe, settings))
+    yield from of_settings
+    yield computing.strategy(recipe)
+    yield computing.graphs(recipe, accelerator_here())
+    yield from room.memory(recipe)
+    of_data = places.data(recipe)
+    yield of_data
+    yield from places.tokenizer(recipe, [*of_settings, of_data])
+    if not recipe.checkpoint:
+        yield from places.out_dir(recipe)
+    yield room.disk(recipe)

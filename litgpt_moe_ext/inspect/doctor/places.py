@@ -1,0 +1,91 @@
+"""The places that a recipe names: those of the data and the tokenizer, and where a run would write."""
+
+import importlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.files.durable import refusal
+from litgpt_moe_ext.inspect.doctor.finding import Finding
+from litgpt_moe_ext.inspect.recipes import Recipe
+from litgpt_moe_ext.recipe_files import is_trusted
+
+
+def data(recipe: Recipe) -> Finding:
+    """Return whether the data are there, or can be prepared."""
+    from litgpt_moe_ext.data import import_path
+
+    data = recipe.settings.get("data")
+    if not data:
+        return Finding("data", "note", "the recipe names none; LitGPT's default is TinyLlama, which must be there")
+    class_path = import_path(data if isinstance(data, str) else data.get("class_path", ""))
+    if recipe.checkpoint and not is_trusted(class_path):
+        return Finding("data", "note", f"{class_path}, which is not imported for a checkpoint")
+    module, _, name = class_path.rpartition(".")
+    try:
+        made = getattr(importlib.import_module(module or "litgpt.data"), name)
+    except (ImportError, AttributeError) as error:
+        return Finding("data", "problem", f"data.class_path: {class_path!r} cannot be imported: {error}")
+    arguments = {} if isinstance(data, str) else data.get("init_args") or {}
+    # Whatever is no text is a problem of the settings.
+    arguments = {name: value for name, value in arguments.items() if isinstance(value, str)}
+    for name in ("source_path", "tokenizer_dir"):
+        if (source := arguments.get(name)) is not None and not Path(source).exists():
+            return Finding("data", "problem", f"data.init_args.{name}: {source!r} must exist")
+    path = arguments.get("data_path")
+    if path is not None and not (Path(path).is_dir() and any(Path(path).iterdir())):
+        if hasattr(made, "find_shards"):
+            return Finding("data", "problem", f"data.init_args.data_path: {path!r} must be a folder of token shards")
+        if not recipe.checkpoint and (reason := refusal(existing(Path(path)))) is not None:
+            text = f"data.init_args.data_path: {path!r} must be a folder in which the data can be prepared ({reason})"
+            return Finding("data", "problem", text)
+        return Finding("data", "note", f"{class_path}; nothing in {path!r} yet, the run will prepare it")
+    return Finding("data", "good", class_path + (f" in {path!r}" if path is not None else ""))
+
+
+def tokenizer(recipe: Recipe, found: Sequence[Finding]) -> Iterator[Finding]:
+    """Yield whether the tokenizer opens and fits the model.
+
+    Args:
+        recipe: The recipe.
+        found: About its settings and its data, which may have a tokenizer of their own.
+    """
+    from litgpt_moe_ext.training.checks import open_tokenizer
+
+    directory = recipe.settings.get("tokenizer_dir")
+    if directory is None:
+        # It may be what the settings or the data have a problem with.
+        if not any(finding.verdict == "problem" and finding.topic in ("settings", "data") for finding in found):
+            yield Finding("tokenizer", "good", "that of the data, if they have one")
+    elif Path(directory).is_dir():  # or else the settings have a problem
+        try:
+            open_tokenizer(Path(directory), recipe.config.padded_vocab_size or 0)
+        except (OSError, ValueError) as error:
+            yield Finding("tokenizer", "problem", str(error))
+        else:
+            yield Finding("tokenizer", "good", f"{directory} opens and fits the vocabulary")
+
+
+def out_dir(recipe: Recipe) -> Iterator[Finding]:
+    """Yield what keeps a run from writing where the recipe wants it to."""
+    from litgpt_moe_ext.training.checks import check_own
+
+    out_dir = out_dir_of(recipe)
+    try:
+        check_own(out_dir)
+    except SettingsError as error:
+        yield Finding("out_dir", "problem", str(error))
+    if (reason := refusal(existing(out_dir))) is not None:
+        text = f"out_dir: {str(out_dir)!r} must be a directory in which directories can be made ({reason})"
+        yield Finding("out_dir", "problem", f"{text}; choose another --out_dir")
+
+
+def existing(path: Path, is_there: Callable[[Path], bool] = os.path.lexists) -> Path:
+    """Return a path, or if nothing is there, not even a link to nothing, the innermost folder on the way to it."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if is_there(place))
+
+
+def out_dir_of(recipe: Recipe) -> Path:
+    """Return where a run of the recipe writes."""
+    return Path(recipe.settings.get("out_dir") or "out/pretrain")

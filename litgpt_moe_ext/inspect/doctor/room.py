@@ -1,0 +1,85 @@
+"""Whether a run has room in memory and on the disk."""
+
+import os
+import shutil
+from collections.abc import Iterator
+
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.inspect.doctor.finding import Finding
+from litgpt_moe_ext.inspect.doctor.places import existing, out_dir_of
+from litgpt_moe_ext.inspect.doctor.run_here import computing, holds_whole_model, processes
+from litgpt_moe_ext.inspect.recipes import Recipe
+
+
+def memory(recipe: Recipe) -> Iterator[Finding]:
+    """Yield whether a training step fits into memory, or what keeps it from being counted."""
+    import psutil
+    import torch
+
+    from litgpt_moe_ext.inspect.cost.layers import shorten
+    from litgpt_moe_ext.inspect.cost.memory import PRECISIONS, graph_memory, training_memory
+    from litgpt_moe_ext.inspect.cost.sharding import block_sizes, process_memory
+    from litgpt_moe_ext.training.parallel.accelerator import accelerator_here, default_precision
+
+    cuda = torch.cuda.is_available()
+    precision = recipe.precision or default_precision(accelerator_here())
+    if precision not in PRECISIONS or recipe.sequence_length > recipe.config.block_size:
+        return  # problems of their own
+    per_node = processes(recipe)
+    knobs = recipe.settings.get("distributed") or {}
+    offload = bool(knobs.get("cpu_offload") or knobs.get("offload_optimizer"))
+    try:
+        short = shorten(recipe.config)
+        whole = training_memory(short, recipe.step(precision))
+        sizes = block_sizes(short, PRECISIONS[precision][0].itemsize)
+        one = process_memory(whole, sizes, recipe.strategy, per_node, recipe.num_nodes, offload)
+    except (ImportError, ValueError) as error:
+        yield Finding("memory", "problem", str(error))
+        return
+    # On a CPU all processes of a node share one memory.
+    needed = one.total - one.host if cuda else per_node * one.total
+    free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
+    among = " on each GPU" if cuda and per_node > 1 else f" in {per_node} processes" if per_node > 1 else ""
+    text = f"training in {precision} takes about {needed / 2**30:.2f} GiB of tensors{among}"
+    text += f", {free / 2**30:.1f} GiB are free"
+    if cuda and per_node * recipe.num_nodes == 1:
+        text += f"; CUDA graphs, where tried, want {graph_memory(short, whole, precision) / 2**30:.2f} more"
+    if needed > free:
+        yield Finding("memory", "problem", f"{text}; {'; '.join(_remedies(recipe, cuda))}")
+    else:
+        yield Finding("memory", "good", text)
+
+
+def _remedies(recipe: Recipe, cuda: bool) -> Iterator[str]:
+    from litgpt_moe_ext.inspect.cost.memory import fusing_choices
+
+    savers = recipe.memory_savers
+    yield f"lower train.micro_batch_size ({recipe.micro_batch_size})"
+    if savers["activation_checkpointing"] != "full":
+        yield f"set activation_checkpointing ({savers['activation_checkpointing']}) to full"
+    whole = holds_whole_model(recipe)
+    if whole and not savers["fused_cross_entropy"] and True in fusing_choices(recipe.config):
+        yield "set fused_cross_entropy to true"
+    if cuda and whole:
+        yield "share the model among several GPUs with strategy: fsdp2"
+
+
+def disk(recipe: Recipe) -> Finding:
+    """Return whether two training checkpoints fit on the disk."""
+    from litgpt_moe_ext.inspect.cost.memory import state_ratio
+    from litgpt_moe_ext.model_size import count_parameters
+
+    place = existing(out_dir_of(recipe), os.path.exists)
+    free = shutil.disk_usage(place).free
+    _, dtype, _ = computing(recipe)
+    try:
+        remembered = state_ratio(recipe.optimizer, dtype)
+    except SettingsError:  # a problem of its own
+        remembered = 2
+    # Parameters and what the optimizer remembers of each, and an average of the weights in float32.
+    size = dtype.itemsize * (1 + remembered) + (4 if recipe.averages else 0)
+    checkpoint = size * count_parameters(recipe.config, recipe.tie_embeddings).total
+    text = f"a training checkpoint takes about {checkpoint / 2**30:.2f} GiB, {free / 2**30:.1f} GiB are free in {place}"
+    if free < 2 * checkpoint:
+        return Finding("disk", "problem", f"{text}; two must fit, since one is written before another goes")
+    return Finding("disk", "good", text)

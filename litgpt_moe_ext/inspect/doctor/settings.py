@@ -1,0 +1,80 @@
+"""What a run would say of the settings of a recipe before it trains, and of what it would start from."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.inspect.doctor.finding import Finding
+from litgpt_moe_ext.inspect.doctor.run_here import compiles, holds_whole_model, processes
+from litgpt_moe_ext.inspect.recipes import Recipe
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.config.types import Config
+    from litgpt_moe_ext.training.plan import Plan
+    from litgpt_moe_ext.training.settings import Settings
+
+
+def unread(checkpoint: Path) -> Finding:
+    """Return why nothing is said of the settings that a checkpoint was trained with."""
+    file = checkpoint / "hyperparameters.yaml"
+    return Finding(
+        "settings", "note", f"a checkpoint's are data, and nothing is made of them; `doctor {file}` does that"
+    )
+
+
+def settings_together(recipe: Recipe, settings: "Settings | SettingsError") -> Iterator[Finding]:
+    """Yield what a run would say of the settings.
+
+    Args:
+        recipe: The recipe.
+        settings: The same as a run reads it, or what the run would say.
+    """
+    from litgpt_moe_ext.config.features import unlearned_routers
+    from litgpt_moe_ext.training.checks import check_batch, check_data, check_whole_model, offers
+    from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
+    from litgpt_moe_ext.training.plan import check_plan
+
+    if isinstance(settings, SettingsError):
+        yield Finding("settings", "problem", str(settings))
+        return
+    try:
+        plan = check_plan(settings)
+        check_batch(recipe.global_batch_size, recipe.micro_batch_size, processes(recipe) * recipe.num_nodes)
+        check_whole_model(plan.settings, holds_whole_model(recipe), compiles(recipe, accelerator_here()))
+        check_data(plan.settings, plan.config)
+        data: Any = plan.settings.data
+        if offers(data, "check_shards") and data.data_path.is_dir():
+            data.check_shards()
+        source = getattr(data, "source_path", None)
+        if offers(data, "check_sources") and (source is None or source.exists()):  # or else the data have a problem
+            data.check_sources()
+    except SettingsError as error:
+        yield Finding("settings", "problem", str(error))
+        return
+    yield Finding("settings", "good", "they go together")
+    if note := unlearned_routers(cast("Config", plan.config)):
+        yield Finding("routers", "note", note)
+    yield from _start(plan)
+
+
+def _start(plan: "Plan") -> Iterator[Finding]:
+    from litgpt_moe_ext.training.start import choose_checkpoint
+
+    initial = plan.settings.initial_checkpoint_dir
+    if plan.settings.resume is False and initial is None:
+        return
+    passed_over: list[str] = []
+    try:
+        found = choose_checkpoint(plan, passed_over.append, read_all=False)
+    except (OSError, SettingsError) as error:
+        yield Finding("start", "problem", str(error))
+        return
+    yield from (Finding("start", "note", line) for line in passed_over)
+    state = "nothing of it is missing, and the start compares its numbers with their checksums"
+    if found is not None:
+        yield Finding("start", "good", f"goes on from {found.parent}: {state}")
+    elif initial is not None:
+        yield Finding("start", "good", f"with the weights of {initial}: {state}")
+    else:
+        yield Finding("start", "good", f"anew: there is nothing to resume in {plan.out_dir}")
