@@ -6,7 +6,7 @@ Imports neither torch nor LitGPT.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from litgpt_moe_ext.config.types import check_field
 from litgpt_moe_ext.errors import refuse_first
@@ -22,9 +22,11 @@ _OPTIONAL_NUMBERS = (
 )
 
 RANGES: dict[str, Any] = {
+    "name": str,
     "n_layer": LayerCount,
     **dict.fromkeys(("block_size", "n_embd", "n_head", "vocab_size", "padding_multiple"), PositiveInt),
     **dict.fromkeys(_OPTIONAL_COUNTS, PositiveInt | None),
+    "norm_class_name": Literal["RMSNorm", "LayerNorm"],
     "norm_eps": Inside,
     "rotary_percentage": UnitInterval,
     **dict.fromkeys(("rope_base", "rope_condense_ratio"), PositiveFloat),

@@ -7,19 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning import Fabric
-from litgpt import GPT, Config, Tokenizer
+from litgpt import GPT, Tokenizer
 
-from litgpt_moe_ext.config.litgpt_fields import check_ranges
 from litgpt_moe_ext.errors import SettingsError, one_line, which_checkpoint
 from litgpt_moe_ext.files.archives import COPY_AGAIN, open_archive, shortened
 from litgpt_moe_ext.files.checksums import problem_with_storages
-from litgpt_moe_ext.host.checkpoints import refuse_unknown_fields
+from litgpt_moe_ext.host.checkpoints import CONFIG_FILE, read_config
 from litgpt_moe_ext.wording import counted
 
 WEIGHTS_FILE = "lit_model.pth"
-CONFIG_FILE = "model_config.yaml"
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")
 
 
@@ -87,34 +84,6 @@ def read_checkpoint(path: Path, setting: str = "checkpoint_dir") -> dict[str, An
     if damage := problem_with_storages(path, _bytes_of_weights(content.get("model", content))):
         raise SettingsError(f"{setting}: in {str(path.parent)!r} {damage}; {COPY_AGAIN}")
     return content
-
-
-def read_config(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> Config:
-    """Return the model that the `model_config.yaml` of a checkpoint describes.
-
-    Args:
-        checkpoint_dir: The directory.
-        setting: Which setting named it, for errors.
-
-    Raises:
-        SettingsError: If it describes none.
-    """
-    file = checkpoint_dir / CONFIG_FILE
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise SettingsError(f"{setting}: {file} cannot be read ({shortened(error)}); {COPY_AGAIN}") from error
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise SettingsError(f"{setting}: {file} holds no model configuration; {COPY_AGAIN}")
-    refuse_unknown_fields(values, f"{setting}: {file}")
-    try:
-        check_ranges(values)
-        return Config.from_file(file)  # which knows the mark of this package
-    except (TypeError, ValueError, AssertionError) as error:  # how LitGPT and this package judge fields and values
-        raise SettingsError(
-            f"{setting}: {file} describes no model that this version knows: {shortened(error)}; upgrade it, or "
-            f"{COPY_AGAIN}"
-        ) from error
 
 
 def load_model(checkpoint_dir: Path, device: torch.device, dtype: torch.dtype | None = None) -> GPT:

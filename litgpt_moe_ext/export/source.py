@@ -6,21 +6,15 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from litgpt_moe_ext.errors import SettingsError, which_checkpoint
-from litgpt_moe_ext.evaluation.loading import (
-    CONFIG_FILE,
-    VOCABULARY_FILES,
-    WEIGHTS_FILE,
-    load_tokenizer,
-    read_checkpoint,
-    read_config,
-)
+from litgpt_moe_ext.evaluation.loading import VOCABULARY_FILES, WEIGHTS_FILE, load_tokenizer, read_checkpoint
 from litgpt_moe_ext.export.hf.tensors import BALANCING_BIAS
+from litgpt_moe_ext.host.checkpoints import CONFIG_FILE, read_config
 from litgpt_moe_ext.meta.models import meta_model
 from litgpt_moe_ext.moe.expert_layouts import stack_experts
 
@@ -123,7 +117,7 @@ def read_source(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> Source
         if not os.path.isfile(checkpoint_dir / name):  # which `Path.is_file` raises for, where it may not look
             hint = which_checkpoint(checkpoint_dir, WEIGHTS_FILE)
             raise SettingsError(f"{setting}: {str(checkpoint_dir)!r} has no {name}{hint}")
-    config = cast("Config", read_config(checkpoint_dir, setting))
+    config = read_config(checkpoint_dir, setting)
     content = read_checkpoint(checkpoint_dir / WEIGHTS_FILE, setting)
     run = {key: content[key] for key in ("train_dataloader", "callbacks") if "model" in content and key in content}
     state = content.get("model", content)

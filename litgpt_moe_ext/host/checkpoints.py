@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from litgpt_moe_ext import __version__
 from litgpt_moe_ext.config.fields import uses_plugin
+from litgpt_moe_ext.config.litgpt_fields import check_ranges
 from litgpt_moe_ext.errors import PERHAPS_OF_AN_EXTENSION, SettingsError
 from litgpt_moe_ext.host.config import extend_config, without_unused_fields
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 # that names this package ("unexpected keyword argument '_requires_litgpt_moe_ext'") instead of one about some inner
 # field.
 REQUIRES_MARK = "_requires_litgpt_moe_ext"
+CONFIG_FILE = "model_config.yaml"
 
 
 def add_fields(config: ModuleType) -> None:
@@ -64,6 +66,39 @@ def refuse_unknown_fields(content: dict[str, Any], where: str) -> None:
                 f"{where} has the field {name}, which this version does not know{PERHAPS_OF_AN_EXTENSION}, or else "
                 "upgrade"
             )
+
+
+def read_config(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> "ExtendedConfig":
+    """Return the model that the `model_config.yaml` of a checkpoint describes.
+
+    Args:
+        checkpoint_dir: The directory.
+        setting: Which setting named it, for errors.
+
+    Raises:
+        SettingsError: If it describes none.
+    """
+    import yaml
+    from litgpt.config import Config
+
+    from litgpt_moe_ext.files.archives import COPY_AGAIN, shortened
+
+    file = checkpoint_dir / CONFIG_FILE
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: not UTF-8, or an odd number
+        raise SettingsError(f"{setting}: {file} cannot be read ({shortened(error)}); {COPY_AGAIN}") from error
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise SettingsError(f"{setting}: {file} holds no model configuration; {COPY_AGAIN}")
+    refuse_unknown_fields(values, f"{setting}: {file}")
+    try:
+        check_ranges(values)
+        return cast("ExtendedConfig", Config.from_file(file))  # which knows the mark of this package
+    except (TypeError, ValueError, AssertionError) as error:  # how LitGPT and this package judge fields and values
+        raise SettingsError(
+            f"{setting}: {file} describes no model that this version knows: {shortened(error)}; upgrade it, or "
+            f"{COPY_AGAIN}"
+        ) from error
 
 
 def write_mark(utils: Any) -> None:

@@ -1,6 +1,8 @@
 """A recipe or a checkpoint directory as the settings that can be judged before anything runs."""
 
-from dataclasses import dataclass, field
+import dataclasses
+import inspect
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
@@ -13,11 +15,21 @@ from litgpt_moe_ext.errors import (
     one_line,
     which_checkpoint,
 )
+from litgpt_moe_ext.field_types import checked
 from litgpt_moe_ext.recipe_files import as_data, read_recipe
+from litgpt_moe_ext.training.settings import Section, Settings
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
     from litgpt_moe_ext.inspect.cost.memory import Step
+
+
+# What is read here and by the doctor, in sections whole. LitGPT's other commands have more precisions.
+_READ = (
+    *("train", "eval", "ema", "distributed", "optimizer", "strategy", "devices", "num_nodes", "precision", "compile"),
+    *("cuda_graphs", "activation_checkpointing", "fused_cross_entropy", "tokenizer_dir", "out_dir"),
+)
+_TYPES_ELSEWHERE: dict[str, Any] = {"precision": str}
 
 
 class MemorySavers(TypedDict):
@@ -38,7 +50,7 @@ class Recipe:
     """
 
     config: "Config"
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     checkpoint: Path | None = None
 
     @property
@@ -126,24 +138,28 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         SettingsError: If there is no such file, or it does not describe a model.
     """
+    return _of_checkpoint(path) if path.is_dir() else _of_file(path)
+
+
+def _of_checkpoint(path: Path) -> Recipe:
+    from litgpt_moe_ext.host.checkpoints import CONFIG_FILE, read_config
+
+    if not (path / CONFIG_FILE).is_file():
+        hint = which_checkpoint(path, CONFIG_FILE)
+        raise SettingsError(f"recipe: {str(path)!r} must have a {CONFIG_FILE}{hint}")
+    hyperparameters = path / "hyperparameters.yaml"
+    settings = read_recipe(hyperparameters, "recipe")[0] if hyperparameters.is_file() else {}
+    settings = as_data(settings, hyperparameters)
+    try:
+        _check_types({name: settings.get(name) for name in _READ}, Settings)
+    except SettingsError as error:
+        raise SettingsError(f"{error} ({hyperparameters})") from None
+    return Recipe(read_config(path, "recipe"), settings, checkpoint=path)
+
+
+def _of_file(path: Path) -> Recipe:
     from litgpt import Config as LitGPTConfig
 
-    if path.is_dir():
-        file = path / "model_config.yaml"
-        if not file.is_file():
-            hint = which_checkpoint(path, file.name)
-            raise SettingsError(f"recipe: {str(path)!r} must have a {file.name}{hint}")
-        hyperparameters = path / "hyperparameters.yaml"
-        settings = read_recipe(hyperparameters, "recipe")[0] if hyperparameters.is_file() else {}
-        settings = as_data(settings, hyperparameters)
-        model, _ = read_recipe(file, "recipe")
-        _refuse_unknown(model, file, typed=False)
-        try:
-            check_ranges(model)
-            config = cast("Config", LitGPTConfig.from_file(file))  # which knows the package's mark
-        except (TypeError, ValueError, AssertionError) as error:
-            raise SettingsError(f"recipe: {str(file)!r} must have a valid model_config: {one_line(error)}") from error
-        return Recipe(config, settings, checkpoint=path)
     if not path.is_file():
         hint = did_you_mean_recipe(path) or "; `litgpt-moe init` lists recipes and writes one"
         raise SettingsError(f"recipe: {str(path)!r} must be a recipe (YAML file) or a checkpoint directory{hint}")
@@ -151,7 +167,7 @@ def load_recipe(path: Path) -> Recipe:
     model = settings.get("model_config") or {}
     if not isinstance(model, dict):
         raise SettingsError(f"model_config: {model!r} must be settings, NAME: VALUE ({path})")
-    _refuse_unknown(model, path, typed=True)
+    _refuse_unknown(model, path)
     try:
         if model:
             check_ranges(model)
@@ -163,14 +179,23 @@ def load_recipe(path: Path) -> Recipe:
     raise SettingsError(f"recipe: {str(path)!r} must have model_config or model_name, like those in configs/")
 
 
-def _refuse_unknown(model: dict[str, Any], file: Path, typed: bool) -> None:
-    from litgpt import Config as LitGPTConfig
+def _check_types(settings: dict[str, Any], section: Any) -> None:
+    # What is null, or no setting of a run of this package, is passed over: another program may have written it.
+    for setting in dataclasses.fields(section):
+        value, kind, name = settings.get(setting.name), setting.type, section.name_of(setting.name)
+        if value is None:
+            continue
+        if inspect.isclass(kind) and issubclass(kind, Section):
+            _check_types(checked(name, value, dict), kind)
+        else:
+            checked(name, value, _TYPES_ELSEWHERE.get(name, kind))
 
-    from litgpt_moe_ext.host.checkpoints import REQUIRES_MARK
+
+def _refuse_unknown(model: dict[str, Any], file: Path) -> None:
+    from litgpt import Config as LitGPTConfig
 
     known = LitGPTConfig.__dataclass_fields__
     for name in model:
-        if name not in known and name != REQUIRES_MARK:
-            # What a run has written is not misspelt.
-            hint = (did_you_mean(name, known) if typed else "") or PERHAPS_OF_AN_EXTENSION
+        if name not in known:
+            hint = did_you_mean(name, known) or PERHAPS_OF_AN_EXTENSION
             raise SettingsError(f"model_config.{name}: no setting has this name{hint} ({file})")

@@ -137,8 +137,9 @@ def _checkpoint_dir(directory: Path | None) -> Path | None:
 
 def _full_class_path(optimizer: str | dict) -> str | dict:
     # LitGPT takes short names only where there are no arguments.
-    if isinstance(optimizer, dict) and "." not in optimizer.get("class_path", "."):
-        return {**optimizer, "class_path": f"torch.optim.{optimizer['class_path']}"}
+    path = optimizer.get("class_path") if isinstance(optimizer, dict) else None
+    if isinstance(optimizer, dict) and isinstance(path, str) and "." not in path:
+        return {**optimizer, "class_path": f"torch.optim.{path}"}
     return optimizer
 
 

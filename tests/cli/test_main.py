@@ -125,7 +125,7 @@ def test_every_setting_of_a_command_is_explained(command, capsys):
         (["doctor", "typo.yaml"], "model_config.n_embed: no setting has this name; did you mean n_embd? (typo.yaml)"),
         (["doctor", "extended.yaml"], "model_config.own_sharpness: no setting has this name; if an extension adds it"),
         (["train", "--config", "extended.yaml"], "no setting has this name; if an extension adds it, install the"),
-        (["doctor", "extended"], "model_config.own_sharpness: no setting has this name; if an extension adds it"),
+        (["doctor", "extended"], "own_sharpness, which this version does not know; if an extension adds it, install"),
         (["train", "--config", "quikstart"], "(No such file or directory); did you mean quickstart.yaml?"),
         (["train", "--data.help", "TextCorpu"], "--data.help: TextCorpu must be the import path of a class, or one of"),
         (["train", "--data.help"], "--data.help: needs a class"),

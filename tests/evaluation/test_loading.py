@@ -10,7 +10,8 @@ import torch
 
 from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.evaluation.loading import load_model, read_checkpoint, read_config
+from litgpt_moe_ext.evaluation.loading import load_model, read_checkpoint
+from litgpt_moe_ext.host.checkpoints import read_config
 from tests.models import moe_config
 
 CPU = torch.device("cpu")

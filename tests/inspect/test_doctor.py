@@ -334,6 +334,8 @@ def test_memory_by_command(tmp_path, capsys):
         ({"optimizer": {"class_path": "AdamW", "init_args": {"rate": 1}}}, "optimizer.init_args.rate: AdamW has no"),
         ({"optimizer": "Adamw"}, "optimizer: 'Adamw' must be the name of a class in torch.optim"),
         ({"optimizer": {"init_args": {"lr": 1}}}, "optimizer: {'init_args': {'lr': 1}} must be a name"),
+        ({"optimizer": {"class_path": 7}}, "optimizer: {'class_path': 7} must be a name, or class_path and init_args"),
+        ({"optimizer": ".near.Adam"}, "optimizer: '.near.Adam' must be the name of a class in torch.optim"),
         ({"data": {"class_path": "TextCorpus", "init_args": {"source_path": 5}}}, "data.source_path: 5 must be"),
         ({"data": {"class_path": "TextCorpus", "init_args": {"source_path": "."}}}, "data.tokenizer_dir: there is no"),
         ({"data": "TextCorpus"}, "data.source_path: must be given for litgpt_moe_ext.data.TextCorpus"),
@@ -467,7 +469,8 @@ def test_connections_of_gpus_are_explained():
     assert links(None) == []
 
 
-@pytest.mark.parametrize("command", ["doctor", "model-card"])
+@pytest.mark.parametrize("source", ["a recipe", "a checkpoint"])
+@pytest.mark.parametrize("command", ["doctor", "doctor --memory 6", "model-card"])
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -475,13 +478,40 @@ def test_connections_of_gpus_are_explained():
         ({"train": {"micro_batch_size": "four"}}, "train.micro_batch_size: 'four' must be"),
         ({"devices": "two"}, "devices: 'two' must be"),
         ({"activation_checkpointing": "fulll"}, "activation_checkpointing: 'fulll' must be one of"),
+        ({"ema": [0.9]}, "ema: [0.9] must be keys and values"),
+        ({"optimizer": ["AdamW"]}, "optimizer: ['AdamW'] must be"),
+        ({"strategy": ["ddp"]}, "strategy: ['ddp'] must be one of"),
     ],
 )
-def test_no_figure_is_made_of_a_wrong_setting(command, changes, message, tmp_path, capsys):
-    recipe = tmp_path / "recipe.yaml"
+def test_no_figure_is_made_of_a_wrong_setting(source, command, changes, message, tmp_path, capsys):
+    recipe = tmp_path / ("recipe.yaml" if source == "a recipe" else "hyperparameters.yaml")
     recipe.write_text(yaml.safe_dump({"model_config": MODEL, **changes}))
-    assert main([command, str(recipe)]) == 2
-    assert message in capsys.readouterr().err
+    (tmp_path / "model_config.yaml").write_text(yaml.safe_dump(MODEL))
+    name, *flags = command.split()
+    assert main([name, str(recipe if source == "a recipe" else tmp_path), *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert recipe.name in error
+
+
+def test_settings_of_another_program_are_passed_over(tmp_path, capsys):
+    settings = {
+        "precision": "16-true",
+        "lora_r": 8,
+        "train": {"epochs": None, "other": 1},
+        "eval": {"max_new_tokens": 9},
+    }
+    (tmp_path / "hyperparameters.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "model_config.yaml").write_text(yaml.safe_dump(MODEL))
+    assert main(["model-card", str(tmp_path)]) == 0
+    assert "13,552 in total" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "data", [7, ["PythonStdlib"], {"class_path": 7}, {"class_path": "PythonStdlib", "init_args": 7}]
+)
+def test_data_without_a_class_are_a_problem(data):
+    assert verdicts({"data": data})["data"] == "problem"
 
 
 def test_a_setting_that_cannot_be_read_is_one_line(tmp_path, capsys):

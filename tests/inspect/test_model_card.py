@@ -426,6 +426,8 @@ def test_wrong_recipes_are_named(tmp_path):
             "n_expert_per_token: 9",
         ),
         ("model_config: {n_head: 0}", "n_head: 0 must be an integer of at least 1"),
+        ("model_config: {norm_class_name: BatchNorm}", "norm_class_name: 'BatchNorm' must be one of RMSNorm or"),
+        ("model_config: {name: 7}", "name: 7 must be text"),
         ("model_config: [1]", "model_config: .1. must be settings, NAME: VALUE"),
         ("- a list", "holds no settings; it must consist of"),
         ("train:\n  a: [\n", "line 3 is not YAML: expected .*; put text in quotes"),
@@ -436,6 +438,13 @@ def test_wrong_recipes_are_named(tmp_path):
             load_recipe(recipe)
     recipe.write_text("model_config: {norm_eps: 1e-6}")
     assert load_recipe(recipe).config.norm_eps == 1e-6, "a number, as for training"
-    (tmp_path / "model_config.yaml").write_text("n_head: 0")
-    with pytest.raises(SettingsError, match="n_head: 0 must be an integer of at least 1"):
-        load_recipe(tmp_path)
+    for text, message in (
+        ("n_head: 0", "n_head: 0 must be an integer of at least 1"),
+        ("norm_class_name: 7", "norm_class_name: 7 must be one of RMSNorm or LayerNorm"),
+        ("name: 7", "name: 7 must be text"),
+        ("final_logit_softcapping: 1e4", "final_logit_softcapping: '1e4' must be a number"),  # as LitGPT reads it
+        ("norm_eps: 2024-02-30", "model_config.yaml cannot be read"),
+    ):
+        (tmp_path / "model_config.yaml").write_text(text)
+        with pytest.raises(SettingsError, match=message):
+            load_recipe(tmp_path)

@@ -654,6 +654,7 @@ class TestWrongInputs:
             (["--eval.interval", "0"], "eval.interval: 0 must be an integer of at least 1"),
             (["--eval.max_iters", "0"], "eval.max_iters: 0 must be an integer of at least 1"),
             (["--seed", "-5"], "seed: -5 must be an integer from 0 to 4294967295"),
+            (["--optimizer.class_path", "7"], "optimizer: {'class_path': 7, 'init_args': {'lr': 0.01}} must be a name"),
             (["--optimizer", "AdamWW"], "optimizer: 'AdamWW' must be the name of a class in torch.optim"),
             (
                 ["--optimizer.init_args.lrr", "0.1"],

@@ -35,19 +35,29 @@ class Doctor:
 
     def run(self) -> int:
         """Print the page and return the exit status."""
+        return self._print_page() if self.memory is None else self._print_fits(self.memory)
+
+    def _print_fits(self, memory: float) -> int:
+        from litgpt_moe_ext.cli.settings import read_plain_settings
+        from litgpt_moe_ext.inspect.recipes import load_recipe
+
+        if memory > _MOST_MEMORY:
+            raise SettingsError(f"memory: {memory:g} must be the GiB of a GPU, at most {_MOST_MEMORY}")
+        if self.recipe is None:
+            raise SettingsError(f"memory: {memory:g} needs a recipe; give doctor RECIPE --memory {memory:g}")
+        recipe = load_recipe(self.recipe)
+        if not recipe.checkpoint:
+            read_plain_settings(self.recipe)
+        return _print_fits(recipe, memory)
+
+    def _print_page(self) -> int:
         from rich.console import Console
         from rich.markup import escape
 
         from litgpt_moe_ext.inspect.doctor.examination import examine
         from litgpt_moe_ext.inspect.recipes import load_recipe
 
-        if self.memory is not None and self.memory > _MOST_MEMORY:
-            raise SettingsError(f"memory: {self.memory:g} must be the GiB of a GPU, at most {_MOST_MEMORY}")
-        if self.memory is not None and self.recipe is None:
-            raise SettingsError(f"memory: {self.memory:g} needs a recipe; give doctor RECIPE --memory {self.memory:g}")
         recipe = None if self.recipe is None else load_recipe(self.recipe)
-        if recipe is not None and self.memory is not None:
-            return _print_fits(recipe, self.memory)
         findings = examine(recipe, None if recipe is None or recipe.checkpoint else self._settings())
         console = Console(highlight=False, soft_wrap=True)
         for finding in findings:

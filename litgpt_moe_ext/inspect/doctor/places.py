@@ -16,18 +16,22 @@ def data(recipe: Recipe) -> Finding:
     """Return whether the data are there, or can be prepared."""
     from litgpt_moe_ext.data import import_path
 
-    data = recipe.settings.get("data")
-    if not data:
+    given = recipe.settings.get("data")
+    if not given:
         return Finding("data", "note", "the recipe names none; LitGPT's default is TinyLlama, which must be there")
-    class_path = import_path(data if isinstance(data, str) else data.get("class_path", ""))
+    called = given.get("class_path") if isinstance(given, dict) else given
+    arguments = given.get("init_args") or {} if isinstance(given, dict) else {}
+    if not isinstance(called, str) or not isinstance(arguments, dict):
+        text = f"data: {given!r} must be the name of a data module, or class_path and init_args"
+        return Finding("data", "problem", text)
+    class_path = import_path(called)
     if recipe.checkpoint and not is_trusted(class_path):
         return Finding("data", "note", f"{class_path}, which is not imported for a checkpoint")
     module, _, name = class_path.rpartition(".")
     try:
         made = getattr(importlib.import_module(module or "litgpt.data"), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError) as error:  # TypeError: a path that begins with a dot
         return Finding("data", "problem", f"data.class_path: {class_path!r} cannot be imported: {error}")
-    arguments = {} if isinstance(data, str) else data.get("init_args") or {}
     # Whatever is no text is a problem of the settings.
     arguments = {name: value for name, value in arguments.items() if isinstance(value, str)}
     for name in ("source_path", "tokenizer_dir"):

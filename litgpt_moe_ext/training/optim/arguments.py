@@ -103,7 +103,7 @@ def _optimizer_class(optimizer: str | dict) -> tuple[type, dict[str, Any]]:
     wrong = f"optimizer: {path!r} must be the name of a class in torch.optim, or the full path of another"
     try:
         found = getattr(importlib.import_module(module or "torch.optim"), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:  # TypeError: a path that begins with a dot
         hint = "" if module else did_you_mean(path, torch.optim.__all__)
         raise SettingsError(f"{wrong} ({error}){hint}") from error
     if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):

@@ -18,7 +18,7 @@ from litgpt_moe_ext.training.settings import ParameterGroupArgs, ScheduleArgs
 from tests.models import initialized_model, moe_config
 
 
-@pytest.mark.parametrize("name", ["lr_scheduler", "collections.Counter", "builtins.print"])
+@pytest.mark.parametrize("name", ["lr_scheduler", "collections.Counter", "builtins.print", ".near.Adam"])
 def test_what_is_no_optimizer_is_refused(name):
     with pytest.raises(SettingsError, match=f"^optimizer: '{name}' must be the name of a class in torch.optim"):
         learning_rate_of(name)
