@@ -4,11 +4,18 @@ from collections.abc import Callable
 
 import torch
 
-# Those of every captured graph, and of the one that is being captured.
-_kept: dict[int, list[Callable[[], None]]] = {}
-_capturing: list[Callable[[], None]] | None = None
+from tests.null_gpu.computing.graph import Graph
+
+# Of every torch graph, and what is being captured.
+_kept: dict[int, Graph] = {}
+_capturing: Graph | None = None
 # How many random numbers were drawn before the replay that is under way, and in the graph so far.
 _drawn_before = _drawn_in_graph = 0
+
+
+def graph_of(graph: torch.cuda.CUDAGraph) -> Graph:
+    """Return what was captured in it."""
+    return _kept[id(graph)]
 
 
 def compute(computation: Callable[[], None]) -> None:
@@ -18,7 +25,7 @@ def compute(computation: Callable[[], None]) -> None:
         computation: Works on memory, and returns nothing.
     """
     if is_capturing():
-        _capturing.append(computation)
+        _capturing.add(computation, torch.cuda.current_stream().cuda_stream)
     else:
         computation()
 
@@ -51,20 +58,20 @@ def install() -> None:
     def capture_begin(self, *args, **kwargs) -> None:
         global _capturing, _drawn_in_graph
         begin(self, *args, **kwargs)
-        _capturing, _drawn_in_graph = [], 0
+        _capturing, _drawn_in_graph = Graph(torch.cuda.current_stream().cuda_stream), 0
         _kept[id(self)] = _capturing
 
     def capture_end(self) -> None:
         global _capturing
-        _capturing = None
+        captured, _capturing = _capturing, None
         end(self)
+        captured.end()
 
     def replay_all(self) -> None:
         global _drawn_before
         _drawn_before = torch.cuda.default_generators[torch.cuda.current_device()].get_offset()
         replay(self)
-        for computation in _kept[id(self)]:
-            computation()
+        graph_of(self).replay()
 
     def forget(self) -> None:
         _kept.pop(id(self), None)

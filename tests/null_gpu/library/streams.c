@@ -105,6 +105,29 @@ EXPORT cudaError_t cudaStreamQuery(cudaStream_t stream) {
     return s->capturing ? spoil(s, cudaErrorStreamCaptureUnsupported) : null_may_wait();
 }
 
+/* While something is captured: which events were recorded in which streams, and which streams wait for them. */
+struct Sync {
+    cudaEvent_t event;
+    struct Stream *stream;
+    int waits;
+};
+static struct Sync *syncs;
+static size_t syncs_size, syncs_used;
+static void note_sync(cudaEvent_t event, struct Stream *stream, int waits) {
+    if (!captures) return;
+    pthread_mutex_lock(&null_lock);
+    if (syncs_used == syncs_size) syncs = realloc(syncs, (syncs_size = 2 * syncs_size + 64) * sizeof *syncs);
+    syncs[syncs_used++] = (struct Sync){event, stream, waits};
+    pthread_mutex_unlock(&null_lock);
+}
+/* Those since the last call, in order; they are there until the next. */
+EXPORT size_t null_gpu_syncs(struct Sync **found) {
+    size_t n = syncs_used;
+    syncs_used = 0;
+    *found = syncs;
+    return n;
+}
+
 struct Event {
     int device;
     struct timespec at;
@@ -138,6 +161,7 @@ EXPORT cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stre
     e->in = s, e->moment = now();
     e->stream = s->capturing ? s : NULL;
     e->id = s->id;
+    note_sync(event, s, 0);
     return cudaSuccess;
 }
 EXPORT cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) { return cudaEventRecordWithFlags(event, stream, 0); }
@@ -176,6 +200,7 @@ EXPORT cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, u
     } else if (s->capturing && e->recorded && !captured(e)) {
         return spoil(s, cudaErrorStreamCaptureIsolation);
     }
+    note_sync(event, s, 1);
     return cudaSuccess;
 }
 
