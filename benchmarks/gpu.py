@@ -571,7 +571,8 @@ class Trainee:
         settings: Fields of its configuration.
         bench: Where.
         batches: Token ids of the micro-batches of a step, (A, B, T + 1).
-        how: eager, compiled, graphs, or "graphs, unshared", whose micro-batches share nothing of the experts' weights.
+        how: eager, compiled, graphs, "graphs, unshared", whose micro-batches share nothing of the experts' weights, or
+            "graphs, one stream", in which no parts of layers run side by side.
     """
 
     def __init__(self, settings: dict[str, Any], bench: Bench, batches: Tensor, how: str = "eager") -> None:
@@ -593,6 +594,8 @@ class Trainee:
             self.loss = GraphedLoss(self.plain_loss, model, careful=True, say=partial(note_if_off, bench))
             if how == "graphs, unshared":
                 self.loss.sharing = contextlib.nullcontext
+            if how == "graphs, one stream":
+                self.loss.abreast = contextlib.nullcontext
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         step_largest_first(self.optimizer)
 
@@ -667,8 +670,8 @@ def recipe(name: str, tiny: bool) -> tuple[dict[str, Any], int, int]:
 
 
 def steps_rows(bench: Bench) -> Iterator[dict[str, Any]]:
-    models = ("dense twin, graphs", "ours, graphs", "ours, graphs, unshared", "dense twin", "ours", "LLaMAMoE")
-    return measured_steps(bench, models)
+    graphs = ("dense twin, graphs", "ours, graphs", "ours, graphs, unshared", "ours, graphs, one stream")
+    return measured_steps(bench, (*graphs, "dense twin", "ours", "LLaMAMoE"))
 
 
 def compiled_rows(bench: Bench) -> Iterator[dict[str, Any]]:

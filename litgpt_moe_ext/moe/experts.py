@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from litgpt_moe_ext.kernels.side_stream import added, join
 from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.expert_layouts import stack_experts
 from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden, matmul_dtype
@@ -90,7 +91,7 @@ class Experts(nn.Module):
             x_TKD = x_TD.unsqueeze(1) * routing.weights_TK.unsqueeze(2)
             y_RD = self._compute(x_TKD.flatten(0, 1).to(x_TD.dtype), _one_choice_per_row(routing), None)
             y_TD = y_RD if x_TKD.size(1) == 1 else y_RD.view(x_TKD.shape).sum(1)
-            return y_TD if added_TD is None else y_TD + added_TD
+            return added(y_TD, added_TD)
         return self._compute(x_TD, routing, added_TD)
 
     def _compute(self, x_TD: Tensor, routing: Routing, added_TD: Tensor | None) -> Tensor:
@@ -98,11 +99,13 @@ class Experts(nn.Module):
         # On the meta device the loop stands for all backends: it does the work of the active experts.
         name = "loop" if x_TD.is_meta else self.backend_for(x_TD, torch.compiler.is_compiling())
         backend, arguments = BACKENDS[name], (x_TD, routing, self.weights, hidden)
+        if name not in OWN:
+            join()
         y_TD = backend.function(*arguments, *([added_TD] if backend.adds else ()))
         if name not in OWN:
             learns = torch.is_grad_enabled() and (x_TD.requires_grad or self.down_proj.requires_grad)
             check_sums(name, y_TD, x_TD, learns)
-        return y_TD if added_TD is None or backend.adds else y_TD + added_TD
+        return y_TD if backend.adds else added(y_TD, added_TD)
 
     def backend_for(self, x_TD: Tensor, compiling: bool = False) -> str:
         """Return the name of the backend that computes `x_TD` under the present autocast.

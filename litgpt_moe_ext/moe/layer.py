@@ -3,6 +3,7 @@
 Shape legend: B batch, T tokens (of one sequence, or all of a batch once flattened), D model width.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch.nn as nn
 from litgpt.model import LLaMAMLP
 from torch import Tensor
 
+from litgpt_moe_ext.kernels.side_stream import GradientOfBoth, goes_aside, join, part
 from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.batch_metadata import TokenIds
 from litgpt_moe_ext.moe.experts import Experts
@@ -123,15 +125,22 @@ class MoE(nn.Module):
         if self.shared_experts is None:
             y_TD = self.experts(routed_TD, routing)
         else:
-            shared_TD = _flat(self.shared_experts(x_BTD))
-            logits_T1 = None if self.shared_expert_gate is None else _flat(self.shared_expert_gate(x_BTD))
+            is_aside = goes_aside(x_BTD)
+            with part(x_BTD) if is_aside else contextlib.nullcontext():
+                shared_TD = _flat(self.shared_experts(x_BTD))
+                logits_T1 = None if self.shared_expert_gate is None else _flat(self.shared_expert_gate(x_BTD))
             special = logits_T1 is not None or real_T is not None
             if special and self._own_sum and fused_router.works_on(routed_TD):
                 y_TD = self.experts(routed_TD, routing).contiguous()
+                join()
                 return add_gated(y_TD, shared_TD, logits_T1, real_T).view(x_BTD.shape)
             if logits_T1 is not None:
+                join()
                 shared_TD = shared_TD * logits_T1.sigmoid()
-            y_TD = self.experts(routed_TD, routing, shared_TD)
+            if is_aside:
+                y_TD = GradientOfBoth.apply(self.experts(routed_TD, routing, shared_TD.detach()), shared_TD)
+            else:
+                y_TD = self.experts(routed_TD, routing, shared_TD)
         if real_T is not None:
             y_TD = torch.where(real_T.unsqueeze(-1), y_TD, 0.0)
         return y_TD.view(x_BTD.shape)

@@ -77,5 +77,5 @@ def test_the_benchmark_measures_steps_as_graphs(gpu, tmp_path):
         str(tmp_path / "figures.json"),
     )
     ended = run_command(*command, timeout=None, **null_gpu.environment(gpu, 89))
-    for model in ("dense twin, graphs", "ours, graphs", "ours, graphs, unshared"):
+    for model in ("dense twin, graphs", "ours, graphs", "ours, graphs, unshared", "ours, graphs, one stream"):
         assert f"| quickstart | 1 x 1 x 64 | {model} |" in ended.stdout

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from litgpt_moe_ext.kernels.side_stream import added
 from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden, has_gradient, matmul_dtype
 from litgpt_moe_ext.moe.kernels.few_rows import MOST_GATHERED, gather_experts
 from litgpt_moe_ext.moe.kernels.operators import decode_experts, expert_down, expert_up
@@ -40,7 +41,7 @@ def triton_experts(
     if few and not hidden.dropout and not has_gradient(x_TD, gates_TK, *weights):
         how = (activation.name, activation.gelu_approximate)
         y_TD = decode_experts(x_TD, gates_TK, experts_TK, *weights, *how)
-        return y_TD if added_TD is None else y_TD + added_TD
+        return added(y_TD, added_TD)
     return _grouped(x_TD, routing, weights, hidden, added_TD, "triton")
 
 
@@ -59,7 +60,7 @@ def grouped_mm_experts(
     few = routing.experts_TK.numel() <= MOST_GATHERED and routing.real_T is None and x_TD.device.type == "cuda"
     if few and not hidden.dropout and not has_gradient(x_TD, routing.weights_TK, *weights):
         y_TD = gather_experts(x_TD, routing, weights, hidden.activation, matmul_dtype(x_TD))
-        return y_TD if added_TD is None else y_TD + added_TD
+        return added(y_TD, added_TD)
     return _grouped(x_TD, routing, weights, hidden, added_TD, "torch")
 
 

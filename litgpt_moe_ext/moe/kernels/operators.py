@@ -20,6 +20,7 @@ from torch import Tensor
 
 from litgpt_moe_ext.kernels.launch import triton_installed
 from litgpt_moe_ext.kernels.operator import arguments_of, operator
+from litgpt_moe_ext.kernels.side_stream import goes_aside, gradients, join
 from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.kernels import native, step_weights
 from litgpt_moe_ext.moe.kernels.backends import ExpertWeights
@@ -272,6 +273,7 @@ def expert_down(call: Down) -> Tensor:
     a_RF = beside.activate(call.h_RG, _activation(call), Mask(call.keep_RF, call.scale))
     weight = step_weights.cast(call.weight_EDF, a_RF.dtype)
     y_RD = _engine(call).multiply_rows(Product(a_RF, weight, call.bias_ED, _plan(call, n_token), scatter=True))
+    join()
     return beside.combine(y_RD, call.gates_TK.contiguous(), n_token, call.dtype, call.added_TD)
 
 
@@ -403,20 +405,38 @@ def _weight_gradient(weight: Tensor, call: OuterProduct) -> Tensor | None:
 
 
 def _up_backward(ctx: Any, dh_RG: Tensor) -> tuple[Tensor | None, ...]:
-    call = Up(*arguments_of(ctx))
-    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-    dx_TD = dweight_EGD = dbias_EG = None
-    n_token, plan, engine = call.x_TD.size(0), (call.rows_R, call.ends_E), call.engine
-    dh_RG = dh_RG.contiguous()
-    if need_x:
-        dx_RD = multiply_rows(dh_RG, _transposed(call.weight_EGD, dh_RG.dtype), *plan, n_token, False, True, engine)
-        dx_TD = combine(dx_RD, n_token, call.x_TD.dtype, engine)
+    call, dh_RG = Up(*arguments_of(ctx)), dh_RG.contiguous()
+    need_x, *need_parameters = ctx.needs_input_grad[:3]
+    if need_x and goes_aside(call.x_TD):
+        with gradients(call.x_TD):
+            of_parameters = _up_parameters_backward(call, dh_RG, *need_parameters)
+        dx_TD = _up_tokens_backward(call, dh_RG)
+        join()
+    else:
+        dx_TD = _up_tokens_backward(call, dh_RG) if need_x else None
+        of_parameters = _up_parameters_backward(call, dh_RG, *need_parameters)
+    return dx_TD, *of_parameters, None, None, None, None
+
+
+def _up_tokens_backward(call: Up, dh_RG: Tensor) -> Tensor:
+    n_token, plan = call.x_TD.size(0), (call.rows_R, call.ends_E)
+    weight_EDG = _transposed(call.weight_EGD, dh_RG.dtype)
+    dx_RD = multiply_rows(dh_RG, weight_EDG, *plan, n_token, False, True, call.engine)
+    del weight_EDG
+    return combine(dx_RD, n_token, call.x_TD.dtype, call.engine)
+
+
+def _up_parameters_backward(
+    call: Up, dh_RG: Tensor, need_weight: bool, need_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    dweight_EGD = dbias_EG = None
+    plan = call.rows_R, call.ends_E
     if need_weight:
-        outer = OuterProduct(dh_RG, call.x_TD.to(call.dtype), *plan, False, call.weight_EGD.dtype, engine)
+        outer = OuterProduct(dh_RG, call.x_TD.to(call.dtype), *plan, False, call.weight_EGD.dtype, call.engine)
         dweight_EGD = _weight_gradient(call.weight_EGD, outer)
     if need_bias and call.bias_EG is not None:
-        dbias_EG = sum_rows(dh_RG, None, *plan, call.bias_EG.dtype, engine)
-    return dx_TD, dweight_EGD, dbias_EG, None, None, None, None
+        dbias_EG = sum_rows(dh_RG, None, *plan, call.bias_EG.dtype, call.engine)
+    return dweight_EGD, dbias_EG
 
 
 def _down_backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:

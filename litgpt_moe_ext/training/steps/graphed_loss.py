@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.kernels.side_stream import side_by_side
 from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
 from litgpt_moe_ext.moe.step_shares import add_up, nothing_counted
 from litgpt_moe_ext.training.steps.capture import Capture, CudaCapture, Loss, Passes, gradients_set_aside
@@ -56,6 +57,7 @@ class GraphedLoss:
 
     Attributes:
         sharing: Returns the scope in which the passes of a step share casts of weights and sums of their gradients.
+        abreast: Returns the scope in which parts of layers are captured side by side.
         room: What passes must have room for.
     """
 
@@ -79,6 +81,7 @@ class GraphedLoss:
         self._warm: dict[torch.Size, tuple[int, ...]] = {}  # shapes that have run, and the room that they needed
         self._weights = StepWeights()
         self.sharing: Callable[[], AbstractContextManager[None]] = self._weights.shared
+        self.abreast: Callable[[], AbstractContextManager[None]] = side_by_side
         self.room: Room = NoRoom()
         self._anchor = torch.zeros((), requires_grad=True)
 
@@ -224,10 +227,10 @@ class GraphedLoss:
 
     def _capture(self) -> Capture:
         # Graphs should go when the run does, not when a cycle is found: so nothing here knows this object.
-        capture, sharing = self._make_capture(), self.sharing
+        capture, sharing, abreast = self._make_capture(), self.sharing, self.abreast
 
         def sharing_capture(loss: Loss, ids_BT: Tensor, targets_BT: Tensor, add: bool) -> Passes:
-            with sharing(), nothing_counted():
+            with sharing(), nothing_counted(), abreast():
                 return capture(loss, ids_BT, targets_BT, add)
 
         return sharing_capture

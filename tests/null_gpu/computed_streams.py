@@ -1,0 +1,142 @@
+"""What runs side by side in a graph, on the null GPU that computes: `test_numbers.py` runs it."""
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+
+from litgpt_moe_ext.kernels.side_stream import goes_aside, gradients, join, part, side_by_side
+from litgpt_moe_ext.moe.kernels import step_weights
+from litgpt_moe_ext.training.steps.capture import CudaCapture
+from tests.models import initialized_model, moe_config
+from tests.null_gpu.computing import capture
+
+CARD = torch.device("cuda")
+
+
+def captured(function):
+    """Return a graph of what a function launches, and the function's result."""
+    graph = torch.cuda.CUDAGraph()
+    with side_by_side(), torch.cuda.graph(graph):
+        result = function()
+    return graph, result
+
+
+@pytest.mark.parametrize("joins", [True, False])
+def test_a_race_within_a_graph_is_seen(joins):
+    """Three replays have three orders, in one of which a stream reads what the other has yet to write."""
+    ones, zeros = torch.ones(3, device=CARD), torch.zeros(3, device=CARD)
+
+    def function():
+        zeros.fill_(0)
+        with part(zeros):
+            zeros.add_(ones)
+        if joins:
+            join()
+        total = zeros + 1
+        join()
+        return total
+
+    graph, total = captured(function)
+    sums = []
+    for _ in range(3):
+        graph.replay()
+        sums.append(float(total.sum()))
+    assert (sums == [6.0, 6.0, 6.0]) == joins, sums
+
+
+def test_what_nothing_waits_for_cannot_be_captured():
+    ones = torch.ones(3, device=CARD)
+
+    def function():
+        with part(ones):
+            ones.add_(1)
+
+    with pytest.raises(RuntimeError, match="was not made to wait for"):
+        captured(function)
+
+
+def test_only_small_parts_of_what_is_captured_go_aside():
+    small, large = torch.ones(8, device=CARD), torch.empty(2**20 + 1, device=CARD)
+    found = []
+
+    def function():
+        found.extend([goes_aside(small), goes_aside(large), goes_aside(torch.ones(8))])
+        with gradients(small):
+            found.append(goes_aside(small))
+            small.add_(1)
+        join()
+
+    captured(function)
+    assert found == [True, False, False, False]
+    assert not goes_aside(small)
+    with side_by_side():
+        assert not goes_aside(small)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        assert not goes_aside(small)
+        small.add_(1)
+
+
+def test_what_a_part_reads_stays_until_its_backward_pass_is_over():
+    """The first stream, which has let go of it, allocates meanwhile, and may run ahead."""
+    linear = nn.Linear(16, 16, bias=False, device=CARD)
+    scale = nn.Parameter(torch.full((16, 16), 0.5, device=CARD))
+    values = torch.arange(256.0, device=CARD).view(16, 16) / 256
+
+    def loss(ids, targets):
+        del ids, targets
+        y = values
+        for _ in range(4):
+            y = (y * scale).tanh()
+        x = values + 1
+        with part(x):
+            z = linear(x)
+        join()
+        return y.sum() + z.sum()
+
+    batch = torch.zeros(2, dtype=torch.int64, device=CARD)
+    expected = torch.autograd.grad((values + 1).detach().matmul(linear.weight.t()).sum(), [linear.weight])
+    with side_by_side():
+        passes = CudaCapture()(loss, batch, batch, add=False)
+    for _ in range(3):
+        passes.forward()
+        passes.scale.fill_(1)
+        passes.backward()
+        torch.testing.assert_close(passes.gradients[linear.weight], expected[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "n_fewer"),
+    [
+        # Forward, one of four takes longer than what the routed experts do meanwhile: the casts of the shared experts'
+        # weights, two products, the activation. Backward four products, the activation, the casts of gradients, and of
+        # the routed experts the first weights' gradient. A gate has two products more.
+        ({"n_shared_expert": 1}, (3, 7)),
+        ({"n_shared_expert": 1, "shared_expert_gate": True}, (3, 9)),
+        ({}, (0, 1)),
+        ({"bias": True}, (0, 2)),
+    ],
+    ids=["shared", "gated", "routed", "biases"],
+)
+def test_parts_of_a_layer_are_off_the_longest_path(changes, n_fewer):
+    """Computations that must be made one after the other, in both passes."""
+    settings = {"n_layer": 1, "n_embd": 32, "moe_intermediate_size": 32, "n_expert": 4, **changes}
+    model = initialized_model(moe_config(**settings)).to(CARD)
+    ids = torch.arange(32, device=CARD).view(2, 16)
+    weights = step_weights.StepWeights()
+
+    def loss(ids, targets):
+        with torch.autocast("cuda", torch.bfloat16), weights.shared():
+            return model(ids).float().logsumexp(-1).mean()
+
+    loss(ids, ids).backward()  # kernels are compiled
+    model.zero_grad()
+    weights.keep()
+    lengths = []
+    for scope in (contextlib.nullcontext, side_by_side):
+        with scope():
+            passes = CudaCapture()(loss, ids, ids, add=False)
+        lengths.append([capture.graph_of(run.__self__).longest_path for run in (passes.forward, passes.backward)])
+    one_stream, abreast = lengths
+    assert [a - b for a, b in zip(one_stream, abreast, strict=True)] == list(n_fewer)
