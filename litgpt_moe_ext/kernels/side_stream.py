@@ -94,8 +94,10 @@ def join() -> None:
 
 def added(x: Tensor, other: Tensor | None) -> Tensor:
     """Return `x + other`, where `other` may have been computed aside; `x` if there is none."""
+    if other is None:
+        return x
     join()
-    return x if other is None else x + other
+    return x + other
 
 
 def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:

@@ -99,7 +99,7 @@ class Experts(nn.Module):
         # On the meta device the loop stands for all backends: it does the work of the active experts.
         name = "loop" if x_TD.is_meta else self.backend_for(x_TD, torch.compiler.is_compiling())
         backend, arguments = BACKENDS[name], (x_TD, routing, self.weights, hidden)
-        if name not in OWN:
+        if name not in OWN and added_TD is not None:
             join()
         y_TD = backend.function(*arguments, *([added_TD] if backend.adds else ()))
         if name not in OWN:

@@ -22,7 +22,7 @@ from litgpt_moe_ext.moe.kernels.casts import can_cast, cast_together
 from litgpt_moe_ext.moe.kernels.operators import add_gated, glu
 from litgpt_moe_ext.moe.kernels.plan import kind_of
 from litgpt_moe_ext.moe.registry import ROUTERS, load
-from litgpt_moe_ext.moe.router import Router
+from litgpt_moe_ext.moe.router import Router, Routing
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
@@ -125,25 +125,27 @@ class MoE(nn.Module):
         if self.shared_experts is None:
             y_TD = self.experts(routed_TD, routing)
         else:
-            is_aside = goes_aside(x_BTD)
-            with part(x_BTD) if is_aside else contextlib.nullcontext():
+            special = self.shared_expert_gate is not None or real_T is not None
+            fused = special and self._own_sum and fused_router.works_on(routed_TD)
+            with part(x_BTD) if goes_aside(x_BTD) else contextlib.nullcontext():
                 shared_TD = _flat(self.shared_experts(x_BTD))
                 logits_T1 = None if self.shared_expert_gate is None else _flat(self.shared_expert_gate(x_BTD))
-            special = logits_T1 is not None or real_T is not None
-            if special and self._own_sum and fused_router.works_on(routed_TD):
+                if logits_T1 is not None and not fused:
+                    shared_TD = shared_TD * logits_T1.sigmoid()
+            if fused:
                 y_TD = self.experts(routed_TD, routing).contiguous()
                 join()
                 return add_gated(y_TD, shared_TD, logits_T1, real_T).view(x_BTD.shape)
-            if logits_T1 is not None:
-                join()
-                shared_TD = shared_TD * logits_T1.sigmoid()
-            if is_aside:
-                y_TD = GradientOfBoth.apply(self.experts(routed_TD, routing, shared_TD.detach()), shared_TD)
-            else:
-                y_TD = self.experts(routed_TD, routing, shared_TD)
+            y_TD = self._sum(routed_TD, routing, shared_TD)
         if real_T is not None:
             y_TD = torch.where(real_T.unsqueeze(-1), y_TD, 0.0)
         return y_TD.view(x_BTD.shape)
+
+    def _sum(self, routed_TD: Tensor, routing: Routing, shared_TD: Tensor) -> Tensor:
+        if not goes_aside(routed_TD):
+            return self.experts(routed_TD, routing, shared_TD)
+        # The backward pass of the shared experts need not wait for that of the routed ones.
+        return GradientOfBoth.apply(self.experts(routed_TD, routing, shared_TD.detach()), shared_TD)
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -8,11 +8,32 @@ from torch import nn
 
 from litgpt_moe_ext.kernels.side_stream import goes_aside, gradients, join, part, side_by_side
 from litgpt_moe_ext.moe.kernels import step_weights
+from litgpt_moe_ext.moe.kernels.choice import BACKENDS, ExpertBackend, register_backend
+from litgpt_moe_ext.moe.registry import EXPERT_BACKENDS
 from litgpt_moe_ext.training.steps.capture import CudaCapture
 from tests.models import initialized_model, moe_config
 from tests.null_gpu.computing import capture
 
 CARD = torch.device("cuda")
+
+
+def make_loss(**changes):
+    """Return a loss that shares casts of the experts' weights, a batch for it, and its model."""
+    torch.manual_seed(0)
+    settings = {"n_layer": 1, "n_embd": 32, "moe_intermediate_size": 32, "n_expert": 4, **changes}
+    model = initialized_model(moe_config(**settings)).to(CARD)
+    ids = torch.arange(32, device=CARD).view(2, 16)
+    weights = step_weights.StepWeights()
+
+    def loss(ids, targets):
+        with torch.autocast("cuda", torch.bfloat16), weights.shared():
+            return model(ids).float().logsumexp(-1).mean()
+
+    loss(ids, ids).backward()  # kernels are compiled
+    model.zero_grad()
+    weights.keep()
+    weights.refresh()
+    return loss, ids, model
 
 
 def captured(function):
@@ -106,14 +127,68 @@ def test_what_a_part_reads_stays_until_its_backward_pass_is_over():
         torch.testing.assert_close(passes.gradients[linear.weight], expected[0])
 
 
+@pytest.fixture
+def other_backend():
+    """Adds what it is given to the tokens, and knows of no streams."""
+
+    def function(x_TD, routing, weights, hidden, added_TD):
+        return x_TD * 0.5 + (0.0 if added_TD is None else added_TD)
+
+    register_backend(ExpertBackend("other", function, lambda place: None, adds=True))
+    yield
+    del BACKENDS["other"]
+    EXPERT_BACKENDS.remove("other")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shared_expert_gate": True},
+        {"expert_gate_on_input": True},
+        {"expert_backend": "other"},
+        {"expert_backend": "other", "shared_expert_gate": True, "mlp_activation": "relu2"},
+    ],
+    ids=["gate", "weights before", "another backend", "another backend with a gate"],
+)
+def test_replays_in_all_orders_equal_the_pass_itself(changes, other_backend):
+    loss, ids, model = make_loss(n_shared_expert=1, **changes)
+    expected = loss(ids, ids)
+    expected.backward()
+    expected = expected.detach()  # no node of its may be there during a capture
+    gradients = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    with side_by_side():
+        passes = CudaCapture()(loss, ids, ids, add=False)
+    for _ in range(3):
+        passes.forward()
+        passes.scale.fill_(1)
+        passes.backward()
+        assert torch.equal(passes.loss, expected)
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            assert (gradient is None) == (parameter not in passes.gradients)
+            assert gradient is None or torch.equal(passes.gradients[parameter], gradient)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_pass_without_gradients_waits_for_its_parts(gated):
+    """Few tokens have a kernel of their own."""
+    _, ids, model = make_loss(n_shared_expert=1, shared_expert_gate=gated)
+    with torch.no_grad():
+        expected = model(ids[:1, :8])
+        graph, found = captured(lambda: model(ids[:1, :8]))
+    for _ in range(3):
+        graph.replay()
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize(
     ("changes", "n_fewer"),
     [
         # Forward, one of four takes longer than what the routed experts do meanwhile: the casts of the shared experts'
         # weights, two products, the activation. Backward four products, the activation, the casts of gradients, and of
-        # the routed experts the first weights' gradient. A gate has two products more.
+        # the routed experts the first weights' gradient. A gate has a product more, and two.
         ({"n_shared_expert": 1}, (3, 7)),
-        ({"n_shared_expert": 1, "shared_expert_gate": True}, (3, 9)),
+        ({"n_shared_expert": 1, "shared_expert_gate": True}, (4, 9)),
         ({}, (0, 1)),
         ({"bias": True}, (0, 2)),
     ],
@@ -121,18 +196,7 @@ def test_what_a_part_reads_stays_until_its_backward_pass_is_over():
 )
 def test_parts_of_a_layer_are_off_the_longest_path(changes, n_fewer):
     """Computations that must be made one after the other, in both passes."""
-    settings = {"n_layer": 1, "n_embd": 32, "moe_intermediate_size": 32, "n_expert": 4, **changes}
-    model = initialized_model(moe_config(**settings)).to(CARD)
-    ids = torch.arange(32, device=CARD).view(2, 16)
-    weights = step_weights.StepWeights()
-
-    def loss(ids, targets):
-        with torch.autocast("cuda", torch.bfloat16), weights.shared():
-            return model(ids).float().logsumexp(-1).mean()
-
-    loss(ids, ids).backward()  # kernels are compiled
-    model.zero_grad()
-    weights.keep()
+    loss, ids, _ = make_loss(**changes)
     lengths = []
     for scope in (contextlib.nullcontext, side_by_side):
         with scope():

@@ -273,7 +273,8 @@ def expert_down(call: Down) -> Tensor:
     a_RF = beside.activate(call.h_RG, _activation(call), Mask(call.keep_RF, call.scale))
     weight = step_weights.cast(call.weight_EDF, a_RF.dtype)
     y_RD = _engine(call).multiply_rows(Product(a_RF, weight, call.bias_ED, _plan(call, n_token), scatter=True))
-    join()
+    if call.added_TD is not None:
+        join()
     return beside.combine(y_RD, call.gates_TK.contiguous(), n_token, call.dtype, call.added_TD)
 
 
