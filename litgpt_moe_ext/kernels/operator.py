@@ -64,6 +64,7 @@ class Operator:
         flops: Callable[[Any], int] | None = None,
     ) -> None:
         self._name, self._fields = name, call._fields
+        self._tensors = {field for field, kind in call.__annotations__.items() if kind in (Tensor, Tensor | None)}
         self._function = lambda *args: function(call(*args))
         self._overload = define(name, call.__annotations__, n_result, self._function, lambda *args: fake(call(*args)))
         self._differentiated: Any = None
@@ -89,11 +90,14 @@ class Operator:
                 gradients of the results; returns those of the arguments.
             unread: Arguments that it does not read, which are not kept and None to it.
         """
-        is_read = tuple(name not in unread for name in self._fields)
+        tensors = tuple(i for i, name in enumerate(self._fields) if name in self._tensors and name not in unread)
+        others = tuple(i for i, name in enumerate(self._fields) if name not in self._tensors)
 
         def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             del output
-            _keep(ctx, tuple(value if read else None for value, read in zip(inputs, is_read, strict=True)))
+            ctx.save_for_backward(*[inputs[i] for i in tensors])
+            ctx.others = [inputs[i] for i in others]
+            ctx.places = len(inputs), tensors, others
 
         torch.library.register_autograd(f"{_NAMESPACE}::{self._name}", backward, setup_context=keep)
 
@@ -112,16 +116,15 @@ def operator(name: str, call: type, fake: Callable[[Any], Any], **options: Any) 
     return lambda function: Operator(name, call, function, fake, **options)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
-    ctx.call = tuple(None if isinstance(value, Tensor) else value for value in inputs)
-    ctx.is_tensor = tuple(isinstance(value, Tensor) for value in inputs)
-
-
 def arguments_of(ctx: Any) -> list[Any]:
     """Return the arguments of the operator whose backward pass runs in this context."""
-    tensors = iter(ctx.saved_tensors)
-    return [next(tensors) if is_tensor else value for is_tensor, value in zip(ctx.is_tensor, ctx.call, strict=True)]
+    n, tensors, others = ctx.places
+    arguments: list[Any] = [None] * n
+    for i, value in zip(tensors, ctx.saved_tensors, strict=True):
+        arguments[i] = value
+    for i, value in zip(others, ctx.others, strict=True):
+        arguments[i] = value
+    return arguments
 
 
 def register_flops(flop_counter: Any) -> None:

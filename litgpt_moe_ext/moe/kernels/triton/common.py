@@ -6,6 +6,7 @@ A group of constants is handed on whole: Triton before 3.7 takes no strings out 
 Shape legend: T tokens, K chosen experts per token, E experts, R = T * K routed rows in the order of experts.
 """
 
+import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -72,11 +73,13 @@ def stack_of(weight_EOI: Tensor) -> Stack:
     return Stack(weight_EOI, stride_e, stride_o, stride_i, weight_EOI.size(1), weight_EOI.size(2))
 
 
+@functools.cache
 def capability_of(device: torch.device) -> tuple[int, int] | None:
     """Return the compute capability of a card, or None for the CPU, where the interpreter works."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
+@functools.cache
 def processors_of(device: torch.device) -> int:
     """Return how many multiprocessors a card has; for the interpreter few, so that small tests have all blocks."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
