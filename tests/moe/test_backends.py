@@ -18,6 +18,7 @@ from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden
 from litgpt_moe_ext.moe.kernels.cpu import dispatch, grouped_cpu_experts
 from litgpt_moe_ext.moe.kernels.few_rows import gather_experts
 from litgpt_moe_ext.moe.kernels.grouped import grouped_mm_experts
+from litgpt_moe_ext.moe.kernels.plan import sort_rows
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
 from litgpt_moe_ext.moe.registry import ACTIVATIONS, ActivationType
 from litgpt_moe_ext.moe.router import Routing
@@ -259,6 +260,18 @@ def test_what_would_overflow_in_another_expert():
     routing = Routing(torch.rand(41, 1), (~first).long().unsqueeze(1), torch.tensor([21, 20]))
     for name, value in run(experts, "grouped_cpu", x, routing, upstream).items():
         assert value.isfinite().all(), name
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("E", [255, 256, 257, 2**15, 40_000])
+def test_rows_of_many_experts_are_in_order(E, padded):
+    """As many as a byte holds, and two bytes; padding, whose expert is E, comes last."""
+    experts_TK = torch.randint(0, E + padded, (300, 4), generator=torch.Generator().manual_seed(E))
+    experts_TK[:2, 0] = torch.tensor([E - 1, E if padded else 0])
+    counts_E = experts_TK.flatten().bincount(minlength=E + 1)[:E]
+    rows_R, ends_E = sort_rows(experts_TK, counts_E, padded)
+    assert torch.equal(rows_R, experts_TK.flatten().sort(stable=True).indices)
+    assert torch.equal(ends_E, counts_E.cumsum(0).int())
 
 
 def test_dispatch_by_hand():

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.kernels import native
+from litgpt_moe_ext.moe.kernels.plan import Outer
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
 from tests.fake_cuda import CAPABILITIES, RECIPES, fake_cuda, forward_of_recipe
 from tests.models import moe_config
@@ -39,6 +40,31 @@ def test_no_recipe_waits_on_a_desktop_card(recipe, backends):
     with fake_cuda((8, 6)):
         assert forward_of_recipe(recipe, layers=2).shape[:2] == (1, 64)
     assert set(backends) == {"triton"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "fast"),
+    [
+        ({}, True),
+        ({"capability": (8, 9)}, False),
+        ({"capability": (10, 0)}, False),
+        ({"dtype": torch.float16}, False),
+        # Of a first projection a token meets the outputs, of a second one the hidden units.
+        ({"left": 512}, False),
+        ({"left": 512, "gathers_left": True}, True),
+        ({"right": 256}, True),
+        ({"right": 256, "gathers_left": True}, False),
+        ({"left": 1020}, False),
+        ({"right": 1020}, False),
+    ],
+    ids=str,
+)
+def test_gradients_of_wide_weights_are_torch_products_on_hopper(changed, fast):
+    case = {"capability": (9, 0), "dtype": torch.bfloat16, "left": 1024, "right": 768, "gathers_left": False} | changed
+    with fake_cuda(case["capability"]):
+        left, right = (torch.empty(8, case[side], dtype=case["dtype"], device="cuda") for side in ("left", "right"))
+        outer = Outer(left, right, None, case["gathers_left"], not case["gathers_left"])
+        assert native.sums_fast(outer) == fast
 
 
 @pytest.mark.slow

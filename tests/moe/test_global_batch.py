@@ -94,6 +94,19 @@ def test_a_step_that_is_left_out_has_no_share_of_the_next():
     assert metrics == pytest.approx(expected_metrics)
 
 
+def test_a_backward_pass_after_the_step_has_the_shares_of_its_own_batch():
+    """The counts of a step go with it."""
+    first, second = batches(2)
+    model = model_of("global_batch")
+    step(model, [first])
+    late = remember_scale(chunked_cross_entropy(model(second), second))
+    forget_step(routers_of(model).values())
+    model.zero_grad()
+    late.backward()
+    expected, _ = step(model_of("global_batch"), [second])
+    torch.testing.assert_close({name: value.grad for name, value in model.named_parameters()}, expected)
+
+
 def test_batches_that_go_backward_together():
     """All that went forward before is counted, as where one loss is made of several."""
     first, second = batches(2)

@@ -20,7 +20,6 @@ class _CastTogether(torch.autograd.Function):
     def forward(ctx: Any, dtype: torch.dtype, n_each: Sequence[int], *weights: Tensor) -> tuple[Tensor, ...]:
         # Each result is `n_each` of the weights, in order, one above the other.
         ctx.dtypes = [weight.dtype for weight in weights]
-        ctx.set_materialize_grads(False)
         ctx.n_rows, stacks, casts = [], [], []
         for n in n_each:
             stacked = weights[len(casts) : len(casts) + n]
@@ -33,17 +32,16 @@ class _CastTogether(torch.autograd.Function):
         return tuple(stacks)
 
     @staticmethod
-    def backward(ctx: Any, *stacks: Tensor | None) -> tuple[Tensor | None, ...]:
-        grads: list[Tensor | None] = []
+    def backward(ctx: Any, *stacks: Tensor) -> tuple[Tensor | None, ...]:
+        grads: list[Tensor] = []
         for stack, n_rows in zip(stacks, ctx.n_rows, strict=True):
-            grads += [None] * len(n_rows) if stack is None else stack.split(n_rows)
+            grads += stack.split(n_rows)
         if torch.is_grad_enabled():  # to be differentiated again
-            again = (None if grad is None else grad.to(d) for grad, d in zip(grads, ctx.dtypes, strict=True))
-            return None, None, *again
+            return None, None, *(grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
         results: list[Tensor | None] = [None] * len(grads)
         narrow, wide = [], []
         for i, (grad, dtype, needed) in enumerate(zip(grads, ctx.dtypes, ctx.needs_input_grad[2:], strict=True)):
-            if grad is not None and needed:
+            if needed:
                 results[i] = result = torch.empty_like(grad, dtype=dtype)
                 narrow.append(grad)
                 wide.append(result)

@@ -9,7 +9,7 @@ from torch import nn
 from litgpt_moe_ext import padding
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.moe.kernels import operators
-from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
+from litgpt_moe_ext.moe.kernels.step_weights import StepWeights, cast
 from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.training.steps.capture import Passes
 from litgpt_moe_ext.training.steps.graph_check import Reference
@@ -131,6 +131,24 @@ def test_experts_weights_are_shared(monkeypatch, dtype):
     sums.clear()
     assert_trains_alike(train, GROUPED, dtype, share=False)
     assert not any(total is not None for total in sums)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_casts_that_are_kept_are_those_of_the_weights(frozen):
+    """From the first use, also of weights that have no gradient to say that a step has begun."""
+    weight, weights = nn.Parameter(torch.full((2, 2), 3.0), requires_grad=not frozen), StepWeights()
+    with weights.shared():
+        assert torch.equal(cast(weight, torch.bfloat16), weight.bfloat16())
+        weights.refresh()
+        weights.keep()
+        weights.refresh()
+        assert cast(weight, torch.bfloat16) is cast(weight, torch.bfloat16)
+        assert torch.equal(cast(weight, torch.bfloat16), weight.bfloat16())
+        with torch.no_grad():
+            weight.data.mul_(2)  # of which a version knows nothing
+        weights.expire()
+        weights.refresh()
+        assert torch.equal(cast(weight, torch.bfloat16), weight.bfloat16())
 
 
 SINKS = {"attention_class_name": "SinkAttention", "attention_dropout": 0.1, "residual_dropout": 0.1}
