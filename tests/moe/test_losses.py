@@ -65,6 +65,52 @@ def test_sequence_balancing_by_hand():
     assert sequence_balancing_loss(probabilities, experts, 2).item() == pytest.approx(1.8)
 
 
+def test_padding_has_no_part_in_losses():
+    """Losses and gradients are those of the tokens that are there."""
+    T, E, K = 12, 5, 2
+    real_T = torch.rand(T, generator=torch.Generator().manual_seed(1)) < 0.6
+    clean_TE, noise_TE = torch.randn(2, T, E, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    def losses(clean_TE, real_T=None):
+        noisy_TE = clean_TE + noise_TE[: len(clean_TE)]
+        weights_TK, experts_TK = noisy_TE.softmax(-1).topk(K)
+        if real_T is not None:
+            weights_TK = weights_TK.masked_fill(~real_T.unsqueeze(1), 0.0)
+            experts_TK = experts_TK.masked_fill(~real_T.unsqueeze(1), E)
+        probabilities_TE = clean_TE.softmax(-1)
+        return [
+            load_balancing_loss(probabilities_TE, experts_TK, real_T),
+            router_z_loss(clean_TE, real_T),
+            importance_loss(weights_TK, experts_TK, E, real_T),
+            load_loss(clean_TE, noisy_TE, torch.full_like(clean_TE, 0.7), K, real_T),
+        ]
+
+    noise_TE = torch.cat([noise_TE[real_T], noise_TE[~real_T]])
+    real_first_T = torch.arange(T) < real_T.sum()
+    alone = clean_TE[real_T].clone().requires_grad_()
+    among = torch.cat([clean_TE[real_T], torch.full_like(clean_TE[~real_T], 9.0)]).requires_grad_()
+    for ours, theirs in zip(losses(among, real_first_T), losses(alone), strict=True):
+        torch.testing.assert_close(ours, theirs)
+        (gradient,), (expected,) = torch.autograd.grad(ours, among), torch.autograd.grad(theirs, alone)
+        torch.testing.assert_close(gradient[real_first_T], expected)
+        assert not gradient[~real_first_T].any()
+
+
+def test_sequences_with_padding_count_by_their_tokens():
+    """Of three and one: their losses, weighed 3 to 1; a sequence of padding alone has none."""
+    probabilities_TE = torch.rand(12, 5, generator=torch.Generator().manual_seed(1)).softmax(-1)
+    experts_TK = probabilities_TE.topk(2).indices
+    real_T = torch.tensor([1, 1, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0]).bool()
+    first, second = (
+        load_balancing_loss(probabilities_TE[rows], experts_TK[rows]) for rows in (torch.tensor([0, 1, 3]), slice(6, 7))
+    )
+    padded_TK = experts_TK.masked_fill(~real_T.unsqueeze(1), 5)
+    found = sequence_balancing_loss(probabilities_TE, padded_TK, 3, real_T)
+    torch.testing.assert_close(found, (3 * first + second) / 4)
+    nothing_TK = torch.full_like(padded_TK, 5)
+    assert sequence_balancing_loss(probabilities_TE, nothing_TK, 3, torch.zeros(12, dtype=torch.bool)) == 0
+
+
 def test_a_layer_tells_its_router_the_sequences():
     layer = randomize(SharedExpertMoE(moe_config(router_sequence_balancing_loss_coef=1.0)))
 

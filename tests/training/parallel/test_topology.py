@@ -53,6 +53,14 @@ def test_server_with_two_cpus():
     assert "GPU0 and GPU4 talk through the interconnect between two CPUs" in report(SERVER)[-2]
 
 
+def test_bridged_pairs_on_two_cpus():
+    """Copies between GPUs work there: that much is known where some have NVLinks."""
+    bridged = SERVER.replace("PIX", "NV4").replace("PHB", "SYS")
+    lines = report(bridged)
+    assert "GPU0 and GPU2 talk through the interconnect between two CPUs" in lines[-1]
+    assert "NCCL_P2P_LEVEL" not in lines[-1]
+
+
 def test_network_cards_are_not_gpus():
     links = parse_matrix(SWITCHED)
     assert {(link.kind, link.lanes) for link in links} == {("NV", 6)}

@@ -133,6 +133,22 @@ def test_experts_weights_are_shared(monkeypatch, dtype):
     assert not any(total is not None for total in sums)
 
 
+def test_frozen_experts_that_change_between_steps_are_cast_anew():
+    """Nothing but the step says that something may have changed them, such as a callback."""
+
+    def train(training):
+        experts = [block.mlp.experts for block in training.model.transformer.h]
+        numbers = []
+        for i in range(0, 10, 2):
+            for parameter in (parameter for module in experts for parameter in module.parameters()):
+                parameter.requires_grad_(False).data.mul_(1.1)
+            numbers.append(training.step(batches(10)[i : i + 2]))
+        return numbers
+
+    graphed = assert_trains_alike(train, GROUPED, torch.bfloat16)
+    assert len(graphed.loss._weights._casts) == 4
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_casts_that_are_kept_are_those_of_the_weights(frozen):
     """From the first use, also of weights that have no gradient to say that a step has begun."""
