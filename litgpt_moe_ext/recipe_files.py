@@ -14,6 +14,8 @@ from litgpt_moe_ext.errors import SettingsError, did_you_mean_recipe, one_line
 _DEEPEST, _LARGEST = 50, 100_000
 
 _TEXT_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+# What no setting is, and JSON has not.
+_FOREIGN_TAGS = {f"tag:yaml.org,2002:{kind}": f"!!{kind}" for kind in ("binary", "omap", "pairs", "set")}
 
 
 def read_recipe(file: Path, setting: str = "--config") -> tuple[dict[str, Any], dict[str, int]]:
@@ -159,6 +161,10 @@ def _note_lines(node: yaml.Node, name: str, prefix: str, lines: dict[str, int]) 
         if setting in lines:
             raise SettingsError(
                 f"{name} line {line} gives {setting} again, after line {lines[setting]}; remove one of them"
+            )
+        if value.tag in _FOREIGN_TAGS:
+            raise SettingsError(
+                f"{name} line {line} gives {setting} as {_FOREIGN_TAGS[value.tag]}; write a plain value"
             )
         lines[setting] = line
         _note_lines(value, name, f"{setting}.", lines)

@@ -149,7 +149,8 @@ def evaluate(
 def _parse(line: bytes, where: str) -> Item:
     try:
         fields = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        json.dumps(fields, ensure_ascii=False).encode()  # fails at half of a surrogate pair, written as an escape
+    except (ValueError, RecursionError) as error:  # ValueError: also at an integer of thousands of digits
         raise SettingsError(f"file: {where} must be JSON; {error}") from error
     for name, kind in _FIELDS.items():
         if not isinstance(fields, dict) or not isinstance(fields.get(name), kind):

@@ -31,7 +31,7 @@ from litgpt_moe_ext.evaluation.loading import (
     parse_dtype,
 )
 from litgpt_moe_ext.evaluation.scoring import score_batch
-from litgpt_moe_ext.evaluation.tokenization import decode, encoder
+from litgpt_moe_ext.evaluation.tokenization import check_ids, decode, encoder
 
 # A request for a likelihood as lm-eval hands it over: (context and continuation as text, or None), and their tokens.
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -98,7 +98,9 @@ class GPTModel(TemplateLM):
 
     def tok_encode(self, string: str, **kwargs: Any) -> list[int]:
         """Tokenize without adding special tokens."""
-        return encoder(self._tokenizer)(string)
+        ids = encoder(self._tokenizer)(string)
+        check_ids(self.model, ids)
+        return ids
 
     def _decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         return decode(self._tokenizer, tokens, skip_special_tokens)

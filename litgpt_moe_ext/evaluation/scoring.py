@@ -4,7 +4,7 @@ Shape legend: B batch, T tokens, V vocabulary, N tokens of a whole text.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.batching import pad_right
+from litgpt_moe_ext.evaluation.tokenization import check_ids
 
 
 class Continuation(NamedTuple):
@@ -69,9 +70,11 @@ def score_continuations(
         advance: Called with the number of requests done after each forward pass.
 
     Raises:
-        SettingsError: If a continuation is empty or longer than the model's block size.
+        SettingsError: If a continuation is empty or longer than the model's block size, or has a token that the model
+            does not know.
     """
     size = model.max_seq_length
+    check_ids(model, chain.from_iterable(chain.from_iterable(requests)))
     for _, continuation in requests:
         if not 0 < len(continuation) <= size:
             raise SettingsError(

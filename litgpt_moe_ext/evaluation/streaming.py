@@ -10,6 +10,7 @@ from litgpt import GPT
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.sampling import Sampling
+from litgpt_moe_ext.evaluation.tokenization import check_ids
 
 
 @torch.inference_mode()
@@ -28,11 +29,12 @@ def stream(model: GPT, prompt: list[int], max_new_tokens: int, sampling: Samplin
         Token ids. One forward pass lies between two of them.
 
     Raises:
-        SettingsError: If the prompt is empty or leaves no room.
+        SettingsError: If the prompt is empty, leaves no room, or has a token that the model does not know.
     """
     device, total = model.lm_head.weight.device, len(prompt) + max_new_tokens
     if not prompt:
         raise SettingsError("prompt: it is empty; it must have at least one token")
+    check_ids(model, prompt)
     if getattr(model.config, "streaming_cache_window", None) is None:
         size = model.max_seq_length
         if len(prompt) >= size:

@@ -3,19 +3,29 @@
 `Tokenizer.encode` would add them and strip them again.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from litgpt import Tokenizer
+from litgpt import GPT, Tokenizer
+
+from litgpt_moe_ext.errors import SettingsError
 
 
 def encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
-    """Return what turns text into token ids."""
+    """Return what turns text into token ids; it raises SettingsError at bytes that are no characters."""
     # Hugging Face's or SentencePiece's.
     processor: Any = tokenizer.processor
-    if tokenizer.backend == "huggingface":
-        return lambda text: processor.encode(text, add_special_tokens=False).ids
-    return processor.encode
+
+    def encode(text: str) -> list[int]:
+        try:
+            if tokenizer.backend == "huggingface":
+                return processor.encode(text, add_special_tokens=False).ids
+            return processor.encode(text)
+        except (TypeError, UnicodeEncodeError) as error:  # as of a command line, or of half a surrogate pair in JSON
+            raise SettingsError(f"text: {text[:40]!r} is not Unicode ({error}); write it in UTF-8") from error
+
+    return encode
 
 
 def decode(tokenizer: Tokenizer, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -30,3 +40,20 @@ def decode(tokenizer: Tokenizer, ids: Sequence[int], skip_special_tokens: bool =
     if tokenizer.backend == "huggingface":
         return processor.decode(list(ids), skip_special_tokens=skip_special_tokens)
     return processor.decode(list(ids))
+
+
+def check_ids(model: GPT, ids: Iterable[int], data: Path | None = None) -> None:
+    """Raise SettingsError if a model has no embedding for a token.
+
+    Args:
+        model: The model.
+        ids: Token ids.
+        data: Where they are from; None for a text that the tokenizer of the checkpoint has encoded.
+    """
+    size, highest = model.config.padded_vocab_size or 0, max(ids, default=-1)
+    if highest < size:
+        return
+    beyond = f"has token id {highest}, beyond the model's padded_vocab_size: {size}"
+    if data is not None:
+        raise SettingsError(f"data: {str(data)!r} {beyond}; name data that was made with the checkpoint's tokenizer")
+    raise SettingsError(f"checkpoint_dir: its tokenizer {beyond}; copy that of the training data there")

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _POINTS = "points"
 # Beyond so many settings the first points of Halton's sequence are no longer spread evenly.
 _MOST = 6
+_MOST_POINTS = 10_000
+_LARGEST = 2**63 - 1
 
 
 def searched_points(search: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -34,8 +36,10 @@ def searched_points(search: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [{}]
     ranges = {name: values for name, values in search.items() if name != _POINTS}
     count = search.get(_POINTS)
-    if type(count) is not int or count < 1 or not 1 <= len(ranges) <= _MOST:
-        raise SettingsError(f"search: {dict(search)} must have points, how many, and 1 to {_MOST} settings to search")
+    if type(count) is not int or not 1 <= count <= _MOST_POINTS:
+        raise SettingsError(f"search.{_POINTS}: {count} must be how many points there are, from 1 to {_MOST_POINTS}")
+    if not 1 <= len(ranges) <= _MOST:
+        raise SettingsError(f"search: {dict(search)} must have 1 to {_MOST} settings to search, beside {_POINTS}")
     for name, values in ranges.items():
         _check(name, values)
     from scipy.stats.qmc import Halton
@@ -57,8 +61,11 @@ def _check(name: str, values: Any) -> None:
     low, high, log = values["low"], values["high"], values.get("log", False)
     if not isinstance(log, bool):
         raise SettingsError(f"search.{name}.log: {log!r} must be true or false")
-    if not all(type(end) in (int, float) for end in (low, high)) or not low < high or (log and low <= 0):
-        raise SettingsError(f"search.{name}: {values} must have numbers low < high, above 0 where log is true")
+    numbers = all(type(end) in (int, float) and abs(end) <= _LARGEST for end in (low, high))
+    if not numbers or not low < high or (log and low <= 0):
+        raise SettingsError(
+            f"search.{name}: {values} must have numbers low < high below 2**63, above 0 where log is true"
+        )
 
 
 def _value(values: Any, place: float) -> Any:

@@ -204,9 +204,10 @@ def test_damaged_or_missing_files(tmp_path):
     with pytest.raises(ValueError, match="tokenizer.json does not exist"):
         open_for_documents(tmp_path)
     without_eos(tmp_path, {})
-    (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match="tokenizer_config.json is not valid JSON"):
-        found(tmp_path, "eos")
+    for content in ("{", f'{{"model_max_length": {"9" * 5000}}}'):
+        (tmp_path / "tokenizer_config.json").write_text(content)
+        with pytest.raises(SettingsError, match="tokenizer_config.json is not valid JSON"):
+            found(tmp_path, "eos")
 
 
 def test_threads_are_used_inside_and_off_afterwards(monkeypatch):

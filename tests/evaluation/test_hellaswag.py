@@ -159,6 +159,8 @@ def test_batches_do_not_matter(checkpoint, hellaswag_file):
         ('{"ind": 1}', "lacks 'activity_label'"),
         (json.dumps({**questions(1)[0], "label": ""}), "label ''"),
         (json.dumps({**questions(1)[0], "endings": ["a"]}), "1 endings"),
+        (json.dumps({**questions(1)[0], "ctx": "\ud800"}), "line 2 must be JSON; .* surrogates not allowed"),
+        (f'{{"ind": {"9" * 5000}}}', "line 2 must be JSON; Exceeds the limit"),
     ],
 )
 def test_files_that_are_something_else(tmp_path, line, message):

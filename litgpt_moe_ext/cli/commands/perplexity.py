@@ -54,17 +54,13 @@ class Perplexity:
         )
         from litgpt_moe_ext.evaluation.perplexity import bytes_of, summarize
         from litgpt_moe_ext.evaluation.scoring import token_losses
+        from litgpt_moe_ext.evaluation.tokenization import check_ids
 
         check_checkpoint_dir(self.checkpoint_dir)
         tokenizer = load_tokenizer(self.checkpoint_dir)
         parts = self._tokens(tokenizer)
         model = load_model(self.checkpoint_dir, choose_device(self.device), parse_dtype(self.dtype))
-        highest = max(int(part.max()) for part in parts)
-        if highest >= (model.config.padded_vocab_size or 0):
-            raise SettingsError(
-                f"data: token id {highest} must be below the model's padded_vocab_size of "
-                f"{model.config.padded_vocab_size}; the data was made with another tokenizer"
-            )
+        check_ids(model, (int(part.max()) for part in parts), self.data)
         with progress("Scoring", sum(len(part) - 1 for part in parts)) as advance:
             scored = [token_losses(model, part, self.batch_size, advance) for part in parts]
         losses_N, contexts_N = (torch.cat(column) for column in zip(*scored, strict=True))

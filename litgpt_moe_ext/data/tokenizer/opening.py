@@ -215,7 +215,7 @@ def _json(files: Mapping[str, bytes], path: Path) -> dict:
         return {}
     try:
         content = json.loads(files[path.name].decode("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also at an integer of thousands of digits
         raise SettingsError(f"{path} is not valid JSON ({error}); repair or replace the file") from error
     if not isinstance(content, dict):
         raise SettingsError(f"{path} holds {type(content).__name__}, not an object; repair or replace the file")

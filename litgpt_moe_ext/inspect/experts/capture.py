@@ -6,6 +6,7 @@ Shape legend: B sequences, T tokens, K chosen experts per token, E experts, L Mo
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from litgpt_moe_ext.config.features import MOE_CLASS_NAMES
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.batching import pad_right
+from litgpt_moe_ext.evaluation.tokenization import check_ids
 from litgpt_moe_ext.moe.router import Router, Routing
 
 
@@ -129,7 +131,11 @@ def record_routing(
         texts: Token ids.
         batch_size: Pieces per forward pass.
         advance: Called with the number of tokens done after each forward pass.
+
+    Raises:
+        SettingsError: If the model has no MoE layers, or does not know a token.
     """
+    check_ids(model, chain.from_iterable(texts))
     recorder = RoutingRecorder(model)
     size, device = model.max_seq_length, model.lm_head.weight.device
     pieces = [list(text[i : i + size]) for text in texts for i in range(0, len(text), size)]
