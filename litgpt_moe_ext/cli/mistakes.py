@@ -172,22 +172,32 @@ class _Search:
         if not isinstance(path, str):
             yield f"{name}: has no class_path; it must be {describe(base)}"
             return
+        arguments: Mapping[str, Any] = {}
         try:
-            made, arguments = _named(path), _arguments(path)
+            made = _named(path)
             why = "it is another class" if inspect.isclass(made) and not issubclass(made, base) else ""
-        except ImportError as error:
-            arguments, why = {}, f"it cannot be imported ({one_line(error)})"
+        except (ImportError, TypeError, ValueError) as error:  # the last two from the module, as of a misspelt event
+            made, why = None, f"it cannot be imported ({one_line(error)})"
             if isinstance(error, ModuleNotFoundError) and error.name and path.startswith(error.name):
                 why += "; Python finds what is installed, or in a folder that PYTHONPATH names"
-        except (TypeError, ValueError):
-            arguments, why = {}, "it is not a class"
+        if not why:
+            try:
+                arguments = _arguments(path)
+            except (TypeError, ValueError):
+                why = "it is not a class"
         if why:
             yield f"{name}.class_path: {path!r} must be the import path of a {base.__name__}; {why}{_meant(path, base)}"
             return
         given = {} if isinstance(value, str) else value.get("init_args") or {}
         if isinstance(given, Mapping):
             yield from self.keys(f"{name}.", given, arguments)
-            yield from (f"{name}.{key}: must be given for {path}" for key in _required(path) if key not in given)
+            required = dict(_required(path))
+            yield from (f"{name}.{key}: must be given for {path}" for key in required if key not in given)
+            yield from (
+                f"{name}.{key}: has no type in {path}, which its argument must say, as in `{key}: float`"
+                for key, annotation in required.items()
+                if annotation is inspect.Parameter.empty
+            )
         else:
             yield refusal(f"{name}.init_args", given, dict)
 
@@ -289,14 +299,14 @@ def _arguments(path: str) -> Mapping[str, Any]:
     return {key: hints.get(key, Any) for key in inspect.signature(cls).parameters}
 
 
-def _required(path: str) -> Iterator[str]:
-    """Yield the arguments that the class at an import path has no default for."""
+def _required(path: str) -> Iterator[tuple[str, Any]]:
+    """Yield the arguments that the class at an import path has no default for, with what it says of their types."""
     for key, parameter in inspect.signature(_named(path)).parameters.items():
         if parameter.default is parameter.empty and parameter.kind not in (
             parameter.VAR_POSITIONAL,
             parameter.VAR_KEYWORD,
         ):
-            yield key
+            yield key, parameter.annotation
 
 
 @cache

@@ -38,9 +38,11 @@ class Callback:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name, method in vars(cls).items():
-            if name.startswith("on_") and callable(method):
-                _check_event(cls, name, method)
+        for owner in cls.__mro__:  # classes beside this one may have events as well
+            if owner is not Callback:
+                for name, method in vars(owner).items():
+                    if name.startswith("on_") and callable(method):
+                        _check_event(owner, name, method)
 
     def on_before_setup(self, model: torch.nn.Module) -> None:
         """Change LitGPT's model before a strategy or a compiler wraps it.
@@ -165,3 +167,6 @@ def _check_event(cls: type, name: str, method: Any) -> None:
     found = list(inspect.signature(method).parameters)
     if found != expected:
         raise TypeError(f"{where}: must have the arguments ({', '.join(expected)}), not ({', '.join(found)})")
+    code = inspect.unwrap(method)
+    if inspect.iscoroutinefunction(code) or inspect.isgeneratorfunction(code) or inspect.isasyncgenfunction(code):
+        raise TypeError(f"{where}: must be a plain function without async and yield, whose body a call does not run")

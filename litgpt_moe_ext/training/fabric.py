@@ -92,10 +92,16 @@ class TrainingFabric(L.Fabric):
 
         Fabric's method looks at the signature of every callback at every call; these are checked when a class is
         defined.
+
+        Raises:
+            RuntimeError: If one raises StopIteration, which would end LitGPT's loop as if it had trained all steps.
         """
         for callback in self._callbacks:
             if (method := getattr(callback, hook_name, None)) is not None:  # Fabric's own plug-ins may lack it
-                method(*args, **kwargs)
+                try:
+                    method(*args, **kwargs)
+                except StopIteration as error:
+                    raise RuntimeError(f"{type(callback).__name__}.{hook_name} raised StopIteration") from error
 
     def print(self, *values: Any, **_options: Any) -> None:
         """Show a message on the first process."""

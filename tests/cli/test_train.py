@@ -395,6 +395,34 @@ def test_a_class_whose_module_lacks_something_says_what(recipe, tmp_path, capsys
     assert "No module named 'not_installed_here'" in error
 
 
+MISSPELT = """
+from litgpt_moe_ext.training.callback import Callback
+
+
+class Mine(Callback):
+    def on_step_beginn(self, state):
+        pass
+"""
+
+
+def test_a_misspelt_event_in_a_module_that_a_recipe_names_is_said(recipe, tmp_path, capsys, monkeypatch):
+    (tmp_path / "misspelt.py").write_text(MISSPELT)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["--config", str(recipe()), "--callbacks", "[misspelt.Mine]"]) == 2
+    assert "on_step_beginn: no event of training has this name; did you mean on_step_begin?" in capsys.readouterr().err
+
+
+def test_an_argument_without_a_type_is_named(recipe, tmp_path, capsys, monkeypatch):
+    (tmp_path / "untyped.py").write_text(
+        "from litgpt_moe_ext.training.callback import Callback\n\n\n"
+        "class Mine(Callback):\n    def __init__(self, loss):\n        self.loss = loss\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    callback = "[{class_path: untyped.Mine, init_args: {loss: 1}}]"
+    assert main(["--config", str(recipe()), "--callbacks", callback]) == 2
+    assert "callbacks.0.loss: has no type in untyped.Mine" in capsys.readouterr().err
+
+
 TYPED = """
 from __future__ import annotations
 

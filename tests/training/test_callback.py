@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from litgpt_moe_ext.cli.settings import read_settings
 from litgpt_moe_ext.training.callback import EVENTS, Callback
 from litgpt_moe_ext.training.fabric import TrainingFabric
+from litgpt_moe_ext.training.run import run
 
 
 def test_a_misspelt_event_is_an_error_at_definition():
@@ -28,6 +30,49 @@ def test_other_arguments_are_an_error_at_definition():
         class Mine(Callback):
             def on_batch(self, tokens):
                 pass
+
+
+def test_a_misspelt_event_of_another_base_class_is_an_error_at_definition():
+    class Mixin:
+        def on_step_beginn(self, state):
+            pass
+
+    with pytest.raises(TypeError, match=r"Mixin\.on_step_beginn: no event of training"):
+
+        class Mine(Mixin, Callback):
+            pass
+
+
+def test_a_method_whose_body_a_call_does_not_run_is_an_error_at_definition():
+    with pytest.raises(TypeError, match=r"Later\.on_step_begin: must be a plain function without async and yield"):
+
+        class Later(Callback):
+            async def on_step_begin(self, state):
+                pass
+
+    with pytest.raises(TypeError, match=r"Lazy\.on_step_begin: must be a plain function without async and yield"):
+
+        class Lazy(Callback):
+            def on_step_begin(self, state):
+                yield state
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_batch"])
+def test_an_iterator_of_a_callback_that_is_empty_does_not_end_the_training_as_finished(recipe, tmp_path, event):
+    class Draws(Callback):
+        def on_step_begin(self, state):
+            if event == "on_step_begin" and state["step_count"] == 2:
+                next(iter(()))
+
+        def on_batch(self, batch, waited):
+            if event == "on_batch":
+                next(iter(()))
+
+    settings = read_settings(["--config", str(recipe())])
+    settings.callbacks = [Draws()]
+    with pytest.raises(RuntimeError, match=rf"Draws\.{event} raised StopIteration"):
+        run(settings)
+    assert not (tmp_path / "out" / "final").exists()
 
 
 def test_every_callback_of_the_package_has_the_base_class():

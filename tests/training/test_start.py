@@ -116,10 +116,19 @@ def test_arguments_that_a_callback_does_not_keep(recipe):
         def __init__(self, loss: float) -> None:
             pass
 
+    class Slots(Callback):
+        __slots__ = ("loss",)
+
+        def __init__(self, loss: float) -> None:
+            self.loss = loss
+
     assert to_plain(Keeps(2.0))["init_args"] == {"loss": 2.0}
     assert to_plain(LogArgs(run="a")) == {"run": "a", "log_model": False, "save_logs": True}
     with pytest.raises(TypeError, match="it must keep its argument loss as an attribute"):
         to_plain(Forgets(2.0))
+    assert to_plain(Slots(2.0))["init_args"] == {"loss": 2.0}
+    with pytest.raises(SettingsError, match=r"callbacks\.0\.loss: <object"):
+        to_plain([Keeps(object())], "callbacks")
 
 
 def test_one_command_starts_from_weights_and_goes_on_afterwards(recipe, finished, tmp_path, capsys):

@@ -43,7 +43,7 @@ def to_plain(value: Any, name: str = "value") -> Any:
     if isinstance(value, (list, tuple)):
         return [to_plain(item, f"{name}.{index}") for index, item in enumerate(value)]
     if isinstance(value, Callback) or (_is_data_module(value) and not dataclasses.is_dataclass(value)):
-        return _named(value, _arguments_of(value))
+        return _named(value, _arguments_of(value), name)
     if dataclasses.is_dataclass(value):
         fields = {
             f.name: to_plain(getattr(value, f.name), f"{name}.{f.name}")
@@ -51,18 +51,19 @@ def to_plain(value: Any, name: str = "value") -> Any:
             if f.init and not _unset(f, value)
         }
         if _is_data_module(value):
-            return _named(value, fields)
+            return _named(value, fields, name)
         return fields
     raise SettingsError(f"{name}: {value!r} must be text, a number, true, false, null, or lists and keys of these")
 
 
-def _named(value: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+def _named(value: Any, arguments: dict[str, Any], name: str) -> dict[str, Any]:
     cls = type(value)
-    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": to_plain(arguments)}
+    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": to_plain(arguments, name)}
 
 
 def _arguments_of(value: Any) -> dict[str, Any]:
-    kept = vars(value)
+    slots = [slot for cls in type(value).__mro__ for slot in vars(cls).get("__slots__", ())]
+    kept = {**vars(value), **{slot: getattr(value, slot) for slot in slots if hasattr(value, slot)}}
     names = inspect.signature(type(value)).parameters
     if missing := [name for name in names if name not in kept and f"_{name}" not in kept]:
         raise TypeError(
