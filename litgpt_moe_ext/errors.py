@@ -1,6 +1,6 @@
 """The error that every check raises, what its last words may be, and how a command ends with it.
 
-Imports nothing of this package but `interruption`, for any room.
+Imports nothing of this package but `interruption`, so that every module can import it.
 """
 
 import errno

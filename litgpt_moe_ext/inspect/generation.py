@@ -189,7 +189,6 @@ def _now(device: torch.device) -> float:
 
 
 def _build(config: "Config", state: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> GPT:
-
     model = GPT(config)
     model.load_state_dict(state)
     return model.to(device=device, dtype=dtype).requires_grad_(False).eval()

@@ -117,11 +117,11 @@ def _converse(console: "Console", answer: Callable[[str], None]) -> None:
 def _check_layer(model: "GPT", layer: int | None) -> int:
     from litgpt_moe_ext.inspect.experts.capture import RoutingRecorder
 
-    count = RoutingRecorder(model).layers
+    count = len(RoutingRecorder(model).layers)
     if layer is None:
-        return len(count) // 2
-    if not 0 <= layer < len(count):
-        raise SettingsError(f"layer: {layer} must be from 0 to {len(count) - 1}; the model has {len(count)} MoE layers")
+        return count // 2
+    if layer >= count:
+        raise SettingsError(f"layer: {layer} must be from 0 to {count - 1}; the model has {count} MoE layers")
     return layer
 
 

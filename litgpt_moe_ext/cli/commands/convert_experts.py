@@ -15,7 +15,7 @@ class ConvertExperts:
     the way.
 
     Attributes:
-        checkpoint_dir: A checkpoint with SharedExpertMoE or NoisyTopKMoE layers.
+        checkpoint_dir: A checkpoint with this package's MoE layers.
         out_dir: Directory of the new checkpoint, which must not exist.
         layout: How experts are stored; llama-moe is one module per expert.
     """

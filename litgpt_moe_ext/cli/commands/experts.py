@@ -19,7 +19,7 @@ class Experts:
     """Report what the experts of a checkpoint do with a text: an HTML page, pictures and JSON.
 
     Attributes:
-        checkpoint_dir: A checkpoint with SharedExpertMoE, NoisyTopKMoE or LLaMAMoE layers.
+        checkpoint_dir: A checkpoint with MoE layers, this package's or LitGPT's LLaMAMoE.
         text: Text files to read.
         data: In place of text: a token shard, or the folder of a prepared corpus, whose validation part is read.
         compare_with: Another checkpoint with the same tokenizer and layers, to see how far they route alike.
