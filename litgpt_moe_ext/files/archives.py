@@ -2,6 +2,7 @@
 
 import pickle
 import zipfile
+from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,20 @@ def open_archive(path: Path, setting: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise SettingsError(f"{setting}: {path} holds a {type(content).__name__}; it must hold weights by name")
     return content
+
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
+
+
+def foreign_object(value: Any) -> object | None:
+    """Return an object inside a value that `open_archive` would refuse, or None if all are tensors and plain data."""
+    if type(value) in _PLAIN or isinstance(value, torch.Tensor):
+        return None
+    if type(value) in (dict, OrderedDict, Counter):
+        value = [*value, *value.values()]
+    elif type(value) not in (list, tuple, set):
+        return value
+    return next((found for item in value if (found := foreign_object(item)) is not None), None)
 
 
 def shortened(error: Exception) -> str:

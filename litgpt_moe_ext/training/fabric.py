@@ -18,6 +18,7 @@ from torch import Tensor
 
 from litgpt_moe_ext.errors import FROM_ITS_WEIGHTS, SettingsError, one_line
 from litgpt_moe_ext.evaluation.perplexity import exp
+from litgpt_moe_ext.files.archives import foreign_object
 from litgpt_moe_ext.moe.balancing import begin_schedules
 from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.training.callback import Callback
@@ -139,8 +140,19 @@ class TrainingFabric(L.Fabric):
         return self._optimizer
 
     def callback_states(self) -> dict[str, Any]:
-        """Return the state of every callback that has one, by name."""
-        return {name: state for name, callback in self._named_callbacks() if (state := callback.state_dict())}
+        """Return the state of every callback that has one, by name; without what could not be opened again."""
+        states = {}
+        for name, callback in self._named_callbacks():
+            state = callback.state_dict()
+            foreign = foreign_object(state)
+            if foreign is not None:
+                self.print(
+                    f"  {name}.state_dict returns a {type(foreign).__module__}.{type(foreign).__qualname__}, where "
+                    "checkpoints hold tensors and plain data only: the state of this callback is not saved."
+                )
+            elif state:
+                states[name] = state
+        return states
 
     def _named_callbacks(self) -> Iterator[tuple[str, Callback]]:
         # By class; a second one of a class is told from the first by its number.

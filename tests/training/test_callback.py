@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from litgpt_moe_ext.cli.settings import read_settings
+from litgpt_moe_ext.files.archives import open_archive
 from litgpt_moe_ext.training.callback import EVENTS, Callback
 from litgpt_moe_ext.training.fabric import TrainingFabric
 from litgpt_moe_ext.training.run import run
@@ -73,6 +75,20 @@ def test_an_iterator_of_a_callback_that_is_empty_does_not_end_the_training_as_fi
     with pytest.raises(RuntimeError, match=rf"Draws\.{event} raised StopIteration"):
         run(settings)
     assert not (tmp_path / "out" / "final").exists()
+
+
+def test_a_state_that_could_not_be_opened_again_is_left_out_of_checkpoints(recipe, tmp_path, capsys):
+    class Remembers(Callback):
+        def state_dict(self):
+            return {"best": [np.float64(1.0)]}
+
+    settings = read_settings(["--config", str(recipe())])
+    settings.callbacks = [Remembers()]
+    run(settings)
+    assert "Remembers.state_dict returns a numpy.float64" in capsys.readouterr().out
+    saved = open_archive(tmp_path / "out" / "final" / "lit_model.pth", "resume")["callbacks"]
+    assert "Remembers" not in saved
+    assert "Retention" in saved
 
 
 def test_every_callback_of_the_package_has_the_base_class():
