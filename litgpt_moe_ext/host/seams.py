@@ -34,7 +34,7 @@ class Seam:
             wrap: it is replaced by a function that calls it.
             subclass: it is left alone, and a class of the plugin builds on it.
             call: it is left alone, and called with something of the plugin.
-            run: it is replaced for the time of a run, by `litgpt_moe_ext.training.loop`.
+            run: it is replaced for the time of a run; names of LitGPT by `litgpt_moe_ext.training.loop`.
             source: the module is executed from its own source, in part or with an expression changed.
         reason: What the plugin needs it for.
         until: What makes it superfluous. "litgpt>VERSION" switches it off by itself.
