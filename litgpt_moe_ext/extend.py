@@ -110,7 +110,7 @@ def load_extensions() -> None:
     for entry_point in entry_points(group="litgpt_moe_ext.extensions"):
         try:
             entry_point.load()()
-        except Exception as error:  # whatever somebody else's code raises
+        except (Exception, SystemExit) as error:  # whatever somebody else's code raises, a script that ends itself too
             reason = f"{type(error).__name__}: {one_line(error)}"
             warnings.warn(
                 f"the extension {entry_point.name} ({entry_point.value}) is left out: {reason}",

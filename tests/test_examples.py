@@ -101,15 +101,16 @@ def test_the_same_may_be_registered_twice(monkeypatch):
         extend.register_activation("mine", ActivationType(Pointwise(F.gelu), gated=True))
 
 
-def test_an_extension_that_fails_is_left_out_with_a_warning(monkeypatch):
+@pytest.mark.parametrize(
+    ("fail", "reason"), [(lambda: {}["nothing"], "KeyError: 'nothing'"), (lambda: sys.exit("bye"), "SystemExit: bye")]
+)
+def test_an_extension_that_fails_is_left_out_with_a_warning(monkeypatch, fail, reason):
     called = []
     broken, whole = (
         SimpleNamespace(name=name, value=f"{name}:register", load=lambda call=call: call)
-        for name, call in (("broken", lambda: {}["nothing"]), ("whole", lambda: called.append(1)))
+        for name, call in (("broken", fail), ("whole", lambda: called.append(1)))
     )
     monkeypatch.setattr(extend, "entry_points", lambda group: [broken, whole])
-    with pytest.warns(
-        RuntimeWarning, match=r"the extension broken \(broken:register\) is left out: KeyError: 'nothing'"
-    ):
+    with pytest.warns(RuntimeWarning, match=rf"the extension broken \(broken:register\) is left out: {reason}"):
         extend.load_extensions()
     assert called
