@@ -1,5 +1,6 @@
 """The base class of callbacks: what it refuses at definition, and what a run calls."""
 
+import builtins
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from litgpt_moe_ext.cli.settings import read_settings
 from litgpt_moe_ext.files.archives import open_archive
 from litgpt_moe_ext.training.callback import EVENTS, Callback
+from litgpt_moe_ext.training.control import TrainingStopped
 from litgpt_moe_ext.training.fabric import TrainingFabric
 from litgpt_moe_ext.training.run import run
 
@@ -75,6 +77,31 @@ def test_an_iterator_of_a_callback_that_is_empty_does_not_end_the_training_as_fi
     with pytest.raises(RuntimeError, match=rf"Draws\.{event} raised StopIteration"):
         run(settings)
     assert not (tmp_path / "out" / "final").exists()
+
+
+class AddsFiles(Callback):
+    def __init__(self, kind: str, message: str) -> None:
+        self.kind, self.message = kind, message
+
+    def on_checkpoint_staged(self, directory):
+        raise getattr(builtins, self.kind)(self.message)
+
+
+def test_an_error_in_a_callback_that_adds_files_is_its_own(recipe, tmp_path):
+    """Not that of a full disk."""
+    settings = read_settings(["--config", str(recipe())])
+    settings.callbacks = [AddsFiles("RuntimeError", "shapes do not match")]
+    with pytest.raises(RuntimeError, match="^shapes do not match$"):
+        run(settings)
+    assert not list((tmp_path / "out").glob("step-*"))
+
+
+def test_a_callback_that_cannot_write_a_file_is_named_in_a_line(recipe, tmp_path):
+    settings = read_settings(["--config", str(recipe())])
+    settings.callbacks = [AddsFiles("OSError", "no such\nplace")]
+    with pytest.raises(TrainingStopped, match="saved: no such place. .* Mend the cause, such as a full disk") as error:
+        run(settings)
+    assert "\n" not in str(error.value)
 
 
 def test_a_state_that_could_not_be_opened_again_is_left_out_of_checkpoints(recipe, tmp_path, capsys):

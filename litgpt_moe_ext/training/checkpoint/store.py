@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from litgpt_moe_ext.errors import one_line
 from litgpt_moe_ext.files import checksums
 from litgpt_moe_ext.files.durable import WRITE_TEST, cut_off, flush, flush_tree
 from litgpt_moe_ext.training.checkpoint.earlier import free_name
@@ -100,24 +101,26 @@ def save_whole(save: Callable[..., None], fabric: Any, state: dict, tokenizer_di
     if fabric.is_global_zero:
         shutil.rmtree(staging, ignore_errors=True)
     fabric.barrier()
-    for part in (
-        lambda: save(fabric, extended, tokenizer_dir, staging / file.name),
-        lambda: fabric.call("on_checkpoint_staged", directory=staging),
-        finish,
+    for part, of_others in (
+        (lambda: save(fabric, extended, tokenizer_dir, staging / file.name), False),
+        (lambda: fabric.call("on_checkpoint_staged", directory=staging), True),
+        (finish, False),
     ):
-        if problem := _try_everywhere(fabric, part):
+        if problem := _try_everywhere(fabric, part, of_others):
             if fabric.is_global_zero:
                 shutil.rmtree(staging, ignore_errors=True)
             raise SaveError(f"{target} could not be saved: {problem}")
 
 
-def _try_everywhere(fabric: Any, action: Callable[[], Any]) -> str | None:
+def _try_everywhere(fabric: Any, action: Callable[[], Any], of_others: bool) -> str | None:
     # Only the first process writes files; the others must hear of its failure instead of waiting for it.
     problem = None
     try:
         action()
     except (OSError, RuntimeError) as error:
-        if not fabric.is_global_zero:
+        # A callback may raise a RuntimeError for any reason, which its traceback shows.
+        is_of_disk = isinstance(error, OSError) or cut_off(error)
+        if not fabric.is_global_zero or (of_others and not is_of_disk):
             raise
-        problem = "a file was cut off, as on a full disk" if cut_off(error) else str(error) or type(error).__name__
+        problem = "a file was cut off, as on a full disk" if cut_off(error) else one_line(error) or type(error).__name__
     return fabric.broadcast(problem)

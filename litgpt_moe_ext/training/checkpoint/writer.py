@@ -93,8 +93,8 @@ class CheckpointWriter:
             if not going_on or last or directory.name == FINAL:
                 hint = "" if going_on else "; --checkpoint.on_save_error continue trains on without checkpoints"
                 raise TrainingStopped(
-                    f"{error}. The checkpoints before it are whole{self._newest(', the newest is ')}. Free some "
-                    f"space and continue with --resume auto{hint}."
+                    f"{error}. The checkpoints before it are whole{self._newest(', the newest is ')}. "
+                    f"Mend the cause, such as a full disk, and continue with --resume auto{hint}."
                 ) from error
             fabric.print(f"  {error}. Training goes on without it (checkpoint.on_save_error: continue).")
             return
