@@ -13,15 +13,23 @@ from pathlib import Path
 
 FILE_NAME = "SHA256SUMS"
 _STORAGES = "data"  # the folder of the archive in which storages are
-_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")  # an asterisk marks what was read as binary
+# A backslash before the line marks a name with escapes, an asterisk what was read as binary.
+_LINE = re.compile(r"(\\?)([0-9a-f]{64}) [ *](.+)")
+_ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
+_ESCAPED = {escape: character for character, escape in _ESCAPES.items()}
 # Of an archive that is cut off or cannot be read, and one whose damaged header names an unknown compression.
 _UNREADABLE = (zipfile.BadZipFile, EOFError, OSError, NotImplementedError)
 
 
 def write(directory: Path, leave_out: Collection[str] = ()) -> None:
     """Write the checksums of all files in `directory`, at any depth, but for those with one of some names."""
-    lines = [f"{sha256_of(directory / name)}  {name}\n" for name in _names(directory, leave_out)]
+    lines = [_line(sha256_of(directory / name), name) for name in _names(directory, leave_out)]
     (directory / FILE_NAME).write_text("".join(lines), encoding="utf-8")
+
+
+def _line(digest: str, name: str) -> str:
+    escaped = "".join(_ESCAPES.get(character, character) for character in name)
+    return f"{digest}  {name}\n" if escaped == name else f"\\{digest}  {escaped}\n"
 
 
 def read(directory: Path) -> dict[str, str]:
@@ -39,7 +47,10 @@ def read(directory: Path) -> dict[str, str]:
     for number, line in enumerate(text.removesuffix("\n").split("\n") if text else (), start=1):
         if (match := _LINE.fullmatch(line)) is None:
             raise ValueError(f"{FILE_NAME} is damaged in line {number}")
-        listed[match[2]] = match[1]
+        escapes, digest, name = match.groups()
+        if escapes:
+            name = re.sub(r"\\.", lambda found: _ESCAPED.get(found[0], found[0]), name)
+        listed[name] = digest
     return listed
 
 

@@ -54,7 +54,8 @@ def flush(path: Path) -> None:
 
 
 def flush_tree(directory: Path) -> None:
-    """Flush everything in a folder, and the folder."""
+    """Flush all files and folders in a folder, and the folder."""
     for path in sorted(directory.rglob("*")):
-        flush(path)
+        if path.is_file() or path.is_dir():  # to open a pipe waits for the other end
+            flush(path)
     flush(directory)

@@ -482,11 +482,15 @@ class TestManifest:
         file.write_bytes(damage(file.read_bytes()))
         assert message in problem_with(tmp_path)
 
-    @pytest.mark.parametrize("name", [" blank first", "line\u2028separator", "next\x85line", "größe"])
+    @pytest.mark.parametrize(
+        "name", [" blank first", "line\u2028separator", "next\x85line", "größe", "two\nlines", "a\\nb\r\\"]
+    )
     def test_files_of_any_name_are_listed(self, tmp_path, name):
         (tmp_path / name).write_text("whole")
         checksums.write(tmp_path)
         assert checksums.problem_with(tmp_path) is None
+        if sums := shutil.which("sha256sum"):
+            subprocess.run([sums, "--quiet", "-c", checksums.FILE_NAME], cwd=tmp_path, check=True)
         (tmp_path / name).write_text("other")
         assert checksums.problem_with(tmp_path) == f"{name} differs from its checksum in SHA256SUMS"
 
@@ -503,6 +507,17 @@ class TestManifest:
         assert checksums.problem_with(tmp_path, only="c.txt") is None
         (tmp_path / "a" / "b.bin").unlink()
         assert "a/b.bin cannot be read" in checksums.problem_with(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no such files")
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(tmp_path):
+    """As a callback may put there that listens."""
+    (tmp_path / "staging").mkdir()
+    (tmp_path / "staging" / "file").write_text("content")
+    os.mkfifo(tmp_path / "staging" / "pipe")
+    checksums.write(tmp_path / "staging")
+    checkpoints.publish(tmp_path / "staging", tmp_path / "checkpoint")
+    assert checksums.read(tmp_path / "checkpoint").keys() == {"file"}
 
 
 def test_the_name_of_a_model_is_no_part_of_it(tmp_path):
