@@ -53,6 +53,12 @@ def open_archive(path: Path, setting: str) -> dict[str, Any]:
 
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
+ONLY_PLAIN = "where checkpoints hold tensors and plain data only"
+
+
+def kind_of(value: object) -> str:
+    """Return the full name of a value's class."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def foreign_object(value: Any) -> object | None:

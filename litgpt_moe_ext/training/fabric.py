@@ -18,7 +18,7 @@ from torch import Tensor
 
 from litgpt_moe_ext.errors import FROM_ITS_WEIGHTS, SettingsError, one_line
 from litgpt_moe_ext.evaluation.perplexity import exp
-from litgpt_moe_ext.files.archives import foreign_object
+from litgpt_moe_ext.files.archives import ONLY_PLAIN, foreign_object, kind_of
 from litgpt_moe_ext.moe.balancing import begin_schedules
 from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.training.callback import Callback
@@ -147,8 +147,8 @@ class TrainingFabric(L.Fabric):
             foreign = foreign_object(state)
             if foreign is not None:
                 self.print(
-                    f"  {name}.state_dict returns a {type(foreign).__module__}.{type(foreign).__qualname__}, where "
-                    "checkpoints hold tensors and plain data only: the state of this callback is not saved."
+                    f"  {name}.state_dict returns a {kind_of(foreign)}, {ONLY_PLAIN}: the state of this callback is "
+                    "not saved."
                 )
             elif state:
                 states[name] = state

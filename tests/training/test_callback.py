@@ -112,10 +112,26 @@ def test_a_state_that_could_not_be_opened_again_is_left_out_of_checkpoints(recip
     settings = read_settings(["--config", str(recipe())])
     settings.callbacks = [Remembers()]
     run(settings)
-    assert "Remembers.state_dict returns a numpy.float64" in capsys.readouterr().out
+    assert "Remembers.state_dict returns a numpy.float64, where checkpoints hold" in capsys.readouterr().out
     saved = open_archive(tmp_path / "out" / "final" / "lit_model.pth", "resume")["callbacks"]
     assert "Remembers" not in saved
     assert "Retention" in saved
+
+
+def test_what_a_callback_adds_to_the_state_is_saved_where_it_can_be_opened_again(recipe, tmp_path, capsys):
+    class Adds(Callback):
+        def on_step_begin(self, state):
+            state["plain"], state["other"] = {"best": 1.5}, [object()]
+
+    flags = ["--config", str(recipe())]
+    for more in (["--train.max_steps", "4"], ["--resume", "auto"]):
+        settings = read_settings([*flags, *more])
+        settings.callbacks = [Adds()]
+        run(settings)
+        assert "state['other'] has a builtins.object" in capsys.readouterr().out
+    saved = open_archive(tmp_path / "out" / "final" / "lit_model.pth", "resume")
+    assert saved["plain"] == {"best": 1.5}
+    assert "other" not in saved
 
 
 def test_every_callback_of_the_package_has_the_base_class():

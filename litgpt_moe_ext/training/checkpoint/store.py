@@ -13,10 +13,14 @@ from typing import Any
 
 from litgpt_moe_ext.errors import one_line
 from litgpt_moe_ext.files import checksums
+from litgpt_moe_ext.files.archives import ONLY_PLAIN, foreign_object, kind_of
 from litgpt_moe_ext.files.durable import WRITE_TEST, cut_off, flush, flush_tree
 from litgpt_moe_ext.training.checkpoint.earlier import free_name
 from litgpt_moe_ext.training.checkpoint.progress import STATE_FILE, Progress
 from litgpt_moe_ext.training.parallel import random_state
+
+# What LitGPT has in the state of a training.
+_LITGPT = ("model", "optimizer", "train_dataloader", "hparams", "iter_num", "step_count")
 
 
 def publish(staging: Path, target: Path) -> None:
@@ -89,7 +93,8 @@ def save_whole(save: Callable[..., None], fabric: Any, state: dict, tokenizer_di
     """
     target = file.parent
     staging = target.with_name(f".{target.name}.incomplete")
-    extended = {**state, "rng": random_state.to_save(fabric), "callbacks": fabric.callback_states()}
+    kept = {name: value for name, value in state.items() if name in _LITGPT or _can_be_opened(fabric, name, value)}
+    extended = {**kept, "rng": random_state.to_save(fabric), "callbacks": fabric.callback_states()}
 
     def finish() -> None:
         if fabric.is_global_zero:
@@ -110,6 +115,14 @@ def save_whole(save: Callable[..., None], fabric: Any, state: dict, tokenizer_di
             if fabric.is_global_zero:
                 shutil.rmtree(staging, ignore_errors=True)
             raise SaveError(f"{target} could not be saved: {problem}")
+
+
+def _can_be_opened(fabric: Any, name: str, value: Any) -> bool:
+    # A callback may have put it into the state. Of what has a `state_dict`, that is saved.
+    if hasattr(value, "state_dict") or (foreign := foreign_object(value)) is None:
+        return True
+    fabric.print(f"  state[{name!r}] has a {kind_of(foreign)}, {ONLY_PLAIN}: it is not saved.")
+    return False
 
 
 def _try_everywhere(fabric: Any, action: Callable[[], Any], of_others: bool) -> str | None:
