@@ -132,12 +132,15 @@ def train(*arguments: str | Path) -> int:
 def small_disk(size: int) -> Iterator[None]:
     """Let no file be larger than so many bytes: writing fails half-way, as on a full disk."""
     resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE), sys.dont_write_bytecode
+    # Python 3.11 would keep the half that it has written of what a module compiles to, and fail at the next import.
+    sys.dont_write_bytecode = True
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[0][1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        resource.setrlimit(resource.RLIMIT_FSIZE, before[0])
+        sys.dont_write_bytecode = before[1]
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:

@@ -1,5 +1,6 @@
 """The project keeps its promises: no host in the lock file, no unknown key in a recipe, help that answers at once."""
 
+import importlib
 import subprocess
 import sys
 import tomllib
@@ -7,7 +8,7 @@ import tomllib
 import pytest
 import yaml
 
-from tests.runs import ROOT, run_command, tool
+from tests.runs import ROOT, run_command, small_disk, tool
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -156,3 +157,12 @@ def test_the_lowest_torch_that_is_tested_is_the_lowest_that_is_allowed():
     lowest, _ = workflow["jobs"]["test"]["strategy"]["matrix"]["include"]
     allowed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     assert lowest["torch"].replace("==", ">=").removesuffix(".*") in allowed
+
+
+def test_a_small_disk_leaves_no_half_of_a_module(tmp_path, monkeypatch):
+    """In the environment of whoever runs the tests, for whom the module could not be imported any more."""
+    (tmp_path / "first_imported.py").write_text(f"TEXT = {'x' * 1000!r}", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with small_disk(500):
+        importlib.import_module("first_imported")
+    assert not list(tmp_path.rglob("*.pyc"))

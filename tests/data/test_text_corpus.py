@@ -257,9 +257,9 @@ except SettingsError as error:
 @pytest.mark.parametrize(("limit", "written"), [(3_000, []), (13_000, ["state.json", "tokenizer.json"])])
 def test_writes_that_the_system_refuses(files, tmp_path, limit, written):
     """A process that may write only so many bytes to a file fails at the tokenizer, or at a shard; the next goes on."""
-    result = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(limit), tmp_path, *files], capture_output=True, text=True, timeout=PATIENCE
-    )
+    # No bytecode, of which half would be kept.
+    command = [sys.executable, "-B", "-c", LIMITED, str(limit), tmp_path, *files]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 1
     assert f"in '{tmp_path}' failed (File too large), what is done is kept; free disk space" in result.stderr
     assert "Traceback" not in result.stderr
