@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -187,6 +188,7 @@ def test_a_context_that_is_too_long_loses_its_beginning():
 
     class Bigrams(torch.nn.Module):
         max_seq_length = 4
+        config = SimpleNamespace(padded_vocab_size=9)
 
         def __init__(self):
             super().__init__()
