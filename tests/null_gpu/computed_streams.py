@@ -44,6 +44,15 @@ def captured(function):
     return graph, result
 
 
+def replays(passes):
+    """Yield after each replay of both passes, in one order after the other."""
+    for _ in range(3):
+        passes.forward()
+        passes.scale.fill_(1)
+        passes.backward()
+        yield
+
+
 @pytest.mark.parametrize("joins", [True, False])
 def test_a_race_within_a_graph_is_seen(joins):
     """Three replays have three orders, in one of which a stream reads what the other has yet to write."""
@@ -120,10 +129,7 @@ def test_what_a_part_reads_stays_until_its_backward_pass_is_over():
     expected = torch.autograd.grad((values + 1).detach().matmul(linear.weight.t()).sum(), [linear.weight])
     with side_by_side():
         passes = CudaCapture()(loss, batch, batch, add=False)
-    for _ in range(3):
-        passes.forward()
-        passes.scale.fill_(1)
-        passes.backward()
+    for _ in replays(passes):
         torch.testing.assert_close(passes.gradients[linear.weight], expected[0])
 
 
@@ -159,10 +165,7 @@ def test_replays_in_all_orders_equal_the_pass_itself(changes, other_backend):
     model.zero_grad()
     with side_by_side():
         passes = CudaCapture()(loss, ids, ids, add=False)
-    for _ in range(3):
-        passes.forward()
-        passes.scale.fill_(1)
-        passes.backward()
+    for _ in replays(passes):
         assert torch.equal(passes.loss, expected)
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
             assert (gradient is None) == (parameter not in passes.gradients)

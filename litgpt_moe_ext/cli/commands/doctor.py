@@ -35,9 +35,9 @@ class Doctor:
 
     def run(self) -> int:
         """Print the page and return the exit status."""
-        return self._print_page() if self.memory is None else self._print_fits(self.memory)
+        return self._print_page() if self.memory is None else self._search(self.memory)
 
-    def _print_fits(self, memory: float) -> int:
+    def _search(self, memory: float) -> int:
         from litgpt_moe_ext.cli.settings import read_plain_settings
         from litgpt_moe_ext.inspect.recipes import load_recipe
 

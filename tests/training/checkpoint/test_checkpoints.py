@@ -509,7 +509,7 @@ class TestManifest:
         assert "a/b.bin cannot be read" in checksums.problem_with(tmp_path)
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no such files")
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes in folders")
 def test_a_pipe_in_a_checkpoint_is_not_waited_for(tmp_path):
     """As a callback may put there that listens."""
     (tmp_path / "staging").mkdir()
