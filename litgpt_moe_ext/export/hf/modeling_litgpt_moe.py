@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -333,7 +334,7 @@ class LitGPTMoESparseMLP(nn.Module):
         return y_BTD + shared_BTD
 
 
-class LitGPTMoEDecoderLayer(nn.Module):
+class LitGPTMoEDecoderLayer(GradientCheckpointingLayer):
     """Attention and feed-forward layer, each after a norm and beside a residual connection."""
 
     def __init__(self, config, layer_idx):
@@ -354,7 +355,7 @@ class LitGPTMoEPreTrainedModel(PreTrainedModel):
 
     config_class = LitGPTMoEConfig
     base_model_prefix = "model"
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
     _no_split_modules = ["LitGPTMoEDecoderLayer"]
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -397,14 +398,22 @@ class LitGPTMoEModel(LitGPTMoEPreTrainedModel):
         self.embed_tokens = value
 
     def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, return_dict=None, **kwargs
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        output_hidden_states=None,
+        return_dict=None,
+        **kwargs,
     ):
-        """Return the last hidden states (B, T, D), and the cache if one is given.
+        """Return the last hidden states (B, T, D), the cache if one is used, and hidden states of all layers if asked.
 
         What else is given is for the attention of a serving engine.
         """
-        cache = kwargs.pop(_CACHE, None)
-        kwargs.pop("use_cache", None)
+        cache = self._cache(kwargs.pop(_CACHE, None), kwargs.pop("use_cache", None))
+        asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states = [] if asked else None
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past = 0 if cache is None else cache.get_seq_length()
         position_ids, visible_BTS = self._positions(x_BTD, past, attention_mask, position_ids)
@@ -412,17 +421,32 @@ class LitGPTMoEModel(LitGPTMoEPreTrainedModel):
             x_BTD = x_BTD + self.embed_positions(position_ids)
         rope = self._rope(position_ids)
         for layer in self.layers:
+            if states is not None:
+                states.append(x_BTD)
             x_BTD = layer(x_BTD, rope, visible_BTS, cache, **kwargs)
         x_BTD = self.norm(x_BTD)
-        if return_dict is False:
-            return x_BTD, cache
-        return BaseModelOutputWithPast(last_hidden_state=x_BTD, **{_CACHE: cache})
+        states = None if states is None else (*states, x_BTD)
+        output = BaseModelOutputWithPast(last_hidden_state=x_BTD, hidden_states=states, **{_CACHE: cache})
+        return output.to_tuple() if return_dict is False else output
+
+    def _cache(self, given, use_cache):
+        """Return the cache of a forward pass, a new one if none is given, None if it uses none."""
+        # A layer that is computed again for its gradients would put its keys there twice.
+        if self.training and any(layer.gradient_checkpointing for layer in self.layers):
+            return None
+        if given is not None and given.is_compileable:
+            raise ValueError(f"{_CACHE}: a static cache has slots that are not filled yet; must be a DynamicCache")
+        if given is None and (self.config.use_cache if use_cache is None else use_cache):
+            return DynamicCache()
+        return given
 
     def _positions(self, x_BTD: Tensor, past: int, attention_mask, position_ids) -> tuple[Tensor, Tensor | None]:
         """Return the positions of tokens, and which keys each one sees, None where a serving engine knows."""
         B, T = x_BTD.shape[:2]
         if self.config._attn_implementation == "vllm":
             return position_ids, None
+        if attention_mask is not None and getattr(attention_mask, "ndim", None) != 2:
+            raise ValueError("attention_mask: must have the shape (batch, keys), 1 for tokens and 0 for padding")
         slot_S = torch.arange(past + T, device=x_BTD.device)
         visible_BTS = (slot_S <= slot_S[past:, None]).expand(B, -1, -1)
         if attention_mask is not None:
@@ -477,21 +501,30 @@ class LitGPTMoEForCausalLM(LitGPTMoEPreTrainedModel, GenerationMixin):
         inputs_embeds=None,
         labels=None,
         use_cache=None,
+        output_hidden_states=None,
+        return_dict=None,
         logits_to_keep=0,
         **kwargs,
     ):
-        """Return logits (B, T, vocabulary), the loss if there are labels, and the cache if one is used.
+        """Return logits (B, T, vocabulary), the loss if there are labels, and what the model without a head returns.
 
-        Generation passes these arguments by name and asks for them in the signature.
+        Generation passes these arguments by name and asks for them in the signature; what else is given is for the
+        loss, as the number of targets in all batches of a step.
         """
-        cache = past_key_values if cache is None else cache
-        if (self.config.use_cache if use_cache is None else use_cache) and cache is None:
-            cache = DynamicCache()
-        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
-        x_BTD = self.model(attention_mask=attention_mask, return_dict=False, **inputs, **{_CACHE: cache})[0]
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            **{_CACHE: past_key_values if cache is None else cache},
+        )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(x_BTD[:, kept])
+        logits = self.lm_head(output.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: cache})
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        found = {"hidden_states": output.hidden_states, _CACHE: getattr(output, _CACHE)}
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **found)
+        return output.to_tuple() if return_dict is False else output

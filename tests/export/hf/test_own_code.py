@@ -1,0 +1,91 @@
+"""The model's own code in an export, used as transformers uses its own classes: for fine-tuning, and in its parts."""
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, StaticCache
+
+from litgpt_moe_ext.export.hf.write import export_checkpoint
+from tests.export.hf.models import CASES, make_checkpoint
+
+TOKENS = torch.randint(97, (4, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=["code-moe", "gpt-moe"])
+def folder(request, tmp_path):
+    make_checkpoint(tmp_path / "checkpoint", *CASES[request.param][1:])
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
+    return tmp_path / "out"
+
+
+def open_model(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+
+def test_losses_of_a_steps_batches_add_up(folder):
+    """The trainer of transformers does not divide where a forward pass takes the number of a step's targets."""
+    model, labels = open_model(folder), TOKENS.clone()
+    labels[0, :9] = -100
+    targets = int((labels[:, 1:] != -100).sum())
+    whole = model(TOKENS, labels=labels).loss
+    parts = [model(TOKENS[i:j], labels=labels[i:j], num_items_in_batch=targets).loss for i, j in ((0, 1), (1, 4))]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_gradients_are_the_same_where_layers_are_computed_again(folder):
+    found = []
+    for again in (False, True):
+        model = open_model(folder).train()
+        if again:
+            model.gradient_checkpointing_enable()
+        passes = 0
+
+        def count(*_):
+            nonlocal passes
+            passes += 1
+
+        model.model.layers[0].register_forward_hook(count)
+        output = model(TOKENS, labels=TOKENS)
+        output.loss.backward()
+        assert (passes, output.past_key_values is None) == (1 + again, again)
+        found.append({name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad})
+    torch.testing.assert_close(*found)
+
+
+def test_hidden_states_are_those_between_the_layers(folder):
+    model = open_model(folder).eval()
+    with torch.inference_mode():
+        output = model(TOKENS, output_hidden_states=True)
+        first, *between, last = output.hidden_states
+        assert len(between) == len(model.model.layers) - 1
+        torch.testing.assert_close(model.lm_head(last), output.logits)
+        rope = model.model._rope(torch.arange(24).expand(4, -1))
+        visible = torch.ones(24, 24, dtype=torch.bool).tril().expand(4, -1, -1)
+        for layer, before, after in zip(model.model.layers, (first, *between), between, strict=False):
+            torch.testing.assert_close(layer(before, rope, visible, None), after)
+        assert model(TOKENS).hidden_states is None
+
+
+def test_a_tuple_for_those_who_ask_for_one(folder):
+    model = open_model(folder).eval()
+    with torch.inference_mode():
+        loss, logits, _ = model(TOKENS, labels=TOKENS, return_dict=False)
+        named = model(TOKENS, labels=TOKENS)
+    assert (loss, logits.tolist()) == (named.loss, named.logits.tolist())
+
+
+def test_the_model_without_a_head_keeps_a_cache(folder):
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    with torch.inference_mode():
+        whole = model(TOKENS, use_cache=False)
+        assert whole.past_key_values is None
+        cache = model(TOKENS[:, :15]).past_key_values
+        rest = model(TOKENS[:, 15:], past_key_values=cache).last_hidden_state
+    torch.testing.assert_close(rest, whole.last_hidden_state[:, 15:], rtol=1e-4, atol=1e-4)
+
+
+def test_what_it_does_not_compute_is_refused(folder):
+    model = open_model(folder).eval()
+    with pytest.raises(ValueError, match="must be a DynamicCache"):
+        model(TOKENS[:, :1], past_key_values=StaticCache(model.config, max_cache_len=32))
+    with pytest.raises(ValueError, match=r"attention_mask: must have the shape \(batch, keys\)"):
+        model(TOKENS, attention_mask=torch.ones(4, 1, 24, 24, dtype=torch.bool).tril())
