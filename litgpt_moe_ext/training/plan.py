@@ -15,6 +15,7 @@ from litgpt_moe_ext.training.checkpoint.exports import check_exports
 from litgpt_moe_ext.training.checkpoint.hyperparameters import to_plain
 from litgpt_moe_ext.training.checkpoint.progress import newest_first
 from litgpt_moe_ext.training.checks import check_initial_checkpoint, check_settings, check_writable
+from litgpt_moe_ext.training.optim.arguments import with_module
 from litgpt_moe_ext.training.optim.schedules import count_steps
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def _resolved(settings: Settings) -> Settings:
     return dataclasses.replace(
         settings,
         out_dir=Path(settings.out_dir),
-        optimizer=_full_class_path(settings.optimizer),
+        optimizer=with_module(settings.optimizer),
         initial_checkpoint_dir=_checkpoint_dir(settings.initial_checkpoint_dir),
         tokenizer_dir=_checkpoint_dir(settings.tokenizer_dir),
         data=data,
@@ -133,14 +134,6 @@ def _checkpoint_dir(directory: Path | None) -> Path | None:
     from litgpt.utils import extend_checkpoint_dir
 
     return extend_checkpoint_dir(Path(directory))
-
-
-def _full_class_path(optimizer: str | dict) -> str | dict:
-    # LitGPT takes short names only where there are no arguments.
-    path = optimizer.get("class_path") if isinstance(optimizer, dict) else None
-    if isinstance(optimizer, dict) and isinstance(path, str) and "." not in path:
-        return {**optimizer, "class_path": f"torch.optim.{path}"}
-    return optimizer
 
 
 def model_of(settings: Settings) -> Config:

@@ -51,12 +51,21 @@ def fuses_on_shards(optimizer: type) -> bool:
     return issubclass(optimizer, (torch.optim.Adam, torch.optim.AdamW))
 
 
+def with_module(optimizer: str | dict) -> str | dict:
+    """Return an optimizer by its full path: LitGPT takes short names only where there are no arguments.
+
+    What names none is returned as it is.
+    """
+    path = optimizer.get("class_path") if isinstance(optimizer, dict) else None
+    if isinstance(optimizer, dict) and isinstance(path, str) and "." not in path:
+        return {**optimizer, "class_path": f"torch.optim.{path}"}
+    return optimizer
+
+
 def in_full(optimizer: str | dict) -> str | dict:
     """Return an optimizer with what LitGPT's function needs and a recipe may leave out: a module, and arguments."""
-    if isinstance(optimizer, str):
-        return optimizer
-    path, arguments = optimizer["class_path"], optimizer.get("init_args") or {}
-    return {"class_path": path if "." in path else f"torch.optim.{path}", "init_args": arguments}
+    named = with_module(optimizer)
+    return named if isinstance(named, str) else {**named, "init_args": named.get("init_args") or {}}
 
 
 def is_muon(optimizer: str | dict) -> bool:
