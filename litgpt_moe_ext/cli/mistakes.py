@@ -163,7 +163,10 @@ class _Search:
             yield from self.named(name, value, inside.named)
         elif isinstance(value, list) and inside.item is not None:
             for index, item in enumerate(value):
-                yield from self.value(f"{name}.{index}", item, inside.item)
+                if item is None and type(None) not in members(inside.item):  # which a class by itself may be
+                    yield refusal(f"{name}.{index}", item, inside.item)
+                else:
+                    yield from self.value(f"{name}.{index}", item, inside.item)
         elif not self.accepts(annotation, value):
             yield refusal(name, value, annotation)
 

@@ -122,7 +122,7 @@ class Callback:
         """Add to a log line before it reaches the loggers.
 
         Args:
-            metrics: Values by name; a line of training has `loss`, one of validation `val_loss`.
+            metrics: Numbers by name; a line of training has `loss`, one of validation `val_loss`.
         """
 
     def on_logged(self, metrics: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -65,6 +66,7 @@ class TrainingFabric(L.Fabric):
         self._model: Any = None
         self._optimizer: Any = None
         self._logging_failed = False
+        self._left_out: set[Any] = set()  # metrics that are no numbers
         self.state: dict[str, Any] = {"step_count": 0}
         self.stop_requests = StopRequests(self.print)
         self.interrupted_by = 0
@@ -196,7 +198,9 @@ class TrainingFabric(L.Fabric):
         for name, loss in (("ppl", "loss"), ("val_ppl", "val_loss")):
             if loss in metrics:
                 metrics[name] = exp(float(metrics[loss]))
-        self.call("on_log", metrics=metrics)
+        complete = dict(metrics)
+        self.call("on_log", metrics=complete)
+        metrics |= self._numbers(complete)
         try:
             super().log_dict(metrics, self.step)
         except Exception as error:  # every service has errors of its own
@@ -204,6 +208,22 @@ class TrainingFabric(L.Fabric):
                 self._logging_failed = True
                 self.print(f"  the logger failed: {one_line(error).rstrip('.')}. Training goes on.")
         self.call("on_logged", metrics=metrics)
+
+    def _numbers(self, metrics: Mapping[Any, Any]) -> dict[str, Any]:
+        """Return the metrics that are numbers by name; a line says once that others are left out."""
+        found = {}
+        for name, value in metrics.items():
+            if isinstance(value, Tensor) and value.numel() == 1:
+                value = value.item()
+            if isinstance(name, str) and isinstance(value, Real):
+                found[name] = value
+            elif name not in self._left_out:
+                self._left_out.add(name)
+                self.print(
+                    f"  a callback's on_log gives {name!r} a {kind_of(value)}, where metrics are numbers by name: it "
+                    "is left out."
+                )
+        return found
 
     def save(self, path: str | Path, state: dict[str, Any], filter: dict[str, Any] | None = None) -> None:
         """Save as Fabric does, but let every rank go on if the first cannot write."""

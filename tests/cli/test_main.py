@@ -98,7 +98,7 @@ def test_every_setting_of_a_command_is_explained(command, capsys):
     [
         (["model-card", "nothing.yaml"], "nothing.yaml"),
         (["chat", "x", "--top_k", "0"], "top_k: 0 must be an integer of at least 1"),
-        (["chat", "x", "--top-p=2"], "top_p: 2 must be a number from 0 to 1"),
+        (["chat", "x", "--top-p=2"], "top_p: 2 must be a number above 0 and at most 1"),
         (["chat", "x", "--show_experts=yes"], "show_experts: yes must be true or false"),
         (["chat", "x", "--topk", "1"], "--topk is unknown; did you mean --top_k?"),
         (["chat"], "required: CHECKPOINT_DIR"),

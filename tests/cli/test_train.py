@@ -174,6 +174,7 @@ def test_what_is_printed_is_a_recipe(recipe, tmp_path, capsys):
         ),
         (["--data", "builtins.dict"], "data.class_path: 'builtins.dict' must be the import path of a DataModule"),
         (["--data", "torch.nn.Linear"], "'torch.nn.Linear' must be the import path of a DataModule; it is another"),
+        (["--callbacks+", "null"], "callbacks.0: null must be a Callback, by class_path and init_args"),
         (["--callbacks", "[{class_path: os.path}]"], "callbacks.0.class_path: 'os.path' must be the import path of a"),
         (["--callbacks", "[{class_path: a.B}]"], "callbacks.0.class_path: 'a.B' must be the import path of a Callback"),
         (["--trian.max_tokens", "3"], "trian: no setting has this name; did you mean train?"),

@@ -514,6 +514,17 @@ def test_data_without_a_class_are_a_problem(data):
     assert verdicts({"data": data})["data"] == "problem"
 
 
+@pytest.mark.parametrize(
+    "data", [{"init_args": {}}, {"class_path": "no.Such"}, {"class_path": "PythonStdlib", "init_args": 7}]
+)
+def test_what_is_wrong_with_data_is_one_problem(data, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"model_config": MODEL, "out_dir": str(tmp_path / "out"), "data": data}))
+    assert main(["doctor", str(recipe)]) == 1
+    problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("PROBLEM")]
+    assert [line.split()[1] for line in problems] == ["settings"]
+
+
 def test_a_setting_that_cannot_be_read_is_one_line(tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"model_config": MODEL, "train": {"max_token": 5}}))

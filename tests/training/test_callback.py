@@ -1,10 +1,13 @@
 """The base class of callbacks: what it refuses at definition, and what a run calls."""
 
 import builtins
+import csv
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from litgpt_moe_ext.cli.settings import read_settings
 from litgpt_moe_ext.files.archives import open_archive
@@ -116,6 +119,25 @@ def test_a_state_that_could_not_be_opened_again_is_left_out_of_checkpoints(recip
     saved = open_archive(tmp_path / "out" / "final" / "lit_model.pth", "resume")["callbacks"]
     assert "Remembers" not in saved
     assert "Retention" in saved
+
+
+def test_what_a_callback_adds_to_a_log_line_is_left_out_where_it_is_no_number(recipe, tmp_path, capsys):
+    class Adds(Callback):
+        def on_log(self, metrics):
+            metrics |= {"mine": torch.tensor([2.5]), "words": "text", 7: 1.0, "loss": None, "moe/max_vio": [1.0]}
+            metrics.pop("step", None)
+
+    settings = read_settings(["--config", str(recipe()), "--logger_name", "csv"])
+    settings.callbacks = [Adds()]
+    run(settings)
+    output = capsys.readouterr().out
+    for name, kind in (("'words'", "str"), ("7", "float"), ("'loss'", "NoneType"), ("'moe/max_vio'", "list")):
+        assert len(re.findall(rf"on_log gives {name} a (builtins\.)?{kind}, where metrics are numbers", output)) == 1
+    with open(tmp_path / "out" / "metrics-wide.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["mine"] for row in rows} == {"2.5"}
+    assert not {"words", "7"} & rows[0].keys()
+    assert all(float(row["loss"]) > 0 for row in rows)
 
 
 def test_what_a_callback_adds_to_the_state_is_saved_where_it_can_be_opened_again(recipe, tmp_path, capsys):

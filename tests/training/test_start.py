@@ -124,8 +124,8 @@ def test_arguments_that_a_callback_does_not_keep(recipe):
 
     assert to_plain(Keeps(2.0))["init_args"] == {"loss": 2.0}
     assert to_plain(LogArgs(run="a")) == {"run": "a", "log_model": False, "save_logs": True}
-    with pytest.raises(TypeError, match="it must keep its argument loss as an attribute"):
-        to_plain(Forgets(2.0))
+    with pytest.raises(SettingsError, match=r"^callbacks\.0: .*Forgets must keep its argument loss as an attribute"):
+        to_plain([Forgets(2.0)], "callbacks")
     assert to_plain(Slots(2.0))["init_args"] == {"loss": 2.0}
     with pytest.raises(SettingsError, match=r"callbacks\.0\.loss: <object"):
         to_plain([Keeps(object())], "callbacks")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.field_types import NonNegativeFloat, NonNegativeInt, PositiveInt, UnitInterval
+from litgpt_moe_ext.field_types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
 from litgpt_moe_ext.interruption import count_again
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Chat:
     max_new_tokens: PositiveInt = 128
     temperature: NonNegativeFloat = 0.8
     top_k: PositiveInt | None = 50
-    top_p: UnitInterval = 1.0
+    top_p: Fraction = 1.0
     show_experts: bool = False
     layer: NonNegativeInt | None = None
     seed: NonNegativeInt | None = None

@@ -43,9 +43,9 @@ def _of_recipe(recipe: Recipe, settings: "Settings | SettingsError | None") -> I
     yield computing.strategy(recipe)
     yield computing.graphs(recipe, accelerator_here())
     yield from room.memory(recipe)
-    of_data = places.data(recipe)
-    yield of_data
-    yield from places.tokenizer(recipe, [*of_settings, of_data])
+    of_data = list(places.data(recipe, of_settings))
+    yield from of_data
+    yield from places.tokenizer(recipe, [*of_settings, *of_data])
     if not recipe.checkpoint:
         yield from places.out_dir(recipe)
     yield room.disk(recipe)

@@ -4,6 +4,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files.durable import refusal
@@ -12,26 +13,49 @@ from litgpt_moe_ext.inspect.recipes import Recipe
 from litgpt_moe_ext.recipe_files import is_trusted
 
 
-def data(recipe: Recipe) -> Finding:
-    """Return whether the data are there, or can be prepared."""
-    from litgpt_moe_ext.data import import_path
+def data(recipe: Recipe, found: Sequence[Finding]) -> Iterator[Finding]:
+    """Yield whether the data are there, or can be prepared.
 
+    Args:
+        recipe: The recipe.
+        found: About its settings, which may have named what is wrong with its data already.
+    """
     given = recipe.settings.get("data")
     if not given:
-        return Finding("data", "note", "the recipe names none; LitGPT's default is TinyLlama, which must be there")
+        yield Finding("data", "note", "the recipe names none; LitGPT's default is TinyLlama, which must be there")
+        return
+    try:
+        class_path, arguments = _class_of(given)
+        if recipe.checkpoint and not is_trusted(class_path):
+            yield Finding("data", "note", f"{class_path}, which is not imported for a checkpoint")
+            return
+        made = _imported(class_path)
+    except SettingsError as error:
+        if not any(other.verdict == "problem" and other.text.startswith("data") for other in found):
+            yield Finding("data", "problem", str(error))
+        return
+    yield _places(recipe, class_path, made, arguments)
+
+
+def _class_of(given: Any) -> tuple[str, dict[str, Any]]:
+    from litgpt_moe_ext.data import import_path
+
     called = given.get("class_path") if isinstance(given, dict) else given
     arguments = given.get("init_args") or {} if isinstance(given, dict) else {}
     if not isinstance(called, str) or not isinstance(arguments, dict):
-        text = f"data: {given!r} must be the name of a data module, or class_path and init_args"
-        return Finding("data", "problem", text)
-    class_path = import_path(called)
-    if recipe.checkpoint and not is_trusted(class_path):
-        return Finding("data", "note", f"{class_path}, which is not imported for a checkpoint")
+        raise SettingsError(f"data: {given!r} must be the name of a data module, or class_path and init_args")
+    return import_path(called), arguments
+
+
+def _imported(class_path: str) -> Any:
     module, _, name = class_path.rpartition(".")
     try:
-        made = getattr(importlib.import_module(module or "litgpt.data"), name)
+        return getattr(importlib.import_module(module or "litgpt.data"), name)
     except (ImportError, AttributeError, TypeError) as error:  # TypeError: a path that begins with a dot
-        return Finding("data", "problem", f"data.class_path: {class_path!r} cannot be imported: {error}")
+        raise SettingsError(f"data.class_path: {class_path!r} cannot be imported: {error}") from error
+
+
+def _places(recipe: Recipe, class_path: str, made: Any, arguments: dict[str, Any]) -> Finding:
     # Whatever is no text is a problem of the settings.
     arguments = {name: value for name, value in arguments.items() if isinstance(value, str)}
     for name in ("source_path", "tokenizer_dir"):

@@ -43,7 +43,7 @@ def to_plain(value: Any, name: str = "value") -> Any:
     if isinstance(value, (list, tuple)):
         return [to_plain(item, f"{name}.{index}") for index, item in enumerate(value)]
     if isinstance(value, Callback) or (_is_data_module(value) and not dataclasses.is_dataclass(value)):
-        return _named(value, _arguments_of(value), name)
+        return _named(value, _arguments_of(value, name), name)
     if dataclasses.is_dataclass(value):
         fields = {
             f.name: to_plain(getattr(value, f.name), f"{name}.{f.name}")
@@ -61,16 +61,16 @@ def _named(value: Any, arguments: dict[str, Any], name: str) -> dict[str, Any]:
     return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": to_plain(arguments, name)}
 
 
-def _arguments_of(value: Any) -> dict[str, Any]:
+def _arguments_of(value: Any, name: str) -> dict[str, Any]:
     slots = [slot for cls in type(value).__mro__ for slot in vars(cls).get("__slots__", ())]
     kept = {**vars(value), **{slot: getattr(value, slot) for slot in slots if hasattr(value, slot)}}
     names = inspect.signature(type(value)).parameters
-    if missing := [name for name in names if name not in kept and f"_{name}" not in kept]:
-        raise TypeError(
-            f"cannot write {type(value).__qualname__} to {FILE_NAME}: it must keep its argument {missing[0]} as an "
-            "attribute of that name"
+    if missing := [argument for argument in names if argument not in kept and f"_{argument}" not in kept]:
+        raise SettingsError(
+            f"{name}: {type(value).__qualname__} must keep its argument {missing[0]} as an attribute of that name, "
+            f"from which it is written to {FILE_NAME}; add self.{missing[0]} = {missing[0]} to its __init__"
         )
-    return {name: kept.get(name, kept.get(f"_{name}")) for name in names}
+    return {argument: kept.get(argument, kept.get(f"_{argument}")) for argument in names}
 
 
 def _unset(field: dataclasses.Field, value: Any) -> bool:
