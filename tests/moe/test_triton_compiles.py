@@ -44,6 +44,10 @@ KERNELS = (
     *("rows", "weights"),
 )
 HALF = (torch.float16, torch.bfloat16)
+# How much a thread copies to shared memory in one instruction, at best 16 bytes, and reads or writes by another.
+COPIES = re.compile(r"cp\.async\.c[ag]\.shared\.global .*?, (\w+),")
+READS, WRITES = (re.compile(rf"{word}\.global\.((?:v\d\.)?b\d+)") for word in ("ld", "st"))
+TENSOR_CORES = re.compile(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma")
 
 
 class Driver:
@@ -325,6 +329,33 @@ def test_every_gate_on_hopper(monkeypatch, tmp_path):
     every_gate(torch.bfloat16, 8, width=72)
     every_gate(torch.bfloat16, 1)
     assert compiler.check(tmp_path) == 14
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "capability", [(8, 6), *(pytest.param(c, marks=pytest.mark.slow) for c in CAPABILITIES[1:])], ids=str
+)
+def test_products_move_16_bytes_at_a_time_and_use_tensor_cores(monkeypatch, capability, dtype):
+    """Nothing else would say that a compiler no longer knows how numbers are aligned, which makes products slow.
+
+    Tensor Cores of Hopper and of Blackwell for data centres read TF32 only with the numbers of a sum side by side, so
+    Triton turns the other operands while it copies them, number by number.
+    """
+    torch.set_float32_matmul_precision("high")
+    compiler = Compiler(monkeypatch, capability)
+    for widths in ("even", "uneven"):
+        for forward in (True, False):
+            engine.multiply_rows(product(dtype, 200, widths, forward))
+        sum_outer_products(dtype, widths, gather_left=forward, add=widths == "even")
+    assert len(compiler.kernels) == 6
+    for name, compiled in compiler.kernels:
+        code = compiled.asm["ptx"]
+        assert TENSOR_CORES.search(code), name
+        turns = dtype == torch.float32 and capability[0] in (9, 10) and "gather=True" not in name
+        assert turns or set(COPIES.findall(code)) == {"0x10"}, name
+        assert set(WRITES.findall(code)) == {"v4.b32"}, name
+        # What else is read, where an expert's rows begin and which they are, has 32 bits or more.
+        assert not {"b8", "b16"} & set(READS.findall(code)), name
 
 
 @pytest.mark.parametrize("columns_first", [False, True], ids=["rows", "columns"])

@@ -3,7 +3,8 @@
 Plain data: tables, no autotuning, because another block size is another order of additions, and two runs should give
 the same bits. Every entry must fit into the shared memory of its cards without spilling registers; the tests compile
 all of them. Hopper's `some`, `many`, `weights` and `few_weights` for 16-bit numbers are among the fastest of a dozen on
-an H200; no other entry was timed on a card.
+an H200; no other entry was timed on a card. TF32 on Hopper and on Blackwell for data centres may have faster ones:
+their Tensor Cores want the numbers of a sum side by side, so the operands of backward passes are copied one by one.
 
 A large block reads its operands less often, but a small product has too few of them for all multiprocessors of a card.
 Where that counts was seen on the H200, whose times cross between 50 and 75 % of its multiprocessors for products of
