@@ -19,8 +19,8 @@ from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.kernels import fused_router
 from litgpt_moe_ext.moe.kernels.backends import matmul_dtype
 from litgpt_moe_ext.moe.kernels.casts import can_cast, cast_together
-from litgpt_moe_ext.moe.kernels.operators import add_gated, glu
 from litgpt_moe_ext.moe.kernels.plan import kind_of
+from litgpt_moe_ext.moe.kernels.shared_operators import add_gated, glu
 from litgpt_moe_ext.moe.registry import ROUTERS, load
 from litgpt_moe_ext.moe.router import Router, Routing
 

@@ -18,8 +18,8 @@ from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.kernels import plan
 from litgpt_moe_ext.moe.kernels.backends import ExpertWeights
-from litgpt_moe_ext.moe.kernels.operators import add_gated, glu
 from litgpt_moe_ext.moe.kernels.plan import Outer, Product, plan_of
+from litgpt_moe_ext.moe.kernels.shared_operators import add_gated, glu
 from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
 from litgpt_moe_ext.moe.kernels.triton.biases import add_biases
 from litgpt_moe_ext.moe.kernels.triton.rows import multiply_rows

@@ -12,7 +12,6 @@ Shape legend: T tokens, K chosen experts per token, E experts, D model width, F 
 the first projection (2 * F with a gate), R = T * K routed rows in the order of experts.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +20,9 @@ from torch import Tensor
 from litgpt_moe_ext.kernels.launch import triton_installed
 from litgpt_moe_ext.kernels.operator import arguments_of, operator
 from litgpt_moe_ext.kernels.side_stream import goes_aside, gradients, join
-from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.kernels import native, step_weights
 from litgpt_moe_ext.moe.kernels.backends import ExpertWeights
-from litgpt_moe_ext.moe.kernels.plan import Gates, Identity, Mask, Outer, Plan, Product, plan_of
+from litgpt_moe_ext.moe.kernels.plan import Gates, Mask, Outer, Plan, Product, activation_of, plan_of
 
 
 class Up(NamedTuple):
@@ -144,50 +142,6 @@ class Combination(NamedTuple):
     engine: str
 
 
-class GatedSum(NamedTuple):
-    """Arguments of `add_gated`: outputs of routed and shared experts, logits of a gate of the latter, and padding."""
-
-    routed_TD: Tensor
-    shared_TD: Tensor
-    logits_T1: Tensor | None
-    real_T: Tensor | None
-
-
-class GatedSumBackward(NamedTuple):
-    """Arguments of `add_gated_backward`: as in `GatedSum`, and the gradient of the sum."""
-
-    dsum_TD: Tensor
-    shared_TD: Tensor
-    logits_T1: Tensor | None
-    real_T: Tensor | None
-
-
-class Glu(NamedTuple):
-    """Arguments of `glu`.
-
-    Attributes:
-        gate: Output of the gate projection, (T, F), or without `up_TF` that of both side by side, (T, 2F); contiguous.
-        up_TF: Output of the up projection, contiguous, or None.
-        activation: As in `Down`.
-        approximate: As in `Down`.
-    """
-
-    gate: Tensor
-    up_TF: Tensor | None
-    activation: str
-    approximate: str
-
-
-class GluBackward(NamedTuple):
-    """Arguments of `glu_backward`: the gradient of the hidden activations, and those of `Glu`."""
-
-    da_TF: Tensor
-    gate: Tensor
-    up_TF: Tensor | None
-    activation: str
-    approximate: str
-
-
 class FewTokens(NamedTuple):
     """Arguments of `decode_experts`."""
 
@@ -217,15 +171,6 @@ def _outer_flops(shapes: Any) -> int:
 def _decode_flops(shapes: Any) -> int:
     n_row = shapes.experts_TK[0] * shapes.experts_TK[1]
     return _product_flops(n_row, shapes.up_EGD) + _product_flops(n_row, shapes.down_EDF)
-
-
-def _activation(call: Any) -> Any:
-    return _made_activation(call.activation, call.approximate)
-
-
-@functools.cache
-def _made_activation(name: str, approximate: str) -> Any:
-    return Identity() if name == "identity" else Activation(name, approximate)
 
 
 def _plan(call: Any, n_token: int) -> Plan:
@@ -270,7 +215,7 @@ def expert_up(call: Up) -> Tensor:
 def expert_down(call: Down) -> Tensor:
     """Return the weighted sum of the experts' outputs and of what is added, (T, D)."""
     n_token, beside = call.gates_TK.size(0), _beside(call, call.h_RG)
-    a_RF = beside.activate(call.h_RG, _activation(call), Mask(call.keep_RF, call.scale))
+    a_RF = beside.activate(call.h_RG, activation_of(call), Mask(call.keep_RF, call.scale))
     weight = step_weights.cast(call.weight_EDF, a_RF.dtype)
     y_RD = _engine(call).multiply_rows(Product(a_RF, weight, call.bias_ED, _plan(call, n_token), scatter=True))
     if call.added_TD is not None:
@@ -324,7 +269,7 @@ def _empty_middle(call: Middle) -> tuple[Tensor, Tensor, Tensor]:
 def activate_backward(call: Middle) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradient of `h_RG`, the activations times gate values, and the gradient of the gate values."""
     gates, mask = Gates(call.gates_TK.contiguous(), call.rows_R), Mask(call.keep_RF, call.scale)
-    return tuple(_beside(call, call.h_RG).activate_backward(call.h_RG, call.da_RF, gates, _activation(call), mask))
+    return tuple(_beside(call, call.h_RG).activate_backward(call.h_RG, call.da_RF, gates, activation_of(call), mask))
 
 
 @operator("combine", Combination, lambda c: c.y_RD.new_empty(c.n_token, c.y_RD.size(1), dtype=c.dtype))
@@ -333,62 +278,13 @@ def combine(call: Combination) -> Tensor:
     return _beside(call, call.y_RD).combine(call.y_RD, None, call.n_token, call.dtype)
 
 
-@operator("add_gated", GatedSum, lambda c: torch.empty_like(c.routed_TD))
-def add_gated(call: GatedSum) -> Tensor:
-    """Return `routed + shared * sigmoid(logits)`, (T, D), by Triton, or their sum without logits; 0 for padding."""
-    from litgpt_moe_ext.moe.kernels.triton import gating
-
-    return gating.add_gated(*call)
-
-
-def _empty_gated(call: GatedSumBackward) -> tuple[Tensor, Tensor, Tensor]:
-    drouted_TD = dlogits_T1 = call.dsum_TD.new_empty(0)
-    if call.logits_T1 is not None:
-        dlogits_T1 = torch.empty_like(call.logits_T1)
-        drouted_TD = drouted_TD if call.real_T is None else torch.empty_like(call.dsum_TD)
-    return drouted_TD, torch.empty_like(call.shared_TD), dlogits_T1
-
-
-@operator("add_gated_backward", GatedSumBackward, _empty_gated, n_result=3)
-def add_gated_backward(call: GatedSumBackward) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of `routed_TD` (empty where it is another's), `shared_TD` and `logits_T1`."""
-    from litgpt_moe_ext.moe.kernels.triton import gating
-
-    return gating.add_gated_backward(*call)
-
-
-def _empty_activations(call: Glu) -> Tensor:
-    n_token, width = call.gate.shape
-    return call.gate.new_empty(n_token, width // 2 if call.up_TF is None else width)
-
-
-@operator("glu", Glu, _empty_activations)
-def glu(call: Glu) -> Tensor:
-    """Return the hidden activations of a gated activation, (T, F), by Triton."""
-    from litgpt_moe_ext.moe.kernels.triton import activation
-
-    return activation.glu(call.gate, call.up_TF, _activation(call))
-
-
-def _empty_glu(call: GluBackward) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(call.gate), call.gate.new_empty(0) if call.up_TF is None else torch.empty_like(call.up_TF)
-
-
-@operator("glu_backward", GluBackward, _empty_glu, n_result=2)
-def glu_backward(call: GluBackward) -> tuple[Tensor, Tensor]:
-    """Return the gradients of `gate` and `up_TF`; that of None is empty."""
-    from litgpt_moe_ext.moe.kernels.triton import activation
-
-    return activation.glu_backward(call.da_TF, call.gate, call.up_TF, _activation(call))
-
-
 @operator("decode_experts", FewTokens, lambda c: c.x_TD.new_empty(c.x_TD.shape), flops=_decode_flops)
 def decode_experts(call: FewTokens) -> Tensor:
     """Return the weighted sum of the experts' outputs for a few tokens, (T, D), by Triton."""
     from litgpt_moe_ext.moe.kernels.triton import decode
 
     weights = ExpertWeights(call.up_EGD, call.up_bias_EG, call.down_EDF, call.down_bias_ED)
-    return decode(call.x_TD, call.gates_TK, call.experts_TK, weights, _activation(call))
+    return decode(call.x_TD, call.gates_TK, call.experts_TK, weights, activation_of(call))
 
 
 def _transposed(weight_EOI: Tensor, dtype: torch.dtype) -> Tensor:
@@ -479,21 +375,5 @@ def _bias_share(dy_TD: Tensor, bias_ED: Tensor, experts_TK: Tensor) -> Tensor:
     return by_expert_TE.gather(1, experts_TK.clamp_max(bias_ED.size(0) - 1))
 
 
-def _gated_backward(ctx: Any, dsum_TD: Tensor) -> tuple[Tensor | None, ...]:
-    _, shared_TD, logits_T1, real_T = arguments_of(ctx)
-    drouted_TD, dshared_TD, dlogits_T1 = add_gated_backward(dsum_TD.contiguous(), shared_TD, logits_T1, real_T)
-    if logits_T1 is None:
-        return dshared_TD, dshared_TD, None, None
-    return dsum_TD if real_T is None else drouted_TD, dshared_TD, dlogits_T1, None
-
-
-def _glu_backward(ctx: Any, da_TF: Tensor) -> tuple[Tensor | None, ...]:
-    call = Glu(*arguments_of(ctx))
-    dgate, dup_TF = glu_backward(da_TF.contiguous(), *call)
-    return dgate, None if call.up_TF is None else dup_TF, None, None
-
-
 expert_up.set_gradient(_up_backward)
 expert_down.set_gradient(_down_backward, unread=("added_TD",))
-add_gated.set_gradient(_gated_backward)
-glu.set_gradient(_glu_backward)

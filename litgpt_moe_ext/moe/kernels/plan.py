@@ -4,10 +4,13 @@ Shape legend: T tokens, K chosen experts per token, E experts, R = T * K routed 
 width, F hidden width of one expert, G width of the first projection, O and I widths of output and input.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from litgpt_moe_ext.moe.activations import Activation
 
 
 class Plan(NamedTuple):
@@ -129,6 +132,16 @@ class Identity:
         a_NF.copy_(h_NG)
         dh_NG.copy_(da_NF)
         dots_N.copy_((h_NG * da_NF).sum(1, dtype=dots_N.dtype))
+
+
+def activation_of(call: Any) -> Any:
+    """Return the activation that the arguments of an operator name, by `activation` and `approximate`."""
+    return _activation(call.activation, call.approximate)
+
+
+@functools.cache
+def _activation(name: str, approximate: str) -> Any:
+    return Identity() if name == "identity" else Activation(name, approximate)
 
 
 def plan_of(rows_R: Tensor, ends_E: Tensor, n_token: int) -> Plan:
