@@ -60,7 +60,7 @@ NUMBERS: dict[type, str] = {}
 
 if TYPE_CHECKING:
     PositiveInt = NonNegativeInt = AtLeastTwo = LayerCount = ExpertCount = Seed = int
-    PositiveFloat = NonNegativeFloat = AtLeastOne = AboveOne = Minutes = float
+    PositiveFloat = NonNegativeFloat = AtLeastOne = AboveOne = RotaryBase = Minutes = float
     Fraction = Share = UnitInterval = Inside = float
 else:
     from jsonargparse.typing import restricted_number_type
@@ -82,6 +82,7 @@ else:
     NonNegativeFloat = _type("NonNegativeFinite", float, "a number of at least 0", (">=", 0))
     AtLeastOne = _type("AtLeastOne", float, "a number of at least 1", (">=", 1))
     AboveOne = _type("AboveOne", float, "a number above 1", (">", 1))
+    RotaryBase = _type("RotaryBase", float, "a number above 1 and at most 1e18", (">", 1), ("<=", 1e18))
     Fraction = _type("Fraction", float, "a number above 0 and at most 1", (">", 0), ("<=", 1))
     Share = _type("Share", float, "a number of at least 0 and below 1", (">=", 0), ("<", 1))
     UnitInterval = _type("UnitInterval", float, "a number from 0 to 1", (">=", 0), ("<=", 1))

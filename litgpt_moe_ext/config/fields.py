@@ -12,7 +12,6 @@ from litgpt_moe_ext.attention.kernels.registry import KERNELS
 from litgpt_moe_ext.config import features, rope
 from litgpt_moe_ext.config.types import check_field
 from litgpt_moe_ext.field_types import (
-    AboveOne,
     AtLeastTwo,
     ExpertCount,
     NonNegativeFloat,
@@ -20,6 +19,7 @@ from litgpt_moe_ext.field_types import (
     OneOf,
     PositiveFloat,
     PositiveInt,
+    RotaryBase,
     Share,
     UpTo,
 )
@@ -270,9 +270,9 @@ ATTENTION_FIELDS = {
         PositiveFloat, "attention scores are divided by its root (the head size by default)", _ATTENTION
     ),
     "rope_condense_ratio": _litgpt(PositiveFloat, "positions are divided by it", _ATTENTION, unset=1),
-    "rope_base": _litgpt(AboveOne, "base of the rotary wavelengths, usually 10000", _ATTENTION, unset=10000),
+    "rope_base": _litgpt(RotaryBase, "base of the rotary wavelengths, usually 10000", _ATTENTION, unset=10000),
     "rope_local_base_freq": _litgpt(
-        AboveOne, "base of the rotary wavelengths of layers where `rope_indices` has a 1", _ATTENTION
+        RotaryBase, "base of the rotary wavelengths of layers where `rope_indices` has a 1", _ATTENTION
     ),
     "rope_adjustments": _litgpt(
         Annotated[dict, f"a dictionary with keys among {', '.join(rope.KEYS)}"],

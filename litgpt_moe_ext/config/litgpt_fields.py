@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from litgpt_moe_ext.config.types import check_field
 from litgpt_moe_ext.errors import refuse_first
-from litgpt_moe_ext.field_types import Inside, LayerCount, PositiveFloat, PositiveInt, UnitInterval
+from litgpt_moe_ext.field_types import Inside, LayerCount, PositiveFloat, PositiveInt, RotaryBase, UnitInterval
 
 _OPTIONAL_COUNTS = (
     *("padded_vocab_size", "head_size", "n_query_groups"),
@@ -18,7 +18,7 @@ _OPTIONAL_COUNTS = (
 )
 _OPTIONAL_NUMBERS = (
     *("final_logit_softcapping", "attention_logit_softcapping"),
-    *("attention_scores_scalar", "rope_local_base_freq"),
+    "attention_scores_scalar",
 )
 
 RANGES: dict[str, Any] = {
@@ -29,7 +29,9 @@ RANGES: dict[str, Any] = {
     "norm_class_name": Literal["RMSNorm", "LayerNorm"],
     "norm_eps": Inside,
     "rotary_percentage": UnitInterval,
-    **dict.fromkeys(("rope_base", "rope_condense_ratio"), PositiveFloat),
+    "rope_base": RotaryBase,
+    "rope_condense_ratio": PositiveFloat,
+    "rope_local_base_freq": RotaryBase | None,
     **dict.fromkeys(_OPTIONAL_NUMBERS, PositiveFloat | None),
     **dict.fromkeys(("sliding_window_indices", "rope_indices"), list[int] | None),
 }

@@ -13,7 +13,7 @@ from litgpt_moe_ext.config.fields import FIELDS, REQUIRED, Field, uses_plugin
 from litgpt_moe_ext.config.rope import rope_kind, validate_rope_adjustments
 from litgpt_moe_ext.config.types import check_field
 from litgpt_moe_ext.errors import SettingsError, refuse_first
-from litgpt_moe_ext.field_types import PositiveInt
+from litgpt_moe_ext.field_types import PositiveInt, RotaryBase
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
@@ -40,6 +40,8 @@ def resolve(config: "Config") -> None:
         config.moe_intermediate_size = config.intermediate_size
     if uses_plugin(config):
         validate_rope_adjustments(config.rope_adjustments)
+        if config.latent_attention is not None:  # whose other settings are LitGPT's to check
+            check_field("rope_base", config.rope_base, RotaryBase)
     _apply(_RULES, config)
 
 

@@ -116,6 +116,7 @@ NO_LOSSES = {"router_importance_loss_coef": 0.0, "router_load_loss_coef": 0.0}
             "mlp_only_layers: .0. leaves no MoE layer, since n_layer is 1; remove",
         ),
         ({"mlp_only_layers": [0]}, "intermediate_size: null must be set because mlp_only_layers is .0."),
+        ({"latent_attention": dict.fromkeys(LATENT, 4), "rope_base": 1}, "rope_base: 1 must be a number above 1"),
         ({"clip_qkv": 8.0}, "clip_qkv: 8.0 would be ignored because attention_class_name is not set"),
         ({"router_type": "hash", "router_bias": True}, "router_bias: True would be ignored because router_type: hash"),
         ({"attention_sinks": True}, "attention_sinks: True would be ignored because attention_class_name is not set"),

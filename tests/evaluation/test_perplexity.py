@@ -81,6 +81,14 @@ def test_command_on_a_shard_and_on_text(llama_dir, tmp_path, capsys):
     assert "text, data: 0 tokens to predict" in capsys.readouterr().err
 
 
+def test_a_text_without_a_token_that_ends_one(llama_dir, tmp_path, capsys):
+    checkpoint = shutil.copytree(llama_dir, tmp_path / "checkpoint")
+    (checkpoint / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (checkpoint / "generation_config.json").unlink(missing_ok=True)
+    assert main(["perplexity", str(checkpoint), f"--text={__file__}"]) == 2
+    assert "add eos_token to its tokenizer_config.json, or give --data SHARD" in capsys.readouterr().err
+
+
 def test_foreign_tokens_are_refused(llama_dir, tmp_path, capsys):
     write_shard(tmp_path / "val.bin", np.array([1, VOCABULARY_SIZE, 2]), VOCABULARY_SIZE + 1)
     assert main(["perplexity", str(llama_dir), f"--data={tmp_path}"]) == 2

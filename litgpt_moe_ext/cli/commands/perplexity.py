@@ -80,7 +80,8 @@ class Perplexity:
             return [as_tensor(texts.open_tokens(self.data, tokenizer)[: self.max_tokens])]
         if tokenizer.eos_id is None:
             raise SettingsError(
-                f"checkpoint_dir: the tokenizer of {str(self.checkpoint_dir)!r} has no end-of-text token to begin with"
+                f"checkpoint_dir: the tokenizer of {str(self.checkpoint_dir)!r} has no end-of-text token, after which "
+                "a text begins; add eos_token to its tokenizer_config.json, or give --data SHARD in place of --text"
             )
         encoded = texts.encode(texts.read_files(self.text or []), tokenizer, self.max_tokens)
         # A document begins after an end-of-text token, as in training.

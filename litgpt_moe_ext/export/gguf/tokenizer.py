@@ -122,7 +122,7 @@ def _bpe(checkpoint_dir: Path) -> tuple[list[spm.Piece], dict[str, Any]]:
 def _expressions(pre: dict[str, Any]) -> list[str]:
     """Return the regular expressions that a pre-tokenizer splits by, or nothing that llama.cpp knows."""
     steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
-    last = steps[-1]
+    last = steps[-1] if steps else {}
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
         return []
     found = []

@@ -68,6 +68,11 @@ def import_checkpoint(hf_dir: Path, out_dir: Path) -> Imported:
         raise SettingsError(
             f"hf_dir: its config.json describes no model that this package computes: {one_line(error)}; copy it again"
         ) from error
+    if config.rope_n_elem % 2:
+        raise SettingsError(
+            f"hf_dir: head_dim: {config.head_size}, of which {config.rope_n_elem} elements are rotated in pairs, must "
+            "have an even number of them; copy config.json again"
+        )
     architecture = _architecture(published, config)
     if published.settings.get("rope_interleave") is False:
         # DeepSeek-V3 may be stored so; no export of ours is.

@@ -104,6 +104,7 @@ def test_a_model_of_our_own_code_comes_back_after_training_in_transformers(expor
 
 @pytest.mark.parametrize("exported", OWN[:1], indirect=True)
 @pytest.mark.parametrize(("name", "value", "message"), [
+    ("litgpt_config", {"norm_class_name": []}, ".*norm_class_name: .. must be one of RMSNorm or LayerNorm"),
     ("litgpt_config", None, "litgpt_config: None must be the fields of the model that was exported; export it again"),
     ("num_attention_heads", 2, "num_attention_heads: 2 must be 4, as litgpt_config has it; copy config.json again"),
 ])  # fmt: skip
@@ -260,6 +261,8 @@ class TestRefusals:
             ("vocab_size", None, "vocab_size: None must be a whole number"),
             ("rms_norm_eps", True, "rms_norm_eps: True must be a number"),
             ("rope_theta", "1e4", "rope_theta: '1e4' must be a number"),
+            ("rope_theta", 10**30, r"rope_base: 10+\d+ must be a number above 1 and at most 1e18"),
+            ("head_dim", 3, "head_dim: 3, of which 3 elements are rotated in pairs"),
             ("quantization_config", "fp8", "quantization_config: 'fp8' must be settings by name"),
             (
                 "quantization_config",
@@ -269,6 +272,7 @@ class TestRefusals:
             ("rope_scaling", "yarn", "rope_scaling: 'yarn' must be settings by name"),
             ("rope_scaling", {"rope_type": "linear", "factor": "x"}, "describes no model .*factor"),
             ("rope_scaling", {"rope_type": "linear"}, "rope_scaling: .* has no factor"),
+            ("rope_scaling", {"rope_type": []}, r"rope_type: \[\] must be one of default, linear"),
             ("rope_scaling", {"factor": 2.0}, "rope_type: None must be one of default, linear"),
         ],
     )

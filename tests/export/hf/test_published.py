@@ -120,6 +120,7 @@ def test_what_an_entry_means(tmp_path, name, left_out, said, found):
             {"mlp_only_layers": list(range(48))},
             r"mlp_only_layers: \[0, .* leaves no layer with exp",
         ),
+        ("Qwen3-30B-A3B-FP8", {"mlp_only_layers": [[1]]}, r"mlp_only_layers: \[\[1\]\] must be a list of layers"),
         ("OLMoE-1B-7B", {"attention_bias": True}, "attention_bias: True must be off"),
         ("ERNIE-4.5-21B-A3B", {"use_bias": True}, "use_bias: True must be off"),
         ("ERNIE-4.5-21B-A3B", {"moe_layer_interval": 2}, "moe_layer_interval and moe_layer_end_index must make all"),

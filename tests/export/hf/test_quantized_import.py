@@ -88,13 +88,14 @@ def test_deepseek_in_fp8(tmp_path):
     same_logits(model, AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32))
 
 
-def test_fp8_becomes_the_type_of_the_other_weights(tmp_path):
+@pytest.mark.parametrize(("said", "becomes"), [("float16", torch.float16), ("float8_e4m3fn", torch.bfloat16)])
+def test_fp8_becomes_the_type_of_the_other_weights(tmp_path, said, becomes):
     """Rounded once."""
     to_fp8(exported(tmp_path, "deepseek-v3"), (16, 8))
-    change_json(tmp_path / "hf", dtype="float16", torch_dtype=None)
+    change_json(tmp_path / "hf", dtype=said, torch_dtype=None)
     _, stored = imported(tmp_path)
     state, name = load_file(tmp_path / "hf" / "model.safetensors"), "model.layers.1.self_attn.o_proj.weight"
-    expected = (state[name].float() * torch.kron(state[f"{name}_scale_inv"], torch.ones(16, 8))).half()
+    expected = (state[name].float() * torch.kron(state[f"{name}_scale_inv"], torch.ones(16, 8))).to(becomes)
     torch.testing.assert_close(stored["transformer.h.1.attn.proj.weight"], expected, rtol=0, atol=0)
 
 

@@ -68,7 +68,8 @@ def read_published(hf_dir: Path) -> Published:
     beyond = "|".join(str(n_layer + i) for i in range(raw.get("num_nextn_predict_layers") or 0))
     left_out = re.compile(rf"model\.(?:mtp_|layers\.(?:{beyond})\.)")
     name = hf_dir.resolve().name
-    if family := family_of_norms(settings.get("norm_class_name", ""), name):
+    norm = settings.get("norm_class_name")
+    if isinstance(norm, str) and (family := family_of_norms(norm, name)):
         # Whose norms LitGPT would make of these because of the name.
         name = name.replace(family, family.lower())
     tied = bool(whole.get("tie_word_embeddings", True))

@@ -17,6 +17,8 @@ from litgpt_moe_ext.errors import SettingsError
 # What the 16 numbers of 4 bits stand for.
 _FP4 = torch.tensor([sign * size for sign in (1, -1) for size in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)])
 _MXFP4_BIAS = 127
+# Types of weights that are not quantized, by their names in a `config.json`, which may have that of the others there.
+_OTHERS = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,7 @@ def quantization_of(raw: Mapping[str, Any]) -> Quantization:
         return Quantization("mxfp4")
     block = found.get("weight_block_size")
     if method == "fp8" and isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block):
-        others = getattr(torch, str(raw.get("dtype") or raw.get("torch_dtype")), None)
-        if not isinstance(others, torch.dtype) or not others.is_floating_point:
-            others = torch.bfloat16
+        others = _OTHERS.get(str(raw.get("dtype") or raw.get("torch_dtype")), torch.bfloat16)
         return Quantization("fp8", others, (block[0], block[1]))
     what = "fp8 without weight_block_size" if method == "fp8" else method
     raise SettingsError(

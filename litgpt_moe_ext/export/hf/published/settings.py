@@ -57,7 +57,7 @@ _ROPE_KEYS = {
 def _rope_adjustments(rope: _Json, length: int) -> _Json | None:
     said = {key: value for key, value in rope.items() if value is not None}
     kind = said.get("rope_type", said.get("type", None if said else "default"))
-    if kind not in _ROPE_KEYS:
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
         raise SettingsError(f"hf_dir: rope_type: {kind} must be one of {', '.join(_ROPE_KEYS)}")
     keys = {key: said[key] for key in _ROPE_KEYS[kind] if key in said}
     if kind != "default" and "factor" not in keys:
@@ -243,7 +243,9 @@ def _gpt2(hf: _Json) -> _Json:
 
 def _qwen_pattern(hf: _Json) -> _Json:
     n_layer, step = hf["num_hidden_layers"], hf["decoder_sparse_step"]
-    only = set(hf.get("mlp_only_layers") or ())
+    only = hf.get("mlp_only_layers") or []
+    if not (isinstance(only, list) and all(type(layer) is int for layer in only)):
+        raise SettingsError(f"hf_dir: mlp_only_layers: {only!r} must be a list of layers; copy config.json again")
     dense = [i in only or (i + 1) % step != 0 for i in range(n_layer)]
     if all(dense):
         raise SettingsError(f"hf_dir: mlp_only_layers: {sorted(only)} leaves no layer with experts")
@@ -273,7 +275,6 @@ def _require_alike(hf: _Json, first: str, second: str) -> None:
         raise SettingsError(f"hf_dir: {first}: {hf.get(first)} and {second}: {hf.get(second)} must be alike")
 
 
-# By architecture.
 def _own(hf: _Json) -> _Json:
     settings = hf.get(OWN_SETTINGS)
     if not isinstance(settings, dict):
@@ -283,6 +284,7 @@ def _own(hf: _Json) -> _Json:
     return dict(settings)
 
 
+# By architecture.
 READERS: dict[str, Callable[[_Json], _Json]] = {
     "gpt2": _gpt2,
     "llama": _llama,
