@@ -18,10 +18,10 @@ LONGEST_PERIOD = 1 << 16
 
 
 def whole_shares(shares: Sequence[Fraction]) -> list[int]:
-    """Return whole numbers in the proportion of the shares, with a sum of at most `LONGEST_PERIOD`.
+    """Return whole numbers in the proportion of the shares, with a sum of about `LONGEST_PERIOD` at most.
 
-    They are exact if that is possible. Otherwise the largest remainders are rounded up, which moves no share by more
-    than 1 / `LONGEST_PERIOD`, and none to zero.
+    They are exact if that is possible. Otherwise the largest remainders are rounded up, and what would be zero is one,
+    by which the sum may be longer: no share moves by more than their number / `LONGEST_PERIOD`.
 
     Args:
         shares: At least one, none negative, not all zero.
