@@ -1,29 +1,12 @@
-"""Study files: arms, a grid and seeds, which together name every run."""
+"""The runs of a study: what is compared, at which place of the grid, with which seed."""
 
 import hashlib
-import itertools
 import json
-import os
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from litgpt_moe_ext.cli.recipes import recipe_names, recipes_dir
-from litgpt_moe_ext.errors import SettingsError, did_you_mean_recipe
-from litgpt_moe_ext.recipe_files import read_recipe
-from litgpt_moe_ext.study.names import by_name, refuse_two_values
-from litgpt_moe_ext.study.search import searched_points
-
 BUDGET = "train.max_tokens"
-_KEYS = ("question", "recipe", "seeds", "settings", "arms", "grid", "search", "compare", "control")
-_SCALE_KEYS = ("settings", "grid")
-# What a study gives each of its runs.
-_OF_THE_STUDY = {
-    "seed": "seeds has those of all runs",
-    "out_dir": "each run has a folder of its own in that of the study",
-    "resume": "each run goes on by itself where it was",
-}
 
 
 @dataclass(frozen=True)
@@ -86,106 +69,3 @@ class Study:
     compare: dict[str, str] = field(default_factory=dict)
     control: str = ""
     searched: tuple[str, ...] = ()
-
-
-def load_study(path: Path, scale: Path | None = None) -> Study:
-    """Read a study file.
-
-    Args:
-        path: The study.
-        scale: A YAML file with `settings`, which are added to the study's, and `grid`, whose values take the place of
-            those of the study's grid; the arms stay as they are.
-
-    Raises:
-        SettingsError: If one of them is not such a file.
-    """
-    content = _content(path, "study", _KEYS)
-    name = path.stem
-    if scale is not None:
-        larger = _content(scale, "scale", _SCALE_KEYS)
-        content["settings"] = by_name(_mapping(content, "settings")) | by_name(_mapping(larger, "settings"))
-        grid = _mapping(content, "grid")
-        content["grid"] = {name: _mapping(larger, "grid").get(name, values) for name, values in grid.items()}
-        name = f"{name}-{scale.stem}"
-    arms = _mapping(content, "arms") or {"recipe": {}}
-    seeds, grid = content.get("seeds", [1, 2, 3]), _mapping(content, "grid")
-    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
-        raise SettingsError(f"seeds: {seeds} must be a list of integers, as [1, 2, 3]")
-    choices = [_choices(name, values) for name, values in grid.items()]
-    searched = searched_points(_mapping(content, "search"))
-    if wrong := [name for name, settings in arms.items() if settings is not None and not isinstance(settings, dict)]:
-        raise SettingsError(f"arms.{wrong[0]}: {arms[wrong[0]]} must hold settings, NAME: VALUE")
-    compare = _mapping(content, "compare")
-    two = set(compare) == {"moe", "dense"} and compare["moe"] != compare["dense"]
-    if compare and not (two and all(arm in list(arms) for arm in compare.values())):
-        raise SettingsError(f"compare: {compare} must name two arms, as {{moe: ARM, dense: ARM}}")
-    control = content.get("control", next(iter(arms)))
-    if control not in list(arms):
-        raise SettingsError(f"control: {control} must be one of the arms: {', '.join(arms)}")
-    common = by_name(_mapping(content, "settings"))
-    arms = {arm: by_name(own or {}) for arm, own in arms.items()}
-    of_arms = [(f"arms.{arm}", own) for arm, own in arms.items()]
-    of_grid = [(f"grid.{name}", some) for name, values in zip(grid, choices, strict=True) for _, some in values]
-    of_grid.append(("search", searched[0]))
-    for where, some in (("settings", common), *of_arms, *of_grid):
-        for name in _OF_THE_STUDY.keys() & some.keys():
-            raise SettingsError(f"{where}: {name} would have no effect: {_OF_THE_STUDY[name]}; leave it out")
-    refuse_two_values(of_grid, of_arms)
-    runs = []
-    for chosen, found in itertools.product(itertools.product(*choices), searched):
-        point = dict(zip(grid, (shown for shown, _ in chosen), strict=True)) | found
-        here = {name: value for _, some in chosen for name, value in some.items()} | found
-        for seed, (arm, own) in itertools.product(seeds, arms.items()):
-            settings = {**common, **here, **own}
-            recipe = _recipe(str(settings.pop("recipe", content.get("recipe", "quickstart"))), path)
-            runs.append(Run(arm, point, seed, recipe, settings))
-    _refuse_repeated(runs)
-    return Study(name, str(content.get("question", "")), runs, compare, control, tuple(searched[0]))
-
-
-def _refuse_repeated(runs: list[Run]) -> None:
-    times = Counter(run.title for run in runs)
-    if repeated := [title for title in times if times[title] > 1]:  # which would pass for two runs that agree
-        raise SettingsError(f"seeds, grid: {repeated[0]!r} must be one run; leave out what is there twice")
-    trained: dict[str, Run] = {}
-    for run in runs:
-        if (same := trained.setdefault(run.key, run)) is not run:
-            raise SettingsError(f"arms, grid: {same.title!r} and {run.title!r} have the same settings; leave out one")
-
-
-def _content(path: Path, what: str, keys: tuple[str, ...]) -> dict[str, Any]:
-    if not path.is_file():
-        usual = "studies/scale" if what == "scale" else "studies"
-        hint = did_you_mean_recipe(path, usual) or f", like those in {usual}/"
-        raise SettingsError(f"{what}: {str(path)!r} must be a {what} (YAML file){hint}")
-    content, _ = read_recipe(path, what)
-    if unknown := [key for key in content if key not in keys]:
-        raise SettingsError(f"{what}: {path} has the key {unknown[0]}; known are {', '.join(keys)}")
-    return content
-
-
-def _choices(name: str, values: Any) -> list[tuple[Any, dict[str, Any]]]:
-    # What the grid calls each of the values, and the settings that it stands for.
-    if isinstance(values, list) and values:
-        return [(value, {name: value}) for value in values]
-    if isinstance(values, dict) and values and all(isinstance(value, dict) for value in values.values()):
-        return [(called, by_name(some)) for called, some in values.items()]
-    raise SettingsError(
-        f"grid.{name}: {values} must be a list of values, or settings by name, NAME: {{SETTING: VALUE}}"
-    )
-
-
-def _mapping(content: dict[str, Any], key: str) -> dict[str, Any]:
-    value = content.get(key) or {}
-    if not isinstance(value, dict):
-        raise SettingsError(f"{key}: {value} must hold settings, NAME: VALUE")
-    return value
-
-
-def _recipe(name: str, study: Path) -> Path:
-    for candidate in (Path(name), study.parent / name):
-        if os.path.isfile(candidate):  # pathlib raises for a name that is too long
-            return candidate
-    if name.removesuffix(".yaml") in recipe_names():
-        return recipes_dir() / f"{name.removesuffix('.yaml')}.yaml"
-    raise SettingsError(f"recipe: {name!r} must be a recipe (YAML file) or one of {', '.join(recipe_names())}")

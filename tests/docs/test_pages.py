@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from litgpt_moe_ext.cli.settings import read_settings
-from litgpt_moe_ext.study.plan import load_study
+from litgpt_moe_ext.study.file import load_study
 from tests.docs.pages import PAGES, ROOT, blocks, code
 from tests.runs import PATIENCE, run_command
 

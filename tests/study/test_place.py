@@ -19,10 +19,11 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.inspect.runs.logs import TOKENS, RunLog
 from litgpt_moe_ext.model_size import count_flops, count_parameters
 from litgpt_moe_ext.study import launch, place
+from litgpt_moe_ext.study.file import load_study
 from litgpt_moe_ext.study.launch import Limits
 from litgpt_moe_ext.study.page import COLUMNS, grouped, rows, study_page, verdicts
 from litgpt_moe_ext.study.place import Places, TrainedOn, code_version
-from litgpt_moe_ext.study.plan import BUDGET, Run, Study, load_study
+from litgpt_moe_ext.study.plan import BUDGET, Run, Study
 from litgpt_moe_ext.study.results import Result, csv_text, read_results
 from tests.models import moe_config
 from tests.runs import PATIENCE

@@ -35,10 +35,11 @@ from litgpt_moe_ext.study.analysis import (
 )
 from litgpt_moe_ext.study.compare import compared, comparison, grouped, signed_interval
 from litgpt_moe_ext.study.figures import balance_figure, search_figure
+from litgpt_moe_ext.study.file import load_study
 from litgpt_moe_ext.study.launch import Limits
 from litgpt_moe_ext.study.page import COLUMNS, rows, study_page, verdicts
 from litgpt_moe_ext.study.place import code_version
-from litgpt_moe_ext.study.plan import BUDGET, load_study
+from litgpt_moe_ext.study.plan import BUDGET
 from litgpt_moe_ext.study.results import MAX_VIO, Result
 from litgpt_moe_ext.study.search import best_in_words, best_points
 from tests.runs import ROOT, run_command

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import NonNegativeInt, PositiveFloat, PositiveInt
 from litgpt_moe_ext.wording import counted
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.study import plan
-    from litgpt_moe_ext.study.launch import Limits
+    from litgpt_moe_ext.study.launch import Limits, Outcome
 
 
 @dataclass(frozen=True)
@@ -46,54 +47,60 @@ class Study:
 
     def run(self) -> int:
         """Train what is missing and write the page."""
-        from litgpt_moe_ext.cli.output import write_text
         from litgpt_moe_ext.cli.paths import check_path
-        from litgpt_moe_ext.errors import SettingsError
-        from litgpt_moe_ext.study.launch import check, is_finished, slurm_script, train
-        from litgpt_moe_ext.study.plan import load_study
+        from litgpt_moe_ext.study.file import load_study
+        from litgpt_moe_ext.study.launch import check, is_finished
 
-        instead = {"only": self.only is not None, "report": self.report, "slurm": self.slurm is not None}
-        if sum(instead.values()) > 1:
-            names = [name for name, given in instead.items() if given]
-            raise SettingsError(f"{names[0]}: must not be given beside {names[1]}; leave one of them out")
+        self._refuse_two_ways()
         study = load_study(self.study, self.scale)
         out_dir = self.out_dir or Path("out/studies") / study.name
         check_path("out_dir", out_dir)
         runs_dir = out_dir / "runs"
-        limits = self._limits()
-        options = {"--scale": self.scale, "--out_dir": self.out_dir}
-        given = [word for name, value in options.items() if value for word in (name, str(value))]
-        command = shlex.join(["litgpt-moe", "study", str(self.study), *given])
         if self.only is None and not self.report:
             check(run for run in study.runs if not is_finished(runs_dir, run))
         if self.slurm is not None:
-            write_text(self.slurm, slurm_script(command, len(study.runs), min(limits.places.gpus, 1)))
-            print(
-                f"Wrote {self.slurm}, {counted(len(study.runs), 'run')}; afterwards `{command} --report` writes the "
-                "page"
-            )
-            if not limits.places.gpus:
-                print(f"This machine has no GPU, so its tasks ask for none; `sbatch --gres=gpu:1 {self.slurm}` does")
-            return 0
-        runs = study.runs
+            return self._write_script(self.slurm, len(study.runs))
         if self.only is not None:
-            if self.only >= len(runs):
-                raise SettingsError(f"only: {self.only} must be below {len(runs)}, the number of runs")
-            runs = runs[self.only : self.only + 1]
-        problems, signal = ([], 0) if self.report else train(runs, runs_dir, limits)
-        print(*problems, sep="\n", end="\n" if problems else "")
-        if signal:
+            outcome = self._train(_only(study.runs, self.only), runs_dir)
+            return 128 + outcome.signal if outcome.signal else int(bool(outcome.problems))
+        if not self.report and (signal := self._train(study.runs, runs_dir).signal):
             return 128 + signal
-        if self.only is not None:
-            return int(bool(problems))
-        finished = [run for run in runs if is_finished(runs_dir, run)]
-        missing = len(runs) - len(finished)
+        finished = [run for run in study.runs if is_finished(runs_dir, run)]
+        missing = len(study.runs) - len(finished)
         if finished:
-            _write_page(study, finished, out_dir, command)
-        print(
-            f"{len(finished)} of {counted(len(runs), 'run')} finished" + (f"; `{command}` goes on" if missing else "")
-        )
+            _write_page(study, finished, out_dir, self._command())
+        goes_on = f"; `{self._command()}` goes on" if missing else ""
+        print(f"{len(finished)} of {counted(len(study.runs), 'run')} finished{goes_on}")
         return int(missing > 0)
+
+    def _refuse_two_ways(self) -> None:
+        ways = {"only": self.only is not None, "report": self.report, "slurm": self.slurm is not None}
+        if sum(ways.values()) > 1:
+            first, second, *_ = (name for name, given in ways.items() if given)
+            raise SettingsError(f"{first}: must not be given beside {second}; leave one of them out")
+
+    def _command(self) -> str:
+        options = {"--scale": self.scale, "--out_dir": self.out_dir}
+        given = [word for name, value in options.items() if value for word in (name, str(value))]
+        return shlex.join(["litgpt-moe", "study", str(self.study), *given])
+
+    def _train(self, runs: "list[plan.Run]", runs_dir: Path) -> "Outcome":
+        from litgpt_moe_ext.study.launch import train
+
+        outcome = train(runs, runs_dir, self._limits())
+        print(*outcome.problems, sep="\n", end="\n" if outcome.problems else "")
+        return outcome
+
+    def _write_script(self, file: Path, runs: int) -> int:
+        from litgpt_moe_ext.cli.output import write_text
+        from litgpt_moe_ext.study.launch import slurm_script
+
+        gpus = self._limits().places.gpus
+        write_text(file, slurm_script(self._command(), runs, min(gpus, 1)))
+        print(f"Wrote {file}, {counted(runs, 'run')}; afterwards `{self._command()} --report` writes the page")
+        if not gpus:
+            print(f"This machine has no GPU, so its tasks ask for none; `sbatch --gres=gpu:1 {file}` does")
+        return 0
 
     def _limits(self) -> "Limits":
         import torch
@@ -105,6 +112,12 @@ class Study:
         gpus = torch.cuda.device_count()
         jobs = self.jobs or gpus or count_cores()
         return Limits(Places(jobs, gpus), None if self.device_minutes is None else 60 * self.device_minutes)
+
+
+def _only(runs: "list[plan.Run]", number: int) -> "list[plan.Run]":
+    if number >= len(runs):
+        raise SettingsError(f"only: {number} must be below {len(runs)}, the number of runs")
+    return [runs[number]]
 
 
 def _write_page(study: "plan.Study", finished: "list[plan.Run]", out_dir: Path, command: str) -> None:
