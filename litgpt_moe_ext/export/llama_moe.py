@@ -9,16 +9,15 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from litgpt_moe_ext.config.features import MOE_CLASS_NAMES, has_sinks, router_type_of
 from litgpt_moe_ext.config.fields import added_fields, uses_plugin
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.evaluation.loading import WEIGHTS_FILE
 from litgpt_moe_ext.export.directory import new_directory, require_absent
 from litgpt_moe_ext.export.hf.tokenizer import copy_tokenizer
 from litgpt_moe_ext.export.source import TRAINING_ONLY, read_source, without_negatives
+from litgpt_moe_ext.export.weights import save_weights
 from litgpt_moe_ext.moe.expert_layouts import unstack_experts
 from litgpt_moe_ext.moe.registry import LOSSES, loss_field
 
@@ -125,5 +124,4 @@ def convert_checkpoint(checkpoint_dir: Path, out_dir: Path) -> None:
     with new_directory(out_dir, source.nbytes(None)) as partial:
         copy_tokenizer(checkpoint_dir, partial)
         save_config(converted, partial)
-        # Views of stacked weights would each write the whole stack.
-        torch.save({name: tensor.clone() for name, tensor in state.items()}, partial / WEIGHTS_FILE)
+        save_weights(state.items(), partial)

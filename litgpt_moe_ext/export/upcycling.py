@@ -10,6 +10,7 @@ Shape legend: D model width, W hidden width of the dense MLP, F hidden width of 
 shared experts together, E experts, C copies of the dense MLP, M slices of a copy.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,10 +28,10 @@ from litgpt_moe_ext.config.features import (
 )
 from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.evaluation.loading import WEIGHTS_FILE
 from litgpt_moe_ext.export.directory import new_directory, require_absent
 from litgpt_moe_ext.export.hf.tokenizer import copy_tokenizer
 from litgpt_moe_ext.export.source import read_source
+from litgpt_moe_ext.export.weights import save_weights
 from litgpt_moe_ext.meta.models import meta_model
 from litgpt_moe_ext.moe.layer import MoE
 from litgpt_moe_ext.moe.learned_routers import LearnedRouter
@@ -77,12 +78,12 @@ def upcycle(dense_dir: Path, out_dir: Path, config: "Config", seed: int = 42) ->
     """
     require_absent(out_dir)
     dense = read_source(dense_dir, "dense_dir")
-    weights = upcycled_weights(dense.state, dense.config, config, seed)
-
-    with new_directory(out_dir, sum(tensor.nbytes for tensor in weights.values())) as partial:
+    require_same_function(dense.config, config)
+    size = sum(tensor.numel() for tensor in meta_model(config).state_dict().values()) * dense.dtype.itemsize
+    with new_directory(out_dir, size) as partial:
         copy_tokenizer(dense_dir, partial)
         save_config(config, partial)
-        torch.save(weights, partial / WEIGHTS_FILE)
+        save_weights(upcycled_weights(dense.state, dense.config, config, seed), partial)
 
 
 def require_same_function(dense: "Config", moe: "Config") -> Slices:
@@ -177,26 +178,29 @@ def _require_whole_copies(moe: "Config", per_copy: int) -> None:
 
 
 def upcycled_weights(
-    dense: dict[str, Tensor], dense_config: "Config", config: "Config", seed: int
-) -> dict[str, Tensor]:
-    """Return the state dictionary of the MoE model.
+    dense: Mapping[str, Tensor], dense_config: "Config", config: "Config", seed: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the names and tensors of the MoE model, layer by layer.
 
     Args:
         dense: State dictionary of the dense model.
         dense_config: Its configuration.
         config: Configuration of the MoE model.
         seed: Seed of the routers' weights.
+
+    Raises:
+        SettingsError: See `require_same_function`.
     """
     slices = require_same_function(dense_config, config)
-    result = dict(dense)
+    left = dict(dense)
     generator = torch.Generator().manual_seed(seed)
     for index, block in enumerate(meta_model(config).get_submodule("transformer.h").children()):
         if isinstance(moe := block.get_submodule("mlp"), MoE):
             prefix = f"transformer.h.{index}.mlp."
-            mlp = {name.removeprefix(prefix): result.pop(name) for name in list(result) if name.startswith(prefix)}
+            mlp = {name.removeprefix(prefix): left.pop(name) for name in list(left) if name.startswith(prefix)}
             layer = _Layer(mlp, slices, config).weights(moe, generator)
-            result |= {prefix + name: tensor for name, tensor in layer.items()}
-    return result
+            yield from ((prefix + name, tensor) for name, tensor in layer.items())
+    yield from left.items()
 
 
 class _Layer:

@@ -55,7 +55,7 @@ def dense_model(config: Config) -> GPT:
 
 def upcycled_model(dense: GPT, config: Config) -> GPT:
     model = GPT(config).double()
-    model.load_state_dict(upcycled_weights(dense.state_dict(), dense.config, config, seed=1))
+    model.load_state_dict(dict(upcycled_weights(dense.state_dict(), dense.config, config, seed=1)))
     return model
 
 
@@ -105,7 +105,7 @@ def test_same_function(changes):
 def test_the_seed_decides_about_routers():
     dense, gate = dense_model(dense_config()), "transformer.h.0.mlp.gate.weight"
     first, again, other = (
-        upcycled_weights(dense.state_dict(), dense.config, moe_config(), seed=seed)[gate] for seed in (1, 1, 2)
+        dict(upcycled_weights(dense.state_dict(), dense.config, moe_config(), seed=seed))[gate] for seed in (1, 1, 2)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

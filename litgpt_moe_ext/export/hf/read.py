@@ -1,18 +1,19 @@
 """From a Hugging Face checkpoint to a LitGPT checkpoint with this package's layers."""
 
 import json
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import litgpt
 import torch
-from litgpt.utils import incremental_save, save_config
+from litgpt.utils import save_config
 from torch import Tensor
 
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
 from litgpt_moe_ext.errors import SettingsError, one_line
-from litgpt_moe_ext.evaluation.loading import WEIGHTS_FILE
 from litgpt_moe_ext.export.directory import new_directory, require_absent
 from litgpt_moe_ext.export.hf.architectures import ARCHITECTURES, Architecture
 from litgpt_moe_ext.export.hf.config_json import OWN_SETTINGS
@@ -22,6 +23,7 @@ from litgpt_moe_ext.export.hf.published.stored import StoredWeights
 from litgpt_moe_ext.export.hf.tensors import BALANCING_BIAS
 from litgpt_moe_ext.export.hf.tokenizer import copy_tokenizer
 from litgpt_moe_ext.export.source import TRAINING_ONLY
+from litgpt_moe_ext.export.weights import save_weights
 from litgpt_moe_ext.meta.models import meta_model
 
 if TYPE_CHECKING:
@@ -84,15 +86,8 @@ def import_checkpoint(hf_dir: Path, out_dir: Path) -> Imported:
     left_out = weights.require(wanted, published.left_out)
 
     with new_directory(out_dir, weights.nbytes()) as partial:
-        with incremental_save(partial / WEIGHTS_FILE) as saver:
-            state = {}
-            for ours, stored in rules.items():
-                state[ours] = saver.store_early(_owned(stored.back(weights.get, config.n_expert)))
-            for name in sorted(expected.keys() - state.keys()):
-                # Routers here have it, whether the class has one or not, or training begins with it.
-                assert name.endswith((BALANCING_BIAS, *TRAINING_ONLY)), name
-                state[name] = saver.store_early(torch.zeros_like(expected[name], device="cpu"))
-            saver.save(state)
+        stored_there = ((ours, stored.back(weights.get, config.n_expert)) for ours, stored in rules.items())
+        save_weights(chain(stored_there, _only_here(expected, rules.keys())), partial)
         save_config(config, partial)
         copy_tokenizer(hf_dir, partial)
         if not (partial / _GENERATION).is_file():
@@ -142,7 +137,8 @@ def _say_ends(described: Path, file: Path, vocab_size: int) -> None:
         file.write_text(json.dumps({"_from_model_config": True, **ids}, indent=2) + "\n", encoding="utf-8")
 
 
-def _owned(tensor: Tensor) -> Tensor:
-    # What is saved is the storage, which a part of a tensor shares with the whole.
-    tensor = tensor.contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+def _only_here(expected: Mapping[str, Tensor], found: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    for name in sorted(expected.keys() - found):
+        # Routers here have it, whether the class has one or not, or training begins with it.
+        assert name.endswith((BALANCING_BIAS, *TRAINING_ONLY)), name
+        yield name, torch.zeros_like(expected[name], device="cpu")

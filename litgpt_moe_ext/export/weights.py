@@ -1,0 +1,26 @@
+"""The weights of a new LitGPT checkpoint."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from litgpt.utils import incremental_save
+from torch import Tensor
+
+from litgpt_moe_ext.evaluation.loading import WEIGHTS_FILE
+
+
+def save_weights(weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    """Write weights as they come, so that memory holds one of them and not the model.
+
+    Args:
+        weights: Names and tensors on the CPU, which may be parts of others.
+        folder: The checkpoint.
+    """
+    with incremental_save(folder / WEIGHTS_FILE) as saver:
+        saver.save({name: saver.store_early(_owned(tensor)) for name, tensor in weights})
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    # What is saved is the storage, which a part of a tensor shares with the whole.
+    tensor = tensor.contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
