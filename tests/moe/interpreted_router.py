@@ -12,7 +12,7 @@ from litgpt_moe_ext.moe.balancing import update_routers
 from litgpt_moe_ext.moe.batch_metadata import TokenIds
 from litgpt_moe_ext.moe.fixed_routers import FixedRouter
 from litgpt_moe_ext.moe.kernels import fused_router, router_product
-from litgpt_moe_ext.moe.kernels.triton import projecting, routing
+from litgpt_moe_ext.moe.kernels.triton import projecting, routing, routing_sums
 from litgpt_moe_ext.moe.kernels.triton.common import constexpr
 from litgpt_moe_ext.moe.layer import MoE
 from litgpt_moe_ext.moe.registry import ROUTERS, load
@@ -72,7 +72,7 @@ def test_blocks_that_several_programs_add_up(monkeypatch, name):
     """Two of three blocks at a time, sixteen of twenty experts in the first program."""
     monkeypatch.setattr(routing, "_FEW_BLOCKS", 0)
     monkeypatch.setattr(routing, "_MOST_FOR_ONE", 0)
-    monkeypatch.setattr(routing, "_BLOCKS", constexpr(2))
+    monkeypatch.setattr(routing_sums, "_BLOCKS", constexpr(2))
     torch.manual_seed(0)
     gate = make_gate(**RULES[name], n_expert=20)
     compare(gate, 262, n_sequence=2, padded=True)
@@ -82,7 +82,7 @@ def test_blocks_that_several_programs_add_up(monkeypatch, name):
 @pytest.mark.parametrize("name", ["sigmoid, sequences", pytest.param("noisy, everything", marks=pytest.mark.slow)])
 def test_more_blocks_than_each_looks_at(monkeypatch, name):
     monkeypatch.setattr(routing, "_FEW_BLOCKS", 2)
-    monkeypatch.setattr(routing, "_sum_up_and_place", None)
+    monkeypatch.setattr(routing, "sum_up_and_place", None)
     compare(make_gate(**RULES[name]), 134, n_sequence=2, padded=True)
 
 
@@ -92,7 +92,7 @@ def test_a_few_tokens_are_counted_where_they_are_routed(monkeypatch, name):
     torch.manual_seed(0)
     gate = make_gate(**RULES[name]).eval()
     compare(gate, 65, padded=True)
-    monkeypatch.setattr(routing, "_sum_up_and_place", None)
+    monkeypatch.setattr(routing, "sum_up_and_place", None)
     for n_token in (1, 64):
         compare(gate, n_token)
         compare(gate, n_token, padded=True)

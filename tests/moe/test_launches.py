@@ -105,7 +105,7 @@ def test_the_layer_of_every_recipe_starts_at_most_25_kernels(recipe, capability)
     settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     names = launches_of_layer(Config(**settings["model_config"]), capability, settings.get("precision") or "bf16-mixed")
     assert len(names) <= 25, names
-    assert {"_project", "_route", "_sum_up", "_place"} <= set(names)
+    assert {"_project", "route_block", "sum_up", "place_rows"} <= set(names)
     assert "silu" not in names
 
 
@@ -116,7 +116,7 @@ def test_every_rule_takes_the_fused_router(name, padded):
     names = launches_where_most(RULES[name], padded)
     beside = 2 * ("noisy" in name) + 2 * ("router_orthogonality_loss_coef" in RULES[name])
     assert len(names) == (15 if padded else 13) + beside, names
-    assert {"_project", "_route", "_sum_up", "_place"} <= set(names)
+    assert {"_project", "route_block", "sum_up", "place_rows"} <= set(names)
     assert names.count("to") == 2  # weights of the experts; the router passes tokens on in 16 bits
 
 
@@ -124,9 +124,9 @@ def test_few_tokens_are_added_up_and_sorted_in_one():
     """As many as a step of the quickstart has."""
     config = moe_config(n_embd=256, moe_intermediate_size=64)
     few, many = (launches_of_layer(config, (9, 0), size=(n, 256)) for n in (8, 64))
-    at = many.index("_sum_up")
-    assert many[at : at + 2] == ["_sum_up", "_place"]
-    assert few == [*many[:at], "_sum_up_and_place", *many[at + 2 :]]
+    at = many.index("sum_up")
+    assert many[at : at + 2] == ["sum_up", "place_rows"]
+    assert few == [*many[:at], "sum_up_and_place", *many[at + 2 :]]
 
 
 GATED = {"n_shared_expert": 1, "shared_expert_gate": True}
@@ -154,9 +154,9 @@ LAYERS = {
 def test_many_experts_and_tokens_take_one_more():
     """Several programs add up what one would read for long."""
     few, many = (launches_where_most({"n_expert": n_expert, "n_shared_expert": 1}, False) for n_expert in (64, 128))
-    assert "_sum_blocks" not in few
+    assert "sum_blocks" not in few
     many.remove("_to_copy")  # of the tokens, which torch's product of so many does not pass on
-    assert many[many.index("_route") :] == ["_route", "_sum_blocks", *few[few.index("_sum_up") :]]
+    assert many[many.index("route_block") :] == ["route_block", "sum_blocks", *few[few.index("sum_up") :]]
     assert len(many) <= 25
 
 

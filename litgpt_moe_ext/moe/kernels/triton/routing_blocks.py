@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 else:
     import triton.language as tl
 
+# Numbers of a block are kept in rows of E: tokens, probabilities, gate values and expected tokens of each expert, and
+# one row of sums that are not by expert.
+ROWS = tl.constexpr(5)
+
 
 @triton.jit
 def block(sizes, FORM: constexpr):
