@@ -364,8 +364,10 @@ def test_a_changed_file_is_noticed(tmp_path):
     assert remembered.hash(path) == first
     write_lines(path, ["two"])
     assert FileHashes(tmp_path).hash(path) != first
-    (tmp_path / ".file_hashes.json").write_text("{")
-    assert FileHashes(tmp_path)._known == {}
+    second = FileHashes(tmp_path).hash(path)
+    for damage in ("{", "[1]", json.dumps({str(path.absolute()): 5}), json.dumps({str(path.absolute()): []})):
+        (tmp_path / ".file_hashes.json").write_text(damage)
+        assert FileHashes(tmp_path).hash(path) == second
 
 
 def test_a_file_that_is_written_to_while_it_is_read(tmp_path):

@@ -1,4 +1,5 @@
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,6 +53,15 @@ def test_named_train_and_val(tmp_path, capsys):
     output = capsys.readouterr().out
     assert "To train on: 3 shards, edu_train_000001.npy .. edu_train_10_raw.bin, 143 tokens (ids not" in output
     assert "To validate on: 1 shard, edu_val_000000.npy, 40 tokens" in output
+
+
+def test_an_order_that_no_folder_decides(tmp_path, monkeypatch):
+    write(tmp_path, {"val.bin": 9, "train_1.bin": 9, "train_01.bin": 9, "train_2.bin": 9, "train_10.bin": 9})
+    paths = sorted(tmp_path.iterdir())
+    for listed in (paths, paths[::-1]):
+        monkeypatch.setattr(Path, "iterdir", lambda folder, listed=listed: iter(listed))
+        train, _ = TokenShards(tmp_path).find_shards()
+        assert [path.stem for path in train] == ["train_01", "train_1", "train_2", "train_10"]
 
 
 def test_the_first_tokens(tmp_path, capsys):

@@ -151,7 +151,8 @@ class TokenShards(ShardModule):
 
 
 def _natural_order(paths: Iterable[Path]) -> list[Path]:
-    def key(path: Path) -> list:
-        return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name)]
+    def key(path: Path) -> tuple[list, str]:
+        parts = [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name)]
+        return parts, path.name  # which tells 1 from 01, as a folder may list them either way
 
     return sorted((path for path in paths if path.is_file()), key=key)

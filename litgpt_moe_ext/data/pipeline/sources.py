@@ -69,9 +69,10 @@ class FileHashes:
     def __init__(self, folder: Path) -> None:
         self._path = folder / HASHES
         try:
-            self._known: dict[str, list] = json.loads(self._path.read_text(encoding="utf-8"))
+            known = json.loads(self._path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            self._known = {}
+            known = {}
+        self._known: dict[str, list] = known if isinstance(known, dict) else {}
         self._changed = False
 
     def hash(self, path: Path) -> str:
@@ -94,8 +95,9 @@ class FileHashes:
         return digest
 
     def _remembered(self, path: Path, stat: os.stat_result) -> str | None:
-        *of_file, digest = self._known.get(str(path.absolute()), [None])
-        return digest if of_file == [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] else None
+        known = self._known.get(str(path.absolute()))
+        of_file = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+        return known[-1] if isinstance(known, list) and known[:-1] == of_file else None
 
     def remembers(self, path: Path) -> bool:
         """Return whether a file was hashed before and has not changed since."""

@@ -78,8 +78,9 @@ def _chat_template(checkpoint_dir: Path) -> str | None:
         return None
     found = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
     if isinstance(found, list):
-        found = {entry["name"]: entry["template"] for entry in found}.get("default")
-    return found
+        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
 
 
 def _ends(tokenizer: "Tokenizer") -> dict[str, Any]:

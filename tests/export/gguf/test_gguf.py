@@ -330,6 +330,9 @@ class TestTokenizer:
         for template in ("{{ messages }}", several):
             (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
             assert tokenizer_metadata(tmp_path, 320)["chat_template"] == "{{ messages }}"
+        for template in (5, [{"name": "default"}, "text"]):
+            (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+            assert "chat_template" not in tokenizer_metadata(tmp_path, 320)
         (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
         with pytest.raises(SettingsError, match="names no end of a text, and llama.cpp would take token 11 for it"):
             tokenizer_metadata(tmp_path, 320)
