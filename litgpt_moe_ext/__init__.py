@@ -26,6 +26,9 @@ def register() -> None:
     from litgpt_moe_ext.host.registration import register as register_in_litgpt
 
     register_in_litgpt()
+    from litgpt_moe_ext.extend import load_extensions
+
+    autoload.when_whole("litgpt", load_extensions)
 
 
 __all__ = ["__version__", "register"]

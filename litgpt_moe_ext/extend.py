@@ -18,6 +18,7 @@ from litgpt_moe_ext.attention.kernels.registry import AttentionKernel, register_
 from litgpt_moe_ext.config.fields import FIELDS, Field, loss_weight
 from litgpt_moe_ext.entries import require
 from litgpt_moe_ext.errors import one_line
+from litgpt_moe_ext.host.autoload import is_initializing
 from litgpt_moe_ext.moe.registry import (
     ACTIVATIONS,
     LOSSES,
@@ -39,6 +40,8 @@ __all__ = [
     "register_loss",
     "register_router",
 ]
+
+_called: set[tuple[str, str]] = set()  # names and values of entry points
 
 
 def register_router(name: str, router: RouterType, fields: Mapping[str, Field] | None = None) -> None:
@@ -103,11 +106,16 @@ def register_activation(name: str, activation: ActivationType) -> None:
 
 
 def load_extensions() -> None:
-    """Call the functions that installed packages name as entry points `litgpt_moe_ext.extensions`.
+    """Call the functions that installed packages name as entry points `litgpt_moe_ext.extensions`, once in a process.
 
-    One that fails is a warning: every command of the environment calls it, most of which need nothing of it.
+    One in a module that is on its way, as a script imports it and it imports LitGPT, is left to the next call. One that
+    fails is a warning: every command of the environment calls it, most of which need nothing of it.
     """
     for entry_point in entry_points(group="litgpt_moe_ext.extensions"):
+        key = entry_point.name, entry_point.value
+        if key in _called or is_initializing(entry_point.value.partition(":")[0].strip()):
+            continue
+        _called.add(key)
         try:
             entry_point.load()()
         except (Exception, SystemExit) as error:  # whatever somebody else's code raises, a script that ends itself too

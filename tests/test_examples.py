@@ -81,6 +81,17 @@ def test_a_router_of_ones_own_trains(tmp_path):
     path = os.pathsep.join([str(tmp_path), str(SCRIPT.parent)])
     run_command(sys.executable, "-c", LOAD, tmp_path / "out" / "final", PYTHONPATH=path)
 
+    # The twin without experts has neither its router nor its loss.
+    both = tmp_path / "both.yaml"
+    temperature = {"router_type": "temperature", "router_initial_temperature": 2.0, "router_score_function": None}
+    ignored = {"norm_topk_prob": False, "router_bias_update_rate": None}
+    both.write_text(yaml.safe_dump({"model_config": RECIPE["model_config"] | temperature | ignored}))
+    command = [Path(sys.executable).with_name("litgpt-moe"), "twin", both, tmp_path / "twin.yaml"]
+    run_command(*command, PYTHONPATH=path)
+    assert not [
+        name for name in yaml.safe_load((tmp_path / "twin.yaml").read_text())["model_config"] if "router" in name
+    ]
+
     # Where it is not, LitGPT's own commands say what is missing.
     litgpt = [Path(sys.executable).with_name("litgpt"), "generate", tmp_path / "out" / "final", "--max_new_tokens", "2"]
     run_command(*litgpt, PYTHONPATH=path)
@@ -111,6 +122,7 @@ def test_an_extension_that_fails_is_left_out_with_a_warning(monkeypatch, fail, r
         for name, call in (("broken", fail), ("whole", lambda: called.append(1)))
     )
     monkeypatch.setattr(extend, "entry_points", lambda group: [broken, whole])
+    monkeypatch.setattr(extend, "_called", set())
     with pytest.warns(RuntimeWarning, match=rf"the extension broken \(broken:register\) is left out: {reason}"):
         extend.load_extensions()
     assert called

@@ -20,9 +20,14 @@ if TYPE_CHECKING:
 
 
 def print_help() -> None:
-    """Print the help of `run_train.py` without loading torch or LitGPT."""
+    """Print the help of `run_train.py`; torch or LitGPT are loaded by installed extensions at most."""
     from litgpt_moe_ext.cli.settings import build_parser
     from litgpt_moe_ext.config.fields import FIELDS
+    from litgpt_moe_ext.extend import load_extensions
+    from litgpt_moe_ext.host.autoload import disabled
+
+    if not disabled():
+        load_extensions()
 
     parser = build_parser({"model_config": dict, "data": dict})
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings.")

@@ -2,14 +2,14 @@
 
 LitGPT takes any number of the right type: a head count of 0 ends in a division by zero, a rotary percentage of infinity
 in an overflow, and a negative norm epsilon trains. Checked before a `litgpt.Config` is made, and of one that is made.
-Imports neither torch nor LitGPT.
+Importing it loads neither torch nor LitGPT.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from litgpt_moe_ext.config.types import check_field
-from litgpt_moe_ext.errors import refuse_first
+from litgpt_moe_ext.errors import PERHAPS_OF_AN_EXTENSION, SettingsError, did_you_mean, refuse_first
 from litgpt_moe_ext.field_types import Inside, LayerCount, PositiveFloat, PositiveInt, RotaryBase, UnitInterval
 
 _OPTIONAL_COUNTS = (
@@ -52,6 +52,21 @@ def check_ranges(values: Mapping[str, Any], prefix: str = "") -> None:
         if name in values:
             check_field(prefix + name, values[name], kind)
     refuse_first(prefix + problem for problem in _problems(values))
+
+
+def check_names(values: Mapping[str, Any], file: str = "") -> None:
+    """Raise SettingsError if a `model_config` has a name that no field of a model has. Imports LitGPT.
+
+    Args:
+        values: Fields of a configuration.
+        file: Where they stand, for the error.
+    """
+    from litgpt import Config
+
+    for name in values:
+        if name not in (known := Config.__dataclass_fields__):
+            hint = did_you_mean(name, known) or PERHAPS_OF_AN_EXTENSION
+            raise SettingsError(f"model_config.{name}: no setting has this name{hint}{file and f' ({file})'}")
 
 
 def _problems(values: Mapping[str, Any]) -> Iterator[str]:

@@ -1,9 +1,10 @@
 """Run a callback after a module of LitGPT has been imported, without importing it.
 
-This is loaded by every interpreter of the environment (through the `.pth` file), so it imports nothing but `os` and
-`sys`, which are loaded anyway, and costs one dictionary look-up per later import.
+This is loaded by every interpreter of the environment (through the `.pth` file), so it imports nothing but `_thread`,
+`os` and `sys`, which are loaded anyway, and costs one dictionary look-up per later import.
 """
 
+import _thread
 import os
 import sys
 
@@ -32,6 +33,7 @@ class _Finder:
         before_submodules: Package name to a function that is called with the name of a submodule that is looked for.
         instead: Module name to a function of the module and its loader that executes the module.
         after: Module name to functions that are called with the executed module.
+        executed: Modules that have been executed and are with these functions, and in which thread.
     """
 
     def __init__(self):
@@ -39,6 +41,7 @@ class _Finder:
         self.before_submodules = {}
         self.instead = {}
         self.after = {}
+        self.executed = {}
 
     def find_spec(self, name, path=None, target=None):
         callbacks = self.before.pop(name, ())
@@ -73,8 +76,15 @@ class _Finder:
                 loader.exec_module(module)
             else:
                 execute(module, loader)
-            for callback in self.after.pop(name, ()):
-                callback(module)
+            self.executed[name] = _thread.get_ident()
+            package, _, short_name = name.rpartition(".")
+            if package in sys.modules:  # as the import system does a little later
+                setattr(sys.modules[package], short_name, module)
+            try:
+                for callback in self.after.pop(name, ()):
+                    callback(module)
+            finally:
+                del self.executed[name]
 
         loader.exec_module = exec_module
         return spec
@@ -123,6 +133,40 @@ def when_imported(name: str, callback) -> None:
         callback(module)
         return
     _use_finder().after.setdefault(name, []).append(callback)
+
+
+_waiting: dict[tuple[int, str], list] = {}  # functions that wait, by thread and the package that it executes
+
+
+class Executing:
+    """A scope in which this thread executes the `__init__` of a package; behind it follows what waits for that."""
+
+    def __init__(self, package: str):
+        self._key = _thread.get_ident(), package
+        self._outermost = self._key not in _waiting
+
+    def __enter__(self):
+        _waiting.setdefault(self._key, [])
+
+    def __exit__(self, *_error):
+        if self._outermost:
+            for callback in _waiting.pop(self._key):
+                callback()
+
+
+def when_whole(package: str, callback) -> None:
+    """Call `callback()`: at once, or when this thread has executed the `__init__` of `package`, if it is doing so."""
+    waiting = _waiting.get((_thread.get_ident(), package))
+    if waiting is None:
+        callback()
+    else:
+        waiting.append(callback)
+
+
+def is_initializing(name: str) -> bool:
+    """Return whether a module is being imported; to the functions that are called after its execution it is whole."""
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    return bool(getattr(spec, "_initializing", False)) and _finder.executed.get(name) != _thread.get_ident()
 
 
 def before_import(name: str, callback) -> None:

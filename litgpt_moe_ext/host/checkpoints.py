@@ -24,10 +24,7 @@ CONFIG_FILE = "model_config.yaml"
 
 
 def add_fields(config: ModuleType) -> None:
-    """Add the fields of the plugin and its extensions, and their rules, to `litgpt.config.Config`, in place."""
-    from litgpt_moe_ext.extend import load_extensions
-
-    load_extensions()
+    """Add the fields of the plugin, and their rules, to `litgpt.config.Config`, in place."""
     extend_config(config.Config)
 
 
@@ -60,6 +57,9 @@ def refuse_unknown_fields(content: dict[str, Any], where: str) -> None:
     """
     from litgpt.config import Config
 
+    from litgpt_moe_ext.extend import load_extensions
+
+    load_extensions()  # those that were on their way themselves when LitGPT was imported
     for name in content:
         if name not in Config.__dataclass_fields__ and name != REQUIRES_MARK:
             raise SettingsError(

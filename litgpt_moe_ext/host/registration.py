@@ -49,6 +49,10 @@ def _apply_all() -> None:
             seam.apply(modules[seam.module])
         else:
             autoload.when_imported(seam.module, partial(_apply_later, seam))
+    # They may use all of LitGPT, and this package in it, as any other module may.
+    from litgpt_moe_ext.extend import load_extensions
+
+    autoload.when_whole("litgpt", load_extensions)
 
 
 def _apply_later(seam: Seam, module: ModuleType) -> None:

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
-from litgpt_moe_ext.config.litgpt_fields import check_ranges
+from litgpt_moe_ext.config.litgpt_fields import check_names, check_ranges
 from litgpt_moe_ext.errors import (
-    PERHAPS_OF_AN_EXTENSION,
     SettingsError,
-    did_you_mean,
     did_you_mean_recipe,
     one_line,
     which_checkpoint,
@@ -167,7 +165,7 @@ def _of_file(path: Path) -> Recipe:
     model = settings.get("model_config") or {}
     if not isinstance(model, dict):
         raise SettingsError(f"model_config: {model!r} must be settings, NAME: VALUE ({path})")
-    _refuse_unknown(model, path)
+    check_names(model, str(path))
     try:
         if model:
             check_ranges(model)
@@ -189,13 +187,3 @@ def _check_types(settings: dict[str, Any], section: Any) -> None:
             _check_types(checked(name, value, dict), kind)
         else:
             checked(name, value, _TYPES_ELSEWHERE.get(name, kind))
-
-
-def _refuse_unknown(model: dict[str, Any], file: Path) -> None:
-    from litgpt import Config as LitGPTConfig
-
-    known = LitGPTConfig.__dataclass_fields__
-    for name in model:
-        if name not in known:
-            hint = did_you_mean(name, known) or PERHAPS_OF_AN_EXTENSION
-            raise SettingsError(f"model_config.{name}: no setting has this name{hint} ({file})")

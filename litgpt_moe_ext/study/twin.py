@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from litgpt_moe_ext.config.features import LITGPT_ACTIVATIONS, MOE_CLASS_NAMES
 from litgpt_moe_ext.config.fields import FEED_FORWARD_FIELDS, FIELDS
-from litgpt_moe_ext.config.litgpt_fields import check_ranges
+from litgpt_moe_ext.config.litgpt_fields import check_names, check_ranges
 from litgpt_moe_ext.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ TOLERANCE = 0.005
 _MULTIPLES = (64, 32, 16, 8, 4, 2, 1)
 # LitGPT has an MoE class of its own, always with this activation.
 _LITGPT_MOE = "LLaMAMoE"
-# Model settings that mean something only where there are experts.
-EXPERT_FIELDS = tuple(name for name, field in FIELDS.items() if "moe" in field.owner)
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,11 @@ class Experts:
         return self.granularity - self.n_shared_expert
 
 
+def expert_fields() -> set[str]:
+    """Return the model settings that mean something only where there are experts."""
+    return {name for name, field in FIELDS.items() if "moe" in field.owner}
+
+
 def dense_twin(model: dict[str, Any], length: int, by: Equality = "flops") -> dict[str, Any]:
     """Return the `model_config` of the dense model that costs as much per token, everything else alike.
 
@@ -68,7 +71,8 @@ def dense_twin(model: dict[str, Any], length: int, by: Equality = "flops") -> di
             f"model_config.mlp_class_name: {model.get('mlp_class_name')} must be one of {', '.join(MOE_CLASS_NAMES)} "
             "to have a dense twin; `litgpt-moe twin RECIPE --n_expert N` makes an MoE model of a dense one"
         )
-    twin = {name: value for name, value in model.items() if name not in EXPERT_FIELDS}
+    check_names(model)  # which knows the fields of extensions from then on
+    twin = {name: value for name, value in model.items() if name not in expert_fields()}
     if model["mlp_class_name"] == _LITGPT_MOE:
         twin["mlp_class_name"] = "LLaMAMLP"
     else:
@@ -100,7 +104,8 @@ def moe_twin(model: dict[str, Any], length: int, experts: Experts, by: Equality 
             f"granularity: {experts.granularity} must be above n_shared_expert ({experts.n_shared_expert}) and at most "
             f"that plus n_expert ({experts.n_expert}); a token visits granularity - n_shared_expert routed experts"
         )
-    twin = {key: value for key, value in model.items() if key not in ("intermediate_size", *EXPERT_FIELDS)}
+    check_names(model)
+    twin = {key: value for key, value in model.items() if key not in ("intermediate_size", *expert_fields())}
     if name in LITGPT_ACTIVATIONS:
         twin["mlp_activation"] = LITGPT_ACTIVATIONS[name]
     twin |= {

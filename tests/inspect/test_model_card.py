@@ -330,6 +330,20 @@ def test_inference_memory_of_experts(on_gpu, changes):
     assert estimate.kv_cache + estimate.activations == pytest.approx(memory_of_a_prompt(config), rel=0.02)
 
 
+def test_a_forced_kernel_need_not_work_here():
+    """As that of a GPU in a recipe that is described on a laptop, or by the doctor beside the GPU."""
+    step = Step("bf16-mixed", 2, LENGTH)
+    chosen, forced, written_out = (
+        layers.shorten(moe_config(attention_class_name="SinkAttention", attention_backend=backend))
+        for backend in (None, "cudnn", "eager")
+    )
+    assert training_memory(forced, step) == training_memory(chosen, step)
+    assert training_memory(written_out, step).activations > training_memory(chosen, step).activations
+    assert inference_memory(forced, torch.bfloat16, on_gpu=True) == inference_memory(
+        chosen, torch.bfloat16, on_gpu=True
+    )
+
+
 def test_flops_are_those_of_the_active_matrices():
     config = moe_config()
     D, F, E, K, T, V = 16, 12, 8, 2, LENGTH, 64

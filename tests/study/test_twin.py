@@ -9,7 +9,7 @@ from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.cli.settings import read_settings
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.study.recipes import twin_settings
-from litgpt_moe_ext.study.twin import EXPERT_FIELDS, Experts, cost, dense_twin, moe_twin
+from litgpt_moe_ext.study.twin import Experts, cost, dense_twin, expert_fields, moe_twin
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -30,7 +30,7 @@ def test_dense_twin_has_the_cost_counted_by_hand(by):
     by_hand = (3 * 3 * 64 * 48 + 64 * 8) / (3 * 64)
     assert abs(twin["intermediate_size"] - by_hand) <= 2
     assert twin["mlp_class_name"] == "FeedForward"
-    assert not set(EXPERT_FIELDS) & set(twin)
+    assert not expert_fields() & set(twin)
     assert cost(twin, 32, by) == pytest.approx(cost(MOE, 32, by), rel=0.005)
 
 
@@ -67,6 +67,12 @@ def test_what_has_no_twin_is_refused():
         twin_settings({"model_name": "pythia-14m"}, "flops")
     with pytest.raises(SettingsError, match="^model_config.n_head: 0 must be an integer of at least 1"):
         dense_twin(MOE | {"n_head": 0}, 32)
+    with pytest.raises(
+        SettingsError, match=r"^model_config.n_exprt: no setting has this name; did you mean n_expert\?"
+    ):
+        dense_twin(MOE | {"n_exprt": 4}, 32)
+    with pytest.raises(SettingsError, match="^model_config.of_an_extension: no setting .* install the extension's"):
+        moe_twin(BASE | {"mlp_class_name": "LLaMAMLP", "intermediate_size": 96, "of_an_extension": 1}, 32, Experts(8))
     with pytest.raises(SettingsError, match="^train: 5 must be"):
         twin_settings({"model_config": MOE, "train": 5}, "flops")
     with pytest.raises(SettingsError, match="^train.max_seq_length: 'long' must be an integer"):

@@ -47,10 +47,12 @@ def execute_split(module: ModuleType, loader: Any) -> None:
     """Execute the first part of the `__init__` of one of `PACKAGES`, and arrange for the rest."""
     tree = parse(module, loader)
     if tree is None:
-        loader.exec_module(module)
+        with autoload.Executing(module.__name__):
+            loader.exec_module(module)
         return
     split = _Split(module, tree, PACKAGES[module.__name__])
-    exec(split.now, module.__dict__)
+    with autoload.Executing(module.__name__):
+        exec(split.now, module.__dict__)
     autoload.before_submodules(module.__name__, split.before_submodule)
 
 
@@ -118,7 +120,7 @@ class _Split:
         # rest now would meet it half done.
         if any(self._is_half_done(submodule) for submodule in self._package.submodules):
             return
-        with self._lock:
+        with autoload.Executing(self._module.__name__), self._lock:
             if "__getattr__" not in self._module.__dict__:
                 return
             self._completed_by = threading.get_ident()
@@ -132,14 +134,10 @@ class _Split:
     def _is_half_done(self, submodule: str) -> bool:
         """Whether this thread is in the middle of importing `submodule`; wait if another one is."""
         name = f"{self._module.__name__}.{submodule}"
-        if _is_initializing(name):
+        if autoload.is_initializing(name):
             # The import system waits for another thread, but not for the one that asks.
             importlib.import_module(name)
-        return _is_initializing(name)
-
-
-def _is_initializing(name: str) -> bool:
-    return bool(getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False))
+        return autoload.is_initializing(name)
 
 
 def _postponed(body: list[ast.stmt], package: str) -> list[ast.stmt]:

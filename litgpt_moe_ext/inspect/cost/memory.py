@@ -6,6 +6,7 @@ run (`litgpt_moe_ext.inspect.cost.layers`).
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from litgpt_moe_ext.attention.kernels.registry import EAGER
 from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.inspect.cost.experts import without_values
 from litgpt_moe_ext.inspect.cost.layers import ShortModel
@@ -225,8 +227,6 @@ def state_ratio(optimizer: str | dict[str, Any], dtype: torch.dtype) -> int:
 
 def measure_state_ratio(optimizer: str | dict[str, Any], dtype: torch.dtype) -> int:
     """Return the same for any optimizer, by letting it make one step."""
-    import copy
-
     from litgpt.utils import instantiate_torch_optimizer
 
     from litgpt_moe_ext.training.optim.arguments import in_full, learning_rate_of
@@ -268,9 +268,12 @@ def _weightless_model(
 ) -> "Iterator[tuple[GPT, WeightlessMemory]]":
     from litgpt.model import GPT
 
+    config: Any = copy.copy(short.config)
+    if config.attention_backend != EAGER:
+        config.attention_backend = None  # it may work on other devices only, and keeps what torch's keep
     with weightless() as memory:
         with _default_dtype(dtype), uninitialized():
-            model = GPT(short.config)
+            model = GPT(config)
         without_values(model, on_gpu)
         yield model, memory
 
