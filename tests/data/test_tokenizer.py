@@ -48,6 +48,16 @@ def test_training_is_deterministic(directory, tmp_path):
         assert (tmp_path / name).read_bytes() == (directory / name).read_bytes()
 
 
+@pytest.mark.parametrize("given", [list, iter])
+def test_characters_as_frequent_as_others_are_taken_in_their_order(tmp_path, given):
+    """The trainer by itself leaves to chance which of them fit."""
+    han = [chr(0x4E00 + i) for i in range(100)]
+    texts = [" ".join((*han[::-1], han[70], "a" * 30))] * 3
+    made = train_bpe(given(texts), BPESettings(256 + 1 + 40, byte_mode="fallback"), tmp_path).get_vocab()
+    # A quarter of the room: what is frequent (space, a, one of these), then the first of the others.
+    assert {token for token in made if len(token) == 1} == {" ", "a", han[70], *han[:7]}
+
+
 def test_special_tokens(directory, litgpt_tokenizer, hf_tokenizer):
     assert found(directory, "eos") == 0
     assert litgpt_tokenizer.eos_id == litgpt_tokenizer.bos_id == hf_tokenizer.eos_token_id == 0

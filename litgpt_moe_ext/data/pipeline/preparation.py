@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,18 @@ def prepare_corpus(
     return directory
 
 
+@dataclass(frozen=True)
+class _TextsToLearnFrom:
+    """The documents that a tokenizer is trained on, from the beginning each time."""
+
+    intake: Intake
+    progress: PreparationProgress
+
+    def __iter__(self) -> Iterator[str]:
+        self.progress.stage("training tokenizer")
+        return self.intake.texts_to_learn_from(self.progress.update)
+
+
 class _Preparation:
     """One run of the preparation of one corpus, which may continue an earlier one."""
 
@@ -209,8 +222,7 @@ class _Preparation:
             self.directory.mkdir(exist_ok=True)
             tokenizer_dir = self.directory / TOKENIZER_DIR
             if isinstance(self.settings.tokenizer, BPESettings):
-                progress.stage("training tokenizer")
-                train_bpe(self.intake.texts_to_learn_from(progress.update), self.settings.tokenizer, tokenizer_dir)
+                train_bpe(_TextsToLearnFrom(self.intake, progress), self.settings.tokenizer, tokenizer_dir)
             else:
                 write_tokenizer(dict(self.settings.tokenizer), tokenizer_dir)
             flush_tree(tokenizer_dir)

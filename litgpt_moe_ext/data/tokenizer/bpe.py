@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -73,7 +74,8 @@ def train_bpe(texts: Iterable[str], settings: BPESettings, directory: str | os.P
     special token is added to a text by default. The same texts give the same files.
 
     Args:
-        texts: The documents to learn merges from.
+        texts: The documents to learn merges from; for `byte_mode: fallback` they are gone through twice, and those of
+            an iterator kept in memory.
         settings: The vocabulary.
         directory: Where to write; created if missing.
 
@@ -116,16 +118,27 @@ def _train_on_bytes(texts: Iterable[str], settings: BPESettings) -> Tokenizer:
     return tokenizer
 
 
+def _most_frequent(texts: Iterable[str], most: int) -> list[str]:
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    return sorted(counts, key=lambda character: (-counts[character], character))[:most]
+
+
 def _train_on_characters(texts: Iterable[str], settings: BPESettings) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(unk_token=settings.unk_token, byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORDS), behavior="isolated")
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     free = settings.vocab_size - _BYTES
+    texts = list(texts) if isinstance(texts, Iterator) else texts
+    # Rare characters cost an entry each; as bytes they cost a few tokens each time.
+    alphabet = _most_frequent(texts, min(1000, free // 4))
     trainer = trainers.BpeTrainer(
         vocab_size=free,
         special_tokens=list(settings.special_tokens),
-        # Rare characters cost an entry each; as bytes they cost a few tokens each time.
-        limit_alphabet=min(1000, free // 4),
+        # Without it the trainer leaves to chance which of equally frequent characters it takes.
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
