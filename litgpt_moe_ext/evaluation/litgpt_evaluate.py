@@ -5,6 +5,7 @@ task that lm-eval does not ship. Here the LitGPT model itself answers lm-eval's 
 """
 
 import inspect
+import io
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import yaml
 
+from litgpt_moe_ext.cli.output import write_text
 from litgpt_moe_ext.config.fields import added_fields, uses_plugin
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files.durable import is_stream
@@ -148,17 +150,13 @@ def _print_task_names() -> None:
 def _report(results: dict[str, Any], save_filepath: Path) -> None:
     from litgpt.eval.evaluate import prepare_results
 
-    # LitGPT's own function prints and writes, so that the content is the same. Renaming makes it all or nothing.
-    if is_stream(save_filepath):
-        prepare_results(results, save_filepath)
-        return
-    partial = save_filepath.with_name(f"{save_filepath.name}.{os.getpid()}.partial")
-    try:
-        prepare_results(results, partial)
-        os.replace(partial, save_filepath)
-    finally:
-        partial.unlink(missing_ok=True)
-    print(f"Saved the results to {save_filepath}")
+    # LitGPT's own function prints and writes, so that the content is the same. It leaves its file open, whose end a
+    # full disk would take without a word.
+    text = io.StringIO()
+    prepare_results(results, cast(Any, SimpleNamespace(open=lambda *_, **__: text)))
+    write_text(save_filepath, text.getvalue())
+    if not is_stream(save_filepath):
+        print(f"Saved the results to {save_filepath}")
 
 
 def wrap_convert_and_evaluate(original: Callable[..., None]) -> Callable[..., None]:

@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import resource
 import sys
 from functools import wraps
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from jsonargparse import CLI
 
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.evaluation import lm_eval_tasks
+from litgpt_moe_ext.evaluation import litgpt_evaluate, lm_eval_tasks
 from litgpt_moe_ext.evaluation.litgpt_evaluate import EvaluateSettings, evaluate_checkpoint, wrap_convert_and_evaluate
 from litgpt_moe_ext.evaluation.lm_eval_tasks import load_task_file, load_tasks
 from tests.runs import run_command
@@ -130,17 +131,23 @@ def test_plugin_checkpoint_with_a_task_name_is_evaluated_here(wrapped, original,
     original.assert_not_called()
 
 
-def test_failed_write_leaves_the_old_results(moe_dir, task_file, tmp_path, monkeypatch):
-    def fail(results, save_filepath):
-        save_filepath.write_text("{")
-        raise OSError("disk full")
+def test_a_full_disk_leaves_the_old_results(moe_dir, task_file, tmp_path, monkeypatch, capsys):
+    report, (limit, most) = litgpt_evaluate._report, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def report_on_a_full_disk(*results):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, most))
+        try:
+            report(*results)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
 
     (tmp_path / "results.json").write_text("old")
-    monkeypatch.setattr(litgpt.eval.evaluate, "prepare_results", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(litgpt_evaluate, "_report", report_on_a_full_disk)
+    with pytest.raises(SettingsError, match="results.json cannot be written .File too large.; free some space"):
         evaluate_checkpoint(EvaluateSettings(moe_dir, tasks=str(task_file), out_dir=tmp_path, device="cpu", limit=1))
+    assert "|acc" in capsys.readouterr().out
     assert (tmp_path / "results.json").read_text() == "old"
-    assert not list(tmp_path.glob("*.partial"))
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 
 def test_a_directory_that_cannot_be_made_is_named(moe_dir, task_file, tmp_path):
