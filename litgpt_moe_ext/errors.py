@@ -83,11 +83,16 @@ def exit_status(run: Callable[[], int | None], interrupted: str = "") -> int:
                 return WRONG_SETTING
             if isinstance(error, BrokenPipeError) and _is_unread(sys.stdout):
                 return CANNOT
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(error, OSError) and is_full(error):
                 where = f"{error.filename}: " if error.filename else ""
                 print(f"error: {where}{error.strerror}; free some space, and run the same again", file=sys.stderr)
                 return CANNOT
             raise
+
+
+def is_full(error: OSError) -> bool:
+    """Return whether an error says that a disk, or a share of one, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _is_unread(stream: TextIO) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import SettingsError, is_full
 from litgpt_moe_ext.files.durable import flush, is_stream
 
 
@@ -57,8 +57,8 @@ def write_bytes(path: Path, content: bytes) -> None:
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
-        reason = error.strerror or error
-        raise SettingsError(f"{given} cannot be written ({reason}); free some space, or name another place") from error
+        remedy = "free some space, or name another place" if is_full(error) else "name another place"
+        raise SettingsError(f"{given} cannot be written ({error.strerror or error}); {remedy}") from error
 
 
 def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:

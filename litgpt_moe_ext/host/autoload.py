@@ -33,6 +33,7 @@ class _Finder:
         before_submodules: Package name to a function that is called with the name of a submodule that is looked for.
         instead: Module name to a function of the module and its loader that executes the module.
         after: Module name to functions that are called with the executed module.
+        again: The same for every execution but the first of this process, as when a module is reloaded.
         executed: Modules that have been executed and are with these functions, and in which thread.
     """
 
@@ -41,6 +42,7 @@ class _Finder:
         self.before_submodules = {}
         self.instead = {}
         self.after = {}
+        self.again = {}
         self.executed = {}
 
     def find_spec(self, name, path=None, target=None):
@@ -52,10 +54,10 @@ class _Finder:
             package, _, submodule = name.partition(".")
             if watched := bool(submodule) and package in self.before_submodules:
                 self.before_submodules[package](submodule)
-        if (callbacks or watched) and name in sys.modules:
+        if (callbacks or watched) and target is None and name in sys.modules:
             # What was imported before it has imported it, too; a second execution would make its classes anew.
             return _spec_of_loaded(sys.modules[name])
-        if name not in self.after and name not in self.instead:
+        if not any(name in known for known in (self.after, self.instead, self.again)):
             return None
         for finder in sys.meta_path:
             find_spec = getattr(finder, "find_spec", None)
@@ -69,7 +71,7 @@ class _Finder:
         loader = spec.loader
 
         def exec_module(module):
-            # Only this import is wrapped; whoever inspects or reloads the module later meets the original loader.
+            # Only this execution is wrapped; whoever inspects the module later meets the original loader.
             del loader.exec_module
             execute = self.instead.pop(name, None)
             if execute is None:
@@ -81,7 +83,7 @@ class _Finder:
             if package in sys.modules:  # as the import system does a little later
                 setattr(sys.modules[package], short_name, module)
             try:
-                for callback in self.after.pop(name, ()):
+                for callback in self.after.pop(name, None) or self.again.get(name, ()):
                     callback(module)
             finally:
                 del self.executed[name]
@@ -133,6 +135,11 @@ def when_imported(name: str, callback) -> None:
         callback(module)
         return
     _use_finder().after.setdefault(name, []).append(callback)
+
+
+def when_executed_again(name: str, callback) -> None:
+    """Call `callback(module)` whenever the module `name` is executed after it has been imported, as by a reload."""
+    _use_finder().again.setdefault(name, []).append(callback)
 
 
 _waiting: dict[tuple[int, str], list] = {}  # functions that wait, by thread and the package that it executes

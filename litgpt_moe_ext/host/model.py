@@ -108,6 +108,11 @@ def choose_attention(model: ModuleType) -> None:
         if issubclass(cls, SinkAttention):
             return object.__new__(cls)
         if cls is attention_class:
+            if not issubclass(SinkAttention, cls):
+                raise RuntimeError(
+                    f"{cls.__module__} was executed again, as by importlib.reload, and the layers of litgpt_moe_ext "
+                    "build on its first classes; start Python (in a notebook: the kernel) anew"
+                )
             return object.__new__(SinkAttention)
         raise SettingsError(
             f"attention_class_name: {name!r} cannot be combined with {cls.__module__}.{cls.__name__}, which would "

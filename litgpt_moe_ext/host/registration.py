@@ -49,6 +49,8 @@ def _apply_all() -> None:
             seam.apply(modules[seam.module])
         else:
             autoload.when_imported(seam.module, partial(_apply_later, seam))
+    for name in {seam.module for seam in SEAMS if seam.apply is not None and seam.kind != "call"}:
+        autoload.when_executed_again(name, partial(_apply_again, name))
     # They may use all of LitGPT, and this package in it, as any other module may.
     from litgpt_moe_ext.extend import load_extensions
 
@@ -64,6 +66,13 @@ def _apply_later(seam: Seam, module: ModuleType) -> None:
         warnings.warn(f"{error} Without it: {seam.reason}", RuntimeWarning, stacklevel=2)
     else:
         seam.apply(module)
+
+
+def _apply_again(name: str, module: ModuleType) -> None:
+    # A module that is reloaded, in a notebook for one, has LitGPT's own functions and classes again.
+    for seam in SEAMS:
+        if seam.module == name and seam.apply is not None and seam.kind != "call" and not has_ended(seam):
+            _apply_later(seam, module)
 
 
 def has_ended(seam: Seam) -> bool:

@@ -188,6 +188,12 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
 
 
+def test_only_a_full_disk_asks_for_space(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingsError, match=r"cannot be written \(.*\); name another place$"):
+        write_text(tmp_path / "file" / "below", "text")
+
+
 def test_printed_commands_can_be_copied(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["init", "quickstart", "my recipe.yaml"]) == 0

@@ -90,6 +90,11 @@ def test_results_have_a_place_before_the_work_begins(tmp_path, monkeypatch, caps
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(SettingsError, match=f"out_dir: '.*x/y' cannot be written \\('{tmp_path}' is read-only for you"):
         check_path("out_dir", tmp_path / "x" / "y")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert main(["init", "quickstart"]) == 2  # into the working directory, which nobody has named
+    message = "out: 'quickstart.yaml' cannot be written ('.' is read-only for you); name another path"
+    assert capsys.readouterr().err == f"error: {message}\n"
     for place in (tmp_path, tmp_path / "file"):
         with pytest.raises(SettingsError, match=f"text: '{place}' cannot be read \\(Permission denied\\)"):
             check_path("text", place)

@@ -9,6 +9,7 @@ from litgpt_moe_ext.data.corpora.prepared import PreparedCorpus
 from litgpt_moe_ext.data.corpora.python_stdlib import PythonStdlib
 from litgpt_moe_ext.data.pipeline import sources as pipeline
 from litgpt_moe_ext.data.pipeline import verification
+from litgpt_moe_ext.data.pipeline.store import read_manifest
 from litgpt_moe_ext.data.pipeline.verification import verify
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files import checksums
@@ -46,6 +47,19 @@ DAMAGE = {
     "what it says of itself": lambda directory: flip(directory / "manifest.json"),
     "swapped shards": swap,
 }
+
+
+@pytest.mark.parametrize("hidden", [".", "manifest.json", "SHA256SUMS", "tokenizer/tokenizer.json", "train_00000.bin"])
+def test_a_corpus_that_may_not_be_read_is_not_called_damaged(corpus, hidden, monkeypatch):
+    """As another user's, which must not be deleted. (Root, who runs some tests, may read everything.)"""
+    allowed = os.access
+
+    def access(path, mode, **options):
+        return corpus / hidden != path and allowed(path, mode, **options)
+
+    monkeypatch.setattr(os, "access", access)
+    with pytest.raises(SettingsError, match=rf"^{corpus / hidden} cannot be read .*; have its owner make it readable"):
+        read_manifest(corpus)
 
 
 @pytest.mark.parametrize("checked_before", [False, True])

@@ -23,6 +23,7 @@ class Init:
     def run(self) -> None:
         """Write the recipe, or list all."""
         from litgpt_moe_ext.cli.output import write_text
+        from litgpt_moe_ext.cli.paths import check_path
         from litgpt_moe_ext.cli.recipes import recipe_names, recipe_summary, recipe_text
 
         names = recipe_names()
@@ -35,6 +36,7 @@ class Init:
         if name not in names:
             raise SettingsError(f"recipe: {self.recipe} must be one of {', '.join(names)}")
         out = self.out or Path(f"{name}.yaml")
+        check_path("out", out)
         if out.exists():
             raise SettingsError(f"out: {str(out)!r} exists; name a new file")
         write_text(out, recipe_text(name))

@@ -89,9 +89,10 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
 
     Raises:
         SettingsError: The manifest is unreadable, or a file it lists is missing or has another size: somebody changed
-            the folder after it was finished.
+            the folder after it was finished. Or the corpus is another user's, who lets nobody read it.
     """
     path = directory / MANIFEST
+    _require_readable(directory, path, directory / checksums.FILE_NAME)
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         sizes = manifest["file_sizes"].items()
@@ -101,6 +102,7 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         raise SettingsError(f"{path} is damaged ({error!r}); delete {directory} to prepare the corpus again") from error
     for name, size in sizes:
         file = directory / name
+        _require_readable(file)
         found = file.stat().st_size if file.is_file() else "no"
         if found != size:
             raise SettingsError(
@@ -108,6 +110,19 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
                 "again"
             )
     return manifest
+
+
+def _require_readable(*paths: Path) -> None:
+    for path in paths:
+        try:
+            is_readable = not path.exists() or os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0))
+        except PermissionError:  # a folder above it may not be entered
+            is_readable = False
+        if not is_readable:
+            raise SettingsError(
+                f"{path} cannot be read (Permission denied); have its owner make it readable for you, or set data_path "
+                "to a folder of your own"
+            )
 
 
 def open_corpus(directory: Path) -> tuple[list[np.memmap], list[np.memmap]]:
