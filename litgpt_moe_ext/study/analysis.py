@@ -17,11 +17,11 @@ class Interval(NamedTuple):
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Return the mean of independent runs and its 95 % interval by Student's t distribution."""
+    """Return the mean of independent runs and its 95 % interval by Student's t distribution, if all are finite."""
     from scipy.stats import t
 
     mean = float(np.mean(values))
-    if len(values) < 2:
+    if len(values) < 2 or not np.isfinite(mean):
         return Interval(mean, float("nan"), float("nan"))
     half = float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
     return Interval(mean, mean - half, mean + half)

@@ -129,7 +129,8 @@ def smooth(values: np.ndarray) -> np.ndarray:
     """Return the exponential average of a curve, of what there is at its start."""
     averages, average = np.empty(len(values)), 0.0
     for i, value in enumerate(values):
-        average += max(_NEW_WEIGHT, 1 / (i + 1)) * (value - average)
+        weight = max(_NEW_WEIGHT, 1 / (i + 1))
+        average = (1 - weight) * average + weight * value  # so that it stays infinite where it was
         averages[i] = average
     return averages
 

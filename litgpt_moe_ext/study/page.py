@@ -134,7 +134,7 @@ def verdicts(study: Study, results: Sequence[Result]) -> list[str]:
     if moe and dense and all(result.timed for result in (*moe, *dense)):
         largest = max(result.tokens for result in moe)
         sides = [_mean_over_seconds([r for r in side if r.tokens == largest]) for side in (dense, moe)]
-        if all(np.isfinite(seconds[-1:]).any() for seconds, _ in sides):
+        if all(np.isfinite(seconds[-1:]).any() and np.isfinite(losses).all() for seconds, losses in sides):
             even = break_even(*sides)
             when = "is never ahead within the run" if even is None else f"is ahead from {even:,.0f} s on"
             lines.append(f"In seconds, the MoE {when} (training loss, on the machine that trained both).")
@@ -157,7 +157,7 @@ def _row(label: str, group: Sequence[Result], difference: str) -> tuple[str, ...
         label,
         str(len(group)),
         f"{interval.value:.3f}",
-        f"{min(losses):.3f} to {max(losses):.3f}",
+        f"{np.min(losses):.3f} to {np.max(losses):.3f}",  # nan if one is, wherever it stands
         "-" if math.isnan(interval.low) else f"{interval.low:.3f} to {interval.high:.3f}",
         difference,
         _number(float(np.mean([result.train_loss for result in group])), ".3f"),

@@ -60,6 +60,14 @@ def test_the_wide_table_of_a_run(tmp_path):
     assert [values.tolist() for values in run.series("val_loss")] == [[200], [2.9]]
 
 
+def test_a_loss_that_is_no_number_is_not_taken_for_none(tmp_path):
+    text = "step,total_tokens,loss,val_loss\n1,100,3.0,2.9\n2,200,nan,nan\n3,nan,2.0,\n"
+    (tmp_path / "metrics-wide.csv").write_text(text)
+    run = load_run(tmp_path)
+    assert [values.tolist() for values in run.series("val_loss")] == [[100, 200], [2.9, np.inf]]
+    assert run.series("loss")[1].tolist() == [3.0, np.inf]
+
+
 def test_a_new_run_in_the_same_place_is_a_run_of_its_own(tmp_path):
     """Its first line may come later than some of the earlier run's."""
     directory = tmp_path / "run"

@@ -3,12 +3,14 @@
 import csv
 import itertools
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +41,7 @@ from litgpt_moe_ext.study.file import load_study
 from litgpt_moe_ext.study.launch import Limits
 from litgpt_moe_ext.study.page import COLUMNS, rows, study_page, verdicts
 from litgpt_moe_ext.study.place import code_version
-from litgpt_moe_ext.study.plan import BUDGET
+from litgpt_moe_ext.study.plan import BUDGET, Run, Study
 from litgpt_moe_ext.study.results import MAX_VIO, Result
 from litgpt_moe_ext.study.search import best_in_words, best_points
 from tests.runs import ROOT, run_command
@@ -500,6 +502,32 @@ def test_a_point_that_came_to_nothing_is_not_the_best():
     }
     assert list(best_points(["rate"], groups)) == ["3"]
     assert best_in_words(["rate"], groups)[0] == "Lowest of 3 points: 3, 2.500."
+
+
+@pytest.mark.parametrize("searched", [(), ("lr",)])
+@pytest.mark.parametrize("lost", [1, 2, 8])
+def test_runs_that_came_to_nothing_are_on_the_page(searched, lost):
+    """Their losses are infinite in the log."""
+    places = [(arm, rate, seed) for arm in ("moe", "dense") for rate in (1, 2) for seed in (1, 2)]
+    recipe = ROOT / "configs" / "quickstart.yaml"
+    runs = [Run(arm, {"lr": rate}, seed, recipe, {}) for arm, rate, seed in places]
+    study = Study("study", "", runs, {"moe": "moe", "dense": "dense"}, "dense", searched)
+    results = [result_of(run, math.inf if i < lost else 3 + i / 10) for i, run in enumerate(runs)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        page = study_page(study, results, 0, "")
+        lines = verdicts(study, results)
+    assert "inf" in page
+    assert not any("In seconds, the MoE" in line for line in lines)
+    assert rows(study, grouped(results))[0][3] == ("3.100 to inf" if lost == 1 else "inf to inf")
+
+
+@pytest.mark.parametrize("losses", [(2.0, float("nan")), (float("nan"), 2.0)])
+def test_a_range_with_a_run_that_came_to_nothing(losses):
+    runs = [Run("a", {}, seed, Path("recipe"), {}) for seed in (1, 2)]
+    results = [result_of(run, 2.0, val_loss=loss) for run, loss in zip(runs, losses, strict=True)]
+    (row,) = rows(Study("study", "", runs, control="a"), grouped(results))
+    assert row[2:5] == ("nan", "nan to nan", "-")
 
 
 def result_of(run, loss: float, speed: float = 100.0, val_loss: float | None = None) -> Result:

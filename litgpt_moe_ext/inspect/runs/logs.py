@@ -24,8 +24,8 @@ class RunLog:
 
     Attributes:
         name: Name of the run.
-        columns: By metric one float for each log line, nan where the line lacks it; lines are in the order of
-            `total_tokens`.
+        columns: By metric one float for each log line, nan where the line lacks it, infinity where it has nan; lines
+            are in the order of `total_tokens`.
     """
 
     name: str
@@ -121,7 +121,7 @@ def _read(path: Path) -> list[dict[str, float]]:
             for fields in csv.DictReader(file):
                 row = {name: number for name, text in fields.items() if (number := _number(text)) is not None}
                 tokens = row.setdefault(TOKENS, tokens)
-                if not math.isnan(tokens):
+                if math.isfinite(tokens):
                     rows.append(row)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
@@ -130,8 +130,9 @@ def _read(path: Path) -> list[dict[str, float]]:
 
 
 def _number(text: str | list[str] | None) -> float | None:
-    # What is behind the last column is a list.
+    # What is behind the last column is a list. A loss that is no number stands in the file as nan, which is a gap here.
     try:
-        return float(text) if isinstance(text, str) else None
+        number = float(text) if isinstance(text, str) else None
     except ValueError:
         return None
+    return math.inf if number is not None and math.isnan(number) else number
