@@ -32,11 +32,28 @@ _BLOCKS, _MOST_BLOCKS = 64, 128
 # Tokens and columns of a block by experts (the power of two): for 16-bit tokens, for float32. None of them spills
 # registers worth mentioning; none was chosen on a card.
 _Blocks = dict[int, tuple[tuple[int, int], tuple[int, int]]]
-_FORWARD: _Blocks = {16: ((64, 64), (64, 64)), 32: ((64, 64), (64, 32)), 64: ((64, 32), (64, 32))}
-_BACKWARD: _Blocks = {16: ((32, 128), (32, 128)), 32: ((32, 64), (32, 32)), 64: ((32, 32), (32, 32))}
-# Hopper's Tensor Cores read operands from shared memory, which leaves registers free.
-_FORWARD_SHARED: _Blocks = {16: ((64, 128), (64, 64)), 32: ((64, 64), (64, 64)), 64: ((64, 64), (64, 64))}
-_BACKWARD_SHARED: _Blocks = _BACKWARD | {64: ((64, 64), (64, 32))}
+
+
+class _Tables(NamedTuple):
+    # Tensor Cores of Hopper read operands from shared memory, which leaves registers free. Those of Blackwell for data
+    # centres are not used: where a loop adds several products to one sum, Triton up to 3.8 computes something else
+    # (triton-lang/triton#10821), and may do so by chance (#9871, #10590). A product of fewer than 64 rows goes by those
+    # that every card has, as all do in a program of two warps.
+    usual: _Blocks
+    hopper: _Blocks
+    blackwell: _Blocks
+
+
+_FORWARD = _Tables(
+    usual={16: ((64, 64), (64, 64)), 32: ((64, 64), (64, 32)), 64: ((64, 32), (64, 32))},
+    hopper={16: ((64, 128), (64, 64)), 32: ((64, 64), (64, 64)), 64: ((64, 64), (64, 64))},
+    blackwell={16: ((32, 32), (32, 64)), 32: ((32, 64), (32, 32)), 64: ((32, 32), (16, 32))},
+)
+_BACKWARD = _Tables(
+    usual={16: ((32, 128), (32, 128)), 32: ((32, 64), (32, 32)), 64: ((32, 32), (32, 32))},
+    hopper={16: ((32, 128), (32, 128)), 32: ((32, 64), (32, 32)), 64: ((64, 64), (64, 32))},
+    blackwell={16: ((32, 128), (32, 128)), 32: ((32, 64), (32, 32)), 64: ((16, 32), (16, 32))},
+)
 # Widths that blocks do not divide, and products without Tensor Cores.
 _ODD, _IEEE = (32, 32), (16, 32)
 _PARTS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 1}
@@ -60,6 +77,7 @@ class _Form(NamedTuple):
     weight_parts: int
     precision: str
     split: bool
+    warps: int
     need_x: bool = False
     need_weight: bool = False
 
@@ -84,10 +102,10 @@ def project(x_TD: Tensor, weight_ED: Tensor, dtype: torch.dtype) -> tuple[Tensor
     logits_TE = x_TD.new_empty(x_TD.size(0), weight_ED.size(0), dtype=torch.float32)
     narrows = dtype != x_TD.dtype
     narrow_TD = x_TD.new_empty(x_TD.shape if narrows else 0, dtype=dtype)
-    form = _form(x_TD, weight_ED, _FORWARD, _FORWARD_SHARED)
+    form = _form(x_TD, weight_ED, _FORWARD)
     grid = (ceil_div(x_TD.size(0), form.rows),)
     arguments = (rows_of(x_TD), _gate(x_TD, weight_ED), logits_TE, narrow_TD if narrows else None, form)
-    launch(_project, grid, arguments, warps=4, stages=3)
+    launch(_project, grid, arguments, form.warps, stages=3)
     return logits_TE, narrow_TD
 
 
@@ -95,7 +113,7 @@ def project_backward(call: ProjectionBackward) -> tuple[Tensor, Tensor]:
     """Return the gradients of tokens and weights in the dtypes that these have; empty where they are not needed."""
     x_TD, weight_ED, need_x, need_weight = call.x_TD, call.weight_ED, call.need_x, call.need_weight
     (n_token, width), n_expert = x_TD.shape, weight_ED.size(0)
-    form = _form(x_TD, weight_ED, _BACKWARD, _BACKWARD_SHARED)._replace(need_x=need_x, need_weight=need_weight)
+    form = _form(x_TD, weight_ED, _BACKWARD)._replace(need_x=need_x, need_weight=need_weight)
     longest = 256 if form.experts <= 32 else 512
     per_block = max(min(longest, ceil_div(n_token, _BLOCKS)), ceil_div(n_token, _MOST_BLOCKS))
     per_block = form.rows * max(ceil_div(per_block, form.rows), 1)
@@ -105,7 +123,7 @@ def project_backward(call: ProjectionBackward) -> tuple[Tensor, Tensor]:
     routed_TD, shared_TD = (None if grad is None else grad.contiguous() for grad in (call.routed_TD, call.shared_TD))
     gradients = _Gradients(call.dlogits_TE.contiguous(), routed_TD, shared_TD, dx_TD, sums_BED)
     arguments = (rows_of(x_TD), _gate(x_TD, weight_ED), gradients, per_block, form)
-    launch(_project_backward, (ceil_div(width, form.inner), n_block), arguments, warps=4, stages=3)
+    launch(_project_backward, (ceil_div(width, form.inner), n_block), arguments, form.warps, stages=3)
     return dx_TD, (sums_BED.sum(0) if need_weight else sums_BED).to(weight_ED.dtype)
 
 
@@ -113,20 +131,23 @@ def _gate(x_TD: Tensor, weight_ED: Tensor) -> _Gate:
     return _Gate(rows_of(weight_ED), x_TD.size(0), *weight_ED.shape)
 
 
-def _form(x_TD: Tensor, weight_ED: Tensor, blocks: _Blocks, blocks_shared: _Blocks) -> _Form:
+def _form(x_TD: Tensor, weight_ED: Tensor, tables: _Tables) -> _Form:
     capability, width = common.capability_of(x_TD.device), x_TD.size(1)
     # The fewest that Tensor Cores multiply are 16.
     experts = max(power_of_two(weight_ED.size(0)), 16)
     split = capability is None or (capability >= (8, 0) and torch.version.hip is None)
+    block, warps = _IEEE, 4
     if split:
-        table = blocks_shared if capability is not None and capability[0] == 9 else blocks
+        major = 0 if capability is None else capability[0]
+        table = {9: tables.hopper, 10: tables.blackwell}.get(major, tables.usual)
         block = table[min(experts, 64)][x_TD.dtype.itemsize > 2]
-        block = _ODD if width % block[1] else block
-    else:
-        block = _IEEE
+        if width % block[1]:
+            block = min(block[0], _ODD[0]), _ODD[1]
+        # The gradient of weights has as many rows as there are experts.
+        warps = 2 if tables is _BACKWARD and major == 10 and experts >= 64 else 4
     parts = (_PARTS[x_TD.dtype], _PARTS[weight_ED.dtype])
     precision = "widened" if capability is None else "ieee"
-    return _Form(experts, *block, width % block[1] == 0, *parts, precision, split)
+    return _Form(experts, *block, width % block[1] == 0, *parts, precision, split, warps)
 
 
 @triton.jit
