@@ -26,6 +26,9 @@ PERHAPS_OF_AN_EXTENSION = "; if an extension adds it, install the extension's pa
 FROM_ITS_WEIGHTS = "start a new run from its weights with initial_checkpoint_dir and another out_dir"
 """What to do with a checkpoint that a run cannot resume from."""
 
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_ALLOW = "have its owner make it readable, or writable, for you, or name another path"
+
 
 class SettingsError(ValueError):
     """A setting or an input of the user is wrong.
@@ -55,9 +58,10 @@ def refuse_first(messages: Iterable[str]) -> None:
 def exit_status(run: Callable[[], int | None], interrupted: str = "") -> int:
     """Run a command and return its exit status, with wrong settings as one line on standard error.
 
-    Only `SettingsError` and a full disk are the user's to mend, and who stops reading the output has seen enough. Every
-    other exception is a fault of the program or of the machine, and keeps its traceback; Python's exit status for it is
-    1. Whatever comes of Ctrl-C or SIGTERM is neither: the status is 130 or 143.
+    Only `SettingsError`, a full disk and a file that the user may not read or write are the user's to mend, and who
+    stops reading the output has seen enough. Every other exception is a fault of the program or of the machine, and
+    keeps its traceback; Python's exit status for it is 1. Whatever comes of Ctrl-C or SIGTERM is neither: the status is
+    130 or 143.
 
     Args:
         run: Returns an exit status, or None for success.
@@ -87,6 +91,9 @@ def exit_status(run: Callable[[], int | None], interrupted: str = "") -> int:
                 where = f"{error.filename}: " if error.filename else ""
                 print(f"error: {where}{error.strerror}; free some space, and run the same again", file=sys.stderr)
                 return CANNOT
+            if isinstance(error, OSError) and error.errno in _NOT_ALLOWED and error.filename:
+                print(f"error: {error.filename}: {error.strerror}; {_ALLOW}", file=sys.stderr)
+                return WRONG_SETTING
             raise
 
 

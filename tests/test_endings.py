@@ -1,5 +1,6 @@
 """How commands end that Ctrl-C, SIGTERM or a full disk stops."""
 
+import errno
 import io
 import os
 import signal
@@ -16,7 +17,7 @@ from litgpt_moe_ext import interruption
 from litgpt_moe_ext.cli.output import write_text
 from litgpt_moe_ext.data.pipeline import encoding
 from litgpt_moe_ext.data.pipeline.batches import Batch
-from litgpt_moe_ext.errors import CANNOT, SettingsError, exit_status
+from litgpt_moe_ext.errors import CANNOT, WRONG_SETTING, SettingsError, exit_status
 from litgpt_moe_ext.interruption import end_at_once_on_termination
 from tests.runs import PATIENCE
 
@@ -225,6 +226,22 @@ def test_other_errors_keep_their_traceback():
 def test_a_full_disk_is_one_line(capsys):
     assert exit_status(lambda: Path("/dev/full").write_text("x")) == CANNOT
     assert capsys.readouterr().err == "error: No space left on device; free some space, and run the same again\n"
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_file_without_permission_is_one_line(number, capsys):
+    """As in a folder of another user, of which a path that was given has a part."""
+
+    def read(name: str | None = None) -> int:
+        raise OSError(number, os.strerror(number), name)
+
+    assert exit_status(lambda: read("there/file")) == WRONG_SETTING
+    assert capsys.readouterr().err == (
+        f"error: there/file: {os.strerror(number)}; have its owner make it readable, or writable, for you, or name "
+        "another path\n"
+    )
+    with pytest.raises(OSError, match=os.strerror(number)):  # which has no name, and may be anything
+        exit_status(read)
 
 
 @BOTH

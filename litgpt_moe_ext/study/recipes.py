@@ -72,7 +72,8 @@ def twin_text(recipe: Path, by: Equality, experts: Experts | None, header: Seque
     body = edited.text()
     if load_value(body) != after:  # flow style, anchors: written anew, without comments
         body = yaml.safe_dump(after, sort_keys=False)
-    return "\n".join((*(f"# {line}".rstrip() for line in header), "", body.lstrip("\n")))
+    comment = [f"# {line}".rstrip() for text in header for line in text.splitlines()]  # a file's name may have several
+    return "\n".join((*comment, "", body.lstrip("\n")))
 
 
 class _Lines:

@@ -215,6 +215,17 @@ def test_places_that_take_no_files_are_problems(tmp_path):
     assert {"out_dir", "data"} & {finding.topic for finding in of_a_run if finding.verdict == "problem"} == set()
 
 
+def test_data_that_may_not_be_looked_up_are_a_problem(tmp_path, monkeypatch):
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    data = {"class_path": "litgpt_moe_ext.data.TextCorpus", "init_args": {"data_path": str(tmp_path)}}
+    (found,) = (finding for finding in examine(Recipe(moe_config(), {"data": data})) if finding.topic == "data")
+    assert found.verdict == "problem"
+    assert found.text.startswith(f"data: '{tmp_path}' cannot be looked up (Permission denied); have its owner")
+
+
 def test_a_directory_that_is_not_a_runs_own_is_a_problem(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert verdicts({"out_dir": "."})["out_dir"] == "problem"

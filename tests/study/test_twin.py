@@ -87,6 +87,13 @@ def test_a_mark_of_the_byte_order_stays_out_of_the_middle(tmp_path):
     assert "\ufeff" not in out.read_text(encoding="utf-8")
 
 
+def test_the_name_of_a_recipe_may_have_lines(tmp_path):
+    recipe, out = tmp_path / "a\nb.yaml", tmp_path / "twin.yaml"
+    recipe.write_text(QUICKSTART.read_text(encoding="utf-8"), encoding="utf-8")
+    assert main(["twin", str(recipe), str(out)]) == 0
+    assert yaml.safe_load(out.read_text(encoding="utf-8"))["model_config"]["name"] == "quickstart-dense"
+
+
 def test_comments_go_with_what_they_are_about(tmp_path):
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "twin.yaml"
     text = QUICKSTART.read_text(encoding="utf-8")

@@ -34,7 +34,13 @@ def data(recipe: Recipe, found: Sequence[Finding]) -> Iterator[Finding]:
         if not any(other.verdict == "problem" and other.text.startswith("data") for other in found):
             yield Finding("data", "problem", str(error))
         return
-    yield _places(recipe, class_path, made, arguments)
+    try:
+        yield _places(recipe, class_path, made, arguments)
+    except PermissionError as error:
+        text = (
+            f"data: {error.filename!r} cannot be looked up ({error.strerror}); have its owner make it readable for you"
+        )
+        yield Finding("data", "problem", text)
 
 
 def _class_of(given: Any) -> tuple[str, dict[str, Any]]:
