@@ -102,6 +102,7 @@ def test_any_shape(shape, interleave, layout, per_row, columns, dtype):
         (24, 24, True),
         (96, 96, False),
         (128, 64, True),
+        (520, 8, False),
         *(pytest.param(d, n_elem, False, marks=pytest.mark.slow) for d, n_elem in ((64, 32), (128, 128))),
     ],
 )
@@ -128,6 +129,24 @@ def test_a_rotation_and_back(interleave):
     rotation.rotate(turned, back, tables, interleave, backward=True)
     torch.testing.assert_close(back, sources, rtol=1e-5, atol=1e-6)
     assert all(x[:, :, :6].isnan().all() for x in memory)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2], ids=["batch", "heads", "tokens"])
+def test_more_than_two_billion_elements(axis):
+    """Only the pages that are used become memory."""
+    memory = torch.empty(2**31 + 4096, dtype=torch.float16)
+
+    def far(start, *shape):
+        strides = list(torch.empty(shape, device="meta").stride())
+        strides[axis] = 2**30 + 32
+        return memory.as_strided(shape, strides, start).copy_(torch.randn(shape))
+
+    q, turned, k = far(0, 3, 3, 3, 8), far(512, 3, 3, 3, 8), torch.randn(3, 3, 3, 8).half()
+    tables = tuple(far(start, 3, 1, 3, 8)[:, 0] for start in (1024, 1536))
+    rotation.rotate((q, k), (turned, torch.empty_like(k)), tables, False)
+    near = torch.empty(q.shape, dtype=q.dtype)
+    rotation.rotate((q.contiguous(), k), (near, torch.empty_like(k)), tuple(x.contiguous() for x in tables), False)
+    assert torch.equal(turned, near)
 
 
 @pytest.mark.parametrize(

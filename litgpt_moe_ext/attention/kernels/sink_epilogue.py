@@ -134,4 +134,4 @@ def _sum_gradients(dout, out, lse, per_head, sizes, FORM: constexpr):
     lse_T = tl.load(_rows_of(lse, batch, head, row_T), mask=live_T, other=0.0)
     share_T = tl.exp(tl.load(sinks + head).to(tl.float32) - lse_T)
     part = -tl.sum(tl.where(live_T, share_T * delta_T, 0.0), 0)
-    tl.store(part_HP + head.to(tl.int64) * (tl.num_programs(0) // H) + number, part)
+    tl.store(part_HP + head * (tl.num_programs(0) // H) + number, part)

@@ -11,9 +11,9 @@ from tests.training.processes import in_ranks
 
 
 def answers() -> list[list[int]]:
-    """Return what the agreement says after three steps, the second of which has no gradients."""
+    """Return what the agreement says after three steps, the second without gradients, and between passes thereafter."""
     fabric = SimpleNamespace(world_size=dist.get_world_size(), device=torch.device("cpu"))
-    seen = [0, 0]
+    seen = [1, 1]
     agreement = Agreement(fabric, lambda: tuple(seen))
     found = [list(agreement.reached())]
     seen[dist.get_rank()] = 5 + dist.get_rank()
@@ -21,13 +21,16 @@ def answers() -> list[list[int]]:
     agreement.on_gradients_clipped(None, None, None, False)
     seen[:] = [9, 9]
     found.append(list(agreement.reached()))
+    for number in (20, 30, 40):
+        found.append(list(agreement.reached_earlier()))
+        seen[:] = [number, number]
     return found
 
 
 @pytest.mark.slow
 def test_all_learn_what_one_has_seen():
-    """Up to the gradients of the step; what comes later is for the next."""
-    assert in_ranks(answers, 2) == [[[0, 0], [5, 6], [5, 6]]] * 2
+    """Up to the gradients of the step, or to the look before; what comes later is for the next."""
+    assert in_ranks(answers, 2) == [[[1, 1], [5, 6], [5, 6], [9, 9], [9, 9], [20, 20]]] * 2
 
 
 def test_one_process_asks_nobody():
