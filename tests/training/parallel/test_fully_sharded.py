@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import MixedPrecision, Precision
+from lightning.fabric.wrappers import _FabricModule
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -152,6 +154,16 @@ def test_shards_on_the_cpu_are_exchanged_there(offload, backend):
     assert strategy._get_process_group_backend() == backend
 
 
+@pytest.mark.parametrize(("offload", "policy"), [(None, OffloadPolicy()), (True, CPUOffloadPolicy())])
+def test_shards_are_kept_on_the_cpu(monkeypatch, offload, policy):
+    seen = []
+    monkeypatch.setattr(fully_sharded, "fully_shard", lambda _, offload_policy, **options: seen.append(offload_policy))
+    strategy = FullyShardedStrategy(facts_of("fsdp2"), 2, 1, DistributedArgs(cpu_offload=offload))
+    strategy._precision = MixedPrecision("bf16-mixed", "cuda")
+    strategy._shard(initialized_model(moe_config()), {"data_parallel": SimpleNamespace(size=lambda _dim: 2)})
+    assert seen == [policy] * 5  # gates, norms, two blocks, the rest
+
+
 def test_every_node_has_the_model_once(monkeypatch):
     made, mesh = [], SimpleNamespace(device_type="cpu", size=lambda _dim=0: 8)
 
@@ -197,7 +209,7 @@ def loaded_weights() -> bool:
     strategy, model = sharded("fsdp2", "32-true")
     torch.manual_seed(1)
     other = initialized_model(moe_config())
-    strategy.load_weights(model, other.state_dict())
+    strategy.load_weights(_FabricModule(model, strategy), other.state_dict())
     found = {name: v.full_tensor() if isinstance(v, DTensor) else v for name, v in model.state_dict().items()}
     return all(torch.equal(found[name], value) for name, value in other.state_dict().items())
 
@@ -360,6 +372,21 @@ def test_every_rank_draws_its_own_numbers():
     assert torch.equal(in_ranks(drawn, 1, 1)[0][0], expected)
 
 
+def saved_states() -> list[Tensor]:
+    random_state.part_ways(7, dist.get_rank(), 2)
+    fabric = SimpleNamespace(rng_settled=True, world_size=2, device=torch.device("cpu"))
+    own, saved = random_state.of_this_rank(fabric.device), random_state.to_save(fabric)
+    assert saved[dist.get_rank()]["python"] == own["python"]
+    return [state["torch"] for state in saved]
+
+
+@pytest.mark.slow
+def test_every_rank_saves_the_streams_of_all():
+    first, second = in_ranks(saved_states, 2)
+    assert not torch.equal(*first)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def test_every_rank_and_step_has_a_stream_of_its_own():
     """Of torch and of Python."""
     streams = []
@@ -389,7 +416,7 @@ def test_an_evaluation_between_two_steps_disturbs_nothing():
 
 
 def test_random_state_is_restored():
-    """A rank goes on with its own."""
+    """A rank goes on with its own, and only once."""
     states, expected = [], []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -399,7 +426,10 @@ def test_random_state_is_restored():
     fabric = SimpleNamespace(rng_settled=False, resumed_rng=states, world_size=2, device=torch.device("cpu"))
     for fabric.global_rank in (1, 0):
         fabric.rng_settled, fabric.resumed_rng = False, states
+        assert random_state.to_save(fabric) is states
         random_state.settle(fabric, seed=0)
-        assert (torch.rand(()).item(), random.random()) == expected[fabric.global_rank]
+        number = torch.rand(()).item()
+        random_state.settle(fabric, seed=0)
+        assert (number, random.random()) == expected[fabric.global_rank]
     state = states[0]
     assert not random_state.restore({**state, "cuda": state["torch"]}, torch.device("cpu"))

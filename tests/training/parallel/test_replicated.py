@@ -86,3 +86,27 @@ def test_ranks_train_as_under_ddp_alone(make_capture, accumulation, view, config
         assert numbers == expected_numbers
         assert all(torch.equal(a, b) for a, b in zip(state, expected_state, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(ours[0][2], ours[1][2], strict=True))
+
+
+def test_a_pass_that_fails_leaves_the_module_as_it_was():
+    """Before DDP has come to the module, whose `forward` may be one of its own."""
+
+    class Refusing(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, x):
+            raise RuntimeError("buckets")
+
+    def own(x):
+        return x
+
+    strategy = ReplicatedStrategy("cpu", DistributedArgs())
+    for forward in ({}, {"forward": own}):
+        module = nn.Linear(1, 1)
+        vars(module).update(forward)
+        strategy._replica = Refusing(module)
+        with pytest.raises(RuntimeError, match="buckets"):
+            strategy.in_place_of_forward(torch.relu, torch.zeros(1))
+        assert vars(module).get("forward") is forward.get("forward")
