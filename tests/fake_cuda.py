@@ -39,6 +39,7 @@ def fake_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[FakeTensorMode]:
         patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: capability >= (8, 0))
         patch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
         patch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+        patch.setattr(torch.backends.cudnn, "version", lambda: 92000)
         yield mode
 
 

@@ -278,6 +278,7 @@ def on_card(
 def _torch_has_all(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91501)
     choice._missing.cache_clear()
     yield
     choice._missing.cache_clear()
@@ -300,6 +301,32 @@ def test_choice_by_card() -> None:
     assert on_card((8, 6), head_size=63) == "eager"
     assert on_card((8, 6), "mask") == "eager"
     assert on_card((7, 5), "window", dtype="float16") == "eager"
+
+
+@pytest.mark.usefixtures("_torch_has_all")
+@pytest.mark.parametrize(
+    ("module", "name", "found", "reason"),
+    [
+        (torch.backends.cuda, "cudnn_sdp_enabled", False, "enable_cudnn_sdp has switched it off"),
+        (torch.backends.cudnn, "version", 91500, "it needs cuDNN 9.15.1, this is 91500"),
+        (torch.backends.cudnn, "is_available", False, "built without cuDNN"),
+    ],
+)
+def test_cudnn_where_torch_would_not_choose_it(monkeypatch, module, name, found, reason) -> None:
+    """Older versions than torch trusts, and a user who has switched it off."""
+    monkeypatch.setattr(module, name, lambda: found)
+    assert on_card((9, 0), "gradient") == on_card((10, 0)) == "flash"
+    with pytest.raises(ValueError, match=reason):
+        on_card((9, 0), forced="cudnn")
+
+
+@pytest.mark.usefixtures("_torch_has_all")
+@pytest.mark.parametrize(("n_query", "chosen"), [(1, "eager"), (2, "cudnn")])
+def test_one_query_is_not_cudnn_s(n_query: int, chosen: str) -> None:
+    """Forced or not: it has wrong numbers for one on Blackwell."""
+    with fake_cuda((10, 0)):
+        q = torch.empty(1, 2, n_query, 64, device="cuda", dtype=torch.bfloat16)
+        assert choose_kernel(q, q, q) == choose_kernel(q, q, q, forced="cudnn") == chosen
 
 
 @pytest.mark.usefixtures("_torch_has_all")

@@ -68,6 +68,9 @@ def choose_kernel(
         chosen = EAGER
     else:
         raise SettingsError(_refusal(forced, irregular))
+    if chosen == "cudnn" and q_BHTd.size(2) == 1:
+        # Some versions return wrong numbers for one query on Blackwell (pytorch/pytorch#193893), others no gradient.
+        chosen = EAGER
     # Without a kernel for windows and documents, attention is cut into pieces, and each of them gets here. A handful of
     # queries to a cache is a matrix product, for which the written-out softmax is best.
     is_final = chosen != EAGER or not ("window" in needs or "documents" in needs)

@@ -129,10 +129,24 @@ def _lacks_aotriton() -> str | None:
     return "this PyTorch has no flash attention for this GPU (TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1 adds some)"
 
 
+_CUDNN_9_15_0 = 91500
+
+
 def _lacks_cudnn() -> str | None:
     import torch
 
-    return None if torch.backends.cudnn.is_available() else "this PyTorch was built without cuDNN"
+    if not torch.backends.cudnn.is_available():
+        return "this PyTorch was built without cuDNN"
+    # The rules of torch's own choice, which a direct call of the operator goes around. Users switch it off as well.
+    if not torch.backends.cuda.cudnn_sdp_enabled():
+        return "torch.backends.cuda.enable_cudnn_sdp has switched it off"
+    version = torch.backends.cudnn.version() or 0
+    if version <= _CUDNN_9_15_0:
+        return (
+            f"it needs cuDNN 9.15.1, this is {version}, whose backward pass leaves its memory where the length is no "
+            "multiple of 128 (pytorch/pytorch#169849)"
+        )
+    return None
 
 
 def _refuses_wide_heads(workload: Workload) -> str | None:
