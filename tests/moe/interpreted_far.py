@@ -28,7 +28,7 @@ def watch():
 
 @pytest.fixture(autouse=True)
 def _last_program(monkeypatch):
-    def launch_last(kernel, grid, arguments, **how):
+    def launch_last(kernel, grid, arguments, *how, **named):
         with monkeypatch.context() as patch:
             whole = InterpreterBuilder.create_get_program_id
 
@@ -38,7 +38,7 @@ def _last_program(monkeypatch):
                 return handle
 
             patch.setattr(InterpreterBuilder, "create_get_program_id", number)
-            launch(kernel, (1,), arguments, **how)
+            launch(kernel, (1,), arguments, *how, **named)
 
     options = dataclasses.replace(interpreter_builder.options, debug=True, sanitize_overflow=True)
     monkeypatch.setattr(interpreter_builder, "options", options)
