@@ -22,6 +22,7 @@ from litgpt_moe_ext.moe.kernels.plan import Outer, Product, plan_of
 from litgpt_moe_ext.moe.kernels.shared_operators import add_gated, glu
 from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
 from litgpt_moe_ext.moe.kernels.triton.biases import add_biases
+from litgpt_moe_ext.moe.kernels.triton.decoding import decode
 from litgpt_moe_ext.moe.kernels.triton.rows import multiply_rows
 from litgpt_moe_ext.moe.kernels.triton.weights import sum_outer_products
 from litgpt_moe_ext.moe.router import Routing
@@ -272,21 +273,53 @@ def test_frozen_parts_get_no_gradient(trained):
         torch.testing.assert_close(ours, loop, atol=1e-4, rtol=1e-4)
 
 
-def test_more_than_two_billion_elements():
-    """Experts lie 2**31 elements apart, and so do rows; only the pages that are used become memory."""
-    apart = 2**31 + 64
+@pytest.mark.parametrize("apart", [2**30 + 32, 2**31 + 64])
+def test_more_than_two_billion_elements(apart):
+    """Experts lie so many elements apart that the third is past 2**31, and so do rows; used pages become memory."""
     memory = torch.empty(2 * apart + 4096, dtype=torch.float16)
     if not memory.numel():
         pytest.skip("no room")
-    weight = memory.as_strided((3, 8, 8), (apart, 8, 1))
-    weight.copy_(torch.randn(3, 8, 8))
-    x = memory[1024:].as_strided((3, 8), (apart, 1))
-    x.copy_(torch.randn(3, 8))
+
+    def far(start, *shape):
+        strides = (apart, *torch.empty(shape[1:], device="meta").stride())
+        return memory.as_strided(shape, strides, start).copy_(torch.randn(shape))
+
+    weight, x, total = far(0, 3, 8, 8), far(1024, 3, 8), far(2048, 3, 8, 8)
     rows, ends = torch.tensor([0, 1, 2]), torch.tensor([1, 2, 3], dtype=torch.int32)
     y = multiply_rows(Product(x, weight, None, plan_of(rows, ends, 3), gather=True))
     torch.testing.assert_close(y, torch.einsum("ri,roi->ro", x.float(), weight.float()).half(), atol=1e-2, rtol=1e-2)
-    outer = sum_outer_products(Outer(x, x, plan_of(rows, ends, 3), gather_left=True), torch.float32)
-    torch.testing.assert_close(outer, torch.einsum("ro,ri->roi", x.float(), x.float()))
+    outer, expected = Outer(x, x, plan_of(rows, ends, 3), gather_left=True), torch.einsum("ro,ri->roi", x, x)
+    torch.testing.assert_close(sum_outer_products(outer, torch.float32).half(), expected)
+    expected += total
+    sum_outer_products(outer, torch.float16, total)
+    torch.testing.assert_close(total, expected, atol=1e-2, rtol=1e-2)
+    weights, experts = ExpertWeights(weight, None, weight, None), rows.unsqueeze(1)
+    ours = decode(x, torch.ones(3, 1), experts, weights, Activation("relu"))
+    a = torch.einsum("roi,ri->ro", weight.float(), x.float()).relu()
+    expected = torch.einsum("roi,ri->ro", weight.float(), a)
+    torch.testing.assert_close(ours.float(), expected, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_expert_past_two_billion_elements(transposed):
+    """Its outputs, or its inputs, lie far apart in memory."""
+    memory = torch.empty(2**31 + 4096, dtype=torch.float16)
+    weight = memory.as_strided((1, 3, 3), (9, 2**30 + 32, 1)).copy_(torch.randn(1, 3, 3))
+    weight, x = weight.mT if transposed else weight, torch.randn(2, 3).half()
+    plan = plan_of(torch.arange(2), torch.tensor([2], dtype=torch.int32), 2)
+    expected = x.float() @ weight[0].float().T
+    torch.testing.assert_close(multiply_rows(Product(x, weight, None, plan)).float(), expected, atol=1e-2, rtol=1e-2)
+    if not transposed:
+        gates, experts, other = torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int64), torch.eye(3).half().unsqueeze(0)
+        ours = decode(x, gates, experts, ExpertWeights(weight, None, other, None), Activation("relu"))
+        torch.testing.assert_close(ours.float(), expected.relu(), atol=1e-2, rtol=1e-2)
+
+
+def test_decoding_takes_any_strides():
+    weights = ExpertWeights(torch.randn(4, 48, 16), None, torch.randn(4, 16, 24), None)
+    inputs = torch.randn(3, 16), torch.rand(3, 2), torch.randint(0, 4, (3, 2))
+    expected = decode(*inputs, weights, Activation("swiglu"))
+    assert torch.equal(decode(*[x.T.contiguous().T for x in inputs], weights, Activation("swiglu")), expected)
 
 
 def saved_bytes(experts, x, routing):

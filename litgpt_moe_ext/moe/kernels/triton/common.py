@@ -60,6 +60,11 @@ class Stack(NamedTuple):
     n_out: Any
     n_in: Any
 
+    @property
+    def reach(self) -> int:
+        """Within how many elements the matrix of one expert lies."""
+        return (self.n_out - 1) * self.stride_o + (self.n_in - 1) * self.stride_i + 1
+
 
 def rows_of(x: Tensor) -> Rows:
     """Return the matrix as a kernel takes it, copied if its rows are not contiguous."""

@@ -56,7 +56,7 @@ def decode(
     grid = (experts_TK.numel(), ceil_div(n_hidden, 16))
     launch(_first, grid, (rows_of(x_TD), stack_of(up_EGD), up_bias, choice, rows_of(a_RF), fused), warps=4)
     if kind is None:
-        a_RF = activation(a_RF).contiguous()
+        a_RF = activation(a_RF)
     y_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
     grid = (x_TD.size(0), ceil_div(x_TD.size(1), 8))
     launch(_second, grid, (rows_of(a_RF), stack_of(down_EDF), down_bias, choice, rows_of(y_TD)), warps=4)

@@ -48,7 +48,7 @@ def multiply_rows(product: Product) -> Tensor:
         return y_RO
     tiles, precision = tiles_for(x.device, x.dtype)
     tile = tiles.for_rows(Work(plan.n_expert, n_row, n_out, n_in, processors_of(x.device)))
-    rows = rows_of(x)
+    rows, stack = rows_of(x), stack_of(weight)
     form = _Form(
         gather,
         scatter,
@@ -56,10 +56,10 @@ def multiply_rows(product: Product) -> Tensor:
         n_in % tile.inner == 0,
         precision,
         max(power_of_two(plan.n_expert), 16),
-        max(rows.reach, weight[0].numel()) >= 2**31,
+        max(rows.reach, stack.reach) >= 2**31,
     )
     grid = ((ceil_div(n_row, tile.rows) + plan.n_expert) * ceil_div(n_out, tile.out),)
-    arguments = (rows, stack_of(weight), _Result(y_RO, bias), plan, form, tile)
+    arguments = (rows, stack, _Result(y_RO, bias), plan, form, tile)
     launch(_multiply_rows, grid, arguments, tile.warps, tile.stages)
     return y_RO
 
