@@ -143,7 +143,7 @@ def test_a_full_disk_leaves_the_old_results(moe_dir, task_file, tmp_path, monkey
 
     (tmp_path / "results.json").write_text("old")
     monkeypatch.setattr(litgpt_evaluate, "_report", report_on_a_full_disk)
-    with pytest.raises(SettingsError, match="results.json cannot be written .File too large.; free some space"):
+    with pytest.raises(SettingsError, match="results.json cannot be written .File too large.; name another place"):
         evaluate_checkpoint(EvaluateSettings(moe_dir, tasks=str(task_file), out_dir=tmp_path, device="cpu", limit=1))
     assert "|acc" in capsys.readouterr().out
     assert (tmp_path / "results.json").read_text() == "old"
