@@ -14,6 +14,7 @@ from litgpt_moe_ext.data import PreparedCorpus, PythonStdlib, WandbCorpus
 from litgpt_moe_ext.data.pipeline.store import open_corpus, read_manifest
 from litgpt_moe_ext.data.pipeline.wandb_artifacts import download, log_corpus
 from tests.runs import PATIENCE
+from tests.wandb_service import end_service
 
 REFERENCE = "team/project/corpus:latest"
 
@@ -31,9 +32,9 @@ def clean(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staging"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
     monkeypatch.setenv("WANDB_SILENT", "true")
-    wandb.teardown()  # a process keeps the settings that it began with
+    end_service()  # a process keeps the settings that it began with
     yield monkeypatch
-    wandb.teardown()
+    end_service()
 
 
 @pytest.fixture

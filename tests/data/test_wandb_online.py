@@ -14,6 +14,7 @@ from tests.data.test_text import tiny_txt
 from tests.data.test_wandb import clean  # noqa: F401
 from tests.data.wandb_server import ENTITY, KEY, PROJECT, running
 from tests.runs import ROOT, run_command
+from tests.wandb_service import end_service
 
 REFERENCE = f"{ENTITY}/{PROJECT}/tokens:latest"
 
@@ -24,9 +25,9 @@ def server(clean):  # noqa: F811
         clean.setenv("WANDB_BASE_URL", server.url)
         clean.setenv("WANDB_API_KEY", KEY)
         clean.setenv("WANDB_MODE", "online")
-        wandb.teardown()  # what it knows of the environment, and its process
+        end_service()
         yield server
-        wandb.teardown()
+        end_service()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
