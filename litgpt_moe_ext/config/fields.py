@@ -292,6 +292,9 @@ ATTENTION_FIELDS = {
 # All of them, in the order in which they are checked: a field stands after those that its owner or range asks for.
 FIELDS: dict[str, Field] = {**FEED_FORWARD_FIELDS, **ROUTING_FIELDS, **ATTENTION_FIELDS}
 
+# Those that say only what computes a model.
+BACKEND_FIELDS = ("expert_backend", "attention_backend")
+
 
 def added_fields() -> list[str]:
     """Return the names of the fields that LitGPT does not have."""

@@ -11,7 +11,7 @@ from litgpt_moe_ext import __version__
 from litgpt_moe_ext.config.fields import uses_plugin
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
 from litgpt_moe_ext.errors import PERHAPS_OF_AN_EXTENSION, SettingsError
-from litgpt_moe_ext.host.config import extend_config, without_unused_fields
+from litgpt_moe_ext.host.config import extend_config, fields_to_save
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config as ExtendedConfig
@@ -102,7 +102,7 @@ def read_config(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> "Exten
 
 
 def write_mark(utils: Any) -> None:
-    """Leave unused fields out of saved configurations, and mark those that need the plugin."""
+    """Leave unused fields and backends out of saved configurations, and mark those that need the plugin."""
     from litgpt.config import Config
 
     original = utils.asdict
@@ -112,7 +112,7 @@ def write_mark(utils: Any) -> None:
         result = original(obj, **kwargs)
         if not isinstance(obj, Config):
             return result
-        result = without_unused_fields(result)
+        result = fields_to_save(result)
         return {REQUIRES_MARK: __version__, **result} if uses_plugin(cast("ExtendedConfig", obj)) else result
 
     utils.asdict = asdict

@@ -13,16 +13,20 @@ import traceback
 from typing import Any, get_args
 
 from litgpt_moe_ext.config.features import MLP_CLASS_NAMES
-from litgpt_moe_ext.config.fields import FIELDS, added_fields
+from litgpt_moe_ext.config.fields import BACKEND_FIELDS, FIELDS, added_fields
 from litgpt_moe_ext.config.rules import check_derived, resolve
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import without_range
 
 
-def without_unused_fields(config_fields: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration, as a dictionary, without the added fields that are not set."""
-    unused = {name for name in added_fields() if config_fields.get(name) is None}
-    return {name: value for name, value in config_fields.items() if name not in unused}
+def fields_to_save(config_fields: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration, as a dictionary, without the added fields that are not set or that name a backend.
+
+    A backend is chosen for one machine: weights that a GPU's kernel trained must run on a CPU, and without the
+    extension that brought it. `hyperparameters.yaml` says what a run was forced to.
+    """
+    left_out = {*BACKEND_FIELDS, *(name for name in added_fields() if config_fields.get(name) is None)}
+    return {name: value for name, value in config_fields.items() if name not in left_out}
 
 
 def extend_config(config_class: type) -> None:

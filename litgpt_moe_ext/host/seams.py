@@ -63,7 +63,7 @@ SEAMS = (
         _NEVER, checkpoints.understand_mark,
     ),
     Seam(
-        "litgpt.utils", "asdict", "wrap", "Leaves unused fields out of saved configurations, sets that mark.",
+        "litgpt.utils", "asdict", "wrap", "Leaves unused fields and backends out of what it saves, sets that mark.",
         _NEVER, checkpoints.write_mark,
     ),
     Seam(

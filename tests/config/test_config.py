@@ -357,3 +357,17 @@ def test_conversion_says_that_it_cannot(tmp_path):
     with pytest.raises(ValueError, match="holds a model with layers of litgpt_moe_ext"):
         convert_lit_checkpoint(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_saved_model_names_no_backend(tmp_path):
+    """Weights that a GPU's kernel trained run on a CPU, and without the extension that brought it."""
+    from litgpt.utils import save_config
+
+    forced = moe_config(attention_class_name="SinkAttention", attention_backend="cudnn", expert_backend="triton")
+    save_config(forced, tmp_path)
+    assert "backend" not in (tmp_path / "model_config.yaml").read_text()
+    free = Config.from_file(tmp_path / "model_config.yaml")
+    assert (free.attention_backend, free.expert_backend) == (None, None)
+    assert (forced.attention_backend, forced.expert_backend) == ("cudnn", "triton")
+    free.attention_backend, free.expert_backend = "cudnn", "triton"
+    assert free == forced

@@ -5,12 +5,14 @@ from dataclasses import asdict
 from typing import Any
 
 from litgpt_moe_ext.config.features import is_dense_layer
+from litgpt_moe_ext.config.fields import BACKEND_FIELDS
 from litgpt_moe_ext.config.rope import present_adjustments
 from litgpt_moe_ext.export.hf.facts import Facts, layer_has_sinks, leading_dense_layers, window_of
 
 REMOTE_CODE = "modeling_litgpt_moe"
 # The entry of its `config.json` that holds the fields of `litgpt.Config`.
 OWN_SETTINGS = "litgpt_config"
+_OF_ONE_PLACE = ("name", "hf_config", *BACKEND_FIELDS)
 _Json = dict[str, Any]
 
 
@@ -243,7 +245,7 @@ def own(facts: Facts) -> _Json:
             "moe_layers": [facts.moe and not is_dense_layer(config, i) for i in range(config.n_layer)],
             "lm_head_bias": facts.head_bias,
             # By which it can be imported again; the entries above have lost some of it.
-            OWN_SETTINGS: {name: value for name, value in asdict(config).items() if name not in ("name", "hf_config")},
+            OWN_SETTINGS: {name: value for name, value in asdict(config).items() if name not in _OF_ONE_PLACE},
         }
     )
 

@@ -8,6 +8,7 @@ from torch import nn
 from litgpt_moe_ext.attention.kernels.choice import FALLBACK_COST
 from litgpt_moe_ext.attention.kernels.registry import EAGER
 from litgpt_moe_ext.attention.layer import SinkAttention
+from litgpt_moe_ext.config.fields import BACKEND_FIELDS
 from litgpt_moe_ext.meta.models import meta_model
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.kernels.backends import matmul_dtype
@@ -50,7 +51,7 @@ def check_named_kernels(config: Any, device: torch.device, dtype: torch.dtype) -
     Raises:
         SettingsError: If `expert_backend` or `attention_backend` cannot work here.
     """
-    if all(getattr(config, name, None) is None for name in ("expert_backend", "attention_backend")):
+    if all(getattr(config, name, None) is None for name in BACKEND_FIELDS):
         return
     model = meta_model(config).to(dtype)
     experts_line(model, device, compiled=False)
