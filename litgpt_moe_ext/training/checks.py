@@ -6,10 +6,10 @@ None needs lightning.
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import os
 import tempfile
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,11 +78,23 @@ def check_strategy(name: str, args: DistributedArgs, accelerator: str) -> None:
         raise SettingsError(
             f"strategy: {name!r} needs CUDA devices, and there is none; ddp and fsdp2 also work on CPUs"
         )
-    if facts.package is not None and find_spec(facts.package) is None:
-        raise SettingsError(
-            f"strategy: {name!r} needs the package {facts.package}, which is not installed; `uv sync --extra "
-            f"{facts.package}` installs it"
-        )
+    if facts.requires is not None:
+        _check_installed(f"strategy: {name!r}", facts.requires)
+
+
+def _check_installed(what: str, requirement: str) -> None:
+    from packaging.requirements import Requirement
+
+    needed = Requirement(requirement)
+    try:
+        installed = importlib.metadata.version(needed.name)
+    except importlib.metadata.PackageNotFoundError:
+        problem = "which is not installed"
+    else:
+        if needed.specifier.contains(installed, prereleases=True):
+            return
+        problem = f"and {installed} is installed"
+    raise SettingsError(f"{what} needs {requirement}, {problem}; `uv sync --extra {needed.name}` installs it")
 
 
 def check_batch(global_batch_size: int, micro_batch_size: int, processes: int) -> None:

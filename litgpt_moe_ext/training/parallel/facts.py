@@ -26,7 +26,7 @@ class StrategyFacts:
         offloads: What the knob `cpu_offload` or `offload_optimizer` moves to the memory of the CPU.
         cuda_only: Whether it needs CUDA devices.
         alone: Whether it does anything in a single process; the others become `auto` there.
-        package: What must be installed for it, beyond the requirements of this package.
+        requires: What must be installed for it, beyond the requirements of this package, as its extra names it.
         zero_stage: Stage of DeepSpeed's ZeRO, or None for torch's own strategies. ZeRO hands the optimizer flat shards
             of several weights, keeps a float32 copy of them, and clips gradients inside the optimizer step.
     """
@@ -38,7 +38,7 @@ class StrategyFacts:
     offloads: tuple[Part, ...] = field(default=())
     cuda_only: bool = False
     alone: bool = False
-    package: str | None = None
+    requires: str | None = None
     zero_stage: int | None = None
 
     def holds_whole_model(self, processes: int) -> bool:
@@ -71,7 +71,9 @@ def _zero(stage: int) -> StrategyFacts:
         offloads=("optimizer",),
         cuda_only=True,
         alone=True,
-        package="deepspeed",
+        # Earlier ones take steps whose gradients are not finite, outside of float16: they combine a norm of -1 for each
+        # group of weights to one that is.
+        requires="deepspeed>=0.19.8",
         zero_stage=stage,
     )
 

@@ -16,7 +16,32 @@ import sys
 import traceback
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from litgpt_moe_ext.training.callback import Callback
 from tests.training.processes import free_port
+
+
+class NotFinite(Callback):
+    """Make the gradients of the second step NaN on the last process."""
+
+    def __init__(self) -> None:
+        self._now = False
+
+    def on_after_setup(self, fabric: Any, module: nn.Module) -> None:
+        """Look at what goes back from the output head."""
+        if fabric.global_rank == fabric.world_size - 1:
+            module.module.lm_head.register_forward_hook(self._spoil)
+
+    def _spoil(self, head: nn.Module, given: Any, logits: Tensor) -> Tensor:
+        if self._now and logits.requires_grad:
+            logits.register_hook(lambda gradient: gradient * torch.nan)
+        return logits
+
+    def on_step_begin(self, state: dict[str, Any]) -> None:
+        """Know which step it is."""
+        self._now = state["step_count"] == 1
 
 
 def allow_cpus() -> None:

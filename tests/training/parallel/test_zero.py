@@ -1,8 +1,10 @@
 """DeepSpeed's ZeRO: the same training as ddp, the same checkpoints, and errors that say what does not go together."""
 
+import importlib.metadata
 import importlib.util
 import json
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from litgpt_moe_ext.training.parallel.deepspeed.settings import (
 )
 from litgpt_moe_ext.training.parallel.facts import facts_of
 from litgpt_moe_ext.training.settings import AnomalyArgs, DistributedArgs, EmaArgs, Settings
-from tests.runs import logged, recipe_writer, run_command, train, weights_of
+from tests.runs import ROOT, logged, recipe_writer, run_command, train, weights_of
 
 PARTS = ("weights", "gradients", "optimizer")
 STAGES = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
@@ -109,9 +111,21 @@ class TestSettings:
             DistributedArgs(**knobs)
 
     def test_not_installed(self, monkeypatch):
-        monkeypatch.setattr("litgpt_moe_ext.training.checks.find_spec", lambda name: None)
-        with pytest.raises(SettingsError, match="'deepspeed_stage_1' needs the package deepspeed.*--extra deep"):
+        monkeypatch.setattr(importlib.metadata, "version", none_installed)
+        with pytest.raises(SettingsError, match="'deepspeed_stage_1' needs deepspeed.*, which is not.*--extra deep"):
             check_strategy("deepspeed_stage_1", DistributedArgs(), "cuda")
+
+    @pytest.mark.parametrize("strategy", STAGES)
+    def test_a_version_that_takes_steps_which_are_not_finite(self, monkeypatch, strategy):
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.19.7")
+        with pytest.raises(SettingsError, match=r"needs deepspeed>=0.19.8, and 0.19.7 is installed; `uv sync --extra"):
+            check_strategy(strategy, DistributedArgs(), "cuda")
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.20.0+unknown")
+        check_strategy(strategy, DistributedArgs(), "cuda")
+
+    def test_the_extra_is_what_is_needed(self):
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        assert [facts_of(name).requires for name in STAGES] == 3 * project["optional-dependencies"]["deepspeed"]
 
     def check(self, strategy: str = "deepspeed_stage_3", **changes):
         check_combination(Settings(strategy=strategy, **changes))
@@ -157,6 +171,10 @@ class TestSettings:
         assert train("--config", recipe(), "--strategy", "deepspeed_stage_3") == 2
         assert "error: strategy: 'deepspeed_stage_3' needs CUDA devices" in capsys.readouterr().err
         assert not (tmp_path / "out" / "train.log").exists()
+
+
+def none_installed(name: str) -> str:
+    raise importlib.metadata.PackageNotFoundError(name)
 
 
 TELLING = {
@@ -206,6 +224,11 @@ class TestTraining:
             "2",
         ]
         plan("too far", STAGES[1], *too_far, processes=1, status=1)
+        bad = {"callbacks": [{"class_path": "tests.training.parallel.deepspeed_on_cpus.NotFinite"}]}
+        skip = ("--anomaly.on_nonfinite", "skip", "--train.save_interval", "1", "--precision")
+        for strategy in STAGES:
+            for precision in ("32-true", "bf16-mixed"):
+                plan(f"one bad step, {precision} {strategy}", strategy, *skip, precision, **bad)
         module = "tests.training.parallel.deepspeed_on_cpus"
         ended = run_command(sys.executable, "-m", module, json.dumps(plans))
         return folder, ended.stdout + ended.stderr
@@ -238,6 +261,16 @@ class TestTraining:
         assert "step 2 is left out: the gradient norm is inf; its batch is in" in output
         assert "2 steps in a row were skipped (anomaly.max_consecutive)" in output
         assert (folder / "too far" / "anomalies" / "step-00000002-rank-0.pt").is_file()
+
+    @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+    @pytest.mark.parametrize("strategy", STAGES)
+    def test_a_step_that_is_not_finite_changes_nothing(self, runs, strategy, precision):
+        """On one process, in the middle of a training that goes on."""
+        run = runs[0] / f"one bad step, {precision} {strategy}"
+        assert "step 2 is left out: the gradient norm is inf" in (run / "train.log").read_text()
+        before, after = (weights_of(run / f"step-0000000{step}") for step in (1, 2))
+        assert all(torch.equal(after[name], weight) for name, weight in before.items())
+        assert all(weight.isfinite().all() for weight in weights_of(run / "final").values())
 
     def test_litgpt_opens_the_checkpoint(self, runs):
         final = runs[0] / STAGES[2] / "final"
