@@ -42,7 +42,7 @@ class Given:
         self._places |= {_short(name): f"{file}:{line}" for name, line in lines.items()}
 
     def add_flag(self, name: str, value: Any) -> None:
-        """Set one value, over everything given before.
+        """Set one value, over everything given before; of a section only what the value names, as LitGPT does.
 
         Args:
             name: With dots, and `+` at its end to append to a list.
@@ -54,7 +54,11 @@ class Given:
             node = _child(node, key)
         node = _inside(node, last)
         before = node.get(last)
-        node[last] = [*(before if isinstance(before, list) else []), value] if name.endswith("+") else value
+        if name.endswith("+"):
+            value = [*(before if isinstance(before, list) else []), value]
+        elif not parents and _is_section(before) and _is_section(value):
+            value = _merged(before, value)
+        node[last] = value
         self._flags.append(_short(name.removesuffix("+")))
 
     @contextmanager
@@ -123,6 +127,10 @@ def read_flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
         if not equals and (not waiting or waiting[0].startswith("--")):
             raise SettingsError(f"{name}: needs a value, --{name} VALUE")
         yield name, value if equals else waiting.pop(0)
+
+
+def _is_section(value: Any) -> bool:
+    return isinstance(value, Mapping) and not CLASS_KEYS & value.keys()
 
 
 def _merged(old: Any, new: Any) -> Any:

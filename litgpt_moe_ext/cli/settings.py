@@ -136,7 +136,10 @@ def read_given(arguments: Sequence[str], default_config: Path, known: Mapping[st
         if name == "config":
             given.add_recipe(Path(text))
         elif name == "model_config":
-            given.add_flag(name, _read_model(text))
+            model, is_whole = _read_model(text)
+            if is_whole:
+                given.tree.pop(name, None)
+            given.add_flag(name, model)
         elif name != "dense_twin":  # which concerns all the others together
             # What may be text is read as nothing else, except for null: a run may be called 123.
             kinds = members(annotation_at(name, given.tree, known))
@@ -150,16 +153,16 @@ def read_given(arguments: Sequence[str], default_config: Path, known: Mapping[st
     return given
 
 
-def _read_model(text: str) -> Any:
-    # A model as YAML, or where one is: a checkpoint directory, or the file in it.
+def _read_model(text: str) -> tuple[Any, bool]:
+    # Fields of a model as YAML, or where a whole one is: a checkpoint directory, or the file in it.
     value = load_value(text, f"model_config: {text!r}")
     if not isinstance(value, str):
-        return value
+        return value, False
     path = Path(value)
     file = path / "model_config.yaml" if path.is_dir() else path
     if file != path and not file.is_file():
         raise SettingsError(f"model_config: {value!r} has no {file.name}{which_checkpoint(path, file.name)}")
-    return without_mark(read_recipe(file, "model_config")[0])
+    return without_mark(read_recipe(file, "model_config")[0]), True
 
 
 def _complete_data_module(tree: dict[str, Any]) -> None:

@@ -47,6 +47,8 @@ class Callback:
     def on_before_setup(self, model: torch.nn.Module) -> None:
         """Change LitGPT's model before a strategy or a compiler wraps it.
 
+        Its weights must keep their names and shapes, by which checkpoints are opened; `requires_grad` may change.
+
         Args:
             model: A `litgpt.GPT` with its initial weights.
         """

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
         """A strategy of Lightning's with what training asks of it beyond that."""
 
 
+_NAMED_WEIGHTS = 4
+
+
 class TrainingFabric(L.Fabric):
     """`lightning.Fabric` with more hooks.
 
@@ -67,6 +70,7 @@ class TrainingFabric(L.Fabric):
         self._optimizer: Any = None
         self._logging_failed = False
         self._left_out: set[Any] = set()  # metrics that are no numbers
+        self._told_of_mode = False
         self.state: dict[str, Any] = {"step_count": 0}
         self.stop_requests = StopRequests(self.print)
         self.interrupted_by = 0
@@ -128,9 +132,16 @@ class TrainingFabric(L.Fabric):
             raise problem
 
     def setup(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Tell the callbacks of LitGPT's model, then set it up."""
+        """Tell the callbacks of LitGPT's model, then set it up.
+
+        Raises:
+            SettingsError: If they have changed which weights it has.
+        """
         # LitGPT has called `torch.compile`, which compiles at the first call only.
-        self.call("on_before_setup", model=getattr(module, "_orig_mod", module))
+        model = getattr(module, "_orig_mod", module)
+        before = _weight_shapes(model)
+        self.call("on_before_setup", model=model)
+        _require_same_shapes(before, _weight_shapes(model))
         self._model = super().setup(module, *args, **kwargs)
         return self._model
 
@@ -140,6 +151,18 @@ class TrainingFabric(L.Fabric):
         attached = self.strategy.attach_optimizer(self._model, optimizer, self._report_norm)
         self._optimizer = _FabricOptimizer(attached, self.strategy, self._callbacks)
         return self._optimizer
+
+    def require_training_mode(self) -> None:
+        """Put the model back into training mode if a callback has left it in evaluation mode; a line says so once."""
+        if self._model.module.training:
+            return
+        self._model.train()
+        if not self._told_of_mode:
+            self._told_of_mode = True
+            self.print(
+                "  A callback has left the model in evaluation mode, without dropout and without balancing of experts: "
+                "it is put back into training mode. Call model.train() where the callback has done its work."
+            )
 
     def callback_states(self) -> dict[str, Any]:
         """Return the state of every callback that has one, by name; without what could not be opened again."""
@@ -269,3 +292,18 @@ class TrainingFabric(L.Fabric):
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         self.strategy.load_weights(obj, checkpoint.get("model", checkpoint), strict)
         begin_schedules(routers_of(obj).values())
+
+
+def _weight_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+
+
+def _require_same_shapes(before: dict[str, tuple[int, ...]], after: dict[str, tuple[int, ...]]) -> None:
+    # Whatever opens a checkpoint, a resumed run included, makes the model of its model_config.
+    changed = sorted(name for name in before | after if before.get(name) != after.get(name))
+    if changed:
+        named = ", ".join(changed[:_NAMED_WEIGHTS]) + (", ..." if len(changed) > _NAMED_WEIGHTS else "")
+        raise SettingsError(
+            f"callbacks: on_before_setup has changed which weights the model has ({named}), so that nothing could open "
+            "its checkpoints; keep weights of your own in the callback, and return them from its state_dict"
+        )

@@ -283,6 +283,7 @@ class HookedLoop:
         self.fabric.call("on_step_begin", state=self.fabric.state)
         if self.fabric.interrupted_by:  # while that took its time
             self._interrupt(self.fabric.interrupted_by)
+        self.fabric.require_training_mode()
 
     def _heed(self, signal_number: int) -> None:
         """Act on a signal in a validation."""

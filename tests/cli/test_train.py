@@ -339,6 +339,23 @@ class TestGiven:
         given.add_flag("data.z", 3)
         assert given.tree == {"data": {"class_path": "C", "init_args": {"z": 3}}}
 
+    def test_a_section_as_a_flag_changes_what_it_names(self, tmp_path):
+        """As in `litgpt pretrain`; the rest of a recipe's section is not set back to the defaults."""
+        given = Given({"optimizer": "A"})
+        (tmp_path / "recipe").write_text("train: {max_norm: 1.0, max_tokens: 5}\nmodel_config: {n_layer: 2, x: {a: 1}}")
+        given.add_recipe(tmp_path / "recipe")
+        given.add_flag("train", {"max_tokens": 6})
+        given.add_flag("eval", {"interval": 7})
+        given.add_flag("model_config.x", {"b": 2})
+        given.add_flag("optimizer", {"class_path": "B", "init_args": {"lr": 1}})
+        given.add_flag("optimizer", {"class_path": "B", "init_args": {"betas": [0, 0]}})
+        assert given.tree == {
+            "optimizer": {"class_path": "B", "init_args": {"betas": [0, 0]}},
+            "train": {"max_norm": 1.0, "max_tokens": 6},
+            "eval": {"interval": 7},
+            "model_config": {"n_layer": 2, "x": {"b": 2}},
+        }
+
     def test_numbers(self):
         assert load_value("3e-4") == 3e-4
         assert load_value("[1e-3, 2]") == [1e-3, 2]

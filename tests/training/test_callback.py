@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from litgpt_moe_ext.cli.settings import read_settings
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files.archives import open_archive
 from litgpt_moe_ext.training.callback import EVENTS, Callback
 from litgpt_moe_ext.training.control import TrainingStopped
 from litgpt_moe_ext.training.fabric import TrainingFabric
 from litgpt_moe_ext.training.run import run
+from tests.runs import logged
 
 
 def test_a_misspelt_event_is_an_error_at_definition():
@@ -154,6 +156,43 @@ def test_what_a_callback_adds_to_the_state_is_saved_where_it_can_be_opened_again
     saved = open_archive(tmp_path / "out" / "final" / "lit_model.pth", "resume")
     assert saved["plain"] == {"best": 1.5}
     assert "other" not in saved
+
+
+@pytest.mark.parametrize("change", ["adds", "renames", "reshapes"])
+def test_other_weights_than_those_of_the_model_config_are_refused(recipe, change):
+    """Nothing could open their checkpoints, the resumed run neither."""
+
+    class Changes(Callback):
+        def on_before_setup(self, model):
+            if change == "adds":
+                model.extra = torch.nn.Parameter(torch.zeros(3))
+            elif change == "renames":
+                model.lm_head = torch.nn.Sequential(model.lm_head)
+            else:
+                model.lm_head = torch.nn.Linear(16, 320, bias=False)
+
+    named = {"adds": "extra", "renames": "lm_head.0.weight, lm_head.weight", "reshapes": "lm_head.weight"}[change]
+    settings = read_settings(["--config", str(recipe())])
+    settings.callbacks = [Changes()]
+    with pytest.raises(SettingsError, match=rf"callbacks: on_before_setup .* \({named}\), .*; keep weights of"):
+        run(settings)
+
+
+def test_a_model_that_a_callback_leaves_in_evaluation_mode_trains_and_balances(recipe, finished, tmp_path, capsys):
+    class Measures(Callback):
+        def on_after_setup(self, fabric, module):
+            self._model = module.module
+
+        def on_step_begin(self, state):
+            (self._model if state["step_count"] % 2 else state["model"]).eval()
+
+    settings = read_settings(["--config", str(recipe())])
+    settings.callbacks = [Measures()]
+    run(settings)
+    assert capsys.readouterr().out.count("has left the model in evaluation mode") == 1
+    undisturbed = finished(tmp_path / "undisturbed")
+    for column in ("loss", "moe/max_vio", "moe/bias_range"):
+        assert logged(tmp_path / "out", column) == logged(undisturbed, column)
 
 
 def test_every_callback_of_the_package_has_the_base_class():

@@ -36,7 +36,7 @@ class TextSamples(Callback):
                     text = self._continue(prompt)
                 except Exception as error:  # a sample is not worth a run
                     text = f"(failed: {type(error).__name__}: {error})"
-                self._fabric.print(f"  sample | {text}".replace("\n", "\n         | "))
+                self._fabric.print(f"  sample | {_visible(text)}".replace("\n", "\n         | "))
 
     def _continue(self, prompt: str) -> str:
         model, fabric = self._model, self._fabric
@@ -61,3 +61,8 @@ class TextSamples(Callback):
             finally:
                 model.clear_kv_cache()
         return self._tokenizer.decode(written)
+
+
+def _visible(text: str) -> str:
+    # A model that knows little writes bytes that move a terminal's cursor, and make `grep` take a log for binary.
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else repr(letter)[1:-1] for letter in text)

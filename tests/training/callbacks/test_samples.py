@@ -58,3 +58,15 @@ def test_a_prompt_that_leaves_no_room_is_named():
     writer.on_after_setup(fabric, SimpleNamespace(module=model))
     assert "has 32 tokens; it must have 1 to 31" in writer._continue("x" * 32)
     assert "has 0 tokens" in writer._continue("")
+
+
+def test_what_moves_the_cursor_of_a_terminal_is_shown(monkeypatch):
+    monkeypatch.setattr(samples, "generate", lambda model, ids, **settings: ids)
+    printed = []
+    tokenizer = SimpleNamespace(**vars(TOKENIZER) | {"decode": lambda ids: "\x1b[2J\x00a\rb\tc\u2028ä \ufffd\nd"})
+    fabric = L.Fabric(accelerator="cpu", devices=1)
+    monkeypatch.setattr(fabric, "print", printed.append)
+    writer = TextSamples(SampleArgs(["abc"]), tokenizer)
+    writer.on_after_setup(fabric, SimpleNamespace(module=randomize(GPT(dense_config()))))
+    writer.on_logged({"val_loss": 1.0})
+    assert printed == ["  sample | \\x1b[2J\\x00a\\rb\tc\\u2028ä \ufffd\n         | d"]
