@@ -87,6 +87,35 @@ def test_what_nothing_waits_for_cannot_be_captured():
         captured(function)
 
 
+def test_a_join_waits_for_all_parts_once():
+    """For both streams; the next capture, in which neither has done anything, waits for none."""
+    ones, zeros = torch.ones(3, device=CARD), torch.zeros(3, device=CARD)
+
+    def function():
+        with part(ones):
+            ones.add_(1)
+        with gradients(zeros):
+            zeros.fill_(2)
+        join()
+        return ones + zeros
+
+    def alone():
+        join()
+        return ones + 1
+
+    graphs = [torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()]
+    with side_by_side():
+        with torch.cuda.graph(graphs[0]):
+            both = function()
+        with torch.cuda.graph(graphs[1]):
+            one = alone()
+    for n in range(1, 4):
+        graphs[0].replay()
+        graphs[1].replay()
+        assert both.tolist() == [n + 3.0] * 3
+        assert one.tolist() == [n + 2.0] * 3
+
+
 def test_only_small_parts_of_what_is_captured_go_aside():
     small, large = torch.ones(8, device=CARD), torch.empty(2**20 + 1, device=CARD)
     found = []

@@ -433,3 +433,29 @@ def test_random_state_is_restored():
         assert (number, random.random()) == expected[fabric.global_rank]
     state = states[0]
     assert not random_state.restore({**state, "cuda": state["torch"]}, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("saved", "now"), [(2, 1), (3, 2), (1, 2)])
+def test_streams_of_another_number_of_ranks_start_anew(saved, now):
+    """And the run says so, with both numbers."""
+
+    def draw():
+        return torch.rand(()).item(), random.random()
+
+    def seed():
+        torch.manual_seed(7)
+        random.seed(7)
+
+    states, said = [random_state.of_this_rank(torch.device("cpu"))] * saved, []
+    for rank in range(now):
+        seed()
+        random_state.part_ways(1, rank, now, 5)
+        expected = draw()
+        seed()
+        fabric = SimpleNamespace(
+            rng_settled=False, resumed_rng=states, world_size=now, global_rank=rank, step=5,
+            device=torch.device("cpu"), print=said.append,
+        )  # fmt: skip
+        random_state.settle(fabric, seed=1)
+        assert draw() == expected
+    assert [f"of {saved} process" in line and f"this run has {now}:" in line for line in said] == [True] * now
