@@ -30,6 +30,12 @@ def test_races_are_seen(gpu, way, ranks):
         assert "CUDASanitizerErrors: detected 1 errors" in output
 
 
+def test_weights_are_sent_when_they_are_drawn_and_read_when_they_are_there(gpu):
+    """DDP sends those of the first rank on a stream of its own."""
+    found = outputs(gpu, 2, "-m", "tests.null_gpu.replica", **SANITIZER)
+    assert [output.splitlines()[-1] for output in found] == ["6.0", "6.0"]
+
+
 @pytest.mark.parametrize(
     ("ranks", "strategy", "graphs", "model"),
     [
