@@ -1,6 +1,7 @@
 """What a card said is kept, however the script ends."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -39,6 +40,15 @@ def test_figures_of_an_earlier_call_are_not_taken_for_new_ones(tmp_path, name):
     assert ended.returncode == 2
     assert ended.stderr.endswith(f"--out: {tmp_path} has the {name} of an earlier call; name another folder\n")
     assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_a_part_that_fails_is_in_the_exit_status(tmp_path):
+    command = [*COMMAND[:2], "--only", "benchmark", "--out", tmp_path]
+    without_card = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(command, env=without_card, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "--device: cuda must be there" in ended.stdout
+    assert "| benchmark |" in (tmp_path / "report.md").read_text()
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
