@@ -137,6 +137,19 @@ def one_line(error: object) -> str:
     return " ".join(str(error).split())
 
 
+def undecoded(text: str) -> str | None:
+    """Return what is to be done about a path or a word of a command line that Python could not decode, or None."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        try:
+            os.fsencode(text).decode("utf-8")
+        except UnicodeError:
+            return "it has bytes that are no letters in UTF-8; write, or rename, it in UTF-8"
+        return f"Python takes names and arguments for {sys.getfilesystemencoding()} here; set PYTHONUTF8=1"
+    return None
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean NAME?" with the known name that is most like another, or nothing where none is like it."""
     near = nearest(name, known)

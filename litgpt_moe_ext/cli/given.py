@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import SettingsError, undecoded
 from litgpt_moe_ext.recipe_files import is_trusted, read_recipe
 
 CLASS_KEYS = {"class_path", "init_args"}
@@ -114,7 +114,7 @@ def read_flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield name and text of every `--NAME VALUE` or `--NAME=VALUE`.
 
     Raises:
-        SettingsError: If something else stands there, or a value is missing.
+        SettingsError: If something else stands there, or a value is missing, or Python could not decode it.
     """
     waiting = list(arguments)
     while waiting:
@@ -126,7 +126,10 @@ def read_flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
         name, equals, value = argument[2:].partition("=")
         if not equals and (not waiting or waiting[0].startswith("--")):
             raise SettingsError(f"{name}: needs a value, --{name} VALUE")
-        yield name, value if equals else waiting.pop(0)
+        value = value if equals else waiting.pop(0)
+        if name != "config" and (remedy := undecoded(value)):
+            raise SettingsError(f"{name}: {value!r} cannot be read: {remedy}")
+        yield name, value
 
 
 def _is_section(value: Any) -> bool:

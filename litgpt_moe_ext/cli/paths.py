@@ -47,7 +47,9 @@ def _out_of_sight(name: str, path: Path) -> Iterator[str]:
         return
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         reason = getattr(error, "strerror", None) or str(error)
-        yield f"{name}: {str(path)!r} cannot be looked up ({reason}); name another path"
+        # A recipe's letters are Unicode, names of files are not everywhere.
+        remedy = "set PYTHONUTF8=1, or name" if isinstance(error, UnicodeEncodeError) else "name"
+        yield f"{name}: {str(path)!r} cannot be looked up ({reason}); {remedy} another path"
 
 
 def _unreadable(name: str, path: Path) -> Iterator[str]:

@@ -10,7 +10,7 @@ import torch
 from lightning import Fabric
 from litgpt import GPT, Tokenizer
 
-from litgpt_moe_ext.errors import SettingsError, one_line, which_checkpoint
+from litgpt_moe_ext.errors import SettingsError, one_line, undecoded, which_checkpoint
 from litgpt_moe_ext.files.archives import COPY_AGAIN, open_archive, shortened
 from litgpt_moe_ext.files.checksums import problem_with_storages
 from litgpt_moe_ext.host.checkpoints import CONFIG_FILE, read_config
@@ -160,6 +160,8 @@ def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
     """
     from litgpt_moe_ext.data.tokenizer.opening import open_as_litgpt
 
+    if remedy := undecoded(str(checkpoint_dir)):  # the tokenizers library opens no such path
+        raise SettingsError(f"checkpoint_dir: {str(checkpoint_dir)!r} cannot be opened: {remedy}")
     try:
         return open_as_litgpt(checkpoint_dir)
     except Exception as error:  # the tokenizers library raises nothing more precise

@@ -9,7 +9,7 @@ from typing import Any
 
 from litgpt import GPT, Tokenizer
 
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import SettingsError, undecoded
 
 
 def encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
@@ -23,7 +23,8 @@ def encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
                 return processor.encode(text, add_special_tokens=False).ids
             return processor.encode(text)
         except (TypeError, UnicodeEncodeError) as error:  # as of a command line, or of half a surrogate pair in JSON
-            raise SettingsError(f"text: {text[:40]!r} is not Unicode ({error}); write it in UTF-8") from error
+            remedy = undecoded(text) or "write it in UTF-8"
+            raise SettingsError(f"text: {text[:40]!r} is not Unicode ({error}): {remedy}") from error
 
     return encode
 

@@ -19,8 +19,9 @@ from litgpt_moe_ext.cli.paths import check_path, check_paths
 from litgpt_moe_ext.data.pipeline.store import check_root
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checks import check_initial_checkpoint, check_writable
+from tests.runs import ROOT
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = ROOT / "configs"
 TOO_LONG = "a" * 300
 
 
@@ -56,6 +57,46 @@ def test_no_folder_is_called_like_a_home(flag, tmp_path, monkeypatch, capsys):
     assert train.main(["--config", str(CONFIGS / "quickstart.yaml"), f"--{flag}", "~/mine"]) == 2
     assert f"error: {flag}: '~/mine' begins with ~, which only shells replace" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+WITHOUT_UTF8 = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+
+
+def refused_without_utf8(*words: str | Path) -> str:
+    """Return the one line with which a program ends in a locale that has no letters but ASCII."""
+    ended = subprocess.run([sys.executable, *words], cwd=ROOT, env=os.environ | WITHOUT_UTF8, capture_output=True)
+    (line,) = ended.stderr.decode().splitlines()
+    assert ended.returncode == 2
+    return line
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are Unicode")
+@pytest.mark.parametrize(
+    ("letters", "remedy"),
+    [(b"d\xc3\xbc", "; set PYTHONUTF8=1"), (b"d\xfc", "; write, or rename, it in UTF-8")],
+    ids=["utf8", "latin1"],
+)
+def test_letters_that_python_does_not_decode(letters, remedy, finished, tmp_path):
+    """In a locale without them, where UTF-8 mode is off; and in names that are of another encoding anyway."""
+    name = os.fsdecode(letters)
+    finished(tmp_path / name)
+    for setting, words in (
+        ("out_dir", ("run_train.py", "--out_dir", tmp_path / name)),
+        ("sample.prompts", ("run_train.py", f"--sample.prompts=['{name}']")),
+        ("source_path", ("data_prep/text_folder.py", "--bpe.vocab_size", "300", "--source_path", tmp_path / name)),
+        ("checkpoint_dir", ("-m", "litgpt_moe_ext", "perplexity", tmp_path / name / "final", "--text", "README.md")),
+    ):
+        line = refused_without_utf8(*words)
+        assert line.startswith(f"error: {setting}: ")
+        assert line.endswith(remedy)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are Unicode")
+def test_letters_of_a_recipe_that_no_file_can_have(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("out_dir: dü\n", encoding="utf-8")
+    line = refused_without_utf8("run_train.py", "--config", tmp_path / "recipe.yaml")
+    assert line.startswith("error: out_dir: 'd\\xfc' cannot be looked up ('ascii' codec can't encode character")
+    assert "; set PYTHONUTF8=1, or name another path (" in line
 
 
 def test_what_may_not_be_entered_and_what_is_no_name(tmp_path, monkeypatch):
