@@ -18,7 +18,7 @@ from litgpt_moe_ext.interruption import end_at_once_on_termination
 from litgpt_moe_ext.padding import accept_padding, accepts_padding
 from litgpt_moe_ext.training.callbacks.progress import Reporter
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
-from litgpt_moe_ext.training.checks import check_batch, single_process_note
+from litgpt_moe_ext.training.checks import check_batch, strategy_note
 from litgpt_moe_ext.training.control import Deadline
 from litgpt_moe_ext.training.fabric import TrainingFabric
 from litgpt_moe_ext.training.logs import TRANSCRIPT_FILE
@@ -113,7 +113,7 @@ def _connect(plan: Plan, reporter: Reporter) -> Launched:
     check_batch(plan.train.global_batch_size, plan.train.micro_batch_size, devices * num_nodes)
     accelerator = accelerator_here()
     fabric = _make_fabric(plan, reporter, started, (devices, num_nodes), accelerator)
-    if note := single_process_note(settings.strategy, devices * num_nodes, knobs):
+    if note := strategy_note(settings.strategy, devices * num_nodes, knobs):
         fabric.print(note)
     if accelerator == "cpu" and torch.backends.mps.is_available():
         fabric.print("This Mac's GPU (MPS) is not used: nothing here was ever run on one. Training uses the CPU.")

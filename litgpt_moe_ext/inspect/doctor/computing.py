@@ -75,7 +75,7 @@ def strategy(recipe: Recipe) -> Finding:
     """Return how processes would share the work, or why they cannot here."""
     import torch
 
-    from litgpt_moe_ext.training.checks import check_strategy, single_process_note
+    from litgpt_moe_ext.training.checks import check_strategy, strategy_note
     from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
     from litgpt_moe_ext.training.settings import DistributedArgs
 
@@ -88,7 +88,7 @@ def strategy(recipe: Recipe) -> Finding:
     if torch.cuda.is_available() and per_node > torch.cuda.device_count():
         text = f"devices: {per_node}, but torch can use {counted(torch.cuda.device_count(), 'GPU')} here"
         return Finding("strategy", "problem", f"{text}; set devices: auto")
-    if note := single_process_note(cast("StrategyName", recipe.strategy), per_node * nodes, args):
+    if note := strategy_note(cast("StrategyName", recipe.strategy), per_node * nodes, args):
         return Finding("strategy", "note", note)
     name = "ddp" if recipe.strategy == "auto" and per_node * nodes > 1 else recipe.strategy
     count = counted(per_node, "process") + (f" on each of {nodes} nodes" if nodes > 1 else "")

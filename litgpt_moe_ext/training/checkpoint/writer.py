@@ -12,7 +12,7 @@ import torch
 from litgpt_moe_ext.training.checkpoint import store
 from litgpt_moe_ext.training.checkpoint.progress import BEST, FINAL, MODEL_FILE, newest_first, step_of
 from litgpt_moe_ext.training.control import TrainingStopped
-from litgpt_moe_ext.training.optim.shards import is_shard
+from litgpt_moe_ext.training.optim.shards import own_part
 from litgpt_moe_ext.training.steps.losses import all_finite
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class CheckpointWriter:
 
     def _require_finite(self, state: dict[str, Any], name: str) -> None:
         parameters = (parameter.detach() for parameter in state["model"].parameters())
-        finite = all_finite([p.to_local() if is_shard(p) else p for p in parameters])
+        finite = all_finite([own_part(parameter) for parameter in parameters])
         if self._fabric.world_size > 1:
             torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
         if not finite:

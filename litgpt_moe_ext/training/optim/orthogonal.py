@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from litgpt_moe_ext.training.optim.parameter_groups import MATRIX_PARTS
-from litgpt_moe_ext.training.optim.shards import is_shard
+from litgpt_moe_ext.training.optim.shards import is_shard, own_part, sharded_like
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -131,16 +131,14 @@ def _alone(update: Tensor, rows: int, function: Callable[[Tensor], Tensor]) -> T
     """
     if not is_shard(update):
         return _of_matrices(update, rows, function)
-    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+    from torch.distributed.tensor import Replicate, distribute_tensor
 
     mesh, placements, device = update.device_mesh, update.placements, update.device
     # Shards that wait in the memory of the CPU are exchanged and computed with by the GPU, as gradients are.
     here = cast("DTensor", update.to(mesh.device_type))
     if update.dim() == 3 and all(placement.is_replicate() or placement.is_shard(0) for placement in placements):
         # Stacked experts that are cut between experts: every rank has whole matrices.
-        result = _of_matrices(here.to_local(), rows, function)
-        shape, stride = update.shape, update.stride()
-        return DTensor.from_local(result, mesh, placements, run_check=False, shape=shape, stride=stride).to(device)
+        return sharded_like(here, _of_matrices(own_part(here), rows, function)).to(device)
     # A shard of a matrix is not a matrix: every rank works on the whole and keeps its part.
     whole = here.redistribute(placements=[Replicate()] * mesh.ndim).to_local()
     return distribute_tensor(_of_matrices(whole, rows, function), mesh, placements, src_data_rank=None).to(device)

@@ -18,6 +18,25 @@ def is_shard(tensor: Any) -> "TypeGuard[DTensor]":
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """Return what this rank has of a tensor, in its memory, or all of it where it is no shard; call without autograd.
+
+    What works number by number is computed with that, in the kernels of ordinary tensors. Torch plans an operation on
+    shards anew in every step where it takes lists of them, and has rules for more such operations in later versions.
+    """
+    return tensor.to_local() if is_shard(tensor) else tensor
+
+
+def sharded_like(tensor: Tensor, part: Tensor) -> Tensor:
+    """Return the tensor of the shape of `tensor` of which this rank has `part`, where that is its part of `tensor`."""
+    if not is_shard(tensor):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    shape, stride = tensor.shape, tensor.stride()
+    return DTensor.from_local(part, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
+
+
 def like(whole: Tensor, tensor: Tensor) -> Tensor:
     """Return a whole tensor, which every rank has, sharded as `tensor` is; without communication."""
     if not is_shard(tensor):

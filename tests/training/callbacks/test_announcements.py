@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from litgpt_moe_ext.training.callbacks.kernel_report import attention_line, experts_line
-from litgpt_moe_ext.training.checks import single_process_note
+from litgpt_moe_ext.training.checks import strategy_note
 from litgpt_moe_ext.training.settings import DistributedArgs
 from tests.models import dense_config, initialized_model, moe_config
 from tests.runs import train
@@ -62,10 +62,20 @@ def test_a_run_says_it_once(recipe, capsys):
     assert output.count("n_expert_per_token: 1 with norm_topk_prob: true makes every gate value 1") == 1
 
 
-def test_single_process_note():
-    assert single_process_note("fsdp2", 2, DistributedArgs()) is None
-    assert single_process_note("ddp", 1, DistributedArgs()) is None
-    assert single_process_note("fsdp_shard_grad_op", 1, DistributedArgs()).endswith("it becomes auto")
+def test_strategy_in_a_single_process():
+    assert strategy_note("ddp", 1, DistributedArgs()) is None
+    assert strategy_note("fsdp_shard_grad_op", 1, DistributedArgs()).endswith("it becomes auto")
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp_shard_grad_op", "fsdp2", "ddp", "deepspeed_stage_3"])
+@pytest.mark.parametrize(("torch_version", "leaks"), [("2.11.0+cu130", True), ("2.12.0", False), ("2.15.0", False)])
+def test_memory_that_torch_keeps_of_every_step(monkeypatch, strategy, torch_version, leaks):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: torch_version)
+    note = strategy_note(strategy, 2, DistributedArgs())
+    if leaks and "fsdp" in strategy:
+        assert note.startswith(f"strategy: {strategy} with torch {torch_version} keeps half a KB")
+    else:
+        assert note is None
 
 
 def test_fused_loss_without_its_operator(recipe, monkeypatch, capsys):

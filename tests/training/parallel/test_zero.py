@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.loading import load_model
 from litgpt_moe_ext.export.formats import export
-from litgpt_moe_ext.training.checks import check_combination, check_strategy, single_process_note
+from litgpt_moe_ext.training.checks import check_combination, check_strategy, strategy_note
 from litgpt_moe_ext.training.parallel.deepspeed.settings import (
     engine_options,
     step_options,
@@ -81,7 +81,7 @@ class TestSettings:
 
     def test_alone(self):
         """One process is allowed: what it optimizes can still be kept on the CPU."""
-        assert single_process_note("deepspeed_stage_2", 1, DistributedArgs(offload_optimizer=True)) is None
+        assert strategy_note("deepspeed_stage_2", 1, DistributedArgs(offload_optimizer=True)) is None
 
     @pytest.mark.parametrize(
         ("strategy", "knobs", "accelerator", "message"),
