@@ -352,9 +352,10 @@ def test_failing_sample_costs_nothing(recipe, monkeypatch, capsys):
 
 def test_a_replacement_is_on_the_disk_first_and_deletes_nothing_of_others(tmp_path, monkeypatch):
     """What plain LitGPT has saved under the same name is set aside; an earlier checkpoint of this package goes."""
-    final, staging = tmp_path / "final", tmp_path / ".final.incomplete"
+    final, staging, replaced = (tmp_path / name for name in ("final", ".final.incomplete", ".final.replaced"))
     flushed = []
-    monkeypatch.setattr(checkpoints, "flush_tree", lambda path: flushed.append(path.is_dir()))
+    monkeypatch.setattr(checkpoints, "flush_tree", lambda path: flushed.append((path, path.is_dir())))
+    monkeypatch.setattr(checkpoints, "flush", lambda path: flushed.append((path, staging.is_dir(), replaced.is_dir())))
     final.mkdir()
     (final / "lit_model.pth").touch()
     for step in (1, 2):
@@ -362,7 +363,8 @@ def test_a_replacement_is_on_the_disk_first_and_deletes_nothing_of_others(tmp_pa
         Progress(1, step, step, 1, 0.0).write(staging)
         checkpoints.publish(staging, final)
         assert step_of(final) == step
-    assert flushed == [True, True]
+    assert flushed[:2] == [(staging, True), (tmp_path, False, False)]
+    assert flushed[2:] == [(staging, True), (tmp_path, False, True)], "its new name as well, before the earlier goes"
     assert directories(tmp_path) == ["final", "final-earlier-1"]
     assert (tmp_path / "final-earlier-1" / "lit_model.pth").is_file()
 
@@ -390,11 +392,17 @@ def test_who_saves_remembers_where(tmp_path, monkeypatch):
 
 
 def test_half_of_a_deleted_checkpoint_is_never_found(tmp_path, monkeypatch):
-    """Killed while its files go, it has its name no more."""
-    (tmp_path / "final").mkdir()
-    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: None)
-    checkpoints.remove(tmp_path / "final")
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [".final.removed"]
+    """Killed while its files go, it has its name no more; and the next of its name can be deleted all the same."""
+    final = tmp_path / "final"
+    with monkeypatch.context() as killed:
+        killed.setattr(shutil, "rmtree", lambda path, **_: None)
+        final.mkdir()
+        (final / "lit_model.pth").touch()
+        checkpoints.remove(final)
+    assert directories(tmp_path) == [".final.removed"]
+    final.mkdir()
+    checkpoints.remove(final)
+    assert directories(tmp_path) == []
 
 
 def test_settings_nested_too_deep_are_none(tmp_path):
