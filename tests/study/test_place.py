@@ -178,6 +178,16 @@ def test_what_a_run_reached(tmp_path):
     assert reached.late_load_vio == pytest.approx(0.2), "the mean loads of the first layer are 1.1 and 0.9"
 
 
+def test_steps_without_a_speed_take_as_long_as_those_beside_them(tmp_path):
+    """The first lines have none yet, and the last step may have a line of its validation alone."""
+    columns = {TOKENS: np.array([100.0, 200.0, 300.0, 400.0]), "val_loss": np.array([np.nan, np.nan, np.nan, 2.0])}
+    columns["tokens_per_second"] = np.array([np.nan, 10.0, 20.0, np.nan])
+    (tmp_path / "recipe.yaml").write_text("{}")
+    reached = Result(Run("a", {}, 1, tmp_path / "recipe.yaml", {}), RunLog("a", columns), 5, 30.0, 2.0)
+    assert reached.seconds == 200 / 10 + 100 / 20 + 100 / 20
+    assert reached.curve("val_loss").seconds.tolist() == [reached.seconds]
+
+
 def test_costs_are_those_of_the_checkpoint(tmp_path):
     (tmp_path / "recipe.yaml").write_text("{}")
     config, lengths = moe_config(), (16, 8)
