@@ -82,19 +82,18 @@ class BatchSize:
                 if not self.searches or len(batch) == 1:
                     error.add_note(f"batch_size: {len(batch)} does not fit into memory; take a smaller one, or 'auto'.")
                     raise
-                result = None
                 while size >= len(batch):
                     size //= 2
-            if result is None:
-                # Outside the `except` block, where the error no longer keeps the tensors of the failed call alive.
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+            else:
+                if announce:
+                    print(f"batch_size: auto chose {size}.")
+                    announce = False
+                yield result
+                start += len(batch)
                 continue
-            if announce:
-                print(f"batch_size: auto chose {size}.")
-                announce = False
-            yield result
-            start += len(batch)
+            # Outside the `except` block, where the error no longer keeps the tensors of the failed call alive.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

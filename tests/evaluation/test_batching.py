@@ -32,6 +32,19 @@ def test_automatic_size_is_halved_until_it_fits(capsys):
     assert capsys.readouterr().out == "batch_size: auto chose 16.\n"
 
 
+def test_no_batch_that_did_not_fit_is_tried_again():
+    """As few requests as there are fill no larger one."""
+    tried = []
+
+    def function(batch):
+        tried.append(len(batch))
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    list(BatchSize.parse("auto", CUDA).run(range(9), function))
+    assert tried == [9, 8, 4, 2, 2, 2, 2, 1]
+
+
 def test_automatic_size_is_searched_again_as_requests_get_shorter():
     def limit(item):
         return 16 if item < 64 else 32

@@ -220,6 +220,13 @@ def test_settings_of_sampling_mean_nothing_without_it():
     assert GenerationSettings.parse(settings, 8) == GenerationSettings(max_gen_toks=8)
 
 
+def test_values_by_which_tasks_switch_a_limit_off():
+    """As for Hugging Face's `generate`; the temperature 0 takes the likeliest token."""
+    unlimited = {"do_sample": True, "top_k": 0, "top_p": None}
+    assert GenerationSettings.parse(unlimited, 8).sampling == Sampling(temperature=1.0, top_k=None, top_p=1.0)
+    assert GenerationSettings.parse({**unlimited, "temperature": 0}, 8).sampling.temperature == 0
+
+
 @pytest.mark.parametrize("limit", [{"top_k": 1}, {"top_k": None, "top_p": 0.01}])
 def test_limits_of_sampling(limit):
     logits = torch.randn(50, 9)

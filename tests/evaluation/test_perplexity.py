@@ -61,6 +61,16 @@ def test_every_token_is_predicted_once(llama_dir):
     assert torch.allclose(losses, torch.cat(expected), atol=1e-4)
 
 
+def test_the_last_token_of_a_full_window_begins_no_other(llama_dir):
+    """And a text of one token predicts none."""
+    model, ids = load_model(llama_dir, torch.device("cpu")), torch.randint(0, VOCABULARY_SIZE, (65,))
+    for length, expected in ((65, [32, 32]), (66, [32, 32, 1])):
+        done = []
+        losses, _ = token_losses(model, torch.cat([ids, ids])[:length], 1, done.append)
+        assert (len(losses), done) == (length - 1, expected)
+    assert [len(values) for values in token_losses(model, ids[:1], 1, done.append)] == [0, 0]
+
+
 def test_command_on_a_shard_and_on_text(llama_dir, tmp_path, capsys):
     tokenizer = load_tokenizer(llama_dir)
     text = "the quick brown fox jumps over the läzy dög"

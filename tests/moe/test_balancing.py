@@ -224,8 +224,9 @@ def test_scheduled_rate_by_hand():
     assert rise.tolist() == [0.125, 0.25, 0.375, 0.5, 0.5, 0.5]
     fall = scheduled_rate(0.5, {"decay_start": 2, "decay_steps": 2}, updates)
     assert fall.tolist() == [0.5, 0.5, 0.25, 0.0, 0.0, 0.0]
-    frozen = scheduled_rate(0.5, {"decay_start": 3}, updates)
-    assert frozen.tolist() == [0.5, 0.5, 0.5, 0.0, 0.0, 0.0]
+    for at_once in ({}, {"decay_steps": 0}):
+        frozen = scheduled_rate(0.5, {"decay_start": 3, **at_once}, updates)
+        assert frozen.tolist() == [0.5, 0.5, 0.5, 0.0, 0.0, 0.0]
 
 
 def test_a_schedule_moves_the_bias_less_and_survives_a_checkpoint():

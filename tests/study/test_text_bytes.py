@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from litgpt import Tokenizer
 
 from litgpt_moe_ext.data import PythonStdlib, TextCorpus
 from litgpt_moe_ext.data.pipeline.store import open_corpus
 from litgpt_moe_ext.inspect.recipes import Recipe
+from litgpt_moe_ext.padding import PADDING
 from litgpt_moe_ext.study.text_bytes import bytes_per_token
 from tests.models import moe_config
 
@@ -52,6 +54,23 @@ def test_bytes_per_token(recipe, capsys):
     n_byte = sum(len(tokenizer.processor.decode([int(id_)])) for id_ in targets)
     assert bytes_per_token(recipe, tokenizer_dir) == n_byte / len(targets) > 1
     assert capsys.readouterr().out == ""
+
+
+def test_what_fills_up_rows_of_whole_documents_stands_for_no_text(recipe):
+    arguments = recipe.settings["data"]["init_args"]
+    arguments["packing"] = "pad"
+    (Path(arguments["source_path"]) / "e.py").write_text("e = 1\n")
+    data = PythonStdlib(**arguments)
+    data.connect(None, 2, LENGTH)
+    data.prepare_data()
+    data.setup()
+    recipe.settings["eval"] = {"max_iters": 1000}
+    targets = torch.cat([batch[:, 1:].flatten() for batch in data.val_dataloader()])
+    text = targets[targets != PADDING].tolist()
+    assert 0 < len(text) < len(targets)
+    tokenizer_dir = data.corpus_path / "tokenizer"
+    n_byte = len(Tokenizer(tokenizer_dir).processor.decode(text).encode())
+    assert bytes_per_token(recipe, tokenizer_dir) == n_byte / len(text)
 
 
 def text_corpus(recipe: Recipe, folder: Path, **more) -> TextCorpus:
