@@ -117,7 +117,7 @@ def train(runs: Iterable[Run], runs_dir: Path, limits: Limits, say: Callable[[st
         limits: What they may take.
         say: Takes a line whenever a run ends.
     """
-    waiting = list({run.key: run for run in runs if not is_finished(runs_dir, run)}.values())
+    waiting = [run for run in runs if not is_finished(runs_dir, run)]
     end = None if limits.seconds is None else time.monotonic() + limits.seconds
     places = replace(limits.places, jobs=max(1, min(limits.places.jobs, len(waiting))))
     free: queue.Queue[int] = queue.Queue()

@@ -187,8 +187,7 @@ def _cost(recipe: Recipe) -> tuple[int, float]:
 
 
 def csv_text(results: Sequence[Result]) -> str:
-    """Return one row for each run."""
-    points = list(dict.fromkeys(name for result in results for name in result.run.point))
+    """Return one row for each run of a study."""
     columns = (
         "val_loss",
         "train_loss",
@@ -203,11 +202,10 @@ def csv_text(results: Sequence[Result]) -> str:
     )
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(("arm", *points, "seed", *columns, "trained_on", "software", "key"))
+    writer.writerow(("arm", *results[0].run.point, "seed", *columns, "trained_on", "software", "key"))
     for result in results:
         run = result.run
-        point = [run.point.get(name, "") for name in points]
         values = (getattr(result, name) for name in columns)
         where = ("", "") if result.trained_on is None else (result.trained_on, result.trained_on.software)
-        writer.writerow((run.arm, *point, run.seed, *values, *where, run.key))
+        writer.writerow((run.arm, *run.point.values(), run.seed, *values, *where, run.key))
     return file.getvalue()

@@ -157,6 +157,21 @@ def test_a_router_that_was_updated_once_has_an_owner():
         torch.optim.SGD(moe.experts.parameters(), lr=1e-3).step()
 
 
+def test_routers_of_one_optimizer_move_by_their_own_settings():
+    """As those of two models that are trained together."""
+    rate, warmup = {"router_bias_update_rate": 0.1}, {"warmup_steps": 4}
+    changes = [rate, {"router_bias_update_rate": 0.01}, {**rate, "n_expert": 4}]
+    changes.append({**rate, "router_bias_update_schedule": warmup})
+    layers = torch.nn.ModuleList(make_moe(**each) for each in changes)
+    layers[3].gate.bias_updates.zero_()
+    sum(moe(torch.randn(2, 7, 16)).sum() for moe in layers).backward()
+    torch.optim.SGD(layers.parameters(), lr=0.0).step()
+    rates = [0.1, 0.01, 0.1, scheduled_rate(0.1, warmup, torch.tensor(0))]
+    for moe, expected in zip(layers, rates, strict=True):
+        bias_E = updated_bias(torch.zeros(moe.gate.n_expert), moe.gate.load_E, expected)
+        assert torch.equal(moe.gate.e_score_correction_bias, bias_E)
+
+
 def test_two_models_do_not_disturb_each_other():
     first, second = make_moe(), make_moe()
     optimizers = [torch.optim.SGD(moe.parameters(), lr=1e-3) for moe in (first, second)]

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,7 +36,7 @@ from litgpt_moe_ext.study.analysis import (
     mean_interval,
 )
 from litgpt_moe_ext.study.compare import compared, comparison, grouped, signed_interval
-from litgpt_moe_ext.study.figures import balance_figure, search_figure
+from litgpt_moe_ext.study.figures import balance_figure, loss_figure, search_figure, smooth
 from litgpt_moe_ext.study.file import load_study
 from litgpt_moe_ext.study.launch import Limits
 from litgpt_moe_ext.study.page import COLUMNS, rows, study_page, verdicts
@@ -292,6 +292,14 @@ def test_a_run_that_would_leave_nothing_to_compare_is_refused(content, message, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("judge", [{}, {"eval.final_validation": False, "eval.interval": 10}], ids=["log", "eval"])
+def test_one_line_and_one_validation_can_be_compared(judge, tmp_path):
+    """Of ten steps, the last of which has them."""
+    settings = {"train.max_tokens": 10 * 2048, **judge}
+    recipe = str(ROOT / "configs" / "quickstart.yaml")
+    launch.check(load_study(write(tmp_path / "s.yaml", seeds=[1], recipe=recipe, settings=settings)).runs)
+
+
 def test_shipped_studies_name_no_place_of_one_machine():
     for file in (ROOT / "studies").rglob("*.yaml"):
         assert not re.search(r"^ .*(python3\.|: /)", file.read_text(encoding="utf-8"), re.M), file
@@ -331,6 +339,13 @@ def test_no_run_is_repeated_and_a_failed_one_is_tried_again(tmp_path, monkeypatc
     assert len(calls) == 5
     late = launch.train(load_study(STUDIES[0]).runs[:1], tmp_path, Limits(seconds=0), said.append)
     assert "out of time" in late.problems[0]
+
+
+def test_what_a_run_said_when_it_was_tried_before_is_kept(tmp_path):
+    for word in ("first", "second"):
+        command = [sys.executable, "-c", f"print({word!r})"]
+        assert launch._process(command, tmp_path / "output.txt", dict(os.environ), lambda: "") == 0
+    assert (tmp_path / "output.txt").read_text().split() == ["first", "second"]
 
 
 def test_two_studies_share_the_runs(tmp_path, monkeypatch):
@@ -597,6 +612,29 @@ def test_values_of_a_grid_and_of_a_search_may_be_lists(tmp_path):
     search = load_study(write(tmp_path / "search.yaml", search={"points": 2, "optimizer.betas": betas}))
     figure = search_figure(search.searched, grouped([result_of(run, 4.0) for run in search.runs]))
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["[0.9, 0.99]", "[0.9, 0.95]"]
+
+
+def test_losses_are_drawn_over_what_they_cost(pays):
+    one = replace(result_of(pays.runs[0], 4.0), flops_per_token=3.0)
+    costs = (one.tokens, 3 * one.tokens, one.seconds)
+    for axes, cost in zip(loss_figure(grouped([one])).axes, costs, strict=True):
+        curve, dots = axes.lines
+        assert (curve.get_xdata()[-1], dots.get_xdata().tolist()) == (cost, [cost])
+
+
+def test_a_smoothed_curve_begins_with_the_mean_of_what_there_is():
+    assert smooth(np.array([2.0, 4.0, 9.0])) == pytest.approx([2, 3, 5])
+    late = smooth(np.array([0.0] * 9 + [1.0]))
+    assert late[-1] == pytest.approx(0.2)
+    assert np.isinf(smooth(np.array([1.0, np.inf, 1.0]))[1:]).all()
+
+
+@pytest.mark.parametrize(("points", "scale"), [(2, "linear"), (8, "log")])
+def test_magnitudes_that_were_searched_are_drawn_as_such(points, scale, tmp_path):
+    rates = {"low": 1e-4, "high": 1e-2, "log": True}
+    study = load_study(write(tmp_path / "s.yaml", seeds=[1], search={"points": points, "optimizer.lr": rates}))
+    figure = search_figure(study.searched, grouped([result_of(run, 4.0) for run in study.runs]))
+    assert figure.axes[0].get_xscale() == scale
 
 
 def test_break_even_of_two_lines():
