@@ -224,6 +224,14 @@ def test_a_copy_counts_for_itself():
     assert not other._pending
 
 
+def test_counts_begin_anew_on_another_device():
+    """As after `model.to(...)` between two steps."""
+    counted = step_shares.StepShares()
+    for device in ("cpu", "meta"):
+        counts = counted.count(torch.ones(4, device=device))
+        assert counted.shares(counts).device.type == device
+
+
 def test_a_scope_without_the_loss_is_refused():
     with pytest.raises(SettingsError, match="router_load_balancing_loss_coef is not set"):
         moe_config(router_load_balancing_loss_scope="global_batch")
