@@ -94,6 +94,35 @@ def test_a_step_that_is_left_out_has_no_share_of_the_next():
     assert metrics == pytest.approx(expected_metrics)
 
 
+def test_a_pass_that_never_went_backward_has_no_share_of_the_next_step():
+    first, second = batches(2)
+    model = model_of("global_batch")
+    model(first)
+    forget_step(routers_of(model).values())
+    gradients, _ = step(model, [second])
+    expected, _ = step(model_of("global_batch"), [second])
+    torch.testing.assert_close(gradients, expected)
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_passes_that_are_only_tried_have_no_share(before):
+    """Between the forward and the backward pass of the first batch of a step, or of the second."""
+    *others, tried = batches(3)
+    model = model_of("global_batch")
+
+    def loss(ids):
+        return remember_scale(chunked_cross_entropy(model(ids), ids)) / len(others)
+
+    for i, ids in enumerate(others):
+        value = loss(ids)
+        if i == before:
+            with step_shares.nothing_counted():
+                torch.autograd.grad(loss(tried), list(model.parameters()), allow_unused=True)
+        value.backward()
+    expected, _ = step(model_of("global_batch"), others)
+    torch.testing.assert_close({name: parameter.grad for name, parameter in model.named_parameters()}, expected)
+
+
 def test_a_backward_pass_after_the_step_has_the_shares_of_its_own_batch():
     """The counts of a step go with it."""
     first, second = batches(2)
