@@ -253,6 +253,12 @@ def test_a_copy_counts_for_itself():
     assert not other._pending
 
 
+def test_shares_beyond_float32():
+    counted, counts_E = step_shares.StepShares(), torch.tensor([2**24 + 1, 1])
+    for _ in range(2):
+        assert counted.shares(counted.count(counts_E)).tolist() == [(2**24 + 1) / (2**24 + 2), 1 / (2**24 + 2)]
+
+
 def test_counts_begin_anew_on_another_device():
     """As after `model.to(...)` between two steps."""
     counted = step_shares.StepShares()
