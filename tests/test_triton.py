@@ -14,6 +14,7 @@ INTERPRETED = (
         for name in ("triton", "router", "product", "orthogonality", "balancing", "far")
     ),
     *(f"tests/attention/interpreted_{name}.py" for name in ("epilogue", "rotation")),
+    "tests/loss/interpreted_cross_entropy.py",
 )
 
 

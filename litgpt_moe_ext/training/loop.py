@@ -49,8 +49,9 @@ from litgpt_moe_ext.training.optim.schedules import schedule_steps
 from litgpt_moe_ext.training.parallel import random_state
 from litgpt_moe_ext.training.parallel.agreement import Agreement
 from litgpt_moe_ext.training.steps.batches import StepBatches, can_pad, counts_for_loss
-from litgpt_moe_ext.training.steps.cuda_graphs import CudaGraphs
 from litgpt_moe_ext.training.steps.first_batches import FirstBatches
+from litgpt_moe_ext.training.steps.half_logits import loss_of_logits
+from litgpt_moe_ext.training.steps.handover import Handover
 from litgpt_moe_ext.training.steps.losses import RunningMean, TokenMeans
 from litgpt_moe_ext.training.steps.validation import StoppableValidation
 
@@ -114,7 +115,7 @@ class HookedLoop:
         self._validation = StoppableValidation(fabric, self._heed, self._first_batches)
         self._validated_step: int | None = None
         self._means = TokenMeans(fabric.world_size)
-        self._graphs = CudaGraphs(equipment.graphs, fabric.print, document_room(launched.plan.config))
+        self._handover = Handover(equipment.graphs, fabric.print, document_room(launched.plan.config))
         self._batches = StepBatches(self._targets, self._accumulation, fabric.world_size)
         fabric.add_callback(self._agreement, first=True)
         fabric.add_callback(self._batches)
@@ -140,7 +141,8 @@ class HookedLoop:
         Raises:
             TrainingInterrupted: At its end, if a signal came after the last step.
         """
-        cross_entropy = litgpt.pretrain.chunked_cross_entropy
+        precision = self.fabric.strategy.precision
+        cross_entropy = loss_of_logits(litgpt.pretrain.chunked_cross_entropy, precision)
         if self._equipment.fused_loss is not None:
             cross_entropy = self._equipment.fused_loss.wrap(cross_entropy)
         hooks: dict[str, Any] = {
@@ -153,7 +155,7 @@ class HookedLoop:
             "measure_flops": self._measure_flops,
             "get_dataloaders": self._adaptable(litgpt.pretrain.get_dataloaders),
             "instantiate_torch_optimizer": self._equipment.optimization.make_optimizer,
-            "chunked_cross_entropy": self._means.wrap_loss(self._graphs.wrap(cross_entropy)),
+            "chunked_cross_entropy": self._means.wrap_loss(self._handover.wrap(cross_entropy)),
             "validate": self._noted(self._means.wrap_validation(self._validation.wrap(litgpt.pretrain.validate))),
             "RunningMean": RunningMean,
             "math": SimpleNamespace(**{**vars(math), "exp": exp}),
@@ -174,11 +176,11 @@ class HookedLoop:
             self._batches.counts = can_pad(kwargs["train_dataloader"])
             first_iteration = self.fabric.state["iter_num"]
             self.fabric.call("on_fit_begin", resume_dir=self._start.resume_dir)
-            deferring = self._graphs.deferring(self.fabric.state["model"], self.fabric.strategy)
+            handing_over = self._handover.installed(self.fabric.state["model"], self.fabric.strategy)
             # Until `final` is saved, after this function.
             self._listening.enter_context(self.fabric.stop_requests.listening())
             try:
-                with deferring:
+                with handing_over:
                     original(*args, **kwargs)
             except Exception:
                 if self._limits_reached:
@@ -212,7 +214,7 @@ class HookedLoop:
                 random_state.settle(loop.fabric, loop._plan.settings.seed)
                 loop._means.weights = batch.weights
                 loop.fabric.call("on_batch", batch=batch.data, waited=batch.waited)
-                loop._graphs.expect_batch()
+                loop._handover.expect_batch()
                 return batch.data
 
             def _fetch(self) -> Any:

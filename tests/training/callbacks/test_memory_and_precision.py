@@ -7,8 +7,8 @@ import torch
 from litgpt.utils import chunked_cross_entropy
 
 from litgpt_moe_ext.files import checksums
+from litgpt_moe_ext.loss.linear import linear_loss
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
-from litgpt_moe_ext.training.callbacks.fused_loss import linear_loss
 from tests.models import initialized_model, moe_config, needs_fused_loss, noisy_config
 from tests.runs import logged, run_command, train
 
@@ -69,7 +69,7 @@ def test_fused_loss_has_the_gradients_of_litgpt():
     targets[0, :5] = -100
     expected = chunked_cross_entropy(head(x), targets)
     wanted = torch.autograd.grad(expected, [x, head.weight, head.bias])
-    actual = linear_loss(x, targets, head)
+    actual = linear_loss(x, targets, head, x.dtype)
     got = torch.autograd.grad(actual, [x, head.weight, head.bias])
     torch.testing.assert_close(actual, expected)
     for ours, theirs in zip(got, wanted, strict=True):
@@ -109,12 +109,12 @@ def test_fused_loss_scales_the_auxiliary_losses(recipe, tmp_path):
 PEAK = """
 import sys, torch
 from litgpt.utils import chunked_cross_entropy
-from litgpt_moe_ext.training.callbacks.fused_loss import linear_loss
+from litgpt_moe_ext.loss.linear import linear_loss
 from litgpt_moe_ext.training.callbacks.telemetry import peak_memory_gb
 head = torch.nn.Linear(64, 49152, bias=False)
 x, targets = torch.randn(1, 2048, 64, requires_grad=True), torch.randint(0, 49152, (1, 2048))
 before = peak_memory_gb(x.device)
-loss = linear_loss(x, targets, head) if sys.argv[1] == "fused" else chunked_cross_entropy(head(x), targets)
+loss = linear_loss(x, targets, head, x.dtype) if sys.argv[1] == "fused" else chunked_cross_entropy(head(x), targets)
 loss.backward()
 print((peak_memory_gb(x.device) - before) * 1e9 / 2**20)
 """

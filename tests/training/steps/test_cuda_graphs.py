@@ -1,17 +1,13 @@
 """Runs whose passes are captured and replayed, on a CPU with a stand-in for the graphs, and when they are tried."""
 
-import contextlib
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.training.callbacks.fused_loss import _HalfProducts
+from litgpt_moe_ext.loss.linear import _HalfProducts
 from litgpt_moe_ext.training.parallel.facts import facts_of
-from litgpt_moe_ext.training.parallel.strategies import SingleProcessStrategy
-from litgpt_moe_ext.training.steps import cuda_graphs
-from litgpt_moe_ext.training.steps.cuda_graphs import Conditions, CudaGraphs, GraphDecision, decide
+from litgpt_moe_ext.training.steps import handover
+from litgpt_moe_ext.training.steps.cuda_graphs import Conditions, GraphDecision, decide
 from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss
 from tests.models import moe_config, needs_fused_loss
 from tests.runs import logged, train, weights_of
@@ -30,7 +26,7 @@ def graphs(monkeypatch):
     def graphed(*arguments, **options):
         return GraphedLoss(*arguments, **options, make_capture=make_capture)
 
-    monkeypatch.setattr(cuda_graphs, "GraphedLoss", graphed)
+    monkeypatch.setattr(handover, "GraphedLoss", graphed)
     monkeypatch.setattr("litgpt_moe_ext.training.equip.decide_graphs", lambda *_: GraphDecision(None, False))
     return made
 
@@ -75,32 +71,6 @@ def test_with_the_fused_loss(recipe, graphs, monkeypatch, tmp_path):
     assert logged(tmp_path / "graphed", "loss") == logged(tmp_path / "plain", "loss")
 
 
-def test_only_the_loop_leaves_a_batch_to_the_loss():
-    """A callback that calls the model as it trains gets logits."""
-
-    class Wrapped(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.module = torch.nn.Embedding(5, 3)
-
-        def forward(self, ids):
-            return self.module(ids)
-
-    model, ids = Wrapped(), torch.tensor([[1, 2]])
-    graphs = CudaGraphs(GraphDecision(None, False), print)
-    precision = SimpleNamespace(forward_context=contextlib.nullcontext, convert_output=lambda logits: logits)
-    strategy = SingleProcessStrategy("cpu")
-    strategy._precision = precision
-    loss = graphs.wrap(lambda logits, targets: logits.sum())
-    with graphs.deferring(model, strategy):
-        assert model(ids).shape == (1, 2, 3)
-        graphs.expect_batch()
-        left = model(ids)
-        assert not isinstance(left, torch.Tensor)
-        assert model(ids).shape == (1, 2, 3)
-        assert torch.equal(loss(left, ids), model(ids).sum())
-
-
 @needs_fused_loss
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true"])
@@ -111,7 +81,7 @@ def test_a_recorded_run_is_the_same(recipe, graphs, monkeypatch, tmp_path, capsy
     monkeypatch.setattr("litgpt_moe_ext.padding._accepted", False)
     dtype = torch.float16 if precision == "16-mixed" else torch.bfloat16
 
-    def loss(x, targets, head):
+    def loss(x, targets, head, _dtype):
         return _HalfProducts.apply(x.flatten(0, 1), head.weight, head.bias, targets.flatten(), dtype)
 
     monkeypatch.setattr("litgpt_moe_ext.training.callbacks.fused_loss.linear_loss", loss)

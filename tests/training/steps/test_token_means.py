@@ -10,7 +10,7 @@ import torch
 from litgpt.utils import chunked_cross_entropy
 
 from litgpt_moe_ext import padding
-from litgpt_moe_ext.training.callbacks.fused_loss import linear_loss
+from litgpt_moe_ext.loss.linear import linear_loss
 from litgpt_moe_ext.training.steps.batches import StepBatches, can_pad, counts_for_loss
 from litgpt_moe_ext.training.steps.corpora import CorpusLosses
 from litgpt_moe_ext.training.steps.losses import RunningMean, TokenMeans
@@ -102,7 +102,7 @@ def test_micro_batch_without_targets():
     head = torch.nn.Linear(4, 7, bias=False)
     x = torch.randn(1, 3, 4, requires_grad=True)
     targets = torch.full((1, 3), -100)
-    for loss in (chunked_cross_entropy(head(x), targets), linear_loss(x, targets, head)):
+    for loss in (chunked_cross_entropy(head(x), targets), linear_loss(x, targets, head, x.dtype)):
         gradients = torch.autograd.grad(loss, [x, head.weight])
         assert loss == 0
         assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients)

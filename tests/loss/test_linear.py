@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from litgpt_moe_ext.training.callbacks import fused_loss
-from litgpt_moe_ext.training.callbacks.fused_loss import FusedLoss, _HalfProducts, linear_loss
+from litgpt_moe_ext.loss import linear
+from litgpt_moe_ext.loss.linear import _HalfProducts, linear_loss, product_dtype
+from litgpt_moe_ext.training.callbacks.fused_loss import FusedLoss
 from tests.fake_cuda import fake_cuda
 
 
@@ -13,7 +14,7 @@ from tests.fake_cuda import fake_cuda
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_products_in_16_bits(monkeypatch, dtype, tolerance, bias):
     """Over several pieces, the loss and its gradients are those of all logits at once, which float32 shows exactly."""
-    monkeypatch.setattr(fused_loss, "_LOGITS", 1)
+    monkeypatch.setattr(linear, "_LOGITS", 1)
     x = torch.randn(300, 16, requires_grad=True)
     head = torch.nn.Linear(16, 40, bias=bias)
     targets = torch.randint(0, 40, (300,)).masked_fill(torch.rand(300) < 0.3, -100)
@@ -70,6 +71,6 @@ def test_on_a_gpu_nothing_waits_and_products_are_bfloat16(mode):
         head = torch.nn.Linear(16, 40, bias=False, dtype=dtype)
         x = torch.randn(2, 9, 16, requires_grad=True, dtype=dtype)
         with torch.autocast("cuda", torch.bfloat16, enabled=mode == "mixed"), Products():
-            loss = linear_loss(x, torch.zeros(2, 9, dtype=torch.long), head)
+            loss = linear_loss(x, torch.zeros(2, 9, dtype=torch.long), head, product_dtype(x))
     assert (loss.dtype, loss.shape) == (torch.float32, ())
     assert seen == {(torch.bfloat16, torch.bfloat16)}

@@ -1,0 +1,110 @@
+"""What LitGPT's loop hands from the model to its loss function.
+
+The loop calls the model for logits, and then another function for their loss. Of a batch that it trains on, the model
+hands over what makes the loss cheapest:
+
+- With CUDA graphs, which hold both passes, its input; the loss function does all the work.
+- Otherwise logits in the precision of the output head (`litgpt_moe_ext.training.steps.half_logits`).
+
+Everybody else who calls the model gets what Fabric returns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss
+from litgpt_moe_ext.training.steps.half_logits import unconverted
+from litgpt_moe_ext.training.steps.room import NoRoom, Room
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.training.parallel.behaviour import Behaviour
+    from litgpt_moe_ext.training.steps.cuda_graphs import GraphDecision
+
+
+class _Deferred(NamedTuple):
+    """What stands for the logits of a batch that is not computed yet."""
+
+    ids_BT: Tensor
+
+
+class Handover:
+    """Put between LitGPT's loop, its model and its loss function.
+
+    Args:
+        decision: Whether to try CUDA graphs.
+        say: Told about them.
+        room: What their passes must have room for.
+    """
+
+    def __init__(self, decision: GraphDecision, say: Callable[[str], None], room: Room | None = None) -> None:
+        self._decision, self._say, self._room = decision, say, room or NoRoom()
+        self._graphed: Callable[[Tensor, Tensor], Tensor] | None = None
+        self._expects = False
+        self._cross_entropy: Callable[[Any, Tensor], Tensor]
+
+    def expect_batch(self) -> None:
+        """Note that the loop has a batch: its next call of the model, and no other, is the one that trains."""
+        self._expects = True
+
+    def wrap(self, cross_entropy: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return a loss function that takes what the model hands over.
+
+        Args:
+            cross_entropy: Takes targets and logits as the output head wrote them.
+        """
+        self._cross_entropy = cross_entropy
+
+        def loss(logits: Any, targets: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if isinstance(logits, _Deferred) and self._graphed is not None:
+                return self._graphed(logits.ids_BT, targets)
+            return cross_entropy(logits, targets, *args, **kwargs)
+
+        return loss
+
+    @contextlib.contextmanager
+    def installed(self, model: Any, strategy: Behaviour) -> Iterator[None]:
+        """Have a model hand over the loop's batches while it trains, for the time of the scope.
+
+        Args:
+            model: Fabric's wrapper.
+            strategy: Fabric's, under whose precision the model computes.
+        """
+        compute = model.forward
+        if self._decision.obstacle is None:
+            self._graphed = self._with_graphs(model, strategy)
+
+        def forward(ids_BT: Tensor, *args: Any, **kwargs: Any) -> Any:
+            expected, self._expects = self._expects, False
+            if not expected or args or kwargs or not (model.training and torch.is_grad_enabled()):
+                return compute(ids_BT, *args, **kwargs)
+            if self._graphed is not None:
+                return _Deferred(ids_BT)
+            with unconverted(strategy.precision):
+                return compute(ids_BT)
+
+        # Fabric's wrapper would hand an ordinary assignment on to the model inside.
+        object.__setattr__(model, "forward", forward)
+        try:
+            yield
+        finally:
+            object.__delattr__(model, "forward")
+            self._graphed = None
+
+    def _with_graphs(self, model: Any, strategy: Behaviour) -> Callable[[Tensor, Tensor], Tensor]:
+        def loss(ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+            # As Fabric's wrapper does it, but for the hook that wants `fabric.backward` to have been called.
+            with strategy.precision.forward_context():
+                logits = model.module(ids_BT)
+            return self._cross_entropy(logits, targets_BT)
+
+        careful, exchange = not self._decision.asked, strategy.exchange_gradients
+        graphed = GraphedLoss(loss, model, careful=careful, say=self._say, exchange=exchange)
+        graphed.room = self._room
+        return partial(strategy.in_place_of_forward, graphed)

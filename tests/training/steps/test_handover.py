@@ -1,0 +1,103 @@
+"""What LitGPT's loop gets from the model, and what everybody else does."""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.fabric.plugins import MixedPrecision
+from lightning.fabric.wrappers import _FabricModule
+
+from litgpt_moe_ext.training.parallel.strategies import SingleProcessStrategy
+from litgpt_moe_ext.training.steps.cuda_graphs import GraphDecision
+from litgpt_moe_ext.training.steps.half_logits import loss_of_logits
+from litgpt_moe_ext.training.steps.handover import Handover
+from tests.models import needs_fused_loss
+from tests.runs import train
+
+IDS = torch.tensor([[1, 2]])
+
+
+def set_up(graphs, precision):
+    """Return a handover with graphs or without, a model as Fabric wraps it, and the strategy."""
+    strategy = SingleProcessStrategy("cpu")
+    strategy._precision = precision
+    handover = Handover(GraphDecision(None if graphs else "not here", False), print)
+    return (
+        handover,
+        _FabricModule(torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 3)), strategy),
+        strategy,
+    )
+
+
+def test_only_the_loop_leaves_a_batch_to_the_loss():
+    """A callback that calls the model as it trains gets logits."""
+    precision = SimpleNamespace(
+        forward_context=contextlib.nullcontext, convert_input=lambda ids: ids, convert_output=lambda logits: logits
+    )
+    handover, model, strategy = set_up(True, precision)
+    loss = handover.wrap(lambda logits, targets: logits.sum())
+    with handover.installed(model, strategy):
+        assert model(IDS).shape == (1, 2, 3)
+        handover.expect_batch()
+        left = model(IDS)
+        assert not isinstance(left, torch.Tensor)
+        assert model(IDS).shape == (1, 2, 3)
+        assert torch.equal(loss(left, IDS), model(IDS).sum())
+
+
+def test_only_the_loop_gets_logits_in_16_bits():
+    """And a loss function of LitGPT gets them as before."""
+    precision = MixedPrecision("bf16-mixed", "cpu")
+    handover, model, strategy = set_up(False, precision)
+    seen = []
+
+    def cross_entropy(logits, _targets):
+        seen.append(logits)
+        return logits.sum()
+
+    loss = handover.wrap(loss_of_logits(cross_entropy, precision))
+    expected = model(IDS)
+    with handover.installed(model, strategy):
+        assert model(IDS).dtype == torch.float32
+        handover.expect_batch()
+        logits = model(IDS)
+        assert logits.dtype == torch.bfloat16
+        assert model(IDS).dtype == torch.float32
+        loss(logits, IDS)
+        handover.expect_batch()
+        with torch.no_grad():
+            assert model(IDS).dtype == torch.float32
+        model.eval()
+        handover.expect_batch()
+        assert model(IDS).dtype == torch.float32
+    assert torch.equal(seen[0], expected)
+    assert model(IDS).dtype == torch.float32
+
+
+def test_an_error_in_the_model_leaves_fabric_as_it_was():
+    precision = MixedPrecision("bf16-mixed", "cpu")
+    handover, model, strategy = set_up(False, precision)
+    with handover.installed(model, strategy):
+        handover.expect_batch()
+        with pytest.raises(IndexError):
+            model(IDS + 9)
+        assert model(IDS).dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@needs_fused_loss
+def test_the_fused_loss_multiplies_as_the_head_would(recipe, monkeypatch, tmp_path, precision):
+    """Autocast, under which the model computes, is over when the loss is computed."""
+    from litgpt_moe_ext.training.callbacks import fused_loss
+
+    types, original = set(), fused_loss.linear_loss
+
+    def linear_loss(x, targets, head, dtype):
+        types.add(dtype)
+        return original(x, targets, head, dtype)
+
+    monkeypatch.setattr(fused_loss, "linear_loss", linear_loss)
+    flags = ("--precision", precision, "--fused_cross_entropy", "true", "--out_dir", tmp_path / "out")
+    assert train("--config", recipe(train={"max_tokens": 128}), *flags) == 0
+    assert types == {torch.bfloat16}
