@@ -6,12 +6,12 @@
 
 Tables: experts (forward and backward against LitGPT's `LLaMAMoE`, Hugging Face, Liger where installed, a dense MLP of
 equal active work, and bare matrix products), sums of their weights' gradients, their memory, decoding, attention
-against `F.scaled_dot_product_attention`, whole training steps against their dense twins (with the device's share, MFU,
-peak memory, waiting and `torch.compile`), routers, and the memory that a step is promised to take. Contenders take
-turns on the same data; a cell is a median. What fails, or does not fit into memory or time, is left out, and says so;
-each table has its share of the time, and an error ends no more than its table, in a new process if the card is lost to
-this one. The file, which is written anew after every row, holds card, versions and clocks; send it along with what you
-report.
+against `F.scaled_dot_product_attention`, output heads with their losses, whole training steps against their dense twins
+(with the device's share, MFU, peak memory, waiting and `torch.compile`), routers, and the memory that a step is
+promised to take. Contenders take turns on the same data; a cell is a median. What fails, or does not fit into memory or
+time, is left out, and says so; each table has its share of the time, and an error ends no more than its table, in a new
+process if the card is lost to this one. The file, which is written anew after every row, holds card, versions and
+clocks; send it along with what you report.
 
 Shape legend: T tokens, D model width, F hidden width of one expert, E experts, K chosen experts per token.
 """
@@ -56,6 +56,8 @@ from litgpt_moe_ext.errors import SettingsError  # noqa: E402
 from litgpt_moe_ext.inspect.cost.layers import shorten  # noqa: E402
 from litgpt_moe_ext.inspect.cost.memory import Step, training_memory  # noqa: E402
 from litgpt_moe_ext.kernels.launch import triton_works_on  # noqa: E402
+from litgpt_moe_ext.loss.cross_entropy import has_kernel, mean_cross_entropy  # noqa: E402
+from litgpt_moe_ext.loss.linear import linear_loss, product_dtype  # noqa: E402
 from litgpt_moe_ext.model_size import count_flops  # noqa: E402
 from litgpt_moe_ext.moe.gradient_injection import remember_scale  # noqa: E402
 from litgpt_moe_ext.moe.kernels import native, router_product  # noqa: E402
@@ -564,6 +566,84 @@ def attention_rows(bench: Bench) -> Iterator[dict[str, Any]]:
             yield {"tokens": T, "pass": kind, "SDPA, ms": times["SDPA"], **over}
 
 
+# Output heads of the recipes: tokens of a micro-batch, model width, vocabulary.
+HEADS = {
+    "quickstart": (2048, 128, 2048),
+    "code-moe-60m": (16384, 512, 49152),
+    "moe-200m-tinystories": (8192, 768, 32000),
+    "gpt-moe-fineweb": (8192, 768, 50304),
+}
+
+
+def loss_rows(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Output head and loss, both passes: LitGPT's, torch's at once, Liger's where installed, ours, and ours fused."""
+    for name, (T, D, V) in {"tiny": (96, 32, 100)}.items() if bench.tiny else HEADS.items():
+        head = nn.Linear(D, V, bias=False, device=bench.device)
+        x_TD = torch.randn(T, D, device=bench.device, requires_grad=True)
+        targets_T = torch.randint(V, (T,), device=bench.device)
+        half = [torch.randn(size, device=bench.device, dtype=bench.dtype) for size in ((T, D), (V, D), (T, V))]
+        losses = contending_losses(head, targets_T, bench)
+        calls: dict[str, Callable[[], object]] = {
+            kind: partial(loss_and_gradient, loss, head, x_TD, bench) for kind, loss in losses.items()
+        }
+        peaks = {kind: peak_mb(call, bench) for kind, call in calls.items()}
+        calls["products"] = partial(products_of_a_head, *half)
+        times = bench.medians(calls, ahead=True)
+        ours, litgpt = times.get("ours"), times["LitGPT"]
+        yield {
+            "recipe": name, "tokens": T, "vocabulary": V,
+            **{f"{kind}, ms": times.get(kind) for kind in ("LitGPT", "torch", "Liger", "ours", "fused", "products")},
+            "LitGPT / ours": litgpt / ours if litgpt and ours else None,
+            **{f"{kind}, MB": peaks.get(kind) for kind in ("LitGPT", "ours", "fused")},
+        }  # fmt: skip
+
+
+def contending_losses(head: nn.Linear, targets_T: Tensor, bench: Bench) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return what makes a mean loss of the input of an output head, under autocast."""
+    losses: dict[str, Callable[[Tensor], Tensor]] = {
+        # As Fabric hands logits on.
+        "LitGPT": lambda x_TD: chunked_cross_entropy(head(x_TD).float(), targets_T),
+        "torch": lambda x_TD: nn.functional.cross_entropy(head(x_TD).float(), targets_T),
+    }
+    if importlib.util.find_spec("liger_kernel") is not None and bench.is_cuda:
+        from liger_kernel.transformers.functional import liger_cross_entropy
+
+        losses["Liger"] = lambda x_TD: liger_cross_entropy(head(x_TD), targets_T)
+    if has_kernel(head.weight.detach(), targets_T):
+        losses["ours"] = lambda x_TD: mean_cross_entropy(head(x_TD), targets_T)
+    if hasattr(nn.functional, "linear_cross_entropy"):
+        losses["fused"] = lambda x_TD: linear_loss(x_TD, targets_T, head, product_dtype(x_TD))
+    return losses
+
+
+def loss_and_gradient(loss: Callable[[Tensor], Tensor], head: nn.Linear, x_TD: Tensor, bench: Bench) -> None:
+    """Run both passes of an output head and its loss."""
+    with torch.autocast(bench.device.type, bench.dtype):
+        value = loss(x_TD)
+    torch.autograd.grad(value, [x_TD, head.weight])
+
+
+def products_of_a_head(x_TD: Tensor, weight_VD: Tensor, grad_TV: Tensor) -> None:
+    """Multiply as an output head does in both passes, and nothing else."""
+    x_TD @ weight_VD.t()
+    grad_TV @ weight_VD
+    grad_TV.t() @ x_TD
+
+
+def peak_mb(call: Callable[[], object], bench: Bench) -> float | None:
+    """Return how much memory a call needs beside what is there, MB; None without a card, or if it fails."""
+    if not bench.is_cuda:
+        return None
+    try:
+        call()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+    except Exception:  # said where the call is measured
+        return None
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
 class Trainee:
     """A model in training, one optimizer step at a time.
 
@@ -605,8 +685,13 @@ class Trainee:
 
     def plain_loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         with self.autocast():
+            logits = self.model(ids)
+            if has_kernel(logits, targets):
+                loss = mean_cross_entropy(logits.flatten(0, 1), targets.flatten())
+            else:
+                loss = chunked_cross_entropy(logits, targets, chunk_size=0)
             # Marked, as training marks its loss: routers need not ask what a loss nobody scales is scaled by.
-            return remember_scale(chunked_cross_entropy(self.model(ids), targets, chunk_size=0))
+            return remember_scale(loss)
 
     def step(self) -> None:
         for batch in self.batches:
@@ -740,7 +825,8 @@ def promise_rows(bench: Bench) -> Iterator[dict[str, Any]]:
     for name in RECIPES[:1] if bench.tiny else RECIPES:
         settings, micro_batch, _ = recipe(name, bench.tiny)
         length = settings["block_size"]
-        predicted = training_memory(shorten(Config(**settings)), Step("bf16-mixed", micro_batch, length)).total / 2**30
+        step = Step("bf16-mixed", micro_batch, length, kernel_loss=bench.is_cuda and triton_works_on(bench.device))
+        predicted = training_memory(shorten(Config(**settings)), step).total / 2**30
         measured = None
         if bench.is_cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -760,6 +846,7 @@ TABLES = {
     "gradients": ("Gradients of weights, added up", 0.4, gradient_rows),
     "router": ("Routers, forward and backward", 0.5, router_rows),
     "router_product": ("Routers' products", 0.6, product_rows),
+    "loss": ("Output head and loss, forward and backward", 0.5, loss_rows),
     "steps": ("Whole training steps", 5.0, steps_rows),
     "attention": ("Attention against SDPA", 1.0, attention_rows),
     "decoding": ("Decoding, no gradients", 0.5, decoding_rows),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, get_args
 
 from litgpt_moe_ext.inspect.cost.layers import ShortModel, shorten
 from litgpt_moe_ext.inspect.cost.memory import PRECISIONS, Step, TrainingMemory, fusing_choices, training_memory
+from litgpt_moe_ext.kernels.launch import triton_installed
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import Mode
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def _steps(recipe: "Recipe") -> Iterator[Step]:
     own = [recipe.precision] if recipe.precision in PRECISIONS else []
     precisions = dict.fromkeys((*own, "bf16-mixed", "bf16-true"))
     for precision in precisions:
-        step = replace(recipe.step(precision), activation_checkpointing="none", fused_cross_entropy=False)
+        # Linux brings Triton along; a GPU in a Windows machine without it makes copies of the logits.
+        step = replace(recipe.step(precision), kernel_loss=triton_installed())
         for mode in get_args(Mode):
             for fuses in fusing_choices(recipe.config):
                 yield replace(step, activation_checkpointing=mode, fused_cross_entropy=fuses)

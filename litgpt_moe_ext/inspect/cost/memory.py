@@ -96,6 +96,7 @@ class Step:
         fused_cross_entropy: As in a recipe.
         tie_embeddings: As `train.tie_embeddings`.
         averages: Whether there is a moving average of the weights (`ema.decay`).
+        kernel_loss: Whether the loss is that of GPUs with Triton, which makes no copy of the logits.
     """
 
     precision: str
@@ -106,6 +107,7 @@ class Step:
     fused_cross_entropy: bool = False
     tie_embeddings: bool = False
     averages: bool = False
+    kernel_loss: bool = False
 
 
 def fusing_choices(config: "Config") -> tuple[bool, ...]:
@@ -133,7 +135,7 @@ def training_memory(short: ShortModel, step: Step) -> TrainingMemory:
             model.lm_head.weight = model.get_parameter("transformer.wte.weight")  # `parameters` lists it once
         if step.activation_checkpointing != "none":
             ActivationCheckpointing(step.activation_checkpointing, recompute).on_before_setup(model)
-        cross_entropy = _cross_entropy
+        cross_entropy = _kernel_cross_entropy if step.kernel_loss else _cross_entropy
         if step.fused_cross_entropy:
             require_torch()
             fused = FusedLoss()
@@ -281,6 +283,25 @@ def _weightless_model(
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     # As LitGPT's pretraining computes it, all at once. LitGPT's own function is in a module that imports lightning.
     return F.cross_entropy(logits.reshape(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-100)
+
+
+def _kernel_cross_entropy(logits: Tensor, _targets: Tensor) -> Tensor:
+    return _KernelLoss.apply(logits)
+
+
+class _KernelLoss(torch.autograd.Function):
+    """What `litgpt_moe_ext.loss.cross_entropy` keeps, and where its gradient is."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_BTV: Tensor) -> Tensor:
+        normalizers_BT = logits_BTV.new_empty(logits_BTV.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(logits_BTV, normalizers_BT)
+        return logits_BTV.new_empty((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        del grads
+        return ctx.saved_tensors[0].detach()
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.inspect.doctor.finding import Finding
@@ -19,6 +20,7 @@ def memory(recipe: Recipe) -> Iterator[Finding]:
     from litgpt_moe_ext.inspect.cost.layers import shorten
     from litgpt_moe_ext.inspect.cost.memory import PRECISIONS, graph_memory, training_memory
     from litgpt_moe_ext.inspect.cost.sharding import block_sizes, process_memory
+    from litgpt_moe_ext.kernels.launch import triton_works_on
     from litgpt_moe_ext.training.parallel.accelerator import accelerator_here, default_precision
 
     cuda = torch.cuda.is_available()
@@ -30,7 +32,8 @@ def memory(recipe: Recipe) -> Iterator[Finding]:
     offload = bool(knobs.get("cpu_offload") or knobs.get("offload_optimizer"))
     try:
         short = shorten(recipe.config)
-        whole = training_memory(short, recipe.step(precision))
+        kernel_loss = cuda and triton_works_on(torch.device("cuda", torch.cuda.current_device()))
+        whole = training_memory(short, replace(recipe.step(precision), kernel_loss=kernel_loss))
         sizes = block_sizes(short, PRECISIONS[precision][0].itemsize)
         one = process_memory(whole, sizes, recipe.strategy, per_node, recipe.num_nodes, offload)
     except (ImportError, ValueError) as error:

@@ -34,6 +34,16 @@ class _Deferred(NamedTuple):
     ids_BT: Tensor
 
 
+class _Handed:
+    """Logits for whoever takes them. LitGPT's loop holds on to this until the next batch has some, and not to them."""
+
+    def __init__(self, logits: Any) -> None:
+        self._logits = [logits]
+
+    def take(self) -> Any:
+        return self._logits.pop()
+
+
 class Handover:
     """Put between LitGPT's loop, its model and its loss function.
 
@@ -64,6 +74,8 @@ class Handover:
         def loss(logits: Any, targets: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if isinstance(logits, _Deferred) and self._graphed is not None:
                 return self._graphed(logits.ids_BT, targets)
+            if isinstance(logits, _Handed):
+                logits = logits.take()
             return cross_entropy(logits, targets, *args, **kwargs)
 
         return loss
@@ -87,7 +99,7 @@ class Handover:
             if self._graphed is not None:
                 return _Deferred(ids_BT)
             with unconverted(strategy.precision):
-                return compute(ids_BT)
+                return _Handed(compute(ids_BT))
 
         # Fabric's wrapper would hand an ordinary assignment on to the model inside.
         object.__setattr__(model, "forward", forward)

@@ -1,6 +1,7 @@
 """What LitGPT's loop gets from the model, and what everybody else does."""
 
 import contextlib
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -56,15 +57,19 @@ def test_only_the_loop_gets_logits_in_16_bits():
         seen.append(logits)
         return logits.sum()
 
-    loss = handover.wrap(loss_of_logits(cross_entropy, precision))
-    expected = model(IDS)
+    def note(logits, targets):
+        assert logits.dtype == torch.bfloat16
+        return to_litgpt(logits, targets)
+
+    to_litgpt = loss_of_logits(cross_entropy, precision)
+    loss, expected = handover.wrap(note), model(IDS)
     with handover.installed(model, strategy):
         assert model(IDS).dtype == torch.float32
         handover.expect_batch()
-        logits = model(IDS)
-        assert logits.dtype == torch.bfloat16
+        left = model(IDS)
+        assert not isinstance(left, torch.Tensor)
         assert model(IDS).dtype == torch.float32
-        loss(logits, IDS)
+        loss(left, IDS)
         handover.expect_batch()
         with torch.no_grad():
             assert model(IDS).dtype == torch.float32
@@ -73,6 +78,19 @@ def test_only_the_loop_gets_logits_in_16_bits():
         assert model(IDS).dtype == torch.float32
     assert torch.equal(seen[0], expected)
     assert model(IDS).dtype == torch.float32
+
+
+def test_the_loop_holds_no_logits():
+    """Its variable for them lives until the next batch has some, when there would be two of them."""
+    handover, model, strategy = set_up(False, MixedPrecision("bf16-mixed", "cpu"))
+    loss = handover.wrap(lambda logits, targets: made.append(weakref.ref(logits)) or logits.sum())
+    made = []
+    with handover.installed(model, strategy):
+        handover.expect_batch()
+        logits = model(IDS)
+        value = loss(logits, IDS)
+        assert value.requires_grad and logits is not None
+        assert made[0]() is None
 
 
 def test_an_error_in_the_model_leaves_fabric_as_it_was():
