@@ -1,9 +1,9 @@
 """The mean cross-entropy of logits, on a GPU in three launches and without a copy of them.
 
-LitGPT computes it in chunks of 128 tokens from float32 logits. On a GPU these are some six launches for each chunk,
-and for the logits of bfloat16 training some 50 bytes of traffic for each, of which there are more than of anything
-else: for a small model with a large vocabulary that is most of a step. Here each logit is read once forward, in the 16
-bits that the output head wrote, and once backward, when its gradient takes its place: 6 bytes.
+LitGPT computes it in chunks of 128 tokens from float32 logits. On a GPU these are some five launches for each chunk,
+and 44 bytes of traffic for each logit of bfloat16 training, of which there are more than of anything else: for a small
+model with a large vocabulary that is most of a step. Here each logit is read once forward, in the 16 bits that the
+output head wrote, and once backward, when its gradient takes its place: 6 bytes.
 
 Shape legend: T tokens, V vocabulary.
 """

@@ -15,7 +15,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from litgpt_moe_ext.loss import cross_entropy_kernels as kernels
 from litgpt_moe_ext.loss import linear
 from litgpt_moe_ext.loss.cross_entropy import mean_cross_entropy
+from litgpt_moe_ext.training.steps import half_logits
 from litgpt_moe_ext.training.steps.half_logits import loss_of_logits
+from tests.runs import logged, train
 
 EXAMPLES = int(os.environ.get("TRITON_EXAMPLES", "3"))
 # Of gradients; the interpreter cuts bfloat16 off where a card rounds.
@@ -180,3 +182,33 @@ def test_in_the_loop(dtype):
     logits, targets = torch.randn(2, 9, 40).to(dtype), torch.randint(40, (2, 9))
     expected = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
     torch.testing.assert_close(loss(logits, targets), expected)
+
+
+@pytest.mark.parametrize(
+    ("precision", "packing"),
+    [
+        ("bf16-mixed", "pad"),
+        *(pytest.param(precision, "stream", marks=pytest.mark.slow) for precision in ("bf16-mixed", "16-mixed")),
+    ],
+)
+def test_a_run(recipe, monkeypatch, tmp_path, precision, packing):
+    """LitGPT's loop hands over 16-bit logits, and trains as with the loss of LitGPT's that it has on a CPU."""
+    types = []
+
+    def noted(logits, targets):
+        types.append(logits.dtype)
+        return mean_cross_entropy(logits, targets)
+
+    monkeypatch.setattr(half_logits, "mean_cross_entropy", noted)
+    file = recipe(precision=precision, model_config={"router_z_loss_coef": 0.01}, train={"max_tokens": 2 * 128})
+    kernels_used = {}
+    for name, works in (("ours", True), ("litgpts", False)):
+        monkeypatch.setattr(half_logits, "has_kernel", lambda *_, works=works: works)
+        arguments = ("--config", file, "--out_dir", tmp_path / name, "--data.init_args.packing", packing)
+        assert train(*arguments) == 0
+        kernels_used[name] = len(types)
+    assert set(types) == {torch.bfloat16 if precision == "bf16-mixed" else torch.float16, torch.float32}
+    assert kernels_used["litgpts"] == kernels_used["ours"] > 2
+    for column in ("loss", "val_loss", "grad_norm"):
+        ours, theirs = ([float(value) for value in logged(tmp_path / name, column)] for name in kernels_used)
+        assert ours == pytest.approx(theirs, rel=2e-2 if column == "grad_norm" else 2e-3)

@@ -1,10 +1,14 @@
 """The Triton kernels for the loss without a card: compiled, counted, and where they are used."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from litgpt.utils import chunked_cross_entropy
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from litgpt_moe_ext.kernels import launch
@@ -13,6 +17,7 @@ from litgpt_moe_ext.loss import cross_entropy
 pytest.importorskip("triton")
 
 from litgpt_moe_ext.loss import cross_entropy_kernels as kernels
+from tests.moe.test_launches import Launches
 from tests.moe.test_triton_compiles import AMD_CHIPS, CAPABILITIES, Compiler, compiler_for_amd
 
 
@@ -88,10 +93,44 @@ def test_launches_of_a_loss_and_its_gradient(monkeypatch: pytest.MonkeyPatch) ->
     names = []
     monkeypatch.setattr(kernels, "launch", lambda kernel, *_: names.append(kernel.fn.__name__))
     logits, targets = torch.empty(3, 5, requires_grad=True), torch.zeros(3, dtype=torch.long)
-    from tests.moe.test_launches import Launches
-
     with Launches() as launches:
         loss = cross_entropy.mean_cross_entropy(logits, targets)
         torch.autograd.grad(loss, logits, torch.empty(()))
     assert names == ["_lose", "_add_up", "_differentiate"]
     assert launches.names == []
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that operators of torch read and write, of tensors with a row for each token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name.startswith("nll_loss"):  # which looks at one number of a row, and writes a row of zeros backward
+            args = ()
+        if name not in ("view", "detach", "split", "empty", "alias", "_unsafe_view"):
+            self.total += sum(x.nbytes for x in tree_leaves((args, result)) if isinstance(x, Tensor) and x.ndim == 2)
+        return result
+
+
+def test_traffic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes for each logit of bfloat16 training in both passes, as `benchmarks/RESULTS.md` has them."""
+    T, V = 256, 1000
+    logits, targets = torch.randn(T, V, dtype=torch.bfloat16, requires_grad=True), torch.randint(V, (T,))
+    with Traffic() as litgpts:
+        chunked_cross_entropy(logits.float(), targets).backward()
+    assert litgpts.total == 44 * T * V
+
+    ours = 0
+
+    def launched(kernel: Any, grid: tuple[int, ...], arguments: tuple, *_: int) -> None:
+        nonlocal ours
+        ours += sum(x.nbytes for x in tree_leaves(arguments) if isinstance(x, Tensor) and x.ndim == 2)
+
+    monkeypatch.setattr(kernels, "launch", launched)
+    cross_entropy.mean_cross_entropy(logits, targets).backward()
+    assert ours == 6 * T * V

@@ -5,8 +5,8 @@
 Memory is that of one process. Weights, gradients and AdamW's two moments take 16 bytes a parameter in float32, and
 mixed precision adds copies of 2 bytes; bf16-true takes 8. What a layer keeps for the backward pass is counted, not
 guessed: two small models of the recipe's width run forward on a CPU and their saved tensors are added up. The output
-head keeps 8 bytes per token and entry of the vocabulary (logits, their float32 log-softmax, their gradient), or nothing
-where it is fused with the loss. Fragmentation and the libraries' own memory come on top.
+head keeps the logits, whose place their gradient takes: 2 bytes per token and entry of the vocabulary, 4 in float32, or
+nothing where it is fused with the loss. Fragmentation and the libraries' own memory come on top.
 
 Work is 6 FLOP per token and active parameter that multiplies (a table of embeddings does not), and 6 * n_layer * T * C
 for attention to T / 2 earlier tokens on average.
@@ -91,7 +91,9 @@ def costs(values: dict[str, Any]) -> Costs:
     layers = config.n_layer * kept_per_token(config, mode)
     if mode != "none":  # what one layer computes again is there while its gradients are computed
         layers += kept_per_token(config, "none")
-    head = 0 if values["fused_cross_entropy"] else 8 * config.padded_vocab_size
+    # The gradient of the logits takes their place.
+    logit = 4 if values["precision"] == "32-true" else 2
+    head = 0 if values["fused_cross_entropy"] else logit * config.padded_vocab_size
     activations = train.micro_batch_size * (train.max_seq_length or config.block_size) * (layers + head)
     bytes_per_parameter = {"bf16-true": 8, "32-true": 16}.get(values["precision"], 18)
     state = size_of(values).total * bytes_per_parameter
