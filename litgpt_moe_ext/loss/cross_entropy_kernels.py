@@ -128,8 +128,8 @@ def _lose(logits, targets, losses, normalizers, FORM: constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def _add_up(losses, targets, mean, share, T):
-    total_R = tl.zeros([_BLOCK], tl.float32)
-    count_R = tl.zeros([_BLOCK], tl.int32)
+    total_R = tl.full((_BLOCK,), 0.0, tl.float32)
+    count_R = tl.full((_BLOCK,), 0, tl.int32)
     for first in range(0, T, _BLOCK):
         row_R = first + tl.arange(0, _BLOCK)
         total_R += tl.load(losses + row_R, mask=row_R < T, other=0.0)
@@ -146,7 +146,7 @@ def _differentiate(logits, targets, normalizers, factors, out, FORM: constexpr):
     target = tl.load(targets + row)
     column_C = block * FORM.columns + tl.arange(0, FORM.columns)
     inside_C = column_C < logits.width
-    gradient_C = tl.zeros([FORM.columns], tl.float32)
+    gradient_C = tl.full((FORM.columns,), 0.0, tl.float32)
     if target != _IGNORED:
         x_C = tl.load(logits.data + row.to(tl.int64) * logits.stride + column_C, mask=inside_C, other=0.0)
         share_C = tl.exp(x_C.to(tl.float32) - tl.load(normalizers + row))
