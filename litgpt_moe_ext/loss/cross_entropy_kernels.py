@@ -1,9 +1,9 @@
 """Cross-entropy of logits in Triton, and their gradients.
 
-A program reads a row of logits in blocks and keeps the largest so far and the sum of exponentials below it. Another
-program adds up the rows, always in the same order. Arithmetic is float32.
+A program reads a row of logits in blocks. Of each part of a block it keeps the largest logit so far, and the sum of
+exponentials below it. Another program adds up the rows, always in the same order. Arithmetic is float32.
 
-Shape legend: T tokens, V vocabulary, C columns of a block, R rows of a block.
+Shape legend: T tokens, V vocabulary, C columns of a block, P its parts, N columns of a part, R rows of a block.
 """
 
 import functools
@@ -37,7 +37,9 @@ class _Logits(NamedTuple):
 
 
 class _Form(NamedTuple):
+    # Columns of a block, and of its parts.
     columns: int
+    part: int
 
 
 def mean_loss(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,7 +98,7 @@ def _logits(x_TV: Tensor) -> _Logits:
 
 @functools.cache
 def _form(width: int) -> _Form:
-    return _Form(min(max(power_of_two(width), 32 * _OF_A_THREAD), _COLUMNS))
+    return _Form(min(max(power_of_two(width), 32 * _OF_A_THREAD), _COLUMNS), _OF_A_THREAD)
 
 
 def _warps(form: _Form) -> int:
@@ -110,20 +112,28 @@ def _lose(logits, targets, losses, normalizers, FORM: constexpr):
     loss, normalizer = 0.0, 0.0
     if target != _IGNORED:
         x = logits.data + row.to(tl.int64) * logits.stride
-        largest, total = float("-inf"), 0.0
+        # Each part of a block has a sum of its own, so that no thread waits for others before the end.
+        at_PN = tl.arange(0, FORM.columns // FORM.part)[:, None] * FORM.part + tl.arange(0, FORM.part)[None, :]
+        largest_P = tl.full((FORM.columns // FORM.part,), float("-inf"), tl.float32)
+        total_P = tl.full((FORM.columns // FORM.part,), 0.0, tl.float32)
         for first in range(0, logits.width, FORM.columns):
-            column_C = first + tl.arange(0, FORM.columns)
-            x_C = tl.load(x + column_C, mask=column_C < logits.width, other=float("-inf")).to(tl.float32)
-            larger = tl.maximum(largest, tl.max(x_C, 0))
-            # Of logits that are all -inf nothing is subtracted, which would be no number.
-            below = tl.where(larger == float("-inf"), 0.0, larger)
-            total = total * tl.exp(largest - below) + tl.sum(tl.exp(x_C - below), 0)
-            largest = larger
-        normalizer = largest + tl.log(total)
+            x_PN = tl.load(x + first + at_PN, mask=first + at_PN < logits.width, other=float("-inf")).to(tl.float32)
+            larger_P = tl.maximum(largest_P, tl.max(x_PN, 1))
+            below_P = _finite(larger_P)
+            total_P = total_P * tl.exp(largest_P - below_P) + tl.sum(tl.exp(x_PN - below_P[:, None]), 1)
+            largest_P = larger_P
+        largest = tl.max(largest_P, 0)
+        normalizer = largest + tl.log(tl.sum(total_P * tl.exp(largest_P - _finite(largest)), 0))
         among = (target >= 0) & (target < logits.width)
         loss = normalizer - tl.load(x + target, mask=among, other=float("nan")).to(tl.float32)
     tl.store(losses + row, loss)
     tl.store(normalizers + row, normalizer)
+
+
+@triton.jit
+def _finite(largest):
+    # What is subtracted before the exponential: of logits that are all -inf nothing, since that would be no number.
+    return tl.where(largest == float("-inf"), 0.0, largest)
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -43,6 +43,10 @@ def test_they_compile_for_a_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         ptx = kernel.asm["ptx"]
         assert not read or "ld.global.v4.b32" in ptx, name
         assert not written or "st.global.v4.b32" in ptx, name
+    # In the loop over a row no thread waits for others.
+    loop = compiler.kernels[0][1].asm["ptx"].partition("ld.global.v4")[2].partition("bra")[0]
+    assert "ex2.approx" in loop
+    assert "bar.sync" not in loop
 
 
 @pytest.mark.slow
