@@ -322,6 +322,15 @@ def test_metrics_by_hand():
         assert metrics[f"moe/{name}"] == pytest.approx(value, rel=1e-5)
 
 
+def test_layers_without_a_number_are_counted():
+    layers = torch.nn.ModuleDict({"first": make_moe(), "second": make_moe()})
+    sum(moe(torch.randn(2, 7, 16)).sum() for moe in layers.values()).backward()
+    torch.optim.SGD(layers.parameters(), lr=0.0).step()
+    metrics = load_metrics(layers)
+    for i, moe in enumerate(layers.values()):
+        assert metrics[f"moe_load_{i:02}/expert_00"] == pytest.approx(moe.gate.load_E[0].item() / (28 / 8))
+
+
 @pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
 def test_entropy_is_that_of_a_token_however_many_experts_it_visits(score_function):
     moe = make_moe(router_score_function=score_function)
