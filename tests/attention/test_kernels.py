@@ -307,17 +307,41 @@ def test_choice_by_card() -> None:
 @pytest.mark.parametrize(
     ("module", "name", "found", "reason"),
     [
-        (torch.backends.cuda, "cudnn_sdp_enabled", False, "enable_cudnn_sdp has switched it off"),
         (torch.backends.cudnn, "version", 91500, "it needs cuDNN 9.15.1, this is 91500"),
         (torch.backends.cudnn, "is_available", False, "built without cuDNN"),
     ],
 )
 def test_cudnn_where_torch_would_not_choose_it(monkeypatch, module, name, found, reason) -> None:
-    """Older versions than torch trusts, and a user who has switched it off."""
+    """Older versions than torch trusts."""
     monkeypatch.setattr(module, name, lambda: found)
     assert on_card((9, 0), "gradient") == on_card((10, 0)) == "flash"
     with pytest.raises(ValueError, match=reason):
         on_card((9, 0), forced="cudnn")
+
+
+@pytest.mark.usefixtures("_torch_has_all")
+@pytest.mark.parametrize(
+    ("name", "card", "dtype", "kernel", "instead"),
+    [
+        ("cudnn", (9, 0), "bfloat16", "cudnn", "flash"),
+        ("flash", (8, 6), "bfloat16", "flash", "cudnn"),
+        ("mem_efficient", (8, 6), "float32", "efficient", "eager"),
+    ],
+)
+def test_what_a_user_has_switched_off(monkeypatch, name, card, dtype, kernel, instead) -> None:
+    """As `F.scaled_dot_product_attention` takes it, at any time: to go around a fault of a kernel."""
+    assert on_card(card, "gradient", dtype=dtype) == kernel
+    monkeypatch.setattr(torch.backends.cuda, f"{name}_sdp_enabled", lambda: False)
+    assert on_card(card, "gradient", dtype=dtype) == instead
+    with pytest.raises(ValueError, match=f"torch.backends.cuda.enable_{name}_sdp has switched it off"):
+        on_card(card, "gradient", dtype=dtype, forced=kernel)
+
+
+def test_flash_attention_is_switched_off_on_cpus() -> None:
+    q = torch.randn(1, 2, 8, 16)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert choose_kernel(q, q, q) == "eager"
+    assert choose_kernel(q, q, q) == "flash_cpu"
 
 
 @pytest.mark.usefixtures("_torch_has_all")

@@ -132,6 +132,8 @@ def obstacle(kernel: AttentionKernel, workload: Workload) -> str | None:
     sizes, size = kernel.head_sizes, workload.head_size
     if size > sizes.largest or size % sizes.multiple_of:
         return f"its head size must be a multiple of {sizes.multiple_of} up to {sizes.largest}, this is {size}"
+    if kernel.switch is not None and not getattr(torch.backends.cuda, f"{kernel.switch}_sdp_enabled")():
+        return f"torch.backends.cuda.enable_{kernel.switch}_sdp has switched it off"
     return kernel.refuses(workload) or _missing(kernel.name)
 
 

@@ -80,6 +80,8 @@ class AttentionKernel:
         preferred_on: Majors of the compute capability on which it precedes all other kernels for attention without
             mask, window, documents and dropout.
         automatic: Whether it is chosen without being named by `attention_backend`.
+        switch: Name of torch's switch for it, which `F.scaled_dot_product_attention` heeds and its operators do not: it
+            is off after `torch.backends.cuda.enable_{switch}_sdp(False)`, on CPUs too.
         missing: Says what the machine or the installation lacks for it, or None.
         refuses: Says why it cannot compute a workload that everything above allows, or None.
         library: Module whose import creates operators without a FLOP formula in torch; the kernel's module then has a
@@ -95,6 +97,7 @@ class AttentionKernel:
     abilities: frozenset[Ability] = frozenset()
     preferred_on: tuple[int, ...] = ()
     automatic: bool = True
+    switch: str | None = None
     missing: Callable[[], str | None] = lambda: None
     refuses: Callable[[Workload], str | None] = lambda workload: None
     library: str | None = None
@@ -137,9 +140,7 @@ def _lacks_cudnn() -> str | None:
 
     if not torch.backends.cudnn.is_available():
         return "this PyTorch was built without cuDNN"
-    # The rules of torch's own choice, which a direct call of the operator goes around. Users switch it off as well.
-    if not torch.backends.cuda.cudnn_sdp_enabled():
-        return "torch.backends.cuda.enable_cudnn_sdp has switched it off"
+    # A rule of torch's own choice, which a direct call of the operator goes around.
     version = torch.backends.cudnn.version() or 0
     if version <= _CUDNN_9_15_0:
         return (
@@ -240,6 +241,7 @@ for _kernel in (
         device="cpu",
         dtypes=dict.fromkeys(_DTYPES, (0, 0)),
         abilities=frozenset({"mask", "gradient"}),
+        switch="flash",
     ),
     AttentionKernel(
         name="flash_attn",
@@ -259,6 +261,7 @@ for _kernel in (
         dtypes=_HALF,
         head_sizes=HeadSizes(multiple_of=8, largest=256),
         abilities=frozenset({"window", "documents", "dropout", "gradient"}),
+        switch="flash",
         missing=_lacks_flash,
         refuses=_refuses_wide_heads,
     ),
@@ -271,6 +274,7 @@ for _kernel in (
         dtypes=dict.fromkeys(("float16", "bfloat16"), (0, 0)),
         head_sizes=HeadSizes(multiple_of=8, largest=256),
         abilities=frozenset({"dropout", "gradient"}),
+        switch="flash",
         missing=_lacks_aotriton,
     ),
     AttentionKernel(
@@ -292,6 +296,7 @@ for _kernel in (
         abilities=frozenset({"dropout", "gradient"}),
         # As fast as `F.scaled_dot_product_attention` on an H200; the flash kernels above were written for Ampere.
         preferred_on=(9, 10),
+        switch="cudnn",
         missing=_lacks_cudnn,
     ),
     AttentionKernel(
@@ -301,6 +306,7 @@ for _kernel in (
         dtypes={"float32": (5, 0), "float16": (5, 0), "bfloat16": (8, 0)},
         head_sizes=HeadSizes(multiple_of=8, largest=1024),
         abilities=frozenset({"dropout", "gradient"}),
+        switch="mem_efficient",
     ),
     AttentionKernel(
         name=EAGER,
