@@ -66,7 +66,7 @@ def attention_config(**changes: Any) -> Config:
 
 
 def randomize(module: torch.nn.Module, std: float = 0.5) -> torch.nn.Module:
-    """Fill all parameters with normal random numbers (their memory is uninitialised before)."""
+    """Fill all parameters with normal random numbers."""
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=std)
     return module

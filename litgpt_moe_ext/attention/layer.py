@@ -62,6 +62,7 @@ class SinkAttention(CausalSelfAttention):
         self.mscale = 1.0
         sinks = nn.Parameter(torch.zeros(config.n_head)) if has_sinks(config, block_idx) else None
         self.register_parameter("sinks", sinks)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Set the sinks to `attention_sink_init`. The projections reset themselves."""

@@ -1,5 +1,6 @@
 """LitGPT's commands that meet a checkpoint of the plugin: one does its work, the others say why they cannot."""
 
+import inspect
 import sys
 from collections.abc import Iterator
 from functools import wraps
@@ -80,20 +81,42 @@ def require_weights_alone(module: Any) -> None:
 
     @wraps(original)
     def main(checkpoint_dir: Path, *args: Any, **kwargs: Any) -> None:
-        from litgpt.utils import extend_checkpoint_dir
-
-        from litgpt_moe_ext.files.archives import open_archive
-
-        file = extend_checkpoint_dir(Path(checkpoint_dir)) / _WEIGHTS
-        if file.is_file() and "model" in open_archive(file, "checkpoint_dir"):
-            raise SettingsError(
-                f"checkpoint_dir: {str(checkpoint_dir)!r} is a training checkpoint, of which this command takes the "
-                f"weights alone; write them with `litgpt convert_pretrained_checkpoint {checkpoint_dir} OUTPUT_DIR`, "
-                "or use litgpt generate, which takes both"
-            )
+        _refuse_training_checkpoint("checkpoint_dir", checkpoint_dir, "litgpt generate")
         original(checkpoint_dir, *args, **kwargs)
 
     module.main = main
+
+
+def require_weights_to_start(pretrain: Any) -> None:
+    """Do the same where plain `litgpt pretrain` starts from weights; this package's training finds them in both."""
+    original = pretrain.main
+    signature = inspect.signature(original)
+
+    @wraps(original)
+    def main(*args: Any, **kwargs: Any) -> Any:
+        from lightning import Fabric
+
+        given = signature.bind(*args, **kwargs).arguments
+        checkpoint_dir = given.get("initial_checkpoint_dir")
+        if checkpoint_dir and type(given["fabric"]).load_raw is Fabric.load_raw:
+            _refuse_training_checkpoint("initial_checkpoint_dir", checkpoint_dir, "litgpt-moe train")
+        return original(*args, **kwargs)
+
+    pretrain.main = main
+
+
+def _refuse_training_checkpoint(setting: str, checkpoint_dir: Path, instead: str) -> None:
+    from litgpt.utils import extend_checkpoint_dir
+
+    from litgpt_moe_ext.files.archives import open_archive
+
+    file = extend_checkpoint_dir(Path(checkpoint_dir)) / _WEIGHTS
+    if file.is_file() and "model" in open_archive(file, setting):
+        raise SettingsError(
+            f"{setting}: {str(checkpoint_dir)!r} is a training checkpoint, of which this command takes the weights "
+            f"alone; write them with `litgpt convert_pretrained_checkpoint {checkpoint_dir} OUTPUT_DIR`, or use "
+            f"{instead}, which takes both"
+        )
 
 
 def name_checkpoints(utils: Any) -> None:

@@ -181,6 +181,10 @@ SEAMS = (
         for module in ("litgpt.generate.tp", "litgpt.generate.sequentially")
     ),
     Seam(
+        "litgpt.pretrain", "main", "wrap", "Ends with one line at a training checkpoint to start from.",
+        "LitGPT finds the weights in one", commands.require_weights_to_start,
+    ),
+    Seam(
         "litgpt.generate.tp", "main", "wrap", "Says which layers it cannot divide, before it loads them.",
         "LitGPT divides them", commands.refuse_division_first,
     ),

@@ -103,6 +103,9 @@ class MoE(nn.Module):
             self.shared_experts = FeedForward(config, width)
             if config.shared_expert_gate:
                 self.shared_expert_gate = nn.Linear(config.n_embd, 1, bias=False)
+        # As torch's layers do; not by the classes themselves, whose subclasses are still to add parameters.
+        self.gate.reset_parameters()
+        self.experts.reset_parameters()
 
     def forward(self, x_BTD: Tensor, real_BT: Tensor | None = None, ids: TokenIds | None = None) -> Tensor:
         """Return the layer's output, (B, T, D) in the dtype of `x_BTD` or that of autocast.

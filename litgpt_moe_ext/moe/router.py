@@ -161,17 +161,21 @@ class Router(nn.Module):
         self.record: Tensor | None = None
         # `expert_backend: loop` asks for torch's operators only.
         self.own_kernels = getattr(config, "expert_backend", None) != "loop"
+        self._foreign_losses = {name for name, loss in self._loss_functions.items() if loss.__module__ != _LOSSES}
         # The kernels know the package's own losses.
         self._fusible = (
             self.own_kernels
             and set(self.loss_names) <= {*_FUSED_LOSSES, _WEIGHT_LOSS}
-            and all(function.__module__ == _LOSSES for function in self._loss_functions.values())
+            and not self._foreign_losses
             and type(self).auxiliary_loss is Router.auxiliary_loss
             and self.n_expert <= fused_router.MOST_EXPERTS
         )
         # The choices of routers from other packages are checked: with wrong shapes, kernels would read out of bounds.
         self._is_ours = type(self).__module__.startswith("litgpt_moe_ext.")
         watch(self)
+
+    def reset_parameters(self) -> None:
+        """Initialise the weights, of which a router that does not learn has none."""
 
     def forward(
         self, x_TD: Tensor, n_sequence: int = 1, real_T: Tensor | None = None, ids: TokenIds | None = None
@@ -274,7 +278,8 @@ class Router(nn.Module):
             real_T: As in `forward`.
 
         Raises:
-            ValueError: If there is padding, and the loss looks at sequences but not at padding.
+            ValueError: If there is padding, and the loss looks at sequences but not at padding; or if a loss of an
+                extension returns something else than a number.
         """
         loss = LOSSES[name]
         if real_T is not None and "real_T" not in loss.inputs:
@@ -293,7 +298,10 @@ class Router(nn.Module):
                 return real_T
             return getattr(choice if hasattr(choice, name) else self, name)
 
-        return self._loss_functions[name](*(value_of(name) for name in loss.inputs))
+        value = self._loss_functions[name](*(value_of(name) for name in loss.inputs))
+        if name in self._foreign_losses:
+            _check_loss(name, value)
+        return value
 
     @property
     def load_E(self) -> Tensor | None:  # noqa: N802
@@ -339,6 +347,13 @@ class Router(nn.Module):
 def _tokens(x_TD: Tensor, ids: TokenIds | None) -> tuple[Any, ...]:
     # Routers that need no ids take none.
     return (x_TD,) if ids is None else (x_TD, ids)
+
+
+def _check_loss(name: str, value: Any) -> None:
+    if isinstance(value, Tensor) and not value.dim() and value.is_floating_point():
+        return
+    returned = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    raise ValueError(f"{loss_field(name)}: its loss returns {returned}; it must return a floating tensor of shape ()")
 
 
 class _StepLoss(NamedTuple):

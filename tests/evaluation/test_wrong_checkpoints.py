@@ -1,14 +1,18 @@
 """What LitGPT's own commands say about a path that is no checkpoint: one line, with the checkpoint that is meant."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import lightning
 import litgpt.chat.base
 import litgpt.eval.evaluate
 import litgpt.generate.base
 import litgpt.generate.sequentially
 import litgpt.generate.tp
+import litgpt.pretrain
 import litgpt.scripts.convert_lit_checkpoint
 import litgpt.scripts.convert_pretrained_checkpoint
 import pytest
@@ -17,7 +21,7 @@ from litgpt import LLM
 from litgpt.utils import save_config
 
 from litgpt_moe_ext.errors import SettingsError
-from tests.models import moe_config
+from tests.models import dense_config, moe_config
 
 COMMANDS = {
     "generate": litgpt.generate.base.main,
@@ -85,6 +89,21 @@ def test_a_training_checkpoint_is_no_weights_alone(command: Callable):
     assert str(refused.value) == (
         "checkpoint_dir: 'final' is a training checkpoint, of which this command takes the weights alone; write them "
         "with `litgpt convert_pretrained_checkpoint final OUTPUT_DIR`, or use litgpt generate, which takes both"
+    )
+
+
+def test_a_training_checkpoint_is_no_weights_to_start_from(monkeypatch):
+    """But for this package's training, whose fabric finds them in it."""
+    Path("final").mkdir()
+    torch.save({"model": {}, "iter_num": 1}, "final/lit_model.pth")
+    given = dict.fromkeys(inspect.signature(litgpt.pretrain.main).parameters)
+    given |= {"fabric": lightning.Fabric(accelerator="cpu", devices=1), "initial_checkpoint_dir": Path("final")}
+    with pytest.raises(SettingsError) as refused:
+        litgpt.pretrain.main(**given | {"config": dense_config(), "data": SimpleNamespace()})
+    assert str(refused.value) == (
+        "initial_checkpoint_dir: 'final' is a training checkpoint, of which this command takes the weights alone; "
+        "write them with `litgpt convert_pretrained_checkpoint final OUTPUT_DIR`, or use litgpt-moe train, which takes "
+        "both"
     )
 
 

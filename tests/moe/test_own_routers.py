@@ -1,5 +1,7 @@
 """Routers, losses and activations of other packages that are none: said where they are registered, or first used."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,7 @@ from litgpt_moe_ext import extend
 from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.extend import ActivationType, Field, Loss, RouterType
 from litgpt_moe_ext.field_types import PositiveFloat
-from litgpt_moe_ext.moe.learned_routers import LearnedRouter
+from litgpt_moe_ext.moe.learned_routers import LearnedRouter, TopKRouter
 from litgpt_moe_ext.moe.registry import ACTIVATIONS, LOSSES, ROUTERS
 from litgpt_moe_ext.moe.router import Choice
 from tests.models import moe_config
@@ -73,3 +75,23 @@ def test_what_is_no_choice(returned, message, monkeypatch):
     monkeypatch.setattr(Own, "returned", staticmethod(returned))
     with pytest.raises((TypeError, ValueError), match=message):
         router(x_TD)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda p_TE: p_TE.mean(0), r"^router_z_loss_coef: its loss returns torch.float32 of shape \(8,\); it must"),
+        (lambda p_TE: 1.0, "returns float; it must"),
+        (
+            lambda p_TE: torch.tensor(1),
+            r"returns torch.int64 of shape \(\); it must return a floating tensor of shape \(\)",
+        ),
+    ],
+)
+def test_what_is_no_loss(returned, message, monkeypatch):
+    for function, expected in ((lambda p_TE: p_TE.square().sum(), None), (returned, message)):
+        monkeypatch.setitem(LOSSES, "z_loss", Loss(function, ("probabilities_TE",), "one of somebody else"))
+        router, x_TD = TopKRouter(moe_config(router_z_loss_coef=0.1)), torch.randn(5, 16)
+        router.reset_parameters()
+        with pytest.raises(ValueError, match=expected) if expected else contextlib.nullcontext():
+            router(x_TD)
