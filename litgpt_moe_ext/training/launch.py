@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,7 +21,7 @@ from litgpt_moe_ext.training.checkpoint import store as checkpoints
 from litgpt_moe_ext.training.checks import check_batch, strategy_note
 from litgpt_moe_ext.training.control import Deadline
 from litgpt_moe_ext.training.fabric import TrainingFabric
-from litgpt_moe_ext.training.logs import TRANSCRIPT_FILE
+from litgpt_moe_ext.training.logs import TRANSCRIPT_FILE, wandb_run
 from litgpt_moe_ext.training.logs.metrics import MetricsTable, WideTable
 from litgpt_moe_ext.training.parallel import topology
 from litgpt_moe_ext.training.parallel.accelerator import accelerator_here, default_precision
@@ -87,10 +87,12 @@ def launch(plan: Plan) -> Iterator[Launched]:
         stack.callback(lock.release)
         _take(lock, launched)
         earlier = _run_of_wandb()
-        logger = _make_logger(plan, launched.fabric.print)
+        logger = _make_logger(launched)
         stack.push(lambda kind, *_: _finish(logger, plan, "success" if kind is None else "failed", earlier))
         launched.fabric.add_logger(logger)
         if launched.fabric.is_global_zero:
+            if settings.logger_name == "wandb":
+                launched.fabric.add_callback(wandb_run.WandbRun(logger))
             wide = logger if isinstance(logger, WideTable) else None
             launched.fabric.add_callback(MetricsTable(plan.out_dir, plan.tokens_per_step, wide, launched.fabric.print))
         stack.push(lambda _kind, error, _trace: reporter.close(launched.fabric.step, error))
@@ -162,18 +164,20 @@ def _take(lock: ProcessLock, launched: Launched) -> None:
     fabric.barrier()
 
 
-def _make_logger(plan: Plan, say: Callable[[str], None]) -> Logger:
+def _make_logger(launched: Launched) -> Logger:
+    plan, fabric = launched.plan, launched.fabric
     settings, name = plan.settings, plan.settings.logger_name
     if name == "csv":
-        return WideTable(plan.out_dir, say)
+        return WideTable(plan.out_dir, fabric.print)
     # To see what the terminal shows, litlogger would start the command a second time, in the middle of the first.
     log_args = asdict(settings.log) | {"save_logs": False}
     try:
+        own = wandb_run.options(settings.resume, plan.out_dir) if name == "wandb" and fabric.is_global_zero else {}
         logger = choose_logger(
             name,
             plan.out_dir,
             name=f"pretrain-{plan.config.name}",
-            resume=bool(settings.resume),
+            **own,
             log_interval=plan.train.log_interval,
             log_args=log_args,
         )

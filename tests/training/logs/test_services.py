@@ -8,6 +8,7 @@ import pytest
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.training.checkpoint.writer import CheckpointWriter
 from litgpt_moe_ext.training.control import TrainingStopped
+from litgpt_moe_ext.training.logs.wandb_run import options, run_of_checkpoint
 
 
 class Service:
@@ -116,3 +117,58 @@ def test_wandb_is_told_whether_a_run_failed(recipe, monkeypatch, ends):
         monkeypatch.setattr(CheckpointWriter, "save_checkpoint", Mock(side_effect=TrainingStopped("no")))
     assert main(["--config", str(recipe(train={"max_tokens": 128})), "--logger_name", "wandb"]) == int(not ends)
     assert codes == [int(not ends)]
+
+
+@pytest.fixture
+def runs_of_wandb(monkeypatch):
+    """With what W&B is asked for each run, and which one it makes of it."""
+    import wandb
+
+    init, seen = wandb.init, []
+
+    def ask(**asked):
+        run = init(mode="disabled", id=asked["id"])
+        seen.append((asked["resume"], asked["id"], run.id))
+        return run
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(wandb, "run", None)
+    monkeypatch.setattr(wandb, "init", ask)
+    monkeypatch.setattr(wandb, "setup", lambda: Mock(settings=Mock(mode="online")))
+    return seen
+
+
+def test_a_resumed_training_goes_on_in_its_run_of_wandb(recipe, tmp_path, runs_of_wandb):
+    """And no other one does, which is started in the same place: with resume=True W&B would take whatever is open."""
+    train = ["--logger_name", "wandb", "--resume", "auto", "--config"]
+    short, longer = ({"max_tokens": steps * 128} for steps in (2, 4))
+    assert main([*train, str(recipe(train=short))]) == 0
+    assert main([*train, str(recipe(train=short, out_dir=str(tmp_path / "other")))]) == 0
+    assert main([*train, str(recipe(train=longer))]) == 0
+    assert main([*train[:2], "--config", str(recipe(train=longer)), "--resume", str(tmp_path / "other")]) == 0
+    (_, _, first), (_, _, other), *_ = runs_of_wandb
+    assert [asked for *asked, _ in runs_of_wandb] == [
+        ["allow", None],
+        ["allow", None],
+        ["allow", first],
+        ["allow", other],
+    ]
+    assert first != other
+
+
+@pytest.mark.parametrize("reason", ["offline", "named", "damaged"])
+def test_a_run_of_wandb_that_cannot_go_on(recipe, tmp_path, runs_of_wandb, monkeypatch, reason):
+    """It would lose steps when it is sent, is another's choice, or was never a name."""
+    import wandb
+
+    arguments = ["--config", str(recipe(train={"max_tokens": 128})), "--logger_name", "wandb", "--resume", "auto"]
+    assert main(arguments) == 0
+    if reason == "offline":
+        monkeypatch.setattr(wandb, "setup", lambda: Mock(settings=Mock(mode="offline")))
+    elif reason == "named":
+        monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    else:
+        for file in (tmp_path / "out").glob("*/wandb_run.txt"):
+            file.write_text("a/b")
+    assert run_of_checkpoint("auto", tmp_path / "out") == (None if reason == "damaged" else runs_of_wandb[0][2])
+    assert options("auto", tmp_path / "out").get("id") is None
