@@ -1,16 +1,12 @@
 """Where the runs of a study are trained: on which device each is, what it shares with others, and by which code."""
 
 import os
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from litgpt_moe_ext import __version__
 from litgpt_moe_ext.machine import count_cores
-
-_PACKAGE = Path(__file__).parents[1]
+from litgpt_moe_ext.software import software
 
 
 @dataclass(frozen=True)
@@ -65,8 +61,7 @@ class TrainedOn:
         from litgpt_moe_ext.training.parallel.accelerator import accelerator_here, default_precision
 
         device = torch.cuda.get_device_name(place % places.gpus) if places.gpus else "CPU"
-        software = f"litgpt_moe_ext {code_version()}, torch {torch.__version__}"
-        return cls(device, default_precision(accelerator_here()), places.together, software)
+        return cls(device, default_precision(accelerator_here()), places.together, software())
 
     @classmethod
     def read(cls, content: Mapping[str, Any], precision: str | None) -> "TrainedOn | None":
@@ -83,24 +78,3 @@ class TrainedOn:
         alone = "each run alone" if self.together == 1 else f"up to {self.together} runs at a time"
         what = "on a GPU" if self.device != "CPU" else "on a core"
         return f"{self.device}, {self.precision}, {alone} {what}"
-
-
-def code_version(package: Path = _PACKAGE) -> str:
-    """Return the version of this package, with its commit where git keeps it, as `0.1.0, commit 0123456789ab+changes`.
-
-    Args:
-        package: Its folder.
-    """
-    # Installed into an environment inside somebody's repository, it is not that repository's.
-    if not _git(package, "ls-files", "__init__.py"):
-        return __version__
-    changes = "+changes" if _git(package, "status", "--porcelain", "--", ".") else ""
-    return f"{__version__}, commit {_git(package, 'rev-parse', '--short=12', 'HEAD')}{changes}"
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (FileNotFoundError, subprocess.CalledProcessError):  # no git, or not a repository
-        return ""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import litgpt_moe_ext
 from litgpt_moe_ext.garbage import settled
+from litgpt_moe_ext.software import software
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.training.equip import Equipment
@@ -56,6 +57,8 @@ def run(settings: Settings) -> None:
         start, prepared = make_room(launched, start, prepared)
         if launched.fabric.is_global_zero:
             launched.reporter.transcript.open(plan.out_dir / TRANSCRIPT_FILE)
+            # Not for the terminal: what is asked for when a number is to be had again.
+            launched.reporter.transcript.line(f"Code: {software()}")
         announce(launched, start, equipment)
         outcome = train(launched, start, prepared, equipment)
         conclude(launched, prepared, outcome)

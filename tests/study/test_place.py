@@ -18,11 +18,12 @@ from litgpt_moe_ext import __version__
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.inspect.runs.logs import TOKENS, RunLog
 from litgpt_moe_ext.model_size import count_flops, count_parameters
+from litgpt_moe_ext.software import code_version
 from litgpt_moe_ext.study import launch, place
 from litgpt_moe_ext.study.file import load_study
 from litgpt_moe_ext.study.launch import Limits
 from litgpt_moe_ext.study.page import COLUMNS, grouped, rows, study_page, verdicts
-from litgpt_moe_ext.study.place import Places, TrainedOn, code_version
+from litgpt_moe_ext.study.place import Places, TrainedOn
 from litgpt_moe_ext.study.plan import BUDGET, Run, Study
 from litgpt_moe_ext.study.results import Result, csv_text, read_results
 from tests.models import moe_config
@@ -82,6 +83,7 @@ def test_the_commit_is_that_of_the_repository_that_tracks_the_package(tmp_path, 
     git("init", "-q")
     assert code_version(package) == __version__, "an installation in somebody's repository is not part of it"
     git("add", ".")
+    assert code_version(package) == __version__, "nothing is committed yet"
     git("commit", "-q", "-m", "first")
     commit = git("rev-parse", "HEAD").stdout[:12]
     (tmp_path / "notes.txt").touch()

@@ -26,6 +26,7 @@ from litgpt_moe_ext.cli.settings import annotations, litgpt_types, read_given, r
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.inspect.runs.logs import RunLog
+from litgpt_moe_ext.software import code_version
 from litgpt_moe_ext.study import launch
 from litgpt_moe_ext.study.analysis import (
     Interval,
@@ -40,7 +41,6 @@ from litgpt_moe_ext.study.figures import balance_figure, loss_figure, search_fig
 from litgpt_moe_ext.study.file import load_study
 from litgpt_moe_ext.study.launch import Limits
 from litgpt_moe_ext.study.page import COLUMNS, rows, study_page, verdicts
-from litgpt_moe_ext.study.place import code_version
 from litgpt_moe_ext.study.plan import BUDGET, Run, Study
 from litgpt_moe_ext.study.results import MAX_VIO, Result
 from litgpt_moe_ext.study.search import best_in_words, best_points

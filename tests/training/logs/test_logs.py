@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from litgpt_moe_ext.software import software
 from litgpt_moe_ext.training.logs import metrics
 from litgpt_moe_ext.training.logs.metrics import COLUMNS, MetricsTable, grouped
 from litgpt_moe_ext.training.logs.table import StepTable
@@ -48,6 +49,8 @@ def test_one_row_per_step_over_a_resume(recipe, tmp_path, capsys):
     printed = capsys.readouterr().out
     lines = (out / "train.log").read_text()
     assert printed[printed.index("tiny: ") :] in lines
+    assert f"\nCode: {software()}\n" in lines
+    assert "Code: " not in printed
     assert f"Numbers: {out / 'metrics.csv'}, lines: {out / 'train.log'}" in lines
 
     # As if the run had been killed after step 7, in the middle of a row.
@@ -64,7 +67,9 @@ def test_one_row_per_step_over_a_resume(recipe, tmp_path, capsys):
     assert [row["train_loss"] for row in again] == [row["train_loss"] for row in whole]
     times = [float(row["time"]) for row in again]
     assert times == sorted(times)
-    assert (out / "train.log").read_text().startswith(lines)
+    resumed = (out / "train.log").read_text().removeprefix(lines)
+    assert resumed != lines
+    assert resumed.count(f"Code: {software()}\n") == 1
 
 
 @pytest.mark.slow
