@@ -67,7 +67,12 @@ class Operator:
         self._tensors = {field for field, kind in call.__annotations__.items() if kind in (Tensor, Tensor | None)}
         self._function = lambda *args: function(call(*args))
         self._overload = define(name, call.__annotations__, n_result, self._function, lambda *args: fake(call(*args)))
-        self._differentiated: Any = None
+
+        def refuse(_ctx: Any, *_gradients: Tensor) -> None:
+            raise RuntimeError(f"{_NAMESPACE}::{name} has no gradient, so what uses it cannot be differentiated twice")
+
+        # Torch would warn, and take its result for a constant.
+        self._differentiated = self._with_gradient(lambda *_: None, refuse)
         if flops is not None:
             _FLOP_FORMULAS[self._overload.overloadpacket] = lambda *shapes, **_: flops(call(*shapes))
             if (flop_counter := sys.modules.get("torch.utils.flop_counter")) is not None:
@@ -79,8 +84,7 @@ class Operator:
             return self._overload(*args)
         if not torch.is_grad_enabled():
             return self._function(*args)
-        # An operator without gradient says so when it is asked for one; a function's result would pass for a constant.
-        return self._overload(*args) if self._differentiated is None else self._differentiated.apply(*args)
+        return self._differentiated.apply(*args)
 
     def set_gradient(self, backward: Callable[..., Any], unread: Collection[str] = ()) -> None:
         """Make it differentiable.
@@ -100,7 +104,9 @@ class Operator:
             ctx.places = len(inputs), tensors, others
 
         torch.library.register_autograd(f"{_NAMESPACE}::{self._name}", backward, setup_context=keep)
+        self._differentiated = self._with_gradient(keep, backward)
 
+    def _with_gradient(self, keep: Callable[..., None], backward: Callable[..., Any]) -> Any:
         def forward(ctx: Any, *args: Any) -> Any:
             # A function with a context of its own (`setup_context`) has its signature inspected at every call.
             output = self._function(*args)
@@ -108,7 +114,7 @@ class Operator:
             return output
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        self._differentiated = type(self._name, (torch.autograd.Function,), methods)
+        return type(self._name, (torch.autograd.Function,), methods)
 
 
 def operator(name: str, call: type, fake: Callable[[Any], Any], **options: Any) -> Callable[[Callable], Operator]:

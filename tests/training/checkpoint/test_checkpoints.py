@@ -391,6 +391,37 @@ def test_who_saves_remembers_where(tmp_path, monkeypatch):
     assert writer.last_saved == tmp_path / "step-00000004"
 
 
+def writer_of(out_dir: Path, on_save_error: str = "stop", resume_dir: Path | None = None) -> CheckpointWriter:
+    settings = SimpleNamespace(checkpoint=CheckpointArgs(on_save_error=on_save_error))
+    plan, fabric = SimpleNamespace(out_dir=out_dir, settings=settings), SimpleNamespace(state={}, print=print)
+    return CheckpointWriter(SimpleNamespace(plan=plan, fabric=fabric), None, print, resume_dir)
+
+
+def test_what_a_run_ends_with_must_be_written_whatever_the_settings_say(tmp_path, monkeypatch):
+    """As the checkpoint of a run that a signal has stopped."""
+    monkeypatch.setattr(checkpoints, "save_whole", Mock(side_effect=checkpoints.SaveError("no space")))
+    writer = writer_of(tmp_path, "continue")
+    writer.save("step-00000001")
+    with pytest.raises(TrainingStopped, match="no space"):
+        writer.save("step-00000001", last=True)
+
+
+def test_a_run_that_trains_nothing_leaves_its_last_checkpoint_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "save_whole", Mock(side_effect=AssertionError("is written again")))
+    (tmp_path / "final").mkdir()
+    Progress(1, 3, 3, 1, 0.0).write(tmp_path / "final")
+    writer = writer_of(tmp_path, resume_dir=tmp_path / "final")
+    writer.save_checkpoint(None, {"step_count": 3}, None, tmp_path / "final" / "lit_model.pth")
+    assert writer.last_saved == tmp_path / "final"
+
+
+def test_an_error_of_another_process_than_the_first_is_its_own():
+    """The first knows nothing of it, and would have it go on."""
+    fabric = SimpleNamespace(is_global_zero=False, broadcast=lambda problem: None)
+    with pytest.raises(OSError, match="quota"):
+        checkpoints._try_everywhere(fabric, Mock(side_effect=OSError("quota")), False)
+
+
 def test_half_of_a_deleted_checkpoint_is_never_found(tmp_path, monkeypatch):
     """Killed while its files go, it has its name no more; and the next of its name can be deleted all the same."""
     final = tmp_path / "final"
