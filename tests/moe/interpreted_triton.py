@@ -460,6 +460,15 @@ def test_a_sum_with_shared_experts(gated, T, D, dtype, padded):
         torch.testing.assert_close(value.double(), truth, rtol=2e-3 if dtype == torch.float16 else 1e-5, atol=1e-5)
 
 
+def test_second_derivatives_are_refused():
+    """Torch would leave out what goes through a kernel."""
+    experts, routing = make_experts(), make_routing(9, 2, 5)
+    x = torch.randn(9, 16, requires_grad=True)
+    (gradient,) = torch.autograd.grad(experts(x, routing).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="has no gradient, so what uses it cannot be differentiated twice"):
+        gradient.sum().backward()
+
+
 def test_meta_tensors():
     """Operators know the shapes of their results without computing them."""
     from litgpt_moe_ext.moe.kernels.backends import Hidden

@@ -39,7 +39,7 @@ from litgpt_moe_ext.training.checkpoint.compatibility import (
 )
 from litgpt_moe_ext.training.checkpoint.earlier import limit_earlier_runs, set_aside
 from litgpt_moe_ext.training.checkpoint.hyperparameters import read
-from litgpt_moe_ext.training.checkpoint.progress import Progress, newest_first
+from litgpt_moe_ext.training.checkpoint.progress import Progress, newest_first, next_attempt, read_progress
 from litgpt_moe_ext.training.checkpoint.resume import problem_with
 from litgpt_moe_ext.training.checkpoint.writer import CheckpointWriter
 from litgpt_moe_ext.training.control import TrainingStopped
@@ -446,6 +446,31 @@ def test_what_is_being_written_or_deleted_is_no_checkpoint(tmp_path):
         (tmp_path / name).mkdir()
         Progress(1, 1, 1, 1, 0.0).write(tmp_path / name)
     assert newest_first(tmp_path) == [tmp_path / "step-00000001"]
+
+
+def test_of_checkpoints_of_one_step_the_end_comes_first_and_the_best_last(tmp_path):
+    """Even of no step, as where a signal came before the first."""
+    for name in ("best", "final", *(f"step-00000000-{letter}" for letter in "abcdefgh")):
+        (tmp_path / name).mkdir()
+        Progress(1, 0, 0, 1, 0.0).write(tmp_path / name)
+    first, *others, last = (path.name for path in newest_first(tmp_path))
+    assert (first, len(others), last) == ("final", 8, "best")
+    assert read_progress(tmp_path / "final") == Progress(1, 0, 0, 1, 0.0)
+    for attempt in (-1, True, 1.0):
+        Progress(attempt, 0, 0, 1, 0.0).write(tmp_path / "final")
+        assert read_progress(tmp_path / "final") is None
+
+
+@pytest.mark.parametrize(("other", "own", "expected"), [(3, [1, 2], 4), (1, [3, 2], 4), (None, [], 1)])
+def test_a_run_that_goes_on_is_the_attempt_after_all_others(tmp_path, other, own, expected):
+    """After that of the checkpoint, which may be another run's, and after its own."""
+    attempts = {"elsewhere": other, **{f"out/step-{i}": attempt for i, attempt in enumerate(own)}}
+    (tmp_path / "out").mkdir()
+    for name, attempt in attempts.items():
+        (tmp_path / name).mkdir()
+        if attempt is not None:
+            Progress(attempt, 1, 1, 1, 0.0).write(tmp_path / name)
+    assert next_attempt(tmp_path / "out", tmp_path / "elsewhere") == expected
 
 
 def test_leftovers_of_a_killed_run(tmp_path):
