@@ -40,7 +40,7 @@ from litgpt_moe_ext.training.checkpoint.compatibility import (
 from litgpt_moe_ext.training.checkpoint.earlier import limit_earlier_runs, set_aside
 from litgpt_moe_ext.training.checkpoint.hyperparameters import read
 from litgpt_moe_ext.training.checkpoint.progress import Progress, newest_first, next_attempt, read_progress
-from litgpt_moe_ext.training.checkpoint.resume import problem_with
+from litgpt_moe_ext.training.checkpoint.resume import damage_of, find_resume_file, problem_with
 from litgpt_moe_ext.training.checkpoint.writer import CheckpointWriter
 from litgpt_moe_ext.training.control import TrainingStopped
 from litgpt_moe_ext.training.optim import parameter_groups
@@ -471,6 +471,57 @@ def test_a_run_that_goes_on_is_the_attempt_after_all_others(tmp_path, other, own
         if attempt is not None:
             Progress(attempt, 1, 1, 1, 0.0).write(tmp_path / name)
     assert next_attempt(tmp_path / "out", tmp_path / "elsewhere") == expected
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Write a checkpoint of a step, as runs do, or as plain LitGPT does it."""
+
+    def write(name: str, step: int, plain: bool = False) -> Path:
+        checkpoint = tmp_path / name
+        checkpoint.mkdir()
+        torch.save({"model": {"weight": torch.arange(2000.0)}}, checkpoint / "lit_model.pth")
+        (checkpoint / "model_config.yaml").write_text("name: tiny")
+        if not plain:
+            Progress(1, step, step, 1, 0.0).write(checkpoint)
+            checksums.write(checkpoint)
+        return checkpoint
+
+    return write
+
+
+def test_checkpoints_of_plain_litgpt_are_gone_on_from_in_their_order(written, tmp_path):
+    """By the steps in their names, after those of runs that say when they were saved."""
+    files = [written(f"step-{step:08d}", step, plain=True) / "lit_model.pth" for step in (8, 16)]
+    said = []
+    assert find_resume_file("auto", tmp_path, said.append) == files[1]
+    ours = written("step-00000004", 4)
+    assert find_resume_file("auto", tmp_path, said.append) == ours / "lit_model.pth"
+    assert said == []
+
+
+def test_who_has_lost_its_checksums_is_named_although_a_newer_one_is_whole(written, tmp_path):
+    """Its own word about when it was saved is not trusted."""
+    newest, other = written("step-00000008", 8), written("step-00000004", 4)
+    (other / checksums.FILE_NAME).unlink()
+    said = []
+    assert find_resume_file("auto", tmp_path, said.append) == newest / "lit_model.pth"
+    assert said == [f"Passing over checkpoint {other}: SHA256SUMS is missing"]
+
+
+def test_numbers_are_read_where_they_are_to_be(written):
+    """Names and sizes always; all numbers take long."""
+    checkpoint = written("final", 1)
+    file = checkpoint / "lit_model.pth"
+    content = file.read_bytes()
+    at = content.index(torch.arange(1000.0, 1010.0).numpy().tobytes())
+    file.write_bytes(content[:at] + b"\x01" + content[at + 1 :])
+    for problem in (problem_with, damage_of):
+        assert "lit_model.pth differs from its checksum" in problem(checkpoint)
+        assert problem(checkpoint, read_all=False) is None
+        (checkpoint / checksums.FILE_NAME).rename(checkpoint / "kept")
+        assert (problem(checkpoint, read_all=False) is None) == (problem is damage_of)
+        (checkpoint / "kept").rename(checkpoint / checksums.FILE_NAME)
 
 
 def test_leftovers_of_a_killed_run(tmp_path):
