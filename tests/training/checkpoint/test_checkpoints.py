@@ -37,7 +37,7 @@ from litgpt_moe_ext.training.checkpoint.compatibility import (
     require_same_optimizer,
     resume_notes,
 )
-from litgpt_moe_ext.training.checkpoint.earlier import limit_earlier_runs, set_aside
+from litgpt_moe_ext.training.checkpoint.earlier import earlier_runs, limit_earlier_runs, set_aside
 from litgpt_moe_ext.training.checkpoint.hyperparameters import read
 from litgpt_moe_ext.training.checkpoint.progress import Progress, newest_first, next_attempt, read_progress
 from litgpt_moe_ext.training.checkpoint.resume import damage_of, find_resume_file, problem_with
@@ -865,6 +865,23 @@ class TestSetAside:
         (tmp_path / "out-earlier-1").mkdir()
         os.utime(tmp_path / "out-earlier-2", (2**33, 2**33))
         return tmp_path
+
+    def test_which_folders_are_earlier_runs(self, tmp_path):
+        """Beside a run's folder, or in it where nothing could be moved out; with a log of any kind, or a checkpoint."""
+        out_dir = tmp_path / "out"
+        places = {"out-earlier-1": "metrics-wide.csv", "out/run-earlier-2": "logs/csv", "out-earlier-3": "final"}
+        places |= {"out-earlier-\u0664": "metrics.csv", "out-earlier-5": "notes.txt", "other-earlier-6": "metrics.csv"}
+        for name, content in places.items():
+            (tmp_path / name / content).mkdir(parents=True)
+        (tmp_path / "out-earlier-3" / "final" / "lit_model.pth").touch()
+        assert earlier_runs(out_dir) == [tmp_path / name for name in list(places)[:3]]
+
+    def test_what_a_run_starts_from_stays_however_it_is_named(self, earlier, monkeypatch):
+        (earlier / "link").symlink_to(earlier / "out-earlier-2")
+        monkeypatch.chdir(earlier)
+        needed = [Path("link", "final"), Path("out-earlier-3", "final")]
+        assert "out-earlier-10" in limit_earlier_runs(earlier / "out", 0, needed)
+        assert {path.name for path in earlier.glob("out-*")} == {"out-earlier-1", "out-earlier-2", "out-earlier-3"}
 
     def test_from_how_many_on_they_are_told(self, earlier):
         assert "There are 3 earlier runs now." in limit_earlier_runs(earlier / "out", None, ())
