@@ -141,7 +141,7 @@ def test_two_killed_processes_go_on_with_the_same_tokens(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_streamed_chunks_go_on_with_the_same_tokens(tmp_path, recipe, workers):
+def test_streamed_chunks_go_on_with_the_same_tokens(tmp_path, recipe, workers, capfd):
     """LitGPT's own module over litdata, with and without worker processes: losses as if nothing had happened."""
     data = chunks(tmp_path, workers)
     tokenizer_dir = str(tmp_path / "tokenizer")
@@ -151,6 +151,9 @@ def test_streamed_chunks_go_on_with_the_same_tokens(tmp_path, recipe, workers):
     run(parts, "--train.max_steps", "7")
     run(parts, "--resume", str(tmp_path / "parts" / "step-00000007"))
     assert logged(tmp_path / "parts", "loss") == logged(tmp_path / "whole", "loss")
+    # litdata itself would take the place of another number of sequences without a word.
+    assert main(["--config", str(parts), "--resume", "true", "--train.micro_batch_size", "1"]) == 2
+    assert "litdata finds its place in the data again with 2 on 1 process only" in capfd.readouterr().err
 
 
 def test_token_shards_and_their_vocabulary(recipe, tmp_path, capsys):

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.data.loader import Replica, TokenLoader
 from litgpt_moe_ext.data.windows import StreamWindows
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.formats import export
 from litgpt_moe_ext.training.checkpoint.io import MappedCheckpointIO
 from litgpt_moe_ext.training.checkpoint.resharding import convert_position
@@ -370,6 +371,18 @@ class TestResharding:
         assert convert_position({"other": 1}, 2, 1) == {"other": 1}
         with pytest.raises(ValueError, match="makes batches of 8; the checkpoint stands after 12 sequences"):
             convert_position(self.state(6, 2, 1), 8, 1)
+
+    @pytest.mark.parametrize(("batch_size", "world_size"), [(1, 2), (2, 1)])
+    @pytest.mark.parametrize("several", [False, True])
+    def test_position_of_litdata(self, several, batch_size, world_size):
+        """Of its data set, or of each of a mixture."""
+        one = {"num_samples_yielded": 4, "num_workers": 1, "batch_size": 1, "world_size": 1}
+        state = {"dataset": {"0": {**one, "num_samples_yielded": 0}, "1": one} if several else one, "current_epoch": 1}
+        assert convert_position(state, 1, 1) == state
+        with pytest.raises(SettingsError, match="finds its place in the data again with 1 on 1 process only"):
+            convert_position(state, batch_size, world_size)
+        one["num_samples_yielded"] = 0
+        assert convert_position(state, batch_size, world_size) == state
 
     def test_position_at_the_end_of_an_epoch(self):
         """What a smaller batch has left of an epoch may be less than a larger one, which then begins the next."""
