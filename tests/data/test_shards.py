@@ -214,3 +214,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, step):
         write_shard(path, np.array([3, 4, 5]), 300)
     assert os.listdir(tmp_path) == ["a.bin"]
     assert open_shard(path).tolist() == [1, 2]
+
+
+def test_the_same_bytes_of_another_width_are_other_tokens(tmp_path):
+    tokens, prints = np.arange(9, dtype="<u4"), set()
+    for width in ("<u4", "<u2"):
+        np.save(tmp_path / "shard.npy", tokens.view(width))
+        prints.add(scan_shard(open_shard(tmp_path / "shard.npy"), None))
+    assert len(prints) == 2
