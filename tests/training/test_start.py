@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -151,6 +152,15 @@ class TestContext:
     """Weights go on with rows that are read otherwise; any other difference is a model that they were not made for."""
 
     YARN = '{"factor": 2.0, "original_max_seq_len": 32, "beta_fast": 32.0, "beta_slow": 1.0}'
+    LEARNED: ClassVar = {"position_embedding": "learned", "rotary_percentage": 0}
+
+    @pytest.fixture
+    def config(self, recipe):
+        def make(settings):
+            flags = [f"--model_config.{name}={value}" for name, value in settings.items()]
+            return make_plan(read_settings(["--config", str(recipe()), *flags])).config
+
+        return make
 
     def test_longer_with_yarn(self, recipe, finished, tmp_path, capsys):
         weights = finished(tmp_path / "first") / "final"
@@ -175,22 +185,34 @@ class TestContext:
             ({"rope_base": 50000}, {"block_size": 64}, "rope_base is 50000 in the checkpoint and 10000 now"),
             ({}, {"rope_base": 50000}, "rope_base is 10000 in the checkpoint and 50000 now"),
             (
-                {"position_embedding": "learned", "rotary_percentage": 0},
-                {"position_embedding": "learned", "rotary_percentage": 0, "block_size": 64},
+                LEARNED,
+                {**LEARNED, "block_size": 64},
                 "block_size is 32 in the checkpoint and 64 now",
             ),
         ],
         ids=["forgotten", "without-length", "lower-base", "base-without-length", "learned"],
     )
-    def test_what_was_forgotten(self, before, now, message, recipe, tmp_path):
-        def config(settings):
-            flags = [f"--model_config.{name}={value}" for name, value in settings.items()]
-            return make_plan(read_settings(["--config", str(recipe()), *flags])).config
-
+    def test_what_was_forgotten(self, before, now, message, config, tmp_path):
         save_config(config(before), tmp_path)
         with pytest.raises(SettingsError, match="holds another model: ") as raised:
             require_same_model("initial_checkpoint_dir", tmp_path, config(now))
         assert message in str(raised.value)
+
+    @pytest.mark.parametrize(
+        ("before", "now"),
+        [
+            ({}, {"block_size": 64, "rope_base": 50000}),
+            ({}, {"block_size": 16}),
+            (LEARNED, {**LEARNED, "attention_document_boundary": "eos", "attention_document_token_id": 0}),
+        ],
+        ids=["higher-base", "shorter", "documents"],
+    )
+    def test_what_may_differ(self, before, now, config, tmp_path):
+        """But not where a run goes on, with what its optimizer and its data know."""
+        save_config(config(before), tmp_path)
+        require_same_model("initial_checkpoint_dir", tmp_path, config(now))
+        with pytest.raises(SettingsError, match="^resume: .* holds another model: "):
+            require_same_model("resume", tmp_path, config(now))
 
 
 class TestOtherData:

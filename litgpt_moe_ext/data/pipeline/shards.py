@@ -148,7 +148,7 @@ def open_shard(path: str | os.PathLike) -> np.memmap:
             "truncated or not a token shard; prepare or download it again"
         )
     tokens = np.memmap(path, dtype="<u2", mode="r")
-    sample = tokens[: min(_WIDE_SAMPLE, len(tokens) // 2 * 2)]
+    sample = tokens[:_WIDE_SAMPLE]
     if len(sample) >= _WIDE_MINIMUM and not sample[1::2].any():
         raise SettingsError(
             f"{path} has no header and every second uint16 is zero (from byte 2 to byte {2 * len(sample)}): it holds "
