@@ -10,6 +10,7 @@ import pytest
 from litgpt_moe_ext.data.pipeline import store
 from litgpt_moe_ext.data.pipeline.store import (
     MANIFEST,
+    STATE,
     TOKENIZER_DIR,
     cache_key,
     check_root,
@@ -29,6 +30,13 @@ def test_unigram_loss_by_hand():
 def test_share_of_validation_files():
     share = sum(in_validation(f"folder/file{index}.py", 0.05, 42) for index in range(20_000)) / 20_000
     assert share == pytest.approx(0.05, abs=0.006)
+
+
+def test_another_seed_validates_on_other_files():
+    names = [f"file{index}.py" for index in range(1000)]
+    first, again, other = ({name for name in names if in_validation(name, 0.5, seed)} for seed in (1, 1, 2))
+    assert first == again
+    assert 150 < len(first & other) < 350, "a quarter by chance"
 
 
 def test_keys_tell_settings_apart(monkeypatch):
@@ -59,12 +67,18 @@ def test_a_damaged_corpus_is_named_and_not_deleted(corpus, tmp_path, damage):
     assert copy.is_dir()
 
 
-def test_a_folder_appears_whole(tmp_path):
-    (tmp_path / "partial").mkdir()
-    (tmp_path / "partial" / MANIFEST).write_text(json.dumps({"file_sizes": {}}))
-    publish(tmp_path / "partial", tmp_path / "0123")
-    assert [path.name for path in tmp_path.iterdir()] == ["0123"]
-    assert read_manifest(tmp_path / "0123") == {"file_sizes": {}}
+def test_a_folder_appears_whole(tmp_path, monkeypatch):
+    """After all in it is on the disk, its name as well; how far its preparation was goes last."""
+    partial, final, flushed = tmp_path / "partial", tmp_path / "0123", []
+    partial.mkdir()
+    for name, content in ((MANIFEST, {"file_sizes": {}}), (STATE, {})):
+        (partial / name).write_text(json.dumps(content))
+    monkeypatch.setattr(store, "flush_tree", lambda path: flushed.append((path, path.is_dir())))
+    monkeypatch.setattr(store, "flush", lambda path: flushed.append((path, (final / STATE).is_file())))
+    publish(partial, final)
+    assert flushed == [(partial, True), (tmp_path, True)]
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["0123", f"0123/{MANIFEST}"]
+    assert read_manifest(final) == {"file_sizes": {}}
 
 
 @pytest.mark.parametrize("below", [".", "deeper"])

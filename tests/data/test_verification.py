@@ -10,7 +10,7 @@ from litgpt_moe_ext.data.corpora.python_stdlib import PythonStdlib
 from litgpt_moe_ext.data.pipeline import sources as pipeline
 from litgpt_moe_ext.data.pipeline import verification
 from litgpt_moe_ext.data.pipeline.store import read_manifest
-from litgpt_moe_ext.data.pipeline.verification import verify
+from litgpt_moe_ext.data.pipeline.verification import verify, verify_shards
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files import checksums
 from litgpt_moe_ext.files.checksums import FILE_NAME
@@ -90,6 +90,22 @@ def test_where_nothing_can_be_remembered_a_line_says_how_to_check(copied, monkey
     assert said.startswith(f"{copied} is not compared with its checksums, as nothing can be written beside it: ")
     assert said.endswith(f": cd {copied} && sha256sum -c SHA256SUMS\n")
     verify(copied, verbose=False)
+    assert capsys.readouterr().out == ""
+
+
+def test_what_was_checked_is_said_of_nowhere_that_cannot_be_written_to(copied, monkeypatch, capsys):
+    """Once as its owner, who could remember it."""
+    verify(copied)
+    monkeypatch.setattr(verification.os, "access", lambda *_: False)
+    verify(copied)
+    assert capsys.readouterr().out == ""
+
+
+def test_shards_beside_which_no_checksums_lie_are_read_in_silence(copied, capsys):
+    shards = sorted(copied.glob("*.bin"))
+    verify_shards(copied, shards)
+    (copied / FILE_NAME).unlink()
+    verify_shards(copied, shards)
     assert capsys.readouterr().out == ""
 
 
