@@ -119,21 +119,16 @@ def _lose(logits, targets, losses, normalizers, FORM: constexpr):
         for first in range(0, logits.width, FORM.columns):
             x_PN = tl.load(x + first + at_PN, mask=first + at_PN < logits.width, other=float("-inf")).to(tl.float32)
             larger_P = tl.maximum(largest_P, tl.max(x_PN, 1))
-            below_P = _finite(larger_P)
+            # Of logits that are all -inf nothing is subtracted, which would be no number.
+            below_P = tl.where(larger_P == float("-inf"), 0.0, larger_P)
             total_P = total_P * tl.exp(largest_P - below_P) + tl.sum(tl.exp(x_PN - below_P[:, None]), 1)
             largest_P = larger_P
         largest = tl.max(largest_P, 0)
-        normalizer = largest + tl.log(tl.sum(total_P * tl.exp(largest_P - _finite(largest)), 0))
+        normalizer = largest + tl.log(tl.sum(total_P * tl.exp(largest_P - largest), 0))
         among = (target >= 0) & (target < logits.width)
         loss = normalizer - tl.load(x + target, mask=among, other=float("nan")).to(tl.float32)
     tl.store(losses + row, loss)
     tl.store(normalizers + row, normalizer)
-
-
-@triton.jit
-def _finite(largest):
-    # What is subtracted before the exponential: of logits that are all -inf nothing, since that would be no number.
-    return tl.where(largest == float("-inf"), 0.0, largest)
 
 
 @triton.jit(do_not_specialize=["T"])
