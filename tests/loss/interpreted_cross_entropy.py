@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from litgpt_moe_ext.loss import cross_entropy_kernels as kernels
 from litgpt_moe_ext.loss import linear
 from litgpt_moe_ext.loss.cross_entropy import mean_cross_entropy
+from litgpt_moe_ext.moe.gradient_injection import forget_scale, present_scale
 from litgpt_moe_ext.training.steps import half_logits
 from litgpt_moe_ext.training.steps.half_logits import loss_of_logits
 from tests.runs import logged, train
@@ -179,9 +180,14 @@ def test_in_the_loop(dtype):
             pytest.fail("converted")
 
     loss = loss_of_logits(lambda *_: pytest.fail("computed elsewhere"), Precision())
-    logits, targets = torch.randn(2, 9, 40).to(dtype), torch.randint(40, (2, 9))
-    expected = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-    torch.testing.assert_close(loss(logits, targets), expected)
+    logits, targets = torch.randn(2, 9, 40).to(dtype).requires_grad_(), torch.randint(40, (2, 9))
+    expected = F.cross_entropy(logits.detach().float().flatten(0, 1), targets.flatten())
+    value = loss(logits, targets)
+    torch.testing.assert_close(value.detach(), expected)
+    # Auxiliary losses learn by what the loop scales it.
+    (value / 4).backward()
+    assert present_scale(value) == 0.25
+    forget_scale()
 
 
 @pytest.mark.slow

@@ -76,6 +76,7 @@ def test_only_the_loop_gets_logits_in_16_bits():
         model.eval()
         handover.expect_batch()
         assert model(IDS).dtype == torch.float32
+    assert seen[0].dtype == torch.float32
     assert torch.equal(seen[0], expected)
     assert model(IDS).dtype == torch.float32
 
