@@ -106,7 +106,9 @@ class Retention(Callback):
             else:
                 self._fabric.print(problem)
         if self._fabric.is_global_zero and self._args.keep_last is not None:
-            steps = [path for path in newest_first(self._out_dir) if path.name.startswith("step-")]
+            found = newest_first(self._out_dir)
+            # A link is a second name of one of them, and its user's.
+            steps = [path for path in found if path.name.startswith("step-") and not path.is_symlink()]
             for old in steps[self._args.keep_last :]:
                 if (old / STATE_FILE).is_file() and old != directory:
                     try:

@@ -124,6 +124,19 @@ def test_checkpoints_of_plain_litgpt_are_not_deleted(tmp_path):
     assert directories(tmp_path) == ["step-00000001", "step-00000003", "step-00000004"]
 
 
+@pytest.mark.parametrize("link", ["step-latest", "step-00000000-link"])
+def test_links_to_checkpoints_are_neither_counted_nor_deleted(tmp_path, link):
+    keeper = retention.Retention(CheckpointArgs(keep_last=2), tmp_path, SimpleNamespace(is_global_zero=True), print)
+    for step in (1, 2, 3, 4):
+        directory = tmp_path / f"step-{step:08d}"
+        directory.mkdir()
+        Progress(1, step, step, 1, 0.0).write(directory)
+        keeper.on_checkpoint_saved(directory)
+        (tmp_path / link).unlink(missing_ok=True)
+        (tmp_path / link).symlink_to(directory.name)
+    assert directories(tmp_path) == sorted([link, "step-00000003", "step-00000004"])
+
+
 def test_an_old_checkpoint_that_cannot_be_deleted_ends_nothing(tmp_path, monkeypatch):
     said = []
     fabric = SimpleNamespace(is_global_zero=True, print=said.append)
