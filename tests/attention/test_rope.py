@@ -153,3 +153,13 @@ def test_dynamic_ntk_with_a_single_frequency_changes_nothing(n_elem: int) -> Non
     frequencies, factor = rope_frequencies(n_elem, 10000, adjustments, seq_len=64)
     assert frequencies.tolist() == [1.0] * ((n_elem + 1) // 2)
     assert factor == 1.0
+
+
+@pytest.mark.parametrize(("seq_len", "stretch"), [(64, 13.0), (16, 1.0), (8, 1.0), (None, 1.0)])
+def test_dynamic_ntk_stretches_the_slowest_and_keeps_the_fastest(seq_len: int | None, stretch: float) -> None:
+    """Four times the context, 4 * 64 / 16 - 3, as its authors have it; those in between follow by their powers."""
+    adjustments = {"factor": 4.0, "original_max_seq_len": 16, "dynamic": True}
+    found, factor = rope_frequencies(8, 10000, adjustments, seq_len=seq_len)
+    plain, _ = rope_frequencies(8, 10000)
+    torch.testing.assert_close(found, plain / stretch ** (torch.arange(4) / 3), rtol=1e-6, atol=0.0)
+    assert factor == 1.0

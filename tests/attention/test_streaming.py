@@ -147,3 +147,15 @@ def test_training_is_untouched() -> None:
     assert torch.equal(model(idx), plain(idx))
     with pytest.raises(ValueError, match="Cannot forward sequence of length 33"):
         model(torch.zeros(1, 33, dtype=torch.long))
+
+
+def test_a_batch_may_be_smaller_than_the_cache() -> None:
+    """Of which the other rows stay as they are."""
+    cache = streaming_cache.StreamingKVCache((3, 2, 4), first=1, window=3)
+    for begin in (0, 2):
+        new = torch.randn(1, 2, 2, 4)
+        keys, values, positions = cache.extend(new, new + 1, begin)
+        assert keys.shape == values.shape == (1, 2, begin + 2, 4)
+        assert positions.tolist() == list(range(begin + 2))
+    assert torch.equal(cache.v[0, :, 2:], new[0] + 1)
+    assert not cache.k[1:].any()
