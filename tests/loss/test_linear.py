@@ -37,6 +37,16 @@ def test_the_scale_of_the_loss_is_not_rounded_to_16_bits():
     torch.testing.assert_close(third, whole / 3, rtol=1e-6, atol=0)
 
 
+def test_the_gradient_of_a_bias_is_not_rounded_to_16_bits():
+    """Of 259 tokens one is the first of two that are equally likely: it is expected 128.5 times too often."""
+    x, weight, bias = torch.zeros(259, 4), torch.zeros(2, 4), torch.zeros(2, requires_grad=True)
+    targets = torch.ones(259, dtype=torch.long)
+    targets[0] = 0
+    loss = _HalfProducts.apply(x, weight, bias, targets, torch.bfloat16)
+    (gradient,) = torch.autograd.grad(loss, bias)
+    torch.testing.assert_close(259 * gradient, torch.tensor([128.5, -128.5]), rtol=1e-6, atol=0)
+
+
 def test_nothing_to_predict():
     x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
     loss = _HalfProducts.apply(x, weight, None, torch.full((3,), -100), torch.bfloat16)
