@@ -27,6 +27,7 @@ from litgpt_moe_ext.inspect.cost.memory import (
 from litgpt_moe_ext.inspect.cost.model_card import make_card
 from litgpt_moe_ext.inspect.cost.sharding import STRATEGIES, BlockSizes, block_sizes, process_memory
 from litgpt_moe_ext.inspect.recipes import Recipe, load_recipe
+from litgpt_moe_ext.loss.cross_entropy import mean_cross_entropy
 from litgpt_moe_ext.model_size import count_flops
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
 from litgpt_moe_ext.training.callbacks.fused_loss import FusedLoss
@@ -70,11 +71,13 @@ def save_memory(model, cross_entropy, activation_checkpointing, fused_cross_entr
     return fused.wrap(cross_entropy)
 
 
-def measured(config, precision: str, batch: int, **savers) -> tuple[int, int]:
+LITGPTS = partial(chunked_cross_entropy, chunk_size=0)
+
+
+def measured(config, precision: str, batch: int, cross_entropy=LITGPTS, **savers) -> tuple[int, int]:
     """Return bytes of the gradients, and what a micro batch adds at the peak, of a real step on the CPU."""
     dtype, autocast = PRECISIONS[precision]
     model = initialized_model(config).to(dtype)
-    cross_entropy = partial(chunked_cross_entropy, chunk_size=0)
     cross_entropy = save_memory(model, cross_entropy, **{**NO_SAVERS, **savers})
     ids = torch.randint(0, config.vocab_size, (batch, LENGTH + 1))
     with LiveMemory() as memory:
@@ -109,6 +112,21 @@ def test_training_memory_is_that_of_a_real_step(settings, precision):
     gradients, activations = measured(config, precision, 8)
     assert estimate.gradients == gradients
     assert estimate.activations == pytest.approx(activations, rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_training_memory_with_the_loss_of_gpus(monkeypatch, precision):
+    """Which keeps the logits as the head wrote them, and puts their gradient in their place."""
+    kernels = pytest.importorskip("litgpt_moe_ext.loss.cross_entropy_kernels")
+    monkeypatch.setattr(kernels, "launch", lambda *_: None)
+    config = moe_config(n_embd=64, moe_intermediate_size=48, padded_vocab_size=4096)
+
+    def loss(logits, targets):
+        return mean_cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    estimate = training_memory(layers.shorten(config), Step(precision, 8, LENGTH, kernel_loss=True)).activations
+    assert estimate == pytest.approx(measured(config, precision, 8, loss)[1], rel=0.05)
+    assert estimate < 0.7 * training_memory(layers.shorten(config), Step(precision, 8, LENGTH)).activations
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
@@ -418,6 +436,21 @@ def test_card_knows_savers_and_strategies(tmp_path, capsys):
     assert "Each of 4 processes on each of 2 nodes, bf16-true" in page
     assert main(["model-card", str(recipe), "--devices=0"]) == 2
     assert "devices: 0 must be an integer of at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_card_says_whose_loss_it_counts_with(tmp_path, monkeypatch, capsys, installed):
+    monkeypatch.setattr("litgpt_moe_ext.inspect.cost.model_card.triton_installed", lambda: installed)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"model_config": {**RECIPE, "mlp_class_name": "SharedExpertMoE"}}))
+    assert main(["model-card", str(recipe)]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("Training is that of a GPU with Triton" if installed else "Training has LitGPT's loss")
+    card, step = make_card(load_recipe(recipe)), Step("32-true", 4, LENGTH, kernel_loss=installed)
+    assert (
+        card.training["32-true"]["activations"]
+        == training_memory(layers.shorten(load_recipe(recipe).config), step).activations
+    )
 
 
 def test_llama_moe_can_be_carded():

@@ -12,6 +12,13 @@ if TYPE_CHECKING:
     from litgpt_moe_ext.inspect.cost.model_card import ModelCard as Card
 
 
+# By whether training has the kernel.
+_LOSSES = {
+    True: "Training is that of a GPU with Triton, whose loss makes no copy of the logits; without it LitGPT's does.",
+    False: "Training has LitGPT's loss, which copies the logits; that of a GPU with Triton does not.",
+}
+
+
 @dataclass(frozen=True)
 class ModelCard:
     """Print parameters, FLOPs per token and memory of a model, from its recipe, before anything is trained.
@@ -48,6 +55,7 @@ class ModelCard:
         _print_activations(card)
         _print_inference(card)
         print("Tensors only: the runtime itself, libraries' workspaces and the allocator's reserve come on top.")
+        print(_LOSSES[card.kernel_loss])
         if self.json is not None:
             write_json(self.json, card.to_dict())
 

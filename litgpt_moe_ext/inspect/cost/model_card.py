@@ -22,6 +22,7 @@ from litgpt_moe_ext.inspect.cost.memory import (
 )
 from litgpt_moe_ext.inspect.cost.sharding import STRATEGIES, block_sizes, process_memory
 from litgpt_moe_ext.inspect.recipes import Recipe
+from litgpt_moe_ext.kernels.launch import triton_installed
 from litgpt_moe_ext.meta.models import meta_model
 from litgpt_moe_ext.model_size import count_flops_of_passes, count_parameters
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import Mode
@@ -51,6 +52,8 @@ class ModelCard:
         optimizer: Name of the optimizer.
         activation_checkpointing: Setting that `training` and `processes` are for.
         fused_cross_entropy: Setting that `training` and `processes` are for.
+        kernel_loss: Whether `training`, `activations` and `processes` are for the loss of GPUs with Triton, which makes
+            no copy of the logits, as LitGPT's does.
         flops_per_token_forward: Floating point operations (two per multiply-add) of a forward pass over a training
             sequence, per token; attention included.
         flops_per_token_training: Floating point operations of forward and backward pass, per token.
@@ -80,6 +83,7 @@ class ModelCard:
     optimizer: str
     activation_checkpointing: str
     fused_cross_entropy: bool
+    kernel_loss: bool
     flops_per_token_forward: float
     flops_per_token_training: float
     training: dict[str, dict[str, int]]
@@ -115,7 +119,8 @@ def make_card(
     config, length = recipe.config, recipe.sequence_length
     devices, num_nodes = devices or recipe.devices or 1, num_nodes or recipe.num_nodes
     precision = recipe.precision if recipe.precision in PRECISIONS else "32-true"
-    step = replace(recipe.step(precision), micro_batch_size=micro_batch_size or recipe.micro_batch_size)
+    micro_batch_size = micro_batch_size or recipe.micro_batch_size
+    step = replace(recipe.step(precision), micro_batch_size=micro_batch_size, kernel_loss=triton_installed())
     short = shorten(config)
     memory_of = _training_memory(short)
     size = count_parameters(config, recipe.tie_embeddings)
@@ -137,6 +142,7 @@ def make_card(
         tie_embeddings=recipe.tie_embeddings,
         sequence_length=length,
         micro_batch_size=step.micro_batch_size,
+        kernel_loss=step.kernel_loss,
         block_size=config.block_size,
         optimizer=_optimizer_name(recipe.optimizer),
         **recipe.memory_savers,
