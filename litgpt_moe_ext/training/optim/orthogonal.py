@@ -8,16 +8,13 @@ Shape legend: N matrices, A rows, B columns of one matrix.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from litgpt_moe_ext.training.optim.parameter_groups import MATRIX_PARTS
 from litgpt_moe_ext.training.optim.shards import is_shard, own_part, sharded_like
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 # Quintic Newton-Schulz coefficients of the reference, chosen for the steepest slope at zero.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -98,7 +95,7 @@ def _most_together(device: torch.device) -> int:
 
 
 def orthogonalized(updates: list[MatrixUpdate], ahead: list[Tensor]) -> list[Tensor]:
-    """Return `ahead`, orthogonalised matrix by matrix, in the parameters' shapes and dtype.
+    """Return `ahead`, orthogonalised matrix by matrix, in the parameters' shapes and dtype, and where they are.
 
     Args:
         updates: As `alike_together` yields them.
@@ -110,7 +107,8 @@ def orthogonalized(updates: list[MatrixUpdate], ahead: list[Tensor]) -> list[Ten
         return orthogonalize(x_NAB, first.group["ns_steps"]).to(first.parameter.dtype)
 
     if len(updates) == 1:
-        return [_alone(ahead[0], first.sides[0], change)]
+        # Shards that wait in the memory of the CPU are exchanged and computed with by the GPU, as gradients are.
+        return [_alone(ahead[0], first.sides[0], change).to(first.parameter.device)]
     matrices = [x.reshape(-1, *update.sides) for update, x in zip(updates, ahead, strict=True)]
     changes = change(torch.cat([x.mT if update.stands else x for update, x in zip(updates, matrices, strict=True)]))
     sizes = [len(x) for x in matrices]
@@ -125,7 +123,7 @@ def _alone(update: Tensor, rows: int, function: Callable[[Tensor], Tensor]) -> T
     """Return what a function makes of the matrices of one tensor, which may be a shard.
 
     Args:
-        update: Matrices above one another, or stacks of them.
+        update: Matrices above one another, or stacks of them, on the device of the mesh if they are shards.
         rows: Of a matrix.
         function: Takes matrices, (N, A, B), and returns as many of that shape.
     """
@@ -133,15 +131,13 @@ def _alone(update: Tensor, rows: int, function: Callable[[Tensor], Tensor]) -> T
         return _of_matrices(update, rows, function)
     from torch.distributed.tensor import Replicate, distribute_tensor
 
-    mesh, placements, device = update.device_mesh, update.placements, update.device
-    # Shards that wait in the memory of the CPU are exchanged and computed with by the GPU, as gradients are.
-    here = cast("DTensor", update.to(mesh.device_type))
+    mesh, placements = update.device_mesh, update.placements
     if update.dim() == 3 and all(placement.is_replicate() or placement.is_shard(0) for placement in placements):
         # Stacked experts that are cut between experts: every rank has whole matrices.
-        return sharded_like(here, _of_matrices(own_part(here), rows, function)).to(device)
+        return sharded_like(update, _of_matrices(own_part(update), rows, function))
     # A shard of a matrix is not a matrix: every rank works on the whole and keeps its part.
-    whole = here.redistribute(placements=[Replicate()] * mesh.ndim).to_local()
-    return distribute_tensor(_of_matrices(whole, rows, function), mesh, placements, src_data_rank=None).to(device)
+    whole = update.redistribute(placements=[Replicate()] * mesh.ndim).to_local()
+    return distribute_tensor(_of_matrices(whole, rows, function), mesh, placements, src_data_rank=None)
 
 
 def _of_matrices(update: Tensor, rows: int, function: Callable[[Tensor], Tensor]) -> Tensor:

@@ -28,13 +28,19 @@ def own_part(tensor: Tensor) -> Tensor:
 
 
 def sharded_like(tensor: Tensor, part: Tensor) -> Tensor:
-    """Return the tensor of the shape of `tensor` of which this rank has `part`, where that is its part of `tensor`."""
+    """Return the tensor of the shape of `tensor` of which this rank has `part`, on the device of the mesh.
+
+    Args:
+        tensor: A shard, or not, of which `part` could be this rank's part.
+        part: Wherever it is.
+    """
     if not is_shard(tensor):
         return part
     from torch.distributed.tensor import DTensor
 
-    shape, stride = tensor.shape, tensor.stride()
-    return DTensor.from_local(part, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
+    mesh, shape, stride = tensor.device_mesh, tensor.shape, tensor.stride()
+    part = part.to(mesh.device_type)
+    return DTensor.from_local(part, mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
 
 
 def like(whole: Tensor, tensor: Tensor) -> Tensor:
