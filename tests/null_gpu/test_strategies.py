@@ -54,12 +54,14 @@ def test_two_ranks_train_as_one(gpu, recipe, tmp_path, strategy, precision):
         return outputs(gpu, ranks, "-m", "tests.null_gpu.computed_training", "--config", file, *flags)
 
     (one,), two = train("one", 1), train("two", 2)
-    for column, tolerance in (("loss", 5e-4), ("val_loss", 5e-4), ("grad_norm", 2e-2)):
+    # In 16 bits tokens between two experts may go to the other one.
+    of_losses = 5e-4 if precision == "32-true" else 1e-3
+    for column, tolerance in (("loss", of_losses), ("val_loss", of_losses), ("grad_norm", 2e-2)):
         ours, theirs = (numbers(tmp_path / name, column) for name in ("two", "one"))
         assert ours == pytest.approx(theirs, rel=tolerance), column
     expected = weights_of(tmp_path / "one" / "final")
     for name, weight in weights_of(tmp_path / "two" / "final").items():
-        # In 16 bits tokens between two experts may go to the other one, by which a bias turns around.
+        # By such a token a bias turns around.
         if precision != "32-true" and name.endswith("e_score_correction_bias"):
             continue
         torch.testing.assert_close(weight, expected[name], atol=5e-3, rtol=1e-2)
@@ -68,4 +70,4 @@ def test_two_ranks_train_as_one(gpu, recipe, tmp_path, strategy, precision):
         assert waits(output)[-2:] == waits(one)[-2:]
     train("gone on", 1, "--resume", str(tmp_path / "two" / "step-00000010"))
     theirs = numbers(tmp_path / "one", "loss")
-    assert numbers(tmp_path / "gone on", "loss") == pytest.approx({12: theirs[12]}, rel=5e-4)
+    assert numbers(tmp_path / "gone on", "loss") == pytest.approx({12: theirs[12]}, rel=of_losses)
