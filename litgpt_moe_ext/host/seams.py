@@ -253,7 +253,11 @@ SEAMS = (
     ),
     Seam(
         "lightning.fabric.wrappers", "_FabricModule.forward", "run",
-        "Leaves a batch to the loss function, where CUDA graphs hold both.", _LOOP,
+        "Leaves a batch that trains to the loss function, where CUDA graphs hold both.", _LOOP,
+    ),
+    Seam(
+        "lightning.fabric.plugins.precision", "Precision.convert_output", "run",
+        "Leaves the logits of a batch that trains in 16 bits, for the loss.", "Fabric leaves that to the caller",
     ),
     Seam(
         "torch.optim", "Optimizer.step", "run", "Steps without asking the compiler to break its graph, which loads it.",
