@@ -2,7 +2,7 @@
 
 LitGPT computes it in chunks of 128 tokens from float32 logits. On a GPU these are some five launches for each chunk,
 and 44 bytes of traffic for each logit of bfloat16 training, of which there are more than of anything else: for a small
-model with a large vocabulary that is most of a step. Here each logit is read once forward, in the 16 bits that the
+model with a large vocabulary more than all the rest. Here each logit is read once forward, in the 16 bits that the
 output head wrote, and once backward, when its gradient takes its place: 6 bytes.
 
 Shape legend: T tokens, V vocabulary.
