@@ -44,6 +44,7 @@ import litgpt_moe_ext
 
 litgpt_moe_ext.register()
 
+from lightning.fabric.plugins.precision import Precision  # noqa: E402
 from litgpt import GPT, Config  # noqa: E402
 from litgpt.model import LLaMAMLP, LLaMAMoE  # noqa: E402
 from litgpt.utils import chunked_cross_entropy  # noqa: E402
@@ -67,6 +68,7 @@ from litgpt_moe_ext.rows import Rows  # noqa: E402
 from litgpt_moe_ext.training.callbacks.telemetry import peak_flops  # noqa: E402
 from litgpt_moe_ext.training.optim.largest_first import step_largest_first  # noqa: E402
 from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss  # noqa: E402
+from litgpt_moe_ext.training.steps.half_logits import loss_of_logits  # noqa: E402
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # Cycles of the device's clock before what is measured "ahead", 8 to 10 ms.
@@ -644,6 +646,15 @@ def peak_mb(call: Callable[[], object], bench: Bench) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
+def _litgpts_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    # Marked, as training marks its loss: routers need not ask what a loss nobody scales is scaled by.
+    return remember_scale(chunked_cross_entropy(logits, targets, chunk_size=0))
+
+
+# That of training, which has the kernel where it works. Nothing here converts logits for LitGPT's.
+_cross_entropy = loss_of_logits(_litgpts_loss, Precision())
+
+
 class Trainee:
     """A model in training, one optimizer step at a time.
 
@@ -685,13 +696,7 @@ class Trainee:
 
     def plain_loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         with self.autocast():
-            logits = self.model(ids)
-            if has_kernel(logits, targets):
-                loss = mean_cross_entropy(logits.flatten(0, 1), targets.flatten())
-            else:
-                loss = chunked_cross_entropy(logits, targets, chunk_size=0)
-            # Marked, as training marks its loss: routers need not ask what a loss nobody scales is scaled by.
-            return remember_scale(loss)
+            return _cross_entropy(self.model(ids), targets)
 
     def step(self) -> None:
         for batch in self.batches:

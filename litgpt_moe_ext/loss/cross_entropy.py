@@ -48,9 +48,10 @@ def loss_and_gradient(logits_TV: Tensor, targets_T: Tensor, dtype: torch.dtype) 
 
     Args:
         logits_TV: Logits, 16-bit or float32, the elements of a row contiguous.
-        targets_T: As above, contiguous.
+        targets_T: As above.
         dtype: 16-bit or float32.
     """
+    targets_T = targets_T.contiguous()
     losses_T, normalizers_T = _kernels().row_losses(logits_TV, targets_T)
     gradient_TV, one = torch.empty_like(logits_TV, dtype=dtype), losses_T.new_ones(())
     _kernels().gradients(logits_TV, targets_T, normalizers_T, (one, one), gradient_TV)

@@ -70,7 +70,11 @@ def refused_without_utf8(*words: str | Path) -> str:
     return line
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are Unicode")
+# Windows and macOS keep names as Unicode, so there Python meets none that it cannot decode, or encode.
+names_are_bytes = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are Unicode")
+
+
+@names_are_bytes
 @pytest.mark.parametrize(
     ("letters", "remedy"),
     [(b"d\xc3\xbc", "; set PYTHONUTF8=1"), (b"d\xfc", "; write, or rename, it in UTF-8")],
@@ -91,7 +95,7 @@ def test_letters_that_python_does_not_decode(letters, remedy, finished, tmp_path
         assert line.endswith(remedy)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are Unicode")
+@names_are_bytes
 def test_letters_of_a_recipe_that_no_file_can_have(tmp_path):
     (tmp_path / "recipe.yaml").write_text("out_dir: dü\n", encoding="utf-8")
     line = refused_without_utf8("run_train.py", "--config", tmp_path / "recipe.yaml")
