@@ -1,7 +1,8 @@
 """Opens exported models with the transformers of this environment: `python compare_with_transformers.py FOLDER`.
 
-Each folder in FOLDER has an export in `out` and, in `expected.pt`, tokens, logits and greedily written text. Needs
-torch and transformers only, so that it runs in an environment with another version.
+Each folder in FOLDER has an export in `out` and, in `expected.pt`, tokens, logits and greedily written text. What is
+not quantized is saved in `saved`. Needs torch and transformers only, so that it runs in an environment with another
+version.
 """
 
 import sys
@@ -27,6 +28,8 @@ def main(folder: Path) -> None:
             )
         assert error < 1e-5, f"{case.name}: logits differ by {error:.1e}"
         assert written.tolist() == text.tolist(), f"{case.name}: wrote other tokens"
+        if getattr(model.config, "quantization_config", None) is None:
+            model.save_pretrained(case / "saved")
         print(f"{case.name}: {type(model).__name__}, logits within {error:.0e}")
     print(f"transformers {transformers.__version__}")
 

@@ -13,6 +13,8 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.hf.architectures import choose_class
 from litgpt_moe_ext.export.hf.facts import facts_of
 from litgpt_moe_ext.export.hf.published.config import read_published
+from litgpt_moe_ext.export.hf.published.names import SYNONYMS
+from litgpt_moe_ext.export.hf.published.settings import READERS
 from litgpt_moe_ext.meta.models import meta_model
 from tests.export.hf.published import PUBLISHED
 
@@ -96,6 +98,10 @@ def test_positions_are_those_of_transformers(tmp_path, said, kind, found):
         ("OLMoE-1B-7B", "num_key_value_heads", {"num_attention_heads": 8}, {"head_size": 256, "n_query_groups": 8}),
         ("gpt-oss-20b", "rope_scaling", {}, {"rope_adjustments": YARN_OF_GPT_OSS}),
         ("gpt-oss-20b", "", {"rope_scaling": None}, {"rope_adjustments": None}),
+        # As transformers 5 saves it.
+        ("Qwen3-30B-A3B-FP8", "num_experts", {"num_local_experts": 96}, {"n_expert": 96}),
+        ("Qwen3-30B-A3B-FP8", "", {"num_local_experts": 96}, {"n_expert": 128}),
+        ("Mixtral-8x7B", "num_local_experts", {"num_experts": 6}, {"n_expert": 6}),
     ],
 )
 def test_what_an_entry_means(tmp_path, name, left_out, said, found):
@@ -104,6 +110,16 @@ def test_what_an_entry_means(tmp_path, name, left_out, said, found):
     (tmp_path / "config.json").write_text(json.dumps(content | said))
     config = litgpt.Config(**read_published(tmp_path).settings)
     assert {key: getattr(config, key) for key in found} == found
+
+
+def test_every_other_name_of_an_entry_is_known():
+    """Of those that the installed transformers takes."""
+    from transformers import CONFIG_MAPPING
+
+    for model_type in READERS.keys() - {"litgpt_moe"}:
+        # Whichever of two it prefers.
+        theirs = {frozenset(names) for names in CONFIG_MAPPING[model_type].attribute_map.items()}
+        assert theirs <= {frozenset(names) for names in SYNONYMS.get(model_type, {}).items()}, model_type
 
 
 @pytest.mark.parametrize(

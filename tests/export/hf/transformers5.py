@@ -9,6 +9,8 @@ import torch
 from litgpt import GPT
 from torch import Tensor
 
+from litgpt_moe_ext.export.hf.read import import_checkpoint
+
 SCRIPT = Path(__file__).with_name("compare_with_transformers.py")
 PROMPT = 8
 
@@ -38,7 +40,7 @@ def expect_of(model: GPT, case: Path, **more: str) -> None:
 
 
 def compare(cases: Path) -> None:
-    """Compare every case of a folder in an environment of its own."""
+    """Compare every case of a folder in an environment of its own, and import what was saved there."""
     uv = [shutil.which("uv")] if shutil.which("uv") else [sys.executable, "-m", "uv"]
     command = [*uv, "run", "--isolated", "--no-project"]
     for package in ("transformers==5.24.0", "torch==2.15.0", "accelerate"):  # which quantized models ask for
@@ -49,3 +51,11 @@ def compare(cases: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
     assert "transformers 5.24.0" in result.stdout
     assert result.stdout.count("logits within") == len(list(cases.iterdir()))
+    for saved in cases.glob("*/saved"):
+        config = import_checkpoint(saved, saved.with_name("back of it")).config
+        model = GPT(config).eval()
+        model.load_state_dict(torch.load(saved.with_name("back of it") / "lit_model.pth", weights_only=True))
+        expected = torch.load(saved.with_name("expected.pt"))
+        with torch.inference_mode():
+            error = (model(expected["tokens"]) - expected["logits"]).abs().max() / expected["logits"].abs().max()
+        assert error < 1e-5, f"{saved.parent.name}: logits differ by {error:.1e}"

@@ -8,6 +8,7 @@ from typing import Any
 
 from litgpt_moe_ext.config.features import family_of_norms
 from litgpt_moe_ext.errors import SettingsError, one_line
+from litgpt_moe_ext.export.hf.published.names import by_names_of_readers
 from litgpt_moe_ext.export.hf.published.quantized import Quantization, quantization_of
 from litgpt_moe_ext.export.hf.published.settings import READERS
 
@@ -47,8 +48,8 @@ def read_published(hf_dir: Path) -> Published:
     """
     path = hf_dir / "config.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        model_type = raw["model_type"]
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        model_type = entries["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise SettingsError(
@@ -58,6 +59,7 @@ def read_published(hf_dir: Path) -> Published:
         raise SettingsError(
             f"hf_dir: {str(path)!r} is a {model_type}; known architectures: {', '.join(sorted(READERS))}"
         )
+    raw = by_names_of_readers(model_type, entries)
     quantization = quantization_of(raw)
     try:
         whole = _with_defaults(raw)
@@ -73,7 +75,7 @@ def read_published(hf_dir: Path) -> Published:
         # Whose norms LitGPT would make of these because of the name.
         name = name.replace(family, family.lower())
     tied = bool(whole.get("tie_word_embeddings", True))
-    return Published(model_type, settings | {"name": name}, quantization, tied, raw, left_out)
+    return Published(model_type, settings | {"name": name}, quantization, tied, entries, left_out)
 
 
 def _with_defaults(raw: _Json) -> _Json:
