@@ -3,7 +3,7 @@
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from litgpt_moe_ext.export.source import ends_of_texts, read_tokenizer
 
@@ -20,6 +20,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+# The class of any tokenizer that is a `tokenizer.json`.
+_FAST = "PreTrainedTokenizerFast"
 
 
 def copy_tokenizer(from_dir: Path, to_dir: Path) -> None:
@@ -30,7 +32,7 @@ def copy_tokenizer(from_dir: Path, to_dir: Path) -> None:
 
 
 def export_tokenizer(checkpoint_dir: Path, out_dir: Path, vocab_size: int) -> dict[str, int | list[int]]:
-    """Copy a tokenizer's files, and name a class in `tokenizer_config.json` if it names none.
+    """Copy a tokenizer's files, with a `tokenizer_config.json` that every version of transformers reads.
 
     Args:
         checkpoint_dir: A checkpoint.
@@ -50,23 +52,36 @@ def export_tokenizer(checkpoint_dir: Path, out_dir: Path, vocab_size: int) -> di
     for name in TOKENIZER_FILES:
         if (checkpoint_dir / name).is_file():
             shutil.copyfile(checkpoint_dir / name, out_dir / name)
-    _name_class(out_dir / "tokenizer_config.json", tokenizer)
+    _describe(out_dir / "tokenizer_config.json", tokenizer)
     ends = ends_of_texts(checkpoint_dir, tokenizer, vocab_size)
     eos = ends if len(ends) > 1 else tokenizer.eos_id
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos, "pad_token_id": tokenizer.eos_id}
     return {name: value for name, value in ids.items() if value is not None}
 
 
-def _name_class(file: Path, tokenizer: "Tokenizer") -> None:
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    fast = "PreTrainedTokenizerFast"
-    if settings.setdefault("tokenizer_class", fast) != fast or tokenizer.backend != "huggingface":
-        return
-    # The class would also return token types, which no decoder takes.
-    settings.setdefault("model_input_names", ["input_ids", "attention_mask"])
-    for name in ("bos", "eos"):
-        token_id = getattr(tokenizer, f"{name}_id")
-        if token_id is not None:
-            token = tokenizer.processor.id_to_token(token_id)  # pyrefly: ignore[missing-attribute] (not SentencePiece's)
-            settings.setdefault(f"{name}_token", token)
-    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _describe(file: Path, tokenizer: "Tokenizer") -> None:
+    """Write `tokenizer_config.json` so that transformers 4 and 5 open it, with a class if it names none."""
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    settings = _in_words_of_both(found)
+    if tokenizer.backend == "huggingface" and settings.setdefault("tokenizer_class", _FAST) == _FAST:
+        # The class would also return token types, which no decoder takes.
+        settings.setdefault("model_input_names", ["input_ids", "attention_mask"])
+        for name in ("bos", "eos"):
+            token_id = getattr(tokenizer, f"{name}_id")
+            if token_id is not None:
+                token = tokenizer.processor.id_to_token(token_id)  # pyrefly: ignore[missing-attribute] (not SentencePiece's)
+                settings.setdefault(f"{name}_token", token)
+    if settings != found:
+        file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _in_words_of_both(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what transformers 5 saves of a tokenizer in transformers 4's words, which 5 reads as well."""
+    settings = dict(settings)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = _FAST
+    # Names by token, and not a list, are something else in 4.
+    if isinstance(extra := settings.get("extra_special_tokens"), list):
+        del settings["extra_special_tokens"]
+        settings["additional_special_tokens"] = [*(settings.get("additional_special_tokens") or []), *extra]
+    return settings

@@ -150,6 +150,29 @@ def test_text_in_text_out(tmp_path, file, settings):
         assert found == ((None, None, None) if file is None else (4, settings.get("eos_token_id", 0), 0))
 
 
+@pytest.mark.parametrize("extra", [["<|user|>"], {"user_token": "<|user|>"}])
+def test_a_tokenizer_that_transformers_5_saved_opens_in_4(tmp_path, extra):
+    """Which calls every fast tokenizer `TokenizersBackend`, and lists special tokens where 4 has names for them."""
+    make_checkpoint(tmp_path / "checkpoint", *CASES["llama"][1:])
+    bpe = Tokenizer(BPE({"<|end|>": 0, "a": 1, "<|user|>": 2}, []))
+    bpe.add_special_tokens(["<|end|>", "<|user|>"])
+    bpe.save(str(tmp_path / "checkpoint" / "tokenizer.json"))
+    settings = {
+        "backend": "tokenizers",
+        "eos_token": "<|end|>",
+        "extra_special_tokens": extra,
+        "is_local": True,
+        "tokenizer_class": "TokenizersBackend",
+    }
+    (tmp_path / "checkpoint" / "tokenizer_config.json").write_text(json.dumps(settings))
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.all_special_tokens == ["<|end|>", "<|user|>"]
+    inputs = tokenizer("a<|user|>a")
+    assert dict(inputs) == {"input_ids": [1, 2, 1], "attention_mask": [1, 1, 1]}
+    assert tokenizer.decode(inputs.input_ids, skip_special_tokens=True).split() == ["a", "a"]
+
+
 def test_a_share_of_a_head_that_rotates_is_exact(tmp_path):
     """30 of 44 elements: 30 / 44 * 44 is less than 30."""
     make_checkpoint(tmp_path / "checkpoint", {**CASES["glm"][1], "head_size": 44, "rotary_percentage": 0.7}, True)
