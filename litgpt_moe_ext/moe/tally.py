@@ -27,7 +27,8 @@ class Tally:
     """
 
     def __init__(self, size: int) -> None:
-        self._leaf_N = _new_leaf(size, torch.device("cpu"))
+        # Where the parameters of the router are made, which need not be moved then.
+        self._leaf_N = _new_leaf(size, torch.get_default_device())
 
     def leaf_on(self, device: torch.device) -> Tensor:
         """Return the leaf, (N,) on `device`. What a backward pass returns as its gradient is added to the tally."""

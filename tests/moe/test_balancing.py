@@ -69,6 +69,15 @@ def test_a_tally_keeps_its_sums_on_another_device():
     assert tally.take().device.type == "meta"
 
 
+def test_a_compiler_meets_the_leaf_where_the_model_was_made():
+    """It cannot trace how another one is made: the first pass would fall apart in every layer."""
+    meta = torch.device("meta")
+    with meta:
+        tally = Tally(2)
+    compiled = torch.compile(lambda x_N: tally.leaf_on(meta) * x_N, backend="eager", fullgraph=True)
+    assert compiled(torch.ones(2, device=meta)).requires_grad
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpointing_counts_once(use_reentrant):
     moe = make_moe()
