@@ -590,6 +590,21 @@ class TestLock:
         assert taken == [None]
         assert ProcessLock(tmp_path / ".lock").take() is not None
 
+    def test_a_file_that_is_deleted_while_it_is_being_locked(self, tmp_path, monkeypatch):
+        """Its owner gives it back when a second process has opened it; a third finds another file there."""
+        fcntl = pytest.importorskip("fcntl")
+        first, second, third = (ProcessLock(tmp_path / ".lock") for _ in range(3))
+        assert first.take() is None
+        lock = fcntl.flock
+
+        def lock_what_is_deleted(*arguments) -> None:
+            monkeypatch.setattr(fcntl, "flock", lock)
+            first.release()
+            lock(*arguments)
+
+        monkeypatch.setattr(fcntl, "flock", lock_what_is_deleted)
+        assert [second.take(), third.take()].count(None) == 1
+
 
 class TestManifest:
     @pytest.mark.parametrize(
