@@ -28,7 +28,7 @@ class Tally:
 
     def __init__(self, size: int) -> None:
         # Where the parameters of the router are made, which need not be moved then.
-        self._leaf_N = _new_leaf(size, torch.get_default_device())
+        self._leaf_N = _new_leaf(size, torch.empty(0).device)
 
     def leaf_on(self, device: torch.device) -> Tensor:
         """Return the leaf, (N,) on `device`. What a backward pass returns as its gradient is added to the tally."""

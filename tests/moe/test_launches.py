@@ -197,7 +197,7 @@ def test_all_of_these_settings_start_what_the_pages_say():
     page = (ROOT / "docs" / "how-to" / "one-gpu.md").read_text(encoding="utf-8")
     assert f"All at once are {on_8}, on 10.x {on_10}." in page
     results = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
-    assert f"All ten start {on_8} and {on_10}," in results
+    assert f"All ten start {on_8} and {on_10}." in results
 
 
 @pytest.mark.parametrize(
