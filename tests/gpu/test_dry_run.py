@@ -12,17 +12,28 @@ WATCH = """
 import gc, sys, weakref
 sys.path.insert(0, "benchmarks")
 import gpu
+from gpu_tables import steps
 
 made = []
 
-class Watched(gpu.Trainee):
+class Watched(steps.Trainee):
     def __init__(self, *args):
         gc.collect()
         print("kept:", sum(trainee() is not None for trainee in made))
         super().__init__(*args)
         made.append(weakref.ref(self))
 
-gpu.Trainee = Watched
+steps.Trainee = Watched
+gpu.main()
+"""
+
+# Says of the first process that the card is lost to it; the one that goes on runs the command as it is.
+LOSE = """
+import sys
+sys.path.insert(0, "benchmarks")
+import gpu
+
+gpu.is_lost = lambda bench: True
 gpu.main()
 """
 
@@ -52,3 +63,11 @@ def test_no_model_takes_room_beside_the_next(tmp_path):
     """Whose peak of memory is measured."""
     shown = run("-c", WATCH, "--device", "cpu", "--tiny", "--only", "steps", "--out", str(tmp_path / "figures.json"))
     assert [line for line in shown.splitlines() if line.startswith("kept")] == 7 * ["kept: 0"]
+
+
+@pytest.mark.slow
+def test_a_lost_card_costs_one_table(tmp_path):
+    out = tmp_path / "figures.json"
+    run("-c", LOSE, "--device", "cpu", "--tiny", "--only", "gradients", "decoding", "--out", str(out))
+    tables = json.loads(out.read_text())["tables"]
+    assert [(table["name"], len(table["rows"])) for table in tables] == [("gradients", 1), ("decoding", 2)]

@@ -1,0 +1,11 @@
+"""The tables of `benchmarks/gpu.py`, a module each, whose `rows` measures and yields them one after the other.
+
+`measuring/` has the clock, the card and the report, `contenders/` what is measured in more than one table.
+
+Shape legend of all: T tokens, D model width, F hidden width of one expert, E experts, K chosen experts per token.
+"""
+
+import litgpt_moe_ext
+
+# Before LitGPT is imported by any of them.
+litgpt_moe_ext.register()

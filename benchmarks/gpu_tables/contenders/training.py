@@ -1,0 +1,84 @@
+"""A model in training."""
+
+import contextlib
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.precision import Precision
+from litgpt import GPT, Config
+from litgpt.utils import chunked_cross_entropy
+from torch import Tensor, nn
+
+from gpu_tables.measuring.bench import Bench
+from litgpt_moe_ext.moe.gradient_injection import remember_scale
+from litgpt_moe_ext.training.optim.largest_first import step_largest_first
+from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss
+from litgpt_moe_ext.training.steps.half_logits import loss_of_logits
+
+
+def _litgpts_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    # Marked, as training marks its loss: routers need not ask what a loss nobody scales is scaled by.
+    return remember_scale(chunked_cross_entropy(logits, targets, chunk_size=0))
+
+
+# That of training, which has the kernel where it works. Nothing here converts logits for LitGPT's.
+_cross_entropy = loss_of_logits(_litgpts_loss, Precision())
+
+
+class Trainee:
+    """A model in training, one optimizer step at a time.
+
+    Args:
+        settings: Fields of its configuration.
+        bench: Where.
+        batches: Token ids of the micro-batches of a step, (A, B, T + 1).
+        how: eager, compiled, graphs, "graphs, unshared", whose micro-batches share nothing of the experts' weights, or
+            "graphs, one stream", in which no parts of layers run side by side.
+    """
+
+    def __init__(self, settings: dict[str, Any], bench: Bench, batches: Tensor, how: str = "eager") -> None:
+        torch.manual_seed(0)
+        self.config, self.batches = Config(**settings), batches
+        with bench.device:
+            model = GPT(self.config)
+        for module in model.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        self.autocast = partial(torch.autocast, bench.device.type, bench.dtype)
+        if how == "compiled":
+            # Otherwise the sizes of the next recipe would be taken for ones that change from step to step.
+            torch._dynamo.reset()
+        self.model = torch.compile(model) if how == "compiled" else model
+        self.loss = self.plain_loss
+        graphs = how.startswith("graphs") and bench.is_cuda
+        if graphs:
+            self.loss = GraphedLoss(self.plain_loss, model, careful=True, say=partial(_note_if_off, bench))
+            if how == "graphs, unshared":
+                self.loss.sharing = contextlib.nullcontext
+            if how == "graphs, one stream":
+                self.loss.abreast = contextlib.nullcontext
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        step_largest_first(self.optimizer)
+
+        # The first steps run as they are, then passes are captured.
+        for _ in range(3 if graphs else 0):
+            self.step()
+
+    def plain_loss(self, ids: Tensor, targets: Tensor) -> Tensor:
+        with self.autocast():
+            return _cross_entropy(self.model(ids), targets)
+
+    def step(self) -> None:
+        for batch in self.batches:
+            (self.loss(batch[:, :-1], batch[:, 1:].contiguous()) / len(self.batches)).backward()
+        # The optimizer's, as Fabric takes: to look for those of a model takes the host longer the more modules it has.
+        nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def _note_if_off(bench: Bench, text: str) -> None:
+    """Note that CUDA graphs were not used."""
+    if ": off" in text:
+        bench.note(text)

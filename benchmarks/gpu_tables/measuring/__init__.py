@@ -1,0 +1,1 @@
+"""How a table is measured: the time there is, the clock, the card, and what becomes of its rows."""
