@@ -3,8 +3,9 @@
 Recipes and flags become one tree of plain data (`cli.given`), of which jsonargparse makes settings, checked by type.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,18 +120,18 @@ def build_parser(types: Mapping[str, Any]) -> Any:
     return parser
 
 
-def read_given(arguments: Sequence[str], default_config: Path, known: Mapping[str, Any]) -> Given:
+def read_given(arguments: Sequence[str], default_config: Path, types: Mapping[str, Any]) -> Given:
     """Return recipes and flags, merged.
 
     Args:
         arguments: The command line without the program's name.
         default_config: Recipe to use if none is named.
-        known: As from `annotations`.
+        types: As from `litgpt_types`.
 
     Raises:
         SettingsError: If a recipe or a flag cannot be read.
     """
-    given = Given({"optimizer": Settings.optimizer})
+    given, known = Given({"optimizer": Settings.optimizer}), annotations(types)
     flags = list(read_flags(normalize(arguments, default_config)))
     for name, text in flags:
         if name == "config":
@@ -254,8 +255,9 @@ def _make_config(values: dict[str, Any]) -> Any:
         raise SettingsError(f"model_config{separator}{error or 'LitGPT refuses these fields'}") from error
 
 
-def read_settings(arguments: Sequence[str], default_config: Path = Path("configs/quickstart.yaml")) -> Settings:
-    """Return the settings that a command line means.
+@contextlib.contextmanager
+def settings_of(arguments: Sequence[str], default_config: Path = Path("configs/quickstart.yaml")) -> Iterator[Settings]:
+    """Give the settings that a command line means; an error about them in the scope has their names and places.
 
     Args:
         arguments: Without the program's name.
@@ -265,5 +267,12 @@ def read_settings(arguments: Sequence[str], default_config: Path = Path("configs
         SettingsError: If anything in it is wrong.
     """
     types = litgpt_types()
-    given = read_given(arguments, default_config, annotations(types))
-    return make_settings(*parse(given, types))
+    given = read_given(arguments, default_config, types)
+    with given.naming_places():
+        yield make_settings(*parse(given, types))
+
+
+def read_settings(arguments: Sequence[str], default_config: Path = Path("configs/quickstart.yaml")) -> Settings:
+    """Return the settings of `settings_of`, for those who make no checks of their own."""
+    with settings_of(arguments, default_config) as settings:
+        return settings

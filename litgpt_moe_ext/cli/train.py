@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None, default_config: Path | None = N
 
 
 def _run(arguments: list[str], default_config: Path) -> int:
-    from litgpt_moe_ext.cli.settings import annotations, build_parser, litgpt_types, make_settings, parse, read_given
+    from litgpt_moe_ext.cli.settings import build_parser, litgpt_types, make_settings, parse, read_given
 
     types = litgpt_types()
     if helps := [index for index, name in enumerate(arguments) if name.partition("=")[0].endswith(".help")]:
@@ -82,7 +82,7 @@ def _run(arguments: list[str], default_config: Path) -> int:
     if unknown := set(printed) - {"", "skip_null"}:
         raise SettingsError(f"--print_config: {min(unknown)!r} must be skip_null, or nothing")
     arguments = [a for a in arguments if a.partition("=")[0] != "--print_config"]
-    given = read_given(arguments, default_config, annotations(types))
+    given = read_given(arguments, default_config, types)
     with given.naming_places():
         parser, parsed = parse(given, types)
         if printed:

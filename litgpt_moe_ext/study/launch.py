@@ -61,7 +61,7 @@ def check(runs: Iterable[Run]) -> None:
 
     They are also wrong if the run would leave nothing that can be compared: no line in its log, or no validation loss.
     """
-    from litgpt_moe_ext.cli.settings import read_settings
+    from litgpt_moe_ext.cli.settings import settings_of
     from litgpt_moe_ext.training.plan import check_plan
 
     seen: set[str] = set()
@@ -70,8 +70,8 @@ def check(runs: Iterable[Run]) -> None:
         new = {run.arm, str(run.point)} - seen
         if new:
             try:
-                plan = check_plan(read_settings(run.flags(Path("out"))))
-                refuse_first(_nothing_to_compare(plan))
+                with settings_of(run.flags(Path("out"))) as settings:
+                    refuse_first(_nothing_to_compare(check_plan(settings)))
             except SettingsError as error:
                 raise SettingsError(f"{run.label}: {error}") from error
             seen |= new

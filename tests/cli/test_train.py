@@ -11,7 +11,7 @@ from litgpt.config import Config
 
 from litgpt_moe_ext.cli import mistakes
 from litgpt_moe_ext.cli.given import Given, read_flags
-from litgpt_moe_ext.cli.settings import annotations, litgpt_types, normalize, read_given, read_settings
+from litgpt_moe_ext.cli.settings import litgpt_types, normalize, read_given, read_settings
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.errors import SettingsError
@@ -392,10 +392,10 @@ def test_a_bug_is_not_caught_and_a_wrong_setting_is_one_line(recipe, tmp_path, c
 
 def test_a_data_module_named_alone(recipe):
     """LitGPT's, as in its recipes, else this package's; flags behind it are read as its arguments are."""
-    known = annotations(litgpt_types())
+    types = litgpt_types()
 
     def data(*flags):
-        return read_given(["--config", str(recipe(data="TinyStories")), *flags], Path(), known).tree["data"]
+        return read_given(["--config", str(recipe(data="TinyStories")), *flags], Path(), types).tree["data"]
 
     assert data() == "litgpt.data.TinyStories"
     assert data("--data", "TextCorpus", "--data.source_path", "12") == {

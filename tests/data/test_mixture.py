@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from litgpt.utils import CycleIterator
 
-from litgpt_moe_ext.cli.settings import annotations, litgpt_types, parse, read_given, read_settings
+from litgpt_moe_ext.cli.settings import litgpt_types, parse, read_given, read_settings
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.data import Mixture, PreparedCorpus, PythonStdlib, TextCorpus, TokenShards
 from litgpt_moe_ext.data.loader import Order, Replica, TokenLoader
@@ -540,6 +540,6 @@ def test_mistakes_inside_a_corpus_are_named(capsys, flag, value, message):
 def test_a_corpus_that_names_its_own_setting():
     """The parser leaves what was given as it was, so that the whole name of a setting can be found later."""
     types = litgpt_types()
-    recipe = read_given(EXAMPLE, ROOT / "configs" / "quickstart.yaml", annotations(types))
+    recipe = read_given(EXAMPLE, ROOT / "configs" / "quickstart.yaml", types)
     parse(recipe, types)
     assert recipe.whole_name("source_path") == "data.corpora.prose.source_path"

@@ -366,6 +366,27 @@ def test_what_a_run_refuses_at_its_start_is_a_problem(changes, message, tmp_path
     assert message in problems[0]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"class_path": "PreparedCorpus", "init_args": {"corpus_dir": 5}}}, "data.corpus_dir: 5 must be"),
+        ({"data": {**STDLIB, "init_args": {"vocab_size": 321}}}, "data.vocab_size: 321 means 321 tokens"),
+        ({"train": {"max_seq_length": 32}}, "train.max_seq_length: 32 must be from 1 to the model's block_size"),
+    ],
+    ids=["parsed", "data", "together"],
+)
+def test_a_problem_names_its_setting_and_line_as_a_run_does(changes, message, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    settings = {"model_config": MODEL, "data": STDLIB, "out_dir": str(tmp_path / "out")} | changes
+    recipe.write_text(yaml.safe_dump(settings, sort_keys=False))
+    name = message.partition(":")[0].rpartition(".")[2]
+    *_, line = (n for n, text in enumerate(recipe.read_text().splitlines(), 1) if text.lstrip().startswith(name))
+    assert main(["doctor", str(recipe)]) == 1
+    (problem,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("PROBLEM"))
+    assert message in problem
+    assert problem.endswith(f"({recipe}:{line})")
+
+
 def test_a_tokenizer_of_the_data_that_ends_no_document(tmp_path, capsys):
     model = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))

@@ -22,7 +22,7 @@ import yaml
 from litgpt import Config
 
 from litgpt_moe_ext.cli.main import main
-from litgpt_moe_ext.cli.settings import annotations, litgpt_types, read_given, read_settings
+from litgpt_moe_ext.cli.settings import litgpt_types, read_given, read_settings
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.inspect.runs.logs import RunLog
@@ -225,7 +225,7 @@ def test_runs_of_the_shipped_studies_are_valid(path):
     ("long", {2880 * 1536, 2880 * 3072}, 2880 * 1536, {64, 128}),
 ])  # fmt: skip
 def test_shipped_scales_make_every_study_but_that_of_shapes_larger(scale, budgets, budget, width):
-    budget_of, widths, known = {}, set(), annotations(litgpt_types())
+    budget_of, widths, known = {}, set(), litgpt_types()
     for study in [study for study in STUDIES if study.stem not in ("shape", "carried_rate")]:
         plan = load_study(study, ROOT / "studies" / "scale" / f"{scale}.yaml")
         assert plan.name == f"{study.stem}-{scale}"
@@ -277,6 +277,19 @@ def test_a_wrong_setting_of_any_arm_or_point_is_refused_before_a_run_begins(tmp_
     study = write(tmp_path / "s.yaml", grid={"train.max_norm": [1.0, "much"]})
     assert main(["study", str(study), "--slurm", str(tmp_path / "array.sh")]) == 2
     assert "error: recipe, max_norm much: train.max_norm: 'much' must be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changes", [
+    {"data": {"class_path": "PythonStdlib", "init_args": {"val_fraction": 7}}},
+    {"train": {"max_tokens": 7}},
+], ids=["parsed", "together"])  # fmt: skip
+def test_a_wrong_setting_of_the_recipe_is_named_with_its_line(changes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "_process", None)
+    recipe = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text()) | changes
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    study = write(tmp_path / "s.yaml", seeds=[1], recipe="recipe.yaml")
+    assert main(["study", str(study), "--out_dir", str(tmp_path / "out")]) == 2
+    assert re.search(r"^error: recipe: (data|train)\..*: 7 .*\(.*recipe\.yaml:\d+\)$", capsys.readouterr().err, re.M)
 
 
 @pytest.mark.parametrize(("content", "message"), [

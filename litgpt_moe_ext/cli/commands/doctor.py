@@ -11,7 +11,6 @@ from litgpt_moe_ext.wording import counted
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.inspect.recipes import Recipe
-    from litgpt_moe_ext.training.settings import Settings
 
 _MOST_MEMORY = 1_000_000
 _WORDS = {"good": ("green", "ok"), "note": ("yellow", "note"), "problem": ("bold red", "PROBLEM")}
@@ -38,27 +37,22 @@ class Doctor:
         return self._print_page() if self.memory is None else self._search(self.memory)
 
     def _search(self, memory: float) -> int:
-        from litgpt_moe_ext.cli.settings import read_plain_settings
-        from litgpt_moe_ext.inspect.recipes import load_recipe
-
         if memory > _MOST_MEMORY:
             raise SettingsError(f"memory: {memory:g} must be the GiB of a GPU, at most {_MOST_MEMORY}")
         if self.recipe is None:
             raise SettingsError(f"memory: {memory:g} needs a recipe; give doctor RECIPE --memory {memory:g}")
-        recipe = load_recipe(self.recipe)
-        if not recipe.checkpoint:
-            read_plain_settings(self.recipe)
-        return _print_fits(recipe, memory)
+        return _print_fits(_load(self.recipe), memory)
 
     def _print_page(self) -> int:
         from rich.console import Console
         from rich.markup import escape
 
+        from litgpt_moe_ext.cli.settings import settings_of
         from litgpt_moe_ext.inspect.doctor.examination import examine
-        from litgpt_moe_ext.inspect.recipes import load_recipe
 
-        recipe = None if self.recipe is None else load_recipe(self.recipe)
-        findings = examine(recipe, None if recipe is None or recipe.checkpoint else self._settings())
+        recipe = None if self.recipe is None else _load(self.recipe)
+        is_file = recipe is not None and not recipe.checkpoint
+        findings = examine(recipe, settings_of(["--config", str(self.recipe)]) if is_file else None)
         console = Console(highlight=False, soft_wrap=True)
         for finding in findings:
             style, word = _WORDS[finding.verdict]
@@ -71,16 +65,15 @@ class Doctor:
         print(f"{self.recipe} can run here")
         return 0
 
-    def _settings(self) -> "Settings | SettingsError":
-        # As a run reads them, or what it would say.
-        from litgpt_moe_ext.cli.settings import read_plain_settings, read_settings
 
-        assert self.recipe is not None
-        try:
-            return read_settings(["--config", str(self.recipe)])
-        except SettingsError as error:
-            read_plain_settings(self.recipe)  # what is no recipe at all is refused, what cannot run here is a finding
-            return error
+def _load(path: Path) -> "Recipe":
+    from litgpt_moe_ext.cli.settings import read_plain_settings
+    from litgpt_moe_ext.inspect.recipes import load_recipe
+
+    recipe = load_recipe(path)
+    if not recipe.checkpoint:
+        read_plain_settings(path)  # what is no recipe at all is refused, what cannot run here is a finding
+    return recipe
 
 
 def _print_fits(recipe: "Recipe", gib: float) -> int:

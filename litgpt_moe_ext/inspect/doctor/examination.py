@@ -1,9 +1,9 @@
 """All that the doctor looks at, in the order of its page."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.inspect.doctor import computing, installation, places, room
 from litgpt_moe_ext.inspect.doctor.finding import Finding
 from litgpt_moe_ext.inspect.doctor.settings import settings_together, unread
@@ -13,24 +13,25 @@ if TYPE_CHECKING:
     from litgpt_moe_ext.training.settings import Settings
 
 
-def examine(recipe: Recipe | None, settings: "Settings | SettingsError | None" = None) -> list[Finding]:
+def examine(recipe: Recipe | None, settings: "AbstractContextManager[Settings] | None" = None) -> list[Finding]:
     """Look at the installation, and at what a recipe asks of it.
 
     Args:
         recipe: The recipe; None looks at the installation alone.
-        settings: The same as a run reads it, for the checks with which it begins, or what the run would say.
+        settings: Gives the same as a run reads it, for the checks with which it begins.
     """
     findings = [*installation.versions(), *installation.devices(), *installation.links_here()]
     if recipe is None:
         return [*findings, installation.compiler(), *installation.kernels(), computing.precision(None)]
-    of_recipe: dict[str, Finding] = {}
+    of_recipe: list[Finding] = []
     for finding in _of_recipe(recipe, settings):
-        # A kernel that is not there is in the way of counting memory as well.
-        of_recipe.setdefault(finding.text, finding)
-    return [*findings, *of_recipe.values()]
+        # A kernel that is not there is in the way of counting memory as well. Of settings it is said where they stand.
+        if not any(f"{other.text} (".startswith(f"{finding.text} (") for other in of_recipe):
+            of_recipe.append(finding)
+    return [*findings, *of_recipe]
 
 
-def _of_recipe(recipe: Recipe, settings: "Settings | SettingsError | None") -> Iterator[Finding]:
+def _of_recipe(recipe: Recipe, settings: "AbstractContextManager[Settings] | None") -> Iterator[Finding]:
     from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
 
     yield computing.compiling(recipe)

@@ -1,6 +1,7 @@
 """What a run would say of the settings of a recipe before it trains, and of what it would start from."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,32 +24,18 @@ def unread(checkpoint: Path) -> Finding:
     )
 
 
-def settings_together(recipe: Recipe, settings: "Settings | SettingsError") -> Iterator[Finding]:
+def settings_together(recipe: Recipe, reading: "AbstractContextManager[Settings]") -> Iterator[Finding]:
     """Yield what a run would say of the settings.
 
     Args:
         recipe: The recipe.
-        settings: The same as a run reads it, or what the run would say.
+        reading: Gives the same as a run reads it; its errors, and those of its scope, are what the run would say.
     """
     from litgpt_moe_ext.config.features import unlearned_routers
-    from litgpt_moe_ext.training.checks import check_batch, check_data, check_whole_model, offers
-    from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
-    from litgpt_moe_ext.training.plan import check_plan
 
-    if isinstance(settings, SettingsError):
-        yield Finding("settings", "problem", str(settings))
-        return
     try:
-        plan = check_plan(settings)
-        check_batch(recipe.global_batch_size, recipe.micro_batch_size, processes(recipe) * recipe.num_nodes)
-        check_whole_model(plan.settings, holds_whole_model(recipe), compiles(recipe, accelerator_here()))
-        check_data(plan.settings, plan.config)
-        data: Any = plan.settings.data
-        if offers(data, "check_shards") and data.data_path.is_dir():
-            data.check_shards()
-        source = getattr(data, "source_path", None)
-        if offers(data, "check_sources") and (source is None or source.exists()):  # or else the data have a problem
-            data.check_sources()
+        with reading as settings:
+            plan = _checked(recipe, settings)
     except SettingsError as error:
         yield Finding("settings", "problem", str(error))
         return
@@ -56,6 +43,24 @@ def settings_together(recipe: Recipe, settings: "Settings | SettingsError") -> I
     if note := unlearned_routers(cast("Config", plan.config)):
         yield Finding("routers", "note", note)
     yield from _start(plan)
+
+
+def _checked(recipe: Recipe, settings: "Settings") -> "Plan":
+    from litgpt_moe_ext.training.checks import check_batch, check_data, check_whole_model, offers
+    from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
+    from litgpt_moe_ext.training.plan import check_plan
+
+    plan = check_plan(settings)
+    check_batch(recipe.global_batch_size, recipe.micro_batch_size, processes(recipe) * recipe.num_nodes)
+    check_whole_model(plan.settings, holds_whole_model(recipe), compiles(recipe, accelerator_here()))
+    check_data(plan.settings, plan.config)
+    data: Any = plan.settings.data
+    if offers(data, "check_shards") and data.data_path.is_dir():
+        data.check_shards()
+    source = getattr(data, "source_path", None)
+    if offers(data, "check_sources") and (source is None or source.exists()):  # or else the data have a problem
+        data.check_sources()
+    return plan
 
 
 def _start(plan: "Plan") -> Iterator[Finding]:
