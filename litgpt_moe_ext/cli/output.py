@@ -3,14 +3,13 @@
 import contextlib
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from litgpt_moe_ext.errors import SettingsError, is_full
-from litgpt_moe_ext.files.durable import flush, is_stream
+from litgpt_moe_ext.files.durable import is_stream, replacing
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -33,7 +32,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write `path` under a temporary name and rename it; creates missing folders.
+    """Write `path`, whole or not at all; creates missing folders.
 
     Something that is not a file, such as /dev/stdout, is written to directly; of a link, the target is replaced.
 
@@ -41,7 +40,6 @@ def write_bytes(path: Path, content: bytes) -> None:
         SettingsError: If it cannot be written, as on a full disk.
     """
     given, path = path, path.resolve() if path.is_symlink() and not is_stream(path) else path
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         if is_stream(path):
             if sys.stdout is not None:
@@ -50,12 +48,8 @@ def write_bytes(path: Path, content: bytes) -> None:
                 stream.write(content)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replacing(path) as partial:
             partial.write_bytes(content)
-            flush(partial)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
     except OSError as error:
         remedy = "free some space, or name another place" if is_full(error) else "name another place"
         raise SettingsError(f"{given} cannot be written ({error.strerror or error}); {remedy}") from error

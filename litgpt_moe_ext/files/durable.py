@@ -3,6 +3,9 @@
 import errno
 import os
 import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 WRITE_TEST = ".write-test-"
@@ -17,6 +20,25 @@ def refusal(folder: Path) -> str | None:
             return None
     except OSError as error:
         return error.strerror or str(error)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give the name of a new file that takes the place of another one when the scope ends, or is gone if it fails.
+
+    A process that is killed in the scope may leave it behind, as `.NAME.*.partial`.
+
+    Args:
+        path: The other one, which is whole at any time; it need not be there.
+    """
+    # In the same folder, because only a rename within one file system is atomic.
+    partial = path.with_name(f".{path.name.lstrip('.')}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        yield partial
+        flush(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def cut_off(error: Exception) -> bool:

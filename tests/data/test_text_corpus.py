@@ -174,7 +174,8 @@ def test_a_full_disk_and_a_second_attempt(files, tmp_path, monkeypatch, capsys, 
             prepare_corpus(root, sources_of(files, tmp_path), small)
     (unfinished,) = names(root)
     (root / unfinished / "train_00099.bin").write_bytes(b"written after the last state")
-    (root / unfinished / ".train_00099.bin.0123abcd.partial").write_bytes(b"killed while it was written")
+    for name in ("train_00099.bin", "state.json"):
+        (root / unfinished / f".{name}.0123abcd.partial").write_bytes(b"killed while it was written")
     capsys.readouterr()
     state, stages = State.load(root / unfinished), []
     monkeypatch.setattr(PreparationProgress, "stage", lambda _, name, done=0: stages.append((name, done)))

@@ -204,10 +204,11 @@ class _Preparation:
             self.state, tokens = state, state.counts["tokens_train"]
             print(f"Continuing in {self.directory}: {counted(tokens, 'training token')} so far", flush=True)
         for split in SIDES:  # what was written after the state: its documents come again
-            late = sorted(self.directory.glob(f"{split}_*.bin"))[self.state.shards[split] :]
-            for path in (*late, *self.directory.glob(f".{split}_*.partial")):
-                path.unlink()
+            for late in sorted(self.directory.glob(f"{split}_*.bin"))[self.state.shards[split] :]:
+                late.unlink()
             self._require_tokens(split)
+        for partial in self.directory.glob(".*.partial"):
+            partial.unlink()
 
     def _require_tokens(self, split: str) -> None:
         found = sum(len(open_shard(path)) for path in self.directory.glob(f"{split}_*.bin"))

@@ -17,13 +17,13 @@ The bytes of a file tell what it is, not its name:
 import codecs
 import hashlib
 import os
-import uuid
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.files.durable import replacing
 
 HEADER_WORDS = 256
 HEADER_BYTES = HEADER_WORDS * 4
@@ -92,18 +92,9 @@ def write_shard(path: str | os.PathLike, tokens: np.ndarray, vocab_size: int) ->
     magic, version = next((magic, version) for magic, (version, kind) in _FORMATS.items() if kind == dtype)
     header = np.zeros(HEADER_WORDS, dtype="<i4")
     header[:3] = magic, version, tokens.size
-
-    # Same folder, because only a rename within one file system is atomic.
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        with open(partial, "xb") as file:
-            file.write(header.tobytes())
-            file.write(np.ascontiguousarray(tokens, dtype=dtype).data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, open(partial, "xb") as file:
+        file.write(header.tobytes())
+        file.write(np.ascontiguousarray(tokens, dtype=dtype).data)
 
 
 def open_shard(path: str | os.PathLike) -> np.memmap:

@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from litgpt_moe_ext.data.reading.record import Record, TextFormat
 from litgpt_moe_ext.data.reading.remote import name_of, remote_facts
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files.checksums import sha256_of
-from litgpt_moe_ext.files.durable import flush
+from litgpt_moe_ext.files.durable import replacing
 
 Side = Literal["train", "val"]
 SIDES: tuple[Side, ...] = ("train", "val")
@@ -107,19 +106,15 @@ class FileHashes:
         """Write what was learned. A failure is only reported: the corpus does not need it."""
         if not self._changed:
             return
-        partial_path = self._path.with_name(f"{HASHES}.{os.getpid()}.partial")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            partial_path.write_text(json.dumps(self._known), encoding="utf-8")
-            flush(partial_path)
-            os.replace(partial_path, self._path)
+            with replacing(self._path) as partial_path:
+                partial_path.write_text(json.dumps(self._known), encoding="utf-8")
         except OSError as error:
             print(
                 f"The hashes of the files could not be kept ({error}), so the next run reads the files again",
                 flush=True,
             )
-            with suppress(OSError):
-                partial_path.unlink(missing_ok=True)
         self._changed = False
 
 

@@ -6,7 +6,6 @@ no process works on it and nothing was written to it for `DAYS`, which costs no 
 
 import errno
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from litgpt_moe_ext.data.pipeline.batches import Batch
 from litgpt_moe_ext.data.pipeline.sources import HASHES, SIDES
 from litgpt_moe_ext.data.pipeline.store import STATE
 from litgpt_moe_ext.errors import SettingsError, one_line
-from litgpt_moe_ext.files.durable import flush
+from litgpt_moe_ext.files.durable import flush, replacing
 
 DAYS = 14
 UNFINISHED, LOCK = ".unfinished", ".lock"
@@ -74,10 +73,8 @@ class State:
 
     def save(self, directory: Path) -> None:
         """Write this into an unfinished corpus; call it once the shards hold what it says."""
-        partial = directory / f".{STATE}.partial"
-        partial.write_text(json.dumps(asdict(self)), encoding="utf-8")
-        flush(partial)
-        os.replace(partial, directory / STATE)
+        with replacing(directory / STATE) as partial:
+            partial.write_text(json.dumps(asdict(self)), encoding="utf-8")
         flush(directory)
 
     def add(self, batch: Batch, arrays: tuple[np.ndarray, ...]) -> None:

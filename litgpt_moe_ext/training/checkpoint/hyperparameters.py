@@ -6,7 +6,6 @@ training was started from Python. Here it is made from the values that the run r
 
 import dataclasses
 import inspect
-import os
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -84,10 +83,8 @@ def _is_data_module(value: Any) -> bool:
 
 
 def save(settings: dict[str, Any], directory: Path) -> None:
-    """Write `settings` (plain data) to `hyperparameters.yaml` in `directory`."""
-    temporary = directory / f".{FILE_NAME}.tmp"
-    temporary.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    os.replace(temporary, directory / FILE_NAME)
+    """Write `settings` (plain data) to `hyperparameters.yaml` in `directory`, a checkpoint without its name yet."""
+    (directory / FILE_NAME).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
 
 def read(checkpoint_dir: Path) -> dict[str, Any]:
