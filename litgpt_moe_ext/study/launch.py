@@ -120,9 +120,6 @@ def train(runs: Iterable[Run], runs_dir: Path, limits: Limits, say: Callable[[st
     waiting = [run for run in runs if not is_finished(runs_dir, run)]
     end = None if limits.seconds is None else time.monotonic() + limits.seconds
     places = replace(limits.places, jobs=max(1, min(limits.places.jobs, len(waiting))))
-    free: queue.Queue[int] = queue.Queue()
-    for place in range(places.jobs):
-        free.put(place)
     requests = StopRequests(say)
 
     def stopped() -> str:
@@ -130,61 +127,65 @@ def train(runs: Iterable[Run], runs_dir: Path, limits: Limits, say: Callable[[st
             return signal.Signals(requests.received).name
         return "out of time" if end is not None and time.monotonic() >= end else ""
 
-    work = partial(_train, runs_dir=runs_dir, places=places, free=free, stopped=stopped, say=say)
+    trainer = _Trainer(runs_dir, places, stopped, say)
     if waiting:
         say(f"Training {counted(len(waiting), 'run')}, {places.jobs} at a time, in {runs_dir}")
     with requests.listening(), ThreadPoolExecutor(places.jobs) as pool:
-        ends = list(pool.map(work, waiting))
+        ends = list(pool.map(trainer.train, waiting))
     problems = [problem for problem in ends if problem]
     if late := ends.count(None):
         problems.append(f"Not begun, {stopped()}: {counted(late, 'run')}; the same command goes on")
     return Outcome(problems, requests.received)
 
 
-def _train(
-    run: Run,
-    runs_dir: Path,
-    places: Places,
-    free: queue.Queue,
-    stopped: Callable[[], str],
-    say: Callable[[str], None],
-) -> str | None:
-    # What went wrong, or nothing; None for a run that was not begun.
-    if stopped():
-        return None
-    out_dir = runs_dir / run.key
-    out_dir.mkdir(parents=True, exist_ok=True)
-    lock = ProcessLock(out_dir / _LOCK)
-    place = free.get()
-    try:
-        if (owner := lock.take()) is not None:
-            return f"{run.title}: is trained by another study, {owner}"
-        if is_finished(runs_dir, run):  # by another study, meanwhile
+class _Trainer:
+    """Trains runs, as many at a time as there are places.
+
+    Args:
+        runs_dir: Where each has its folder.
+        places: Where they are trained.
+        stopped: Returns why no run begins any more, and those that train are to end; empty while they go on.
+        say: Takes a line whenever a run is finished.
+    """
+
+    def __init__(self, runs_dir: Path, places: Places, stopped: Callable[[], str], say: Callable[[str], None]) -> None:
+        self._runs_dir, self._places, self._stopped, self._say = runs_dir, places, stopped, say
+        self._free: queue.Queue[int] = queue.Queue()
+        for place in range(places.jobs):
+            self._free.put(place)
+
+    def train(self, run: Run) -> str | None:
+        """Train a run, and return what went wrong, or nothing; None if it was not begun."""
+        if self._stopped():
+            return None
+        out_dir = self._runs_dir / run.key
+        out_dir.mkdir(parents=True, exist_ok=True)
+        lock = ProcessLock(out_dir / _LOCK)
+        place = self._free.get()
+        try:
+            if (owner := lock.take()) is not None:
+                return f"{run.title}: is trained by another study, {owner}"
+            if is_finished(self._runs_dir, run):  # by another study, meanwhile
+                return ""
+            return self._train_in(place, run, out_dir)
+        finally:
+            lock.release()
+            self._free.put(place)
+
+    def _train_in(self, place: int, run: Run, out_dir: Path) -> str:
+        output = out_dir / "output.txt"
+        earlier = output.stat().st_size if output.exists() else 0
+        trained_on = TrainedOn.here(self._places, place)  # not afterwards: by then the code may be another
+        command = [sys.executable, "-c", _TRAIN, *run.flags(out_dir)]
+        status = _process(command, output, self._places.environment(place), self._stopped)
+        if status == 0:
+            what = {"arm": run.arm, "point": run.point, "seed": run.seed, "settings": run.settings}
+            write_json(out_dir / FINISHED, what | {"trained_on": asdict(trained_on)})
+            self._say(f"{run.title}: finished, {out_dir}")
             return ""
-        return _train_here(run, out_dir, (places, place), stopped, say)
-    finally:
-        lock.release()
-        free.put(place)
-
-
-def _train_here(
-    run: Run, out_dir: Path, where: tuple[Places, int], stopped: Callable[[], str], say: Callable[[str], None]
-) -> str:
-    # What went wrong, or nothing.
-    output = out_dir / "output.txt"
-    earlier = output.stat().st_size if output.exists() else 0
-    places, place = where
-    trained_on = TrainedOn.here(places, place)  # not afterwards: by then the code may be another
-    command = [sys.executable, "-c", _TRAIN, *run.flags(out_dir)]
-    status = _process(command, output, places.environment(place), stopped)
-    if status == 0:
-        what = {"arm": run.arm, "point": run.point, "seed": run.seed, "settings": run.settings}
-        write_json(out_dir / FINISHED, what | {"trained_on": asdict(trained_on)})
-        say(f"{run.title}: finished, {out_dir}")
-        return ""
-    if why := stopped():
-        return f"{run.title}: stopped, {why}; the same command goes on"
-    return f"{run.title}: ended with status {status}, {_last_words(output, earlier)}; see {output}"
+        if why := self._stopped():
+            return f"{run.title}: stopped, {why}; the same command goes on"
+        return f"{run.title}: ended with status {status}, {_last_words(output, earlier)}; see {output}"
 
 
 def _last_words(output: Path, earlier: int) -> str:
