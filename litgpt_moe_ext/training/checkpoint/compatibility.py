@@ -6,11 +6,10 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from litgpt_moe_ext.config.features import MOE_CLASS_NAMES
 from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.errors import FROM_ITS_WEIGHTS, SettingsError
+from litgpt_moe_ext.host.checkpoints import read_config
 from litgpt_moe_ext.training.checkpoint.hyperparameters import FILE_NAME, read
 from litgpt_moe_ext.training.checkpoint.progress import MODEL_FILE, sequences_of
 from litgpt_moe_ext.training.settings import ParameterGroupArgs
@@ -45,7 +44,7 @@ def require_same_model(setting: str, checkpoint_dir: Path, config: Any) -> None:
         checkpoint_dir: A checkpoint directory.
         config: The `litgpt.Config` of the run.
     """
-    saved, now = _model_in(setting, checkpoint_dir, config), asdict(config)
+    saved, now = asdict(read_config(checkpoint_dir, setting)), asdict(config)
     differences = [
         f"{name} is {saved.get(name)!r} in the checkpoint and {value!r} now"
         for name, value in now.items()
@@ -71,20 +70,12 @@ def start_notes(checkpoint_dir: Path, config: Any) -> list[str]:
         checkpoint_dir: Where its weights come from.
         config: The `litgpt.Config` of the run.
     """
-    saved, now = _model_in("initial_checkpoint_dir", checkpoint_dir, config), asdict(config)
+    saved, now = asdict(read_config(checkpoint_dir, "initial_checkpoint_dir")), asdict(config)
     return [
         f"model_config.{name} was {_shown(saved.get(name))} for these weights and is {_shown(now[name])} now"
         for name in sorted(_context_of(saved, now))
         if saved.get(name) != now[name]
     ]
-
-
-def _model_in(setting: str, checkpoint_dir: Path, config: Any) -> dict[str, Any]:
-    file = checkpoint_dir / "model_config.yaml"
-    try:
-        return asdict(type(config).from_file(file))
-    except (TypeError, ValueError, AssertionError, yaml.YAMLError, OSError) as error:
-        raise SettingsError(f"{setting}: {file} cannot be read: {error}") from error
 
 
 def _context_of(saved: dict[str, Any], now: dict[str, Any]) -> set[str]:
