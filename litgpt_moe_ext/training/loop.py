@@ -134,6 +134,19 @@ class HookedLoop:
         """
         return Outcome(self._iterations, self._seconds, best_loss, self.fabric.step, self._batches.padding)
 
+    def save_step(self, last: bool = False) -> Path | None:
+        """Save the state after the last step unless it is saved, and return where; None before the first step.
+
+        Args:
+            last: Whether the run ends with it.
+        """
+        if not (step := self.fabric.state["step_count"]):
+            return None
+        directory = self._plan.out_dir / f"step-{step:08d}"
+        if directory != self.writer.last_saved:
+            self.writer.save(directory.name, last=last)
+        return directory
+
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Put the hooks into `litgpt.pretrain` for the time of the scope.
@@ -273,7 +286,7 @@ class HookedLoop:
         if signal_number:
             self._interrupt(signal_number)
         if due and not is_last:
-            self._save_step()
+            self.save_step()
         if is_last:
             # Ends LitGPT's `for` loop; the final validation and checkpoint follow. Otherwise the loop would fetch one
             # more batch without training on it, and the data position in the final checkpoint would be past that batch.
@@ -292,19 +305,10 @@ class HookedLoop:
         if not self._limits_reached:
             self._interrupt(signal_number)
         # Only the final validation is left to do, and the state is saved here before it goes on.
-        self._save_step()
+        self.save_step()
 
     def _interrupt(self, signal_number: int) -> NoReturn:
-        raise TrainingInterrupted(signal_number, self._save_step(last=True))
-
-    def _save_step(self, last: bool = False) -> Path | None:
-        """Save the state after the last step, unless it is saved; return where, or None before the first step."""
-        if not (step := self.fabric.state["step_count"]):
-            return None
-        directory = self._plan.out_dir / f"step-{step:08d}"
-        if directory != self.writer.last_saved:
-            self.writer.save(directory.name, last=last)
-        return directory
+        raise TrainingInterrupted(signal_number, self.save_step(last=True))
 
     def _measure_flops(self, model: Any, _forward: Any, _loss: Any) -> int:
         length = self._plan.sequence_length

@@ -79,7 +79,7 @@ def train(launched: Launched, start: Start, prepared: Prepared, equipment: Equip
     plan, settings, fabric = launched.plan, launched.plan.settings, launched.fabric
     loop = HookedLoop(launched, start, prepared.tokenizer_dir, equipment)
     retention = Retention(settings.checkpoint, plan.out_dir, fabric, loop.writer.save)
-    epochs = Epochs(loop.writer.save if settings.checkpoint.every_epoch else None)
+    epochs = Epochs(loop.save_step if settings.checkpoint.every_epoch else None)
     # The recipe's own come last: where one ends the run, what the last step has to leave is saved.
     for callback in (epochs, retention, *settings.callbacks):
         fabric.add_callback(callback)

@@ -69,17 +69,12 @@ class Epochs(Callback):
     """Log the epoch of the data, which LitGPT counts anew after every resume, and save at the end of each.
 
     Args:
-        save: Saves the present state under a name, if checkpoints are wanted; every process must call.
+        save: Saves the step unless it is saved, if checkpoints are wanted; every process must call.
     """
 
-    def __init__(self, save: Callable[[str], None] | None) -> None:
+    def __init__(self, save: Callable[[], Any] | None) -> None:
         self._save = save
         self._epoch: int | None = None
-        self._saved: str | None = None
-
-    def on_checkpoint_saved(self, directory: Any) -> None:
-        """Note that this step has a checkpoint."""
-        self._saved = directory.name
 
     def on_step_begin(self, state: dict[str, Any]) -> None:
         """Save if the last step has ended an epoch."""
@@ -89,9 +84,8 @@ class Epochs(Callback):
             return
         if epoch is None:
             raise SettingsError("checkpoint.every_epoch: true needs data that counts its epochs; set it to false")
-        name = f"step-{state['step_count']:08d}"
-        if ended and self._saved != name:
-            self._save(name)
+        if ended:
+            self._save()
 
     def on_log(self, metrics: dict[str, Any]) -> None:
         """Set the epoch in which the last step began."""

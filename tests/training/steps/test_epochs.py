@@ -1,25 +1,29 @@
 """Epochs instead of tokens."""
 
 import csv
-from pathlib import Path
-from types import SimpleNamespace
+import re
 
+import pytest
 import yaml
 
-from litgpt_moe_ext.training.steps.epochs import Epochs
 from tests.runs import train
 
 
-def test_two_epochs_with_a_checkpoint_each(recipe, tmp_path, corpus_settings, capsys):
-    """Steps come from the data; the epoch is counted on over a resume; the hint and the checkpoint know the setting."""
-    out = tmp_path / "out"
+@pytest.fixture
+def small_data(tmp_path, corpus_settings):
+    """Data of which an epoch has a few steps."""
     source = tmp_path / "source"
     source.mkdir()
     for number in range(8):
         (source / f"{number}.py").write_text(f"def add_{number}(value):\n    return value + {number}\n" * 12)
     small = {**corpus_settings, "data_path": str(tmp_path / "data"), "source_path": str(source)}
-    data = {"class_path": "litgpt_moe_ext.data.PythonStdlib", "init_args": small}
-    file = recipe(data=data, train={"save_interval": None}, eval={"interval": 1000})
+    return {"class_path": "litgpt_moe_ext.data.PythonStdlib", "init_args": small}
+
+
+def test_two_epochs_with_a_checkpoint_each(recipe, tmp_path, small_data, capsys):
+    """Steps come from the data; the epoch is counted on over a resume; the hint and the checkpoint know the setting."""
+    out = tmp_path / "out"
+    file = recipe(data=small_data, train={"save_interval": None}, eval={"interval": 1000})
     flags = ["--config", file, "--train.epochs", "2", "--checkpoint.every_epoch", "true"]
     assert train(*flags) == 0
     output = capsys.readouterr().out
@@ -42,15 +46,12 @@ def test_two_epochs_with_a_checkpoint_each(recipe, tmp_path, corpus_settings, ca
     assert [int(row["epoch"]) for row in csv.DictReader((out / "metrics.csv").open())] == epochs
 
 
-def test_a_step_that_has_a_checkpoint_is_not_saved_again():
-    saved = []
-    epochs, state = Epochs(saved.append), {"train_dataloader": SimpleNamespace(epoch=0), "step_count": 0}
-    for step in (0, 4, 9):
-        state["step_count"] = step
-        epochs.on_step_begin(state)
-        state["train_dataloader"].epoch += 1
-        epochs.on_checkpoint_saved(Path("step-00000004"))
-    assert saved == ["step-00000009"]
+def test_a_step_that_has_a_checkpoint_is_not_saved_again(recipe, small_data, capsys):
+    train_args = {"epochs": 2, "save_interval": 1}
+    assert train("--config", recipe(data=small_data, train=train_args, checkpoint={"every_epoch": True})) == 0
+    saved = re.findall(r"saved \S*/(step-\d+)", capsys.readouterr().out)
+    assert len(saved) > 2
+    assert len(set(saved)) == len(saved)
 
 
 def test_epochs_of_a_mixture(recipe, corpus_settings, capsys):
