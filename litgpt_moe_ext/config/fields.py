@@ -301,6 +301,11 @@ def added_fields() -> list[str]:
     return [name for name, field in FIELDS.items() if not field.of_litgpt]
 
 
+def expert_fields() -> set[str]:
+    """Return the names of the fields that mean something only where there are experts."""
+    return {name for name, field in FIELDS.items() if "moe" in field.owner}
+
+
 def uses_plugin(config: "Config") -> bool:
     """Return whether a configuration names one of this package's classes or sets one of its fields."""
     return config.mlp_class_name in features.MLP_CLASS_NAMES or any(

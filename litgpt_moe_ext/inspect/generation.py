@@ -14,25 +14,11 @@ from litgpt import GPT
 from torch import Tensor
 
 from litgpt_moe_ext.config.features import MOE_CLASS_NAMES
-from litgpt_moe_ext.config.fields import added_fields
+from litgpt_moe_ext.config.fields import expert_fields
 from litgpt_moe_ext.export.llama_moe import obstacles, to_llama_moe
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
-
-_MOE_FIELDS = (
-    "n_expert",
-    "n_expert_per_token",
-    "n_shared_expert",
-    "n_expert_groups",
-    "n_topk_groups",
-    "n_topk_scores_per_group",
-    "moe_intermediate_size",
-    "first_k_dense_replace",
-    "norm_topk_prob",
-    "routed_scaling_factor",
-)
-_DENSE_KEEPS = ("attention_class_name", "attention_sinks")
 
 
 @dataclass(frozen=True)
@@ -100,15 +86,11 @@ def contenders(model: GPT) -> tuple[dict[str, GPT], list[str]]:
 
 def dense_twin(config: "Config") -> "Config":
     """Return the configuration of a dense model whose feed-forward layers are as wide as a token's experts together."""
-    fields = {name: value for name, value in asdict(config).items() if name in config.__dataclass_fields__}
     width = config.moe_intermediate_size or config.intermediate_size or 0
     shared = config.shared_expert_intermediate_size or width * (config.n_shared_expert or 0)
-    for name in (*_MOE_FIELDS, *(name for name in added_fields() if name not in _DENSE_KEEPS)):
-        fields.pop(name, None)
-    fields |= {"mlp_class_name": "LLaMAMLP", "intermediate_size": (config.n_expert_per_token or 0) * width + shared}
-    if config.mlp_activation is not None:
-        fields |= {"mlp_class_name": "FeedForward", "mlp_activation": config.mlp_activation}
-    return type(config)(**fields)
+    kept = {name: value for name, value in asdict(config).items() if name not in expert_fields()}
+    kept["mlp_class_name"] = "FeedForward" if config.mlp_class_name in MOE_CLASS_NAMES else "LLaMAMLP"
+    return type(config)(**kept | {"intermediate_size": config.n_expert_per_token * width + shared})
 
 
 def initialized(config: "Config") -> GPT:

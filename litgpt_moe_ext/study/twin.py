@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from litgpt_moe_ext.config.features import LITGPT_ACTIVATIONS, MOE_CLASS_NAMES
-from litgpt_moe_ext.config.fields import FEED_FORWARD_FIELDS, FIELDS
+from litgpt_moe_ext.config.fields import FEED_FORWARD_FIELDS, expert_fields
 from litgpt_moe_ext.config.litgpt_fields import check_names, check_ranges
 from litgpt_moe_ext.errors import SettingsError
 
@@ -46,11 +46,6 @@ class Experts:
     def n_expert_per_token(self) -> int:
         """Routed experts that a token visits."""
         return self.granularity - self.n_shared_expert
-
-
-def expert_fields() -> set[str]:
-    """Return the model settings that mean something only where there are experts."""
-    return {name for name, field in FIELDS.items() if "moe" in field.owner}
 
 
 def dense_twin(model: dict[str, Any], length: int, by: Equality = "flops") -> dict[str, Any]:

@@ -24,6 +24,13 @@ def test_contenders_share_weights_and_active_size():
     assert count_parameters(dense_twin(config)).total == count_parameters(config).active - routers
 
 
+def test_only_the_experts_of_the_dense_twin_differ():
+    kept = {"position_embedding": "learned", "clip_qkv": 1.0, "mlp_activation": "relu"}
+    twin = dense_twin(moe_config(attention_class_name="SinkAttention", rotary_percentage=0.0, **kept))
+    assert twin.mlp_class_name == "FeedForward"
+    assert {name: getattr(twin, name) for name in kept} == kept
+
+
 def test_a_missing_contender_is_explained():
     models, reasons = contenders(initialized(moe_config(mlp_activation="relu")))
     assert list(models) == ["SharedExpertMoE", "dense twin"]

@@ -7,9 +7,10 @@ import yaml
 
 from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.cli.settings import read_settings
+from litgpt_moe_ext.config.fields import expert_fields
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.study.recipes import twin_settings
-from litgpt_moe_ext.study.twin import Experts, cost, dense_twin, expert_fields, moe_twin
+from litgpt_moe_ext.study.twin import Experts, cost, dense_twin, moe_twin
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"

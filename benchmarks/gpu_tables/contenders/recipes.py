@@ -9,7 +9,7 @@ import yaml
 from litgpt import Config
 from torch import Tensor
 
-from litgpt_moe_ext.config.fields import added_fields
+from litgpt_moe_ext.config.fields import added_fields, expert_fields
 
 _FOLDER = Path(__file__).resolve().parents[3] / "configs"
 RECIPES = ("quickstart", "code-moe-60m", "moe-200m-tinystories")
@@ -61,13 +61,10 @@ def contenders(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the model of a recipe, the same with LitGPT's `LLaMAMoE`, and its dense twin of equal active work."""
     ours = Config(**settings)
     groups = ("n_expert_groups", "n_topk_groups", "n_topk_scores_per_group", "rope_adjustments")
-    experts = ("n_expert", "n_expert_per_token", "n_shared_expert", "norm_topk_prob", "routed_scaling_factor")
     plain = {name: value for name, value in settings.items() if name not in (*added_fields(), *groups)}
     width = (ours.n_expert_per_token + (ours.n_shared_expert or 0)) * ours.moe_intermediate_size
     # The twin keeps our attention, so that the experts are all that differs.
-    kept = {name: value for name, value in settings.items() if "attention" in name or name not in added_fields()}
-    dense = {n: v for n, v in kept.items() if n not in (*experts, *groups[:3], "moe_intermediate_size")}
-    dense.pop("first_k_dense_replace", None)
+    dense = {name: value for name, value in settings.items() if name not in (*expert_fields(), "mlp_activation")}
     return {
         "ours": settings,
         "LLaMAMoE": {**plain, "mlp_class_name": "LLaMAMoE"},
