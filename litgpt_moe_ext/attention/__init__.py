@@ -11,7 +11,6 @@
 | `cache_positions.py`  | the range of positions in a call with a cache, without waiting for a device          |
 | `rope.py`             | rotary tables                                                                        |
 | `rotation.py`         | the rotary embedding of queries and keys                                             |
-| `derived.py`          | fields that LitGPT's configuration always sets                                       |
 | `gpt_forward.py`      | what the settings change in a whole model: embeddings, positions, documents          |
 
 The fields are in `litgpt_moe_ext.config.fields`, the rules for them in `litgpt_moe_ext.config.rules`.

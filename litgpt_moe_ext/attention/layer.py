@@ -14,7 +14,6 @@ from torch import Tensor
 
 from litgpt_moe_ext.attention.cache_positions import position_range
 from litgpt_moe_ext.attention.causal_attention import causal_attention, window_mask
-from litgpt_moe_ext.attention.derived import derived
 from litgpt_moe_ext.attention.documents import Documents, document_mask
 from litgpt_moe_ext.attention.kernels.choice import capability_of, choose
 from litgpt_moe_ext.attention.kernels.registry import EAGER, KERNELS, Ability, Workload, load_functions
@@ -22,7 +21,6 @@ from litgpt_moe_ext.attention.rotation import rotate, rotate_both, rotate_projec
 from litgpt_moe_ext.attention.sinks import Softmax, sink_attention
 from litgpt_moe_ext.attention.streaming_cache import Stream, StreamingKVCache, streaming_attention
 from litgpt_moe_ext.config.features import has_sinks
-from litgpt_moe_ext.config.rules import check_derived
 from litgpt_moe_ext.kernels.gpu import vendor_kind
 
 if TYPE_CHECKING:
@@ -50,13 +48,11 @@ class SinkAttention(CausalSelfAttention):
     Args:
         config: The model configuration.
         block_idx: Index of the block that this layer belongs to.
-
-    Raises:
-        ValueError: If the configuration asks for something this layer cannot do.
     """
 
+    config: "Config"  # pyrefly: ignore[bad-override-mutable-attribute]: with the fields of this package
+
     def __init__(self, config: "Config", block_idx: int) -> None:
-        check_derived(config)
         load_functions()  # of kernels that were registered since
         super().__init__(config, block_idx)
         self.mscale = 1.0
@@ -68,7 +64,7 @@ class SinkAttention(CausalSelfAttention):
         """Set the sinks to `attention_sink_init`. The projections reset themselves."""
         if self.sinks is not None:
             # At 0 a sink weighs as much as one token of score 0.
-            nn.init.constant_(self.sinks, getattr(self.config, "attention_sink_init", None) or 0.0)
+            nn.init.constant_(self.sinks, self.config.attention_sink_init or 0.0)
 
     def forward(
         self,
@@ -141,12 +137,12 @@ class SinkAttention(CausalSelfAttention):
             Zeroed buffers: k of shape (B, G, S, d) (d + 1 with a single rotated element), v of shape (B, G, S, d).
             With `streaming_cache_window`, buffers for the first and the last tokens, however many positions there are.
         """
-        config, G, d = self.config, derived(self.config.n_query_groups), derived(self.config.head_size)
+        config, G, d = self.config, self.config.n_query_groups, self.config.head_size
         if self._streams is not None:
             # The last tokens are all that a sliding window sees, so its cache is exact and needs no first tokens.
             first, window = self._streams if self._window is None else (0, self._window)
             return StreamingKVCache((batch_size, G, d), first, window, device, dtype)
-        n_elem = derived(config.rope_n_elem)
+        n_elem = config.rope_n_elem
         if rope_cache_length is None or n_elem == 0:
             rope_cache_length = n_elem
         k_size = rope_cache_length + d - n_elem
@@ -168,12 +164,12 @@ class SinkAttention(CausalSelfAttention):
         """
         softmax, name = self._softmax(), str(dtype).removeprefix("torch.")
         patterns: list[Ability] = [] if self._window is None else ["window"]
-        if getattr(self.config, "attention_document_boundary", None) is not None:
+        if self.config.attention_document_boundary is not None:
             patterns.append("documents")
         others: list[Ability] = ["gradient"]
-        if getattr(self.config, "attention_dropout", None):
+        if self.config.attention_dropout:
             others.append("dropout")
-        d, capability = derived(self.config.head_size), capability_of(device)
+        d, capability = self.config.head_size, capability_of(device)
 
         def choice(needs: list[Ability]) -> str:
             return choose(Workload(vendor_kind(device), capability, name, d, (*needs, *others)), softmax.backend)
@@ -187,23 +183,22 @@ class SinkAttention(CausalSelfAttention):
 
     def _project(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         config, qkv = self.config, self.qkv(x)
-        if self.norm_q is None and getattr(config, "clip_qkv", None) is None:
-            heads = config.n_head, derived(config.n_query_groups)
+        if self.norm_q is None and config.clip_qkv is None:
+            heads = config.n_head, config.n_query_groups
             if (rotated := rotate_projection(qkv, heads, tables, *self._rotary)) is not None:
                 return rotated
         q_BHTd, k_BGTd, v_BGTd = self._split(qkv)
         return *rotate_both(q_BHTd, k_BGTd, tables, *self._rotary), v_BGTd
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        config = self.config
-        d = derived(config.head_size)
-        shared = derived(config.n_query_groups) * d
+        config, d = self.config, self.config.head_size
+        shared = config.n_query_groups * d
         q, k, v = qkv.split((config.n_head * d, shared, shared), dim=-1)
         norm_q, norm_k = self.norm_q, self.norm_k
         is_normed = norm_q is not None and norm_k is not None
         if is_normed and config.norm_qk_type == "olmo2":
             q, k = norm_q(q), norm_k(k)
-        if (limit := getattr(config, "clip_qkv", None)) is not None:
+        if (limit := config.clip_qkv) is not None:
             q, k, v = (y.clamp(-limit, limit) for y in (q, k, v))
         q_BHTd, k_BGTd, v_BGTd = (y.unflatten(-1, (-1, d)).transpose(1, 2) for y in (q, k, v))
         if is_normed and config.norm_qk_type == "default":
@@ -267,7 +262,7 @@ class SinkAttention(CausalSelfAttention):
     @property
     def _rotary(self) -> tuple[int, bool]:
         # How many elements of a head rotate, and whether in pairs of neighbours.
-        return derived(self.config.rope_n_elem), self.config.rope_interleave
+        return self.config.rope_n_elem, self.config.rope_interleave
 
     @property
     def _window(self) -> int | None:
@@ -276,16 +271,18 @@ class SinkAttention(CausalSelfAttention):
     @property
     def _streams(self) -> tuple[int, int] | None:
         # Numbers of first and of last tokens that a streaming cache keeps.
-        first, window = (getattr(self.config, f"streaming_cache_{name}", None) for name in ("first", "window"))
-        return None if first is None or window is None else (first, window)
+        config = self.config
+        if config.streaming_cache_window is None:
+            return None
+        return config.streaming_cache_first, config.streaming_cache_window
 
     @property
     def _scale(self) -> float:
-        return 1.0 / math.sqrt(self.config.attention_scores_scalar or derived(self.config.head_size))
+        return 1.0 / math.sqrt(self.config.attention_scores_scalar or self.config.head_size)
 
     def _softmax(self) -> Softmax:
-        dropout = getattr(self.config, "attention_dropout", None) if self.training else None
-        return Softmax(self.sinks, self._scale, dropout or 0.0, getattr(self.config, "attention_backend", None))
+        dropout = self.config.attention_dropout if self.training else None
+        return Softmax(self.sinks, self._scale, dropout or 0.0, self.config.attention_backend)
 
 
 def _combine(mask: Tensor, visible: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext.attention.derived import derived
 from litgpt_moe_ext.config.rope import (
     DEFAULT_BETA_FAST,
     DEFAULT_BETA_SLOW,
@@ -23,7 +22,7 @@ from litgpt_moe_ext.config.rope import (
 )
 
 if TYPE_CHECKING:
-    from litgpt import Config
+    from litgpt_moe_ext.config.types import Config
 
 
 def rope_frequencies(
@@ -83,7 +82,7 @@ def build_rope_cache(config: "Config", seq_len: int, device: torch.device | None
     Raises:
         ValueError: If `config.rope_adjustments` is not valid.
     """
-    n_elem = derived(config.rope_n_elem)
+    n_elem = config.rope_n_elem
     position_T = torch.arange(seq_len, device=device).float() / config.rope_condense_ratio
     frequency_F, attention_factor = rope_frequencies(
         n_elem, config.rope_base, config.rope_adjustments, device, config.block_size

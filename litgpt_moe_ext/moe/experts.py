@@ -45,7 +45,7 @@ class Experts(nn.Module):
         self.activation = Activation(config.mlp_activation, config.gelu_approximate)
         self.dropout = config.expert_dropout or 0.0
         self.gate_on_input = bool(config.expert_gate_on_input)
-        self.forced_backend: str | None = getattr(config, "expert_backend", None)
+        self.forced_backend: str | None = config.expert_backend
         # LitGPT's scheme: GPT-NeoX's standard deviation for what reads the residual stream, and one that falls with the
         # depth of the model for what writes to it (arXiv:2204.06745, section 2.3).
         self.init_std = math.sqrt(2.0 / 5 / config.n_embd)

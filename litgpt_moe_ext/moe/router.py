@@ -160,7 +160,7 @@ class Router(nn.Module):
         self.tally = Tally(self.n_expert + len(SUMS) + len(self.loss_names))
         self.record: Tensor | None = None
         # `expert_backend: loop` asks for torch's operators only.
-        self.own_kernels = getattr(config, "expert_backend", None) != "loop"
+        self.own_kernels = config.expert_backend != "loop"
         self._foreign_losses = {name for name, loss in self._loss_functions.items() if loss.__module__ != _LOSSES}
         # The kernels know the package's own losses.
         self._fusible = (
