@@ -10,13 +10,23 @@ from torch import Tensor
 
 from litgpt_moe_ext.kernels.precision import float32_precision
 from litgpt_moe_ext.moe.activations import Activation
-from litgpt_moe_ext.moe.kernels.backends import ExpertWeights
+from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden, has_gradient
 from litgpt_moe_ext.moe.router import Routing
 
 # Up to this many rows the BLAS library is faster with the weight as the left factor (benchmarks/moe_layer.py).
 _FEW_ROWS = 4
 # Up to this many chosen experts copies of their weights are made; more would be more memory than a step should need.
 MOST_GATHERED = 16
+
+
+def decodes(most: int, x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden: Hidden) -> bool:
+    """Return whether at most `most` experts were chosen, with no gradient, padding or dropout to look after."""
+    return (
+        routing.experts_TK.numel() <= most
+        and routing.real_T is None
+        and not hidden.dropout
+        and not has_gradient(x_TD, routing.weights_TK, *weights)
+    )
 
 
 def one_token(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from litgpt_moe_ext.kernels.side_stream import added
-from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden, has_gradient, matmul_dtype
-from litgpt_moe_ext.moe.kernels.few_rows import MOST_GATHERED, gather_experts
+from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden, matmul_dtype
+from litgpt_moe_ext.moe.kernels.few_rows import MOST_GATHERED, decodes, gather_experts
 from litgpt_moe_ext.moe.kernels.operators import decode_experts, expert_down, expert_up
 from litgpt_moe_ext.moe.kernels.plan import Identity, kind_of, sort_rows
 from litgpt_moe_ext.moe.router import Routing
@@ -35,13 +35,9 @@ def triton_experts(
         hidden: What happens between the two projections.
         added_TD: What is added to the sum, (T, D) in the dtype of `x_TD`, or None.
     """
-    gates_TK, experts_TK = routing.weights_TK, routing.experts_TK
-    activation = hidden.activation
-    few = experts_TK.numel() <= _FEW_ROWS and routing.real_T is None
-    if few and not hidden.dropout and not has_gradient(x_TD, gates_TK, *weights):
-        how = (activation.name, activation.gelu_approximate)
-        y_TD = decode_experts(x_TD, gates_TK, experts_TK, *weights, *how)
-        return added(y_TD, added_TD)
+    if decodes(_FEW_ROWS, x_TD, routing, weights, hidden):
+        how = (hidden.activation.name, hidden.activation.gelu_approximate)
+        return added(decode_experts(x_TD, routing.weights_TK, routing.experts_TK, *weights, *how), added_TD)
     return _grouped(x_TD, routing, weights, hidden, added_TD, "triton")
 
 
@@ -57,10 +53,8 @@ def grouped_mm_experts(
         hidden: As above.
         added_TD: As above.
     """
-    few = routing.experts_TK.numel() <= MOST_GATHERED and routing.real_T is None and x_TD.device.type == "cuda"
-    if few and not hidden.dropout and not has_gradient(x_TD, routing.weights_TK, *weights):
-        y_TD = gather_experts(x_TD, routing, weights, hidden.activation, matmul_dtype(x_TD))
-        return added(y_TD, added_TD)
+    if x_TD.device.type == "cuda" and decodes(MOST_GATHERED, x_TD, routing, weights, hidden):
+        return added(gather_experts(x_TD, routing, weights, hidden.activation, matmul_dtype(x_TD)), added_TD)
     return _grouped(x_TD, routing, weights, hidden, added_TD, "torch")
 
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden, has_gradient, matmul_dtype
-from litgpt_moe_ext.moe.kernels.few_rows import MOST_GATHERED, gather_experts
+from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden, matmul_dtype
+from litgpt_moe_ext.moe.kernels.few_rows import MOST_GATHERED, decodes, gather_experts
 from litgpt_moe_ext.moe.router import Routing
 
 
@@ -22,8 +22,7 @@ def loop_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden:
         weights: Stacked weights of the experts.
         hidden: What happens between the two projections.
     """
-    few = routing.experts_TK.numel() <= MOST_GATHERED and x_TD.device.type not in ("cpu", "meta")
-    if few and routing.real_T is None and not hidden.dropout and not has_gradient(x_TD, routing.weights_TK, *weights):
+    if x_TD.device.type not in ("cpu", "meta") and decodes(MOST_GATHERED, x_TD, routing, weights, hidden):
         # On a GPU the loop would wait for the device, and read the weights of every expert.
         return gather_experts(x_TD, routing, weights, hidden.activation, matmul_dtype(x_TD))
     rows_R = routing.experts_TK.flatten().argsort(stable=True)
