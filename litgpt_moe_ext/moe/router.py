@@ -1,4 +1,4 @@
-"""What all routers share: the routing they return, auxiliary losses, and the statistics of a training step.
+"""What all routers share: the routing they return, auxiliary losses, and whether kernels decide.
 
 Shape legend: T tokens, D model width, E experts, K chosen experts per token.
 """
@@ -13,22 +13,17 @@ from torch import Tensor
 
 from litgpt_moe_ext.moe.balancing import watch
 from litgpt_moe_ext.moe.batch_metadata import TokenIds
-from litgpt_moe_ext.moe.gradient_injection import inject, present_scale
+from litgpt_moe_ext.moe.gradient_injection import inject
 from litgpt_moe_ext.moe.kernels import fused_router
 from litgpt_moe_ext.moe.kernels.fused_router import Decision, Given, Rule
 from litgpt_moe_ext.moe.kernels.orthogonality import weighted_orthogonality
-from litgpt_moe_ext.moe.losses import mean_probabilities
+from litgpt_moe_ext.moe.record import SUMS, Counted, StepLoss, count_in_backward, tokens_per_expert
 from litgpt_moe_ext.moe.registry import LOSSES, load, loss_field
 from litgpt_moe_ext.moe.step_shares import StepShares
 from litgpt_moe_ext.moe.tally import Tally
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
-
-# What a record holds after the tokens per expert, summed over the tokens of a step: gate values, squared logits, and
-# the entropy of the scores. Then come the weighted losses, each times the number of tokens in its batch.
-SUMS = ("gate", "squared_logit", "entropy")
-
 
 # The loss that can be computed over the global batch.
 _STEP_LOSS = "load_balancing_loss"
@@ -199,19 +194,19 @@ class Router(nn.Module):
         weights_TK, experts_TK = choice.weights_TK, choice.experts_TK
         trains = self._trains_on(x_TD) and not x_TD.is_meta
         auxiliary = {}
-        if trains and self.loss_coefs:
-            for name, coef in self.loss_coefs.items():
-                if name != _STEP_LOSS or self.step_shares is None:
-                    auxiliary[name] = coef * self.auxiliary_loss(name, choice, n_sequence, real_T)
-            if auxiliary:
-                weights_TK = inject(weights_TK, functools.reduce(torch.add, auxiliary.values()))
+        for name, coef in self.loss_coefs.items() if trains else ():
+            if name != _STEP_LOSS or self.step_shares is None:
+                auxiliary[name] = coef * self.auxiliary_loss(name, choice, n_sequence, real_T)
+        if auxiliary:
+            weights_TK = inject(weights_TK, functools.reduce(torch.add, auxiliary.values()))
         if self.scaling_factor != 1.0:
             weights_TK = weights_TK * self.scaling_factor
-        counts_E = _counts(experts_TK, self.n_expert, real_T)
+        counts_E = tokens_per_expert(experts_TK, self.n_expert, real_T)
         if self.step_shares is not None and self.training and not x_TD.is_meta:
             counts_E = self.step_shares.count(counts_E)
         if trains:
-            weights_TK = self._count_in_backward(weights_TK, counts_E, choice, auxiliary, real_T)
+            losses = [auxiliary.get(name) for name in self.loss_names]
+            weights_TK = self._count_in_backward(weights_TK, choice, Counted(counts_E, real_T, losses))
         return Routing(weights_TK, experts_TK, counts_E, real_T)
 
     def _check(self, choice: Any, x_TD: Tensor) -> None:
@@ -308,30 +303,11 @@ class Router(nn.Module):
         """The tokens per expert of the last finished optimizer step over all ranks, or None before the first."""
         return None if self.record is None else self.record[: self.n_expert]
 
-    def _count_in_backward(
-        self,
-        weights_TK: Tensor,
-        counts_E: Tensor,
-        choice: Choice,
-        auxiliary: dict[str, Tensor],
-        real_T: Tensor | None,
-    ) -> Tensor:
-        scores_TE = squares = None
-        if choice.logits_TE is not None:
-            logits_TE = choice.logits_TE.detach()
-            scores_TE = logits_TE.softmax(dim=-1) if choice.scores_TE is None else choice.scores_TE.detach()
-            if real_T is not None:
-                # Zeros add nothing to either sum.
-                logits_TE, scores_TE = (x_TE * real_T.unsqueeze(1) for x_TE in (logits_TE, scores_TE))
-            squares = logits_TE.flatten().dot(logits_TE.flatten())
-        leaf_N = self.tally.leaf_on(weights_TK.device)
-        losses = [auxiliary[name].detach() if name in auxiliary else None for name in self.loss_names]
-        step_loss = mean_E = None
+    def _count_in_backward(self, weights_TK: Tensor, choice: Choice, counted: Counted) -> Tensor:
+        leaf_N, step_loss = self.tally.leaf_on(weights_TK.device), None
         if self.step_shares is not None:
-            step_loss = _StepLoss(self.step_shares, self.loss_coefs[_STEP_LOSS], self.loss_names.index(_STEP_LOSS))
-            mean_E = mean_probabilities(choice.probabilities(), real_T)
-        batch = (counts_E, real_T, scores_TE, squares, *losses)
-        return _CountInBackward.apply(step_loss, weights_TK, leaf_N, mean_E, *batch)
+            step_loss = StepLoss(self.step_shares, self.loss_coefs[_STEP_LOSS], self.loss_names.index(_STEP_LOSS))
+        return count_in_backward(weights_TK, leaf_N, choice, counted, step_loss)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         super()._apply(fn, recurse)
@@ -354,63 +330,3 @@ def _check_loss(name: str, value: Any) -> None:
         return
     returned = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
     raise ValueError(f"{loss_field(name)}: its loss returns {returned}; it must return a floating tensor of shape ()")
-
-
-class _StepLoss(NamedTuple):
-    """A loss over the global batch, known in the backward pass only: its shares, its weight, its index among losses."""
-
-    shares: StepShares
-    coef: float
-    place: int
-
-
-class _CountInBackward(torch.autograd.Function):
-    """The identity on gate values, whose backward pass adds the batch to a tally as the "gradient" of its leaf.
-
-    It also returns the gradient of a load-balancing loss over the global batch, that of `mean_E`, the mean
-    probabilities.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        step_loss: _StepLoss | None,
-        weights_TK: Tensor,
-        leaf_N: Tensor,
-        mean_E: Tensor | None,
-        *batch: Tensor | None,
-    ) -> Tensor:
-        ctx.leaf_dtype, ctx.step_loss = leaf_N.dtype, step_loss
-        ctx.save_for_backward(weights_TK, mean_E, *batch)
-        return weights_TK.view_as(weights_TK)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_TK,) = grads
-        weights_TK, mean_E, counts_E, real_T, scores_TE, squares, *losses = ctx.saved_tensors
-        dmean_E = None
-        if ctx.step_loss is not None:
-            shares, coef, place = ctx.step_loss
-            slope_E = coef * len(mean_E) * shares.shares(counts_E).to(mean_E.dtype)
-            losses = [*losses]  # which is a tuple to torch 2.11's compiler
-            losses[place] = slope_E.dot(mean_E)
-            dmean_E = present_scale(grad_TK) * slope_E
-        n_token = len(weights_TK) if real_T is None else real_T.sum()
-        gate = weights_TK.sum()
-        sums = [gate]
-        if scores_TE is None:
-            sums += [torch.zeros_like(gate)] * 2
-        else:
-            probabilities_TE = scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + 1e-20)
-            sums += [squares, torch.special.entr(probabilities_TE).sum()]
-        sums += [torch.zeros_like(gate) if loss is None else loss * n_token for loss in losses]
-        values_N = torch.cat([counts_E.to(ctx.leaf_dtype), torch.stack(sums).to(ctx.leaf_dtype)])
-        return None, grad_TK, values_N, dmean_E, *(None,) * (4 + len(losses))
-
-
-def _counts(experts_TK: Tensor, n_expert: int, real_T: Tensor | None) -> Tensor:
-    # One row per token, because a GPU's atomic additions would queue at one address per expert. Padding has the last
-    # column.
-    columns = n_expert if real_T is None else n_expert + 1
-    chosen_TE = experts_TK.new_zeros(len(experts_TK), columns, dtype=torch.bool).scatter_(1, experts_TK, True)
-    return chosen_TE.sum(dim=0)[:n_expert]
