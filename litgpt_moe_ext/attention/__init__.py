@@ -5,6 +5,7 @@
 | `layer.py`            | `SinkAttention`, which takes the place of LitGPT's `CausalSelfAttention` in a block  |
 | `causal_attention.py` | attention of a whole sequence: all of it, in sliding windows, within documents       |
 | `sinks.py`            | softmax attention with a sink logit per head, as a pure function                     |
+| `flash.py`            | the same by flash kernels, and its gradients                                         |
 | `kernels/`            | what computes it: a registry of kernels, the choice between them, one file for each  |
 | `documents.py`        | documents in a packed sequence                                                       |
 | `streaming_cache.py`  | a cache of the first and the last tokens, for generation without end                 |

@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
-from litgpt_moe_ext.attention import sinks as plain
+from litgpt_moe_ext.attention import flash
 from litgpt_moe_ext.attention.kernels import sink_epilogue
-from litgpt_moe_ext.attention.kernels.calls import Call
+from litgpt_moe_ext.attention.kernels.calls import Call, Inputs
 from tests.attention.attend import sink_attention
 
 EXAMPLES = 2 * int(os.environ.get("TRITON_EXAMPLES", "3"))
@@ -134,9 +134,9 @@ def test_gradients_of_attention(groups, monkeypatch):
     shapes = (2, 4, 9, 6), (2, groups, 9, 6), (2, groups, 9, 6), (4,)
     inputs = [torch.randn(shape).requires_grad_() for shape in shapes]
     dout = torch.randn(2, 4, 9, 6)
-    monkeypatch.setattr(plain, "_has_epilogue", lambda out, lse: True)
+    monkeypatch.setattr(flash, "_has_epilogue", lambda out, lse: True)
     q, k, v, sinks = inputs
-    out = plain._Flash.apply(Call("flash_cpu", 0.4, True, None, 0.0), sinks, q, k, v, None, None)
+    out = flash.flash_attention(Call("flash_cpu", 0.4, True, None, 0.0), sinks, Inputs(q, k, v))
     expected = sink_attention(*inputs, scale=0.4, backend="eager")
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from litgpt_moe_ext.attention import sinks
 from litgpt_moe_ext.attention.causal_attention import causal_attention
 from litgpt_moe_ext.attention.documents import Documents, document_offsets, find_documents, largest_extent
+from litgpt_moe_ext.attention.flash import flash_attention
 from litgpt_moe_ext.attention.kernels import choice
 from litgpt_moe_ext.attention.kernels.calls import Call, Inputs
 from litgpt_moe_ext.attention.kernels.choice import choose, choose_kernel
@@ -244,7 +244,7 @@ def test_kernels_equal_the_reference(backend: str, window: int | None, has_docum
         offsets = torch.cat((first.nonzero().flatten(), torch.tensor([2 * T] * 3))).int()
         documents, longest = Documents(start), int(offsets.diff().max())
     sink = s if has_sinks else None
-    out = sinks._Flash.apply(Call(backend, 0.4, True, window, 0.0, longest), sink, q, k, v, None, offsets)
+    out = flash_attention(Call(backend, 0.4, True, window, 0.0, longest), sink, Inputs(q, k, v, None, offsets))
     expected = causal_attention(q, k, v, Softmax(sink, 0.4, backend="eager"), window, documents)
     torch.testing.assert_close(out, expected)
     dout = torch.randn_like(out)
@@ -453,5 +453,5 @@ def test_offsets_reach_the_kernel(gpu_operators: None) -> None:
     first = find_documents(idx, "eos", 1).start_BT == torch.arange(T)
     offsets, overflow = document_offsets(first, largest_extent(2, T))
     assert overflow == 0
-    out = sinks._Flash.apply(Call("flash", 0.4, True, None, 0.0), s, q, k, v, None, offsets)
+    out = flash_attention(Call("flash", 0.4, True, None, 0.0), s, Inputs(q, k, v, None, offsets))
     torch.testing.assert_close(out, sink_attention(q, k, v, s, scale=0.4, backend="eager"))

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from litgpt_moe_ext.attention import sinks as plain
-from litgpt_moe_ext.attention.kernels.calls import Call
+from litgpt_moe_ext.attention import flash
+from litgpt_moe_ext.attention.kernels.calls import Call, Inputs
 from litgpt_moe_ext.kernels import launch
 from litgpt_moe_ext.kernels.launch import triton_works_on
 
@@ -69,9 +69,9 @@ def test_launches_beside_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = [torch.randn(shape).requires_grad_() for shape in ((1, 4, 5, 8), (1, 2, 5, 8), (1, 2, 5, 8), (4,))]
     q, k, v, sinks = inputs
     with Launches() as launches:
-        monkeypatch.setattr(plain, "_has_epilogue", lambda out, lse: True)
+        monkeypatch.setattr(flash, "_has_epilogue", lambda out, lse: True)
         monkeypatch.setattr(sink_epilogue, "launch", lambda kernel, *_, **__: launches.names.append(kernel.fn.__name__))
-        out = plain._Flash.apply(FLASH, sinks, q, k, v, None, None)
+        out = flash.flash_attention(FLASH, sinks, Inputs(q, k, v))
         assert [name for name in launches.names if "flash" not in name] == ["_add_sinks"]
         launches.names.clear()
         torch.autograd.grad(out, inputs, torch.ones(1, 4, 5, 8))
@@ -81,20 +81,20 @@ def test_launches_beside_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a card that has Triton, unless something wants to see operators or the tensors are not what kernels return."""
     _, out, lse, _ = tensors(64, torch.bfloat16)
-    assert not plain._has_epilogue(out, lse)
+    assert not flash._has_epilogue(out, lse)
     monkeypatch.setattr(Tensor, "is_cuda", True)
     monkeypatch.setattr(launch, "triton_works_on", lambda device: True)
-    assert plain._has_epilogue(out, lse)
-    assert not plain._has_epilogue(out.mT, lse)
-    assert not plain._has_epilogue(torch.nn.Parameter(out), lse)
-    assert not plain._has_epilogue(out, lse.double())
+    assert flash._has_epilogue(out, lse)
+    assert not flash._has_epilogue(out.mT, lse)
+    assert not flash._has_epilogue(torch.nn.Parameter(out), lse)
+    assert not flash._has_epilogue(out, lse.double())
     with FlopCounterMode(display=False):
-        assert not plain._has_epilogue(out, lse)
+        assert not flash._has_epilogue(out, lse)
     with monkeypatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
-        assert not plain._has_epilogue(out, lse)
+        assert not flash._has_epilogue(out, lse)
     monkeypatch.setattr(launch, "triton_works_on", lambda device: False)
-    assert not plain._has_epilogue(out, lse)
+    assert not flash._has_epilogue(out, lse)
 
 
 @pytest.mark.parametrize(("capability", "works"), [((7, 0), False), ((7, 5), True), ((9, 0), True)], ids=str)

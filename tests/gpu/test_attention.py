@@ -4,9 +4,9 @@ import pytest
 import torch
 from litgpt import GPT
 
-from litgpt_moe_ext.attention import rotation
-from litgpt_moe_ext.attention import sinks as sinks_module
+from litgpt_moe_ext.attention import flash, rotation
 from litgpt_moe_ext.attention.kernels.registry import KERNELS
+from litgpt_moe_ext.attention.sinks import Softmax, sink_attention
 from tests.gpu.card import no_waits
 from tests.models import dense_config, randomize
 
@@ -62,19 +62,19 @@ def test_sinks_are_added_in_one_launch_that_waits_for_nothing(device, head_size,
     shapes = (2, 4, 300, head_size), (2, 2, 300, head_size), (2, 2, 300, head_size)
     q, k, v = (torch.randn(shape, device=device, dtype=dtype).requires_grad_() for shape in shapes)
     sinks, dout = torch.randn(4, device=device).requires_grad_(), torch.randn(shapes[0], device=device, dtype=dtype)
-    softmax = sinks_module.Softmax(sinks, head_size**-0.5)
+    softmax = Softmax(sinks, head_size**-0.5)
 
     def run():
-        out = sinks_module.sink_attention(q, k, v, softmax)
+        out = sink_attention(q, k, v, softmax)
         return out.detach(), *torch.autograd.grad(out, (sinks, q), dout)
 
     first = run()
-    assert sinks_module._has_epilogue(first[0], torch.empty(0)) == (device.type == "cuda")
+    assert flash._has_epilogue(first[0], torch.empty(0)) == (device.type == "cuda")
     with no_waits(device):
         second = run()
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
-    monkeypatch.setattr(sinks_module, "_has_epilogue", lambda out, lse: False)
+    monkeypatch.setattr(flash, "_has_epilogue", lambda out, lse: False)
     torch.testing.assert_close(first, run(), rtol=1e-2, atol=1e-2)
 
 
