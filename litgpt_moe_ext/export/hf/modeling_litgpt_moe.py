@@ -402,16 +402,19 @@ class LitGPTMoEModel(LitGPTMoEPreTrainedModel):
         input_ids=None,
         attention_mask=None,
         position_ids=None,
+        past_key_values=None,
+        cache=None,
         inputs_embeds=None,
+        use_cache=None,
         output_hidden_states=None,
         return_dict=None,
         **kwargs,
     ):
         """Return the last hidden states (B, T, D), the cache if one is used, and hidden states of all layers if asked.
 
-        What else is given is for the attention of a serving engine.
+        The cache has either name in every version. What else is given is for the attention of a serving engine.
         """
-        cache = self._cache(kwargs.pop(_CACHE, None), kwargs.pop("use_cache", None))
+        cache = self._cache(past_key_values if cache is None else cache, use_cache)
         asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = [] if asked else None
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -431,11 +434,16 @@ class LitGPTMoEModel(LitGPTMoEPreTrainedModel):
 
     def _cache(self, given, use_cache):
         """Return the cache of a forward pass, a new one if none is given, None if it uses none."""
-        # A layer that is computed again for its gradients would put its keys there twice.
-        if self.training and any(layer.gradient_checkpointing for layer in self.layers):
-            return None
         if given is not None and given.is_compileable:
             raise ValueError(f"{_CACHE}: a static cache has slots that are not filled yet; must be a DynamicCache")
+        again = self.training and torch.is_grad_enabled()
+        if again and any(layer.gradient_checkpointing for layer in self.layers):
+            if given is not None and given.get_seq_length():
+                raise ValueError(
+                    f"{_CACHE}: layers that are computed again for their gradients would put their keys there twice; "
+                    "must be left out, or switch gradient checkpointing off"
+                )
+            return None
         if given is None and (self.config.use_cache if use_cache is None else use_cache):
             return DynamicCache()
         return given
@@ -516,9 +524,10 @@ class LitGPTMoEForCausalLM(LitGPTMoEPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
-            **{_CACHE: past_key_values if cache is None else cache},
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, kept])

@@ -43,12 +43,23 @@ def test_gradients_are_the_same_where_layers_are_computed_again(folder):
             nonlocal passes
             passes += 1
 
-        model.model.layers[0].register_forward_hook(count)
+        # Not that of the layer, which transformers 5 computes again without its hooks, and not to its end.
+        model.model.layers[0].self_attn.register_forward_hook(count)
         output = model(TOKENS, labels=TOKENS)
         output.loss.backward()
         assert (passes, output.past_key_values is None) == (1 + again, again)
         found.append({name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad})
     torch.testing.assert_close(*found)
+
+
+def test_generation_in_training_mode_is_the_same(folder):
+    """A cache that is not used there would leave each new token alone."""
+    model = open_model(folder).eval()
+    texts = []
+    for _ in range(2):
+        texts.append(model.generate(TOKENS[:, :8], max_new_tokens=8, do_sample=False, pad_token_id=0).tolist())
+        model.train().gradient_checkpointing_enable()
+    assert texts[0] == texts[1]
 
 
 def test_hidden_states_are_those_between_the_layers(folder):
@@ -73,13 +84,15 @@ def test_a_tuple_for_those_who_ask_for_one(folder):
     assert (loss, logits.tolist()) == (named.loss, named.logits.tolist())
 
 
-def test_the_model_without_a_head_keeps_a_cache(folder):
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_the_model_without_a_head_keeps_a_cache(folder, name):
+    """Which transformers 4 and 5 call otherwise."""
     model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
     with torch.inference_mode():
         whole = model(TOKENS, use_cache=False)
         assert whole.past_key_values is None
         cache = model(TOKENS[:, :15]).past_key_values
-        rest = model(TOKENS[:, 15:], past_key_values=cache).last_hidden_state
+        rest = model(TOKENS[:, 15:], **{name: cache}).last_hidden_state
     torch.testing.assert_close(rest, whole.last_hidden_state[:, 15:], rtol=1e-4, atol=1e-4)
 
 
@@ -89,3 +102,7 @@ def test_what_it_does_not_compute_is_refused(folder):
         model(TOKENS[:, :1], past_key_values=StaticCache(model.config, max_cache_len=32))
     with pytest.raises(ValueError, match=r"attention_mask: must have the shape \(batch, keys\)"):
         model(TOKENS, attention_mask=torch.ones(4, 1, 24, 24, dtype=torch.bool).tril())
+    cache = model(TOKENS[:, :9]).past_key_values
+    model.train().gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="computed again .* switch gradient checkpointing off"):
+        model(TOKENS[:, 9:], past_key_values=cache)
