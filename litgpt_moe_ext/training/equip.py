@@ -92,10 +92,10 @@ def _callbacks(launched: Launched, prepared: Prepared, equipment: Equipment) -> 
     plan, settings, fabric = launched.plan, launched.plan.settings, launched.fabric
     yield GradientNorm()
     yield ExpertLoad()
-    yield TokensValidatedAfter(plan.tokens_per_step // launched.accumulation)
+    yield TokensValidatedAfter(fabric, plan.tokens_per_step // launched.accumulation)
     yield Telemetry(fabric.device, fabric.world_size, _peak(launched))
     if shows_pictures(fabric.logger):
-        yield ExpertImages(plan.config.name)
+        yield ExpertImages(plan.config.name, fabric)
     if settings.sample.prompts and prepared.tokenizer is not None:
         if not fabric.strategy.holds_whole_model:
             fabric.print("No samples: under this strategy no process holds a whole model.")

@@ -94,7 +94,7 @@ def launch(plan: Plan) -> Iterator[Launched]:
             if settings.logger_name == "wandb":
                 launched.fabric.add_callback(wandb_run.WandbRun(logger))
             wide = logger if isinstance(logger, WideTable) else None
-            launched.fabric.add_callback(MetricsTable(plan.out_dir, plan.tokens_per_step, wide, launched.fabric.print))
+            launched.fabric.add_callback(MetricsTable(plan.out_dir, plan.tokens_per_step, wide, launched.fabric))
         stack.push(lambda _kind, error, _trace: reporter.close(launched.fabric.step, error))
         yield launched
 

@@ -65,14 +65,11 @@ class ExpertImages(Callback):
 
     Args:
         name: Of the run, for the title.
+        fabric: That of the run, whose logger shows the pictures.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name, self._history = name, LoadHistory()
-
-    def on_after_setup(self, fabric: TrainingFabric, module: Any) -> None:
-        """Keep the fabric, whose logger shows the pictures."""
-        self._fabric = fabric
+    def __init__(self, name: str, fabric: TrainingFabric) -> None:
+        self._name, self._fabric, self._history = name, fabric, LoadHistory()
 
     def on_logged(self, metrics: dict[str, Any]) -> None:
         """Collect a line of training; draw after a validation."""

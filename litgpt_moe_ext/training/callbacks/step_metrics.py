@@ -1,12 +1,17 @@
 """What log lines say beside LitGPT's own: gradient norm, load of the experts, and tokens also at validations."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from litgpt_moe_ext.moe.metrics import load_metrics
 from litgpt_moe_ext.training.callback import Callback
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.training.fabric import TrainingFabric
 
 
 class GradientNorm(Callback):
@@ -45,16 +50,12 @@ class TokensValidatedAfter(Callback):
     """Log `total_tokens` in lines of validation as LitGPT does in those of training, which may be of another step.
 
     Args:
+        fabric: That of the run, which knows the iteration.
         per_iteration: Tokens of a micro-batch, over all processes.
     """
 
-    def __init__(self, per_iteration: int) -> None:
-        self._per_iteration = per_iteration
-        self._fabric: Any = None
-
-    def on_after_setup(self, fabric: Any, module: torch.nn.Module) -> None:
-        """Keep the fabric, which knows the iteration."""
-        self._fabric = fabric
+    def __init__(self, fabric: TrainingFabric, per_iteration: int) -> None:
+        self._fabric, self._per_iteration = fabric, per_iteration
 
     def on_log(self, metrics: dict[str, Any]) -> None:
         """Add the tokens to a line of validation."""

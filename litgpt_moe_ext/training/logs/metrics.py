@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.loggers import Logger
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -15,6 +15,9 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.logs import METRICS_FILE, WIDE_FILE
 from litgpt_moe_ext.training.logs.table import StepTable
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.training.fabric import TrainingFabric
 
 # Columns of `metrics.csv`, and the metrics that they show.
 COLUMNS = {
@@ -43,19 +46,16 @@ class MetricsTable(Callback):
         out_dir: The run's directory.
         tokens_per_step: Tokens per optimizer step, over all ranks.
         wide: The other table, if it is written.
-        say: Told if writing fails.
+        fabric: That of the run, which knows the step, and is told if writing fails.
     """
 
-    def __init__(self, out_dir: Path, tokens_per_step: int, wide: WideTable | None, say: Callable[[str], None]) -> None:
+    def __init__(self, out_dir: Path, tokens_per_step: int, wide: WideTable | None, fabric: TrainingFabric) -> None:
         # A column that somebody has added to the table of a run stays.
-        self._table = StepTable(out_dir / METRICS_FILE, lambda there, _: list(dict.fromkeys([*COLUMNS, *there])), say)
-        self._wide, self._tokens_per_step = wide, tokens_per_step
-        self._fabric: Any = None
+        self._table = StepTable(
+            out_dir / METRICS_FILE, lambda there, _: list(dict.fromkeys([*COLUMNS, *there])), fabric.print
+        )
+        self._wide, self._tokens_per_step, self._fabric = wide, tokens_per_step, fabric
         self._began = 0.0
-
-    def on_after_setup(self, fabric: Any, module: Any) -> None:
-        """Keep the fabric, which knows the step."""
-        self._fabric = fabric
 
     def on_fit_begin(self, resume_dir: Path | None) -> None:
         """Go on with the tables of the run that is resumed, or begin new ones."""

@@ -166,8 +166,7 @@ def test_logs_that_cannot_be_written_end_nothing(recipe, tmp_path, capsys, monke
 def test_a_time_that_is_no_number_counts_for_nothing(tmp_path, monkeypatch, time, passed):
     monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=itertools.count(100).__next__))
     (tmp_path / "metrics.csv").write_text(f'step,time\n1,"{time}"\n')
-    table = MetricsTable(tmp_path, 8, None, print)
-    table.on_after_setup(SimpleNamespace(step=1), None)
+    table = MetricsTable(tmp_path, 8, None, SimpleNamespace(step=1, print=print))
     table.on_fit_begin(tmp_path)
     table.on_logged({"loss": 1.0})
     (row,) = rows_of(tmp_path / "metrics.csv")
@@ -177,8 +176,7 @@ def test_a_time_that_is_no_number_counts_for_nothing(tmp_path, monkeypatch, time
 def test_columns_that_somebody_has_changed(tmp_path):
     """One was added and one deleted: the rows keep the first, and get the second again."""
     (tmp_path / "metrics.csv").write_text("step,train_loss,note\n1,2.5,good\n")
-    table = MetricsTable(tmp_path, 8, None, print)
-    table.on_after_setup(SimpleNamespace(step=1), None)
+    table = MetricsTable(tmp_path, 8, None, SimpleNamespace(step=1, print=print))
     table.on_fit_begin(tmp_path)
     table._fabric.step = 2
     table.on_logged({"loss": 1.0})
@@ -188,8 +186,7 @@ def test_columns_that_somebody_has_changed(tmp_path):
 
 def test_tokens_are_those_of_all_processes(tmp_path):
     """What LitGPT calls tokens are those of one."""
-    table = MetricsTable(tmp_path, 128, None, print)
-    table.on_after_setup(SimpleNamespace(step=3), None)
+    table = MetricsTable(tmp_path, 128, None, SimpleNamespace(step=3, print=print))
     table.on_fit_begin(None)
     table.on_logged({"loss": 2.0, "tokens": 192, "total_tokens": 384})
     (row,) = rows_of(tmp_path / "metrics.csv")
