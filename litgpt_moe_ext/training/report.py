@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, cast
 from litgpt_moe_ext.config.features import unlearned_routers
 from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.training.callbacks.progress import format_count
-from litgpt_moe_ext.training.checkpoint.compatibility import resume_notes, start_notes
+from litgpt_moe_ext.training.checkpoint.changes import resume_notes
+from litgpt_moe_ext.training.checkpoint.compatibility import start_notes
 from litgpt_moe_ext.training.checkpoint.progress import BEST, FINAL, step_of
 from litgpt_moe_ext.training.logs import METRICS_FILE, TRANSCRIPT_FILE
 from litgpt_moe_ext.wording import counted

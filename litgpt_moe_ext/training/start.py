@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from litgpt_moe_ext.data.loader import corpora_of
 from litgpt_moe_ext.data.pipeline.preparation import checked_first
 from litgpt_moe_ext.errors import FROM_ITS_WEIGHTS, SettingsError
+from litgpt_moe_ext.training.checkpoint.changes import changed_settings
 from litgpt_moe_ext.training.checkpoint.compatibility import (
-    changed_settings,
     require_one_table,
     require_same_groups,
     require_same_model,
@@ -23,7 +23,8 @@ from litgpt_moe_ext.training.checkpoint.compatibility import (
 )
 from litgpt_moe_ext.training.checkpoint.earlier import limit_earlier_runs, set_aside
 from litgpt_moe_ext.training.checkpoint.progress import next_attempt, sequences_of, step_of
-from litgpt_moe_ext.training.checkpoint.resume import agree, damage_of, find_resume_file
+from litgpt_moe_ext.training.checkpoint.resume import damage_of, find_resume_file
+from litgpt_moe_ext.training.parallel.agreement import agree
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.checkpoint.progress import BEST, STATE_FILE, newest_first, read_progress
-from litgpt_moe_ext.training.checkpoint.resume import agree, problem_with
+from litgpt_moe_ext.training.checkpoint.resume import problem_with
 from litgpt_moe_ext.training.checkpoint.store import publish, remove
+from litgpt_moe_ext.training.parallel.agreement import agree
 from litgpt_moe_ext.training.settings import CheckpointArgs
 
 if TYPE_CHECKING:

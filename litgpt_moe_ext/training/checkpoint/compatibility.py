@@ -1,8 +1,7 @@
-"""Whether a checkpoint belongs to the model and optimizer of a run, and which of its settings differ."""
+"""Whether a checkpoint belongs to the model and optimizer of a run."""
 
 import shlex
-from collections.abc import Iterator
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +9,11 @@ from litgpt_moe_ext.config.features import MOE_CLASS_NAMES
 from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.errors import FROM_ITS_WEIGHTS, SettingsError
 from litgpt_moe_ext.host.checkpoints import read_config
-from litgpt_moe_ext.training.checkpoint.hyperparameters import FILE_NAME, read
+from litgpt_moe_ext.training.checkpoint.changes import shown
+from litgpt_moe_ext.training.checkpoint.hyperparameters import read
 from litgpt_moe_ext.training.checkpoint.progress import MODEL_FILE, sequences_of
 from litgpt_moe_ext.training.settings import ParameterGroupArgs
 
-# What a resumed run takes from its checkpoint although the settings now say something else.
-_EFFECTS = {
-    ("seed",): "it has no effect: weights and random generators are those of the checkpoint",
-    ("train", "global_batch_size"): (
-        "from here on a step has another number of tokens; the learning rate goes on after as many tokens as before"
-    ),
-    ("train", "max_tokens"): "the learning rate goes on in the schedule of the new length",
-    ("schedule", "name"): "the learning rate goes on in the new schedule, at the step of the checkpoint",
-}
 # Fields that a run which starts from weights may change: how rows are read. With a longer context, rotations as well.
 _OF_ROWS = {
     "block_size",
@@ -32,8 +23,6 @@ _OF_ROWS = {
     "streaming_cache_first",
     "streaming_cache_window",
 }
-# What belongs to one start of a run, and may differ in the next.
-_OF_THE_START = {"resume", "out_dir", "progress", "initial_checkpoint_dir"}
 
 
 def require_same_model(setting: str, checkpoint_dir: Path, config: Any) -> None:
@@ -72,7 +61,7 @@ def start_notes(checkpoint_dir: Path, config: Any) -> list[str]:
     """
     saved, now = asdict(read_config(checkpoint_dir, "initial_checkpoint_dir")), asdict(config)
     return [
-        f"model_config.{name} was {_shown(saved.get(name))} for these weights and is {_shown(now[name])} now"
+        f"model_config.{name} was {shown(saved.get(name))} for these weights and is {shown(now[name])} now"
         for name in sorted(_context_of(saved, now))
         if saved.get(name) != now[name]
     ]
@@ -215,94 +204,3 @@ def require_whole_steps(checkpoint_dir: Path, global_batch_size: int) -> None:
 def _class_name(optimizer: Any) -> str | None:
     path = optimizer.get("class_path") if isinstance(optimizer, dict) else optimizer
     return path.rpartition(".")[2] if isinstance(path, str) else None
-
-
-def resume_notes(checkpoint_dir: Path, settings: dict[str, Any]) -> list[str]:
-    """Return a line for every setting that differs from the checkpoint's and whose effect may surprise.
-
-    Args:
-        checkpoint_dir: The checkpoint to resume from.
-        settings: Of the present run, as plain data.
-    """
-    saved = read(checkpoint_dir)
-    if not saved:
-        return [f"{checkpoint_dir} has no readable {FILE_NAME}: changed settings go unnoticed"]
-    notes = []
-    for keys, effect in _EFFECTS.items():
-        before, now = _look_up(saved, keys), _look_up(settings, keys)
-        if before != now and before is not None and now is not None:
-            notes.append(f"{'.'.join(keys)} was {before} in the checkpoint and is {now} now: {effect}")
-    for name, before, now in _differences(saved, settings):
-        if _is_kept_by_the_optimizer(name):
-            notes.append(
-                f"{name} was {before} in the checkpoint and is {now} now: it has no effect: the optimizer's state of "
-                "the checkpoint has its own"
-            )
-    if changes := changed_settings(checkpoint_dir, settings):  # what they say now holds from here on
-        notes.append(f"changed since the checkpoint: {', '.join(changes)}")
-    return notes
-
-
-def changed_settings(checkpoint_dir: Path, settings: dict[str, Any]) -> list[str]:
-    """Return `NAME BEFORE -> NOW` for every setting that is another one than in a checkpoint, and has an effect.
-
-    Args:
-        checkpoint_dir: The checkpoint to resume from.
-        settings: Of the present run, as plain data.
-    """
-    saved = read(checkpoint_dir)
-    flat_before, flat_now = _flat(saved), _flat(settings)
-    changes = []
-    for name, before, now in _differences(saved, settings):
-        # Another version may have had other settings in a section; those that are null by default are not written down
-        # while they are.
-        in_both = name in flat_before and name in flat_now
-        comparable = in_both or name.startswith(("model_config.", "data.")) or _is_null_by_default(name)
-        if comparable and not _is_kept_by_the_optimizer(name):
-            changes.append(f"{name} {before} -> {now}")
-    return changes
-
-
-def _differences(saved: dict[str, Any], settings: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield every setting that differs, with its values as text, but for those that have a line of their own."""
-    flat_before, flat_now = _flat(saved), _flat(settings)
-    told = {".".join(keys) for keys in _EFFECTS} | _OF_THE_START
-    for name in dict.fromkeys([*flat_before, *flat_now]):
-        before, now = (_shown(flat.get(name)) for flat in (flat_before, flat_now))
-        if before != now and name not in told:
-            yield name, before, now
-
-
-def _is_null_by_default(name: str) -> bool:
-    from litgpt_moe_ext.training.settings import Settings
-
-    section, _, setting = name.partition(".")
-    kinds = {field.name: field.type for field in fields(Settings)}
-    if not setting:
-        return True
-    kind = kinds.get(section)
-    return is_dataclass(kind) and any(field.name == setting and field.default is None for field in fields(kind))
-
-
-def _is_kept_by_the_optimizer(name: str) -> bool:
-    # All of its arguments, given or not, but for the rate, which the schedule sets anew.
-    argument = name.startswith("optimizer.") and name not in ("optimizer.class_path", "optimizer.lr")
-    return argument or name.startswith(f"{ParameterGroupArgs.key}.")
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name.replace(".init_args.", "."): value}
-    return flat
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else str(value)
-
-
-def _look_up(settings: Any, keys: tuple[str, ...]) -> Any:
-    for key in keys:
-        settings = settings.get(key) if isinstance(settings, dict) else None
-    return settings

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files import checksums
@@ -104,22 +104,3 @@ def _says_when(checkpoint_dir: Path) -> bool:
     if (checkpoint_dir / checksums.FILE_NAME).exists():
         return checksums.problem_with(checkpoint_dir, required=(STATE_FILE,), only=STATE_FILE) is None
     return not (checkpoint_dir / STATE_FILE).exists()
-
-
-def agree(fabric: Any, decide: Callable[[], Any]) -> Any:
-    """Return on every rank what `decide` returns on the first, which alone calls it; its error is raised on all.
-
-    Args:
-        fabric: The launched fabric; every rank must call.
-        decide: Looks at the file system, which may take long or differ between nodes.
-    """
-    outcome, error = None, None
-    if fabric.is_global_zero:
-        try:
-            outcome = decide()
-        except (OSError, ValueError) as problem:  # of the file system, or a settings error
-            error = problem
-    outcome, error = fabric.broadcast((outcome, error))
-    if error is not None:
-        raise error
-    return outcome

@@ -1,4 +1,4 @@
-"""What one of several processes has seen, and all must act on after the same step."""
+"""What one of several processes has seen or decided, and all must act on."""
 
 from collections.abc import Callable
 from typing import Any
@@ -67,3 +67,22 @@ class Agreement(Callback):
         if self._here is not None:
             self._here.record()
         self._asked = True
+
+
+def agree(fabric: Any, decide: Callable[[], Any]) -> Any:
+    """Return on every rank what `decide` returns on the first, which alone calls it; its error is raised on all.
+
+    Args:
+        fabric: The launched fabric; every rank must call.
+        decide: Looks at the file system, which may take long or differ between nodes.
+    """
+    outcome, error = None, None
+    if fabric.is_global_zero:
+        try:
+            outcome = decide()
+        except (OSError, ValueError) as problem:  # of the file system, or a settings error
+            error = problem
+    outcome, error = fabric.broadcast((outcome, error))
+    if error is not None:
+        raise error
+    return outcome

@@ -31,11 +31,11 @@ from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.training.callbacks import retention
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
 from litgpt_moe_ext.training.checkpoint import writer as writing
+from litgpt_moe_ext.training.checkpoint.changes import resume_notes
 from litgpt_moe_ext.training.checkpoint.compatibility import (
     require_same_groups,
     require_same_model,
     require_same_optimizer,
-    resume_notes,
 )
 from litgpt_moe_ext.training.checkpoint.earlier import earlier_runs, limit_earlier_runs, set_aside
 from litgpt_moe_ext.training.checkpoint.hyperparameters import read

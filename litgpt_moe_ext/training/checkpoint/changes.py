@@ -1,0 +1,105 @@
+"""Which settings of a resumed run are others than in its checkpoint, and what comes of it."""
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from litgpt_moe_ext.training.checkpoint.hyperparameters import FILE_NAME, read
+from litgpt_moe_ext.training.settings import ParameterGroupArgs, Settings
+
+# What a resumed run takes from its checkpoint although the settings now say something else.
+_EFFECTS = {
+    "seed": "it has no effect: weights and random generators are those of the checkpoint",
+    "train.global_batch_size": (
+        "from here on a step has another number of tokens; the learning rate goes on after as many tokens as before"
+    ),
+    "train.max_tokens": "the learning rate goes on in the schedule of the new length",
+    "schedule.name": "the learning rate goes on in the new schedule, at the step of the checkpoint",
+}
+# What belongs to one start of a run, and may differ in the next.
+_OF_THE_START = {"resume", "out_dir", "progress", "initial_checkpoint_dir"}
+
+
+def resume_notes(checkpoint_dir: Path, settings: dict[str, Any]) -> list[str]:
+    """Return a line for every setting that differs from the checkpoint's and whose effect may surprise.
+
+    Args:
+        checkpoint_dir: The checkpoint to resume from.
+        settings: Of the present run, as plain data.
+    """
+    saved = read(checkpoint_dir)
+    if not saved:
+        return [f"{checkpoint_dir} has no readable {FILE_NAME}: changed settings go unnoticed"]
+    notes, flat_before, flat_now = [], _flat(saved), _flat(settings)
+    for name, effect in _EFFECTS.items():
+        before, now = flat_before.get(name), flat_now.get(name)
+        if before != now and before is not None and now is not None:
+            notes.append(f"{name} was {before} in the checkpoint and is {now} now: {effect}")
+    for name, before, now in _differences(saved, settings):
+        if _is_kept_by_the_optimizer(name):
+            notes.append(
+                f"{name} was {before} in the checkpoint and is {now} now: it has no effect: the optimizer's state of "
+                "the checkpoint has its own"
+            )
+    if changes := changed_settings(checkpoint_dir, settings):  # what they say now holds from here on
+        notes.append(f"changed since the checkpoint: {', '.join(changes)}")
+    return notes
+
+
+def changed_settings(checkpoint_dir: Path, settings: dict[str, Any]) -> list[str]:
+    """Return `NAME BEFORE -> NOW` for every setting that is another one than in a checkpoint, and has an effect.
+
+    Args:
+        checkpoint_dir: The checkpoint to resume from.
+        settings: Of the present run, as plain data.
+    """
+    saved = read(checkpoint_dir)
+    flat_before, flat_now = _flat(saved), _flat(settings)
+    changes = []
+    for name, before, now in _differences(saved, settings):
+        # Another version may have had other settings in a section; those that are null by default are not written down
+        # while they are.
+        in_both = name in flat_before and name in flat_now
+        comparable = in_both or name.startswith(("model_config.", "data.")) or _is_null_by_default(name)
+        if comparable and not _is_kept_by_the_optimizer(name):
+            changes.append(f"{name} {before} -> {now}")
+    return changes
+
+
+def _differences(saved: dict[str, Any], settings: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield every setting that differs, with its values as text, but for those that have a line of their own."""
+    flat_before, flat_now = _flat(saved), _flat(settings)
+    told = _EFFECTS.keys() | _OF_THE_START
+    for name in dict.fromkeys([*flat_before, *flat_now]):
+        before, now = (shown(flat.get(name)) for flat in (flat_before, flat_now))
+        if before != now and name not in told:
+            yield name, before, now
+
+
+def _is_null_by_default(name: str) -> bool:
+    section, _, setting = name.partition(".")
+    kinds = {field.name: field.type for field in fields(Settings)}
+    if not setting:
+        return True
+    kind = kinds.get(section)
+    return is_dataclass(kind) and any(field.name == setting and field.default is None for field in fields(kind))
+
+
+def _is_kept_by_the_optimizer(name: str) -> bool:
+    # All of its arguments, given or not, but for the rate, which the schedule sets anew.
+    argument = name.startswith("optimizer.") and name not in ("optimizer.class_path", "optimizer.lr")
+    return argument or name.startswith(f"{ParameterGroupArgs.key}.")
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name.replace(".init_args.", "."): value}
+    return flat
+
+
+def shown(value: Any) -> str:
+    """Return a value as recipes write it."""
+    return "null" if value is None else str(value)
