@@ -10,7 +10,8 @@ Which file to open for which question:
 | --------------------------------------------------------------- | ------------------------ |
 | What can be set, with which default, range and meaning?         | `settings/`              |
 | In which order does a run do things?                            | `run`                    |
-| What is checked before anything starts?                         | `plan`, `checks`         |
+| Do settings go together?                                        | `plan`, `checks`         |
+| Is what they name there, and right?                             | `inputs`                 |
 | How are processes connected, `out_dir` locked, loggers started? | `launch`, `parallel/`    |
 | What does a run resume from, what moves aside?                  | `start`, `checkpoint/`   |
 | Where do corpus and tokenizer come from?                        | `prepare`                |

@@ -1,29 +1,20 @@
-"""Checks before any long work starts: settings that do not go together, and what they name on the disk.
-
-None needs lightning.
-"""
+"""Whether settings go together, checked before any long work starts. None of the checks needs lightning."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import os
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from litgpt_moe_ext.config.litgpt_fields import RANGES, check_ranges
-from litgpt_moe_ext.errors import SettingsError, refuse_first, which_checkpoint
-from litgpt_moe_ext.files.durable import WRITE_TEST
-from litgpt_moe_ext.files.lock import ProcessLock
+from litgpt_moe_ext.errors import SettingsError, refuse_first
+from litgpt_moe_ext.training.inputs import offers
 from litgpt_moe_ext.training.optim.arguments import learning_rate_of, obstacle_on_shards
 from litgpt_moe_ext.training.parallel.facts import facts_of
 
 if TYPE_CHECKING:
     from litgpt.config import Config
-    from litgpt.data import DataModule
-    from litgpt.tokenizer import Tokenizer
 
     from litgpt_moe_ext.training.settings import DistributedArgs, ScheduleName, Settings
 
@@ -246,127 +237,3 @@ def check_whole_model(settings: Settings, whole: bool, compiled: bool) -> None:
         raise SettingsError(
             f"optimizer: {settings.optimizer!r} cannot be combined with strategy: {settings.strategy}: it {reason}"
         )
-
-
-def check_data(settings: Settings, config: Config) -> None:
-    """Raise SettingsError if the data that the settings name cannot suit the model; looks at no document.
-
-    Tells the data what the model asks of them, for what only the prepared data know.
-    """
-    data: Any = settings.data
-    if data is None:
-        _check_tiny_llama()
-    if offers(data, "require_vocabulary"):
-        data.require_vocabulary(config.padded_vocab_size or 0)  # LitGPT sets it when it makes a Config
-    boundary = getattr(config, "attention_document_boundary", None)
-    if offers(data, "require_documents") and boundary is not None:
-        data.require_documents(boundary, getattr(config, "attention_document_token_id", None))
-    if settings.tokenizer_dir is not None:
-        return
-    if not offers(data, "prepare_tokenizer"):
-        check_without_tokenizer(settings)
-    elif offers(data, "choose_tokenizer"):
-        data.choose_tokenizer(None)
-
-
-def offers(data: DataModule | None, method: str) -> bool:
-    """Return whether a data module has a method that LitGPT's do not have."""
-    return hasattr(type(data), method)  # the class knows; asked for what it lacks, a data module may load lightning
-
-
-def check_without_tokenizer(settings: Settings) -> None:
-    """Raise SettingsError if a setting needs a tokenizer; call it where there is none."""
-    for name, wanted in (("sample.prompts", settings.sample.prompts), ("evaluate", settings.evaluate.wanted)):
-        if wanted:
-            raise SettingsError(f"{name}: needs a tokenizer; give tokenizer_dir, or leave it out")
-
-
-def _check_tiny_llama() -> None:
-    from litgpt.data import TinyLlama
-
-    for path in map(Path, TinyLlama().required_paths):
-        if not path.is_dir():
-            raise SettingsError(
-                f"data: null means litgpt.data.TinyLlama, whose folder {str(path)!r} does not exist; name a data "
-                "module by class_path, as the recipes in configs/ do"
-            )
-
-
-def check_own(out_dir: Path) -> None:
-    """Raise SettingsError if `out_dir` is something else than a directory of a run."""
-    if os.path.realpath(out_dir) == os.getcwd():  # `resolve` fails at links in a circle
-        raise SettingsError(f"out_dir: {str(out_dir)!r} is the working directory; name one for this run alone")
-    if (out_dir / "lit_model.pth").is_file():
-        raise SettingsError(
-            f"out_dir: {str(out_dir)!r} is a checkpoint, which another run may replace as a whole; name a directory "
-            "beside it, or --initial_checkpoint_dir to start from its weights"
-        )
-
-
-def check_writable(out_dir: Path) -> None:
-    """Raise SettingsError unless `out_dir` can be a directory of the run's own; creates it."""
-    check_own(out_dir)
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out_dir, prefix=WRITE_TEST, ignore_cleanup_errors=True) as folder:
-            lock = ProcessLock(Path(folder, "lock"))
-            lock.take()
-            lock.release()
-    except OSError as error:
-        raise SettingsError(
-            f"out_dir: {str(out_dir)!r} must be a directory in which directories and files can be made and locked "
-            f"({error.strerror or error}); choose another --out_dir"
-        ) from error
-
-
-def check_initial_checkpoint(directory: Path) -> None:
-    """Raise SettingsError unless `initial_checkpoint_dir` holds a LitGPT model."""
-    name, file = "initial_checkpoint_dir", directory / "lit_model.pth"
-    if not file.is_file():
-        where = "does not exist" if not os.path.isdir(directory) else "has no lit_model.pth"
-        hint = which_checkpoint(directory, file.name)
-        raise SettingsError(f"{name}: {str(directory)!r} {where}{hint}")
-    if not os.access(file, os.R_OK):
-        raise SettingsError(f"{name}: {str(file)!r} cannot be read (Permission denied); name what you may read")
-
-
-def check_same_tokens(initial_checkpoint_dir: Path, tokenizer_dir: Path) -> None:
-    """Raise SettingsError if ids mean other text to the weights that a run starts from than in its data."""
-    from litgpt_moe_ext.data.tokenizer.opening import same_ids
-
-    if not same_ids(initial_checkpoint_dir, tokenizer_dir):
-        raise SettingsError(
-            f"initial_checkpoint_dir: {str(initial_checkpoint_dir)!r} has another tokenizer than the data, whose ids "
-            "would mean other text to it; prepare the data with its tokenizer (data.tokenizer_dir), or remove its "
-            "tokenizer.json to let it learn other ids"
-        )
-
-
-def open_tokenizer(tokenizer_dir: Path, padded_vocab_size: int) -> Tokenizer:
-    """Return the `litgpt.Tokenizer` of a directory.
-
-    Raises:
-        SettingsError: If there is none, it cannot be opened, does not separate documents, or has more tokens than the
-            model's vocabulary.
-    """
-    from litgpt_moe_ext.data.tokenizer.opening import open_as_litgpt, vocabulary_size_of
-
-    where = f"tokenizer_dir: {str(tokenizer_dir)!r}"
-    try:
-        tokenizer = open_as_litgpt(tokenizer_dir)
-    except NotImplementedError as error:  # how LitGPT says that it found neither file
-        raise SettingsError(f"{where} has neither tokenizer.json nor tokenizer.model") from error
-    except Exception as error:  # the tokenizers library raises nothing more precise
-        raise SettingsError(f"{where} cannot be opened: {error}") from error
-    if tokenizer.eos_id is None:
-        raise SettingsError(
-            f"{where} has no end-of-text token: documents could not be told apart, and generation would not stop. Add "
-            '"eos_token" to its tokenizer_config.json.'
-        )
-    size = vocabulary_size_of(tokenizer)
-    if size > padded_vocab_size:
-        raise SettingsError(
-            f"{where} has ids up to {size - 1}, beyond the model's padded_vocab_size: {padded_vocab_size}; set "
-            f"model_config.padded_vocab_size to at least {size}"
-        )
-    return tokenizer

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litgpt_moe_ext.data.mixture.settings import RunLength
-from litgpt_moe_ext.training.checks import (
+from litgpt_moe_ext.training.inputs import (
     check_data,
     check_same_tokens,
     check_without_tokenizer,

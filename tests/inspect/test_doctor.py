@@ -24,7 +24,7 @@ from litgpt_moe_ext.inspect.doctor.examination import examine
 from litgpt_moe_ext.inspect.doctor.installation import links
 from litgpt_moe_ext.inspect.recipes import Recipe, load_recipe
 from litgpt_moe_ext.model_size import count_parameters
-from litgpt_moe_ext.training.checks import check_writable
+from litgpt_moe_ext.training.inputs import check_writable
 from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
 from tests.models import moe_config, needs_fused_loss
 

@@ -46,7 +46,8 @@ def settings_together(recipe: Recipe, reading: "AbstractContextManager[Settings]
 
 
 def _checked(recipe: Recipe, settings: "Settings") -> "Plan":
-    from litgpt_moe_ext.training.checks import check_batch, check_data, check_whole_model, offers
+    from litgpt_moe_ext.training.checks import check_batch, check_whole_model
+    from litgpt_moe_ext.training.inputs import check_data, offers
     from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
     from litgpt_moe_ext.training.plan import check_plan
 
