@@ -1,6 +1,20 @@
 """Numbers in the words of messages."""
 
 
+def abbreviated(number: float, prefixes: str = "kMBT", gap: str = "") -> str:
+    """Return a large number in three digits with a prefix: 950, 12.3k, 4.56M, 1.2B, 15T.
+
+    Args:
+        number: The number.
+        prefixes: Of a thousand, a million, and so on.
+        gap: What stands between digits and prefix.
+    """
+    for power in range(len(prefixes), 0, -1):
+        if number >= 0.9995 * 1000**power:  # what three digits round to it
+            return f"{number / 1000**power:.3g}{gap}{prefixes[power - 1]}"
+    return f"{number:.0f}{gap}"
+
+
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun: 1 step, 1,440 steps, 2 processes.
 

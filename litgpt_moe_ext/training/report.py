@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, cast
 
 from litgpt_moe_ext.config.features import unlearned_routers
 from litgpt_moe_ext.model_size import count_parameters
-from litgpt_moe_ext.training.callbacks.progress import format_count
 from litgpt_moe_ext.training.checkpoint.changes import resume_notes
 from litgpt_moe_ext.training.checkpoint.compatibility import start_notes
 from litgpt_moe_ext.training.checkpoint.progress import BEST, FINAL, step_of
 from litgpt_moe_ext.training.logs import METRICS_FILE, TRANSCRIPT_FILE
-from litgpt_moe_ext.wording import counted
+from litgpt_moe_ext.wording import abbreviated, counted
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
@@ -31,7 +30,7 @@ def announce(launched: Launched, start: Start, equipment: Equipment) -> None:
     plan, fabric, say = launched.plan, launched.fabric, launched.fabric.print
     size = count_parameters(plan.config, bool(plan.train.tie_embeddings))
     say(
-        f"{plan.config.name or 'model'}: {format_count(size.total)} parameters, {format_count(size.active)} "
+        f"{plan.config.name or 'model'}: {abbreviated(size.total)} parameters, {abbreviated(size.active)} "
         f"active per token, on {fabric.world_size} x {fabric.device.type}, {fabric.strategy.precision.precision}"
     )
     say(str(equipment.compile))
@@ -68,8 +67,7 @@ def conclude(launched: Launched, prepared: Prepared, outcome: Outcome) -> None:
         duration = timedelta(seconds=round(outcome.seconds))
         padding = f", {outcome.padding:.0%} of them padding," if outcome.padding else ""
         say(
-            f"Trained {counted(tokens, 'token')}{padding} in {duration} ({format_count(tokens / outcome.seconds)} "
-            "tok/s)"
+            f"Trained {counted(tokens, 'token')}{padding} in {duration} ({abbreviated(tokens / outcome.seconds)} tok/s)"
         )
     if launched.reporter.val_loss is not None:
         unigram = getattr(prepared.data, "unigram_loss", None)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from litgpt_moe_ext.field_types import PositiveInt
-from litgpt_moe_ext.wording import counted
+from litgpt_moe_ext.wording import abbreviated, counted
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.inspect.cost.model_card import ModelCard as Card
@@ -70,8 +70,8 @@ def _print_size(card: "Card") -> None:
         f"({share:.1%}; {card.parameters_embedding:,} are the token embedding, which {use})"
     )
     print(
-        f"  FLOPs per token, in sequences of {card.sequence_length}: {_count(card.flops_per_token_forward)} forward, "
-        f"{_count(card.flops_per_token_training)} in training"
+        f"  FLOPs per token, in sequences of {card.sequence_length}: {_flops(card.flops_per_token_forward)} forward, "
+        f"{_flops(card.flops_per_token_training)} in training"
     )
     print(f"  key/value cache per token: {caches}")
 
@@ -117,11 +117,8 @@ def _print_memory(title: str, columns: tuple[str, ...], rows: Mapping[str, Mappi
     print_table(f"{title}; {unit}", columns, cells)
 
 
-def _count(number: float) -> str:
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= 0.9995 * size:  # what three digits round to it
-            return f"{number / size:.3g} {unit}FLOP"
-    return f"{number:.0f} FLOP"
+def _flops(number: float) -> str:
+    return f"{abbreviated(number, 'kMGT', ' ')}FLOP"
 
 
 def _unit(largest: float) -> tuple[str, int]:

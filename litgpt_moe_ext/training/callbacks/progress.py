@@ -19,6 +19,7 @@ from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.control import Deadline, TrainingInterrupted, TrainingStopped
 from litgpt_moe_ext.training.logs.transcript import Transcript
 from litgpt_moe_ext.training.steps.corpora import PREFIX
+from litgpt_moe_ext.wording import abbreviated
 
 # LitGPT's own lines that say what the lines below say better, or say wrong.
 _REPLACED = re.compile(
@@ -26,14 +27,6 @@ _REPLACED = re.compile(
     r"|Resuming training from |Time to instantiate model: |Total parameters: |Measured TFLOPs: "
     r"|-{40}$|\| (-{40}$|Performance$|Memory Usage$|- (Total tokens|Training Time|Tok/sec|Memory Used) )"
 )
-
-
-def format_count(number: float) -> str:
-    """Write a large number with three digits: 950, 12.3k, 4.56M, 1.2B, 15T."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= 0.9995 * size:  # what three digits round to it
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.0f}"
 
 
 class Reporter(Callback):
@@ -101,7 +94,7 @@ class Reporter(Callback):
             parts.append(f"grad {metrics['grad_norm']:.2f}")
         parts.append(f"lr {metrics['learning_rate']:.1e}")
         if "tokens_per_second" in metrics:
-            parts.append(f"{format_count(metrics['tokens_per_second'])} tok/s")
+            parts.append(f"{abbreviated(metrics['tokens_per_second'])} tok/s")
         if metrics.get("padding"):
             parts.append(f"padding {metrics['padding']:.0%}")
         if "mfu" in metrics:

@@ -4,10 +4,11 @@ import re
 
 import pytest
 
-from litgpt_moe_ext.cli.commands.model_card import _count
+from litgpt_moe_ext.cli.commands.model_card import _flops
 from litgpt_moe_ext.training.callbacks import progress
-from litgpt_moe_ext.training.callbacks.progress import Reporter, format_count
+from litgpt_moe_ext.training.callbacks.progress import Reporter
 from litgpt_moe_ext.training.control import Deadline
+from litgpt_moe_ext.wording import abbreviated
 
 METRICS = {
     "loss": 5.12345,
@@ -76,8 +77,8 @@ def test_a_line_per_step_in_a_pipe(capsys):
     [(0, "0"), (999.4, "999"), (999.5, "1k"), (12_345, "12.3k"), (999_600, "1M"), (999.96e6, "1B"), (15e12, "15T")],
 )
 def test_large_numbers_have_three_digits(number, text):
-    assert format_count(number) == text
-    assert _count(number) == f"{text.rstrip('kMBT')} {text.lstrip('0123456789.').replace('B', 'G')}FLOP"
+    assert abbreviated(number) == text
+    assert _flops(number) == f"{text.rstrip('kMBT')} {text.lstrip('0123456789.').replace('B', 'G')}FLOP"
 
 
 def test_the_time_left_is_that_of_the_time_limit(capsys, monkeypatch):
