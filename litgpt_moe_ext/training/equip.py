@@ -46,26 +46,18 @@ class Equipment:
     fused_loss: FusedLoss | None
 
 
-def check_strategy_fits(launched: Launched) -> None:
-    """Refuse settings that the strategy cannot fulfil; before data are prepared, which may take hours.
+def choose_equipment(launched: Launched) -> Equipment:
+    """Choose what the strategy can fulfil; before data are prepared, which may take hours.
 
     Raises:
-        SettingsError: If there is one.
+        SettingsError: If it cannot fulfil a setting.
     """
-    settings, compiled = launched.plan.settings, _compile(launched)
-    check_whole_model(settings, launched.fabric.strategy.holds_whole_model, compiled.enabled)
-    decide_graphs(settings.cuda_graphs, Conditions.of(launched, compiled))
+    settings, strategy = launched.plan.settings, launched.fabric.strategy
+    compiled = _compile(launched)
+    check_whole_model(settings, strategy.holds_whole_model, compiled.enabled)
     if settings.fused_cross_entropy:
         require_torch()
-
-
-def equip(launched: Launched, prepared: Prepared) -> Equipment:
-    """Add the callbacks to the fabric."""
-    settings, fabric = launched.plan.settings, launched.fabric
-    strategy = fabric.strategy
-    strategy.follow(launched.plan.train)
-    compiled = _compile(launched)
-    equipment = Equipment(
+    return Equipment(
         compile=compiled,
         graphs=decide_graphs(settings.cuda_graphs, Conditions.of(launched, compiled)),
         optimization=Optimization(
@@ -76,9 +68,13 @@ def equip(launched: Launched, prepared: Prepared) -> Equipment:
         ),
         fused_loss=FusedLoss() if settings.fused_cross_entropy else None,
     )
+
+
+def equip(launched: Launched, prepared: Prepared, equipment: Equipment) -> None:
+    """Add the callbacks to the fabric."""
+    launched.fabric.strategy.follow(launched.plan.train)
     for callback in _callbacks(launched, prepared, equipment):
-        fabric.add_callback(callback)
-    return equipment
+        launched.fabric.add_callback(callback)
 
 
 def _compile(launched: Launched) -> CompileDecision:

@@ -34,7 +34,7 @@ def run(settings: Settings) -> None:
     # These modules use LitGPT as it is once it has been extended.
     from litgpt_moe_ext.training.callbacks.kernel_report import check_kernels
     from litgpt_moe_ext.training.checkpoint.exports import export_checkpoints
-    from litgpt_moe_ext.training.equip import check_strategy_fits, equip
+    from litgpt_moe_ext.training.equip import choose_equipment, equip
     from litgpt_moe_ext.training.launch import launch
     from litgpt_moe_ext.training.logs import TRANSCRIPT_FILE
     from litgpt_moe_ext.training.parallel.memory import check_memory
@@ -46,13 +46,13 @@ def run(settings: Settings) -> None:
 
     plan = make_plan(settings)
     with launch(plan) as launched:
-        check_strategy_fits(launched)
+        equipment = choose_equipment(launched)
         check_memory(launched)
         check_kernels(launched)
         launched, start = find_start(launched)
         prepared = prepare_data(launched, start)
         launched = with_epochs(launched, prepared)
-        equipment = equip(launched, prepared)
+        equip(launched, prepared, equipment)
         # Whatever can be refused has been: from here on files move and change.
         start, prepared = make_room(launched, start, prepared)
         if launched.fabric.is_global_zero:

@@ -15,7 +15,7 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.hellaswag import as_question, evaluate, load_items
 from litgpt_moe_ext.evaluation.loading import load_model
 from litgpt_moe_ext.evaluation.tokenization import encoder
-from litgpt_moe_ext.training.equip import check_strategy_fits
+from litgpt_moe_ext.training.equip import choose_equipment
 from litgpt_moe_ext.training.parallel.strategies import make_strategy
 from litgpt_moe_ext.training.settings import DistributedArgs, EvaluateArgs, Settings
 from tests.models import moe_config
@@ -269,10 +269,10 @@ class TestWrongInputs:
     def test_sharded_models(self, hellaswag_file):
         strategy = make_strategy("fsdp2", 2, 1, DistributedArgs(), "cpu")
         fabric, config = SimpleNamespace(strategy=strategy, device=torch.device("cpu"), world_size=2), moe_config()
-        check_strategy_fits(SimpleNamespace(plan=SimpleNamespace(settings=Settings(), config=config), fabric=fabric))
+        choose_equipment(SimpleNamespace(plan=SimpleNamespace(settings=Settings(), config=config), fabric=fabric))
         wanted = Settings(evaluate=EvaluateArgs(hellaswag=hellaswag_file))
         with pytest.raises(SettingsError, match="no process holds a whole model under strategy"):
-            check_strategy_fits(SimpleNamespace(plan=SimpleNamespace(settings=wanted, config=config), fabric=fabric))
+            choose_equipment(SimpleNamespace(plan=SimpleNamespace(settings=wanted, config=config), fabric=fabric))
 
     @pytest.mark.parametrize(
         ("settings", "message"),
