@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from litgpt_moe_ext.errors import SettingsError, undecoded
-from litgpt_moe_ext.recipe_files import is_trusted, read_recipe
+from litgpt_moe_ext.field_types import members
+from litgpt_moe_ext.recipe_files import is_trusted, load_value, read_recipe
 
 CLASS_KEYS = {"class_path", "init_args"}
 
@@ -60,6 +61,22 @@ class Given:
             value = _merged(before, value)
         node[last] = value
         self._flags.append(_short(name.removesuffix("+")))
+
+    def add_text(self, name: str, text: str, annotations: Mapping[str, Any]) -> None:
+        """Set one value as `add_flag` does, from what stands on the command line.
+
+        What may be text is read as nothing else, except for null: a run may be called 123.
+
+        Args:
+            name: As in `add_flag`.
+            text: Its text; YAML where the type of the setting asks for it.
+            annotations: The types of the settings of the first level.
+        """
+        from litgpt_moe_ext.cli.mistakes import annotation_at
+
+        kinds = members(annotation_at(name, self.tree, annotations))
+        textual = text != "null" and (str in kinds or Path in kinds)
+        self.add_flag(name, text if textual else load_value(text, f"{name}: {text!r}"))
 
     @contextmanager
     def naming_places(self) -> Iterator[None]:

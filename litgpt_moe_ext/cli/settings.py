@@ -12,11 +12,10 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 from litgpt_moe_ext.cli.given import Given, read_flags
-from litgpt_moe_ext.cli.mistakes import annotation_at, mistakes, wrong_nulls
+from litgpt_moe_ext.cli.mistakes import mistakes, wrong_nulls
 from litgpt_moe_ext.cli.paths import check_paths
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
 from litgpt_moe_ext.errors import SettingsError, one_line, refuse_first, which_checkpoint
-from litgpt_moe_ext.field_types import members
 from litgpt_moe_ext.recipe_files import as_data, load_value, read_recipe, without_mark
 from litgpt_moe_ext.training.settings import Section, Settings
 from litgpt_moe_ext.training.settings.section import attribute_docs, default_of
@@ -142,10 +141,7 @@ def read_given(arguments: Sequence[str], default_config: Path, types: Mapping[st
                 given.tree.pop(name, None)
             given.add_flag(name, model)
         elif name != "dense_twin":  # which concerns all the others together
-            # What may be text is read as nothing else, except for null: a run may be called 123.
-            kinds = members(annotation_at(name, given.tree, known))
-            textual = text != "null" and (str in kinds or Path in kinds)
-            given.add_flag(name, text if textual else load_value(text, f"{name}: {text!r}"))
+            given.add_text(name, text, known)
         # Flags that follow are read as what the class takes.
         _complete_data_module(given.tree)
     by = dict(flags).get("dense_twin")

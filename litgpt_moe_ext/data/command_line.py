@@ -94,17 +94,14 @@ def refusal(error: Exception) -> str:
 def _mistakes(words: Sequence[str], types: Mapping[str, Any]) -> Iterator[str]:
     """Return what is wrong with options that a parser has refused."""
     from litgpt_moe_ext.cli.given import Given, read_flags
-    from litgpt_moe_ext.cli.mistakes import annotation_at, mistakes
-    from litgpt_moe_ext.field_types import members
-    from litgpt_moe_ext.recipe_files import load_value
+    from litgpt_moe_ext.cli.mistakes import mistakes
 
     given = Given()
     for name, text in read_flags(words):
         if name == "config":
             given.add_recipe(Path(text))
         else:
-            textual = {str, Path} & set(members(annotation_at(name, given.tree, types)))
-            given.add_flag(name, text if textual else load_value(text, f"{name}: {text!r}"))
+            given.add_text(name, text, types)
     return mistakes(given.tree, types)
 
 
