@@ -51,14 +51,14 @@ def mark_finetuning_padding(loop: Any) -> None:
     @wraps(original)
     def fit(*args: Any, **kwargs: Any) -> Any:
         from litgpt_moe_ext.padding import accept_padding
+        from litgpt_moe_ext.training.steps.batches import unwrapped
 
         given = signature.bind(*args, **kwargs).arguments
         if given["state"]["model"].config.mlp_class_name in MOE_CLASS_NAMES:
             accept_padding()
             for loader in (given["train_dataloader"], given["val_dataloader"]):
-                # Fabric's loader hands on the batches of the one that it wraps.
-                loader = getattr(loader, "_dataloader", loader)
-                loader.collate_fn = _MarkPadding(loader.collate_fn)
+                inner = unwrapped(loader)
+                inner.collate_fn = _MarkPadding(inner.collate_fn)
         return original(*args, **kwargs)
 
     loop.fit = fit

@@ -120,7 +120,6 @@ def _resolved(settings: Settings) -> Settings:
         )
     return dataclasses.replace(
         settings,
-        out_dir=Path(settings.out_dir),
         optimizer=with_module(settings.optimizer),
         initial_checkpoint_dir=_checkpoint_dir(settings.initial_checkpoint_dir),
         tokenizer_dir=_checkpoint_dir(settings.tokenizer_dir),
@@ -130,11 +129,11 @@ def _resolved(settings: Settings) -> Settings:
 
 def _checkpoint_dir(directory: Path | None) -> Path | None:
     # LitGPT keeps what it downloads in checkpoints/, which its commands let one leave out.
-    if directory is None or Path(directory).is_dir():
-        return None if directory is None else Path(directory)
+    if directory is None or directory.is_dir():
+        return directory
     from litgpt.utils import extend_checkpoint_dir
 
-    return extend_checkpoint_dir(Path(directory))
+    return extend_checkpoint_dir(directory)
 
 
 def model_of(settings: Settings) -> Config:

@@ -305,7 +305,7 @@ def test_a_tokenizer_with_several_ends_of_text_encodes_the_others(texts, tmp_pat
     (directory / "generation_config.json").write_text('{"eos_token_id": [0, 1]}')
     first, second = text(texts, 0, tokenizer_dir=directory), text(texts, 1, tokenizer_dir=None)
     opened(Mixture({"a": first, "b": second}, {"a": 1, "b": 1}))
-    assert first._manifest()["eos_id"] == second._manifest()["eos_id"] == 0
+    assert first.manifest["eos_id"] == second.manifest["eos_id"] == 0
 
 
 def test_ready_made_shards_and_prepared_corpora(texts, corpus, tmp_path):

@@ -428,7 +428,7 @@ def test_a_prepared_corpus_elsewhere(tmp_path):
     going_on.load_state_dict(loader.state_dict())  # it is the same corpus
     assert next(iter(going_on)).equal(next(iter(loader)))
     whole, validating = (np.concatenate(shards) for shards in prepared.open_shards())
-    ends = np.flatnonzero(whole == prepared._manifest()["eos_id"]) + 1
+    ends = np.flatnonzero(whole == prepared.manifest["eos_id"]) + 1
     part = PreparedCorpus(moved, train_count=3)
     train, val = (np.concatenate(shards) for shards in part.open_shards())
     np.testing.assert_array_equal(train, whole[: ends[2]])
@@ -455,7 +455,7 @@ def test_documents_are_counted_and_packed_whole_where_one_token_begins_and_ends_
     data.prepend_bos, data.packing = True, "pad"
     data.connect(batch_size=1, max_seq_length=2000)
     data.setup()
-    manifest = data._manifest()
+    manifest = data.manifest
     assert manifest["bos_id"] == manifest["eos_id"] == 0
     rows = [row[row != PADDING].tolist() for row in data.windows_of("training", "data")]
     assert len(rows) == manifest["documents_train"]

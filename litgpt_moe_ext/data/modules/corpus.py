@@ -77,7 +77,7 @@ class CorpusModule(Corpus, ShardModule):
         """See `ShardModule.open_shards`."""
         self._facts = None  # of an earlier run of the process
         self.prepare_data()  # reuses; where only rank 0 was asked to prepare, this finds its result
-        manifest = self._manifest()
+        manifest = self.manifest
         train, val = (
             shards if count is None else first_documents(shards, count, manifest["eos_id"], manifest["bos_id"])
             for shards, count in zip(open_corpus(self._prepared()), self.document_limits, strict=True)
@@ -94,7 +94,7 @@ class CorpusModule(Corpus, ShardModule):
         if not self.pads:
             return StreamWindows(shards, self.max_seq_length, name)
         accept_padding()
-        manifest = self._manifest()
+        manifest = self.manifest
         lengths = document_lengths(shards, manifest["eos_id"], manifest["bos_id"])
         packing = pack(lengths, self.max_seq_length, together=self.packing == "best_fit")
         return DocumentWindows(shards, packing, self.max_seq_length, name)
@@ -124,7 +124,7 @@ class CorpusModule(Corpus, ShardModule):
     def corpus_id(self) -> str:
         """The key of the corpus, how much of it is read, and how it is packed."""
         documents, _ = self.document_limits
-        parts = [key_of(self._manifest()), *([] if documents is None else [f"{documents} documents"])]
+        parts = [key_of(self.manifest), *([] if documents is None else [f"{documents} documents"])]
         return ":".join(parts if self.packing == "stream" else [*parts, self.packing])
 
     @property
@@ -133,21 +133,23 @@ class CorpusModule(Corpus, ShardModule):
 
         None where only a part of the corpus is read.
         """
-        return None if any(self.document_limits) else self._manifest()["unigram_val_loss"]
+        return None if any(self.document_limits) else self.manifest["unigram_val_loss"]
 
     def _prepared(self) -> Path:
         if self.corpus_path is None:
             raise RuntimeError("Call prepare_data() first.")
         return self.corpus_path
 
-    def _manifest(self) -> dict[str, Any]:
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What the prepared corpus says of itself."""
         # Read once: a corpus that is deleted while it trains is still there for those that have opened it.
         self._facts = self._facts or read_manifest(self._prepared())
         assert self._facts is not None
         return self._facts
 
     def _check_vocabulary(self) -> None:
-        vocab_size = self._manifest()["vocab_size"]
+        vocab_size = self.manifest["vocab_size"]
         if self._model_vocab_size is not None and vocab_size > self._model_vocab_size:
             raise SettingsError(
                 f"data: the corpus in {self.corpus_path} has a vocabulary of {vocab_size} tokens, more than the "
@@ -159,7 +161,7 @@ class CorpusModule(Corpus, ShardModule):
         if self._model_documents is None:
             return
         boundary, token_id = self._model_documents
-        eos_id, bos_id = (self._manifest()[name] for name in ("eos_id", "bos_id"))
+        eos_id, bos_id = (self.manifest[name] for name in ("eos_id", "bos_id"))
         # Without a BOS token, the EOS token may count as the beginning of the document that follows.
         expected = eos_id if boundary == "eos" or bos_id is None else bos_id
         if token_id != expected:

@@ -8,7 +8,7 @@ from litgpt.tokenizer import Tokenizer
 
 from litgpt_moe_ext.data.modules.base import is_first_rank
 from litgpt_moe_ext.data.modules.corpus import CorpusModule
-from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR, read_manifest
+from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings
 from litgpt_moe_ext.data.tokenizer.opening import open_as_litgpt, parse_tokenizer
 from litgpt_moe_ext.errors import SettingsError
@@ -123,8 +123,7 @@ def _second_tokenizer(name: str, module: CorpusModule, owner: str) -> SettingsEr
 def _facts(module: Any) -> dict[str, int | None]:
     """Return what is known of a corpus' ids."""
     if isinstance(module, CorpusModule) and module.corpus_path is not None:
-        manifest = read_manifest(module.corpus_path) or {}
-        ids = {"end of text": manifest["eos_id"], "beginning of text": manifest["bos_id"]}
-        return {"vocabulary": manifest["vocab_size"], **ids}
+        ids = {"end of text": module.manifest["eos_id"], "beginning of text": module.manifest["bos_id"]}
+        return {"vocabulary": module.manifest["vocab_size"], **ids}
     size = getattr(module, "vocab_size", None)
     return {} if size is None else {"vocabulary": size}
