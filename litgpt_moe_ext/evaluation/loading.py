@@ -17,6 +17,7 @@ from litgpt_moe_ext.host.checkpoints import CONFIG_FILE, read_config
 from litgpt_moe_ext.wording import counted
 
 WEIGHTS_FILE = "lit_model.pth"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")
 
 
@@ -56,13 +57,14 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
         The type, or None for the checkpoint's.
 
     Raises:
-        SettingsError: If it is not a floating point type.
+        SettingsError: If it is not a floating point type that models compute in.
     """
     if dtype is None or dtype == "auto":
         return None
     parsed = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(parsed, torch.dtype) or not parsed.is_floating_point:
-        raise SettingsError(f"dtype: {dtype!r} is unknown; choose from float32, bfloat16, float16, float64, auto")
+    if parsed not in _DTYPES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
+        raise SettingsError(f"dtype: {dtype!r} must be one of {names} or auto")
     return parsed
 
 

@@ -328,8 +328,11 @@ def test_dtype_is_that_of_the_checkpoint_unless_given(random_moe_dir):
     # What must keep its precision does.
     assert model.cos.dtype == torch.float32
     assert model.transformer.h[0].mlp.gate.e_score_correction_bias.dtype == torch.float32
-    with pytest.raises(ValueError, match="dtype: 'int8'"):
-        LitGPTModel(random_moe_dir, device="cpu", dtype="int8")
+    for name in ("int8", "float8_e4m3fn", "nn"):
+        with pytest.raises(
+            ValueError, match=f"dtype: '{name}' must be one of float32, bfloat16, float16, float64 or auto"
+        ):
+            LitGPTModel(random_moe_dir, device="cpu", dtype=name)
 
 
 def test_bfloat16_scores_are_close_to_float32(random_moe_dir):
