@@ -14,7 +14,8 @@ import warnings
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 
-from litgpt_moe_ext.attention.kernels.registry import AttentionKernel, register_kernel
+from litgpt_moe_ext.attention.kernels.kernel import AttentionKernel
+from litgpt_moe_ext.attention.kernels.registry import register_kernel
 from litgpt_moe_ext.config.fields import FIELDS, Field, loss_weight
 from litgpt_moe_ext.entries import require
 from litgpt_moe_ext.errors import one_line

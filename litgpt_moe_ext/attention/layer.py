@@ -16,7 +16,9 @@ from litgpt_moe_ext.attention.cache_positions import position_range
 from litgpt_moe_ext.attention.causal_attention import causal_attention, window_mask
 from litgpt_moe_ext.attention.documents import Documents, document_mask
 from litgpt_moe_ext.attention.kernels.choice import capability_of, choose
-from litgpt_moe_ext.attention.kernels.registry import EAGER, KERNELS, Ability, Workload, load_functions
+from litgpt_moe_ext.attention.kernels.kernel import Ability, Workload
+from litgpt_moe_ext.attention.kernels.own import EAGER
+from litgpt_moe_ext.attention.kernels.registry import KERNELS, load_functions
 from litgpt_moe_ext.attention.rotation import rotate, rotate_both, rotate_projection
 from litgpt_moe_ext.attention.sinks import Softmax, sink_attention
 from litgpt_moe_ext.attention.streaming_cache import Stream, StreamingKVCache, streaming_attention

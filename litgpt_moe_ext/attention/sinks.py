@@ -18,7 +18,9 @@ from litgpt_moe_ext.attention.documents import Documents
 from litgpt_moe_ext.attention.flash import flash_attention
 from litgpt_moe_ext.attention.kernels.calls import Call, Inputs
 from litgpt_moe_ext.attention.kernels.choice import choose_kernel
-from litgpt_moe_ext.attention.kernels.registry import EAGER, KERNELS, Ability, load_functions
+from litgpt_moe_ext.attention.kernels.kernel import Ability
+from litgpt_moe_ext.attention.kernels.own import EAGER
+from litgpt_moe_ext.attention.kernels.registry import KERNELS, load_functions
 from litgpt_moe_ext.kernels.compiled import assume_constant_result
 
 load_functions()

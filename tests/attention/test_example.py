@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from litgpt_moe_ext.attention.kernels.registry import KERNELS, AttentionKernel, register_kernel
+from litgpt_moe_ext.attention.kernels.kernel import AttentionKernel
+from litgpt_moe_ext.attention.kernels.registry import KERNELS, register_kernel
 from litgpt_moe_ext.attention.sinks import Softmax, sink_attention
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "add_an_attention_kernel.py"

@@ -8,7 +8,9 @@ from torch import Tensor
 from litgpt_moe_ext.attention.causal_attention import causal_attention
 from litgpt_moe_ext.attention.documents import find_documents, largest_extent
 from litgpt_moe_ext.attention.kernels.choice import capability_of, obstacle
-from litgpt_moe_ext.attention.kernels.registry import EAGER, KERNELS, Workload
+from litgpt_moe_ext.attention.kernels.kernel import Workload
+from litgpt_moe_ext.attention.kernels.own import EAGER
+from litgpt_moe_ext.attention.kernels.registry import KERNELS
 from litgpt_moe_ext.attention.sinks import Softmax
 from litgpt_moe_ext.rows import Rows
 from tests.models import attention_config

@@ -20,7 +20,8 @@ from litgpt_moe_ext.attention.flash import flash_attention
 from litgpt_moe_ext.attention.kernels import choice
 from litgpt_moe_ext.attention.kernels.calls import Call, Inputs
 from litgpt_moe_ext.attention.kernels.choice import choose, choose_kernel
-from litgpt_moe_ext.attention.kernels.registry import KERNELS, Workload, functions_of
+from litgpt_moe_ext.attention.kernels.kernel import Workload
+from litgpt_moe_ext.attention.kernels.registry import KERNELS, functions_of
 from litgpt_moe_ext.attention.sinks import Softmax
 from litgpt_moe_ext.kernels.gpu import vendor_kind
 from tests.attention.attend import sink_attention

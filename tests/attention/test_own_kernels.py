@@ -8,7 +8,8 @@ import torch
 
 from litgpt_moe_ext.attention.kernels import registry
 from litgpt_moe_ext.attention.kernels.calls import Result
-from litgpt_moe_ext.attention.kernels.registry import KERNELS, AttentionKernel, register_kernel
+from litgpt_moe_ext.attention.kernels.kernel import AttentionKernel
+from litgpt_moe_ext.attention.kernels.registry import KERNELS, register_kernel
 from litgpt_moe_ext.attention.sinks import Softmax, sink_attention
 from tests.runs import ROOT
 

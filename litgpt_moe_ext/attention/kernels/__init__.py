@@ -2,7 +2,9 @@
 
 | file             | what it holds                                                                 |
 | ---------------- | ----------------------------------------------------------------------------- |
-| `registry.py`    | what each kernel can do, as plain data; `register_kernel`. Imports no torch    |
+| `kernel.py`      | what a kernel is, as plain data                                                |
+| `own.py`         | the kernels of this package, and what each can do                              |
+| `registry.py`    | all kernels by name; `register_kernel`                                         |
 | `choice.py`      | which kernel computes given tensors, and what it says about it                 |
 | `calls.py`       | what a kernel is called with                                                   |
 | `flash_cpu.py`   | PyTorch's flash attention for CPUs                                             |

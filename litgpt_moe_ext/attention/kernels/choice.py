@@ -10,7 +10,9 @@ import warnings
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext.attention.kernels.registry import EAGER, KERNELS, Ability, AttentionKernel, Capability, Workload
+from litgpt_moe_ext.attention.kernels.kernel import Ability, AttentionKernel, Capability, Workload
+from litgpt_moe_ext.attention.kernels.own import EAGER
+from litgpt_moe_ext.attention.kernels.registry import KERNELS
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.kernels.compiled import assume_constant_result
 from litgpt_moe_ext.kernels.gpu import vendor_kind

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litgpt_moe_ext.attention.kernels.registry import EAGER
+from litgpt_moe_ext.attention.kernels.own import EAGER
 from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.inspect.cost.experts import without_values
 from litgpt_moe_ext.inspect.cost.layers import ShortModel

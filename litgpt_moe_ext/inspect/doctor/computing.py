@@ -26,7 +26,7 @@ def compiling(recipe: Recipe) -> Finding:
 
 def kernels(recipe: Recipe) -> Iterator[Finding]:
     """Yield what a run of the recipe would say about its kernels, or what it would refuse."""
-    from litgpt_moe_ext.attention.kernels.registry import EAGER
+    from litgpt_moe_ext.attention.kernels.own import EAGER
     from litgpt_moe_ext.meta.models import meta_model
     from litgpt_moe_ext.training.callbacks.kernel_report import attention_line, experts_line
 

@@ -82,7 +82,8 @@ def kernels() -> Iterator[Finding]:
     import torch
 
     from litgpt_moe_ext.attention.kernels.choice import capability_of, choose
-    from litgpt_moe_ext.attention.kernels.registry import EAGER, Workload
+    from litgpt_moe_ext.attention.kernels.kernel import Workload
+    from litgpt_moe_ext.attention.kernels.own import EAGER
     from litgpt_moe_ext.kernels.gpu import vendor_kind
     from litgpt_moe_ext.moe.kernels.choice import backend_for
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from litgpt_moe_ext.attention.kernels.choice import FALLBACK_COST
-from litgpt_moe_ext.attention.kernels.registry import EAGER
+from litgpt_moe_ext.attention.kernels.own import EAGER
 from litgpt_moe_ext.attention.layer import SinkAttention
 from litgpt_moe_ext.config.fields import BACKEND_FIELDS
 from litgpt_moe_ext.meta.models import meta_model
