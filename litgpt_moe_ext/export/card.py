@@ -11,7 +11,7 @@ from litgpt_moe_ext.training.checkpoint.progress import sequences_of, step_of
 from litgpt_moe_ext.training.logs import METRICS_FILE
 
 if TYPE_CHECKING:
-    from litgpt_moe_ext.export.hf.architectures import Architecture
+    from litgpt_moe_ext.export.architecture import Architecture
     from litgpt_moe_ext.export.source import Source
 
 _CARD = """---

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from litgpt import Tokenizer
 
     from litgpt_moe_ext.config.types import Config
-    from litgpt_moe_ext.export.hf.architectures import Architecture
+    from litgpt_moe_ext.export.architecture import Architecture
 
 # Only training uses these; the exported model computes the same without them.
 TRAINING_ONLY = ("gate.noise_weight", "gate.bias_updates")

@@ -13,8 +13,9 @@ from torch import Tensor
 from litgpt_moe_ext.attention.rope import rope_frequencies
 from litgpt_moe_ext.config.rope import DEFAULT_BETA_FAST, DEFAULT_BETA_SLOW, present_adjustments, rope_kind
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.export.architecture import Architecture
 from litgpt_moe_ext.export.gguf import names
-from litgpt_moe_ext.export.hf.architectures import GLM, GPT2, GPT_OSS, LATENT, LLAMA_LIKE, SOFTMAX, Architecture
+from litgpt_moe_ext.export.hf.architectures import GLM, GPT2, GPT_OSS, LATENT, LLAMA_LIKE, SOFTMAX
 from litgpt_moe_ext.export.hf.config_json import shared_width
 from litgpt_moe_ext.export.hf.facts import Facts, leading_dense_layers, window_of
 from litgpt_moe_ext.export.hf.names import GPT2_BIASES

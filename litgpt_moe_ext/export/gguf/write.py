@@ -10,11 +10,11 @@ from torch import Tensor
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.loading import parse_dtype
+from litgpt_moe_ext.export.architecture import Architecture, choose, nearest
 from litgpt_moe_ext.export.card import write_card
 from litgpt_moe_ext.export.directory import new_directory, require_absent
 from litgpt_moe_ext.export.gguf.architectures import GRAPHS
 from litgpt_moe_ext.export.gguf.tokenizer import tokenizer_metadata
-from litgpt_moe_ext.export.hf.architectures import Architecture, choose, nearest
 from litgpt_moe_ext.export.hf.facts import Facts, facts_of
 from litgpt_moe_ext.export.source import Source, read_source
 

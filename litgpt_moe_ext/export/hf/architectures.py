@@ -4,123 +4,12 @@ The first class that can express every fact of a model is the one; where none ca
 the weights.
 """
 
-import shlex
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.export.architecture import Architecture, choose, nearest
 from litgpt_moe_ext.export.hf import config_json, names
 from litgpt_moe_ext.export.hf.facts import Facts
-from litgpt_moe_ext.export.hf.tensors import LAYER, Names, Stored, rules
-
-if TYPE_CHECKING:
-    from litgpt_moe_ext.config.types import Config
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A class of transformers, or ours.
-
-    Attributes:
-        class_name: The class with an output head.
-        model_type: Its name in `config.json`.
-        can: Values of each fact that it can express; a fact that is not named is free.
-        config: Returns the entries of `config.json` beyond the common ones.
-        names: What our tensors are there.
-        biases: Biases of a layer that the class always has, by our names: zeros where ours has none.
-        rotates_neighbours: Whether rotary positions turn neighbours in a head, and not its halves.
-        more: Returns tensors that the class has besides, by their names.
-        ties: Whether one table may be both token embeddings and output head, also for vLLM's own class of this name.
-        vllm: Values of facts with which vLLM's own class of this name computes the same; with others only its
-            Transformers backend does. A fact that is not named is free.
-    """
-
-    class_name: str
-    model_type: str
-    can: Mapping[str, tuple[Any, ...]]
-    config: Callable[[Facts], dict[str, Any]]
-    names: Names
-    biases: tuple[str, ...] = ()
-    rotates_neighbours: bool = False
-    more: Callable[["Config"], dict[str, Tensor]] = lambda config: {}
-    ties: bool = True
-    vllm: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Find facts that are misspelt."""
-        assert self.can.keys() | self.vllm.keys() <= {fact.name for fact in fields(Facts)}, self
-
-    def lacks(self, facts: Facts) -> list[str]:
-        """Return what the class cannot express, as `fact: value`; empty if it computes this model."""
-        return _differences(facts, self.can)
-
-    def serve(self, facts: Facts, directory: str) -> str:
-        """Return the command with which vLLM serves the export of a model."""
-        options = " --trust-remote-code" if self.model_type == "litgpt_moe" else ""
-        if _differences(facts, self.vllm):
-            options += " --model-impl transformers"
-        return f"vllm serve {shlex.quote(directory)}{options}"
-
-    def rules(self, config: "Config", ours: Iterable[str]) -> dict[str, Stored]:
-        """Return what tensors of a model are there, by their names in `ours`."""
-        return rules(self.names, ours, config, self.rotates_neighbours)
-
-    def constants(self, config: "Config", weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what the class has and a model with these weights has not, by its name there."""
-        found = self.more(config)
-        for i in range(config.n_layer):
-            for name in self.biases:
-                ours = f"{LAYER}.{i}.{name}"
-                if ours not in weights:
-                    (theirs,) = self.rules(config, [ours])[ours].names
-                    found[theirs] = torch.zeros(len(weights[ours.replace(".bias", ".weight")]))
-        return found
-
-
-def _differences(facts: Facts, allowed: Mapping[str, tuple[Any, ...]]) -> list[str]:
-    return [
-        f"{fact}: {_words(value)}" for fact, values in allowed.items() if (value := getattr(facts, fact)) not in values
-    ]
-
-
-def choose(facts: Facts, architectures: tuple[Architecture, ...]) -> tuple[Architecture | None, dict[str, list[str]]]:
-    """Return the first class of a table that computes a model, and what each one before it lacks."""
-    rejected: dict[str, list[str]] = {}
-    for architecture in architectures:
-        lacking = architecture.lacks(facts)
-        if not lacking:
-            rejected.pop(architecture.class_name, None)
-            return architecture, rejected
-        rejected[architecture.class_name] = lacking
-    return None, rejected
-
-
-def nearest(rejected: dict[str, list[str]]) -> str:
-    """Return in words what the classes that lack least lack."""
-    fewest = min(len(lacking) for lacking in rejected.values())
-    near = {name: lacking for name, lacking in rejected.items() if len(lacking) == fewest}
-    return "; ".join(f"{name} has no {', no '.join(lacking)}" for name, lacking in near.items())
-
-
-def choose_class(facts: Facts) -> tuple[Architecture, dict[str, list[str]]]:
-    """Return the class of transformers, or ours, that computes a model, and what each one before it lacks.
-
-    Raises:
-        SettingsError: If none does.
-    """
-    architecture, rejected = choose(facts, ARCHITECTURES)
-    if architecture is None:
-        raise SettingsError(f"format: hf: no class of transformers computes this model ({nearest(rejected)})")
-    return architecture, rejected
-
-
-def _words(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
 
 ROPES = ("default", "linear", "llama3", "yarn")
 # What Llama's relatives have in common.
@@ -371,3 +260,15 @@ ARCHITECTURES = (
         names.OWN_PLAIN,
     ),
 )
+
+
+def choose_class(facts: Facts) -> tuple[Architecture, dict[str, list[str]]]:
+    """Return the class of transformers, or ours, that computes a model, and what each one before it lacks.
+
+    Raises:
+        SettingsError: If none does.
+    """
+    architecture, rejected = choose(facts, ARCHITECTURES)
+    if architecture is None:
+        raise SettingsError(f"format: hf: no class of transformers computes this model ({nearest(rejected)})")
+    return architecture, rejected

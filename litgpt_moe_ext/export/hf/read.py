@@ -14,8 +14,9 @@ from torch import Tensor
 
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
 from litgpt_moe_ext.errors import SettingsError, one_line
+from litgpt_moe_ext.export.architecture import Architecture
 from litgpt_moe_ext.export.directory import new_directory, require_absent
-from litgpt_moe_ext.export.hf.architectures import ARCHITECTURES, Architecture
+from litgpt_moe_ext.export.hf.architectures import ARCHITECTURES
 from litgpt_moe_ext.export.hf.config_json import OWN_SETTINGS
 from litgpt_moe_ext.export.hf.facts import facts_of
 from litgpt_moe_ext.export.hf.published.config import Published, read_published

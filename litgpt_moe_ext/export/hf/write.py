@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from litgpt_moe_ext.evaluation.loading import parse_dtype
+from litgpt_moe_ext.export.architecture import Architecture
 from litgpt_moe_ext.export.card import write_card
 from litgpt_moe_ext.export.directory import new_directory, require_absent
-from litgpt_moe_ext.export.hf.architectures import Architecture, choose_class
+from litgpt_moe_ext.export.hf.architectures import choose_class
 from litgpt_moe_ext.export.hf.config_json import REMOTE_CODE
 from litgpt_moe_ext.export.hf.facts import Facts, facts_of
 from litgpt_moe_ext.export.hf.names import OWN_BALANCING_BIAS
