@@ -121,34 +121,49 @@ class MoE(nn.Module):
         routing = self.gate(x_TD, n_sequence, real_T, ids)
         if routing.passed is None:
             routed_TD = narrowed(x_TD)
-            x_BTD = x_BTD if routed_TD is x_TD else routed_TD.view(x_BTD.shape)
+            shared_BTD = x_BTD if routed_TD is x_TD else routed_TD.view(x_BTD.shape)
         else:
             routed_TD, shared_TD = routing.passed
-            x_BTD = shared_TD.view(x_BTD.shape)
+            shared_BTD = shared_TD.view(x_BTD.shape)
         if self.shared_experts is None:
-            y_TD = self.experts(routed_TD, routing)
+            y_TD = _ending_at_padding(self.experts(routed_TD, routing), real_T)
         else:
-            special = self.shared_expert_gate is not None or real_T is not None
-            fused = special and self._own_sum and fused_router.works_on(routed_TD)
-            with part(x_BTD) if goes_aside(x_BTD) else contextlib.nullcontext():
-                shared_TD = _flat(self.shared_experts(x_BTD))
-                logits_T1 = None if self.shared_expert_gate is None else _flat(self.shared_expert_gate(x_BTD))
-                if logits_T1 is not None and not fused:
-                    shared_TD = shared_TD * logits_T1.sigmoid()
-            if fused:
-                y_TD = self.experts(routed_TD, routing).contiguous()
-                join()
-                return add_gated(y_TD, shared_TD, logits_T1, real_T).view(x_BTD.shape)
-            y_TD = self._sum(routed_TD, routing, shared_TD)
-        if real_T is not None:
-            y_TD = torch.where(real_T.unsqueeze(-1), y_TD, 0.0)
+            y_TD = self._with_shared_experts(self.shared_experts, routed_TD, shared_BTD, routing)
         return y_TD.view(x_BTD.shape)
+
+    def _with_shared_experts(
+        self, shared_experts: FeedForward, routed_TD: Tensor, x_BTD: Tensor, routing: Routing
+    ) -> Tensor:
+        """Return the outputs of routed and of shared experts added up, (T, D).
+
+        Args:
+            shared_experts: The shared experts.
+            routed_TD: Tokens for the routed experts.
+            x_BTD: The same tokens for the shared experts.
+            routing: Of the former.
+        """
+        special = self.shared_expert_gate is not None or routing.real_T is not None
+        fused = special and self._own_sum and fused_router.works_on(routed_TD)
+        with part(x_BTD) if goes_aside(x_BTD) else contextlib.nullcontext():
+            shared_TD = _flat(shared_experts(x_BTD))
+            logits_T1 = None if self.shared_expert_gate is None else _flat(self.shared_expert_gate(x_BTD))
+            if logits_T1 is not None and not fused:
+                shared_TD = shared_TD * logits_T1.sigmoid()
+        if fused:
+            y_TD = self.experts(routed_TD, routing).contiguous()
+            join()
+            return add_gated(y_TD, shared_TD, logits_T1, routing.real_T)
+        return _ending_at_padding(self._sum(routed_TD, routing, shared_TD), routing.real_T)
 
     def _sum(self, routed_TD: Tensor, routing: Routing, shared_TD: Tensor) -> Tensor:
         if not goes_aside(routed_TD):
             return self.experts(routed_TD, routing, shared_TD)
         # The backward pass of the shared experts need not wait for that of the routed ones.
         return GradientOfBoth.apply(self.experts(routed_TD, routing, shared_TD.detach()), shared_TD)
+
+
+def _ending_at_padding(y_TD: Tensor, real_T: Tensor | None) -> Tensor:
+    return y_TD if real_T is None else torch.where(real_T.unsqueeze(-1), y_TD, 0.0)
 
 
 def _flat(x: Tensor) -> Tensor:
