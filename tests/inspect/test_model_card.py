@@ -20,11 +20,10 @@ from litgpt_moe_ext.inspect.cost.memory import (
     Step,
     TrainingMemory,
     inference_memory,
-    measure_state_ratio,
-    state_ratio,
     training_memory,
 )
 from litgpt_moe_ext.inspect.cost.model_card import make_card
+from litgpt_moe_ext.inspect.cost.optimizer_state import measure_state_ratio, state_ratio
 from litgpt_moe_ext.inspect.cost.sharding import STRATEGIES, BlockSizes, block_sizes, process_memory
 from litgpt_moe_ext.inspect.recipes import Recipe, load_recipe
 from litgpt_moe_ext.loss.cross_entropy import mean_cross_entropy

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litgpt_moe_ext.attention.kernels.own import EAGER
-from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.inspect.cost.experts import without_values
 from litgpt_moe_ext.inspect.cost.layers import ShortModel
+from litgpt_moe_ext.inspect.cost.optimizer_state import state_ratio
 from litgpt_moe_ext.inspect.cost.peak import PeakOverLayers
 from litgpt_moe_ext.inspect.cost.recompute import recompute
 from litgpt_moe_ext.inspect.cost.weightless import WeightlessMemory, weightless
@@ -201,48 +201,6 @@ def inference_memory(short: ShortModel, dtype: torch.dtype, on_gpu: bool = False
         else:
             model(ids, torch.arange(config.block_size), input_pos_maxp1=config.block_size)
         return InferenceMemory(weights, cache, activations.peak() - held)
-
-
-# Numbers that optimizers remember for each parameter, by their name without torch's prefix. Muon remembers one for
-# those of matrices; counting two errs on the safe side.
-_STATE = {"Adam": 2, "AdamW": 2, "litgpt_moe_ext.training.optim.muon.MuonAdamW": 2}
-
-
-def state_ratio(optimizer: str | dict[str, Any], dtype: torch.dtype) -> int:
-    """Return how many numbers an optimizer remembers for each parameter.
-
-    Of the most common ones it is known; the others make a step, which loads torch's compiler.
-
-    Args:
-        optimizer: Name of the optimizer, or its `class_path` and `init_args`.
-        dtype: Type of the parameters.
-
-    Raises:
-        SettingsError: If there is no such optimizer.
-    """
-    given = {"class_path": optimizer} if isinstance(optimizer, str) else optimizer
-    name, arguments = str(given.get("class_path")).removeprefix("torch.optim."), given.get("init_args") or {}
-    if name in _STATE and isinstance(arguments, dict) and not arguments.get("amsgrad"):
-        return _STATE[name]
-    return measure_state_ratio(optimizer, dtype)
-
-
-def measure_state_ratio(optimizer: str | dict[str, Any], dtype: torch.dtype) -> int:
-    """Return the same for any optimizer, by letting it make one step."""
-    from litgpt.utils import instantiate_torch_optimizer
-
-    from litgpt_moe_ext.training.optim.arguments import in_full, learning_rate_of
-
-    learning_rate_of(optimizer)  # refuses what is none
-    parameter = nn.Parameter(torch.zeros(8, 16, dtype=dtype))
-    parameter.grad = torch.ones_like(parameter)
-    made = instantiate_torch_optimizer(copy.deepcopy(in_full(optimizer)), [parameter])
-    try:
-        made.step()
-    except (TypeError, RuntimeError) as error:
-        raise SettingsError(f"optimizer: {optimizer!r} cannot make a step: {one_line(error)}") from error
-    state = made.state[parameter].values()
-    return sum(value.numel() for value in state if isinstance(value, Tensor)) // parameter.numel()
 
 
 def parameter_bytes(module: nn.Module) -> int:

@@ -69,7 +69,7 @@ def _remedies(recipe: Recipe, cuda: bool) -> Iterator[str]:
 
 def disk(recipe: Recipe) -> Finding:
     """Return whether two training checkpoints fit on the disk."""
-    from litgpt_moe_ext.inspect.cost.memory import state_ratio
+    from litgpt_moe_ext.inspect.cost.optimizer_state import state_ratio
     from litgpt_moe_ext.model_size import count_parameters
 
     place = existing(out_dir_of(recipe), os.path.exists)

@@ -1,0 +1,50 @@
+"""How much an optimizer remembers."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from litgpt_moe_ext.errors import SettingsError, one_line
+
+# Numbers that optimizers remember for each parameter, by their name without torch's prefix. Muon remembers one for
+# those of matrices; counting two errs on the safe side.
+_STATE = {"Adam": 2, "AdamW": 2, "litgpt_moe_ext.training.optim.muon.MuonAdamW": 2}
+
+
+def state_ratio(optimizer: str | dict[str, Any], dtype: torch.dtype) -> int:
+    """Return how many numbers an optimizer remembers for each parameter.
+
+    Of the most common ones it is known; the others make a step, which loads torch's compiler.
+
+    Args:
+        optimizer: Name of the optimizer, or its `class_path` and `init_args`.
+        dtype: Type of the parameters.
+
+    Raises:
+        SettingsError: If there is no such optimizer.
+    """
+    given = {"class_path": optimizer} if isinstance(optimizer, str) else optimizer
+    name, arguments = str(given.get("class_path")).removeprefix("torch.optim."), given.get("init_args") or {}
+    if name in _STATE and isinstance(arguments, dict) and not arguments.get("amsgrad"):
+        return _STATE[name]
+    return measure_state_ratio(optimizer, dtype)
+
+
+def measure_state_ratio(optimizer: str | dict[str, Any], dtype: torch.dtype) -> int:
+    """Return the same for any optimizer, by letting it make one step."""
+    from litgpt.utils import instantiate_torch_optimizer
+
+    from litgpt_moe_ext.training.optim.arguments import in_full, learning_rate_of
+
+    learning_rate_of(optimizer)  # refuses what is none
+    parameter = nn.Parameter(torch.zeros(8, 16, dtype=dtype))
+    parameter.grad = torch.ones_like(parameter)
+    made = instantiate_torch_optimizer(copy.deepcopy(in_full(optimizer)), [parameter])
+    try:
+        made.step()
+    except (TypeError, RuntimeError) as error:
+        raise SettingsError(f"optimizer: {optimizer!r} cannot make a step: {one_line(error)}") from error
+    state = made.state[parameter].values()
+    return sum(value.numel() for value in state if isinstance(value, Tensor)) // parameter.numel()
