@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.checkpoint.progress import BEST, STATE_FILE, newest_first, read_progress
 from litgpt_moe_ext.training.checkpoint.resume import problem_with
-from litgpt_moe_ext.training.checkpoint.store import publish, remove
+from litgpt_moe_ext.training.checkpoint.store import link, remove
 from litgpt_moe_ext.training.parallel.agreement import agree
 from litgpt_moe_ext.training.settings import CheckpointArgs
 
@@ -142,26 +140,3 @@ class Retention(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state that `state_dict` returned."""
         self._best = Best(**state)
-
-
-def link(source: Path, target: Path) -> None:
-    """Make `target` a copy of a checkpoint that shares the weights, where the file system has hard links."""
-    staging = target.with_name(f".{target.name}.incomplete")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        shutil.copytree(source, staging, copy_function=_link_or_copy)
-        publish(staging, target)
-    except OSError:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    # What people edit must not be shared.
-    if source.endswith(".pth"):
-        try:
-            os.link(source, target)
-            return
-        except OSError:  # the file system has no hard links
-            pass
-    shutil.copy2(source, target)

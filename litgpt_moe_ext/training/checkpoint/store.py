@@ -5,6 +5,7 @@ A checkpoint is LitGPT's: `lit_model.pth` (model, optimizer, data position, coun
 `SHA256SUMS` what every file must look like.
 """
 
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -41,6 +42,29 @@ def publish(staging: Path, target: Path) -> None:
     staging.rename(target)
     flush(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def link(source: Path, target: Path) -> None:
+    """Make `target` a copy of a checkpoint that shares the weights, where the file system has hard links."""
+    staging = target.with_name(f".{target.name}.incomplete")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        shutil.copytree(source, staging, copy_function=_link_or_copy)
+        publish(staging, target)
+    except OSError:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    # What people edit must not be shared.
+    if source.endswith(".pth"):
+        try:
+            os.link(source, target)
+            return
+        except OSError:  # the file system has no hard links
+            pass
+    shutil.copy2(source, target)
 
 
 class SaveError(Exception):
