@@ -9,7 +9,7 @@ from gpu_tables.contenders.recipes import Recipe, contenders, recipes
 from gpu_tables.contenders.training import Trainee
 from gpu_tables.measuring.bench import Bench, described, ratio
 from litgpt_moe_ext.model_size import count_flops
-from litgpt_moe_ext.training.callbacks.telemetry import peak_flops
+from litgpt_moe_ext.training.gpu_peaks import peak_flops
 
 
 def rows(bench: Bench) -> Iterator[dict[str, Any]]:

@@ -16,9 +16,10 @@ from litgpt_moe_ext.training.callbacks.expert_images import ExpertImages, shows_
 from litgpt_moe_ext.training.callbacks.fused_loss import FusedLoss, require_torch
 from litgpt_moe_ext.training.callbacks.kernel_report import KernelReport
 from litgpt_moe_ext.training.callbacks.step_metrics import ExpertLoad, GradientNorm, TokensValidatedAfter
-from litgpt_moe_ext.training.callbacks.telemetry import Telemetry, peak_flops
+from litgpt_moe_ext.training.callbacks.telemetry import Telemetry
 from litgpt_moe_ext.training.checks import check_whole_model
 from litgpt_moe_ext.training.compilation import CompileDecision, decide, probe_platform
+from litgpt_moe_ext.training.gpu_peaks import peak_flops
 from litgpt_moe_ext.training.optim.optimization import Optimization
 from litgpt_moe_ext.training.steps.cuda_graphs import Conditions, GraphDecision
 from litgpt_moe_ext.training.steps.cuda_graphs import decide as decide_graphs

@@ -8,7 +8,8 @@ import torch
 
 from litgpt_moe_ext.model_size import count_flops, count_parameters
 from litgpt_moe_ext.training.callbacks import telemetry
-from litgpt_moe_ext.training.callbacks.telemetry import Telemetry, peak_flops, peak_memory_gb
+from litgpt_moe_ext.training.callbacks.telemetry import Telemetry, peak_memory_gb
+from litgpt_moe_ext.training.gpu_peaks import peak_flops
 from tests.models import moe_config
 from tests.runs import logged, run_command, train
 
