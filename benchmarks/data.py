@@ -18,9 +18,10 @@ from pathlib import Path
 os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
 
 from litgpt_moe_ext.data.corpora.python_stdlib import PythonStdlib
+from litgpt_moe_ext.data.pipeline.hashes import FileHashes
 from litgpt_moe_ext.data.pipeline.preparation import prepare_corpus
 from litgpt_moe_ext.data.pipeline.settings import CorpusSettings
-from litgpt_moe_ext.data.pipeline.sources import FileHashes, file_sources
+from litgpt_moe_ext.data.pipeline.sources import file_sources
 from litgpt_moe_ext.data.pipeline.store import open_corpus
 from litgpt_moe_ext.data.reading.documents import documents
 from litgpt_moe_ext.data.reading.record import TextFormat

@@ -19,7 +19,9 @@ from functools import partial
 from pathlib import Path
 
 from litgpt_moe_ext.data import DocumentCorpus
-from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source, find_files
+from litgpt_moe_ext.data.pipeline.finding import find_files
+from litgpt_moe_ext.data.pipeline.hashes import FileHashes
+from litgpt_moe_ext.data.pipeline.sources import Source
 from litgpt_moe_ext.data.reading.documents import documents
 from litgpt_moe_ext.data.reading.record import Record, TextFormat
 

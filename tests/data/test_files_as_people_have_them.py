@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 
 from litgpt_moe_ext.data.corpora.text_corpus import TextCorpus
+from litgpt_moe_ext.data.pipeline.finding import find_files
 from litgpt_moe_ext.data.pipeline.shards import open_shard
-from litgpt_moe_ext.data.pipeline.sources import find_files
 from litgpt_moe_ext.data.reading import plain_text
 from litgpt_moe_ext.data.reading import record as reading
 from litgpt_moe_ext.data.reading.documents import documents

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from litgpt_moe_ext.data.pipeline import store
-from litgpt_moe_ext.data.pipeline.sources import HASHES
+from litgpt_moe_ext.data.pipeline.hashes import HASHES
 from litgpt_moe_ext.data.pipeline.store import (
     MANIFEST,
     STATE,

@@ -22,8 +22,8 @@ from transformers import AutoTokenizer, GPT2TokenizerFast
 
 from litgpt_moe_ext import padding
 from litgpt_moe_ext.data import CodeParrot, HubDataset, Mixture, PreparedCorpus, TextCorpus, TinyStories, TokenShards
-from litgpt_moe_ext.data.pipeline import preparation, sources
-from litgpt_moe_ext.data.pipeline.sources import FileHashes
+from litgpt_moe_ext.data.pipeline import hashes, preparation, sources
+from litgpt_moe_ext.data.pipeline.hashes import FileHashes
 from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR, open_corpus, read_manifest
 from litgpt_moe_ext.data.reading.record import TextFormat
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
@@ -137,7 +137,7 @@ def test_every_corpus_in_its_own_form(tmp_path, form, capsys):
 
 
 def test_what_is_known_of_files_outlives_a_preparation_that_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_SETTLED_SECONDS", -60.0)
+    monkeypatch.setattr(hashes, "_SETTLED_SECONDS", -60.0)
     data = json_lines(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(preparation, "train_bpe", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))

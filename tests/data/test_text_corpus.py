@@ -25,10 +25,12 @@ from litgpt_moe_ext.data.corpora.text_corpus import TextCorpus
 from litgpt_moe_ext.data.pipeline import batches
 from litgpt_moe_ext.data.pipeline import preparation as text_corpus
 from litgpt_moe_ext.data.pipeline.encoding import Encoder, encode_in_order
+from litgpt_moe_ext.data.pipeline.finding import find_files
+from litgpt_moe_ext.data.pipeline.hashes import FileHashes
 from litgpt_moe_ext.data.pipeline.preparation import prepare_corpus
 from litgpt_moe_ext.data.pipeline.progress import PreparationProgress
 from litgpt_moe_ext.data.pipeline.settings import CorpusSettings
-from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source, file_sources, find_files
+from litgpt_moe_ext.data.pipeline.sources import Source, file_sources
 from litgpt_moe_ext.data.pipeline.store import (
     MANIFEST,
     TOKENIZER_DIR,
@@ -237,7 +239,8 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 from litgpt_moe_ext.data.reading.record import TextFormat
-from litgpt_moe_ext.data.pipeline.sources import FileHashes, file_sources
+from litgpt_moe_ext.data.pipeline.hashes import FileHashes
+from litgpt_moe_ext.data.pipeline.sources import file_sources
 from litgpt_moe_ext.data.pipeline.preparation import prepare_corpus
 from litgpt_moe_ext.data.pipeline.settings import CorpusSettings
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings
@@ -278,7 +281,8 @@ from litgpt_moe_ext.data.pipeline import batches
 from litgpt_moe_ext.data.pipeline import preparation as text_corpus
 from litgpt_moe_ext.data.reading.record import TextFormat
 from litgpt_moe_ext.data.pipeline.settings import CorpusSettings
-from litgpt_moe_ext.data.pipeline.sources import FileHashes, file_sources
+from litgpt_moe_ext.data.pipeline.hashes import FileHashes
+from litgpt_moe_ext.data.pipeline.sources import file_sources
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings
 
 root, *files = map(Path, sys.argv[1:])

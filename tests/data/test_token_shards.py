@@ -11,7 +11,7 @@ from litgpt.data import DataModule
 from litgpt.pretrain import get_dataloaders
 
 from litgpt_moe_ext.data import TokenShards
-from litgpt_moe_ext.data.pipeline import shards, sources
+from litgpt_moe_ext.data.pipeline import hashes, shards
 from litgpt_moe_ext.data.pipeline.shards import write_shard
 from litgpt_moe_ext.errors import SettingsError
 
@@ -107,7 +107,7 @@ class TestChecksums:
 
     @pytest.fixture
     def folder(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(sources, "_SETTLED_SECONDS", -60.0)
+        monkeypatch.setattr(hashes, "_SETTLED_SECONDS", -60.0)
         folder = tmp_path / "shards"
         folder.mkdir()
         write(folder, {"val.bin": 40, "train_1.bin": 40, "train_2.npy": 40})

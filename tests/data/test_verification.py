@@ -7,8 +7,7 @@ import pytest
 
 from litgpt_moe_ext.data.corpora.prepared import PreparedCorpus
 from litgpt_moe_ext.data.corpora.python_stdlib import PythonStdlib
-from litgpt_moe_ext.data.pipeline import sources as pipeline
-from litgpt_moe_ext.data.pipeline import verification
+from litgpt_moe_ext.data.pipeline import hashes, verification
 from litgpt_moe_ext.data.pipeline.store import read_manifest
 from litgpt_moe_ext.data.pipeline.verification import verify, verify_shards
 from litgpt_moe_ext.errors import SettingsError
@@ -19,7 +18,7 @@ from litgpt_moe_ext.files.checksums import FILE_NAME
 @pytest.fixture
 def copied(corpus, tmp_path, monkeypatch):
     """A copy whose files count as old, so that what is learned of them is remembered."""
-    monkeypatch.setattr(pipeline, "_SETTLED_SECONDS", -60.0)
+    monkeypatch.setattr(hashes, "_SETTLED_SECONDS", -60.0)
     shutil.copytree(corpus, tmp_path / "corpora" / corpus.name)
     return tmp_path / "corpora" / corpus.name
 

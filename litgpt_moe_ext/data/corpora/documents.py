@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from litgpt_moe_ext.data.corpora.base import Corpus
+from litgpt_moe_ext.data.pipeline.hashes import FileHashes, UnreadFiles
 from litgpt_moe_ext.data.pipeline.preparation import prepare_corpus
 from litgpt_moe_ext.data.pipeline.settings import CorpusSettings
-from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source, UnreadFiles
+from litgpt_moe_ext.data.pipeline.sources import Source
 from litgpt_moe_ext.data.reading.record import TextFormat
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings
 from litgpt_moe_ext.data.tokenizer.files import litgpt_tokenizer, read_tokenizer

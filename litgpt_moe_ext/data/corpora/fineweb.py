@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from litgpt_moe_ext.data.corpora.documents import DocumentCorpus
+from litgpt_moe_ext.data.pipeline.finding import find_files
+from litgpt_moe_ext.data.pipeline.hashes import FileHashes
 from litgpt_moe_ext.data.pipeline.hub import HubSplit, refuse_streaming
-from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source, file_sources, find_files
+from litgpt_moe_ext.data.pipeline.sources import Source, file_sources
 from litgpt_moe_ext.field_types import Share
 
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from litgpt_moe_ext.data.corpora.documents import DocumentCorpus
+from litgpt_moe_ext.data.pipeline.hashes import FileHashes
 from litgpt_moe_ext.data.pipeline.hub import HubSplit
-from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source
+from litgpt_moe_ext.data.pipeline.sources import Source
 from litgpt_moe_ext.errors import SettingsError
 
 

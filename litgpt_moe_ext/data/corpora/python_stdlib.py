@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from litgpt_moe_ext.data.corpora.documents import EncodedCorpus
-from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source, say_left_out
+from litgpt_moe_ext.data.pipeline.finding import say_left_out
+from litgpt_moe_ext.data.pipeline.hashes import FileHashes
+from litgpt_moe_ext.data.pipeline.sources import Source
 from litgpt_moe_ext.data.pipeline.store import in_validation
 from litgpt_moe_ext.data.reading.documents import documents
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings

@@ -4,7 +4,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from litgpt_moe_ext.data.corpora.documents import DocumentCorpus
-from litgpt_moe_ext.data.pipeline.sources import FileHashes, Source, file_sources, find_files, say_others, split_sources
+from litgpt_moe_ext.data.pipeline.finding import find_files, say_others
+from litgpt_moe_ext.data.pipeline.hashes import FileHashes
+from litgpt_moe_ext.data.pipeline.sources import Source, file_sources, split_sources
 from litgpt_moe_ext.data.reading.record import TextFormat
 from litgpt_moe_ext.errors import SettingsError
 

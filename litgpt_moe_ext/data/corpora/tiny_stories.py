@@ -7,7 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from litgpt_moe_ext.data.corpora.documents import DocumentCorpus
-from litgpt_moe_ext.data.pipeline.sources import FileHashes, Side, Source, file_sources, find_files, split_sources
+from litgpt_moe_ext.data.pipeline.finding import find_files
+from litgpt_moe_ext.data.pipeline.hashes import FileHashes
+from litgpt_moe_ext.data.pipeline.sources import Side, Source, file_sources, split_sources
 from litgpt_moe_ext.data.reading.compression import split_compression
 from litgpt_moe_ext.data.reading.record import Record, TextFormat
 from litgpt_moe_ext.errors import SettingsError

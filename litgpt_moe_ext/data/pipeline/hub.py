@@ -5,14 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from litgpt_moe_ext.data.pipeline.sources import (
-    FileHashes,
-    Side,
-    Source,
-    dataset_source,
-    file_sources,
-    remote_sources,
-)
+from litgpt_moe_ext.data.pipeline.hashes import FileHashes
+from litgpt_moe_ext.data.pipeline.sources import Side, Source, dataset_source, file_sources, remote_sources
 from litgpt_moe_ext.data.reading.compression import COMPRESSIONS
 from litgpt_moe_ext.data.reading.record import TextFormat
 from litgpt_moe_ext.data.reading.remote import is_url, name_of

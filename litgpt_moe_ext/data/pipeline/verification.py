@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from litgpt_moe_ext.data.pipeline.sources import FileHashes
+from litgpt_moe_ext.data.pipeline.hashes import FileHashes
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files import checksums
 

@@ -1,0 +1,108 @@
+"""Which files a setting names: itself one, or those in a folder that are like a glob."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from litgpt_moe_ext.data.pipeline.store import MANIFEST, TOKENIZER_DIR
+from litgpt_moe_ext.errors import SettingsError
+
+_KINDS = 5  # that a line about other files names
+_OTHER_FILES = "read other files with TextCorpus, its pattern and field"
+
+
+def find_files(setting: str, path: Path, pattern: str, otherwise: str = _OTHER_FILES) -> list[Path]:
+    """Return the files that a setting names: `path` itself, or those below the folder that match a glob, sorted.
+
+    Left out is what has a leading dot or lies in such a folder, and what lies in a prepared corpus.
+
+    Args:
+        setting: Its name.
+        path: Its value.
+        pattern: The glob.
+        otherwise: What else to do about a folder that has none of them, but to set the setting to another.
+
+    Raises:
+        SettingsError: There is nothing at `path`, no file matches, or one is a link to a file outside of the folder.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise SettingsError(f"{setting}: {str(path)!r} does not exist; set {setting} to a file or a folder")
+    found = [file for file in sorted(matches("pattern", path, pattern)) if file.is_file()]
+    _refuse_links_out(setting, path, found)
+    # A cache may lie in the folder of the documents. The corpora in it are not documents.
+    found = [file for file in found if not _is_hidden(file, path)]
+    prepared = _prepared(path, say_left_out if "**" in pattern else None)
+    found = [file for file in found if prepared.isdisjoint(file.parents)]
+    if not found:
+        raise SettingsError(
+            f"{setting}: {str(path)!r} has no files like {pattern!r}, it has {_names(path)}; set {setting} to another "
+            f"folder, or {otherwise}"
+        )
+    return found
+
+
+def matches(setting: str, folder: Path, pattern: str) -> list[Path]:
+    """Return what in a folder matches the glob that a setting holds.
+
+    Raises:
+        SettingsError: It is not a glob, or one of another place.
+    """
+    try:
+        return list(folder.glob(pattern))
+    except (NotImplementedError, ValueError) as error:  # an absolute pattern, and an empty one
+        raise SettingsError(
+            f"{setting}: {pattern!r} must be a glob below {str(folder)!r}, such as '**/*.txt' ({error})"
+        ) from error
+
+
+def say_others(path: Path, pattern: str) -> None:
+    """Say which kinds of files in a folder are left out by the default pattern, which the user did not choose."""
+    if not path.is_dir():
+        return
+    files = [file for file in path.rglob("*") if file.is_file() and not _is_hidden(file, path)]
+    prepared, matching = _prepared(path, None), set(path.glob(pattern))
+    left_out = (file for file in files if file not in matching and prepared.isdisjoint(file.parents))
+    others = Counter(file.suffix or file.name for file in left_out)
+    if others:
+        kinds = ", ".join(f"{number:,} {kind}" for kind, number in others.most_common(_KINDS))
+        print(f"Left out in {path}, as not like {pattern}: {kinds}; pattern names others", flush=True)
+
+
+def say_left_out(error: OSError) -> None:
+    """Say which folder cannot be read; `os.walk` would leave it out silently."""
+    print(f"Left out {error.filename}, which cannot be read ({error.strerror})", flush=True)
+
+
+def _prepared(path: Path, unreadable: Callable[[OSError], None] | None) -> set[Path]:
+    # The prepared corpora below a folder.
+    found = set()
+    for parent, folders, files in os.walk(path, onerror=unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if MANIFEST in files and TOKENIZER_DIR in folders:
+            found.add(Path(parent))
+    return found
+
+
+def _is_hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+def _refuse_links_out(setting: str, folder: Path, files: Iterable[Path]) -> None:
+    """Raise SettingsError if a file is a link that leads out of the folder, or of the hub's cache of a repository."""
+    root = folder.resolve()
+    # The hub's cache keeps the content beside the folders of snapshots: repository/blobs, repository/snapshots/commit.
+    root = next((parent.parent for parent in (root, *root.parents) if parent.name == "snapshots"), root)
+    for file in files:
+        if file.is_symlink() and not file.resolve().is_relative_to(root):
+            raise SettingsError(
+                f"{setting}: {file} is a link to {file.resolve()}, outside of the folder; copy the file into the "
+                "folder, or remove the link"
+            )
+
+
+def _names(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    return "nothing" if not names else ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
