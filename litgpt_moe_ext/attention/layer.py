@@ -19,7 +19,7 @@ from litgpt_moe_ext.attention.kernels.choice import capability_of, choose
 from litgpt_moe_ext.attention.kernels.kernel import Ability, Workload
 from litgpt_moe_ext.attention.kernels.own import EAGER
 from litgpt_moe_ext.attention.kernels.registry import KERNELS, load_functions
-from litgpt_moe_ext.attention.rotation import rotate, rotate_both, rotate_projection
+from litgpt_moe_ext.attention.rotation import Rotary, Tables, rotate, rotate_both, rotate_projection
 from litgpt_moe_ext.attention.sinks import Softmax, sink_attention
 from litgpt_moe_ext.attention.streaming_cache import Stream, StreamingKVCache, streaming_attention
 from litgpt_moe_ext.config.features import has_sinks
@@ -101,7 +101,7 @@ class SinkAttention(CausalSelfAttention):
             q_BHTd, k_BGTd, v_BGTd = self._split(self.qkv(x))
             y_BHTd = self._attend_streaming(q_BHTd, k_BGTd, v_BGTd, (cos, sin), input_pos, input_pos_maxp1)
             return self.proj(y_BHTd.transpose(1, 2).flatten(2))
-        q_BHTd, k_BGTd, v_BGTd = self._project(x, (cos, sin))
+        q_BHTd, k_BGTd, v_BGTd = self._project(x, self._rotary((cos, sin)))
         if input_pos is not None:
             documents = mask if isinstance(mask, Documents) else None
             y_BHTd = self._attend_to_cache(q_BHTd, k_BGTd, v_BGTd, documents, input_pos, input_pos_maxp1)
@@ -183,14 +183,14 @@ class SinkAttention(CausalSelfAttention):
             return "scaled_dot_product_attention"
         return choice(["mask"] if patterns else [])
 
-    def _project(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         config, qkv = self.config, self.qkv(x)
         if self.norm_q is None and config.clip_qkv is None:
             heads = config.n_head, config.n_query_groups
-            if (rotated := rotate_projection(qkv, heads, tables, *self._rotary)) is not None:
+            if (rotated := rotate_projection(qkv, heads, rotary)) is not None:
                 return rotated
         q_BHTd, k_BGTd, v_BGTd = self._split(qkv)
-        return *rotate_both(q_BHTd, k_BGTd, tables, *self._rotary), v_BGTd
+        return *rotate_both(q_BHTd, k_BGTd, rotary), v_BGTd
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         config, d = self.config, self.config.head_size
@@ -242,7 +242,7 @@ class SinkAttention(CausalSelfAttention):
         q_BHTd: Tensor,
         k_BGTd: Tensor,
         v_BGTd: Tensor,
-        tables: tuple[Tensor, Tensor],
+        tables: Tables,
         input_pos: Tensor,
         input_pos_maxp1: int | None,
     ) -> Tensor:
@@ -256,15 +256,13 @@ class SinkAttention(CausalSelfAttention):
         cos, sin = tables
 
         def rotate_to(x_BHTd: Tensor, position_T: Tensor) -> Tensor:
-            return rotate(x_BHTd, (cos[:, position_T], sin[:, position_T]), *self._rotary)
+            return rotate(x_BHTd, self._rotary((cos[:, position_T], sin[:, position_T])))
 
         stream = Stream(cast(StreamingKVCache, self.kv_cache), begin, rotate_to)
         return streaming_attention(q_BHTd, k_BGTd, v_BGTd, self._softmax(), stream)
 
-    @property
-    def _rotary(self) -> tuple[int, bool]:
-        # How many elements of a head rotate, and whether in pairs of neighbours.
-        return self.config.rope_n_elem, self.config.rope_interleave
+    def _rotary(self, tables: Tables) -> Rotary:
+        return Rotary(tables, self.config.rope_n_elem, self.config.rope_interleave)
 
     @property
     def _window(self) -> int | None:

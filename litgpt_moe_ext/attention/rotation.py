@@ -4,7 +4,7 @@ Shape legend: B batch, T tokens, H query heads, G key/value heads, d head size, 
 W width of the projection to queries, keys and values.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from litgpt.model import apply_rope, apply_rope_interleave
@@ -21,18 +21,23 @@ Heads = tuple[int, int]
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def rotate(x_BHTd: Tensor, tables: Tables, n_elem: int, interleave: bool) -> Tensor:
-    """Rotate heads, by LitGPT's functions.
+class Rotary(NamedTuple):
+    """How heads rotate.
 
-    Args:
-        x_BHTd: Queries or keys.
+    Attributes:
         tables: Cosines and sines of the tokens.
         n_elem: Number of rotated elements of a head, N; the others stay as they are.
         interleave: Whether the pairs that rotate stand next to each other. In the result they do not.
-
-    Returns:
-        As `x_BHTd`, in its dtype.
     """
+
+    tables: Tables
+    n_elem: int
+    interleave: bool
+
+
+def rotate(x_BHTd: Tensor, rotary: Rotary) -> Tensor:
+    """Return queries or keys rotated, in their dtype, by LitGPT's functions."""
+    tables, n_elem, interleave = rotary
     if n_elem == 0:
         return x_BHTd
     rotated = (apply_rope_interleave if interleave else apply_rope)(x_BHTd[..., :n_elem], *tables)
@@ -41,46 +46,40 @@ def rotate(x_BHTd: Tensor, tables: Tables, n_elem: int, interleave: bool) -> Ten
     return torch.cat((rotated, x_BHTd[..., n_elem:]), dim=-1)
 
 
-def rotate_both(q_BHTd: Tensor, k_BGTd: Tensor, tables: Tables, n_elem: int, interleave: bool) -> tuple[Tensor, Tensor]:
+def rotate_both(q_BHTd: Tensor, k_BGTd: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys, as `rotate` does, on a GPU in one launch.
 
     Args:
         q_BHTd: Queries.
         k_BGTd: Keys.
-        tables: Cosines and sines of the tokens.
-        n_elem: Number of rotated elements of a head.
-        interleave: As in `rotate`.
+        rotary: How they rotate.
 
     Returns:
         Both, in their dtypes. From the kernel they lie in memory as (B, T, H, d), which attention reads without a copy.
     """
-    if _has_kernel((q_BHTd, k_BGTd), q_BHTd.size(2), tables, n_elem):
-        return _Rotation.apply(q_BHTd, k_BGTd, *tables, interleave)
-    return rotate(q_BHTd, tables, n_elem, interleave), rotate(k_BGTd, tables, n_elem, interleave)
+    if _has_kernel((q_BHTd, k_BGTd), q_BHTd.size(2), rotary):
+        return _Rotation.apply(q_BHTd, k_BGTd, *rotary.tables, rotary.interleave)
+    return rotate(q_BHTd, rotary), rotate(k_BGTd, rotary)
 
 
-def rotate_projection(
-    qkv_BTW: Tensor, heads: Heads, tables: Tables, n_elem: int, interleave: bool
-) -> tuple[Tensor, Tensor, Tensor] | None:
+def rotate_projection(qkv_BTW: Tensor, heads: Heads, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor] | None:
     """Take queries, keys and values out of their projection and rotate the first two, on a GPU in one launch each way.
 
     Args:
         qkv_BTW: The projection: the heads of queries, of keys and of values, W = (H + 2 G) d.
         heads: H and G.
-        tables: Cosines and sines of the tokens.
-        n_elem: Number of rotated elements of a head.
-        interleave: As in `rotate`.
+        rotary: How queries and keys rotate.
 
     Returns:
         Queries, keys and values, these a view of `qkv_BTW`; None where there is no kernel.
     """
-    if not _has_kernel((qkv_BTW,), qkv_BTW.size(1), tables, n_elem):
+    if not _has_kernel((qkv_BTW,), qkv_BTW.size(1), rotary):
         return None
-    return _ProjectionRotation.apply(qkv_BTW, heads, *tables, interleave)
+    return _ProjectionRotation.apply(qkv_BTW, heads, *rotary.tables, rotary.interleave)
 
 
-def _has_kernel(tensors: tuple[Tensor, ...], n_token: int, tables: Tables, n_elem: int) -> bool:
-    x, (cos, sin) = tensors[0], tables
+def _has_kernel(tensors: tuple[Tensor, ...], n_token: int, rotary: Rotary) -> bool:
+    x, (cos, sin), n_elem = tensors[0], rotary.tables, rotary.n_elem
     return (
         operators_are_unwatched(x)
         and x.dtype in _DTYPES

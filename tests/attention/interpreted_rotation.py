@@ -36,22 +36,22 @@ def inputs_of(layout, B, H, G, T, d, dtype):
     return leaves, [x * 1 if layout == "contiguous" else (x.mT.contiguous() * 1).mT for x in leaves]
 
 
-def run(layout, sizes, dtype, *how):
+def run(layout, sizes, dtype, rotary):
     torch.manual_seed(1)
     _, H, G, *_ = sizes
     leaves, inputs = inputs_of(layout, *sizes, dtype)
     if layout != "projection":
-        results = plain.rotate_both(*inputs, *how)
-    elif (results := plain.rotate_projection(*inputs, (H, G), *how)) is None:
+        results = plain.rotate_both(*inputs, rotary)
+    elif (results := plain.rotate_projection(*inputs, (H, G), rotary)) is None:
         q, k, v = plain._split(*inputs, (H, G))
-        results = *plain.rotate_both(q, k, *how), v
+        results = *plain.rotate_both(q, k, rotary), v
     gradients = torch.autograd.grad(results, leaves, [torch.randn(x.shape).to(dtype) for x in results])
     return results, gradients
 
 
 def compare(B, H, G, T, d, n_elem, dtype, *, layout="projection", interleave=False, tables=None):
     tables = tables_of(1, T, n_elem) if tables is None else tables
-    arguments = (layout, (B, H, G, T, d), dtype, tables, n_elem, interleave)
+    arguments = (layout, (B, H, G, T, d), dtype, plain.Rotary(tables, n_elem, interleave))
     ours, our_gradients = run(*arguments)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plain, "_has_kernel", lambda *_: False)

@@ -80,7 +80,7 @@ def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     cos, sin = torch.empty(1, 48, 64), torch.empty(1, 48, 64)
 
     def used(cos: Tensor = cos, sin: Tensor = sin, n_elem: int = 64, q: Tensor = q, k: Tensor = k) -> bool:
-        return plain._has_kernel((q, k), 48, (cos, sin), n_elem)
+        return plain._has_kernel((q, k), 48, plain.Rotary((cos, sin), n_elem, False))
 
     assert not used()
     monkeypatch.setattr(Tensor, "is_cuda", True)
@@ -136,14 +136,14 @@ def test_launches_of_a_layer_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_launches_of_a_rotation_and_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """One each way, into the gradient of the projection. Beside norms another puts that together, without copies."""
     qkv = torch.empty(2, 48, 8 * 16, requires_grad=True)
-    tables = torch.empty(1, 48, 16), torch.empty(1, 48, 16)
+    rotary = plain.Rotary((torch.empty(1, 48, 16), torch.empty(1, 48, 16)), 16, False)
     gradients = [torch.empty(2, 48, n, 16).transpose(1, 2) for n in (4, 2, 2)]
     launches = Launches()
     use_kernel(monkeypatch, launches)
     with launches:
-        torch.autograd.grad(plain.rotate_projection(qkv, (4, 2), tables, 16, False), qkv, gradients)
+        torch.autograd.grad(plain.rotate_projection(qkv, (4, 2), rotary), qkv, gradients)
         assert launches.names == ["_rotate", "_rotate"]
         launches.names.clear()
         q, k, v = (x.unflatten(-1, (-1, 16)).transpose(1, 2) for x in qkv.split((64, 32, 32), dim=-1))
-        torch.autograd.grad((*plain.rotate_both(q, k, tables, 16, False), v), qkv, gradients)
+        torch.autograd.grad((*plain.rotate_both(q, k, rotary), v), qkv, gradients)
         assert launches.names == ["_rotate", "_rotate", "cat"]

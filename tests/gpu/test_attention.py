@@ -100,12 +100,12 @@ def test_a_rotation_is_one_launch_that_waits_for_nothing(
     angle = torch.rand(rows, T, n_elem // 2, device=device).mul(6).repeat(1, 1, 2)
     tables = angle.cos(), angle.sin()
     douts = [torch.randn(2, n, T, head_size, device=device).to(dtype) for n in (H, G, G)]
-    how, used = (tables, n_elem, interleave), []
+    rotary, used = rotation.Rotary(tables, n_elem, interleave), []
 
     def run():
-        rotated = rotation.rotate_projection(qkv, (H, G), *how)
+        rotated = rotation.rotate_projection(qkv, (H, G), rotary)
         q, k, v = rotation._split(qkv, (H, G))
-        q, k = rotation.rotate_both(q, k, *how)
+        q, k = rotation.rotate_both(q, k, rotary)
         used.append(rotated is not None)
         both = [(q, k, v), rotated if rotated is not None else (q, k, v)]
         return [x for results in both for x in (*results, torch.autograd.grad(results, qkv, douts, True)[0])]
