@@ -40,7 +40,9 @@ class Given:
         """
         settings, lines = read_recipe(file, setting)
         self.tree = _merged(self.tree, settings)
-        self._places |= {_short(name): f"{file}:{line}" for name, line in lines.items()}
+        # A class stands where its name does, not its arguments.
+        named = {_short(name): line for name, line in lines.items() if not name.endswith(".init_args")}
+        self._places |= {name: f"{file}:{line}" for name, line in named.items()}
 
     def add_flag(self, name: str, value: Any) -> None:
         """Set one value, over everything given before; of a section only what the value names, as LitGPT does.
@@ -92,10 +94,11 @@ class Given:
         """Return the name by which the user has given a setting of the data, which names its own in errors.
 
         Args:
-            setting: Its name, or the end of it.
+            setting: Its name, or the end of it; of a corpus in a mixture also as if it were all of the data.
         """
-        of_data = [name for name in _names(self.tree) if name.startswith("data.") and name.endswith(f".{setting}")]
-        if setting in self.tree or len(of_data) > 1:
+        given, end = list(_names(self.tree)), setting.removeprefix("data.")
+        of_data = [name for name in given if name.startswith("data.") and name.endswith(f".{end}")]
+        if setting in given or len(of_data) > 1:
             return setting
         return of_data[0] if of_data else f"data.{setting}" if setting in self._arguments_of_data() else setting
 

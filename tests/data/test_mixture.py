@@ -537,6 +537,35 @@ def test_mistakes_inside_a_corpus_are_named(capsys, flag, value, message):
     assert f"error: {flag}: {message}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("settings", "name", "message", "line"),
+    [
+        ({"separator": ""}, "separator", "'' must have a character", "separator:"),
+        ({"bpe": {"vocab_size": 300}, "tokenizer_dir": "."}, "tokenizer_dir", "'.' and data.bpe are", "tokenizer_dir:"),
+        ({"bpe": {"vocab_size": 99999}}, "bpe.vocab_size", "99999 means 99999 tokens, more than the", "vocab_size: 9"),
+        ({"bpe": {"vocab_size": 300}, "pattern": "*.none"}, "source_path", "'texts' has no files like", "source_path:"),
+        ({}, "tokenizer_dir", "there is no tokenizer", "a:"),
+    ],
+    ids=["made", "tokenizer", "vocabulary", "files", "nothing"],
+)
+def test_a_corpus_names_its_setting_as_it_was_given(
+    recipe, tmp_path, capsys, monkeypatch, settings, name, message, line
+):
+    """Whenever it looks at it; with the line where it stands, or else that of its corpus."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a text\n" * 99)
+    init_args = {"source_path": "texts", "data_path": "cache", **settings}
+    text = {"class_path": "litgpt_moe_ext.data.TextCorpus", "init_args": init_args}
+    mixture = {"corpora": {"a": text}, "weights": {"a": 1}}
+    file = recipe(data={"class_path": "litgpt_moe_ext.data.Mixture", "init_args": mixture})
+    assert main(["--config", str(file)]) == 2
+    number = next(n for n, given in enumerate(file.read_text().splitlines(), 1) if given.strip().startswith(line))
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: data.corpora.a.{name}: {message}")
+    assert error.endswith(f"({file}:{number})\n")
+
+
 def test_a_corpus_that_names_its_own_setting():
     """The parser leaves what was given as it was, so that the whole name of a setting can be found later."""
     types = litgpt_types()

@@ -1,8 +1,10 @@
 """The bases of data modules over tokens."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any, Literal
 
 import numpy as np
 from litgpt.data import DataModule
@@ -11,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from litgpt_moe_ext.data.loader import Order, TokenLoader
 from litgpt_moe_ext.data.windows import StreamWindows, Windows
+from litgpt_moe_ext.errors import SettingsError
 
 
 def is_first_rank() -> bool:
@@ -130,3 +133,20 @@ class ShardModule(TokenModule):
         windows = self.windows_of(split, f"{split} data")
         order = Order(self.seed, self.shuffle, self.corpus_id)
         return TokenLoader(windows, self.batch_size, train=split == "training", order=order)
+
+
+@contextmanager
+def naming(corpus: str, module: Any) -> Iterator[None]:
+    """In the scope, let errors about the settings of a mixture's corpus have their whole names.
+
+    Args:
+        corpus: Its name in the mixture.
+        module: The corpus, a dataclass, which names its settings as if it were all of the data.
+    """
+    try:
+        yield
+    except SettingsError as error:
+        own = error.setting.removeprefix("data.")
+        if own.partition(".")[0] not in {field.name for field in fields(module)}:
+            raise
+        raise SettingsError(f"data.corpora.{corpus}.{own}{str(error)[len(error.setting) :]}") from error

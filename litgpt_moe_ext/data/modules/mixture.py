@@ -16,7 +16,7 @@ from litgpt_moe_ext.data.loader import Order, TokenLoader
 from litgpt_moe_ext.data.mixture.loader import MixedWindows, MixtureLoader, MixtureValidation, Part
 from litgpt_moe_ext.data.mixture.schedule import Phases, Schedule, whole_shares
 from litgpt_moe_ext.data.mixture.settings import Annealing, RunLength, check_weights
-from litgpt_moe_ext.data.modules.base import ShardModule, TokenModule, is_first_rank
+from litgpt_moe_ext.data.modules.base import ShardModule, TokenModule, is_first_rank, naming
 from litgpt_moe_ext.data.modules.shared_tokenizer import SharedTokenizer
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import NonNegativeInt, PositiveFloat, check_fields
@@ -77,13 +77,15 @@ class Mixture(TokenModule):
 
     def require_vocabulary(self, padded_vocab_size: int) -> None:
         """See `TokenModule.require_vocabulary`."""
-        for module in self.parts.values():
-            module.require_vocabulary(padded_vocab_size)
+        for name, module in self.parts.items():
+            with naming(name, module):
+                module.require_vocabulary(padded_vocab_size)
 
     def require_documents(self, boundary: str, token_id: int) -> None:
         """See `TokenModule.require_documents`."""
-        for module in self.parts.values():
-            module.require_documents(boundary, token_id)
+        for name, module in self.parts.items():
+            with naming(name, module):
+                module.require_documents(boundary, token_id)
 
     def plan_run(self, length: RunLength) -> None:
         """Take over how long the run is going to be.
@@ -113,9 +115,10 @@ class Mixture(TokenModule):
         Raises:
             SettingsError: See `EncodedCorpus.check_sources`.
         """
-        for corpus in self.corpora.values():
-            if isinstance(corpus, EncodedCorpus):
-                corpus.check_sources()
+        for name, module in self.parts.items():
+            with naming(name, module):
+                if isinstance(module, EncodedCorpus):
+                    module.check_sources()
 
     def prepare_tokenizer(self) -> Path | None:
         """Prepare everything if needed and return the directory of the tokenizer; None if no corpus has one."""
@@ -147,7 +150,8 @@ class Mixture(TokenModule):
         self.prepare_data()
         names: dict[str, str] = {}
         for name, module in self.parts.items():
-            module.setup(stage)
+            with naming(name, module):
+                module.setup(stage)
             if (other := names.setdefault(module.corpus_id, name)) != name:
                 raise SettingsError(
                     f"data.corpora.{name}: is the same corpus as {other}; leave one of them out and give the other "

@@ -6,7 +6,7 @@ from typing import Any
 
 from litgpt.tokenizer import Tokenizer
 
-from litgpt_moe_ext.data.modules.base import is_first_rank
+from litgpt_moe_ext.data.modules.base import is_first_rank, naming
 from litgpt_moe_ext.data.modules.corpus import CorpusModule
 from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings
@@ -44,20 +44,25 @@ class SharedTokenizer:
             return
         self._look_ahead(tokenizer)
         for name, module in self._corpora.items():
-            if isinstance(module, CorpusModule):
-                module.tokenizer = tokenizer
-                self._refuse_others(name, module, tokenizer)
-                if module.corpus_path is None:
-                    module.corpus_path = module.prepare(is_first_rank(), tokenizer)
-                directory = module.corpus_path / TOKENIZER_DIR
-                if self.directory is None:
-                    self.directory, self._owner = directory, name
-                    tokenizer = tokenizer or open_as_litgpt(directory)
-                else:
-                    self._compare(f"data.corpora.{name}", (directory / "tokenizer.json").read_bytes())
-            module.prepare_data()
+            with naming(name, module):
+                if isinstance(module, CorpusModule):
+                    tokenizer = self._prepare(name, module, tokenizer)
+                module.prepare_data()
         self._compare_facts()
         self._is_done = True
+
+    def _prepare(self, name: str, module: CorpusModule, tokenizer: Tokenizer | None) -> Tokenizer:
+        """Prepare a corpus, and return the tokenizer for the next one."""
+        module.tokenizer = tokenizer
+        self._refuse_others(name, module, tokenizer)
+        if module.corpus_path is None:
+            module.corpus_path = module.prepare(is_first_rank(), tokenizer)
+        directory = module.corpus_path / TOKENIZER_DIR
+        if self.directory is None:
+            self.directory, self._owner = directory, name
+        else:
+            self._compare(f"data.corpora.{name}", (directory / "tokenizer.json").read_bytes())
+        return tokenizer or open_as_litgpt(directory)
 
     def _look_ahead(self, tokenizer: Tokenizer | None) -> None:
         """Refuse what settings alone show to be wrong, before the first corpus is encoded, which may take hours."""
@@ -75,8 +80,9 @@ class SharedTokenizer:
                         f"data.corpora.{name}.{setting}: {str(path)!r} does not exist; set it to a file or a folder"
                     )
             trains = getattr(module, "tokenizer_dir", None) is None and getattr(module, "bpe", True) is not None
-            if name != first and trains and isinstance(module.choose_tokenizer(tokenizer), BPESettings):
-                raise _second_tokenizer(name, module, first)
+            with naming(name, module):
+                if name != first and trains and isinstance(module.choose_tokenizer(tokenizer), BPESettings):
+                    raise _second_tokenizer(name, module, first)
 
     def _refuse_others(self, name: str, module: CorpusModule, tokenizer: Tokenizer | None) -> None:
         """Look at a corpus' settings before its documents are encoded, which may take hours."""
