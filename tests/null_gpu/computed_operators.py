@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from litgpt_moe_ext.loss.linear import linear_loss
 from tests.models import initialized_model, moe_config
 from tests.moe.feed_forward import compare_feed_forward
 
@@ -21,11 +22,41 @@ def passed(model: nn.Module, device: str) -> list[Tensor]:
     return [loss.detach().cpu(), *(parameter.grad.cpu().clone() for parameter in model.parameters())]
 
 
-def test_gradients_are_those_of_the_cpu():
-    model = initialized_model(moe_config(expert_backend="loop"))
+SINKS = {"attention_class_name": "SinkAttention"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"expert_backend": "loop"},
+        SINKS | {"attention_sinks": False, "sliding_window_size": 5, "sliding_window_indices": [1]},
+        SINKS
+        | {
+            "attention_document_boundary": "eos",
+            "attention_document_token_id": 3,
+            "attention_document_restart_positions": True,
+        },
+    ],
+    ids=["loop", "attention with a mask", "positions of documents"],
+)
+def test_gradients_are_those_of_the_cpu(settings):
+    model = initialized_model(moe_config(n_layer=1, **settings))
     theirs = passed(model, "cpu")
     for a, b in zip(passed(model, "cuda"), theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_products_of_16_bits_in_float32():
+    head = nn.Linear(8, 40)
+    x, targets = torch.randn(1, 6, 8, requires_grad=True), torch.randint(40, (1, 6))
+    expected = nn.functional.cross_entropy(head(x)[0], targets[0])
+    gradients = torch.autograd.grad(expected, [x, *head.parameters()])
+    head.cuda()
+    x = x.detach().cuda().requires_grad_()
+    loss = linear_loss(x, targets.cuda(), head, torch.bfloat16)
+    torch.testing.assert_close(loss.cpu(), expected, rtol=1e-2, atol=1e-2)
+    for a, b in zip(torch.autograd.grad(loss, [x, *head.parameters()]), gradients, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=3e-2, atol=3e-3)
 
 
 @pytest.mark.parametrize(("autocast", "bias"), [(torch.bfloat16, False), (torch.float16, True), (None, True)], ids=str)

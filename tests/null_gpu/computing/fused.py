@@ -39,16 +39,20 @@ def _gather(x_BHSd: Tensor, like_BGSd: Tensor) -> Tensor:
 
 
 def _attend(
-    q_BHTd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, seen_TS: Tensor, scale: float | None
+    q_BHTd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, seen_TS: Tensor, scale: float | None, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return the output and the log-sum-exps."""
-    p_BHTS, lse_BHT = _weights(q_BHTd, k_BGSd, seen_TS, scale)
+    p_BHTS, lse_BHT = _weights(q_BHTd, k_BGSd, seen_TS, scale, bias)
     return (p_BHTS @ _spread(v_BGSd, q_BHTd.size(1))).to(q_BHTd.dtype), lse_BHT
 
 
-def _weights(q_BHTd: Tensor, k_BGSd: Tensor, seen_TS: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+def _weights(
+    q_BHTd: Tensor, k_BGSd: Tensor, seen_TS: Tensor, scale: float | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
     factor = q_BHTd.size(-1) ** -0.5 if scale is None else scale
     scores_BHTS = q_BHTd.float() @ _spread(k_BGSd, q_BHTd.size(1)).transpose(-1, -2) * factor
+    if bias is not None:
+        scores_BHTS = scores_BHTS + bias
     scores_BHTS = scores_BHTS.masked_fill(~seen_TS, float("-inf"))
     lse_BHT = scores_BHTS.logsumexp(-1)
     return (scores_BHTS - lse_BHT.unsqueeze(-1)).exp().nan_to_num(0.0), lse_BHT
@@ -59,7 +63,7 @@ def _attend_backward(
 ) -> list[Tensor]:
     """Return the gradients of queries, keys and values; `lse` may be other than that of the scores, as with sinks."""
     factor = q.size(-1) ** -0.5 if how["scale"] is None else how["scale"]
-    p_BHTS, own_BHT = _weights(q, k, how["seen_TS"], how["scale"])
+    p_BHTS, own_BHT = _weights(q, k, how["seen_TS"], how["scale"], how.get("bias"))
     p_BHTS = p_BHTS * (own_BHT - lse.float()).nan_to_num(0.0).exp().unsqueeze(-1)
     dout = dout.float()
     delta = (dout * out.float()).sum(-1, keepdim=True)
@@ -119,9 +123,8 @@ def _flash_attention_backward(
 
 @_fused
 def _efficient_attention_forward(q, k, v, bias, _1, _2, _3, _4, _5, mask_type, with_lse=False, *, scale=None, **_):
-    assert bias is None
     q, k, v = _heads_first(q, k, v)
-    out, lse = _attend(q, k, v, _seen(q.size(2), k.size(2), mask_type != 0), scale)
+    out, lse = _attend(q, k, v, _seen(q.size(2), k.size(2), mask_type != 0), scale, bias)
     padded = torch.nn.functional.pad(lse, (0, -lse.size(-1) % 32), value=float("inf"))
     return [out.transpose(1, 2), *([padded] if with_lse else [])]
 
@@ -132,7 +135,8 @@ def _efficient_attention_backward(
 ):
     seen = _seen(q.size(1), k.size(1), mask_type != 0)
     lse = lse[..., : q.size(1)]
-    return _heads_first(*_attend_backward(*_heads_first(dout, q, k, v, out), lse, seen_TS=seen, scale=scale))
+    how = {"seen_TS": seen, "scale": scale, "bias": bias}
+    return _heads_first(*_attend_backward(*_heads_first(dout, q, k, v, out), lse, **how))
 
 
 @_fused

@@ -17,6 +17,7 @@ aten = torch.ops.aten
 _LEFT = {"_fused_sdp_choice", "empty", "empty_strided", "is_pinned", "is_set_to", "record_stream", "resize_", "set_"}
 # Beside those that have a kernel of their own for GPUs.
 _ALSO = ("aten::copy_",)
+_MASKS = (torch.bool, torch.uint8)
 _NUMBERS = ("Scalar", "number", "bool", "int", "float")
 # Whether this thread is in a kernel, which may start other operators: what they come to is computed with it.
 _inside = threading.local()
@@ -80,8 +81,12 @@ def _number(operator: Any, kernel: Any) -> Callable:
 
 def _sized_by_values(operator: Any, kernel: Any) -> Callable:
     """The kernel would wait for a size that was not computed, and reserve so much memory: here it only waits."""
+    computed = _computed(operator, kernel)
 
     def run(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        # Its tag is for masks; rows that numbers name are as many as these.
+        if operator is aten.index.Tensor and not any(i is not None and i.dtype in _MASKS for i in args[1]):
+            return computed(keys, *args, **kwargs)
         args = _numbers_as_tensors(operator, args)
         device = torch.device("cuda", _device_of(args))
         torch.cuda.current_stream(device).synchronize()
@@ -98,6 +103,8 @@ def _by_the_cpu(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> A
 def _computed(operator: Any, kernel: Any) -> Callable:
     name = operator._schema.name.removeprefix("aten::")
     compute = FUSED.get(name, operator)
+    if operator._overloadname == "dtype" and operator._schema.arguments[-1].name == "out_dtype":
+        compute = _in_another_dtype(operator.overloadpacket.default)
 
     def run(keys: Any, *args: Any, **kwargs: Any) -> Any:
         seed = _Seed([*args, *kwargs.values()]) if torch.Tag.nondeterministic_seeded in operator.tags else None
@@ -129,6 +136,16 @@ def _computed(operator: Any, kernel: Any) -> Callable:
         return results
 
     return run
+
+
+def _in_another_dtype(product: Callable) -> Callable:
+    """Return what computes a product of 16-bit matrices in float32, for which the CPU has no kernel."""
+
+    def compute(*args: Any, **kwargs: Any) -> Tensor:
+        *matrices, dtype = args
+        return product(*(matrix.to(dtype) for matrix in matrices), **kwargs)
+
+    return compute
 
 
 def _call(kernel: Any, keys: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
