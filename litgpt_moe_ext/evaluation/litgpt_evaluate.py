@@ -15,12 +15,12 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import yaml
 
 from litgpt_moe_ext.cli.output import write_text
 from litgpt_moe_ext.config.fields import added_fields, uses_plugin
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files.durable import is_stream
+from litgpt_moe_ext.host.checkpoints import CONFIG_FILE, read_fields
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -188,12 +188,9 @@ def _names_task_file(tasks: str) -> bool:
 
 
 def _names_plugin_layer(checkpoint_dir: Path | str) -> bool:
-    path = _resolve_checkpoint_dir(checkpoint_dir) / "model_config.yaml"
-    if not path.is_file():
+    folder = _resolve_checkpoint_dir(checkpoint_dir)
+    if not (folder / CONFIG_FILE).is_file():
         return False
-    with open(path, encoding="utf-8") as file:
-        content = yaml.safe_load(file)
-    if not isinstance(content, dict):
-        return False
-    names = {name: content.get(name) for name in ("mlp_class_name", *added_fields())}
+    fields = read_fields(folder)
+    names = {name: fields.get(name) for name in ("mlp_class_name", *added_fields())}
     return uses_plugin(cast(Any, SimpleNamespace(**names)))

@@ -68,18 +68,17 @@ def refuse_unknown_fields(content: dict[str, Any], where: str) -> None:
             )
 
 
-def read_config(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> "ExtendedConfig":
-    """Return the model that the `model_config.yaml` of a checkpoint describes.
+def read_fields(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> dict[str, Any]:
+    """Return what stands in the `model_config.yaml` of a checkpoint, whether or not it describes a model.
 
     Args:
         checkpoint_dir: The directory.
         setting: Which setting named it, for errors.
 
     Raises:
-        SettingsError: If it describes none.
+        SettingsError: If there are no values by name.
     """
     import yaml
-    from litgpt.config import Config
 
     from litgpt_moe_ext.files.archives import COPY_AGAIN, shortened
 
@@ -90,6 +89,24 @@ def read_config(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> "Exten
         raise SettingsError(f"{setting}: {file} cannot be read ({shortened(error)}); {COPY_AGAIN}") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise SettingsError(f"{setting}: {file} holds no model configuration; {COPY_AGAIN}")
+    return values
+
+
+def read_config(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> "ExtendedConfig":
+    """Return the model that the `model_config.yaml` of a checkpoint describes.
+
+    Args:
+        checkpoint_dir: The directory.
+        setting: Which setting named it, for errors.
+
+    Raises:
+        SettingsError: If it describes none.
+    """
+    from litgpt.config import Config
+
+    from litgpt_moe_ext.files.archives import COPY_AGAIN, shortened
+
+    file, values = checkpoint_dir / CONFIG_FILE, read_fields(checkpoint_dir, setting)
     refuse_unknown_fields(values, f"{setting}: {file}")
     try:
         check_ranges(values)

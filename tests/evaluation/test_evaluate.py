@@ -177,6 +177,16 @@ def test_incomplete_checkpoints_are_named(tmp_path, removed, message):
         evaluate_checkpoint(EvaluateSettings(folder, tasks="some.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"n_layer: [1\n", "cannot be read"), (b"\xff\xfe", "cannot be read"), (b"- 1\n", "holds no model configuration")],
+)
+def test_a_damaged_configuration_is_named(tmp_path, content, message):
+    (tmp_path / "model_config.yaml").write_bytes(content)
+    with pytest.raises(SettingsError, match=rf"^checkpoint_dir: .*model_config.yaml {message}.*; copy it again"):
+        litgpt.eval.evaluate.convert_and_evaluate(tmp_path, tasks="piqa")
+
+
 def test_data_in_the_working_directory_is_found_too(task_file, elsewhere):
     (task_file.parent / "data").rename(elsewhere / "data")
     assert len(load_task_file(task_file).test_docs()) == 4
