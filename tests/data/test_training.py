@@ -116,6 +116,11 @@ def start_ranks(corpus, folder, batches: int, stop: int) -> list[subprocess.Pope
     return processes
 
 
+def said(line: str) -> bool:
+    """Return whether a rank wrote a line, and not its torch, whose older versions tell whom it has met."""
+    return not line.startswith("[Gloo]")
+
+
 def test_two_killed_processes_go_on_with_the_same_tokens(tmp_path):
     """Each rank gets the same tokens in the same order as if nobody had been killed, and together all of an epoch."""
     data = tiny_txt(tmp_path)
@@ -130,10 +135,10 @@ def test_two_killed_processes_go_on_with_the_same_tokens(tmp_path):
     for stop in (epoch // 3, 0):  # killed within the first epoch; then on, into the second
         processes = start_ranks(data.corpus_path, tmp_path / "ranks", batches, stop)
         if stop:
-            assert processes[0].stdout.readline() == f"{stop}\n"
+            assert next(filter(said, iter(processes[0].stdout.readline, ""))) == f"{stop}\n"
             os.killpg(processes[0].pid, signal.SIGKILL)  # at once: one that has lost the other ends by itself
         outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
-        assert outputs == ["", ""]
+        assert not [line for output in outputs for line in output.splitlines() if said(line)]
         assert [process.returncode for process in processes] == [-signal.SIGKILL if stop else 0] * 2
     for rank in range(2):
         seen = (tmp_path / "ranks" / f"seen_{rank}.txt").read_text().splitlines()

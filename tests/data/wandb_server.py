@@ -166,9 +166,10 @@ class WandbServer:
         file = {"id": "file-1", **self._upload(f"{artifactManifestID}/manifest")}
         return {"updateArtifactManifest": {"artifactManifest": {"id": artifactManifestID, "file": file}}}
 
-    def _CreateArtifactFiles(self, input: dict[str, Any]) -> dict[str, Any]:
+    def _CreateArtifactFiles(self, **variables: Any) -> dict[str, Any]:
         edges = []
-        for file in input["artifactFiles"]:
+        # Older clients have it by itself.
+        for file in variables.get("input", variables)["artifactFiles"]:
             path = f"{file['artifactID']}/{file['name']}"
             node = {"storagePath": path, "artifact": {"id": file["artifactID"]}, "uploadMultipartUrls": None}
             edges.append({"node": {**node, **self._upload(path)}})
