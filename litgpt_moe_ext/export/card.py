@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from litgpt_moe_ext.export.hf.facts import left_out
 from litgpt_moe_ext.model_size import count_flops, count_parameters
 from litgpt_moe_ext.training.checkpoint import hyperparameters
 from litgpt_moe_ext.training.checkpoint.progress import sequences_of, step_of
@@ -68,6 +69,8 @@ def write_card(folder: Path, source: "Source", architecture: "Architecture", for
     if settings:
         shutil.copyfile(*(where / hyperparameters.FILE_NAME for where in (source.directory, folder)))
     known = facts(source, settings, source.writes_once(architecture))
+    if missing := left_out(config):
+        known["otherwise than in training"] = "; ".join(missing)
     class_name = architecture.class_name
     trust = ", trust_remote_code=True" if class_name.startswith("LitGPT") else ""
     card = _CARD.format(

@@ -27,13 +27,20 @@ def export(checkpoint_dir: Path, out_dir: Path, name: str, dtype: str | None = N
         from litgpt_moe_ext.export.gguf.write import MODEL_FILE, export_gguf
 
         file = export_gguf(checkpoint_dir, out_dir, dtype)
-        return [f"Wrote {out_dir / MODEL_FILE} as {file.graph}, {file.n_bytes / 1e6:,.1f} MB of weights"]
+        return [
+            *file.left_out,
+            f"Wrote {out_dir / MODEL_FILE} as {file.graph}, {file.n_bytes / 1e6:,.1f} MB of weights",
+        ]
     from litgpt_moe_ext.export.hf.write import export_checkpoint
 
     done = export_checkpoint(checkpoint_dir, out_dir, dtype)
     lines = [f"not {class_name}: {', '.join(lacking)}" for class_name, lacking in done.rejected.items()]
-    lines.append(f"vLLM: {done.serve}")
-    return [*lines, f"Wrote {out_dir} as {done.class_name}, {done.n_bytes / 1e6:,.1f} MB of weights"]
+    return [
+        *lines,
+        *done.left_out,
+        f"vLLM: {done.serve}",
+        f"Wrote {out_dir} as {done.class_name}, {done.n_bytes / 1e6:,.1f} MB of weights",
+    ]
 
 
 def check_exportable(config: "Config", name: str) -> None:

@@ -15,7 +15,7 @@ from litgpt_moe_ext.export.card import write_card
 from litgpt_moe_ext.export.directory import new_directory, require_absent
 from litgpt_moe_ext.export.gguf.architectures import GRAPHS
 from litgpt_moe_ext.export.gguf.tokenizer import tokenizer_metadata
-from litgpt_moe_ext.export.hf.facts import Facts, facts_of
+from litgpt_moe_ext.export.hf.facts import Facts, facts_of, left_out
 from litgpt_moe_ext.export.source import Source, read_source
 
 MODEL_FILE = "model.gguf"
@@ -31,10 +31,12 @@ class GGUFExport:
 
     Attributes:
         graph: The graph of llama.cpp that computes the model.
+        left_out: A sentence about each setting that the export leaves out.
         n_bytes: Size of the tensors.
     """
 
     graph: str
+    left_out: list[str]
     n_bytes: int
 
 
@@ -70,7 +72,7 @@ def export_gguf(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None) -
     with new_directory(out_dir, source.nbytes(chosen, graph)) as partial:
         n_bytes = _write(partial / MODEL_FILE, source, graph, metadata, chosen)
         write_card(partial, source, graph, "gguf")
-    return GGUFExport(graph.class_name, n_bytes)
+    return GGUFExport(graph.class_name, left_out(source.config), n_bytes)
 
 
 def require_package() -> None:

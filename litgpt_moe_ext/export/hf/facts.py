@@ -25,9 +25,12 @@ _UNSUPPORTED: dict[str, Any] = {
     "final_logit_softcapping": None,
     "attention_logit_softcapping": None,
     "rope_local_base_freq": None,
-    "attention_document_boundary": None,
-    "streaming_cache_window": None,
     "rope_condense_ratio": 1,
+}
+# Settings that no exported model has and that change nothing within one text, with what it does without them.
+_LEFT_OUT = {
+    "attention_document_boundary": "tokens see across the ends of documents; within one they see the same",
+    "streaming_cache_window": "generation keeps all tokens in its cache",
 }
 # What transformers' norms inside latent attention have, whatever the configuration says of the others.
 DEEPSEEK_EPS = 1e-6
@@ -196,6 +199,15 @@ def _require_exportable(config: "Config") -> None:
         raise SettingsError(
             f"model_config.router_type: {config.router_type} must be one of {', '.join(_ROUTERS)} for an export"
         )
+
+
+def left_out(config: "Config") -> list[str]:
+    """Return a sentence about each setting that an export of the model leaves out."""
+    return [
+        f"{name}: {value} is left out: {instead}"
+        for name, instead in _LEFT_OUT.items()
+        if (value := getattr(config, name)) is not None
+    ]
 
 
 def leading_dense_layers(config: "Config") -> int:

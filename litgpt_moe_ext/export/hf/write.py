@@ -15,7 +15,7 @@ from litgpt_moe_ext.export.card import write_card
 from litgpt_moe_ext.export.directory import new_directory, require_absent
 from litgpt_moe_ext.export.hf.architectures import choose_class
 from litgpt_moe_ext.export.hf.config_json import REMOTE_CODE
-from litgpt_moe_ext.export.hf.facts import Facts, facts_of
+from litgpt_moe_ext.export.hf.facts import Facts, facts_of, left_out
 from litgpt_moe_ext.export.hf.names import OWN_BALANCING_BIAS
 from litgpt_moe_ext.export.hf.shards import MAX_SHARD_BYTES, Sketch, write_shards
 from litgpt_moe_ext.export.hf.tensors import BALANCING_BIAS
@@ -31,12 +31,14 @@ class Export:
         class_name: The class of transformers, or of the file beside the weights.
         serve: The command with which vLLM serves it.
         rejected: What each class that was tried before lacks.
+        left_out: A sentence about each setting that the export leaves out.
         n_bytes: Size of the weights.
     """
 
     class_name: str
     serve: str
     rejected: dict[str, list[str]]
+    left_out: list[str]
     n_bytes: int
 
 
@@ -69,7 +71,9 @@ def export_checkpoint(
         if architecture.model_type == "litgpt_moe":
             shutil.copyfile(Path(__file__).with_name(f"{REMOTE_CODE}.py"), partial / f"{REMOTE_CODE}.py")
         write_card(partial, source, architecture, "hf", architecture.serve(facts, "PATH"))
-    return Export(architecture.class_name, architecture.serve(facts, str(out_dir)), rejected, n_bytes)
+    return Export(
+        architecture.class_name, architecture.serve(facts, str(out_dir)), rejected, left_out(source.config), n_bytes
+    )
 
 
 def _sketch(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Sketch:

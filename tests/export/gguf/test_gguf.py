@@ -13,6 +13,7 @@ from litgpt import Config
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.architecture import choose
+from litgpt_moe_ext.export.formats import export
 from litgpt_moe_ext.export.gguf import spm
 from litgpt_moe_ext.export.gguf.architectures import GRAPHS
 from litgpt_moe_ext.export.gguf.tokenizer import tokenizer_metadata
@@ -64,6 +65,19 @@ def test_one_table_is_written_once_where_the_graph_takes_it(tmp_path, name, once
     table = model.lm_head.weight.detach().numpy()
     assert np.array_equal(stored["token_embd.weight"], table)
     assert ("output.weight" not in stored) if once else np.array_equal(stored["output.weight"], table)
+
+
+def test_documents_are_left_out(tmp_path):
+    """Within one of them, attention is the same without."""
+    documents = {"attention_document_boundary": "eos", "attention_document_token_id": 0}
+    plain = CASES["mixtral"][1] | {"attention_class_name": "SinkAttention", "attention_sinks": False}
+    for folder, settings in (("with", plain | documents), ("without", plain)):
+        make_checkpoint(tmp_path / folder, settings, False)
+    said = [export(tmp_path / folder, tmp_path / f"{folder}-gguf", "gguf") for folder in ("with", "without")]
+    assert [len(lines) for lines in said] == [2, 1]
+    assert said[0][0].startswith("attention_document_boundary: eos is left out")
+    files = [(tmp_path / f"{folder}-gguf" / "model.gguf").read_bytes() for folder in ("with", "without")]
+    assert files[0] == files[1]
 
 
 # What llama.cpp's converter makes of names before it looks them up.

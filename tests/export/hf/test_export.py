@@ -67,6 +67,26 @@ def test_one_table_is_written_once_where_the_class_takes_it(tmp_path, name, once
             assert torch.equal(back[table], model.lm_head.weight)
 
 
+DOCUMENTS = {"attention_document_boundary": "eos", "attention_document_token_id": 0}
+STREAM = {"streaming_cache_first": 4, "streaming_cache_window": 16}
+
+
+@pytest.mark.parametrize("changes", [DOCUMENTS, DOCUMENTS | {"attention_document_restart_positions": True}, STREAM])
+def test_what_changes_nothing_within_one_text_is_left_out(tmp_path, changes):
+    _, settings, biased = CASES["quickstart"]
+    model = make_checkpoint(tmp_path / "checkpoint", {**settings, **changes}, biased)
+    lines = export(tmp_path / "checkpoint", tmp_path / "out", "hf")
+    (name, value) = list(changes.items())[0 if "attention_document_boundary" in changes else 1]
+    (line,) = [line for line in lines if "left out" in line]
+    assert line.startswith(f"{name}: {value} is left out: ")
+    assert line in (tmp_path / "out" / "README.md").read_text()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    text = torch.randint(1, settings["vocab_size"], (2, 48), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = model(text)
+        torch.testing.assert_close(theirs(text).logits, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
 def test_padding_on_the_left_changes_nothing(tmp_path):
     _, settings, biased = CASES["code-moe"]
     make_checkpoint(tmp_path / "checkpoint", settings, biased)
