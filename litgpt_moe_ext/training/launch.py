@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lightning.fabric.loggers import Logger
 
     from litgpt_moe_ext.training.plan import Plan
+    from litgpt_moe_ext.training.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -101,21 +102,23 @@ def launch(plan: Plan) -> Iterator[Launched]:
 
 def _connect(plan: Plan, reporter: Reporter) -> Launched:
     settings, knobs = plan.settings, plan.settings.distributed
-    started = started_processes(os.environ)
-    devices, num_nodes = settings.devices, settings.num_nodes
-    if started is not None:
-        if devices not in ("auto", -1, started.per_node) or num_nodes not in (1, started.nodes):
-            raise SettingsError(
-                f"devices: {devices}, num_nodes: {num_nodes}: {started.started_by} has started "
-                f"{counted(started.per_node, 'process')} on each of {counted(started.nodes, 'node')}; set devices: "
-                "auto, or these numbers"
-            )
-        devices, num_nodes = started.per_node, started.nodes
-    devices = parse_devices(devices)
-    check_batch(plan.train.global_batch_size, plan.train.micro_batch_size, devices * num_nodes)
-    accelerator = accelerator_here()
-    fabric = _make_fabric(plan, reporter, started, (devices, num_nodes), accelerator)
-    if note := strategy_note(settings.strategy, devices * num_nodes, knobs):
+    started, accelerator = started_processes(os.environ), accelerator_here()
+    devices, num_nodes = _size(settings, started)
+    processes = devices * num_nodes
+    check_batch(plan.train.global_batch_size, plan.train.micro_batch_size, processes)
+    strategy = make_strategy(settings.strategy, processes, num_nodes, knobs, accelerator)
+    precision: Any = settings.precision or default_precision(accelerator)
+    strategy.use_precision(precision, accelerator)
+    fabric = TrainingFabric(
+        show=reporter.show,
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=strategy,
+        precision=precision,
+        plugins=cluster_plugins(started),
+    )
+    if note := strategy_note(settings.strategy, processes, knobs):
         fabric.print(note)
     if accelerator == "cpu" and torch.backends.mps.is_available():
         fabric.print("This Mac's GPU (MPS) is not used: nothing here was ever run on one. Training uses the CPU.")
@@ -123,7 +126,7 @@ def _connect(plan: Plan, reporter: Reporter) -> Launched:
         _report_topology(fabric)
     if started is None and devices > 1:
         end_together()
-    if devices * num_nodes > 1:
+    if processes > 1:
         end_at_once_on_termination()
     with _connection_errors(knobs.timeout_minutes):
         fabric.launch()
@@ -132,22 +135,18 @@ def _connect(plan: Plan, reporter: Reporter) -> Launched:
     return Launched(plan, fabric, reporter, devices, num_nodes)
 
 
-def _make_fabric(
-    plan: Plan, reporter: Reporter, started: Processes | None, size: tuple[int, int], accelerator: str
-) -> TrainingFabric:
-    settings, (devices, num_nodes) = plan.settings, size
-    made = make_strategy(settings.strategy, devices * num_nodes, num_nodes, settings.distributed, accelerator)
-    precision: Any = settings.precision or default_precision(accelerator)
-    made.use_precision(precision, accelerator)
-    return TrainingFabric(
-        show=reporter.show,
-        accelerator=accelerator,
-        devices=devices,
-        num_nodes=num_nodes,
-        strategy=made,
-        precision=precision,
-        plugins=cluster_plugins(started),
-    )
+def _size(settings: Settings, started: Processes | None) -> tuple[int, int]:
+    """Return the number of processes on each node, and that of nodes."""
+    devices, num_nodes = settings.devices, settings.num_nodes
+    if started is None:
+        return parse_devices(devices), num_nodes
+    if devices not in ("auto", -1, started.per_node) or num_nodes not in (1, started.nodes):
+        raise SettingsError(
+            f"devices: {devices}, num_nodes: {num_nodes}: {started.started_by} has started "
+            f"{counted(started.per_node, 'process')} on each of {counted(started.nodes, 'node')}; set devices: "
+            "auto, or these numbers"
+        )
+    return parse_devices(started.per_node), started.nodes
 
 
 def _take(lock: ProcessLock, launched: Launched) -> None:
