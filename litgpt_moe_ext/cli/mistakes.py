@@ -15,64 +15,10 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import jsonargparse
 
+from litgpt_moe_ext.cli.elsewhere import meant_by
 from litgpt_moe_ext.cli.given import CLASS_KEYS
 from litgpt_moe_ext.errors import PERHAPS_OF_AN_EXTENSION, did_you_mean, nearest, one_line
 from litgpt_moe_ext.field_types import NUMBERS, describe, members, refusal
-
-# What other trainers call what is meant, by any section.
-_ELSEWHERE = {
-    **dict.fromkeys(("lr", "learning_rate"), "optimizer.lr"),
-    "weight_decay": "optimizer.weight_decay",
-    **dict.fromkeys(("warmup_steps", "warmup_iters"), "train.lr_warmup_steps"),
-    **dict.fromkeys(("grad_clip", "max_grad_norm", "gradient_clipping"), "train.max_norm"),
-    **dict.fromkeys(("batch_size", "per_device_train_batch_size"), "train.micro_batch_size"),
-    "train_batch_size": "train.global_batch_size",
-    **dict.fromkeys(
-        ("gradient_accumulation_steps", "grad_accum_steps"), "train.global_batch_size, of which that follows"
-    ),
-    **dict.fromkeys(("max_iters", "num_steps", "max_train_steps"), "train.max_steps"),
-    "num_train_epochs": "train.epochs",
-    **dict.fromkeys(("seq_length", "seq_len", "context_length", "max_length"), "train.max_seq_length"),
-    **dict.fromkeys(("dtype", "bf16", "fp16", "mixed_precision"), "precision"),
-    **dict.fromkeys(("deepspeed", "zero_stage"), "strategy, such as deepspeed_stage_2"),
-    "fsdp": "strategy, such as fsdp2",
-    **dict.fromkeys(("gpus", "n_gpus", "nproc", "nproc_per_node"), "devices"),
-    "nnodes": "num_nodes",
-    **dict.fromkeys(("gradient_checkpointing", "recompute"), "activation_checkpointing"),
-    "output_dir": "out_dir",
-    **dict.fromkeys(("eval_interval", "eval_steps"), "eval.interval"),
-    **dict.fromkeys(("save_steps", "checkpoint_interval"), "train.save_interval"),
-    "save_total_limit": "checkpoint.keep_last",
-    **dict.fromkeys(("logging_steps", "log_every"), "train.log_interval"),
-    **dict.fromkeys(("report_to", "wandb"), "logger_name"),
-    "resume_from_checkpoint": "resume",
-    "init_from": "initial_checkpoint_dir",
-    **dict.fromkeys(("lr_scheduler", "lr_scheduler_type"), "schedule.name"),
-    **dict.fromkeys(("tokenizer", "tokenizer_name"), "tokenizer_dir"),
-    "ema_decay": "ema.decay",
-}
-# What a model's configuration is called in Hugging Face's and others.
-_MODELS_ELSEWHERE = {
-    **dict.fromkeys(("hidden_size", "d_model", "dim"), "n_embd"),
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "num_key_value_heads": "n_query_groups",
-    "head_dim": "head_size",
-    **dict.fromkeys(("max_position_embeddings", "context_length", "max_seq_len"), "block_size"),
-    **dict.fromkeys(("d_ff", "ffn_hidden_size"), "intermediate_size"),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), "n_expert"),
-    **dict.fromkeys(("num_experts_per_tok", "top_k", "moe_top_k"), "n_expert_per_token"),
-    "num_shared_experts": "n_shared_expert",
-    "n_group": "n_expert_groups",
-    "topk_group": "n_topk_groups",
-    "scoring_func": "router_score_function",
-    "router_aux_loss_coef": "router_load_balancing_loss_coef",
-    "rope_theta": "rope_base",
-    "rope_scaling": "rope_adjustments",
-    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps"), "norm_eps"),
-    "hidden_act": "mlp_activation",
-}
-
 
 _FEW = 20
 # What is given as a flag alone.
@@ -216,12 +162,8 @@ def _meant(path: str, base: type) -> str:
 def _suggestion(prefix: str, key: str, known: Iterable[str]) -> str:
     if not isinstance(key, str):
         return ", which is not text; put it in quotes if it is a name"
-    if key in _ELSEWHERE and prefix in ("", "train.", "optimizer."):
-        return f"; did you mean {_ELSEWHERE[key]}?"
-    if key in _MODELS_ELSEWHERE and prefix == "model_config.":
-        return f"; did you mean {prefix}{_MODELS_ELSEWHERE[key]}?"
-    if key == "tie_word_embeddings":
-        return "; did you mean train.tie_embeddings?"
+    if (meant := meant_by(prefix, key)) is not None:
+        return f"; did you mean {meant}?"
     if close := difflib.get_close_matches(key, known, n=1, cutoff=0.7):
         return f"; did you mean {prefix}{close[0]}?"
     # As where `max_tokens` is given and `train.max_tokens` is meant.

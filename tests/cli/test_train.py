@@ -9,7 +9,7 @@ import torch
 import yaml
 from litgpt.config import Config
 
-from litgpt_moe_ext.cli import mistakes
+from litgpt_moe_ext.cli import elsewhere
 from litgpt_moe_ext.cli.given import Given, read_flags
 from litgpt_moe_ext.cli.settings import litgpt_types, normalize, read_given, read_settings
 from litgpt_moe_ext.cli.train import main
@@ -496,9 +496,9 @@ def test_a_setting_of_the_data_that_is_not_given_has_its_whole_name(tmp_path):
 
 def test_names_of_other_trainers_lead_to_settings_that_there_are():
     known = {field.name: field.type for field in dataclasses.fields(Settings)}
-    for name in mistakes._ELSEWHERE.values():
+    for name in elsewhere._ELSEWHERE.values():
         section, _, setting = name.partition(",")[0].partition(".")
         assert section in known
         if setting and section != "optimizer":
             assert setting in {field.name for field in dataclasses.fields(known[section])}
-    assert set(mistakes._MODELS_ELSEWHERE.values()) <= {field.name for field in dataclasses.fields(Config)}
+    assert set(elsewhere._MODELS_ELSEWHERE.values()) <= {field.name for field in dataclasses.fields(Config)}
