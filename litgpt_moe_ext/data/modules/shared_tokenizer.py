@@ -82,16 +82,18 @@ class SharedTokenizer:
             trains = getattr(module, "tokenizer_dir", None) is None and getattr(module, "bpe", True) is not None
             with naming(name, module):
                 if name != first and trains and isinstance(module.choose_tokenizer(tokenizer), BPESettings):
-                    raise _second_tokenizer(name, module, first)
+                    raise SettingsError(
+                        f"data.corpora.{name}: {type(module).__name__} trains a tokenizer of its own here, and a "
+                        f"mixture has one, that of {first}; leave bpe out to use that one, or put {name} first"
+                    )
 
     def _refuse_others(self, name: str, module: CorpusModule, tokenizer: Tokenizer | None) -> None:
         """Look at a corpus' settings before its documents are encoded, which may take hours."""
         if self.directory is None or module.corpus_path is not None or not hasattr(module, "choose_tokenizer"):
             return
         chosen = module.choose_tokenizer(tokenizer)
-        if isinstance(chosen, BPESettings):
-            raise _second_tokenizer(name, module, self._owner)
-        self._compare(f"data.corpora.{name}.tokenizer_dir", chosen["tokenizer.json"])
+        if not isinstance(chosen, BPESettings):  # which are refused already
+            self._compare(f"data.corpora.{name}.tokenizer_dir", chosen["tokenizer.json"])
 
     def _compare(self, setting: str, content: bytes) -> None:
         assert self.directory is not None
@@ -117,13 +119,6 @@ class SharedTokenizer:
                     raise SettingsError(
                         f"data.corpora.{name}: has {fact} {value} where {first} has {known[first]}; {remedy}"
                     )
-
-
-def _second_tokenizer(name: str, module: CorpusModule, owner: str) -> SettingsError:
-    return SettingsError(
-        f"data.corpora.{name}: {type(module).__name__} trains a tokenizer of its own here, and a mixture has one, that "
-        f"of {owner}; leave bpe out to use that one, or put {name} first"
-    )
 
 
 def _facts(module: Any) -> dict[str, int | None]:
