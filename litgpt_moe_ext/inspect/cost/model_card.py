@@ -13,6 +13,7 @@ from litgpt_moe_ext.host.without_compiler import without_compiler
 from litgpt_moe_ext.inspect.cost.layers import ShortModel, shorten
 from litgpt_moe_ext.inspect.cost.memory import (
     PRECISIONS,
+    InferenceMemory,
     Step,
     TrainingMemory,
     average_bytes,
@@ -20,7 +21,7 @@ from litgpt_moe_ext.inspect.cost.memory import (
     inference_memory,
     training_memory,
 )
-from litgpt_moe_ext.inspect.cost.sharding import STRATEGIES, block_sizes, process_memory
+from litgpt_moe_ext.inspect.cost.sharding import STRATEGIES, ProcessMemory, block_sizes, process_memory
 from litgpt_moe_ext.inspect.recipes import Recipe
 from litgpt_moe_ext.kernels.launch import triton_installed
 from litgpt_moe_ext.meta.models import meta_model
@@ -148,20 +149,16 @@ def make_card(
         **recipe.memory_savers,
         flops_per_token_forward=forward / length,
         flops_per_token_training=both / length,
-        training={name: {**memory._asdict(), "total": memory.total} for name, memory in training.items()},
+        training={name: _parts(memory) for name, memory in training.items()},
         precision=precision,
         activations={
             name: memory_of(replace(step, **savers)).activations for name, savers in _memory_savers(config).items()
         },
-        processes={
-            name: {**memory._asdict(), "total": memory.total}
-            for name, memory in processes.items()
-            if devices * num_nodes > 1
-        },
+        processes={name: _parts(memory) for name, memory in processes.items() if devices * num_nodes > 1},
         devices=devices,
         num_nodes=num_nodes,
         inference={
-            name: {device: {**memory._asdict(), "total": memory.total} for device, memory in memories.items()}
+            name: {device: _parts(memory) for device, memory in memories.items()}
             for name, memories in inference.items()
         },
         kv_cache_per_token={name: memories["CPU"].kv_cache / config.block_size for name, memories in inference.items()},
@@ -170,6 +167,10 @@ def make_card(
             name: state_bytes(PRECISIONS[name][0]) + memory.optimizer + averages for name, memory in training.items()
         },
     )
+
+
+def _parts(memory: TrainingMemory | InferenceMemory | ProcessMemory) -> dict[str, int]:
+    return {**memory._asdict(), "total": memory.total}
 
 
 def _training_memory(short: ShortModel) -> Callable[[Step], TrainingMemory]:
