@@ -14,8 +14,9 @@ from litgpt.utils import chunked_cross_entropy
 from torch import Tensor, nn
 
 from gpu_tables.measuring.bench import Bench, ratio
+from litgpt_moe_ext.kernels.precision import matmul_dtype
 from litgpt_moe_ext.loss.cross_entropy import has_kernel, mean_cross_entropy
-from litgpt_moe_ext.loss.linear import linear_loss, product_dtype
+from litgpt_moe_ext.loss.linear import linear_loss
 
 # Output heads of the recipes: tokens of a micro-batch, model width, vocabulary.
 _HEADS = {
@@ -60,7 +61,7 @@ def _losses(head: nn.Linear, targets_T: Tensor, bench: Bench) -> dict[str, Calla
     if has_kernel(head.weight.detach(), targets_T):
         losses["ours"] = lambda x_TD: mean_cross_entropy(head(x_TD), targets_T)
     if hasattr(F, "linear_cross_entropy"):
-        losses["fused"] = lambda x_TD: linear_loss(x_TD, targets_T, head, product_dtype(x_TD))
+        losses["fused"] = lambda x_TD: linear_loss(x_TD, targets_T, head, matmul_dtype(x_TD))
     return losses
 
 

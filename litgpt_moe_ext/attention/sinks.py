@@ -21,7 +21,7 @@ from litgpt_moe_ext.attention.kernels.choice import choose_kernel
 from litgpt_moe_ext.attention.kernels.kernel import Ability
 from litgpt_moe_ext.attention.kernels.own import EAGER
 from litgpt_moe_ext.attention.kernels.registry import KERNELS, load_functions
-from litgpt_moe_ext.kernels.compiled import assume_constant_result
+from litgpt_moe_ext.kernels.precision import matmul_dtype
 
 load_functions()
 
@@ -150,20 +150,7 @@ def _needs(
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     # Autocast knows nothing of operators that are called directly.
-    device_type = tensors[0].device.type
-    if (
-        tensors[0].dtype == torch.float64
-        or not _has_autocast(device_type)
-        or not torch.is_autocast_enabled(device_type)
-    ):
-        return tensors
-    return tuple(x.to(torch.get_autocast_dtype(device_type)) for x in tensors)
-
-
-@assume_constant_result
-def _has_autocast(device_type: str) -> bool:
-    # torch before 2.12 cannot trace the question.
-    return torch.amp.is_autocast_available(device_type)
+    return tuple(x.to(matmul_dtype(x)) for x in tensors)
 
 
 def _check_shapes(q: Tensor, k: Tensor, sinks: Tensor | None, causal: bool) -> None:

@@ -1,10 +1,20 @@
-"""How torch multiplies float32 matrices, by whichever of its settings was used."""
+"""In what torch multiplies matrices: under autocast, and by whichever of its settings for float32 was used."""
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from litgpt_moe_ext.kernels.compiled import assume_constant_result
+
+
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which `x` is multiplied with weights: autocast's where that is on, otherwise its own."""
+    device_type = x.device.type
+    # torch has no autocast for meta tensors, and autocast leaves float64 alone.
+    if x.dtype != torch.float64 and device_type != "meta" and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return x.dtype
 
 
 @assume_constant_result

@@ -17,12 +17,6 @@ from litgpt_moe_ext.loss.cross_entropy import has_kernel, loss_and_gradient
 from litgpt_moe_ext.padding import PADDING
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """Return the type in which an output head multiplies its input `x`, under the present autocast."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
 def linear_loss(x_BTD: Tensor, targets_BT: Tensor, head: nn.Linear, dtype: torch.dtype) -> Tensor:
     """Return the mean cross-entropy of `head(x_BTD)`, without making all of it; 0 where no target counts.
 

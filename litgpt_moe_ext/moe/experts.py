@@ -11,10 +11,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from litgpt_moe_ext.kernels.precision import matmul_dtype
 from litgpt_moe_ext.kernels.side_stream import added, join
 from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.expert_layouts import stack_experts
-from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden, matmul_dtype
+from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden
 from litgpt_moe_ext.moe.kernels.choice import BACKENDS, OWN, backend_for, check_sums
 from litgpt_moe_ext.moe.router import Routing
 

@@ -12,12 +12,12 @@ import torch.nn as nn
 from litgpt.model import LLaMAMLP
 from torch import Tensor
 
+from litgpt_moe_ext.kernels.precision import matmul_dtype
 from litgpt_moe_ext.kernels.side_stream import GradientOfBoth, goes_aside, join, part
 from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.batch_metadata import TokenIds
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.kernels import fused_router
-from litgpt_moe_ext.moe.kernels.backends import matmul_dtype
 from litgpt_moe_ext.moe.kernels.casts import can_cast, cast_together
 from litgpt_moe_ext.moe.kernels.plan import kind_of
 from litgpt_moe_ext.moe.kernels.shared_operators import add_gated, glu

@@ -15,8 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from litgpt_moe_ext.kernels.precision import matmul_dtype
 from litgpt_moe_ext.moe.kernels import router_product
-from litgpt_moe_ext.moe.kernels.backends import matmul_dtype
 from litgpt_moe_ext.moe.kernels.fused_router import Given, Rule
 from litgpt_moe_ext.moe.router import Choice, Passed, Router
 

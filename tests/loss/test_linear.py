@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from litgpt_moe_ext.kernels.precision import matmul_dtype
 from litgpt_moe_ext.loss import linear
-from litgpt_moe_ext.loss.linear import _HalfProducts, linear_loss, product_dtype
+from litgpt_moe_ext.loss.linear import _HalfProducts, linear_loss
 from litgpt_moe_ext.training.callbacks.fused_loss import FusedLoss
 from tests.fake_cuda import fake_cuda
 
@@ -81,6 +82,6 @@ def test_on_a_gpu_nothing_waits_and_products_are_bfloat16(mode):
         head = torch.nn.Linear(16, 40, bias=False, dtype=dtype)
         x = torch.randn(2, 9, 16, requires_grad=True, dtype=dtype)
         with torch.autocast("cuda", torch.bfloat16, enabled=mode == "mixed"), Products():
-            loss = linear_loss(x, torch.zeros(2, 9, dtype=torch.long), head, product_dtype(x))
+            loss = linear_loss(x, torch.zeros(2, 9, dtype=torch.long), head, matmul_dtype(x))
     assert (loss.dtype, loss.shape) == (torch.float32, ())
     assert seen == {(torch.bfloat16, torch.bfloat16)}

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from litgpt_moe_ext.kernels.precision import matmul_dtype
 from litgpt_moe_ext.moe.experts import Experts
-from litgpt_moe_ext.moe.kernels.backends import matmul_dtype
 from litgpt_moe_ext.moe.router import Routing
 
 

@@ -39,15 +39,6 @@ class Hidden(NamedTuple):
         return like_NF.new_empty(n_row, like_NF.size(1)).bernoulli_(1 - self.dropout).div_(1 - self.dropout)
 
 
-def matmul_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which `x` is multiplied with weights: autocast's where that is on, otherwise its own."""
-    device_type = x.device.type
-    # torch has no autocast for meta tensors, and autocast leaves float64 alone.
-    if x.dtype != torch.float64 and device_type != "meta" and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return x.dtype
-
-
 def has_gradient(*tensors: Tensor | None) -> bool:
     """Return whether a result of `tensors` would have a gradient."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

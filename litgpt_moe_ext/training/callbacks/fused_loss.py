@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.loss.linear import linear_loss, product_dtype
+from litgpt_moe_ext.kernels.precision import matmul_dtype
+from litgpt_moe_ext.loss.linear import linear_loss
 from litgpt_moe_ext.moe.gradient_injection import remember_scale
 from litgpt_moe_ext.training.callback import Callback
 
@@ -49,7 +50,7 @@ class FusedLoss(Callback):
         def forward(x_BTD: Tensor) -> Tensor:
             if not (model.training and torch.is_grad_enabled()):
                 return project(x_BTD)
-            self._product_dtype = product_dtype(x_BTD)
+            self._product_dtype = matmul_dtype(x_BTD)
             return x_BTD
 
         head.forward = forward

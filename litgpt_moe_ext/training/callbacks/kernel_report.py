@@ -9,9 +9,9 @@ from litgpt_moe_ext.attention.kernels.choice import FALLBACK_COST
 from litgpt_moe_ext.attention.kernels.own import EAGER
 from litgpt_moe_ext.attention.layer import SinkAttention
 from litgpt_moe_ext.config.fields import BACKEND_FIELDS
+from litgpt_moe_ext.kernels.precision import matmul_dtype
 from litgpt_moe_ext.meta.models import meta_model
 from litgpt_moe_ext.moe.experts import Experts
-from litgpt_moe_ext.moe.kernels.backends import matmul_dtype
 from litgpt_moe_ext.training.callback import Callback
 
 if TYPE_CHECKING:
