@@ -18,13 +18,13 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from litgpt_moe_ext.moe.gradient_injection import forget_scale
 from litgpt_moe_ext.moe.kernels import balancing as kernels
 from litgpt_moe_ext.moe.step_shares import begin_step
+from litgpt_moe_ext.moe.tally import sum_over_ranks
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.moe.router import Router
@@ -159,8 +159,7 @@ def update_routers(routers: "Iterable[Router]") -> None:
     routers = list(routers)
     tallies = [router.tally.take() for router in routers]
     sums = torch.cat(tallies)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(sums)
+    sum_over_ranks(sums)
     by_settings = defaultdict(list)
     for router, record in zip(routers, sums.split([len(tally) for tally in tallies]), strict=True):
         router.record = record

@@ -9,10 +9,9 @@ import weakref
 from collections.abc import Iterable, Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from litgpt_moe_ext.moe.tally import counting_dtype
+from litgpt_moe_ext.moe.tally import counting_dtype, sum_over_ranks
 
 
 class StepShares:
@@ -79,8 +78,7 @@ def _collect(members: list[StepShares]) -> None:
     # The order is that of construction, the same on every rank.
     counts = [sum(member._pending[1:], member._pending[0]) for member in members]
     sums = torch.cat(counts).to(counting_dtype(counts[0].device))
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(sums)
+    sum_over_ranks(sums)
     for member, sums_E in zip(members, sums.split([len(counts_E) for counts_E in counts]), strict=True):
         member._add(sums_E)
 

@@ -16,6 +16,7 @@ Shape legend: N numbers.
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -56,6 +57,12 @@ class Tally:
         sums_N = self._leaf_N.grad
         self._leaf_N.grad = None
         return torch.zeros_like(self._leaf_N.detach()) if sums_N is None else sums_N
+
+
+def sum_over_ranks(sums_N: Tensor) -> None:
+    """Add what the other processes have counted, in place; nothing happens where there are none."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(sums_N)
 
 
 def counting_dtype(device: torch.device) -> torch.dtype:
