@@ -16,6 +16,7 @@ from litgpt_moe_ext.cli.mistakes import mistakes, wrong_nulls
 from litgpt_moe_ext.cli.paths import check_paths
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
 from litgpt_moe_ext.errors import SettingsError, one_line, refuse_first, which_checkpoint
+from litgpt_moe_ext.host.checkpoints import CONFIG_FILE
 from litgpt_moe_ext.recipe_files import as_data, load_value, read_recipe, without_mark
 from litgpt_moe_ext.training.settings import Section, Settings
 from litgpt_moe_ext.training.settings.section import attribute_docs, default_of
@@ -156,7 +157,7 @@ def _read_model(text: str) -> tuple[Any, bool]:
     if not isinstance(value, str):
         return value, False
     path = Path(value)
-    file = path / "model_config.yaml" if path.is_dir() else path
+    file = path / CONFIG_FILE if path.is_dir() else path
     if file != path and not file.is_file():
         raise SettingsError(f"model_config: {value!r} has no {file.name}{which_checkpoint(path, file.name)}")
     return without_mark(read_recipe(file, "model_config")[0]), True

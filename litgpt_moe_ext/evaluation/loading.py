@@ -13,10 +13,9 @@ from litgpt import GPT, Tokenizer
 from litgpt_moe_ext.errors import SettingsError, one_line, undecoded, which_checkpoint
 from litgpt_moe_ext.files.archives import COPY_AGAIN, open_archive, shortened
 from litgpt_moe_ext.files.checksums import problem_with_storages
-from litgpt_moe_ext.host.checkpoints import CONFIG_FILE, read_config
+from litgpt_moe_ext.host.checkpoints import CONFIG_FILE, WEIGHTS_FILE, read_config
 from litgpt_moe_ext.wording import counted
 
-WEIGHTS_FILE = "lit_model.pth"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")
 

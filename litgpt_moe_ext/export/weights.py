@@ -6,7 +6,7 @@ from pathlib import Path
 from litgpt.utils import incremental_save
 from torch import Tensor
 
-from litgpt_moe_ext.evaluation.loading import WEIGHTS_FILE
+from litgpt_moe_ext.host.checkpoints import WEIGHTS_FILE
 
 
 def save_weights(weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 # that names this package ("unexpected keyword argument '_requires_litgpt_moe_ext'") instead of one about some inner
 # field.
 REQUIRES_MARK = "_requires_litgpt_moe_ext"
-CONFIG_FILE = "model_config.yaml"
+WEIGHTS_FILE, CONFIG_FILE = "lit_model.pth", "model_config.yaml"
+"""What LitGPT calls the files of a checkpoint."""
 
 
 def add_fields(config: ModuleType) -> None:

@@ -11,8 +11,7 @@ from typing import Any
 from litgpt_moe_ext.config.features import MLP_CLASS_NAMES, MOE_CLASS_NAMES
 from litgpt_moe_ext.config.fields import uses_plugin
 from litgpt_moe_ext.errors import WRONG_SETTING, SettingsError, did_you_mean_inside, one_line, refuse_first
-
-_WEIGHTS = "lit_model.pth"
+from litgpt_moe_ext.host.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 
 
 class NoCheckpointError(SettingsError, FileNotFoundError):
@@ -110,7 +109,7 @@ def _refuse_training_checkpoint(setting: str, checkpoint_dir: Path, instead: str
 
     from litgpt_moe_ext.files.archives import open_archive
 
-    file = extend_checkpoint_dir(Path(checkpoint_dir)) / _WEIGHTS
+    file = extend_checkpoint_dir(Path(checkpoint_dir)) / WEIGHTS_FILE
     if file.is_file() and "model" in open_archive(file, setting):
         raise SettingsError(
             f"{setting}: {str(checkpoint_dir)!r} is a training checkpoint, of which this command takes the weights "
@@ -125,7 +124,7 @@ def name_checkpoints(utils: Any) -> None:
 
     @wraps(original)
     def check_valid_checkpoint_dir(
-        checkpoint_dir: Path, model_filename: str = _WEIGHTS, *args: Any, **kwargs: Any
+        checkpoint_dir: Path, model_filename: str = WEIGHTS_FILE, *args: Any, **kwargs: Any
     ) -> None:
         _refuse_neighbours(checkpoint_dir, model_filename)
         try:
@@ -145,13 +144,13 @@ def download_only_models(utils: Any) -> None:
 
     @wraps(original)
     def auto_download_checkpoint(model_name: Path | str, *args: Any, **kwargs: Any) -> Path:
-        _refuse_neighbours(utils.extend_checkpoint_dir(Path(model_name)), _WEIGHTS)
+        _refuse_neighbours(utils.extend_checkpoint_dir(Path(model_name)), WEIGHTS_FILE)
         if not Path(model_name).parts:  # the working directory, in whose parts LitGPT would look
             model_name = Path(model_name).absolute()
         checkpoint_dir = original(model_name, *args, **kwargs)
-        if not (checkpoint_dir / _WEIGHTS).is_file():
+        if not (checkpoint_dir / WEIGHTS_FILE).is_file():
             raise NoCheckpointError(
-                f"checkpoint_dir: {str(model_name)!r} is neither a folder with {_WEIGHTS} nor a model that `litgpt "
+                f"checkpoint_dir: {str(model_name)!r} is neither a folder with {WEIGHTS_FILE} nor a model that `litgpt "
                 "download list` names"
             )
         return checkpoint_dir
@@ -193,7 +192,7 @@ def _config_in(checkpoint_dir: Path) -> Any:
     from litgpt.utils import extend_checkpoint_dir
 
     # LitGPT lets users leave out the leading `checkpoints/`.
-    config_file = extend_checkpoint_dir(Path(checkpoint_dir)) / "model_config.yaml"
+    config_file = extend_checkpoint_dir(Path(checkpoint_dir)) / CONFIG_FILE
     return Config.from_file(config_file) if config_file.is_file() else None
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from litgpt_moe_ext.errors import SettingsError, one_line
+from litgpt_moe_ext.host.checkpoints import CONFIG_FILE
 from litgpt_moe_ext.inspect.recipes import Recipe, load_recipe
 from litgpt_moe_ext.inspect.runs.logs import TOKENS, RunLog, load_run
 from litgpt_moe_ext.study.analysis import first_below
@@ -160,7 +161,7 @@ def read_results(runs: Sequence[Run], runs_dir: Path) -> list[Result]:
             raise SettingsError(f"study: {final} must exist for a finished run; remove {folder} to train it again")
         recipe = load_recipe(final)
         # Attention costs the more, the longer the sequences are.
-        model = (final / "model_config.yaml").read_text(encoding="utf-8"), recipe.sequence_length
+        model = (final / CONFIG_FILE).read_text(encoding="utf-8"), recipe.sequence_length
         text = validated_on(recipe)
         if model not in costs:
             costs[model] = _cost(recipe)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from litgpt_moe_ext.errors import SettingsError, which_checkpoint
 from litgpt_moe_ext.files.durable import WRITE_TEST
 from litgpt_moe_ext.files.lock import ProcessLock
-from litgpt_moe_ext.training.checkpoint.progress import MODEL_FILE
+from litgpt_moe_ext.host.checkpoints import WEIGHTS_FILE
 
 if TYPE_CHECKING:
     from litgpt.config import Config
@@ -27,7 +27,7 @@ def check_own(out_dir: Path) -> None:
     """Raise SettingsError if `out_dir` is something else than a directory of a run."""
     if os.path.realpath(out_dir) == os.getcwd():  # `resolve` fails at links in a circle
         raise SettingsError(f"out_dir: {str(out_dir)!r} is the working directory; name one for this run alone")
-    if (out_dir / MODEL_FILE).is_file():
+    if (out_dir / WEIGHTS_FILE).is_file():
         raise SettingsError(
             f"out_dir: {str(out_dir)!r} is a checkpoint, which another run may replace as a whole; name a directory "
             "beside it, or --initial_checkpoint_dir to start from its weights"
@@ -52,9 +52,9 @@ def check_writable(out_dir: Path) -> None:
 
 def check_initial_checkpoint(directory: Path) -> None:
     """Raise SettingsError unless `initial_checkpoint_dir` holds a LitGPT model."""
-    name, file = "initial_checkpoint_dir", directory / MODEL_FILE
+    name, file = "initial_checkpoint_dir", directory / WEIGHTS_FILE
     if not file.is_file():
-        where = "does not exist" if not os.path.isdir(directory) else f"has no {MODEL_FILE}"
+        where = "does not exist" if not os.path.isdir(directory) else f"has no {WEIGHTS_FILE}"
         hint = which_checkpoint(directory, file.name)
         raise SettingsError(f"{name}: {str(directory)!r} {where}{hint}")
     if not os.access(file, os.R_OK):

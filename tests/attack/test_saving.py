@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 import torch
 
+from litgpt_moe_ext.host.checkpoints import WEIGHTS_FILE
 from litgpt_moe_ext.training.callbacks.retention import Retention
 from litgpt_moe_ext.training.checkpoint import store
-from litgpt_moe_ext.training.checkpoint.progress import MODEL_FILE, newest_first, next_attempt, read_progress
+from litgpt_moe_ext.training.checkpoint.progress import newest_first, next_attempt, read_progress
 from litgpt_moe_ext.training.checkpoint.resume import find_resume_file, problem_with
 from litgpt_moe_ext.training.parallel import random_state
 from litgpt_moe_ext.training.settings import CheckpointArgs
@@ -53,7 +54,7 @@ class Fabric:
 
     def call(self, _hook: str, directory: Path) -> None:
         (directory / "ema").mkdir()
-        torch.save({"w": torch.tensor([self.step + 0.5])}, directory / "ema" / MODEL_FILE)
+        torch.save({"w": torch.tensor([self.step + 0.5])}, directory / "ema" / WEIGHTS_FILE)
 
     def callback_states(self) -> dict[str, Any]:
         return {"Retention": self.retention.state_dict()}
@@ -92,7 +93,7 @@ def save_state(fabric: Fabric, directory: Path) -> None:
             (file.parent / name).write_text(name)
 
     state = {"w": torch.tensor(float(fabric.step)), "step_count": fabric.step, "iter_num": fabric.step}
-    store.save_whole(save, fabric, state, None, directory / MODEL_FILE)
+    store.save_whole(save, fabric, state, None, directory / WEIGHTS_FILE)
     fabric.retention.on_checkpoint_saved(directory)
 
 
@@ -147,8 +148,8 @@ def check_end(out_dir: Path) -> None:
     assert all(problem_with(path) is None for path in newest_first(out_dir))
     best = read_progress(out_dir / "best").step
     assert LOSSES[best - 1] == min(LOSSES)
-    assert torch.load(out_dir / "best" / MODEL_FILE, weights_only=True)["w"] == best
-    assert torch.load(out_dir / "best" / "ema" / MODEL_FILE, weights_only=True)["w"] == best + 0.5
+    assert torch.load(out_dir / "best" / WEIGHTS_FILE, weights_only=True)["w"] == best
+    assert torch.load(out_dir / "best" / "ema" / WEIGHTS_FILE, weights_only=True)["w"] == best + 0.5
 
 
 def test_killed_while_saving(tmp_path, quiet):

@@ -50,6 +50,7 @@ class Experts:
         from litgpt_moe_ext.cli.output import progress
         from litgpt_moe_ext.cli.paths import check_path
         from litgpt_moe_ext.evaluation.loading import check_checkpoint_dir, choose_device, load_model, load_tokenizer
+        from litgpt_moe_ext.host.checkpoints import CONFIG_FILE
         from litgpt_moe_ext.inspect.experts import analysis as expert_analysis
         from litgpt_moe_ext.inspect.experts.capture import record_routing
 
@@ -71,7 +72,7 @@ class Experts:
                 layers.append(record_routing(model, [d.ids for d in documents], self.batch_size, advance))
         analysis: dict[str, Any] = {
             "checkpoint": str(self.checkpoint_dir),
-            "mlp_class_name": Config.from_file(self.checkpoint_dir / "model_config.yaml").mlp_class_name,
+            "mlp_class_name": Config.from_file(self.checkpoint_dir / CONFIG_FILE).mlp_class_name,
             "source": source,
             "language": language,
             **expert_analysis.analyse(layers[0], classified, tokenizers[0]),

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from litgpt_moe_ext.host.checkpoints import WEIGHTS_FILE
 from litgpt_moe_ext.training.callback import Callback
-from litgpt_moe_ext.training.checkpoint.progress import MODEL_FILE
 from litgpt_moe_ext.training.optim.shards import is_shard, like
 from litgpt_moe_ext.training.settings import EmaArgs
 
@@ -49,7 +49,7 @@ class WeightAverage(Callback):
                 self._columns.append(([self._average[name] for name in names], [weights[name] for name in names]))
         if resume_dir is None:
             return
-        file = resume_dir / FOLDER / MODEL_FILE
+        file = resume_dir / FOLDER / WEIGHTS_FILE
         if not file.is_file():
             self._fabric.print(f"{resume_dir} has no averaged weights: the average starts from its weights.")
             return
@@ -71,9 +71,9 @@ class WeightAverage(Callback):
             return
         target = directory / FOLDER
         target.mkdir()
-        torch.save({"model": whole}, target / MODEL_FILE)
+        torch.save({"model": whole}, target / WEIGHTS_FILE)
         for file in directory.iterdir():
-            if file.is_file() and file.name != MODEL_FILE:
+            if file.is_file() and file.name != WEIGHTS_FILE:
                 shutil.copy(file, target)
 
     def _gathered(self, average: Tensor) -> Tensor | None:

@@ -8,10 +8,10 @@ from typing import Any
 from litgpt_moe_ext.config.features import MOE_CLASS_NAMES
 from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.errors import FROM_ITS_WEIGHTS, SettingsError
-from litgpt_moe_ext.host.checkpoints import read_config
+from litgpt_moe_ext.host.checkpoints import WEIGHTS_FILE, read_config
 from litgpt_moe_ext.training.checkpoint.changes import shown
 from litgpt_moe_ext.training.checkpoint.hyperparameters import read
-from litgpt_moe_ext.training.checkpoint.progress import MODEL_FILE, sequences_of
+from litgpt_moe_ext.training.checkpoint.progress import sequences_of
 from litgpt_moe_ext.training.settings import ParameterGroupArgs
 
 # Fields that a run which starts from weights may change: how rows are read. With a longer context, rotations as well.
@@ -103,7 +103,7 @@ def require_same_weights(setting: str, checkpoint_dir: Path, config: Any) -> Non
     from litgpt_moe_ext.files.archives import COPY_AGAIN, open_archive, shortened
     from litgpt_moe_ext.meta.models import meta_model
 
-    file = checkpoint_dir / MODEL_FILE
+    file = checkpoint_dir / WEIGHTS_FILE
     content = open_archive(file, setting)
     weights = content.get("model", content)
     if isinstance(weights, dict):
@@ -127,7 +127,7 @@ def require_one_table(checkpoint_dir: Path) -> None:
 
     from litgpt_moe_ext.files.archives import open_archive
 
-    content = open_archive(checkpoint_dir / MODEL_FILE, "initial_checkpoint_dir")
+    content = open_archive(checkpoint_dir / WEIGHTS_FILE, "initial_checkpoint_dir")
     weights = content.get("model", content)
     if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
         raise SettingsError(

@@ -4,9 +4,9 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from litgpt_moe_ext.host.checkpoints import WEIGHTS_FILE
 from litgpt_moe_ext.training.checkpoint.hyperparameters import read
 
-MODEL_FILE = "lit_model.pth"
 STATE_FILE = "training_state.json"
 BEST, FINAL = "best", "final"
 
@@ -87,7 +87,7 @@ def next_attempt(out_dir: Path, resume_dir: Path) -> int:
 
 
 def _looks_like_a_checkpoint(path: Path) -> bool:
-    return not path.name.startswith(".") and any((path / name).is_file() for name in (MODEL_FILE, STATE_FILE))
+    return not path.name.startswith(".") and any((path / name).is_file() for name in (WEIGHTS_FILE, STATE_FILE))
 
 
 def _order(path: Path) -> tuple[int, int, int]:

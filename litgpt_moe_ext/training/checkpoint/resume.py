@@ -6,9 +6,10 @@ from typing import Literal
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files import checksums
-from litgpt_moe_ext.training.checkpoint.progress import MODEL_FILE, STATE_FILE, newest_first
+from litgpt_moe_ext.host.checkpoints import CONFIG_FILE, WEIGHTS_FILE
+from litgpt_moe_ext.training.checkpoint.progress import STATE_FILE, newest_first
 
-_NEEDED = (MODEL_FILE, "model_config.yaml")
+_NEEDED = (WEIGHTS_FILE, CONFIG_FILE)
 
 
 def problem_with(checkpoint_dir: Path, read_all: bool = True) -> str | None:
@@ -27,7 +28,7 @@ def problem_with(checkpoint_dir: Path, read_all: bool = True) -> str | None:
         if not (checkpoint_dir / name).is_file():
             return f"{name} is missing"
     if (checkpoint_dir / checksums.FILE_NAME).is_file():
-        return checksums.problem_with(checkpoint_dir, required=_NEEDED, archive=None if read_all else MODEL_FILE)
+        return checksums.problem_with(checkpoint_dir, required=_NEEDED, archive=None if read_all else WEIGHTS_FILE)
     if (checkpoint_dir / STATE_FILE).exists():  # which only runs write that write checksums as well
         return f"{checksums.FILE_NAME} is missing"
     return _problem_inside(checkpoint_dir, read_all)
@@ -41,13 +42,13 @@ def damage_of(checkpoint_dir: Path, read_all: bool = True) -> str | None:
         read_all: Whether the numbers in the model file are read as well.
     """
     if read_all and (checkpoint_dir / checksums.FILE_NAME).is_file():
-        return checksums.problem_with(checkpoint_dir, only=MODEL_FILE)
+        return checksums.problem_with(checkpoint_dir, only=WEIGHTS_FILE)
     return _problem_inside(checkpoint_dir, read_all)
 
 
 def _problem_inside(checkpoint_dir: Path, read_all: bool) -> str | None:
     look = checksums.problem_inside if read_all else checksums.problem_with_names
-    return look(checkpoint_dir / MODEL_FILE)
+    return look(checkpoint_dir / WEIGHTS_FILE)
 
 
 def find_resume_file(
@@ -72,20 +73,20 @@ def find_resume_file(
         return None
     if not isinstance(resume, bool) and resume != "auto":
         directory = Path(resume).parent if Path(resume).suffix == ".pth" else Path(resume)
-        if not (directory / MODEL_FILE).is_file() and newest_first(directory):
+        if not (directory / WEIGHTS_FILE).is_file() and newest_first(directory):
             return find_resume_file(True, directory, say, read_all)
         if problem := problem_with(directory, read_all):
             raise SettingsError(
                 f"resume: {str(resume)!r} is not a whole checkpoint: {problem}; name another, or use --resume auto"
             )
-        return directory / MODEL_FILE
+        return directory / WEIGHTS_FILE
     damaged = []
     found = newest_first(out_dir)
     # A damaged checkpoint may no longer say where it stands in the order. These come first, so that all are named.
     for directory in sorted(found, key=_says_when):
         problem = problem_with(directory, read_all)
         if problem is None:
-            return directory / MODEL_FILE
+            return directory / WEIGHTS_FILE
         damaged.append(str(directory))
         say(f"Passing over checkpoint {directory}: {problem}")
     if damaged:

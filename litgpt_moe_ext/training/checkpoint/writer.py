@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from litgpt_moe_ext.host.checkpoints import WEIGHTS_FILE
 from litgpt_moe_ext.training.checkpoint import store
-from litgpt_moe_ext.training.checkpoint.progress import BEST, FINAL, MODEL_FILE, newest_first, step_of
+from litgpt_moe_ext.training.checkpoint.progress import BEST, FINAL, newest_first, step_of
 from litgpt_moe_ext.training.control import TrainingStopped
 from litgpt_moe_ext.training.optim.shards import own_part
 from litgpt_moe_ext.training.steps.losses import all_finite
@@ -67,7 +68,7 @@ class CheckpointWriter:
             name: The name.
             last: Whether the run ends with it, whatever it is called.
         """
-        file = self._plan.out_dir / name / MODEL_FILE
+        file = self._plan.out_dir / name / WEIGHTS_FILE
         self.save_checkpoint(self._fabric, self._fabric.state, self._tokenizer_dir, file, last)
 
     def save_checkpoint(
