@@ -125,11 +125,21 @@ class MoE(nn.Module):
         else:
             routed_TD, shared_TD = routing.passed
             shared_BTD = shared_TD.view(x_BTD.shape)
+        return self.all_experts(routed_TD, shared_BTD, routing).view(x_BTD.shape)
+
+    def all_experts(self, routed_TD: Tensor, shared_BTD: Tensor, routing: Routing) -> Tensor:
+        """Return the outputs of routed and of shared experts added up, (T, D).
+
+        Selective activation checkpointing computes this twice; what the router has chosen is kept.
+
+        Args:
+            routed_TD: Tokens for the routed experts.
+            shared_BTD: The same tokens for the shared experts.
+            routing: Of the former.
+        """
         if self.shared_experts is None:
-            y_TD = _ending_at_padding(self.experts(routed_TD, routing), real_T)
-        else:
-            y_TD = self._with_shared_experts(self.shared_experts, routed_TD, shared_BTD, routing)
-        return y_TD.view(x_BTD.shape)
+            return _ending_at_padding(self.experts(routed_TD, routing), routing.real_T)
+        return self._with_shared_experts(self.shared_experts, routed_TD, shared_BTD, routing)
 
     def _with_shared_experts(
         self, shared_experts: FeedForward, routed_TD: Tensor, x_BTD: Tensor, routing: Routing

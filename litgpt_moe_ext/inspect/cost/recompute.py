@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-Contexts = tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]
-
 
 class _Stop(Exception):  # noqa: N818 - not an error
     """All that the backward pass asks for has been computed again."""
@@ -58,31 +56,21 @@ class _Recomputation:
         return self._tensors.pop(place)
 
 
-def recompute(
-    function: Callable[..., Tensor],
-    *args: Any,
-    context_fn: Callable[[], Contexts] = lambda: (contextlib.nullcontext(), contextlib.nullcontext()),
-    use_reentrant: bool = False,
-) -> Tensor:
+def recompute(function: Callable[..., Tensor], *args: Any, use_reentrant: bool = False) -> Tensor:
     """Call a function without keeping what its backward pass needs, as `torch.utils.checkpoint.checkpoint` does.
 
     Args:
         function: Called once now, and once in the backward pass.
         *args: Its arguments.
-        context_fn: As torch's.
         use_reentrant: False; another way is not known here.
     """
     assert not use_reentrant
-    forward, backward = context_fn()
-    if hasattr(forward, "respect_saved_tensors_hooks"):
-        # What selective checkpointing keeps is kept, whatever the hooks below do.
-        forward.respect_saved_tensors_hooks = False  # pyrefly: ignore[missing-attribute] asked for above
     autocast = torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
 
     def again() -> None:
-        with torch.autocast("cpu", *autocast), backward:
+        with torch.autocast("cpu", *autocast):
             function(*args)
 
     recomputation = _Recomputation(again)
-    with saved_tensors_hooks(recomputation.drop, recomputation.restore), forward:
+    with saved_tensors_hooks(recomputation.drop, recomputation.restore):
         return function(*args)

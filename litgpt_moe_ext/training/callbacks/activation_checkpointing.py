@@ -1,8 +1,8 @@
 """Computing activations again in the backward pass instead of keeping them.
 
-`full` keeps the input of every block only. `selective` leaves the attention as it is and recomputes the MLP, whose
-activations are by far the largest part of an MoE block; the router's choice of experts is kept, so that it cannot come
-out differently the second time.
+`full` keeps the input of every block only. `selective` leaves attention and routers as they are and recomputes the
+experts and dense MLPs, whose activations are by far the largest part of a block. What a router has chosen is kept, so
+that it cannot come out differently the second time.
 """
 
 from collections.abc import Callable
@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
-from litgpt_moe_ext.moe.kernels.fused_router import route_operator
+from litgpt_moe_ext.moe.layer import MoE
 from litgpt_moe_ext.training.callback import Callback
 
 Mode = Literal["none", "full", "selective"]
@@ -32,13 +32,12 @@ class ActivationCheckpointing(Callback):
         self._recompute = partial(recompute, use_reentrant=False)
 
     def on_before_setup(self, model: nn.Module) -> None:
-        """Wrap the blocks' `forward`, which leaves the names of parameters as they are."""
+        """Wrap methods of the blocks, which leaves the names of parameters as they are."""
         layers: Any = model.get_submodule("transformer.h")
         for block in layers:
-            if self._mode == "full":
-                block.forward = _recomputed(self._recompute, block.forward)
-            else:
-                block.mlp.forward = _recomputed(partial(self._recompute, context_fn=_keep_choices), block.mlp.forward)
+            part = block if self._mode == "full" else block.mlp
+            name = "all_experts" if isinstance(part, MoE) else "forward"
+            setattr(part, name, _recomputed(self._recompute, getattr(part, name)))
 
 
 def _recomputed(recompute: Callable[..., Any], forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -49,7 +48,3 @@ def _recomputed(recompute: Callable[..., Any], forward: Callable[..., Tensor]) -
         return recompute(forward, *args, **kwargs)
 
     return forward_recomputed
-
-
-def _keep_choices() -> Any:
-    return create_selective_checkpoint_contexts([torch.ops.aten.topk.default, route_operator])

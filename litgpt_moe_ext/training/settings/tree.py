@@ -73,7 +73,7 @@ class Settings(Section):
     """As torch.set_float32_matmul_precision: high and medium let GPUs use TF32 or bf16 for float32 products, medium
     lets CPUs use oneDNN; null: torch's default."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
-    """Compute activations again in the backward pass: of a whole block, or selectively of its MLP."""
+    """Compute activations again in the backward pass: full, of whole blocks; selective, of experts and MLPs."""
     fused_cross_entropy: bool = False
     """Compute output head and loss together, without keeping the logits."""
     progress: bool | None = None

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.moe.metrics import routers_of
+from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing, Mode
 from litgpt_moe_ext.training.checks import check_whole_model
 from litgpt_moe_ext.training.optim.muon import MuonAdamW
 from litgpt_moe_ext.training.optim.optimization import Optimization
@@ -94,11 +95,24 @@ def test_mixed_precision_keeps_routers_and_norms_in_float32():
         assert seen["gathers"] <= 2 * seen["layers"] + 3
 
 
-def gradients_under(name: str, nodes: int) -> list[Tensor]:
-    strategy, model = sharded(name, "32-true", nodes=nodes)
+def gradients_under(name: str, nodes: int, recomputed: Mode = "none", layers: int = 2) -> list[Tensor]:
+    strategy, model = sharded(name, "32-true", nodes=nodes, n_layer=layers)
+    if recomputed != "none":
+        ActivationCheckpointing(recomputed).on_before_setup(model)
+    with torch.no_grad():
+        model(tokens())  # as a validation leaves it
     model(tokens()).float().square().mean().backward()
     norm = strategy.clip_gradients_norm(model, torch.optim.SGD(model.parameters()), max_norm=1.0, norm_type=2.0)
     return [norm, *(parameter.grad.full_tensor() for parameter in model.parameters())]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recomputed", ["full", "selective"])
+def test_what_is_computed_again_has_the_same_gradients(recomputed):
+    """A router whose weights are there since the validation does more when it is computed again than before."""
+    expected = in_ranks(gradients_under, 2, "fsdp2", 1, "none", 1)[0]
+    for found in in_ranks(gradients_under, 2, "fsdp2", 1, recomputed, 1):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
 @pytest.mark.slow
