@@ -1,8 +1,8 @@
 """Computing activations again in the backward pass instead of keeping them.
 
 `full` keeps the input of every block only. `selective` leaves attention and routers as they are and recomputes the
-experts and dense MLPs, whose activations are by far the largest part of a block. What a router has chosen is kept, so
-that it cannot come out differently the second time.
+experts and dense MLPs, whose activations are the largest part of a block where experts are wide. What a router has
+chosen is kept, so that it cannot come out differently the second time.
 """
 
 from collections.abc import Callable
