@@ -1,4 +1,4 @@
-"""Adding routers, auxiliary losses, activations and attention kernels from another package, as in `examples/`.
+"""Adding routers, auxiliary losses, activations and kernels from another package, as in `examples/`.
 
 A script calls these functions before it starts a training. A package that is installed can do so in every command,
 plain `litgpt` ones included, by naming a function that calls them as an entry point:
@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
 
 from litgpt_moe_ext.attention.kernels.kernel import AttentionKernel
 from litgpt_moe_ext.attention.kernels.registry import register_kernel
@@ -30,19 +31,34 @@ from litgpt_moe_ext.moe.registry import (
     loss_field,
 )
 
+if TYPE_CHECKING:
+    from litgpt_moe_ext.moe.kernels.choice import ExpertBackend, Preference, register_backend
+
 __all__ = [
     "ActivationType",
     "AttentionKernel",
+    "ExpertBackend",
     "Field",
     "Loss",
+    "Preference",
     "RouterType",
     "register_activation",
+    "register_backend",
     "register_kernel",
     "register_loss",
     "register_router",
 ]
 
 _called: set[tuple[str, str]] = set()  # names and values of entry points
+
+
+def __getattr__(name: str) -> Any:
+    """Return what adds an expert backend, which needs torch, unlike the rest."""
+    if name not in ("ExpertBackend", "Preference", "register_backend"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from litgpt_moe_ext.moe.kernels import choice
+
+    return getattr(choice, name)
 
 
 def register_router(name: str, router: RouterType, fields: Mapping[str, Field] | None = None) -> None:

@@ -9,6 +9,7 @@ from litgpt_moe_ext import extend
 from litgpt_moe_ext.cli.train import print_help
 from litgpt_moe_ext.config.fields import FIELDS, Field
 from litgpt_moe_ext.field_types import PositiveFloat
+from litgpt_moe_ext.moe.kernels import choice
 from tests.runs import ROOT, run_command
 
 
@@ -54,3 +55,19 @@ def test_help_lists_the_settings_of_an_extension(monkeypatch, capsys):
     monkeypatch.setattr(extend, "_called", set())
     print_help()
     assert "--model_config.router_own_sharpness\n      sharpness of one's own\n" in capsys.readouterr().out
+
+
+def test_all_that_registers_is_in_one_place():
+    """Without torch, which only expert backends need."""
+    names = "register_router, register_loss, register_activation, register_kernel, Field, RouterType, AttentionKernel"
+    code = f"from litgpt_moe_ext.extend import {names}; import sys; assert 'torch' not in sys.modules"
+    assert run_command(sys.executable, "-c", code).stderr == ""
+    from litgpt_moe_ext.extend import ExpertBackend, Preference, register_backend
+
+    assert (ExpertBackend, Preference, register_backend) == (
+        choice.ExpertBackend,
+        choice.Preference,
+        choice.register_backend,
+    )
+    assert all(hasattr(extend, name) for name in extend.__all__)
+    assert not hasattr(extend, "register_bakend")
