@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import SIZES, Size
+from gpu_tables.contenders.layers import SIZES, Size
 from torch import Tensor
 
 from litgpt_moe_ext.moe.kernels.plan import Outer, Plan, Product, plan_of, sort_rows

@@ -12,10 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from litgpt_moe_ext.moe.kernels import fused_router, router_product
 from litgpt_moe_ext.moe.kernels.router_product import project, project_and_pass, project_backward
 from litgpt_moe_ext.moe.kernels.triton import projecting
-from litgpt_moe_ext.training.callbacks.activation_checkpointing import _keep_choices
 from tests.moe.interpreted_triton import EXAMPLES
 from tests.moe.products import PASSED, compare_passed, compare_product, every_bit, gradients_of
-from tests.moe.routers import make_gate
+from tests.moe.routers import keep_choices, make_gate
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGER = ((7, 40, 3), (300, 768, 8), (100, 72, 64))
@@ -110,7 +109,7 @@ def test_routers_take_it(monkeypatch, changes):
     """With bias, jitter and noise; also under checkpointing; not those who ask for ordinary operators."""
     monkeypatch.setattr(router_product, "FEWEST_NUMBERS", 4)
     monkeypatch.setattr(fused_router, "works_on", lambda x: True)
-    kept = partial(checkpoint, use_reentrant=False, context_fn=_keep_choices)
+    kept = partial(checkpoint, use_reentrant=False, context_fn=keep_choices)
     calls, original = [], projecting.project
     monkeypatch.setattr(projecting, "project", lambda *args: calls.append(1) or original(*args))
     results = []

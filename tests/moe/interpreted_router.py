@@ -16,7 +16,6 @@ from litgpt_moe_ext.moe.kernels.triton import projecting, routing, routing_sums
 from litgpt_moe_ext.moe.kernels.triton.common import constexpr
 from litgpt_moe_ext.moe.layer import MoE
 from litgpt_moe_ext.moe.registry import ROUTERS, load
-from litgpt_moe_ext.training.callbacks.activation_checkpointing import _keep_choices
 from tests.models import moe_config, randomize
 from tests.moe.interpreted_triton import EXAMPLES
 from tests.moe.routers import (
@@ -29,6 +28,7 @@ from tests.moe.routers import (
     compare,
     compare_fixed,
     compare_layer,
+    keep_choices,
     make_gate,
     run,
 )
@@ -241,7 +241,7 @@ def test_checkpointing_keeps_the_decision(monkeypatch):
     gradients = []
     for recompute in (
         lambda forward, x: forward(x),
-        partial(checkpoint, use_reentrant=False, context_fn=_keep_choices),
+        partial(checkpoint, use_reentrant=False, context_fn=keep_choices),
     ):
         x = torch.linspace(-1, 1, 12 * 16).view(12, 16).requires_grad_()
         recompute(lambda x: gate(x).weights_TK, x).square().sum().backward()

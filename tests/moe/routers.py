@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from litgpt_moe_ext.moe.balancing import update_routers
 from litgpt_moe_ext.moe.batch_metadata import TokenIds
@@ -36,6 +37,11 @@ RULES = {
     "sigmoid, global batch": {**GLOBAL, **ORTHOGONALITY},
     "noisy, everything": {**NOISY, **GLOBAL, **SEQUENCES, **Z, **ORTHOGONALITY},
 }
+
+
+def keep_choices():
+    """Return contexts of torch's selective checkpointing, as a user may have them, that keep what is chosen."""
+    return create_selective_checkpoint_contexts([torch.ops.aten.topk.default, fused_router.route_operator])
 
 
 def make_gate(**changes):
