@@ -30,7 +30,7 @@ def test_checkpointed_gradients_are_the_same(mode, make_config):
     counts = [block.mlp.gate.tally.take() for block in model.transformer.h]
     model.zero_grad()
     calls = []
-    model.transformer.h[0].mlp.experts.register_forward_hook(lambda *_: calls.append(1))
+    model.transformer.h[0].mlp.experts.register_forward_pre_hook(lambda *_: calls.append(1))
     ActivationCheckpointing(mode).on_before_setup(model)
     actual = gradients(model, ids)
     assert len(calls) == 2
