@@ -43,6 +43,7 @@ import litgpt_moe_ext
 
 litgpt_moe_ext.register()
 
+from gpu_tables.memory import saved_bytes  # noqa: E402
 from litgpt import GPT, Config  # noqa: E402
 from litgpt.model import LLaMAMLP, LLaMAMoE  # noqa: E402
 from transformers import MixtralConfig  # noqa: E402
@@ -181,25 +182,6 @@ def measure(size: Size, dtype: torch.dtype, backward: bool, rounds: int, warmup:
         if turn >= warmup:
             seconds["limit"].append(taken)
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def saved_bytes(layer: nn.Module, x: Tensor) -> int:
-    """Return the bytes kept for the backward pass, each storage once, without parameters and the input itself."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*layer.parameters(), *layer.buffers())}
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        # The graph must live until the sum is taken: freed memory could be handed out twice.
-        output = layer(x)
-    total = sum(storages.values())
-    del output
-    return total
 
 
 def print_times(title: str, rows: Iterable[tuple[str, dict[str, float]]]) -> None:

@@ -19,11 +19,11 @@ def rows(bench: Bench) -> Iterator[dict[str, Any]]:
         for name, layer in make_layers(size, bench).items():
             if name in ("triton", "grouped_mm", "LLaMAMoE", "dense"):
                 works = bench.works(name, partial(layer, x))
-                row[f"{name}, MB"] = _saved_bytes(layer, x) / 1e6 if works else None
+                row[f"{name}, MB"] = saved_bytes(layer, x) / 1e6 if works else None
         yield row
 
 
-def _saved_bytes(layer: nn.Module, x: Tensor) -> int:
+def saved_bytes(layer: nn.Module, x: Tensor) -> int:
     """Return the bytes kept for the backward pass, each storage once, without parameters."""
     known = {tensor.untyped_storage().data_ptr() for tensor in (*layer.parameters(), *layer.buffers())}
     storages: dict[int, int] = {}
@@ -35,6 +35,7 @@ def _saved_bytes(layer: nn.Module, x: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        # The graph must live until the sum is taken: freed memory could be handed out twice.
         output = layer(x)
     total = sum(storages.values())
     del output

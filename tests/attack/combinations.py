@@ -3,12 +3,9 @@
 `python -m tests.attack.combinations --count 1000` tries more of them than a test may, and prints what came of them.
 """
 
-import argparse
-import collections
 import contextlib
 import copy
 import random
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.hf.read import import_checkpoint
 from litgpt_moe_ext.export.hf.write import export_checkpoint
 from litgpt_moe_ext.model_size import count_parameters
+from tests.attack.by_seed import try_seeds
 from tests.export.hf.models import CASES, LATENT_SIZES, YARN, make_checkpoint
 
 LENGTH = 20
@@ -165,22 +163,5 @@ def close(ours: Tensor, theirs: Tensor, what: str, error: float = 1e-5) -> None:
     assert difference <= error * largest, f"{what}: {difference:.1e} of {largest:.1e}"
 
 
-def _main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    found: collections.Counter[str] = collections.Counter()
-    for seed in range(given.seed, given.seed + given.count):
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                found.update(attack(seed, Path(folder) / "model"))
-            except Exception as error:
-                found["FAILED"] += 1
-                print(f"{seed}: {error!r}: {random_settings(random.Random(seed))}", flush=True)
-    for what, count in sorted(found.items()):
-        print(f"| {what} | {count} |")
-
-
 if __name__ == "__main__":
-    _main()
+    try_seeds(__doc__, 200, attack)

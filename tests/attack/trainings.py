@@ -3,14 +3,13 @@
 `python -m tests.attack.trainings --count 100` tries more of them than a test may, and prints what came of them.
 """
 
-import argparse
-import collections
 import contextlib
 import copy
 import random
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 import yaml
 from litgpt import GPT, Config
 
+from tests.attack.by_seed import try_seeds
 from tests.runs import corpus_in, logged, recipe_writer, weights_of
 from tests.training.processes import train_in_ranks
 
@@ -171,23 +171,6 @@ def check_close(ours: Path, theirs: Path) -> None:
             assert difference <= 1e-3, f"{ours.name}: {column} of step {step} is {value}, not {second[step]}"
 
 
-def _main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    found: collections.Counter[str] = collections.Counter()
-    with tempfile.TemporaryDirectory() as folder:
-        corpus = corpus_in(Path(folder))
-        for seed in range(given.seed, given.seed + given.count):
-            try:
-                found.update(attack(seed, Path(folder) / str(seed), corpus))
-            except AssertionError as error:
-                found["FAILED"] += 1
-                print(f"{seed}: {str(error)[-3000:]}", flush=True)
-    for what, count in sorted(found.items()):
-        print(f"| {what} | {count} |")
-
-
 if __name__ == "__main__":
-    _main()
+    with tempfile.TemporaryDirectory() as folder:
+        try_seeds(__doc__, 50, partial(attack, corpus=corpus_in(Path(folder))))
