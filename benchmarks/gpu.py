@@ -55,6 +55,7 @@ TABLES = {
     "decoding": Table("Decoding, no gradients", 0.5, decoding.rows),
     "memory": Table("Saved for the backward pass", 0.5, memory.rows),
     "promise": Table("Memory of a training step", 0.5, promise.rows),
+    "recomputed": Table("Whole training steps, activations of experts computed again", 1.0, steps.recomputed_rows),
     "compiled": Table("Whole training steps, compiled", 2.0, steps.compiled_rows),
 }
 

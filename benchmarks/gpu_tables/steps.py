@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from gpu_tables.contenders.recipes import Recipe, contenders, recipes
+from gpu_tables.contenders.recipes import RECIPES, RECOMPUTED, Recipe, contenders, recipes
 from gpu_tables.contenders.training import Trainee
 from gpu_tables.measuring.bench import Bench, described, ratio
 from litgpt_moe_ext.model_size import count_flops
@@ -21,9 +21,14 @@ def compiled_rows(bench: Bench) -> Iterator[dict[str, Any]]:
     return _measured(bench, () if bench.tiny else ("dense twin, compiled", "ours, compiled"))
 
 
-def _measured(bench: Bench, names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def recomputed_rows(bench: Bench) -> Iterator[dict[str, Any]]:
+    names = ("dense twin, graphs, recomputed", "ours, graphs, recomputed", "dense twin, recomputed", "ours, recomputed")
+    return _measured(bench, names, RECOMPUTED)
+
+
+def _measured(bench: Bench, names: tuple[str, ...], of: tuple[str, ...] = RECIPES) -> Iterator[dict[str, Any]]:
     """Measure models of these `names`, each dense twin before its rivals."""
-    for recipe in recipes(bench.tiny):
+    for recipe in recipes(bench.tiny, of):
         twin: dict[str, Any] = {}
         for name in names:
             if bench.budget.is_spent:

@@ -39,6 +39,17 @@ def side_by_side() -> Iterator[None]:
         _unjoined = before
 
 
+@contextlib.contextmanager
+def one_after_the_other() -> Iterator[None]:
+    """Let nothing run side by side in this scope."""
+    global _unjoined
+    before, _unjoined = _unjoined, None
+    try:
+        yield
+    finally:
+        _unjoined = before
+
+
 def goes_aside(x: Tensor) -> bool:
     """Return whether what reads `x` may run beside what follows it."""
     return (

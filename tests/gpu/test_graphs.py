@@ -13,6 +13,7 @@ from litgpt_moe_ext.attention.document_room import document_room
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.rows import Rows
+from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
 from litgpt_moe_ext.training.parallel.strategies import ReplicatedStrategy
 from litgpt_moe_ext.training.settings import DistributedArgs
 from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss
@@ -45,9 +46,11 @@ GLOBAL = {"router_load_balancing_loss_coef": 1.0, "router_load_balancing_loss_sc
 DOCUMENTS = {"attention_document_boundary": "eos", "attention_document_token_id": 1}
 
 
-def trained(card, dtype, accumulation, graphs, share=True, **changes):
+def trained(card, dtype, accumulation, graphs, share=True, recomputed=None, **changes):
     """Return what some steps come to: losses, norms, weights, biases and loads."""
     model, said = make_model(card, **changes), []
+    if recomputed is not None:
+        ActivationCheckpointing(recomputed).on_before_setup(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     generator = torch.Generator().manual_seed(3)
 
@@ -118,6 +121,15 @@ def test_equals_the_loss_itself(place, dtype, accumulation, changes, share):
         pytest.skip("without graphs, two trainings differ here as well")
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("changes", [{"first_k_dense_replace": 1, "intermediate_size": 96}, DOCUMENTS | GLOBAL])
+def test_activations_are_computed_again(card, mode, changes):
+    ours = trained(card, torch.float16, 2, True, recomputed=mode, **changes)
+    theirs = trained(card, torch.float16, 2, False, recomputed=mode, **changes)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

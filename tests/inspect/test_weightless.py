@@ -9,12 +9,12 @@ import torch
 from lightning.fabric.utilities.throughput import measure_flops
 from litgpt import GPT
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 
 from litgpt_moe_ext.inspect.cost import memory
 from litgpt_moe_ext.inspect.cost.layers import shorten
 from litgpt_moe_ext.inspect.cost.memory import Step, inference_memory, training_memory
 from litgpt_moe_ext.model_size import count_flops
+from litgpt_moe_ext.training.callbacks.activation_checkpointing import recomputed_in_backward
 from tests.inspect.live_memory import LiveMemory
 from tests.models import HAS_FUSED_LOSS, moe_config
 from tests.runs import run_command
@@ -57,7 +57,7 @@ def test_fake_tensors_and_torchs_checkpoints_take_the_same(name, every, monkeypa
 
     ours = measure()
     monkeypatch.setattr(memory, "weightless", fake)
-    monkeypatch.setattr(memory, "recompute", checkpoint)
+    monkeypatch.setattr(memory, "recomputed", recomputed_in_backward)
     assert ours == measure()
 
 

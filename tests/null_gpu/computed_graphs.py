@@ -6,26 +6,41 @@ The tests of `tests/gpu/test_graphs.py` at a size for which Triton's interpreter
 import pytest
 import torch
 
+from litgpt_moe_ext.errors import SettingsError
 from tests.gpu.test_graphs import DOCUMENTS, GLOBAL, trained
 
 SMALL = {"n_layer": 1, "n_embd": 32, "n_head": 2, "n_query_groups": 1, "n_expert": 4, "router_z_loss_coef": 0.01}
+DENSE_FIRST = {"n_layer": 2, "first_k_dense_replace": 1, "intermediate_size": 48}
 DROPOUT = {"expert_dropout": 0.1, "residual_dropout": 0.1, "embedding_dropout": 0.1}
 
 
 @pytest.mark.parametrize(
-    ("dtype", "share", "changes"),
+    ("dtype", "share", "recomputed", "changes"),
     [
-        (torch.bfloat16, True, DOCUMENTS | GLOBAL | {"n_layer": 2}),
-        (torch.float16, False, {"router_load_balancing_loss_coef": 0.01}),
-        (None, True, DROPOUT),
+        (torch.bfloat16, True, None, DOCUMENTS | GLOBAL | {"n_layer": 2}),
+        (torch.float16, False, None, {"router_load_balancing_loss_coef": 0.01}),
+        (None, True, None, DROPOUT),
+        (torch.bfloat16, True, "full", GLOBAL | {"embedding_dropout": 0.1}),
+        (torch.float16, True, "selective", DENSE_FIRST | {"residual_dropout": 0.1}),
     ],
-    ids=["bfloat16 with documents and the global batch", "float16 apart", "float32 with dropout"],
-)
-def test_replays_equal_the_passes_themselves(dtype, share, changes):
+    ids=[
+        "bfloat16 with documents and the global batch", "float16 apart", "float32 with dropout",
+        "blocks computed again", "experts computed again",
+    ],
+)  # fmt: skip
+def test_replays_equal_the_passes_themselves(dtype, share, recomputed, changes):
     """Losses, norms, weights, loads: in the memory of graphs, with casts and sums that micro-batches share."""
     card = torch.device("cuda")
-    ours = trained(card, dtype, 2, True, share, **(SMALL | changes))
-    theirs = trained(card, dtype, 2, False, **(SMALL | changes))
+    ours = trained(card, dtype, 2, True, share, recomputed, **(SMALL | changes))
+    theirs = trained(card, dtype, 2, False, recomputed=recomputed, **(SMALL | changes))
     assert sum(bool(value.abs().sum() > 0) for value in theirs) > len(theirs) // 2  # something was computed
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "dropout"), [("full", "residual_dropout"), ("selective", "expert_dropout")], ids=["full", "selective"]
+)
+def test_random_numbers_that_must_be_drawn_twice_are_named(mode, dropout):
+    with pytest.raises(SettingsError, match="activation_checkpointing would draw other random numbers"):
+        trained(torch.device("cuda"), None, 1, True, recomputed=mode, **SMALL, **{dropout: 0.1})

@@ -10,6 +10,7 @@ from litgpt_moe_ext.kernels.side_stream import goes_aside, gradients, join, part
 from litgpt_moe_ext.moe.kernels import step_weights
 from litgpt_moe_ext.moe.kernels.choice import BACKENDS, ExpertBackend, register_backend
 from litgpt_moe_ext.moe.registry import EXPERT_BACKENDS
+from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
 from litgpt_moe_ext.training.steps.capture import CudaCapture
 from tests.models import initialized_model, moe_config
 from tests.null_gpu.computing import capture
@@ -17,11 +18,13 @@ from tests.null_gpu.computing import capture
 CARD = torch.device("cuda")
 
 
-def make_loss(**changes):
+def make_loss(recomputed=None, **changes):
     """Return a loss that shares casts of the experts' weights, a batch for it, and its model."""
     torch.manual_seed(0)
     settings = {"n_layer": 1, "n_embd": 32, "moe_intermediate_size": 32, "n_expert": 4, **changes}
     model = initialized_model(moe_config(**settings)).to(CARD)
+    if recomputed is not None:
+        ActivationCheckpointing(recomputed).on_before_setup(model)
     ids = torch.arange(32, device=CARD).view(2, 16)
     weights = step_weights.StepWeights()
 
@@ -182,9 +185,13 @@ def other_backend():
         {"expert_gate_on_input": True},
         {"expert_backend": "other"},
         {"expert_backend": "other", "shared_expert_gate": True, "mlp_activation": "relu2"},
+        {"recomputed": "selective"},
+        {"recomputed": "full", "shared_expert_gate": True},
     ],
-    ids=["gate", "weights before", "another backend", "another backend with a gate"],
-)
+    ids=[
+        "gate", "weights before", "another backend", "another backend with a gate", "experts again", "blocks again",
+    ],
+)  # fmt: skip
 def test_replays_in_all_orders_equal_the_pass_itself(changes, other_backend):
     loss, ids, model = make_loss(n_shared_expert=1, **changes)
     expected = loss(ids, ids)
@@ -223,8 +230,10 @@ def test_a_pass_without_gradients_waits_for_its_parts(gated):
         ({"n_shared_expert": 1, "shared_expert_gate": True}, (4, 9)),
         ({}, (0, 1)),
         ({"bias": True}, (0, 2)),
+        # What runs again stays on one stream, both times.
+        ({"n_shared_expert": 1, "recomputed": "selective"}, (0, 1)),
     ],
-    ids=["shared", "gated", "routed", "biases"],
+    ids=["shared", "gated", "routed", "biases", "recomputed"],
 )
 def test_parts_of_a_layer_are_off_the_longest_path(changes, n_fewer):
     """Computations that must be made one after the other, in both passes."""

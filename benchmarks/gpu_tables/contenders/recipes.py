@@ -13,6 +13,7 @@ from litgpt_moe_ext.config.fields import added_fields, expert_fields
 
 _FOLDER = Path(__file__).resolve().parents[3] / "configs"
 RECIPES = ("quickstart", "code-moe-60m", "moe-200m-tinystories")
+RECOMPUTED = ("code-moe-800m",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Recipe:
         return torch.randint(0, self.settings["vocab_size"], size, device=device)
 
 
-def recipes(tiny: bool) -> list[Recipe]:
-    return [load(name, tiny) for name in (RECIPES[:1] if tiny else RECIPES)]
+def recipes(tiny: bool, names: tuple[str, ...] = RECIPES) -> list[Recipe]:
+    return [load(name, tiny) for name in (names[:1] if tiny else names)]
 
 
 def load(name: str, tiny: bool) -> Recipe:

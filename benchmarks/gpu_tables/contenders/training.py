@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gpu_tables.measuring.bench import Bench
 from litgpt_moe_ext.moe.gradient_injection import remember_scale
+from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
 from litgpt_moe_ext.training.optim.largest_first import step_largest_first
 from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss
 from litgpt_moe_ext.training.steps.half_logits import loss_of_logits
@@ -33,8 +34,9 @@ class Trainee:
         settings: Fields of its configuration.
         bench: Where.
         batches: Token ids of the micro-batches of a step, (A, B, T + 1).
-        how: eager, compiled, graphs, "graphs, unshared", whose micro-batches share nothing of the experts' weights, or
-            "graphs, one stream", in which no parts of layers run side by side.
+        how: eager, compiled, graphs, "graphs, unshared", whose micro-batches share nothing of the experts' weights,
+            "graphs, one stream", in which no parts of layers run side by side, or with activations of experts and MLPs
+            computed again: recomputed, "graphs, recomputed".
     """
 
     def __init__(self, settings: dict[str, Any], bench: Bench, batches: Tensor, how: str = "eager") -> None:
@@ -45,6 +47,8 @@ class Trainee:
         for module in model.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
+        if how.endswith("recomputed"):
+            ActivationCheckpointing("selective").on_before_setup(model)
         self.autocast = partial(torch.autocast, bench.device.type, bench.dtype)
         if how == "compiled":
             # Otherwise the sizes of the next recipe would be taken for ones that change from step to step.

@@ -20,7 +20,7 @@ from litgpt_moe_ext.inspect.cost.experts import without_values
 from litgpt_moe_ext.inspect.cost.layers import ShortModel
 from litgpt_moe_ext.inspect.cost.optimizer_state import state_ratio
 from litgpt_moe_ext.inspect.cost.peak import PeakOverLayers
-from litgpt_moe_ext.inspect.cost.recompute import recompute
+from litgpt_moe_ext.inspect.cost.recompute import recomputed
 from litgpt_moe_ext.inspect.cost.weightless import WeightlessMemory, weightless
 from litgpt_moe_ext.meta.models import meta_model, uninitialized
 from litgpt_moe_ext.moe.experts import Experts
@@ -134,7 +134,7 @@ def training_memory(short: ShortModel, step: Step) -> TrainingMemory:
         if step.tie_embeddings:
             model.lm_head.weight = model.get_parameter("transformer.wte.weight")  # `parameters` lists it once
         if step.activation_checkpointing != "none":
-            ActivationCheckpointing(step.activation_checkpointing, recompute).on_before_setup(model)
+            ActivationCheckpointing(step.activation_checkpointing, recomputed).on_before_setup(model)
         cross_entropy = _kernel_cross_entropy if step.kernel_loss else _cross_entropy
         if step.fused_cross_entropy:
             require_torch()

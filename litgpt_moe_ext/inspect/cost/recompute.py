@@ -6,6 +6,7 @@ function does, for one backward pass, and leaves out what has no bearing on memo
 
 import contextlib
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -56,21 +57,19 @@ class _Recomputation:
         return self._tensors.pop(place)
 
 
-def recompute(function: Callable[..., Tensor], *args: Any, use_reentrant: bool = False) -> Tensor:
-    """Call a function without keeping what its backward pass needs, as `torch.utils.checkpoint.checkpoint` does.
+def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a function that keeps nothing for its backward pass, which calls it once more."""
 
-    Args:
-        function: Called once now, and once in the backward pass.
-        *args: Its arguments.
-        use_reentrant: False; another way is not known here.
-    """
-    assert not use_reentrant
-    autocast = torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
+    @wraps(function)
+    def function_recomputed(*args: Any) -> Tensor:
+        autocast = torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
 
-    def again() -> None:
-        with torch.autocast("cpu", *autocast):
-            function(*args)
+        def again() -> None:
+            with torch.autocast("cpu", *autocast):
+                function(*args)
 
-    recomputation = _Recomputation(again)
-    with saved_tensors_hooks(recomputation.drop, recomputation.restore):
-        return function(*args)
+        recomputation = _Recomputation(again)
+        with saved_tensors_hooks(recomputation.drop, recomputation.restore):
+            return function(*args)
+
+    return function_recomputed

@@ -107,9 +107,7 @@ def graphs(recipe: Recipe, device_type: str) -> Finding:
 
     facts = STRATEGIES.get(recipe.strategy, STRATEGIES["auto"])  # an unknown one is a problem of its own
     world_size = processes(recipe) * recipe.num_nodes
-    checkpointing = recipe.memory_savers["activation_checkpointing"]
-    compiled = compiles(recipe, device_type)
-    conditions = Conditions(device_type, facts, world_size, compiled, checkpointing, recipe.config)
+    conditions = Conditions(device_type, facts, world_size, compiles(recipe, device_type), recipe.config)
     try:
         decision = decide(recipe.settings.get("cuda_graphs", "auto"), conditions)
     except SettingsError as error:

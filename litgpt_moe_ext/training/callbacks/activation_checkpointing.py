@@ -6,17 +6,19 @@ chosen is kept, so that it cannot come out differently the second time.
 """
 
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from litgpt_moe_ext.kernels.side_stream import one_after_the_other
 from litgpt_moe_ext.moe.layer import MoE
 from litgpt_moe_ext.training.callback import Callback
 
 Mode = Literal["none", "full", "selective"]
+Forward = Callable[..., Tensor]
 
 
 class ActivationCheckpointing(Callback):
@@ -24,12 +26,12 @@ class ActivationCheckpointing(Callback):
 
     Args:
         mode: `full` or `selective`.
-        recompute: Called like `torch.utils.checkpoint.checkpoint`, which it is in training.
+        recomputed: Takes a method of a layer, and returns one that computes its activations again.
     """
 
-    def __init__(self, mode: Mode, recompute: Callable[..., Any] = checkpoint) -> None:
+    def __init__(self, mode: Mode, recomputed: Callable[[Forward], Forward] | None = None) -> None:
         self._mode = mode
-        self._recompute = partial(recompute, use_reentrant=False)
+        self._recomputed = recomputed or recomputed_in_backward
 
     def on_before_setup(self, model: nn.Module) -> None:
         """Wrap methods of the blocks, which leaves the names of parameters as they are."""
@@ -37,14 +39,38 @@ class ActivationCheckpointing(Callback):
         for block in layers:
             part = block if self._mode == "full" else block.mlp
             name = "all_experts" if isinstance(part, MoE) else "forward"
-            setattr(part, name, _recomputed(self._recompute, getattr(part, name)))
+            setattr(part, name, self._recomputed(getattr(part, name)))
 
 
-def _recomputed(recompute: Callable[..., Any], forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def recomputed_in_backward(forward: Forward) -> Forward:
+    """Return a method of a layer that computes its activations again in the backward pass, also in CUDA graphs.
+
+    The second time must draw the random numbers of the first. That takes the states of the generators, which exist on
+    the host only, so no graph can do it: the captured method raises RuntimeError where it has drawn numbers before.
+    """
+    draws = False
+
     @wraps(forward)
-    def forward_recomputed(*args: Any, **kwargs: Any) -> Tensor:
+    def forward_recomputed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        nonlocal draws
         if not torch.is_grad_enabled():
+            return forward(x, *args, **kwargs)
+        if torch.compiler.is_compiling() or not x.is_cuda:
+            return checkpoint(forward, x, *args, use_reentrant=False, **kwargs)
+        if not torch.cuda.is_current_stream_capturing():
+            generator = torch.cuda.default_generators[x.get_device()]
+            before = generator.get_offset()
+            y = checkpoint(forward, x, *args, use_reentrant=False, **kwargs)
+            draws |= generator.get_offset() != before
+            return y
+        if draws:
+            raise RuntimeError("activation_checkpointing would draw other random numbers in the backward pass")
+        return checkpoint(on_one_stream, x, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    def on_one_stream(*args: Any, **kwargs: Any) -> Tensor:
+        # The second time may begin on any stream, and ends with the last tensor that was kept the first time, which may
+        # be before a layer joins.
+        with one_after_the_other():
             return forward(*args, **kwargs)
-        return recompute(forward, *args, **kwargs)
 
     return forward_recomputed

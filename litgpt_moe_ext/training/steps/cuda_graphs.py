@@ -42,7 +42,6 @@ class Conditions(NamedTuple):
         strategy: What the strategy shards.
         processes: Number of processes on all nodes.
         compiled: Whether the model is compiled.
-        activation_checkpointing: As in a recipe.
         config: The model's configuration.
     """
 
@@ -50,16 +49,14 @@ class Conditions(NamedTuple):
     strategy: StrategyFacts
     processes: int
     compiled: bool
-    activation_checkpointing: str
     config: Config
 
     @classmethod
     def of(cls, launched: Launched, compiled: CompileDecision) -> Conditions:
         """Return those of a run."""
         fabric, plan = launched.fabric, launched.plan
-        checkpointing, config = plan.settings.activation_checkpointing, cast("Config", plan.config)
-        facts = fabric.strategy.facts
-        return cls(fabric.device.type, facts, fabric.world_size, compiled.enabled, checkpointing, config)
+        facts, config = fabric.strategy.facts, cast("Config", plan.config)
+        return cls(fabric.device.type, facts, fabric.world_size, compiled.enabled, config)
 
     def obstacle(self) -> str | None:
         """Return what keeps passes from being captured, or None."""
@@ -73,8 +70,6 @@ class Conditions(NamedTuple):
             return lasting
         if self.compiled:
             return "torch.compile is on; --compile false makes room for them"
-        if self.activation_checkpointing != "none":
-            return "activation_checkpointing runs layers again in the backward pass, with random states of the host"
         return None
 
 

@@ -107,9 +107,9 @@ def test_refused_where_there_is_no_card(recipe, capsys):
     assert message in capsys.readouterr().err
 
 
-def on_a_card(compiled=False, processes=1, checkpointing="none", strategy="auto", **config):
+def on_a_card(compiled=False, processes=1, strategy="auto", **config):
     """Return the conditions of a run on a card."""
-    return Conditions("cuda", facts_of(strategy), processes, compiled, checkpointing, moe_config(**config))
+    return Conditions("cuda", facts_of(strategy), processes, compiled, moe_config(**config))
 
 
 DOCUMENTS = {
@@ -145,7 +145,6 @@ def test_not_tried_on_amd(monkeypatch):
         ({"processes": 2, "strategy": "fsdp", "compiled": True}, "processes that share weights"),
         ({"processes": 2, "compiled": True}, "torch.compile is on"),
         ({"compiled": True}, "torch.compile is on"),
-        ({"checkpointing": "full"}, "activation_checkpointing runs layers again"),
         ({"mlp_class_name": "LLaMAMoE"}, "LLaMAMoE waits"),
         ({"processes": 2, **GLOBAL}, "global_batch"),
     ],
