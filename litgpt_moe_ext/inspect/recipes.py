@@ -15,7 +15,7 @@ from litgpt_moe_ext.errors import (
 )
 from litgpt_moe_ext.field_types import checked
 from litgpt_moe_ext.recipe_files import as_data, read_recipe
-from litgpt_moe_ext.training.settings import Section, Settings
+from litgpt_moe_ext.training.settings import Section, Settings, TrainArgs
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
@@ -63,13 +63,13 @@ class Recipe:
 
     @property
     def micro_batch_size(self) -> int:
-        """Sequences per forward pass; 4 is LitGPT's default."""
-        return self.train.get("micro_batch_size") or 4
+        """Sequences per forward pass."""
+        return self.train.get("micro_batch_size") or TrainArgs.micro_batch_size
 
     @property
     def global_batch_size(self) -> int:
-        """Sequences per optimizer step; 512 is LitGPT's default."""
-        return self.train.get("global_batch_size") or 512
+        """Sequences per optimizer step."""
+        return self.train.get("global_batch_size") or TrainArgs.global_batch_size
 
     @property
     def tie_embeddings(self) -> bool:
@@ -84,12 +84,12 @@ class Recipe:
     @property
     def optimizer(self) -> str | dict[str, Any]:
         """Name of the optimizer, or its `class_path` and `init_args`."""
-        return self.settings.get("optimizer") or "AdamW"
+        return self.settings.get("optimizer") or Settings.optimizer
 
     @property
     def strategy(self) -> str:
         """Name of the strategy."""
-        return self.settings.get("strategy") or "auto"
+        return self.settings.get("strategy") or Settings.strategy
 
     @property
     def devices(self) -> int | None:
@@ -100,7 +100,7 @@ class Recipe:
     @property
     def num_nodes(self) -> int:
         """Number of nodes."""
-        return self.settings.get("num_nodes") or 1
+        return self.settings.get("num_nodes") or Settings.num_nodes
 
     @property
     def precision(self) -> str | None:
@@ -111,7 +111,9 @@ class Recipe:
     def memory_savers(self) -> MemorySavers:
         """Settings that trade time for memory."""
         return {
-            "activation_checkpointing": self.settings.get("activation_checkpointing") or "none",
+            "activation_checkpointing": (
+                self.settings.get("activation_checkpointing") or Settings.activation_checkpointing
+            ),
             "fused_cross_entropy": bool(self.settings.get("fused_cross_entropy")),
         }
 
