@@ -32,7 +32,8 @@ from litgpt_moe_ext.moe.registry import (
 )
 
 if TYPE_CHECKING:
-    from litgpt_moe_ext.moe.kernels.choice import ExpertBackend, Preference, register_backend
+    from litgpt_moe_ext.moe.kernels.backend import ExpertBackend, Preference
+    from litgpt_moe_ext.moe.kernels.registry import register_backend
 
 __all__ = [
     "ActivationType",
@@ -56,9 +57,9 @@ def __getattr__(name: str) -> Any:
     """Return what adds an expert backend, which needs torch, unlike the rest."""
     if name not in ("ExpertBackend", "Preference", "register_backend"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from litgpt_moe_ext.moe.kernels import choice
+    from litgpt_moe_ext.moe.kernels import registry
 
-    return getattr(choice, name)
+    return getattr(registry, name)
 
 
 def register_router(name: str, router: RouterType, fields: Mapping[str, Field] | None = None) -> None:

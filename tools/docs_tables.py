@@ -73,7 +73,7 @@ def seams() -> str:
 
 def expert_backends() -> str:
     """Return which expert backend is preferred where."""
-    from litgpt_moe_ext.moe.kernels.choice import PREFERENCES
+    from litgpt_moe_ext.moe.kernels.registry import PREFERENCES
 
     def where(preference: Any) -> str:
         words = [preference.device or "anything else"]

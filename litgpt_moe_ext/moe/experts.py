@@ -15,8 +15,9 @@ from litgpt_moe_ext.kernels.precision import matmul_dtype
 from litgpt_moe_ext.kernels.side_stream import added, join
 from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.expert_layouts import stack_experts
-from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden
-from litgpt_moe_ext.moe.kernels.choice import BACKENDS, OWN, backend_for, check_sums
+from litgpt_moe_ext.moe.kernels.calls import ExpertWeights, Hidden, check_sums, has_gradient
+from litgpt_moe_ext.moe.kernels.choice import backend_for
+from litgpt_moe_ext.moe.kernels.registry import BACKENDS, OWN
 from litgpt_moe_ext.moe.router import Routing
 
 
@@ -36,7 +37,7 @@ class Experts(nn.Module):
         down_proj: Down projections, (E, D, F).
         gate_up_bias: (E, 2F), or `up_bias`, (E, F), or None if `config.bias` is false.
         down_bias: (E, D), or None if `config.bias` is false.
-        forced_backend: One of `litgpt_moe_ext.moe.kernels.choice.BACKENDS`, or None to choose the fastest that works.
+        forced_backend: One of `litgpt_moe_ext.moe.kernels.registry.BACKENDS`, or None to choose the fastest that works.
     """
 
     def __init__(self, config: Any) -> None:
@@ -104,8 +105,7 @@ class Experts(nn.Module):
             join()
         y_TD = backend.function(*arguments, *([added_TD] if backend.adds else ()))
         if name not in OWN:
-            learns = torch.is_grad_enabled() and (x_TD.requires_grad or self.down_proj.requires_grad)
-            check_sums(name, y_TD, x_TD, learns)
+            check_sums(name, y_TD, x_TD, has_gradient(x_TD, self.down_proj))
         return y_TD if backend.adds else added(y_TD, added_TD)
 
     def backend_for(self, x_TD: Tensor, compiling: bool = False) -> str:

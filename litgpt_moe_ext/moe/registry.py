@@ -143,7 +143,7 @@ ACTIVATIONS: dict[str, ActivationType] = {
     "relu2": ActivationType("litgpt_moe_ext.moe.activations.SQUARED_RELU"),
 }
 
-# What may compute the routed experts (`litgpt_moe_ext.moe.kernels.choice`); a registered backend adds its name.
+# What may compute the routed experts (`litgpt_moe_ext.moe.kernels.registry`); a registered backend adds its name.
 EXPERT_BACKENDS = ["loop", "grouped_cpu", "grouped_mm", "triton"]
 
 

@@ -9,7 +9,7 @@ from litgpt_moe_ext import extend
 from litgpt_moe_ext.cli.train import print_help
 from litgpt_moe_ext.config.fields import FIELDS, Field
 from litgpt_moe_ext.field_types import PositiveFloat
-from litgpt_moe_ext.moe.kernels import choice
+from litgpt_moe_ext.moe.kernels import registry
 from tests.runs import ROOT, run_command
 
 
@@ -65,9 +65,9 @@ def test_all_that_registers_is_in_one_place():
     from litgpt_moe_ext.extend import ExpertBackend, Preference, register_backend
 
     assert (ExpertBackend, Preference, register_backend) == (
-        choice.ExpertBackend,
-        choice.Preference,
-        choice.register_backend,
+        registry.ExpertBackend,
+        registry.Preference,
+        registry.register_backend,
     )
     assert all(hasattr(extend, name) for name in extend.__all__)
     assert not hasattr(extend, "register_bakend")

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.kernels import plan
-from litgpt_moe_ext.moe.kernels.backends import ExpertWeights
+from litgpt_moe_ext.moe.kernels.calls import ExpertWeights
 from litgpt_moe_ext.moe.kernels.plan import Outer, Product, plan_of
 from litgpt_moe_ext.moe.kernels.shared_operators import add_gated, glu
 from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
@@ -471,7 +471,7 @@ def test_second_derivatives_are_refused():
 
 def test_meta_tensors():
     """Operators know the shapes of their results without computing them."""
-    from litgpt_moe_ext.moe.kernels.backends import Hidden
+    from litgpt_moe_ext.moe.kernels.calls import Hidden
     from litgpt_moe_ext.moe.kernels.grouped import triton_experts
 
     with torch.device("meta"):

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from litgpt_moe_ext.moe.activations import Activation, Pointwise
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.kernels import native
-from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden
+from litgpt_moe_ext.moe.kernels.calls import ExpertWeights, Hidden
 from litgpt_moe_ext.moe.kernels.cpu import dispatch, grouped_cpu_experts
 from litgpt_moe_ext.moe.kernels.few_rows import gather_experts
 from litgpt_moe_ext.moe.kernels.grouped import grouped_mm_experts

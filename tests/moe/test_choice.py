@@ -7,9 +7,10 @@ import torch
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.moe.experts import Experts
-from litgpt_moe_ext.moe.kernels import choice
-from litgpt_moe_ext.moe.kernels.choice import BACKENDS, ExpertBackend, Place, Preference, choose_backend
+from litgpt_moe_ext.moe.kernels.backend import ExpertBackend, Place, Preference
+from litgpt_moe_ext.moe.kernels.choice import backend_for, choose
 from litgpt_moe_ext.moe.kernels.loop import loop_experts
+from litgpt_moe_ext.moe.kernels.registry import BACKENDS, CHOSEN, PREFERENCES, register_backend
 from litgpt_moe_ext.moe.registry import EXPERT_BACKENDS
 from tests.models import moe_config, randomize
 
@@ -19,9 +20,20 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    choose_backend.cache_clear()
+    CHOSEN.clear()
     yield
-    choose_backend.cache_clear()
+    CHOSEN.clear()
+
+
+@pytest.fixture
+def registries():
+    """The tables that a backend is registered in, which are as before when a test ends."""
+    tables = BACKENDS, PREFERENCES, EXPERT_BACKENDS
+    before = [table.copy() for table in tables]
+    yield tables
+    for table, then in zip(tables, before, strict=True):
+        table.clear()
+        table.update(then) if isinstance(table, dict) else table.extend(then)
 
 
 def place(device="cuda", capability=(8, 6), dtype=BF16, compiling=False, widths=(16, 24), chip=""):
@@ -37,42 +49,43 @@ def place(device="cuda", capability=(8, 6), dtype=BF16, compiling=False, widths=
 def test_native_products_only_where_they_are_not_known_to_be_slower(capability, native, compiling):
     for dtype in (BF16, FP16, FP32):
         expected = "grouped_mm" if native and dtype == BF16 else "triton"
-        assert choose_backend(place(capability=capability, dtype=dtype, compiling=compiling)) == expected
+        assert choose(place(capability=capability, dtype=dtype, compiling=compiling)) == expected
 
 
 def test_widths_that_torch_cannot_take():
-    assert choose_backend(place(capability=(10, 0), widths=(16, 20))) == "triton"
+    assert choose(place(capability=(10, 0), widths=(16, 20))) == "triton"
 
 
 def test_turing():
-    assert choose_backend(place(capability=(7, 5), dtype=FP16)) == "triton"
+    assert choose(place(capability=(7, 5), dtype=FP16)) == "triton"
     with pytest.warns(RuntimeWarning, match="bfloat16 needs compute capability 8.0"):
-        assert choose_backend(place(capability=(7, 5))) == "loop"
+        assert choose(place(capability=(7, 5))) == "loop"
 
 
 @pytest.mark.parametrize(("dtype", "compiled"), [(FP32, "grouped_mm"), (BF16, "grouped_mm"), (FP64, "loop")])
 def test_cpu(dtype, compiled):
-    assert choose_backend(place("cpu", dtype=dtype)) == "grouped_cpu"
-    assert choose_backend(place("cpu", dtype=dtype, compiling=True)) == compiled
-    assert choose_backend(place("cpu", dtype=BF16, compiling=True, widths=(16, 12))) == "loop"
+    assert choose(place("cpu", dtype=dtype)) == "grouped_cpu"
+    assert choose(place("cpu", dtype=dtype, compiling=True)) == compiled
+    assert choose(place("cpu", dtype=BF16, compiling=True, widths=(16, 12))) == "loop"
 
 
 def test_other_devices():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert choose_backend(place("mps", dtype=FP16)) == "loop"
+        assert choose(place("mps", dtype=FP16)) == "loop"
         for chip in ("gfx90a", "gfx942", "gfx1100", "gfx1201"):
-            assert choose_backend(place("hip", chip=chip)) == "triton"
+            assert choose(place("hip", chip=chip)) == "triton"
     with pytest.warns(RuntimeWarning, match="triton cannot be used because it has no products for gfx1030"):
-        assert choose_backend(place("hip", chip="gfx1030")) == "loop"
+        assert choose(place("hip", chip="gfx1030")) == "loop"
 
 
 def test_without_triton_the_loop_is_announced_once(monkeypatch, recwarn):
     """Windows without triton-windows."""
     monkeypatch.setattr("litgpt_moe_ext.kernels.launch.triton_installed", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 6))
     for _ in range(2):
-        assert choose_backend(place()) == "loop"
-    assert choose_backend(place(capability=(9, 0))) == "grouped_mm"
+        assert backend_for(torch.device("cuda"), BF16, (16, 24)) == "loop"
+    assert choose(place(capability=(9, 0))) == "grouped_mm"
     messages = [str(warning.message) for warning in recwarn if issubclass(warning.category, RuntimeWarning)]
     assert len(messages) == 1
     assert (
@@ -94,15 +107,15 @@ def test_without_triton_the_loop_is_announced_once(monkeypatch, recwarn):
 )
 def test_a_forced_backend_that_cannot_work_is_refused(forced, where, reason):
     with pytest.raises(SettingsError) as error:
-        choose_backend(where, forced)
+        choose(where, forced)
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_triton_can_be_forced_in_the_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert choose_backend(place("cpu", dtype=FP32), "triton") == "triton"
-    assert choose_backend(place("cpu", dtype=FP32)) == "grouped_cpu"
+    assert choose(place("cpu", dtype=FP32), "triton") == "triton"
+    assert choose(place("cpu", dtype=FP32)) == "grouped_cpu"
 
 
 def test_the_configuration_forces_a_backend():
@@ -113,10 +126,11 @@ def test_the_configuration_forces_a_backend():
         Experts(moe_config(expert_backend="triton")).backend_for(x)
 
 
-def test_a_backend_of_a_third_party(monkeypatch):
+@pytest.mark.usefixtures("registries")
+def test_a_backend_of_a_third_party():
     """It is preferred where it says, can be forced by name, and says what it cannot do."""
-    monkeypatch.setattr(choice, "BACKENDS", BACKENDS.copy())
-    monkeypatch.setattr(choice, "PREFERENCES", choice.PREFERENCES.copy())
+    from litgpt_moe_ext.moe.layer import SharedExpertMoE
+
     calls = []
 
     def mine(x_TD, routing, weights, hidden):
@@ -126,31 +140,23 @@ def test_a_backend_of_a_third_party(monkeypatch):
     def obstacle(place):
         return "it wants float32" if place.dtype != FP32 else None
 
-    choice.register_backend(ExpertBackend("mine", mine, obstacle), Preference(("mine", "grouped_cpu"), device="cpu"))
-    monkeypatch.setattr("litgpt_moe_ext.moe.experts.BACKENDS", choice.BACKENDS)
-    try:
-        from litgpt_moe_ext.moe.layer import SharedExpertMoE
-
-        moe = randomize(SharedExpertMoE(moe_config(expert_backend="mine")))
-        moe(torch.randn(2, 9, 16))
-        assert calls == [18]
-        assert choose_backend(place("cpu", dtype=FP32)) == "mine"
-        assert choose_backend(place("cpu", dtype=BF16)) == "grouped_cpu"
-        with pytest.raises(SettingsError, match="'mine' cannot be used here: it wants float32"):
-            choose_backend(place("cpu", dtype=BF16), "mine")
-    finally:
-        EXPERT_BACKENDS.remove("mine")
+    register_backend(ExpertBackend("mine", mine, obstacle), Preference(("mine", "grouped_cpu"), device="cpu"))
+    moe = randomize(SharedExpertMoE(moe_config(expert_backend="mine")))
+    moe(torch.randn(2, 9, 16))
+    assert calls == [18]
+    assert choose(place("cpu", dtype=FP32)) == "mine"
+    assert choose(place("cpu", dtype=BF16)) == "grouped_cpu"
+    with pytest.raises(SettingsError, match="'mine' cannot be used here: it wants float32"):
+        choose(place("cpu", dtype=BF16), "mine")
 
 
-@pytest.fixture
-def registries(monkeypatch):
-    """Undo what a test registers."""
-    monkeypatch.setattr(choice, "BACKENDS", BACKENDS.copy())
-    monkeypatch.setattr(choice, "PREFERENCES", choice.PREFERENCES.copy())
-    monkeypatch.setattr(choice, "EXPERT_BACKENDS", EXPERT_BACKENDS.copy())
-    monkeypatch.setattr("litgpt_moe_ext.moe.experts.BACKENDS", choice.BACKENDS)
-    yield choice
-    choose_backend.cache_clear()
+@pytest.mark.usefixtures("registries")
+def test_what_was_chosen_is_forgotten_when_a_backend_is_registered():
+    """A script may do so after it has tried a model."""
+    wanted = torch.device("cpu"), FP32, (16, 24)
+    assert backend_for(*wanted) == "grouped_cpu"
+    register_backend(MINE, Preference(("mine",)))
+    assert backend_for(*wanted) == "mine"
 
 
 def works(place):
@@ -176,20 +182,19 @@ MINE = ExpertBackend("mine", loop_experts, works)
     ],
 )
 def test_what_is_no_backend_is_not_registered(given, message, registries):
-    before = [list(each) for each in (registries.BACKENDS, registries.PREFERENCES, registries.EXPERT_BACKENDS)]
+    before = [list(table) for table in registries]
     with pytest.raises(ValueError, match=message):
-        registries.register_backend(*given)
-    after = [list(each) for each in (registries.BACKENDS, registries.PREFERENCES, registries.EXPERT_BACKENDS)]
-    assert after == before
+        register_backend(*given)
+    assert [list(table) for table in registries] == before
 
 
 def test_a_backend_may_be_registered_twice(registries):
     """As a script and the entry point of its package do."""
-    registries.register_backend(MINE, Preference(("mine",)))
-    after = list(registries.PREFERENCES)
-    registries.register_backend(MINE, Preference(("mine",)))
-    assert after == registries.PREFERENCES
-    assert registries.EXPERT_BACKENDS.count("mine") == 1
+    register_backend(MINE, Preference(("mine",)))
+    after = [list(table) for table in registries]
+    register_backend(MINE, Preference(("mine",)))
+    assert [list(table) for table in registries] == after
+    assert EXPERT_BACKENDS.count("mine") == 1
 
 
 @pytest.mark.parametrize(
@@ -204,21 +209,23 @@ def test_a_backend_may_be_registered_twice(registries):
         (lambda y_TD: y_TD.detach(), "'mine' returns sums without a gradient"),
     ],
 )
-def test_what_a_backend_returns_is_checked(changed, message, registries):
+@pytest.mark.usefixtures("registries")
+def test_what_a_backend_returns_is_checked(changed, message):
     """One row would be added to all tokens, and experts without a gradient would never learn."""
     from litgpt_moe_ext.moe.layer import SharedExpertMoE
 
     backend = ExpertBackend("mine", lambda *arguments: changed(loop_experts(*arguments)), works)
-    registries.register_backend(backend, Preference(("mine",)))
+    register_backend(backend, Preference(("mine",)))
     moe = randomize(SharedExpertMoE(moe_config()))
     with pytest.raises((TypeError, ValueError), match=message):
         moe(torch.randn(1, 9, 16))
 
 
-def test_a_backend_may_return_no_gradient_where_none_is_asked_for(registries):
+@pytest.mark.usefixtures("registries")
+def test_a_backend_may_return_no_gradient_where_none_is_asked_for():
     from litgpt_moe_ext.moe.layer import SharedExpertMoE
 
     backend = ExpertBackend("mine", lambda *arguments: loop_experts(*arguments).detach(), works)
-    registries.register_backend(backend, Preference(("mine",)))
+    register_backend(backend, Preference(("mine",)))
     with torch.no_grad():
         assert randomize(SharedExpertMoE(moe_config()))(torch.randn(1, 9, 16)).shape == (1, 9, 16)

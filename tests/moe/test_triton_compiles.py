@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from litgpt_moe_ext.moe.activations import Activation
-from litgpt_moe_ext.moe.kernels.backends import ExpertWeights
 from litgpt_moe_ext.moe.kernels.balancing import Moved
+from litgpt_moe_ext.moe.kernels.calls import ExpertWeights
 from litgpt_moe_ext.moe.kernels.fused_router import Given, Rule
 from litgpt_moe_ext.moe.kernels.plan import Gates, Mask, Outer, Product, plan_of
 from litgpt_moe_ext.moe.kernels.router_product import ProjectionBackward

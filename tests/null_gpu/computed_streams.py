@@ -8,7 +8,8 @@ from torch import nn
 
 from litgpt_moe_ext.kernels.side_stream import goes_aside, gradients, join, part, side_by_side
 from litgpt_moe_ext.moe.kernels import step_weights
-from litgpt_moe_ext.moe.kernels.choice import BACKENDS, ExpertBackend, register_backend
+from litgpt_moe_ext.moe.kernels.backend import ExpertBackend
+from litgpt_moe_ext.moe.kernels.registry import BACKENDS, register_backend
 from litgpt_moe_ext.moe.registry import EXPERT_BACKENDS
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
 from litgpt_moe_ext.training.steps.capture import CudaCapture

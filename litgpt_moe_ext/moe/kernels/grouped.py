@@ -11,7 +11,7 @@ from torch import Tensor
 
 from litgpt_moe_ext.kernels.precision import matmul_dtype
 from litgpt_moe_ext.kernels.side_stream import added
-from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden
+from litgpt_moe_ext.moe.kernels.calls import ExpertWeights, Hidden
 from litgpt_moe_ext.moe.kernels.few_rows import MOST_GATHERED, decodes, gather_experts
 from litgpt_moe_ext.moe.kernels.operators import decode_experts, expert_down, expert_up
 from litgpt_moe_ext.moe.kernels.plan import Identity, kind_of, sort_rows

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litgpt_moe_ext.kernels.precision import matmul_dtype
-from litgpt_moe_ext.moe.kernels.backends import ExpertWeights, Hidden
+from litgpt_moe_ext.moe.kernels.calls import ExpertWeights, Hidden
 from litgpt_moe_ext.moe.kernels.few_rows import MOST_GATHERED, decodes, gather_experts
 from litgpt_moe_ext.moe.router import Routing
 

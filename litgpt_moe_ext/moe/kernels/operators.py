@@ -21,7 +21,7 @@ from litgpt_moe_ext.kernels.launch import triton_installed
 from litgpt_moe_ext.kernels.operator import arguments_of, operator
 from litgpt_moe_ext.kernels.side_stream import goes_aside, gradients, join
 from litgpt_moe_ext.moe.kernels import native, step_weights
-from litgpt_moe_ext.moe.kernels.backends import ExpertWeights
+from litgpt_moe_ext.moe.kernels.calls import ExpertWeights
 from litgpt_moe_ext.moe.kernels.plan import Gates, Mask, Outer, Plan, Product, activation_of, plan_of
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from litgpt_moe_ext.kernels.launch import ceil_div, launch
 from litgpt_moe_ext.moe.activations import Activation
-from litgpt_moe_ext.moe.kernels.backends import ExpertWeights
+from litgpt_moe_ext.moe.kernels.calls import ExpertWeights
 from litgpt_moe_ext.moe.kernels.plan import kind_of
 from litgpt_moe_ext.moe.kernels.triton.activation import factor_of, value_of
 from litgpt_moe_ext.moe.kernels.triton.common import constexpr, rows_of, stack_of

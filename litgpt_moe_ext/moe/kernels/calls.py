@@ -1,7 +1,7 @@
-"""What every implementation of the routed experts is given.
+"""What a backend is called with, and what it must return.
 
-Shape legend: E experts, D model width, F hidden width of one expert, G width of the first projection (2 * F with a
-gate), N rows of one expert.
+Shape legend: T tokens, E experts, D model width, F hidden width of one expert, G width of the first projection (2 * F
+with a gate), N rows of one expert.
 """
 
 from typing import NamedTuple
@@ -42,3 +42,25 @@ class Hidden(NamedTuple):
 def has_gradient(*tensors: Tensor | None) -> bool:
     """Return whether a result of `tensors` would have a gradient."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def check_sums(name: str, y_TD: object, x_TD: Tensor, learns: bool) -> None:
+    """Raise if what a backend of another package returns is not what it is to return, as numbers cannot tell.
+
+    Args:
+        name: Its name.
+        y_TD: What it returns.
+        x_TD: The tokens that it was given.
+        learns: Whether the tokens or the weights need a gradient.
+    """
+    if not isinstance(y_TD, Tensor):
+        raise TypeError(f"expert backend {name!r} returns a {type(y_TD).__name__}; it must return a tensor")
+    if y_TD.shape != x_TD.shape or y_TD.dtype != x_TD.dtype:
+        raise ValueError(
+            f"expert backend {name!r} returns {tuple(y_TD.shape)} in {y_TD.dtype}; (T, D) is {tuple(x_TD.shape)}, in "
+            f"the {x_TD.dtype} of the tokens"
+        )
+    if learns and not y_TD.requires_grad:
+        raise ValueError(
+            f"expert backend {name!r} returns sums without a gradient; tokens and experts need one to learn"
+        )
