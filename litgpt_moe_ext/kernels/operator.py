@@ -39,15 +39,15 @@ def define(
 
 
 class Operator:
-    """A torch operator whose arguments are the fields of a named tuple.
+    """A torch operator that is called with a named tuple, whose fields are its arguments.
 
-    Called with these fields. Where something watches operators (a compiler, the FLOP counter, fake tensors, selective
-    checkpointing) it is the operator that runs; elsewhere the function behind it, because torch takes longer to get
-    from a Python operator to its function, and back through its gradient, than the GPU takes for a small layer.
+    Where something watches operators (a compiler, the FLOP counter, fake tensors, selective checkpointing) it is the
+    operator that runs; elsewhere the function behind it, because torch takes longer to get from a Python operator to
+    its function, and back through its gradient, than the GPU takes for a small layer.
 
     Args:
         name: Name of the operator.
-        call: Class of the named tuple.
+        kind: Class of the named tuple.
         function: Takes the named tuple.
         fake: Takes it too; returns empty results of the right shape.
         n_result: Number of tensors returned.
@@ -57,16 +57,16 @@ class Operator:
     def __init__(
         self,
         name: str,
-        call: Any,
+        kind: Any,
         function: Callable[[Any], Any],
         fake: Callable[[Any], Any],
         n_result: int = 1,
         flops: Callable[[Any], int] | None = None,
     ) -> None:
-        self._name, self._fields = name, call._fields
-        self._tensors = {field for field, kind in call.__annotations__.items() if kind in (Tensor, Tensor | None)}
-        self._function = lambda *args: function(call(*args))
-        self._overload = define(name, call.__annotations__, n_result, self._function, lambda *args: fake(call(*args)))
+        self._name, self._kind, self._function = name, kind, function
+        self._overload = define(
+            name, kind.__annotations__, n_result, lambda *args: function(kind(*args)), lambda *args: fake(kind(*args))
+        )
 
         def refuse(_ctx: Any, *_gradients: Tensor) -> None:
             raise RuntimeError(f"{_NAMESPACE}::{name} has no gradient, so what uses it cannot be differentiated twice")
@@ -74,42 +74,50 @@ class Operator:
         # Torch would warn, and take its result for a constant.
         self._differentiated = self._with_gradient(lambda *_: None, refuse)
         if flops is not None:
-            _FLOP_FORMULAS[self._overload.overloadpacket] = lambda *shapes, **_: flops(call(*shapes))
+            _FLOP_FORMULAS[self._overload.overloadpacket] = lambda *shapes, **_: flops(kind(*shapes))
             if (flop_counter := sys.modules.get("torch.utils.flop_counter")) is not None:
                 register_flops(flop_counter)
 
-    def __call__(self, *args: Any) -> Any:
-        """Return what the function returns, as a tensor or a tuple of tensors."""
-        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or args[0].is_meta:
-            return self._overload(*args)
+    def __call__(self, call: Any) -> Any:
+        """Return what the function returns, a tensor or a tuple of tensors."""
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or call[0].is_meta:
+            return self._overload(*call)
         if not torch.is_grad_enabled():
-            return self._function(*args)
-        return self._differentiated.apply(*args)
+            return self._function(call)
+        return self._differentiated.apply(*call)
 
-    def set_gradient(self, backward: Callable[..., Any], unread: Collection[str] = ()) -> None:
+    def set_gradient(self, backward: Callable[..., Mapping[str, Tensor | None]], unread: Collection[str] = ()) -> None:
         """Make it differentiable.
 
         Args:
-            backward: Takes the context of an autograd function, whose arguments are `arguments_of(context)`, and
-                gradients of the results; returns those of the arguments.
+            backward: Takes the named tuple, one of the same class that says which arguments need a gradient, and
+                gradients of the results; returns those of the arguments by name.
             unread: Arguments that it does not read, which are not kept and None to it.
         """
-        tensors = tuple(i for i, name in enumerate(self._fields) if name in self._tensors and name not in unread)
-        others = tuple(i for i, name in enumerate(self._fields) if name not in self._tensors)
+        kind = self._kind
+        tensors = [name for name, type_ in kind.__annotations__.items() if type_ in (Tensor, Tensor | None)]
+        kept = [i for i, name in enumerate(kind._fields) if name in tensors and name not in unread]
+        others = [i for i, name in enumerate(kind._fields) if name not in tensors]
+        # Where each argument is among those that are kept, the others, and at the end None.
+        order = [(*kept, *others).index(i) if i in (*kept, *others) else -1 for i in range(len(kind._fields))]
 
         def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             del output
-            ctx.save_for_backward(*[inputs[i] for i in tensors])
+            ctx.save_for_backward(*[inputs[i] for i in kept])
             ctx.others = [inputs[i] for i in others]
-            ctx.places = len(inputs), tensors, others
 
-        torch.library.register_autograd(f"{_NAMESPACE}::{self._name}", backward, setup_context=keep)
-        self._differentiated = self._with_gradient(keep, backward)
+        def differentiate(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+            values = (*ctx.saved_tensors, *ctx.others, None)
+            found = backward(kind(*[values[i] for i in order]), kind(*ctx.needs_input_grad), *gradients)
+            return tuple([found.get(name) for name in kind._fields])
+
+        torch.library.register_autograd(f"{_NAMESPACE}::{self._name}", differentiate, setup_context=keep)
+        self._differentiated = self._with_gradient(keep, differentiate)
 
     def _with_gradient(self, keep: Callable[..., None], backward: Callable[..., Any]) -> Any:
         def forward(ctx: Any, *args: Any) -> Any:
             # A function with a context of its own (`setup_context`) has its signature inspected at every call.
-            output = self._function(*args)
+            output = self._function(self._kind(*args))
             keep(ctx, args, output)
             return output
 
@@ -117,20 +125,9 @@ class Operator:
         return type(self._name, (torch.autograd.Function,), methods)
 
 
-def operator(name: str, call: type, fake: Callable[[Any], Any], **options: Any) -> Callable[[Callable], Operator]:
+def operator(name: str, kind: type, fake: Callable[[Any], Any], **options: Any) -> Callable[[Callable], Operator]:
     """Return a decorator that makes an `Operator` of a function; the arguments are those of the class."""
-    return lambda function: Operator(name, call, function, fake, **options)
-
-
-def arguments_of(ctx: Any) -> list[Any]:
-    """Return the arguments of the operator whose backward pass runs in this context."""
-    n, tensors, others = ctx.places
-    arguments: list[Any] = [None] * n
-    for i, value in zip(tensors, ctx.saved_tensors, strict=True):
-        arguments[i] = value
-    for i, value in zip(others, ctx.others, strict=True):
-        arguments[i] = value
-    return arguments
+    return lambda function: Operator(name, kind, function, fake, **options)
 
 
 def register_flops(flop_counter: Any) -> None:

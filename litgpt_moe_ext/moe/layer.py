@@ -19,8 +19,8 @@ from litgpt_moe_ext.moe.batch_metadata import TokenIds
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.kernels import fused_router
 from litgpt_moe_ext.moe.kernels.casts import can_cast, cast_together
+from litgpt_moe_ext.moe.kernels.operators.shared import GatedSum, Glu, add_gated, glu
 from litgpt_moe_ext.moe.kernels.plan import kind_of
-from litgpt_moe_ext.moe.kernels.shared_operators import add_gated, glu
 from litgpt_moe_ext.moe.registry import ROUTERS, load
 from litgpt_moe_ext.moe.router import Router, Routing
 
@@ -66,7 +66,7 @@ class FeedForward(LLaMAMLP):
         gate, up = hidden if len(hidden) == 2 else (hidden[0], None)
         if self._has_kernel and fused_router.works_on(gate):
             flat = _flat(gate), None if up is None else _flat(up)
-            a = glu(*flat, self.activation.name, self.activation.gelu_approximate)
+            a = glu(Glu(*flat, self.activation.name, self.activation.gelu_approximate))
             return out(a.view(*x.shape[:-1], a.size(-1)))
         return out(self.activation(gate) if up is None else self.activation.gate(gate, up))
 
@@ -162,7 +162,7 @@ class MoE(nn.Module):
         if fused:
             y_TD = self.experts(routed_TD, routing).contiguous()
             join()
-            return add_gated(y_TD, shared_TD, logits_T1, routing.real_T)
+            return add_gated(GatedSum(y_TD, shared_TD, logits_T1, routing.real_T))
         return _ending_at_padding(self._sum(routed_TD, routing, shared_TD), routing.real_T)
 
     def _sum(self, routed_TD: Tensor, routing: Routing, shared_TD: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from litgpt_moe_ext.moe.batch_metadata import TokenIds
 from litgpt_moe_ext.moe.gradient_injection import inject
 from litgpt_moe_ext.moe.kernels import fused_router
 from litgpt_moe_ext.moe.kernels.fused_router import Decision, Given, Rule
-from litgpt_moe_ext.moe.kernels.orthogonality import weighted_orthogonality
+from litgpt_moe_ext.moe.kernels.orthogonality import Directions, weighted_orthogonality
 from litgpt_moe_ext.moe.record import SUMS, Counted, StepLoss, count_in_backward, tokens_per_expert
 from litgpt_moe_ext.moe.registry import LOSSES, load, loss_field
 from litgpt_moe_ext.moe.step_shares import StepShares
@@ -239,8 +239,8 @@ class Router(nn.Module):
             rule = rule._replace(**losses, global_batch=self.step_shares is not None)
             if rule.sequence:
                 rule = rule._replace(sequences=n_sequence)
-            if coef := self.loss_coefs.get(_WEIGHT_LOSS):
-                given = given._replace(other_loss=weighted_orthogonality(self.weight, coef))
+            if self.weight is not None and (coef := self.loss_coefs.get(_WEIGHT_LOSS)):
+                given = given._replace(other_loss=weighted_orthogonality(Directions(self.weight, coef)))
         decision = fused_router.decide(given, rule, leaf_N, self.step_shares)
         if self.step_shares is not None and self.training:
             self.step_shares.count(decision.counts_E)

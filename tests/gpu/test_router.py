@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from litgpt_moe_ext.moe.kernels import fused_router, router_product
-from litgpt_moe_ext.moe.kernels.orthogonality import weighted_orthogonality
 from tests.gpu.card import no_waits, require_bfloat16
 from tests.moe import directions
 from tests.moe.products import PASSED, compare_passed, compare_product, every_bit, gradients_of
@@ -90,7 +89,8 @@ def test_the_product_has_the_same_bits_every_time_and_in_a_graph(device):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         logits = router_product.project(x, weight)
-        gradients = router_product.project_backward(upstream, x, weight, None, None, True, True)
+        call = router_product.ProjectionBackward(upstream, x, weight, None, None, True, True)
+        gradients = router_product.project_backward(call)
     graph.replay()
     for name, value in zip(first, (logits, *gradients), strict=True):
         assert torch.equal(value, first[name]), name
@@ -119,8 +119,8 @@ def test_the_orthogonality_loss_equals_float64(device, E, D, dtype):
         require_bfloat16(device)
     weight = torch.randn(E, D, device=device).to(dtype)
     directions.compare_orthogonality(weight)
-    first, second = (directions.gradients_of(weighted_orthogonality, weight, 0.1) for _ in range(2))
+    first, second = (directions.gradients_of(directions.weighted, weight, 0.1) for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
     with no_waits(device):
-        directions.gradients_of(weighted_orthogonality, weight, 0.1)
+        directions.gradients_of(directions.weighted, weight, 0.1)

@@ -2,8 +2,13 @@
 
 import torch
 
-from litgpt_moe_ext.moe.kernels.orthogonality import weighted_orthogonality
+from litgpt_moe_ext.moe.kernels.orthogonality import Directions, weighted_orthogonality
 from litgpt_moe_ext.moe.losses import orthogonality_loss
+
+
+def weighted(weight, coef):
+    """Return the loss by the package's kernels."""
+    return weighted_orthogonality(Directions(weight, coef))
 
 
 def gradients_of(loss, weight, *arguments):
@@ -16,7 +21,7 @@ def gradients_of(loss, weight, *arguments):
 
 def compare_orthogonality(weight, coef=0.02):
     """Hold loss and gradient against float64, as closely as torch's float32 operators come to it."""
-    ours = gradients_of(weighted_orthogonality, weight, coef)
+    ours = gradients_of(weighted, weight, coef)
     theirs, truth = (
         gradients_of(lambda weight: coef * orthogonality_loss(weight), weight.to(dtype))
         for dtype in (torch.float32, torch.float64)

@@ -7,8 +7,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from litgpt_moe_ext.moe.kernels.orthogonality import weighted_orthogonality
-from tests.moe.directions import compare_orthogonality, gradients_of
+from tests.moe.directions import compare_orthogonality, gradients_of, weighted
 from tests.moe.interpreted_triton import EXAMPLES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,12 +40,12 @@ def test_directions_that_are_special():
 def test_numbers_that_are_none_are_seen():
     weight = torch.randn(3, 4)
     weight[1, 2] = float("nan")
-    assert all(value.isnan().any() for value in gradients_of(weighted_orthogonality, weight, 0.1).values())
+    assert all(value.isnan().any() for value in gradients_of(weighted, weight, 0.1).values())
 
 
 def test_two_runs_give_the_same_bits():
     weight = torch.randn(70, 24)
-    first, second = (gradients_of(weighted_orthogonality, weight, 0.1) for _ in range(2))
+    first, second = (gradients_of(weighted, weight, 0.1) for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
 
@@ -54,8 +53,8 @@ def test_two_runs_give_the_same_bits():
 def test_autocast_does_not_reach_it():
     weight = torch.randn(8, 16)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = gradients_of(weighted_orthogonality, weight, 0.1)
-    for name, value in gradients_of(weighted_orthogonality, weight, 0.1).items():
+        rounded = gradients_of(weighted, weight, 0.1)
+    for name, value in gradients_of(weighted, weight, 0.1).items():
         assert torch.equal(value, rounded[name]), name
 
 
@@ -70,12 +69,12 @@ def test_meta_and_fake_tensors_and_flops():
     for device in ("meta", "cpu"):
         weight = torch.randn(3, 16, device=device).bfloat16().requires_grad_()
         with FlopCounterMode(display=False) as counter:
-            weighted_orthogonality(weight, 0.1).backward()
+            weighted(weight, 0.1).backward()
         assert counter.get_total_flops() == 3 * 2 * 3 * 3 * 16
         assert (weight.grad.dtype, weight.grad.shape) == (torch.bfloat16, weight.shape)
     with FakeTensorMode():
         weight = torch.empty(3, 16, requires_grad=True)
-        loss = weighted_orthogonality(weight, 0.1)
+        loss = weighted(weight, 0.1)
         loss.backward()
     assert (loss.dtype, loss.shape, weight.grad.shape) == (torch.float32, (), (3, 16))
 
@@ -83,10 +82,8 @@ def test_meta_and_fake_tensors_and_flops():
 @pytest.mark.slow
 def test_a_compiler_takes_it_whole():
     weight = torch.randn(5, 8, requires_grad=True)
-    compiled = torch.compile(
-        lambda weight: 2 * weighted_orthogonality(weight, 0.1), fullgraph=True, backend="aot_eager"
-    )
-    for function in (compiled, lambda weight: 2 * weighted_orthogonality(weight, 0.1)):
+    compiled = torch.compile(lambda weight: 2 * weighted(weight, 0.1), fullgraph=True, backend="aot_eager")
+    for function in (compiled, lambda weight: 2 * weighted(weight, 0.1)):
         weight.grad, before = None, weight.grad
         function(weight).backward()
     assert torch.equal(weight.grad, before)

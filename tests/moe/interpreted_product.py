@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from litgpt_moe_ext.moe.kernels import fused_router, router_product
-from litgpt_moe_ext.moe.kernels.router_product import project, project_and_pass, project_backward
+from litgpt_moe_ext.moe.kernels.router_product import ProjectionBackward, project, project_and_pass, project_backward
 from litgpt_moe_ext.moe.kernels.triton import projecting
 from tests.moe.interpreted_triton import EXAMPLES
 from tests.moe.products import PASSED, compare_passed, compare_product, every_bit, gradients_of
@@ -74,10 +74,10 @@ def test_no_token():
 
 def test_only_what_is_needed():
     x, weight, upstream = torch.randn(20, 16), torch.randn(3, 16), torch.randn(20, 3)
-    dx, nothing = project_backward(upstream, x, weight, None, None, True, False)
+    dx, nothing = project_backward(ProjectionBackward(upstream, x, weight, None, None, True, False))
     assert nothing.numel() == 0
     torch.testing.assert_close(dx, upstream @ weight)
-    nothing, dweight = project_backward(upstream, x, weight, None, None, False, True)
+    nothing, dweight = project_backward(ProjectionBackward(upstream, x, weight, None, None, False, True))
     assert nothing.numel() == 0
     torch.testing.assert_close(dweight, upstream.t() @ x)
 

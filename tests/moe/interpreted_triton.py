@@ -18,8 +18,8 @@ from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.kernels import plan
 from litgpt_moe_ext.moe.kernels.calls import ExpertWeights
+from litgpt_moe_ext.moe.kernels.operators.shared import GatedSum, Glu, add_gated, glu
 from litgpt_moe_ext.moe.kernels.plan import Outer, Product, plan_of
-from litgpt_moe_ext.moe.kernels.shared_operators import add_gated, glu
 from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
 from litgpt_moe_ext.moe.kernels.triton.biases import add_biases
 from litgpt_moe_ext.moe.kernels.triton.decoding import decode
@@ -130,7 +130,7 @@ def test_projections_that_are_apart(activation, dtype):
         inputs = [(3 * torch.randn(shape)).to(dtype).requires_grad_() for _ in range(2)]
         exactly = [x.detach().double().requires_grad_() for x in inputs]
         upstream = torch.randn(shape).to(dtype)
-        ours, truth = glu(*inputs, *activation), Activation(*activation).gate(*exactly)
+        ours, truth = glu(Glu(*inputs, *activation)), Activation(*activation).gate(*exactly)
         gradients = torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(truth, exactly, upstream.double())
         inside = (exactly[0] != 7.0) & (exactly[1].abs() != 7.0)  # on a limit itself both slopes are right
         tolerance = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2}[dtype]
@@ -138,7 +138,7 @@ def test_projections_that_are_apart(activation, dtype):
             assert a.dtype == dtype
             torch.testing.assert_close(a[inside].double(), b[inside], atol=1e-5, rtol=tolerance)
         joined = torch.cat(inputs, 1).detach().requires_grad_()
-        together = glu(joined, None, *activation)
+        together = glu(Glu(joined, None, *activation))
         assert torch.equal(together, ours)
         assert torch.equal(torch.autograd.grad(together, joined, upstream)[0], torch.cat(gradients[0], 1))
 
@@ -453,7 +453,7 @@ def test_a_sum_with_shared_experts(gated, T, D, dtype, padded):
     expected = expected.masked_fill(nowhere.unsqueeze(1), 0.0)
     expected.backward(upstream.double())
     ours = [x.masked_fill(nowhere.unsqueeze(1), float("nan")).requires_grad_() for x in inputs]
-    result = add_gated(*ours, real) if gated else add_gated(*ours, None, real)
+    result = add_gated(GatedSum(*ours, real) if gated else GatedSum(*ours, None, real))
     result.backward(upstream)
     for value, truth in ((result, expected), *((x.grad, y.grad) for x, y in zip(ours, exact, strict=True))):
         assert value.dtype == dtype

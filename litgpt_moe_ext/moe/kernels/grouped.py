@@ -13,7 +13,9 @@ from litgpt_moe_ext.kernels.precision import matmul_dtype
 from litgpt_moe_ext.kernels.side_stream import added
 from litgpt_moe_ext.moe.kernels.calls import ExpertWeights, Hidden
 from litgpt_moe_ext.moe.kernels.few_rows import MOST_GATHERED, decodes, gather_experts
-from litgpt_moe_ext.moe.kernels.operators import decode_experts, expert_down, expert_up
+from litgpt_moe_ext.moe.kernels.operators.down import Down, expert_down
+from litgpt_moe_ext.moe.kernels.operators.few_tokens import FewTokens, decode_experts
+from litgpt_moe_ext.moe.kernels.operators.up import Up, expert_up
 from litgpt_moe_ext.moe.kernels.plan import Identity, kind_of, sort_rows
 from litgpt_moe_ext.moe.router import Routing
 
@@ -37,8 +39,9 @@ def triton_experts(
         added_TD: What is added to the sum, (T, D) in the dtype of `x_TD`, or None.
     """
     if decodes(_FEW_ROWS, x_TD, routing, weights, hidden):
-        how = (hidden.activation.name, hidden.activation.gelu_approximate)
-        return added(decode_experts(x_TD, routing.weights_TK, routing.experts_TK, *weights, *how), added_TD)
+        how = hidden.activation.name, hidden.activation.gelu_approximate
+        few = FewTokens(x_TD, routing.weights_TK, routing.experts_TK, *weights, *how)
+        return added(decode_experts(few), added_TD)
     return _grouped(x_TD, routing, weights, hidden, added_TD, "triton")
 
 
@@ -69,7 +72,7 @@ def _grouped(
         rows_R, ends_E = decision.rows_R, decision.ends_E
     # Autocast does not reach the operators.
     dtype = matmul_dtype(x_TD)
-    h_RG = expert_up(x_TD, weights.up_EGD, weights.up_bias_EG, rows_R, ends_E, dtype, engine)
+    h_RG = expert_up(Up(x_TD, weights.up_EGD, weights.up_bias_EG, rows_R, ends_E, dtype, engine))
     activation: Any = hidden.activation
     if kind_of(activation) is None:
         # A registered activation runs as its own operators, which keep what they need for backward.
@@ -78,6 +81,21 @@ def _grouped(
     if hidden.dropout:
         shape = (h_RG.size(0), weights.down_EDF.size(2))
         keep_RF = h_RG.new_empty(shape, dtype=torch.bool).bernoulli_(1 - hidden.dropout)
-    routed = (h_RG, gates_TK, weights.down_EDF, weights.down_bias_ED, keep_RF, experts_TK, rows_R, ends_E, added_TD)
-    how = (activation.name, activation.gelu_approximate, 1 / (1 - hidden.dropout))
-    return expert_down(*routed, *how, x_TD.dtype, engine)
+    return expert_down(
+        Down(
+            h_RG=h_RG,
+            gates_TK=gates_TK,
+            weight_EDF=weights.down_EDF,
+            bias_ED=weights.down_bias_ED,
+            keep_RF=keep_RF,
+            experts_TK=experts_TK,
+            rows_R=rows_R,
+            ends_E=ends_E,
+            added_TD=added_TD,
+            activation=activation.name,
+            approximate=activation.gelu_approximate,
+            scale=1 / (1 - hidden.dropout),
+            dtype=x_TD.dtype,
+            engine=engine,
+        )
+    )

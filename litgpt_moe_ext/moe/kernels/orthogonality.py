@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext.kernels.operator import arguments_of, operator
+from litgpt_moe_ext.kernels.operator import operator
 
 
 class Directions(NamedTuple):
@@ -81,9 +81,8 @@ def weighted_orthogonality_backward(call: DirectionsBackward) -> Tensor:
         return (_kernels().slopes(products_EE, call.dloss, call.coef) @ weight_ED).to(call.weight_ED.dtype)
 
 
-def _backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None]:
-    weight_ED, coef = arguments_of(ctx)
-    return weighted_orthogonality_backward(dloss, weight_ED, coef), None
+def _backward(call: Directions, _needs: Any, dloss: Tensor) -> dict[str, Tensor]:
+    return {"weight_ED": weighted_orthogonality_backward(DirectionsBackward(dloss, *call))}
 
 
 weighted_orthogonality.set_gradient(_backward)

@@ -115,7 +115,7 @@ def project_and_pass(x_TD: Tensor, weight_ED: Tensor, dtype: torch.dtype) -> Pro
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        logits_TE, narrow_TD = project_tokens(x_TD, weight_ED, dtype)
+        logits_TE, narrow_TD = project_tokens(Projection(x_TD, weight_ED, dtype))
         ctx.save_for_backward(x_TD, weight_ED)
         ctx.set_materialize_grads(False)
         tokens_TD = x_TD if dtype == x_TD.dtype else narrow_TD
@@ -129,11 +129,12 @@ class _Project(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         x_TD, weight_ED = ctx.saved_tensors
         need_x, need_weight, _ = ctx.needs_input_grad
-        dlogits_TE, *passed = grads
+        dlogits_TE, routed_TD, shared_TD = grads
         if dlogits_TE is None:
-            parts = [grad.to(x_TD.dtype) for grad in passed if grad is not None] if need_x else []
+            parts = [grad.to(x_TD.dtype) for grad in (routed_TD, shared_TD) if grad is not None] if need_x else []
             return functools.reduce(torch.add, parts) if parts else None, None, None
-        dx_TD, dweight_ED = project_backward(dlogits_TE, x_TD, weight_ED, *passed, need_x, need_weight)
+        backward = ProjectionBackward(dlogits_TE, x_TD, weight_ED, routed_TD, shared_TD, need_x, need_weight)
+        dx_TD, dweight_ED = project_backward(backward)
         return dx_TD if need_x else None, dweight_ED if need_weight else None, None
 
 

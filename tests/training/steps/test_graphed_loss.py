@@ -8,7 +8,7 @@ from torch import nn
 
 from litgpt_moe_ext import padding
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.moe.kernels import operators
+from litgpt_moe_ext.moe.kernels.operators import parts
 from litgpt_moe_ext.moe.kernels.step_weights import StepWeights, cast
 from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.training.steps.capture import Passes
@@ -110,9 +110,9 @@ def test_experts_weights_are_shared(monkeypatch, dtype):
     """Casts and sums of gradients, also in steps that begin with another shape, and where something has moved."""
     small, other = batches(20), batches(2, rows=1, length=9)
     casts, sums = [], []
-    cast, extend = StepWeights.cast, operators._sum_outer_products
+    cast, extend = StepWeights.cast, parts._sum_outer_products
     monkeypatch.setattr(StepWeights, "cast", lambda self, *of: casts.append(of[1]) or cast(self, *of))
-    monkeypatch.setattr(operators, "_sum_outer_products", lambda call, to: sums.append(to) or extend(call, to))
+    monkeypatch.setattr(parts, "_sum_outer_products", lambda call, to: sums.append(to) or extend(call, to))
 
     def train(training):
         numbers = [training.step(small[i : i + 2]) for i in range(0, 8, 2)]
@@ -473,8 +473,8 @@ def test_leaves_hooks_their_turn_unless_asked_for(careful, tried, hooked):
 
 def test_nothing_runs_first_while_it_is_captured(monkeypatch):
     """Neither in another form, such as sums that a product extends, nor for another shape: Triton would compile."""
-    sums, extend = [], operators._sum_outer_products
-    monkeypatch.setattr(operators, "_sum_outer_products", lambda call, to: sums.append(to) or extend(call, to))
+    sums, extend = [], parts._sum_outer_products
+    monkeypatch.setattr(parts, "_sum_outer_products", lambda call, to: sums.append(to) or extend(call, to))
     extended = []
 
     def make_capture():
@@ -492,7 +492,7 @@ def test_nothing_runs_first_while_it_is_captured(monkeypatch):
 
 def test_no_step_is_the_first_to_meet_what_fails(monkeypatch):
     """Such as a kernel that adds to gradients, and does not compile on a card."""
-    extend, tried = operators._sum_outer_products, []
+    extend, tried = parts._sum_outer_products, []
 
     def fails(call, to):
         if to is not None:
@@ -500,7 +500,7 @@ def test_no_step_is_the_first_to_meet_what_fails(monkeypatch):
             raise OutOfResources("shared memory")
         return extend(call, to)
 
-    monkeypatch.setattr(operators, "_sum_outer_products", fails)
+    monkeypatch.setattr(parts, "_sum_outer_products", fails)
     data = batches(6)
 
     def train(training):

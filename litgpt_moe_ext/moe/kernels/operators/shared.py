@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext.kernels.operator import arguments_of, operator
+from litgpt_moe_ext.kernels.operator import operator
 from litgpt_moe_ext.moe.kernels.plan import activation_of
 
 
@@ -38,8 +38,8 @@ class Glu(NamedTuple):
     Attributes:
         gate: Output of the gate projection, (T, F), or without `up_TF` that of both side by side, (T, 2F); contiguous.
         up_TF: Output of the up projection, contiguous, or None.
-        activation: As in `litgpt_moe_ext.moe.kernels.operators.Down`.
-        approximate: As in `litgpt_moe_ext.moe.kernels.operators.Down`.
+        activation: As in `down.Down`.
+        approximate: As in `down.Down`.
     """
 
     gate: Tensor
@@ -107,18 +107,19 @@ def glu_backward(call: GluBackward) -> tuple[Tensor, Tensor]:
     return activation.glu_backward(call.da_TF, call.gate, call.up_TF, activation_of(call))
 
 
-def _gated_backward(ctx: Any, dsum_TD: Tensor) -> tuple[Tensor | None, ...]:
-    _, shared_TD, logits_T1, real_T = arguments_of(ctx)
-    drouted_TD, dshared_TD, dlogits_T1 = add_gated_backward(dsum_TD.contiguous(), shared_TD, logits_T1, real_T)
+def _gated_backward(call: GatedSum, _needs: Any, dsum_TD: Tensor) -> dict[str, Tensor]:
+    _, shared_TD, logits_T1, real_T = call
+    backward = GatedSumBackward(dsum_TD.contiguous(), shared_TD, logits_T1, real_T)
+    drouted_TD, dshared_TD, dlogits_T1 = add_gated_backward(backward)
     if logits_T1 is None:
-        return dshared_TD, dshared_TD, None, None
-    return dsum_TD if real_T is None else drouted_TD, dshared_TD, dlogits_T1, None
+        return {"routed_TD": dshared_TD, "shared_TD": dshared_TD}
+    drouted_TD = dsum_TD if real_T is None else drouted_TD
+    return {"routed_TD": drouted_TD, "shared_TD": dshared_TD, "logits_T1": dlogits_T1}
 
 
-def _glu_backward(ctx: Any, da_TF: Tensor) -> tuple[Tensor | None, ...]:
-    call = Glu(*arguments_of(ctx))
-    dgate, dup_TF = glu_backward(da_TF.contiguous(), *call)
-    return dgate, None if call.up_TF is None else dup_TF, None, None
+def _glu_backward(call: Glu, _needs: Any, da_TF: Tensor) -> dict[str, Tensor | None]:
+    dgate, dup_TF = glu_backward(GluBackward(da_TF.contiguous(), *call))
+    return {"gate": dgate, "up_TF": None if call.up_TF is None else dup_TF}
 
 
 add_gated.set_gradient(_gated_backward)

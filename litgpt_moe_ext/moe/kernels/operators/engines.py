@@ -1,0 +1,38 @@
+"""Who computes the grouped products: `litgpt_moe_ext.moe.kernels.triton`, or torch's own grouped product.
+
+Triton is imported when the first operator runs; a fake tensor needs none.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from litgpt_moe_ext.kernels.launch import triton_installed
+from litgpt_moe_ext.moe.kernels import native
+
+
+def engine_of(call: Any) -> Any:
+    """Return the module of the products.
+
+    Args:
+        call: Arguments of an operator, whose `engine` is `triton` or `torch`.
+    """
+    return native if call.engine == "torch" else _triton()
+
+
+def beside(call: Any, x: Tensor) -> Any:
+    """Return the module of all but the products.
+
+    Triton's kernels take one launch for each, so they also go with torch's products.
+
+    Args:
+        call: As above.
+        x: On the device where they run.
+    """
+    return native if call.engine == "torch" and not (x.is_cuda and triton_installed()) else _triton()
+
+
+def _triton() -> Any:
+    from litgpt_moe_ext.moe.kernels import triton
+
+    return triton
