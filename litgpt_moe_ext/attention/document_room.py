@@ -1,4 +1,4 @@
-"""Room for the documents of many batches, where a model's passes are captured once (`GraphedLoss.room`).
+"""Room for the documents of many batches, where a model's passes are captured once (`training/steps/room.py`).
 
 Shape legend: B batch, T tokens.
 """

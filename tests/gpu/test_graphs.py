@@ -1,6 +1,5 @@
 """Passes as CUDA graphs on this card: the same numbers as without, no wait, and a way back."""
 
-import contextlib
 from functools import partial
 
 import pytest
@@ -16,7 +15,8 @@ from litgpt_moe_ext.rows import Rows
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
 from litgpt_moe_ext.training.parallel.strategies import ReplicatedStrategy
 from litgpt_moe_ext.training.settings import DistributedArgs
-from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss
+from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss, GraphOptions
+from litgpt_moe_ext.training.steps.room import NoRoom
 from tests.gpu.card import no_waits, require_bfloat16
 from tests.gpu.test_steps import autocast, loss_of, make_config, make_model
 from tests.runs import logged, train, weights_of
@@ -37,7 +37,7 @@ def place(device, monkeypatch):
     if device.type != "cuda":
         # There is nothing to capture elsewhere. Operators are recorded, of a backend that does not wait.
         monkeypatch.setattr("litgpt_moe_ext.padding._accepted", False)
-        monkeypatch.setattr(f"{__name__}.GraphedLoss", partial(GraphedLoss, make_capture=Recordings))
+        monkeypatch.setattr(f"{__name__}.GraphOptions", partial(GraphOptions, make_capture=Recordings))
         monkeypatch.setattr("tests.gpu.test_steps.make_config", partial(make_config, expert_backend="grouped_mm"))
     return device
 
@@ -60,10 +60,8 @@ def trained(card, dtype, accumulation, graphs, share=True, recomputed=None, **ch
 
     loss_function = plain_loss
     if graphs:
-        loss_function = GraphedLoss(plain_loss, model, careful=False, say=said.append)
-        loss_function.room = document_room(model.config) or loss_function.room
-        if not share:
-            loss_function.sharing = contextlib.nullcontext
+        how = GraphOptions(careful=False, room=document_room(model.config) or NoRoom(), sharing=share)
+        loss_function = GraphedLoss(plain_loss, model, said.append, how)
     torch.manual_seed(1)
     numbers, rooms = [], set()
 
@@ -79,7 +77,7 @@ def trained(card, dtype, accumulation, graphs, share=True, recomputed=None, **ch
         optimizer.step()
         optimizer.zero_grad()
         if graphs and loss_function._captured is not None:
-            rooms.add(loss_function._captured._sizes)
+            rooms.add(loss_function._captured._inputs.sizes)
 
     for _ in range(5 if card.type == "cuda" else 3):
         step()
@@ -139,7 +137,8 @@ def test_weights_are_cast_once_for_a_step(place, dtype):
         require_bfloat16(place)
     model = make_model(place)
     experts = [module for module in model.modules() if isinstance(module, Experts)]
-    loss_function = GraphedLoss(lambda *batch: loss_of(model, batch[0], dtype), model, careful=False, say=print)
+    how = GraphOptions(careful=False)
+    loss_function = GraphedLoss(lambda *batch: loss_of(model, batch[0], dtype), model, print, how)
     batch = torch.randint(0, 64, (4, 65), device=place)
 
     def step():
@@ -174,7 +173,8 @@ def test_a_model_that_waits_goes_on_without(card):
     moe = model.transformer.h[0].mlp
     compute = moe.forward
     moe.forward = lambda x, *rest: compute(x * float(x.detach().abs().max() >= 0), *rest)
-    loss_function = GraphedLoss(lambda ids, targets: loss_of(model, ids, None), model, careful=True, say=said.append)
+    how = GraphOptions(careful=True)
+    loss_function = GraphedLoss(lambda ids, targets: loss_of(model, ids, None), model, said.append, how)
     four_steps(model, loss_function, card)
     assert len(said) == 1
     assert said[0].startswith("CUDA graphs: off (the model waits for the device, at ")
@@ -194,7 +194,8 @@ def test_a_capture_that_fails_harms_nothing(card):
                 loss.item()
             return loss
 
-        loss_function = GraphedLoss(plain_loss, model, careful=True, say=said.append) if graphs else plain_loss
+        graphed_loss = GraphedLoss(plain_loss, model, said.append, GraphOptions(careful=True))
+        loss_function = graphed_loss if graphs else plain_loss
         torch.manual_seed(0)
         generator = torch.Generator(card).manual_seed(3)
         for step in range(6):
@@ -221,7 +222,7 @@ def test_a_replay_that_differs_is_not_used(place):
         passes.append(ids)
         return loss_of(model, ids, None) * (1 + 0.1 * len(passes))
 
-    loss_function = GraphedLoss(counted_loss, model, careful=True, say=said.append)
+    loss_function = GraphedLoss(counted_loss, model, said.append, GraphOptions(careful=True))
     four_steps(model, loss_function, place)
     assert len(said) == 1
     assert said[0].startswith("CUDA graphs: off (replayed, the loss is ")
@@ -263,8 +264,8 @@ def test_ddp_exchanges_where_graphs_were_awaited(card, one_process):
         return allreduce_hook(state, bucket)
 
     ddp.register_comm_hook(None, noting)
-    options = {"careful": False, "say": print, "exchange": strategy.exchange_gradients}
-    loss_function = GraphedLoss(lambda ids, targets: loss_of(model, ids, None), ddp, **options)
+    how = GraphOptions(careful=False, exchange=strategy.exchange_gradients)
+    loss_function = GraphedLoss(lambda ids, targets: loss_of(model, ids, None), ddp, print, how)
     four_steps(model, lambda *batch: strategy.in_place_of_forward(loss_function, *batch), card)
     assert len(streams) >= 4
     assert set(streams) == {strategy._stream}

@@ -1,6 +1,5 @@
 """A model in training."""
 
-import contextlib
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ from gpu_tables.measuring.bench import Bench
 from litgpt_moe_ext.moe.gradient_injection import remember_scale
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
 from litgpt_moe_ext.training.optim.largest_first import step_largest_first
-from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss
+from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss, GraphOptions
 from litgpt_moe_ext.training.steps.half_logits import loss_of_logits
 
 
@@ -57,11 +56,8 @@ class Trainee:
         self.loss = self.plain_loss
         graphs = how.startswith("graphs") and bench.is_cuda
         if graphs:
-            self.loss = GraphedLoss(self.plain_loss, model, careful=True, say=partial(_note_if_off, bench))
-            if how == "graphs, unshared":
-                self.loss.sharing = contextlib.nullcontext
-            if how == "graphs, one stream":
-                self.loss.abreast = contextlib.nullcontext
+            options = GraphOptions(True, sharing=how != "graphs, unshared", abreast=how != "graphs, one stream")
+            self.loss = GraphedLoss(self.plain_loss, model, partial(_note_if_off, bench), options)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         step_largest_first(self.optimizer)
 

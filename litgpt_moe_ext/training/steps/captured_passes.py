@@ -5,7 +5,6 @@ Shape legend: B batch, T tokens.
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from litgpt_moe_ext.training.steps.capture import Capture, Loss, Passes, gradients_set_aside
@@ -13,17 +12,21 @@ from litgpt_moe_ext.training.steps.graph_check import Reference
 
 
 class Inputs(NamedTuple):
-    """A micro-batch in tensors that others are copied into.
+    """A micro-batch, or tensors that micro-batches are copied into.
 
     Attributes:
         ids_BT: Token ids, int64.
         targets_BT: Targets, int64.
-        sizes: What passes over them have room for (`litgpt_moe_ext.training.steps.room`).
+        sizes: What passes over them need room for, or have (`litgpt_moe_ext.training.steps.room`).
     """
 
     ids_BT: Tensor
     targets_BT: Tensor
     sizes: tuple[int, ...]
+
+    def cloned(self) -> "Inputs":
+        """Return the same in tensors of its own."""
+        return Inputs(self.ids_BT.clone(), self.targets_BT.clone(), self.sizes)
 
 
 class CapturedPasses:
@@ -38,7 +41,7 @@ class CapturedPasses:
 
     def __init__(self, capture: Capture, loss: Loss, model: nn.Module, inputs: Inputs) -> None:
         self._capture, self._loss = capture, loss
-        self.ids_BT, self.targets_BT, self._sizes = inputs
+        self._inputs = inputs
         self._first: Passes | None = None
         self._other: Passes | None = None
         # To hold them keeps their memory from being used for anything else.
@@ -50,17 +53,20 @@ class CapturedPasses:
             if tensor is not None
         ]
 
-    def fits(self, ids_BT: Tensor, targets_BT: Tensor, sizes: tuple[int, ...]) -> bool:
+    def fits(self, batch: Inputs) -> bool:
         """Return whether a batch has the shapes of the inputs, and needs no larger sizes."""
-        is_alike = ids_BT.shape == self.ids_BT.shape and targets_BT.shape == self.targets_BT.shape
-        return is_alike and not self.is_outgrown(ids_BT.shape, sizes)
+        is_alike = self._has_ids_of(batch) and batch.targets_BT.shape == self._inputs.targets_BT.shape
+        return is_alike and not self.is_outgrown(batch)
 
-    def is_outgrown(self, shape: torch.Size, sizes: tuple[int, ...]) -> bool:
+    def is_outgrown(self, batch: Inputs) -> bool:
         """Return whether a batch has the shape of the inputs, but needs larger sizes."""
-        is_larger = any(size > reserved for size, reserved in zip(sizes, self._sizes, strict=True))
-        return is_larger and shape == self.ids_BT.shape
+        is_larger = any(size > reserved for size, reserved in zip(batch.sizes, self._inputs.sizes, strict=True))
+        return is_larger and self._has_ids_of(batch)
 
-    def is_stale(self) -> bool:
+    def _has_ids_of(self, batch: Inputs) -> bool:
+        return batch.ids_BT.shape == self._inputs.ids_BT.shape
+
+    def has_moved(self) -> bool:
         """Return whether a parameter or a buffer is no longer where it was."""
         return any(
             tensors.get(name) is not tensor or tensor.data_ptr() != address
@@ -74,7 +80,7 @@ class CapturedPasses:
             begins: Whether no leaf has a gradient yet.
         """
         if self._first is None:
-            self._first = self._capture(self._loss, self.ids_BT, self.targets_BT, add=False)
+            self._first = self._capture(self._loss, self._inputs.ids_BT, self._inputs.targets_BT, add=False)
         if begins and all(leaf.grad is None for leaf in self._first.gradients):
             return self._first
         for leaf, gradient in self._first.gradients.items():
@@ -84,7 +90,7 @@ class CapturedPasses:
                 gradient.copy_(leaf.grad)
             leaf.grad = gradient
         if self._other is None:
-            self._other = self._capture(self._loss, self.ids_BT, self.targets_BT, add=True)
+            self._other = self._capture(self._loss, self._inputs.ids_BT, self._inputs.targets_BT, add=True)
         return self._other
 
     def check(self, reference: Reference, accumulates: bool, model: nn.Module) -> Passes:
@@ -99,7 +105,7 @@ class CapturedPasses:
             The passes for the first micro-batch of a step.
 
         Raises:
-            ReplayError: If they differ.
+            GraphError: If they differ.
         """
         with gradients_set_aside(reference.leaves):
             first = self.passes(begins=True)
@@ -108,6 +114,11 @@ class CapturedPasses:
                 self.hand_over(first)
                 reference.compare(self.passes(begins=False), 2, model)
         return first
+
+    def load(self, batch: Inputs) -> None:
+        """Have the passes compute a micro-batch."""
+        self._inputs.ids_BT.copy_(batch.ids_BT)
+        self._inputs.targets_BT.copy_(batch.targets_BT)
 
     def hand_over(self, passes: Passes) -> None:
         """Give the leaves the gradients that were just computed."""

@@ -15,14 +15,11 @@ from torch import Tensor, nn
 
 from litgpt_moe_ext.moe.step_shares import nothing_counted
 from litgpt_moe_ext.training.steps.capture import Loss, Passes, leaves_of
+from litgpt_moe_ext.training.steps.graph_obstacles import GraphError
 
 # Tolerances: as a part of each number, and as a part of the whole gradient's norm. Sums in another order differ by less
 # than a tenth of them; a gradient that is left out, counted twice, or computed from the wrong memory by far more.
 _PART, _PART_OF_WHOLE = 0.01, 0.001
-
-
-class ReplayError(RuntimeError):
-    """What is replayed computes something else than the same passes without graphs."""
 
 
 class Reference:
@@ -53,7 +50,7 @@ class Reference:
             model: Whose parameters' names an error gives.
 
         Raises:
-            ReplayError: If they compute something else.
+            GraphError: If they compute something else.
         """
         with side_effects_undone(passes.loss.device):
             passes.forward()
@@ -71,7 +68,7 @@ class Reference:
         index = int(is_close_N.int().argmin())
         found, expected = found_N[index].item(), expected_N[index].item()
         what = "the loss is" if index == 0 else f"the gradient of {_name(self.leaves[index - 1], model)} has the norm"
-        raise ReplayError(f"replayed, {what} {found:.5g}, and without graphs {expected:.5g}")
+        raise GraphError(f"replayed, {what} {found:.5g}, and without graphs {expected:.5g}")
 
 
 def _name(leaf: Tensor, model: nn.Module) -> str:

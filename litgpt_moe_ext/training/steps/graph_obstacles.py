@@ -1,4 +1,4 @@
-"""What keeps passes from running as CUDA graphs and shows only while they run: waits, hooks, and lack of memory."""
+"""What keeps passes from running as CUDA graphs and shows only while they run: waits, hooks, lack of memory, errors."""
 
 import contextlib
 import warnings
@@ -6,6 +6,19 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+
+
+class GraphError(RuntimeError):
+    """Something that keeps passes from running as CUDA graphs; its message is the reason that is given."""
+
+
+def reason_of(error: Exception) -> str:
+    """Return why there are no graphs, in a line."""
+    text = (str(error).splitlines() or [""])[0]
+    if isinstance(error, GraphError):
+        return text
+    kind = "" if text and isinstance(error, RuntimeError) else type(error).__name__
+    return f"capturing failed: {': '.join(filter(None, (kind, text)))}"
 
 
 @contextlib.contextmanager

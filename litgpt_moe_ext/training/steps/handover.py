@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss
+from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss, GraphOptions
 from litgpt_moe_ext.training.steps.half_logits import unconverted
 from litgpt_moe_ext.training.steps.room import NoRoom, Room
 
@@ -116,7 +116,5 @@ class Handover:
                 logits = model.module(ids_BT)
             return self._cross_entropy(logits, targets_BT)
 
-        careful, exchange = not self._decision.asked, strategy.exchange_gradients
-        graphed = GraphedLoss(loss, model, careful=careful, say=self._say, exchange=exchange)
-        graphed.room = self._room
-        return partial(strategy.in_place_of_forward, graphed)
+        options = GraphOptions(not self._decision.asked, self._room, strategy.exchange_gradients)
+        return partial(strategy.in_place_of_forward, GraphedLoss(loss, model, self._say, options))

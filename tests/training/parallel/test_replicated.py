@@ -10,7 +10,7 @@ from torch import nn
 from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.training.parallel.strategies import ReplicatedStrategy
 from litgpt_moe_ext.training.settings import DistributedArgs
-from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss
+from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss, GraphOptions
 from tests.models import initialized_model, moe_config
 from tests.training.processes import in_ranks
 from tests.training.steps.passes import Recordings, Reruns
@@ -50,10 +50,8 @@ def trained(make_capture, accumulation, view, config):
     def graphed(ids, targets):
         return strategy.in_place_of_forward(passes, ids, targets)
 
-    passes = GraphedLoss(
-        lambda ids, targets: loss_of(model, ids, targets),
-        ddp, careful=True, say=said.append, exchange=strategy.exchange_gradients, make_capture=make_capture or Reruns,
-    )  # fmt: skip
+    how = GraphOptions(careful=True, exchange=strategy.exchange_gradients, make_capture=make_capture or Reruns)
+    passes = GraphedLoss(lambda ids, targets: loss_of(model, ids, targets), ddp, said.append, how)
     for step in range(STEPS):
         for i in range(accumulation):
             batch = torch.randint(0, 64, (rows_of(step), 17), generator=generator)

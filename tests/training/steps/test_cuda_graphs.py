@@ -1,5 +1,7 @@
 """Runs whose passes are captured and replayed, on a CPU with a stand-in for the graphs, and when they are tried."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from litgpt_moe_ext.loss.linear import _HalfProducts
 from litgpt_moe_ext.training.parallel.facts import facts_of
 from litgpt_moe_ext.training.steps import handover
 from litgpt_moe_ext.training.steps.cuda_graphs import Conditions, GraphDecision, decide
-from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss
+from litgpt_moe_ext.training.steps.graphed_loss import GraphOptions
 from tests.models import moe_config, needs_fused_loss
 from tests.runs import logged, train, weights_of
 from tests.training.steps.passes import Recordings, Reruns
@@ -23,10 +25,7 @@ def graphs(monkeypatch):
         made.append(Reruns())
         return made[-1]
 
-    def graphed(*arguments, **options):
-        return GraphedLoss(*arguments, **options, make_capture=make_capture)
-
-    monkeypatch.setattr(handover, "GraphedLoss", graphed)
+    monkeypatch.setattr(handover, "GraphOptions", partial(GraphOptions, make_capture=make_capture))
     monkeypatch.setattr("litgpt_moe_ext.training.equip.decide_graphs", lambda *_: GraphDecision(None, False))
     return made
 

@@ -1,7 +1,5 @@
 """A loss whose passes are captured and replayed trains as the loss itself does."""
 
-import contextlib
-
 import pytest
 import torch
 from torch import nn
@@ -13,7 +11,7 @@ from litgpt_moe_ext.moe.kernels.step_weights import StepWeights, cast
 from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.training.steps.capture import Passes
 from litgpt_moe_ext.training.steps.graph_check import Reference
-from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss
+from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss, GraphOptions
 from tests.models import initialized_model, moe_config
 from tests.training.steps.passes import Recordings, Reruns
 
@@ -38,16 +36,14 @@ def batches(number, rows=2, length=16):
 
 
 class Training:
-    def __init__(self, graphs: bool, shape=None, dtype=None, share=True, **options):
+    def __init__(self, graphs: bool, shape=None, dtype=None, **options):
         self.model, self.said, self.dtype = make_model(**shape or {}), [], dtype
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         self.captures = []
         self.loss = self.plain_loss
         if graphs:
-            arguments = {"careful": True, "say": self.said.append, "make_capture": self._make} | options
-            self.loss = GraphedLoss(self.plain_loss, self.model, **arguments)
-            if not share:
-                self.loss.sharing = contextlib.nullcontext
+            how = GraphOptions(**{"careful": True, "make_capture": self._make} | options)
+            self.loss = GraphedLoss(self.plain_loss, self.model, self.said.append, how)
         torch.manual_seed(1)
 
     def _make(self):
@@ -129,7 +125,7 @@ def test_experts_weights_are_shared(monkeypatch, dtype):
     kept = graphed.loss._weights._casts
     assert len(kept) == (4 if dtype else 0)
     sums.clear()
-    assert_trains_alike(train, GROUPED, dtype, share=False)
+    assert_trains_alike(train, GROUPED, dtype, sharing=False)
     assert not any(total is not None for total in sums)
 
 
@@ -336,7 +332,6 @@ def test_captures_again_for_what_needs_more_room():
 
     def train(training):
         if training.loss is not training.plain_loss and isinstance(training.loss, GraphedLoss):
-            training.loss.room = room
             loss = training.loss._loss
             training.loss._loss = lambda ids, targets: room.require(ids) or loss(ids, targets)
         found = []
@@ -352,7 +347,7 @@ def test_captures_again_for_what_needs_more_room():
             counts.append(len(training.captures))
         return found
 
-    graphed = assert_trains_alike(train)
+    graphed = assert_trains_alike(train, room=room)
     assert counts[: len(counts) // 2] == [0, 0, 1, 1, 1, 2, 2, 2, 2]
     assert [sizes for _, sizes in room.reserved] == [(1,), (3,)]
     assert graphed.said == ["CUDA graphs: on, from this step"]
