@@ -50,8 +50,7 @@ from litgpt_moe_ext.training.parallel import random_state
 from litgpt_moe_ext.training.parallel.agreement import Agreement
 from litgpt_moe_ext.training.steps.batches import StepBatches, can_pad, counts_for_loss
 from litgpt_moe_ext.training.steps.first_batches import FirstBatches
-from litgpt_moe_ext.training.steps.half_logits import loss_of_logits
-from litgpt_moe_ext.training.steps.handover import Handover
+from litgpt_moe_ext.training.steps.handover import Handover, loss_of_logits
 from litgpt_moe_ext.training.steps.losses import RunningMean, TokenMeans
 from litgpt_moe_ext.training.steps.validation import StoppableValidation
 

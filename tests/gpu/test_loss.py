@@ -8,7 +8,7 @@ from litgpt.utils import chunked_cross_entropy
 
 from litgpt_moe_ext.loss.cross_entropy import has_kernel
 from litgpt_moe_ext.loss.linear import linear_loss
-from litgpt_moe_ext.training.steps.half_logits import loss_of_logits
+from litgpt_moe_ext.training.steps.handover import loss_of_logits
 from tests.gpu.card import no_waits, require_bfloat16
 
 pytestmark = pytest.mark.gpu

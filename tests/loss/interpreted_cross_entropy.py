@@ -16,8 +16,8 @@ from litgpt_moe_ext.loss import cross_entropy_kernels as kernels
 from litgpt_moe_ext.loss import linear
 from litgpt_moe_ext.loss.cross_entropy import mean_cross_entropy
 from litgpt_moe_ext.moe.gradient_injection import forget_scale, present_scale
-from litgpt_moe_ext.training.steps import half_logits
-from litgpt_moe_ext.training.steps.half_logits import loss_of_logits
+from litgpt_moe_ext.training.steps import handover
+from litgpt_moe_ext.training.steps.handover import loss_of_logits
 from tests.runs import logged, train
 
 EXAMPLES = int(os.environ.get("TRITON_EXAMPLES", "3"))
@@ -201,11 +201,11 @@ def test_a_run(recipe, monkeypatch, tmp_path, precision, packing):
         types.append(logits.dtype)
         return mean_cross_entropy(logits, targets)
 
-    monkeypatch.setattr(half_logits, "mean_cross_entropy", noted)
+    monkeypatch.setattr(handover, "mean_cross_entropy", noted)
     file = recipe(precision=precision, model_config={"router_z_loss_coef": 0.01}, train={"max_tokens": 2 * 128})
     kernels_used = {}
     for name, works in (("ours", True), ("litgpts", False)):
-        monkeypatch.setattr(half_logits, "has_kernel", lambda *_, works=works: works)
+        monkeypatch.setattr(handover, "has_kernel", lambda *_, works=works: works)
         arguments = ("--config", file, "--out_dir", tmp_path / name, "--data.init_args.packing", packing)
         assert train(*arguments) == 0
         kernels_used[name] = len(types)

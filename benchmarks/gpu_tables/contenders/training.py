@@ -14,7 +14,7 @@ from litgpt_moe_ext.moe.gradient_injection import remember_scale
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
 from litgpt_moe_ext.training.optim.largest_first import step_largest_first
 from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss, GraphOptions
-from litgpt_moe_ext.training.steps.half_logits import loss_of_logits
+from litgpt_moe_ext.training.steps.handover import loss_of_logits
 
 
 def _litgpts_loss(logits: Tensor, targets: Tensor) -> Tensor:

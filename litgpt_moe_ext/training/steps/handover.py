@@ -4,9 +4,20 @@ The loop calls the model for logits, and then another function for their loss. O
 hands over what makes the loss cheapest:
 
 - With CUDA graphs, which hold both passes, its input; the loss function does all the work.
-- Otherwise logits in the precision of the output head (`litgpt_moe_ext.training.steps.half_logits`).
+- Otherwise logits in the precision of the output head, often 16 bits. Fabric returns the outputs of a model in float32.
+  Of logits that is a copy twice as large as they are, for a loss whose kernel (`litgpt_moe_ext.loss.cross_entropy`)
+  computes in float32 anyway. What goes to another loss is converted here: the same operators in the same order.
 
 Everybody else who calls the model gets what Fabric returns.
+
+From there a loss goes through these functions, outermost first; `litgpt_moe_ext.training.loop` puts them together:
+
+| function               | what it does                                                                       |
+| ---------------------- | ---------------------------------------------------------------------------------- |
+| `TokenMeans.wrap_loss` | weighs the mean of a micro-batch by its tokens (`losses.py`)                       |
+| `Handover.wrap`        | takes what the model has handed over; with graphs, `GraphedLoss` runs both passes  |
+| `FusedLoss.wrap`       | with `fused_cross_entropy`, computes the output head as well                       |
+| `loss_of_logits`       | calls the kernel where there is one, otherwise LitGPT's function                   |
 """
 
 from __future__ import annotations
@@ -19,11 +30,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from litgpt_moe_ext.loss.cross_entropy import has_kernel, mean_cross_entropy
+from litgpt_moe_ext.moe.gradient_injection import remember_scale
 from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss, GraphOptions
-from litgpt_moe_ext.training.steps.half_logits import unconverted
 from litgpt_moe_ext.training.steps.room import NoRoom, Room
 
 if TYPE_CHECKING:
+    from lightning.fabric.plugins.precision import Precision
+
     from litgpt_moe_ext.training.parallel.behaviour import Behaviour
     from litgpt_moe_ext.training.steps.cuda_graphs import GraphDecision
 
@@ -98,7 +112,7 @@ class Handover:
                 return compute(ids_BT, *args, **kwargs)
             if self._graphed is not None:
                 return _Deferred(ids_BT)
-            with unconverted(strategy.precision):
+            with _unconverted(strategy.precision):
                 return _Handed(compute(ids_BT))
 
         # Fabric's wrapper would hand an ordinary assignment on to the model inside.
@@ -118,3 +132,33 @@ class Handover:
 
         options = GraphOptions(not self._decision.asked, self._room, strategy.exchange_gradients)
         return partial(strategy.in_place_of_forward, GraphedLoss(loss, model, self._say, options))
+
+
+def loss_of_logits(cross_entropy: Callable[..., Tensor], precision: Precision) -> Callable[..., Tensor]:
+    """Return a loss function that takes logits as the output head wrote them.
+
+    Args:
+        cross_entropy: LitGPT's function, for all that the kernel cannot take.
+        precision: Fabric's, which converts logits for it.
+    """
+
+    def loss(logits: Tensor | list[Tensor], targets: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if isinstance(logits, Tensor) and has_kernel(logits, targets):
+            return remember_scale(mean_cross_entropy(logits.reshape(-1, logits.size(-1)), targets.reshape(-1)))
+        return cross_entropy(precision.convert_output(logits), targets, *args, **kwargs)
+
+    return loss
+
+
+@contextlib.contextmanager
+def _unconverted(precision: Precision) -> Iterator[None]:
+    """Have Fabric return outputs as the model computed them, for the time of the scope."""
+    precision.convert_output = _as_it_is
+    try:
+        yield
+    finally:
+        del precision.convert_output  # and the method of the class is there again
+
+
+def _as_it_is(data: Any) -> Any:
+    return data
