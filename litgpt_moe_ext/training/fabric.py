@@ -24,6 +24,7 @@ from litgpt_moe_ext.moe.balancing import begin_schedules
 from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.control import StopRequests
+from litgpt_moe_ext.training.parallel.random_state import RankStreams
 
 if TYPE_CHECKING:
     from lightning.fabric.strategies import Strategy
@@ -45,8 +46,7 @@ class TrainingFabric(L.Fabric):
         **kwargs: As `lightning.Fabric`.
 
     Attributes:
-        resumed_rng: State of the random generators of every process from the loaded checkpoint, until it is restored.
-        rng_settled: Whether the generators are those of the training, as they are from the first batch on.
+        random_streams: The random generators of every process.
         attempt: How often the run has been started: 1, and one more whenever it is resumed.
         state: LitGPT's training state, once there is one.
         stop_requests: Signals that this process has received.
@@ -63,14 +63,11 @@ class TrainingFabric(L.Fabric):
     def __init__(self, show: Callable[[str], None], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._show = show
-        self.resumed_rng: list[dict] | None = None
-        self.rng_settled = False
+        self._told: set[Any] = set()  # what has been said that is said once
+        self.random_streams = RankStreams(self)
         self.attempt = 1
         self._model: Any = None
         self._optimizer: Any = None
-        self._logging_failed = False
-        self._left_out: set[Any] = set()  # metrics that are no numbers
-        self._told_of_mode = False
         self.state: dict[str, Any] = {"step_count": 0}
         self.stop_requests = StopRequests(self.print)
         self.interrupted_by = 0
@@ -115,6 +112,11 @@ class TrainingFabric(L.Fabric):
         if self.is_global_zero:
             self._show(" ".join(str(value) for value in values))
 
+    def _print_once(self, about: Any, message: str) -> None:
+        if about not in self._told:
+            self._told.add(about)
+            self.print(message)
+
     @contextlib.contextmanager
     def rank_zero_first(self, local: bool = False) -> Iterator[None]:
         """As Fabric's, but an error is raised when the others have had their turn; they would wait for who is gone.
@@ -157,12 +159,11 @@ class TrainingFabric(L.Fabric):
         if self._model.module.training:
             return
         self._model.train()
-        if not self._told_of_mode:
-            self._told_of_mode = True
-            self.print(
-                "  A callback has left the model in evaluation mode, without dropout and without balancing of experts: "
-                "it is put back into training mode. Call model.train() where the callback has done its work."
-            )
+        self._print_once(
+            "mode",
+            "  A callback has left the model in evaluation mode, without dropout and without balancing of experts: it "
+            "is put back into training mode. Call model.train() where the callback has done its work.",
+        )
 
     def callback_states(self) -> dict[str, Any]:
         """Return the state of every callback that has one, by name; without what could not be opened again."""
@@ -227,9 +228,7 @@ class TrainingFabric(L.Fabric):
         try:
             super().log_dict(metrics, self.step)
         except Exception as error:  # every service has errors of its own
-            if not self._logging_failed:
-                self._logging_failed = True
-                self.print(f"  the logger failed: {one_line(error).rstrip('.')}. Training goes on.")
+            self._print_once("logger", f"  the logger failed: {one_line(error).rstrip('.')}. Training goes on.")
         self.call("on_logged", metrics=metrics)
 
     def _numbers(self, metrics: Mapping[Any, Any]) -> dict[str, Any]:
@@ -240,11 +239,11 @@ class TrainingFabric(L.Fabric):
                 value = value.item()
             if isinstance(name, str) and isinstance(value, Real):
                 found[name] = value
-            elif name not in self._left_out:
-                self._left_out.add(name)
-                self.print(
+            else:
+                self._print_once(
+                    ("metric", name),
                     f"  a callback's on_log gives {name!r} a {kind_of(value)}, where metrics are numbers by name: it "
-                    "is left out."
+                    "is left out.",
                 )
         return found
 
@@ -280,7 +279,7 @@ class TrainingFabric(L.Fabric):
                 f"resume: {str(path)!r} does not fit the present settings, or this version of the package: "
                 f"{one_line(error)}. Resume with those in hyperparameters.yaml beside it, or {FROM_ITS_WEIGHTS}."
             ) from error
-        self.resumed_rng = remainder.pop("rng", None)
+        self.random_streams.resumed = remainder.pop("rng", None)
         saved = remainder.pop("callbacks", {})
         for name, callback in self._named_callbacks():
             if name in saved:

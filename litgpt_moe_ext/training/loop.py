@@ -46,7 +46,6 @@ from litgpt_moe_ext.training.checkpoint.resharding import convert_position
 from litgpt_moe_ext.training.checkpoint.writer import CheckpointWriter
 from litgpt_moe_ext.training.control import TrainingInterrupted
 from litgpt_moe_ext.training.optim.schedules import schedule_steps
-from litgpt_moe_ext.training.parallel import random_state
 from litgpt_moe_ext.training.parallel.agreement import Agreement
 from litgpt_moe_ext.training.steps.batches import StepBatches, can_pad, counts_for_loss
 from litgpt_moe_ext.training.steps.first_batches import FirstBatches
@@ -223,7 +222,7 @@ class HookedLoop:
                     ) from nothing
                 # Not earlier: building the data iterator and the sanity check of the validation draw random numbers
                 # that an uninterrupted run did not draw here.
-                random_state.settle(loop.fabric, loop._plan.settings.seed)
+                loop.fabric.random_streams.settle(loop._plan.settings.seed)
                 loop._means.weights = batch.weights
                 loop.fabric.call("on_batch", batch=batch.data, waited=batch.waited)
                 loop._handover.expect_batch()

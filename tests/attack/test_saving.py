@@ -22,7 +22,7 @@ from litgpt_moe_ext.training.callbacks.retention import Retention
 from litgpt_moe_ext.training.checkpoint import store
 from litgpt_moe_ext.training.checkpoint.progress import newest_first, next_attempt, read_progress
 from litgpt_moe_ext.training.checkpoint.resume import find_resume_file, problem_with
-from litgpt_moe_ext.training.parallel import random_state
+from litgpt_moe_ext.training.parallel.random_state import RankStreams
 from litgpt_moe_ext.training.settings import CheckpointArgs
 from tests.attack.killing import check_after_a_kill
 from tests.attack.runs import watch
@@ -41,6 +41,7 @@ class Fabric:
 
     def __init__(self) -> None:
         self.attempt, self.step = 1, 0
+        self.random_streams = RankStreams(self)
         self.retention: Retention
 
     def barrier(self) -> None:
@@ -137,7 +138,7 @@ def count_changes(out_dir: Path, writer: int, die_at: int | None) -> None:
 @pytest.fixture
 def quiet(monkeypatch):
     """Leave out what needs a device, or the disk to be slow."""
-    monkeypatch.setattr(random_state, "to_save", lambda _fabric: [])
+    monkeypatch.setattr(RankStreams, "to_save", lambda _self: [])
     monkeypatch.setattr(store, "flush", lambda _path: None)
     monkeypatch.setattr(store, "flush_tree", lambda _path: None)
 

@@ -18,7 +18,6 @@ from litgpt_moe_ext.files.archives import ONLY_PLAIN, foreign_object, kind_of
 from litgpt_moe_ext.files.durable import WRITE_TEST, cut_off, flush, flush_tree
 from litgpt_moe_ext.training.checkpoint.earlier import free_name
 from litgpt_moe_ext.training.checkpoint.progress import STATE_FILE, Progress
-from litgpt_moe_ext.training.parallel import random_state
 
 # What LitGPT has in the state of a training.
 _LITGPT = ("model", "optimizer", "train_dataloader", "hparams", "iter_num", "step_count")
@@ -118,7 +117,7 @@ def save_whole(save: Callable[..., None], fabric: Any, state: dict, tokenizer_di
     target = file.parent
     staging = target.with_name(f".{target.name}.incomplete")
     kept = {name: value for name, value in state.items() if name in _LITGPT or _can_be_opened(fabric, name, value)}
-    extended = {**kept, "rng": random_state.to_save(fabric), "callbacks": fabric.callback_states()}
+    extended = {**kept, "rng": fabric.random_streams.to_save(), "callbacks": fabric.callback_states()}
 
     def finish() -> None:
         if fabric.is_global_zero:

@@ -56,42 +56,54 @@ def undisturbed(fabric: Any, model: nn.Module) -> Iterator[Any]:
         np.random.set_state(numpy_generator)
 
 
-def to_save(fabric: Any) -> list[dict[str, Any]] | None:
-    """Return the states of all ranks in their order, or before the first batch those of the checkpoint, if any.
-
-    Args:
-        fabric: The running `TrainingFabric`; every rank must call.
-    """
-    if not fabric.rng_settled:
-        return fabric.resumed_rng
-    states: list = [of_this_rank(fabric.device)]
-    if fabric.world_size > 1:
-        (own,), states = states, [None] * fabric.world_size
-        torch.distributed.all_gather_object(states, own)
-    return states
-
-
-def settle(fabric: Any, seed: int) -> None:
-    """Continue the random streams of the ranks from the checkpoint, or give each its own; only the first call does.
+class RankStreams:
+    """The random streams of a run's ranks.
 
     Args:
         fabric: The running `TrainingFabric`.
-        seed: Of the run.
+
+    Attributes:
+        resumed: The states of all ranks in the loaded checkpoint, until they are restored.
     """
-    if fabric.rng_settled:
-        return
-    fabric.rng_settled = True
-    saved, fabric.resumed_rng = fabric.resumed_rng, None
-    if saved is not None and len(saved) == fabric.world_size:
-        if not restore(saved[fabric.global_rank], fabric.device):
-            fabric.print("The checkpoint comes from another type of device, whose random generator starts anew.")
-        return
-    if saved is not None:
-        fabric.print(
-            f"The checkpoint has the random generators of {counted(len(saved), 'process')} and this "
-            f"run has {fabric.world_size}: they start anew, which matters only where training draws from them."
-        )
-    part_ways(seed, fabric.global_rank, fabric.world_size, fabric.step)
+
+    def __init__(self, fabric: Any) -> None:
+        self._fabric = fabric
+        self._settled = False
+        self.resumed: list[dict[str, Any]] | None = None
+
+    def to_save(self) -> list[dict[str, Any]] | None:
+        """Return the states of all ranks in their order, or before the first batch those of the checkpoint, if any.
+
+        Every rank must call.
+        """
+        if not self._settled:
+            return self.resumed
+        states: list = [of_this_rank(self._fabric.device)]
+        if self._fabric.world_size > 1:
+            (own,), states = states, [None] * self._fabric.world_size
+            torch.distributed.all_gather_object(states, own)
+        return states
+
+    def settle(self, seed: int) -> None:
+        """Continue the streams from the checkpoint, or give each rank its own; only the first call does.
+
+        Args:
+            seed: Of the run.
+        """
+        if self._settled:
+            return
+        self._settled = True
+        fabric, saved, self.resumed = self._fabric, self.resumed, None
+        if saved is not None and len(saved) == fabric.world_size:
+            if not restore(saved[fabric.global_rank], fabric.device):
+                fabric.print("The checkpoint comes from another type of device, whose random generator starts anew.")
+            return
+        if saved is not None:
+            fabric.print(
+                f"The checkpoint has the random generators of {counted(len(saved), 'process')} and this "
+                f"run has {fabric.world_size}: they start anew, which matters only where training draws from them."
+            )
+        part_ways(seed, fabric.global_rank, fabric.world_size, fabric.step)
 
 
 def part_ways(seed: int, rank: int, world_size: int, step: int = 0) -> None:

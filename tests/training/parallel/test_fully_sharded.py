@@ -419,10 +419,11 @@ def test_every_rank_draws_its_own_numbers():
 
 
 def saved_states() -> list[Tensor]:
-    random_state.part_ways(7, dist.get_rank(), 2)
-    fabric = SimpleNamespace(rng_settled=True, world_size=2, device=torch.device("cpu"))
-    own, saved = random_state.of_this_rank(fabric.device), random_state.to_save(fabric)
-    assert saved[dist.get_rank()]["python"] == own["python"]
+    rank, device = dist.get_rank(), torch.device("cpu")
+    streams = random_state.RankStreams(SimpleNamespace(world_size=2, global_rank=rank, step=0, device=device))
+    streams.settle(seed=7)
+    own, saved = random_state.of_this_rank(device), streams.to_save()
+    assert saved[rank]["python"] == own["python"]
     return [state["torch"] for state in saved]
 
 
@@ -469,14 +470,14 @@ def test_random_state_is_restored():
         random.seed(seed)
         states.append(random_state.of_this_rank(torch.device("cpu")))
         expected.append((torch.rand(()).item(), random.random()))
-    fabric = SimpleNamespace(rng_settled=False, resumed_rng=states, world_size=2, device=torch.device("cpu"))
-    for fabric.global_rank in (1, 0):
-        fabric.rng_settled, fabric.resumed_rng = False, states
-        assert random_state.to_save(fabric) is states
-        random_state.settle(fabric, seed=0)
+    for rank in (1, 0):
+        streams = random_state.RankStreams(SimpleNamespace(world_size=2, global_rank=rank, device=torch.device("cpu")))
+        streams.resumed = states
+        assert streams.to_save() is states
+        streams.settle(seed=0)
         number = torch.rand(()).item()
-        random_state.settle(fabric, seed=0)
-        assert (number, random.random()) == expected[fabric.global_rank]
+        streams.settle(seed=0)
+        assert (number, random.random()) == expected[rank]
     state = states[0]
     assert not random_state.restore({**state, "cuda": state["torch"]}, torch.device("cpu"))
 
@@ -498,10 +499,10 @@ def test_streams_of_another_number_of_ranks_start_anew(saved, now):
         random_state.part_ways(1, rank, now, 5)
         expected = draw()
         seed()
-        fabric = SimpleNamespace(
-            rng_settled=False, resumed_rng=states, world_size=now, global_rank=rank, step=5,
-            device=torch.device("cpu"), print=said.append,
-        )  # fmt: skip
-        random_state.settle(fabric, seed=1)
+        streams = random_state.RankStreams(
+            SimpleNamespace(world_size=now, global_rank=rank, step=5, device=torch.device("cpu"), print=said.append)
+        )
+        streams.resumed = states
+        streams.settle(seed=1)
         assert draw() == expected
     assert [f"of {saved} process" in line and f"this run has {now}:" in line for line in said] == [True] * now
