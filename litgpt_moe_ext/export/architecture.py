@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext.export.hf.facts import Facts
-from litgpt_moe_ext.export.hf.tensors import LAYER, Names, Stored, rules
+from litgpt_moe_ext.export.facts import Facts
+from litgpt_moe_ext.export.tensors import LAYER, Names, Stored, rules
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from litgpt_moe_ext.export.hf.facts import left_out
+from litgpt_moe_ext.export.facts import left_out
 from litgpt_moe_ext.model_size import count_flops, count_parameters
 from litgpt_moe_ext.training.checkpoint import hyperparameters
 from litgpt_moe_ext.training.checkpoint.progress import sequences_of, step_of

@@ -45,7 +45,7 @@ def export(checkpoint_dir: Path, out_dir: Path, name: str, dtype: str | None = N
 
 def check_exportable(config: "Config", name: str) -> None:
     """Raise SettingsError if no model of a configuration can be exported in a format, once it has been trained."""
-    from litgpt_moe_ext.export.hf.facts import facts_of
+    from litgpt_moe_ext.export.facts import facts_of
 
     # A balancing bias that moves will distinguish experts.
     facts = facts_of(config, {})

@@ -15,8 +15,8 @@ from litgpt_moe_ext.config.features import MOE_CLASS_NAMES, has_sinks, router_ty
 from litgpt_moe_ext.config.fields import added_fields, uses_plugin
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.directory import new_directory, require_absent
-from litgpt_moe_ext.export.hf.tokenizer import copy_tokenizer
 from litgpt_moe_ext.export.source import TRAINING_ONLY, read_source, without_negatives
+from litgpt_moe_ext.export.tokenizer_files import copy_tokenizer
 from litgpt_moe_ext.export.weights import save_weights
 from litgpt_moe_ext.moe.expert_layouts import unstack_experts
 from litgpt_moe_ext.moe.registry import LOSSES, loss_field

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from litgpt_moe_ext.errors import SettingsError, which_checkpoint
 from litgpt_moe_ext.evaluation.loading import VOCABULARY_FILES, load_tokenizer, read_checkpoint
-from litgpt_moe_ext.export.hf.tensors import BALANCING_BIAS
+from litgpt_moe_ext.export.tensors import BALANCING_BIAS
 from litgpt_moe_ext.host.checkpoints import CONFIG_FILE, WEIGHTS_FILE, read_config
 from litgpt_moe_ext.meta.models import meta_model
 from litgpt_moe_ext.moe.expert_layouts import stack_experts

@@ -29,8 +29,8 @@ from litgpt_moe_ext.config.features import (
 from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.directory import new_directory, require_absent
-from litgpt_moe_ext.export.hf.tokenizer import copy_tokenizer
 from litgpt_moe_ext.export.source import read_source
+from litgpt_moe_ext.export.tokenizer_files import copy_tokenizer
 from litgpt_moe_ext.export.weights import save_weights
 from litgpt_moe_ext.meta.models import meta_model
 from litgpt_moe_ext.moe.layer import MoE

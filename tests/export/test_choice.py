@@ -7,9 +7,9 @@ import torch
 from litgpt import Config
 
 from litgpt_moe_ext.export.architecture import choose
+from litgpt_moe_ext.export.facts import facts_of
 from litgpt_moe_ext.export.gguf.architectures import GRAPHS
 from litgpt_moe_ext.export.hf.architectures import ARCHITECTURES
-from litgpt_moe_ext.export.hf.facts import facts_of
 from tests.export.hf.models import CASES, YARN
 
 OWN = "LitGPTMoEForCausalLM"

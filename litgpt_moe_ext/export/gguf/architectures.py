@@ -14,12 +14,10 @@ from litgpt_moe_ext.attention.rope import rope_frequencies
 from litgpt_moe_ext.config.rope import DEFAULT_BETA_FAST, DEFAULT_BETA_SLOW, present_adjustments, rope_kind
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.architecture import Architecture
+from litgpt_moe_ext.export.facts import Facts, leading_dense_layers, window_of
+from litgpt_moe_ext.export.families import GLM, GPT2, GPT2_BIASES, GPT_OSS, LATENT, LLAMA_LIKE, SOFTMAX
 from litgpt_moe_ext.export.gguf import names
-from litgpt_moe_ext.export.hf.architectures import GLM, GPT2, GPT_OSS, LATENT, LLAMA_LIKE, SOFTMAX
-from litgpt_moe_ext.export.hf.config_json import shared_width
-from litgpt_moe_ext.export.hf.facts import Facts, leading_dense_layers, window_of
-from litgpt_moe_ext.export.hf.names import GPT2_BIASES
-from litgpt_moe_ext.export.hf.tensors import Names
+from litgpt_moe_ext.export.tensors import Names
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
@@ -155,7 +153,7 @@ def _yarn_of_latent_attention(facts: Facts) -> dict[str, Any]:
 
 
 def _ernie(facts: Facts) -> dict[str, Any]:
-    shared = {"expert_shared_feed_forward_length": shared_width(facts)} if facts.shared != "none" else {}
+    shared = {"expert_shared_feed_forward_length": facts.shared_width} if facts.shared != "none" else {}
     dense = leading_dense_layers(facts.config)
     return _moe(facts) | {"interleave_moe_layer_step": 1, "leading_dense_block_count": dense} | shared
 
@@ -238,7 +236,7 @@ GRAPHS = (
             "shared": ("gated",),
             "free_head_size": (False,),
         },
-        lambda facts: _moe(facts) | {"expert_shared_feed_forward_length": shared_width(facts)},
+        lambda facts: _moe(facts) | {"expert_shared_feed_forward_length": facts.shared_width},
         names.DECODER,
         ties=False,
     ),

@@ -5,7 +5,7 @@ Experts are stacked as `(E, F, D)`, gate and up apart.
 Shape legend: E experts, F their hidden width, D model width, H heads, d what a head gets of the latent width R.
 """
 
-from litgpt_moe_ext.export.hf.tensors import LAYER, TRANSPOSED, Layout, Names, Stored
+from litgpt_moe_ext.export.tensors import LAYER, TRANSPOSED, Layout, Names, Stored
 
 _SWIGLU = {"fc_1": "ffn_gate", "fc_2": "ffn_up", "proj": "ffn_down"}
 

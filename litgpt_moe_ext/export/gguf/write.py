@@ -13,9 +13,9 @@ from litgpt_moe_ext.evaluation.loading import parse_dtype
 from litgpt_moe_ext.export.architecture import Architecture, choose, nearest
 from litgpt_moe_ext.export.card import write_card
 from litgpt_moe_ext.export.directory import new_directory, require_absent
+from litgpt_moe_ext.export.facts import Facts, facts_of, left_out
 from litgpt_moe_ext.export.gguf.architectures import GRAPHS
 from litgpt_moe_ext.export.gguf.tokenizer import tokenizer_metadata
-from litgpt_moe_ext.export.hf.facts import Facts, facts_of, left_out
 from litgpt_moe_ext.export.source import Source, read_source
 
 MODEL_FILE = "model.gguf"

@@ -4,92 +4,13 @@ The first class that can express every fact of a model is the one; where none ca
 the weights.
 """
 
-from typing import Any
-
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.architecture import Architecture, choose, nearest
+from litgpt_moe_ext.export.facts import Facts
+from litgpt_moe_ext.export.families import GLM, GPT2, GPT2_BIASES, GPT_OSS, LATENT, LLAMA_LIKE, SOFTMAX
 from litgpt_moe_ext.export.hf import config_json, names
-from litgpt_moe_ext.export.hf.facts import Facts
 
-ROPES = ("default", "linear", "llama3", "yarn")
-# What Llama's relatives have in common.
-LLAMA_LIKE: dict[str, tuple[Any, ...]] = {
-    "attention": ("grouped",),
-    "norm": ("rms",),
-    "positions": ("rotary",),
-    "rope": ROPES,
-    "rope_layout": ("half",),
-    "sinks": ("none",),
-    "window": ("none",),
-    "clipped": (False,),
-    "qk_norm": ("none",),
-    "attention_bias": ("none",),
-    "activation": ("swiglu",),
-    "mlp_bias": (False,),
-    "head_bias": (False,),
-    "scale": ("head",),
-}
 _DENSE = LLAMA_LIKE | {"layers": ("dense",)}
-SOFTMAX = LLAMA_LIKE | {
-    "router": ("topk",),
-    "score": ("softmax",),
-    "gate_on_input": (False,),
-    "router_bias": (False,),
-    "norm_topk": (True,),
-    "balancing_bias": (False,),
-    "groups": ("none",),
-    "scaled": (False,),
-    "shared": ("none",),
-}
-# DeepSeek's attention and layers.
-LATENT: dict[str, tuple[Any, ...]] = {
-    "attention": ("latent",),
-    "grouped": (False,),
-    "latent_norm_eps": (True,),
-    "layers": ("moe", "mixed"),
-    "scaled": (True, False),
-    "shared": ("plain",),
-}
-# LayerNorm, learned positions, dense layers.
-GPT2: dict[str, tuple[Any, ...]] = {
-    "attention": ("grouped",),
-    "layers": ("dense",),
-    "norm": ("layer",),
-    "positions": ("learned",),
-    "sinks": ("none",),
-    "window": ("none",),
-    "clipped": (False,),
-    "qk_norm": ("none",),
-    "attention_bias": ("none", "all"),
-    "grouped": (False,),
-    "free_head_size": (False,),
-    "activation": ("gelu", "gelu_tanh", "relu"),
-    "head_bias": (False,),
-    "scale": ("head",),
-}
-# Balanced sigmoid routers, beside shared experts.
-GLM: dict[str, tuple[Any, ...]] = {
-    "layers": ("moe", "mixed"),
-    "positions": ("rotary", "partial_rotary"),
-    "qk_norm": ("none", "head"),
-    "attention_bias": ("none", "qkv"),
-    "score": ("sigmoid",),
-    "norm_topk": (True, False),
-    "balancing_bias": (True, False),
-    "groups": ("none", "best_two"),
-    "scaled": (True, False),
-    "shared": ("plain",),
-}
-# Sinks, windows, and biases everywhere.
-GPT_OSS: dict[str, tuple[Any, ...]] = {
-    "layers": ("moe",),
-    "sinks": ("all",),
-    "window": ("none", "all", "some"),
-    "attention_bias": ("all",),
-    "activation": ("clamped_swiglu",),
-    "mlp_bias": (True,),
-    "router_bias": (True, False),
-}
 
 ARCHITECTURES = (
     Architecture(
@@ -98,7 +19,7 @@ ARCHITECTURES = (
         GPT2,
         config_json.gpt2,
         names.GPT2,
-        names.GPT2_BIASES,
+        GPT2_BIASES,
     ),
     Architecture(
         "LlamaForCausalLM",
@@ -154,7 +75,7 @@ ARCHITECTURES = (
             | config_json.moe_sizes(facts)
             | config_json.qwen_layers(facts)
             | config_json.no_window(facts)
-            | {"shared_expert_intermediate_size": config_json.shared_width(facts)}
+            | {"shared_expert_intermediate_size": facts.shared_width}
         ),
         names.QWEN2_MOE,
     ),

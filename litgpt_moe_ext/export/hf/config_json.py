@@ -7,7 +7,7 @@ from typing import Any
 from litgpt_moe_ext.config.features import is_dense_layer
 from litgpt_moe_ext.config.fields import BACKEND_FIELDS
 from litgpt_moe_ext.config.rope import present_adjustments
-from litgpt_moe_ext.export.hf.facts import Facts, layer_has_sinks, leading_dense_layers, window_of
+from litgpt_moe_ext.export.facts import Facts, layer_has_sinks, leading_dense_layers, window_of
 
 REMOTE_CODE = "modeling_litgpt_moe"
 # The entry of its `config.json` that holds the fields of `litgpt.Config`.
@@ -84,12 +84,6 @@ def window_key(facts: Facts) -> _Json:
 def no_window(facts: Facts) -> _Json:
     """Return entries that switch off Qwen's sliding window."""
     return {"use_sliding_window": False, "sliding_window": None}
-
-
-def shared_width(facts: Facts) -> int:
-    """Return the hidden width of all shared experts together."""
-    config = facts.config
-    return config.shared_expert_intermediate_size or config.n_shared_expert * config.moe_intermediate_size
 
 
 def glm(facts: Facts) -> _Json:
@@ -254,7 +248,7 @@ def _own_moe(facts: Facts) -> _Json:
     config = facts.config
     return {
         "moe_intermediate_size": config.moe_intermediate_size,
-        "shared_expert_intermediate_size": shared_width(facts) if facts.shared != "none" else 0,
+        "shared_expert_intermediate_size": facts.shared_width if facts.shared != "none" else 0,
         "shared_expert_gate": facts.shared == "gated",
         "num_experts": config.n_expert,
         "num_experts_per_tok": config.n_expert_per_token,

@@ -5,7 +5,7 @@ Shape legend: E experts, F their hidden width, D model width.
 
 from torch import Tensor
 
-from litgpt_moe_ext.export.hf.tensors import LAYER, TRANSPOSED, Layout, Names, Stored
+from litgpt_moe_ext.export.tensors import LAYER, TRANSPOSED, Layout, Names, Stored
 
 _SWIGLU = {"fc_1": "gate_proj", "fc_2": "up_proj", "fc": "up_proj", "proj": "down_proj"}
 
@@ -104,4 +104,3 @@ GPT2: Names = {
     **{f"{ours}.bias": f"{theirs}.bias" for ours, theirs in _CONV1D.items()},
     **{f"{ours}.weight": Stored((f"{theirs}.weight",), (TRANSPOSED,)) for ours, theirs in _CONV1D.items()},
 }
-GPT2_BIASES = tuple(f"{ours}.bias" for ours in _CONV1D)

@@ -16,14 +16,14 @@ from litgpt_moe_ext.config.litgpt_fields import check_ranges
 from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.export.architecture import Architecture
 from litgpt_moe_ext.export.directory import new_directory, require_absent
+from litgpt_moe_ext.export.facts import facts_of
 from litgpt_moe_ext.export.hf.architectures import ARCHITECTURES
 from litgpt_moe_ext.export.hf.config_json import OWN_SETTINGS
-from litgpt_moe_ext.export.hf.facts import facts_of
 from litgpt_moe_ext.export.hf.published.config import Published, read_published
 from litgpt_moe_ext.export.hf.published.stored import StoredWeights
-from litgpt_moe_ext.export.hf.tensors import BALANCING_BIAS
-from litgpt_moe_ext.export.hf.tokenizer import copy_tokenizer
 from litgpt_moe_ext.export.source import TRAINING_ONLY
+from litgpt_moe_ext.export.tensors import BALANCING_BIAS
+from litgpt_moe_ext.export.tokenizer_files import copy_tokenizer
 from litgpt_moe_ext.export.weights import save_weights
 from litgpt_moe_ext.meta.models import meta_model
 

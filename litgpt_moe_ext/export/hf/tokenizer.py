@@ -6,29 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litgpt_moe_ext.export.source import ends_of_texts, read_tokenizer
+from litgpt_moe_ext.export.tokenizer_files import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from litgpt import Tokenizer
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 # The class of any tokenizer that is a `tokenizer.json`.
 _FAST = "PreTrainedTokenizerFast"
-
-
-def copy_tokenizer(from_dir: Path, to_dir: Path) -> None:
-    """Copy a tokenizer's files, those that there are, with what ends and begins a text and how a chat is written."""
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
-        if (from_dir / name).is_file():
-            shutil.copyfile(from_dir / name, to_dir / name)
 
 
 def export_tokenizer(checkpoint_dir: Path, out_dir: Path, vocab_size: int) -> dict[str, int | list[int]]:

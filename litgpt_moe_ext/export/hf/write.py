@@ -13,14 +13,14 @@ from litgpt_moe_ext.evaluation.loading import parse_dtype
 from litgpt_moe_ext.export.architecture import Architecture
 from litgpt_moe_ext.export.card import write_card
 from litgpt_moe_ext.export.directory import new_directory, require_absent
+from litgpt_moe_ext.export.facts import Facts, facts_of, left_out
 from litgpt_moe_ext.export.hf.architectures import choose_class
 from litgpt_moe_ext.export.hf.config_json import REMOTE_CODE
-from litgpt_moe_ext.export.hf.facts import Facts, facts_of, left_out
 from litgpt_moe_ext.export.hf.names import OWN_BALANCING_BIAS
 from litgpt_moe_ext.export.hf.shards import MAX_SHARD_BYTES, Sketch, write_shards
-from litgpt_moe_ext.export.hf.tensors import BALANCING_BIAS
 from litgpt_moe_ext.export.hf.tokenizer import export_tokenizer
 from litgpt_moe_ext.export.source import read_source
+from litgpt_moe_ext.export.tensors import BALANCING_BIAS
 
 
 @dataclass(frozen=True)

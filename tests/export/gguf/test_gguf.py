@@ -13,13 +13,13 @@ from litgpt import Config
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.architecture import choose
+from litgpt_moe_ext.export.facts import facts_of
 from litgpt_moe_ext.export.formats import export
 from litgpt_moe_ext.export.gguf import spm
 from litgpt_moe_ext.export.gguf.architectures import GRAPHS
 from litgpt_moe_ext.export.gguf.tokenizer import tokenizer_metadata
 from litgpt_moe_ext.export.gguf.write import choose_graph, export_gguf
 from litgpt_moe_ext.export.hf.architectures import ARCHITECTURES
-from litgpt_moe_ext.export.hf.facts import facts_of
 from litgpt_moe_ext.export.hf.tokenizer import export_tokenizer
 from litgpt_moe_ext.meta.models import meta_model
 from litgpt_moe_ext.training.inputs import open_tokenizer

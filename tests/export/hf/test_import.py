@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.loading import load_tokenizer
-from litgpt_moe_ext.export.hf.facts import facts_of
+from litgpt_moe_ext.export.facts import facts_of
 from litgpt_moe_ext.export.hf.read import import_checkpoint
 from litgpt_moe_ext.export.hf.write import export_checkpoint
 from litgpt_moe_ext.export.source import TRAINING_ONLY, ends_of_texts

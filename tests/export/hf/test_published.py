@@ -10,8 +10,8 @@ from litgpt_moe_ext.attention.rope import rope_frequencies
 from litgpt_moe_ext.config.features import is_dense_layer
 from litgpt_moe_ext.config.rope import rope_kind
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.export.facts import facts_of
 from litgpt_moe_ext.export.hf.architectures import choose_class
-from litgpt_moe_ext.export.hf.facts import facts_of
 from litgpt_moe_ext.export.hf.published.config import read_published
 from litgpt_moe_ext.export.hf.published.names import SYNONYMS
 from litgpt_moe_ext.export.hf.published.settings import READERS

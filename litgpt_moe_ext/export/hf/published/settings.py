@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.export.facts import DEEPSEEK_EPS
 from litgpt_moe_ext.export.hf.config_json import OWN_SETTINGS
-from litgpt_moe_ext.export.hf.facts import DEEPSEEK_EPS
 
 _Json = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""A model in the terms that tell Hugging Face's classes apart."""
+"""A model in the terms that tell the classes of other libraries apart."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -115,6 +115,12 @@ class Facts:
     def latent_sizes(self) -> dict[str, int]:
         """Sizes of latent attention by DeepSeek's names; empty without it."""
         return self.config.latent_attention or {}
+
+    @property
+    def shared_width(self) -> int:
+        """Hidden width of all shared experts together."""
+        config = self.config
+        return config.shared_expert_intermediate_size or config.n_shared_expert * config.moe_intermediate_size
 
     @property
     def rope_tables(self) -> tuple[list[float], float]:

@@ -1,0 +1,86 @@
+"""What the members of a family of models may be, as values of `Facts`, whichever library has the classes.
+
+The tables of `hf/architectures.py` and `gguf/architectures.py` say of each class where it differs.
+"""
+
+from typing import Any
+
+# What Llama's relatives have in common.
+LLAMA_LIKE: dict[str, tuple[Any, ...]] = {
+    "attention": ("grouped",),
+    "norm": ("rms",),
+    "positions": ("rotary",),
+    "rope": ("default", "linear", "llama3", "yarn"),
+    "rope_layout": ("half",),
+    "sinks": ("none",),
+    "window": ("none",),
+    "clipped": (False,),
+    "qk_norm": ("none",),
+    "attention_bias": ("none",),
+    "activation": ("swiglu",),
+    "mlp_bias": (False,),
+    "head_bias": (False,),
+    "scale": ("head",),
+}
+SOFTMAX = LLAMA_LIKE | {
+    "router": ("topk",),
+    "score": ("softmax",),
+    "gate_on_input": (False,),
+    "router_bias": (False,),
+    "norm_topk": (True,),
+    "balancing_bias": (False,),
+    "groups": ("none",),
+    "scaled": (False,),
+    "shared": ("none",),
+}
+# DeepSeek's attention and layers.
+LATENT: dict[str, tuple[Any, ...]] = {
+    "attention": ("latent",),
+    "grouped": (False,),
+    "latent_norm_eps": (True,),
+    "layers": ("moe", "mixed"),
+    "scaled": (True, False),
+    "shared": ("plain",),
+}
+# LayerNorm, learned positions, dense layers.
+GPT2: dict[str, tuple[Any, ...]] = {
+    "attention": ("grouped",),
+    "layers": ("dense",),
+    "norm": ("layer",),
+    "positions": ("learned",),
+    "sinks": ("none",),
+    "window": ("none",),
+    "clipped": (False,),
+    "qk_norm": ("none",),
+    "attention_bias": ("none", "all"),
+    "grouped": (False,),
+    "free_head_size": (False,),
+    "activation": ("gelu", "gelu_tanh", "relu"),
+    "head_bias": (False,),
+    "scale": ("head",),
+}
+# What its classes always have in a layer, zeros or not, by our names.
+GPT2_BIASES = ("attn.qkv.bias", "attn.proj.bias", "mlp.fc.bias", "mlp.proj.bias")
+# Balanced sigmoid routers, beside shared experts.
+GLM: dict[str, tuple[Any, ...]] = {
+    "layers": ("moe", "mixed"),
+    "positions": ("rotary", "partial_rotary"),
+    "qk_norm": ("none", "head"),
+    "attention_bias": ("none", "qkv"),
+    "score": ("sigmoid",),
+    "norm_topk": (True, False),
+    "balancing_bias": (True, False),
+    "groups": ("none", "best_two"),
+    "scaled": (True, False),
+    "shared": ("plain",),
+}
+# Sinks, windows, and biases everywhere.
+GPT_OSS: dict[str, tuple[Any, ...]] = {
+    "layers": ("moe",),
+    "sinks": ("all",),
+    "window": ("none", "all", "some"),
+    "attention_bias": ("all",),
+    "activation": ("clamped_swiglu",),
+    "mlp_bias": (True,),
+    "router_bias": (True, False),
+}
