@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 from litgpt_moe_ext.data.pipeline import shards
 from litgpt_moe_ext.data.pipeline.shards import open_shard, scan_shard, write_shard
 
+LARGE_IDS = (np.arange(1000) * 7919 % 128256).astype("<u4")
+"""Of a vocabulary beyond 16 bits."""
+
 
 def raw_shard(path, magic=20240520, version=1, count=3, body=b"\1\0\2\0\3\0"):
     header = np.zeros(256, "<i4")
@@ -127,6 +130,13 @@ def test_headerless_files_of_any_vocabulary_are_read(tmp_path, vocab_size):
     assert open_shard(tmp_path / "a.bin").tolist() == ids.tolist()
 
 
+def test_headerless_files_with_low_ids_at_every_second_place_are_read(tmp_path):
+    """As of a task of numbers with labels."""
+    ids = np.stack([np.arange(1000), np.arange(1000) % 2], 1).ravel().astype("<u2")
+    ids.tofile(tmp_path / "a.bin")
+    assert open_shard(tmp_path / "a.bin").tolist() == ids.tolist()
+
+
 def npy(array):
     file = io.BytesIO()
     np.save(file, array)
@@ -138,7 +148,8 @@ def npy(array):
     [
         (b"", "is empty: it has 0 bytes"),
         (TOKENS.tobytes() + b"x", "has 161 bytes, an odd number, and no header"),
-        (TOKENS.astype("<u4").tobytes(), "every second uint16 is zero .from byte 2 to byte 320.: it holds uint32"),
+        (TOKENS.astype("<u4").tobytes(), "every second uint16 is below 4 .from byte 2 to byte 320.: it holds uint32"),
+        (LARGE_IDS.tobytes(), "every second uint16 is below 4 .from byte 2 to byte 4000.: it holds uint32"),
         (npy(TOKENS)[:-2], "is truncated: the header counts 80 tokens .288 bytes., the file has 286 bytes .79 tok"),
         (npy(TOKENS) + b"xx", "is longer than its header says: the header counts 80 tokens"),
         (npy(TOKENS)[:40], "has a damaged NumPy header, read up to byte"),

@@ -39,10 +39,11 @@ _FOREIGN = {
     b"PAR1": "parquet",
     b"\x28\xb5\x2f\xfd": "zstandard",
 }
-# So many tokens in a row with every second one zero are 4-byte integers: text does not look like that.
 _TEXT_SAMPLE = 64
+# So many tokens in a row of which every second one is low are the halves of 4-byte ids: text does not look like that.
 _WIDE_SAMPLE = 1 << 20
 _WIDE_MINIMUM = 32
+_HIGH_HALVES = 1 << 2  # of ids below 262,144, which no usual vocabulary exceeds
 _SCAN_TOKENS = 1 << 24
 _SUM_TOKENS = 1 << 11
 
@@ -140,12 +141,22 @@ def open_shard(path: str | os.PathLike) -> np.memmap:
         )
     tokens = np.memmap(path, dtype="<u2", mode="r")
     sample = tokens[:_WIDE_SAMPLE]
-    if len(sample) >= _WIDE_MINIMUM and not sample[1::2].any():
+    if len(sample) >= _WIDE_MINIMUM and _is_wide(sample[::2], sample[1::2]):
         raise SettingsError(
-            f"{path} has no header and every second uint16 is zero (from byte 2 to byte {2 * len(sample)}): it holds "
-            "uint32 tokens; convert it: write_shard(new_path, numpy.fromfile(path, '<u4'), vocab_size)"
+            f"{path} has no header and every second uint16 is below {_HIGH_HALVES} (from byte 2 to byte "
+            f"{2 * len(sample)}): it holds uint32 tokens; convert it: write_shard(new_path, numpy.fromfile(path, "
+            "'<u4'), vocab_size)"
         )
     return tokens
+
+
+def _is_wide(low: np.ndarray, high: np.ndarray) -> bool:
+    """Return whether tokens, those at even places and those at odd ones, are the halves of wider ones.
+
+    Of a large vocabulary the lower halves may be anything. Without that, low tokens at all odd places may as well be
+    the labels of a made-up task.
+    """
+    return not high.any() or (high.max() < _HIGH_HALVES and low.max() >= MAX_UINT16_VOCAB // 2)
 
 
 def scan_shard(tokens: np.memmap, vocab_size: int | None) -> bytes:
