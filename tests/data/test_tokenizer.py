@@ -119,6 +119,14 @@ def test_a_vocabulary_that_writes_the_end_of_a_document_as_text_is_refused(bos_i
         encode(["a", "b</s>a"])
 
 
+def test_a_vocabulary_that_writes_the_beginning_of_a_document_as_text_is_refused():
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("a", -1.0), ("b", -1.0), ("<s>", -1.0)]
+    tokenizer = HFTokenizer(models.Unigram(pieces, 0)).to_str()
+    assert Encoder(tokenizer, 1, None, np.dtype(np.uint16)).open()(["b<s>a"]).tolist() == [3, 4, 2, 1]
+    with pytest.raises(SettingsError, match="begins with 'b<s>a' is token '<s>' to this tokenizer, which begins"):
+        Encoder(tokenizer, 1, 4, np.dtype(np.uint16)).open()(["a", "b<s>a"])
+
+
 def found(directory, kind):
     return special_token(read_tokenizer(directory), kind, directory)
 

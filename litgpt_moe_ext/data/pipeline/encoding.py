@@ -59,17 +59,18 @@ class Encoder:
             for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
                 pieces.append(np.array([*start, *encoding.ids, self.eos_id], dtype=self.dtype))
         tokens = np.concatenate(pieces)
-        if np.count_nonzero(tokens == self.eos_id) != len(texts) * (2 if self.bos_id == self.eos_id else 1):
-            self._refuse(tokenizer, texts, pieces[1:])
+        for border in {self.eos_id} if self.bos_id is None else {self.eos_id, self.bos_id}:
+            if np.count_nonzero(tokens == border) != len(texts) * (2 if self.bos_id == self.eos_id else 1):
+                self._refuse(tokenizer, texts, pieces[1:], border)
         return tokens
 
-    def _refuse(self, tokenizer: Tokenizer, texts: list[str], pieces: list[np.ndarray]) -> None:
+    def _refuse(self, tokenizer: Tokenizer, texts: list[str], pieces: list[np.ndarray], border: int) -> None:
         inside = slice(0 if self.bos_id is None else 1, -1)
-        text = next(text for text, ids in zip(texts, pieces, strict=True) if self.eos_id in ids[inside])
-        token = tokenizer.id_to_token(self.eos_id)
+        text = next(text for text, ids in zip(texts, pieces, strict=True) if border in ids[inside])
+        token, does = tokenizer.id_to_token(border), "ends" if border == self.eos_id else "begins"
         raise SettingsError(
             f"tokenizer_dir: text in the document that begins with {text[:40]!r} is token {token!r} to this tokenizer, "
-            f"which ends documents; take {token} out of the documents, or use another tokenizer"
+            f"which {does} documents; take {token} out of the documents, or use another tokenizer"
         )
 
 
