@@ -102,6 +102,15 @@ def test_which_files_are_read(tmp_path, capsys):
     assert f"Left out 2 files of {tmp_path}: not UTF-8 text" in capsys.readouterr().out
 
 
+def test_a_file_that_changes_before_it_is_read_again_is_named(tmp_path):
+    (tmp_path / "a.py").write_text("a = 1\n")
+    (source,) = stdlib(tmp_path).sources(FileHashes(tmp_path))
+    source.check()
+    (tmp_path / "a.py").write_text("a = 22\n")
+    with pytest.raises(SettingsError, match="a.py has changed since the preparation began"):
+        source.check()
+
+
 def test_a_file_that_cannot_be_read_is_left_out(tmp_path, monkeypatch, capsys):
     for name in ("a.py", "b.py"):
         (tmp_path / name).write_text(f"# {name}")

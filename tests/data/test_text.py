@@ -346,6 +346,18 @@ def test_rows_without_a_text_are_empty_documents():
         texts(None, 7)
 
 
+def test_rows_that_are_not_utf8(tmp_path):
+    """What the library reads from parquet it does not look at."""
+    (tmp_path / "source").mkdir()
+    column = pa.array([*(text.encode() for text in TRAIN), b"a\xffb"]).view(pa.string())
+    pq.write_table(pa.table({"text": column}), tmp_path / "source" / "train.parquet")
+    data = HubDataset(dataset=str(tmp_path / "source"), data_path=tmp_path / "cache", bpe=BPE, val_fraction=0.5)
+    with pytest.raises(SettingsError, match=rf"row {len(TRAIN)} is not UTF-8 at byte 1 .*, or set invalid_utf8"):
+        data.prepare()
+    (source,) = replace(data, invalid_utf8="replace").sources(None)
+    assert [record.text for record in source.records()] == [*TRAIN, "a\ufffdb"]
+
+
 def test_hub_without_network(tmp_path):
     with pytest.raises(ValueError, match="dataset: 'nobody/nothing' cannot be loaded with .* without a network"):
         HubDataset(dataset="nobody/nothing", bpe=BPE, data_path=tmp_path).prepare_data()

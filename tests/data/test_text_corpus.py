@@ -375,17 +375,22 @@ def test_a_changed_file_is_noticed(tmp_path):
         assert FileHashes(tmp_path).hash(path) == second
 
 
-def test_a_file_that_is_written_to_while_it_is_read(tmp_path):
-    """Its hash, by which the corpus is found again, would be that of another text."""
-    path = write_lines(tmp_path / "a.jsonl", ["one", "two"])
-    (source,) = file_sources([path], None, TextFormat(), FileHashes(tmp_path))
-    for content, refused in ((path.read_bytes(), False), (path.read_bytes() + b'{"text": "three"}\n', True)):
-        records = source.records()
-        next(records)
-        path.write_bytes(content)
-        os.utime(path, (1, 1))
-        with pytest.raises(SettingsError, match="a.jsonl has changed since") if refused else nullcontext():
-            assert len(list(records)) == 1
+@pytest.mark.parametrize("count", [None, 2])
+def test_a_file_that_is_written_to_while_it_is_read(tmp_path, monkeypatch, count):
+    """Its hash, by which the corpus is found again, would be that of another text; also where not all of it is read."""
+    monkeypatch.setattr(batches, "_BATCH_BYTES", 1)
+    path = write_lines(tmp_path / "a.jsonl", ["one", "two", "three"])
+    intake = batches.Intake(
+        file_sources([path], "train", TextFormat(), FileHashes(tmp_path)), CorpusSettings(BPE, counts={"train": count})
+    )
+    for content, refused in ((path.read_bytes(), False), (path.read_bytes() + b'{"text": "four"}\n', True)):
+        for begin in (lambda: intake.batches(0, 0, {"train": 0}), lambda: intake.texts_to_learn_from(lambda _: None)):
+            read = begin()
+            next(read)
+            path.write_bytes(content)
+            os.utime(path, (1, 1))
+            with pytest.raises(SettingsError, match="a.jsonl has changed since") if refused else nullcontext():
+                list(read)
 
 
 def test_a_file_that_was_just_written_is_read_again(tmp_path):

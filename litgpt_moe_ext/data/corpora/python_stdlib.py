@@ -12,7 +12,7 @@ from typing import Any
 from litgpt_moe_ext.data.corpora.documents import EncodedCorpus
 from litgpt_moe_ext.data.pipeline.finding import say_left_out
 from litgpt_moe_ext.data.pipeline.hashes import FileHashes
-from litgpt_moe_ext.data.pipeline.sources import Source
+from litgpt_moe_ext.data.pipeline.sources import Source, require_unchanged
 from litgpt_moe_ext.data.pipeline.store import in_validation
 from litgpt_moe_ext.data.reading.documents import documents
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings
@@ -66,21 +66,22 @@ class PythonStdlib(EncodedCorpus):
                 f"source_path: {str(folder)!r} is not a folder; set it to a folder with .py files, or leave it out to "
                 "use Python's standard library"
             )
-        found: dict[bytes, Source] = {}
+        found: dict[str, Source] = {}
         unreadable = 0
         for name, path in sorted((path.relative_to(folder).as_posix(), path) for path in _files(folder, skipped)):
             try:
-                content = path.read_bytes()
+                stat, content = path.stat(), path.read_bytes()
             except OSError as error:
                 say_left_out(error)
                 continue
             if not _is_text(content):
                 unreadable += 1
             elif content.strip():
-                digest = hashlib.sha256(content)
+                digest = hashlib.sha256(content).hexdigest()
                 side = "val" if in_validation(name, self.val_fraction, self.seed) else "train"
                 records = partial(documents, path, self.text_format)
-                found.setdefault(digest.digest(), Source(name, side, len(content), digest.hexdigest(), records))
+                check = partial(require_unchanged, path, stat, digest)
+                found.setdefault(digest, Source(name, side, len(content), digest, records, check))
         if not found:
             raise SettingsError(
                 f"source_path: {str(folder)!r} has no usable .py files ({unreadable} are not UTF-8 text); set it to a "

@@ -73,6 +73,7 @@ class Intake:
                 left -= len(record.text.encode("utf-8"))
                 if left <= 0 or room.is_full("train"):
                     break
+            source.check()
 
     def batches(self, first: int, skipped: int, taken: Mapping[str, int]) -> Iterator[Batch]:
         """Yield the documents in batches.
@@ -99,6 +100,7 @@ class Intake:
                     batch = Batch()
                 if room.is_full(*sides):
                     break
+            source.check()
         batch.source = len(self._sources)
         yield batch
 

@@ -1,5 +1,6 @@
 """Where documents come from: files, URLs, or a data set of the Hugging Face library; one class stands for each."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,12 +12,14 @@ from litgpt_moe_ext.data.pipeline.hashes import FileHashes
 from litgpt_moe_ext.data.reading.documents import documents
 from litgpt_moe_ext.data.reading.record import Record, TextFormat
 from litgpt_moe_ext.data.reading.remote import name_of, remote_facts
+from litgpt_moe_ext.data.reading.tables import texts_of
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files.checksums import sha256_of
 
 Side = Literal["train", "val"]
 SIDES: tuple[Side, ...] = ("train", "val")
 _QUESTIONS_AT_ONCE = 16
+_ROWS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,7 @@ class Source:
         size: Bytes on disk (0 if unknown); for progress.
         identity: Equal for equal content.
         records: Starts reading from the beginning.
+        check: Called when no more is read of it; raises SettingsError if it has another content by now.
     """
 
     name: str
@@ -36,6 +40,7 @@ class Source:
     size: int
     identity: str
     records: Callable[[], Iterator[Record]]
+    check: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         """Raise SettingsError if the split is no side."""
@@ -58,18 +63,26 @@ def file_sources(
     sources = []
     for file in files:
         stat, content = file.stat(), hashes.hash(file)
-        records = partial(_as_hashed, file, text_format, (stat.st_size, stat.st_mtime_ns), content)
-        sources.append(Source(str(file), split, stat.st_size, _identity(file, content), records))
+        records, check = partial(documents, file, text_format), partial(require_unchanged, file, stat, content)
+        sources.append(Source(str(file), split, stat.st_size, _identity(file, content), records, check))
     return sources
 
 
-def _as_hashed(file: Path, text_format: TextFormat, before: tuple[int, int], content: str) -> Iterator[Record]:
-    # The documents of a file. Hours may lie between its hash, by which the corpus is found again, and its end.
-    yield from documents(file, text_format)
+def require_unchanged(file: Path, before: os.stat_result, content: str) -> None:
+    """Refuse a file that was written to while it was read: a corpus is found again by what it was.
+
+    Args:
+        file: The file, which may be gone by now.
+        before: What the system said of it before it was hashed, perhaps hours ago.
+        content: Its SHA-256 (hex).
+
+    Raises:
+        SettingsError: It has another content.
+    """
     if not file.exists():
         return
     stat = file.stat()
-    if (stat.st_size, stat.st_mtime_ns) != before and sha256_of(file) != content:
+    if (stat.st_size, stat.st_mtime_ns) != (before.st_size, before.st_mtime_ns) and sha256_of(file) != content:
         raise SettingsError(f"{file} has changed since the preparation began; run again when nothing writes to it")
 
 
@@ -123,18 +136,20 @@ def dataset_source(dataset: Any, name: str, split: Side | None, text_format: Tex
     # The library knows the bytes of the whole data set, of which this may be a slice.
     rows = sum(split.num_examples for split in (dataset.info.splits or {}).values())
     size = (dataset.info.dataset_size or 0) * len(dataset) // max(rows, 1)
-    return Source(name, split, size, dataset._fingerprint, partial(_rows, texts, name, text_format.field, size))
+    return Source(name, split, size, dataset._fingerprint, partial(_rows, texts, name, text_format, size))
 
 
-def _rows(dataset: Any, name: str, field: str, size: int) -> Iterator[Record]:
-    rows = max(len(dataset), 1)
-    for number, row in enumerate(dataset):
-        text = row[field]
-        if text is not None and not isinstance(text, str):
-            raise SettingsError(
-                f"field: {field!r} of {name} holds {type(text).__name__} at row {number}; set field to a column of text"
-            )
-        yield Record(text or "", f"row {number}", size * (number + 1) // rows)
+def _rows(dataset: Any, name: str, text_format: TextFormat, size: int) -> Iterator[Record]:
+    rows, number = max(len(dataset), 1), 0
+    for table in dataset.with_format("arrow").iter(_ROWS_AT_ONCE):
+        for text in texts_of(table[text_format.field], f"{name}: row", number, text_format):
+            if text is not None and not isinstance(text, str):
+                raise SettingsError(
+                    f"field: {text_format.field!r} of {name} holds {type(text).__name__} at row {number}; set field to "
+                    "a column of text"
+                )
+            number += 1
+            yield Record(text or "", f"row {number - 1}", size * number // rows)
 
 
 def _identity(file: Path, content: str) -> str:

@@ -14,13 +14,16 @@ _PARQUET_ROWS = 1024
 
 
 def read_csv(file: OpenFile, text_format: TextFormat) -> Iterator[Record]:
-    """Yield a document for every row of a table whose first row has the names of the columns."""
+    """Yield a document for every row of a table whose first row has the names of the columns; none without one."""
     csv.field_size_limit(largest_document())  # instead of the csv module's 128 KiB
     text = io.TextIOWrapper(file.stream, "utf-8", text_format.errors, newline="")
     rows = csv.reader(text, delimiter="\t" if file.name.endswith(".tsv") else ",", strict=True)
     try:
-        column = _find_column(file, next(rows, []), text_format)
-        for number, row in enumerate(row for row in rows if row):
+        filled = (row for row in rows if row)
+        if (names := next(filled, None)) is None:
+            return
+        column = _find_column(file, names, text_format)
+        for number, row in enumerate(filled):
             if len(row) <= column:
                 raise SettingsError(
                     f"{file.where} has {len(row)} columns in row {number} (line {rows.line_num}), too few for column "
@@ -62,7 +65,8 @@ def read_parquet(file: OpenFile, size: int, text_format: TextFormat) -> Iterator
             kind = table.schema_arrow.field(_find_column(file, table.schema_arrow.names, text_format)).type
             if pa.types.is_dictionary(kind):  # as of a pandas column of categories
                 kind = kind.value_type
-            if kind not in (pa.string(), pa.large_string(), pa.string_view()):
+            # The last is that of a column without any text.
+            if kind not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
                 raise SettingsError(
                     f"{file.where} has {kind} in column {text_format.field!r} where text belongs; set field to a text "
                     "column"
@@ -72,7 +76,7 @@ def read_parquet(file: OpenFile, size: int, text_format: TextFormat) -> Iterator
                 done = size * (row + len(batch)) // rows
                 # With a dot in its name, a part of a nested column may be called the same.
                 column = batch.column(_find_column(file, batch.schema.names, text_format))
-                for text in _texts(column, f"{file.where}: row", row, text_format):
+                for text in texts_of(column, f"{file.where}: row", row, text_format):
                     yield Record(text or "", f"row {row}", done)
                     row += 1
     except (pa.ArrowException, OSError) as error:
@@ -89,7 +93,18 @@ def _find_column(file: OpenFile, names: list[str], text_format: TextFormat) -> i
     return names.index(text_format.field)
 
 
-def _texts(column: Any, where: str, first_row: int, text_format: TextFormat) -> list[str | None]:
+def texts_of(column: Any, where: str, first_row: int, text_format: TextFormat) -> list[Any]:
+    """Return the texts of an Arrow column, and what else it may hold.
+
+    Args:
+        column: The column.
+        where: What to call it in error messages, before the number of a row.
+        first_row: Number of its first row.
+        text_format: What to do about bytes that are not UTF-8.
+
+    Raises:
+        SettingsError: A text is not UTF-8, and `invalid_utf8` is `error`.
+    """
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
