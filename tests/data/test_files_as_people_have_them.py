@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from litgpt_moe_ext.data.corpora.text_corpus import TextCorpus
@@ -95,6 +96,28 @@ def test_line_ends_in_cells_and_empty_lines_of_tables(tmp_path):
     assert texts(tmp_path, "a.csv", content) == ["one\nline", "two"]
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.tsv.gz"])
+@pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf"])
+def test_an_empty_file_is_an_empty_document(tmp_path, name, content):
+    content = gzip.compress(content) if name.endswith(".gz") else content
+    assert texts(tmp_path, name, content) == texts(tmp_path, name, content, separator="<|>") == [""]
+
+
+@pytest.mark.parametrize("content", [b"\n\r\n", b"text\n"])
+def test_an_empty_table_has_no_documents(tmp_path, content):
+    assert texts(tmp_path, "a.csv", content) == []
+
+
+def test_a_table_may_begin_with_empty_lines(tmp_path):
+    assert texts(tmp_path, "a.tsv", b"\n\nid\ttext\n1\tone\n") == ["one"]
+
+
+def test_a_column_without_any_text(tmp_path):
+    """As pandas writes it: its type is `null`."""
+    pq.write_table(pa.table({"text": [None, None]}), tmp_path / "a.parquet")
+    assert [record.text for record in documents(tmp_path / "a.parquet", TextFormat())] == ["", ""]
+
+
 def test_frames_one_after_the_other(tmp_path):
     """As `cat` and parallel compressors write them."""
     packed = b"".join(zstd_bytes(content, tmp_path / "z") for content in (b"one<|>", b"two"))
@@ -105,7 +128,7 @@ def test_compressed_members_of_an_archive(tmp_path):
     packed = tar({"a.txt.gz": gzip.compress(b"one"), "b.csv.xz": lzma.compress(b"text\ntwo\n")})
     assert texts(tmp_path, "a.tar.gz", packed) == ["one", "two"]
     with pytest.raises(ValueError, match=r"a.tar.gz: b.parquet is parquet, not UTF-8 text; unpack the archive"):
-        read(tmp_path, "a.tar.gz", tar({"b.parquet": b"PAR1"}))
+        read(tmp_path, "a.tar.gz", tar({"b.parquet": b"PAR1\x15\x04"}))
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -123,7 +146,6 @@ def test_a_cell_may_be_long(tmp_path):
     ("content", "message"),
     [
         (table().replace(b'"text"', b'"body"'), r"has no column 'text', only \['id', 'body'\]; set field"),
-        (b"", r"has no column 'text', only \[\]"),
         (b"id,text\n1\n", r"has 1 columns in row 0 .line 2., too few for column 'text'"),
         (b'id,text\n1,"never closed', "is not a valid table at line 2: unexpected end of data"),
         (b"id,text\n1,a\n2,\xff\n", r"is not UTF-8 after line .* set invalid_utf8 to replace"),
@@ -169,6 +191,7 @@ def test_compressions(tmp_path, name, suffix):
     ("content", "message"),
     [
         (gzip.compress(b"text"), "is gzip, not UTF-8 text; let its name end in .gz"),
+        (bz2.compress(b"text"), "is bzip2, not UTF-8 text; let its name end in .bz2"),
         (lzma.compress(b"text"), "is xz, not UTF-8 text; let its name end in .xz"),
         (b"PK\x03\x04\x00", "is a zip archive, not UTF-8 text; unpack it"),
         (b"%PDF-1.7 ...", "is PDF, not UTF-8 text; extract its text"),
@@ -195,6 +218,12 @@ def test_what_is_not_text_is_refused(tmp_path, name, content, message, invalid_u
 def test_what_is_not_text_far_from_the_beginning(tmp_path, name, start, message, separator):
     with pytest.raises(ValueError, match=f"is not text: {message}"):
         read(tmp_path, name, start + b"a" * 9000 + b"\x00", separator=separator)
+
+
+@pytest.mark.parametrize("text", ["PAR1 may refer to a receptor", "BZhang wrote this", "BZh9", "PAR1"])
+@pytest.mark.parametrize("separator", [None, "<|>"])
+def test_text_that_begins_like_a_file_of_another_kind(tmp_path, text, separator):
+    assert texts(tmp_path, "a.txt", text.encode(), separator=separator) == [text]
 
 
 def test_an_empty_separator_is_refused(tmp_path):
@@ -239,6 +268,26 @@ def test_links_out_of_the_folder_are_refused(tmp_path):
     (folder / "outside.txt").symlink_to(tmp_path / "secret.txt")
     with pytest.raises(ValueError, match="source_path: .*outside.txt is a link to .*secret.txt, outside of"):
         find_files("source_path", folder, "**/*.txt")
+
+
+def test_folders_that_are_links_out_of_the_folder(tmp_path, capsys):
+    """`**` does not enter them, and another pattern may not."""
+    for name in ("elsewhere/a.txt", "corpus/inside/b.txt", "corpus/.hidden/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("text")
+    folder = tmp_path / "corpus"
+    (folder / "again").symlink_to(folder / "inside")
+    (folder / ".hidden" / "link").symlink_to(tmp_path / "elsewhere")
+    assert find_files("source_path", folder, "**/*.txt") == [folder / "inside" / "b.txt"]
+    assert not capsys.readouterr().out
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    assert find_files("source_path", folder, "**/*.txt") == [folder / "inside" / "b.txt"]
+    assert f"Left out {folder}/linked, a link to {tmp_path}/elsewhere, outside of" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="source_path: .*linked/a.txt is a link to .*elsewhere/a.txt, outside of"):
+        find_files("source_path", folder, "*/*.txt")
+    (folder / "linked").unlink()
+    inside = [folder / name / "b.txt" for name in ("again", "inside")]
+    assert find_files("source_path", folder, "*/*.txt") == inside
 
 
 def test_the_hubs_cache_consists_of_links(tmp_path):

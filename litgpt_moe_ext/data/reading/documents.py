@@ -20,13 +20,13 @@ from litgpt_moe_ext.data.reading.tables import read_csv, read_parquet
 from litgpt_moe_ext.errors import SettingsError
 
 _JSON = (".json", ".jsonl", ".ndjson")
-# First bytes of files that are not text: what they are, and what to do about it.
+# First bytes of files that are not text: what they are, and what to do about it. "BZh" and "PAR1" alone are words.
 _NOT_TEXT = (
     (b"\x1f\x8b", "gzip", "let its name end in .gz"),
-    (b"BZh", "bzip2", "let its name end in .bz2"),
+    *((b"BZh%d1AY&SY" % level, "bzip2", "let its name end in .bz2") for level in range(1, 10)),
     (b"\xfd7zXZ\x00", "xz", "let its name end in .xz"),
     (b"\x28\xb5\x2f\xfd", "zstandard", "let its name end in .zst"),
-    (b"PAR1", "parquet", "let its name end in .parquet"),
+    (b"PAR1\x15", "parquet", "let its name end in .parquet"),  # as the header of a page begins
     (b"PK\x03\x04", "a zip archive", "unpack it"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it"),
     (b"%PDF-", "PDF", "extract its text"),
@@ -47,7 +47,7 @@ def documents(path: Path | str, text_format: TextFormat) -> Iterator[Record]:
     which become LF, as they do in the cells of `.csv` and `.tsv`. `.gz`, `.bz2`, `.xz` and `.zst` may follow any but
     parquet. `.tar` is read member by member in the same way, but for parquet and other archives; members with a leading
     dot are left out. A byte-order mark is skipped, also where files were joined: at the start of a separated document
-    or a JSON line. Empty lines of JSON lines and of tables are too.
+    or a JSON line. Empty lines of JSON lines and of tables are too. An empty file is one empty document.
 
     Args:
         path: The file, or its URL (`litgpt_moe_ext.data.reading.remote`).
@@ -139,6 +139,8 @@ def _read_text(file: OpenFile, text_format: TextFormat) -> Iterator[Record]:
     if sample.startswith(BYTE_ORDER_MARK):
         file = replace(file, start=len(file.stream.read(len(BYTE_ORDER_MARK))))
         sample = sample[file.start :]
+    if not sample:  # in tables and JSON too, so that it is counted as left out
+        return iter([Record("", f"byte {file.start}", file.position())])
     if file.name.endswith(_JSON):
         read = read_json_list if sample.lstrip().startswith(b"[") else read_json_lines
     elif file.name.endswith((".csv", ".tsv")):
