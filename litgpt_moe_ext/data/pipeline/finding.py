@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from litgpt_moe_ext.data.pipeline.store import MANIFEST, TOKENIZER_DIR
@@ -24,7 +24,8 @@ def find_files(setting: str, path: Path, pattern: str, otherwise: str = _OTHER_F
         otherwise: What else to do about a folder that has none of them, but to set the setting to another.
 
     Raises:
-        SettingsError: There is nothing at `path`, no file matches, or one is a link to a file outside of the folder.
+        SettingsError: There is nothing at `path`, no file matches, or one is outside of the folder, by a link to it or
+            to a folder above it.
     """
     if path.is_file():
         return [path]
@@ -34,7 +35,7 @@ def find_files(setting: str, path: Path, pattern: str, otherwise: str = _OTHER_F
     _refuse_links_out(setting, path, found)
     # A cache may lie in the folder of the documents. The corpora in it are not documents.
     found = [file for file in found if not _is_hidden(file, path)]
-    prepared = _prepared(path, say_left_out if "**" in pattern else None)
+    prepared = _prepared(path, verbose="**" in pattern)
     found = [file for file in found if prepared.isdisjoint(file.parents)]
     if not found:
         raise SettingsError(
@@ -63,7 +64,7 @@ def say_others(path: Path, pattern: str) -> None:
     if not path.is_dir():
         return
     files = [file for file in path.rglob("*") if file.is_file() and not _is_hidden(file, path)]
-    prepared, matching = _prepared(path, None), set(path.glob(pattern))
+    prepared, matching = _prepared(path, verbose=False), set(path.glob(pattern))
     left_out = (file for file in files if file not in matching and prepared.isdisjoint(file.parents))
     others = Counter(file.suffix or file.name for file in left_out)
     if others:
@@ -76,13 +77,20 @@ def say_left_out(error: OSError) -> None:
     print(f"Left out {error.filename}, which cannot be read ({error.strerror})", flush=True)
 
 
-def _prepared(path: Path, unreadable: Callable[[OSError], None] | None) -> set[Path]:
-    # The prepared corpora below a folder.
-    found = set()
-    for parent, folders, files in os.walk(path, onerror=unreadable):
+def _prepared(path: Path, verbose: bool) -> set[Path]:
+    # The prepared corpora below a folder; may say which folders a search at any depth does not enter.
+    found, root = set(), _root(path)
+    for parent, folders, files in os.walk(path, onerror=say_left_out if verbose else None):
         folders[:] = [name for name in folders if not name.startswith(".")]
         if MANIFEST in files and TOKENIZER_DIR in folders:
             found.add(Path(parent))
+        for link in (Path(parent, name) for name in folders if verbose):
+            if link.is_symlink() and not (target := link.resolve()).is_relative_to(root):
+                print(
+                    f"Left out {link}, a link to {target}, outside of the folder; copy what is there into the folder, "
+                    "or give both to a Mixture",
+                    flush=True,
+                )
     return found
 
 
@@ -91,16 +99,22 @@ def _is_hidden(file: Path, folder: Path) -> bool:
 
 
 def _refuse_links_out(setting: str, folder: Path, files: Iterable[Path]) -> None:
-    """Raise SettingsError if a file is a link that leads out of the folder, or of the hub's cache of a repository."""
-    root = folder.resolve()
-    # The hub's cache keeps the content beside the folders of snapshots: repository/blobs, repository/snapshots/commit.
-    root = next((parent.parent for parent in (root, *root.parents) if parent.name == "snapshots"), root)
+    """Raise SettingsError if a link leads to a file out of the folder, or of the hub's cache of a repository."""
+    root = _root(folder)
+    above = {parent: parent.resolve() for parent in {file.parent for file in files}}
     for file in files:
-        if file.is_symlink() and not file.resolve().is_relative_to(root):
+        target = file.resolve() if file.is_symlink() else above[file.parent] / file.name
+        if not target.is_relative_to(root):
             raise SettingsError(
-                f"{setting}: {file} is a link to {file.resolve()}, outside of the folder; copy the file into the "
+                f"{setting}: {file} is a link to {target}, outside of the folder; copy the file into the "
                 "folder, or remove the link"
             )
+
+
+def _root(folder: Path) -> Path:
+    root = folder.resolve()
+    # The hub's cache keeps the content beside the folders of snapshots: repository/blobs, repository/snapshots/commit.
+    return next((parent.parent for parent in (root, *root.parents) if parent.name == "snapshots"), root)
 
 
 def _names(folder: Path) -> str:
