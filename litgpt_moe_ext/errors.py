@@ -89,7 +89,9 @@ def exit_status(run: Callable[[], int | None], interrupted: str = "") -> int:
                 return CANNOT
             if isinstance(error, OSError) and is_full(error):
                 where = f"{error.filename}: " if error.filename else ""
-                print(f"error: {where}{error.strerror}; free some space, and run the same again", file=sys.stderr)
+                print(
+                    f"error: {where}{error.strerror}; free some space and run the same command again", file=sys.stderr
+                )
                 return CANNOT
             if isinstance(error, OSError) and error.errno in _NOT_ALLOWED and error.filename:
                 print(f"error: {error.filename}: {error.strerror}; {_ALLOW}", file=sys.stderr)

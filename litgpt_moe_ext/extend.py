@@ -139,7 +139,7 @@ def load_extensions() -> None:
         except (Exception, SystemExit) as error:  # whatever somebody else's code raises, a script that ends itself too
             reason = f"{type(error).__name__}: {one_line(error)}"
             warnings.warn(
-                f"the extension {entry_point.name} ({entry_point.value}) is left out: {reason}",
+                f"the extension {entry_point.name} ({entry_point.value}) is skipped: {reason}",
                 RuntimeWarning,
                 stacklevel=1,
             )

@@ -82,8 +82,8 @@ def as_data(settings: dict[str, Any], file: Path) -> dict[str, Any]:
     path = optimizer.get("class_path") if isinstance(optimizer, dict) else optimizer
     if isinstance(path, str) and not is_trusted(path):
         raise SettingsError(
-            f"optimizer.class_path: {path!r} is not imported for a checkpoint, which may come from anybody; if you "
-            f"trust it, name {file} as the recipe"
+            f"optimizer.class_path: {path!r} is not imported, since a checkpoint may come from anyone; if you trust "
+            f"it, give {file} as the recipe"
         )
     return {name: value for name, value in settings.items() if name != "callbacks"}
 
@@ -126,7 +126,7 @@ def _compose(name: str, text: str) -> yaml.Node | None:
     except yaml.YAMLError as error:
         raise SettingsError(f"{name} is not YAML: {one_line(error)}") from error
     except RecursionError as error:
-        raise SettingsError(f"{name} has values nested more than {_DEEPEST} deep") from error
+        raise SettingsError(f"{name} nests values more than {_DEEPEST} levels deep") from error
     if document is not None:
         _refuse_bombs(document, name, {}, 0)
     return document
@@ -141,7 +141,7 @@ def _refuse_bombs(node: yaml.Node, name: str, sizes: dict[int, int | None], dept
             raise SettingsError(f"{where} has a value that contains itself; write it out")
         return size
     if depth > _DEEPEST:
-        raise SettingsError(f"{where} has values nested more than {_DEEPEST} deep")
+        raise SettingsError(f"{where} nests values more than {_DEEPEST} levels deep")
     sizes[id(node)] = None
     inner = []
     if isinstance(node, yaml.MappingNode):
@@ -159,9 +159,7 @@ def _note_lines(node: yaml.Node, name: str, prefix: str, lines: dict[str, int]) 
     for key, line, value in _entries(node, name):
         setting = f"{prefix}{key}"
         if setting in lines:
-            raise SettingsError(
-                f"{name} line {line} gives {setting} again, after line {lines[setting]}; remove one of them"
-            )
+            raise SettingsError(f"{name} line {line} repeats {setting} from line {lines[setting]}; remove one of them")
         if value.tag in _FOREIGN_TAGS:
             raise SettingsError(
                 f"{name} line {line} gives {setting} as {_FOREIGN_TAGS[value.tag]}; write a plain value"

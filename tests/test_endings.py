@@ -225,7 +225,7 @@ def test_other_errors_keep_their_traceback():
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
 def test_a_full_disk_is_one_line(capsys):
     assert exit_status(lambda: Path("/dev/full").write_text("x")) == CANNOT
-    assert capsys.readouterr().err == "error: No space left on device; free some space, and run the same again\n"
+    assert capsys.readouterr().err == "error: No space left on device; free some space and run the same command again\n"
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])

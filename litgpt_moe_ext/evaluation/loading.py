@@ -139,8 +139,8 @@ def choose_device(name: str | torch.device | None) -> torch.device:
         raise SettingsError(f"device: {name!r} must be a device of torch, such as cpu or cuda:0") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SettingsError(
-            f"device: '{device}' is not there, torch sees {counted(torch.cuda.device_count(), 'GPU')}; leave it out, "
-            "or name cpu"
+            f"device: '{device}' does not exist: torch sees {counted(torch.cuda.device_count(), 'GPU')}; leave it "
+            "out, or give cpu"
         )
     # torch raises RuntimeError on meta, which keeps no numbers, and on a device that is full or lacks its driver;
     # AssertionError or ImportError where it is built without a kind of device, or misses its package.
@@ -148,7 +148,7 @@ def choose_device(name: str | torch.device | None) -> torch.device:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
         raise SettingsError(
-            f"device: '{device}' does not compute here ({one_line(error)}); leave it out, or name cpu"
+            f"device: '{device}' does not work here ({one_line(error)}); leave it out, or give cpu"
         ) from error
     return device
 

@@ -63,7 +63,7 @@ def summarize(losses_N: Tensor, contexts_N: Tensor, n_byte: int) -> Perplexity:
     """
     if len(losses_N) == 0 or n_byte == 0:
         raise SettingsError(
-            f"text, data: {len(losses_N)} tokens to predict and {n_byte} bytes must be some of both; give a longer text"
+            f"text, data: {len(losses_N)} tokens to predict and {n_byte} bytes are too few to score; give a longer text"
         )
     rows, first, longest = [], 1, int(contexts_N.max())
     while first <= longest:

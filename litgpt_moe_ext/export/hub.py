@@ -44,7 +44,7 @@ def upload(directory: Path, repository: str) -> str:
         return str(api.upload_folder(repo_id=name, folder_path=directory))
     except OSError as error:
         raise SettingsError(
-            f"push_to_hub: {repository!r} was not uploaded ({one_line(error)}); {directory} is whole, "
+            f"push_to_hub: {repository!r} was not uploaded ({one_line(error)}); {directory} is complete, "
             f"`hf upload {repository} {directory}` tries again"
         ) from error
 

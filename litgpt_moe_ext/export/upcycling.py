@@ -138,11 +138,11 @@ def _require_gates_that_sum_to_one(moe: "Config") -> None:
         return
     if "norm_topk_prob" not in features:
         raise SettingsError(
-            f"router_type: {moe.router_type} does not have gate values that sum to 1, so that copies of the dense MLP "
-            "do not add up to it; choose another router"
+            f"router_type: {moe.router_type} has gate values that do not sum to 1, so copies of the dense MLP "
+            "would not add up to it; choose another router"
         )
     raise SettingsError(
-        "norm_topk_prob: False lets the gate values of a token sum to anything, so that copies of the dense MLP do not "
+        "norm_topk_prob: False does not make the gate values of a token sum to 1, so copies of the dense MLP would not "
         "add up to it; set norm_topk_prob: true"
     )
 
@@ -154,7 +154,7 @@ def _slices(dense_width: int, moe: "Config") -> Slices:
     routed = dense_width - shared
     if routed < per_expert or routed % per_expert:
         raise SettingsError(
-            f"moe_intermediate_size: {per_expert} must divide the {routed} hidden units that are left to the routed "
+            f"moe_intermediate_size: {per_expert} must divide the {routed} hidden units left for the routed "
             f"experts (the dense model has {dense_width}, the shared experts take {shared})"
         )
     slices = Slices(shared, per_expert, routed // per_expert, moe.n_expert * per_expert // routed)

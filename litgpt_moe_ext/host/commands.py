@@ -112,8 +112,8 @@ def _refuse_training_checkpoint(setting: str, checkpoint_dir: Path, instead: str
     file = extend_checkpoint_dir(Path(checkpoint_dir)) / WEIGHTS_FILE
     if file.is_file() and "model" in open_archive(file, setting):
         raise SettingsError(
-            f"{setting}: {str(checkpoint_dir)!r} is a training checkpoint, of which this command takes the weights "
-            f"alone; write them with `litgpt convert_pretrained_checkpoint {checkpoint_dir} OUTPUT_DIR`, or use "
+            f"{setting}: {str(checkpoint_dir)!r} is a training checkpoint, but this command needs the weights alone; "
+            f"write them with `litgpt convert_pretrained_checkpoint {checkpoint_dir} OUTPUT_DIR`, or use "
             f"{instead}, which takes both"
         )
 

@@ -109,7 +109,7 @@ def processor_of(tokenizer: "Tokenizer") -> "HuggingFaceTokenizer":
 
     if not isinstance(tokenizer.processor, HuggingFaceTokenizer):
         raise SettingsError(
-            "checkpoint_dir: its tokenizer must be a tokenizer.json; the tokens of a SentencePiece model have no places"
+            "checkpoint_dir: its tokenizer must be a tokenizer.json; SentencePiece tokens have no place in the text"
         )
     return tokenizer.processor
 

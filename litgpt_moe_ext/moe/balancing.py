@@ -124,8 +124,8 @@ def _warn_unowned(routers: "list[Router]", optimizer: torch.optim.Optimizer) -> 
         _warned_unowned.update(new)
         warnings.warn(
             f"{len(new)} MoE routers were trained on tokens, but {type(optimizer).__name__} does not hold their "
-            "weights: their balancing bias does not move. If another optimizer holds them, or they are frozen on "
-            "purpose, all is well; otherwise call litgpt_moe_ext.moe.balancing.update_routers after each step.",
+            "weights, so their balancing bias does not move. This is fine if another optimizer holds them or they are "
+            "frozen on purpose; otherwise call litgpt_moe_ext.moe.balancing.update_routers after each step.",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -109,7 +109,7 @@ def _refuse_those_of_the_study(groups: Iterable[Group]) -> None:
 def _refuse_repeated(runs: list[Run]) -> None:
     times = Counter(run.title for run in runs)
     if repeated := [title for title in times if times[title] > 1]:  # which would pass for two runs that agree
-        raise SettingsError(f"seeds, grid: {repeated[0]!r} must be one run; leave out what is there twice")
+        raise SettingsError(f"seeds, grid: {repeated[0]!r} occurs twice; remove one of them")
     trained: dict[str, Run] = {}
     for run in runs:
         if (same := trained.setdefault(run.key, run)) is not run:

@@ -37,7 +37,7 @@ def searched_points(search: Mapping[str, Any]) -> list[dict[str, Any]]:
     ranges = {name: values for name, values in search.items() if name != _POINTS}
     count = search.get(_POINTS)
     if type(count) is not int or not 1 <= count <= _MOST_POINTS:
-        raise SettingsError(f"search.{_POINTS}: {count} must be how many points there are, from 1 to {_MOST_POINTS}")
+        raise SettingsError(f"search.{_POINTS}: {count} must be the number of points, from 1 to {_MOST_POINTS}")
     if not 1 <= len(ranges) <= _MOST:
         raise SettingsError(f"search: {dict(search)} must have 1 to {_MOST} settings to search, beside {_POINTS}")
     for name, values in ranges.items():

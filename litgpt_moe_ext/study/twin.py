@@ -161,7 +161,7 @@ def _with_equal_cost(
     reached = measure(found)
     if abs(reached - target) > TOLERANCE * target:
         raise SettingsError(
-            f"model_config.{field}: {width} must bring the twin within {TOLERANCE:.1%} of {target:,}, and gives "
+            f"model_config.{field}: {width} must bring the twin within {TOLERANCE:.1%} of {target:,}, but gives "
             f"{reached:,}; choose fewer or wider experts"
         )
     return found

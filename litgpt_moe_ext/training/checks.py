@@ -138,8 +138,8 @@ def peak_rate(settings: Settings, schedule: ScheduleName) -> float:
     peak, floor = learning_rate_of(settings.optimizer), settings.train.min_lr
     if schedule != "constant" and floor > peak:
         raise SettingsError(
-            f"train.min_lr: {floor} must be at most the optimizer's learning rate, {peak}, from which it falls to "
-            "there; set --optimizer.lr or --train.min_lr"
+            f"train.min_lr: {floor} must be at most the optimizer's learning rate, {peak}, as the schedule falls "
+            "to it; set --optimizer.lr or --train.min_lr"
         )
     return peak
 
@@ -227,8 +227,8 @@ def check_whole_model(settings: Settings, whole: bool, compiled: bool) -> None:
         )
     if settings.fused_cross_entropy and not whole:
         raise SettingsError(
-            "fused_cross_entropy: true needs the whole output head on every process, and strategy: "
-            f"{settings.strategy} shares it out; use ddp, or set it to false"
+            "fused_cross_entropy: true needs the whole output head on every process, but strategy: "
+            f"{settings.strategy} shards it; use ddp, or set it to false"
         )
     if settings.fused_cross_entropy and compiled:
         raise SettingsError("fused_cross_entropy: true cannot be compiled; set compile: false")

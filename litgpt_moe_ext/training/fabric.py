@@ -271,8 +271,7 @@ class TrainingFabric(L.Fabric):
             raise
         except pickle.UnpicklingError as error:
             raise SettingsError(
-                f"resume: {str(path)!r} is damaged, or holds objects that loading would have to run code for; it is "
-                "refused"
+                f"resume: {str(path)!r} is damaged, or holds objects whose loading would run code; it is refused"
             ) from error
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
             raise SettingsError(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def check_own(out_dir: Path) -> None:
     """Raise SettingsError if `out_dir` is something else than a directory of a run."""
     if os.path.realpath(out_dir) == os.getcwd():  # `resolve` fails at links in a circle
-        raise SettingsError(f"out_dir: {str(out_dir)!r} is the working directory; name one for this run alone")
+        raise SettingsError(f"out_dir: {str(out_dir)!r} is the working directory; give the run a directory of its own")
     if (out_dir / WEIGHTS_FILE).is_file():
         raise SettingsError(
             f"out_dir: {str(out_dir)!r} is a checkpoint, which another run may replace as a whole; name a directory "
@@ -45,7 +45,7 @@ def check_writable(out_dir: Path) -> None:
             lock.release()
     except OSError as error:
         raise SettingsError(
-            f"out_dir: {str(out_dir)!r} must be a directory in which directories and files can be made and locked "
+            f"out_dir: {str(out_dir)!r} must be a directory in which files can be created and locked "
             f"({error.strerror or error}); choose another --out_dir"
         ) from error
 
@@ -141,7 +141,7 @@ def check_same_tokens(initial_checkpoint_dir: Path, tokenizer_dir: Path) -> None
 
     if not same_ids(initial_checkpoint_dir, tokenizer_dir):
         raise SettingsError(
-            f"initial_checkpoint_dir: {str(initial_checkpoint_dir)!r} has another tokenizer than the data, whose ids "
-            "would mean other text to it; prepare the data with its tokenizer (data.tokenizer_dir), or remove its "
-            "tokenizer.json to let it learn other ids"
+            f"initial_checkpoint_dir: {str(initial_checkpoint_dir)!r} has another tokenizer than the data, so the same "
+            "ids mean other text; prepare the data with its tokenizer (data.tokenizer_dir), or remove its "
+            "tokenizer.json to have the model learn the new ids"
         )

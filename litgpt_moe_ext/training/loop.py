@@ -217,8 +217,8 @@ class HookedLoop:
                     batch = loop._batches.next(self._fetch, loop.fabric.state["iter_num"])
                 except StopIteration as nothing:  # which would end the loop as if it had trained
                     raise SettingsError(
-                        f"data: has no batch of train.micro_batch_size: {loop.train.micro_batch_size} sequences on "
-                        "each process; set a smaller one, or give more data"
+                        f"data: too little for one batch of train.micro_batch_size: {loop.train.micro_batch_size} "
+                        "sequences on each process; set a smaller one, or give more data"
                     ) from nothing
                 # Not earlier: building the data iterator and the sanity check of the validation draw random numbers
                 # that an uninterrupted run did not draw here.
@@ -254,8 +254,7 @@ class HookedLoop:
                 # A checkpoint would hold the loader itself with all of its data, which nothing could open.
                 raise SettingsError(
                     f"data: train_dataloader returns a {type(train).__name__} without state_dict and load_state_dict, "
-                    "by which a resumed run repeats no data; return one that has them, such as litdata's "
-                    "StreamingDataLoader"
+                    "which a resumed run needs; return one that has them, such as litdata's StreamingDataLoader"
                 )
             load = train.load_state_dict
 

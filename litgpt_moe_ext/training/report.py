@@ -52,11 +52,11 @@ def announce(launched: Launched, start: Start, equipment: Equipment) -> None:
     if start.resume_dir is not None:
         say(f"Resuming from {start.resume_dir}")
         if plan.settings.initial_checkpoint_dir is not None:
-            say("  initial_checkpoint_dir has no effect: the run goes on with its own weights")
+            say("  initial_checkpoint_dir is ignored: the run continues with its own weights")
         for note in resume_notes(start.resume_dir, plan.plain):
             say(f"  {note}")
         if (step := step_of(start.resume_dir) or 0) >= plan.total_steps:
-            say(f"  This run is finished: nothing is left to train. Go on with{farther(plan, step)}")
+            say(f"  This run is finished; to train longer, add{farther(plan, step)}")
 
 
 def conclude(launched: Launched, prepared: Prepared, outcome: Outcome) -> None:
@@ -80,8 +80,8 @@ def conclude(launched: Launched, prepared: Prepared, outcome: Outcome) -> None:
         final = shlex.quote(str(plan.out_dir / FINAL))
         say(f'Try it: litgpt generate {final} --prompt "..."')
         say(f"        litgpt chat {final}")
-    say(f"Numbers: {plan.out_dir / METRICS_FILE}, lines: {plan.out_dir / TRANSCRIPT_FILE}")
-    say(f"Go on: --resume auto{farther(plan, outcome.step)}")
+    say(f"Metrics: {plan.out_dir / METRICS_FILE}, log: {plan.out_dir / TRANSCRIPT_FILE}")
+    say(f"To continue: --resume auto{farther(plan, outcome.step)}")
 
 
 def _cut(plan: Plan) -> Iterator[str]:

@@ -129,13 +129,13 @@ def same_corpora(start: Start, settings: dict[str, Any]) -> Iterator[None]:
         return
     of_data = [change for change in changed_settings(start.resume_dir, settings) if change.startswith("data.")]
     changed = [change for change in of_data if not change.startswith("data.data_path ")]
-    cause = ", ".join(changed) or "the files of its sources or of its tokenizer are others"
+    cause = ", ".join(changed) or "other source files or another tokenizer"
 
     def check(directory: Path, _finished: bool) -> None:
         if directory.name not in start.corpora:
             raise SettingsError(
                 f"resume: {str(start.resume_dir)!r} was trained on the corpus {' and '.join(sorted(start.corpora))}, "
-                f"and these data are {directory.name} ({cause}); resume with those that it had, or {FROM_ITS_WEIGHTS}"
+                f"but the data are now {directory.name} ({cause}); resume with the original data, or {FROM_ITS_WEIGHTS}"
             )
 
     with checked_first(check):
@@ -162,7 +162,7 @@ def make_room(launched: Launched, start: Start, prepared: Prepared) -> tuple[Sta
     aside = agree(fabric, lambda: set_aside(out_dir))
     if aside is None:
         return start, prepared
-    fabric.print(f"Moved the checkpoints of an earlier run to {aside} (--resume auto continues a run)")
+    fabric.print(f"Moved the checkpoints of an earlier run to {aside} (to continue a run, use --resume auto)")
 
     def moved(path: Path | None) -> Path | None:
         if path is None or path.exists() or not path.resolve().is_relative_to(out_dir.resolve()):

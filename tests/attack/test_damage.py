@@ -132,7 +132,7 @@ def test_without_checksums(finished, tmp_path):
     found = find_resume_file("auto", tmp_path / "out", said.append)
     assert found
     assert found.parent == older[0]
-    assert said == [f"Passing over checkpoint {newest}: SHA256SUMS is missing"]
+    assert said == [f"Skipping checkpoint {newest}: SHA256SUMS is missing"]
 
 
 def problem_of(directory: Path) -> str | None:

@@ -160,7 +160,7 @@ def test_a_file_system_that_takes_no_files_is_no_place(place):
             SettingsError, match=f"^{name}: '{path}' cannot be (made: '/proc' takes|written \\('/proc')"
         ):
             check_path(name, Path(path))
-    with pytest.raises(SettingsError, match=f"^out_dir: '{place}' must be a directory in which directories and files"):
+    with pytest.raises(SettingsError, match=f"^out_dir: '{place}' must be a directory in which files can be created"):
         check_writable(Path(place))
     with pytest.raises(SettingsError, match=f"^data_path: '{place}' cannot be used as a cache folder"):
         check_root(Path(place))

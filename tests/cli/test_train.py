@@ -245,7 +245,7 @@ def test_wrong_values_of_a_file_have_a_line(recipe, capsys, changes, message, ke
         (b"", "is empty; it must consist of lines KEY: VALUE"),
         (b"- seed: 1\n", "holds no settings"),
         (b"seed: 1\ntrain: [1, 2\n", "line 3 is not YAML"),
-        (b"seed: 1\ntrain:\n  max_tokens: 1\n  max_norm: 2\n  max_tokens: 3\n", "line 5 gives train.max_tokens again"),
+        (b"seed: 1\ntrain:\n  max_tokens: 1\n  max_norm: 2\n  max_tokens: 3\n", "line 5 repeats train.max_tokens"),
         (b"\x9d\xff", "is not a text file"),
         (None, "cannot be read (No such file"),
     ],

@@ -282,7 +282,7 @@ def test_folders_that_are_links_out_of_the_folder(tmp_path, capsys):
     assert not capsys.readouterr().out
     (folder / "linked").symlink_to(tmp_path / "elsewhere")
     assert find_files("source_path", folder, "**/*.txt") == [folder / "inside" / "b.txt"]
-    assert f"Left out {folder}/linked, a link to {tmp_path}/elsewhere, outside of" in capsys.readouterr().out
+    assert f"Skipped {folder}/linked, a link to {tmp_path}/elsewhere, outside of" in capsys.readouterr().out
     with pytest.raises(ValueError, match="source_path: .*linked/a.txt is a link to .*elsewhere/a.txt, outside of"):
         find_files("source_path", folder, "*/*.txt")
     (folder / "linked").unlink()
@@ -380,7 +380,7 @@ def test_the_same_content_may_not_train_and_validate(tmp_path, capsys):
     settings = {"source_path": tmp_path / "train", "val_path": tmp_path / "val", "data_path": tmp_path / "cache"}
     corpus = TextCorpus(**settings, separator="\n", bpe=BPESettings(270))
     corpus.prepare()
-    assert "1 source with the content of another one, which counts twice" in capsys.readouterr().out
+    assert "1 source with the same content as another one, which counts twice" in capsys.readouterr().out
     shutil.copy(tmp_path / "train" / "a.txt", tmp_path / "val" / "c.txt")
     with pytest.raises(
         SettingsError, match=r"val_path: .*val/c.txt has the content of .*train/b.txt, which would train"

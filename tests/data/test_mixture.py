@@ -427,7 +427,7 @@ def test_what_only_the_length_of_the_run_tells_is_asked_for(texts):
         limited.train_dataloader()
     with pytest.raises(SettingsError, match=r"data.max_epochs: 2 must be at least [\d.]+, as often as this run"):
         opened(limited, RunLength(400, 4, 10)).train_dataloader()
-    with pytest.raises(SettingsError, match=r"eval.max_iters: 1 must be at least 2, a batch for each corpus"):
+    with pytest.raises(SettingsError, match=r"eval.max_iters: 1 must be at least 2, one batch per corpus"):
         limited.plan_run(RunLength(400, 4, 1))
 
 
@@ -482,7 +482,7 @@ def test_a_finished_run_says_how_to_go_on(recipe, corpus_settings, texts, capsys
     changes = {"data": mixed(corpus_settings, texts), "train": {"max_tokens": 2 * 128}, "eval": {"max_iters": 2}}
     file = str(recipe(**changes))
     assert train("--config", file) == 0
-    flags = capsys.readouterr().out.splitlines()[-1].removeprefix("Go on: ").split()
+    flags = capsys.readouterr().out.splitlines()[-1].removeprefix("To continue: ").split()
     assert train("--config", file, *flags) == 0
     assert "after step 1 code 20%, text 80%" in capsys.readouterr().out
     assert train("--config", file, "--resume=auto", "--train.max_tokens=1024") == 2

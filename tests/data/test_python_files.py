@@ -99,7 +99,7 @@ def test_which_files_are_read(tmp_path, capsys):
     assert [source.identity for source in read] == [hashlib.sha256(content).hexdigest() for content in kept.values()]
     texts = [record.text.encode() for source in read for record in source.records()]
     assert texts == [content.replace(b"\r\n", b"\n") for content in kept.values()]
-    assert f"Left out 2 files of {tmp_path}: not UTF-8 text" in capsys.readouterr().out
+    assert f"Skipped 2 files of {tmp_path}: not UTF-8 text" in capsys.readouterr().out
 
 
 def test_a_file_that_changes_before_it_is_read_again_is_named(tmp_path):
@@ -123,7 +123,7 @@ def test_a_file_that_cannot_be_read_is_left_out(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(Path, "read_bytes", read)
     assert list(found(stdlib(tmp_path))) == ["b.py"]
-    assert capsys.readouterr().out == f"Left out {tmp_path / 'a.py'}, which cannot be read (Permission denied)\n"
+    assert capsys.readouterr().out == f"Skipped {tmp_path / 'a.py'}, which cannot be read (Permission denied)\n"
 
 
 def test_no_content_in_both_splits(tmp_path, write_sources):

@@ -299,7 +299,7 @@ def test_a_missing_eos_is_refused_with_the_fix(tmp_path):
     with pytest.raises(ValueError, match='has no end-of-sequence token, .* add "eos_token"'):
         data.prepare_data()
     for content, message in (
-        ('{"eos_token": "</s>"}', 'names no class, .* add "tokenizer_class"'),
+        ('{"eos_token": "</s>"}', 'names no tokenizer class, .* add "tokenizer_class"'),
         ('{"tokenizer_class": "X", "eos_token": "</s>", "bos_token": "<s>"}', "names bos_token '<s>', which is not in"),
     ):  # which LitGPT could not open
         config.write_text(content)

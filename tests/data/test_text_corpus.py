@@ -444,9 +444,9 @@ def test_counts_that_cannot_work(tmp_path, setting):
 
 def test_a_large_share_that_validates_is_said(files, tmp_path, capsys):
     prepare_corpus(tmp_path, sources_of(files[:2], tmp_path, ("train", "val")), CorpusSettings(BPE))
-    assert "50% of the documents validate; set val_count" in capsys.readouterr().out
+    assert "50% of the documents are for validation; to use fewer, set val_count" in capsys.readouterr().out
     prepare_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS)
-    assert "of the documents validate" not in capsys.readouterr().out
+    assert "of the documents are for validation" not in capsys.readouterr().out
 
 
 def test_ids_with_gaps_and_added_tokens(files, tmp_path):
@@ -488,7 +488,7 @@ def test_empty_documents_are_left_out_and_reported(tmp_path, capsys, monkeypatch
     corpus = prepare_corpus(tmp_path / "c", file_sources([path], None, TextFormat(), FileHashes(tmp_path)), SETTINGS)
     manifest = read_manifest(corpus)
     assert (manifest["documents_empty"], manifest["first_empty"]) == (2, f"{path}, byte 0")
-    assert f"Left out 2 empty documents, the first at {path}, byte 0" in capsys.readouterr().out
+    assert f"Skipped 2 empty documents, the first at {path}, byte 0" in capsys.readouterr().out
 
 
 def test_files_that_nobody_chose_are_named(tmp_path, capsys):
@@ -499,10 +499,10 @@ def test_files_that_nobody_chose_are_named(tmp_path, capsys):
     settings = {"source_path": tmp_path, "data_path": tmp_path / "cache", "bpe": BPESettings(300), "val_fraction": 0.5}
     for _ in range(2):
         TextCorpus(**settings, seed=3).prepare()
-    said = f"Left out in {tmp_path}, as not like **/*.txt: 2 .md, 1 .TXT; pattern names others\n"
+    said = f"Skipped in {tmp_path}, as they do not match **/*.txt: 2 .md, 1 .TXT; set pattern to include them\n"
     assert capsys.readouterr().out.count(said) == 2
     TextCorpus(**settings, seed=3, pattern="**/*.md").prepare()
-    assert "Left out in" not in capsys.readouterr().out
+    assert "Skipped in" not in capsys.readouterr().out
 
 
 def test_no_validation_split(files, tmp_path):
@@ -630,7 +630,7 @@ def test_a_folder_that_may_not_be_entered_is_named(tmp_path, monkeypatch, capsys
     if hasattr(glob, "_StringGlobber"):  # Python 3.13 keeps the function in a class
         monkeypatch.setattr(glob._StringGlobber, "scandir", staticmethod(enter))
     assert find_files("source_path", tmp_path, "**/*.txt") == [tmp_path / "a.txt"]
-    assert capsys.readouterr().out == f"Left out {closed}, which cannot be read (Permission denied)\n"
+    assert capsys.readouterr().out == f"Skipped {closed}, which cannot be read (Permission denied)\n"
     assert find_files("source_path", tmp_path, "*.txt") == [tmp_path / "a.txt"]
     assert not capsys.readouterr().out
 

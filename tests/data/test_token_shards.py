@@ -118,7 +118,7 @@ class TestChecksums:
 
     def test_a_shard_that_differs_is_named(self, folder, capsys):
         TokenShards(folder).prepare_data()
-        assert "SHA256SUMS does not list train_2.npy, so it is not compared" in capsys.readouterr().out
+        assert "SHA256SUMS does not list train_2.npy, so it is not checked" in capsys.readouterr().out
         for name in ("train_1.bin", "val.bin"):
             content = (folder / name).read_bytes()
             (folder / name).write_bytes(content[:-1] + b"x")

@@ -86,7 +86,7 @@ def test_where_nothing_can_be_remembered_a_line_says_how_to_check(copied, monkey
     monkeypatch.setattr(verification.os, "access", lambda *_: False)
     verify(copied)
     said = capsys.readouterr().out
-    assert said.startswith(f"{copied} is not compared with its checksums, as nothing can be written beside it: ")
+    assert said.startswith(f"{copied} is not checked, as nothing can be written beside it; to check it by hand: ")
     assert said.endswith(f": cd {copied} && sha256sum -c SHA256SUMS\n")
     verify(copied, verbose=False)
     assert capsys.readouterr().out == ""

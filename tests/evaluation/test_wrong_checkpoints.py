@@ -87,7 +87,7 @@ def test_a_training_checkpoint_is_no_weights_alone(command: Callable):
     with pytest.raises(SettingsError) as refused:
         command(Path("final"))
     assert str(refused.value) == (
-        "checkpoint_dir: 'final' is a training checkpoint, of which this command takes the weights alone; write them "
+        "checkpoint_dir: 'final' is a training checkpoint, but this command needs the weights alone; write them "
         "with `litgpt convert_pretrained_checkpoint final OUTPUT_DIR`, or use litgpt generate, which takes both"
     )
 
@@ -101,7 +101,7 @@ def test_a_training_checkpoint_is_no_weights_to_start_from(monkeypatch):
     with pytest.raises(SettingsError) as refused:
         litgpt.pretrain.main(**given | {"config": dense_config(), "data": SimpleNamespace()})
     assert str(refused.value) == (
-        "initial_checkpoint_dir: 'final' is a training checkpoint, of which this command takes the weights alone; "
+        "initial_checkpoint_dir: 'final' is a training checkpoint, but this command needs the weights alone; "
         "write them with `litgpt convert_pretrained_checkpoint final OUTPUT_DIR`, or use litgpt-moe train, which takes "
         "both"
     )

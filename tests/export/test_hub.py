@@ -94,7 +94,7 @@ def test_what_the_hub_would_refuse_is_refused_before_the_export(hub, monkeypatch
 
 def test_a_refused_upload_leaves_the_export(hub, tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(SettingsError, match=r"push_to_hub: 'me/full' was not uploaded \(.*Storage.*whole, `hf upload"):
+    with pytest.raises(SettingsError, match=r"push_to_hub: 'me/full' was not uploaded \(.*Storage.*complete, `hf"):
         upload(tmp_path, "me/full")
     assert (tmp_path / "config.json").read_text() == "{}"
 

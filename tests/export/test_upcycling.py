@@ -133,11 +133,14 @@ def test_routers_differ():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"norm_topk_prob": False}, "norm_topk_prob: False lets the gate values"),
-        ({"norm_topk_prob": False, "n_expert_per_token": 8}, "norm_topk_prob: False lets the gate values"),
-        ({"norm_topk_prob": False, "router_score_function": "softmax"}, "norm_topk_prob: False lets the gate values"),
+        ({"norm_topk_prob": False}, "norm_topk_prob: False does not make the gate values"),
+        ({"norm_topk_prob": False, "n_expert_per_token": 8}, "norm_topk_prob: False does not make the gate values"),
+        (
+            {"norm_topk_prob": False, "router_score_function": "softmax"},
+            "norm_topk_prob: False does not make the gate values",
+        ),
         ({"moe_intermediate_size": 10}, "moe_intermediate_size: 10 must divide the 24 hidden units"),
-        ({"n_shared_expert": 1}, "must divide the 0 hidden units that are left"),
+        ({"n_shared_expert": 1}, "must divide the 0 hidden units left for"),
         ({"moe_intermediate_size": F // 2, "n_expert_per_token": 3}, "n_expert_per_token: 3 must be a multiple of 2"),
         ({"moe_intermediate_size": F // 2, "n_expert": 9}, "n_expert: 9 must be a multiple of 2"),
         (

@@ -413,7 +413,7 @@ class TestStart:
     def test_a_checkpoint_in_its_different_states(self, setting, recipe, finished, tmp_path, capsys):
         folder = finished(tmp_path / "out") / "final"
         assert main(["doctor", str(recipe(**{setting: str(folder)}))]) == 0
-        assert f"{folder}: nothing of it is missing, and the start compares" in self._line(capsys)
+        assert f"{folder}: complete; its checksums are checked" in self._line(capsys)
         (folder / "lit_model.pth").write_bytes((folder / "lit_model.pth").read_bytes()[:2000])
         self._is_problem(recipe(**{setting: str(folder)}), "is not a whole checkpoint: ", capsys)
         for name in ("SHA256SUMS", "training_state.json"):
@@ -431,21 +431,21 @@ class TestStart:
         weight = torch.load(file, weights_only=True)["model"]["lm_head.weight"].numpy().tobytes()
         file.write_bytes(file.read_bytes().replace(weight, weight[::-1]))
         assert main(["doctor", str(recipe(initial_checkpoint_dir=str(file.parent)))]) == 0
-        assert f"with the weights of {file.parent}: " in self._line(capsys)
+        assert f"from the weights in {file.parent}: " in self._line(capsys)
         assert main(["doctor", str(recipe(resume=str(out)))]) == 0
         passed_over, found = self._lines(capsys)
-        assert f"Passing over checkpoint {out / 'final'}: {message}" in passed_over
-        assert f"goes on from {file.parent}: " in found
+        assert f"Skipping checkpoint {out / 'final'}: {message}" in passed_over
+        assert f"resumes from {file.parent}: " in found
 
     def test_the_newest_of_a_run(self, recipe, finished, tmp_path, capsys):
         self._is_problem(recipe(resume=True), "resume: true, but there is no checkpoint", capsys)
         assert main(["doctor", str(recipe(resume="auto"))]) == 0
-        assert "anew: there is nothing to resume" in self._line(capsys)
+        assert "from scratch: nothing to resume" in self._line(capsys)
         finished(tmp_path / "out", step=4)
         other = recipe(resume="auto", train={"global_batch_size": 6})
         self._is_problem(other, "train.global_batch_size: 6 does not divide the 16 sequences", capsys)
         assert main(["doctor", str(recipe(resume="auto"))]) == 0
-        assert f"goes on from {tmp_path / 'out' / 'step-00000004'}" in self._line(capsys)
+        assert f"resumes from {tmp_path / 'out' / 'step-00000004'}" in self._line(capsys)
         self._is_problem(recipe(resume="auto", optimizer={"class_path": "torch.optim.SGD"}), "not of SGD", capsys)
 
     def _is_problem(self, file, message, capsys):
@@ -581,7 +581,7 @@ def test_nothing_that_a_checkpoint_names_is_imported(setting, command, finished,
     settings = yaml.safe_load(file.read_text()) | {setting: [named] if setting == "callbacks" else named}
     file.write_text(yaml.safe_dump(settings))
     assert main([command, str(folder)]) == (2 if setting == "optimizer" else 0)
-    refused = "optimizer.class_path: 'stranger.Anything' is not imported for a checkpoint"
+    refused = "optimizer.class_path: 'stranger.Anything' is not imported, since a checkpoint may come from anyone"
     assert (refused in capsys.readouterr().err) == (setting == "optimizer")
     with pytest.raises(SystemExit, match="it runs"):
         main(["doctor", str(file)])

@@ -477,7 +477,7 @@ def test_wrong_recipes_are_named(tmp_path):
         ("model_config: [1]", "model_config: .1. must be settings, NAME: VALUE"),
         ("- a list", "holds no settings; it must consist of"),
         ("train:\n  a: [\n", "line 3 is not YAML: expected .*; put text in quotes"),
-        ("model_config: {n_layer: 1}\nmodel_config: {n_layer: 2}", "line 2 gives model_config again"),
+        ("model_config: {n_layer: 1}\nmodel_config: {n_layer: 2}", "line 2 repeats model_config"),
     ):
         recipe.write_text(text)
         with pytest.raises(SettingsError, match=message):

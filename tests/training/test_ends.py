@@ -52,7 +52,7 @@ def test_the_way_on(max_tokens, max_steps, step, flags):
 def test_the_way_on_leads_on(recipe, capsys):
     file = str(recipe(train={"max_tokens": 12 * 128, "max_steps": 2}))
     assert train("--config", file) == 0
-    flags = capsys.readouterr().out.splitlines()[-1].removeprefix("Go on: ").split()
+    flags = capsys.readouterr().out.splitlines()[-1].removeprefix("To continue: ").split()
     assert train("--config", file, *flags) == 0
     assert "step 3/4 |" in capsys.readouterr().out
 

@@ -116,7 +116,7 @@ def test_resuming_a_finished_run_leaves_its_weights_alone(recipe, finished, tmp_
     final = finished(tmp_path / "out") / "final"
     before = {path.name: path.read_bytes() for path in final.iterdir() if path.is_file()}
     assert train("--config", recipe(), "--resume", "auto", "--precision", "bf16-true") == 0
-    assert "nothing is left to train" in capsys.readouterr().out
+    assert "This run is finished" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in final.iterdir() if path.is_file()} == before
 
 
@@ -126,7 +126,7 @@ def test_a_truncated_checkpoint_is_passed_over(recipe, finished, tmp_path, capsy
     newest.write_bytes(newest.read_bytes()[:-1000])
     assert train("--config", recipe(), "--resume", "auto") == 0
     output = capsys.readouterr().out
-    assert f"Passing over checkpoint {newest.parent}: lit_model.pth differs from its checksum" in output
+    assert f"Skipping checkpoint {newest.parent}: lit_model.pth differs from its checksum" in output
     assert f"Resuming from {tmp_path / 'out' / 'step-00000008'}" in output
 
 
@@ -285,7 +285,7 @@ def test_resume_with_other_batches(recipe, finished, tmp_path, capsys, rows, las
     planned = 12 * 4 // rows
     assert float(rates[last]) == Schedule(ScheduleArgs(), 1e-2, TrainArgs().min_lr, 2, planned).rate(planned - 1)
     assert train(*arguments) == 0
-    assert "nothing is left to train. Go on with --train.max_tokens 3072\n" in capsys.readouterr().out
+    assert "This run is finished; to train longer, add --train.max_tokens 3072\n" in capsys.readouterr().out
 
 
 def test_hyperparameters_repeat_the_run(recipe, tmp_path):
@@ -453,7 +453,7 @@ class TestWrongInputs:
 
     def test_no_batch(self, recipe, tmp_path, capsys):
         file = recipe(data={"class_path": f"{__name__}.OneRow", "init_args": None})
-        assert "data: has no batch of train.micro_batch_size: 2" in refused(capsys, "--config", file)
+        assert "data: too little for one batch of train.micro_batch_size: 2" in refused(capsys, "--config", file)
         assert not (tmp_path / "out" / "final").exists()
 
     def test_data_that_could_not_be_resumed(self, recipe, tmp_path, capsys):

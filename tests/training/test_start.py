@@ -142,7 +142,7 @@ def test_one_command_starts_from_weights_and_goes_on_afterwards(recipe, finished
     assert train(*arguments, "--train.max_tokens", 3 * 128) == 0, capsys.readouterr().err
     output = capsys.readouterr().out
     assert f"Resuming from {tmp_path / 'out' / 'final'}" in output
-    assert "initial_checkpoint_dir has no effect: the run goes on with its own weights" in output
+    assert "initial_checkpoint_dir is ignored: the run continues with its own weights" in output
     assert len(logged(tmp_path / "out", "loss")) == 3
     assert train(*arguments[:-1], "true") == 2
     assert "resume: 'True' must be auto or false beside initial_checkpoint_dir" in capsys.readouterr().err
@@ -230,16 +230,16 @@ class TestOtherData:
         def refused(*flags):
             assert train(*arguments, *flags) == 2
             error = capsys.readouterr().err
-            assert f"resume: '{tmp_path / 'out' / 'final'}' was trained on the corpus {corpus}, and these" in error
+            assert f"resume: '{tmp_path / 'out' / 'final'}' was trained on the corpus {corpus}, but the" in error
             assert not [path for path in prepared.iterdir() if path.is_dir() and path.name != corpus]
             return error
 
         for tokenizer in ((), ("--tokenizer_dir", tmp_path / "copy")):
             error = refused("--data.vocab_size", 280, *tokenizer)
-            assert " (data.vocab_size 300 -> 280); resume with those that it had" in error
+            assert " (data.vocab_size 300 -> 280); resume with the original data" in error
         assert " (data.val_count null -> 2); resume with" in refused("--data.val_count", 2)
         (tmp_path / "source" / "new.py").write_text("new = 1")
-        assert " (the files of its sources or of its tokenizer are others); resume with" in refused()
+        assert " (other source files or another tokenizer); resume with" in refused()
 
     def test_a_mixture(self):
         state = {"fingerprint": {"corpora": [["stories", "a1:pad", 3], ["code", "b2", 4]]}}

@@ -36,13 +36,13 @@ class Import:
             print(f"Dequantized {done.dequantized} weights")
         if done.left_out:
             left_out = counted(len(done.left_out), "tensor")
-            print(f"Left out {left_out} for predicting more than one token ({done.left_out[0]}, ...)")
+            print(f"Left out {left_out} of multi-token prediction ({done.left_out[0]}, ...)")
         print(f"Wrote {self.out_dir}: {counted(config.n_layer, 'layer')} of {config.n_embd}, {config.mlp_class_name}")
         if problem := _problem_with_tokenizer(self.hf_dir, self.out_dir, config.padded_vocab_size):
             print(f"{problem}. `litgpt generate` needs one in {self.out_dir}")
         flags = ["--model_config", str(self.out_dir), "--initial_checkpoint_dir", str(self.out_dir)]
         flags += ["--train.tie_embeddings", "true"] if done.tied else []
-        print(f"Train it on: {shlex.join(['litgpt-moe', 'train', '--config', 'RECIPE', *flags])}")
+        print(f"Train it further: {shlex.join(['litgpt-moe', 'train', '--config', 'RECIPE', *flags])}")
 
 
 def _problem_with_tokenizer(hf_dir: Path, out_dir: Path, vocab_size: int) -> str | None:

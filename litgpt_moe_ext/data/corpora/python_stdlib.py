@@ -89,7 +89,7 @@ class PythonStdlib(EncodedCorpus):
                 "leading dot"
             )
         if unreadable:
-            print(f"Left out {counted(unreadable, 'file')} of {folder}: not UTF-8 text", flush=True)
+            print(f"Skipped {counted(unreadable, 'file')} of {folder}: not UTF-8 text", flush=True)
         return list(found.values())
 
     def _folder(self) -> tuple[Path, frozenset[str]]:

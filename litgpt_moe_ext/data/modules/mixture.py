@@ -96,8 +96,8 @@ class Mixture(TokenModule):
         self._length = length
         if length.validation_batches < len(self.corpora):
             raise SettingsError(
-                f"eval.max_iters: {length.validation_batches} must be at least {len(self.corpora)}, a batch for each "
-                "corpus of the mixture; the batches are shared out evenly"
+                f"eval.max_iters: {length.validation_batches} must be at least {len(self.corpora)}, one batch per "
+                "corpus of the mixture"
             )
 
     @property

@@ -69,12 +69,12 @@ def say_others(path: Path, pattern: str) -> None:
     others = Counter(file.suffix or file.name for file in left_out)
     if others:
         kinds = ", ".join(f"{number:,} {kind}" for kind, number in others.most_common(_KINDS))
-        print(f"Left out in {path}, as not like {pattern}: {kinds}; pattern names others", flush=True)
+        print(f"Skipped in {path}, as they do not match {pattern}: {kinds}; set pattern to include them", flush=True)
 
 
 def say_left_out(error: OSError) -> None:
     """Say which folder cannot be read; `os.walk` would leave it out silently."""
-    print(f"Left out {error.filename}, which cannot be read ({error.strerror})", flush=True)
+    print(f"Skipped {error.filename}, which cannot be read ({error.strerror})", flush=True)
 
 
 def _prepared(path: Path, verbose: bool) -> set[Path]:
@@ -87,7 +87,7 @@ def _prepared(path: Path, verbose: bool) -> set[Path]:
         for link in (Path(parent, name) for name in folders if verbose):
             if link.is_symlink() and not (target := link.resolve()).is_relative_to(root):
                 print(
-                    f"Left out {link}, a link to {target}, outside of the folder; copy what is there into the folder, "
+                    f"Skipped {link}, a link to {target}, outside of the folder; copy what is there into the folder, "
                     "or give both to a Mixture",
                     flush=True,
                 )

@@ -70,7 +70,7 @@ class FileHashes:
                 partial_path.write_text(json.dumps(self._known), encoding="utf-8")
         except OSError as error:
             print(
-                f"The hashes of the files could not be kept ({error}), so the next run reads the files again",
+                f"File hashes could not be saved ({error}), so the next run reads the files again",
                 flush=True,
             )
         self._changed = False

@@ -188,13 +188,13 @@ class _Preparation:
         print(f"Prepared a corpus in {self.final} ({_summary(manifest)}, {seconds:.1f} s)", flush=True)
         if manifest["documents_empty"]:
             empty = counted(manifest["documents_empty"], "empty document")
-            print(f"Left out {empty}, the first at {manifest['first_empty']}")
+            print(f"Skipped {empty}, the first at {manifest['first_empty']}")
         if repeated := len(self.sources) - len({source.identity for source in self.sources}):
             copies = counted(repeated, "source")
-            print(f"{copies} with the content of another one, which counts twice; remove copies to read it once")
+            print(f"{copies} with the same content as another one, which counts twice; remove copies to count it once")
         share = manifest["documents_val"] / (manifest["documents_train"] + manifest["documents_val"])
         if share > _LARGE_SHARE:
-            print(f"{share:.0%} of the documents validate; set val_count, or name other files, to validate on fewer")
+            print(f"{share:.0%} of the documents are for validation; to use fewer, set val_count or name other files")
 
     def _begin(self, progress: PreparationProgress) -> None:
         """Continue what is there, or start with the tokenizer."""

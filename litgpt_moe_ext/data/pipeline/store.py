@@ -157,5 +157,5 @@ def check_root(root: Path) -> None:
     except OSError as error:
         raise SettingsError(
             f"data_path: {str(root)!r} cannot be used as a cache folder ({error.strerror or error}); set data_path to "
-            "a folder in which you can make files and lock them"
+            "a folder in which files can be created and locked"
         ) from error

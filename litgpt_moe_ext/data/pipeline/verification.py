@@ -50,7 +50,7 @@ def verify_shards(directory: Path, shards: Collection[Path], verbose: bool = Tru
         names, it_is = unlisted[0], "it is"
         if len(unlisted) > 1:
             names, it_is = f"{names} and {len(unlisted) - 1} more", "they are"
-        print(f"{directory / checksums.FILE_NAME} does not list {names}, so {it_is} not compared", flush=True)
+        print(f"{directory / checksums.FILE_NAME} does not list {names}, so {it_is} not checked", flush=True)
     _compare(directory, {shard: listed[shard] for shard in shards if shard in listed}, remedy, verbose)
 
 
@@ -69,11 +69,11 @@ def _compare(directory: Path, files: Mapping[Path, str], remedy: str, verbose: b
     if new and not os.access(directory.parent, os.W_OK):
         if verbose:
             check = f"cd {shlex.quote(str(directory))} && sha256sum -c {checksums.FILE_NAME}"
-            print(f"{directory} is not compared with its checksums, as nothing can be written beside it: {check}")
+            print(f"{directory} is not checked, as nothing can be written beside it; to check it by hand: {check}")
         return
     size = sum(file.stat().st_size for file in new if file.is_file())
     if verbose and size > _LARGE_BYTES:
-        print(f"Comparing {size / 1e9:.1f} GB of {directory} with their checksums, this once", flush=True)
+        print(f"Checking {size / 1e9:.1f} GB of {directory} against their checksums (first use only)", flush=True)
     for file, digest in files.items():
         if hashes.hash(file) != digest:
             raise SettingsError(f"{file} differs from its checksum in {checksums.FILE_NAME}; {remedy}")

@@ -196,7 +196,7 @@ def check_tokenizer(files: Mapping[str, bytes], directory: Path, needs_bos: bool
         special_token(files, "bos", directory)
     if path.name in files and not isinstance(config.get("tokenizer_class"), str):
         raise SettingsError(
-            f'tokenizer_dir: {path} names no class, and LitGPT opens none without; add "tokenizer_class": '
+            f'tokenizer_dir: {path} names no tokenizer class, which LitGPT needs; add "tokenizer_class": '
             '"PreTrainedTokenizerFast" to it'
         )
     return eos_id

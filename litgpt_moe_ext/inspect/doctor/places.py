@@ -22,12 +22,12 @@ def data(recipe: Recipe, found: Sequence[Finding]) -> Iterator[Finding]:
     """
     given = recipe.settings.get("data")
     if not given:
-        yield Finding("data", "note", "the recipe names none; LitGPT's default is TinyLlama, which must be there")
+        yield Finding("data", "note", "the recipe names none; LitGPT's default is TinyLlama, which must exist locally")
         return
     try:
         class_path, arguments = _class_of(given)
         if recipe.checkpoint and not is_trusted(class_path):
-            yield Finding("data", "note", f"{class_path}, which is not imported for a checkpoint")
+            yield Finding("data", "note", f"{class_path}, not imported, since a checkpoint may come from anyone")
             return
         made = _imported(class_path)
     except SettingsError as error:
@@ -91,7 +91,7 @@ def tokenizer(recipe: Recipe, found: Sequence[Finding]) -> Iterator[Finding]:
     if directory is None:
         # It may be what the settings or the data have a problem with.
         if not any(finding.verdict == "problem" and finding.topic in ("settings", "data") for finding in found):
-            yield Finding("tokenizer", "good", "that of the data, if they have one")
+            yield Finding("tokenizer", "good", "the data's own, if any")
     elif Path(directory).is_dir():  # or else the settings have a problem
         try:
             open_tokenizer(Path(directory), recipe.config.padded_vocab_size or 0)

@@ -84,5 +84,7 @@ def disk(recipe: Recipe) -> Finding:
     checkpoint = size * count_parameters(recipe.config, recipe.tie_embeddings).total
     text = f"a training checkpoint takes about {checkpoint / 2**30:.2f} GiB, {free / 2**30:.1f} GiB are free in {place}"
     if free < 2 * checkpoint:
-        return Finding("disk", "problem", f"{text}; two must fit, since one is written before another goes")
+        return Finding(
+            "disk", "problem", f"{text}; two must fit, since a new one is written before an old one is deleted"
+        )
     return Finding("disk", "good", text)

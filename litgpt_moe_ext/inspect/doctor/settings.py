@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 def unread(checkpoint: Path) -> Finding:
     """Return why nothing is said of the settings that a checkpoint was trained with."""
     file = checkpoint / "hyperparameters.yaml"
-    return Finding(
-        "settings", "note", f"a checkpoint's are data, and nothing is made of them; `doctor {file}` does that"
-    )
+    return Finding("settings", "note", f"those of a checkpoint are not checked; `doctor {file}` checks them")
 
 
 def settings_together(recipe: Recipe, reading: "AbstractContextManager[Settings]") -> Iterator[Finding]:
@@ -39,7 +37,7 @@ def settings_together(recipe: Recipe, reading: "AbstractContextManager[Settings]
     except SettingsError as error:
         yield Finding("settings", "problem", str(error))
         return
-    yield Finding("settings", "good", "they go together")
+    yield Finding("settings", "good", "consistent")
     if note := unlearned_routers(cast("Config", plan.config)):
         yield Finding("routers", "note", note)
     yield from _start(plan)
@@ -77,10 +75,10 @@ def _start(plan: "Plan") -> Iterator[Finding]:
         yield Finding("start", "problem", str(error))
         return
     yield from (Finding("start", "note", line) for line in passed_over)
-    state = "nothing of it is missing, and the start compares its numbers with their checksums"
+    state = "complete; its checksums are checked when the run starts"
     if found is not None:
-        yield Finding("start", "good", f"goes on from {found.parent}: {state}")
+        yield Finding("start", "good", f"resumes from {found.parent}: {state}")
     elif initial is not None:
-        yield Finding("start", "good", f"with the weights of {initial}: {state}")
+        yield Finding("start", "good", f"from the weights in {initial}: {state}")
     else:
-        yield Finding("start", "good", f"anew: there is nothing to resume in {plan.out_dir}")
+        yield Finding("start", "good", f"from scratch: nothing to resume in {plan.out_dir}")

@@ -105,7 +105,7 @@ class GradientGuard(Callback):
                 f"step {step + 1} {problem}; its batch is in {file}. "
                 "A lower learning rate or a longer warm-up may help."
             )
-        self._say(f"  step {step + 1} is left out: {problem}; its batch is in {file}")
+        self._say(f"  step {step + 1} is skipped: {problem}; its batch is in {file}")
         # Optimizers pass by parameters without gradient: neither weights nor moments change.
         optimizer.zero_grad(set_to_none=True)
         forget_step(routers_of(module).values())

@@ -172,7 +172,7 @@ def require_same_groups(checkpoint_dir: Path, settings: dict[str, Any], config: 
         if ours != theirs:
             raise SettingsError(
                 f"{ParameterGroupArgs.key}.{name}: {value} must be {before[name]}, as in the checkpoint, whose "
-                f"optimizer's state is sorted by it; resume with that, or {FROM_ITS_WEIGHTS}"
+                f"optimizer state is grouped by it; resume with that, or {FROM_ITS_WEIGHTS}"
             )
 
 
@@ -186,8 +186,8 @@ def require_same_tables(checkpoint_dir: Path, tied: bool) -> None:
     train = read(checkpoint_dir).get("train")
     if isinstance(train, dict) and bool(train.get("tie_embeddings")) != tied:
         raise SettingsError(
-            f"train.tie_embeddings: {tied} must be {not tied}, as in the checkpoint, whose optimizer's state is for "
-            f"that; resume with that, or {FROM_ITS_WEIGHTS}"
+            f"train.tie_embeddings: {tied} must be {not tied}, as in the checkpoint, whose optimizer state depends "
+            f"on it; resume with that, or {FROM_ITS_WEIGHTS}"
         )
 
 

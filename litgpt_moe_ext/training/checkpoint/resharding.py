@@ -29,9 +29,9 @@ def convert_position(state: dict[str, Any], batch_size: int, world_size: int) ->
         then = position["batch_size"], position["world_size"]
         if position["num_samples_yielded"] and then != (batch_size, world_size):
             raise SettingsError(
-                f"train.micro_batch_size: {batch_size} on {counted(world_size, 'process')}: litdata finds its place in "
-                f"the data again with {then[0]} on {counted(then[1], 'process')} only, as the checkpoint has it; with "
-                f"others it would repeat some tokens and leave out some. Use those, or {FROM_ITS_WEIGHTS}"
+                f"train.micro_batch_size: {batch_size} on {counted(world_size, 'process')}: litdata can resume only "
+                f"with {then[0]} on {counted(then[1], 'process')}, as in the checkpoint; otherwise it would repeat "
+                f"some tokens and skip others. Use those, or {FROM_ITS_WEIGHTS}"
             )
     saved = state.get("fingerprint") or {}
     if "batch_size" not in saved or "world_size" not in saved:
@@ -40,8 +40,8 @@ def convert_position(state: dict[str, Any], batch_size: int, world_size: int) ->
     batch = batch_size * world_size
     if windows % batch:
         raise SettingsError(
-            f"train.micro_batch_size: {batch_size} on {counted(world_size, 'process')} makes batches of {batch}; the "
-            f"checkpoint stands after {windows} sequences of its epoch, which is not a multiple. Use "
+            f"train.micro_batch_size: {batch_size} on {counted(world_size, 'process')} makes batches of {batch}, but "
+            f"the checkpoint stopped after {windows} sequences of its epoch, not a multiple of that. Use "
             f"{saved['batch_size']} on {counted(saved['world_size'], 'process')}, as it did, or another divisor"
         )
     converted = {**state, "fingerprint": {**saved, "batch_size": batch_size, "world_size": world_size}}

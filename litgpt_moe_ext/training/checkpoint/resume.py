@@ -88,7 +88,7 @@ def find_resume_file(
         if problem is None:
             return directory / WEIGHTS_FILE
         damaged.append(str(directory))
-        say(f"Passing over checkpoint {directory}: {problem}")
+        say(f"Skipping checkpoint {directory}: {problem}")
     if damaged:
         # Starting anew here would overwrite the run that the user meant to continue.
         raise SettingsError(

@@ -122,6 +122,6 @@ def die_with_parent(parent: int) -> None:
 def _watch(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(_LOOK_EVERY)
-    print(f"error: the process {parent} that started this one is gone; it ends as well", file=sys.stderr, flush=True)
+    print(f"error: the parent process {parent} is gone; this process ends too", file=sys.stderr, flush=True)
     # The main thread may hang in a collective operation, which no exception reaches.
     os._exit(1)

@@ -100,8 +100,8 @@ class RankStreams:
             return
         if saved is not None:
             fabric.print(
-                f"The checkpoint has the random generators of {counted(len(saved), 'process')} and this "
-                f"run has {fabric.world_size}: they start anew, which matters only where training draws from them."
+                f"The checkpoint has the random generators of {counted(len(saved), 'process')}, this run has "
+                f"{fabric.world_size}: they start anew, which matters only if training draws random numbers."
             )
         part_ways(seed, fabric.global_rank, fabric.world_size, fabric.step)
 

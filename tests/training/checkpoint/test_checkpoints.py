@@ -519,7 +519,7 @@ def test_who_has_lost_its_checksums_is_named_although_a_newer_one_is_whole(writt
     (other / checksums.FILE_NAME).unlink()
     said = []
     assert find_resume_file("auto", tmp_path, said.append) == newest / "lit_model.pth"
-    assert said == [f"Passing over checkpoint {other}: SHA256SUMS is missing"]
+    assert said == [f"Skipping checkpoint {other}: SHA256SUMS is missing"]
 
 
 def test_numbers_are_read_where_they_are_to_be(written):

@@ -51,7 +51,7 @@ def test_one_row_per_step_over_a_resume(recipe, tmp_path, capsys):
     assert printed[printed.index("tiny: ") :] in lines
     assert f"\nCode: {software()}\n" in lines
     assert "Code: " not in printed
-    assert f"Numbers: {out / 'metrics.csv'}, lines: {out / 'train.log'}" in lines
+    assert f"Metrics: {out / 'metrics.csv'}, log: {out / 'train.log'}" in lines
 
     # As if the run had been killed after step 7, in the middle of a row.
     with open(out / "metrics.csv", "a") as table:
@@ -94,7 +94,7 @@ def test_a_terminal_with_a_bar_keeps_the_lines(recipe, tmp_path):
         assert sum(line.startswith(f"step {step}/4 | loss ") for line in lines.splitlines()) == 1
     assert lines.count("  validation loss") == 1
     assert "━" not in lines
-    assert lines.rstrip().splitlines()[-1].startswith("Go on: ")
+    assert lines.rstrip().splitlines()[-1].startswith("To continue: ")
 
 
 def test_progress_into_a_file_keeps_the_lines(recipe, capsys):

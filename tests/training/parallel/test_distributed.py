@@ -379,7 +379,7 @@ class TestResharding:
         one = {"num_samples_yielded": 4, "num_workers": 1, "batch_size": 1, "world_size": 1}
         state = {"dataset": {"0": {**one, "num_samples_yielded": 0}, "1": one} if several else one, "current_epoch": 1}
         assert convert_position(state, 1, 1) == state
-        with pytest.raises(SettingsError, match="finds its place in the data again with 1 on 1 process only"):
+        with pytest.raises(SettingsError, match="litdata can resume only with 1 on 1 process,"):
             convert_position(state, batch_size, world_size)
         one["num_samples_yielded"] = 0
         assert convert_position(state, batch_size, world_size) == state

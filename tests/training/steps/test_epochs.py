@@ -35,7 +35,7 @@ def test_two_epochs_with_a_checkpoint_each(recipe, tmp_path, small_data, capsys)
     assert len(rows) == 2 * first - 1, "the last step that begins in the first epoch ends in the second"
     assert f"train.epochs: 2 means {len(rows)} steps, train.max_tokens: {len(rows) * 4 * 32}\n" in output
     assert f"step {len(rows)}/{len(rows)} |" in output
-    assert output.splitlines()[-1] == "Go on: --resume auto --train.epochs 4"
+    assert output.splitlines()[-1] == "To continue: --resume auto --train.epochs 4"
     assert [path.name for path in out.glob("step-*")] == [f"step-{first:08d}"]
     saved = yaml.safe_load((out / "final" / "hyperparameters.yaml").read_text())["train"]
     assert (saved["epochs"], saved["max_tokens"]) == (2, len(rows) * 4 * 32)

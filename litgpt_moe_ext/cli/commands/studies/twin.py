@@ -56,7 +56,7 @@ class Twin:
         )
         write_text(self.out, twin_text(self.recipe, self.by, experts, header))
         card = shlex.join(["litgpt-moe", "model-card", str(self.out)])
-        print(f"Wrote {self.out}, the {kind} twin of {self.recipe} by {self.by}; `{card}`")
+        print(f"Wrote {self.out}, the {kind} twin of {self.recipe} by {self.by}; `{card}` shows its cost")
 
     def _experts(self) -> "Experts | None":
         from litgpt_moe_ext.study.twin import Experts
