@@ -103,6 +103,13 @@ def test_an_empty_file_is_an_empty_document(tmp_path, name, content):
     assert texts(tmp_path, name, content) == texts(tmp_path, name, content, separator="<|>") == [""]
 
 
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_tables_in_an_archive(tmp_path, mode):
+    members = {"a.csv": table(), "b.tsv": b"\xef\xbb\xbf" + table("\t"), "c.csv.gz": gzip.compress(table())}
+    name = "a.tar.gz" if mode == "w:gz" else "a.tar"
+    assert texts(tmp_path, name, tar(members, mode)) == STORIES * 3
+
+
 @pytest.mark.parametrize("content", [b"\n\r\n", b"text\n"])
 def test_an_empty_table_has_no_documents(tmp_path, content):
     assert texts(tmp_path, "a.csv", content) == []

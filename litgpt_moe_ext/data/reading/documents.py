@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from litgpt_moe_ext.data.reading.compression import decompress, split_compression
 from litgpt_moe_ext.data.reading.json_text import read_json_lines, read_json_list
@@ -99,12 +99,14 @@ def _read_archive(file: OpenFile, text_format: TextFormat) -> Iterator[Record]:
     with tarfile.open(fileobj=watched, mode="r|") as archive:  # pyrefly: ignore[no-matching-overload] it only reads
         for member in archive:
             base = member.name.rpartition("/")[2]
-            content = archive.extractfile(member) if member.isfile() and not base.startswith(".") else None
-            if content is not None:
+            opened = archive.extractfile(member) if member.isfile() and not base.startswith(".") else None
+            if opened is not None:
                 name, compression = split_compression(base.lower())
-                where = f"{file.where}: {member.name}"
+                where, raw = f"{file.where}: {member.name}", _Member(opened)
                 if compression:
-                    content = decompress(content, compression, where, text_format.max_expansion)  # pyrefly: ignore[bad-argument-type] extractfile gives one
+                    content = decompress(raw, compression, where, text_format.max_expansion)  # pyrefly: ignore[bad-argument-type] it only reads
+                else:
+                    content = io.BufferedReader(raw)
                 inner = OpenFile(content, name, where, file.position)  # pyrefly: ignore[bad-argument-type] as above
                 for record in _read_text(inner, text_format):
                     yield record._replace(place=f"{record.place} of {member.name}", member=base)
@@ -112,6 +114,24 @@ def _read_archive(file: OpenFile, text_format: TextFormat) -> Iterator[Record]:
         pass
     if watched.tail.strip(b"\x00"):
         raise EOFError("the archive has no end mark, so members may be missing")
+
+
+class _Member(io.RawIOBase):
+    """A member of an archive that is read from its beginning to its end; asked whether it can seek, tarfile's fails."""
+
+    def __init__(self, member: IO[bytes]) -> None:
+        self._member = member
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._member.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def tell(self) -> int:
+        return self._member.tell()
 
 
 class _WithTail:
