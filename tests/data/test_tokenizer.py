@@ -110,6 +110,21 @@ def test_the_end_of_a_document_need_not_be_marked_as_special(directory):
     assert encode(["a <|endoftext|> b", ""]).tolist().count(0) == 2
 
 
+@pytest.mark.parametrize("as_object", [False, True])
+def test_special_tokens_need_not_be_marked_as_such(tmp_path, as_object):
+    """They may be named in the configuration alone, whether or not they are put before documents."""
+    train_bpe(TEXTS, BPESettings(270, ("<eos>", "<bos>"), bos_token="<bos>"), tmp_path)
+    state, config = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("tokenizer", "tokenizer_config"))
+    state["added_tokens"][1]["special"] = False
+    config["bos_token"] = {"content": "<bos>", "special": True} if as_object else "<bos>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = open_for_documents(tmp_path)
+    ids = tokenizer.encode("a <bos> b", add_special_tokens=False).ids
+    assert 1 not in ids
+    assert tokenizer.decode(ids) == "a <bos> b"
+
+
 @pytest.mark.parametrize("bos_id", [None, 1, 4])
 def test_a_vocabulary_that_writes_the_end_of_a_document_as_text_is_refused(bos_id):
     pieces = [("<unk>", 0.0), ("</s>", 0.0), ("a", -1.0), ("b", -1.0), ("<s>", -1.0)]

@@ -28,13 +28,19 @@ def open_for_documents(directory: str | os.PathLike) -> Tokenizer:
     end the document in its middle. Encode with `add_special_tokens=False`.
 
     Raises:
-        SettingsError: The directory has no `tokenizer.json`, or it is damaged.
+        SettingsError: The directory has no `tokenizer.json`, or it or its `tokenizer_config.json` is damaged.
     """
     path = Path(directory) / "tokenizer.json"
     if not path.is_file():
         raise SettingsError(f"{path} does not exist; a tokenizer directory needs a tokenizer.json")
     tokenizer = parse_tokenizer(path.read_bytes(), str(path))
     tokenizer.encode_special_tokens = True
+    # Some tokenizers name special tokens only there, and their text would be matched as that of other added tokens.
+    config = path.with_name("tokenizer_config.json")
+    files = {config.name: config.read_bytes()} if config.is_file() else {}
+    named = [_content(value) for name, value in _json(files, config).items() if name.endswith("_token")]
+    added = tokenizer.get_added_tokens_decoder().values()
+    tokenizer.add_special_tokens([token for token in added if token.content in named])
     return tokenizer
 
 
@@ -150,9 +156,7 @@ def special_token(files: Mapping[str, bytes], kind: Literal["eos", "bos"], direc
     """
     tokenizer = parse_tokenizer(files["tokenizer.json"], str(directory / "tokenizer.json"))
     config_path = directory / "tokenizer_config.json"
-    token = _json(files, config_path).get(f"{kind}_token")
-    if isinstance(token, dict):
-        token = token.get("content")
+    token = _content(_json(files, config_path).get(f"{kind}_token"))
     if token is not None:
         token_id = tokenizer.token_to_id(token) if isinstance(token, str) and _is_unicode(token) else None
         if token_id is None:
@@ -200,6 +204,11 @@ def check_tokenizer(files: Mapping[str, bytes], directory: Path, needs_bos: bool
             '"PreTrainedTokenizerFast" to it'
         )
     return eos_id
+
+
+def _content(token: Any) -> Any:
+    # As tokenizer_config.json names a token: by its text, or with how it is matched.
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _is_unicode(text: str) -> bool:
