@@ -175,7 +175,7 @@ ROUTING_FIELDS = {
         PositiveInt, "number of best scores whose sum is the score of a group", _GROUPS, REQUIRED
     ),
     "router_bias": Field(
-        bool, "whether the gate has a bias that learns, as in GPT-OSS (false by default)", (*_MOE, "logits")
+        bool, "whether the gate has a learned bias, as in GPT-OSS (false by default)", (*_MOE, "logits")
     ),
     "router_jitter_noise": Field(
         Share,
@@ -200,7 +200,7 @@ ROUTING_FIELDS = {
     **{loss_field(name): loss_weight(loss) for name, loss in LOSSES.items()},
     "router_load_balancing_loss_scope": Field(
         OneOf(("micro_batch", "global_batch")),
-        "over what the load-balancing loss takes the share of tokens per expert: the micro-batch, or the step so far, "
+        "the tokens over which the load-balancing loss takes each expert's share: the micro-batch, or the step so far "
         "on all processes",
         (*_MOE, "logits", "load_balancing_loss"),
         "micro_batch",

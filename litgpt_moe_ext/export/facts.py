@@ -65,7 +65,7 @@ class Facts:
         router: `none`, `topk` or `noisy_topk`.
         score: `none`, `sigmoid` or `softmax`.
         gate_on_input: Whether gate values multiply what experts get.
-        router_bias: Whether the gate has a bias that learns.
+        router_bias: Whether the gate has a learned bias.
         norm_topk: Whether weights of the chosen experts sum to 1.
         balancing_bias: Whether the router has a bias that is not the same for all experts.
         groups: `none`, `best_one` or `best_two` (groups are worth that many of their best scores), or `other`.

@@ -100,7 +100,7 @@ LOSSES: dict[str, Loss] = {
     "load_balancing_loss": Loss(
         "litgpt_moe_ext.moe.losses.load_balancing_loss",
         ("probabilities_TE", "experts_TK", "real_T"),
-        "Switch Transformer's balancing loss (over what: `router_load_balancing_loss_scope`)",
+        "Switch Transformer's balancing loss, over `router_load_balancing_loss_scope`",
     ),
     "sequence_balancing_loss": Loss(
         "litgpt_moe_ext.moe.losses.sequence_balancing_loss",
@@ -126,7 +126,7 @@ LOSSES: dict[str, Loss] = {
     "orthogonality_loss": Loss(
         "litgpt_moe_ext.moe.losses.orthogonality_loss",
         ("weight", "real_T"),
-        "ERNIE 4.5's orthogonality of the experts' directions in the router",
+        "ERNIE 4.5's orthogonality loss on the experts' directions in the router",
     ),
 }
 

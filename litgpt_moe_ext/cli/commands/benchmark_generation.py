@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class BenchmarkGeneration:
     """Measure prefill and decode speed beside a dense twin and LitGPT's LLaMAMoE with the same weights, in one run.
 
-    Works for every recipe and checkpoint. The column of LLaMAMoE is there only where that can express the model, for
-    which see `litgpt-moe convert-experts --help`; otherwise a line says which setting is in the way.
+    Works for every recipe and checkpoint. LLaMAMoE is included only if it can express the model (see
+    `litgpt-moe convert-experts --help`); otherwise a line names the setting in the way.
 
     Attributes:
         model: A checkpoint directory, or a recipe, whose model gets random weights.

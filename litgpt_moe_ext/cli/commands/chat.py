@@ -36,12 +36,13 @@ _MAX_PENDING = 4
 class Chat:
     """Continue what you type, token by token; optionally coloured by the experts that wrote each token.
 
-    Ctrl-C stops what is being written and asks for the next text; where a text is asked for it ends the program.
+    Ctrl-C stops an answer and asks for the next text; at the prompt it ends the program.
 
     Attributes:
         checkpoint_dir: A LitGPT checkpoint.
         prompt: Continue this text and end. Default: ask for texts until an empty line or Ctrl-D.
-        max_new_tokens: Most tokens to write. The context of the model ends it earlier, unless it has a streaming cache.
+        max_new_tokens: Maximum number of tokens to write. The model's context may end it earlier, unless it has a
+            streaming cache.
         temperature: Divides the logits; 0 takes the likeliest token.
         top_k: Choose among this many likeliest tokens only; null: all.
         top_p: Choose among the likeliest tokens that together have this probability.

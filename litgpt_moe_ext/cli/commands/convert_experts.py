@@ -9,10 +9,9 @@ from typing import Literal
 class ConvertExperts:
     """Write a checkpoint with LitGPT's own LLaMAMoE layers, which opens without this plugin.
 
-    LLaMAMoE has SwiGLU experts and one of two routers, and LitGPT's attention neither sinks nor Hugging Face's YaRN, so
-    only models without these can be converted, such as an imported Mixtral. Of the recipes in `configs/` none can when
-    it is trained: they have sinks, other activations, or a bias that balances. The error names every setting that is in
-    the way.
+    LLaMAMoE has SwiGLU experts only, with one of two routers, and LitGPT's attention has neither sinks nor Hugging
+    Face's YaRN. Models that need more cannot be converted; an imported Mixtral can. Models of the recipes in `configs/`
+    cannot: they have sinks, other activations, or a balancing bias. The error names every setting in the way.
 
     Attributes:
         checkpoint_dir: A checkpoint with this package's MoE layers.

@@ -21,8 +21,8 @@ class Doctor:
     """Describe this installation on one page, and say whether a recipe can run on it.
 
     Exits with status 1 if the recipe cannot run here, or fits into no GPU of the memory given. A checkpoint
-    that it resumes or starts from is checked as well, but for the numbers in its model file, which a run compares when
-    it starts.
+    that it resumes or starts from is checked too, except the numbers in its model file, which a run checks when it
+    starts.
 
     Attributes:
         recipe: A recipe (YAML file), or a checkpoint directory. Without one only the installation is described.

@@ -14,7 +14,7 @@ class Import:
 
     Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, ERNIE-4.5-MoE, GLM-4-MoE, GPT-OSS, DeepSeek-V2 and -V3,
     GPT-2, Llama and Qwen3. Weights in MXFP4 (GPT-OSS) and FP8 by blocks (DeepSeek-V3) are
-    dequantized. The result trains on with `litgpt-moe train --initial_checkpoint_dir`, and
+    dequantized. `litgpt-moe train --initial_checkpoint_dir` trains the result further, and
     `litgpt generate` and `litgpt-moe experts` open it.
 
     Attributes:
@@ -61,9 +61,9 @@ def _problem_with_tokenizer(hf_dir: Path, out_dir: Path, vocab_size: int) -> str
 class Export:
     """Write a checkpoint for transformers and vLLM, or for llama.cpp.
 
-    hf: the Hugging Face class that computes exactly this model is chosen from a table; if none does, the model's own
-    code is written beside its weights. gguf: the same with the graphs of llama.cpp, and refused if none computes the
-    model. Nothing is approximated.
+    hf: the first Hugging Face class that computes exactly this model; if there is none, the model's own code is written
+    beside its weights. gguf: the first graph of llama.cpp that computes it; if there is none, the export is refused.
+    Nothing is approximated.
 
     Attributes:
         checkpoint_dir: A checkpoint of a run: step-*, best, final, or the ema directory in one of them.

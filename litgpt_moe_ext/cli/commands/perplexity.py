@@ -21,7 +21,7 @@ class Perplexity:
         checkpoint_dir: A LitGPT checkpoint.
         text: Text files to read.
         data: In place of text: a token shard, or the folder of a prepared corpus, whose validation part is read.
-        max_tokens: Most tokens to read.
+        max_tokens: Maximum number of tokens to read.
         batch_size: Windows of the model's block size per forward pass.
         device: Where to run, for example cuda. Default: a GPU if there is one.
         dtype: Floating point type of the weights. Default: as in the checkpoint.

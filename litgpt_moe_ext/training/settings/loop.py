@@ -43,11 +43,11 @@ class TrainArgs(Section, key="train"):
     lr_warmup_fraction: Fraction | None = None
     """Part of an epoch in which the learning rate rises to its peak, instead of lr_warmup_steps."""
     epochs: PositiveInt | None = None
-    """Train this often on all of the data, instead of max_tokens; null: max_tokens counts."""
+    """Passes over all of the data, instead of max_tokens; null: max_tokens counts."""
     max_tokens: PositiveInt = int(3e12)
     """Total number of tokens to train on, padding included."""
     max_steps: PositiveInt | None = None
-    """End after this many optimizer steps, although the learning rate is planned for max_tokens."""
+    """End after this many optimizer steps; the learning rate still follows max_tokens."""
     max_time: NonNegativeFloat | None = None
     """End after this many seconds."""
     max_seq_length: PositiveInt | None = None
@@ -81,7 +81,7 @@ class EvalArgs(Section, key="eval"):
     """Validation."""
 
     interval: PositiveInt = 1000
-    """Optimizer steps between validations; a number above that of all steps: none in between."""
+    """Optimizer steps between validations; more than all steps: none in between."""
     max_new_tokens: PositiveInt | None = None
     """Not for pretraining; see sample.max_new_tokens."""
     max_iters: PositiveInt = 100

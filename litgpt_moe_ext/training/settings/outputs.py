@@ -70,7 +70,7 @@ class CheckpointArgs(Section, key="checkpoint"):
     best: bool = True
     """Keep the checkpoint of the lowest validation loss as best/."""
     on_save_error: Literal["stop", "continue"] = "stop"
-    """A checkpoint that cannot be written (disk full): end the run, or go on without it."""
+    """If a checkpoint cannot be written (disk full): end the run, or go on without it."""
     export: ExportFormat | list[ExportFormat] | None = None
     """hf, gguf or both as a list: write best/ and final/ as litgpt-moe export does at the end; null: nothing."""
 

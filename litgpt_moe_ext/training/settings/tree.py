@@ -38,7 +38,7 @@ class Settings(Section):
     precision: Literal["bf16-true", "bf16-mixed", "16-mixed", "32-true"] | None = None
     """Number format; null: bf16-mixed on a GPU that has it, 16-mixed on another GPU, 32-true on a CPU."""
     initial_checkpoint_dir: Path | None = None
-    """Checkpoint directory whose weights to start from; with resume: auto, where there is nothing to go on from."""
+    """Checkpoint directory whose weights to start from; with resume: auto, only if there is nothing to resume."""
     resume: bool | Literal["auto"] | Path = False
     """auto: continue from the newest whole checkpoint in out_dir if there is one; true: insist on one; a path: that,
     or the newest of that run."""
@@ -65,22 +65,22 @@ class Settings(Section):
     strategy: StrategyName = "auto"
     """How processes share the work; auto: ddp if there are several. DeepSpeed needs CUDA and its extra."""
     compile: bool | Literal["auto"] = "auto"
-    """Whether to use torch.compile; auto: where it works and pays, and says so."""
+    """Whether to use torch.compile; auto: where it works and pays, which the log says."""
     cuda_graphs: bool | Literal["auto"] = "auto"
-    """Whether the passes of a micro-batch run as CUDA graphs, which spare the host the launches; auto: on one GPU where
-    they work and leave room; true: under ddp too, whose exchange of gradients then follows the backward pass."""
+    """Whether to run the passes of a micro-batch as CUDA graphs, which saves launch time; auto: on one GPU, if they
+    work and fit; true: insist, also under ddp, which then exchanges gradients after the backward pass."""
     float32_matmul_precision: Literal["highest", "high", "medium"] | None = None
     """As torch.set_float32_matmul_precision: high and medium let GPUs use TF32 or bf16 for float32 products, medium
     lets CPUs use oneDNN; null: torch's default."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
-    """Compute activations again in the backward pass: full, of whole blocks; selective, of experts and MLPs."""
+    """Recompute activations in the backward pass: full, of whole blocks; selective, of experts and MLPs."""
     fused_cross_entropy: bool = False
     """Compute output head and loss together, without keeping the logits."""
     progress: bool | None = None
     """Draw a progress bar in a terminal; files get a line per log interval, and train.log always does."""
     peak_tflops: PositiveFloat | None = None
-    """What a device computes at best, in TFLOP/s without sparsity, for the utilization (mfu) in the log; null: known
-    for many GPUs."""
+    """Peak of a device in TFLOP/s, without sparsity, for the utilization (mfu) in the log; null: known for many
+    GPUs."""
     sample: SampleArgs = field(default_factory=SampleArgs)
     """Text that the model writes after every validation."""
     evaluate: EvaluateArgs = field(default_factory=EvaluateArgs)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Study:
     """Train a grid of settings over seeds and write what came out as one page, with the raw numbers beside it.
 
-    A study that was interrupted or killed goes on where it was when it is called again; runs that are finished are
-    reused as long as their settings stay the same. Exits with status 1 if runs are missing in the end. Ctrl-C, SIGTERM
+    Called again, an interrupted or killed study continues where it was; finished runs are reused as long as their
+    settings stay the same. Exits with status 1 if runs are missing in the end. Ctrl-C, SIGTERM
     and SIGUSR1 let the runs save and end, and exit with status 130, 143 and 138.
 
     Attributes:
@@ -28,11 +28,11 @@ class Study:
         out_dir: Where the runs, report.html and results.csv go. Default: a folder in out/studies/
             named after the study and the scale.
         jobs: Runs at a time. Default: one on every GPU, or on every core of a machine without. Small
-            models leave most of a GPU idle; more jobs than GPUs share them, and their seconds then say
-            nothing.
-        device_minutes: Stop after so many minutes; the next call goes on.
+            models leave most of a GPU idle; with more jobs than GPUs they share them, and seconds are not
+            comparable.
+        device_minutes: Stop after so many minutes; the next call continues.
         only: Train only the run with this number, from 0, and write no page.
-        report: Train nothing, write the page of what is finished.
+        report: Train nothing; write the page from finished runs.
         slurm: Write a SLURM array script to this file instead of training.
     """
 
