@@ -138,8 +138,8 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            f"`{_PROGRAM} COMMAND --help` explains a command. Exit status: 0 success, 1 it cannot go on or the "
-            "answer is no, 2 a setting is wrong.",
+            f"`{_PROGRAM} COMMAND --help` explains a command. Exit status: 0 success, 1 failure (or the answer "
+            "is no), 2 a wrong setting.",
         )
     )
 
