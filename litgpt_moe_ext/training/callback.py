@@ -1,13 +1,13 @@
-"""What hangs on the training loop: the events of a run, as methods of one base class.
+"""The events of a training run, as methods of one base class.
 
-A recipe adds callbacks of its own by their class path, and `examples/add_a_callback.py` is a whole one:
+A recipe names its own callbacks by class path; `examples/add_a_callback.py` is a complete one:
 
     callbacks:
       - class_path: examples.add_a_callback.StopWhenGood
         init_args: {loss: 2.5}
 
-A method that is not overridden does nothing. A subclass whose `on_...` method is not one of these events, or takes
-other arguments, is refused when it is defined: it would never be called, or fail in the middle of a run.
+Methods that are not overridden do nothing. A subclass with an `on_...` method that is not one of these events, or takes
+other arguments, is refused when it is defined: the method would never be called, or would fail in the middle of a run.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Base class of everything that acts on the events of a run. Methods are called on every process.
+    """Base class of everything that reacts to the events of a run. Methods are called on every process.
 
     The events of one optimizer step come in this order: `on_step_begin`, `on_batch` for every micro-batch,
     `on_gradients_clipped`, `on_after_optimizer_step`, then `on_log` and `on_logged` if the step is logged.
 
-    A callback that a recipe names keeps each argument of its constructor under its name (or with `_` before it), as a
-    dataclass does: checkpoints write it down with the other settings of the run.
+    A callback named by a recipe keeps each constructor argument as an attribute of the same name, with or without a
+    leading `_`, as a dataclass does: checkpoints store these with the other settings of the run.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for owner in cls.__mro__:  # classes beside this one may have events as well
+        for owner in cls.__mro__:  # mixins may have events as well
             if owner is not Callback:
                 for name, method in vars(owner).items():
                     if name.startswith("on_") and callable(method):
@@ -47,14 +47,14 @@ class Callback:
     def on_before_setup(self, model: torch.nn.Module) -> None:
         """Change LitGPT's model before a strategy or a compiler wraps it.
 
-        Its weights must keep their names and shapes, by which checkpoints are opened; `requires_grad` may change.
+        Weights must keep their names and shapes, or checkpoints could not be opened; `requires_grad` may change.
 
         Args:
             model: A `litgpt.GPT` with its initial weights.
         """
 
     def on_after_setup(self, fabric: TrainingFabric, module: torch.nn.Module) -> None:
-        """Keep what later events need.
+        """Keep what later events need; the model is set up.
 
         Args:
             fabric: The fabric of the run.
@@ -65,14 +65,14 @@ class Callback:
         """Get ready: training is about to start.
 
         Args:
-            resume_dir: The checkpoint directory it resumes from, if it does.
+            resume_dir: The checkpoint directory to resume from, or None.
         """
 
     def on_flops_counted(self, flops_per_token: float) -> None:
-        """Note what the model costs.
+        """Note the cost of the model.
 
         Args:
-            flops_per_token: Floating point operations of forward and backward pass.
+            flops_per_token: Floating point operations of a forward and backward pass, per token.
         """
 
     def on_step_begin(self, state: dict[str, Any]) -> None:
@@ -83,11 +83,11 @@ class Callback:
         """
 
     def on_batch(self, batch: Tensor, waited: float) -> None:
-        """See a micro-batch that was fetched.
+        """See a micro-batch that has just been fetched.
 
         Args:
             batch: Token ids, (B, T + 1), int64.
-            waited: Seconds that fetching it took.
+            waited: Seconds spent fetching it.
         """
 
     def on_gradients_clipped(
@@ -95,13 +95,12 @@ class Callback:
     ) -> None:
         """See the gradients of a step before the optimizer uses them.
 
-        DeepSpeed clips inside its step: there the event follows the step, which has been skipped if the norm is not
-        finite.
+        DeepSpeed clips inside its step: the event follows that step, which is skipped if the norm is not finite.
 
         Args:
             norm: Total gradient norm before clipping, a scalar on the device; None if the strategy has none.
             module: The model.
-            optimizer: Its optimizer; `zero_grad` makes the step change nothing.
+            optimizer: Its optimizer; call `zero_grad` to make the step change nothing.
             scaled: Whether a gradient scaler skips steps whose gradients overflow.
         """
 
@@ -110,7 +109,7 @@ class Callback:
 
         Args:
             strategy: Fabric's strategy.
-            optimizer: The optimizer that has made its step.
+            optimizer: The optimizer that has just stepped.
         """
 
     def on_last_step(self, state: dict[str, Any]) -> None:
@@ -124,7 +123,7 @@ class Callback:
         """Add to a log line before it reaches the loggers.
 
         Args:
-            metrics: Numbers by name; a line of training has `loss`, one of validation `val_loss`.
+            metrics: Numbers by name; training lines have `loss`, validation lines `val_loss`.
         """
 
     def on_logged(self, metrics: dict[str, Any]) -> None:
@@ -135,10 +134,10 @@ class Callback:
         """
 
     def on_checkpoint_staged(self, directory: Path) -> None:
-        """Add files to a checkpoint before it gets its name.
+        """Add files to a checkpoint before it is renamed to its final name.
 
         Args:
-            directory: Where it is being written.
+            directory: The temporary directory it is written to.
         """
 
     def on_checkpoint_saved(self, directory: Path) -> None:
@@ -149,11 +148,11 @@ class Callback:
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what checkpoints must keep for this callback; tensors and plain data only."""
+        """Return the state to save in checkpoints, as tensors and plain data only."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state that `state_dict` returned; called on resume if it was not empty."""
+        """Restore a state that `state_dict` returned; called on resume if it was not empty."""
 
 
 EVENTS = tuple(name for name in vars(Callback) if name.startswith("on_"))

@@ -1,7 +1,4 @@
-"""A Fabric that tells its callbacks what LitGPT's loop does.
-
-The events, and what the callbacks may do about them, stand in `training.callback`.
-"""
+"""A Fabric that tells its callbacks what LitGPT's loop does; `training.callback` describes the events."""
 
 import contextlib
 import pickle
@@ -32,7 +29,7 @@ if TYPE_CHECKING:
     from litgpt_moe_ext.training.parallel.behaviour import Behaviour
 
     class TrainingStrategy(Behaviour, Strategy):  # pyrefly: ignore[inconsistent-inheritance]  (Lightning's is wider)
-        """A strategy of Lightning's with what training asks of it beyond that."""
+        """A Lightning strategy with the additional behaviour that training needs."""
 
 
 _NAMED_WEIGHTS = 4
@@ -47,23 +44,23 @@ class TrainingFabric(L.Fabric):
 
     Attributes:
         random_streams: The random generators of every process.
-        attempt: How often the run has been started: 1, and one more whenever it is resumed.
-        state: LitGPT's training state, once there is one.
+        attempt: How many times the run has been started: 1, plus one for every resume.
+        state: LitGPT's training state, once it exists.
         stop_requests: Signals that this process has received.
-        interrupted_by: A signal that all processes have agreed about, before the next step; 0 as long as there is none.
+        interrupted_by: Signal that all processes have agreed to act on before the next step; 0 if none.
     """
 
     if TYPE_CHECKING:
 
         @property
         def strategy(self) -> TrainingStrategy:
-            """What `make_strategy` has made."""
+            """The strategy that `make_strategy` returned."""
             ...
 
     def __init__(self, show: Callable[[str], None], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._show = show
-        self._told: set[Any] = set()  # what has been said that is said once
+        self._told: set[Any] = set()  # topics of messages that are printed only once
         self.random_streams = RankStreams(self)
         self.attempt = 1
         self._model: Any = None
@@ -78,13 +75,13 @@ class TrainingFabric(L.Fabric):
         return self.state["step_count"]
 
     def agree_on_interruption(self) -> bool:
-        """Return whether any process has received a signal; every process must call."""
+        """Return whether any process has received a signal; every process must call this."""
         received = torch.tensor(self.stop_requests.received, device=self.device)
         self.interrupted_by = int(cast(Tensor, self.all_reduce(received, reduce_op="max")))
         return bool(self.interrupted_by)
 
     def add_callback(self, callback: Callback, first: bool = False) -> None:
-        """Add a callback after construction, `first` before those that are there."""
+        """Add a callback after construction; with `first`, ahead of the existing ones."""
         self._callbacks.insert(0 if first else len(self._callbacks), callback)
 
     def add_logger(self, logger: Logger) -> None:
@@ -94,11 +91,10 @@ class TrainingFabric(L.Fabric):
     def call(self, hook_name: str, *args: Any, **kwargs: Any) -> None:
         """Tell every callback of an event.
 
-        Fabric's method looks at the signature of every callback at every call; these are checked when a class is
-        defined.
+        Fabric's method inspects every callback's signature at every call; ours are checked when their class is defined.
 
         Raises:
-            RuntimeError: If one raises StopIteration, which would end LitGPT's loop as if it had trained all steps.
+            RuntimeError: If a callback raises StopIteration, which would silently end LitGPT's loop.
         """
         for callback in self._callbacks:
             if (method := getattr(callback, hook_name, None)) is not None:  # Fabric's own plug-ins may lack it
@@ -119,7 +115,7 @@ class TrainingFabric(L.Fabric):
 
     @contextlib.contextmanager
     def rank_zero_first(self, local: bool = False) -> Iterator[None]:
-        """As Fabric's, but an error is raised when the others have had their turn; they would wait for who is gone.
+        """As Fabric's, but raise an error only after the other processes' turn; they would wait for this one forever.
 
         Args:
             local: Whether the first process of each node goes first.
@@ -128,18 +124,18 @@ class TrainingFabric(L.Fabric):
         with super().rank_zero_first(local):
             try:
                 yield
-            except Exception as error:  # whatever it is, the others are to have their turn
+            except Exception as error:
                 problem = error
         if problem is not None:
             raise problem
 
     def setup(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Tell the callbacks of LitGPT's model, then set it up.
+        """Show the callbacks LitGPT's model, then set it up.
 
         Raises:
-            SettingsError: If they have changed which weights it has.
+            SettingsError: If a callback has added, removed or reshaped weights.
         """
-        # LitGPT has called `torch.compile`, which compiles at the first call only.
+        # LitGPT has already called `torch.compile`, which compiles only at the first call of the model.
         model = getattr(module, "_orig_mod", module)
         before = _weight_shapes(model)
         self.call("on_before_setup", model=model)
@@ -155,7 +151,7 @@ class TrainingFabric(L.Fabric):
         return self._optimizer
 
     def require_training_mode(self) -> None:
-        """Put the model back into training mode if a callback has left it in evaluation mode; a line says so once."""
+        """Put the model back into training mode if a callback left it in evaluation mode, and say so once."""
         if self._model.module.training:
             return
         self._model.train()
@@ -166,7 +162,7 @@ class TrainingFabric(L.Fabric):
         )
 
     def callback_states(self) -> dict[str, Any]:
-        """Return the state of every callback that has one, by name; without what could not be opened again."""
+        """Return the non-empty states of the callbacks, by name, without those that could not be loaded again."""
         states = {}
         for name, callback in self._named_callbacks():
             state = callback.state_dict()
@@ -181,7 +177,7 @@ class TrainingFabric(L.Fabric):
         return states
 
     def _named_callbacks(self) -> Iterator[tuple[str, Callback]]:
-        # By class; a second one of a class is told from the first by its number.
+        # Named by class; further callbacks of the same class get a number.
         seen: Counter[str] = Counter()
         for callback in self._callbacks:
             name = type(callback).__name__
@@ -189,7 +185,7 @@ class TrainingFabric(L.Fabric):
             yield (name if seen[name] == 1 else f"{name}-{seen[name]}"), callback
 
     def clip_gradients(self, module: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor | None:
-        """Clip, and tell the callbacks the norm; they decide whether a norm that is not finite ends the run."""
+        """Clip and tell the callbacks the norm; they decide whether a non-finite norm ends the run."""
         if self.strategy.clips_in_step:
             return None
         norm = super().clip_gradients(module, optimizer, *args, **{**kwargs, "error_if_nonfinite": False})
@@ -207,9 +203,9 @@ class TrainingFabric(L.Fabric):
         )
 
     def log_dict(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Log the mean of the losses over all processes, under the number of optimizer steps.
+        """Log losses averaged over all processes, by optimizer step.
 
-        LitGPT logs the losses of the first process, under the number of its iterations.
+        LitGPT logs those of the first process, by iteration.
         """
         metrics = dict(metrics)
         for name in ("loss", "val_loss"):
@@ -227,12 +223,12 @@ class TrainingFabric(L.Fabric):
         metrics |= self._numbers(complete)
         try:
             super().log_dict(metrics, self.step)
-        except Exception as error:  # every service has errors of its own
+        except Exception as error:  # every logging service has its own errors
             self._print_once("logger", f"  the logger failed: {one_line(error).rstrip('.')}. Training goes on.")
         self.call("on_logged", metrics=metrics)
 
     def _numbers(self, metrics: Mapping[Any, Any]) -> dict[str, Any]:
-        """Return the metrics that are numbers by name; a line says once that others are left out."""
+        """Return the metrics that are named numbers; say once for each of the others that it is left out."""
         found = {}
         for name, value in metrics.items():
             if isinstance(value, Tensor) and value.numel() == 1:
@@ -248,11 +244,11 @@ class TrainingFabric(L.Fabric):
         return found
 
     def save(self, path: str | Path, state: dict[str, Any], filter: dict[str, Any] | None = None) -> None:
-        """Save as Fabric does, but let every rank go on if the first cannot write."""
+        """Save as Fabric does, but do not leave the other ranks waiting if the first cannot write."""
         try:
             super().save(path, state, filter)
         except (OSError, RuntimeError):
-            # The others wait for this process at the end of Fabric's method.
+            # The other ranks wait in the barrier at the end of Fabric's method.
             if self.is_global_zero:
                 self.barrier()
             raise
@@ -260,14 +256,14 @@ class TrainingFabric(L.Fabric):
     def load(
         self, path: str | Path, state: dict[str, Any] | None = None, strict: bool = True, **kwargs: Any
     ) -> dict[str, Any]:
-        """Load a training checkpoint, with the states of the callbacks.
+        """Load a training checkpoint, including the states of the callbacks.
 
         Raises:
-            SettingsError: If it does not fit the present settings.
+            SettingsError: If it is damaged or does not fit the present settings.
         """
         try:
             remainder = super().load(path, state, strict, **{**kwargs, "weights_only": True})
-        except SettingsError:  # from the corpus, which says itself what does not fit
+        except SettingsError:  # from the corpus, which explains itself what does not fit
             raise
         except pickle.UnpicklingError as error:
             raise SettingsError(
@@ -286,7 +282,7 @@ class TrainingFabric(L.Fabric):
         return remainder
 
     def load_raw(self, path: str | Path, obj: Any, strict: bool = True, **kwargs: Any) -> None:
-        """As Fabric's, but also takes the model out of a training checkpoint; its steps do not count in this run."""
+        """As Fabric's, but also accept a training checkpoint and take only its weights; schedules start anew."""
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         self.strategy.load_weights(obj, checkpoint.get("model", checkpoint), strict)
         begin_schedules(routers_of(obj).values())
@@ -297,7 +293,7 @@ def _weight_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _require_same_shapes(before: dict[str, tuple[int, ...]], after: dict[str, tuple[int, ...]]) -> None:
-    # Whatever opens a checkpoint, a resumed run included, makes the model of its model_config.
+    # Whatever opens a checkpoint, a resumed run included, builds the model from its model_config.
     changed = sorted(name for name in before | after if before.get(name) != after.get(name))
     if changed:
         named = ", ".join(changed[:_NAMED_WEIGHTS]) + (", ..." if len(changed) > _NAMED_WEIGHTS else "")

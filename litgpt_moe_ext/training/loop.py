@@ -1,22 +1,22 @@
-"""Where the hooks hang on LitGPT's training loop.
+"""The hooks in LitGPT's training loop.
 
-`litgpt.pretrain.main` looks its helpers up in its module when it calls them. For the time of one run some of these
-names point to functions of ours, which do their part and, where there is one, call LitGPT's original:
+`litgpt.pretrain.main` looks up its helpers in its module when it calls them. During a run, some of these names point
+to our functions, which add their part and usually call LitGPT's original:
 
-| name in `litgpt.pretrain` | what ours does                                                                     |
+| name in `litgpt.pretrain` | what our function does                                                             |
 | ------------------------- | ---------------------------------------------------------------------------------- |
-| `fit`                     | keeps hold of the training state; begins to listen for signals                     |
-| `CycleIterator`           | acts between two iterations: interruptions, limits, restored random generators      |
+| `fit`                     | keeps the training state; starts listening for signals                             |
+| `CycleIterator`           | acts between iterations: interruptions, limits, restored random generators         |
 | `save_checkpoint`         | writes under a temporary name, adds the random generators, renames                 |
 | `save_hyperparameters`    | writes the values that the run uses                                                |
-| `find_resume_path`        | chooses the newest whole checkpoint                                                |
-| `chunked_cross_entropy`   | makes a step a mean over its tokens; may compute the head, or the whole model       |
-| `validate`                | makes the loss a mean over tokens; logs the initial validation; reacts to signals   |
+| `find_resume_path`        | returns the checkpoint that `find_start` chose                                     |
+| `chunked_cross_entropy`   | averages over the tokens of a step; may also compute the head or the whole model   |
+| `validate`                | averages over tokens; logs the initial validation; reacts to signals               |
 | `RunningMean`             | averages losses without waiting for the device                                     |
-| `math`                    | has an `exp` for the perplexity of any loss; Python's ends the run above 709       |
-| `get_dataloaders`         | lets a data position be read with another number of processes                     |
+| `math`                    | its `exp` takes any loss, for the perplexity; Python's ends the run above 709      |
+| `get_dataloaders`         | makes the data position readable with another number of processes                  |
 | `get_lr`                  | follows the run's schedule                                                         |
-| `measure_flops`           | counts for the length of the training's sequences, not the model's longest         |
+| `measure_flops`           | counts for the training's sequence length, not the model's maximum                 |
 | `instantiate_torch_optimizer` | sorts the parameters into groups                                               |
 """
 
@@ -63,14 +63,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run has done.
+    """The result of a run.
 
     Attributes:
-        iterations: Iterations of this run, not of earlier ones that it continued.
-        seconds: How long they took, validation and checkpoints included.
-        best_loss: The lowest validation loss so far, of earlier runs as well.
-        step: Optimizer steps of the training, with those of earlier runs.
-        padding: Part of the tokens of this run that was padding; None where rows cannot be padded.
+        iterations: Iterations of this run, without those of the runs it continues.
+        seconds: Time they took, validation and checkpoints included.
+        best_loss: Lowest validation loss so far, earlier runs included.
+        step: Optimizer steps so far, earlier runs included.
+        padding: Fraction of this run's tokens that was padding; None if rows cannot be padded.
     """
 
     iterations: int
@@ -81,13 +81,13 @@ class Outcome:
 
 
 class HookedLoop:
-    """LitGPT's loop with checkpoints, interruptions and limits of ours.
+    """LitGPT's loop with our checkpoints, interruptions and limits.
 
     Args:
         launched: The connected processes.
         start: What the run starts from.
         tokenizer_dir: Tokenizer to copy into checkpoints, or None.
-        equipment: The optimizer, and what computes the output head.
+        equipment: The optimizer, and how the model, its head and its loss are computed.
 
     Attributes:
         writer: Saves checkpoints.
@@ -121,22 +121,22 @@ class HookedLoop:
         fabric.add_callback(self._validation)
 
     def _targets(self, rows_BT: Tensor) -> tuple[Tensor]:
-        """Return which targets of a micro-batch the loss counts, bool, (B, T)."""
+        """Return which targets of a micro-batch count for the loss, bool, (B, T)."""
         return (counts_for_loss(rows_BT[:, 1 : self._plan.sequence_length + 1]),)
 
     def outcome(self, best_loss: float | None) -> Outcome:
-        """Return what has been trained; call it when the loop has ended.
+        """Return the result of the run; call it when the loop has ended.
 
         Args:
-            best_loss: The lowest validation loss so far.
+            best_loss: Lowest validation loss so far.
         """
         return Outcome(self._iterations, self._seconds, best_loss, self.fabric.step, self._batches.padding)
 
     def save_step(self, last: bool = False) -> Path | None:
-        """Save the state after the last step unless it is saved, and return where; None before the first step.
+        """Save the state after the last step unless already saved, and return where; None before the first step.
 
         Args:
-            last: Whether the run ends with it.
+            last: Whether the run ends with this checkpoint.
         """
         if not (step := self.fabric.state["step_count"]):
             return None
@@ -147,10 +147,10 @@ class HookedLoop:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Put the hooks into `litgpt.pretrain` for the time of the scope.
+        """Install the hooks in `litgpt.pretrain` within the scope.
 
         Raises:
-            TrainingInterrupted: At its end, if a signal came after the last step.
+            TrainingInterrupted: At the end of the scope, if a signal came after the last step.
         """
         precision = self.fabric.strategy.precision
         cross_entropy = loss_of_logits(litgpt.pretrain.chunked_cross_entropy, precision)
@@ -188,21 +188,21 @@ class HookedLoop:
             first_iteration = self.fabric.state["iter_num"]
             self.fabric.call("on_fit_begin", resume_dir=self._start.resume_dir)
             handing_over = self._handover.installed(self.fabric.state["model"], self.fabric.strategy)
-            # Until `final` is saved, after this function.
+            # LitGPT saves `final` after this function; listen until then.
             self._listening.enter_context(self.fabric.stop_requests.listening())
             try:
                 with handing_over:
                     original(*args, **kwargs)
             except Exception:
                 if self._limits_reached:
-                    # Validation failed after the last step: the training must not be lost with it.
+                    # The final validation failed, but the trained weights must not be lost.
                     self.writer.save(FINAL)
                 raise
             finally:
                 self._iterations = self.fabric.state["iter_num"] - first_iteration
                 if self._started is not None:
                     self._seconds = time.perf_counter() - self._started
-                # LitGPT's measurement of FLOPs leaves the scale of a loss without data where no step followed it.
+                # If no step followed LitGPT's FLOPs measurement, the loss scale it left behind holds no data.
                 forget_scale()
 
         return fit
@@ -215,13 +215,13 @@ class HookedLoop:
                 loop._between_iterations()
                 try:
                     batch = loop._batches.next(self._fetch, loop.fabric.state["iter_num"])
-                except StopIteration as nothing:  # which would end the loop as if it had trained
+                except StopIteration as nothing:  # would end the loop as if it had trained
                     raise SettingsError(
                         f"data: too little for one batch of train.micro_batch_size: {loop.train.micro_batch_size} "
                         "sequences on each process; set a smaller one, or give more data"
                     ) from nothing
-                # Not earlier: building the data iterator and the sanity check of the validation draw random numbers
-                # that an uninterrupted run did not draw here.
+                # Not earlier: a resumed run draws random numbers to build the data iterator and in LitGPT's sanity
+                # check, which an uninterrupted run did not draw at this point.
                 loop.fabric.random_streams.settle(loop._plan.settings.seed)
                 loop._means.weights = batch.weights
                 loop.fabric.call("on_batch", batch=batch.data, waited=batch.waited)
@@ -241,7 +241,7 @@ class HookedLoop:
             if verbose:  # not LitGPT's sanity check
                 self._validated_step = self.fabric.state["step_count"]
                 if self._started is None:
-                    # LitGPT prints the validation before the first step and forgets it.
+                    # LitGPT prints the initial validation but does not log it.
                     self.fabric.log_dict({"val_loss": loss.item()})
             return loss
 
@@ -251,7 +251,7 @@ class HookedLoop:
         def get_adaptable_dataloaders(*args: Any, **kwargs: Any) -> tuple:
             train, val = get_dataloaders(*args, **kwargs)
             if not (hasattr(train, "state_dict") and hasattr(train, "load_state_dict")):
-                # A checkpoint would hold the loader itself with all of its data, which nothing could open.
+                # The checkpoint would contain the whole loader with its data, and could not be loaded.
                 raise SettingsError(
                     f"data: train_dataloader returns a {type(train).__name__} without state_dict and load_state_dict, "
                     "which a resumed run needs; return one that has them, such as litdata's StreamingDataLoader"
@@ -285,23 +285,23 @@ class HookedLoop:
         if due and not is_last:
             self.save_step()
         if is_last:
-            # Ends LitGPT's `for` loop; the final validation and checkpoint follow. Otherwise the loop would fetch one
-            # more batch without training on it, and the data position in the final checkpoint would be past that batch.
+            # End LitGPT's `for` loop; the final validation and checkpoint follow. Left alone, the loop would fetch one
+            # more batch without training on it, and the final checkpoint's data position would be one batch too far.
             self._limits_reached = True
             if self._validated_step == step:
                 self._eval.final_validation = False  # these very weights have been validated
             self.fabric.call("on_last_step", state=self.fabric.state)
             raise StopIteration
         self.fabric.call("on_step_begin", state=self.fabric.state)
-        if self.fabric.interrupted_by:  # while that took its time
+        if self.fabric.interrupted_by:  # during the callbacks
             self._interrupt(self.fabric.interrupted_by)
         self.fabric.require_training_mode()
 
     def _heed(self, signal_number: int) -> None:
-        """Act on a signal in a validation."""
+        """React to a signal that arrived during a validation."""
         if not self._limits_reached:
             self._interrupt(signal_number)
-        # Only the final validation is left to do, and the state is saved here before it goes on.
+        # Only the final validation is left: save the state first, then let it continue.
         self.save_step()
 
     def _interrupt(self, signal_number: int) -> NoReturn:

@@ -1,4 +1,4 @@
-"""One training run, as the list of its phases."""
+"""A training run as a sequence of phases."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 def run(settings: Settings) -> None:
     """Pretrain a model with LitGPT's own loop.
 
-    Each phase takes what the ones before it have returned, so that none can come too early.
+    Each phase takes the results of earlier ones, so none can run too early.
 
     Args:
-        settings: All of them.
+        settings: The settings of the run.
 
     Raises:
         SettingsError: If a setting or an input is wrong; before any training.
@@ -31,7 +31,7 @@ def run(settings: Settings) -> None:
         TrainingInterrupted: If a signal ended it.
     """
     litgpt_moe_ext.register()
-    # These modules use LitGPT as it is once it has been extended.
+    # These modules need the extended LitGPT, so they are imported after `register`.
     from litgpt_moe_ext.training.callbacks.kernel_report import check_kernels
     from litgpt_moe_ext.training.checkpoint.exports import export_checkpoints
     from litgpt_moe_ext.training.equip import choose_equipment, equip
@@ -53,11 +53,11 @@ def run(settings: Settings) -> None:
         prepared = prepare_data(launched, start)
         launched = with_epochs(launched, prepared)
         equip(launched, prepared, equipment)
-        # Whatever can be refused has been: from here on files move and change.
+        # All checks are done; from here on files are moved and written.
         start, prepared = make_room(launched, start, prepared)
         if launched.fabric.is_global_zero:
             launched.reporter.transcript.open(plan.out_dir / TRANSCRIPT_FILE)
-            # Not for the terminal: what is asked for when a number is to be had again.
+            # In train.log only: what is needed to reproduce a result.
             launched.reporter.transcript.line(f"Code: {software()}")
         announce(launched, start, equipment)
         outcome = train(launched, start, prepared, equipment)
@@ -80,7 +80,7 @@ def train(launched: Launched, start: Start, prepared: Prepared, equipment: Equip
     loop = HookedLoop(launched, start, prepared.tokenizer_dir, equipment)
     retention = Retention(settings.checkpoint, plan.out_dir, fabric, loop.writer.save)
     epochs = Epochs(loop.save_step if settings.checkpoint.every_epoch else None)
-    # The recipe's own come last: where one ends the run, what the last step has to leave is saved.
+    # The recipe's callbacks come last: if one ends the run, everything of the last step has been saved.
     for callback in (epochs, retention, *settings.callbacks):
         fabric.add_callback(callback)
     same = same_corpora(start, plan.plain)

@@ -1,8 +1,8 @@
-"""The settings of a run: a tree of dataclasses that goes whole from the command line to `run`.
+"""The settings of a run: a tree of dataclasses, passed as a whole from the command line to `run`.
 
-A key of a recipe is a field here, and its docstring is what `--help` and the documentation say. `tree` has the root,
-`loop`, `outputs` and `distributed` its groups, `section` what they share. Importing them loads neither torch nor
-LitGPT.
+Every key of a recipe is a field here, and `--help` and the documentation show the field's docstring. The root is in
+`tree`, its groups are in `loop`, `outputs` and `distributed`, and their base class is in `section`. Importing them
+loads neither torch nor LitGPT.
 """
 
 from litgpt_moe_ext.training.settings.distributed import DistributedArgs, StrategyName

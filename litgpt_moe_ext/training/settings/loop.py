@@ -1,7 +1,7 @@
-"""Settings of the training loop: length, batches, validation, learning rate, weights that are treated differently.
+"""Settings of the training loop: length, batches, validation, logging, learning rate, gradients, weight averaging.
 
-`TrainArgs`, `EvalArgs` and `LogArgs` have the fields of LitGPT's dataclasses of the same names in `litgpt.args`, with
-ranges and the defaults of `litgpt pretrain`; importing those would load LitGPT for every `--help`.
+`TrainArgs`, `EvalArgs` and `LogArgs` repeat the fields of the same dataclasses in `litgpt.args`, with ranges and the
+defaults of `litgpt pretrain`. Importing LitGPT's own would load LitGPT for every `--help`.
 """
 
 from collections.abc import Iterator
@@ -39,23 +39,23 @@ class TrainArgs(Section, key="train"):
     micro_batch_size: PositiveInt = 4
     """Sequences that go through the model at once on one device."""
     lr_warmup_steps: NonNegativeInt | None = 2000
-    """Optimizer steps in which the learning rate rises to its peak."""
+    """Optimizer steps over which the learning rate rises to its peak."""
     lr_warmup_fraction: Fraction | None = None
-    """Part of an epoch in which the learning rate rises to its peak, instead of lr_warmup_steps."""
+    """Fraction of an epoch over which the learning rate rises to its peak, instead of lr_warmup_steps."""
     epochs: PositiveInt | None = None
-    """Passes over all of the data, instead of max_tokens; null: max_tokens counts."""
+    """Number of passes over the data, instead of max_tokens; null: max_tokens sets the length."""
     max_tokens: PositiveInt = int(3e12)
     """Total number of tokens to train on, padding included."""
     max_steps: PositiveInt | None = None
-    """End after this many optimizer steps; the learning rate still follows max_tokens."""
+    """Stop after this many optimizer steps; the learning rate schedule remains that of max_tokens."""
     max_time: NonNegativeFloat | None = None
-    """End after this many seconds."""
+    """Stop after this many seconds."""
     max_seq_length: PositiveInt | None = None
     """Tokens per sequence; null: the model's block_size."""
     tie_embeddings: bool | None = False
-    """Whether output head and token embeddings are one table."""
+    """Whether the output head and the token embeddings share one table."""
     max_norm: PositiveFloat = 1.0
-    """Gradients with a larger norm are scaled down to it."""
+    """Maximum gradient norm; larger gradients are scaled down to it."""
     min_lr: NonNegativeFloat = 4e-5
     """Learning rate at the end of the schedule."""
 
@@ -68,7 +68,7 @@ class TrainArgs(Section, key="train"):
             )
 
     def for_litgpt(self) -> "litgpt.args.TrainArgs":
-        """Return the same as LitGPT's own class, without the epochs, which LitGPT's pretraining refuses."""
+        """Return LitGPT's equivalent, without the epochs, which LitGPT's pretraining refuses."""
         import litgpt.args
 
         made = litgpt.args.TrainArgs(**asdict(self))
@@ -81,9 +81,9 @@ class EvalArgs(Section, key="eval"):
     """Validation."""
 
     interval: PositiveInt = 1000
-    """Optimizer steps between validations; more than all steps: none in between."""
+    """Optimizer steps between validations; larger than the number of steps: none in between."""
     max_new_tokens: PositiveInt | None = None
-    """Not for pretraining; see sample.max_new_tokens."""
+    """Not for pretraining; use sample.max_new_tokens."""
     max_iters: PositiveInt = 100
     """Batches per validation."""
     initial_validation: bool = False
@@ -102,7 +102,7 @@ class EvalArgs(Section, key="eval"):
             )
 
     def for_litgpt(self) -> "litgpt.args.EvalArgs":
-        """Return the same as LitGPT's own class."""
+        """Return LitGPT's equivalent."""
         import litgpt.args
 
         return litgpt.args.EvalArgs(**asdict(self))
@@ -115,60 +115,60 @@ class LogArgs(Section, key="log"):
     project: str | None = None
     """wandb: project."""
     run: str | None = None
-    """wandb: name of the run; null: one is made up."""
+    """wandb: name of the run; null: W&B makes one up."""
     group: str | None = None
     """wandb: group of the run."""
     teamspace: str | None = None
-    """litlogger: where charts and artifacts appear."""
+    """litlogger: teamspace where charts and artifacts appear."""
     metadata: dict | None = None
     """litlogger: tags of the run."""
     log_model: bool = False
     """litlogger: upload checkpoints."""
     save_logs: bool = True
-    """litlogger: upload what the terminal shows."""
+    """litlogger: upload the terminal output."""
     checkpoint_name: str | None = None
     """litlogger: name of the checkpoints."""
 
 
 @dataclass
 class ScheduleArgs(Section, key="schedule"):
-    """The learning rate over the optimizer steps, from the optimizer's lr to train.min_lr."""
+    """Learning rate schedule, from the optimizer's lr to train.min_lr."""
 
     name: ScheduleName = "cosine"
-    """Shape after the warm-up of train.lr_warmup_steps; wsd is warm-up, stable, decay."""
+    """Shape after the warm-up (train.lr_warmup_steps); wsd is warm-up, stable, decay."""
     decay_fraction: Fraction = 0.2
-    """wsd: last part of the training, in which the rate falls to train.min_lr."""
+    """wsd: final fraction of the training, over which the rate falls to train.min_lr."""
 
 
 @dataclass
 class ParameterGroupArgs(Section, key="parameter_groups"):
-    """What distinguishes some parameters for the optimizer."""
+    """Parameters that the optimizer treats differently."""
 
     no_weight_decay: list[Literal["norms", "biases", "embeddings"]] = field(default_factory=list)
     """Kinds of parameters without weight decay; biases include attention sinks."""
     router_lr_factor: NonNegativeFloat = 1.0
-    """Multiplies the learning rate of the routers' gates."""
+    """Factor on the learning rate of the routers' gates."""
 
 
 @dataclass
 class AnomalyArgs(Section, key="anomaly"):
-    """What happens when a step's gradient is not finite, or far larger than usual."""
+    """What to do when a step's gradient is not finite, or far larger than usual."""
 
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A gradient norm that is NaN or infinite: end the run before the weights change, or skip the step."""
+    """If the gradient norm is NaN or infinite: end the run before the weights change, or skip the step."""
     on_spike: Literal["stop", "skip"] = "skip"
-    """A gradient norm above spike_factor times the median: end the run before the weights change, or skip the step."""
+    """If the gradient norm is a spike: end the run before the weights change, or skip the step."""
     spike_factor: AboveOne | None = None
-    """Multiple of the median gradient norm of the last steps that counts as a spike; null: none does."""
+    """A gradient norm above this multiple of the median of recent steps is a spike; null: none is."""
     window: PositiveInt = 64
-    """Number of steps whose median is taken; before so many steps there is no spike."""
+    """Number of recent steps in the median; no step is a spike before there are as many."""
     max_consecutive: PositiveInt = 8
-    """Skipped steps in a row after which the run ends."""
+    """Number of consecutive skipped steps after which the run ends."""
 
 
 @dataclass
 class EmaArgs(Section, key="ema"):
-    """An exponential moving average of the weights, saved as a checkpoint of its own in each checkpoint."""
+    """Exponential moving average of the weights, saved inside each checkpoint as one of its own."""
 
     decay: Share | None = None
-    """Share of the old average that a step keeps, such as 0.999; null: no average."""
+    """Share of the average that each step keeps, such as 0.999; null: no average."""

@@ -1,4 +1,4 @@
-"""Settings of what a run writes beside its log: text, scores, checkpoints."""
+"""Settings of a run's outputs besides its log: samples, benchmark scores, checkpoints."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,13 +16,13 @@ class SampleArgs(Section, key="sample"):
     """Text that the model writes after every validation."""
 
     prompts: list[str] = field(default_factory=list)
-    """Prompts to continue; none: no samples."""
+    """Prompts to continue; empty: no samples."""
     max_new_tokens: PositiveInt = 80
     """Tokens to generate per prompt."""
     temperature: NonNegativeFloat = 0.8
     """Divides the logits before sampling; 0 takes the likeliest token."""
     top_k: PositiveInt | None = 50
-    """Sample among this many likeliest tokens only; null: among all."""
+    """Sample only among this many likeliest tokens; null: among all."""
 
 
 @dataclass
@@ -30,15 +30,15 @@ class EvaluateArgs(Section, key="evaluate"):
     """Benchmarks of the model while it trains, logged beside the losses."""
 
     hellaswag: Path | None = None
-    """HellaSwag's hellaswag_val.jsonl; null: no HellaSwag."""
+    """Path of HellaSwag's hellaswag_val.jsonl; null: no HellaSwag."""
     hellaswag_rule: Literal["build-nanogpt", "lm-eval"] = "lm-eval"
     """build-nanogpt: raw text, acc_norm per token; lm-eval: cleaned text, acc_norm per character."""
     tasks: list[Path] = field(default_factory=list)
-    """Tasks of lm-eval in local YAML files."""
+    """Local YAML files of lm-eval tasks."""
     every_steps: PositiveInt | None = None
     """Optimizer steps between evaluations; null: after every validation."""
     max_items: PositiveInt | None = None
-    """Ask only the first so many questions of each; null: all."""
+    """Evaluate only this many questions of each benchmark, from the start; null: all."""
     batch_size: PositiveInt = 32
     """Texts that go through the model at once on each device."""
 
@@ -57,22 +57,22 @@ class EvaluateArgs(Section, key="evaluate"):
 
 @dataclass
 class CheckpointArgs(Section, key="checkpoint"):
-    """Which checkpoints are kept beside those of train.save_interval and the final one, and exported."""
+    """Which checkpoints to save besides those of train.save_interval and the final one, to keep and to export."""
 
     every_epoch: bool = False
     """Also save at the end of every epoch of the data."""
     every_minutes: Minutes | None = None
-    """Also save when this much time has passed since the last checkpoint; null: only by steps."""
+    """Also save this many minutes after the last checkpoint; null: only by steps."""
     keep_last: PositiveInt | None = None
     """Number of step-* directories to keep; older ones are deleted; null: all."""
     keep_earlier: PositiveInt | None = None
-    """Number of earlier runs in this out_dir to keep, which a new one sets aside as OUT_DIR-earlier-N; null: all."""
+    """Number of earlier runs of this out_dir to keep; a new run moves them to OUT_DIR-earlier-N; null: all."""
     best: bool = True
-    """Keep the checkpoint of the lowest validation loss as best/."""
+    """Keep the checkpoint with the lowest validation loss as best/."""
     on_save_error: Literal["stop", "continue"] = "stop"
-    """If a checkpoint cannot be written (disk full): end the run, or go on without it."""
+    """If a checkpoint cannot be written (disk full): end the run, or continue without it."""
     export: ExportFormat | list[ExportFormat] | None = None
-    """hf, gguf or both as a list: write best/ and final/ as litgpt-moe export does at the end; null: nothing."""
+    """hf, gguf or a list of both: at the end, export best/ and final/ as litgpt-moe export does; null: no export."""
 
     @property
     def export_formats(self) -> list[ExportFormat]:

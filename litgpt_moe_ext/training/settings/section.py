@@ -1,4 +1,4 @@
-"""The base class of all groups of settings, and the table of fields that help and documentation are made of."""
+"""The base class of all groups of settings, and the table of fields that the documentation shows."""
 
 import dataclasses
 import inspect
@@ -10,10 +10,10 @@ from litgpt_moe_ext.field_types import check_fields
 
 
 class Section:
-    """A dataclass of settings whose types, ranges and choices are checked however it is made.
+    """A dataclass of settings that checks types, ranges and choices whenever it is constructed.
 
     Attributes:
-        key: Its name in a recipe; empty for the whole tree.
+        key: Name of the group in a recipe; empty for the whole tree.
     """
 
     key: ClassVar[str] = ""
@@ -27,7 +27,7 @@ class Section:
         refuse_first(self.problems())
 
     def problems(self) -> Iterator[str]:
-        """Yield what is wrong with settings that are right one by one."""
+        """Yield problems of settings that are each valid but do not go together."""
         yield from ()
 
     @classmethod
@@ -38,13 +38,13 @@ class Section:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A setting as documentation shows it.
+    """A setting in the documentation.
 
     Attributes:
-        name: As on the command line, such as `train.max_tokens`.
-        type: Its annotation; text for LitGPT's own types.
-        default: Its default value.
-        doc: What it is for.
+        name: Name on the command line, such as `train.max_tokens`.
+        type: Annotation; a string for LitGPT's own types.
+        default: Default value.
+        doc: Docstring, in one line.
     """
 
     name: str
@@ -58,7 +58,7 @@ def field_table(cls: type, prefix: str = "") -> Iterator[Row]:
 
     Args:
         cls: A dataclass whose attributes have docstrings.
-        prefix: What comes before the names, with its dot.
+        prefix: Prefix of the names, with its dot.
     """
     docs = attribute_docs(cls)
     for field in dataclasses.fields(cls):
@@ -70,14 +70,14 @@ def field_table(cls: type, prefix: str = "") -> Iterator[Row]:
 
 
 def default_of(field: dataclasses.Field) -> Any:
-    """Return the default value of a field, or None if it must be given."""
+    """Return the default value of a field, or None if it has none."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return None if field.default is dataclasses.MISSING else field.default
 
 
 def attribute_docs(cls: type) -> dict[str, str]:
-    """Return the docstrings of a dataclass's attributes, each in one line."""
+    """Return the docstrings of a dataclass's attributes by name, each in one line."""
     import docstring_parser
 
     found = docstring_parser.parse_from_object(cls).params
